@@ -28,12 +28,12 @@ shared β or θ has ``FLOOR`` instead, since some were off by 6.6e-3 where ten o
 What this promises: in float32 an error of one in ten thousand is found anywhere. In bfloat16 a gradient of weights or
 biases under ATan that is a hundredth too large or too small is found where rounding averages out over neurons: a test
 plants it in a network of 512. With 128 neurons it is found in most draws, not in all, under a triangle seldom. A shared
-β or θ is judged by the magnitudes of its terms. The limits, which the record has, say what is found in a given run.
+β or θ is judged by the magnitudes of its terms. The record has the error that is closest to its limit.
 """
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -59,10 +59,12 @@ class Verdict(NamedTuple):
     limits: dict[str, float]
     objection: str
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON, which has no NaN."""
-        errors = {name: value if math.isfinite(value) else str(value) for name, value in self.errors.items()}
-        return {"errors": errors, "limits": self.limits, "objection": self.objection}
+    def closest(self) -> str:
+        """The error that is closest to its limit."""
+        if not self.errors:
+            return ""
+        name = max(self.errors, key=lambda name: self.errors[name] / self.limits[name])
+        return f"{self.errors[name]:.1e} ≤ {self.limits[name]:.1e}, {name}"
 
 
 def error(actual: torch.Tensor, exact: torch.Tensor) -> float:

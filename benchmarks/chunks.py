@@ -30,14 +30,11 @@ from .report import seconds
 
 #: T of the step whose chunks are compared, and the chunk of other steps
 USUAL, CHUNK = 1000, 50
-LISTS = {
-    "T": ("250,500,1000,2000", "time steps, whole and in chunks"),
-    "chunks": ("25,50,100,200", f"steps of a chunk that are compared at T = {USUAL}"),
-}
-NUMBERS = {
+COUNTS = {
     "chunk": (CHUNK, "steps of a chunk at other T"),
-    "long": (10_000, "time steps that are computed in chunks only; 0: none"),
     "repeats": (5, "timed turns"),
+    "hidden_dim": (1024, "neurons in each of the two hidden layers"),
+    "batch_size": (64, "sequences in a step"),
 }
 #: the largest relative difference of gradients that the order of sums explains
 ALLOWED = 1e-4
@@ -46,9 +43,9 @@ ALLOWED = 1e-4
 class Size(NamedTuple):
     """The network, index with default density, and its batch."""
 
-    batch_size: int = 64
+    batch_size: int
+    hidden_dim: int
     input_dim: int = 100
-    hidden_dim: int = 1024
     num_classes: int = 20
 
 
@@ -85,12 +82,6 @@ class Session:
     def peak(self) -> int:
         return self.memory.above()
 
-    def firing_rates(self) -> list[float]:
-        """Of each layer: spikes per neuron and step, 0 to 1."""
-        with torch.no_grad():
-            activity = self.net.simulate(self.inputs, chunk=self.chunk or CHUNK)
-        return [rates.mean().item() for rates in activity.rates]
-
     def _gradients(self) -> torch.Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         counts = self.net.simulate(self.inputs, chunk=self.chunk).counts
@@ -103,20 +94,15 @@ class Session:
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog=f"python -m {__package__}.chunks",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for name, (default, text) in LISTS.items():
-        parser.add_argument(f"--{name}", default=default, metavar="N,N,...", help=f"{text} (default: {default})")
-    sizes = {
-        "hidden_dim": (Size().hidden_dim, "neurons in each of the two hidden layers"),
-        "batch_size": (Size().batch_size, "sequences in a step"),
-    }
-    for name, (number, text) in {**NUMBERS, **sizes}.items():
-        parser.add_argument(f"--{name}", type=int, default=number, metavar="N", help=f"{text} (default: {number})")
-    cli.add_report_flags(parser)
+    quick = {"T": "250,1000", "chunks": "50,100", "long": 0, "hidden_dim": 256, "repeats": 2}
+    parser = cli.build_parser("chunks", __doc__, "about six minutes on two cores", quick)
+    text = "time steps, whole and in chunks (default: %(default)s)"
+    parser.add_argument("--T", default="250,500,1000,2000", metavar="N,N,...", help=text)
+    text = f"steps of a chunk that are compared at T = {USUAL} (default: %(default)s)"
+    parser.add_argument("--chunks", default="25,50,100,200", metavar="N,N,...", help=text)
+    text = "time steps that are computed in chunks only; 0: none (default: %(default)s)"
+    parser.add_argument("--long", type=int, default=10_000, metavar="N", help=text)
+    cli.add_counts(parser, COUNTS)
     return parser
 
 
@@ -126,9 +112,8 @@ def plan(arguments: argparse.Namespace) -> dict[int, list[int | None]]:
     Raises:
         ValueError: for a number out of range.
     """
-    lengths, chunks = (cli.numbers(getattr(arguments, name), int) for name in ("T", "chunks"))
-    for name in ("chunk", "hidden_dim", "batch_size", "repeats"):
-        COUNT.check(name, getattr(arguments, name))
+    lengths, chunks = (cli.numbers(getattr(arguments, name)) for name in ("T", "chunks"))
+    cli.checked(arguments, *COUNTS)
     for name, numbers in (("T", lengths), ("chunks", chunks)):
         for number in numbers:
             COUNT.check(name, number)
@@ -137,31 +122,21 @@ def plan(arguments: argparse.Namespace) -> dict[int, list[int | None]]:
     return {**planned, **({arguments.long: [arguments.chunk]} if arguments.long else {})}
 
 
-def chunks(arguments: argparse.Namespace) -> cli.Report:
+def chunks(arguments: argparse.Namespace) -> dict[str, Any]:
     planned = plan(arguments)
     size = Size(batch_size=arguments.batch_size, hidden_dim=arguments.hidden_dim)
     machine, limits = describe(torch.device("cpu")), Limits(torch.device("cpu"))
     print(cli.headline(machine))
-    turns = sum(map(len, planned.values())) * (1 + arguments.repeats)
     points: list[dict[str, Any]] = []
-    with tqdm(total=turns, leave=False, disable=None) as bar:
+    with cli.bar(sum(map(len, planned.values())) * (1 + arguments.repeats)) as bar:
         for steps, compared in planned.items():
             points += measure(size, steps, compared, arguments.repeats, bar)
             limits.measure()
-    record = {
-        "benchmark": "chunks",
-        "machine": machine,
-        "limits": limits.rates(),
-        "sizes": size._asdict(),
-        "points": points,
-    }
+    about = {"benchmark": "chunks", "machine": machine, "limits": limits.rates(), "sizes": size._asdict()}
+    record = {**about, "runs": points}
     print(table(record))
     cli.warn_if_busy(machine, limits.rates())
-    wrong = any(point["status"] == "wrong" for point in points)
-    rows = [
-        {name: point.get(name, "") for name in ("T", "chunk", "status", "median", "peak_bytes")} for point in points
-    ]
-    return cli.Report(record, rows, status=int(wrong))
+    return record
 
 
 def measure(size: Size, steps: int, compared: Sequence[int | None], repeats: int, bar: tqdm) -> list[dict[str, Any]]:
@@ -169,6 +144,7 @@ def measure(size: Size, steps: int, compared: Sequence[int | None], repeats: int
     points: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         racers, expected = [], None
+        taken: dict[int | None, list[tuple[float, float]]] = {chunk: [] for chunk in (None, *compared)}
         for chunk in compared:
             bar.set_description(f"{steps} steps, {'whole' if chunk is None else f'chunks of {chunk}'}")
             bar.update()
@@ -179,11 +155,10 @@ def measure(size: Size, steps: int, compared: Sequence[int | None], repeats: int
             try:
                 worker.ask("build")
                 results = worker.ask("results")
-                point["first_seconds"], _ = worker.ask("time")
+                worker.ask("time")
                 worker.ask("forget_peak")
                 worker.ask("time")
                 point["peak_bytes"] = worker.ask("peak")
-                point["firing_rates"] = worker.ask("firing_rates")
             except WorkerError as error:  # without memory, say
                 point |= {"status": "refused", "reason": str(error)}
                 continue
@@ -196,15 +171,13 @@ def measure(size: Size, steps: int, compared: Sequence[int | None], repeats: int
         for turn in range(repeats):
             first = turn % len(racers) if racers else 0
             for worker, point in (*racers[first:], *racers[:first]):
-                for quantity, taken in zip(("seconds", "cpu_seconds"), worker.ask("time"), strict=True):
-                    point.setdefault(quantity, []).append(taken)
+                taken[point["chunk"]].append(worker.ask("time"))
                 bar.update()
     for _, point in racers:
-        point["median"] = statistics.median(point["seconds"])
-        if racers[0][1]["chunk"] is None:
-            for ratio, quantity in (("times", "seconds"), ("cpu_times", "cpu_seconds")):
-                pairs = zip(point[quantity], racers[0][1][quantity], strict=True)
-                point[ratio] = statistics.median(a / b for a, b in pairs)
+        point["median"] = statistics.median(seconds for seconds, _ in taken[point["chunk"]])
+        pairs = list(zip(taken[point["chunk"]], taken[None], strict=True)) if taken[None] else []
+        for number, ratio in enumerate(("times", "cpu_times") if pairs else ()):
+            point[ratio] = statistics.median(ours[number] / whole[number] for ours, whole in pairs)
     return points
 
 
@@ -222,15 +195,15 @@ def difference(results: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
 
 def usual_chunk(record: dict[str, Any]) -> int:
     """The chunk of the longest step."""
-    longest = max(record["points"], key=lambda point: (point["T"], point["chunk"] is not None))
+    longest = max(record["runs"], key=lambda point: (point["T"], point["chunk"] is not None))
     return longest["chunk"]
 
 
 def table(record: dict[str, Any]) -> str:
     """One row per T and chunk: peak memory and time, and what they are of those without chunks."""
-    whole = {point["T"]: point for point in record["points"] if point["chunk"] is None}
+    whole = {point["T"]: point for point in record["runs"] if point["chunk"] is None}
     rows = []
-    for point in record["points"]:
+    for point in record["runs"]:
         row = [f"{point['T']:,}", "–" if point["chunk"] is None else str(point["chunk"])]
         if point["status"] != "timed":
             rows.append([*row, point["status"], "", "", "", ""])

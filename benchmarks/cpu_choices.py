@@ -19,11 +19,9 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from tqdm import tqdm
 
 from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
 from g2g_kernels.cpu import library
-from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.g2g_stack import cpu as stack
 from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
@@ -183,7 +181,7 @@ def measure(point: Point, size: int, repeats: int) -> list[dict[str, Any]]:
 
 def table(record: dict[str, Any]) -> str:
     """The points whose chosen way is slower than the fastest by more than is allowed, and how many there are in all."""
-    known = [point for point in record["points"] if point["chosen"]]
+    known = [point for point in record["runs"] if point["chosen"]]
     slow = [point for point in known if point["over"] > ALLOWED]
     rows = [
         [str(point[name]) for name in ("unit", "density", "rate", "T", "B", "pass", "chosen")]
@@ -192,43 +190,39 @@ def table(record: dict[str, Any]) -> str:
     ]
     head = ["unit", "density", "rate", "T", "B", "pass", "chosen", "ms of each way", "over the fastest"]
     said = (
-        f"Of {len(record['points'])} passes {len(slow)} take more than {ALLOWED} times the fastest way; in "
-        f"{len(record['points']) - len(known)} chunks of the batch differ in what they choose."
+        f"Of {len(record['runs'])} passes {len(slow)} take more than {ALLOWED} times the fastest way; in "
+        f"{len(record['runs']) - len(known)} chunks of the batch differ in what they choose."
     )
     return f"{said}\n\n{markdown(head, rows)}" if rows else said
 
 
+COUNTS = {
+    "size": (1024, "neurons of a layer"),
+    "repeats": (7, "timed turns"),
+    "points": (10_000, "points of the grid that are measured, spread over it"),
+}
+
+
 def build_parser() -> Parser:
-    parser = Parser(
-        prog=f"python -m {__package__}.cpu_choices",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for name, number, text in (
-        ("size", 1024, "neurons of a layer"),
-        ("repeats", 7, "timed turns"),
-        ("points", 10_000, "points of the grid that are measured, spread over it"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=number, metavar="N", help=f"{text} (default: {number})")
-    cli.add_report_flags(parser)
+    parser = cli.build_parser("cpu_choices", __doc__, "about twenty minutes on a core", {"points": 6})
+    cli.add_counts(parser, COUNTS)
     return parser
 
 
-def choices(arguments: argparse.Namespace) -> cli.Report:
-    for name in ("size", "repeats", "points"):
-        COUNT.check(name, getattr(arguments, name))
+def choices(arguments: argparse.Namespace) -> dict[str, Any]:
+    cli.checked(arguments, *COUNTS)
     every = list(grid())
     kept = every[:: -(-len(every) // min(arguments.points, len(every)))]
-    points: list[dict[str, Any]] = []
-    with pytorch_threads(1):  # others spin, which counts as processor time
+    runs: list[dict[str, Any]] = []
+    with pytorch_threads(1), cli.bar(len(kept), unit=" points") as bar:  # others spin, which is processor time, too
         machine = describe(torch.device("cpu"))
         print(cli.headline(machine))
-        for point in tqdm(kept, leave=False, disable=None):
-            points += measure(point, arguments.size, arguments.repeats)
-    record = {"benchmark": "cpu_choices", "machine": machine, "size": arguments.size, "points": points}
+        for point in kept:
+            runs += measure(point, arguments.size, arguments.repeats)
+            bar.update()
+    record = {"benchmark": "cpu_choices", "machine": machine, "size": arguments.size, "runs": runs}
     print(table(record))
-    rows = [{**point, "ms": " ".join(f"{way}={ms:.3f}" for way, ms in point["ms"].items())} for point in points]
-    return cli.Report(record, rows)
+    return record
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,10 +6,6 @@ work of the authors (Bellec et al., NeurIPS 2018), Adam scales the gradient, and
 :class:`g2gnet.training.Trainer`.
 """
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
-
 import torch
 
 from g2gnet.base.seeding import stream
@@ -19,8 +15,6 @@ from g2gnet.dst.scheduler import DSTScheduler
 from g2gnet.layers import G2GLinear
 from g2gnet.training import Machine, Trainer, TrainSettings
 from g2gnet.weights.tied_averages import rewire_averages
-
-from . import own_trainer
 
 #: of a step's learning rate: the force towards zero
 FORCE = 0.01
@@ -82,8 +76,3 @@ class DeepRTrainer(Trainer):
     def __init__(self, settings: TrainSettings, data: ImageData, machine: Machine) -> None:
         super().__init__(settings, data, machine)
         self.dst = DeepR(list(self.net.connections().values()), self.optimizer, settings.seed)
-
-
-def train(settings: TrainSettings, folder: Path, on_epoch: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """As :func:`benchmarks.own_trainer.train`."""
-    return own_trainer.train(DeepRTrainer, settings, folder, on_epoch)

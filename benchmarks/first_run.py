@@ -33,10 +33,11 @@ from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import FlagError, Parser
 from g2gnet.programs.main import run_program
 
+from . import records
 from .machine import describe
 from .predictions import FUSED_BATCHES, FUSED_UNITS, GROWING, OTHERS, RECORD, WAYS, scaling_stage
 from .report import seconds
-from .scaling import QUANTITIES
+from .throughput import QUANTITIES
 
 #: time limit of a stage, in seconds
 LIMIT = 480
@@ -55,7 +56,7 @@ TINY_GROWING: Mapping[str, Sequence[float]] = {"p_inter": (0.0, 0.5), "B": (2, 8
 #: the GPU lane of the tests, and what of each a rehearsal runs
 TESTS = {
     "tests-linear": ("test_triton_linear.py test_g2g_linear.py", "rows_and_columns_without_units"),
-    "tests-neurons": ("test_triton_lif.py test_lif.py test_synaptic.py", "one_step_by_hand"),
+    "tests-neurons": ("test_triton_lif.py test_lif.py test_models.py", "one_step_by_hand"),
     "tests-stack": ("test_triton_g2g_stack.py test_g2g_stack.py", "single_weights"),
 }
 
@@ -117,7 +118,7 @@ def stages(device: str) -> Iterator[Stage]:
         for precision, ending in (("bf16", "-bf16"), ("fp32", "")):
             contenders = ",".join(f"g2g-{backend}{way}{ending}" for way in WAYS[:2])
             name = scaling_stage(quantity, precision)
-            yield stage(name, f"{__package__}.scaling {flags} --contenders {contenders}")
+            yield stage(name, f"{__package__}.throughput {flags} --contenders {contenders}")
     for precision in ("bf16", "fp32"):
         if tiny:  # the interpreter cannot multiply in bfloat16
             shapes = "--precision fp32 --batch_sizes 4 --block_sizes 16 --hidden_dim 64 --T 3 --repeats 1"
@@ -143,7 +144,7 @@ def run(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
     A stage that is stopped by Ctrl-C leaves nothing.
     """
     with tempfile.TemporaryDirectory() as scratch:
-        output, record = Path(scratch) / "output", Path(scratch) / "record.json"
+        output, record = Path(scratch) / "output", Path(scratch) / "record.jsonl"
         command = [sys.executable, "-m", *stage.command, *(["--json", str(record)] if stage.measures else [])]
         start = time.monotonic()
         with output.open("wb") as file:
@@ -171,7 +172,7 @@ def run(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
             "status": status,
             "seconds": time.monotonic() - start,
             "output": output.read_text(encoding="utf-8", errors="replace")[-4000:],
-            "record": json.loads(record.read_text(encoding="utf-8")) if record.exists() else None,
+            "record": records.read(record) if record.exists() else None,
         }
     text = json.dumps(made, ensure_ascii=False)
     replace_file(folder / f"{stage.name}.json", lambda file: file.write(text.encode()))
@@ -190,21 +191,15 @@ def earlier(stage: Stage, folder: Path) -> dict[str, Any] | None:
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
-def measured(record: Any) -> dict[str, float]:
+def measured(record: Mapping[str, Any] | None) -> dict[str, float]:
     """The median seconds of everything timed in a stage's record."""
-    match record:
-        case {"contenders": contenders, "quantity": quantity}:
-            return {
-                f"{one['contender']}, {quantity} {place[QUANTITIES[quantity].field]}": point["median"]
-                for one in contenders
-                for place, point in zip(record["workloads"], one["points"], strict=True)
-                if "median" in point
-            }
-        case {"contenders": contenders}:
-            return {one["contender"]: one["median"] for one in contenders if "median" in one}
-        case {"times": times}:
-            return {one["what"]: one["median"] for one in times}
-    return {}
+    found = {}
+    for run in (timed for timed in record["runs"] if "median" in timed) if record else ():
+        what, place = run.get("what") or run["contender"], ""
+        if record and (quantity := record.get("quantity")):
+            place = f", {quantity} {record['workloads'][run['place']][QUANTITIES[quantity].field]}"
+        found[f"{what}{place}"] = run["median"]
+    return found
 
 
 def card_of(gpu: str | None) -> str:

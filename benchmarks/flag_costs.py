@@ -7,6 +7,7 @@ so the firing rates stand beside the times. Steps that update the graph (DST) ar
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import time
@@ -14,15 +15,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from g2gnet.base.tables import markdown
 from g2gnet.data import ImageData, load_dataset
-from g2gnet.programs.flags import FlagError, Parser, add_json_flag, settings_from
-from g2gnet.programs.main import run_program
+from g2gnet.programs.flags import Parser, settings_from
 from g2gnet.programs.train import build_parser as training_parser
 from g2gnet.training import Machine, Trainer, TrainSettings
 
+from . import cli
 from .machine import describe
 from .report import seconds
 
@@ -51,23 +51,23 @@ class _TurnOver(Exception):  # noqa: N818  # not an error
 
 
 class Contender:
-    """A trainer and the seconds of its steps, by whether they updated the graph."""
+    """A trainer and the seconds of its steps in each turn, by whether they updated the graph."""
 
     def __init__(self, flags: str, common: str, data: ImageData) -> None:
         self.flags = flags
         settings = settings_from(training_parser().parse_args(f"{common} {flags}".split()), TrainSettings)
         self.trainer = Trainer(settings, data, Machine(torch.device("cpu")))
-        self.plain: list[float] = []
-        self.update: list[float] = []
+        self.turns: list[tuple[list[float], list[float]]] = []
 
     def turn(self) -> None:
         """Trains for :data:`TURN` steps."""
         start = time.perf_counter()
+        self.turns.append(([], []))
 
         def on_step(*_: Any) -> None:
             nonlocal start
             updates = self.trainer.dst is not None and self.trainer.step % TURN == 0
-            (self.update if updates else self.plain).append(time.perf_counter() - start)
+            self.turns[-1][updates].append(time.perf_counter() - start)
             if self.trainer.step % TURN == 0:
                 raise _TurnOver
             start = time.perf_counter()
@@ -77,6 +77,18 @@ class Contender:
         except _TurnOver:
             return
         raise AssertionError("an epoch has more steps than the benchmark")
+
+    def run(self, warm_up: int) -> dict[str, Any]:
+        """The medians of all turns after the first ones, of each of them, and of the steps that updated the graph."""
+        plain, updates = zip(*self.turns[warm_up:], strict=True)
+        update = list(itertools.chain(*updates))
+        return {
+            "flags": self.flags,
+            "median": statistics.median(itertools.chain(*plain)),
+            "rounds": [statistics.median(of_turn) for of_turn in plain],
+            "update": statistics.median(update) if update else None,
+            "firing_rates": self.firing_rates(),
+        }
 
     def firing_rates(self) -> list[float]:
         """Of the hidden layers, so far in this epoch: spikes per neuron and step, 0 to 1."""
@@ -91,81 +103,63 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times all flags in turn, prints the table and returns the record.
 
     Raises:
-        FlagError: for no round, or more rounds than an epoch has steps for.
+        ValueError: for no round, or more rounds than an epoch has steps for.
     """
     data = load_dataset("fashionmnist", arguments.data_dir)
     most = len(data.train_labels) // TrainSettings().batch_size // TURN
     if arguments.rounds < 1 or arguments.warm_up < 0 or arguments.warm_up + arguments.rounds > most:
-        raise FlagError(
+        raise ValueError(
             f"rounds={arguments.rounds} and warm_up={arguments.warm_up}: give at least 1 and 0, and together at most "
             f"{most}, since all take place in one epoch"
         )
     common = f"--model index --hidden_dim {arguments.hidden_dim} --T {arguments.T} --device cpu"
     contenders = [Contender(flags, common, data) for flags in ("", *FLAGS)]
     rounds = arguments.warm_up + arguments.rounds
-    for number in tqdm(range(rounds), desc="rounds", leave=False, disable=None):
-        if number == arguments.warm_up:
-            for contender in contenders:
-                contender.plain.clear()
-                contender.update.clear()
-        first = number % len(contenders)
-        for contender in (*contenders[first:], *contenders[:first]):
-            contender.turn()
+    with cli.bar(rounds * len(contenders)) as bar:
+        for number in range(rounds):
+            first = number % len(contenders)
+            for contender in (*contenders[first:], *contenders[:first]):
+                contender.turn()
+                bar.update()
     record = {
         "benchmark": "flag_costs",
         "machine": describe(torch.device("cpu")),
         "settings": common,
         "steps_before": arguments.warm_up * TURN,
         "turn": TURN,
-        "rows": [
-            {
-                "flags": contender.flags,
-                "seconds": contender.plain,
-                "update_seconds": contender.update,
-                "firing_rates": contender.firing_rates(),
-            }
-            for contender in contenders
-        ],
+        "runs": [contender.run(arguments.warm_up) for contender in contenders],
     }
     print(table(record))
     return record
 
 
-def cost(row: dict[str, Any], default: dict[str, Any], turn: int) -> tuple[float, float]:
+def cost(run: dict[str, Any], default: dict[str, Any]) -> tuple[float, float]:
     """What a flag adds to a step, as a share of it: median over the rounds of the ratio of medians, and half the
     distance between the ratios' quartiles.
 
-    The steps of one round, ``turn`` of the default's, are compared with one another, since the machine may change from
-    round to round.
+    The steps of one round are compared with one another, since the machine may change from round to round.
     """
-
-    def by_round(times: Sequence[float], steps: int) -> list[float]:
-        return [statistics.median(times[at : at + steps]) for at in range(0, len(times), steps)]
-
-    rounds = len(default["seconds"]) // turn
-    steps = len(row["seconds"]) // rounds
-    ratios = [a / b for a, b in zip(by_round(row["seconds"], steps), by_round(default["seconds"], turn), strict=True)]
+    ratios = [ours / theirs for ours, theirs in zip(run["rounds"], default["rounds"], strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     return middle - 1, (high - low) / 2
 
 
 def table(record: dict[str, Any]) -> str:
     """Time of a step and of an update for each flag, and what the flag adds."""
-    default = record["rows"][0]
-    step = statistics.median(default["seconds"])
+    default = record["runs"][0]
     rows = []
-    for row in record["rows"]:
-        added, spread = cost(row, default, record["turn"])
+    for run in record["runs"]:
+        added, spread = cost(run, default)
         update = "–"
-        if row["update_seconds"]:
-            median = statistics.median(row["update_seconds"])
-            update = f"{seconds(median)} ({100 * (median - step) / step / 1000:+.2f} % of 1,000 steps)"
+        if run["update"]:
+            share = 100 * (run["update"] - default["median"]) / default["median"] / 1000
+            update = f"{seconds(run['update'])} ({share:+.2f} % of 1,000 steps)"
         rows.append(
             [
-                f"`{row['flags']}`" if row["flags"] else "the defaults",
-                seconds(statistics.median(row["seconds"])),
-                f"{100 * added:+.1f} ± {100 * spread:.1f} %" if row["flags"] else "",
-                ", ".join(f"{100 * rate:.1f}" for rate in row["firing_rates"]),
+                f"`{run['flags']}`" if run["flags"] else "the defaults",
+                seconds(run["median"]),
+                f"{100 * added:+.1f} ± {100 * spread:.1f} %" if run["flags"] else "",
+                ", ".join(f"{100 * rate:.1f}" for rate in run["firing_rates"]),
                 update,
             ]
         )
@@ -174,25 +168,21 @@ def table(record: dict[str, Any]) -> str:
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog=f"python -m {__package__}.flag_costs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    quick = {"rounds": 3, "warm_up": 1, "hidden_dim": 512, "T": 10}
+    parser = cli.build_parser("flag_costs", __doc__, "about nine minutes on two cores", quick)
     parser.add_argument("--data_dir", default="data", metavar="DIR", help="directory of the data sets (default: data)")
-    for name, default, text in (
-        ("rounds", 8, f"rounds of {TURN} timed steps"),
-        ("warm_up", 3, f"rounds of {TURN} steps before them"),
-        ("hidden_dim", 2048, "neurons in each of the two hidden layers"),
-        ("T", 50, "time steps per sample"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-    add_json_flag(parser, "every timing")
+    counts = {
+        "rounds": (8, f"rounds of {TURN} timed steps"),
+        "warm_up": (3, f"rounds of {TURN} steps before them"),
+        "hidden_dim": (2048, "neurons in each of the two hidden layers"),
+        "T": (50, "time steps per sample"),
+    }
+    cli.add_counts(parser, counts)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(build_parser(), measure, argv, "nothing was written")
+    return cli.run(build_parser(), measure, argv)
 
 
 if __name__ == "__main__":

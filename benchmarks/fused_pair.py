@@ -6,20 +6,19 @@ sizes show that the program runs; the times mean nothing then.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
 from g2g_kernels.numbers import COUNT
 from g2g_kernels.triton import runtime
 from g2gnet.base.tables import in_columns
-from g2gnet.programs.flags import FlagError, Parser, add_json_flag
-from g2gnet.programs.main import run_program
+from g2gnet.programs.flags import Parser
 from g2gnet.training.captured_step import CapturedStep
 
 from . import cli
@@ -32,26 +31,22 @@ from .roofline import DTYPES
 
 #: firing rate of the inputs
 RATE = 0.05
+COUNTS = {"hidden_dim": (2048, "neurons"), "T": (50, "time steps"), "repeats": (20, "timed turns")}
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog=f"python -m {__package__}.fused_pair",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--device", default="cuda", help="cuda, cuda:N or, in Triton's interpreter, cpu (default: cuda)"
-    )
+    quick = {"batch_sizes": "64,256", "block_sizes": "64", "repeats": 5}
+    parser = cli.build_parser("fused_pair", __doc__, "up to eight minutes on a GPU", quick)
+    text = "cuda, cuda:N or, in Triton's interpreter, cpu (default: cuda)"
+    parser.add_argument("--device", default="cuda", help=text)
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of the product (default: bf16)")
-    text = "batch sizes (default: %(default)s)"
-    parser.add_argument("--batch_sizes", default=",".join(map(str, FUSED_BATCHES)), metavar="N,N,...", help=text)
-    text = "sides of units (default: %(default)s)"
-    parser.add_argument("--block_sizes", default=",".join(map(str, FUSED_UNITS)), metavar="N,N,...", help=text)
-    parser.add_argument("--hidden_dim", type=int, default=2048, metavar="N", help="neurons (default: 2048)")
-    parser.add_argument("--T", type=int, default=50, metavar="N", help="time steps (default: 50)")
-    parser.add_argument("--repeats", type=int, default=20, metavar="N", help="timed turns (default: 20)")
-    add_json_flag(parser, "every time")
+    for name, values, text in (
+        ("batch_sizes", FUSED_BATCHES, "batch sizes"),
+        ("block_sizes", FUSED_UNITS, "sides of units"),
+    ):
+        default = ",".join(map(str, values))
+        parser.add_argument(f"--{name}", default=default, metavar="N,N,...", help=f"{text} (default: {default})")
+    cli.add_counts(parser, COUNTS)
     return parser
 
 
@@ -102,26 +97,24 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times both ways at every size, prints the table and returns the record.
 
     Raises:
-        FlagError: for a device that Triton cannot use, or sizes out of range.
+        ValueError: for a device that Triton cannot use, or sizes out of range.
     """
     reason = runtime.unavailable()
     device = torch.device(arguments.device)
     if reason is None and device.type != ("cpu" if runtime.interpreted() else "cuda"):
         reason = "TRITON_INTERPRET=1 works with --device cpu only, which needs it"
     if reason is not None:
-        raise FlagError(f"device={arguments.device!r}: {reason}")
-    try:
-        batches, units = (cli.numbers(text, int) for text in (arguments.batch_sizes, arguments.block_sizes))
-    except ValueError as error:
-        raise FlagError(f"{error}; give whole numbers, separated by commas") from error
-    for size in (*batches, *units, arguments.hidden_dim, arguments.T, arguments.repeats):
-        if COUNT.refuses(size):
-            raise FlagError(f"sizes and repeats must each be {COUNT}, not {size}")
+        raise ValueError(f"device={arguments.device!r}: {reason}")
+    batches, units = (cli.numbers(text) for text in (arguments.batch_sizes, arguments.block_sizes))
+    cli.checked(arguments, *COUNTS)
+    for size in (*batches, *units):
+        COUNT.check("sizes", size)
     from g2g_kernels.ops.g2g_stack import triton as stack
 
     found: list[dict[str, Any]] = []
-    for block_size in tqdm(units, leave=False, disable=None):
-        for batch in batches:
+    with cli.bar(len(units) * len(batches), unit=" layers") as bar:
+        for block_size, batch in itertools.product(units, batches):
+            bar.update()
             layer = Layer(device, arguments.precision, arguments.T, batch, arguments.hidden_dim, block_size)
             counts = []
             for fused in (False, True):
@@ -133,7 +126,6 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
                     {
                         "what": fused_label(batch, block_size, fused),
                         "median": statistics.median(taken),
-                        "seconds": taken,
                         # a membrane at the threshold may spike in one way and not in the other
                         "counts_that_differ": float((counts[0] != counts[-1]).float().mean()),
                     }
@@ -146,12 +138,12 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "T": arguments.T,
         "hidden_dim": arguments.hidden_dim,
         "machine": describe(device),
-        "times": found,
+        "runs": found,
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(build_parser(), compare, argv, interrupted="nothing was written")
+    return cli.run(build_parser(), compare, argv)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""PyTorch's GRU on the data of a training run, with as many weights: the yardstick of :mod:`benchmarks.sequence_study`.
+"""PyTorch's GRU on the data of a training run, with as many weights: the yardstick of the study of sequences.
 
 One layer, whose last state a linear layer reads; sequences, standardising, batches, epochs, learning rate and its
-schedule are those of the run's settings, which also name the network whose weights are counted. After every epoch all
-of it is saved, so that training resumes from there.
+schedule are those of the run's settings, which also name the network whose weights are counted. It takes minutes, and
+begins anew where it was stopped.
 """
 
 import json
@@ -20,7 +20,6 @@ from g2gnet import G2GNet
 from g2gnet.base.files import make_directory, replace_file
 from g2gnet.base.schedules import SCHEDULES
 from g2gnet.base.seeding import stream
-from g2gnet.base.tensor_files import read_tensors, write_tensors
 from g2gnet.data import ImageData, as_samples, load_dataset
 from g2gnet.sequences import unfold
 from g2gnet.training import TrainingError, TrainSettings
@@ -59,17 +58,8 @@ def build(settings: TrainSettings, input_dim: int, num_classes: int) -> GRU:
 
 
 @flushed_denormals()  # over 196 steps its gradients fall from 1e-3 to 1e-42
-def train(settings: TrainSettings, folder: Path, on_epoch: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """Trains the GRU, or resumes it; returns its last epoch: accuracies, seconds of training, parameters.
-
-    Args:
-        settings: of the run whose data, batches and learning rates it takes.
-        folder: of its files.
-        on_epoch: called with a line after each epoch.
-    """
-    done = finished(settings, folder)
-    if done is not None:
-        return done
+def train(settings: TrainSettings, folder: Path) -> None:
+    """Trains the GRU; :func:`finished` gives its last epoch."""
     data = load_dataset(settings.dataset, "data").limited(settings.limit_train, settings.limit_test)
     order = order_of(settings, data)
     mean, deviation = data.moments() if settings.standardize else (0.0, 1.0)
@@ -79,24 +69,13 @@ def train(settings: TrainSettings, folder: Path, on_epoch: Callable[[str], None]
 
     net = build(settings, order.shape[1], data.num_classes)
     optimizer = torch.optim.Adam(net.parameters(), settings.lr, weight_decay=settings.weight_decay)
-    count, seconds = len(data.train_labels), 0.0
-    of_epoch = -(-count // settings.batch_size)
-    factor = SCHEDULES[settings.lr_schedule]
-    first, path = 0, folder / "gru.pt"
-    end: dict[str, Any] = {}
-    make_directory(folder)
-    if path.exists():
-        saved = read_tensors(path)
-        _check(path, saved.get("settings", {}), settings)
-        net.load_state_dict(saved["net"])
-        optimizer.load_state_dict(saved["optimizer"])
-        first, seconds = saved["epoch"], saved["seconds"]
-    for epoch in range(first, settings.epochs):
+    count, seconds, right = len(data.train_labels), 0.0, 0
+    steps = settings.epochs * -(-count // settings.batch_size)
+    rates = (settings.lr * SCHEDULES[settings.lr_schedule](step / steps) for step in range(steps))
+    for epoch in range(settings.epochs):
         began, right = time.perf_counter(), 0
-        drawn = torch.randperm(count, generator=stream(settings.seed, "order", epoch))
-        for step, chosen in enumerate(drawn.split(settings.batch_size), epoch * of_epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.lr * factor(step / (of_epoch * settings.epochs))
+        for chosen in torch.randperm(count, generator=stream(settings.seed, "order", epoch)).split(settings.batch_size):
+            optimizer.param_groups[0]["lr"] = next(rates)
             labels = data.train_labels[chosen].long()
             logits = net(sequences(data.train_images[chosen]))
             optimizer.zero_grad()
@@ -106,29 +85,21 @@ def train(settings: TrainSettings, folder: Path, on_epoch: Callable[[str], None]
             optimizer.step()
             right += int((logits.argmax(1) == labels).sum())
         seconds += time.perf_counter() - began
-        end = {"epoch": epoch + 1, "train_acc": right / count, "test_acc": _accuracy(net, data, sequences)}
-        write_tensors(
-            path,
-            {
-                "net": net.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "epoch": epoch + 1,
-                "seconds": seconds,
-                "settings": settings.as_dict(),
-            },
-        )
-        on_epoch(f"epoch {epoch + 1}: test accuracy {end['test_acc']:.4f}, {seconds:.0f} s")
-    if not end:  # it was killed between its last epoch and its end
-        end = {"epoch": settings.epochs, "test_acc": _accuracy(net, data, sequences)}
-    weights = sum(parameter.numel() for parameter in net.parameters())
-    end |= {"train_seconds": seconds, "weights": weights, "hidden_dim": net.recurrent.hidden_size}
+    end = {
+        "epoch": settings.epochs,
+        "train_acc": right / count,
+        "test_acc": _accuracy(net, data, sequences),
+        "train_seconds": seconds,
+        "weights": sum(parameter.numel() for parameter in net.parameters()),
+        "hidden_dim": net.recurrent.hidden_size,
+    }
     of_run = {"settings": settings.as_dict(), "end": end}
+    make_directory(folder)
     replace_file(folder / "gru.json", lambda file: file.write(json.dumps(of_run).encode()))
-    return end
 
 
 def finished(settings: TrainSettings, folder: Path) -> dict[str, Any] | None:
-    """What :func:`train` returned, or None if it has not finished in this folder.
+    """The last epoch, seconds of training and weights, or None if it has not finished in this folder.
 
     Raises:
         TrainingError: if the folder has a run of other settings.
@@ -137,18 +108,13 @@ def finished(settings: TrainSettings, folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     of_run = json.loads(path.read_text(encoding="utf-8"))
-    _check(path, of_run.get("settings", {}), settings)
-    end: dict[str, Any] = of_run["end"]
-    return end
-
-
-def _check(path: Path, theirs: dict[str, Any], ours: TrainSettings) -> None:
-    """Raises TrainingError unless a run was made with these settings."""
-    differing = compared(theirs, ours.as_dict())
+    differing = compared(of_run.get("settings", {}), settings.as_dict())
     if differing:
         raise TrainingError(
             f"{path} belongs to a run with different settings:\n" + "\n".join(differing) + f"\nDelete {path.parent}"
         )
+    end: dict[str, Any] = of_run["end"]
+    return end
 
 
 @torch.no_grad()

@@ -22,16 +22,14 @@ from unittest import mock
 import torch
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from g2g_kernels import BlockMask, GroupLayout
-from g2g_kernels.numbers import COUNT
 from g2g_kernels.triton import runtime
 from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack
 from g2gnet.base.tables import in_columns
-from g2gnet.programs.flags import FlagError, Parser, add_json_flag
-from g2gnet.programs.main import run_program
+from g2gnet.programs.flags import Parser
 
+from . import cli
 from .contender import autocast
 from .launcher import launcher_seconds
 from .machine import describe, pytorch_threads
@@ -178,34 +176,28 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times all cases in turn, prints the table and returns the record.
 
     Raises:
-        FlagError: for numbers of turns out of range.
+        ValueError: for numbers of turns out of range.
     """
     if arguments.launcher and runtime.interpreted():
-        raise FlagError("launcher: TRITON_INTERPRET is set, and the interpreter has none; unset it")
-    for name in ("turns", "warm_up"):
-        value = getattr(arguments, name)
-        if COUNT.refuses(value):
-            raise FlagError(f"{name}={value} must be {COUNT}")
-    with pytorch_threads(1):
+        raise ValueError("launcher: TRITON_INTERPRET is set, and the interpreter has none; unset it")
+    cli.checked(arguments, "turns", "warm_up")
+    rounds = arguments.warm_up + arguments.turns
+    with pytorch_threads(1), cli.bar(rounds) as bar:
         contenders = [Contender(case) for case in CASES]
-        for number in tqdm(range(arguments.warm_up + arguments.turns), leave=False, disable=None):
+        for number in range(rounds):
             for contender in contenders:
                 contender.turn(TURN)
                 if number < arguments.warm_up:
                     for taken in contender.seconds.values():
                         taken.clear()
+            bar.update()
         rows = [row for contender in contenders for row in _rows(contender)]
         if arguments.launcher:
             *_, last = contenders
             taken = launcher_seconds(last.launches, arguments.turns)
             rows.append(_row(last.case, "launcher", taken) | {"launches": len(last.launches)})
-        record = {
-            "benchmark": "host_time",
-            "machine": describe(torch.device("cpu")),
-            "turns": arguments.turns,
-            "turn": TURN,
-            "rows": rows,
-        }
+        about = {"benchmark": "host_time", "machine": describe(torch.device("cpu"))}
+        record = {**about, "turns": arguments.turns, "turn": TURN, "runs": rows}
     print(in_columns(*table(record)))
     return record
 
@@ -224,9 +216,9 @@ def _row(case: Case, part: str, taken: Sequence[float]) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: least and median time of each part of each case."""
-    parts = list(dict.fromkeys(row["part"] for row in record["rows"]))
+    parts = list(dict.fromkeys(row["part"] for row in record["runs"]))
     cases: dict[str, dict[str, str]] = {}
-    for row in record["rows"]:
+    for row in record["runs"]:
         name = ", ".join(row[field] for field in Case._fields)
         cases.setdefault(name, {})[row["part"]] = f"{seconds(row['least'])} ({seconds(row['median'])})"
     rows = [[name, *(times.get(part, "–") for part in parts)] for name, times in cases.items()]
@@ -234,22 +226,18 @@ def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog=f"python -m {__package__}.host_time",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = cli.build_parser(
+        "host_time", __doc__, "half a minute on a core, with --launcher two minutes", {"turns": 10}
     )
-    for name, number, text in (("turns", 50, "timed turns"), ("warm_up", 5, "turns before them")):
-        text = f"{text} of {TURN} steps (default: {number})"
-        parser.add_argument(f"--{name}", type=int, default=number, metavar="N", help=text)
+    counts = {"turns": (50, f"timed turns of {TURN} steps"), "warm_up": (5, "turns before them")}
+    cli.add_counts(parser, counts)
     text = "time Triton's launcher, too; compiles the kernels of a step for an H100 (a minute)"
     parser.add_argument("--launcher", action="store_true", help=text)
-    add_json_flag(parser, "every least and median time")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(build_parser(), measure, argv, "nothing was written")
+    return cli.run(build_parser(), measure, argv)
 
 
 if __name__ == "__main__":

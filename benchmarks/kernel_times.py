@@ -13,8 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from g2gnet.base.tables import in_columns
-from g2gnet.programs.flags import FlagError, Parser
-from g2gnet.programs.main import run_program
+from g2gnet.programs.flags import Parser
 
 from . import cli
 from .machine import describe, synchronize
@@ -26,21 +25,15 @@ SMALL = 0.01
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog=f"python -m {__package__}.kernel_times", description=__doc__.split("\n\n")[0])
+    parser = cli.build_parser("kernel_times", __doc__, "a minute", cli.QUICK)
     cli.add_flags(parser, repeats=10)
     return parser
 
 
 def kernel_times(arguments: argparse.Namespace) -> dict[str, Any]:
     """Profiles the steps, prints the table and returns the record."""
-    try:
-        device, repeats, workload = (
-            cli.device_from(arguments),
-            cli.repeats_from(arguments),
-            cli.workload_from(arguments),
-        )
-    except ValueError as error:
-        raise FlagError(str(error)) from error
+    cli.checked(arguments, "repeats")
+    device, repeats, workload = cli.device_from(arguments), arguments.repeats, cli.workload_from(arguments)
     _, prepared = cli.prepare_with_bar(workload, arguments.data_dir)
     backend = arguments.backend or ("triton" if device.type == "cuda" else "torch")
     precision = arguments.precision or "bf16"
@@ -74,12 +67,12 @@ def kernel_times(arguments: argparse.Namespace) -> dict[str, Any]:
         "backend": backend,
         "workload": prepared.workload.as_dict(),
         "machine": describe(device),
-        "times": kernels,
+        "runs": kernels,
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(build_parser(), kernel_times, argv, interrupted="nothing was written")
+    return cli.run(build_parser(), kernel_times, argv)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Do not write the record again once something has run on a GPU: it would no longe
 :mod:`benchmarks.first_run` compares measured times with it.
 """
 
-import json
 import math
 import sys
 from collections import defaultdict
@@ -26,7 +25,7 @@ from g2gnet import G2GNet
 from g2gnet.programs.flags import Parser, add_json_flag
 from g2gnet.programs.main import run_program
 
-from . import report
+from . import records, report
 from .launches import (
     Operation,
     correlations,
@@ -42,9 +41,9 @@ from .roofline import CARDS, DTYPES, INPUT_DIM, NUM_CLASSES, adam, seconds
 RECORD = Path(__file__).parent / "results" / "predictions.json"
 #: what :mod:`benchmarks.host_time` has measured of the default network's bfloat16 step on backend ``triton``
 HOST = {
-    row["part"]: row
-    for row in json.loads(RECORD.with_name("host-time-2-core-zen4.json").read_text(encoding="utf-8"))["rows"]
-    if (row["backend"], row["precision"]) == ("triton", "bf16")
+    run["part"]: run
+    for run in records.read(RECORD.with_name("host-time-2-core-zen4.jsonl"))["runs"]
+    if (run["backend"], run["precision"]) == ("triton", "bf16")
 }
 
 

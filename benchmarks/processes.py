@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from g2gnet.base.tables import in_columns
-from g2gnet.programs.flags import FlagError, Parser, add_json_flag
-from g2gnet.programs.main import run_program
+from g2gnet.programs.flags import Parser
 from g2gnet.training import TrainingError
 
+from . import cli
 from .machine import describe
 from .report import seconds
 
@@ -33,15 +33,10 @@ DEFAULTS = "--dataset fashionmnist-mini --model mixer --epochs 5 --batch_size 25
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog=f"python -m {__package__}.processes",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.build_parser("processes", __doc__, "a minute", {})
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
     parser.add_argument("--processes", type=int, metavar="N", help="default: the number of GPUs; 2 on the CPU")
     parser.add_argument("--flags", default=DEFAULTS, help="of g2g-train (default: %(default)s)")
-    add_json_flag(parser, "the epochs of both")
     return parser
 
 
@@ -64,13 +59,13 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     """Trains both, prints the table and returns the record.
 
     Raises:
-        FlagError: for fewer than two processes, or more than there are GPUs.
+        ValueError: for fewer than two processes, or more than there are GPUs.
         TrainingError: if a run failed, or the losses are not the same.
     """
     gpus = torch.cuda.device_count()
     count = arguments.processes or (gpus if arguments.device == "cuda" else 2)
     if count < 2 or (arguments.device == "cuda" and count > gpus):
-        raise FlagError(f"processes={count}: give at least 2, and at most one per GPU ({gpus} found)")
+        raise ValueError(f"processes={count}: give at least 2, and at most one per GPU ({gpus} found)")
     torchrun = ("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}")
     found = []
     with tempfile.TemporaryDirectory() as root:
@@ -93,12 +88,12 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
         "flags": arguments.flags,
         "processes": count,
         "machine": describe(torch.device(arguments.device)),
-        "times": found,
+        "runs": found,
     }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(build_parser(), compare, argv, interrupted="nothing was written")
+    return cli.run(build_parser(), compare, argv)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ A page marks its drawn parts with ``<!-- drawn: NAME -->`` and ``<!-- end -->``.
 record, whose table it shows, or that of a shorter table, perhaps of several records. Of several records of one name the
 newest is shown; a part is empty where there is none. Numbers are nowhere else, so a page cannot disagree with the
 measurements; ``tests/benchmarks/test_benchmark_reports.py`` checks that. ``python -m benchmarks.redraw FILE`` prints
-the whole table of any record. Pictures lie in ``docs``; ``docs/draw_result.py`` draws one more.
+the whole table of any record. Pictures lie in ``docs``; ``docs/draw_result.py`` draws one more. It takes seconds.
 """
 
 import dataclasses
@@ -21,31 +21,18 @@ from typing import Any, NamedTuple
 from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
 
-from . import (
-    accuracy,
-    chunks,
-    cpu_choices,
-    dst_study,
-    few_study,
-    flag_costs,
-    host_time,
-    model_comparison,
-    recipe_study,
-    recurrent_structure_study,
-    sequence_study,
-    structure_study,
-    study,
-    surrogate_study,
-    tradeoff_study,
-)
+from . import chunks, cpu_choices, flag_costs, host_time, records, report, study_tables
 from .cli import BUSY
 from .first_run import comparison
+from .predictions import RECORD as PREDICTIONS
+from .records import RESULTS
 from .registry import KERNELS
-from .report import curve_title, of_floor, plain, seconds, title
+from .report import curve_title, plain, seconds, title
+from .studies import BEST, CHOSEN_FEW, EXAMPLE, RELU, SEQUENCES, STUDIES
+from .study_tables import TEST_IMAGES, rows_of
 from .workload import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PICTURES = ROOT / "docs"
 PAGES = (
     ROOT / "README.md",
@@ -53,20 +40,6 @@ PAGES = (
 )
 #: the record whose picture is on a page
 PICTURED = "scaling-p_inter"
-STUDIES = {
-    module.STUDY.name: module.STUDY
-    for module in (
-        model_comparison,
-        surrogate_study,
-        recipe_study,
-        dst_study,
-        few_study,
-        tradeoff_study,
-        sequence_study,
-        structure_study,
-        recurrent_structure_study,
-    )
-}
 #: a throughput record's name contains these where they differ
 _DEFAULTS = {field.name: field.default for field in dataclasses.fields(Workload)}
 USUAL = {name: _DEFAULTS[name] for name in ("model", "block_size")}
@@ -85,19 +58,23 @@ class Record(NamedTuple):
     @property
     def name(self) -> str:
         """What it measures: a kernel and how its network differs from the default, or another benchmark."""
-        benchmark = self.content["benchmark"]
+        content = self.content
+        benchmark = content["benchmark"]
         if benchmark == "throughput":
-            workload = self.content["workload"]
+            if content["quantity"]:
+                return f"scaling-{content['quantity']}"
+            workload = content["workloads"][0]
             usual = USUAL_RECURRENT if workload.get("recurrent") else USUAL
             other = (f", {name} {workload[name]}" for name, value in usual.items() if workload[name] != value)
-            return self.content["kernel"] + "".join(other)
-        if self.content.get("tested_on", study.TEST_IMAGES) != study.TEST_IMAGES:
-            return f"{benchmark}, validation"
-        if benchmark == "structure_study":
-            return f"{benchmark}, {self.content['epochs']} epochs"
-        if benchmark == "sequence_study":
-            return f"{benchmark}, {self.content['rows'][0]['row'].partition(',')[0]}"
-        return f"scaling-{self.content['quantity']}" if benchmark == "scaling" else benchmark
+            return content["kernel"] + "".join(other)
+        if benchmark not in STUDIES:
+            return benchmark
+        name = f"{benchmark}_study"
+        if content["tested_on"] != TEST_IMAGES:
+            return f"{name}, validation"
+        if benchmark == "structure":
+            return f"{name}, {content['epochs']} epochs"
+        return f"{name}, {content['runs'][0]['row'].partition(',')[0]}" if benchmark == "sequence" else name
 
     @property
     def picture(self) -> Path | None:
@@ -107,12 +84,12 @@ class Record(NamedTuple):
 
 def read(path: Path) -> Record:
     """The record in a file."""
-    return Record(path, json.loads(path.read_text(encoding="utf-8")))
+    return Record(path, json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else records.read(path))
 
 
-def records(folder: Path = RESULTS) -> list[Record]:
+def all_records(folder: Path = RESULTS) -> list[Record]:
     """All records, by the names of their files."""
-    return [read(path) for path in sorted(folder.glob("*.json"))]
+    return [read(path) for path in sorted([*folder.glob("*.jsonl"), PREDICTIONS])]
 
 
 def redrawn(page: str, folder: Path, kept: Sequence[Record]) -> str:
@@ -155,8 +132,8 @@ def _range(values: Iterable[Any]) -> str:
 def _machine(record: Record, link: Link) -> str:
     """Where, when and with what it was measured, and a link to the record."""
     machine = record.content["machine"]
-    ends = [end for row in record.content.get("rows", ()) for end in row.get("ends", ())]
-    days = _range(when["date"][:10] for when in (machine, *(end["measured"] for end in ends if "measured" in end)))
+    measured = (run["measured"] for run in record.content["runs"] if "measured" in run)
+    days = _range(when["date"][:10] for when in (machine, *measured))
     return f"{_processor(machine)}, PyTorch {machine['versions']['torch']}, {days} ([record]({link(record.path)}))"
 
 
@@ -182,29 +159,32 @@ def _percent(share: float) -> str:
 
 def _throughput(record: Record, link: Link) -> str:
     content = record.content
-    rows = content["contenders"]
+    if content["quantity"]:
+        return _scaling(record, link)
     counted = _counted(content)
-    timed = sorted((row for row in rows if row["status"] == "timed"), key=lambda row: float(row[counted]))
-    baseline = next(row[counted] for row in timed if row["contender"] == content["baseline"])
+    timed = sorted((run for run in content["runs"] if run["status"] == "timed"), key=lambda run: float(run[counted]))
+    baseline = next(run[counted] for run in timed if run["contender"] == content["baseline"])
     busy = _busy(content)
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "": lambda row: title(row["contender"]),
-        "median": lambda row: seconds(row["median"]),
-        "20–80 %": lambda row: f"{seconds(row['p20'])} – {seconds(row['p80'])}",
-        "processor time": lambda row: seconds(row["cpu_median"]) if "cpu_median" in row else "–",
-        "times as fast": lambda row: f"{baseline / row[counted]:.3g}",
-        "of the floor": lambda row: f"{100 * of_floor(content, row):.0f} %",
-        "peak memory": lambda row: f"{row['peak_bytes'] / 1e6:.0f} MB",
+        "": lambda run: title(run["contender"]),
+        "median": lambda run: seconds(run["median"]),
+        "20–80 %": lambda run: f"{seconds(run['p20'])} – {seconds(run['p80'])}",
+        "processor time": lambda run: seconds(run["cpu_median"]) if "cpu_median" in run else "–",
+        "times as fast": lambda run: f"{baseline / run[counted]:.3g}",
+        "of the floor": lambda run: f"{100 * report.of_floor(content, run):.0f} %",
+        "peak memory": lambda run: f"{run['peak_bytes'] / 1e6:.0f} MB",
     }
     left_out = {"processor time": not busy, "of the floor": busy}
     shown = {name: cell for name, cell in columns.items() if not left_out.get(name)}
     text = (
-        f"{_about(content)}: {_network(content['workload'])}. {len(timed[0]['seconds'])} interleaved repeats, "
+        f"{_about(content)}: {_network(content['workloads'][0])}. {timed[0]['repeats']} interleaved repeats, "
         f"{_machine(record, link)}. *Times as fast*: as {title(content['baseline'])}.\n\n"
-        f"{markdown(list(shown), [[cell(row) for cell in shown.values()] for row in timed])}{_said_of_others(content)}"
+        f"{markdown(list(shown), [[cell(run) for cell in shown.values()] for run in timed])}{_said_of_others(content)}"
     )
     absent = [
-        f"{title(row['contender'])} ({row['reason']})" for row in rows if row["status"] not in ("timed", "skipped")
+        f"{title(run['contender'])} ({run['reason']})"
+        for run in content["runs"]
+        if run["status"] not in ("timed", "skipped")
     ]
     return f"{text}\n\nWithout a time: {'; '.join(absent)}." if absent else text
 
@@ -216,15 +196,15 @@ def _about(content: dict[str, Any]) -> str:
 
 def _ours(content: dict[str, Any]) -> dict[str, Any]:
     """Our row of a throughput record."""
-    timed = {row["contender"]: row for row in content["contenders"] if row["status"] == "timed"}
+    timed = {run["contender"]: run for run in content["runs"] if run["status"] == "timed"}
     return next(timed[name] for name in ("g2g-triton", "g2g-cpu", "g2g-torch") if name in timed)
 
 
 def _peers(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The baseline's row, and that of the fastest contender that is not ours."""
-    others = [row for row in content["contenders"] if row["status"] == "timed" and "g2g" not in row["contender"]]
-    baseline = next(row for row in others if row["contender"] == content["baseline"])
-    return baseline, min(others, key=lambda row: float(row[_counted(content)]))
+    others = [run for run in content["runs"] if run["status"] == "timed" and "g2g" not in run["contender"]]
+    baseline = next(run for run in others if run["contender"] == content["baseline"])
+    return baseline, min(others, key=lambda run: float(run[_counted(content)]))
 
 
 def _step_in_a_line(record: Record, link: Link) -> str:
@@ -232,7 +212,7 @@ def _step_in_a_line(record: Record, link: Link) -> str:
     content = record.content
     masked, fastest = (seconds(row["median"]) for row in _peers(content))
     return (
-        f"A training step with {content['workload']['hidden_dim']:,} neurons per layer takes "
+        f"A training step with {content['workloads'][0]['hidden_dim']:,} neurons per layer takes "
         f"**{seconds(_ours(content)['median'])}**; {_MASKED} takes {masked}, {_FASTEST} "
         f"{fastest} ({_processor(content['machine'])}; [how it was measured]({link(PICTURES / 'performance.md')}))."
     )
@@ -245,16 +225,13 @@ def _readme(of_step: Record, of_wide: Record, of_recipe: Record, of_few: Record,
     """What a user gets, a line each, and where it comes from."""
     step, wide, recipe, few = (record.content for record in (of_step, of_wide, of_recipe, of_few))
     ours, (masked, fastest) = _ours(step), _peers(step)
-    largest = wide["workloads"][-1]
-    point = wide["contenders"][0]["points"][-1]
+    largest, point = wide["workloads"][-1], wide["runs"][-1]
+    trained = {row.name: row for row in (*rows_of(recipe), *rows_of(few))}
 
-    def reached(content: dict[str, Any], name: str) -> str:
-        row = next(row for row in content["rows"] if row["row"] == name)
-        return f"{study.spread(row['ends'], study.accuracy)} %"
+    def reached(name: str) -> str:
+        return f"{study_tables.spread(trained[name].runs, study_tables.accuracy)} %"
 
-    spiking = recipe_study.CHOSEN[-1]
-    best = next(row for row in recipe["rows"] if row["row"] == spiking)
-    dense, sparse = few_study.CHOSEN[:2]
+    best, (dense, sparse) = trained[BEST], CHOSEN_FEW[:2]
     rows = [
         ["A training step", f"**{seconds(ours['median'])}**",
          f"{seconds(masked['median'])}: {_MASKED}; {seconds(fastest['median'])}: {_FASTEST}",
@@ -266,21 +243,21 @@ def _readme(of_step: Record, of_wide: Record, of_recipe: Record, of_few: Record,
          f"**{seconds(point['median'])}, {point['peak_bytes'] / 1e9:.1f} GB**",
          f"{largest['dense_bytes'] / 1e9:.0f} GB (computed): weights, gradients and Adam's moments of a dense network",
          "performance.md#how-it-grows"],
-        [f"Accuracy, {study.mean(best, 'weights') / 1e6:.1f} million weights", f"**{reached(recipe, spiking)}**",
-         f"{reached(recipe, f'{spiking}, ReLU')}: the same network with ReLU instead of spikes",
+        [f"Accuracy, {best.mean('weights') / 1e6:.1f} million weights", f"**{reached(BEST)}**",
+         f"{reached(f'{BEST}, {RELU}')}: the same network with ReLU instead of spikes",
          "results.md#the-recipe"],
-        ["Accuracy, 58,000 weights", f"**{reached(few, sparse)}**",
-         f"{reached(few, dense)}: a dense spiking network of as many weights",
+        ["Accuracy, 58,000 weights", f"**{reached(sparse)}**",
+         f"{reached(dense)}: a dense spiking network of as many weights",
          "results.md#few-weights"],
     ]  # fmt: skip
     cells = [[*row, f"[command]({link(PICTURES / page)})"] for *row, page in rows]
-    network = step["workload"]
+    network = step["workloads"][0]
     return (
         f"{markdown(['', 'g2g', 'compared with', ''], cells)}\n\nTraining steps have batches of "
         f"{network['batch_size']} samples, {network['T']} time steps and two hidden layers of "
         f"{network['hidden_dim']:,} neurons with {_percent(network['density'])} of the weights (third row: "
         f"{largest['T']} time steps, groups of 256 neurons). They were measured on {_processor(step['machine'])}. "
-        f"Accuracies are those on the test images of Fashion-MNIST, after {best['ends'][0]['epoch']} epochs (58,000 "
+        f"Accuracies are those on the test images of Fashion-MNIST, after {best.runs[0]['epoch']} epochs (58,000 "
         f"weights: {few['epochs']}), mean ± standard error over 3 seeds."
     )
 
@@ -295,7 +272,7 @@ def _in_one_table(*names: str) -> Part:
             counted, ours, (baseline, fastest) = _counted(content), _ours(content), _peers(content)
             whole = content["kernel"] in ("step", "recurrent")
             rows.append([
-                _network(content["workload"]) if whole else _about(content),
+                _network(content["workloads"][0]) if whole else _about(content),
                 seconds(ours[counted]),
                 f"{seconds(baseline[counted])}: {title(baseline['contender'])}",
                 f"{baseline[counted] / ours[counted]:.3g}",
@@ -329,44 +306,28 @@ def _said_of_others(content: dict[str, Any]) -> str:
 
 def _seeds(content: dict[str, Any]) -> str:
     """How many seeds a study's rows have: ``3 seeds``, ``1 seed``, ``1 to 3 seeds``."""
-    counts = _range(len(row["ends"]) for row in content["rows"])
+    counts = _range(len(row.runs) for row in rows_of(content))
     return f"{counts} seed" if counts == "1" else f"{counts} seeds"
 
 
 def _whole(content: dict[str, Any]) -> str:
     """How long all runs of a study took, each on one core: ``24 runs, 3.1 hours of processor time``."""
-    ends = [end for row in content["rows"] for end in row["ends"]]
-    measured = all("train_cpu_seconds" in end for end in ends)  # not in older records
+    runs = content["runs"]
+    measured = all("train_cpu_seconds" in run for run in runs)  # not in older records
     quantity, what = ("train_cpu_seconds", "processor time") if measured else ("train_seconds", "training")
-    return f"{len(ends)} runs, {sum(end[quantity] for end in ends) / 3600:.1f} hours of {what}"
+    return f"{len(runs)} runs, {sum(run[quantity] for run in runs) / 3600:.1f} hours of {what}"
 
 
 def _command(record: Record, link: Link, name: str) -> str:
     """The command of a study's row, in lines that a page has room for."""
     content = record.content
-    row = next(row for row in content["rows"] if row["row"] == name)
-    command = f"python train.py {content['settings']} {row['flags']}"
-    if "--epochs" not in row["flags"]:
+    flags = content["rows"][name]
+    command = f"python train.py {content['settings']} {flags}"
+    if "--epochs" not in flags:
         command += f" --epochs {content['epochs']}"
     whole_flags = re.sub(" (?!--)", "\0", command)
     lines = textwrap.wrap(whole_flags, 84, break_on_hyphens=False, break_long_words=False)
     return "```sh\n" + " \\\n  ".join(lines).replace("\0", " ") + "\n```"
-
-
-def _tradeoff(record: Record, link: Link) -> str:
-    """The best dense and the best sparse network with each budget of weights."""
-    content = record.content
-    quantity, unit, budgets = tradeoff_study.BUDGETS[0]
-
-    def cells(kind: str, budget: int) -> tuple[str, str, str]:
-        row = tradeoff_study.best(content, kind, quantity, budget)
-        if row is None:
-            return ("–",) * 3
-        return row["row"], study.spread(row["ends"], study.accuracy), f"{study.mean(row, 'train_cpu_seconds'):.0f}"
-
-    rows = [[f"{budget:,} {unit}", *cells("dense", budget), *cells("sparse", budget)] for budget in budgets]
-    header = ["at most", *(name for kind in ("dense", "sparse") for name in (kind, "accuracy, %", "seconds"))]
-    return f"{_of_study(record, link)}\n\n{_in_words(markdown(header, rows))}"
 
 
 def _by_seed(records: ByName, link: Link) -> str:
@@ -375,27 +336,18 @@ def _by_seed(records: ByName, link: Link) -> str:
     if not found:
         return ""
     links = ", ".join(f"[{number}]({link(record.path)})" for number, record in enumerate(found, 1))
-    return f"{_in_words(recipe_study.gains_by_seed([record.content for record in found]))}\n\nRecords: {links}."
+    return f"{_in_words(study_tables.gains_by_seed([record.content for record in found]))}\n\nRecords: {links}."
 
 
 def _sequences(records: ByName, link: Link) -> str:
-    """The accuracy of each network on each kind of sequence, and its weights on the first."""
-    found = [records[name][-1] for kind in SEQUENCES if (name := f"sequence_study, {kind}") in records]
+    """The accuracy of each network on each kind of sequence."""
+    found = {kind: records[name][-1] for kind in SEQUENCES if (name := f"sequence_study, {kind}") in records}
     if not found:
         return ""
-    rows: dict[str, list[str]] = {}
-    for record in found:
-        for row in record.content["rows"]:
-            cells = rows.setdefault(row["row"].partition(", ")[2], [f"{study.mean(row, 'weights'):,.0f}"])
-            cells.append(study.spread(row["ends"], study.accuracy))
-    kinds = [record.name.rpartition(" ")[2] for record in found]
-    links = ", ".join(f"[{kind}]({link(record.path)})" for kind, record in zip(kinds, found, strict=True))
-    table = markdown(["", f"weights ({kinds[0]})", *kinds], [[name, *cells] for name, cells in rows.items()])
-    return f"Test accuracy, %, {_seeds(found[0].content)}; records: {links}.\n\n{table}"
-
-
-#: sequences of images, the shortest first
-SEQUENCES = ("rows", "permuted", "pixels")
+    links = ", ".join(f"[{kind}]({link(record.path)})" for kind, record in found.items())
+    contents = {kind: record.content for kind, record in found.items()}
+    seeds = _seeds(next(iter(contents.values())))
+    return f"Test accuracy, %, {seeds}; records: {links}.\n\n{study_tables.sequences(contents)}"
 
 
 def _growths(records: ByName, link: Link) -> str:
@@ -406,16 +358,13 @@ def _growths(records: ByName, link: Link) -> str:
             continue
         record = records[f"scaling-{name}"][-1]
         content = record.content
-        points = [one["points"] for one in content["contenders"]]
-        ends = [
-            f"{seconds(timed[0]['median'])} → {seconds(timed[-1]['median'])}"
-            for timed in ([point for point in of if point["status"] == "timed"] for of in points)
-        ]
+        timed = ([run for run in of if run["status"] == "timed"] for _, of in report.curves(content))
+        ends = [f"{seconds(of[0]['median'])} → {seconds(of[-1]['median'])}" for of in timed]
         places = [plain(content["workloads"][end]["x"]) for end in (0, -1)]
         rows.append([f"[{content['x_is']}]({link(record.path)})", " → ".join(places), *ends])
     if not rows:
         return ""
-    titles = [curve_title(one["contender"], content["quantity"]) for one in content["contenders"]]
+    titles = [curve_title(name, content["quantity"]) for name, _ in report.curves(content)]
     return markdown(["", "from → to", *titles], rows)
 
 
@@ -426,13 +375,13 @@ def _scaling(record: Record, link: Link) -> str:
     content = record.content
     places = content["workloads"]
     rows = []
-    for one in content["contenders"]:
-        medians = [point.get("median") for point in one["points"]]
+    for contender, runs in report.curves(content):
+        medians = [run.get("median") for run in runs]
         fitted = ["–", "–"]
-        if one["line"]:
+        if line := report.line(content, runs):
             largest = max(median for median in medians if median)
-            fitted = [f"{100 * one['line']['intercept'] / largest:.0f} %", f"{one['line']['r_squared']:.3f}"]
-        name = curve_title(one["contender"], content["quantity"])
+            fitted = [f"{100 * line.intercept / largest:.0f} %", f"{line.r_squared:.3f}"]
+        name = curve_title(contender, content["quantity"])
         rows.append([name, *(seconds(m) if m else "–" for m in medians), *fitted])
     first, changing = places[0], {"wide": ("H", "p_inter")}.get(content["quantity"], (content["quantity"],))
     fixed = [
@@ -463,39 +412,10 @@ def _beside_dense(content: dict[str, Any]) -> str:
     places = content["workloads"]
     if "dense_bytes" not in places[0]:
         return ""
-    rows = [
-        [one["contender"], *(f"{point['peak_bytes'] / 1e9:.2f}" for point in one["points"])]
-        for one in content["contenders"]
-    ]
-    rows.append(
-        [
-            "dense weights, gradients and Adam's moments (computed)",
-            *(f"{each['dense_bytes'] / 1e9:.2f}" for each in places),
-        ]
-    )
+    rows = [[name, *(f"{run['peak_bytes'] / 1e9:.2f}" for run in runs)] for name, runs in report.curves(content)]
+    computed = (f"{each['dense_bytes'] / 1e9:.2f}" for each in places)
+    rows.append(["dense weights, gradients and Adam's moments (computed)", *computed])
     return f"\n\n{markdown(['memory of a step, GB', *(plain(place['x']) for place in places)], rows)}"
-
-
-def _accuracy(record: Record, link: Link) -> str:
-    content = record.content
-    settings = content["settings"]
-    last = content["runs"][0]["epochs"][-1]["epoch"]
-    rows = [
-        [
-            run["title"],
-            str(run["seed"]),
-            seconds(run["epochs"][-1]["wall_seconds"] / last),
-            _percent(run["epochs"][-1]["test_acc"]),
-        ]
-        for run in content["runs"]
-    ]
-    dynamic = " ".join(f"--{name} {settings[name]}" for name in accuracy.DYNAMIC)
-    return (
-        f"{settings['dataset']}, {settings['limit_train'] or content['images']['train']:,} training images, "
-        f"{settings['T']} steps, {settings['hidden_dim']:,} neurons per layer, batch {settings['batch_size']}; "
-        f"dynamic: `{dynamic}`. {_machine(record, link)}.\n\n"
-        f"{markdown(['', 'seed', 'time per epoch', f'test accuracy after {last} epochs'], rows)}"
-    )
 
 
 #: what the names of rows say in short, and in words
@@ -518,9 +438,14 @@ def _in_words(table: str) -> str:
     return table
 
 
-def _study(record: Record, link: Link, shown: slice = slice(None)) -> str:
-    """A study and its table, or some paragraphs of it."""
-    paragraphs = _in_words(STUDIES[record.content["benchmark"]].table(record.content)).split("\n\n")
+def _study(
+    record: Record,
+    link: Link,
+    table: Callable[[dict[str, Any]], str] = study_tables.table,
+    shown: slice = slice(None),
+) -> str:
+    """A study and a table of it, or some paragraphs of that."""
+    paragraphs = _in_words(table(record.content)).split("\n\n")
     return "\n\n".join((_of_study(record, link), *paragraphs[shown]))
 
 
@@ -534,7 +459,7 @@ def _of_study(record: Record, link: Link) -> str:
 
 def _flag_costs(record: Record, link: Link) -> str:
     content = record.content
-    rounds = len(content["rows"][0]["seconds"]) // content["turn"]
+    rounds = len(content["runs"][0]["rounds"])
     return (
         f"`--dataset fashionmnist {content['settings']}` and the flags of each row; {rounds} rounds of "
         f"{content['turn']} steps in turn, after {content['steps_before']} steps. Median of a step; median over the "
@@ -567,7 +492,7 @@ def _chunks(record: Record, link: Link) -> str:
 
 
 def _chunks_in_short(record: Record, link: Link) -> str:
-    points = {(point["T"], point["chunk"]): point for point in record.content["points"]}
+    points = {(point["T"], point["chunk"]): point for point in record.content["runs"]}
     chunk = chunks.usual_chunk(record.content)
     whole, part = points[chunks.USUAL, None], points[chunks.USUAL, chunk]
     size = record.content["sizes"]
@@ -596,8 +521,6 @@ def _predictions(record: Record, link: Link) -> str:
 #: the whole table of a record, by its benchmark
 WHOLE: dict[str, Callable[[Record, Link], str]] = {
     "throughput": _throughput,
-    "scaling": _scaling,
-    "accuracy": _accuracy,
     "chunks": _chunks,
     "flag_costs": _flag_costs,
     "host_time": _host_time,
@@ -631,12 +554,12 @@ PARTS: dict[str, Part] = {
     "chunks": _newest(_chunks, "chunks"),
     "chunks, in short": _newest(_chunks_in_short, "chunks"),
     "recipe_study": _newest(_study, "recipe_study"),
-    "recipe_study, command": _newest(_command, "recipe_study", name=recipe_study.CHOSEN[-1]),
+    "recipe_study, command": _newest(_command, "recipe_study", name=BEST),
     "recipe_study, by seed": _by_seed,
     "few_study": _newest(_study, "few_study"),
-    "few_study, command": _newest(_command, "few_study", name=few_study.EXAMPLE),
-    "tradeoff_study, in short": _newest(_tradeoff, "tradeoff_study"),
-    "dst_study, in short": _newest(_study, "dst_study", shown=slice(1)),
+    "few_study, command": _newest(_command, "few_study", name=EXAMPLE),
+    "tradeoff_study, in short": _newest(_study, "tradeoff_study", table=study_tables.budgets),
+    "dst_study, in short": _newest(_study, "dst_study", table=study_tables.growth),
     "structure_study, in short": _newest(_study, "structure_study, 2 epochs", shown=slice(-1, None)),
     "sequence_study": _sequences,
     "predictions": _newest(_predictions, "predictions"),
@@ -654,7 +577,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     from . import plots  # needs matplotlib
 
-    kept = records()
+    kept = all_records()
     for record in kept:
         if record.picture:
             plots.draw(record.content, record.picture)

@@ -39,8 +39,8 @@ class Run(NamedTuple):
     Attributes:
         results: loss, counts and gradients.
         spikes: of each layer by name, bool [T, B, N].
-        denied: of each layer by the same name: |U − θ| wherever its membrane is not on the side of its spike. Without
-            given spikes there are none.
+        denied: of each layer by the same name, [B, 2]: how many spikes of each sample are not on their membrane's side
+            of the threshold, and |U − θ| of the farthest of these. Without given spikes there are none.
     """
 
     results: Results
@@ -97,13 +97,13 @@ def _lif(
     U_t = β·(U_{t−1} − θ·R_t) + I_t, as SpikingJelly has it. No gradient passes through R.
 
     With ``given``, bool [T, B, N], a neuron spikes and is reset where this says so, wherever its membrane is; its
-    surrogate is that of the membrane. Then the distances |U − θ| come back of those spikes that U denies.
+    surrogate is that of the membrane. What comes back beside the spikes is :attr:`Run.denied`.
     """
     decay = beta.clamp(0, 1)
     taken = theta if reset == "after decay" else decay * theta
     membrane = torch.zeros_like(currents[0])
     spikes: list[torch.Tensor] = []
-    wrong = []
+    denied = currents[0].new_zeros(len(currents[0]), 2, dtype=torch.float64)
     fired = torch.zeros_like(membrane, dtype=torch.bool)
     for step, current in enumerate(currents):
         if recurrent is not None and spikes:
@@ -111,9 +111,11 @@ def _lif(
         membrane = decay * membrane + current - taken * fired
         above = membrane - theta
         fired = above > 0 if given is None else given[step]
-        wrong.append(above.detach()[fired != (above > 0)].abs())
+        far = above.detach().abs().where(fired != (above > 0), 0)
+        number, farthest = denied.unbind(1)
+        denied = torch.stack([number + far.count_nonzero(1), torch.maximum(farthest, far.amax(1))], 1)
         spikes.append(_spike(fired, above, surrogate, alpha))
-    return spikes, torch.cat(wrong)
+    return spikes, denied
 
 
 def _filtered(currents: list[torch.Tensor], syn_decay: torch.Tensor) -> list[torch.Tensor]:
@@ -164,8 +166,8 @@ def _simulate(
     masks: Mapping[str, BlockMask] | None = None,
     given: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[list[list[torch.Tensor]], Results]:
-    """The spikes of the three layers, one [B, N] per time step, and the distances of those of the ``given`` ones that
-    membranes deny; of packed weights if their ``masks`` are given.
+    """The spikes of the three layers, one [B, N] per time step, and what membranes deny of the ``given`` ones; of
+    packed weights if their ``masks`` are given.
     """
 
     def product(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -189,10 +191,11 @@ def _simulate(
     return layers, denied
 
 
-def _pieces(prepared: Prepared, dtype: torch.dtype, given: Results | None, samples: int) -> Iterator[tuple[Any, ...]]:
-    """Images, labels and given spikes of ``samples`` of the batch at a time."""
-    for first in range(0, len(prepared.labels), samples):
-        piece = slice(first, first + samples)
+def _pieces(
+    prepared: Prepared, dtype: torch.dtype, given: Results | None, size: int, samples: torch.Tensor | None = None
+) -> Iterator[tuple[Any, ...]]:
+    """Images, labels and given spikes of ``samples`` of the batch (None: all), ``size`` of them at a time."""
+    for piece in (torch.arange(len(prepared.labels)) if samples is None else samples).split(size):
         spikes = given and {name: each[:, piece] for name, each in given.items()}
         yield prepared.images[piece].to(dtype), prepared.labels[piece], spikes
 
@@ -207,9 +210,15 @@ def _joined(pieces: list[Results], dim: int) -> Results:
 
 
 def network_results(
-    prepared: Prepared, reset: str = "after decay", precision: str = "float64", given: Results | None = None
+    prepared: Prepared,
+    reset: str = "after decay",
+    precision: str = "float64",
+    given: Results | None = None,
+    samples: torch.Tensor | None = None,
 ) -> Run:
-    """Loss, spike counts and gradients of the workload's network on its batch."""
+    """Loss, spike counts and gradients of the workload's network on its batch; with ``samples``, the counts of these
+    and what they add to loss and gradients.
+    """
     dtype = DTYPES[precision]
     masks, chunk = None, CHUNK
     if is_wide(prepared.workload):
@@ -217,7 +226,7 @@ def network_results(
         chunk = max(1, 2 * CHUNK * DENSE_UP_TO // prepared.workload.hidden_dim)
     parameters = _parameters(prepared, dtype, packed=masks is not None)
     loss, counts, spikes, denied = torch.zeros((), dtype=dtype), [], [], []
-    for images, labels, given_here in _pieces(prepared, dtype, given, chunk):
+    for images, labels, given_here in _pieces(prepared, dtype, given, chunk, samples):
         layers, denied_here = _simulate(images, parameters, prepared.workload, reset, precision, masks, given_here)
         count = torch.stack(layers[-1]).sum(0)
         piece = F.cross_entropy(count, labels, reduction="sum") / len(prepared.labels)

@@ -4,7 +4,7 @@ import ast
 import importlib.util
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,10 @@ class Entry:
     feed_forward: bool = False
     by_name: bool = False
 
-    def own(self, workload: Workload) -> Workload:
-        """What this contender computes where the others compute ``workload``."""
-        workload = replace(workload, **self.workload)
+    def own(self, base: Workload, change: Mapping[str, Any] = {}) -> Workload:
+        """What this contender computes where others compute ``base``, changed; α only concerns another surrogate."""
+        concerned = "alpha" not in change or "alpha" in self.workload
+        workload = replace(base, **{**self.workload, **(change if concerned else {})})
         return workload.feed_forward() if self.feed_forward else workload
 
 
@@ -64,7 +65,8 @@ class Kernel:
         method: the method of a contender that is timed.
         bf16: whether it exists in bfloat16 too.
         options: further arguments of every contender.
-        workload: of all contenders, where it is not that of the flags.
+        workload: of all contenders, whatever the flags say.
+        usual: of the workload, unless the flags say it.
     """
 
     about: str
@@ -74,6 +76,7 @@ class Kernel:
     bf16: bool = True
     options: dict[str, Any] = field(default_factory=dict)
     workload: dict[str, Any] = field(default_factory=dict)
+    usual: dict[str, Any] = field(default_factory=dict)
 
 
 COMPILER = "a C++ compiler"
@@ -89,6 +92,7 @@ KERNELS = {
         "Network",
         bf16=False,
         workload={"recurrent": True},
+        usual={"train_steps": 40},  # of some seconds each
     ),
     "forward": Kernel("forward pass without gradients", "snntorch-masked", "Network", method="forward"),
     "lif": Kernel(
@@ -166,10 +170,11 @@ def entries(kernel: str) -> dict[str, Entry]:
             *(_variant(entry, "graph", "Captured", _no_graph(entry.backend), by_name=True) for entry in found),
         ]
     if kernel == "recurrent":
+        mine = [replace(entry, by_name=entry.backend == "torch") for entry in found]  # for which each takes seconds
         found += [
-            *(replace(entry, label=f"{entry.label}-triangle", workload=COMPACT) for entry in found),
-            *(replace(_variant(entry, "feed-forward", "FeedForward"), feed_forward=True) for entry in found),
-            *(_variant(entry, "steps", "Steps") for entry in found),
+            *(replace(entry, label=f"{entry.label}-triangle", workload=COMPACT) for entry in mine),
+            *(replace(_variant(entry, "feed-forward", "FeedForward"), feed_forward=True) for entry in mine),
+            *(_variant(entry, "steps", "Steps") for entry in mine),
         ]
     found_peers = [
         Entry(
@@ -196,7 +201,7 @@ def _variant(entry: Entry, name: str, ours: str, lacks: str | None = None, by_na
         target=f"{__package__}.ours:{ours}",
         unavailable=entry.unavailable or lacks,
         compiles=name == "compiled",
-        by_name=by_name,
+        by_name=by_name or entry.by_name,
     )
 
 

@@ -4,8 +4,7 @@ ReLU stands in place of spiking neurons, and there is no time. All else is that 
 images and their changes, order, dropout, optimizer, schedule, checkpoints.
 """
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +13,7 @@ from g2g_kernels import Activity
 from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
 from g2gnet import G2GNet
 from g2gnet.base.seeding import stream
-from g2gnet.training import Trainer, TrainSettings
-
-from . import own_trainer
+from g2gnet.training import Trainer
 
 
 class ReLUNet(G2GNet):
@@ -68,8 +65,3 @@ class ReLUTrainer(Trainer):
         for name, parameter in net.named_parameters():
             parameter.requires_grad_(not name.startswith("lif"))
         return net
-
-
-def train(settings: TrainSettings, folder: Path, on_epoch: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-    """As :func:`benchmarks.own_trainer.train`."""
-    return own_trainer.train(ReLUTrainer, settings, folder, on_epoch)

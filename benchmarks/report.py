@@ -1,11 +1,7 @@
-"""Turns outcomes into a record, and the record into tables."""
+"""Turns outcomes into runs of a record, and records into tables."""
 
-import csv
-import hashlib
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,49 +12,62 @@ from .registry import COMPACT
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:
-    """One contender's part of a record; it has times only if its results were right."""
+    """One contender's run; it has times only if its results were right."""
     entry = outcome.job.entry
-    row: dict[str, Any] = {
+    run: dict[str, Any] = {
         "contender": entry.label,
         "precision": entry.precision,
         "status": outcome.status,
         "reason": outcome.reason,
         "differs": outcome.differs,
         "firing_rates": outcome.firing_rates,
-        "correctness": outcome.verdict.as_dict() if outcome.verdict else None,
+        "closest": outcome.verdict.closest() if outcome.verdict else None,
     }
     if outcome.status == "timed":
         p20, median, p80 = np.percentile(outcome.seconds, (20, 50, 80)).tolist()
-        row |= {"median": median, "p20": p20, "p80": p80, "seconds": outcome.seconds}
-        row |= {"cpu_median": float(np.median(outcome.cpu_seconds)), "cpu_seconds": outcome.cpu_seconds}
-        row |= {"first_seconds": outcome.first_seconds, "peak_bytes": outcome.peak_bytes}
-    return row
+        run |= {"median": median, "p20": p20, "p80": p80, "repeats": len(outcome.seconds)}
+        run |= {"cpu_median": float(np.median(outcome.cpu_seconds))}
+        run |= {"first_seconds": outcome.first_seconds, "peak_bytes": outcome.peak_bytes}
+    return run
 
 
-def of_floor(record: dict[str, Any], row: dict[str, Any]) -> float:
+def of_floor(record: dict[str, Any], run: dict[str, Any]) -> float:
     """The floor over a contender's median: its own floor if its workload differs from that of the others."""
-    return row.get("floor_seconds", record["floor_seconds"]) / row["median"]
+    return run.get("floor_seconds", record["workloads"][run["place"]]["floor_seconds"]) / run["median"]
 
 
-def digest(record: dict[str, Any]) -> str:
-    """Identifies a record."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+def curves(record: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The runs of each contender, from the first place to the last."""
+    for contender in dict.fromkeys(run["contender"] for run in record["runs"]):
+        of = [run for run in record["runs"] if run["contender"] == contender]
+        yield contender, sorted(of, key=lambda run: run["place"])
 
 
-def write_csv(path: Path | str, rows: Sequence[dict[str, Any]], machine: dict[str, Any]) -> None:
-    """One line per measured point, with machine and versions, so files of many runs can be joined."""
-    where = {name: machine[name] for name in ("cpu", "threads", "gpu", "commit", "date")}
-    where |= {name: version or "" for name, version in machine["versions"].items()}
-    with Path(path).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *where], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **where} for row in rows)
+class Line(NamedTuple):
+    """seconds = slope·x + intercept, and the share of the variance that this explains."""
+
+    slope: float
+    intercept: float
+    r_squared: float
 
 
-def flat(row: dict[str, Any]) -> dict[str, Any]:
-    """The columns of a CSV file filled by a contender's :func:`summary`; empty if it has no time."""
-    names = ("contender", "precision", "status", "reason", "p20", "median", "p80", "first_seconds", "peak_bytes")
-    return {name: row.get(name, "") for name in names}
+def fit(x: Sequence[float], y: Sequence[float]) -> Line:
+    """The least-squares line through at least two different points."""
+    slope, intercept = np.polyfit(x, y, 1)
+    rest = np.asarray(y) - (slope * np.asarray(x) + intercept)
+    spread = np.asarray(y) - np.mean(y)
+    unexplained = float(rest @ rest / (spread @ spread)) if np.any(spread) else 0.0
+    return Line(float(slope), float(intercept), 1.0 - unexplained)
+
+
+def line(record: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Line | None:
+    """The line through the medians of a contender over the work of their places.
+
+    None where the work hardly differs (units of another size): a line through it would say nothing.
+    """
+    timed = [(record["workloads"][run["place"]]["flop"], run["median"]) for run in runs if run["status"] == "timed"]
+    flop, medians = zip(*timed, strict=True) if timed else ((), ())
+    return fit(flop, medians) if timed and max(flop) > 1.5 * min(flop) else None
 
 
 _OURS = {
@@ -79,6 +88,7 @@ TITLES = {
     "compiled-dense": "torch.compile of the snnTorch loop, dense",
     "spikingjelly-dense": "SpikingJelly 2, multi-step, dense",
     "spikingjelly-container": "SpikingJelly 2, recurrent container, dense",
+    "jax-masked": "JAX, jit and scan, dense weights × mask",
     "dense-lif": "nn.Linear over all T with our LIF, dense",
     "bsr-lif": "PyTorch's block-sparse product with our LIF",
     "masked": "nn.Linear, weight × mask",
@@ -114,42 +124,65 @@ def seconds(value: float) -> str:
     return f"{value / scale:.3g} {unit}"
 
 
-def closest(errors: dict[str, float], limits: dict[str, float], **_: Any) -> str:
-    """The error that is closest to its limit, of a verdict."""
-    name = max(errors, key=lambda name: errors[name] / limits[name])
-    return f"{errors[name]:.1e} ≤ {limits[name]:.1e}, {name}"
-
-
 def throughput_table(record: dict[str, Any]) -> str:
     """The contenders of a throughput record; then how some differ, and which have no time and why.
 
     GFLOP/s count multiplications and additions of active weights, whatever the contender actually does.
     """
-    timed = [row for row in record["contenders"] if row["status"] == "timed"]
-    flop = record["workload"]["flop"]
-    baseline = next((row["median"] for row in timed if row["contender"] == record["baseline"]), None)
+    timed = [run for run in record["runs"] if run["status"] == "timed"]
+    flop = record["workloads"][0]["flop"]
+    baseline = next((run["median"] for run in timed if run["contender"] == record["baseline"]), None)
     rows = [
         (
-            row["contender"],
-            seconds(row["median"]),
-            f"{seconds(row['p20'])} – {seconds(row['p80'])}",
-            seconds(row["cpu_median"]),
-            f"{baseline / row['median']:.2f}×" if baseline else "–",
-            f"{flop / row['median'] / 1e9:.3g}" if flop else "–",
-            f"{of_floor(record, row):.0%}",
-            f"{row['peak_bytes'] / 1e6:.0f}",
-            seconds(row["first_seconds"]),
-            " ".join(f"{100 * rate:.1f}" for rate in row["firing_rates"]),
-            closest(**row["correctness"]),
+            run["contender"],
+            seconds(run["median"]),
+            f"{seconds(run['p20'])} – {seconds(run['p80'])}",
+            seconds(run["cpu_median"]),
+            f"{baseline / run['median']:.2f}×" if baseline else "–",
+            f"{flop / run['median'] / 1e9:.3g}" if flop else "–",
+            f"{of_floor(record, run):.0%}",
+            f"{run['peak_bytes'] / 1e6:.0f}",
+            seconds(run["first_seconds"]),
+            " ".join(f"{100 * rate:.1f}" for rate in run["firing_rates"]),
+            run["closest"],
         )
-        for row in timed
+        for run in timed
     ]
     columns = "contender,median,p20 – p80,CPU time,speed-up,GFLOP/s,of floor,peak MB,first turn,rates %,error"
     parts = [in_columns(columns.split(","), rows)] if rows else ["no contender has a time"]
-    parts += [f"{row['contender']}: {row['differs']}" for row in timed if row["differs"]]
-    parts += [
-        f"{row['contender']}: {row['status']}: {row['reason']}"
-        for row in record["contenders"]
-        if row["status"] != "timed"
-    ]
+    parts += [f"{run['contender']}: {run['differs']}" for run in timed if run["differs"]]
+    parts += [f"{run['contender']}: {run['status']}: {run['reason']}" for run in record["runs"] if run not in timed]
     return "\n".join(parts)
+
+
+def growth_table(record: dict[str, Any]) -> str:
+    """One row per contender: the medians and the line; then the memory; then the points without a time and why."""
+    places = record["workloads"]
+    header = [plain(place["x"]) for place in places]
+    times, memory, notes = [], [], []
+    for contender, runs in curves(record):
+        medians = [run.get("median") for run in runs]
+        notes += [
+            f"{contender} at {header[run['place']]}: {run['status']}: {run['reason']}"
+            for run in runs
+            if run["status"] != "timed"
+        ]
+        found, fitted = line(record, runs), ["–"] * 3
+        if found:
+            share = found.intercept / max(median for median in medians if median)
+            fitted = [seconds(found.intercept), f"{share:.0%}", f"{found.r_squared:.4f}"]
+        times.append((contender, *(seconds(median) if median else "–" for median in medians), *fitted))
+        peaks = (run.get("peak_bytes") for run in runs)
+        memory.append((contender, *(f"{peak / 1e6:.0f}" if peak else "–" for peak in peaks)))
+    if "dense_bytes" in places[0]:
+        dense = [f"{place['dense_bytes'] / 1e6:.0f}" for place in places]
+        memory.append(("dense weights with gradients and Adam, computed", *dense))
+    return "\n".join(
+        [
+            f"{record['x_is']}: median time, and the line over active multiply-adds",
+            in_columns(("", *header, "intercept", "of largest", "R²"), times),
+            "peak memory, MB",
+            in_columns(("", *header), memory),
+            *notes,
+        ]
+    )

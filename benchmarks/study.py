@@ -1,95 +1,62 @@
-"""Shared parts of the training studies: many resumable runs of ``g2g-train``, in parallel.
+"""Trains the rows of a study, each with several seeds, and makes its table: ``python -m benchmarks.study NAME``.
 
-A study consists of rows of flags, each trained with several seeds by the engine of :mod:`g2gnet.programs.sweep`. Every
-run has its own folder and one thread; there are as many parallel runs as cores. Finished runs are skipped, stopped ones
-resume.
-A study may be run in parts
-(``--rows``, ``--seeds``); its record contains the finished runs, and those of an earlier record if it is extended
-(``--extend``).
+Runs are those of ``g2g-train``, made by the engine of ``g2g-sweep``: each has its own folder and one thread, and there
+are as many at a time as cores. Finished ones are skipped, stopped ones resume. A study may be run in parts (``--rows``,
+``--seeds``); its record contains the runs of the chosen rows and seeds that are finished.
 """
 
 import argparse
-import dataclasses
-import json
+import contextlib
 import os
 import re
 import shlex
-import statistics
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from g2gnet import G2GNet
 from g2gnet.base.files import replace_file
 from g2gnet.data import load_dataset
 from g2gnet.programs import train
-from g2gnet.programs.flags import Parser, add_json_flag, settings_from
-from g2gnet.programs.main import run_program
+from g2gnet.programs.flags import Parser, settings_from
 from g2gnet.programs.sweep.engine import outcome, processes, train_runs
 from g2gnet.programs.sweep.grid import Run
-from g2gnet.programs.sweep.results import estimate
-from g2gnet.training import TrainingError, TrainSettings
+from g2gnet.training import Machine, Trainer, TrainingError, TrainSettings, run_epochs
 
+from . import cli, deep_r, gru, relu
 from .machine import describe, pytorch_threads
+from .step_costs import step_costs
+from .studies import DEEP_R, GRU, RELU, STUDIES, Study
+from .study_tables import FOLDS, HELD_BACK, TEST_IMAGES, fold_of, table
+
+RESUME = "run the same command again to resume with the remaining runs"
+#: what every run has with ``--quick``, whatever its row says
+QUICK = "--epochs 1 --limit_train 2000 --limit_test 1000"
+#: trainers of rows whose names have these words
+TRAINERS: Mapping[str, type[Trainer]] = {RELU: relu.ReLUTrainer, DEEP_R: deep_r.DeepRTrainer}
 
 
-@dataclasses.dataclass(frozen=True)
-class Study:
-    """Rows of flags to be compared.
-
-    Attributes:
-        name: of the module and of its record.
-        about: the program's description.
-        common: flags of every run.
-        rows: the flags of each row, by its name.
-        epochs: of each run.
-        table: a Markdown table from the record.
-        default_rows: what ``--rows`` is unless it is given.
-        seeds: the same for ``--seeds``.
-        others: rows that ``g2g-train`` does not train, and what does: from the settings of their flags, a folder and a
-            function that prints a line, to the end of the run.
-        finished_others: the end of such a run, from its settings and folder, or None.
-        more: what else to record of the settings of a row, in a folder for it.
-    """
-
-    name: str
-    about: str
-    common: str
-    rows: Mapping[str, str]
-    epochs: int
-    table: Callable[[dict[str, Any]], str]
-    default_rows: Sequence[str] = ("*",)
-    seeds: Sequence[int] = (1, 2, 3)
-    others: Mapping[str, Callable[[TrainSettings, Path, Callable[[str], None]], dict[str, Any]]] = dataclasses.field(
-        default_factory=dict
-    )
-    finished_others: Callable[[TrainSettings, Path], dict[str, Any] | None] = lambda settings, folder: None
-    more: Callable[[str, TrainSettings, Path], dict[str, Any]] = lambda row, settings, folder: {}
-
-
-def run_of(study: Study, row: str, epochs: int, seed: int, root: Path, dataset: Path | None = None) -> Run:
-    """One run; if a flag is given twice the later one counts, so a row overrides the common flags."""
-    flags = shlex.split(f"{study.common} --epochs {epochs} --seed {seed} {study.rows[row]}")
+def run_of(
+    study: Study, row: str, epochs: int, seed: int, root: Path, dataset: Path | None = None, last: str = ""
+) -> Run:
+    """One run; of a flag that is given twice the later one counts: ``last``, then a row's, then the common ones."""
+    flags = shlex.split(f"{study.common} --epochs {epochs} --seed {seed} {study.rows[row]} {last}")
     if dataset is not None:  # of images [N, height, width], which are no sequences unless the row says so
         flags = ["--sequence", "none", *flags, "--dataset", str(dataset)]
     arguments = train.build_parser().parse_args(flags)
     settings = settings_from(arguments, TrainSettings)
     given = {name: value for name, value in vars(arguments).items() if name in settings.flag_values()}
-    return Run(given, settings, {"row": row, "seed": seed}, folder_of(root, study, row, epochs, seed))
+    return Run(given, settings, {"row": row, "seed": seed}, root / f"{_name(row)}-{epochs}-epochs-seed{seed}")
 
 
-#: with ``--validation`` a run tests on one part of so many of the training images
-FOLDS = 6
-TEST_IMAGES = "the test images"
-HELD_BACK = "a sixth of the training images, another one for each seed"
-
-
-def fold_of(seed: int) -> int:
-    """The part of the training images that a run holds back: with seed 1 the last, with seed 2 the last but one, ..."""
-    return (1 - seed) % FOLDS or FOLDS
+def _name(text: str) -> str:
+    """``text`` as part of a path."""
+    return re.sub(r"[^A-Za-z0-9.+]+", "-", text).lstrip("-")
 
 
 def validation_data(folder: Path, fold: int) -> Path:
@@ -108,32 +75,23 @@ def validation_data(folder: Path, fold: int) -> Path:
     return path
 
 
-def folder_of(root: Path, study: Study, row: str, epochs: int, seed: int) -> Path:
-    """The directory of a run's files."""
-    return root / study.name / f"{_name(row)}-{epochs}-epochs-seed{seed}"
-
-
-def _name(text: str) -> str:
-    """``text`` as part of a path."""
-    return re.sub(r"[^A-Za-z0-9.+]+", "-", text)
-
-
 def result(run: Run) -> dict[str, Any] | None:
-    """The results of a run: its last epoch, its training time, where its units are; None if it is not finished."""
-    return outcome(
-        run,
-        lambda saved: {
-            "placement": {name: placement(mask) for name, mask in saved.masks().items() if name.startswith("fc")}
-        },
-    )
+    """What a finished run reached, in the numbers that tables read; None if it is not finished."""
+    if GRU in run.label:
+        return gru.finished(run.settings, run.folder)
+    end = outcome(run, lambda saved: {"placement": placement(saved.masks()["fc2"])})
+    if end is None:
+        return None
+    names = ("epoch", "test_acc", "train_acc", "train_seconds", "train_cpu_seconds", "weights", "placement")
+    shares = {name: [round(end[name][layer], 5) for layer in ("lif1", "lif2")] for name in ("silent", "firing_rate")}
+    return {**{name: end[name] for name in names}, **shares, "density": end["density"]["fc2"]}
 
 
 def placement(mask: Any) -> dict[str, float]:
     """How evenly the units of a layer are distributed, which distinguishes growth rules.
 
     ``rows_spread`` and ``cols_spread``: standard deviation of the units of a block row or column over their mean.
-    ``rows_empty`` and ``cols_empty``: the share of them without a unit. ``inside``: the share of the units that join
-    neurons of one group.
+    ``rows_empty``: the share of rows without a unit. ``inside``: the share of the units that join neurons of one group.
     """
     found: dict[str, float] = {}
     for side, axis, unit in (("rows", mask.rows, mask.unit_row), ("cols", mask.cols, mask.unit_col)):
@@ -141,19 +99,18 @@ def placement(mask: Any) -> dict[str, float]:
         found[f"{side}_spread"] = float(units.std(correction=0) / units.mean())
         found[f"{side}_empty"] = float((units == 0).double().mean())
     same = mask.rows.group_of_unit[mask.unit_row.long()] == mask.cols.group_of_unit[mask.unit_col.long()]
-    return {**found, "inside": float(same.double().mean())}
+    return {name: round(value, 5) for name, value in {**found, "inside": float(same.double().mean())}.items()}
 
 
-def build_parser(study: Study) -> Parser:
-    parser = Parser(
-        prog=f"python -m {__package__}.{study.name}",
-        description=study.about,
-        epilog="\n".join(["rows:", *(f"  {row!r:44} {flags}" for row, flags in study.rows.items())]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def build_parser(name: str) -> Parser:
+    study = STUDIES[name]
+    rows = "\n".join(["rows:", *(f"  {row!r:44} {flags}" for row, flags in study.rows.items())])
+    takes = f"{study.takes}, of one core"
+    parser = cli.build_parser(
+        f"study {name}", textwrap.fill(study.about, 100), takes, {"seeds": [1], "last": QUICK}, rows
     )
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs (default: runs)"
-    )
+    text = "folder of the runs (default: runs)"
+    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help=text)
     text = f"default: {' '.join(map(str, study.seeds))}"
     parser.add_argument("--seeds", type=int, nargs="+", default=study.seeds, metavar="N", help=text)
     text = f"epochs of each run whose row does not say it (default: {study.epochs})"
@@ -162,6 +119,8 @@ def build_parser(study: Study) -> Parser:
     parser.add_argument("--rows", nargs="+", default=study.default_rows, metavar="NAME", help=text)
     text = "flags of every run, after the study's own and before a row's, as '--hidden_dim 256 --limit_train 10000'"
     parser.add_argument("--flags", default="", metavar="FLAGS", help=text)
+    text = "flags of every run, after a row's"
+    parser.add_argument("--last", default="", metavar="FLAGS", help=text)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="parallel runs (default: cores)")
     text = (
         f"train on {FOLDS - 1} of {FOLDS} parts of the training images, and test on the other, not on the test images; "
@@ -169,9 +128,6 @@ def build_parser(study: Study) -> Parser:
     )
     parser.add_argument("--validation", action="store_true", help=text)
     parser.add_argument("--finished", action="store_true", help="train nothing; write a record of the finished runs")
-    text = "an earlier record of the study: take over its runs, train the others"
-    parser.add_argument("--extend", type=Path, metavar="FILE", help=text)
-    add_json_flag(parser, "the last epoch of every run")
     return parser
 
 
@@ -191,191 +147,110 @@ def chosen(study: Study, patterns: Sequence[str]) -> list[str]:
     return [row for row in study.rows if row in wanted]
 
 
-def taken_over(study: Study, path: Path, record: dict[str, Any]) -> dict[tuple[str, int], dict[str, Any]]:
-    """The runs of an earlier record, by row and seed, each with the commit and date that it was measured at.
-
-    Raises:
-        TrainingError: if ``path`` has other settings or another machine than ``record``, or rows of other flags.
-    """
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise TrainingError(f"--extend {path} is not a record: {error}") from error
-    parts = ("benchmark", "settings", "epochs", "tested_on")
-    if not isinstance(earlier, dict) or not {*parts, "machine", "rows"} <= set(earlier):
-        raise TrainingError(f"--extend {path} is not a record of a study")
-    for name, was, now in (
-        *((name, earlier[name], record[name]) for name in parts),
-        *((name, earlier["machine"].get(name), record["machine"][name]) for name in ("cpu", "cpu_capability")),
-        ("torch", earlier["machine"]["versions"]["torch"], record["machine"]["versions"]["torch"]),
-    ):
-        if was != now:
-            raise TrainingError(f"--extend {path} cannot be extended: its {name} is {was!r}, now it is {now!r}")
-    when = {name: earlier["machine"][name] for name in ("commit", "date")}
-    found: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in earlier["rows"]:
-        if study.rows.get(row["row"]) != row["flags"]:
-            raise TrainingError(f"--extend {path} cannot be extended: the study has no row {row['row']!r} of its flags")
-        found |= {(row["row"], end["seed"]): {"measured": when, **end} for end in row["ends"]}
-    return found
-
-
-def _flag_names(flags: str) -> list[str]:
-    """The names of some flags: ``["--T", "--lr"]`` of ``--T 5 --lr=0.01``."""
-    return [flag.partition("=")[0] for flag in shlex.split(flags) if flag.startswith("--")]
-
-
-def with_flags(study: Study, flags: str, rows: Sequence[str]) -> Study:
-    """The study with more flags of every run.
-
-    Raises:
-        TrainingError: for one that would change no run.
-    """
-    own = {"--epochs": "--epochs", "--seed": "--seeds"}
-    for name in _flag_names(flags):
-        if name in own:
-            raise TrainingError(f"--flags {flags!r}: {name} has no effect there; give the study {own[name]}")
-        if all(name in _flag_names(study.rows[row]) for row in rows):
-            raise TrainingError(f"--flags {flags!r}: {name} has no effect, since every row has one of its own")
-    return dataclasses.replace(study, common=f"{study.common} {flags}")
-
-
-def _runs(
-    study: Study, rows: Sequence[str], arguments: argparse.Namespace, known: Collection[tuple[str, int]]
-) -> dict[tuple[str, int], Run]:
-    """The runs that are not ``known``, by row and seed.
+def runs_of(name: str, study: Study, arguments: argparse.Namespace) -> list[Run]:
+    """The runs of the chosen rows and seeds; ``study`` has the flags of ``--flags``, too.
 
     Raises:
         TrainingError: if ``--validation`` cannot hold back what the seeds or flags ask for.
     """
-    if arguments.validation:
-        by_fold: dict[int, int] = {}
-        for seed in arguments.seeds:
-            if by_fold.setdefault(fold_of(seed), seed) != seed:
-                raise TrainingError(
-                    f"--validation holds back the same images with seeds {by_fold[fold_of(seed)]} and {seed}; give at "
-                    f"most {FOLDS} seeds in a row"
-                )
-        if "--dataset" in _flag_names(arguments.flags):
-            raise TrainingError("--validation is of Fashion-MNIST; leave --dataset out of --flags")
-        for seed in arguments.seeds:  # what no run can have is refused before data is written
-            run_of(study, rows[0], arguments.epochs, seed, arguments.runs)
-    runs = {}
-    for seed in arguments.seeds:
-        folder, dataset = arguments.runs, None
-        if arguments.validation:
-            folder = folder / "validation" / f"fold-{fold_of(seed)}"
-            if arguments.finished and not folder.exists():
-                continue
-            dataset = validation_data(folder, fold_of(seed))
-        folder /= "_".join(map(_name, shlex.split(arguments.flags.replace("=", " ")))).lstrip("-")
-        for row in rows:
-            if (row, seed) not in known:
-                runs[row, seed] = run_of(study, row, arguments.epochs, seed, folder, dataset)
+    folds = [fold_of(seed) for seed in arguments.seeds]
+    if arguments.validation and (len(set(folds)) < len(folds) or "--dataset" in arguments.flags):
+        raise TrainingError(
+            f"--validation holds back one of {FOLDS} parts of Fashion-MNIST for each seed; give at most {FOLDS} seeds "
+            "in a row, and leave --dataset out of --flags"
+        )
+    runs = []
+    for seed, fold in zip(arguments.seeds, folds, strict=True):
+        root = arguments.runs / (f"validation/fold-{fold}" if arguments.validation else "")
+        folder = root / _name(f"{arguments.flags} {arguments.last}") / f"{name}_study"
+        for row in chosen(study, arguments.rows):
+            how = study, row, arguments.epochs, seed, folder
+            run = run_of(*how, last=arguments.last)  # what no run can have is refused before data is written
+            runs.append(run_of(*how, validation_data(root, fold), arguments.last) if arguments.validation else run)
     return runs
 
 
-def make(study: Study, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains the unfinished runs, prints the table and returns the record."""
-    rows = chosen(study, arguments.rows)
-    if arguments.flags:
-        study = with_flags(study, arguments.flags, rows)
+def train_own(run: Run) -> None:
+    """Trains a run whose row needs a trainer that ``g2g-train`` has not, or resumes it, on one thread."""
+    with pytorch_threads(1), contextlib.redirect_stdout(None):  # which is the table's
+        if GRU in run.label:
+            return gru.train(run.settings, run.folder)
+        (trainer,) = (trainer for word, trainer in TRAINERS.items() if word in run.label)
+        machine, settings = Machine(torch.device("cpu")), run.settings
+        data = load_dataset(settings.dataset, "data")
+        run_epochs(settings, lambda: trainer(settings, data, machine), run.folder, machine)
+
+
+def is_own(run: Run) -> bool:
+    """Whether its row needs such a trainer."""
+    return any(word in run.label for word in (GRU, *TRAINERS))
+
+
+def make(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Trains the unfinished runs, prints the table and returns the record.
+
+    Raises:
+        TrainingError: if a run failed, or none is finished.
+    """
+    study = STUDIES[name]
+    common = f"{study.common} {arguments.flags}".strip()
+    study = Study(**{**vars(study), "common": common})
+    runs = runs_of(name, study, arguments)
+    missing = [] if arguments.finished else [run for run in runs if result(run) is None]
+    ours = [run for run in missing if not is_own(run)]
+    failed: dict[str, str] = {}
+    if ours:
+        with processes(max(1, arguments.jobs), threads=1) as executor:
+            failed = train_runs(ours, executor, {"device": "cpu"}, name, _line)
+    own = [run for run in missing if is_own(run)]
+    if own:
+        with cli.bar(len(own), name, " runs") as bar:
+            for run in own:
+                train_own(run)
+                bar.update()
+                bar.write(_line(run), file=sys.stderr)
+    if failed:
+        raise TrainingError("\n".join(f"{label}: {error}" for label, error in failed.items()))
+    ends = [({**run.differs}, run, end) for run in runs if (end := result(run)) is not None]
+    if not ends:
+        raise TrainingError(f"no run of {name} is finished in {arguments.runs}")
+    costs: dict[str, dict[str, float]] = {}
+    for differs, run, _ in ends if study.costs else ():
+        if differs["row"] not in costs:
+            build: Callable[..., torch.nn.Module] = gru.build if GRU in run.label else G2GNet.from_settings
+            costs[differs["row"]] = step_costs(run.settings, build)
+    ends.sort(key=lambda of: (list(study.rows).index(of[0]["row"]), of[0]["seed"]))
     record: dict[str, Any] = {
-        "benchmark": study.name,
+        "benchmark": name,
         "machine": {**describe(torch.device("cpu")), "threads": 1},  # those of a run
-        "settings": study.common,
+        "settings": f"{common} {arguments.last}".strip(),
         "epochs": arguments.epochs,
         "tested_on": HELD_BACK if arguments.validation else TEST_IMAGES,
+        "rows": {differs["row"]: study.rows[differs["row"]] for differs, _, _ in ends},
+        "runs": [{**differs, **end, **costs.get(differs["row"], {})} for differs, _, end in ends],
     }
-    known = taken_over(study, arguments.extend, record) if arguments.extend else {}
-    runs = _runs(study, rows, arguments, known)
-    others = {key: runs.pop(key) for key in list(runs) if key[0] in study.others}
-    missing = [] if arguments.finished else [run for run in runs.values() if not run.files.marker.exists()]
-
-    results: dict[Path, dict[str, Any] | None] = {}
-
-    def line(run: Run) -> str:
-        end = results[run.folder] = result(run) or {}
-        return f"{run.label}: test accuracy {end['test_acc']:.4f}, {end['train_seconds']:.0f} s"
-
-    if missing:
-        jobs = max(1, arguments.jobs)
-        with processes(jobs, threads=1) as executor:
-            failed = train_runs(missing, executor, {"device": "cpu"}, study.name, line)
-        if failed:
-            raise TrainingError("\n".join(f"{label}: {error}" for label, error in failed.items()))
-    ends = dict(known)
-    for (row, seed), run in runs.items():
-        end = results[run.folder] if run.folder in results else result(run)
-        if end is not None:
-            ends[row, seed] = {"seed": seed, **end}
-    with pytorch_threads(1):  # those of a run
-        for (row, seed), run in others.items():
-
-            def note(text: str, label: str = run.label) -> None:
-                print(f"{label}: {text}", file=sys.stderr)
-
-            own = (run.settings, run.folder)
-            end = study.finished_others(*own) if arguments.finished else study.others[row](*own, note)
-            if end is not None:
-                ends[row, seed] = {"seed": seed, **end}
-    for (row, seed), run in {**runs, **others}.items():
-        if (row, seed) in ends:
-            ends[row, seed] |= study.more(row, run.settings, run.folder)
-    found: dict[str, list[dict[str, Any]]] = {row: [] for row in study.rows}
-    for row, seed in sorted(ends):
-        found[row].append(ends[row, seed])
-    record["rows"] = [{"row": row, "flags": study.rows[row], "ends": of} for row, of in found.items() if of]
-    if not record["rows"]:
-        raise TrainingError(f"no run of {study.name} is finished in {arguments.runs}")
-    print(study.table(record))
+    print(table(record))
     return record
 
 
-def spread(ends: Sequence[dict[str, Any]], value: Callable[[dict[str, Any]], float], digits: int = 2) -> str:
-    """Mean ± standard error of the mean over runs, and their number where it is not three."""
-    text = estimate([value(end) for end in ends]).text(digits)
-    return text if len(ends) == 3 else f"{text} (n = {len(ends)})"
+def _line(run: Run) -> str:
+    end = result(run) or {}
+    return f"{run.label}: test accuracy {end['test_acc']:.4f}, {end['train_seconds']:.0f} s"
 
 
-def of_hidden_layers(ends: Sequence[dict[str, Any]], quantity: str, digits: int = 0) -> str:
-    """``silent`` or another share of hidden layers 1 and 2, in per cent, as ``8, 28``: the mean over runs."""
-    means = (100 * statistics.mean(end[quantity][layer] for end in ends) for layer in ("lif1", "lif2"))
-    return ", ".join(f"{value:.{digits}f}" for value in means)
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    about = "\n".join(f"  {name:20} {study.about.partition('. ')[0]}" for name, study in STUDIES.items())
+    names = Parser(
+        prog=f"python -m {__package__}.study",
+        description=__doc__,
+        epilog=f"studies; STUDY --help lists the flags and rows of one:\n{about}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    names.add_argument("study", choices=STUDIES)
+    name = names.parse_args(argv[:1]).study
+    return cli.run(build_parser(name), lambda arguments: make(name, arguments), argv[1:], RESUME)
 
 
-def mean(row: dict[str, Any], quantity: str) -> float:
-    """The mean of ``weights``, or another number, over the runs of a row."""
-    return statistics.mean(end[quantity] for end in row["ends"])
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean of independent values; 0 for a single one, where it is unknown."""
-    return estimate(values).error or 0.0
-
-
-def accuracy(end: dict[str, Any]) -> float:
-    """Test accuracy after the last epoch, in per cent."""
-    return 100 * end["test_acc"]
-
-
-def differences(ends: Sequence[dict[str, Any]], control: Sequence[dict[str, Any]]) -> list[float]:
-    """Accuracy minus that of the control, in points, for each seed that both have; equal ones are equal numbers."""
-    of_control = {end["seed"]: accuracy(end) for end in control}
-    return [round(accuracy(end) - of_control[end["seed"]], 9) for end in ends if end["seed"] in of_control]
-
-
-def gain(ends: Sequence[dict[str, Any]], control: Sequence[dict[str, Any]]) -> str:
-    """Mean ± standard error of these differences, and their number if it is not that of the runs; ``–`` without any."""
-    found = differences(ends, control)
-    if not found:
-        return "–"
-    mean, error = estimate(found)
-    text = f"{mean:+.2f}" if error is None else f"{mean:+.2f} ± {error:.2f}"
-    return text if len(found) == len(ends) else f"{text} (n = {len(found)})"
-
-
-def run_study(study: Study, argv: Sequence[str] | None = None) -> int:
-    """The program of a study."""
-    interrupted = "run the same command again to resume with the remaining runs"
-    return run_program(build_parser(study), lambda arguments: make(study, arguments), argv, interrupted)
+if __name__ == "__main__":
+    sys.exit(main())

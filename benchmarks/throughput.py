@@ -2,116 +2,209 @@
 
 A training step (forward, cross-entropy, backward, fused Adam), its forward pass, or one of its parts alone; same sizes,
 same weights, same images for all; results are compared with a float64 reference before anything is timed.
+
+With ``--quantity`` one network is trained for each value of a quantity, all contenders take turns, and a straight line
+is fitted to the medians by least squares: seconds against multiplications and additions of the active weights. If the
+line fits and begins near zero, the cost of a sparse network is proportional to its active weights.
 """
 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tqdm import tqdm
-
+from g2g_kernels import available_backends
 from g2gnet.programs.flags import Parser
 
 from . import cli, report
 from .floor import floor_seconds, work
-from .harness import Job, Outcome, measure
+from .harness import Job, measure
 from .machine import Limits, describe
-from .registry import KERNELS, Entry, choose
-from .workload import Prepared, load
+from .registry import COMPACT, KERNELS, Entry, choose
+from .workload import Prepared, Workload
+
+TAKES = "about twelve minutes on two cores, most of them in peers"
+
+
+class Quantity(NamedTuple):
+    """What can grow.
+
+    Attributes:
+        field: the workload's.
+        values: its default values.
+        x_is: the label of x.
+        x: of a prepared workload; None: the value itself.
+        changes: of the workload, whatever the value.
+        changes_at: those that depend on the value.
+        beside_dense: whether the memory of the dense network's parameters stands beside: it is computed, since the
+            largest cannot be run.
+    """
+
+    field: str
+    values: tuple[Any, ...]
+    x_is: str
+    x: Callable[[Prepared], float] | None = None
+    changes: Mapping[str, Any] = {}
+    changes_at: Callable[[Any], dict[str, Any]] = lambda value: {}
+    beside_dense: bool = False
+
+    def at(self, value: Any) -> dict[str, Any]:
+        """The changes of the workload at a value."""
+        return {**self.changes, self.field: value, **self.changes_at(value)}
+
+
+#: neurons in a group of a wide layer
+WIDE_GROUP = 256
+
+
+def _wide(neurons: int) -> dict[str, Any]:
+    """Groups of one size, with as many weights between them as inside, so that a neuron has as many in any layer."""
+    groups = neurons // WIDE_GROUP
+    return {"num_groups": groups, "p_inter": 1 / max(1, groups - 1)}
+
+
+QUANTITIES = {
+    "p_inter": Quantity("p_inter", (0.0, 0.05, 0.15, 0.3, 0.6, 1.0), "density of all weights", Prepared.density),
+    "block_size": Quantity("block_size", (1, 4, 16, 32, 64), "side of a connection unit, weights"),
+    "groups": Quantity("num_groups", (1, 2, 4, 8, 10), "groups on each side of a layer"),
+    "T": Quantity("T", (10, 20, 30, 40, 50), "time steps T"),
+    "B": Quantity("batch_size", (1, 8, 32, 128, 256), "batch size B"),
+    "H": Quantity("hidden_dim", (128, 256, 512, 1024, 2048), "hidden neurons H"),
+    "wide": Quantity(
+        "hidden_dim",
+        (1024, 4096, 16384, 65536),
+        f"hidden neurons H in groups of {WIDE_GROUP}",
+        changes_at=_wide,
+        beside_dense=True,
+    ),
+    "alpha": Quantity(
+        "alpha",
+        (8.0, 4.0, 2.0, 1.0, 0.5, 0.25),
+        "share of neurons that pass a gradient on",
+        lambda prepared: prepared.event_shares[1],
+        {"surrogate": COMPACT["surrogate"]},
+    ),
+}
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="g2g-bench" if Path(sys.argv[0]).stem == "g2g-bench" else f"python -m {__package__}.throughput",
-        description=__doc__,
-        epilog="\n".join(["kernels:", *(f"  {name:13} {kernel.about}" for name, kernel in KERNELS.items())]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    kernels = (f"  {name:13} {kernel.about}" for name, kernel in KERNELS.items())
+    values = (f"  {name:13} {', '.join(map(str, each.values))}" for name, each in QUANTITIES.items())
+    parser = cli.build_parser(
+        "throughput", __doc__, TAKES, cli.QUICK,
+        "\n".join([
+            "kernels:", *kernels, "quantities:", *values,
+            "With a quantity g2g on its best backend takes part, the masked snnTorch loop and the dense layers with",
+            "our LIF; for alpha, g2g under a triangle and under ATan; for wide layers g2g alone.",
+        ]),
+    )  # fmt: skip
+    if Path(sys.argv[0]).stem == "g2g-bench":
+        parser.prog = "g2g-bench"
     parser.add_argument("--kernel", default="step", choices=tuple(KERNELS), help="what to time (default: step)")
+    parser.add_argument("--quantity", choices=tuple(QUANTITIES), help="what grows (default: nothing)")
+    parser.add_argument("--values", metavar="X,Y,...", help="its values, where they are not those below")
     cli.add_flags(parser, repeats=10)
     return parser
 
 
-def throughput(arguments: argparse.Namespace) -> cli.Report:
-    device, repeats = cli.device_from(arguments), cli.repeats_from(arguments)
-    kernel = KERNELS[arguments.kernel]
-    entries = choose(arguments.kernel, arguments.contenders, arguments.backend, arguments.precision)
-    if arguments.quick and not arguments.contenders:
-        entries = [leave_out(entry) if entry.compiles else entry for entry in entries]
-    workload = cli.workload_from(arguments, **kernel.workload)
+def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
+    cli.checked(arguments, "repeats")
+    device, kernel = cli.device_from(arguments), KERNELS[arguments.kernel]
+    quantity = QUANTITIES[arguments.quantity] if arguments.quantity else None
+    entries = contenders(arguments, quantity)
+    base = cli.workload_from(arguments, kernel.usual, **kernel.workload)
+    changes: list[dict[str, Any]] = [{}]
+    if quantity is not None:
+        values = cli.numbers(arguments.values, type(quantity.values[0])) if arguments.values else quantity.values
+        if len(set(values)) < 2:
+            raise ValueError(f"values={arguments.values!r}: a line needs at least two different values")
+        changes = [quantity.at(value) for value in values]
+    elif arguments.values:
+        raise ValueError("values: of which quantity? give `quantity`, too")
+    workloads = [dataclasses.replace(base, **change) for change in changes]
+    own = [(entry, number, entry.own(base, change)) for entry in entries for number, change in enumerate(changes)]
     machine = describe(device)
     print(cli.headline(machine))
-    path, prepared = cli.prepare_with_bar(workload, arguments.data_dir)
-    print(f"{kernel.about}: {about(prepared)}", flush=True)
+    needed = [*workloads, *(workload for entry, _, workload in own if entry.unavailable is None)]
+    prepared = {each: cli.prepare_with_bar(each, arguments.data_dir) for each in dict.fromkeys(needed)}
+    print(f"{kernel.about}: {about(prepared[workloads[0]][1])}", flush=True)
 
-    paths = {
-        entry.label: cli.prepare_with_bar(entry.own(workload), arguments.data_dir)[0]
-        for entry in entries
-        if entry.own(workload) != workload and entry.unavailable is None
-    }
-    jobs = [Job(entry, paths.get(entry.label, path), arguments.kernel, str(device)) for entry in entries]
     limits = Limits(device)
-    total = len(jobs) + repeats * sum(entry.unavailable is None for entry in entries)
-    with tqdm(total=total, leave=False, disable=None) as bar:
+    unprepared = prepared[workloads[0]]
+    jobs = [Job(entry, prepared.get(of, unprepared)[0], arguments.kernel, str(device)) for entry, _, of in own]
+    total = len(jobs) + arguments.repeats * sum(entry.unavailable is None for entry, _, _ in own)
+    with cli.bar(total) as bar:
 
         def progress(text: str) -> None:
             bar.set_description(text)
             bar.update()
 
-        outcomes = measure(jobs, repeats, progress=progress, between_rounds=limits.measure)
+        outcomes = measure(jobs, arguments.repeats, progress=progress, between_rounds=limits.measure)
 
-    done, rates = work(prepared, arguments.kernel), limits.rates()
+    rates = limits.rates()
+
+    def place(workload: Workload) -> dict[str, Any]:
+        one = prepared[workload][1]
+        x = quantity and (quantity.x(one) if quantity.x else getattr(workload, quantity.field))
+        done = work(one, arguments.kernel)
+        place = {"x": x, **one.workload.as_dict(), "density": one.density(), "note": one.note, **done}
+        place |= {"test_accuracy": one.test_accuracy, "floor_seconds": floor_seconds(done, rates)}
+        return place | ({"dense_bytes": dense_bytes(one)} if quantity and quantity.beside_dense else {})
+
+    places = {workload: place(workload) for workload in prepared}
+    runs = []
+    for (_, number, workload), outcome in zip(own, outcomes, strict=True):
+        run = {"place": number, **report.summary(outcome)}
+        if outcome.status == "timed" and workload != workloads[number]:
+            run["floor_seconds"] = places[workload]["floor_seconds"]
+        runs.append(run)
     record: dict[str, Any] = {
         "benchmark": "throughput",
         "kernel": arguments.kernel,
+        "quantity": arguments.quantity,
+        "x_is": quantity and quantity.x_is,
         "baseline": kernel.baseline,
         "machine": machine,
         "limits": rates,
-        "workload": {
-            **prepared.workload.as_dict(),
-            "density": prepared.density(),
-            "test_accuracy": prepared.test_accuracy,
-            "note": prepared.note,
-            **done,
-        },
-        "floor_seconds": floor_seconds(done, rates),
-        "contenders": [report.summary(outcome) | own_floor(outcome, path, rates) for outcome in outcomes],
+        "workloads": [places[workload] for workload in workloads],
+        "runs": runs,
     }
-    print(report.throughput_table(record))
+    print(report.growth_table(record) if quantity else report.throughput_table(record))
     print(
         f"This machine multiplies at {rates['matrix_flop_per_s'] / 1e9:.0f} GFLOP/s and copies at "
-        f"{rates['copy_bytes_per_s'] / 1e9:.0f} GB/s: the floor of this is {report.seconds(record['floor_seconds'])}."
+        f"{rates['copy_bytes_per_s'] / 1e9:.0f} GB/s: the floor of this is "
+        f"{report.seconds(record['workloads'][0]['floor_seconds'])}."
     )
     cli.warn_if_busy(machine, rates)
-    return cli.Report(record, csv_rows(record), status=int(any(outcome.status == "wrong" for outcome in outcomes)))
+    return record
 
 
-def own_floor(outcome: Outcome, path: Path, rates: dict[str, float]) -> dict[str, float]:
-    """``floor_seconds`` of a contender whose workload is not that at ``path``, which the others have."""
-    if outcome.status != "timed" or outcome.job.path == path:
-        return {}
-    return {"floor_seconds": floor_seconds(work(load(outcome.job.path), outcome.job.kernel), rates)}
+def dense_bytes(prepared: Prepared) -> int:
+    """Memory of the dense network's weights, their gradients and Adam's two moments, in float32."""
+    hidden = prepared.workload.hidden_dim
+    weights = hidden * (prepared.images.shape[1] + hidden + prepared.num_classes)
+    return 4 * 4 * weights
+
+
+def contenders(arguments: argparse.Namespace, quantity: Quantity | None) -> list[Entry]:
+    """The contenders requested by the flags; by default all, or of a quantity g2g at its best and a peer or two."""
+    asked = arguments.contenders, arguments.backend, arguments.precision
+    if quantity is not None and not any(asked):
+        ours = f"g2g-{available_backends()[0]}"
+        beside = [f"{ours}-triangle"] if quantity.field == "alpha" else ["snntorch-masked", "dense-lif"]
+        return choose(arguments.kernel, ",".join([ours, *([] if quantity.beside_dense else beside)]))
+    entries = choose(arguments.kernel, *asked)
+    if arguments.quick and not arguments.contenders:
+        entries = [leave_out(entry) if entry.compiles else entry for entry in entries]
+    return entries
 
 
 def leave_out(entry: Entry) -> Entry:
     """The entry with the reason why ``--quick`` skips it."""
     reason = entry.unavailable or "--quick skips what compiles for a minute; name it in --contenders to include it"
     return dataclasses.replace(entry, unavailable=reason)
-
-
-def csv_rows(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per contender."""
-    rows = []
-    for row in record["contenders"]:
-        derived: dict[str, Any] = {"gflop_per_s": "", "of_floor": ""}
-        if row["status"] == "timed":
-            derived["gflop_per_s"] = record["workload"]["flop"] / row["median"] / 1e9
-            derived["of_floor"] = report.of_floor(record, row)
-        rows.append({"kernel": record["kernel"], **report.flat(row), **derived})
-    return rows
 
 
 def about(prepared: Prepared) -> str:

@@ -11,11 +11,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from benchmarks.few_study import EXAMPLE
-from benchmarks.redraw import records
+from benchmarks.redraw import all_records
 from benchmarks.report import seconds
-from benchmarks.study import accuracy, mean
-from benchmarks.tradeoff_study import density
+from benchmarks.studies import EXAMPLE
+from benchmarks.study_tables import Row, accuracy, density, rows_of
 
 OURS, PEER = "#1f5a7a", "#9a9a9a"
 CONTENDERS = {
@@ -31,12 +30,12 @@ LINES = (("dense", "dense, 20 epochs", PEER), ("25 %, units of 64", "sparse, 20 
 
 def record(name: str) -> dict[str, Any]:
     """The newest record of what is called ``name`` (see :mod:`benchmarks.redraw`)."""
-    found = [record.content for record in records() if record.name == name]
+    found = [record.content for record in all_records() if record.name == name]
     return max(found, key=lambda content: str(content["machine"]["date"]))
 
 
 def draw_times(axis: Axes, content: dict[str, Any]) -> None:
-    rows = {row["contender"]: row for row in content["contenders"] if row["status"] == "timed"}
+    rows = {run["contender"]: run for run in content["runs"] if run["status"] == "timed"}
     for place, name in enumerate(CONTENDERS):
         median = rows[name]["median"]
         axis.barh(place, median, color=OURS if place == 0 else PEER, height=0.62)
@@ -48,19 +47,19 @@ def draw_times(axis: Axes, content: dict[str, Any]) -> None:
     axis.set_xlim(0, 1.2 * max(rows[name]["median"] for name in CONTENDERS))
     axis.set_xticks([])
     axis.spines[["top", "right", "bottom"]].set_visible(False)
-    network = content["workload"]
+    network = content["workloads"][0]
     size = f"2 × {network['hidden_dim']:,} neurons, {network['T']} steps, batch {network['batch_size']}"
     axis.set_title(f"Time of a training step\n({size})", loc="left", fontsize=13)
 
 
 def draw_accuracies(axis: Axes) -> None:
-    rows = record("tradeoff_study")["rows"]
+    rows = rows_of(record("tradeoff_study"))
     for name, label, colour in LINES:
-        line = sorted((mean(row, "weights"), _accuracy(row)) for row in rows if density(row) == name)
+        line = sorted((row.mean("weights"), _accuracy(row)) for row in rows if density(row) == name)
         axis.plot(*zip(*line, strict=True), color=colour, marker="o", label=label)
-    pruned = next(row for row in record("few_study")["rows"] if row["row"] == EXAMPLE)
+    pruned = next(row for row in rows_of(record("few_study")) if row.name == EXAMPLE)
     axis.plot(
-        mean(pruned, "weights"),
+        pruned.mean("weights"),
         _accuracy(pruned),
         "*",
         color="#c4552d",
@@ -76,8 +75,8 @@ def draw_accuracies(axis: Axes) -> None:
     axis.set_title("Test accuracy on Fashion-MNIST, %", loc="left", fontsize=13)
 
 
-def _accuracy(row: dict[str, Any]) -> float:
-    return statistics.mean(map(accuracy, row["ends"]))
+def _accuracy(row: Row) -> float:
+    return statistics.mean(map(accuracy, row.runs))
 
 
 def draw(folder: Path) -> None:

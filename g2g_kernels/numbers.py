@@ -18,10 +18,8 @@ FLOAT32 = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
 
 
 def check_parameter(name: str, value: Any, of: str = "") -> float:
-    """``value``, the parameter of neurons, as a float; ∞ is a threshold never reached.
-
-    Raises:
-        ValueError: naming the argument (``of`` some neurons), unless it is one number that a float32 holds, or inf.
+    """``value``, the parameter of neurons, as a float; ∞ is a threshold never reached. Raises ValueError, naming the
+    argument (``of`` some neurons), unless it is one number that a float32 holds, or inf.
     """
     if isinstance(value, torch.SymFloat):  # of a graph with dynamic shapes, which stands for a float
         return value  # type: ignore[return-value]
@@ -116,10 +114,8 @@ class Number(NamedTuple):
             return None
 
     def check(self, name: str, value: Any, of: str = "") -> Any:
-        """``value``, as an int if it is whole.
-
-        Raises:
-            ValueError: naming the argument (``of`` something), unless ``value`` is of this kind.
+        """``value``, as an int if it is whole. Raises ValueError, naming the argument (``of`` something), unless
+        ``value`` is of this kind.
         """
         wanted = self.refuses(value)
         if wanted:

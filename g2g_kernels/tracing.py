@@ -70,10 +70,7 @@ _PLAIN = {torch.Tensor, nn.Parameter, type(None)}
 def symbolic_call(module: nn.Module, x: Any, *rest: Any) -> Any:
     """In ``torch.fx.symbolic_trace``, which calls ``module(x, …)`` with a stand-in: the node of this call, a leaf.
 
-    None if x is no such stand-in.
-
-    Raises:
-        NotImplementedError: if the module itself is what is traced.
+    None if x is no such stand-in. Raises NotImplementedError if the module itself is what is traced.
     """
     import torch.fx  # where torch has not imported it, nothing is traced symbolically
 

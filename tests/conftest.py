@@ -1,5 +1,7 @@
 """How the tests are dealt out to processes; what holds for each of them is in ``every_test.py``."""
 
+import datetime
+import os
 from pathlib import Path
 
 import pytest
@@ -24,9 +26,8 @@ SLOWEST = [
     "g2gnet/dst/test_dst.py",
     "g2gnet/training/test_training.py",
     "g2gnet/training/test_captured_step.py",
-    "g2g_kernels/ops/test_adlif.py",
     "g2g_kernels/ops/test_record.py",
-    "g2g_kernels/ops/test_synaptic.py",
+    "g2g_kernels/ops/test_models.py",
     "benchmarks/test_aot.py",
     "g2gnet/base/test_files.py",
     "g2gnet/training/test_reliability.py",
@@ -35,6 +36,9 @@ SLOWEST = [
     "benchmarks/test_studies.py",
 ]
 TESTS = Path(__file__).parent
+os.environ.setdefault(
+    "G2G_CASES", f"{datetime.date.today()}"
+)  # which cases covering.py gives, the same in every process
 collect_ignore = ["clients"]  # they need other libraries, in an environment of their own: tests/clients.sh
 
 
@@ -44,8 +48,12 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """``-m quick`` reads only the files that it has tests in."""
-    if config.option.markexpr == "quick" and collection_path.suffix == ".py":
+    """``-m quick`` and ``-m ci`` read only the files that they have tests in."""
+    if collection_path.suffix != ".py":
+        return None
+    if config.option.markexpr == "ci":
+        return "pytest.mark.ci" not in collection_path.read_text(encoding="utf-8")
+    if config.option.markexpr == "quick":
         return str(collection_path.relative_to(TESTS).as_posix()) not in {name.partition("::")[0] for name in QUICK}
     return None
 
@@ -65,3 +73,7 @@ def pytest_configure(config):
     """The process that only deals the tests out does without PyTorch, and begins so much earlier."""
     if config.option.dist == "no" or config.option.collectonly:
         config.pluginmanager.import_plugin("every_test")
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"G2G_CASES={os.environ['G2G_CASES']} pytest runs the same cases on any day")

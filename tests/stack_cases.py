@@ -17,6 +17,7 @@ from helpers import (
 
 from g2g_kernels import SpikingLayer, g2g_stack
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.triton.runtime import interpreted
 
 T, B = 9, 5
 
@@ -35,6 +36,19 @@ STACKS = {
     "one unit a group": (MaskCase(38, 21, 2, "random", "index", 64), MaskCase(26, 38, 2, "interleaved", "random", 64),
                          MaskCase(10, 26, 2, "index", "random", 64)),
 }  # fmt: skip
+
+
+#: for Triton's interpreter, to which every unit is a call
+SMALL_STACKS = {
+    "ragged index": (MaskCase(14, 9, 2, "index", "index", 4), MaskCase(10, 14, 2, "index", "index", 4),
+                     MaskCase(6, 10, 2, "index", "index", 4)),
+    "random single weights": (MaskCase(14, 9, 3, "random", "random", 1), MaskCase(10, 14, 3, "random", "random", 1),
+                              MaskCase(6, 10, 3, "random", "random", 1)),
+}  # fmt: skip
+
+
+def stacks_on(backend: str) -> dict[str, tuple[MaskCase, ...]]:
+    return SMALL_STACKS if backend == "triton" and interpreted() else STACKS
 
 
 class Stack:

@@ -297,6 +297,7 @@ def test_everything_that_the_table_names_exists():
             assert (ROOT / name).exists(), f"the table names {name}, which is not there"
 
 
+@pytest.mark.ci
 def test_what_is_added_by_the_table_works_on_every_backend_and_from_the_command_line(tree):
     backends = [name for name in ("torch", "cpu", "triton") if name in available_backends()]
     done = run(tree, "-c", TRIED, *backends, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")

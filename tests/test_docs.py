@@ -61,6 +61,7 @@ def test_a_page_that_says_something_else_than_its_code_prints_is_noticed(tmp_pat
     assert run_blocks(page, {"x + 1": "x + 2"})["x"] == 1
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["draw_groupings", "draw_concepts", "draw_result"])
 def test_the_pictures_can_be_drawn_again(name, tmp_path):
     pytest.importorskip("matplotlib")
@@ -126,6 +127,7 @@ def test_each_public_class_and_function_has_an_example_that_is_true(package, tra
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
 def test_a_notebook_runs_and_shows_pictures(notebook):
     matplotlib = pytest.importorskip("matplotlib")

@@ -35,6 +35,9 @@ COMMANDS = [
     )
 ]
 
+#: what a user sees first, the README and the programs' help; the other examples run with ``pytest -m ci``
+FIRST = re.sub(r"\\\n *", "", "\n".join([README, train.EXAMPLES, crossval.EXAMPLES]))
+
 #: of each program: its module, its settings, and flags that make a run small without another name for its files
 SMALL = "--hidden_dim 64 --batch_size 16 --dst_interval 2 --limit_test 20 --epochs 1 --warmup_epochs 0 --lr_warmup 1"
 PROGRAMS = {
@@ -84,7 +87,14 @@ def run(program, arguments):
     return settings_from(parser.parse_args(arguments), kind)
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if split(command)[0] in PROGRAMS])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=[] if command in FIRST else pytest.mark.ci)
+        for command in COMMANDS
+        if split(command)[0] in PROGRAMS
+    ],
+)
 def test_each_example_runs(workplace, command):
     program, arguments = split(command)
     settings = run(program, arguments)

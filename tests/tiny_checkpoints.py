@@ -14,10 +14,8 @@ TINY = shlex.split(
 
 VARIANTS = {
     "mixer": "--model mixer",
-    "dense": "--model dense",
-    "random, rate-coded": "--model random --enc rate",
-    "index, dynamic": "--model index --sparsity_mode dynamic --dst_interval 3",
-    "bf16": "--model index --precision bf16",
+    "dense": "--model dense --precision bf16",
+    "index, dynamic": "--model index --enc rate --sparsity_mode dynamic --dst_interval 3",
 }
 
 
@@ -30,3 +28,10 @@ def train_tiny(folder, flags="--model mixer"):
 def rewrite(checkpoint, target, **changes):
     write_tensors(target, {**read_checkpoint(checkpoint), **changes})
     return target
+
+
+def replaced(state, name, value):
+    """The state with another entry, "a/b" being entry b of entry a."""
+    first, _, rest = name.partition("/")
+    first = int(first) if first.isdigit() else first
+    return {**state, first: replaced(state[first], rest, value) if rest else value}

@@ -165,11 +165,7 @@ def unavailable() -> str | None:
 
 
 def library() -> ctypes.CDLL:
-    """The loaded library.
-
-    Raises:
-        RuntimeError: if there is none.
-    """
+    """The loaded library; raises RuntimeError if there is none."""
     loaded, reason = _load()
     if loaded is None:
         raise RuntimeError(reason)
@@ -182,11 +178,8 @@ def instruction_set() -> str:
 
 
 def run(kernel: Callable[..., int], arguments: Structure) -> None:
-    """Calls a kernel with the scratch memory it needs.
-
-    Raises:
-        ValueError: for sizes or options of neurons that the kernel cannot number.
-        MemoryError: if memory runs out.
+    """Calls a kernel with the scratch memory it needs. Raises ValueError for sizes or options of neurons that the
+    kernel cannot number, and MemoryError if memory runs out.
     """
     address = ctypes.addressof(arguments)
     size = _checked(kernel(address, None))

@@ -96,11 +96,7 @@ def _refuses(grid: tuple[int, int], packed: tuple[int, int, int]) -> str | None:
 
 
 def plan_for(mask: MaskTensors, values: torch.Tensor) -> Plan:
-    """The plan of a mask whose packed weights are ``values``.
-
-    Raises:
-        ValueError: for tensors that do not fit a mask.
-    """
+    """The plan of a mask whose packed weights are ``values``; raises ValueError for tensors that do not fit a mask."""
     key = vars(mask).get("plan_key")
     if key is None or key[:3] != values.shape:
         key = mask.__dict__["plan_key"] = _key(mask, values)

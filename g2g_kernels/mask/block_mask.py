@@ -133,9 +133,7 @@ class BlockMask(UnitGrid):
     @on_cpu
     def from_dense(cls, mask: torch.Tensor, block_size: int = 1) -> "BlockMask":
         """The mask whose dense form is ``mask``, bool [out, in], with each side in one group (cut as any group is).
-
-        Raises:
-            ValueError: if a unit is only partly true, since a unit is present as a whole.
+        Raises ValueError if a unit is only partly true, since a unit is present as a whole.
         """
         if mask.dim() != 2:
             raise ValueError(f"mask must be a matrix [out, in], not of shape {tuple(mask.shape)}")
@@ -295,10 +293,8 @@ class BlockMask(UnitGrid):
     @classmethod
     @on_cpu
     def from_state(cls, state: Mapping[str, torch.Tensor], shape: tuple[int, int] | None = None) -> "BlockMask":
-        """The mask with that ``state_dict`` (one tensor, ``wiring``), on the CPU.
-
-        Raises:
-            ValueError: if it describes no mask, or if its shape (out, in) is not ``shape``.
+        """The mask with that ``state_dict`` (one tensor, ``wiring``), on the CPU. Raises ValueError if it describes no
+        mask, or if its shape (out, in) is not ``shape``.
         """
         return cls(*read_row(state["wiring"], shape))
 

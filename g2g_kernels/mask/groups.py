@@ -77,10 +77,8 @@ class GroupLayout:
     @classmethod
     @on_cpu
     def from_assignment(cls, group_of: torch.Tensor) -> "GroupLayout":
-        """The layout with a given assignment, int64 [size] with values 0 … G−1, sizes differing by at most one.
-
-        Raises:
-            ValueError: if the assignment is not balanced or leaves a group empty.
+        """The layout with a given assignment, int64 [size] with values 0 … G−1, sizes differing by at most one. Raises
+        ValueError if the assignment is not balanced or leaves a group empty.
         """
         check_integers("group_of", group_of)
         group_of = group_of.detach().to("cpu", torch.int64)
@@ -122,10 +120,8 @@ def partners(out_groups: int, in_groups: int) -> torch.Tensor:
 
 def as_integers(name: str, tensor: object) -> torch.Tensor:
     """An integer tensor, or the integers that a tensor of floats holds: averages of a ``state_dict`` divide them all.
-
-    Raises:
-        ValueError: for anything else; for numbers that are not whole, or too large for the dtype to tell neighbours
-            apart.
+    Raises ValueError for anything else; for numbers that are not whole, or too large for the dtype to tell neighbours
+    apart.
     """
     if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
         given = tensor.detach().nan_to_num(0.5)

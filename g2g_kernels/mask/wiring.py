@@ -48,8 +48,7 @@ def read_row(row: torch.Tensor, shape: tuple[int, int] | None = None) -> Wiring:
         row: as :func:`row_of` gives it, on any device and of any dtype that holds its numbers.
         shape: (out, in) of the weight matrix, if that is known.
 
-    Raises:
-        ValueError: if it is not the row of a mask, or of another shape.
+    Raises ValueError if it is not the row of a mask, or of another shape.
     """
     if not isinstance(row, torch.Tensor):
         raise ValueError(f"wiring must be a tensor, not {type(row).__name__}")

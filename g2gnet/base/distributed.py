@@ -302,8 +302,7 @@ def join(
         about: what must be the same in all.
         peer_timeout: for how long processes wait for one another.
 
-    Raises:
-        DistributedError: for a device without a backend, if the processes do not match or meet, or one has ended.
+    Raises DistributedError for a device without a backend, if the processes do not match or meet, or one has ended.
     """
     if not launched():
         yield ALONE

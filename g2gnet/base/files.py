@@ -23,10 +23,8 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.
 
 
 def open_file(path: Path | str) -> BinaryIO:
-    """Opens a file for reading.
-
-    Raises:
-        OSError: if it cannot be opened or is not a regular file: a FIFO would wait for a writer, a device may not end.
+    """Opens a file for reading. Raises OSError if it cannot be opened or is not a regular file: a FIFO would wait for a
+    writer, a device may not end.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
@@ -66,10 +64,8 @@ def open_own(path: Path | str, flags: int) -> int:
 
 
 def make_directory(path: Path) -> None:
-    """Makes a directory and those above it, where they are missing.
-
-    Raises:
-        OSError: if it cannot be made; NotADirectoryError where something else has its name.
+    """Makes a directory and those above it, where they are missing. Raises OSError if it cannot be made;
+    NotADirectoryError where something else has its name.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -80,9 +76,7 @@ def make_directory(path: Path) -> None:
 @contextlib.contextmanager
 def directory(path: Path) -> Iterator[None]:
     """Makes a directory as :func:`make_directory`; after an error inside, those that it made and are empty are removed.
-
-    Raises:
-        OSError: as there.
+    Raises OSError as there.
     """
     missing = [each for each in (path, *path.parents) if not each.exists()]
     try:
@@ -191,11 +185,9 @@ def leftovers(path: Path) -> list[Path]:
 def locked(path: Path, wait: bool) -> Iterator[None]:
     """While entered, no other process can enter it for the lock file ``path``; the lock ends with its process.
 
-    The file stays. On a file system without locks there is a warning and no lock.
-
-    Raises:
-        BlockingIOError: if another process has entered it, and ``wait`` is false.
-        OSError: if the file cannot be opened, or is a symbolic link or no regular file.
+    The file stays. On a file system without locks there is a warning and no lock. Raises BlockingIOError if another
+    process has entered it, and ``wait`` is false, and OSError if the file cannot be opened, or is a symbolic link or no
+    regular file.
     """
     descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
     try:

@@ -19,11 +19,8 @@ def printable(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Prints ``text`` to standard output.
-
-    Raises:
-        BrokenPipeError: if its reader has left.
-        OutputError: if it cannot be written for another reason.
+    """Prints ``text`` to standard output. Raises BrokenPipeError if its reader has left, and OutputError if it cannot
+    be written for another reason.
     """
     try:
         print(printable(text), flush=True)

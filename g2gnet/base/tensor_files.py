@@ -29,11 +29,8 @@ class TensorFileError(ValueError):
 def write_tensors(path: Path, content: Any, keep: Path | None = None) -> None:
     """Replaces ``path`` by a file of ``content``: tensors, numbers, strings, None, and dicts, lists, tuples of them.
 
-    With ``keep``, the file that was at ``path`` gets that name.
-
-    Raises:
-        OSError: if it cannot be written; the old file is unchanged.
-        TensorFileError: for content that :func:`read_tensors` would refuse; likewise.
+    With ``keep``, the file that was at ``path`` gets that name. Raises OSError if it cannot be written; the old file is
+    unchanged, and TensorFileError for content that :func:`read_tensors` would refuse; likewise.
     """
     check_plain(content)
     buffer = io.BytesIO()
@@ -49,10 +46,8 @@ def with_digest(archive: bytes) -> bytes:
 
 
 def has_digest(path: Path) -> bool:
-    """Whether a file ends as those of :func:`write_tensors` do, even if it is damaged before its end.
-
-    Raises:
-        OSError: if it cannot be read.
+    """Whether a file ends as those of :func:`write_tensors` do, even if it is damaged before its end. Raises OSError if
+    it cannot be read.
     """
     with open_file(path) as file:
         size = file.seek(0, os.SEEK_END)
@@ -62,11 +57,8 @@ def has_digest(path: Path) -> bool:
 
 
 def read_tensors(path: Path) -> Any:
-    """What :func:`write_tensors` wrote, on the CPU.
-
-    Raises:
-        OSError: if the file cannot be opened, or is not a regular one.
-        TensorFileError: if it is damaged, or :func:`parse_tensors` refuses it.
+    """What :func:`write_tensors` wrote, on the CPU. Raises OSError if the file cannot be opened, or is not a regular
+    one, and TensorFileError if it is damaged, or :func:`parse_tensors` refuses it.
     """
     data = read_file(path)
     if data[-DIGEST_BYTES:] != hashlib.sha256(data[:-DIGEST_BYTES]).digest():
@@ -77,11 +69,9 @@ def read_tensors(path: Path) -> Any:
 def parse_tensors(data: bytes) -> Any:
     """The content of any file that ``torch.save`` wrote, on the CPU.
 
-    Nothing in it is executed, and no more memory is used than a small multiple of the file's size.
-
-    Raises:
-        TensorFileError: if it is not such a file, if it holds anything but tensors, numbers, strings, None and
-            containers of them, or a tensor that is larger than its data, or a value that is not finite.
+    Nothing in it is executed, and no more memory is used than a small multiple of the file's size. Raises
+    TensorFileError if it is not such a file, if it holds anything but tensors, numbers, strings, None and containers of
+    them, or a tensor that is larger than its data, or a value that is not finite.
     """
     try:
         # neither PyTorch's older formats nor archives that expand are opened

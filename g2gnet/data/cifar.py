@@ -21,10 +21,8 @@ def load(name: str, data_dir: Path) -> ImageData:
 
     The batches may be in ``data_dir`` as torchvision leaves them (``cifar-10-batches-py``, ``cifar-100-python``), or in
     the original archive; otherwise the archive is downloaded. They are pickles, which can run any code, so they are
-    opened only if their checksums match the published ones.
-
-    Raises:
-        DataError: if they cannot be found, downloaded or read.
+    opened only if their checksums match the published ones. Raises DataError if they cannot be found, downloaded or
+    read.
     """
     reader = READERS[name]
     folder = data_dir / reader.base_folder

@@ -67,9 +67,7 @@ class ImageData:
 
     def moments(self) -> tuple[float, float]:
         """Mean and standard deviation of all values in the training samples (of :func:`as_samples`), by exact sums.
-
-        Raises:
-            DataError: if they are all equal.
+        Raises DataError if they are all equal.
         """
         total = square = 0.0
         for images in self.train_images.split(1024):

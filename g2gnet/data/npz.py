@@ -49,10 +49,8 @@ def is_name(name: object) -> bool:
 
 
 def name_of(path: Path | str) -> str:
-    """The name of the data in a file; :func:`load` finds it under this name.
-
-    Raises:
-        DataError: if the file cannot be read.
+    """The name of the data in a file; :func:`load` finds it under this name. Raises DataError if the file cannot be
+    read.
     """
     path = Path(path)
     try:
@@ -68,10 +66,8 @@ def name_of(path: Path | str) -> str:
 
 
 def load(name: str, data_dir: Path) -> ImageData:
-    """Reads the data of that name, from the given file or the file of that name in ``data_dir``.
-
-    Raises:
-        DataError: if the file is missing, has different content than the name says, or lacks such arrays.
+    """Reads the data of that name, from the given file or the file of that name in ``data_dir``. Raises DataError if
+    the file is missing, has different content than the name says, or lacks such arrays.
     """
     path = _path(name, data_dir)
     found = name_of(path)
@@ -96,10 +92,8 @@ def holds_sequences(shape: Sequence[int]) -> bool:
 
 
 def sample_shape(name: str, data_dir: Path) -> tuple[int, ...]:
-    """The shape of a sample of the data of that name, which the head of its file says.
-
-    Raises:
-        DataError: if the file is missing, or lacks such arrays.
+    """The shape of a sample of the data of that name, which the head of its file says. Raises DataError if the file is
+    missing, or lacks such arrays.
     """
     return _read_archive(_path(name, data_dir), _headers)["train_images"][0][1:]
 
@@ -109,11 +103,7 @@ def _path(name: str, data_dir: Path) -> Path:
 
 
 def _read_archive(path: Path, read: Callable[[zipfile.ZipFile], Content]) -> Content:
-    """What ``read`` finds in a file.
-
-    Raises:
-        DataError: if it finds something else.
-    """
+    """What ``read`` finds in a file; raises DataError if it finds something else."""
     try:
         with open_file(path) as file, zipfile.ZipFile(file) as archive:
             return read(archive)

@@ -52,8 +52,8 @@ class StepRecorder:
                     )
         if model is not None and self.needs:
             check_compiled(model, " and ".join(sorted(self.needs)))
-        recorded = model is not None and ACTIVITY in self.needs
-        self._activity = ActivityRecorder(model, layers) if model is not None and recorded else None
+        self._model = model if ACTIVITY in self.needs else None
+        self._activity: ActivityRecorder | None = None  # while it records
         self._recordings: list[Recording] | None = None
         self._gradients: dict[G2GLinear, UnitGradients] = {}
         self._overtaken = False  # by another scheduler, which records the gradient of the same layers now
@@ -61,9 +61,10 @@ class StepRecorder:
 
     def start(self, layers: Sequence[G2GLinear]) -> None:
         """Starts recording; ``layers`` are those whose gradient may be needed."""
-        if self._activity is not None or GRADIENT in self.needs:
+        if self._model is not None or GRADIENT in self.needs:
             self._uncompiled = Uncompiled()
-        if self._activity is not None:
+        if self._model is not None:
+            self._activity = ActivityRecorder(self._model, self._layers)
             self._activity.start()
         if GRADIENT in self.needs:
             for layer in layers:
@@ -76,7 +77,8 @@ class StepRecorder:
         self._overtaken = len(mine) < len(self._gradients)
         for layer in mine:
             layer.observer = None
-        self._recordings = self._activity.stop() if self._activity is not None else None
+        if self._activity is not None:
+            self._recordings, self._activity = self._activity.stop(), None
 
     def run_compiled(self) -> None:
         """Lets compiled code run again, which records nothing."""
@@ -118,10 +120,8 @@ class StepRecorder:
             received = post
 
     def evidence(self, layers: Sequence[tuple[int, G2GLinear]], world: World) -> Iterator[tuple[int, Evidence]]:
-        """What is known of each of these layers, with its number.
-
-        Raises:
-            RuntimeError: for what is needed and was neither given nor recorded.
+        """What is known of each of these layers, with its number. Raises RuntimeError for what is needed and was
+        neither given nor recorded.
         """
         unpacked: dict[int, torch.Tensor] = {}  # by the train's id; a layer's spikes are the next one's inputs
         for number, layer in layers:
@@ -136,7 +136,7 @@ class StepRecorder:
                 correlation = unit_correlation(*samples, layer.mask, world).flatten()
             if GRADIENT in self.needs:
                 gradients = self._gradients.get(layer)
-                if gradients is None or not any(gradients.seen()):
+                if gradients is None or not gradients.has_seen:
                     raise RuntimeError(self._nothing_seen("gradient", number))
                 gradient = gradients.root_mean_squares(layer.mask, world)
                 gradients.close()
@@ -156,24 +156,8 @@ class StepRecorder:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        # what was recorded so far in this step; hooks and attributes of layers are not copied
-        activity = self._activity and (self._activity.model, self._activity.recorded())
-        gradients = [(layer, gradients.seen()) for layer, gradients in self._gradients.items()]
-        return {**self.__dict__, "_uncompiled": None, "_activity": activity, "_gradients": gradients}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        activity = state["_activity"]
-        self.__dict__.update(state, _activity=activity and ActivityRecorder(activity[0], state["_layers"]))
-        self._gradients, self._seen_before = {}, (activity and activity[1], state["_gradients"])
-
-    def resume(self) -> None:
-        """After :meth:`start` of a copy: goes on after what the original had recorded."""
-        activity, gradients = self.__dict__.pop("_seen_before")
-        if activity and self._activity is not None:
-            self._activity.stop()
-            self._activity.resume(activity)
-        for layer, seen in gradients:
-            self._gradients[layer].resume(seen)
+        # a copy begins with the next step
+        return {**self.__dict__, "_uncompiled": None, "_activity": None, "_recordings": None, "_gradients": {}}
 
 
 def _samples(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -33,6 +33,8 @@ from g2gnet.weights.tied_averages import has_unknown_copies, rewire_averages, ti
 
 logger = logging.getLogger("g2gnet")
 
+_SHARE = Number(0, 1, open_low=True)
+
 
 class _Outcome(NamedTuple):
     """The result of an update; it stays on the device until it is read."""
@@ -50,10 +52,10 @@ class DSTScheduler:
     As with a learning-rate scheduler, call :meth:`step` after each ``optimizer.step()``. In an update, each layer loses
     the ``fraction`` of its units with the lowest prune score and gains as many, with the highest grow score, among
     those that were inactive before. A unit's score is taken over its weights. Grown weights start at zero, here and in
-    averages of the model (:class:`G2GLinear`), and their optimizer state as for any new weight. Frozen layers do not
-    change. An update whose scores are not finite (for example after a step with a NaN) is skipped; the logger
-    ``g2gnet`` reports it when ``pruned`` or the state is next read. A scheduler can be copied and pickled together with
-    its model and optimizer, at any step.
+    averages of the model, and their optimizer state as for any new weight. Frozen layers do not change. An update whose
+    scores are not finite is skipped; the logger ``g2gnet`` reports it when ``pruned`` or the state is next read. A
+    scheduler can be copied and pickled together with its model and optimizer, after any :meth:`step`; what it has
+    recorded of the next one is not copied.
 
     Args:
         model: a model: all its :class:`G2GLinear` layers are rewired, and its activity is recorded if a rule needs it
@@ -64,15 +66,13 @@ class DSTScheduler:
         fraction: share of the units replaced in an update, 0 to 1.
         prune: ``"set"`` lowest mean ``|w|`` (Mocanu et al. 2018); ``"random"``; ``"hebb"`` lowest correlation.
         grow: ``"hebb"`` highest correlation; ``"random"``; ``"gradient"`` largest root mean square of ∂L/∂W over the
-            unit, in the step of the update (Evci et al. 2020, for units). Only in that step the operators run one after
-            the other, and the gradient of all weights is computed, at the cost of a dense layer's; a part of it at a
-            time is in memory. That step takes no ``create_graph=True`` and no batches of gradients (``vmap``). With
-            ``"hebb"`` and ``"gradient"``, compiled code runs uncompiled in the step before an update.
+            unit, in the step of the update (Evci et al. 2020, for units). That step costs a dense layer's gradient, a
+            part of it at a time in memory, and takes no ``create_graph=True`` and no batches of gradients (``vmap``).
+            With ``"hebb"`` and ``"gradient"``, compiled code runs uncompiled in the step before an update.
         seed: of the draws that break ties and drive the random rules.
-        process_group: the processes of data-parallel training. Each has a scheduler like this one, whole layers, and
-            a part of the samples. Scores are computed over all samples. The processes check that they have the same
-            network before an update, and the same units after it. ``"world"``: all processes of
-            ``torch.distributed``, if it is initialised. None: this process alone.
+        process_group: the processes of data-parallel training, each with a scheduler like this one, whole layers, and a
+            part of the samples. They check that they have the same network before an update, and the same units after
+            it. ``"world"``: all processes of ``torch.distributed``, if it is initialised. None: this process alone.
         schedule: ``"constant"``, or ``"cosine"``: in step s the fraction is multiplied by ½(1 + cos πs/S), S being the
             step of the last update.
         stop: the share of training, above 0 and at most 1, after which no unit is replaced.
@@ -83,13 +83,11 @@ class DSTScheduler:
 
                 F + (W₀ − F)·(1 − s/S)³
 
-            weights or up to a unit fewer, W₀ being those at first and F the final ones: each update takes what is above
-            F times ((S − s)/(S − s + interval))³. How many weights a layer keeps is decided by comparing all units
-            (``dst.lamp.layer_adapted``), and which by their prune score, at least one unit. A layer then replaces
-            ``fraction`` (0: none) of the units that it keeps by as many weights, which are more or fewer units where
-            these differ in size. Weights and their optimizer state become new,
-            smaller tensors: after such an update make a new DistributedDataParallel (a ``captured`` step notices it).
-            None: the number of units stays.
+            weights or up to a unit fewer, W₀ being those at first and F the final ones. How many weights a layer keeps
+            is decided by comparing all units (``dst.lamp.layer_adapted``), and which by their prune score, at least one
+            unit. A layer then replaces ``fraction`` (0: none) of the units that it keeps by as many weights. Weights
+            and their optimizer state become new, smaller tensors: after such an update make a new
+            DistributedDataParallel (a ``captured`` step notices it). None: the number of units stays.
         averages: averages of the model (EMA, SWA), which are rewired with it: :func:`tie_wiring` is called for each. A
             copy that nobody tied stays as it is; if one lives in an update, the logger ``g2gnet`` warns once.
         recurrent: if layers are given, those of them that join a layer's neurons to themselves; each comes after its
@@ -102,11 +100,10 @@ class DSTScheduler:
         pruned, grown: units pruned and grown so far, over all layers.
 
     Raises:
-        ValueError: for an option out of range, no layer, a layer that the optimizer does not hold, of which this
-            process has a part only, or whose weights something computes (a parametrization, pruning), an optimizer
-            whose states cannot be reset, a rule by correlation for a stack whose output does not spike, or if every
-            unit is present, so none can grow. With ``final_density``, for one that leaves less than a unit in each
-            layer, a DistributedDataParallel, and for optimizer states that have no number per weight or unit.
+        ValueError: for an option out of range, no layer, layers that cannot be rewired (not held by the optimizer,
+            sharded, computed by a parametrization, full), an optimizer whose states cannot be reset, a rule by
+            correlation for a stack whose output does not spike, or a ``final_density`` that leaves less than a unit in
+            each layer, or is given with a DistributedDataParallel.
 
     Example:
         >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
@@ -149,20 +146,17 @@ class DSTScheduler:
         averages: Iterable[nn.Module] = (),
         reset_state: Mapping[str, Initial] | None = None,
     ) -> None:
-        for name, value, known in (
-            ("prune", prune, PRUNE_RULES),
-            ("grow", grow, GROW_RULES),
-            ("schedule", schedule, SCHEDULES),
-        ):
-            check_choice(name, value, known)
+        check_choice("prune", prune, PRUNE_RULES)
+        check_choice("grow", grow, GROW_RULES)
+        check_choice("schedule", schedule, SCHEDULES)
         if isinstance(process_group, str) and process_group != "world":
             raise ValueError(f"process_group={process_group!r} is unknown; give 'world', a process group or None")
         COUNT.check("interval", interval)
         Number(0, whole=True).check("seed", seed)
         Number(0, 1, open_low=final_density is None).check("fraction", fraction)
-        for name, share in (("stop", stop), ("final_density", final_density)):
-            if share is not None:
-                Number(0, 1, open_low=True).check(name, share)
+        _SHARE.check("stop", stop)
+        if final_density is not None:
+            _SHARE.check("final_density", final_density)
         self._last: int | None = None  # the step of the last update
         if total_steps is not None:
             COUNT.check("total_steps", total_steps)
@@ -171,18 +165,16 @@ class DSTScheduler:
                 raise ValueError(
                     f"interval={interval} leaves no update in the first {stop:.4g} of {total_steps} steps; lower it"
                 )
-        elif schedule != "constant" or stop != 1.0:
-            raise ValueError(f"schedule={schedule!r} and stop={stop} need total_steps, the steps of the whole training")
-        elif final_density is not None:
-            raise ValueError(f"final_density={final_density} needs total_steps, the steps of the whole training")
-        if isinstance(model, nn.Module):
-            self.layers = [module for module in model.modules() if isinstance(module, G2GLinear)]
-        else:
-            self.layers = list(model)
+        elif schedule != "constant" or stop != 1.0 or final_density is not None:
+            raise ValueError(
+                f"schedule={schedule!r}, stop={stop} and final_density={final_density} need total_steps, the steps of "
+                "the whole training"
+            )
+        modules = list(model.modules()) if isinstance(model, nn.Module) else model
+        self.layers = [module for module in modules if isinstance(module, G2GLinear)]
         unknown = [layer for layer in recurrent if layer not in self.layers[1:]]
         if unknown:
             raise ValueError(f"recurrent has {unknown[0]}, which is none of the layers after the first; give both")
-        self._recurrent = set(recurrent)
         if isinstance(averages, nn.Module):
             raise TypeError("averages is a module; give a list of them, averages=[average]")
         averages = list(averages)
@@ -195,17 +187,11 @@ class DSTScheduler:
         self._check_whole()
         self.optimizer = optimizer
         self._state = OptimizerState(optimizer, reset_state, fewer=final_density is not None)
-        self.interval = interval
-        self.fraction = fraction
-        self.prune = PRUNE_RULES[prune]
-        self.grow = GROW_RULES[grow]
-        self.seed = seed
-        self.schedule = schedule
+        self.interval, self.fraction, self.seed, self.schedule = interval, fraction, seed, schedule
+        self.prune, self.grow = PRUNE_RULES[prune], GROW_RULES[grow]
         self._process_group = process_group
         if final_density is not None:
-            if isinstance(model, nn.Module) and any(
-                isinstance(each, DistributedDataParallel) for each in model.modules()
-            ):
+            if any(isinstance(each, DistributedDataParallel) for each in modules):
                 raise ValueError(
                     "final_density= makes weights fewer, but DistributedDataParallel keeps buffers of their first "
                     "number; give the layers in place of the model, and wrap the model anew after each update"
@@ -219,7 +205,7 @@ class DSTScheduler:
         self._outcomes: list[_Outcome] = []  # not yet counted there
         self._model = model if isinstance(model, nn.Module) else None
         grows = self.grow if fraction else None
-        self._recorder = StepRecorder(self._model, self.layers, self._recurrent, self.prune, grows)
+        self._recorder = StepRecorder(self._model, self.layers, set(recurrent), self.prune, grows)
         self._averages = averages
         self._tie_averages()
         self._told_of_copies = False
@@ -319,17 +305,14 @@ class DSTScheduler:
                 Omit both if the scheduler was created with a model, which it then observes itself.
 
         Raises:
-            RuntimeError: if a rule needs what was neither given nor recorded, or growth by gradient follows a backward
-                pass with ``create_graph=True`` or with batches of gradients.
-            ValueError: in the first step, if there are no more weights than ``final_density``; in an update, if frozen
-                layers leave too few to the others; if the activity is of other layers; if a rule needs the output
-                spikes of an activity that is a readout of membranes; if the optimizer now has a state that cannot be
-                reset, or does not hold a layer.
+            RuntimeError: if a rule needs what was neither given nor recorded, or cannot be formed.
+            ValueError: if there are no more weights than ``final_density`` at first, or too few in layers that are not
+                frozen; for the activity of other layers, or without the spikes that a rule needs; for an optimizer that
+                does not hold a layer, or has a state that cannot be reset.
             DistributedError: if the processes of the group do not all make this update, have different networks before
                 it, or different units after it.
 
-        After any error but the last, also one in ``reset_state``, no unit is replaced in any layer, and weights,
-        averages and the optimizer's state are as they were.
+        After any error but the last, also one in ``reset_state``, nothing has changed in any layer or state.
         """
         if getattr(getattr(self._model, "_join_config", None), "enable", False):
             raise RuntimeError(
@@ -433,11 +416,8 @@ class DSTScheduler:
         for _, seen in evidence:
             seen.layer.kin.end_tie("it was rewired by itself")
             rewire_averages(seen.layer)
-        self._tell_of_copies()
         numbers = [number for number, _ in evidence]
         self._outcomes.append(_Outcome(self.steps, numbers, finite, pruned, grown))
-
-    def _tell_of_copies(self) -> None:
         if not self._told_of_copies and any(has_unknown_copies(layer) for layer in self.layers):
             self._told_of_copies = True
             logger.warning(
@@ -473,14 +453,10 @@ class DSTScheduler:
         self.__dict__.update(state, prune=PRUNE_RULES[state["prune"]], grow=GROW_RULES[state["grow"]])
         self._tie_averages()
         self._record_if_due()
-        self._recorder.resume()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DSTScheduler":
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        # processes are not copied
-        group = {"_process_group": self._process_group}
-        rest = {name: value for name, value in self.__getstate__().items() if name not in group}
-        twin.__setstate__({**copy.deepcopy(rest, memo), **group})
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        memo[id(self._process_group)] = self._process_group  # processes are not copied
+        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         twin._recorder.run_compiled()  # a copy that is never used must not keep compiled code from running
         return twin

@@ -2,8 +2,6 @@
 not. The dense [out, in] matrix behind these numbers is never formed.
 """
 
-from typing import NamedTuple
-
 import torch
 
 from g2g_kernels import BlockMask
@@ -92,20 +90,6 @@ _TWICE = "the gradient of a gradient (create_graph=True)"
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-class Seen(NamedTuple):
-    """What a :class:`UnitGradients` has seen.
-
-    Attributes:
-        pairs: of products; each adds Σ over samples of g·xᵀ to ∂L/∂W.
-        dense: ∂L/∂W of reads of the dense weight, [out, in].
-        unseen: what the step had of which the gradient is not seen, or None.
-    """
-
-    pairs: list[Pair]
-    dense: list[torch.Tensor]
-    unseen: str | None = None
-
-
 class UnitGradients:
     """The size of ∂L/∂W in every unit of a layer: the observer of a layer that is trained by several backward passes.
 
@@ -114,9 +98,23 @@ class UnitGradients:
     """
 
     def __init__(self) -> None:
-        self._seen = Seen([], [])
+        self.close()
+
+    def close(self) -> None:
+        """Forgets everything, also what graphs of this step refer to."""
+        #: of products; each adds Σ over samples of g·xᵀ to ∂L/∂W
+        self.pairs: list[Pair] = []
+        #: ∂L/∂W of reads of the dense weight, [out, in]
+        self.dense: list[torch.Tensor] = []
+        #: what the step had of which the gradient is not seen
+        self.unseen: str | None = None
         #: inputs by the number of their product. Graphs that someone keeps refer to them through this object
         self._inputs: dict[int, torch.Tensor] = {}
+
+    @property
+    def has_seen(self) -> bool:
+        """Whether a gradient of the weights was formed."""
+        return bool(self.pairs or self.dense or self.unseen)
 
     def of_call(self, values: torch.Tensor) -> tuple[torch.Tensor, ProductObserver]:
         """The packed weights for the products of one call, and what these products are told to."""
@@ -130,8 +128,8 @@ class UnitGradients:
             this = _backward_pass()
             if _is_batch(of_weights):
                 reached.clear()
-                self._cannot_see(_BATCHES)
-            self._seen.pairs.extend(pair for of, pair in reached.values() if of == this)
+                self.unseen = _BATCHES
+            self.pairs.extend(pair for of, pair in reached.values() if of == this)
             reached.clear()
 
         def observe(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -149,7 +147,7 @@ class UnitGradients:
                 this = _backward_pass() if recomputed_in == called_in else recomputed_in
                 reached[number] = this, (received, gradient.detach())
                 if torch.is_grad_enabled() and not is_transformed():
-                    self._cannot_see(_TWICE)
+                    self.unseen = _TWICE
 
             # a node of its own has the gradient after all hooks on y, also if y is changed in place
             y = y.clone()
@@ -168,28 +166,12 @@ class UnitGradients:
 
     def _count_dense(self, gradient: torch.Tensor) -> None:
         if _is_batch(gradient):
-            self._cannot_see(_BATCHES)
+            self.unseen = _BATCHES
         else:
-            self._seen.dense.append(gradient.detach())
-
-    def _cannot_see(self, what: str) -> None:
-        self._seen = self._seen._replace(unseen=what)
-
-    def close(self) -> None:
-        """Forgets everything, also what graphs of this step refer to."""
-        self._seen = Seen([], [])
-        self._inputs = {}
+            self.dense.append(gradient.detach())
 
     def __reduce__(self) -> tuple:
         return type(None), ()  # a copy of the layer takes no part in the step
-
-    def seen(self) -> Seen:
-        """What was seen so far."""
-        return Seen([*self._seen.pairs], [*self._seen.dense], self._seen.unseen)
-
-    def resume(self, seen: Seen) -> None:
-        """Goes on after what another one has seen."""
-        self._seen = seen
 
     def root_mean_squares(self, mask: BlockMask, world: World = ALONE) -> torch.Tensor:
         """√ of the mean of (∂L/∂W)² over each unit, float32 [block rows · block columns]; something was seen.
@@ -198,18 +180,17 @@ class UnitGradients:
             mask: the layer's.
             world: processes, each of which has some of the samples; the gradient is that of all samples.
 
-        Raises:
-            RuntimeError: if gradients of the weights were formed in batches, or one that has a gradient itself: that of
-                the weights has more parts then.
+        Raises RuntimeError if gradients of the weights were formed in batches, or one that has a gradient itself: that
+        of the weights has more parts then.
         """
-        if self._seen.unseen is not None:
+        if self.unseen is not None:
             raise RuntimeError(
-                f"grow='gradient' does not see {self._seen.unseen}, and this step had it; use grow='random' or 'hebb'"
+                f"grow='gradient' does not see {self.unseen}, and this step had it; use grow='random' or 'hebb'"
             )
         rows, cols = mask.rows, mask.cols
-        seen = [(x.reshape(-1, cols.size).float(), g.reshape(-1, rows.size).float()) for x, g in self._seen.pairs]
+        seen = [(x.reshape(-1, cols.size).float(), g.reshape(-1, rows.size).float()) for x, g in self.pairs]
         # that of a dense weight is its product with the identity
-        seen += [(torch.eye(cols.size, device=weight.device), weight.T.float()) for weight in self._seen.dense]
+        seen += [(torch.eye(cols.size, device=weight.device), weight.T.float()) for weight in self.dense]
         x = _padded(torch.cat([x for x, _ in seen]), cols)
         g = _padded(torch.cat([g for _, g in seen]), rows)
         block_rows = max(1, BAND // (x.shape[1] * rows.width))  # at a time

@@ -105,42 +105,39 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
         ['input', 'fc1', 'lif1', 'fc2', 'lif2', 'fc3', 'lif3', 'output']
     """
     nir = optional_package("nir", _LEAST_NIR)
-    layers = list(stack.layers())
     if stack.readout != "counts":
         raise ValueError(
             f"readout={stack.readout!r} cannot be written to NIR, whose LIF nodes spike; train the network with "
             "readout='counts' (train.py --readout counts)"
         )
-    for number, (_, neurons) in enumerate(layers, 1):  # no reset makes them fit
+    layers = list(zip(stack.layers(), stack.recurrents(), strict=True))
+    for number, ((_, neurons), _) in enumerate(layers, 1):  # no reset makes them fit
         if neurons.model.name not in _FORMS:
             raise ValueError(
                 f"lif{number}: NIR has no {neurons.model.name!r} neurons; only {', '.join(_FORMS)} convert"
             )
-    for _, neurons in layers:
+    for (_, neurons), _ in layers:
         if neurons.reset != "zero":
             raise ValueError(
                 f"reset={neurons.reset!r} cannot be written to NIR, whose neurons reset to a value; train the network "
                 "with reset='zero' (train.py --reset zero)"
             )
     _POSITIVE.check("dt", dt)
-    nodes = {"input": _end(nir.Input, layers[0][0].in_features)}
-    for number, ((connection, neurons), recurrent) in enumerate(zip(layers, stack.recurrents(), strict=True), 1):
+    nodes = {"input": _end(nir.Input, layers[0][0][0].in_features)}
+    held = []
+    for number, ((connection, neurons), recurrent) in enumerate(layers, 1):
         size = connection.out_features
-        nodes[f"fc{number}"] = _connection_node(connection)
-        node = _neurons_node(f"lif{number}", neurons, size, dt)
+        nodes[f"fc{number}"] = _connection_node(connection, nir)
+        node = _neurons_node(f"lif{number}", neurons, size, dt, nir)
+        if isinstance(node, nir.CubaLIF):
+            held.append(f"lif{number}")
         if recurrent is not None:
-            inner = {
-                "input": _end(nir.Input, size),
-                "lif": node,
-                "w_rec": _connection_node(recurrent),
-                "output": _end(nir.Output, size),
-            }
+            inner = {"input": _end(nir.Input, size), "lif": node, "w_rec": _connection_node(recurrent, nir)}
             edges = [("input", "lif"), ("lif", "w_rec"), ("w_rec", "lif"), ("lif", "output")]
-            node = nir.NIRGraph(nodes=inner, edges=edges)
+            node = nir.NIRGraph(nodes={**inner, "output": _end(nir.Output, size)}, edges=edges)
         nodes[f"lif{number}"] = node
-    nodes["output"] = _end(nir.Output, layers[-1][0].out_features)
-    models = [neurons.model.name for _, neurons in layers]
-    _warn_of_the_hold([f"lif{n}" for n, name in enumerate(models, 1) if _FORMS[name].node == "CubaLIF"])
+    nodes["output"] = _end(nir.Output, size)
+    _warn_of_the_hold(held)
     return nir.NIRGraph(nodes=nodes, edges=list(itertools.pairwise(nodes)))
 
 
@@ -199,24 +196,24 @@ def from_nir(
             f"the graph has {len(linear)} linear and {len(neurons)} LIF, CubaLIF or IF nodes; each needs the other"
         )
     known = [name for name, *_ in linear] + [recurrent[0] for *_, recurrent in neurons if recurrent is not None]
-    unknown = set(masks) - set(known)
-    if unknown:
+    if unknown := set(masks) - set(known):
         raise ValueError(f"masks names {', '.join(sorted(unknown))}, the graph {', '.join(known)}")
+
+    def connection(name: str, node: Any, bias: np.ndarray | None) -> G2GLinear:
+        return _connection(name, node, bias, masks.get(name), backend)
+
     layers: list[Pair | RecurrentLayer] = []
     for (name, node, _), (lif_name, lif_node, recurrent) in zip(linear, neurons, strict=True):
-        weight = numbers(f"node {name}: weight", node.weight)
-        ours = _neurons(lif_name, lif_node, len(weight), dt, backend)
-        bias = _bias(name, node, len(weight))
+        size = len(numbers(f"node {name}: weight", node.weight))
+        ours = _neurons(lif_name, lif_node, size, dt, backend)
+        bias = _bias(name, node, size)
         if recurrent is None:
-            layers.append((_connection(name, node, weight, bias, masks.get(name), backend), ours))
+            layers.append((connection(name, node, bias), ours))
             continue
-        rec_name, rec_node = recurrent
-        in_loop = _bias(rec_name, rec_node, len(weight))
+        in_loop = _bias(*recurrent, size)
         if in_loop is not None and in_loop.any():  # tools that know no Linear write an Affine with zeros
             bias = in_loop if bias is None else bias + in_loop
-        connection = _connection(name, node, weight, bias, masks.get(name), backend)
-        weight = numbers(f"node {rec_name}: weight", rec_node.weight)
-        layers.append((connection, ours, _connection(rec_name, rec_node, weight, None, masks.get(rec_name), backend)))
+        layers.append((connection(name, node, bias), ours, connection(*recurrent, None)))
     _warn_of_the_hold([name for name, node, _ in neurons if isinstance(node, nir.CubaLIF)])
     return SpikingStack(layers, T, backend)
 
@@ -231,67 +228,53 @@ def _linear_kinds(nir: Any) -> tuple[type, ...]:
     return nir.Affine, nir.Linear
 
 
+def _end_of(what: str, nodes: dict[str, Any], edges: list[tuple[str, str]], kind: Any) -> str:
+    """The one input or output of a graph, whose node some tools leave out."""
+    side = 1 if kind.__name__ == "Input" else 0
+    joined = {edge[side] for edge in edges}
+    found = [name for name, node in nodes.items() if isinstance(node, kind)] or [n for n in nodes if n not in joined]
+    if len(found) != 1:
+        raise ValueError(f"{what} has {len(found)} {kind.__name__.lower()}s; a stack takes graphs with one")
+    return found[0]
+
+
 def _flattened(graph: Any, nir: Any, prefix: str = "") -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Nodes and edges of a graph and of those inside of it; what leads to one of these leads to its input."""
+    """Nodes and edges of a graph and of those inside of it, without Flatten and inner ends, which compute nothing."""
     nodes: dict[str, Any] = {}
     edges: list[tuple[str, str]] = []
     ends: dict[str, tuple[str, str]] = {}
     for key, node in graph.nodes.items():
         name = prefix + key
         if isinstance(node, nir.NIRGraph):
-            inner_nodes, inner_edges = _flattened(node, nir, f"{name}.")
-            nodes |= inner_nodes
-            edges += inner_edges
-            followed, leading = {target for _, target in inner_edges}, {source for source, _ in inner_edges}
-            both = []
-            # some tools leave the ends out
-            for kind, others, what in ((nir.Input, followed, "inputs"), (nir.Output, leading, "outputs")):
-                own = [f"{name}.{inner}" for inner, within in node.nodes.items() if isinstance(within, kind)]
-                own = own or [inner for inner in inner_nodes if inner not in others]
-                if len(own) != 1:
-                    raise ValueError(f"the graph {name} has {len(own)} {what}; a stack takes graphs with one")
-                both.append(own[0])
-            ends[name] = (both[0], both[1])
+            inner = _flattened(node, nir, f"{name}.")
+            first, last = (_end_of(f"the graph {name}", *inner, kind) for kind in (nir.Input, nir.Output))
+            ends[name] = first, last
+            nodes |= inner[0]
+            edges += inner[1]
         else:
             nodes[name] = node
     for edge in graph.edges:
         if len(edge) != 2 or not set(edge) <= set(graph.nodes):
             raise ValueError(f"the edge {tuple(edge)} does not join two of the nodes {', '.join(graph.nodes)}")
-        source, target = edge
-        first, last = prefix + source, prefix + target
-        edges.append((ends[first][1] if first in ends else first, ends[last][0] if last in ends else last))
+        source, target = (prefix + end for end in edge)
+        edges.append((ends.get(source, (source, source))[1], ends.get(target, (target, target))[0]))
+    own = {prefix + key for key in graph.nodes}
+    for name, node in list(nodes.items()):
+        if isinstance(node, nir.Flatten) or (isinstance(node, nir.Input | nir.Output) and name not in own):
+            del nodes[name]
+            before = [source for source, target in edges if target == name and source != name]
+            after = [target for source, target in edges if source == name and target != name]
+            edges = [edge for edge in edges if name not in edge] + list(itertools.product(before, after))
     return nodes, list(dict.fromkeys(edges))
 
 
-def _without(name: str, edges: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The edges without a node, past which they lead."""
-    before = [source for source, target in edges if target == name and source != name]
-    after = [target for source, target in edges if source == name and target != name]
-    past = [(source, target) for source in before for target in after]
-    return list(dict.fromkeys([edge for edge in edges if name not in edge] + past))
-
-
 def _chain(graph: Any, nir: Any) -> list[tuple[str, Any, tuple[str, Any] | None]]:
-    """The nodes in order, those of graphs inside of the graph among them, each with that of its recurrent connection.
-
-    Flatten and the ends, which compute nothing, are left out.
-    """
+    """The nodes between input and output in order, each with that of its recurrent connection."""
     nodes, edges = _flattened(graph, nir)
-    for key, node in list(nodes.items()):
-        is_inner_end = isinstance(node, nir.Input | nir.Output) and key not in graph.nodes
-        if is_inner_end or isinstance(node, nir.Flatten):
-            del nodes[key]
-            edges = _without(key, edges)
-    followed = {target for _, target in edges}
-    # some tools leave the input node out
-    starts = [key for key, node in nodes.items() if isinstance(node, nir.Input)] or [
-        key for key in nodes if key not in followed
-    ]
-    if len(starts) != 1:
-        raise ValueError(f"the graph has {len(starts)} inputs; a stack has one")
+    start = _end_of("the graph", nodes, edges, nir.Input)
     chain: list[tuple[str, Any, tuple[str, Any] | None]] = []
     left = dict(nodes)
-    name: str | None = starts[0]
+    name: str | None = start
     while name is not None:
         node = left.pop(name)
         loop = _loop_of(name, nodes, edges, nir)
@@ -302,16 +285,14 @@ def _chain(graph: Any, nir: Any) -> list[tuple[str, Any, tuple[str, Any] | None]
         name = onward[0] if onward else None
     if left:
         raise ValueError(
-            f"node {next(iter(left))} is not on the way from {starts[0]}; a stack has one input and no branches"
+            f"node {next(iter(left))} is not on the way from {start}; a stack has one input and no branches"
         )
     return [each for each in chain if not isinstance(each[1], nir.Input | nir.Output)]
 
 
 def _loop_of(name: str, nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], nir: Any) -> str | None:
-    """The linear node by which a node leads back to itself; None: it does not.
-
-    Raises:
-        ValueError: for more than one, or a loop of other nodes.
+    """The linear node by which a node leads back to itself; None: it does not. Raises ValueError for more than one, or
+    a loop of other nodes.
     """
     ways = [_way(target, name, edges) for source, target in edges if source == name]
     loops = [way for way in ways if way]
@@ -375,32 +356,25 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32)).numpy().copy()
 
 
-def _mask_metadata(mask: BlockMask) -> dict[str, Any]:
-    return {} if mask.is_full else {"wiring": _array(mask.state_dict()["wiring"])}
-
-
 def _end(kind: Any, size: int) -> Any:
     """An input or output node."""
     name = kind.__name__.lower()
     return kind(**{f"{name}_type": {name: np.array([size])}})
 
 
-def _connection_node(connection: G2GLinear) -> Any:
-    nir = optional_package("nir", _LEAST_NIR)
-    weight, metadata = _array(connection.dense_weight()), _mask_metadata(connection.mask)
+def _connection_node(connection: G2GLinear, nir: Any) -> Any:
+    mask = connection.mask
+    weight = _array(connection.dense_weight())
+    metadata = {} if mask.is_full else {"wiring": _array(mask.state_dict()["wiring"])}
     if connection.bias is None:
         return nir.Linear(weight=weight, metadata=metadata)
     return nir.Affine(weight=weight, bias=_array(connection.bias), metadata=metadata)
 
 
 def _connection(
-    name: str,
-    node: Any,
-    weight: np.ndarray,
-    bias: np.ndarray | None,
-    mask: BlockMask | torch.Tensor | None,
-    backend: str | None,
+    name: str, node: Any, bias: np.ndarray | None, mask: BlockMask | torch.Tensor | None, backend: str | None
 ) -> G2GLinear:
+    weight = numbers(f"node {name}: weight", node.weight)
     linear = torch.nn.utils.skip_init(torch.nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.weight.data.copy_(torch.from_numpy(weight))
     if bias is not None:
@@ -419,17 +393,13 @@ def _connection(
     return G2GLinear.from_linear(linear, mask, backend)
 
 
-def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float) -> Any:
+def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float, nir: Any) -> Any:
     form = _FORMS[neurons.model.name]
     values = {
         parameter: (value.clamp(0, 1) if parameter in neurons.model.decays else value)
-        .detach()
-        .cpu()
-        .double()
-        .expand(size)
-        .numpy()
+        .detach().cpu().double().expand(size).numpy()
         for parameter, value in neurons.by_name.items()
-    }
+    }  # fmt: skip
     for decay in form.time_constants:
         if (values[decay] == 1).any():
             raise ValueError(f"{name} has {decay}=1, no leak: the time constant that NIR asks for is infinite")
@@ -439,7 +409,7 @@ def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float) -> A
         metadata[f"{parameter}_per_neuron"] = value.numel() > 1
         metadata[f"learn_{parameter}"] = isinstance(value, torch.nn.Parameter)
     gain = math.prod(1 - values[decay] for decay in form.time_constants if decay not in form.strengths.values())
-    return getattr(optional_package("nir", _LEAST_NIR), form.node)(
+    return getattr(nir, form.node)(
         **{constant: dt / (1 - values[decay]) for decay, constant in form.time_constants.items()},
         **{"r": np.ones(size), **strengths},
         v_leak=np.zeros(size),

@@ -13,8 +13,7 @@ def optional_package(name: str, least: tuple[int, ...] = ()) -> Any:
         name: of the module; its first part names the distribution.
         least: the oldest supported version, as numbers.
 
-    Raises:
-        ImportError: if it is not installed, or too old, with the remedy.
+    Raises ImportError if it is not installed, or too old, with the remedy.
     """
     try:
         package = importlib.import_module(name)

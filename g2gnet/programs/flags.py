@@ -45,10 +45,8 @@ class FlagError(ValueError):
 
 
 def file_name(text: str) -> str:
-    """The type of a flag that names a file or a directory.
-
-    Raises:
-        ArgumentTypeError: for an empty name, as of a shell's unset variable: it would be the current directory.
+    """The type of a flag that names a file or a directory. Raises ArgumentTypeError for an empty name, as of a shell's
+    unset variable: it would be the current directory.
     """
     if not text:
         raise argparse.ArgumentTypeError("the name is empty; give one (the current directory is .)")
@@ -217,11 +215,8 @@ def add_inspection_flags(parser: argparse.ArgumentParser) -> Any:
 
 
 def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT]) -> SettingsT:
-    """The settings that the flags gave, with the content of a file of weights or of data in place of its name.
-
-    Raises:
-        SettingsError: if they are out of range or in conflict.
-        DataError: if the file cannot be read.
+    """The settings that the flags gave, with the content of a file of weights or of data in place of its name. Raises
+    SettingsError if they are out of range or in conflict, and DataError if the file cannot be read.
     """
     fields = dataclasses.fields(settings_type)
     values = {field.name: getattr(arguments, field.name) for field in fields if field.metadata["group"]}
@@ -250,10 +245,8 @@ def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT])
 
 
 def _length(settings: TrainSettings, shape: tuple[int, ...], arguments: argparse.Namespace) -> int:
-    """The time steps of samples of that shape, which are sequences.
-
-    Raises:
-        SettingsError: if they have no such steps, or their number is given.
+    """The time steps of samples of that shape, which are sequences. Raises SettingsError if they have no such steps, or
+    their number is given.
     """
     try:
         steps = sequence_length(settings.sequence, shape, settings.sequence_step)
@@ -271,11 +264,8 @@ def _length(settings: TrainSettings, shape: tuple[int, ...], arguments: argparse
 
 
 def machine_from(arguments: argparse.Namespace) -> Machine:
-    """The device and the backend that the flags ask for; the process works alone until it joins others.
-
-    Raises:
-        FlagError: for a device that this machine does not have.
-        BackendError: for a backend that cannot be used here.
+    """The device and the backend that the flags ask for; the process works alone until it joins others. Raises
+    FlagError for a device that this machine does not have, and BackendError for a backend that cannot be used here.
     """
     backend = getattr(arguments, "backend", "auto")
     backend = None if backend == "auto" else backend
@@ -319,9 +309,7 @@ def join_peers(
     arguments: argparse.Namespace, program: str, settings: RunSettings, machine: Machine, device: torch.device
 ) -> contextlib.AbstractContextManager[World]:
     """The processes of a run (:func:`g2gnet.base.distributed.join`), which must have the same settings and versions.
-
-    Raises:
-        FlagError: if they are to wait for one another less than some moments, or more than a year.
+    Raises FlagError if they are to wait for one another less than some moments, or more than a year.
     """
     wanted = Number(0.01, 365 * 24 * 60).refuses(arguments.peer_timeout)
     if wanted:
@@ -333,10 +321,8 @@ def join_peers(
 
 
 def log_from(arguments: argparse.Namespace) -> list[EpochCallback[Trainer]]:
-    """The callbacks after each epoch, according to the flags.
-
-    Raises:
-        FlagError: if TensorBoard's package is missing, or the directory cannot be made.
+    """The callbacks after each epoch, according to the flags. Raises FlagError if TensorBoard's package is missing, or
+    the directory cannot be made.
     """
     if arguments.log_dir is None:
         return []
@@ -347,11 +333,7 @@ def log_from(arguments: argparse.Namespace) -> list[EpochCallback[Trainer]]:
 
 
 def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: torch.device) -> ImageData:
-    """The images or features that the flags ask for.
-
-    Raises:
-        DataError: if they are unavailable.
-    """
+    """The images or features that the flags ask for; raises DataError if they are unavailable."""
     if settings.use_resnet:
         return load_features(settings.dataset, arguments.data_dir, arguments.resnet_weights, device)
     try:
@@ -363,11 +345,9 @@ def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: to
 
 
 def load_run_data(arguments: argparse.Namespace, settings: TrainSettings, device: torch.device) -> ImageData:
-    """The images or features of a run that was made with ``settings``, as far as it used them, on ``device``.
-
-    Raises:
-        FlagError: if ``--samples`` is not at least 1, or ``--resnet_weights`` are not those of the run.
-        DataError: if they are unavailable.
+    """The images or features of a run that was made with ``settings``, as far as it used them, on ``device``. Raises
+    FlagError if ``--samples`` is not at least 1, or ``--resnet_weights`` are not those of the run, and DataError if
+    they are unavailable.
     """
     wanted = COUNT.refuses(arguments.samples)
     if wanted:

@@ -30,8 +30,7 @@ def check_output(path: Path | str, arguments: argparse.Namespace | None = None, 
             checkpoints these are become its output.
         own_files: other files that the program itself reads or writes.
 
-    Raises:
-        OutputError: if it cannot be written, is one of these, or holds a checkpoint or data.
+    Raises OutputError if it cannot be written, is one of these, or holds a checkpoint or data.
     """
     path = Path(path)
     try:
@@ -79,10 +78,8 @@ def standard_output(json_file: str | None) -> Iterator[None]:
 
 
 def write_json(json_file: str, document: dict[str, Any]) -> None:
-    """Writes one JSON document, with the version of g2g, to the target of ``--json``.
-
-    Raises:
-        OutputError: if the file cannot be written.
+    """Writes one JSON document, with the version of g2g, to the target of ``--json``. Raises OutputError if the file
+    cannot be written.
     """
     document = {"g2g": __version__, **document}
     text = json.dumps(document, indent=2, ensure_ascii=json_file == STDOUT) + "\n"
@@ -93,10 +90,8 @@ def write_json(json_file: str, document: dict[str, Any]) -> None:
 
 
 def write_file(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
-    """Calls ``write`` to write a file completely or not at all (:func:`g2gnet.base.files.replace_file`).
-
-    Raises:
-        OutputError: if it cannot be written.
+    """Calls ``write`` to write a file completely or not at all (:func:`g2gnet.base.files.replace_file`). Raises
+    OutputError if it cannot be written.
     """
     try:
         replace_file(Path(path), write)
@@ -105,9 +100,7 @@ def write_file(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def write_output(path: Path | str, text: str) -> None:
-    """Writes ``text`` to a file as UTF-8; bytes of file names that are not characters become escapes.
-
-    Raises:
-        OutputError: if it cannot be written.
+    """Writes ``text`` to a file as UTF-8; bytes of file names that are not characters become escapes. Raises
+    OutputError if it cannot be written.
     """
     write_file(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))

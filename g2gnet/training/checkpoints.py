@@ -37,10 +37,8 @@ class CheckpointError(RuntimeError):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that :meth:`RunFiles.save_checkpoint` wrote, on the CPU. Nothing in the file is executed.
-
-    Raises:
-        CheckpointError: if it is missing, damaged or not from g2g.
+    """The state that :meth:`RunFiles.save_checkpoint` wrote, on the CPU. Nothing in the file is executed. Raises
+    CheckpointError if it is missing, damaged or not from g2g.
     """
     try:
         state = read_tensors(path)
@@ -135,10 +133,8 @@ class RunFiles:
         return self.checkpoint, self.previous, self.history, self.table, self.analysis, self.marker
 
     def check(self) -> None:
-        """Makes the directory if it is missing.
-
-        Raises:
-            CheckpointError: if one of the files could not be written when the run has something to write.
+        """Makes the directory if it is missing. Raises CheckpointError if one of the files could not be written when
+        the run has something to write.
         """
         try:
             make_directory(self.directory)
@@ -169,10 +165,8 @@ class RunFiles:
     def locked(self) -> Iterator[None]:
         """While entered, no other process can enter it for these files; the lock ends with its process.
 
-        The directory is made if it is missing; leftovers of a killed process are removed.
-
-        Raises:
-            CheckpointError: as :meth:`check` does, or if another run has entered.
+        The directory is made if it is missing; leftovers of a killed process are removed. Raises CheckpointError as
+        :meth:`check` does, or if another run has entered.
         """
         self.check()
         with contextlib.ExitStack() as held:
@@ -195,10 +189,8 @@ class RunFiles:
             yield
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replaces the checkpoint by ``state`` (tensors, numbers, strings and containers of them).
-
-        Raises:
-            CheckpointError: if it cannot be written (a full disk, say); the previous checkpoint is still there.
+        """Replaces the checkpoint by ``state`` (tensors, numbers, strings and containers of them). Raises
+        CheckpointError if it cannot be written (a full disk, say); the previous checkpoint is still there.
         """
         keep = self.previous if self._whole else None
         with self._writing(self.checkpoint):
@@ -210,10 +202,8 @@ class RunFiles:
     def load_checkpoint(self, settings: RunSettings) -> Checkpoint | None:
         """The checkpoint on the CPU; if it is damaged or missing, the previous one; None if there is none.
 
-        What the settings of an earlier version lack takes its default.
-
-        Raises:
-            CheckpointError: if neither is usable, or it was made with different settings.
+        What the settings of an earlier version lack takes its default. Raises CheckpointError if neither is usable, or
+        it was made with different settings.
         """
         problems = []
         for path in (self.checkpoint, self.previous):
@@ -237,29 +227,21 @@ class RunFiles:
         return None
 
     def mark_done(self, settings: dict[str, Any], result: dict[str, Any]) -> None:
-        """Writes the marker of a finished run, which no longer needs a second checkpoint.
-
-        Raises:
-            CheckpointError: if it cannot be written.
+        """Writes the marker of a finished run, which no longer needs a second checkpoint. Raises CheckpointError if it
+        cannot be written.
         """
         self.previous.unlink(missing_ok=True)
         self._write_text(self.marker, json.dumps({"settings": settings, "result": result}, indent=2) + "\n")
 
     def write_analysis(self, analysis: dict[str, Any]) -> None:
-        """Writes the analysis of the trained network.
-
-        Raises:
-            CheckpointError: if it cannot be written.
-        """
+        """Writes the analysis of the trained network; raises CheckpointError if it cannot be written."""
         self._write_text(self.analysis, json.dumps(analysis) + "\n")
 
     def load_marker(self, settings: RunSettings) -> dict[str, Any] | None:
         """The result of the finished run, or None if it is not finished, or if ``settings`` have it go on.
 
-        The marker says that there is one, and of which settings; it is the checkpoint's, which has a checksum.
-
-        Raises:
-            CheckpointError: if the marker or the checkpoint is damaged, or of a run with other settings.
+        The marker says that there is one, and of which settings; it is the checkpoint's, which has a checksum. Raises
+        CheckpointError if the marker or the checkpoint is damaged, or of a run with other settings.
         """
         try:
             made_with = dict(json.loads(read_file(self.marker))["settings"])
@@ -342,10 +324,8 @@ class RunFiles:
     def write_history(self, records: Sequence[dict[str, Any]]) -> None:
         """Makes the history contain exactly these records: one line of JSON each, and the same as CSV.
 
-        Existing lines do not change, so a program can follow the growing file.
-
-        Raises:
-            CheckpointError: if it cannot be written.
+        Existing lines do not change, so a program can follow the growing file. Raises CheckpointError if it cannot be
+        written.
         """
         self._write_lines(self.history, "".join(json.dumps(record) + "\n" for record in records))
         self._write_lines(self.table, as_csv(records))

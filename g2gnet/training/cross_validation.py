@@ -75,9 +75,8 @@ def cross_validate(
         ``folds``: for each fold its number, seed and accuracies after the last epoch; ``mean`` and ``std`` (with k − 1)
         of the accuracies.
 
-    Raises:
-        SettingsError: if a class has too few images for that many folds, or there are more processes than folds.
-        CheckpointError, DataError, TrainingError: as for :func:`g2gnet.training.run_training`.
+    Raises SettingsError if a class has too few images for that many folds, or there are more processes than folds, and
+    CheckpointError, DataError, TrainingError as for :func:`g2gnet.training.run_training`.
     """
     world = machine.world
     if world.size > settings.k_folds:
@@ -118,10 +117,8 @@ def _fold_data(whole: Callable[[], ImageData], settings: FoldSettings, fold: int
 
 
 def stratified_folds(labels: torch.Tensor, k_folds: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Training and validation indices of each fold: shuffled, with equal shares of each class.
-
-    Raises:
-        SettingsError: if a class has fewer than ``k_folds`` images.
+    """Training and validation indices of each fold: shuffled, with equal shares of each class. Raises SettingsError if
+    a class has fewer than ``k_folds`` images.
     """
     members = labels.bincount()
     label, fewest = min(((label, count) for label, count in enumerate(members.tolist()) if count), key=lambda it: it[1])

@@ -112,10 +112,8 @@ class EpochTrainer(ABC):
         """After an epoch, the accuracies on the images that are not trained on, and the rest of its record."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a later trainer with the same settings needs to resume after this step.
-
-        Raises:
-            TrainingError: if the loss or a gradient was not finite: there is nothing to resume from.
+        """Everything that a later trainer with the same settings needs to resume after this step. Raises TrainingError
+        if the loss or a gradient was not finite: there is nothing to resume from.
         """
         self._finite.check()
         return {
@@ -146,10 +144,7 @@ class EpochTrainer(ABC):
         """Trains for one epoch, or what is left of it, evaluates, and returns the epoch's record.
 
         ``on_step`` may end it by an exception: :meth:`state_dict` is then that after the step, and calling
-        :meth:`train_epoch` again resumes there.
-
-        Raises:
-            TrainingError: if the loss or a gradient is not finite any more.
+        :meth:`train_epoch` again resumes there. Raises TrainingError if the loss or a gradient is not finite any more.
         """
         count, size = len(self.data.train_labels), self._batch_size
         order = torch.randperm(count, generator=stream(self._seed, "order", self.epoch + 1)).to(self.device)

@@ -22,10 +22,8 @@ def check_images(settings: TrainSettings, data: ImageData) -> None:
 
 
 def order_of(settings: TrainSettings, data: ImageData) -> torch.Tensor:
-    """Where the inputs of each time step lie in a sample of a sequence: int64 [T, D].
-
-    Raises:
-        SettingsError: if samples do not unfold as the settings say, or have another length than ``T``.
+    """Where the inputs of each time step lie in a sample of a sequence: int64 [T, D]. Raises SettingsError if samples
+    do not unfold as the settings say, or have another length than ``T``.
     """
     try:
         order = input_order(

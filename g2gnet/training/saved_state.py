@@ -29,10 +29,8 @@ def check_position(state: dict[str, Any], batches: int) -> None:
 
 
 def check_like(name: str, saved: Any, like: torch.Tensor, low: float = -math.inf) -> torch.Tensor:
-    """``saved`` on the device of ``like``.
-
-    Raises:
-        ValueError: unless it is a tensor of the same shape and dtype, of values from ``low`` on.
+    """``saved`` on the device of ``like``. Raises ValueError unless it is a tensor of the same shape and dtype, of
+    values from ``low`` on.
     """
     if not isinstance(saved, torch.Tensor) or saved.shape != like.shape or saved.dtype != like.dtype:
         what = f"{saved.dtype} {tuple(saved.shape)}" if isinstance(saved, torch.Tensor) else type(saved).__name__
@@ -64,8 +62,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], name
         names: of the tensors for each parameter, all of its shape except ``step``.
         step: how many steps it has done, each for all parameters.
 
-    Raises:
-        ValueError: if the state is not that of these parameters.
+    Raises ValueError if the state is not that of these parameters.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = saved["state"]

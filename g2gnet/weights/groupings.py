@@ -19,10 +19,8 @@ def group_layouts(
 ) -> tuple[GroupLayout, GroupLayout]:
     """The groups of the outputs and of the inputs of layer ``number`` (from 0), whose weight has ``shape`` (out, in).
 
-    A side with fewer neurons than ``num_groups`` has one group per neuron.
-
-    Raises:
-        ValueError: if ``num_groups`` is not a whole number of at least 1.
+    A side with fewer neurons than ``num_groups`` has one group per neuron. Raises ValueError if ``num_groups`` is not a
+    whole number of at least 1.
     """
     num_groups = COUNT.check("num_groups", num_groups)
     kind = GROUPINGS[grouping][number % len(GROUPINGS[grouping])]

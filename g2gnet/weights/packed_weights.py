@@ -54,10 +54,8 @@ class PackedWeights(nn.Module):
 
     @property
     def mask(self) -> BlockMask:
-        """The units that exist, as the buffer ``mask.wiring`` has them or, of a tied average, the tie.
-
-        Raises:
-            ValueError: if something was written into the buffer that describes no mask of these weights.
+        """The units that exist, as the buffer ``mask.wiring`` has them or, of a tied average, the tie. Raises
+        ValueError if something was written into the buffer that describes no mask of these weights.
         """
         mask = self._own_mask
         if not is_traced() and mask.writes and self.kin.source is None:
@@ -266,10 +264,8 @@ def _mask_of(wiring: torch.Tensor, shape: tuple[int, int], where: str) -> BlockM
 
 
 def _mask_in_place_of(mask: BlockMask) -> BlockMask:
-    """What the buffer that stands in place of the mask's own describes, in ``torch.func.functional_call``.
-
-    Raises:
-        ValueError: if that is no mask, or under ``torch.func.vmap`` several.
+    """What the buffer that stands in place of the mask's own describes, in ``torch.func.functional_call``. Raises
+    ValueError if that is no mask, or under ``torch.func.vmap`` several.
     """
     rows = unwrapped(mask.wiring).detach()
     sent = rows.reshape(-1, rows.shape[-1]).cpu()
@@ -285,9 +281,7 @@ def _mask_in_place_of(mask: BlockMask) -> BlockMask:
 
 def _mask_to_load(layer: PackedWeights, state: Mapping[str, Any], prefix: str) -> BlockMask | None:
     """The mask of a layer ``prefix`` in a state, if it fits that layer and the weights beside it; None if it stays.
-
-    Raises:
-        ValueError: if it does not fit.
+    Raises ValueError if it does not fit.
     """
     plain = layer.has_plain_values
     wiring, values = (state.get(f"{prefix}{name}") for name in ("mask.wiring", "values"))

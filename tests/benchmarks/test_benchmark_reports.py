@@ -1,14 +1,13 @@
-"""Pictures, redrawn pages and the accuracy benchmark: they show what was recorded, and nothing without a record."""
+"""Pictures and redrawn pages: they show what was recorded, and nothing without a record."""
 
-import csv
-import json
 import re
 
 import pytest
 from PIL import Image
 
-from benchmarks import accuracy, recipe_study, redraw, study
-from benchmarks.report import digest
+from benchmarks import records, redraw, study_tables
+from benchmarks.registry import COMPACT
+from benchmarks.report import curve_title, fit, growth_table, line
 
 MACHINE = {
     "cpu": "a processor",
@@ -32,53 +31,43 @@ WORKLOAD = {
 }
 
 
-def timed(contender: str, median: float) -> dict:
-    spread = {"p20": 0.9 * median, "p80": 1.1 * median, "seconds": [median] * 3, "first_seconds": 1.5}
-    return {"contender": contender, "status": "timed", "median": median, "peak_bytes": 7_000_000, **spread}
+def timed(contender: str, median: float, place: int = 0) -> dict:
+    spread = {"p20": 0.9 * median, "p80": 1.1 * median, "repeats": 3, "first_seconds": 1.5}
+    about = {"contender": contender, "place": place, "status": "timed"}
+    return {**about, "median": median, "peak_bytes": 7_000_000, **spread}
 
 
 STEP = {
     "benchmark": "throughput",
     "kernel": "step",
+    "quantity": None,
+    "x_is": None,
     "baseline": "snntorch-masked",
     "machine": MACHINE,
-    "workload": WORKLOAD,
-    "floor_seconds": 0.001,
-    "contenders": [
+    "workloads": [{**WORKLOAD, "x": None, "floor_seconds": 0.001}],
+    "runs": [
         timed("g2g-cpu", 0.002),
         timed("snntorch-masked", 0.008),
-        {"contender": "bsr-lif", "status": "wrong", "reason": "counts is off by 3.0e-01"},
+        {"contender": "bsr-lif", "place": 0, "status": "wrong", "reason": "counts is off by 3.0e-01"},
     ],
 }
 SCALING = {
-    "benchmark": "scaling",
-    "kernel": "step",
+    **STEP,
     "quantity": "p_inter",
     "x_is": "density of all weights",
-    "machine": MACHINE,
-    "workloads": [{**WORKLOAD, "x": x, "flop": int(100 * x)} for x in (0.25, 0.5, 1.0)],
-    "contenders": [
-        {
-            "contender": "g2g-cpu",
-            "points": [{**timed("g2g-cpu", 0.1 + x), "x": x} for x in (0.25, 0.5, 1.0)],
-            "line": {"slope": 0.01, "intercept": 0.1, "r_squared": 1.0},
-        },
-        {
-            "contender": "snntorch-masked",
-            "points": [
-                {**timed("snntorch-masked", 2.0), "x": 0.25},
-                {"contender": "snntorch-masked", "status": "wrong", "reason": "loss is off by 1", "x": 0.5},
-                {**timed("snntorch-masked", 2.0), "x": 1.0},
-            ],
-            "line": None,
-        },
+    "workloads": [{**WORKLOAD, "x": x, "flop": int(100 * x), "floor_seconds": 0.001} for x in (0.25, 0.5, 1.0)],
+    "runs": [
+        *(timed("g2g-cpu", 0.1 + x, place) for place, x in enumerate((0.25, 0.5, 1.0))),
+        timed("snntorch-masked", 2.0, 2),
+        timed("snntorch-masked", 2.0, 0),
+        {"contender": "snntorch-masked", "place": 1, "status": "wrong", "reason": "loss is off by 1"},
     ],
 }
 PAGE = "before\n<!-- drawn: step -->\nold\n<!-- end -->\nbetween\n<!-- drawn: growth -->\n<!-- end -->\nafter\n"
 
 
 def record(content: dict) -> redraw.Record:
-    return redraw.Record(redraw.RESULTS / "some-machine.json", content)
+    return redraw.Record(redraw.RESULTS / "some-machine.jsonl", content)
 
 
 def test_a_page_shows_the_record_and_is_left_alone_elsewhere():
@@ -86,15 +75,15 @@ def test_a_page_shows_the_record_and_is_left_alone_elsewhere():
     assert "| g2g, compiled CPU kernels | 2 ms | 1.8 ms – 2.2 ms | 4 | 50 % | 7 MB |" in page
     assert "Without a time: PyTorch's block-sparse product with our LIF (counts is off by 3.0e-01)." in page
     assert "3 interleaved repeats, a processor with 2 threads, PyTorch 2.13.0, 2026-01-02" in page
-    assert "(benchmarks/results/some-machine.json)" in page
+    assert "(benchmarks/results/some-machine.jsonl)" in page
     assert "old" not in page
     assert re.sub(r"(?<=step -->\n).*?(?=<!-- end)", "", page, flags=re.DOTALL) == PAGE.replace("old\n", "")
     assert redraw.redrawn(page, redraw.ROOT, [record(STEP)]) == page  # once more changes nothing
 
 
 def test_other_networks_have_a_line_each_in_a_table_of_their_own():
-    single = {**STEP, "workload": {**WORKLOAD, "block_size": 1}}
-    dense = {**STEP, "workload": {**WORKLOAD, "model": "dense"}}
+    single = {**STEP, "workloads": [{**WORKLOAD, "block_size": 1}]}
+    dense = {**STEP, "workloads": [{**WORKLOAD, "model": "dense"}]}
     page = redraw.redrawn(PAGE.replace("growth", "other networks"), redraw.ROOT, [record(single), record(dense)])
     ordinary, other = page.split("between")
     assert "median" not in ordinary
@@ -106,7 +95,7 @@ def test_other_networks_have_a_line_each_in_a_table_of_their_own():
 
 
 def test_of_records_of_one_name_the_newest_is_shown():
-    later = {**STEP, "machine": {**MACHINE, "date": "2026-01-03T00:00:00+00:00"}, "contenders": STEP["contenders"][:2]}
+    later = {**STEP, "machine": {**MACHINE, "date": "2026-01-03T00:00:00+00:00"}, "runs": STEP["runs"][:2]}
     for kept in ([STEP, later], [later, STEP]):
         page = redraw.redrawn(PAGE, redraw.ROOT, [record(each) for each in kept])
         assert page.count("2026-01-0") == page.count("2026-01-03") == 1
@@ -117,8 +106,8 @@ def test_a_part_without_a_record_is_empty():
 
 
 def test_a_busy_machine_has_processor_time_in_its_table():
-    rows = [{**row, "cpu_median": 0.003 if "g2g" in row["contender"] else 0.018} for row in STEP["contenders"]]
-    idle = {**STEP, "contenders": rows, "limits": {"others_busy_cores": 0.05}}
+    rows = [{**row, "cpu_median": 0.003 if "g2g" in row["contender"] else 0.018} for row in STEP["runs"]]
+    idle = {**STEP, "runs": rows, "limits": {"others_busy_cores": 0.05}}
     busy = {**idle, "limits": {"others_busy_cores": 1.5}, "machine": {**MACHINE, "cores": 2}}
     assert "processor time" not in redraw.redrawn(PAGE, redraw.ROOT, [record(idle)])
     page = redraw.redrawn(PAGE, redraw.ROOT, [record(busy)])
@@ -129,8 +118,8 @@ def test_a_busy_machine_has_processor_time_in_its_table():
 def test_recurrent_networks_of_two_sizes_have_a_line_each():
     contenders = [timed("g2g-cpu", 0.002), timed("g2g-cpu-feed-forward", 0.001), timed("snntorch-masked", 0.03)]
     workload = {**WORKLOAD, "hidden_dim": 2048, "recurrent": True}
-    large = {**STEP, "kernel": "recurrent", "workload": workload, "contenders": contenders}
-    small = {**large, "workload": {**workload, "hidden_dim": 512}}
+    large = {**STEP, "kernel": "recurrent", "workloads": [workload], "runs": contenders}
+    small = {**large, "workloads": [{**workload, "hidden_dim": 512}]}
     assert [record(each).name for each in (large, small)] == ["recurrent", "recurrent, hidden_dim 512"]
     page = redraw.redrawn("<!-- drawn: other networks -->\n<!-- end -->\n", redraw.ROOT, [record(large), record(small)])
     assert "2,048 neurons per layer" in page
@@ -145,9 +134,10 @@ def test_an_unknown_part_is_refused():
 def test_a_scaling_part_says_which_points_have_no_time():
     page = redraw.redrawn("<!-- drawn: scaling-p_inter -->\n<!-- end -->\n", redraw.ROOT / "docs", [record(SCALING)])
     assert "![A training step against density of all weights](some-machine.png)" in page
-    assert "(../benchmarks/results/some-machine.json)" in page
+    assert "(../benchmarks/results/some-machine.jsonl)" in page
     assert "| g2g, compiled CPU kernels | 350 ms | 600 ms | 1.1 s | 9 % | 1.000 |" in page
-    assert "| snnTorch loop, dense weights × mask | 2 s | – | 2 s | – | – |" in page
+    assert "| snnTorch loop, dense weights × mask | 2 s | – | 2 s | 100 % | 1.000 |" in page
+    assert "snntorch-masked at 0.5: wrong: loss is off by 1" in growth_table(SCALING)
 
 
 def test_wide_layers_stand_beside_the_memory_of_a_dense_network():
@@ -155,7 +145,7 @@ def test_wide_layers_stand_beside_the_memory_of_a_dense_network():
         {**place, "x": x, "dense_bytes": 3_000_000_000 * number}
         for number, (x, place) in enumerate(zip((1024, 4096, 16384), SCALING["workloads"], strict=True), 1)
     ]
-    content = {**SCALING, "quantity": "wide", "workloads": places, "contenders": SCALING["contenders"][:1]}
+    content = {**SCALING, "quantity": "wide", "workloads": places, "runs": SCALING["runs"][:3]}
     page = redraw.redrawn("<!-- drawn: scaling-wide -->\n<!-- end -->\n", redraw.ROOT / "docs", [record(content)])
     assert "p_inter" not in page
     assert "| density of all weights | 1,024 | 4,096 | 16,384 | begins at | R² |" in page
@@ -164,43 +154,51 @@ def test_wide_layers_stand_beside_the_memory_of_a_dense_network():
     assert "| dense weights, gradients and Adam's moments (computed) | 3.00 | 6.00 | 9.00 |" in page
 
 
-@pytest.mark.parametrize("content", [STEP, SCALING], ids=lambda content: content["benchmark"])
-def test_a_picture_names_its_record(content, tmp_path):
+def test_a_picture_names_its_record(tmp_path):
     plots = pytest.importorskip("benchmarks.plots", reason="needs matplotlib", exc_type=ImportError)
-    plots.draw(content, tmp_path / "picture.png")
+    plots.draw(SCALING, tmp_path / "picture.png")
     with Image.open(tmp_path / "picture.png") as picture:
-        assert picture.text["Description"] == digest(content)
+        assert picture.text["Description"] == plots.digest(SCALING)
         assert min(picture.size) > 100
 
 
+def test_the_line_is_the_least_squares_line_over_the_work_of_timed_points():
+    assert fit([1, 2, 4], [5, 7, 11]) == pytest.approx((2, 3, 1))
+    assert fit([0, 1, 2], [0, 1, 0]) == pytest.approx((0, 1 / 3, 0), abs=1e-12)
+    runs = SCALING["runs"]
+    assert line(SCALING, runs[:3]) == pytest.approx((0.01, 0.1, 1))
+    assert line(SCALING, runs[5:]) is None
+    alike = {**SCALING, "workloads": [{"flop": flop} for flop in (100, 101, 102)]}
+    assert line(alike, runs[:3]) is None
+    title = curve_title("g2g-cpu-triangle", "alpha")
+    assert f"{title} α = {COMPACT['alpha']:g}" == curve_title("g2g-cpu-triangle", "T")
+
+
 def test_the_time_of_a_whole_study_is_that_of_its_runs():
-    ends = [{"seed": 1, "test_acc": 0.9, "weights": 7, "train_seconds": 4000.0, "train_cpu_seconds": 3600.0}] * 3
+    numbers = {"seed": 1, "test_acc": 0.9, "weights": 7, "train_seconds": 4000.0, "train_cpu_seconds": 3600.0}
+    runs = [{"row": f"units of 16, 5 %, {growth}", **numbers} for growth in ("static", "static", "random")]
     content = {
-        "benchmark": "dst_study", "settings": "--T 2", "epochs": 1, "tested_on": "the test images",
-        "machine": STEP["machine"],
-        "rows": [{"row": "one", "ends": ends[:2]}, {"row": "two", "ends": ends[2:]}],
+        "benchmark": "dst", "settings": "--T 2", "epochs": 1, "tested_on": "the test images",
+        "machine": STEP["machine"], "rows": {}, "runs": runs,
     }  # fmt: skip
     drawn = "<!-- drawn: dst_study, in short -->\n<!-- end -->\n"
     assert "3 runs, 3.0 hours of processor time, a" in redraw.redrawn(drawn, redraw.ROOT, [record(content)])
-    del ends[0]["train_cpu_seconds"]  # of all three
+    del runs[0]["train_cpu_seconds"]
     assert "3 runs, 3.3 hours of training, a" in redraw.redrawn(drawn, redraw.ROOT, [record(content)])
 
 
 def test_parts_of_the_recipe_are_compared_seed_by_seed():
     def record(torch, tested_on, rows, cpu="one", settings="--T 2"):
-        found = [
-            {"row": row, "flags": "", "ends": [{"seed": seed, "test_acc": reached} for seed, reached in ends.items()]}
-            for row, ends in rows.items()
-        ]
+        runs = [{"row": row, "seed": seed, "test_acc": of} for row, ends in rows.items() for seed, of in ends.items()]
         machine = {"cpu": cpu, "versions": {"torch": torch}}
-        return {"machine": machine, "settings": settings, "tested_on": tested_on, "rows": found}
+        return {"machine": machine, "settings": settings, "tested_on": tested_on, "rows": {}, "runs": runs}
 
     def gains(records):
-        lines = recipe_study.gains_by_seed(records).splitlines()[2:]
+        lines = study_tables.gains_by_seed(records).splitlines()[2:]
         return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
 
     base = "20 epochs"
-    last, each = "the last 10,000 training images", study.HELD_BACK
+    last, each = "the last 10,000 training images", study_tables.HELD_BACK
     longer = {"40 epochs, second recipe": {1: 0.91, 2: 0.92}}
     records = [
         record("2.13", last, {base: {1: 0.90, 2: 0.5}, "H 2048": {1: 0.91, 2: 0.9}, "the recipe": {1: 0.99}}),
@@ -209,7 +207,7 @@ def test_parts_of_the_recipe_are_compared_seed_by_seed():
         record("2.16", each, {"H 2048": {1: 0.99}}),  # of which no recipe was trained
         record("2.15", each, {"H 2048": {1: 0.5}}, cpu="another"),
         record("2.15", each, {"H 2048": {1: 0.5}}, settings="--T 3"),
-        record("2.15", study.TEST_IMAGES, {base: {1: 0.5}, "H 2048": {1: 0.6}}),
+        record("2.15", study_tables.TEST_IMAGES, {base: {1: 0.5}, "H 2048": {1: 0.6}}),
     ]
     assert gains(records) == [["H 2048", "+1.00, +2.00", "-0.50"], ["T 5", "-0.50", "–"]]
     # a recipe of its own comes before that of another record
@@ -223,7 +221,7 @@ def test_every_part_is_on_a_page_and_every_part_of_a_page_is_known():
     assert sorted(name for of_page in names for name in of_page) == sorted(redraw.PARTS)  # each once
 
 
-@pytest.mark.parametrize("kept", redraw.records(), ids=lambda kept: kept.path.stem)
+@pytest.mark.parametrize("kept", redraw.all_records(), ids=lambda kept: kept.path.stem)
 def test_the_table_of_every_record_can_be_printed(kept, capsys):
     assert redraw.main([str(kept.path)]) == 0
     assert capsys.readouterr().out.count("\n| ") > 2
@@ -232,16 +230,17 @@ def test_the_table_of_every_record_can_be_printed(kept, capsys):
 @pytest.mark.parametrize("page", redraw.PAGES, ids=lambda page: page.name)
 def test_measured_tables_are_those_of_the_records(page):
     text = page.read_text(encoding="utf-8")
-    assert redraw.redrawn(text, page.parent, redraw.records()) == text, "run python -m benchmarks.redraw"
+    assert redraw.redrawn(text, page.parent, redraw.all_records()) == text, "run python -m benchmarks.redraw"
 
 
-@pytest.mark.parametrize("kept", redraw.records(), ids=lambda kept: kept.path.stem)
+@pytest.mark.parametrize("kept", redraw.all_records(), ids=lambda kept: kept.path.stem)
 def test_records_keep_their_environment_and_pictures_show_them(kept):
     machine = kept.content["machine"]
     assert {"cpu", "cores", "threads", "gpu", "python", "versions", "commit", "date"} <= machine.keys()
     if kept.picture:
+        plots = pytest.importorskip("benchmarks.plots", reason="needs matplotlib", exc_type=ImportError)
         with Image.open(kept.picture) as picture:
-            assert picture.text["Description"] == digest(kept.content), "run python -m benchmarks.redraw"
+            assert picture.text["Description"] == plots.digest(kept.content), "run python -m benchmarks.redraw"
 
 
 @pytest.mark.parametrize("page", redraw.PAGES, ids=lambda page: page.name)
@@ -250,53 +249,10 @@ def test_links_lead_to_files_that_exist(page):
         assert (page.parent / link).exists(), link
 
 
-# --- accuracy -------------------------------------------------------------------------------------------------------
-
-FLAGS = ["--dataset", "fashionmnist-mini", "--limit_train", "256", "--limit_test", "64"]
-FLAGS += ["--hidden_dim", "32", "--block_size", "4", "--T", "3"]
-
-
-def test_accuracy_records_every_epoch_of_every_run(tmp_path, capsys):
-    flags = [*FLAGS, "--batch_size", "64", "--epochs", "2", "--dst_interval", "2", "--seeds", "1,2", "--device", "cpu"]
-    file = tmp_path / "accuracy.json"
-    assert accuracy.main([*flags, "--json", str(file), "--csv", str(tmp_path / "accuracy.csv")]) == 0
-    content = json.loads(file.read_text())
-    runs = content["runs"]
-    assert [(run["kind"], run["seed"]) for run in runs] == [
-        (kind, seed) for seed in (1, 2) for kind in ("dense", "static", "dynamic")
-    ]
-    for run in runs:
-        first, second = run["epochs"]
-        assert 0 < first["wall_seconds"] == first["seconds"]
-        assert second["wall_seconds"] == pytest.approx(first["seconds"] + second["seconds"])
-        assert (first["density"]["fc2"] == 1) == (run["kind"] == "dense")
-        assert (second["units_grown"] > 0) == (run["kind"] == "dynamic")
-    with (tmp_path / "accuracy.csv").open() as lines:
-        rows = list(csv.DictReader(lines))
-    assert [float(row["test_acc"]) for row in rows] == [e["test_acc"] for run in runs for e in run["epochs"]]
-    assert "index, dynamic, seed 2" in capsys.readouterr().out
-    assert redraw.main([str(file)]) == 0
-    printed = capsys.readouterr().out
-    assert f"| dense | 1 | {redraw.seconds(runs[0]['epochs'][1]['wall_seconds'] / 2)} |" in printed
-    assert "256 training images" in printed
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--model dense", "--model names the sparse network"),
-        ("--sparsity_mode dynamic", "choose dense, static or dynamic by --kinds"),
-        ("--kinds dense,sparse", "kind 'sparse' is unknown; choose among dense, static, dynamic"),
-        ("--epochs 0", "epochs=0 must be"),
-    ],
-)
-def test_unusable_flags_of_accuracy_are_refused(flags, message, capsys):
-    assert accuracy.main([*FLAGS, *flags.split()]) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("flag", ["--json", "--csv", "--plot"])
-def test_a_report_that_cannot_be_written_is_known_before_anything_is_measured(flag, capsys, monkeypatch):
-    monkeypatch.setattr(accuracy, "train", lambda *_: pytest.fail("measured"))
-    assert accuracy.main([*FLAGS, flag, "/nowhere/file.png"]) == 1
-    assert "cannot write /nowhere/file.png (No such file or directory)" in capsys.readouterr().err
+def test_a_record_is_a_line_for_what_it_is_and_one_for_each_run(tmp_path):
+    (tmp_path / "record.jsonl").write_text(records.text(STEP), encoding="utf-8")
+    lines = (tmp_path / "record.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 1 + len(STEP["runs"])
+    read = records.read(tmp_path / "record.jsonl")
+    assert {name: value for name, value in read.items() if name != "g2g"} == STEP
+    assert sum(file.stat().st_size for file in records.RESULTS.iterdir()) < 1_100_000

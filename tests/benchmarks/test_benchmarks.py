@@ -1,6 +1,5 @@
 """The benchmarks: who is let through to be timed, and what a record and its table say. No test looks at a time."""
 
-import csv
 import dataclasses
 import importlib
 import json
@@ -17,7 +16,7 @@ from processes import fork_contenders, hurry
 import benchmarks.ours
 import benchmarks.peers
 import benchmarks.workload
-from benchmarks import reference, report, scaling, test_kernels, throughput
+from benchmarks import chunks, cli, records, reference, report, test_kernels, throughput
 from benchmarks.contender import Contender
 from benchmarks.correctness import Judge, Verdict, error
 from benchmarks.floor import floor_seconds, work
@@ -329,7 +328,24 @@ def test_flipped_spikes_are_no_error_of_a_gradient(larger):
     replayed = reference.network_results(larger, given=rounded.spikes)
     assert error(rounded.results["fc1.weight"], replayed.results["fc1.weight"]) < 0.01
     assert error(rounded.results["fc1.weight"], own) > 0.03
-    assert any(len(distances) for distances in replayed.denied.values())
+    assert any(denied[:, 0].any() for denied in replayed.denied.values())
+
+
+@pytest.mark.parametrize("name", ["prepared", "recurrent"])
+def test_samples_with_other_spikes_alone_are_computed_anew(name, request, monkeypatch):
+    of_weights = request.getfixturevalue(name)
+    judge = Judge(of_weights, "recurrent")
+    spikes = reference.network_results(of_weights, precision="fp32").spikes
+    judge._replay("after decay", spikes)
+    other = {layer: train.clone() for layer, train in spikes.items()}
+    for sample in (3, 39):
+        other["lif1.spikes"][:, sample] ^= True
+        other["lif2.spikes"][-1, sample] ^= True
+    whole = reference.network_results(of_weights, given=other)
+    monkeypatch.setattr(Judge, "_run", lambda *_: pytest.fail("all samples were computed"))
+    found = judge._replay("after decay", other)
+    assert all(error(found.results[each], whole.results[each]) < 1e-12 for each in whole.results)
+    assert all(torch.allclose(found.denied[layer], whole.denied[layer], rtol=1e-9) for layer in spikes)
 
 
 def test_a_spike_that_its_membrane_denies_is_wrong(prepared, judges, larger, larger_judge):
@@ -452,9 +468,13 @@ def test_only_a_right_contender_has_a_time(outcomes):
 
 def test_the_table_names_everyone_without_a_time(outcomes):
     summaries = [report.summary(outcome) for outcome in outcomes]
-    assert [set(row) >= {"median", "p20", "p80", "seconds"} for row in summaries] == [True, False, False, False]
+    assert [set(row) >= {"median", "p20", "p80", "repeats"} for row in summaries] == [True, False, False, False]
     table = report.throughput_table(
-        {"contenders": summaries, "baseline": "right", "floor_seconds": 1e-6, "workload": {"flop": 9}}
+        {
+            "runs": [{"place": 0, **summary} for summary in summaries],
+            "baseline": "right",
+            "workloads": [{"flop": 9, "floor_seconds": 1e-6}],
+        }
     )
     assert "1.00×" in table
     assert "absent: skipped: absent is not installed (pip install absent)" in table
@@ -479,47 +499,61 @@ def forked(monkeypatch):
 
 
 def test_throughput_writes_a_record_with_its_environment(tmp_path, capsys, path):
-    file = tmp_path / "record.json"
+    file = tmp_path / "record.jsonl"
     flags = [*FLAGS.split(), "--kernel", "forward", "--contenders", "g2g-torch", "--repeats", "2"]
-    assert throughput.main([*flags, "--json", str(file), "--csv", str(tmp_path / "record.csv")]) == 0
-    record = json.loads(file.read_text())
-    assert record["workload"]["hidden_dim"] == 48
+    assert throughput.main([*flags, "--json", str(file)]) == 0
+    record = records.read(file)
+    assert record["workloads"][0]["hidden_dim"] == 48
     assert {"cpu", "cores", "threads", "gpu", "python", "versions", "commit", "date"} <= record["machine"].keys()
-    version = importlib.metadata.version("torch")
-    assert record["machine"]["versions"]["torch"] == version
+    assert record["machine"]["versions"]["torch"] == importlib.metadata.version("torch")
     assert record["limits"].keys() >= {"matrix_flop_per_s", "copy_bytes_per_s"}
-    (row,) = record["contenders"]
-    assert len(row["seconds"]) == 2
-    assert row["first_seconds"] > 0
-    with (tmp_path / "record.csv").open() as lines:
-        (line,) = csv.DictReader(lines)
-    assert float(line["median"]) == row["median"]
-    assert float(line["gflop_per_s"]) == pytest.approx(record["workload"]["flop"] / row["median"] / 1e9)
-    assert line["torch"] == version
-    assert row["correctness"]["errors"].keys() >= {"counts", "lif1.spikes", "lif3.membrane"}
+    (run,) = record["runs"]
+    assert (run["repeats"], run["place"]) == (2, 0)
+    assert min(run["first_seconds"], run["median"]) > 0
+    assert re.fullmatch(r"\S+e\S+ ≤ \S+e\S+, \S.*", run["closest"])
     assert "g2g-torch" in capsys.readouterr().out
+
+
+def test_a_wrong_run_is_the_exit_status_and_quick_changes_what_is_not_given(capsys):
+    parser = cli.build_parser("x", "About x.", "a day", {"T": 3})
+    parser.add_argument("--T", type=int, default=9)
+    asked = []
+
+    def benchmark(arguments):
+        asked.append(arguments.T)
+        return {"runs": [{"status": "wrong" if arguments.T == 4 else "timed"}]}
+
+    given = ([], ["--quick"], ["--quick", "--T", "5"], ["--T", "4"])
+    assert [cli.run(parser, benchmark, flags) for flags in given] == [0, 0, 0, 1]
+    assert asked == [9, 3, 5, 4]
+    assert cli.run(parser, benchmark, ["--json"]) == 0
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()][1:] == [{"status": "timed"}]
+    for module in (throughput, chunks):
+        help_ = module.build_parser().format_help()
+        assert re.search(r"It takes about \w+ minutes", help_)
+        assert "--quick" in help_
 
 
 @pytest.mark.usefixtures("forked")
 def test_a_product_in_bfloat16_has_a_time(tmp_path, path):
     """numpy has no bfloat16, and results pass between processes as its arrays."""
-    file = tmp_path / "record.json"
+    file = tmp_path / "record.jsonl"
     flags = [*FLAGS.split(), "--kernel", "linear", "--contenders", "g2g-torch-bf16", "--repeats", "1"]
     assert throughput.main([*flags, "--json", str(file)]) == 0
-    (row,) = json.loads(file.read_text())["contenders"]
-    assert row["status"] == "timed", row["reason"]
+    (run,) = records.read(file)["runs"]
+    assert run["status"] == "timed", run["reason"]
 
 
 @pytest.mark.usefixtures("forked")
 def test_scaling_fits_a_line(tmp_path, capsys):
-    file = tmp_path / "record.json"
+    file = tmp_path / "record.jsonl"
     flags = [*FLAGS.split(), "--quantity", "B", "--values", "40,20", "--contenders", "g2g-torch", "--repeats", "1"]
-    assert scaling.main([*flags, "--json", str(file)]) == 0
-    record = json.loads(file.read_text())
-    (curve,) = record["contenders"]
-    assert [point["x"] for point in curve["points"]] == [40, 20]
+    assert throughput.main([*flags, "--json", str(file)]) == 0
+    record = records.read(file)
+    assert [place["x"] for place in record["workloads"]] == [40, 20]
+    assert [(run["contender"], run["place"]) for run in record["runs"]] == [("g2g-torch", 0), ("g2g-torch", 1)]
     assert record["workloads"][0]["flop"] == 2 * record["workloads"][1]["flop"]
-    assert curve["line"].keys() == {"slope", "intercept", "r_squared"}
+    assert report.line(record, record["runs"])
     assert "R²" in capsys.readouterr().out
 
 
@@ -529,7 +563,7 @@ def test_scaling_fits_a_line(tmp_path, capsys):
 )
 def test_a_quantity_grows_and_nothing_else(quantity, values, densities):
     for value, density in zip(values, densities, strict=True):
-        changes = {"p_inter": 0.0, scaling.QUANTITIES[quantity].field: value}
+        changes = {"p_inter": 0.0, throughput.QUANTITIES[quantity].field: value}
         prepared = load(prepare(dataclasses.replace(TINY, hidden_dim=64, train_steps=0, **changes)))
         mask = prepared.network().fc2.mask
         assert mask.density == pytest.approx(density)
@@ -538,11 +572,11 @@ def test_a_quantity_grows_and_nothing_else(quantity, values, densities):
 
 @pytest.mark.usefixtures("forked")
 def test_wide_layers_have_as_many_weights_per_neuron_and_the_dense_memory_beside_them(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(scaling, "WIDE_GROUP", 16)
-    file = tmp_path / "record.json"
+    monkeypatch.setattr(throughput, "WIDE_GROUP", 16)
+    file = tmp_path / "record.jsonl"
     flags = [*FLAGS.split(), "--quantity", "wide", "--values", "64,128", "--contenders", "g2g-torch", "--repeats", "1"]
-    assert scaling.main([*flags, "--json", str(file)]) == 0
-    narrow, wide = json.loads(file.read_text())["workloads"]
+    assert throughput.main([*flags, "--json", str(file)]) == 0
+    narrow, wide = records.read(file)["workloads"]
     assert (narrow["num_groups"], wide["num_groups"]) == (4, 8)
     for place in (narrow, wide):
         sizes = {name: place[name] for name in ("hidden_dim", "num_groups", "p_inter")}
@@ -555,20 +589,19 @@ def test_wide_layers_have_as_many_weights_per_neuron_and_the_dense_memory_beside
 
 @pytest.mark.usefixtures("forked")
 def test_alpha_is_that_of_the_contender_with_another_surrogate(tmp_path):
-    file = tmp_path / "record.json"
+    file = tmp_path / "record.jsonl"
     name = "g2g-torch-triangle"
     flags = [*FLAGS.split(), "--quantity", "alpha", "--values", "4,1", "--contenders", name, "--repeats", "1"]
-    assert scaling.main([*flags, "--json", str(file)]) == 0
-    record = json.loads(file.read_text())
+    assert throughput.main([*flags, "--json", str(file)]) == 0
+    record = records.read(file)
     assert [(place["surrogate"], place["alpha"]) for place in record["workloads"]] == [("triangle", 4), ("triangle", 1)]
     assert 0 < record["workloads"][0]["x"] < record["workloads"][1]["x"] < 1
     assert record["workloads"][0]["flop"] < record["workloads"][1]["flop"]
-    (triangle,) = record["contenders"]
-    assert [point["differs"].split(" in ")[0] for point in triangle["points"]] == [
+    assert [run["differs"].split(" in ")[0] for run in record["runs"]] == [
         "surrogate triangle, alpha 4,",
         "surrogate triangle, alpha 1,",
     ]
-    assert scaling.QUANTITIES["alpha"].of(entries("step")["g2g-torch"], 4.0) == {}
+    assert entries("step")["g2g-torch"].own(TINY, throughput.QUANTITIES["alpha"].at(4.0)) == TINY
 
 
 def test_the_floor_counts_the_neurons_that_pass_a_gradient_on(prepared):
@@ -588,23 +621,6 @@ def test_the_floor_counts_the_neurons_that_pass_a_gradient_on(prepared):
     assert whole - done == pytest.approx(2 * samples * second * (1 - own.event_shares[1]), abs=2)
 
 
-def test_the_line_is_fitted_to_the_work(outcomes):
-    right, _, _, absent = outcomes
-    places = [{"x": x, "flop": flop} for x, flop in ((1, 10), (2, 40), (3, 90), (4, 100))]
-    found = scaling.curve("right", places, [right, dataclasses.replace(right, seconds=[1.0]), right, absent])
-    medians = [float(torch.tensor(right.seconds).median()), 1.0, float(torch.tensor(right.seconds).median())]
-    assert tuple(found["line"].values()) == pytest.approx(scaling.fit([10, 40, 90], medians), rel=1e-5)
-    assert scaling.curve("absent", places, [absent] * 4)["line"] is None
-    alike = [{**place, "flop": places[0]["flop"] + number} for number, place in enumerate(places)]
-    assert scaling.curve("right", alike, [right] * 4)["line"] is None
-
-
-def test_the_line_is_the_least_squares_line():
-    assert scaling.fit([1, 2, 4], [5, 7, 11]) == pytest.approx((2, 3, 1))
-    slope, intercept, r_squared = scaling.fit([0, 1, 2], [0, 1, 0])
-    assert (slope, intercept, r_squared) == pytest.approx((0, 1 / 3, 0), abs=1e-12)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -617,6 +633,8 @@ def test_the_line_is_the_least_squares_line():
         ("--repeats 0", "repeats=0 must be"),
         ("--train_steps -1", "train_steps=-1 must be"),
         ("--device tpu", "device='tpu' is unknown"),
+        ("--quantity T --values 3,3", "values='3,3': a line needs at least two different values"),
+        ("--values 3,4", "values: of which quantity? give --quantity, too"),
     ],
 )
 def test_unusable_flags_are_refused(flags, message, capsys):

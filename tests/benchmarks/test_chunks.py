@@ -1,34 +1,32 @@
 """The benchmark of long sequences: what it records, and that a step with other results has no time."""
 
-import json
 import shlex
 
 import numpy as np
 import pytest
 from processes import fork_contenders
 
-from benchmarks import chunks, redraw
+from benchmarks import chunks, records, redraw
 
 
 def test_steps_in_chunks_are_timed_and_weighed_beside_the_whole(tmp_path, capsys, monkeypatch):
-    pytest.importorskip("matplotlib")
     fork_contenders(monkeypatch)
     monkeypatch.setattr(chunks, "USUAL", 6)
-    file = tmp_path / "record.json"
+    file = tmp_path / "record.jsonl"
     flags = shlex.split("--T 6,9 --chunks 2 --chunk 4 --long 12 --hidden_dim 16 --batch_size 3 --repeats 2")
-    assert chunks.main([*flags, "--json", str(file), "--plot", str(tmp_path / "record.png")]) == 0
-    record = json.loads(file.read_text())
-    points = {(point["T"], point["chunk"]): point for point in record["points"]}
+    assert chunks.main([*flags, "--json", str(file)]) == 0
+    record = records.read(file)
+    points = {(point["T"], point["chunk"]): point for point in record["runs"]}
     assert list(points) == [(6, None), (6, 2), (6, 4), (9, None), (9, 4), (12, 4)]
-    assert all(len(point["seconds"]) == 2 and point["peak_bytes"] >= 0 for point in points.values())
+    assert all(point["median"] > 0 and point["peak_bytes"] >= 0 for point in points.values())
     assert points[6, 2]["differs"] <= chunks.ALLOWED
     assert points[6, None]["times"] == 1
     assert "times" not in points[12, 4]  # nothing is beside it
-    assert len(points[9, 4]["firing_rates"]) == 3
+    assert points[9, 4]["times"] > 0
     table = capsys.readouterr().out
     assert "| 12 | 4 |" in table
     for draw in (redraw._chunks, redraw._chunks_in_short):
-        assert "[record](record.json)" in draw(redraw.Record(file, record), lambda path: path.name)
+        assert "[record](record.jsonl)" in draw(redraw.Record(file, record), lambda path: path.name)
 
 
 def test_another_result_is_wrong():

@@ -37,12 +37,12 @@ if what == "slow":
 print("one line")
 if what == "failing":
     sys.exit("a reason | in words")
-pathlib.Path(record).write_text(json.dumps({"contenders": [{"contender": what, "median": 0.002}]}))
+pathlib.Path(record).write_text("{}\\n" + json.dumps({"contender": what, "median": 0.002}))
 """
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
-    names = ("throughput", "scaling", "kernel_times", "fused_pair", "processes")
+    names = ("throughput", "kernel_times", "fused_pair", "processes")
     return {name: importlib.import_module(f"benchmarks.{name}").build_parser() for name in names}
 
 
@@ -57,7 +57,7 @@ def test_every_stage_is_a_program_that_takes_its_flags(device, monkeypatch):
         assert stage.measures == (package == "benchmarks")
         if stage.measures:
             arguments = known[name].parse_args(stage.command[1:])
-            if name in ("throughput", "scaling"):
+            if name == "throughput":
                 assert choose(getattr(arguments, "kernel", "step"), arguments.contenders)
     assert {
         "doctor",
@@ -171,7 +171,7 @@ def test_the_page_says_what_to_try_where_a_time_is_off():
     ]
     given = {"cards": {"h100": rows}, "next": {"product_kernel": "other tiles"}}
     times = {"as expected": 2.2e-3, "slow": 4e-3, "fast": 1e-3, "dense-lif": 5e-3}
-    record = {"contenders": [{"contender": name, "median": median} for name, median in times.items()]}
+    record = {"runs": [{"contender": name, "median": median} for name, median in times.items()]}
     table = comparison(given, {"step": {"record": record}}, "h100", tiny=False).splitlines()
     assert table[2:] == [
         "| step | as expected | 1 ms | 2 ms | 2.2 ms | 1.10 |  |",
@@ -183,11 +183,10 @@ def test_the_page_says_what_to_try_where_a_time_is_off():
 
 
 def test_times_of_every_kind_of_record():
-    points = [{"median": 1.0}, {"status": "refused"}]
     workloads = [{"batch_size": 8}, {"batch_size": 32}]
-    growing = {"contenders": [{"contender": "ours", "points": points}], "quantity": "B", "workloads": workloads}
-    assert measured(growing) == {"ours, B 8": 1.0}
-    assert measured({"times": [{"what": "product_kernel", "median": 2.0}]}) == {"product_kernel": 2.0}
+    runs = [{"contender": "ours", "place": 0, "median": 1.0}, {"contender": "ours", "place": 1, "status": "refused"}]
+    assert measured({"quantity": "B", "workloads": workloads, "runs": runs}) == {"ours, B 8": 1.0}
+    assert measured({"runs": [{"what": "product_kernel", "median": 2.0}]}) == {"product_kernel": 2.0}
     assert measured(None) == {}
 
 

@@ -1,10 +1,8 @@
 """The time that a training flag adds to a step."""
 
-import json
-
 import pytest
 
-from benchmarks import flag_costs
+from benchmarks import flag_costs, records
 from g2gnet.data import load_dataset
 
 
@@ -12,22 +10,20 @@ def test_flags_take_turns_and_updates_are_timed_apart(tmp_path, capsys, monkeypa
     monkeypatch.setattr(flag_costs, "load_dataset", lambda *_: load_dataset("fashionmnist-mini"))
     monkeypatch.setattr(flag_costs, "TURN", 2)
     monkeypatch.setattr(flag_costs, "FLAGS", ("--standardize", "--sparsity_mode dynamic --dst_interval 2 --cg random"))
-    path = tmp_path / "record.json"
+    path = tmp_path / "record.jsonl"
     arguments = ["--rounds", "2", "--warm_up", "1", "--hidden_dim", "16", "--T", "2", "--json"]
     assert flag_costs.main([*arguments, str(path)]) == 0
-    default, standardized, dynamic = json.loads(path.read_text())["rows"]
-    assert [len(row["seconds"]) for row in (default, standardized, dynamic)] == [4, 4, 2]
-    assert [len(row["update_seconds"]) for row in (default, standardized, dynamic)] == [0, 0, 2]
-    assert all(0 < second < 60 for row in (default, standardized, dynamic) for second in row["seconds"])
+    default, standardized, dynamic = records.read(path)["runs"]
+    assert [run["update"] is None for run in (default, standardized, dynamic)] == [True, True, False]
+    assert all(len(run["rounds"]) == 2 for run in (default, standardized, dynamic))
+    assert all(min(run["rounds"]) <= run["median"] <= max(run["rounds"]) for run in (default, standardized, dynamic))
     assert default["firing_rates"] != standardized["firing_rates"]
     assert "| `--standardize` |" in capsys.readouterr().out
 
 
 def test_steps_of_one_round_are_compared():
     """The machine is twice as slow in the second round; the flag adds a tenth, then two tenths, then nothing."""
-    default = {"seconds": [1.0] * 3 + [2.0] * 3 + [1.0] * 3}
-    row = {"seconds": [1.1] * 2 + [2.4] * 2 + [1.0] * 2}
-    added, spread = flag_costs.cost(row, default, turn=3)
+    added, spread = flag_costs.cost({"rounds": [1.1, 2.4, 1.0]}, {"rounds": [1.0, 2.0, 1.0]})
     assert added == pytest.approx(0.1)
     assert spread == pytest.approx(0.1)
 

@@ -1,11 +1,9 @@
 """The host's time where launches are free: what is timed is the default step, and every part has a time."""
 
-import json
-
 import pytest
 import torch
 
-from benchmarks import host_time
+from benchmarks import host_time, records
 from benchmarks.host_time import CASES, Case, Contender, PlainLoop, tiny
 
 pytest.importorskip("triton", minversion="3.3")
@@ -33,9 +31,9 @@ def test_the_plain_loop_is_the_same_network():
 
 def test_every_part_of_every_case_has_a_time(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(host_time, "TURN", 2)
-    path = tmp_path / "record.json"
+    path = tmp_path / "record.jsonl"
     assert host_time.main(["--turns", "2", "--warm_up", "1", "--json", str(path)]) == 0
-    rows = json.loads(path.read_text())["rows"]
+    rows = records.read(path)["runs"]
     assert {(row["network"], row["backend"], row["precision"]) for row in rows} == set(CASES)
     assert len(rows) == len(CASES) * 6
     assert all(0 < row["least"] <= row["median"] < 60 for row in rows)

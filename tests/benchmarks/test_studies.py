@@ -1,6 +1,5 @@
 """Studies of training: what they run, that they go on where they stopped, and what they say of it."""
 
-import concurrent.futures
 import dataclasses
 import json
 import re
@@ -11,68 +10,33 @@ import torch
 from scipy import stats
 from training_runs import assert_equal
 
-from benchmarks import (
-    deep_r,
-    dst_study,
-    few_study,
-    gru,
-    own_trainer,
-    recipe_study,
-    relu,
-    sequence_study,
-    step_costs,
-    structure_study,
-    study,
-    tradeoff_study,
-)
-from benchmarks.redraw import STUDIES
-from benchmarks.study import Study, spread
+from benchmarks import cli, deep_r, gru, records, relu, step_costs, studies, study, study_tables
+from benchmarks.studies import STUDIES, Study
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet import G2GLinear, G2GNet
-from g2gnet.base.tables import markdown
 from g2gnet.base.tensor_files import read_tensors
 from g2gnet.data import load_dataset
 from g2gnet.data.npz import name_of
-from g2gnet.training import CheckpointError, TrainingError, TrainSettings
+from g2gnet.training import CheckpointError, TrainingError
 
+SIZES = "--dataset fashionmnist-mini --limit_train 96 --limit_test 32 --batch_size 32"
 SMALL = Study(
-    "small_study",
     "A study of three steps.",
-    "--dataset fashionmnist-mini --model index --hidden_dim 64 --block_size 16 --T 3 --limit_train 96 --limit_test 32 "
-    "--batch_size 32 --enc_scale 3",
+    "no time",
+    f"{SIZES} --model index --hidden_dim 64 --block_size 16 --T 3 --enc_scale 3",
     {"static": "", "gradient": "--sparsity_mode dynamic --cg gradient --dst_interval 1 --dst_schedule cosine"},
     1,
-    lambda record: markdown(
-        ["row", "accuracy"], [[row["row"], spread(row["ends"], study.accuracy)] for row in record["rows"]]
-    ),
+    ("", "test accuracy, %", "spread", "rows empty", "inside"),
 )
-
-
-@pytest.mark.parametrize("each", STUDIES.values(), ids=STUDIES)
-def test_every_row_is_a_run_that_train_takes(each, tmp_path):
-    seen = set()
-    for row in each.rows:
-        settings = study.run_of(each, row, each.epochs, 1, tmp_path).settings
-        own = re.search(r"--epochs (\d+)", each.rows[row])
-        assert settings.epochs == (int(own[1]) if own else each.epochs)
-        seen.add(json.dumps(settings.as_dict()))
-    assert len(seen) == len(each.rows)  # no two of them are the same run
-    folders = {study.folder_of(tmp_path, each, row, each.epochs, 1) for row in each.rows}
-    assert len(folders) == len(each.rows)
-
-
-def test_densities_are_those_that_the_rows_name(tmp_path):
-    for row in dst_study.STUDY.rows:
-        settings = study.run_of(dst_study.STUDY, row, 1, 1, tmp_path).settings
-        density = settings.p_intra / 8 + 7 / 8 * settings.p_inter
-        named = float(row.split(", ")[1].removesuffix(" %")) / 100
-        assert density == pytest.approx(0.25625 if named == 0.25 else named, rel=1e-3)
-        assert settings.p_inter == pytest.approx(0.15 * settings.p_intra, rel=1e-3)
+CONVENTIONAL = dataclasses.replace(
+    SMALL, rows={"20 epochs": "", "20 epochs, ReLU": "--name ReLU --dropout 0.2 --lr_schedule cosine"}
+)
+SEQUENCES = dataclasses.replace(STUDIES["sequence"], common=f"{SIZES} --hidden_dim 32 --standardize")
 
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Has studies train in a thread of this process; the folders of the runs, as they begin."""
+    """Has studies, the ones above too, train in a thread of this process; the folders of the runs, as they begin."""
     began = []
 
     class Pool(ThreadPoolExecutor):
@@ -81,34 +45,63 @@ def trained(monkeypatch):
             return super().submit(function, given, folder)
 
     monkeypatch.setattr(study, "processes", lambda jobs, threads: Pool(1))
+    for name, each in (("small", SMALL), ("conventional", CONVENTIONAL), ("sequence", SEQUENCES)):
+        monkeypatch.setitem(STUDIES, name, each)
     return began
 
 
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_row_is_a_run_that_train_takes(name, tmp_path):
+    each, seen, folders = STUDIES[name], set(), set()
+    for row, flags in each.rows.items():
+        run = study.run_of(each, row, each.epochs, 1, tmp_path)
+        own = re.search(r"--epochs (\d+)", flags)
+        assert run.settings.epochs == (int(own[1]) if own else each.epochs)
+        assert study.run_of(each, row, 2, 1, tmp_path, last=study.QUICK).settings.limit_train == 2000
+        seen.add(json.dumps(run.settings.as_dict()))
+        folders.add(run.folder)
+    assert len(seen) == len(folders) == len(each.rows)  # no two of them are the same run
+    assert study.chosen(each, each.default_rows)
+    assert set(each.columns) <= study_tables.COLUMNS.keys()
+
+
+def test_densities_are_those_that_the_rows_name(tmp_path):
+    for row in STUDIES["dst"].rows:
+        settings = study.run_of(STUDIES["dst"], row, 1, 1, tmp_path).settings
+        density = settings.p_intra / 8 + 7 / 8 * settings.p_inter
+        named = float(row.split(", ")[1].removesuffix(" %")) / 100
+        assert density == pytest.approx(0.25625 if named == 0.25 else named, rel=1e-3)
+        assert settings.p_inter == pytest.approx(0.15 * settings.p_intra, rel=1e-3)
+
+
 def test_a_study_goes_on_where_it_stopped_and_records_what_there_is(tmp_path, capsys, trained):
-    arguments = ["--runs", str(tmp_path), "--seeds", "1", "--jobs", "2", "--json", str(tmp_path / "record.json")]
-    assert study.run_study(SMALL, [*arguments, "--rows", "gradient"]) == 0
-    assert study.run_study(SMALL, [*arguments, "--finished"]) == 0
-    assert [row["row"] for row in json.loads((tmp_path / "record.json").read_text())["rows"]] == ["gradient"]
+    arguments = ["small", "--runs", str(tmp_path), "--seeds", "1", "--json", str(tmp_path / "record.jsonl")]
+    assert study.main([*arguments, "--rows", "gradient"]) == 0
+    assert study.main([*arguments, "--finished"]) == 0
+    assert [run["row"] for run in records.read(tmp_path / "record.jsonl")["runs"]] == ["gradient"]
     assert len(trained) == 1
-    assert study.run_study(SMALL, arguments) == 0
+    assert study.main(arguments) == 0
     assert len(trained) == 2  # the other one was finished
-    record = json.loads((tmp_path / "record.json").read_text())
-    (end,) = record["rows"][1]["ends"]
-    assert (record["rows"][1]["row"], end["seed"]) == ("gradient", 1)
-    assert end["train_seconds"] > 0
-    assert end["train_cpu_seconds"] > 0
-    assert end["weights"] == sum(
-        round(end["density"][name] * size) for name, size in (("fc1", 784 * 64), ("fc2", 64 * 64), ("fc3", 640))
-    )
-    assert set(end["placement"]["fc2"]) == {"rows_spread", "cols_spread", "rows_empty", "cols_empty", "inside"}
-    assert f"| gradient | {100 * end['test_acc']:.2f} (n = 1) |" in capsys.readouterr().out
+    record = records.read(tmp_path / "record.jsonl")
+    assert record["rows"] == SMALL.rows
+    assert record["machine"]["threads"] == 1
+    _, run = record["runs"]
+    assert (run["row"], run["seed"], run["epoch"]) == ("gradient", 1, 1)
+    assert min(run["train_seconds"], run["train_cpu_seconds"]) > 0
+    (file,) = (tmp_path / "small_study").glob("gradient*/*.jsonl")
+    (epoch,) = map(json.loads, file.read_text().splitlines())
+    sizes = (("fc1", 784 * 64), ("fc2", 64 * 64), ("fc3", 640))
+    assert run["weights"] == sum(round(epoch["density"][name] * size) for name, size in sizes)
+    assert run["silent"] == pytest.approx([epoch["silent"][name] for name in ("lif1", "lif2")], abs=1e-5)
+    assert set(run["placement"]) == {"rows_spread", "cols_spread", "rows_empty", "cols_empty", "inside"}
+    assert f"| gradient | {100 * run['test_acc']:.2f} (n = 1) |" in capsys.readouterr().out
 
 
 def test_validation_tests_on_training_images_that_are_held_back(tmp_path, monkeypatch, trained):
     mini = load_dataset("fashionmnist-mini")
     monkeypatch.setattr(study, "load_dataset", lambda *_: mini)
-    arguments = ["--runs", str(tmp_path), "--seeds", "1", "2", "--rows", "static", "--validation"]
-    assert study.run_study(SMALL, [*arguments, "--json", str(tmp_path / "record.json")]) == 0
+    arguments = ["small", "--runs", str(tmp_path), "--seeds", "1", "2", "--rows", "static", "--validation"]
+    assert study.main([*arguments, "--json", str(tmp_path / "record.jsonl")]) == 0
     size = len(mini.train_images) // 6
     for seed, fold, of in ((1, 6, slice(5 * size, 6 * size)), (2, 5, slice(4 * size, 5 * size))):
         folder = tmp_path / "validation" / f"fold-{fold}"
@@ -118,110 +111,59 @@ def test_validation_tests_on_training_images_that_are_held_back(tmp_path, monkey
         rest = torch.cat([mini.train_images[: of.start], mini.train_images[of.stop :]])
         assert torch.equal(held_back.train_images, rest)
         assert [run.name for run in (folder / "small_study").iterdir()] == [f"static-1-epochs-seed{seed}"]
-    tested_on = json.loads((tmp_path / "record.json").read_text())["tested_on"]
-    assert tested_on == "a sixth of the training images, another one for each seed"
+    assert records.read(tmp_path / "record.jsonl")["tested_on"] == study_tables.HELD_BACK
     assert not (tmp_path / "small_study").exists()  # runs that are tested on test images are others
-    assert [study.fold_of(seed) for seed in range(8)] == [1, 6, 5, 4, 3, 2, 1, 6]
-
-
-def test_an_earlier_record_is_extended(tmp_path, capsys, trained):
-    earlier, extended = tmp_path / "earlier.json", tmp_path / "extended.json"
-    arguments = ["--seeds", "2", "--rows", "static", "--json", str(earlier)]
-    assert study.run_study(SMALL, ["--runs", str(tmp_path / "one"), *arguments]) == 0
-    more = ["--runs", str(tmp_path / "two"), "--extend", str(earlier)]
-    arguments = ["--seeds", "1", "2", "--rows", "static", "--json", str(extended)]
-    assert study.run_study(SMALL, [*more, *arguments]) == 0
-    assert len(list((tmp_path / "two" / "small_study").iterdir())) == 1  # one run was taken over
-    before, after = (json.loads(path.read_text()) for path in (earlier, extended))
-    assert before["machine"]["threads"] == 1
-    (old,) = before["rows"][0]["ends"]
-    new, taken = after["rows"][0]["ends"]
-    assert taken == {"measured": {name: before["machine"][name] for name in ("commit", "date")}, **old}
-    assert (new["seed"], "measured" in new) == (1, False)
-
-    # rows that are not asked for stay, and a run is dated by the record that measured it
-    assert study.run_study(SMALL, [*more[:2], "--extend", str(extended), "--finished", "--rows", "gradient"]) == 0
-    assert "| static |" in capsys.readouterr().out
-    assert study.taken_over(SMALL, extended, after)["static", 2] == taken
-
-    def refusal(content):
-        earlier.write_text(json.dumps(content))
-        assert study.run_study(SMALL, [*more, "--finished"]) == 1
-        return capsys.readouterr().err
-
-    assert "its epochs is 2, now it is 1" in refusal({**before, "epochs": 2})
-    other = {**before["machine"], "cpu": "6502"}
-    assert "its cpu is '6502', now it is" in refusal({**before, "machine": other})
-    rows = [{**before["rows"][0], "flags": "--T 4"}]
-    assert "the study has no row 'static' of its flags" in refusal({**before, "rows": rows})
-    assert "is not a record of a study" in refusal([])
-    earlier.write_text("{")
-    assert study.run_study(SMALL, [*more, "--finished"]) == 1
-    assert "is not a record: Expecting property name" in capsys.readouterr().err
-
-
-SEQUENCES = dataclasses.replace(
-    sequence_study.STUDY,
-    common="--dataset fashionmnist-mini --hidden_dim 32 --limit_train 96 --limit_test 32 --batch_size 32 --standardize",
-)
+    assert [study_tables.fold_of(seed) for seed in range(8)] == [1, 6, 5, 4, 3, 2, 1, 6]
 
 
 def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkeypatch, trained):
-    costs = {"step_bytes": 3_000_000, "step_seconds": 0.0123}
-    monkeypatch.setattr(step_costs, "_costs", lambda settings, build: costs)
-    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
+    monkeypatch.setattr(study, "step_costs", lambda *_: {"step_bytes": 3_000_000, "step_seconds": 0.0123})
     rows = ["rows, recurrent, 25 %", "rows, GRU"]
-    arguments = ["--runs", str(tmp_path), "--seeds", "1", "--epochs", "1", "--json", str(tmp_path / "record.json")]
-    assert study.run_study(SEQUENCES, [*arguments, "--rows", *rows]) == 0
-    network, yardstick = json.loads((tmp_path / "record.json").read_text())["rows"]
+    file = tmp_path / "record.jsonl"
+    arguments = [
+        "sequence",
+        "--runs",
+        str(tmp_path),
+        "--seeds",
+        "1",
+        "--epochs",
+        "1",
+        "--json",
+        str(file),
+        "--rows",
+        *rows,
+    ]
+    assert study.main(arguments) == 0
+    network, yardstick = records.read(file)["runs"]
     assert [network["row"], yardstick["row"]] == rows
-    (found,) = yardstick["ends"]
     # hidden neurons are whole numbers: 8 have 1,002 weights, 9 have 1,153
-    assert found["weights"] == pytest.approx(network["ends"][0]["weights"], rel=0.08)
-    assert 0 <= found["test_acc"] <= 1
+    assert yardstick["weights"] == pytest.approx(network["weights"], rel=0.08)
+    assert 0 <= yardstick["test_acc"] <= 1
     printed = capsys.readouterr().out
-    assert f"| rows, GRU | {found['weights']:,} | 3 MB | 12.3 ms |" in printed
-    assert study.run_study(SEQUENCES, [*arguments, "--rows", *rows, "--finished"]) == 0
+    assert f"| rows, GRU | {yardstick['weights']:,} | 3 MB | 12.3 ms |" in printed
+    assert study.main([*arguments, "--finished"]) == 0
     assert capsys.readouterr().out == printed
     assert len(trained) == 1  # the network; the GRU is trained by the study itself
 
     # flags of every run: others, in another folder
-    smaller = [*arguments, "--rows", *rows, "--flags", "--hidden_dim 16 --lr 0.01"]
-    assert study.run_study(SEQUENCES, smaller) == 0
-    record = json.loads((tmp_path / "record.json").read_text())
+    assert study.main([*arguments, "--flags", "--hidden_dim 16 --lr 0.01"]) == 0
+    record = records.read(file)
     assert record["settings"] == f"{SEQUENCES.common} --hidden_dim 16 --lr 0.01"
-    ends = [row["ends"][0]["weights"] for row in record["rows"]]
-    assert ends[0] < network["ends"][0]["weights"] / 2
-    assert ends[1] == pytest.approx(ends[0], rel=0.1)
-    assert (tmp_path / "hidden-dim_16_-lr_0.01" / "sequence_study").is_dir()
+    smaller, other = (run["weights"] for run in record["runs"])
+    assert smaller < network["weights"] / 2
+    assert other == pytest.approx(smaller, rel=0.1)
+    assert (tmp_path / "hidden-dim-16-lr-0.01" / "sequence_study").is_dir()
 
 
-def test_a_gru_that_was_stopped_goes_on_to_the_same_end(tmp_path):
-    settings = study.run_of(SEQUENCES, "rows, GRU", 2, 1, tmp_path).settings
-    products: list[float] = []
+def test_a_gru_of_other_settings_is_not_taken_for_this_one(tmp_path):
+    settings = study.run_of(SEQUENCES, "rows, GRU", 1, 1, tmp_path).settings
     tiny = torch.tensor(1e-30)
-    whole = gru.train(settings, tmp_path / "whole", lambda line: products.append((tiny * 1e-10).item()))
-    assert products == [0, 0]  # denormal numbers, which gradients over long sequences become, take too long
-    assert tiny * 1e-10 != 0
-
-    def stop(line):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        gru.train(settings, tmp_path / "stopped", stop)
-    assert gru.finished(settings, tmp_path / "stopped") is None
-    faster = dataclasses.replace(settings, lr=0.5)
-    with pytest.raises(
-        TrainingError, match=r"gru\.pt belongs to a run with different settings:\n  lr: .* there, 0\.5 now"
-    ):
-        gru.train(faster, tmp_path / "stopped")
-    resumed = gru.train(settings, tmp_path / "stopped")
-    assert {**resumed, "train_seconds": 0} == {**whole, "train_seconds": 0}
-    assert gru.train(settings, tmp_path / "stopped") == resumed
-    with pytest.raises(TrainingError, match=r"gru\.json belongs to a run with different settings"):
-        gru.finished(faster, tmp_path / "stopped")
-    states = [read_tensors(tmp_path / folder / "gru.pt")["net"] for folder in ("whole", "stopped")]
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert gru.finished(settings, tmp_path) is None
+    gru.train(settings, tmp_path)
+    assert tiny * 1e-10 != 0  # denormal numbers are flushed only while it trains
+    assert gru.finished(settings, tmp_path)["epoch"] == 1
+    with pytest.raises(TrainingError, match=r"gru\.json belongs to a run with different settings:\n  lr: .*, 0\.5 now"):
+        gru.finished(dataclasses.replace(settings, lr=0.5), tmp_path)
 
 
 @pytest.mark.parametrize("row", ["pixels, recurrent, 25 %", "rows, GRU"])
@@ -244,25 +186,10 @@ def test_the_memory_of_a_row_is_that_of_its_second_step(row, tmp_path, monkeypat
 
     monkeypatch.setattr(step_costs, "PeakMemory", Memory)
     settings = study.run_of(SEQUENCES, row, 1, 1, tmp_path).settings
-    costs = step_costs._costs(settings, gru.build if row.endswith("GRU") else G2GNet.from_settings)
+    costs = step_costs.costs(settings, gru.build if row.endswith("GRU") else G2GNet.from_settings)
     assert costs["step_bytes"] == 7
     assert 0 < costs["step_seconds"] < 10
     assert done == ["step", "restart", "step", "above", "step", "step", "step"]
-
-
-def test_the_costs_of_a_step_are_kept_for_the_seeds_of_the_same_settings(tmp_path, monkeypatch):
-    measured = []
-    monkeypatch.setattr(
-        step_costs, "_costs", lambda settings, build: measured.append(settings) or {"step_bytes": settings.T}
-    )
-    monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))
-    settings = TrainSettings(dataset="fashionmnist-mini", T=3)
-    for seed in (1, 2):
-        of_seed = dataclasses.replace(settings, seed=seed)
-        assert step_costs.step_costs(of_seed, tmp_path / f"row-seed{seed}") == {"step_bytes": 3}
-    assert len(measured) == 1
-    others = dataclasses.replace(settings, T=4)
-    assert step_costs.step_costs(others, tmp_path / "row-seed1") == {"step_bytes": 4}
 
 
 def test_the_width_of_a_gru_has_the_weights_wanted():
@@ -271,44 +198,36 @@ def test_the_width_of_a_gru_has_the_weights_wanted():
         assert gru.width_of(weights, 4, 10) == width
 
 
-CONVENTIONAL = dataclasses.replace(
-    recipe_study.STUDY,
-    common="--dataset fashionmnist-mini --model index --hidden_dim 64 --block_size 16 --T 3 --limit_train 96 "
-    "--limit_test 32 --batch_size 32",
-    rows={"20 epochs": "", "20 epochs, ReLU": "--name ReLU --dropout 0.2 --lr_schedule cosine"},
-)
-
-
 def test_a_conventional_network_stands_beside_the_spiking_one(tmp_path, capsys, monkeypatch, trained):
-    arguments = ["--runs", str(tmp_path), "--seeds", "1", "--epochs", "3", "--json", str(tmp_path / "record.json")]
-    assert study.run_study(CONVENTIONAL, arguments) == 0
-    spiking, other = json.loads((tmp_path / "record.json").read_text())["rows"]
-    assert spiking["ends"][0]["weights"] == other["ends"][0]["weights"]  # of one seed: the same masks
-    assert other["ends"][0]["accumulates"]["fc2"] == 0 < other["ends"][0]["multiplies"]["fc2"]
-    assert set(other["ends"][0]["silent"]) == {"lif1", "lif2", "lif3"}
+    file = tmp_path / "record.jsonl"
+    arguments = ["conventional", "--runs", str(tmp_path), "--seeds", "1", "--epochs", "3", "--json", str(file)]
+    assert study.main(arguments) == 0
+    spiking, other = records.read(file)["runs"]
+    assert spiking["weights"] == other["weights"]  # of one seed: the same masks
+    assert spiking["test_acc"] != other["test_acc"] or spiking["silent"] != other["silent"]
     printed = capsys.readouterr()
-    assert "row=20 epochs, ReLU, seed=1: epoch 3: test accuracy" in printed.err
+    assert "row=20 epochs, ReLU, seed=1: test accuracy" in printed.err
     assert "Epoch" not in printed.out
-    # a finished one is not trained again
-    again = dataclasses.replace(CONVENTIONAL, others={"20 epochs, ReLU": lambda *_: pytest.fail("trained")})
-    assert study.run_study(again, [*arguments, "--finished"]) == 0
+    monkeypatch.setattr(study, "train_own", lambda run: pytest.fail("trained again"))
+    assert study.main(arguments) == 0
 
 
 @pytest.mark.parametrize(
-    ("flags", "trainer", "train"),
+    ("row", "flags", "trainer"),
     [
-        ("--dropout 0.2 --lr_schedule cosine", relu.ReLUTrainer, relu.train),
-        ("--block_size 1 --lr_schedule cosine", deep_r.DeepRTrainer, deep_r.train),
+        ("ReLU", "--dropout 0.2 --lr_schedule cosine", relu.ReLUTrainer),
+        ("DEEP R", "--block_size 1 --lr_schedule cosine", deep_r.DeepRTrainer),
     ],
 )
-def test_a_trainer_of_a_studys_own_resumes_with_the_same_weights(tmp_path, monkeypatch, flags, trainer, train):
-    of_rows = dataclasses.replace(CONVENTIONAL, rows={"row": f"--name own {flags}"})
-    settings = study.run_of(of_rows, "row", 3, 1, tmp_path).settings
-    end = train(settings, tmp_path / "whole")
-    assert end == own_trainer.finished(settings, tmp_path / "whole")
-    assert end["epoch"] == 3
-    assert end["units_pruned"] == end["units_grown"]
-    assert (end["units_grown"] > 0) == (trainer is deep_r.DeepRTrainer)
+def test_a_trainer_of_a_studys_own_resumes_with_the_same_weights(tmp_path, monkeypatch, row, flags, trainer):
+    of_rows = dataclasses.replace(SMALL, rows={row: f"--name own {flags}"})
+    whole, parts = (study.run_of(of_rows, row, 3, 1, tmp_path / name) for name in ("whole", "parts"))
+    study.train_own(whole)
+    assert study.result(whole)["epoch"] == 3
+    (history,) = whole.folder.glob("*.jsonl")
+    epochs = [json.loads(line) for line in history.read_text().splitlines()]
+    assert (epochs[-1]["units_grown"] > 0) == (trainer is deep_r.DeepRTrainer)
+    assert epochs[-1]["units_pruned"] == epochs[-1]["units_grown"]
 
     def stop_in_epoch_two(self, on_step=None, train_epoch=trainer.train_epoch):
         if self.epoch == 1:
@@ -318,14 +237,14 @@ def test_a_trainer_of_a_studys_own_resumes_with_the_same_weights(tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "train_epoch", stop_in_epoch_two)
         with pytest.raises(KeyboardInterrupt):
-            train(settings, tmp_path / "parts")
-    assert own_trainer.finished(settings, tmp_path / "parts") is None
-    train(settings, tmp_path / "parts")
-    whole, parts = (read_tensors(*(tmp_path / name).glob("*.pth")) for name in ("whole", "parts"))
-    assert_equal(whole, parts)
-    for of in (train, own_trainer.finished):
+            study.train_own(parts)
+    assert study.result(parts) is None
+    study.train_own(parts)
+    assert_equal(*(read_tensors(*run.folder.glob("*.pth")) for run in (whole, parts)))
+    other = dataclasses.replace(whole, settings=dataclasses.replace(whole.settings, lr=0.002))
+    for of in (study.train_own, study.result):
         with pytest.raises(CheckpointError, match=r"different settings:\n  lr: 0\.001 there, 0\.002 now"):
-            of(dataclasses.replace(settings, lr=0.002), tmp_path / "whole")
+            of(other)
 
 
 def test_deep_r_replaces_weights_that_cross_zero():
@@ -385,69 +304,82 @@ def test_a_conventional_network_is_a_perceptron_with_the_masks():
             assert [each.multiplies for each in activity.synaptic_operations()] == pytest.approx(multiplies, rel=1e-3)
 
 
-@pytest.mark.parametrize("weights", few_study.DENSE_WIDTHS)
+@pytest.mark.parametrize("weights", studies.DENSE_WIDTHS)
 def test_networks_of_few_weights_have_no_more_and_hardly_fewer(weights, tmp_path):
     def of_dense(width):
         return width * (28 * 28 + width + 10)
 
-    width = few_study.DENSE_WIDTHS[weights]
+    width = studies.DENSE_WIDTHS[weights]
     assert of_dense(width) <= weights < of_dense(width + 1)
     for way in ("units of 1", "units of 1, ERK"):
-        settings = study.run_of(few_study.STUDY, f"{weights:,} weights, H 512, {way}", 1, 1, tmp_path).settings
+        settings = study.run_of(STUDIES["few"], f"{weights:,} weights, H 512, {way}", 1, 1, tmp_path).settings
         net = G2GNet.from_settings(settings, 28 * 28, 10, generator=torch.Generator().manual_seed(1))
         found = sum(connection.mask.num_weights for connection in net.connections().values())
         assert 0.985 * weights < found <= weights, way
     settings = study.run_of(
-        few_study.STUDY, f"{weights:,} weights, H 1024, units of 1, gradual", 1, 1, tmp_path
+        STUDIES["few"], f"{weights:,} weights, H 1024, units of 1, gradual", 1, 1, tmp_path
     ).settings
     assert 0.99 * weights < settings.final_density * of_dense(1024) <= weights
 
 
-def test_memory_stands_beside_few_weights():
-    row = "58,000 weights, dense, 67"
-    text = few_study.table({"rows": [{"row": row, "ends": [{**end(1, 0.88), "train_acc": 0.93, "step_bytes": 2.1e7}]}]})
-    line = "| 1,234,567 | 88.00 (n = 1) | 93.00 (n = 1) | 10, 30 | 10 (n = 1) | 21 MB |"
-    assert f"| {row} {line}" in text
-
-
-def test_what_cannot_be_is_named(tmp_path, capsys):
+def test_what_cannot_be_is_named(tmp_path, capsys, trained, monkeypatch):
+    one_part = "--validation holds back one of 6 parts of Fashion-MNIST for each seed; give at most 6 seeds in a row"
     for arguments, message in (
         (["--rows", "statical"], "--rows 'statical' matches none of the rows, which --help lists"),
-        (
-            ["--validation", "--seeds", "1", "2", "7"],
-            "--validation holds back the same images with seeds 1 and 7; give",
-        ),
-        (["--validation", "--flags", "--dataset cifar10"], "--validation is of Fashion-MNIST; leave --dataset out"),
-        (["--validation", "--flags=--dataset=cifar10"], "--validation is of Fashion-MNIST; leave --dataset out"),
-        (["--flags", "--lr 0.1 --epochs 3"], "--epochs has no effect there; give the study --epochs"),
-        (["--flags=--seed=3"], "--seed has no effect there; give the study --seeds"),
-        (["--flags", "--cg random", "--rows", "gradient"], "--cg has no effect, since every row has one of its own"),
-        (["--validation", "--finished"], "no run of small_study is finished"),
-        (["--finished"], "no run of small_study is finished"),
+        (["--validation", "--seeds", "1", "2", "7"], one_part),
+        (["--validation", "--flags", "--dataset cifar10"], one_part),
+        (["--finished"], "no run of small is finished"),
     ):
-        assert study.run_study(SMALL, ["--runs", str(tmp_path), *arguments]) == 1
+        assert study.main(["small", "--runs", str(tmp_path), *arguments]) == 1
         assert message in capsys.readouterr().err
-    assert study.run_study(SMALL, ["--runs", str(tmp_path), "--validation", "--seeds", "-1"]) == 2
+    assert study.main(["small", "--runs", str(tmp_path), "--validation", "--seeds", "-1"]) == 2
     assert "seed=-1 must be" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-    broken = Study("broken", "", "--dataset fashionmnist-mini --model ring", {"ring": ""}, 1, lambda record: "")
+    monkeypatch.setitem(STUDIES, "small", dataclasses.replace(SMALL, rows={"ring": "--model ring"}))
     with pytest.raises(SystemExit):
-        study.run_study(broken, ["--runs", str(tmp_path), "--seeds", "1"])
+        study.main(["small", "--runs", str(tmp_path), "--seeds", "1"])
     assert "invalid choice: 'ring'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        study.main(["smal"])
+    assert "invalid choice: 'smal'" in capsys.readouterr().err
 
 
-def end(seed, accuracy, seconds=10.0):
-    layer = {"rows_spread": 0.1, "cols_spread": 0.2, "rows_empty": 0.25, "cols_empty": 0.0, "inside": 0.5}
-    return {
-        "seed": seed,
-        "test_acc": accuracy,
-        "train_acc": accuracy,
-        "silent": {"lif1": 0.1, "lif2": 0.3, "lif3": 0.0},
-        "weights": 1234567,
-        "train_seconds": seconds,
-        "train_cpu_seconds": seconds,
-        "placement": {"fc1": layer, "fc2": layer, "fc3": layer},
-    }
+def test_quick_is_small_whatever_a_row_says(trained, monkeypatch):
+    asked = []
+    monkeypatch.setattr(study, "make", lambda name, arguments: asked.append(arguments) or {"runs": []})
+    assert study.main(["recipe", "--quick"]) == study.main(["recipe", "--quick", "--seeds", "4"]) == 0
+    assert [(arguments.seeds, arguments.last) for arguments in asked] == [([1], study.QUICK), ([4], study.QUICK)]
+    quick = study.runs_of("recipe", STUDIES["recipe"], asked[0])
+    assert {(run.settings.epochs, run.settings.limit_train) for run in quick} == {(1, 2000)}
+    whole = cli.build_parser("x", "", "", {}).parse_args([])
+    assert not whole.quick
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def made(name, rows, **more):
+    """A record with runs by row and seed: their accuracies, and what else the row's runs have."""
+    runs = [
+        {
+            "row": row, "seed": seed, "test_acc": reached, "train_acc": reached, "silent": [0.1, 0.3],
+            "weights": 1234567, "train_seconds": 10.0, "train_cpu_seconds": 10.0, "epoch": 20, "step_bytes": 2.1e7,
+            **more.get(row, {}),
+        }
+        for row, of in rows.items()
+        for seed, reached in of.items()
+    ]  # fmt: skip
+    return {"benchmark": name, "rows": dict.fromkeys(rows, "--lr 1"), "runs": runs}
+
+
+def test_a_table_has_the_columns_that_its_study_names():
+    text = study_tables.table(made("few", {"58,000 weights, dense, 67": {1: 0.88}}))
+    line = "| 1,234,567 | 88.00 (n = 1) | 88.00 (n = 1) | 10, 30 | 10 (n = 1) | 21 MB |"
+    assert f"| 58,000 weights, dense, 67 {line}" in text
+    layer = {"rows_spread": 0.1, "cols_spread": 0.2, "rows_empty": 0.25, "inside": 0.5}
+    text = study_tables.table(made("dst", {"row": {1: 0.5, 2: 0.7}}, row={"placement": layer}))
+    assert "| row | 60.00 ± 10.00 (n = 2) | 10, 30 | 0.10, 0.20 | 25 % | 50 % |" in text
+    assert "| row | 50.00 (n = 1) | 0.5 (n = 1) |" in study_tables.table(made("rewiring", {"row": {1: 0.5}}))
 
 
 def test_the_best_growth_is_held_against_static_with_the_error_of_the_difference():
@@ -458,13 +390,11 @@ def test_the_best_growth_is_held_against_static_with_the_error_of_the_difference
         "units of 1, 5 %, static": (0.88,),
         "units of 1, 5 %, random": (0.87, 0.88),
     }
-    record = {"rows": [{"row": row, "ends": [end(s, a) for s, a in enumerate(found)]} for row, found in rows.items()]}
-    text = dst_study.table(record)
+    text = study_tables.growth(made("dst", {row: dict(enumerate(found)) for row, found in rows.items()}))
     # standard error 1/√3 of each
     line = "| 16 | 5 % | 87.00 ± 0.58 | 89.00 ± 0.58 | – | 89.00 (n = 1) | +2.00 ± 0.82 (random) |"
     assert line in text
     assert "| 1 | 5 % | 88.00 (n = 1) | 87.50 ± 0.50 (n = 2) | – | – | -0.50 (random) |" in text  # an error is unknown
-    assert "| 16 | 5 % | gradient | 10, 30 | 0.10, 0.20 | 25 % | 50 % |" in text
 
 
 def test_graphs_are_held_against_the_control_seed_by_seed():
@@ -476,10 +406,8 @@ def test_graphs_are_held_against_the_control_seed_by_seed():
         "mixer": {1: 0.861, 2: 0.868, 3: 0.89},  # +0.1, -0.2, 0.0
         "distance": {1: 0.9},
     }
-    rows = [
-        {"row": f"{graph}, {size}", "ends": [end(s, a) for s, a in found.items()]} for graph, found in graphs.items()
-    ]
-    lines = structure_study.table({"rows": rows}).split("\n")
+    rows = {f"{graph}, {size}": found for graph, found in graphs.items()}
+    lines = study_tables.table(made("structure", rows)).split("\n")
     p = {
         graph: stats.ttest_rel([graphs[graph][s] for s in (1, 2, 3)], [control[s] for s in (1, 2, 3)]).pvalue
         for graph in ("index", "mixer")
@@ -496,12 +424,9 @@ def test_graphs_are_held_against_the_control_seed_by_seed():
         "10 %": {"regular": {1: 0.9, 2: 0.8}, "index": {1: 0.91, 2: 0.81}, "mixer": {1: 0.9, 2: 0.81}},
         "25 %": {"regular": {1: 0.9}, "index": {1: 0.88}, "mixer": {1: 0.9}, "distance": {2: 0.9}},
     }
-    rows += [
-        {"row": f"{graph}, {size.replace('5 %', share)}", "ends": [end(seed, value) for seed, value in of.items()]}
-        for share, graphs in others.items()
-        for graph, of in graphs.items()
-    ]
-    text = structure_study.table({"rows": rows})
+    for share, of_share in others.items():
+        rows |= {f"{graph}, {size.replace('5 %', share)}": of for graph, of in of_share.items()}
+    text = study_tables.table(made("structure", rows))
     assert f"| +0.93 | -0.56 to +2.43 | {3 * p['index']:.2g} |" in text  # of three tests: two of mixer, this one
     assert "| index | 1,234,567 | 86.00 ± 5.00 (n = 2) | – | – | – |" in text  # by the same twice: nothing to test
     pooled = text.split("**All sizes together**")[1]
@@ -520,17 +445,14 @@ def test_parts_of_the_recipe_are_compared_seed_by_seed_with_runs_of_as_many_epoc
         "80 epochs, second recipe, H 2048": {1: 0.92},
     }
     epochs = {row: int(row[:2]) if row[:2].isdigit() else 20 for row in found} | {"the recipe": 40}
-    rows = [
-        {"row": row, "ends": [end(seed, value) | {"epoch": epochs[row]} for seed, value in of.items()]}
-        for row, of in found.items()
-    ]
-    lines = [line.split(" | ") for line in recipe_study.table({"rows": rows}).split("\n")[2:]]
+    record = made("recipe", found, **{row: {"epoch": number} for row, number in epochs.items()})
+    lines = [line.split(" | ") for line in study_tables.table(record).split("\n")[2:]]
     assert [line[3] for line in lines] == ["–", "–", "-0.70 ± 0.30 (n = 2)", "+1.00", "–"]
 
 
 def test_p_values_are_corrected_as_by_holm():
-    assert structure_study.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert structure_study.holm([0.7, 0.9]) == [1.0, 1.0]
+    assert study_tables.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert study_tables.holm([0.7, 0.9]) == [1.0, 1.0]
 
 
 def test_the_best_network_within_a_budget():
@@ -541,16 +463,9 @@ def test_the_best_network_within_a_budget():
         "index, 1024, 10 %, units of 16": (95_000, 90, 0.87),
         "index, 1024, 25 %, units of 64": (150_000, 100, 0.9),
     }
-    rows = [
-        {"row": row, "ends": [{**end(1, accuracy), "weights": weights, "train_cpu_seconds": seconds}]}
-        for row, (weights, seconds, accuracy) in runs.items()
-    ]
-    text = tradeoff_study.table({"rows": rows})
-    assert "| dense, 64 | 60,000 | 20 (n = 1) | 86.00 (n = 1) |" in text
-    small = "86.00 (n = 1): dense, 64 | 88.00 (n = 1): index, 512, 25 %, units of 64"
-    large = "86.00 (n = 1): dense, 64 | 90.00 (n = 1): index, 1024, 25 %, units of 64"
-    assert f"| 100,000 weights | {small} |" in text
-    assert f"| 300,000 weights | {large} |" in text
-    assert f"| 60 processor seconds | {small} |" in text
-    assert f"| 600 processor seconds | {large} |" in text
-    assert tradeoff_study.best({"rows": rows[1:2]}, "dense", "weights", 100_000) is None
+    of_runs = {row: {"weights": weights, "train_cpu_seconds": seconds} for row, (weights, seconds, _) in runs.items()}
+    text = study_tables.budgets(made("tradeoff", {row: {1: reached} for row, (*_, reached) in runs.items()}, **of_runs))
+    dense = "| dense, 64 | 86.00 (n = 1) | 20 |"
+    assert f"| 100,000 weights {dense} index, 512, 25 %, units of 64 | 88.00 (n = 1) | 30 |" in text
+    assert f"| 300,000 weights {dense} index, 1024, 25 %, units of 64 | 90.00 (n = 1) | 100 |" in text
+    assert "| 10,000 weights | – | – | – | – | – | – |" in text

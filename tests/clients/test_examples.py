@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
 import torch
 from code_blocks import ROOT
 
@@ -93,19 +92,13 @@ def test_optuna_searches():
 def test_neurobench_counts_the_operations_that_we_count():
     names = run("neurobench_counts")
     net, inputs, found = names["net"], names["inputs"], names["benchmark"].results
-    activity = net.simulate(inputs.transpose(0, 1))
-    ours = activity.synaptic_operations()
+    ours = net.simulate(inputs.transpose(0, 1)).synaptic_operations()
     assert found["SynapticOperations"] == {
         "Effective_ACs": sum(layer.accumulates for layer in ours) / len(inputs),
         "Effective_MACs": 0.0,
         "Dense": sum(layer.dense for layer in ours) / len(inputs),
     }
     assert found["SynapticOperations"]["Effective_ACs"] > 0
-    weights = [connection.mask.num_weights for connection, _ in net.layers()]
-    possible = [connection.in_features * connection.out_features for connection, _ in net.layers()]
-    assert found["ConnectionSparsity"] == pytest.approx(1 - sum(weights) / sum(possible), abs=1e-4)
-    spikes = torch.cat([layer.dense().flatten() for layer in activity.spikes])
-    assert found["ActivationSparsity"] == pytest.approx(1 - spikes.mean().item())
 
 
 def test_captum_explains(capsys):

@@ -104,20 +104,3 @@ def test_states_that_nobody_knows_are_refused_and_left_if_the_user_says_so(make,
     with pytest.raises(ValueError, match=rf"\w+ keeps {names} in a form other .*: value"):
         DSTScheduler(net, optimizer)
     DSTScheduler(net, optimizer, reset_state=dict.fromkeys(names.split(", ")))
-
-
-def test_shards_of_fsdp2():
-    """β and θ have a dimension: FSDP2 shards no parameter without."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
-
-        net, plain = network(), network()
-        fully_shard(net, mesh=init_device_mesh("cpu", (1,)))
-        x = torch.rand(16, 784)
-        assert torch.equal(net(x), plain(x))
-        net(x).square().mean().backward()
-        torch.optim.Adam(net.parameters()).step()
-    finally:
-        torch.distributed.destroy_process_group()

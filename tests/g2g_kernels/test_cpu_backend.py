@@ -8,6 +8,7 @@ import copy
 import ctypes
 import functools
 import gc
+import itertools
 import math
 import os
 import re
@@ -17,12 +18,15 @@ import statistics
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import pytest
 import torch
 from compiled_kernels import instruction_set, loaded
+from covering import of_today
 from helpers import ErrorRatios, compiles_whole, lif_layer, rms, seeded
 from stack_cases import Stack, loss
 
@@ -42,12 +46,15 @@ from g2g_kernels.ops.record import Backward, arguments, opened
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
 
-UNITS = (1, 7, 16, 20, 32, 48, 64, 100)
+RAGGED, FULL = (98, 200, 136, 10), (64, 128, 192, 10)  # neurons; those of FULL fill strips of 16 and 32 lanes
 KINDS = {
     "index": (("index", "index"),) * 3,
     "random": (("random", "random"),) * 3,
     "mixer": (("index", "index"), ("interleaved", "interleaved"), ("index", "index")),
 }
+#: x: how often an input is a spike
+RATES = {"spikes": 0.2, "many spikes": 0.9}
+COMPACT = [name for name, surrogate in SURROGATES.items() if surrogate.compact]
 
 
 @pytest.fixture(autouse=True)
@@ -63,20 +70,32 @@ SEVERAL = (1, 3, 7)
 class Network(Stack):
     """Three layers, and inputs that keep every membrane clear of its threshold.
 
-    Of 98 → 200 → 136 → 10 neurons unless other sizes are given. A membrane within rounding of the threshold may spike
-    in one precision and not in another, and everything after it differs; so seeds are tried until, in float64, none
-    comes nearer than `margin`.
+    A membrane within rounding of the threshold may spike in one precision and not in another, and everything after it
+    differs; so seeds are tried until, in float64, none comes nearer than `margin`, nor to where a boxcar ends.
+
+    Args:
+        shape: steps and samples.
+        dropped: of each layer the neurons that are, or the share of all.
+        model: of the neurons; others than ``"lif"`` for `margin` 0.
     """
 
     def __init__(
-        self, kind: str, unit: int, steps: int = 9, batch: int = 5, x: str = "held", per_neuron: bool = True,
-        margin: float = 3e-6, sizes: tuple[int, ...] = (98, 200, 136, 10),
-        dropped: tuple[torch.Tensor | None, ...] = (None,) * 3, **options
+        self, kind: str, unit: int, shape: tuple[int, int] = (9, 5), x: str = "held", per_neuron: bool = True,
+        margin: float = 3e-6, sizes: tuple[int, ...] = RAGGED, model: str = "lif",
+        dropped: float | tuple[torch.Tensor | None, ...] = 0.0, **options
     ) -> None:  # fmt: skip
-        self.options, self.dropped = options, list(dropped)
+        self.model, self.options = model, options
+        edge = 1 / options.get("alpha", 2.0) if options.get("surrogate") == "boxcar" else 0.0
         for seed in range(200):
-            self._draw(seeded(seed), sizes, kind, unit, steps, batch, x, per_neuron)
-            if not margin or self.margin(options.get("reset", "subtract")) > margin:
+            draw = seeded(seed)
+            self._draw(draw, sizes, kind, unit, *shape, x, per_neuron)
+            if isinstance(dropped, tuple):
+                self.dropped = list(dropped)
+            else:
+                self.dropped = [
+                    torch.rand(shape[1], n, generator=draw) < dropped if dropped else None for n in sizes[1:]
+                ]
+            if not margin or self.margin(options.get("reset", "subtract"), edge) > margin:
                 return
         pytest.fail("no seed keeps the membranes clear of the threshold")
 
@@ -84,8 +103,7 @@ class Network(Stack):
         self.steps = steps if x == "held" else None
         shape = (batch, sizes[0]) if x == "held" else (steps, batch, sizes[0])
         drawn = torch.rand(shape, generator=draw)
-        rate = {"held": None, "dense": None, "spikes": 0.2, "many spikes": 0.9}[x]
-        self.tensors = {"x": drawn if rate is None else (drawn < rate).float()}
+        self.tensors = {"x": (drawn < RATES[x]).float() if x in RATES else drawn}
         self.masks = []
         for k, (out_kind, in_kind) in enumerate(KINDS[kind]):
             layouts = GroupLayout(sizes[k + 1], 4, out_kind, draw), GroupLayout(sizes[k], 4, in_kind, draw)
@@ -99,17 +117,26 @@ class Network(Stack):
             self.masks.append(mask)
             n = sizes[k + 1]
             weight = (torch.rand(n, sizes[k], generator=draw) * 2 - 0.8) / mask.fan_in().clamp(min=4)[:, None] ** 0.5
-            size = n if per_neuron else 1
+            size, (span, least) = (n, (1.6, -0.3)) if per_neuron else (1, (0.4, 0.5))
             self.tensors |= {
                 f"values{k}": mask.pack(weight),
                 f"bias{k}": torch.rand(n, generator=draw) * 0.2,
-                f"beta{k}": torch.rand(size, generator=draw) * (1.6 if per_neuron else 0.4)
-                - (0.3 if per_neuron else -0.5),
+                f"beta{k}": torch.rand(size, generator=draw) * span + least,
                 f"threshold{k}": 0.5 + 0.5 * torch.rand(size, generator=draw),
             }
 
     def layers(self, tensors) -> list[SpikingLayer]:
-        return super().layers(tensors, **self.options)
+        return [of_model(layer, self.model) for layer in super().layers(tensors, **self.options)]
+
+    def in_parts(self, silent: int, loud: int | None = None) -> "Network":
+        """The same without biases, whose first samples have no input, those from `loud` on every input."""
+        twin = copy.copy(self)
+        twin.tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        twin.tensors["x"][:, :silent] = 0
+        if loud is not None:
+            twin.tensors["x"][:, loud:] = 1
+        twin.tensors |= {f"bias{k}": torch.zeros_like(self.tensors[f"bias{k}"]) for k in range(3)}
+        return twin
 
     @functools.cached_property
     def plain(self) -> dict[str, torch.Tensor]:
@@ -122,8 +149,20 @@ class Network(Stack):
         return self.run(torch.float64, "torch")
 
 
+def of_model(layer: SpikingLayer, model: str) -> SpikingLayer:
+    """The layer of LIF neurons with neurons of another model."""
+    own = dict(zip(MODELS["lif"].parameters, layer.population.parameters, strict=True))
+    parameters = tuple(own.get(name, torch.tensor(0.5, requires_grad=True)) for name in MODELS[model].parameters)
+    return layer._replace(population=layer.population._replace(model=model, parameters=parameters))
+
+
 #: a network that no test changes, drawn and computed by plain PyTorch once
 drawn = functools.cache(Network)
+
+
+def compact(kind: str, unit: int, shape: tuple[int, int] = (9, 5), x: str = "spikes", **options) -> Network:
+    """A network whose input gradients may take events."""
+    return drawn(kind, unit, shape, **{"x": x, "per_neuron": False, "surrogate": "triangle", "margin": 0, **options})
 
 
 #: gradients of parameters that a layer shares, as a group of the rule
@@ -164,39 +203,208 @@ def check(ratios: ErrorRatios) -> None:
         fresh.check(len(logs[name]), 1.5 * math.exp(2 * luck))
 
 
-# --- the stack ----------------------------------------------------------------------------------------------------
+# --- ways to multiply -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("x", ["held", "dense", "spikes", "many spikes"])
-def test_every_unit_size_and_order_of_neurons(x):
+class Way(NamedTuple):
+    """A way to multiply.
+
+    Attributes:
+        cost: the setting that decides whether stacks take it, and its values at which they do where they can, or never.
+        options: of networks, every pair of which is compared with float64.
+        others: of networks of which two ways must give the same.
+    """
+
+    cost: tuple[str, float, float]
+    options: dict[str, Iterable]
+    others: dict[str, Iterable] = {}  # noqa: RUF012
+
+
+def bounded(options: dict) -> bool:
+    """Whether gradients of neurons with several states stay finite, which spikes before feed back."""
+    few = options.get("shape", (1,))[0] <= 65 and options.get("alpha", 1.0) <= 10
+    return few or options.get("model", "lif") == "lif"
+
+
+EVERY = {
+    "kind": KINDS, "unit": (1, 7, 16, 20, 32, 48, 64, 100), "x": ("held", "dense", "spikes", "many spikes"),
+    "shape": ((9, 5), (1, 1), (1, 5), (2, 1), (24, 3), (63, 2), (64, 1), (65, 2), (13, 70)), "reset": RESETS,
+    "surrogate": SURROGATES, "alpha": (2.0, 0.7), "per_neuron": (False, True), "sizes": (RAGGED, FULL),
+}  # fmt: skip
+SMALL = {"shape": ((9, 5),), "unit": (1, 20, 64), "x": ("spikes", "many spikes")}
+BY_GRADIENT = {
+    "unit": EVERY["unit"], "alpha": (1e4, 10.0, 1.0, 1e-3), "surrogate": COMPACT, "margin": (0,),
+    "per_neuron": (False,), "x": ("held", "spikes"),
+}  # fmt: skip
+WAYS = {
+    "as chosen": Way(("EVENT_COST", 1.0, 1.0), EVERY),
+    "events": Way(("EVENT_COST", 0.0, math.inf), EVERY | SMALL),
+    "matrix kernels": Way(("EVENT_COST", math.inf, 0.0), EVERY | SMALL),
+    "vectors over the batch": Way(
+        ("BATCH_COST", 0.0, math.inf),
+        EVERY | {"unit": (1, 3, 7, 15), "shape": ((5, 33), (1, 16), (1, 65), (2, 17), (8, 16), (9, 20), (17, 64))},
+    ),
+    # the last sizes: more units in a strip than fit into a table
+    "sums of subsets": Way(
+        ("SUBSET_COST", 0.0, math.inf),
+        EVERY
+        | {"unit": (16, 32), "shape": ((5, 33), (1, 1), (1, 31), (16, 2), (13, 70), (600, 1)),
+           "sizes": (FULL, RAGGED, (1024, 128, 64, 10))},
+    ),
+    "input gradients by events": Way(
+        ("GRADIENT_EVENT_LIMIT", math.inf, 0.0),
+        EVERY
+        | {"shape": ((9, 5), (13, 70)), "x": ("held", "dense", "spikes"), "reset": ("subtract", "none"),
+           "surrogate": COMPACT, "per_neuron": (False,)},
+        BY_GRADIENT
+        | {"kind": KINDS, "shape": ((1, 1), (1, 5), (2, 1), (24, 3), (65, 2), (13, 64), (801, 1)),
+           "reset": ("subtract", "none")},
+    ),
+    # which serves no layer below with another order of neurons than the inputs
+    "input gradients where needed": Way(
+        ("NEEDED_COST", 0.0, math.inf),
+        EVERY | {"kind": ("index",), "shape": ((9, 5), (5, 33)), "x": ("held", "dense", "spikes")},
+        BY_GRADIENT
+        | {"kind": KINDS, "shape": ((1, 1), (1, 5), (2, 1), (24, 3), (65, 2), (13, 70), (900, 1)), "model": MODELS,
+           "dropped": (0.0, 0.5), "sizes": (RAGGED, FULL)},
+    ),
+}  # fmt: skip
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+@contextmanager
+def by(way: str, never: bool = False) -> Iterator[None]:
+    """Inside, stacks multiply that way wherever it serves, or never."""
+    name, *values = WAYS[way].cost
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "GRADIENT_EVENT_LIMIT":
+            patch.setattr(stack, name, dict.fromkeys((False, True), values[never]))
+        else:
+            patch.setattr(library, name, values[never])
+        yield
+
+
+@every_way
+def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(way):
     ratios = ErrorRatios()
-    for kind in KINDS:
-        for unit in UNITS:
-            compare(drawn(kind, unit, x=x), ratios)
+    with by(way):
+        for name, options in of_today(WAYS[way].options).items():
+            print(name)
+            compare(drawn(**options), ratios)
     check(ratios)
 
 
-@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 5), (2, 1), (24, 3), (63, 2), (64, 1), (65, 2), (70, 3)])
-@pytest.mark.parametrize("x", ["held", "spikes"])
-def test_time_steps_and_batches(steps, batch, x):
-    ratios = ErrorRatios()
-    for unit in (1, 64):
-        compare(drawn("mixer", unit, steps, batch, x), ratios)
+@pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way].others])
+def test_input_gradients_differ_by_rounding_from_those_of_the_product(way):
+    """From a support that hardly a membrane enters to one that none leaves; after the same forward pass."""
+    for name, options in of_today(WAYS[way].others, bounded).items():
+        print(name)
+        assert_as_by_the_product(way, drawn(**options))
 
 
-def test_more_rows_than_a_chunk():
-    ratios = ErrorRatios()
-    for unit in UNITS:
-        compare(drawn("random", unit, steps=13, batch=70, x="spikes"), ratios)
-    check(ratios)
+def assert_as_by_the_product(way: str, network: Network) -> None:
+    results = []
+    for never in (False, True):
+        with by(way, never):
+            results.append(network.run(torch.float32, "cpu"))
+    for name, tensor in results[0].items():
+        limit = (1e-4 if tensor.numel() == 1 else 3e-6) * rms(results[1][name])
+        assert rms(tensor.double() - results[1][name]) <= limit, name
 
 
-@pytest.mark.parametrize("unit", [16, 32])
-def test_units_that_fill_strips_of_lanes(unit):
-    ratios = ErrorRatios()
-    for kind in KINDS:
-        compare(drawn(kind, unit, steps=13, batch=70, x="spikes", sizes=(64, 128, 192, 10)), ratios)
-    check(ratios)
+@every_way
+def test_bits_do_not_depend_on_the_threads(way):
+    options = WAYS[way].options
+    cases = of_today({name: options[name] for name in ("kind", "unit", "x")})
+    for name, case in itertools.islice(cases.items(), 4):
+        print(name)
+        surrogate = "triangle" if WAYS[way].others else "atan"
+        network = compact(**case, shape=(11, 150), surrogate=surrogate, per_neuron=not WAYS[way].others)
+        results = []
+        for number in SEVERAL:
+            with by(way), pytorch_threads(number):
+                results.append(network.run(torch.float32, "cpu"))
+        for other in results[1:]:
+            for result, tensor in results[0].items():
+                assert torch.equal(tensor, other[result]), result
+
+
+@pytest.mark.parametrize("isa", library.ISAS)
+def test_every_instruction_set_multiplies_every_way(isa, tmp_path):
+    with instruction_set(isa, tmp_path):
+        for way in WAYS:
+            options = WAYS[way].options | {"shape": ((5, 33),), "reset": ("subtract",), "alpha": (2.0,)}
+            for name, case in itertools.islice(of_today(options).items(), 4):
+                print(way, name)
+                with by(way):
+                    compare(drawn(**case), ErrorRatios())
+
+
+class Single:
+    """A layer of 256 → 256 neurons in four groups, and the gradient of its weights for spikes of some rate."""
+
+    def __init__(self, unit: int, p_intra: float = 0.4, p_inter: float = 0.1) -> None:
+        layouts = GroupLayout(256, 4), GroupLayout(256, 4)
+        self.mask = BlockMask.sample(*layouts, p_intra=p_intra, p_inter=p_inter, block_size=unit, generator=seeded(3))
+        self.values = self.mask.pack(torch.randn(256, 256, generator=seeded(4)) / 5)
+
+    def gradient(self, batch: int, rate: float, steps: int = 6) -> dict[str, torch.Tensor]:
+        leaf = self.values.clone().requires_grad_()
+        layer = lif_layer(leaf, self.mask, None, torch.tensor(0.9), torch.tensor(1.0))
+        x = (torch.rand(steps, batch, 256, generator=seeded(5)) < rate).float()
+        g2g_stack(x, [layer], backend="cpu").counts.square().sum().backward()
+        return {"values": leaf.grad}
+
+
+@pytest.mark.parametrize(
+    ("way", "unit", "batch", "served"),
+    [
+        ("vectors over the batch", 1, 16, True),
+        ("vectors over the batch", 8, 16, True),
+        ("vectors over the batch", 1, 15, False),
+        ("vectors over the batch", 16, 64, False),
+        ("sums of subsets", 16, 64, True),
+        ("sums of subsets", 32, 64, True),
+        ("sums of subsets", 1, 64, False),
+        ("sums of subsets", 64, 64, False),
+        ("events", 64, 16, True),
+    ],
+)
+def test_units_and_batches_that_a_way_serves(way, unit, batch, served):
+    """Other bits come out where it costs nothing."""
+    with by(way):
+        always = Single(unit).gradient(batch, 0.3)["values"]
+    with by(way, never=True):
+        assert torch.equal(always, Single(unit).gradient(batch, 0.3)["values"]) != served
+
+
+@pytest.mark.parametrize(
+    ("way", "outcome", "taken"),
+    [
+        ("vectors over the batch", lambda: Single(1).gradient(32, 0.01, 64), False),
+        ("vectors over the batch", lambda: Single(1).gradient(32, 0.4, 64), True),
+        ("sums of subsets", lambda: Single(32, 1.0, 1.0).gradient(16, 0.01, 64), False),
+        ("sums of subsets", lambda: Single(32, 1.0, 1.0).gradient(16, 0.45, 64), True),
+        ("input gradients by events", lambda: by_sharpness("index", 64, 0.01), False),
+        ("input gradients by events", lambda: by_sharpness("index", 64, 100.0), True),
+        ("input gradients where needed", lambda: by_sharpness("index", 16, 0.01, per_neuron=True, x="held"), False),
+        ("input gradients where needed", lambda: by_sharpness("index", 16, 20.0, per_neuron=True, x="held"), True),
+    ],
+)
+def test_a_way_is_chosen_by_its_cost(way, outcome, taken):
+    """Bit by bit the results of that way where it costs less, those of another where it does not."""
+    chosen = outcome()
+    with by(way):
+        always = outcome()
+    with by(way, never=True):
+        never = outcome()
+    assert any(not torch.equal(always[name], never[name]) for name in chosen), "only one way was taken"
+    for name, tensor in chosen.items():
+        assert torch.equal(tensor, (always if taken else never)[name]), name
+
+
+def by_sharpness(kind: str, unit: int, alpha: float, **options) -> dict[str, torch.Tensor]:
+    return compact(kind, unit, (13, 70), alpha=alpha, **options).run(torch.float32, "cpu")
 
 
 def test_strips_of_lanes_with_more_tiles_than_a_list_of_events_can_number():
@@ -217,49 +425,92 @@ def test_strips_of_lanes_with_more_tiles_than_a_list_of_events_can_number():
     torch.testing.assert_close(results["cpu"][1], results["torch"][1], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("per_neuron", [False, True])
-def test_resets_and_surrogates(reset, surrogate, per_neuron):
-    ratios = ErrorRatios()
-    for alpha in (2.0, 0.7):
-        network = drawn("mixer", 32, reset=reset, surrogate=surrogate, alpha=alpha, per_neuron=per_neuron)
-        compare(network, ratios)
-
-
-@pytest.fixture
-def event_cost(monkeypatch):
-    """Sets the cost of products by events: 0 for always, infinity for never."""
-    return functools.partial(monkeypatch.setattr, library, "EVENT_COST")
-
-
-def test_spikes_by_events_and_by_the_matrix_kernels(event_cost):
-    network = drawn("index", 64, x="spikes")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_each_chunk_of_the_batch_chooses(bf16, monkeypatch):
+    """The first samples have no events, others few, the last ones many."""
+    network = compact("mixer", 32, (13, 280)).in_parts(silent=70, loud=200)
     results = []
-    for cost in (0.0, math.inf):
-        event_cost(cost)
-        ratios = ErrorRatios()
-        compare(network, ratios)
-        check(ratios)
-        results.append(network.run(torch.float32, "cpu"))
-    assert torch.equal(results[0]["spikes1"], results[1]["spikes1"])
-    assert not torch.equal(results[0]["values1.grad"], results[1]["values1.grad"]), "only one path was taken"
-
-
-def assert_bits_do_not_depend_on_the_threads(network: Network) -> None:
-    results = []
-    for number in SEVERAL:
-        with pytorch_threads(number):
+    for share in (0.45, math.inf, 0.0):
+        monkeypatch.setattr(stack, "GRADIENT_EVENT_LIMIT", dict.fromkeys((False, True), share))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             results.append(network.run(torch.float32, "cpu"))
-    for other in results[1:]:
-        for name, tensor in results[0].items():
-            assert torch.equal(tensor, other[name]), name
+    for name, tensor in results[0].items():
+        for other in results[1:]:
+            assert rms(tensor - other[name]) <= (1e-2 if bf16 else 1e-5) * rms(other[name]), name
+    assert all(not torch.equal(results[0]["x.grad"], other["x.grad"]) for other in results[1:])
 
 
-@pytest.mark.parametrize("x", ["held", "dense", "spikes"])
 @pytest.mark.parametrize("unit", [1, 16, 64])
-def test_bits_do_not_depend_on_the_threads(unit, x):
-    assert_bits_do_not_depend_on_the_threads(drawn("mixer", unit, steps=11, batch=40, x=x))
+def test_chunks_that_no_gradient_reaches(unit):
+    """Nothing reaches the first 70 of 210 samples, of which a chunk has 61."""
+    assert_as_by_the_product(
+        "input gradients where needed", compact("index", unit, (13, 210), alpha=10.0).in_parts(silent=70)
+    )
+
+
+@pytest.mark.parametrize(("unit", "neuron"), [(1, 0), (1, 191), (16, 95), (16, 0), (64, 95), (64, 191)])
+def test_a_gradient_reaches_one_neuron_alone(unit, neuron):
+    """All others of its layer are dropped: of its sixteen lanes, its strip and its block it is the only one."""
+    others = (torch.arange(FULL[2]) != neuron).expand(5, -1)
+    network = Network(
+        "index", unit, x="spikes", per_neuron=False, surrogate="triangle", sizes=FULL, dropped=(None, others, None),
+        alpha=1.0,
+    )  # fmt: skip
+    with by("input gradients where needed"), by("sums of subsets"):
+        compare(network, ErrorRatios())
+    assert network.exact["bias1.grad"].nonzero().tolist() == [[neuron]]
+
+
+def test_the_log_says_once_what_computes_input_gradients(caplog):
+    stack._why_product.cache_clear()
+    cases = {
+        "the product: gradients of surrogate 'atan' reach every neuron": {"surrogate": "atan"},
+        "the product: gradients pass through reset 'zero'": {"reset": "zero"},
+        "the product: each neuron has its own beta": {"per_neuron": True},
+        "events where these are few": {},
+    }
+    for text, options in cases.items():
+        network = Network("index", 64, **{"per_neuron": False, "surrogate": "triangle", **options})
+        for call in range(2):
+            caplog.clear()
+            with caplog.at_level("DEBUG", "g2g_kernels"):
+                network.run(torch.float32, "cpu")
+            said = [record.getMessage() for record in caplog.records if "input gradients" in record.getMessage()]
+            assert said == ([] if call else [f"input gradients are computed by {text}"])
+
+
+# --- under bfloat16 -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("way", "bound"), [("events", 0.01), ("input gradients by events", 1e-5)])
+def test_bfloat16_leaves_products_of_events_exact(way, bound):
+    """Under autocast only dense factors are rounded; spikes and weights of event-driven products stay float32."""
+    network = drawn("mixer", 32, x="spikes") if bound == 0.01 else compact("mixer", 32, margin=3e-6)
+    with by(way), by("events"), torch.autocast("cpu", torch.bfloat16):
+        actual = network.run(torch.float32, "cpu")
+    for name, tensor in actual.items():
+        assert tensor.dtype == torch.float32, name
+        if name.startswith("spikes"):
+            assert torch.equal(tensor.double(), network.exact[name])
+        else:
+            assert rms(tensor.double() - network.exact[name]) <= bound * rms(network.exact[name]), name
+
+
+@pytest.mark.parametrize("x", ["held", "dense", "many spikes"])
+def test_bfloat16_matrix_kernels(x):
+    """Rounded factors change some spikes: no more of them, and no more of the gradients, than in plain PyTorch."""
+    errors = {"cpu": 0.0, "torch": 0.0}
+    for unit in (1, 16, 32, 64):
+        network = drawn("mixer", unit, x=x)
+        for backend in errors:
+            with by("matrix kernels"), torch.autocast("cpu", torch.bfloat16):
+                actual = network.run(torch.float32, backend)
+            for name in ("spikes0", "spikes1", "values0.grad", "values1.grad", "beta1.grad"):
+                errors[backend] += rms(actual[name].double() - network.exact[name]) / rms(network.exact[name])
+    assert errors["cpu"] <= 1.5 * errors["torch"], errors
+
+
+# --- a stack's masks, graphs and memory -----------------------------------------------------------------------------
 
 
 def test_a_changed_mask_is_noticed():
@@ -279,7 +530,7 @@ def test_a_changed_mask_is_noticed():
 
 def test_graphs_that_outlive_one_another():
     """Two forward passes before their backward passes, one graph walked twice, one dropped: nobody's memory is lost."""
-    network = drawn("mixer", 64, steps=30, batch=40)  # large enough for memory from the pool
+    network = drawn("mixer", 64, shape=(30, 40))  # large enough for memory from the pool
     expected = network.run(torch.float32, "cpu")
 
     def forward():
@@ -314,459 +565,6 @@ def test_without_gradients_nothing_is_kept():
     assert [kept.shape for *_, kept in both] == [(2, 1, 3, 10), (0,)]
 
 
-def test_bfloat16_leaves_products_of_events_exact(event_cost):
-    """Under autocast only dense factors are rounded; spikes and weights of event-driven products stay float32."""
-    event_cost(0.0)
-    network = drawn("mixer", 32, x="spikes")
-    exact = network.exact
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = network.run(torch.float32, "cpu")
-    for name, tensor in actual.items():
-        assert tensor.dtype == torch.float32, name
-        if name.startswith("spikes"):
-            assert torch.equal(tensor.double(), exact[name])
-        else:
-            assert rms(tensor.double() - exact[name]) < 0.01 * rms(exact[name]), name
-
-
-@pytest.mark.parametrize("x", ["held", "dense", "many spikes"])
-def test_bfloat16_matrix_kernels(x, event_cost):
-    """Rounded factors change some spikes: no more of them, and no more of the gradients, than in plain PyTorch."""
-    event_cost(math.inf)
-    errors = {"cpu": 0.0, "torch": 0.0}
-    for unit in (1, 16, 32, 64):
-        network = drawn("mixer", unit, x=x)
-        exact = network.exact
-        for backend in errors:
-            with torch.autocast("cpu", torch.bfloat16):
-                actual = network.run(torch.float32, backend)
-            for name in ("spikes0", "spikes1", "values0.grad", "values1.grad", "beta1.grad"):
-                errors[backend] += rms(actual[name].double() - exact[name]) / rms(exact[name])
-    assert errors["cpu"] <= 1.5 * errors["torch"], errors
-
-
-# --- vectors over the batch ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def batch_cost(monkeypatch):
-    """Sets the cost of products with vectors over the batch: 0 for always, infinity for never."""
-    return functools.partial(monkeypatch.setattr, library, "BATCH_COST")
-
-
-@pytest.mark.parametrize("x", ["held", "dense", "spikes", "many spikes"])
-def test_errors_with_vectors_over_the_batch(x, batch_cost):
-    batch_cost(0.0)
-    ratios = ErrorRatios()
-    for kind in KINDS:
-        for unit in (1, 3, 7, 15):
-            compare(drawn(kind, unit, steps=5, batch=33, x=x), ratios)
-    check(ratios)
-
-
-@pytest.mark.parametrize(("steps", "batch"), [(1, 16), (1, 65), (2, 17), (3, 31), (8, 16), (9, 20), (17, 64), (70, 16)])
-@pytest.mark.parametrize("x", ["held", "spikes"])
-def test_steps_and_batches_with_vectors_over_the_batch(steps, batch, x, batch_cost):
-    batch_cost(0.0)
-    compare(drawn("mixer", 1, steps, batch, x), ErrorRatios())
-
-
-@pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize("surrogate", SURROGATES)
-def test_resets_and_surrogates_with_vectors_over_the_batch(reset, surrogate, batch_cost):
-    batch_cost(0.0)
-    compare(drawn("mixer", 1, steps=5, batch=16, reset=reset, surrogate=surrogate), ErrorRatios())
-
-
-@pytest.mark.parametrize("x", ["held", "spikes"])
-def test_bits_with_vectors_over_the_batch_do_not_depend_on_the_threads(x, batch_cost):
-    batch_cost(0.0)
-    assert_bits_do_not_depend_on_the_threads(drawn("random", 1, steps=11, batch=100, x=x))
-
-
-class Single:
-    """A layer of 256 → 256 neurons in four groups, and the gradient of its weights for spikes of some rate."""
-
-    def __init__(self, unit: int, p_intra: float = 0.4, p_inter: float = 0.1) -> None:
-        layouts = GroupLayout(256, 4), GroupLayout(256, 4)
-        self.mask = BlockMask.sample(*layouts, p_intra=p_intra, p_inter=p_inter, block_size=unit, generator=seeded(3))
-        self.values = self.mask.pack(torch.randn(256, 256, generator=seeded(4)) / 5)
-
-    def gradient(self, batch: int, rate: float, steps: int = 6) -> torch.Tensor:
-        leaf = self.values.clone().requires_grad_()
-        layer = lif_layer(leaf, self.mask, None, torch.tensor(0.9), torch.tensor(1.0))
-        x = (torch.rand(steps, batch, 256, generator=seeded(5)) < rate).float()
-        g2g_stack(x, [layer], backend="cpu").counts.square().sum().backward()
-        return leaf.grad
-
-    def takes_another_way(self, set_cost, batch: int) -> bool:
-        """Whether other bits come out where that way to multiply costs nothing."""
-        gradients = []
-        for cost in (0.0, float("inf")):
-            set_cost(cost)
-            gradients.append(self.gradient(batch, 0.3))
-        return not torch.equal(*gradients)
-
-    def chooses(self, set_cost, batch: int, rate: float) -> bool:
-        """Whether that way to multiply is taken at its own cost."""
-        found = {}
-        for cost in (0.0, 1.0, float("inf")):
-            set_cost(cost)
-            found[cost] = self.gradient(batch, rate, steps=64)
-        always, chosen, never = found.values()
-        assert not torch.equal(always, never), "only one path was taken"
-        by_this_way = torch.equal(chosen, always)
-        assert by_this_way or torch.equal(chosen, never)
-        return by_this_way
-
-
-@pytest.mark.parametrize(
-    ("unit", "batch", "by_vectors"), [(1, 16, True), (8, 16, True), (1, 15, False), (16, 64, False)]
-)
-def test_small_units_and_large_batches_alone_take_vectors_over_the_batch(unit, batch, by_vectors, batch_cost):
-    assert Single(unit).takes_another_way(batch_cost, batch) == by_vectors
-
-
-@pytest.mark.parametrize(("rate", "by_vectors"), [(0.01, False), (0.4, True)])
-def test_vectors_over_the_batch_are_chosen_by_their_cost(rate, by_vectors, batch_cost):
-    assert Single(1).chooses(batch_cost, 32, rate) == by_vectors
-
-
-@pytest.mark.parametrize("isa", library.ISAS)
-def test_instruction_sets_agree_with_vectors_over_the_batch(isa, tmp_path, batch_cost):
-    batch_cost(0.0)
-    with instruction_set(isa, tmp_path):
-        for x in ("held", "spikes"):
-            compare(drawn("mixer", 3, steps=5, batch=33, x=x), ErrorRatios())
-
-
-# --- sums of subsets -------------------------------------------------------------------------------------------------
-
-#: whose units fill strips of 16 and 32 lanes
-FULL = (64, 128, 192, 10)
-
-
-@pytest.fixture
-def subset_cost(monkeypatch):
-    """Sets the cost of products by sums of subsets: 0 for always, infinity for never."""
-    return functools.partial(monkeypatch.setattr, library, "SUBSET_COST")
-
-
-@pytest.mark.parametrize("x", ["held", "dense", "spikes", "many spikes"])
-@pytest.mark.parametrize("unit", [16, 32])
-def test_errors_with_sums_of_subsets(unit, x, subset_cost):
-    """Layer 1 has an empty row of units; groups of sizes that units do not divide, too."""
-    subset_cost(0.0)
-    ratios = ErrorRatios()
-    for kind in KINDS:
-        for sizes in (FULL, (98, 200, 136, 10)):
-            compare(drawn(kind, unit, steps=5, batch=33, x=x, sizes=sizes), ratios)
-    check(ratios)
-
-
-@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 31), (3, 5), (16, 2), (13, 70), (600, 1), (70, 9)])
-def test_steps_and_batches_with_sums_of_subsets(steps, batch, subset_cost):
-    subset_cost(0.0)
-    for unit in (16, 32):
-        compare(drawn("mixer", unit, steps, batch, x="spikes", sizes=FULL), ErrorRatios())
-
-
-def test_more_units_in_a_strip_than_fit_into_a_table(subset_cost):
-    subset_cost(0.0)
-    ratios = ErrorRatios()
-    for unit in (16, 32):
-        compare(drawn("index", unit, 3, 20, x="spikes", sizes=(1024, 128, 64, 10)), ratios)
-    check(ratios)
-
-
-def test_bits_with_sums_of_subsets_do_not_depend_on_the_threads(subset_cost):
-    subset_cost(0.0)
-    for unit in (16, 32):
-        assert_bits_do_not_depend_on_the_threads(
-            drawn("random", unit, steps=11, batch=80, x="spikes", sizes=FULL, margin=0)
-        )
-
-
-@pytest.mark.parametrize(
-    ("unit", "batch", "by_sums"), [(16, 64, True), (32, 64, True), (1, 64, False), (64, 64, False)]
-)
-def test_units_of_16_and_32_alone_take_sums_of_subsets(unit, batch, by_sums, subset_cost):
-    assert Single(unit).takes_another_way(subset_cost, batch) == by_sums
-
-
-@pytest.mark.parametrize(("rate", "by_sums"), [(0.01, False), (0.45, True)])
-def test_sums_of_subsets_are_chosen_by_their_cost(rate, by_sums, subset_cost):
-    assert Single(32, p_intra=1.0, p_inter=1.0).chooses(subset_cost, 16, rate) == by_sums
-
-
-@pytest.mark.parametrize("isa", library.ISAS)
-def test_instruction_sets_agree_with_sums_of_subsets(isa, tmp_path, subset_cost):
-    subset_cost(0.0)
-    with instruction_set(isa, tmp_path):
-        for unit in (16, 32):
-            compare(drawn("mixer", unit, steps=5, batch=33, x="spikes", sizes=FULL), ErrorRatios())
-
-
-# --- the input gradient by events -----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def limit_gradient_events(monkeypatch):
-    """Sets the share of events up to which input gradients are computed by them: 0 never, infinity always."""
-
-    def limit(share: float) -> None:
-        monkeypatch.setattr(stack, "GRADIENT_EVENT_LIMIT", {False: share, True: share})
-
-    return limit
-
-
-ALWAYS, NEVER = float("inf"), 0.0
-
-
-def compact(
-    kind: str, unit: int, *sizes: int, x: str = "spikes", surrogate="triangle", alpha=2.0, **options
-) -> Network:
-    return drawn(kind, unit, *sizes, x=x, per_neuron=False, surrogate=surrogate, alpha=alpha, **options)
-
-
-@pytest.mark.parametrize("x", ["held", "dense", "spikes"])
-def test_errors_of_input_gradients_by_events(x, limit_gradient_events):
-    """Every unit size and order of neurons, down to ∂L/∂x of the first layer; layer 1 has an empty row of units."""
-    limit_gradient_events(ALWAYS)
-    ratios = ErrorRatios()
-    for number, unit in enumerate(UNITS):
-        compare(compact(list(KINDS)[number % len(KINDS)], unit, x=x), ratios)
-    check(ratios)
-
-
-def assert_as_by_the_product(network: Network, limit_gradient_events) -> None:
-    """The gradients by events and by the product differ by rounding, after the same forward pass."""
-    limit_gradient_events(ALWAYS)
-    events = network.run(torch.float32, "cpu")
-    limit_gradient_events(NEVER)
-    product = network.run(torch.float32, "cpu")
-    for name, tensor in events.items():
-        assert rms(tensor.double() - product[name]) <= (1e-4 if tensor.numel() == 1 else 3e-6) * rms(product[name]), (
-            name
-        )
-
-
-@pytest.mark.parametrize("alpha", [1e4, 10.0, 1.0, 1e-3])
-@pytest.mark.parametrize("surrogate", [name for name, surrogate in SURROGATES.items() if surrogate.compact])
-def test_no_events_to_all_of_them(surrogate, alpha, limit_gradient_events):
-    """From a support that hardly a membrane enters to one that none leaves."""
-    for kind in KINDS:
-        for unit in (1, 16, 32, 64):
-            network = compact(kind, unit, surrogate=surrogate, alpha=alpha, margin=0)
-            assert_as_by_the_product(network, limit_gradient_events)
-
-
-@pytest.mark.parametrize("reset", ["subtract", "none"])
-@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 5), (2, 1), (24, 3), (65, 2), (13, 64), (801, 1)])
-def test_steps_and_batches_by_events(steps, batch, reset, limit_gradient_events):
-    for unit in UNITS:
-        network = compact("random", unit, steps, batch, reset=reset, margin=0)
-        assert_as_by_the_product(network, limit_gradient_events)
-
-
-@pytest.mark.parametrize("unit", [1, 16, 64])
-@pytest.mark.parametrize("kind", ["index", "mixer"])
-def test_bits_by_events_do_not_depend_on_the_threads(kind, unit, limit_gradient_events):
-    limit_gradient_events(ALWAYS)
-    assert_bits_do_not_depend_on_the_threads(compact(kind, unit, 11, 80, margin=0))
-
-
-def test_input_gradients_are_chosen_by_the_share_of_events(limit_gradient_events):
-    """Bit by bit those of the events where these are few, those of the product where they are many."""
-    for alpha, expected in ((100.0, ALWAYS), (0.01, NEVER)):
-        network = compact("index", 64, 13, 70, alpha=alpha, margin=0)
-        chosen = network.run(torch.float32, "cpu")
-        by = {}
-        for limit in (ALWAYS, NEVER):
-            limit_gradient_events(limit)
-            by[limit] = network.run(torch.float32, "cpu")
-        limit_gradient_events(0.35)
-        assert any(not torch.equal(by[ALWAYS][name], by[NEVER][name]) for name in chosen), "both took one path"
-        for name, tensor in chosen.items():
-            assert torch.equal(tensor, by[expected][name]), f"{name} at alpha {alpha}"
-
-
-@pytest.mark.parametrize("bf16", [False, True])
-def test_each_chunk_of_the_batch_chooses(bf16, limit_gradient_events):
-    """The first samples have no events, others few, the last ones many."""
-    network = copy.copy(compact("mixer", 32, 13, 70 * 4, margin=0))
-    network.tensors = {name: tensor.clone() for name, tensor in network.tensors.items()}
-    network.tensors["x"][:, :70] = 0
-    network.tensors["x"][:, 200:] = 1
-    network.tensors |= {f"bias{k}": torch.zeros_like(network.tensors[f"bias{k}"]) for k in range(3)}
-    results = []
-    for share in (0.45, ALWAYS, NEVER):
-        limit_gradient_events(share)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            results.append(network.run(torch.float32, "cpu"))
-    for name, tensor in results[0].items():
-        for other in results[1:]:
-            assert rms(tensor - other[name]) <= (1e-2 if bf16 else 1e-5) * rms(other[name]), name
-    assert all(not torch.equal(results[0]["x.grad"], other["x.grad"]) for other in results[1:])
-
-
-def test_events_under_bfloat16_use_float32_weights(limit_gradient_events, event_cost):
-    limit_gradient_events(ALWAYS)
-    event_cost(0.0)
-    network = compact("mixer", 32)
-    exact = network.exact
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = network.run(torch.float32, "cpu")
-    for name, tensor in actual.items():
-        assert rms(tensor.double() - exact[name]) <= 1e-5 * rms(exact[name]), name
-
-
-def test_the_log_says_once_what_computes_input_gradients(caplog):
-    stack._why_product.cache_clear()
-    cases = {
-        "the product: gradients of surrogate 'atan' reach every neuron": {"surrogate": "atan"},
-        "the product: gradients pass through reset 'zero'": {"reset": "zero"},
-        "the product: each neuron has its own beta": {"per_neuron": True},
-        "events where these are few": {},
-    }
-    for text, options in cases.items():
-        network = Network("index", 64, **{"per_neuron": False, "surrogate": "triangle", **options})
-        for call in range(2):
-            caplog.clear()
-            with caplog.at_level("DEBUG", "g2g_kernels"):
-                network.run(torch.float32, "cpu")
-            said = [record.getMessage() for record in caplog.records if "input gradients" in record.getMessage()]
-            assert said == ([] if call else [f"input gradients are computed by {text}"])
-
-
-# --- the input gradient where it is needed ---------------------------------------------------------------------------
-
-
-@pytest.fixture
-def needed_cost(monkeypatch):
-    """Sets the cost of input gradients where the layer below needs them: 0 for always, infinity for never."""
-    return functools.partial(monkeypatch.setattr, library, "NEEDED_COST")
-
-
-@pytest.mark.parametrize("per_neuron", [False, True])
-@pytest.mark.parametrize("x", ["held", "spikes"])
-def test_errors_of_input_gradients_where_they_are_needed(x, per_neuron, needed_cost):
-    needed_cost(0.0)
-    ratios = ErrorRatios()
-    for unit in UNITS:
-        compare(drawn("index", unit, x=x, per_neuron=per_neuron, surrogate="triangle"), ratios)
-    check(ratios)
-
-
-@pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize("surrogate", SURROGATES)
-def test_resets_and_surrogates_where_gradients_are_needed(reset, surrogate, needed_cost):
-    needed_cost(0.0)
-    compare(drawn("index", 16, steps=5, batch=16, reset=reset, surrogate=surrogate), ErrorRatios())
-
-
-def assert_as_everywhere(network: Network, needed_cost) -> None:
-    """Gradients where they are needed and everywhere differ by rounding, after the same forward pass."""
-    needed_cost(0.0)
-    needed = network.run(torch.float32, "cpu")
-    needed_cost(math.inf)
-    everywhere = network.run(torch.float32, "cpu")
-    for name, tensor in needed.items():
-        limit = 1e-4 if tensor.numel() == 1 else 3e-6
-        assert rms(tensor.double() - everywhere[name]) <= limit * rms(everywhere[name]), name
-
-
-@pytest.mark.parametrize("alpha", [1e4, 10.0, 1.0, 1e-3])
-def test_no_neuron_to_all_of_them_need_a_gradient(alpha, needed_cost):
-    """At great sharpness no gradient reaches most neurons, and what multiplies theirs leaves them out."""
-    for unit in (1, 16, 32, 64):
-        for surrogate in ("triangle", "boxcar"):
-            assert_as_everywhere(compact("index", unit, surrogate=surrogate, alpha=alpha, margin=0), needed_cost)
-
-
-@pytest.mark.parametrize(("steps", "batch"), [(1, 1), (1, 5), (2, 1), (24, 3), (65, 2), (13, 70), (900, 1)])
-def test_steps_and_batches_where_gradients_are_needed(steps, batch, needed_cost):
-    for unit in (1, 16, 48):
-        assert_as_everywhere(compact("index", unit, steps, batch, margin=0), needed_cost)
-
-
-def of_model(layer: SpikingLayer, model: str) -> SpikingLayer:
-    """The layer of LIF neurons with neurons of another model."""
-    own = dict(zip(MODELS["lif"].parameters, layer.population.parameters, strict=True))
-    parameters = tuple(own.get(name, torch.tensor(0.5)) for name in MODELS[model].parameters)
-    return layer._replace(population=layer.population._replace(model=model, parameters=parameters))
-
-
-@pytest.mark.parametrize("x", ["held", "spikes"])
-@pytest.mark.parametrize("model", [name for name in MODELS if name != "lif"])
-def test_neurons_of_several_states_where_gradients_are_needed(model, x, needed_cost):
-    for steps, batch in ((9, 20), (70, 2)):
-        network = copy.copy(compact("index", 16, steps, batch, x=x, margin=0))
-        network.layers = lambda tensors, of=network: [of_model(layer, model) for layer in Network.layers(of, tensors)]
-        assert_as_everywhere(network, needed_cost)
-
-
-@pytest.mark.parametrize("x", ["held", "spikes"])
-def test_each_sample_drops_neurons_of_its_own_where_gradients_are_needed(x, needed_cost):
-    draw = seeded(3)
-    dropped = tuple(torch.rand(20, size, generator=draw) < 0.5 for size in FULL[1:])
-    assert_as_everywhere(compact("index", 16, 9, 20, x=x, sizes=FULL, dropped=dropped, margin=0), needed_cost)
-
-
-@pytest.mark.parametrize("neuron", [0, 95, 191])
-@pytest.mark.parametrize("unit", [1, 16, 64])
-def test_a_gradient_reaches_one_neuron_alone(unit, neuron, needed_cost, subset_cost):
-    """All others of its layer are dropped: of its sixteen lanes, its strip and its block it is the only one."""
-    needed_cost(0.0)
-    subset_cost(0.0)
-    others = (torch.arange(FULL[2]) != neuron).expand(5, -1)
-    network = compact("index", unit, sizes=FULL, dropped=(None, others, None), alpha=1.0)
-    compare(network, ErrorRatios())
-    assert network.exact["bias1.grad"].nonzero().tolist() == [[neuron]]
-
-
-@pytest.mark.parametrize("unit", [1, 16, 64])
-def test_chunks_that_no_gradient_reaches(unit, needed_cost):
-    """Nothing reaches the first 70 of 210 samples, of which a chunk has 61."""
-    network = copy.copy(compact("index", unit, 13, 210, alpha=10.0, margin=0))
-    network.tensors = {name: tensor.clone() for name, tensor in network.tensors.items()}
-    network.tensors["x"][:, :70] = 0
-    network.tensors |= {f"bias{k}": torch.zeros_like(network.tensors[f"bias{k}"]) for k in range(3)}
-    assert_as_everywhere(network, needed_cost)
-
-
-@pytest.mark.parametrize("kind", ["mixer", "random"])
-def test_other_orders_of_neurons_where_gradients_are_needed(kind, needed_cost):
-    """The layer below has another order than the inputs, which this way does not serve."""
-    for unit in (1, 16):
-        assert_as_everywhere(compact(kind, unit, 9, 5, margin=0), needed_cost)
-
-
-@pytest.mark.parametrize("unit", [1, 16, 64])
-def test_bits_where_gradients_are_needed_do_not_depend_on_the_threads(unit, needed_cost):
-    needed_cost(0.0)
-    assert_bits_do_not_depend_on_the_threads(compact("index", unit, 11, 150, margin=0))
-
-
-@pytest.mark.parametrize("isa", library.ISAS)
-def test_instruction_sets_agree_where_gradients_are_needed(isa, tmp_path, needed_cost):
-    needed_cost(0.0)
-    with instruction_set(isa, tmp_path):
-        for unit in (3, 16, 64):
-            compare(drawn("index", unit, steps=5, batch=33, x="held", surrogate="triangle"), ErrorRatios())
-
-
-@pytest.mark.parametrize(("alpha", "where_needed"), [(20.0, True), (0.01, False)])
-def test_gradients_where_they_are_needed_are_chosen_by_their_cost(alpha, where_needed, needed_cost):
-    network = drawn("index", 16, 13, 70, per_neuron=True, surrogate="triangle", alpha=alpha, margin=0)
-    found = {}
-    for cost in (0.0, 1.0, math.inf):
-        needed_cost(cost)
-        found[cost] = network.run(torch.float32, "cpu")["values0.grad"]
-    assert not torch.equal(found[0.0], found[math.inf]), "both took one path"
-    assert torch.equal(found[1.0], found[0.0 if where_needed else math.inf])
-
-
 # --- the parts alone ----------------------------------------------------------------------------------------------
 
 
@@ -774,7 +572,7 @@ def test_gradients_where_they_are_needed_are_chosen_by_their_cost(alpha, where_n
 @pytest.mark.parametrize("rows", [(3,), (1,), (7, 130), (1700,)])
 def test_linear_alone(x, rows):
     ratios = ErrorRatios()
-    for unit in UNITS:
+    for unit in EVERY["unit"]:
         draw = seeded(unit)
         layouts = GroupLayout(150, 4, "random", draw), GroupLayout(131, 4, "interleaved", draw)
         mask = BlockMask.sample(*layouts, p_inter=0.3, block_size=unit, generator=draw)
@@ -793,7 +591,7 @@ def test_linear_alone(x, rows):
         for name in outcome[0]:
             ratios.add(name, *(results[name] for results in outcome))
         assert (outcome[0]["values"][~mask.valid()] == 0).all()
-    ratios.check(len(UNITS))
+    ratios.check(len(EVERY["unit"]))
 
 
 @pytest.mark.parametrize("x", ["dense", "spikes"])
@@ -873,15 +671,12 @@ def test_bits_of_lif_alone_do_not_depend_on_the_threads(shape, per_neuron):
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", [name for name in MODELS if name != "lif"])
-def test_opcheck_of_a_stack(model):
-    """Of LIF neurons, and others in their midst, without a bias."""
-    network = Network("mixer", 16, steps=3, batch=2)
+def test_opcheck_of_a_stack():
+    """Of neurons of every model, one layer without a bias."""
+    network = Network("mixer", 16, (3, 2))
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in network.tensors.items()}
-    layers = network.layers(leaves)
-    own = dict(zip(MODELS["lif"].parameters, layers[1].population.parameters, strict=True))
-    parameters = tuple(own.get(name, torch.tensor(0.5, requires_grad=True)) for name in MODELS[model].parameters)
-    layers[1] = layers[1]._replace(population=Neurons(model, parameters, surrogate="boxcar"), bias=None)
+    layers = [of_model(layer, model) for layer, model in zip(network.layers(leaves), MODELS, strict=True)]
+    layers[1] = layers[1]._replace(bias=None)
     stack.FORWARD.opcheck(StackCall.of(leaves["x"], layers, 3, torch.float32), True)
     call = detached(StackCall.of(leaves["x"], layers, 3, torch.float32))
     counts, rates, _, spikes, kept = stack.FORWARD.function(call, True)
@@ -890,7 +685,7 @@ def test_opcheck_of_a_stack(model):
 
 
 def test_opcheck_of_a_product():
-    network = Network("mixer", 16, steps=3, batch=2)
+    network = Network("mixer", 16, (3, 2))
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in network.tensors.items()}
     arguments = leaves["x"], leaves["values0"], network.masks[0].tensors(), leaves["bias0"]
     for dtype in (torch.float32, torch.bfloat16):
@@ -923,7 +718,7 @@ def detached(value):
 
 def test_operators_refuse_what_would_read_out_of_bounds():
     """Called directly, past the checks of the public functions, with wrong sizes and wrong indices."""
-    network = Network("index", 16, steps=3, batch=2)
+    network = Network("index", 16, (3, 2))
     good = StackCall.of(network.tensors["x"], network.layers(network.tensors), 3, torch.float32)
 
     def call(**changes):

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
@@ -29,8 +30,7 @@ def small_layer(out_size=40, in_size=30, **options):
 # --- step by step -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reset", RESETS)
-@pytest.mark.parametrize("surrogate", SURROGATES)
+@pytest.mark.parametrize(("reset", "surrogate"), list(zip(itertools.cycle(RESETS), SURROGATES, strict=False)))
 def test_steps_of_lif_equal_the_run_over_all_steps(reset, surrogate):
     current = torch.randn(9, 4, 7, generator=seeded(0), dtype=torch.float64).mul_(1.5).requires_grad_()
     beta = torch.tensor([-0.1, 0, 0.2, 0.5, 0.9, 1, 1.1], dtype=torch.float64).requires_grad_()
@@ -92,14 +92,6 @@ def test_steps_of_a_network_equal_the_run_over_all_steps(backend, reset, neuron)
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-3)
 
 
-def test_a_held_sample_step_by_step():
-    net, state, counts = small_net(), None, 0
-    for _ in range(net.T):
-        spikes, state = net.step(net.encode(SAMPLES), state)
-        counts = counts + spikes
-    assert torch.equal(counts, net(SAMPLES))
-
-
 def test_wrong_states_are_named():
     with pytest.raises(ValueError, match=r"membrane has shape \(4, 7\), the current \(3, 7\); give None"):
         LIF().step(torch.rand(3, 7), torch.zeros(4, 7))
@@ -126,44 +118,27 @@ class ConvolutionOverTime(nn.Module):
 def test_beside_convolutions_and_users_modules_in_a_sequential():
     torch.manual_seed(0)
     model = nn.Sequential(ConvolutionOverTime(), small_layer(40, 32), LIF(neurons=40), nn.Linear(40, 3))
-    images = torch.rand(4, 2, 1, 6, 6) * 4
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(12):
-        loss = nn.functional.cross_entropy(model(images).mean(0), torch.tensor([0, 2]))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
+    nn.functional.cross_entropy(model(torch.rand(4, 2, 1, 6, 6) * 4).mean(0), torch.tensor([0, 2])).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
-def test_beside_snntorchs_neurons_step_by_step():
-    connection, ours = small_layer(), LIF(beta=0.8)
-    theirs = snntorch.Leaky(beta=0.8)
-    our_state, their_state = None, theirs.reset_mem()
-    for x_t in torch.rand(6, 5, 30, generator=seeded(1)) * 3:
-        current = connection(x_t)
-        spikes, our_state = ours.step(current, our_state)
-        their_spikes, their_state = theirs(current, their_state)
-        assert torch.equal(spikes, their_spikes)
-        assert torch.equal(our_state, their_state)
-    assert our_state.abs().sum() > 0
-
-
-@pytest.mark.parametrize("reset", ["subtract", "zero", "none"])
-def test_beside_snntorchs_synaptic_neurons_step_by_step(reset):
-    connection, ours = small_layer(), Synaptic(syn_decay=0.6, beta=0.8, reset=reset)
-    theirs = snntorch.Synaptic(alpha=0.6, beta=0.8, reset_mechanism=reset)
-    our_state, their_states, fired = None, theirs.reset_mem(), 0
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (LIF(beta=0.8), snntorch.Leaky(beta=0.8)),
+        *((Synaptic(syn_decay=0.6, beta=0.8, reset=reset), snntorch.Synaptic(0.6, 0.8, reset_mechanism=reset))
+          for reset in ("subtract", "zero", "none")),
+    ],
+)  # fmt: skip
+def test_beside_snntorchs_neurons_step_by_step(ours, theirs):
+    connection, fired, our_state, their_states = small_layer(), 0, None, theirs.reset_mem()
+    their_states = [their_states] if isinstance(ours, LIF) else their_states
     for x_t in torch.rand(6, 5, 30, generator=seeded(1)) * 3:
         current = connection(x_t)
         spikes, our_state = ours.step(current, our_state)
         their_spikes, *their_states = theirs(current, *their_states)
         assert torch.equal(spikes, their_spikes)
-        for our, their in zip(our_state, their_states, strict=True):
-            assert torch.equal(our, their)
+        assert all(map(torch.equal, [our_state] if isinstance(ours, LIF) else our_state, their_states))
         fired += spikes.sum()
     assert fired > 0
 
@@ -284,16 +259,6 @@ def test_frozen_networks_and_layers_get_no_gradients():
     net(SAMPLES).sum().backward()
     without = {name for name, parameter in net.named_parameters() if parameter.grad is None}
     assert without == {"fc2.values", "fc2.bias"}
-
-
-def test_parameters_can_be_substituted():
-    net = small_net()
-    doubled = {name: 2 * parameter.detach() for name, parameter in net.fc1.named_parameters(prefix="fc1")}
-    expected = copy.deepcopy(net)
-    expected.fc1.load_state_dict({**net.fc1.state_dict(), **{name[4:]: value for name, value in doubled.items()}})
-    counts = torch.func.functional_call(net, doubled, (SAMPLES,))
-    assert torch.equal(counts, expected(SAMPLES))
-    assert not torch.equal(counts, net(SAMPLES))
 
 
 # Dynamo itself makes an object of torch.autograd.Function, which PyTorch deprecates

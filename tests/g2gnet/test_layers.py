@@ -1,12 +1,8 @@
 """G2GLinear, LIF and Synaptic as modules: initial values, saving, and life inside other modules."""
 
-import copy
-import pickle
-
 import pytest
 import snntorch
 import torch
-from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout, adlif, g2g_linear, lif, synaptic
 from g2gnet import LIF, AdLIF, G2GLinear, Synaptic
@@ -72,24 +68,6 @@ def test_modules_call_the_operators():
 def test_parameters_that_the_model_lacks_are_refused():
     with pytest.raises(TypeError, match="tau, learn_gamma: unknown to synaptic neurons, which have syn_decay, beta, t"):
         Synaptic(tau=3.0, learn_gamma=False)
-
-
-def test_layers_work_in_a_sequential_beside_other_modules():
-    model = nn.Sequential(nn.Linear(12, 98), G2GLinear(sample_mask()), LIF(), nn.Linear(50, 3))
-    model(torch.randn(6, 2, 12)).square().sum().backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name
-        assert torch.isfinite(parameter.grad).all()
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
-def test_copies_are_equal_and_independent(duplicate):
-    layer = G2GLinear(sample_mask())
-    other = duplicate(layer)
-    assert torch.equal(other.dense_weight(), layer.dense_weight())
-    other.values.data.zero_()
-    assert layer.values.abs().sum() > 0
-    assert other.mask.unit_row.data_ptr() != layer.mask.unit_row.data_ptr()
 
 
 def test_a_state_dict_restores_graph_and_weights_into_a_layer_drawn_otherwise():

@@ -369,16 +369,6 @@ def test_a_model_and_its_layers_are_rewired_alike():
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_a_scheduler_goes_on_from_its_state():
-    model = sparsify(classifier(), block_size=4)
-    optimizer = torch.optim.Adam(model.parameters())
-    first, second = (DSTScheduler(model, optimizer, interval=3, grow="random") for _ in range(2))
-    first.step()
-    second.load_state_dict(first.state_dict())
-    assert [second.step(), second.step()] == [False, True]
-    assert second.pruned > 0
-
-
 def test_models_are_copied_and_saved_while_their_activity_is_recorded():
     model = nn.Sequential(stack())
     dst = DSTScheduler(model, torch.optim.Adam(model.parameters()), interval=1)
@@ -387,16 +377,6 @@ def test_models_are_copied_and_saved_while_their_activity_is_recorded():
     x = torch.rand(8, 30, generator=seeded(1)) * 3
     assert torch.equal(model(x), other(x))
     assert dst.step()
-
-
-def test_frozen_layers_are_not_rewired():
-    model = sparsify(classifier(), block_size=4)
-    model[0].requires_grad_(False)
-    dst = DSTScheduler(model, torch.optim.Adam(model.parameters()), interval=1, grow="random")
-    frozen, other = units_of(model[0]), units_of(model[3])
-    dst.step()
-    assert units_of(model[0]) == frozen
-    assert units_of(model[3]) != other
 
 
 def test_what_cannot_be_rewired_is_named():

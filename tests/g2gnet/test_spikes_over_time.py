@@ -6,7 +6,6 @@ import pytest
 import torch
 from helpers import backends_of, seeded
 from networks import small_net
-from snntorch import functional as snn_functional
 from torch import nn
 
 from g2g_kernels.ops.g2g_stack import operator
@@ -49,20 +48,6 @@ def test_gradients_of_spikes_over_time_are_those_of_the_network_step_by_step(bac
         # float32 sums in two orders, through 7 steps and 3 layers
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-4)
         assert parameter.grad.abs().sum() > 0
-
-
-def test_snntorchs_loss_on_the_first_spike_trains_a_network():
-    """``snn.functional.ce_temporal_loss`` takes spikes over time."""
-    net, targets = net_of(), torch.arange(5)
-    loss_of, optimizer = snn_functional.ce_temporal_loss(), torch.optim.Adam(net.parameters(), lr=5e-3)
-    losses = []
-    for _ in range(25):
-        loss = loss_of(net.simulate(X, spikes=True).spikes[-1].dense(), targets)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.1
 
 
 @pytest.mark.parametrize("backend", backends_of(operator))

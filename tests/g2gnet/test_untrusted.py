@@ -23,6 +23,7 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_checkpoints import replaced
 from training_runs import SMALL, load, run
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, g2g_linear, g2g_stack, lif
@@ -54,13 +55,6 @@ class Command:
 
     def __reduce__(self):
         return Path.touch, (self.path,)
-
-
-def replaced(state, name, value):
-    """The state with another entry, "a/b" being entry b of entry a."""
-    first, _, rest = name.partition("/")
-    first = int(first) if first.isdigit() else first
-    return {**state, first: replaced(state[first], rest, value) if rest else value}
 
 
 def changed(state, name, index, value):
@@ -191,6 +185,9 @@ CRAFTED = {
     ),
     "a history that is too short": (lambda state: saved({**state, "history": []}), "history does not hold one record"),
     "another format": (lambda state: saved({**state, "format": 99}), "not a checkpoint of this version"),
+    "a list": (lambda state: saved([1, 2]), "not a checkpoint of this version"),
+    "no weights": (lambda state: saved({**state, "model": {}}), "does not fit"),
+    "no network": (lambda state: saved({k: v for k, v in state.items() if k != "model"}), "does not fit"),
 }
 
 PROGRAM = """

@@ -65,10 +65,8 @@ def make_report(arguments: argparse.Namespace) -> None:
 
 
 def _read_runs(names: Sequence[str]) -> list[SavedRun]:
-    """The runs of these checkpoints that have a finished epoch, each once; others are named.
-
-    Raises:
-        CheckpointError: if one cannot be read, or none is left.
+    """The runs of these checkpoints that have a finished epoch, each once; others are named. Raises CheckpointError if
+    one cannot be read, or none is left.
     """
     paths, runs = [Path(name) for name in names], []
     for path in paths:

@@ -89,10 +89,8 @@ def train_run(given: Mapping[str, Any], folder: str) -> None:
 def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved: {}) -> dict[str, Any] | None:
     """What a finished run reached: its last epoch's record, wall-clock and processor seconds of training, its weights.
 
-    ``more`` gives further values from its checkpoint. None if it is not finished.
-
-    Raises:
-        CheckpointError: if its files are damaged, or of other settings.
+    ``more`` gives further values from its checkpoint. None if it is not finished. Raises CheckpointError if its files
+    are damaged, or of other settings.
     """
     last = run.files.load_marker(run.settings)
     if last is None:
@@ -194,8 +192,7 @@ def train_runs(
     Returns:
         The errors of those that failed, by their labels.
 
-    Raises:
-        TrainingError: if a process of the executor was killed.
+    Raises TrainingError if a process of the executor was killed.
     """
     stream, failed = sys.stderr, {}
     total = sum(run.settings.epochs for run in runs)

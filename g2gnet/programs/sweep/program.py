@@ -36,11 +36,7 @@ RESUME = "run the same command again to resume with the remaining runs"
 
 
 def truth(text: str) -> bool:
-    """The type of a setting that is on or off.
-
-    Raises:
-        ArgumentTypeError: unless it is ``true`` or ``false``.
-    """
+    """The type of a setting that is on or off; raises ArgumentTypeError unless it is ``true`` or ``false``."""
     if text not in TRUTH:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return TRUTH[text]
@@ -98,10 +94,8 @@ def _add_settings(parser: flags.Parser) -> None:
 
 
 def grid_from(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The grid of the file and the flags.
-
-    Raises:
-        SettingsError: if the file cannot be read, or there is no setting at all.
+    """The grid of the file and the flags. Raises SettingsError if the file cannot be read, or there is no setting at
+    all.
     """
     grid = read_grid(arguments.grid) if arguments.grid else {}
     named = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(TrainSettings)}

@@ -106,9 +106,11 @@ def test_without_files_and_network_one_message_lists_the_remedies(tmp_path):
         assert remedy in str(error.value)
 
 
-@pytest.mark.parametrize("compress", [True, False])
-@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
-@pytest.mark.parametrize("keep", [0, 3, 11, -1])
+@pytest.mark.parametrize(
+    ("name", "compress", "keep"),
+    [("train-images-idx3-ubyte", True, 0), ("train-images-idx3-ubyte", False, 3), ("t10k-labels-idx1-ubyte", True, 11),
+     ("t10k-labels-idx1-ubyte", False, -1), ("t10k-labels-idx1-ubyte", True, -1)],
+)  # fmt: skip
 def test_a_truncated_file_is_named_with_the_remedy(tmp_path, small_files, compress, name, keep):
     write(tmp_path, small_files, compress)
     path = tmp_path / (f"{name}.gz" if compress else name)
@@ -216,10 +218,9 @@ HEADER = "{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}"
     ],
     ids=range(13),
 )
-@pytest.mark.parametrize("version", [1, 2, 3])
-def test_a_crafted_header_is_refused_by_the_name_of_its_file(tmp_path, header, version):
+def test_a_crafted_header_is_refused_by_the_name_of_its_file(tmp_path, header):
     np.savez(tmp_path / "mine.npz", **own_arrays())
-    text = header.encode("latin1")
+    text, version = header.encode("latin1"), 1 + len(header) % 3
     length = len(text).to_bytes(2 if version == 1 else 4, "little")
     with zipfile.ZipFile(tmp_path / "mine.npz") as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
@@ -304,7 +305,9 @@ def test_limits_keep_the_first_images():
 
 
 def test_other_names_are_refused():
-    with pytest.raises(ValueError, match=r"dataset='mnist' is unknown; choose one of fashionmnist, .*, cifar100"):
+    with pytest.raises(
+        ValueError, match=r"dataset='mnist' is unknown; choose one of .*, cifar100, or .* own .npz file"
+    ):
         load_dataset("mnist")
     long = "/runs/validation/fold-6/" * 4 + "fashionmnist-validation.npz"
     with pytest.raises(ValueError, match=r"dataset='/runs/.*\.\.\..*validation\.npz' is unknown"):

@@ -109,7 +109,6 @@ UNKNOWN = {
     "numbers as names": (lambda p: {0: {"rows": p}, "first": torch.zeros(3)}, "0, first"),
     "factors": (lambda p: {"row_var": p.sum(-1), "col_var": p.sum(0)}, "col_var, row_var"),
     "a queue": (lambda p: {"kept": deque([p])}, "kept"),
-    "an object": (lambda p: {"kept": object()}, "kept"),
     "an array": (lambda p: {"kept": p.numpy()}, "kept"),
     "a subclass": (lambda p: {"exp_avg": p.clone().as_subclass(Quantised)}, "exp_avg"),
     "another shape": (lambda p: {"exp_avg": p.flatten()}, "exp_avg"),

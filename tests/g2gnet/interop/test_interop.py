@@ -144,16 +144,23 @@ def test_synaptic_neurons_from_snntorch_have_their_spikes_and_gradients(reset):
         {"learn_beta": False, "alpha": 3.0},
         {"neuron": "synaptic", "surrogate": "boxcar"},
         {"neuron": "synaptic", "per_neuron": True, "reset": "zero", "learn_syn_decay": False, "surrogate": "triangle"},
+        {"recurrent": True, "per_neuron": True, "learn_beta": False, "threshold": 0.6},
+        {"recurrent": True, "neuron": "synaptic", "reset": "zero"},
+        {"recurrent": True, "reset": "zero"},
     ],
 )
-def test_there_and_back_again_is_the_same_network(options):
-    net = small_net(**options)
-    net.fc2.requires_grad_(False)
+def test_there_and_back_again_is_the_same_network(options, caplog):
+    net, draws = small_net(**options), torch.get_rng_state()
+    list(net.connections().values())[1].requires_grad_(False)
     theirs = to_snntorch(net)
+    assert torch.equal(torch.get_rng_state(), draws)
     spikes = torch.stack([theirs(x_t) for x_t in SAMPLES])
     assert torch.equal(spikes, output_spikes(net))
+    only_spikes = options == {"recurrent": True, "reset": "zero"}
+    assert ("gives our spikes, but not our gradients" in caplog.text) == only_spikes
 
-    masks = {name: net.get_submodule(name).mask for name in ("fc1", "fc2", "fc3")}
+    names = {name: name.replace("rec", "lif") + ".recurrent" * (name[0] == "r") for name in net.connections()}
+    masks = {names[name]: connection.mask for name, connection in net.connections().items()}
     back = from_snntorch(theirs, masks, T=STEPS)
     assert_equal_states(back, net)
     assert options_of(back) == options_of(net)
@@ -161,18 +168,8 @@ def test_there_and_back_again_is_the_same_network(options):
     learnable = {name: parameter.requires_grad for name, parameter in net.named_parameters()}
     assert {name: parameter.requires_grad for name, parameter in back.named_parameters()} == learnable
     # without the masks, the same graph as single weights
-    assert torch.equal(from_snntorch(theirs, T=STEPS).fc1.mask.to_dense(), net.fc1.mask.to_dense())
-
-
-def test_a_network_in_snntorch_stays_sparse_while_it_trains():
-    net = small_net()
-    theirs = to_snntorch(net)
-    optimizer = torch.optim.SGD(theirs.parameters(), lr=1.0)
-    sum(theirs(x_t) for x_t in SAMPLES).square().sum().backward()
-    optimizer.step()
-    trained = from_snntorch(theirs, T=STEPS)
-    assert not torch.equal(trained.fc2.dense_weight(), net.fc2.dense_weight())
-    assert torch.equal(trained.fc2.dense_weight() != 0, net.fc2.mask.to_dense())
+    for name, connection in from_snntorch(theirs, T=STEPS).connections().items():
+        assert torch.equal(connection.mask.to_dense(), net.get_submodule(name).mask.to_dense())
 
 
 @pytest.mark.parametrize("name", SURROGATES)
@@ -247,6 +244,8 @@ def test_models_of_another_form_are_refused():
         {"per_neuron": True, "surrogate": "sigmoid", "learn_threshold": False},
         {"neuron": "synaptic", "syn_decay": 0.6},
         {"neuron": "synaptic", "syn_decay": 0.6, "per_neuron": True, "learn_syn_decay": False},
+        {"recurrent": True, "per_neuron": True, "learn_threshold": False},
+        {"recurrent": True, "neuron": "synaptic", "syn_decay": 0.5, "surrogate": "boxcar"},
     ],
 )
 def test_a_file_of_nir_gives_the_same_network_back(options, tmp_path):
@@ -284,6 +283,16 @@ def test_synaptic_neurons_are_nirs_differential_equations_but_for_the_step_after
     assert torch.equal(torch.stack(spikes).float(), output_spikes(stack))
 
 
+@torch.no_grad()
+def spikes_of(theirs):
+    """Of a network that takes and gives its state."""
+    state, trains = None, []
+    for x_t in SAMPLES:
+        spikes, state = theirs(x_t, state)
+        trains.append(spikes)
+    return torch.stack(trains)
+
+
 def until_the_first(spikes):
     """A train with nothing after each neuron's first spike."""
     return spikes * (spikes.cumsum(0) == 1)
@@ -293,26 +302,12 @@ def test_snntorchs_and_norses_importers_run_synaptic_neurons_to_the_same_first_s
     stack = one_layer()
     stack.lif1.threshold.data.fill_(0.75)  # one for all, as snnTorch's importer demands
     expected = until_the_first(output_spikes(stack))
-    theirs = import_from_nir(to_nir(stack))
-    trains = []
-    with torch.no_grad():
-        state = None
-        for x_t in SAMPLES:
-            spikes, state = theirs(x_t, state)
-            trains.append(spikes)
-    assert torch.equal(until_the_first(torch.stack(trains)), expected)
+    assert torch.equal(until_the_first(spikes_of(import_from_nir(to_nir(stack)))), expected)
     capsys.readouterr()  # it prints that it scales the threshold
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         norse = pytest.importorskip("norse.torch")
-        theirs = norse.from_nir(to_nir(stack), dt=1e-4)
-        state, trains = None, []
-        with torch.no_grad():
-            for x_t in SAMPLES:
-                spikes, state = theirs(x_t, state)
-                trains.append(spikes)
-    assert torch.equal(until_the_first(torch.stack(trains)), expected)
+        assert torch.equal(until_the_first(spikes_of(norse.from_nir(to_nir(stack), dt=1e-4))), expected)
 
 
 def test_a_cubalif_of_another_tool_is_read_with_its_own_strengths_and_time_step():
@@ -373,47 +368,15 @@ def test_an_older_nir_is_refused_with_the_remedy(monkeypatch):
     assert to_nir(small_net(reset="zero"))
 
 
-@pytest.mark.parametrize("dt", [1e-4, 1e-3])
-def test_the_graph_is_the_differential_equation_of_the_layer(dt):
-    """An Euler step of NIR's equation, written out, spikes as the network does."""
-    net = trained_net(reset="zero", per_neuron=True)
-    nodes = to_nir(net, dt).nodes
-    assert list(nodes) == ["input", "fc1", "lif1", "fc2", "lif2", "fc3", "lif3", "output"]
-    membranes = {name: np.zeros((6, 1)) for name in ("lif1", "lif2", "lif3")}
-    trains = []
-    for x in SAMPLES.double().numpy():
-        for number in (1, 2, 3):
-            affine, lif = nodes[f"fc{number}"], nodes[f"lif{number}"]
-            current = x @ affine.weight.T + affine.bias
-            v = membranes[f"lif{number}"]
-            v = v + dt / lif.tau * (lif.v_leak - v + lif.r * current)
-            x = (v > lif.v_threshold).astype(float)
-            membranes[f"lif{number}"] = np.where(x > 0, lif.v_reset, v)
-        trains.append(torch.from_numpy(x))
-    assert torch.equal(torch.stack(trains).float(), output_spikes(net))
-
-
-def test_snntorchs_importer_runs_the_graph_with_the_same_counts(capsys):
+def test_importers_of_snntorch_and_norse_run_the_graph_to_the_same_spikes(capsys):
     net = trained_net(reset="zero")
-    theirs = import_from_nir(to_nir(net))
-    with torch.no_grad():
-        counts = sum(theirs(x_t)[0] for x_t in SAMPLES)
-    assert torch.equal(counts, output_spikes(net).sum(0))
+    assert torch.equal(spikes_of(import_from_nir(to_nir(net))), output_spikes(net))
     capsys.readouterr()  # it prints that it scales the threshold
-
-
-def test_norses_importer_runs_the_graph_with_the_same_counts():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         norse = pytest.importorskip("norse.torch")
         net = trained_net(reset="zero", per_neuron=True)
-        theirs = norse.from_nir(to_nir(net), dt=1e-4)
-        state, counts = None, torch.zeros(6, 10)
-        with torch.no_grad():
-            for x_t in SAMPLES:
-                spikes, state = theirs(x_t, state)
-                counts += spikes
-    assert torch.equal(counts, output_spikes(net).sum(0))
+        assert torch.equal(spikes_of(norse.from_nir(to_nir(net), dt=1e-4)), output_spikes(net))
 
 
 def test_a_graph_of_another_tool_is_read_with_its_own_resistance_and_time_step():

@@ -1,12 +1,13 @@
 """Cross-validation: its folds, what it trains, prints and writes, and how it goes on."""
 
+import contextlib
+import io
 import json
 import shlex
 import statistics
 
 import pytest
 import torch
-from small_data import write_cifar
 from training_runs import DEFAULTS, DERIVED, MACHINE_FLAGS, assert_equal
 
 import crossval
@@ -25,13 +26,22 @@ def load(directory, fold):
     return torch.load(directory / f"{STEM}_fold{fold}of3.pth", weights_only=True)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a finished cross-validation, and what it printed."""
+    folder = tmp_path_factory.mktemp("whole")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert crossval.main([*FLAGS, "--checkpoint_dir", str(folder)]) == 0
+    return folder, printed.getvalue().splitlines()
+
+
 def test_the_flags_are_those_of_train_py_with_other_defaults():
     arguments = vars(crossval.build_parser().parse_args([]))
     expected = {**DEFAULTS, **DERIVED, **MACHINE_FLAGS, "epochs": 5, "warmup_epochs": 2, "k_folds": 5}
     assert arguments == expected
 
 
-@pytest.mark.parametrize("k_folds", [2, 3, 5])
+@pytest.mark.parametrize("k_folds", [2, 5])
 def test_folds_are_shuffled_disjoint_and_have_equal_shares_of_each_class(k_folds):
     labels = torch.randint(4, (103,), generator=torch.Generator().manual_seed(0))
     folds = stratified_folds(labels, k_folds, seed=1)
@@ -54,8 +64,7 @@ def test_a_class_with_too_few_images_is_named():
     assert len(stratified_folds(labels, 3, seed=0)) == 3
 
 
-def test_each_fold_is_a_training_run_without_its_part(tmp_path, capsys):
-    assert crossval.main([*FLAGS, "--checkpoint_dir", str(tmp_path)]) == 0
+def test_each_fold_is_a_training_run_without_its_part(whole, tmp_path):
     data = load_dataset("fashionmnist-mini").limited(150, 60)
     folds = stratified_folds(data.train_labels, 3, 42)
     for fold, (train, val) in enumerate(folds, 1):
@@ -75,22 +84,21 @@ def test_each_fold_is_a_training_run_without_its_part(tmp_path, capsys):
             )
             directory = tmp_path / f"{name}{fold}"
             record = run_training(settings, lambda part=part: part, directory, Machine(torch.device("cpu")))
-            checkpoint = load(tmp_path, fold)
+            checkpoint = load(whole[0], fold)
             assert checkpoint["history"][-1][name] == record["test_acc"]
             assert checkpoint["history"][-1]["train_acc"] == record["train_acc"]
             expected = torch.load(directory / f"{settings.stem}.pth", weights_only=True)["model"]
             assert_equal(dict(checkpoint["model"]), dict(expected))
-    first, second = (load(tmp_path, fold)["model"] for fold in (1, 2))
+    first, second = (load(whole[0], fold)["model"] for fold in (1, 2))
     assert not torch.equal(first["fc1.mask.wiring"], second["fc1.mask.wiring"]), "masks are drawn anew"
 
 
-def test_the_results_are_printed_and_written(tmp_path, capsys):
-    assert crossval.main([*FLAGS, "--checkpoint_dir", str(tmp_path)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_the_results_are_printed_and_written(whole, capsys):
+    folder, lines = whole
     assert "k_folds=3" in lines[0]
     assert "fold=" not in lines[0].replace("k_folds=", "")
-    histories = [load(tmp_path, fold)["history"] for fold in (1, 2, 3)]
-    results = json.loads((tmp_path / f"{STEM}_3folds.json").read_text())
+    histories = [load(folder, fold)["history"] for fold in (1, 2, 3)]
+    results = json.loads((folder / f"{STEM}_3folds.json").read_text())
     expected = []
     for fold, history in enumerate(histories, 1):
         for record in history:
@@ -107,23 +115,27 @@ def test_the_results_are_printed_and_written(tmp_path, capsys):
         expected.append(f"| {name} |  | {' | '.join(f'{function(values):.4f}' for values in columns.values())} |")
         assert results[name] == {accuracy: function(values) for accuracy, values in columns.items()}
     assert lines[1:-1] == expected
-    assert lines[-1] == f"wrote {tmp_path / f'{STEM}_3folds.json'}"
+    assert lines[-1] == f"wrote {folder / f'{STEM}_3folds.json'}"
     assert [fold["test_acc"] for fold in results["folds"]] == columns["test_acc"]
     assert results["settings"] == {**FoldSettings().flag_values(), **{
         "dataset": "fashionmnist-mini", "model": "mixer", "hidden_dim": 64, "block_size": 8, "T": 5, "enc_scale": 3.0,
         "limit_train": 150, "limit_test": 60, "epochs": 2, "k_folds": 3,
     }}  # fmt: skip
-    assert len(list(tmp_path.glob("*.DONE"))) == len(list(tmp_path.glob("*.pth"))) == 3
+    assert len(list(folder.glob("*.DONE"))) == len(list(folder.glob("*.pth"))) == 3
     # a finished cross-validation is not trained again, and shows the same table
-    assert crossval.main([*FLAGS, "--checkpoint_dir", str(tmp_path)]) == 0
+    assert crossval.main([*FLAGS, "--checkpoint_dir", str(folder)]) == 0
     again = capsys.readouterr().out
     assert again.count("is finished") == 3
     assert "Epoch" not in again
     assert again.splitlines()[-8:] == lines[-8:]
+    assert crossval.main([*FLAGS, "--lr", "0.1", "--seed", "1", "--checkpoint_dir", str(folder)]) == 1
+    message = capsys.readouterr().err
+    assert "lr: 0.001 there, 0.1 now" in message
+    assert "seed: 42 there, 1 now" in message
 
 
-@pytest.mark.parametrize("variant", [[], ["--sparsity_mode", "dynamic", "--dst_interval", "2", "--enc", "rate"]])
-def test_an_interrupted_cross_validation_goes_on_where_it_was(tmp_path, monkeypatch, capsys, variant):
+def test_an_interrupted_cross_validation_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    variant = ["--sparsity_mode", "dynamic", "--dst_interval", "2", "--enc", "rate"]
     assert crossval.main([*FLAGS, *variant, "--checkpoint_dir", str(tmp_path / "whole")]) == 0
     whole = capsys.readouterr().out.splitlines()
 
@@ -147,14 +159,6 @@ def test_an_interrupted_cross_validation_goes_on_where_it_was(tmp_path, monkeypa
         assert_equal(first, second)
 
 
-def test_other_settings_are_refused_by_name(tmp_path, capsys):
-    assert crossval.main([*FLAGS, "--checkpoint_dir", str(tmp_path)]) == 0
-    assert crossval.main([*FLAGS, "--lr", "0.1", "--seed", "1", "--checkpoint_dir", str(tmp_path)]) == 1
-    message = capsys.readouterr().err
-    assert "lr: 0.001 there, 0.1 now" in message
-    assert "seed: 42 there, 1 now" in message
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -166,26 +170,3 @@ def test_other_settings_are_refused_by_name(tmp_path, capsys):
 def test_bad_flags_end_with_status_two(tmp_path, capsys, flags, message):
     assert crossval.main([*shlex.split(flags), "--checkpoint_dir", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_every_data_set_can_be_cross_validated(tmp_path, monkeypatch):
-    write_cifar(monkeypatch, tmp_path, "cifar10", train=50, test=20)
-    flags = [
-        "--dataset",
-        "cifar10",
-        "--model",
-        "dense",
-        "--hidden_dim",
-        "16",
-        "--T",
-        "2",
-        "--epochs",
-        "1",
-        "--k_folds",
-        "2",
-        "--batch_size",
-        "16",
-    ]
-    assert crossval.main([*flags, "--data_dir", str(tmp_path), "--checkpoint_dir", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "cifar10_dense_p0.15_T2_current_2folds.json").read_text())
-    assert len(results["folds"]) == 2

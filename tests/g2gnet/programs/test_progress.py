@@ -44,7 +44,6 @@ def calls(program, flags):
 #: work, and what the bar is called
 WORK = {
     "train": (calls(train, TRAIN), "Epoch 02/2"),
-    "train, DST": (calls(train, f"{TRAIN} --sparsity_mode dynamic --dst_interval 1"), "Epoch 02/2"),
     "crossval": (calls(crossval, f"{TRAIN} --k_folds 2"), "Epoch 02/2"),
     "pretrain": (calls(pretrain, "--epochs 1 --batch_size 16"), "Epoch 01/1"),
     "features": (lambda: load_features("cifar10"), "features"),

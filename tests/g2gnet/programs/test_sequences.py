@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,14 +27,9 @@ LABELS = np.arange(60) % 4
 def write_data(path, *shape, dtype=np.float32):
     """40 training and 20 test samples of that shape, of four classes."""
     images = (np.random.default_rng(0).random((60, *shape)) * (1 if dtype == np.float32 else 255)).astype(dtype)
-    train_part, test_part = slice(40), slice(40, None)
-    np.savez(
-        path,
-        train_images=images[train_part],
-        train_labels=LABELS[train_part],
-        test_images=images[test_part],
-        test_labels=LABELS[test_part],
-    )
+    parts = {"train": slice(40), "test": slice(40, None)}
+    np.savez(path, **{f"{name}_images": images[part] for name, part in parts.items()},
+             **{f"{name}_labels": LABELS[part] for name, part in parts.items()})  # fmt: skip
     return path
 
 
@@ -60,6 +56,9 @@ def test_sequences_of_ones_own_have_their_own_length(tmp_path, shape, inputs, dt
     assert torch.equal(net.encode(samples), samples.view(20, 6, inputs).transpose(0, 1))
     accuracy = (net(samples).argmax(1) == torch.from_numpy(LABELS[40:])).double().mean()
     assert float(accuracy) == document["result"]["test_acc"]
+    layers = json.loads(Path(document["files"]["analysis"]).read_text())["layers"]
+    assert layers["lif1"]["pathway_coherence"] is None  # its inputs are no spikes
+    assert layers["lif2"]["pathway_coherence"] is not None
 
 
 def test_a_named_data_set_of_event_frames_is_an_entry_and_a_module(tmp_path, monkeypatch):
@@ -76,27 +75,25 @@ def test_a_named_data_set_of_event_frames_is_an_entry_and_a_module(tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    "flags", [["--sequence", "none"], ["--augment", "flip"], ["--erase", "0.5"]], ids=["stated", "mirrored", "erased"]
+    ("shape", "flags", "sequence", "steps", "inputs"),
+    [
+        ((6, 5), "--T 3 --sequence none", "none", 3, 30),
+        ((6, 5), "--T 3 --augment flip", "none", 3, 30),
+        ((6, 5), "--T 3 --erase 0.5", "none", 3, 30),
+        ((6, 2, 3, 4), "--augment flip --erase 0.5", "own", 6, 24),  # frames that are changed stay sequences
+        ((2, 6, 5), "--sequence rows --sequence_step 2", "rows", 3, 20),
+    ],
 )
-def test_images_of_ones_own_are_held_if_that_is_stated(tmp_path, flags, caplog):
-    document = trained(train, tmp_path, "--dataset", write_data(tmp_path / "mine.npz", 6, 5), "--T", "3", *flags)
-    assert (document["settings"]["T"], document["settings"]["sequence"]) == (3, "none")
-    assert load(document["files"]["checkpoint"]).fc1.in_features == 30
-    # another flag changes what the samples are
-    assert ("of shape 6 × 5, are read as images, as augment=" in caplog.text) == ("--sequence" not in flags)
-
-
-@pytest.mark.parametrize("flags", [["--augment", "flip"], ["--erase", "0.5"]], ids=["mirrored", "erased"])
-def test_frames_that_are_changed_as_images_stay_sequences(tmp_path, flags):
-    document = trained(train, tmp_path, "--dataset", write_data(tmp_path / "mine.npz", 6, 2, 3, 4), *flags)
-    assert (document["settings"]["T"], document["settings"]["sequence"]) == (6, "own")
-
-
-def test_images_of_ones_own_unfold_as_known_ones_do(tmp_path):
-    data = write_data(tmp_path / "mine.npz", 2, 6, 5)
-    document = trained(train, tmp_path, "--dataset", data, "--sequence", "rows", "--sequence_step", "2")
+def test_what_samples_are_follows_from_their_shape_and_the_flags(
+    tmp_path, caplog, shape, flags, sequence, steps, inputs
+):
+    document = trained(train, tmp_path, "--dataset", write_data(tmp_path / "mine.npz", *shape), *flags.split())
+    assert (document["settings"]["T"], document["settings"]["sequence"]) == (steps, sequence)
     net = load(document["files"]["checkpoint"])
-    assert (net.T, net.fc1.in_features) == (3, 20)
+    assert (net.T, net.fc1.in_features) == (steps, inputs)
+    # a flag that changes what the samples are says so
+    told = sequence == "none" and "--sequence" not in flags
+    assert ("of shape 6 × 5, are read as images, as augment=" in caplog.text) == told
 
 
 def test_the_checkpoint_has_the_order_of_permuted_pixels(tmp_path):
@@ -115,13 +112,6 @@ def test_the_checkpoint_has_the_order_of_permuted_pixels(tmp_path):
     page = tmp_path / "report.html"
     assert report.main([checkpoint, "--output", str(page)]) == 0
     assert "fashionmnist-mini as sequences (permuted)" in page.read_text()
-
-
-def test_inputs_that_are_no_spikes_have_no_coherence_with_spikes(tmp_path):
-    document = trained(train, tmp_path, "--dataset", write_data(tmp_path / "mine.npz", 6, 5))
-    analysis = json.loads((tmp_path / f"{document['files']['analysis'].rpartition('/')[2]}").read_text())
-    assert analysis["layers"]["lif1"]["pathway_coherence"] is None
-    assert analysis["layers"]["lif2"]["pathway_coherence"] is not None
 
 
 def test_folds_of_sequences(tmp_path):

@@ -42,6 +42,14 @@ def thread():
         yield executor
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A finished sweep, and its folder. To read."""
+    folder = tmp_path_factory.mktemp("sweep")
+    with ThreadPoolExecutor(1) as executor:
+        return sweep.run({**QUICK, "p_inter": [0.1, 0.3], "seed": [1, 2]}, folder, executor=executor), folder
+
+
 def test_a_grid_is_every_combination_and_a_larger_one_keeps_its_folders(tmp_path):
     grid = {"p_inter": [0.1, 0.3], "model": ("index", "mixer"), "seed": range(3), "T": 4}
     runs = runs_of(grid, tmp_path)
@@ -128,9 +136,8 @@ def test_a_grid_comes_from_a_file_and_flags_replace_what_it_says(tmp_path):
         read_grid(tmp_path / "grid.json")
 
 
-def test_each_run_is_that_of_train_and_a_finished_one_is_not_trained_again(tmp_path, thread):
-    grid = {**QUICK, "p_inter": [0.1, 0.3], "seed": [1, 2]}
-    made = sweep.run(grid, tmp_path / "sweep", executor=thread)
+def test_each_run_is_that_of_train_and_a_finished_one_is_not_trained_again(made, tmp_path):
+    made, folder = made
     assert made.varied == ("p_inter",)
     assert made.common == QUICK | {"enc_scale": 3.0}
     for each, end in made.ends:
@@ -138,29 +145,20 @@ def test_each_run_is_that_of_train_and_a_finished_one_is_not_trained_again(tmp_p
         assert_equal(load(each.files)["model"], load(alone)["model"])
         assert end["test_acc"] == load(alone)["history"][-1]["test_acc"]
         assert "Epoch 01 | train_acc=" in (each.folder / "log.txt").read_text()
-    again = sweep.run(grid, tmp_path / "sweep", executor=None)  # needs no processes
+    again = sweep.run({**QUICK, "p_inter": [0.1, 0.3], "seed": [1, 2]}, folder, executor=None)  # needs no processes
     assert again.ends == made.ends
 
 
-def test_means_have_standard_errors_over_seeds(tmp_path, thread):
+def test_means_have_standard_errors_over_seeds(made):
     assert estimate([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3)))
     assert estimate([4.0]) == (4.0, None)
-    made = sweep.run({**QUICK, "model": ["index", "random"], "seed": [1, 2, 3]}, tmp_path, executor=thread)
-    for row in made.rows:
-        found = [100 * end["test_acc"] for each, end in made.ends if each.settings.model == row.settings["model"]]
-        assert row.seeds == [1, 2, 3]
-        mean = sum(found) / 3
-        error = math.sqrt(sum((value - mean) ** 2 for value in found) / 2 / 3)
-        assert f"| {row.settings['model']} | 3 | {mean:.2f} ± {error:.2f} |" in made.table()
+    for row in made[0].rows:
+        p_inter = row.settings["p_inter"]
+        one, other = (100 * end["test_acc"] for each, end in made[0].ends if each.settings.p_inter == p_inter)
+        assert row.seeds == [1, 2]
+        mean, error = (one + other) / 2, abs(one - other) / 2  # √(2·(difference/2)²/1/2)
+        assert f"| {p_inter} | 2 | {mean:.2f} ± {error:.2f} |" in made[0].table()
         assert row.as_dict()["results"]["test_acc"]["mean"] == pytest.approx(mean / 100)
-
-
-def test_a_run_that_fails_does_not_stop_the_others(tmp_path, thread):
-    made = sweep.run({**QUICK, "lr": [1e-3, 1e30], "epochs": 3}, tmp_path, executor=thread)
-    assert [each.settings.lr for each, _ in made.ends] == [1e-3]
-    assert list(made.failed) == ["lr=1e+30"]
-    with pytest.raises(TrainingError, match="no run is finished in"):
-        sweep.run({**QUICK, "lr": 1e30, "epochs": 3}, tmp_path, executor=thread)
 
 
 @posix
@@ -275,7 +273,7 @@ def test_a_sweep_that_is_killed_and_interrupted_resumes_and_ends_as_if_it_had_no
 
 
 def test_runs_that_are_alike_since_a_setting_has_no_effect_are_told(tmp_path, thread, caplog):
-    sweep.run({**QUICK, "model": ["dense", "index"], "p_inter": [0.15, 0.3]}, tmp_path, executor=thread)
+    sweep.run({**QUICK, "model": "dense", "p_inter": [0.15, 0.3]}, tmp_path, executor=thread)
     told = [message for message in caplog.messages if "has no effect" in message]
     assert told[0] == "`p_inter=0.3` has no effect with `model=dense`"
 
@@ -323,19 +321,9 @@ def test_a_failure_is_logged_so_that_the_program_names_its_flags(tmp_path, capsy
     assert "`" not in said
 
 
-def test_a_finished_run_without_its_checkpoint_can_be_trained_again(tmp_path, thread):
-    made = sweep.run(QUICK, tmp_path, executor=thread)
-    ((run, end),) = made.ends
-    run.files.checkpoint.unlink()
-    with pytest.raises(TrainingError, match=r"pth cannot be read.*restore that file, or delete .*\.DONE"):
-        sweep.run(QUICK, tmp_path, executor=thread)
-    shutil.rmtree(run.folder)
-    ((_, again),) = sweep.run(QUICK, tmp_path, executor=thread).ends
-    assert again["test_acc"] == end["test_acc"]
-
-
-def test_the_program_writes_a_table_csv_json_and_a_picture(tmp_path, capsys, monkeypatch, thread):
-    made = sweep.run({**QUICK, "p_inter": [0.1, 0.3], "seed": [1, 2]}, tmp_path, executor=thread)
+def test_the_program_writes_a_table_csv_json_and_a_picture(made, tmp_path, capsys, monkeypatch):
+    made, folder = made
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     flags = [*flags_of(QUICK), "--p_inter", "0.1", "0.3", "--seed", "1", "2", "--folder", str(tmp_path)]
     assert program.main([*flags, "--json", str(tmp_path / "more.json")]) == 0
     printed = capsys.readouterr().out
@@ -367,19 +355,12 @@ def test_the_program_writes_a_table_csv_json_and_a_picture(tmp_path, capsys, mon
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_sweep_of_nothing_is_refused(tmp_path, capsys):
+def test_a_sweep_of_nothing_or_by_no_number_of_jobs_is_refused(tmp_path, capsys):
     assert program.main(["--folder", str(tmp_path / "sweep")]) == 2
     assert "a sweep needs a setting; give one several values, as in --seed 1 2 3" in capsys.readouterr().err
     assert not (tmp_path / "sweep").exists()
-
-
-@pytest.mark.parametrize("jobs", [0, 1.5, "2"])
-def test_a_number_of_jobs_that_is_not_whole_is_refused(tmp_path, jobs):
-    with pytest.raises(SettingsError, match=f"jobs={jobs!r} must be a whole number of at least 1"):
-        sweep.run(QUICK, tmp_path, jobs=jobs)
-
-
-@pytest.mark.parametrize("jobs", ["0", "-1"])
-def test_a_number_of_jobs_below_one_is_refused(tmp_path, capsys, jobs):
-    assert program.main([*flags_of(QUICK), "--folder", str(tmp_path / "sweep"), "--jobs", jobs]) == 2
-    assert f"jobs={jobs} must be a whole number of at least 1" in capsys.readouterr().err
+    assert program.main([*flags_of(QUICK), "--folder", str(tmp_path / "sweep"), "--jobs", "-1"]) == 2
+    assert "jobs=-1 must be a whole number of at least 1" in capsys.readouterr().err
+    for jobs in (0, 1.5, "2"):
+        with pytest.raises(SettingsError, match=f"jobs={jobs!r} must be a whole number of at least 1"):
+            sweep.run(QUICK, tmp_path / "sweep", jobs=jobs)

@@ -54,10 +54,10 @@ train_step, stream, number = Trainer._train_step, scheduler.stream, Path(sys.arg
 
 def step(self, index):  # of four in each of three epochs
     at = self.step, fault
-    time.sleep(4 if at in ((0, "slow"), (6, "late")) else 0)
+    time.sleep(3 if at == (0, "slow") else 0)
     result = train_step(self, index)
     at = self.step, fault
-    time.sleep(4 if at == (6, "asleep") else 0)
+    time.sleep(3 if at == (6, "asleep") else 0)
     if at == (6, "drift"):
         self.net.fc2.bias.data[3] += 1e-7
     elif at == (8, "moments"):
@@ -169,8 +169,7 @@ def assert_same_course(one, several):
     ("processes", "options"),
     # batches of 71: in others some membrane is so near to its threshold that the order of sums decides about a spike
     [
-        pytest.param(2, {"clip_grad_norm": 0.5}, id="clipped"),
-        pytest.param(2, {"model": "dense", "batch_size": 71}, id="dense, uneven parts"),
+        pytest.param(2, {"model": "dense", "batch_size": 71, "clip_grad_norm": 0.5}, id="dense, uneven parts, clipped"),
         pytest.param(3, EVERYTHING, id="dynamic and all else, three"),
         pytest.param(2, VARIANTS["all schedules"], id="schedules and gradient growth"),
         pytest.param(2, VARIANTS["pruned from a dense start"], id="pruned"),
@@ -248,7 +247,6 @@ FAULTS = [
     ("train|train:no-data", {}, 0, ["rank 1: error: there are no", "rank 0: error: rank 1 has ended: there are no"]),
     ("train --checkpoint_dir /proc/none|train", {}, 0, [f"0: error: {UNUSABLE}", f"rank 0 has ended: {UNUSABLE}"]),
     ("train|train:asleep", SOON, 4, ["rank 0 of 2 still waits for another process, at step 6\n", *LATE]),
-    ("train|train:late", SOON, 4, ["rank 0 of 2 still waits for another process, at step 7\n", *LATE]),
 ]
 
 
@@ -315,10 +313,9 @@ def test_processes_that_do_not_match_name_what_differs_before_any_work(tmp_path,
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["train", "crossval"])
-def test_a_process_that_stays_alone_says_whom_it_waits_for_and_gives_up(tmp_path, several, name):
+def test_a_process_that_stays_alone_says_whom_it_waits_for_and_gives_up(tmp_path, several):
     flags = train_flags(tmp_path / "run", peer_timeout=0.02)
-    done = several(PROGRAM, name, *flags, statuses=[1], size=3)
+    done = several(PROGRAM, "crossval", *flags, statuses=[1], size=3)
     assert "after 0 seconds, rank 0 of 3 has heard nothing from ranks 1, 2\n" in done.stderr
     assert "rank 0: error: heard nothing from ranks 1, 2 for 1.2 seconds: look what became of it" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import random
 import re
 import signal
 import subprocess
@@ -12,8 +11,7 @@ import processes
 import pytest
 import torch
 from helpers import ROOT
-from torch.utils._python_dispatch import TorchDispatchMode
-from training_runs import SMALL, VARIANTS, assert_equal, flags_of, load, run
+from training_runs import SMALL, VARIANTS, assert_equal, flags_of, load, run, small_trainer
 
 import g2gnet
 from g2gnet.base.tensor_files import TensorFileError, read_tensors, write_tensors
@@ -30,7 +28,7 @@ from g2gnet.training import (
     run_training,
 )
 from g2gnet.training.checkpoints import RunFiles
-from g2gnet.training.numerical_checks import CALM, DRIFTING, LOWER, WAKE, FiniteWatch, LayerWatch
+from g2gnet.training.numerical_checks import CALM, DRIFTING, LOWER, WAKE, LayerWatch
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals and forks are those of POSIX")
 
@@ -69,7 +67,7 @@ def test_a_network_from_inside_an_epoch_is_named_by_its_step(tmp_path, monkeypat
 
 
 @posix
-@pytest.mark.parametrize("variant", ["static", "rate", "regularised", "dynamic"])
+@pytest.mark.parametrize("variant", ["rate, bf16", "dynamic"])
 def test_a_signal_inside_an_epoch_loses_no_step(tmp_path, monkeypatch, capsys, variant):
     """4 steps an epoch, 3 epochs; the run is stopped in the first, a middle and the last step of an epoch."""
     whole = run(tmp_path / "whole", **VARIANTS[variant])
@@ -141,13 +139,12 @@ sys.exit(train.main(sys.argv[1:]))
 @pytest.mark.parametrize(
     ("signals", "grace", "at_once"),
     [
-        ([signal.SIGTERM], 60, False),
         # what torchrun and a process manager send between them
         ([signal.SIGTERM, signal.SIGTERM, signal.SIGTERM], 60, False),
         ([signal.SIGINT, signal.SIGINT], 0, True),
         ([signal.SIGTERM, signal.SIGINT], 60, True),
     ],
-    ids=["once", "thrice as one", "twice", "two kinds"],
+    ids=["thrice as one", "twice", "two kinds"],
 )
 def test_the_program_stops_after_the_step_or_at_once(tmp_path, signals, grace, at_once):
     # a second signal must not wait for the step, which would take an hour
@@ -220,11 +217,9 @@ def stop_at(directory, step, monkeypatch, **options):
 
 
 DAMAGES = {
-    "truncated": lambda content, draw: content[: draw.randrange(len(content))],
-    "longer": lambda content, draw: content + b"\0",
-    "empty": lambda content, draw: b"",
-    "foreign text": lambda content, draw: b"not a checkpoint at all",
-    "a flipped bit": lambda content, draw: flipped(content, draw.randrange(8 * len(content))),
+    "truncated": lambda content: content[: len(content) // 3],
+    "longer": lambda content: content + b"\0",
+    "foreign text": lambda content: b"not a checkpoint at all",
 }
 
 
@@ -240,7 +235,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, monkeypatch, caps
     whole = run(tmp_path / "whole")
     files = stop_at(tmp_path / "parts", 10, monkeypatch)
     assert (load(files)["step"], read_tensors(files.previous)["step"]) == (10, 8)
-    files.checkpoint.write_bytes(damage(files.checkpoint.read_bytes(), random.Random(0)))
+    files.checkpoint.write_bytes(damage(files.checkpoint.read_bytes()))
     files = stop_at(tmp_path / "parts", 9, monkeypatch)
     output = capsys.readouterr()
     assert f"{files.checkpoint} cannot be read" in output.err
@@ -265,16 +260,6 @@ def test_where_both_are_damaged_nothing_is_touched(tmp_path, monkeypatch):
 
 
 # --- disks and locks ----------------------------------------------------------------------------------------------
-
-
-@posix
-def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path):
-    stem = TrainSettings(**SMALL).stem
-    (tmp_path / f".{stem}.pth.abcdefgh").write_text("half a checkpoint")
-    (tmp_path / ".other.pth.abcdefgh").write_text("another run's")
-    run(tmp_path)
-    hidden = sorted(path.name for path in tmp_path.glob(".*"))
-    assert hidden == [f".{stem}.lock", ".other.pth.abcdefgh"]
 
 
 @posix
@@ -456,40 +441,25 @@ def test_no_checkpoint_is_written_of_a_spoiled_network(tmp_path, monkeypatch):
     assert load(RunFiles(tmp_path, TrainSettings(**SMALL).stem))["step"] == 4
 
 
-def test_watching_does_not_wait_for_the_device(plain_memory):
-    linear = torch.nn.Linear(3, 2)
-    watch = FiniteWatch(linear, torch.device("cpu"))
-    loss = linear(torch.ones(1, 3)).sum()
-    loss.backward()
-    operators = set()
-
-    class Recorder(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            operators.add(str(function))
-            return function(*args, **(kwargs or {}))
-
-    with Recorder():
-        watch.note(loss)
-    assert "aten.where.self" in operators
-    assert not [name for name in operators if "_local_scalar_dense" in name or "nonzero" in name or "equal" in name]
-
-
 def test_layers_that_do_nothing_useful_are_warned_about_once(caplog):
     watch = LayerWatch()
-    neurons = {"lif1": LIF(beta=0.9), "lif2": LIF(3, beta=1.0), "lif3": LIF()}
-    silent = {"lif1": 0.5, "lif2": 0.0, "lif3": 0.3}
-    watch.check(1, {"lif1": 0.05, "lif2": 0.5, "lif3": 0.001}, silent, neurons)
+    neurons = {"lif1": LIF(beta=0.9), "lif2": LIF(3, beta=1.0), "lif3": LIF(), "lif4": Synaptic(neurons=3)}
+    silent = {"lif1": 0.5, "lif2": 0.0, "lif3": 0.3, "lif4": 0.0}
+    watch.check(1, {"lif1": 0.05, "lif2": 0.5, "lif3": 0.001, "lif4": 0.1}, silent, neurons)
     assert not caplog.records
     neurons["lif2"].beta.data[1] = 1.25
     neurons["lif3"].beta.data.fill_(-0.5)
+    neurons["lif4"].syn_decay.data[2] = 1.5
     for epoch in (2, 3):
-        watch.check(epoch, {"lif1": 0.0, "lif2": 0.995, "lif3": 0.001}, {**silent, "lif3": 0.534}, neurons)
+        rates = {"lif1": 0.0, "lif2": 0.995, "lif3": 0.001, "lif4": 0.1}
+        watch.check(epoch, rates, {**silent, "lif3": 0.534}, neurons)
     assert [record.getMessage() for record in caplog.records] == [
         f"lif1 fell silent in epoch 2 (firing rate 0); {WAKE}",
         f"lif2 saturates in epoch 2 (firing rate 0.99); {CALM}",
         f"lif3 is mostly silent: 53 % of its neurons never fired in epoch 2; {WAKE}",
         f"lif2 has learned beta = 1.25 in epoch 2, outside 0 … 1: it counts as 1; {DRIFTING}",
         f"lif3 has learned beta = -0.5 in epoch 2, outside 0 … 1: it counts as 0; {DRIFTING}",
+        f"lif4 has learned syn_decay = 1.5 in epoch 2, outside 0 … 1: it counts as 1; {DRIFTING}",
     ]
 
 
@@ -524,11 +494,6 @@ def test_classes_without_weights_are_warned_about_before_training(caplog):
     assert not [record for record in caplog.records if "classes" in record.getMessage()]
 
 
-def small_trainer(**options):
-    settings = TrainSettings(**{**SMALL, **options})
-    return Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu")))
-
-
 @pytest.mark.parametrize(
     ("options", "remedy"), [({}, "give training images of them"), ({"limit_train": 10}, "raise `limit_train`")]
 )
@@ -540,14 +505,4 @@ def test_classes_that_are_tested_but_not_trained_are_warned_about(caplog, option
     (record,) = caplog.records
     assert record.getMessage() == (
         f"3 of 6 test images are of classes without a training image (8, 9), which cannot be learned; {remedy}"
-    )
-
-
-def test_every_decay_of_a_model_is_watched(caplog):
-    neurons = {"lif1": Synaptic(neurons=3)}
-    neurons["lif1"].syn_decay.data[2] = 1.5
-    LayerWatch().check(4, {"lif1": 0.1}, {"lif1": 0.0}, neurons)
-    (record,) = caplog.records
-    assert record.getMessage() == (
-        f"lif1 has learned syn_decay = 1.5 in epoch 4, outside 0 … 1: it counts as 1; {DRIFTING}"
     )

@@ -10,6 +10,13 @@ from g2gnet.training import SettingsError, TrainSettings
 def test_the_defaults():
     assert TrainSettings().as_dict() == {**DEFAULTS, **LIF.initial}
     assert (type(TrainSettings().T), type(TrainSettings().sequence)) == (int, str)
+    for model in ("dense", "index"):  # there may be more groups than neurons
+        assert TrainSettings(model=model, num_groups=64, hidden_dim=8).hidden_dim == 8
+
+
+RESNET = {"dataset": "cifar10", "use_resnet": True}
+OWN = {"sequence": "own", "dataset": "mine-0123abcd"}
+DYNAMIC = {"model": "index", "sparsity_mode": "dynamic"}
 
 
 @pytest.mark.parametrize(
@@ -17,31 +24,20 @@ def test_the_defaults():
     [
         ({}, "fashionmnist_dense_p0.15_T50_current"),
         ({"model": "mixer", "p_inter": 0.3, "T": 10, "enc": "rate"}, "fashionmnist_mixer_p0.3_T10_rate"),
-        (
-            {"model": "index", "sparsity_mode": "dynamic", "cp": "hebb", "cg": "random"},
-            "fashionmnist_index_p0.15_T50_current_cphebb_cgrandom",
-        ),
-        ({"neuron": "synaptic"}, "fashionmnist_dense_p0.15_T50_current_synaptic"),
+        (DYNAMIC | {"cp": "hebb", "cg": "random"}, "fashionmnist_index_p0.15_T50_current_cphebb_cgrandom"),
         ({"neuron": "synaptic", "syn_decay": 0.8}, "fashionmnist_dense_p0.15_T50_current_synaptic"),
-        (
-            {"neuron": "synaptic", "syn_decay": 0.5, "model": "index", "sparsity_mode": "dynamic"},
-            "fashionmnist_index_p0.15_T50_current_synaptic_syn_decay0.5_cpset_cghebb",
-        ),
+        (DYNAMIC | {"neuron": "synaptic", "syn_decay": 0.5},
+         "fashionmnist_index_p0.15_T50_current_synaptic_syn_decay0.5_cpset_cghebb"),
         ({"neuron": "adlif", "a": 0.1, "b": 0.1}, "fashionmnist_dense_p0.15_T50_current_adlif_a0.1"),
-        ({"surrogate": "triangle", "alpha": 4.0}, "fashionmnist_dense_p0.15_T50_current"),
-        ({"cp": "hebb"}, "fashionmnist_dense_p0.15_T50_current"),
+        ({"surrogate": "triangle", "alpha": 4.0, "cp": "hebb"}, "fashionmnist_dense_p0.15_T50_current"),
         ({"dataset": "cifar10", "use_resnet": True}, "resnet_cifar10_dense_p0.15_T50_current"),
         ({"sequence": "rows"}, "fashionmnist_rows_dense_p0.15_T28_current"),
-        ({"sequence": "pixels"}, "fashionmnist_pixels_dense_p0.15_T784_current"),
         ({"sequence": "permuted", "sequence_step": 4}, "fashionmnist_permuted_dense_p0.15_T196_current"),
         ({"sequence": "rows", "dataset": "cifar10", "T": 32}, "cifar10_rows_dense_p0.15_T32_current"),
         ({"sequence": "pixels", "dataset": "cifar100"}, "cifar100_pixels_dense_p0.15_T1024_current"),
-        (
-            {"sequence": "own", "dataset": "mine-0123abcd", "T": 9, "enc": "rate"},
-            "mine-0123abcd_own_dense_p0.15_T9_rate",
-        ),
+        (OWN | {"T": 9, "enc": "rate"}, "mine-0123abcd_own_dense_p0.15_T9_rate"),
     ],
-)
+)  # fmt: skip
 def test_the_stem_names_the_run(options, stem):
     assert TrainSettings(**options).stem == stem
 
@@ -50,33 +46,22 @@ def test_the_stem_names_the_run(options, stem):
     ("options", "message"),
     [
         ({"p_inter": 1.5}, "p_inter=1.5 must be a number from 0 to 1"),
-        ({"p_inter": -0.1}, "p_inter=-0.1 must be"),
         ({"p_inter": float("nan")}, "p_inter=nan must be"),
         ({"p_intra": 2.0}, "p_intra=2.0 must be"),
         ({"T": 0}, "T=0 must be a whole number from 1"),
-        ({"epochs": 0}, "epochs=0"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"lr": 0.0}, "lr=0.0 must be a number above 0"),
-        ({"lr": float("inf")}, "lr=inf"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0"),
         ({"enc_scale": float("nan")}, "enc_scale=nan must be a finite number"),
         ({"block_size": 0}, "block_size=0"),
         ({"seed": -1}, "seed=-1"),
         ({"dst_interval": 0}, "dst_interval=0"),
-        ({"dst_fraction": -0.1}, "dst_fraction=-0.1"),
-        ({"limit_train": 0}, "limit_train=0"),
         ({"model": "ring"}, "model='ring' is unknown; choose one of dense, index, random, mixer"),
         ({"dataset": "mnist"}, "dataset='mnist' is unknown; choose one of fashionmnist, "),
         ({"neuron": "izhikevich"}, "neuron='izhikevich' is unknown; choose one of lif, synaptic, adlif"),
         ({"syn_decay": 0.8}, "syn_decay=0.8 has no effect with neuron=lif; give `neuron=synaptic`, or leave it out"),
-        (
-            {"neuron": "synaptic", "syn_decay": 1.5},
-            "syn_decay=1.5 must be a number from 0 to",
-        ),
-        (
-            {"surrogate": "step"},
-            "surrogate='step' is unknown; choose one of atan, fast_sigmoid, sigmoid, triangle, box",
-        ),
+        ({"neuron": "synaptic", "syn_decay": 1.5}, "syn_decay=1.5 must be a number from 0 to"),
+        ({"surrogate": "step"}, "surrogate='step' is unknown; choose one of atan, fast_sigmoid, sigmoid, triangle, b"),
         ({"alpha": 0.0}, "alpha=0.0 must be a number above 0"),
         ({"augment": "crop"}, "augment='crop' is unknown; choose one of auto, crop-flip, shift-flip, flip, none"),
         ({"dataset": "cifar10", "use_resnet": True, "augment": "flip"}, "augment=flip needs images"),
@@ -104,19 +89,15 @@ def test_the_stem_names_the_run(options, stem):
         ({"sequence": "rows", "sequence_step": 0}, "sequence_step=0 must be"),
         ({"sequence": "pixels", "sequence_step": 5}, "sequence_step=5 does not divide the 784 pixels of an image"),
         ({"sequence": "pixels", "sequence_seed": 1}, "sequence_seed=1 has no effect with sequence=pixels; give `seq"),
-        (
-            {"dataset": "cifar10", "use_resnet": True, "sequence": "rows"},
-            "sequence=rows needs images, but use_resnet trains on features; leave one of them out",
-        ),
+        (RESNET | {"sequence": "rows"}, "sequence=rows needs images, but use_resnet trains on features; leave one of"),
         ({"use_resnet": True}, "use_resnet needs `dataset=cifar10` or `dataset=cifar100`"),
-        ({"dataset": "cifar10", "use_resnet": True, "augment": "crop-flip"}, "augment=crop-flip needs images"),
         ({"dataset": "cifar10", "resnet_weights": "w.pt"}, "resnet_weights=w.pt has no effect without use_resnet"),
         ({"sparsity_mode": "dynamic"}, "sparsity_mode=dynamic needs a sparse model; give `model=index"),
         ({"sparsity_mode": "dynamic", "model": "index", "dst_fraction": 0.0}, "dst_fraction=0.0 replaces nothing"),
         ({"final_density": 0.1}, "final_density=0.1 has no effect with sparsity_mode=static; give `sparsity_mode=dyn"),
         (
-            {"sparsity_mode": "dynamic", "final_density": 0.1, "dst_fraction": 0.0, "cg": "gradient"},
-            "cg=gradient has no effect with dst_fraction=0.0",
+            DYNAMIC | {"final_density": 0.1, "dst_fraction": 0.0, "cg": "gradient"},
+            "cg=gradient has no effect with dst_f",
         ),
         ({"sparsity_mode": "dynamic", "final_density": 0.0}, "final_density=0.0 must be"),
         ({"sparsity_mode": "dynamic", "model": "index", "p_inter": 1.0}, "nothing to grow at p_inter=1"),
@@ -170,8 +151,3 @@ def test_all_bad_values_are_listed_at_once():
     with pytest.raises(SettingsError) as error:
         TrainSettings(p_inter=2.0, T=0, model="ring")
     assert len(str(error.value).splitlines()) == 3
-
-
-@pytest.mark.parametrize("model", ["dense", "index"])
-def test_there_may_be_more_groups_than_neurons(model):
-    assert TrainSettings(model=model, num_groups=64, hidden_dim=8).hidden_dim == 8

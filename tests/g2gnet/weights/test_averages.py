@@ -246,7 +246,7 @@ def test_an_average_over_buffers_of_a_network_that_stays_as_it_is_may_round():
     assert torch.equal(average.state_dict()["fc2.mask.wiring"], net.fc2.mask.wiring)
 
 
-@pytest.mark.parametrize("decay", [0.99, 0.9999, 0.99999])
+@pytest.mark.parametrize("decay", [0.99, 0.99999])
 def test_one_unit_of_another_wiring_in_an_average_is_no_rounding(decay):
     net = network()
     average, mask = copy.deepcopy(net), net.fc2.mask

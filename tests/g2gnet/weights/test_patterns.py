@@ -49,13 +49,7 @@ def test_a_pattern_of_ones_own_decides_every_layer_of_a_network():
     counts = net(torch.rand(5, 64) * 3)
     counts.sum().backward()
     assert net.fc1.values.grad is not None
-    other = G2GNet(64, 32, 16, "small_world", block_size=2, T=4, generator=seeded(1))
-    other.load_state_dict(net.state_dict())
-    assert torch.equal(other.fc2.mask.to_dense(), net.fc2.mask.to_dense())
-
-
-def test_a_pattern_of_ones_own_makes_any_model_sparse():
-    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))  # and any model's
     before = model[0].weight.detach().clone()
     sparsify(model, pattern=neighbours, block_size=2)
     expected = (torch.arange(32)[:, None] // 4 - torch.arange(64) // 8).abs() <= 1
@@ -113,7 +107,7 @@ def test_rewired_links_keep_their_number_and_go_anywhere_but_home():
     assert 0.9 * rewire < moved / (DRAWS * groups * linked) <= 1.02 * rewire
 
 
-@pytest.mark.parametrize("p_inter", [0.0, 0.1, 0.15, 0.6, 1.0])
+@pytest.mark.parametrize("p_inter", [0.0, 0.15, 0.6, 1.0])
 def test_a_small_world_has_the_units_that_its_probabilities_say(p_inter):
     layouts = GroupLayout(64, 8), GroupLayout(128, 8)
     world = SmallWorld(0.9, p_inter)
@@ -134,8 +128,8 @@ def weights_of(probability, out, into):
 def test_groups_of_different_sizes_have_the_weights_of_groups(model):
     """Of 12 and 12 neurons in 8 groups 20 of 144 weights are inside of groups, but 8 of 64 units."""
     groups = GroupLayout(12, 8), GroupLayout(12, 8)
-    shares = [mask_between(model, *groups, (1.0, 0.0), 1, seeded(seed)).density for seed in range(DRAWS)]
-    assert statistics.mean(shares) == pytest.approx(20 / 144, abs=4 * statistics.stdev(shares) / DRAWS**0.5)
+    shares = [mask_between(model, *groups, (1.0, 0.0), 1, seeded(seed)).density for seed in range(100)]
+    assert statistics.mean(shares) == pytest.approx(20 / 144, abs=4 * statistics.stdev(shares) / 10)
     ((p_intra, p_inter),) = layer_probabilities([(12, 12)], 0.8, 0.1, 8, "erk")
     assert (20 * p_intra + 124 * p_inter) / 144 == pytest.approx((20 * 0.8 + 124 * 0.1) / 144)
 
@@ -187,10 +181,11 @@ def test_a_ring_has_no_ends():
     assert torch.allclose(near, torch.tensor([[0.1, 0.5], [0.35, 0.25]]))
 
 
-@pytest.mark.parametrize("weights", [0.05, 0.256, 0.8, 1.0])
 @pytest.mark.parametrize(
-    "shapes", [[(2048, 784), (2048, 2048), (10, 2048)], [(30, 20)], [(8, 8), (512, 512), (4, 512)]]
-)
+    ("weights", "shapes"),
+    [(0.05, [(2048, 784), (2048, 2048), (10, 2048)]), (0.256, [(8, 8), (512, 512), (4, 512)]), (0.8, [(30, 20)]),
+     (1.0, [(8, 8), (512, 512), (4, 512)])],
+)  # fmt: skip
 def test_erk_gives_small_layers_more_and_all_together_as_much(weights, shapes):
     sizes = [out * into for out, into in shapes]
     budget = weights * sum(sizes)
@@ -216,10 +211,10 @@ def test_a_network_with_erk_has_as_many_weights_and_the_densities_asked_for(mode
     assert net.fc3.mask.density > 2 * net.fc2.mask.density
 
 
-@pytest.mark.parametrize("density", ["uniform", "erk"])
-def test_probabilities_of_layers_stay_probabilities(density):
+def test_probabilities_of_layers_stay_probabilities():
     shapes = [(2048, 784), (2048, 2048), (10, 2048)]
-    for p_intra, p_inter in itertools.product([0.0, 0.2, 1.0], [0.0, 0.03, 0.5, 1.0]):
+    ranges = [0.0, 0.2, 1.0], [0.0, 0.03, 0.5, 1.0], ["uniform", "erk"]
+    for p_intra, p_inter, density in itertools.product(*ranges):
         for pair in layer_probabilities(shapes, p_intra, p_inter, 8, density):
             assert all(0 <= p <= 1 for p in pair)
     assert layer_probabilities(shapes, 1.0, 0.15, 8) == [(1.0, 0.15)] * 3

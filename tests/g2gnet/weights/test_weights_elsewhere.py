@@ -40,7 +40,7 @@ def test_a_functional_call_with_a_networks_state_is_that_network(device, options
         assert host.fc2.mask.equals(before.fc2.mask)
 
 
-def test_weights_alone_are_those_of_the_networks_own_units():
+def test_weights_alone_are_those_of_the_networks_own_units_and_averages_of_wirings_refused():
     net, host = network(), network(seed=1)
     expected = copy.deepcopy(host)
     with torch.no_grad():
@@ -48,6 +48,9 @@ def test_weights_alone_are_those_of_the_networks_own_units():
             mine.copy_(theirs)
     given = dict(net.named_parameters())
     assert torch.equal(functional_call(host, given, (X,)), expected(X))
+    both = parameters_and_buffers(net), parameters_and_buffers(host)
+    with pytest.raises(ValueError, match="average of networks with different wirings"):
+        functional_call(host, {name: (tensor + both[1][name]) / 2 for name, tensor in both[0].items()}, (X,))
 
 
 def test_a_target_of_tensors_follows_if_buffers_are_copied_with_the_parameters():
@@ -70,13 +73,6 @@ def test_a_target_of_tensors_follows_if_buffers_are_copied_with_the_parameters()
             for mine, theirs in zip(twin.parameters(), net.parameters(), strict=True):
                 mine.lerp_(theirs, share)
     assert dst.pruned > 0
-
-
-def test_an_average_of_two_wirings_in_place_of_the_wiring_is_refused():
-    given = [parameters_and_buffers(network(seed=seed)) for seed in (0, 1)]
-    mixed = {name: (tensor + given[1][name]) / 2 for name, tensor in given[0].items()}
-    with pytest.raises(ValueError, match="average of networks with different wirings"):
-        functional_call(network(), mixed, (X,))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -117,6 +113,9 @@ def test_weights_that_something_computes_are_saved_and_loaded_with_the_same_wiri
     for layer in layers:
         wrap(layer)
     first, second, other = layers
+    if wrap is WRAPPED["a parametrization"]:
+        assert torch.equal(first.dense_weight(), network().fc2.dense_weight() / 2)
+        assert torch.equal(copy.deepcopy(first)(HIDDEN), first(HIDDEN))
     x = HIDDEN.clone().requires_grad_()
     first(x).sum().backward()
     assert x.grad.abs().sum() > 0
@@ -129,17 +128,6 @@ def test_weights_that_something_computes_are_saved_and_loaded_with_the_same_wiri
     with pytest.raises(RuntimeError, match="mask differs"):
         other.load_state_dict(first.state_dict())
     assert torch.equal(other.mask.to_dense(), network(seed=1).fc2.mask.to_dense())
-
-
-def test_parametrized_weights_are_what_the_parametrization_says():
-    layer = network().fc2
-    weight = layer.dense_weight().detach()
-    parametrize.register_parametrization(layer, "values", Half())
-    assert torch.equal(layer.dense_weight(), weight / 2)
-    assert torch.equal(copy.deepcopy(layer)(HIDDEN), layer(HIDDEN))
-    parametrize.remove_parametrizations(layer, "values")
-    assert torch.equal(layer.dense_weight(), weight / 2)
-    assert isinstance(layer.values, nn.Parameter)
 
 
 def test_the_state_for_distributed_checkpoints_is_the_networks():

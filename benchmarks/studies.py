@@ -1,0 +1,500 @@
+"""The studies: rows of flags of ``train.py`` that are compared on Fashion-MNIST, as data.
+
+:mod:`benchmarks.study` trains them, :mod:`benchmarks.study_tables` makes their tables.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """Rows of flags to be compared.
+
+    Attributes:
+        about: what is asked, and what its rows are.
+        takes: how long all of it takes.
+        common: flags of every run.
+        rows: the flags of each row, by its name.
+        epochs: of each run whose row does not say it.
+        columns: of its table (:data:`benchmarks.study_tables.COLUMNS`).
+        default_rows, seeds: what ``--rows`` and ``--seeds`` are unless they are given.
+        costs: whether memory and processor time of a training step are measured, too.
+    """
+
+    about: str
+    takes: str
+    common: str
+    rows: Mapping[str, str]
+    epochs: int
+    columns: Sequence[str]
+    default_rows: Sequence[str] = ("*",)
+    seeds: Sequence[int] = (1, 2, 3)
+    costs: bool = False
+
+
+#: the density at p_intra = 1, p_inter = 0.15 and 8 groups
+FULL = 0.25625
+#: flags of gradual pruning, and of networks that are rewired by a rule: a share that falls along a cosine
+PRUNED = "--sparsity_mode dynamic --dst_interval 100 --dst_fraction 0 --dst_stop 0.75"
+SCHEDULE = "--dst_interval 100 --dst_fraction 0.3 --dst_schedule cosine --dst_stop 0.75"
+GROWTH = {
+    "static": "",
+    "random": "--sparsity_mode dynamic --cg random",
+    "correlation": "--sparsity_mode dynamic --cg hebb",
+    "gradient": "--sparsity_mode dynamic --cg gradient",
+}
+REWIRED = f"{GROWTH['gradient']} {SCHEDULE}"
+PLAIN = "--dataset fashionmnist --T 10 --lr_schedule cosine --weight_decay 0 --standardize --surrogate triangle"
+
+
+def joined(*flags: str) -> str:
+    """Flags in one line."""
+    return " ".join(filter(None, flags))
+
+
+def density_flags(percent: float) -> str:
+    """The probabilities of a density, scaled alike; the default ones for 25 %."""
+    p_intra = 1.0 if percent == 25 else percent / 100 / FULL
+    return f"--p_intra {p_intra:.4g} --p_inter {0.15 * p_intra:.4g}"
+
+
+# --- which growth rule ----------------------------------------------------------------------------------------------
+
+#: densities in per cent, by the side of a unit
+GROWN = {16: (25, 10, 5, 2), 64: (25, 5), 1: (5,)}
+
+
+def grown(side: int, percent: int, growth: str) -> str:
+    """The name of a row of the study ``dst``."""
+    return f"units of {side}, {percent} %, {growth}"
+
+
+def _dst() -> dict[str, str]:
+    rows = {
+        grown(side, percent, growth): joined(
+            f"--block_size {side} {density_flags(percent)}", flags, SCHEDULE if flags else ""
+        )
+        for side, densities in GROWN.items()
+        for percent in densities
+        for growth, flags in GROWTH.items()
+    }
+    default = {growth: f"--block_size 64 {GROWTH[growth]}" for growth in ("random", "correlation")}
+    return rows | {f"{grown(64, 25, growth)}, default schedule": flags for growth, flags in default.items()}
+
+
+# --- few weights ----------------------------------------------------------------------------------------------------
+
+#: neurons per layer of the dense network that has no more weights
+DENSE_WIDTHS = {58_000: 67, 118_000: 127}
+#: the word of a row that :mod:`benchmarks.deep_r` trains
+DEEP_R = "DEEP R"
+#: flags of a way to few weights that begins with few, by the ending of a row's name; and of one that begins with many
+FEW_AT_FIRST = {
+    "": "",
+    ", ERK": "--density erk",
+    ", rewired": REWIRED,
+    ", rewired, ERK": f"{REWIRED} --density erk",
+    f", {DEEP_R}": "--name DEEP_R",
+}
+MANY_AT_FIRST = {
+    ", gradual": PRUNED,
+    ", gradual, rewired": REWIRED,
+    ", from dense": f"{PRUNED} --p_inter 1",
+    ", from dense, rewired": f"{REWIRED} --p_inter 1",
+}
+SMOOTHED = "--readout last --label_smoothing 0.1"
+#: what is added to any of them
+MORE = {
+    "": "--augment flip",
+    ", smoothed": f"{SMOOTHED} --augment flip",
+    ", smoothed, shifted": f"{SMOOTHED} --augment shift-flip",
+    ", smoothed, shifted, decayed": f"{SMOOTHED} --augment shift-flip --optimizer adamw --weight_decay 0.1",
+}
+#: the choice of the held-back images, on which the two of 127 neurons were level; README shows the second one's command
+CHOSEN_FEW = (
+    "58,000 weights, dense, 67, smoothed",
+    "58,000 weights, H 512, units of 1, gradual, smoothed, shifted",
+    "58,000 weights, H 512, units of 16, gradual, smoothed, shifted",
+    "118,000 weights, dense, 127, smoothed",
+    "118,000 weights, dense, 127, smoothed, shifted",
+    "118,000 weights, H 512, units of 1, gradual, smoothed, shifted",
+    "118,000 weights, H 1024, units of 16, gradual, smoothed, shifted",
+)
+EXAMPLE = CHOSEN_FEW[1]
+
+
+def _few() -> dict[str, str]:
+    rows: dict[str, str] = {}
+    for weights, dense in DENSE_WIDTHS.items():
+        ways = {f"dense, {dense}": f"--model dense --hidden_dim {dense}"}
+        for width in (512, 1024):
+            density = 0.995 * weights / (width * (28 * 28 + width + 10))  # a little less, as units are drawn
+            for side in (1, 16):
+                network = f"--model index --hidden_dim {width} --block_size {side}"
+                if side == 1:  # with units as large as 16 the number of weights depends on the draw
+                    few = f"{network} {density_flags(100 * density)}"
+                    ways |= {f"H {width}, units of 1{how}": f"{few} {flags}" for how, flags in FEW_AT_FIRST.items()}
+                many = f"{network} --final_density {density:.4g}"
+                ways |= {f"H {width}, units of {side}{how}": f"{many} {flags}" for how, flags in MANY_AT_FIRST.items()}
+        for way, flags in ways.items():
+            rows |= {f"{weights:,} weights, {way}{more}": f"{flags.strip()} {also}" for more, also in MORE.items()}
+    return rows
+
+
+# --- weights and time -----------------------------------------------------------------------------------------------
+
+#: (width, density in per cent, side of a unit); the last four have as few weights as dense networks of 12, 64 and 128
+SPARSE = (
+    *((width, 25, 64) for width in (256, 512, 1024, 2048)),
+    *((width, percent, 16) for percent in (10, 5) for width in (1024, 2048, 4096)),
+    *((width, percent, 1) for percent in (10, 5) for width in (1024, 2048)),
+    *((width, percent, 1) for width, percent in ((128, 8), (256, 3), (512, 8), (512, 16))),
+)
+ALSO_REWIRED = ((2048, 10, 16), (2048, 5, 16))
+
+
+def _tradeoff() -> dict[str, str]:
+    widths = (12, 32, 64, 128, 256, 512, 1024, 2048)
+    rows = {f"dense, {width}": f"--model dense --hidden_dim {width}" for width in widths}
+    for width, percent, side in SPARSE:
+        flags = f"--model index --hidden_dim {width} --block_size {side} {density_flags(percent)}"
+        rows[f"index, {width}, {percent} %, units of {side}"] = flags
+        if (width, percent, side) in ALSO_REWIRED:
+            rows[f"index, {width}, {percent} %, rewired, units of {side}"] = f"{flags} {REWIRED}"
+    return rows
+
+
+# --- the recipe -----------------------------------------------------------------------------------------------------
+
+#: the flags of each part
+RECIPE = {
+    "network": "--model index",
+    "width": "--hidden_dim 1024",
+    "steps": "--T 10",
+    "schedule": "--lr_schedule cosine",
+    "input": "--standardize",
+    "weight decay": "--weight_decay 0",
+    "surrogate": "--surrogate triangle",
+    "dropout": "--dropout 0.2",
+    "augmentation": "--augment flip",
+}
+#: the replacements of a part
+OTHERS = {
+    "schedule": {"constant rate": "", "two epochs of warm-up": "--lr_schedule cosine --lr_warmup 470"},
+    "input": {"input as it is": ""},
+    "weight decay": {
+        "weight decay 1e-5": "--weight_decay 1e-5",
+        "weight decay 1e-4": "--weight_decay 1e-4",
+        "decoupled decay 0.01": "--optimizer adamw --weight_decay 0.01",
+        "decoupled decay 0.1": "--optimizer adamw --weight_decay 0.1",
+    },
+    "learning rate": {"learning rate 5e-4": "--lr 5e-4", "learning rate 2e-3": "--lr 2e-3"},
+    "batch": {"batches of 128": "--batch_size 128"},
+    "labels": {"label smoothing 0.1": "--label_smoothing 0.1"},
+    "average": {"averaged over an epoch": "--average 235", "averaged over four epochs": "--average 940"},
+    "surrogate": {"ATan": "", "triangle, alpha 4": "--surrogate triangle --alpha 4"},
+    "dropout": {"no dropout": "", "dropout 0.1": "--dropout 0.1", "dropout 0.3": "--dropout 0.3"},
+    "augmentation": {"no augmentation": "", "shifted and mirrored": "--augment shift-flip"},
+    "occlusion": {"half of the images occluded": "--erase 0.5"},
+    "steps": {"T 5": "--T 5", "T 16": "--T 16", "T 20": "--T 20"},
+    "read-out": {"last membrane": "--readout last"},
+    "neurons": {
+        "a beta and threshold per neuron": "--per_neuron",
+        "synaptic neurons": "--neuron synaptic",
+        "adaptive neurons": "--neuron adlif",
+    },
+    "initial weights": {"initial weights × 3": "--init_gain 3"},
+    "density": {"ERK": "--density erk"},
+    "width": {"H 512": "--hidden_dim 512", "H 2048": "--hidden_dim 2048", "H 4096": "--hidden_dim 4096"},
+    "network": {"mixer": "--model mixer", "dense": "--model dense"},
+}
+DECAYED = {"labels": "label smoothing 0.1", "weight decay": "decoupled decay 0.1"}
+#: parts that help one another
+MEMBRANE = {"read-out": "last membrane", **DECAYED, "density": "ERK"}
+SHIFTED = {"augmentation": "shifted and mirrored", "dropout": "no dropout"}
+SECOND = {**MEMBRANE, **SHIFTED}
+WIDE = {"width": "H 2048"}
+#: what the recipe has in the place of the second recipe's parts
+FIRST = {
+    "read-out": "spike counts",
+    "labels": "hard labels",
+    "weight decay": "no decay",
+    "density": "uniform",
+    "augmentation": "mirrored",
+    "dropout": "dropout 0.2",
+}
+#: parts replaced together in rows of 20 epochs
+TOGETHER = {"last membrane, label smoothing, decay, ERK": MEMBRANE, "shifted and mirrored, no dropout": SHIFTED}
+#: rows of 40 epochs, too: what prevents overfitting pays in long runs, and in wide networks
+LONGER = {
+    "dropout 0.1": {"dropout": "dropout 0.1"},
+    "no augmentation": {"augmentation": "no augmentation"},
+    "H 2048": WIDE,
+    "H 2048, label smoothing, decay": {**WIDE, **DECAYED},
+    "last membrane, label smoothing, decay, ERK": MEMBRANE,
+    "H 2048, last membrane, label smoothing, decay, ERK": {**WIDE, **MEMBRANE},
+    "second recipe": SECOND,
+    "second recipe, H 2048": {**WIDE, **SECOND},
+    "second recipe, H 4096": {"width": "H 4096", **SECOND},
+    "second recipe, H 2048, dense": {
+        **WIDE,
+        "network": "dense",
+        **{part: other for part, other in SECOND.items() if part != "density"},
+    },
+    **{
+        f"second recipe, {first}": {other: of for other, of in SECOND.items() if other != part}
+        for part, first in FIRST.items()
+    },
+}
+#: the best one, which has 80 epochs as well
+BEST = "80 epochs, second recipe, H 2048"
+#: the word of a row of a conventional network (:mod:`benchmarks.relu`), and the rows with one beside them
+RELU = "ReLU"
+CONVENTIONAL = (
+    "the recipe",
+    "20 epochs",
+    "40 epochs, second recipe, H 2048",
+    "40 epochs, second recipe, H 2048, dense",
+    BEST,
+)
+
+
+def _recipe() -> dict[str, str]:
+    def flags(parts: Mapping[str, str], replaced: Mapping[str, str]) -> str:
+        return joined(*({**parts, **{part: OTHERS[part][other] for part, other in replaced.items()}}).values())
+
+    fewer = {**RECIPE, "epochs": "--epochs 20"}
+    rows = {"the recipe": flags(RECIPE, {}), "20 epochs": flags(fewer, {})}
+    for part, others in OTHERS.items():
+        rows |= {row: flags(fewer, {part: row}) for row in others}
+    rows |= {row: flags(fewer, replaced) for row, replaced in TOGETHER.items()}
+    for row, replaced in LONGER.items():
+        rows[f"40 epochs, {row}"] = flags(RECIPE, replaced)
+        if f"80 epochs, {row}" == BEST:
+            rows[BEST] = f"{rows[f'40 epochs, {row}']} --epochs 80"
+    for width in (1024, 2048):
+        for row, dropout in (("dropout 0.2", RECIPE["dropout"]), ("no dropout", "")):
+            parts = {**RECIPE, "width": f"--hidden_dim {width}", "dropout": dropout}
+            sparser = f"--block_size 16 {density_flags(5)} {REWIRED}"
+            rows[f"5 %, H {width}, {row}"] = joined(*parts.values(), sparser)
+    return rows | {f"{row}, {RELU}": f"{rows[row]} --name {RELU}" for row in CONVENTIONAL}
+
+
+# --- structure ------------------------------------------------------------------------------------------------------
+
+#: the model of each graph, and what the others are compared with
+GRAPHS = {
+    "regular": "regular",
+    "Erdős–Rényi": "erdos_renyi",
+    "index": "index",
+    "random": "random",
+    "mixer": "mixer",
+    "small world": "small_world",
+    "distance": "distance",
+    "image plane": "plane",
+}
+CONTROL = "regular"
+
+
+def _of_graphs(sizes: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The flags of each graph of each size, whose own flags are given."""
+    return {f"{graph}, {size}": f"--model {model} {flags}" for size, flags in sizes for graph, model in GRAPHS.items()}
+
+
+def _structure() -> dict[str, str]:
+    return _of_graphs(
+        (
+            f"H {width}, {percent} %, units of {side}",
+            f"--hidden_dim {width} --block_size {side} {density_flags(percent)}",
+        )
+        for width in (1024, 2048)
+        for percent in (25, 10, 5, 2)
+        for side in (16, 1)
+    )
+
+
+# --- over time ------------------------------------------------------------------------------------------------------
+
+#: how an image unfolds; where steps are many, a longer memory, and against exploding gradients a lower surrogate and
+#: smaller steps
+SEQUENCES = {
+    "rows": "--sequence rows",
+    "permuted": "--sequence permuted --sequence_step 4 --beta 0.97 --alpha 0.05 --lr 0.002",
+    "pixels": "--sequence pixels --chunk 56 --beta 0.97 --alpha 0.02 --lr 0.001",
+}
+NETWORKS = {
+    "feed-forward": "",
+    "recurrent": "--recurrent",
+    "adaptive": "--neuron adlif",
+    "both": "--recurrent --neuron adlif",
+}
+#: which weights a network has; with 5 % in units of 16, 37 % of the second layer never fired
+WEIGHTS = {
+    "25 %": f"--model index --density erk --block_size 16 {density_flags(25)}",
+    "5 %, rewired": f"--model index --density erk --block_size 4 {density_flags(5)} {REWIRED}",
+    "dense": "--model dense",
+}
+#: the word of a row of PyTorch's GRU (:mod:`benchmarks.gru`), and the best learning rates on held-back images
+GRU = "GRU"
+GRU_RATES = {"rows": "--lr 0.008", "permuted": "--lr 0.016", "pixels": "--lr 0.032"}
+OVER_TIME = (
+    "--dataset fashionmnist --hidden_dim 256 --batch_size 128 --lr 0.004 --lr_schedule cosine --weight_decay 0 "
+    "--standardize --readout last --per_neuron --surrogate triangle --alpha 0.5"
+)
+
+
+def _sequence() -> dict[str, str]:
+    rows: dict[str, str] = {}
+    for data, sequence in SEQUENCES.items():
+        for network, flags in NETWORKS.items():
+            rows |= {f"{data}, {network}, {kept}": joined(sequence, flags, of) for kept, of in WEIGHTS.items()}
+        rows[f"{data}, {GRU}"] = f"{rows[f'{data}, recurrent, 25 %']} {GRU_RATES[data]} --name {GRU}"
+    return rows
+
+
+# --- all --------------------------------------------------------------------------------------------------------------
+
+ACCURACY, TRAINED, SILENT = "test accuracy, %", "training accuracy, %", "never fires, % of layers 1 and 2"
+SECONDS, PROCESSOR = "seconds of training", "processor seconds"
+STUDIES = {
+    "few": Study(
+        "Few weights, and better than a small dense network? As many weights as dense networks of 67 and 127 "
+        "neurons per layer have wider sparse ones in units of 16 or single weights: static; rewired (pruned by "
+        "magnitude, grown by gradient); ERK (small layers keep more of their weights); gradual: beginning with all "
+        "weights inside groups and a seventh of the others, pruned by magnitude; from dense: the same, beginning "
+        "with all weights; DEEP R. Any may be smoothed (labels, and the last membrane instead of spike counts), "
+        "shifted (images, which are always mirrored) and decayed (AdamW's decoupled decay). By default those are "
+        "trained that were the best with --validation. Memory is that of a training step, with the weights that "
+        "training begins with, above the process with its imports.",
+        "an hour",
+        "--dataset fashionmnist --T 10 --lr_schedule cosine --standardize --weight_decay 0 --surrogate triangle",
+        _few(),
+        40,
+        ("at most", "weights", ACCURACY, TRAINED, SILENT, PROCESSOR, "memory of a step"),
+        default_rows=CHOSEN_FEW,
+        costs=True,
+    ),
+    "tradeoff": Study(
+        "Accuracy for time and for weights, dense against sparse: dense networks of several widths and wide sparse "
+        "ones, by one recipe. Times are processor seconds of training without evaluation, on one thread; with "
+        "--jobs 1 no other run uses the caches.",
+        "six hours",
+        PLAIN,
+        _tradeoff(),
+        20,
+        ("network", "weights", PROCESSOR, ACCURACY),
+    ),
+    "recipe": Study(
+        "What does each part of the recipe contribute? The recipe takes 40 epochs. The rows of 20 epochs are the "
+        "recipe, and the recipe with one part left out or replaced; the rows '40 epochs, …' have some of these, "
+        "alone or together, in runs as long as the recipe's or longer. The second recipe is what came of them: the "
+        "last membrane, label smoothing, decoupled decay, ERK, shifted images and no dropout; its other rows have "
+        "one part of the first recipe instead. Choose what to keep with --validation. The rows '5 %, …' have that "
+        "share of the weights, in rewired units of 16. Rows of ReLU are the same networks without spikes and time.",
+        "twenty hours",
+        "--dataset fashionmnist",
+        _recipe(),
+        40,
+        ("", "epochs", ACCURACY, "minus the recipe, points", TRAINED, SILENT, SECONDS),
+    ),
+    "dst": Study(
+        "Growth rules of dynamic sparse training against static graphs. All prune by magnitude; the replaced share "
+        "starts at 0.3, every 100 steps, and falls along a cosine to zero at 75 % of training. At 25 % there is "
+        "also the default schedule, 10 % every 1,000 steps. Placement: standard deviation over mean of the units "
+        "of a block row of fc2, and of a block column; block rows without units; units that join neurons of one "
+        "group.",
+        "eight hours",
+        PLAIN.replace("--T 10", "--model index --T 10 --hidden_dim 1024"),
+        _dst(),
+        20,
+        ("", ACCURACY, SILENT, "spread", "rows empty", "inside"),
+    ),
+    "structure": Study(
+        "Does it matter who connects to whom? Groups by index, random and mixer, a small world of groups, distance "
+        "on a ring and on the image plane, against two graphs without modules: Erdős–Rényi and regular, whose rows "
+        "have equally many units, as those of groups have. Each is compared with regular, seed by seed, so that "
+        "all differ from it in nothing but where units lie. Weights are shared out by ERK: the read-out is then "
+        "complete, or nearly so, and no graph is judged by a class that its draw left without weights. By default "
+        'the graphs of one size are trained; --rows "*" trains all 640 runs.',
+        "two hours, all of it with 2 epochs six and a half",
+        PLAIN.replace("--dataset fashionmnist", "--dataset fashionmnist --density erk"),
+        _structure(),
+        5,
+        (),
+        default_rows=("*, H 1024, 5 %, units of 16",),
+        seeds=(1, 2, 3, 4, 5),
+    ),
+    "recurrent_structure": Study(
+        "Does it matter who connects to whom over time? The graphs of the study structure in recurrent networks "
+        "that read images row by row, with the settings and sizes of the study sequence.",
+        "forty minutes",
+        f"{OVER_TIME} --sequence rows --recurrent --density erk",
+        _of_graphs(
+            (f"{percent} %, units of {side}", f"--block_size {side} {density_flags(percent)}")
+            for percent, side in ((25, 16), (5, 4))
+        ),
+        3,
+        (),
+        seeds=(1, 2, 3, 4, 5),
+    ),
+    "sequence": Study(
+        "Sequences with and without recurrence and adaptation. Images come row by row (T 28), as pixels in a fixed "
+        "random order, four at a time (T 196), or pixel by pixel (T 784, 56 steps at a time). Each is learned by "
+        "networks that are feed-forward, recurrent, adaptive or both, sparse (a quarter of the weights in units of "
+        "16, or a twentieth in units of 4 that is rewired) and dense, and by PyTorch's GRU with as many weights as "
+        "the recurrent network of a quarter. Only the rows are trained unless --rows names others: pixels take "
+        "hours.",
+        "four hours, with 5 epochs one",
+        OVER_TIME,
+        _sequence(),
+        20,
+        ("", "weights", "memory of a step", "its processor time", ACCURACY),
+        default_rows=("rows, *",),
+        costs=True,
+    ),
+    "surrogate": Study(
+        "Surrogate gradients of the hidden neurons; everything else has its default. The rows of the default size "
+        'are long runs: --seeds 1 --rows "*default size*" runs each once.',
+        "five hours",
+        "--dataset fashionmnist --model index",
+        {
+            f"{surrogate}, alpha {alpha}{size}": f"{sizes} --surrogate {flag} --alpha {alpha}"
+            for size, sizes in (("", "--T 10 --hidden_dim 1024"), (", default size, 5 epochs", "--epochs 5"))
+            for surrogate, flag, alpha in (
+                ("ATan", "atan", 2), ("triangle", "triangle", 2), ("triangle", "triangle", 4), ("boxcar", "boxcar", 2)
+            )
+        },
+        20,
+        ("", ACCURACY, "firing rate, % of layers 1 and 2", SILENT, SECONDS),
+    ),
+    "models": Study(
+        "Every model, static graphs. The last row is a control: an unstructured random graph with as many weights.",
+        "twenty minutes",
+        "--dataset fashionmnist --T 10 --hidden_dim 1024",
+        {
+            "dense": "--model dense",
+            "index": "--model index",
+            "random": "--model random",
+            "mixer": "--model mixer",
+            "index, units of 32": "--model index --block_size 32",
+            "index, units of 16": "--model index --block_size 16",
+            "index, single weights": "--model index --block_size 1",
+            "unstructured random graph": f"--model index --block_size 1 --num_groups 1 --p_intra {FULL}",
+        },
+        5,
+        ("model", ACCURACY, TRAINED, "weights of fc2 that exist", "flags"),
+    ),
+    "rewiring": Study(
+        "Does rewiring pay in time? A dense network, a sparse one with a fixed graph, and one that grows by gradient.",
+        "two minutes",
+        "--dataset fashionmnist --T 10 --hidden_dim 1024",
+        {
+            "dense": "--model dense",
+            "index, fixed graph": "--model index",
+            "index, dynamic": f"--model index {SCHEDULE.replace(' --dst_fraction 0.3', '')} {GROWTH['gradient']}",
+        },
+        4,
+        ("", ACCURACY, "seconds of an epoch"),
+    ),
+}  # fmt: skip

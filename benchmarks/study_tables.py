@@ -1,0 +1,308 @@
+"""Tables of studies: one with a line per row, whose columns the study names, and some that compare rows."""
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from scipy import stats
+
+from g2gnet.base.tables import markdown
+from g2gnet.programs.sweep.results import estimate
+
+from .studies import CONTROL, GRAPHS, GROWN, GROWTH, RELU, STUDIES, grown
+
+Run = dict[str, Any]
+TEST_IMAGES = "the test images"
+HELD_BACK = "a sixth of the training images, another one for each seed"
+#: with ``--validation`` a run tests on one part of so many of the training images
+FOLDS = 6
+
+
+def fold_of(seed: int) -> int:
+    """The part of the training images that a run holds back: with seed 1 the last, with seed 2 the last but one, ..."""
+    return (1 - seed) % FOLDS or FOLDS
+
+
+class Row(NamedTuple):
+    """A row of a record: its name and flags, its runs, and what it is compared with (none: nothing)."""
+
+    name: str
+    flags: str
+    runs: list[Run]
+    control: list[Run]
+
+    def mean(self, quantity: str) -> float:
+        """The mean of ``weights``, or another number, over its runs."""
+        return statistics.mean(run[quantity] for run in self.runs)
+
+
+def rows_of(record: Mapping[str, Any]) -> list[Row]:
+    """The rows that have runs.
+
+    Those of the recipe are compared with the recipe, or with 20 epochs of it, by the number of their epochs.
+    """
+    runs: dict[str, list[Run]] = {}
+    for run in record["runs"]:
+        runs.setdefault(run["row"], []).append(run)
+    bases = {of[0].get("epoch"): of for name in ("20 epochs", "the recipe") if (of := runs.get(name))}
+    controls = {name: bases.get(of[0].get("epoch"), []) for name, of in runs.items()}
+    return [
+        Row(name, record["rows"].get(name, ""), of, [] if controls[name] is of else controls[name])
+        for name, of in runs.items()
+    ]
+
+
+def accuracy(run: Run) -> float:
+    """Test accuracy after the last epoch, in per cent."""
+    return 100 * run["test_acc"]
+
+
+def spread(runs: Sequence[Run], value: Callable[[Run], float], digits: int = 2) -> str:
+    """Mean ± standard error of the mean over runs, and their number where it is not three."""
+    text = estimate([value(run) for run in runs]).text(digits)
+    return text if len(runs) == 3 else f"{text} (n = {len(runs)})"
+
+
+def differences(runs: Sequence[Run], control: Sequence[Run]) -> list[float]:
+    """Accuracy minus that of the control, in points, for each seed that both have; equal ones are equal numbers."""
+    of_control = {run["seed"]: accuracy(run) for run in control}
+    return [round(accuracy(run) - of_control[run["seed"]], 9) for run in runs if run["seed"] in of_control]
+
+
+def _gain(row: Row) -> str:
+    """Mean ± standard error of these differences, and their number if it is not that of the runs; ``–`` without any."""
+    found = differences(row.runs, row.control)
+    if not found:
+        return "–"
+    mean, error = estimate(found)
+    text = f"{mean:+.2f}" if error is None else f"{mean:+.2f} ± {error:.2f}"
+    return text if len(found) == len(row.runs) else f"{text} (n = {len(found)})"
+
+
+def _shares(quantity: str, digits: int = 0) -> Callable[[Row], str]:
+    """The mean share of hidden layers 1 and 2, in per cent, as ``8, 28``."""
+    return lambda row: ", ".join(
+        f"{100 * statistics.mean(run[quantity][layer] for run in row.runs):.{digits}f}" for layer in (0, 1)
+    )
+
+
+def _placed(*names: str, percent: bool = False) -> Callable[[Row], str]:
+    means = lambda row: (statistics.mean(run["placement"][name] for run in row.runs) for name in names)  # noqa: E731
+    return lambda row: ", ".join(f"{100 * mean:.0f} %" if percent else f"{mean:.2f}" for mean in means(row))
+
+
+def _name(row: Row) -> str:
+    return row.name
+
+
+#: what a column of a table shows, by its title
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    **dict.fromkeys(("", "at most", "network", "model"), _name),
+    "flags": lambda row: f"`{row.flags}`",
+    "epochs": lambda row: str(row.runs[0]["epoch"]),
+    "weights": lambda row: f"{row.mean('weights'):,.0f}",
+    "weights of fc2 that exist": lambda row: f"{100 * row.mean('density'):.1f} %",
+    "test accuracy, %": lambda row: spread(row.runs, accuracy),
+    "training accuracy, %": lambda row: spread(row.runs, lambda run: 100 * run["train_acc"]),
+    "minus the recipe, points": _gain,
+    "never fires, % of layers 1 and 2": _shares("silent"),
+    "firing rate, % of layers 1 and 2": _shares("firing_rate", 1),
+    "seconds of training": lambda row: spread(row.runs, lambda run: run["train_seconds"], 0),
+    "seconds of an epoch": lambda row: spread(row.runs, lambda run: run["train_seconds"] / run["epoch"], 1),
+    "processor seconds": lambda row: spread(row.runs, lambda run: run["train_cpu_seconds"], 0),
+    "memory of a step": lambda row: f"{row.mean('step_bytes') / 1e6:.0f} MB",
+    "its processor time": lambda row: f"{1e3 * min(run['step_seconds'] for run in row.runs):.3g} ms",
+    "spread": _placed("rows_spread", "cols_spread"),
+    "rows empty": _placed("rows_empty", percent=True),
+    "inside": _placed("inside", percent=True),
+}
+
+
+def table(record: Mapping[str, Any]) -> str:
+    """The table of a study's record."""
+    columns = STUDIES[record["benchmark"]].columns
+    if not columns:
+        return structure(record)
+    return markdown(list(columns), [[COLUMNS[column](row) for column in columns] for row in rows_of(record)])
+
+
+# --- which growth rule ----------------------------------------------------------------------------------------------
+
+
+def growth(record: Mapping[str, Any]) -> str:
+    """Accuracy by units, density and growth, and the best growth minus static, with its standard error."""
+    rows = {row.name: row.runs for row in rows_of(record)}
+    lines = []
+    for side, percent in ((side, percent) for side, densities in GROWN.items() for percent in densities):
+        runs = {rule: found for rule in GROWTH if (found := rows.get(grown(side, percent, rule)))}
+        if runs:
+            cells = (spread(runs[rule], accuracy) if rule in runs else "–" for rule in GROWTH)
+            lines.append([f"{side}", f"{percent} %", *cells, _best_growth(runs)])
+    return markdown(["block size", "density", *GROWTH, "best growth − static"], lines)
+
+
+def _best_growth(runs: Mapping[str, list[Run]]) -> str:
+    found = {rule: estimate([accuracy(run) for run in of]) for rule, of in runs.items()}
+    static = found.pop("static", None)
+    if static is None or not found:
+        return "–"
+    best = max(found, key=lambda rule: found[rule].mean)
+    gain, errors = found[best].mean - static.mean, (found[best].error, static.error)
+    if None in errors:
+        return f"{gain:+.2f} ({best})"
+    return f"{gain:+.2f} ± {sum(error**2 for error in errors if error) ** 0.5:.2f} ({best})"
+
+
+# --- weights --------------------------------------------------------------------------------------------------------
+
+BUDGETS = (10_000, 100_000, 300_000, 1_000_000)
+
+
+def density(row: Row) -> str:
+    """``dense``, or the share of the weights, whether they are rewired, and the units."""
+    return ", ".join(row.name.split(", ")[2:]) or "dense"
+
+
+def best(rows: Sequence[Row], dense: bool, weights: float) -> Row | None:
+    """The dense or sparse row with the highest mean accuracy among those of at most so many weights."""
+    within = [row for row in rows if (density(row) == "dense") == dense and row.mean("weights") <= weights]
+    return max(within, key=lambda row: statistics.mean(map(accuracy, row.runs)), default=None)
+
+
+def budgets(record: Mapping[str, Any]) -> str:
+    """The best dense and the best sparse network with each budget of weights."""
+    lines = []
+    for budget in BUDGETS:
+        lines.append([f"{budget:,} weights"])
+        for dense in (True, False):
+            row = best(rows_of(record), dense, budget)
+            lines[-1] += (
+                ["–"] * 3
+                if row is None
+                else [row.name, spread(row.runs, accuracy), f"{row.mean('train_cpu_seconds'):.0f}"]
+            )
+    header = [name for kind in ("dense", "sparse") for name in (kind, "accuracy, %", "seconds")]
+    return markdown(["at most", *header], lines)
+
+
+# --- the recipe -----------------------------------------------------------------------------------------------------
+
+
+def gains_by_seed(records: Sequence[Mapping[str, Any]]) -> str:
+    """What each row of 20 epochs gains over the recipe of as many, seed by seed: each holds back other images.
+
+    Runs of one seed, part, processor, version of PyTorch and common settings are compared, with the base of their own
+    record if it has it. A run that several records have has several numbers.
+    """
+    rows = {row for row, flags in STUDIES["recipe"].rows.items() if "--epochs 20" in flags and RELU not in row}
+    bases: dict[tuple[Any, ...], dict[int, float]] = {}
+    others: list[tuple[tuple[Any, ...], int, str, float]] = []
+    for number, record in enumerate(records):
+        for run in record["runs"] if record["tested_on"] != TEST_IMAGES else ():
+            # older records hold back the last part whatever the seed
+            if record["tested_on"] == HELD_BACK or fold_of(run["seed"]) == FOLDS:
+                machine = record["machine"]
+                alike = (run["seed"], machine["cpu"], machine["versions"]["torch"], record["settings"])
+                if run["row"] == "20 epochs":
+                    bases.setdefault(alike, {})[number] = accuracy(run)
+                elif run["row"] in rows:
+                    others.append((alike, number, run["row"], accuracy(run)))
+    found: dict[str, dict[int, list[float]]] = {}
+    for alike, number, name, reached in others:
+        if base := bases.get(alike):
+            gained = reached - base.get(number, next(iter(base.values())))
+            found.setdefault(name, {}).setdefault(alike[0], []).append(round(gained, 9))
+    seeds = sorted({seed for of_seeds in found.values() for seed in of_seeds})
+    lines = [
+        [name, *(", ".join(f"{gain:+.2f}" for gain in found[name].get(seed, ())) or "–" for seed in seeds)]
+        for name in sorted(found, key=lambda name: -statistics.mean(map(statistics.mean, found[name].values())))
+    ]
+    return markdown(["minus the recipe of 20 epochs, points", *(f"seed {seed}" for seed in seeds)], lines)
+
+
+# --- structure ------------------------------------------------------------------------------------------------------
+
+Gains = dict[str, list[float]]
+TESTED = (f"minus {CONTROL}, points", "95 % interval", "p (paired t, Holm)")
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979): the chance of one so small among so many tests, at most."""
+    corrected, least = [0.0] * len(p_values), 0.0
+    for rank, test in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, (len(p_values) - rank) * p_values[test])
+        corrected[test] = min(1.0, least)
+    return corrected
+
+
+def compared(record: Mapping[str, Any]) -> dict[str, Gains]:
+    """For each size of a record what each graph has more than the control, in points: by seed."""
+    rows = {row.name: row.runs for row in rows_of(record)}
+    sizes: dict[str, Gains] = {}
+    for row, runs in rows.items():
+        graph, _, size = row.partition(", ")
+        of_size = sizes.setdefault(size, {})
+        if graph != CONTROL:
+            of_size[graph] = differences(runs, rows.get(f"{CONTROL}, {size}", []))
+    return sizes
+
+
+def pooled(sizes: Mapping[str, Gains]) -> Iterator[tuple[str, Gains]]:
+    """Means of these differences, one per size, by graph: of each width's sizes and of all, where there are three."""
+    widths = list(dict.fromkeys(size.partition(", ")[0] for size in sizes))
+    groups = {
+        f"All sizes of {width}": [of for size, of in sizes.items() if size.startswith(f"{width},")] for width in widths
+    }
+    for name, group in (*(groups.items() if len(widths) > 1 else ()), ("All sizes together", list(sizes.values()))):
+        if len(group) > 2:
+            others = (graph for graph in GRAPHS if graph != CONTROL)
+            yield name, {graph: [statistics.mean(of[graph]) for of in group if of.get(graph)] for graph in others}
+
+
+def structure(record: Mapping[str, Any]) -> str:
+    """Accuracy of each graph by size, and what it has more than the control: mean, interval, p.
+
+    p-values are corrected for all tests of all sizes. Seeds of one size are no sample of sizes, so all sizes together
+    are tested by their means, with p-values that are corrected for all of these tests.
+    """
+    sizes = compared(record)
+    tested = _tested({(graph, size): gains for size, more in sizes.items() for graph, gains in more.items()})
+    lines: dict[str, list[list[str]]] = {size: [] for size in sizes}
+    for row in rows_of(record):
+        graph, _, size = row.name.partition(", ")
+        cells = tested.get((graph, size), ("–",) * len(TESTED))
+        lines[size].append([graph, f"{row.mean('weights'):,.0f}", spread(row.runs, accuracy), *cells])
+    header = ["graph", "weights", "test accuracy, %", *TESTED]
+    parts = [f"**{size}**\n\n{markdown(header, of_size)}" for size, of_size in lines.items()]
+    together = dict(pooled(sizes))
+    tested = _tested({(graph, name): gains for name, of in together.items() for graph, gains in of.items()})
+    for name, of in together.items():
+        rows = [[graph, str(len(of[graph])), *tested[graph, name]] for graph in of if (graph, name) in tested]
+        parts.append(f"**{name}**\n\n{markdown(['graph', 'sizes', *TESTED], rows)}")
+    return "\n\n".join(parts)
+
+
+def _tested(more: Mapping[Any, list[float]]) -> dict[Any, tuple[str, str, str]]:
+    """The cells of differences that vary: their mean, its interval (Student's t), its p-value, corrected for all."""
+    tests = {key: stats.ttest_1samp(gains, 0) for key, gains in more.items() if len(set(gains)) > 1}
+    p_values = holm([float(test.pvalue) for test in tests.values()])
+    cells = {}
+    for (key, test), p in zip(tests.items(), p_values, strict=True):
+        low, high = test.confidence_interval(0.95)
+        cells[key] = (f"{statistics.mean(more[key]):+.2f}", f"{low:+.2f} to {high:+.2f}", f"{p:.2g}")
+    return cells
+
+
+# --- over time ------------------------------------------------------------------------------------------------------
+
+
+def sequences(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """The accuracy of each network on each kind of sequence, and its weights on the first."""
+    lines: dict[str, list[str]] = {}
+    for record in records.values():
+        for row in rows_of(record):
+            cells = lines.setdefault(row.name.partition(", ")[2], [f"{row.mean('weights'):,.0f}"])
+            cells.append(spread(row.runs, accuracy))
+    return markdown(
+        ["", f"weights ({next(iter(records))})", *records], [[name, *cells] for name, cells in lines.items()]
+    )

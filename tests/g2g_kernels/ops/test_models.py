@@ -1,0 +1,378 @@
+"""synaptic and adlif against a plain loop, snnTorch and finite differences, on every backend and in stacks."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import snntorch
+import torch
+from covering import every_pair, of_today
+from helpers import ErrorRatios, device_of, rms, seeded
+from neuron_cases import BACKENDS, SNNTORCH, currents, every_backend, every_reset, output_weights
+from stack_cases import Stack, loss, results, stacks_on
+
+from g2g_kernels import Neurons, adlif_step, g2g_stack, neurons, synaptic_step
+from g2g_kernels.ops.g2g_stack import cpu as stack_on_cpu
+from g2g_kernels.ops.neurons import RESETS, run_neurons
+from g2g_kernels.ops.neurons.models import MODELS
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
+
+T, B, N = 17, 5, 7
+BOTH = (False, True)
+SEVERAL = ("synaptic", "adlif")  # the models with several states
+PARAMETERS = {model: MODELS[model].parameters for model in SEVERAL}
+Tensors = dict[str, torch.Tensor]
+#: one value per neuron or per layer, held or not, from a state or not
+KINDS = {"model": SEVERAL, "per_neuron": BOTH, "held": BOTH, "from_state": BOTH}
+OPTIONS = {"reset": RESETS, "surrogate": SURROGATES}
+#: of each parameter the least value, and by how much values differ
+SPANS = {
+    "syn_decay": (0.2, 0.6), "adapt_decay": (0.4, 0.5), "beta": (0.5, 0.4), "a": (-0.1, 0.4), "b": (-0.2, 0.8),
+    "threshold": (0.5, 0.5),
+}  # fmt: skip
+
+
+def drawn(model: str, per_neuron: bool, held: bool, from_state: bool, seed: int = 0) -> Tensors:
+    """Lively neurons, float64: parameters, currents, and states of which some are above θ."""
+    draw, size = seeded(seed + 9), N if per_neuron else 1
+    tensors = {"current": currents(*((B, N) if held else (T, B, N)), seed=seed) * (0.5 if model == "synaptic" else 1)}
+    for name in PARAMETERS[model]:
+        least, span = SPANS[name]
+        tensors[name] = least + span * torch.rand(size, generator=draw, dtype=torch.float64)
+    if from_state:
+        tensors["state"] = torch.randn(2, B, N, generator=draw, dtype=torch.float64)
+    return {name: tensor.float().double() for name, tensor in tensors.items()}
+
+
+class Spike(torch.autograd.Function):
+    """1[x > 0], whose derivative is the surrogate's."""
+
+    @staticmethod
+    def forward(ctx, x, surrogate, alpha):
+        ctx.save_for_backward(x)
+        ctx.derivative, ctx.alpha = SURROGATES[surrogate].derivative, alpha
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.derivative(ctx.saved_tensors[0], ctx.alpha), None, None
+
+
+def by_loop(model: str, reset: str, surrogate: str, alpha: float = 2.0, spike: Callable | None = None) -> Callable:
+    """The loop over time that users write: the formula, differentiated by autograd."""
+    step = spike or (lambda t, x: Spike.apply(x, surrogate, alpha))
+
+    def run(current, *parameters, state=None):
+        decay, beta, *others, threshold = parameters
+        first, membrane = torch.zeros(2, B, N, dtype=current.dtype) if state is None else state
+        spiked = torch.zeros_like(membrane) if state is None else step(-1, membrane - threshold)
+        spikes = []
+        for t in range(T):
+            now, fired = current if current.dim() == 2 else current[t], (spiked > 0.5).to(current.dtype)
+            kept = 1 - fired if reset == "zero" else 1
+            if model == "synaptic":
+                first = decay * first + now
+                membrane = kept * (beta * membrane + first)
+            else:
+                a, b = others
+                first = decay * first + a * kept * membrane + b * spiked
+                membrane = beta * kept * membrane + now - first
+            if reset == "subtract":
+                membrane = membrane - threshold * fired
+            spiked = step(t, membrane - threshold)
+            spikes.append(spiked)
+        return torch.stack(spikes), torch.stack([first, membrane])
+
+    return run
+
+
+def on(backend: str, model: str, reset: str, surrogate: str, alpha: float = 2.0) -> Callable:
+    def run(current, *parameters, state=None):
+        tensors = [each if each is None else each.to(device_of(backend)) for each in (current, state, *parameters)]
+        population = Neurons(model, tuple(tensors[2:]), reset, surrogate, alpha)
+        steps = T if current.dim() == 2 else None
+        spikes, last = run_neurons(tensors[0], population, steps, backend, tensors[1])
+        return spikes.cpu(), last.cpu()
+
+    return run
+
+
+def outcome(run: Callable, tensors: Tensors) -> Tensors:
+    """Spikes, the last states, and every gradient of a loss on both."""
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
+    spikes, last = run(*(leaf for name, leaf in leaves.items() if name != "state"), state=leaves.get("state"))
+    states = torch.randn(last.shape, generator=seeded(6)).to(last)
+    ((spikes * output_weights(T, B, N).to(spikes)).sum() + (last * states).sum()).backward()
+    return {"spikes": spikes.detach(), "last": last.detach()} | {name: leaf.grad for name, leaf in leaves.items()}
+
+
+def assert_near(actual: Tensors, expected: Tensors, bound: float) -> None:
+    assert torch.equal(actual["spikes"].double(), expected["spikes"].double())
+    assert 0.05 < expected["spikes"].mean() < 0.8
+    for name, exact in expected.items():
+        assert exact.any(), name
+        assert rms(actual[name] - exact) <= bound * rms(exact), name
+
+
+# --- the formulas -------------------------------------------------------------------------------------------------
+
+
+@every_pair(**KINDS, **OPTIONS)
+def test_gradients_equal_those_of_a_plain_loop_in_float64(model, reset, surrogate, per_neuron, held, from_state):
+    tensors = drawn(model, per_neuron, held, from_state)
+    expected = outcome(by_loop(model, reset, surrogate, 1.5), tensors)
+    assert_near(outcome(on("torch", model, reset, surrogate, 1.5), tensors), expected, 1e-11)
+
+
+@every_pair(model=SEVERAL, **OPTIONS)
+def test_gradients_equal_finite_differences_with_the_primitive_as_the_spike(model, reset, surrogate):
+    """S + primitive(U − θ) − primitive(U⁰ − θ⁰), with S and U⁰ of the undisturbed run: equal to S there, and smooth."""
+    tensors = drawn(model, False, False, True)
+    primitive = SURROGATES[surrogate].primitive
+    undisturbed: dict[int, torch.Tensor] = {}
+
+    def record(t, x):
+        undisturbed[t] = x
+        return (x > 0).double()
+
+    def smooth(t, x):
+        return (undisturbed[t] > 0).double() + primitive(x, 2.0) - primitive(undisturbed[t], 2.0)
+
+    def run(spike, named: Tensors):
+        *given, state = named.values()
+        return by_loop(model, reset, surrogate, spike=spike)(*given, state=state)
+
+    run(record, tensors)
+    weights, states = output_weights(T, B, N), torch.randn(2, B, N, generator=seeded(6)).double()
+
+    def loss_of(moved: Tensors) -> float:
+        spikes, last = run(smooth, moved)
+        return ((spikes * weights).sum() + (last * states).sum()).item()
+
+    found = outcome(on("torch", model, reset, surrogate), tensors)
+    for name, tensor in tensors.items():
+        direction = torch.randn(tensor.shape, generator=seeded(8), dtype=torch.float64)
+        up, down = (loss_of(tensors | {name: tensor + sign * 1e-6 * direction}) for sign in (1, -1))
+        along = (found[name] * direction).sum().item()
+        assert along == pytest.approx((up - down) / 2e-6, rel=1e-5, abs=1e-6), name
+
+
+@every_pair(reset=RESETS, surrogate=SNNTORCH, held=BOTH, per_neuron=BOTH)
+def test_synaptic_gradients_equal_snntorch_in_float64(reset, surrogate, held, per_neuron):
+    """Spikes identical; everything else is float64 in snnTorch too, so only float64 rounding separates the two."""
+    tensors = drawn("synaptic", per_neuron, held, False)
+    expected = outcome(by_snntorch(reset, SNNTORCH[surrogate](2.0)), tensors)
+    assert_near(outcome(on("torch", "synaptic", reset, surrogate), tensors), expected, 1e-11)
+
+
+def by_snntorch(reset: str, spike_grad) -> Callable:
+    """The loop over time that snnTorch's users write."""
+
+    def run(current, syn_decay, beta, threshold, state=None):
+        neuron = snntorch.Synaptic(
+            alpha=syn_decay, beta=beta, threshold=threshold, spike_grad=spike_grad, reset_mechanism=reset
+        )
+        states = torch.zeros(2, B, N, dtype=current.dtype).unbind()
+        spikes = []
+        for t in range(T):
+            spike, *states = neuron(current if current.dim() == 2 else current[t], *states)
+            spikes.append(spike)
+        return torch.stack(spikes).to(current.dtype), torch.stack(states)
+
+    return run
+
+
+@every_reset
+@every_backend
+def test_synaptic_spikes_equal_snntorch_in_float32(backend, reset):
+    """To the last bit: the same operations in the same order."""
+    tensors = [tensor.float() for tensor in drawn("synaptic", True, False, False, seed=3).values()]
+    assert torch.equal(on(backend, "synaptic", reset, "atan")(*tensors)[0], by_snntorch(reset, None)(*tensors)[0])
+
+
+@every_pair(model=SEVERAL, reset=RESETS, per_neuron=BOTH, from_state=BOTH)
+def test_steps_give_the_spikes_and_gradients_of_the_whole(model, reset, per_neuron, from_state):
+    step = {"synaptic": synaptic_step, "adlif": adlif_step}[model]
+
+    def step_by_step(current, *own, state=None):
+        spikes = []
+        for current_t in current:
+            spike, state = step(current_t, state, *own, reset=reset)
+            spikes.append(spike)
+        return torch.stack(spikes), torch.stack(state)
+
+    tensors = drawn(model, per_neuron, False, from_state)
+    assert_near(outcome(step_by_step, tensors), outcome(on("torch", model, reset, "atan"), tensors), 1e-11)
+
+
+@every_pair(
+    # synaptic holds the membrane of a reset to zero for the whole step
+    lambda case: {"reset": "zero", "model": "synaptic"}.items() - case.items(),
+    model=SEVERAL, backend=BACKENDS, reset=RESETS, threshold=("per neuron", -0.1),
+)  # fmt: skip
+def test_without_what_it_adds_a_model_is_lif(model, backend, reset, threshold):
+    """γ = 0 leaves C_t = I_t; a = b = 0 leaves w at zero."""
+    tensors = {name: tensor.float() for name, tensor in drawn("adlif", True, True, False).items()}
+    theta = tensors["threshold"] if threshold == "per neuron" else torch.tensor(threshold)
+    own = {"lif": (tensors["beta"],), "synaptic": (0.0, tensors["beta"]), "adlif": (0.9, tensors["beta"], 0.0, 0.0)}
+    spikes = [
+        neurons(tensors["current"], Neurons(name, (*own[name], theta), reset), T, backend=backend)
+        for name in ("lif", model)
+    ]
+    assert torch.equal(*spikes)
+
+
+@every_backend
+def test_one_step_after_a_spike_by_hand(backend):
+    """U_0 = 2 > θ = 1: w_1 = 0.5·0.25 + 0.25·2 + 0.5 = 1.125, U_1 = 0.5·2 + 3 − 1.125 − 1 = 1.875."""
+    state = torch.tensor([[[0.25]], [[2.0]]], device=device_of(backend))
+    population = Neurons("adlif", (0.5, 0.5, 0.25, 0.5, 1.0))
+    current = torch.tensor([[[3.0]]], device=device_of(backend))
+    spikes, last = run_neurons(current, population, backend=backend, state=state)
+    assert spikes.item() == 1
+    assert last.flatten().tolist() == [1.125, 1.875]
+    _, last = run_neurons(current, population._replace(reset="zero"), backend=backend, state=state)
+    assert last.flatten().tolist() == [0.625, 2.375]  # both of them see a membrane of 0
+
+
+@every_backend
+def test_the_spike_before_a_run_without_a_state_is_a_constant(backend):
+    """From a state of zeros, θ also decides S_0 = 1[0 > θ], by its surrogate: −b·σ'(−θ)·∂L/∂w_1."""
+    current = torch.zeros(1, 1, 1, device=device_of(backend))
+    grads = []
+    for state in (None, torch.zeros(2, 1, 1, device=device_of(backend))):
+        theta = torch.tensor(1.0, device=device_of(backend), requires_grad=True)
+        population = Neurons("adlif", (0.5, 0.5, 0.25, 0.5, theta), surrogate="triangle", alpha=0.5)
+        _, last = run_neurons(current, population, backend=backend, state=state)
+        last[0].sum().backward()
+        grads.append(theta.grad.item())
+    assert grads == [0, -0.5 * 0.25]
+
+
+@every_pair(model=SEVERAL, backend=BACKENDS)
+def test_decays_are_clamped_and_the_other_parameters_are_free(model, backend):
+    tensors = {name: tensor.float() for name, tensor in drawn(model, True, False, False).items()}
+    decays = dict(zip(PARAMETERS[model], ([-0.3, 0.2, 1.2, 0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, -0.3, 0.2, 1.2, 0.5])))  # noqa: B905
+    free = {"a": [0.1, -0.1, 0.0, 0.2, 0.1, 0.3, -0.2], "b": [-0.5, 2.0, 0.0, 0.2, 0.1, 0.3, -0.2]}
+    free = {name: value for name, value in free.items() if name in tensors}
+    tensors |= {name: torch.tensor(value) for name, value in {**decays, **free}.items()}
+    found = outcome(on(backend, model, "subtract", "atan"), tensors)
+    for name, values in decays.items():
+        assert [bool(g) for g in found[name]] == [0 <= value <= 1 for value in values], name
+    assert all(found[name].all() for name in free)
+    inside = tensors | {name: tensors[name].clamp(0, 1) for name in decays}
+    assert torch.equal(found["spikes"], outcome(on(backend, model, "subtract", "atan"), inside)["spikes"])
+
+
+# --- every backend ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
+@pytest.mark.parametrize("model", SEVERAL)
+def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(model, backend):
+    """Spikes and states are equal to the last bit."""
+    ratios = ErrorRatios()
+    cases = of_today(KINDS | OPTIONS | {"model": (model,)})
+    for number, (name, case) in enumerate(cases.items()):
+        print(name)
+        options = model, case.pop("reset"), case.pop("surrogate"), 1 + number % 5 / 4
+        for seed in itertools.count(number):  # until no membrane is within rounding of its threshold
+            exact_tensors = drawn(**case, seed=seed)
+            tensors = {name: tensor.float() for name, tensor in exact_tensors.items()}
+            exact, plain = (outcome(on("torch", *options), each) for each in (exact_tensors, tensors))
+            if torch.equal(exact["spikes"].float(), plain["spikes"]):
+                break
+        actual = outcome(on(backend, *options), tensors)
+        assert torch.equal(actual["spikes"], plain["spikes"])
+        assert torch.equal(actual["last"], plain["last"])
+        for name in ("current", *PARAMETERS[model]):
+            ratios.add(name, actual[name], plain[name], exact[name])
+    ratios.check(len(cases))
+
+
+# --- in stacks ----------------------------------------------------------------------------------------------------
+
+
+def with_models(stack: Stack, models: tuple[str, ...], seed: int, states: bool) -> Stack:
+    """The stack with the parameters, and states, of layers of these models."""
+    draw = seeded(seed)
+    least = {"syn_decay": 0.3, "adapt_decay": 0.6, "a": 0.0, "b": 0.05}
+    for k, model in enumerate(models):
+        size = stack.masks[k].shape[0]
+        for name in set(MODELS[model].parameters) & set(least):
+            stack.tensors[f"{name}{k}"] = least[name] + 0.3 * torch.rand(size, generator=draw)
+        if states and model != "lif":
+            stack.tensors[f"state{k}"] = torch.randn(2, B, size, generator=draw) * 0.5
+    return stack
+
+
+def run_stack(
+    stack: Stack, models: tuple[str, ...], dtype: torch.dtype, backend: str, first: str = "subtract",
+    chunk: int | None = None,
+) -> Tensors:  # fmt: skip
+    """Results of a stack whose layers have resets, from the first one on, and surrogates of their own."""
+    leaves = stack.leaves(dtype, device_of(backend))
+    layers = stack.layers(leaves)
+    for k, (model, mask) in enumerate(zip(models, stack.masks, strict=True)):
+        mask.to(device_of(backend))
+        own = tuple(leaves[f"{name}{k}"] for name in MODELS[model].parameters)
+        reset, surrogate = RESETS[(RESETS.index(first) + k) % 3], ("triangle", "atan", "fast_sigmoid")[k]
+        layers[k] = layers[k]._replace(
+            population=Neurons(model, own, reset, surrogate, 1.5), state=leaves.get(f"state{k}")
+        )
+    activity = g2g_stack(leaves["x"], layers, stack.steps, backend=backend, chunk=chunk)
+    states = sum((state * torch.randn(state.shape, generator=seeded(4)).to(state)).sum() for state in activity.states)
+    (loss(activity.counts, activity.rates) + states).backward()
+    return results(activity.counts, activity.rates, [spikes.dense() for spikes in activity.spikes], leaves)
+
+
+@every_pair(
+    backend=BACKENDS,
+    models=(("adlif", "lif", "adlif"), ("synaptic", "lif", "synaptic"), ("synaptic", "adlif", "lif")),
+    first=RESETS,
+    steps=(None, 9),
+    # chunks are run again in the backward pass, in which the tensors of tests/execute_kernels.sh are on no GPU
+    chunk=(None, pytest.param(4, id="chunks", marks=pytest.mark.driver)),
+)
+def test_layers_of_several_models_from_states_with_dropped_neurons(backend, models, first, steps, chunk):
+    case = stacks_on(backend)["ragged index" if chunk else "random single weights"]
+    for seed in range(20):
+        stack = with_models(Stack(case, steps, seed=1000 * seed, dropout=0.2), models, seed, states=chunk is None)
+        exact, plain = (run_stack(stack, models, dtype, "torch", first) for dtype in (torch.float64, torch.float32))
+        if all(torch.equal(exact[f"spikes{k}"], plain[f"spikes{k}"].double()) for k in range(3)):
+            break
+    actual = run_stack(stack, models, torch.float32, backend, first, chunk)
+    for name, expected in exact.items():
+        if name.startswith(("spikes", "counts")):
+            assert torch.equal(actual[name].double(), expected), name
+            assert expected.any(), name
+        else:
+            # float32 rounding through three layers and nine steps
+            assert rms(actual[name] - expected) <= 1e-4 * rms(expected), name
+    for k, dropped in enumerate(stack.dropped):
+        assert not actual[f"spikes{k}"][:, dropped].any()
+
+
+@every_backend
+def test_a_dropped_neuron_that_would_oscillate_gets_no_gradient(backend):
+    """a = 3 makes w and U swing ever further; what comes of it is taken away, and gradients are exactly zero."""
+    models = ("adlif", "lif", "adlif")
+    stack = with_models(Stack(stacks_on(backend)["ragged index"], None), models, 0, states=False)
+    stack.tensors["a0"] = torch.full_like(stack.tensors["a0"], 3.0)
+    before = run_stack(stack, models, torch.float32, backend)
+    assert before["spikes0"][..., 5].any()
+    stack.dropped[0] = torch.zeros(B, stack.masks[0].shape[0], dtype=torch.bool)
+    stack.dropped[0][:, 5] = True
+    after = run_stack(stack, models, torch.float32, backend)
+    assert not after["spikes0"][..., 5].any()
+    for name in ("bias0", *(f"{name}0" for name in PARAMETERS["adlif"])):
+        assert before[f"{name}.grad"][5] != 0, name
+        assert after[f"{name}.grad"][5] == 0, name
+    assert not stack.masks[0].unpack(after["values0.grad"])[5].any()
+    assert not stack.masks[1].unpack(after["values1.grad"])[:, 5].any()
+
+
+def test_its_input_gradients_take_the_product():
+    """The spike before is fed back, so that gradients of currents are no sum of decaying events."""
+    assert "adlif" in stack_on_cpu._why_product("adlif", "subtract", "triangle", False)
+    assert stack_on_cpu._why_product("lif", "subtract", "triangle", False) is None

@@ -27,39 +27,53 @@ enum class Arrival {
     kPanel,     // the same, but first stored in a panel: it comes in bands of 64 rows, or in another order of lanes
 };
 
-// A panel of ∂L/∂S in the order of the columns above, which reorder() brings into a layer's own, in place.
+// A panel of ∂L/∂S in the order of the columns above, which reorder() brings into a layer's own, in place. Spikes that
+// arrive later get the gradient of the step at which they do.
 struct ArrivalPanel {
     Panel<float> panel;
-    bool aligned = true;          // the order above is the layer's own
+    bool aligned = true;          // the order above is the layer's own, and nothing arrives later
     int64_t blocks = 0;           // of the layer's own rows
     int32_t* offset = nullptr;    // [row blocks][64] where each lane lies, from the row's place in block 0
+    float* delay = nullptr;       // [row blocks][64] of each lane, at most T; null: none
 
     ArrivalPanel() = default;
-    ArrivalPanel(const Axis& own, const Axis& above, int64_t rows, Arena& arena)
-        : aligned(same_order(own, above)), blocks(own.blocks) {
+    ArrivalPanel(const Axis& own, const Layer& above, int64_t rows, int64_t steps, Arena& arena)
+        : aligned(same_order(own, above.plan->cols) && !above.delays), blocks(own.blocks) {
         // one row more than is used: blocks a multiple of 4 KiB apart would share few sets of the cache
-        panel = {arena.take<float>(most(own.blocks, above.blocks) * (rows + 1) * kLanes), rows + 1};
+        const int64_t size = most(own.blocks, above.plan->cols.blocks) * (rows + 1), beyond = above.delays ? steps : 0;
+        panel = {arena.take<float>((size + beyond) * kLanes), rows + 1};
         if (aligned) return;
-        if (above.blocks * (rows + 1) * kLanes > INT32_MAX) throw std::length_error("offsets have 32 bits");
+        if ((size + beyond) * kLanes > INT32_MAX) throw std::length_error("offsets have 32 bits");
         offset = arena.take<int32_t>(blocks * kLanes);
+        if (above.delays) delay = arena.take<float>(blocks * kLanes);
     }
 
-    void find_offsets(const Axis& own, const Axis& above) const {
+    void find_offsets(const Axis& own, const Layer& above, int64_t steps) const {
         for (int64_t i = 0; i < blocks * kLanes; ++i) {
-            const int32_t lane = own.neuron[i] < 0 ? 0 : above.lane[own.neuron[i]];  // any finite value does in padding
-            offset[i] = static_cast<int32_t>(lane / kLanes * panel.rows * kLanes + lane % kLanes);
+            const int32_t n = own.neuron[i], lane = n < 0 ? 0 : above.plan->cols.lane[n];  // any finite value does in padding
+            const int64_t late = delay && n >= 0 ? least(above.delays[n], steps) : 0;
+            offset[i] = static_cast<int32_t>((lane / kLanes * panel.rows + late) * kLanes + lane % kLanes);
+            if (delay) delay[i] = static_cast<float>(late);
         }
     }
 
-    // One row of all blocks; 8 KB for 2048 neurons, so that lanes are gathered from L1. `room` is for one row.
-    void reorder(int64_t row, float* room) const {
+    // All rows of a sample, in the order of its steps: what arrives later is read before it is overwritten.
+    void reorder_sample(int64_t b, int64_t steps, float* room) const {
+        for (int64_t t = 0; t < steps; ++t) reorder(b * steps + t, steps - t, room);
+    }
+
+    // One row of all blocks, `left` steps before the end; 8 KB for 2048 neurons, so that lanes are gathered from L1. `room` is
+    // for one row.
+    void reorder(int64_t row, int64_t left, float* room) const {
         constexpr int64_t ahead = 4;
         const int64_t later = least(row + ahead, panel.rows - 1);
+        const Vec end = all(static_cast<float>(left));
         for (int64_t r = 0; r < blocks; ++r) {
             for (int i = 0; i < kLanes; i += 16) __builtin_prefetch(panel.at(r, later) + i);
             for (int v = 0; v < kVecs; ++v) {
                 const int64_t lane = r * kLanes + v * W;
-                store(room + lane, gather(panel.at(0, row), offset + lane));
+                const Vec found = gather(panel.at(0, row), offset + lane);
+                store(room + lane, delay ? (load(delay + lane) < end ? found : Vec{}) : found);
             }
         }
         for (int64_t r = 0; r < blocks; ++r)
@@ -162,7 +176,8 @@ struct BackwardLayer {
         if (below && !held && plan.rows.blocks <= kMostEventBlocks)
             event_limit = static_cast<float>(layer.gradient_event_limit * plan.event_runs.ratio);
         lists_events = event_limit > 0;
-        if (l > 0 && !s.layers[l - 1].recurrent && same_order(s.layers[l - 1].plan->rows, plan.cols)) needed.emplace(plan, arena);
+        if (l > 0 && !layer.delays && !s.layers[l - 1].recurrent && same_order(s.layers[l - 1].plan->rows, plan.cols))
+            needed.emplace(plan, arena);
         if (below) input_gradient.emplace(plan, layer.values, s.bf16, lists_events, arena);
         if (layer.recurrent) {
             recurrent.emplace(s, layer, chunks.samples, !held, arena);
@@ -176,10 +191,10 @@ struct BackwardLayer {
         current_sum = arena.take<float>(lanes() * parts);
         for (int k = 0; k < model.parameters; ++k) parameter_sums[k] = arena.take<float>(lanes() * parts);
         if (last) return;
-        const Plan& above = *s.layers[l + 1].plan;
-        const bool whole = same_order(plan.rows, above.cols) && above.sparse.empty() && !recurrent;
+        const Layer& above = s.layers[l + 1];
+        const bool whole = same_order(plan.rows, above.plan->cols) && above.plan->sparse.empty() && !recurrent && !above.delays;
         arrival = whole ? Arrival::kTiles : Arrival::kPanel;
-        if (arrival == Arrival::kPanel) arrivals = ArrivalPanel(plan.rows, above.cols, chunks.rows(), arena);
+        if (arrival == Arrival::kPanel) arrivals = ArrivalPanel(plan.rows, above, chunks.rows(), s.steps, arena);
     }
 
     int64_t lanes() const { return static_cast<int64_t>(plan.rows.blocks) * kLanes; }
@@ -351,7 +366,7 @@ struct BackwardPass {
                 if (x.last && n >= 0 && s.grad_counts) g += s.grad_counts[b * axis.size + n];
                 x.constant_of(b, 0)[i] = g;
             }
-        if (!x.arrivals.aligned) x.arrivals.find_offsets(axis, layers[l + 1].plan.cols);
+        if (!x.arrivals.aligned) x.arrivals.find_offsets(axis, layers[l + 1].layer, s.steps);
     }
 
     // How to compute the input gradient of a layer in a chunk, after its sweep: by events or by the product. The sweep
@@ -475,28 +490,34 @@ struct BackwardPass {
     // The same, in the layer's own order.
     void fill_arrivals(const BackwardLayer& x, const ChunkInputGradient& above, int64_t samples) const {
         store_arrivals(x, above, samples);
-        if (x.arrivals.aligned) return;
-        parallel(s.threads, samples * s.steps, 8, [&](int64_t row, int worker) {
-            x.arrivals.reorder(row, scratch + worker * scratch_size);
+        if (!x.arrivals.aligned) reorder(x, samples);
+    }
+
+    // The panel of a layer in its own order: samples at once, or single rows if nothing arrives later.
+    void reorder(const BackwardLayer& x, int64_t samples) const {
+        const int64_t T = s.steps;
+        if (x.arrivals.delay)
+            return parallel(s.threads, samples, 1, [&](int64_t b, int worker) {
+                x.arrivals.reorder_sample(b, T, scratch + worker * scratch_size);
+            });
+        parallel(s.threads, samples * T, 8, [&](int64_t row, int worker) {
+            x.arrivals.reorder(row, T - row % T, scratch + worker * scratch_size);
         });
     }
 
     void sweep_panel(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) const {
         const Panel<float>& panel = x.arrivals.panel;
-        const int64_t R = x.plan.rows.blocks, T = s.steps, rows = samples * T;
+        const int64_t R = x.plan.rows.blocks, T = s.steps;
         store_arrivals(x, above, samples);
-        const auto reorder = [&](int64_t row, int worker) {
-            if (!x.arrivals.aligned) x.arrivals.reorder(row, scratch + worker * scratch_size);
-        };
         const auto sweep_row_block = [&](int64_t b, int64_t r, int worker) {
             sweep_block(x, first, b, r, panel.at(r, b * T), scratch + worker * scratch_size);
         };
         if (samples >= s.threads)  // one sample's panel (400 KB) stays in L2
             return parallel(s.threads, samples, 1, [&](int64_t b, int worker) {
-                for (int64_t t = 0; t < T; ++t) reorder(b * T + t, worker);
+                if (!x.arrivals.aligned) x.arrivals.reorder_sample(b, T, scratch + worker * scratch_size);
                 for (int64_t r = 0; r < R; ++r) sweep_row_block(b, r, worker);
             });
-        if (!x.arrivals.aligned) parallel(s.threads, rows, 8, reorder);
+        if (!x.arrivals.aligned) reorder(x, samples);
         parallel(s.threads, samples * R, 4, [&](int64_t task, int worker) {
             sweep_row_block(task / R, task % R, worker);
         });

@@ -273,7 +273,7 @@ inline void stack_forward(Stack& s, Arena& arena) {
 
         if (l > 0 && layer.inputs != s.layers[l - 1].spikes)
             reorder_words(s.layers[l - 1].plan->rows, plan.cols, s.layers[l - 1].spikes, s.batch, s.steps, s.threads,
-                          layer.inputs);
+                          layer.delays, {s.layers[l - 1].sent, s.layers[l - 1].sent_steps}, layer.inputs);
         layer.input_rate = rate;
         const Input kind = input_kind(s, l, true);
         const bool by_batch = forward_by_batch(s, layer, kind), subsets = !by_batch && by_subsets(s, layer, kind, true);

@@ -1,14 +1,12 @@
 """Evidence for the rules: what the layers do in the training step before an update, recorded or given by the caller."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from g2g_kernels import Activity
-from g2g_kernels.ops.g2g_stack.delays import Later
-from g2g_kernels.ops.g2g_stack.layer import ONE_STEP
 from g2gnet.base.distributed import World
 from g2gnet.dst.rules import ACTIVITY, GRADIENT, Evidence, Rule
 from g2gnet.dst.scores import UnitGradients, unit_correlation
@@ -25,7 +23,7 @@ class StepRecorder:
 
     Args:
         model: runs the layers, and its activity is recorded; None if the caller gives the activity (:meth:`give`).
-        layers, recurrent: as for :class:`g2gnet.DSTScheduler`.
+        layers, network: as for :class:`g2gnet.DSTScheduler`.
         prune, grow: the rules; None if nothing grows.
 
     Raises:
@@ -36,11 +34,11 @@ class StepRecorder:
         self,
         model: nn.Module | None,
         layers: Sequence[G2GLinear],
-        recurrent: Collection[G2GLinear],
+        network: SpikingNetwork | None,
         prune: Rule,
         grow: Rule | None,
     ) -> None:
-        self._layers, self._recurrent = layers, recurrent
+        self._layers, self._network = layers, network
         self.needs = {rule.needs for rule in (prune, grow) if rule and rule.needs}
         self._rules = f"prune={prune.name!r} with grow={grow.name if grow else 'random'!r}"
         if model is not None and ACTIVITY in self.needs:
@@ -94,7 +92,12 @@ class StepRecorder:
 
     def check(self, activity: Activity) -> None:
         """Raises ValueError for an activity without the spikes that a rule needs."""
-        last_is_mine = len(self._layers) - len(self._recurrent) >= len(activity.spikes)
+        net = self._network
+        if net is None:
+            last_is_mine = len(self._layers) >= len(activity.spikes)
+        else:
+            to_output = [net.connections()[route.name] for route in net.routes() if route.target + 1 == net.depth]
+            last_is_mine = any(layer in self._layers for layer in to_output)
         if ACTIVITY in self.needs and activity.readout is not None and last_is_mine:
             raise ValueError(
                 f"a correlation needs output spikes, and this activity is a readout of membranes; {_OTHERS}"
@@ -102,22 +105,18 @@ class StepRecorder:
 
     def give(self, inputs: torch.Tensor, activity: Activity) -> None:
         """Takes what the first layer received and what the stack did; ValueError for the activity of other layers."""
-        mine = [layer.out_features for layer in self._layers if layer not in self._recurrent]
-        theirs = [len(rates) for rates in activity.rates]
+        if self._network is not None:
+            received = {layer: [(pre, post)] for layer, pre, post in self._network.received(inputs, activity)}
+            self._recordings = [received[layer] for layer in self._layers]
+            return
+        mine, theirs = [layer.out_features for layer in self._layers], [len(rates) for rates in activity.rates]
         if mine != theirs[: len(mine)]:
             raise ValueError(
                 f"the activity is of layers of {theirs} neurons, those of the scheduler have {mine}; give it the "
-                "layers of the stack from its input on, and name the recurrent connections among them in `recurrent`"
+                "layers of the stack from its input on, or DSTScheduler(layers, optimizer, network=net)"
             )
-        received: Train = inputs.detach()
-        self._recordings, posts = [], iter(activity.spikes)
-        for layer in self._layers:
-            if layer in self._recurrent:
-                self._recordings.append([(Later(received, ONE_STEP, None), received)])
-                continue
-            post = next(posts)
-            self._recordings.append([(received, post)])
-            received = post
+        pres: list[Train] = [inputs.detach(), *activity.spikes]
+        self._recordings = [[(pres[number], pres[number + 1])] for number in range(len(mine))]
 
     def evidence(self, layers: Sequence[tuple[int, G2GLinear]], world: World) -> Iterator[tuple[int, Evidence]]:
         """What is known of each of these layers, with its number. Raises RuntimeError for what is needed and was

@@ -9,7 +9,7 @@ import copy
 import logging
 import math
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,7 @@ from g2gnet.dst.optimizer_state import Initial, OptimizerState
 from g2gnet.dst.replacement import replace_units
 from g2gnet.dst.rules import GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
 from g2gnet.layers import G2GLinear
+from g2gnet.spiking_network import SpikingNetwork
 from g2gnet.weights.tied_averages import has_unknown_copies, rewire_averages, tie_wiring
 
 logger = logging.getLogger("g2gnet")
@@ -90,8 +91,8 @@ class DSTScheduler:
             DistributedDataParallel (a ``captured`` step notices it). None: the number of units stays.
         averages: averages of the model (EMA, SWA), which are rewired with it: :func:`tie_wiring` is called for each. A
             copy that nobody tied stays as it is; if one lives in an update, the logger ``g2gnet`` warns once.
-        recurrent: if layers are given, those of them that join a layer's neurons to themselves; each comes after its
-            layer. Its inputs are the spikes of the step before.
+        network: if layers are given, the network that they are in, which knows what reaches each of them, and how much
+            later. None: each layer's outputs are the next one's inputs.
         reset_state: by the name of a state of the optimizer, what it begins with for new units, where
             :mod:`g2gnet.dst.optimizer_state` does not know the name, or knows another value: a number; a function of
             the new units' weights [n, unit_rows, unit_cols] that returns their state; or None to leave it as it is.
@@ -142,7 +143,7 @@ class DSTScheduler:
         stop: float = 1.0,
         total_steps: int | None = None,
         final_density: float | None = None,
-        recurrent: Collection[G2GLinear] = (),
+        network: SpikingNetwork | None = None,
         averages: Iterable[nn.Module] = (),
         reset_state: Mapping[str, Initial] | None = None,
     ) -> None:
@@ -172,9 +173,6 @@ class DSTScheduler:
             )
         modules = list(model.modules()) if isinstance(model, nn.Module) else model
         self.layers = [module for module in modules if isinstance(module, G2GLinear)]
-        unknown = [layer for layer in recurrent if layer not in self.layers[1:]]
-        if unknown:
-            raise ValueError(f"recurrent has {unknown[0]}, which is none of the layers after the first; give both")
         if isinstance(averages, nn.Module):
             raise TypeError("averages is a module; give a list of them, averages=[average]")
         averages = list(averages)
@@ -205,7 +203,7 @@ class DSTScheduler:
         self._outcomes: list[_Outcome] = []  # not yet counted there
         self._model = model if isinstance(model, nn.Module) else None
         grows = self.grow if fraction else None
-        self._recorder = StepRecorder(self._model, self.layers, set(recurrent), self.prune, grows)
+        self._recorder = StepRecorder(self._model, self.layers, network, self.prune, grows)
         self._averages = averages
         self._tie_averages()
         self._told_of_copies = False

@@ -226,7 +226,7 @@ class Trainer(EpochTrainer):
                     stop=settings.dst_stop,
                     total_steps=self._steps if bounded else None,
                     final_density=settings.final_density,
-                    recurrent=[connection for connection in self.net.recurrents() if connection is not None],
+                    network=self.net,
                 )
             except ValueError as error:
                 raise SettingsError(str(error)) from error

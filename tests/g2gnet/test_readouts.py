@@ -197,7 +197,9 @@ def test_what_cannot_be_read_is_refused_by_name():
     with pytest.raises(ValueError, match="readout='mean' was given to a network whose modules are called in turn"):
         net(X)
     mask = BlockMask.full(GroupLayout(8, 1), GroupLayout(8, 1), 4)
-    with pytest.raises(ValueError, match="readout='last' is of neurons that do not spike, but rec1 sends the spikes of lif1"):
+    with pytest.raises(
+        ValueError, match="readout='last' is of neurons that do not spike, but rec1 sends the spikes of lif1"
+    ):
         SpikingStack([(G2GLinear(mask), LIF(), G2GLinear(mask, bias=False))], 5, readout="last")
     with pytest.raises(TypeError, match="and the last are ReLU"):
         SpikingStack([(G2GLinear(mask), nn.ReLU())], 5, readout="last")

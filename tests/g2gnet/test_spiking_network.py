@@ -1,5 +1,7 @@
 """Populations and projections with delays, against a float64 loop over steps that keeps every spike."""
 
+import itertools
+
 import pytest
 import torch
 from helpers import rms, seeded
@@ -41,6 +43,7 @@ def network(name: str, backend: str | None = None, unit: int = 1, seed: int = 0,
     for source, target, delay in GRAPHS[name]:
         learned = {}
         if isinstance(delay, tuple):
+            learned = {"max_delay": delay[1]}
             delay = torch.randint(delay[0], delay[1] + 1, (SIZES[source],), generator=draw)
         elif delay == "learned":
             delay = torch.rand(SIZES[source], generator=draw) * 7 - 1
@@ -171,3 +174,163 @@ def test_spikes_and_gradients_are_those_of_the_definition(backend, name, held):
         error = rms(parameter.grad.double() - gradients[each])
         # one number for all neurons is a sum of a thousand terms of both signs
         assert error <= (2e-4 if parameter.numel() == 1 else 2e-5) * rms(gradients[each]) + 1e-7, each
+
+
+#: those whose states hold what delays need, and a chain
+CONTINUED = ["chain", "chain with delays", "skips", "self-loops", "ring", "learned on a cycle"]
+
+
+def tensors_of(state) -> list[torch.Tensor]:
+    return [tensor for each in state for tensor in ((each,) if isinstance(each, torch.Tensor) else each)]
+
+
+def run_in_parts(net: SpikingNetwork, x: torch.Tensor, borders: tuple[int, ...]):
+    """Spikes [T, B, N] by population, and the last state, of runs that continue one another."""
+    state, parts = None, []
+    for first, last in itertools.pairwise(borders):
+        activity = net.simulate(x[first:last], state, spikes=True)
+        state = activity.state
+        parts.append({name: train.dense() for name, train in activity.spikes.items()})
+    return {name: torch.cat([part[name] for part in parts]) for name in net.populations}, state
+
+
+@pytest.mark.parametrize("borders", [(0, 1, 4, T), (0, 6, T)])
+@pytest.mark.parametrize("name", CONTINUED)
+def test_runs_that_continue_one_another_are_the_whole(name, borders):
+    net = network(name)
+    x = (torch.rand(T, B, D, generator=seeded(4)) * 2).requires_grad_()
+    whole, parts = run_in_parts(net, x, (0, T)), run_in_parts(net, x, borders)
+    gradients = []
+    for spikes, state in (whole, parts):
+        loss = loss_of(spikes) + sum(tensor.square().sum() for tensor in tensors_of(state))
+        gradients.append(torch.autograd.grad(loss, [x, *net.parameters()]))
+    for ours, theirs in zip(tensors_of(parts[1]), tensors_of(whole[1]), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+    assert all(torch.equal(parts[0][each], whole[0][each]) for each in net.populations)
+    for (each, _), ours, theirs in zip([("x", x), *net.named_parameters()], *reversed(gradients), strict=True):
+        assert rms(ours - theirs) <= 2e-5 * rms(theirs) + 1e-7, each
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 50])
+@pytest.mark.parametrize("name", CONTINUED)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks_change_no_spike_and_no_gradient(backend, name, chunk):
+    net = network(name, backend)
+    x = torch.rand(T, B, D, generator=seeded(4)) * 2
+    gradients = []
+    for size in (None, chunk):
+        activity = net.simulate(x, chunk=size)
+        loss = activity.counts.square().sum() + sum(rates.square().sum() for rates in activity.rates.values())
+        gradients.append((activity.counts, *torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)))
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert theirs is None or rms(ours - theirs) <= 2e-5 * rms(theirs) + 1e-7
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_single_steps_are_the_run(name):
+    net = network(name)
+    x = torch.rand(T, B, D, generator=seeded(4)) * 2
+    state, outputs = None, []
+    for now in x:
+        output, state = net.step(now, state)
+        outputs.append(output)
+    activity = net.simulate(x)
+    assert torch.equal(torch.stack(outputs), activity.spikes["out"].dense())
+    for ours, theirs in zip(tensors_of(state), tensors_of(activity.state), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["chain with delays", "skips", "feedback", "self-loops"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropped_neurons_are_silent_and_the_others_send_more(backend, name):
+    net = network(name, backend, dropout=0.25).train()
+    x = torch.rand(T, B, D, generator=seeded(4)) * 2
+    dropped = net.drop(B, seeded(3))
+    expected = Reference(net).run(x.double(), dict(zip(net.populations, dropped, strict=False)), 1 / 0.75)
+    activity = net.simulate(x, dropped=dropped)
+    for each in net.populations:
+        assert torch.equal(activity.spikes[each].dense().double(), expected[each])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_membranes_and_readouts(backend):
+    net = network("feedback", backend, readout="mean")
+    activity = net.simulate(torch.rand(B, D, generator=seeded(4)), membranes=True)
+    assert torch.allclose(activity.readout, activity.membranes["out"].mean(0))
+    assert not activity.spikes["out"].dense().any()
+    assert torch.equal(activity.spikes["a"].dense(), (activity.membranes["a"] > net.a.threshold).float())
+
+
+@pytest.mark.parametrize("name", ["skips", "self-loops", "ring", "chain with delays", "learned"])
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_synaptic_operations_count_what_arrives(backend, name, held):
+    net = network(name, backend)
+    x = (torch.rand((B, D) if held else (T, B, D), generator=seeded(4)) < 0.5).float()
+    reference = Reference(net)
+    reference.run((x.expand(T, B, D) if held else x).double())
+    operations = net.simulate(x).synaptic_operations()
+    for number, each in enumerate(net.populations):
+        expected = 0
+        for route in net.routes():
+            if route.target == number:
+                fan_out = (net.connections()[route.name].dense_weight() != 0).sum(0)
+                once = held and route.source < 0 and not route.most
+                steps = range(1 if once else T)
+                expected += sum(int(((reference.arrived[route.name, t] != 0) * fan_out).sum()) for t in steps)
+        assert sum(operations[each][:2]) == expected, each
+
+
+def test_a_loaded_network_has_the_delays_of_the_other():
+    ours, theirs = network("chain with delays", seed=1), network("chain with delays")
+    missing = ours.load_state_dict(theirs.state_dict())
+    assert not missing.missing_keys
+    x = torch.rand(B, D, generator=seeded(4)) * 2
+    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours.a_to_b_delay, theirs.a_to_b_delay)
+    state = theirs.state_dict()
+    state["a_to_b_delay"] = state["a_to_b_delay"] + 4
+    with pytest.raises(RuntimeError, match="a_to_b_delay is from 4 to .; this network has room for 0 to 4"):
+        network("chain with delays").load_state_dict(state)
+
+
+def test_the_graph_has_delays():
+    net = network("twice the same")
+    graph = net.to_networkx()
+    assert graph.is_multigraph()
+    assert sorted({data.get("delay", 0) for *_, data in graph.edges(data=True)}) == [0, 2]
+    assert "2 steps later" in net._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("graph", "message"),
+    [
+        ([("input", "a", 0), ("a", "b", 0), ("b", "a", 0), ("b", "out", 0)], "a → b → a is a cycle without delay"),
+        ([("input", "a", 0), ("a", "a", 0), ("a", "out", 0)], "a → a is a cycle without delay"),
+        ([("input", "a", 0), ("b", "out", 0)], "no projection leads to 'b'|'b' is none of"),
+        ([("input", "a", 0), ("a", "input", 1), ("a", "out", 0)], "'input' is none of"),
+        ([("input", "a", 0), ("a", "out", -1)], "must be from 0 to 65535 steps; these are -1"),
+        ([("a", "out", 0), ("out", "a", 1)], "no projection has the source 'input'"),
+    ],
+)
+def test_what_is_no_network_is_refused_by_name(graph, message, monkeypatch):
+    monkeypatch.setitem(GRAPHS, "wrong", graph)
+    with pytest.raises(ValueError, match=message):
+        network("wrong")
+
+
+def test_arguments_that_cannot_be_are_refused_by_name():
+    connection = joined("a", "b", seeded(0))
+    for options, message in (
+        ({"delay": torch.zeros(4, dtype=torch.int64)}, r"have shape \[4\]; give one number, or one for each of the 9"),
+        ({"delay": 1.5}, "whole numbers of steps"),
+        ({"delay": 1.5, "learn_delay": True}, "give max_delay"),
+        ({"delay": 9, "learn_delay": True, "max_delay": 8}, "from 0 to 8 steps; these are 9"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Projection("a", "b", connection, **options)
+    with pytest.raises(ValueError, match="'step' is already an attribute of the network"):
+        SpikingNetwork({"step": LIF()}, [Projection("input", "step", connection)], "step")
+    with pytest.raises(TypeError, match="tuple is no Projection"):
+        SpikingNetwork({"b": LIF()}, [("input", "b", connection)], "b")

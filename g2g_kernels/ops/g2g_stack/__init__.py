@@ -20,7 +20,7 @@ from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_stack import cpu, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, NeuronState, Spikes, StackState
 from g2g_kernels.ops.g2g_stack.chunks import in_chunks
-from g2g_kernels.ops.g2g_stack.delays import Delay, check_delay
+from g2g_kernels.ops.g2g_stack.delays import Delay, Train, arrived, check_delay
 from g2g_kernels.ops.g2g_stack.layer import Connection, Recurrent, SpikingLayer, is_chain
 from g2g_kernels.ops.g2g_stack.reference import activity_of
 from g2g_kernels.ops.g2g_stack.schedule import parts_of
@@ -229,21 +229,25 @@ def _chosen(
     backend: str | None,
     spikes: bool = False,
     before: torch.Tensor | None = None,
+    is_part: bool = False,
 ) -> Callable[[torch.Tensor, Sequence[SpikingLayer], int | None], Activity]:
-    """What runs a call with these ``tensors``: all layers at once, or the operators in turn if something of each layer
-    is wanted, a derivative that no kernel computes, or a graph that is no chain."""
-    observed, drops = (
-        spikes or before is not None or is_transformed() or has_tangent(tensors) or not is_chain(layers),
-        False,
-    )
+    """What runs a call with these ``tensors``, or (``is_part``) a part of it: all layers at once, or the operators in
+    turn if something of each layer is wanted, a derivative that no kernel computes, or a graph that is no chain."""
+    observed = spikes or is_transformed() or has_tangent(tensors) or not is_chain(layers)
+    drops = False
     for layer in layers:
-        observed = observed or layer.membranes or layer.observers != (None, None) or layer.delay is not None
+        observed = observed or layer.membranes or layer.observers != (None, None)
+        # what delays carry from part to part has a gradient
+        observed = observed or (is_part and layer.delay is not None)
+        observed = observed or (layer.sent is not None and layer.sent.requires_grad)
         drops = drops or layer.dropped is not None
     run: Callable[..., Activity]
     if observed:
         linear = partial(g2g_linear, backend=backend)
         population = partial(_neurons_in_float32 if backend == "cpu" else run_neurons, backend=backend)
         run = partial(_in_turn, linear, population, spikes, before)
+    elif layers[0].delay is not None:
+        run = partial(_late, backend, before)
     else:
         run = operator.choose(x, layers, steps, backend=backend)
     return partial(_silent, run) if drops else run
@@ -253,7 +257,7 @@ def _run(
     backend: str | None, x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, before: torch.Tensor | None
 ) -> Activity:
     """A part of a run, which is chosen anew: where it runs again, other derivatives may be wanted."""
-    return _chosen(x, layers, steps, opened((x, before, *layers))[0], backend, before=before)(x, layers, steps)
+    return _chosen(x, layers, steps, opened((x, before, *layers))[0], backend, False, before, True)(x, layers, steps)
 
 
 def _in_turn(
@@ -266,6 +270,28 @@ def _in_turn(
     steps: int | None,
 ) -> Activity:
     return activity_of(*reference.in_turn(x, layers, steps, linear, population, before), differentiable=spikes)
+
+
+def _late(
+    backend: str | None,
+    before: torch.Tensor | None,
+    x: torch.Tensor,
+    layers: Sequence[SpikingLayer],
+    steps: int | None,
+) -> Activity:
+    """A run whose inputs arrive later: the first layer is given them as they do."""
+    first = layers[0]
+    assert first.delay is not None
+    total = len(x) if steps is None else steps
+    train = Train(x if steps is not None else x[0], before)
+    train.append(x if steps is None else x.expand(steps, *x.shape))
+    received = arrived(train, first.delay, 0, total)
+    if received is None:
+        received = train.nothing().expand(total, *x.shape[-2:])
+    layers = (replaced(first, delay=None), *layers[1:])
+    activity = operator.choose(received, layers, None, backend=backend)(received, layers, None)
+    *of_layers, _ = activity.sent or (None,) * (len(layers) + 1)
+    return replaced(activity, sent=(*of_layers, train.window(total - first.delay.reach, total)))
 
 
 def _silent(run: Callable, x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:

@@ -91,6 +91,7 @@ class Activity(NamedTuple):
 
     def synaptic_operations(self) -> tuple[SynapticOperations, ...]:
         """The additions and multiplications that spikes (and inputs) caused in each layer, over all steps and samples.
+        By name, where rates are.
 
         For one sample, divide by the size of the batch. Waits for the device.
 
@@ -103,4 +104,7 @@ class Activity(NamedTuple):
                 "this run does not keep what its synaptic operations are counted from: it was compiled or traced, or a "
                 "connection is no G2GLinear; run it uncompiled"
             )
+        if isinstance(self.rates, dict):
+            found = self.synapses.operations([*self.rates.values()])
+            return dict(zip(self.rates, found, strict=True))  # type: ignore[return-value]
         return self.synapses.operations(self.rates)

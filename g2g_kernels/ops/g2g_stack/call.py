@@ -37,7 +37,7 @@ class StackCall(NamedTuple):
     def of(cls, x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, dtype: torch.dtype) -> "StackCall":
         """The call with these arguments of the public function."""
         called = []
-        for values, mask, bias, population, dropped, state, recurrent, *_ in layers:
+        for values, mask, bias, population, dropped, state, recurrent, _, _, _, delay, _, sent in layers:
             flat = [p.contiguous() if p.dim() == 1 else p.reshape(-1) for p in population.parameters]
             called.append(
                 SpikingLayer(
@@ -48,6 +48,8 @@ class StackCall(NamedTuple):
                     None if dropped is None else dropped.contiguous(),
                     None if state is None else state.float().contiguous(),
                     None if recurrent is None else Recurrent(recurrent[0].contiguous(), recurrent[1].tensors()),
+                    delay=None if delay is None else delay.of_each(mask.shape[1], x.device),
+                    sent=None if sent is None else sent.float().contiguous(),
                 )
             )
         return cls(x.contiguous(), tuple(called), steps or 0, dtype)
@@ -85,6 +87,10 @@ class StackCall(NamedTuple):
                 raise ValueError(f"dropped of layer {number} has shape {tuple(layer.dropped.shape)}")
             if layer.recurrent is not None and tuple(layer.recurrent.mask.shape) != (size, size):
                 raise ValueError(f"the recurrent connection of layer {number} is {tuple(layer.recurrent.mask.shape)}")
+            if layer.delay is not None and tuple(layer.delay.steps.shape) != (inputs,):
+                raise ValueError(f"delays of layer {number} have shape {tuple(layer.delay.steps.shape)}")
+            if layer.sent is not None and tuple(layer.sent.shape[1:]) != (self.batch, size):
+                raise ValueError(f"sent of layer {number} has shape {tuple(layer.sent.shape)}")
             if layer.state is not None and tuple(layer.state.shape) != self.state_shape(layer):
                 raise ValueError(f"state of layer {number} has shape {tuple(layer.state.shape)}")
             names = MODELS[layer.population.model].parameters

@@ -14,7 +14,7 @@ import ctypes
 import functools
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,7 +35,7 @@ from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
 from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer, refuses_fields, unread
-from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
+from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn, reaches
 from g2g_kernels.ops.neurons import cpu as neurons_alone
 from g2g_kernels.ops.neurons.cpu import neuron_arguments
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
@@ -55,7 +55,7 @@ GRADIENT_EVENT_LIMIT = {False: 0.35, True: 0.23}
 
 #: fields of a layer that the kernels have under the same name, and those that they do not read
 READ = [name for name in SpikingLayer._fields if hasattr(structures.Layer, name) and name != "recurrent"]
-UNREAD = unread([*READ, "mask", "population", "recurrent", "membranes", "observers", "source"])
+UNREAD = unread([*READ, "mask", "population", "recurrent", "membranes", "observers", "source", "delay"])
 
 Tensors = Sequence[torch.Tensor]
 
@@ -66,7 +66,7 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
     for tensor in tensors:
         if not tensor.is_cpu:
             return f"needs tensors on the CPU, not on {tensor.device}"
-        if tensor.dtype not in (torch.float32, torch.bool):
+        if tensor.dtype not in (torch.float32, torch.bool, torch.int64):  # (delays; x is floating point)
             return f"needs float32 tensors, not {tensor.dtype}"
     if UNREAD and (reason := refuses_fields(UNREAD, layers)):
         return reason
@@ -84,13 +84,34 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
-    if any([layer.recurrent is not None and _in_other_order(layer) for layer in layers]):
+    in_other_order = any([layer.recurrent is not None and _in_other_order(layer) for layer in layers])
+    if in_other_order:
         _say_that_it_takes_steps()
+    if in_other_order or any([layer.delay is not None and layer.delay.learned is not None for layer in layers]):
         return activity_of(*in_turn(x, layers, steps, g2g_linear, neurons_alone.neurons), differentiable=False)
     call = StackCall.of(x, layers, steps, torch.bfloat16 if bf16_wanted() else torch.float32)
     counts, rates, last, words, _ = FORWARD(call)
     spikes = [PackedSpikes(each, layer.values.detach(), layer.mask) for each, layer in zip(words, call.layers)]  # noqa: B905
-    return Activity(counts, tuple(rates), tuple(spikes), states=tuple(last))
+    sent = [
+        _WithoutGradient.apply(train.dense()[-reach:], counts) if reach else None
+        for train, reach in zip(spikes, reaches(layers))  # noqa: B905  (the inputs come last)
+    ]
+    return Activity(counts, tuple(rates), tuple(spikes), states=tuple(last), sent=(*sent, None))
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """The last spikes of a run, which have a gradient that these kernels do not compute."""
+
+    @staticmethod
+    def forward(ctx: Any, sent: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        return sent.view_as(sent)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        raise RuntimeError(
+            "backend cpu computes no gradient through spikes that delays carry from one run into the next; detach the "
+            "state, give `chunk`, or backend='torch'"
+        )
 
 
 def _in_other_order(layer: SpikingLayer) -> bool:
@@ -215,8 +236,12 @@ class _Arguments:
             for name in READ:
                 if (tensor := getattr(layer, name)) is not None:
                     setattr(own, name, tensor.data_ptr())
-                if grads is not None and (grad := getattr(grads, name)) is not None:
+                if grads is not None and name != "sent" and (grad := getattr(grads, name)) is not None:
                     setattr(own, f"grad_{name}", grad.data_ptr())
+            if layer.sent is not None:
+                own.sent_steps = len(layer.sent)
+            if layer.delay is not None:
+                own.delays = layer.delay.steps.data_ptr()
             if memory.states:
                 kept = "currents" if currents_alone and number == 0 and layer.recurrent is None else "states"
                 setattr(own, kept, memory.states[number].data_ptr())
@@ -224,7 +249,7 @@ class _Arguments:
                 self._join(own, number, layer.recurrent, plan)
                 if grads is not None and grads.recurrent is not None:
                     own.grad_recurrent = pointer(grads.recurrent.values)
-            if below is not None and lib.g2g_plans_aligned(below.address, plan.address):
+            if below is not None and layer.delay is None and lib.g2g_plans_aligned(below.address, plan.address):
                 own.inputs = memory.spikes[number - 1].data_ptr()
             self.layers[number] = own
             below = plan
@@ -253,7 +278,11 @@ def _check(call: StackCall) -> None:
     """Raises ValueError for tensors that the kernels would misread."""
     tensors, _ = opened(call)
     for tensor in tensors:
-        if not (tensor.is_cpu and tensor.is_contiguous() and tensor.dtype in (torch.float32, torch.bool, torch.int32)):
+        if not (
+            tensor.is_cpu
+            and tensor.is_contiguous()
+            and tensor.dtype in (torch.float32, torch.bool, torch.int32, torch.int64)
+        ):
             raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
 
 

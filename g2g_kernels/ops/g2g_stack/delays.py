@@ -34,6 +34,11 @@ class Delay(NamedTuple):
         """How many steps before a step are read, for the gradient, too."""
         return self.most + (self.learned is not None)
 
+    def of_each(self, size: int, device: torch.device) -> "Delay":
+        """The same with steps of each of ``size`` neurons."""
+        steps = torch.full((size,), self.least, device=device) if self.steps is None else self.steps.contiguous()
+        return self._replace(steps=steps)
+
 
 TYPES["Delay"] = Delay
 

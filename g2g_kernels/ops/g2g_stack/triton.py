@@ -690,6 +690,7 @@ def _pair_backward(run: Run, checkpoints: torch.Tensor, upstream: Upstream, dtyp
 #: fields of a layer that the kernels do not read
 UNREAD = unread(
     ("values", "mask", "bias", "population", "dropped", "state", "recurrent", "membranes", "observers", "source")
+    + ("delay", "sent")
 )
 
 
@@ -720,7 +721,7 @@ def _widest(layer: SpikingLayer) -> int:
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
-    if any(layer.recurrent is not None for layer in layers):
+    if any(layer.recurrent is not None or layer.delay is not None for layer in layers):
         return activity_of(*in_turn(x, layers, steps, g2g_linear, neurons_alone.neurons), differentiable=False)
     call = StackCall.of(x, layers, steps, runtime.autocast_dtype(x.device.type) or x.dtype)
     counts, rates, last, spikes, _ = FORWARD(call)

@@ -429,8 +429,7 @@ def test_no_layer_loses_its_last_unit(prune):
 def test_layers_in_place_of_a_model_and_recurrent_ones():
     net, optimizer = trained(recurrent=True)
     layers = list(net.connections().values())
-    joined = [layer for layer in net.recurrents() if layer is not None]
-    dst = pruning(layers, optimizer, recurrent=joined)
+    dst = pruning(layers, optimizer, network=net)
     for _ in range(4):
         train(net, optimizer)
         dst.step()

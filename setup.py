@@ -65,12 +65,8 @@ class PlatformWheel(bdist_wheel):
 
 
 def build_library(target: Path, scratch: Path) -> None:
-    """Compiles and links the library.
-
-    Raises:
-        OSError: without a compiler.
-        ValueError: for a quotation in ``CXX`` or ``G2G_CXXFLAGS`` that does not end.
-        CalledProcessError: if the compiler fails.
+    """Compiles and links the library; raises OSError without a compiler, ValueError for a quotation in ``CXX`` or
+    ``G2G_CXXFLAGS`` that does not end, and CalledProcessError if the compiler fails.
     """
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi", "-pthread"]

@@ -30,9 +30,6 @@ def select_device(name: str = "auto") -> torch.device:
     Apple's ``"mps"`` and Intel's ``"xpu"`` have no g2g kernels and run on plain PyTorch operations. The compiled CPU
     kernels are the better choice, so these are used only when named.
 
-    Args:
-        name: ``"auto"``, ``"cpu"``, ``"cuda"``, ``"directml"``, ``"mps"`` or ``"xpu"``, or one of several devices by
-            its number (``"cuda:1"``).
 
     Raises:
         ValueError: for an unknown name or a device missing on this machine, with the remedy.
@@ -41,31 +38,26 @@ def select_device(name: str = "auto") -> torch.device:
         >>> select_device("cpu")
         device(type='cpu')
     """
+    directml = _directml_device() if name in ("auto", "directml") else None
+    if directml is not None:
+        return directml
     if name == "auto":
-        directml = _directml_device()
-        if directml is not None:
-            return directml
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "directml":
-        directml = _directml_device()
-        if directml is None:
-            raise ValueError(
-                "device='directml' needs the package torch-directml (pip install torch-directml) and an adapter"
-            )
-        return directml
+        raise ValueError(
+            "device='directml' needs the package torch-directml (pip install torch-directml) and an adapter"
+        )
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device={name!r} is unknown; give {NAMES}") from None
-    if device.type in ("cuda", "mps", "xpu"):
-        count = _devices(device.type)
-        if not count:
-            raise ValueError(
-                f"device={name!r}: PyTorch {torch.__version__} finds no {device.type.upper()} device here; "
-                "give cpu or auto"
-            )
-        if device.index is not None and device.index >= count:
-            raise ValueError(f"device={name!r}: this machine has {device.type.upper()} devices 0 … {count - 1}")
-    elif device.type != "cpu":
+    if device.type == "cpu":
+        return device
+    if device.type not in ("cuda", "mps", "xpu"):
         raise ValueError(f"device={name!r} is not supported; give {NAMES}")
+    count, kind = _devices(device.type), device.type.upper()
+    if not count:
+        raise ValueError(f"device={name!r}: PyTorch {torch.__version__} finds no {kind} device here; give cpu or auto")
+    if device.index is not None and device.index >= count:
+        raise ValueError(f"device={name!r}: this machine has {kind} devices 0 … {count - 1}")
     return device

@@ -33,6 +33,8 @@ from g2g_kernels.mask.groups import GroupLayout
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_stack import Recurrent, SpikingLayer, g2g_stack
 from g2g_kernels.ops.neurons import MODELS, Neurons, neurons
+from g2g_kernels.ops.neurons.models import RESETS
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
 #: the largest root-mean-square error relative to the reference, in either precision
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -44,25 +46,15 @@ SIZE, GROUPS, BATCH, STEPS = 300, 4, 33, 10
 Tensors = dict[str, torch.Tensor]
 
 
-# --- what is checked ----------------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One case of one operator.
-
-    Attributes:
-        operator, case: what is checked, in words.
-        leaves: float64 tensors on the CPU, whose gradients are compared.
-        run: calls the operator on such leaves and the backend of that name, and returns the outputs.
-        fused: with kernels that compute a layer's product and its neurons together, which Triton alone has.
-    """
+    """One case of one operator."""
 
     operator: str
     case: str
-    leaves: Tensors
-    run: Callable[[Tensors, str], Tensors]
-    fused: bool = False
+    leaves: Tensors  #: float64 on the CPU, whose gradients are compared
+    run: Callable[[Tensors, str], Tensors]  #: calls the operator on such leaves and the backend of that name
+    fused: bool = False  #: with kernels that compute a layer's product and its neurons together, which Triton alone has
 
     @functools.cached_property
     def reference(self) -> Tensors:
@@ -73,12 +65,10 @@ class Check:
         errors = {}
         for name, actual in self._results(backend, device, dtype).items():
             expected = self.reference[name]
-            difference = _rms(actual - expected)
-            size = _rms(expected)
+            difference, size = _rms(actual - expected), _rms(expected)
             if name in EXACT:
-                errors[name] = 0.0 if difference == 0 else math.inf
-            else:
-                errors[name] = difference / size if math.isfinite(difference) and size else math.inf
+                size = float(difference == 0)  # then 0 of 1
+            errors[name] = difference / size if math.isfinite(difference) and size else math.inf
         return errors
 
     def _results(self, backend: str, device: torch.device, dtype: torch.dtype) -> Tensors:
@@ -91,25 +81,22 @@ class Check:
             name: leaf.to(torch.float32 if low else dtype, copy=True).to(device).requires_grad_()
             for name, leaf in self.leaves.items()
         }
-        with self._chosen(backend):
+        with contextlib.ExitStack() as chosen:
+            if backend == "triton":  # layers fused or as pairs, whatever the cost model says of so small ones
+                from g2g_kernels.ops.g2g_stack import triton  # imports Triton, which is optional
+
+                chosen.enter_context(triton.choose(self.fused))
             with torch.autocast(device.type, dtype) if low else torch.enable_grad():
                 outputs = self.run(leaves, backend)
             draw = torch.Generator().manual_seed(1)
-            weights = {name: torch.randint(-8, 9, output.shape, generator=draw) / 8 for name, output in outputs.items()}
-            torch.autograd.backward(list(outputs.values()), [weights[name].to(outputs[name]) for name in outputs])
+            results = list(outputs.values())
+            weights = [torch.randint(-8, 9, result.shape, generator=draw) / 8 for result in results]
+            torch.autograd.backward(results, [weight.to(y) for weight, y in zip(weights, results, strict=True)])
         gradients = {f"∂{name}": leaf.grad for name, leaf in leaves.items()}
         return {
             name: torch.full((1,), math.nan) if tensor is None else tensor.detach().cpu().double()
             for name, tensor in {**outputs, **gradients}.items()
         }
-
-    def _chosen(self, backend: str) -> contextlib.AbstractContextManager[None]:
-        """On Triton, layers fused or as pairs of kernels, whatever the cost model says of so small ones."""
-        if backend != "triton":
-            return contextlib.nullcontext()
-        from g2g_kernels.ops.g2g_stack import triton  # imports Triton, which is optional
-
-        return triton.choose(self.fused)
 
 
 def _rms(tensor: torch.Tensor) -> float:
@@ -132,26 +119,19 @@ def checks() -> Iterator[Check]:
         case = f"units of {block_size}, {kind} groups"
         weights = {"values": values * mask.valid(), "bias": bias}
         x = torch.randn(BATCH, SIZE, generator=draw, dtype=torch.float64)
-        yield Check("g2g_linear", case, {"x": x, **weights}, functools.partial(_linear, mask))
+        yield Check("g2g_linear", case, {"x": x, **weights}, functools.partial(_linear, [mask]))
         parameters = {"beta": multiples(0.5, 1, 1, 1), "threshold": multiples(0.25, 3, 5, SIZE)}
         held = {"x": multiples(0.5, 0, 2, BATCH, SIZE), **weights, **parameters}
-        run = functools.partial(_stack, mask)
+        run = functools.partial(_stack, [mask, mask], None, True)  # of the same weights
         yield Check("g2g_stack", case, held, run)
         yield Check("fused stack", case, held, run, fused=True)
         # so few that gradients do not grow from step to step, and their rounding with them
         own_draw = torch.Generator().manual_seed(block_size)
         own = BlockMask.sample(layouts[0], layouts[0], 0.2, 0.05, block_size, own_draw)
         joined = multiples(0.25, -1, 1, own.num_units, *own.unit_shape, generator=own_draw) * own.valid()
-        yield Check("recurrent", case, {"joined": joined, **held}, functools.partial(_recurrent, mask, own))
-    cases = (
-        ("subtract", "atan"),
-        ("zero", "fast_sigmoid"),
-        ("none", "sigmoid"),
-        ("subtract", "triangle"),
-        ("zero", "boxcar"),
-    )
+        yield Check("recurrent", case, {"joined": joined, **held}, functools.partial(_stack, [mask], own, True))
     for model in MODELS.values():
-        for number, (reset, surrogate) in enumerate(cases):
+        for number, (reset, surrogate) in enumerate(zip(itertools.cycle(RESETS), SURROGATES, strict=False)):
             current = multiples(0.25, -4, 10, STEPS, BATCH, SIZE) / len(model.states)
             sizes = (SIZE, 1) if number % 2 else (1, SIZE)
             halves = {name: multiples(0.5, 1, 1, sizes[0]) for name in model.parameters[:-1]}
@@ -176,7 +156,7 @@ def _default_step(draw: torch.Generator, multiples: Callable[..., torch.Tensor])
         leaves[f"bias {number}"] = multiples(0.25, -1, 2, outputs)
         leaves[f"beta {number}"] = multiples(0.5, 1, 1, 1)
         leaves[f"threshold {number}"] = multiples(0.25, 3, 5, 1)
-    run = functools.partial(_network, masks)
+    run = functools.partial(_stack, masks, None, False)  # the default loss is one of counts
     yield Check("g2g_stack", "a default step", leaves, run)
     yield Check("fused stack", "a default step", leaves, run, fused=True)
 
@@ -185,9 +165,9 @@ def _on_device(mask: BlockMask, like: torch.Tensor) -> BlockMask:
     return copy.deepcopy(mask).to(like.device)
 
 
-def _linear(mask: BlockMask, leaves: Tensors, backend: str) -> Tensors:
+def _linear(masks: Sequence[BlockMask], leaves: Tensors, backend: str) -> Tensors:
     x, values, bias = leaves.values()
-    return {"y": g2g_linear(x, values, _on_device(mask, x), bias, backend)}
+    return {"y": g2g_linear(x, values, _on_device(masks[0], x), bias, backend)}
 
 
 def _neurons(model: str, reset: str, surrogate: str, leaves: Tensors, backend: str) -> Tensors:
@@ -197,36 +177,21 @@ def _neurons(model: str, reset: str, surrogate: str, leaves: Tensors, backend: s
     return {"spikes": neurons(current, Neurons(model, tuple(parameters), reset, surrogate), backend=backend)}
 
 
-def _stack(mask: BlockMask, leaves: Tensors, backend: str) -> Tensors:
-    """Two layers of the same weights: the second reads neurons in a different order than the first writes them."""
-    x, values, bias, *parameters = leaves.values()
-    layers = [SpikingLayer(values, _on_device(mask, x), bias, Neurons("lif", tuple(parameters)))] * 2
-    return _activity(x, layers, backend)
-
-
-def _recurrent(mask: BlockMask, own: BlockMask, leaves: Tensors, backend: str) -> Tensors:
-    """One recurrent layer."""
-    joined, x, values, bias, *parameters = leaves.values()
-    layer = SpikingLayer(values, _on_device(mask, x), bias, Neurons("lif", tuple(parameters)))
-    return _activity(x, [layer._replace(recurrent=Recurrent(joined, _on_device(own, x)))], backend)
-
-
-def _network(masks: Sequence[BlockMask], leaves: Tensors, backend: str) -> Tensors:
-    """A stack of layers, each with its own weights, and what the default loss uses of it."""
-    x, *rest = leaves.values()
+def _stack(
+    masks: Sequence[BlockMask], own: BlockMask | None, with_rates: bool, leaves: Tensors, backend: str
+) -> Tensors:
+    """Layers of these masks, each with weights of its own if there are as many; ``own``: of the recurrent ones."""
+    rest = list(leaves.values())
+    recurrent = None if own is None else Recurrent(rest.pop(0), _on_device(own, rest[0]))
+    x = rest.pop(0)
+    weights = itertools.cycle(zip(*[iter(rest)] * 4, strict=True))
     layers = [
-        SpikingLayer(values, _on_device(mask, x), bias, Neurons("lif", (beta, threshold)))
-        for mask, (values, bias, beta, threshold) in zip(masks, zip(*[iter(rest)] * 4, strict=True), strict=True)
+        SpikingLayer(values, _on_device(mask, x), bias, Neurons("lif", (beta, threshold)), recurrent=recurrent)
+        for mask, (values, bias, beta, threshold) in zip(masks, weights, strict=False)
     ]
-    return {"counts": _activity(x, layers, backend)["counts"]}
-
-
-def _activity(x: torch.Tensor, layers: Sequence[SpikingLayer], backend: str) -> Tensors:
     activity = g2g_stack(x, layers, STEPS, backend=backend)
-    return {"counts": activity.counts, **{f"rates {i}": rates for i, rates in enumerate(activity.rates, 1)}}
-
-
-# --- the report ---------------------------------------------------------------------------------------------------
+    rates = {f"rates {i}": rates for i, rates in enumerate(activity.rates, 1)}
+    return {"counts": activity.counts, **(rates if with_rates else {})}
 
 
 def devices() -> dict[str, str]:

@@ -53,13 +53,10 @@ MOST_WAITING = 0.1
 
 
 def too_large(**counts: int) -> str | None:
-    """Why a call with these counts cannot be served, or None: their fields have 32 bits.
-
-    A call that is traced is not asked, since its sizes may be unknown; the fields themselves are checked when it runs.
+    """Why a call with these counts cannot be served, or None: their fields have 32 bits. Where a call is traced, sizes
+    may be unknown, and the fields themselves are checked when it runs.
     """
-    if torch.compiler.is_compiling():
-        return None
-    for name, count in counts.items():
+    for name, count in {} if torch.compiler.is_compiling() else counts.items():
         if count > INT32[1]:
             return f"serves at most {INT32[1]} {name}, not {count}"
     return None
@@ -128,9 +125,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         "g2g_plans_join": (c_int32, [c_void_p] * 2),
         "g2g_unpack": (None, [c_void_p, c_void_p, _Int32, _Int32, _Int32, c_void_p]),
     }
-    for operator in ("stack", "linear", "neurons"):
-        for direction in ("forward", "backward"):
-            signatures[f"g2g_{operator}_{direction}"] = (c_int64, [c_void_p] * 2)
+    for kernel in ("stack_forward", "stack_backward", "linear_forward", "linear_backward", "neurons_forward",
+                   "neurons_backward"):  # fmt: skip
+        signatures[f"g2g_{kernel}"] = (c_int64, [c_void_p] * 2)
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -138,7 +135,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if asked and asked != chosen:
         why = "which this CPU does not have" if asked in ISAS else f"which is not one of {', '.join(ISAS)}"
         reason = f"G2G_CPU_ISA={asked!r} asks for an instruction set {why}; leave it unset for the best one"
-        logging.getLogger("g2g_kernels").warning("the compiled CPU kernels are not used: %s", reason)
+        logger.warning("the compiled CPU kernels are not used: %s", reason)
         return None, reason
     library.g2g_use_openmp(openmp(), MOST_WAITING)
     return library, None
@@ -203,10 +200,7 @@ def _checked(answer: int) -> int:
             "more; give fewer of them, or backend='torch'"
         )
     if answer == UNKNOWN_OPTION:
-        raise ValueError(
-            "the compiled CPU kernels have no neuron model, reset or surrogate of this number; rebuild them, or give "
-            "backend='torch'"
-        )
+        raise ValueError("the compiled CPU kernels lack this neuron model, reset or surrogate; rebuild them")
     if answer < 0:
         raise MemoryError("the compiled CPU kernels ran out of memory")
     return answer

@@ -25,16 +25,8 @@ _PLANS, _UNITS = 64, 1 << 22
 _LEAST_UNITS = 1 << 10  # minimum size of a plan, however small its mask
 _lock = threading.RLock()  # the garbage collector may call kernels from a finalizer while it is held
 _plans: "OrderedDict[tuple, Plan]" = OrderedDict()
-
-
-def _renew_lock() -> None:
-    """In a forked child, where a thread that held the lock does not exist."""
-    global _lock
-    _lock = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
+if hasattr(os, "register_at_fork"):  # in a forked child a thread that held the lock does not exist
+    os.register_at_fork(after_in_child=_lock._at_fork_reinit)  # type: ignore[attr-defined]
 
 
 def blocks(grid: tuple[int, int], packed: tuple[int, ...]) -> tuple[int, int]:

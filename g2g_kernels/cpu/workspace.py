@@ -35,15 +35,11 @@ class Workspace:
 
     def __init__(self) -> None:
         self.poison = os.environ.get("G2G_CPU_POISON", "") not in ("", "0")
-        self.renew_lock()
+        self._lock = threading.Lock()
         self._returned: collections.deque[mmap.mmap] = collections.deque()  # by finalizers, and still in _in_use
         self._free: list[mmap.mmap] = []  # most recently returned last
         self._in_use = 0
         self._most_in_use = 0
-
-    def renew_lock(self) -> None:
-        """Once more in a forked child, where a thread that held the lock does not exist."""
-        self._lock = threading.Lock()
 
     def bytes(self, size: int) -> torch.Tensor:
         """An uninitialised uint8 tensor of ``size`` elements, aligned to 64 bytes."""
@@ -155,5 +151,5 @@ def _map(length: int) -> mmap.mmap:
 
 
 workspace = Workspace()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=workspace.renew_lock)
+if hasattr(os, "register_at_fork"):  # in a forked child a thread that held the lock does not exist
+    os.register_at_fork(after_in_child=workspace._lock._at_fork_reinit)  # type: ignore[attr-defined]

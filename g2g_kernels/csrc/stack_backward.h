@@ -27,57 +27,77 @@ enum class Arrival {
     kPanel,     // the same, but first stored in a panel: it comes in bands of 64 rows, or in another order of lanes
 };
 
-// A panel of ∂L/∂S in the order of the columns above, which reorder() brings into a layer's own, in place. Spikes that
-// arrive later get the gradient of the step at which they do.
+// A panel of ∂L/∂S in the order of the columns above, which reorder() brings into a layer's own, in place.
 struct ArrivalPanel {
     Panel<float> panel;
-    bool aligned = true;          // the order above is the layer's own, and nothing arrives later
+    bool aligned = true;          // the order above is the layer's own
     int64_t blocks = 0;           // of the layer's own rows
     int32_t* offset = nullptr;    // [row blocks][64] where each lane lies, from the row's place in block 0
-    float* delay = nullptr;       // [row blocks][64] of each lane, at most T; null: none
 
     ArrivalPanel() = default;
-    ArrivalPanel(const Axis& own, const Layer& above, int64_t rows, int64_t steps, Arena& arena)
-        : aligned(same_order(own, above.plan->cols) && !above.delays), blocks(own.blocks) {
+    ArrivalPanel(const Axis& own, const Axis& above, int64_t rows, Arena& arena)
+        : aligned(same_order(own, above)), blocks(own.blocks) {
         // one row more than is used: blocks a multiple of 4 KiB apart would share few sets of the cache
-        const int64_t size = most(own.blocks, above.plan->cols.blocks) * (rows + 1), beyond = above.delays ? steps : 0;
-        panel = {arena.take<float>((size + beyond) * kLanes), rows + 1};
+        panel = {arena.take<float>(most(own.blocks, above.blocks) * (rows + 1) * kLanes), rows + 1};
         if (aligned) return;
-        if ((size + beyond) * kLanes > INT32_MAX) throw std::length_error("offsets have 32 bits");
+        if (above.blocks * (rows + 1) * kLanes > INT32_MAX) throw std::length_error("offsets have 32 bits");
         offset = arena.take<int32_t>(blocks * kLanes);
-        if (above.delays) delay = arena.take<float>(blocks * kLanes);
     }
 
-    void find_offsets(const Axis& own, const Layer& above, int64_t steps) const {
+    void find_offsets(const Axis& own, const Axis& above) const {
         for (int64_t i = 0; i < blocks * kLanes; ++i) {
-            const int32_t n = own.neuron[i], lane = n < 0 ? 0 : above.plan->cols.lane[n];  // any finite value does in padding
-            const int64_t late = delay && n >= 0 ? least(above.delays[n], steps) : 0;
-            offset[i] = static_cast<int32_t>((lane / kLanes * panel.rows + late) * kLanes + lane % kLanes);
-            if (delay) delay[i] = static_cast<float>(late);
+            const int32_t lane = own.neuron[i] < 0 ? 0 : above.lane[own.neuron[i]];  // any finite value does in padding
+            offset[i] = static_cast<int32_t>(lane / kLanes * panel.rows * kLanes + lane % kLanes);
         }
     }
 
-    // All rows of a sample, in the order of its steps: what arrives later is read before it is overwritten.
-    void reorder_sample(int64_t b, int64_t steps, float* room) const {
-        for (int64_t t = 0; t < steps; ++t) reorder(b * steps + t, steps - t, room);
-    }
-
-    // One row of all blocks, `left` steps before the end; 8 KB for 2048 neurons, so that lanes are gathered from L1. `room` is
-    // for one row.
-    void reorder(int64_t row, int64_t left, float* room) const {
+    // One row of all blocks; 8 KB for 2048 neurons, so that lanes are gathered from L1. `room` is for one row.
+    void reorder(int64_t row, float* room) const {
         constexpr int64_t ahead = 4;
         const int64_t later = least(row + ahead, panel.rows - 1);
-        const Vec end = all(static_cast<float>(left));
         for (int64_t r = 0; r < blocks; ++r) {
             for (int i = 0; i < kLanes; i += 16) __builtin_prefetch(panel.at(r, later) + i);
             for (int v = 0; v < kVecs; ++v) {
                 const int64_t lane = r * kLanes + v * W;
-                const Vec found = gather(panel.at(0, row), offset + lane);
-                store(room + lane, delay ? (load(delay + lane) < end ? found : Vec{}) : found);
+                store(room + lane, gather(panel.at(0, row), offset + lane));
             }
         }
         for (int64_t r = 0; r < blocks; ++r)
             for (int v = 0; v < kVecs; ++v) store(panel.at(r, row) + v * W, load(room + r * kLanes + v * W));
+    }
+};
+
+// The delays with which a layer's spikes reach the layer above, in the layer's order of lanes.
+struct Late {
+    int32_t* delay = nullptr;   // [row blocks][64], at most T; null: none
+    int32_t* offset = nullptr;  // [row blocks][64] where the gradient of each lane lies, from the step at which it spikes
+    int32_t* longest = nullptr;  // [row blocks]
+
+    Late() = default;
+    Late(const Axis& own, const Layer& above, Arena& arena) {
+        if (!above.delays) return;
+        delay = arena.take<int32_t>(static_cast<size_t>(own.blocks) * kLanes);
+        offset = arena.take<int32_t>(static_cast<size_t>(own.blocks) * kLanes);
+        longest = arena.take<int32_t>(own.blocks);
+    }
+
+    void find(const Axis& own, const Layer& above, int64_t steps) const {
+        for (int64_t i = 0; i < static_cast<int64_t>(own.blocks) * kLanes; ++i) {
+            delay[i] = own.neuron[i] < 0 ? 0 : static_cast<int32_t>(most(0, least(above.delays[own.neuron[i]], steps)));
+            offset[i] = delay[i] * kLanes + static_cast<int32_t>(i % kLanes);
+            longest[i / kLanes] = i % kLanes && longest[i / kLanes] > delay[i] ? longest[i / kLanes] : delay[i];
+        }
+    }
+
+    // ∂L/∂S of block r, [T][64]: spikes get the gradient of the step at which they arrive, if any. In place, since no step
+    // reads an earlier one.
+    void shift(int64_t r, int64_t steps, float* tile) const {
+        const int32_t *const of_lanes = offset + r * kLanes, *const late = delay + r * kLanes;
+        int64_t left = steps;
+        for (; left > longest[r]; --left, tile += kLanes)
+            for (int v = 0; v < kVecs; ++v) store(tile + v * W, gather(tile, of_lanes + v * W));
+        for (; left > 0; --left, tile += kLanes)
+            for (int i = 0; i < kLanes; ++i) tile[i] = late[i] < left ? tile[of_lanes[i]] : 0.0f;
     }
 };
 
@@ -151,6 +171,7 @@ struct BackwardLayer {
     bool by_events = false;                       // whether the last chunk's was, which its sweep expects of the next one
     int64_t events = 0, event_rows = 0;           // listed so far, and the rows that they are in
     ArrivalPanel arrivals;
+    Late late;                                    // what its spikes are
     std::optional<RecurrentBackward> recurrent;
     std::optional<WeightGradient> recurrent_weights;
     bool last;                                    // of the stack
@@ -191,10 +212,11 @@ struct BackwardLayer {
         current_sum = arena.take<float>(lanes() * parts);
         for (int k = 0; k < model.parameters; ++k) parameter_sums[k] = arena.take<float>(lanes() * parts);
         if (last) return;
-        const Layer& above = s.layers[l + 1];
-        const bool whole = same_order(plan.rows, above.plan->cols) && above.plan->sparse.empty() && !recurrent && !above.delays;
+        const Plan& above = *s.layers[l + 1].plan;
+        const bool whole = same_order(plan.rows, above.cols) && above.sparse.empty() && !recurrent;
         arrival = whole ? Arrival::kTiles : Arrival::kPanel;
-        if (arrival == Arrival::kPanel) arrivals = ArrivalPanel(plan.rows, above, chunks.rows(), s.steps, arena);
+        late = Late(plan.rows, s.layers[l + 1], arena);
+        if (arrival == Arrival::kPanel) arrivals = ArrivalPanel(plan.rows, above.cols, chunks.rows(), arena);
     }
 
     int64_t lanes() const { return static_cast<int64_t>(plan.rows.blocks) * kLanes; }
@@ -366,7 +388,8 @@ struct BackwardPass {
                 if (x.last && n >= 0 && s.grad_counts) g += s.grad_counts[b * axis.size + n];
                 x.constant_of(b, 0)[i] = g;
             }
-        if (!x.arrivals.aligned) x.arrivals.find_offsets(axis, layers[l + 1].layer, s.steps);
+        if (!x.arrivals.aligned) x.arrivals.find_offsets(axis, layers[l + 1].plan.cols);
+        if (x.late.delay) x.late.find(axis, layers[l + 1].layer, s.steps);
     }
 
     // How to compute the input gradient of a layer in a chunk, after its sweep: by events or by the product. The sweep
@@ -457,7 +480,10 @@ struct BackwardPass {
             const int64_t r = task / groups, b = task % groups * chunks.group, count = least(chunks.group, samples - b);
             float *const room = scratch + worker * scratch_size, *const tile = room + states_size;
             input_gradient(above, r, b * T, count * T, tile, worker);
-            for (int64_t i = 0; i < count; ++i) sweep_block(x, first, b + i, r, tile + i * T * kLanes, room);
+            for (int64_t i = 0; i < count; ++i) {
+                if (x.late.delay) x.late.shift(r, T, tile + i * T * kLanes);
+                sweep_block(x, first, b + i, r, tile + i * T * kLanes, room);
+            }
         });
     }
 
@@ -489,35 +515,36 @@ struct BackwardPass {
 
     // The same, in the layer's own order.
     void fill_arrivals(const BackwardLayer& x, const ChunkInputGradient& above, int64_t samples) const {
-        store_arrivals(x, above, samples);
-        if (!x.arrivals.aligned) reorder(x, samples);
-    }
-
-    // The panel of a layer in its own order: samples at once, or single rows if nothing arrives later.
-    void reorder(const BackwardLayer& x, int64_t samples) const {
         const int64_t T = s.steps;
-        if (x.arrivals.delay)
-            return parallel(s.threads, samples, 1, [&](int64_t b, int worker) {
-                x.arrivals.reorder_sample(b, T, scratch + worker * scratch_size);
+        store_arrivals(x, above, samples);
+        if (!x.arrivals.aligned)
+            parallel(s.threads, samples * T, 8, [&](int64_t row, int worker) {
+                x.arrivals.reorder(row, scratch + worker * scratch_size);
             });
-        parallel(s.threads, samples * T, 8, [&](int64_t row, int worker) {
-            x.arrivals.reorder(row, T - row % T, scratch + worker * scratch_size);
-        });
+        if (x.late.delay)
+            parallel(s.threads, x.plan.rows.blocks * samples, 4, [&](int64_t task, int) {
+                const int64_t r = task / samples;
+                x.late.shift(r, T, x.arrivals.panel.at(r, task % samples * T));
+            });
     }
 
     void sweep_panel(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) const {
         const Panel<float>& panel = x.arrivals.panel;
-        const int64_t R = x.plan.rows.blocks, T = s.steps;
+        const int64_t R = x.plan.rows.blocks, T = s.steps, rows = samples * T;
         store_arrivals(x, above, samples);
+        const auto reorder = [&](int64_t row, int worker) {
+            if (!x.arrivals.aligned) x.arrivals.reorder(row, scratch + worker * scratch_size);
+        };
         const auto sweep_row_block = [&](int64_t b, int64_t r, int worker) {
+            if (x.late.delay) x.late.shift(r, T, panel.at(r, b * T));
             sweep_block(x, first, b, r, panel.at(r, b * T), scratch + worker * scratch_size);
         };
         if (samples >= s.threads)  // one sample's panel (400 KB) stays in L2
             return parallel(s.threads, samples, 1, [&](int64_t b, int worker) {
-                if (!x.arrivals.aligned) x.arrivals.reorder_sample(b, T, scratch + worker * scratch_size);
+                for (int64_t t = 0; t < T; ++t) reorder(b * T + t, worker);
                 for (int64_t r = 0; r < R; ++r) sweep_row_block(b, r, worker);
             });
-        if (!x.arrivals.aligned) reorder(x, samples);
+        if (!x.arrivals.aligned) parallel(s.threads, rows, 8, reorder);
         parallel(s.threads, samples * R, 4, [&](int64_t task, int worker) {
             sweep_row_block(task / R, task % R, worker);
         });

@@ -19,6 +19,9 @@ from g2g_kernels.mask.wiring import as_row, numbers_of, read_row, version
 from g2g_kernels.numbers import PROBABILITY, SIZE
 from g2g_kernels.tracing import on_cpu
 
+#: the coordinates of no unit
+_NONE = torch.zeros(0, dtype=torch.int64, device="cpu")
+
 
 class BlockMask(UnitGrid):
     """The units (blocks of weights) that a sparse [out, in] weight matrix has.
@@ -29,17 +32,12 @@ class BlockMask(UnitGrid):
     neuron shorter than others is padded; the padding is ignored.
 
     The mask is an ``nn.Module``, so it moves, copies, pickles and saves with the layer that owns it. Its indices are
-    not buffers, so weight averages leave them alone. :meth:`relabel_` gives slots to other units in place: shapes and
-    addresses never change.
+    not buffers, so weight averages leave them alone. Its one buffer, and all of its ``state_dict``, is ``wiring``,
+    which describes the mask in floats (``mask/wiring.py``) and so travels wherever parameters do. The mask writes that
+    buffer and never reads it; what arrives there is for its owner to find (as ``g2gnet`` does).
 
-    Its one buffer, ``wiring``, describes the mask in floats (``mask/wiring.py``), so the mask travels wherever
-    parameters and buffers do. A ``state_dict`` has the same row and nothing else. The mask writes that buffer and never
-    reads it; what arrives there is for its owner to find (as ``g2gnet`` does).
-
-    Args:
-        out_layout, in_layout: the groups of the output and input neurons.
-        unit_row, unit_col: integer tensors [num_units], the unit coordinates of each slot.
-        block_size: the longest side of a unit, in weights.
+    It is made of the groups of the output and input neurons, the coordinates of each slot's unit, integer [num_units],
+    and ``block_size``, the longest side of a unit in weights.
 
     Attributes:
         rows, cols: :class:`UnitAxis` of the output and the input side.
@@ -91,8 +89,6 @@ class BlockMask(UnitGrid):
         self.changes = 0
         self._set_units(unit_row, unit_col)
 
-    # --- construction -------------------------------------------------------------------------------------------
-
     @classmethod
     @on_cpu
     def sample(
@@ -111,8 +107,7 @@ class BlockMask(UnitGrid):
         """
         for name, p in (("p_intra", p_intra), ("p_inter", p_inter)):
             PROBABILITY.check(name, p)
-        empty = torch.zeros(0, dtype=torch.int64)
-        mask = cls(out_layout, in_layout, empty, empty, block_size)
+        mask = cls(out_layout, in_layout, _NONE, _NONE, block_size)
         own = partners(out_layout.num_groups, in_layout.num_groups)
         same_group = own[mask.rows.group_of_unit][:, mask.cols.group_of_unit]
         inside = sample_rows(same_group, p_intra, generator)
@@ -124,8 +119,7 @@ class BlockMask(UnitGrid):
     @on_cpu
     def full(cls, out_layout: GroupLayout, in_layout: GroupLayout, block_size: int = 64) -> "BlockMask":
         """Every unit present: a dense layer in the packed form."""
-        empty = torch.zeros(0, dtype=torch.int64)
-        mask = cls(out_layout, in_layout, empty, empty, block_size)
+        mask = cls(out_layout, in_layout, _NONE, _NONE, block_size)
         mask._set_units(*torch.ones(mask.grid).nonzero(as_tuple=True))
         return mask
 
@@ -138,8 +132,7 @@ class BlockMask(UnitGrid):
         if mask.dim() != 2:
             raise ValueError(f"mask must be a matrix [out, in], not of shape {tuple(mask.shape)}")
         dense = mask.detach().to("cpu", torch.bool)
-        empty = torch.zeros(0, dtype=torch.int64)
-        result = cls(GroupLayout(dense.shape[0], 1), GroupLayout(dense.shape[1], 1), empty, empty, block_size)
+        result = cls(GroupLayout(dense.shape[0], 1), GroupLayout(dense.shape[1], 1), _NONE, _NONE, block_size)
         active = packing.tiles(dense.float(), result._view()).sum((2, 3))
         size = result.rows.lengths[:, None] * result.cols.lengths[None, :]
         partial = ((active > 0) & (active < size)).nonzero()
@@ -198,10 +191,8 @@ class BlockMask(UnitGrid):
         self.replace_by_(copy.deepcopy(other).to(self.unit_row.device), self.own_wiring if stays else None)
 
     def replace_by_(self, other: "BlockMask", wiring: torch.Tensor | None = None) -> None:
-        """Takes over the tensors of another mask of the same ``shape``, and their device; ``other`` is used up.
-
-        Args:
-            wiring: the tensor that is the buffer from now on, and is written; None: a new one.
+        """Takes over the tensors of another mask of the same ``shape``, and their device; ``other`` is used up. The
+        buffer is ``wiring`` from now on, which is written; None: a new one.
         """
         self.block_size, self.rows, self.cols = other.block_size, other.rows, other.cols
         self._register_units(other.unit_row, other.unit_col)
@@ -214,8 +205,6 @@ class BlockMask(UnitGrid):
     def equals(self, other: "BlockMask") -> bool:
         """Whether both have the same units in the same slots, and the same groups. Waits for the device."""
         return self.describes(as_row(numbers_of(other)))
-
-    # --- the buffer that describes it -----------------------------------------------------------------------------
 
     @property
     def writes(self) -> int:
@@ -259,16 +248,11 @@ class BlockMask(UnitGrid):
         super().__setstate__(state)
         self._own_wiring()
 
-    # --- other libraries' graphs ----------------------------------------------------------------------------------
-
     edges = conversions.edges
     to_scipy = conversions.to_scipy
     to_networkx = conversions.to_networkx
     to_csr = conversions.to_csr
     to_bsr = conversions.to_bsr
-
-    # --- pictures -----------------------------------------------------------------------------------------------
-
     to_string = conversions.to_string
 
     def _repr_html_(self) -> str:
@@ -287,8 +271,6 @@ class BlockMask(UnitGrid):
             f"block_size={self.block_size}, {self.num_units} of {self.grid[0] * self.grid[1]} units, "
             f"density={density}, device={self.unit_row.device})"
         )
-
-    # --- saving -------------------------------------------------------------------------------------------------
 
     @classmethod
     @on_cpu
@@ -316,19 +298,13 @@ class BlockMask(UnitGrid):
             self.become_(loaded.to(self.unit_row.device))
 
     def describes(self, wiring: torch.Tensor, rounding: float = 0.0) -> bool:
-        """Whether a row says what this mask is, but for its checksums.
+        """Whether a row says what this mask is, but for its checksums; false where it has no numbers (``meta``).
 
-        Args:
-            rounding: what its numbers may be off, relative to them; its checksums then count, too.
-
-        Returns:
-            false where there are no numbers to compare (``meta``).
+        With a ``rounding``, relative to the numbers, its checksums count, too.
         """
         own = numbers_of(self)
         if own.is_meta or wiring.is_meta or (len(own) + 2,) != wiring.shape:
             return False
         own, given = own.cpu(), wiring.detach().cpu()
-        if (own == given[:-2]).all():
-            return True
-        own = as_row(own)
-        return bool(((given - own).abs() <= rounding * own).all())
+        exact, own = (own == given[:-2]).all(), as_row(own)
+        return bool(exact or ((given - own).abs() <= rounding * own).all())

@@ -8,7 +8,6 @@ import html
 import importlib
 import struct
 import zlib
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,12 +21,8 @@ PICTURE = 256
 
 
 class Edges(NamedTuple):
-    """The weights that exist, sorted by target, then by source.
-
-    Attributes:
-        source, target: int64 [E], the input and the output neuron.
-        source_group, target_group: int64 [E], their groups.
-        weight: floating point [E], or None if only a mask was given.
+    """The weights that exist, sorted by target, then by source: the input and the output neuron and their groups, int64
+    [E], and their weights, floating point [E], or None if only a mask was given.
     """
 
     source: np.ndarray
@@ -42,14 +37,6 @@ class Edges(NamedTuple):
         return _optional("pandas").DataFrame(columns)
 
 
-class _Entries(NamedTuple):
-    """The weights that exist, by row and then by column: int64 [E] each, ``place`` among the packed values."""
-
-    row: torch.Tensor
-    col: torch.Tensor
-    place: torch.Tensor
-
-
 def edges(mask: UnitGrid, values: torch.Tensor | None = None) -> Edges:
     """The list of edges, on the CPU; with the packed ``values`` also their weights, in float32 or float64.
 
@@ -59,10 +46,10 @@ def edges(mask: UnitGrid, values: torch.Tensor | None = None) -> Edges:
         >>> edges(mask).source, edges(mask).target
         (array([0, 1, 2, 0, 1, 2]), array([0, 0, 0, 1, 1, 1]))
     """
-    entries = _entries(mask)
-    source, target = entries.col.cpu(), entries.row.cpu()
+    row, col, place = _entries(mask)
+    source, target = col.cpu(), row.cpu()
     source_group, target_group = mask.cols.layout.group_of[source], mask.rows.layout.group_of[target]
-    weight = None if values is None else _weights(mask, values, entries).numpy()
+    weight = None if values is None else _weights(mask, values, place).numpy()
     return Edges(source.numpy(), target.numpy(), source_group.numpy(), target_group.numpy(), weight)
 
 
@@ -78,9 +65,9 @@ def to_scipy(mask: UnitGrid, values: torch.Tensor | None = None) -> Any:
     """
     from scipy.sparse import csr_array
 
-    entries = _entries(mask)
-    data = np.ones(len(entries.row), bool) if values is None else _weights(mask, values, entries).numpy()
-    return csr_array((data, entries.col.cpu().numpy(), _pointer(mask, entries).cpu().numpy()), shape=mask.shape)
+    row, col, place = _entries(mask)
+    data = np.ones(len(row), bool) if values is None else _weights(mask, values, place).numpy()
+    return csr_array((data, col.cpu().numpy(), _pointer(mask, row).cpu().numpy()), shape=mask.shape)
 
 
 def to_csr(mask: UnitGrid, values: torch.Tensor) -> torch.Tensor:
@@ -93,19 +80,16 @@ def to_csr(mask: UnitGrid, values: torch.Tensor) -> torch.Tensor:
         torch.Size([16, 16])
     """
     mask.check_values(values)
-    entries = _entries(mask)
-    data = values.reshape(-1)[entries.place]
-    return torch.sparse_csr_tensor(_pointer(mask, entries), entries.col, data, mask.shape, check_invariants=False)
+    row, col, place = _entries(mask)
+    data = values.reshape(-1)[place]
+    return torch.sparse_csr_tensor(_pointer(mask, row), col, data, mask.shape, check_invariants=False)
 
 
 def to_bsr(mask: UnitGrid, values: torch.Tensor, order: str = "neuron") -> torch.Tensor:
     """The weight as a BSR tensor [out, in] whose blocks are the units; differentiable.
 
-    Args:
-        mask: needs units of one size: no group cut into unequal ranges.
-        values: the packed weights.
-        order: ``"neuron"``, for contiguous groups; or ``"group"``, for any: rows are then the neurons
-            ``mask.rows.order``, columns ``mask.cols.order``.
+    The ``order`` is ``"neuron"``, for contiguous groups; or ``"group"``, for any: rows are then the neurons
+    ``mask.rows.order``, columns ``mask.cols.order``.
 
     Raises:
         ValueError: if units differ in size, or groups are not contiguous and ``order`` is ``"neuron"``.
@@ -154,17 +138,9 @@ def to_networkx(mask: UnitGrid, values: torch.Tensor | None = None, source: str 
             graph.add_node((name, neuron), group=group)
     listed = edges(mask, values)
     pairs = zip(listed.source.tolist(), listed.target.tolist(), strict=True)
-    if listed.weight is None:
-        graph.add_edges_from(((source, j), (target, i)) for j, i in pairs)
-    else:
-        weights = listed.weight.tolist()
-        graph.add_weighted_edges_from(
-            ((source, j), (target, i), weight) for (j, i), weight in zip(pairs, weights, strict=True)
-        )
+    attributes = [{}] * len(listed.source) if listed.weight is None else [{"weight": w} for w in listed.weight.tolist()]
+    graph.add_edges_from(((source, j), (target, i), each) for (j, i), each in zip(pairs, attributes, strict=True))
     return graph
-
-
-# --- pictures ----------------------------------------------------------------------------------------------------
 
 
 def to_string(mask: UnitGrid, max_cells: int = 64) -> str:
@@ -181,15 +157,12 @@ def to_string(mask: UnitGrid, max_cells: int = 64) -> str:
         ░░░░████
         ░░░░████
     """
-    grid = mask.present().cpu().float()[None, None]
-    if max(mask.grid) > max_cells:
-        height, width = (min(side, max_cells) for side in mask.grid)
-        grid = nn.functional.adaptive_avg_pool2d(grid, (height, width))
+    grid = _averaged(mask, *(min(side, max_cells) for side in mask.grid))
 
     def character(present: float) -> str:
         return "░" if present == 0 else "█" if present == 1 else "▒" if present <= 0.5 else "▓"
 
-    return "\n".join("".join(map(character, line)) for line in grid[0, 0].tolist())
+    return "\n".join("".join(map(character, line)) for line in grid.tolist())
 
 
 def to_png(mask: UnitGrid) -> bytes:
@@ -200,12 +173,9 @@ def to_png(mask: UnitGrid) -> bytes:
         >>> to_png(BlockMask.sample(GroupLayout(16), GroupLayout(16), block_size=2))[:4]
         b'\x89PNG'
     """
-    grid = mask.present().cpu().float()
-    height, width = grid.shape
-    if max(height, width) > PICTURE:
-        height, width = (max(1, round(side * PICTURE / max(grid.shape))) for side in grid.shape)
-        grid = nn.functional.adaptive_avg_pool2d(grid[None, None], (height, width))[0, 0]
-    scale = max(1, PICTURE // max(height, width))
+    longest = max(mask.grid)
+    grid = _averaged(mask, *(max(1, round(side * min(1, PICTURE / longest))) for side in mask.grid))
+    scale = max(1, PICTURE // longest)
     grey = (240 - 200 * grid).round().to(torch.uint8).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
     lines = b"".join(b"\0" + line.numpy().tobytes() for line in grey)  # no filter
     header = struct.pack(">IIBBBBB", grey.shape[1], grey.shape[0], 8, 0, 0, 0, 0)  # 8 bits of grey
@@ -233,10 +203,16 @@ def picture(mask: UnitGrid) -> str:
     return f'<img src="data:image/png;base64,{data}" alt="{rows} × {cols} units" title="{rows} × {cols} units">'
 
 
-# --- parts -------------------------------------------------------------------------------------------------------
+def _averaged(mask: UnitGrid, height: int, width: int) -> torch.Tensor:
+    """The share of units that exist in each cell of a grid of that size."""
+    grid = mask.present().cpu().float()
+    if grid.shape != (height, width):
+        grid = nn.functional.adaptive_avg_pool2d(grid[None, None], (height, width))[0, 0]
+    return grid
 
 
-def _entries(mask: UnitGrid) -> _Entries:
+def _entries(mask: UnitGrid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Row, column and place among the packed values of each weight that exists, int64 [E], by row, then by column."""
     rows, cols = (
         axis.neuron_at.view(axis.num_units, axis.width)[unit.long()]
         for axis, unit in ((mask.rows, mask.unit_row), (mask.cols, mask.unit_col))
@@ -245,22 +221,22 @@ def _entries(mask: UnitGrid) -> _Entries:
     row = rows[:, :, None].expand(mask.num_units, *mask.unit_shape).flatten()[place]
     col = cols[:, None, :].expand(mask.num_units, *mask.unit_shape).flatten()[place]
     order = torch.argsort(row * mask.cols.size + col)
-    return _Entries(row[order], col[order], place[order])
+    return row[order], col[order], place[order]
 
 
-def _pointer(mask: UnitGrid, entries: _Entries) -> torch.Tensor:
+def _pointer(mask: UnitGrid, row: torch.Tensor) -> torch.Tensor:
     """int64 [out + 1], where each row's entries begin."""
-    per_row = torch.bincount(entries.row, minlength=mask.rows.size)
+    per_row = torch.bincount(row, minlength=mask.rows.size)
     return torch.cat([per_row.new_zeros(1), per_row.cumsum(0)])
 
 
-def _weights(mask: UnitGrid, values: torch.Tensor, entries: _Entries) -> torch.Tensor:
+def _weights(mask: UnitGrid, values: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     mask.check_values(values)
-    weights = values.detach().reshape(-1)[entries.place]
+    weights = values.detach().reshape(-1)[place]
     return weights.to("cpu", torch.promote_types(weights.dtype, torch.float32))
 
 
-def _optional(name: str) -> ModuleType:
+def _optional(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:

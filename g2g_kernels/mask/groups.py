@@ -37,12 +37,8 @@ class GroupLayout:
     Group sizes differ by at most one; the first ``size % num_groups`` groups are the larger ones
     (10 neurons in 8 groups: 2, 2, 1, 1, 1, 1, 1, 1).
 
-    Args:
-        size: number of neurons, at least ``num_groups``.
-        num_groups: number of groups, at least 1.
-        kind: ``"index"`` gives contiguous ranges, ``"interleaved"`` gives group = i mod ``num_groups``,
-            ``"random"`` a uniformly drawn balanced assignment.
-        generator: source of randomness for ``"random"`` (PyTorch's global one if None).
+    Of the kinds ``"index"`` gives contiguous ranges, ``"interleaved"`` group = i mod ``num_groups``, and ``"random"`` a
+    balanced assignment drawn uniformly from ``generator`` (PyTorch's global one if None).
 
     Attributes:
         group_of: int64 tensor [size] on the CPU, the group of each neuron.
@@ -80,8 +76,7 @@ class GroupLayout:
         """The layout with a given assignment, int64 [size] with values 0 … G−1, sizes differing by at most one. Raises
         ValueError if the assignment is not balanced or leaves a group empty.
         """
-        check_integers("group_of", group_of)
-        group_of = group_of.detach().to("cpu", torch.int64)
+        group_of = check_integers("group_of", group_of).detach().to("cpu", torch.int64)
         if group_of.dim() != 1 or group_of.numel() == 0 or group_of.min() < 0 or group_of.max() >= group_of.numel():
             raise ValueError(f"group_of must hold group numbers 0 … G−1 for a row of neurons, not {group_of}")
         num_groups = int(group_of.max()) + 1
@@ -133,15 +128,14 @@ def as_integers(name: str, tensor: object) -> torch.Tensor:
             )
         if not bool((whole.abs() <= 2 / torch.finfo(tensor.dtype).eps).all()):
             raise ValueError(f"{name} holds integers that {tensor.dtype} has rounded; keep them as integers")
-        tensor = whole.long()
-    check_integers(name, tensor)
-    assert isinstance(tensor, torch.Tensor)
-    return tensor
+        return whole.long()
+    return check_integers(name, tensor)
 
 
-def check_integers(name: str, tensor: object) -> None:
-    """Raises ValueError, naming the argument, unless it is a tensor of integers."""
+def check_integers(name: str, tensor: object) -> torch.Tensor:
+    """``tensor``; raises ValueError, naming the argument, unless it is a tensor of integers."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name} must be a tensor of integers, not {type(tensor).__name__}")
     if tensor.dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
         raise ValueError(f"{name} must be a tensor of integers, not of {tensor.dtype}")
+    return tensor

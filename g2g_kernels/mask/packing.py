@@ -73,9 +73,6 @@ def _gathered(matrix: torch.Tensor, dim: int, index: torch.Tensor | None, past_t
     return matrix.index_select(dim, index)
 
 
-# --- derivatives ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, eq=False)
 class View:
     """What one pass uses of a mask; the tensors are the mask's own.
@@ -95,54 +92,37 @@ class View:
         return [self.unit_row, self.unit_col, *(tensor for tensor in sides if tensor is not None)]
 
 
-class _Linear(torch.autograd.Function):
-    """Base of the two, each of which is the other's adjoint and its own derivative."""
+class _Convert(torch.autograd.Function):
+    """Packs, or unpacks: each is the other's adjoint and its own derivative."""
 
     generate_vmap_rule = True
 
     @staticmethod
+    def forward(tensor, view, packs):
+        return packed(tensor, view) if packs else unpacked(tensor, view)
+
+    @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.view = inputs[1]
+        _, ctx.view, ctx.packs = inputs
         ctx.save_for_backward(*ctx.view.tensors)
         ctx.save_for_forward(*ctx.view.tensors)  # the same, as a forward mode under vmap asks for
 
-
-class _Pack(_Linear):
     @staticmethod
-    def forward(weight, view):
-        return packed(weight, view)
-
-    @staticmethod
-    def backward(ctx, grad_values):
+    def backward(ctx, gradient):
         _ = ctx.saved_tensors  # raises if one of them has changed
-        return _Unpack.apply(grad_values, ctx.view), None
+        return _Convert.apply(gradient, ctx.view, not ctx.packs), None, None
 
     @staticmethod
-    def jvp(ctx, tangent, _):
-        return _Pack.apply(tangent, ctx.view)
-
-
-class _Unpack(_Linear):
-    @staticmethod
-    def forward(values, view):
-        return unpacked(values, view)
-
-    @staticmethod
-    def backward(ctx, grad_weight):
-        _ = ctx.saved_tensors
-        return _Pack.apply(grad_weight, ctx.view), None
-
-    @staticmethod
-    def jvp(ctx, tangent, _):
-        return _Unpack.apply(tangent, ctx.view)
+    def jvp(ctx, tangent, *_):
+        return _Convert.apply(tangent, ctx.view, ctx.packs)
 
 
 def pack(weight: torch.Tensor, view: View) -> torch.Tensor:
     """:func:`packed`, differentiable."""
     # torch.compile does not trace a Function that has a forward mode; it derives gradients of the operations themselves
-    return packed(weight, view) if is_traced() else _Pack.apply(weight, view)
+    return packed(weight, view) if is_traced() else _Convert.apply(weight, view, True)
 
 
 def unpack(values: torch.Tensor, view: View) -> torch.Tensor:
     """:func:`unpacked`, differentiable."""
-    return unpacked(values, view) if is_traced() else _Unpack.apply(values, view)
+    return unpacked(values, view) if is_traced() else _Convert.apply(values, view, False)

@@ -12,13 +12,10 @@ from g2g_kernels.tracing import on_cpu
 
 
 class Side(NamedTuple):
-    """Where the neurons of a side are: ranges of ``width`` *places* each, the last ones of a shorter range empty.
-
-    Neuron n is row or column n of a matrix in memory.
+    """Where the ``size`` neurons of a side are: ``num_units`` ranges of ``width`` *places* each, the last ones of a
+    shorter range empty. Neuron n is row or column n of a matrix in memory.
 
     Attributes:
-        num_units, width: the number of ranges, and of places in each.
-        size: the number of neurons.
         neuron_at: int64 [num_units · width], the neuron at each place, ``size`` where there is none; None if place p
             holds neuron p.
         place_of: int64 [size], the place of each neuron; None in the same case.
@@ -79,9 +76,8 @@ class UnitAxis(Indices):
     """One side of a weight matrix, sorted by group and cut into ranges of at most ``block_size`` neurons.
 
     A group of n neurons is cut into ⌈n / block_size⌉ ranges whose lengths differ by at most one, the longer ones
-    first: 98 neurons by 16 are seven ranges of 14. So all units have nearly the same size. If the last range of
-    a group were short, the scores of its small units would be noisy, DST would drift towards them, and a layer would
-    lose weights while keeping its number of units. All tensors are derived from the layout.
+    first: 98 neurons by 16 are seven ranges of 14. With a short last range DST would drift towards its small units, and
+    a layer would lose weights. All tensors are derived from the layout.
 
     Attributes:
         order: int64 [size], the neuron at each place of the group-sorted order.

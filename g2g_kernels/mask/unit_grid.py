@@ -46,14 +46,12 @@ class MaskTensors(_MaskTensors):
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """The dense [out, in] weight of packed ``values``, as :meth:`BlockMask.unpack` has it."""
-        height, width = values.shape[1:]
-        (rows, cols), (out_size, in_size) = self.grid, self.shape
-        of_rows, of_cols = (
-            [tensor if tensor.numel() else None for tensor in places]
-            for places in ((self.row_neuron_at, self.row_place_of), (self.col_neuron_at, self.col_place_of))
+        places = (self.row_neuron_at, self.col_neuron_at), (self.row_place_of, self.col_place_of)
+        rows, cols = (
+            Side(num_units, width, size, at if at.numel() else None, place if place.numel() else None)
+            for num_units, width, size, at, place in zip(self.grid, values.shape[1:], self.shape, *places, strict=True)
         )
-        sides = Side(rows, height, out_size, of_rows[0], of_rows[1]), Side(cols, width, in_size, of_cols[0], of_cols[1])
-        return packing.unpack(values, packing.View(self.unit_row, self.unit_col, *sides))
+        return packing.unpack(values, packing.View(self.unit_row, self.unit_col, rows, cols))
 
     def rows_then(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Copies of ``row_order`` and ``row_bounds``, for those who need them after the mask has changed."""
@@ -86,8 +84,6 @@ class UnitGrid(Indices):
     #: (rows, columns) of a packed tile, the sides of the largest unit
     unit_shape: tuple[int, int]
 
-    # --- units and slots ----------------------------------------------------------------------------------------
-
     def _set_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
         """Checks and stores the coordinates and rebuilds both indices (shapes may change)."""
         device = self.rows.order.device
@@ -100,10 +96,7 @@ class UnitGrid(Indices):
             raise ValueError(f"unit_row names {unit_row.numel()} units, but there are only {grid} in the grid")
         unit_row = unit_row.detach().to(device, torch.int64)
         unit_col = unit_col.detach().to(device, torch.int64)
-        for name, coordinate, limit in (
-            ("unit_row", unit_row, self.rows.num_units),
-            ("unit_col", unit_col, self.cols.num_units),
-        ):
+        for name, coordinate, limit in (("unit_row", unit_row, grid[0]), ("unit_col", unit_col, grid[1])):
             if coordinate.numel() and (coordinate.min() < 0 or coordinate.max() >= limit):
                 raise ValueError(f"{name} must lie in 0 … {limit - 1}, not {coordinate.min()} … {coordinate.max()}")
         if torch.unique(unit_row * self.cols.num_units + unit_col).numel() != unit_row.numel():
@@ -123,15 +116,13 @@ class UnitGrid(Indices):
     def _build_index(self) -> None:
         """Sorts the slots by (row, column) and by (column, row), into the existing buffers."""
         row, col = self.unit_row.long(), self.unit_col.long()
-        for major, minor, num_major, num_minor, ptr, slot in (
-            (row, col, self.rows.num_units, self.cols.num_units, self.row_ptr, self.row_slot),
-            (col, row, self.cols.num_units, self.rows.num_units, self.col_ptr, self.col_slot),
+        for major, minor, num_minor, ptr, slot in (
+            (row, col, self.cols.num_units, self.row_ptr, self.row_slot),
+            (col, row, self.rows.num_units, self.col_ptr, self.col_slot),
         ):
             order = torch.argsort(major * num_minor + minor, stable=True)
             slot.copy_(order)
-            ptr.copy_(torch.searchsorted(major[order], torch.arange(num_major + 1, device=major.device)))
-
-    # --- what is in it ------------------------------------------------------------------------------------------
+            ptr.copy_(torch.searchsorted(major[order], torch.arange(len(ptr), device=major.device)))
 
     @property
     def num_units(self) -> int:
@@ -180,8 +171,6 @@ class UnitGrid(Indices):
         per_row = torch.zeros(self.rows.num_units, dtype=torch.int64, device=self.unit_row.device)
         per_row.index_add_(0, self.unit_row.long(), self.cols.lengths[self.unit_col.long()])
         return per_row[self.rows.unit_of]
-
-    # --- dense and packed weights -------------------------------------------------------------------------------
 
     def pack(self, weight: torch.Tensor) -> torch.Tensor:
         """The present units of a dense [out, in] weight: [num_units, unit_rows, unit_cols]; differentiable."""

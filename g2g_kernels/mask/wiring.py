@@ -42,11 +42,7 @@ def as_row(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def read_row(row: torch.Tensor, shape: tuple[int, int] | None = None) -> Wiring:
-    """What a row says, on the CPU.
-
-    Args:
-        row: as :func:`row_of` gives it, on any device and of any dtype that holds its numbers.
-        shape: (out, in) of the weight matrix, if that is known.
+    """What a row (:func:`as_row`), on any device and of any dtype that holds its numbers, says, on the CPU.
 
     Raises ValueError if it is not the row of a mask, or of another shape.
     """

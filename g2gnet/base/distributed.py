@@ -55,11 +55,8 @@ def _until(limit: datetime.timedelta, what: Callable[[], str]) -> Iterator[None]
 
 
 class World:
-    """The processes that work on one run. All of them must call every method except :meth:`part`.
-
-    Args:
-        group: PyTorch's group of these processes; ``"world"``: all that ``torch.distributed`` has joined, if any.
-            None: a single process, and nothing is sent.
+    """The processes that work on one run, PyTorch's ``group``; ``"world"``: all that ``torch.distributed`` has joined,
+    if any; None: a single process, and nothing is sent. All of them must call every method except :meth:`part`.
     """
 
     def __init__(self, group: dist.ProcessGroup | str | None = None) -> None:
@@ -197,8 +194,7 @@ class Meeting:
         """Waits for an answer, where PyTorch's store would wait without a word, deaf to Ctrl-C; or raises OSError."""
         for _ in _until(limit, lambda: f"rank {self.rank} still waits for an answer at {self._place}"):
             with contextlib.suppress(OSError):
-                socket.create_connection(self._address, PATIENCE).close()
-                return
+                return socket.create_connection(self._address, PATIENCE).close()
             time.sleep(0.2)
         socket.create_connection(self._address, PATIENCE).close()
 
@@ -221,12 +217,11 @@ class Meeting:
         """Raises DistributedError, in every process, unless all say the same of themselves; it names what differs."""
         theirs = [pickle.loads(each) for each in self.collect("about", pickle.dumps(about), self.limit)]
         lines = []
-        for name, value in theirs[0].items():
-            ranks: dict[str, list[int]] = {}
-            for number, each in enumerate(theirs):  # who knows no such name has another program or version
-                ranks.setdefault(str(each.get(name, value)), []).append(number)
+        for name, value in theirs[0].items():  # who knows no such name has another program or version
+            said = [str(each.get(name, value)) for each in theirs]
+            ranks = {text: _ranks(n for n, other in enumerate(said) if other == text) for text in dict.fromkeys(said)}
             if len(ranks) > 1:
-                lines.append(f"  {name}: {', '.join(f'{value} in {_ranks(of)}' for value, of in ranks.items())}\n")
+                lines.append(f"  {name}: {', '.join(f'{text} in {of}' for text, of in ranks.items())}\n")
         if lines:
             with contextlib.suppress(RuntimeError):  # whoever serves the store, or stops torchrun, has to be the last
                 self.collect("leaving", b"", FAREWELL)
@@ -297,12 +292,9 @@ def join(
 ) -> Iterator[World]:
     """The processes that ``torchrun`` started, while entered, to work together; :data:`ALONE` without it.
 
-    Args:
-        device: where this process computes.
-        about: what must be the same in all.
-        peer_timeout: for how long processes wait for one another.
-
-    Raises DistributedError for a device without a backend, if the processes do not match or meet, or one has ended.
+    This one computes on ``device``. What it says ``about`` itself must be the same in all. They wait for one another
+    for ``peer_timeout``. Raises DistributedError for a device without a backend, if the processes do not match or meet,
+    or one has ended.
     """
     if not launched():
         yield ALONE

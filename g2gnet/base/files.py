@@ -75,9 +75,7 @@ def make_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def directory(path: Path) -> Iterator[None]:
-    """Makes a directory as :func:`make_directory`; after an error inside, those that it made and are empty are removed.
-    Raises OSError as there.
-    """
+    """Makes a directory as :func:`make_directory`; after an error inside, empty ones that it made are removed."""
     missing = [each for each in (path, *path.parents) if not each.exists()]
     try:
         make_directory(path)
@@ -142,6 +140,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None
         return
     path = Path(os.path.realpath(path))
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    second = Path(f"{name}{KEEP}")
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)
@@ -151,10 +150,11 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # a temporary file is readable by its owner only
         if keep is not None:
-            _keep(path, keep, Path(f"{name}{KEEP}"))
+            _keep(path, keep, second)
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
+        second.unlink(missing_ok=True)
         raise
     if os.name == "posix":  # the rename itself is only safe once the directory is on the disk
         directory = os.open(path.parent, os.O_RDONLY)
@@ -167,13 +167,10 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None
 def _keep(path: Path, keep: Path, scratch: Path) -> None:
     """Gives the file at ``path`` the second name ``keep``, through ``scratch``: a link never replaces a file."""
     try:
-        try:
-            os.link(path, scratch)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, scratch)
-        os.replace(scratch, keep)
-    finally:
-        scratch.unlink(missing_ok=True)
+        os.link(path, scratch)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(path, scratch)
+    os.replace(scratch, keep)
 
 
 def leftovers(path: Path) -> list[Path]:
@@ -206,17 +203,13 @@ if sys.platform == "win32":
     import msvcrt
 
     def _lock(descriptor: int, wait: bool) -> None:
-        while not _locks(descriptor):
-            if not wait:
-                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        while True:
+            try:
+                return msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+            except PermissionError as error:
+                if not wait:
+                    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
             time.sleep(0.1)
-
-    def _locks(descriptor: int) -> bool:
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except PermissionError:
-            return False
-        return True
 else:
     import fcntl
 

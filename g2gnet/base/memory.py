@@ -16,23 +16,17 @@ def available(device: torch.device | str = "cpu") -> int | None:
         pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError):  # Windows
         return None
-    limit = _address_space()
-    return pages * page if limit is None else min(pages * page, limit)
-
-
-def _address_space() -> int | None:
-    """What ``ulimit -v`` leaves to this process, in bytes; None if it does not limit it."""
     import resource  # Unix only
 
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # of ulimit -v
     if limit == resource.RLIM_INFINITY:
-        return None
+        return pages * page
     try:
         with open("/proc/self/statm") as file:  # Linux: its first number counts pages of address space
-            taken = int(file.read().split()[0]) * resource.getpagesize()
+            limit -= int(file.read().split()[0]) * page
     except OSError:
-        taken = 0
-    return max(0, limit - taken)
+        pass
+    return min(pages * page, max(0, limit))
 
 
 def gigabytes(size: float) -> str:

@@ -24,9 +24,9 @@ def say(text: str) -> None:
     """
     try:
         print(printable(text), flush=True)
-    except BrokenPipeError:
-        raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            raise
         discard(sys.stdout)
         raise OutputError(f"cannot write to standard output ({error.strerror}); redirect it to another file") from error
 

@@ -1,7 +1,5 @@
-"""Randomness that can be resumed: every draw comes from a stream named by the seed, a purpose and a counter.
-
-No generator's state carries over from one step to the next, so a resumed run draws what the uninterrupted one would
-have drawn, with nothing to save, and so does every process of a distributed run.
+"""Randomness that can be resumed: every draw comes from a stream named by the seed, a purpose and a counter, so that a
+resumed run draws what the uninterrupted one would have drawn, and so does every process of a distributed run.
 """
 
 import os
@@ -12,17 +10,9 @@ import torch
 
 #: the purposes, one stream each
 STREAMS = (
-    "network",
-    "order",
-    "encode_train",
-    "encode_test",
-    "dst",
-    "augment",
-    "encode_val",
-    "dropout",
-    "permutation",
-    "erase",
-)
+    "network", "order", "encode_train", "encode_test", "dst",
+    "augment", "encode_val", "dropout", "permutation", "erase",
+)  # fmt: skip
 
 
 def stream(seed: int, purpose: str, *counters: int, device: torch.device | str = "cpu") -> torch.Generator:

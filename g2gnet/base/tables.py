@@ -7,15 +7,7 @@ BAR = r"\|"
 
 
 def in_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns under a header, the first to the left, the others to the right.
-
-    Example:
-        >>> print(in_columns(("layer", "rate"), [("lif1", "0.12"), ("lif2", "0.3")]))
-        layer  rate
-        ─────  ────
-        lif1   0.12
-        lif2    0.3
-    """
+    """Columns under a header, the first to the left, the others to the right (``g2gnet.inspect.Table`` shows it)."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

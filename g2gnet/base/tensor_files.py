@@ -29,8 +29,8 @@ class TensorFileError(ValueError):
 def write_tensors(path: Path, content: Any, keep: Path | None = None) -> None:
     """Replaces ``path`` by a file of ``content``: tensors, numbers, strings, None, and dicts, lists, tuples of them.
 
-    With ``keep``, the file that was at ``path`` gets that name. Raises OSError if it cannot be written; the old file is
-    unchanged, and TensorFileError for content that :func:`read_tensors` would refuse; likewise.
+    With ``keep``, the file that was at ``path`` gets that name. Raises OSError if it cannot be written, and
+    TensorFileError for content that :func:`read_tensors` would refuse; the old file is then unchanged.
     """
     check_plain(content)
     buffer = io.BytesIO()
@@ -83,11 +83,11 @@ def parse_tensors(data: bytes) -> Any:
             raise TensorFileError("its records overlap")
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         check_plain(content)
+        return content
     except TensorFileError:
         raise
     except Exception as error:  # a damaged file can make zipfile and torch.load raise anything
         raise TensorFileError(f"it cannot be read ({reason(error)})") from error
-    return content
 
 
 def check_plain(content: Any) -> None:
@@ -98,28 +98,23 @@ def check_plain(content: Any) -> None:
         place, item = pending.pop()
         name = place.removeprefix("/") or "the content"
         if isinstance(item, torch.Tensor):
-            _check_tensor(name, item)
+            if item.layout != torch.strided or item.is_meta or item.is_quantized or item.is_nested:
+                raise TensorFileError(f"{name} is not a plain tensor")
+            if item.numel() * item.element_size() > item.untyped_storage().nbytes():
+                raise TensorFileError(f"{name} has shape {tuple(item.shape)}, but not as many values")
+            if not torch.isfinite(item).all():
+                raise TensorFileError(f"{name} holds values that are not finite")
         elif isinstance(item, dict | list | tuple):
             if id(item) in seen:
                 continue
             seen.add(id(item))
-            pairs = item.items() if isinstance(item, dict) else enumerate(item)
-            for key, _ in pairs if isinstance(item, dict) else ():
+            for key, value in item.items() if isinstance(item, dict) else enumerate(item):
                 if type(key) not in (str, int):
                     raise TensorFileError(f"{name} has a key that is a {type(key).__name__}, not a string or a number")
-            pending += [(f"{place}/{key}", value) for key, value in pairs]
+                pending.append((f"{place}/{key}", value))
         elif isinstance(item, float) and not -float("inf") < item < float("inf"):
             raise TensorFileError(f"{name} is {item}")
         elif isinstance(item, int) and item.bit_length() > 63:
             raise TensorFileError(f"{name} is a whole number of {item.bit_length()} bits, where 63 are the most")
         elif item is not None and type(item) not in (str, int, float, bool):  # torch.load refuses their subclasses
             raise TensorFileError(f"{name} is a {type(item).__name__}, which has no place in such a file")
-
-
-def _check_tensor(name: str, tensor: torch.Tensor) -> None:
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
-        raise TensorFileError(f"{name} is not a plain tensor")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise TensorFileError(f"{name} has shape {tuple(tensor.shape)}, but not as many values")
-    if not torch.isfinite(tensor).all():
-        raise TensorFileError(f"{name} holds values that are not finite")

@@ -5,13 +5,6 @@ from g2gnet.data.catalog import DATASETS, dataset_name, load_dataset
 from g2gnet.data.image_data import DataError, ImageData, MissingDataError, as_samples
 
 __all__ = [
-    "DATASETS",
-    "DataError",
-    "ImageData",
-    "MissingDataError",
-    "as_samples",
-    "dataset_name",
-    "load_dataset",
-    "random_crop_and_flip",
-    "random_erase",
-]
+    "DATASETS", "DataError", "ImageData", "MissingDataError", "as_samples", "dataset_name", "load_dataset",
+    "random_crop_and_flip", "random_erase",
+]  # fmt: skip

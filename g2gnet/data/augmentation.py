@@ -20,15 +20,8 @@ def random_crop_and_flip(
     """Shifts each image by up to ``shift`` pixels in both directions, filling with zeros, and mirrors half of them.
 
     With 4 pixels that is the usual augmentation for CIFAR (He et al. 2016): crops at uniform places of the zero-padded
-    image, each mirrored left to right with probability 1/2, drawn independently for each image.
-
-    Args:
-        images: [B, ..., height, width], any dtype, on any device.
-        generator: source of randomness; its device may differ from that of the images.
-        shift: pixels, at least 0.
-
-    Returns:
-        New images of the same shape and dtype.
+    image, each mirrored left to right with probability 1/2, drawn independently for each image. Images are
+    [B, ..., height, width], of any dtype, on any device; that of the generator may be another one. The result is new.
 
     Raises:
         ValueError: for a shift below 0.
@@ -58,14 +51,8 @@ def random_erase(images: torch.Tensor, generator: torch.Generator, probability: 
     """Sets a rectangle of some images to zero (Zhong et al. 2020), distributed as by torchvision's RandomErasing.
 
     Its area is uniform from 2 to 33 % of the image, its aspect ratio log-uniform from 0.3 to 3.3, its place uniform.
-
-    Args:
-        images: [B, ..., height, width], any dtype, on any device.
-        generator: source of randomness; its device may differ from that of the images.
-        probability: of each image, independently, to lose a rectangle. Of very narrow images none may fit.
-
-    Returns:
-        New images of the same shape and dtype.
+    Each image loses one with that ``probability``, independently; of very narrow images none may fit. Arguments and
+    result are those of :func:`random_crop_and_flip`.
 
     Raises:
         ValueError: for a probability out of range.

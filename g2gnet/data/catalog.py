@@ -15,7 +15,6 @@ class Dataset(NamedTuple):
 
     Attributes:
         shape: of a sample: an image, (height, width) or (channels, height, width), or a sequence (T, …).
-        num_classes: number of classes.
         module: of this package; its ``load(name, data_dir)`` gives the :class:`ImageData`. It is imported only when
             data are read, since importing torchvision takes a second.
         crops: whether ``augment="auto"`` shifts and mirrors its images.

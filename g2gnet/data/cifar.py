@@ -54,13 +54,10 @@ def _files(reader: type[CIFAR10]) -> list[tuple[str, str]]:
 def _damage(name: str, folder: Path) -> str | None:
     """What is wrong with the files in ``folder``, and the remedy."""
     for file, md5 in _files(READERS[name]):
-        if not (folder / file).is_file():
-            problem = f"{folder / file} is missing"
-        elif not check_integrity(folder / file, md5):
-            problem = f"{folder / file} is damaged (its checksum is not the published one)"
-        else:
-            continue
-        return f"{problem}; move {folder} away and run this again to download it again"
+        if not check_integrity(folder / file, md5):
+            there = (folder / file).is_file()
+            problem = "damaged (its checksum is not the published one)" if there else "missing"
+            return f"{folder / file} is {problem}; move {folder} away and run this again to download it again"
     return None
 
 

@@ -81,19 +81,13 @@ def _find(folder: Path, name: str) -> Path | None:
 
 def _read(folder: Path) -> ImageData:
     """Reads the four files in ``folder``."""
-    images, labels = {}, {}
-    for part, count in COUNTS.items():
-        pixels = _content(folder, f"{part}-images-idx3-ubyte", 16, count * SIDE * SIDE)
-        images[part] = torch.from_numpy(pixels).view(count, SIDE, SIDE)
-        labels[part] = torch.from_numpy(_content(folder, f"{part}-labels-idx1-ubyte", 8, count)).long()
-    return ImageData(
-        name="fashionmnist",
-        train_images=images["train"],
-        train_labels=labels["train"],
-        test_images=images["t10k"],
-        test_labels=labels["t10k"],
-        num_classes=10,
-    )
+    parts = {}
+    for part, file in (("train", "train"), ("test", "t10k")):
+        count = COUNTS[file]
+        pixels = _content(folder, f"{file}-images-idx3-ubyte", 16, count * SIDE * SIDE)
+        parts[f"{part}_images"] = torch.from_numpy(pixels).view(count, SIDE, SIDE)
+        parts[f"{part}_labels"] = torch.from_numpy(_content(folder, f"{file}-labels-idx1-ubyte", 8, count)).long()
+    return ImageData(name="fashionmnist", num_classes=10, **parts)
 
 
 def _content(folder: Path, name: str, header: int, size: int) -> np.ndarray:

@@ -20,12 +20,8 @@ class MissingDataError(DataError):
 class ImageData:
     """A data set held in memory; batches are gathered by index on its device.
 
-    Attributes:
-        name: of the data set.
-        train_images, test_images: uint8 [N, ...], each flattened image a sample; or float32 features [N, D].
-        train_labels, test_labels: int64 [N].
-        num_classes: number of classes.
-        val_images, val_labels: training images held out for validation, or None.
+    Images are uint8 [N, ...], each flattened image a sample, or float32 features [N, D]; labels are int64 [N].
+    Validation images are training images that are held out.
 
     Example:
         >>> images, labels = torch.randint(256, (20, 8, 8), dtype=torch.uint8), torch.arange(20) % 4
@@ -60,9 +56,7 @@ class ImageData:
 
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data on ``device``."""
-        tensors: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
-        }
+        tensors: Any = {name: each.to(device) for name, each in vars(self).items() if isinstance(each, torch.Tensor)}
         return replace(self, **tensors)
 
     def moments(self) -> tuple[float, float]:

@@ -7,9 +7,8 @@
                                                             states something else
     train_labels, test_labels   integers [N], 0 … C − 1
 
-A run names such data by the file's name and the first digits of its SHA-256, as in ``name-1a2b3c4d``, so different
-data have different names even under the same file name. Nothing in a file is executed, and its sizes are checked
-before it is read.
+A run names such data by the file's name and the first digits of its SHA-256, as in ``name-1a2b3c4d``. Nothing in a file
+is executed, and its sizes are checked before it is read.
 """
 
 import hashlib
@@ -74,16 +73,8 @@ def load(name: str, data_dir: Path) -> ImageData:
     if found != name:
         raise DataError(f"{path} is {found}, not {name}: its content differs from the run's data; give its `data_dir`")
     arrays = _read_archive(path, _arrays)
-    images = {split: torch.from_numpy(arrays[f"{split}_images"]) for split in ("train", "test")}
-    labels = {split: torch.from_numpy(arrays[f"{split}_labels"].astype(np.int64)) for split in ("train", "test")}
-    return ImageData(
-        name=name,
-        train_images=images["train"],
-        train_labels=labels["train"],
-        test_images=images["test"],
-        test_labels=labels["test"],
-        num_classes=1 + max(int(each.max()) for each in labels.values()),
-    )
+    classes = 1 + max(int(arrays[f"{split}_labels"].max()) for split in ("train", "test"))
+    return ImageData(name=name, num_classes=classes, **{part: torch.from_numpy(arrays[part]) for part in ARRAYS})
 
 
 def holds_sequences(shape: Sequence[int]) -> bool:
@@ -131,9 +122,8 @@ def _headers(archive: zipfile.ZipFile) -> dict[str, tuple[tuple[int, ...], np.dt
         count, labels = headers[f"{split}_images"][0][0], headers[f"{split}_labels"][0][0]
         if count != labels:
             raise ValueError(f"{split}_images are {count}, {split}_labels {labels}")
-    if headers["train_images"][0][1:] != headers["test_images"][0][1:] or (
-        headers["train_images"][1] != headers["test_images"][1]
-    ):
+    (train, train_dtype), (test, test_dtype) = headers["train_images"], headers["test_images"]
+    if train[1:] != test[1:] or train_dtype != test_dtype:
         raise ValueError("train_images and test_images differ in shape or dtype")
     return headers
 
@@ -152,12 +142,15 @@ def _arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
         if arrays[name].dtype == np.float64:
             with np.errstate(over="ignore"):  # infinities are refused below
                 arrays[name] = arrays[name].astype(np.float32)
-        if name.endswith("images") and not np.isfinite(arrays[name]).all():
-            raise ValueError(f"{name} are not finite everywhere")
-        if name.endswith("labels") and arrays[name].min() < 0:
+        if name.endswith("images"):
+            if not np.isfinite(arrays[name]).all():
+                raise ValueError(f"{name} are not finite everywhere")
+            continue
+        if arrays[name].min() < 0:
             raise ValueError(f"{name} are negative")
-        if name.endswith("labels") and arrays[name].max() >= headers[name][0][0]:
+        if arrays[name].max() >= headers[name][0][0]:
             raise ValueError(f"{name} go up to {arrays[name].max()}, with {headers[name][0][0]} images")
+        arrays[name] = arrays[name].astype(np.int64)
     return arrays
 
 

@@ -21,13 +21,8 @@ _OTHERS = "give prune='set' or 'random', and grow='random' or 'gradient'"
 class StepRecorder:
     """Records in one training step what the rules need of it, from :meth:`start` to :meth:`stop`.
 
-    Args:
-        model: runs the layers, and its activity is recorded; None if the caller gives the activity (:meth:`give`).
-        layers, network: as for :class:`g2gnet.DSTScheduler`.
-        prune, grow: the rules; None if nothing grows.
-
-    Raises:
-        ValueError: for a model whose output does not spike, or that is compiled and cannot run uncompiled.
+    The activity is that of ``model``, or given (:meth:`give`); ``grow`` is None if nothing grows. Raises ValueError for
+    a model whose output does not spike, or that is compiled and cannot run uncompiled.
     """
 
     def __init__(
@@ -41,13 +36,11 @@ class StepRecorder:
         self._layers, self._network = layers, network
         self.needs = {rule.needs for rule in (prune, grow) if rule and rule.needs}
         self._rules = f"prune={prune.name!r} with grow={grow.name if grow else 'random'!r}"
-        if model is not None and ACTIVITY in self.needs:
-            for module in model.modules():
-                if isinstance(module, SpikingNetwork) and module.readout != "counts":
-                    raise ValueError(
-                        f"a correlation needs output spikes, and with readout={module.readout!r} there are none; "
-                        f"{_OTHERS}"
-                    )
+        for module in model.modules() if model is not None and ACTIVITY in self.needs else ():
+            if isinstance(module, SpikingNetwork) and module.readout != "counts":
+                raise ValueError(
+                    f"a correlation needs output spikes, and with readout={module.readout!r} there are none; {_OTHERS}"
+                )
         if model is not None and self.needs:
             check_compiled(model, " and ".join(sorted(self.needs)))
         self._model = model if ACTIVITY in self.needs else None
@@ -163,10 +156,8 @@ def _samples(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tens
     """The pre- and postsynaptic samples of all calls of a layer, in the form that :func:`unit_correlation` takes."""
     if len(pairs) == 1 and pairs[0][1].dim() == 3:
         return pairs[0]
-    flat_pre, flat_post = [], []
-    for pre, post in pairs:
-        if pre.dim() < post.dim():  # an input that was held for all time steps
-            pre = pre.expand(len(post), *pre.shape)
-        flat_pre.append(pre.reshape(-1, pre.shape[-1]))
-        flat_post.append(post.reshape(-1, post.shape[-1]))
-    return torch.cat(flat_pre)[None], torch.cat(flat_post)[None]
+    # an input may have been held for all time steps
+    pairs = [(pre.expand(len(post), *pre.shape) if pre.dim() < post.dim() else pre, post) for pre, post in pairs]
+    trains = zip(*pairs, strict=True)
+    pre, post = (torch.cat([each.reshape(-1, each.shape[-1]) for each in of_side])[None] for of_side in trains)
+    return pre, post

@@ -30,11 +30,8 @@ def layer_budgets(
 
     Together they are F + (W − F)·(left / (left + interval))³, W being the weights that there are and F ``final`` ones.
     A layer has those of its units that are among the best of all layers (:func:`g2gnet.dst.lamp.layer_adapted`). Less
-    than a unit is over, which the first layer gets.
-
-    Args:
-        sizes: the weights of each unit of a layer, int64 [num_units].
-        scores: mean ``|w|`` of these units.
+    than a unit is over, which the first layer gets. Of each layer's units ``sizes`` are the weights, int64 [num_units],
+    and ``scores`` their mean ``|w|``.
     """
     of_all = torch.cat([of_layer.cpu() for of_layer in sizes])
     weights = final + max(0.0, int(of_all.sum()) - final) * (left / (left + interval)) ** 3
@@ -49,11 +46,8 @@ def units_within(budget: float, strongest: torch.Tensor, best: torch.Tensor, fra
     """How many units of a layer stay and grow, and what they leave of a ``budget`` of weights: less than a unit.
 
     As many stay as fit, at least one; a ``fraction`` of these is then replaced by as many weights. Fewer are replaced
-    where units that grow are so much smaller that their slots would not suffice.
-
-    Args:
-        strongest: sizes of the units that there are, those that stay first, int64 [n].
-        best: of the units that can grow, those that do first.
+    where units that grow are so much smaller that their slots would not suffice. ``strongest`` are the sizes of the
+    units that there are, those that stay first, int64 [n]; ``best`` those of units that can grow, likewise.
     """
     have, get = (
         torch.cat([torch.zeros(1, dtype=torch.float64), sizes.cpu().double().cumsum(0)]) for sizes in (strongest, best)

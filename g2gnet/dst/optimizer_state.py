@@ -38,10 +38,9 @@ OF_ALL = {"prev_flat_grad"}
 
 
 class OptimizerState:
-    """The state of an optimizer for the weights of rewired layers.
+    """The state of one or several optimizers for the weights of rewired layers.
 
     Args:
-        optimizer: an optimizer, or several.
         reset: the initial values of states that the table does not know, or knows otherwise.
         fewer: whether units will be removed (:meth:`keep_`), which codes cannot follow.
     """
@@ -126,10 +125,8 @@ class OptimizerState:
         return next(groups, {}).get(OPTION.get(name, ""))
 
     def keep_(self, parameter: torch.nn.Parameter, kept: torch.Tensor) -> Callable[[], None]:
-        """Keeps the state of the slots where ``kept``, bool [num_units], is true, before the weights follow.
-
-        Returns:
-            a function that takes it back.
+        """Keeps the state of the slots where ``kept``, bool [num_units], is true, before the weights follow. Returns a
+        function that takes it back.
         """
         with ExitStack() as undo:
             for optimizer in self.optimizers:
@@ -140,10 +137,8 @@ class OptimizerState:
             return undo.pop_all().close
 
     def reset_(self, parameter: torch.nn.Parameter, slots: torch.Tensor, apply: torch.Tensor) -> Callable[[], None]:
-        """Resets the state of some slots if ``apply``, a bool scalar, is true. Does not wait for the device.
-
-        Returns:
-            a function that takes it back. If an error is raised, nothing has changed.
+        """Resets the state of some slots if ``apply``, a bool scalar, is true. Does not wait for the device. Returns as
+        :meth:`keep_`; if an error is raised, nothing has changed.
         """
         with ExitStack() as undo:
             for optimizer in self.optimizers:

@@ -17,12 +17,8 @@ ACTIVITY, GRADIENT = "activity", "gradient"
 
 
 class Evidence(NamedTuple):
-    """What is known about a layer when its units are scored. Scores of the whole grid are [block rows · block columns].
-
-    Attributes:
-        layer: the layer.
-        correlation: mean pre/post correlation of each unit of the grid, if a rule needs the activity.
-        gradient: root mean square of ∂L/∂W over each unit of the grid, if a rule needs it.
+    """What is known about a layer when its units are scored: if a rule needs it, the mean pre/post correlation of each
+    unit of the grid, and the root mean square of ∂L/∂W over it, [block rows · block columns].
     """
 
     layer: G2GLinear
@@ -75,19 +71,17 @@ def _chance(number: Callable[[BlockMask], int]) -> Callable[[Evidence], torch.Te
     return lambda seen: torch.zeros(number(seen.mask), device=seen.layer.values.device)
 
 
-PRUNE_RULES = {
-    rule.name: rule
-    for rule in (
-        Rule("set", "smallest weights", _weight),
-        Rule("random", "random", _chance(lambda mask: mask.num_units)),
-        Rule("hebb", "least correlated", lambda seen: seen.of_slots(_correlation(seen)), ACTIVITY),
-    )
-}
-GROW_RULES = {
-    rule.name: rule
-    for rule in (
-        Rule("hebb", "most correlated", _correlation, ACTIVITY),
-        Rule("random", "random", _chance(lambda mask: mask.grid[0] * mask.grid[1])),
-        Rule("gradient", "largest gradient", _gradient, GRADIENT),
-    )
-}
+def _by_name(*rules: Rule) -> dict[str, Rule]:
+    return {rule.name: rule for rule in rules}
+
+
+PRUNE_RULES = _by_name(
+    Rule("set", "smallest weights", _weight),
+    Rule("random", "random", _chance(lambda mask: mask.num_units)),
+    Rule("hebb", "least correlated", lambda seen: seen.of_slots(_correlation(seen)), ACTIVITY),
+)
+GROW_RULES = _by_name(
+    Rule("hebb", "most correlated", _correlation, ACTIVITY),
+    Rule("random", "random", _chance(lambda mask: mask.grid[0] * mask.grid[1])),
+    Rule("gradient", "largest gradient", _gradient, GRADIENT),
+)

@@ -175,8 +175,8 @@ class DSTScheduler:
         self.layers = [module for module in modules if isinstance(module, G2GLinear)]
         if isinstance(averages, nn.Module):
             raise TypeError("averages is a module; give a list of them, averages=[average]")
-        averages = list(averages)
-        if averages and not isinstance(model, nn.Module):
+        self._averages = list(averages)
+        if self._averages and not isinstance(model, nn.Module):
             raise ValueError("averages= needs the model, not its layers; give it, or call tie_wiring(model, average)")
         if not self.layers:
             raise ValueError("there is no G2GLinear layer to rewire; g2gnet.sparsify(model) creates them")
@@ -204,7 +204,6 @@ class DSTScheduler:
         self._model = model if isinstance(model, nn.Module) else None
         grows = self.grow if fraction else None
         self._recorder = StepRecorder(self._model, self.layers, network, self.prune, grows)
-        self._averages = averages
         self._tie_averages()
         self._told_of_copies = False
         self._record_if_due()
@@ -241,7 +240,7 @@ class DSTScheduler:
 
     def _check_enough_is_left(self, final_density: float) -> None:
         """Raises ValueError if pruning to this share of all weights would leave less than a unit in a layer."""
-        frozen = set(self.layers) - {layer for _, layer in self._trained_layers()}
+        frozen = {layer for layer in self.layers if not layer.values.requires_grad}
         if len(frozen) == len(self.layers):
             raise ValueError(f"final_density={final_density} prunes nothing: all layers are frozen; leave it out")
         least = least_density(self.layers, frozen)
@@ -441,8 +440,6 @@ class DSTScheduler:
         # removes what it set up in the model; if its constructor raised, that is nothing
         if "_recorder" in self.__dict__ and not sys.is_finalizing():
             self._recorder.stop()
-
-    # --- copies and files ---------------------------------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "prune": self.prune.name, "grow": self.grow.name}

@@ -26,10 +26,8 @@ def unit_correlation(pre: torch.Tensor, post: torch.Tensor, mask: BlockMask, wor
 
         mean over unit (r, c) = Σ_samples (Σ_{i∈r} post_i/‖post_i‖) · (Σ_{j∈c} pre_j/‖pre_j‖) / (|r|·|c|)
 
-    Args:
-        pre: inputs [T, B, in], or [B, in] held at every step.
-        post: output spikes [T, B, out].
-        world: processes, each of which has some of the samples; all get the correlation over all samples.
+    Inputs are [T, B, in], or [B, in] held at every step, output spikes [T, B, out]. Each process of the ``world`` has
+    some of the samples; all get the correlation over all of them.
     """
     pre, post = pre.float(), post.float()
     norm_post = world.sum_(_squares(post)).sqrt()
@@ -174,14 +172,9 @@ class UnitGradients:
         return type(None), ()  # a copy of the layer takes no part in the step
 
     def root_mean_squares(self, mask: BlockMask, world: World = ALONE) -> torch.Tensor:
-        """√ of the mean of (∂L/∂W)² over each unit, float32 [block rows · block columns]; something was seen.
-
-        Args:
-            mask: the layer's.
-            world: processes, each of which has some of the samples; the gradient is that of all samples.
-
-        Raises RuntimeError if gradients of the weights were formed in batches, or one that has a gradient itself: that
-        of the weights has more parts then.
+        """√ of the mean of (∂L/∂W)² over each unit, of the samples of all processes: float32 [block rows · block
+        columns]. Raises RuntimeError if gradients of the weights were formed in batches, or one that has a gradient
+        itself: that of the weights has more parts then.
         """
         if self.unseen is not None:
             raise RuntimeError(

@@ -28,25 +28,8 @@ from g2gnet.inspect.spike_statistics import (
 from g2gnet.inspect.summaries import Table, groups_table, headline, layers_table, summary_table
 
 __all__ = [
-    "ANALYSIS_SAMPLES",
-    "Batch",
-    "CountCorrelation",
-    "LayerAnalysis",
-    "NetworkAnalysis",
-    "SpikeSums",
-    "Table",
-    "analyze_network",
-    "chance_coherence",
-    "coherence",
-    "count_correlation",
-    "cross_group_share",
-    "firing_rates",
-    "group_density",
-    "group_means",
-    "groups_table",
-    "headline",
-    "input_group_entropy",
-    "layers_table",
-    "summary_table",
+    "ANALYSIS_SAMPLES", "Batch", "CountCorrelation", "LayerAnalysis", "NetworkAnalysis", "SpikeSums", "Table",
+    "analyze_network", "chance_coherence", "coherence", "count_correlation", "cross_group_share", "firing_rates",
+    "group_density", "group_means", "groups_table", "headline", "input_group_entropy", "layers_table", "summary_table",
     "temporal_synchrony",
-]
+]  # fmt: skip

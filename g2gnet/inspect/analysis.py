@@ -55,8 +55,8 @@ class LayerAnalysis:
         correlation: three [G, G] (:func:`count_correlation`).
         coherence: [G, G] between the layer's groups, NaN on the diagonal (:func:`coherence`).
         chance_coherence: [G, G], what independent neurons would give, NaN on the diagonal (:func:`chance_coherence`).
-        pathway_coherence: [G, G of the inputs] between the layer's groups and those of its inputs, or None if these are
-            no spikes: samples that are held, or sequences with values other than 0 and 1 (encoding ``current``).
+        pathway_coherence: [G, G of the inputs] between the layer's groups and those of its inputs; None if these are no
+            spikes.
         density: [G, G of the inputs], output by input group (:func:`group_density`).
         cross_group_share: [G], share of the inputs from other groups (:func:`cross_group_share`).
         input_entropy, weight_entropy: [G], by connections and by weight (:func:`input_group_entropy`).
@@ -103,19 +103,14 @@ class LayerAnalysis:
 
     @property
     def coherence_by_share(self) -> float:
-        """Pearson's r over the G groups, of coherence with the layer's other groups against inputs from others.
-
-        The share hardly differs between groups except with DST or in a small layer, and for eight groups chance alone
-        gives ``|r| > 0.7`` in one of twenty cases; :attr:`coherence_by_pathway` uses more data.
+        """Pearson's r over the G groups, of coherence with the layer's other groups against inputs from others. For
+        eight groups chance alone gives ``|r| > 0.7`` in one of twenty cases.
         """
         return pearson(self.cross_group_coherence, self.cross_group_share)
 
     @property
     def coherence_by_pathway(self) -> float:
-        """Pearson's r over all pairs of a group and an input group that is not its own, of coherence against density.
-
-        That is: is a group coherent with the other groups from which it gets inputs?
-        """
+        """Pearson's r over all pairs of a group and an input group other than its own, of coherence against density."""
         if self.pathway_coherence is None:
             return math.nan
         other = ~partners(*self.density.shape)
@@ -123,7 +118,7 @@ class LayerAnalysis:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything except single neurons' rates as lists and numbers, None where not defined."""
-        values = {
+        values: dict[str, Any] = {
             "neurons": len(self.neuron_rates),
             "group_sizes": self.group_sizes,
             "firing_rate": self.firing_rate,
@@ -131,31 +126,20 @@ class LayerAnalysis:
             "group_firing_rate": self.group_rates,
             "temporal_synchrony": self.synchrony,
             **{f"{name}_correlation": matrix for name, matrix in self.correlation._asdict().items()},
-            "coherence": self.coherence,
-            "chance_coherence": self.chance_coherence,
-            "pathway_coherence": self.pathway_coherence,
-            "cross_group_coherence": self.cross_group_coherence,
-            "cross_group_share": self.cross_group_share,
-            "coherence_by_share": self.coherence_by_share,
-            "coherence_by_pathway": self.coherence_by_pathway,
-            "density": self.density,
-            "input_entropy": self.input_entropy,
-            "weight_entropy": self.weight_entropy,
-            "accumulates": self.accumulates,
-            "multiplies": self.multiplies,
-            "dense_operations": self.dense_operations,
         }
+        for name in (
+            "coherence", "chance_coherence", "pathway_coherence", "cross_group_coherence", "cross_group_share",
+            "coherence_by_share", "coherence_by_pathway", "density", "input_entropy", "weight_entropy",
+            "accumulates", "multiplies", "dense_operations",
+        ):  # fmt: skip
+            values[name] = getattr(self, name)
         return {name: _plain(value) for name, value in values.items()}
 
 
 @dataclass(frozen=True)
 class NetworkAnalysis:
-    """What :func:`analyze_network` found.
-
-    Attributes:
-        samples, steps: B and T of what was analysed.
-        accuracy: share of samples classified correctly.
-        layers: from input to output.
+    """What :func:`analyze_network` found in ``samples`` of so many ``steps``: the share of samples that are classified
+    correctly, and the layers from input to output.
 
     Example:
         >>> 0 < analysis.firing_rate < 1, analysis.steps
@@ -179,14 +163,9 @@ class NetworkAnalysis:
 
     def as_dict(self) -> dict[str, Any]:
         """Numbers, lists and strings only, None where a quantity is not defined."""
-        return {
-            "samples": self.samples,
-            "steps": self.steps,
-            "accuracy": self.accuracy,
-            "firing_rate": self.firing_rate,
-            "synaptic_operations": self.synaptic_operations,
-            "layers": {layer.name: layer.as_dict() for layer in self.layers},
-        }
+        names = ("samples", "steps", "accuracy", "firing_rate", "synaptic_operations")
+        layers = {layer.name: layer.as_dict() for layer in self.layers}
+        return {**{name: getattr(self, name) for name in names}, "layers": layers}
 
 
 @torch.no_grad()
@@ -223,6 +202,7 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
         sums = SpikeSums.join(outputs[number])
         pre_sums = SpikeSums.join(inputs[number]) if len(inputs[number]) == len(outputs[number]) else None
         rates = firing_rates(sums)
+        mask = connection.mask
         layers.append(
             LayerAnalysis(
                 name=f"lif{number + 1}",
@@ -234,13 +214,11 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
                 coherence=coherence(sums, sums).fill_diagonal_(math.nan),
                 chance_coherence=chance_coherence(sums, sums).fill_diagonal_(math.nan),
                 pathway_coherence=None if pre_sums is None else coherence(sums, pre_sums),
-                density=group_density(connection.mask),
-                cross_group_share=cross_group_share(connection.mask),
-                input_entropy=input_group_entropy(connection.mask),
-                weight_entropy=input_group_entropy(connection.mask, connection.values),
-                accumulates=per_sample[number][0],
-                multiplies=per_sample[number][1],
-                dense_operations=per_sample[number][2],
+                density=group_density(mask),
+                cross_group_share=cross_group_share(mask),
+                input_entropy=input_group_entropy(mask),
+                weight_entropy=input_group_entropy(mask, connection.values),
+                **dict(zip(("accumulates", "multiplies", "dense_operations"), per_sample[number], strict=True)),
             )
         )
     samples = len(sums.labels)

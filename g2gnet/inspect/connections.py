@@ -22,10 +22,8 @@ def group_density(mask: BlockMask) -> torch.Tensor:
 
 
 def group_weight(mask: BlockMask, values: torch.Tensor) -> torch.Tensor:
-    """The mean ``|w|`` between each pair of groups, absent weights counted as 0: float64 [groups out, groups in].
-
-    Args:
-        values: packed weights [num_units, unit_rows, unit_cols].
+    """The mean ``|w|`` of packed ``values`` between each pair of groups, absent weights counted as 0: float64 [groups
+    out, groups in].
     """
     return _mean_between_groups(mask, values.detach().abs().sum((1, 2)))
 
@@ -59,9 +57,7 @@ def input_group_entropy(mask: BlockMask, values: torch.Tensor | None = None) -> 
     h to neuron i that exist, or with packed ``values`` [num_units, unit_rows, unit_cols] their mean ``|w|`` over all of
     the group. 0: all inputs come from one group; 1: equally from every group, as in a dense layer.
 
-    Shares d, not numbers of inputs, make 1 mean "as in a dense layer" when groups differ in size. The entropy is taken
-    per neuron: pooled over a group it would near 1 even if each of its neurons saw only two input groups. Neurons
-    without inputs are skipped; NaN where no neuron is left, and for a single input group.
+    Neurons without inputs are skipped; NaN where no neuron is left, and for a single input group.
 
     Example:
         >>> input_group_entropy(BlockMask.full(GroupLayout(8, 2), GroupLayout(8, 2), block_size=2))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.animation import FuncAnimation
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -54,12 +55,7 @@ def style(number: int) -> dict[str, Any]:
 
 
 def rasters(net: G2GNet, activity: Activity, sample: int = 0) -> list[Raster]:
-    """The spikes of one sample of a batch, layer by layer, as pictures show them.
-
-    Args:
-        net: the network.
-        activity: what ``net.simulate`` gave.
-        sample: its number in the batch.
+    """The spikes of one sample of a batch, layer by layer; ``activity`` is what ``net.simulate`` gave.
 
     Example:
         >>> [raster.name for raster in rasters(net, net.simulate(torch.rand(3, 64)), sample=2)]
@@ -72,11 +68,8 @@ def rasters(net: G2GNet, activity: Activity, sample: int = 0) -> list[Raster]:
 
 
 def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:
-    """Accuracy and loss after each epoch, one colour and marker per label; test accuracy solid, training dotted.
-
-    Args:
-        histories: of one run, or of several that differ in their seed: then their mean, and its standard error as a
-            band, as far as all of them have come.
+    """Accuracy and loss after each epoch, one colour and marker per label; test accuracy solid, training dotted. Of
+    several runs, which differ in their seed, the mean and its standard error as a band, as far as all have come.
 
     Example:
         >>> history = [{"epoch": n, "train_acc": 0.5, "test_acc": 0.4 + n / 10, "train_loss": 1 / n} for n in (1, 2, 3)]
@@ -103,7 +96,7 @@ def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     loss.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy (nats)")
     for axis in (accuracy, loss):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _whole(axis.xaxis)
     if several:
         figure.legend(*loss.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False)
     else:
@@ -113,9 +106,7 @@ def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:
 
 def connection_density(masks: Mapping[str, Mapping[str, BlockMask]]) -> Figure:
     """The share of the weights between each pair of groups that exist: one row per state, one column per connection.
-
-    Args:
-        masks: for each state, the masks by the names of the connections: ``{"now": {"fc1": net.fc1.mask}}``.
+    The masks are given by these names: ``{"now": {"fc1": net.fc1.mask}}``.
 
     Example:
         >>> masks = {name: connection.mask for name, connection in net.connections().items()}
@@ -135,26 +126,16 @@ def connection_density(masks: Mapping[str, Mapping[str, BlockMask]]) -> Figure:
                 ticks = range(0, groups, 1 if groups <= 16 else groups // 8)
                 set_ticks(ticks, [str(tick + 1) for tick in ticks])
             if max(density.shape) <= 10:
-                for g, h in torch.cartesian_prod(torch.arange(outputs), torch.arange(inputs)).tolist():
-                    value = 100 * float(density[g, h])
-                    if value > 0:
-                        colour = "black" if value > 60 else "white"
-                        axis.text(h, g, f"{value:.0f}", ha="center", va="center", fontsize=7, color=colour)
-    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
-    bar.set_label("weights that exist (%)")
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+                _write_numbers(axis, density, 100 * density)
+    _share_bar(figure, image, axes, "weights that exist (%)", shrink=0.8, pad=0.02)
     return figure
 
 
 def group_inputs(mask: BlockMask, shape: tuple[int, ...], name: str, inputs: str) -> Figure:
     """Which inputs the neurons of each group see: one map of the inputs per group, at most eight.
 
-    Args:
-        mask: of the connection.
-        shape: in which the inputs are laid out: (rows, columns), or (3, rows, columns) for the planes of a colour
-            image, which are drawn side by side.
-        name: of the connection.
-        inputs: the inputs, in words.
+    ``shape`` says how the inputs are laid out: (rows, columns), or (3, rows, columns) for the planes of a colour image,
+    which are drawn side by side. The title has the ``name`` of the connection, and ``inputs`` in words.
 
     Example:
         >>> net = G2GNet(784, 64, 10, block_size=8)
@@ -185,9 +166,7 @@ def group_inputs(mask: BlockMask, shape: tuple[int, ...], name: str, inputs: str
             for plane in range(1, shape[0]):
                 axis.axvline(plane * shape[-1] - 0.5, color="white", linewidth=1)
             axis.set_xticks([(plane + 0.5) * shape[-1] for plane in range(3)], ["red", "green", "blue"])
-    bar = figure.colorbar(image, ax=axes, pad=0.02, aspect=25)
-    bar.set_label("neurons that see it (%)")
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    _share_bar(figure, image, axes, "neurons that see it (%)", pad=0.02, aspect=25)
     shown = "each group" if groups == layout.num_groups else f"the first {groups} of {layout.num_groups} groups"
     figure.suptitle(f"{name}: {inputs} seen by the neurons of {shown}", fontsize=10)
     return figure
@@ -224,11 +203,11 @@ def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
                 axis.axhline(edge - 0.5, color="0.85", linewidth=0.6, zorder=0)
         else:
             axis.set_ylabel(f"{raster.name}\nneuron")
-            axis.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+            _whole(axis.yaxis)
         axis.set_ylim(neurons - 0.25, -0.75)
         axis.set_xlim(0.5, steps + 0.5)
     axes[-1, 0].set_xlabel("time step")
-    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    _whole(axes[-1, 0].xaxis)
     figure.align_ylabels(list(axes.flat))
     figure.suptitle(title, fontsize=10)
     return figure
@@ -237,12 +216,8 @@ def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
 def spike_animation(rasters: Sequence[Raster], title: str = "", interval: int = 150) -> FuncAnimation:
     """Spikes over time: each neuron is a cell, group after group, that lights up when it fires and then fades.
 
-    ``.save("spikes.gif", writer="pillow")`` writes a GIF, and ``.to_jshtml()`` gives an HTML page with buttons.
-
-    Args:
-        rasters: of one sample (:func:`rasters`).
-        title: above the picture.
-        interval: milliseconds per time step.
+    ``.save("spikes.gif", writer="pillow")`` writes a GIF, and ``.to_jshtml()`` gives an HTML page with buttons. A time
+    step takes ``interval`` milliseconds.
 
     Example:
         >>> spike_animation(rasters(net, activity), "a sample").save("spikes.gif", writer="pillow")
@@ -288,12 +263,8 @@ def confusion(matrix: torch.Tensor, classes: Sequence[str]) -> Figure:
     axis.set_yticks(range(count), classes, fontsize=6 if many else None)
     axis.set(xlabel="classified as", ylabel="true class")
     if count <= 12:
-        for true, found in matrix.nonzero().tolist():
-            colour = "black" if share[true, found] > 0.6 else "white"
-            axis.text(found, true, str(int(matrix[true, found])), ha="center", va="center", fontsize=7, color=colour)
-    bar = figure.colorbar(image, ax=axis, shrink=0.8)
-    bar.set_label("images of the true class (%)")
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+        _write_numbers(axis, share, matrix)
+    _share_bar(figure, image, axis, "images of the true class (%)", shrink=0.8)
     return figure
 
 
@@ -316,7 +287,7 @@ def rate_histograms(analysis: NetworkAnalysis) -> Figure:
             xlabel="firing rate (spikes per step)",
             ylabel="neurons that fire",
         )
-        axis.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        _whole(axis.yaxis)
         axis.legend(frameon=False, fontsize=8)
     return figure
 
@@ -335,13 +306,10 @@ def turnover(history: History) -> Figure:
         look = {**style(number), "markersize": 4, "label": name}
         replaced.plot(epochs, [1 - record["units_kept"][name] for record in history], **look)
         kept.plot([0, *epochs], [1, *(record["initial_units_kept"][name] for record in history)], **look)
-    replaced.set(title="Replaced in each epoch", xlabel="epoch", ylabel="units of the layer")
-    kept.set(title="Initial units still there", xlabel="epoch", ylabel="units of the layer")
-    for axis in (replaced, kept):
-        axis.set_ylim(0, None)
+    for axis, title, top in ((replaced, "Replaced in each epoch", None), (kept, "Initial units still there", 1.05)):
+        axis.set(title=title, xlabel="epoch", ylabel="units of the layer", ylim=(0, top))
         axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    kept.set_ylim(0, 1.05)
+        _whole(axis.xaxis)
     kept.legend(frameon=False)
     return figure
 
@@ -353,12 +321,30 @@ def input_shape(size: int) -> tuple[int, ...]:
         >>> input_shape(784), input_shape(3072)
         ((28, 28), (3, 32, 32))
     """
-    if size == 784:
-        return 28, 28
     if size == 3072:
         return 3, 32, 32
     rows = max(divisor for divisor in range(1, int(size**0.5) + 1) if size % divisor == 0)
     return rows, size // rows
+
+
+def _whole(axis: Axis) -> None:
+    """Whole numbers only along an axis."""
+    axis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _write_numbers(axis: Any, share: torch.Tensor, numbers: torch.Tensor) -> None:
+    """Writes the numbers above 0 into the cells of a map of shares, both [rows, columns]."""
+    for row, column in numbers.nonzero().tolist():
+        colour = "black" if share[row, column] > 0.6 else "white"
+        text = f"{float(numbers[row, column]):.0f}"
+        axis.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+
+
+def _share_bar(figure: Figure, image: Any, axes: Any, label: str, **options: Any) -> None:
+    """The bar of a map's colours, in per cent."""
+    bar = figure.colorbar(image, ax=axes, **options)
+    bar.set_label(label)
+    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
 
 
 def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, np.ndarray]:

@@ -1,13 +1,12 @@
 """What the spikes of a population in groups show: rates, synchrony, correlation, coherence.
 
-Neurons that see the same image fire alike even if they are not connected. The average effect of an image's *class* on a
-neuron is therefore kept apart from the rest: the mean over the images of a class is the *signal*, an image's deviation
-from it the *noise* (in a deterministic network, the part that the class does not explain). Subtracting the mean of a
-class at each time step is the shift predictor of neuroscience: it removes what is locked to the onset.
+Neurons that see the same image fire alike even if they are not connected. So the mean over the images of a class, the
+*signal*, is kept apart from an image's deviation from it, the *noise*. Subtracting the mean of a class at each time
+step is the shift predictor of neuroscience: it removes what is locked to the onset.
 
-The heavy part, three sums over the spikes [T, B, N], runs on their device (:meth:`SpikeSums.of`); they are integers and
-exact. The quantities are computed from those sums in float64 on the CPU. No neurons × neurons matrix is formed: the sum
-over pairs (i, j) of two groups is the product of the groups' sums.
+Three sums over the spikes [T, B, N] are computed on their device (:meth:`SpikeSums.of`), exactly; the quantities from
+these, in float64 on the CPU. No neurons × neurons matrix is formed: the sum over pairs (i, j) of two groups is the
+product of the groups' sums.
 """
 
 import math
@@ -60,24 +59,20 @@ class SpikeSums:
     @classmethod
     def join(cls, parts: Sequence["SpikeSums"]) -> "SpikeSums":
         """The sums over all samples of ``parts``."""
-        return cls(
-            parts[0].layout,
-            torch.cat([part.labels for part in parts]),
-            torch.cat([part.counts for part in parts]),
-            torch.stack([part.class_sums for part in parts]).sum(0),
-            torch.cat([part.activity for part in parts], 1),
-        )
+        labels, counts, class_sums, activity = cls._lists(parts)
+        sums = torch.cat(labels), torch.cat(counts), torch.stack(class_sums).sum(0), torch.cat(activity, 1)
+        return cls(parts[0].layout, *sums)
 
     @classmethod
     def of_chunks(cls, parts: Sequence["SpikeSums"]) -> "SpikeSums":
         """The sums over all steps of ``parts``, which are of the same samples."""
-        return cls(
-            parts[0].layout,
-            parts[0].labels,
-            torch.stack([part.counts for part in parts]).sum(0),
-            torch.cat([part.class_sums for part in parts]),
-            torch.cat([part.activity for part in parts]),
-        )
+        labels, counts, class_sums, activity = cls._lists(parts)
+        return cls(parts[0].layout, labels[0], torch.stack(counts).sum(0), torch.cat(class_sums), torch.cat(activity))
+
+    @staticmethod
+    def _lists(parts: Sequence["SpikeSums"]) -> list[list[torch.Tensor]]:
+        names = ("labels", "counts", "class_sums", "activity")
+        return [[getattr(part, name) for part in parts] for name in names]
 
     @property
     def steps(self) -> int:
@@ -122,13 +117,11 @@ def temporal_synchrony(sums: SpikeSums) -> torch.Tensor:
 
     This is Golomb's synchrony measure χ² (variance of the group's mean over mean variance; Golomb & Rinzel 1993)
     without the 1/N_g that N_g independent neurons would give it: (N_g·χ² − 1)/(N_g − 1). It is 1 only if all neurons
-    fire identically. The share of neurons that fire together would grow with the rate, and the onset of every image
-    would count as synchrony; e excludes both the rate of a sample and what is locked to its onset. NaN for a group of
-    one neuron, or where e = 0 throughout: silent neurons, T = 1, one sample per class.
+    fire identically; e excludes the rate of a sample and what is locked to its onset. NaN for a group of one neuron, or
+    where e = 0 throughout: silent neurons, T = 1, one sample per class.
 
     Example:
-        >>> one = (torch.rand(100, 20, 1) < 0.3).float()
-        >>> same = one.expand(-1, -1, 8).contiguous()  # all neurons do the same
+        >>> same = (torch.rand(100, 20, 1) < 0.3).float().expand(-1, -1, 8).contiguous()  # all neurons do the same
         >>> sums = SpikeSums.of(same, torch.zeros(20, dtype=torch.int64), 1, GroupLayout(8, 2))
         >>> temporal_synchrony(sums).round(decimals=3)
         tensor([1., 1.], dtype=torch.float64)
@@ -149,11 +142,9 @@ def coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
     S_gh is the cross-spectrum ``⟨E_i(f)·E_j(f)*⟩`` averaged over samples and pairs i ∈ g, j ∈ h, and P_g the power
     ``⟨|E_i(f)|²⟩`` of single neurons i ∈ g, averaged alike.
 
-    The coherence of the groups' *summed* spikes nears 1 for large groups even if pairs correlate weakly (pairs that
-    correlate at 0.05 give sums over 256 neurons a coherence of 0.93), and from a single sample it is always 1.
-    Averaging over pairs and samples avoids both. Independent neurons give :func:`chance_coherence`, not 0. The diagonal
-    of a population with itself includes the pairs i = j: use :func:`temporal_synchrony` there. NaN where e = 0
-    throughout a group.
+    (That of the groups' *summed* spikes would near 1 for large groups even if pairs correlate weakly.) Independent
+    neurons give :func:`chance_coherence`, not 0. The diagonal of a population with itself includes the pairs i = j: use
+    :func:`temporal_synchrony` there. NaN where e = 0 throughout a group.
 
     Example:
         >>> coherence(sums, sums).shape
@@ -204,8 +195,7 @@ def count_correlation(sums: SpikeSums) -> CountCorrelation:
     total: over all samples. signal: between the mean counts in each class, that is, how alike two neurons are tuned; at
     least three classes are needed. noise: over samples, each minus the mean of its class.
 
-    The total mixes the two: neurons that prefer the same class correlate even if they are not connected. Neurons whose
-    count never changes (silent ones) have no correlation and are skipped; NaN where no pair is left.
+    Neurons whose count never changes (silent ones) are skipped; NaN where no pair is left.
 
     Example:
         >>> count_correlation(sums).noise.shape  # by pairs of groups

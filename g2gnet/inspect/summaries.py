@@ -49,22 +49,19 @@ def summary_table(analysis: NetworkAnalysis) -> Table:
         >>> summary_table(analysis).header[:3]
         ('', 'rate', 'silent')
     """
-    header = ("", "rate", "silent", "synchrony", "signal corr.", "noise corr.", "coherence", "other inputs", "entropy")
-    rows: list[tuple[str, ...]] = [
-        (
-            layer.name,
-            number(layer.firing_rate),
-            percent(layer.silent),
-            _mean(layer.synchrony),
-            _mean(layer.correlation.signal.diagonal()),
-            _mean(layer.correlation.noise.diagonal()),
-            _mean(layer.cross_group_coherence),
-            percent(float(layer.cross_group_share.nanmean())),
-            _mean(layer.input_entropy),
-        )
-        for layer in analysis.layers
-    ]
-    return Table(header, rows)
+    layers = analysis.layers
+    columns = {
+        "": [layer.name for layer in layers],
+        "rate": [number(layer.firing_rate) for layer in layers],
+        "silent": [percent(layer.silent) for layer in layers],
+        "synchrony": [_mean(layer.synchrony) for layer in layers],
+        "signal corr.": [_mean(layer.correlation.signal.diagonal()) for layer in layers],
+        "noise corr.": [_mean(layer.correlation.noise.diagonal()) for layer in layers],
+        "coherence": [_mean(layer.cross_group_coherence) for layer in layers],
+        "other inputs": [percent(float(layer.cross_group_share.nanmean())) for layer in layers],
+        "entropy": [_mean(layer.input_entropy) for layer in layers],
+    }
+    return _of_columns(columns)
 
 
 def layers_table(analysis: NetworkAnalysis) -> Table:
@@ -126,6 +123,10 @@ def groups_table(layer: LayerAnalysis) -> Table:
         "entropy": _numbers(layer.input_entropy),
         "by weight": _numbers(layer.weight_entropy),
     }
+    return _of_columns(columns)
+
+
+def _of_columns(columns: dict[str, list[str]]) -> Table:
     return Table(tuple(columns), list(zip(*columns.values(), strict=True)))
 
 

@@ -21,14 +21,12 @@ def numbers(
     """``values``, an array, a tensor on any device, a number or nested lists of them, as float64.
 
     Args:
-        name: of the values, with where they are.
         entries: how many neurons the values are of: one for all, or one each, whatever their shape. The result is [1]
             or [entries]. None: a matrix, which has a number at least.
-        check: raises ValueError, naming its first argument, unless the second one is allowed. What it allows is an
-            interval: only the least and the largest of ``values`` are asked.
+        check: raises ValueError, naming its first argument, unless the second one is in an interval.
 
     Raises:
-        ValueError: naming the values, for anything else.
+        ValueError: with ``name``, for anything else.
 
     Example:
         >>> numbers("node lif1: tau", np.full((4, 1), 0.5), entries=4)

@@ -27,16 +27,12 @@ tools that run NIR step by step. :func:`to_nir` writes the layer as a graph insi
 ``input``, ``lif``, ``w_rec``, ``output``; snnTorch writes the same nodes without that graph. A bias in the loop is a
 constant current: it is read as part of b.
 
-NIR cannot carry
-
-- adaptive neurons;
-- the reset by subtraction, delayed or not: its neurons only reset to a value (train with ``reset="zero"``);
-- decays of 1: no leak means an infinite τ (NIR's IF, which has none, is read as β = 1, g = R·Δt);
-- surrogates, learnability, groups and units: these go into the nodes' metadata, which other tools do not read;
-- delays of synapses, which a stack does not have: a graph with delays is refused;
-- the encoding of samples: the graph's input is that of fc1.
+NIR cannot carry adaptive neurons; the reset by subtraction, since its neurons only reset to a value; decays of 1, whose
+τ is infinite (NIR's IF, which has none, is read as β = 1, g = R·Δt); the encoding of samples. Surrogates, learnability,
+groups and units go into the nodes' metadata, which other tools do not read. A graph with delays is refused.
 """
 
+import functools
 import itertools
 import logging
 import math
@@ -158,9 +154,7 @@ def from_nir(
         dt: the time step, in seconds, for which the graph was made.
         masks: by name of a node (``"lif1.w_rec"`` of one in a graph inside of the graph), the weights that exist, as
             for :meth:`G2GLinear.from_linear`. Other nodes have the mask of their metadata, or every weight.
-        T: the number of steps for which the stack holds inputs [B, D], which a graph does not say. The length of inputs
-            [T, B, D] may differ from it.
-        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
+        T, backend: of the stack; a graph does not say for how many steps inputs [B, D] are held.
 
     Raises:
         ValueError: for a graph of another form, neurons that the stack does not have, or numbers that no network has
@@ -441,22 +435,22 @@ def _neurons(name: str, node: Any, size: int, dt: float, backend: str | None) ->
     gain = numbers(f"node {name}: gain g", gain, size, _POSITIVE.check)
     threshold = of_node("v_threshold", 1.0, _threshold)
     values["threshold"] = numbers(f"node {name}: v_threshold/g", threshold / gain, size, check_parameter)
+    read = functools.partial(_metadata_entry, name, node)
+    learned = {  # no leak stays none: NIR cannot express a decay next to 1
+        f"learn_{parameter}": read(f"learn_{parameter}", parameter in ("threshold", *time_constants), check_flag)
+        for parameter in values
+    }
     neurons = NEURONS[model](
         reset="zero",
-        surrogate=_metadata_entry(name, node, "surrogate", SURROGATE, _surrogate),
-        alpha=float(_metadata_entry(name, node, "alpha", ALPHA, SHARPNESS.check)),
+        surrogate=read("surrogate", SURROGATE, _surrogate),
+        alpha=float(read("alpha", ALPHA, SHARPNESS.check)),
         backend=backend,
-        # no leak stays none: NIR cannot express a decay next to 1
-        **{
-            key: _metadata_entry(name, node, key, parameter in ("threshold", *time_constants), check_flag)
-            for parameter in values
-            for key in [f"learn_{parameter}"]
-        },
+        **learned,
     )
     for parameter, value in values.items():
         tensor = torch.from_numpy(value).float()
         differ = bool((tensor != tensor[0]).any())
-        per_neuron = _metadata_entry(name, node, f"{parameter}_per_neuron", differ, check_flag) or differ
+        per_neuron = read(f"{parameter}_per_neuron", differ, check_flag) or differ
         neurons.by_name[parameter].data = tensor.expand(size).clone() if per_neuron else tensor[:1]
     return neurons
 

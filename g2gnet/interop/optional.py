@@ -7,14 +7,7 @@ from typing import Any
 
 
 def optional_package(name: str, least: tuple[int, ...] = ()) -> Any:
-    """The package, imported.
-
-    Args:
-        name: of the module; its first part names the distribution.
-        least: the oldest supported version, as numbers.
-
-    Raises ImportError if it is not installed, or too old, with the remedy.
-    """
+    """The package, imported. Raises ImportError, with the remedy, if it is not installed, or older than ``least``."""
     try:
         package = importlib.import_module(name)
     except ImportError as error:

@@ -1,20 +1,19 @@
 """Networks of ``nn.Linear`` and snnTorch's ``Leaky``, ``Synaptic``, ``RLeaky``, ``RSynaptic`` as g2g stacks, and back.
 
 Weights, masks, biases, the neurons' parameters and which of them are learnable, reset and surrogate are converted; the
-spikes are equal, since our neurons are exactly snnTorch's. A PyTorch mask is that of ``torch.nn.utils.prune``, which
-has only single weights: the argument ``masks`` restores groups and larger units.
+spikes are equal. A PyTorch mask is that of ``torch.nn.utils.prune``, which has only single weights: the argument
+``masks`` restores groups and larger units.
 
-The recurrent neurons of snnTorch contain their connection V, with a bias that acts at every step, the first included:
-it is part of our b. With ``all_to_all=False`` V is diagonal: a mask of single weights. ``RLeaky`` differs from
-``Leaky`` in one thing: its reset to zero holds the membrane at zero for a step. Its reset without delay
-(``reset_delay=False``) is ours, but for the gradient, which snnTorch lets pass through the reset.
+The recurrent neurons of snnTorch contain their connection V, with a bias that acts at every step: it is part of our b.
+With ``all_to_all=False`` V is diagonal. The reset to zero of ``RLeaky`` holds the membrane at zero for a step; that
+without delay (``reset_delay=False``) is ours, but for the gradient, which snnTorch lets pass through the reset.
 """
 
 import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,24 +32,14 @@ from g2gnet.stack import Pair, RecurrentLayer, SpikingStack
 logger = logging.getLogger("g2gnet")
 
 
-class _Counterpart(NamedTuple):
-    """snnTorch's form of a model: its class, the recurrent one, and its name for each of our parameters."""
-
-    kind: str
-    recurrent: str
-    parameters: dict[str, str]
-
-    @property
-    def kinds(self) -> tuple[str, str]:
-        return self.kind, self.recurrent
-
-
+#: snnTorch's class of a model, which begins with an R for the recurrent one, and its name for each of our parameters
 _COUNTERPARTS = {
-    "lif": _Counterpart("Leaky", "RLeaky", {"beta": "beta", "threshold": "threshold"}),
-    "synaptic": _Counterpart("Synaptic", "RSynaptic", {"syn_decay": "alpha", "beta": "beta", "threshold": "threshold"}),
+    "lif": ("Leaky", {"beta": "beta", "threshold": "threshold"}),
+    "synaptic": ("Synaptic", {"syn_decay": "alpha", "beta": "beta", "threshold": "threshold"}),
 }
-_NAMES = [f"snn.{kind}" for counterpart in _COUNTERPARTS.values() for kind in counterpart.kinds]
-_KINDS = f"{', '.join(_NAMES[:-1])} or {_NAMES[-1]}"
+#: our model of each class
+_MODELS = {prefix + kind: model for model, (kind, _) in _COUNTERPARTS.items() for prefix in ("", "R")}
+_KINDS = " or ".join(", ".join(f"snn.{kind}" for kind in _MODELS).rsplit(", ", 1))
 
 
 def from_snntorch(
@@ -70,9 +59,7 @@ def from_snntorch(
         model: alternates ``nn.Linear`` and ``snn.Leaky``, ``snn.Synaptic``, ``snn.RLeaky`` or ``snn.RSynaptic``.
         masks: by name of an ``nn.Linear``, also a recurrent one (``"lif1.recurrent"``), the weights that exist, as for
             :meth:`G2GLinear.from_linear`. Other layers have the mask of ``torch.nn.utils.prune``, or every weight.
-        T: the number of steps for which the stack holds inputs [B, D], which a model does not say. The length of inputs
-            [T, B, D] may differ from it.
-        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
+        T, backend: of the stack; a model does not say for how many steps inputs [B, D] are held.
         readout: of the stack, which a model does not say: ``"counts"``, or what is read from the membranes of the last
             neurons, which need ``reset_mechanism="none"``. None: counts, refused for neurons without a reset that
             return membranes (``output=True``, as :func:`to_snntorch` writes a readout).
@@ -91,7 +78,7 @@ def from_snntorch(
     snn = optional_package("snntorch")
     linears: dict[str, Any] = {}
     neurons: dict[str, Any] = {}
-    kinds = tuple(getattr(snn, kind) for counterpart in _COUNTERPARTS.values() for kind in counterpart.kinds)
+    kinds = tuple(getattr(snn, kind) for kind in _MODELS)
     for name, module in model.named_modules():
         if any(name.startswith(f"{outer}.") for outer in neurons):
             continue  # part of recurrent neurons
@@ -110,8 +97,7 @@ def from_snntorch(
         raise ValueError(f"the model has {len(linears)} nn.Linear and {len(neurons)} {_KINDS}; each needs the other")
     recurrents = {f"{name}.recurrent": of for name, theirs in neurons.items() if (of := _all_to_all(name, theirs))}
     masks = masks or {}
-    unknown = set(masks) - set(linears) - set(recurrents)
-    if unknown:
+    if unknown := set(masks) - set(linears) - set(recurrents):
         known = ", ".join([*linears, *recurrents])
         raise ValueError(f"masks names {', '.join(sorted(unknown))}; the linear layers are {known}")
     layers: list[Pair | RecurrentLayer] = []
@@ -128,12 +114,11 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
     """snnTorch's form of a stack: ``nn.Linear`` and ``snn.Leaky`` or ``snn.Synaptic`` with the stack's names, one time
     step per call. Neurons with a recurrent connection are ``snn.RLeaky`` or ``snn.RSynaptic``.
 
-    The neurons keep their states between calls (``init_hidden=True``): ``snntorch.utils.reset(model)`` resets them. But
-    it leaves the last spikes of ``snn.RSynaptic``: call the layer's own ``reset_mem()``.
-    A sparse layer is an ``nn.Linear`` with a mask of ``torch.nn.utils.prune``, so it stays sparse in training. Groups,
-    units and the encoding of a :class:`G2GNet` are lost (``stack.encode`` gives the model's input).
-    The last neurons of a stack with a readout of membranes have no reset and return spikes and membranes
-    (``output=True``); the readout is taken from those of all steps, and the spikes mean nothing.
+    ``snntorch.utils.reset(model)`` resets the states that the neurons keep between calls (``init_hidden=True``), but
+    leaves the last spikes of ``snn.RSynaptic``: call the layer's own ``reset_mem()``. A sparse layer is an
+    ``nn.Linear`` with a mask of ``torch.nn.utils.prune``. Groups, units and the encoding of a :class:`G2GNet` are lost
+    (``stack.encode`` gives the model's input). The last neurons of a stack with a readout of membranes have no reset
+    and return spikes, which mean nothing, and membranes (``output=True``).
 
     Raises:
         ValueError: for neurons that snnTorch does not have.
@@ -157,27 +142,27 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for number, ((connection, neurons), recurrent) in enumerate(layers, 1):
         modules[f"fc{number}"] = _linear_from_connection(connection)
-        counterpart = _COUNTERPARTS[neurons.model.name]
-        values = {counterpart.parameters[name]: value for name, value in neurons.by_name.items()}
-        shapes = {name: () if value.numel() == 1 else value.shape for name, value in values.items()}
+        kind, names = _COUNTERPARTS[neurons.model.name]
+        values = {names[name]: value for name, value in neurons.by_name.items()}
         options: dict[str, Any] = {
-            **{name: value.detach().clone().reshape(shapes[name]) for name, value in values.items()},
-            **{f"learn_{name}": isinstance(value, nn.Parameter) for name, value in values.items()},
             "reset_mechanism": neurons.reset,
             "spike_grad": _spike_function(neurons.surrogate, neurons.alpha),
             "init_hidden": True,
         }
+        for name, value in values.items():
+            options[name] = value.detach().clone().reshape(() if value.numel() == 1 else value.shape)
+            options[f"learn_{name}"] = isinstance(value, nn.Parameter)
         if number == stack.depth and stack.readout != "counts":
             options |= {"reset_mechanism": "none", "output": True}
         if recurrent is None:
-            theirs = getattr(snn, counterpart.kind)(**options)
+            theirs = getattr(snn, kind)(**options)
         else:
             options["learn_recurrent"] = recurrent.values.requires_grad
-            if (counterpart.recurrent, neurons.reset) == _HOLDS:
+            if (f"R{kind}", neurons.reset) == _HOLDS:
                 options["reset_delay"] = False
                 _warn_of_the_reset(f"lif{number}")
             with torch.random.fork_rng(devices=[]):  # of weights that are replaced at once
-                theirs = getattr(snn, counterpart.recurrent)(**options, linear_features=connection.out_features)
+                theirs = getattr(snn, f"R{kind}")(**options, linear_features=connection.out_features)
             theirs.recurrent = _linear_from_connection(recurrent)
         for name, value in values.items():
             getattr(theirs, name).requires_grad_(value.requires_grad)
@@ -188,16 +173,15 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
 def _readout_of(name: str, theirs: Any, readout: str | None) -> str:
     """The readout of a stack that ends with these neurons; their membranes can be read if nothing resets them."""
     integrates = theirs.reset_mechanism == "none"
-    if readout is None and integrates and theirs.output:
-        raise ValueError(
-            f"{name} has no reset and returns membranes; say what is read from them, readout='last', 'mean' or 'max', "
-            "or readout='counts' to count its spikes"
-        )
     if readout is None and integrates:
+        membranes = "readout='last', 'mean' or 'max'"
+        if theirs.output:
+            raise ValueError(
+                f"{name} has no reset and returns membranes; say what is read from them, {membranes}, or "
+                "readout='counts' to count its spikes"
+            )
         logger.warning(
-            "%s has no reset: its spikes are counted; if your loop reads its membranes, give readout='last', 'mean' or "
-            "'max'",
-            name,
+            "%s has no reset: its spikes are counted; if your loop reads its membranes, give %s", name, membranes
         )
     if readout not in (None, "counts") and not integrates:
         raise ValueError(
@@ -280,20 +264,17 @@ def _warn_of_the_reset(name: str) -> None:
 
 def _neurons_from(name: str, theirs: Any, connection: G2GLinear, backend: str | None) -> SpikingNeurons:
     snn = optional_package("snntorch")
-    model, kind = next(
-        (model, kind)
-        for model, counterpart in _COUNTERPARTS.items()
-        for kind in counterpart.kinds
-        if isinstance(theirs, getattr(snn, kind))
-    )
+    kind = next(kind for kind in _MODELS if isinstance(theirs, getattr(snn, kind)))
+    model = _MODELS[kind]
+    ours = NEURONS[model].__name__
     # Reset to zero at once is that of our LIF, whose membrane decays from there. That of our synaptic neurons is
     # snnTorch's delayed one: the membrane stays at zero for a step.
     delayed = ("subtract",) if model == "lif" else ("subtract", "zero")
     if (kind, theirs.reset_mechanism) == _HOLDS and theirs.reset_delay:
         raise ValueError(
-            f"{name}: snn.{kind} with reset_mechanism='zero' stays at zero for the step after a spike, our "
-            f"{NEURONS[model].__name__} is charged from zero in it; give it reset_delay=False, with which they are "
-            "equal, or reset_mechanism='subtract'"
+            f"{name}: snn.{kind} with reset_mechanism='zero' stays at zero for the step after a spike, our {ours} is "
+            "charged from zero in it; give it reset_delay=False, with which they are equal, or "
+            "reset_mechanism='subtract'"
         )
     for option, value, remedy in (
         ("inhibition", theirs.inhibition, "False"),
@@ -304,48 +285,29 @@ def _neurons_from(name: str, theirs: Any, connection: G2GLinear, backend: str | 
     ):
         if value:
             raise ValueError(
-                f"{name}: our {NEURONS[model].__name__} has no {option}; only snn.{kind} with "
-                f"{option.split('=')[0]}={remedy}"
+                f"{name}: our {ours} has no {option}; only snn.{kind} with {option.split('=')[0]}={remedy}"
             )
     if theirs.reset_mechanism == "zero" and not theirs.reset_delay:
         _warn_of_the_reset(name)
     surrogate, alpha = _surrogate_of(name, theirs.spike_grad)
-    values = {ours: getattr(theirs, their) for ours, their in _COUNTERPARTS[model].parameters.items()}
-    neurons = NEURONS[model](
-        reset=theirs.reset_mechanism,
-        surrogate=surrogate,
-        alpha=alpha,
-        backend=backend,
-        **{f"learn_{ours}": isinstance(value, nn.Parameter) for ours, value in values.items()},
-    )
+    values = {parameter: getattr(theirs, their) for parameter, their in _COUNTERPARTS[model][1].items()}
+    learned = {f"learn_{parameter}": isinstance(value, nn.Parameter) for parameter, value in values.items()}
+    neurons = NEURONS[model](reset=theirs.reset_mechanism, surrogate=surrogate, alpha=alpha, backend=backend, **learned)
     for parameter, value in values.items():
         check = check_parameter if parameter == "threshold" else FINITE
         shape = numbers(f"{name}: {parameter}", value, connection.out_features, check).shape
         # a whole number would have made it an integer there
         dtype = value.dtype if value.is_floating_point() else torch.float32
-        ours = neurons.by_name[parameter]
-        ours.data = value.detach().to(connection.values.device, dtype, copy=True).reshape(shape)
-        ours.requires_grad_(value.requires_grad)
+        mine = neurons.by_name[parameter]
+        mine.data = value.detach().to(connection.values.device, dtype, copy=True).reshape(shape)
+        mine.requires_grad_(value.requires_grad)
     return neurons
 
 
 def _linear_from_connection(connection: G2GLinear) -> nn.Linear:
-    values, bias = connection.values, connection.bias
-    linear = nn.utils.skip_init(
-        nn.Linear,
-        connection.in_features,
-        connection.out_features,
-        bias=bias is not None,
-        device=values.device,
-        dtype=values.dtype,
-    )
-    linear.weight.data.copy_(connection.dense_weight().detach())
-    linear.weight.requires_grad_(values.requires_grad)
-    if bias is not None:
-        linear.bias.data.copy_(bias.detach())
-        linear.bias.requires_grad_(bias.requires_grad)
+    linear = connection.to_linear()
     if not connection.mask.is_full:
-        prune.custom_from_mask(linear, "weight", connection.mask.to_dense().to(values.dtype))
+        prune.custom_from_mask(linear, "weight", connection.mask.to_dense().to(linear.weight.dtype))
     return linear
 
 

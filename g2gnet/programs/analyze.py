@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from g2gnet.base.messages import say
-from g2gnet.data import ImageData
-from g2gnet.inspect import NetworkAnalysis, analyze_network, groups_table, headline, layers_table
-from g2gnet.network import G2GNet
+from g2gnet.inspect import analyze_network, groups_table, headline, layers_table
 from g2gnet.programs import flags
 from g2gnet.programs.main import run_program
-from g2gnet.training import SavedRun, read_run
+from g2gnet.training import read_run
 from g2gnet.training.evaluation import run_images
 
 EXAMPLE = """\
@@ -21,29 +19,20 @@ example:
 
 
 def build_parser() -> flags.Parser:
-    parser = flags.Parser(
-        prog="g2g-analyze",
-        description=__doc__,
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = flags.Parser(prog="g2g-analyze", description=__doc__, epilog=EXAMPLE)
     text = "the .pth file of a training run, finished or not"
     parser.add_argument("checkpoint", type=flags.file_name, metavar="CHECKPOINT", help=text)
     flags.add_json_flag(flags.add_inspection_flags(parser), "all quantities, including matrices between groups,")
     return parser
 
 
-def analyze_run(run: SavedRun, net: G2GNet, data: ImageData, samples: int) -> NetworkAnalysis:
-    """Analyses ``net``, the network of ``run``, on its first ``samples`` test images."""
-    batches = run_images(net, run.settings, run.epoch, data, count=samples)
-    return analyze_network(net, batches, data.num_classes)
-
-
 def analyze(arguments: argparse.Namespace) -> dict[str, Any]:
     machine = flags.machine_from(arguments)
     run = read_run(arguments.checkpoint)
     data = flags.load_run_data(arguments, run.settings, machine.device)
-    analysis = analyze_run(run, run.network(machine.device, machine.backend), data, arguments.samples)
+    net = run.network(machine.device, machine.backend)
+    batches = run_images(net, run.settings, run.epoch, data, count=arguments.samples)
+    analysis = analyze_network(net, batches, data.num_classes)
     say(f"{run.path}: {run.settings.model} on {run.settings.dataset}, {run.position}")
     say(f"{headline(analysis)}\n\n{layers_table(analysis)}")
     for layer in analysis.layers:

@@ -45,16 +45,14 @@ class FlagError(ValueError):
 
 
 def file_name(text: str) -> str:
-    """The type of a flag that names a file or a directory. Raises ArgumentTypeError for an empty name, as of a shell's
-    unset variable: it would be the current directory.
-    """
+    """The type of a flag that names a file or a directory; an empty name, of a shell's unset variable, is refused."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty; give one (the current directory is .)")
     return text
 
 
-class _Plain(argparse.HelpFormatter):
-    """Shows a flag's text as it is, where argparse takes a per cent sign for the begin of a format."""
+class _Plain(argparse.RawDescriptionHelpFormatter):
+    """Shows texts as they are: argparse takes a per cent sign for the begin of a format."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = super()._get_help_string(action)
@@ -68,9 +66,8 @@ class Parser(argparse.ArgumentParser):
     :meth:`in_flags` makes this program's flags of them.
     """
 
-    def __init__(self, formatter_class: Any = argparse.HelpFormatter, **options: Any) -> None:
-        plain: Any = type("Plain", (_Plain, formatter_class), {})
-        super().__init__(allow_abbrev=False, formatter_class=plain, **options)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "allow_abbrev": False, "formatter_class": _Plain})
         # what begins with - and is a value; argparse's own takes -1e-3 for a flag
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-(inf|infinity|nan)$", re.I)
 
@@ -110,12 +107,14 @@ class Parser(argparse.ArgumentParser):
         return re.sub(r"`(\w+)(?:=([^`]*))?`", flag, text)
 
     def _suggestion(self, flag: str) -> str:
-        known = [name for name in self._option_string_actions if name.startswith("--")]
-        name = "--" + flag.lstrip("-").replace("-", "_")
-        near = [each for each in known if each.lower() == name.lower()]
-        near = near or [each for each in known if len(name) > 2 and each.startswith(name)]
-        near = near or [f"--{each}" for each in difflib.get_close_matches(name[2:], [flag[2:] for flag in known], 1)]
-        return f"; did you mean {' or '.join(near)}?" if near else "; --help lists the flags"
+        known = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+        name = flag.lstrip("-").replace("-", "_")
+        near = (
+            [each for each in known if each.lower() == name.lower()]
+            or [each for each in known if name and each.startswith(name)]
+            or difflib.get_close_matches(name, known, 1)
+        )
+        return f"; did you mean {' or '.join(f'--{each}' for each in near)}?" if near else "; --help lists the flags"
 
 
 class _Several(argparse.Action):
@@ -132,10 +131,8 @@ def add_settings_flags(parser: Parser, settings: type = TrainSettings, names: Co
     fields = [field for field in dataclasses.fields(settings) if names is None or field.name in names]
     present = {field.metadata["group"] for field in fields}
     groups = {title: parser.add_argument_group(title) for title in GROUPS if title in present}
-    for field in fields:
+    for field in (field for field in fields if field.metadata["group"]):
         about, (flag_type, *_) = field.metadata, kinds_of[field.name]
-        if about["group"] is None:
-            continue
         group = groups[about["group"]]
         text = parser.in_flags(about["text"])
         if flag_type is bool and not about["several"]:
@@ -161,13 +158,13 @@ def add_settings_flags(parser: Parser, settings: type = TrainSettings, names: Co
             text += f"; {number.range}"
         if field.default is not None:
             text += f" (default: {field.default})"
+        metavar = "NAME" if about["others"] else None if about["choices"] else METAVARS[flag_type]
         group.add_argument(
             f"--{field.name}",
             type=file_name if flag_type is str and not about["choices"] else flag_type,
             default=field.default,
             choices=None if about["others"] else about["choices"],
-            metavar=about["metavar"]
-            or ("NAME" if about["others"] else None if about["choices"] else METAVARS[flag_type]),
+            metavar=about["metavar"] or metavar,
             help=text,
         )
 
@@ -202,13 +199,8 @@ def add_json_flag(parser: Any, content: str) -> None:
 
 def add_inspection_flags(parser: argparse.ArgumentParser) -> Any:
     """Adds the flags of the programs that run a trained network on test images; returns the last group of them."""
-    parser.add_argument(
-        "--samples",
-        type=int,
-        default=ANALYSIS_SAMPLES,
-        metavar="N",
-        help=f"run the network on the first N test images (default: {ANALYSIS_SAMPLES})",
-    )
+    text = f"run the network on the first N test images (default: {ANALYSIS_SAMPLES})"
+    parser.add_argument("--samples", type=int, default=ANALYSIS_SAMPLES, metavar="N", help=text)
     text = "weights used by a run with --use_resnet, if not the published ones"
     parser.add_argument("--resnet_weights", type=file_name, metavar="FILE", help=text)
     return add_machine_flags(parser, results=False)
@@ -221,24 +213,25 @@ def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT])
     fields = dataclasses.fields(settings_type)
     values = {field.name: getattr(arguments, field.name) for field in fields if field.metadata["group"]}
     values["dataset"] = dataset_name(values["dataset"])
-    if issubclass(settings_type, TrainSettings) and npz.is_name(values["dataset"]):
+    if not issubclass(settings_type, TrainSettings):
+        return settings_type(**values)
+    if npz.is_name(values["dataset"]):
         shape = npz.sample_shape(values["dataset"], Path(arguments.data_dir))
         # only images can be mirrored or lose a rectangle, which states what they are; frames are images in any case
         changed = len(shape) == 2 and (values["augment"] in SHIFTS or values["erase"] > 0)
-        if npz.holds_sequences(shape) and values["sequence"] is None:
-            if not changed:
-                values["sequence"] = "own"
-            else:
-                logger.warning(
-                    "the samples of %s, of shape %s, are read as images, as augment=%s and erase=%s say; without these "
-                    "they are sequences. Give sequence=none to say so in either case",
-                    values["dataset"], " × ".join(map(str, shape)), values["augment"], values["erase"],
-                )  # fmt: skip
+        if npz.holds_sequences(shape) and values["sequence"] is None and not changed:
+            values["sequence"] = "own"
+        elif npz.holds_sequences(shape) and values["sequence"] is None:
+            logger.warning(
+                "the samples of %s, of shape %s, are read as images, as augment=%s and erase=%s say; without these "
+                "they are sequences. Give sequence=none to say so in either case",
+                values["dataset"], " × ".join(map(str, shape)), values["augment"], values["erase"],
+            )  # fmt: skip
     settings = settings_type(**values)
-    if isinstance(settings, TrainSettings) and settings.sequence != "none":
+    if settings.sequence != "none":
         known = DATASETS.get(settings.dataset)
         settings = dataclasses.replace(settings, T=_length(settings, known.shape if known else shape, arguments))
-    if isinstance(settings, TrainSettings) and settings.use_resnet:
+    if settings.use_resnet:
         digest = weights_digest(settings.dataset, settings.resnet_weights)
         settings = dataclasses.replace(settings, resnet_weights=digest)
     return settings
@@ -274,7 +267,7 @@ def machine_from(arguments: argparse.Namespace) -> Machine:
         device = select_device(arguments.device)
         if launched() and device.type == "cuda":
             if device.index is not None:
-                raise FlagError(f"device={device} would serve all processes; give cuda, so that each takes its own")
+                raise ValueError(f"device={device} would serve all processes; give cuda, so that each takes its own")
             device = select_device(f"cuda:{rank('LOCAL_RANK')}")
     except ValueError as error:
         raise FlagError(str(error)) from error
@@ -288,8 +281,7 @@ def machine_from(arguments: argparse.Namespace) -> Machine:
 
 def training_parser(description: str, examples: str, settings: type[TrainSettings], document: str) -> Parser:
     """The parser of a program that trains networks with ``settings``; ``document`` is what it writes as JSON."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = Parser(description=description, epilog=examples, formatter_class=raw)
+    parser = Parser(description=description, epilog=examples)
     add_settings_flags(parser, settings)
     group = add_machine_flags(parser)
     text = "minutes that processes started by torchrun wait for one another (default: 30)"
@@ -311,8 +303,7 @@ def join_peers(
     """The processes of a run (:func:`g2gnet.base.distributed.join`), which must have the same settings and versions.
     Raises FlagError if they are to wait for one another less than some moments, or more than a year.
     """
-    wanted = Number(0.01, 365 * 24 * 60).refuses(arguments.peer_timeout)
-    if wanted:
+    if wanted := Number(0.01, 365 * 24 * 60).refuses(arguments.peer_timeout):
         raise FlagError(f"peer_timeout={arguments.peer_timeout} must be {wanted}")
     same = {"program": program, "python": platform.python_version(), **machine.versions()}
     if machine.device.type == "cpu":
@@ -349,8 +340,7 @@ def load_run_data(arguments: argparse.Namespace, settings: TrainSettings, device
     FlagError if ``--samples`` is not at least 1, or ``--resnet_weights`` are not those of the run, and DataError if
     they are unavailable.
     """
-    wanted = COUNT.refuses(arguments.samples)
-    if wanted:
+    if wanted := COUNT.refuses(arguments.samples):
         raise FlagError(f"samples={arguments.samples} must be {wanted}")
     if settings.use_resnet:
         digest = weights_digest(settings.dataset, arguments.resnet_weights)
@@ -373,10 +363,8 @@ def announce(settings: TrainSettings, machine: Machine) -> None:
         )
     default = {**type(settings)(neuron=settings.neuron).flag_values(), "neuron": type(settings).neuron}
     always = ("dataset", "model", "epochs", "seed")
-    shown = " ".join(
-        f"{name}={value}" for name, value in settings.flag_values().items() if name in always or value != default[name]
-    )
+    values = settings.flag_values().items()
+    shown = " ".join(f"{name}={value}" for name, value in values if name in always or value != default[name])
     where = f"device={machine.device} backend={machine.backend or 'auto'}"
-    if machine.world.size > 1:
-        where += f" processes={machine.world.size}"
+    where += f" processes={machine.world.size}" if machine.world.size > 1 else ""
     say(f"g2g {__version__} | {where} | {shown}")

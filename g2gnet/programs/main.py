@@ -36,21 +36,14 @@ def run_program(
 ) -> int:
     """Runs ``program`` on the parsed flags; user errors become a message and an exit status.
 
-    Args:
-        parser: the program's flags.
-        program: takes the parsed flags; returns what ``--json`` writes, where there is that flag.
-        argv: the flags as given.
-        interrupted: what to say after Ctrl-C.
-
-    Returns:
-        0 on success, 1 if data, files, memory or training failed, 2 for invalid flags, 128 + the number of the signal
-        that ended it (130 after Ctrl-C, 141 when nobody reads its output).
+    It returns what ``--json`` writes, where there is that flag; ``interrupted`` is said after Ctrl-C. The status is 0
+    on success, 1 if data, files, memory or training failed, 2 for invalid flags, 128 + the number of the signal that
+    ended it (130 after Ctrl-C, 141 when nobody reads its output).
     """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by whoever started this
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (until the process ends)
-        stream = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper):
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a pipe on Windows has a code page without the lines of our tables
     arguments = parser.parse_args(argv)
     tqdm.set_lock(threading.RLock())  # the usual one is the system's, and left behind by a process that is killed

@@ -24,13 +24,8 @@ KEPT = (".pth", DATA_SUFFIX)
 def check_output(path: Path | str, arguments: argparse.Namespace | None = None, own_files: Iterable[Path] = ()) -> None:
     """Checks a file that is to be written, before there is anything to write.
 
-    Args:
-        path: the file.
-        arguments: the parsed flags; neither the files that they have the program read nor those of the runs whose
-            checkpoints these are become its output.
-        own_files: other files that the program itself reads or writes.
-
-    Raises OutputError if it cannot be written, is one of these, or holds a checkpoint or data.
+    Raises OutputError if it cannot be written, holds a checkpoint or data, is read by the program according to its
+    flags, belongs to a run whose checkpoint it reads, or is one of the program's ``own_files``.
     """
     path = Path(path)
     try:

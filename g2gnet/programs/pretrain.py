@@ -9,7 +9,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -24,7 +24,7 @@ from g2gnet.programs.main import run_program
 from g2gnet.settings import setting, with_default
 from g2gnet.training import run_epochs
 from g2gnet.training.checkpoints import RunFiles, read_checkpoint
-from g2gnet.training.epochs import EpochTrainer, Progress
+from g2gnet.training.epochs import EpochTrainer, Progress, StepResult
 from g2gnet.training.run_settings import RunSettings
 
 
@@ -43,19 +43,8 @@ class PretrainSettings(RunSettings):
         return f"resnet32_{self.dataset}"
 
 
-class _StepResult(NamedTuple):
-    loss: torch.Tensor
-    correct: torch.Tensor
-
-
 class PretrainTrainer(EpochTrainer):
-    """Trains one ResNet-32; the learning rate falls along a cosine (Loshchilov & Hutter 2017, without restarts).
-
-    Args:
-        settings: what to train and how.
-        data: CIFAR images, on any device; they are moved to ``device``.
-        device: where to compute.
-    """
+    """Trains one ResNet-32; the learning rate falls along a cosine (Loshchilov & Hutter 2017, without restarts)."""
 
     optimizer_state = ("momentum_buffer",)
     lr_schedule = "cosine"
@@ -64,20 +53,15 @@ class PretrainTrainer(EpochTrainer):
         super().__init__(settings, data, device)
         self.settings = settings
         self.net = new_resnet(settings.dataset).to(device)
-        self.optimizer = torch.optim.SGD(
-            self.net.parameters(),
-            lr=settings.lr,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            nesterov=True,
-        )
+        options = {name: getattr(settings, name) for name in ("lr", "momentum", "weight_decay")}
+        self.optimizer = torch.optim.SGD(self.net.parameters(), nesterov=True, **options)
         self._watch(settings.lr)
 
     def _no_progress(self) -> Progress:
         zero = torch.zeros((), device=self.device)
         return Progress(zero, zero.clone())
 
-    def _train_step(self, index: torch.Tensor) -> _StepResult:
+    def _train_step(self, index: torch.Tensor) -> StepResult:
         generator = stream(self.settings.seed, "augment", self.step, device=draw_device(self.device))
         labels = self.data.train_labels[index]
         logits = self.net(random_crop_and_flip(self.data.train_images[index], generator))
@@ -87,7 +71,7 @@ class PretrainTrainer(EpochTrainer):
         self._finite.note(loss.detach())
         self.optimizer.step()
         self._stepped()
-        return _StepResult(loss.detach(), (logits.argmax(1) == labels).sum())
+        return StepResult(loss.detach(), (logits.argmax(1) == labels).sum())
 
     def _measures(self, progress: Progress) -> tuple[dict[str, float], dict[str, Any]]:
         return {"test_acc": self.evaluate()}, {}
@@ -104,10 +88,8 @@ class PretrainTrainer(EpochTrainer):
 
 
 def build_parser() -> flags.Parser:
-    parser = flags.Parser(
-        prog="g2g-pretrain",
-        description="Trains a CIFAR ResNet-32, whose features train.py --use_resnet --resnet_weights FILE can use.",
-    )
+    text = "Trains a CIFAR ResNet-32, whose features train.py --use_resnet --resnet_weights FILE can use."
+    parser = flags.Parser(prog="g2g-pretrain", description=text)
     flags.add_settings_flags(parser, PretrainSettings)
     group = flags.add_machine_flags(parser, kernels=False)
     flags.add_json_flag(group, "the settings, the last epoch's results and the files' names")

@@ -11,20 +11,7 @@ from g2gnet.training.saved_run import SavedRun, read_run
 from g2gnet.training.trainer import Evaluation, Trainer
 
 __all__ = [
-    "CheckpointError",
-    "EpochCallback",
-    "Evaluation",
-    "Interrupted",
-    "Machine",
-    "NetworkSettings",
-    "RunSettings",
-    "SavedRun",
-    "Settings",
-    "SettingsError",
-    "TrainSettings",
-    "Trainer",
-    "TrainingError",
-    "read_run",
-    "run_epochs",
+    "CheckpointError", "EpochCallback", "Evaluation", "Interrupted", "Machine", "NetworkSettings", "RunSettings",
+    "SavedRun", "Settings", "SettingsError", "TrainSettings", "Trainer", "TrainingError", "read_run", "run_epochs",
     "run_training",
-]
+]  # fmt: skip

@@ -36,25 +36,21 @@ def captured(step: Callable[..., Any], device: torch.device | str, watch: Sequen
 
     **The contract.** A graph repeats the launches of one call. Before each replay, the arguments are compared, which
     gradients exist, ``no_grad`` and ``autocast``, and of what is in ``watch``: addresses, shapes and dtypes of
-    parameters, buffers and optimizer state, which parameters are learned, the numbers of parameter groups, ``training``
-    and other plain attributes (``T``, ``alpha``). After a change the step runs directly, and the fourth such call
-    captures a new graph. When anything else changes that the step reads, such as the mask of a loaded checkpoint, a
-    hook or a variable, call ``step.recapture()``.
+    parameters, buffers and optimizer state, which parameters are learned, parameter groups, ``training`` and other
+    plain attributes. After a change the step runs directly, and the fourth such call captures a new graph. When
+    anything else changes that the step reads, such as the mask of a loaded checkpoint, call ``step.recapture()``.
 
     A step that cannot be captured runs directly, and a warning says why: it must not wait for the device
-    (``loss.item()``, ``tensor[mask]``, ``nonzero``), nor draw random numbers on the CPU. What it keeps for the next
-    call is in tensors that it writes in place.
+    (``loss.item()``, ``tensor[mask]``), nor draw random numbers on the CPU. What it keeps for the next call is in
+    tensors that it writes in place.
 
     Args:
         step: one training step. Tensors among its arguments (also in tuples, lists and dictionaries) are copied to
             where the graph reads them, as are gradients with which it begins; they are on ``device``, need no gradient
-            and are not changed by ``step``. Other arguments are numbers, strings, None and the like.
+            and are not changed by ``step``. Other arguments are numbers, strings, None and the like. The results of a
+            replay are the same tensors with new content: read them before the next call.
         device: of the network and of all tensors.
         watch: the modules and optimizers that ``step`` uses.
-
-    Returns:
-        A function that is called like ``step``, with a method ``recapture()``. It returns the same tensors at every
-        replay, with new content: read them before the next call.
 
     Raises:
         TypeError: for anything else in ``watch``.
@@ -101,7 +97,8 @@ class CapturedStep:
         self._step, self._device, self._watch, self._required = step, device, tuple(watch), required
         self._watched: list[Any] = []  # at the last call
         self._warmed: collections.deque[Any] = collections.deque(maxlen=self.PATIENCE)  # kinds of direct calls
-        self._replay: Any = None  # a call of this kind, while no object that is kept has another in its place
+        # a call of this kind, while no object that is kept has another in its place
+        self._replay: Any = None
         self._kind: Any = None
         self._kept: Any = None
         self._direct = self._replays = 0
@@ -172,10 +169,8 @@ class CapturedStep:
             return False
         finally:
             written = _exchange(learned, gradients)
-        copies = [
-            each for each in inputs[: form.num_leaves] if isinstance(each, torch.Tensor) and not each.is_inference()
-        ]
-        if any(each._version for each in copies):
+        copies = [each for each in inputs[: form.num_leaves] if isinstance(each, torch.Tensor)]
+        if any(each._version for each in copies if not each.is_inference()):
             self._give_up("it changes an argument in place, of which a graph would change a copy; return it instead")
             return False
 

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import errno
 import io
+import itertools
 import json
 import math
 import re
@@ -12,16 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from g2g_kernels.numbers import Number
-from g2gnet.base.files import (
-    check_own,
-    check_writable,
-    leftovers,
-    locked,
-    make_directory,
-    open_own,
-    read_file,
-    replace_file,
-)
+from g2gnet.base import files
+from g2gnet.base.files import read_file, replace_file
 from g2gnet.base.messages import reason, warn
 from g2gnet.base.tensor_files import TensorFileError, check_plain, read_tensors, write_tensors
 from g2gnet.training.run_settings import RunSettings
@@ -42,25 +35,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         state = read_tensors(path)
-    except OSError as error:
+    except (OSError, TensorFileError) as error:
         raise CheckpointError(f"{path} cannot be read ({reason(error)}).") from error
-    except TensorFileError as error:
-        raise CheckpointError(f"{path} cannot be read ({error}).") from error
-    settings = state.get("settings") if isinstance(state, dict) else None
-    if (
-        not isinstance(settings, dict)
-        or state.get("format") != FORMAT
-        or not all(type(name) is str for name in settings)
-    ):
+    settings = state.get("settings") if isinstance(state, dict) and state.get("format") == FORMAT else None
+    if not isinstance(settings, dict) or not all(type(name) is str for name in settings):
         raise CheckpointError(f"{path} is not a checkpoint of this version of g2g.")
     return state
 
 
 def check_number(name: str, value: Any, low: float = -math.inf, whole: bool = False) -> None:
-    """Raises ValueError unless ``value``, from a file, is a number of at least ``low`` that float32 can hold.
-
-    With ``whole``, it is a whole number that int64 can hold.
-    """
+    """Raises ValueError unless ``value``, from a file, is a number (``whole``: a whole one) of at least ``low``."""
     number = Number(low, whole=whole)
     wanted = number.refuses(value) if isinstance(value, int | float) else str(number)  # a tensor is none in a file
     if wanted:
@@ -116,8 +100,8 @@ class RunFiles:
         self.table = self.directory / f"{stem}.csv"
         self.analysis = self.directory / f"{stem}.analysis.json"
         self.marker = self.directory / f"{stem}.DONE"
-        self._whole = False  # whether self.checkpoint is known to be intact, so it may replace self.previous
         self.lock = self.directory / f".{stem}.lock"
+        self._whole = False  # whether self.checkpoint is known to be intact, so it may replace self.previous
 
     @classmethod
     def of(cls, checkpoint: Path) -> "RunFiles":
@@ -136,30 +120,19 @@ class RunFiles:
         """Makes the directory if it is missing. Raises CheckpointError if one of the files could not be written when
         the run has something to write.
         """
+        what, remedy = f"cannot write to the checkpoint directory {self.directory}", "give another `checkpoint_dir`"
         try:
-            make_directory(self.directory)
+            files.make_directory(self.directory)
+            for check in (files.check_own, files.check_writable):
+                for path in self._all():
+                    check(path)
         except OSError as error:
-            raise self._unwritable(error) from error
-        try:
-            for path in self._all():
-                check_own(path)
-        except OSError as error:
-            raise CheckpointError(
-                f"{error.filename} cannot be one of the run's own files ({reason(error)}); move it away, or give "
-                f"another `checkpoint_dir` than {self.directory}"
-            ) from error
-        try:
-            for path in self._all():
-                check_writable(path)
-        except OSError as error:
-            raise self._unwritable(error) from error
-
-    def _unwritable(self, error: OSError) -> CheckpointError:
-        """What to raise where a file of the run cannot be made."""
-        remedy = "give another `checkpoint_dir`"
-        if error.errno == errno.ENAMETOOLONG:
-            remedy = f"give the data a file of a shorter name than that in {self.checkpoint.name}"
-        return CheckpointError(f"cannot write to the checkpoint directory {self.directory} ({reason(error)}); {remedy}")
+            if error.errno == errno.EINVAL:  # of check_own
+                what = f"{error.filename} cannot be one of the run's own files"
+                remedy = f"move it away, or {remedy} than {self.directory}"
+            elif error.errno == errno.ENAMETOOLONG:
+                remedy = f"give the data a file of a shorter name than that in {self.checkpoint.name}"
+            raise CheckpointError(f"{what} ({reason(error)}); {remedy}") from error
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -171,19 +144,14 @@ class RunFiles:
         self.check()
         with contextlib.ExitStack() as held:
             try:
-                held.enter_context(locked(self.lock, wait=False))
-            except BlockingIOError as error:
-                raise CheckpointError(
-                    f"another run of this name is using {self.checkpoint} (it holds {self.lock}); "
-                    f"wait until it ends, or give another `checkpoint_dir` than {self.directory}"
-                ) from error
+                held.enter_context(files.locked(self.lock, wait=False))
             except OSError as error:
-                raise CheckpointError(
-                    f"cannot lock {self.lock} ({reason(error)}); delete it, or give another `checkpoint_dir` than "
-                    f"{self.directory}"
-                ) from error
+                what = f"cannot lock {self.lock} ({reason(error)}); delete it"
+                if isinstance(error, BlockingIOError):
+                    what = f"another run of this name is using {self.checkpoint} (it holds {self.lock}); wait for it"
+                raise CheckpointError(f"{what}, or give another `checkpoint_dir` than {self.directory}") from error
             for path in self._all():
-                for leftover in leftovers(path):
+                for leftover in files.leftovers(path):
                     with contextlib.suppress(OSError):  # it is in nobody's way
                         leftover.unlink()
             yield
@@ -206,9 +174,7 @@ class RunFiles:
         it was made with different settings.
         """
         problems = []
-        for path in (self.checkpoint, self.previous):
-            if not path.exists():
-                continue
+        for path in filter(Path.exists, (self.checkpoint, self.previous)):
             try:
                 state = read_checkpoint(path)
             except CheckpointError as error:
@@ -296,13 +262,11 @@ class RunFiles:
 
     def check_data(self, checkpoint: Checkpoint, fingerprint: str) -> None:
         """Raises CheckpointError unless the checkpoint is that of a run on the data with this fingerprint."""
-        theirs = checkpoint.state.get("data")
-        if theirs != fingerprint:
+        if (theirs := checkpoint.state.get("data")) != fingerprint:
             raise CheckpointError(
-                f"{checkpoint.path} belongs to a run on different data: their SHA-256 is {theirs} there, "
-                f"{fingerprint} now.\n"
-                f"Give the directory with the original data as `data_dir`, give another `checkpoint_dir` "
-                f"than {self.directory}, or delete {self.names()} to start over."
+                f"{checkpoint.path} belongs to a run on different data: their SHA-256 is {theirs} there, {fingerprint} "
+                "now.\nGive the directory with the original data as `data_dir`, give another `checkpoint_dir` than "
+                f"{self.directory}, or delete {self.names()} to start over."
             )
 
     def names(self) -> str:
@@ -311,14 +275,13 @@ class RunFiles:
 
     def paths(self) -> dict[str, str]:
         """The files that exist, by kind."""
-        files = ("checkpoint", "previous", "history", "table", "analysis", "marker")
-        return {name: str(getattr(self, name)) for name in files if getattr(self, name).exists()}
+        names = ("checkpoint", "previous", "history", "table", "analysis", "marker")
+        return {name: str(getattr(self, name)) for name in names if getattr(self, name).exists()}
 
     def last_checkpoint(self) -> str:
         """Where the last good checkpoint is, in a sentence."""
-        for path in (self.checkpoint, self.previous):
-            if path.exists():
-                return f"{path} is the last good checkpoint; it was not changed."
+        for path in filter(Path.exists, (self.checkpoint, self.previous)):
+            return f"{path} is the last good checkpoint; it was not changed."
         return "There is no checkpoint of this run."
 
     def write_history(self, records: Sequence[dict[str, Any]]) -> None:
@@ -328,7 +291,7 @@ class RunFiles:
         written.
         """
         self._write_lines(self.history, "".join(json.dumps(record) + "\n" for record in records))
-        self._write_lines(self.table, as_csv(records))
+        self._write_lines(self.table, csv_of([dict(numbers(record)) for record in records]))
 
     def _write_lines(self, path: Path, text: str) -> None:
         """Makes ``text`` the content of the file, by appending where possible."""
@@ -337,7 +300,7 @@ class RunFiles:
             if before is None or not content.startswith(before):
                 replace_file(path, lambda file: file.write(content))
             else:
-                with open(path, "ab", opener=open_own) as file:
+                with open(path, "ab", opener=files.open_own) as file:
                     file.write(content[len(before) :])
 
     def _write_text(self, path: Path, text: str) -> None:
@@ -350,9 +313,9 @@ class RunFiles:
         try:
             yield
         except OSError as error:
-            last = self.last_checkpoint()
             raise CheckpointError(
-                f"cannot write {path} ({reason(error)}). {last} Free space, then run the same command again to resume"
+                f"cannot write {path} ({reason(error)}). {self.last_checkpoint()} Free space, then run the same "
+                "command again to resume"
             ) from error
 
 
@@ -365,13 +328,11 @@ def numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
             yield f"{prefix}{name}", value
 
 
-def as_csv(records: Sequence[dict[str, Any]]) -> str:
-    """A header and one row per record; empty where a record lacks a value that another has."""
-    rows = [dict(numbers(record)) for record in records]
-    columns = dict.fromkeys(name for row in rows for name in row)
+def csv_of(rows: Sequence[dict[str, Any]]) -> str:
+    """A header and these rows; empty where a row lacks a value that another has, and without rows."""
     text = io.StringIO()
     if rows:
-        writer = csv.DictWriter(text, list(columns), restval="", lineterminator="\n")
+        writer = csv.DictWriter(text, list(dict.fromkeys(itertools.chain(*rows))), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     return text.getvalue()

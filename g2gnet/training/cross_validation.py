@@ -64,19 +64,14 @@ def cross_validate(
     drawn and trained with seed s + n − 1: the spread over the folds includes masks, initial values and the order of
     images as well as the data. Each fold is a run of its own, with a checkpoint, a history and a marker.
 
-    Args:
-        settings: with ``fold`` = 1.
-        load_data: the whole data set; called once if there is something to train.
-        checkpoint_dir, on_epoch: as for :func:`g2gnet.training.run_training`.
-        machine: where to compute. The folds are distributed over the processes of its ``world``, which all call this,
-            with the same ``checkpoint_dir``.
+    ``load_data`` gives the whole data set. The folds are distributed over the processes of the ``world`` of
+    ``machine``, which all call this with the same ``checkpoint_dir``. Errors are those of
+    :func:`g2gnet.training.run_training`, and SettingsError for more folds than a class has images, or fewer than there
+    are processes.
 
     Returns:
         ``folds``: for each fold its number, seed and accuracies after the last epoch; ``mean`` and ``std`` (with k − 1)
         of the accuracies.
-
-    Raises SettingsError if a class has too few images for that many folds, or there are more processes than folds, and
-    CheckpointError, DataError, TrainingError as for :func:`g2gnet.training.run_training`.
     """
     world = machine.world
     if world.size > settings.k_folds:
@@ -107,13 +102,9 @@ def _fold_data(whole: Callable[[], ImageData], settings: FoldSettings, fold: int
     """The data set with part ``fold`` of its training images held back for validation."""
     data = whole()
     train, val = stratified_folds(data.train_labels, settings.k_folds, settings.seed)[fold - 1]
-    return dataclasses.replace(
-        data,
-        train_images=data.train_images[train],
-        train_labels=data.train_labels[train],
-        val_images=data.train_images[val],
-        val_labels=data.train_labels[val],
-    )
+    images, labels = data.train_images, data.train_labels
+    held_back: dict[str, Any] = {"val_images": images[val], "val_labels": labels[val]}
+    return dataclasses.replace(data, train_images=images[train], train_labels=labels[train], **held_back)
 
 
 def stratified_folds(labels: torch.Tensor, k_folds: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

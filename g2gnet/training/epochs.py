@@ -5,7 +5,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -22,16 +22,11 @@ from g2gnet.training.saved_state import check_like, check_position, load_model, 
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
-class StepResult(Protocol):
-    """The result of a step on a batch."""
+class StepResult(NamedTuple):
+    """The result of a step on a batch: the mean loss of the images and how many are classified correctly, scalars."""
 
-    @property
-    def loss(self) -> torch.Tensor:
-        """The mean loss of the images, a scalar."""
-
-    @property
-    def correct(self) -> torch.Tensor:
-        """The number of correctly classified images, a scalar."""
+    loss: torch.Tensor
+    correct: torch.Tensor
 
 
 @dataclasses.dataclass
@@ -61,15 +56,10 @@ class Progress:
 
 
 class EpochTrainer(ABC):
-    """Trains a module on images.
+    """Trains a module on images, which are moved to ``device``.
 
     Every random draw comes from a stream named by the seed and a counter (:mod:`g2gnet.base.seeding`), so that
     :meth:`state_dict` restores a run to the last bit.
-
-    Args:
-        settings: of the run.
-        data: the images, on any device; they are moved to ``device``.
-        device: where to compute.
 
     Attributes:
         net, optimizer: made by the subclass, which then calls ``_watch``.
@@ -100,8 +90,8 @@ class EpochTrainer(ABC):
         self._finite = FiniteWatch(self.net, self.device)
 
     @abstractmethod
-    def _train_step(self, index: torch.Tensor) -> StepResult:
-        """One step on the images of a batch; it calls ``_stepped``."""
+    def _train_step(self, index: torch.Tensor) -> Any:
+        """One step on the images of a batch, which calls ``_stepped``; its result, as a :class:`StepResult`."""
 
     @abstractmethod
     def _no_progress(self) -> Progress:
@@ -154,7 +144,7 @@ class EpochTrainer(ABC):
             start, cpu_start = time.perf_counter(), time.process_time()
             index = order[first : first + size]
             if self.lr_schedule != "constant" or self.lr_warmup:
-                self._set_lr(self._lr * self._lr_factor())
+                self._set_lr()
             progress.add(self._train_step(index), len(index))
             progress.seconds += time.perf_counter() - start
             progress.cpu_seconds += time.process_time() - cpu_start
@@ -185,14 +175,12 @@ class EpochTrainer(ABC):
         if self.step % CHECK_INTERVAL == 0:
             self._finite.check()
 
-    def _lr_factor(self) -> float:
-        """What the learning rate of the next step is multiplied by."""
-        if self.step < self.lr_warmup:
-            return (self.step + 1) / (self.lr_warmup + 1)
-        return SCHEDULES[self.lr_schedule]((self.step - self.lr_warmup) / (self._steps - self.lr_warmup))
-
-    def _set_lr(self, lr: float) -> None:
+    def _set_lr(self) -> None:
         """The learning rate of the next step."""
+        lr = self._lr * ((self.step + 1) / (self.lr_warmup + 1))
+        if self.step >= self.lr_warmup:
+            share = (self.step - self.lr_warmup) / (self._steps - self.lr_warmup)
+            lr = self._lr * SCHEDULES[self.lr_schedule](share)
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(lr)

@@ -61,28 +61,20 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-        self._sockets: tuple[socket.socket, socket.socket] | None = None
-        self._wakeup = -1
+        self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
-            self._sockets = reader, writer = socket.socketpair()
+            reader, writer = map(self._held.enter_context, socket.socketpair())
             writer.setblocking(False)
-            self._wakeup = signal.set_wakeup_fd(writer.fileno())
+            self._held.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer.fileno()))
             threading.Thread(target=_end_at_next, args=(reader,), daemon=True).start()
             for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._note)
+                self._held.enter_context(handled(number, self._note))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        if self._sockets is not None:
-            signal.set_wakeup_fd(self._wakeup)
-            for each in self._sockets:
-                each.close()
+        self._held.close()
 
     def _note(self, number: int, frame: object) -> None:
         if self.received is not None:

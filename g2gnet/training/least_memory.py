@@ -19,13 +19,9 @@ UNIT = 16
 
 
 def least_bytes(settings: TrainSettings, input_dim: int, num_classes: int, samples: int, device: str = "cpu") -> int:
-    """A lower bound of the memory of training, in bytes.
+    """A lower bound of the memory of training with ``samples`` images per step in this process, in bytes.
 
-    Args:
-        settings: of the run.
-        input_dim, num_classes: neurons of the first and of the last population.
-        samples: images of a step in this process.
-        device: the kind of device; on a CPU the states of all time steps (of a chunk) are kept for the backward pass.
+    On a CPU the states of all time steps (of a chunk) are kept for the backward pass.
     """
     sizes = input_dim, *settings.hidden_sizes, num_classes
     sparse, drawn, total = settings.model != "dense", 0, 0

@@ -15,12 +15,10 @@ logger = logging.getLogger("g2gnet")
 def load(checkpoint: Path | str, device: torch.device | str = "cpu", backend: str | None = None) -> G2GNet:
     """The network that ``train.py`` or ``crossval.py`` saved, in evaluation mode.
 
-    It is the one after the last finished epoch. A run that was stopped inside an epoch (Ctrl-C, SIGTERM) has saved the
-    one of that step, which was never tested: then the logger ``g2gnet`` warns and names the step.
-
-    Its input is that of training: ``net(x)`` scales, standardises and encodes samples [B, D] as the run did. Images of
-    uint8 become samples by :func:`g2gnet.data.as_samples`. It computes in float32: a run with ``precision="bf16"``
-    classified under ``torch.autocast``. Nothing in the file is executed.
+    It is the one after the last finished epoch; of a run that was stopped inside an epoch, the one of that step, which
+    was never tested, as the logger ``g2gnet`` warns. ``net(x)`` scales, standardises and encodes samples [B, D] as the
+    run did; images of uint8 become samples by :func:`g2gnet.data.as_samples`. It computes in float32: a run with
+    ``precision="bf16"`` classified under ``torch.autocast``. Nothing in the file is executed.
 
     Args:
         checkpoint: the ``.pth`` file, of a finished run or not.
@@ -45,8 +43,6 @@ def load(checkpoint: Path | str, device: torch.device | str = "cpu", backend: st
     if run.interrupted:
         logger.warning(
             "%s was saved %s: no accuracy in its history is that of this network; run its command again to finish the "
-            "epoch",
-            run.path,
-            run.position,
-        )
+            "epoch", run.path, run.position,
+        )  # fmt: skip
     return run.network(device, backend).eval()

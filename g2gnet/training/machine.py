@@ -12,18 +12,12 @@ from g2gnet.base.version import __version__
 
 
 class Machine(NamedTuple):
-    """The device of this process, the kernels it uses, and the processes it works with.
-
-    Attributes:
-        device: where to compute.
-        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
-        world: the processes that make the same calls, including this one.
-        cuda_graph: replay training steps as a CUDA graph; None: where that is possible.
+    """The device of this process, the backend (None lets the device decide), the processes that make the same calls,
+    and whether training steps are replayed as a CUDA graph (None: where that is possible).
 
     Example:
-        >>> machine = Machine(torch.device("cpu"), backend="torch")
-        >>> machine.device
-        device(type='cpu')
+        >>> Machine(torch.device("cpu"), backend="torch").captures
+        False
     """
 
     device: torch.device
@@ -34,9 +28,7 @@ class Machine(NamedTuple):
     @property
     def captures(self) -> bool:
         """Whether training steps are replayed as a CUDA graph."""
-        if self.cuda_graph is None:
-            return self.device.type == "cuda" and self.world.size == 1
-        return self.cuda_graph
+        return self.device.type == "cuda" and self.world.size == 1 if self.cuda_graph is None else self.cuda_graph
 
     def versions(self) -> dict[str, str]:
         """What the last bits of a result depend on besides the settings, in words."""

@@ -33,14 +33,10 @@ class TrainingError(RuntimeError):
 
 
 class FiniteWatch:
-    """Records on the device the first step in which the loss and each gradient were not finite.
+    """Records on the device the first step in which the loss and each gradient of a module were not finite.
 
     Recording costs one pass over the gradients; only :meth:`check` waits for the device. The number of the step is on
     the device too, and everything is written in place, so :meth:`note` can be part of a captured step.
-
-    Args:
-        module: whose parameters' gradients are watched, from input to output.
-        device: where they are.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
@@ -83,11 +79,7 @@ class LayerWatch:
         self._warned: set[tuple[str, str]] = set()
 
     def check(
-        self,
-        epoch: int,
-        rates: Mapping[str, float],
-        silent: Mapping[str, float],
-        neurons: Mapping[str, SpikingNeurons],
+        self, epoch: int, rates: Mapping[str, float], silent: Mapping[str, float], neurons: Mapping[str, SpikingNeurons]
     ) -> None:
         """Checks each layer after an epoch: its mean firing rate, its share of silent neurons, and its decays."""
         for name, rate in rates.items():
@@ -103,12 +95,10 @@ class LayerWatch:
                 values = layer.by_name[decay]
                 low, high = values.min().item(), values.max().item()
                 if low < 0 or high > 1:
-                    value = f"{low:.4g}" if low < 0 else f"{high:.4g}"
-                    text = (
-                        f"has learned {decay} = {value} in epoch {epoch}, outside 0 … 1: it counts as {int(low >= 0)}; "
-                        f"{DRIFTING}"
+                    learned = f"{low if low < 0 else high:.4g} in epoch {epoch}, outside 0 … 1"
+                    self._warn(
+                        name, decay, f"has learned {decay} = {learned}: it counts as {int(low >= 0)}; {DRIFTING}"
                     )
-                    self._warn(name, decay, text)
 
     def check_classes(self, connection: str, fan_in: torch.Tensor) -> None:
         """Checks that the last connection has weights for every class: ``fan_in``, int64 [classes]."""
@@ -128,18 +118,17 @@ class LayerWatch:
 
 def check_labels(data: ImageData, limited: bool) -> None:
     """Warns if images are tested of classes that no training image has; ``limited``: perhaps one was left out."""
-    parts = {"test": data.test_labels, "validation": data.val_labels}
-    for part, labels in ((part, labels) for part, labels in parts.items() if labels is not None):
+    for part, labels in (("test", data.test_labels), ("validation", data.val_labels)):
+        if labels is None:
+            continue
         unknown = labels[torch.isin(labels, data.train_labels, invert=True)].tolist()
         if unknown:
+            classes = ", ".join(map(str, sorted(set(unknown))))
+            remedy = "raise `limit_train`" if limited else "give training images of them"
             logger.warning(
                 "%d of %d %s images are of classes without a training image (%s), which cannot be learned; %s",
-                len(unknown),
-                len(labels),
-                part,
-                ", ".join(map(str, sorted(set(unknown)))),
-                "raise `limit_train`" if limited else "give training images of them",
-            )
+                len(unknown), len(labels), part, classes, remedy,
+            )  # fmt: skip
 
 
 def check_rates(settings: NetworkSettings, data: ImageData) -> None:

@@ -45,9 +45,8 @@ def run_training(
     images. The analysis is written, and ``show_analysis`` gets it, with the number of all test images and the file.
 
     Raises:
-        DataError: if the data are unavailable.
-        SettingsError: if the settings do not fit the data, the number of processes or the memory.
-        CheckpointError, TrainingError, DistributedError, Interrupted: as :func:`run_epochs`.
+        Exception: as :func:`run_epochs`; DataError if the data are unavailable, SettingsError if settings do not fit
+            the data, the number of processes or the memory.
 
     Example:
         >>> from g2gnet.data import load_dataset
@@ -66,10 +65,9 @@ def run_training(
         if show_analysis:
             show_analysis(analysis, len(trainer.data.test_labels), files.analysis)
 
-    def make_trainer() -> Trainer:
-        return Trainer(settings, load_data(), machine)
-
-    return run_epochs(settings, make_trainer, checkpoint_dir, machine, analyze, on_epoch)
+    return run_epochs(
+        settings, lambda: Trainer(settings, load_data(), machine), checkpoint_dir, machine, analyze, on_epoch
+    )
 
 
 def run_epochs(
@@ -84,19 +82,15 @@ def run_epochs(
 
     After each epoch the checkpoint is replaced, one line is printed and one line added to the history, as JSON and as
     CSV. At SIGINT or SIGTERM the step is finished and a checkpoint written; the same call resumes after that step.
+    Returns the record of the last epoch.
 
     Args:
         settings: of the run; its files store them, and are refused if they were made with others.
         make_trainer: called if there is something to train, after seeding.
-        checkpoint_dir: directory of the files.
         machine: where the trainer computes. The processes of its world all call this, with trainers that work
             together. The first one has the run's files, prints, and calls ``finish`` and ``on_epoch``; what it cannot
             read or write is an error in all.
         finish: called after the last epoch, before the run is marked as finished.
-        on_epoch: called after each epoch.
-
-    Returns:
-        The record of the last epoch.
 
     Raises:
         CheckpointError: if the run's files are unusable, belong to a run on different data, or are in use by another
@@ -208,27 +202,20 @@ class _UnfinishedRun(Generic[TrainerT]):
             if record is not None:
                 self._report(record, on_epoch)
             # asked in any case: where one process ends, torchrun ends the others, and all must be written by then
-            stop = self._told_to_stop(signals)
-            if stop:
+            if stop := self._told_to_stop(signals):
                 raise Interrupted(
-                    f"stopped by {stop.name} after step {trainer.step}, with {trainer.epoch} of "
-                    f"{settings.epochs} epochs done; saved in {files.checkpoint}: "
-                    "run the same command again to resume from there",
+                    f"stopped by {stop.name} after step {trainer.step}, with {trainer.epoch} of {settings.epochs} "
+                    f"epochs done; saved in {files.checkpoint}: run the same command again to resume from there",
                     stop,
                 )
 
     def end(self, signals: StopSignals, finish: Callable[[TrainerT, RunFiles], None] | None) -> None:
         """Calls ``finish`` and marks the run as finished."""
-
-        def mark() -> None:
-            if finish:
-                finish(self.trainer, self.files)
-            self.files.mark_done(self.settings.as_dict(), self.history[-1])
-
         self.world.stage = "the analysis of the network"
-        self.world.first(mark)
-        stop = self._told_to_stop(signals)
-        if stop:
+        if finish is not None:
+            self.world.first(functools.partial(finish, self.trainer, self.files))
+        self.world.first(lambda: self.files.mark_done(self.settings.as_dict(), self.history[-1]))
+        if stop := self._told_to_stop(signals):
             raise Interrupted(f"{stop.name} came when {self.settings.stem} was almost finished", stop)
 
     def _save(self, state: dict[str, Any]) -> None:

@@ -30,6 +30,18 @@ def _texts(rules: Mapping[str, Rule]) -> str:
     return "; ".join(name if rule.text == name else f"{name}: {rule.text}" for name, rule in rules.items())
 
 
+def _data(default: Any, text: str, **options: Any) -> Any:
+    return setting(default, "data", text, **options)
+
+
+def _training(default: Any, text: str, **options: Any) -> Any:
+    return setting(default, "training", text, **options)
+
+
+def _rewiring(default: Any, text: str, **options: Any) -> Any:
+    return setting(default, "dynamic sparse training", text, **options)
+
+
 @dataclasses.dataclass(frozen=True)
 class RunSettings(Settings):
     """What every training run has: its data, the length of training and the seed.
@@ -39,18 +51,14 @@ class RunSettings(Settings):
         42
     """
 
-    dataset: str = setting(
-        "fashionmnist",
-        "data",
-        "data set",
-        choices=tuple(DATASETS),
-        others=Others(f"a file NAME{npz.SUFFIX}", npz.is_name),
+    dataset: str = _data(
+        "fashionmnist", "data set", choices=tuple(DATASETS), others=Others(f"a file NAME{npz.SUFFIX}", npz.is_name)
     )
-    limit_train: int | None = setting(None, "data", "use only the first N training images", low=1)
-    limit_test: int | None = setting(None, "data", "use only the first N test images", low=1)
-    epochs: int = setting(20, "training", "passes over the training images", low=1)
-    batch_size: int = setting(256, "training", "images per step", low=1)
-    seed: int = setting(42, "training", "seed of every random draw", low=0, high=LARGEST_SEED)
+    limit_train: int | None = _data(None, "use only the first N training images", low=1)
+    limit_test: int | None = _data(None, "use only the first N test images", low=1)
+    epochs: int = _training(20, "passes over the training images", low=1)
+    batch_size: int = _training(256, "images per step", low=1)
+    seed: int = _training(42, "seed of every random draw", low=0, high=LARGEST_SEED)
 
     @property
     def stem(self) -> str:
@@ -74,11 +82,9 @@ class RunSettings(Settings):
 class TrainSettings(NetworkSettings, RunSettings):
     """The settings of one training run; two runs with equal settings on one machine give equal weights.
 
-    ``resnet_weights`` stands for the content of that file: the first eight hexadecimal digits of its SHA-256
-    (:func:`g2gnet.data.features.weights_digest`).
-
-    ``T`` is 50 unless it is given, and of images that unfold over time their number of steps. Of data of your own that
-    are sequences it must be given here; programs look into the file.
+    ``resnet_weights`` stands for the content of that file (:func:`g2gnet.data.features.weights_digest`). ``T`` is 50
+    unless it is given, and of images that unfold over time their number of steps. Of data of your own that are
+    sequences it must be given here; programs look into the file.
 
     Example:
         >>> settings = TrainSettings(dataset="fashionmnist-mini", model="mixer", T=10)
@@ -101,35 +107,25 @@ class TrainSettings(NetworkSettings, RunSettings):
         "sequence_seed": (Need("sequence", ("permuted",)),),
     }
     WARNED: ClassVar[tuple[str, ...]] = (
-        *NetworkSettings.WARNED,
-        "cp",
-        "cg",
-        "dst_interval",
-        "dst_fraction",
-        "warmup_epochs",
-    )
+        *NetworkSettings.WARNED, "cp", "cg", "dst_interval", "dst_fraction", "warmup_epochs",
+    )  # fmt: skip
 
-    augment: str = setting(
+    augment: str = _data(
         "auto",
-        "data",
         "mirror half of the training images (flip), and shift them by up to 1 (shift-flip) or 4 pixels (crop-flip); "
         "auto: crop-flip for raw CIFAR images, none for others",
         choices=AUGMENTATIONS,
     )
-    erase: float = setting(
-        0.0,
-        "data",
-        "probability that a rectangle of a training image, 2–33 % of its area, is set to zero",
-        low=0,
-        high=1,
+    erase: float = _data(
+        0.0, "probability that a rectangle of a training image, 2–33 % of its area, is set to zero", low=0, high=1
     )
     sequence: str = with_default(NetworkSettings, "sequence", None)
-    sequence_step: int = setting(1, "data", "rows or pixels that a time step receives, for `sequence`", low=1)
-    sequence_seed: int = setting(
-        0, "data", "seed of the order of `sequence=permuted`, whatever the seed of the run", low=0, high=LARGEST_SEED
+    sequence_step: int = _data(1, "rows or pixels that a time step receives, for `sequence`", low=1)
+    sequence_seed: int = _data(
+        0, "seed of the order of `sequence=permuted`, whatever the seed of the run", low=0, high=LARGEST_SEED
     )
-    use_resnet: bool = setting(False, "data", "train on the features of a frozen ResNet-32 (CIFAR only)")
-    resnet_weights: str | None = setting(None, "data", "weights of that ResNet-32 (default: the published ones)")
+    use_resnet: bool = _data(False, "train on the features of a frozen ResNet-32 (CIFAR only)")
+    resnet_weights: str | None = _data(None, "weights of that ResNet-32 (default: the published ones)")
 
     model: str = with_default(NetworkSettings, "model", "dense", others=None)
     T: int = with_default(
@@ -140,93 +136,55 @@ class TrainSettings(NetworkSettings, RunSettings):
         text=f"time steps per sample, where `sequence` does not say it (default: {NetworkSettings.T})",
     )
 
-    name: str | None = setting(
-        None,
-        "training",
-        "added to the names of the run's files, to tell it from a run whose files would have the same names",
+    name: str | None = _training(
+        None, "added to the names of the run's files, to tell it from a run whose files would have the same names",
         metavar="NAME",
-    )
+    )  # fmt: skip
 
-    lr: float = setting(1e-3, "training", "Adam's learning rate", low=0, open_low=True)
-    lr_schedule: str = setting(
-        "constant",
-        "training",
-        "keep the learning rate, or let it fall to zero over all steps",
-        choices=tuple(SCHEDULES),
+    lr: float = _training(1e-3, "Adam's learning rate", low=0, open_low=True)
+    lr_schedule: str = _training(
+        "constant", "keep the learning rate, or let it fall to zero over all steps", choices=tuple(SCHEDULES)
     )
-    lr_warmup: int = setting(0, "training", "optimizer steps in which the learning rate rises linearly to `lr`", low=0)
-    optimizer: str = setting(
-        "adam",
-        "training",
-        "Adam, or AdamW, which decays only the weights of connections, independently of their gradients",
+    lr_warmup: int = _training(0, "optimizer steps in which the learning rate rises linearly to `lr`", low=0)
+    optimizer: str = _training(
+        "adam", "Adam, or AdamW, which decays only the weights of connections, independently of their gradients",
         choices=OPTIMIZERS,
+    )  # fmt: skip
+    weight_decay: float = _training(
+        1e-4, "Adam's L2 penalty; AdamW's decay of a weight per step, times the learning rate", low=0
     )
-    weight_decay: float = setting(
-        1e-4, "training", "Adam's L2 penalty; AdamW's decay of a weight per step, times the learning rate", low=0
+    label_smoothing: float = _training(
+        0.0, "share of each label that is spread over all classes, in training", low=0, high=1, open_high=True
     )
-    label_smoothing: float = setting(
-        0.0,
-        "training",
-        "share of each label that is spread over all classes, in training",
-        low=0,
-        high=1,
-        open_high=True,
+    clip_grad_norm: float | None = _training(
+        None, "gradient clipping: largest norm of the gradient of all parameters together", low=0, open_low=True
     )
-    clip_grad_norm: float | None = setting(
+    average: int | None = _training(
         None,
-        "training",
-        "gradient clipping: largest norm of the gradient of all parameters together",
-        low=0,
-        open_low=True,
-    )
-    average: int | None = setting(
-        None,
-        "training",
         "test, analyse and save averaged weights: the mean over the first N steps, then an exponential average with "
         "decay 1 - 1/N",
         low=2,
     )
-    precision: str = setting("fp32", "training", "precision of the matrix products", choices=PRECISIONS)
-    chunk: int | None = setting(
-        None,
-        "training",
-        "time steps per chunk; the backward pass recomputes each chunk, so that memory hardly grows with T",
-        low=1,
+    precision: str = _training("fp32", "precision of the matrix products", choices=PRECISIONS)
+    chunk: int | None = _training(
+        None, "time steps per chunk; the backward pass recomputes each chunk, so that memory hardly grows with T", low=1
     )
-    enforce_sparsity: bool = setting(False, "training", "pull firing rates down after the warm-up")
-    warmup_epochs: int = setting(10, "training", "epochs before `enforce_sparsity` begins", low=0)
+    enforce_sparsity: bool = _training(False, "pull firing rates down after the warm-up")
+    warmup_epochs: int = _training(10, "epochs before `enforce_sparsity` begins", low=0)
 
-    sparsity_mode: str = setting(
-        "static", "dynamic sparse training", "keep or rewire the units", choices=SPARSITY_MODES
+    sparsity_mode: str = _rewiring("static", "keep or rewire the units", choices=SPARSITY_MODES)
+    cp: str = _rewiring("set", f"prune rule: {_texts(PRUNE_RULES)}", choices=tuple(PRUNE_RULES))
+    cg: str = _rewiring("hebb", f"grow rule: {_texts(GROW_RULES)}", choices=tuple(GROW_RULES))
+    dst_interval: int = _rewiring(1000, "optimizer steps between updates", low=1)
+    dst_fraction: float = _rewiring(0.1, "share of units replaced in an update", low=0, high=1)
+    dst_schedule: str = _rewiring(
+        "constant", "keep that share, or let it fall to zero by the last update", choices=tuple(SCHEDULES)
     )
-    cp: str = setting(
-        "set", "dynamic sparse training", f"prune rule: {_texts(PRUNE_RULES)}", choices=tuple(PRUNE_RULES)
-    )
-    cg: str = setting("hebb", "dynamic sparse training", f"grow rule: {_texts(GROW_RULES)}", choices=tuple(GROW_RULES))
-    dst_interval: int = setting(1000, "dynamic sparse training", "optimizer steps between updates", low=1)
-    dst_fraction: float = setting(0.1, "dynamic sparse training", "share of units replaced in an update", low=0, high=1)
-    dst_schedule: str = setting(
-        "constant",
-        "dynamic sparse training",
-        "keep that share, or let it fall to zero by the last update",
-        choices=tuple(SCHEDULES),
-    )
-    dst_stop: float = setting(
-        1.0,
-        "dynamic sparse training",
-        "share of training after which nothing is replaced",
-        low=0,
-        high=1,
-        open_low=True,
-    )
-    final_density: float | None = setting(
-        None,
-        "dynamic sparse training",
-        "gradual pruning: share of all weights left by the last update; most are pruned early",
-        low=0,
-        high=1,
-        open_low=True,
-    )
+    dst_stop: float = _rewiring(1.0, "share of training after which nothing is replaced", low=0, high=1, open_low=True)
+    final_density: float | None = _rewiring(
+        None, "gradual pruning: share of all weights left by the last update; most are pruned early",
+        low=0, high=1, open_low=True,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         # the files store values, as of any other setting
@@ -247,73 +205,73 @@ class TrainSettings(NetworkSettings, RunSettings):
             return None
 
     def _at_odds(self) -> list[str]:
-        problems = super()._at_odds()
-        problems += self._no_sequence()
-        # a point before a letter could make it the name of another run's file, as that of x.previous.pth
-        if self.name is not None and not re.fullmatch(r"([\w+=-]|\.(?=\d)){1,64}", self.name):
-            problems.append(
-                f"name={self.name!r} is no part of a file's name; give up to 64 letters, digits, _ + = -, and points "
-                "before digits"
-            )
-        if self.use_resnet and self.dataset not in RELEASES:
-            problems.append(
-                f"use_resnet needs {' or '.join(f'`dataset={name}`' for name in RELEASES)}, not {self.dataset}"
-            )
-        if self.use_resnet:
-            problems += [
-                f"{name}={value} needs images, but use_resnet trains on features; leave one of them out"
-                for name, value in self.of_images().items()
-            ]
-        if self.optimizer == "adamw" and self.weight_decay == 0:
-            problems.append(
-                "optimizer=adamw has no effect with weight_decay=0; give a `weight_decay`, or leave `optimizer` out"
-            )
-        if self.optimizer == "adamw" and self.lr * self.weight_decay >= 1:
-            problems.append(
-                f"lr={self.lr} times weight_decay={self.weight_decay} is the share of each weight that a step of adamw "
-                f"takes, {self.lr * self.weight_decay:.4g}, and must be below 1; lower one of them"
-            )
-        if self.chunk is not None and self.readout in ("mean", "max"):
-            problems.append(
-                f"chunk={self.chunk} does not keep the membranes of all steps that readout={self.readout} is taken "
-                "from; leave it out, or give `readout=last`"
-            )
         used = {"cp": self.cp, "cg": self.cg} if self.dst_fraction else {"cp": self.cp}
-        rules = [f"{name}={rule}" for name, rule in used.items() if rule == "hebb"]
-        if self.sparsity_mode == "dynamic" and self.readout != "counts" and rules:
-            problems.append(
-                f"{' and '.join(rules)}: a correlation needs output spikes, and with readout={self.readout} there are "
-                "none; give `cp=set` or `cp=random`, and `cg=random` or `cg=gradient`"
-            )
+        by_correlation = [f"{name}={rule}" for name, rule in used.items() if rule == "hebb"]
+        decay = self.lr * self.weight_decay
+        problems = super()._at_odds() + self._no_sequence()
+        for wrong, text in (
+            # a point before a letter could make it the name of another run's file, as that of x.previous.pth
+            (
+                self.name is not None and not re.fullmatch(r"([\w+=-]|\.(?=\d)){1,64}", self.name),
+                f"name={self.name!r} is no part of a file's name; give up to 64 letters, digits, _ + = -, and points "
+                "before digits",
+            ),
+            (
+                self.use_resnet and self.dataset not in RELEASES,
+                f"use_resnet needs {' or '.join(f'`dataset={name}`' for name in RELEASES)}, not {self.dataset}",
+            ),
+            *(
+                (
+                    self.use_resnet,
+                    f"{name}={value} needs images, but use_resnet trains on features; leave one of them out",
+                )
+                for name, value in self.of_images().items()
+            ),
+            (
+                self.optimizer == "adamw" and self.weight_decay == 0,
+                "optimizer=adamw has no effect with weight_decay=0; give a `weight_decay`, or leave `optimizer` out",
+            ),
+            (
+                self.optimizer == "adamw" and decay >= 1,
+                f"lr={self.lr} times weight_decay={self.weight_decay} is the share of each weight that a step of adamw "
+                f"takes, {decay:.4g}, and must be below 1; lower one of them",
+            ),
+            (
+                self.chunk is not None and self.readout in ("mean", "max"),
+                f"chunk={self.chunk} does not keep the membranes of all steps that readout={self.readout} is taken "
+                "from; leave it out, or give `readout=last`",
+            ),
+            (
+                self.sparsity_mode == "dynamic" and self.readout != "counts" and by_correlation,
+                f"{' and '.join(by_correlation)}: a correlation needs output spikes, and with readout={self.readout} "
+                "there are none; give `cp=set` or `cp=random`, and `cg=random` or `cg=gradient`",
+            ),
+        ):
+            problems += [text] if wrong else []
         return problems + self._no_rewiring()
 
     def _no_rewiring(self) -> list[str]:
         """What is wrong with the settings of dynamic sparse training."""
-        problems, usual = [], self.defaults()
         if self.sparsity_mode == "static":
-            if self.cg == "gradient":
-                problems.append(
-                    f"cg=gradient has no effect with sparsity_mode=static; {DYNAMIC.remedy()}, or leave it out"
-                )
-        elif self.final_density is None:
-            if self.dst_fraction < FLOAT32[0]:  # which may be flushed to 0
-                problems.append(
-                    f"dst_fraction={self.dst_fraction} replaces nothing; raise it, or give a `final_density`"
-                )
-            if self.model == "dense":
-                problems.append(
-                    f"sparsity_mode=dynamic needs a sparse model; give `model={', '.join(SPARSE)}`, or a "
-                    "`final_density` to prune to"
-                )
-            elif self.p_inter == 1 and self.p_intra == 1:
-                problems.append("sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter")
-        elif self.dst_fraction == 0:
-            problems += [
+            wrong = f"cg=gradient has no effect with sparsity_mode=static; {DYNAMIC.remedy()}, or leave it out"
+            return [wrong] if self.cg == "gradient" else []
+        if self.final_density is not None:
+            return [
                 f"{name}={getattr(self, name)} has no effect with dst_fraction={self.dst_fraction}; raise "
                 "`dst_fraction`, or leave it out"
                 for name in ("cg", "dst_schedule")
-                if getattr(self, name) != usual[name]
+                if self.dst_fraction == 0 and getattr(self, name) != self.defaults()[name]
             ]
+        problems = []
+        if self.dst_fraction < FLOAT32[0]:  # which may be flushed to 0
+            problems.append(f"dst_fraction={self.dst_fraction} replaces nothing; raise it, or give a `final_density`")
+        if self.model == "dense":
+            problems.append(
+                f"sparsity_mode=dynamic needs a sparse model; give `model={', '.join(SPARSE)}`, or a `final_density` "
+                "to prune to"
+            )
+        elif self.p_inter == 1 and self.p_intra == 1:
+            problems.append("sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter")
         return problems
 
     def _no_sequence(self) -> list[str]:

@@ -39,15 +39,8 @@ def _as_trained() -> Iterator[None]:
 class SavedRun:
     """A run as described by its checkpoint; :func:`read_run` reads it.
 
-    Attributes:
-        path: the checkpoint.
-        settings: of the run.
-        epoch: the number of finished epochs.
-        step: the number of finished optimizer steps.
-        interrupted: whether the run was stopped inside an epoch; the network is then that after ``step``, to which no
-            record of the history belongs.
-        history: one record per finished epoch.
-        state: of the network.
+    So many epochs and optimizer steps are finished, each epoch with a record in the history. A run that was
+    ``interrupted`` inside an epoch has the network after its last step, to which no record belongs.
 
     Example:
         >>> run = read_run("checkpoints/fashionmnist-mini_mixer_p0.15_T5_current.pth")
@@ -87,8 +80,8 @@ class SavedRun:
 
     def _sizes(self, layer: str) -> tuple[int, int]:
         """(out, in) of a layer of the network."""
-        out_layout, in_layout, *_ = read_row(self.state[f"{layer}.mask.wiring"])
-        return out_layout.size, in_layout.size
+        wiring = read_row(self.state[f"{layer}.mask.wiring"])
+        return wiring.out_layout.size, wiring.in_layout.size
 
     def network(self, device: torch.device | str = "cpu", backend: str | None = None) -> G2GNet:
         """The network as it was saved: after the last finished epoch, or after ``step`` of an interrupted one."""
@@ -101,8 +94,11 @@ class SavedRun:
     def masks(self) -> dict[str, BlockMask]:
         """The wiring of each connection (``fc1``, ``rec1``, …) of that network, which is not drawn."""
         end = ".mask.wiring"
-        wirings = {name.removesuffix(end): row for name, row in self.state.items() if name.endswith(end)}
-        return {name: BlockMask.from_state({"wiring": row}) for name, row in wirings.items()}
+        return {
+            name.removesuffix(end): BlockMask.from_state({"wiring": row})
+            for name, row in self.state.items()
+            if name.endswith(end)
+        }
 
 
 def read_run(checkpoint: Path | str) -> SavedRun:
@@ -125,12 +121,10 @@ def read_run(checkpoint: Path | str) -> SavedRun:
             raise ValueError(f"the setting {', '.join(sorted(later))} is unknown; a later version of g2g may know it")
         settings = kind.from_saved(content["settings"])
         interrupted = content["progress"] is not None
-        numbers = {name: content[name] for name in ("epoch", "step")}
-        for name, number in numbers.items():
+        epoch, step = content["epoch"], content["step"]
+        for name, number in (("epoch", epoch), ("step", step)):
             check_number(name, number, low=0, whole=True)
-        run = SavedRun(
-            path, settings, **numbers, interrupted=interrupted, history=content["history"], state=content["model"]
-        )
+        run = SavedRun(path, settings, epoch, step, interrupted, content["history"], content["model"])
         check_history(run.history, run.epoch)
         for record in run.history:
             for name in MEASURES_BY_LAYER:

@@ -14,11 +14,8 @@ UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, Arith
 
 
 def check_position(state: dict[str, Any], batches: int) -> None:
-    """Raises ValueError unless the finished ``epoch``\\ s and optimizer ``step``\\ s fit each other.
-
-    Args:
-        state: of a trainer; its ``progress`` is None between two epochs.
-        batches: steps in an epoch.
+    """Raises ValueError unless a trainer's finished epochs, of ``batches`` steps, and steps fit each other; its
+    ``progress`` is None between two epochs.
     """
     epoch, step = state["epoch"], state["step"]
     for name in ("epoch", "step"):
@@ -54,13 +51,9 @@ def load_model(model: nn.Module, saved: dict[str, Any]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: Collection[str], step: int) -> None:
-    """Loads the optimizer's state of each parameter. Its options do not change.
+    """Loads the ``state_dict()`` of an optimizer that has done ``step`` steps; its options do not change.
 
-    Args:
-        optimizer: with the parameters of the saved one.
-        saved: its ``state_dict()``.
-        names: of the tensors for each parameter, all of its shape except ``step``.
-        step: how many steps it has done, each for all parameters.
+    Each parameter has tensors of these ``names``, all of its shape except ``step``.
 
     Raises ValueError if the state is not that of these parameters.
     """

@@ -19,10 +19,7 @@ class TensorBoardLog:
     Scalars: every number of the epoch's record, and the neurons' parameters of layers with one value each.
     Histograms: the weights that exist, and the parameters of layers with one value per neuron. Images: the mean |w|
     between each pair of groups, output groups downwards, white the largest. A resumed run continues its curves.
-
-    Raises:
-        ImportError: if the package ``tensorboard`` is not installed.
-        OSError: if the directory cannot be made.
+    Raises ImportError if the package ``tensorboard`` is not installed, and OSError if the directory cannot be made.
     """
 
     def __init__(self, log_dir: Path | str) -> None:

@@ -43,53 +43,39 @@ ONE_THREAD_UPDATE = 1_000_000
 _SQUARED = 1e15
 
 
-class _StepConstants(NamedTuple):
-    """Numbers that a step takes; constants of a captured one."""
-
-    target: RateTarget | None
-    share: float  # of the batch's images that this process has
-
-
 class _StepResult(NamedTuple):
-    """Results of a step on a batch."""
+    """Results of a step on a batch: the mean cross-entropy, a scalar; the number of correctly classified images, a
+    scalar; and the mean rate of each neuron, layer after layer [2·H + C].
+    """
 
-    loss: torch.Tensor  # mean cross-entropy of the images with their labels, smoothed or not, a scalar
-    correct: torch.Tensor  # correctly classified images, a scalar
-    firing_rates: torch.Tensor  # mean rate of each neuron, layer after layer [2·H + C]
+    loss: torch.Tensor
+    correct: torch.Tensor
+    firing_rates: torch.Tensor
 
     def summed(self, world: World) -> "_StepResult":
         """The sum over the processes, sent as one tensor."""
         if world.size == 1:
             return self
         sums = world.sum_(torch.cat([part.reshape(-1) for part in self]))
-        return _StepResult(
-            *(part.view_as(like) for part, like in zip(sums.split([like.numel() for like in self]), self, strict=True))
-        )
+        return _StepResult(sums[0], sums[1], sums[2:])
 
 
 class _Simulation(nn.Module):
     """``simulate`` of a network as ``forward`` of a module, as DistributedDataParallel needs it.
 
-    It has only the network's parameters. DistributedDataParallel would send buffers at every step; masks need not be
-    sent, since they are the same in all processes, which is checked whenever they change.
+    It has only the network's parameters, not the masks: they are the same in all processes, which is checked whenever
+    they change.
     """
 
-    def __init__(self, net: G2GNet, chunk: int | None) -> None:
+    def __init__(self, net: G2GNet) -> None:
         super().__init__()
         self.net_parameters = nn.ParameterList(net.parameters())
-        self._simulate, self._chunk = net.simulate, chunk
-
-    def forward(self, inputs: torch.Tensor, dropped: list[torch.Tensor] | None) -> Activity:
-        return self._simulate(inputs, chunk=self._chunk, dropped=dropped)
+        self.forward = net.simulate
 
 
 class Evaluation(NamedTuple):
-    """The results on images that are not trained on.
-
-    Attributes:
-        accuracy: the share of the images that are classified correctly.
-        accumulates, multiplies: synaptic operations of each connection per image
-            (:class:`~g2g_kernels.ops.g2g_stack.SynapticOperations`).
+    """The results on images that are not trained on: the share that is classified correctly, and the synaptic
+    operations of each connection per image (:class:`~g2g_kernels.ops.g2g_stack.SynapticOperations`).
 
     Example:
         >>> result = Evaluation(0.9, accumulates={"fc1": 0.0, "fc2": 120.0}, multiplies={"fc1": 800.0, "fc2": 0.0})
@@ -117,11 +103,9 @@ class NetworkProgress(Progress):
 class Trainer(EpochTrainer):
     """Trains one :class:`G2GNet` on one data set, and rewires it (:class:`~g2gnet.training.epochs.EpochTrainer`).
 
-    Args:
-        settings: what to train and how.
-        data: the images, on any device; they are moved to that of ``machine``.
-        machine: where to compute. Each process of its ``world`` has such a trainer and computes its part of every
-            batch. Together they do what one process would do, except for the order of floating-point sums.
+    Each process of the ``world`` of ``machine`` has such a trainer and computes its part of every batch. Together they
+    do what one process would do, except for the order of floating-point sums. The data, on any device, are moved to
+    that of ``machine``.
 
     Attributes:
         net: the network that is trained.
@@ -189,8 +173,7 @@ class Trainer(EpochTrainer):
         self.optimizer = self._make_optimizer()
         self._captured: CapturedStep | None = None
         if machine.captures:
-            watch = self.net, self.optimizer
-            self._captured = CapturedStep(self._learn, device, watch, bool(machine.cuda_graph))
+            self._captured = CapturedStep(self._learn, device, (self.net, self.optimizer), bool(machine.cuda_graph))
         self._follow_weights()
         if machine.cuda_graph is None and device.type == "cuda" and world.size > 1:
             logger.info(
@@ -276,18 +259,17 @@ class Trainer(EpochTrainer):
             "capturable": machine.captures,
         }
         learned = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]]
         if settings.optimizer == "adam":
             # a penalty would draw delays to zero
             delays = [each for name, each in self.net.named_parameters() if name.endswith("_delay")]
             others = [each for each in learned if all(each is not delay for delay in delays)]
-            groups = [{"params": others}, *([{"params": delays, "weight_decay": 0.0}] if delays else [])]
+            groups: list[dict[str, Any]] = [{"params": others}]
+            groups += [{"params": delays, "weight_decay": 0.0}] if delays else []
             return torch.optim.Adam(groups, **options)
         # a decay that no gradient scales would draw decays and thresholds of neurons to zero
-        weights = [connection.values for connection in self.net.connections().values()]
-        others = [each for each in learned if all(each is not weight for weight in weights)]
-        groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, **options)
+        weights = {id(connection.values): connection.values for connection in self.net.connections().values()}
+        rest: dict[str, Any] = {"params": [each for each in learned if id(each) not in weights], "weight_decay": 0.0}
+        return torch.optim.AdamW([{"params": list(weights.values())}, rest], **options)
 
     def _follow_weights(self) -> None:
         """Makes what depends on the addresses of weights, on how many there are and on masks that were loaded."""
@@ -296,24 +278,18 @@ class Trainer(EpochTrainer):
         parameters = sum(parameter.numel() for parameter in self.net.parameters())
         self._one_thread_updates = self.device.type == "cpu" and parameters <= ONE_THREAD_UPDATE
         self._parallel: DistributedDataParallel | None = None  # the former one first takes its hooks off the parameters
-        self._parallel = self._in_parallel()
-
-    def _in_parallel(self) -> DistributedDataParallel | None:
-        """What shares out steps on the present weights, if there are several processes."""
-        world, device = self.world, self.device
-        if world.size == 1:
-            return None
-        world.arrive()
-        parallel = DistributedDataParallel(
-            _Simulation(self.net, self.settings.chunk),
-            device_ids=[device] if device.type == "cuda" else None,
-            process_group=world.group,
+        if self.world.size == 1:
+            return
+        self.world.arrive()
+        self._parallel = DistributedDataParallel(
+            _Simulation(self.net),
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            process_group=self.world.group,
             gradient_as_bucket_view=True,
         )
-        parallel.broadcast_buffers = False  # they stay as they are, and each mask would be compared in each step
+        self._parallel.broadcast_buffers = False  # they stay as they are, and each mask would be compared in each step
         # their sum, where DistributedDataParallel itself averages them
-        parallel.register_comm_hook(world, World.sum_gradients)
-        return parallel
+        self._parallel.register_comm_hook(self.world, World.sum_gradients)
 
     def _no_progress(self) -> NetworkProgress:
         zero, firing_rates = torch.zeros((), device=self.device), torch.zeros(sum(self._neurons), device=self.device)
@@ -374,14 +350,18 @@ class Trainer(EpochTrainer):
         # a step with the gradient of absent units differs from the captured one
         differs = self.dst is not None and self.dst.forms_gradient
         learn = self._captured if self._captured and not differs else self._learn
-        dropped: list[torch.Tensor] = []
+        dropped: list[torch.Tensor] | None = None
         if self.settings.dropout:
             drawn = self.net.drop(len(index), self._stream("dropout", self.step))
             dropped = [each[part].to(self.device) for each in drawn]
-        result, activity = learn(inputs, labels, _StepConstants(target, len(labels) / len(index)), *dropped)
+        # target and share are constants of a captured step
+        result, activity = learn(inputs, labels, target, len(labels) / len(index), dropped)
         runtime.tell_compiled()
         self._stepped()
-        self._add_to_average()
+        if self.settings.average is not None:
+            share = 1 / min(self.step, self.settings.average)
+            for average, now in zip(self.tested.parameters(), self.net.parameters(), strict=True):
+                average.data.lerp_(now.data, share)
         if self.dst and self.dst.step(inputs, activity) and self.settings.final_density is not None:
             self._follow_weights()
         return result
@@ -390,19 +370,16 @@ class Trainer(EpochTrainer):
         self,
         inputs: torch.Tensor,
         labels: torch.Tensor,
-        constants: _StepConstants,
-        *dropped: torch.Tensor,
+        target: RateTarget | None,
+        share: float,
+        dropped: list[torch.Tensor] | None,
     ) -> tuple[_StepResult, Activity]:
         """Forward pass, loss, backward pass, update. Nothing here waits for the device, so it can be captured.
 
-        Returns the result for the whole batch, and the activity on this process's part of it.
+        This process has a ``share`` of the batch. Returns the result for the whole of it, and the activity on its part.
         """
-        target, share = constants
         with autocast(self.settings, self.device):
-            if self._parallel:
-                activity = self._parallel(inputs, list(dropped) or None)
-            else:
-                activity = self.net.simulate(inputs, chunk=self.settings.chunk, dropped=list(dropped) or None)
+            activity = (self._parallel or self.net.simulate)(inputs, chunk=self.settings.chunk, dropped=dropped)
         loss = F.cross_entropy(activity.output, labels, label_smoothing=self.settings.label_smoothing)
         objective = share * loss
         if target and target.strength > 0:
@@ -423,8 +400,7 @@ class Trainer(EpochTrainer):
 
     def _clip_gradient(self, largest: float) -> None:
         """Scales the gradient down to that norm, also one whose squares overflow: ``clip_grad_norm_`` makes that 0."""
-        every = [parameter.grad for parameter in self.net.parameters()]
-        gradients = [gradient for gradient in every if gradient is not None and gradient.numel()]
+        gradients = [each.grad for each in self.net.parameters() if each.grad is not None and each.grad.numel()]
         entry = torch.stack([gradient.abs().max() for gradient in gradients]).max()
         shrink = (_SQUARED / entry).clamp(max=1)  # 1 leaves every bit
         for gradient in gradients:
@@ -440,23 +416,14 @@ class Trainer(EpochTrainer):
         The fused update is one parallel region per parameter, and each waits for its last thread: while other
         programs are busy, that takes many times as long as the arithmetic.
         """
-        if not self._one_thread_updates:
-            self.optimizer.step()
-            return
         threads = torch.get_num_threads()
-        torch.set_num_threads(1)
+        if self._one_thread_updates:
+            torch.set_num_threads(1)
         try:
             self.optimizer.step()
         finally:
-            torch.set_num_threads(threads)
-
-    @torch.no_grad()
-    def _add_to_average(self) -> None:
-        if self.settings.average is None:
-            return
-        share = 1 / min(self.step, self.settings.average)
-        for average, now in zip(self.tested.parameters(), self.net.parameters(), strict=True):
-            average.lerp_(now, share)
+            if self._one_thread_updates:
+                torch.set_num_threads(threads)
 
     def _whole_batch(self, part: torch.Tensor) -> torch.Tensor:
         """The sum over the processes; its gradient goes only to this process's part, since each sends its own."""

@@ -24,5 +24,5 @@ def group_layouts(
     """
     num_groups = COUNT.check("num_groups", num_groups)
     kind = GROUPINGS[grouping][number % len(GROUPINGS[grouping])]
-    out_layout, in_layout = (GroupLayout(size, min(num_groups, size), kind, generator) for size in shape)
-    return out_layout, in_layout
+    out, into = (GroupLayout(size, min(num_groups, size), kind, generator) for size in shape)
+    return out, into

@@ -2,15 +2,13 @@
 
 They are called, copied, moved, saved, loaded and rewired together, or not at all:
 
-- A copy is a layer of its own. :mod:`g2gnet.weights.tied_averages` is about those that are to be rewired with it.
-- What is written into the buffer ``mask.wiring`` (with the weights: DistributedDataParallel does so, ``copy_`` over
-  parameters and buffers) is read when the mask is used next. What PyTorch does not count as a write (through ``.data``,
-  by ``torch.distributed.broadcast``) is not noticed, nor is anything inside compiled code; ``load_state_dict`` of the
-  network's own ``state_dict()`` reads it.
-- Weights that stand in place of the layer's own (``torch.func.functional_call``) come with their ``mask.wiring``, or
-  have the layer's.
-- A ``state_dict`` refers to the weights and the buffer themselves. Both are written in place, or neither is, so a state
-  that someone keeps is one network at any time.
+- A copy is a layer of its own (but see :mod:`g2gnet.weights.tied_averages`).
+- What is written into the buffer ``mask.wiring`` with the weights is read when the mask is used next. What PyTorch does
+  not count as a write (through ``.data``, by ``torch.distributed.broadcast``) is not noticed, nor is anything inside
+  compiled code; ``load_state_dict`` of the network's own ``state_dict()`` reads it.
+- Weights in place of the layer's own (``torch.func.functional_call``) come with their ``mask.wiring``, or have the
+  layer's.
+- A ``state_dict`` refers to the weights and the buffer themselves; both are written in place, or neither is.
 """
 
 import contextlib
@@ -24,16 +22,13 @@ from torch import nn
 from g2g_kernels import BlockMask
 from g2g_kernels.mask.sides import deep_copied
 from g2g_kernels.mask.wiring import DRIFT, read_row, unwrapped
+from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.tracing import is_traced
 from g2gnet.weights.tied_averages import Kin, after_other_units
 
 
 class PackedWeights(nn.Module):
-    """The weights of the units of a mask; the base of :class:`g2gnet.G2GLinear`.
-
-    Args:
-        mask: the units that exist; the module owns it from now on.
-        values: their packed weights [num_units, unit_rows, unit_cols].
+    """The packed weights [num_units, unit_rows, unit_cols] of the units of a mask, which the module owns from now on.
 
     Example:
         >>> from g2g_kernels import BlockMask, GroupLayout
@@ -50,8 +45,6 @@ class PackedWeights(nn.Module):
         self._modules["mask"] = mask  # the class has a property of that name
         self.values = values
 
-    # --- the weights of a step ----------------------------------------------------------------------------------
-
     @property
     def mask(self) -> BlockMask:
         """The units that exist, as the buffer ``mask.wiring`` has them or, of a tied average, the tie. Raises
@@ -65,8 +58,7 @@ class PackedWeights(nn.Module):
     @property
     def _own_mask(self) -> BlockMask:
         """The mask as it was read last."""
-        mask = self._modules["mask"]
-        assert isinstance(mask, BlockMask)
+        mask: Any = self._modules["mask"]
         return mask
 
     def _read_wiring(self) -> None:
@@ -119,18 +111,11 @@ class PackedWeights(nn.Module):
             value = _Parametrizations()
         super().__setattr__(name, value)
 
-    # --- changes of the mask ------------------------------------------------------------------------------------
-
     def rewire_(self, slots: torch.Tensor, units: torch.Tensor, apply: torch.Tensor) -> Callable[[], None]:
-        """Gives slots to other units, whose weights (and gradients, if any) start at zero.
+        """Gives ``slots``, integer [k], to ``units``, int64 [k] counted row by row; their weights start at zero.
 
-        Args:
-            slots: integer [k].
-            units: int64 [k], the units, counted row by row (:meth:`BlockMask.flat_unit`).
-            apply: bool scalar; if it is false, ``units`` are those that the slots have now, and nothing changes.
-
-        Returns:
-            a function that takes it back. If an error is raised, nothing has changed.
+        If ``apply``, a bool scalar, is false, ``units`` are those that the slots have now, and nothing changes.
+        Returns a function that takes it back. If an error is raised, nothing has changed.
         """
         with torch.no_grad(), contextlib.ExitStack() as undo:
             undo.callback(self.mask.relabel_, slots, self.mask.unit_row[slots], self.mask.unit_col[slots])
@@ -143,14 +128,9 @@ class PackedWeights(nn.Module):
             return undo.pop_all().close
 
     def keep_(self, kept: torch.Tensor) -> Callable[[], None]:
-        """Keeps the units of the slots where ``kept``, bool [num_units], is true.
-
-        Returns:
-            a function that takes it back. If an error is raised, nothing has changed.
-        """
+        """Keeps the units of the slots where ``kept``, bool [num_units], is true; returns as :meth:`rewire_`."""
         before, values, gradient = copy.deepcopy(self.mask), self.values.data, self.values.grad
-        wiring = self.mask.own_wiring
-        fewer = values[kept]
+        wiring, fewer = self.mask.own_wiring, values[kept]
         self.mask.keep_(kept)
         self._hold(fewer, None if gradient is None else gradient[kept])
 
@@ -162,11 +142,10 @@ class PackedWeights(nn.Module):
 
     def write_(self, values: torch.Tensor, gradient: torch.Tensor | None = None) -> None:
         """Writes weights, of any number of units, and their gradient; in place if the shape stays."""
-        if self.values.shape == values.shape:
-            self.values.data.copy_(values)
-            self.values.grad = gradient
-        else:
-            self._hold(values, gradient)
+        if self.values.shape != values.shape:
+            return self._hold(values, gradient)
+        self.values.data.copy_(values)
+        self.values.grad = gradient
 
     def _hold(self, values: torch.Tensor, gradient: torch.Tensor | None = None) -> None:
         """Makes ``values``, of any number of units, the data of the same parameter, and ``gradient`` its gradient."""
@@ -177,20 +156,14 @@ class PackedWeights(nn.Module):
         self.values.data = values
         self.values.grad = gradient
 
-    # --- copies, devices and dtypes -----------------------------------------------------------------------------
-
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeights":
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        twin.__setstate__(deep_copied(self._state(), memo))
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        # torch.nn.utils.parametrize replaces __getstate__ of the object's class by a refusal
+        twin.__setstate__(deep_copied(PackedWeights.__getstate__(self), memo))
         self.kin.copies.add(twin)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        return self._state()
-
-    def _state(self) -> dict[str, Any]:
-        """What a copy begins with. (``torch.nn.utils.parametrize`` replaces ``__getstate__`` by a refusal.)"""
         self.settle()
         return {**self.__dict__, "kin": None}
 
@@ -201,8 +174,6 @@ class PackedWeights(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True) -> "PackedWeights":
         self.settle()
         return super()._apply(fn, recurse)
-
-    # --- states -------------------------------------------------------------------------------------------------
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self.settle()
@@ -228,10 +199,9 @@ class PackedWeights(nn.Module):
             if self.has_plain_values:
                 state_dict.pop(key, None)
         missing: list[str] = []
-        assign = mask is not None and local_metadata.get("assign_to_params_buffers", False)
         if mask is not None:
             values = state_dict[key]
-            if assign:
+            if local_metadata.get("assign_to_params_buffers", False):
                 mine.replace_by_(mask.to(values.device), state_dict[place].to(values.device))
             elif not self.values.is_meta:
                 mine.become_(mask.to(mine.unit_row.device))
@@ -284,7 +254,8 @@ def _mask_to_load(layer: PackedWeights, state: Mapping[str, Any], prefix: str) -
     Raises ValueError if it does not fit.
     """
     plain = layer.has_plain_values
-    wiring, values = (state.get(f"{prefix}{name}") for name in ("mask.wiring", "values"))
+    wiring: Any = state.get(f"{prefix}mask.wiring")
+    values: Any = state.get(f"{prefix}values")
     if plain and (wiring is None) != (values is None):
         there, lacks = ("values", "mask.wiring") if wiring is None else ("mask.wiring", "values")
         raise ValueError(
@@ -300,19 +271,15 @@ def _mask_to_load(layer: PackedWeights, state: Mapping[str, Any], prefix: str) -
         mask = BlockMask.from_state({"wiring": wiring}, layer._own_mask.shape)
     except ValueError as error:
         raise ValueError(f"{prefix}mask: {error}") from error
-    if plain:
-        packed = (mask.num_units, *mask.unit_shape)
-        if not isinstance(values, torch.Tensor) or not values.is_floating_point():
-            kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
-            raise ValueError(f"{prefix}values must be a floating-point tensor, not {kind}")
-        if tuple(values.shape) != packed:
-            raise ValueError(
-                f"size mismatch for {prefix}values: {tuple(values.shape)}, but its mask has units {packed}"
-            )
-        return mask
-    if not mask.equals(layer.mask):
+    if not plain:
+        if mask.equals(layer.mask):
+            return None
         raise ValueError(
             f"{prefix}mask differs from the layer's, whose weights a parametrization (or pruning, or a norm) computes; "
             "load the state into a layer of the same wiring, or before that was registered"
         )
-    return None
+    check_tensor(f"{prefix}values", values)
+    packed = (mask.num_units, *mask.unit_shape)
+    if tuple(values.shape) != packed:
+        raise ValueError(f"size mismatch for {prefix}values: {tuple(values.shape)}, but its mask has units {packed}")
+    return mask

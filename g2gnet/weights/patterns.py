@@ -1,15 +1,7 @@
-"""Which units of a sparse layer exist at first: patterns by name or of one's own.
+"""Which units of a sparse layer exist at first: patterns by name, or functions of the two sides of a layer.
 
-A pattern of one's own is a function of the two sides of a layer::
-
-    def neighbours(out, into, generator):
-        return (out.group_of_unit[:, None] - into.group_of_unit).abs() <= 1
-
-    net = G2GNet(784, 2048, 10, model=neighbours)
-
-``out`` and ``into`` are the :class:`~g2g_kernels.mask.block_mask.UnitAxis` of the outputs and the inputs. The result is
-[ranges of outputs, ranges of inputs]: bool, which units exist, or float, the probability of each. It only decides how a
-layer begins; dynamic sparse training moves units to other places.
+Such a function gets the :class:`~g2g_kernels.mask.sides.UnitAxis` of outputs and inputs and a generator. It returns
+[ranges of outputs, ranges of inputs]: bool, which units exist, or float, the probability of each (docs/patterns.md).
 """
 
 import math
@@ -21,7 +13,7 @@ import torch
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.mask.groups import partners
 from g2g_kernels.mask.sides import UnitAxis
-from g2g_kernels.numbers import COUNT, PROBABILITY, Number, share_of
+from g2g_kernels.numbers import COUNT, PROBABILITY, SIZE, Number, share_of
 from g2g_kernels.ops.checks import DTYPES
 from g2g_kernels.tracing import on_cpu
 from g2gnet.weights.densities import mean_probability, share_inside
@@ -57,9 +49,6 @@ class ErdosRenyi:
 class Regular:
     """Each unit exists with the same probability, and each row has equally many, rounded: no modules, equal fan-in.
 
-    It differs from :class:`ErdosRenyi` in that no neuron is left without inputs by chance, and from groups in nothing
-    but where units lie.
-
     Example:
         >>> from g2gnet import G2GNet
         >>> net = G2GNet(64, 64, 10, model=Regular(density=0.25), block_size=4)
@@ -80,15 +69,10 @@ class Regular:
 class SmallWorld:
     """A small world of groups (Watts and Strogatz 1998): each is linked to its neighbours on a ring, and to few others.
 
-    Each group of outputs is linked to the ``neighbours`` nearest of the other groups of inputs, nearer ones first. Each
-    link goes, with probability ``rewire``, to a group drawn from those without one. Units exist with probability
-    ``p_intra`` inside groups, between linked groups with one probability, and between others never.
-
-    Args:
-        p_intra: the probability of a unit inside a group.
-        p_inter: that of a unit between groups, in the mean over all other groups.
-        neighbours: links per group of outputs; as many more as ``p_inter`` needs, and at most all others.
-        rewire: the probability that a link is moved.
+    Each group of outputs is linked to the ``neighbours`` nearest of the other groups of inputs (as many more as
+    ``p_inter`` needs, and at most all), nearer ones first. Each link goes, with probability ``rewire``, to a group
+    drawn from those without one. Units exist with probability ``p_intra`` inside groups, between linked groups with
+    one, so that ``p_inter`` is the mean over all other groups, and between others never.
 
     Example:
         >>> world = SmallWorld(p_intra=1.0, p_inter=0.2, neighbours=2, rewire=0.0)
@@ -113,7 +97,8 @@ class SmallWorld:
     def links(self, out_groups: int, in_groups: int, generator: torch.Generator | None = None) -> torch.Tensor:
         """The groups of inputs that each group of outputs is linked to: bool [groups out, groups in]."""
         same = partners(out_groups, in_groups)
-        distance = ring_distance(_centres(out_groups), _centres(in_groups)).masked_fill(same, torch.inf)
+        centres = ((torch.arange(groups, dtype=torch.float64) + 0.5) / groups for groups in (out_groups, in_groups))
+        distance = ring_distance(*centres).masked_fill(same, torch.inf)
         links = torch.zeros_like(same)
         for row, (others, order) in enumerate(zip((~same).sum(1).tolist(), distance.argsort(stable=True), strict=True)):
             needed = others - share_of(1 - self.p_inter, others)
@@ -156,8 +141,11 @@ class Distance:
         SCALE.check("scale", self.scale)
 
     def __call__(self, out: UnitAxis, into: UnitAxis, generator: torch.Generator | None = None) -> torch.Tensor:
-        places = [(side.bounds[1:] + side.bounds[:-1]).double() / (2 * side.size) for side in (out, into)]
-        return _falling(ring_distance(*places), _sizes(out, into), self.density, self.scale)
+        sizes = out.lengths[:, None] * into.lengths.double()
+        return _falling(self._distance(out, into), sizes / sizes.mean(), self.density, self.scale)
+
+    def _distance(self, out: UnitAxis, into: UnitAxis) -> torch.Tensor:
+        return ring_distance(*((side.bounds[1:] + side.bounds[:-1]).double() / (2 * side.size) for side in (out, into)))
 
 
 @dataclass(frozen=True)
@@ -175,9 +163,8 @@ class Plane(Distance):
         tensor(True)
     """
 
-    def __call__(self, out: UnitAxis, into: UnitAxis, generator: torch.Generator | None = None) -> torch.Tensor:
-        places = _plane_places(out), _plane_places(into)
-        return _falling(torch.cdist(*places), _sizes(out, into), self.density, self.scale)
+    def _distance(self, out: UnitAxis, into: UnitAxis) -> torch.Tensor:
+        return torch.cdist(_plane_places(out), _plane_places(into))
 
 
 def _plane_places(side: UnitAxis) -> torch.Tensor:
@@ -191,14 +178,10 @@ def _plane_places(side: UnitAxis) -> torch.Tensor:
     return sums.diff(dim=0) / bounds.diff()[:, None]
 
 
-def _sizes(out: UnitAxis, into: UnitAxis) -> torch.Tensor:
-    """The weights of each unit relative to their mean, float64 [ranges of outputs, ranges of inputs]."""
-    sizes = out.lengths[:, None] * into.lengths.double()
-    return sizes / sizes.mean()
-
-
 def _falling(distance: torch.Tensor, sizes: torch.Tensor, density: float, scale: float) -> torch.Tensor:
-    """Probabilities min(1, c·exp(−distance / scale)), c so that units of ``sizes`` have a ``density`` of weights."""
+    """Probabilities min(1, c·exp(−distance / scale)), c so that units of ``sizes``, relative to their mean, have a
+    ``density`` of weights.
+    """
     nearness = (-distance / scale).exp().clamp(min=1e-300)
     # the k nearest have probability 1, where c from the others' share is the first that none of them exceeds
     nearest, order = nearness.flatten().sort(descending=True)
@@ -218,10 +201,6 @@ def ring_distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """
     way = (first[:, None] - second).abs()
     return torch.minimum(way, 1 - way)
-
-
-def _centres(groups: int) -> torch.Tensor:
-    return (torch.arange(groups, dtype=torch.float64) + 0.5) / groups
 
 
 #: what makes a layer's pattern, with contiguous groups, of the probabilities inside and between groups, and their mean
@@ -246,17 +225,14 @@ def pattern_mask(
     block_size: int = 64,
     generator: torch.Generator | None = None,
 ) -> BlockMask:
-    """The mask with the units of ``pattern``.
-
-    Of probabilities, each row of units gets ⌊Σp⌋ or ⌈Σp⌉ units, so that rows whose sums are equal have equal work;
-    each unit exists with exactly its probability.
+    """The mask with the units of ``pattern``. Of probabilities, each row of units gets ⌊Σp⌋ or ⌈Σp⌉ units, and each
+    unit exists with exactly its probability.
 
     Raises:
         ValueError: if the pattern returns anything but units or probabilities.
         TypeError: for a class of patterns in place of one of its objects.
 
     Example:
-        >>> from g2g_kernels import GroupLayout
         >>> def diagonal(out, into, generator):
         ...     return torch.eye(out.num_units, into.num_units, dtype=torch.bool)
         ...
@@ -268,10 +244,9 @@ def pattern_mask(
     """
     if isinstance(pattern, type):
         raise TypeError(f"the pattern {pattern.__name__} is a class; give one of its objects, {pattern.__name__}(…)")
-    empty = torch.zeros(0, dtype=torch.int64)
-    grid = BlockMask(out_layout, in_layout, empty, empty, block_size)
-    units = pattern(grid.rows, grid.cols, generator)
-    _check_units(pattern, units, (grid.rows.num_units, grid.cols.num_units))
+    rows, cols = (UnitAxis(layout, SIZE.check("block_size", block_size)) for layout in (out_layout, in_layout))
+    units = pattern(rows, cols, generator)
+    _check_units(pattern, units, (rows.num_units, cols.num_units))
     units = units.detach().cpu()
     if units.dtype != torch.bool:
         units = _drawn(units.double(), generator)
@@ -316,11 +291,8 @@ def layer_mask(
 ) -> BlockMask:
     """Draws the units of layer ``number`` (from 0), whose weight has ``shape`` (out, in).
 
-    Args:
-        pattern: a name in ``SPARSE``, or a function, whose groups are then contiguous.
-        probabilities: of a unit inside and between groups (:func:`~g2gnet.weights.densities.layer_probabilities`); a
-            function knows its own.
-        num_groups, block_size, generator: as for :class:`g2gnet.G2GNet`.
+    ``pattern`` is a name in ``SPARSE``, or a function, whose groups are then contiguous and which knows its own
+    ``probabilities`` of a unit inside and between groups (:func:`~g2gnet.weights.densities.layer_probabilities`).
 
     Example:
         >>> draw = torch.Generator().manual_seed(0)
@@ -340,14 +312,10 @@ def mask_between(
     block_size: int,
     generator: torch.Generator | None,
 ) -> BlockMask:
-    """Draws the units between groups that are there already: recurrent connections have those of their layer.
-
-    Args:
-        model: ``"dense"``, or a pattern.
-        probabilities, block_size, generator: as for :func:`layer_mask`.
+    """Draws the units of a pattern, or all if it is ``"dense"``, between groups that are there already: recurrent
+    connections have those of their layer.
 
     Example:
-        >>> from g2g_kernels import GroupLayout
         >>> groups = GroupLayout(8, 2)
         >>> print(mask_between("index", groups, groups, (1.0, 0.0), block_size=2, generator=None).to_string())
         ██░░

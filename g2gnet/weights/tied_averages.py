@@ -1,7 +1,7 @@
 """Ties: an average of a network's weights is rewired with the network, if someone says that it is one.
 
-Packed weights mean nothing without their mask. An average whose network was rewired would mix the weights of different
-connections in its next step. A copy is a network of its own, so nothing but a tie makes it follow.
+Otherwise the average would mix the weights of different connections in its next step. Any other copy is a network of
+its own.
 """
 
 import logging
@@ -38,13 +38,12 @@ class Tie:
 
     def end(self, why: str | None = None) -> None:
         """Ends it for all its layers, with a warning if there is a reason."""
-        if self.ended:
-            return
-        for average in list(self._averages):
-            average.settle()  # from now on its buffer is read, whatever was averaged there
-        self.ended = True
-        if why is not None:
-            logger.warning("an average is no longer rewired with its network: %s; call tie_wiring again", why)
+        if not self.ended:
+            for average in list(self._averages):
+                average.settle()  # from now on its buffer is read, whatever was averaged there
+            self.ended = True
+            if why is not None:
+                logger.warning("an average is no longer rewired with its network: %s; call tie_wiring again", why)
 
 
 class Kin:
@@ -106,13 +105,8 @@ def after_other_units(layer: "PackedWeights") -> None:
 
 def _same_places(one: "BlockMask", other: "BlockMask") -> torch.Tensor:
     """Whether a unit's number means the same neurons in both masks, of one grid: a bool scalar."""
-    return torch.stack(
-        [
-            (getattr(mine, name) == getattr(theirs, name).to(getattr(mine, name).device)).all()
-            for mine, theirs in ((one.rows, other.rows), (one.cols, other.cols))
-            for name in ("order", "bounds")
-        ]
-    ).all()
+    mine, theirs = ([*mask.rows.tensors()[:2], *mask.cols.tensors()[:2]] for mask in (one, other))  # orders and bounds
+    return torch.stack([(a == b.to(a.device)).all() for a, b in zip(mine, theirs, strict=True)]).all()
 
 
 def _same_units(one: "BlockMask", other: "BlockMask") -> bool:
@@ -186,9 +180,7 @@ def sync_wiring(source: nn.Module, target: nn.Module) -> None:
 
     A unit that target has already keeps its weights; the others get the source's. For networks whose parameters are
     then copied or averaged one by one and that are not tied: call it before, and after each update of source's graph.
-
-    Args:
-        source, target: networks, or wrappers of them (``AveragedModel``, DistributedDataParallel).
+    Both may be in wrappers (``AveragedModel``, DistributedDataParallel).
 
     Raises:
         TypeError: if one is no module.
@@ -216,12 +208,8 @@ def tie_wiring(source: nn.Module, average: nn.Module) -> None:
     It begins with :func:`sync_wiring`. When DST gives slots to other units, those that stay keep their averaged
     weights, and new ones get the source's. A state of the same units in another order, loaded into either, is brought
     into the order of the source; a state of other units ends the tie, with a warning. The average's ``mask.wiring`` is
-    written by the tie and not read. A tie is between these two networks: copies, pickles and files do not have it.
-
-    Args:
-        source: the network that is trained and rewired.
-        average: a network of the same layers, or a wrapper of one (``torch.optim.swa_utils.AveragedModel``, timm's
-            ``ModelEmaV3``).
+    written by the tie and not read. Copies, pickles and files do not have the tie. The average may be in a wrapper
+    (``torch.optim.swa_utils.AveragedModel``, timm's ``ModelEmaV3``).
 
     Raises:
         TypeError: if one is no module.
@@ -249,9 +237,8 @@ def tie_wiring(source: nn.Module, average: nn.Module) -> None:
 
 
 def untie_wiring(model: nn.Module) -> None:
-    """Says that ``model`` is a network of its own; it is rewired with no other.
-
-    That is so for every copy which nobody tied. Said of one, it is not reported when the network is rewired.
+    """Says that ``model`` is a network of its own, rewired with no other, as is every copy which nobody tied. Said of a
+    copy, it is not reported when the network is rewired.
 
     Example:
         >>> import copy

@@ -41,7 +41,8 @@ def test_everything_on_this_machine_is_right(capsys):
 def test_checks_cover_units_groups_resets_and_surrogates():
     every = list(doctor.checks())
     for operator in ("g2g_linear", "g2g_stack", "fused stack"):
-        masks = [check.run.args[0] for check in every if check.operator == operator and "units" in check.case]
+        checked = [check for check in every if check.operator == operator and "units" in check.case]
+        masks = [mask for check in checked for mask in check.run.args[0]]
         assert {mask.block_size for mask in masks} == {1, 16, 32, 64}
         assert {mask.rows.layout.kind for mask in masks} == {"index", "interleaved", "random"}
         assert any(len(mask.rows.lengths.unique()) > 1 for mask in masks)  # clipped units

@@ -291,7 +291,8 @@ def _late(
     layers = (replaced(first, delay=None), *layers[1:])
     activity = operator.choose(received, layers, None, backend=backend)(received, layers, None)
     *of_layers, _ = activity.sent or (None,) * (len(layers) + 1)
-    return replaced(activity, sent=(*of_layers, train.window(total - first.delay.reach, total)))
+    of_inputs = DenseSpikes(train.window(total - first.delay.reach, total))
+    return replaced(activity, sent=(*of_layers, of_inputs))
 
 
 def _silent(run: Callable, x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:

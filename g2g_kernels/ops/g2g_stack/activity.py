@@ -46,8 +46,9 @@ class Activity(NamedTuple):
             differentiable. None for a layer that was not asked for them, or instead of all.
         readout: [B, N] of the last layer, if its neurons do not spike: what is read from their membranes;
             differentiable.
-        sent: what delays of more than one step need to continue the run: [D, B, N] of each layer in the last D steps,
-            and at the end of the inputs; None where no delay reads it; differentiable.
+        sent: what delays of more than one step need to continue the run: one object per layer, and at the end one for
+            the inputs, whose ``dense()`` gives what was sent in the last D steps, [D, B, N]; None where no delay reads
+            it; differentiable.
 
     Example:
         >>> from g2gnet import G2GNet
@@ -65,7 +66,7 @@ class Activity(NamedTuple):
     states: tuple[torch.Tensor, ...] | None = None
     membranes: tuple[torch.Tensor | None, ...] | None = None
     readout: torch.Tensor | None = None
-    sent: tuple[torch.Tensor | None, ...] = ()
+    sent: tuple[Spikes | None, ...] = ()
 
     @property
     def output(self) -> torch.Tensor:
@@ -87,7 +88,7 @@ class Activity(NamedTuple):
                 "which return only spikes; take steps with SpikingStack.step"
             )
         of_neurons = [each[0] if len(each) == 1 else each.unbind() for each in self.states]
-        return (*of_neurons, *(each for each in self.sent if each is not None))
+        return (*of_neurons, *(each.dense() for each in self.sent if each is not None))
 
     def synaptic_operations(self) -> tuple[SynapticOperations, ...]:
         """The additions and multiplications that spikes (and inputs) caused in each layer, over all steps and samples.

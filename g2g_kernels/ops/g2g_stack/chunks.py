@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from g2g_kernels.ops.derivatives import Autocast, gradients_of, has_tangent
-from g2g_kernels.ops.g2g_stack.activity import Activity, Spikes
+from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Spikes
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.record import built, opened
 from g2g_kernels.tracing import is_transformed, replaced
@@ -50,9 +50,10 @@ def in_chunks(
         part, held = (x[first : first + size], None) if steps is None else (x, size)
         activity = run(part, layers, held, before) if plain else _recomputed(part, layers, held, before, run)
         assert activity.states is not None
-        *sent, before = activity.sent or (None,) * (len(layers) + 1)
+        *sent, of_inputs = activity.sent or (None,) * (len(layers) + 1)
+        before = of_inputs and of_inputs.dense()
         layers = [
-            replaced(layer, state=state, sent=of_layer)
+            replaced(layer, state=state, sent=of_layer and of_layer.dense())
             for layer, state, of_layer in zip(layers, activity.states, sent)  # noqa: B905
         ]
         done.append((size, activity))
@@ -89,7 +90,7 @@ def _recomputed(
             activity.counts,
             *activity.rates,
             *activity.states,
-            *[each for each in activity.sent if each is not None],
+            *[each.dense() for each in activity.sent if each is not None],
         ]
 
     # what has no gradient, too: PyTorch then refuses the others' if it has changed in place in the meantime
@@ -102,7 +103,7 @@ def _recomputed(
     counts, *results = _Recomputed.apply(again, indices, *tensors)
     made, count, rest = tuple(spikes), len(layers), iter(results[2 * len(layers) :])
     spikes.clear()  # which the graph would keep alive
-    sent = tuple(next(rest) if is_one else None for is_one in is_sent)
+    sent = tuple(DenseSpikes(next(rest)) if is_one else None for is_one in is_sent)
     return Activity(counts, tuple(results[:count]), made, states=tuple(results[count : 2 * count]), sent=sent)
 
 

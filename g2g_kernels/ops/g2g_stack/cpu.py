@@ -34,6 +34,7 @@ from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
+from g2g_kernels.ops.g2g_stack.delays import Train
 from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer, refuses_fields, unread
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn, reaches
 from g2g_kernels.ops.neurons import cpu as neurons_alone
@@ -93,10 +94,31 @@ def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None
     counts, rates, last, words, _ = FORWARD(call)
     spikes = [PackedSpikes(each, layer.values.detach(), layer.mask) for each, layer in zip(words, call.layers)]  # noqa: B905
     sent = [
-        _WithoutGradient.apply(train.dense()[-reach:], counts) if reach else None
-        for train, reach in zip(spikes, reaches(layers))  # noqa: B905  (the inputs come last)
+        LastSpikes(train, reach, layer.sent, counts) if reach else None
+        for train, reach, layer in zip(spikes, reaches(layers), layers)  # noqa: B905  (the inputs come last)
     ]
     return Activity(counts, tuple(rates), tuple(spikes), states=tuple(last), sent=(*sent, None))
+
+
+class LastSpikes:
+    """What a layer sent in the last steps of a run.
+
+    Args:
+        spikes: of the whole run.
+        steps: how many of them are wanted.
+        before: [D, B, N] of the steps before the run; None: none.
+        counts: a result of the run, which has a gradient if its spikes have one.
+    """
+
+    def __init__(self, spikes: "PackedSpikes", steps: int, before: torch.Tensor | None, counts: torch.Tensor) -> None:
+        self._spikes, self._steps, self._before, self._counts = spikes, steps, before, counts
+
+    def dense(self) -> torch.Tensor:
+        """[D, B, N], whose gradient these kernels do not compute."""
+        spikes = self._spikes.dense(self._steps)
+        train = Train(spikes[0], self._before)
+        train.append(spikes)
+        return _WithoutGradient.apply(train.window(len(spikes) - self._steps, len(spikes)), self._counts)
 
 
 class _WithoutGradient(torch.autograd.Function):
@@ -141,9 +163,11 @@ class PackedSpikes:
         # the order of the neurons and the ranges of units, which load_state_dict may change in place
         self._order, self._bounds = mask.rows_then()
 
-    def dense(self) -> torch.Tensor:
-        """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient."""
+    def dense(self, last: int | None = None) -> torch.Tensor:
+        """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient; of the ``last`` steps, or of all."""
         packed, mask = self._packed, self._packed.mask
+        if last is not None:
+            packed = packed._replace(words=packed.words[..., -last:])
         if not (torch.equal(self._order, mask.row_order) and torch.equal(self._bounds, mask.row_bounds)):
             packed = packed._replace(mask=mask._replace(row_order=self._order, row_bounds=self._bounds))
         return UNPACK(packed)

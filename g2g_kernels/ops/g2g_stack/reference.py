@@ -243,5 +243,5 @@ def activity_of(
         spikes=tuple(DenseSpikes(each if differentiable else each.detach()) for each in spikes),
         states=None if states is None else tuple(states),
         membranes=None if all(each is None for each in membranes) else tuple(membranes),
-        sent=tuple(sent),
+        sent=tuple([None if each is None else DenseSpikes(each) for each in sent]),
     )

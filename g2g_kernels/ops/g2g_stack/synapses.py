@@ -6,7 +6,7 @@ is computed once. Biases and neurons count as nothing.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,14 +33,14 @@ class Border(NamedTuple):
     """The ends of a run of a source that delays are read from: there, what arrives is not what it sends in the run.
 
     Attributes:
-        before, after: [D, B, N], what was sent in the last steps before the run (None: nothing), and in its last ones.
-            No gradients.
+        before, after: [D, B, N], what was sent in the last steps before the run (None: nothing), and in its last ones,
+            which may be an object whose ``dense()`` is that. No gradients.
         threshold: None; or they are membranes [1, B, N], and exceed it in a spike.
         dropped: bool [B, N], the neurons that are silent; or None.
     """
 
     before: torch.Tensor | None
-    after: torch.Tensor
+    after: Any
     threshold: torch.Tensor | None = None
     dropped: torch.Tensor | None = None
 
@@ -49,8 +49,9 @@ class Border(NamedTuple):
         first = 0 if self.before is None else self._late(self.before, delay)
         return first - self._late(self.after, delay)
 
-    def _late(self, train: torch.Tensor, delay: Delay) -> torch.Tensor:
+    def _late(self, train: Any, delay: Delay) -> torch.Tensor:
         """How many arrive after the last step of ``train``."""
+        train = train.detach() if isinstance(train, torch.Tensor) else train.dense().detach()
         spikes = train != 0 if self.threshold is None else train > self.threshold
         if self.dropped is not None:
             spikes = spikes & ~self.dropped
@@ -87,7 +88,7 @@ class Synapses:
         self._counted = [self._x, *(each.values for connections in self._layers for each in connections)]
         for border in borders:
             if border is not None:
-                self._counted += [tensor for tensor in border if tensor is not None]
+                self._counted += [tensor for tensor in border if isinstance(tensor, torch.Tensor)]
         self._then = self._now()
 
     @classmethod
@@ -98,7 +99,7 @@ class Synapses:
         steps: int | None,
         before: torch.Tensor | None,
         states: Sequence[torch.Tensor],
-        sent: Sequence[torch.Tensor | None],
+        sent: Sequence[Any],
     ) -> "Synapses":
         """Those of a run with these layers and ``before``, after which they have these states and have sent this."""
         connections = [layer.connections(number) for number, layer in enumerate(layers)]
@@ -108,7 +109,7 @@ class Synapses:
             known = sent[source] if sent else None
             earlier = before if source < 0 else layers[source].sent
             if known is not None:
-                borders[source] = Border(None if earlier is None else earlier.detach(), known.detach())
+                borders[source] = Border(None if earlier is None else earlier.detach(), known)
                 continue
             layer = layers[source]
             state = None if layer.state is None else layer.state.detach()[-1:]

@@ -688,10 +688,8 @@ def _pair_backward(run: Run, checkpoints: torch.Tensor, upstream: Upstream, dtyp
 
 
 #: fields of a layer that the kernels do not read
-UNREAD = unread(
-    ("values", "mask", "bias", "population", "dropped", "state", "recurrent", "membranes", "observers", "source")
-    + ("delay", "sent")
-)
+READ = "values", "mask", "bias", "population", "dropped", "state", "recurrent", "membranes", "observers", "source"
+UNREAD = unread([*READ, "delay", "sent"])  # which go step by step
 
 
 # --- operators --------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import hashlib
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,14 +25,9 @@ def load_features(
 ) -> ImageData:
     """The ResNet-32 features of CIFAR-10 or CIFAR-100 in place of the images: float32 [N, 512] from 0 to 1.
 
-    They are cached in ``<data_dir>/features``, in a file named after the data, the weights, the cut and the kind of
-    device (whose arithmetic differs in the last bits).
-
-    Args:
-        dataset: ``"cifar10"`` or ``"cifar100"``.
-        data_dir: directory of the data set.
-        weights: file with the weights of the network (None: the published ones).
-        device: where to compute.
+    They are computed on ``device`` with the ``weights`` in a file (None: the published ones), and cached in
+    ``<data_dir>/features``, in a file named after the data, the weights, the cut and the kind of device (whose
+    arithmetic differs in the last bits).
 
     Raises:
         DataError: if the data or the weights are unavailable.
@@ -62,26 +56,13 @@ def load_features(
     return ImageData(name=dataset, num_classes=DATASETS[dataset].num_classes, **parts)
 
 
-def _compute(network: ResNet32, images: ImageData, device: torch.device | str) -> dict[str, torch.Tensor]:
-    count = len(images.train_labels) + len(images.test_labels)
-    with tqdm(total=count, desc="features", unit=" images", leave=False, disable=not sys.stderr.isatty()) as bar:
-        return {
-            "train_images": _features(network, images.train_images, device, bar.update),
-            "train_labels": images.train_labels,
-            "test_images": _features(network, images.test_images, device, bar.update),
-            "test_labels": images.test_labels,
-        }
-
-
 @torch.no_grad()
-def _features(
-    network: ResNet32, images: torch.Tensor, device: torch.device | str, on_batch: Callable[[int], object]
-) -> torch.Tensor:
-    parts = []
-    for batch in images.split(BATCH):
-        parts.append(network.features(batch.to(device)).cpu())
-        on_batch(len(batch))
-    return torch.cat(parts)
+def _compute(network: ResNet32, images: ImageData, device: torch.device | str) -> dict[str, torch.Tensor]:
+    parts = {name: getattr(images, name) for name in PARTS}
+    for name in ("train_images", "test_images"):
+        batches = tqdm(parts[name].split(BATCH), "features", leave=False, disable=not sys.stderr.isatty())
+        parts[name] = torch.cat([network.features(batch.to(device)).cpu() for batch in batches])
+    return parts
 
 
 def _cached(file: Path) -> dict[str, torch.Tensor] | None:

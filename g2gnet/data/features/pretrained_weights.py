@@ -51,11 +51,8 @@ def new_resnet(dataset: str) -> ResNet32:
 
 
 def weights_digest(dataset: str, file: Path | str | None = None) -> str:
-    """The identifier of the weights: the first eight hexadecimal digits of the file's SHA-256.
-
-    Args:
-        dataset: ``"cifar10"`` or ``"cifar100"``.
-        file: the weights; None for the published ones, which are not read here.
+    """The identifier of the weights in ``file``, the first eight hexadecimal digits of its SHA-256; None for the
+    published ones, which are not read here.
 
     Raises:
         DataError: if the file cannot be read.
@@ -69,8 +66,7 @@ def weights_digest(dataset: str, file: Path | str | None = None) -> str:
 def load_resnet(dataset: str, file: Path | str | None = None) -> ResNet32:
     """A ResNet-32 for ``dataset`` in eval mode with the weights in ``file``, or the published ones (None).
 
-    The published file is downloaded into PyTorch's hub directory unless it is there, and is used only if its digest
-    matches.
+    The published file is downloaded into PyTorch's hub directory unless it is there. Its digest must match.
 
     Raises:
         DataError: if the weights are unavailable, or are not those of such a network.

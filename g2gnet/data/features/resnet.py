@@ -43,10 +43,8 @@ def _stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
 class ResNet32(nn.Module):
     """Three stages of five blocks with 16, 32 and 64 channels, on uint8 images [B, 3, 32, 32].
 
-    Args:
-        num_classes: number of classes.
-        mean, std: of the three channels, values from 0 to 1; the pixels are normalised with them. They are not part of
-            the state dict.
+    The pixels are normalised with the ``mean`` and ``std`` of the three channels, values from 0 to 1, which are not
+    part of the state dict.
 
     Example:
         >>> net = ResNet32(10, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))

@@ -17,25 +17,15 @@ from g2gnet.weights.groupings import GROUPINGS
 
 @dataclass(frozen=True)
 class Inspected:
-    """A run and its activity on test images.
-
-    Attributes:
-        run: the content of its checkpoint.
-        net: its current network, on the device.
-        analysis: of the network.
-        rasters: the spikes of one test image, layer by layer.
-        example: that image, in words.
-        confusion: int64 [C, C], images by true and predicted class.
-        images: the number of all test images.
-    """
+    """A run, its network and its activity on test images."""
 
     run: SavedRun
     net: G2GNet
     analysis: NetworkAnalysis
-    rasters: Sequence[figures.Raster]
-    example: str
-    confusion: torch.Tensor
-    images: int
+    rasters: Sequence[figures.Raster]  # of one test image
+    example: str  # that image, in words
+    confusion: torch.Tensor  # int64 [C, C], images by true and predicted class
+    images: int  # number of all test images
 
 
 def inspect(run: SavedRun, net: G2GNet, data: ImageData, samples: int) -> Inspected:
@@ -106,8 +96,8 @@ def _run(each: Inspected, alone: bool) -> list[str]:
         *([paragraph(_interrupted(run))] if run.interrupted else []),
         heading(3, "Settings"),
         paragraph("Settings that differ from the defaults:" if changed else "All settings are the defaults."),
-        *([table(("setting", "value"), [(name, str(value)) for name, value in changed.items()])] if changed else []),
-        details("Settings left at the default", [table(("setting", "value"), [(n, str(v)) for n, v in rest.items()])]),
+        *([_pairs(changed)] if changed else []),
+        details("Settings left at the default", [_pairs(rest)]),
         heading(3, "What its neurons do"),
         paragraph(
             f"{headline(analysis, each.images)}"
@@ -145,6 +135,10 @@ def _own(each: Inspected) -> str:
     return f" (the run's own accuracy{when}, on all {each.images:,}: {each.run.history[-1]['test_acc']:.4f})"
 
 
+def _pairs(settings: Mapping[str, object]) -> str:
+    return table(("setting", "value"), [(name, str(value)) for name, value in settings.items()])
+
+
 def _interrupted(run: SavedRun) -> str:
     """Which of a run's numbers are of which network."""
     return (
@@ -158,28 +152,22 @@ def _connections(each: Inspected) -> list[str]:
     pruned = run.settings.final_density is not None
     if run.settings.model == "dense" and not pruned:
         return [paragraph("Every neuron is connected to every neuron of the next layer: there are no groups to draw.")]
-    masks = {"now": {name: connection.mask for name, connection in net.connections().items()}}
-    note = "The graph never changes."
-    recurrent = ""
-    if run.settings.recurrent:
-        recurrent = (
-            " rec1 and rec2 join the neurons of a hidden layer to one another; spikes reach them one step later."
-        )
+    nets, note = {"now": net}, "The graph never changes."
     if run.settings.sparsity_mode == "dynamic":
-        initial = run.initial_network().connections().items()
-        masks = {"before training": {name: connection.mask for name, connection in initial}, "now": masks["now"]}
+        nets = {"before training": run.initial_network(), "now": net}
         effect = "prunes more units than it grows" if pruned else "keeps the number of units"
         note = f"Above: before training. Below: after dynamic sparse training, which {effect}."
+    if run.settings.recurrent:
+        note += " rec1 and rec2 join the neurons of a hidden layer to one another; spikes reach them one step later."
+    masks = {when: {name: each.mask for name, each in of.connections().items()} for when, of in nets.items()}
     size = net.fc1.in_features
-    inputs = "features" if run.settings.use_resnet else "pixels"
-    whole = "whole input"
+    inputs, whole = "features" if run.settings.use_resnet else "pixels", "whole input"
     if run.settings.sequence != "none":
         inputs, whole = "inputs", "input of one time step"
     parts = [
         picture(
             figures.connection_density(masks),
-            f"Share of the weights from each input group (column) to each output group (row) that exist. {note}"
-            f"{recurrent}",
+            f"Share of the weights from each input group (column) to each output group (row) that exist. {note}",
         ),
         picture(
             figures.group_inputs(net.fc1.mask, figures.input_shape(size), "fc1", inputs),
@@ -219,14 +207,10 @@ def _comparison(inspected: Mapping[str, Inspected]) -> list[str]:
             "firing rate": (4, lambda each: each.analysis.firing_rate),
             "synaptic operations per image": (0, lambda each: each.analysis.synaptic_operations),
         }
-        rows = [
-            (
-                label,
-                ", ".join(str(each.run.settings.seed) for each in runs),
-                *(estimate([value(each) for each in runs]).text(digits) for digits, value in quantities.values()),
-            )
-            for label, runs in groups.items()
-        ]
+        rows = []
+        for label, runs in groups.items():
+            cells = (estimate([value(each) for each in runs]).text(digits) for digits, value in quantities.values())
+            rows.append((label, ", ".join(str(each.run.settings.seed) for each in runs), *cells))
         means = [
             heading(3, "Mean ± standard error over seeds"),
             table(("settings", "seeds", *quantities), rows),

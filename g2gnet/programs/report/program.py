@@ -21,19 +21,10 @@ example:
 
 
 def build_parser() -> flags.Parser:
-    parser = flags.Parser(
-        prog="g2g-report",
-        description="Writes one HTML page with the settings, results, analysis and pictures of training runs.",
-        epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "checkpoints",
-        type=flags.file_name,
-        nargs="+",
-        metavar="CHECKPOINT",
-        help="the .pth files of training runs, finished or not",
-    )
+    text = "Writes one HTML page with the settings, results, analysis and pictures of training runs."
+    parser = flags.Parser(prog="g2g-report", description=text, epilog=EXAMPLE)
+    text = "the .pth files of training runs, finished or not"
+    parser.add_argument("checkpoints", type=flags.file_name, nargs="+", metavar="CHECKPOINT", help=text)
     text = "the page (default: report.html)"
     parser.add_argument("--output", type=flags.file_name, default="report.html", metavar="FILE", help=text)
     flags.add_inspection_flags(parser)

@@ -49,11 +49,7 @@ _ended = threading.Event()
 def train_run(given: Mapping[str, Any], folder: str) -> None:
     """Trains one run, or resumes it, in this process; what it prints goes to ``log.txt`` in its folder.
 
-    If another process trains this run, it waits for that to end.
-
-    Args:
-        given: flags of ``g2g-train`` by name; the others have their defaults.
-        folder: of the run, seen by all processes under this name.
+    ``given`` are flags of ``g2g-train`` by name. If another process trains this run, it waits for that to end.
     """
     arguments = train.build_parser().parse_args([])
     vars(arguments).update(given, checkpoint_dir=folder)
@@ -87,10 +83,9 @@ def train_run(given: Mapping[str, Any], folder: str) -> None:
 
 
 def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved: {}) -> dict[str, Any] | None:
-    """What a finished run reached: its last epoch's record, wall-clock and processor seconds of training, its weights.
-
-    ``more`` gives further values from its checkpoint. None if it is not finished. Raises CheckpointError if its files
-    are damaged, or of other settings.
+    """What a finished run reached: its last epoch's record, wall-clock and processor seconds of training, its weights,
+    and ``more`` values from its checkpoint. None if it is not finished. Raises CheckpointError if its files are
+    damaged, or of other settings.
     """
     last = run.files.load_marker(run.settings)
     if last is None:
@@ -102,10 +97,7 @@ def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved:
 
 
 class _Process(multiprocessing.context.SpawnProcess):
-    """A process that gets no Ctrl-C, which reaches every process of a terminal, before :func:`_begin`.
-
-    It would end with a traceback while it imports.
-    """
+    """A process that gets no Ctrl-C before :func:`_begin`: it would end with a traceback while it imports."""
 
     def start(self) -> None:
         if not hasattr(signal, "pthread_sigmask"):  # on Windows
@@ -123,9 +115,8 @@ class _Spawning(multiprocessing.context.SpawnContext):
 
 @contextlib.contextmanager
 def processes(jobs: int, threads: int | None = None) -> Iterator[concurrent.futures.Executor]:
-    """An executor with ``jobs`` processes of ``threads`` threads; None: they share the cores.
-
-    They end when this process does, however it ends: a run then finishes its step and saves it.
+    """An executor with ``jobs`` processes of ``threads`` threads; None: they share the cores. They end when this
+    process does, however it ends: a run then finishes its step and saves it.
     """
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
     reader, writer = multiprocessing.Pipe(duplex=False)
@@ -180,19 +171,11 @@ def train_runs(
     name: str,
     on_end: Callable[[Run], str],
 ) -> dict[str, str]:
-    """Trains runs on ``executor``, with one progress bar on a terminal; a run that fails does not stop the others.
+    """Trains unfinished runs on ``executor``, with a progress bar called ``name`` on a terminal; a run that fails does
+    not stop the others. ``on_end`` gives the line that is printed when a run is finished.
 
-    Args:
-        runs: that are not finished.
-        executor: where :func:`train_run` is called.
-        machine: further flags of ``g2g-train`` by name.
-        name: of the bar.
-        on_end: gives the line that is printed when a run is finished.
-
-    Returns:
-        The errors of those that failed, by their labels.
-
-    Raises TrainingError if a process of the executor was killed.
+    Returns the errors of those that failed, by their labels. Raises TrainingError if a process of the executor was
+    killed.
     """
     stream, failed = sys.stderr, {}
     total = sum(run.settings.epochs for run in runs)
@@ -241,7 +224,6 @@ class Sweep:
     """What a sweep reached.
 
     Attributes:
-        folder: of its runs.
         common: the settings of the grid with one value.
         varied: the names of those with several, without the seed.
         ends: what each finished run reached (:func:`outcome`), by the run.
@@ -304,12 +286,10 @@ def run(
     Args:
         grid: settings of ``g2g-train`` by name, each with one value or an iterable of values; ``seed`` is one of them.
         folder: of the runs. On several machines it is one that all of them see, and so is ``data_dir``.
-        executor: where to train; None: processes of this machine. Each call is one run, on the threads that PyTorch has
-            there. In threads of one process, runs train one after another.
+        executor: where to train; None: processes of this machine. In threads of one process, runs train one after
+            another.
         jobs: processes, without an executor; None: one per core on a CPU, one in all on another device.
-        data_dir: directory of the data sets.
-        device: where to compute; ``"auto"`` takes the fastest.
-        backend: of the kernels; ``"auto"`` lets the device decide.
+        data_dir, device, backend: as the flags of ``g2g-train``.
         finished: train nothing, and return what is there.
 
     Raises:
@@ -381,7 +361,6 @@ def _jobs(jobs: int | None, runs: int, machine: Mapping[str, Any]) -> int:
         raise SettingsError(str(error)) from error
     if jobs is None:
         jobs = cores if device.type == "cpu" else 1
-    wanted = COUNT.refuses(jobs)
-    if wanted:
+    if wanted := COUNT.refuses(jobs):
         raise SettingsError(f"jobs={jobs!r} must be {wanted}")
     return min(jobs, runs)

@@ -38,13 +38,8 @@ DIGITS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of a sweep.
-
-    Attributes:
-        given: the settings of the grid, as flags give them.
-        settings: all of them.
-        differs: those that have several values in the grid, its seed included.
-        folder: of its files and of what it printed, ``log.txt``.
+    """One run of a sweep: the settings that the grid gave, all of them, those that have several values in the grid, and
+    the folder of its files and of what it printed, ``log.txt``.
 
     Example:
         >>> from g2gnet.programs.sweep.grid import runs_of
@@ -100,11 +95,12 @@ def read_grid(path: Path | str) -> dict[str, Any]:
 
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A table of a JSON file, whose reader takes the last of equal names; that of TOML refuses them."""
-    names = [name for name, _ in pairs]
-    for name in names:
-        if names.count(name) > 1:
+    table: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in table:
             raise ValueError(f"it gives {name} twice")
-    return dict(pairs)
+        table[name] = value
+    return table
 
 
 def may_be_none(kinds: Collection[Any]) -> bool:
@@ -131,11 +127,12 @@ def values_of(grid: Grid) -> dict[str, list[Any]]:
             continue
         given = given.tolist() if isinstance(given, ARRAYS) else given
         values = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else [given]
-        values = [value.tolist() if isinstance(value, ARRAYS) else value for value in values]
-        if may_be_none(kinds_of[name]):  # which neither flags nor TOML can say in another way
-            values = [None if value == "none" else value for value in values]
-        if float in kinds_of[name]:
-            values = [float(value) if type(value) is int else value for value in values]
+        for place, value in enumerate(values):
+            if isinstance(value, ARRAYS):
+                value = value.tolist()
+            if value == "none" and may_be_none(kinds_of[name]):  # which neither flags nor TOML can say in another way
+                value = None
+            values[place] = float(value) if float in kinds_of[name] and type(value) is int else value
         if not values:
             problems.append(f"{name} has no value; give one, or leave it out")
         problems += [f"{name}={value} is given twice" for n, value in enumerate(values) if value in values[:n]]

@@ -31,15 +31,14 @@ examples:
   g2g-sweep --dataset fashionmnist-mini --model mixer --epochs 5 --p_inter 0.05 0.15 0.3 --seed 1 2 3
   g2g-sweep --grid density.toml --epochs 20
 """
-TRUTH = {"true": True, "false": False}
 RESUME = "run the same command again to resume with the remaining runs"
 
 
 def truth(text: str) -> bool:
     """The type of a setting that is on or off; raises ArgumentTypeError unless it is ``true`` or ``false``."""
-    if text not in TRUTH:
+    if text not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return TRUTH[text]
+    return text == "true"
 
 
 def number_or_none(kind: type) -> Callable[[str], Any]:
@@ -53,12 +52,7 @@ def number_or_none(kind: type) -> Callable[[str], Any]:
 
 
 def build_parser() -> flags.Parser:
-    parser = flags.Parser(
-        prog="g2g-sweep",
-        description=DESCRIPTION,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = flags.Parser(prog="g2g-sweep", description=DESCRIPTION, epilog=EXAMPLES)
     group = parser.add_argument_group("the grid")
     text = "a TOML or JSON file: settings, each with a value or a list of values; flags replace what it says"
     group.add_argument("--grid", type=flags.file_name, metavar="FILE", help=text)

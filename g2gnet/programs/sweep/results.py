@@ -1,7 +1,5 @@
 """Means and standard errors over the seeds of a sweep, as a table, CSV and a picture."""
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,7 +8,7 @@ from typing import Any, NamedTuple
 
 from g2gnet.base.tables import markdown
 from g2gnet.training import TrainSettings
-from g2gnet.training.checkpoints import numbers
+from g2gnet.training.checkpoints import csv_of, numbers
 
 
 class Estimate(NamedTuple):
@@ -33,13 +31,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 @dataclass(frozen=True)
 class Row:
-    """One combination of the varied settings.
-
-    Attributes:
-        settings: the combination.
-        seeds: of its finished runs.
-        ends: what each of these reached.
-    """
+    """One combination of the varied settings, the seeds of its finished runs, and what each of these reached."""
 
     settings: dict[str, Any]
     seeds: list[int]
@@ -73,27 +65,19 @@ def rows_of(varied: Sequence[str], ends: Sequence[tuple[TrainSettings, dict[str,
 
 def table(varied: Sequence[str], rows: Sequence[Row]) -> str:
     """One line per row: settings, number of runs, and what they reached on average."""
-    header = [*varied, "runs", "test accuracy, %", "training accuracy, %", "weights", "seconds"]
-    return markdown(
-        header,
+    lines = [
         [
-            [
-                *(str(value) for value in row.settings.values()),
-                str(len(row.ends)),
-                *(estimate([100 * end[name] for end in row.ends]).text(2) for name in ("test_acc", "train_acc")),
-                f"{row.estimate('weights').mean:,.0f}",
-                row.estimate("train_seconds").text(1),
-            ]
-            for row in rows
-        ],
-    )
+            *(str(value) for value in row.settings.values()),
+            str(len(row.ends)),
+            *(estimate([100 * end[name] for end in row.ends]).text(2) for name in ("test_acc", "train_acc")),
+            f"{row.estimate('weights').mean:,.0f}",
+            row.estimate("train_seconds").text(1),
+        ]
+        for row in rows
+    ]
+    return markdown([*varied, "runs", "test accuracy, %", "training accuracy, %", "weights", "seconds"], lines)
 
 
 def as_csv(runs: Sequence[tuple[Mapping[str, Any], dict[str, Any]]]) -> str:
     """A header and one row per run: the settings that differ, and every number that it reached."""
-    lines = [{**differs, **dict(numbers(end))} for differs, end in runs]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    return csv_of([{**differs, **dict(numbers(end))} for differs, end in runs])

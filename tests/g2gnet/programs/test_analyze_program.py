@@ -170,6 +170,6 @@ def test_ctrl_c_ends_without_a_traceback(checkpoint, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(analyze, "analyze_run", interrupt)
+    monkeypatch.setattr(analyze, "analyze_network", interrupt)
     assert analyze.main([str(checkpoint)]) == 130
     assert "interrupted; nothing was written" in capsys.readouterr().err

@@ -541,7 +541,8 @@ class SpikingNetwork(nn.Module):
 
     def received(self, inputs: torch.Tensor, activity: Activity) -> list[tuple[nn.Module, Train, Train]]:
         """For hooks: each connection, what it received in a run, and the spikes of the neurons that it leads to."""
-        spikes: list[Any] = [*activity.spikes, inputs.detach()]
+        trains: Any = activity.spikes.values() if isinstance(activity.spikes, dict) else activity.spikes
+        spikes: list[Any] = [*trains, inputs.detach()]
         states, sent = self._divided(self._continued)
         modules: dict[str, Any] = self._modules
         received = []

@@ -463,8 +463,8 @@ def test_rewiring_sees_the_spikes_of_the_step_before():
     for given in (False, True):
         layers = list(net.connections().values()) if given else net
         optimizer = torch.optim.SGD(net.parameters(), 0.0)
-        rewired = {"recurrent": [net.rec1, net.rec2]} if given else {}
-        dst = DSTScheduler(layers, optimizer, interval=1, fraction=0.25, prune="set", grow="hebb", **rewired)
+        network = net if given else None
+        dst = DSTScheduler(layers, optimizer, interval=1, fraction=0.25, prune="set", grow="hebb", network=network)
         before = net.rec1.mask.present().clone()
         activity = net.simulate(net.encode(x))
         activity.counts.sum().backward()
@@ -475,7 +475,7 @@ def test_rewiring_sees_the_spikes_of_the_step_before():
         assert len(grown) == int(0.25 * before.sum())
     unnamed = DSTScheduler(layers, optimizer, interval=1)
     with pytest.raises(
-        ValueError, match=r"of layers of \[64, 64, 5\] neurons, .* connections among them in `recurrent`"
+        ValueError, match=r"of layers of \[64, 64, 5\] neurons, .* DSTScheduler\(layers, optimizer, network=net\)"
     ):
         unnamed.step(x, activity)
 

@@ -1,6 +1,7 @@
 """Populations and projections with delays, against a float64 loop over steps that keeps every spike."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from helpers import rms, seeded
 
 from g2g_kernels import BlockMask, GroupLayout, available_backends
 from g2g_kernels.ops.neurons.step import neurons_step
-from g2gnet import LIF, AdLIF, G2GLinear, Projection, SpikingNetwork, Synaptic
+from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, Projection, SpikingNetwork, Synaptic
+from g2gnet.dst.scores import unit_correlation
 
 T, B, D = 11, 3, 10
 SIZES = {"input": D, "a": 9, "b": 13, "c": 6, "out": 5}
@@ -291,7 +293,7 @@ def test_a_loaded_network_has_the_delays_of_the_other():
     assert torch.equal(ours.a_to_b_delay, theirs.a_to_b_delay)
     state = theirs.state_dict()
     state["a_to_b_delay"] = state["a_to_b_delay"] + 4
-    with pytest.raises(RuntimeError, match="a_to_b_delay is from 4 to .; this network has room for 0 to 4"):
+    with pytest.raises(RuntimeError, match=r"a_to_b_delay is from 4 to \d; this network has room for 0 to 4"):
         network("chain with delays").load_state_dict(state)
 
 
@@ -308,7 +310,7 @@ def test_the_graph_has_delays():
     [
         ([("input", "a", 0), ("a", "b", 0), ("b", "a", 0), ("b", "out", 0)], "a → b → a is a cycle without delay"),
         ([("input", "a", 0), ("a", "a", 0), ("a", "out", 0)], "a → a is a cycle without delay"),
-        ([("input", "a", 0), ("b", "out", 0)], "no projection leads to 'b'|'b' is none of"),
+        ([("input", "a", 0), ("b", "out", 0)], r"no projection leads to 'b'|'b' is none of"),
         ([("input", "a", 0), ("a", "input", 1), ("a", "out", 0)], "'input' is none of"),
         ([("input", "a", 0), ("a", "out", -1)], "must be from 0 to 65535 steps; these are -1"),
         ([("a", "out", 0), ("out", "a", 1)], "no projection has the source 'input'"),
@@ -334,3 +336,68 @@ def test_arguments_that_cannot_be_are_refused_by_name():
         SpikingNetwork({"step": LIF()}, [Projection("input", "step", connection)], "step")
     with pytest.raises(TypeError, match="tuple is no Projection"):
         SpikingNetwork({"b": LIF()}, [("input", "b", connection)], "b")
+
+
+def test_correlations_are_of_spikes_as_they_arrive():
+    net = network("chain with delays").train()
+    x = torch.rand(T, B, D, generator=seeded(4)) * 2
+    layer = net.a_to_b
+    received = Reference(net)
+    received.run(x.double())
+    arrived = torch.stack([received.arrived["a_to_b", t] for t in range(T)]).float()
+    spikes = net.simulate(x).spikes["b"].dense()
+    scores = unit_correlation(arrived, spikes, layer.mask)
+    present = layer.mask.present()
+    count = int(0.25 * present.sum())
+    best = scores.masked_fill(present, -2).flatten().topk(count).values  # of which many are 0
+    optimizer = torch.optim.SGD(net.parameters(), 0.0)
+    dst = DSTScheduler(net, optimizer, interval=1, fraction=0.25, prune="set", grow="hebb")
+    net.simulate(x).counts.sum().backward()
+    dst.step()
+    assert best[0] > 0
+    assert torch.equal(scores[layer.mask.present() & ~present].sort(descending=True).values, best)
+
+
+@pytest.mark.parametrize("prune", ["set", "hebb"])
+@pytest.mark.parametrize("grow", ["random", "gradient", "hebb"])
+def test_every_rule_rewires_a_graph(prune, grow):
+    net = network("ring").train()
+    optimizer = torch.optim.Adam(net.parameters())
+    dst = DSTScheduler(net, optimizer, interval=1, fraction=0.3, prune=prune, grow=grow)
+    before = {name: layer.mask.num_units for name, layer in net.connections().items()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        net.simulate(torch.rand(T, B, D, generator=seeded(4)) * 2).counts.square().sum().backward()
+        optimizer.step()
+        dst.step()
+    assert {name: layer.mask.num_units for name, layer in net.connections().items()} == before
+    assert dst.pruned == dst.grown > 0
+
+
+def test_a_net_of_settings_has_layers_feedback_and_delays():
+    net = G2GNet(
+        D, [16, 12, 8], 5, "mixer", block_size=4, T=T, num_groups=4, recurrent=[2], feedback=True, delay=3,
+        threshold=0.4, generator=seeded(0), backend="torch",
+    )  # fmt: skip
+    assert list(net.connections()) == ["fc1", "fb1", "fc2", "rec2", "fb2", "fc3", "fc4"]
+    for name in net.connections():
+        delays = net.delays(name)
+        assert int(name[:2] != "fc") <= delays.min()
+        assert delays.max() <= 3
+    x = torch.rand(B, D, generator=seeded(4)) * 3
+    expected = Reference(net).run(x.expand(T, B, D).double())
+    activity = net.simulate(x)
+    for number, name in enumerate(net.populations):
+        assert torch.equal(activity.spikes[number].dense().double(), expected[name])
+    assert activity.rates[1].sum() > 0
+    assert list(G2GNet(D, [16], 5, block_size=4).connections()) == ["fc1", "fc2"]
+    plain, same = (G2GNet(D, size, 5, block_size=4, generator=seeded(0)) for size in (16, [16, 16]))
+    assert torch.equal(plain.fc2.values, same.fc2.values)
+    for options, message in (
+        ({"recurrent": [3]}, "there are 2 hidden layers"),
+        ({"learn_delay": True}, "learn_delay=True has no effect with delay=0"),
+        ({"hidden_dim": [16], "feedback": True}, "feedback joins a hidden layer to the one below it"),
+        ({"hidden_dim": []}, "is empty; give at least one number"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            G2GNet(D, **{"hidden_dim": 16, "num_classes": 5, **options})

@@ -413,9 +413,8 @@ def _unpack(packed: PackedWords) -> torch.Tensor:
         raise ValueError("words are not the spikes of this layer")
     batch, _, steps = words.shape
     spikes = workspace.empty((steps, batch, mask.shape[0]))
-    library().g2g_unpack(
-        plan.address, words.contiguous().data_ptr(), batch, steps, torch.get_num_threads(), spikes.data_ptr()
-    )
+    words = words.contiguous()  # which lives until the kernel has read it
+    library().g2g_unpack(plan.address, words.data_ptr(), batch, steps, torch.get_num_threads(), spikes.data_ptr())
     return spikes
 
 

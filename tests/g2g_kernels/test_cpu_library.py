@@ -11,6 +11,7 @@ import subprocess
 import pytest
 import snntorch
 import torch
+from covering import of_today
 from helpers import ROOT, ErrorRatios, rms, seeded
 
 from g2g_kernels import BlockMask, GroupLayout
@@ -196,13 +197,14 @@ def _by_snntorch(current, parameters, steps, options, grad_spikes, dtype) -> lis
     return [torch.stack(spikes).detach(), *(leaf.grad for leaf in leaves)]
 
 
-@pytest.mark.parametrize("steps", [None, 23])
-@pytest.mark.parametrize("per_neuron", [False, True])
-def test_synaptic_neurons_alone_are_snntorchs(steps, per_neuron):
+def test_synaptic_neurons_alone_are_snntorchs():
     """Spikes to the last bit, gradients as near to float64 as snnTorch's own; some decays lie outside 0 … 1."""
     ratios = ErrorRatios()
-    cases = list(itertools.product([(3, 45), (2, 2, 70)], RESETS, SURROGATES))
-    for number, (shape, *options) in enumerate(cases):
+    options = {"steps": (None, 23), "per_neuron": (False, True), "shape": ((3, 45), (2, 2, 70))}
+    cases = of_today(options | {"reset": RESETS, "surrogate": SURROGATES})
+    for number, (name, case) in enumerate(cases.items()):
+        print(name)
+        steps, per_neuron, shape, *options = case.values()
         draw = seeded(number)
         current = torch.randn(*(() if steps else (23,)), *shape, generator=draw) * 0.5 + 0.15
         if per_neuron:

@@ -131,11 +131,3 @@ def test_a_layer_of_too_many_weights_is_refused_by_their_number(monkeypatch):
     mask = BlockMask.full(GroupLayout(8, 1), GroupLayout(8, 1), 4)
     with pytest.raises(BackendError, match="serves at most 63 weights in a layer, not 64"):
         g2g_linear(torch.ones(1, 8), torch.ones(4, 4, 4), mask, backend="cpu")
-
-
-@pytest.mark.parametrize("value", [True, 2.0, "2", 0])
-def test_sizes_that_are_no_whole_numbers_are_named(value):
-    with pytest.raises(ValueError, match=rf"block_size={value!r} must be a whole number"):
-        BlockMask.full(GroupLayout(8, 1), GroupLayout(8, 1), value)
-    with pytest.raises(ValueError, match=rf"num_groups={value!r} must be a whole number"):
-        GroupLayout(8, value)

@@ -17,15 +17,13 @@ from helpers import (
     lif_layer,
     rms,
     seeded,
-    unavailable,
     with_parameter,
 )
 from snntorch import surrogate as snn_surrogate
 from stack_cases import SHARES, SIZES, STACKS, B, Stack, T, check_compact, clear_stack, loss, results
 from torch import nn
 
-from benchmarks.machine import pytorch_threads
-from g2g_kernels import Activity, BackendError, SpikingLayer, g2g_linear, g2g_stack, lif
+from g2g_kernels import Activity, SpikingLayer, g2g_linear, g2g_stack, lif
 from g2g_kernels.ops.g2g_stack import operator
 from g2g_kernels.ops.neurons import RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -292,28 +290,6 @@ def test_input_need_not_be_contiguous(backend):
     assert rms(batch_first.grad.cpu() - expected) <= 1e-5 * rms(expected)  # float32 rounding
 
 
-@every_backend
-def test_results_are_reproducible(backend):
-    stack = Stack(STACKS["mixer"], T)
-    first, second = (stack.run(torch.float32, backend) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("steps", HELD_OR_NOT)
-@every_backend
-def test_with_several_threads(backend, steps):
-    """More samples than one thread takes at a time; another division of the sums is float32 rounding."""
-    stack = clear_stack(STACKS["mixer"], steps, batch=150)
-    single = stack.run(torch.float32, backend)
-    with pytorch_threads(3):
-        several = stack.run(torch.float32, backend)
-    for name, expected in single.items():
-        if name.startswith(("spikes", "counts")):
-            assert torch.equal(several[name], expected), name
-        else:
-            assert rms(several[name] - expected) <= 1e-5 * rms(expected), name
-
-
 @pytest.mark.parametrize("needed", ["x", "values1", "bias0", "beta2", "threshold0"])
 @every_backend
 def test_one_gradient_alone(backend, needed):
@@ -459,10 +435,3 @@ def test_options_out_of_range_are_refused(shape, options, message):
     of_call = {name: options[name] for name in options if name in ("steps", "backend")}
     with pytest.raises(ValueError, match=message):
         g2g_stack(torch.zeros(shape), stack.layers(stack.tensors, **of_neurons), **of_call)
-
-
-def test_a_backend_that_is_not_there_is_an_error(monkeypatch):
-    unavailable(monkeypatch, cpu="no compiler")
-    stack = Stack(STACKS["ragged index"], T)
-    with pytest.raises(BackendError, match="backend 'cpu' cannot serve this call of g2g_stack: cpu: no compiler"):
-        g2g_stack(stack.tensors["x"], stack.layers(stack.tensors), T, backend="cpu")

@@ -15,7 +15,6 @@ from helpers import (
     lif_by_autograd,
     rms,
     skip_where_refused,
-    unavailable,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,8 +36,7 @@ from neuron_cases import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.machine import pytorch_threads
-from g2g_kernels import BackendError, lif
+from g2g_kernels import lif
 from g2g_kernels.ops.neurons import RESETS, operator
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
@@ -346,29 +344,6 @@ def test_gradients_asked_for_alone_are_the_same(backend, steps):
             assert torch.equal(leaf.grad, every[name]) if number in needed else leaf.grad is None, (name, needed)
 
 
-@every_reset
-@every_backend
-def test_results_are_reproducible(backend, reset):
-    current, (beta, threshold) = currents(T, 40, N, seed=2, dtype=torch.float32), parameters(False, torch.float32)
-    weights = output_weights(T, 40, N)
-    first, second = (gradients(lif_on(backend, reset=reset), current, beta, threshold, weights) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@every_backend
-def test_with_several_threads(backend):
-    """More neurons than one thread takes at a time; β and θ may be summed in another order: float32 rounding."""
-    current, (beta, threshold) = currents(T, 900, N, seed=2, dtype=torch.float32), parameters(True, torch.float32)
-    weights = output_weights(T, 900, N)
-    single = gradients(lif_on(backend), current, beta, threshold, weights)
-    with pytorch_threads(3):
-        several = gradients(lif_on(backend), current, beta, threshold, weights)
-    assert torch.equal(several["spikes"], single["spikes"])
-    assert torch.equal(several["current.grad"], single["current.grad"])
-    for name in ("beta.grad", "threshold.grad"):
-        assert rms(several[name] - single[name]) <= 1e-5 * rms(single[name]), name
-
-
 # --- half precision -----------------------------------------------------------------------------------------------
 
 
@@ -543,11 +518,3 @@ def test_spikes_equal_snntorch_for_any_sizes(steps, batch, neurons, beta, thresh
 def test_what_does_not_fit_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         lif(**{"current": torch.zeros(4, 2, 5), "beta": 0.9, "threshold": 1.0} | change)
-
-
-def test_a_backend_that_is_not_there_is_an_error(monkeypatch):
-    unavailable(monkeypatch, triton="there is no GPU")
-    with pytest.raises(
-        BackendError, match="backend 'triton' cannot serve this call of neurons: triton: there is no GPU"
-    ):
-        lif(torch.zeros(4, 2, 5), 0.9, 1.0, backend="triton")

@@ -121,84 +121,36 @@ def test_directml_where_there_is_none(monkeypatch, package, adapter):
 
 #: no computation on a device: queries of dtypes and views of the same memory
 VIEWS = {
-    "detach.default",
-    "expand.default",
-    "permute.default",
-    "promote_types.default",
-    "select.int",
-    "t.default",
-    "unsqueeze.default",
-    "view.default",
-    "_unsafe_view.default",
-}
+    "detach.default", "expand.default", "permute.default", "promote_types.default", "select.int", "t.default",
+    "unsqueeze.default", "view.default", "_unsafe_view.default",
+}  # fmt: skip
 FORWARD_AND_BACKWARD = VIEWS | {
     # memory and copies
-    "_to_copy.default",
-    "cat.default",
-    "clone.default",
-    "copy_.default",
-    "empty_like.default",
-    "new_empty.default",
-    "new_zeros.default",
-    "ones_like.default",
-    "zeros.default",
+    "_to_copy.default", "cat.default", "clone.default", "copy_.default", "empty_like.default", "new_empty.default",
+    "new_zeros.default", "ones_like.default", "zeros.default",
     # packing: whole tiles by a list of distinct indices, nothing is summed
-    "index_copy_.default",
-    "index_select.default",
+    "index_copy_.default", "index_select.default",
     # element-wise
-    "abs.default",
-    "add.Tensor",
-    "add_.Tensor",
-    "addcmul_.default",
-    "bitwise_and.Tensor",
-    "bitwise_not.default",
-    "bitwise_or.Tensor",
-    "clamp.default",
-    "div.Scalar",
-    "ge.Scalar",
-    "gt.Scalar",
+    "abs.default", "add.Tensor", "add_.Tensor", "addcmul_.default", "bitwise_and.Tensor", "bitwise_not.default",
+    "bitwise_or.Tensor", "clamp.default", "div.Scalar", "ge.Scalar", "gt.Scalar",
     "gt.Tensor",  # U > θ, which Python asks as θ < U where θ is a Parameter (a subclass of Tensor)
-    "lt.Scalar",
-    "lt.Tensor",
-    "masked_fill.Scalar",
-    "neg.default",
-    "le.Scalar",
-    "mul.Scalar",
-    "mul.Tensor",
-    "mul_.Tensor",
-    "pow.Tensor_Scalar",
-    "reciprocal.default",
-    "rsub.Scalar",
-    "sigmoid.default",
-    "sub.Tensor",
-    "sub_.Tensor",
-    "where.self",
+    "lt.Scalar", "lt.Tensor", "masked_fill.Scalar", "neg.default", "le.Scalar", "mul.Scalar", "mul.Tensor",
+    "mul_.Tensor", "pow.Tensor_Scalar", "reciprocal.default", "rsub.Scalar", "sigmoid.default", "sub.Tensor",
+    "sub_.Tensor", "where.self",
     # products and reductions
-    "addmm.default",
-    "mean.dim",
-    "mm.default",
-    "sum.dim_IntList",
+    "addmm.default", "mean.dim", "mm.default", "sum.dim_IntList",
     # cross-entropy
-    "_log_softmax.default",
-    "_log_softmax_backward_data.default",
-    "nll_loss_backward.default",
+    "_log_softmax.default", "_log_softmax_backward_data.default", "nll_loss_backward.default",
     "nll_loss_forward.default",
-}
+}  # fmt: skip
 ADAM = {
     "_local_scalar_dense.default",  # the step count, which Adam keeps on the CPU
     "lift_fresh.default",  # the same, made from a number
-    "add.Tensor",
-    "add_.Tensor",
-    "addcdiv_.default",
-    "addcmul_.default",
-    "div.Tensor",
+    "add.Tensor", "add_.Tensor", "addcdiv_.default", "addcmul_.default", "div.Tensor",
     # DirectML has no lerp: it falls back to the CPU (microsoft/DirectML issue 675), right but slow. PyTorch's own Adam
     # uses it, in torch 2.4 too, so only an optimizer written without it would stay on the device.
-    "lerp_.Scalar",
-    "mul_.Tensor",
-    "sqrt.default",
-    "zeros_like.default",
-}
+    "lerp_.Scalar", "mul_.Tensor", "sqrt.default", "zeros_like.default",
+}  # fmt: skip
 
 
 class Recorder(TorchDispatchMode):

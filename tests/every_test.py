@@ -39,7 +39,7 @@ settings.register_profile("g2g", derandomize=True, database=None, deadline=None,
 settings.load_profile("g2g")
 
 # The tensors here are small: sharing them among threads costs far more than it gains where other work runs beside the
-# tests. test_*_with_several_threads raise the number for themselves.
+# tests. Tests of several threads raise the number for themselves.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the same for programs that tests start
 

@@ -6,7 +6,6 @@ exits with 1 if any differ. Both commits run this script, so it uses public name
 """
 
 import argparse
-import itertools
 import os
 import random
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from covering import covering
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,25 +66,8 @@ def possible(of: Options) -> bool:
 
 
 def networks() -> dict[str, Options]:
-    """The networks by name, chosen so that each adds many pairs of options, the same on every machine."""
-    draw = random.Random(0)
-
-    def pairs(of: Options) -> set[tuple[Any, ...]]:
-        return set(itertools.combinations(of.items(), 2))
-
-    every = [
-        ((a, x), (b, y)) for (a, xs), (b, ys) in itertools.combinations(OPTIONS.items(), 2) for x in xs for y in ys
-    ]
-    missing = [pair for pair in every if possible(dict(pair))]
-    found = {}
-    while missing:
-        drawn = [{name: draw.choice(values) for name, values in OPTIONS.items()} | dict(missing[0]) for _ in range(200)]
-        best = max(filter(possible, drawn), key=lambda of: len(pairs(of) & set(missing)))
-        missing = [pair for pair in missing if pair not in pairs(best)]
-        found[" ".join(f"{value}" if isinstance(value, str) else f"{name}={value}" for name, value in best.items())] = (
-            best
-        )
-    return found
+    """The networks by name, the same on every machine and day."""
+    return covering(OPTIONS, random.Random(0), possible)
 
 
 class Training:
@@ -243,7 +226,11 @@ def main() -> int:
         for side, commit in (("old", options.old), ("new", options.new)):
             tree = ROOT if commit is None else check_out(commit, Path(scratch, side))
             # on a busy machine, threads that spin while they wait take minutes from one another
-            environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONSAFEPATH": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+            environment = os.environ | {
+                "PYTHONPATH": f"{tree}:{ROOT / 'tests'}",
+                "PYTHONSAFEPATH": "1",
+                "OMP_WAIT_POLICY": "PASSIVE",
+            }
             file = Path(scratch, f"{side}.pt")
             command = [sys.executable, __file__, options.old, "-k", options.k, "--into", str(file)]
             subprocess.run(command, env=environment, cwd=scratch, check=True)

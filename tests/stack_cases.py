@@ -83,10 +83,11 @@ class Stack:
             self.tensors[f"threshold{number}"] = 0.6 + 0.5 * torch.rand(neurons if per_neuron else 1, generator=draw)
 
     def layers(self, tensors: dict[str, torch.Tensor], **options) -> list[SpikingLayer]:
+        """The layers of these tensors, the masks moved to where they are."""
         return [
             lif_layer(
                 tensors[f"values{k}"],
-                mask,
+                mask.to(tensors["x"].device),
                 tensors.get(f"bias{k}"),
                 tensors[f"beta{k}"],
                 tensors[f"threshold{k}"],
@@ -115,10 +116,7 @@ class Stack:
 
     def run(self, dtype: torch.dtype, backend: str, **options) -> dict[str, torch.Tensor]:
         """Counts, rates, spikes and all gradients of :func:`loss`, on the CPU."""
-        device = device_of(backend)
-        leaves = self.leaves(dtype, device)
-        for mask in self.masks:
-            mask.to(device)
+        leaves = self.leaves(dtype, device_of(backend))
         activity = g2g_stack(leaves["x"], self.layers(leaves, **options), self.steps, backend=backend)
         loss(activity.counts, activity.rates).backward()
         for mask in self.masks:

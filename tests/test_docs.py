@@ -38,7 +38,14 @@ PACKAGES += ("g2gnet.inspect", "g2gnet.programs.sweep")
 # --- code ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in WITH_CODE if name not in ELSEWHERE])
+#: the page that users begin with; the others run with ``pytest -m ci``
+FIRST = "docs/tutorial.md"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [FIRST, *(pytest.param(name, marks=pytest.mark.ci) for name in WITH_CODE if name not in (FIRST, *ELSEWHERE))],
+)
 def test_the_code_of_a_page_prints_what_the_page_says(name, tmp_path, monkeypatch, plain_memory):
     # backends that a page registers are gone afterwards
     monkeypatch.setattr(dispatch, "BACKENDS", dict(dispatch.BACKENDS))

@@ -122,6 +122,7 @@ def test_each_example_runs(workplace, command):
         assert len(json.loads((workplace / f"checkpoints/{settings.summary_stem}.json").read_text())["folds"]) == 2
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     "command", [command for command in COMMANDS if command.endswith(".pth") and "*" not in command]
 )

@@ -27,7 +27,7 @@ make_oldest() {
 test_oldest() {
     PYTHONPATH=$PWD "$environment/bin/python" -m pytest -n logical -W ignore::FutureWarning \
         -W ignore::DeprecationWarning -W "ignore:The value of the smallest subnormal:UserWarning" \
-        tests/g2gnet tests/g2g_kernels tests/programs --ignore-glob='*triton*'
+        tests/g2gnet tests/g2g_kernels --ignore-glob='*triton*'
 }
 
 make_with() {

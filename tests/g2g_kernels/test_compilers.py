@@ -9,6 +9,8 @@ import pytest
 from compiled_kernels import build
 from helpers import ROOT
 
+pytestmark = pytest.mark.ci
+
 
 @pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="aarch64-linux-gnu-g++ is not installed")
 def test_the_library_of_another_processor_links(tmp_path):

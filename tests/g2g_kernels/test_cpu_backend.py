@@ -46,6 +46,7 @@ from g2g_kernels.ops.record import Backward, arguments, opened
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
 
+UNITS = (1, 7, 16, 20, 32, 48, 64, 100)
 RAGGED, FULL = (98, 200, 136, 10), (64, 128, 192, 10)  # neurons; those of FULL fill strips of 16 and 32 lanes
 KINDS = {
     "index": (("index", "index"),) * 3,
@@ -227,13 +228,13 @@ def bounded(options: dict) -> bool:
 
 
 EVERY = {
-    "kind": KINDS, "unit": (1, 7, 16, 20, 32, 48, 64, 100), "x": ("held", "dense", "spikes", "many spikes"),
+    "kind": KINDS, "unit": UNITS, "x": ("held", "dense", "spikes", "many spikes"),
     "shape": ((9, 5), (1, 1), (1, 5), (2, 1), (24, 3), (63, 2), (64, 1), (65, 2), (13, 70)), "reset": RESETS,
     "surrogate": SURROGATES, "alpha": (2.0, 0.7), "per_neuron": (False, True), "sizes": (RAGGED, FULL),
 }  # fmt: skip
 SMALL = {"shape": ((9, 5),), "unit": (1, 20, 64), "x": ("spikes", "many spikes")}
 BY_GRADIENT = {
-    "unit": EVERY["unit"], "alpha": (1e4, 10.0, 1.0, 1e-3), "surrogate": COMPACT, "margin": (0,),
+    "unit": UNITS, "alpha": (1e4, 10.0, 1.0, 1e-3), "surrogate": COMPACT, "margin": (0,),
     "per_neuron": (False,), "x": ("held", "spikes"),
 }  # fmt: skip
 WAYS = {
@@ -568,11 +569,11 @@ def test_without_gradients_nothing_is_kept():
 # --- the parts alone ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("x", ["dense", "spikes", "many spikes"])
-@pytest.mark.parametrize("rows", [(3,), (1,), (7, 130), (1700,)])
-def test_linear_alone(x, rows):
+def test_linear_alone():
     ratios = ErrorRatios()
-    for unit in EVERY["unit"]:
+    cases = of_today({"x": ("dense", "spikes", "many spikes"), "rows": ((3,), (1,), (7, 130), (1700,)), "unit": UNITS})
+    for name, (x, rows, unit) in ((name, case.values()) for name, case in cases.items()):
+        print(name)
         draw = seeded(unit)
         layouts = GroupLayout(150, 4, "random", draw), GroupLayout(131, 4, "interleaved", draw)
         mask = BlockMask.sample(*layouts, p_inter=0.3, block_size=unit, generator=draw)
@@ -591,7 +592,7 @@ def test_linear_alone(x, rows):
         for name in outcome[0]:
             ratios.add(name, *(results[name] for results in outcome))
         assert (outcome[0]["values"][~mask.valid()] == 0).all()
-    ratios.check(len(EVERY["unit"]))
+    ratios.check(len(cases))
 
 
 @pytest.mark.parametrize("x", ["dense", "spikes"])

@@ -1,25 +1,21 @@
-"""The C interface of the compiled CPU kernels: what is refused when it is loaded, and each neuron model run by it."""
+"""The C interface of the compiled CPU kernels: what is refused when it is loaded, and what each of its files holds."""
 
 import ctypes
-import itertools
-import math
 import os
 import re
 import shutil
 import subprocess
 
 import pytest
-import snntorch
 import torch
-from helpers import ROOT, ErrorRatios, rms, seeded
+from helpers import ROOT
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.cpu import interface, library
 from g2g_kernels.cpu.interface import structures
-from g2g_kernels.cpu.library import pointer
 from g2g_kernels.cpu.plans import plan_for
 from g2g_kernels.ops.neurons.cpu import neuron_arguments
-from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons
+from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
@@ -116,7 +112,7 @@ def test_a_number_that_no_option_has_is_refused(option, number, kernel):
     setattr(neurons, option, number)
     if kernel == "g2g_neurons_backward":
         tensor = torch.zeros(2, 1)
-        arguments = structures.NeuronLoop(neurons=neurons, samples=1, size=1, steps=2, threads=1, every=EVERY)
+        arguments = structures.NeuronLoop(neurons=neurons, samples=1, size=1, steps=2, threads=1, every=5)
         arguments.current = arguments.grad_spikes = arguments.grad_current = tensor.data_ptr()
     else:
         mask = BlockMask.full(GroupLayout(1, 1), GroupLayout(1, 1), 1)
@@ -133,108 +129,3 @@ def test_intrinsics_are_in_one_file_and_the_map_names_every_file():
     assert [name for name, text in sources.items() if re.search(r"\b_mm\d*_|\b__m\d+|immintrin", text)] == ["vec.h"]
     named = set(re.findall(r"`(\w+\.(?:h|cpp))`", (folder / "README.md").read_text(encoding="utf-8")))
     assert named == set(sources)
-
-
-# --- neurons alone --------------------------------------------------------------------------------------------------
-
-EVERY = 5
-
-
-def _run(model, current, parameters, steps, options, grad_spikes) -> list[torch.Tensor]:
-    """Spikes, ∂L/∂I and the gradients of the parameters by the compiled kernels; what they write starts as NaN."""
-    shape = grad_spikes.shape
-    states = len(MODELS[model].states)
-    spikes = torch.full(shape, math.nan)
-    kept = torch.full(((shape[0] - 1) // EVERY, states, *shape[1:]), math.nan)
-    grads = [torch.full_like(value, math.nan) for value in (current, *parameters)]
-    arguments = structures.NeuronLoop(
-        neurons=neuron_arguments(Neurons(model, tuple(parameters), *options), grads[1:]),
-        current=current.data_ptr(),
-        samples=math.prod(shape[1:-1]),
-        size=shape[-1],
-        steps=shape[0],
-        threads=2,
-        held=steps is not None,
-        every=EVERY,
-        spikes=spikes.data_ptr(),
-        kept=pointer(kept),
-        grad_spikes=grad_spikes.data_ptr(),
-        grad_current=grads[0].data_ptr(),
-    )
-    library.run(library.library().g2g_neurons_forward, arguments)
-    library.run(library.library().g2g_neurons_backward, arguments)
-    return [spikes, *grads]
-
-
-def _surrogate(name: str, alpha: float):
-    class Spike(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            ctx.save_for_backward(x)
-            return (x > 0).to(x.dtype)
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad * SURROGATES[name].derivative(*ctx.saved_tensors, alpha)
-
-    return Spike.apply
-
-
-def _by_snntorch(current, parameters, steps, options, grad_spikes, dtype) -> list[torch.Tensor]:
-    reset, surrogate, alpha = options
-    leaves = [tensor.to(dtype, copy=True).requires_grad_() for tensor in (current, *parameters)]
-    neuron = snntorch.Synaptic(
-        alpha=0.0, beta=0.0, spike_grad=_surrogate(surrogate, alpha), reset_mechanism=reset, threshold=0.0
-    )
-    neuron.alpha, neuron.beta, neuron.threshold = leaves[1:]
-    synaptic_current = membrane = torch.zeros(grad_spikes.shape[1:], dtype=dtype)
-    spikes = []
-    for t in range(len(grad_spikes)):
-        spike, synaptic_current, membrane = neuron(leaves[0] if steps else leaves[0][t], synaptic_current, membrane)
-        spikes.append(spike)
-    (torch.stack(spikes) * grad_spikes.to(dtype)).sum().backward()
-    return [torch.stack(spikes).detach(), *(leaf.grad for leaf in leaves)]
-
-
-@pytest.mark.parametrize("steps", [None, 23])
-@pytest.mark.parametrize("per_neuron", [False, True])
-def test_synaptic_neurons_alone_are_snntorchs(steps, per_neuron):
-    """Spikes to the last bit, gradients as near to float64 as snnTorch's own; some decays lie outside 0 … 1."""
-    ratios = ErrorRatios()
-    cases = list(itertools.product([(3, 45), (2, 2, 70)], RESETS, SURROGATES))
-    for number, (shape, *options) in enumerate(cases):
-        draw = seeded(number)
-        current = torch.randn(*(() if steps else (23,)), *shape, generator=draw) * 0.5 + 0.15
-        if per_neuron:
-            decays = [torch.rand(shape[-1], generator=draw) * 1.2 - 0.1 for _ in range(2)]
-        else:
-            decays = [torch.tensor(0.7), torch.tensor(0.9)]
-        parameters = [*decays, torch.rand(shape[-1] if per_neuron else (), generator=draw) + 0.5]
-        grad_spikes = torch.randn(23, *shape, generator=draw)
-        options = (*options, 2.0)
-        actual = _run("synaptic", current, parameters, steps, options, grad_spikes)
-        plain = _by_snntorch(current, parameters, steps, options, grad_spikes, torch.float32)
-        exact = _by_snntorch(current, parameters, steps, options, grad_spikes, torch.float64)
-        assert torch.equal(actual[0], plain[0])
-        assert torch.equal(actual[0].double(), exact[0]), "a draw with a membrane too near its threshold"
-        names = ("current", *MODELS["synaptic"].parameters)
-        for name, *gradients in zip(names, actual[1:], plain[1:], exact[1:], strict=True):
-            ratios.add(name, *gradients)
-            # that of a shared parameter is a sum of thousands of terms of about 1, which may all but cancel
-            scale = max(rms(gradients[2]), 1.0) if gradients[2].dim() == 0 else rms(gradients[2])
-            assert rms(gradients[0].double() - gradients[2]) < 3e-5 * scale, f"{name} is wrong"
-    ratios.check(len(cases))
-
-
-def test_synaptic_without_a_synapse_is_lif():
-    """With γ = 0 the two are one model, but for what "zero" discharges."""
-    draw = seeded(0)
-    current, grad_spikes = torch.randn(2, 12, 3, 45, generator=draw)
-    beta, threshold = torch.rand(45, generator=draw), torch.rand(45, generator=draw) + 0.2
-    for reset, surrogate in itertools.product(("subtract", "none"), SURROGATES):
-        options = (reset, surrogate, 1.5)
-        lif = _run("lif", current, [beta, threshold], None, options, grad_spikes)
-        synaptic = _run("synaptic", current, [torch.zeros(45), beta, threshold], None, options, grad_spikes)
-        del synaptic[2]
-        for one, other in zip(lif, synaptic, strict=True):
-            assert torch.equal(one, other)

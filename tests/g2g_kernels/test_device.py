@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from covering import of_today
 from helpers import MaskCase, packed_randn, seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -120,84 +121,36 @@ def test_directml_where_there_is_none(monkeypatch, package, adapter):
 
 #: no computation on a device: queries of dtypes and views of the same memory
 VIEWS = {
-    "detach.default",
-    "expand.default",
-    "permute.default",
-    "promote_types.default",
-    "select.int",
-    "t.default",
-    "unsqueeze.default",
-    "view.default",
-    "_unsafe_view.default",
-}
+    "detach.default", "expand.default", "permute.default", "promote_types.default", "select.int", "t.default",
+    "unsqueeze.default", "view.default", "_unsafe_view.default",
+}  # fmt: skip
 FORWARD_AND_BACKWARD = VIEWS | {
     # memory and copies
-    "_to_copy.default",
-    "cat.default",
-    "clone.default",
-    "copy_.default",
-    "empty_like.default",
-    "new_empty.default",
-    "new_zeros.default",
-    "ones_like.default",
-    "zeros.default",
+    "_to_copy.default", "cat.default", "clone.default", "copy_.default", "empty_like.default", "new_empty.default",
+    "new_zeros.default", "ones_like.default", "zeros.default",
     # packing: whole tiles by a list of distinct indices, nothing is summed
-    "index_copy_.default",
-    "index_select.default",
+    "index_copy_.default", "index_select.default",
     # element-wise
-    "abs.default",
-    "add.Tensor",
-    "add_.Tensor",
-    "addcmul_.default",
-    "bitwise_and.Tensor",
-    "bitwise_not.default",
-    "bitwise_or.Tensor",
-    "clamp.default",
-    "div.Scalar",
-    "ge.Scalar",
-    "gt.Scalar",
+    "abs.default", "add.Tensor", "add_.Tensor", "addcmul_.default", "bitwise_and.Tensor", "bitwise_not.default",
+    "bitwise_or.Tensor", "clamp.default", "div.Scalar", "ge.Scalar", "gt.Scalar",
     "gt.Tensor",  # U > θ, which Python asks as θ < U where θ is a Parameter (a subclass of Tensor)
-    "lt.Scalar",
-    "lt.Tensor",
-    "masked_fill.Scalar",
-    "neg.default",
-    "le.Scalar",
-    "mul.Scalar",
-    "mul.Tensor",
-    "mul_.Tensor",
-    "pow.Tensor_Scalar",
-    "reciprocal.default",
-    "rsub.Scalar",
-    "sigmoid.default",
-    "sub.Tensor",
-    "sub_.Tensor",
-    "where.self",
+    "lt.Scalar", "lt.Tensor", "masked_fill.Scalar", "neg.default", "le.Scalar", "mul.Scalar", "mul.Tensor",
+    "mul_.Tensor", "pow.Tensor_Scalar", "reciprocal.default", "rsub.Scalar", "sigmoid.default", "sub.Tensor",
+    "sub_.Tensor", "where.self",
     # products and reductions
-    "addmm.default",
-    "mean.dim",
-    "mm.default",
-    "sum.dim_IntList",
+    "addmm.default", "mean.dim", "mm.default", "sum.dim_IntList",
     # cross-entropy
-    "_log_softmax.default",
-    "_log_softmax_backward_data.default",
-    "nll_loss_backward.default",
+    "_log_softmax.default", "_log_softmax_backward_data.default", "nll_loss_backward.default",
     "nll_loss_forward.default",
-}
+}  # fmt: skip
 ADAM = {
     "_local_scalar_dense.default",  # the step count, which Adam keeps on the CPU
     "lift_fresh.default",  # the same, made from a number
-    "add.Tensor",
-    "add_.Tensor",
-    "addcdiv_.default",
-    "addcmul_.default",
-    "div.Tensor",
+    "add.Tensor", "add_.Tensor", "addcdiv_.default", "addcmul_.default", "div.Tensor",
     # DirectML has no lerp: it falls back to the CPU (microsoft/DirectML issue 675), right but slow. PyTorch's own Adam
     # uses it, in torch 2.4 too, so only an optimizer written without it would stay on the device.
-    "lerp_.Scalar",
-    "mul_.Tensor",
-    "sqrt.default",
-    "zeros_like.default",
-}
+    "lerp_.Scalar", "mul_.Tensor", "sqrt.default", "zeros_like.default",
+}  # fmt: skip
 
 
 class Recorder(TorchDispatchMode):
@@ -225,49 +178,49 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("per_neuron", [False, True], ids=["scalar", "per neuron"])
-@pytest.mark.parametrize("steps", [None, 4], ids=["varying", "held"])
-@pytest.mark.parametrize("cases", CASES.values(), ids=CASES.keys())
-def test_a_training_step_uses_plain_operators_only(monkeypatch, plain_memory, cases, steps, per_neuron):
-    """Forward, cross-entropy on the counts, a rate penalty, backward and Adam, for every reset and surrogate.
+def test_a_training_step_uses_plain_operators_only(monkeypatch, plain_memory):
+    """Forward, cross-entropy on the counts, a rate penalty, backward and Adam.
 
     MPS and XPU devices run the same plain backend, and so are held to the same list.
     """
     directml(monkeypatch, torch.device("cpu"))
     device = select_device("directml")
-    masks = [case.mask().to(device) for case in cases]
-    layers, learned = [], []
-    for number, mask in enumerate(masks):
-        neurons = (mask.shape[0],) if per_neuron else ()
-        tensors = packed_randn(mask, number), torch.zeros(mask.shape[0]), torch.full(neurons, 0.9), torch.ones(neurons)
-        values, bias, beta, threshold = (torch.nn.Parameter(tensor.to(device)) for tensor in tensors)
-        layers.append((values, mask, bias, (beta, threshold)))
-        learned += [values, bias, beta, threshold]
-    samples = 6
-    shape = (samples, cases[0].in_size) if steps else (4, samples, cases[0].in_size)
-    x = (3 * torch.rand(shape, generator=seeded(1))).to(device)
-    labels = torch.randint(cases[1].out_size, (samples,), generator=seeded(2)).to(device)
-
     used: dict[str, set[str]] = {"step": set(), "adam": set()}
-    for reset in RESETS:
-        for surrogate in SURROGATES:
-            optimizer = torch.optim.Adam(learned, lr=1e-3, weight_decay=1e-4, foreach=False)
-            before = [tensor.detach().clone() for tensor in learned]
-            with Recorder() as step:
-                stack = [
-                    SpikingLayer(*connection, Neurons("lif", parameters, reset, surrogate))
-                    for *connection, parameters in layers
-                ]
-                activity = g2g_stack(x, stack, steps, backend="torch")
-                loss = torch.nn.functional.cross_entropy(activity.counts, labels)
-                loss = loss + 1e-2 * (activity.rates[0] - 0.1).square().sum(0)
-                optimizer.zero_grad()
-                loss.backward()
-            with Recorder() as adam:
-                optimizer.step()
-            used["step"] |= step.operators
-            used["adam"] |= adam.operators
-            assert all(not torch.equal(old, new) for old, new in zip(before, learned, strict=True))
+    options = {"cases": CASES, "steps": (None, 4), "per_neuron": (False, True)}
+    for name, case in of_today(options | {"reset": RESETS, "surrogate": SURROGATES}).items():
+        print(name)
+        cases, steps, per_neuron, *of_neurons = case.values()
+        cases, learned, connections = CASES[cases], [], []
+        for number, each in enumerate(cases):
+            mask = each.mask().to(device)
+            neurons = (mask.shape[0],) if per_neuron else ()
+            drawn = (
+                packed_randn(mask, number),
+                torch.zeros(mask.shape[0]),
+                torch.full(neurons, 0.9),
+                torch.ones(neurons),
+            )
+            values, bias, beta, threshold = (torch.nn.Parameter(tensor.to(device)) for tensor in drawn)
+            connections.append((values, mask, bias, (beta, threshold)))
+            learned += [values, bias, beta, threshold]
+        samples = 6
+        shape = (samples, cases[0].in_size) if steps else (4, samples, cases[0].in_size)
+        x = (3 * torch.rand(shape, generator=seeded(1))).to(device)
+        labels = torch.randint(cases[1].out_size, (samples,), generator=seeded(2)).to(device)
+        optimizer = torch.optim.Adam(learned, lr=1e-3, weight_decay=1e-4, foreach=False)
+        before = [tensor.detach().clone() for tensor in learned]
+        with Recorder() as step:
+            layers = [SpikingLayer(*of, Neurons("lif", parameters, *of_neurons)) for *of, parameters in connections]
+            activity = g2g_stack(x, layers, steps, backend="torch")
+            loss = torch.nn.functional.cross_entropy(activity.counts, labels)
+            loss = loss + 1e-2 * (activity.rates[0] - 0.1).square().sum(0)
+            optimizer.zero_grad()
+            loss.backward()
+        with Recorder() as adam:
+            optimizer.step()
+        used["step"] |= step.operators
+        used["adam"] |= adam.operators
+        assert all(not torch.equal(old, new) for old, new in zip(before, learned, strict=True))
     assert used["step"] <= FORWARD_AND_BACKWARD
     assert used["adam"] <= ADAM
     # the recorder was at work

@@ -66,28 +66,22 @@ def test_an_interpreter_serves_only_calls_that_ask_for_it_by_name(monkeypatch, a
     assert double(3, backend="triton") == ("triton", 6)
 
 
-@pytest.mark.parametrize("name", BACKENDS)
-def test_the_argument_forces_a_backend(available, double, name):
-    assert double(3, backend=name) == (name, 6)
-
-
-@pytest.mark.parametrize("name", BACKENDS)
-def test_the_environment_forces_a_backend(monkeypatch, available, double, name):
-    monkeypatch.setenv("G2G_BACKEND", name)
-    assert double(3) == (name, 6)
-
-
-def test_the_argument_wins_over_the_environment(monkeypatch, available, double):
-    monkeypatch.setenv("G2G_BACKEND", "torch")
-    assert double(3, backend="cpu") == ("cpu", 6)
-
-
-@pytest.mark.parametrize("name", ["", "auto"])
-def test_auto_leaves_the_choice_open(monkeypatch, available, double, name):
-    monkeypatch.setenv("G2G_BACKEND", name)
-    assert double(3) == ("triton", 6)
-    assert double(3, backend="auto") == ("triton", 6)
-    assert forced_backend(None) is None
+@pytest.mark.parametrize(
+    ("environment", "argument", "expected"),
+    [
+        *((None, name, name) for name in BACKENDS),
+        *((name, None, name) for name in BACKENDS),
+        ("torch", "cpu", "cpu"),  # the argument wins
+        *(("", None, "triton"), ("auto", None, "triton"), ("auto", "auto", "triton")),  # the choice is left open
+    ],
+)
+def test_the_argument_or_else_the_environment_forces_a_backend(
+    monkeypatch, available, double, environment, argument, expected
+):
+    if environment is not None:
+        monkeypatch.setenv("G2G_BACKEND", environment)
+    assert double(3, **({} if argument is None else {"backend": argument})) == (expected, 6)
+    assert (forced_backend(argument) is None) == (argument != expected != environment)
 
 
 # --- errors -------------------------------------------------------------------------------------------------------

@@ -1,9 +1,7 @@
 """What the compiled kernels' surroundings do under odd circumstances: collectors, modes, systems, names."""
 
-import gc
 import mmap
-import subprocess
-import sys
+import threading
 
 import pytest
 import torch
@@ -27,41 +25,21 @@ from g2g_kernels.cpu.workspace import Workspace
 
 compiled = pytest.mark.skipif("cpu" not in available_backends(), reason=f"{backend_status()['cpu']}")
 
-DEADLOCK = """
-import gc, threading, torch
-from g2g_kernels import BlockMask, GroupLayout, g2g_linear
-gc.set_threshold(10)
-mask = BlockMask.sample(GroupLayout(64, 4), GroupLayout(64, 4), block_size=16)
-values, x = mask.pack(torch.randn(64, 64)), torch.randn(3072, 64)  # outputs of 768 KB come from the pool
-def calls(number):
-    torch.set_num_threads(1)
-    for _ in range(number):
-        cycle = [g2g_linear(x, values, mask, backend="cpu")]
-        cycle.append(cycle)
-for number in (1, 4):
-    callers = [threading.Thread(target=calls, args=(200 // number,)) for _ in range(number)]
-    for caller in callers:
-        caller.start()
-    for caller in callers:
-        caller.join()
-    print(number, "called", flush=True)
-"""
-
-
-@compiled
-def test_outputs_freed_by_the_garbage_collector_inside_the_pool_do_not_lock_it():
-    """840b5ea hung within 50 calls."""
-    done = subprocess.run([sys.executable, "-c", DEADLOCK], capture_output=True, text=True, timeout=300)
-    assert done.stdout == "1 called\n4 called\n", done.stderr
-
 
 def test_a_finalizer_may_run_while_the_pool_is_locked():
+    """As where the garbage collector frees outputs inside a call: 840b5ea hung."""
     pool = Workspace()
-    tensor = pool.bytes(1 << 20)
-    address = tensor.data_ptr()
-    with pool._lock:
-        del tensor
-        gc.collect()
+    tensors = [pool.bytes(1 << 20)]
+    address = tensors[0].data_ptr()
+
+    def free() -> None:
+        with pool._lock:
+            tensors.clear()
+
+    freeing = threading.Thread(target=free, daemon=True)
+    freeing.start()
+    freeing.join(30)
+    assert not freeing.is_alive()
     assert pool.bytes(1 << 20).data_ptr() == address
 
 
@@ -111,12 +89,12 @@ def test_plans_of_many_small_layers_are_built_once(monkeypatch):
     built = []
     make = plans.Plan.__init__
     monkeypatch.setattr(plans.Plan, "__init__", lambda self, *rest: (built.append(1), make(self, *rest))[1])
-    layers = [BlockMask.full(GroupLayout(8, 2), GroupLayout(8, 2), 1) for _ in range(100)]
+    layers = [BlockMask.full(GroupLayout(8, 2), GroupLayout(8, 2), 1) for _ in range(70)]
     values = torch.ones(layers[0].num_units, 1, 1)
     for _ in range(3):
         for mask in layers:
             g2g_linear(torch.ones(1, 8), values, mask, backend="cpu")
-    assert len(built) == 100
+    assert len(built) == 70
 
 
 @compiled
@@ -153,11 +131,3 @@ def test_a_layer_of_too_many_weights_is_refused_by_their_number(monkeypatch):
     mask = BlockMask.full(GroupLayout(8, 1), GroupLayout(8, 1), 4)
     with pytest.raises(BackendError, match="serves at most 63 weights in a layer, not 64"):
         g2g_linear(torch.ones(1, 8), torch.ones(4, 4, 4), mask, backend="cpu")
-
-
-@pytest.mark.parametrize("value", [True, 2.0, "2", 0])
-def test_sizes_that_are_no_whole_numbers_are_named(value):
-    with pytest.raises(ValueError, match=rf"block_size={value!r} must be a whole number"):
-        BlockMask.full(GroupLayout(8, 1), GroupLayout(8, 1), value)
-    with pytest.raises(ValueError, match=rf"num_groups={value!r} must be a whole number"):
-        GroupLayout(8, value)

@@ -145,10 +145,12 @@ STATE = """
 import logging, random, signal, sys, warnings
 import numpy, torch, torch.optim.optimizer
 
+SLOW = "torch.utils.flop_counter", "triton", "torch._dynamo", "torch._inductor", "sympy"
+
 def state():
     found = {
         "sys.meta_path": list(sys.meta_path),
-        "what takes long to import": [name for name in ("torch.utils.flop_counter", "triton") if name in sys.modules],
+        "what takes long to import": [name for name in sys.modules if name.startswith(SLOW)],
         "sys.path_hooks": list(sys.path_hooks),
         "sys.excepthook": sys.excepthook,
         "warnings": list(warnings.filters),

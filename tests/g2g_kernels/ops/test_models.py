@@ -313,8 +313,7 @@ def run_stack(
     """Results of a stack whose layers have resets, from the first one on, and surrogates of their own."""
     leaves = stack.leaves(dtype, device_of(backend))
     layers = stack.layers(leaves)
-    for k, (model, mask) in enumerate(zip(models, stack.masks, strict=True)):
-        mask.to(device_of(backend))
+    for k, model in enumerate(models):
         own = tuple(leaves[f"{name}{k}"] for name in MODELS[model].parameters)
         reset, surrogate = RESETS[(RESETS.index(first) + k) % 3], ("triangle", "atan", "fast_sigmoid")[k]
         layers[k] = layers[k]._replace(

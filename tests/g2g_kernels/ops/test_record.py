@@ -123,7 +123,7 @@ def test_subclasses_and_modes_of_functions_get_the_dispatched_operator(looks):
 @pytest.mark.parametrize("backend", COMPILED)
 @pytest.mark.parametrize("change", ["relabel_", "load_state_dict", "values"])
 def test_what_a_stack_saved_must_not_have_changed(backend, change):
-    stack = Stack(STACKS["random single weights"], None)
+    stack = Stack(STACKS["one unit a group"], None)
     leaves = stack.leaves(torch.float32)
     counts = g2g_stack(leaves["x"], stack.layers(leaves), backend=backend).counts
     mask = stack.masks[1]

@@ -96,7 +96,7 @@ def test_what_samples_are_follows_from_their_shape_and_the_flags(
     assert ("of shape 6 × 5, are read as images, as augment=" in caplog.text) == told
 
 
-def test_the_checkpoint_has_the_order_of_permuted_pixels(tmp_path):
+def test_the_checkpoint_has_the_order_of_permuted_pixels(tmp_path, monkeypatch):
     flags = ["--dataset", "fashionmnist-mini", "--limit_train", "60", "--limit_test", "40", "--enc", "rate"]
     flags += ["--sequence", "permuted", "--sequence_step", "98", "--sequence_seed", "5", "--chunk", "3"]
     checkpoint = trained(train, tmp_path, *flags)["files"]["checkpoint"]
@@ -110,6 +110,7 @@ def test_the_checkpoint_has_the_order_of_permuted_pixels(tmp_path):
     assert again["accuracy"] == run.history[-1]["test_acc"]
     assert again["layers"]["lif1"]["pathway_coherence"] is not None  # its inputs are spikes
     page = tmp_path / "report.html"
+    monkeypatch.setattr("g2gnet.programs.report.content.picture", lambda figure, caption: caption)
     assert report.main([checkpoint, "--output", str(page)]) == 0
     assert "fashionmnist-mini as sequences (permuted)" in page.read_text()
 

@@ -202,9 +202,20 @@ def pages(site):
 
 
 @pytest.mark.long
-def test_the_site_has_every_page(site):
+def test_the_site_has_every_page_every_public_name_and_executed_notebooks(site, pages):
     for name in PAGES:
         assert (site / name).with_suffix(".html").exists(), name
+    reference = site / "docs" / "api"
+    described = set().union(*(links.places for page, links in pages.items() if reference in page.parents))
+    for package in PACKAGES:
+        for name in importlib.import_module(package).__all__:
+            assert f"{package}.{name}" in described
+    objects = {page.stem for page in pages if page.parent.name == "objects"}  # a page for each class and function
+    assert {"g2g_kernels.BlockMask", "g2gnet.G2GNet", "g2gnet.interop.from_snntorch"} <= objects
+    assert len(objects) > 100
+    for notebook in NOTEBOOKS:
+        page = (site / notebook.relative_to(ROOT)).with_suffix(".html")
+        assert any("_images" in address for address in pages[page].loaded), notebook.name
 
 
 @pytest.mark.long
@@ -233,31 +244,7 @@ def test_every_link_inside_of_the_site_leads_somewhere(pages):
 
 
 @pytest.mark.long
-def test_every_public_name_is_in_the_reference(site, pages):
-    reference = site / "docs" / "api"
-    described = set().union(*(links.places for page, links in pages.items() if reference in page.parents))
-    for package in PACKAGES:
-        for name in importlib.import_module(package).__all__:
-            assert f"{package}.{name}" in described
-
-
-@pytest.mark.long
-def test_each_class_and_function_has_a_page_of_its_own(pages):
-    objects = {page.stem for page in pages if page.parent.name == "objects"}
-    assert {"g2g_kernels.BlockMask", "g2gnet.G2GNet", "g2gnet.interop.from_snntorch"} <= objects
-    assert len(objects) > 100
-
-
-@pytest.mark.long
 def test_the_search_has_the_function_whose_results_are_shortened(site):
     assert "_performSearch" in (site / "_static" / "few-results.js").read_text(encoding="utf-8")
     assert "[docname, title, anchor, descr, score, filename" in (site / "_static" / "searchtools.js").read_text()
     assert "Search._performSearch(" in (site / "_static" / "searchtools.js").read_text(encoding="utf-8")
-
-
-@pytest.mark.long
-def test_the_site_has_executed_its_notebooks(site):
-    for notebook in NOTEBOOKS:
-        page = (site / notebook.relative_to(ROOT)).with_suffix(".html")
-        pictures = [address for address in Links(page).loaded if "_images" in address]
-        assert pictures, notebook.name

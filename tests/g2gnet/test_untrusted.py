@@ -313,7 +313,7 @@ PARTS = ["block_size", "out_group_of", "in_group_of", "unit_row", "unit_col"]
 spoiled_parts = st.builds(with_part, st.sampled_from(PARTS), st.integers(-2, 2**40), indices)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.data())
 def test_arbitrary_masks_are_loaded_right_or_refused(data):
     state = data.draw(spoiled(LAYER) | spoiled_parts)
@@ -438,7 +438,7 @@ def check_call(operator, function, arguments, wrong, data, expected):
             assert torch.equal(function(**arguments, backend=backend), expected())
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(st.data())
 def test_g2g_linear_is_exact_or_names_the_argument(data):
     mask = data.draw(masks())
@@ -484,7 +484,7 @@ def neurons(draw, size):
     return draw(value | value.map(torch.tensor) | per_neuron)
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(st.data())
 def test_lif_is_exact_or_names_the_argument(data):
     steps = data.draw(st.none() | st.integers(1, 6))
@@ -519,7 +519,7 @@ def test_lif_is_exact_or_names_the_argument(data):
     )
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(st.data())
 def test_g2g_stack_is_exact_or_names_the_argument(data):
     first = data.draw(masks())

@@ -22,24 +22,14 @@ def sequences(given, sequence, values=1, seed=0):
 
 
 def test_a_step_receives_a_row():
-    given = images(*GREY)
-    unfolded = sequences(given, "rows")
-    assert unfolded.shape == (6, 5, 4)
+    """Of every channel, or some rows."""
+    grey, colour = images(*GREY), images(*COLOUR)
+    of_grey, of_colour = sequences(grey, "rows"), sequences(colour, "rows")
+    assert (of_grey.shape, of_colour.shape) == ((6, 5, 4), (6, 5, 12))
     for t in range(6):
-        assert torch.equal(unfolded[t], given[:, t])
-
-
-def test_a_step_receives_the_row_of_every_channel():
-    given = images(*COLOUR)
-    unfolded = sequences(given, "rows")
-    assert unfolded.shape == (6, 5, 12)
-    for t in range(6):
-        assert torch.equal(unfolded[t], torch.cat([given[:, channel, t] for channel in range(3)], 1))
-
-
-def test_a_step_receives_some_rows():
-    unfolded = sequences(images(*GREY), "rows", 3)
-    assert torch.equal(unfolded[1], images(*GREY)[:, 3:].flatten(1))
+        assert torch.equal(of_grey[t], grey[:, t])
+        assert torch.equal(of_colour[t], colour[:, :, t].flatten(1))
+    assert torch.equal(sequences(grey, "rows", 3)[1], grey[:, 3:].flatten(1))
 
 
 @pytest.mark.parametrize("values", [1, 4, 8])

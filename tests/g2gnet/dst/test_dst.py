@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import pickle
 
 import pytest
 import torch
@@ -480,6 +481,14 @@ def test_scores_are_not_rounded_by_autocast_and_graphs_that_are_kept_hold_no_sam
         assert not observer._inputs
     for exact, found in zip(scores[:2], scores[2:], strict=True):
         assert torch.equal(exact, found)
+
+
+def test_a_copy_of_a_layer_forms_no_gradient_of_absent_units():
+    model, _, scheduler = own_model(interval=1, grow="gradient")
+    assert scheduler.forms_gradient
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert model[0].observer is not None
+        assert twin[0].observer is None
 
 
 # --- numbers that are not finite ----------------------------------------------------------------------------------

@@ -7,9 +7,9 @@ import resource
 import shlex
 from pathlib import Path
 
-import numpy as np
 import processes
 import pytest
+from small_data import write_own
 from tiny_checkpoints import TINY, train_tiny
 
 import crossval
@@ -26,14 +26,6 @@ from g2gnet.training.cross_validation import FoldSettings
 from g2gnet.training.evaluation import build_network
 
 MANY = 10**26
-
-
-def write_data(path, *shape):
-    """A file of data with 40 training and 40 test samples of that shape."""
-    images = np.random.default_rng(0).random((40, *shape), np.float32)
-    labels = np.arange(40) % 4
-    np.savez(path, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
-    return path
 
 
 SMALL = "--hidden_dim 16 --T 3 --batch_size 20 --block_size 4 --epochs 2"
@@ -103,7 +95,7 @@ def test_the_last_fold_has_a_seed_too(capsys, no_step, tmp_path):
     ],
 )
 def test_vectors_cannot_be_mirrored(tmp_path, capsys, no_step, program, shape, change, what):
-    data = write_data(tmp_path / "vectors.npz", *shape)
+    data = write_own(tmp_path / "vectors.npz", *shape)
     flag, value = change.split("=")
     small = SMALL if len(shape) == 1 else SMALL.replace("--T 3", "--sequence own")
     flags = [*small.split(), "--dataset", data, f"--{flag}", value, "--checkpoint_dir", tmp_path / "c"]
@@ -127,7 +119,7 @@ def test_vectors_cannot_be_mirrored(tmp_path, capsys, no_step, program, shape, c
     ],
 )
 def test_the_length_of_sequences_is_not_chosen(tmp_path, capsys, no_step, shape, flags, message):
-    data = write_data(tmp_path / "mine.npz", *shape)
+    data = write_own(tmp_path / "mine.npz", *shape)
     for program in (train, crossval):
         given = "--dataset", data, *shlex.split(flags), "--checkpoint_dir", tmp_path / "c"
         assert message in refused(program, capsys, *given, status=1 if len(shape) > 4 else 2)
@@ -137,7 +129,7 @@ def test_the_length_of_sequences_is_not_chosen(tmp_path, capsys, no_step, shape,
 @pytest.mark.parametrize("program", [train, crossval], ids=["train", "crossval"])
 def test_a_name_too_long_for_the_runs_files_is_refused_before_the_first_step(tmp_path, capsys, no_step, program):
     """The checkpoint's name fitted, that of the analysis did not."""
-    data = write_data(tmp_path / f"{'n' * 200}.npz", 20)
+    data = write_own(tmp_path / f"{'n' * 200}.npz", 20)
     flags = [*SMALL.split(), "--dataset", data, "--checkpoint_dir", tmp_path / "c"]
     printed = refused(program, capsys, *flags, status=1)
     assert "File name too long" in printed
@@ -334,7 +326,7 @@ def test_a_run_does_not_replace_its_own_files_by_its_json(tmp_path, capsys, no_s
 
 
 def test_a_file_that_is_read_is_not_written(tmp_path, capsys, no_step):
-    data = write_data(tmp_path / "data.npz", 20)
+    data = write_own(tmp_path / "data.npz", 20)
     (tmp_path / "link.npz").symlink_to(data.rename(tmp_path / "real"))
     flags = [*SMALL.split(), "--dataset", tmp_path / "link.npz", "--checkpoint_dir", tmp_path / "c"]
     printed = refused(train, capsys, *flags, "--json", tmp_path / "real", status=1)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from small_data import OWN_LABELS, write_own
 
 import crossval
 import train
@@ -21,16 +22,6 @@ from g2gnet.sequences import input_order
 from g2gnet.training import TrainSettings, read_run
 
 SMALL = ["--hidden_dim", "16", "--batch_size", "20", "--block_size", "4", "--epochs", "1", "--model", "mixer"]
-LABELS = np.arange(60) % 4
-
-
-def write_data(path, *shape, dtype=np.float32):
-    """40 training and 20 test samples of that shape, of four classes."""
-    images = (np.random.default_rng(0).random((60, *shape)) * (1 if dtype == np.float32 else 255)).astype(dtype)
-    parts = {"train": slice(40), "test": slice(40, None)}
-    np.savez(path, **{f"{name}_images": images[part] for name, part in parts.items()},
-             **{f"{name}_labels": LABELS[part] for name, part in parts.items()})  # fmt: skip
-    return path
 
 
 def trained(program, folder, *flags):
@@ -46,7 +37,7 @@ def trained(program, folder, *flags):
     ids=["vectors", "counts", "frames"],
 )
 def test_sequences_of_ones_own_have_their_own_length(tmp_path, shape, inputs, dtype):
-    document = trained(train, tmp_path, "--dataset", write_data(tmp_path / "mine.npz", *shape, dtype=dtype))
+    document = trained(train, tmp_path, "--dataset", write_own(tmp_path / "mine.npz", *shape, dtype=dtype))
     settings, checkpoint = document["settings"], document["files"]["checkpoint"]
     assert (settings["T"], settings["sequence"]) == (6, "own")
     assert "_own_mixer_p0.15_T6_current" in checkpoint
@@ -54,7 +45,7 @@ def test_sequences_of_ones_own_have_their_own_length(tmp_path, shape, inputs, dt
     assert (net.T, net.fc1.in_features) == (6, inputs)
     samples = as_samples(load_dataset(settings["dataset"]).test_images)
     assert torch.equal(net.encode(samples), samples.view(20, 6, inputs).transpose(0, 1))
-    accuracy = (net(samples).argmax(1) == torch.from_numpy(LABELS[40:])).double().mean()
+    accuracy = (net(samples).argmax(1) == torch.from_numpy(OWN_LABELS[40:])).double().mean()
     assert float(accuracy) == document["result"]["test_acc"]
     layers = json.loads(Path(document["files"]["analysis"]).read_text())["layers"]
     assert layers["lif1"]["pathway_coherence"] is None  # its inputs are no spikes
@@ -62,7 +53,7 @@ def test_sequences_of_ones_own_have_their_own_length(tmp_path, shape, inputs, dt
 
 
 def test_a_named_data_set_of_event_frames_is_an_entry_and_a_module(tmp_path, monkeypatch):
-    frames, labels = torch.rand(60, 6, 2, 3, 4), torch.from_numpy(LABELS)
+    frames, labels = torch.rand(60, 6, 2, 3, 4), torch.from_numpy(OWN_LABELS)
     data = ImageData("events", frames[:40], labels[:40], frames[40:], labels[40:], 4)
     monkeypatch.setitem(DATASETS, "events", Dataset((6, 2, 3, 4), 4, "events", sequences=True))
     monkeypatch.setitem(sys.modules, "g2gnet.data.events", SimpleNamespace(load=lambda name, data_dir: data))
@@ -87,7 +78,7 @@ def test_a_named_data_set_of_event_frames_is_an_entry_and_a_module(tmp_path, mon
 def test_what_samples_are_follows_from_their_shape_and_the_flags(
     tmp_path, caplog, shape, flags, sequence, steps, inputs
 ):
-    document = trained(train, tmp_path, "--dataset", write_data(tmp_path / "mine.npz", *shape), *flags.split())
+    document = trained(train, tmp_path, "--dataset", write_own(tmp_path / "mine.npz", *shape), *flags.split())
     assert (document["settings"]["T"], document["settings"]["sequence"]) == (steps, sequence)
     net = load(document["files"]["checkpoint"])
     assert (net.T, net.fc1.in_features) == (steps, inputs)
@@ -96,7 +87,7 @@ def test_what_samples_are_follows_from_their_shape_and_the_flags(
     assert ("of shape 6 × 5, are read as images, as augment=" in caplog.text) == told
 
 
-def test_the_checkpoint_has_the_order_of_permuted_pixels(tmp_path):
+def test_the_checkpoint_has_the_order_of_permuted_pixels(tmp_path, monkeypatch):
     flags = ["--dataset", "fashionmnist-mini", "--limit_train", "60", "--limit_test", "40", "--enc", "rate"]
     flags += ["--sequence", "permuted", "--sequence_step", "98", "--sequence_seed", "5", "--chunk", "3"]
     checkpoint = trained(train, tmp_path, *flags)["files"]["checkpoint"]
@@ -110,12 +101,13 @@ def test_the_checkpoint_has_the_order_of_permuted_pixels(tmp_path):
     assert again["accuracy"] == run.history[-1]["test_acc"]
     assert again["layers"]["lif1"]["pathway_coherence"] is not None  # its inputs are spikes
     page = tmp_path / "report.html"
+    monkeypatch.setattr("g2gnet.programs.report.content.picture", lambda figure, caption: caption)
     assert report.main([checkpoint, "--output", str(page)]) == 0
     assert "fashionmnist-mini as sequences (permuted)" in page.read_text()
 
 
 def test_folds_of_sequences(tmp_path):
-    data = write_data(tmp_path / "mine.npz", 6, 5)
+    data = write_own(tmp_path / "mine.npz", 6, 5)
     document = trained(crossval, tmp_path, "--dataset", data, "--k_folds", "2", "--standardize")
     assert document["settings"]["T"] == 6
     assert len(document["folds"]) == 2

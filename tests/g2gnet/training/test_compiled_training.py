@@ -64,10 +64,10 @@ def train(parts, run, steps):
         dst.step()
 
 
-def parts(make, rules, interval):
+def parts(make, rules, interval, **options):
     model = make()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return model, optimizer, DSTScheduler(model, optimizer, interval, 0.3, *rules)
+    return model, optimizer, DSTScheduler(model, optimizer, interval, 0.3, *rules, **options)
 
 
 def same(one, other):
@@ -137,11 +137,17 @@ def saved_and_read(everything):
 
 
 @pytest.mark.parametrize(
-    ("duplicate", "rules"), [(copy.deepcopy, RULES[0]), (saved_and_read, RULES[1])], ids=["deepcopy", "pickle"]
+    ("duplicate", "rules", "options"),
+    [
+        (copy.deepcopy, RULES[0], {"final_density": 0.1, "total_steps": 8}),
+        (saved_and_read, RULES[1], {"final_density": 0.1, "total_steps": 8}),
+        (copy.deepcopy, RULES[1], {}),
+    ],
+    ids=["deepcopy, pruned", "pickle, pruned", "deepcopy"],
 )
-def test_model_optimizer_and_scheduler_are_copied_together_at_any_step(duplicate, rules):
+def test_model_optimizer_and_scheduler_are_copied_together_at_any_step(duplicate, rules, options):
     """Between steps and inside one, while an update is due or not: the copies go on as the originals do."""
-    originals = parts(spiking, rules, interval=2)
+    originals = parts(spiking, rules, interval=2, **options)
     for step in range(4):
         model, optimizer, dst = originals
         between = duplicate(originals)

@@ -84,22 +84,6 @@ def same_wiring(one, other):
     return torch.equal(one.fc2.mask.flat_unit(), other.fc2.mask.flat_unit())
 
 
-def test_a_copy_is_a_network_of_its_own_whatever_is_written_to_it():
-    net = network()
-    put_away, loaded, assigned, rounded, untied = copies = [copy.deepcopy(net) for _ in range(5)]
-    loaded.load_state_dict(copy.deepcopy(net.state_dict()))
-    assigned.load_state_dict(copy.deepcopy(net.state_dict()), assign=True)
-    for layer, _ in rounded.layers():
-        layer.values.data.mul_(64).round_().div_(64)
-    tie_wiring(net, untied)
-    untie_wiring(untied)
-    states = [copy.deepcopy(each.state_dict()) for each in copies]
-    trained(net)
-    for each, state in zip(copies, states, strict=True):
-        assert all(map(torch.equal, each.state_dict().values(), state.values()))
-    assert not same_wiring(net, put_away)
-
-
 def test_a_copy_of_which_nobody_said_what_it_is_is_reported_once_for_each_scheduler(caplog):
     def reports():
         return [record for record in caplog.records if "averages=[average]" in record.message]

@@ -186,3 +186,14 @@ def growth_table(record: dict[str, Any]) -> str:
             *notes,
         ]
     )
+
+
+def compared(record: dict[str, Any], before: dict[str, Any]) -> str:
+    """How long each contender takes, and took in an earlier record."""
+    was = {(run["contender"], run["place"]): run["median"] for run in before["runs"] if "median" in run}
+    rows = [
+        (run["contender"], seconds(was[key]), seconds(run["median"]), f"{run['median'] / was[key]:.2f}×")
+        for run in record["runs"]
+        if "median" in run and (key := (run["contender"], run["place"])) in was
+    ]
+    return in_columns((f"since {str(before['machine']['commit'])[:8]}", "was", "is", ""), rows)

@@ -56,7 +56,7 @@ def run_of(
 
 def _name(text: str) -> str:
     """``text`` as part of a path."""
-    return re.sub(r"[^A-Za-z0-9.+]+", "-", text).lstrip("-")
+    return re.sub(r"[^A-Za-z0-9.+]+", "-", text).strip("-")
 
 
 def validation_data(folder: Path, fold: int) -> Path:

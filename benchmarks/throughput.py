@@ -119,7 +119,9 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     base = cli.workload_from(arguments, kernel.usual, **kernel.workload)
     changes: list[dict[str, Any]] = [{}]
     if quantity is not None:
-        values = cli.numbers(arguments.values, type(quantity.values[0])) if arguments.values else quantity.values
+        values = quantity.values[:3] if arguments.quick else quantity.values
+        if arguments.values:
+            values = tuple(cli.numbers(arguments.values, type(values[0])))
         if len(set(values)) < 2:
             raise ValueError(f"values={arguments.values!r}: a line needs at least two different values")
         changes = [quantity.at(value) for value in values]

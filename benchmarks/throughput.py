@@ -176,7 +176,7 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
         "workloads": [places[workload] for workload in workloads],
         "runs": runs,
     }
-    print(report.growth_table(record) if quantity else report.throughput_table(record))
+    print(report.text(record))
     if before:
         print(report.compared(record, before))
     print(

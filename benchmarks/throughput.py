@@ -143,7 +143,7 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     with cli.bar(total) as bar:
 
         def progress(text: str) -> None:
-            bar.set_description(text)
+            bar.set_description(text, refresh=False)
             bar.update()
 
         outcomes = measure(jobs, arguments.repeats, progress=progress, between_rounds=limits.measure)

@@ -146,7 +146,7 @@ def measure(size: Size, steps: int, compared: Sequence[int | None], repeats: int
         racers, expected = [], None
         taken: dict[int | None, list[tuple[float, float]]] = {chunk: [] for chunk in (None, *compared)}
         for chunk in compared:
-            bar.set_description(f"{steps} steps, {'whole' if chunk is None else f'chunks of {chunk}'}")
+            bar.set_description(f"{steps} steps, {'whole' if chunk is None else f'chunks of {chunk}'}", refresh=False)
             bar.update()
             point: dict[str, Any] = {"T": steps, "chunk": chunk, "status": "timed"}
             points.append(point)

@@ -20,14 +20,12 @@ from g2gnet.programs.output import STDOUT, write_output
 from g2gnet.training import TrainSettings
 from g2gnet.weights.patterns import MODELS
 
-from . import records
+from . import records, report
 from .registry import PRECISIONS
 from .workload import Prepared, Workload, load, prepare
 
 #: of a workload with ``--quick``
 QUICK = {"batch_size": 64, "T": 20, "hidden_dim": 1024, "repeats": 5}
-#: cores that other programs may use on average while nothing is measured
-BUSY = 0.1
 #: seconds between two states of the progress where it goes to a file
 SELDOM = 30
 
@@ -185,7 +183,7 @@ def headline(machine: dict[str, Any]) -> str:
 def warn_if_busy(machine: dict[str, Any], rates: dict[str, float]) -> None:
     """Warns if other programs used part of the machine during the measurement."""
     busy = rates.get("others_busy_cores", 0.0)
-    if busy > BUSY:
+    if busy > report.BUSY:
         print(
             f"Other programs kept {busy:.1f} of {machine['cores']} cores busy: do not trust these times, least "
             "of all those of loops over many small operations; CPU time says more."

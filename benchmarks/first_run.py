@@ -127,12 +127,12 @@ def stages(device: str) -> Iterator[Stage]:
             shapes = f"--precision {precision} --batch_sizes {batches} --block_sizes {units}"
         command = f"{__package__}.fused_pair --device {device} {shapes}"
         yield stage(f"fused-{precision}", command, environment=(("TRITON_INTERPRET", "1"),) if tiny else ())
-    if tiny or torch.cuda.device_count() > 1:
-        flags = f"--device {'cpu' if tiny else 'cuda'}"
-        if tiny:
-            sizes_of_run = "--epochs 1 --batch_size 32 --hidden_dim 64 --T 4 --limit_train 96 --limit_test 32"
-            flags += f" --flags {shlex.quote(f'{MINI} --model mixer {sizes_of_run}')}"
-        yield stage("processes", f"{__package__}.processes {flags}")
+    count = 2 if tiny else torch.cuda.device_count()
+    if count > 1:  # the trainer compares the states of its processes
+        launcher = f"torch.distributed.run --standalone --nproc_per_node={count} -m g2gnet.programs.train"
+        flags = f"{MINI} --model mixer --epochs 1 --checkpoint_dir first-run/processes --device {device}"
+        flags += " --batch_size 32 --hidden_dim 64 --T 4 --limit_train 96 --limit_test 32" if tiny else ""
+        yield stage("processes", f"{launcher} {flags}", False, (("OMP_NUM_THREADS", "1"),))
 
 
 # --- one stage ----------------------------------------------------------------------------------------------------

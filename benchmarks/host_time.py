@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.triton import runtime
 from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack
-from g2gnet.base.tables import in_columns
+from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
 
 from . import cli
@@ -198,7 +198,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             rows.append(_row(last.case, "launcher", taken) | {"launches": len(last.launches)})
         about = {"benchmark": "host_time", "machine": describe(torch.device("cpu"))}
         record = {**about, "turns": arguments.turns, "turn": TURN, "runs": rows}
-    print(in_columns(*table(record)))
+    print(table(record))
     return record
 
 
@@ -214,15 +214,15 @@ def _row(case: Case, part: str, taken: Sequence[float]) -> dict[str, Any]:
     return {**case._asdict(), "part": part, "least": min(taken), "median": statistics.median(taken)}
 
 
-def table(record: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: least and median time of each part of each case."""
+def table(record: dict[str, Any]) -> str:
+    """Least and median time of each part of each case."""
     parts = list(dict.fromkeys(row["part"] for row in record["runs"]))
     cases: dict[str, dict[str, str]] = {}
     for row in record["runs"]:
         name = ", ".join(row[field] for field in Case._fields)
         cases.setdefault(name, {})[row["part"]] = f"{seconds(row['least'])} ({seconds(row['median'])})"
     rows = [[name, *(times.get(part, "–") for part in parts)] for name, times in cases.items()]
-    return ["least (median)", *parts], rows
+    return markdown(["least (median)", *parts], rows)
 
 
 def build_parser() -> Parser:

@@ -22,7 +22,6 @@ from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
 
 from . import chunks, cpu_choices, flag_costs, host_time, records, report, study_tables
-from .cli import BUSY
 from .first_run import comparison
 from .predictions import RECORD as PREDICTIONS
 from .records import RESULTS
@@ -161,25 +160,13 @@ def _throughput(record: Record, link: Link) -> str:
     content = record.content
     if content["quantity"]:
         return _scaling(record, link)
-    counted = _counted(content)
-    timed = sorted((run for run in content["runs"] if run["status"] == "timed"), key=lambda run: float(run[counted]))
-    baseline = next(run[counted] for run in timed if run["contender"] == content["baseline"])
-    busy = _busy(content)
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "": lambda run: title(run["contender"]),
-        "median": lambda run: seconds(run["median"]),
-        "20–80 %": lambda run: f"{seconds(run['p20'])} – {seconds(run['p80'])}",
-        "processor time": lambda run: seconds(run["cpu_median"]) if "cpu_median" in run else "–",
-        "times as fast": lambda run: f"{baseline / run[counted]:.3g}",
-        "of the floor": lambda run: f"{100 * report.of_floor(content, run):.0f} %",
-        "peak memory": lambda run: f"{run['peak_bytes'] / 1e6:.0f} MB",
-    }
-    left_out = {"processor time": not busy, "of the floor": busy}
-    shown = {name: cell for name, cell in columns.items() if not left_out.get(name)}
+    repeats = next(run["repeats"] for run in content["runs"] if run["status"] == "timed")
+    last = ("processor time", "times as fast") if _busy(content) else ("times as fast", "of the floor")
+    table = markdown(*report.times(content, ("median", "20–80 %", *last, "peak memory"), title))
     text = (
-        f"{_about(content)}: {_network(content['workloads'][0])}. {timed[0]['repeats']} interleaved repeats, "
+        f"{_about(content)}: {_network(content['workloads'][0])}. {repeats} interleaved repeats, "
         f"{_machine(record, link)}. *Times as fast*: as {title(content['baseline'])}.\n\n"
-        f"{markdown(list(shown), [[cell(run) for cell in shown.values()] for run in timed])}{_said_of_others(content)}"
+        f"{table}{_said_of_others(content)}"
     )
     absent = [
         f"{title(run['contender'])} ({run['reason']})"
@@ -204,21 +191,27 @@ def _peers(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The baseline's row, and that of the fastest contender that is not ours."""
     others = [run for run in content["runs"] if run["status"] == "timed" and "g2g" not in run["contender"]]
     baseline = next(run for run in others if run["contender"] == content["baseline"])
-    return baseline, min(others, key=lambda run: float(run[_counted(content)]))
+    return baseline, min(others, key=lambda run: float(run[report.counted(content)]))
 
 
 def _step_in_a_line(record: Record, link: Link) -> str:
     """Our time of a training step against that of the baseline and of the fastest other contender."""
     content = record.content
-    masked, fastest = (seconds(row["median"]) for row in _peers(content))
+    masked, fastest = _peers(content)
+    page = link(PICTURES / "performance.md")
     return (
         f"A training step with {content['workloads'][0]['hidden_dim']:,} neurons per layer takes "
-        f"**{seconds(_ours(content)['median'])}**; {_MASKED} takes {masked}, {_FASTEST} "
-        f"{fastest} ({_processor(content['machine'])}; [how it was measured]({link(PICTURES / 'performance.md')}))."
+        f"**{seconds(_ours(content)['median'])}**; {_MASKED} takes {seconds(masked['median'])}, {_fastest(fastest)} "
+        f"{seconds(fastest['median'])} ({_processor(content['machine'])}; [how it was measured]({page}))."
     )
 
 
-_MASKED, _FASTEST = "a loop over time with masked weights (snnTorch)", "the fastest dense form in PyTorch"
+_MASKED = "a loop over time with masked weights (snnTorch)"
+
+
+def _fastest(run: dict[str, Any]) -> str:
+    """What the fastest contender is that is not ours."""
+    return f"the fastest dense form {'in JAX' if run['contender'].startswith('jax') else 'in PyTorch'}"
 
 
 def _readme(of_step: Record, of_wide: Record, of_recipe: Record, of_few: Record, link: Link) -> str:
@@ -234,7 +227,7 @@ def _readme(of_step: Record, of_wide: Record, of_recipe: Record, of_few: Record,
     best, (dense, sparse) = trained[BEST], CHOSEN_FEW[:2]
     rows = [
         ["A training step", f"**{seconds(ours['median'])}**",
-         f"{seconds(masked['median'])}: {_MASKED}; {seconds(fastest['median'])}: {_FASTEST}",
+         f"{seconds(masked['median'])}: {_MASKED}; {seconds(fastest['median'])}: {_fastest(fastest)}",
          "performance.md#a-training-step"],
         ["Its memory", f"**{ours['peak_bytes'] / 1e6:.0f} MB**",
          f"{masked['peak_bytes'] / 1e6:,.0f} MB; {fastest['peak_bytes'] / 1e6:.0f} MB",
@@ -269,7 +262,7 @@ def _in_one_table(*names: str) -> Part:
         rows = []
         for record in (records[name][-1] for name in names if name in records):
             content = record.content
-            counted, ours, (baseline, fastest) = _counted(content), _ours(content), _peers(content)
+            counted, ours, (baseline, fastest) = report.counted(content), _ours(content), _peers(content)
             whole = content["kernel"] in ("step", "recurrent")
             rows.append([
                 _network(content["workloads"][0]) if whole else _about(content),
@@ -288,12 +281,7 @@ def _in_one_table(*names: str) -> Part:
 
 def _busy(content: dict[str, Any]) -> bool:
     """Whether other programs used the machine while a record was made; then processor time is what counts."""
-    return content.get("limits", {}).get("others_busy_cores", 0.0) > BUSY
-
-
-def _counted(content: dict[str, Any]) -> str:
-    """The time of a contender that counts."""
-    return "cpu_median" if _busy(content) else "median"
+    return report.counted(content) == "cpu_median"
 
 
 def _said_of_others(content: dict[str, Any]) -> str:
@@ -374,15 +362,6 @@ GROWING = ("T", "B", "H", "groups", "block_size")
 def _scaling(record: Record, link: Link) -> str:
     content = record.content
     places = content["workloads"]
-    rows = []
-    for contender, runs in report.curves(content):
-        medians = [run.get("median") for run in runs]
-        fitted = ["–", "–"]
-        if line := report.line(content, runs):
-            largest = max(median for median in medians if median)
-            fitted = [f"{100 * line.intercept / largest:.0f} %", f"{line.r_squared:.3f}"]
-        name = curve_title(contender, content["quantity"])
-        rows.append([name, *(seconds(m) if m else "–" for m in medians), *fitted])
     first, changing = places[0], {"wide": ("H", "p_inter")}.get(content["quantity"], (content["quantity"],))
     fixed = [
         words.format(first[field])
@@ -399,23 +378,16 @@ def _scaling(record: Record, link: Link) -> str:
         alphas = ", ".join(f"{place['alpha']:g}" for place in places)
         fixed.append(f"hidden {first['surrogate']} of α {alphas}")
     what = "A training step" if content["kernel"] == "step" else "A forward pass"
-    header = [content["x_is"], *(plain(place["x"]) for place in places), "begins at", "R²"]
+    tables = [report.growth(content, lambda name: curve_title(name, content["quantity"]))]
+    if "dense_bytes" in first:
+        tables.append(report.memory(content))
     picture = f"![{what} against {content['x_is']}]({link(record.picture)})\n\n" if record.picture else ""
-    return (
-        f"{picture}{what}: {first['model']}, {', '.join(fixed)}. {_machine(record, link)}.\n\n"
-        f"{markdown(header, rows)}{_beside_dense(content)}"
+    return "\n\n".join(
+        [
+            f"{picture}{what}: {first['model']}, {', '.join(fixed)}. {_machine(record, link)}.",
+            *(markdown(*table) for table in tables),
+        ]
     )
-
-
-def _beside_dense(content: dict[str, Any]) -> str:
-    """The memory of each contender, above that of a dense network, if the record has this."""
-    places = content["workloads"]
-    if "dense_bytes" not in places[0]:
-        return ""
-    rows = [[name, *(f"{run['peak_bytes'] / 1e9:.2f}" for run in runs)] for name, runs in report.curves(content)]
-    computed = (f"{each['dense_bytes'] / 1e9:.2f}" for each in places)
-    rows.append(["dense weights, gradients and Adam's moments (computed)", *computed])
-    return f"\n\n{markdown(['memory of a step, GB', *(plain(place['x']) for place in places)], rows)}"
 
 
 #: what the names of rows say in short, and in words
@@ -457,28 +429,9 @@ def _of_study(record: Record, link: Link) -> str:
     )
 
 
-def _flag_costs(record: Record, link: Link) -> str:
-    content = record.content
-    rounds = len(content["runs"][0]["rounds"])
-    return (
-        f"`--dataset fashionmnist {content['settings']}` and the flags of each row; {rounds} rounds of "
-        f"{content['turn']} steps in turn, after {content['steps_before']} steps. Median of a step; median over the "
-        f"rounds of what the flag adds, ± half the distance between the quartiles. On {_machine(record, link)}.\n\n"
-        f"{flag_costs.table(content)}"
-    )
-
-
-def _host_time(record: Record, link: Link) -> str:
-    content = record.content
-    return (
-        f"CPU time of one thread, in {content['turns'] * content['turn']:,} steps. On {_machine(record, link)}.\n\n"
-        f"{markdown(*host_time.table(content))}"
-    )
-
-
-def _cpu_choices(record: Record, link: Link) -> str:
-    content = record.content
-    return f"Layers of {content['size']} neurons, {_machine(record, link)}. {cpu_choices.table(content)}"
+def _table(table: Callable[[dict[str, Any]], str]) -> Callable[[Record, Link], str]:
+    """The table of a record of another benchmark, and the machine."""
+    return lambda record, link: f"{_machine(record, link)}\n\n{table(record.content)}"
 
 
 def _chunks(record: Record, link: Link) -> str:
@@ -522,9 +475,9 @@ def _predictions(record: Record, link: Link) -> str:
 WHOLE: dict[str, Callable[[Record, Link], str]] = {
     "throughput": _throughput,
     "chunks": _chunks,
-    "flag_costs": _flag_costs,
-    "host_time": _host_time,
-    "cpu_choices": _cpu_choices,
+    "flag_costs": _table(flag_costs.table),
+    "host_time": _table(host_time.table),
+    "cpu_choices": _table(cpu_choices.table),
     "predictions": _predictions,
     **dict.fromkeys(STUDIES, _study),
 }

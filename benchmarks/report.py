@@ -1,6 +1,6 @@
 """Turns outcomes into runs of a record, and records into tables."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +9,11 @@ from g2gnet.base.tables import in_columns
 
 from .harness import Outcome
 from .registry import COMPACT
+
+#: cores that other programs may use on average while nothing is measured
+BUSY = 0.1
+#: a header and lines of cells
+Table = tuple[list[str], list[list[str]]]
 
 
 def summary(outcome: Outcome) -> dict[str, Any]:
@@ -124,65 +129,83 @@ def seconds(value: float) -> str:
     return f"{value / scale:.3g} {unit}"
 
 
-def throughput_table(record: dict[str, Any]) -> str:
-    """The contenders of a throughput record; then how some differ, and which have no time and why.
+def counted(record: dict[str, Any]) -> str:
+    """The time of a contender that counts: processor time, if other programs used the machine."""
+    return "cpu_median" if record.get("limits", {}).get("others_busy_cores", 0.0) > BUSY else "median"
 
-    GFLOP/s count multiplications and additions of active weights, whatever the contender actually does.
-    """
-    timed = [run for run in record["runs"] if run["status"] == "timed"]
-    flop = record["workloads"][0]["flop"]
-    baseline = next((run["median"] for run in timed if run["contender"] == record["baseline"]), None)
-    rows = [
-        (
-            run["contender"],
-            seconds(run["median"]),
-            f"{seconds(run['p20'])} – {seconds(run['p80'])}",
-            seconds(run["cpu_median"]),
-            f"{baseline / run['median']:.2f}×" if baseline else "–",
-            f"{flop / run['median'] / 1e9:.3g}" if flop else "–",
-            f"{of_floor(record, run):.0%}",
-            f"{run['peak_bytes'] / 1e6:.0f}",
-            seconds(run["first_seconds"]),
-            " ".join(f"{100 * rate:.1f}" for rate in run["firing_rates"]),
-            run["closest"],
-        )
-        for run in timed
+
+#: cells of a throughput record's table, by column: of the record, a run, and the baseline's run or None.
+#: GFLOP/s count multiplications and additions of active weights, whatever the contender actually does
+CELLS: dict[str, Callable[[dict[str, Any], dict[str, Any], dict[str, Any] | None], str]] = {
+    "median": lambda record, run, baseline: seconds(run["median"]),
+    "20–80 %": lambda record, run, baseline: f"{seconds(run['p20'])} – {seconds(run['p80'])}",
+    "processor time": lambda record, run, baseline: seconds(run["cpu_median"]) if "cpu_median" in run else "–",
+    "times as fast": lambda record, run, baseline: (
+        f"{baseline[counted(record)] / run[counted(record)]:.3g}" if baseline else "–"
+    ),
+    "GFLOP/s": lambda record, run, baseline: f"{record['workloads'][0]['flop'] / run['median'] / 1e9:.3g}",
+    "of the floor": lambda record, run, baseline: f"{100 * of_floor(record, run):.0f} %",
+    "peak memory": lambda record, run, baseline: f"{run['peak_bytes'] / 1e6:.0f} MB",
+    "first turn": lambda record, run, baseline: seconds(run["first_seconds"]),
+    "rates, %": lambda record, run, baseline: " ".join(f"{100 * rate:.1f}" for rate in run["firing_rates"]),
+    "error": lambda record, run, baseline: run["closest"],
+}
+
+
+def times(record: dict[str, Any], columns: Iterable[str] = CELLS, name: Callable[[str], str] = str) -> Table:
+    """A line per contender that has a time, the fastest first."""
+    timed = sorted((run for run in record["runs"] if run["status"] == "timed"), key=lambda run: run[counted(record)])
+    baseline = next((run for run in timed if run["contender"] == record["baseline"]), None)
+    cells = [[name(run["contender"]), *(CELLS[column](record, run, baseline) for column in columns)] for run in timed]
+    return ["", *columns], cells
+
+
+def growth(record: dict[str, Any], name: Callable[[str], str] = str) -> Table:
+    """A line per contender: the median at each place, where the line begins, over the longest time, and its R²."""
+    lines = []
+    for contender, runs in curves(record):
+        medians, fitted = [run.get("median") for run in runs], ["–", "–"]
+        if found := line(record, runs):
+            share = found.intercept / max(median for median in medians if median)
+            fitted = [f"{100 * share:.0f} %", f"{found.r_squared:.3f}"]
+        lines.append([name(contender), *(seconds(median) if median else "–" for median in medians), *fitted])
+    return [record["x_is"], *(plain(place["x"]) for place in record["workloads"]), "begins at", "R²"], lines
+
+
+def memory(record: dict[str, Any]) -> Table:
+    """A line per contender, in GB, above what a dense network of that size needs if the record has this."""
+    places = record["workloads"]
+    lines = [
+        [name, *(f"{run['peak_bytes'] / 1e9:.2f}" if "peak_bytes" in run else "–" for run in runs)]
+        for name, runs in curves(record)
     ]
-    columns = "contender,median,p20 – p80,CPU time,speed-up,GFLOP/s,of floor,peak MB,first turn,rates %,error"
-    parts = [in_columns(columns.split(","), rows)] if rows else ["no contender has a time"]
-    parts += [f"{run['contender']}: {run['differs']}" for run in timed if run["differs"]]
-    parts += [f"{run['contender']}: {run['status']}: {run['reason']}" for run in record["runs"] if run not in timed]
+    if "dense_bytes" in places[0]:
+        dense = [f"{place['dense_bytes'] / 1e9:.2f}" for place in places]
+        lines.append(["dense weights, gradients and Adam's moments (computed)", *dense])
+    return ["memory of a step, GB", *(plain(place["x"]) for place in places)], lines
+
+
+def text(record: dict[str, Any]) -> str:
+    """The tables of a throughput record; then how some contenders differ, and which have no time and why."""
+    tables = (growth(record), memory(record)) if record["quantity"] else (times(record),)
+    parts = [in_columns(*table) if table[1] else "no contender has a time" for table in tables]
+    differing = {run["contender"]: run["differs"] for run in record["runs"] if run.get("differs")}
+    parts += [f"{contender}: {differs}" for contender, differs in differing.items()]
+    for run in record["runs"]:
+        if run["status"] != "timed":
+            x = record["workloads"][run["place"]]["x"]
+            parts.append(
+                f"{run['contender']}{'' if x is None else f' at {plain(x)}'}: {run['status']}: {run['reason']}"
+            )
     return "\n".join(parts)
 
 
-def growth_table(record: dict[str, Any]) -> str:
-    """One row per contender: the medians and the line; then the memory; then the points without a time and why."""
-    places = record["workloads"]
-    header = [plain(place["x"]) for place in places]
-    times, memory, notes = [], [], []
-    for contender, runs in curves(record):
-        medians = [run.get("median") for run in runs]
-        notes += [
-            f"{contender} at {header[run['place']]}: {run['status']}: {run['reason']}"
-            for run in runs
-            if run["status"] != "timed"
-        ]
-        found, fitted = line(record, runs), ["–"] * 3
-        if found:
-            share = found.intercept / max(median for median in medians if median)
-            fitted = [seconds(found.intercept), f"{share:.0%}", f"{found.r_squared:.4f}"]
-        times.append((contender, *(seconds(median) if median else "–" for median in medians), *fitted))
-        peaks = (run.get("peak_bytes") for run in runs)
-        memory.append((contender, *(f"{peak / 1e6:.0f}" if peak else "–" for peak in peaks)))
-    if "dense_bytes" in places[0]:
-        dense = [f"{place['dense_bytes'] / 1e6:.0f}" for place in places]
-        memory.append(("dense weights with gradients and Adam, computed", *dense))
-    return "\n".join(
-        [
-            f"{record['x_is']}: median time, and the line over active multiply-adds",
-            in_columns(("", *header, "intercept", "of largest", "R²"), times),
-            "peak memory, MB",
-            in_columns(("", *header), memory),
-            *notes,
-        ]
-    )
+def compared(record: dict[str, Any], before: dict[str, Any]) -> str:
+    """How long each contender takes, and took in an earlier record."""
+    was = {(run["contender"], run["place"]): run["median"] for run in before["runs"] if "median" in run}
+    rows = [
+        (run["contender"], seconds(was[key]), seconds(run["median"]), f"{run['median'] / was[key]:.2f}×")
+        for run in record["runs"]
+        if "median" in run and (key := (run["contender"], run["place"])) in was
+    ]
+    return in_columns((f"since {str(before['machine']['commit'])[:8]}", "was", "is", ""), rows)

@@ -15,6 +15,7 @@ from g2gnet.training import TrainSettings
 
 from .machine import PeakMemory, load_lazy_parts, pytorch_threads
 
+COSTS = ("step_bytes", "step_seconds")
 #: from settings, input_dim and num_classes
 Build = Callable[[TrainSettings, int, int], nn.Module]
 
@@ -46,7 +47,7 @@ def costs(settings: TrainSettings, build: Build) -> dict[str, float]:
             began = time.process_time()
             step()
             seconds.append(time.process_time() - began)
-    return {"step_bytes": most, "step_seconds": min(seconds)}
+    return dict(zip(COSTS, (most, min(seconds)), strict=True))
 
 
 def _training_step(settings: TrainSettings, build: Build) -> Callable[[], None]:

@@ -359,14 +359,10 @@ ACCURACY, TRAINED, SILENT = "test accuracy, %", "training accuracy, %", "never f
 SECONDS, PROCESSOR = "seconds of training", "processor seconds"
 STUDIES = {
     "few": Study(
-        "Few weights, and better than a small dense network? As many weights as dense networks of 67 and 127 "
-        "neurons per layer have wider sparse ones in units of 16 or single weights: static; rewired (pruned by "
-        "magnitude, grown by gradient); ERK (small layers keep more of their weights); gradual: beginning with all "
-        "weights inside groups and a seventh of the others, pruned by magnitude; from dense: the same, beginning "
-        "with all weights; DEEP R. Any may be smoothed (labels, and the last membrane instead of spike counts), "
-        "shifted (images, which are always mirrored) and decayed (AdamW's decoupled decay). By default those are "
-        "trained that were the best with --validation. Memory is that of a training step, with the weights that "
-        "training begins with, above the process with its imports.",
+        "Few weights, and better than a small dense network? Dense networks of 67 and 127 neurons per layer "
+        "against wider sparse ones of as many weights: static, rewired, ERK, gradual (pruned from a quarter of the "
+        "weights), from dense, DEEP R; smoothed labels, shifted images, decayed weights. By default the best on "
+        "held-back images. Memory is that of a training step above the process with its imports.",
         "an hour",
         "--dataset fashionmnist --T 10 --lr_schedule cosine --standardize --weight_decay 0 --surrogate triangle",
         _few(),
@@ -376,9 +372,8 @@ STUDIES = {
         costs=True,
     ),
     "tradeoff": Study(
-        "Accuracy for time and for weights, dense against sparse: dense networks of several widths and wide sparse "
-        "ones, by one recipe. Times are processor seconds of training without evaluation, on one thread; with "
-        "--jobs 1 no other run uses the caches.",
+        "Accuracy for time and for weights, dense against sparse, by one recipe. Times are processor seconds of "
+        "training without evaluation; with --jobs 1 no other run uses the caches.",
         "six hours",
         PLAIN,
         _tradeoff(),
@@ -386,12 +381,10 @@ STUDIES = {
         ("network", "weights", PROCESSOR, ACCURACY),
     ),
     "recipe": Study(
-        "What does each part of the recipe contribute? The recipe takes 40 epochs. The rows of 20 epochs are the "
-        "recipe, and the recipe with one part left out or replaced; the rows '40 epochs, …' have some of these, "
-        "alone or together, in runs as long as the recipe's or longer. The second recipe is what came of them: the "
-        "last membrane, label smoothing, decoupled decay, ERK, shifted images and no dropout; its other rows have "
-        "one part of the first recipe instead. Choose what to keep with --validation. The rows '5 %, …' have that "
-        "share of the weights, in rewired units of 16. Rows of ReLU are the same networks without spikes and time.",
+        "What does each part of the recipe contribute? Rows of 20 epochs have one part left out or replaced; rows "
+        "'40 epochs, …' some of these, alone or together. The second recipe is what came of them; its other rows "
+        "have one part of the first instead. Choose with --validation. Rows '5 %, …' have that share of the "
+        "weights, in rewired units of 16; rows of ReLU are the same networks without spikes and time.",
         "twenty hours",
         "--dataset fashionmnist",
         _recipe(),
@@ -399,11 +392,9 @@ STUDIES = {
         ("", "epochs", ACCURACY, "minus the recipe, points", TRAINED, SILENT, SECONDS),
     ),
     "dst": Study(
-        "Growth rules of dynamic sparse training against static graphs. All prune by magnitude; the replaced share "
-        "starts at 0.3, every 100 steps, and falls along a cosine to zero at 75 % of training. At 25 % there is "
-        "also the default schedule, 10 % every 1,000 steps. Placement: standard deviation over mean of the units "
-        "of a block row of fc2, and of a block column; block rows without units; units that join neurons of one "
-        "group.",
+        "Growth rules of dynamic sparse training against static graphs; all prune by magnitude. Spread: standard "
+        "deviation over mean of the units of a block row of fc2, and of a block column; inside: units that join "
+        "neurons of one group.",
         "eight hours",
         PLAIN.replace("--T 10", "--model index --T 10 --hidden_dim 1024"),
         _dst(),
@@ -411,13 +402,11 @@ STUDIES = {
         ("", ACCURACY, SILENT, "spread", "rows empty", "inside"),
     ),
     "structure": Study(
-        "Does it matter who connects to whom? Groups by index, random and mixer, a small world of groups, distance "
-        "on a ring and on the image plane, against two graphs without modules: Erdős–Rényi and regular, whose rows "
-        "have equally many units, as those of groups have. Each is compared with regular, seed by seed, so that "
-        "all differ from it in nothing but where units lie. Weights are shared out by ERK: the read-out is then "
-        "complete, or nearly so, and no graph is judged by a class that its draw left without weights. By default "
-        'the graphs of one size are trained; --rows "*" trains all 640 runs.',
-        "two hours, all of it with 2 epochs six and a half",
+        "Does it matter who connects to whom? Groups, a small world of groups and distances against graphs without "
+        "modules, seed by seed against regular, which differs in nothing but where units lie. ERK shares the "
+        'weights out, so that no class is left without. By default the graphs of one size; --rows "*" trains all '
+        "640.",
+        "forty minutes, all of it with 2 epochs six and a half hours",
         PLAIN.replace("--dataset fashionmnist", "--dataset fashionmnist --density erk"),
         _structure(),
         5,
@@ -426,8 +415,7 @@ STUDIES = {
         seeds=(1, 2, 3, 4, 5),
     ),
     "recurrent_structure": Study(
-        "Does it matter who connects to whom over time? The graphs of the study structure in recurrent networks "
-        "that read images row by row, with the settings and sizes of the study sequence.",
+        "The same over time: recurrent networks that read images row by row, as those of the study sequence.",
         "forty minutes",
         f"{OVER_TIME} --sequence rows --recurrent --density erk",
         _of_graphs(
@@ -439,12 +427,9 @@ STUDIES = {
         seeds=(1, 2, 3, 4, 5),
     ),
     "sequence": Study(
-        "Sequences with and without recurrence and adaptation. Images come row by row (T 28), as pixels in a fixed "
-        "random order, four at a time (T 196), or pixel by pixel (T 784, 56 steps at a time). Each is learned by "
-        "networks that are feed-forward, recurrent, adaptive or both, sparse (a quarter of the weights in units of "
-        "16, or a twentieth in units of 4 that is rewired) and dense, and by PyTorch's GRU with as many weights as "
-        "the recurrent network of a quarter. Only the rows are trained unless --rows names others: pixels take "
-        "hours.",
+        "Sequences with and without recurrence and adaptation: images row by row (T 28), as pixels in a fixed "
+        "random order, four at a time (T 196), or pixel by pixel (T 784); sparse, dense, and PyTorch's GRU with as "
+        "many weights. Only the rows are trained unless --rows names others.",
         "four hours, with 5 epochs one",
         OVER_TIME,
         _sequence(),
@@ -469,8 +454,8 @@ STUDIES = {
         ("", ACCURACY, "firing rate, % of layers 1 and 2", SILENT, SECONDS),
     ),
     "models": Study(
-        "Every model, static graphs. The last row is a control: an unstructured random graph with as many weights.",
-        "twenty minutes",
+        "Every model, static graphs, and an unstructured random graph with as many weights.",
+        "half an hour",
         "--dataset fashionmnist --T 10 --hidden_dim 1024",
         {
             "dense": "--model dense",
@@ -486,8 +471,9 @@ STUDIES = {
         ("model", ACCURACY, TRAINED, "weights of fc2 that exist", "flags"),
     ),
     "rewiring": Study(
-        "Does rewiring pay in time? A dense network, a sparse one with a fixed graph, and one that grows by gradient.",
-        "two minutes",
+        "Does rewiring pay in time? A dense network, a sparse one with a fixed graph, and one that grows by "
+        "gradient.",
+        "ten minutes",
         "--dataset fashionmnist --T 10 --hidden_dim 1024",
         {
             "dense": "--model dense",

@@ -7,12 +7,13 @@ are as many at a time as cores. Finished ones are skipped, stopped ones resume. 
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from g2gnet.training import Machine, Trainer, TrainingError, TrainSettings, run_
 
 from . import cli, deep_r, gru, relu
 from .machine import describe, pytorch_threads
-from .step_costs import step_costs
+from .step_costs import COSTS, step_costs
 from .studies import DEEP_R, GRU, RELU, STUDIES, Study
 from .study_tables import FOLDS, HELD_BACK, TEST_IMAGES, fold_of, table
 
@@ -56,7 +57,7 @@ def run_of(
 
 def _name(text: str) -> str:
     """``text`` as part of a path."""
-    return re.sub(r"[^A-Za-z0-9.+]+", "-", text).lstrip("-")
+    return re.sub(r"[^A-Za-z0-9.+]+", "-", text).strip("-")
 
 
 def validation_data(folder: Path, fold: int) -> Path:
@@ -192,50 +193,52 @@ def make(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         TrainingError: if a run failed, or none is finished.
     """
-    study = STUDIES[name]
-    common = f"{study.common} {arguments.flags}".strip()
-    study = Study(**{**vars(study), "common": common})
+    common = f"{STUDIES[name].common} {arguments.flags}".strip()
+    study = dataclasses.replace(STUDIES[name], common=common)
     runs = runs_of(name, study, arguments)
-    missing = [] if arguments.finished else [run for run in runs if result(run) is None]
-    ours = [run for run in missing if not is_own(run)]
+    ends = {run.folder: result(run) for run in runs}
+
+    def line(run: Run) -> str:
+        end = ends[run.folder] = result(run) or {}
+        return f"{run.label}: test accuracy {end['test_acc']:.4f}, {end['train_seconds']:.0f} s"
+
+    missing = [run for run in runs if ends[run.folder] is None and not arguments.finished]
     failed: dict[str, str] = {}
-    if ours:
+    if ours := [run for run in missing if not is_own(run)]:
         with processes(max(1, arguments.jobs), threads=1) as executor:
-            failed = train_runs(ours, executor, {"device": "cpu"}, name, _line)
-    own = [run for run in missing if is_own(run)]
-    if own:
+            failed = train_runs(ours, executor, {"device": "cpu"}, name, line)
+    if own := [run for run in missing if is_own(run)]:
         with cli.bar(len(own), name, " runs") as bar:
             for run in own:
                 train_own(run)
                 bar.update()
-                bar.write(_line(run), file=sys.stderr)
+                bar.write(line(run), file=sys.stderr)
     if failed:
         raise TrainingError("\n".join(f"{label}: {error}" for label, error in failed.items()))
-    ends = [({**run.differs}, run, end) for run in runs if (end := result(run)) is not None]
-    if not ends:
+    if not any(ends.values()):
         raise TrainingError(f"no run of {name} is finished in {arguments.runs}")
-    costs: dict[str, dict[str, float]] = {}
-    for differs, run, _ in ends if study.costs else ():
-        if differs["row"] not in costs:
-            build: Callable[..., torch.nn.Module] = gru.build if GRU in run.label else G2GNet.from_settings
-            costs[differs["row"]] = step_costs(run.settings, build)
-    ends.sort(key=lambda of: (list(study.rows).index(of[0]["row"]), of[0]["seed"]))
+    found: dict[str, list[dict[str, Any]]] = {row: [] for row in study.rows}
+    for run in sorted(runs, key=lambda run: run.settings.seed):
+        if end := ends[run.folder]:
+            others = found[run.differs["row"]]
+            costs = {name: others[0][name] for name in COSTS if name in others[0]} if others else costs_of(study, run)
+            others.append({**run.differs, **end, **costs})
     record: dict[str, Any] = {
         "benchmark": name,
         "machine": {**describe(torch.device("cpu")), "threads": 1},  # those of a run
         "settings": f"{common} {arguments.last}".strip(),
         "epochs": arguments.epochs,
         "tested_on": HELD_BACK if arguments.validation else TEST_IMAGES,
-        "rows": {differs["row"]: study.rows[differs["row"]] for differs, _, _ in ends},
-        "runs": [{**differs, **end, **costs.get(differs["row"], {})} for differs, _, end in ends],
+        "rows": {row: study.rows[row] for row, of in found.items() if of},
+        "runs": [run for of in found.values() for run in of],
     }
     print(table(record))
     return record
 
 
-def _line(run: Run) -> str:
-    end = result(run) or {}
-    return f"{run.label}: test accuracy {end['test_acc']:.4f}, {end['train_seconds']:.0f} s"
+def costs_of(study: Study, run: Run) -> dict[str, float]:
+    """Memory and processor time of a run's training step, where the study wants them."""
+    return step_costs(run.settings, gru.build if GRU in run.label else G2GNet.from_settings) if study.costs else {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from g2g_kernels import available_backends
 from g2gnet.programs.flags import Parser
 
-from . import cli, report
+from . import cli, records, report
 from .floor import floor_seconds, work
 from .harness import Job, measure
 from .machine import Limits, describe
@@ -105,6 +105,8 @@ def build_parser() -> Parser:
     parser.add_argument("--kernel", default="step", choices=tuple(KERNELS), help="what to time (default: step)")
     parser.add_argument("--quantity", choices=tuple(QUANTITIES), help="what grows (default: nothing)")
     parser.add_argument("--values", metavar="X,Y,...", help="its values, where they are not those below")
+    text = "an earlier record of the same command; beside it stands how long each contender takes now"
+    parser.add_argument("--before", type=Path, metavar="FILE", help=text)
     cli.add_flags(parser, repeats=10)
     return parser
 
@@ -117,13 +119,16 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     base = cli.workload_from(arguments, kernel.usual, **kernel.workload)
     changes: list[dict[str, Any]] = [{}]
     if quantity is not None:
-        values = cli.numbers(arguments.values, type(quantity.values[0])) if arguments.values else quantity.values
+        values = quantity.values[:3] if arguments.quick else quantity.values
+        if arguments.values:
+            values = tuple(cli.numbers(arguments.values, type(values[0])))
         if len(set(values)) < 2:
             raise ValueError(f"values={arguments.values!r}: a line needs at least two different values")
         changes = [quantity.at(value) for value in values]
     elif arguments.values:
         raise ValueError("values: of which quantity? give `quantity`, too")
     workloads = [dataclasses.replace(base, **change) for change in changes]
+    before = earlier(arguments.before, arguments.kernel, workloads) if arguments.before else None
     own = [(entry, number, entry.own(base, change)) for entry in entries for number, change in enumerate(changes)]
     machine = describe(device)
     print(cli.headline(machine))
@@ -138,7 +143,7 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     with cli.bar(total) as bar:
 
         def progress(text: str) -> None:
-            bar.set_description(text)
+            bar.set_description(text, refresh=False)
             bar.update()
 
         outcomes = measure(jobs, arguments.repeats, progress=progress, between_rounds=limits.measure)
@@ -171,7 +176,9 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
         "workloads": [places[workload] for workload in workloads],
         "runs": runs,
     }
-    print(report.growth_table(record) if quantity else report.throughput_table(record))
+    print(report.text(record))
+    if before:
+        print(report.compared(record, before))
     print(
         f"This machine multiplies at {rates['matrix_flop_per_s'] / 1e9:.0f} GFLOP/s and copies at "
         f"{rates['copy_bytes_per_s'] / 1e9:.0f} GB/s: the floor of this is "
@@ -179,6 +186,20 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     cli.warn_if_busy(machine, rates)
     return record
+
+
+def earlier(path: Path, kernel: str, workloads: Sequence[Workload]) -> dict[str, Any]:
+    """An earlier record of the same work.
+
+    Raises:
+        ValueError: if it is of other work.
+    """
+    before = records.read(path)
+    wanted = [kernel, *(workload.as_dict() for workload in workloads)]
+    found = [before["kernel"], *({name: place.get(name) for name in wanted[-1]} for place in before["workloads"])]
+    if found != wanted:
+        raise ValueError(f"before: {path} is of {found}, not of {wanted}")
+    return before
 
 
 def dense_bytes(prepared: Prepared) -> int:

@@ -216,12 +216,6 @@ class Prepared:
         sizes = (connection.mask.shape for connection in self.network("torch").connections().values())
         return sum(self.active_weights().values()) / sum(rows * cols for rows, cols in sizes)
 
-    @torch.no_grad()
-    def firing_rates(self) -> list[float]:
-        """Spikes per neuron, step and sample of each layer for the batch."""
-        net = self.network("torch")
-        return [float(rates.mean()) for rates in net.simulate(self.images).rates]
-
 
 def load(path: Path) -> Prepared:
     """Reads a workload written by :func:`prepare`."""

@@ -4,11 +4,7 @@ Commands of ``train.py``, ``crossval.py`` and ``g2g-pretrain`` are run by ``test
 ``test_docs.py``.
 """
 
-import os
 import re
-import shlex
-import subprocess
-import sys
 
 import pytest
 from helpers import ROOT
@@ -32,7 +28,7 @@ RUN_BY = {
     r"pip install -e \. && python train\.py": "tests/test_packaging.py",
     r"pip install uv && uv pip install --torch-backend cpu": "by hand",
     r"tests/(sanitize|clang)\.sh": ".ci/run",
-    r"pytest -n 0 benchmarks|pytest -m quick": "tests/test_commands.py",
+    r"pytest -m quick": "tests/test_commands.py",
     r"pytest( |$)|\.ci/run": ".ci/run",
     r"tests/(versions|clients|execute_kernels)\.sh|python tests/golden_bits": "by hand",
     r"py -3\.12|g2g-environment|pip install -e \"\.\[directml\]\"": "by hand",
@@ -83,17 +79,3 @@ def test_the_quick_lane_lists_tests_that_there_are():
         text = (ROOT / "tests" / file).read_text(encoding="utf-8")
         assert f"def {test.partition('[')[0]}(" in text, name
     assert len(set(QUICK)) == len(QUICK)
-
-
-@pytest.mark.long
-def test_the_kernels_can_be_timed_as_contributing_says():
-    """Each once, without statistics."""
-    pytest.importorskip("pytest_benchmark")
-    command = "pytest -n 0 benchmarks --benchmark-autosave"
-    assert command in (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    arguments = shlex.split(command.replace("--benchmark-autosave", "--benchmark-disable"))
-    # without Triton's interpreter, which the suite asks for
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command_line = [sys.executable, "-m", *arguments]
-    done = subprocess.run(command_line, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr

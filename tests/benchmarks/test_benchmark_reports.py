@@ -7,7 +7,7 @@ from PIL import Image
 
 from benchmarks import records, redraw, study_tables
 from benchmarks.registry import COMPACT
-from benchmarks.report import curve_title, fit, growth_table, line
+from benchmarks.report import curve_title, fit, line, text
 
 MACHINE = {
     "cpu": "a processor",
@@ -137,7 +137,7 @@ def test_a_scaling_part_says_which_points_have_no_time():
     assert "(../benchmarks/results/some-machine.jsonl)" in page
     assert "| g2g, compiled CPU kernels | 350 ms | 600 ms | 1.1 s | 9 % | 1.000 |" in page
     assert "| snnTorch loop, dense weights × mask | 2 s | – | 2 s | 100 % | 1.000 |" in page
-    assert "snntorch-masked at 0.5: wrong: loss is off by 1" in growth_table(SCALING)
+    assert "snntorch-masked at 0.5: wrong: loss is off by 1" in text(SCALING)
 
 
 def test_wide_layers_stand_beside_the_memory_of_a_dense_network():

@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from processes import fork_contenders, hurry
 import benchmarks.ours
 import benchmarks.peers
 import benchmarks.workload
-from benchmarks import chunks, cli, records, reference, report, test_kernels, throughput
+from benchmarks import chunks, cli, records, reference, report, throughput
 from benchmarks.contender import Contender
 from benchmarks.correctness import Judge, Verdict, error
 from benchmarks.floor import floor_seconds, work
@@ -25,7 +24,7 @@ from benchmarks.machine import PeakMemory, describe
 from benchmarks.ours import Network
 from benchmarks.registry import KERNELS, Entry, choose, declared_peers, entries
 from benchmarks.workload import Prepared, Workload, load, prepare
-from g2g_kernels import BackendError, available_backends, lif
+from g2g_kernels import BackendError, lif
 from g2gnet.data import DataError, load_dataset
 from g2gnet.dst.rules import GROW_RULES
 
@@ -469,14 +468,15 @@ def test_only_a_right_contender_has_a_time(outcomes):
 def test_the_table_names_everyone_without_a_time(outcomes):
     summaries = [report.summary(outcome) for outcome in outcomes]
     assert [set(row) >= {"median", "p20", "p80", "repeats"} for row in summaries] == [True, False, False, False]
-    table = report.throughput_table(
+    table = report.text(
         {
             "runs": [{"place": 0, **summary} for summary in summaries],
             "baseline": "right",
-            "workloads": [{"flop": 9, "floor_seconds": 1e-6}],
+            "quantity": None,
+            "workloads": [{"x": None, "flop": 9, "floor_seconds": 1e-6}],
         }
     )
-    assert "1.00×" in table
+    assert re.search(r"^right .* 1 ", table, re.MULTILINE)
     assert "absent: skipped: absent is not installed (pip install absent)" in table
     assert "wrong: wrong: lif1.threshold is off by" in table
     assert "unable: refused: RuntimeError: there is no such instruction here" in table
@@ -512,6 +512,11 @@ def test_throughput_writes_a_record_with_its_environment(tmp_path, capsys, path)
     assert min(run["first_seconds"], run["median"]) > 0
     assert re.fullmatch(r"\S+e\S+ ≤ \S+e\S+, \S.*", run["closest"])
     assert "g2g-torch" in capsys.readouterr().out
+    before = {**record, "machine": {"commit": "0123456789"}, "runs": [{**run, "median": 2 * run["median"]}]}
+    assert re.search(r"since 01234567 +was +is\n.*\ng2g-torch .* 0\.50×", report.compared(record, before))
+    file.write_text(records.text({**before, "kernel": "step"}))
+    assert throughput.main([*flags, "--before", str(file)]) == 2
+    assert "record.jsonl is of ['step', {" in capsys.readouterr().err
 
 
 def test_a_wrong_run_is_the_exit_status_and_quick_changes_what_is_not_given(capsys):
@@ -584,7 +589,7 @@ def test_wide_layers_have_as_many_weights_per_neuron_and_the_dense_memory_beside
         assert prepared.network().fc2.mask.density * place["hidden_dim"] == pytest.approx(32, rel=0.2)
         weights = sum(connection.mask.to_dense().numel() for connection, _ in prepared.network().layers())
         assert place["dense_bytes"] == 16 * weights
-    assert "Adam, computed" in capsys.readouterr().out
+    assert "Adam's moments (computed)" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("forked")
@@ -721,13 +726,3 @@ def test_the_machine_is_described():
     assert machine["cpu"]
     assert machine["cores"] >= 1
     assert json.dumps(machine)
-
-
-@pytest.mark.parametrize("block_size", test_kernels.UNITS)
-def test_the_networks_whose_steps_are_timed_pass_their_check(block_size):
-    """What pytest-benchmark runs by ``pytest -n 0 benchmarks``, here without it."""
-    turns = []
-    benchmark = SimpleNamespace(pedantic=lambda turn, rounds, warmup_rounds: turns.append(turn()))
-    backend = "cpu" if "cpu" in available_backends() else "torch"
-    test_kernels.test_training_step(benchmark, backend, block_size)
-    assert len(turns) == 1

@@ -42,7 +42,7 @@ pathlib.Path(record).write_text("{}\\n" + json.dumps({"contender": what, "median
 
 
 def parsers() -> dict[str, argparse.ArgumentParser]:
-    names = ("throughput", "kernel_times", "fused_pair", "processes")
+    names = ("throughput", "kernel_times", "fused_pair")
     return {name: importlib.import_module(f"benchmarks.{name}").build_parser() for name in names}
 
 

@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 
-from g2g_kernels.triton.costs import CARDS
 from g2gnet.base.files import replace_file
 from g2gnet.base.messages import say
 from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import FlagError, Parser
 from g2gnet.programs.main import run_program
 
+from .costs import CARDS
 from .machine import describe
 from .predictions import FUSED_BATCHES, FUSED_UNITS, GROWING, OTHERS, RECORD, WAYS, scaling_stage
 from .report import seconds

@@ -62,6 +62,7 @@ BY_LIF = "lif", "no_particular_strides or counts_rates or reproducible or one_st
 BY_STACK = "g2g_stack", "test_numbers_of_steps"
 BY_PARTS = "linear", "one_spike_gives or not_finite or long_sums"
 ON_CHIP = "g2g_stack", "on_chip"
+BY_RECURRENCE = "g2g_stack", "recurrent_layers"
 
 MUTATIONS = (
     Mutation(
@@ -78,8 +79,8 @@ MUTATIONS = (
     ),
     Mutation(
         "a load without its mask of samples",
-        STACK,
-        (("mask=b_ok & x_ok[None, :], other=0)", "mask=x_ok[None, :], other=0)"),),
+        LINEAR,
+        (("mask=m_ok[:, None] & x_ok[None, :], other=0)", "mask=x_ok[None, :], other=0)"),),
         BY_STACK,
     ),
     Mutation(
@@ -109,12 +110,8 @@ MUTATIONS = (
         "programs that add to one tile without atomics",
         NEURONS,
         (
-            (
-                "tl.store(partial + tl.program_id(0) * neurons + neuron, tl.sum(tile, 0), mask=neuron < neurons)",
-                "here = partial + neuron\n"
-                "        total = tl.load(here, mask=neuron < neurons, other=0.0) + tl.sum(tile, 0)\n"
-                "        tl.store(here, total, mask=neuron < neurons)",
-            ),
+            ("here = partials + tl.program_id(0) * neurons + neuron", "here = partials + neuron"),
+            ("DECAYS, PER_NEURON, False)", "DECAYS, PER_NEURON, True)"),
             ("run.current.new_empty(shape, dtype=torch.float32)", "run.current.new_zeros(shape, dtype=torch.float32)"),
         ),
         BY_LIF,
@@ -122,8 +119,8 @@ MUTATIONS = (
     Mutation(
         "programs that store to one tile",
         STACK,
-        (("here = tl.program_id(0) * neurons + n\n", "here = n\n"),),
-        ("g2g_stack", "test_more_samples_than_a_tile and fused"),
+        (("here = partials + row_of_partials * size + column", "here = partials + column"),),
+        BY_RECURRENCE,
     ),
     Mutation(
         "an accumulator in memory that nobody wrote",
@@ -206,6 +203,18 @@ MUTATIONS = (
             ),
         ),
         BY_PARTS,
+    ),
+    Mutation(
+        "a recurrent step that reads its own spikes",
+        STACK,
+        (("sent, before = spikes[t], after", "sent, before = spikes[min(t + 1, len(spikes) - 1)], after"),),
+        BY_RECURRENCE,
+    ),
+    Mutation(
+        "a recurrent step backwards without the transpose",
+        STACK,
+        (("b, b < batch, n, n < N, K, N, False, PRECISION", "b, b < batch, n, n < N, K, N, True, PRECISION"),),
+        BY_RECURRENCE,
     ),
     Mutation(
         "on chip, a unit of the next row",

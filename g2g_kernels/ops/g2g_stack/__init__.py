@@ -62,9 +62,9 @@ def g2g_stack(
         layers: the layers, each one's outputs the next one's inputs. Each layer has its own model, reset, surrogate and
             α.
         steps, backend: as for :func:`g2g_kernels.lif`.
-        spikes: whether spikes over time need a gradient, for a loss on when neurons fire. The operators then run one
-            after the other, and spikes and currents of all layers are in memory. So they do if one of the ``layers`` is
-            to give its membranes.
+        spikes: whether spikes over time need a gradient, for a loss on when neurons fire. Unless backend ``triton``
+            serves the call, the operators then run one after the other, and spikes and currents of all layers are in
+            memory. So they do if one of the ``layers`` is to give its membranes.
         chunk: for long runs: so many steps at a time are computed, and in the backward pass computed again. Gradients
             are the same, and memory grows with T by spikes and the states between chunks only. (Inside
             ``torch.compile`` and ``torch.func`` nothing is computed again, so that no memory is saved.)
@@ -200,17 +200,19 @@ def _chosen(
 ) -> Callable[[torch.Tensor, Sequence[SpikingLayer], int | None], Activity]:
     """What runs a call with these ``tensors``: all layers at once, or the operators in turn if something of each layer
     is wanted, or a derivative that no kernel computes."""
-    observed, drops = spikes or is_transformed() or has_tangent(tensors), False
+    observed, shown, drops = is_transformed() or has_tangent(tensors), spikes, False
     for layer in layers:
-        observed = observed or layer.membranes or layer.observers != (None, None)
+        observed = observed or layer.observers != (None, None)
+        shown = shown or layer.membranes
         drops = drops or layer.dropped is not None
     run: Callable[..., Activity]
-    if observed:
+    if observed or (shown and not operator.prefers("triton", x, layers, steps, backend=backend)):
         linear = partial(g2g_linear, backend=backend)
         population = partial(_neurons_in_float32 if backend == "cpu" else run_neurons, backend=backend)
         run = partial(_in_turn, linear, population, spikes)
     else:
         run = operator.choose(x, layers, steps, backend=backend)
+        run = partial(run, spikes=True) if spikes else run
     return partial(_silent, run) if drops else run
 
 

@@ -113,7 +113,8 @@ def dense_pays(
     It counts FLOP of a dense product per sample. A weight of a tile takes ``times`` as long as one of the dense matrix:
     cuBLAS reaches 0.8 of a card's rate, our products 0.6 on tensor cores and 0.45 on the ordinary ones, a twelfth as
     fast, unless L2 is slower, which gives a tile of 128 × ``side`` its factors. A byte of memory takes twice as long as
-    one of L2; cuBLAS multiplies no spikes as bytes. Assembling the dense matrix takes as long as a thousand samples.
+    one of L2; cuBLAS multiplies no spikes as bytes. Assembling the dense matrix takes as long as a thousand samples, and
+    its launches ten microseconds.
     ``tests/benchmarks/test_choices.py`` compares the rule with the model of :mod:`benchmarks.costs`.
 
     Args:
@@ -138,7 +139,7 @@ def dense_pays(
     dense = max(2 * inputs * outputs, 2 * rate * size * (inputs + outputs))
     if x.dtype != products:
         dense += 2 * rate * (x_size + size) * inputs
-    return by_units * len(x) > dense * len(x) + 2000 * inputs * outputs
+    return by_units * len(x) > dense * len(x) + 2000 * inputs * outputs + 4e7 * rate
 
 
 _chosen: bool | None = None

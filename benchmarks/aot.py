@@ -99,8 +99,12 @@ class Case:
         torch.set_float32_matmul_precision(self.precision)
         try:
             draw = torch.Generator().manual_seed(0)
-            options = {"block_size": self.block_size, "neuron": self.neuron, "recurrent": self.recurrent}
-            net = G2GNet(784, 2048, 10, self.model, **options, T=3 if self.recurrent else 50, generator=draw)
+            options: dict[str, Any] = {
+                "neuron": self.neuron,
+                "recurrent": self.recurrent,
+                "T": 3 if self.recurrent else 50,
+            }
+            net = G2GNet(784, 2048, 10, self.model, block_size=self.block_size, **options, generator=draw)
             operations = []
             for fused in (True, False) if self.model == "index" else (False,):
                 with runtime.assumed(target.name), stack.choose(fused), tiles.choose(self.block_size == 1):

@@ -55,7 +55,7 @@ class Operation:
             return costs.factors(next(iter(self.tensors.values())).dtype, "ieee", False)
         a = self.launch.arguments
         products = (a["grad_y"] if "grad_y" in a else a["values"]).dtype
-        return costs.factors(products, a["PRECISION"], a.get("x", a.get("grad_after")).dtype == torch.uint8)
+        return costs.factors(products, a["PRECISION"], (a["x"] if "x" in a else a["grad_after"]).dtype == torch.uint8)
 
     @functools.cached_property
     def bytes(self) -> int:

@@ -98,13 +98,13 @@ def work_of(operation: Operation) -> costs.Work:
         pairs = operation.launch.grid[2] * costs.groups_of(a["num_units"], a["num_rows"], a["GROUP"])
         left, right = a["grad_y"].itemsize, a["x"].itemsize
     else:
-        samples, steps = a.get("samples", a.get("batch")), a.get("steps", 1)
+        samples, steps = a["samples" if "samples" in a else "batch"], a.get("steps", 1)
         block = costs.Block(a["BLOCK_M"], a["BLOCK_N"], a["BLOCK_K"])
         on_chip = a.get("ON_CHIP", 0)
         units = a["num_n"] * on_chip if on_chip else len(a["values"])
         pairs = units * -(-a["N"] // block.n) * -(-a["K"] // block.k) * steps * -(-samples // block.m)
         parts = products.PARTS if a["PRECISION"] == "parts" else 1
-        left, right = a.get("x", a.get("grad_after")).itemsize, 0 if on_chip else a["values"].itemsize * parts
+        left, right = a["x" if "x" in a else "grad_after"].itemsize, 0 if on_chip else a["values"].itemsize * parts
     kind, times = operation.factors
     flop, l2_bytes = times * block.flop(pairs), block.l2_bytes(pairs, left, right)
     return costs.Work(flop, kind, operation.bytes, l2_bytes, programs, warps)

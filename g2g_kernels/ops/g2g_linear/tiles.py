@@ -113,8 +113,8 @@ def dense_pays(
     It counts FLOP of a dense product per sample. A weight of a tile takes ``times`` as long as one of the dense matrix:
     cuBLAS reaches 0.8 of a card's rate, our products 0.6 on tensor cores and 0.45 on the ordinary ones, a twelfth as
     fast, unless L2 is slower, which gives a tile of 128 × ``side`` its factors. A byte of memory takes twice as long as
-    one of L2; cuBLAS multiplies no spikes as bytes. Assembling the dense matrix takes as long as a thousand samples, and
-    its launches ten microseconds.
+    one of L2; cuBLAS multiplies no spikes as bytes. Assembling the dense matrix takes as long as a thousand samples,
+    and its launches ten microseconds.
     ``tests/benchmarks/test_choices.py`` compares the rule with the model of :mod:`benchmarks.costs`.
 
     Args:
@@ -126,8 +126,8 @@ def dense_pays(
     """
     if _chosen is not None:
         return _chosen
-    rate, size, x_size = runtime.card_of(x.device).flop_per_byte, products.itemsize, x.dtype.itemsize
-    times, weight_size = 4 / 3, size
+    rate: float = runtime.card_of(x.device).flop_per_byte
+    size, x_size, times, weight_size = products.itemsize, x.dtype.itemsize, 4 / 3, products.itemsize
     if precision == "tf32":
         rate /= 2
     elif products == torch.float32:

@@ -43,7 +43,7 @@ from g2g_kernels.ops.g2g_linear.triton import (
 )
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
-from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer, refuses_fields, unread
+from g2g_kernels.ops.g2g_stack.layer import SpikingLayer, refuses_fields, unread
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.ops.neurons.triton import (
@@ -627,7 +627,7 @@ def _forward(call: StackCall, keep: bool) -> Outputs:
     """Keeps two tensors per layer, of :meth:`_Layer.kept_shapes`."""
     steps, batch = call.num_steps, call.batch
     all_spikes: list[torch.Tensor] = []
-    kept: list[torch.Tensor] = []
+    kept: list[Any] = []
     rates: list[torch.Tensor] = []
     states: list[torch.Tensor] = []
     shown: list[torch.Tensor] = []
@@ -638,7 +638,7 @@ def _forward(call: StackCall, keep: bool) -> Outputs:
         received = received.reshape(-1, received.shape[-1])
         spikes = layer.allocate(*shape, dtype=torch.uint8)
         counts = layer.allocate(*shape[1:])
-        membranes = layer.allocate(*shape) if layer.membranes else None
+        membranes = layer.allocate(*shape) if layer.membranes and layer.recurrent is None else None
         of_state, of_checkpoints = layer.kept_shapes(steps, batch)
         checkpoints = counts.new_empty(of_checkpoints) if keep else None
         if layer.fused:
@@ -660,13 +660,14 @@ def _forward(call: StackCall, keep: bool) -> Outputs:
                 state = layer.allocate(*(of_state if keep or layer.membranes else (2, *of_state[1:])))
                 last = _recur(layer, current, spikes, state)
                 counts = spikes.sum(0, dtype=torch.float32)
-                membranes = state[:, -1]
-                if layer.dropped is not None:
-                    membranes = membranes.masked_fill(layer.dropped != 0, 0)
+                if layer.membranes:
+                    membranes = state[:, -1]
         kept += [state, checkpoints] if keep else []
         rates.append(layer.to_neurons(counts.sum(0) / (steps * batch)))
         states.append(layer.to_neurons(last))
-        if layer.membranes:
+        if membranes is not None:
+            if layer.dropped is not None:
+                membranes = membranes.masked_fill(layer.dropped != 0, 0)
             shown.append(layer.to_neurons(membranes).clone())
         all_spikes.append(spikes)
         received = spikes
@@ -725,7 +726,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
                 bias=None if own.bias is None else sums[-1].to(own.bias.dtype, copy=True),
                 population=own.population._replace(parameters=parameters),
                 state=None if through.first is None else layer.to_neurons(through.first),
-                recurrent=None if own.recurrent is None else Recurrent(through.recurrent, own.recurrent.mask),
+                recurrent=own.recurrent and own.recurrent._replace(values=through.recurrent),
             )
         )
         grad_counts = None

@@ -120,7 +120,7 @@ def neurons_forward_kernel(
             now = _inside(sample, neuron, batch, neurons, t, steps)
             tl.store(spikes + t * step + offsets, spike.to(spikes.dtype.element_ty), mask=now)
             if membranes is not None:
-                tl.store(membranes + t * step + offsets, unless(silent, states[STATES - 1]), mask=now)
+                tl.store(membranes + t * step + offsets, states[STATES - 1], mask=now)
             count += tl.where(t < steps, spike, 0.0)
     store_states(last, step, offsets, inside, states)
     if counts is not None:

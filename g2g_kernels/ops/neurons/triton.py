@@ -1,29 +1,13 @@
 """Neurons on Triton: ``g2g::triton_neurons_forward`` (with its autograd formula), ``g2g::triton_neurons_backward``.
 
-Formula
-    See README.md in this folder and ``g2g_kernels/triton/neuron.py``, whose rounding is the reference's.
-
-Tiling
-    A program owns a tile of [BLOCK_B samples, BLOCK_N neurons] and runs through all T steps with its states in
-    registers. Tiles have 512 elements (at most four states per thread) and are as wide as there are neurons, at most
-    128. Nothing passes between programs. Time is cut into *segments* of at most 10 steps, whose loads are all issued
-    before the first membrane is charged, so memory latency is paid once per segment, not once per step.
-
-What is kept for the backward pass
-    The currents, which exist anyway, and the float32 states at the start of every segment but the first (a
-    *checkpoint*: 0.32 B per element and state at T = 50). The backward pass recomputes a segment from its checkpoint,
-    in registers, and then goes through it in reverse. Membranes, and with them R and σ', are bitwise equal to those of
-    the forward pass. Membranes kept in 16 bits instead would move more bytes (2 per element written, for currents of
-    16 bits as many read) and cost accuracy: at T = 50 the gradients of β and θ had
-    4,400 to 5,000 (bfloat16) and 450 to 950 (float16) times the error of those of the reference, whose membranes are
-    float32.
-
-    Both kernels are memory-bound; README.md has their bytes.
+README.md has the formula, what is kept, and the bytes; ``g2g_kernels/triton/neuron.py`` the steps, whose rounding is the
+reference's. A program owns a tile of [BLOCK_B samples, BLOCK_N neurons] and runs through all T steps with its states in
+registers. Nothing passes between programs. Time is cut into *segments*, whose loads are all issued before the first
+membrane is charged, so memory latency is paid once per segment, not once per step.
 
 Gradients of parameters, and of a bias in the currents, are summed in three stages: over the steps of a segment and
-then over the segments, in registers, so no chain of additions is as long as T (at most eight registers per thread and
-parameter instead of four, and no extra bytes); then every program writes one partial sum per neuron, and PyTorch adds
-those. Without atomics, every run gives the same results.
+then over the segments, in registers, so no chain of additions is as long as T; then every program writes one partial
+sum per neuron, and PyTorch adds those. Without atomics, every run gives the same results.
 
 Of a fused layer (``g2g_stack``) the margins U_t − θ were kept instead of currents and checkpoints. The kernel then
 computes nothing again: the margin is what σ' needs, its sign is R, and with θ it is the membrane.

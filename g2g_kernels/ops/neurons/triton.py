@@ -1,6 +1,6 @@
 """Neurons on Triton: ``g2g::triton_neurons_forward`` (with its autograd formula), ``g2g::triton_neurons_backward``.
 
-README.md has the formula, what is kept, and the bytes; ``g2g_kernels/triton/neuron.py`` the steps, whose rounding is the
+README.md has the formula, what is kept, and the bytes; ``g2g_kernels/triton/neuron.py`` one step, whose rounding is the
 reference's. A program owns a tile of [BLOCK_B samples, BLOCK_N neurons] and runs through all T steps with its states in
 registers. Nothing passes between programs. Time is cut into *segments*, whose loads are all issued before the first
 membrane is charged, so memory latency is paid once per segment, not once per step.

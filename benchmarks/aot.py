@@ -1,9 +1,9 @@
 """Machine code of the Triton kernels for GPUs, without one: ``python -m benchmarks.aot`` prints a table.
 
 Every kernel that a training step launches is compiled at the tile sizes that the launch would choose, for NVIDIA's
-sm_80, sm_90 and sm_100 and AMD's gfx90a, gfx942 and gfx1100, and inspected: registers, stack, shared memory, programs
-per multiprocessor, matrix instructions, and how far loads overlap products. Nothing is run: this checks the code, not
-its speed.
+sm_80, sm_89, sm_90 and sm_100 and AMD's gfx90a, gfx942 and gfx1100, and inspected: registers, stack, shared memory,
+programs per multiprocessor, matrix instructions, and how far loads overlap products. Nothing is run: this checks the
+code, not its speed.
 """
 
 import collections
@@ -64,6 +64,7 @@ TARGETS = {
     target.name: target
     for target in (
         Target("sm_80", 80, 32, 163 * KIB, 164 * KIB, 65536, 2048, "mma.sync"),
+        Target("sm_89", 89, 32, 99 * KIB, 100 * KIB, 65536, 1536, "mma.sync"),
         Target("sm_90", 90, 32, 227 * KIB, 228 * KIB, 65536, 2048, "wgmma.mma_async"),
         Target("sm_100", 100, 32, 227 * KIB, 228 * KIB, 65536, 2048, "tcgen05.mma"),
         Target("gfx90a", "gfx90a", 64, 64 * KIB, 64 * KIB, 4 * 512 * 64, 2048, "mfma"),
@@ -84,6 +85,7 @@ class Case:
     block_size: int = 64
     batch: int = 256
     neuron: str = "lif"
+    recurrent: bool = False
 
     def launches(self, target: Target) -> list[Launch]:
         """The launches of the step on such a card, with layers fused and as pairs, whichever is chosen there.
@@ -97,12 +99,16 @@ class Case:
         torch.set_float32_matmul_precision(self.precision)
         try:
             draw = torch.Generator().manual_seed(0)
-            net = G2GNet(784, 2048, 10, self.model, block_size=self.block_size, neuron=self.neuron, generator=draw)
-            architecture = target.arch if isinstance(target.arch, str) else ""
+            options: dict[str, Any] = {
+                "neuron": self.neuron,
+                "recurrent": self.recurrent,
+                "T": 3 if self.recurrent else 50,
+            }
+            net = G2GNet(784, 2048, 10, self.model, block_size=self.block_size, **options, generator=draw)
             operations = []
             for fused in (True, False) if self.model == "index" else (False,):
-                with stack.choose(fused and self.block_size > 1), tiles.choose(self.block_size == 1):
-                    operations += training_step(net, self.batch, 784, self.dtype, architecture)
+                with runtime.assumed(target.name), stack.choose(fused), tiles.choose(self.block_size == 1):
+                    operations += training_step(net, self.batch, 784, self.dtype)
         finally:
             torch.set_float32_matmul_precision(before)
         return [operation.launch for operation in operations if operation.launch]
@@ -121,6 +127,8 @@ CASES = {
         Case("float32 by parts", torch.float32),
         Case("random groups, float32 by parts", torch.float32, model="random"),
         Case("adaptive neurons, bf16", neuron="adlif"),
+        Case("recurrent, bf16", recurrent=True),
+        Case("recurrent, float32 by parts", torch.float32, recurrent=True),
     )
 }
 
@@ -154,10 +162,9 @@ KERNELS = [
     "parts_kernel",
     "weight_gradient_kernel",
     "fused_forward_kernel",
-    "fused_backward_kernel",
+    "recurrent_backward_kernel",
     "neurons_forward_kernel",
     "neurons_backward_kernel",
-    "sum_kernel",
 ]
 HEADINGS = ["step", "kernel", "tile", "factors", "target", "registers", "stack", "shared", "programs/SM", "matrix",
             "buffers", "in flight"]  # fmt: skip

@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 
-from g2g_kernels.triton.costs import CARDS
 from g2gnet.base.files import replace_file
 from g2gnet.base.messages import say
 from g2gnet.base.tables import markdown
@@ -34,6 +33,7 @@ from g2gnet.programs.flags import FlagError, Parser
 from g2gnet.programs.main import run_program
 
 from . import records
+from .costs import CARDS
 from .machine import describe
 from .predictions import FUSED_BATCHES, FUSED_UNITS, GROWING, OTHERS, RECORD, WAYS, scaling_stage
 from .report import seconds

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
+from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer
 from g2g_kernels.numbers import COUNT
+from g2g_kernels.ops.g2g_stack.call import StackCall
 from g2g_kernels.triton import runtime
 from g2gnet.base.tables import in_columns
 from g2gnet.programs.flags import Parser
 from g2gnet.training.captured_step import CapturedStep
 
 from . import cli
-from .contender import autocast
 from .machine import describe, timed
 from .predictions import FUSED_BATCHES, FUSED_UNITS, fused_label
 from .registry import PRECISIONS
@@ -51,7 +51,7 @@ def build_parser() -> Parser:
 
 
 class Layer:
-    """One layer and a batch of spikes for it, in the products' dtype, on ``device``."""
+    """One layer and a batch of spikes for it, as the bytes that a layer before it gives, on ``device``."""
 
     def __init__(
         self, device: torch.device, precision: str, steps: int, batch: int, size: int, block_size: int
@@ -61,8 +61,8 @@ class Layer:
         mask = BlockMask.sample(layout, layout, block_size=block_size, generator=draw)
         weight = torch.randn(size, size, generator=draw) / (RATE * mask.density * size) ** 0.5
         spikes = torch.rand(steps, batch, size, generator=draw) < RATE
-        self.precision = precision
-        self.x = spikes.to(device, DTYPES[precision]).requires_grad_()
+        self.dtype = DTYPES[precision]
+        self.x = spikes.to(device, torch.uint8)
         self.values = mask.pack(weight).to(device).requires_grad_()
         self.bias = torch.zeros(size, device=device, requires_grad=True)
         self.parameters = [torch.tensor([value], device=device, requires_grad=True) for value in (0.9, 1.0)]
@@ -71,10 +71,11 @@ class Layer:
 
     def step(self) -> torch.Tensor:
         """Spike counts [B, N]; the gradients are in the leaves."""
-        for leaf in (self.x, self.values, self.bias, *self.parameters):
+        from g2g_kernels.ops.g2g_stack import triton as stack
+
+        for leaf in (self.values, self.bias, *self.parameters):
             leaf.grad = None
-        with autocast(self.x.device, self.precision):
-            counts = g2g_stack(self.x, [self.layer], backend="triton").counts
+        counts, *_ = stack.FORWARD(StackCall.of(self.x, [self.layer], None, self.dtype))
         counts.backward(self.gradient)
         return counts.detach()
 

@@ -161,7 +161,7 @@ def free_launches() -> Iterator[list[runtime.Launch]]:
 
     def pays_in_the_default_network(units: Any, *rest: Any) -> bool:
         pays(units, *rest)  # takes its time, but for layers as small as these it decides otherwise
-        *_, products, _ = rest
+        *_, products = rest
         return units.rows.num_units >= 16 and products != torch.float32
 
     with (

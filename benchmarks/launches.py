@@ -19,12 +19,14 @@ from torch.utils.flop_counter import flop_registry
 from g2g_kernels import Neurons, SpikingLayer
 from g2g_kernels.ops.g2g_linear.call import LinearCall
 from g2g_kernels.ops.g2g_stack.call import StackCall
+from g2g_kernels.ops.g2g_stack.layer import Recurrent
 from g2g_kernels.ops.neurons.call import NeuronsCall
 from g2g_kernels.ops.record import Backward
-from g2g_kernels.triton import costs
 from g2g_kernels.triton.runtime import Launch, recorded
 from g2gnet import G2GLinear, G2GNet
 from g2gnet.dst.scores import unit_correlation
+
+from . import costs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Operation:
             return costs.factors(next(iter(self.tensors.values())).dtype, "ieee", False)
         a = self.launch.arguments
         products = (a["grad_y"] if "grad_y" in a else a["values"]).dtype
-        return costs.factors(products, a["PRECISION"], a["x"].dtype == torch.uint8)
+        return costs.factors(products, a["PRECISION"], (a["x"] if "x" in a else a["grad_after"]).dtype == torch.uint8)
 
     @functools.cached_property
     def bytes(self) -> int:
@@ -73,6 +75,8 @@ def _flop(name: str, arguments: dict[str, Any]) -> int:
             return 2 * arguments["samples"] * _weights(arguments)
         case "fused_forward_kernel":
             return 2 * arguments["steps"] * arguments["batch"] * _weights(arguments)
+        case "recurrent_backward_kernel":
+            return 2 * arguments["batch"] * _weights(arguments) if arguments["grad_after"] is not None else 0
         case "weight_gradient_kernel":
             return 2 * arguments["samples"] * arguments["num_units"] * arguments["R"] * arguments["C"]
     return 0
@@ -137,24 +141,28 @@ class _Recorder(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _recording(architecture: str = "") -> Iterator[_Recorder]:
+def _recording() -> Iterator[_Recorder]:
     """Records everything that is launched inside."""
-    with torch.no_grad(), recorded(architecture) as launches, _Recorder(launches) as recorder:
+    with torch.no_grad(), recorded() as launches, _Recorder(launches) as recorder:
         yield recorder
         recorder.take_launches()
 
 
 def _stack_call(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -> StackCall:
     layers = [
-        SpikingLayer(connection.values, connection.mask, connection.bias, neurons.population)
-        for connection, neurons in net.to("meta").layers()
+        SpikingLayer(
+            connection.values,
+            connection.mask,
+            connection.bias,
+            neurons.population,
+            recurrent=None if joined is None else Recurrent(joined.values, joined.mask),
+        )
+        for (connection, neurons), joined in zip(net.to("meta").layers(), net.recurrents(), strict=True)
     ]
     return StackCall.of(torch.empty(batch, input_dim, device="meta"), layers, net.T, dtype)
 
 
-def training_step(
-    net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype, architecture: str = ""
-) -> list[Operation]:
+def training_step(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -> list[Operation]:
     """Everything that the forward and backward pass of ``net`` launch, in order, for a batch held over time.
 
     Loss and optimizer are not included.
@@ -163,12 +171,11 @@ def training_step(
         net: the network, whose masks are read; it moves to the ``meta`` device.
         batch, input_dim: the shape of the samples.
         dtype: of the matrix products (bfloat16 under autocast, else float32).
-        architecture: the card whose tiles to choose, as :func:`g2g_kernels.triton.runtime.recorded` takes it.
     """
     from g2g_kernels.ops.g2g_stack import triton as stack
 
     call = _stack_call(net, batch, input_dim, dtype)
-    with _recording(architecture) as recorder:
+    with _recording() as recorder:
         counts, _, _, *made = stack._forward(call, True)
         recorder.begin("backward")
         given = Backward.of(call, made, [torch.empty_like(counts), *[None] * (2 * len(call.layers))])

@@ -2,9 +2,9 @@
 
     python -m benchmarks.predictions --written 2026-11-25 --json benchmarks/results/predictions.json
 
-What a kernel takes (:mod:`benchmarks.launches` lists them) is modelled by :mod:`g2g_kernels.triton.costs`, which also
-decides between ways to compute a layer. Kernels run one after another, unless the host launches them more slowly. The
-shares of a card's rates are guesses; the record lists them with the predictions.
+What a kernel takes (:mod:`benchmarks.launches` lists them) is modelled by :mod:`benchmarks.costs`. Kernels run one
+after another, unless the host launches them more slowly. The shares of a card's rates are guesses; the record lists
+them with the predictions.
 
 Do not write the record again once something has run on a GPU: it would no longer show what was expected.
 :mod:`benchmarks.first_run` compares measured times with it.
@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 import torch
 
 from g2g_kernels import Neurons, SpikingLayer
-from g2g_kernels.triton import costs
+from g2g_kernels.triton import products, runtime
 from g2gnet import G2GNet
 from g2gnet.programs.flags import Parser, add_json_flag
 from g2gnet.programs.main import run_program
 
-from . import records, report
+from . import costs, records, report
 from .launches import (
     Operation,
     correlations,
@@ -63,10 +63,8 @@ _NEURONS = "TILE 1024, then 256; SEGMENT 5; twice the warps"
 NEXT = {
     "product_kernel": "BLOCK_M 256 with 8 warps (a fifth less from L2); num_stages 4, then 2; 64 rows where the last "
     "tile of samples is nearly empty",
-    "fused_forward_kernel": "num_stages 4, then 2; 4 warps; BLOCK_M 32, for twice the programs; weights read anew in "
-    "each step (units_on_chip 0); the pair, where that is faster",
+    "fused_forward_kernel": "num_stages 4, then 2; BLOCK_M 32, for twice the programs; the pair, where that is faster",
     "weight_gradient_kernel": "BLOCK_S 128 with num_stages 2; 256 columns (GROUP 4); _PROGRAMS 264, then 1056",
-    "fused_backward_kernel": _NEURONS,
     "neurons_forward_kernel": _NEURONS,
     "neurons_backward_kernel": _NEURONS,
     "PyTorch's products": "none: cuBLAS chooses; for units below 16, tiles of 16 × 16 instead of the dense product",
@@ -99,13 +97,13 @@ def work_of(operation: Operation) -> costs.Work:
         pairs = operation.launch.grid[2] * costs.groups_of(a["num_units"], a["num_rows"], a["GROUP"])
         left, right = a["grad_y"].itemsize, a["x"].itemsize
     else:
-        samples, steps = (a["batch"], a["steps"]) if operation.name == "fused_forward_kernel" else (a["samples"], 1)
+        samples, steps = a["samples" if "samples" in a else "batch"], a.get("steps", 1)
         block = costs.Block(a["BLOCK_M"], a["BLOCK_N"], a["BLOCK_K"])
         on_chip = a.get("ON_CHIP", 0)
-        units = a["num_rows"] * on_chip if on_chip else len(a["values"])
+        units = a["num_n"] * on_chip if on_chip else len(a["values"])
         pairs = units * -(-a["N"] // block.n) * -(-a["K"] // block.k) * steps * -(-samples // block.m)
-        parts = costs.PARTS if a["PRECISION"] == "parts" else 1
-        left, right = a["x"].itemsize, 0 if on_chip else a["values"].itemsize * parts
+        parts = products.PARTS if a["PRECISION"] == "parts" else 1
+        left, right = a["x" if "x" in a else "grad_after"].itemsize, 0 if on_chip else a["values"].itemsize * parts
     kind, times = operation.factors
     flop, l2_bytes = times * block.flop(pairs), block.l2_bytes(pairs, left, right)
     return costs.Work(flop, kind, operation.bytes, l2_bytes, programs, warps)
@@ -242,7 +240,7 @@ def everything() -> Iterator[Work]:
             layer = SpikingLayer(net.fc2.values, net.fc2.mask, net.fc2.bias, net.lif2.population)
             for batch in FUSED_BATCHES:
                 for fused in (False, True):
-                    operations = layer_step(layer, 50, batch, dtype, fused)
+                    operations = layer_step(layer, 50, batch, dtype, fused, spikes=True)
                     what = fused_label(batch, block_size, fused)
                     yield Work(f"fused-{precision}", what, operations, precision, "part", graph=True)
     by_kernel: dict[str, list[Operation]] = defaultdict(list)
@@ -257,7 +255,7 @@ def record(written: str) -> dict[str, Any]:
     """The predictions for every card, written down on the day ``written``; prints those for an H100."""
     cards = {}
     for card in CARDS:
-        with costs.assumed(card):  # which decides how a step is computed
+        with runtime.assumed(CARDS[card].architecture):  # which decides how a step is computed
             cards[card] = [each.row(card) for each in everything()]
     for row in cards["h100"]:
         print(f"{row['stage']}, {row['what']}: {report.seconds(row['predicted'])}, {row['decides']}")

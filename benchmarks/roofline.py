@@ -14,14 +14,14 @@ from collections.abc import Sequence
 
 import torch
 
-from g2g_kernels.triton import costs
-from g2g_kernels.triton.costs import CARDS, Card
+from g2g_kernels.triton import runtime
 from g2gnet import G2GNet
 from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser, add_settings_flags
 from g2gnet.settings import with_default
 from g2gnet.training import TrainSettings
 
+from .costs import CARDS, Card
 from .launches import Operation, training_step
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -140,7 +140,7 @@ def roofline(arguments: argparse.Namespace) -> str:
     weights = sum(mask.num_weights for mask in masks)
     density = weights / sum(rows * cols for rows, cols in (mask.shape for mask in masks))
     card = CARDS[arguments.card]
-    with costs.assumed(arguments.card):
+    with runtime.assumed(card.architecture):
         operations = training_step(net, arguments.batch_size, INPUT_DIM, DTYPES[arguments.precision])
     operations.append(adam(net))
     total = sum(seconds(operation, card) for operation in operations)

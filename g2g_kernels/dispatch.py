@@ -140,6 +140,13 @@ class Operator:
         """Runs the operator on the backend that :meth:`choose` gives."""
         return self.choose(*args, backend=backend, **kwargs)(*args, **kwargs)
 
+    def prefers(self, name: str, *args: Any, backend: str | None = None) -> bool:
+        """Whether a call goes to the backend ``name``, which is asked first, or is forced to."""
+        forced, (_, refuses) = forced_backend(backend), self._implementations[name]
+        if forced:
+            return forced == name
+        return not (BACKENDS[name].unavailable() or BACKENDS[name].only_by_name() or refuses(*args))
+
     def choose(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Callable:
         """The implementation of the forced backend, or of the first that serves this call.
 

@@ -17,12 +17,12 @@ def test_what_a_lane_reports_in_words():
     fault = (
         "E   ttsem.sanitize.KernelFault: kernel `product_kernel`, launch 3: `triton.py:220: tl.store(y, total)`: writes"
     )
-    section = "stores of this test's kernels\nproduct_kernel: triton.py:220\nsum_kernel: triton.py:9, triton.py:12\n"
+    section = "stores of this test's kernels\nproduct_kernel: triton.py:220\nlif: triton.py:9, triton.py:12\n"
     failed = "FAILED tests/test_triton_linear.py::test_padding[x] - AssertionError\n1 failed\n"
     assert finding("1 passed\n\nexit 0") == "—"
     assert finding(f"{fault}\n{failed}\nexit 1") == "writes out of bounds at the line it names"
     assert finding("Fatal Python error\n\nexit -11") == "the process dies, without a line"
     assert finding(f"{failed}\nexit 1") == "`test_padding` fails"
     assert finding(f"{section}{failed}\nexit 1") == (
-        "`test_padding` fails; `product_kernel` stores at the line it names; `sum_kernel` stores at the lines it names"
+        "`test_padding` fails; `product_kernel` stores at the line it names; `lif` stores at the lines it names"
     )

@@ -123,17 +123,9 @@ def charge(states, fired, current, parameters, MODEL: tl.constexpr, RESET: tl.co
 
 @triton.jit
 def charge_backward(
-    grads,
-    sums,
-    states,
-    fired,
-    begins,
-    parameters,
-    alpha,
-    MODEL: tl.constexpr,
-    RESET: tl.constexpr,
-    SURROGATE: tl.constexpr,
-):
+    grads, sums, states, fired, begins, parameters, alpha,
+    MODEL: tl.constexpr, RESET: tl.constexpr, SURROGATE: tl.constexpr,
+):  # fmt: skip
     if MODEL == "lif":
         return _lif_charge_backward(grads, sums, states, fired, parameters, RESET)
     elif MODEL == "synaptic":
@@ -180,10 +172,43 @@ def load_states(pointer, stride, offsets, inside, count: tl.constexpr, ROWS: tl.
 
 
 @triton.jit
+def load_at_all_steps(
+    grad_counts, grad_rates, offsets, inside, neuron, exists, rate_scale, ROWS: tl.constexpr, COLS: tl.constexpr
+):
+    """The part of the spikes' gradient that is the same at all steps: of counts [B, N] and rates [N], unless None."""
+    grad = tl.zeros([ROWS, COLS], tl.float32)
+    if grad_counts is not None:
+        grad += tl.load(grad_counts + offsets, mask=inside, other=0.0).to(tl.float32)
+    if grad_rates is not None:
+        grad += tl.load(grad_rates + neuron, mask=exists, other=0.0).to(tl.float32)[None, :] * rate_scale
+    return grad
+
+
+@triton.jit
 def store_states(pointer, stride, offsets, inside, tiles):
     """Stores what :func:`load_states` loads."""
     for i in tl.static_range(len(tiles)):
         tl.store(pointer + i * stride + offsets, tiles[i], mask=inside)
+
+
+@triton.jit
+def store_partials(
+    here, apart, sums, grad_current, inside, parameters, neuron, exists,
+    DECAYS: tl.constexpr, PER_NEURON: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """Stores the sums over samples of tiles, those of the parameters' gradients and then of the current's, ``apart``;
+    to what is there if ADD."""
+    for i in tl.static_range(len(sums) + 1):
+        if i < len(sums):
+            total = tl.sum(tl.where(inside, sums[i], 0.0), 0)
+        else:
+            total = tl.sum(tl.where(inside, grad_current, 0.0), 0)
+        if i < DECAYS:  # the clamp's own derivative
+            decay = tl.load(parameters[i] + neuron * ((PER_NEURON >> i) & 1), mask=exists, other=0.0)
+            total = tl.where((decay < 0) | (decay > 1), 0.0, total)
+        if ADD:
+            total += tl.load(here + i * apart, mask=exists, other=0.0)
+        tl.store(here + i * apart, total, mask=exists)
 
 
 @triton.jit
@@ -214,7 +239,7 @@ def plus(left, right):
 
 
 @triton.jit
-def _plus_last(values, term):
+def plus_last(values, term):
     """``values`` with ``term`` added to the last: to the membrane, or to the threshold."""
     result = ()
     for i in tl.static_range(len(values)):
@@ -227,26 +252,16 @@ def _plus_last(values, term):
 
 @triton.jit
 def step_backward(
-    grads,
-    sums,
-    states,
-    fired,
-    margin,
-    grad_spike,
-    begins,
-    parameters,
-    alpha,
-    MODEL: tl.constexpr,
-    RESET: tl.constexpr,
-    SURROGATE: tl.constexpr,
-):
+    grads, sums, states, fired, margin, grad_spike, begins, parameters, alpha,
+    MODEL: tl.constexpr, RESET: tl.constexpr, SURROGATE: tl.constexpr,
+):  # fmt: skip
     """One step of time backwards; as :func:`charge_backward`, with the gradient that comes through the spike.
 
     ``margin`` is U_t − θ after the step, ``grad_spike`` ∂L/∂S_t, ``begins`` true at the first step of a run without a
     state, before which no spike has a gradient.
     """
     through_spike = surrogate_derivative(margin, alpha, SURROGATE) * grad_spike
-    grads, sums = _plus_last(grads, through_spike), _plus_last(sums, -through_spike)
+    grads, sums = plus_last(grads, through_spike), plus_last(sums, -through_spike)
     return charge_backward(grads, sums, states, fired, begins, parameters, alpha, MODEL, RESET, SURROGATE)
 
 

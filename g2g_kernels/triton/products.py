@@ -6,7 +6,8 @@ float32 exactly. A tensor core multiplies bfloat16 exactly and adds in float32, 
     x·w = x·(w₁ + w₂ + w₃)                              three products for a spike x, 0 or 1, exact in bfloat16
     x·w ≈ x₁w₁ + x₁w₂ + x₂w₁ + x₁w₃ + x₂w₂ + x₃w₁       six for any x; at most 2⁻²²·x·w is left out
 
-at 16 times (A100) or 15 times (H100) the rate of float32 on the ordinary cores.
+at 16 times (A100) or 15 times (H100) the rate of float32 on the ordinary cores, but only 2 to 4 times on cards for
+graphics, which multiply float32 as it is.
 
 Tensor cores cut sums off where others round, always towards zero, so long sums would drift (Ootomo and Yokota 2022):
 emulated, one sum over 2048 inputs of which 5 % fire has 19 times the error of plain float32, a sum per tile 1.2 times.
@@ -21,7 +22,9 @@ import triton
 import triton.language as tl
 
 from g2g_kernels.triton import runtime
-from g2g_kernels.triton.costs import PARTS
+
+#: the bfloat16 parts of a float32 number
+PARTS = 3
 
 
 @triton.jit
@@ -143,10 +146,10 @@ def _as_floats(device: torch.device) -> bool:
 def precision_of(products: torch.dtype, device: torch.device) -> str:
     """How factors of a dtype are multiplied on a device: ``"parts"``, ``"tf32"`` or ``"ieee"``, as they are.
 
-    Parts serve float32 in full precision where bfloat16 is much faster: on NVIDIA's cards and on AMD's from CDNA 3.
+    Parts serve float32 in full precision where bfloat16 is much faster.
     """
     if products != torch.float32:
         return "ieee"
-    precision, architecture = runtime.input_precision(), runtime.amd(device)
-    parts = precision == "ieee" and (not architecture or architecture.startswith(("gfx94", "gfx95")))
+    precision = runtime.input_precision()
+    parts = precision == "ieee" and runtime.card_of(device).architecture in runtime.DATA_CENTER
     return "parts" if parts else precision

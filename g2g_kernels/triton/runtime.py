@@ -136,11 +136,71 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
-def amd(device: torch.device) -> str:
-    """The architecture of an AMD GPU (gfx942); "" for other devices."""
-    if device.type == "cuda" and torch.version.hip is not None:
-        return torch.cuda.get_device_properties(device).gcnArchName
-    return _recorded_for
+class Card(NamedTuple):
+    """What the choice of tiles and kernels depends on.
+
+    Attributes:
+        architecture: ``"sm_90"``, or AMD's name, ``"gfx942"``.
+        multiprocessors: how many it has.
+        shared: bytes of shared memory that one program may have.
+    """
+
+    architecture: str
+    multiprocessors: int
+    shared: int
+
+    @property
+    def amd(self) -> bool:
+        """Whether loads travel in registers, which is AMD's way."""
+        return self.architecture.startswith("gfx")
+
+    @property
+    def flop_per_byte(self) -> int:
+        """What its tensor cores multiply in 16 bits while L2 delivers a byte."""
+        return DATA_CENTER.get(self.architecture, 50)
+
+
+#: cards whose tensor cores multiply 16 bits at least eight times as fast as their ordinary cores float32, with
+#: :attr:`Card.flop_per_byte` by data sheets; an RTX 4090, an L40S or an A10 do two to four times as fast
+DATA_CENTER = {"sm_80": 78, "sm_90": 145, "sm_100": 145, "sm_103": 145, "gfx942": 145, "gfx950": 145}
+#: cards that can be assumed
+CARDS = {
+    card.architecture: card
+    for card in (
+        Card("sm_80", 108, 163 << 10),
+        Card("sm_89", 128, 99 << 10),
+        Card("sm_90", 132, 227 << 10),
+        Card("sm_100", 148, 227 << 10),
+        Card("gfx90a", 104, 64 << 10),
+        Card("gfx942", 304, 64 << 10),
+        Card("gfx1100", 96, 64 << 10),
+    )
+}
+_assumed = "sm_90"
+
+
+@contextlib.contextmanager
+def assumed(architecture: str) -> Iterator[None]:
+    """Inside, tensors on no GPU are taken to be on the card of that architecture, a key of :data:`CARDS`."""
+    global _assumed
+    before, _assumed = _assumed, architecture
+    try:
+        yield
+    finally:
+        _assumed = before
+
+
+@constant_when_traced
+def card_of(device: torch.device) -> Card:
+    """The card of a device; an H100 if it is no GPU, unless :func:`assumed` says otherwise."""
+    return _card_of(device.index or 0) if device.type == "cuda" else CARDS[_assumed]
+
+
+@functools.cache
+def _card_of(index: int) -> Card:
+    of = torch.cuda.get_device_properties(index)
+    architecture = f"sm_{of.major}{of.minor}" if torch.version.hip is None else of.gcnArchName.partition(":")[0]
+    return Card(architecture, of.multi_processor_count, getattr(of, "shared_memory_per_block_optin", 64 << 10))
 
 
 def cdiv(a: int, b: int) -> int:
@@ -162,25 +222,21 @@ class Launch(NamedTuple):
 
 
 _recorded: list[Launch] | None = None
-_recorded_for = ""
 
 
 @contextlib.contextmanager
-def recorded(architecture: str = "") -> Iterator[list[Launch]]:
+def recorded() -> Iterator[list[Launch]]:
     """Inside, launches are recorded instead of run, so tensors on the ``meta`` device suffice.
 
-    ``benchmarks/aot.py`` compiles the recorded launches for other GPUs.
-
-    Args:
-        architecture: the card whose tiles to choose: AMD's name of it, or "" for NVIDIA's, which all have the same.
+    ``benchmarks/aot.py`` compiles the recorded launches for other GPUs, which are :func:`assumed` meanwhile.
     """
-    global _recorded, _recorded_for
+    global _recorded
     launches: list[Launch] = []
-    _recorded, _recorded_for = launches, architecture
+    _recorded = launches
     try:
         yield launches
     finally:
-        _recorded, _recorded_for = None, ""
+        _recorded = None
 
 
 class Compiled(NamedTuple):

@@ -16,10 +16,10 @@ from benchmarks.registry import choose
 from g2gnet import G2GNet
 
 pytest.importorskip("triton", minversion="3.3")
+from benchmarks import costs
 from benchmarks.launches import Operation, training_step
 from g2g_kernels.ops.g2g_linear import tiles
 from g2g_kernels.ops.g2g_stack import triton as stack
-from g2g_kernels.triton import costs
 
 RECORD = json.loads(predictions.RECORD.read_text())
 
@@ -207,9 +207,9 @@ def test_what_tiles_read_from_l2_by_hand():
     product, by_parts = (
         [o for o in operations if o.phase == "forward" and o.name == "product_kernel"][1] for operations in (bf16, fp32)
     )
-    # 256 samples are two tiles of 128: for each and each unit 128 × 64 spikes in bytes, 64 × 64 weights of two
-    assert predictions.work_of(product).l2_bytes == 2 * 8 * (128 * 64 + 2 * 64 * 64)
-    assert predictions.work_of(by_parts).l2_bytes == 2 * 8 * (128 * 64 + 6 * 64 * 64)
+    # 256 samples are four tiles of 64: for each and each unit 64 × 64 spikes in bytes, 64 × 64 weights of two
+    assert predictions.work_of(product).l2_bytes == 4 * 8 * (64 * 64 + 2 * 64 * 64)
+    assert predictions.work_of(by_parts).l2_bytes == 4 * 8 * (64 * 64 + 6 * 64 * 64)
     assert predictions.work_of(product).flop == product.flop == by_parts.flop
     assert predictions.work_of(by_parts).flop == 3 * product.flop
     gradient = [o for o in bf16 if o.name == "weight_gradient_kernel"][1]
@@ -232,7 +232,9 @@ def test_a_kernel_takes_the_longest_of_its_times():
     copy = Operation("forward", "copy", {"input": torch.empty(500), "output": torch.empty(500)}, 0)
     product = Operation("forward", "mm", {"x": torch.empty(250)}, 8_000_000)
     start = predictions.ASSUMED["start of a kernel, s"]
-    slow_l2, fast_l2 = (costs.Card({"bf16": 1e9, "fp32": 1e9}, 1e6, rate, 10, 0, "imagined") for rate in (1e6, 1e9))
+    slow_l2, fast_l2 = (
+        costs.Card("sm_90", {"bf16": 1e9, "fp32": 1e9}, 1e6, rate, 10, "imagined") for rate in (1e6, 1e9)
+    )
 
     def predicted(operation: Operation, card: costs.Card) -> float:
         return costs.seconds(predictions.work_of(operation), card)

@@ -67,7 +67,7 @@ def test_neurons_by_hand(operations):
     assert second.bytes == 2 * T * B * H + parameters + T * B * H + counts + last
     assert first.flop == second.flop == 0
     _, second, first = named(operations, "backward", "neurons_backward_kernel")
-    sums = 2 * 4  # one program: one number each for β and θ
+    sums = 3 * 4 * H  # one program: for each neuron one number each for β, θ and the bias
     assert second.bytes == (2 + 2 + 2) * T * B * H + parameters + sums
     # layer 1 gets ∂L/∂S at every step and gives ∂L/∂I of one
     assert first.bytes == 4 * B * H + 2 * T * B * H + 2 * B * H + parameters + sums
@@ -90,7 +90,7 @@ def test_only_what_a_forward_pass_runs_is_recorded():
 
 
 def test_floors_by_hand():
-    card = Card({"fp32": 1e9}, 1e6, 1e6, 1, 0, "imagined")
+    card = Card("sm_90", {"fp32": 1e9}, 1e6, 1e6, 1, "imagined")
     memory = Operation("forward", "copy", {"input": torch.empty(500), "output": torch.empty(500)}, 0)
     both = Operation("forward", "mm", {"x": torch.empty(250)}, 5_000_000)
     assert seconds(memory, card) == pytest.approx(4e-3)  # 4,000 bytes

@@ -680,7 +680,7 @@ def test_opcheck_of_a_stack():
     layers[1] = layers[1]._replace(bias=None)
     stack.FORWARD.opcheck(StackCall.of(leaves["x"], layers, 3, torch.float32), True)
     call = detached(StackCall.of(leaves["x"], layers, 3, torch.float32))
-    counts, rates, _, spikes, kept = stack.FORWARD.function(call, True)
+    counts, rates, _, _, spikes, kept = stack.FORWARD.function(call, True)
     stack.BACKWARD.opcheck(Backward.of(call, [spikes, kept], [counts, rates, [None] * len(layers)]))
     stack.UNPACK.opcheck(stack.PackedWords(spikes[0], call.layers[0].values, call.layers[0].mask))
 

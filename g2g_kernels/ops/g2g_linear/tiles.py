@@ -3,18 +3,15 @@
 A dense product is cuBLAS's, at a larger share of the card's rate than ours, but multiplies what does not exist. It
 pays for nearly full masks, and for units below 16, whose tiles (at least 16 × 16) are mostly padding: at the default
 density a mask of single weights has no empty 16 × 16 block at all. In float32 our products go by parts to tensor
-cores, cuBLAS's do not. The times of :mod:`g2g_kernels.triton.costs` decide, for each product of a layer by itself.
+cores, cuBLAS's do not. :func:`dense_pays` decides for each product of a layer by itself.
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 
-from g2g_kernels.triton import costs, runtime
-from g2g_kernels.triton.runtime import cdiv
+from g2g_kernels.triton import runtime
 
 # --- tiles --------------------------------------------------------------------------------------------------------
 
@@ -27,17 +24,19 @@ def side_of(width: int) -> int:
 def product_tiles(samples: int, width: int, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
     """Rows and depth of a tile for units ``width`` deep, and the number of loads in flight.
 
-    128 rows are two ``wgmma`` of 64, and reuse each weight tile for 128 FLOPs per byte; for few samples 16 rows are
-    enough, the minimum of a tensor core. Three stages of 16 KB of x and 8 KB of weights leave room for other programs
-    on an SM, and fit the 99 KB of consumer cards. float32 samples take twice the registers, whatever they are converted
-    to: half the rows, half the depth; float32 weights alone, and units 16 deep, half the rows. ``ieee`` products run on
-    the ordinary cores, with fully unrolled loops: a depth of 16. Parts, of which there are three for a tile of weights,
-    are shared by 128 rows and two sums by 8 warps: read for 64 rows they would come from L2 more slowly than they are
-    multiplied. With these numbers no kernel uses the stack (``benchmarks/results/aot.md``).
+    128 rows are two ``wgmma`` of 64, and reuse each weight tile for 128 FLOPs per byte; for one step of a batch 64 make
+    twice the programs, and for few samples 16 rows are enough, the minimum of a tensor core. Three stages of 16 KB of x
+    and 8 KB of weights leave room for other programs on an SM, and fit the 99 KB of consumer cards. float32 samples
+    take twice the registers, whatever they are converted to: half the rows, half the depth; by parts a quarter of it,
+    or one program of 8 warps fits an SM. float32 weights alone, and units 16 deep: half the rows. ``ieee`` products run
+    on the ordinary cores, with fully unrolled loops: a depth of 16. Parts, of which there are three for a tile of
+    weights, are shared by 128 rows and two sums by 8 warps: read for 64 rows they would come from L2 more slowly than
+    they are multiplied. With these numbers no kernel uses the stack (``benchmarks/results/aot.md``).
     """
-    wide = precision == "parts" or torch.float32 not in (x, products)
+    wide = (precision == "parts" or torch.float32 not in (x, products)) and samples > 1024
     block_m = 16 if samples <= 32 else 128 if wide and width > 16 else 64
-    depth = 16 if _on_ordinary_cores(products, precision) else 32 if x == torch.float32 else 64
+    by_parts = precision == "parts" and x == torch.float32
+    depth = 16 if by_parts or _on_ordinary_cores(products, precision) else 32 if x == torch.float32 else 64
     num_warps = 8 if precision == "parts" and block_m == 128 else 4
     return {"BLOCK_M": block_m, "BLOCK_K": min(depth, width), "num_warps": num_warps, "num_stages": STAGES}
 
@@ -60,11 +59,11 @@ def fitted(tiles: dict[str, int], device: torch.device, deepest: int = 32) -> di
     needs each factor twice in a warp's registers. With the tiles of other cards, 16-bit kernels spilled up to 292 bytes
     per thread to the stack, a float32 kernel 2,764.
     """
-    architecture = runtime.amd(device)
-    if not architecture:
+    card = runtime.card_of(device)
+    if not card.amd:
         return tiles
     tiles = tiles | {"num_stages": 2}
-    if not architecture.startswith(RDNA):
+    if not card.architecture.startswith(RDNA):
         return tiles
     capped = {name: min(tiles[name], deepest) for name in ("BLOCK_K", "BLOCK_S") if name in tiles}
     return tiles | capped | {"num_warps": 8}
@@ -92,7 +91,7 @@ def weight_gradient_tiles(width: int, x: torch.dtype, products: torch.dtype, pre
     by_parts, spikes = precision == "parts", x == torch.uint8
     depth = 16 if _on_ordinary_cores(products, precision) or (by_parts and not spikes) else 32 if floats else 64
     lanes = 64 if floats and not (by_parts and spikes) else 128
-    chain = 256 if products == torch.float32 else 0
+    chain = 256 if products == torch.float32 and precision != "tf32" else 0
     warps = 8 if by_parts and spikes else 4
     return {"GROUP": lanes // width, "BLOCK_S": depth, "CHAIN": chain, "num_warps": warps, "num_stages": STAGES}
 
@@ -103,150 +102,44 @@ def groups_and_parts(units: int, rows: int, tiles: int, samples: int, group: int
     return groups, max(1, min(_PROGRAMS // (groups * tiles), samples // 1024))
 
 
-# --- times --------------------------------------------------------------------------------------------------------
+# --- units or dense -----------------------------------------------------------------------------------------------
 
 
-class Shape(NamedTuple):
-    """The numbers of a layer on which times depend: of units, and of each side its ranges, their width, its neurons."""
+def dense_pays(
+    padded: int, inputs: int, outputs: int, x: torch.Tensor, side: int, products: torch.dtype, precision: str
+) -> bool:
+    """True where the dense product is expected to be faster; a rule, not measured.
 
-    units: int
-    row_ranges: int
-    row_width: int
-    outputs: int
-    col_ranges: int
-    col_width: int
-    inputs: int
-
-    @property
-    def weights(self) -> int:
-        """Of the units, padding included."""
-        return self.units * self.row_width * self.col_width
-
-    @property
-    def dense(self) -> int:
-        """Of the whole grid, which is assembled before a dense product."""
-        return self.row_ranges * self.row_width * self.col_ranges * self.col_width
-
-    @property
-    def transposed(self) -> "Shape":
-        rows, cols = self[1:4], self[4:]
-        return Shape(self.units, *cols, *rows)
-
-
-class Call(NamedTuple):
-    """A product: ``"forward"``, ``"to x"`` (the input gradient) or ``"to weights"`` of a layer.
-
-    Attributes:
-        shape: of the layer.
-        samples: M.
-        x: the dtype of what is multiplied: for the input gradient of dy, else of the layer's inputs (uint8: spikes).
-        y: the dtype of the result.
-        products, precision: how factors are multiplied.
-        card: on which.
-    """
-
-    way: str
-    shape: Shape
-    samples: int
-    x: torch.dtype
-    y: torch.dtype
-    products: torch.dtype
-    precision: str
-    card: costs.Card
-
-    @property
-    def weight_bytes(self) -> int:
-        return costs.PART_BYTES if self.precision == "parts" else self.products.itemsize
-
-    @property
-    def factors(self) -> tuple[str, int]:
-        return costs.factors(self.products, self.precision, self.x == torch.uint8)
-
-
-def parts_work(shape: Shape) -> costs.Work:
-    """What makes parts of the weights."""
-    return costs.Work(bytes=(4 + costs.PART_BYTES) * shape.weights, programs=cdiv(shape.weights, 1024))
-
-
-def _by_units(call: Call) -> list[costs.Work]:
-    """The product of units with x by rows, or by columns, which is the input gradient."""
-    shape = call.shape if call.way == "forward" else call.shape.transposed
-    tiles = product_tiles(call.samples, side_of(shape.col_width), call.x, call.products, call.precision)
-    block = costs.Block(tiles["BLOCK_M"], side_of(shape.row_width), tiles["BLOCK_K"])
-    columns, of_m = cdiv(shape.row_width, block.n), cdiv(call.samples, block.m)
-    pairs = shape.units * columns * cdiv(shape.col_width, block.k) * of_m
-    kind, times = call.factors
-    moved = call.samples * (shape.inputs * call.x.itemsize + shape.outputs * call.y.itemsize)
-    own = costs.Work(
-        times * block.flop(pairs),
-        kind,
-        moved + shape.weights * call.weight_bytes,
-        block.l2_bytes(pairs, call.x.itemsize, call.weight_bytes),
-        shape.row_ranges * columns * of_m,
-        tiles["num_warps"],
-    )
-    return [parts_work(shape), own] if call.precision == "parts" else [own]
-
-
-def _weight_gradient(call: Call) -> list[costs.Work]:
-    """The gradient of units, and the sum over its parts."""
-    shape = call.shape
-    tiles = weight_gradient_tiles(side_of(shape.col_width), call.x, call.products, call.precision)
-    block_r, block_c = side_of(shape.row_width), tiles["GROUP"] * side_of(shape.col_width)
-    of_unit = cdiv(shape.row_width, block_r) * cdiv(shape.col_width, side_of(shape.col_width))
-    groups, parts = groups_and_parts(shape.units, shape.row_ranges, of_unit, call.samples, tiles["GROUP"])
-    block = costs.Block(block_r, block_c, call.samples)
-    pairs = of_unit * costs.groups_of(shape.units, shape.row_ranges, tiles["GROUP"])
-    kind, times = call.factors
-    moved = call.samples * (shape.outputs * call.products.itemsize + shape.inputs * call.x.itemsize)
-    own = costs.Work(
-        times * block.flop(pairs),
-        kind,
-        moved + 4 * parts * shape.weights,
-        block.l2_bytes(pairs, call.products.itemsize, call.x.itemsize),
-        groups * parts * of_unit,
-        tiles["num_warps"],
-    )
-    return [own, costs.Work(bytes=4 * (parts + 1) * shape.weights)]
-
-
-def _dense(call: Call) -> list[costs.Work]:
-    """A product with stored zeros, and what is done before and after it."""
-    shape, size = call.shape, call.products.itemsize
-    inputs, outputs = call.samples * shape.inputs, call.samples * shape.outputs
-    kind, _ = costs.factors(call.products, "tf32" if call.precision == "tf32" else "ieee", False)
-    put = shape.dense + shape.weights
-    # cut into units, whose numbers take four small kernels, and selected; or zeros, units put among them, rows joined
-    passes = [2 * shape.dense, put, 0, 0, 0, 0] if call.way == "to weights" else [put, put, 2 * shape.dense]
-    work = [costs.Work(bytes=size * numbers) for numbers in passes]
-    work.append(costs.Work(2 * inputs * shape.outputs, kind, (inputs + outputs + shape.dense) * size))
-    if call.x != call.products:
-        work.append(costs.Work(bytes=inputs * (call.x.itemsize + size)))
-    if call.y != call.products:
-        made = {"forward": outputs, "to x": inputs, "to weights": shape.weights}[call.way]
-        work.append(costs.Work(bytes=made * (call.y.itemsize + size)))
-    return work
-
-
-@functools.lru_cache(maxsize=4096)
-def seconds(call: Call, dense: bool) -> float:
-    """The modelled time of a product, by units or dense."""
-    work = _dense(call) if dense else _weight_gradient(call) if call.way == "to weights" else _by_units(call)
-    return sum(costs.seconds(each, call.card) for each in work)
-
-
-def dense_pays(shape: Shape, way: str, x: torch.Tensor, y: torch.dtype, products: torch.dtype, precision: str) -> bool:
-    """True where the dense product is expected to be faster; a cost model, not measured.
+    It counts FLOP of a dense product per sample. A weight of a tile takes ``times`` as long as one of the dense matrix:
+    cuBLAS reaches 0.8 of a card's rate, our products 0.6 on tensor cores and 0.45 on the ordinary ones, a twelfth as
+    fast, unless L2 is slower, which gives a tile of 128 × ``side`` its factors. A byte of memory takes twice as long as
+    one of L2; cuBLAS multiplies no spikes as bytes. Assembling the dense matrix takes as long as a thousand samples,
+    and its launches ten microseconds.
+    ``tests/benchmarks/test_choices.py`` compares the rule with the model of :mod:`benchmarks.costs`.
 
     Args:
-        shape: of the layer.
-        way, y, products, precision: as :class:`Call` has them.
-        x: [M, …], what is multiplied.
+        padded: the weights that the tiles of all units have.
+        inputs, outputs: of the product.
+        x: [M, …], what is multiplied, spikes in uint8.
+        side: of the tiles of what is not summed over: outputs, or inputs in the input gradient.
+        products, precision: how factors are multiplied.
     """
     if _chosen is not None:
         return _chosen
-    call = Call(way, shape, x.shape[0], x.dtype, y, products, precision, costs.card_of(x.device))
-    return seconds(call, True) < seconds(call, False)
+    rate: float = runtime.card_of(x.device).flop_per_byte
+    size, x_size, times, weight_size = products.itemsize, x.dtype.itemsize, 4 / 3, products.itemsize
+    if precision == "tf32":
+        rate /= 2
+    elif products == torch.float32:
+        rate, times = rate / 12, 16 / 9
+        if precision == "parts":
+            times, weight_size = 4 / 3 * (3 if x_size == 1 else 6) / 12, 6
+    times = max(times, rate * (x_size / side + weight_size / 128) / 2)
+    by_units = max(2 * times * padded, 2 * rate * (x_size * inputs + size * outputs))
+    dense = max(2 * inputs * outputs, 2 * rate * size * (inputs + outputs))
+    if x.dtype != products:
+        dense += 2 * rate * (x_size + size) * inputs
+    return by_units * len(x) > dense * len(x) + 2000 * inputs * outputs + 4e7 * rate
 
 
 _chosen: bool | None = None

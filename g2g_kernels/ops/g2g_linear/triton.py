@@ -7,10 +7,11 @@ With M samples (T·B in training), U units of R × C weights, and per block row 
     y[m][i]  = b[i] + Σ_{units of i's row}    Σ_j x[m][j]·W[i][j]     product_kernel, by rows
     dx[m][j] =        Σ_{units of j's column} Σ_i dy[m][i]·W[i][j]    product_kernel, by columns: the transposed index,
                                                                       the same packed values, read the other way round
-    dW[i][j] =        Σ_m dy[m][i]·x[m][j],   db[i] = Σ_m dy[m][i]    weight_gradient_kernel
+    dW[i][j] =        Σ_m dy[m][i]·x[m][j]                            weight_gradient_kernel
 
-Each of the three takes 2·M·U·R·C FLOPs. A ``wgmma`` of sm_90 has 64 rows in its left factor. These are samples; in the
-weight gradient, which sums over samples, they are a unit's 64 outputs or the inputs of several units.
+Each of the three takes 2·M·U·R·C FLOPs. A ``wgmma`` of sm_90 is four warps' and has 64 rows in its left factor. These
+are samples; in the weight gradient, which sums over samples, they are a unit's 64 outputs or the inputs of several
+units. Warps beyond 64 rows would multiply the same again: eight of them need 128.
 
 Neurons are read and written at their columns in memory: neuron n of a :class:`Side` is column n. A side translates from
 the padded group order of a :class:`BlockMask` (*places*); these kernels translate in their loads and stores, without a
@@ -31,7 +32,6 @@ from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.g2g_linear.call import LinearCall, operators
 from g2g_kernels.ops.g2g_linear.call import product as product_of
 from g2g_kernels.ops.g2g_linear.tiles import (
-    Shape,
     dense_pays,
     fitted,
     groups_and_parts,
@@ -109,11 +109,12 @@ class Units(NamedTuple):
     rows: Side
     cols: Side
 
-    @property
-    def shape(self) -> Shape:
-        rows, cols = self.rows, self.cols
-        units = self.unit_row.shape[0]  # len() of a tensor takes a microsecond more
-        return Shape(units, rows.num_units, rows.width, rows.size, cols.num_units, cols.width, cols.size)
+    def dense_pays(self, x: torch.Tensor, outer: Side, products: torch.dtype, precision: str) -> bool:
+        """Whether a product of x, for the neurons ``outer`` or the weights to them, is expected to be faster dense."""
+        tiles = [tiles_of(side) * tile_of(side) for side in (self.rows, self.cols)]
+        padded = self.unit_row.shape[0] * tiles[0] * tiles[1]  # len() of a tensor takes a microsecond more
+        inner = self.cols if outer is self.rows else self.rows
+        return dense_pays(padded, inner.size, outer.size, x, tile_of(outer), products, precision)
 
 
 def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
@@ -193,34 +194,38 @@ def tile_at(
     return slot.to(tl.int64), weighs, column, x_ok
 
 
+@triton.jit
+def plus_units(
+    total, x, x_column, x_bounds, x_size, values, ptr, slots, others, unit, m, m_ok, n, n_inside,
+    K: tl.constexpr, N: tl.constexpr, BY_ROWS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """total + the product of rows ``m`` of x with columns ``n`` of the units in row (or column) ``unit``."""
+    TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    TILES: tl.constexpr = 3 if PRECISION == "parts" else 1  # of a unit, in memory
+    first, end = tl.load(ptr + unit), tl.load(ptr + unit + 1)
+    slot, weighs, x_col, x_ok = tile_at(
+        first * TILES_K, end, slots, others, x_column, x_bounds, x_size, K, TILES_K, BLOCK_K
+    )
+    for i in range(first * TILES_K, end * TILES_K):
+        k = (i % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
+        x_tile = tl.load(x + (m[:, None] * x_size + x_col[None, :]), mask=m_ok[:, None] & x_ok[None, :], other=0)
+        if BY_ROWS:  # values are [slot, N, K]
+            address = values + slot * (TILES * N * K) + k[:, None] + n[None, :] * K
+        else:  # [slot, K, N]
+            address = values + slot * (TILES * N * K) + k[:, None] * N + n[None, :]
+        weights = load_factors(address, weighs[:, None] & n_inside[None, :], N * K, PRECISION)
+        total = plus_product(total, x_tile, weights, PRECISION)
+        slot, weighs, x_col, x_ok = tile_at(i + 1, end, slots, others, x_column, x_bounds, x_size, K, TILES_K, BLOCK_K)
+    return total
+
+
 @triton.jit(do_not_specialize=["samples", "num_n"])
 def product_kernel(
-    x,
-    x_column,
-    x_bounds,
-    values,
-    ptr,
-    slots,
-    others,
-    bias,
-    y,
-    y_column,
-    y_bounds,
-    samples,
-    num_n,
-    x_size,
-    y_size,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    BY_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    x, x_column, x_bounds, values, ptr, slots, others, bias, y, y_column, y_bounds, samples, num_n, x_size, y_size,
+    K: tl.constexpr, N: tl.constexpr, BY_ROWS: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    TILES: tl.constexpr = 3 if PRECISION == "parts" else 1  # of a unit, in memory
     tile = tl.program_id(0) % (num_n * TILES_N)
     unit = tile // TILES_N
     first_m = (tl.program_id(0) // (num_n * TILES_N)).to(tl.int64) * BLOCK_M
@@ -229,23 +234,10 @@ def product_kernel(
     n = (tile % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_inside = n < length(y_bounds, unit, N)
 
-    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    first, end = tl.load(ptr + unit), tl.load(ptr + unit + 1)
-    slot, weighs, x_col, x_ok = tile_at(
-        first * TILES_K, end, slots, others, x_column, x_bounds, x_size, K, TILES_K, BLOCK_K
-    )
-    for i in range(first * TILES_K, end * TILES_K):
-        k = (i % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
-        x_address = x + first_m * x_size + (m[:, None] * x_size + x_col[None, :])
-        x_tile = tl.load(x_address, mask=m_ok[:, None] & x_ok[None, :], other=0)
-        if BY_ROWS:  # values are [slot, N, K]
-            address = values + slot * (TILES * N * K) + k[:, None] + n[None, :] * K
-        else:  # [slot, K, N]
-            address = values + slot * (TILES * N * K) + k[:, None] * N + n[None, :]
-        weights = load_factors(address, weighs[:, None] & n_inside[None, :], N * K, PRECISION)
-        total = plus_product(total, x_tile, weights, PRECISION)
-        slot, weighs, x_col, x_ok = tile_at(i + 1, end, slots, others, x_column, x_bounds, x_size, K, TILES_K, BLOCK_K)
-
+    total = plus_units(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x + first_m * x_size, x_column, x_bounds, x_size,
+        values, ptr, slots, others, unit, m, m_ok, n, n_inside, K, N, BY_ROWS, PRECISION, BLOCK_K,
+    )  # fmt: skip
     column, n_ok = columns(unit * N + n, y_column, n < N, y_size)
     if bias is not None:
         total += tl.load(bias + column, mask=n_ok, other=0).to(tl.float32)[None, :]
@@ -300,7 +292,7 @@ def product(
 ) -> torch.Tensor:
     """y [M, out] of ``dtype``: x [M, in] (floats, or spikes in uint8), ``bias`` [out] in the order of y's columns."""
     precision = precision_of(values.dtype, x.device)
-    if dense_pays(units.shape, "forward", x, dtype, values.dtype, precision):  # cuBLAS, with the zeros stored
+    if units.dense_pays(x, units.rows, values.dtype, precision):  # cuBLAS, with the zeros stored
         weight, x = dense_weight(values, units), x.to(values.dtype)
         if dtype.itemsize > values.dtype.itemsize:  # a held current: factors are rounded, their sum is not
             weight, x = weight.to(dtype), x.to(dtype)
@@ -316,7 +308,7 @@ def product(
 def input_gradient(grad_y: torch.Tensor, values: torch.Tensor, units: Units, dtype: torch.dtype) -> torch.Tensor:
     """dx [M, in] of ``dtype``, from dy [M, out] of the dtype of ``values``."""
     precision = precision_of(values.dtype, grad_y.device)
-    if dense_pays(units.shape, "to x", grad_y, dtype, values.dtype, precision):
+    if units.dense_pays(grad_y, units.cols, values.dtype, precision):
         return (grad_y @ dense_weight(values, units)).to(dtype)
     grad_x = torch.empty((grad_y.shape[0], units.cols.size), dtype=dtype, device=grad_y.device)
     if grad_x.numel():
@@ -368,10 +360,10 @@ def dense_weight(values: torch.Tensor, units: Units) -> torch.Tensor:
 # for 16-bit dy and uint8 x: U·M·(2·R/GROUP + C); memory: 2·4·PARTS·U·R·C for the parts.
 #
 # In float32 a chain of additions can be too long: with one product after another, as on the ordinary cores, 12,800
-# samples gave weight gradients 5.2 times and bias gradients 3.6 times PyTorch's error; with one tile of parts after
-# another 2.3 times, with tensor cores emulated. So each chain of CHAIN samples is added to a total, and the next begins
-# at zero (0.8 and 1.3 times; 1.0). This needs another accumulator but no extra bytes. The rounding of 16-bit and tf32
-# factors outweighs that of the sums: they use one chain; only tf32's bias, in float32, uses several.
+# samples gave weight gradients 5.2 times PyTorch's error; with one tile of parts after another 2.3 times, with tensor
+# cores emulated. So each chain of CHAIN samples is added to a total, and the next begins at zero (0.8; 1.0 times). This
+# needs another accumulator but no extra bytes. The rounding of 16-bit and tf32 factors outweighs that of the sums: they
+# use one chain.
 #
 # Rows have different numbers of units, which dynamic sparse training changes on the device. The grid is therefore sized
 # for an upper bound on the number of groups. Each program finds its own row; programs without work return at once.
@@ -379,41 +371,20 @@ def dense_weight(values: torch.Tensor, units: Units) -> torch.Tensor:
 
 @triton.jit(do_not_specialize=["samples", "samples_of_part", "num_rows", "num_units"])
 def weight_gradient_kernel(
-    grad_y,
-    y_column,
-    x,
-    x_column,
-    row_ptr,
-    row_slot,
-    unit_col,
-    grad_values,
-    grad_bias,
-    samples,
-    samples_of_part,
-    num_rows,
-    num_units,
-    y_size,
-    x_size,
-    R: tl.constexpr,
-    C: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PART: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    CHAIN: tl.constexpr,
-):
+    grad_y, y_column, x, x_column, row_ptr, row_slot, unit_col, grad_values, samples, samples_of_part, num_rows,
+    num_units, y_size, x_size,
+    R: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr, ROWS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, CHAIN: tl.constexpr,
+):  # fmt: skip
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     part = tl.program_id(1)
     tile_r, tile_c = tl.program_id(2) // TILES_C, tl.program_id(2) % TILES_C
 
-    # the row of this program and its group of units; an empty row has one group, for its bias
+    # the row of this program and its group of units
     rows = tl.arange(0, ROWS)
     first = tl.load(row_ptr + rows, mask=rows < num_rows, other=0)
     end = tl.load(row_ptr + rows + 1, mask=rows < num_rows, other=0)
-    groups = tl.where(rows < num_rows, tl.maximum((end - first + GROUP - 1) // GROUP, 1), 0)
+    groups = (end - first + GROUP - 1) // GROUP
     groups_before = tl.cumsum(groups, 0)
     row = tl.sum((groups_before <= tl.program_id(0)).to(tl.int32), 0)
     if row >= num_rows:
@@ -433,10 +404,10 @@ def weight_gradient_kernel(
     r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
     y_col, y_ok = columns(row * R + r, y_column, r < R, y_size)
 
-    # a wgmma has 64 rows in its left factor: those of dy where a unit has as many, else those of several units' x
-    total = tl.zeros((BLOCK_R, GROUP * BLOCK_C) if BLOCK_R >= 64 else (GROUP * BLOCK_C, BLOCK_R), tl.float32)
-    summed = tl.zeros((BLOCK_S, BLOCK_R), tl.float32)
-    chain, chain_summed = total, summed  # not yet added to them
+    # the left factor is dy where a unit has 64 rows, and x where it has less or 8 warps need 128
+    X_LEFT: tl.constexpr = BLOCK_R < 64 or PRECISION == "parts"
+    total = tl.zeros((GROUP * BLOCK_C, BLOCK_R) if X_LEFT else (BLOCK_R, GROUP * BLOCK_C), tl.float32)
+    chain = total  # not yet added to it
     for start in range(part * samples_of_part, tl.minimum((part + 1) * samples_of_part, samples), BLOCK_S):
         s = tl.arange(0, BLOCK_S)
         s_ok = (s < samples - start)[:, None]
@@ -445,36 +416,24 @@ def weight_gradient_kernel(
         y_tile = tl.load(y_address, mask=s_ok & y_ok[None, :], other=0)
         x_address = x + row_start * x_size + (s[:, None] * x_size + column[None, :])
         x_tile = tl.load(x_address, mask=s_ok & column_ok[None, :], other=0)
-        if BLOCK_R >= 64:
-            chain = plus_product_over_rows(chain, y_tile, x_tile, y_tile.dtype, PRECISION, PART)
-        else:
+        if X_LEFT:
             chain = plus_product_over_rows(chain, x_tile, y_tile, y_tile.dtype, PRECISION, PART)
-        if grad_bias is not None:
-            chain_summed += y_tile.to(tl.float32)
+        else:
+            chain = plus_product_over_rows(chain, y_tile, x_tile, y_tile.dtype, PRECISION, PART)
         if CHAIN:
             if (start // BLOCK_S) % (CHAIN // BLOCK_S) == CHAIN // BLOCK_S - 1:
-                if PRECISION != "tf32":
-                    total += chain
-                    chain = tl.zeros_like(chain)
-                if grad_bias is not None:
-                    summed += chain_summed
-                    chain_summed = tl.zeros_like(chain_summed)
-    total = total + chain if CHAIN and PRECISION != "tf32" else chain
-    summed = summed + chain_summed if CHAIN else chain_summed
+                total += chain
+                chain = tl.zeros_like(chain)
+    total = total + chain if CHAIN else chain
 
     address = grad_values + (part * num_units + slot)[None, :] * (R * C) + r[:, None] * C + c[None, :]
-    if BLOCK_R < 64:
+    if X_LEFT:
         total = tl.trans(total)
     tl.store(address, total, mask=(r < R)[:, None] & c_ok[None, :])
-    if grad_bias is not None:
-        if (group == 0) & (tile_c == 0):
-            tl.store(grad_bias + part * y_size + y_col, tl.sum(summed, 0), mask=y_ok)
 
 
-def weight_gradient(
-    grad_y: torch.Tensor, x: torch.Tensor, units: Units, dtype: torch.dtype, want_bias: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """dW, packed, of ``dtype``, and db [out] float32 in the order of dy's columns (None unless wanted).
+def weight_gradient(grad_y: torch.Tensor, x: torch.Tensor, units: Units, dtype: torch.dtype) -> torch.Tensor:
+    """dW, packed, of ``dtype``.
 
     Args:
         grad_y: [M, out].
@@ -483,20 +442,15 @@ def weight_gradient(
     rows, cols = units.rows, units.cols
     num_units, samples = units.unit_row.shape[0], x.shape[0]
     precision = precision_of(grad_y.dtype, x.device)
-    if dense_pays(units.shape, "to weights", x, dtype, grad_y.dtype, precision):
-        grad_values = packed(grad_y.T @ x.to(grad_y.dtype), units).to(dtype)
-        return grad_values, grad_y.sum(0, dtype=torch.float32) if want_bias else None
+    if units.dense_pays(x, units.rows, grad_y.dtype, precision):
+        return packed(grad_y.T @ x.to(grad_y.dtype), units).to(dtype)
     # on the ordinary cores, with fully unrolled loops, RDNA has registers for a depth of 8
     deepest = 8 if grad_y.dtype == torch.float32 else 32
     options = fitted(weight_gradient_tiles(tile_of(cols), x.dtype, grad_y.dtype, precision), x.device, deepest)
-    if want_bias and rows.neuron_at is not None and tile_of(rows) == 64:  # whose addresses take registers, too
-        options["BLOCK_S"] = min(32, options["BLOCK_S"])
     tiles = tiles_of(rows) * tiles_of(cols)
     groups, parts = groups_and_parts(num_units, rows.num_units, tiles, samples, options["GROUP"])
     samples_of_part = cdiv(cdiv(samples, parts), options["BLOCK_S"]) * options["BLOCK_S"]
     grad_values = torch.empty((parts, num_units, rows.width, cols.width), dtype=torch.float32, device=x.device)
-    allocate = torch.zeros if rows.holes else torch.empty
-    grad_bias = allocate((parts, rows.size), dtype=torch.float32, device=x.device) if want_bias else None
     launch(
         weight_gradient_kernel,
         (groups, parts, tiles),
@@ -508,7 +462,6 @@ def weight_gradient(
         row_slot=units.row_slot,
         unit_col=units.unit_col,
         grad_values=grad_values,
-        grad_bias=grad_bias,
         samples=samples,
         samples_of_part=samples_of_part,
         num_rows=rows.num_units,
@@ -525,10 +478,7 @@ def weight_gradient(
         **options,
     )
     # the second stage: a plain sum over the parts, always in the same order
-    grad_values, grad_bias = (
-        each if each is None else each.squeeze(0) if parts == 1 else each.sum(0) for each in (grad_values, grad_bias)
-    )
-    return grad_values.to(dtype), grad_bias
+    return (grad_values.squeeze(0) if parts == 1 else grad_values.sum(0)).to(dtype)
 
 
 # --- operators --------------------------------------------------------------------------------------------------
@@ -560,8 +510,8 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     if want_x:
         to_x = input_gradient(grad_y, call.values.to(grad_y.dtype), units, call.x.dtype)
     if want_values:
-        to_values, to_bias = weight_gradient(grad_y, call.x, units, call.values.dtype, any(want_bias))
-    elif any(want_bias):
+        to_values = weight_gradient(grad_y, call.x, units, call.values.dtype)
+    if any(want_bias):
         to_bias = grad_y.sum(0, dtype=torch.float32)
     bias = () if call.bias is None else (None if to_bias is None else to_bias.to(call.bias.dtype),)
     return [to_x, to_values, None, *bias]

@@ -67,9 +67,9 @@ def g2g_stack(
         layers: the layers, each one's outputs the next one's inputs unless it says otherwise; the last is the output.
             Each layer has its own model, reset, surrogate and α.
         steps, backend: as for :func:`g2g_kernels.lif`.
-        spikes: whether spikes over time need a gradient, for a loss on when neurons fire. The operators then run one
-            after the other, and spikes and currents of all layers are in memory. So they do if one of the ``layers`` is
-            to give its membranes.
+        spikes: whether spikes over time need a gradient, for a loss on when neurons fire. Unless backend ``triton``
+            serves the call, the operators then run one after the other, and spikes and currents of all layers are in
+            memory. So they do if one of the ``layers`` is to give its membranes.
         chunk: for long runs: so many steps at a time are computed, and in the backward pass computed again. Gradients
             are the same, and memory grows with T by spikes and the states between chunks only. (Inside
             ``torch.compile`` and ``torch.func`` nothing is computed again, so that no memory is saved.)
@@ -233,15 +233,17 @@ def _chosen(
 ) -> Callable[[torch.Tensor, Sequence[SpikingLayer], int | None], Activity]:
     """What runs a call with these ``tensors``, or (``is_part``) a part of it: all layers at once, or the operators in
     turn if something of each layer is wanted, a derivative that no kernel computes, or a graph that is no chain."""
-    observed = spikes or is_transformed() or has_tangent(tensors) or not is_chain(layers)
-    drops = False
+    observed, shown, drops = is_transformed() or has_tangent(tensors) or not is_chain(layers), spikes, False
     for layer in layers:
-        observed = observed or layer.membranes or layer.observers != (None, None)
+        shown = shown or layer.membranes
         # what delays carry from part to part has a gradient
-        observed = observed or (is_part and layer.delay is not None)
+        observed = observed or layer.observers != (None, None) or (is_part and layer.delay is not None)
         observed = observed or (layer.sent is not None and layer.sent.requires_grad)
         drops = drops or layer.dropped is not None
     run: Callable[..., Activity]
+    late = any([layer.delay is not None for layer in layers])
+    if not observed and (shown or late):  # the Triton kernels show spikes and membranes, but know no delays
+        observed = (shown and late) or shown != operator.prefers("triton", x, layers, steps, backend=backend)
     if observed:
         linear = partial(g2g_linear, backend=backend)
         population = partial(_neurons_in_float32 if backend == "cpu" else run_neurons, backend=backend)
@@ -250,6 +252,7 @@ def _chosen(
         run = partial(_late, backend, before)
     else:
         run = operator.choose(x, layers, steps, backend=backend)
+        run = partial(run, spikes=True) if spikes else run
     return partial(_silent, run) if drops else run
 
 

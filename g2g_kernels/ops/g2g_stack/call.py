@@ -13,9 +13,11 @@ from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator
 
-#: counts [B, N] of the last layer; of each layer rates [N], states after the last step [states, B, N], and spikes; and
-#: what the backward pass needs
-Outputs = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]
+_Each = list[torch.Tensor]
+#: counts [B, N] of the last layer; of each layer rates [N] and states after the last step [states, B, N]; membranes
+#: [T, B, N] of the layers that give them, and the spikes [T, B, N] of all layers if these need a gradient; of each
+#: layer spikes in the backend's form; and what the backward pass needs
+Outputs = tuple[torch.Tensor, _Each, _Each, _Each, _Each, _Each]
 
 
 class StackCall(NamedTuple):
@@ -26,18 +28,27 @@ class StackCall(NamedTuple):
         layers: from input to output, tensors contiguous and masks as tensors.
         steps: 0 if x has a time dimension.
         dtype: of the factors of products: bfloat16 or float16 under autocast.
+        spikes: whether spikes over time need a gradient.
     """
 
     x: torch.Tensor
     layers: tuple[SpikingLayer, ...]
     steps: int
     dtype: torch.dtype
+    spikes: bool = False
 
     @classmethod
-    def of(cls, x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, dtype: torch.dtype) -> "StackCall":
+    def of(
+        cls,
+        x: torch.Tensor,
+        layers: Sequence[SpikingLayer],
+        steps: int | None,
+        dtype: torch.dtype,
+        spikes: bool = False,
+    ) -> "StackCall":
         """The call with these arguments of the public function."""
         called = []
-        for values, mask, bias, population, dropped, state, recurrent, _, _, _, delay, _, sent in layers:
+        for values, mask, bias, population, dropped, state, recurrent, membranes, _, _, delay, _, sent in layers:
             flat = [p.contiguous() if p.dim() == 1 else p.reshape(-1) for p in population.parameters]
             called.append(
                 SpikingLayer(
@@ -48,11 +59,12 @@ class StackCall(NamedTuple):
                     None if dropped is None else dropped.contiguous(),
                     None if state is None else state.float().contiguous(),
                     None if recurrent is None else Recurrent(recurrent[0].contiguous(), recurrent[1].tensors()),
+                    membranes,
                     delay=None if delay is None else delay.of_each(mask.shape[1], x.device),
                     sent=None if sent is None else sent.float().contiguous(),
                 )
             )
-        return cls(x.contiguous(), tuple(called), steps or 0, dtype)
+        return cls(x.contiguous(), tuple(called), steps or 0, dtype, spikes)
 
     @property
     def held(self) -> bool:
@@ -116,17 +128,17 @@ def operators(
         prefix: distinguishes the operators of different backends.
         keys: the dispatch keys that they serve.
         forward, fake: the forward pass, and its outputs uninitialised.
-        backward: the gradients of the call's tensors. It is given those of counts, rates and last states, and of what
-            was kept spikes and the rest.
+        backward: the gradients of the call's tensors. It is given those of counts, rates, last states, membranes and
+            spikes, and of what was kept spikes and the rest.
         check: raises ValueError for calls through the dispatcher that ``forward`` would misread.
     """
     name = f"{prefix}stack"
     backward_operator = RecordOperator(
         f"{name}_backward", "Tensor[]", backward, Backward.empty, keys, lambda given: check(given.call)
     )
-    results = "(Tensor counts, Tensor[] rates, Tensor[] last, Tensor[] spikes, Tensor[] kept)"
+    results = "(Tensor counts, Tensor[] rates, Tensor[] last, Tensor[] shown, Tensor[] spikes, Tensor[] kept)"
     forward_operator = Differentiable(
-        f"{name}_forward", results, 3, forward, fake, backward_operator, _plain, keys, check
+        f"{name}_forward", results, 4, forward, fake, backward_operator, _plain, keys, check
     )
     count_flops(forward_operator, lambda call: sum(_flops(call)) + _recurrent_flops(call))
     count_flops(backward_operator, _backward_flops)
@@ -134,11 +146,13 @@ def operators(
 
 
 def _plain(call: StackCall) -> list[torch.Tensor]:
-    """Counts, rates and last states by plain operations."""
+    """Counts, rates, last states, membranes and spikes by plain operations."""
     turn = in_turn(call.x, call.layers, call.steps or None, linear.g2g_linear, in_steps)
     activity = activity_of(*turn, differentiable=True)
     assert activity.states is not None
-    return [activity.counts, *activity.rates, *activity.states]
+    membranes = [each for each in activity.membranes or () if each is not None]
+    spikes = [each.dense() for each in activity.spikes] if call.spikes else []
+    return [activity.counts, *activity.rates, *activity.states, *membranes, *spikes]
 
 
 def _flops(call: StackCall) -> list[int]:

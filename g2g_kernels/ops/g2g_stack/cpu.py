@@ -91,7 +91,7 @@ def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None
     if in_other_order or any([layer.delay is not None and layer.delay.learned is not None for layer in layers]):
         return activity_of(*in_turn(x, layers, steps, g2g_linear, neurons_alone.neurons), differentiable=False)
     call = StackCall.of(x, layers, steps, torch.bfloat16 if bf16_wanted() else torch.float32)
-    counts, rates, last, words, _ = FORWARD(call)
+    counts, rates, last, _, words, _ = FORWARD(call)
     spikes = [PackedSpikes(each, layer.values.detach(), layer.mask) for each, layer in zip(words, call.layers)]  # noqa: B905
     sent = [
         LastSpikes(train, reach, layer.sent, counts) if reach else None
@@ -322,9 +322,9 @@ def _forward(call: StackCall, keep: bool) -> Outputs:
     arguments.stack.counts = counts.data_ptr()
     run(library().g2g_stack_forward, arguments.stack)
     if states is None:
-        return counts, rates, last, spikes, []
+        return counts, rates, last, [], spikes, []
     header = [arguments.stack.x_spikes, *[layer.input_rate for layer in arguments.layers]]
-    return counts, rates, last, spikes, [torch.tensor(header, dtype=torch.float64), *inputs, *states]
+    return counts, rates, last, [], spikes, [torch.tensor(header, dtype=torch.float64), *inputs, *states]
 
 
 def _forward_fake(call: StackCall, keep: bool) -> Outputs:
@@ -338,7 +338,7 @@ def _forward_fake(call: StackCall, keep: bool) -> Outputs:
         ]
     spikes = [x.new_empty(shape, dtype=torch.int64) for shape in shapes.spikes]
     rates, last = ([x.new_empty(shape) for shape in each] for each in (shapes.rates, shapes.last))
-    return x.new_empty(shapes.last[-1][1:]), rates, last, spikes, kept
+    return x.new_empty(shapes.last[-1][1:]), rates, last, [], spikes, kept
 
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:

@@ -5,93 +5,84 @@ Spikes travel from layer to layer as bytes, in the order of places in which the 
 ``read_by``); so do its currents and their gradients. Only counts, rates and gradients of parameters are put back
 into the order of neurons: at most B·N numbers each.
 
-A layer runs in one of two ways, which :func:`fused_pays` chooses between:
+A layer runs in one of three ways:
 
-    pair    the product of ``g2g_linear``, its currents [T, B, N] in memory, then the kernel of ``neurons``. For a held
-            input (the first layer under ``current`` encoding) the product is [B, N], computed once.
-    fused   one kernel for both; the currents stay in registers. For the backward pass it keeps the margins U − θ.
+    pair       the product of ``g2g_linear``, its currents [T, B, N] in memory, then the kernel of ``neurons``. For a
+               held input (the first layer under ``current`` encoding) the product is [B, N], computed once.
+    fused      one kernel for both; the currents stay in registers. For the backward pass it keeps the margins U − θ.
+               :func:`fused_pays` says where.
+    recurrent  the product, then one launch per step for V·S_{t−1} and the neurons; backward one launch per step for
+               Vᵀ·∂L/∂I_{t+1} and the neurons. The gradients of V and of W are computed once, over all steps.
 
-Bytes per element of [T, B, N] in a training step, with c the size of the products' dtype (2 under autocast, else 4):
-
-                 forward                                      backward
-    pair         c + c currents, 1 spikes, 0.3 checkpoints    c currents, 0.3 checkpoints, c + c gradients
-    fused        1 spikes, c margins                          c margins, c + c gradients
-
-    that is 11.6 for the pair and 9 fused in 16 bits. Keeping nothing and recomputing the currents in the backward pass
-    would write and read them, and cost another product. Margins are kept rather than membranes because rounding keeps
-    their sign, so every R is exact (but for float16, where margins below 3e-8 become 0), and because they are most
-    precise where σ' is steep. They have the products' dtype, like the gradients of currents and spikes.
+README.md has the bytes of each. A fused layer keeps margins rather than membranes because rounding keeps their sign, so
+every R is exact (but for float16, where margins below 3e-8 become 0), and because they are most precise where σ' is
+steep. They have the products' dtype, like the gradients of currents and spikes.
 """
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from g2g_kernels.ops.g2g_linear.tiles import STAGES, Call, Shape, fitted, parts_work, product_tiles, side_of
-from g2g_kernels.ops.g2g_linear.tiles import seconds as product_seconds
+from g2g_kernels.mask.sides import Side
+from g2g_kernels.ops.g2g_linear.tiles import STAGES, fitted, product_tiles, side_of
 from g2g_kernels.ops.g2g_linear.triton import (
     Units,
     columns,
-    g2g_linear,
     in_order,
     input_gradient,
+    plus_units,
     product,
     read_by,
-    tile_at,
+    tile_of,
     units_of,
     weight_gradient,
 )
-from g2g_kernels.ops.g2g_stack.activity import Activity
+from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer, refuses_fields, unread
-from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
-from g2g_kernels.ops.neurons import triton as neurons_alone
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.ops.neurons.triton import (
-    NUM_WARPS,
-    SEGMENT,
     Run,
     Upstream,
-    blocks,
     checkpoint_shape,
     launch_backward,
     launch_forward,
     model_options,
-    segment_of,
+    parameter_gradients,
 )
 from g2g_kernels.ops.record import Backward, opened
-from g2g_kernels.triton import costs, runtime
+from g2g_kernels.triton import runtime
 from g2g_kernels.triton.neuron import (
     EXACT,
     charge,
     fires,
+    load_at_all_steps,
     load_parameters,
     load_states,
-    plus,
-    select,
+    plus_last,
     step_backward,
+    store_partials,
     store_states,
     unless,
     zeros,
 )
-from g2g_kernels.triton.products import in_parts, load_factors, plus_product, precision_of
+from g2g_kernels.triton.products import in_parts, precision_of
 from g2g_kernels.triton.runtime import cdiv, launch
 
-# --- the fused kernel -------------------------------------------------------------------------------------------
+# --- neurons and their product in one kernel --------------------------------------------------------------------
 #
-# One program computes BLOCK_M samples × one tile of BLOCK_N neurons for all T steps, membranes in registers. Its loop
-# runs over (t, unit of the block row) flattened into one and carries the next tile, as that of the product does, so the
-# loads of step t + 1 are in flight while step t finishes. 2·T·B·U·R·C FLOPs; the weights of a block row (67 KB by
-# default, in 16 bits) are read T times, from L2.
+# One program computes BLOCK_M samples × one tile of BLOCK_N neurons, membranes in registers: all T steps of a fused
+# layer, one step of a recurrent one. 2·T·B·U·R·C FLOPs.
 #
-# If they fit into shared memory beside two steps of x, they are read once and stay for all T: the loop runs over t
-# and is unrolled over ON_CHIP units, so each step's loads are in flight during the step before. Rows with fewer units
-# multiply zeros; those with more, which dynamic sparse training may make, take the other loop.
+# The weights of a fused layer's block row (67 KB by default) fit into shared memory beside two steps of spikes. They
+# are read once and stay for all T: the loop runs over t and is unrolled over ON_CHIP units, so each step's loads are in
+# flight during the step before. Rows with fewer units multiply zeros; those with more, which dynamic sparse training
+# may make, read their weights anew in each step.
 
 
 @triton.jit
@@ -112,43 +103,6 @@ def next_states(
             margin = tl.clamp(margin, -65504.0, 65504.0)
         tl.store(margins + here + y_offset, margin.to(margins.dtype.element_ty), mask=inside)
     return states, count + spike
-
-
-@triton.jit
-def over_time(
-    states, count, start, own, silent, x, x_column, x_bounds, values, first, end, row_slot, unit_col, spikes, margins,
-    steps, batch, b, n, y_offset, inside, x_size, y_size,
-    K: tl.constexpr, N: tl.constexpr, MODEL: tl.constexpr, RESET: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """All steps; the weights are read anew in each."""
-    TILES_K: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
-    TILES: tl.constexpr = 3 if PRECISION == "parts" else 1  # of a unit, in memory
-    tiles_of_step = tl.maximum((end - first) * TILES_K, 1)  # a row without units still has neurons that decay
-    current = start
-    x_offset = b[:, None] * x_size
-    # a row without units multiplies nothing
-    b_ok = (b < tl.where(first < end, batch, 0))[:, None]
-    n_inside = (n < tl.where(first < end, N, 0))[None, :]
-    slot, weighs, x_col, x_ok = tile_at(
-        first * TILES_K, end, row_slot, unit_col, x_column, x_bounds, x_size, K, TILES_K, BLOCK_K
-    )
-    for turn in range(steps * tiles_of_step):
-        t = (turn // tiles_of_step).to(tl.int64)
-        k = (turn % tiles_of_step % TILES_K) * BLOCK_K + tl.arange(0, BLOCK_K)
-        x_tile = tl.load(x + t * batch * x_size + (x_offset + x_col[None, :]), mask=b_ok & x_ok[None, :], other=0)
-        address = values + slot * (TILES * N * K) + k[:, None] + n[None, :] * K
-        weights = load_factors(address, weighs[:, None] & n_inside, N * K, PRECISION)
-        current = plus_product(current, x_tile, weights, PRECISION)
-        i = first * TILES_K + (turn + 1) % tiles_of_step
-        slot, weighs, x_col, x_ok = tile_at(i, end, row_slot, unit_col, x_column, x_bounds, x_size, K, TILES_K, BLOCK_K)
-        if turn % tiles_of_step == tiles_of_step - 1:
-            here = t * batch * y_size
-            states, count = next_states(
-                states, count, current, own, silent, spikes, margins, here, y_offset, inside, MODEL, RESET
-            )
-            current = start
-    return states, count
 
 
 @triton.jit
@@ -183,52 +137,31 @@ def over_time_on_chip(
     return states, count
 
 
-@triton.jit(do_not_specialize=["steps", "batch", "num_rows"])
-def fused_forward_kernel(
-    x,
-    x_column,
-    x_bounds,
-    values,
-    row_ptr,
-    row_slot,
-    unit_col,
-    bias,
-    dropped,
-    y_column,
-    parameters,
-    spikes,
-    margins,
-    counts,
-    states_before,
-    last,
-    steps,
-    batch,
-    num_rows,
-    x_size,
-    y_size,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    MODEL: tl.constexpr,
-    STATES: tl.constexpr,
-    DECAYS: tl.constexpr,
-    PER_NEURON: tl.constexpr,
-    RESET: tl.constexpr,
-    PRECISION: tl.constexpr,
-    ON_CHIP: tl.constexpr,
-    STAGES: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    tile = tl.program_id(0) % (num_rows * TILES_N)
-    row = tile // TILES_N
-    b = (tl.program_id(0) // (num_rows * TILES_N)) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tile % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column, n_ok = columns(row * N + n, y_column, n < N, y_size)
-    inside = (b < batch)[:, None] & n_ok[None, :]
-    y_offset = b[:, None] * y_size + column[None, :]
+@triton.jit
+def tile_of_program(num_n, batch, y_column, y_size, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The unit's row (or column) of this program; its samples and neurons; where these are in memory, and which exist.
 
+    Returns:
+        unit, tile of samples, b, n, column, n_ok, inside, offsets.
+    """
+    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile, of_samples = tl.program_id(0) % (num_n * TILES_N), tl.program_id(0) // (num_n * TILES_N)
+    b = of_samples * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = (tile % TILES_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column, n_ok = columns((tile // TILES_N) * N + n, y_column, n < N, y_size)
+    inside = (b < batch)[:, None] & n_ok[None, :]
+    return tile // TILES_N, of_samples, b, n, column, n_ok, inside, b[:, None] * y_size + column[None, :]
+
+
+@triton.jit(do_not_specialize=["steps", "batch", "num_n"])
+def fused_forward_kernel(
+    x, x_column, x_bounds, values, ptr, slots, others, bias, currents, dropped, y_column, parameters, spikes,
+    margins, counts, states_before, last, steps, batch, num_n, x_size, y_size,
+    K: tl.constexpr, N: tl.constexpr, MODEL: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr,
+    PER_NEURON: tl.constexpr, RESET: tl.constexpr, PRECISION: tl.constexpr, ON_CHIP: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    row, _, b, n, column, n_ok, inside, y_offset = tile_of_program(num_n, batch, y_column, y_size, N, BLOCK_M, BLOCK_N)
     own = load_parameters(parameters, column, n_ok, DECAYS, PER_NEURON)
     start = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if bias is not None:
@@ -237,42 +170,103 @@ def fused_forward_kernel(
     if dropped is not None:
         silent = tl.load(dropped + y_offset, mask=inside, other=0) != 0
 
-    first, end = tl.load(row_ptr + row), tl.load(row_ptr + row + 1)
     step = tl.cast(batch, tl.int64) * y_size
     states = load_states(states_before, step, y_offset, inside, STATES, BLOCK_M, BLOCK_N)
     count = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    first, end = tl.load(ptr + row), tl.load(ptr + row + 1)
     on_chip = end - first <= ON_CHIP
     if ON_CHIP:
         if on_chip:
             states, count = over_time_on_chip(
-                states, count, start, own, silent, x, values, first, end, row_slot, unit_col, spikes, margins,
+                states, count, start, own, silent, x, values, first, end, slots, others, spikes, margins,
                 steps, batch, b, n, y_offset, inside, x_size, y_size, K, N, MODEL, RESET, BLOCK_K, ON_CHIP, STAGES,
             )  # fmt: skip
     if not ON_CHIP or not on_chip:
-        states, count = over_time(
-            states, count, start, own, silent, x, x_column, x_bounds, values, first, end, row_slot, unit_col, spikes,
-            margins, steps, batch, b, n, y_offset, inside, x_size, y_size, K, N, MODEL, RESET, PRECISION, BLOCK_K,
-        )  # fmt: skip
+        for t in range(steps):
+            current = start
+            if currents is not None:
+                current += tl.load(currents + y_offset, mask=inside, other=0.0).to(tl.float32)
+            current = plus_units(
+                current, x + tl.cast(t, tl.int64) * batch * x_size, x_column, x_bounds, x_size,
+                values, ptr, slots, others, row, b, b < batch, n, n < N, K, N, True, PRECISION, BLOCK_K,
+            )  # fmt: skip
+            states, count = next_states(
+                states, count, current, own, silent, spikes, margins, t * step, y_offset, inside, MODEL, RESET
+            )
     store_states(last, step, y_offset, inside, states)
-    tl.store(counts + y_offset, count, mask=inside)
+    if counts is not None:
+        tl.store(counts + y_offset, count, mask=inside)
 
 
-def fused_tiles(batch: int, shape: Shape, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
-    """As for the product, with 64 samples at most: two row tiles of a batch of 256 times 32 block rows would leave half
-    of an H100's 132 SMs without work. Membranes and counts are registers too, so 8 warps share a tile. Parts need a
-    second sum: half the neurons, with which two programs of 4 warps fit an SM and none uses the stack."""
-    tiles = product_tiles(batch, side_of(shape.col_width), x, products, precision) | {"num_warps": 8}
-    block_n = side_of(shape.row_width)
-    if precision == "parts" and block_n > 32:
-        tiles, block_n = tiles | {"num_warps": 4}, 32
-    return {"BLOCK_N": block_n} | tiles | {"BLOCK_M": min(64, tiles["BLOCK_M"])}
+@triton.jit(do_not_specialize=["batch", "num_n"])
+def recurrent_backward_kernel(
+    grad_after, x_column, x_bounds, values, ptr, slots, others, y_column, parameters, states, states_before,
+    grad_spikes, grad_counts, grad_rates, grad_membranes, grads, grad_current, partials, dropped, batch, num_n,
+    size, alpha, rate_scale,
+    K: tl.constexpr, N: tl.constexpr, MODEL: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr,
+    PER_NEURON: tl.constexpr, RESET: tl.constexpr, SURROGATE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One step: ∂L/∂I_t from ∂L/∂I_{t+1}; adds to ``partials`` and replaces ``grads``, those of the states."""
+    col, row_of_partials, b, n, column, n_ok, inside, offsets = tile_of_program(
+        num_n, batch, y_column, size, N, BLOCK_M, BLOCK_N
+    )
+    own = load_parameters(parameters, column, n_ok, DECAYS, PER_NEURON)
+    step = tl.cast(batch, tl.int64) * size
+    grad_spike = load_at_all_steps(grad_counts, grad_rates, offsets, inside, column, n_ok, rate_scale, BLOCK_M, BLOCK_N)
+    if grad_spikes is not None:
+        grad_spike += tl.load(grad_spikes + offsets, mask=inside, other=0.0).to(tl.float32)
+    if grad_after is not None:
+        grad_spike = plus_units(
+            grad_spike, grad_after, x_column, x_bounds, size, values, ptr, slots, others, col,
+            b, b < batch, n, n < N, K, N, False, PRECISION, BLOCK_K,
+        )  # fmt: skip
+    reaching = load_states(grads, step, offsets, inside, STATES, BLOCK_M, BLOCK_N)
+    grad_membrane = grad_membranes
+    if grad_membranes is not None:
+        grad_membrane = tl.load(grad_membranes + offsets, mask=inside, other=0.0).to(tl.float32)
+    if dropped is not None:
+        silent = tl.load(dropped + offsets, mask=inside, other=0) != 0
+        grad_spike = unless(silent, grad_spike)
+        if grad_membranes is not None:
+            grad_membrane = unless(silent, grad_membrane)
+    if grad_membranes is not None:
+        reaching = plus_last(reaching, grad_membrane)
+    before = load_states(states_before, step, offsets, inside, STATES, BLOCK_M, BLOCK_N)
+    threshold = own[len(own) - 1]
+    margin = tl.load(states + (STATES - 1) * step + offsets, mask=inside, other=0.0) - threshold
+    fired = fires(before[STATES - 1], threshold)
+    begins = tl.full((1, 1), states_before is None, tl.int1)
+    to_current, moved, added = step_backward(
+        reaching, zeros(len(own), BLOCK_M, BLOCK_N), before, fired, margin, grad_spike, begins, own, alpha,
+        MODEL, RESET, SURROGATE,
+    )  # fmt: skip
+    store_states(grads, step, offsets, inside, moved)
+    tl.store(grad_current + offsets, to_current.to(grad_current.dtype.element_ty), mask=inside)
+    TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    apart = tl.num_programs(0) // (num_n * TILES_N) * size
+    here = partials + row_of_partials * size + column
+    store_partials(here, apart, added, to_current, inside, parameters, column, n_ok, DECAYS, PER_NEURON, True)
+
+
+def fused_tiles(batch: int, units: Units, outer: Side, x: torch.dtype, products: torch.dtype) -> dict[str, Any]:
+    """As for the product of ``units`` for the neurons ``outer``, with 64 samples at most: two row tiles of a batch of
+    256 times 32 block rows would leave half of an H100's 132 SMs without work. Four warps, since eight would multiply
+    64 samples twice. Parts need a second sum: half the neurons, with which two programs fit an SM."""
+    device = units.row_ptr.device
+    precision = precision_of(products, device)
+    inner = units.cols if outer is units.rows else units.rows
+    tiles = product_tiles(batch, tile_of(inner), x, products, precision)
+    block_n = min(32, tile_of(outer)) if precision == "parts" else tile_of(outer)
+    tiles |= {"BLOCK_M": min(64, tiles["BLOCK_M"]), "BLOCK_N": block_n, "num_warps": 4}
+    return fitted(tiles, device) | {"PRECISION": precision}
 
 
 #: the most units over which the loop is unrolled
 MOST_ON_CHIP = 16
 
 
-def units_on_chip(units: Units, x: torch.dtype, products: torch.dtype, device: torch.device) -> int:
+def units_on_chip(units: Units, x: torch.dtype, products: torch.dtype) -> int:
     """The units of a block row whose weights stay on chip: as many as rows have on average, rounded up, or 0.
 
     0 where they do not fit into shared memory (:func:`on_chip_bytes`), and where the loop is not made for it:
@@ -280,15 +274,14 @@ def units_on_chip(units: Units, x: torch.dtype, products: torch.dtype, device: t
     where registers would spill to the stack: for neurons out of order, whose addresses take 32 per thread, and on AMD's
     cards, where Triton keeps what it loads in registers.
     """
-    if x != torch.uint8 or products.itemsize != 2 or runtime.amd(device):
+    rows, cols, card = units.rows, units.cols, runtime.card_of(units.row_ptr.device)
+    if x != torch.uint8 or products.itemsize != 2 or card.amd or cols.bounds is not None:
         return 0
-    if units.cols.neuron_at is not None or units.rows.neuron_at is not None:
+    if cols.neuron_at is not None or rows.neuron_at is not None or max(rows.width, cols.width) > 64:
         return 0
-    shape = units.shape
-    number, sides = cdiv(shape.units, shape.row_ranges), (side_of(shape.row_width), side_of(shape.col_width))
-    if max(shape.row_width, shape.col_width) > 64 or number > MOST_ON_CHIP or units.cols.bounds is not None:
-        return 0
-    return number if on_chip_bytes(number, *sides) <= costs.card_of(device).shared_bytes else 0
+    number = cdiv(units.unit_row.shape[0], rows.num_units)
+    fits = number <= MOST_ON_CHIP and on_chip_bytes(number, side_of(rows.width), side_of(cols.width)) <= card.shared
+    return number if fits else 0
 
 
 def on_chip_bytes(number: int, height: int, width: int) -> int:
@@ -301,76 +294,26 @@ def on_chip_bytes(number: int, height: int, width: int) -> int:
     return number * width * (2 * height + 2 * samples) + 2 * width * samples + 1024
 
 
-@functools.lru_cache(maxsize=4096)
-def layer_seconds(call: Call, steps: int, fused: bool, on_chip: int = 0) -> float:
-    """The modelled time of the forward product of a layer with its neurons, and of their backward pass, fused (with
-    the weights of ``on_chip`` units on chip) or as a pair."""
-    shape, batch = call.shape, call.samples // steps
-    elements, size = call.samples * shape.outputs, call.products.itemsize
-    neurons = costs.Work(bytes=3 * size * elements)  # the backward pass
-    if not fused:
-        checkpoints = 4 * (cdiv(steps, SEGMENT) - 1) * batch * shape.outputs
-        passes = (
-            costs.Work(bytes=(size + 1) * elements + checkpoints),
-            neurons._replace(bytes=neurons.bytes + checkpoints),
-        )
-        product = min(product_seconds(call, dense) for dense in (False, True))
-        return product + sum(costs.seconds(each, call.card) for each in passes)
-    tiles = fused_tiles(batch, shape, call.x, call.products, call.precision)
-    block = costs.Block(tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"])
-    columns, of_m = cdiv(shape.row_width, block.n), cdiv(batch, block.m)
-    units = shape.row_ranges * on_chip or shape.units
-    pairs = steps * units * columns * cdiv(shape.col_width, block.k) * of_m
-    kind, times = call.factors
-    own = costs.Work(
-        times * block.flop(pairs),
-        kind,
-        call.samples * shape.inputs * call.x.itemsize + shape.weights * call.weight_bytes + (1 + size) * elements,
-        block.l2_bytes(pairs, call.x.itemsize, 0 if on_chip else call.weight_bytes),
-        shape.row_ranges * columns * of_m,
-        tiles["num_warps"],
-    )
-    parts = [parts_work(shape)] if call.precision == "parts" else []
-    return sum(costs.seconds(each, call.card) for each in (*parts, own, neurons))
+def fused_pays(units: Units, population: Neurons, batch: int, x: torch.dtype, products: torch.dtype) -> bool:
+    """True where one kernel for product and neurons is expected to be faster than the pair; a rule, not measured.
 
-
-def fused_pays(
-    units: Units,
-    population: Neurons,
-    steps: int,
-    batch: int,
-    x: torch.dtype,
-    products: torch.dtype,
-    device: torch.device,
-) -> bool:
-    """True where one kernel for product and neurons is expected to be faster than the pair; a cost model, not measured.
-
-    Only for models whose one state is the membrane: the backward pass can recover only that from the margins.
-
-    Fusing saves 2.6 bytes per element of [T, B, N] in 16 bits (the table above). But its programs loop over time and
-    cannot be split over it, so there are only B/64 of them per block row, which may leave SMs without work; and each of
-    its tiles of 64 samples reads the weights anew at every step, from L2. The dense product is cuBLAS's, which cannot
-    be fused.
+    Fusing saves 2.6 bytes per element of [T, B, N] in 16 bits. But its programs loop over time and
+    cannot be split over it: there are B/64 of them per block row, one on each multiprocessor, which are to be busy for
+    three quarters of the time. Where weights do not stay on chip, they would be read from L2 in each step. Only for
+    models whose one state is the membrane: the backward pass can recover only that from the margins.
 
     Args:
         units, population: of the layer.
-        steps, batch: of the input.
+        batch: of the input.
         x: the dtype of the layer's inputs, uint8 for spikes.
         products: of the factors.
-        device: whose card decides.
     """
-    if len(MODELS[population.model].states) > 1:
+    if len(MODELS[population.model].states) > 1 or not units_on_chip(units, x, products):
         return False
     if _chosen is not None:
         return _chosen
-    if units.rows.neuron_at is not None and side_of(units.shape.row_width) == 64:  # registers spill on some cards
-        return False
-    # of a graph with dynamic shapes: one for each size, since what is kept depends on it
-    steps, batch = int(steps), int(batch)
-    precision, card = precision_of(products, device), costs.card_of(device)
-    call = Call("forward", units.shape, steps * batch, x, products, products, precision, card)
-    on_chip = units_on_chip(units, x, products, device)
-    return layer_seconds(call, steps, True, on_chip) < layer_seconds(call, steps, False)
+    programs, most = units.rows.num_units * cdiv(int(batch), 64), runtime.card_of(units.row_ptr.device).multiprocessors
+    return 4 * programs >= 3 * most * cdiv(programs, most)
 
 
 _chosen: bool | None = None
@@ -387,124 +330,13 @@ def choose(fused: bool) -> Iterator[None]:
         _chosen = None
 
 
-# The backward pass of the neurons of a fused layer: one program per tile of samples × neurons, t in reverse, in
-# segments whose loads are issued together. Sums for bias, β and θ are added over a segment, then over the segments
-# (twice four registers per thread each), written once per program, and added in a fixed order.
-
-
-@triton.jit
-def _if(condition, b, batch, n_ok):
-    """Which elements of a tile exist; none unless ``condition``, a scalar, is true."""
-    return (b < tl.where(condition, batch, 0))[:, None] & n_ok[None, :]
-
-
-@triton.jit(do_not_specialize=["steps", "batch"])
-def fused_backward_kernel(
-    margins,
-    parameters,
-    grad_spikes,
-    grad_counts,
-    grad_rates,
-    grad_current,
-    bias_sums,
-    partials,
-    states_before,
-    grad_last,
-    grad_first,
-    dropped,
-    steps,
-    batch,
-    neurons,
-    alpha,
-    rate_scale,
-    MODEL: tl.constexpr,
-    STATES: tl.constexpr,
-    DECAYS: tl.constexpr,
-    PER_NEURON: tl.constexpr,
-    RESET: tl.constexpr,
-    SURROGATE: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    n_ok = n < neurons
-    inside = (b < batch)[:, None] & n_ok[None, :]
-    offset = b[:, None] * neurons + n[None, :]
-    step = tl.cast(batch, tl.int64) * neurons
-    own = load_parameters(parameters, n, n_ok, DECAYS, PER_NEURON)
-    threshold = own[len(own) - 1]
-
-    # the part of the spikes' gradient that is the same at all steps
-    at_all_steps = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
-    if grad_counts is not None:
-        at_all_steps += tl.load(grad_counts + offset, mask=inside, other=0.0).to(tl.float32)
-    if grad_rates is not None:
-        at_all_steps += tl.load(grad_rates + n, mask=n_ok, other=0.0).to(tl.float32)[None, :] * rate_scale
-    at_all_steps = tl.where(inside, at_all_steps, 0.0)  # elements that do not exist add nothing to any sum
-
-    tl.static_assert(STATES == 1)
-    silent = dropped
-    if dropped is not None:
-        silent = tl.load(dropped + offset, mask=inside, other=0) != 0
-    grads = load_states(grad_last, step, offset, inside, STATES, BLOCK_B, BLOCK_N)
-    at_first = load_states(states_before, step, offset, inside, STATES, BLOCK_B, BLOCK_N)[0] - threshold
-    totals = zeros(len(own), BLOCK_B, BLOCK_N)
-    grad_bias = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
-    segments = tl.cdiv(steps, SEGMENT)
-    # steps after the last have margins and gradients of 0, which change no sum
-    last = segments * SEGMENT - 1
-    margin = tl.load(margins + last * step + offset, mask=_if(last < steps, b, batch, n_ok), other=0.0).to(tl.float32)
-    for turn in range(segments):
-        first = (segments - 1 - turn) * SEGMENT
-        earlier = ()
-        upstream = ()
-        for k in tl.static_range(SEGMENT):
-            t = first + k
-            exists = _if((t > 0) & (t <= steps), b, batch, n_ok)
-            earlier += (tl.load(margins + (t - 1) * step + offset, mask=exists, other=0.0),)
-            if grad_spikes is not None:
-                upstream += (tl.load(grad_spikes + t * step + offset, mask=_if(t < steps, b, batch, n_ok), other=0.0),)
-        sums = zeros(len(own), BLOCK_B, BLOCK_N)
-        bias_sum = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
-        for k in tl.static_range(SEGMENT - 1, -1, -1):
-            t = first + k
-            grad_spike = tl.where(t < steps, at_all_steps, 0.0)
-            if grad_spikes is not None:
-                grad_spike += upstream[k].to(tl.float32)
-            grad_spike = unless(silent, grad_spike)
-            before = tl.where(t > 0, earlier[k].to(tl.float32), at_first)  # U_{t−1} − θ
-            states = (before + threshold,)
-            begins = (t == 0) & (states_before is None)
-            to_current, moved, added = step_backward(
-                grads, sums, states, before > 0, margin, grad_spike, begins, own, alpha, MODEL, RESET, SURROGATE
-            )
-            if grad_last is not None:  # which does not reach steps after the last
-                to_current = tl.where(t < steps, to_current, 0.0)
-                moved, added = select(t < steps, moved, grads), select(t < steps, added, sums)
-            grads, sums = moved, added
-            out = to_current.to(grad_current.dtype.element_ty)
-            tl.store(grad_current + t * step + offset, out, mask=_if(t < steps, b, batch, n_ok))
-            bias_sum += to_current
-            margin = before
-        totals = plus(totals, sums)
-        grad_bias += bias_sum
-    if grad_first is not None:
-        store_states(grad_first, step, offset, inside, grads)
-    here = tl.program_id(0) * neurons + n
-    tl.store(bias_sums + here, tl.sum(grad_bias, 0), mask=n_ok)
-    for i in tl.static_range(len(partials)):
-        tl.store(partials[i] + here, tl.sum(totals[i], 0), mask=n_ok)
-
-
 # --- one layer in memory ----------------------------------------------------------------------------------------
 
 
 class _Layer(NamedTuple):
     """A layer of the stack as it is in memory, vectors in the order of its currents' columns."""
 
-    values: torch.Tensor
+    values: torch.Tensor  # of the products' dtype
     units: Units
     bias: torch.Tensor | None  # [N'], N' columns
     population: Neurons  # parameters float32, [1] or [N']
@@ -512,12 +344,14 @@ class _Layer(NamedTuple):
     column: torch.Tensor | None  # int64 [N], the column of each neuron
     held: bool
     fused: bool
+    membranes: bool
     dropped: torch.Tensor | None = None  # uint8 [B, N']
     first: torch.Tensor | None = None  # the states before the first step, float32 [states, B, N']
+    recurrent: "tuple[torch.Tensor, Units] | None" = None  # weights of the products' dtype
 
-    def current_dtype(self, products: torch.dtype) -> torch.dtype:
+    def current_dtype(self) -> torch.dtype:
         """A held current is small, and the same rounding error at every step would add up."""
-        return torch.float32 if self.held else products
+        return torch.float32 if self.held else self.values.dtype
 
     def to_columns(self, vector: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
         """A tensor [..., N], one entry per neuron, in the order of columns; a single entry applies to all."""
@@ -529,25 +363,33 @@ class _Layer(NamedTuple):
         """A tensor [..., N'] in the order of neurons, [..., N]."""
         return tensor if self.column is None else tensor.index_select(-1, self.column)
 
-    def like(self, parameter: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-        """The gradient of a parameter, a scalar or one per neuron, from its sum or its values per column."""
-        if grad.numel() > 1:
-            grad = self.to_neurons(grad) if parameter.numel() > 1 else self.to_neurons(grad).sum()
-        return grad.reshape(parameter.shape).to(parameter.dtype)
+    def kept_shapes(self, steps: int, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of what the backward pass needs: currents and checkpoints; margins, or states of all steps, and nothing."""
+        size, model = self.units.rows.size, MODELS[self.population.model]
+        if self.recurrent is not None:
+            return (steps, len(model.states), batch, size), (0,)
+        current = (batch, size) if self.held else (steps, batch, size)
+        return current, (0,) if self.fused else checkpoint_shape(model, steps, batch, size)
 
-    def bias_gradient(self, bias: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor | None:
-        """The gradient of the bias from its values per column; None if there is no bias."""
-        return None if bias is None or grad is None else self.like(bias, grad)
+    def allocate(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Memory for columns; those without a neuron are not stored to, and the next layer multiplies them by zeros."""
+        allocate = torch.zeros if self.units.rows.holes else torch.empty
+        return allocate(shape, dtype=dtype, device=self.values.device)
+
+    def sent_before(self, batch: int) -> torch.Tensor:
+        """The spikes that a recurrent connection receives in the first step, uint8 [B, N']: of the states before it."""
+        if self.first is None:
+            return torch.zeros(batch, self.units.rows.size, dtype=torch.uint8, device=self.values.device)
+        sent = self.first[-1] > self.population.parameters[-1]
+        return (sent if self.dropped is None else sent & (self.dropped == 0)).to(torch.uint8)
 
 
 def _layers(call: StackCall) -> list[_Layer]:
     graphs = [units_of(layer.mask, layer.values) for layer in call.layers]
     layers = []
-    for i, (graph, (values, _, bias, population, dropped, state, *_)) in enumerate(
-        zip(graphs, call.layers, strict=True)
-    ):
-        neuron = column = None
-        rows, cols = graph.rows, graph.cols
+    for i, (graph, own) in enumerate(zip(graphs, call.layers, strict=True)):
+        neuron = column = readers = None
+        rows, cols, population = graph.rows, graph.cols, own.population
         if i + 1 < len(graphs):
             readers = graphs[i + 1].cols
             rows, neuron, column = read_by(rows, readers), readers.neuron_at, readers.place_of
@@ -555,141 +397,181 @@ def _layers(call: StackCall) -> list[_Layer]:
             cols = in_order(cols)
         units = graph._replace(rows=rows, cols=cols)
         held = call.held and i == 0
-        fused = not held and fused_pays(
-            units, population, call.num_steps, call.batch, torch.uint8 if i else call.x.dtype, call.dtype, call.x.device
+        fused = (
+            not held
+            and own.recurrent is None
+            and not own.membranes
+            and fused_pays(units, population, call.batch, torch.uint8 if i else call.x.dtype, call.dtype)
         )
-        layer = _Layer(values, units, None, population, neuron, column, held, fused)
+        layer = _Layer(own.values.to(call.dtype), units, None, population, neuron, column, held, fused, own.membranes)
+        if own.recurrent is not None:
+            values, mask = own.recurrent
+            joined = units_of(mask, values)
+            if readers is not None:
+                joined = joined._replace(rows=read_by(joined.rows, readers), cols=read_by(joined.cols, readers))
+            layer = layer._replace(recurrent=(values.to(call.dtype), joined))
         # a column without a neuron gets one that never fires
         *decays, threshold = (parameter.float() for parameter in population.parameters)
         parameters = *map(layer.to_columns, decays), layer.to_columns(threshold, 1.0)
         layers.append(
             layer._replace(
-                bias=None if bias is None else layer.to_columns(bias),
+                bias=None if own.bias is None else layer.to_columns(own.bias),
                 population=population._replace(parameters=parameters),
-                dropped=None if dropped is None else layer.to_columns(dropped.to(torch.uint8)),
-                first=None if state is None else layer.to_columns(state).contiguous(),
+                dropped=None if own.dropped is None else layer.to_columns(own.dropped.to(torch.uint8)),
+                first=None if own.state is None else layer.to_columns(own.state).contiguous(),
             )
         )
     return layers
 
 
-def _launch_fused(
+def _in_memory(values: torch.Tensor) -> torch.Tensor:
+    """Weights as the kernels read them: by parts, or as they are."""
+    return in_parts(values) if precision_of(values.dtype, values.device) == "parts" else values
+
+
+def _launch(
     x: torch.Tensor,
     values: torch.Tensor,
+    units: Units,
     layer: _Layer,
     spikes: torch.Tensor,
-    margins: torch.Tensor | None,
-    counts: torch.Tensor,
     last: torch.Tensor,
+    steps: int,
+    on_chip: int = 0,
+    **others: torch.Tensor | None,
 ) -> None:
-    """Writes spikes [T, B, N'], margins of the same shape if given, and counts [B, N'], from x [T·B, in]."""
-    units = layer.units
-    steps, batch, _ = spikes.shape
-    precision = precision_of(values.dtype, x.device)
-    on_chip = units_on_chip(units, x.dtype, values.dtype, x.device)
-    options = fitted(fused_tiles(batch, units.shape, x.dtype, values.dtype, precision), x.device)
-    tiles_of_row = cdiv(units.rows.width, options["BLOCK_N"])
+    """Writes spikes [steps, B, N'] and the states after them from x [steps · B, in] and ``values`` as in memory."""
+    tiles = fused_tiles(spikes.shape[-2], units, units.rows, x.dtype, layer.values.dtype)
+    batch, of_row = spikes.shape[-2], cdiv(units.rows.width, tiles["BLOCK_N"])
     launch(
         fused_forward_kernel,
-        (units.rows.num_units * tiles_of_row * cdiv(batch, options["BLOCK_M"]),),
+        (units.rows.num_units * of_row * cdiv(batch, tiles["BLOCK_M"]),),
         x=x,
         x_column=units.cols.neuron_at,
         x_bounds=units.cols.bounds,
-        values=in_parts(values) if precision == "parts" else values,
-        row_ptr=units.row_ptr,
-        row_slot=units.row_slot,
-        unit_col=units.unit_col,
-        bias=layer.bias,
+        values=values,
+        ptr=units.row_ptr,
+        slots=units.row_slot,
+        others=units.unit_col,
         dropped=layer.dropped,
         y_column=units.rows.neuron_at,
         parameters=layer.population.parameters,
         spikes=spikes,
-        margins=margins,
-        counts=counts,
-        states_before=layer.first,
         last=last,
         steps=steps,
         batch=batch,
-        num_rows=units.rows.num_units,
+        num_n=units.rows.num_units,
         x_size=units.cols.size,
         y_size=units.rows.size,
         K=units.cols.width,
         N=units.rows.width,
-        PRECISION=precision,
         ON_CHIP=on_chip,
         STAGES=STAGES,
+        **{name: others.get(name) for name in ("bias", "currents", "margins", "counts", "states_before")},
         **model_options(layer.population),
-        **options,
+        **tiles,
         **EXACT,
     )
 
 
-class _NeuronGradients(NamedTuple):
-    """∂L/∂I [T·B, N'], and the gradients of bias (None: not computed yet) and parameters, in the order of columns."""
+def _recur(layer: _Layer, current: torch.Tensor, spikes: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+    """Runs a recurrent layer step by step; writes spikes [T, B, N'], and the states of the last steps, as many as
+    there is memory for. Returns those of the last, float32 [states, B, N']."""
+    assert layer.recurrent is not None
+    values, units = _in_memory(layer.recurrent[0]), layer.recurrent[1]
+    sent, before = layer.sent_before(spikes.shape[1]), layer.first
+    for t in range(len(spikes)):
+        after = states[t % len(states)]
+        now = current if layer.held else current[t]
+        _launch(sent, values, units, layer, spikes[t], after, 1, currents=now, states_before=before)
+        sent, before = spikes[t], after
+    return after.clone()
+
+
+class _Through(NamedTuple):
+    """The gradients of a layer's neurons: ∂L/∂I [T·B, N'], those of the parameters and the bias, float32
+    [parameters + 1, N'], of the states before the first step, and of a recurrent connection's weights."""
 
     current: torch.Tensor
-    bias: torch.Tensor | None
-    parameters: Sequence[torch.Tensor]
-    first: torch.Tensor | None  # of the states before the first step, if there are any
+    sums: torch.Tensor
+    first: torch.Tensor | None
+    recurrent: torch.Tensor | None = None
 
 
-def _fused_backward(margins: torch.Tensor, layer: _Layer, upstream: Upstream) -> _NeuronGradients:
-    """The backward pass of the neurons of a fused layer."""
-    steps, batch, neurons = margins.shape
-    block_b, block_n = blocks(neurons)
-    grid = cdiv(batch, block_b), cdiv(neurons, block_n)
-    parameters = layer.population.parameters
-    grad_current = torch.empty_like(margins)
+def _recur_backward(
+    layer: _Layer, spikes: torch.Tensor, states: torch.Tensor, upstream: Upstream, dtype: torch.dtype
+) -> _Through:
+    """The backward pass of a recurrent layer; its weights' gradient is of ``dtype``."""
+    assert layer.recurrent is not None
+    weights, units = layer.recurrent
+    values, (steps, batch, size), population = _in_memory(weights), spikes.shape, layer.population
+    grad_current = layer.allocate(*spikes.shape, dtype=weights.dtype)
+    grads = layer.allocate(*states.shape[1:]).zero_() if upstream.last is None else upstream.last.clone()
+    tiles = fused_tiles(batch, units, units.cols, weights.dtype, weights.dtype)
+    rows, of_col = cdiv(batch, tiles["BLOCK_M"]), cdiv(units.cols.width, tiles["BLOCK_N"])
+    partials = spikes.new_zeros((len(population.parameters) + 1, rows, size), dtype=torch.float32)
+    over_time = {name: upstream.arguments()[name] for name in ("grad_spikes", "grad_membranes")}
+    for t in range(steps - 1, -1, -1):
+        launch(
+            recurrent_backward_kernel,
+            (units.cols.num_units * of_col * rows,),
+            grad_after=grad_current[t + 1] if t + 1 < steps else None,
+            x_column=units.rows.neuron_at,
+            x_bounds=units.rows.bounds,
+            values=values,
+            ptr=units.col_ptr,
+            slots=units.col_slot,
+            others=units.unit_row,
+            y_column=units.cols.neuron_at,
+            parameters=population.parameters,
+            states=states[t],
+            states_before=states[t - 1] if t else layer.first,
+            grads=grads,
+            grad_current=grad_current[t],
+            partials=partials,
+            dropped=layer.dropped,
+            batch=batch,
+            num_n=units.cols.num_units,
+            size=size,
+            alpha=float(population.alpha),
+            rate_scale=1 / (steps * batch),
+            K=units.rows.width,
+            N=units.cols.width,
+            SURROGATE=population.surrogate,
+            grad_counts=upstream.counts,
+            grad_rates=upstream.rates,
+            **{name: None if grad is None else grad[t] for name, grad in over_time.items()},
+            **model_options(population),
+            **tiles,
+        )
+    sums = partials.sum(1)
+    to_weights = weight_gradient(grad_current[1:].flatten(0, 1), spikes[:-1].flatten(0, 1), units, dtype)
+    if layer.first is not None:  # whose spikes the first step received
+        to_weights += weight_gradient(grad_current[0], layer.sent_before(batch), units, dtype)
+        to_sent = input_gradient(grad_current[0], weights, units, torch.float32)
+        if layer.dropped is not None:
+            to_sent = to_sent.masked_fill(layer.dropped != 0, 0)
+        margin = layer.first[-1] - population.parameters[-1]
+        to_sent *= SURROGATES[population.surrogate].derivative(margin, population.alpha)
+        grads[-1] += to_sent
+        sums[-2] -= to_sent.sum(0)
+    return _Through(grad_current, sums, None if layer.first is None else grads, to_weights)
+
+
+def _neurons_backward(
+    layer: _Layer, state: torch.Tensor, checkpoints: torch.Tensor, upstream: Upstream, steps: int
+) -> _Through:
+    """The backward pass of the neurons of a layer whose currents or margins are in memory."""
+    run = Run(state, layer.population, steps, layer.first, layer.dropped, layer.fused)
+    grad_current = torch.empty_like(state, dtype=layer.values.dtype)
     grad_first = None if layer.first is None else torch.empty_like(layer.first)
-    bias_sums, *partials = (
-        torch.empty((grid[0], neurons), dtype=torch.float32, device=margins.device) for _ in (None, *parameters)
-    )
-    launch(
-        fused_backward_kernel,
-        grid,
-        margins=margins,
-        parameters=parameters,
-        grad_spikes=upstream.spikes,
-        grad_counts=upstream.counts,
-        grad_rates=upstream.rates,
-        grad_current=grad_current,
-        bias_sums=bias_sums,
-        partials=tuple(partials),
-        states_before=layer.first,
-        grad_last=upstream.last,
-        grad_first=grad_first,
-        dropped=layer.dropped,
-        steps=steps,
-        batch=batch,
-        neurons=neurons,
-        alpha=float(layer.population.alpha),
-        rate_scale=1 / (steps * batch),
-        SURROGATE=layer.population.surrogate,
-        SEGMENT=segment_of(steps),
-        BLOCK_B=block_b,
-        BLOCK_N=block_n,
-        num_warps=NUM_WARPS,
-        **model_options(layer.population),
-    )
-    grads = [partial.sum(0) for partial in partials]
-    for i in range(len(MODELS[layer.population.model].decays)):
-        # the clamp's own derivative
-        grads[i] = grads[i].masked_fill((parameters[i] < 0) | (parameters[i] > 1), 0)
-    return _NeuronGradients(grad_current, bias_sums.sum(0), grads, grad_first)
-
-
-def _pair_backward(run: Run, checkpoints: torch.Tensor, upstream: Upstream, dtype: torch.dtype) -> _NeuronGradients:
-    """The backward pass of the neurons of a layer whose currents are in memory."""
-    grad_current = torch.empty_like(run.current, dtype=dtype)
-    grads = [torch.empty_like(parameter) for parameter in run.population.parameters]
-    grad_first = None if run.first is None else torch.empty_like(run.first)
-    launch_backward(run, checkpoints, upstream, grad_current, grads, grad_first)
-    return _NeuronGradients(grad_current, None, grads, grad_first)
+    sums = launch_backward(run, checkpoints, upstream, grad_current, grad_first)
+    return _Through(grad_current, sums, grad_first)
 
 
 #: fields of a layer that the kernels do not read
 READ = "values", "mask", "bias", "population", "dropped", "state", "recurrent", "membranes", "observers", "source"
-UNREAD = unread([*READ, "delay", "sent"])  # which go step by step
+UNREAD = unread([*READ, "delay", "sent"])  # (with delays the operators run in turn)
 
 
 # --- operators --------------------------------------------------------------------------------------------------
@@ -718,14 +600,16 @@ def _widest(layer: SpikingLayer) -> int:
     return max(axis.num_units * axis.width for axis in axes)
 
 
-def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
-    if any(layer.recurrent is not None or layer.delay is not None for layer in layers):
-        return activity_of(*in_turn(x, layers, steps, g2g_linear, neurons_alone.neurons), differentiable=False)
-    call = StackCall.of(x, layers, steps, runtime.autocast_dtype(x.device.type) or x.dtype)
-    counts, rates, last, spikes, _ = FORWARD(call)
+def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, spikes: bool = False) -> Activity:
+    """As the public function; ``spikes``: whether those over time need a gradient."""
+    call = StackCall.of(x, layers, steps, runtime.autocast_dtype(x.device.type) or x.dtype, spikes)
+    counts, rates, last, shown, of_layers, _ = FORWARD(call)
+    given = iter(shown)
+    membranes = tuple([next(given) if layer.membranes else None for layer in layers])
     readers = [None if layer.mask.cols.trivial else layer.mask.cols.place_of for layer in layers[1:]]
-    all_spikes = tuple(map(ByteSpikes, spikes, [*readers, None]))
-    return Activity(counts, tuple(rates), all_spikes, states=tuple(last))
+    trains = map(DenseSpikes, given) if spikes else map(ByteSpikes, of_layers, [*readers, None])
+    known = membranes if any(layer.membranes for layer in layers) else None
+    return Activity(counts, tuple(rates), tuple(trains), states=tuple(last), membranes=known)
 
 
 class ByteSpikes:
@@ -741,100 +625,118 @@ class ByteSpikes:
 
 
 def _forward(call: StackCall, keep: bool) -> Outputs:
-    """Keeps two tensors per layer: currents and checkpoints, or margins and an empty one."""
-    num_steps, batch, device = call.num_steps, call.batch, call.x.device
+    """Keeps two tensors per layer, of :meth:`_Layer.kept_shapes`."""
+    steps, batch = call.num_steps, call.batch
     all_spikes: list[torch.Tensor] = []
-    kept: list[torch.Tensor] = []
+    kept: list[Any] = []
     rates: list[torch.Tensor] = []
     states: list[torch.Tensor] = []
-    received = call.x
-    for layer in _layers(call):
-        shape = (num_steps, batch, layer.units.rows.size)
-        # columns without a neuron are never stored to, but the next layer multiplies them by zeros
-        allocate = torch.zeros if layer.units.rows.holes and layer.fused else torch.empty
-        spikes = allocate(shape, dtype=torch.uint8, device=device)
-        counts = allocate(shape[1:], dtype=torch.float32, device=device)
+    shown: list[torch.Tensor] = []
+    received, layers = call.x, _layers(call)
+    for layer in layers:
+        shape = (steps, batch, layer.units.rows.size)
+        # the kernels of a pair store to all columns
         received = received.reshape(-1, received.shape[-1])
-        factors = layer.values.to(call.dtype)
+        spikes = layer.allocate(*shape, dtype=torch.uint8)
+        counts = layer.allocate(*shape[1:])
+        membranes = layer.allocate(*shape) if layer.membranes and layer.recurrent is None else None
+        of_state, of_checkpoints = layer.kept_shapes(steps, batch)
+        checkpoints = counts.new_empty(of_checkpoints) if keep else None
         if layer.fused:
-            margins = allocate(shape, dtype=call.dtype, device=device) if keep else None
-            last = allocate((1, *shape[1:]), dtype=torch.float32, device=device)
-            _launch_fused(received, factors, layer, spikes, margins, counts, last)
-            to_keep = [margins, counts.new_empty(0)]
+            state = layer.allocate(*of_state, dtype=call.dtype) if keep else None
+            last = layer.allocate(1, *shape[1:])
+            on_chip = units_on_chip(layer.units, torch.uint8, call.dtype)
+            _launch(
+                received, layer.values, layer.units, layer, spikes, last, steps, on_chip,
+                bias=layer.bias, margins=state, counts=counts, states_before=layer.first,
+            )  # fmt: skip
         else:
-            current = product(received, factors, layer.units, layer.bias, layer.current_dtype(call.dtype))
+            current = product(received, layer.values, layer.units, layer.bias, layer.current_dtype())
             current = current.view(shape[1:] if layer.held else shape)
-            checkpoints = None
-            if keep:
-                of = checkpoint_shape(MODELS[layer.population.model], *shape)
-                checkpoints = torch.empty(of, dtype=torch.float32, device=device)
-            run = Run(current, layer.population, num_steps, layer.first, layer.dropped)
-            last = launch_forward(run, spikes, checkpoints, counts)
-            to_keep = [current, checkpoints]
-        kept += [tensor for tensor in to_keep if keep and tensor is not None]
-        rates.append(layer.to_neurons(counts.sum(0) / (num_steps * batch)))
+            if layer.recurrent is None:
+                state = current
+                run = Run(current, layer.population, steps, layer.first, layer.dropped)
+                last = launch_forward(run, spikes, checkpoints, counts, membranes)
+            else:
+                state = layer.allocate(*(of_state if keep or layer.membranes else (2, *of_state[1:])))
+                last = _recur(layer, current, spikes, state)
+                counts = spikes.sum(0, dtype=torch.float32)
+                if layer.membranes:
+                    membranes = state[:, -1]
+        kept += [state, checkpoints] if keep else []
+        rates.append(layer.to_neurons(counts.sum(0) / (steps * batch)))
         states.append(layer.to_neurons(last))
+        if membranes is not None:
+            if layer.dropped is not None:
+                membranes = membranes.masked_fill(layer.dropped != 0, 0)
+            shown.append(layer.to_neurons(membranes).clone())
         all_spikes.append(spikes)
         received = spikes
-    return counts, rates, states, all_spikes, kept
+    if call.spikes:
+        shown += [layer.to_neurons(each).to(call.x.dtype) for layer, each in zip(layers, all_spikes, strict=True)]
+    return counts, rates, states, shown, all_spikes, kept
 
 
 def _forward_fake(call: StackCall, keep: bool) -> Outputs:
-    spikes, kept = [], []
-    for layer in _layers(call):
-        shape = (call.num_steps, call.batch, layer.units.rows.size)
-        spikes.append(call.x.new_empty(shape, dtype=torch.uint8))
-        if keep:
-            of = (0,) if layer.fused else checkpoint_shape(MODELS[layer.population.model], *shape)
-            state = shape[1:] if layer.held else shape
-            kept += [
-                call.x.new_empty(state, dtype=layer.current_dtype(call.dtype)),
-                call.x.new_empty(of, dtype=torch.float32),
-            ]
-    counts = call.x.new_empty((call.batch, call.layers[-1].size), dtype=torch.float32)
-    rates = [call.x.new_empty(layer.size, dtype=torch.float32) for layer in call.layers]
-    last = [call.x.new_empty(call.state_shape(layer), dtype=torch.float32) for layer in call.layers]
-    return counts, rates, last, spikes, kept
+    new, layers, kept = call.x.new_empty, _layers(call), []
+    over_time = [(call.num_steps, call.batch, layer.size) for layer in call.layers]
+    shown = [new(shape, dtype=torch.float32) for shape, own in zip(over_time, call.layers) if own.membranes]  # noqa: B905
+    shown += [new(shape) for shape in over_time if call.spikes]
+    spikes = [new((call.num_steps, call.batch, layer.units.rows.size), dtype=torch.uint8) for layer in layers]
+    for layer in layers if keep else ():
+        state, checkpoints = layer.kept_shapes(call.num_steps, call.batch)
+        dtype = torch.float32 if layer.recurrent is not None else layer.current_dtype()
+        kept += [new(state, dtype=dtype), new(checkpoints, dtype=torch.float32)]
+    counts = new((call.batch, call.layers[-1].size), dtype=torch.float32)
+    rates = [new(layer.size, dtype=torch.float32) for layer in call.layers]
+    last = [new(call.state_shape(layer), dtype=torch.float32) for layer in call.layers]
+    return counts, rates, last, shown, spikes, kept
 
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, kept, (grad_counts, *grads), (grad_x_needed, *_) = given
     layers, count = _layers(call), len(call.layers)
     all_spikes, kept = kept[:count], kept[count:]
+    to_shown = iter(grads[2 * count :])
+    to_membranes = [next(to_shown) if layer.membranes else None for layer in layers]
+    to_spikes = list(to_shown) if call.spikes else [None] * count
     grad_x, grad_spikes = None, None
     found = []  # the gradients of the layers, the last one first
     for i in reversed(range(count)):
-        layer, own, (state, checkpoints) = layers[i], call.layers[i], kept[2 * i : 2 * i + 2]
-        rates, last = (
-            None if grad is None else layer.to_columns(grad).contiguous() for grad in (grads[i], grads[count + i])
+        layer, own, (state, checkpoints), spikes = layers[i], call.layers[i], kept[2 * i : 2 * i + 2], all_spikes[i]
+        rates, last, membranes, shown = (
+            None if grad is None else layer.to_columns(grad).contiguous()
+            for grad in (grads[i], grads[count + i], to_membranes[i], to_spikes[i])
         )
-        upstream = Upstream(grad_spikes, grad_counts, rates, last)
-        if layer.fused:
-            through = _fused_backward(state, layer, upstream)
+        if shown is not None:
+            grad_spikes = shown if grad_spikes is None else grad_spikes + shown
+        upstream = Upstream(grad_spikes, grad_counts, rates, last, membranes)
+        if own.recurrent is None:
+            through = _neurons_backward(layer, state, checkpoints, upstream, call.num_steps)
         else:
-            run = Run(state, layer.population, call.num_steps, layer.first, layer.dropped)
-            through = _pair_backward(run, checkpoints, upstream, call.dtype)
+            through = _recur_backward(layer, spikes, state, upstream, own.recurrent.values.dtype)
+            if layer.held:
+                through = through._replace(current=through.current.sum(0))
         grad_current = through.current.view(-1, through.current.shape[-1])
         received = (all_spikes[i - 1] if i else call.x).view(-1, layer.units.cols.size)
-        want_bias = layer.bias is not None and through.bias is None
-        grad_values, summed = weight_gradient(grad_current, received, layer.units, own.values.dtype, want_bias)
-        parameters = [layer.like(*pair) for pair in zip(own.population.parameters, through.parameters, strict=True)]
+        sums = layer.to_neurons(through.sums)
+        parameters = parameter_gradients(own.population, sums)
         found.append(
             own._replace(
-                values=grad_values,
-                bias=layer.bias_gradient(own.bias, summed if want_bias else through.bias),
-                population=own.population._replace(parameters=tuple(parameters)),
+                values=weight_gradient(grad_current, received, layer.units, own.values.dtype),
+                bias=None if own.bias is None else sums[-1].to(own.bias.dtype, copy=True),
+                population=own.population._replace(parameters=parameters),
                 state=None if through.first is None else layer.to_neurons(through.first),
+                recurrent=own.recurrent and own.recurrent._replace(values=through.recurrent),
             )
         )
         grad_counts = None
-        if i > 0:
-            grad_spikes = input_gradient(grad_current, layer.values.to(call.dtype), layer.units, call.dtype)
-            grad_spikes = grad_spikes.view(all_spikes[i - 1].shape)
-        elif grad_x_needed:
-            grad_x = input_gradient(grad_current, layer.values.to(call.dtype), layer.units, call.x.dtype)
-            grad_x = grad_x.view(call.x.shape)
-    return given.aligned(call._replace(x=grad_x, layers=tuple(found[::-1])))
+        if i or grad_x_needed:
+            dtype = call.dtype if i else call.x.dtype
+            grad_x = input_gradient(grad_current, layer.values, layer.units, dtype)
+            grad_x = grad_x.view(all_spikes[i - 1].shape if i else call.x.shape)
+            grad_spikes = grad_x
+    return given.aligned(call._replace(x=grad_x if grad_x_needed else None, layers=tuple(found[::-1])))
 
 
 FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _forward_fake, _backward)  # CPU: the interpreter

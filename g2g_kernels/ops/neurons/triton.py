@@ -1,36 +1,19 @@
 """Neurons on Triton: ``g2g::triton_neurons_forward`` (with its autograd formula), ``g2g::triton_neurons_backward``.
 
-Formula
-    See README.md in this folder and ``g2g_kernels/triton/neuron.py``, whose rounding is the reference's.
+README.md has the formula, what is kept, and the bytes; ``g2g_kernels/triton/neuron.py`` one step, whose rounding is the
+reference's. A program owns a tile of [BLOCK_B samples, BLOCK_N neurons] and runs through all T steps with its states in
+registers. Nothing passes between programs. Time is cut into *segments*, whose loads are all issued before the first
+membrane is charged, so memory latency is paid once per segment, not once per step.
 
-Tiling
-    A program owns a tile of [BLOCK_B samples, BLOCK_N neurons] and runs through all T steps with its states in
-    registers. Tiles have 512 elements (at most four states per thread) and are as wide as there are neurons, at most
-    128. Nothing passes between programs. Time is cut into *segments* of at most 10 steps, whose loads are all issued
-    before the first membrane is charged, so memory latency is paid once per segment, not once per step.
+Gradients of parameters, and of a bias in the currents, are summed in three stages: over the steps of a segment and
+then over the segments, in registers, so no chain of additions is as long as T; then every program writes one partial
+sum per neuron, and PyTorch adds those. Without atomics, every run gives the same results.
 
-What is kept for the backward pass
-    The currents, which exist anyway, and the float32 states at the start of every segment but the first (a
-    *checkpoint*: 0.32 B per element and state at T = 50). The backward pass recomputes a segment from its checkpoint,
-    in registers, and then goes through it in reverse. Membranes, and with them R and σ', are bitwise equal to those of
-    the forward pass. Membranes kept in 16 bits instead would move more bytes (2 per element written, for currents of
-    16 bits as many read) and cost accuracy: at T = 50 the gradients of β and θ had
-    4,400 to 5,000 (bfloat16) and 450 to 950 (float16) times the error of those of the reference, whose membranes are
-    float32.
-
-Bytes per element of [T, B, N], for currents of c bytes, spikes of s (1 inside a stack, else c) and n states
-    forward     c read (a held current: once, not T times), s written, 4n/10 of checkpoints written
-    backward    c read (held: once), c of ∂L/∂S read, 4n/10 of checkpoints read, c of ∂L/∂I written (held: once)
-    There are only a few FLOPs per element: both kernels are memory-bound.
-
-Gradients of parameters are summed in three stages: over the steps of a segment and then over the segments, in
-registers, so no chain of additions is as long as T (at most eight registers per thread and parameter instead of four,
-and no extra bytes); then every program writes one partial sum (per neuron, or for its whole tile if the layer shares
-the parameter), and :func:`sum_kernel` adds those in a fixed order. Without atomics, every run gives the same results.
+Of a fused layer (``g2g_stack``) the margins U_t − θ were kept instead of currents and checkpoints. The kernel then
+computes nothing again: the margin is what σ' needs, its sign is R, and with θ it is the membrane.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,18 +28,21 @@ from g2g_kernels.triton.neuron import (
     EXACT,
     charge,
     fires,
+    load_at_all_steps,
     load_parameters,
     load_states,
     plus,
+    plus_last,
     select,
     step_backward,
+    store_partials,
     store_states,
     unless,
     zeros,
 )
 from g2g_kernels.triton.runtime import cdiv, launch, next_power_of_2
 
-#: the longest segment: its states live in registers, four per thread and step
+#: the longest segment, of one state: its states live in registers, four per thread and step
 SEGMENT = 10
 TILE = 512
 NUM_WARPS = 4
@@ -77,27 +63,10 @@ def _inside(sample, neuron, batch, neurons, t, steps):
 
 @triton.jit(do_not_specialize=["steps", "batch"])
 def neurons_forward_kernel(
-    current,
-    parameters,
-    spikes,
-    checkpoints,
-    counts,
-    first,
-    last,
-    dropped,
-    steps,
-    batch,
-    neurons,
-    HELD: tl.constexpr,
-    MODEL: tl.constexpr,
-    STATES: tl.constexpr,
-    DECAYS: tl.constexpr,
-    PER_NEURON: tl.constexpr,
-    RESET: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    current, parameters, spikes, checkpoints, membranes, counts, first, last, dropped, steps, batch, neurons,
+    HELD: tl.constexpr, MODEL: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr, PER_NEURON: tl.constexpr,
+    RESET: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     sample, neuron = _tile(BLOCK_B, BLOCK_N)
     exists = neuron < neurons
     inside = (sample < batch)[:, None] & exists[None, :]
@@ -134,51 +103,22 @@ def neurons_forward_kernel(
             spike = unless(silent, fires(states[STATES - 1], threshold).to(tl.float32))
             now = _inside(sample, neuron, batch, neurons, t, steps)
             tl.store(spikes + t * step + offsets, spike.to(spikes.dtype.element_ty), mask=now)
+            if membranes is not None:
+                tl.store(membranes + t * step + offsets, states[STATES - 1], mask=now)
             count += tl.where(t < steps, spike, 0.0)
     store_states(last, step, offsets, inside, states)
     if counts is not None:
         tl.store(counts + offsets, count, mask=inside)
 
 
-@triton.jit
-def _store_partial(partial, tile, neuron, neurons, PER_NEURON: tl.constexpr):
-    """Writes this program's share of a parameter's gradient: [row tiles, N], or one number for the whole tile."""
-    if PER_NEURON:
-        tl.store(partial + tl.program_id(0) * neurons + neuron, tl.sum(tile, 0), mask=neuron < neurons)
-    else:
-        tl.store(partial + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), tl.sum(tl.sum(tile, 0), 0))
-
-
 @triton.jit(do_not_specialize=["steps", "batch"])
 def neurons_backward_kernel(
-    current,
-    checkpoints,
-    parameters,
-    grad_spikes,
-    grad_counts,
-    grad_rates,
-    grad_current,
-    partials,
-    first,
-    grad_last,
-    grad_first,
-    dropped,
-    steps,
-    batch,
-    neurons,
-    alpha,
-    rate_scale,
-    HELD: tl.constexpr,
-    MODEL: tl.constexpr,
-    STATES: tl.constexpr,
-    DECAYS: tl.constexpr,
-    PER_NEURON: tl.constexpr,
-    RESET: tl.constexpr,
-    SURROGATE: tl.constexpr,
-    SEGMENT: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    current, checkpoints, margins, parameters, grad_spikes, grad_counts, grad_rates, grad_membranes, grad_current,
+    partials, first, grad_last, grad_first, dropped, steps, batch, neurons, alpha, rate_scale,
+    HELD: tl.constexpr, MODEL: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr, PER_NEURON: tl.constexpr,
+    RESET: tl.constexpr, SURROGATE: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
-):
+):  # fmt: skip
     sample, neuron = _tile(BLOCK_B, BLOCK_N)
     exists = neuron < neurons
     inside = (sample < batch)[:, None] & exists[None, :]
@@ -189,48 +129,60 @@ def neurons_backward_kernel(
     if HELD:
         same = tl.load(current + offsets, mask=inside, other=0.0).to(tl.float32)
 
-    # the part of the spikes' gradient that is the same at all steps
-    at_all_steps = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
-    if grad_counts is not None:
-        at_all_steps += tl.load(grad_counts + offsets, mask=inside, other=0.0).to(tl.float32)
-    if grad_rates is not None:
-        at_all_steps += tl.load(grad_rates + neuron, mask=exists, other=0.0).to(tl.float32)[None, :] * rate_scale
-
+    at_all_steps = load_at_all_steps(
+        grad_counts, grad_rates, offsets, inside, neuron, exists, rate_scale, BLOCK_B, BLOCK_N
+    )
     silent = dropped
     if dropped is not None:
         silent = tl.load(dropped + offsets, mask=inside, other=0) != 0
     grads = load_states(grad_last, step, offsets, inside, STATES, BLOCK_B, BLOCK_N)
+    at_first = load_states(first, step, offsets, inside, STATES, BLOCK_B, BLOCK_N)
     totals = zeros(len(values), BLOCK_B, BLOCK_N)
-    grad_held = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
+    grad_total = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)  # of the current
     segments = tl.cdiv(steps, SEGMENT)
+    margin = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)  # U_t − θ of the step that is gone through
+    if margins is not None:
+        tl.static_assert(STATES == 1)
+        t = segments * SEGMENT - 1
+        now = _inside(sample, neuron, batch, neurons, t, steps)
+        margin = tl.load(margins + t * step + offsets, mask=now, other=0.0).to(tl.float32)
     for turn in range(segments):
         segment = segments - 1 - turn
-        currents = ()
         upstream = ()
+        at_membranes = ()
         for k in tl.static_range(SEGMENT):
             t = segment * SEGMENT + k
             now = _inside(sample, neuron, batch, neurons, t, steps)
-            if HELD:
-                currents += (same,)
-            else:
-                currents += (tl.load(current + t * step + offsets, mask=now, other=0.0),)
             if grad_spikes is not None:
                 upstream += (tl.load(grad_spikes + t * step + offsets, mask=now, other=0.0),)
-        states = ()
-        for i in tl.static_range(STATES):
-            state = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
-            if first is not None:
-                state = tl.load(first + i * step + offsets, mask=inside, other=0.0)
+            if grad_membranes is not None:
+                at_membranes += (tl.load(grad_membranes + t * step + offsets, mask=now, other=0.0),)
+        history = ()  # the states before each step, or the margin
+        if margins is None:
+            currents = ()
+            for k in tl.static_range(SEGMENT):
+                if HELD:
+                    currents += (same,)
+                else:
+                    t = segment * SEGMENT + k
+                    now = _inside(sample, neuron, batch, neurons, t, steps)
+                    currents += (tl.load(current + t * step + offsets, mask=now, other=0.0),)
+            states = at_first
             if segment > 0:
-                state = tl.load(checkpoints + ((segment - 1) * STATES + i) * step + offsets, mask=inside, other=0.0)
-            states += (state,)
-        history = (states,)
+                kept = checkpoints + (segment - 1) * STATES * step
+                states = load_states(kept, step, offsets, inside, STATES, BLOCK_B, BLOCK_N)
+            for k in tl.static_range(SEGMENT):
+                history += (states,)
+                fired = fires(states[STATES - 1], threshold)
+                states = charge(states, fired, currents[k].to(tl.float32), values, MODEL, RESET)
+            margin = states[STATES - 1] - threshold
+        else:
+            for k in tl.static_range(SEGMENT):
+                t = segment * SEGMENT + k
+                now = _inside(sample, neuron, tl.where(t > 0, batch, 0), neurons, t - 1, steps)
+                history += ((tl.load(margins + (t - 1) * step + offsets, mask=now, other=0.0),),)
         sums = zeros(len(values), BLOCK_B, BLOCK_N)
-        held_sum = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
-        for k in tl.static_range(SEGMENT):
-            fired = fires(states[STATES - 1], threshold)
-            states = charge(states, fired, currents[k].to(tl.float32), values, MODEL, RESET)
-            history += (states,)
+        grad_sum = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
         for k in tl.static_range(SEGMENT - 1, -1, -1):
             t = segment * SEGMENT + k
             # steps after the last have gradients of 0, which change no sum
@@ -238,46 +190,37 @@ def neurons_backward_kernel(
             if grad_spikes is not None:
                 grad_spike += upstream[k].to(tl.float32)
             grad_spike = unless(silent, grad_spike)
-            fired = fires(history[k][STATES - 1], threshold)
-            margin = history[k + 1][STATES - 1] - threshold
+            if grad_membranes is not None:
+                grads = plus_last(grads, unless(silent, at_membranes[k].to(tl.float32)))
+            if margins is None:
+                states = history[k]
+                before = states[STATES - 1] - threshold
+            else:
+                before = tl.where(t > 0, history[k][0].to(tl.float32), at_first[0] - threshold)
+                states = (before + threshold,)
             begins = (t == 0) & (first is None)
             to_current, moved, added = step_backward(
-                grads, sums, history[k], fired, margin, grad_spike, begins, values, alpha, MODEL, RESET, SURROGATE
+                grads, sums, states, before > 0, margin, grad_spike, begins, values, alpha, MODEL, RESET, SURROGATE
             )
             if grad_last is not None:  # which does not reach steps after the last
                 to_current = tl.where(t < steps, to_current, 0.0)
                 moved, added = select(t < steps, moved, grads), select(t < steps, added, sums)
             grads, sums = moved, added
-            if HELD:
-                held_sum += to_current
-            elif grad_current is not None:
+            grad_sum += to_current
+            margin = before
+            if not HELD and grad_current is not None:
                 out = to_current.to(grad_current.dtype.element_ty)
                 now = _inside(sample, neuron, batch, neurons, t, steps)
                 tl.store(grad_current + t * step + offsets, out, mask=now)
         totals = plus(totals, sums)
-        grad_held += held_sum
+        grad_total += grad_sum
     if grad_first is not None:
         store_states(grad_first, step, offsets, inside, grads)
     if HELD and grad_current is not None:
-        tl.store(grad_current + offsets, grad_held.to(grad_current.dtype.element_ty), mask=inside)
-    for i in tl.static_range(len(partials)):
-        if partials[i] is not None:
-            _store_partial(partials[i], tl.where(inside, totals[i], 0.0), neuron, neurons, (PER_NEURON >> i) & 1)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def sum_kernel(partial, decay, out, rows, cols, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """out[c] = Σ_r partial[r][c], added in a fixed order; 0 where ``decay`` is given and its clamp has slope 0."""
-    col = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros([BLOCK_C], tl.float32)
-    for first in range(0, rows, BLOCK_R):
-        row = first + tl.arange(0, BLOCK_R)
-        inside = (row < rows)[:, None] & (col < cols)[None, :]
-        total += tl.sum(tl.load(partial + row[:, None] * cols + col[None, :], mask=inside, other=0.0), 0)
-    if decay is not None:
-        value = tl.load(decay + col, mask=col < cols, other=0.0)
-        total = tl.where((value < 0) | (value > 1), 0.0, total)
-    tl.store(out + col, total.to(out.dtype.element_ty), mask=col < cols)
+        tl.store(grad_current + offsets, grad_total.to(grad_current.dtype.element_ty), mask=inside)
+    here = partials + tl.program_id(0) * neurons + neuron
+    apart = tl.num_programs(0) * neurons
+    store_partials(here, apart, totals, grad_total, inside, parameters, neuron, exists, DECAYS, PER_NEURON, False)
 
 
 # --- launchers ----------------------------------------------------------------------------------------------------
@@ -292,6 +235,7 @@ class Run(NamedTuple):
         steps: T.
         first: the states before the first step, float32 [states, B, N]; None: zeros.
         dropped: uint8 [B, N], 1 where a neuron's spikes are taken away; None: nowhere.
+        margins: whether ``current`` has the margins U_t − θ instead, for the backward pass.
     """
 
     current: torch.Tensor
@@ -299,6 +243,7 @@ class Run(NamedTuple):
     steps: int
     first: torch.Tensor | None = None
     dropped: torch.Tensor | None = None
+    margins: bool = False
 
     @property
     def held(self) -> bool:
@@ -314,21 +259,13 @@ class Run(NamedTuple):
     def model(self) -> NeuronModel:
         return MODELS[self.population.model]
 
-    @property
-    def blocks(self) -> tuple[int, int]:
-        """BLOCK_B, BLOCK_N."""
-        return blocks(self.current.shape[-1])
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        (batch, neurons), (block_b, block_n) = self.current.shape[-2:], self.blocks
-        return cdiv(batch, block_b), cdiv(neurons, block_n)
-
-    def arguments(self) -> dict[str, Any]:
-        """The arguments that both kernels take."""
-        (batch, neurons), (block_b, block_n) = self.current.shape[-2:], self.blocks
-        return {
-            "current": self.current,
+    def launch(self, kernel: Any, **arguments: Any) -> None:
+        """Launches one of the two kernels with its own arguments and those of both."""
+        batch, neurons = self.current.shape[-2:]
+        block_n = min(128, next_power_of_2(neurons))
+        block_b = TILE // block_n
+        arguments |= {
+            "current": None if self.margins else self.current,
             "first": self.first,
             "dropped": self.dropped,
             "parameters": self.population.parameters,
@@ -336,7 +273,7 @@ class Run(NamedTuple):
             "batch": batch,
             "neurons": neurons,
             "HELD": self.held,
-            "SEGMENT": segment_of(self.steps),
+            "SEGMENT": segment_of(self.model, self.steps),
             "BLOCK_B": block_b,
             "BLOCK_N": block_n,
             # rows that do not fill whole tiles need a mask per element: two per thread, or sm_80 runs out of registers
@@ -344,6 +281,7 @@ class Run(NamedTuple):
             **model_options(self.population),
             **EXACT,
         }
+        launch(kernel, (cdiv(batch, block_b), cdiv(neurons, block_n)), **arguments)
 
 
 class Upstream(NamedTuple):
@@ -354,12 +292,18 @@ class Upstream(NamedTuple):
         counts: ∂L/∂counts [B, N], added to ∂L/∂S of every step.
         rates: ∂L/∂rates [N], of which 1/(T·B) is added to ∂L/∂S of every step and sample.
         last: that of the states after the last step, float32 [states, B, N], or None for zeros.
+        membranes: ∂L/∂U [T, B, N], or None for zeros.
     """
 
     spikes: torch.Tensor | None = None
     counts: torch.Tensor | None = None
     rates: torch.Tensor | None = None
     last: torch.Tensor | None = None
+    membranes: torch.Tensor | None = None
+
+    def arguments(self) -> dict[str, torch.Tensor | None]:
+        """Those of a backward kernel but the last."""
+        return {f"grad_{name}": getattr(self, name) for name in ("spikes", "counts", "rates", "membranes")}
 
 
 def model_options(population: Neurons) -> dict[str, Any]:
@@ -374,24 +318,27 @@ def model_options(population: Neurons) -> dict[str, Any]:
     }
 
 
-def segment_of(steps: int) -> int:
-    """The length of a segment: at most :data:`SEGMENT`, and such that the last one is nearly as long."""
-    return cdiv(steps, cdiv(steps, SEGMENT))
+def segments_of(model: NeuronModel, steps: int) -> int:
+    """The number of segments, of at most :data:`SEGMENT` states, such that two programs of two states fit an SM."""
+    return cdiv(steps, SEGMENT // len(model.states))
+
+
+def segment_of(model: NeuronModel, steps: int) -> int:
+    """The length of a segment, such that the last one is nearly as long."""
+    return cdiv(steps, segments_of(model, steps))
 
 
 def checkpoint_shape(model: NeuronModel, steps: int, batch: int, neurons: int) -> tuple[int, int, int, int]:
     """The shape of the float32 states that the forward pass keeps: of [B, N] neurons per segment but the first."""
-    return cdiv(steps, SEGMENT) - 1, len(model.states), batch, neurons
-
-
-def blocks(neurons: int) -> tuple[int, int]:
-    """BLOCK_B, BLOCK_N."""
-    block_n = min(128, next_power_of_2(neurons))
-    return TILE // block_n, block_n
+    return segments_of(model, steps) - 1, len(model.states), batch, neurons
 
 
 def launch_forward(
-    run: Run, spikes: torch.Tensor, checkpoints: torch.Tensor | None = None, counts: torch.Tensor | None = None
+    run: Run,
+    spikes: torch.Tensor,
+    checkpoints: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+    membranes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Runs the neurons over all steps, and returns the states after the last, float32 [states, B, N].
 
@@ -400,74 +347,57 @@ def launch_forward(
         spikes: written, [T, B, N] of any dtype (uint8 is the smallest).
         checkpoints: written if given, float32 of :func:`checkpoint_shape`; what the backward pass needs.
         counts: written if given, float32 [B, N], spikes over all steps.
+        membranes: written if given, float32 [T, B, N].
     """
     last = run.current.new_empty(run.state_shape, dtype=torch.float32)
-    launch(
-        neurons_forward_kernel,
-        run.grid,
-        spikes=spikes,
-        checkpoints=checkpoints,
-        counts=counts,
-        last=last,
-        **run.arguments(),
+    run.launch(
+        neurons_forward_kernel, spikes=spikes, checkpoints=checkpoints, membranes=membranes, counts=counts, last=last
     )
     return last
 
 
 def launch_backward(
     run: Run,
-    checkpoints: torch.Tensor,
+    checkpoints: torch.Tensor | None,
     upstream: Upstream,
     grad_current: torch.Tensor | None,
-    grad_parameters: Sequence[torch.Tensor | None],
     grad_first: torch.Tensor | None = None,
-) -> None:
-    """Writes the gradients that are given.
+) -> torch.Tensor:
+    """Writes the gradients that are given; returns float32 [parameters + 1, N], those of the parameters and of a bias.
 
     Args:
-        run, checkpoints: as the forward pass had them.
-        upstream: what reaches the spikes and the last states.
+        run, checkpoints: as the forward pass had them; margins have no checkpoints.
+        upstream: what reaches the spikes, the membranes and the last states.
         grad_current: of the shape of the currents (summed over time if they are held), of any dtype.
-        grad_parameters: of the shapes of the parameters, of any dtype; None for one that is not wanted.
         grad_first: of the states before the first step, float32.
     """
-    grid, neurons = run.grid, run.current.shape[-1]
-    partials = []
-    for parameter, grad in zip(run.population.parameters, grad_parameters, strict=True):
-        shape = (grid[0], neurons) if parameter.numel() > 1 else (grid[0] * grid[1], 1)
-        partials.append(None if grad is None else run.current.new_empty(shape, dtype=torch.float32))
-    launch(
+    batch, neurons = run.current.shape[-2:]
+    rows = cdiv(batch, TILE // min(128, next_power_of_2(neurons)))
+    shape = (len(run.population.parameters) + 1, rows, neurons)
+    partials = run.current.new_empty(shape, dtype=torch.float32)
+    run.launch(
         neurons_backward_kernel,
-        grid,
         checkpoints=checkpoints,
-        grad_spikes=upstream.spikes,
-        grad_counts=upstream.counts,
-        grad_rates=upstream.rates,
+        margins=run.current if run.margins else None,
         grad_current=grad_current,
-        partials=tuple(partials),
+        partials=partials,
         grad_last=upstream.last,
         grad_first=grad_first,
         alpha=float(run.population.alpha),
-        rate_scale=1 / (run.steps * run.current.shape[-2]),
+        rate_scale=1 / (run.steps * batch),
         SURROGATE=run.population.surrogate,
-        **run.arguments(),
+        **upstream.arguments(),
     )
-    for i, (parameter, partial) in enumerate(zip(run.population.parameters, partials, strict=True)):
-        if partial is not None:
-            rows, cols = partial.shape
-            block_c = min(64, next_power_of_2(cols))
-            launch(
-                sum_kernel,
-                (cdiv(cols, block_c),),
-                partial=partial,
-                decay=parameter if i < len(run.model.decays) else None,
-                out=grad_parameters[i],
-                rows=rows,
-                cols=cols,
-                BLOCK_R=1024 // block_c,
-                BLOCK_C=block_c,
-                num_warps=NUM_WARPS,
-            )
+    return partials.sum(1)
+
+
+def parameter_gradients(population: Neurons, sums: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Those of scalars and of parameters per neuron, in their dtypes, from what :func:`launch_backward` returns."""
+    found = []
+    for parameter, of_neurons in zip(population.parameters, sums[: len(population.parameters)], strict=True):
+        grad = of_neurons if parameter.numel() > 1 else of_neurons.sum()
+        found.append(grad.reshape(parameter.shape).to(parameter.dtype, copy=True))  # outputs may share no memory
+    return tuple(found)
 
 
 # --- operators ----------------------------------------------------------------------------------------------------
@@ -516,12 +446,15 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     check_backward(given, _kept_shape(call))
     if grad_spikes is None:
         grad_spikes = call.current.new_zeros(call.shape)
-    grads = given.empty()
-    to = given.record(grads)
+    to_current = torch.empty_like(call.current) if given.needed[0] else None
+    to_state = None if call.state is None else torch.empty_like(call.state)
     run = _run(call)
     upstream = Upstream(grad_spikes.view(call.flat_shape), last=None if last is None else last.view(run.state_shape))
-    launch_backward(run, kept, upstream, to.current, to.population.parameters, to.state)
-    return grads
+    sums = launch_backward(
+        run, kept, upstream, to_current, None if to_state is None else to_state.view(run.state_shape)
+    )
+    population = call.population._replace(parameters=parameter_gradients(call.population, sums))
+    return given.aligned(call._replace(current=to_current, population=population, state=to_state))
 
 
 FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _backward, _kept_shape)  # CPU: the interpreter

@@ -1,5 +1,7 @@
 """The stack of layers in Triton, in pairs of kernels and fused; without a GPU in the interpreter, on the CPU."""
 
+import collections
+import importlib
 import itertools
 from collections.abc import Iterator
 
@@ -8,11 +10,12 @@ import torch
 from helpers import ErrorRatios, MaskCase, device_of, lif_layer, rms, seeded
 from stack_cases import STACKS, Stack, check_compact, clear_of_thresholds, clear_stack, clear_stacks, loss, rounded
 
-from g2g_kernels import BackendError, BlockMask, GroupLayout, g2g_stack
+from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
 from g2g_kernels.ops.g2g_stack.call import StackCall
-from g2g_kernels.ops.neurons import RESETS
+from g2g_kernels.ops.g2g_stack.layer import Recurrent
+from g2g_kernels.ops.neurons import MODELS, RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2g_kernels.ops.record import Backward
+from g2g_kernels.ops.record import Backward, opened
 from g2g_kernels.triton import runtime
 from g2gnet import G2GNet
 
@@ -22,7 +25,11 @@ STACKS_OF_UNITS = [
     (MaskCase(38, 21, 2, "index", "index", 16), MaskCase(26, 38, 2, "interleaved", "interleaved", 16),
      MaskCase(10, 26, 2, "index", "index", 16)),
     STACKS["one unit a group"],
+    # in order and whole, which is what can be fused
+    (MaskCase(32, 21, 2, "index", "index", 16), MaskCase(48, 32, 1, "index", "index", 16),
+     MaskCase(32, 48, 1, "index", "index", 16)),
 ]  # fmt: skip
+IN_ORDER = STACKS_OF_UNITS[2]
 T = 9
 #: steps of a test of something else: the first layer's input is held, that of the others varies
 SHORT = 3
@@ -31,13 +38,22 @@ SHORT = 3
 FEW, AT_MOST = 8, 2
 
 
-@pytest.fixture(params=["pair", "fused"])
-def way(request) -> Iterator[str]:
-    """Runs every layer whose input is not held as a pair of kernels, or fused into one."""
+@pytest.fixture(autouse=True)
+def pairs() -> Iterator[None]:
+    """Runs products by units, and every layer as a pair of kernels unless told otherwise."""
     from g2g_kernels.ops.g2g_linear import tiles
     from g2g_kernels.ops.g2g_stack import triton
 
-    with triton.choose(request.param == "fused"), tiles.choose(dense=False):
+    with triton.choose(fused=False), tiles.choose(dense=False):
+        yield
+
+
+@pytest.fixture(params=["pair", "fused"])
+def way(request) -> Iterator[str]:
+    """Runs what can be fused as a pair of kernels, or fused into one."""
+    from g2g_kernels.ops.g2g_stack import triton
+
+    with triton.choose(request.param == "fused"):
         yield request.param
 
 
@@ -57,7 +73,7 @@ def compare(ratios: ErrorRatios, stack: Stack, dtype: torch.dtype = torch.float3
 
 
 @pytest.mark.parametrize("steps", [None, T], ids=["varying", "held"])
-def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(way, steps):
+def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(steps):
     """All surrogates with two resets each; resets and masks take turns."""
     ratios = ErrorRatios()
     masks, resets = itertools.cycle(STACKS_OF_UNITS), itertools.cycle(RESETS)
@@ -105,11 +121,27 @@ def test_autocast(way, dtype):
     ratios.check(cases=2 * len(STACKS_OF_UNITS))
 
 
+@every_half
+def test_a_fused_layer_with_every_reset_and_surrogate(dtype):
+    """Of segments that are full or not, and of more samples than a tile."""
+    from g2g_kernels.ops.g2g_stack import triton
+
+    ratios = ErrorRatios()
+    sizes, resets = itertools.cycle([(2, 5), (11, 67), (23, 3)]), itertools.cycle(RESETS)
+    with triton.choose(fused=True):
+        for surrogate in [*SURROGATES, *SURROGATES]:
+            (steps, batch), reset = next(sizes), next(resets)
+            draws = (rounded(Stack(IN_ORDER, steps, seed=1000 * k, batch=batch), dtype) for k in range(50))
+            stack = next(stack for stack in draws if clear_of_thresholds(stack, reset))
+            compare(ratios, stack, dtype, reset=reset, surrogate=surrogate)
+    ratios.check(cases=2 * len(SURROGATES))
+
+
 @pytest.mark.parametrize(
     ("surrogate", "alpha", "steps", "batch"),
     [("triangle", 2e5, None, 5), ("boxcar", 0.01, None, 5), ("triangle", 2.0, 1, 1)],
 )
-def test_from_no_neuron_that_passes_a_gradient_on_to_all(way, surrogate, alpha, steps, batch):
+def test_from_no_neuron_that_passes_a_gradient_on_to_all(surrogate, alpha, steps, batch):
     check_compact("triton", STACKS["ragged index"], surrogate, alpha, steps, batch)
 
 
@@ -142,7 +174,7 @@ def test_the_kernels_of_a_default_step(way):
 
 
 @pytest.mark.parametrize("steps", [1, 10, 11, 50])
-def test_numbers_of_steps(way, steps):
+def test_numbers_of_steps(steps):
     """One step, whole segments and more, in one layer whose input is held and two whose is not."""
     draws = (Stack(STACKS_OF_UNITS[0], steps, seed=1000 * k, batch=3) for k in range(20))
     for stack in draws:
@@ -158,7 +190,7 @@ def test_numbers_of_steps(way, steps):
             assert rms(actual[name] - expected) <= max(1e-4, 3 * rms(plain[name] - expected)) * rms(expected), name
 
 
-def test_more_samples_than_a_tile(way):
+def test_more_samples_than_a_tile():
     """Of a product, 128, and of a fused layer, 64."""
     ratios = ErrorRatios()
     for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], SHORT, batch=67), FEW):
@@ -169,16 +201,15 @@ def test_more_samples_than_a_tile(way):
 def test_single_weights():
     """Dense products with stored zeros, as pairs."""
     from g2g_kernels.ops.g2g_linear import tiles
-    from g2g_kernels.ops.g2g_stack import triton
 
     ratios = ErrorRatios()
-    with triton.choose(fused=False), tiles.choose(dense=True):
+    with tiles.choose(dense=True):
         for stack in itertools.islice(clear_stacks(STACKS["random single weights"], SHORT), FEW):
             compare(ratios, stack)
     ratios.check(cases=FEW, at_most=AT_MOST)
 
 
-def test_one_beta_and_threshold_a_layer_and_no_bias(way):
+def test_one_beta_and_threshold_a_layer_and_no_bias():
     ratios = ErrorRatios()
     for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], T, per_neuron=False, bias=False), FEW):
         assert not any(name.startswith("bias") for name in stack.tensors)
@@ -186,7 +217,7 @@ def test_one_beta_and_threshold_a_layer_and_no_bias(way):
     ratios.check(cases=FEW, at_most=AT_MOST)
 
 
-def test_dropped_neurons(way):
+def test_dropped_neurons():
     ratios = ErrorRatios()
     for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], SHORT, dropout=0.3), FEW):
         compare(ratios, stack)
@@ -208,7 +239,7 @@ def test_a_margin_that_float16_cannot_hold():
     """A neuron whose threshold is out of reach: a margin stored as −∞ would make its β's gradient NaN."""
     from g2g_kernels.ops.g2g_stack import triton
 
-    stack = Stack(STACKS_OF_UNITS[0], None, batch=3)
+    stack = Stack(IN_ORDER, None, batch=3)
     stack.tensors["threshold1"][0] = 1e5
     with triton.choose(fused=True), torch.autocast(device_of("triton"), torch.float16):
         results = stack.run(torch.float32, "triton")
@@ -217,7 +248,7 @@ def test_a_margin_that_float16_cannot_hold():
 
 
 @pytest.mark.parametrize("used", ["counts", "rates0"])
-def test_one_output_alone(way, used):
+def test_one_output_alone(used):
     """A loss on the counts only, or on one hidden layer's rates only: layers behind it get no gradient."""
     device = device_of("triton")
     stack = clear_stack(STACKS_OF_UNITS[0], T)
@@ -238,7 +269,7 @@ def test_one_output_alone(way, used):
         assert rms(gradients["triton"][key] - expected) <= 1e-4 * rms(expected), key
 
 
-def test_nothing_is_kept_without_gradients(way):
+def test_nothing_is_kept_without_gradients():
     device = device_of("triton")
     stack = Stack(STACKS_OF_UNITS[0], T)
     with_gradients = stack.run(torch.float32, "triton")
@@ -289,11 +320,132 @@ def test_weights_on_chip_are_those_read_anew(monkeypatch):
     assert all(map(torch.equal, *results))
 
 
+# --- recurrent layers, membranes, spikes over time ----------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch) -> collections.Counter[str]:
+    """Counts launches by kernel; for products, and for kernels with one, beside the dtype of what they multiply."""
+    counts: collections.Counter[str] = collections.Counter()
+
+    def launch(kernel, grid, **arguments):
+        x = arguments.get("x")
+        counts[f"{kernel.fn.__name__}{'' if x is None else f' of {x.dtype}'}"] += 1
+        runtime.launch(kernel, grid, **arguments)
+
+    for module in ("g2g_linear", "neurons", "g2g_stack"):
+        monkeypatch.setattr(importlib.import_module(f"g2g_kernels.ops.{module}.triton"), "launch", launch)
+    return counts
+
+
+STEPS, BATCH = 4, 5
+
+
+def joined(
+    dtype: torch.dtype, device: str, model: str, kind: str, held: bool, state: bool, dropout: bool, membranes: bool
+) -> tuple[torch.Tensor, list[SpikingLayer]]:
+    """The input and the layers of a recurrent stack, the second layer of another order of neurons in V than in W."""
+    draw = seeded(3)
+
+    def leaf(*shape: int, low: float = 0.0, scale: float = 1.0) -> torch.Tensor:
+        drawn = ((low + scale * torch.rand(shape, generator=draw)) * 64).round() / 64  # exact in 16 bits
+        return drawn.to(device, dtype).requires_grad_()
+
+    x, layers, before = leaf(*(() if held else (STEPS,)), BATCH, 21, scale=2.0), [], GroupLayout(21, 2)
+    for number, size in enumerate((26, 38)):
+        layout = GroupLayout(size, 2, kind, seeded(5))
+        other = GroupLayout(size, 2, "random", seeded(6)) if number else layout
+        masks = [BlockMask.sample(layout, each, 1.0, 0.5, 8, draw) for each in (before, layout)]
+        masks[1] = BlockMask.sample(other, other, 1.0, 0.5, 8, draw)
+        values, of_recurrent = (leaf(mask.num_units, *mask.unit_shape, low=-0.9, scale=1.8) for mask in masks)
+        own = [leaf(size if i else 1, low=0.3, scale=0.5) for i in range(len(MODELS[model].parameters))]
+        states = leaf(len(MODELS[model].states), BATCH, size, low=-1.0, scale=2.0) if state else None
+        dropped = (torch.rand(BATCH, size, generator=draw) < 0.3).to(device) if dropout else None
+        of_weights, of_joined = (mask.to(device) for mask in masks)
+        recurrent = Recurrent(of_recurrent, of_joined)
+        population = Neurons(model, tuple(own))
+        bias = leaf(size)
+        layers.append(SpikingLayer(values, of_weights, bias, population, dropped, states, recurrent, membranes))
+        before = layout
+    return x, layers
+
+
+def results_of(backend: str, dtype: torch.dtype, spikes: bool, **options) -> tuple[list[torch.Tensor], ...]:
+    """Of a loss on everything that a run gives: what it gives, and the gradients of all that it takes."""
+    x, layers = joined(dtype, device_of(backend), **options)
+    activity = g2g_stack(x, layers, STEPS if options["held"] else None, backend, spikes)
+    trains = [train.dense() for train in activity.spikes]
+    given = [activity.counts, *activity.rates, *activity.states, *(activity.membranes or ())]
+    draw = seeded(9)
+    weighted = [*given, *trains] if spikes else given
+    parts = [(each * torch.randn(each.shape, generator=draw).to(each)).sum().double() for each in weighted]
+    torch.stack(parts).sum().backward()
+    leaves = [tensor for tensor in opened((x, *layers))[0] if tensor.requires_grad]
+    return [each.detach().cpu() for each in [*given, *trains]], [leaf.grad.cpu() for leaf in leaves]
+
+
+@pytest.mark.parametrize("model", list(MODELS))
+@pytest.mark.parametrize(
+    ("spikes", "options"),
+    [
+        (False, {"kind": "index", "held": True, "state": False, "dropout": False, "membranes": False}),
+        (False, {"kind": "interleaved", "held": False, "state": True, "dropout": True, "membranes": False}),
+        (True, {"kind": "index", "held": False, "state": True, "dropout": True, "membranes": True}),
+    ],
+    ids=["held", "from a state, with dropped neurons", "membranes and spikes"],
+)
+def test_recurrent_layers_are_those_of_the_reference(launched, model, spikes, options):
+    """One launch per step forward and one backward; weights' gradients once; spikes are multiplied as bytes."""
+    exact = results_of("torch", torch.float64, spikes, model=model, **options)
+    found = results_of("triton", torch.float32, spikes, model=model, **options)
+    for actual, expected in zip(itertools.chain(*found), itertools.chain(*exact), strict=True):
+        assert rms(actual - expected) <= 1e-4 * rms(expected)  # float32 rounding over four steps
+    assert launched["fused_forward_kernel of torch.uint8"] == launched["recurrent_backward_kernel"] == 2 * STEPS
+    assert launched["neurons_forward_kernel"] == launched["neurons_backward_kernel"] == 0
+    first = 1 if options["state"] else 0  # the spikes of a state, too
+    assert launched["weight_gradient_kernel of torch.uint8"] == 3 + 2 * first  # of V twice, of the second W
+    assert launched["weight_gradient_kernel of torch.float32"] == 1  # of the first W
+
+
+@every_half
+def test_recurrent_layers_in_16_bits(dtype):
+    """The error beside that of plain PyTorch, which rounds currents; all inputs are exact, so spikes are equal."""
+    options = {"model": "lif", "kind": "index", "held": True, "state": False, "dropout": False, "membranes": False}
+    (exact, of_exact), (_, of_plain), (found, of_found) = (
+        results_of(backend, each, False, **options)
+        for backend, each in (("torch", torch.float64), ("torch", dtype), ("triton", dtype))
+    )
+    assert torch.equal(found[0].double(), exact[0])
+    for actual, other, expected in zip(of_found, of_plain, of_exact, strict=True):
+        assert rms(actual.double() - expected) <= max(1.5 * rms(other.double() - expected), 5e-3 * rms(expected))
+
+
+def test_membranes_and_spikes_over_time_take_no_steps_in_turn(launched):
+    """Neither a readout from membranes nor a loss on spikes: launches are as many as for counts, spikes are bytes."""
+    device, counted = device_of("triton"), []
+    for asked in (False, True):
+        stack = Stack(STACKS_OF_UNITS[0], T)
+        leaves = stack.leaves(torch.float32, device)
+        layers = [
+            layer._replace(mask=layer.mask.to(device), membranes=asked and number == 2)
+            for number, layer in enumerate(stack.layers(leaves))
+        ]
+        launched.clear()
+        activity = g2g_stack(leaves["x"], layers, T, backend="triton", spikes=asked)
+        total = activity.counts.sum()
+        if asked:
+            total = total + activity.membranes[2].mean(0).sum() + sum(train.dense().mean() for train in activity.spikes)
+        total.backward()
+        counted.append(dict(launched))
+    assert counted[0] == counted[1]
+    assert sum(number for kernel, number in counted[1].items() if kernel.endswith("uint8")) >= 4
+
+
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.driver
-def test_operator_registration(way, plain_memory):
+def test_operator_registration(plain_memory):
     from g2g_kernels.ops.g2g_stack import triton
 
     device = device_of("triton")
@@ -313,7 +465,7 @@ def test_operator_registration(way, plain_memory):
 
 
 @pytest.mark.driver
-def test_a_network_compiles_with_a_full_graph(way):
+def test_a_network_compiles_with_a_full_graph():
     device = device_of("triton")
     x = torch.rand(3, 20, generator=seeded(1)).to(device)
     net = G2GNet(20, 32, 10, "mixer", 0.3, 16, T=3, num_groups=2, backend="triton", generator=seeded(0)).to(device)

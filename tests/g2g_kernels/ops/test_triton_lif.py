@@ -184,23 +184,52 @@ def test_counts_rates_and_their_gradients():
             exact = gradients(run, *(tensor.double() for tensor in tensors), weights)
             plain = gradients(run, *tensors, weights.float())
             assert torch.equal(exact["spikes"].float(), expected)
-            grads = [torch.empty_like(tensor) for tensor in (current, *own)]
+            to_current = torch.empty_like(current)
             reaching = (to_spikes if through_spikes else None), to_counts, to_rates
             upstream = Upstream(*(None if grad is None else grad.float().to(DEVICE) for grad in reaching))
-            launch_backward(here, checkpoints, upstream, grads[0], grads[1:])
-            for name, grad in zip(GRADIENTS, grads, strict=True):
+            *sums, bias = launch_backward(here, checkpoints, upstream, to_current)
+            dims = 0 if held else (0, 1)  # of a held current the gradient is summed over time
+            torch.testing.assert_close(bias, to_current.sum(dims), rtol=1e-5, atol=1e-5)  # float32 rounding
+            for name, grad in zip(GRADIENTS, (to_current, *sums), strict=True):
                 ratios.add(name, grad.cpu(), plain[name], exact[name])
     ratios.check(cases=8)
 
 
+@every_reset
+def test_margins_give_the_gradients_of_currents(reset):
+    """What the backward pass of a fused layer keeps; of one step, of full segments and of others."""
+    from g2g_kernels.ops.neurons.triton import Run, Upstream, checkpoint_shape, launch_backward, launch_forward
+
+    for number, shape in enumerate([(1, 5, 9), (10, 9, 5), (11, 70, 9), (23, 3, 131)]):
+        steps, batch, neurons = shape
+        current, *own = (
+            tensor.to(DEVICE) for tensor in (currents(*shape, seed=7, dtype=torch.float32), *parameters(neurons))
+        )
+        first = torch.randn(1, batch, neurons, device=DEVICE) if number % 2 else None
+        run = Run(current, Neurons("lif", tuple(own), reset), steps, first)
+        checkpoints = torch.empty(checkpoint_shape(MODELS["lif"], *shape), device=DEVICE)
+        membranes, spikes = torch.empty_like(current), torch.empty_like(current)
+        last = launch_forward(run, spikes, checkpoints, membranes=membranes)
+        assert torch.equal(membranes[-1], last[0])
+        assert torch.equal(membranes > own[1], spikes > 0)
+        upstream = Upstream(output_weights(*shape).float().to(DEVICE), last=torch.randn_like(last))
+        found = []
+        for kept in (run, run._replace(current=membranes - own[1], margins=True)):
+            to_current, to_first = torch.empty_like(current), torch.empty_like(last)
+            sums = launch_backward(kept, checkpoints, upstream, to_current, None if first is None else to_first)
+            found.append((to_current, sums, *(() if first is None else (to_first,))))
+        for ours, theirs in zip(*found, strict=True):  # a margin and its threshold round once more
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_checkpoints_are_the_membranes_between_segments():
-    """No more than a membrane every tenth step is kept; none without gradients."""
+    """No more than a state every tenth step is kept, or two every fifth; none without gradients."""
     from g2g_kernels.ops.neurons.triton import FORWARD, checkpoint_shape
 
     lif_model, synaptic_model = MODELS["lif"], MODELS["synaptic"]
     lengths = [checkpoint_shape(lif_model, steps, 2, 3)[0] for steps in (1, 10, 11, 20, 25, 50)]
     assert lengths == [0, 0, 1, 1, 2, 4]
-    assert checkpoint_shape(synaptic_model, 50, 2, 3) == (4, 2, 2, 3)
+    assert checkpoint_shape(synaptic_model, 50, 2, 3) == (9, 2, 2, 3)  # every fifth step, of two states
     current = currents(25, 4, 3, dtype=torch.float32).to(DEVICE)
     beta, threshold = torch.tensor(0.9, device=DEVICE), torch.tensor(100.0, device=DEVICE)  # never fires
     call = NeuronsCall(current, Neurons("lif", (beta, threshold)), 0)

@@ -43,7 +43,7 @@ def by_units(monkeypatch):
     """Dense weights for single weights; units for all others, whose products are too small to say what is faster."""
     from g2g_kernels.ops.g2g_linear import triton
 
-    monkeypatch.setattr(triton, "dense_pays", lambda shape, *_: shape.row_width == shape.col_width == 1)
+    monkeypatch.setattr(triton.Units, "dense_pays", lambda units, *_: units.rows.width == units.cols.width == 1)
 
 
 def test_the_cases_are_what_they_should_be():

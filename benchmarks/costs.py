@@ -1,20 +1,17 @@
-"""How long kernels take on a card: the model by which ways are chosen and times predicted. Nothing of it is measured.
+"""How long kernels take on a card: the model by which times are predicted. Nothing of it is measured.
+
+The rules by which kernels are chosen (``dense_pays``, ``fused_pays``) are simpler; a test compares them with it.
 
 A kernel takes the longest of three times: its products at a share of the card's rate, the bytes that it reads and
 writes, each once, at a share of the memory's, and what its tiles read from L2. The first and the last are longer where
-programs do not fill the card. Added to this is a start. ``benchmarks/predictions.py`` writes down what follows from it.
+programs do not fill the card. Added to this is a start. :mod:`benchmarks.predictions` writes down what follows from it.
 """
 
-import contextlib
 import dataclasses
-import functools
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-
-from g2g_kernels.tracing import constant_when_traced
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -22,44 +19,44 @@ class Card:
     """Rates of a GPU.
 
     Attributes:
+        architecture: its name in :data:`g2g_kernels.triton.runtime.CARDS`.
         flop_per_s: of dense matrix products, by their factors: ``"bf16"`` (16 bits), ``"tf32"`` and ``"fp32"``.
         bytes_per_s, l2_bytes_per_s: of memory and of L2.
         multiprocessors: how many it has.
-        shared_bytes: the shared memory of a program.
         source: of these numbers.
     """
 
+    architecture: str
     flop_per_s: dict[str, float]
     bytes_per_s: float
     l2_bytes_per_s: float
     multiprocessors: int
-    shared_bytes: int
     source: str
 
 
 CARDS = {
     "h100": Card(
+        "sm_90",
         {"bf16": 798e12, "tf32": 399e12, "fp32": 67e12},
         3.0e12,
         5.5e12,
         132,
-        227 << 10,
         "H100 SXM, as measured on one (fp32: data sheet)",
     ),
     "h200": Card(
+        "sm_90",
         {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
         4.8e12,
         5.5e12,
         132,
-        227 << 10,
         "H200 SXM, peak rates of the data sheet",
     ),
     "a100": Card(
+        "sm_80",
         {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
         2.039e12,
         4e12,
         108,
-        163 << 10,
         "A100 SXM 80 GB, peak rates of the data sheet",
     ),
 }
@@ -73,8 +70,6 @@ ASSUMED = {
     "share of the rate of L2": 0.8,
     "start of a kernel, s": 2e-6,
 }
-#: the bfloat16 parts of a float32 number, and their bytes
-PARTS, PART_BYTES = 3, 6
 #: warps on a multiprocessor that reach these shares; fewer reach as much less
 ENOUGH_WARPS = 8
 
@@ -146,47 +141,3 @@ class Block(NamedTuple):
 def groups_of(units: int, rows: int, group: int) -> float:
     """The groups of ``group`` units in each of some rows: the last one of a row is half full on average."""
     return units / group + rows * (group - 1) / (2 * group)
-
-
-_assumed = "h100"
-
-
-@contextlib.contextmanager
-def assumed(name: str) -> Iterator[None]:
-    """Inside, tensors on no GPU are taken to be on the card of that name, a key of :data:`CARDS`."""
-    global _assumed
-    before, _assumed = _assumed, name
-    try:
-        yield
-    finally:
-        _assumed = before
-
-
-@constant_when_traced
-def card_of(device: torch.device) -> Card:
-    """The card of a device; an H100 if it is no GPU, unless :func:`assumed` says otherwise."""
-    return _card_of(device.index or 0) if device.type == "cuda" else CARDS[_assumed]
-
-
-@functools.cache
-def _card_of(index: int) -> Card:
-    properties = torch.cuda.get_device_properties(index)
-    shared = getattr(properties, "shared_memory_per_block_optin", 64 << 10)
-    return named(properties.name, properties.multi_processor_count, shared)
-
-
-def named(name: str, multiprocessors: int, shared_bytes: int) -> Card:
-    """The card of a name; one that is not known has an H100's multiprocessors, as many as it has."""
-    known = next((card for short, card in CARDS.items() if short in name.lower()), None)
-    if known is not None:
-        return known
-    like = CARDS["h100"]
-    times = multiprocessors / like.multiprocessors
-    return Card(
-        {kind: rate * times for kind, rate in like.flop_per_s.items()},
-        like.bytes_per_s * times,
-        like.l2_bytes_per_s * times,
-        multiprocessors,
-        shared_bytes,
-        f"{name}, as if of an H100's multiprocessors",
-    )

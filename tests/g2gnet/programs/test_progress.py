@@ -13,19 +13,15 @@ import struct
 import sys
 import termios
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import matplotlib.figure
 import pytest
 from processes import fork_contenders
 from small_data import publish_resnet, write_cifar
 from tqdm import tqdm
 
-import benchmarks.study
 import benchmarks.workload
-import g2gnet.programs.sweep.engine
-from benchmarks import accuracy, model_comparison, throughput
+from benchmarks import throughput
 from g2gnet.data.features import load_features
 from g2gnet.programs import crossval, pretrain, train
 from g2gnet.programs.report import program as report
@@ -52,8 +48,6 @@ WORK = {
         "inspecting",
     ),
     "throughput": (calls(throughput, f"{BENCH} --kernel forward"), "g2g-torch"),
-    "accuracy": (calls(accuracy, f"{TRAIN} --model index"), "index, fixed graph, seed 42"),
-    "model comparison": (calls(model_comparison, "--seeds 1 --rows dense index"), "model_comparison"),
 }
 
 
@@ -77,13 +71,6 @@ def workplace(tmp_path, monkeypatch):
     fork_contenders(monkeypatch)
     monkeypatch.setattr(benchmarks.workload, "cache_dir", lambda: tmp_path / "workloads")
     monkeypatch.setattr(tqdm, "__init__", functools.partialmethod(tqdm.__init__, mininterval=0, miniters=1))
-    end = {"test_acc": 0.5, "train_acc": 0.5, "density": {"fc2": 1}, "train_seconds": 1.0}
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda *_, **__: None)  # takes most of the time
-    monkeypatch.setattr(benchmarks.study, "processes", lambda jobs, threads: ThreadPoolExecutor(jobs))
-    monkeypatch.setattr(g2gnet.programs.sweep.engine, "train_run", lambda settings, folder: None)
-    monkeypatch.setattr(g2gnet.programs.sweep.engine.Run, "epochs", lambda run: 1)
-    for name in ("outcome", "result"):
-        monkeypatch.setattr(benchmarks.study, name, lambda run: end)
     return tmp_path
 
 

@@ -5,7 +5,7 @@ Hooks on a layer (which also rewrite its weights), a ``forward`` of its own, ano
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -66,8 +66,9 @@ def _nothing(*arguments: Any) -> None:
     pass
 
 
-def why_called(populations: Sequence[Called]) -> str | None:
-    """What would be left out unless the modules are called; None: nothing."""
+def why_called(modules: Mapping[str, Any], populations: Sequence[str]) -> str | None:
+    """What would be left out unless the modules of a network are called; None: nothing. ``populations`` names those
+    that are neurons."""
     if (
         every_module._global_forward_hooks
         or every_module._global_forward_pre_hooks
@@ -75,12 +76,10 @@ def why_called(populations: Sequence[Called]) -> str | None:
         or every_module._global_backward_pre_hooks
     ):
         return "hooks are registered for every module"
-    for population in populations:
-        for name, connection, _, _ in population.connections:
-            if reason := _why_call(connection, G2GLinear.forward):
-                return f"{name} {reason}"
-        if reason := _why_call(population.neurons, SpikingNeurons.forward):
-            return f"{population.name} {reason}"
+    for name, module in modules.items():
+        forward = SpikingNeurons.forward if name in populations else G2GLinear.forward
+        if reason := _why_call(module, forward):
+            return f"{name} {reason}"
     return None
 
 

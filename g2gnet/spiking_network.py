@@ -403,8 +403,7 @@ class SpikingNetwork(nn.Module):
                 "leave it out, or make the network with readout='last'"
             )
         steps = self.T if inputs.dim() == 2 else None
-        called = self._called()
-        reason = why_called(called)
+        reason = why_called(self._modules, self.populations)
         if reason is None:
             layers, before = self._records(of_layers, state, membranes)
             activity = g2g_stack(inputs, layers, steps, self.backend, spikes, chunk, before)
@@ -422,7 +421,7 @@ class SpikingNetwork(nn.Module):
                         f"{what} was given to a network whose modules are called in turn, and they return spikes only "
                         f"({reason}); take single steps with step(x, state)"
                     )
-            activity = self._of_called(inputs, called, of_layers, steps, reason, spikes)
+            activity = self._of_called(inputs, of_layers, steps, reason, spikes)
         if self._activity_hooks:
             self._call_hooks(list(self._activity_hooks.values()), inputs, activity, state)
         return self._by_name(activity)
@@ -481,7 +480,8 @@ class SpikingNetwork(nn.Module):
                 (values, mask), observer = connection.observed_weights()
                 if dropped is not None and route.source >= 0:
                     values, observer = values * self._scale, observer and _of_scaled(observer, self._scale)
-                each = Connection(values, mask, route.source, self._delay(route), connection.bias, observer)
+                delay = self._delay(route) if route.most else None
+                each = Connection(values, mask, route.source, delay, connection.bias, observer)
                 if first is None:
                     first = each
                 elif recurrent is None and each.source == number and each.delay == ONE_STEP and each.bias is None:
@@ -582,14 +582,13 @@ class SpikingNetwork(nn.Module):
     def _of_called(
         self,
         inputs: torch.Tensor,
-        called: Sequence[Called],
         dropped: Sequence[torch.Tensor | None] | None,
         steps: int | None,
         reason: str,
         spikes: bool,
     ) -> Activity:
         """The activity of a run by calls of the modules (:mod:`g2gnet.called_layers`)."""
-        self.calls_layers = True
+        self.calls_layers, called = True, self._called()
         try:
             trains = spikes_of_called(inputs, called, dropped, self._scale, steps, reason)
         finally:

@@ -85,19 +85,25 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
-    in_other_order = any([layer.recurrent is not None and _in_other_order(layer) for layer in layers])
-    if in_other_order:
-        _say_that_it_takes_steps()
-    if in_other_order or any([layer.delay is not None and layer.delay.learned is not None for layer in layers]):
+    in_turn_only = False
+    for layer in layers:
+        if layer.recurrent is not None and _in_other_order(layer):
+            _say_that_it_takes_steps()
+            in_turn_only = True
+        in_turn_only = in_turn_only or (layer.delay is not None and layer.delay.learned is not None)
+    if in_turn_only:
         return activity_of(*in_turn(x, layers, steps, g2g_linear, neurons_alone.neurons), differentiable=False)
     call = StackCall.of(x, layers, steps, torch.bfloat16 if bf16_wanted() else torch.float32)
     counts, rates, last, _, words, _ = FORWARD(call)
     spikes = [PackedSpikes(each, layer.values.detach(), layer.mask) for each, layer in zip(words, call.layers)]  # noqa: B905
+    activity = Activity(counts, tuple(rates), tuple(spikes), states=tuple(last))
+    if all([layer.delay is None for layer in layers]):
+        return activity
     sent = [
         LastSpikes(train, reach, layer.sent, counts) if reach else None
         for train, reach, layer in zip(spikes, reaches(layers), layers)  # noqa: B905  (the inputs come last)
     ]
-    return Activity(counts, tuple(rates), tuple(spikes), states=tuple(last), sent=(*sent, None))
+    return activity._replace(sent=(*sent, None))
 
 
 class LastSpikes:

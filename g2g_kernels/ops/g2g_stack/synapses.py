@@ -85,7 +85,7 @@ class Synapses:
             for connections in layers
         ]
         #: what is counted, and the numbers that differ after it has changed
-        self._counted = [self._x, *(each.values for connections in self._layers for each in connections)]
+        self._counted = [self._x, *[each.values for connections in self._layers for each in connections]]
         for border in borders:
             if border is not None:
                 self._counted += [tensor for tensor in border if isinstance(tensor, torch.Tensor)]

@@ -67,6 +67,24 @@ class SpikingStack(SpikingNetwork):
         return activity  # by number
 
 
+def plain_layers(net: nn.Module, where: str) -> list[tuple[G2GLinear, SpikingNeurons, G2GLinear | None]]:
+    """(connection, neurons, recurrent connection or None) of each layer, for what knows nothing else (``where``).
+
+    Raises:
+        ValueError: naming a connection that is none of these, or that has another delay.
+    """
+    if not isinstance(net, SpikingStack):
+        raise ValueError(f"{where} takes a SpikingStack or a G2GNet, not a {type(net).__name__}")
+    for route in net.routes():
+        expected = (route.target - 1, 0) if route.name.startswith("fc") else (route.target, 1)
+        if (route.source, route.most) != expected or route.per_neuron:
+            raise ValueError(
+                f"{where} has no form for {route.name}, with delays up to {route.most} steps from population "
+                f"{route.source + 1} to {route.target + 1}; it takes layers in a chain, recurrent or not"
+            )
+    return [(*pair, recurrent) for pair, recurrent in zip(net.layers(), net.recurrents(), strict=True)]
+
+
 def chain(layers: Sequence[Pair | RecurrentLayer]) -> tuple[dict[str, nn.Module], dict[str, Projection]]:
     """Populations ``lif1``, … and projections ``fc1``, ``rec1``, … of layers."""
     if not layers:

@@ -51,7 +51,7 @@ from g2gnet.interop.arrays import FINITE, numbers
 from g2gnet.interop.optional import optional_package
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
-from g2gnet.stack import Pair, RecurrentLayer, SpikingStack
+from g2gnet.stack import Pair, RecurrentLayer, SpikingStack, plain_layers
 
 logger = logging.getLogger("g2gnet")
 
@@ -101,27 +101,27 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
         ['input', 'fc1', 'lif1', 'fc2', 'lif2', 'fc3', 'lif3', 'output']
     """
     nir = optional_package("nir", _LEAST_NIR)
+    layers = plain_layers(stack, "to_nir")
     if stack.readout != "counts":
         raise ValueError(
             f"readout={stack.readout!r} cannot be written to NIR, whose LIF nodes spike; train the network with "
             "readout='counts' (train.py --readout counts)"
         )
-    layers = list(zip(stack.layers(), stack.recurrents(), strict=True))
-    for number, ((_, neurons), _) in enumerate(layers, 1):  # no reset makes them fit
+    for number, (_, neurons, _) in enumerate(layers, 1):  # no reset makes them fit
         if neurons.model.name not in _FORMS:
             raise ValueError(
                 f"lif{number}: NIR has no {neurons.model.name!r} neurons; only {', '.join(_FORMS)} convert"
             )
-    for (_, neurons), _ in layers:
+    for _, neurons, _ in layers:
         if neurons.reset != "zero":
             raise ValueError(
                 f"reset={neurons.reset!r} cannot be written to NIR, whose neurons reset to a value; train the network "
                 "with reset='zero' (train.py --reset zero)"
             )
     _POSITIVE.check("dt", dt)
-    nodes = {"input": _end(nir.Input, layers[0][0][0].in_features)}
+    nodes = {"input": _end(nir.Input, layers[0][0].in_features)}
     held = []
-    for number, ((connection, neurons), recurrent) in enumerate(layers, 1):
+    for number, (connection, neurons, recurrent) in enumerate(layers, 1):
         size = connection.out_features
         nodes[f"fc{number}"] = _connection_node(connection, nir)
         node = _neurons_node(f"lif{number}", neurons, size, dt, nir)

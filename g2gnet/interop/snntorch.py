@@ -27,7 +27,7 @@ from g2gnet.interop.arrays import FINITE, numbers
 from g2gnet.interop.optional import optional_package
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
-from g2gnet.stack import Pair, RecurrentLayer, SpikingStack
+from g2gnet.stack import Pair, RecurrentLayer, SpikingStack, plain_layers
 
 logger = logging.getLogger("g2gnet")
 
@@ -133,14 +133,14 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
         torch.Size([2, 10])
     """
     snn = optional_package("snntorch")
-    layers = list(zip(stack.layers(), stack.recurrents(), strict=True))
-    for number, ((_, neurons), _) in enumerate(layers, 1):
+    layers = plain_layers(stack, "to_snntorch")
+    for number, (_, neurons, _) in enumerate(layers, 1):
         if neurons.model.name not in _COUNTERPARTS:
             raise ValueError(
                 f"lif{number}: snnTorch has no {neurons.model.name!r} neurons; only {', '.join(_COUNTERPARTS)} convert"
             )
     modules: OrderedDict[str, nn.Module] = OrderedDict()
-    for number, ((connection, neurons), recurrent) in enumerate(layers, 1):
+    for number, (connection, neurons, recurrent) in enumerate(layers, 1):
         modules[f"fc{number}"] = _linear_from_connection(connection)
         kind, names = _COUNTERPARTS[neurons.model.name]
         values = {names[name]: value for name, value in neurons.by_name.items()}

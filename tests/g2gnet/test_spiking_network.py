@@ -11,6 +11,7 @@ from g2g_kernels import BlockMask, GroupLayout, available_backends
 from g2g_kernels.ops.neurons.step import neurons_step
 from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, Projection, SpikingNetwork, Synaptic
 from g2gnet.dst.scores import unit_correlation
+from g2gnet.interop import to_nir, to_snntorch
 
 T, B, D = 11, 3, 10
 SIZES = {"input": D, "a": 9, "b": 13, "c": 6, "out": 5}
@@ -401,3 +402,47 @@ def test_a_net_of_settings_has_layers_feedback_and_delays():
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             G2GNet(D, **{"hidden_dim": 16, "num_classes": 5, **options})
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        ({"delay": 3}, "has no form for fc1, with delays up to 3 steps"),
+        ({"feedback": True}, "has no form for fb1, with delays up to 1 steps from population 2 to 1"),
+        (None, "takes a SpikingStack or a G2GNet, not a SpikingNetwork"),
+    ],
+)
+@pytest.mark.parametrize("converted", [to_nir, to_snntorch])
+def test_what_other_libraries_cannot_express_is_refused_by_name(converted, net, message):
+    ours = network("chain") if net is None else G2GNet(D, 16, 5, block_size=4, reset="zero", **net)
+    with pytest.raises(ValueError, match=f"{converted.__name__} {message}"):
+        converted(ours)
+
+
+def test_chunks_of_learned_delays_of_no_step_are_refused():
+    with pytest.raises(ValueError, match=r"chunk=4 does not know the spikes after a chunk, .*; leave it out"):
+        network("learned").simulate(torch.rand(T, B, D), chunk=4)
+
+
+def test_learned_delays_follow_their_gradient():
+    """The loss is least where a spike meets the step that it is wanted at: the delays that lead there are learned."""
+    mask = BlockMask.full(GroupLayout(6, 1), GroupLayout(6, 1), block_size=1)
+    connection = G2GLinear(mask, bias=False)
+    connection.values.data = torch.eye(6).flatten()[:, None, None] * 2
+    wanted = torch.tensor([3, 4, 5, 7, 8, 9])
+    learned = Projection("input", "out", connection, torch.full((6,), 6.0), learn_delay=True, max_delay=12)
+    net = SpikingNetwork({"out": LIF(beta=0.0, learn_beta=False)}, [learned], "out")
+    connection.values.requires_grad_(False)
+    kernel = torch.exp(-(torch.arange(-20, 21) / 4.0).square())[None, None]  # spikes near the wanted step count, too
+    x = torch.zeros(30, 1, 6)
+    x[5] = 1
+    target = torch.zeros(30, 1, 6)
+    target[5 + wanted, 0, torch.arange(6)] = 1
+    smooth = lambda of: torch.nn.functional.conv1d(of[:, 0].T[:, None], kernel, padding=20)  # noqa: E731
+    optimizer = torch.optim.Adam([net.input_to_out_delay], lr=0.2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        spikes = net.simulate(x, spikes=True).spikes["out"].dense()
+        (smooth(spikes) - smooth(target)).square().sum().backward()
+        optimizer.step()
+    assert torch.equal(net.delays("input_to_out"), wanted)

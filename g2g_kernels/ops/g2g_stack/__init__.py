@@ -149,6 +149,12 @@ def _checked(
             )
         if any(layer.membranes for layer in layers):
             raise ValueError(f"chunk={chunk} does not keep the membranes that a layer is to give; leave it out")
+        delays = [each.delay for number, layer in enumerate(layers) for each in layer.connections(number)]
+        if any(delay is not None and delay.learned is not None and not delay.least for delay in delays):
+            raise ValueError(
+                f"chunk={chunk} does not know the spikes after a chunk, which the gradient of a learned delay of 0 "
+                "reads; leave it out, or fix the delays"
+            )
     check_tensor("x", x)
     if not layers:
         raise ValueError("layers is empty; give at least one SpikingLayer")

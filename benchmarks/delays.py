@@ -1,0 +1,174 @@
+"""What delays and feedback add to the time of a training step: ``python -m benchmarks.delays``.
+
+Networks of the same sizes and weights take turns, in a rotating order; each is compared with one that has no delays, or
+no feedback. The peer is a loop over time steps in PyTorch: dense weights times their mask, and spikes in a ring buffer.
+Before anything is timed, the spike counts of the first samples are compared with those of plain PyTorch.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from g2g_kernels import BlockMask, GroupLayout, neurons_step
+from g2gnet import LIF, G2GLinear, Projection, SpikingNetwork
+from g2gnet.base.tables import markdown
+
+from . import cli
+from .machine import describe
+from .report import seconds
+
+#: inputs and outputs, as those of Fashion-MNIST
+INPUTS, OUTPUTS = 784, 10
+#: samples whose counts are compared, and the share of them that must be equal: sums in another order move some spikes
+CHECKED, LEAST_EQUAL = 8, 0.99
+#: (source, target, delay) of each projection; "D": drawn for each neuron, from 0 to --delay
+CHAIN = [("input", "a", 0), ("a", "b", 0), ("b", "out", 0)]
+LATE = [("input", "a", 0), ("a", "b", "D"), ("b", "out", "D")]
+RECURRENT = [("input", "a", 0), ("a", "a", 1), ("a", "out", 0)]
+HALVES = [("input", "half1", 0), ("input", "half2", 0), ("half1", "out", 0), ("half2", "out", 0)]
+AMONG = [*itertools.product(("half1", "half2"), repeat=2)]
+#: by name: the projections, and the network that it is compared with
+NETWORKS: dict[str, tuple[list[tuple[str, str, Any]], str]] = {
+    "chain": (CHAIN, "chain"),
+    "chain, fixed delays": (LATE, "chain"),
+    "chain, fixed delays of inputs, too": ([("input", "a", "D"), *LATE[1:]], "chain"),
+    "chain, learned delays": (
+        [(source, target, "learned" if late else 0) for source, target, late in LATE],
+        "chain, fixed delays",
+    ),
+    "one recurrent population": (RECURRENT, "one recurrent population"),
+    "two halves, all joined, delay 1": ([*HALVES, *[(*ends, 1) for ends in AMONG]], "one recurrent population"),
+    "two populations, feedback of delay 8": ([*CHAIN, ("b", "a", 8)], "three populations in a chain"),
+    "three populations in a chain": ([*CHAIN[:2], ("b", "c", 0), ("c", "out", 0)], "three populations in a chain"),
+}
+LOOP = "PyTorch loop, fixed delays"
+
+
+def build(projections: list[tuple[str, str, Any]], arguments: argparse.Namespace) -> SpikingNetwork:
+    """A network whose populations have --hidden_dim neurons."""
+    draw, made = torch.Generator().manual_seed(0), []
+    names = list(dict.fromkeys(target for _, target, _ in projections))
+    sizes = {name: arguments.hidden_dim // (2 if "half" in name else 1) for name in names}
+    sizes |= {"input": INPUTS, "out": OUTPUTS}
+    for source, target, delay in projections:
+        layouts = GroupLayout(sizes[target]), GroupLayout(sizes[source])
+        mask = BlockMask.sample(*layouts, p_inter=0.15, block_size=arguments.block_size, generator=draw)
+        options: dict[str, Any] = {}
+        if isinstance(delay, str):
+            options = {"learn_delay": delay == "learned", "max_delay": arguments.delay}
+            delay = torch.randint(arguments.delay + 1, (sizes[source],), generator=draw)
+        back = source != "input" and names.index(source) >= names.index(target)
+        connection = G2GLinear(mask, bias=not back, generator=draw)
+        made.append(Projection(source, target, connection, delay, **options))
+    return SpikingNetwork({name: LIF() for name in names}, made, "out", arguments.T)
+
+
+def loop(net: SpikingNetwork, x: torch.Tensor) -> torch.Tensor:
+    """Spike counts of a chain by a loop over time steps, x [B, D] held."""
+    weights = [(each.dense_weight(), each.bias) for each in net.connections().values()]
+    delays = [net.delays(name) for name in net.connections()]
+    rings = [torch.zeros(int(late.max()) + 1, *x.shape[:-1], len(late)) for late in delays]
+    states: list[Any] = [None] * net.depth
+    counts: Any = 0
+    for _ in range(net.T):
+        sent = x
+        for number, neurons in enumerate(net.neurons().values()):
+            ring, late = rings[number], delays[number]
+            size = len(ring)
+            rings[number] = ring = torch.cat([ring[1:], sent[None]]) if size > 1 else sent[None]
+            rows = (size - 1 - late).expand(1, *sent.shape)
+            weight, bias = weights[number]
+            current = torch.nn.functional.linear(ring.gather(0, rows)[0], weight, bias)
+            sent, states[number] = neurons_step(current, states[number], neurons.population)
+        counts = counts + sent
+    return counts
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Times all networks in turn, prints the table and returns the record."""
+    cli.checked(arguments, "hidden_dim", "block_size", "batch_size", "T", "delay", "repeats")
+    x = torch.rand(arguments.batch_size, INPUTS, generator=torch.Generator().manual_seed(1))
+    steps: dict[str, Callable[[], torch.Tensor]] = {}
+    nets = {name: build(projections, arguments) for name, (projections, _) in NETWORKS.items()}
+    for name, net in nets.items():
+        steps[name] = lambda net=net: net(x)  # type: ignore[misc]
+    late = nets["chain, fixed delays"]
+    steps[LOOP] = lambda: loop(late, x)
+    equal = {name: _equal(net, lambda of, net=net: net(of), x) for name, net in nets.items()}  # type: ignore[misc]
+    equal[LOOP] = _equal(late, lambda of: loop(late, of), x)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    with cli.bar((arguments.repeats + 1) * len(steps)) as bar:
+        for number in range(arguments.repeats + 1):
+            first = number % len(steps)
+            for name in [*steps, *steps][first : first + len(steps)]:
+                began = time.perf_counter()
+                steps[name]().square().mean().backward()
+                if number:  # the first turn only warms up
+                    times[name].append(time.perf_counter() - began)
+                bar.update()
+    runs = [
+        {
+            "name": name,
+            "seconds": [round(each, 6) for each in of],
+            "compared_with": NETWORKS[name][1] if name in NETWORKS else "chain, fixed delays",
+            "equal": equal[name],
+            "status": "ok" if equal[name] >= LEAST_EQUAL else "wrong",
+        }
+        for name, of in times.items()
+    ]
+    settings = {name: getattr(arguments, name) for name in ("hidden_dim", "block_size", "batch_size", "T", "delay")}
+    record = {"benchmark": "delays", "machine": describe(torch.device("cpu")), "settings": settings, "runs": runs}
+    print(table(record))
+    return record
+
+
+@torch.no_grad()
+def _equal(net: SpikingNetwork, run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> float:
+    """The share of the first samples' counts that are those of plain PyTorch."""
+    counts, backend = run(x[:CHECKED]), net.backend
+    net.backend = "torch"
+    expected = net(x[:CHECKED])
+    net.backend = backend
+    return float((counts == expected).double().mean())
+
+
+def table(record: dict[str, Any]) -> str:
+    """The time of a step of each network, and its ratio to the one that it is compared with."""
+    times = {run["name"]: run["seconds"] for run in record["runs"]}
+    rows = []
+    for run in record["runs"]:
+        other = times[run["compared_with"]]
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(run["seconds"], other, strict=True))
+        ours = seconds(statistics.median(run["seconds"]))
+        same = run["name"] == run["compared_with"]
+        rows.append([run["name"], ours, "" if same else f"{ratio:.2f}", "" if same else run["compared_with"]])
+    return markdown(["", "step", "ratio", "to"], rows)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    quick = {"hidden_dim": 512, "batch_size": 64, "T": 20, "repeats": 2}
+    parser = cli.build_parser("delays", __doc__, "about five minutes on two cores", quick)
+    counts = {
+        "hidden_dim": (2048, "neurons in each hidden population"),
+        "block_size": (64, "side of a block of weights"),
+        "batch_size": (256, "samples of a step"),
+        "T": (50, "time steps"),
+        "delay": (20, "the largest delay"),
+        "repeats": (7, "timed steps of each network"),
+    }
+    cli.add_counts(parser, counts)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(build_parser(), measure, argv)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -127,7 +127,8 @@ class Network(Stack):
             }
 
     def layers(self, tensors) -> list[SpikingLayer]:
-        return [of_model(layer, self.model) for layer in super().layers(tensors, **self.options)]
+        layers = super().layers(tensors, **self.options)
+        return layers if self.model == "lif" else [of_model(layer, self.model) for layer in layers]
 
     def in_parts(self, silent: int, loud: int | None = None) -> "Network":
         """The same without biases, whose first samples have no input, those from `loud` on every input."""

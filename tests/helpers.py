@@ -212,6 +212,12 @@ def rms(tensor: torch.Tensor) -> float:
     return tensor.double().square().mean().sqrt().item()
 
 
+def as_near(actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, bound: float) -> bool:
+    """Whether an error is at most ``bound`` of the exact result, or three times plain PyTorch's in the same dtype."""
+    error, plain_error = (rms(tensor.double() - exact.double()) for tensor in (actual, plain))
+    return error <= max(bound * rms(exact), 3 * plain_error)
+
+
 class ErrorRatios:
     """The rule for kernels: an error against float64 of at most 1.5 times that of plain PyTorch in the same dtype.
 

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, Largest
@@ -433,6 +434,18 @@ def test_a_step_leaves_the_network_as_it_was_checked(prepared):
     ours.step()
     assert all(torch.equal(tensor, before[name]) for name, tensor in ours.net.state_dict().items())
     assert any(state["exp_avg"].any() for state in ours.optimizer.state.values())  # Adam did its work
+
+
+def test_a_step_of_jax_is_one_of_pytorch(prepared):
+    """Its Adam too, which has a learning rate of zero while it is timed."""
+    pytest.importorskip("jax")
+    jax, torch_ = (built(entries("step")[name], prepared) for name in ("jax-masked", "snntorch-masked"))
+    jax.rate = torch_.optimizer.param_groups[0]["lr"] = 1e-3
+    for _ in range(3):
+        jax.step()
+        torch_.step()
+    for name, parameter in torch_.net.named_parameters():
+        torch.testing.assert_close(torch.from_numpy(np.array(jax.parameters[name])), parameter.detach())
 
 
 # --- the harness ----------------------------------------------------------------------------------------------------

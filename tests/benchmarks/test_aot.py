@@ -148,8 +148,8 @@ def test_the_record_is_of_every_target_and_has_nothing_on_the_stack():
 
 
 def test_loads_of_the_default_step_overlap_on_every_target():
-    """Both tiles of the fused kernel, where there is one, and of the product of units of 64, with two loads in flight on
-    NVIDIA's cards; beside them nine of a step's spikes, where the fused kernel keeps the weights on chip."""
+    """Both tiles of the fused kernel, where there is one, and of the product of units of 64, with two loads in flight
+    on NVIDIA's cards; beside them nine of a step's spikes, where the fused kernel keeps the weights on chip."""
     lines = [line for line in RECORD.splitlines() if line.startswith("| default step, bf16 ")]
     rows = [dict(zip(HEADINGS, line.strip("| ").split(" | "), strict=True)) for line in lines]
     for target in TARGETS.values():

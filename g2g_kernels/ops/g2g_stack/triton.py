@@ -264,6 +264,8 @@ def fused_tiles(batch: int, units: Units, outer: Side, x: torch.dtype, products:
 
 #: the most units over which the loop is unrolled
 MOST_ON_CHIP = 16
+#: cards whose matrix instructions read their factors from shared memory; on others they are registers, too, which spill
+ON_CHIP_CARDS = "sm_90", "sm_100", "sm_103"
 
 
 def units_on_chip(units: Units, x: torch.dtype, products: torch.dtype) -> int:
@@ -271,11 +273,11 @@ def units_on_chip(units: Units, x: torch.dtype, products: torch.dtype) -> int:
 
     0 where they do not fit into shared memory (:func:`on_chip_bytes`), and where the loop is not made for it:
     for weights of 32 bits, inputs that are no spikes or not in the order of places, and units wider than a tile. Nor
-    where registers would spill to the stack: for neurons out of order, whose addresses take 32 per thread, and on AMD's
-    cards, where Triton keeps what it loads in registers.
+    where registers would spill to the stack: for neurons out of order, whose addresses take 32 per thread, and on cards
+    that are not :data:`ON_CHIP_CARDS`.
     """
     rows, cols, card = units.rows, units.cols, runtime.card_of(units.row_ptr.device)
-    if x != torch.uint8 or products.itemsize != 2 or card.amd or cols.bounds is not None:
+    if x != torch.uint8 or products.itemsize != 2 or card.architecture not in ON_CHIP_CARDS or cols.bounds is not None:
         return 0
     if cols.neuron_at is not None or rows.neuron_at is not None or max(rows.width, cols.width) > 64:
         return 0

@@ -119,7 +119,7 @@ def test_a_number_that_no_option_has_is_refused(option, number, kernel):
         plan = plan_for(mask.tensors(), torch.ones(1, 1, 1))
         layer = structures.Layer(neurons=neurons, plan=plan.address)
         arguments = structures.Stack(layers=ctypes.addressof(layer), count=1, batch=1, steps=2, threads=1)
-    with pytest.raises(ValueError, match="no neuron model, reset or surrogate of this number"):
+    with pytest.raises(ValueError, match="lack this neuron model, reset or surrogate; rebuild them"):
         library.run(getattr(library.library(), kernel), arguments)
 
 

@@ -201,7 +201,7 @@ def test_what_cannot_be_read_is_refused_by_name():
         ValueError, match="readout='last' is of neurons that do not spike, but rec1 sends the spikes of lif1"
     ):
         SpikingStack([(G2GLinear(mask), LIF(), G2GLinear(mask, bias=False))], 5, readout="last")
-    with pytest.raises(TypeError, match="and the last are ReLU"):
+    with pytest.raises(TypeError, match="and lif1 is a ReLU"):
         SpikingStack([(G2GLinear(mask), nn.ReLU())], 5, readout="last")
     for options, match in (
         ({"chunk": 3}, "chunk=3 does not keep .* readout=max is taken from; leave it out, or give `readout=last`"),

@@ -31,9 +31,9 @@ def test_inputs_that_are_no_tensors_are_refused():
 
 
 def test_what_a_network_cannot_be_made_of_is_named():
-    with pytest.raises(TypeError, match=r"hidden_dim=\[256, 128\] is not a whole number: .* make a SpikingStack"):
-        G2GNet(784, [256, 128], 10)
-    with pytest.raises(TypeError, match="fc1 is a Conv2d; a stack joins G2GLinear layers"):
+    with pytest.raises(ValueError, match="hidden_dim=0 must be a whole number from 1 to"):
+        G2GNet(784, [256, 0], 10)
+    with pytest.raises(TypeError, match="fc1 is a Conv2d; a network joins G2GLinear layers"):
         SpikingStack([(nn.Conv2d(1, 8, 3), LIF())])
 
 

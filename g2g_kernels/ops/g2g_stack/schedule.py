@@ -16,9 +16,6 @@ from collections.abc import Iterator, Sequence
 from graphlib import TopologicalSorter
 from typing import NamedTuple
 
-import numpy as np
-from scipy.sparse.csgraph import connected_components
-
 #: for each population the connections to it, as (source, least delay); the source −1 is the input
 Graph = tuple[tuple[tuple[int, int], ...], ...]
 
@@ -84,12 +81,12 @@ def parts_of(graph: Graph) -> Sequence[Part]:
 @functools.lru_cache(256)
 def _parts_of_any(graph: Graph) -> tuple[Part, ...]:
     """The same for a graph whose populations are not in order."""
+    from scipy.sparse.csgraph import connected_components  # which is slow to import
+
     inside = [{source for source, _ in sources if source >= 0} for sources in graph]
     instant = [{source for source, delay in sources if source >= 0 and delay == 0} for sources in graph]
-    matrix = np.zeros((len(graph), len(graph)), dtype=bool)
-    for number, sources in enumerate(inside):
-        matrix[number, list(sources)] = True
-    component = connected_components(matrix, connection="strong")[1].tolist()
+    joined = [[int(source in sources) for source in range(len(graph))] for sources in inside]
+    component = connected_components(joined, connection="strong")[1].tolist()
     of_components: dict[int, set[int]] = {each: set() for each in component}
     for number, sources in enumerate(inside):
         of_components[component[number]] |= {component[source] for source in sources} - {component[number]}

@@ -265,7 +265,7 @@ def test_repeats_of_a_benchmark_are_a_count():
     benchmarks_cli.add_flags(parser, 3)
     for value in (0, MANY):
         with pytest.raises(ValueError, match=f"repeats={value} must be a whole number of at least 1"):
-            benchmarks_cli.repeats_from(parser.parse_args(["--repeats", str(value)]))
+            benchmarks_cli.checked(parser.parse_args(["--repeats", str(value)]), "repeats")
     with pytest.raises(SettingsError, match="train_steps=-1 must be a whole number of at least 0"):
         benchmarks_cli.workload_from(parser.parse_args(["--train_steps", "-1"]))
 

@@ -123,9 +123,17 @@ def charge(states, fired, current, parameters, MODEL: tl.constexpr, RESET: tl.co
 
 @triton.jit
 def charge_backward(
-    grads, sums, states, fired, begins, parameters, alpha,
-    MODEL: tl.constexpr, RESET: tl.constexpr, SURROGATE: tl.constexpr,
-):  # fmt: skip
+    grads,
+    sums,
+    states,
+    fired,
+    begins,
+    parameters,
+    alpha,
+    MODEL: tl.constexpr,
+    RESET: tl.constexpr,
+    SURROGATE: tl.constexpr,
+):
     if MODEL == "lif":
         return _lif_charge_backward(grads, sums, states, fired, parameters, RESET)
     elif MODEL == "synaptic":

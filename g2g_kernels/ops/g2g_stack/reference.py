@@ -137,13 +137,12 @@ class _Run:
         inputs = Train(x if self.held else x[0], before)
         inputs.append(x.expand(self.steps, *x.shape) if self.held else x)
         #: what each layer sends, and at the end the inputs
-        self.trains = [Train(x.new_zeros(x.shape[-2], layer.size), self._before(n)) for n, layer in enumerate(layers)]
-        self.trains.append(inputs)
+        self.trains: list[Any] = [*[None] * len(layers), inputs]
         self.spikes: list[list[torch.Tensor]] = [[] for _ in layers]
         self.states: list[Any] = [layer.state for layer in layers]
         self.membranes: list[list[torch.Tensor]] = [[] for _ in layers]
 
-    def _before(self, number: int) -> torch.Tensor | None:
+    def _before(self, number: int, dtype: torch.dtype) -> torch.Tensor | None:
         """[D, B, N], what a layer sent before the run, as far as it is read; None: nothing."""
         layer = self.layers[number]
         if self.reaches[number]:
@@ -151,7 +150,7 @@ class _Run:
         delayed = [each for of_layer in self.connections for each in of_layer if each.source == number and each.delay]
         if layer.state is None or not delayed:
             return None
-        spikes = spikes_of(layer.state[-1], layer.population).to(self.x.dtype)
+        spikes = spikes_of(layer.state[-1], layer.population).to(dtype)
         return (spikes if layer.dropped is None else spikes.masked_fill(layer.dropped, 0))[None]
 
     def part(self, part: Part) -> None:
@@ -159,6 +158,8 @@ class _Run:
         blocks, inside, pieces = list(part.blocks(self.steps)), set(part.members), {}
         for number in part.members:
             current = self._current(number, 0, self.steps, lambda source: source not in inside)
+            nothing = self.x.new_zeros(self.x.shape[-2], self.layers[number].size)
+            self.trains[number] = Train(nothing, self._before(number, (nothing if current is None else current).dtype))
             if not part.period:
                 return self._advance(number, current, self.steps)
             sizes = [last - first for which, first, last in blocks if which == number]

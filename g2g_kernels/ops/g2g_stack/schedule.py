@@ -81,12 +81,13 @@ def parts_of(graph: Graph) -> Sequence[Part]:
 @functools.lru_cache(256)
 def _parts_of_any(graph: Graph) -> tuple[Part, ...]:
     """The same for a graph whose populations are not in order."""
-    from scipy.sparse.csgraph import connected_components  # which is slow to import
+    import numpy as np
+    from scipy.sparse.csgraph import connected_components  # (SciPy is slow to import, and changes warnings)
 
     inside = [{source for source, _ in sources if source >= 0} for sources in graph]
     instant = [{source for source, delay in sources if source >= 0 and delay == 0} for sources in graph]
-    joined = [[int(source in sources) for source in range(len(graph))] for sources in inside]
-    component = connected_components(joined, connection="strong")[1].tolist()
+    joined = [[source in sources for source in range(len(graph))] for sources in inside]
+    component = connected_components(np.array(joined), connection="strong")[1].tolist()
     of_components: dict[int, set[int]] = {each: set() for each in component}
     for number, sources in enumerate(inside):
         of_components[component[number]] |= {component[source] for source in sources} - {component[number]}

@@ -30,6 +30,7 @@ LAYERS = {
         ("weights",),
         ("layers", "neurons", "encoding", "sequences", "data"),
         ("graphs", "called_layers"),
+        ("projections",),
         ("spiking_network",),
         ("stack", "settings"),
         ("network", "sparsify", "recording", "interop"),

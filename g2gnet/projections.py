@@ -1,0 +1,182 @@
+"""Projections between populations: connections with delays, and the network that a set of them makes."""
+
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from g2g_kernels.choices import check_flag
+from g2g_kernels.numbers import Number
+from g2g_kernels.ops.g2g_stack.schedule import parts_of
+from g2gnet.neurons import SpikingNeurons
+
+#: steps of a delay
+DELAY = Number(0, (1 << 16) - 1, whole=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Projection:
+    """A connection from one population to another, or to itself, and how much later spikes arrive.
+
+    Args:
+        source: the name of a population, or ``"input"``.
+        target: the name of a population.
+        connection: from the source's neurons to the target's.
+        delay: whole steps, one for all or int64 [N_src], one for each neuron of the source.
+        learn_delay: whether the delays are learned: d = round(clamp(d̂, 0, max_delay)) of a float parameter d̂ [N_src],
+            for which ``delay`` is the initial value. On a cycle the clamp begins at 1.
+        max_delay: the largest delay that can be learned, or loaded; None: the largest in ``delay``.
+
+    Raises:
+        ValueError: for delays out of range, or of another number of neurons; if delays are learned without max_delay.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> mask = BlockMask.sample(GroupLayout(32), GroupLayout(64), block_size=4)
+        >>> Projection("v1", "lm", G2GLinear(mask), delay=3).most
+        3
+    """
+
+    source: str
+    target: str
+    connection: nn.Module
+    delay: int | float | torch.Tensor = 0
+    learn_delay: bool = False
+    max_delay: int | None = None
+
+    def __post_init__(self) -> None:
+        name = f"{self.source} → {self.target}"
+        check_flag("learn_delay", self.learn_delay)
+        if self.max_delay is not None:
+            DELAY.check("max_delay", self.max_delay)
+        elif self.learn_delay:
+            raise ValueError(f"the delays of {name} are learned: give max_delay, the largest that they may become")
+        delays = torch.as_tensor(self.delay, device="cpu")
+        neurons = getattr(self.connection, "in_features", None)
+        if delays.dim() and tuple(delays.shape) != (neurons,):
+            raise ValueError(
+                f"the delays of {name} have shape {list(delays.shape)}; give one number, or one for each of the "
+                f"{neurons} neurons of the source"
+            )
+        if (
+            delays.dtype.is_complex
+            or delays.dtype == torch.bool
+            or (delays.dtype.is_floating_point and not self.learn_delay)
+        ):
+            raise ValueError(f"the delays of {name} are {delays.dtype}; give whole numbers of steps, int64")
+        most = DELAY.high if self.max_delay is None else self.max_delay
+        if not ((delays >= 0) & (delays <= most)).all():
+            raise ValueError(f"the delays of {name} must be from 0 to {most:g} steps; these are {_extremes(delays)}")
+
+    @property
+    def most(self) -> int:
+        """The largest delay that it may have."""
+        return int(torch.as_tensor(self.delay, device="cpu").max()) if self.max_delay is None else self.max_delay
+
+
+def _extremes(delays: torch.Tensor) -> str:
+    return f"{delays.item():g}" if not delays.dim() else f"from {delays.min():g} to {delays.max():g}"
+
+
+class Route(NamedTuple):
+    """A projection inside a network: the names of its modules, and the numbers of its populations.
+
+    Attributes:
+        name: of the connection.
+        source, target: the numbers of populations; −1: the input.
+        least, most: the bounds of its delays; both 0: none.
+        per_neuron: whether ``{name}_delay`` has a delay for each neuron of the source.
+    """
+
+    name: str
+    source: int
+    target: int
+    least: int
+    most: int
+    per_neuron: bool
+
+
+def check_saved(state_dict: Mapping[str, Any], key: str, route: Route, error_msgs: list[str]) -> None:
+    """Notes what is wrong with saved delays, which are used as indices."""
+    saved = state_dict.get(key)
+    if not isinstance(saved, torch.Tensor) or saved.is_meta or saved.dtype.is_floating_point or not saved.numel():
+        return
+    if int(saved.min()) < 0 or int(saved.max()) > route.most:
+        error_msgs.append(f"{key} is from {saved.min()} to {saved.max()}; this network has room for 0 to {route.most}")
+
+
+def named_projections(projections: Sequence[Projection]) -> dict[str, Projection]:
+    """The projections by the names of their connections: ``a_to_b``, ``a_to_b_2``."""
+    named: dict[str, Projection] = {}
+    for each in projections:
+        if not isinstance(each, Projection):
+            raise TypeError(f"{type(each).__name__} is no Projection; give Projection(source, target, connection)")
+        name, count = f"{each.source}_to_{each.target}", 1
+        while name in named:
+            count += 1
+            name = f"{each.source}_to_{each.target}_{count}"
+        named[name] = each
+    return named
+
+
+def graph_of(routes: Sequence[Route], count: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+    """The graph of ``count`` populations, as :mod:`g2g_kernels.ops.g2g_stack.schedule` takes it."""
+    return tuple([tuple([(each.source, each.least) for each in routes if each.target == n]) for n in range(count)])
+
+
+def in_order(names: list[str], projections: Collection[Projection], output: str) -> tuple[str, ...]:
+    """The populations, each after those that it receives unless they are on one cycle, the output last."""
+    place = {name: number for number, name in enumerate(names)} | {"input": -1}
+    routes = [Route("", place[each.source], place[each.target], 1, 1, False) for each in projections]
+    order = [names[number] for part in parts_of(graph_of(routes, len(names))) for number in part.members]
+    return (*[name for name in order if name != output], output)
+
+
+def checked_sizes(
+    populations: Mapping[str, nn.Module], projections: Mapping[str, Projection], output: str, readout: str
+) -> dict[str, int]:
+    """The number of neurons of each population, and of inputs; raises unless these are the parts of a network."""
+    if not populations:
+        raise ValueError("populations is empty; give the neurons of at least one by name")
+    if "input" in populations:
+        raise ValueError("'input' is the name of the network's input; call the population otherwise")
+    if output not in populations:
+        raise ValueError(f"output={output!r} is none of the populations {', '.join(populations)}")
+    sizes: dict[str, tuple[str, int]] = {}  # of each population, and the connection that says it
+    for name, each in projections.items():
+        for end, known in ((each.source, ["input", *populations]), (each.target, [*populations])):
+            if end not in known:
+                raise ValueError(
+                    f"{name} joins {each.source!r} and {each.target!r}; {end!r} is none of {', '.join(known)}"
+                )
+        if not hasattr(each.connection, "in_features"):
+            raise TypeError(
+                f"{name} is a {type(each.connection).__name__}; a network joins G2GLinear layers. Put others, as "
+                "convolutions, into a module of your own with LIF layers behind them (docs/limits.md)"
+            )
+        for end, side in ((each.target, "outputs"), (each.source, "inputs")):
+            size = each.connection.out_features if side == "outputs" else each.connection.in_features
+            which, expected = sizes.setdefault(end, (name, size))
+            if size != expected:
+                raise ValueError(f"{name} has {size} {side}, but {end} has {expected} neurons for {which}")
+    for name in populations:
+        if not any(each.target == name and each.source != name for each in projections.values()):
+            raise ValueError(f"no projection leads to {name!r} from elsewhere; give one, or leave the population out")
+    if "input" not in sizes:
+        raise ValueError("no projection has the source 'input', so the inputs would have no effect; give one")
+    found = {name: size for name, (_, size) in sizes.items()}
+    if readout == "counts":
+        return found
+    if sender := next((name for name, each in projections.items() if each.source == output), None):
+        raise ValueError(
+            f"readout={readout!r} is of neurons that do not spike, but {sender} sends the spikes of {output}; leave it "
+            "out, or give readout='counts'"
+        )
+    if not isinstance(populations[output], SpikingNeurons):
+        raise TypeError(
+            f"readout={readout!r} is of the membranes of the neurons of g2gnet, and {output} is a "
+            f"{type(populations[output]).__name__}; give readout='counts'"
+        )
+    return found

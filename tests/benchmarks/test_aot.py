@@ -156,7 +156,7 @@ def test_loads_of_the_default_step_overlap_on_every_target():
         large = [
             row
             for row in rows
-            if row["target"] == target.name and row["kernel"].strip("`") in CARRYING and row["tile"].startswith("N64")
+            if row["target"] == target.name and row["kernel"].strip("`") in CARRYING and "N64" in row["tile"]
             and ("bf16 × bf16" in row["factors"] and "K16" not in row["tile"])
         ]  # fmt: skip
         assert len(large) == (2 if target.name in ("sm_90", "sm_100") else 1), target

@@ -147,7 +147,8 @@ DEFAULT_SIZES = (784, 2048, 2048, 10)
 
 def _default_step(draw: torch.Generator, multiples: Callable[..., torch.Tensor]) -> Iterator[Check]:
     """The kernels of a training step of the default network."""
-    leaves = {"x": multiples(0.5, 0, 2, BATCH, DEFAULT_SIZES[0])}
+    samples = 4 * BATCH  # in more than 1,024 rows, whose products have other tiles
+    leaves = {"x": multiples(0.5, 0, 2, samples, DEFAULT_SIZES[0])}
     masks = []
     for number, (inputs, outputs) in enumerate(itertools.pairwise(DEFAULT_SIZES)):
         mask = BlockMask.sample(GroupLayout(outputs), GroupLayout(inputs), 1.0, 0.15, 64, draw)

@@ -1,7 +1,7 @@
 """A sparse linear layer over a :class:`BlockMask`."""
 
 import copy
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -107,6 +107,63 @@ class G2GLinear(PackedWeights):
         if layer.bias is not None:
             layer.bias.data.copy_(linear.bias.detach())
             layer.bias.requires_grad_(linear.bias.requires_grad)
+        return layer
+
+    @classmethod
+    def from_scipy(
+        cls, matrix: Any, block_size: int = 1, bias: torch.Tensor | None = None, backend: str | None = None
+    ) -> "G2GLinear":
+        """Creates the layer with the weights [out, in] that a SciPy sparse matrix (or array) stores, zeros among them.
+
+        Args:
+            matrix: in any format; entries that it has twice are added.
+            block_size: side of a unit. Weights of a unit that are not stored are 0.
+            bias: [out]; None: the layer has none.
+            backend: as for the layer.
+
+        Raises:
+            TypeError: for what is no SciPy sparse matrix.
+            ValueError: for a bias of another size, or numbers that are not real.
+
+        Example:
+            >>> import scipy.sparse
+            >>> layer = G2GLinear.from_scipy(scipy.sparse.random(40, 30, density=0.1, random_state=0))
+            >>> layer.values.shape, layer.mask.to_scipy(layer.values).nnz
+            (torch.Size([120, 1, 1]), 120)
+        """
+        from scipy import sparse  # which is slow to import
+
+        if not sparse.issparse(matrix):
+            raise TypeError(
+                f"matrix is a {type(matrix).__name__}, no SciPy sparse matrix; give scipy.sparse.coo_matrix(…)"
+            )
+        if matrix.dtype.kind not in "fiub":
+            raise ValueError(f"matrix is of {matrix.dtype}; give real numbers")
+        stored = sparse.coo_matrix(matrix)
+        stored.sum_duplicates()
+        row, col = (torch.as_tensor(each, dtype=torch.int64) for each in (stored.row, stored.col))
+        layouts = GroupLayout(stored.shape[0], 1), GroupLayout(stored.shape[1], 1)
+        none = torch.zeros(0, dtype=torch.int64)
+        grid = BlockMask(*layouts, none, none, block_size)
+        places = grid.rows.place_of[row].long(), grid.cols.place_of[col].long()  # unit after unit
+        (unit_row, unit_col), (in_row, in_col) = zip(
+            *[
+                (place // axis.width, place % axis.width)
+                for place, axis in zip(places, (grid.rows, grid.cols), strict=True)
+            ],
+            strict=True,
+        )
+        units, unit = (unit_row * grid.cols.num_units + unit_col).unique(return_inverse=True)
+        mask = BlockMask(*layouts, units // grid.cols.num_units, units % grid.cols.num_units, block_size)
+        layer = cls(mask, bias is not None, backend, torch.Generator())
+        slots = (mask.unit_row.long() * grid.cols.num_units + mask.unit_col).argsort()
+        with torch.no_grad():
+            layer.values.zero_()
+            layer.values[slots[unit], in_row, in_col] = torch.as_tensor(stored.data, dtype=torch.float32)
+            if layer.bias is not None and bias is not None:
+                if bias.shape != layer.bias.shape:
+                    raise ValueError(f"bias has shape {list(bias.shape)}, the layer {stored.shape[0]} outputs")
+                layer.bias.copy_(bias)
         return layer
 
     def to_linear(self) -> nn.Linear:

@@ -1,6 +1,6 @@
 """Populations of spiking neurons as modules. The model declares the parameters and states of each."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from g2g_kernels.ops.g2g_stack import NeuronState
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.models import RESET, NeuronModel
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
-from g2g_kernels.tracing import symbolic_call
+from g2g_kernels.tracing import default_device, symbolic_call
 
 
 class SpikingNeurons(nn.Module):
@@ -23,11 +23,11 @@ class SpikingNeurons(nn.Module):
     Args:
         neurons: None for one value of each parameter, [1], shared by the layer; a number N for one per neuron.
         reset, surrogate, alpha, backend: as for :func:`g2g_kernels.lif`.
-        parameters: by name, the initial values of the model's parameters (``beta=0.95``), and whether they are learned
-            (``learn_beta=False`` makes it a buffer).
+        parameters: by name, the initial values of the model's parameters (``beta=0.95``; a tensor [N] with N
+            ``neurons``), and whether they are learned (``learn_beta=False`` makes it a buffer).
 
     Raises:
-        ValueError: for a number that a float32 cannot hold, or an α that is not above 0.
+        ValueError: for a number that a float32 cannot hold, a tensor of another shape, or an α that is not above 0.
         TypeError: for an unknown parameter.
 
     Example:
@@ -50,7 +50,7 @@ class SpikingNeurons(nn.Module):
         surrogate: str = SURROGATE,
         alpha: float = ALPHA,
         backend: str | None = None,
-        **parameters: float,
+        **parameters: float | torch.Tensor,
     ) -> None:
         super().__init__()
         self.reset = reset
@@ -61,8 +61,7 @@ class SpikingNeurons(nn.Module):
         # FSDP2 shards no parameter without dimensions
         shape = (1,) if neurons is None else (SIZE.check("neurons", neurons),)
         for name in self.model.parameters:
-            value = check_parameter(name, parameters.pop(name, self.initial[name]))
-            tensor = torch.full(shape, value)
+            tensor = _initial(name, parameters.pop(name, self.initial[name]), shape, neurons)
             if check_flag(f"learn_{name}", parameters.pop(f"learn_{name}", True)):
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
@@ -115,6 +114,18 @@ class SpikingNeurons(nn.Module):
 
     def extra_repr(self) -> str:
         return f"reset={self.reset!r}, surrogate={self.surrogate!r}, alpha={self.alpha}"
+
+
+def _initial(name: str, value: Any, shape: tuple[int, ...], neurons: int | None) -> torch.Tensor:
+    """The initial values of a parameter; ValueError for what are none."""
+    if not isinstance(value, torch.Tensor) or not value.dim():
+        return torch.full(shape, check_parameter(name, value))
+    if neurons is None or tuple(value.shape) != shape:
+        wanted = "one number, or give the number of neurons first, as LIF(N, …)" if neurons is None else f"[{neurons}]"
+        raise ValueError(f"{name} is a tensor {list(value.shape)}; give {wanted}")
+    for each in value.detach().unique().tolist():
+        check_parameter(name, each)
+    return value.detach().to(default_device(), torch.float32).clone()
 
 
 class LIF(SpikingNeurons):

@@ -129,6 +129,10 @@ class BlockMask(UnitGrid):
         """The mask whose dense form is ``mask``, bool [out, in], with each side in one group (cut as any group is).
         Raises ValueError if a unit is only partly true, since a unit is present as a whole.
         """
+        if not isinstance(mask, torch.Tensor):
+            raise TypeError(
+                f"mask is a {type(mask).__name__}, not a tensor; of a SciPy matrix make G2GLinear.from_scipy(…)"
+            )
         if mask.dim() != 2:
             raise ValueError(f"mask must be a matrix [out, in], not of shape {tuple(mask.shape)}")
         dense = mask.detach().to("cpu", torch.bool)

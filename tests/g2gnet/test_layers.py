@@ -1,6 +1,7 @@
 """G2GLinear, LIF and Synaptic as modules: initial values, saving, and life inside other modules."""
 
 import pytest
+import scipy.sparse
 import snntorch
 import torch
 
@@ -97,3 +98,42 @@ def test_lif_keeps_scalars_or_one_value_a_neuron_learnable_or_not():
     fixed = LIF(learn_beta=False, learn_threshold=True)
     assert [name for name, _ in fixed.named_parameters()] == ["threshold"]
     assert set(fixed.state_dict()) == {"beta", "threshold"}
+
+
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize("kind", ["coo", "csr", "csc", "lil"])
+def test_a_scipy_matrix_is_a_layer_and_back(kind, block_size):
+    matrix = scipy.sparse.random(37, 29, density=0.1, random_state=1, format="coo")
+    matrix.data[:5] = 0  # stored zeros are connections
+    dense = torch.as_tensor(matrix.toarray(), dtype=torch.float32)
+    layer = G2GLinear.from_scipy(matrix.asformat(kind), block_size, bias=torch.arange(37.0))
+    assert torch.equal(layer.dense_weight(), dense)
+    x = torch.rand(3, 29)
+    assert torch.allclose(layer(x), x @ dense.T + torch.arange(37.0), atol=1e-6)
+    if block_size == 1 and kind == "coo":
+        assert layer.mask.num_weights == matrix.nnz
+    twice = scipy.sparse.coo_matrix(([1.0, 2.0], ([0, 0], [3, 3])), (4, 5))
+    assert G2GLinear.from_scipy(twice, block_size).dense_weight()[0, 3] == 3
+    for wrong, error in ((dense, TypeError), (matrix.astype(complex), ValueError)):
+        with pytest.raises(error):
+            G2GLinear.from_scipy(wrong)
+    with pytest.raises(ValueError, match=r"bias has shape \[3\], the layer 37 outputs"):
+        G2GLinear.from_scipy(matrix, bias=torch.zeros(3))
+    with pytest.raises(TypeError, match=r"mask is a coo_matrix, not a tensor; .* G2GLinear\.from_scipy"):
+        BlockMask.from_dense(matrix)
+
+
+def test_initial_values_of_neurons_may_be_tensors():
+    beta = torch.tensor([0.1, 0.2, 0.3])
+    neurons = LIF(3, beta=beta, threshold=torch.tensor(0.5), learn_beta=False)
+    assert torch.equal(neurons.beta, beta)
+    assert neurons.beta is not beta
+    assert torch.equal(neurons.threshold.detach(), torch.full((3,), 0.5))
+    for arguments, message in (
+        ((None,), r"beta is a tensor \[3\]; give one number, or give the number of neurons first"),
+        ((4,), r"beta is a tensor \[3\]; give \[4\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LIF(*arguments, beta=beta)
+    with pytest.raises(ValueError, match="beta=nan must be a number"):
+        LIF(2, beta=torch.tensor([0.5, float("nan")]))

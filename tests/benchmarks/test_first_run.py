@@ -34,7 +34,7 @@ if what == "stopped" and pathlib.Path("log").read_text().count("stopped") == 1:
     time.sleep(60)
 if what == "slow":
     time.sleep(60)
-print("one line")
+print("one line", flush=True)
 if what == "failing":
     sys.exit("a reason | in words")
 pathlib.Path(record).write_text("{}\\n" + json.dumps({"contender": what, "median": 0.002}))

@@ -75,7 +75,7 @@ class Activity(NamedTuple):
 
     @property
     def state(self) -> "StackState":
-        """The state after the last step, as :meth:`g2gnet.SpikingStack.step` returns it: what continues the run.
+        """The state after the last step, as :meth:`g2gnet.SpikingNetwork.step` returns it: what continues the run.
 
         One entry per layer, and behind them :attr:`sent` where it is not None.
 

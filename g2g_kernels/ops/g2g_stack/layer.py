@@ -49,7 +49,7 @@ class Connection(NamedTuple):
 class SpikingLayer(NamedTuple):
     """A connection and its neurons.
 
-    This is the only list of what a layer has. Operators take it (:mod:`g2g_kernels.ops.record`), the structure
+    This is the only list of what a layer has. Operators take it (``ops/record.py``), the structure
     ``Layer`` of the C interface is filled from the fields of the same names, and a backend refuses a layer with a field
     that it does not read.
 

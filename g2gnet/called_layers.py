@@ -286,7 +286,7 @@ def _output_of(name: str, module: nn.Module, x: torch.Tensor, shape: Sequence[in
 
 @cache
 def _say_that_layers_are_called(reason: str) -> None:
-    logger.warning("a SpikingStack calls its layers in turn, which is slower than one call for all: %s", reason)
+    logger.warning("a network calls its modules in turn, which is slower than one call for all: %s", reason)
 
 
 @cache

@@ -53,6 +53,8 @@ class Projection:
             DELAY.check("max_delay", self.max_delay)
         elif self.learn_delay:
             raise ValueError(f"the delays of {name} are learned: give max_delay, the largest that they may become")
+        if isinstance(self.delay, bool) or not isinstance(self.delay, int | float | torch.Tensor):
+            raise ValueError(f"the delays of {name} are {self.delay!r:.40}; give a number of steps, or int64 [N_src]")
         delays = torch.as_tensor(self.delay, device="cpu")
         neurons = getattr(self.connection, "in_features", None)
         if delays.dim() and tuple(delays.shape) != (neurons,):
@@ -161,11 +163,13 @@ def checked_sizes(
             which, expected = sizes.setdefault(end, (name, size))
             if size != expected:
                 raise ValueError(f"{name} has {size} {side}, but {end} has {expected} neurons for {which}")
+    reached, found_more = {"input"}, True
+    while found_more:
+        onward = {each.target for each in projections.values() if each.source in reached}
+        found_more, reached = not onward <= reached, reached | onward
     for name in populations:
-        if not any(each.target == name and each.source != name for each in projections.values()):
-            raise ValueError(f"no projection leads to {name!r} from elsewhere; give one, or leave the population out")
-    if "input" not in sizes:
-        raise ValueError("no projection has the source 'input', so the inputs would have no effect; give one")
+        if name not in reached:
+            raise ValueError(f"no projections lead from the input to {name!r}; give some, or leave the population out")
     found = {name: size for name, (_, size) in sizes.items()}
     if readout == "counts":
         return found

@@ -147,7 +147,7 @@ class Settings:
             try:
                 if (value is None and type(None) in kinds) or (others and others.accepts(value)):
                     continue
-                if about["several"] and isinstance(value, tuple | list):
+                if about["several"] and isinstance(value, tuple | list | range):
                     object.__setattr__(self, name, _several(name, value, about["number"]._replace(whole=True)))
                 elif number := number_of(about, kinds):
                     object.__setattr__(self, name, number.check(name, value))
@@ -405,6 +405,8 @@ class NetworkSettings(Settings):
         count = len(self.hidden_sizes)
         if not isinstance(self.recurrent, bool) and max(self.recurrent) > count:
             problems.append(f"recurrent={self.recurrent}: there are {count} hidden layers, numbered from 1")
+        if not isinstance(self.recurrent, bool) and len(set(self.recurrent)) < len(self.recurrent):
+            problems.append(f"recurrent={self.recurrent} names a layer twice; give each once")
         if self.feedback and count < 2:
             problems.append("feedback joins a hidden layer to the one below it, and there is one; leave `feedback` out")
         if self.standardize and self.enc == "rate":

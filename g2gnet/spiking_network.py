@@ -144,6 +144,8 @@ class SpikingNetwork(nn.Module):
         self._set_routes(routes)
 
     def _add(self, name: str, module: nn.Module) -> None:
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"{name!r} is no name of a module; give one without dots")
         if hasattr(self, name):
             raise ValueError(f"{name!r} is already an attribute of the network; choose another name")
         self.add_module(name, module)
@@ -151,12 +153,12 @@ class SpikingNetwork(nn.Module):
     def _add_delay(self, name: str, projection: Projection, place: Mapping[str, int]) -> Route:
         """Registers the delays of a projection, and returns it as a route; ``place``: the numbers of populations."""
         delays = torch.as_tensor(projection.delay, device="cpu")
-        per_neuron = bool(delays.dim()) or projection.learn_delay
+        per_neuron = bool(delays.dim()) or projection.max_delay is not None
         if projection.learn_delay:
             start = delays.float().expand(projection.connection.in_features).clone()
             self.register_parameter(f"{name}_delay", nn.Parameter(start))
         elif per_neuron:
-            self.register_buffer(f"{name}_delay", delays.clone())
+            self.register_buffer(f"{name}_delay", delays.long().expand(projection.connection.in_features).clone())
         least = 0 if projection.learn_delay else int(delays.min())
         return Route(name, place[projection.source], place[projection.target], least, projection.most, per_neuron)
 

@@ -242,6 +242,11 @@ class TrainSettings(NetworkSettings, RunSettings):
                 "from; leave it out, or give `readout=last`",
             ),
             (
+                self.chunk is not None and self.learn_delay,
+                f"chunk={self.chunk} does not know the spikes after a chunk, which gradients of learned delays of 0 "
+                "read; leave `chunk` or `learn_delay` out",
+            ),
+            (
                 self.sparsity_mode == "dynamic" and self.readout != "counts" and by_correlation,
                 f"{' and '.join(by_correlation)}: a correlation needs output spikes, and with readout={self.readout} "
                 "there are none; give `cp=set` or `cp=random`, and `cg=random` or `cg=gradient`",

@@ -306,7 +306,9 @@ def test_it_is_said_once_which_layers_are_called(caplog):
     net.lif2.register_forward_hook(nothing)
     for _ in range(2):
         net(SAMPLES)
-    assert caplog.text.count("calls its layers in turn, which is slower than one call for all: lif2 carries hooks") == 1
+    assert (
+        caplog.text.count("calls its modules in turn, which is slower than one call for all: lif2 carries hooks") == 1
+    )
 
 
 def test_steps_follow_hooks_on_connections_and_say_what_they_cannot_follow(caplog):

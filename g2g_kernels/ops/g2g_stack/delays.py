@@ -126,7 +126,8 @@ def arrived(train: Train, delay: Delay | None, first: int, last: int) -> torch.T
     """What arrives at the steps from ``first`` to before ``last``, [n, B, N]; None: nothing was sent yet."""
     if delay is None:
         return train.window(first, last)
-    if last - delay.least <= train.begin:
+    # a learned delay has a gradient by the spikes of one step later, too
+    if last - delay.least + (delay.learned is not None) <= train.begin:
         return None
     if delay.steps is None:
         return train.window(first - delay.least, last - delay.least)

@@ -28,11 +28,11 @@ INPUTS, OUTPUTS = 784, 10
 #: samples whose counts are compared, and the share of them that must be equal: sums in another order move some spikes
 CHECKED, LEAST_EQUAL = 8, 0.99
 #: (source, target, delay) of each projection; "D": drawn for each neuron, from 0 to --delay
-CHAIN = [("input", "a", 0), ("a", "b", 0), ("b", "out", 0)]
-LATE = [("input", "a", 0), ("a", "b", "D"), ("b", "out", "D")]
+CHAIN: list[tuple[str, str, Any]] = [("input", "a", 0), ("a", "b", 0), ("b", "out", 0)]
+LATE: list[tuple[str, str, Any]] = [("input", "a", 0), ("a", "b", "D"), ("b", "out", "D")]
 RECURRENT = [("input", "a", 0), ("a", "a", 1), ("a", "out", 0)]
 HALVES = [("input", "half1", 0), ("input", "half2", 0), ("half1", "out", 0), ("half2", "out", 0)]
-AMONG = [*itertools.product(("half1", "half2"), repeat=2)]
+AMONG = [(source, target, 1) for source, target in itertools.product(("half1", "half2"), repeat=2)]
 #: by name: the projections, and the network that it is compared with
 NETWORKS: dict[str, tuple[list[tuple[str, str, Any]], str]] = {
     "chain": (CHAIN, "chain"),
@@ -43,7 +43,7 @@ NETWORKS: dict[str, tuple[list[tuple[str, str, Any]], str]] = {
         "chain, fixed delays",
     ),
     "one recurrent population": (RECURRENT, "one recurrent population"),
-    "two halves, all joined, delay 1": ([*HALVES, *[(*ends, 1) for ends in AMONG]], "one recurrent population"),
+    "two halves, all joined, delay 1": ([*HALVES, *AMONG], "one recurrent population"),
     "two populations, feedback of delay 8": ([*CHAIN, ("b", "a", 8)], "three populations in a chain"),
     "three populations in a chain": ([*CHAIN[:2], ("b", "c", 0), ("c", "out", 0)], "three populations in a chain"),
 }

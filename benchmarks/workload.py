@@ -42,14 +42,14 @@ class Workload:
 
     batch_size: int = TrainSettings.batch_size
     T: int = NetworkSettings.T
-    hidden_dim: int = TrainSettings.hidden_dim
+    hidden_dim: int = 2048
     p_inter: float = TrainSettings.p_inter
     block_size: int = TrainSettings.block_size
     num_groups: int = TrainSettings.num_groups
     model: str = "index"
     surrogate: str = TrainSettings.surrogate
     alpha: float = TrainSettings.alpha
-    recurrent: bool = TrainSettings.recurrent
+    recurrent: bool = False
     dataset: str = TrainSettings.dataset
     train_steps: int = 100
     seed: int = TrainSettings.seed

@@ -151,7 +151,7 @@ def _records(
                 None,  # type: ignore[arg-type]  # in the modules
                 first.mask,
                 first.bias,
-                getattr(neurons, "population", None),
+                getattr(neurons, "population", None),  # type: ignore[arg-type]  # of other modules
                 None if dropped is None else dropped[number],
                 None if states is None else states[number],
                 source=first.source,
@@ -167,7 +167,8 @@ def synapses_of_called(
     x: torch.Tensor, populations: Sequence[Called], trains: Sequence[torch.Tensor], steps: int | None
 ) -> Synapses | None:
     """What the synaptic operations of such a run are counted from; None where they cannot be."""
-    layers, borders = [], [None] * (len(populations) + 1)
+    layers: list[list[Connection]] = []
+    borders: list[Border | None] = [None] * (len(populations) + 1)
     sources = [*trains, x if steps is None else x.expand(steps, *x.shape)]
     for population in populations:
         layers.append([])
@@ -201,8 +202,9 @@ def step_of_called(
     before = [(each,) if isinstance(each, torch.Tensor) else each for each in states]
     for number, (name, neurons, size, connections) in enumerate(populations, 1):
         _check_steps_of(name, neurons)
-        if before[number - 1] is not None and isinstance(neurons, SpikingNeurons):  # a sum would broadcast
-            check_states(before[number - 1], neurons.population, (len(x), size))
+        own = before[number - 1]
+        if own is not None and isinstance(neurons, SpikingNeurons):  # a sum would broadcast
+            check_states(own, neurons.population, (len(x), size))
         step = partial(_step_neurons if spiking or number < len(populations) else _step_silently, neurons)
         parts.append(Parts([partial(_call_at_a_step, connection) for _, connection, _, _ in connections], step))
     turn = in_parts(x[None], _records(populations, None, before, sent), parts, None, sent[-1])

@@ -14,7 +14,8 @@ from g2gnet.neurons import SpikingNeurons
 class Network(Protocol):
     """What is drawn: a :class:`g2gnet.SpikingNetwork`."""
 
-    populations: Sequence[str]
+    @property
+    def populations(self) -> Sequence[str]: ...
 
     def connections(self) -> dict[str, G2GLinear]: ...
     def neurons(self) -> dict[str, SpikingNeurons]: ...

@@ -268,8 +268,8 @@ def _projections(
         delay: int | torch.Tensor = int(source >= target)
         learned: dict[str, Any] = {}
         if settings.delay:
-            shape = connection.in_features
-            delay = torch.randint(delay, settings.delay + 1, (shape,), generator=generator)
+            least = int(source >= target)
+            delay = torch.randint(least, settings.delay + 1, (connection.in_features,), generator=generator)
             learned = {"learn_delay": settings.learn_delay, "max_delay": settings.delay}
         projections[name] = Projection(names[source], names[target], connection, delay, **learned)
     return populations, projections

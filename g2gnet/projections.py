@@ -159,7 +159,8 @@ def checked_sizes(
                 "convolutions, into a module of your own with LIF layers behind them (docs/limits.md)"
             )
         for end, side in ((each.target, "outputs"), (each.source, "inputs")):
-            size = each.connection.out_features if side == "outputs" else each.connection.in_features
+            connection: Any = each.connection
+            size = connection.out_features if side == "outputs" else connection.in_features
             which, expected = sizes.setdefault(end, (name, size))
             if size != expected:
                 raise ValueError(f"{name} has {size} {side}, but {end} has {expected} neurons for {which}")

@@ -90,7 +90,7 @@ def setting(
     may also be a tuple of whole numbers in that range, or a list, as files have it.
     """
     number = Number(-math.inf if low is None else low, math.inf if high is None else high, open_low, open_high)
-    metadata = {"group": group, "text": text, "choices": choices, "others": others, "number": number}
+    metadata: dict[str, Any] = {"group": group, "text": text, "choices": choices, "others": others, "number": number}
     metadata |= {"metavar": metavar, "several": several}
     return dataclasses.field(default=default, metadata=metadata)
 

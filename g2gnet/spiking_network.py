@@ -105,7 +105,7 @@ class SpikingNetwork(nn.Module):
     #: whether :meth:`simulate` or :meth:`step` is calling the modules at the moment
     calls_layers = False
     #: while hooks are called, the state that the run continues
-    _continued: Sequence[Any] | None = None
+    _continued: StackState | None = None
 
     def __init__(
         self,
@@ -152,13 +152,14 @@ class SpikingNetwork(nn.Module):
 
     def _add_delay(self, name: str, projection: Projection, place: Mapping[str, int]) -> Route:
         """Registers the delays of a projection, and returns it as a route; ``place``: the numbers of populations."""
-        delays = torch.as_tensor(projection.delay, device="cpu")
+        delays, connection = torch.as_tensor(projection.delay, device="cpu"), projection.connection
+        neurons: Any = connection.in_features
         per_neuron = bool(delays.dim()) or projection.max_delay is not None
         if projection.learn_delay:
-            start = delays.float().expand(projection.connection.in_features).clone()
+            start = delays.float().expand(neurons).clone()
             self.register_parameter(f"{name}_delay", nn.Parameter(start))
         elif per_neuron:
-            self.register_buffer(f"{name}_delay", delays.long().expand(projection.connection.in_features).clone())
+            self.register_buffer(f"{name}_delay", delays.long().expand(neurons).clone())
         least = 0 if projection.learn_delay else int(delays.min())
         return Route(name, place[projection.source], place[projection.target], least, projection.most, per_neuron)
 
@@ -447,7 +448,7 @@ class SpikingNetwork(nn.Module):
         hooks: Sequence[ActivityHook],
         inputs: torch.Tensor,
         activity: Activity,
-        state: Sequence[NeuronState | None] | None,
+        state: StackState | None,
     ) -> None:
         """Calls hooks after a run that continues ``state``."""
         self._continued = state
@@ -468,10 +469,10 @@ class SpikingNetwork(nn.Module):
             train, delay = spikes[route.source], self._delay(route)
             if delay is not None:
                 before = sent[route.source]
-                if before is None and route.source >= 0 and states[route.source] is not None:
-                    membrane = _as_one(states[route.source])[-1].detach()
+                state = None if before is not None or route.source < 0 else _as_one(states[route.source])
+                if state is not None:
                     neurons = modules[self.populations[route.source]]
-                    before = (membrane > neurons.population.parameters[-1].detach())[None]
+                    before = (state[-1:] > neurons.population.parameters[-1]).detach()
                 held = self.T if route.source < 0 and inputs.dim() == 2 else None
                 train = Later(train, delay, before, held)
             received.append((modules[route.name], train, spikes[route.target]))

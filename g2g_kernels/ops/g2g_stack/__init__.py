@@ -163,11 +163,12 @@ def _checked(
         raise ValueError(f"x has shape {tuple(x.shape)}; expected [T, B, in], or [B, in] with steps")
     if steps is None and len(x) == 0:
         raise ValueError(f"x has shape {tuple(x.shape)}: there must be at least one time step")
-    sizes = [*(layer.mask.shape[0] if isinstance(layer.mask, BlockMask) else None for layer in layers), x.shape[-1]]
+    for number, layer in enumerate(layers):
+        check_connection(f" of layer {number}", layer.values, layer.mask, layer.bias)
+    sizes = [*(layer.mask.shape[0] for layer in layers), x.shape[-1]]
     checked = []
     for number, layer in enumerate(layers):
         suffix = f" of layer {number}"
-        check_connection(suffix, layer.values, layer.mask, layer.bias)
         size = sizes[number]
         if layer.dropped is not None:
             check_dropped(suffix, layer.dropped, (x.shape[-2], size))

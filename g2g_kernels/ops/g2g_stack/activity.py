@@ -107,5 +107,5 @@ class Activity(NamedTuple):
             )
         if isinstance(self.rates, dict):
             found = self.synapses.operations([*self.rates.values()])
-            return dict(zip(self.rates, found, strict=True))  # type: ignore[return-value]
+            return dict(zip(self.rates, found, strict=True))
         return self.synapses.operations(self.rates)

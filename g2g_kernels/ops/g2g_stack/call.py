@@ -99,8 +99,9 @@ class StackCall(NamedTuple):
                 raise ValueError(f"dropped of layer {number} has shape {tuple(layer.dropped.shape)}")
             if layer.recurrent is not None and tuple(layer.recurrent.mask.shape) != (size, size):
                 raise ValueError(f"the recurrent connection of layer {number} is {tuple(layer.recurrent.mask.shape)}")
-            if layer.delay is not None and tuple(layer.delay.steps.shape) != (inputs,):
-                raise ValueError(f"delays of layer {number} have shape {tuple(layer.delay.steps.shape)}")
+            delays = None if layer.delay is None else layer.delay.steps
+            if delays is not None and tuple(delays.shape) != (inputs,):
+                raise ValueError(f"delays of layer {number} have shape {tuple(delays.shape)}")
             if layer.sent is not None and tuple(layer.sent.shape[1:]) != (self.batch, size):
                 raise ValueError(f"sent of layer {number} has shape {tuple(layer.sent.shape)}")
             if layer.state is not None and tuple(layer.state.shape) != self.state_shape(layer):

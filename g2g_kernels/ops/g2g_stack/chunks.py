@@ -51,7 +51,7 @@ def in_chunks(
         activity = run(part, layers, held, before) if plain else _recomputed(part, layers, held, before, run)
         assert activity.states is not None
         *sent, of_inputs = activity.sent or (None,) * (len(layers) + 1)
-        before = of_inputs and of_inputs.dense()
+        before = None if of_inputs is None else of_inputs.dense()
         layers = [
             replaced(layer, state=state, sent=of_layer and of_layer.dense())
             for layer, state, of_layer in zip(layers, activity.states, sent)  # noqa: B905

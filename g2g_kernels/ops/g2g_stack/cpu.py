@@ -271,7 +271,7 @@ class _Arguments:
             if layer.sent is not None:
                 own.sent_steps = len(layer.sent)
             if layer.delay is not None:
-                own.delays = layer.delay.steps.data_ptr()
+                own.delays = pointer(layer.delay.steps)
             if memory.states:
                 kept = "currents" if currents_alone and number == 0 and layer.recurrent is None else "states"
                 setattr(own, kept, memory.states[number].data_ptr())

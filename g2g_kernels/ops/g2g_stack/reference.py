@@ -5,7 +5,7 @@ step after the other, its product with the inputs excepted. So do the neurons of
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -155,7 +155,8 @@ class _Run:
 
     def part(self, part: Part) -> None:
         """Runs layers that reach one another, or one that does not reach itself."""
-        blocks, inside, pieces = list(part.blocks(self.steps)), set(part.members), {}
+        blocks, inside = list(part.blocks(self.steps)), set(part.members)
+        pieces: dict[int, Iterator[torch.Tensor | None]] = {}
         for number in part.members:
             current = self._current(number, 0, self.steps, lambda source: source not in inside)
             nothing = self.x.new_zeros(self.x.shape[-2], self.layers[number].size)
@@ -163,8 +164,10 @@ class _Run:
             if not part.period:
                 return self._advance(number, current, self.steps)
             sizes = [last - first for which, first, last in blocks if which == number]
-            is_held = current is None or current.dim() == 2
-            pieces[number] = itertools.repeat(current) if is_held else iter(current.split(sizes))
+            if current is None or current.dim() == 2:  # the same at all steps
+                pieces[number] = itertools.repeat(current)
+            else:
+                pieces[number] = iter(current.split(sizes))
         for number, first, last in blocks:
             current, own = next(pieces[number]), self._current(number, first, last, inside.__contains__)
             if own is not None:

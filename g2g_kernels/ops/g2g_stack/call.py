@@ -48,7 +48,7 @@ class StackCall(NamedTuple):
     ) -> "StackCall":
         """The call with these arguments of the public function."""
         called = []
-        for values, mask, bias, population, dropped, state, recurrent, membranes, _, _, delay, _, sent in layers:
+        for values, mask, bias, population, dropped, state, recurrent, membranes, _, _, delay, _, sent, *_ in layers:
             flat = [p.contiguous() if p.dim() == 1 else p.reshape(-1) for p in population.parameters]
             called.append(
                 SpikingLayer(

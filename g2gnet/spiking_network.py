@@ -422,10 +422,10 @@ class SpikingNetwork(nn.Module):
                     None if recurrent is None else Recurrent(recurrent.values, recurrent.mask),
                     gives,
                     (first.observer, None if recurrent is None else recurrent.observer),
-                    first.source,
-                    first.delay,
-                    tuple(more),
-                    sent[number],
+                    source=first.source,
+                    delay=first.delay,
+                    more=tuple(more),
+                    sent=sent[number],
                 )
             )
         return records, sent[-1]

@@ -48,19 +48,20 @@ class StackCall(NamedTuple):
     ) -> "StackCall":
         """The call with these arguments of the public function."""
         called = []
-        for values, mask, bias, population, dropped, state, recurrent, membranes, _, _, delay, _, sent, *_ in layers:
+        for layer in layers:
+            population, recurrent, sent = layer.population, layer.recurrent, layer.sent
             flat = [p.contiguous() if p.dim() == 1 else p.reshape(-1) for p in population.parameters]
             called.append(
                 SpikingLayer(
-                    values.contiguous(),
-                    mask.tensors(),
-                    None if bias is None else bias.contiguous(),
+                    layer.values.contiguous(),
+                    layer.mask.tensors(),
+                    None if layer.bias is None else layer.bias.contiguous(),
                     Neurons(population.model, tuple(flat), population.reset, population.surrogate, population.alpha),
-                    None if dropped is None else dropped.contiguous(),
-                    None if state is None else state.float().contiguous(),
+                    None if layer.dropped is None else layer.dropped.contiguous(),
+                    None if layer.state is None else layer.state.float().contiguous(),
                     None if recurrent is None else Recurrent(recurrent[0].contiguous(), recurrent[1].tensors()),
-                    membranes,
-                    delay=None if delay is None else delay.of_each(mask.shape[1], x.device),
+                    layer.membranes,
+                    delay=None if layer.delay is None else layer.delay.of_each(layer.mask.shape[1], x.device),
                     sent=None if sent is None else sent.float().contiguous(),
                 )
             )

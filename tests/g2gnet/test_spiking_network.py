@@ -300,6 +300,15 @@ def test_a_loaded_network_has_the_delays_of_the_other():
         network("chain with delays").load_state_dict(state)
 
 
+@pytest.mark.parametrize("wrong", [-1, 5])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_delays_that_were_written_out_of_their_bounds_are_refused(backend, wrong):
+    net = network("chain with delays", backend)
+    net.a_to_b_delay[2] = wrong
+    with pytest.raises((ValueError, RuntimeError), match=r"were from 0 to 4 when they were checked|out of bounds"):
+        net(torch.rand(B, D))
+
+
 def test_the_graph_has_delays():
     net = network("twice the same")
     graph = net.to_networkx()

@@ -34,7 +34,7 @@ from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
-from g2g_kernels.ops.g2g_stack.delays import Train
+from g2g_kernels.ops.g2g_stack.delays import Delay, Train
 from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer, refuses_fields, unread
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn, reaches
 from g2g_kernels.ops.neurons import cpu as neurons_alone
@@ -270,8 +270,8 @@ class _Arguments:
                     setattr(own, f"grad_{name}", grad.data_ptr())
             if layer.sent is not None:
                 own.sent_steps = len(layer.sent)
-            if layer.delay is not None:
-                own.delays = pointer(layer.delay.steps)
+            if layer.delay is not None and layer.delay.steps is not None:
+                own.delays = _delays(number, layer.delay, layer.delay.steps)
             if memory.states:
                 kept = "currents" if currents_alone and number == 0 and layer.recurrent is None else "states"
                 setattr(own, kept, memory.states[number].data_ptr())
@@ -302,6 +302,21 @@ class _Arguments:
                 "BlockMask.sample(layout, layout, …) that one's mask.rows.layout and block_size"
             )
         own.recurrent, own.recurrent_values = joined.address, recurrent.values.data_ptr()
+
+
+def _delays(number: int, delay: Delay, steps: torch.Tensor) -> int:
+    """The address of the delays to layer ``number``, by which the kernels place spikes in memory.
+
+    Raises:
+        ValueError: if they have left their bounds, since a buffer was written to.
+    """
+    least, most = (int(each) for each in steps.aminmax())
+    if least < delay.least or most > delay.most:
+        raise ValueError(
+            f"the delays to layer {number} are from {least} to {most}, and were from {delay.least} to {delay.most} when"
+            " they were checked; load others with load_state_dict"
+        )
+    return steps.data_ptr()
 
 
 def _check(call: StackCall) -> None:

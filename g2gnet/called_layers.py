@@ -218,7 +218,7 @@ def _call_at_a_step(connection: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return connection(x[0])[None] if x.dim() == 3 else connection(x)
 
 
-def _call(name: str, connection: nn.Module, scale: float, size: int | None, x: torch.Tensor) -> torch.Tensor:
+def _call(name: str, connection: nn.Module, scale: float, size: int, x: torch.Tensor) -> torch.Tensor:
     """The output of a connection, which has ``size``, of inputs times ``scale``."""
     return _output_of(name, connection, x if scale == 1 else x * scale, (*x.shape[:-1], size))
 
@@ -273,17 +273,15 @@ def _check_steps_of(name: str, neurons: nn.Module) -> None:
         _say_that_steps_pass_by(name)
 
 
-def _output_of(name: str, module: nn.Module, x: torch.Tensor, shape: Sequence[int | None]) -> torch.Tensor:
-    """The output of a module of the stack; raises TypeError unless it is a tensor of that shape (None: any size)."""
+def _output_of(name: str, module: nn.Module, x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """The output of a module of the network; raises TypeError unless it is a tensor of that shape."""
     output = module(x)
     is_tensor = isinstance(output, torch.Tensor)
-    if is_tensor and len(output.shape) == len(shape):
-        sizes = zip(output.shape, shape, strict=True)
-        if all([expected is None or size == expected for size, expected in sizes]):
-            return output
+    if is_tensor and tuple(output.shape) == tuple(shape):
+        return output
     what = f"a tensor {list(output.shape)}" if is_tensor else f"a {type(output).__name__}"
-    sides = ", ".join("N" if size is None else str(size) for size in shape)
-    raise TypeError(f"{name} ({type(module).__name__}) returned {what}; in a stack it must return a tensor [{sides}]")
+    wanted = f"a tensor {list(shape)}"
+    raise TypeError(f"{name} ({type(module).__name__}) returned {what}; in a stack it must return {wanted}")
 
 
 @cache

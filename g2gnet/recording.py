@@ -61,21 +61,11 @@ class ActivityRecorder:
         """Stops recording, if it was started, and returns what was recorded, layer by layer."""
         for handle in self._handles:
             handle.remove()
-        recordings = self.recorded()
-        self._handles, self._recordings, self._open, self._seen_forwards = [], [], [], set()
-        return recordings
-
-    def recorded(self) -> list[Recording]:
-        """What has been recorded so far, layer by layer."""
-        recordings = [list(pairs) for pairs in self._recordings]
+        recordings = self._recordings
         for number, pre, output in self._open:
             recordings[number].append((pre, output.detach()))
+        self._handles, self._recordings, self._open, self._seen_forwards = [], [], [], set()
         return recordings
-
-    def resume(self, recorded: list[Recording]) -> None:
-        """Resumes recording after what was recorded before."""
-        self.start()
-        self._recordings = recorded
 
     def _module_hook(self, module: nn.Module, args: tuple, output: Any) -> None:
         net = self._in_network.get(module)

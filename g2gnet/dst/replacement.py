@@ -1,9 +1,12 @@
 """The replacement of units in one layer: slots of the weakest units are given to the best absent ones."""
 
+import math
 from contextlib import ExitStack
 
 import torch
 
+from g2g_kernels import BlockMask
+from g2g_kernels.mask.sampling import LARGEST_GRID
 from g2g_kernels.numbers import share_of
 from g2gnet.dst.gradual_pruning import units_within
 from g2gnet.dst.optimizer_state import OptimizerState
@@ -16,6 +19,7 @@ def replace_units(
     fraction: float,
     prune: torch.Tensor,
     grow: torch.Tensor,
+    candidates: torch.Tensor | None,
     apply: torch.Tensor,
     draw: torch.Generator,
     state: OptimizerState,
@@ -23,20 +27,23 @@ def replace_units(
 ) -> tuple[int, int, float]:
     """Keeps units of highest ``prune`` score [num_units], and replaces ``fraction`` of these.
 
-    The lowest of them give their slots to absent units of highest ``grow`` score [grid]. All units together have
+    The lowest of them give their slots to absent units of highest ``grow`` score, which is of these ``candidates``
+    (:class:`g2gnet.dst.rules.Evidence`). All units together have
     ``budget`` weights or up to a unit fewer; None: their number stays. Nothing changes if ``apply``, a bool scalar,
     is false. Closing ``undo`` takes it back. Returns the units pruned and grown, and what is left of the budget.
     """
     mask, spare = layer.mask, budget or 0.0
-    absent = len(grow) - mask.num_units
-    active = mask.present().flatten()
     weakest = lowest(prune, mask.num_units, draw)
-    best = lowest(-grow, absent, draw, last=active)
+    if candidates is None:
+        best = lowest(-grow, len(grow) - mask.num_units, draw, last=mask.present().flatten())
+    else:
+        best = candidates[lowest(-grow, len(grow), draw)]
+    absent = len(best)
     if budget is None or not mask.num_units:
         lost = new = min(share_of(fraction, mask.num_units), absent)
     else:
-        of_grid = (mask.rows.lengths[:, None] * mask.cols.lengths).flatten()
-        stay, new, spare = units_within(budget, mask.unit_sizes[weakest.flip(0)], of_grid[best], fraction)
+        sizes = mask.rows.lengths[best // mask.grid[1]] * mask.cols.lengths[best % mask.grid[1]]
+        stay, new, spare = units_within(budget, mask.unit_sizes[weakest.flip(0)], sizes, fraction)
         lost = mask.num_units - stay
     removed = lost - new
     slots = weakest[removed:lost]
@@ -49,6 +56,22 @@ def replace_units(
         undo.callback(state.keep_(layer.values, remain))
         undo.callback(layer.keep_(remain))
     return lost, new, spare
+
+
+def draw_candidates(mask: BlockMask, generator: torch.Generator) -> torch.Tensor | None:
+    """Absent units that may grow, int64 counted row by row: of a large grid, of which one score per unit is too many, as
+    many as the mask has units (or all), drawn uniformly. None: any may.
+    """
+    total = math.prod(mask.grid)
+    if total <= LARGEST_GRID:
+        return None
+    device, count = mask.unit_row.device, min(mask.num_units, total - mask.num_units)
+    present = mask.flat_unit().cpu().sort().values
+    chosen = present[:0]
+    while len(chosen) < count:
+        drawn = (torch.rand(count - len(chosen), generator=generator, dtype=torch.float64) * total).long()
+        chosen = torch.cat([chosen, drawn[~torch.isin(drawn, present, assume_unique=False)]]).unique()
+    return chosen.to(device)
 
 
 def lowest(

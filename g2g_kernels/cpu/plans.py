@@ -27,9 +27,9 @@ _PLANS, _UNITS = 64, 1 << 22
 _LEAST_UNITS = 1 << 10  # minimum size of a plan, however small its mask
 #: Units with sides from this on keep their tiles.
 LEAST_SIDE = 16
-#: Weights of smaller ones are taken from lists where they are less than this share of those of all tiles of the grid, and
-#: there are at least so many tiles (csrc/PERFORMANCE.md): in ``g2g_linear``; by a layer of a stack, whose operators are then
-#: called one after the other; and by a recurrent connection.
+#: Weights of smaller ones are taken from lists where they are less than this share of those of all tiles of the grid,
+#: and there are at least so many tiles (csrc/PERFORMANCE.md): in ``g2g_linear``; by a layer of a stack, whose operators
+#: are then called one after the other; and by a recurrent connection.
 IN_LISTS = {"linear": (0.15, 0), "stack": (0.02, 1 << 17), "recurrent": (0.02, 1 << 12)}
 _lock = threading.RLock()  # the garbage collector may call kernels from a finalizer while it is held
 _plans: "OrderedDict[tuple, Plan]" = OrderedDict()
@@ -128,8 +128,8 @@ def plan_for(mask: MaskTensors, values: torch.Tensor) -> Plan:
 
 
 def lists_for(mask: MaskTensors, values: torch.Tensor, owners: str, length: int | None = None) -> Plan:
-    """As :func:`plan_for`, the weights in lists by the neurons of the ``"rows"`` or ``"cols"``, those of the other side in
-    ranges of so many; None: in one."""
+    """As :func:`plan_for`, the weights in lists by the neurons of the ``"rows"`` or ``"cols"``, those of the other side
+    in ranges of so many; None: in one."""
     return _built(mask, values, owners, length or mask.shape[owners == "rows"])
 
 

@@ -63,7 +63,7 @@ int64_t size(const Stack& s) {
     return neurons * s.batch * s.steps;
 }
 int64_t size(const Linear& a) { return a.rows * (a.plan->rows.size + a.plan->cols.size); }
-int64_t size(const ListLinear& a) { return a.rows * (a.by_cols->owners + a.by_cols->others); }
+int64_t size(const ListLinear& a) { return a.rows * (int64_t{a.lists->owners} + a.lists->others); }
 int64_t size(const ListLoop& a) { return int64_t{a.samples} * a.size * a.steps; }
 int64_t size(const NeuronLoop& a) { return a.samples * a.size * a.steps; }
 

@@ -24,7 +24,7 @@ constexpr int64_t kSquare = 16;
 
 // Rows of a chunk, a multiple of 16, whatever the threads.
 inline int64_t list_chunk(const ListLinear& a) {
-    const int64_t widest = most(a.by_cols->owners, a.by_cols->others);
+    const int64_t widest = most(a.lists->owners, a.lists->others);
     const int64_t wanted = most(kListPanel / widest, least(kFewRows, kMostPanel / widest));
     const int64_t fitting = most(least(wanted, 512) / kSquare, 1) * kSquare;
     return least(fitting, divide_up(most(1, a.rows), kSquare) * kSquare);
@@ -123,7 +123,7 @@ struct WeightedRows {
 };
 
 inline void list_linear_forward(ListLinear& a, Arena& arena) {
-    const Lists& lists = *a.by_rows;
+    const Lists& lists = *a.lists;
     const int64_t chunk = list_chunk(a), inputs = lists.others, outputs = lists.owners;
     float* x = arena.take<float>(inputs * chunk);
     float* y = arena.take<float>(outputs * chunk);
@@ -143,7 +143,7 @@ inline void list_linear_forward(ListLinear& a, Arena& arena) {
 }
 
 inline void list_linear_backward(ListLinear& a, Arena& arena) {
-    const Lists& lists = *a.by_cols;
+    const Lists& lists = *a.lists;
     const int64_t chunk = list_chunk(a), inputs = lists.owners, outputs = lists.others;
     float* x = arena.take<float>(inputs * chunk);
     float* grad_y = arena.take<float>(outputs * chunk);

@@ -103,7 +103,7 @@ struct Linear {
 
 // The same with its weights in lists.
 struct ListLinear {
-    const Lists *by_rows, *by_cols;  // by_rows null in a backward pass
+    const Lists* lists;     // by row forward, by column backward
     const float *values, *bias;
     const void *x, *grad_y;
     void *y, *grad_x;

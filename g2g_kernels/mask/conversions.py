@@ -206,7 +206,10 @@ def _averaged(mask: UnitGrid, height: int, width: int) -> torch.Tensor:
     """The share of units that exist in each cell of a grid of that size."""
     rows, cols = mask.grid
     cell = (mask.unit_row.long() * height // rows) * width + mask.unit_col.long() * width // cols
-    units = [torch.bincount(torch.arange(side) * cells // side, minlength=cells) for side, cells in ((rows, height), (cols, width))]
+    units = [
+        torch.bincount(torch.arange(side) * cells // side, minlength=cells)
+        for side, cells in ((rows, height), (cols, width))
+    ]
     count = torch.bincount(cell.cpu(), minlength=height * width).view(height, width)
     return count / (units[0][:, None] * units[1])
 

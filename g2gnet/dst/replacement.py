@@ -59,8 +59,8 @@ def replace_units(
 
 
 def draw_candidates(mask: BlockMask, generator: torch.Generator) -> torch.Tensor | None:
-    """Absent units that may grow, int64 counted row by row: of a large grid, of which one score per unit is too many, as
-    many as the mask has units (or all), drawn uniformly. None: any may.
+    """Absent units that may grow, int64 counted row by row: of a large grid, of which one score per unit is too many,
+    as many as the mask has units (or all), drawn uniformly. None: any may.
     """
     total = math.prod(mask.grid)
     if total <= LARGEST_GRID:

@@ -24,8 +24,8 @@ class Evidence(NamedTuple):
         layer: the layer.
         correlation: if a rule needs it, the mean pre/post correlation of each unit [units].
         gradient: if a rule needs it, the root mean square of ∂L/∂W over each unit [units].
-        candidates: int64, the absent units that may grow, counted row by row; ``units`` are then those of the slots, and
-            these after them. None: any may grow, and ``units`` are those of the whole grid.
+        candidates: int64, the absent units that may grow, counted row by row; ``units`` are then those of the slots,
+            and these after them. None: any may grow, and ``units`` are those of the whole grid.
     """
 
     layer: G2GLinear

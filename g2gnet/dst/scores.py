@@ -187,9 +187,9 @@ class UnitGradients:
     def root_mean_squares(
         self, mask: BlockMask, world: World = ALONE, units: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """√ of the mean of (∂L/∂W)² over each of ``units``, counted row by row, of the samples of all processes: float32
-        [units]; None: over each unit of the grid. Raises RuntimeError if gradients of the weights were formed in batches,
-        or one that has a gradient itself: that of the weights has more parts then.
+        """√ of the mean of (∂L/∂W)² over each of ``units``, counted row by row, of the samples of all processes:
+        float32 [units]; None: over each unit of the grid. Raises RuntimeError if gradients of the weights were formed
+        in batches, or one that has a gradient itself: that of the weights has more parts then.
         """
         if self.unseen is not None:
             raise RuntimeError(

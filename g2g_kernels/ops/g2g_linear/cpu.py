@@ -47,7 +47,7 @@ def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: tor
 
 
 class _Arguments:
-    """The arguments of a kernel, and the plans that must outlive it."""
+    """The arguments of a kernel, and the plan that must outlive it."""
 
     def __init__(self, call: LinearCall, backward: bool) -> None:
         x, values, mask, bias, dtype = call
@@ -71,16 +71,14 @@ class _Arguments:
         kernels = (lib.g2g_list_linear_forward, lib.g2g_list_linear_backward)
         self.structure: Structure
         if in_lists(mask.grid, values.shape, "linear"):
-            self.plans = [lists_for(mask, values, owners) for owners in (("cols",) if backward else ("rows", "cols"))]
-            by_cols = self.plans[-1].address
-            by_rows = None if backward else self.plans[0].address
-            self.structure = structures.ListLinear(by_rows=by_rows, by_cols=by_cols, weights=values.numel(), **given)
+            self.plan = lists_for(mask, values, "cols" if backward else "rows")
+            self.structure = structures.ListLinear(lists=self.plan.address, weights=values.numel(), **given)
         else:
             kernels = lib.g2g_linear_forward, lib.g2g_linear_backward
-            self.plans = [plan_for(mask, values)]
+            self.plan = plan_for(mask, values)
             bf16 = dtype == torch.bfloat16 and lib.g2g_has_bf16()
             self.structure = structures.Linear(
-                plan=self.plans[0].address, bf16=bf16, event_limit=event_limit(bf16, backward), **given
+                plan=self.plan.address, bf16=bf16, event_limit=event_limit(bf16, backward), **given
             )
         self.kernel = kernels[backward]
 

@@ -92,9 +92,11 @@ def loop_of(layer: SpikingLayer, backend: str | None = "cpu") -> Callable | None
     if forced_backend(backend) not in (None, "cpu") or cpu_library.unavailable():
         return None
     tensors, _ = opened((layer.recurrent, layer.population.parameters, layer.state))
-    if any([tensor.is_floating_point() and tensor.dtype != torch.float32 or not tensor.is_cpu for tensor in tensors]):
+    if any([(tensor.is_floating_point() and tensor.dtype != torch.float32) or not tensor.is_cpu for tensor in tensors]):
         return None
-    return partial(_run, layer) if in_lists(layer.recurrent.mask.grid, layer.recurrent.values.shape, "recurrent") else None
+    return (
+        partial(_run, layer) if in_lists(layer.recurrent.mask.grid, layer.recurrent.values.shape, "recurrent") else None
+    )
 
 
 def _run(
@@ -133,7 +135,7 @@ def _arguments(call: LoopCall, grads: Sequence[torch.Tensor | None] = ()) -> tup
     """The arguments of a kernel, and the lists that must outlive it."""
     call.check()
     for tensor in opened(call)[0]:
-        if tensor.is_floating_point() and tensor.dtype != torch.float32 or not tensor.is_contiguous():
+        if (tensor.is_floating_point() and tensor.dtype != torch.float32) or not tensor.is_contiguous():
             raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
     (steps, samples, size), threads = call.shape, torch.get_num_threads()
     ranges = max(-(-size // RANGE), min(threads, -(-size // _STRETCH)))

@@ -76,7 +76,9 @@ def in_turn(
     before: torch.Tensor | None = None,
     loop_of: Callable[[SpikingLayer], Callable | None] = lambda layer: None,
 ) -> Turn:
-    """What the layers do by two operators, ``linear`` and ``neurons``, and where ``loop_of`` a layer gives one, that."""
+    """What the layers do by two operators, ``linear`` and ``neurons``, and where ``loop_of`` a layer gives one,
+    that.
+    """
     parts = []
     for number, layer in enumerate(layers):
         products = [partial(_product, linear, connection) for connection in layer.connections(number)]

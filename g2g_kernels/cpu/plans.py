@@ -30,7 +30,7 @@ LEAST_SIDE = 16
 #: Weights of smaller ones are taken from lists where they are less than this share of those of all tiles of the grid,
 #: and there are at least so many tiles (csrc/PERFORMANCE.md): in ``g2g_linear``; by a layer of a stack, whose operators
 #: are then called one after the other; and by a recurrent connection.
-IN_LISTS = {"linear": (0.15, 0), "stack": (0.02, 1 << 17), "recurrent": (0.02, 1 << 12)}
+IN_LISTS = {"linear": (0.2, 0), "stack": (0.02, 1 << 17), "recurrent": (0.02, 1 << 12)}
 _lock = threading.RLock()  # the garbage collector may call kernels from a finalizer while it is held
 _plans: "OrderedDict[tuple, Plan]" = OrderedDict()
 if hasattr(os, "register_at_fork"):  # in a forked child a thread that held the lock does not exist

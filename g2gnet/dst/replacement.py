@@ -33,15 +33,16 @@ def replace_units(
     is false. Closing ``undo`` takes it back. Returns the units pruned and grown, and what is left of the budget.
     """
     mask, spare = layer.mask, budget or 0.0
-    weakest = lowest(prune, mask.num_units, draw)
+    exist, absent = None, len(grow)
     if candidates is None:
-        best = lowest(-grow, len(grow) - mask.num_units, draw, last=mask.present().flatten())
-    else:
-        best = candidates[lowest(-grow, len(grow), draw)]
-    absent = len(best)
+        exist, absent = mask.present().flatten(), len(grow) - mask.num_units
     if budget is None or not mask.num_units:
         lost = new = min(share_of(fraction, mask.num_units), absent)
+        weakest, best = lowest(prune, lost, draw), lowest(-grow, new, draw, last=exist)
     else:
+        weakest, best = lowest(prune, mask.num_units, draw), lowest(-grow, absent, draw, last=exist)
+    best = best if candidates is None else candidates[best]
+    if budget is not None and mask.num_units:
         sizes = mask.rows.lengths[best // mask.grid[1]] * mask.cols.lengths[best % mask.grid[1]]
         stay, new, spare = units_within(budget, mask.unit_sizes[weakest.flip(0)], sizes, fraction)
         lost = mask.num_units - stay
@@ -83,6 +84,9 @@ def lowest(
     """
     order = torch.randperm(len(cost), generator=generator, device=generator.device).to(cost.device)
     cost = torch.where(cost.isnan(), torch.inf, cost)
+    if cost.is_cpu and count:  # where sorting all of them takes several times as long as finding the last one
+        allowed = cost if last is None else cost.masked_fill(last, torch.inf)
+        order = order[(allowed <= allowed.kthvalue(count).values)[order]]
     for key in (cost,) if last is None else (cost, last.byte()):
         order = order[torch.argsort(key[order], stable=True)]
     return order[:count]

@@ -2,8 +2,8 @@
 
 One population of leaky neurons, joined to itself by as many single weights as a fly's brain has: 138,639 neurons and
 15.1 million connections (Dorkenwald et al. 2024), here with lognormal numbers of targets, which are drawn uniformly; or
-those of a file (``--edges``). Each contender has a process of its own with the same graph, weights and inputs; they take
-turns. A step is forward and backward through all time steps, exact under the arctangent surrogate.
+those of a file (``--edges``). Each contender has a process of its own with the same graph, weights and inputs; they
+take turns. A step is forward and backward through all time steps, exact under the arctangent surrogate.
 
 Before that, each is compared with a dense network in float64, of 2,000 neurons: equal spikes, and gradients. The peers
 are a PyTorch loop over CSR products with a backward pass written by hand, the strongest form that a user would write;

@@ -42,5 +42,5 @@ def test_a_density_is_that_of_all_units(density):
 
 
 def test_a_density_out_of_range_is_refused():
-    with pytest.raises(ValueError, match="density=1.5 must be"):
+    with pytest.raises(ValueError, match=r"density=1\.5 must be"):
         BlockMask.sample(GroupLayout(40), GroupLayout(30), density=1.5)

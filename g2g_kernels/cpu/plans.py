@@ -27,9 +27,9 @@ _PLANS, _UNITS = 64, 1 << 22
 _LEAST_UNITS = 1 << 10  # minimum size of a plan, however small its mask
 #: Units with sides from this on keep their tiles.
 LEAST_SIDE = 16
-#: Weights of smaller ones are taken from lists where they are less than this share of those of all tiles of the grid,
-#: and there are at least so many tiles (csrc/PERFORMANCE.md): in ``g2g_linear``; by a layer of a stack, whose operators
-#: are then called one after the other; and by a recurrent connection.
+#: Weights of smaller ones are taken from lists where less than this share of the units of the grid exists, and there
+#: are at least so many tiles (csrc/PERFORMANCE.md): in ``g2g_linear``; by a layer of a stack, whose operators are then
+#: called one after the other; and by a recurrent connection.
 IN_LISTS = {"linear": (0.2, 0), "stack": (0.02, 1 << 17), "recurrent": (0.02, 1 << 12)}
 _lock = threading.RLock()  # the garbage collector may call kernels from a finalizer while it is held
 _plans: "OrderedDict[tuple, Plan]" = OrderedDict()
@@ -116,10 +116,8 @@ def in_lists(grid: tuple[int, int], packed: tuple[int, ...], use: str) -> bool:
     """Whether the kernels take the weights of a unit grid from lists, for a ``use`` in :data:`IN_LISTS`."""
     if min(packed[1:]) >= LEAST_SIDE:
         return False
-    share, least = IN_LISTS[use]
-    rows, cols = blocks(grid, packed)
-    cost = cpu_library.LIST_COST
-    return rows * cols >= least * min(cost, 1.0) and math.prod(packed) * cost < share * 64 * 64 * rows * cols
+    (share, least), cost = IN_LISTS[use], cpu_library.LIST_COST
+    return math.prod(blocks(grid, packed)) >= least * min(cost, 1.0) and packed[0] * cost < share * math.prod(grid)
 
 
 def plan_for(mask: MaskTensors, values: torch.Tensor) -> Plan:

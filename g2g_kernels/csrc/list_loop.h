@@ -215,7 +215,6 @@ inline void list_loop_forward(ListLoop& a, Arena& arena) {
     for (int64_t group = 0; group < groups.count; ++group) {
         const float* const sent = kept_lanes(a, groups, group, keep);
         float* const kept = a.kept ? a.kept + group * a.steps * rows : nullptr;
-        zero(own, rows * (a.kept ? 1 : 2) * sizeof(float));
         const SampleRows before(a.sent, a, groups, group);
         parallel(a.threads, ranges.count, 1, [&](int64_t range, int) {
             const int64_t first = ranges.first(range), last = ranges.last(range), at = first * groups.width;
@@ -344,7 +343,7 @@ inline void list_loop_backward(ListLoop& a, Arena& arena) {
         const float* const sent = kept_lanes(a, groups, group, keep);
         const float* const kept = a.kept + group * a.steps * rows;
         const auto rows_of = [&](auto* data) { return SampleRows(data, a, groups, group); };
-        zero(own, rows * sizeof(float)), zero(states, rows * sizeof(float)), zero(reaching, groups.padded * sizeof(float));
+        zero(reaching, groups.padded * sizeof(float));
         if (a.held && a.grad_current) zero(held, groups.padded * sizeof(float));
         for (int k = 0; k < model.parameters; ++k) zero(sums[k], groups.padded * sizeof(float));
         parallel(a.threads, ranges.count, 1, [&](int64_t range, int) {

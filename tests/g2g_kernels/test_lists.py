@@ -227,6 +227,7 @@ def test_lists_are_chosen_where_tiles_would_be_mostly_empty(monkeypatch):
     assert plans.in_lists((65536, 65536), many, "stack")
     assert plans.in_lists((8192, 8192), few, "recurrent")
     assert not plans.in_lists((512, 512), (100, 16, 16), "linear")  # units of 16 fill a sixteenth of a tile
+    assert not plans.in_lists((1, 256), (256, 10, 1), "linear")  # ten outputs, all joined
     monkeypatch.setattr(library, "LIST_COST", float("inf"))
     assert not plans.in_lists((65536, 65536), few, "recurrent")
 

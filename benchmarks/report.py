@@ -99,6 +99,7 @@ TITLES = {
     "masked": "nn.Linear, weight × mask",
     "dense": "nn.Linear, dense",
     "bsr": "PyTorch's block-sparse product (BSR)",
+    "sparselab": "SparseLab, padded CSR",
     "snntorch": "snnTorch Leaky, a loop over T",
     "spikingjelly": "SpikingJelly 2, multi-step LIF",
     "dense-correlation": "dense masks, full correlation matrix",

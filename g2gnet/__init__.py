@@ -10,9 +10,11 @@ from g2gnet.spiking_network import Projection, SpikingNetwork
 from g2gnet.stack import SpikingStack
 from g2gnet.training.captured_step import captured
 from g2gnet.training.loading import load
+from g2gnet.training.signs import keep_signs
 from g2gnet.weights.tied_averages import sync_wiring, tie_wiring, untie_wiring
 
 __all__ = [
     "LIF", "AdLIF", "DSTScheduler", "G2GLinear", "G2GNet", "Projection", "SpikingNetwork", "SpikingNeurons",
-    "SpikingStack", "Synaptic", "captured", "load", "sparsify", "sync_wiring", "tie_wiring", "untie_wiring",
+    "SpikingStack", "Synaptic", "captured", "keep_signs", "load", "sparsify", "sync_wiring", "tie_wiring",
+    "untie_wiring",
 ]  # fmt: skip

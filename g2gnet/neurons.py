@@ -7,7 +7,7 @@ from torch import nn
 
 from g2g_kernels import Neurons, neurons, neurons_step
 from g2g_kernels.choices import check_flag
-from g2g_kernels.numbers import SHARPNESS, SIZE, check_parameter
+from g2g_kernels.numbers import SHARPNESS, SIZE, Number, check_parameter
 from g2g_kernels.ops.g2g_stack import NeuronState
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.models import RESET, NeuronModel
@@ -23,12 +23,15 @@ class SpikingNeurons(nn.Module):
     Args:
         neurons: None for one value of each parameter, [1], shared by the layer; a number N for one per neuron.
         reset, surrogate, alpha, backend: as for :func:`g2g_kernels.lif`.
+        dt: the length of a step, in the unit of the time constants.
         parameters: by name, the initial values of the model's parameters (``beta=0.95``; a tensor [N] with N
-            ``neurons``), and whether they are learned (``learn_beta=False`` makes it a buffer).
+            ``neurons``), and whether they are learned (``learn_beta=False`` makes it a buffer). In place of a decay a
+            time constant above 0, with ``dt``: ``tau`` for ``beta``, ``tau_syn`` for ``syn_decay`` and ``tau_adapt``
+            for ``adapt_decay``. The decay is exp(−dt/τ).
 
     Raises:
         ValueError: for a number that a float32 cannot hold, a tensor of another shape, or an α that is not above 0.
-        TypeError: for an unknown parameter.
+        TypeError: for an unknown parameter, or a time constant without ``dt``.
 
     Example:
         >>> from g2gnet import LIF, Synaptic
@@ -50,6 +53,7 @@ class SpikingNeurons(nn.Module):
         surrogate: str = SURROGATE,
         alpha: float = ALPHA,
         backend: str | None = None,
+        dt: float | None = None,
         **parameters: float | torch.Tensor,
     ) -> None:
         super().__init__()
@@ -60,6 +64,9 @@ class SpikingNeurons(nn.Module):
         self.backend = backend
         # FSDP2 shards no parameter without dimensions
         shape = (1,) if neurons is None else (SIZE.check("neurons", neurons),)
+        for name, decay in TIME_CONSTANTS.items():
+            if decay in self.model.parameters and name in parameters:
+                parameters = _with_decay(parameters, name, decay, dt)
         for name in self.model.parameters:
             tensor = _initial(name, parameters.pop(name, self.initial[name]), shape, neurons)
             if check_flag(f"learn_{name}", parameters.pop(f"learn_{name}", True)):
@@ -114,6 +121,30 @@ class SpikingNeurons(nn.Module):
 
     def extra_repr(self) -> str:
         return f"reset={self.reset!r}, surrogate={self.surrogate!r}, alpha={self.alpha}"
+
+
+_POSITIVE = Number(0, open_low=True)
+#: the time constants that may be given in place of decays
+TIME_CONSTANTS = {"tau": "beta", "tau_syn": "syn_decay", "tau_adapt": "adapt_decay"}
+
+
+def _with_decay(
+    parameters: dict[str, float | torch.Tensor], name: str, decay: str, dt: float | None
+) -> dict[str, float | torch.Tensor]:
+    """The parameters with a decay in place of the time constant ``name``."""
+    others = {each: value for each, value in parameters.items() if each != name}
+    if decay in others:
+        raise TypeError(f"{name} and {decay} are the same parameter; give one of them")
+    if dt is None:
+        raise TypeError(
+            f"{name}={parameters[name]!r:.40} needs dt, the length of a step in the same unit, as {name}=20.0, dt=1.0"
+        )
+    constants = torch.as_tensor(parameters[name], dtype=torch.float64)
+    _POSITIVE.check("dt", dt)
+    if not ((constants > 0) & constants.isfinite()).all():
+        raise ValueError(f"{name}={parameters[name]!r:.40} must be above 0 and finite")
+    decays = torch.exp(-dt / constants)
+    return {**others, decay: decays if decays.dim() else decays.item()}
 
 
 def _initial(name: str, value: Any, shape: tuple[int, ...], neurons: int | None) -> torch.Tensor:

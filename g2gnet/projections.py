@@ -4,12 +4,14 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from g2g_kernels.choices import check_flag
 from g2g_kernels.numbers import Number
 from g2g_kernels.ops.g2g_stack.schedule import parts_of
+from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
 
 #: steps of a delay
@@ -71,6 +73,70 @@ class Projection:
         most = DELAY.high if self.max_delay is None else self.max_delay
         if not ((delays >= 0) & (delays <= most)).all():
             raise ValueError(f"the delays of {name} must be from 0 to {most:g} steps; these are {_extremes(delays)}")
+
+    @classmethod
+    def from_edges(
+        cls,
+        source: str,
+        target: str,
+        pre: Any,
+        post: Any,
+        weight: Any,
+        delay: Any = None,
+        sizes: tuple[int, int] | None = None,
+    ) -> "list[Projection]":
+        """The projections with these connections between single neurons, one projection for each delay.
+
+        Args:
+            source, target: as of a projection.
+            pre, post: the number of the source's and of the target's neuron of each connection: whole numbers in an
+                array, a tensor, a list or a column of a data frame.
+            weight: of each connection; 0 is a weight that exists. Weights of one pair with one delay are added.
+            delay: of each connection, or one for all, whole steps; None: 0.
+            sizes: the numbers of neurons of both, (N_src, N_target).
+
+        Raises:
+            ValueError: for columns of different lengths, neurons outside ``sizes``, weights that are not finite, or
+                delays out of range.
+
+        Example:
+            >>> columns = [0, 2, 2], [1, 0, 1], [0.5, -1.0, 2.0], [3, 1, 3]  # pre, post, weight, delay
+            >>> edges = Projection.from_edges("v1", "lm", *columns, sizes=(3, 2))
+            >>> [(each.delay, each.connection.values.flatten().tolist()) for each in edges]
+            [(1, [-1.0]), (3, [0.5, 2.0])]
+        """
+        from scipy import sparse  # which is slow to import
+
+        name = f"{source} → {target}"
+        if sizes is None:
+            raise ValueError(f"the edges {name} need sizes=(neurons of {source}, neurons of {target})")
+        columns = {"pre": np.asarray(pre), "post": np.asarray(post), "weight": np.asarray(weight)}
+        columns["delay"] = np.broadcast_to(np.asarray(0 if delay is None else delay), columns["pre"].shape)
+        for column, values in columns.items():
+            if values.shape != (len(columns["pre"]),) or values.dtype.kind not in (
+                "fiu" if column == "weight" else "iu"
+            ):
+                kind = "numbers" if column == "weight" else "whole numbers"
+                raise ValueError(
+                    f"{column} of the edges {name} is {values.dtype} {list(values.shape)}; give {kind}, one for each "
+                    f"of {len(columns['pre'])} edges"
+                )
+        for column, size in (("pre", sizes[0]), ("post", sizes[1])):
+            outside = np.flatnonzero((columns[column] < 0) | (columns[column] >= size))
+            if len(outside):
+                raise ValueError(
+                    f"{column}[{outside[0]}] of the edges {name} is {columns[column][outside[0]]}; there are {size} "
+                    "neurons, numbered from 0"
+                )
+        if len(outside := np.flatnonzero(~np.isfinite(columns["weight"]))):
+            raise ValueError(f"weight[{outside[0]}] of the edges {name} is {columns['weight'][outside[0]]}")
+        made = []
+        for each in np.unique(columns["delay"]).tolist():
+            chosen = columns["delay"] == each
+            places = columns["post"][chosen], columns["pre"][chosen]
+            matrix = sparse.coo_matrix((columns["weight"][chosen], places), shape=(sizes[1], sizes[0]))
+            made.append(cls(source, target, G2GLinear.from_scipy(matrix), delay=each))
+        return made
 
     @property
     def most(self) -> int:

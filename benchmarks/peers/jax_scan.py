@@ -64,7 +64,8 @@ def simulate(
         return (*layers, counts + layers[-1][1]), kept
 
     zeros = [jnp.zeros((len(images), len(p[f"fc{number}.bias"]))) for number in (1, 2, 3)]
-    (*_, counts), kept = jax.lax.scan(step, (*((zero, zero) for zero in zeros), zeros[-1]), None, length=steps)
+    scan: Any = jax.lax.scan
+    (*_, counts), kept = scan(step, (*((zero, zero) for zero in zeros), zeros[-1]), None, length=steps)
     return counts, kept
 
 

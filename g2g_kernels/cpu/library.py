@@ -25,7 +25,7 @@ from g2g_kernels.tracing import constant_when_traced
 
 logger = logging.getLogger("g2g_kernels")
 
-ABI = 6
+ABI = 7
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 #: the names of the options of neurons, which both sides number in their order (``g2g_kernels.ops.neurons.cpu``)
@@ -48,6 +48,8 @@ BATCH_COST = 1.0
 SUBSET_COST = 1.0
 #: The same for input gradients where the layer below needs them (``by_need`` there).
 NEEDED_COST = 1.0
+#: The same for weights in lists (``g2g_kernels.cpu.plans.in_lists``).
+LIST_COST = 1.0
 #: Share of a call that may be spent waiting for PyTorch's threads before some calls run on others (``csrc/pool.h``).
 MOST_WAITING = 0.1
 
@@ -123,11 +125,14 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         "g2g_plan_row_blocks": (c_int32, [c_void_p]),
         "g2g_plans_aligned": (c_int32, [c_void_p] * 2),
         "g2g_plans_join": (c_int32, [c_void_p] * 2),
+        "g2g_lists_new": (c_void_p, [*[c_void_p] * 4, _Int32, _Int32, _Int32]),
+        "g2g_lists_free": (None, [c_void_p]),
+        "g2g_lists_match": (c_int32, [*[c_void_p] * 5, _Int32]),
         "g2g_unpack": (None, [c_void_p, c_void_p, _Int32, _Int32, _Int32, c_void_p]),
     }
-    for kernel in ("stack_forward", "stack_backward", "linear_forward", "linear_backward", "neurons_forward",
-                   "neurons_backward"):  # fmt: skip
-        signatures[f"g2g_{kernel}"] = (c_int64, [c_void_p] * 2)
+    for kernel in ("stack", "linear", "list_linear", "list_loop", "neurons"):
+        for way in ("forward", "backward"):
+            signatures[f"g2g_{kernel}_{way}"] = (c_int64, [c_void_p] * 2)
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments

@@ -12,9 +12,11 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+from g2g_kernels.cpu import library as cpu_library
 from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import library, too_large
 from g2g_kernels.mask.block_mask import BlockMask
@@ -23,6 +25,12 @@ from g2g_kernels.mask.unit_grid import MaskTensors
 #: number of plans that are always kept, and total units of further plans (a unit costs some 80 bytes)
 _PLANS, _UNITS = 64, 1 << 22
 _LEAST_UNITS = 1 << 10  # minimum size of a plan, however small its mask
+#: Units with sides from this on keep their tiles.
+LEAST_SIDE = 16
+#: Weights of smaller ones are taken from lists where less than this share of the units of the grid exists, and there
+#: are at least so many tiles (csrc/PERFORMANCE.md): in ``g2g_linear``; by a layer of a stack, whose operators are then
+#: called one after the other; and by a recurrent connection.
+IN_LISTS = {"linear": (0.2, 0), "stack": (0.02, 1 << 17), "recurrent": (0.02, 1 << 12)}
 _lock = threading.RLock()  # the garbage collector may call kernels from a finalizer while it is held
 _plans: "OrderedDict[tuple, Plan]" = OrderedDict()
 if hasattr(os, "register_at_fork"):  # in a forked child a thread that held the lock does not exist
@@ -38,34 +46,45 @@ def blocks(grid: tuple[int, int], packed: tuple[int, ...]) -> tuple[int, int]:
 
 
 class Plan:
-    """A built plan; ``address`` is what the kernels take."""
+    """A built plan, or weights in lists; ``address`` is what the kernels take.
 
-    def __init__(self, mask: MaskTensors, width: tuple[int, int]) -> None:
-        sources = [
+    Args:
+        mask: its mask.
+        packed: the shape of the packed weights.
+        owners: None: a plan of tiles; ``"rows"`` or ``"cols"``: lists of the weights of each neuron of that side.
+        length: the neurons of a range of the other side (csrc/lists.h).
+    """
+
+    def __init__(self, mask: MaskTensors, packed: tuple[int, ...], owners: str | None = None, length: int = 0) -> None:
+        sides = [
             structures.Side(
                 size=len(order),
                 num_units=len(bounds) - 1,
-                width=side,
+                width=width,
                 order=order.data_ptr(),
                 bounds=bounds.data_ptr(),
             )
-            for side, order, bounds in (
-                (width[0], mask.row_order, mask.row_bounds),
-                (width[1], mask.col_order, mask.col_bounds),
+            for width, order, bounds in (
+                (packed[1], mask.row_order, mask.row_bounds),
+                (packed[2], mask.col_order, mask.col_bounds),
             )
         ]
         lib = library()
         units = mask.unit_row.data_ptr(), mask.unit_col.data_ptr(), len(mask.unit_row)
-        address = lib.g2g_plan_new(ctypes.byref(sources[0]), ctypes.byref(sources[1]), *units)
+        given = ctypes.byref(sides[0]), ctypes.byref(sides[1]), *units
+        address = lib.g2g_plan_new(*given) if owners is None else lib.g2g_lists_new(*given, owners == "rows", length)
         if not address:
             raise ValueError("the mask's indices do not describe a valid mask")
         self.address: int = address
         #: whether this is still the plan of the mask whose tensors it was built from, in place
-        self.matches: Callable[[], int] = functools.partial(
-            lib.g2g_plan_matches, address, *[tensor.data_ptr() for tensor in _sources(mask)]
-        )
+        self.matches: Callable[[], int]
+        if owners is None:
+            sources = [tensor.data_ptr() for tensor in _sources(mask)]
+            self.matches = functools.partial(lib.g2g_plan_matches, address, *sources)
+        else:
+            self.matches = functools.partial(lib.g2g_lists_match, address, *given)
         self.units = max(len(mask.unit_row), _LEAST_UNITS)
-        weakref.finalize(self, lib.g2g_plan_free, address).atexit = False
+        weakref.finalize(self, lib.g2g_plan_free if owners is None else lib.g2g_lists_free, address).atexit = False
 
 
 def _sources(mask: MaskTensors) -> tuple[torch.Tensor, ...]:
@@ -73,25 +92,50 @@ def _sources(mask: MaskTensors) -> tuple[torch.Tensor, ...]:
     return mask.unit_row, mask.unit_col, mask.row_order, mask.row_bounds, mask.col_order, mask.col_bounds
 
 
-def refuses(mask: BlockMask, values: torch.Tensor) -> str | None:
-    """Why a mask with these packed weights cannot have a plan, or None: its parts are numbered in 32 bits."""
-    return None if torch.compiler.is_compiling() else _refuses(mask.grid, tuple(values.shape))
+def refuses(mask: BlockMask, values: torch.Tensor, use: str) -> str | None:
+    """Why the kernels cannot take a mask with these packed weights, or None: its parts are numbered in 32 bits."""
+    if torch.compiler.is_compiling():
+        return None
+    packed = tuple(values.shape)
+    return _refuses(mask.grid, packed, in_lists(mask.grid, packed, use))
 
 
 @functools.lru_cache(1024)
-def _refuses(grid: tuple[int, int], packed: tuple[int, int, int]) -> str | None:
+def _refuses(grid: tuple[int, int], packed: tuple[int, int, int], lists: bool) -> str | None:
+    weights = {"weights in a layer": math.prod(packed)}
+    if lists:
+        return too_large(**weights)
     rows, cols = blocks(grid, packed)
     return too_large(
-        **{"weights in a layer": math.prod(packed), "blocks of 64 × 64 weights in the matrix of a layer": rows * cols},
+        **{**weights, "blocks of 64 × 64 weights in the matrix of a layer": rows * cols},
         **{"places for the neurons of a layer, in blocks of 64": 64 * max(rows, cols)},
     )
 
 
+def in_lists(grid: tuple[int, int], packed: tuple[int, ...], use: str) -> bool:
+    """Whether the kernels take the weights of a unit grid from lists, for a ``use`` in :data:`IN_LISTS`."""
+    if min(packed[1:]) >= LEAST_SIDE:
+        return False
+    (share, least), cost = IN_LISTS[use], cpu_library.LIST_COST
+    return math.prod(blocks(grid, packed)) >= least * min(cost, 1.0) and packed[0] * cost < share * math.prod(grid)
+
+
 def plan_for(mask: MaskTensors, values: torch.Tensor) -> Plan:
     """The plan of a mask whose packed weights are ``values``; raises ValueError for tensors that do not fit a mask."""
-    key = vars(mask).get("plan_key")
-    if key is None or key[:3] != values.shape:
-        key = mask.__dict__["plan_key"] = _key(mask, values)
+    return _built(mask, values)
+
+
+def lists_for(mask: MaskTensors, values: torch.Tensor, owners: str, length: int | None = None) -> Plan:
+    """As :func:`plan_for`, the weights in lists by the neurons of the ``"rows"`` or ``"cols"``, those of the other side
+    in ranges of so many; None: in one."""
+    return _built(mask, values, owners, length or mask.shape[owners == "rows"])
+
+
+def _built(mask: MaskTensors, values: torch.Tensor, *way: Any) -> Plan:
+    keys = vars(mask).setdefault("plan_keys", {})
+    key = keys.get(way)
+    if key is None or key[: values.dim()] != values.shape:
+        key = keys[way] = (*_key(mask, values), *way)
     plan = _plans.get(key)
     if plan is not None and plan.matches():
         try:  # noqa: SIM105  (contextlib.suppress takes as long as the comparison)
@@ -100,7 +144,7 @@ def plan_for(mask: MaskTensors, values: torch.Tensor) -> Plan:
             pass  # another thread has removed it
         return plan
     with _lock:
-        plan = Plan(mask, (key[1], key[2]))
+        plan = Plan(mask, tuple(values.shape), *way)
         kept = list(_plans.values())  # at once, since other threads move theirs to the end without the lock
         excess = sum(other.units for other in kept) + plan.units - _UNITS
         while excess > 0 and len(_plans) >= _PLANS:

@@ -8,6 +8,7 @@
 #include <stdexcept>
 
 #include "interface.h"
+#include "lists.h"
 #include "plan.h"
 #include "pool.h"
 
@@ -62,6 +63,8 @@ int64_t size(const Stack& s) {
     return neurons * s.batch * s.steps;
 }
 int64_t size(const Linear& a) { return a.rows * (a.plan->rows.size + a.plan->cols.size); }
+int64_t size(const ListLinear& a) { return a.rows * (int64_t{a.lists->owners} + a.lists->others); }
+int64_t size(const ListLoop& a) { return int64_t{a.samples} * a.size * a.steps; }
 int64_t size(const NeuronLoop& a) { return a.samples * a.size * a.steps; }
 
 // body() with OpenMP's threads, unless waking them (50 us) would take as long as the call.
@@ -96,7 +99,7 @@ int64_t call(void (*kernel)(Arguments&, Arena&), Arguments* arguments, void* scr
 
 #define G2G_EXPORT extern "C" __attribute__((visibility("default")))
 
-G2G_EXPORT int32_t g2g_abi() { return 6; }
+G2G_EXPORT int32_t g2g_abi() { return 7; }
 // The table that Python compares with what it knows; nullptr if memory runs out.
 G2G_EXPORT const char* g2g_interface() try {
     return g2g::interface_table(g2g::kernels().options);
@@ -141,6 +144,22 @@ G2G_EXPORT int32_t g2g_plans_join(const g2g::Plan* layer, const g2g::Plan* recur
     return layer->rows.neuron == recurrent->rows.neuron && layer->rows.neuron == recurrent->cols.neuron;
 }
 
+// nullptr if an index is out of range or memory runs out.
+G2G_EXPORT g2g::Lists* g2g_lists_new(const g2g::Side* rows, const g2g::Side* cols, const int32_t* unit_row,
+                                     const int32_t* unit_col, int32_t units, int32_t by_rows, int32_t length) try {
+    return g2g::build_lists(*rows, *cols, unit_row, unit_col, units, by_rows, length);
+} catch (const std::exception&) {
+    return nullptr;
+}
+
+G2G_EXPORT void g2g_lists_free(g2g::Lists* lists) { delete lists; }
+
+// 1 if the lists were built from these coordinates and sides.
+G2G_EXPORT int32_t g2g_lists_match(const g2g::Lists* lists, const g2g::Side* rows, const g2g::Side* cols,
+                                   const int32_t* unit_row, const int32_t* unit_col, int32_t units) {
+    return lists->fingerprint == g2g::fingerprint(*rows, *cols, unit_row, unit_col, units);
+}
+
 G2G_EXPORT int64_t g2g_stack_forward(g2g::Stack* s, void* scratch) {
     return g2g::call(g2g::kernels().stack_forward, s, scratch);
 }
@@ -152,6 +171,18 @@ G2G_EXPORT int64_t g2g_linear_forward(g2g::Linear* a, void* scratch) {
 }
 G2G_EXPORT int64_t g2g_linear_backward(g2g::Linear* a, void* scratch) {
     return g2g::call(g2g::kernels().linear_backward, a, scratch);
+}
+G2G_EXPORT int64_t g2g_list_linear_forward(g2g::ListLinear* a, void* scratch) {
+    return g2g::call(g2g::kernels().list_linear_forward, a, scratch);
+}
+G2G_EXPORT int64_t g2g_list_linear_backward(g2g::ListLinear* a, void* scratch) {
+    return g2g::call(g2g::kernels().list_linear_backward, a, scratch);
+}
+G2G_EXPORT int64_t g2g_list_loop_forward(g2g::ListLoop* a, void* scratch) {
+    return g2g::call(g2g::kernels().list_loop_forward, a, scratch);
+}
+G2G_EXPORT int64_t g2g_list_loop_backward(g2g::ListLoop* a, void* scratch) {
+    return g2g::call(g2g::kernels().list_loop_backward, a, scratch);
 }
 G2G_EXPORT int64_t g2g_neurons_forward(g2g::NeuronLoop* a, void* scratch) {
     return g2g::call(g2g::kernels().neurons_forward, a, scratch);

@@ -65,6 +65,10 @@ struct Kernels {
     void (*stack_backward)(Stack&, Arena&);
     void (*linear_forward)(Linear&, Arena&);
     void (*linear_backward)(Linear&, Arena&);
+    void (*list_linear_forward)(ListLinear&, Arena&);
+    void (*list_linear_backward)(ListLinear&, Arena&);
+    void (*list_loop_forward)(ListLoop&, Arena&);
+    void (*list_loop_backward)(ListLoop&, Arena&);
     void (*neurons_forward)(NeuronLoop&, Arena&);
     void (*neurons_backward)(NeuronLoop&, Arena&);
     void (*unpack)(const Plan&, const uint64_t* words, int32_t batch, int32_t steps, int32_t threads, float* spikes);

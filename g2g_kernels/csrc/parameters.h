@@ -37,15 +37,14 @@ inline void sum_over_samples(const LaneParts& parts, int threads, double* totals
     });
 }
 
-// The gradient of a parameter of `size` neurons from its parts.
+// The gradient of a parameter of `size` neurons from the totals of its lanes.
 // It is zero where clamp(decay, 0, 1) is flat.
 template <class Neuron>
-void parameter_gradient(const Parameter& parameter, bool decay, const LaneParts& parts, const Neuron& neuron, int64_t size,
-                        int threads, double* totals) {
+void gradient_of_totals(const Parameter& parameter, bool decay, const double* totals, int64_t lanes, const Neuron& neuron,
+                        int64_t size) {
     if (!parameter.grad) return;
-    sum_over_samples(parts, threads, totals);
     double total = 0;
-    for (int64_t i = 0; i < parts.lanes; ++i) {
+    for (int64_t i = 0; i < lanes; ++i) {
         const int64_t n = neuron(i);
         if (n < 0) continue;
         if (parameter.per_neuron) parameter.grad[n] = static_cast<float>(totals[i]);
@@ -54,6 +53,15 @@ void parameter_gradient(const Parameter& parameter, bool decay, const LaneParts&
     if (!parameter.per_neuron) parameter.grad[0] = static_cast<float>(total);
     for (int64_t n = 0; decay && n < (parameter.per_neuron ? size : 1); ++n)
         if (parameter.value[n] < 0.0f || parameter.value[n] > 1.0f) parameter.grad[n] = 0.0f;
+}
+
+// The same from the parts of its lanes.
+template <class Neuron>
+void parameter_gradient(const Parameter& parameter, bool decay, const LaneParts& parts, const Neuron& neuron, int64_t size,
+                        int threads, double* totals) {
+    if (!parameter.grad) return;
+    sum_over_samples(parts, threads, totals);
+    gradient_of_totals(parameter, decay, totals, parts.lanes, neuron, size);
 }
 
 }  // namespace g2g::G2G_ISA

@@ -13,6 +13,7 @@
 namespace g2g {
 
 struct Plan;
+struct Lists;
 
 // Defines the structures, and keeps their text without comments.
 #define G2G_STRUCTURES(...) \
@@ -98,6 +99,34 @@ struct Linear {
     int32_t threads, bf16;  // bf16: factors of products are rounded to bfloat16
     int32_t x_half, y_half;  // x and grad_x, or y and grad_y, are bfloat16, not float
     float event_limit;
+};
+
+// The same with its weights in lists.
+struct ListLinear {
+    const Lists* lists;     // by row forward, by column backward
+    const float *values, *bias;
+    const void *x, *grad_y;
+    void *y, *grad_x;
+    float *grad_values, *grad_bias;  // out, null: not wanted
+    int64_t rows, weights;  // weights: of the packed values, with their padding
+    int32_t threads, x_half, y_half;
+};
+
+// Neurons that are joined to one another by weights in lists, which carry the spikes of each step into the next.
+struct ListLoop {
+    Neurons neurons;
+    const Lists* by_cols;
+    const float* values;
+    const float* current;   // [T][B][N], or [B][N], held for all steps
+    int64_t weights;        // of the packed values, with their padding
+    int32_t size, samples, steps, threads, held;
+    const float* sent;      // [B][N]: the spikes before the first step; null: none
+    const uint8_t* dropped; // [B][N], 1 where nothing comes from a neuron in a sample; null: none is
+    const float* state;     // [states][B][N] before the first step; null: zeros
+    float *spikes, *last;   // out: [T][B][N], [states][B][N]
+    float* kept;            // out, for the backward pass: the states of every step (list_loop.h); null: not wanted
+    const float *grad_spikes, *grad_last;  // null: zeros
+    float *grad_current, *grad_sent, *grad_state, *grad_values;  // out, null: not wanted
 };
 
 // Neurons alone.

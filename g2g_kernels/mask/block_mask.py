@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from g2g_kernels.mask import conversions, packing
-from g2g_kernels.mask.groups import GroupLayout, partners
-from g2g_kernels.mask.sampling import sample_rows
+from g2g_kernels.mask.groups import GroupLayout
+from g2g_kernels.mask.sampling import sample_units
 from g2g_kernels.mask.sides import UnitAxis
 from g2g_kernels.mask.unit_grid import UnitGrid
 from g2g_kernels.mask.wiring import as_row, numbers_of, read_row, version
@@ -99,20 +99,22 @@ class BlockMask(UnitGrid):
         p_inter: float = 0.15,
         block_size: int = 64,
         generator: torch.Generator | None = None,
+        *,
+        density: float | None = None,
     ) -> "BlockMask":
-        """Draws a random graph: units inside a group with probability ``p_intra``, between groups ``p_inter``.
+        """Draws a random graph: units inside a group with probability ``p_intra``, between groups ``p_inter``, or
+        everywhere with probability ``density``, which then takes the place of both.
 
         Rows have equal work (``mask/sampling.py``).
         ``g2g_kernels.mask.groups.partners`` defines which groups of the two sides count as one.
         """
+        if density is not None:
+            PROBABILITY.check("density", density)
+            p_intra = p_inter = density
         for name, p in (("p_intra", p_intra), ("p_inter", p_inter)):
             PROBABILITY.check(name, p)
         mask = cls(out_layout, in_layout, _NONE, _NONE, block_size)
-        own = partners(out_layout.num_groups, in_layout.num_groups)
-        same_group = own[mask.rows.group_of_unit][:, mask.cols.group_of_unit]
-        inside = sample_rows(same_group, p_intra, generator)
-        between = sample_rows(~same_group, p_inter, generator)
-        mask._set_units(*(inside | between).nonzero(as_tuple=True))
+        mask._set_units(*sample_units(mask.rows, mask.cols, p_intra, p_inter, generator))
         return mask
 
     @classmethod

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from g2g_kernels.mask.unit_grid import UnitGrid
 
@@ -205,10 +204,14 @@ def picture(mask: UnitGrid) -> str:
 
 def _averaged(mask: UnitGrid, height: int, width: int) -> torch.Tensor:
     """The share of units that exist in each cell of a grid of that size."""
-    grid = mask.present().cpu().float()
-    if grid.shape != (height, width):
-        grid = nn.functional.adaptive_avg_pool2d(grid[None, None], (height, width))[0, 0]
-    return grid
+    rows, cols = mask.grid
+    cell = (mask.unit_row.long() * height // rows) * width + mask.unit_col.long() * width // cols
+    units = [
+        torch.bincount(torch.arange(side) * cells // side, minlength=cells)
+        for side, cells in ((rows, height), (cols, width))
+    ]
+    count = torch.bincount(cell.cpu(), minlength=height * width).view(height, width)
+    return count / (units[0][:, None] * units[1])
 
 
 def _entries(mask: UnitGrid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

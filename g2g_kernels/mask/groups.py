@@ -3,6 +3,7 @@
 Only the assignment lives here; which groups are connected is :mod:`g2g_kernels.mask.block_mask`'s business.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,9 +33,9 @@ GROUP_KINDS = {"index": _contiguous, "interleaved": _interleaved, "random": _ran
 
 
 class GroupLayout:
-    """A balanced division of ``size`` neurons into ``num_groups`` groups.
+    """A division of ``size`` neurons into ``num_groups`` groups, or into contiguous groups of these ``sizes``.
 
-    Group sizes differ by at most one; the first ``size % num_groups`` groups are the larger ones
+    Without ``sizes``, those of groups differ by at most one; the first ``size % num_groups`` groups are the larger ones
     (10 neurons in 8 groups: 2, 2, 1, 1, 1, 1, 1, 1).
 
     Of the kinds ``"index"`` gives contiguous ranges, ``"interleaved"`` group = i mod ``num_groups``, and ``"random"`` a
@@ -52,14 +53,31 @@ class GroupLayout:
         tensor([0, 1, 0, 1, 0, 1])
         >>> layout.sizes
         tensor([3, 3])
+        >>> GroupLayout(sizes=[4, 1]).group_of
+        tensor([0, 0, 0, 0, 1])
     """
 
     @on_cpu
     def __init__(
-        self, size: int, num_groups: int = 8, kind: str = "index", generator: torch.Generator | None = None
+        self,
+        size: int | None = None,
+        num_groups: int = 8,
+        kind: str = "index",
+        generator: torch.Generator | None = None,
+        *,
+        sizes: Sequence[int] | None = None,
     ) -> None:
         if kind not in GROUP_KINDS:
             raise ValueError(f"kind={kind!r} is not a group layout; choose one of {', '.join(GROUP_KINDS)}")
+        if sizes is not None:
+            if size is not None or kind != "index" or not len(sizes):
+                raise ValueError(
+                    f"sizes={sizes!r:.60} are of contiguous groups, at least one; give neither size nor kind"
+                )
+            counts = [SIZE.check(f"sizes[{group}]", each) for group, each in enumerate(sizes)]
+            self.size, self.num_groups, self.kind = SIZE.check("the sum of sizes", sum(counts)), len(counts), kind
+            self.group_of = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+            return
         size, num_groups = SIZE.check("size", size), SIZE.check("num_groups", num_groups)
         if size < num_groups:
             raise ValueError(
@@ -73,21 +91,21 @@ class GroupLayout:
     @classmethod
     @on_cpu
     def from_assignment(cls, group_of: torch.Tensor) -> "GroupLayout":
-        """The layout with a given assignment, int64 [size] with values 0 … G−1, sizes differing by at most one. Raises
-        ValueError if the assignment is not balanced or leaves a group empty.
+        """The layout with a given assignment, int64 [size] with values 0 … G−1. Raises ValueError if it leaves a group
+        empty.
         """
         group_of = check_integers("group_of", group_of).detach().to("cpu", torch.int64)
         if group_of.dim() != 1 or group_of.numel() == 0 or group_of.min() < 0 or group_of.max() >= group_of.numel():
             raise ValueError(f"group_of must hold group numbers 0 … G−1 for a row of neurons, not {group_of}")
         num_groups = int(group_of.max()) + 1
         sizes = torch.bincount(group_of, minlength=num_groups)
-        if sizes.min() == 0 or sizes.max() - sizes.min() > 1:
-            raise ValueError(f"group sizes {sizes.tolist()} must differ by at most one and none may be 0")
+        if sizes.min() == 0:
+            raise ValueError(f"group_of leaves group {int(sizes.argmin())} of {num_groups} without a neuron")
         layout = cls(group_of.numel(), num_groups)
-        if not torch.equal(layout.group_of, group_of):
+        if not (group_of.diff() >= 0).all():
             interleaved = torch.equal(torch.arange(group_of.numel()) % num_groups, group_of)
             layout.kind = "interleaved" if interleaved else "random"
-            layout.group_of = group_of.clone()
+        layout.group_of = group_of.clone()
         return layout
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GroupLayout":

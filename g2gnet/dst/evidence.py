@@ -1,6 +1,6 @@
 """Evidence for the rules: what the layers do in the training step before an update, recorded or given by the caller."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,13 +111,17 @@ class StepRecorder:
         pres: list[Train] = [inputs.detach(), *activity.spikes]
         self._recordings = [[(pres[number], pres[number + 1])] for number in range(len(mine))]
 
-    def evidence(self, layers: Sequence[tuple[int, G2GLinear]], world: World) -> Iterator[tuple[int, Evidence]]:
-        """What is known of each of these layers, with its number. Raises RuntimeError for what is needed and was
-        neither given nor recorded.
+    def evidence(
+        self, layers: Sequence[tuple[int, G2GLinear]], world: World, candidates: Mapping[int, torch.Tensor | None]
+    ) -> Iterator[tuple[int, Evidence]]:
+        """What is known of each of these layers, with its number; ``candidates`` are those of each. Raises RuntimeError
+        for what is needed and was neither given nor recorded.
         """
         unpacked: dict[int, torch.Tensor] = {}  # by the train's id; a layer's spikes are the next one's inputs
         for number, layer in layers:
-            correlation = gradient = None
+            correlation = gradient = units = None
+            if (may_grow := candidates[number]) is not None:
+                units = torch.cat([layer.mask.flat_unit(), may_grow])
             if ACTIVITY in self.needs:
                 if not self._recordings or not self._recordings[number]:
                     raise RuntimeError(self._nothing_seen("activity", number))
@@ -125,14 +129,14 @@ class StepRecorder:
                 trains = {id(train): train for pair in pairs for train in pair}
                 unpacked = {key: unpacked[key] if key in unpacked else dense(train) for key, train in trains.items()}
                 samples = _samples([(unpacked[id(pre)], unpacked[id(post)]) for pre, post in pairs])
-                correlation = unit_correlation(*samples, layer.mask, world).flatten()
+                correlation = unit_correlation(*samples, layer.mask, world, units).flatten()
             if GRADIENT in self.needs:
                 gradients = self._gradients.get(layer)
                 if gradients is None or not gradients.has_seen:
                     raise RuntimeError(self._nothing_seen("gradient", number))
-                gradient = gradients.root_mean_squares(layer.mask, world)
+                gradient = gradients.root_mean_squares(layer.mask, world, units)
                 gradients.close()
-            yield number, Evidence(layer, correlation, gradient)
+            yield number, Evidence(layer, correlation, gradient, may_grow)
 
     def _nothing_seen(self, what: str, number: int) -> str:
         if what == GRADIENT and self._overtaken:

@@ -1,9 +1,12 @@
 """The replacement of units in one layer: slots of the weakest units are given to the best absent ones."""
 
+import math
 from contextlib import ExitStack
 
 import torch
 
+from g2g_kernels import BlockMask
+from g2g_kernels.mask.sampling import LARGEST_GRID
 from g2g_kernels.numbers import share_of
 from g2gnet.dst.gradual_pruning import units_within
 from g2gnet.dst.optimizer_state import OptimizerState
@@ -16,6 +19,7 @@ def replace_units(
     fraction: float,
     prune: torch.Tensor,
     grow: torch.Tensor,
+    candidates: torch.Tensor | None,
     apply: torch.Tensor,
     draw: torch.Generator,
     state: OptimizerState,
@@ -23,20 +27,24 @@ def replace_units(
 ) -> tuple[int, int, float]:
     """Keeps units of highest ``prune`` score [num_units], and replaces ``fraction`` of these.
 
-    The lowest of them give their slots to absent units of highest ``grow`` score [grid]. All units together have
+    The lowest of them give their slots to absent units of highest ``grow`` score, which is of these ``candidates``
+    (:class:`g2gnet.dst.rules.Evidence`). All units together have
     ``budget`` weights or up to a unit fewer; None: their number stays. Nothing changes if ``apply``, a bool scalar,
     is false. Closing ``undo`` takes it back. Returns the units pruned and grown, and what is left of the budget.
     """
     mask, spare = layer.mask, budget or 0.0
-    absent = len(grow) - mask.num_units
-    active = mask.present().flatten()
-    weakest = lowest(prune, mask.num_units, draw)
-    best = lowest(-grow, absent, draw, last=active)
+    exist, absent = None, len(grow)
+    if candidates is None:
+        exist, absent = mask.present().flatten(), len(grow) - mask.num_units
     if budget is None or not mask.num_units:
         lost = new = min(share_of(fraction, mask.num_units), absent)
+        weakest, best = lowest(prune, lost, draw), lowest(-grow, new, draw, last=exist)
     else:
-        of_grid = (mask.rows.lengths[:, None] * mask.cols.lengths).flatten()
-        stay, new, spare = units_within(budget, mask.unit_sizes[weakest.flip(0)], of_grid[best], fraction)
+        weakest, best = lowest(prune, mask.num_units, draw), lowest(-grow, absent, draw, last=exist)
+    best = best if candidates is None else candidates[best]
+    if budget is not None and mask.num_units:
+        sizes = mask.rows.lengths[best // mask.grid[1]] * mask.cols.lengths[best % mask.grid[1]]
+        stay, new, spare = units_within(budget, mask.unit_sizes[weakest.flip(0)], sizes, fraction)
         lost = mask.num_units - stay
     removed = lost - new
     slots = weakest[removed:lost]
@@ -51,6 +59,22 @@ def replace_units(
     return lost, new, spare
 
 
+def draw_candidates(mask: BlockMask, generator: torch.Generator) -> torch.Tensor | None:
+    """Absent units that may grow, int64 counted row by row: of a large grid, of which one score per unit is too many,
+    as many as the mask has units (or all), drawn uniformly. None: any may.
+    """
+    total = math.prod(mask.grid)
+    if total <= LARGEST_GRID:
+        return None
+    device, count = mask.unit_row.device, min(mask.num_units, total - mask.num_units)
+    present = mask.flat_unit().cpu().sort().values
+    chosen = present[:0]
+    while len(chosen) < count:
+        drawn = (torch.rand(count - len(chosen), generator=generator, dtype=torch.float64) * total).long()
+        chosen = torch.cat([chosen, drawn[~torch.isin(drawn, present, assume_unique=False)]]).unique()
+    return chosen.to(device)
+
+
 def lowest(
     cost: torch.Tensor, count: int, generator: torch.Generator, last: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -60,6 +84,9 @@ def lowest(
     """
     order = torch.randperm(len(cost), generator=generator, device=generator.device).to(cost.device)
     cost = torch.where(cost.isnan(), torch.inf, cost)
+    if cost.is_cpu and count:  # where sorting all of them takes several times as long as finding the last one
+        allowed = cost if last is None else cost.masked_fill(last, torch.inf)
+        order = order[(allowed <= allowed.kthvalue(count).values)[order]]
     for key in (cost,) if last is None else (cost, last.byte()):
         order = order[torch.argsort(key[order], stable=True)]
     return order[:count]

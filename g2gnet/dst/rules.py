@@ -4,6 +4,7 @@ A rule is one object: its name, its description for users, what must be recorded
 one, add it to :data:`PRUNE_RULES` or :data:`GROW_RULES`; flags, checks and recording follow.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,21 +18,37 @@ ACTIVITY, GRADIENT = "activity", "gradient"
 
 
 class Evidence(NamedTuple):
-    """What is known about a layer when its units are scored: if a rule needs it, the mean pre/post correlation of each
-    unit of the grid, and the root mean square of ∂L/∂W over it, [block rows · block columns].
+    """What is known about a layer when its units are scored.
+
+    Attributes:
+        layer: the layer.
+        correlation: if a rule needs it, the mean pre/post correlation of each unit [units].
+        gradient: if a rule needs it, the root mean square of ∂L/∂W over each unit [units].
+        candidates: int64, the absent units that may grow, counted row by row; ``units`` are then those of the slots,
+            and these after them. None: any may grow, and ``units`` are those of the whole grid.
     """
 
     layer: G2GLinear
     correlation: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
+    candidates: torch.Tensor | None = None
 
     @property
     def mask(self) -> BlockMask:
         return self.layer.mask
 
     def of_slots(self, scores: torch.Tensor) -> torch.Tensor:
-        """The scores of the existing units, by slot, from ``scores`` of the whole grid."""
-        return scores[self.mask.flat_unit()]
+        """The scores of the existing units, by slot, from ``scores`` [units]."""
+        return scores[self.mask.flat_unit()] if self.candidates is None else scores[: self.mask.num_units]
+
+    def of_candidates(self, scores: torch.Tensor) -> torch.Tensor:
+        """The scores of the units that may grow, from ``scores`` [units]."""
+        return scores if self.candidates is None else scores[self.mask.num_units :]
+
+    @property
+    def num_candidates(self) -> int:
+        """How many scores a grow rule gives."""
+        return math.prod(self.mask.grid) if self.candidates is None else len(self.candidates)
 
 
 class Rule(NamedTuple):
@@ -40,8 +57,8 @@ class Rule(NamedTuple):
     Attributes:
         name: as in ``prune=``, ``grow=`` and the flags.
         text: what it selects, in a few words.
-        score: a number per unit. Prune rules score each slot, and the lowest are pruned; grow rules score each unit of
-            the grid, and the highest are grown. Ties are broken at random.
+        score: a number per unit. Prune rules score each slot, and the lowest are pruned; grow rules score each
+            candidate (:class:`Evidence`), and the highest are grown. Ties are broken at random.
         needs: what must be recorded: :data:`ACTIVITY`, :data:`GRADIENT`, or None.
     """
 
@@ -66,9 +83,9 @@ def _gradient(seen: Evidence) -> torch.Tensor:
     return seen.gradient
 
 
-def _chance(number: Callable[[BlockMask], int]) -> Callable[[Evidence], torch.Tensor]:
+def _chance(number: Callable[[Evidence], int]) -> Callable[[Evidence], torch.Tensor]:
     """Equal scores for that many units, so ties are broken at random."""
-    return lambda seen: torch.zeros(number(seen.mask), device=seen.layer.values.device)
+    return lambda seen: torch.zeros(number(seen), device=seen.layer.values.device)
 
 
 def _by_name(*rules: Rule) -> dict[str, Rule]:
@@ -77,11 +94,11 @@ def _by_name(*rules: Rule) -> dict[str, Rule]:
 
 PRUNE_RULES = _by_name(
     Rule("set", "smallest weights", _weight),
-    Rule("random", "random", _chance(lambda mask: mask.num_units)),
+    Rule("random", "random", _chance(lambda seen: seen.mask.num_units)),
     Rule("hebb", "least correlated", lambda seen: seen.of_slots(_correlation(seen)), ACTIVITY),
 )
 GROW_RULES = _by_name(
-    Rule("hebb", "most correlated", _correlation, ACTIVITY),
-    Rule("random", "random", _chance(lambda mask: mask.grid[0] * mask.grid[1])),
-    Rule("gradient", "largest gradient", _gradient, GRADIENT),
+    Rule("hebb", "most correlated", lambda seen: seen.of_candidates(_correlation(seen)), ACTIVITY),
+    Rule("random", "random", _chance(lambda seen: seen.num_candidates)),
+    Rule("gradient", "largest gradient", lambda seen: seen.of_candidates(_gradient(seen)), GRADIENT),
 )

@@ -26,7 +26,7 @@ from g2gnet.base.seeding import draw_device, stream
 from g2gnet.dst.evidence import StepRecorder
 from g2gnet.dst.gradual_pruning import layer_budgets, least_density, mean_density
 from g2gnet.dst.optimizer_state import Initial, OptimizerState
-from g2gnet.dst.replacement import replace_units
+from g2gnet.dst.replacement import draw_candidates, replace_units
 from g2gnet.dst.rules import GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
 from g2gnet.layers import G2GLinear
 from g2gnet.spiking_network import SpikingNetwork
@@ -344,7 +344,8 @@ class DSTScheduler:
                 for _, layer in changing:
                     self._state.check(layer.values)
                 with torch.autocast(self.layers[0].values.device.type, enabled=False):  # it would round the scores
-                    self._update(list(self._recorder.evidence(changing, world)))
+                    candidates = {number: draw_candidates(layer.mask, self._draw(number)) for number, layer in changing}
+                    self._update(list(self._recorder.evidence(changing, world, candidates)))
                 world.check_same(f"the wiring after step {self.steps}", None, self._wiring())
         finally:  # whoever catches an error can go on
             self._recorder.forget()
@@ -403,10 +404,10 @@ class DSTScheduler:
         with contextlib.ExitStack() as undo:
             # an error in one layer takes back what was done before it, and no average follows
             for (number, seen), score, budget in zip(evidence, scores, budgets, strict=True):
-                draw = stream(self.seed, "dst", self.steps, number, device=draw_device(score[0].device))
+                draw = self._draw(number, score[0].device)
                 room = None if budget is None else budget + spare
                 gone, new, spare = replace_units(
-                    seen.layer, room, fraction, *score, finite.all(), draw, self._state, undo
+                    seen.layer, room, fraction, *score, seen.candidates, finite.all(), draw, self._state, undo
                 )
                 pruned, grown = pruned + gone, grown + new
             undo.pop_all()
@@ -422,6 +423,12 @@ class DSTScheduler:
                 "DSTScheduler(averages=[average]) or call g2gnet.tie_wiring(network, average); if it is a network of "
                 "its own, g2gnet.untie_wiring(copy)"
             )
+
+    def _draw(self, number: int, device: torch.device | None = None) -> torch.Generator:
+        """The stream of this update and layer; None: that of the candidates, on the CPU."""
+        if device is None:
+            return stream(self.seed, "candidates", self.steps, number)
+        return stream(self.seed, "dst", self.steps, number, device=draw_device(device))
 
     def _budgets(self, evidence: list[Evidence], final_density: float) -> list[float]:
         """The weights that each layer may keep; waits for the device."""

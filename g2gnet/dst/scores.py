@@ -17,8 +17,15 @@ PRODUCT_WIDTH, PRODUCT_UNITS = 4, 256
 BAND = 1 << 24
 
 
-def unit_correlation(pre: torch.Tensor, post: torch.Tensor, mask: BlockMask, world: World = ALONE) -> torch.Tensor:
-    """The mean pre/post correlation of every unit of the grid, [block rows, block columns], between −1 and 1.
+def unit_correlation(
+    pre: torch.Tensor,
+    post: torch.Tensor,
+    mask: BlockMask,
+    world: World = ALONE,
+    units: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The mean pre/post correlation of ``units``, counted row by row, between −1 and 1: [units]; None: of every unit of
+    the grid, [block rows, block columns].
 
     The correlation of input j and output i is the uncentred cosine Σ post_i·pre_j / (‖post_i‖·‖pre_j‖) over all T·B
     samples, 0 where either is silent. Its mean over a unit separates into sums over the unit's normalised outputs and
@@ -37,7 +44,13 @@ def unit_correlation(pre: torch.Tensor, post: torch.Tensor, mask: BlockMask, wor
         post = post.sum(0)
     post_sums = _unit_sums(post.reshape(-1, post.shape[-1]), norm_post, mask.rows)
     pre_sums = _unit_sums(pre.reshape(-1, pre.shape[-1]), norm_pre, mask.cols)
-    return world.sum_(post_sums.T @ pre_sums) / (mask.rows.lengths[:, None] * mask.cols.lengths[None, :])
+    if units is None:
+        return world.sum_(post_sums.T @ pre_sums) / (mask.rows.lengths[:, None] * mask.cols.lengths[None, :])
+    row, col = units // mask.grid[1], units % mask.grid[1]
+    post_sums, pre_sums = post_sums.T.contiguous(), pre_sums.T.contiguous()
+    bands = zip(*(side.split(max(1, BAND // post_sums.shape[1])) for side in (row, col)), strict=True)
+    products = torch.cat([(post_sums[r] * pre_sums[c]).sum(1) for r, c in bands])
+    return world.sum_(products) / (mask.rows.lengths[row] * mask.cols.lengths[col])
 
 
 def _squares(train: torch.Tensor) -> torch.Tensor:
@@ -171,10 +184,12 @@ class UnitGradients:
     def __reduce__(self) -> tuple:
         return type(None), ()  # a copy of the layer takes no part in the step
 
-    def root_mean_squares(self, mask: BlockMask, world: World = ALONE) -> torch.Tensor:
-        """√ of the mean of (∂L/∂W)² over each unit, of the samples of all processes: float32 [block rows · block
-        columns]. Raises RuntimeError if gradients of the weights were formed in batches, or one that has a gradient
-        itself: that of the weights has more parts then.
+    def root_mean_squares(
+        self, mask: BlockMask, world: World = ALONE, units: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """√ of the mean of (∂L/∂W)² over each of ``units``, counted row by row, of the samples of all processes:
+        float32 [units]; None: over each unit of the grid. Raises RuntimeError if gradients of the weights were formed
+        in batches, or one that has a gradient itself: that of the weights has more parts then.
         """
         if self.unseen is not None:
             raise RuntimeError(
@@ -186,6 +201,13 @@ class UnitGradients:
         seen += [(torch.eye(cols.size, device=weight.device), weight.T.float()) for weight in self.dense]
         x = _padded(torch.cat([x for x, _ in seen]), cols)
         g = _padded(torch.cat([g for _, g in seen]), rows)
+        if units is not None:
+            row, col = units // mask.grid[1], units % mask.grid[1]
+            x, g = (t.T.reshape(-1, width, len(t)).contiguous() for t, width in ((x, cols.width), (g, rows.width)))
+            at_a_time = max(1, BAND // (x.shape[2] * (rows.width + cols.width)))
+            bands = zip(row.split(at_a_time), col.split(at_a_time), strict=True)
+            sums = torch.cat([world.sum_(g[r] @ x[c].mT).square().sum((1, 2)) for r, c in bands])
+            return (sums / (rows.lengths[row] * cols.lengths[col])).sqrt()
         block_rows = max(1, BAND // (x.shape[1] * rows.width))  # at a time
         squares = [
             world.sum_(band.T @ x).square_().view(-1, rows.width, cols.num_units, cols.width).sum((1, 3))

@@ -450,13 +450,13 @@ class Trainer(EpochTrainer):
         return Evaluation(accuracy, accumulates, multiplies)
 
     def _units(self) -> dict[str, torch.Tensor]:
-        """The existing units of each connection: bool [block rows, block columns]."""
-        return {name: layer.mask.present() for name, layer in self.net.connections().items()}
+        """The existing units of each connection, counted row by row, int64 [num_units]."""
+        return {name: layer.mask.flat_unit() for name, layer in self.net.connections().items()}
 
     def _kept(self, units: dict[str, torch.Tensor]) -> dict[str, float]:
         """The share of ``units`` that each connection still has, 0 to 1."""
         now = self._units()
-        return {name: int((had & now[name]).sum()) / max(1, int(had.sum())) for name, had in units.items()}
+        return {name: int(torch.isin(had, now[name]).sum()) / max(1, len(had)) for name, had in units.items()}
 
     def _stream(self, purpose: str, *counters: int) -> torch.Generator:
         """The run's stream of that name, on the device if it has generators."""

@@ -5,7 +5,6 @@ its own.
 """
 
 import logging
-import math
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
@@ -126,9 +125,10 @@ def take_wiring(source: "PackedWeights", target: "PackedWeights") -> None:
     now = theirs.flat_unit().to(device)
     slots = torch.full_like(now, -1)
     if mine.grid == theirs.grid:
-        slot_of, before = now.new_full((math.prod(mine.grid),), -1), mine.flat_unit()
-        slot_of[before] = torch.arange(len(before), device=device)
-        slots = torch.where(_same_places(mine, theirs), slot_of[now], slots)
+        before, slot_of = mine.flat_unit().sort()
+        place = torch.searchsorted(before, now).clamp(max=max(len(before) - 1, 0))
+        had = before[place] == now if len(before) else torch.zeros_like(now, dtype=torch.bool)
+        slots = torch.where(_same_places(mine, theirs) & had, slot_of[place] if len(before) else slots, slots)
     new = (slots < 0)[:, None, None]
     values = torch.where(new, source.values.to(target.values), target.values[slots])
     gradient = target.values.grad

@@ -113,14 +113,14 @@ def test_sizes_beyond_32_bits_are_refused_before_memory_is_taken(call, message):
 def test_a_matrix_of_too_many_blocks_or_places_is_refused_by_their_number(monkeypatch):
     """As one of 3 million neurons on each side would be, whose blocks were numbered in 32 bits, unchecked."""
     mask = BlockMask.full(GroupLayout(8, 8), GroupLayout(8, 8), 33)
-    assert plans.refuses(mask, torch.empty(64, 1, 1)) is None
+    assert plans.refuses(mask, torch.empty(64, 1, 1), "stack") is None
     monkeypatch.setattr(library, "INT32", (-64, 64 * 64 - 1))
-    assert plans.refuses(mask, torch.empty(64, 33, 33)) == "serves at most 4095 weights in a layer, not 69696"
+    assert plans.refuses(mask, torch.empty(64, 33, 33), "stack") == "serves at most 4095 weights in a layer, not 69696"
     wide = BlockMask.sample(GroupLayout(64, 64), GroupLayout(64, 64), 0.1, 0.0, 33)
-    assert "blocks of 64 × 64 weights" in plans.refuses(wide, torch.empty(0, 33, 33))
+    assert "blocks of 64 × 64 weights" in plans.refuses(wide, torch.empty(0, 33, 33), "stack")
     monkeypatch.setattr(library, "INT32", (-64, 63))
-    assert "1 weights" not in (plans.refuses(mask, torch.empty(8, 1, 1)) or "")
-    assert "places for the neurons" in plans.refuses(mask, torch.empty(8, 1, 1))
+    assert "1 weights" not in (plans.refuses(mask, torch.empty(8, 1, 1), "stack") or "")
+    assert "places for the neurons" in plans.refuses(mask, torch.empty(8, 1, 1), "stack")
 
 
 # --- arguments ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import re
 
+import numpy as np
 import pytest
 import torch
 from helpers import rms, seeded
@@ -468,3 +469,44 @@ def test_learned_delays_follow_their_gradient():
         (smooth(spikes) - smooth(target)).square().sum().backward()
         optimizer.step()
     assert torch.equal(net.delays("input_to_out"), wanted)
+
+
+def test_edges_become_projections_one_for_each_delay():
+    draw = np.random.default_rng(0)
+    pre, post, delay = draw.integers(0, 30, 200), draw.integers(0, 20, 200), draw.integers(0, 3, 200)
+    weight = draw.normal(size=200)
+    weight[7] = 0.0  # a weight that exists
+    made = Projection.from_edges("a", "b", pre, post, weight, delay, sizes=(30, 20))
+    assert [each.delay for each in made] == [0, 1, 2]
+    for each in made:
+        of_delay = delay == each.delay
+        dense = np.zeros((20, 30))
+        np.add.at(dense, (post[of_delay], pre[of_delay]), weight[of_delay])  # weights of a pair are added
+        exists = np.zeros((20, 30), bool)
+        exists[post[of_delay], pre[of_delay]] = True
+        assert np.array_equal(each.connection.mask.to_dense().numpy(), exists)
+        assert np.allclose(each.connection.weight.detach().numpy(), dense, atol=1e-6)
+    (same,) = Projection.from_edges("a", "b", torch.tensor(pre), post.tolist(), weight, 4, sizes=(30, 20))
+    assert same.delay == 4
+
+
+@pytest.mark.parametrize(
+    ("columns", "why"),
+    [
+        (([30], [0], [1.0]), r"pre\[0\] of the edges a → b is 30; there are 30"),
+        (([0], [-1], [1.0]), r"post\[0\] of the edges a → b is -1"),
+        (([0.5], [0], [1.0]), "pre of the edges a → b is float64"),
+        (([0, 1], [0], [1.0]), "give whole numbers, one for each of 2 edges"),
+        (([0], [0], [np.nan]), r"weight\[0\] of the edges a → b is nan"),
+        (([0], [0], [1.0], [-1]), "must be from 0 to"),
+        (([0], [0], [1.0], [0.5]), "delay of the edges a → b is float64"),
+    ],
+)
+def test_edges_that_are_none_are_refused(columns, why):
+    with pytest.raises(ValueError, match=why):
+        Projection.from_edges("a", "b", *columns, sizes=(30, 20))
+
+
+def test_edges_without_sizes_are_refused():
+    with pytest.raises(ValueError, match=r"need sizes=\(neurons of a, neurons of b\)"):
+        Projection.from_edges("a", "b", [0], [0], [1.0])

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from networks import sparse_stack
 
 from g2g_kernels import Activity, available_backends
 from g2g_kernels.ops.g2g_stack import operator
-from g2gnet import LIF, G2GNet, SpikingStack, Synaptic
+from g2gnet import LIF, AdLIF, G2GNet, SpikingStack, Synaptic
 
 T, B, D = 10, 3, 12
 SIZES = (D, 22, 13, 5)
@@ -350,3 +351,28 @@ def test_a_compiled_run_takes_and_gives_states(plain_memory):
     expected = net.simulate(x[6:], state)
     assert torch.equal(counts, expected.counts)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(after, expected.state, strict=True))
+
+
+def test_time_constants_stand_for_decays():
+    tau = torch.tensor([10.0, 20.0, 40.0])
+    assert torch.equal(LIF(3, tau=tau, dt=2.0).beta, torch.exp(-2.0 / tau.double()).float())
+    neurons = Synaptic(tau=20.0, tau_syn=5.0, dt=0.5)
+    assert neurons.beta.item() == pytest.approx(math.exp(-0.025))
+    assert neurons.syn_decay.item() == pytest.approx(math.exp(-0.1))
+    assert AdLIF(tau_adapt=100.0, dt=1.0, learn_adapt_decay=False).adapt_decay.item() == pytest.approx(math.exp(-0.01))
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"tau": 20.0}, "needs dt"),
+        ({"tau": 20.0, "dt": 1.0, "beta": 0.9}, "the same parameter"),
+        ({"tau": 0.0, "dt": 1.0}, "must be above 0"),
+        ({"tau": math.inf, "dt": 1.0}, "must be above 0 and finite"),
+        ({"tau": 20.0, "dt": -1.0}, "dt=-1.0 must be"),
+        ({"tau_syn": 5.0, "dt": 1.0}, "tau_syn: unknown to lif"),
+    ],
+)
+def test_what_is_no_time_constant_is_refused(given, why):
+    with pytest.raises((TypeError, ValueError), match=why):
+        LIF(**given)

@@ -7,11 +7,21 @@ import pytest
 import torch
 from helpers import Largest
 
-from g2g_kernels import GroupLayout, available_backends
-from g2gnet import G2GNet
+from g2g_kernels import BlockMask, GroupLayout, available_backends
+from g2g_kernels.cpu import library
+from g2g_kernels.mask import sampling
+from g2gnet import LIF, DSTScheduler, G2GLinear, G2GNet, Projection, SpikingNetwork, keep_signs
 from g2gnet.data import load_dataset
-from g2gnet.dst import scores
-from g2gnet.inspect import SpikeSums, coherence, count_correlation, temporal_synchrony
+from g2gnet.dst import replacement, scores
+from g2gnet.inspect import (
+    SpikeSums,
+    coherence,
+    count_correlation,
+    cross_group_share,
+    group_density,
+    input_group_entropy,
+    temporal_synchrony,
+)
 from g2gnet.training import Machine, TrainSettings, run_training
 
 H, GROUPS = 512, 64
@@ -64,6 +74,59 @@ def test_what_shows_and_keeps_a_network_forms_no_dense_weights():
             assert mask._repr_html_()
         net.fc2.mask.edges(net.fc2.values)
     assert largest.numel < H * H
+
+
+@pytest.mark.skipif("cpu" not in available_backends(), reason="needs the compiled kernels")
+@pytest.mark.parametrize(("prune", "grow"), [("set", "random"), ("hebb", "hebb"), ("set", "gradient")])
+def test_a_recurrent_network_of_few_single_weights_forms_nothing_of_their_grid(prune, grow, monkeypatch):
+    monkeypatch.setattr(library, "LIST_COST", 0.0)
+    monkeypatch.setattr(sampling, "LARGEST_GRID", 1 << 16)
+    monkeypatch.setattr(replacement, "LARGEST_GRID", 1 << 16)
+    monkeypatch.setattr(scores, "BAND", 1 << 12)
+    size, draw = 2500, torch.Generator().manual_seed(0)
+
+    def joined(out: int, into: int, density: float, **options) -> G2GLinear:
+        mask = BlockMask.sample(GroupLayout(out), GroupLayout(into), density=density, block_size=1, generator=draw)
+        return G2GLinear(mask, generator=draw, **options)
+
+    with Largest() as largest:
+        projections = [
+            Projection("input", "a", joined(size, 16, 0.2)),
+            Projection("a", "a", joined(size, size, 0.002, bias=False), delay=1),
+            Projection("a", "out", joined(10, size, 0.1)),
+        ]
+        net = SpikingNetwork({"a": LIF(), "out": LIF()}, projections, "out", T=5)
+        optimizer = torch.optim.Adam(net.parameters())
+        signs = keep_signs(net, optimizer, {"a": torch.where(torch.arange(size) % 5 == 4, -1, 1)})
+        average = torch.optim.swa_utils.AveragedModel(net)
+        options = {"prune": prune, "grow": grow, "averages": [average], "interval": 1, "fraction": 0.2}
+        scheduler = DSTScheduler(net, optimizer, **options)
+        before = net.a_to_a.mask.num_units
+        for _ in range(3):
+            net(3 * torch.rand(4, 16, generator=draw)).sum().backward()
+            optimizer.step()
+            scheduler.step()
+            average.update_parameters(net)
+        assert scheduler.grown == scheduler.pruned > 3000
+        moments = optimizer.state[net.a_to_a.values]["exp_avg"]
+        assert len(moments) == net.a_to_a.mask.num_units == before
+        weight = net.a_to_a.mask.edges(net.a_to_a.values)
+        assert (weight.weight * signs.signs["a"].numpy()[weight.source] >= 0).all()
+        gradual = {"final_density": 0.001, "total_steps": 2, "grow": "random", "interval": 1}
+        pruning = DSTScheduler(net, optimizer, averages=[average], **gradual)
+        net(3 * torch.rand(4, 16, generator=draw)).sum().backward()
+        optimizer.step()
+        pruning.step()
+        assert net.a_to_a.mask.num_units < before
+        file = io.BytesIO()
+        torch.save(net.state_dict(), file)
+        file.seek(0)
+        copy.deepcopy(net).load_state_dict(torch.load(file))
+        mask = net.a_to_a.mask
+        group_density(mask), cross_group_share(mask), input_group_entropy(mask, net.a_to_a.values)
+        repr(net), mask.to_string(), mask._repr_html_(), mask.to_scipy(net.a_to_a.values)
+        net.simulate(torch.rand(4, 16)).synaptic_operations()
+    assert largest.numel < size * size / 20
 
 
 @pytest.mark.parametrize("kind", ["index", "random"])

@@ -14,7 +14,7 @@ import torch
 from g2g_kernels.cpu import plans
 from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import bf16_wanted, event_limit, library, pointer, run
-from g2g_kernels.cpu.plans import Plan, plan_for
+from g2g_kernels.cpu.plans import in_lists, lists_for, plan_for
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.ops.g2g_linear.call import LinearCall, operators, product
@@ -32,7 +32,7 @@ def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.
             return f"needs float32 tensors, not {tensor.dtype}"
     if x.numel() == 0:
         return "needs an input that is not empty"
-    return plans.refuses(mask, values)
+    return plans.refuses(mask, values, "linear")
 
 
 def _converts(dtype: torch.dtype) -> bool:
@@ -46,53 +46,64 @@ def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: tor
     return product(FORWARD, read, values, mask, bias, dtype)
 
 
-def _arguments(call: LinearCall) -> tuple[Structure, Plan]:
+class _Arguments:
     """The arguments of a kernel, and the plan that must outlive it."""
-    x, values, mask, bias, dtype = call
-    for tensor, dtypes in ((x, (torch.float32, torch.bfloat16)), (values, (torch.float32,)), (bias, (torch.float32,))):
-        if tensor is not None and not (
-            tensor.dtype in dtypes and tensor.is_contiguous() and tensor.device.type == "cpu"
-        ):
-            raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU; x may be bfloat16")
-    call.check()
-    plan = plan_for(mask, values)
-    arguments = structures.Linear(
-        plan=plan.address,
-        values=pointer(values),
-        bias=pointer(bias),
-        x=x.data_ptr(),
-        rows=len(x),
-        threads=torch.get_num_threads(),
-        bf16=dtype == torch.bfloat16 and library().g2g_has_bf16(),
-        x_half=x.dtype == torch.bfloat16,
-        y_half=dtype == torch.bfloat16,
-    )
-    return arguments, plan
+
+    def __init__(self, call: LinearCall, backward: bool) -> None:
+        x, values, mask, bias, dtype = call
+        floats = (torch.float32, torch.bfloat16)
+        for tensor, dtypes in ((x, floats), (values, floats[:1]), (bias, floats[:1])):
+            if tensor is not None and not (
+                tensor.dtype in dtypes and tensor.is_contiguous() and tensor.device.type == "cpu"
+            ):
+                raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU; x may be bfloat16")
+        call.check()
+        given = {
+            "values": pointer(values),
+            "bias": pointer(bias),
+            "x": x.data_ptr(),
+            "rows": len(x),
+            "threads": torch.get_num_threads(),
+            "x_half": x.dtype == torch.bfloat16,
+            "y_half": dtype == torch.bfloat16,
+        }
+        lib = library()
+        kernels = (lib.g2g_list_linear_forward, lib.g2g_list_linear_backward)
+        self.structure: Structure
+        if in_lists(mask.grid, values.shape, "linear"):
+            self.plan = lists_for(mask, values, "cols" if backward else "rows")
+            self.structure = structures.ListLinear(lists=self.plan.address, weights=values.numel(), **given)
+        else:
+            kernels = lib.g2g_linear_forward, lib.g2g_linear_backward
+            self.plan = plan_for(mask, values)
+            bf16 = dtype == torch.bfloat16 and lib.g2g_has_bf16()
+            self.structure = structures.Linear(
+                plan=self.plan.address, bf16=bf16, event_limit=event_limit(bf16, backward), **given
+            )
+        self.kernel = kernels[backward]
 
 
 def _forward(call: LinearCall, keep: bool) -> torch.Tensor:
-    arguments, _plan = _arguments(call)
+    arguments = _Arguments(call, backward=False)
     y = workspace.empty((len(call.x), call.mask.shape[0]), call.dtype)
-    arguments.y = y.data_ptr()
-    arguments.event_limit = event_limit(arguments.bf16, backward=False)
-    run(library().g2g_linear_forward, arguments)
+    arguments.structure.y = y.data_ptr()
+    run(arguments.kernel, arguments.structure)
     return y
 
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     grad_y: Any
     call, _, (grad_y,), _ = given
-    arguments, _plan = _arguments(call)
+    arguments = _Arguments(call, backward=True)
     out_size = call.mask.shape[0]
     if grad_y.shape != (len(call.x), out_size) or grad_y.dtype != call.dtype or not grad_y.is_contiguous():
         raise ValueError("grad_y must be contiguous and of the output's shape and dtype")
     grads = workspace.alike(opened(call)[0], given.needed)
-    to = given.record(grads)
-    sums = call.values.new_empty(out_size) if to.bias is None else to.bias  # the kernel always writes them
-    arguments.grad_y = grad_y.data_ptr()
-    arguments.event_limit = event_limit(arguments.bf16, backward=True)
-    arguments.grad_x, arguments.grad_values, arguments.grad_bias = pointer(to.x), pointer(to.values), sums.data_ptr()
-    run(library().g2g_linear_backward, arguments)
+    to, filled = given.record(grads), arguments.structure
+    sums = call.values.new_empty(out_size) if to.bias is None else to.bias  # the kernel of tiles always writes them
+    filled.grad_y = grad_y.data_ptr()
+    filled.grad_x, filled.grad_values, filled.grad_bias = pointer(to.x), pointer(to.values), sums.data_ptr()
+    run(arguments.kernel, filled)
     return grads
 
 

@@ -17,7 +17,7 @@ from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.checks import check_connection, check_tensor
 from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.g2g_linear import g2g_linear
-from g2g_kernels.ops.g2g_stack import cpu, reference
+from g2g_kernels.ops.g2g_stack import cpu, loop, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, NeuronState, Spikes, StackState
 from g2g_kernels.ops.g2g_stack.chunks import in_chunks
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train, arrived, check_delay
@@ -240,7 +240,8 @@ def _chosen(
 ) -> Callable[[torch.Tensor, Sequence[SpikingLayer], int | None], Activity]:
     """What runs a call with these ``tensors``, or (``is_part``) a part of it: all layers at once, or the operators in
     turn if something of each layer is wanted, a derivative that no kernel computes, or a graph that is no chain."""
-    observed, shown, drops = is_transformed() or has_tangent(tensors) or not is_chain(layers), spikes, False
+    plain = is_transformed() or has_tangent(tensors)
+    observed, shown, drops = plain or not is_chain(layers), spikes, False
     for layer in layers:
         shown = shown or layer.membranes
         # what delays carry from part to part has a gradient
@@ -254,7 +255,8 @@ def _chosen(
     if observed:
         linear = partial(g2g_linear, backend=backend)
         population = partial(_neurons_in_float32 if backend == "cpu" else run_neurons, backend=backend)
-        run = partial(_in_turn, linear, population, spikes, before)
+        loop_of = (lambda layer: None) if plain else partial(loop.loop_of, backend=backend)
+        run = partial(_in_turn, linear, population, loop_of, spikes, before)
     elif layers[0].delay is not None:
         run = partial(_late, backend, before)
     else:
@@ -273,13 +275,15 @@ def _run(
 def _in_turn(
     linear: Callable,
     population: Callable,
+    loop_of: Callable[[SpikingLayer], Callable | None],
     spikes: bool,
     before: torch.Tensor | None,
     x: torch.Tensor,
     layers: Sequence[SpikingLayer],
     steps: int | None,
 ) -> Activity:
-    return activity_of(*reference.in_turn(x, layers, steps, linear, population, before), differentiable=spikes)
+    turn = reference.in_turn(x, layers, steps, linear, population, before, loop_of)
+    return activity_of(*turn, differentiable=spikes)
 
 
 def _late(

@@ -36,6 +36,7 @@ from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train
 from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer, refuses_fields, unread
+from g2g_kernels.ops.g2g_stack.loop import loop_of
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn, reaches
 from g2g_kernels.ops.neurons import cpu as neurons_alone
 from g2g_kernels.ops.neurons.cpu import neuron_arguments
@@ -76,23 +77,18 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
     if x.numel() == 0:
         return "needs a batch that is not empty"
     for layer in layers:
-        reason = plans.refuses(layer.mask, layer.values)
+        reason = plans.refuses(layer.mask, layer.values, "stack")
         if reason is None and layer.recurrent is not None:
-            reason = plans.refuses(layer.recurrent.mask, layer.recurrent.values)
+            reason = plans.refuses(layer.recurrent.mask, layer.recurrent.values, "recurrent")
         if reason is not None:
             return reason
     return too_large(samples=x.shape[-2])
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
-    in_turn_only = False
-    for layer in layers:
-        if layer.recurrent is not None and _in_other_order(layer):
-            _say_that_it_takes_steps()
-            in_turn_only = True
-        in_turn_only = in_turn_only or (layer.delay is not None and layer.delay.learned is not None)
-    if in_turn_only:
-        return activity_of(*in_turn(x, layers, steps, g2g_linear, neurons_alone.neurons), differentiable=False)
+    if any([_in_turn(layer) for layer in layers]):
+        turn = in_turn(x, layers, steps, g2g_linear, neurons_alone.neurons, loop_of=loop_of)
+        return activity_of(*turn, differentiable=False)
     call = StackCall.of(x, layers, steps, torch.bfloat16 if bf16_wanted() else torch.float32)
     counts, rates, last, _, words, _ = FORWARD(call)
     spikes = [PackedSpikes(each, layer.values.detach(), layer.mask) for each, layer in zip(words, call.layers)]  # noqa: B905
@@ -140,6 +136,19 @@ class _WithoutGradient(torch.autograd.Function):
             "backend cpu computes no gradient through spikes that delays carry from one run into the next; detach the "
             "state, give `chunk`, or backend='torch'"
         )
+
+
+def _in_turn(layer: SpikingLayer) -> bool:
+    """Whether the operators of a layer are called one after the other."""
+    if plans.in_lists(layer.mask.grid, layer.values.shape, "stack"):
+        return True
+    if layer.recurrent is not None:
+        if plans.in_lists(layer.recurrent.mask.grid, layer.recurrent.values.shape, "recurrent"):
+            return True
+        if _in_other_order(layer):
+            _say_that_it_takes_steps()
+            return True
+    return layer.delay is not None and layer.delay.learned is not None
 
 
 def _in_other_order(layer: SpikingLayer) -> bool:

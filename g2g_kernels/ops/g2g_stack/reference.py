@@ -42,10 +42,13 @@ class Parts(NamedTuple):
             gives what it adds to the current [..., N], its bias included.
         neurons: of the current [T, B, N], or [B, N] held for a number of steps, that number or None, and the states
             before, gives spikes [T, B, N] and the states after.
+        loop: the same with the recurrent connection, of whose spikes before the first step it also takes [B, N], or
+            None; None where there is nothing but ``neurons``.
     """
 
     products: Sequence[Callable[[torch.Tensor], torch.Tensor]]
     neurons: Callable[[torch.Tensor, int | None, Any], tuple[torch.Tensor, Any]]
+    loop: Callable[[torch.Tensor, int | None, Any, torch.Tensor | None], tuple[torch.Tensor, Any]] | None = None
 
 
 class Turn(NamedTuple):
@@ -71,12 +74,15 @@ def in_turn(
     linear: Callable,
     neurons: Callable,
     before: torch.Tensor | None = None,
+    loop_of: Callable[[SpikingLayer], Callable | None] = lambda layer: None,
 ) -> Turn:
-    """What the layers do by two operators, ``linear`` and ``neurons``."""
+    """What the layers do by two operators, ``linear`` and ``neurons``, and where ``loop_of`` a layer gives one,
+    that.
+    """
     parts = []
     for number, layer in enumerate(layers):
         products = [partial(_product, linear, connection) for connection in layer.connections(number)]
-        parts.append(Parts(products, partial(_neurons, neurons, layer)))
+        parts.append(Parts(products, partial(_neurons, neurons, layer), loop_of(layer)))
     return in_parts(x, layers, parts, steps, before)
 
 
@@ -155,6 +161,8 @@ class _Run:
 
     def part(self, part: Part) -> None:
         """Runs layers that reach one another, or one that does not reach itself."""
+        if self._loop(part):
+            return
         blocks, inside = list(part.blocks(self.steps)), set(part.members)
         pieces: dict[int, Iterator[torch.Tensor | None]] = {}
         for number in part.members:
@@ -175,6 +183,22 @@ class _Run:
             if current is not None and current.dim() == 2:
                 current = current.expand(last - first, *current.shape)
             self._advance(number, current, last - first)
+
+    def _loop(self, part: Part) -> bool:
+        """Runs a layer whose only way to itself is its recurrent connection, if it has an operator for that."""
+        number, loop = part.members[0], self.parts[part.members[0]].loop
+        own = [each for each in self.connections[number] if each.source == number]
+        if loop is None or len(part.members) > 1 or len(own) > 1:
+            return False
+        current = self._current(number, 0, self.steps, lambda source: source != number)
+        nothing = self.x.new_zeros(self.x.shape[-2], self.layers[number].size)
+        current = nothing if current is None else current
+        before = self._before(number, current.dtype)
+        self.trains[number] = Train(nothing, before)
+        held = self.steps if current.dim() == 2 else None
+        spikes, self.states[number] = loop(current, held, self.states[number], None if before is None else before[-1])
+        self._send(number, spikes)
+        return True
 
     def _current(self, number: int, first: int, last: int, chosen: Callable[[int], bool]) -> torch.Tensor | None:
         """What the connections from the chosen sources add to the current of a layer, [n, B, N], or [B, N] if it is the

@@ -130,7 +130,6 @@ def test_what_is_no_whole_number_is_no_size(value):
 @pytest.mark.parametrize(
     "group_of",
     [
-        [0, 0, 0, 1],  # sizes 3 and 1
         [0, 2, 0, 2],  # nobody in group 1
         [0, 5, 0, 1],  # more groups than neurons
         [0, -1, 1],  # below 0
@@ -138,6 +137,33 @@ def test_what_is_no_whole_number_is_no_size(value):
         [[0, 1], [0, 1]],
     ],
 )
-def test_unbalanced_or_malformed_assignments_are_refused(group_of):
+def test_malformed_assignments_are_refused(group_of):
     with pytest.raises(ValueError, match="group"):
         GroupLayout.from_assignment(torch.tensor(group_of, dtype=torch.int64))
+
+
+def test_groups_of_unequal_sizes_are_contiguous_and_saved_with_a_layer():
+    layout = GroupLayout(sizes=[9, 1, 4])
+    assert layout.group_of.tolist() == [0] * 9 + [1] + [2] * 4
+    assert (layout.size, layout.num_groups, layout.kind) == (14, 3, "index")
+    mask = BlockMask.sample(layout, layout, p_intra=1.0, p_inter=0.0, block_size=3)
+    same = layout.group_of[:, None] == layout.group_of
+    assert torch.equal(mask.to_dense(), same)
+    assert BlockMask.from_state(mask.state_dict()).equals(mask)
+    again = GroupLayout.from_assignment(torch.tensor([1, 0, 0, 0, 1, 0]))
+    assert again.sizes.tolist() == [4, 2]
+    assert again.kind == "random"
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"sizes": []}, "at least one"),
+        ({"sizes": [3, 0]}, r"sizes\[1\]=0 must be"),
+        ({"size": 8, "sizes": [4, 4]}, "neither size nor kind"),
+        ({"sizes": [4, 4], "kind": "random"}, "neither size nor kind"),
+    ],
+)
+def test_sizes_that_are_none_are_refused(options, why):
+    with pytest.raises(ValueError, match=why):
+        GroupLayout(**options)

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from g2g_kernels import BlockMask, GroupLayout, lif
 from g2g_kernels.ops.g2g_stack import operator
 from g2gnet import DSTScheduler, G2GLinear, G2GNet, sparsify
+from g2gnet.dst import replacement
+from g2gnet.dst import scheduler as scheduler_module
 from g2gnet.dst import scores as scores_module
 from g2gnet.dst.replacement import lowest
 from g2gnet.dst.rules import GROW_RULES, PRUNE_RULES
@@ -105,6 +107,43 @@ def sparse_layers(net):
 
 def units_of(mask):
     return set(zip(mask.unit_row.tolist(), mask.unit_col.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("prune", "grow"), EACH_RULE)
+def test_of_a_grid_too_large_for_a_score_each_the_best_of_drawn_candidates_grow(monkeypatch, prune, grow):
+    drawn = []
+    monkeypatch.setattr(replacement, "LARGEST_GRID", 0)
+    draw = scheduler_module.draw_candidates
+    monkeypatch.setattr(scheduler_module, "draw_candidates", lambda *given: (drawn.append(draw(*given)), drawn[-1])[1])
+    net, optimizer, x, _ = trained_net()
+    layers = sparse_layers(net)
+    scheduler = DSTScheduler(layers, optimizer, interval=1, fraction=0.2, prune=prune, grow=grow)
+    gradients = [
+        mean_by_unit(g.square(), layer.mask).sqrt() for g, layer in zip(dense_gradients(net, x), layers, strict=True)
+    ]
+    activity = train_step(net, optimizer, x)
+    trains = [x, *(record.dense() for record in activity.spikes)]
+    correlations = [unit_correlation(trains[i], trains[i + 1], layer.mask) for i, layer in enumerate(layers)]
+    before = [(set(layer.mask.flat_unit().tolist()), layer.mask.grid) for layer in layers]
+    assert scheduler.step(x, activity)
+    assert len(drawn) == len(layers)
+    for layer, (old, grid), candidates, correlation, gradient in zip(
+        layers, before, drawn, correlations, gradients, strict=True
+    ):
+        assert len(candidates) == len(set(candidates.tolist())) == min(len(old), math.prod(grid) - len(old))
+        assert not set(candidates.tolist()) & old
+        new = set(layer.mask.flat_unit().tolist())
+        grown, pruned = new - old, old - new
+        assert len(new) == len(old)
+        assert grown <= set(candidates.tolist())
+        assert len(grown) == len(pruned) > 0
+        if grow != "random":
+            score = (correlation if grow == "hebb" else gradient).flatten()
+            passed_over = sorted(set(candidates.tolist()) - grown)
+            assert score[sorted(grown)].min() >= score[passed_over].max() - 1e-6
+        if prune == "hebb":
+            score = correlation.flatten()
+            assert score[sorted(pruned)].max() <= score[sorted(old & new)].min() + 1e-6
 
 
 @pytest.mark.parametrize(("prune", "grow"), RULES)

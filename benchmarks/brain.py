@@ -1,0 +1,402 @@
+"""A training step of a whole brain's recurrent network: ``python -m benchmarks.brain``.
+
+One population of leaky neurons, joined to itself by as many single weights as a fly's brain has: 138,639 neurons and
+15.1 million connections (Dorkenwald et al. 2024), here with lognormal numbers of targets, which are drawn uniformly; or
+those of a file (``--edges``). Each contender has a process of its own with the same graph, weights and inputs; they
+take turns. A step is forward and backward through all time steps, exact under the arctangent surrogate.
+
+Before that, each is compared with a dense network in float64, of 2,000 neurons: equal spikes, and gradients. The peers
+are a PyTorch loop over CSR products with a backward pass written by hand, the strongest form that a user would write;
+the same with PyTorch's own autograd, which forms the gradient of all N² weights; and JAX, by sums over the edges.
+"""
+
+import argparse
+import contextlib
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from g2g_kernels import BlockMask, GroupLayout
+from g2gnet import LIF, G2GLinear, Projection, SpikingNetwork
+from g2gnet.base.tables import markdown
+
+from . import cli
+from .machine import describe
+from .report import seconds
+
+BETA, THRESHOLD = 0.9, 1.0
+#: the network that is compared with a dense one, and how far gradients may be off, relative to the largest
+CHECKED, CLOSE = 2000, 1e-4
+#: columns of a file of edges: ours, and those of FlyWire's connections
+COLUMNS = (("pre", "post", "weight"), ("pre_root_id", "post_root_id", "syn_count"))
+#: transmitters that inhibit in a fly (Shiu et al. 2024)
+INHIBITORY = ("GABA", "GLUT")
+
+
+class Graph(NamedTuple):
+    """A recurrent network: the source, the target and the weight of each connection, by target, then by source."""
+
+    neurons: int
+    pre: np.ndarray
+    post: np.ndarray
+    weight: np.ndarray
+
+
+def synthetic(neurons: int, weights: int, seed: int = 0) -> Graph:
+    """A graph whose neurons have lognormal numbers of targets."""
+    draw = np.random.default_rng(seed)
+    degree = draw.lognormal(0.0, 1.0, neurons)
+    degree = np.clip(degree / degree.sum() * weights, 1, neurons).astype(np.int64)
+    pre = np.repeat(np.arange(neurons), degree)
+    key = np.unique(draw.integers(0, neurons, len(pre)) * neurons + pre)
+    weight = draw.uniform(-0.01, 0.01, len(key)).astype(np.float32)
+    return Graph(neurons, key % neurons, key // neurons, weight)
+
+
+def from_file(path: str) -> Graph:
+    """The graph of a CSV file, also a packed one: columns pre, post and weight; or FlyWire's connections, whose weights
+    are its synapses, negative where the transmitter inhibits, scaled so that a neuron's largest input is 0.01."""
+    import pandas
+
+    table = pandas.read_csv(path)
+    for pre, post, weight in COLUMNS:
+        if {pre, post, weight} <= set(table.columns):
+            break
+    else:
+        raise ValueError(f"{path} has the columns {', '.join(table.columns)}; give {', or '.join(map(str, COLUMNS))}")
+    ids, numbers = np.unique(np.concatenate([table[pre], table[post]]), return_inverse=True)
+    size = table[weight].to_numpy(np.float64)
+    if "nt_type" in table:
+        size = np.where(table["nt_type"].isin(INHIBITORY), -size, size)
+    key, place = np.unique(numbers[len(table) :] * len(ids) + numbers[: len(table)], return_inverse=True)
+    summed = np.bincount(place, size)
+    return Graph(len(ids), key % len(ids), key // len(ids), (0.01 * summed / np.abs(summed).max()).astype(np.float32))
+
+
+# --- contenders: a step gives spike counts [B, N], and the gradients of the weights and of the input ---------------
+
+Step = Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+
+def ours(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
+    layout = GroupLayout(graph.neurons, 1)
+    mask = BlockMask(layout, layout, torch.from_numpy(graph.post), torch.from_numpy(graph.pre), block_size=1)
+    recurrent = G2GLinear(mask, bias=False)
+    each = torch.arange(graph.neurons)
+    inputs = G2GLinear(BlockMask(layout, layout, each, each, block_size=1), bias=False)
+    with torch.no_grad():
+        recurrent.values.copy_(torch.from_numpy(graph.weight)[:, None, None])
+        inputs.values.fill_(1.0)
+    inputs.requires_grad_(False)
+    neurons = LIF(beta=BETA, threshold=THRESHOLD, learn_beta=False, learn_threshold=False)
+    projections = [Projection("input", "brain", inputs), Projection("brain", "brain", recurrent, delay=1)]
+    net = SpikingNetwork({"brain": neurons}, projections, "brain", steps)
+    x = drive.requires_grad_()
+
+    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x.grad = recurrent.values.grad = None
+        counts = net(x)
+        (1e-3 * counts).sum().backward()
+        assert x.grad is not None
+        assert recurrent.values.grad is not None
+        return counts.detach(), recurrent.values.grad.flatten(), x.grad
+
+    return step
+
+
+def _csr(graph: Graph, rows: np.ndarray, cols: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """The pointers and column indices of a CSR matrix whose entries are sorted by row."""
+    pointer = np.concatenate([[0], np.bincount(rows, minlength=graph.neurons).cumsum()])
+    return torch.from_numpy(pointer.astype(np.int32)), torch.from_numpy(cols.astype(np.int32))
+
+
+def by_hand(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
+    shape = (graph.neurons, graph.neurons)
+    back = np.lexsort((graph.post, graph.pre))  # by source
+    weight = torch.from_numpy(graph.weight)
+    forward = torch.sparse_csr_tensor(*_csr(graph, graph.post, graph.pre), weight, shape)
+    backward = torch.sparse_csr_tensor(*_csr(graph, graph.pre[back], graph.post[back]), weight[back], shape)
+    current = drive.T.contiguous()  # [N, B]
+
+    @torch.no_grad()
+    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        membrane, spikes = torch.zeros_like(current), torch.zeros_like(current)
+        membranes, all_spikes = [], []
+        for t in range(steps):
+            reset = spikes * THRESHOLD
+            membrane = BETA * membrane + (current + forward @ spikes if t else current) - reset
+            spikes = (membrane > THRESHOLD).float()
+            membranes.append(membrane)
+            all_spikes.append(spikes)
+        grad_current, grad = torch.zeros_like(current), torch.zeros_like(current)
+        to_current: list[torch.Tensor] = []
+        for t in range(steps - 1, -1, -1):
+            upstream = 1e-3 + (backward @ to_current[-1] if to_current else 0.0)
+            slope = 1 / (1 + (torch.pi * (membranes[t] - THRESHOLD)).square())
+            grad = upstream * slope + BETA * grad
+            grad_current += grad
+            to_current.append(grad)
+        later = torch.cat(to_current[-2::-1], 1)  # of steps 1 … T − 1
+        sent = torch.cat(all_spikes[:-1], 1)
+        zeros = torch.sparse_csr_tensor(forward.crow_indices(), forward.col_indices(), torch.zeros_like(weight), shape)
+        of_weights = torch.sparse.sampled_addmm(zeros, later, sent.T.contiguous()).values()
+        return torch.stack(all_spikes).sum(0).T, of_weights, grad_current.T
+
+    return step
+
+
+class _Spike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return grad / (1 + (torch.pi * x).square())
+
+
+def _autograd(matrix: torch.Tensor, weights: torch.Tensor, x: torch.Tensor, steps: int) -> Any:
+    """Counts [B, N] and gradients by autograd; ``matrix`` multiplies spikes, and its gradient is of ``weights``."""
+    current, membrane = x.T, torch.zeros_like(x.T)
+    spikes = counts = torch.zeros_like(x.T)
+    for t in range(steps):
+        reset = (membrane > THRESHOLD).to(x.dtype) * THRESHOLD
+        membrane = BETA * membrane + (current + matrix @ spikes if t else current) - reset
+        spikes = _Spike.apply(membrane - THRESHOLD)
+        counts = counts + spikes
+    (1e-3 * counts).sum().backward()
+    return counts.detach().T, weights.grad, x.grad
+
+
+def autograd(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
+    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        size = (graph.neurons, graph.neurons)
+        matrix = torch.sparse_csr_tensor(*_csr(graph, graph.post, graph.pre), torch.from_numpy(graph.weight), size)
+        matrix.requires_grad_()
+        counts, weights, x = _autograd(matrix, matrix, drive.detach().requires_grad_(), steps)
+        return counts, weights.values() if weights.layout == torch.sparse_csr else weights[graph.post, graph.pre], x
+
+    return step
+
+
+def jax_edges(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
+    import jax
+    from jax import numpy as jnp
+
+    pre, post = jnp.asarray(graph.pre, jnp.int32), jnp.asarray(graph.post, jnp.int32)
+    current, weights = jnp.asarray(drive.detach().numpy().T), jnp.asarray(graph.weight)
+
+    @jax.custom_vjp
+    def spike(x: Any) -> Any:
+        return (x > 0).astype(x.dtype)
+
+    spike.defvjp(lambda x: (spike(x), x), lambda x, grad: (grad / (1 + (jnp.pi * x) ** 2),))
+
+    def loss(weights: Any, current: Any) -> Any:
+        def one(carry: Any, _: Any) -> Any:
+            membrane, spikes = carry
+            arrived = jax.ops.segment_sum(weights[:, None] * spikes[pre], post, graph.neurons, indices_are_sorted=True)
+            reset = jax.lax.stop_gradient((membrane > THRESHOLD).astype(membrane.dtype)) * THRESHOLD
+            membrane = BETA * membrane + current + arrived - reset
+            spikes = spike(membrane - THRESHOLD)
+            return (membrane, spikes), spikes
+
+        zeros = jnp.zeros_like(current)
+        _, spikes = jax.lax.scan(jax.checkpoint(one), (zeros, zeros), None, length=steps)
+        return 1e-3 * spikes.sum(), spikes.sum(0)
+
+    both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        (_, counts), grads = jax.block_until_ready(both(weights, current))
+        counts, of_weights, of_current = (torch.from_numpy(np.array(each)) for each in (counts, *grads))
+        return counts.T, of_weights, of_current.T
+
+    return step
+
+
+CONTENDERS: dict[str, Callable[[Graph, torch.Tensor, int], Step]] = {
+    "g2g-cpu": ours,
+    "csr-by-hand": by_hand,
+    "csr-autograd": autograd,
+    "jax-edges": jax_edges,
+}
+TEXTS = {
+    "g2g-cpu": "g2g: weights in lists",
+    "csr-by-hand": "PyTorch loop over CSR products, backward by hand",
+    "csr-autograd": "PyTorch loop over CSR products, autograd",
+    "jax-edges": "JAX, jit and scan, sums over edges",
+}
+
+
+def _drive(graph: Graph, batch: int, gain: float) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(1)
+    return gain * (2 * torch.rand(batch, graph.neurons, generator=draw) - 1)
+
+
+def farthest(name: str) -> float:
+    """How far a contender's gradients are from those of a dense network in float64, relative to their largest; ∞ if
+    spikes differ."""
+    graph = synthetic(CHECKED, 40 * CHECKED)
+    graph = graph._replace(weight=graph.weight * 10)
+    drive = _drive(graph, 3, 0.3)
+    found = CONTENDERS[name](graph, drive.clone(), 20)()
+    dense = torch.zeros(CHECKED, CHECKED, dtype=torch.float64)
+    dense[graph.post, graph.pre] = torch.from_numpy(graph.weight).double()
+    dense.requires_grad_()
+    counts, weights, x = _autograd(dense, dense, drive.double().requires_grad_(), 20)
+    if not torch.equal(found[0].double(), counts):
+        return float("inf")
+    expected = weights[graph.post, graph.pre], x
+    return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found[1:], expected, strict=True))
+
+
+def _serve(pipe: Any, name: str, arguments: argparse.Namespace, threads: int) -> None:
+    """Runs a contender in its process: a step for each message."""
+    torch.set_num_threads(threads)
+    try:
+        off = farthest(name)
+        graph = _graph(arguments)
+        began = time.perf_counter()
+        step = CONTENDERS[name](graph, _drive(graph, arguments.batch_size, arguments.gain), arguments.T)
+        pipe.send({"off": off, "prepared": time.perf_counter() - began, "weights": len(graph.weight)})
+        del graph  # which the steps do not need
+        _forget_peak()
+        while pipe.recv():
+            began = time.perf_counter()
+            counts, *_ = step()
+            took = time.perf_counter() - began
+            pipe.send({"seconds": took, "rate": float(counts.mean()) / arguments.T, "peak": _peak()})
+    except Exception as error:
+        what = traceback.format_exception_only(error)[-1].strip()
+        pipe.send({"failed": what.splitlines()[0][:200]})
+
+
+def _forget_peak() -> None:
+    """Begins a new maximum of this process's memory: that of the steps, not of preparing them."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak() -> int:
+    """The most memory of this process, in bytes."""
+    try:
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+        return 1024 * int(line.split()[1])
+    except (OSError, ValueError):
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _graph(arguments: argparse.Namespace) -> Graph:
+    return from_file(arguments.edges) if arguments.edges else synthetic(arguments.neurons, arguments.weights)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Times all contenders in turn, prints the table and returns the record."""
+    cli.checked(arguments, "neurons", "weights", "batch_size", "T", "repeats")
+    names = arguments.contenders or list(CONTENDERS)
+    if unknown := [name for name in names if name not in CONTENDERS]:
+        raise ValueError(f"contenders={unknown[0]!r} is unknown; choose of {', '.join(CONTENDERS)}")
+    spawn, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    runs: dict[str, dict[str, Any]] = {name: {"name": name, "status": "ok", "seconds": []} for name in names}
+    pipes, processes = {}, {}
+    with cli.bar(len(names) * (arguments.repeats + 1)) as bar:
+        for name in names:
+            pipes[name], end = spawn.Pipe()
+            processes[name] = spawn.Process(target=_serve, args=(end, name, arguments, threads), daemon=True)
+            processes[name].start()
+            end.close()
+            _take(pipes[name], runs[name])  # one after the other: each fills the memory while it builds its matrices
+        for number in range(arguments.repeats + 1):
+            for name in names:
+                if runs[name]["status"] == "ok":
+                    pipes[name].send(True)
+                    _take(pipes[name], runs[name], keep=number > 0)  # the first turn only warms up
+                bar.update()
+    for process in processes.values():
+        process.terminate()
+    for run in runs.values():
+        if run["status"] == "ok" and not run["off"] <= CLOSE:
+            run["status"] = "wrong"
+    settings = {name: getattr(arguments, name) for name in ("neurons", "weights", "batch_size", "T", "gain", "edges")}
+    made = {
+        "benchmark": "brain",
+        "machine": describe(torch.device("cpu")),
+        "settings": settings,
+        "runs": [*runs.values()],
+    }
+    print(table(made))
+    return made
+
+
+def _take(pipe: Any, run: dict[str, Any], keep: bool = False) -> None:
+    """Takes what a contender answers into its run."""
+    try:
+        answer = pipe.recv()
+    except EOFError:
+        answer = {"failed": "the process died, as one does that asks for more memory than there is"}
+    if "failed" in answer:
+        run |= {"status": "failed", "reason": answer["failed"]}
+        return
+    took = answer.pop("seconds", None)
+    if keep:
+        run["seconds"].append(round(took, 4))
+    run |= answer
+
+
+def table(record: dict[str, Any]) -> str:
+    """The time and the memory of a step of each contender."""
+    rows, base = [], [run["seconds"] for run in record["runs"] if run["name"] == "g2g-cpu" and run["seconds"]]
+    for run in record["runs"]:
+        text = TEXTS[run["name"]]
+        if run["status"] == "failed":
+            rows.append([text, f"fails: {run['reason']}", "", "", "", ""])
+            continue
+        took = statistics.median(run["seconds"])
+        times = f"{statistics.median(a / b for a, b in zip(run['seconds'], base[0], strict=True)):.2f}" if base else ""
+        off = "spikes differ" if run["off"] == float("inf") else f"{run['off']:.0e}"
+        memory = f"{run['peak'] / 1e9:.1f} GB"
+        rows.append([text, seconds(took), times, memory, f"{100 * run['rate']:.1f} %", off])
+    return markdown(["", "step", "over g2g", "peak memory", "firing rate", "off float64 by"], rows)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    quick = {"neurons": 20000, "weights": 1000000, "T": 50, "repeats": 2}
+    parser = cli.build_parser("brain", __doc__, "about ten minutes on two cores", quick)
+    counts = {
+        "neurons": (138639, "neurons"),
+        "weights": (15100000, "connections, about"),
+        "batch_size": (8, "samples of a step"),
+        "T": (100, "time steps"),
+        "repeats": (3, "timed steps of each contender"),
+    }
+    cli.add_counts(parser, counts)
+    parser.add_argument(
+        "--gain",
+        type=float,
+        default=0.27,
+        metavar="X",
+        help="largest input current, held, of either sign (default: 0.27)",
+    )
+    parser.add_argument("--edges", metavar="FILE", help="a CSV file of connections in place of drawn ones")
+    parser.add_argument("--contenders", type=lambda text: text.split(","), metavar="A,B,...", help="only these")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.run(build_parser(), measure, argv)  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+// One linear layer with its weights in lists (lists.h): y = x·Wᵀ + b.
+//
+// Matrices lie by neuron, [neurons][rows of a chunk], so that a weight is one multiply-add of all rows:
+//
+//   y_i = b_i + Σ w_ij·x_j,   ∂x_j = Σ w_ij·∂y_i,   ∂w_ij = x_j·∂y_i
+//
+// The sums of a neuron stay in registers while its list is read once. Nothing has the size of the matrix.
+#pragma once
+
+#include "interface.h"
+#include "layout.h"
+#include "linear.h"
+#include "lists.h"
+#include "parallel.h"
+#include "vec.h"
+
+namespace g2g::G2G_ISA {
+
+constexpr int64_t kListPanel = 1 << 18;  // floats of a chunk of the larger side: 1 MB, the size of an L2 cache;
+constexpr int64_t kMostPanel = 1 << 22;  // up to 16 MB, which L3 holds, for chunks of
+constexpr int64_t kFewRows = 64;         // rows: a weight should be read for several vectors
+constexpr int64_t kListOwners = 32;      // lists of a task
+constexpr int64_t kSquare = 16;
+
+// Rows of a chunk, a multiple of 16, whatever the threads.
+inline int64_t list_chunk(const ListLinear& a) {
+    const int64_t widest = most(a.lists->owners, a.lists->others);
+    const int64_t wanted = most(kListPanel / widest, least(kFewRows, kMostPanel / widest));
+    const int64_t fitting = most(least(wanted, 512) / kSquare, 1) * kSquare;
+    return least(fitting, divide_up(most(1, a.rows), kSquare) * kSquare);
+}
+
+// f(first row, its count, first neuron, its count) for squares of a matrix: along the rows of the matrix first, whose pages
+// and lines follow one another.
+template <class F>
+void for_each_square(int64_t rows, int64_t size, int threads, const F& f) {
+    constexpr int64_t kWide = 16 * kSquare;
+    parallel(threads, divide_up(size, kWide), 1, [&](int64_t task, int) {
+        const int64_t first = task * kWide, last = least(size, first + kWide);
+        for (int64_t r = 0; r < rows; r += kSquare)
+            for (int64_t n = first; n < last; n += kSquare) f(r, least(kSquare, rows - r), n, least(kSquare, last - n));
+    });
+}
+
+// panel[n][r] = x[r][n], 0 beyond the last row; rows of the panel are `chunk` apart.
+template <class E>
+void load_by_neuron(const E* x, int64_t rows, int64_t size, int64_t chunk, int threads, float* panel) {
+    for_each_square(chunk, size, threads, [&](int64_t r, int64_t, int64_t n, int64_t width) {
+        const int64_t height = most(0, least(kSquare, rows - r));
+        if constexpr (sizeof(E) == sizeof(float))
+            if (height == kSquare && width == kSquare) return transpose_16(x + r * size + n, size, panel + n * chunk + r, chunk);
+        for (int64_t k = 0; k < width; ++k)
+            for (int64_t i = 0; i < kSquare; ++i)
+                panel[(n + k) * chunk + r + i] = i < height ? get(x + (r + i) * size + n + k) : 0.0f;
+    });
+}
+
+// x[r][n] = panel[n][r].
+template <class E>
+void store_by_neuron(const float* panel, int64_t rows, int64_t size, int64_t chunk, int threads, E* x) {
+    for_each_square(rows, size, threads, [&](int64_t r, int64_t height, int64_t n, int64_t width) {
+        if constexpr (sizeof(E) == sizeof(float))
+            if (height == kSquare && width == kSquare) return transpose_16(panel + n * chunk + r, chunk, x + r * size + n, size);
+        for (int64_t i = 0; i < height; ++i)
+            for (int64_t k = 0; k < width; ++k) put(x + (r + i) * size + n + k, panel[(n + k) * chunk + r + i]);
+    });
+}
+
+// A list of weights and what they multiply.
+struct WeightedRows {
+    const int32_t *other, *place;
+    int64_t count;
+    const float *values, *panel;
+    int64_t chunk;
+
+    WeightedRows(const Lists& lists, int64_t owner, const float* v, const float* p, int64_t c)
+        : other(lists.other.data() + lists.first[owner]),
+          place(lists.place.data() + lists.first[owner]),
+          count(lists.first[owner + 1] - lists.first[owner]),
+          values(v),
+          panel(p),
+          chunk(c) {}
+
+    // out[0 … V·W − 1] = start + Σ weight · row, from column `at` on.
+    template <int V>
+    void sum(float start, int64_t at, float* out) const {
+        Vec acc[V];
+        unrolled<V>([&](auto v) { acc[v] = all(start); });
+        for (int64_t e = 0; e < count; ++e) {
+            const Vec weight = all(values[place[e]]);
+            const float* row = panel + other[e] * chunk + at;
+            unrolled<V>([&](auto v) { acc[v] = fma(weight, load(row + v * W), acc[v]); });
+        }
+        unrolled<V>([&](auto v) { store(out + at + v * W, acc[v]); });
+    }
+
+    // The same for a whole row.
+    void sum_row(float start, float* out) const {
+        int64_t at = 0;
+        for (; at + 8 * W <= chunk; at += 8 * W) sum<8>(start, at, out);
+        if (at + 4 * W <= chunk) sum<4>(start, at, out), at += 4 * W;
+        for (; at < chunk; at += W) sum<1>(start, at, out);
+    }
+
+    // grad[place] += x · row, for N weights from entry e on.
+    template <int N>
+    void dot_products(const float* x, int64_t e, float* grad) const {
+        Vec dot[4] = {};
+        for (int64_t at = 0; at < chunk; at += W) {
+            const Vec of_x = load(x + at);
+            unrolled<N>([&](auto k) { dot[k] = fma(of_x, load(panel + other[e + k] * chunk + at), dot[k]); });
+        }
+        const Sums<4> sums = sums_of(dot);
+        for (int k = 0; k < N; ++k) grad[place[e + k]] += sums.of[k];
+    }
+
+    // The same for all weights.
+    void products(const float* x, float* grad) const {
+        int64_t e = 0;
+        for (; e + 4 <= count; e += 4) dot_products<4>(x, e, grad);
+        for (; e < count; ++e) dot_products<1>(x, e, grad);
+    }
+};
+
+inline void list_linear_forward(ListLinear& a, Arena& arena) {
+    const Lists& lists = *a.lists;
+    const int64_t chunk = list_chunk(a), inputs = lists.others, outputs = lists.owners;
+    float* x = arena.take<float>(inputs * chunk);
+    float* y = arena.take<float>(outputs * chunk);
+    if (!arena.base) return;
+    for (int64_t begin = 0; begin < a.rows; begin += chunk) {
+        const int64_t rows = least(chunk, a.rows - begin);
+        with_elements(a.x, a.x_half, begin * inputs,
+                      [&](const auto* from) { load_by_neuron(from, rows, inputs, chunk, a.threads, x); });
+        parallel(a.threads, divide_up(outputs, kListOwners), 1, [&](int64_t task, int) {
+            const int64_t first = task * kListOwners, last = least(outputs, first + kListOwners);
+            for (int64_t i = first; i < last; ++i)
+                WeightedRows(lists, i, a.values, x, chunk).sum_row(a.bias ? a.bias[i] : 0.0f, y + i * chunk);
+        });
+        with_elements(a.y, a.y_half, begin * outputs,
+                      [&](auto* to) { store_by_neuron(y, rows, outputs, chunk, a.threads, to); });
+    }
+}
+
+inline void list_linear_backward(ListLinear& a, Arena& arena) {
+    const Lists& lists = *a.lists;
+    const int64_t chunk = list_chunk(a), inputs = lists.owners, outputs = lists.others;
+    float* x = arena.take<float>(inputs * chunk);
+    float* grad_y = arena.take<float>(outputs * chunk);
+    float* grad_x = arena.take<float>(a.grad_x ? inputs * chunk : 0);
+    double* bias = arena.take<double>(outputs);
+    if (!arena.base) return;
+    zero(bias, outputs * sizeof(double));
+    if (a.grad_values) {  // padding of units too
+        const int64_t count = a.weights;
+        constexpr int64_t part = 1 << 16;
+        parallel(a.threads, divide_up(count, part), 1, [&](int64_t i, int) {
+            zero(a.grad_values + i * part, (least(count, (i + 1) * part) - i * part) * sizeof(float));
+        });
+    }
+    for (int64_t begin = 0; begin < a.rows; begin += chunk) {
+        const int64_t rows = least(chunk, a.rows - begin);
+        with_elements(a.grad_y, a.y_half, begin * outputs,
+                      [&](const auto* from) { load_by_neuron(from, rows, outputs, chunk, a.threads, grad_y); });
+        if (a.grad_values)
+            with_elements(a.x, a.x_half, begin * inputs,
+                          [&](const auto* from) { load_by_neuron(from, rows, inputs, chunk, a.threads, x); });
+        if (a.grad_bias)
+            parallel(a.threads, outputs, 64, [&](int64_t i, int) {
+                for (int64_t at = 0; at < chunk; at += W) bias[i] += sum_of(load(grad_y + i * chunk + at));
+            });
+        parallel(a.threads, divide_up(inputs, kListOwners), 1, [&](int64_t task, int) {
+            const int64_t first = task * kListOwners, last = least(inputs, first + kListOwners);
+            for (int64_t j = first; j < last; ++j) {
+                const WeightedRows list(lists, j, a.values, grad_y, chunk);
+                if (a.grad_x) list.sum_row(0.0f, grad_x + j * chunk);
+                if (a.grad_values) list.products(x + j * chunk, a.grad_values);
+            }
+        });
+        if (a.grad_x)
+            with_elements(a.grad_x, a.x_half, begin * inputs,
+                          [&](auto* to) { store_by_neuron(grad_x, rows, inputs, chunk, a.threads, to); });
+    }
+    for (int64_t i = 0; a.grad_bias && i < outputs; ++i) a.grad_bias[i] = static_cast<float>(bias[i]);
+}
+
+}  // namespace g2g::G2G_ISA

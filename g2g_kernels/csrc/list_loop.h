@@ -1,0 +1,426 @@
+// Neurons that are joined to one another by weights in lists (lists.h), for all steps: a network of the size of a brain.
+//
+//   I_t = (current)_t + V·S_{t−1},    ∂L/∂S_t = (from outside) + Vᵀ·∂I_{t+1},    ∂L/∂V = Σ_t ∂I_t ⊗ S_{t−1}
+//
+// Samples go in groups of G = 1, 2, 4, 8 or 16, and everything lies by neuron, [neurons][G], so that a weight joins two
+// stretches of G floats. Targets go in ranges, whose currents and gradients stay in L2 while all sources' weights to them pass by
+// in the order of memory. Forward, a weight is visited where its source has spiked in some sample of the group. Backward, it is
+// visited once per step: for Vᵀ·∂I_t, and for its gradient in those samples in which its source has spiked. Memory: the weights,
+// and the states of every step.
+//
+// Each sum has one order whatever the threads: of currents, by source; of Vᵀ·∂I, by target; of gradients of weights, by group, step
+// downwards and sample.
+#pragma once
+
+#include "interface.h"
+#include "lists.h"
+#include "neurons.h"
+#include "parallel.h"
+#include "parameters.h"
+#include "vec.h"
+
+namespace g2g::G2G_ISA {
+
+constexpr int kMostGroup = 16;
+constexpr int64_t kSources = 1024;   // lists of a task
+
+// G floats.
+template <int G>
+struct RowOf {
+    typedef float type __attribute__((vector_size(4 * G), aligned(4), may_alias));
+};
+template <>
+struct RowOf<1> {
+    typedef float type;
+};
+
+// How the samples of a call are divided.
+struct Groups {
+    int64_t samples, width, count, lanes, padded;
+
+    explicit Groups(const ListLoop& a) : samples(a.samples), width(kMostGroup) {
+        // a visit of a row costs about as much as eight of its floats
+        const auto cost = [&](int64_t w) { return divide_up(samples, w) * (8 + w); };
+        for (int64_t w = kMostGroup; w; w /= 2)
+            if (cost(w) < cost(width)) width = w;
+        count = divide_up(samples, width);
+        lanes = a.size * width;
+        padded = divide_up(lanes, kStretch) * kStretch;
+    }
+    static constexpr int64_t kStretch = 64;  // lanes: those of at least four neurons, and of whole vectors
+    int64_t first(int64_t group) const { return group * width; }
+    int64_t in(int64_t group) const { return least(width, samples - group * width); }
+};
+
+// Calls f(G) with the constant.
+template <class F>
+void with_width(int64_t width, const F& f) {
+    switch (width) {
+        case 1: return f(Constant<1>{});
+        case 2: return f(Constant<2>{});
+        case 4: return f(Constant<4>{});
+        case 8: return f(Constant<8>{});
+        default: return f(Constant<16>{});
+    }
+}
+
+// Where a group of a [B][N] matrix lies: rows of `samples` samples from `data` on, N floats apart. Lanes of other samples are 0.
+template <class E>
+struct SampleRows {
+    E* data;
+    int64_t size, samples, width;
+    SampleRows(E* matrix, const ListLoop& a, const Groups& groups, int64_t group)
+        : data(matrix ? matrix + groups.first(group) * a.size : nullptr), size(a.size), samples(groups.in(group)), width(groups.width) {}
+
+    // f(sample, neuron, its lane) for neurons first … last − 1, the lanes from 0 on; a stretch of neurons for all samples.
+    template <class F>
+    void each(int64_t first, int64_t last, int64_t count, const F& f) const {
+        constexpr int64_t kStretch = 128;
+        for (int64_t n = first; n < last; n += kStretch)
+            for (int64_t s = 0; s < count; ++s)
+                for (int64_t i = n; i < least(last, n + kStretch); ++i) f(s, i, (i - first) * width + s);
+    }
+    // lanes[·] of neurons first … last − 1.
+    void load(int64_t first, int64_t last, float* lanes) const {
+        if (!data || samples < width) zero(lanes, (last - first) * width * sizeof(float));
+        if (data) each(first, last, samples, [&](int64_t s, int64_t n, int64_t lane) { lanes[lane] = data[s * size + n]; });
+    }
+    void store(int64_t first, int64_t last, const float* lanes) const {
+        each(first, last, samples, [&](int64_t s, int64_t n, int64_t lane) { data[s * size + n] = lanes[lane]; });
+    }
+};
+
+// The parameters of the neurons, a float per lane of a group.
+struct GroupParameters {
+    const float* lanes[kMostParameters];
+    GroupParameters(const ListLoop& a, const Groups& groups, Arena& arena) {
+        const ModelInfo& model = model_info(a.neurons);
+        for (int k = 0; k < model.parameters; ++k) {
+            float* own = arena.take<float>(groups.padded);
+            lanes[k] = own;
+            if (!arena.base) continue;
+            spread(a.neurons.parameters[k], model.decays[k], 0.0f, groups.padded,
+                   [&](int64_t i) { return i < groups.lanes ? i / groups.width : -1; }, own);
+        }
+    }
+};
+
+// The targets by range, whose tasks of a step they are: whole vectors, since a range has a multiple of 64 neurons.
+struct Ranges {
+    int64_t length, count, size;
+    int64_t first(int64_t range) const { return range * length; }
+    int64_t last(int64_t range) const { return least(size, (range + 1) * length); }
+};
+
+// The states of a step of a group, [states][padded]: by their places in `kept`, or two rows in turn.
+inline int64_t state_rows(const ListLoop& a, const Groups& groups) { return model_info(a.neurons).states * groups.padded; }
+
+// --- forward ----------------------------------------------------------------------------------------------------
+
+// One step of some stretches of lanes: `current` in, spikes out, which are 0 where `keep` is.
+struct LoopStep {
+    const float *current, *before, *keep;  // keep null: all are sent
+    float *now, *spikes;
+    int64_t stride;                        // of the states
+};
+
+template <class M, int R>
+void loop_step(const GroupParameters& parameters, int64_t first, int64_t last, const LoopStep& step) {
+    constexpr int S = M::info.states, P = M::info.parameters;
+    for (int64_t i = first; i < last; i += W) {
+        Vec state[S], p[P];
+        for (int s = 0; s < S; ++s) state[s] = load(step.before + s * step.stride + i);
+        for (int k = 0; k < P; ++k) p[k] = load(parameters.lanes[k] + i);
+        M::template charge<R>(state, load(step.current + i), p);
+        Vec spikes = heaviside(state[S - 1], p[P - 1]);
+        if (step.keep) spikes *= load(step.keep + i);
+        for (int s = 0; s < S; ++s) store(step.now + s * step.stride + i, state[s]);
+        store(step.spikes + i, spikes);
+    }
+}
+
+// Those of a range of neurons that have spiked in some sample of the group, ascending.
+struct Active {
+    int32_t* neurons;
+    int64_t count;
+
+    void note(const float* spikes, int64_t width, int64_t first, int64_t last) {
+        count = 0;
+        for (int64_t n = first; n < last; ++n) {
+            bool any = false;
+            for (int64_t s = 0; s < width; ++s) any |= spikes[n * width + s] != 0.0f;
+            neurons[count] = static_cast<int32_t>(n);
+            count += any;
+        }
+    }
+};
+
+// current += V·S for a range of targets, with the lists of which `first` begins.
+template <int G>
+void add_spikes(const Active& active, const int64_t* first, const int32_t* target, const float* weights, const float* spikes,
+                float* current) {
+    typedef typename RowOf<G>::type Row;
+    for (int64_t i = 0; i < active.count; ++i) {
+        const int32_t j = active.neurons[i];
+        const Row s = *reinterpret_cast<const Row*>(spikes + int64_t{j} * G);
+        for (int64_t e = first[j]; e < first[j + 1]; ++e) {
+            Row* to = reinterpret_cast<Row*>(current + int64_t{target[e]} * G);
+            *to = *to + s * weights[e];
+        }
+    }
+}
+
+// 1 where a neuron's spikes are sent, by lane; null where all are.
+inline const float* kept_lanes(const ListLoop& a, const Groups& groups, int64_t group, float* lanes) {
+    if (!a.dropped) return nullptr;
+    for (int64_t i = 0; i < groups.padded; ++i) lanes[i] = 1.0f;
+    for (int64_t s = 0; s < groups.in(group); ++s)
+        for (int64_t n = 0; n < a.size; ++n)
+            if (a.dropped[(groups.first(group) + s) * a.size + n]) lanes[n * groups.width + s] = 0.0f;
+    return lanes;
+}
+
+// The weights in the order of the lists.
+inline void in_lists(const Lists& lists, const float* values, int threads, float* weights) {
+    constexpr int64_t part = 1 << 14;
+    parallel(threads, divide_up(lists.entries(), part), 1, [&](int64_t task, int) {
+        for (int64_t e = task * part; e < least(lists.entries(), (task + 1) * part); ++e) weights[e] = values[lists.place[e]];
+    });
+}
+
+inline void list_loop_forward(ListLoop& a, Arena& arena) {
+    const Lists& lists = *a.by_cols;
+    const Groups groups(a);
+    const Ranges ranges{lists.length, lists.ranges, a.size};
+    const int64_t S = model_info(a.neurons).states, rows = state_rows(a, groups), matrix = int64_t{a.samples} * a.size;
+    const GroupParameters parameters(a, groups, arena);
+    float* weights = arena.take<float>(lists.entries());
+    float* current = arena.take<float>(groups.padded);
+    float* held = arena.take<float>(a.held ? groups.padded : 0);
+    float* spikes[2] = {arena.take<float>(groups.padded), arena.take<float>(groups.padded)};
+    float* own = arena.take<float>(rows * (a.kept ? 1 : 2));
+    int32_t* noted = arena.take<int32_t>(2 * a.size);
+    Active* active[2] = {arena.take<Active>(ranges.count), arena.take<Active>(ranges.count)};
+    float* keep = arena.take<float>(a.dropped ? groups.padded : 0);
+    if (!arena.base) return;
+
+    in_lists(lists, a.values, a.threads, weights);
+    const auto step = with_model(a.neurons, [&](auto model) {
+        return with_reset(a.neurons, [](auto reset) { return &loop_step<decltype(model), decltype(reset)::value>; });
+    });
+    for (int64_t range = 0; range < ranges.count; ++range)
+        for (Active* each : active) each[range].neurons = noted + (each == active[1]) * a.size + ranges.first(range);
+    zero(current, groups.padded * sizeof(float));
+
+    for (int64_t group = 0; group < groups.count; ++group) {
+        const float* const sent = kept_lanes(a, groups, group, keep);
+        float* const kept = a.kept ? a.kept + group * a.steps * rows : nullptr;
+        const SampleRows before(a.sent, a, groups, group);
+        parallel(a.threads, ranges.count, 1, [&](int64_t range, int) {
+            const int64_t first = ranges.first(range), last = ranges.last(range), at = first * groups.width;
+            for (int64_t s = 0; s < S; ++s)
+                SampleRows(a.state ? a.state + s * matrix : nullptr, a, groups, group).load(first, last, own + s * groups.padded + at);
+            before.load(first, last, spikes[1] + at);
+            active[1][range].note(spikes[1], groups.width, first, last);
+            if (a.held) SampleRows(a.current, a, groups, group).load(first, last, held + at);
+        });
+        for (int64_t t = 0; t < a.steps; ++t) {
+            const float* const from = t == 0 ? own : kept ? kept + (t - 1) * rows : own + t % 2 * rows;
+            float* const to = kept ? kept + t * rows : own + (t + 1) % 2 * rows;
+            float *const now = spikes[t % 2], *const then = spikes[(t + 1) % 2];
+            parallel(a.threads, ranges.count, 1, [&](int64_t range, int) {
+                const int64_t first = ranges.first(range), last = ranges.last(range), at = first * groups.width;
+                const int64_t end = range + 1 == ranges.count ? groups.padded : last * groups.width;
+                if (a.held)
+                    __builtin_memcpy(current + at, held + at, (last - first) * groups.width * sizeof(float));
+                else
+                    SampleRows(a.current + t * matrix, a, groups, group).load(first, last, current + at);
+                with_width(groups.width, [&](auto g) {
+                    for (int64_t source = 0; source < ranges.count; ++source)
+                        add_spikes<decltype(g)::value>(active[(t + 1) % 2][source], lists.first.data() + range * a.size,
+                                                       lists.other.data(), weights, then, current);
+                });
+                (*step)(parameters, at, end, {current, from, sent, to, now, groups.padded});
+                active[t % 2][range].note(now, groups.width, first, last);
+                SampleRows(a.spikes + t * matrix, a, groups, group).store(first, last, now + at);
+                for (int64_t s = 0; t + 1 == a.steps && s < S; ++s)
+                    SampleRows(a.last + s * matrix, a, groups, group).store(first, last, to + s * groups.padded + at);
+            });
+        }
+    }
+}
+
+// --- backward ---------------------------------------------------------------------------------------------------
+
+// One step backwards of some stretches of lanes.
+struct LoopStepBackward {
+    const float *spike_grad, *now, *before, *keep;  // keep null: all are sent
+    float *states;                                  // in and out: what reaches the states
+    float *to_current;                              // out: ∂I
+    float *held;                                    // += ∂I, null: not wanted
+    float *parameters[kMostParameters];             // += their gradients
+    int64_t stride;                                 // of the states
+    bool begins;                                    // without a state the spike before the first step is a constant
+};
+
+template <class M, int R, class Surrogate>
+void loop_step_backward(const GroupParameters& parameters, float alpha, int64_t first, int64_t last, const LoopStepBackward& step) {
+    constexpr int S = M::info.states, P = M::info.parameters;
+    for (int64_t i = first; i < last; i += W) {
+        Vec p[P], before[S], g[S], grad[P];
+        for (int k = 0; k < P; ++k) p[k] = load(parameters.lanes[k] + i), grad[k] = load(step.parameters[k] + i);
+        for (int s = 0; s < S; ++s) before[s] = load(step.before + s * step.stride + i), g[s] = load(step.states + s * step.stride + i);
+        Vec spike_grad = load(step.spike_grad + i);
+        if (step.keep) spike_grad *= load(step.keep + i);
+        const auto slope = [&](Vec u) { return Surrogate::derivative(u - p[P - 1], alpha); };
+        const auto slope_before = [&](Vec u) { return step.begins ? Vec{} : slope(u); };
+        const Vec through = spike_grad * slope(load(step.now + (S - 1) * step.stride + i));
+        const Vec to_current = M::template charge_backward<R>(through, slope_before, before, p, g, grad);
+        for (int s = 0; s < S; ++s) store(step.states + s * step.stride + i, g[s]);
+        for (int k = 0; k < P; ++k) store(step.parameters[k] + i, grad[k]);
+        store(step.to_current + i, to_current);
+        if (step.held) store(step.held + i, load(step.held + i) + to_current);
+    }
+}
+
+// Of one source and a range of targets: Vᵀ·∂I on top of what those before gave, and what its spikes of the step before, a bit per
+// lane, add to the gradients of its weights.
+template <int G>
+void gather(int64_t first, int64_t last, const int32_t* target, const float* weights, const float* to_current,
+            uint32_t spikes, float* sum, float* grad) {
+    typedef typename RowOf<G>::type Row;
+    Row acc = *reinterpret_cast<const Row*>(sum);
+    for (int64_t e = first; e < last; ++e)
+        acc = acc + *reinterpret_cast<const Row*>(to_current + int64_t{target[e]} * G) * weights[e];
+    *reinterpret_cast<Row*>(sum) = acc;
+    for (; spikes; spikes &= spikes - 1) {
+        const float* const lane = to_current + __builtin_ctz(spikes);
+        for (int64_t e = first; e < last; ++e) grad[e] += lane[int64_t{target[e]} * G];
+    }
+}
+
+inline void list_loop_backward(ListLoop& a, Arena& arena) {
+    const Lists& lists = *a.by_cols;
+    const Groups groups(a);
+    const Ranges ranges{lists.length, lists.ranges, a.size};
+    const ModelInfo& model = model_info(a.neurons);
+    const int64_t S = model.states, rows = state_rows(a, groups), matrix = int64_t{a.samples} * a.size;
+    const GroupParameters parameters(a, groups, arena);
+    float* weights = arena.take<float>(lists.entries());
+    float* grad = arena.take<float>(a.grad_values ? lists.entries() : 0);
+    float* own = arena.take<float>(rows);      // the states before the first step
+    float* states = arena.take<float>(rows);   // what reaches the states
+    float* reaching = arena.take<float>(groups.padded);    // Vᵀ·∂I of the step after, then ∂L/∂S
+    float* to_current = arena.take<float>(groups.padded);
+    float* spikes = arena.take<float>(groups.padded);      // of the step before
+    uint32_t* bits = arena.take<uint32_t>(a.size);         // the same, by neuron
+    float* held = arena.take<float>(a.held && a.grad_current ? groups.padded : 0);
+    float* keep = arena.take<float>(a.dropped ? groups.padded : 0);
+    float* sums[kMostParameters] = {};
+    double* totals[kMostParameters] = {};
+    for (int k = 0; k < model.parameters; ++k) {
+        sums[k] = arena.take<float>(groups.padded);
+        totals[k] = arena.take<double>(a.size);
+    }
+    if (!arena.base) return;
+
+    in_lists(lists, a.values, a.threads, weights);
+    constexpr int64_t part = 1 << 14;
+    if (a.grad_values)
+        parallel(a.threads, divide_up(lists.entries(), part), 1, [&](int64_t task, int) {
+            zero(grad + task * part, (least(lists.entries(), (task + 1) * part) - task * part) * sizeof(float));
+        });
+    for (int k = 0; k < model.parameters; ++k) zero(totals[k], a.size * sizeof(double));
+    const auto step = with_model(a.neurons, [&](auto m) {
+        return with_reset(a.neurons, [&](auto reset) {
+            return with_surrogate(a.neurons, [](auto surrogate) {
+                return &loop_step_backward<decltype(m), decltype(reset)::value, decltype(surrogate)>;
+            });
+        });
+    });
+
+    for (int64_t group = 0; group < groups.count; ++group) {
+        const float* const sent = kept_lanes(a, groups, group, keep);
+        const float* const kept = a.kept + group * a.steps * rows;
+        const auto rows_of = [&](auto* data) { return SampleRows(data, a, groups, group); };
+        zero(reaching, groups.padded * sizeof(float));
+        if (a.held && a.grad_current) zero(held, groups.padded * sizeof(float));
+        for (int k = 0; k < model.parameters; ++k) zero(sums[k], groups.padded * sizeof(float));
+        parallel(a.threads, ranges.count, 1, [&](int64_t range, int) {
+            const int64_t first = ranges.first(range), last = ranges.last(range), at = first * groups.width;
+            for (int64_t s = 0; s < S; ++s) {
+                rows_of(a.state ? a.state + s * matrix : nullptr).load(first, last, own + s * groups.padded + at);
+                rows_of(a.grad_last ? a.grad_last + s * matrix : nullptr).load(first, last, states + s * groups.padded + at);
+            }
+        });
+        for (int64_t t = a.steps - 1; t >= 0; --t) {
+            const float* const now = kept + t * rows;
+            const float* const before = t ? now - rows : own;
+            parallel(a.threads, ranges.count, 1, [&](int64_t range, int) {
+                const int64_t first = ranges.first(range), last = ranges.last(range), at = first * groups.width;
+                const int64_t end = range + 1 == ranges.count ? groups.padded : last * groups.width;
+                constexpr int64_t kBlock = 64;  // neurons
+                alignas(64) float outside[kBlock * kMostGroup];
+                for (int64_t n = first; a.grad_spikes && n < last; n += kBlock) {
+                    const int64_t stop = least(last, n + kBlock);
+                    rows_of(a.grad_spikes + t * matrix).load(n, stop, outside);
+                    float* const to = reaching + n * groups.width;
+                    for (int64_t i = 0; i < (stop - n) * groups.width; ++i) to[i] += outside[i];
+                }
+                LoopStepBackward own_step{reaching, now, before, sent, states, to_current, a.held && a.grad_current ? held : nullptr,
+                                          {}, groups.padded, t == 0 && !a.state};
+                for (int k = 0; k < model.parameters; ++k) own_step.parameters[k] = sums[k];
+                (*step)(parameters, a.neurons.alpha, at, end, own_step);
+                if (a.grad_current && !a.held) rows_of(a.grad_current + t * matrix).store(first, last, to_current + at);
+                if (t) {
+                    const float* const membrane = before + (S - 1) * groups.padded;
+                    const float* const theta = parameters.lanes[model.parameters - 1];
+                    for (int64_t i = at; i < end; i += W) {
+                        const Vec s = heaviside(load(membrane + i), load(theta + i));
+                        store(spikes + i, sent ? s * load(sent + i) : s);
+                    }
+                } else {
+                    rows_of(a.sent).load(first, last, spikes + at);
+                }
+                for (int64_t n = first; a.grad_values && n < last; ++n) {
+                    bits[n] = 0;
+                    for (int64_t s = 0; s < groups.width; ++s) bits[n] |= uint32_t{spikes[n * groups.width + s] != 0.0f} << s;
+                }
+            });
+            if (!t && !a.sent) break;
+            zero(reaching, groups.padded * sizeof(float));
+            for (int64_t range = 0; range < ranges.count; ++range) {
+                const int64_t* const list = lists.first.data() + range * a.size;
+                parallel(a.threads, divide_up(a.size, kSources), 1, [&](int64_t task, int) {
+                    const int64_t first = task * kSources, last = least(a.size, first + kSources);
+                    with_width(groups.width, [&](auto g) {
+                        for (int64_t j = first; j < last; ++j)
+                            gather<decltype(g)::value>(list[j], list[j + 1], lists.other.data(), weights, to_current,
+                                                       a.grad_values ? bits[j] : 0, reaching + j * groups.width, grad);
+                    });
+                });
+            }
+        }
+        parallel(a.threads, ranges.count, 1, [&](int64_t range, int) {
+            const int64_t first = ranges.first(range), last = ranges.last(range), at = first * groups.width;
+            if (a.grad_sent) rows_of(a.grad_sent).store(first, last, reaching + at);
+            if (a.held && a.grad_current) rows_of(a.grad_current).store(first, last, held + at);
+            for (int64_t s = 0; a.grad_state && s < S; ++s)
+                rows_of(a.grad_state + s * matrix).store(first, last, states + s * groups.padded + at);
+            for (int k = 0; k < model.parameters; ++k)
+                for (int64_t n = first; n < last; ++n)
+                    for (int64_t s = 0; s < groups.width; ++s) totals[k][n] += sums[k][n * groups.width + s];
+        });
+    }
+    for (int k = 0; k < model.parameters; ++k) 
+        gradient_of_totals(a.neurons.parameters[k], model.decays[k], totals[k], a.size, [](int64_t n) { return n; }, a.size);
+    if (!a.grad_values) return;
+    parallel(a.threads, divide_up(a.weights, part), 1, [&](int64_t task, int) {  // padding of units too
+        zero(a.grad_values + task * part, (least(a.weights, (task + 1) * part) - task * part) * sizeof(float));
+    });
+    parallel(a.threads, divide_up(lists.entries(), part), 1, [&](int64_t task, int) {
+        for (int64_t e = task * part; e < least(lists.entries(), (task + 1) * part); ++e) a.grad_values[lists.place[e]] = grad[e];
+    });
+}
+
+}  // namespace g2g::G2G_ISA

@@ -1,0 +1,120 @@
+#include "lists.h"
+
+namespace g2g {
+namespace {
+
+bool valid(const Side& side) {
+    if (side.size < 1 || side.num_units < 1 || side.width < 1) return false;
+    if (side.bounds[0] != 0 || side.bounds[side.num_units] != side.size) return false;
+    std::vector<bool> seen(side.size, false);
+    for (int32_t u = 0; u < side.num_units; ++u) {
+        const int32_t begin = side.bounds[u], end = side.bounds[u + 1];
+        if (end < begin || end - begin > side.width) return false;
+        for (int32_t i = begin; i < end; ++i) {
+            const int64_t neuron = side.order[i];
+            if (neuron < 0 || neuron >= side.size || seen[neuron]) return false;
+            seen[neuron] = true;
+        }
+    }
+    return true;
+}
+
+// The neuron of a unit's row or column number `offset`, −1 in its padding.
+int32_t neuron(const Side& side, int32_t unit, int32_t offset) {
+    const int32_t place = side.bounds[unit] + offset;
+    return place < side.bounds[unit + 1] ? static_cast<int32_t>(side.order[place]) : -1;
+}
+
+// f(index in the packed values, row, column) of every weight, in the order of those values.
+template <class F>
+void for_each_weight(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units,
+                     const F& f) {
+    for (int32_t slot = 0; slot < units; ++slot)
+        for (int32_t r = 0; r < rows.width; ++r) {
+            const int32_t row = neuron(rows, unit_row[slot], r);
+            for (int32_t c = 0; row >= 0 && c < cols.width; ++c) {
+                const int32_t col = neuron(cols, unit_col[slot], c);
+                if (col >= 0) f((int64_t{slot} * rows.width + r) * cols.width + c, row, col);
+            }
+        }
+}
+
+// first[k] = the number of weights whose key is below k.
+std::vector<int64_t> offsets(std::vector<int64_t>&& count) {
+    int64_t total = 0;
+    for (int64_t& each : count) {
+        const int64_t own = each;
+        each = total;
+        total += own;
+    }
+    return std::move(count);
+}
+
+}  // namespace
+
+Lists* build_lists(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units,
+                   int32_t by_rows, int32_t length) {
+    if (length < 1 || !valid(rows) || !valid(cols) || int64_t{units} * rows.width * cols.width > INT32_MAX) return nullptr;
+    for (int32_t slot = 0; slot < units; ++slot) {
+        if (unit_row[slot] < 0 || unit_row[slot] >= rows.num_units) return nullptr;
+        if (unit_col[slot] < 0 || unit_col[slot] >= cols.num_units) return nullptr;
+    }
+    Lists made;
+    made.by_rows = by_rows;
+    made.owners = by_rows ? rows.size : cols.size;
+    made.others = by_rows ? cols.size : rows.size;
+    made.height = rows.width;
+    made.width = cols.width;
+    made.length = length;
+    made.ranges = (made.others - 1) / length + 1;
+    const auto list = [&](int32_t owner, int32_t other) { return int64_t{other / length} * made.owners + owner; };
+    // sorted by the other neuron, then stably by the list
+    std::vector<int64_t> of_other(int64_t{made.others} + 1, 0), of_list(int64_t{made.ranges} * made.owners + 1, 0);
+    const auto each = [&](const auto& f) {
+        for_each_weight(rows, cols, unit_row, unit_col, units, [&](int64_t place, int32_t row, int32_t col) {
+            f(static_cast<int32_t>(place), by_rows ? row : col, by_rows ? col : row);
+        });
+    };
+    each([&](int32_t, int32_t owner, int32_t other) { ++of_list[list(owner, other)], ++of_other[other]; });
+    made.first = offsets(std::move(of_list));
+    const int64_t entries = made.first.back();
+    struct Entry {
+        int32_t place, owner;
+    };
+    std::vector<Entry> sorted(entries);
+    std::vector<int64_t> next = offsets(std::move(of_other));
+    const std::vector<int64_t> begin = next;  // whose last one is the number of entries
+    each([&](int32_t place, int32_t owner, int32_t other) { sorted[next[other]++] = {place, owner}; });
+    made.other.resize(entries);
+    made.place.resize(entries);
+    next = made.first;
+    for (int32_t other = 0; other < made.others; ++other)
+        for (int64_t i = begin[other]; i < begin[other + 1]; ++i) {
+            const int64_t at = next[list(sorted[i].owner, other)]++;
+            made.other[at] = other;
+            made.place[at] = sorted[i].place;
+        }
+    made.fingerprint = fingerprint(rows, cols, unit_row, unit_col, units);
+    return new Lists(std::move(made));
+}
+
+uint64_t fingerprint(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units) {
+    // the finalizer of SplitMix64: every bit of the number changes each bit of the result with a probability of a half
+    const auto mixed = [](uint64_t x) {
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+        x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+        return x ^ x >> 31;
+    };
+    constexpr uint64_t kStep = 0x9E3779B97F4A7C15u;  // of the places, so that the order counts
+    uint64_t sum = mixed(units);
+    for (int32_t i = 0; i < units; ++i)
+        sum += mixed((uint64_t{static_cast<uint32_t>(unit_row[i])} << 32 | static_cast<uint32_t>(unit_col[i])) + kStep * i);
+    for (const Side* side : {&rows, &cols}) {
+        sum = mixed(sum + side->size) + mixed((uint64_t{static_cast<uint32_t>(side->num_units)} << 32) + side->width);
+        for (int32_t i = 0; i < side->size; ++i) sum += mixed(side->order[i] + kStep * (i + 1));
+        for (int32_t i = 0; i <= side->num_units; ++i) sum += mixed(~uint64_t{static_cast<uint32_t>(side->bounds[i])} + kStep * i);
+    }
+    return sum;
+}
+
+}  // namespace g2g

@@ -1,0 +1,34 @@
+// Weights in lists, for masks whose 64 × 64 tiles would be mostly empty: memory and time follow the weights, whatever the
+// size of the matrix.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "structures.h"
+
+namespace g2g {
+
+// The weights of a mask one by one. The neurons of one side, the *others*, are cut into ranges; weights lie by the range of
+// the other neuron, then by the neuron on this side, the *owner*, then by the other one.
+struct Lists {
+    int32_t owners = 0, others = 0;
+    int32_t by_rows = 0;             // whether the owners are the neurons of the rows
+    int32_t height = 0, width = 0;   // of the packed units
+    int32_t length = 0, ranges = 0;  // others of a range, and how many ranges there are
+    std::vector<int64_t> first;      // [ranges · owners + 1] into the entries
+    std::vector<int32_t> other;      // [entries] the neuron on the other side, ascending within a list
+    std::vector<int32_t> place;      // [entries] index of the weight in the packed values
+    uint64_t fingerprint = 0;        // of the mask they were built from
+    int64_t entries() const { return static_cast<int64_t>(place.size()); }
+};
+
+// Returns nullptr if an index is out of range.
+Lists* build_lists(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units,
+                   int32_t by_rows, int32_t length);
+
+// 64 bits that another mask has with a probability of 2⁻⁶⁴: a mask's buffers change in place, and a copy of them to compare
+// would take as much memory as the lists.
+uint64_t fingerprint(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units);
+
+}  // namespace g2g

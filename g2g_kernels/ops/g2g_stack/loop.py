@@ -1,0 +1,212 @@
+"""Neurons that are joined to one another by weights in lists, for all steps in one call, on the compiled CPU kernels:
+operators ``g2g::loop_forward`` (with its autograd formula) and ``g2g::loop_backward``.
+
+What the forward pass keeps are the states of every step, float32, as ``csrc/list_loop.h`` lays them out.
+"""
+
+from collections.abc import Callable, Sequence
+from ctypes import Structure
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from g2g_kernels.cpu import library as cpu_library
+from g2g_kernels.cpu.interface import structures
+from g2g_kernels.cpu.library import library, pointer, run
+from g2g_kernels.cpu.plans import Plan, in_lists, lists_for
+from g2g_kernels.cpu.workspace import workspace
+from g2g_kernels.dispatch import forced_backend
+from g2g_kernels.mask.unit_grid import MaskTensors
+from g2g_kernels.ops.g2g_linear import reference as linear
+from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.neurons.cpu import neuron_arguments
+from g2g_kernels.ops.neurons.models import MODELS, Neurons
+from g2g_kernels.ops.neurons.step import in_steps
+from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator, opened
+
+#: lanes to which the states of a group of samples are padded (``Groups`` in csrc/list_loop.h)
+_STRETCH = 64
+#: targets of a range at most: the currents of 8 samples are about a megabyte then, and stay in L2
+RANGE = 40960
+
+
+class LoopCall(NamedTuple):
+    """What the forward pass takes.
+
+    Attributes:
+        current: contiguous [T, B, N], or [B, N] held for ``steps`` steps.
+        values: packed weights [num_units, unit_rows, unit_cols] of the connection.
+        mask: its units, of as many outputs as inputs.
+        population: the neurons.
+        steps: 0 if ``current`` has a time dimension.
+        sent: [B, N], the spikes before the first step; None: none.
+        dropped: bool [B, N], where nothing comes from a neuron in a sample; None: nowhere.
+        state: [states, B, N] before the first step; None: zeros.
+    """
+
+    current: torch.Tensor
+    values: torch.Tensor
+    mask: Any
+    population: Neurons
+    steps: int
+    sent: torch.Tensor | None
+    dropped: torch.Tensor | None
+    state: torch.Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the spikes: [T, B, N]."""
+        return (self.steps, *self.current.shape) if self.steps else tuple(self.current.shape)
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """Of the states: [states, B, N]."""
+        return len(MODELS[self.population.model].states), *self.shape[1:]
+
+    def check(self) -> None:
+        """Raises ValueError unless sizes match."""
+        if len(self.shape) != 3:
+            raise ValueError(f"current has shape {tuple(self.current.shape)}, expected [T, B, N], or [B, N] held")
+        _, samples, size = self.shape
+        if self.mask.shape != (size, size):
+            raise ValueError(f"the mask describes {self.mask.shape} weights between {size} neurons")
+        shapes = (("sent", self.sent, (samples, size)), ("dropped", self.dropped, (samples, size)))
+        for name, tensor, shape in (*shapes, ("state", self.state, self.state_shape)):
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+        names = MODELS[self.population.model].parameters
+        for name, parameter in zip(names, self.population.parameters, strict=True):
+            if parameter.numel() not in (1, size):
+                raise ValueError(f"{name} has {parameter.numel()} entries, expected 1 or {size}")
+
+
+TYPES["LoopCall"] = LoopCall
+
+
+def loop_of(layer: SpikingLayer, backend: str | None = "cpu") -> Callable | None:
+    """What runs a layer with its recurrent connection (:class:`g2g_kernels.ops.g2g_stack.reference.Parts`), if these
+    kernels take that from lists; ``backend``: as of the call."""
+    if layer.recurrent is None or layer.observers[1] is not None or layer.membranes:
+        return None
+    if forced_backend(backend) not in (None, "cpu") or cpu_library.unavailable():
+        return None
+    tensors, _ = opened((layer.recurrent, layer.population.parameters, layer.state))
+    if any([(tensor.is_floating_point() and tensor.dtype != torch.float32) or not tensor.is_cpu for tensor in tensors]):
+        return None
+    return (
+        partial(_run, layer) if in_lists(layer.recurrent.mask.grid, layer.recurrent.values.shape, "recurrent") else None
+    )
+
+
+def _run(
+    layer: SpikingLayer,
+    current: torch.Tensor,
+    steps: int | None,
+    state: torch.Tensor | None,
+    sent: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    assert layer.recurrent is not None
+    (values, mask), population = layer.recurrent, layer.population
+    population = population.with_parameters(tuple([each.reshape(-1).contiguous() for each in population.parameters]))
+    call = LoopCall(
+        current.float().contiguous(),
+        values.contiguous(),
+        mask if isinstance(mask, MaskTensors) else mask.tensors(),
+        population,
+        steps or 0,
+        None if sent is None else sent.float().contiguous(),
+        None if layer.dropped is None else layer.dropped.contiguous(),
+        None if state is None else state.float().contiguous(),
+    )
+    spikes, last, _ = FORWARD(call)
+    return spikes.to(current.dtype), last
+
+
+def _kept_shape(call: LoopCall) -> tuple[int, ...]:
+    steps, samples, size = call.shape
+    width = min((16, 8, 4, 2, 1), key=lambda each: -(-samples // each) * (8 + each))
+    groups = -(-samples // width)
+    padded = -(-size * width // _STRETCH) * _STRETCH
+    return groups, steps, len(MODELS[call.population.model].states), padded
+
+
+def _arguments(call: LoopCall, grads: Sequence[torch.Tensor | None] = ()) -> tuple[Structure, Plan]:
+    """The arguments of a kernel, and the lists that must outlive it."""
+    call.check()
+    for tensor in opened(call)[0]:
+        if (tensor.is_floating_point() and tensor.dtype != torch.float32) or not tensor.is_contiguous():
+            raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
+    (steps, samples, size), threads = call.shape, torch.get_num_threads()
+    ranges = max(-(-size // RANGE), min(threads, -(-size // _STRETCH)))
+    ranges = -(-ranges // threads) * threads  # as many for each thread
+    lists = lists_for(call.mask, call.values, "cols", -(-size // (ranges * _STRETCH)) * _STRETCH)
+    arguments = structures.ListLoop(
+        neurons=neuron_arguments(call.population, grads),
+        by_cols=lists.address,
+        values=pointer(call.values),
+        weights=call.values.numel(),
+        current=pointer(call.current),
+        sent=pointer(call.sent),
+        dropped=pointer(call.dropped),
+        state=pointer(call.state),
+        samples=samples,
+        size=size,
+        steps=steps,
+        threads=threads,
+        held=call.steps > 0,
+    )
+    return arguments, lists
+
+
+def _forward(call: LoopCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    arguments, _lists = _arguments(call)
+    spikes, last = workspace.empty(call.shape), workspace.empty(call.state_shape)
+    kept = workspace.empty(_kept_shape(call) if keep else (0,))
+    arguments.spikes, arguments.last = spikes.data_ptr(), last.data_ptr()
+    arguments.kept = kept.data_ptr() if keep else None
+    run(library().g2g_list_loop_forward, arguments)
+    return spikes, last, kept
+
+
+def _backward(given: Backward) -> list[torch.Tensor | None]:
+    call, (kept,), (grad_spikes, grad_last), _ = given
+    for name, tensor, shape in (
+        ("kept", kept, _kept_shape(call)),
+        ("grad_spikes", grad_spikes, call.shape),
+        ("grad_last", grad_last, call.state_shape),
+    ):
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != torch.float32):
+            raise ValueError(f"{name} must be float32 {list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
+    grads = workspace.alike(opened(call)[0], given.needed)
+    to = given.record(grads)
+    arguments, _lists = _arguments(call, to.population.parameters)
+    arguments.kept, arguments.grad_spikes, arguments.grad_last = pointer(kept), pointer(grad_spikes), pointer(grad_last)
+    arguments.grad_current, arguments.grad_values = pointer(to.current), pointer(to.values)
+    arguments.grad_sent, arguments.grad_state = pointer(to.sent), pointer(to.state)
+    run(library().g2g_list_loop_backward, arguments)
+    return grads
+
+
+def _fake(call: LoopCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    kept = call.current.new_empty(_kept_shape(call) if keep else 0)
+    return call.current.new_empty(call.shape), call.current.new_empty(call.state_shape), kept
+
+
+def _plain(call: LoopCall) -> tuple[torch.Tensor, torch.Tensor]:
+    spikes, sent, state = [], call.sent, call.state
+    for t in range(call.shape[0]):
+        current = call.current if call.steps else call.current[t]
+        if sent is not None:
+            current = current + linear.g2g_linear(sent, call.values, call.mask, None)
+        now, state = in_steps(current[None], call.population, None, state)
+        sent = now[0] if call.dropped is None else now[0].masked_fill(call.dropped, 0)
+        spikes.append(sent)
+    assert state is not None
+    return torch.stack(spikes), state
+
+
+BACKWARD = RecordOperator("loop_backward", "Tensor[]", _backward, Backward.empty)
+FORWARD = Differentiable(
+    "loop_forward", "(Tensor spikes, Tensor last, Tensor kept)", 2, _forward, _fake, BACKWARD, _plain
+)

@@ -1,0 +1,148 @@
+"""Dale's law: all weights from one neuron have one sign."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from g2gnet.layers import G2GLinear
+from g2gnet.spiking_network import SpikingNetwork
+
+
+class KeptSigns:
+    """What :func:`keep_signs` returns.
+
+    Attributes:
+        signs: by source, int8 [neurons]: 1, −1, or 0 for a neuron whose weights may have either sign.
+    """
+
+    def __init__(
+        self, groups: Mapping[str, list[G2GLinear]], signs: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._groups, self.signs = groups, signs
+        self._hook = optimizer.register_step_post_hook(lambda *_: self.apply())
+        self.apply()
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Sets every weight of the wrong sign to 0, as after each step of the optimizer."""
+        for name, layers in self._groups.items():
+            for layer in layers:
+                sign = _of_units(layer, self.signs[name]).to(layer.values)
+                layer.values.masked_fill_(layer.values * sign < 0, 0)
+
+    def remove(self) -> None:
+        """Lets the weights have any sign again."""
+        self._hook.remove()
+
+
+def keep_signs(
+    model: nn.Module, optimizer: torch.optim.Optimizer, signs: torch.Tensor | Mapping[str, torch.Tensor] | None = None
+) -> KeptSigns:
+    """Has weights keep the sign of the neuron that they come from (Dale's law), from now on.
+
+    After each ``optimizer.step()`` a weight that has the other sign becomes 0; it exists still, and may grow again.
+    Weights that dynamic sparse training grows begin at 0 and take their neuron's sign. Averages of weights have their
+    signs. A checkpoint holds weights, not signs: give these again after loading.
+
+    Args:
+        model: a :class:`G2GLinear`; a :class:`SpikingNetwork`, whose populations are the sources (the input has no
+            signs); or another module, each of whose G2GLinear layers is a source of its own, by its name.
+        optimizer: what trains the weights.
+        signs: of the source's neurons, 1, −1 or 0 (either), [N_src]; of several sources by name, and of those that are
+            not named any sign is allowed. Weights of the other sign take the given one, −w for w. None: each neuron has
+            the sign of its weights, and 0 if all of them are 0.
+
+    Raises:
+        ValueError: without ``signs`` for a neuron with weights of both signs, whose number the error gives; for signs
+            of another number of neurons, or of an unknown source.
+
+    Example:
+        >>> from g2g_kernels import BlockMask, GroupLayout
+        >>> layer = G2GLinear(BlockMask.sample(GroupLayout(16), GroupLayout(16), block_size=1))
+        >>> optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        >>> kept = keep_signs(layer, optimizer, torch.tensor([1] * 12 + [-1] * 4))
+        >>> layer(torch.rand(4, 16)).sum().backward()
+        >>> optimizer.step()
+        >>> bool((layer.weight[:, :12] >= 0).all() and (layer.weight[:, 12:] <= 0).all())
+        True
+    """
+    groups = _sources(model)
+    for name, layers in groups.items():
+        for layer in layers:
+            if not layer.has_plain_values:
+                raise ValueError(f"the weights from {name} are computed by a parametrization; remove that")
+    if signs is None:
+        found = {name: _signs_of(name, layers) for name, layers in groups.items()}
+        return KeptSigns(groups, found, optimizer)
+    given = signs if isinstance(signs, Mapping) else {name: signs for name in groups}
+    if not isinstance(signs, Mapping) and len(groups) != 1:
+        raise ValueError(f"there are several sources; give signs by name, of {', '.join(groups)}")
+    for name, each in given.items():
+        _check_signs(name, each, groups)
+    groups = {name: groups[name] for name in given}
+    found = {name: each.detach().to(torch.int8).cpu() for name, each in given.items()}
+    with torch.no_grad():
+        for name, layers in groups.items():
+            for layer in layers:
+                sign = _of_units(layer, found[name]).to(layer.values)
+                layer.values.copy_(torch.where(sign == 0, layer.values, layer.values.abs() * sign))
+    return KeptSigns(groups, found, optimizer)
+
+
+def _sources(model: nn.Module) -> dict[str, list[G2GLinear]]:
+    """The layers from each source."""
+    if isinstance(model, G2GLinear):
+        return {"the layer": [model]}
+    groups: dict[str, list[G2GLinear]] = {}
+    if isinstance(model, SpikingNetwork):
+        connections: Mapping[str, Any] = model.connections()
+        names = list(model.populations)
+        for route in model.routes():
+            if route.source >= 0:
+                groups.setdefault(names[route.source], []).append(connections[route.name])
+    else:
+        groups = {name: [layer] for name, layer in model.named_modules() if isinstance(layer, G2GLinear)}
+    if not groups:
+        raise ValueError(f"{type(model).__name__} has no G2GLinear layer whose weights could have signs")
+    return groups
+
+
+def _check_signs(name: str, signs: Any, groups: Mapping[str, list[G2GLinear]]) -> None:
+    if name not in groups:
+        raise ValueError(f"signs of {name!r}: there is no such source, only {', '.join(groups)}")
+    size = groups[name][0].in_features
+    if not isinstance(signs, torch.Tensor) or tuple(signs.shape) != (size,) or signs.is_complex():
+        what = list(signs.shape) if isinstance(signs, torch.Tensor) else type(signs).__name__
+        raise ValueError(f"the signs of {name} are {what}; give a tensor of {size}")
+    if not ((signs == 1) | (signs == -1) | (signs == 0)).all():
+        raise ValueError(f"the signs of {name} must be 1, −1 or 0")
+
+
+def _signs_of(name: str, layers: list[G2GLinear]) -> torch.Tensor:
+    """The sign of each neuron's weights; raises ValueError for one that has both."""
+    size = layers[0].in_features
+    positive, negative = torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.bool)
+    for layer in layers:
+        axis, mask = layer.mask.cols, layer.mask
+        neuron = axis.neuron_at.view(axis.num_units, axis.width)[mask.unit_col.long()][:, None, :].expand(
+            layer.values.shape
+        )
+        values = layer.values.detach()
+        for found, there in ((positive, values > 0), (negative, values < 0)):
+            found[neuron[there & mask.valid()].cpu()] = True
+    both = (positive & negative).nonzero()
+    if len(both):
+        raise ValueError(
+            f"neuron {int(both[0])} of {name} has weights of both signs ({len(both)} neurons do); give signs, of which "
+            "weights then take the given one"
+        )
+    return positive.to(torch.int8) - negative.to(torch.int8)
+
+
+def _of_units(layer: G2GLinear, signs: torch.Tensor) -> torch.Tensor:
+    """The signs of the sources of packed weights: [num_units, 1, unit_cols], 0 in padding."""
+    axis = layer.mask.cols
+    padded = torch.cat([signs, signs.new_zeros(1)]).to(axis.neuron_at.device)[axis.neuron_at]
+    return padded.view(axis.num_units, axis.width)[layer.mask.unit_col.long()][:, None, :]

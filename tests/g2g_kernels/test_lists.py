@@ -1,0 +1,256 @@
+"""Weights in lists: the values of both kernels against float64, when they are chosen, and that nothing of N × N is
+formed.
+"""
+
+import itertools
+
+import pytest
+import torch
+from covering import every_pair
+from helpers import seeded
+
+from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_linear, g2g_stack
+from g2g_kernels.cpu import library, plans
+from g2g_kernels.cpu.workspace import workspace
+from g2g_kernels.ops.g2g_stack import loop
+from g2g_kernels.ops.g2g_stack.layer import Recurrent
+from g2g_kernels.ops.neurons import MODELS, RESETS
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.ops.record import Backward
+
+pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason="the compiled kernels are not built")
+
+#: as of every kernel: of a tensor relative to its largest number; of a sum whose parts cancel, to the sum of their
+#: sizes
+CLOSE = 2e-5
+
+
+@pytest.fixture(autouse=True)
+def only_lists(monkeypatch):
+    """Every mask of small units goes by lists, and no kernel reads what nobody wrote."""
+    monkeypatch.setattr(library, "LIST_COST", 0.0)
+    monkeypatch.setattr(workspace, "poison", True)
+
+
+def layout(size: int, seed: int = 0) -> GroupLayout:
+    return GroupLayout(size, min(4, size), kind="random", generator=seeded(seed))
+
+
+def weights(out: int, into: int, block_size: int, density: float, seed: int = 0, scale: float = 1.0):
+    """A mask and packed weights; padding holds NaN, which nothing may read."""
+    mask = BlockMask.sample(
+        layout(out, seed), layout(into, seed), density=density, block_size=block_size, generator=seeded(seed)
+    )
+    values = scale * torch.randn(mask.num_units, *mask.unit_shape, generator=seeded(seed + 1), dtype=torch.float64)
+    return mask, values.float().masked_fill(~mask.valid(), torch.nan)
+
+
+def assert_close(found, expected, mask=None, scale=None) -> None:
+    if mask is not None:  # the gradient of padding is 0
+        assert not found[~mask.valid()].any()
+    assert (found.double() - expected).abs().max() <= CLOSE * (scale or expected.abs().max() + 1e-30)
+
+
+@every_pair(
+    rows=(1, 15, 16, 17, 700),
+    sizes=((1, 1), (37, 64), (300, 21), (129, 513)),
+    block_size=(1, 3, 15),
+    density=(0.0, 0.03, 0.6),
+    inputs=("floats", "spikes"),
+    bias=(False, True),
+)
+def test_a_linear_layer_is_that_of_float64(rows, sizes, block_size, density, inputs, bias):
+    mask, values = weights(*sizes, block_size, density)
+    x = torch.randn(rows, sizes[1], generator=seeded(3))
+    x = (x > 1).float() if inputs == "spikes" else x
+    grad = torch.randn(rows, sizes[0], generator=seeded(4))
+    ours = [x.requires_grad_(), values.requires_grad_(), *([torch.randn(sizes[0]).requires_grad_()] if bias else [])]
+    y = g2g_linear(ours[0], ours[1], mask, *ours[2:], backend="cpu")
+    y.backward(grad)
+    exact = [each.detach().double().nan_to_num().requires_grad_() for each in ours]
+    expected = g2g_linear(exact[0], exact[1], mask, *exact[2:], backend="torch")
+    expected.backward(grad.double())
+    assert_close(y.detach(), expected.detach(), scale=expected.abs().max().item() + 1)
+    for mine, theirs, of in zip(ours, exact, (None, mask, None), strict=False):
+        if mine.numel():
+            assert_close(mine.grad, theirs.grad, of)
+
+
+@every_pair(
+    model=MODELS,
+    reset=RESETS,
+    surrogate=SURROGATES,
+    size=(1, 63, 130),
+    batch=(1, 2, 3, 8, 19),
+    block_size=(1, 3),
+    held=(False, True),
+    state=(False, True),
+    dropped=(False, True),
+    per_neuron=(False, True),
+    threads=(1, 2),
+)
+def test_a_loop_over_all_steps_is_that_of_float64(
+    model, reset, surrogate, size, batch, block_size, held, state, dropped, per_neuron, threads
+):
+    steps, names = 9, MODELS[model].parameters
+    draw = seeded(size + batch)
+    mask, values = weights(size, size, block_size, 0.2, scale=0.5)
+    inputs, of_inputs = weights(size, 20, block_size, 0.4, seed=5)
+    shapes = (batch, 20) if held else (steps, batch, 20)
+    x = 1.3 * torch.randn(shapes, generator=draw)
+    count = size if per_neuron else 1
+    parameters = [
+        torch.rand(count, generator=draw) * (0.3 if name == "threshold" else 0.6)
+        + (0.7 if name == "threshold" else 0.3)
+        for name in names
+    ]
+    first = torch.randn(len(MODELS[model].states), batch, size, generator=draw) if state else None
+    silent = torch.rand(batch, size, generator=draw) < 0.2 if dropped else None
+    of_counts, of_last = (torch.randn(batch, size, generator=draw) for _ in range(2))
+
+    def run(backend, dtype):
+        leaves = [
+            each if each is None else each.detach().to(dtype).nan_to_num().requires_grad_()
+            for each in (x, values, of_inputs, first, *parameters)
+        ]
+        population = Neurons(model, tuple(leaves[4:]), reset, surrogate, 2.0)
+        recurrent = Recurrent(leaves[1], mask)
+        layer = SpikingLayer(leaves[2], inputs, None, population, silent, leaves[3], recurrent)
+        activity = g2g_stack(leaves[0], [layer], steps if held else None, backend=backend)
+        loss = (activity.counts * of_counts.to(dtype)).sum() + (activity.states[0] * of_last.to(dtype)).sum()
+        loss.backward()
+        return activity, [None if each is None else each.grad for each in leaves]
+
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        activity, grads = run("cpu", torch.float32)
+    finally:
+        torch.set_num_threads(threads_before)
+    expected, exact = run("torch", torch.float64)
+    assert torch.equal(activity.spikes[0].dense().double(), expected.spikes[0].dense())
+    assert_close(activity.states[0].detach(), expected.states[0].detach())
+    for mine, theirs in zip(grads[:4], exact[:4], strict=True):
+        if mine is not None and theirs.numel():
+            assert_close(mine, theirs)
+    for mine, theirs in zip(grads[4:], exact[4:], strict=True):
+        # a number shared by all neurons is a sum over samples, steps and neurons, whose parts cancel: 2e-4 of it
+        scale = theirs.abs().max().item() + 1e-3
+        assert_close(mine, theirs, scale=scale if per_neuron else 10 * scale + batch * size * 0.05)
+
+
+def test_results_are_the_same_for_any_number_of_threads_and_ranges(monkeypatch):
+    mask, values = weights(300, 300, 1, 0.1, scale=0.3)
+    inputs, of_inputs = weights(300, 20, 1, 0.4, seed=5)
+    population = Neurons("lif", (torch.tensor([0.9]), torch.tensor([1.0])))
+    x = torch.rand(3, 20, generator=seeded(1))
+
+    def run():
+        leaves = [each.clone().requires_grad_() for each in (values, of_inputs)]
+        layer = SpikingLayer(leaves[1], inputs, None, population, recurrent=Recurrent(leaves[0], mask))
+        activity = g2g_stack(x, [layer], 12, backend="cpu")
+        (activity.counts * torch.arange(300.0)).sum().backward()
+        return [activity.counts.detach(), *[each.grad for each in leaves]]
+
+    expected = run()
+    before = torch.get_num_threads()
+    try:
+        for threads, length in itertools.product((1, 3), (64, 1000)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr(loop, "RANGE", length)
+            assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_run_in_parts_and_in_chunks_is_the_whole_run():
+    mask, values = weights(90, 90, 1, 0.2, scale=0.4)
+    inputs, of_inputs = weights(90, 20, 1, 0.4, seed=5)
+    x = torch.randn(10, 4, 20, generator=seeded(1))
+
+    def run(chunk, parts):
+        leaves = [each.clone().requires_grad_() for each in (values, of_inputs)]
+        population = Neurons("adlif", tuple(torch.tensor([each]) for each in (0.9, 0.8, 0.1, 0.2, 0.9)))
+        layer = SpikingLayer(leaves[1], inputs, None, population, recurrent=Recurrent(leaves[0], mask))
+        total, state = 0, None
+        for part in x.split(parts):
+            activity = g2g_stack(part, [layer._replace(state=state)], None, backend="cpu", chunk=chunk)
+            total, (state,) = total + activity.counts, activity.states
+        (total * torch.arange(90.0)).sum().backward()
+        return total.detach(), [each.grad for each in leaves]
+
+    counts, grads = run(None, 10)
+    for chunk, parts in ((3, 10), (None, 4), (1, 10)):
+        found, of_parts = run(chunk, parts)
+        assert torch.equal(found, counts)
+        for mine, theirs in zip(of_parts, grads, strict=True):
+            assert_close(mine, theirs.double())
+
+
+def test_operators_are_sound_and_have_second_derivatives():
+    mask, values = weights(12, 12, 1, 0.3)
+
+    def call(learned):
+        current, state = torch.randn(3, 2, 12, generator=seeded(1)), torch.zeros(1, 2, 12)
+        neurons = Neurons("lif", (torch.tensor([0.8]).requires_grad_(learned), torch.tensor([1.0])))
+        sent, dropped = torch.ones(2, 12), torch.zeros(2, 12, dtype=torch.bool)
+        leaves = [each.detach().clone().requires_grad_(learned) for each in (current, values, state)]
+        return loop.LoopCall(leaves[0], leaves[1], mask.tensors(), neurons, 0, sent, dropped, leaves[2])
+
+    loop.FORWARD.opcheck(call(True), True)
+    spikes, last, kept = loop.FORWARD.function(call(False), True)
+    loop.BACKWARD.opcheck(Backward.of(call(False), (kept,), (torch.ones_like(spikes), torch.ones_like(last))))
+    given = call(True)
+    spikes, last, _ = loop.FORWARD(given)
+    (first,) = torch.autograd.grad(spikes.sum() + last.square().sum(), given.current, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), given.values)
+    assert second.abs().sum() > 0
+
+
+def test_a_mask_that_changes_in_place_has_new_lists():
+    mask, values = weights(20, 30, 1, 0.1)
+    x = torch.rand(4, 30, generator=seeded(1))
+    before = g2g_linear(x, values, mask, backend="cpu")
+    absent = (~mask.present().flatten()).nonzero()[:1, 0]
+    mask.relabel_(torch.tensor([0]), absent // 30, absent % 30)
+    after = g2g_linear(x, values, mask, backend="cpu")
+    assert_close(after, (x.double() @ mask.unpack(values.double()).T))
+    assert not torch.equal(before, after)
+
+
+def test_lists_are_chosen_where_tiles_would_be_mostly_empty(monkeypatch):
+    monkeypatch.setattr(library, "LIST_COST", 1.0)
+    few, many = (10_000, 1, 1), (1_000_000, 1, 1)
+    assert plans.in_lists((2048, 2048), few, "linear")
+    assert not plans.in_lists((2048, 2048), many, "linear")
+    assert not plans.in_lists((2048, 2048), few, "stack")  # a fused pass over its 1,024 tiles is faster
+    assert plans.in_lists((65536, 65536), many, "stack")
+    assert plans.in_lists((8192, 8192), few, "recurrent")
+    assert not plans.in_lists((512, 512), (100, 16, 16), "linear")  # units of 16 fill a sixteenth of a tile
+    assert not plans.in_lists((1, 256), (256, 10, 1), "linear")  # ten outputs, all joined
+    monkeypatch.setattr(library, "LIST_COST", float("inf"))
+    assert not plans.in_lists((65536, 65536), few, "recurrent")
+
+
+def test_a_wide_layer_takes_memory_by_its_weights_alone(monkeypatch):
+    monkeypatch.setattr(library, "LIST_COST", 1.0)
+    monkeypatch.setattr(workspace, "poison", False)
+    size, taken = 200_000, []
+    draw = torch.Generator().manual_seed(0)
+    mask = BlockMask.sample(GroupLayout(size), GroupLayout(size), density=1.5e-5, block_size=1, generator=draw)
+    assert abs(mask.num_units - 600_000) < 1000
+    make = workspace.bytes
+    monkeypatch.setattr(workspace, "bytes", lambda count: (taken.append(count), make(count))[1])
+    borrow = workspace.borrow
+    monkeypatch.setattr(workspace, "borrow", lambda count: (taken.append(count), borrow(count))[1])
+    values = torch.full((mask.num_units, 1, 1), 0.5, requires_grad=True)
+    each = torch.arange(size)
+    inputs = BlockMask(GroupLayout(size, 1), GroupLayout(size, 1), each, each, block_size=1)
+    population = Neurons("lif", (torch.tensor([0.9]), torch.tensor([1.0])))
+    layer = SpikingLayer(torch.ones(size, 1, 1), inputs, None, population, recurrent=Recurrent(values, mask))
+    activity = g2g_stack(torch.rand(2, size, generator=draw), [layer], 4, backend="cpu")
+    activity.counts.sum().backward()
+    assert values.grad.abs().sum() > 0
+    assert max(taken) < 100e6  # a bit for each of the N² weights would be 5 GB
+    assert len(mask.to_string().splitlines()) == 64
+    assert mask._repr_png_()

@@ -35,6 +35,7 @@ class StepRecorder:
     ) -> None:
         self._layers, self._network = layers, network
         self.needs = {rule.needs for rule in (prune, grow) if rule and rule.needs}
+        self._prunes_by_evidence = prune.needs is not None
         self._rules = f"prune={prune.name!r} with grow={grow.name if grow else 'random'!r}"
         for module in model.modules() if model is not None and ACTIVITY in self.needs else ():
             if isinstance(module, SpikingNetwork) and module.readout != "counts":
@@ -121,7 +122,7 @@ class StepRecorder:
         for number, layer in layers:
             correlation = gradient = units = None
             if (may_grow := candidates[number]) is not None:
-                units = torch.cat([layer.mask.flat_unit(), may_grow])
+                units = torch.cat([layer.mask.flat_unit(), may_grow]) if self._prunes_by_evidence else may_grow
             if ACTIVITY in self.needs:
                 if not self._recordings or not self._recordings[number]:
                     raise RuntimeError(self._nothing_seen("activity", number))

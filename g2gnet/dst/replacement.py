@@ -66,13 +66,16 @@ def draw_candidates(mask: BlockMask, generator: torch.Generator) -> torch.Tensor
     total = math.prod(mask.grid)
     if total <= LARGEST_GRID:
         return None
-    device, count = mask.unit_row.device, min(mask.num_units, total - mask.num_units)
-    present = mask.flat_unit().cpu().sort().values
-    chosen = present[:0]
-    while len(chosen) < count:
-        drawn = (torch.rand(count - len(chosen), generator=generator, dtype=torch.float64) * total).long()
-        chosen = torch.cat([chosen, drawn[~torch.isin(drawn, present, assume_unique=False)]]).unique()
-    return chosen.to(device)
+    count = min(mask.num_units, total - mask.num_units)
+    taken = mask.flat_unit().cpu().sort().values
+    chosen = taken[:0]
+    while missing := count - len(chosen):
+        drawn = (torch.rand(missing, generator=generator, dtype=torch.float64) * total).long().unique()
+        for known in (taken, chosen):  # what is there already is drawn anew
+            place = torch.searchsorted(known, drawn)
+            drawn = drawn[torch.cat([known, known.new_full((1,), -1)])[place] != drawn]
+        chosen = torch.cat([chosen, drawn]).sort().values
+    return chosen.to(mask.unit_row.device)
 
 
 def lowest(

@@ -24,8 +24,8 @@ class Evidence(NamedTuple):
         layer: the layer.
         correlation: if a rule needs it, the mean pre/post correlation of each unit [units].
         gradient: if a rule needs it, the root mean square of ∂L/∂W over each unit [units].
-        candidates: int64, the absent units that may grow, counted row by row; ``units`` are then those of the slots,
-            and these after them. None: any may grow, and ``units`` are those of the whole grid.
+        candidates: int64, the absent units that may grow, counted row by row; ``units`` are then these, and before them
+            those of the slots, if pruning needs them. None: any may grow, and ``units`` are those of the whole grid.
     """
 
     layer: G2GLinear
@@ -43,7 +43,7 @@ class Evidence(NamedTuple):
 
     def of_candidates(self, scores: torch.Tensor) -> torch.Tensor:
         """The scores of the units that may grow, from ``scores`` [units]."""
-        return scores if self.candidates is None else scores[self.mask.num_units :]
+        return scores if self.candidates is None else scores[len(scores) - len(self.candidates) :]
 
     @property
     def num_candidates(self) -> int:

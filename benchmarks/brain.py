@@ -38,6 +38,8 @@ BETA, THRESHOLD = 0.9, 1.0
 CHECKED, CLOSE = 2000, 1e-4
 #: columns of a file of edges: ours, and those of FlyWire's connections
 COLUMNS = (("pre", "post", "weight"), ("pre_root_id", "post_root_id", "syn_count"))
+#: weights of the networks of ``--growth``, and their share of all pairs of neurons
+GROWTH, SHARE = (100_000, 1_000_000, 10_000_000, 30_000_000), 0.001
 #: transmitters that inhibit in a fly (Shiu et al. 2024)
 INHIBITORY = ("GABA", "GLUT")
 
@@ -266,11 +268,11 @@ def _serve(pipe: Any, name: str, arguments: argparse.Namespace, threads: int) ->
     """Runs a contender in its process: a step for each message."""
     torch.set_num_threads(threads)
     try:
-        off = farthest(name)
+        base, off = _peak(), farthest(name)
         graph = _graph(arguments)
         began = time.perf_counter()
         step = CONTENDERS[name](graph, _drive(graph, arguments.batch_size, arguments.gain), arguments.T)
-        pipe.send({"off": off, "prepared": time.perf_counter() - began, "weights": len(graph.weight)})
+        pipe.send({"off": off, "prepared": time.perf_counter() - began, "weights": len(graph.weight), "base": base})
         del graph  # which the steps do not need
         _forget_peak()
         while pipe.recv():
@@ -302,8 +304,10 @@ def _graph(arguments: argparse.Namespace) -> Graph:
     return from_file(arguments.edges) if arguments.edges else synthetic(arguments.neurons, arguments.weights)
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Times all contenders in turn, prints the table and returns the record."""
+def measure(arguments: argparse.Namespace, quiet: bool = False) -> dict[str, Any]:
+    """Times all contenders in turn, prints the table unless ``quiet`` and returns the record."""
+    if arguments.growth:
+        return grow(arguments)
     cli.checked(arguments, "neurons", "weights", "batch_size", "T", "repeats")
     names = arguments.contenders or list(CONTENDERS)
     if unknown := [name for name in names if name not in CONTENDERS]:
@@ -336,8 +340,49 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "settings": settings,
         "runs": [*runs.values()],
     }
-    print(table(made))
+    if not quiet:
+        print(table(made))
     return made
+
+
+def grow(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Times our step with more and more weights, prints how time and memory grow and returns the record."""
+    runs = []
+    for weights in GROWTH:
+        size = argparse.Namespace(**{**vars(arguments), "weights": weights, "contenders": ["g2g-cpu"], "growth": False})
+        size.neurons = round((weights / SHARE) ** 0.5)
+        (run,) = measure(size, quiet=True)["runs"]
+        runs.append(run | {"neurons": size.neurons, "weights": run.get("weights", weights)})
+    settings = {name: getattr(arguments, name) for name in ("batch_size", "T", "gain")}
+    made = {"benchmark": "brain_growth", "machine": describe(torch.device("cpu")), "settings": settings, "runs": runs}
+    print(growth_table(made))
+    return made
+
+
+def growth_table(record: dict[str, Any]) -> str:
+    """Time and memory against weights and neurons, and what each of these costs by least squares."""
+    done = [run for run in record["runs"] if run["status"] == "ok"]
+    rows = [
+        [
+            f"{run['neurons']:,}",
+            f"{run['weights']:,}",
+            seconds(statistics.median(run["seconds"])),
+            f"{run['peak'] / 1e9:.2f} GB",
+        ]
+        for run in done
+    ]
+    sizes = np.array([[run["weights"], run["neurons"]] for run in done], float)
+    words = []
+    nanoseconds = [1e9 * statistics.median(run["seconds"]) for run in done]
+    for unit, what, values in (
+        ("ns", "time", nanoseconds),
+        ("bytes", "memory", [run["peak"] - run["base"] for run in done]),
+    ):
+        # memory is above that of the process before there is a network
+        a, b = np.linalg.lstsq(sizes / np.array(values)[:, None].clip(1), np.ones(len(done)), rcond=None)[0]
+        words.append(f"{what} grows by {a:.3g} {unit} per weight and {b:.3g} {unit} per neuron")
+    drawn = markdown(["neurons", "weights", "step", "peak memory"], rows)
+    return f"{drawn}\n\nBy least squares of ratios, {'; '.join(words)}."
 
 
 def _take(pipe: Any, run: dict[str, Any], keep: bool = False) -> None:
@@ -390,6 +435,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="largest input current, held, of either sign (default: 0.27)",
     )
     parser.add_argument("--edges", metavar="FILE", help="a CSV file of connections in place of drawn ones")
+    text = "our step alone, with 10⁵ to 3·10⁷ weights, a thousandth of all pairs of neurons"
+    parser.add_argument("--growth", action="store_true", help=text)
     parser.add_argument("--contenders", type=lambda text: text.split(","), metavar="A,B,...", help="only these")
     return parser
 

@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,18 +116,21 @@ def ours(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
     return step
 
 
-def _csr(graph: Graph, rows: np.ndarray, cols: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pointers and column indices of a CSR matrix whose entries are sorted by row."""
+def _csr(graph: Graph, rows: np.ndarray, cols: np.ndarray, weights: torch.Tensor) -> torch.Tensor:
+    """A CSR matrix of entries that are sorted by row."""
     pointer = np.concatenate([[0], np.bincount(rows, minlength=graph.neurons).cumsum()])
-    return torch.from_numpy(pointer.astype(np.int32)), torch.from_numpy(cols.astype(np.int32))
+    index = torch.from_numpy(pointer.astype(np.int32)), torch.from_numpy(cols.astype(np.int32))
+    with warnings.catch_warnings():  # that such matrices are new
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.sparse_csr_tensor(*index, weights, (graph.neurons, graph.neurons), check_invariants=False)
 
 
 def by_hand(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
-    shape = (graph.neurons, graph.neurons)
     back = np.lexsort((graph.post, graph.pre))  # by source
     weight = torch.from_numpy(graph.weight)
-    forward = torch.sparse_csr_tensor(*_csr(graph, graph.post, graph.pre), weight, shape)
-    backward = torch.sparse_csr_tensor(*_csr(graph, graph.pre[back], graph.post[back]), weight[back], shape)
+    forward = _csr(graph, graph.post, graph.pre, weight)
+    backward = _csr(graph, graph.pre[back], graph.post[back], weight[back])
+    zeros = _csr(graph, graph.post, graph.pre, torch.zeros_like(weight))
     current = drive.T.contiguous()  # [N, B]
 
     @torch.no_grad()
@@ -149,7 +153,6 @@ def by_hand(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
             to_current.append(grad)
         later = torch.cat(to_current[-2::-1], 1)  # of steps 1 … T − 1
         sent = torch.cat(all_spikes[:-1], 1)
-        zeros = torch.sparse_csr_tensor(forward.crow_indices(), forward.col_indices(), torch.zeros_like(weight), shape)
         of_weights = torch.sparse.sampled_addmm(zeros, later, sent.T.contiguous()).values()
         return torch.stack(all_spikes).sum(0).T, of_weights, grad_current.T
 
@@ -183,9 +186,7 @@ def _autograd(matrix: torch.Tensor, weights: torch.Tensor, x: torch.Tensor, step
 
 def autograd(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
     def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        size = (graph.neurons, graph.neurons)
-        matrix = torch.sparse_csr_tensor(*_csr(graph, graph.post, graph.pre), torch.from_numpy(graph.weight), size)
-        matrix.requires_grad_()
+        matrix = _csr(graph, graph.post, graph.pre, torch.from_numpy(graph.weight)).requires_grad_()
         counts, weights, x = _autograd(matrix, matrix, drive.detach().requires_grad_(), steps)
         return counts, weights.values() if weights.layout == torch.sparse_csr else weights[graph.post, graph.pre], x
 

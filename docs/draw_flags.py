@@ -39,6 +39,9 @@ PROGRAMS = (
     ("g2g-report", report, "Writes an HTML page about one or several runs.", None),
 )
 
+#: flags whose choices contributors add to: the page leads to where they are
+ELSEWHERE = dict.fromkeys(("cp", "cg"), "../g2gnet/dst/rules.py")
+
 
 def flags(parser: argparse.ArgumentParser) -> dict[str, dict[str, argparse.Action]]:
     """The flags of each group by name, in the order of the help; those of no group come last."""
@@ -53,7 +56,9 @@ def flags(parser: argparse.ArgumentParser) -> dict[str, dict[str, argparse.Actio
 
 def row(name: str, action: argparse.Action) -> list[str]:
     meaning = re.sub(r" \(default: [^)]*\)", "", action.help or "")
-    if action.choices:
+    if action.dest in ELSEWHERE:
+        meaning = f"{meaning.partition(':')[0]}, one of [these]({ELSEWHERE[action.dest]}), which `--help` lists"
+    elif action.choices:
         meaning += f"; one of {', '.join(f'`{choice}`' for choice in action.choices)}"
     default = "off" if action.default is False else "–" if action.default is None else f"`{action.default}`"
     stated = re.search(r" \(default: ([^)]*)\)", action.help or "")

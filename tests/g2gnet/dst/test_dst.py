@@ -20,9 +20,23 @@ from g2gnet.dst.rules import GROW_RULES, PRUNE_RULES
 from g2gnet.dst.scores import UnitGradients, unit_correlation
 from g2gnet.training.regularizer import rate_penalty, rate_target
 
-RULES = list(itertools.product(PRUNE_RULES, GROW_RULES))
-#: each rule once
-EACH_RULE = list(zip(PRUNE_RULES, GROW_RULES, strict=True))
+#: what a rule's score of each unit should be, from ``dense``: the means over units of sizes, correlations and gradients
+#: of a dense layer; a random one has none
+ORACLES = {
+    "prune": {"set": lambda dense: dense["size"], "hebb": lambda dense: dense["correlation"], "random": None},
+    "grow": {"hebb": lambda dense: dense["correlation"], "gradient": lambda dense: dense["gradient"], "random": None},
+}
+RULES = list(itertools.product(ORACLES["prune"], ORACLES["grow"]))
+#: each rule at least once
+EACH_RULE = list(itertools.zip_longest(PRUNE_RULES, GROW_RULES, fillvalue="random"))
+
+
+@pytest.mark.parametrize(("kind", "rules"), [("prune", PRUNE_RULES), ("grow", GROW_RULES)])
+def test_every_rule_has_an_oracle(kind, rules):
+    missing = set(rules) - set(ORACLES[kind])
+    assert not missing, (
+        f"nothing checks {kind}={missing}: give ORACLES[{kind!r}] of {__file__} its score, written slowly"
+    )
 
 
 def correlation_by_weight(pre, post):
@@ -137,13 +151,14 @@ def test_an_update_follows_its_rules(prune, grow):
         assert len(pruned) == len(grown) == count > 0
         inactive = set(itertools.product(range(layer.mask.grid[0]), range(layer.mask.grid[1]))) - old
         assert grown <= inactive
-        if prune != "random":
-            score = weight if prune == "set" else correlation
+        dense = {"size": weight, "correlation": correlation, "gradient": gradient}
+        if prune_score := ORACLES["prune"][prune]:
+            score = prune_score(dense)
             kept = old - pruned
             # a tie may go either way; float32 scores are compared with float64 ones
             assert max(score[unit] for unit in pruned) <= min(score[unit] for unit in kept) + 1e-6
-        if grow != "random":
-            score = correlation if grow == "hebb" else gradient
+        if grow_score := ORACLES["grow"][grow]:
+            score = grow_score(dense)
             passed_over = inactive - grown
             assert min(score[unit] for unit in grown) >= max(score[unit] for unit in passed_over) - 1e-6
 
@@ -604,6 +619,39 @@ def test_a_full_network_is_refused():
     net = G2GNet(30, 40, 10, "dense")
     with pytest.raises(ValueError, match="none can grow"):
         DSTScheduler(sparse_layers(net), torch.optim.Adam(net.parameters()))
+
+
+def test_a_list_of_layers_with_something_else_is_refused():
+    net, optimizer, _, _ = trained_net()
+    with pytest.raises(TypeError, match="Linear is among the layers, which must be G2GLinear; give the model instead"):
+        DSTScheduler([net.fc1, torch.nn.Linear(3, 4)], optimizer)
+
+
+def test_layers_that_no_update_changes_are_named_at_construction(caplog):
+    net = trained_net()[0]
+    full = BlockMask.full(net.fc2.mask.rows.layout, net.fc2.mask.cols.layout, 3)
+    net.fc1.values.requires_grad_(False)
+    net.fc2 = G2GLinear(full)
+    optimizer = torch.optim.SGD([net.fc2.values, net.fc3.values], lr=0.1)
+    options = {"interval": 1, "prune": "random", "grow": "random"}
+    frozen, whole = (
+        f"layer {{}}, 40 × {width}, is left out of dynamic sparse training: {why}"
+        for width, why in ((30, "it is frozen"), (40, "all of its units exist, so none can grow"))
+    )
+    for model, names in ((net, ("fc1", "fc2")), (sparse_layers(net), (0, 1))):
+        caplog.clear()
+        dst = DSTScheduler(model, optimizer, **options)
+        assert caplog.messages == [frozen.format(names[0]), whole.format(names[1])]
+    caplog.clear()
+    units = [layer.mask.flat_unit().clone() for layer in sparse_layers(net)]
+    assert dst.step()
+    unchanged = [
+        torch.equal(*each) for each in zip(units, (e.mask.flat_unit() for e in sparse_layers(net)), strict=True)
+    ]
+    assert unchanged == [True, True, False]
+    caplog.clear()
+    DSTScheduler(net, optimizer, **options, final_density=0.3, total_steps=9)  # takes units away from full layers, too
+    assert caplog.messages == [frozen.format("fc1")]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 #: the purposes, one stream each
 STREAMS = (
     "network", "order", "encode_train", "encode_test", "dst",
-    "augment", "encode_val", "dropout", "permutation", "erase",
+    "augment", "encode_val", "dropout", "permutation", "erase", "validation",
 )  # fmt: skip
 
 

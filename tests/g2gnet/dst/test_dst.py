@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import pickle
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -20,11 +21,32 @@ from g2gnet.dst.rules import GROW_RULES, PRUNE_RULES
 from g2gnet.dst.scores import UnitGradients, unit_correlation
 from g2gnet.training.regularizer import rate_penalty, rate_target
 
-#: what a rule's score of each unit should be, from ``dense``: the means over units of sizes, correlations and gradients
-#: of a dense layer; a random one has none
+
+class Dense(NamedTuple):
+    """A layer as matrices [out, in], before an update."""
+
+    mask: BlockMask
+    weight: torch.Tensor
+    gradient: torch.Tensor
+    correlation: torch.Tensor
+
+    def mean(self, matrix):
+        """Over each unit of the grid."""
+        return mean_by_unit(matrix, self.mask)
+
+
+#: what a rule's score of each unit should be, slowly; a random one has none
 ORACLES = {
-    "prune": {"set": lambda dense: dense["size"], "hebb": lambda dense: dense["correlation"], "random": None},
-    "grow": {"hebb": lambda dense: dense["correlation"], "gradient": lambda dense: dense["gradient"], "random": None},
+    "prune": {
+        "set": lambda dense: dense.mean(dense.weight.abs()),
+        "hebb": lambda dense: dense.mean(dense.correlation),
+        "random": None,
+    },
+    "grow": {
+        "hebb": lambda dense: dense.mean(dense.correlation),
+        "gradient": lambda dense: dense.mean(dense.gradient.square()).sqrt(),
+        "random": None,
+    },
 }
 RULES = list(itertools.product(ORACLES["prune"], ORACLES["grow"]))
 #: each rule at least once
@@ -126,23 +148,20 @@ def test_an_update_follows_its_rules(prune, grow):
     net, optimizer, x, _ = trained_net()
     layers = sparse_layers(net)
     scheduler = DSTScheduler(layers, optimizer, interval=1, fraction=0.2, prune=prune, grow=grow)
-    gradients = [
-        mean_by_unit(g.square(), layer.mask).sqrt() for g, layer in zip(dense_gradients(net, x), layers, strict=True)
-    ]
+    gradients = dense_gradients(net, x)
     activity = train_step(net, optimizer, x)
-    before = [(units_of(layer.mask), layer.dense_weight().detach().clone(), layer.mask.density) for layer in layers]
     trains = [x, *(record.dense() for record in activity.spikes)]
-    correlations = [
-        mean_by_unit(correlation_by_weight(trains[i], trains[i + 1]), layer.mask) for i, layer in enumerate(layers)
+    before = [
+        (units_of(layer.mask), Dense(layer.mask, layer.dense_weight().detach().clone(), gradient, correlation))
+        for layer, gradient, correlation in zip(
+            layers, gradients, itertools.starmap(correlation_by_weight, itertools.pairwise(trains)), strict=True
+        )
     ]
-    weights = [mean_by_unit(layer.dense_weight().detach().abs(), layer.mask) for layer in layers]
 
     assert scheduler.step(x, activity)
 
     replaced = 0
-    for layer, (old, old_weight, _), correlation, weight, gradient in zip(
-        layers, before, correlations, weights, gradients, strict=True
-    ):
+    for layer, (old, dense) in zip(layers, before, strict=True):
         new = units_of(layer.mask)
         pruned, grown = old - new, new - old
         count = min(int(0.2 * len(old)), layer.mask.grid[0] * layer.mask.grid[1] - len(old))
@@ -151,7 +170,6 @@ def test_an_update_follows_its_rules(prune, grow):
         assert len(pruned) == len(grown) == count > 0
         inactive = set(itertools.product(range(layer.mask.grid[0]), range(layer.mask.grid[1]))) - old
         assert grown <= inactive
-        dense = {"size": weight, "correlation": correlation, "gradient": gradient}
         if prune_score := ORACLES["prune"][prune]:
             score = prune_score(dense)
             kept = old - pruned
@@ -164,7 +182,7 @@ def test_an_update_follows_its_rules(prune, grow):
 
         # kept weights are untouched, pruned and grown ones are zero, and so is the grown ones' optimizer state
         kept_mask = unit_mask(layer.mask, old & new)
-        assert torch.equal(layer.dense_weight().detach(), old_weight * kept_mask)
+        assert torch.equal(layer.dense_weight().detach(), dense.weight * kept_mask)
         for name in ("exp_avg", "exp_avg_sq"):
             moment = layer.mask.unpack(optimizer.state[layer.values][name])
             assert (moment[unit_mask(layer.mask, grown)] == 0).all()
@@ -592,8 +610,8 @@ def test_a_nearly_full_layer_grows_no_more_than_there_is_room_for():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prune": "magnitude"}, "prune='magnitude' is unknown; choose one of set, random, hebb"),
-        ({"grow": "set"}, "grow='set' is unknown; choose one of hebb, random, gradient"),
+        ({"prune": "magnitude"}, f"prune='magnitude' is unknown; choose one of {', '.join(PRUNE_RULES)}"),
+        ({"grow": "set"}, f"grow='set' is unknown; choose one of {', '.join(GROW_RULES)}"),
         ({"interval": 0}, "interval=0 must be a whole number of at least 1"),
         ({"interval": 1.5}, "interval=1.5 must be a whole number"),
         ({"interval": 10**26}, "interval=1000.* must be a whole number of at least 1, at most"),

@@ -64,9 +64,9 @@ class SavedRun:
     tested: dict[str, Any]
 
     @property
-    def test_accuracy(self) -> float | None:
-        """That of the network after the last finished epoch; None if images are held out and the run goes on."""
-        return {**self.history[-1], **self.tested}.get("test_acc")
+    def result(self) -> dict[str, Any]:
+        """The record of the last finished epoch, with what was tested at the end (:func:`run_epochs`)."""
+        return {**self.history[-1], **self.tested}
 
     @property
     def position(self) -> str:

@@ -132,10 +132,10 @@ def _run(each: Inspected, alone: bool) -> list[str]:
 
 def _own(each: Inspected) -> str:
     """The run's own accuracy, where it is that of more images."""
-    if each.images <= each.analysis.samples or each.run.test_accuracy is None:
+    if each.images <= each.analysis.samples or "test_acc" not in each.run.result:
         return ""
     when = f" after epoch {each.run.epoch}" if each.run.interrupted else ""
-    return f" (the run's own accuracy{when}, on all {each.images:,}: {each.run.test_accuracy:.4f})"
+    return f" (the run's own accuracy{when}, on all {each.images:,}: {each.run.result['test_acc']:.4f})"
 
 
 def _judges(run: SavedRun) -> str:
@@ -209,9 +209,9 @@ def _comparison(inspected: Mapping[str, Inspected]) -> list[str]:
     groups = _groups(inspected)
     means = []
     if len(groups) < len(inspected):
-        tested = all(each.run.test_accuracy is not None for each in inspected.values())
+        tested = all("test_acc" in each.run.result for each in inspected.values())
         quantities: dict[str, tuple[int, Callable[[Inspected], Any]]] = {
-            **({"test accuracy (%)": (2, lambda each: 100 * each.run.test_accuracy)} if tested else {}),
+            **({"test accuracy (%)": (2, lambda each: 100 * each.run.result["test_acc"])} if tested else {}),
             "training accuracy (%)": (2, lambda each: 100 * each.run.history[-1]["train_acc"]),
             "firing rate": (4, lambda each: each.analysis.firing_rate),
             "synaptic operations per image": (0, lambda each: each.analysis.synaptic_operations),
@@ -246,6 +246,7 @@ def _comparison(inspected: Mapping[str, Inspected]) -> list[str]:
 def _results(each: Inspected) -> dict[str, str]:
     """The main numbers of a run by their headings."""
     history, net, tested = each.run.history, each.net, each.run.tested
+    record: Mapping[str, Any]
     if _judges(each.run) == "test":
         record = max(history, key=lambda record: record["test_acc"])
         best = _percent(record["test_acc"])
@@ -258,7 +259,7 @@ def _results(each: Inspected) -> dict[str, str]:
     possible = sum(mask.shape[0] * mask.shape[1] for mask in masks)
     return {
         "epochs": str(each.run.epoch) + ", interrupted" * each.run.interrupted,
-        "test accuracy": "–" if each.run.test_accuracy is None else _percent(each.run.test_accuracy),
+        "test accuracy": _percent(each.run.result["test_acc"]) if "test_acc" in each.run.result else "–",
         "best (in epoch)": f"{best} ({record['epoch']})",
         "training accuracy": _percent(history[-1]["train_acc"]),
         "training loss": f"{history[-1]['train_loss']:.4f}",
@@ -313,7 +314,8 @@ def _groups(inspected: Mapping[str, Inspected]) -> dict[str, list[Inspected]]:
     for each in inspected.values():
         settings = {**each.run.settings.as_dict(), "epochs": each.run.epoch}
         text = ", ".join(f"{name}={settings.get(name, '–')}" for name in shown) or _describe(each.run)
-        if each.run.interrupted or ("epochs" not in shown and each.run.epoch != each.run.settings.epochs):
+        going_on = "epochs" not in shown and each.run.epoch != each.run.settings.epochs and not each.run.tested
+        if each.run.interrupted or going_on:
             text += f", {each.run.position}"
         groups.setdefault(text, []).append(each)
     return groups

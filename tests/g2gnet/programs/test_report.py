@@ -357,11 +357,15 @@ def test_a_run_with_held_out_images_shows_its_best_epoch_and_what_was_tested(tmp
     assert "report on one run" in text
     found = run.tested["best"]
     shown = f"{100 * found['val_acc']:.2f} % held out, {100 * found['test_acc']:.2f} % test ({found['epoch']})"
-    for value in (f"{100 * run.test_accuracy:.2f} % {shown}", "and on held-out images after the epoch"):
+    for value in (f"{100 * run.result['test_acc']:.2f} % {shown}", "and on held-out images after the epoch"):
         assert value in text
-    # alone, it is a run like any other that goes on: not tested
+    # patience ends each run when it will
+    seeded = {**run.settings.as_dict(), "seed": 1}
+    early = rewrite(last, tmp_path / "early.pth", epoch=1, history=run.history[:1], step=3, settings=seeded)
+    assert report.main([str(last), str(early), *flags]) == 0
+    assert "Mean ± standard error" in read_page(target).text
     unfinished = rewrite(last, tmp_path / "unfinished.pth", tested={})
-    assert report.main([str(unfinished), *flags]) == 0
+    assert report.main([str(unfinished), *flags]) == 0  # not tested yet
     text = " ".join(read_page(target).text.split())
     assert f"– {100 * found['val_acc']:.2f} % held out ({found['epoch']})" in text
     assert "the run's own accuracy" not in text

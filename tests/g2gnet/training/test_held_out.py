@@ -92,15 +92,16 @@ def test_the_best_epoch_is_kept_patience_ends_the_run_and_the_end_is_tested(tmp_
     assert best.history == records[:2]
     tested = {"epoch": 2, "val_acc": 0.7, "test_acc": accuracy_of(files.best)}
     assert last.tested == {"test_acc": accuracy_of(files.checkpoint), "best": tested}
-    assert last.test_accuracy == last.tested["test_acc"] != tested["test_acc"]
-    assert best.test_accuracy is None
+    assert last.tested["test_acc"] != tested["test_acc"]
+    assert last.result == {**records[-1], **last.tested}
+    assert "test_acc" not in best.result
     printed = capsys.readouterr().out
     assert "ended after epoch 4: none was better than val_acc=0.7000 of epoch 2 since" in printed
-    said = f"test_acc={last.test_accuracy:.4f}; best epoch 2: val_acc=0.7000, test_acc={tested['test_acc']:.4f}"
+    said = f"test_acc={last.tested['test_acc']:.4f}; best epoch 2: val_acc=0.7000, test_acc={tested['test_acc']:.4f}"
     assert f"Test | {said}\n" in printed
     # finished, though there could be more epochs
     marked = json.loads(files.marker.read_text())["result"]
-    assert marked == {**records[-1], **last.tested}
+    assert marked == last.result
     assert run(tmp_path, **QUARTER, patience=2, epochs=5, sparsity_mode="dynamic", dst_interval=2)
     assert f"is finished: {said}. To run it again, delete {files.checkpoint}, {files.best}" in capsys.readouterr().out
     assert len(parts) == 6

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from training_runs import SMALL, assert_equal, load, run, small_trainer
 
 from g2gnet.base.seeding import stream
 from g2gnet.data import as_samples, load_dataset
-from g2gnet.training import CheckpointError, SettingsError, Trainer, read_run
+from g2gnet.training import CheckpointError, Interrupted, SettingsError, Trainer, read_run
 from g2gnet.training import trainer as trainer_module
 from g2gnet.training.checkpoints import RunFiles
 from g2gnet.training.cross_validation import FoldSettings
@@ -132,6 +133,26 @@ def test_killed_before_either_file_of_the_best_epoch_the_run_ends_the_same(tmp_p
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "parts", **options)
     parts = run(tmp_path / "parts", **options)
+    for first, second in ((whole.checkpoint, parts.checkpoint), (whole.best, parts.best)):
+        assert_equal(*(torch.load(file, weights_only=True) for file in (first, second)))
+
+
+def test_a_signal_inside_the_epoch_after_the_best_one_leaves_the_best_network_alone(tmp_path, monkeypatch):
+    scripted(monkeypatch, [0.9, 0.5, 0.5])
+    whole = run(tmp_path / "whole", **QUARTER)
+    train_step = Trainer._train_step
+
+    def stopped(self, index):
+        result = train_step(self, index)
+        if self.step == 4:  # the first of epoch 2
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", stopped)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "parts", **QUARTER)
+    parts = run(tmp_path / "parts", **QUARTER)
     for first, second in ((whole.checkpoint, parts.checkpoint), (whole.best, parts.best)):
         assert_equal(*(torch.load(file, weights_only=True) for file in (first, second)))
 

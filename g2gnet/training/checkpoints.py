@@ -66,6 +66,8 @@ def check_record(record: Any) -> None:
 
 def check_tested(tested: Any) -> None:
     """Raises an exception unless ``tested``, from a file, is empty or what a run with held-out images ends with."""
+    if not isinstance(tested, dict):
+        raise ValueError(f"tested is a {type(tested).__name__}")
     found = dict(numbers(tested))
     for name in ("test_acc", "best/epoch", "best/val_acc", "best/test_acc") if tested else ():
         check_number(name, found[name], low=0, whole=name == "best/epoch")

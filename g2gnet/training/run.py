@@ -182,7 +182,7 @@ class _UnfinishedRun(Generic[TrainerT]):
             self.history = state["history"]
             check_history(self.history, trainer.epoch)
             # it was written before that of the best epoch
-            unsaved = state["progress"] is None and not state.get("tested") and self._is_best()
+            unsaved = self._is_best() and state["progress"] is None and not state.get("tested")
             differing = compared(state["versions"], self.versions)
         except UNFIT as error:
             raise CheckpointError(

@@ -24,7 +24,7 @@ PROGRAMS = (
         "crossval.py",
         crossval,
         "Trains k networks, each validated on another k-th of the training images; installed, `g2g-crossval`. It has\n"
-        "the flags of `train.py`; these are added or have other defaults:",
+        "the flags of `train.py`, but refuses those of held-out images; these are added or have other defaults:",
         train,
     ),
     (

@@ -3,8 +3,13 @@
 One shared library with a C interface, loaded by ctypes: it needs neither PyTorch nor Python headers. The kernels are
 compiled once for each instruction set and chosen at run time. Without a C++ compiler, or with ``G2G_BUILD_CPU=0``, the
 package installs without them and runs on its other backends.
+
+A library says what it was made from: the sources, the commands and the compiler's version, as their SHA-256. Where the
+target already says the same, as when an editable installation is repeated with other extras, nothing is compiled;
+``build_ext --force`` compiles in any case.
 """
 
+import hashlib
 import os
 import platform
 import shlex
@@ -40,7 +45,7 @@ class BuildKernels(build_ext):
             print("g2g: G2G_BUILD_CPU=0, installing without the compiled CPU kernels", file=sys.stderr)
             return
         try:
-            build_library(target, Path(self.build_temp))
+            build_library(target, Path(self.build_temp), self.force)
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             output = getattr(error, "stderr", None) or ""
             print(
@@ -64,39 +69,52 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
-def build_library(target: Path, scratch: Path) -> None:
-    """Compiles and links the library; raises OSError without a compiler, ValueError for a quotation in ``CXX`` or
-    ``G2G_CXXFLAGS`` that does not end, and CalledProcessError if the compiler fails.
+def build_library(target: Path, scratch: Path, force: bool | None = False) -> None:
+    """Compiles and links the library, unless the target was made from the same and ``force`` is not given.
+
+    Raises OSError without a compiler, ValueError for a quotation in ``CXX`` or ``G2G_CXXFLAGS`` that does not end, and
+    CalledProcessError if the compiler fails.
     """
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi", "-pthread"]
     flags += shlex.split(os.environ.get("G2G_CXXFLAGS", ""))
-    x86 = _target(compiler).startswith(("x86_64", "amd64"))
-    scratch.mkdir(parents=True, exist_ok=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-
-    objects = [(source, scratch / f"{source}.o", ["-DG2G_X86"] if x86 else []) for source in PLAIN]
+    x86 = (_answer(compiler, "-dumpmachine") or platform.machine()).lower().startswith(("x86_64", "amd64"))
+    objects = {source: (SOURCES / f"{source}.cpp", ["-DG2G_X86"] if x86 else []) for source in PLAIN}
     for name, options in INSTRUCTION_SETS.items():
         if x86 or name == "baseline":
-            objects.append(("kernels", scratch / f"kernels-{name}.o", [f"-DG2G_ISA={name}", *options]))
+            objects[f"kernels-{name}"] = (SOURCES / "kernels.cpp", [f"-DG2G_ISA={name}", *options])
+
+    made_from = hashlib.sha256(repr((compiler, flags, objects, _answer(compiler, "--version"))).encode())
+    for file in sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")]):
+        made_from.update(file.name.encode() + file.read_bytes())
+    note = f"made from {made_from.hexdigest()}"
+    if not force and target.exists() and note.encode() in target.read_bytes():
+        print(f"g2g: {target} is up to date", file=sys.stderr)
+        return
+    scratch.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    objects["note"] = (scratch / "note.cpp", [])
+    objects["note"][0].write_text(
+        f'extern "C" __attribute__((visibility("default"))) char g2g_made_from[];\nchar g2g_made_from[] = "{note}";\n'
+    )
 
     def run(command: list[str]) -> None:
         subprocess.run(command, check=True, capture_output=True, text=True)
 
     with ThreadPoolExecutor(os.cpu_count()) as workers:
         jobs = [
-            workers.submit(run, [*compiler, *flags, *options, "-c", str(SOURCES / f"{source}.cpp"), "-o", str(path)])
-            for source, path, options in objects
+            workers.submit(run, [*compiler, *flags, *options, "-c", str(source), "-o", str(scratch / f"{name}.o")])
+            for name, (source, options) in objects.items()
         ]
     for job in jobs:
         job.result()
-    run([*compiler, *flags, "-shared", "-o", str(target), *(str(path) for _, path, _ in objects)])
+    run([*compiler, *flags, "-shared", "-o", str(target), *(str(scratch / f"{name}.o") for name in objects)])
 
 
-def _target(compiler: list[str]) -> str:
-    """The machine that ``compiler`` makes code for, which a cross compiler does not run on."""
-    answer = subprocess.run([*compiler, "-dumpmachine"], capture_output=True, text=True)
-    return (answer.stdout if answer.returncode == 0 else platform.machine()).lower()
+def _answer(compiler: list[str], question: str) -> str:
+    """What ``compiler`` says of itself; a cross compiler's machine is not this one."""
+    answer = subprocess.run([*compiler, question], capture_output=True, text=True)
+    return answer.stdout if answer.returncode == 0 else ""
 
 
 if __name__ == "__main__":

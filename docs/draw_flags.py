@@ -24,7 +24,7 @@ PROGRAMS = (
         "crossval.py",
         crossval,
         "Trains k networks, each validated on another k-th of the training images; installed, `g2g-crossval`. It has\n"
-        "the flags of `train.py`; these are added or have other defaults:",
+        "the flags of `train.py`, but refuses those of held-out images; these are added or have other defaults:",
         train,
     ),
     (
@@ -38,6 +38,9 @@ PROGRAMS = (
     ("g2g-analyze", analyze, "Analyses the network of a checkpoint.", None),
     ("g2g-report", report, "Writes an HTML page about one or several runs.", None),
 )
+
+#: flags whose choices contributors add to: the page leads to where they are
+ELSEWHERE = dict.fromkeys(("cp", "cg"), "../g2gnet/dst/rules.py")
 
 
 def flags(parser: argparse.ArgumentParser) -> dict[str, dict[str, argparse.Action]]:
@@ -53,7 +56,9 @@ def flags(parser: argparse.ArgumentParser) -> dict[str, dict[str, argparse.Actio
 
 def row(name: str, action: argparse.Action) -> list[str]:
     meaning = re.sub(r" \(default: [^)]*\)", "", action.help or "")
-    if action.choices:
+    if action.dest in ELSEWHERE:
+        meaning = f"{meaning.partition(':')[0]}, one of [these]({ELSEWHERE[action.dest]}), which `--help` lists"
+    elif action.choices:
         meaning += f"; one of {', '.join(f'`{choice}`' for choice in action.choices)}"
     default = "off" if action.default is False else "–" if action.default is None else f"`{action.default}`"
     stated = re.search(r" \(default: ([^)]*)\)", action.help or "")

@@ -45,14 +45,15 @@ class Need(NamedTuple):
     def is_met(self, settings: Mapping[str, Any]) -> bool:
         """Whether a setting has an effect beside these."""
         value = settings.get(self.name)  # from a file it may be anything
-        if True in self.values and isinstance(value, int | tuple | list):
+        if True in self.values and isinstance(value, int | float | tuple | list):
             value = bool(value)
         return isinstance(value, str | bool) and value in self.values
 
     def unmet(self, settings: Mapping[str, Any], quote: str = "") -> str:
         """Why a setting has no effect beside these."""
         value = getattr(settings[self.name], "__name__", settings[self.name])  # a pattern may be a function
-        return f"without {quote}{self.name}{quote}" if value is False else f"with {quote}{self.name}={value}{quote}"
+        given = value is not None and value is not False
+        return f"with {quote}{self.name}={value}{quote}" if given else f"without {quote}{self.name}{quote}"
 
     def remedy(self) -> str:
         """What to give so that it has an effect."""

@@ -34,11 +34,15 @@ SETTINGS = TrainSettings(
     chunk=2,
     sequence="permuted",
     sequence_step=98,  # so T is 8
+    validation=0.25,
+    patience=1,
 )
 PHASES = {
     "step": (Trainer, "_train_step"),
     "units update": (DSTScheduler, "_update"),
     "checkpoint write": (RunFiles, "save_checkpoint"),
+    "best write": (RunFiles, "save_best"),
+    "test": (Trainer, "test"),
     "marker write": (RunFiles, "mark_done"),
 }
 
@@ -109,10 +113,8 @@ def content(directory):
     files = RunFiles(directory, SETTINGS.stem)
     assert files.marker.exists()
     left = sorted(path.name for path in directory.iterdir())
-    assert left == sorted(
-        path.name for path in (files.checkpoint, files.history, files.table, files.analysis, files.marker, files.lock)
-    ), f"{left} were left"
-    return read_tensors(files.checkpoint)
+    assert left == sorted(path.name for path in files.files() if path != files.previous), f"{left} were left"
+    return {"last": read_tensors(files.checkpoint), "best": read_tensors(files.best)}
 
 
 def main(kills):

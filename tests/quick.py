@@ -34,6 +34,7 @@ QUICK = [
     "g2gnet/test_drop_in.py::test_steps_of_a_network_equal_the_run_over_all_steps",
     "g2gnet/test_drop_in.py::test_a_stack_of_any_depth",
     "g2gnet/dst/test_dst.py::test_an_update_follows_its_rules",
+    "g2gnet/training/test_held_out.py::test_the_best_epoch_is_kept_patience_ends_the_run_and_the_end_is_tested",
     "g2gnet/test_sparsify.py::test_three_lines_rewire_any_model_in_its_own_loop",
     "g2gnet/weights/test_averages.py::test_an_average_is_that_of_the_units_that_the_network_has",
     "g2gnet/weights/test_patterns.py::test_a_pattern_of_ones_own_decides_every_layer_of_a_network",

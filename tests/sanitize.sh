@@ -10,9 +10,7 @@ if [ -z "${G2G_SANITIZED:-}" ]; then
 fi
 export G2G_CXXFLAGS="-Og -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 export G2G_CPU_LIBRARY="$G2G_SANITIZED/libg2g_cpu.so"
-if [ ! -e "$G2G_CPU_LIBRARY" ] || [ -n "$(find g2g_kernels/csrc setup.py -newer "$G2G_CPU_LIBRARY")" ]; then
-    python tests/build_kernels.py "$G2G_CPU_LIBRARY"
-fi
+python tests/build_kernels.py "$G2G_CPU_LIBRARY"
 if [ "${1:-}" = --build ]; then exit; fi
 compiler=${CXX:-c++}
 # Python is not instrumented, so the runtime comes first; its leaks are not ours

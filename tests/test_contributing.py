@@ -154,7 +154,10 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
         ),
     },
     "prune or grow rule": {
-        "g2gnet/dst/rules.py": append('GROW_RULES["toy"] = Rule("toy", "a unit of the toy", _gradient, GRADIENT)')
+        "g2gnet/dst/rules.py": append(
+            'PRUNE_RULES["toy"] = Rule("toy", "least of the toy", lambda seen: -_weight(seen))\n'
+            'GROW_RULES["toy"] = Rule("toy", "a unit of the toy", _gradient, GRADIENT)'
+        )
     },
     "flag": {
         "g2gnet/training/run_settings.py": replace(
@@ -244,6 +247,7 @@ assert first_row[:2].all() and not first_row[4:14].any()
 from g2gnet.programs.train import main
 
 flags = "--toy_gain 3 --dataset toy --model toy --surrogate toy --neuron toy --sparsity_mode dynamic --cg toy --toy 8"
+flags += " --cp toy"
 sizes = "--hidden_dim 16 --num_groups 2 --block_size 4 --T 3 --epochs 1 --batch_size 4 --dst_interval 5 --p_inter 0.5"
 sys.exit(main([*flags.split(), *sizes.split(), "--json", "run.json"]))
 """

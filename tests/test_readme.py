@@ -41,7 +41,7 @@ FIRST = re.sub(r"\\\n *", "", "\n".join([README, train.EXAMPLES, crossval.EXAMPL
 #: of each program: its module, its settings, and flags that make a run small without another name for its files
 SMALL = "--hidden_dim 64 --batch_size 16 --dst_interval 2 --limit_test 20 --epochs 1 --warmup_epochs 0 --lr_warmup 1"
 PROGRAMS = {
-    "train.py": (train, TrainSettings, f"{SMALL} --limit_train 40"),
+    "train.py": (train, TrainSettings, f"{SMALL} --limit_train 60"),
     "crossval.py": (crossval, FoldSettings, f"{SMALL} --k_folds 2"),
     "g2g-pretrain": (pretrain, PretrainSettings, "--epochs 1 --batch_size 16"),
 }

@@ -21,7 +21,7 @@ VARIANTS = {
 
 def train_tiny(folder, flags="--model mixer"):
     assert train.main([*TINY, *shlex.split(flags), "--checkpoint_dir", str(folder)]) == 0
-    (checkpoint,) = folder.glob("*.pth")
+    (checkpoint,) = set(folder.glob("*.pth")) - set(folder.glob("*.best.pth"))
     return checkpoint
 
 

@@ -22,7 +22,7 @@ DEFAULTS = {
     "lr_warmup": 0, "optimizer": "adam", "weight_decay": 1e-4, "label_smoothing": 0.0, "clip_grad_norm": None,
     "average": None, "readout": "counts", "dropout": 0.0, "init_gain": 1.0, "dst_interval": 1000, "dst_fraction": 0.1,
     "dst_schedule": "constant", "dst_stop": 1.0, "final_density": None, "precision": "fp32", "limit_train": None,
-    "limit_test": None,
+    "limit_test": None, "validation": None, "validation_seed": 0, "patience": None,
 }  # fmt: skip
 #: of flags that were not given, where data or other settings decide
 DERIVED = {"T": None, "sequence": None}
@@ -50,7 +50,7 @@ VARIANTS = {
         "dropout": 0.2, "lr_schedule": "cosine", "lr_warmup": 3, "optimizer": "adamw", "weight_decay": 0.1,
         "label_smoothing": 0.1, "average": 3, "standardize": True, "augment": "shift-flip", "erase": 0.5,
         "sparsity_mode": "dynamic", "dst_interval": 2, "dst_fraction": 0.3, "dst_schedule": "cosine", "dst_stop": 0.75,
-        "cg": "gradient",
+        "cg": "gradient", "validation": 0.25, "validation_seed": 3, "patience": 3,
     },
     "pruned from a dense start": {
         "model": "dense", "sparsity_mode": "dynamic", "dst_interval": 2, "dst_fraction": 0.0, "dst_stop": 0.75,

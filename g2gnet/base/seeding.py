@@ -11,7 +11,8 @@ import torch
 #: the purposes, one stream each
 STREAMS = (
     "network", "order", "encode_train", "encode_test", "dst",
-    "augment", "encode_val", "dropout", "permutation", "erase", "candidates")  # fmt: skip
+    "augment", "encode_val", "dropout", "permutation", "erase", "validation", "candidates",
+)  # fmt: skip
 
 
 def stream(seed: int, purpose: str, *counters: int, device: torch.device | str = "cpu") -> torch.Generator:

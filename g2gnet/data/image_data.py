@@ -85,6 +85,24 @@ class ImageData:
             test_labels=self.test_labels[:test],
         )
 
+    def part(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and labels of the ``"train"``, ``"val"`` or ``"test"`` images."""
+        return getattr(self, f"{name}_images"), getattr(self, f"{name}_labels")
+
+    def held_out(self, index: torch.Tensor) -> "ImageData":
+        """The same data, with the training images of these numbers (int64 [n]) as validation images.
+
+        Example:
+            >>> images, labels = torch.zeros(6, 2, 2, dtype=torch.uint8), torch.arange(6) % 2
+            >>> data = ImageData("toy", images, labels, images, labels, num_classes=2).held_out(torch.tensor([1, 4]))
+            >>> len(data.train_labels), data.val_labels
+            (4, tensor([1, 0]))
+        """
+        images, labels = self.train_images, self.train_labels
+        trains = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, index, False)
+        held: Any = {"val_images": images[index], "val_labels": labels[index]}
+        return replace(self, train_images=images[trains], train_labels=labels[trains], **held)
+
 
 def as_samples(images: torch.Tensor) -> torch.Tensor:
     """uint8 images [B, ...] as float32 samples [B, D] from 0 to 1; float32 features [B, D] as they are.

@@ -8,14 +8,15 @@ from torch import nn
 
 from g2g_kernels import Activity
 from g2gnet.base.distributed import World
-from g2gnet.dst.rules import ACTIVITY, GRADIENT, Evidence, Rule
+from g2gnet.dst.rules import ACTIVITY, GRADIENT, GROW_RULES, PRUNE_RULES, Evidence, Rule, names_without
 from g2gnet.dst.scores import UnitGradients, unit_correlation
 from g2gnet.layers import G2GLinear
 from g2gnet.recording import ActivityRecorder, Recording, Uncompiled, check_compiled, dense
 from g2gnet.spiking_network import SpikingNetwork, Train
 
-#: the rules that need no spikes
-_OTHERS = "give prune='set' or 'random', and grow='random' or 'gradient'"
+#: the rules that need no spikes, by the argument that gives them
+_WITHOUT_SPIKES = {"prune": names_without(ACTIVITY, PRUNE_RULES), "grow": names_without(ACTIVITY, GROW_RULES)}
+_OTHERS = "give " + ", and ".join(f"{name}={' or '.join(map(repr, of))}" for name, of in _WITHOUT_SPIKES.items())
 
 
 class StepRecorder:

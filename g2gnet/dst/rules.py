@@ -1,11 +1,12 @@
 """The rules of dynamic sparse training: the scores by which units are pruned and grown.
 
 A rule is one object: its name, its description for users, what must be recorded for it, and its score. To add
-one, add it to :data:`PRUNE_RULES` or :data:`GROW_RULES`; flags, checks and recording follow.
+one, add it to :data:`PRUNE_RULES` or :data:`GROW_RULES`; flags, checks, recording and messages follow, and a test asks
+for a slow score to compare it with.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,11 @@ def _chance(number: Callable[[Evidence], int]) -> Callable[[Evidence], torch.Ten
 
 def _by_name(*rules: Rule) -> dict[str, Rule]:
     return {rule.name: rule for rule in rules}
+
+
+def names_without(need: str, rules: Mapping[str, Rule]) -> list[str]:
+    """The rules that do not need this to be recorded."""
+    return [name for name, rule in rules.items() if rule.needs != need]
 
 
 PRUNE_RULES = _by_name(

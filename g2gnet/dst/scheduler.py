@@ -53,8 +53,9 @@ class DSTScheduler:
     As with a learning-rate scheduler, call :meth:`step` after each ``optimizer.step()``. In an update, each layer loses
     the ``fraction`` of its units with the lowest prune score and gains as many, with the highest grow score, among
     those that were inactive before. A unit's score is taken over its weights. Grown weights start at zero, here and in
-    averages of the model, and their optimizer state as for any new weight. Frozen layers do not change. An update whose
-    scores are not finite is skipped; the logger ``g2gnet`` reports it when ``pruned`` or the state is next read. A
+    averages of the model, and their optimizer state as for any new weight. Frozen layers do not change, nor do full
+    ones, in which nothing can grow, without ``final_density``; the logger ``g2gnet`` names them at construction. An
+    update whose scores are not finite is skipped; the logger reports it when ``pruned`` or the state is next read. A
     scheduler can be copied and pickled together with its model and optimizer, after any :meth:`step`; what it has
     recorded of the next one is not copied.
 
@@ -65,11 +66,11 @@ class DSTScheduler:
             holds some layers, or one wraps another and each has a state.
         interval: optimizer steps between updates.
         fraction: share of the units replaced in an update, 0 to 1.
-        prune: ``"set"`` lowest mean ``|w|`` (Mocanu et al. 2018); ``"random"``; ``"hebb"`` lowest correlation.
-        grow: ``"hebb"`` highest correlation; ``"random"``; ``"gradient"`` largest root mean square of ∂L/∂W over the
+        prune: a name in ``g2gnet.dst.PRUNE_RULES``, such as ``"set"``: lowest mean ``|w|`` (Mocanu et al. 2018).
+        grow: a name in ``g2gnet.dst.GROW_RULES``. ``"gradient"`` is the largest root mean square of ∂L/∂W over the
             unit, in the step of the update (Evci et al. 2020, for units). That step costs a dense layer's gradient, a
             part of it at a time in memory, and takes no ``create_graph=True`` and no batches of gradients (``vmap``).
-            With ``"hebb"`` and ``"gradient"``, compiled code runs uncompiled in the step before an update.
+            With a rule that reads spikes or gradients, compiled code runs uncompiled in the step before an update.
         seed: of the draws that break ties and drive the random rules.
         process_group: the processes of data-parallel training, each with a scheduler like this one, whole layers, and a
             part of the samples. They check that they have the same network before an update, and the same units after
@@ -171,8 +172,14 @@ class DSTScheduler:
                 f"schedule={schedule!r}, stop={stop} and final_density={final_density} need total_steps, the steps of "
                 "the whole training"
             )
-        modules = list(model.modules()) if isinstance(model, nn.Module) else model
+        named = dict(model.named_modules() if isinstance(model, nn.Module) else enumerate(model))
+        modules = list(named.values())
         self.layers = [module for module in modules if isinstance(module, G2GLinear)]
+        if not isinstance(model, nn.Module) and len(self.layers) < len(modules):
+            other = next(each for each in modules if not isinstance(each, G2GLinear))
+            raise TypeError(
+                f"{type(other).__name__} is among the layers, which must be G2GLinear; give the model instead"
+            )
         if isinstance(averages, nn.Module):
             raise TypeError("averages is a module; give a list of them, averages=[average]")
         self._averages = list(averages)
@@ -199,6 +206,11 @@ class DSTScheduler:
             self._state.check(layer.values)
         self.steps = 0
         self.final_density = final_density
+        for name, layer in named.items():
+            if isinstance(layer, G2GLinear) and not (layer.values.requires_grad and self._can_change(layer)):
+                why = "all of its units exist, so none can grow" if layer.values.requires_grad else "it is frozen"
+                shape = f"{layer.out_features} × {layer.in_features}"
+                logger.warning("layer %s, %s, is left out of dynamic sparse training: %s", name, shape, why)
         self._pruned = self._grown = 0
         self._outcomes: list[_Outcome] = []  # not yet counted there
         self._model = model if isinstance(model, nn.Module) else None

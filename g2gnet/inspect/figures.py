@@ -68,8 +68,9 @@ def rasters(net: G2GNet, activity: Activity, sample: int = 0) -> list[Raster]:
 
 
 def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:
-    """Accuracy and loss after each epoch, one colour and marker per label; test accuracy solid, training dotted. Of
-    several runs, which differ in their seed, the mean and its standard error as a band, as far as all have come.
+    """Accuracy and loss after each epoch, one colour and marker per label; test accuracy solid, or that on held-out
+    images of runs that have no other, training dotted. Of several runs, which differ in their seed, the mean and its
+    standard error as a band, as far as all have come.
 
     Example:
         >>> history = [{"epoch": n, "train_acc": 0.5, "test_acc": 0.4 + n / 10, "train_loss": 1 / n} for n in (1, 2, 3)]
@@ -81,8 +82,9 @@ def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:
     for number, (label, seeds) in enumerate(histories.items()):
         epochs = [record["epoch"] for record in min(seeds, key=len)]
         look = {"markersize": 3, **style(number)}
+        tested = "test_acc" in seeds[0][0]
         for axis, quantity, line in (
-            (accuracy, "test_acc", {"label": "test"}),
+            (accuracy, "test_acc" if tested else "val_acc", {"label": "test" if tested else "held out"}),
             (accuracy, "train_acc", {"label": "training", "ls": ":"}),
             (loss, "train_loss", {"label": label}),
         ):

@@ -1,7 +1,6 @@
 """Cross-validates a spiking network: k models, each trained without one k-th of the training images."""
 
 import argparse
-import dataclasses
 import json
 import re
 import sys
@@ -45,8 +44,7 @@ def files_of_fold(arguments: argparse.Namespace, settings: FoldSettings) -> Sequ
     numbers = re.findall(r"_fold(\d{1,18})of", Path(arguments.json or "").resolve().name)
     if not numbers or not 1 <= int(numbers[-1]) <= settings.k_folds:
         return ()
-    fold = dataclasses.replace(settings, fold=int(numbers[-1]))
-    return RunFiles(arguments.checkpoint_dir, fold.stem).files()
+    return RunFiles(arguments.checkpoint_dir, settings.of_fold(int(numbers[-1])).stem).files()
 
 
 def crossval(arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -58,7 +56,7 @@ def crossval(arguments: argparse.Namespace) -> dict[str, Any] | None:
         machine = machine._replace(world=world)
         if world.leads:
             flags.announce(settings, machine)
-            RunFiles(arguments.checkpoint_dir, dataclasses.replace(settings, fold=settings.k_folds).stem).check()
+            RunFiles(arguments.checkpoint_dir, settings.of_fold(settings.k_folds).stem).check()
             output.check_output(file, arguments)
         results = cross_validate(
             settings,
@@ -73,7 +71,7 @@ def crossval(arguments: argparse.Namespace) -> dict[str, Any] | None:
     document = {"settings": settings.flag_values(), **results}
     output.write_output(file, json.dumps(document, indent=2) + "\n")
     say(f"wrote {file}")
-    folds = [dataclasses.replace(settings, fold=result["fold"]).stem for result in results["folds"]]
+    folds = [settings.of_fold(result["fold"]).stem for result in results["folds"]]
     files = {"results": str(file), "folds": [RunFiles(arguments.checkpoint_dir, stem).paths() for stem in folds]}
     return {**document, "files": files}
 

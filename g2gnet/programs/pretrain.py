@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from g2gnet.base.messages import say
@@ -26,6 +27,7 @@ from g2gnet.training import run_epochs
 from g2gnet.training.checkpoints import RunFiles, read_checkpoint
 from g2gnet.training.epochs import EpochTrainer, Progress, StepResult
 from g2gnet.training.run_settings import RunSettings
+from g2gnet.training.saved_state import load_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class PretrainSettings(RunSettings):
 
     @property
     def stem(self) -> str:
-        return f"resnet32_{self.dataset}"
+        return f"resnet32_{self.dataset}{self.seed_in_stem}"
 
 
 class PretrainTrainer(EpochTrainer):
@@ -74,17 +76,22 @@ class PretrainTrainer(EpochTrainer):
         return StepResult(loss.detach(), (logits.argmax(1) == labels).sum())
 
     def _measures(self, progress: Progress) -> tuple[dict[str, float], dict[str, Any]]:
-        return {"test_acc": self.evaluate()}, {}
+        return {f"{part}_acc": self._accuracy(self.net, part) for part in self.judges}, {}
+
+    def test(self, state: dict[str, Any]) -> float:
+        net = new_resnet(self.settings.dataset)
+        load_model(net, state["model"])
+        return self._accuracy(net.to(self.device), "test")
 
     @torch.no_grad()
-    def evaluate(self) -> float:
-        """The share of test images that are classified correctly."""
-        self.net.eval()
+    def _accuracy(self, net: nn.Module, part: str) -> float:
+        """The share of the ``"test"`` or ``"val"`` images that are classified correctly."""
+        net.eval()
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
-        size = self.settings.batch_size
-        for images, labels in zip(self.data.test_images.split(size), self.data.test_labels.split(size), strict=True):
-            correct += (self.net(images).argmax(1) == labels).sum()
-        return correct.item() / len(self.data.test_labels)
+        all_images, all_labels, size = *self.data.part(part), self.settings.batch_size
+        for images, labels in zip(all_images.split(size), all_labels.split(size), strict=True):
+            correct += (net(images).argmax(1) == labels).sum()
+        return correct.item() / len(all_labels)
 
 
 def build_parser() -> flags.Parser:
@@ -110,7 +117,7 @@ def pretrain(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.checkpoint_dir,
         machine,
     )
-    model = read_checkpoint(files.checkpoint)["model"]
+    model = read_checkpoint(files.checkpoint if settings.validation is None else files.best)["model"]
     output.write_file(weights, lambda file: torch.save(model, file))
     say(f"wrote {weights}, for train.py --dataset {settings.dataset} --use_resnet --resnet_weights {weights}")
     paths = {**files.paths(), "weights": str(weights)}

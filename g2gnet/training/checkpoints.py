@@ -17,12 +17,13 @@ from g2gnet.base import files
 from g2gnet.base.files import read_file, replace_file
 from g2gnet.base.messages import reason, warn
 from g2gnet.base.tensor_files import TensorFileError, check_plain, read_tensors, write_tensors
+from g2gnet.training.held_out import out_of_patience
 from g2gnet.training.run_settings import RunSettings
 
 #: version of the checkpoint's structure
 FORMAT = 5
-#: the numbers that an epoch's record and a marker's result must contain
-MEASURES = ("epoch", "train_loss", "train_acc", "test_acc", "seconds", "cpu_seconds")
+#: the numbers that an epoch's record must contain, and those of which it has one or both
+MEASURES, JUDGED = ("epoch", "train_loss", "train_acc", "seconds", "cpu_seconds"), ("test_acc", "val_acc")
 
 
 class CheckpointError(RuntimeError):
@@ -55,10 +56,21 @@ def check_record(record: Any) -> None:
     """Raises ValueError unless ``record``, from a file, is an epoch's."""
     if not isinstance(record, dict):
         raise ValueError(f"the record of an epoch is a {type(record).__name__}")
-    for name in MEASURES:
+    for name in (*MEASURES, *([name for name in JUDGED if name in record] or JUDGED[:1])):
         if name not in record:
             raise ValueError(f"the record of an epoch lacks {name}")
         check_number(name, record[name], low=0, whole=name == "epoch")
+    for name, count in record.get("units", {}).items():
+        check_number(f"units/{name}", count, low=0, whole=True)
+
+
+def check_tested(tested: Any) -> None:
+    """Raises an exception unless ``tested``, from a file, is empty or what a run with held-out images ends with."""
+    if not isinstance(tested, dict):
+        raise ValueError(f"tested is a {type(tested).__name__}")
+    found = dict(numbers(tested))
+    for name in ("test_acc", "best/epoch", "best/val_acc", "best/test_acc") if tested else ():
+        check_number(name, found[name], low=0, whole=name == "best/epoch")
 
 
 def check_history(history: Any, epochs: int) -> None:
@@ -86,8 +98,8 @@ class Checkpoint(NamedTuple):
 
 
 class RunFiles:
-    """``<directory>/<stem>`` with the endings .pth (checkpoint), .jsonl and .csv (history), .analysis.json and .DONE
-    (marker).
+    """``<directory>/<stem>`` with the endings .pth (checkpoint), .best.pth (that of the best epoch by held-out images),
+    .jsonl and .csv (history), .analysis.json and .DONE (marker).
 
     Until the run is finished, .previous.pth is the checkpoint before the last one: it is used if the last is damaged.
     """
@@ -96,6 +108,7 @@ class RunFiles:
         self.directory = Path(directory)
         self.checkpoint = self.directory / f"{stem}.pth"
         self.previous = self.directory / f"{stem}.previous.pth"
+        self.best = self.directory / f"{stem}.best.pth"
         self.history = self.directory / f"{stem}.jsonl"
         self.table = self.directory / f"{stem}.csv"
         self.analysis = self.directory / f"{stem}.analysis.json"
@@ -105,8 +118,8 @@ class RunFiles:
 
     @classmethod
     def of(cls, checkpoint: Path) -> "RunFiles":
-        """The files of the run that has this checkpoint, or this previous one."""
-        return cls(checkpoint.parent, checkpoint.name.removesuffix(".pth").removesuffix(".previous"))
+        """The files of the run that has this checkpoint, the previous one or that of the best epoch."""
+        return cls(checkpoint.parent, re.sub(r"(\.previous|\.best)?\.pth$", "", checkpoint.name))
 
     def files(self) -> tuple[Path, ...]:
         """Every file of the run, be it there or not."""
@@ -114,7 +127,7 @@ class RunFiles:
 
     def _all(self) -> tuple[Path, ...]:
         """Every file that the run itself reads and writes."""
-        return self.checkpoint, self.previous, self.history, self.table, self.analysis, self.marker
+        return self.checkpoint, self.previous, self.best, self.history, self.table, self.analysis, self.marker
 
     def check(self) -> None:
         """Makes the directory if it is missing. Raises CheckpointError if one of the files could not be written when
@@ -166,6 +179,22 @@ class RunFiles:
             for of_finished in (self.marker, self.analysis):  # a run that was finished goes on for more epochs
                 of_finished.unlink(missing_ok=True)
         self._whole = True
+
+    def save_best(self, state: dict[str, Any]) -> None:
+        """Replaces the checkpoint of the best epoch, as :meth:`save_checkpoint` does the last one."""
+        with self._writing(self.best):
+            write_tensors(self.best, {"format": FORMAT, **state})
+
+    def load_best(self, epoch: int, settings: RunSettings) -> dict[str, Any]:
+        """The checkpoint of the best epoch, which is this one. Raises CheckpointError if it is not usable."""
+        try:
+            state = read_checkpoint(self.best)
+            self._check_settings(self.best, state["settings"], settings)
+            if state.get("epoch") != epoch:
+                raise CheckpointError(f"{self.best} is not that of epoch {epoch}, which was the best.")
+        except CheckpointError as error:
+            raise CheckpointError(f"{error} Restore that file, or delete {self.names()} to train again") from error
+        return state
 
     def load_checkpoint(self, settings: RunSettings) -> Checkpoint | None:
         """The checkpoint on the CPU; if it is damaged or missing, the previous one; None if there is none.
@@ -223,15 +252,18 @@ class RunFiles:
             state = read_checkpoint(self.checkpoint)
             history = state["history"]
             check_history(history, len(history))
-            result = history[-1]
-        except (CheckpointError, LookupError, TypeError, ValueError) as error:
+            result, tested = history[-1], state.get("tested", {})
+            check_tested(tested)
+            finished = result["epoch"] == settings.epochs or out_of_patience(history, settings.patience)
+        except (CheckpointError, LookupError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"{reason(error)} The run is finished, but its result counts only with its checkpoint: restore that "
                 f"file, or delete {self.names()} to train it again"
             ) from error
         self._check_settings(self.checkpoint, state["settings"], settings)
         # killed before it was gone, a marker is of fewer epochs than the checkpoint
-        return result if made_with.get("epochs") == result["epoch"] == settings.epochs else None
+        finished &= made_with.get("epochs") == settings.epochs and bool(tested) == (settings.validation is not None)
+        return {**result, **tested} if finished else None
 
     def _check_settings(self, path: Path, theirs: dict[str, Any], ours: RunSettings) -> None:
         """Raises CheckpointError unless a run with settings ``ours`` begins as, or is, the one with ``theirs``."""
@@ -275,7 +307,7 @@ class RunFiles:
 
     def paths(self) -> dict[str, str]:
         """The files that exist, by kind."""
-        names = ("checkpoint", "previous", "history", "table", "analysis", "marker")
+        names = ("checkpoint", "previous", "best", "history", "table", "analysis", "marker")
         return {name: str(getattr(self, name)) for name in names if getattr(self, name).exists()}
 
     def last_checkpoint(self) -> str:

@@ -32,10 +32,24 @@ class FoldSettings(TrainSettings):
     fold: int = setting(1, None, "the part that validates, from 1", low=1)
 
     def _at_odds(self) -> list[str]:
-        problems = super()._at_odds()
+        usual = self.defaults()
+        problems = [
+            f"{name}={getattr(self, name)} is of single runs: each fold is held out in turn, and epochs have its "
+            f"val_acc; leave `{name}` out"
+            for name in ("validation", "validation_seed", "patience")
+            if getattr(self, name) != usual[name]
+        ] or super()._at_odds()
         if self.seed + self.k_folds - self.fold > LARGEST_SEED:
             problems.append(f"seed={self.seed} leaves none to the last of k_folds={self.k_folds}; lower `seed`")
         return problems
+
+    @property
+    def given_seed(self) -> int:
+        return self.seed + 1 - self.fold
+
+    def of_fold(self, fold: int) -> "FoldSettings":
+        """The settings of the run of another fold, whose seed is that given + ``fold`` - 1."""
+        return dataclasses.replace(self, fold=fold, seed=self.given_seed + fold - 1)
 
     @property
     def stem(self) -> str:
@@ -84,7 +98,7 @@ def cross_validate(
     alone = machine._replace(world=ALONE)
     folds = []
     for fold in range(1, settings.k_folds + 1)[world.rank :: world.size]:
-        run = dataclasses.replace(settings, fold=fold, seed=settings.seed + fold - 1)
+        run = settings.of_fold(fold)
         data = functools.partial(_fold_data, whole, settings, fold)
         record = run_training(run, data, checkpoint_dir, alone, on_epoch=on_epoch)
         folds.append({"fold": fold, "seed": run.seed, **{name: record[name] for name in ACCURACIES}})
@@ -101,10 +115,7 @@ def cross_validate(
 def _fold_data(whole: Callable[[], ImageData], settings: FoldSettings, fold: int) -> ImageData:
     """The data set with part ``fold`` of its training images held back for validation."""
     data = whole()
-    train, val = stratified_folds(data.train_labels, settings.k_folds, settings.seed)[fold - 1]
-    images, labels = data.train_images, data.train_labels
-    held_back: dict[str, Any] = {"val_images": images[val], "val_labels": labels[val]}
-    return dataclasses.replace(data, train_images=images[train], train_labels=labels[train], **held_back)
+    return data.held_out(stratified_folds(data.train_labels, settings.k_folds, settings.seed)[fold - 1][1])
 
 
 def stratified_folds(labels: torch.Tensor, k_folds: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

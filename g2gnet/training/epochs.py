@@ -14,6 +14,7 @@ from g2gnet.base.schedules import SCHEDULES
 from g2gnet.base.seeding import stream
 from g2gnet.data import ImageData
 from g2gnet.training.checkpoints import check_number
+from g2gnet.training.held_out import held_out
 from g2gnet.training.numerical_checks import CHECK_INTERVAL, FiniteWatch
 from g2gnet.training.run_settings import RunSettings
 from g2gnet.training.saved_state import check_like, check_position, load_model, load_optimizer
@@ -63,6 +64,9 @@ class EpochTrainer(ABC):
 
     Attributes:
         net, optimizer: made by the subclass, which then calls ``_watch``.
+        fingerprint: of the data, before images are held out.
+        held_out: with ``settings.validation``, which training images are held out, int64 [n].
+        judges: the images that each epoch is tested on, ``"val"`` and ``"test"`` or one of them.
         epoch, step: how many epochs and steps are finished.
         progress: of a started epoch.
     """
@@ -76,7 +80,14 @@ class EpochTrainer(ABC):
 
     def __init__(self, settings: RunSettings, data: ImageData, device: torch.device) -> None:
         self.device = device
-        self.data = data.limited(settings.limit_train, settings.limit_test).to(device)
+        data = data.limited(settings.limit_train, settings.limit_test)
+        self.fingerprint = data.fingerprint
+        self.held_out: torch.Tensor | None = None
+        if settings.validation is not None:
+            self.held_out = held_out(data.train_labels, settings.validation, settings.validation_seed)
+            data = data.held_out(self.held_out)
+        self.data = data.to(device)
+        self.judges = ("val",) * (data.val_images is not None) + ("test",) * (self.held_out is None)
         self.epoch = 0
         self.step = 0
         self.progress: Any = None  # a Progress of the subclass's kind
@@ -101,12 +112,17 @@ class EpochTrainer(ABC):
     def _measures(self, progress: Any) -> tuple[dict[str, float], dict[str, Any]]:
         """After an epoch, the accuracies on the images that are not trained on, and the rest of its record."""
 
+    @abstractmethod
+    def test(self, state: dict[str, Any]) -> float:
+        """The share of the test images that the network of a saved state classifies correctly."""
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that a later trainer with the same settings needs to resume after this step. Raises TrainingError
         if the loss or a gradient was not finite: there is nothing to resume from.
         """
         self._finite.check()
         return {
+            **({} if self.held_out is None else {"held_out": self.held_out}),
             "epoch": self.epoch,
             "step": self.step,
             "progress": vars(self.progress) if self.progress else None,
@@ -121,6 +137,10 @@ class EpochTrainer(ABC):
             Exception: of a kind in ``g2gnet.training.saved_state.UNFIT``, if the state does not fit the network.
         """
         check_position(state, self._batches)
+        if self.held_out is not None and not torch.equal(
+            check_like("held_out", state["held_out"], self.held_out), self.held_out
+        ):
+            raise ValueError("it holds out other training images than those of its `validation_seed` here")
         load_model(self.net, state["model"])
         load_optimizer(self.optimizer, state["optimizer"], self.optimizer_state, state["step"])
         self.epoch, self.step = state["epoch"], state["step"]

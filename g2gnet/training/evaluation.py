@@ -40,7 +40,7 @@ def run_images(
     processes of ``world``, so results are those of one process.
     """
     net.eval()
-    images, labels = getattr(data, f"{part}_images")[:count], getattr(data, f"{part}_labels")[:count]
+    images, labels = (each[:count] for each in data.part(part))
     device = images.device
     for first in range(0, len(labels), settings.batch_size)[world.rank :: world.size]:
         batch = slice(first, first + settings.batch_size)

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +19,7 @@ from g2gnet.data import ImageData
 from g2gnet.inspect import ANALYSIS_SAMPLES, NetworkAnalysis, analyze_network
 from g2gnet.training.checkpoints import Checkpoint, CheckpointError, RunFiles, check_history, compared
 from g2gnet.training.epochs import EpochTrainer
+from g2gnet.training.held_out import best_of, out_of_patience
 from g2gnet.training.interruption import Interrupted, StopSignals
 from g2gnet.training.machine import Machine
 from g2gnet.training.numerical_checks import LOWER, TrainingError
@@ -84,6 +85,10 @@ def run_epochs(
     CSV. At SIGINT or SIGTERM the step is finished and a checkpoint written; the same call resumes after that step.
     Returns the record of the last epoch.
 
+    With ``settings.validation`` the epochs have a ``val_acc`` in place of a ``test_acc``, the checkpoint of the best
+    one is kept, and ``settings.patience`` may end training. Then the test images are used: ``test_acc`` of the result
+    is that of the last epoch's weights, and ``best`` holds ``epoch``, ``val_acc`` and ``test_acc`` of the best one's.
+
     Args:
         settings: of the run; its files store them, and are refused if they were made with others.
         make_trainer: called if there is something to train, after seeding.
@@ -119,8 +124,7 @@ def run_epochs(
         world.stage = "the reading of the run's files"
         result = world.first(lambda: files.load_marker(settings))
         if result is not None:
-            accuracy = f"test_acc={result['test_acc']:.4f}"
-            say(f"{settings.stem} is finished: {accuracy}. To run it again, delete {files.names()}.")
+            say(f"{settings.stem} is finished: {_tests_of(result)}. To run it again, delete {files.names()}.")
             return result
         checkpoint = world.first(lambda: files.load_checkpoint(settings))
         world.stage = "the loading of the data"
@@ -133,7 +137,15 @@ def run_epochs(
         with StopSignals() as signals:
             run.train(signals, on_epoch)
             run.end(signals, finish)
-        return run.history[-1]
+        return run.result
+
+
+def _tests_of(result: Mapping[str, Any]) -> str:
+    """The test accuracies of a finished run, in words."""
+    text, best = f"test_acc={result['test_acc']:.4f}", result.get("best")
+    if best is None:
+        return text
+    return f"{text}; best epoch {best['epoch']}: val_acc={best['val_acc']:.4f}, test_acc={best['test_acc']:.4f}"
 
 
 @contextlib.contextmanager
@@ -152,9 +164,14 @@ class _UnfinishedRun(Generic[TrainerT]):
 
     def __init__(self, settings: RunSettings, trainer: TrainerT, files: RunFiles, machine: Machine) -> None:
         self.settings, self.trainer, self.files, self.world = settings, trainer, files, machine.world
-        self.versions, self.data = machine.versions(), trainer.data.fingerprint
+        self.versions, self.data = machine.versions(), trainer.fingerprint
         self.history: list[dict[str, Any]] = []
+        self.tested: dict[str, Any] = {}  # the accuracies on test images, where only the end has them
         self.world.check_same("the data", self.data)
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return {**self.history[-1], **self.tested}
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Goes on after the step of the checkpoint."""
@@ -164,6 +181,8 @@ class _UnfinishedRun(Generic[TrainerT]):
             trainer.load_state_dict(state)
             self.history = state["history"]
             check_history(self.history, trainer.epoch)
+            # it was written before that of the best epoch
+            unsaved = self._is_best() and state["progress"] is None and not state.get("tested")
             differing = compared(state["versions"], self.versions)
         except UNFIT as error:
             raise CheckpointError(
@@ -171,6 +190,8 @@ class _UnfinishedRun(Generic[TrainerT]):
                 f"or give another `checkpoint_dir` than {self.files.directory}."
             ) from error
         say(f"resuming {checkpoint.path} after epoch {trainer.epoch}, step {trainer.step}")
+        if unsaved:
+            self.world.first(lambda: self.files.save_best(state))
         if differing and self.world.leads:
             warn("warning: the last bits of the results may change:\n" + "\n".join(differing))
 
@@ -187,12 +208,13 @@ class _UnfinishedRun(Generic[TrainerT]):
     def train(self, signals: StopSignals, on_epoch: Sequence[EpochCallback[TrainerT]]) -> None:
         """Trains the epochs that are left; after each, and when told to stop, everything is saved."""
         trainer, settings, files = self.trainer, self.settings, self.files
-        while trainer.epoch < settings.epochs:
+        while trainer.epoch < settings.epochs and not self._is_hopeless():
             try:
                 record = _epoch(trainer, settings.epochs, lambda: self._told_to_stop(signals))
                 if record is not None:
                     self.history.append(record)
-                self.world.first(functools.partial(self._save, self.snapshot()))
+                best = record is not None and self._is_best()
+                self.world.first(functools.partial(self._save, self.snapshot(), best))
             except TensorFileError as error:  # of numbers that are not finite
                 raise TrainingError(
                     f"no checkpoint was written after step {trainer.step}: {error}; {LOWER}. {files.last_checkpoint()}"
@@ -210,16 +232,49 @@ class _UnfinishedRun(Generic[TrainerT]):
                 )
 
     def end(self, signals: StopSignals, finish: Callable[[TrainerT, RunFiles], None] | None) -> None:
-        """Calls ``finish`` and marks the run as finished."""
+        """Tests what was not tested before, calls ``finish`` and marks the run as finished."""
+        if self.settings.validation is not None:
+            self._test()
         self.world.stage = "the analysis of the network"
         if finish is not None:
             self.world.first(functools.partial(finish, self.trainer, self.files))
-        self.world.first(lambda: self.files.mark_done(self.settings.as_dict(), self.history[-1]))
+        self.world.first(lambda: self.files.mark_done(self.settings.as_dict(), self.result))
         if stop := self._told_to_stop(signals):
             raise Interrupted(f"{stop.name} came when {self.settings.stem} was almost finished", stop)
 
-    def _save(self, state: dict[str, Any]) -> None:
+    def _is_best(self) -> bool:
+        """Whether the last epoch is the best one by the held-out images."""
+        held_out = self.settings.validation is not None and self.history
+        return bool(held_out) and best_of(self.history)["epoch"] == self.trainer.epoch
+
+    def _is_hopeless(self) -> bool:
+        """Whether ``patience`` ends training; then it is said."""
+        if hopeless := out_of_patience(self.history, self.settings.patience):
+            best = best_of(self.history)
+            than = f"val_acc={best['val_acc']:.4f} of epoch {best['epoch']}"
+            say(f"{self.settings.label}ended after epoch {self.trainer.epoch}: none was better than {than} since")
+        return hopeless
+
+    def _test(self) -> None:
+        """Tests the last and the best network, for the first and only time, and saves what they reach."""
+        trainer, files = self.trainer, self.files
+        self.world.stage = "the test"
+        state, best = self.snapshot(), best_of(self.history)
+        tested = {"epoch": best["epoch"], "val_acc": best["val_acc"], "test_acc": trainer.test(state)}
+        self.tested = {"test_acc": tested["test_acc"], "best": tested}
+        if not self._is_best():
+            saved = self.world.first(lambda: files.load_best(best["epoch"], self.settings))
+            try:
+                tested["test_acc"] = trainer.test(saved)
+            except UNFIT as error:
+                raise CheckpointError(f"{files.best} does not fit the network it names ({error})") from error
+        self.world.first(lambda: files.save_checkpoint({**state, "tested": self.tested}))
+        say(f"{self.settings.label}Test | {_tests_of(self.tested)}")
+
+    def _save(self, state: dict[str, Any], best: bool) -> None:
         self.files.save_checkpoint(state)
+        if best:
+            self.files.save_best(state)
         self.files.write_history(self.history)
 
     def _report(self, record: dict[str, Any], on_epoch: Sequence[EpochCallback[TrainerT]]) -> None:
@@ -260,7 +315,7 @@ def _epoch(trainer: EpochTrainer, epochs: int, told_to_stop: Callable[[], Any]) 
                 measured = f"loss {loss.item():.3f}, acc {accuracy.item():.3f}"
                 bar.set_postfix_str(f"{measured}, run left {left}", refresh=False)
             if seen == images:
-                bar.set_postfix_str("testing")
+                bar.set_postfix_str("testing" if "test" in trainer.judges else "validating")
             if told_to_stop():
                 raise _Stopped
 

@@ -10,7 +10,7 @@ from g2gnet.base.schedules import SCHEDULES
 from g2gnet.data import DATASETS, npz
 from g2gnet.data.augmentation import SHIFTS
 from g2gnet.data.features.pretrained_weights import RELEASES
-from g2gnet.dst.rules import GROW_RULES, PRUNE_RULES, Rule
+from g2gnet.dst.rules import ACTIVITY, GROW_RULES, PRUNE_RULES, Rule, names_without
 from g2gnet.neurons import NEURONS
 from g2gnet.sequences import sequence_length
 from g2gnet.settings import Need, NetworkSettings, Others, Settings, setting, with_default
@@ -24,6 +24,7 @@ LARGEST_SEED = (1 << 63) - 1
 #: of a sample; the compiled kernels number them in 16 bits
 MOST_STEPS = 1 << 16
 DYNAMIC = Need("sparsity_mode", ("dynamic",))
+HELD_OUT = Need("validation", (True,))
 
 
 def _texts(rules: Mapping[str, Rule]) -> str:
@@ -51,19 +52,43 @@ class RunSettings(Settings):
         42
     """
 
+    NEEDS: ClassVar[Mapping[str, tuple[Need, ...]]] = dict.fromkeys(("validation_seed", "patience"), (HELD_OUT,))
+
     dataset: str = _data(
         "fashionmnist", "data set", choices=tuple(DATASETS), others=Others(f"a file NAME{npz.SUFFIX}", npz.is_name)
     )
     limit_train: int | None = _data(None, "use only the first N training images", low=1)
     limit_test: int | None = _data(None, "use only the first N test images", low=1)
+    validation: float | None = _data(
+        None,
+        "hold out this share of the training images of each class: epochs are compared by them, and the test images "
+        "are used once, at the end",
+        low=0, high=1, open_low=True, open_high=True,
+    )  # fmt: skip
+    validation_seed: int = _data(
+        0, "seed that chooses the images of `validation`, whatever the seed of the run", low=0, high=LARGEST_SEED
+    )
     epochs: int = _training(20, "passes over the training images", low=1)
     batch_size: int = _training(256, "images per step", low=1)
     seed: int = _training(42, "seed of every random draw", low=0, high=LARGEST_SEED)
+    patience: int | None = _training(
+        None, "end after N epochs in a row that were no better on the images of `validation`", low=1
+    )
 
     @property
     def stem(self) -> str:
         """The name of the run's files. It omits some settings; the files store them all."""
         raise NotImplementedError
+
+    @property
+    def given_seed(self) -> int:
+        """The seed that the user gave, of which that of a part of a run may be made."""
+        return self.seed
+
+    @property
+    def seed_in_stem(self) -> str:
+        """The part of the files' name that tells seeds apart; it is empty for the default seed."""
+        return "" if self.given_seed == self.defaults()["seed"] else f"_s{self.given_seed}"
 
     def tied_to_epochs(self) -> list[str]:
         """The settings with which every epoch depends on how many there are, as in an error message.
@@ -98,6 +123,7 @@ class TrainSettings(NetworkSettings, RunSettings):
 
     NEEDS: ClassVar[Mapping[str, tuple[Need, ...]]] = {
         **NetworkSettings.NEEDS,
+        **RunSettings.NEEDS,
         **dict.fromkeys(
             ("cp", "cg", "dst_interval", "dst_fraction", "dst_schedule", "dst_stop", "final_density"), (DYNAMIC,)
         ),
@@ -205,8 +231,10 @@ class TrainSettings(NetworkSettings, RunSettings):
             return None
 
     def _at_odds(self) -> list[str]:
-        used = {"cp": self.cp, "cg": self.cg} if self.dst_fraction else {"cp": self.cp}
-        by_correlation = [f"{name}={rule}" for name, rule in used.items() if rule == "hebb"]
+        rules = {"cp": PRUNE_RULES, "cg": GROW_RULES} if self.dst_fraction else {"cp": PRUNE_RULES}
+        used = {name: getattr(self, name) for name in rules}
+        by_correlation = [f"{name}={rule}" for name, rule in used.items() if rules[name][rule].needs == ACTIVITY]
+        others = [[f"`{name}={each}`" for each in names_without(ACTIVITY, of)] for name, of in rules.items()]
         decay = self.lr * self.weight_decay
         problems = super()._at_odds() + self._no_sequence()
         for wrong, text in (
@@ -226,6 +254,11 @@ class TrainSettings(NetworkSettings, RunSettings):
                     f"{name}={value} needs images, but use_resnet trains on features; leave one of them out",
                 )
                 for name, value in self.of_images().items()
+            ),
+            (
+                self.patience is not None and self.enforce_sparsity,
+                f"patience={self.patience} could end training before enforce_sparsity has pulled firing rates down; "
+                "leave one of them out",
             ),
             (
                 self.optimizer == "adamw" and self.weight_decay == 0,
@@ -249,7 +282,7 @@ class TrainSettings(NetworkSettings, RunSettings):
             (
                 self.sparsity_mode == "dynamic" and self.readout != "counts" and by_correlation,
                 f"{' and '.join(by_correlation)}: a correlation needs output spikes, and with readout={self.readout} "
-                "there are none; give `cp=set` or `cp=random`, and `cg=random` or `cg=gradient`",
+                f"there are none; give {', and '.join(' or '.join(of) for of in others)}",
             ),
         ):
             problems += [text] if wrong else []
@@ -322,7 +355,7 @@ class TrainSettings(NetworkSettings, RunSettings):
         name = "" if self.name is None else f"_{self.name}"
         sequence = "" if self.sequence == "none" else f"_{self.sequence}"
         network = f"{self.model}_p{self.p_inter}_T{self.T}_{self.enc}{neuron}"
-        return f"{resnet}{self.dataset}{sequence}_{network}{rules}{name}"
+        return f"{resnet}{self.dataset}{sequence}_{network}{rules}{self.seed_in_stem}{name}"
 
     def tied_to_epochs(self) -> list[str]:
         tied = {

@@ -13,9 +13,10 @@ from g2g_kernels import BlockMask
 from g2g_kernels.mask.wiring import read_row
 from g2gnet.network import G2GNet
 from g2gnet.settings import SettingsError
-from g2gnet.training.checkpoints import CheckpointError, check_history, check_number, read_checkpoint
+from g2gnet.training.checkpoints import CheckpointError, check_history, check_number, check_tested, read_checkpoint
 from g2gnet.training.cross_validation import FoldSettings
 from g2gnet.training.evaluation import build_network
+from g2gnet.training.held_out import best_of
 from g2gnet.training.run_settings import TrainSettings
 from g2gnet.training.saved_state import UNFIT, load_model
 
@@ -40,7 +41,8 @@ class SavedRun:
     """A run as described by its checkpoint; :func:`read_run` reads it.
 
     So many epochs and optimizer steps are finished, each epoch with a record in the history. A run that was
-    ``interrupted`` inside an epoch has the network after its last step, to which no record belongs.
+    ``interrupted`` inside an epoch has the network after its last step, to which no record belongs. A finished run with
+    held-out images has ``tested``, the test accuracies of its last and of its best epoch (:func:`run_epochs`).
 
     Example:
         >>> run = read_run("checkpoints/fashionmnist-mini_mixer_p0.15_T5_current.pth")
@@ -59,6 +61,12 @@ class SavedRun:
     interrupted: bool
     history: list[dict[str, Any]]
     state: dict[str, Any]
+    tested: dict[str, Any]
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The record of the last finished epoch, with what was tested at the end (:func:`run_epochs`)."""
+        return {**self.history[-1], **self.tested}
 
     @property
     def position(self) -> str:
@@ -124,8 +132,12 @@ def read_run(checkpoint: Path | str) -> SavedRun:
         epoch, step = content["epoch"], content["step"]
         for name, number in (("epoch", epoch), ("step", step)):
             check_number(name, number, low=0, whole=True)
-        run = SavedRun(path, settings, epoch, step, interrupted, content["history"], content["model"])
+        tested = content.get("tested", {})
+        check_tested(tested)
+        run = SavedRun(path, settings, epoch, step, interrupted, content["history"], content["model"], tested)
         check_history(run.history, run.epoch)
+        if settings.validation is not None and run.history:
+            best_of(run.history)
         for record in run.history:
             for name in MEASURES_BY_LAYER:
                 for layer, value in record[name].items():

@@ -154,7 +154,8 @@ class Trainer(EpochTrainer):
         in_step = min(count, settings.batch_size)
         check_memory(settings, input_dim, data.num_classes, -(-in_step // world.size), device)
         self._machine = machine
-        self.net = self._build_network(input_dim, data.num_classes).to(device)
+        self._sizes = input_dim, data.num_classes
+        self.net = self._build_network(*self._sizes).to(device)
         if order is not None:
             self.net.input_order.copy_(order)
         if settings.standardize:
@@ -312,17 +313,15 @@ class Trainer(EpochTrainer):
             neurons = {f"lif{i}": lif for i, (_, lif) in enumerate(self.net.layers(), 1)}
             self._layers.check(self.epoch, firing_rate, silent, neurons)
         connections = self.net.connections()
-        test = self.evaluate("test")
-        accuracies = {"test_acc": test.accuracy}
-        if self.data.val_images is not None:
-            accuracies = {"val_acc": self.evaluate("val").accuracy, **accuracies}
-        return accuracies, {
+        results = {f"{part}_acc": self.evaluate(part) for part in self.judges}
+        *_, last = results.values()
+        return {name: result.accuracy for name, result in results.items()}, {
             "firing_rate": firing_rate,
             # the share of the neurons that fired for no image of this epoch
             "silent": silent,
-            # operations of the weights that spikes and inputs caused, per test image
-            "accumulates": test.accumulates,
-            "multiplies": test.multiplies,
+            # operations of the weights that spikes and inputs caused, per image that the epoch was tested on
+            "accumulates": last.accumulates,
+            "multiplies": last.multiplies,
             "density": {name: layer.mask.density for name, layer in connections.items()},
             "units": {name: layer.mask.num_units for name, layer in connections.items()},
             "units_pruned": self.dst.pruned if self.dst else 0,
@@ -437,14 +436,22 @@ class Trainer(EpochTrainer):
 
     def evaluate(self, part: str = "test") -> Evaluation:
         """The results on the ``"test"`` or ``"val"`` images."""
+        return self._evaluate(self.tested, self.epoch, part)
+
+    def test(self, state: dict[str, Any]) -> float:
+        net = self._build_network(*self._sizes)
+        load_model(net, state["model"])
+        return self._evaluate(net.to(self.device), state["epoch"], "test").accuracy
+
+    def _evaluate(self, net: G2GNet, epoch: int, part: str) -> Evaluation:
         layers = [f"fc{number}" for number in range(1, self.net.depth + 1)]
         # correct images; then additions and multiplications of each layer
         sums = torch.zeros(1 + 2 * len(layers), dtype=torch.int64, device=self.device)
-        for batch in run_images(self.tested, self.settings, self.epoch, self.data, part, world=self.world):
+        for batch in run_images(net, self.settings, epoch, self.data, part, world=self.world):
             sums[0] += (batch.activity.output.argmax(1) == batch.labels).sum()
             counted = [count for layer in batch.activity.synaptic_operations() for count in layer[:2]]
             sums[1:] += torch.tensor(counted, device=self.device)
-        count = len(getattr(self.data, f"{part}_labels"))
+        count = len(self.data.part(part)[1])
         accuracy, *operations = (total / count for total in self.world.sum_(sums).tolist())
         accumulates, multiplies = (dict(zip(layers, operations[kind::2], strict=True)) for kind in range(2))
         return Evaluation(accuracy, accumulates, multiplies)

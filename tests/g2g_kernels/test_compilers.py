@@ -1,4 +1,6 @@
-"""The CPU kernels as the cross compiler of another processor makes them; those of clang: ``tests/clang.sh``."""
+"""When the CPU kernels are compiled, and how the cross compiler of another processor makes them; those of clang:
+``tests/clang.sh``.
+"""
 
 import os
 import shutil
@@ -9,9 +11,57 @@ import pytest
 from compiled_kernels import build
 from helpers import ROOT
 
-pytestmark = pytest.mark.ci
+from setup import INSTRUCTION_SETS, PLAIN, SOURCES, build_library
+
+#: "compiles" by copying and notes each call
+COMPILER = """#!/bin/sh
+case "$*" in -dumpmachine) echo any; exit ;; --version) cat version; exit ;; esac
+echo "$*" >>calls
+while [ $# -gt 0 ]; do
+    case "$1" in -o) out=$2; shift ;; -c) from=$2; shift ;; *.o) from="$from $1" ;; esac
+    shift
+done
+cat $from >"$out"
+"""
 
 
+@pytest.mark.skipif(os.name != "posix", reason="the compiler is a shell script")
+def test_nothing_is_compiled_where_the_library_was_made_from_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    SOURCES.mkdir(parents=True)
+    for name in (*PLAIN, "kernels"):
+        (SOURCES / f"{name}.cpp").write_text(name)
+    (SOURCES / "vec.h").write_text("1")
+    compiler, version, calls, target = (tmp_path / name for name in ("compiler", "version", "calls", "made/lib.so"))
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    version.write_text("1")
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.delenv("G2G_CXXFLAGS", raising=False)
+
+    def compiles(force=False):
+        calls.write_text("")
+        build_library(target, tmp_path / "scratch", force)
+        return len(calls.read_text().splitlines())
+
+    every = len(PLAIN) + len({"baseline"} & set(INSTRUCTION_SETS)) + 2  # the note, and the link
+    assert compiles() == every
+    assert target.read_text().startswith(PLAIN[0])
+    assert compiles() == 0
+    assert compiles(force=True) == every
+    for change in (
+        lambda: (SOURCES / "vec.h").write_text("2"),
+        lambda: version.write_text("2"),
+        lambda: monkeypatch.setenv("G2G_CXXFLAGS", "-O0"),
+        lambda: target.unlink(),
+        lambda: target.write_text("another library"),
+    ):
+        change()
+        assert compiles() == every
+        assert compiles() == 0
+
+
+@pytest.mark.ci
 @pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="aarch64-linux-gnu-g++ is not installed")
 def test_the_library_of_another_processor_links(tmp_path):
     library = build(tmp_path / "libg2g_cpu.so", "aarch64-linux-gnu-g++")
@@ -20,6 +70,7 @@ def test_the_library_of_another_processor_links(tmp_path):
     assert int.from_bytes(header[18:20], "little") == 183  # EM_AARCH64
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("variable", ["CXX", "G2G_CXXFLAGS"])
 def test_a_quotation_that_does_not_end_costs_the_kernels_and_not_the_installation(tmp_path, variable):
     build = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "scratch"]

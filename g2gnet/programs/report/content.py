@@ -1,7 +1,8 @@
 """The content of a report: settings, results, analysis and pictures of each run, and a comparison of several."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from g2gnet.programs.report.page import contents, details, heading, page, paragr
 from g2gnet.programs.sweep.results import estimate
 from g2gnet.training import SavedRun
 from g2gnet.training.evaluation import run_images
+from g2gnet.training.held_out import best_of
 from g2gnet.weights.groupings import GROUPINGS
 
 
@@ -89,7 +91,8 @@ def _run(each: Inspected, alone: bool) -> list[str]:
             table(list(results), [list(results.values())]),
             picture(
                 figures.training_curves({"training": [run.history]}),
-                "Accuracy on training images, while the network learned from them, and on test images after the epoch.",
+                f"Accuracy on training images, while the network learned from them, and on {_judges(run)} images after "
+                "the epoch.",
             ),
         ]
     parts += [
@@ -129,10 +132,15 @@ def _run(each: Inspected, alone: bool) -> list[str]:
 
 def _own(each: Inspected) -> str:
     """The run's own accuracy, where it is that of more images."""
-    if each.images <= each.analysis.samples:
+    if each.images <= each.analysis.samples or "test_acc" not in each.run.result:
         return ""
     when = f" after epoch {each.run.epoch}" if each.run.interrupted else ""
-    return f" (the run's own accuracy{when}, on all {each.images:,}: {each.run.history[-1]['test_acc']:.4f})"
+    return f" (the run's own accuracy{when}, on all {each.images:,}: {each.run.result['test_acc']:.4f})"
+
+
+def _judges(run: SavedRun) -> str:
+    """The images by which a run's epochs are compared."""
+    return "test" if "test_acc" in run.history[-1] else "held-out"
 
 
 def _pairs(settings: Mapping[str, object]) -> str:
@@ -201,8 +209,9 @@ def _comparison(inspected: Mapping[str, Inspected]) -> list[str]:
     groups = _groups(inspected)
     means = []
     if len(groups) < len(inspected):
-        quantities = {
-            "test accuracy (%)": (2, lambda each: 100 * each.run.history[-1]["test_acc"]),
+        tested = all("test_acc" in each.run.result for each in inspected.values())
+        quantities: dict[str, tuple[int, Callable[[Inspected], Any]]] = {
+            **({"test accuracy (%)": (2, lambda each: 100 * each.run.result["test_acc"])} if tested else {}),
             "training accuracy (%)": (2, lambda each: 100 * each.run.history[-1]["train_acc"]),
             "firing rate": (4, lambda each: each.analysis.firing_rate),
             "synaptic operations per image": (0, lambda each: each.analysis.synaptic_operations),
@@ -228,25 +237,31 @@ def _comparison(inspected: Mapping[str, Inspected]) -> list[str]:
         else paragraph("None."),
         picture(
             figures.training_curves({label: [each.run.history for each in runs] for label, runs in groups.items()}),
-            "All runs together: test accuracy solid, training accuracy dotted. Runs that differ only in their seed are "
-            "one line, their mean, with its standard error as a band.",
+            "All runs together: test accuracy, or that on held-out images, solid; training accuracy dotted. Runs that "
+            "differ only in their seed are one line, their mean, with its standard error as a band.",
         ),
     ]
 
 
 def _results(each: Inspected) -> dict[str, str]:
     """The main numbers of a run by their headings."""
-    history, net = each.run.history, each.net
-    tests = [record["test_acc"] for record in history]
-    best = max(range(len(tests)), key=tests.__getitem__)
+    history, net, tested = each.run.history, each.net, each.run.tested
+    record: Mapping[str, Any]
+    if _judges(each.run) == "test":
+        record = max(history, key=lambda record: record["test_acc"])
+        best = _percent(record["test_acc"])
+    else:
+        record = best_of(history)
+        best = f"{_percent(record['val_acc'])} held out"
+        best += f", {_percent(tested['best']['test_acc'])} test" if tested else ""
     masks = [connection.mask for connection in net.connections().values()]
     weights = sum(mask.num_weights for mask in masks)
     possible = sum(mask.shape[0] * mask.shape[1] for mask in masks)
     return {
         "epochs": str(each.run.epoch) + ", interrupted" * each.run.interrupted,
-        "test accuracy": f"{tests[-1]:.2%}".replace("%", " %"),
-        "best (in epoch)": f"{tests[best]:.2%} ({history[best]['epoch']})".replace("%", " %"),
-        "training accuracy": f"{history[-1]['train_acc']:.2%}".replace("%", " %"),
+        "test accuracy": _percent(each.run.result["test_acc"]) if "test_acc" in each.run.result else "–",
+        "best (in epoch)": f"{best} ({record['epoch']})",
+        "training accuracy": _percent(history[-1]["train_acc"]),
         "training loss": f"{history[-1]['train_loss']:.4f}",
         "weights": f"{weights:,}",
         "density": f"{weights / possible:.1%}".replace("%", " %"),
@@ -254,6 +269,10 @@ def _results(each: Inspected) -> dict[str, str]:
         "synaptic operations per image": f"{round(each.analysis.synaptic_operations):,}",
         "seconds": f"{sum(record['seconds'] for record in history):.0f}",
     }
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.2f} %"
 
 
 def _describe(run: SavedRun) -> str:
@@ -295,7 +314,8 @@ def _groups(inspected: Mapping[str, Inspected]) -> dict[str, list[Inspected]]:
     for each in inspected.values():
         settings = {**each.run.settings.as_dict(), "epochs": each.run.epoch}
         text = ", ".join(f"{name}={settings.get(name, '–')}" for name in shown) or _describe(each.run)
-        if each.run.interrupted or ("epochs" not in shown and each.run.epoch != each.run.settings.epochs):
+        going_on = "epochs" not in shown and each.run.epoch != each.run.settings.epochs and not each.run.tested
+        if each.run.interrupted or going_on:
             text += f", {each.run.position}"
         groups.setdefault(text, []).append(each)
     return groups

@@ -56,12 +56,14 @@ def make_report(arguments: argparse.Namespace) -> None:
 
 
 def _read_runs(names: Sequence[str]) -> list[SavedRun]:
-    """The runs of these checkpoints that have a finished epoch, each once; others are named. Raises CheckpointError if
-    one cannot be read, or none is left.
+    """The runs of these checkpoints that have a finished epoch, each once; others are named, but for the best epoch of
+    one that is given. Raises CheckpointError if one cannot be read, or none is left.
     """
     paths, runs = [Path(name) for name in names], []
     for path in paths:
         files = RunFiles.of(path)
+        if path == files.best and files.checkpoint in paths:
+            continue
         if path == files.previous and files.checkpoint in paths:
             warn(f"{path} is left out: {files.checkpoint} is the later checkpoint of this run")
         elif (run := read_run(path)).history:

@@ -28,9 +28,10 @@ from g2gnet.programs import train
 from g2gnet.programs.flags import FlagError, machine_from
 from g2gnet.programs.main import memory_named
 from g2gnet.programs.sweep.grid import LOCK, LOG, Grid, Run, runs_of
-from g2gnet.programs.sweep.results import Row, rows_of, table
+from g2gnet.programs.sweep.results import HELD_OUT, TESTED, Row, best_row, judge, rows_of, table
 from g2gnet.settings import SettingsError
 from g2gnet.training import CheckpointError, Interrupted, SavedRun, TrainingError, read_run
+from g2gnet.training.checkpoints import numbers
 from g2gnet.training.interruption import handled
 
 logger = logging.getLogger("g2gnet")
@@ -83,9 +84,9 @@ def train_run(given: Mapping[str, Any], folder: str) -> None:
 
 
 def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved: {}) -> dict[str, Any] | None:
-    """What a finished run reached: its last epoch's record, wall-clock and processor seconds of training, its weights,
-    and ``more`` values from its checkpoint. None if it is not finished. Raises CheckpointError if its files are
-    damaged, or of other settings.
+    """What a finished run reached: its result (:func:`g2gnet.training.run_epochs`), wall-clock and processor seconds of
+    training, its weights, and ``more`` values from its checkpoint. None if it is not finished. Raises CheckpointError
+    if its files are damaged, or of other settings.
     """
     last = run.files.load_marker(run.settings)
     if last is None:
@@ -238,7 +239,7 @@ class Sweep:
         ...     made = run(grid, executor=executor)
         ...
         >>> made.rows[0].seeds, sorted(made.as_dict())
-        ([1, 2], ['failed', 'rows', 'runs', 'settings'])
+        ([1, 2], ['best', 'failed', 'rows', 'runs', 'settings'])
     """
 
     folder: Path
@@ -260,6 +261,7 @@ class Sweep:
         return {
             "settings": self.common,
             "rows": [row.as_dict() for row in self.rows],
+            "best": {"settings": best_row(self.rows).settings, "by": judge(self.rows)[0]},
             "runs": [
                 {"settings": dict(run.differs), "folder": str(run.folder), "result": end} for run, end in self.ends
             ],
@@ -332,7 +334,8 @@ def run(
         if end is None:
             raise CheckpointError(f"{each.files.marker} is gone; do the same again to make it")
         ends[each.folder] = end
-        return f"{each.label}: test accuracy {end['test_acc']:.4f}, {end['train_seconds']:.0f} s"
+        quantity, accuracy = HELD_OUT if "best" in end else TESTED
+        return f"{each.label}: {accuracy} {dict(numbers(end))[quantity]:.4f}, {end['train_seconds']:.0f} s"
 
     if missing and not finished:
         with contextlib.ExitStack() as held:

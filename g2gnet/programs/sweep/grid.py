@@ -64,8 +64,10 @@ class Run:
         return RunFiles(self.folder, self.settings.stem)
 
     def epochs(self) -> int:
-        """The number of epochs that are finished."""
+        """The number of epochs that are finished; all, if the run has ended before the last."""
         try:
+            if self.files.marker.exists():
+                return self.settings.epochs
             return min(read_file(self.files.history).count(b"\n"), self.settings.epochs)
         except OSError:
             return 0

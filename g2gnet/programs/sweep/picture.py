@@ -1,5 +1,7 @@
-"""The picture of a sweep: test accuracy against one setting, one line per combination of the others."""
+"""The picture of a sweep: accuracy against one setting, one line per combination of the others."""
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,16 +9,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, PercentFormatter, ScalarFormatter
 
 from g2gnet.inspect.figures import style
-from g2gnet.programs.sweep.results import Row
-
-#: ratio of the largest value to the smallest from which the axis is logarithmic
-WIDE = 20
+from g2gnet.programs.sweep.results import Row, judge
 
 
 def draw(rows: Sequence[Row], common: str = "") -> Figure:
-    """Mean test accuracy with its standard error; on the x axis the setting with most values, numbers first. The title
-    is what the rows have in ``common``, in words.
+    """The mean accuracy by which rows are compared, with its standard error; on the x axis the setting with most
+    values, numbers first, logarithmic if they are spaced so. The title is what the rows have in ``common``, in words.
     """
+    quantity, accuracy = judge(rows)
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axis = figure.subplots()
     names = list(rows[0].settings)
@@ -33,11 +33,11 @@ def draw(rows: Sequence[Row], common: str = "") -> Figure:
             points.sort(key=lambda row: row.settings[across])
         x = [row.settings.get(across, "") for row in points]
         x = x if numeric else [shown.index(value) for value in x]
-        found = [row.estimate("test_acc") for row in points]
+        found = [row.estimate(quantity) for row in points]
         errors = [each.error or 0 for each in found]
         axis.errorbar(x, [each.mean for each in found], errors, label=label, capsize=3, markersize=5, **style(number))
     if numeric:
-        if min(shown) > 0 and max(shown) / min(shown) >= WIDE:
+        if _geometric(sorted(shown)):
             axis.set_xscale("log")
         axis.set_xticks(sorted(shown))
         axis.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
@@ -45,7 +45,7 @@ def draw(rows: Sequence[Row], common: str = "") -> Figure:
     else:
         axis.set_xticks(range(len(shown)), [str(value) for value in shown])
         axis.margins(x=0.2)
-    axis.set(xlabel=across, ylabel="test accuracy, mean ± standard error")
+    axis.set(xlabel=across, ylabel=f"{accuracy}, mean ± standard error")
     axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", color="0.92")
@@ -54,6 +54,15 @@ def draw(rows: Sequence[Row], common: str = "") -> Figure:
     if common:
         axis.set_title(common, fontsize=9, wrap=True)
     return figure
+
+
+def _geometric(values: Sequence[float]) -> bool:
+    """Whether ascending values are spaced more evenly by their ratios than by their differences."""
+    if len(values) < 3 or values[0] <= 0:
+        return False
+    pairs = list(itertools.pairwise(values))
+    ratios, differences = [math.log(b / a) for a, b in pairs], [b - a for a, b in pairs]
+    return max(ratios) / min(ratios) < max(differences) / min(differences)
 
 
 def _numeric(values: Sequence[Any]) -> bool:

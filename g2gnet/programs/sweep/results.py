@@ -42,8 +42,8 @@ class Row:
         return ", ".join(f"{name}={value}" for name, value in self.settings.items())
 
     def estimate(self, quantity: str) -> Estimate:
-        """Mean and error over the seeds of a number in the runs' results, as ``"test_acc"``."""
-        return estimate([end[quantity] for end in self.ends])
+        """Mean and error over the seeds of a number in the runs' results, as ``"test_acc"`` or ``"best/val_acc"``."""
+        return estimate([dict(numbers(end))[quantity] for end in self.ends])
 
     def as_dict(self) -> dict[str, Any]:
         quantities = [dict(numbers(end)) for end in self.ends]
@@ -63,19 +63,48 @@ def rows_of(varied: Sequence[str], ends: Sequence[tuple[TrainSettings, dict[str,
     return list(rows.values())
 
 
+#: the accuracy by which rows are compared, in the runs' results and in words: where every run held images out, theirs
+HELD_OUT, TESTED = ("best/val_acc", "validation accuracy"), ("test_acc", "test accuracy")
+
+
+def judge(rows: Sequence[Row]) -> tuple[str, str]:
+    """By which accuracy these rows are compared: :data:`HELD_OUT` or :data:`TESTED`."""
+    return HELD_OUT if all("best" in end for row in rows for end in row.ends) else TESTED
+
+
+def best_row(rows: Sequence[Row]) -> Row:
+    """The row with the highest mean of that accuracy."""
+    return max(rows, key=lambda row: row.estimate(judge(rows)[0]).mean)
+
+
 def table(varied: Sequence[str], rows: Sequence[Row]) -> str:
-    """One line per row: settings, number of runs, and what they reached on average."""
+    """One line per row: settings, number of runs, and what they reached on average; then which is the best, and by
+    which images.
+    """
+    held_out = judge(rows) is HELD_OUT
+    tests = dict([HELD_OUT, ("best/test_acc", "test accuracy")] if held_out else [TESTED])
+    accuracies = {**tests, "train_acc": "training accuracy"}
+
+    def percent(row: Row, name: str) -> str:
+        mean, error = row.estimate(name)
+        return Estimate(100 * mean, error and 100 * error).text(2)
+
     lines = [
         [
             *(str(value) for value in row.settings.values()),
             str(len(row.ends)),
-            *(estimate([100 * end[name] for end in row.ends]).text(2) for name in ("test_acc", "train_acc")),
+            *(percent(row, name) for name in accuracies),
             f"{row.estimate('weights').mean:,.0f}",
             row.estimate("train_seconds").text(1),
         ]
         for row in rows
     ]
-    return markdown([*varied, "runs", "test accuracy, %", "training accuracy, %", "weights", "seconds"], lines)
+    header = [*varied, "runs", *(f"{text}, %" for text in accuracies.values()), "weights", "seconds"]
+    notes = ["Of each run the epoch with the best validation accuracy was tested."] if held_out else []
+    if len(rows) > 1:
+        how = "held-out images" if held_out else "test images, so its accuracy is too high; validation=SHARE mends that"
+        notes.append(f"Best: {best_row(rows).label}, chosen on {how}.")
+    return "\n".join([markdown(header, lines), *notes])
 
 
 def as_csv(runs: Sequence[tuple[Mapping[str, Any], dict[str, Any]]]) -> str:

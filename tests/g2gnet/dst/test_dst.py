@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import pickle
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -22,9 +23,44 @@ from g2gnet.dst.rules import GROW_RULES, PRUNE_RULES
 from g2gnet.dst.scores import UnitGradients, unit_correlation
 from g2gnet.training.regularizer import rate_penalty, rate_target
 
-RULES = list(itertools.product(PRUNE_RULES, GROW_RULES))
-#: each rule once
-EACH_RULE = list(zip(PRUNE_RULES, GROW_RULES, strict=True))
+
+class Dense(NamedTuple):
+    """A layer as matrices [out, in], before an update."""
+
+    mask: BlockMask
+    weight: torch.Tensor
+    gradient: torch.Tensor
+    correlation: torch.Tensor
+
+    def mean(self, matrix):
+        """Over each unit of the grid."""
+        return mean_by_unit(matrix, self.mask)
+
+
+#: what a rule's score of each unit should be, slowly; a random one has none
+ORACLES = {
+    "prune": {
+        "set": lambda dense: dense.mean(dense.weight.abs()),
+        "hebb": lambda dense: dense.mean(dense.correlation),
+        "random": None,
+    },
+    "grow": {
+        "hebb": lambda dense: dense.mean(dense.correlation),
+        "gradient": lambda dense: dense.mean(dense.gradient.square()).sqrt(),
+        "random": None,
+    },
+}
+RULES = list(itertools.product(ORACLES["prune"], ORACLES["grow"]))
+#: each rule at least once
+EACH_RULE = list(itertools.zip_longest(PRUNE_RULES, GROW_RULES, fillvalue="random"))
+
+
+@pytest.mark.parametrize(("kind", "rules"), [("prune", PRUNE_RULES), ("grow", GROW_RULES)])
+def test_every_rule_has_an_oracle(kind, rules):
+    missing = set(rules) - set(ORACLES[kind])
+    assert not missing, (
+        f"nothing checks {kind}={missing}: give ORACLES[{kind!r}] of {__file__} its score, written slowly"
+    )
 
 
 def correlation_by_weight(pre, post):
@@ -151,23 +187,20 @@ def test_an_update_follows_its_rules(prune, grow):
     net, optimizer, x, _ = trained_net()
     layers = sparse_layers(net)
     scheduler = DSTScheduler(layers, optimizer, interval=1, fraction=0.2, prune=prune, grow=grow)
-    gradients = [
-        mean_by_unit(g.square(), layer.mask).sqrt() for g, layer in zip(dense_gradients(net, x), layers, strict=True)
-    ]
+    gradients = dense_gradients(net, x)
     activity = train_step(net, optimizer, x)
-    before = [(units_of(layer.mask), layer.dense_weight().detach().clone(), layer.mask.density) for layer in layers]
     trains = [x, *(record.dense() for record in activity.spikes)]
-    correlations = [
-        mean_by_unit(correlation_by_weight(trains[i], trains[i + 1]), layer.mask) for i, layer in enumerate(layers)
+    before = [
+        (units_of(layer.mask), Dense(layer.mask, layer.dense_weight().detach().clone(), gradient, correlation))
+        for layer, gradient, correlation in zip(
+            layers, gradients, itertools.starmap(correlation_by_weight, itertools.pairwise(trains)), strict=True
+        )
     ]
-    weights = [mean_by_unit(layer.dense_weight().detach().abs(), layer.mask) for layer in layers]
 
     assert scheduler.step(x, activity)
 
     replaced = 0
-    for layer, (old, old_weight, _), correlation, weight, gradient in zip(
-        layers, before, correlations, weights, gradients, strict=True
-    ):
+    for layer, (old, dense) in zip(layers, before, strict=True):
         new = units_of(layer.mask)
         pruned, grown = old - new, new - old
         count = min(int(0.2 * len(old)), layer.mask.grid[0] * layer.mask.grid[1] - len(old))
@@ -176,19 +209,19 @@ def test_an_update_follows_its_rules(prune, grow):
         assert len(pruned) == len(grown) == count > 0
         inactive = set(itertools.product(range(layer.mask.grid[0]), range(layer.mask.grid[1]))) - old
         assert grown <= inactive
-        if prune != "random":
-            score = weight if prune == "set" else correlation
+        if prune_score := ORACLES["prune"][prune]:
+            score = prune_score(dense)
             kept = old - pruned
             # a tie may go either way; float32 scores are compared with float64 ones
             assert max(score[unit] for unit in pruned) <= min(score[unit] for unit in kept) + 1e-6
-        if grow != "random":
-            score = correlation if grow == "hebb" else gradient
+        if grow_score := ORACLES["grow"][grow]:
+            score = grow_score(dense)
             passed_over = inactive - grown
             assert min(score[unit] for unit in grown) >= max(score[unit] for unit in passed_over) - 1e-6
 
         # kept weights are untouched, pruned and grown ones are zero, and so is the grown ones' optimizer state
         kept_mask = unit_mask(layer.mask, old & new)
-        assert torch.equal(layer.dense_weight().detach(), old_weight * kept_mask)
+        assert torch.equal(layer.dense_weight().detach(), dense.weight * kept_mask)
         for name in ("exp_avg", "exp_avg_sq"):
             moment = layer.mask.unpack(optimizer.state[layer.values][name])
             assert (moment[unit_mask(layer.mask, grown)] == 0).all()
@@ -616,8 +649,8 @@ def test_a_nearly_full_layer_grows_no_more_than_there_is_room_for():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prune": "magnitude"}, "prune='magnitude' is unknown; choose one of set, random, hebb"),
-        ({"grow": "set"}, "grow='set' is unknown; choose one of hebb, random, gradient"),
+        ({"prune": "magnitude"}, f"prune='magnitude' is unknown; choose one of {', '.join(PRUNE_RULES)}"),
+        ({"grow": "set"}, f"grow='set' is unknown; choose one of {', '.join(GROW_RULES)}"),
         ({"interval": 0}, "interval=0 must be a whole number of at least 1"),
         ({"interval": 1.5}, "interval=1.5 must be a whole number"),
         ({"interval": 10**26}, "interval=1000.* must be a whole number of at least 1, at most"),
@@ -643,6 +676,39 @@ def test_a_full_network_is_refused():
     net = G2GNet(30, 40, 10, "dense")
     with pytest.raises(ValueError, match="none can grow"):
         DSTScheduler(sparse_layers(net), torch.optim.Adam(net.parameters()))
+
+
+def test_a_list_of_layers_with_something_else_is_refused():
+    net, optimizer, _, _ = trained_net()
+    with pytest.raises(TypeError, match="Linear is among the layers, which must be G2GLinear; give the model instead"):
+        DSTScheduler([net.fc1, torch.nn.Linear(3, 4)], optimizer)
+
+
+def test_layers_that_no_update_changes_are_named_at_construction(caplog):
+    net = trained_net()[0]
+    full = BlockMask.full(net.fc2.mask.rows.layout, net.fc2.mask.cols.layout, 3)
+    net.fc1.values.requires_grad_(False)
+    net.fc2 = G2GLinear(full)
+    optimizer = torch.optim.SGD([net.fc2.values, net.fc3.values], lr=0.1)
+    options = {"interval": 1, "prune": "random", "grow": "random"}
+    frozen, whole = (
+        f"layer {{}}, 40 × {width}, is left out of dynamic sparse training: {why}"
+        for width, why in ((30, "it is frozen"), (40, "all of its units exist, so none can grow"))
+    )
+    for model, names in ((net, ("fc1", "fc2")), (sparse_layers(net), (0, 1))):
+        caplog.clear()
+        dst = DSTScheduler(model, optimizer, **options)
+        assert caplog.messages == [frozen.format(names[0]), whole.format(names[1])]
+    caplog.clear()
+    units = [layer.mask.flat_unit().clone() for layer in sparse_layers(net)]
+    assert dst.step()
+    unchanged = [
+        torch.equal(*each) for each in zip(units, (e.mask.flat_unit() for e in sparse_layers(net)), strict=True)
+    ]
+    assert unchanged == [True, True, False]
+    caplog.clear()
+    DSTScheduler(net, optimizer, **options, final_density=0.3, total_steps=9)  # takes units away from full layers, too
+    assert caplog.messages == [frozen.format("fc1")]
 
 
 @pytest.mark.parametrize(

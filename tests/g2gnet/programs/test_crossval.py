@@ -128,10 +128,13 @@ def test_the_results_are_printed_and_written(whole, capsys):
     assert again.count("is finished") == 3
     assert "Epoch" not in again
     assert again.splitlines()[-8:] == lines[-8:]
-    assert crossval.main([*FLAGS, "--lr", "0.1", "--seed", "1", "--checkpoint_dir", str(folder)]) == 1
+    assert crossval.main([*FLAGS, "--lr", "0.1", "--dropout", "0.1", "--checkpoint_dir", str(folder)]) == 1
     message = capsys.readouterr().err
     assert "lr: 0.001 there, 0.1 now" in message
-    assert "seed: 42 there, 1 now" in message
+    assert "dropout: 0.0 there, 0.1 now" in message
+    folds = [FoldSettings(seed=7).of_fold(fold) for fold in (1, 2)]
+    assert [fold.seed for fold in folds] == [7, 8]
+    assert [fold.stem for fold in folds] == [f"{TrainSettings(seed=7).stem}_fold{fold}of5" for fold in (1, 2)]
 
 
 def test_an_interrupted_cross_validation_goes_on_where_it_was(tmp_path, monkeypatch, capsys):

@@ -95,6 +95,21 @@ def test_an_epoch_is_sgd_with_cosine_decay_on_augmented_images(tmp_path, monkeyp
     assert record["test_acc"] == (predicted == data.test_labels).double().mean().item()
 
 
+def test_the_weights_are_those_of_the_best_epoch_on_held_out_images(run, tmp_path, monkeypatch):
+    accuracies = iter([0.2, 0.4, 0.3])
+    monkeypatch.setattr(PretrainTrainer, "_measures", lambda self, progress: ({"val_acc": next(accuracies)}, {}))
+    assert run("run", "--epochs", 3, "--validation", 0.2, "--seed", 1) == 0
+    stem = tmp_path / "run" / "resnet32_cifar10_s1"
+    last, best = (torch.load(f"{stem}{end}", weights_only=True) for end in (".pth", ".best.pth"))
+    assert best["epoch"] == last["tested"]["best"]["epoch"] == 2
+    assert_equal(torch.load(f"{stem}.pt", weights_only=True), best["model"])
+    data = load_dataset("cifar10", tmp_path / "data")
+    net = load_resnet("cifar10", f"{stem}.pt")
+    with torch.no_grad():
+        found = (net.eval()(data.test_images).argmax(1) == data.test_labels).double().mean().item()
+    assert last["tested"]["best"]["test_acc"] == found
+
+
 def test_other_settings_are_refused_by_name(run, tmp_path, capsys):
     assert run("run", "--epochs", 1) == 0
     assert run("run", "--epochs", 2) == 1
@@ -102,7 +117,7 @@ def test_other_settings_are_refused_by_name(run, tmp_path, capsys):
     marker = json.loads((tmp_path / "run" / "resnet32_cifar10.DONE").read_text())
     assert marker["settings"] == {
         "dataset": "cifar10", "limit_train": None, "limit_test": None, "epochs": 1, "batch_size": 16, "lr": 0.1,
-        "momentum": 0.9, "weight_decay": 5e-4, "seed": 42,
+        "momentum": 0.9, "weight_decay": 5e-4, "seed": 42, "validation": None, "validation_seed": 0, "patience": None,
     }  # fmt: skip
     checkpoint = tmp_path / "run" / "resnet32_cifar10.pth"
     checkpoint.unlink()

@@ -129,6 +129,13 @@ def test_turnover_and_curves_show_the_records():
     assert len({tuple(figures.style(number).values()) for number in range(49)}) == 49  # no two of many look alike
 
 
+def test_epochs_that_were_not_tested_are_drawn_by_held_out_images():
+    history = [{"epoch": 1, "train_loss": 1.0, "train_acc": 0.5, "val_acc": 0.3}]
+    accuracy, _ = figures.training_curves({"training": [history]}).axes
+    assert list(accuracy.lines[0].get_ydata()) == [0.3]
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["held out", "training"]
+
+
 def test_seeds_are_one_curve_with_a_band_of_the_standard_error():
     def history(accuracies):
         return [
@@ -339,6 +346,30 @@ def test_accuracies_of_an_interrupted_run_are_not_those_of_its_network(checkpoin
     assert f"the run's own accuracy after epoch 1, on all 100: {history[0]['test_acc']:.4f}" in text
     assert "1, interrupted" in text
     assert "Mean ± standard error" not in text  # of networks after different steps
+
+
+def test_a_run_with_held_out_images_shows_its_best_epoch_and_what_was_tested(tmp_path, captions_alone, capsys):
+    last = train_tiny(tmp_path, "--model mixer --validation 0.25")
+    best, run, target = last.with_suffix(".best.pth"), read_run(last), tmp_path / "report.html"
+    flags = ["--output", str(target), "--samples", "20"]
+    assert report.main([str(last), str(best), *flags]) == 0
+    text = " ".join(read_page(target).text.split())
+    assert "report on one run" in text
+    found = run.tested["best"]
+    shown = f"{100 * found['val_acc']:.2f} % held out, {100 * found['test_acc']:.2f} % test ({found['epoch']})"
+    for value in (f"{100 * run.result['test_acc']:.2f} % {shown}", "and on held-out images after the epoch"):
+        assert value in text
+    # patience ends each run when it will
+    seeded = {**run.settings.as_dict(), "seed": 1}
+    early = rewrite(last, tmp_path / "early.pth", epoch=1, history=run.history[:1], step=3, settings=seeded)
+    assert report.main([str(last), str(early), *flags]) == 0
+    assert "Mean ± standard error" in read_page(target).text
+    unfinished = rewrite(last, tmp_path / "unfinished.pth", tested={})
+    assert report.main([str(unfinished), *flags]) == 0  # not tested yet
+    text = " ".join(read_page(target).text.split())
+    assert f"– {100 * found['val_acc']:.2f} % held out ({found['epoch']})" in text
+    assert "the run's own accuracy" not in text
+    assert capsys.readouterr().err == ""
 
 
 def test_a_graph_that_was_pruned_is_drawn_and_not_called_full(tmp_path, captions_alone):

@@ -7,8 +7,10 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -26,7 +28,8 @@ from g2gnet.base.messages import OutputError
 from g2gnet.programs import sweep
 from g2gnet.programs.sweep import engine, program
 from g2gnet.programs.sweep.grid import read_grid, runs_of
-from g2gnet.programs.sweep.results import estimate
+from g2gnet.programs.sweep.picture import draw
+from g2gnet.programs.sweep.results import Row, estimate
 from g2gnet.settings import SettingsError
 from g2gnet.training import TrainingError
 
@@ -159,6 +162,49 @@ def test_means_have_standard_errors_over_seeds(made):
         mean, error = (one + other) / 2, abs(one - other) / 2  # √(2·(difference/2)²/1/2)
         assert f"| {p_inter} | 2 | {mean:.2f} ± {error:.2f} |" in made[0].table()
         assert row.as_dict()["results"]["test_acc"]["mean"] == pytest.approx(mean / 100)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """A finished sweep whose runs held images out, and one ended before its last epoch; and its folder. To read."""
+    folder = tmp_path_factory.mktemp("sweep")
+    grid = {**QUICK, "epochs": 3, "p_inter": [0.1, 0.3], "seed": [1, 2], "validation": 0.25, "patience": 1}
+    with ThreadPoolExecutor(1) as executor:
+        return sweep.run(grid, folder, executor=executor), folder
+
+
+def test_a_sweep_is_decided_by_held_out_images_where_there_are_some_and_says_so(held_out, made):
+    means = {}
+    for row in held_out[0].rows:
+        ends = [end for each, end in held_out[0].ends if each.settings.p_inter == row.settings["p_inter"]]
+        assert row.ends == ends
+        means[row.label] = statistics.mean(end["best"]["val_acc"] for end in ends)
+        shown = [100 * statistics.mean(end["best"][name] for end in ends) for name in ("val_acc", "test_acc")]
+        assert row.estimate("best/val_acc").mean == pytest.approx(means[row.label])
+        assert re.search(rf"\| 2 \| {shown[0]:.2f} ± [\d.]+ \| {shown[1]:.2f} ± ", held_out[0].table())
+    best = max(means, key=means.__getitem__)
+    assert "| runs | validation accuracy, % | test accuracy, % | training" in held_out[0].table()
+    assert held_out[0].table().endswith(f"was tested.\nBest: {best}, chosen on held-out images.")
+    assert held_out[0].as_dict()["best"]["by"] == "best/val_acc"
+    assert f"p_inter={held_out[0].as_dict()['best']['settings']['p_inter']}" == best
+    table = made[0].table()
+    assert "validation accuracy" not in table
+    assert table.endswith(", chosen on test images, so its accuracy is too high; validation=SHARE mends that.")
+    axis = draw(held_out[0].rows).axes[0]
+    assert axis.get_ylabel() == "validation accuracy, mean ± standard error"
+    assert list(axis.lines[0].get_ydata()) == [row.estimate("best/val_acc").mean for row in held_out[0].rows]
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [
+        ([1e-3, 3e-3, 1e-2], "log"), ([64, 16, 32], "log"), ([0.5, 1.0, 2.0], "log"),
+        ([0.05, 0.15, 0.3], "linear"), ([1, 10, 20, 30, 40], "linear"), ([0, 1, 10], "linear"), ([1, 100], "linear"),
+    ],
+)  # fmt: skip
+def test_axes_are_logarithmic_where_values_are_spaced_so(values, scale):
+    rows = [Row({"lr": value}, [1], [{"test_acc": 0.5}]) for value in values]
+    assert draw(rows).axes[0].get_xscale() == scale
 
 
 @posix

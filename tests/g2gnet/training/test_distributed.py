@@ -27,7 +27,7 @@ from g2gnet.base import distributed
 from g2gnet.base.distributed import DistributedError, World, join
 from g2gnet.data import as_samples, load_dataset
 from g2gnet.training import Machine, SettingsError, Trainer, TrainSettings
-from g2gnet.training.checkpoints import RunFiles
+from g2gnet.training.checkpoints import JUDGED, RunFiles
 from g2gnet.training.cross_validation import FoldSettings, cross_validate
 from g2gnet.training.evaluation import autocast, build_network
 
@@ -150,6 +150,7 @@ def assert_same_course(one, several):
     assert one.keys() == several.keys()
     for name in ("epoch", "step", "dst", "settings", "progress"):
         assert one[name] == several[name]
+    assert one.get("tested") == several.get("tested")
     for name, tensor in one["model"].items():
         other = several["model"][name]
         if tensor.is_floating_point():
@@ -161,8 +162,9 @@ def assert_same_course(one, several):
         assert shared["train_loss"] == pytest.approx(alone["train_loss"], rel=1e-6)
         for layer, rate in alone["firing_rate"].items():
             assert shared["firing_rate"][layer] == pytest.approx(rate, rel=1e-6)
-        for name in ("train_acc", "test_acc", "density", "units", "units_grown", "units_kept", "initial_units_kept"):
+        for name in ("train_acc", "density", "units", "units_grown", "units_kept", "initial_units_kept"):
             assert shared[name] == alone[name]
+        assert [shared.get(name) for name in JUDGED] == [alone.get(name) for name in JUDGED]
 
 
 @pytest.mark.parametrize(

@@ -284,10 +284,10 @@ def test_other_settings_than_the_files_are_refused_by_name(tmp_path, finished):
         files.marker.unlink()
     content = files.checkpoint.read_bytes()
     with pytest.raises(CheckpointError) as error:
-        run(tmp_path, lr=0.01, seed=7)
+        run(tmp_path, lr=0.01, dropout=0.1)
     message = str(error.value)
     assert "lr: 0.001 there, 0.01 now" in message
-    assert "seed: 42 there, 7 now" in message
+    assert "dropout: 0.0 there, 0.1 now" in message
     assert "epochs" not in message
     assert "`checkpoint_dir`" in message
     assert files.checkpoint.read_bytes() == content
@@ -475,13 +475,15 @@ def test_a_run_that_depends_on_the_number_of_its_epochs_is_not_continued(tmp_pat
 
 
 def test_a_name_makes_room_for_a_run_that_differs_in_what_is_not_named(tmp_path):
-    first = run(tmp_path, epochs=1, seed=1)
+    first = run(tmp_path, epochs=1)
     with pytest.raises(CheckpointError) as error:
-        run(tmp_path, epochs=1, seed=2)
-    assert "`name=NAME` to train another run beside it (as in `name=seed2`)" in str(error.value)
-    second = run(tmp_path, epochs=1, seed=2, name="seed2")
-    assert second.checkpoint.stem == f"{first.checkpoint.stem}_seed2"
-    assert_equal(load(second)["model"], load(run(tmp_path / "alone", epochs=1, seed=2))["model"])
+        run(tmp_path, epochs=1, lr=0.01)
+    assert "`name=NAME` to train another run beside it (as in `name=lr0.01`)" in str(error.value)
+    second = run(tmp_path, epochs=1, lr=0.01, name="lr0.01")
+    assert second.checkpoint.stem == f"{first.checkpoint.stem}_lr0.01"
+    other = run(tmp_path, epochs=1, seed=1, lr=0.01)  # seeds need no name
+    assert other.checkpoint.stem == f"{first.checkpoint.stem}_s1"
+    assert_equal(load(second)["model"], load(run(tmp_path / "alone", epochs=1, lr=0.01))["model"])
     for name in ("", "a/b", "..\\a", "a b", "x" * 65, "x.previous", "x.pth", "x."):
         with pytest.raises(SettingsError, match="is no part of a file's name"):
             TrainSettings(name=name)

@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import re
+import statistics
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
 
-from . import chunks, cpu_choices, flag_costs, host_time, records, report, study_tables
+from . import brain, chunks, cpu_choices, delays, flag_costs, host_time, records, report, study_tables
 from .first_run import comparison
 from .predictions import RECORD as PREDICTIONS
 from .records import RESULTS
@@ -214,9 +215,13 @@ def _fastest(run: dict[str, Any]) -> str:
     return f"the fastest dense form {'in JAX' if run['contender'].startswith('jax') else 'in PyTorch'}"
 
 
-def _readme(of_step: Record, of_wide: Record, of_recipe: Record, of_few: Record, link: Link) -> str:
+def _readme(
+    of_step: Record, of_wide: Record, of_brain: Record, of_recipe: Record, of_few: Record, link: Link
+) -> str:
     """What a user gets, a line each, and where it comes from."""
     step, wide, recipe, few = (record.content for record in (of_step, of_wide, of_recipe, of_few))
+    of_contender = {run["name"]: run for run in of_brain.content["runs"]}
+    whole, by_hand = of_contender["g2g-cpu"], of_contender["csr-by-hand"]
     ours, (masked, fastest) = _ours(step), _peers(step)
     largest, point = wide["workloads"][-1], wide["runs"][-1]
     trained = {row.name: row for row in (*rows_of(recipe), *rows_of(few))}
@@ -236,6 +241,12 @@ def _readme(of_step: Record, of_wide: Record, of_recipe: Record, of_few: Record,
          f"**{seconds(point['median'])}, {point['peak_bytes'] / 1e9:.1f} GB**",
          f"{largest['dense_bytes'] / 1e9:.0f} GB (computed): weights, gradients and Adam's moments of a dense network",
          "performance.md#how-it-grows"],
+        [f"A step of a fly's brain: {of_brain.content['settings']['neurons']:,} neurons, "
+         f"{whole['weights'] / 1e6:.1f} million synapses",
+         f"**{seconds(statistics.median(whole['seconds']))}, {whole['peak'] / 1e9:.1f} GB**",
+         f"{seconds(statistics.median(by_hand['seconds']))}, {by_hand['peak'] / 1e9:.1f} GB: PyTorch's CSR products, "
+         "with a backward pass written by hand",
+         "performance.md#a-whole-brain"],
         [f"Accuracy, {best.mean('weights') / 1e6:.1f} million weights", f"**{reached(BEST)}**",
          f"{reached(f'{BEST}, {RELU}')}: the same network with ReLU instead of spikes",
          "results.md#the-recipe"],
@@ -249,7 +260,7 @@ def _readme(of_step: Record, of_wide: Record, of_recipe: Record, of_few: Record,
         f"{markdown(['', 'g2g', 'compared with', ''], cells)}\n\nTraining steps have batches of "
         f"{network['batch_size']} samples, {network['T']} time steps and two hidden layers of "
         f"{network['hidden_dim']:,} neurons with {_percent(network['density'])} of the weights (third row: "
-        f"{largest['T']} time steps, groups of 256 neurons). They were measured on {_processor(step['machine'])}. "
+        f"{largest['T']} time steps, groups of 256 neurons; fourth: 100 time steps, 8 samples). They were measured on {_processor(step['machine'])}. "
         f"Accuracies are those on the test images of Fashion-MNIST, after {best.runs[0]['epoch']} epochs (58,000 "
         f"weights: {few['epochs']}), mean ± standard error over 3 seeds."
     )
@@ -475,6 +486,9 @@ def _predictions(record: Record, link: Link) -> str:
 WHOLE: dict[str, Callable[[Record, Link], str]] = {
     "throughput": _throughput,
     "chunks": _chunks,
+    "brain": _table(brain.table),
+    "brain_growth": _table(brain.growth_table),
+    "delays": _table(delays.table),
     "flag_costs": _table(flag_costs.table),
     "host_time": _table(host_time.table),
     "cpu_choices": _table(cpu_choices.table),
@@ -492,7 +506,7 @@ def _newest(draw: Callable[..., str], *names: str, **how: Any) -> Part:
 
 #: the parts that a page may contain
 PARTS: dict[str, Part] = {
-    "results in short": _newest(_readme, "step", "scaling-wide", "recipe_study", "few_study"),
+    "results in short": _newest(_readme, "step", "scaling-wide", "brain", "recipe_study", "few_study"),
     "step, in a line": _newest(_step_in_a_line, "step"),
     "step": _newest(_throughput, "step"),
     "other networks": _in_one_table(
@@ -504,6 +518,9 @@ PARTS: dict[str, Part] = {
     "scaling-p_inter": _newest(_scaling, "scaling-p_inter"),
     "growth": _growths,
     "scaling-wide": _newest(_scaling, "scaling-wide"),
+    "brain": _newest(WHOLE["brain"], "brain"),
+    "brain_growth": _newest(WHOLE["brain_growth"], "brain_growth"),
+    "delays": _newest(WHOLE["delays"], "delays"),
     "chunks": _newest(_chunks, "chunks"),
     "chunks, in short": _newest(_chunks_in_short, "chunks"),
     "recipe_study": _newest(_study, "recipe_study"),

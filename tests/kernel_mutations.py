@@ -169,17 +169,9 @@ MUTATIONS = (
         (("// (num_n * TILES_N)).to(tl.int64) * BLOCK_M", "// (num_n * TILES_N)) * BLOCK_M"),),
         PADDING,
     ),
+    Mutation("more stages than shared memory holds", TILES, (("STAGES = 3", "STAGES = 12"),), PADDING),
     Mutation(
-        "more stages than shared memory holds",
-        TILES,
-        (("STAGES = 3", "STAGES = 12"),),
-        PADDING,
-    ),
-    Mutation(
-        "the third part left out",
-        PRODUCTS,
-        (("(rest - second).to(part_ty)", "(rest - rest).to(part_ty)"),),
-        BY_PARTS,
+        "the third part left out", PRODUCTS, (("(rest - second).to(part_ty)", "(rest - rest).to(part_ty)"),), BY_PARTS
     ),
     Mutation(
         "the third part read where the second is",
@@ -217,10 +209,7 @@ MUTATIONS = (
         BY_RECURRENCE,
     ),
     Mutation(
-        "on chip, a unit of the next row",
-        STACK,
-        (("exists = first + j < end", "exists = first + j <= end"),),
-        ON_CHIP,
+        "on chip, a unit of the next row", STACK, (("exists = first + j < end", "exists = first + j <= end"),), ON_CHIP
     ),
     Mutation(
         "on chip, the inputs of the first unit for all",

@@ -5,15 +5,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from helpers import (
-    MaskCase,
-    device_of,
-    lif_by_autograd,
-    lif_layer,
-    packed_randn,
-    rms,
-    seeded,
-)
+from helpers import MaskCase, device_of, lif_by_autograd, lif_layer, packed_randn, rms, seeded
 
 from g2g_kernels import SpikingLayer, g2g_stack
 from g2g_kernels.ops.neurons.surrogates import SURROGATES

@@ -24,7 +24,7 @@ from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
 
 from . import cli
-from .harness import Worker, WorkerError
+from .harness import Worker, WorkerError, turns
 from .machine import Limits, PeakMemory, describe, load_lazy_parts, timed
 from .report import seconds
 
@@ -168,11 +168,9 @@ def measure(size: Size, steps: int, compared: Sequence[int | None], repeats: int
                 point["status"] = "wrong"
                 continue
             racers.append((worker, point))
-        for turn in range(repeats):
-            first = turn % len(racers) if racers else 0
-            for worker, point in (*racers[first:], *racers[:first]):
-                taken[point["chunk"]].append(worker.ask("time"))
-                bar.update()
+        for _, _, (worker, point) in turns(racers, repeats):
+            taken[point["chunk"]].append(worker.ask("time"))
+            bar.update()
     for _, point in racers:
         point["median"] = statistics.median(seconds for seconds, _ in taken[point["chunk"]])
         pairs = list(zip(taken[point["chunk"]], taken[None], strict=True)) if taken[None] else []

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ from .correctness import Judge, Verdict
 from .machine import PeakMemory, load_lazy_parts, timed
 from .registry import KERNELS, Entry
 from .workload import Prepared, load
+
+RacerT = TypeVar("RacerT")
 
 
 @dataclass(frozen=True)
@@ -200,8 +202,8 @@ def measure(
             else:
                 worker.close()
         judges.clear()
-        for turn, (worker, outcome) in _turns(racers, repeats):
-            if turn == 0:
+        for _, place, (worker, outcome) in turns(racers, repeats):
+            if place == 0:
                 between_rounds()
             progress(outcome.job.entry.label)
             if outcome.status == "timed":
@@ -212,11 +214,12 @@ def measure(
     return outcomes
 
 
-def _turns(racers: Sequence[tuple[Worker, Outcome]], rounds: int) -> Iterator[tuple[int, tuple[Worker, Outcome]]]:
-    """Every contender once per round, each round started by the next one; numbered within the round."""
+def turns(racers: Sequence[RacerT], rounds: int) -> Iterator[tuple[int, int, RacerT]]:
+    """Every racer once per round, each round begun by the next one; numbered by the round and within it."""
     for number in range(rounds):
         first = number % len(racers) if racers else 0
-        yield from enumerate((*racers[first:], *racers[:first]))
+        for place, racer in enumerate((*racers[first:], *racers[:first])):
+            yield number, place, racer
 
 
 def _admit(worker: Worker, outcome: Outcome, judge: Judge, warm_up: int) -> bool:

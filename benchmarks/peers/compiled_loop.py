@@ -7,11 +7,10 @@ part of the time but shown beside it.
 """
 
 import torch
-from torch import nn
 
 from ..contender import NetworkContender
 from ..workload import Prepared
-from .snntorch_loop import Loop
+from . import snntorch_loop
 
 PEERS = (
     ("compiled-masked", "MaskedLoop", ("step", "forward")),
@@ -28,18 +27,9 @@ class _Compiled(NetworkContender):
         self.net.compile(fullgraph=True, backend=compiler)
 
 
-class DenseLoop(_Compiled):
-    """The loop with dense weights: those outside the mask start at zero and are trained like the rest."""
-
-    masked = False
-    differs = "computes and trains the absent weights too"
-
-    def build(self, prepared: Prepared) -> nn.Module:
-        return Loop(prepared, masked=False)
-
-
-class MaskedLoop(_Compiled):
+class MaskedLoop(_Compiled, snntorch_loop.MaskedLoop):
     """The loop with dense weights times a mask."""
 
-    def build(self, prepared: Prepared) -> nn.Module:
-        return Loop(prepared, masked=True)
+
+class DenseLoop(_Compiled, snntorch_loop.DenseLoop):
+    """The loop with dense weights."""

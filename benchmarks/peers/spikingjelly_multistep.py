@@ -158,13 +158,8 @@ class _RecurrentNetwork(nn.Module):
         return keep(self.lif3(self.fc3(x)), kept, 2).sum(0)
 
 
-class Recurrent(NetworkContender):
+class Recurrent(MultiStep):
     """The recurrent network with dense weights: those outside the mask start at zero and are trained like the rest."""
-
-    reset = "before decay"
-    masked = False
-    omits = LIF_GRADIENTS
-    differs = MultiStep.differs
 
     def build(self, prepared: Prepared) -> nn.Module:
         return _RecurrentNetwork(prepared)

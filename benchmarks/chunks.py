@@ -76,12 +76,6 @@ class Session:
         taken = timed(self._step, torch.device("cpu"))
         return taken, time.process_time() - before
 
-    def forget_peak(self) -> None:
-        self.memory.restart()
-
-    def peak(self) -> int:
-        return self.memory.above()
-
     def _gradients(self) -> torch.Tensor:
         self.optimizer.zero_grad(set_to_none=True)
         counts = self.net.simulate(self.inputs, chunk=self.chunk).counts
@@ -156,9 +150,9 @@ def measure(size: Size, steps: int, compared: Sequence[int | None], repeats: int
                 worker.ask("build")
                 results = worker.ask("results")
                 worker.ask("time")
-                worker.ask("forget_peak")
+                worker.ask("memory.restart")
                 worker.ask("time")
-                point["peak_bytes"] = worker.ask("peak")
+                point["peak_bytes"] = worker.ask("memory.above")
             except WorkerError as error:  # without memory, say
                 point |= {"status": "refused", "reason": str(error)}
                 continue

@@ -145,6 +145,21 @@ def results(counts, rates, spikes, leaves) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu() for name, tensor in named.items()}
 
 
+def check_one_output(cases, used: str, backend: str) -> None:
+    """Gradients of a loss on the counts only, or on one layer's rates only; behind that layer there are none."""
+    stack, gradients = clear_stack(cases, T), []
+    for dtype, name in ((torch.float64, "torch"), (torch.float32, backend)):
+        leaves = stack.leaves(dtype, device_of(name))
+        activity = g2g_stack(leaves["x"], stack.layers(leaves), T, backend=name)
+        output = activity.counts if used == "counts" else activity.rates[int(used[-1])]
+        (output * torch.randn(output.shape, generator=seeded(3)).to(output)).sum().backward()
+        gradients.append({n: torch.zeros(of.shape) if of.grad is None else of.grad.cpu() for n, of in leaves.items()})
+    assert rms(gradients[0]["x"]) > 0
+    for name, expected in gradients[0].items():
+        # float32 rounding through three layers
+        assert rms(gradients[1][name] - expected) <= 1e-4 * rms(expected), name
+
+
 def clear_of_thresholds(stack: Stack, reset: str, edge: float = 0.0) -> bool:
     """True if no float64 membrane of the stack comes within 1e-5 of its threshold (float32 ones are wrong by 1e-6), or
     of ``edge`` above or below it, where a surrogate's support ends."""

@@ -17,11 +17,10 @@ from helpers import (
     device_of,
     lif_layer,
     rms,
-    seeded,
     with_parameter,
 )
 from snntorch import surrogate as snn_surrogate
-from stack_cases import SHARES, SIZES, STACKS, B, Stack, T, check_compact, clear_stack, loss, results
+from stack_cases import SHARES, SIZES, STACKS, B, Stack, T, check_compact, check_one_output, clear_stack, loss, results
 from torch import nn
 
 from g2g_kernels import Activity, g2g_linear, g2g_stack, lif
@@ -293,24 +292,7 @@ def test_one_gradient_alone(backend, needed):
 @pytest.mark.parametrize("used", ["counts", "rates0", "rates2"])
 @every_backend
 def test_one_output_alone(backend, used):
-    """A loss on the counts only, or on one layer's rates only."""
-
-    def part(activity: Activity) -> torch.Tensor:
-        output = activity.counts if used == "counts" else activity.rates[int(used[-1])]
-        return (output * torch.randn(output.shape, generator=seeded(3)).to(output)).sum()
-
-    stack = clear_stack(STACKS["mixer"], T)
-    gradients = {}
-    for key, dtype, name in (("exact", torch.float64, "torch"), ("actual", torch.float32, backend)):
-        leaves = stack.leaves(dtype, device_of(name))
-        part(g2g_stack(leaves["x"], stack.layers(leaves), T, backend=name)).backward()
-        gradients[key] = {
-            name: torch.zeros(leaf.shape) if leaf.grad is None else leaf.grad.cpu() for name, leaf in leaves.items()
-        }
-    assert rms(gradients["exact"]["x"]) > 0
-    for name, expected in gradients["exact"].items():
-        # float32 rounding through three layers; layers behind the output used get no gradient
-        assert rms(gradients["actual"][name] - expected) <= 1e-4 * rms(expected), name
+    check_one_output(STACKS["mixer"], used, backend)
 
 
 @every_backend

@@ -165,6 +165,16 @@ class NetworkContender(Contender):
         }
 
 
+class CompiledContender(NetworkContender):
+    """A network through ``torch.compile``; its other base class builds it."""
+
+    apart = True  # compiled once more to keep spikes: eagerly a GPU would round otherwise
+
+    def __init__(self, *arguments: Any, compiler: str = "inductor", **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.net.compile(fullgraph=True, backend=compiler)
+
+
 class LayerByLayer(nn.Module):
     """The network, each layer over all time steps at once: ``linear`` in place of its connections, and our neurons. The
     input is the same at every step, and so is what ``fc1`` makes of it.

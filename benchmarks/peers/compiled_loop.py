@@ -6,10 +6,7 @@ nothing.) The graph grows with T and takes a minute or so to compile at the firs
 part of the time but shown beside it.
 """
 
-import torch
-
-from ..contender import NetworkContender
-from ..workload import Prepared
+from ..contender import CompiledContender
 from . import snntorch_loop
 
 PEERS = (
@@ -19,17 +16,9 @@ PEERS = (
 NEEDS = ("snntorch", "a C++ compiler")
 
 
-class _Compiled(NetworkContender):
-    apart = True  # compiled once more to keep spikes: eagerly a GPU would round otherwise
-
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str, compiler: str = "inductor") -> None:
-        super().__init__(prepared, device, precision)
-        self.net.compile(fullgraph=True, backend=compiler)
-
-
-class MaskedLoop(_Compiled, snntorch_loop.MaskedLoop):
+class MaskedLoop(CompiledContender, snntorch_loop.MaskedLoop):
     """The loop with dense weights times a mask."""
 
 
-class DenseLoop(_Compiled, snntorch_loop.DenseLoop):
+class DenseLoop(CompiledContender, snntorch_loop.DenseLoop):
     """The loop with dense weights."""

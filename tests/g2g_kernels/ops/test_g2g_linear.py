@@ -1,5 +1,6 @@
 """g2g_linear on every backend against the dense product in float64."""
 
+import linear_cases
 import pytest
 import torch
 from covering import of_today
@@ -18,7 +19,7 @@ from helpers import (
 from linear_cases import backend_result, dense_result, inputs
 
 from benchmarks.machine import pytorch_threads
-from g2g_kernels import BlockMask, GroupLayout, g2g_linear
+from g2g_kernels import g2g_linear
 from g2g_kernels.ops.g2g_linear import operator
 
 every_backend = pytest.mark.parametrize("backend", backends_of(operator))
@@ -118,44 +119,17 @@ def test_input_and_gradient_need_not_be_contiguous(backend):
 @pytest.mark.parametrize("needed", ["x", "values", "bias"])
 @every_backend
 def test_one_gradient_alone(needed, backend):
-    device = device_of(backend)
-    mask = MASK_CASES["ragged groups of 64"].mask()
-    x, values, bias = inputs(mask, 11)
-    grad_output = torch.randn(11, mask.shape[0], generator=seeded(4))
-    exact = dense_result(mask, x, values, bias, grad_output)[f"{needed}.grad"]
-    tensors = {"x": x.to(device), "values": values.to(device), "bias": bias.to(device)}
-    tensors[needed].requires_grad_()
-    output = g2g_linear(tensors["x"], tensors["values"], mask.to(device), tensors["bias"], backend=backend)
-    output.backward(grad_output.to(device))
-    assert rms(tensors[needed].grad.cpu() - exact) <= 1e-6 * rms(exact)  # float32 rounding
-    assert [name for name, tensor in tensors.items() if tensor.grad is not None] == [needed]
+    linear_cases.check_one_gradient_alone(MASK_CASES["ragged groups of 64"].mask(), needed, backend)
 
 
 @every_backend
 def test_rows_and_columns_without_units(backend):
-    """Block rows 0 and 3 and block columns 1 and 4 are empty: y is the bias there, and x gets no gradient."""
-    layout = GroupLayout(15, 1)
-    mask = BlockMask(layout, layout, torch.tensor([1, 2, 4, 2]), torch.tensor([0, 3, 2, 0]), 3)
-    x, values, bias = inputs(mask, 8)
-    grad_output = torch.randn(8, 15, generator=seeded(4))
-    exact = dense_result(mask, x, values, bias, grad_output)
-    results = backend_result(mask, x, values, bias, grad_output, backend)
-    for rows in (slice(0, 3), slice(9, 12)):
-        assert torch.equal(results["output"][:, rows], bias[rows].expand(8, 3))
-    for columns in (slice(3, 6), slice(12, 15)):
-        assert not results["x.grad"][:, columns].any()
-    for name, actual in results.items():
-        assert rms(actual - exact[name]) <= 1e-6 * rms(exact[name]), name  # float32 rounding
+    linear_cases.check_rows_and_columns_without_units(3, backend)
 
 
 @every_backend
-def test_mask_without_any_unit(backend):
-    mask = MASK_CASES["ten outputs"].mask(p_inter=0.0, p_intra=0.0)
-    x, values, bias = inputs(mask, 4)
-    results = backend_result(mask, x, values, bias, torch.ones(4, mask.shape[0]), backend)
-    assert torch.equal(results["output"], bias.expand(4, -1))
-    assert not results["x.grad"].any()
-    assert results["values.grad"].shape == (0, *mask.unit_shape)
+def test_a_mask_without_any_unit(backend):
+    linear_cases.check_a_mask_without_any_unit(MASK_CASES["ten outputs"].mask(p_inter=0.0, p_intra=0.0), backend)
 
 
 @every_backend

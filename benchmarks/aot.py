@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -133,8 +133,7 @@ CASES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One kernel on one kind of GPU."""
 
     case: str
@@ -149,11 +148,6 @@ class Row:
     matrix: str
     buffers: str
     in_flight: str
-
-    def cells(self) -> list[str]:
-        numbers = (self.registers, self.stack, self.shared, self.programs)
-        return [self.case, f"`{self.kernel}`", self.tile, self.factors, self.target, *map(str, numbers),
-                self.matrix, self.buffers, self.in_flight]  # fmt: skip
 
 
 KERNELS = [
@@ -310,7 +304,7 @@ def rows(cases: Sequence[Case], targets: Sequence[Target], kernels: Sequence[str
         shared = compiled.metadata.shared
         yield Row(
             case_name,
-            launch.kernel.__name__,
+            f"`{launch.kernel.__name__}`",
             tile_of(launch, source),
             factors_of(launch),
             target.name,
@@ -343,9 +337,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         cases, targets = [CASES[name] for name in arguments.cases], [TARGETS[name] for name in arguments.targets]
         printed = set()
         for row in rows(cases, targets, arguments.kernels):
-            unlike = dataclasses.replace(row, case="")  # steps differ in arguments that change nothing of this
+            unlike = row._replace(case="")  # steps differ in arguments that change nothing of this
             if unlike not in printed:
-                tqdm.write(markdown_row(row.cells()))
+                tqdm.write(markdown_row(list(map(str, row))))
                 sys.stdout.flush()
             printed.add(unlike)
     return 0

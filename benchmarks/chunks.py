@@ -24,7 +24,7 @@ from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
 
 from . import cli
-from .harness import Worker, WorkerError
+from .harness import Worker, WorkerError, turns
 from .machine import Limits, PeakMemory, describe, load_lazy_parts, timed
 from .report import seconds
 
@@ -75,12 +75,6 @@ class Session:
         before = time.process_time()
         taken = timed(self._step, torch.device("cpu"))
         return taken, time.process_time() - before
-
-    def forget_peak(self) -> None:
-        self.memory.restart()
-
-    def peak(self) -> int:
-        return self.memory.above()
 
     def _gradients(self) -> torch.Tensor:
         self.optimizer.zero_grad(set_to_none=True)
@@ -156,9 +150,9 @@ def measure(size: Size, steps: int, compared: Sequence[int | None], repeats: int
                 worker.ask("build")
                 results = worker.ask("results")
                 worker.ask("time")
-                worker.ask("forget_peak")
+                worker.ask("memory.restart")
                 worker.ask("time")
-                point["peak_bytes"] = worker.ask("peak")
+                point["peak_bytes"] = worker.ask("memory.above")
             except WorkerError as error:  # without memory, say
                 point |= {"status": "refused", "reason": str(error)}
                 continue
@@ -168,11 +162,9 @@ def measure(size: Size, steps: int, compared: Sequence[int | None], repeats: int
                 point["status"] = "wrong"
                 continue
             racers.append((worker, point))
-        for turn in range(repeats):
-            first = turn % len(racers) if racers else 0
-            for worker, point in (*racers[first:], *racers[:first]):
-                taken[point["chunk"]].append(worker.ask("time"))
-                bar.update()
+        for _, _, (worker, point) in turns(racers, repeats):
+            taken[point["chunk"]].append(worker.ask("time"))
+            bar.update()
     for _, point in racers:
         point["median"] = statistics.median(seconds for seconds, _ in taken[point["chunk"]])
         pairs = list(zip(taken[point["chunk"]], taken[None], strict=True)) if taken[None] else []

@@ -43,7 +43,6 @@ def build_parser(name: str, about: str | None, takes: str, quick: Mapping[str, A
     parser = Parser(
         prog=f"python -m {__package__}.{name}",
         description=f"{about}\nIt takes {takes}{'; with --quick at most two minutes' if quick else ''}.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=epilog,
     )
     what = ", ".join(f"--{flag} {value}" for flag, value in quick.items())

@@ -6,13 +6,14 @@ network that was checked, at the printed firing rates.
 
 import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from g2gnet import G2GLinear
+from g2gnet import LIF, G2GLinear
 
 from .reference import SPIKES, Results, mean_weights
 from .workload import NeuronInputs, Prepared
@@ -162,6 +163,41 @@ class NetworkContender(Contender):
             for name, parameter in self.net.named_parameters()
             if name.rpartition(".")[2] in kept and parameter.grad is not None
         }
+
+
+class CompiledContender(NetworkContender):
+    """A network through ``torch.compile``; its other base class builds it."""
+
+    apart = True  # compiled once more to keep spikes: eagerly a GPU would round otherwise
+
+    def __init__(self, *arguments: Any, compiler: str = "inductor", **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.net.compile(fullgraph=True, backend=compiler)
+
+
+class LayerByLayer(nn.Module):
+    """The network, each layer over all time steps at once: ``linear`` in place of its connections, and our neurons. The
+    input is the same at every step, and so is what ``fc1`` makes of it.
+    """
+
+    fc1: nn.Module
+    fc2: nn.Module
+    fc3: nn.Module
+    lif1: LIF
+    lif2: LIF
+    lif3: LIF
+
+    def __init__(self, prepared: Prepared, linear: Callable[[G2GLinear], nn.Module]) -> None:
+        super().__init__()
+        self.steps = prepared.workload.T
+        for number, (connection, neurons) in enumerate(prepared.network().layers(), 1):
+            self.add_module(f"fc{number}", linear(connection))
+            self.add_module(f"lif{number}", neurons)
+
+    def forward(self, images: torch.Tensor, kept: Kept | None = None) -> torch.Tensor:
+        x = keep(self.lif1(self.fc1(images), steps=self.steps), kept, 0)
+        x = keep(self.lif2(self.fc2(x)), kept, 1)
+        return keep(self.lif3(self.fc3(x)), kept, 2).sum(0, dtype=torch.float32)
 
 
 def dense_linear(connection: G2GLinear, kind: type[nn.Linear] = nn.Linear, **options: Any) -> nn.Linear:

@@ -35,31 +35,13 @@ class Card:
 
 
 CARDS = {
-    "h100": Card(
-        "sm_90",
-        {"bf16": 798e12, "tf32": 399e12, "fp32": 67e12},
-        3.0e12,
-        5.5e12,
-        132,
-        "H100 SXM, as measured on one (fp32: data sheet)",
-    ),
-    "h200": Card(
-        "sm_90",
-        {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12},
-        4.8e12,
-        5.5e12,
-        132,
-        "H200 SXM, peak rates of the data sheet",
-    ),
-    "a100": Card(
-        "sm_80",
-        {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12},
-        2.039e12,
-        4e12,
-        108,
-        "A100 SXM 80 GB, peak rates of the data sheet",
-    ),
-}
+    "h100": Card("sm_90", {"bf16": 798e12, "tf32": 399e12, "fp32": 67e12}, 3.0e12, 5.5e12, 132,
+                 "H100 SXM, as measured on one (fp32: data sheet)"),
+    "h200": Card("sm_90", {"bf16": 989e12, "tf32": 494e12, "fp32": 67e12}, 4.8e12, 5.5e12, 132,
+                 "H200 SXM, peak rates of the data sheet"),
+    "a100": Card("sm_80", {"bf16": 312e12, "tf32": 156e12, "fp32": 19.5e12}, 2.039e12, 4e12, 108,
+                 "A100 SXM 80 GB, peak rates of the data sheet"),
+}  # fmt: skip
 
 #: the guesses: shares of a card's rates, and seconds
 ASSUMED = {

@@ -20,6 +20,7 @@ from g2gnet import LIF, G2GLinear, Projection, SpikingNetwork
 from g2gnet.base.tables import markdown
 
 from . import cli
+from .harness import turns
 from .machine import describe
 from .report import seconds
 
@@ -104,14 +105,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     equal[LOOP] = _equal(late, lambda of: loop(late, of), x)
     times: dict[str, list[float]] = {name: [] for name in steps}
     with cli.bar((arguments.repeats + 1) * len(steps)) as bar:
-        for number in range(arguments.repeats + 1):
-            first = number % len(steps)
-            for name in [*steps, *steps][first : first + len(steps)]:
-                began = time.perf_counter()
-                steps[name]().square().mean().backward()
-                if number:  # the first turn only warms up
-                    times[name].append(time.perf_counter() - began)
-                bar.update()
+        for number, _, name in turns(list(steps), arguments.repeats + 1):
+            began = time.perf_counter()
+            steps[name]().square().mean().backward()
+            if number:  # the first turn only warms up
+                times[name].append(time.perf_counter() - began)
+            bar.update()
     runs = [
         {
             "name": name,

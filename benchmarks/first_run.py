@@ -279,11 +279,7 @@ def page(made: Mapping[str, Mapping[str, Any]], planned: Sequence[str], device: 
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog=f"python -m {__package__}.first_run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog=f"python -m {__package__}.first_run", description=__doc__)
     parser.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu for a rehearsal (default: cuda)")
     text = "folder of the records and the page (default: first-run)"
     parser.add_argument("--folder", type=Path, default=Path("first-run"), metavar="DIR", help=text)

@@ -23,6 +23,7 @@ from g2gnet.programs.train import build_parser as training_parser
 from g2gnet.training import Machine, Trainer, TrainSettings
 
 from . import cli
+from .harness import turns
 from .machine import describe
 from .report import seconds
 
@@ -116,11 +117,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     contenders = [Contender(flags, common, data) for flags in ("", *FLAGS)]
     rounds = arguments.warm_up + arguments.rounds
     with cli.bar(rounds * len(contenders)) as bar:
-        for number in range(rounds):
-            first = number % len(contenders)
-            for contender in (*contenders[first:], *contenders[:first]):
-                contender.turn()
-                bar.update()
+        for _, _, contender in turns(contenders, rounds):
+            contender.turn()
+            bar.update()
     record = {
         "benchmark": "flag_costs",
         "machine": describe(torch.device("cpu")),

@@ -8,6 +8,7 @@ contender is timed before the judge has accepted its results.
 import contextlib
 import importlib
 import multiprocessing
+import operator
 import signal
 import time
 import traceback
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +26,8 @@ from .correctness import Judge, Verdict
 from .machine import PeakMemory, load_lazy_parts, timed
 from .registry import KERNELS, Entry
 from .workload import Prepared, load
+
+RacerT = TypeVar("RacerT")
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """The parent's end of a process that answers requests: calls of the methods of ``session(*arguments)``."""
+    """The parent's end of a process that answers requests: calls of methods of ``session(*arguments)`` or its parts."""
 
     def __init__(self, session: Callable[..., Any], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
@@ -78,9 +81,9 @@ class Worker:
         self._process.start()
         theirs.close()
 
-    def ask(self, request: str, *arguments: Any) -> Any:
+    def ask(self, request: str) -> Any:
         try:
-            self._connection.send((request, *arguments))
+            self._connection.send(request)
             succeeded, answer = self._connection.recv()
         except (EOFError, OSError):
             self._process.join(10)
@@ -102,9 +105,9 @@ def _serve(connection: Connection, make: Callable[..., Any], *about: Any) -> Non
     session = make(*about)
     with contextlib.suppress(EOFError, OSError):
         while True:
-            request, *arguments = connection.recv()
+            request = operator.attrgetter(connection.recv())
             try:
-                answer = True, getattr(session, request)(*arguments)
+                answer = True, request(session)()
             except Exception as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 answer = False, f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
@@ -138,12 +141,6 @@ class _Session:
         before = time.process_time()
         taken = timed(work, self.device)
         return taken, time.process_time() - before
-
-    def forget_peak(self) -> None:
-        self.memory.restart()
-
-    def peak(self) -> int:
-        return self.memory.above()
 
     def results(self) -> dict[str, Any]:
         forward_only = self.job.kernel == "forward"
@@ -200,8 +197,8 @@ def measure(
             else:
                 worker.close()
         judges.clear()
-        for turn, (worker, outcome) in _turns(racers, repeats):
-            if turn == 0:
+        for _, place, (worker, outcome) in turns(racers, repeats):
+            if place == 0:
                 between_rounds()
             progress(outcome.job.entry.label)
             if outcome.status == "timed":
@@ -212,11 +209,12 @@ def measure(
     return outcomes
 
 
-def _turns(racers: Sequence[tuple[Worker, Outcome]], rounds: int) -> Iterator[tuple[int, tuple[Worker, Outcome]]]:
-    """Every contender once per round, each round started by the next one; numbered within the round."""
+def turns(racers: Sequence[RacerT], rounds: int) -> Iterator[tuple[int, int, RacerT]]:
+    """Every racer once per round, each round begun by the next one; numbered by the round and within it."""
     for number in range(rounds):
         first = number % len(racers) if racers else 0
-        yield from enumerate((*racers[first:], *racers[:first]))
+        for place, racer in enumerate((*racers[first:], *racers[:first])):
+            yield number, place, racer
 
 
 def _admit(worker: Worker, outcome: Outcome, judge: Judge, warm_up: int) -> bool:
@@ -224,10 +222,10 @@ def _admit(worker: Worker, outcome: Outcome, judge: Judge, warm_up: int) -> bool
     with _noting_failure(outcome):
         worker.ask("build")
         outcome.first_seconds, _ = worker.ask("time")
-        worker.ask("forget_peak")
+        worker.ask("memory.restart")
         for _ in range(max(1, warm_up - 1)):
             worker.ask("time")
-        outcome.peak_bytes = worker.ask("peak")
+        outcome.peak_bytes = worker.ask("memory.above")
         answer = worker.ask("results")
         outcome.firing_rates, outcome.differs = answer["firing_rates"], answer["differs"]
         outcome.verdict = judge.verdict(

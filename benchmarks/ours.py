@@ -10,7 +10,15 @@ from g2gnet import DSTScheduler, G2GLinear, G2GNet
 from g2gnet.dst.scores import unit_correlation
 from g2gnet.training.captured_step import CapturedStep
 
-from .contender import Kept, LinearContender, NetworkContender, NeuronContender, UpdateContender, keep
+from .contender import (
+    CompiledContender,
+    Kept,
+    LinearContender,
+    NetworkContender,
+    NeuronContender,
+    UpdateContender,
+    keep,
+)
 from .reference import UPDATE_FRACTION, Results, is_wide
 from .workload import Prepared
 
@@ -82,16 +90,8 @@ class Steps(Network):
         return counts
 
 
-class Compiled(Network):
+class Compiled(CompiledContender, Network):
     """:class:`Network` through ``torch.compile``."""
-
-    apart = True
-
-    def __init__(
-        self, prepared: Prepared, device: torch.device, precision: str, backend: str, compiler: str = "inductor"
-    ) -> None:
-        super().__init__(prepared, device, precision, backend)
-        self.net.compile(fullgraph=True, backend=compiler)
 
 
 class Captured(Network):

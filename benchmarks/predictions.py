@@ -26,15 +26,7 @@ from g2gnet.programs.flags import Parser, add_json_flag
 from g2gnet.programs.main import run_program
 
 from . import costs, records, report
-from .launches import (
-    Operation,
-    correlations,
-    forward_pass,
-    layer_step,
-    neurons_step,
-    product_step,
-    training_step,
-)
+from .launches import Operation, correlations, forward_pass, layer_step, neurons_step, product_step, training_step
 from .machine import describe
 from .roofline import CARDS, DTYPES, INPUT_DIM, NUM_CLASSES, adam, seconds
 

@@ -215,9 +215,7 @@ def _fastest(run: dict[str, Any]) -> str:
     return f"the fastest dense form {'in JAX' if run['contender'].startswith('jax') else 'in PyTorch'}"
 
 
-def _readme(
-    of_step: Record, of_wide: Record, of_brain: Record, of_recipe: Record, of_few: Record, link: Link
-) -> str:
+def _readme(of_step: Record, of_wide: Record, of_brain: Record, of_recipe: Record, of_few: Record, link: Link) -> str:
     """What a user gets, a line each, and where it comes from."""
     step, wide, recipe, few = (record.content for record in (of_step, of_wide, of_recipe, of_few))
     of_contender = {run["name"]: run for run in of_brain.content["runs"]}

@@ -87,47 +87,30 @@ COMPACT = {"surrogate": "triangle", "alpha": 4.0}
 KERNELS = {
     "step": Kernel("training step (forward, cross-entropy, backward, fused Adam)", "snntorch-masked", "Network"),
     "recurrent": Kernel(
-        "training step of a recurrent network",
-        "snntorch-masked",
-        "Network",
-        bf16=False,
-        workload={"recurrent": True},
+        "training step of a recurrent network", "snntorch-masked", "Network", bf16=False, workload={"recurrent": True},
         usual={"train_steps": 40},  # of some seconds each
     ),
     "forward": Kernel("forward pass without gradients", "snntorch-masked", "Network", method="forward"),
     "lif": Kernel(
-        "LIF neurons alone, forward and backward",
-        "snntorch",
-        "Neurons",
-        bf16=False,
-        options={"inputs": "lif_inputs"},
+        "LIF neurons alone, forward and backward", "snntorch", "Neurons", bf16=False, options={"inputs": "lif_inputs"},
     ),
     "synaptic": Kernel(
-        "synaptic neurons alone, forward and backward",
-        "snntorch",
-        "Neurons",
-        bf16=False,
+        "synaptic neurons alone, forward and backward", "snntorch", "Neurons", bf16=False,
         options={"inputs": "synaptic_inputs"},
     ),
     "linear": Kernel(
-        "the product of fc2 alone with all three gradients, at the spikes it receives",
-        "masked",
-        "Linear",
+        "the product of fc2 alone with all three gradients, at the spikes it receives", "masked", "Linear",
         options={"inputs": "spike_inputs"},
     ),
     "linear-dense": Kernel(
-        "the product of fc2 alone with all three gradients, at inputs without a zero",
-        "masked",
-        "Linear",
+        "the product of fc2 alone with all three gradients, at inputs without a zero", "masked", "Linear",
         options={"inputs": "dense_inputs"},
     ),
     "dst": Kernel(
         "one update of dynamic sparse training: scores, prune by weight, grow by correlation, relabel",
-        "dense-correlation",
-        "Update",
-        bf16=False,
+        "dense-correlation", "Update", bf16=False,
     ),
-}
+}  # fmt: skip
 
 
 def declared_peers() -> list[tuple[str, str, str, tuple[str, ...], tuple[str, ...]]]:

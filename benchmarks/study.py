@@ -248,7 +248,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog=f"python -m {__package__}.study",
         description=__doc__,
         epilog=f"studies; STUDY --help lists the flags and rows of one:\n{about}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names.add_argument("study", choices=STUDIES)
     name = names.parse_args(argv[:1]).study

@@ -1,10 +1,11 @@
 """Slow, independent descriptions of what the kernels compute, and the rule by which a backend is judged."""
 
+import io
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -50,6 +51,13 @@ def unavailable(monkeypatch: pytest.MonkeyPatch, **reasons: str | None) -> None:
 
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def saved_and_read(content: Any, weights_only: bool = True) -> Any:
+    """``content`` as it comes back from a file."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=weights_only)
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
@@ -139,6 +147,17 @@ def row_with(mask: BlockMask, **changes: Callable[[torch.Tensor], torch.Tensor])
     parts |= {name: change(parts[name]) for name, change in changes.items()}
     sizes = torch.tensor([len(parts["out_group_of"]), len(parts["in_group_of"]), parts.pop("block_size")])
     return as_row(torch.cat([sizes, *(part.long() for part in parts.values())]))
+
+
+def with_one(index: int | tuple[int, ...], value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What replaces one number of a tensor, as a change for :func:`row_with`."""
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        tensor[index] = value
+        return tensor
+
+    return change
 
 
 def units_of(row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

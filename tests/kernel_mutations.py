@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "g2g_kernels/triton/CHECKS.md"
@@ -27,20 +26,18 @@ TESTS = "tests/g2g_kernels/ops/test_triton_{}.py"
 MISSED = "—"
 
 
-class Mutation(NamedTuple):
+class Mutation:
     """A fault.
 
     Attributes:
         fault: what is wrong.
         file: of the kernel.
-        edits: pairs of text that is there once and what takes its place.
         tests: the test file and an expression for its tests that launch the kernel.
+        edits: in turn, text that is there once and what takes its place.
     """
 
-    fault: str
-    file: str
-    edits: tuple[tuple[str, str], ...]
-    tests: tuple[str, str]
+    def __init__(self, fault: str, file: str, tests: tuple[str, str], *edits: str) -> None:
+        self.fault, self.file, self.tests, self.edits = fault, file, tests, edits
 
     def text(self, root: Path) -> str:
         """The file with the fault in it.
@@ -49,7 +46,7 @@ class Mutation(NamedTuple):
             ValueError: for text that is not there once.
         """
         text = (root / self.file).read_text(encoding="utf-8")
-        for before, after in self.edits:
+        for before, after in zip(self.edits[::2], self.edits[1::2], strict=True):
             if text.count(before) != 1:
                 raise ValueError(f"{self.fault}: {self.file} has {text.count(before)} times, not once: {before}")
             text = text.replace(before, after)
@@ -65,176 +62,60 @@ ON_CHIP = "g2g_stack", "on_chip"
 BY_RECURRENCE = "g2g_stack", "recurrent_layers"
 
 MUTATIONS = (
-    Mutation(
-        "a store without its mask of samples",
-        LINEAR,
-        (("element_ty), mask=m_ok[:, None] & n_ok[None, :])", "element_ty), mask=n_ok[None, :])"),),
-        PADDING,
-    ),
-    Mutation(
-        "a store without its mask of time steps",
-        NEURONS,
-        (("spike.to(spikes.dtype.element_ty), mask=now)", "spike.to(spikes.dtype.element_ty), mask=inside)"),),
-        BY_LIF,
-    ),
-    Mutation(
-        "a load without its mask of samples",
-        LINEAR,
-        (("mask=m_ok[:, None] & x_ok[None, :], other=0)", "mask=x_ok[None, :], other=0)"),),
-        BY_STACK,
-    ),
-    Mutation(
-        "slots as far apart as whole tiles",
-        LINEAR,
-        (
-            (
-                "(TILES * N * K) + k[:, None] + n[None, :] * K",
-                "(TILES * BLOCK_N * BLOCK_K) + k[:, None] + n[None, :] * K",
-            ),
-        ),
-        PADDING,
-    ),
-    Mutation(
-        "the transpose of the input gradient left out",
-        LINEAR,
-        (("(TILES * N * K) + k[:, None] * N + n[None, :]", "(TILES * N * K) + k[:, None] + n[None, :] * K"),),
-        PADDING,
-    ),
-    Mutation(
-        "a checkpoint a segment too far",
-        NEURONS,
-        (("tl.store(checkpoints + ((segment - 1) * STATES", "tl.store(checkpoints + (segment * STATES"),),
-        BY_LIF,
-    ),
-    Mutation(
-        "programs that add to one tile without atomics",
-        NEURONS,
-        (
-            ("here = partials + tl.program_id(0) * neurons + neuron", "here = partials + neuron"),
-            ("DECAYS, PER_NEURON, False)", "DECAYS, PER_NEURON, True)"),
-            ("run.current.new_empty(shape, dtype=torch.float32)", "run.current.new_zeros(shape, dtype=torch.float32)"),
-        ),
-        BY_LIF,
-    ),
-    Mutation(
-        "programs that store to one tile",
-        STACK,
-        (("here = partials + row_of_partials * size + column", "here = partials + column"),),
-        BY_RECURRENCE,
-    ),
-    Mutation(
-        "an accumulator in memory that nobody wrote",
-        LINEAR,
-        (
-            (
-                "tl.store(address, total, mask=(r < R)[:, None] & c_ok[None, :])",
-                "total += tl.load(address, mask=(r < R)[:, None] & c_ok[None, :], other=0.0)\n"
-                "    tl.store(address, total, mask=(r < R)[:, None] & c_ok[None, :])",
-            ),
-        ),
-        PADDING,
-    ),
-    Mutation(
-        "a sum in float16",
-        LINEAR,
-        (
-            (
-                "total = plus_product(total, x_tile, weights, PRECISION)",
-                "total = plus_product(total, x_tile, weights, PRECISION).to(tl.float16).to(tl.float32)",
-            ),
-        ),
-        PADDING,
-    ),
-    Mutation(
-        "parts of a sum that overlap",
-        LINEAR,
-        (("tl.minimum((part + 1) * samples_of_part, samples), BLOCK_S)", "samples, BLOCK_S)"),),
-        PARTS,
-    ),
-    Mutation(
-        "U ≥ θ instead of U > θ",
-        NEURON,
-        (("return membrane > theta", "return membrane >= theta"),),
-        ("lif", "rounded_before"),
-    ),
-    Mutation(
-        "decay and current contracted to one rounding",
-        NEURON,
-        (('EXACT = {"enable_fp_fusion": False}', 'EXACT = {"enable_fp_fusion": True}'),),
-        ("lif", "rounded_before or to_the_last_bit"),
-    ),
-    Mutation(
-        "offsets in 32 bits",
-        LINEAR,
-        (("// (num_n * TILES_N)).to(tl.int64) * BLOCK_M", "// (num_n * TILES_N)) * BLOCK_M"),),
-        PADDING,
-    ),
-    Mutation(
-        "more stages than shared memory holds",
-        TILES,
-        (("STAGES = 3", "STAGES = 12"),),
-        PADDING,
-    ),
-    Mutation(
-        "the third part left out",
-        PRODUCTS,
-        (("(rest - second).to(part_ty)", "(rest - rest).to(part_ty)"),),
-        BY_PARTS,
-    ),
-    Mutation(
-        "the third part read where the second is",
-        PRODUCTS,
-        (("tl.load(address + 2 * apart, mask", "tl.load(address + apart, mask"),),
-        BY_PARTS,
-    ),
-    Mutation(
-        "0 · ∞ of a part kept as NaN",
-        PRODUCTS,
-        (("small = tl.where(small == small, small, 0.0)", "small = small"),),
-        BY_PARTS,
-    ),
-    Mutation(
-        "one sum of parts over all tiles",
-        PRODUCTS,
-        (
-            (
-                "return total + tl.dot(a[0], b[0], tl.dot(a[0], b[1], tl.dot(a[0], b[2])))",
-                "return tl.dot(a[0], b[0], tl.dot(a[0], b[1], tl.dot(a[0], b[2], total)))",
-            ),
-        ),
-        BY_PARTS,
-    ),
-    Mutation(
-        "a recurrent step that reads its own spikes",
-        STACK,
-        (("sent, before = spikes[t], after", "sent, before = spikes[min(t + 1, len(spikes) - 1)], after"),),
-        BY_RECURRENCE,
-    ),
-    Mutation(
-        "a recurrent step backwards without the transpose",
-        STACK,
-        (("b, b < batch, n, n < N, K, N, False, PRECISION", "b, b < batch, n, n < N, K, N, True, PRECISION"),),
-        BY_RECURRENCE,
-    ),
-    Mutation(
-        "on chip, a unit of the next row",
-        STACK,
-        (("exists = first + j < end", "exists = first + j <= end"),),
-        ON_CHIP,
-    ),
-    Mutation(
-        "on chip, the inputs of the first unit for all",
-        STACK,
-        (("columns_before[j] + x_offset", "columns_before[0] + x_offset"),),
-        ON_CHIP,
-    ),
-    Mutation(
-        "on chip, rows with more units than fit",
-        STACK,
-        (("on_chip = end - first <= ON_CHIP", "on_chip = end - first <= ON_CHIP + 1"),),
-        ON_CHIP,
-    ),
-)
+    Mutation("a store without its mask of samples", LINEAR, PADDING,
+             "element_ty), mask=m_ok[:, None] & n_ok[None, :])", "element_ty), mask=n_ok[None, :])"),
+    Mutation("a store without its mask of time steps", NEURONS, BY_LIF,
+             "spike.to(spikes.dtype.element_ty), mask=now)", "spike.to(spikes.dtype.element_ty), mask=inside)"),
+    Mutation("a load without its mask of samples", LINEAR, BY_STACK,
+             "mask=m_ok[:, None] & x_ok[None, :], other=0)", "mask=x_ok[None, :], other=0)"),
+    Mutation("slots as far apart as whole tiles", LINEAR, PADDING,
+             "(TILES * N * K) + k[:, None] + n[None, :] * K",
+             "(TILES * BLOCK_N * BLOCK_K) + k[:, None] + n[None, :] * K"),
+    Mutation("the transpose of the input gradient left out", LINEAR, PADDING,
+             "(TILES * N * K) + k[:, None] * N + n[None, :]", "(TILES * N * K) + k[:, None] + n[None, :] * K"),
+    Mutation("a checkpoint a segment too far", NEURONS, BY_LIF,
+             "tl.store(checkpoints + ((segment - 1) * STATES", "tl.store(checkpoints + (segment * STATES"),
+    Mutation("programs that add to one tile without atomics", NEURONS, BY_LIF,
+             "here = partials + tl.program_id(0) * neurons + neuron", "here = partials + neuron",
+             "DECAYS, PER_NEURON, False)", "DECAYS, PER_NEURON, True)",
+             "run.current.new_empty(shape, dtype=torch.float32)", "run.current.new_zeros(shape, dtype=torch.float32)"),
+    Mutation("programs that store to one tile", STACK, BY_RECURRENCE,
+             "here = partials + row_of_partials * size + column", "here = partials + column"),
+    Mutation("an accumulator in memory that nobody wrote", LINEAR, PADDING,
+             "tl.store(address, total, mask=(r < R)[:, None] & c_ok[None, :])",
+             "total += tl.load(address, mask=(r < R)[:, None] & c_ok[None, :], other=0.0)\n"
+             "    tl.store(address, total, mask=(r < R)[:, None] & c_ok[None, :])"),
+    Mutation("a sum in float16", LINEAR, PADDING,
+             "total = plus_product(total, x_tile, weights, PRECISION)",
+             "total = plus_product(total, x_tile, weights, PRECISION).to(tl.float16).to(tl.float32)"),
+    Mutation("parts of a sum that overlap", LINEAR, PARTS,
+             "tl.minimum((part + 1) * samples_of_part, samples), BLOCK_S)", "samples, BLOCK_S)"),
+    Mutation("U ≥ θ instead of U > θ", NEURON, ("lif", "rounded_before"),
+             "return membrane > theta", "return membrane >= theta"),
+    Mutation("decay and current contracted to one rounding", NEURON, ("lif", "rounded_before or to_the_last_bit"),
+             'EXACT = {"enable_fp_fusion": False}', 'EXACT = {"enable_fp_fusion": True}'),
+    Mutation("offsets in 32 bits", LINEAR, PADDING,
+             "// (num_n * TILES_N)).to(tl.int64) * BLOCK_M", "// (num_n * TILES_N)) * BLOCK_M"),
+    Mutation("more stages than shared memory holds", TILES, PADDING, "STAGES = 3", "STAGES = 12"),
+    Mutation("the third part left out", PRODUCTS, BY_PARTS, "(rest - second).to(part_ty)", "(rest - rest).to(part_ty)"),
+    Mutation("the third part read where the second is", PRODUCTS, BY_PARTS,
+             "tl.load(address + 2 * apart, mask", "tl.load(address + apart, mask"),
+    Mutation("0 · ∞ of a part kept as NaN", PRODUCTS, BY_PARTS,
+             "small = tl.where(small == small, small, 0.0)", "small = small"),
+    Mutation("one sum of parts over all tiles", PRODUCTS, BY_PARTS,
+             "return total + tl.dot(a[0], b[0], tl.dot(a[0], b[1], tl.dot(a[0], b[2])))",
+             "return tl.dot(a[0], b[0], tl.dot(a[0], b[1], tl.dot(a[0], b[2], total)))"),
+    Mutation("a recurrent step that reads its own spikes", STACK, BY_RECURRENCE,
+             "sent, before = spikes[t], after", "sent, before = spikes[min(t + 1, len(spikes) - 1)], after"),
+    Mutation("a recurrent step backwards without the transpose", STACK, BY_RECURRENCE,
+             "b, b < batch, n, n < N, K, N, False, PRECISION", "b, b < batch, n, n < N, K, N, True, PRECISION"),
+    Mutation("on chip, a unit of the next row", STACK, ON_CHIP,
+             "exists = first + j < end", "exists = first + j <= end"),
+    Mutation("on chip, the inputs of the first unit for all", STACK, ON_CHIP,
+             "columns_before[j] + x_offset", "columns_before[0] + x_offset"),
+    Mutation("on chip, rows with more units than fit", STACK, ON_CHIP,
+             "on_chip = end - first <= ON_CHIP", "on_chip = end - first <= ON_CHIP + 1"),
+)  # fmt: skip
 
 
 def run(copy: Path, *arguments: str) -> str:

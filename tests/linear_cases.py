@@ -1,9 +1,9 @@
 """Inputs of g2g_linear, and its results by formula and by backend."""
 
 import torch
-from helpers import dense_by_loop, device_of, packed_randn, seeded
+from helpers import dense_by_loop, device_of, packed_randn, rms, seeded
 
-from g2g_kernels import BlockMask, g2g_linear
+from g2g_kernels import BlockMask, GroupLayout, g2g_linear
 
 
 def inputs(mask: BlockMask, *batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -33,3 +33,44 @@ def backend_result(mask: BlockMask, x, values, bias, grad_output, backend: str |
     mask.to("cpu")
     results = {"output": output.detach(), "x.grad": x.grad, "values.grad": values.grad, "bias.grad": bias.grad}
     return {name: tensor.cpu() for name, tensor in results.items()}
+
+
+# --- what both the parity tests and those of Triton's interpreter check ---------------------------------------------
+
+
+def check_one_gradient_alone(mask: BlockMask, needed: str, backend: str) -> None:
+    device = device_of(backend)
+    x, values, bias = inputs(mask, 11)
+    grad_output = torch.randn(11, mask.shape[0], generator=seeded(4))
+    exact = dense_result(mask, x, values, bias, grad_output)[f"{needed}.grad"]
+    tensors = {"x": x.to(device), "values": values.to(device), "bias": bias.to(device)}
+    tensors[needed].requires_grad_()
+    output = g2g_linear(tensors["x"], tensors["values"], mask.to(device), tensors["bias"], backend=backend)
+    output.backward(grad_output.to(device))
+    assert rms(tensors[needed].grad.cpu() - exact) <= 1e-6 * rms(exact)  # float32 rounding
+    assert [name for name, tensor in tensors.items() if tensor.grad is not None] == [needed]
+
+
+def check_rows_and_columns_without_units(block_size: int, backend: str) -> None:
+    """Block rows 0, 3 and 5 and block columns 1, 4 and 5 are empty: y is the bias there, and x gets no gradient."""
+    layout = GroupLayout(6 * block_size, 1)
+    mask = BlockMask(layout, layout, torch.tensor([1, 2, 4, 2]), torch.tensor([0, 3, 2, 0]), block_size)
+    x, values, bias = inputs(mask, 8)
+    grad_output = torch.randn(8, 6 * block_size, generator=seeded(4))
+    exact = dense_result(mask, x, values, bias, grad_output)
+    results = backend_result(mask, x, values, bias, grad_output, backend)
+    for empty, rows, expected in (("output", (0, 3, 5), bias.expand(8, -1)), ("x.grad", (1, 4, 5), 0 * x)):
+        for row in rows:
+            of = slice(row * block_size, (row + 1) * block_size)
+            assert torch.equal(results[empty][:, of], expected[:, of])
+    for name, actual in results.items():
+        assert rms(actual - exact[name]) <= 1e-6 * rms(exact[name]), name  # float32 rounding
+
+
+def check_a_mask_without_any_unit(mask: BlockMask, backend: str) -> None:
+    x, values, bias = inputs(mask, 4)
+    results = backend_result(mask, x, values, bias, torch.ones(4, mask.shape[0]), backend)
+    assert torch.equal(results["output"], bias.expand(4, -1))
+    assert not results["x.grad"].any()
+    assert results["values.grad"].shape == (0, *mask.unit_shape)
+    assert results["bias.grad"].tolist() == [4.0] * mask.shape[0]

@@ -1,5 +1,7 @@
 """Currents, parameters and neurons clear of their threshold, for the tests of neurons alone."""
 
+import math
+
 import pytest
 import snntorch
 import torch
@@ -21,6 +23,7 @@ every_reset = pytest.mark.parametrize("reset", RESETS)
 every_surrogate = pytest.mark.parametrize("surrogate", SURROGATES)
 
 T, B, N = 23, 5, 7
+GRADIENTS = ("current.grad", "beta.grad", "threshold.grad")
 
 
 def currents(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -48,8 +51,7 @@ def gradients(run, current, beta, threshold, grad_spikes) -> dict[str, torch.Ten
     leaves = [tensor.detach().clone().requires_grad_() for tensor in (current, beta, threshold)]
     spikes = run(*leaves)
     (spikes * grad_spikes.to(spikes)).sum().backward()
-    named = zip(("current.grad", "beta.grad", "threshold.grad"), leaves, strict=True)
-    return {"spikes": spikes.detach()} | {name: leaf.grad for name, leaf in named}
+    return {"spikes": spikes.detach()} | {name: leaf.grad for name, leaf in zip(GRADIENTS, leaves, strict=True)}
 
 
 def by_snntorch(current, beta, threshold, reset: str, spike_grad) -> torch.Tensor:
@@ -72,6 +74,28 @@ def lif_on(backend: str | None, **options):
         return lif(*tensors, backend=backend, **options).cpu()
 
     return run
+
+
+def check_one_step_by_hand(backend: str, reset: str) -> None:
+    """U_1 = I_1, since U_0 = 0 (and no reset with θ > 0): S = 1[I > θ], ∂S/∂I = σ'(I − θ) = −∂S/∂θ, ∂S/∂β = 0."""
+    current = torch.tensor([[-1.0, 0.5, 1.0, 1.25, 3.0]], dtype=torch.float32)
+    run, own = lif_on(backend, reset=reset), (torch.tensor([0.9]), torch.tensor([1.0]))
+    results = gradients(run, current, *own, torch.ones(1, 5))
+    slope = 1 / (1 + (math.pi * (current - 1)) ** 2)
+    assert results["spikes"].tolist() == [[0, 0, 0, 1, 1]]
+    torch.testing.assert_close(results["current.grad"], slope)
+    torch.testing.assert_close(results["threshold.grad"], -slope.sum(1))
+    assert results["beta.grad"].tolist() == [0]
+
+
+def check_gradients_alone(run, tensors, grad_spikes) -> None:
+    """Those of some of ``tensors`` are the same as those of all."""
+    every = gradients(run, *tensors, grad_spikes)
+    for needed in ((0,), (1,), (2,), (0, 2), (1, 2)):
+        leaves = [tensor.clone().requires_grad_(number in needed) for number, tensor in enumerate(tensors)]
+        (run(*leaves) * grad_spikes.float()).sum().backward()
+        for number, (leaf, name) in enumerate(zip(leaves, GRADIENTS, strict=True)):
+            assert torch.equal(leaf.grad, every[name]) if number in needed else leaf.grad is None, (name, needed)
 
 
 def clear_of_threshold(current, beta, threshold, reset: str, by: float = 1e-4) -> torch.Tensor:

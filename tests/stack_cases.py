@@ -5,15 +5,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from helpers import (
-    MaskCase,
-    device_of,
-    lif_by_autograd,
-    lif_layer,
-    packed_randn,
-    rms,
-    seeded,
-)
+from helpers import MaskCase, device_of, lif_by_autograd, lif_layer, packed_randn, rms, seeded
 
 from g2g_kernels import SpikingLayer, g2g_stack
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -151,6 +143,21 @@ def results(counts, rates, spikes, leaves) -> dict[str, torch.Tensor]:
     named |= {f"spikes{k}": spike for k, spike in enumerate(spikes)}
     named |= {f"{name}.grad": leaf.grad for name, leaf in leaves.items()}
     return {name: tensor.cpu() for name, tensor in named.items()}
+
+
+def check_one_output(cases, used: str, backend: str) -> None:
+    """Gradients of a loss on the counts only, or on one layer's rates only; behind that layer there are none."""
+    stack, gradients = clear_stack(cases, T), []
+    for dtype, name in ((torch.float64, "torch"), (torch.float32, backend)):
+        leaves = stack.leaves(dtype, device_of(name))
+        activity = g2g_stack(leaves["x"], stack.layers(leaves), T, backend=name)
+        output = activity.counts if used == "counts" else activity.rates[int(used[-1])]
+        (output * torch.randn(output.shape, generator=seeded(3)).to(output)).sum().backward()
+        gradients.append({n: torch.zeros(of.shape) if of.grad is None else of.grad.cpu() for n, of in leaves.items()})
+    assert rms(gradients[0]["x"]) > 0
+    for name, expected in gradients[0].items():
+        # float32 rounding through three layers
+        assert rms(gradients[1][name] - expected) <= 1e-4 * rms(expected), name
 
 
 def clear_of_thresholds(stack: Stack, reset: str, edge: float = 0.0) -> bool:

@@ -1,12 +1,10 @@
 """Triton's interpreter without work that comes to nothing: the same values in less than a quarter of the time.
 
-It looks through the language's modules anew at every call of a device function, builds a table for every cast, a type
-for every operand and a shape for every result, and computes whether each integer operation overflows only to drop the
-answer (device assertions are off). Above all it goes through ten functions for each addition of two arrays.
+It looks through the modules of the language anew at every call of a device function and makes a shape for every result.
+Above all it goes through ten functions for each addition of two arrays.
 """
 
 import contextlib
-import dataclasses
 import functools
 import inspect
 from collections.abc import Iterator
@@ -33,33 +31,10 @@ def quicken() -> None:
              "interpreter_builder", "interpreter_semantic")  # fmt: skip
     if not all(hasattr(interpreter, name) for name in names) or interpreter.interpreter_builder.options.debug:
         return
-    _drop_unused_overflow_checks()
-    _look_up_number_formats()
     _patch_the_language_once_a_launch()
-    _broadcast_only_what_differs()
     _make_shapes_once()
     _compute_at_once()
     _find_builtins_once()
-
-
-def _drop_unused_overflow_checks() -> None:
-    builder = interpreter.interpreter_builder
-    if hasattr(builder.options, "sanitize_overflow"):
-        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-
-
-def _look_up_number_formats() -> None:
-    by_name: dict = {}
-    original = interpreter._get_np_dtype
-
-    @functools.wraps(original)
-    def look_up(dtype):
-        name = dtype.scalar.name
-        if name not in by_name:
-            by_name[name] = original(dtype)
-        return by_name[name]
-
-    interpreter._get_np_dtype = look_up
 
 
 def _patch_the_language_once_a_launch() -> None:
@@ -81,29 +56,6 @@ def _patch_the_language_once_a_launch() -> None:
 
     interpreter._patch_lang = patch_once
     interpreter.GridExecutor.__call__ = launch_afresh
-
-
-def _broadcast_only_what_differs() -> None:
-    """Operands of one shape stay as they are; types of blocks, which are costly to make, are made once."""
-    semantic, block = type(interpreter.interpreter_semantic), interpreter.tl.core.block_type
-    broadcast, with_element = semantic.broadcast_impl_value, block.with_element_ty
-    made: dict = {}
-
-    @functools.wraps(broadcast)
-    def broadcast_if_needed(self, left, right):
-        if left.type.is_block() and right.type.is_block() and [*left.type.shape] == [*right.type.shape]:
-            return left, right
-        return broadcast(self, left, right)
-
-    @functools.wraps(with_element)
-    def with_element_once(self, element):
-        key = self.name, element.name
-        if key not in made:
-            made[key] = with_element(self, element)
-        return made[key]
-
-    semantic.broadcast_impl_value = broadcast_if_needed
-    block.with_element_ty = with_element_once
 
 
 def _make_shapes_once() -> None:

@@ -17,9 +17,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from g2g_kernels import BlockMask
-from g2gnet import LIF, G2GLinear
+from g2gnet import G2GLinear
 
-from ..contender import Kept, LinearContender, NetworkContender, keep
+from ..contender import LayerByLayer, LinearContender, NetworkContender
 from ..reference import Results
 from ..workload import Prepared
 
@@ -96,38 +96,15 @@ def _check(device: torch.device, precision: str) -> None:
         raise ValueError("PyTorch's block-sparse product on a CPU is in float32 only")
 
 
-class _Network(nn.Module):
-    def __init__(self, prepared: Prepared) -> None:
-        super().__init__()
-        self.steps = prepared.workload.T
-        for number, (connection, neurons) in enumerate(prepared.network().layers(), 1):
-            self.add_module(f"fc{number}", _block_sparse(connection))
-            self.add_module(f"lif{number}", neurons)
-
-    fc1: nn.Module
-    fc2: nn.Module
-    fc3: nn.Module
-    lif1: LIF
-    lif2: LIF
-    lif3: LIF
-
-    def forward(self, images: torch.Tensor, kept: Kept | None = None) -> torch.Tensor:
-        x = keep(self.lif1(self.fc1(images), steps=self.steps), kept, 0)
-        x = keep(self.lif2(self.fc2(x)), kept, 1)
-        return keep(self.lif3(self.fc3(x)), kept, 2).sum(0, dtype=torch.float32)
-
-
 class BlockSparseLIF(NetworkContender):
     """The network over all time steps at once, with block-sparse products."""
-
-    net: _Network
 
     def __init__(self, prepared: Prepared, device: torch.device, precision: str) -> None:
         _check(device, precision)
         super().__init__(prepared, device, precision)
 
     def build(self, prepared: Prepared) -> nn.Module:
-        return _Network(prepared)
+        return LayerByLayer(prepared, _block_sparse)
 
     def gradients(self) -> Results:
         gradients = super().gradients()

@@ -6,12 +6,8 @@ nothing.) The graph grows with T and takes a minute or so to compile at the firs
 part of the time but shown beside it.
 """
 
-import torch
-from torch import nn
-
-from ..contender import NetworkContender
-from ..workload import Prepared
-from .snntorch_loop import Loop
+from ..contender import CompiledContender
+from . import snntorch_loop
 
 PEERS = (
     ("compiled-masked", "MaskedLoop", ("step", "forward")),
@@ -20,26 +16,9 @@ PEERS = (
 NEEDS = ("snntorch", "a C++ compiler")
 
 
-class _Compiled(NetworkContender):
-    apart = True  # compiled once more to keep spikes: eagerly a GPU would round otherwise
-
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str, compiler: str = "inductor") -> None:
-        super().__init__(prepared, device, precision)
-        self.net.compile(fullgraph=True, backend=compiler)
-
-
-class DenseLoop(_Compiled):
-    """The loop with dense weights: those outside the mask start at zero and are trained like the rest."""
-
-    masked = False
-    differs = "computes and trains the absent weights too"
-
-    def build(self, prepared: Prepared) -> nn.Module:
-        return Loop(prepared, masked=False)
-
-
-class MaskedLoop(_Compiled):
+class MaskedLoop(CompiledContender, snntorch_loop.MaskedLoop):
     """The loop with dense weights times a mask."""
 
-    def build(self, prepared: Prepared) -> nn.Module:
-        return Loop(prepared, masked=True)
+
+class DenseLoop(CompiledContender, snntorch_loop.DenseLoop):
+    """The loop with dense weights."""

@@ -5,7 +5,7 @@ from torch import nn
 
 from g2gnet import G2GLinear
 
-from ..contender import LinearContender, MaskedLinear, dense_linear, masked_linear
+from ..contender import LinearContender, dense_linear, masked_linear
 
 PEERS = (
     ("masked", "Masked", ("linear", "linear-dense")),
@@ -13,25 +13,10 @@ PEERS = (
 )
 
 
-class Dense(LinearContender):
-    """The dense layer: weights outside the mask are zero and receive gradients like the rest."""
-
-    masked = False
-    differs = "computes gradients of the absent weights too"
-    layer: nn.Linear
-
-    def build(self, connection: G2GLinear) -> nn.Module:
-        return dense_linear(connection)
-
-    def weight_gradient(self) -> torch.Tensor:
-        assert self.layer.weight.grad is not None
-        return self.layer.weight.grad
-
-
 class Masked(LinearContender):
     """The dense layer, its weight times a mask at every call."""
 
-    layer: MaskedLinear
+    layer: nn.Linear
 
     def build(self, connection: G2GLinear) -> nn.Module:
         return masked_linear(connection)
@@ -39,3 +24,13 @@ class Masked(LinearContender):
     def weight_gradient(self) -> torch.Tensor:
         assert self.layer.weight.grad is not None
         return self.layer.weight.grad
+
+
+class Dense(Masked):
+    """The dense layer: weights outside the mask are zero and receive gradients like the rest."""
+
+    masked = False
+    differs = "computes gradients of the absent weights too"
+
+    def build(self, connection: G2GLinear) -> nn.Module:
+        return dense_linear(connection)

@@ -79,21 +79,18 @@ class Loop(nn.Module):
         return counts
 
 
-class DenseLoop(NetworkContender):
-    """The loop with dense weights: those outside the mask start at zero and are trained like the rest."""
-
-    masked = False
-    differs = "computes and trains the absent weights too"
-
-    def build(self, prepared: Prepared) -> nn.Module:
-        return Loop(prepared, masked=False)
-
-
 class MaskedLoop(NetworkContender):
     """The loop with dense weights times a mask."""
 
     def build(self, prepared: Prepared) -> nn.Module:
-        return Loop(prepared, masked=True)
+        return Loop(prepared, self.masked)
+
+
+class DenseLoop(MaskedLoop):
+    """The loop with dense weights: those outside the mask start at zero and are trained like the rest."""
+
+    masked = False
+    differs = "computes and trains the absent weights too"
 
 
 class Neurons(NeuronContender):

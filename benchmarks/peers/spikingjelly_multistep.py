@@ -74,43 +74,6 @@ class _MultiStepLIF(nn.Module):
         return spikes
 
 
-class _Network(nn.Module):
-    fc1: nn.Linear
-    fc2: nn.Linear
-    fc3: nn.Linear
-    lif1: _MultiStepLIF
-    lif2: _MultiStepLIF
-    lif3: _MultiStepLIF
-
-    def __init__(self, prepared: Prepared) -> None:
-        super().__init__()
-        self.steps = prepared.workload.T
-        for number, (connection, neurons) in enumerate(prepared.network("torch").layers(), 1):
-            beta, threshold = (value.item() for value in neurons.by_name.values())
-            self.add_module(f"fc{number}", dense_linear(connection, layer.Linear, step_mode="m"))
-            self.add_module(f"lif{number}", _MultiStepLIF(beta, threshold))
-
-    def forward(self, images: torch.Tensor, kept: Kept | None = None) -> torch.Tensor:
-        x = self.fc1(images).expand(self.steps, -1, -1)
-        x = keep(self.lif1(x), kept, 0)
-        x = keep(self.lif2(self.fc2(x)), kept, 1)
-        return keep(self.lif3(self.fc3(x)), kept, 2).sum(0)
-
-
-class MultiStep(NetworkContender):
-    """The network with dense weights: those outside the mask start at zero and are trained like the rest."""
-
-    reset = "before decay"
-    masked = False
-    omits = LIF_GRADIENTS
-    differs = (
-        "resets before the decay and is checked against that; no gradients of β and θ; trains the absent weights too"
-    )
-
-    def build(self, prepared: Prepared) -> nn.Module:
-        return _Network(prepared)
-
-
 def _container(connection: G2GLinear, recurrent: G2GLinear, beta: float, threshold: float) -> nn.Module:
     """A recurrent layer, [T, B, in] → spikes [T, B, out]."""
     neurons = neuron.LIFNode(
@@ -131,43 +94,47 @@ def _container(connection: G2GLinear, recurrent: G2GLinear, beta: float, thresho
     return container
 
 
-class _RecurrentNetwork(nn.Module):
-    lif1: nn.Module
-    lif2: nn.Module
-    fc3: nn.Linear
-    lif3: _MultiStepLIF
-
+class _Network(nn.Module):
     def __init__(self, prepared: Prepared) -> None:
         super().__init__()
         self.steps = prepared.workload.T
         net = prepared.network("torch")
-        for number, ((connection, neurons), recurrent) in enumerate(
-            zip(net.layers(), net.recurrents(), strict=True), 1
-        ):
+        for number, ((connection, neurons), joined) in enumerate(zip(net.layers(), net.recurrents(), strict=True), 1):
             beta, threshold = (value.item() for value in neurons.by_name.values())
-            if recurrent is not None:
-                self.add_module(f"lif{number}", _container(connection, recurrent, beta, threshold))
-                continue
-            self.add_module(f"fc{number}", dense_linear(connection, layer.Linear, step_mode="m"))
-            self.add_module(f"lif{number}", _MultiStepLIF(beta, threshold))
+            if joined is None:
+                self.add_module(f"fc{number}", dense_linear(connection, layer.Linear, step_mode="m"))
+                self.add_module(f"lif{number}", _MultiStepLIF(beta, threshold))
+            else:
+                self.add_module(f"lif{number}", _container(connection, joined, beta, threshold))
 
     def forward(self, images: torch.Tensor, kept: Kept | None = None) -> torch.Tensor:
         functional.reset_net(self)
-        x = keep(self.lif1(images.expand(self.steps, -1, -1)), kept, 0)
-        x = keep(self.lif2(x), kept, 1)
-        return keep(self.lif3(self.fc3(x)), kept, 2).sum(0)
+        x, number = images, 0
+        for name, part in self.named_children():
+            if name == "lif1":  # fc1, if there is one, has the same input at every step
+                x = x.expand(self.steps, -1, -1)
+            x = part(x)
+            if name.startswith("lif"):
+                x, number = keep(x, kept, number), number + 1
+        return x.sum(0)
 
 
-class Recurrent(NetworkContender):
-    """The recurrent network with dense weights: those outside the mask start at zero and are trained like the rest."""
+class MultiStep(NetworkContender):
+    """The network with dense weights: those outside the mask start at zero and are trained like the rest."""
 
     reset = "before decay"
     masked = False
     omits = LIF_GRADIENTS
-    differs = MultiStep.differs
+    differs = (
+        "resets before the decay and is checked against that; no gradients of β and θ; trains the absent weights too"
+    )
 
     def build(self, prepared: Prepared) -> nn.Module:
-        return _RecurrentNetwork(prepared)
+        return _Network(prepared)
+
+
+class Recurrent(MultiStep):
+    """The recurrent network with dense weights."""
 
     def gradients(self) -> Results:
         gradients = super().gradients()

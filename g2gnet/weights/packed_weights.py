@@ -132,28 +132,24 @@ class PackedWeights(nn.Module):
         before, values, gradient = copy.deepcopy(self.mask), self.values.data, self.values.grad
         wiring, fewer = self.mask.own_wiring, values[kept]
         self.mask.keep_(kept)
-        self._hold(fewer, None if gradient is None else gradient[kept])
+        self.write_(fewer, None if gradient is None else gradient[kept])
 
         def undo() -> None:
             self.mask.replace_by_(before, wiring)
-            self._hold(values, gradient)
+            self.write_(values, gradient)
 
         return undo
 
     def write_(self, values: torch.Tensor, gradient: torch.Tensor | None = None) -> None:
         """Writes weights, of any number of units, and their gradient; in place if the shape stays."""
-        if self.values.shape != values.shape:
-            return self._hold(values, gradient)
-        self.values.data.copy_(values)
-        self.values.grad = gradient
-
-    def _hold(self, values: torch.Tensor, gradient: torch.Tensor | None = None) -> None:
-        """Makes ``values``, of any number of units, the data of the same parameter, and ``gradient`` its gradient."""
-        self.values.grad = None
-        # a graph that someone keeps has the node that accumulates gradients of the old shape; PyTorch makes another one
-        # only for another dtype
-        self.values.data = values.new_empty(0, dtype=torch.float if values.dtype == torch.half else torch.half)
-        self.values.data = values
+        if self.values.shape == values.shape:
+            self.values.data.copy_(values)
+        else:
+            self.values.grad = None
+            # a graph that someone keeps has the node that accumulates gradients of the old shape; PyTorch makes another
+            # one only for another dtype
+            self.values.data = values.new_empty(0, dtype=torch.float if values.dtype == torch.half else torch.half)
+            self.values.data = values
         self.values.grad = gradient
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedWeights":
@@ -206,7 +202,7 @@ class PackedWeights(nn.Module):
             elif not self.values.is_meta:
                 mine.become_(mask.to(mine.unit_row.device))
             if self.values.shape != values.shape:
-                self._hold(self.values.new_zeros(values.shape))
+                self.write_(self.values.new_zeros(values.shape))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
         missing_keys += [name for name in missing if name != key or not given]
         if mask is not None:

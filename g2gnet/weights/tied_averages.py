@@ -22,29 +22,6 @@ logger = logging.getLogger("g2gnet")
 WRAPPERS = {"module", "_orig_mod"}
 
 
-class Tie:
-    """What holds between a network and an average of it, until it ends."""
-
-    def __init__(self) -> None:
-        self.ended = False
-        self._averages: weakref.WeakSet[PackedWeights] = weakref.WeakSet()
-
-    def join(self, source: "PackedWeights", average: "PackedWeights") -> None:
-        """Ties one more layer."""
-        self._averages.add(average)
-        source.kin.averages.add(average)
-        average.kin.declared, average.kin.tie = True, (self, weakref.ref(source))
-
-    def end(self, why: str | None = None) -> None:
-        """Ends it for all its layers, with a warning if there is a reason."""
-        if not self.ended:
-            for average in list(self._averages):
-                average.settle()  # from now on its buffer is read, whatever was averaged there
-            self.ended = True
-            if why is not None:
-                logger.warning("an average is no longer rewired with its network: %s; call tie_wiring again", why)
-
-
 class Kin:
     """The layers that a layer has to do with: its averages, the layer that it is an average of, and its copies."""
 
@@ -53,17 +30,23 @@ class Kin:
         self.copies: weakref.WeakSet[PackedWeights] = weakref.WeakSet()
         #: of a copy: whether someone said what it is
         self.declared = False
-        #: the tie that makes the layer an average, and of which
-        self.tie: tuple[Tie, weakref.ref[PackedWeights]] | None = None
+        #: of an average: the layer that it is one of, and all averages whose tie ends with its own
+        self.tie: tuple[weakref.ref[PackedWeights], weakref.WeakSet[PackedWeights]] | None = None
 
     @property
     def source(self) -> "PackedWeights | None":
         """The layer that this one is an average of."""
-        return None if self.tie is None or self.tie[0].ended else self.tie[1]()
+        return None if self.tie is None else self.tie[0]()
 
     def end_tie(self, why: str | None = None) -> None:
-        if self.tie is not None:
-            self.tie[0].end(why)
+        """Ends the tie of two networks, in all layers, with a warning if there is a reason."""
+        averages = [] if self.tie is None else list(self.tie[1])
+        for average in averages:
+            average.settle()  # from now on its buffer is read, whatever was averaged there
+        for average in averages:
+            average.kin.tie = None
+        if averages and why is not None:
+            logger.warning("an average is no longer rewired with its network: %s; call tie_wiring again", why)
 
 
 def averages_of(layer: "PackedWeights") -> "Iterator[PackedWeights]":
@@ -228,11 +211,13 @@ def tie_wiring(source: nn.Module, average: nn.Module) -> None:
             if above is mine:
                 raise ValueError("the source is tied to this average; untie_wiring(source) first")
             above = above.kin.source
-    tie = Tie()
+    tied: weakref.WeakSet[PackedWeights] = weakref.WeakSet()
     for theirs, mine in pairs:
         mine.kin.end_tie()
         take_wiring(theirs, mine)
-        tie.join(theirs, mine)
+        tied.add(mine)
+        theirs.kin.averages.add(mine)
+        mine.kin.declared, mine.kin.tie = True, (weakref.ref(theirs), tied)
         rewire_averages(mine)
 
 

@@ -10,25 +10,13 @@ from benchmarks.registry import COMPACT
 from benchmarks.report import curve_title, fit, line, text
 
 MACHINE = {
-    "cpu": "a processor",
-    "cpu_capability": "AVX512",
-    "threads": 2,
-    "gpu": None,
+    "cpu": "a processor", "cpu_capability": "AVX512", "threads": 2, "gpu": None, "versions": {"torch": "2.13.0"},
     "date": "2026-01-02T03:04:05+00:00",
-    "versions": {"torch": "2.13.0"},
-}
+}  # fmt: skip
 WORKLOAD = {
-    "model": "index",
-    "batch_size": 8,
-    "T": 3,
-    "hidden_dim": 16,
-    "p_inter": 0.15,
-    "block_size": 64,
-    "density": 0.25,
-    "dataset": "fashionmnist",
-    "train_steps": 1,
-    "flop": 4_000_000,
-}
+    "model": "index", "batch_size": 8, "T": 3, "hidden_dim": 16, "p_inter": 0.15, "block_size": 64, "density": 0.25,
+    "dataset": "fashionmnist", "train_steps": 1, "flop": 4_000_000,
+}  # fmt: skip
 
 
 def timed(contender: str, median: float, place: int = 0) -> dict:
@@ -37,12 +25,8 @@ def timed(contender: str, median: float, place: int = 0) -> dict:
     return {**about, "median": median, "peak_bytes": 7_000_000, **spread}
 
 
-STEP = {
-    "benchmark": "throughput",
-    "kernel": "step",
-    "quantity": None,
-    "x_is": None,
-    "baseline": "snntorch-masked",
+STEP = dict(benchmark="throughput", kernel="step", quantity=None, x_is=None, baseline="snntorch-masked")
+STEP |= {
     "machine": MACHINE,
     "workloads": [{**WORKLOAD, "x": None, "floor_seconds": 0.001}],
     "runs": [

@@ -20,7 +20,7 @@ from benchmarks import chunks, cli, records, reference, report, throughput
 from benchmarks.contender import Contender
 from benchmarks.correctness import Judge, Verdict, error
 from benchmarks.floor import floor_seconds, work
-from benchmarks.harness import Job, Outcome, measure
+from benchmarks.harness import Job, Outcome, measure, turns
 from benchmarks.machine import PeakMemory, describe
 from benchmarks.ours import Network
 from benchmarks.registry import KERNELS, Entry, choose, declared_peers, entries
@@ -493,6 +493,13 @@ def test_the_table_names_everyone_without_a_time(outcomes):
     assert "absent: skipped: absent is not installed (pip install absent)" in table
     assert "wrong: wrong: lif1.threshold is off by" in table
     assert "unable: refused: RuntimeError: there is no such instruction here" in table
+
+
+def test_each_round_is_begun_by_the_next_one():
+    rounds = [""] * 4
+    for number, _, racer in turns("abc", 4):
+        rounds[number] += racer
+    assert rounds == ["abc", "bca", "cab", "abc"]
 
 
 def test_peak_memory_is_counted_from_here():

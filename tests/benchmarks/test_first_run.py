@@ -59,17 +59,8 @@ def test_every_stage_is_a_program_that_takes_its_flags(device, monkeypatch):
             arguments = known[name].parse_args(stage.command[1:])
             if name == "throughput":
                 assert choose(getattr(arguments, "kernel", "step"), arguments.contenders)
-    assert {
-        "doctor",
-        "step",
-        "kernels",
-        "lif",
-        "dst",
-        "step-units-1",
-        "scaling-B-bf16",
-        "fused-bf16",
-        "processes",
-    } <= seen
+    few = {"doctor", "step", "kernels", "lif", "dst", "step-units-1", "scaling-B-bf16", "fused-bf16", "processes"}
+    assert few <= seen
 
 
 def test_one_card_needs_no_processes(monkeypatch):
@@ -90,19 +81,25 @@ def test_everything_that_is_predicted_is_measured_by_a_stage():
             assert row["decides"] in RECORD["next"]
 
 
-def run(capsys, *flags: str) -> tuple[int, str]:
-    status = first_run.main(["--device", "cpu", "--folder", "run", *flags])
-    written = capsys.readouterr()
-    return status, written.out + written.err
-
-
-def test_a_run_is_interrupted_and_resumed(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs stages of the program above."""
     (tmp_path / "program.py").write_text(PROGRAM)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    def run_stages(*flags: str) -> tuple[int, str]:
+        status = first_run.main(["--device", "cpu", "--folder", "run", *flags])
+        written = capsys.readouterr()
+        return status, written.out + written.err
+
+    return run_stages
+
+
+def test_a_run_is_interrupted_and_resumed(tmp_path, monkeypatch, run):
     names = ["first", "failing", "stopped", "last"]
     monkeypatch.setattr(first_run, "stages", lambda device: (Stage(name, ("program", name)) for name in names))
-    status, said = run(capsys)
+    status, said = run()
     assert status == 130
     assert "interrupted; run the same command again to resume with the remaining stages" in said
     assert not (tmp_path / "run/stopped.json").exists()
@@ -112,23 +109,20 @@ def test_a_run_is_interrupted_and_resumed(tmp_path, monkeypatch, capsys):
     assert "a reason \\| in words |" in page
     assert "| stopped | to come |" in page
     assert "| first | first | – | – | 2 ms | – |" in page
-    status, said = run(capsys)
+    status, said = run()
     assert status == 0
     assert "first: already done" in said
     # done once; failed twice; stopped, then done; done once
     assert (tmp_path / "log").read_text().split() == ["first", "failing", "stopped", "failing", "stopped", "last"]
     assert "| stopped | done |" in (tmp_path / "run/first-run.md").read_text()
     monkeypatch.setattr(first_run, "stages", lambda device: (Stage("first", ("program", "other")) for _ in "1"))
-    run(capsys)  # another command is another stage
+    run()  # another command is another stage
     assert (tmp_path / "log").read_text().split()[-1] == "other"
 
 
-def test_a_stage_that_takes_too_long_is_stopped_and_the_next_one_runs(tmp_path, monkeypatch, capsys):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+def test_a_stage_that_takes_too_long_is_stopped_and_the_next_one_runs(monkeypatch, run):
     monkeypatch.setattr(first_run, "stages", lambda device: (Stage("slow", ("program", "slow")) for _ in "1"))
-    status, said = run(capsys, "--limit", "1")
+    status, said = run("--limit", "1")
     assert status == 0
     assert "slow: took too long" in said
 
@@ -248,11 +242,6 @@ def test_a_step_without_a_graph_takes_what_the_host_takes():
     """As :mod:`benchmarks.host_time` has measured it, and Triton's launcher for each kernel of ours."""
     tiny = [Operation("forward", "add", {"x": torch.empty(1)}, 0)] * 100
     alone, graph = (predictions.Work("step", "ours", tiny, "bf16", graph=graph).row("h100") for graph in (False, True))
-    assert (alone["decides"], alone["predicted"]) == (
-        "the host",
-        pytest.approx(predictions.HOST["step"]["least"], rel=1e-2),
-    )
-    assert (graph["decides"], graph["predicted"]) == (
-        "PyTorch's other operations",
-        pytest.approx(100 * 2e-6 + 15e-6, rel=1e-2),
-    )
+    assert (alone["decides"], graph["decides"]) == ("the host", "PyTorch's other operations")
+    assert alone["predicted"] == pytest.approx(predictions.HOST["step"]["least"], rel=1e-2)
+    assert graph["predicted"] == pytest.approx(100 * 2e-6 + 15e-6, rel=1e-2)

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers import seeded
 from scipy import stats
 from training_runs import assert_equal
 
@@ -120,19 +121,8 @@ def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkey
     monkeypatch.setattr(study, "step_costs", lambda *_: {"step_bytes": 3_000_000, "step_seconds": 0.0123})
     rows = ["rows, recurrent, 25 %", "rows, GRU"]
     file = tmp_path / "record.jsonl"
-    arguments = [
-        "sequence",
-        "--runs",
-        str(tmp_path),
-        "--seeds",
-        "1",
-        "--epochs",
-        "1",
-        "--json",
-        str(file),
-        "--rows",
-        *rows,
-    ]
+    arguments = ["sequence", "--runs", str(tmp_path), "--seeds", "1", "--epochs", "1", "--json", str(file)]
+    arguments += ["--rows", *rows]
     assert study.main(arguments) == 0
     network, yardstick = records.read(file)["runs"]
     assert [network["row"], yardstick["row"]] == rows
@@ -248,7 +238,7 @@ def test_a_trainer_of_a_studys_own_resumes_with_the_same_weights(tmp_path, monke
 
 
 def test_deep_r_replaces_weights_that_cross_zero():
-    draw = torch.Generator().manual_seed(0)
+    draw = seeded(0)
     mask = BlockMask.sample(GroupLayout(40), GroupLayout(56), p_inter=0.1, block_size=1, generator=draw)
     layer = G2GLinear(mask, bias=False, generator=draw)
     optimizer = torch.optim.Adam([layer.values], lr=0.05)
@@ -279,13 +269,10 @@ def test_deep_r_replaces_weights_that_cross_zero():
 
 
 def test_a_conventional_network_is_a_perceptron_with_the_masks():
-    net = relu.ReLUNet(784, 64, 10, block_size=16, dropout=0.5, generator=torch.Generator().manual_seed(0))
+    net = relu.ReLUNet(784, 64, 10, block_size=16, dropout=0.5, generator=seeded(0))
     x = torch.rand(40, 784)
     dropped = net.drop(40)
-    dense = [
-        (connection.dense_weight().detach().double(), connection.bias.detach().double())
-        for connection, _ in net.layers()
-    ]
+    dense = [(each.dense_weight().detach().double(), each.bias.detach().double()) for each, _ in net.layers()]
     for training in (False, True):
         net.train(training)
         activity = net.simulate(x, dropped=dropped)
@@ -313,12 +300,11 @@ def test_networks_of_few_weights_have_no_more_and_hardly_fewer(weights, tmp_path
     assert of_dense(width) <= weights < of_dense(width + 1)
     for way in ("units of 1", "units of 1, ERK"):
         settings = study.run_of(STUDIES["few"], f"{weights:,} weights, H 512, {way}", 1, 1, tmp_path).settings
-        net = G2GNet.from_settings(settings, 28 * 28, 10, generator=torch.Generator().manual_seed(1))
+        net = G2GNet.from_settings(settings, 28 * 28, 10, generator=seeded(1))
         found = sum(connection.mask.num_weights for connection in net.connections().values())
         assert 0.985 * weights < found <= weights, way
-    settings = study.run_of(
-        STUDIES["few"], f"{weights:,} weights, H 1024, units of 1, gradual", 1, 1, tmp_path
-    ).settings
+    row = f"{weights:,} weights, H 1024, units of 1, gradual"
+    settings = study.run_of(STUDIES["few"], row, 1, 1, tmp_path).settings
     assert 0.99 * weights < settings.final_density * of_dense(1024) <= weights
 
 

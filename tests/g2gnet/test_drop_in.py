@@ -8,7 +8,7 @@ import pickle
 import pytest
 import snntorch
 import torch
-from helpers import backends_of, compiles_whole, seeded
+from helpers import backends_of, compiles_whole, saved_and_read, seeded
 from networks import small_net
 from torch import nn
 
@@ -68,30 +68,6 @@ def test_steps_without_gradients_and_in_half_precision_give_the_same_spikes():
         assert torch.equal(torch.stack(spikes), neurons(current.to(dtype)))
 
 
-@pytest.mark.parametrize("backend", STACK_BACKENDS)
-@pytest.mark.parametrize(("reset", "neuron"), [("subtract", "lif"), ("zero", "lif"), ("subtract", "synaptic")])
-def test_steps_of_a_network_equal_the_run_over_all_steps(backend, reset, neuron):
-    net = small_net(backend=backend, reset=reset, neuron=neuron, per_neuron=True)
-    x = torch.rand(6, 5, 30, generator=seeded(1)) * 3
-    whole = net.simulate(x)
-    whole.counts.square().sum().backward()
-    expected = {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
-    net.zero_grad()
-
-    state, trains = None, []
-    for x_t in x:
-        spikes, state = net.step(x_t, state)
-        trains.append(spikes)
-    assert torch.equal(torch.stack(trains), whole.spikes[-1].dense())
-    assert torch.stack(trains).sum() > 0
-    membranes = state if neuron == "lif" else [layer[-1] for layer in state]
-    assert [membrane.shape[-1] for membrane in membranes] == [40, 40, 10]
-    torch.stack(trains).sum(0).square().sum().backward()
-    for name, parameter in net.named_parameters():
-        # float32 sums in two orders, through 6 steps and 3 layers
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-3)
-
-
 def test_wrong_states_are_named():
     with pytest.raises(ValueError, match=r"membrane has shape \(4, 7\), the current \(3, 7\); give None"):
         LIF().step(torch.rand(3, 7), torch.zeros(4, 7))
@@ -143,15 +119,6 @@ def test_beside_snntorchs_neurons_step_by_step(ours, theirs):
     assert fired > 0
 
 
-def test_a_stack_of_any_depth():
-    layers = [(small_layer(40, 30), LIF()), (small_layer(16, 40), LIF(neurons=16))]
-    stack = SpikingStack(layers, T=4)
-    assert [name for name, _ in stack.named_children()] == ["fc1", "lif1", "fc2", "lif2"]
-    spikes = nn.Sequential(*(module for pair in layers for module in pair))(SAMPLES.expand(4, 5, 30))
-    assert torch.equal(stack(SAMPLES), spikes.sum(0))
-    assert spikes.sum() > 0
-
-
 def test_stacks_that_cannot_be_are_named():
     pair = (small_layer(), LIF())
     with pytest.raises(ValueError, match="fc2 has 30 inputs, but lif1 has 40 neurons for fc1"):
@@ -196,25 +163,15 @@ def test_layers_of_any_kind_in_one_stack(backend):
 # --- copied, cast, frozen, compiled, exported ---------------------------------------------------------------------
 
 
-def through_torch_save(net):
-    file = io.BytesIO()
-    torch.save(net, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def through_state_dict(net):
-    file = io.BytesIO()
-    torch.save(net.state_dict(), file)
-    file.seek(0)
+def through_state(net):
     other = G2GNet(30, 40, 10, "random", block_size=4, T=6, p_inter=0.5)
-    other.load_state_dict(torch.load(file, weights_only=True))
+    other.load_state_dict(saved_and_read(net.state_dict()))
     return other
 
 
 @pytest.mark.parametrize(
     "duplicate",
-    [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), through_torch_save, through_state_dict],
+    [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), lambda net: saved_and_read(net, False), through_state],
     ids=["deepcopy", "pickle", "torch.save", "state_dict"],
 )
 def test_duplicates_of_a_network_in_use_are_equal_and_apart(duplicate):

@@ -108,7 +108,7 @@ def test_states_and_their_gradients_are_those_of_float64(backend, held):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_and_a_run_hand_on_the_same_state(backend):
-    stack, x = stack_of(backend), inputs_of(held=False).detach()
+    stack, x = stack_of(backend), inputs_of(held=False)
     whole = stack.simulate(x)
     by_steps, state = 0, None
     for t in range(4):
@@ -121,6 +121,8 @@ def test_a_step_and_a_run_hand_on_the_same_state(backend):
         counts = counts + spikes
     assert torch.equal(counts, whole.counts)
     torch.testing.assert_close(state, whole.state)
+    expected = gradients(stack, x, loss_of(whole.counts, [], whole.state))
+    close(gradients(stack, x, loss_of(counts, [], state)), expected)
 
 
 def test_a_detached_state_truncates_backpropagation():

@@ -19,6 +19,7 @@ from helpers import (
     packed_randn,
     row_with,
     units_of,
+    with_one,
     with_parameter,
 )
 from hypothesis import given, settings
@@ -57,19 +58,21 @@ class Command:
         return Path.touch, (self.path,)
 
 
-def changed(state, name, index, value):
-    tensor = state
-    for part in name.split("/"):
-        tensor = tensor[int(part) if part.isdigit() else part]
-    tensor = tensor.clone()
-    tensor[index] = value
-    return replaced(state, name, tensor)
+def put(name, value):
+    """Replaces an entry of a state by ``value``, or by what that makes of the entry."""
+
+    def change(state):
+        entry = state
+        for part in name.split("/"):
+            entry = entry[int(part) if part.isdigit() else part]
+        return replaced(state, name, value(entry) if callable(value) else value)
+
+    return change
 
 
-def rewired(state, **changes):
-    """The state with parts of the wiring of fc2 changed, and the right checksums."""
-    mask = BlockMask.from_state({"wiring": state["model"]["fc2.mask.wiring"]})
-    return replaced(state, "model/fc2.mask.wiring", row_with(mask, **changes))
+def wired(**changes):
+    """Replaces parts of the wiring of fc2, behind the right checksums."""
+    return put("model/fc2.mask.wiring", lambda row: row_with(BlockMask.from_state({"wiring": row}), **changes))
 
 
 def repacked(archive, change, compression=zipfile.ZIP_STORED):
@@ -89,106 +92,61 @@ def claiming_a_terabyte():
 
 huge = torch.zeros(1).expand(10**6, 10**3, 10**3)
 many = torch.zeros(1).expand(10**12)
-FIRST = torch.tensor([0])
+VALUES, WIRING, MOMENTS = "model/fc2.values", "model/fc2.mask.wiring", "optimizer/state/0"
+#: what is made of a state (bytes: the file itself), and what is said of it
 CRAFTED = {
-    "a command": (lambda state: saved({**state, "settings": Command(Path("ran"))}), "cannot be read"),
+    "a command": (lambda state: {**state, "settings": Command(Path("ran"))}, "cannot be read"),
     "a bare pickle": (lambda state: with_digest(pickle.dumps(Command(Path("ran")))), "cannot be read"),
     "a compressed archive": (
         lambda state: repacked(saved({**state, "zeros": torch.zeros(10**7)}), bytes, zipfile.ZIP_DEFLATED),
         "its records are compressed",
     ),
     "a terabyte claimed": (lambda state: claiming_a_terabyte(), "cannot be read"),
-    "weights of 10^12": (
-        lambda state: saved(replaced(state, "model/fc2.values", huge)),
-        r"model/fc2\.values has shape \(1000000, 1000, 1000\), but not as many values",
-    ),
-    "10^12 units": (lambda state: saved(replaced(state, "model/fc2.mask.wiring", many)), "fc2.mask.wiring has"),
+    "weights of 10^12": (put(VALUES, huge), r"values has shape \(1000000, 1000, 1000\), but not as many values"),
+    "10^12 units": (put(WIRING, many), "fc2.mask.wiring has"),
     "an index out of range": (
-        lambda state: saved(rewired(state, unit_row=lambda t: t.index_fill(0, FIRST, 10**6))),
-        r"fc2\.mask: unit_row must lie in 0 … 7, not 0 … 1000000",
+        wired(unit_row=with_one(0, 10**6)), r"fc2\.mask: unit_row must lie in 0 … 7, not 0 … 1000000",
     ),
-    "a negative index": (
-        lambda state: saved(rewired(state, unit_col=lambda t: t.index_fill(0, FIRST, -1))),
-        r"fc2\.mask: unit_col must lie in 0 … 7, not -1",
-    ),
+    "a negative index": (wired(unit_col=with_one(0, -1)), r"fc2\.mask: unit_col must lie in 0 … 7, not -1"),
     "units that overlap": (
-        lambda state: saved(rewired(state, unit_row=torch.zeros_like, unit_col=torch.zeros_like)),
-        "fc2.mask: the mask names a unit twice",
+        wired(unit_row=torch.zeros_like, unit_col=torch.zeros_like), "fc2.mask: the mask names a unit twice",
     ),
-    "a block size of 0": (
-        lambda state: saved(rewired(state, block_size=lambda size: 0)),
-        "block_size=0 must be a whole number from 1",
-    ),
-    "a number of the wiring changed": (
-        lambda state: saved(changed(state, "model/fc2.mask.wiring", 100, 3.0)),
-        "wiring and its checksum do not match",
-    ),
-    "NaN weights": (
-        lambda state: saved(changed(state, "model/fc2.values", (0, 0, 0), torch.nan)),
-        r"model/fc2\.values holds values that are not finite",
-    ),
-    "too few weights": (
-        lambda state: saved(replaced(state, "model/fc2.values", state["model"]["fc2.values"][1:].clone())),
-        r"size mismatch for fc2\.values",
-    ),
-    "complex weights": (
-        lambda state: saved(replaced(state, "model/fc2.values", state["model"]["fc2.values"].to(torch.complex64))),
-        r"fc2\.values is torch\.complex64, not torch\.float32",
-    ),
-    "whole weights": (
-        lambda state: saved(replaced(state, "model/fc2.values", state["model"]["fc2.values"].to(torch.int64))),
-        r"fc2\.values is torch\.int64, not torch\.float32",
-    ),
-    "half a decay": (
-        lambda state: saved(replaced(state, "model/lif1.beta", state["model"]["lif1.beta"].half())),
-        r"lif1\.beta is torch\.float16, not torch\.float32",
-    ),
-    "a wiring of halves": (
-        lambda state: saved(replaced(state, "model/fc2.mask.wiring", state["model"]["fc2.mask.wiring"].half())),
-        r"fc2\.mask\.wiring is torch\.float16",
-    ),
+    "a block size of 0": (wired(block_size=lambda size: 0), "block_size=0 must be a whole number from 1"),
+    "a number of the wiring changed": (put(WIRING, with_one(100, 3.0)), "wiring and its checksum do not match"),
+    "NaN weights": (put(VALUES, with_one((0, 0, 0), torch.nan)), r"fc2\.values holds values that are not finite"),
+    "too few weights": (put(VALUES, lambda values: values[1:].clone()), r"size mismatch for fc2\.values"),
+    "complex weights": (put(VALUES, torch.Tensor.cfloat), r"fc2\.values is torch\.complex64, not torch\.float32"),
+    "whole weights": (put(VALUES, torch.Tensor.long), r"fc2\.values is torch\.int64, not torch\.float32"),
+    "half a decay": (put("model/lif1.beta", torch.Tensor.half), r"lif1\.beta is torch\.float16, not torch\.float32"),
+    "a wiring of halves": (put(WIRING, torch.Tensor.half), r"fc2\.mask\.wiring is torch\.float16"),
     "a number for a setting's name": (
-        lambda state: saved({**state, "settings": {**state["settings"], 3: 1}}),
-        "is not a checkpoint of this version",
+        put("settings", lambda settings: {**settings, 3: 1}), "is not a checkpoint of this version",
     ),
     "None for a setting's name": (
-        lambda state: saved({**state, "settings": {**state["settings"], None: 1}}),
-        "settings has a key that is a NoneType",
+        put("settings", lambda settings: {**settings, None: 1}), "settings has a key that is a NoneType",
     ),
     "a loss beyond float32": (
-        lambda state: saved({**state, "history": [{**old, "train_loss": 1.7e308} for old in state["history"]]}),
+        put("history", lambda history: [{**old, "train_loss": 1.7e308} for old in history]),
         r"train_loss=1\.7e\+308 is not a number of at least 0",
     ),
     "moments of another shape": (
-        lambda state: saved(replaced(state, "optimizer/state/0/exp_avg", torch.zeros(3))),
-        r"optimizer state 0/exp_avg is torch.float32 \(3,\)",
+        put(f"{MOMENTS}/exp_avg", torch.zeros(3)), r"optimizer state 0/exp_avg is torch.float32 \(3,\)",
     ),
     "moments below 0": (
-        lambda state: saved(changed(state, "optimizer/state/0/exp_avg_sq", (0, 0, 0), -0.5)),
-        r"optimizer state 0/exp_avg_sq has -0\.5, which is below 0",
+        put(f"{MOMENTS}/exp_avg_sq", with_one((0, 0, 0), -0.5)), r"state 0/exp_avg_sq has -0\.5, which is below 0",
     ),
     "moments of a step below 0": (
-        lambda state: saved(replaced(state, "optimizer/state/0/step", torch.tensor(-5.0))),
-        "optimizer state 0/step is -5, after 12 steps",
+        put(f"{MOMENTS}/step", torch.tensor(-5.0)), "optimizer state 0/step is -5, after 12 steps",
     ),
-    "moments of another network": (
-        lambda state: saved(replaced(state, "optimizer/state", {})),
-        "the optimizer's state is of other parameters",
-    ),
-    "a step from nowhere": (
-        lambda state: saved({**state, "step": 10**12}),
-        "epoch=3 and step=1000000000000 are at odds",
-    ),
-    "a tensor for a step": (
-        lambda state: saved({**state, "epoch": torch.tensor(3)}),
-        r"epoch=tensor\(3\) is not a whole",
-    ),
-    "a history that is too short": (lambda state: saved({**state, "history": []}), "history does not hold one record"),
-    "another format": (lambda state: saved({**state, "format": 99}), "not a checkpoint of this version"),
-    "a list": (lambda state: saved([1, 2]), "not a checkpoint of this version"),
-    "no weights": (lambda state: saved({**state, "model": {}}), "does not fit"),
-    "no network": (lambda state: saved({k: v for k, v in state.items() if k != "model"}), "does not fit"),
-}
+    "moments of another network": (put("optimizer/state", {}), "the optimizer's state is of other parameters"),
+    "a step from nowhere": (put("step", 10**12), "epoch=3 and step=1000000000000 are at odds"),
+    "a tensor for a step": (put("epoch", torch.tensor(3)), r"epoch=tensor\(3\) is not a whole"),
+    "a history that is too short": (put("history", []), "history does not hold one record"),
+    "another format": (put("format", 99), "not a checkpoint of this version"),
+    "a list": (lambda state: [1, 2], "not a checkpoint of this version"),
+    "no weights": (put("model", {}), "does not fit"),
+    "no network": (lambda state: {k: v for k, v in state.items() if k != "model"}, "does not fit"),
+}  # fmt: skip
 
 PROGRAM = """
 import resource, sys, torch
@@ -218,7 +176,9 @@ def test_crafted_checkpoints_are_refused_for_a_reason_within_a_gigabyte(tmp_path
     state = load(files)
     for name, (craft, _) in CRAFTED.items():
         (tmp_path / "crafted" / name).mkdir(parents=True)
-        (tmp_path / "crafted" / name / files.checkpoint.name).write_bytes(craft(state))
+        content = craft(state)
+        content = content if isinstance(content, bytes) else saved(content)
+        (tmp_path / "crafted" / name / files.checkpoint.name).write_bytes(content)
     program = tmp_path / "program.py"
     program.write_text(PROGRAM.format(small=SMALL))
     done = processes.run(program, tmp_path / "crafted", output=tmp_path / "printed")

@@ -1,11 +1,10 @@
 """Networks of wide layers: no tensor of as many elements as dense weights is formed, whatever is done with them."""
 
 import copy
-import io
 
 import pytest
 import torch
-from helpers import Largest
+from helpers import Largest, saved_and_read
 
 from g2g_kernels import BlockMask, GroupLayout, available_backends
 from g2g_kernels.cpu import library
@@ -35,20 +34,9 @@ pytestmark = pytest.mark.skipif(available_backends() == ["torch"], reason="needs
 def test_training_rewiring_analysis_and_resuming_form_no_dense_weights(prune, grow, tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "BAND", 1)  # one block row of the gradient at a time
     data = load_dataset("fashionmnist-mini").limited(64, 32)
-    settings = TrainSettings(
-        **WIDE,
-        dataset="fashionmnist-mini",
-        limit_train=64,
-        limit_test=32,
-        batch_size=32,
-        surrogate="triangle",
-        sparsity_mode="dynamic",
-        dst_interval=1,
-        cp=prune,
-        cg=grow,
-        epochs=2,
-        standardize=True,
-    )
+    rewiring = {"sparsity_mode": "dynamic", "dst_interval": 1, "cp": prune, "cg": grow}
+    small = {"dataset": "fashionmnist-mini", "limit_train": 64, "limit_test": 32, "batch_size": 32, "epochs": 2}
+    settings = TrainSettings(**WIDE, **rewiring, **small, surrogate="triangle", standardize=True)
     machine = Machine(torch.device("cpu"))
 
     def stop(*_):
@@ -64,11 +52,8 @@ def test_training_rewiring_analysis_and_resuming_form_no_dense_weights(prune, gr
 
 def test_what_shows_and_keeps_a_network_forms_no_dense_weights():
     net = G2GNet(64, num_classes=10, **WIDE)
-    file = io.BytesIO()
     with Largest() as largest:
-        torch.save(net.state_dict(), file)
-        file.seek(0)
-        copy.deepcopy(net).load_state_dict(torch.load(file))
+        copy.deepcopy(net).load_state_dict(saved_and_read(net.state_dict()))
         for mask in (net.fc1.mask, net.fc2.mask):
             assert len(mask.to_string().splitlines()) == 64
             assert mask._repr_html_()

@@ -1,7 +1,6 @@
 """BlockMask: how its graph is drawn, what it says about itself, packed weights, relabelling and saving."""
 
 import copy
-import io
 import itertools
 import math
 import pickle
@@ -9,7 +8,17 @@ from fractions import Fraction
 
 import pytest
 import torch
-from helpers import MASK_CASES, MaskCase, dense_by_loop, neurons_of_units, packed_randn, row_with, seeded
+from helpers import (
+    MASK_CASES,
+    MaskCase,
+    dense_by_loop,
+    neurons_of_units,
+    packed_randn,
+    row_with,
+    saved_and_read,
+    seeded,
+    with_one,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -124,15 +133,6 @@ def test_units_stop_at_group_edges():
                 assert lengths[0] - lengths[-1] <= 1
 
 
-def test_784_inputs_in_8_groups_are_cut_into_equal_ranges():
-    for block_size, length, ranges in ((64, 49, 2), (32, 25, 4), (16, 14, 7), (1, 1, 98)):
-        axis = BlockMask.full(GroupLayout(8), GroupLayout(784), block_size).cols
-        lengths = axis.lengths.tolist()
-        assert len(lengths) == 8 * ranges
-        assert set(lengths) <= {length, length - 1}
-        assert sum(lengths) == 784
-
-
 @pytest.mark.parametrize("p_inter", [0.15, 0.77])
 def test_each_unit_between_groups_is_present_with_probability_p_inter(p_inter):
     """Over 600 seeds: each unit's own share within 5 σ, and all together within 5 σ of p_inter."""
@@ -183,17 +183,6 @@ def test_places_within_a_row_are_uniform_and_independent():
     # neighbouring rows are drawn apart: as many places in common as two independent draws share
     common = (drawn[1:] & drawn[:-1]).sum().item()
     assert abs(common - (rows - 1) * 20 * p * p) < 5 * math.sqrt(rows * 20 * p * p)
-
-
-def test_expected_density_is_25_6_percent_by_default():
-    """1/G + (1 − 1/G)·p_inter with G = 8 and p_inter = 0.15, over 100 seeds, within 5 σ.
-
-    Each of 32 block rows has 28·0.15 = 4.2 units between groups, rounded up with probability 0.2.
-    """
-    draw, layout = seeded(0), GroupLayout(512)
-    density = [BlockMask.sample(layout, layout, block_size=16, generator=draw).density for _ in range(100)]
-    sigma = math.sqrt(32 * 0.2 * 0.8) / 32**2 / math.sqrt(100)
-    assert abs(sum(density) / 100 - 0.25625) < 5 * sigma
 
 
 def test_sampling_follows_the_generator():
@@ -314,11 +303,6 @@ def test_from_dense_refuses_what_is_no_matrix(shape):
 # --- what a mask says about itself --------------------------------------------------------------------------------
 
 
-def test_index_and_transposed_index(mask):
-    assert_index_is_right(mask)
-    assert_index_is_right(shuffled(mask))
-
-
 def test_index_of_a_mask_with_empty_rows_and_columns():
     mask = BlockMask(GroupLayout(9, 1), GroupLayout(9, 1), torch.tensor([4, 1, 4]), torch.tensor([2, 2, 0]), 2)
     assert mask.row_ptr.tolist() == [0, 0, 1, 1, 1, 3]
@@ -327,13 +311,11 @@ def test_index_of_a_mask_with_empty_rows_and_columns():
     assert mask.col_slot.tolist() == [2, 1, 0]
 
 
-def test_dense_form_is_the_one_of_the_coordinates(mask):
-    ones = torch.ones(mask.num_units, *mask.unit_shape)
-    assert torch.equal(mask.to_dense(), dense_by_loop(mask, ones).bool())
-
-
-def test_counts_agree_with_the_dense_form(mask):
-    dense = mask.to_dense()
+def test_indices_dense_form_and_counts_agree(mask):
+    for each in (mask, shuffled(mask)):
+        assert_index_is_right(each)
+    dense = dense_by_loop(mask, torch.ones(mask.num_units, *mask.unit_shape)).bool()
+    assert torch.equal(mask.to_dense(), dense)
     assert torch.equal(mask.fan_in(), dense.sum(1))
     assert mask.density == dense.sum().item() / dense.numel()
     assert mask.sparsity() == 1.0 - mask.density
@@ -456,21 +438,10 @@ def test_relabel_moves_slots_in_place(mask):
     assert [getattr(mask, name).data_ptr() for name in BUFFERS] == addresses
     assert [getattr(mask, name).shape for name in BUFFERS] == shapes
     assert_index_is_right(mask)
-
-
-def test_relabel_carries_the_values_of_a_slot_with_it():
-    mask = BlockMask(GroupLayout(4, 1), GroupLayout(4, 1), torch.tensor([0, 1]), torch.tensor([0, 1]), 2)
-    values = torch.tensor([1.0, 2.0]).view(2, 1, 1).expand(2, 2, 2)
-    mask.relabel_(torch.tensor([0]), torch.tensor([1]), torch.tensor([0]))
-    expected = torch.tensor([[0.0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 2, 2], [1, 1, 2, 2]])
-    assert torch.equal(mask.unpack(values), expected)
-
-
-def test_relabel_of_nothing_changes_nothing():
-    mask = MASK_CASES["ten outputs"].mask()
+    values = packed_randn(mask, 3)
+    assert torch.equal(mask.unpack(values), dense_by_loop(mask, values))
     before = [getattr(mask, name).clone() for name in BUFFERS]
-    none = torch.zeros(0, dtype=torch.int64)
-    mask.relabel_(none, none, none)
+    mask.relabel_(slots[:0], grown[:0, 0], grown[:0, 1])  # of nothing
     assert all(torch.equal(getattr(mask, name), old) for name, old in zip(BUFFERS, before, strict=True))
 
 
@@ -487,21 +458,8 @@ def test_to_moves_every_index_and_keeps_it_an_integer(mask):
 
 
 def test_a_mask_has_no_parameters_and_saves_no_derived_index(mask):
-    assert list(mask.parameters()) == []
-    assert [name for name, _ in mask.named_buffers()] == ["wiring"]
-    assert list(mask.state_dict()) == ["wiring"]
-
-
-def test_deepcopy_is_independent():
-    mask = MASK_CASES["ten outputs"].mask()
-    before = mask.to_dense()
-    twin = copy.deepcopy(mask)
-    row, col = (~unit_grid(mask)).nonzero()[0]
-    twin.relabel_(torch.tensor([0]), row[None], col[None])
-    assert torch.equal(mask.to_dense(), before)
-    assert not torch.equal(twin.to_dense(), before)
-    assert_index_is_right(mask)
-    assert_index_is_right(twin)
+    assert not list(mask.parameters())
+    assert [name for name, _ in mask.named_buffers()] == list(mask.state_dict()) == ["wiring"]
 
 
 def test_pickle_gives_the_mask_back(mask):
@@ -511,14 +469,6 @@ def test_pickle_gives_the_mask_back(mask):
     assert torch.equal(again.unit_row, mask.unit_row)
     assert repr(again) == repr(mask)
     assert_index_is_right(again)
-
-
-def saved_and_read(mask: BlockMask) -> dict:
-    """The state dict through a file, read the safe way."""
-    file = io.BytesIO()
-    torch.save(mask.state_dict(), file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 def assert_same_mask(loaded: BlockMask, saved: BlockMask) -> None:
@@ -537,7 +487,7 @@ def test_state_dict_into_a_mask_drawn_differently(case):
     saved = shuffled(case.mask(seed=1))
     for p_inter, block_size in itertools.product((0.0, 0.9), (case.block_size, 5)):
         loaded = case._replace(block_size=block_size).mask(p_inter=p_inter, seed=2)
-        loaded.load_state_dict(saved_and_read(saved))
+        loaded.load_state_dict(saved_and_read(saved.state_dict()))
         assert_same_mask(loaded, saved)
 
 
@@ -547,7 +497,7 @@ def test_state_dict_into_a_mask_of_the_same_size_is_loaded_in_place():
     assert saved.num_units == loaded.num_units
     assert not torch.equal(saved.to_dense(), loaded.to_dense())
     addresses = {name: tensor.data_ptr() for name, tensor in indices(loaded).items()}
-    loaded.load_state_dict(saved_and_read(saved))
+    loaded.load_state_dict(saved_and_read(saved.state_dict()))
     assert {name: tensor.data_ptr() for name, tensor in indices(loaded).items()} == addresses
     assert_same_mask(loaded, saved)
 
@@ -557,37 +507,34 @@ def test_state_dict_with_as_many_units_and_rows_but_other_columns():
     out_layout, in_layout = GroupLayout(1, 1), GroupLayout(12, 1)
     saved = BlockMask(out_layout, in_layout, torch.tensor([0, 0]), torch.tensor([5, 1]), 2)
     loaded = BlockMask(out_layout, in_layout, torch.tensor([0, 0]), torch.tensor([0, 2]), 4)
-    loaded.load_state_dict(saved_and_read(saved))
+    loaded.load_state_dict(saved_and_read(saved.state_dict()))
     assert_same_mask(loaded, saved)
 
 
-def test_state_dict_does_not_share_memory_with_the_loaded_mask():
-    saved, loaded = (MASK_CASES["single weights"].mask(p_inter=p, seed=1) for p in (0.5, 0.1))
-    state = saved.state_dict()
-    loaded.load_state_dict(state)
-    before = saved.to_dense()
-    row, col = (~unit_grid(loaded)).nonzero()[0]
-    loaded.relabel_(torch.tensor([0]), row[None], col[None])
-    assert torch.equal(saved.to_dense(), before)
+@pytest.mark.parametrize("loaded", [False, True])
+def test_a_copy_and_a_mask_with_another_ones_state_are_independent_of_it(loaded):
+    mask = MASK_CASES["single weights"].mask(p_inter=0.5, seed=1)
+    before = mask.to_dense()
+    twin = MASK_CASES["single weights"].mask(p_inter=0.1, seed=1) if loaded else copy.deepcopy(mask)
+    twin.load_state_dict(mask.state_dict())
+    row, col = (~unit_grid(twin)).nonzero()[0]
+    twin.relabel_(torch.tensor([0]), row[None], col[None])
+    assert torch.equal(mask.to_dense(), before)
+    assert not torch.equal(twin.to_dense(), before)
+    for each in (mask, twin):
+        assert_index_is_right(each)
+        assert each.describes(each.wiring)
 
 
 def corrupted(**changes) -> dict:
     return {"mask.wiring": row_with(MASK_CASES["ten outputs"].mask(), **changes)}
 
 
-def with_first(value: int):
-    def change(tensor: torch.Tensor) -> torch.Tensor:
-        tensor[0] = value
-        return tensor
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"unit_row": with_first(99)}, r"mask: unit_row must lie in 0 … 7, not 0 … 99"),
-        ({"unit_col": with_first(-1)}, r"mask: unit_col must lie in 0 … \d+, not -1"),
+        ({"unit_row": with_one(0, 99)}, r"mask: unit_row must lie in 0 … 7, not 0 … 99"),
+        ({"unit_col": with_one(0, -1)}, r"mask: unit_col must lie in 0 … \d+, not -1"),
         (
             {"unit_row": lambda t: torch.cat([t, t[:1]]), "unit_col": lambda t: torch.cat([t, t[:1]])},
             "mask: the mask names a unit twice",
@@ -596,7 +543,7 @@ def with_first(value: int):
         ({"block_size": lambda size: 0}, "mask: block_size=0 must be a whole number from 1"),
         ({"in_group_of": lambda t: t * 0}, r"mask: unit_col must lie in"),
         ({"out_group_of": lambda t: t.clamp(max=1)}, r"mask: unit_row must lie in"),
-        ({"out_group_of": with_first(-3)}, r"mask: group_of must hold group numbers"),
+        ({"out_group_of": with_one(0, -3)}, r"mask: group_of must hold group numbers"),
         ({"out_group_of": lambda t: torch.cat([t, t[-1:] + 1])}, r"saved mask is \(11, 43\), this layer is \(10, 43\)"),
         ({"unit_row": lambda t: t.expand(99, -1).flatten()}, r"mask: wiring has \d+ numbers, more than \(10, 43\)"),
     ],
@@ -611,14 +558,16 @@ def test_corrupted_state_is_refused_and_leaves_the_mask_alone(changes, message):
     assert mask.block_size == 3
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_state_averaged_with_equal_ones_is_the_same_mask(dtype):
-    """Averages of checkpoints sum and divide every entry, so integers become floats."""
-    state = corrupted()
-    averaged = {name: (tensor.to(dtype) + tensor) / 2 for name, tensor in state.items()}
+@pytest.mark.parametrize(
+    "average",
+    [lambda row: (row + row) / 2, lambda row: row.double(), lambda row: sum(row * w for w in [0.1] * 10)],
+    ids=["mean", "float64", "weighted, which rounds"],
+)
+def test_a_state_averaged_with_equal_ones_is_the_same_mask(average):
+    row = corrupted()["mask.wiring"]
     layer = nn.ModuleDict({"mask": MASK_CASES["ten outputs"].mask(seed=5)})
-    layer.load_state_dict(averaged)
-    assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
+    layer.load_state_dict({"mask.wiring": average(row)})
+    assert torch.equal(layer["mask"].state_dict()["wiring"], row)
 
 
 NOT_THIS_ROW = {
@@ -650,16 +599,6 @@ def test_an_average_of_two_wirings_is_refused_where_every_mean_is_whole():
         mean[-2:] = mean[-2:].round()  # as if those were whole, too
         with pytest.raises(ValueError, match="average of networks with different wirings"):
             BlockMask.from_state({"wiring": mean}, mask.shape)
-
-
-def test_a_weighted_average_of_equal_states_is_that_mask():
-    """Which rounds: federated averages, EMAs of whole states."""
-    row = corrupted()["mask.wiring"]
-    average = sum(row * weight for weight in (0.3, 0.1, 0.6))
-    assert not torch.equal(average, row)
-    layer = nn.ModuleDict({"mask": MASK_CASES["ten outputs"].mask(seed=5)})
-    layer.load_state_dict({"mask.wiring": average})
-    assert torch.equal(layer["mask"].state_dict()["wiring"], row)
 
 
 @pytest.mark.parametrize(

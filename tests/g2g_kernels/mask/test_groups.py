@@ -68,11 +68,7 @@ def test_random_assignment_is_uniform():
     assert (in_group_0 - 600).abs().max() < 5 * 20.5
 
 
-@given(
-    size=st.integers(1, 60),
-    num_groups=st.integers(1, 9),
-    kind=st.sampled_from(("index", "interleaved", "random")),
-)
+@given(size=st.integers(1, 60), num_groups=st.integers(1, 9), kind=st.sampled_from(("index", "interleaved", "random")))
 def test_from_assignment_gives_back_the_layout(size, num_groups, kind):
     layout = GroupLayout(size, min(size, num_groups), kind, seeded(3))
     again = GroupLayout.from_assignment(layout.group_of)

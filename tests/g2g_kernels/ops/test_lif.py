@@ -7,24 +7,18 @@ import weakref
 import pytest
 import torch
 from covering import every_pair, of_today
-from helpers import (
-    ErrorRatios,
-    as_near,
-    backends_of,
-    clamps_alike,
-    device_of,
-    lif_by_autograd,
-    rms,
-    skip_where_refused,
-)
+from helpers import ErrorRatios, as_near, backends_of, clamps_alike, device_of, lif_by_autograd, rms, skip_where_refused
 from hypothesis import given
 from hypothesis import strategies as st
 from neuron_cases import (
+    GRADIENTS,
     SNNTORCH,
     B,
     N,
     T,
     by_snntorch,
+    check_gradients_alone,
+    check_one_step_by_hand,
     clear_of_threshold,
     currents,
     every_reset,
@@ -47,9 +41,6 @@ every_backend = pytest.mark.parametrize("backend", backends_of(operator))
 # --- snnTorch is the judge ----------------------------------------------------------------------------------------
 
 
-NAMES = ("current.grad", "beta.grad", "threshold.grad")
-
-
 def check_against_snntorch(current, beta, threshold, reset, surrogate="atan", alpha=2.0, rtol=1e-11, atol=1e-12):
     """Compares spikes and gradients; returns ours."""
     weights = output_weights(T, B, N)
@@ -61,7 +52,7 @@ def check_against_snntorch(current, beta, threshold, reset, surrogate="atan", al
     )  # fmt: skip
     assert torch.equal(ours["spikes"], theirs["spikes"])
     agree = clamps_alike(beta) if beta.dim() else ...
-    for name in NAMES:
+    for name in GRADIENTS:
         assert ours[name].shape == theirs[name].shape
         which = agree if name == "beta.grad" else ...
         torch.testing.assert_close(ours[name][which], theirs[name][which], rtol=rtol, atol=atol)
@@ -78,7 +69,7 @@ def test_gradients_equal_snntorch_in_float64(reset, of, per_neuron):
     """
     ours = check_against_snntorch(currents(T, B, N), *parameters(per_neuron), reset, *of)
     assert 0.1 < ours["spikes"].mean() < 0.7
-    assert all(ours[name].abs().min() > 0 for name in NAMES)
+    assert all(ours[name].abs().min() > 0 for name in GRADIENTS)
 
 
 @every_reset
@@ -192,7 +183,7 @@ def test_gradients_equal_autograd_through_the_primitive(reset, surrogate, alpha,
         current, beta, threshold, weights,
     )  # fmt: skip
     assert torch.equal(ours["spikes"], expected["spikes"])
-    for name in NAMES:
+    for name in GRADIENTS:
         assert expected[name].any(), name
         torch.testing.assert_close(ours[name], expected[name], rtol=1e-11, atol=1e-12)  # float64 rounding
 
@@ -218,7 +209,7 @@ def test_backend_against_float64(backend):
         plain = gradients(lif_on("torch", **options), current, beta, threshold, weights)
         actual = gradients(lif_on(backend, **options), current, beta, threshold, weights)
         assert torch.equal(actual["spikes"][:, clear].double(), exact["spikes"][:, clear])
-        for name in NAMES:
+        for name in GRADIENTS:
             # T steps of float32 rounding; β and θ sum over terms of both signs, which may leave a tenth of their size
             bound = 1e-5 if name == "current.grad" else 1e-4
             assert as_near(actual[name], plain[name], exact[name], bound), name
@@ -241,7 +232,7 @@ def test_any_number_of_dimensions(backend, shape):
     assert clear_of_threshold(current, beta, threshold, "subtract").all()
     actual = gradients(lif_on(backend), current, beta, threshold, weights)
     assert torch.equal(actual["spikes"].double(), exact["spikes"])
-    for name in NAMES:
+    for name in GRADIENTS:
         assert actual[name].shape == exact[name].shape
         assert rms(actual[name] - exact[name]) <= 1e-5 * rms(exact[name]), name  # float32 rounding over T steps
 
@@ -249,16 +240,7 @@ def test_any_number_of_dimensions(backend, shape):
 @every_reset
 @every_backend
 def test_one_step_by_hand(backend, reset):
-    """U_1 = I_1, since U_0 = 0 (and no reset with θ > 0): S = 1[I > θ], ∂S/∂I = σ'(I − θ) = −∂S/∂θ, ∂S/∂β = 0."""
-    current = torch.tensor([[-1.0, 0.5, 1.0, 1.25, 3.0]], dtype=torch.float32)
-    results = gradients(
-        lif_on(backend, reset=reset), current, torch.tensor([0.9]), torch.tensor([1.0]), torch.ones(1, 5)
-    )
-    slope = 1 / (1 + (math.pi * (current - 1)) ** 2)
-    assert results["spikes"].tolist() == [[0, 0, 0, 1, 1]]
-    torch.testing.assert_close(results["current.grad"], slope)
-    torch.testing.assert_close(results["threshold.grad"], -slope.sum(1))
-    assert results["beta.grad"].tolist() == [0]
+    check_one_step_by_hand(backend, reset)
 
 
 @every_reset
@@ -273,7 +255,7 @@ def test_held_current_equals_repeated_current(backend, reset):
     assert held["spikes"].shape == (T, B, N)
     assert held["current.grad"].shape == (B, N)
     assert torch.equal(held["spikes"], repeated["spikes"])
-    for name in NAMES:
+    for name in GRADIENTS:
         # the same terms, summed over time in another order: float32 rounding
         assert rms(held[name] - repeated[name]) <= 1e-6 * rms(repeated[name]), name
 
@@ -297,25 +279,10 @@ def test_current_and_gradient_need_not_be_contiguous(backend):
         assert torch.equal(leaves[0].grad, contiguous["current.grad"])
         # summed over the batch, perhaps in another order: float32 rounding
         torch.testing.assert_close(leaves[1].grad, contiguous["beta.grad"], rtol=1e-5, atol=0)
-
-
-@every_backend
-def test_gradient_of_a_sum_has_no_strides(backend):
-    """``sum().backward()`` sends back one element expanded to [T, B, N]."""
-    current, (beta, threshold) = currents(T, B, N, seed=2, dtype=torch.float32), parameters(False, torch.float32)
-    expected = gradients(lif_on(backend), current, beta, threshold, torch.ones(T, B, N))
-    leaf = current.clone().requires_grad_()
+    leaf = current.clone().requires_grad_()  # of a sum the gradient is one element, expanded to [T, B, N]
     lif_on(backend)(leaf, beta, threshold).sum().backward()
+    expected = gradients(lif_on(backend), current, beta, threshold, torch.ones(T, B, N))
     assert torch.equal(leaf.grad, expected["current.grad"])
-
-
-@every_backend
-def test_numbers_for_beta_and_threshold(backend):
-    current = currents(T, B, N, seed=2, dtype=torch.float32)
-    expected = lif_on(backend)(current, torch.tensor(0.9), torch.tensor(0.7))
-    actual = lif(current.to(device_of(backend)), 0.9, 0.7, backend=backend).cpu()
-    assert torch.equal(actual, expected)
-    assert 0.1 < actual.mean() < 0.6
 
 
 @pytest.mark.parametrize("backend", [None, *backends_of(operator)])
@@ -336,13 +303,7 @@ def test_gradients_have_the_dtype_and_shape_of_their_tensor(backend):
 def test_gradients_asked_for_alone_are_the_same(backend, steps):
     shape = (T, B, N) if steps is None else (B, N)
     tensors = currents(*shape, dtype=torch.float32), *parameters(True, torch.float32)
-    run, weights = lif_on(backend, steps=steps), output_weights(T, B, N)
-    every = gradients(run, *tensors, weights)
-    for needed in ((0,), (1,), (2,), (0, 2), (1, 2)):
-        leaves = [tensor.clone().requires_grad_(number in needed) for number, tensor in enumerate(tensors)]
-        (run(*leaves) * weights.float()).sum().backward()
-        for number, (leaf, name) in enumerate(zip(leaves, NAMES, strict=True)):
-            assert torch.equal(leaf.grad, every[name]) if number in needed else leaf.grad is None, (name, needed)
+    check_gradients_alone(lif_on(backend, steps=steps), tensors, output_weights(T, B, N))
 
 
 # --- half precision -----------------------------------------------------------------------------------------------
@@ -387,7 +348,7 @@ def test_half_precision_on_every_backend(backend, dtype):
         with skip_where_refused():
             actual = gradients(run, half, beta, threshold, weights)
         assert torch.equal(actual["spikes"][:, clear].double(), exact["spikes"][:, clear])
-        for name in NAMES:
+        for name in GRADIENTS:
             ratios.add(name, actual[name], plain[name], exact[name])
     ratios.check(cases=12)
 

@@ -8,7 +8,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers import ErrorRatios, MaskCase, device_of, lif_layer, rms, seeded
-from stack_cases import STACKS, Stack, check_compact, clear_of_thresholds, clear_stack, clear_stacks, loss, rounded
+from stack_cases import (
+    STACKS,
+    Stack,
+    check_compact,
+    check_one_output,
+    clear_of_thresholds,
+    clear_stack,
+    clear_stacks,
+    loss,
+    rounded,
+)
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
 from g2g_kernels.ops.g2g_stack.call import StackCall
@@ -190,10 +200,16 @@ def test_numbers_of_steps(steps):
             assert rms(actual[name] - expected) <= max(1e-4, 3 * rms(plain[name] - expected)) * rms(expected), name
 
 
-def test_more_samples_than_a_tile():
-    """Of a product, 128, and of a fused layer, 64."""
+@pytest.mark.parametrize(
+    ("steps", "options"),
+    [(SHORT, {"batch": 67}), (T, {"per_neuron": False, "bias": False}), (SHORT, {"dropout": 0.3})],
+    ids=["more samples than a tile has", "one beta and threshold a layer and no bias", "dropped neurons"],
+)
+def test_other_stacks(steps, options):
+    """A tile of a product has 128 samples, one of a fused layer 64."""
     ratios = ErrorRatios()
-    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], SHORT, batch=67), FEW):
+    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], steps, **options), FEW):
+        assert options.get("bias", True) == any(name.startswith("bias") for name in stack.tensors)
         compare(ratios, stack)
     ratios.check(cases=FEW, at_most=AT_MOST)
 
@@ -206,21 +222,6 @@ def test_single_weights():
     with tiles.choose(dense=True):
         for stack in itertools.islice(clear_stacks(STACKS["random single weights"], SHORT), FEW):
             compare(ratios, stack)
-    ratios.check(cases=FEW, at_most=AT_MOST)
-
-
-def test_one_beta_and_threshold_a_layer_and_no_bias():
-    ratios = ErrorRatios()
-    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], T, per_neuron=False, bias=False), FEW):
-        assert not any(name.startswith("bias") for name in stack.tensors)
-        compare(ratios, stack)
-    ratios.check(cases=FEW, at_most=AT_MOST)
-
-
-def test_dropped_neurons():
-    ratios = ErrorRatios()
-    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], SHORT, dropout=0.3), FEW):
-        compare(ratios, stack)
     ratios.check(cases=FEW, at_most=AT_MOST)
 
 
@@ -249,24 +250,7 @@ def test_a_margin_that_float16_cannot_hold():
 
 @pytest.mark.parametrize("used", ["counts", "rates0"])
 def test_one_output_alone(used):
-    """A loss on the counts only, or on one hidden layer's rates only: layers behind it get no gradient."""
-    device = device_of("triton")
-    stack = clear_stack(STACKS_OF_UNITS[0], T)
-    gradients = {}
-    for name, dtype in (("torch", torch.float64), ("triton", torch.float32)):
-        leaves = stack.leaves(dtype, device)
-        for mask in stack.masks:
-            mask.to(device)
-        activity = g2g_stack(leaves["x"], stack.layers(leaves), T, backend=name)
-        output = activity.counts if used == "counts" else activity.rates[0]
-        (output * torch.randn(output.shape, generator=seeded(3)).to(output)).sum().backward()
-        gradients[name] = {
-            key: torch.zeros(leaf.shape) if leaf.grad is None else leaf.grad.cpu() for key, leaf in leaves.items()
-        }
-    assert rms(gradients["torch"]["x"]) > 0
-    for key, expected in gradients["torch"].items():
-        # float32 rounding through three layers
-        assert rms(gradients["triton"][key] - expected) <= 1e-4 * rms(expected), key
+    check_one_output(STACKS_OF_UNITS[0], used, "triton")
 
 
 def test_nothing_is_kept_without_gradients():

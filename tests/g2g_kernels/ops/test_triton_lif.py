@@ -3,10 +3,11 @@
 import itertools
 import math
 
+import neuron_cases
 import pytest
 import torch
 from helpers import ErrorRatios, clamps_alike, device_of
-from neuron_cases import by_snntorch, clear_of_threshold, currents, gradients, lif_on, output_weights
+from neuron_cases import GRADIENTS, by_snntorch, clear_of_threshold, currents, gradients, lif_on, output_weights
 from snntorch import surrogate as snn_surrogate
 
 from g2g_kernels import BackendError, Neurons, lif
@@ -22,7 +23,6 @@ pytestmark = pytest.mark.skipif(triton_unavailable() is not None, reason=str(tri
 
 every_reset = pytest.mark.parametrize("reset", RESETS)
 DEVICE = device_of("triton")
-GRADIENTS = ("current.grad", "beta.grad", "threshold.grad")
 
 
 def parameters(neurons: int | None, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,15 +88,7 @@ def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(per_neuron, dtype):
 
 @every_reset
 def test_one_step_by_hand(reset):
-    """U_1 = I_1, since U_0 = 0: S = 1[I > θ], strict; ∂S/∂I = σ'(I − θ) = −∂S/∂θ; ∂S/∂β = 0 exactly."""
-    current = torch.tensor([[-1.0, 0.5, 1.0, 1.25, 3.0]])
-    run = lif_on("triton", reset=reset)
-    results = gradients(run, current, torch.tensor([0.9]), torch.tensor([1.0]), torch.ones(1, 5))
-    slope = 1 / (1 + (math.pi * (current - 1)) ** 2)
-    assert results["spikes"].tolist() == [[0, 0, 0, 1, 1]]
-    torch.testing.assert_close(results["current.grad"], slope)
-    torch.testing.assert_close(results["threshold.grad"], -slope.sum(1))
-    assert results["beta.grad"].tolist() == [0]
+    neuron_cases.check_one_step_by_hand("triton", reset)
 
 
 # --- snnTorch -----------------------------------------------------------------------------------------------------
@@ -125,33 +117,32 @@ def test_the_decay_is_rounded_before_the_current_is_added():
     assert not spikes[1].any()
 
 
-@every_reset
-def test_beta_is_clamped_and_has_no_gradient_outside_0_to_1(reset):
-    beta = torch.tensor([-0.3, 0.0, 0.5, 0.9, 1.0, 1.0001, 1.7])
-    threshold = torch.tensor([0.75])
-    current, weights = currents(11, 5, 7, dtype=torch.float32), output_weights(11, 5, 7).float()
+def beside_snntorch(current, beta, threshold, reset) -> dict[str, torch.Tensor]:
+    """Our spikes and gradients, which are snnTorch's."""
+    weights = output_weights(11, 5, 7).float()
     theirs = gradients(lambda *t: by_snntorch(*t, reset, snn_surrogate.atan(2.0)), current, beta, threshold, weights)
     ours = gradients(lif_on("triton", reset=reset), current, beta, threshold, weights)
     assert torch.equal(ours["spikes"], theirs["spikes"])
-    assert [bool(g) for g in ours["beta.grad"]] == [False, True, True, True, True, False, False]
     for name in GRADIENTS:  # float32 rounding over 11 steps
         where = clamps_alike(beta) if name == "beta.grad" else ...
         torch.testing.assert_close(ours[name][where], theirs[name][where], rtol=1e-4, atol=1e-5)
-    scalar = gradients(lif_on("triton", reset=reset), current, torch.tensor(1.5), threshold, weights)
-    assert scalar["beta.grad"].tolist() == 0
+    return ours
+
+
+@every_reset
+def test_beta_is_clamped_and_has_no_gradient_outside_0_to_1(reset):
+    current, threshold = currents(11, 5, 7, dtype=torch.float32), torch.tensor([0.75])
+    ours = beside_snntorch(current, torch.tensor([-0.3, 0.0, 0.5, 0.9, 1.0, 1.0001, 1.7]), threshold, reset)
+    assert [bool(g) for g in ours["beta.grad"]] == [False, True, True, True, True, False, False]
+    run, weights = lif_on("triton", reset=reset), output_weights(11, 5, 7).float()
+    assert gradients(run, current, torch.tensor(1.5), threshold, weights)["beta.grad"].tolist() == 0
 
 
 @every_reset
 def test_thresholds_at_and_below_zero(reset):
     """U_0 = 0 already exceeds a negative threshold: such a neuron starts with a reset."""
     threshold = torch.tensor([-0.5, 0.0, 0.5, 1.0, 2.0, -1.0, 0.25])
-    beta = torch.tensor([0.875])
-    current, weights = currents(11, 5, 7, dtype=torch.float32) - 0.3, output_weights(11, 5, 7).float()
-    theirs = gradients(lambda *t: by_snntorch(*t, reset, snn_surrogate.atan(2.0)), current, beta, threshold, weights)
-    ours = gradients(lif_on("triton", reset=reset), current, beta, threshold, weights)
-    assert torch.equal(ours["spikes"], theirs["spikes"])
-    for name in GRADIENTS:  # float32 rounding over 11 steps
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+    beside_snntorch(currents(11, 5, 7, dtype=torch.float32) - 0.3, torch.tensor([0.875]), threshold, reset)
 
 
 # --- what the stack asks of the launchers -------------------------------------------------------------------------
@@ -260,18 +251,9 @@ def test_any_number_of_dimensions_and_no_particular_strides(shape):
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-6)  # float32 rounding
 
 
-@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (1, 2)], ids=str)
-def test_some_gradients_alone(needed):
+def test_some_gradients_alone():
     tensors = [currents(11, 5, 7, seed=2, dtype=torch.float32), *parameters(7)]
-    weights = output_weights(11, 5, 7)
-    every = gradients(lif_on("triton"), *tensors, weights)
-    leaves = [tensor.clone().requires_grad_(index in needed) for index, tensor in enumerate(tensors)]
-    (lif_on("triton")(*leaves) * weights).sum().backward()
-    for index, (name, leaf) in enumerate(zip(GRADIENTS, leaves, strict=True)):
-        if index in needed:
-            assert torch.equal(leaf.grad, every[name])
-        else:
-            assert leaf.grad is None
+    neuron_cases.check_gradients_alone(lif_on("triton"), tensors, output_weights(11, 5, 7))
 
 
 def test_results_are_reproducible():

@@ -3,6 +3,7 @@
 bfloat16 is tested on a GPU only: the interpreter's bfloat16 arithmetic is wrong.
 """
 
+import linear_cases
 import pytest
 import torch
 from helpers import ErrorRatios, MaskCase, dense_by_loop, device_of, packed_randn, rms, seeded
@@ -225,16 +226,7 @@ def test_numbers_that_are_not_finite_are_those_of_plain_pytorch(dtype):
 
 @pytest.mark.parametrize("needed", ["x", "values", "bias"])
 def test_one_gradient_alone(needed):
-    device = device_of("triton")
-    mask = sparse_mask(CASES["units of 32, ragged"])
-    x, values, bias = inputs(mask, 5)
-    grad_output = torch.randn(5, mask.shape[0], generator=seeded(4))
-    exact = dense_result(mask, x, values, bias, grad_output)[f"{needed}.grad"]
-    tensors = {"x": x.to(device), "values": values.to(device), "bias": bias.to(device)}
-    tensors[needed].requires_grad_()
-    output = g2g_linear(tensors["x"], tensors["values"], mask.to(device), tensors["bias"], backend="triton")
-    output.backward(grad_output.to(device))
-    assert rms(tensors[needed].grad.cpu() - exact) <= 1e-6 * rms(exact)  # float32 rounding
+    linear_cases.check_one_gradient_alone(sparse_mask(CASES["units of 32, ragged"]), needed, "triton")
 
 
 @every_case
@@ -248,27 +240,11 @@ def test_the_padding_of_clipped_units_gets_no_gradient(case):
 
 @pytest.mark.parametrize("block_size", [2, 16])
 def test_rows_and_columns_without_units(block_size):
-    """y is the bias there, and x gets no gradient."""
-    layout = GroupLayout(6 * block_size, 1)
-    mask = BlockMask(layout, layout, torch.tensor([1, 2, 4, 2]), torch.tensor([0, 3, 2, 0]), block_size)
-    x, values, bias = inputs(mask, 8)
-    results = backend_result(mask, x, values, bias, torch.ones(8, mask.shape[0]), "triton")
-    for row in (0, 3, 5):
-        rows = slice(row * block_size, (row + 1) * block_size)
-        assert torch.equal(results["output"][:, rows], bias[rows].expand(8, block_size))
-    for col in (1, 4, 5):
-        assert not results["x.grad"][:, col * block_size : (col + 1) * block_size].any()
-    assert results["bias.grad"].tolist() == [8.0] * mask.shape[0]
+    linear_cases.check_rows_and_columns_without_units(block_size, "triton")
 
 
 def test_a_mask_without_any_unit():
-    mask = CASES["units of 16, ragged"].mask(p_inter=0.0, p_intra=0.0)
-    x, values, bias = inputs(mask, 4)
-    results = backend_result(mask, x, values, bias, torch.ones(4, mask.shape[0]), "triton")
-    assert torch.equal(results["output"], bias.expand(4, -1))
-    assert not results["x.grad"].any()
-    assert results["values.grad"].shape == (0, *mask.unit_shape)
-    assert results["bias.grad"].tolist() == [4.0] * mask.shape[0]
+    linear_cases.check_a_mask_without_any_unit(CASES["units of 16, ragged"].mask(p_inter=0.0, p_intra=0.0), "triton")
 
 
 @pytest.mark.parametrize("batch", [(), (0,), (3, 5)], ids=str)

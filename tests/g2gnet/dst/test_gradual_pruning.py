@@ -8,6 +8,7 @@ import pickle
 
 import pytest
 import torch
+from helpers import seeded
 from networks import small_net
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
@@ -39,7 +40,7 @@ def trained(model="mixer", steps=1, optimizer=torch.optim.Adam, **options):
 
 
 def train(net, optimizer):
-    inputs = torch.rand(8, net.fc1.in_features, generator=torch.Generator().manual_seed(1)) * 3
+    inputs = torch.rand(8, net.fc1.in_features, generator=seeded(1)) * 3
     loss = torch.nn.functional.cross_entropy(net(inputs), torch.arange(8))
     optimizer.zero_grad()
     loss.backward()
@@ -390,7 +391,7 @@ def adapted_by_hand(size):
 def test_units_of_different_layers_are_compared_by_their_share_of_the_rest():
     assert layer_adapted(torch.tensor([1.0, 3.0, 2.0])).tolist() == [1 / 14, 9 / 9, 4 / 13]
     assert sorted(layer_adapted(torch.zeros(3)).tolist()) == [0, 0, 1]
-    size = torch.rand(40, generator=torch.Generator().manual_seed(0)).double()
+    size = torch.rand(40, generator=seeded(0)).double()
     torch.testing.assert_close(layer_adapted(size), torch.tensor(adapted_by_hand(size.tolist()), dtype=torch.double))
 
 

@@ -132,16 +132,6 @@ def test_sums_of_batches_join_to_those_of_all_samples():
         assert torch.equal(getattr(whole, name), getattr(joined, name)), name
 
 
-def test_neurons_that_do_the_same_are_fully_synchronous_correlated_and_coherent():
-    spikes, labels = correlated_spikes()
-    sums = sums_of(np.repeat(spikes[..., :1], N, 2), labels, LAYOUTS["index"])
-    ones = torch.ones(3, 3, dtype=torch.float64)
-    torch.testing.assert_close(temporal_synchrony(sums), ones[0])
-    torch.testing.assert_close(coherence(sums, sums), ones)
-    for matrix in count_correlation(sums):
-        torch.testing.assert_close(matrix, ones)
-
-
 def test_independent_neurons_are_none_of_this_whatever_their_rate():
     layout = GroupLayout(60, 3)
     for rate in (0.02, 0.5):
@@ -171,17 +161,6 @@ def test_what_the_class_and_the_onset_explain_is_neither_synchrony_nor_noise_cor
     torch.testing.assert_close(matrices.signal.diagonal(), torch.ones(2, dtype=torch.float64))
     torch.testing.assert_close(matrices.total.diagonal(), torch.ones(2, dtype=torch.float64))
     assert matrices.noise.isnan().all()
-
-
-def test_coherence_sees_through_a_delay_that_hides_synchrony():
-    draw = np.random.default_rng(0)
-    steps, samples = 32, 400
-    first = (draw.uniform(size=(steps, samples, 1)) < 0.3).astype(float)
-    second = np.roll(first, 3, axis=0)  # around the end, so that every frequency is only shifted in phase
-    sums = sums_of(np.concatenate([first, second], 2), np.zeros(samples, int), GroupLayout(2, 2))
-    assert coherence(sums, sums)[0, 1] > 0.99
-    together = sums_of(np.concatenate([first, second], 2), np.zeros(samples, int), GroupLayout(2, 1))
-    assert abs(temporal_synchrony(together)) < 0.05
 
 
 @pytest.mark.parametrize("case", ["silent", "always firing", "one step", "one sample", "one sample a class"])

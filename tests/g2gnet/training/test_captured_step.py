@@ -133,7 +133,7 @@ def test_a_batch_of_another_size_runs_directly_and_the_graph_stays(stand_ins, ca
     assert not caplog.messages  # though many calls are direct
 
 
-def test_arguments_that_a_graph_cannot_read_are_refused(stand_ins, monkeypatch):
+def test_what_a_graph_cannot_read_or_watch_is_refused(stand_ins, monkeypatch):
     monkeypatch.setattr("g2gnet.training.captured_step._is_on", lambda tensor, device: tensor.requires_grad)
     for argument, message in (
         (np.zeros(2), "an argument of the step is a ndarray, and a graph reads copies of tensors on cuda:1"),
@@ -142,9 +142,6 @@ def test_arguments_that_a_graph_cannot_read_are_refused(stand_ins, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             g2gnet.captured(lambda x: x, CUDA, watch=())(argument)
-
-
-def test_what_cannot_be_watched_is_refused():
     for watch in (torch.nn.Sequential(), (torch.nn.Identity(), torch.zeros(2)), None):
         with pytest.raises(TypeError, match=r"watch=(Sequential|tuple|NoneType) must be a tuple of all modules"):
             g2gnet.captured(lambda x: x, "cpu", watch)
@@ -430,18 +427,8 @@ def test_training_is_the_same_with_and_without_a_graph(trainer_of, variant, more
     torch.testing.assert_close(dict(graph.net.state_dict()), dict(plain.net.state_dict()), rtol=rounding, atol=rounding)
 
 
-def test_a_weight_that_is_not_finite_is_found_in_replays_after_a_batch_that_is_not_full(trainer_of):
-    trainer = trainer_of()
-    for _ in range(2):
-        trainer.train_epoch()
-    trainer.net.fc2.values.data.view(-1)[0] = torch.nan
-    with pytest.raises(TrainingError, match=r"in step 9 .* became non-finite"):
-        trainer.train_epoch()
-    assert len(Graph.captured) == 1  # these were replays
-
-
-def test_a_resumed_run_captures_the_loaded_state(trainer_of):
-    trainer, states = trainer_of(), []
+def test_a_resumed_run_captures_the_loaded_state_and_replays_find_a_weight_that_is_not_finite(trainer_of):
+    trainer, states = trainer_of(epochs=4), []
     for _ in range(3):
         trainer.train_epoch()
         states.append(copy.deepcopy(trainer.state_dict()))
@@ -450,6 +437,10 @@ def test_a_resumed_run_captures_the_loaded_state(trainer_of):
     assert not trainer._captured._replay  # the trainer says that masks may be others
     trainer.train_epoch()
     assert_equal(dict(trainer.net.state_dict()), dict(states[2]["model"]))
+    trainer.net.fc2.values.data.view(-1)[0] = torch.nan
+    with pytest.raises(TrainingError, match=r"in step 13 .* became non-finite"):  # after a batch that is not full
+        trainer.train_epoch()
+    assert len(Graph.captured) == 2  # these were replays
 
 
 def test_on_a_cuda_device_steps_are_captured_unless_said_otherwise():

@@ -1,11 +1,10 @@
 """Rewiring models that torch.compile has compiled, and schedulers that are copied and saved at any step."""
 
 import copy
-import io
 
 import pytest
 import torch
-from helpers import seeded
+from helpers import saved_and_read, seeded
 from networks import small_net
 from torch import nn
 
@@ -129,18 +128,11 @@ def test_without_a_way_to_run_it_uncompiled_a_compiled_model_is_refused(monkeypa
         DSTScheduler(of, optimizer, grow="random")
 
 
-def saved_and_read(everything):
-    file = io.BytesIO()
-    torch.save(everything, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @pytest.mark.parametrize(
     ("duplicate", "rules", "options"),
     [
         (copy.deepcopy, RULES[0], {"final_density": 0.1, "total_steps": 8}),
-        (saved_and_read, RULES[1], {"final_density": 0.1, "total_steps": 8}),
+        (lambda of: saved_and_read(of, weights_only=False), RULES[1], {"final_density": 0.1, "total_steps": 8}),
         (copy.deepcopy, RULES[1], {}),
     ],
     ids=["deepcopy, pruned", "pickle, pruned", "deepcopy"],

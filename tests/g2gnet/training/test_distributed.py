@@ -324,8 +324,7 @@ def test_a_process_that_stays_alone_says_whom_it_waits_for_and_gives_up(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("ranks", "size", "statuses"),
-    [("train:interrupted", 3, [130]), ("train:interrupted|train:watches", 2, [130, 0])],
+    ("ranks", "size", "statuses"), [("train:interrupted", 3, [130]), ("train:interrupted|train:watches", 2, [130, 0])]
 )
 def test_ctrl_c_ends_a_process_that_waits(tmp_path, several, ranks, size, statuses):
     done = several(PROGRAM, ranks, *train_flags(tmp_path / "run"), statuses=statuses, size=size)

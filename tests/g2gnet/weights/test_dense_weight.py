@@ -1,11 +1,10 @@
 """The dense weight of a sparse layer, as code that was written for ``nn.Linear`` reads it, and tries to write it."""
 
 import copy
-import io
 
 import pytest
 import torch
-from helpers import seeded
+from helpers import saved_and_read, seeded
 from torch import nn
 from torch.nn import functional as F
 
@@ -84,10 +83,7 @@ def test_what_comes_of_the_weight_is_an_ordinary_tensor():
         assert type(tensor) is torch.Tensor
         tensor.detach().zero_()
     torch.zeros(24, 30).add_(sparse.weight.detach())
-    file = io.BytesIO()
-    torch.save({"weight": sparse.weight.detach()}, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)["weight"]
+    loaded = saved_and_read({"weight": sparse.weight.detach()})["weight"]
     assert type(loaded) is torch.Tensor
     assert torch.equal(loaded, sparse.weight)
 

@@ -7,7 +7,6 @@ nothing changed. The faults at the end, planted one by one, are found.
 import contextlib
 import copy
 import functools
-import io
 import itertools
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,17 +14,10 @@ from typing import NamedTuple
 import hypothesis.strategies as st
 import pytest
 import torch
-from helpers import row_with, seeded, units_of
-from hypothesis import HealthCheck, Phase, settings
+from helpers import row_with, saved_and_read, seeded, units_of
+from hypothesis import HealthCheck, Phase, settings, stateful
 from hypothesis.errors import Flaky
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    initialize,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout
@@ -206,10 +198,7 @@ class Networks(RuleBasedStateMachine):
         twins = self.pick(which)
         state = twins.net.state_dict() if how != "another order" else in_another_order(twins.net, self.draw)
         if how == "written":
-            file = io.BytesIO()
-            torch.save(state, file)
-            file.seek(0)
-            state = torch.load(file, weights_only=True)
+            state = saved_and_read(state)
         self.files.append((state, twins.layers if how == "kept" else layers_of(state)))
 
     @precondition(lambda self: self.files)
@@ -363,7 +352,8 @@ SEQUENCES = 150
 def run(sequences: int, derandomize: bool = False) -> None:
     options = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
     options |= {"phases": [Phase.generate], "report_multiple_bugs": False, "derandomize": derandomize}
-    run_state_machine_as_test(Networks, settings=settings(max_examples=sequences, stateful_step_count=10, **options))
+    options |= {"max_examples": sequences, "stateful_step_count": 10}
+    stateful.run_state_machine_as_test(Networks, settings=settings(**options))
 
 
 @pytest.mark.parametrize("sequences", [SEQUENCES, pytest.param(20000, marks=pytest.mark.long)])
@@ -430,7 +420,6 @@ def test_planted_faults_are_found(fault, monkeypatch):
     monkeypatch.setattr(*fault)
     if fault[1] == "rewire_averages":
         monkeypatch.setattr(scheduler_module, "rewire_averages", fault[2])
-    with pytest.raises(
-        (AssertionError, ValueError, RuntimeError, Flaky)
-    ):  # Flaky: it damages what later sequences copy
+    # Flaky: it damages what later sequences copy
+    with pytest.raises((AssertionError, ValueError, RuntimeError, Flaky)):
         run(SEQUENCES, derandomize=True)

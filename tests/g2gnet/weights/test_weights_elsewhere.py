@@ -2,11 +2,10 @@
 
 import copy
 import functools
-import io
 
 import pytest
 import torch
-from helpers import seeded
+from helpers import saved_and_read, seeded
 from networks import small_net
 from torch import nn
 from torch.func import functional_call
@@ -124,10 +123,7 @@ def test_weights_that_something_computes_are_saved_and_loaded_with_the_same_wiri
     first(x).sum().backward()
     assert x.grad.abs().sum() > 0
     assert any(parameter.grad.abs().sum() > 0 for name, parameter in first.named_parameters() if name != "bias")
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
-    second.load_state_dict(torch.load(file))
+    second.load_state_dict(saved_and_read(first.state_dict()))
     assert torch.equal(second(HIDDEN), first(HIDDEN))
     with pytest.raises(RuntimeError, match="mask differs"):
         other.load_state_dict(first.state_dict())

@@ -103,10 +103,7 @@ def test_a_recurrent_network_of_few_single_weights_forms_nothing_of_their_grid(p
         optimizer.step()
         pruning.step()
         assert net.a_to_a.mask.num_units < before
-        file = io.BytesIO()
-        torch.save(net.state_dict(), file)
-        file.seek(0)
-        copy.deepcopy(net).load_state_dict(torch.load(file))
+        copy.deepcopy(net).load_state_dict(saved_and_read(net.state_dict()))
         mask = net.a_to_a.mask
         group_density(mask), cross_group_share(mask), input_group_entropy(mask, net.a_to_a.values)
         repr(net), mask.to_string(), mask._repr_html_(), mask.to_scipy(net.a_to_a.values)

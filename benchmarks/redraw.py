@@ -259,8 +259,8 @@ def _readme(of_step: Record, of_wide: Record, of_brain: Record, of_recipe: Recor
         f"{network['batch_size']} samples, {network['T']} time steps and two hidden layers of "
         f"{network['hidden_dim']:,} neurons with {_percent(network['density'])} of the weights (third row: "
         f"{largest['T']} time steps, groups of 256 neurons; fourth: 100 time steps, 8 samples). They were measured on "
-        f"{_processor(step['machine'])}. Accuracies are those on the test images of Fashion-MNIST, after {best.runs[0]['epoch']} epochs (58,000 "
-        f"weights: {few['epochs']}), mean ± standard error over 3 seeds."
+        f"{_processor(step['machine'])}. Accuracies are those on the test images of Fashion-MNIST, after "
+        f"{best.runs[0]['epoch']} epochs (58,000 weights: {few['epochs']}), mean ± standard error over 3 seeds."
     )
 
 

@@ -34,10 +34,8 @@ from .workload import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs"
-PAGES = (
-    ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("index", "performance", "results", "first-run", "other-libraries")),
-)
+DOCS = ("index", "performance", "results", "first-run", "other-libraries", "populations", "connectome")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 #: the record whose picture is on a page
 PICTURED = "scaling-p_inter"
 #: a throughput record's name contains these where they differ
@@ -244,7 +242,7 @@ def _readme(of_step: Record, of_wide: Record, of_brain: Record, of_recipe: Recor
          f"**{seconds(statistics.median(whole['seconds']))}, {whole['peak'] / 1e9:.1f} GB**",
          f"{seconds(statistics.median(by_hand['seconds']))}, {by_hand['peak'] / 1e9:.1f} GB: PyTorch's CSR products, "
          "with a backward pass written by hand",
-         "performance.md#a-whole-brain"],
+         "connectome.md#size"],
         [f"Accuracy, {best.mean('weights') / 1e6:.1f} million weights", f"**{reached(BEST)}**",
          f"{reached(f'{BEST}, {RELU}')}: the same network with ReLU instead of spikes",
          "results.md#the-recipe"],

@@ -21,7 +21,7 @@ from helpers import ROOT
 from g2g_kernels.cpu import library
 from g2gnet import __version__
 
-NAME = f"g2g-{__version__}"
+NAME = f"g2gnet-{__version__}"
 OFFLINE = ("--no-index", "--no-deps", "--no-build-isolation")
 SIZES = "--hidden_dim 16 --T 2 --batch_size 16 --dataset fashionmnist-mini"
 
@@ -133,8 +133,8 @@ def test_the_source_distribution_is_the_repository(repository, source):
     with tarfile.open(source) as archive:
         held = {name.removeprefix(f"{NAME}/") for name in archive.getnames() if archive.getmember(name).isfile()}
     files = {path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file()}
-    made = {name for name in held if name.startswith("g2g.egg-info/") or name in ("PKG-INFO", "setup.cfg")}
-    expected = {name for name in files if not name.startswith((".", "g2g.egg-info/"))}
+    made = {name for name in held if name.startswith("g2gnet.egg-info/") or name in ("PKG-INFO", "setup.cfg")}
+    expected = {name for name in files if not name.startswith((".", "g2gnet.egg-info/"))}
     assert held - made == expected
     assert "g2g_kernels/csrc/kernels.cpp" in held
     assert "tests/test_packaging.py" in held

@@ -47,8 +47,8 @@ from g2g_kernels.choices import check_choice, check_flag
 from g2g_kernels.numbers import SHARPNESS, Number, check_parameter
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
+from g2gnet.base.optional import optional_package
 from g2gnet.interop.arrays import FINITE, numbers
-from g2gnet.interop.optional import optional_package
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.stack import Pair, RecurrentLayer, SpikingStack, plain_layers
@@ -100,7 +100,7 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
         >>> list(graph.nodes)
         ['input', 'fc1', 'lif1', 'fc2', 'lif2', 'fc3', 'lif3', 'output']
     """
-    nir = optional_package("nir", _LEAST_NIR)
+    nir = optional_package("nir", "interop", _LEAST_NIR)
     layers = plain_layers(stack, "to_nir")
     if stack.readout != "counts":
         raise ValueError(
@@ -167,7 +167,7 @@ def from_nir(
         >>> from_nir(graph, T=25)(torch.rand(2, 64)).shape
         torch.Size([2, 10])
     """
-    nir = optional_package("nir", _LEAST_NIR)
+    nir = optional_package("nir", "interop", _LEAST_NIR)
     _POSITIVE.check("dt", dt)
     if not isinstance(graph, nir.NIRGraph):
         raise ValueError(f"the graph is a {type(graph).__name__}; give a nir.NIRGraph, as nir.read(file) returns it")

@@ -539,7 +539,7 @@ CONVERSIONS = [
 @pytest.mark.parametrize(("package", "convert"), CONVERSIONS)
 def test_without_the_package_the_error_names_the_extra(package, convert, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"needs the package {package}; pip install 'g2g\[interop\]' installs it"):
+    with pytest.raises(ImportError, match=rf"needs the package {package}; pip install 'g2gnet\[interop\]' installs it"):
         convert(small_net(reset="zero"))
 
 

@@ -9,7 +9,9 @@ and an Euler step of it, v ← (1 − Δt/τ)·v + (Δt/τ)·(v_leak + R·I), is
     β = 1 − Δt/τ,    U = v/g,    θ = v_threshold/g,    g = R·Δt/τ,    v_leak = v_reset = 0.
 
 Of the pairs (R, v_threshold) that describe the same neuron, :func:`to_nir` writes R = 1, v_threshold = (1 − β)·θ, since
-Norse's importer takes R to be 1. A spike resets our membrane before the next step's decay, which with reset to zero
+Norse's importer takes R to be 1. A decay of 1, to which a learned β may rise, would need an infinite τ: LIF neurons
+that all have β = 1 are NIR's IF, dv/dt = R·I, whose Euler step has g = R·Δt. Here :func:`to_nir` writes R = 1/Δt,
+v_threshold = θ, so that tools which leave R·Δt out run the same neuron. A spike resets our membrane before the next step's decay, which with reset to zero
 equals NIR's immediate reset.
 
 NIR's CubaLIF has a synaptic current before the membrane, τ_syn·dI/dt = −I + w_in·S, τ_mem·dv/dt = (v_leak − v) + R·I.
@@ -27,9 +29,9 @@ tools that run NIR step by step. :func:`to_nir` writes the layer as a graph insi
 ``input``, ``lif``, ``w_rec``, ``output``; snnTorch writes the same nodes without that graph. A bias in the loop is a
 constant current: it is read as part of b.
 
-NIR cannot carry adaptive neurons; the reset by subtraction, since its neurons only reset to a value; decays of 1, whose
-τ is infinite (NIR's IF, which has none, is read as β = 1, g = R·Δt); the encoding of samples. Surrogates, learnability,
-groups and units go into the nodes' metadata, which other tools do not read. A graph with delays is refused.
+NIR cannot carry adaptive neurons; the reset by subtraction, since its neurons only reset to a value; decays of 1 beside
+others in one population, or of synaptic neurons; the encoding of samples. Surrogates, learnability, groups and units go
+into the nodes' metadata, which other tools do not read. A graph with delays is refused.
 """
 
 import functools
@@ -394,14 +396,22 @@ def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float, nir:
         .detach().cpu().double().expand(size).numpy()
         for parameter, value in neurons.by_name.items()
     }  # fmt: skip
-    for decay in form.time_constants:
-        if (values[decay] == 1).any():
-            raise ValueError(f"{name} has {decay}=1, no leak: the time constant that NIR asks for is infinite")
-    strengths = {strength: 1 / (1 - values[decay]) for strength, decay in form.strengths.items()}
+    integrates = neurons.model.name == "lif" and bool((values["beta"] == 1).all())
+    for decay in () if integrates else form.time_constants:
+        if endless := int((values[decay] == 1).sum()):
+            raise ValueError(
+                f"{name} has {decay}=1, no decay, in {endless} of {size} neurons: their time constant is infinite, and "
+                "NIR's IF, which has none, is of LIF neurons that all have beta=1. Train with "
+                f"learn_{decay}=False, or lower it: net.{name}.{decay}.data.clamp_(max=0.999)"
+            )
     metadata: dict[str, Any] = {"surrogate": neurons.surrogate, "alpha": neurons.alpha}
     for parameter, value in neurons.by_name.items():
         metadata[f"{parameter}_per_neuron"] = value.numel() > 1
         metadata[f"learn_{parameter}"] = isinstance(value, torch.nn.Parameter)
+    if integrates:
+        rate = np.full(size, 1 / dt)
+        return nir.IF(r=rate, v_threshold=values["threshold"], v_reset=np.zeros(size), metadata=metadata)
+    strengths = {strength: 1 / (1 - values[decay]) for strength, decay in form.strengths.items()}
     gain = math.prod(1 - values[decay] for decay in form.time_constants if decay not in form.strengths.values())
     return getattr(nir, form.node)(
         **{constant: dt / (1 - values[decay]) for decay, constant in form.time_constants.items()},

@@ -35,7 +35,7 @@ def test_every_dependency_names_the_oldest_version_that_is_tested():
     from oldest import oldest
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = ("interop", "plots", "tensorboard")
+    extras = ("events", "interop", "plots", "tensorboard")
     listed = [*project["dependencies"], *(name for extra in extras for name in project["optional-dependencies"][extra])]
     bounds = dict(name.split(">=") for name in listed)
     pinned = dict(line.split("==") for line in oldest(list(extras)))

@@ -82,6 +82,27 @@ def random_erase(images: torch.Tensor, generator: torch.Generator, probability: 
     return images.reshape(count, -1, height, width).masked_fill(hidden[:, None], 0).view(images.shape)
 
 
+def random_unit_shift(sequences: torch.Tensor, generator: torch.Generator, most: int) -> torch.Tensor:
+    """Moves each sequence by up to ``most`` places along its units, the same number at all steps, filling with zeros.
+
+    On channels of a cochlea that is another pitch; Nowotny et al. (2025) move SHD by up to 40 of its 700. Sequences are
+    [B, T, units], of any dtype, on any device; numbers of places are uniform, and independent for each sequence.
+
+    Raises:
+        ValueError: for a number below 0.
+
+    Example:
+        >>> moved = random_unit_shift(torch.ones(50, 3, 9), torch.Generator().manual_seed(0), most=2)
+        >>> moved.sum(2).unique().tolist()
+        [7.0, 8.0, 9.0]
+    """
+    Number(0, whole=True).check("most", most)
+    count, steps, units = sequences.shape
+    begin = torch.randint(2 * most + 1, (count, 1, 1), generator=generator, device=generator.device)
+    source = begin.to(sequences.device) + torch.arange(units, device=sequences.device)
+    return F.pad(sequences, (most, most)).gather(2, source.expand(-1, steps, -1))
+
+
 def _covered(size: int, length: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
     """Which of ``size`` pixels in a line are covered: [B, size]; ``place``: the share of the places before theirs."""
     begin = torch.minimum((place * (size - length + 1)).floor(), size - length)[:, None]

@@ -11,8 +11,8 @@ and an Euler step of it, v ← (1 − Δt/τ)·v + (Δt/τ)·(v_leak + R·I), is
 Of the pairs (R, v_threshold) that describe the same neuron, :func:`to_nir` writes R = 1, v_threshold = (1 − β)·θ, since
 Norse's importer takes R to be 1. A decay of 1, to which a learned β may rise, would need an infinite τ: LIF neurons
 that all have β = 1 are NIR's IF, dv/dt = R·I, whose Euler step has g = R·Δt. Here :func:`to_nir` writes R = 1/Δt,
-v_threshold = θ, so that tools which leave R·Δt out run the same neuron. A spike resets our membrane before the next step's decay, which with reset to zero
-equals NIR's immediate reset.
+v_threshold = θ, so that tools which leave R·Δt out run the same neuron. A spike resets our membrane before the next
+step's decay, which with reset to zero equals NIR's immediate reset.
 
 NIR's CubaLIF has a synaptic current before the membrane, τ_syn·dI/dt = −I + w_in·S, τ_mem·dv/dt = (v_leak − v) + R·I.
 Euler steps, the current's first, as snnTorch and Norse take them, are our C ← γ·C + I, U ← β·U + C of synaptic neurons

@@ -228,8 +228,8 @@ def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT])
                 values["dataset"], " × ".join(map(str, shape)), values["augment"], values["erase"],
             )  # fmt: skip
     settings = settings_type(**values)
-    if settings.sequence != "none":
-        known = DATASETS.get(settings.dataset)
+    known = DATASETS.get(settings.dataset)
+    if settings.sequence != "none" and not (known and known.binning):  # of recordings T is chosen
         settings = dataclasses.replace(settings, T=_length(settings, known.shape if known else shape, arguments))
     if settings.use_resnet:
         digest = weights_digest(settings.dataset, settings.resnet_weights)
@@ -328,7 +328,8 @@ def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: to
     if settings.use_resnet:
         return load_features(settings.dataset, arguments.data_dir, arguments.resnet_weights, device)
     try:
-        return load_dataset(settings.dataset, arguments.data_dir)
+        binned = {"bins": settings.bins, "dt": settings.dt, "steps": settings.T} if settings.bins else {}
+        return load_dataset(settings.dataset, arguments.data_dir, **binned)
     except MissingDataError as error:
         if "dataset" not in arguments:  # it is that of a checkpoint
             raise

@@ -184,6 +184,7 @@ def write_heidelberg(folder, name, classes=20, train=40, test=20):
                 for number, values in enumerate(lists):
                     file[key][number] = values
             file["labels"], file["extra/keys"] = labels, np.array([b"zero"] * classes)
+            file["extra/speaker"] = labels % 12
         told[part] = seconds, channels, labels
     return told
 

@@ -1,6 +1,7 @@
 """Random changes of training images, made on their device for a whole batch at once."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
@@ -101,6 +102,16 @@ def random_unit_shift(sequences: torch.Tensor, generator: torch.Generator, most:
     begin = torch.randint(2 * most + 1, (count, 1, 1), generator=generator, device=generator.device)
     source = begin.to(sequences.device) + torch.arange(units, device=sequences.device)
     return F.pad(sequences, (most, most)).gather(2, source.expand(-1, steps, -1))
+
+
+def shift_problem(most: int, name: str, shape: Sequence[int]) -> str | None:
+    """What is wrong with such shifts of sequences of the data set ``name``, whose steps are of that shape."""
+    if most == 0 or (len(shape) == 1 and most < shape[0]):
+        return None
+    return (
+        f"unit_shift={most} needs sequences of vectors with more places, but a step of {name} is of shape "
+        f"{list(shape)}; lower it, or leave it out"
+    )
 
 
 def _covered(size: int, length: torch.Tensor, place: torch.Tensor) -> torch.Tensor:

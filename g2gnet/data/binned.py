@@ -51,6 +51,10 @@ class Binning(NamedTuple):
     camera: bool = False
     bands: bool = False
 
+    def or_usual(self, bins: int | None, dt: float | None) -> tuple[int, float]:
+        """These numbers, or those above for None."""
+        return self.bins if bins is None else bins, self.dt if dt is None else dt
+
     def steps(self, dt: float) -> int:
         """The time steps of a sample."""
         return max(1, math.ceil(self.milliseconds / dt - 1e-9))
@@ -115,18 +119,27 @@ class Part(NamedTuple):
 
 
 def load(
-    name: str, data_dir: Path, module: Any, classes: int, binning: Binning, bins: int, dt: float, steps: int
+    name: str,
+    data_dir: Path,
+    module: Any,
+    classes: int,
+    binning: Binning,
+    bins: int | None = None,
+    dt: float | None = None,
+    steps: int | None = None,
 ) -> ImageData:
-    """The data set ``name`` as sequences of ``steps`` steps of ``dt`` milliseconds, from files below ``data_dir`` or
-    from ``binned`` there, where they are kept. Counts are integers other than uint8, features float16.
+    """The data set ``name`` as sequences of ``steps`` steps of ``dt`` milliseconds (None: as ``binning`` says), from
+    files below ``data_dir`` or from ``binned`` there, where they are kept. Counts are integers other than uint8,
+    features float16.
 
     Raises:
         ValueError: for settings that do not fit the data set.
         DataError: if files are missing or damaged.
     """
+    bins, dt = binning.or_usual(bins, dt)
     if problems := binning.problems(name, bins, dt):
         raise ValueError("; ".join(problems))
-    shape = binning.shape(steps, bins)
+    shape = binning.shape(binning.steps(dt) if steps is None else steps, bins)
     parts: Mapping[str, Part] = module.parts(name, data_dir)
     for part, (files, labels, _) in parts.items():
         if labels.min() < 0 or labels.max() >= classes:
@@ -143,7 +156,7 @@ def load(
     # what identifies files without reading them
     about = [(str(file.relative_to(data_dir)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((module.FORM, shape, dt, about)).encode()).hexdigest()
-    kept = data_dir / "binned" / f"{name}_bins{bins}_dt{dt:g}_T{steps}_{key[:16]}.pt"
+    kept = data_dir / "binned" / f"{name}_bins{bins}_dt{dt:g}_T{shape[0]}_{key[:16]}.pt"
     names = [f"{part}_{what}" for part in parts for what in ("images", "labels")]
     tensors = made_once(kept, names, f"the sequences of {name}", lambda: _read(name, parts, binning, Grid(shape, dt)))
     return ImageData(name=name, num_classes=classes, **tensors)
@@ -160,7 +173,7 @@ def _read(name: str, parts: Mapping[str, Part], binning: Binning, grid: Grid) ->
             f"{gigabytes(free)}; lower `bins`, or raise `dt`"
         )
     say(f"reading {name}: {' × '.join(map(str, grid.shape))} values in each sample")
-    tensors = {}
+    tensors: Parts = {}
     for part, (_, labels, samples) in parts.items():
         images = torch.empty(len(labels), *grid.shape, dtype=dtype)
         bar = tqdm(samples(grid), f"{name} {part}", len(labels), leave=False, disable=not sys.stderr.isatty())

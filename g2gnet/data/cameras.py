@@ -93,7 +93,8 @@ def read_nmnist(file: Path) -> Events:
     x, y, first, second, third = np.frombuffer(read_file(file), np.uint8).reshape(-1, EVENT_BYTES).astype(np.int64).T
     overflows = y == OVERFLOW_ROW
     microseconds = ((first & 127) << 16 | second << 8 | third) + OVERFLOW * overflows.cumsum()
-    return tuple(values[~overflows] for values in (x, y, first >> 7, microseconds))  # type: ignore[return-value]
+    events = ~overflows
+    return x[events], y[events], first[events] >> 7, microseconds[events]
 
 
 def read_gesture(file: Path) -> Events:

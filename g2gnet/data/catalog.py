@@ -111,10 +111,10 @@ def load_dataset(
 
     Your own data (:func:`dataset_name`) come from the given file, or the file of that name in ``data_dir``. Recordings
     (``"shd"``, …) become ``steps`` time steps of ``dt`` milliseconds, in ``bins`` along each side of their sensor; None
-    takes the data set's :class:`~g2gnet.data.binned.Binning`.
+    takes the data set's :class:`~g2gnet.data.binned.Binning`. Other data sets have no such numbers.
 
     Raises:
-        ValueError: for an unknown name, or such numbers that do not fit the data set.
+        ValueError: for an unknown name, or numbers that the data set does not have.
         DataError: if it cannot be found, downloaded or read.
 
     Example:
@@ -122,13 +122,15 @@ def load_dataset(
         >>> data.train_images.shape, data.num_classes
         (torch.Size([6000, 28, 28]), 10)
     """
-    if npz.is_name(name):
+    if not npz.is_name(name):
+        check_choice("dataset", name, DATASETS, "the name of your own .npz file (dataset_name)")
+    dataset = DATASETS.get(name)
+    given = [each for each, value in {"bins": bins, "dt": dt, "steps": steps}.items() if value is not None]
+    if given and not (dataset and dataset.binning):
+        raise ValueError(f"{name} holds no recordings that {given[0]} could count; leave {' and '.join(given)} out")
+    if dataset is None:
         return npz.load(name, Path(data_dir))
-    check_choice("dataset", name, DATASETS, "the name of your own .npz file (dataset_name)")
-    dataset = DATASETS[name]
     module = importlib.import_module(f"{__package__}.{dataset.module}")
-    if (binning := dataset.binning) is None:
+    if dataset.binning is None:
         return module.load(name, Path(data_dir))
-    bins, dt = binning.bins if bins is None else bins, binning.dt if dt is None else dt
-    steps = binning.steps(dt) if steps is None else steps
-    return binned.load(name, Path(data_dir), module, dataset.num_classes, binning, bins, dt, steps)
+    return binned.load(name, Path(data_dir), module, dataset.num_classes, dataset.binning, bins, dt, steps)

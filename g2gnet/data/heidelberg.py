@@ -37,7 +37,7 @@ def parts(name: str, data_dir: Path) -> dict[str, Part]:
     remedy = (
         f"download {', '.join(files.values())} from https://compneuro.net, and unpack them (gunzip) into {data_dir}"
     )
-    folder = folder_of(name, data_dir, (".", name.upper(), f"hdspikes/{name}"), list(files.values()), remedy)
+    folder = folder_of(name, data_dir, (".", name.upper()), list(files.values()), remedy)
     paths = {part: folder / file for part, file in files.items()}
     return {part: Part([path], _labels(path), partial(_samples, path)) for part, path in paths.items()}
 

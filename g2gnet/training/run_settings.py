@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from g2g_kernels.numbers import FLOAT32, Number
 from g2gnet.base.schedules import SCHEDULES
 from g2gnet.data import DATASETS, npz
-from g2gnet.data.augmentation import SHIFTS
+from g2gnet.data.augmentation import SHIFTS, shift_problem
 from g2gnet.data.features.pretrained_weights import RELEASES
 from g2gnet.dst.rules import GROW_RULES, PRUNE_RULES, Rule
 from g2gnet.neurons import NEURONS
@@ -213,9 +213,9 @@ class TrainSettings(NetworkSettings, RunSettings):
         if self.sequence is None:
             own = self.dataset in DATASETS and DATASETS[self.dataset].sequences
             object.__setattr__(self, "sequence", "own" if own else NetworkSettings.sequence)
-        for name in ("bins", "dt"):
-            if getattr(self, name) is None and self.dataset in BINNED:
-                object.__setattr__(self, name, getattr(BINNED[self.dataset], name))
+        if isinstance(self.dataset, str) and (binning := BINNED.get(self.dataset)):  # from a file it may be anything
+            for name, value in zip(("bins", "dt"), binning.or_usual(self.bins, self.dt), strict=True):
+                object.__setattr__(self, name, value)
         if self.T is None:
             object.__setattr__(self, "T", self._steps() or NetworkSettings.T)
         super().__post_init__()
@@ -226,7 +226,7 @@ class TrainSettings(NetworkSettings, RunSettings):
             return None
         try:
             if binning := BINNED.get(self.dataset):
-                return binning.steps(self.dt)
+                return binning.steps(binning.or_usual(self.bins, self.dt)[1])
             return sequence_length(self.sequence, DATASETS[self.dataset].shape, self.sequence_step)
         except (LookupError, ValueError, TypeError, ArithmeticError):  # what is wrong is found with other problems
             return None
@@ -313,7 +313,10 @@ class TrainSettings(NetworkSettings, RunSettings):
                 return [
                     f"sequence={self.sequence} is of images, but samples of {self.dataset} are sequences; leave it out"
                 ]
-            return BINNED[self.dataset].problems(self.dataset, self.bins, self.dt)
+            binning = BINNED[self.dataset]
+            bins, dt = binning.or_usual(self.bins, self.dt)
+            far = shift_problem(self.unit_shift, self.dataset, binning.shape(self.T, bins)[1:])
+            return binning.problems(self.dataset, bins, dt) + ([far] if far else [])
         if self.sequence == "none" or self._without_effect().keys() & {"sequence_step", "sequence_seed"}:
             return []
         if self.use_resnet:

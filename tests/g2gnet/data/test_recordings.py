@@ -390,6 +390,11 @@ def test_bins_that_do_not_fit_are_refused_before_anything_is_read(tmp_path, name
         load_dataset(name, tmp_path, **options)
 
 
+def test_other_data_sets_have_no_bins():
+    with pytest.raises(ValueError, match="fashionmnist-mini holds no recordings that bins could count; leave bins and"):
+        load_dataset("fashionmnist-mini", bins=7, dt=10)
+
+
 # --- what is kept -------------------------------------------------------------------------------------------------
 
 

@@ -97,6 +97,11 @@ def test_the_stem_names_the_run(options, stem):
         ({"dataset": "shd", "dt": 0.0}, "dt=0.0 must be a number from 0.1 to 60000"),
         ({"dataset": "nmnist", "sequence": "rows"}, "sequence=rows is of images, but samples of nmnist are sequences"),
         ({"dataset": "shd", "sequence": "none"}, "sequence=none is of images, but samples of shd are sequences; leave"),
+        (
+            {"dataset": "nmnist", "unit_shift": 3},
+            r"unit_shift=3 needs .*, but a step of nmnist is of shape \[2, 34, 34\]",
+        ),
+        ({"dataset": "shd", "bins": 7, "unit_shift": 7}, r"a step of shd is of shape \[7\]; lower it, or leave it out"),
         ({"unit_shift": 3}, "unit_shift=3 has no effect with sequence=none; give `sequence=own`"),
         ({"sequence": "pixels", "sequence_seed": 1}, "sequence_seed=1 has no effect with sequence=pixels; give `seq"),
         (RESNET | {"sequence": "rows"}, "sequence=rows needs images, but use_resnet trains on features; leave one of"),

@@ -390,6 +390,15 @@ def test_bins_that_do_not_fit_are_refused_before_anything_is_read(tmp_path, name
         load_dataset(name, tmp_path, **options)
 
 
+def test_sequences_that_do_not_fit_the_memory_are_refused_before_they_are_made(tmp_path, monkeypatch):
+    write_heidelberg(tmp_path, "shd")
+    monkeypatch.setattr("g2gnet.data.binned.available", lambda: 60 * 14 * 700 - 1)
+    with pytest.raises(
+        DataError, match=r"shd as sequences \[14, 700\] takes .* of memory.*; lower `bins`, or raise `dt`"
+    ):
+        load_dataset("shd", tmp_path, bins=700, dt=100)
+
+
 def test_other_data_sets_have_no_bins():
     with pytest.raises(ValueError, match="fashionmnist-mini holds no recordings that bins could count; leave bins and"):
         load_dataset("fashionmnist-mini", bins=7, dt=10)

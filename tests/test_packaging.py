@@ -179,6 +179,39 @@ def test_the_installed_wheel_works_far_from_the_repository(wheel, tmp_path):
     assert record["machine"]["commit"] is None
 
 
+#: of another processor: its compiler, and what runs its programs; Debian's g++-aarch64-linux-gnu and qemu-user
+CROSS, EMULATOR = "aarch64-linux-gnu-g++", ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
+#: tests of kernels that compare with float64, or with PyTorch's very bits
+OF_KERNELS = ("errors_are and (chosen or matrix)", "linear_alone", "lif_alone_has", "one_neuron")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which(CROSS), reason=f"{CROSS} is missing: apt-get install g++-aarch64-linux-gnu")
+@pytest.mark.skipif(not shutil.which(EMULATOR[0]), reason=f"{EMULATOR[0]} is missing: apt-get install qemu-user")
+def test_the_wheel_of_a_cross_compiler_is_of_its_processor_and_computes_the_same(source, tmp_path):
+    """Every call of a kernel in these tests goes to a process that is emulated (``remote_kernels.py``)."""
+    pip("wheel", *OFFLINE, "--wheel-dir", tmp_path, source, CXX=CROSS)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"{NAME}-py3-none-linux_aarch64.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        kernels = archive.extract("g2g_kernels/cpu/libg2g_cpu.so", tmp_path)
+    server = tmp_path / "server"
+    run(CROSS, "-O1", "-std=c++17", "-o", server, ROOT / "tests/remote_kernels.cpp", "-ldl")
+    variables = {
+        "G2G_REMOTE": shlex.join(map(str, (*EMULATOR, server, kernels))),
+        "G2G_CPU_POOL": "0",  # memory of a tensor is then no larger than the tensor
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
+    chosen = " or ".join(f"({name})" for name in OF_KERNELS)
+    command = shlex.split(f"-m pytest -n 0 -p remote_kernels -p no:cacheprovider -k '{chosen}'")
+    told = run(sys.executable, *command, "tests/g2g_kernels/test_cpu_backend.py", cwd=ROOT, variables=variables)
+    assert "skipped" not in told
+    calls = json.loads(told.rpartition("calls of kernels: ")[2])
+    assert {f"g2g_{kernel}_{way}" for kernel in ("stack", "linear", "neurons") for way in ("forward", "backward")} <= {
+        name for name, count in calls.items() if count > 1
+    }
+
+
 @pytest.mark.long
 def test_the_source_distribution_installs_without_a_compiler(source, tmp_path):
     programs = install(tmp_path / "environment", source, G2G_BUILD_CPU="0")

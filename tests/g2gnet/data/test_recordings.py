@@ -1,6 +1,7 @@
 """Recordings in the formats of their publishers: what is read, what is refused, and what is kept for the next time."""
 
 import logging
+import signal
 import sys
 
 import numpy as np
@@ -429,6 +430,16 @@ def test_other_settings_or_files_are_read_anew(tmp_path):
     changed("spikes/times", 2, [0.5] * 3)(tmp_path / "shd_train.h5")
     assert load_dataset("shd", tmp_path).fingerprint != first.fingerprint
     assert len(list((tmp_path / "binned").iterdir())) == 5
+
+
+def test_nothing_is_kept_of_a_reading_that_was_stopped(tmp_path, monkeypatch):
+    write_heidelberg(tmp_path, "shd")
+    with monkeypatch.context() as patch:
+        patch.setattr("g2gnet.data.binned.torch.from_numpy", lambda array: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            load_dataset("shd", tmp_path)
+    assert not (tmp_path / "binned").exists()
+    assert len(load_dataset("shd", tmp_path).train_labels) == 40
 
 
 def test_fewer_samples_than_were_published_are_a_warning(tmp_path, caplog):

@@ -9,6 +9,7 @@ target already says the same, as when an editable installation is repeated with 
 ``build_ext --force`` compiles in any case.
 """
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -66,7 +67,13 @@ class PlatformWheel(bdist_wheel):
     """A wheel for every Python 3 of its platform: the library knows nothing of Python."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        return "py3", "none", super().get_tag()[2]
+        platform_tag = super().get_tag()[2]
+        if platform_tag == f"linux_{platform.machine()}" and os.environ.get("G2G_BUILD_CPU", "1") != "0":
+            with contextlib.suppress(OSError, ValueError):  # no compiler, no library
+                machine = _target(shlex.split(os.environ.get("CXX", "c++"))).partition("-")[0]
+                if machine in ("x86_64", "aarch64"):  # a cross compiler's
+                    platform_tag = f"linux_{machine}"
+        return "py3", "none", platform_tag
 
 
 def build_library(target: Path, scratch: Path, force: bool | None = False) -> None:

@@ -220,7 +220,7 @@ def version(package: str) -> str:
 
 def describe() -> str:
     """Versions, devices, and every backend with the reason why it is unavailable."""
-    names = ["g2g", "torch", *(backend.package for backend in BACKENDS.values() if backend.package)]
+    names = ["g2gnet", "torch", *(backend.package for backend in BACKENDS.values() if backend.package)]
     lines = [f"Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in names)]
     lines += ["", "devices"] + [f"  {name:<9} {what}" for name, what in devices().items()]
     lines += ["", "backends"]

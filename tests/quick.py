@@ -31,6 +31,8 @@ QUICK = [
     "g2gnet/test_states.py::test_chunks_change_no_spike_and_no_gradient",
     "g2gnet/test_recurrence.py::test_a_step_gets_the_spikes_of_the_step_before",
     "g2gnet/data/test_sequences.py::test_a_step_receives_a_row",
+    "g2gnet/data/test_recordings.py::test_spikes_of_the_cochlea_are_counted_by_channels_and_time",
+    "g2gnet/data/test_recordings.py::test_events_of_n_mnist",
     "g2gnet/test_states.py::test_a_step_and_a_run_hand_on_the_same_state",
     "g2gnet/test_drop_in.py::test_layers_of_any_kind_in_one_stack",
     "g2gnet/dst/test_dst.py::test_an_update_follows_its_rules",

@@ -10,6 +10,7 @@ import io
 import pickle
 import struct
 import tarfile
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +161,95 @@ def write_own(path, *shape, dtype=np.float32):
     arrays = {f"{name}_images": images[part] for name, part in parts.items()}
     np.savez(path, **arrays, **{f"{name}_labels": OWN_LABELS[part] for name, part in parts.items()})
     return path
+
+
+# --- recordings ---------------------------------------------------------------------------------------------------
+
+
+def write_heidelberg(folder, name, classes=20, train=40, test=20):
+    """The files of a small SHD or SSC; by part, the seconds, channels and labels of its samples."""
+    import h5py
+
+    folder.mkdir(parents=True, exist_ok=True)
+    generator, told = np.random.default_rng(0), {}
+    for part, count in {"train": train, **({"valid": test} if name == "ssc" else {}), "test": test}.items():
+        events = generator.integers(0, 300, count)
+        events[1] = 0
+        seconds = [np.sort(generator.uniform(0, 1.1, n)).astype(np.float16) for n in events]
+        channels = [generator.integers(0, 700, n).astype(np.uint16) for n in events]
+        labels = labels_of(count, classes).astype(np.uint16)
+        with h5py.File(folder / f"{name}_{part}.h5", "w") as file:
+            for key, lists in (("spikes/times", seconds), ("spikes/units", channels)):
+                file.create_dataset(key, (count,), h5py.vlen_dtype(lists[0].dtype))
+                for number, values in enumerate(lists):
+                    file[key][number] = values
+            file["labels"], file["extra/keys"] = labels, np.array([b"zero"] * classes)
+            file["extra/speaker"] = labels % 12
+        told[part] = seconds, channels, labels
+    return told
+
+
+def nmnist_bytes(x, y, polarity, microseconds):
+    """Events in the format of N-MNIST: 8 bits of x and of y, 1 of polarity, 23 of time, the highest first."""
+    bits = (np.int64(x) << 32) | (np.int64(y) << 24) | (np.int64(polarity) << 23) | np.int64(microseconds)
+    return b"".join(int(each).to_bytes(5, "big") for each in bits)
+
+
+def write_nmnist(folder, train=40, test=20):
+    """A small N-MNIST in tonic's folders; by file, the events [n, 4] of x, y, polarity and microseconds."""
+    generator, told = np.random.default_rng(0), {}
+    for part, count in (("Train", train), ("Test", test)):
+        for number, label in enumerate(labels_of(count, 10)):
+            file = folder / part / str(label) / f"{number:05}.bin"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            n = int(generator.integers(20, 60))
+            sides = (34, 34, 2, 340_000)
+            told[file] = np.stack([generator.integers(0, side, n) for side in sides], 1)
+            file.write_bytes(nmnist_bytes(*told[file].T))
+    return told
+
+
+def write_gestures(folder, train=4, test=2):
+    """A small DVS-Gesture in tonic's folders, of so many users; by file, the array [n, 4] that it holds."""
+    generator, told = np.random.default_rng(0), {}
+    for part, users in (("ibmGestureTrain", train), ("ibmGestureTest", test)):
+        for user in range(users):
+            for label in range(11):
+                file = folder / part / f"user{user:02}_led" / f"{label}.npy"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                columns = [generator.integers(0, side, 50) for side in (128, 128, 2)]
+                told[file] = np.stack([*columns, 7000 + np.sort(generator.integers(0, 1500, 50))], 1)
+                np.save(file, told[file])
+    return told
+
+
+def write_wav(file, samples, rate=16000):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with wave.open(str(file), "wb") as content:
+        content.setnchannels(1)
+        content.setsampwidth(2)
+        content.setframerate(rate)
+        content.writeframes(samples.astype("<i2").tobytes())
+
+
+def write_speech(folder, words=("bed", "cat", "zero"), speakers=20):
+    """A small Speech Commands: of each word recordings of so many speakers, some of validation and of testing."""
+    generator, lists = np.random.default_rng(0), {"validation": [], "testing": []}
+    write_wav(folder / "_background_noise_" / "white_noise.wav", np.zeros(32000))
+    for word in words:
+        for speaker in range(speakers):
+            name = f"{word}/{speaker:08x}_nohash_0.wav"
+            write_wav(folder / name, generator.normal(0, 3000, int(generator.integers(8000, 16001))))
+            if speaker % 5 < 2:
+                lists[("validation", "testing")[speaker % 5]].append(name)
+    for name, files in lists.items():
+        (folder / f"{name}_list.txt").write_text("".join(f"{file}\n" for file in files))
+
+
+def write_recordings(data_dir):
+    """All of these, where their readers look first."""
+    write_heidelberg(data_dir, "shd")
+    write_heidelberg(data_dir, "ssc", classes=35, train=70, test=35)
+    write_nmnist(data_dir / "NMNIST")
+    write_gestures(data_dir / "DVSGesture")
+    write_speech(data_dir / "SpeechCommands" / "speech_commands_v0.02")

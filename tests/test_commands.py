@@ -36,6 +36,7 @@ RUN_BY = {
 EXTRAS = {
     "test": ".ci/run",
     "dev": ".ci/run",
+    "events": "tests/g2gnet/data/test_recordings.py",
     "interop": "tests/g2gnet/interop/test_interop.py",
     "plots": "tests/g2gnet/programs/test_report.py",
     "tensorboard": "tests/g2gnet/training/test_logging.py",

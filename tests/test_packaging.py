@@ -21,7 +21,7 @@ from helpers import ROOT
 from g2g_kernels.cpu import library
 from g2gnet import __version__
 
-NAME = f"g2g-{__version__}"
+NAME = f"g2gnet-{__version__}"
 OFFLINE = ("--no-index", "--no-deps", "--no-build-isolation")
 SIZES = "--hidden_dim 16 --T 2 --batch_size 16 --dataset fashionmnist-mini"
 
@@ -35,7 +35,7 @@ def test_every_dependency_names_the_oldest_version_that_is_tested():
     from oldest import oldest
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = ("interop", "plots", "tensorboard")
+    extras = ("events", "interop", "plots", "tensorboard")
     listed = [*project["dependencies"], *(name for extra in extras for name in project["optional-dependencies"][extra])]
     bounds = dict(name.split(">=") for name in listed)
     pinned = dict(line.split("==") for line in oldest(list(extras)))
@@ -133,8 +133,8 @@ def test_the_source_distribution_is_the_repository(repository, source):
     with tarfile.open(source) as archive:
         held = {name.removeprefix(f"{NAME}/") for name in archive.getnames() if archive.getmember(name).isfile()}
     files = {path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file()}
-    made = {name for name in held if name.startswith("g2g.egg-info/") or name in ("PKG-INFO", "setup.cfg")}
-    expected = {name for name in files if not name.startswith((".", "g2g.egg-info/"))}
+    made = {name for name in held if name.startswith("g2gnet.egg-info/") or name in ("PKG-INFO", "setup.cfg")}
+    expected = {name for name in files if not name.startswith((".", "g2gnet.egg-info/"))}
     assert held - made == expected
     assert "g2g_kernels/csrc/kernels.cpp" in held
     assert "tests/test_packaging.py" in held
@@ -177,6 +177,39 @@ def test_the_installed_wheel_works_far_from_the_repository(wheel, tmp_path):
     )
     assert [row["status"] for row in record["contenders"]] == ["timed"]
     assert record["machine"]["commit"] is None
+
+
+#: of another processor: its compiler, and what runs its programs; Debian's g++-aarch64-linux-gnu and qemu-user
+CROSS, EMULATOR = "aarch64-linux-gnu-g++", ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
+#: tests of kernels that compare with float64, or with PyTorch's very bits
+OF_KERNELS = ("errors_are and (chosen or matrix)", "linear_alone", "lif_alone_has", "one_neuron")
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not shutil.which(CROSS), reason=f"{CROSS} is missing: apt-get install g++-aarch64-linux-gnu")
+@pytest.mark.skipif(not shutil.which(EMULATOR[0]), reason=f"{EMULATOR[0]} is missing: apt-get install qemu-user")
+def test_the_wheel_of_a_cross_compiler_is_of_its_processor_and_computes_the_same(source, tmp_path):
+    """Every call of a kernel in these tests goes to a process that is emulated (``remote_kernels.py``)."""
+    pip("wheel", *OFFLINE, "--wheel-dir", tmp_path, source, CXX=CROSS)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name == f"{NAME}-py3-none-linux_aarch64.whl"
+    with zipfile.ZipFile(wheel) as archive:
+        kernels = archive.extract("g2g_kernels/cpu/libg2g_cpu.so", tmp_path)
+    server = tmp_path / "server"
+    run(CROSS, "-O1", "-std=c++17", "-o", server, ROOT / "tests/remote_kernels.cpp", "-ldl")
+    variables = {
+        "G2G_REMOTE": shlex.join(map(str, (*EMULATOR, server, kernels))),
+        "G2G_CPU_POOL": "0",  # memory of a tensor is then no larger than the tensor
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+    }
+    chosen = " or ".join(f"({name})" for name in OF_KERNELS)
+    command = shlex.split(f"-m pytest -n 0 -p remote_kernels -p no:cacheprovider -k '{chosen}'")
+    told = run(sys.executable, *command, "tests/g2g_kernels/test_cpu_backend.py", cwd=ROOT, variables=variables)
+    assert "skipped" not in told
+    calls = json.loads(told.rpartition("calls of kernels: ")[2])
+    assert {f"g2g_{kernel}_{way}" for kernel in ("stack", "linear", "neurons") for way in ("forward", "backward")} <= {
+        name for name, count in calls.items() if count > 1
+    }
 
 
 @pytest.mark.long

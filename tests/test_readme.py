@@ -15,7 +15,7 @@ import pytest
 import torch
 from code_blocks import run_blocks
 from helpers import ROOT
-from small_data import fashion_mnist_files, publish_resnet, write, write_cifar, write_resnet
+from small_data import fashion_mnist_files, publish_resnet, write, write_cifar, write_recordings, write_resnet
 
 from g2gnet.programs import crossval, pretrain, train
 from g2gnet.programs.flags import settings_from
@@ -55,6 +55,7 @@ def small_world(tmp_path_factory):
         write(root / "data", fashion_mnist_files(patch, train=60, test=20))
         write_cifar(patch, root / "data", "cifar10", train=50, test=20)
         write_cifar(patch, root / "data", "cifar100", train=200, test=20)
+        write_recordings(root / "data")
         for name in ("cifar10", "cifar100"):
             publish_resnet(patch, root / "hub", name)
         yield root

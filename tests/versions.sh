@@ -16,7 +16,7 @@ make_oldest() {
     python3.10 -m venv "$environment" &&
         # setuptools builds g2g, also in tests, and has no version 77.0; pyparsing and protobuf: newer ones than these
         # versions know
-        python3 tests/oldest.py interop plots tensorboard test | grep -v '^setuptools==' >"$environment/oldest.txt" &&
+        python3 tests/oldest.py events interop plots tensorboard test | grep -v '^setuptools==' >"$environment/oldest.txt" &&
         "$environment/bin/pip" install -q -r "$environment/oldest.txt" hypothesis "setuptools>=77" \
             "protobuf<3.20" "pyparsing<3.1"
 }

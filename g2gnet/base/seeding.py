@@ -12,6 +12,7 @@ import torch
 STREAMS = (
     "network", "order", "encode_train", "encode_test", "dst",
     "augment", "encode_val", "dropout", "permutation", "erase", "validation", "candidates",
+    "unit_shift",
 )  # fmt: skip
 
 

@@ -1,10 +1,10 @@
-"""Image data sets as whole tensors, read by torchvision's readers or from the package."""
+"""Data sets as whole tensors: images and recordings."""
 
-from g2gnet.data.augmentation import random_crop_and_flip, random_erase
+from g2gnet.data.augmentation import random_crop_and_flip, random_erase, random_unit_shift
 from g2gnet.data.catalog import DATASETS, dataset_name, load_dataset
 from g2gnet.data.image_data import DataError, ImageData, MissingDataError, as_samples
 
 __all__ = [
     "DATASETS", "DataError", "ImageData", "MissingDataError", "as_samples", "dataset_name", "load_dataset",
-    "random_crop_and_flip", "random_erase",
+    "random_crop_and_flip", "random_erase", "random_unit_shift",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Random changes of training images, made on their device for a whole batch at once."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch.nn import functional as F
@@ -80,6 +81,37 @@ def random_erase(images: torch.Tensor, generator: torch.Generator, probability: 
     )
     hidden = (chosen[:, None, None] & rows[:, :, None] & columns[:, None, :]).to(images.device)
     return images.reshape(count, -1, height, width).masked_fill(hidden[:, None], 0).view(images.shape)
+
+
+def random_unit_shift(sequences: torch.Tensor, generator: torch.Generator, most: int) -> torch.Tensor:
+    """Moves each sequence by up to ``most`` places along its units, the same number at all steps, filling with zeros.
+
+    On channels of a cochlea that is another pitch; Nowotny et al. (2025) move SHD by up to 40 of its 700. Sequences are
+    [B, T, units], of any dtype, on any device; numbers of places are uniform, and independent for each sequence.
+
+    Raises:
+        ValueError: for a number below 0.
+
+    Example:
+        >>> moved = random_unit_shift(torch.ones(50, 3, 9), torch.Generator().manual_seed(0), most=2)
+        >>> moved.sum(2).unique().tolist()
+        [7.0, 8.0, 9.0]
+    """
+    Number(0, whole=True).check("most", most)
+    count, steps, units = sequences.shape
+    begin = torch.randint(2 * most + 1, (count, 1, 1), generator=generator, device=generator.device)
+    source = begin.to(sequences.device) + torch.arange(units, device=sequences.device)
+    return F.pad(sequences, (most, most)).gather(2, source.expand(-1, steps, -1))
+
+
+def shift_problem(most: int, name: str, shape: Sequence[int]) -> str | None:
+    """What is wrong with such shifts of sequences of the data set ``name``, whose steps are of that shape."""
+    if most == 0 or (len(shape) == 1 and most < shape[0]):
+        return None
+    return (
+        f"unit_shift={most} needs sequences of vectors with more places, but a step of {name} is of shape "
+        f"{list(shape)}; lower it, or leave it out"
+    )
 
 
 def _covered(size: int, length: torch.Tensor, place: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,8 @@ class MissingDataError(DataError):
 class ImageData:
     """A data set held in memory; batches are gathered by index on its device.
 
-    Images are uint8 [N, ...], each flattened image a sample, or float32 features [N, D]; labels are int64 [N].
+    Images are uint8 [N, ...], each flattened image a sample, float32 features [N, D], or recordings as sequences
+    [N, T, ...], float16 or counts of events in other integers; labels are int64 [N].
     Validation images are training images that are held out.
 
     Example:
@@ -105,11 +106,11 @@ class ImageData:
 
 
 def as_samples(images: torch.Tensor) -> torch.Tensor:
-    """uint8 images [B, ...] as float32 samples [B, D] from 0 to 1; float32 features [B, D] as they are.
+    """uint8 images [B, ...] as float32 samples [B, D] from 0 to 1; features and counts of events as they are.
 
     Example:
         >>> as_samples(torch.tensor([[[0, 255], [51, 102]]], dtype=torch.uint8))
         tensor([[0.0000, 1.0000, 0.2000, 0.4000]])
     """
     samples = images.reshape(len(images), -1)
-    return samples.float() / 255 if samples.dtype == torch.uint8 else samples
+    return samples.float() / 255 if samples.dtype == torch.uint8 else samples.float()

@@ -9,8 +9,10 @@ and an Euler step of it, v ← (1 − Δt/τ)·v + (Δt/τ)·(v_leak + R·I), is
     β = 1 − Δt/τ,    U = v/g,    θ = v_threshold/g,    g = R·Δt/τ,    v_leak = v_reset = 0.
 
 Of the pairs (R, v_threshold) that describe the same neuron, :func:`to_nir` writes R = 1, v_threshold = (1 − β)·θ, since
-Norse's importer takes R to be 1. A spike resets our membrane before the next step's decay, which with reset to zero
-equals NIR's immediate reset.
+Norse's importer takes R to be 1. A decay of 1, to which a learned β may rise, would need an infinite τ: LIF neurons
+that all have β = 1 are NIR's IF, dv/dt = R·I, whose Euler step has g = R·Δt. Here :func:`to_nir` writes R = 1/Δt,
+v_threshold = θ, so that tools which leave R·Δt out run the same neuron. A spike resets our membrane before the next
+step's decay, which with reset to zero equals NIR's immediate reset.
 
 NIR's CubaLIF has a synaptic current before the membrane, τ_syn·dI/dt = −I + w_in·S, τ_mem·dv/dt = (v_leak − v) + R·I.
 Euler steps, the current's first, as snnTorch and Norse take them, are our C ← γ·C + I, U ← β·U + C of synaptic neurons
@@ -27,9 +29,9 @@ tools that run NIR step by step. :func:`to_nir` writes the layer as a graph insi
 ``input``, ``lif``, ``w_rec``, ``output``; snnTorch writes the same nodes without that graph. A bias in the loop is a
 constant current: it is read as part of b.
 
-NIR cannot carry adaptive neurons; the reset by subtraction, since its neurons only reset to a value; decays of 1, whose
-τ is infinite (NIR's IF, which has none, is read as β = 1, g = R·Δt); the encoding of samples. Surrogates, learnability,
-groups and units go into the nodes' metadata, which other tools do not read. A graph with delays is refused.
+NIR cannot carry adaptive neurons; the reset by subtraction, since its neurons only reset to a value; decays of 1 beside
+others in one population, or of synaptic neurons; the encoding of samples. Surrogates, learnability, groups and units go
+into the nodes' metadata, which other tools do not read. A graph with delays is refused.
 """
 
 import functools
@@ -47,8 +49,8 @@ from g2g_kernels.choices import check_choice, check_flag
 from g2g_kernels.numbers import SHARPNESS, Number, check_parameter
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
+from g2gnet.base.optional import optional_package
 from g2gnet.interop.arrays import FINITE, numbers
-from g2gnet.interop.optional import optional_package
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.stack import Pair, RecurrentLayer, SpikingStack, plain_layers
@@ -100,7 +102,7 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
         >>> list(graph.nodes)
         ['input', 'fc1', 'lif1', 'fc2', 'lif2', 'fc3', 'lif3', 'output']
     """
-    nir = optional_package("nir", _LEAST_NIR)
+    nir = optional_package("nir", "interop", _LEAST_NIR)
     layers = plain_layers(stack, "to_nir")
     if stack.readout != "counts":
         raise ValueError(
@@ -167,7 +169,7 @@ def from_nir(
         >>> from_nir(graph, T=25)(torch.rand(2, 64)).shape
         torch.Size([2, 10])
     """
-    nir = optional_package("nir", _LEAST_NIR)
+    nir = optional_package("nir", "interop", _LEAST_NIR)
     _POSITIVE.check("dt", dt)
     if not isinstance(graph, nir.NIRGraph):
         raise ValueError(f"the graph is a {type(graph).__name__}; give a nir.NIRGraph, as nir.read(file) returns it")
@@ -394,14 +396,22 @@ def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float, nir:
         .detach().cpu().double().expand(size).numpy()
         for parameter, value in neurons.by_name.items()
     }  # fmt: skip
-    for decay in form.time_constants:
-        if (values[decay] == 1).any():
-            raise ValueError(f"{name} has {decay}=1, no leak: the time constant that NIR asks for is infinite")
-    strengths = {strength: 1 / (1 - values[decay]) for strength, decay in form.strengths.items()}
+    integrates = neurons.model.name == "lif" and bool((values["beta"] == 1).all())
+    for decay in () if integrates else form.time_constants:
+        if endless := int((values[decay] == 1).sum()):
+            raise ValueError(
+                f"{name} has {decay}=1, no decay, in {endless} of {size} neurons: their time constant is infinite, and "
+                "NIR's IF, which has none, is of LIF neurons that all have beta=1. Train with "
+                f"learn_{decay}=False, or lower it: net.{name}.{decay}.data.clamp_(max=0.999)"
+            )
     metadata: dict[str, Any] = {"surrogate": neurons.surrogate, "alpha": neurons.alpha}
     for parameter, value in neurons.by_name.items():
         metadata[f"{parameter}_per_neuron"] = value.numel() > 1
         metadata[f"learn_{parameter}"] = isinstance(value, torch.nn.Parameter)
+    if integrates:
+        rate = np.full(size, 1 / dt)
+        return nir.IF(r=rate, v_threshold=values["threshold"], v_reset=np.zeros(size), metadata=metadata)
+    strengths = {strength: 1 / (1 - values[decay]) for strength, decay in form.strengths.items()}
     gain = math.prod(1 - values[decay] for decay in form.time_constants if decay not in form.strengths.values())
     return getattr(nir, form.node)(
         **{constant: dt / (1 - values[decay]) for decay, constant in form.time_constants.items()},

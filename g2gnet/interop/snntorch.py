@@ -23,8 +23,8 @@ from g2g_kernels import BlockMask
 from g2g_kernels.numbers import check_parameter
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.neurons.surrogates import SURROGATES, Surrogate
+from g2gnet.base.optional import optional_package
 from g2gnet.interop.arrays import FINITE, numbers
-from g2gnet.interop.optional import optional_package
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.stack import Pair, RecurrentLayer, SpikingStack, plain_layers
@@ -75,7 +75,7 @@ def from_snntorch(
         >>> from_snntorch(theirs, T=25)(torch.rand(2, 64)).shape  # held for 25 steps
         torch.Size([2, 10])
     """
-    snn = optional_package("snntorch")
+    snn = optional_package("snntorch", "interop")
     linears: dict[str, Any] = {}
     neurons: dict[str, Any] = {}
     kinds = tuple(getattr(snn, kind) for kind in _MODELS)
@@ -132,7 +132,7 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
         >>> theirs(torch.rand(2, 64)).shape  # one time step
         torch.Size([2, 10])
     """
-    snn = optional_package("snntorch")
+    snn = optional_package("snntorch", "interop")
     layers = plain_layers(stack, "to_snntorch")
     for number, (_, neurons, _) in enumerate(layers, 1):
         if neurons.model.name not in _COUNTERPARTS:
@@ -263,7 +263,7 @@ def _warn_of_the_reset(name: str) -> None:
 
 
 def _neurons_from(name: str, theirs: Any, connection: G2GLinear, backend: str | None) -> SpikingNeurons:
-    snn = optional_package("snntorch")
+    snn = optional_package("snntorch", "interop")
     kind = next(kind for kind in _MODELS if isinstance(theirs, getattr(snn, kind)))
     model = _MODELS[kind]
     ours = NEURONS[model].__name__
@@ -348,7 +348,7 @@ def _surrogate_of(name: str, spike_grad: Callable[[torch.Tensor], torch.Tensor])
 
 
 def _spike_function(surrogate: str, alpha: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    functions = optional_package("snntorch.surrogate")
+    functions = optional_package("snntorch.surrogate", "interop")
     if surrogate in ("atan", "fast_sigmoid", "sigmoid"):
         return getattr(functions, surrogate)(alpha)
     primitive = SURROGATES[surrogate].primitive

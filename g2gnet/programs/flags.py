@@ -29,6 +29,7 @@ from g2gnet.programs.output import STDOUT
 from g2gnet.sequences import sequence_length
 from g2gnet.settings import SettingsError, number_of, types_of
 from g2gnet.training import EpochCallback, Machine, RunSettings, Trainer, TrainSettings
+from g2gnet.training.run_settings import BINNED
 from g2gnet.training.tensorboard import TensorBoardLog
 
 logger = logging.getLogger("g2gnet")
@@ -228,7 +229,7 @@ def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT])
                 values["dataset"], " × ".join(map(str, shape)), values["augment"], values["erase"],
             )  # fmt: skip
     settings = settings_type(**values)
-    if settings.sequence != "none":
+    if settings.sequence != "none" and settings.dataset not in BINNED:  # of recordings T is chosen
         known = DATASETS.get(settings.dataset)
         settings = dataclasses.replace(settings, T=_length(settings, known.shape if known else shape, arguments))
     if settings.use_resnet:
@@ -328,7 +329,8 @@ def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: to
     if settings.use_resnet:
         return load_features(settings.dataset, arguments.data_dir, arguments.resnet_weights, device)
     try:
-        return load_dataset(settings.dataset, arguments.data_dir)
+        steps = settings.T if settings.dataset in BINNED else None
+        return load_dataset(settings.dataset, arguments.data_dir, bins=settings.bins, dt=settings.dt, steps=steps)
     except MissingDataError as error:
         if "dataset" not in arguments:  # it is that of a checkpoint
             raise

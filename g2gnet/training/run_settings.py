@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from g2g_kernels.numbers import FLOAT32, Number
 from g2gnet.base.schedules import SCHEDULES
 from g2gnet.data import DATASETS, npz
-from g2gnet.data.augmentation import SHIFTS
+from g2gnet.data.augmentation import SHIFTS, shift_problem
 from g2gnet.data.features.pretrained_weights import RELEASES
 from g2gnet.dst.rules import ACTIVITY, GROW_RULES, PRUNE_RULES, Rule, names_without
 from g2gnet.neurons import NEURONS
@@ -25,10 +25,18 @@ LARGEST_SEED = (1 << 63) - 1
 MOST_STEPS = 1 << 16
 DYNAMIC = Need("sparsity_mode", ("dynamic",))
 HELD_OUT = Need("validation", (True,))
+#: the data sets of recordings
+BINNED = {name: dataset.binning for name, dataset in DATASETS.items() if dataset.binning}
 
 
 def _texts(rules: Mapping[str, Rule]) -> str:
     return "; ".join(name if rule.text == name else f"{name}: {rule.text}" for name, rule in rules.items())
+
+
+def _each(field: str) -> str:
+    """A field of the binning of each data set, for the help."""
+    values = ((name, getattr(binning, field)) for name, binning in BINNED.items())
+    return "default: " + ", ".join(f"{name} {value:g}" for name, value in values)
 
 
 def _data(default: Any, text: str, **options: Any) -> Any:
@@ -108,8 +116,9 @@ class TrainSettings(NetworkSettings, RunSettings):
     """The settings of one training run; two runs with equal settings on one machine give equal weights.
 
     ``resnet_weights`` stands for the content of that file (:func:`g2gnet.data.features.weights_digest`). ``T`` is 50
-    unless it is given, and of images that unfold over time their number of steps. Of data of your own that are
-    sequences it must be given here; programs look into the file.
+    unless it is given, of images that unfold over time their number of steps, and of recordings those of their length
+    (:class:`~g2gnet.data.binned.Binning`). Of data of your own that are sequences it must be given here; programs look
+    into the file.
 
     Example:
         >>> settings = TrainSettings(dataset="fashionmnist-mini", model="mixer", T=10)
@@ -131,6 +140,8 @@ class TrainSettings(NetworkSettings, RunSettings):
         "resnet_weights": (Need("use_resnet", (True,)),),
         "sequence_step": (Need("sequence", ("pixels", "permuted", "rows")),),
         "sequence_seed": (Need("sequence", ("permuted",)),),
+        **dict.fromkeys(("bins", "dt"), (Need("dataset", tuple(BINNED)),)),
+        "unit_shift": (Need("sequence", ("own",)),),
     }
     WARNED: ClassVar[tuple[str, ...]] = (
         *NetworkSettings.WARNED, "cp", "cg", "dst_interval", "dst_fraction", "warmup_epochs",
@@ -150,6 +161,16 @@ class TrainSettings(NetworkSettings, RunSettings):
     sequence_seed: int = _data(
         0, "seed of the order of `sequence=permuted`, whatever the seed of the run", low=0, high=LARGEST_SEED
     )
+    bins: int | None = _data(
+        None,
+        "events are counted in N bins of a cochlea's channels or of the pixels of a side; gsc: mel bands "
+        f"({_each('bins')})",
+        low=1,
+    )
+    dt: float | None = _data(None, f"milliseconds of a recording in a time step ({_each('dt')})", low=0.1, high=60_000)
+    unit_shift: int = _data(
+        0, "shift each training sequence of vectors, as of shd, by up to N places, the same at all steps", low=0
+    )
     use_resnet: bool = _data(False, "train on the features of a frozen ResNet-32 (CIFAR only)")
     resnet_weights: str | None = _data(None, "weights of that ResNet-32 (default: the published ones)")
 
@@ -159,7 +180,8 @@ class TrainSettings(NetworkSettings, RunSettings):
         "T",
         None,
         number=Number(1, MOST_STEPS),
-        text=f"time steps per sample, where `sequence` does not say it (default: {NetworkSettings.T})",
+        text=f"time steps per sample, where `sequence` does not say it (default: {NetworkSettings.T}; of recordings as "
+        "shd, those of their whole length)",
     )
 
     name: str | None = _training(
@@ -217,6 +239,9 @@ class TrainSettings(NetworkSettings, RunSettings):
         if self.sequence is None:
             own = self.dataset in DATASETS and DATASETS[self.dataset].sequences
             object.__setattr__(self, "sequence", "own" if own else NetworkSettings.sequence)
+        if isinstance(self.dataset, str) and (binning := BINNED.get(self.dataset)):  # from a file it may be anything
+            for name, value in zip(("bins", "dt"), binning.or_usual(self.bins, self.dt), strict=True):
+                object.__setattr__(self, name, value)
         if self.T is None:
             object.__setattr__(self, "T", self._steps() or NetworkSettings.T)
         super().__post_init__()
@@ -226,8 +251,10 @@ class TrainSettings(NetworkSettings, RunSettings):
         if self.sequence == "none":
             return None
         try:
+            if binning := BINNED.get(self.dataset):
+                return binning.steps(binning.or_usual(self.bins, self.dt)[1])
             return sequence_length(self.sequence, DATASETS[self.dataset].shape, self.sequence_step)
-        except (LookupError, ValueError, TypeError, ZeroDivisionError):  # what is wrong is found with other problems
+        except (LookupError, ValueError, TypeError, ArithmeticError):  # what is wrong is found with other problems
             return None
 
     def _at_odds(self) -> list[str]:
@@ -314,6 +341,15 @@ class TrainSettings(NetworkSettings, RunSettings):
 
     def _no_sequence(self) -> list[str]:
         """What is wrong with the settings of sequences."""
+        if self.dataset in BINNED:
+            if self.sequence != "own":
+                return [
+                    f"sequence={self.sequence} is of images, but samples of {self.dataset} are sequences; leave it out"
+                ]
+            binning = BINNED[self.dataset]
+            bins, dt = binning.or_usual(self.bins, self.dt)
+            far = shift_problem(self.unit_shift, self.dataset, binning.shape(self.T, bins)[1:])
+            return binning.problems(self.dataset, bins, dt) + ([far] if far else [])
         if self.sequence == "none" or self._without_effect().keys() & {"sequence_step", "sequence_seed"}:
             return []
         if self.use_resnet:

@@ -3,6 +3,7 @@
 import torch
 
 from g2gnet.data import ImageData
+from g2gnet.data.augmentation import shift_problem
 from g2gnet.sequences import input_order
 from g2gnet.settings import SettingsError
 from g2gnet.training.run_settings import TrainSettings
@@ -19,6 +20,8 @@ def check_images(settings: TrainSettings, data: ImageData) -> None:
                 f"{name}={value} needs images, but those of {data.name} are {what} of {shape.numel()} values; leave "
                 f"`{name}` out, or give arrays of shape {wanted}"
             )
+    if far := shift_problem(settings.unit_shift, data.name, shape):
+        raise SettingsError(far)
 
 
 def order_of(settings: TrainSettings, data: ImageData) -> torch.Tensor:

@@ -27,7 +27,7 @@ class TensorBoardLog:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ImportError(
-                f"TensorBoard is not installed; pip install 'g2g[tensorboard]' installs it ({error})"
+                f"TensorBoard is not installed; pip install 'g2gnet[tensorboard]' installs it ({error})"
             ) from error
         self._failed = False
         self._make_writer: Any = SummaryWriter

@@ -16,7 +16,7 @@ from g2g_kernels.numbers import share_of
 from g2g_kernels.triton import runtime
 from g2gnet.base.distributed import World
 from g2gnet.base.seeding import draw_device, stream
-from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase
+from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase, random_unit_shift
 from g2gnet.dst.gradual_pruning import mean_density
 from g2gnet.dst.scheduler import DSTScheduler
 from g2gnet.inspect import Batch
@@ -339,6 +339,8 @@ class Trainer(EpochTrainer):
             images = random_crop_and_flip(images, self._stream("augment", self.step), self.settings.shift)
         if self.settings.erase:
             images = random_erase(images, self._stream("erase", self.step), self.settings.erase)
+        if self.settings.unit_shift:
+            images = random_unit_shift(images, self._stream("unit_shift", self.step), self.settings.unit_shift)
         # from the whole batch's draws, so each image gets what it would get in one process
         part = self.world.part(len(index))
         inputs = self.net.encode(as_samples(images), self._stream("encode_train", self.step), part)

@@ -153,7 +153,7 @@ def test_what_the_page_says_to_install_has_what_the_stages_need():
     tomllib = pytest.importorskip("tomllib")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert 'pip install -e ".[dev]"' in (ROOT / "docs/devices.md").read_text()
-    (shared,) = (each for each in extras["dev"] if each.startswith("g2g["))
+    (shared,) = (each for each in extras["dev"] if each.startswith("g2gnet["))
     names = {re.split(r"[>=; ]", each)[0] for extra in re.split(r"[\[\],]", shared)[1:-1] for each in extras[extra]}
     assert names >= {"pytest", "pytest-xdist", "hypothesis", "snntorch", "triton"}
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from g2gnet.base.files import one_at_a_time
-from g2gnet.base.messages import reason, say, warn
-from g2gnet.base.tensor_files import TensorFileError, read_tensors, write_tensors
+from g2gnet.base.messages import say
 from g2gnet.data import DATASETS, ImageData, load_dataset
+from g2gnet.data.cache import Parts, made_once
 from g2gnet.data.features.pretrained_weights import load_resnet, weights_digest
 from g2gnet.data.features.resnet import ResNet32
 
@@ -42,46 +41,24 @@ def load_features(
     kind = torch.device(device).type
     key = hashlib.sha256(repr((cifar.fingerprint(dataset), digest, CUT, kind)).encode()).hexdigest()
     file = Path(data_dir) / "features" / f"{dataset}_resnet32-{digest}_{key[:16]}.pt"
-    with one_at_a_time(file):
-        parts = _cached(file)
-        if parts is None:
-            network = load_resnet(dataset, weights).to(device)
-            if kind in ("cpu", "cuda"):
-                # twice as fast on a CPU with AVX-512, in batches that stay in its caches; typed since PyTorch 2.15
-                network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
-            images = load_dataset(dataset, data_dir)
-            say(f"computing the ResNet-32 features of {dataset}")
-            parts = _compute(network, images, device)
-            _keep(file, parts)
+
+    def make() -> Parts:
+        network = load_resnet(dataset, weights).to(device)
+        if kind in ("cpu", "cuda"):
+            # twice as fast on a CPU with AVX-512, in batches that stay in its caches; typed since PyTorch 2.15
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, unused-ignore]
+        images = load_dataset(dataset, data_dir)
+        say(f"computing the ResNet-32 features of {dataset}")
+        return _compute(network, images, device)
+
+    parts = made_once(file, PARTS, "the ResNet-32 features", make)
     return ImageData(name=dataset, num_classes=DATASETS[dataset].num_classes, **parts)
 
 
 @torch.no_grad()
-def _compute(network: ResNet32, images: ImageData, device: torch.device | str) -> dict[str, torch.Tensor]:
+def _compute(network: ResNet32, images: ImageData, device: torch.device | str) -> Parts:
     parts = {name: getattr(images, name) for name in PARTS}
     for name in ("train_images", "test_images"):
         batches = tqdm(parts[name].split(BATCH), "features", leave=False, disable=not sys.stderr.isatty())
         parts[name] = torch.cat([network.features(batch.to(device)).cpu() for batch in batches])
     return parts
-
-
-def _cached(file: Path) -> dict[str, torch.Tensor] | None:
-    """The content of the file, or None if it is missing or unreadable."""
-    if not file.exists():
-        return None
-    try:
-        content = read_tensors(file)
-        parts = {name: content[name] for name in PARTS}
-    except (OSError, TensorFileError, KeyError, TypeError) as error:
-        warn(f"{file} is damaged ({reason(error)}) and will be rewritten")
-        return None
-    say(f"reading the ResNet-32 features from {file}")
-    return parts
-
-
-def _keep(file: Path, parts: dict[str, torch.Tensor]) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(file, parts)
-    except OSError as error:
-        warn(f"the features cannot be cached in {file} ({reason(error)}): the next run computes them again")

@@ -259,6 +259,40 @@ def test_a_file_of_nir_gives_the_same_network_back(options, tmp_path):
     assert net(SAMPLES).sum() > 0
 
 
+@pytest.mark.parametrize("options", [{}, {"per_neuron": True, "learn_beta": False}, {"recurrent": True}])
+def test_neurons_that_do_not_leak_are_nirs_integrate_and_fire(options, tmp_path):
+    net = small_net(reset="zero", threshold=2.5, **options)
+    net.lif1.beta.data.fill_(1)
+    nir.write(tmp_path / "net.nir", to_nir(net, dt=1e-3))
+    graph = nir.read(tmp_path / "net.nir")
+    node = graph.nodes["lif1"]
+    node = node.nodes["lif"] if "recurrent" in options else node
+    assert isinstance(node, nir.IF)
+    back = from_nir(graph, dt=1e-3, T=STEPS)
+    assert_equal_states(back, net)
+    assert [name for name, _ in back.named_parameters()] == [name for name, _ in net.named_parameters()]
+    assert torch.equal(back(SAMPLES), net(SAMPLES))
+
+
+def test_an_integrate_and_fire_node_runs_as_its_differential_equation_and_in_norse():
+    torch.manual_seed(0)
+    stack = SpikingStack([(G2GLinear.from_linear(nn.Linear(30, 40)), LIF(40, beta=1.0, reset="zero"))], T=STEPS)
+    stack.lif1.threshold.data.uniform_(0.5, 2)
+    dt, nodes = 1e-4, to_nir(stack).nodes
+    v, spikes = np.zeros((6, 40)), []
+    for x in SAMPLES.double().numpy():
+        v = v + dt * nodes["lif1"].r * (x @ nodes["fc1"].weight.T + nodes["fc1"].bias)
+        fired = v > nodes["lif1"].v_threshold
+        v = np.where(fired, nodes["lif1"].v_reset, v)
+        spikes.append(torch.from_numpy(fired).float())
+    assert torch.equal(torch.stack(spikes), output_spikes(stack))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        norse = pytest.importorskip("norse.torch")
+        theirs = norse.from_nir(to_nir(stack), dt=1e-4, ignore_warnings=True)
+        assert torch.equal(spikes_of(theirs), output_spikes(stack))
+
+
 def one_layer(**options):
     torch.manual_seed(0)
     neurons = Synaptic(neurons=40, syn_decay=0.6, beta=0.8, reset="zero", **options)
@@ -411,9 +445,12 @@ def test_what_nir_cannot_carry_is_refused():
         ValueError, match=r"reset='subtract' cannot be written to NIR, .*; train the network with reset='zero'"
     ):
         to_nir(small_net())
-    with pytest.raises(ValueError, match="lif1 has beta=1, no leak"):
-        to_nir(small_net(reset="zero", beta=1.2))
-    with pytest.raises(ValueError, match="lif1 has syn_decay=1, no leak"):
+    mixed = small_net(reset="zero", per_neuron=True)
+    mixed.lif2.beta.data[3:5] = 1.2
+    message = r"lif2 has beta=1, no decay, in 2 of 40 neurons: .*learn_beta=False.*net\.lif2\.beta\.data\.clamp_"
+    with pytest.raises(ValueError, match=message):
+        to_nir(mixed)
+    with pytest.raises(ValueError, match="lif1 has syn_decay=1, no decay, in 40 of 40 neurons"):
         to_nir(small_net(neuron="synaptic", reset="zero", syn_decay=1.0))
     with pytest.raises(ValueError, match="dt=0 must be a number above 0"):
         to_nir(small_net(reset="zero"), dt=0)
@@ -539,7 +576,7 @@ CONVERSIONS = [
 @pytest.mark.parametrize(("package", "convert"), CONVERSIONS)
 def test_without_the_package_the_error_names_the_extra(package, convert, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"needs the package {package}; pip install 'g2g\[interop\]' installs it"):
+    with pytest.raises(ImportError, match=rf"needs the package {package}; pip install 'g2gnet\[interop\]' installs it"):
         convert(small_net(reset="zero"))
 
 

@@ -368,7 +368,7 @@ def test_what_is_no_directory_is_called_so(tmp_path, capsys, no_step):
 
 
 def test_a_file_of_data_is_among_the_choices(capsys, no_step):
-    assert "cifar100, or a file NAME.npz\n" in refused(train, capsys, "--dataset", "UP.NPZ")
+    assert "dvsgesture, or a file NAME.npz\n" in refused(train, capsys, "--dataset", "UP.NPZ")
 
 
 def test_json_says_which_word_it_takes(capsys):

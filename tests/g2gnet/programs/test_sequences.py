@@ -9,17 +9,18 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from small_data import OWN_LABELS, write_own
+from small_data import OWN_LABELS, write_gestures, write_heidelberg, write_own
 
 import crossval
 import train
 from g2gnet import load
-from g2gnet.data import DATASETS, ImageData, as_samples, load_dataset
+from g2gnet.base.seeding import stream
+from g2gnet.data import DATASETS, ImageData, as_samples, dataset_name, load_dataset, random_unit_shift
 from g2gnet.data.catalog import Dataset
 from g2gnet.programs import analyze
 from g2gnet.programs.report import program as report
 from g2gnet.sequences import input_order
-from g2gnet.training import TrainSettings, read_run
+from g2gnet.training import Machine, Trainer, TrainSettings, read_run
 
 SMALL = ["--hidden_dim", "16", "--batch_size", "20", "--block_size", "4", "--epochs", "1", "--model", "mixer"]
 
@@ -111,3 +112,64 @@ def test_folds_of_sequences(tmp_path):
     document = trained(crossval, tmp_path, "--dataset", data, "--k_folds", "2", "--standardize")
     assert document["settings"]["T"] == 6
     assert len(document["folds"]) == 2
+
+
+def test_recordings_are_trained_on_and_inspected_as_the_checkpoint_says(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("h5py")
+    told = write_heidelberg(tmp_path / "data", "shd")
+    times = np.concatenate([seconds for lists, *_ in told.values() for seconds in lists])
+    monkeypatch.chdir(tmp_path)
+    flags = ["--dataset", "shd", "--bins", "70", "--dt", "20", "--T", "30", "--unit_shift", "4", "--enc_scale", "0.5"]
+    document = trained(train, tmp_path, *flags)
+    settings, checkpoint = document["settings"], document["files"]["checkpoint"]
+    assert {name: settings[name] for name in ("bins", "dt", "T", "sequence")} == {
+        "bins": 70, "dt": 20, "T": 30, "sequence": "own",
+    }  # fmt: skip
+    assert (
+        f"{(times >= 0.6).mean():.2%} of the events come after 30 × 20 ms and are left out" in capsys.readouterr().out
+    )
+    net, data = load(checkpoint), load_dataset("shd", bins=70, dt=20, steps=30)
+    assert (net.T, net.fc1.in_features) == (30, 70)
+    samples = as_samples(data.test_images)
+    assert torch.equal(net.encode(samples), 0.5 * data.test_images.transpose(0, 1))
+    assert float((net(samples).argmax(1) == data.test_labels).double().mean()) == document["result"]["test_acc"]
+    assert analyze.main([checkpoint, "--json", str(tmp_path / "again.json")]) == 0
+    assert json.loads((tmp_path / "again.json").read_text())["accuracy"] == document["result"]["test_acc"]
+    assert trained(train, tmp_path, *flags)["result"] == document["result"]  # it is finished
+    assert train.main([*SMALL, *flags[:2], "--dt", "10", "--T", "30", "--checkpoint_dir", str(tmp_path)]) == 1
+    assert "dt: 20.0 there, 10.0 now" in capsys.readouterr().err
+    (tmp_path / "data/shd_train.h5").unlink()
+    assert analyze.main([checkpoint]) == 1
+    assert "shd is not in data: shd_train.h5 is not in data" in capsys.readouterr().err
+
+
+def test_recordings_with_a_part_for_validation_and_folds_of_them(tmp_path):
+    pytest.importorskip("h5py")
+    write_heidelberg(tmp_path, "ssc", classes=4, train=40, test=20)
+    flags = ["--dataset", "ssc", "--T", "10", "--data_dir", tmp_path]
+    assert 0 <= trained(train, tmp_path, *flags)["result"]["val_acc"] <= 1
+    assert len(trained(crossval, tmp_path, *flags, "--k_folds", "2")["folds"]) == 2
+
+
+def test_each_batch_is_shifted_with_the_draws_of_its_step(tmp_path):
+    name = dataset_name(write_own(tmp_path / "mine.npz", 6, 9))
+    settings = TrainSettings(dataset=name, sequence="own", T=6, unit_shift=2, hidden_dim=16, batch_size=20)
+    trainer, seen = Trainer(settings, load_dataset(name), Machine(torch.device("cpu"))), []
+    encode = trainer.net.encode
+    trainer.net.encode = lambda x, *rest: seen.append(x) or encode(x, *rest)
+    trainer.train_epoch()
+    order = torch.randperm(40, generator=stream(42, "order", 1))
+    for step in range(2):
+        images = trainer.data.train_images[order[20 * step : 20 * step + 20]]
+        assert torch.equal(seen[step], random_unit_shift(images, stream(42, "unit_shift", step), 2).flatten(1))
+    assert torch.equal(torch.cat(seen[2:]), trainer.data.test_images.flatten(1))  # which are shown as they are
+
+
+def test_frames_and_too_far_shifts_are_refused(tmp_path, capsys):
+    write_gestures(tmp_path)
+    for data, shape in ((["dvsgesture"], [2, 32, 32]), ([write_own(tmp_path / "mine.npz", 6, 5)], [5])):
+        flags = ["--dataset", *data, "--unit_shift", "5", "--data_dir", tmp_path, "--checkpoint_dir", tmp_path]
+        assert train.main([*SMALL, *map(str, flags)]) == 2
+        said = capsys.readouterr().err
+        assert "unit_shift=5 needs sequences of vectors with more places" in said
+        assert f"is of shape {shape}; lower it, or leave it out" in said

@@ -160,7 +160,7 @@ def test_log_dir_writes_and_what_stands_in_its_way_is_named(tmp_path, monkeypatc
     assert "Not a directory" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert train.main([*flags, f"--log_dir={tmp_path / 'log'}"]) == 2
-    assert "pip install 'g2g[tensorboard]' installs it" in capsys.readouterr().err
+    assert "pip install 'g2gnet[tensorboard]' installs it" in capsys.readouterr().err
 
 
 class Listener(types.ModuleType):

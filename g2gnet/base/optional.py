@@ -1,4 +1,4 @@
-"""Packages needed only by these conversions."""
+"""Packages that only some uses of g2gnet need."""
 
 import importlib
 import importlib.metadata
@@ -6,12 +6,16 @@ import re
 from typing import Any
 
 
-def optional_package(name: str, least: tuple[int, ...] = ()) -> Any:
-    """The package, imported. Raises ImportError, with the remedy, if it is not installed, or older than ``least``."""
+def optional_package(name: str, extra: str, least: tuple[int, ...] = ()) -> Any:
+    """The package, imported. Raises ImportError, which names the ``extra`` that installs it, if it is missing, or older
+    than ``least``.
+    """
     try:
         package = importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"this needs the package {name}; pip install 'g2g[interop]' installs it ({error})") from error
+        raise ImportError(
+            f"this needs the package {name}; pip install 'g2gnet[{extra}]' installs it ({error})"
+        ) from error
     if least:
         found = importlib.metadata.version(name)
         if tuple(map(int, re.findall(r"\d+", found)[: len(least)])) < least:

@@ -1,0 +1,210 @@
+"""Recordings, of events or sounds, as sequences: read once, counted in bins of time and place, and kept in a file.
+
+A module reads the files of a data set, all below one directory. It has
+
+    parts(name, data_dir)   finds them, and gives a :class:`Part` for ``"train"``, ``"test"`` and perhaps ``"val"``
+    FORM                    what its samples hold; other values need another text, for the name of the file
+    COUNTS                  of each data set, how many samples of each part were published
+"""
+
+import hashlib
+import logging
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from g2gnet.base.memory import available, gigabytes
+from g2gnet.base.messages import say
+from g2gnet.data.cache import Parts, made_once
+from g2gnet.data.image_data import DataError, ImageData, MissingDataError
+
+logger = logging.getLogger("g2gnet")
+
+#: what counts are kept as: the first that holds them
+COUNTED = (torch.int8, torch.int16, torch.int32)
+
+
+class Binning(NamedTuple):
+    """How recordings become sequences, unless a run states something else.
+
+    Attributes:
+        units: of the sensor: channels of a cochlea, or pixels of a side of a camera.
+        bins: in which these are counted; a divisor of ``units``.
+        dt: milliseconds in a time step.
+        milliseconds: that make up a sample, from its begin.
+        resolution: of the recordings in milliseconds; ``dt`` is a multiple of it.
+        camera: a sample is [T, 2, bins, bins], with events of both polarities; otherwise [T, bins].
+        bands: ``bins`` are as many bands of a sound's power as are wanted, up to ``units``.
+    """
+
+    units: int
+    bins: int
+    dt: float
+    milliseconds: float
+    resolution: float = 0.001
+    camera: bool = False
+    bands: bool = False
+
+    def or_usual(self, bins: int | None, dt: float | None) -> tuple[int, float]:
+        """These numbers, or those above for None."""
+        return self.bins if bins is None else bins, self.dt if dt is None else dt
+
+    def steps(self, dt: float) -> int:
+        """The time steps of a sample."""
+        return max(1, math.ceil(self.milliseconds / dt - 1e-9))
+
+    def shape(self, steps: int, bins: int) -> tuple[int, ...]:
+        """The shape of a sample."""
+        return (steps, 2, bins, bins) if self.camera else (steps, bins)
+
+    def problems(self, name: str, bins: int, dt: float) -> list[str]:
+        """What is wrong with these settings of the data set ``name``."""
+        what = "pixels of a side" if self.camera else "bands that its sounds resolve" if self.bands else "channels"
+        problems = []
+        if bins > self.units:
+            problems.append(f"bins={bins} are more than the {self.units} {what} of {name}; give fewer")
+        elif not self.bands and self.units % bins:
+            divisors = [each for each in range(1, self.units + 1) if self.units % each == 0]
+            near = max(each for each in divisors if each < bins), min(each for each in divisors if each > bins)
+            problems.append(
+                f"bins={bins} does not divide the {self.units} {what} of {name}; give `bins={near[0]}` or "
+                f"`bins={near[1]}`"
+            )
+        if abs(dt / self.resolution - round(dt / self.resolution)) > 1e-6:
+            problems.append(f"dt={dt} is no multiple of {self.resolution:g} ms, in which {name} is sampled; give one")
+        return problems
+
+
+class Grid:
+    """The cells of one sample, time steps × places, in which events are counted.
+
+    Attributes:
+        events: how many were given.
+        late: how many of these came after the last step.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dt: float) -> None:
+        self.shape, self.dt, self.bins = shape, dt, shape[-1]
+        self.events = self.late = 0
+
+    def count(self, microseconds: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """How many events fall into each cell; events are whole microseconds and places in a step, both int64 [n]."""
+        steps = microseconds // round(1000 * self.dt)
+        inside = steps < self.shape[0]
+        self.events += len(steps)
+        self.late += len(steps) - int(inside.sum())
+        cells = steps[inside] * math.prod(self.shape[1:]) + places[inside]
+        return np.bincount(cells, minlength=math.prod(self.shape)).reshape(self.shape)
+
+
+class Part(NamedTuple):
+    """A part of a data set that was found, and not read yet.
+
+    Attributes:
+        files: what it is read from.
+        labels: int64 [N].
+        samples: reads them one by one, of the shape of a grid: counts, or float16. Raises DataError naming the file
+            that is damaged.
+    """
+
+    files: Sequence[Path]
+    labels: np.ndarray
+    samples: Callable[[Grid], Iterator[np.ndarray]]
+
+
+def load(
+    name: str,
+    data_dir: Path,
+    module: Any,
+    classes: int,
+    binning: Binning,
+    bins: int | None = None,
+    dt: float | None = None,
+    steps: int | None = None,
+) -> ImageData:
+    """The data set ``name`` as sequences of ``steps`` steps of ``dt`` milliseconds (None: as ``binning`` says), from
+    files below ``data_dir`` or from ``binned`` there, where they are kept. Counts are integers other than uint8,
+    features float16.
+
+    Raises:
+        ValueError: for settings that do not fit the data set.
+        DataError: if files are missing or damaged.
+    """
+    bins, dt = binning.or_usual(bins, dt)
+    if problems := binning.problems(name, bins, dt):
+        raise ValueError("; ".join(problems))
+    shape = binning.shape(binning.steps(dt) if steps is None else steps, bins)
+    parts: Mapping[str, Part] = module.parts(name, data_dir)
+    for part, (files, labels, _) in parts.items():
+        if labels.min() < 0 or labels.max() >= classes:
+            raise DataError(
+                f"{files[0]}: labels are from {labels.min()} to {labels.max()}, and those of {name} from 0 to "
+                f"{classes - 1}; download it again"
+            )
+        if len(labels) != (published := module.COUNTS[name][part]):
+            logger.warning(
+                "%s has %d samples for %s, and %d were published: some may be missing in %s",
+                name, len(labels), part, published, data_dir,
+            )  # fmt: skip
+    files = [file for part in parts.values() for file in part.files]
+    # what identifies files without reading them
+    about = [(str(file.relative_to(data_dir)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(repr((module.FORM, shape, dt, about)).encode()).hexdigest()
+    kept = data_dir / "binned" / f"{name}_bins{bins}_dt{dt:g}_T{shape[0]}_{key[:16]}.pt"
+    names = [f"{part}_{what}" for part in parts for what in ("images", "labels")]
+    tensors = made_once(kept, names, f"the sequences of {name}", lambda: _read(name, parts, binning, Grid(shape, dt)))
+    return ImageData(name=name, num_classes=classes, **tensors)
+
+
+def _read(name: str, parts: Mapping[str, Part], binning: Binning, grid: Grid) -> Parts:
+    """The samples and labels of all parts. Raises DataError if they do not fit the memory, or have no event."""
+    dtype = torch.float16 if binning.bands else COUNTED[0]
+    needed = sum(len(part.labels) for part in parts.values()) * math.prod(grid.shape) * dtype.itemsize
+    free = available()
+    if free is not None and needed > free:
+        raise DataError(
+            f"{name} as sequences {list(grid.shape)} takes {gigabytes(needed)} of memory, and there are "
+            f"{gigabytes(free)}; lower `bins`, or raise `dt`"
+        )
+    say(f"reading {name}: {' × '.join(map(str, grid.shape))} values in each sample")
+    tensors: Parts = {}
+    for part, (_, labels, samples) in parts.items():
+        images = torch.empty(len(labels), *grid.shape, dtype=dtype)
+        bar = tqdm(samples(grid), f"{name} {part}", len(labels), leave=False, disable=not sys.stderr.isatty())
+        for number, sample in enumerate(bar):
+            while not dtype.is_floating_point and sample.max() > torch.iinfo(images.dtype).max:
+                images = images.to(COUNTED[COUNTED.index(images.dtype) + 1])
+            images[number] = torch.from_numpy(sample)
+        tensors |= {f"{part}_images": images, f"{part}_labels": torch.from_numpy(labels)}
+    if grid.late == grid.events and not binning.bands:
+        raise DataError(
+            f"no event of {name} comes in the first {grid.shape[0]} steps of {grid.dt:g} ms; are its times in other "
+            "units? Raise `T` or `dt`"
+        )
+    if grid.late:
+        say(f"{grid.late / grid.events:.2%} of the events come after {grid.shape[0]} × {grid.dt:g} ms and are left out")
+    return tensors
+
+
+def folder_of(name: str, data_dir: Path, places: Sequence[str], wanted: Sequence[str], remedy: str) -> Path:
+    """The first of ``places`` below ``data_dir`` that holds the files or folders ``wanted``. Raises MissingDataError,
+    with what to do, if none has all of them.
+    """
+    folders = [data_dir / place for place in places]
+    missing = [[each for each in wanted if not (folder / each).exists()] for folder in folders]
+    least = min(range(len(folders)), key=lambda number: len(missing[number]))
+    if not missing[least]:
+        return folders[least]
+    looked = "" if len(missing[least]) < len(wanted) else f" (nor in {', '.join(map(str, folders[1:]))})"
+    raise MissingDataError(
+        f"{name} is not in {data_dir}: {', '.join(missing[least])} {'is' if len(missing[least]) == 1 else 'are'} not "
+        f"in {folders[least]}{looked}. Do one of these:\n"
+        f"  1. {remedy};\n"
+        "  2. give the directory that has it as `data_dir`."
+    )

@@ -1,0 +1,53 @@
+"""What is computed from a data set once, and kept in a file."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from g2gnet.base.files import one_at_a_time
+from g2gnet.base.messages import reason, say, warn
+from g2gnet.base.tensor_files import TensorFileError, read_tensors, write_tensors
+
+#: what is made: tensors by the names of fields of :class:`~g2gnet.data.ImageData`
+Parts = dict[str, torch.Tensor]
+
+
+def made_once(file: Path, names: Sequence[str], what: str, make: Callable[[], Parts]) -> Parts:
+    """The content of ``file``, or if it is missing or damaged, what ``make`` returns, which is then kept there.
+
+    The name of the file identifies what is made. Other processes wait meanwhile. A file that cannot be written is a
+    warning.
+
+    Args:
+        names: of the tensors that the file must have.
+        what: is made, for messages.
+    """
+    with one_at_a_time(file):
+        parts = _read(file, names, what)
+        if parts is None:
+            parts = make()
+            _keep(file, parts, what)
+    return parts
+
+
+def _read(file: Path, names: Sequence[str], what: str) -> Parts | None:
+    """The content of the file, or None if it is missing or unreadable."""
+    if not file.exists():
+        return None
+    try:
+        content = read_tensors(file)
+        parts = {name: content[name] for name in names}
+    except (OSError, TensorFileError, KeyError, TypeError) as error:
+        warn(f"{file} is damaged ({reason(error)}) and will be rewritten")
+        return None
+    say(f"reading {what} from {file}")
+    return parts
+
+
+def _keep(file: Path, parts: Parts, what: str) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(file, parts)
+    except OSError as error:
+        warn(f"{what} cannot be cached in {file} ({reason(error)}): the next run computes them again")

@@ -1,0 +1,92 @@
+"""Spiking Heidelberg Digits and Spiking Speech Commands (Cramer et al. 2022), in their published HDF5 files.
+
+A file has ``spikes/times``, a list of seconds for each sample, ``spikes/units``, the list of their channels, and
+``labels``. It is read by the package ``h5py``.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from g2gnet.base.files import open_file
+from g2gnet.base.messages import reason
+from g2gnet.base.optional import optional_package
+from g2gnet.data.binned import Grid, Part, folder_of
+from g2gnet.data.image_data import DataError
+
+FORM = "events per cell"
+COUNTS = {"shd": {"train": 8156, "test": 2264}, "ssc": {"train": 75466, "val": 9981, "test": 20382}}
+CHANNELS = 700
+#: samples that are read at once
+READ = 256
+#: seconds, beyond which a time is none
+LATEST = 1e6
+
+
+def parts(name: str, data_dir: Path) -> dict[str, Part]:
+    """The files ``shd_train.h5`` and so on, in ``data_dir`` or where tonic puts them."""
+    try:
+        optional_package("h5py", "events")
+    except ImportError as error:
+        raise DataError(f"dataset={name} is read from HDF5: {error}") from error
+    files = {part: f"{name}_{'valid' if part == 'val' else part}.h5" for part in COUNTS[name]}
+    remedy = (
+        f"download {', '.join(files.values())} from https://compneuro.net, and unpack them (gunzip) into {data_dir}"
+    )
+    folder = folder_of(name, data_dir, (".", name.upper()), list(files.values()), remedy)
+    paths = {part: folder / file for part, file in files.items()}
+    return {part: Part([path], _labels(path), partial(_samples, path)) for part, path in paths.items()}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The file; whatever it raises becomes a DataError that names it."""
+    import h5py
+
+    try:
+        open_file(path).close()  # h5py would wait for a FIFO's writer
+        with h5py.File(path, "r") as file:
+            yield file
+    except Exception as error:  # a damaged file can make h5py raise anything
+        raise DataError(
+            f"{path} is damaged, or not a file of these data ({reason(error)}); download and unpack it again"
+        ) from error
+
+
+def _labels(path: Path) -> np.ndarray:
+    """The labels, if there are as many lists of times and of units."""
+    import h5py
+
+    with _opened(path) as file:
+        labels = file["labels"]
+        if labels.dtype.kind not in "iu" or labels.ndim != 1 or not len(labels):
+            raise ValueError(f"labels is {labels.dtype} {list(labels.shape)}, not integers [N]")
+        for name, kinds in (("spikes/times", "fiu"), ("spikes/units", "iu")):
+            lists = file[name]
+            of = h5py.check_vlen_dtype(lists.dtype)
+            if of is None or np.dtype(of).kind not in kinds or lists.shape != labels.shape:
+                held = f"{lists.dtype if of is None else f'lists of {np.dtype(of)}'} {list(lists.shape)}"
+                wanted = "numbers" if "f" in kinds else "integers"
+                raise ValueError(f"{name} is {held}, not {len(labels)} lists of {wanted}")
+        return labels[()].astype(np.int64)
+
+
+def _samples(path: Path, grid: Grid) -> Iterator[np.ndarray]:
+    with _opened(path) as file:
+        times, units = file["spikes/times"], file["spikes/units"]
+        for begin in range(0, len(times), READ):
+            block = slice(begin, begin + READ)
+            for number, (seconds, channels) in enumerate(zip(times[block], units[block], strict=True), begin):
+                if len(seconds) != len(channels):
+                    raise ValueError(f"sample {number} has {len(seconds)} times and {len(channels)} units")
+                seconds = seconds.astype(np.float64)  # of float16
+                if not ((seconds >= 0) & (seconds < LATEST)).all():
+                    raise ValueError(f"sample {number} has times that are no seconds from 0 on")
+                if not ((channels >= 0) & (channels < CHANNELS)).all():
+                    raise ValueError(f"sample {number} has units that are not from 0 to {CHANNELS - 1}")
+                microseconds = np.rint(seconds * 1e6).astype(np.int64)
+                yield grid.count(microseconds, channels.astype(np.int64) // (CHANNELS // grid.bins))

@@ -1,0 +1,116 @@
+r"""Google Speech Commands v0.02 (Warden 2018) as mel bands: the tree of ``.wav`` files, 35 words, 16 kHz, 16 bits.
+
+A time step is a window of 25 ms that begins at t·dt. With s its samples from −1 to 1 times a Hann window, zeros after
+the end of a recording, and F the triangular mel filters between 20 Hz and 8 kHz, a value is
+
+    ln(max(F·|FFT(s)|², ε) / ε),    ε = 1e-6,
+
+so that silence is 0. The mel scale is 2595·log₁₀(1 + f/700 Hz). Test and validation recordings are those of
+``testing_list.txt`` and ``validation_list.txt``; the others are for training.
+"""
+
+import functools
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from scipy.io import wavfile
+
+from g2gnet.base.files import open_file
+from g2gnet.base.messages import reason
+from g2gnet.data.binned import Grid, Part, folder_of
+from g2gnet.data.catalog import DATASETS
+from g2gnet.data.image_data import DataError
+
+FORM = "log mel bands, 25 ms, 20 Hz to 8 kHz, floor 1e-6"
+COUNTS = {"gsc": {"train": 84843, "val": 9981, "test": 11005}}
+LISTS = {"val": "validation_list.txt", "test": "testing_list.txt"}
+#: the folders of words, which number the classes, and the one of other sounds
+WORDS = DATASETS["gsc"].classes
+NOISE = "_background_noise_"
+RATE = 16000  # Hz
+WINDOW, FFT = 400, 1024  # samples
+LOWEST, HIGHEST = 20.0, 8000.0  # Hz
+FLOOR = 1e-6
+
+
+def parts(name: str, data_dir: Path) -> dict[str, Part]:
+    """The recordings, in ``data_dir`` or where torchaudio puts them."""
+    places = ("SpeechCommands/speech_commands_v0.02", "speech_commands_v0.02", ".")
+    remedy = f"unpack speech_commands_v0.02.tar.gz into {data_dir / places[1]}"
+    root = folder_of(name, data_dir, places, list(LISTS.values()), remedy)
+    listed = {part: _listed(root, file) for part, file in LISTS.items()}
+    apart = {file for files in listed.values() for file in files}
+    others = [file for file in root.glob("*/*.wav") if file not in apart and file.parent.name != NOISE]
+    if not others:
+        raise DataError(f"{root} holds no recordings for training, <word>/*.wav; {remedy}")
+    found = {}
+    for part, files in {"train": others, **listed}.items():
+        # by speakers, in an order in which words take turns
+        files = sorted(files, key=lambda file: (file.name, file.parent.name))
+        found[part] = Part(files, np.array([_word(file) for file in files], dtype=np.int64), partial(_samples, files))
+    return found
+
+
+def _listed(root: Path, file: str) -> list[Path]:
+    """The recordings that a list names."""
+    try:
+        with open_file(root / file) as content:
+            files = [root / line.strip() for line in content.read().decode().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{root / file} cannot be read ({reason(error)}); unpack it again") from error
+    if missing := [each for each in files if not each.is_file()]:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise DataError(f"{root / file} names {missing[0]}{more}, which is missing; unpack it again")
+    if not files:
+        raise DataError(f"{root / file} is empty; unpack it again")
+    return files
+
+
+def _word(file: Path) -> int:
+    if file.parent.name not in WORDS:
+        raise DataError(f"{file} is of none of the {len(WORDS)} words; move {file.parent} away")
+    return WORDS.index(file.parent.name)
+
+
+def _samples(files: Sequence[Path], grid: Grid) -> Iterator[np.ndarray]:
+    filters, hop = mel_filters(grid.bins), round(RATE / 1000 * grid.dt)
+    for file in files:
+        try:
+            with open_file(file) as content, warnings.catch_warnings():
+                warnings.simplefilter("error", wavfile.WavFileWarning)  # of a file that ends too early
+                warnings.filterwarnings("ignore", "Chunk", wavfile.WavFileWarning)  # of one that holds no samples
+                rate, samples = wavfile.read(content)
+            if rate != RATE or samples.dtype != np.int16 or samples.ndim != 1 or not len(samples):
+                raise ValueError(f"it has {samples.dtype} {list(samples.shape)} at {rate} Hz, not int16 [n] at {RATE}")
+        except Exception as error:  # SciPy's reader can raise anything at a damaged file
+            raise DataError(f"{file} is damaged ({reason(error)}); unpack it again") from error
+        yield mel_bands(samples / 2**15, filters, grid.shape[0], hop)
+
+
+def mel_bands(samples: np.ndarray, filters: np.ndarray, steps: int, hop: int) -> np.ndarray:
+    """The logarithm of the power in each band, of windows that begin ``hop`` samples apart: float16 [steps, bands]."""
+    padded = np.zeros((steps - 1) * hop + WINDOW, np.float32)
+    length = min(len(samples), len(padded))
+    padded[:length] = samples[:length]
+    windows = np.lib.stride_tricks.sliding_window_view(padded, WINDOW)[::hop]
+    power = np.abs(np.fft.rfft(windows * np.hanning(WINDOW + 1)[:-1], FFT)) ** 2
+    return np.log(np.maximum(power @ filters, FLOOR) / FLOOR).astype(np.float16)
+
+
+@functools.cache
+def mel_filters(bands: int) -> np.ndarray:
+    """The weights of the frequencies of a transform in each band, triangles that overlap by half: [FFT / 2 + 1, bands].
+
+    Example:
+        >>> mel_filters(40).shape
+        (513, 40)
+    """
+    low, high = (2595 * np.log10(1 + f / 700) for f in (LOWEST, HIGHEST))
+    corners = np.linspace(low, high, bands + 2)
+    mel = 2595 * np.log10(1 + np.fft.rfftfreq(FFT, 1 / RATE) / 700)[:, None]
+    rising = (mel - corners[:-2]) / np.diff(corners)[:-1]
+    falling = (corners[2:] - mel) / np.diff(corners)[1:]
+    return np.maximum(0, np.minimum(rising, falling))

@@ -1,0 +1,467 @@
+"""Recordings in the formats of their publishers: what is read, what is refused, and what is kept for the next time."""
+
+import logging
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import seeded
+from small_data import (
+    nmnist_bytes,
+    write_gestures,
+    write_heidelberg,
+    write_nmnist,
+    write_recordings,
+    write_speech,
+    write_wav,
+)
+
+from g2gnet.data import DataError, MissingDataError, as_samples, load_dataset, random_unit_shift
+from g2gnet.data.binned import COUNTED
+from g2gnet.data.speech_commands import mel_bands, mel_filters
+
+h5py = pytest.importorskip("h5py")
+
+
+def counted(shape, events):
+    """Events (step, place …) counted one by one."""
+    counts = torch.zeros(shape, dtype=torch.int64)
+    for step, *place in events:
+        if step < shape[0]:
+            counts[(int(step), *map(int, place))] += 1
+    return counts
+
+
+# --- what is read -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [({}, (140, 140)), ({"bins": 700, "dt": 2.5, "steps": 100}, (100, 700)), ({"bins": 7, "dt": 100}, (14, 7))],
+)
+def test_spikes_of_the_cochlea_are_counted_by_channels_and_time(tmp_path, options, shape):
+    told = write_heidelberg(tmp_path, "shd")
+    data = load_dataset("shd", tmp_path, **options)
+    dt, width = options.get("dt", 10), 700 // shape[1]
+    assert data.num_classes == 20
+    for part in ("train", "test"):
+        seconds, channels, labels = told[part]
+        images = getattr(data, f"{part}_images")
+        assert images.shape == (len(labels), *shape)
+        assert getattr(data, f"{part}_labels").tolist() == labels.tolist()
+        for image, times, units in zip(images, seconds, channels, strict=True):
+            milliseconds = np.round(times.astype(float) * 1000, 3)
+            assert torch.equal(image.long(), counted(shape, zip(milliseconds // dt, units // width, strict=True)))
+    assert data.train_images[1].sum() == 0  # a sample without spikes
+    samples = as_samples(data.train_images)
+    assert samples.dtype == torch.float32
+    assert torch.equal(samples, data.train_images.flatten(1).float()), "counts are not divided by 255"
+
+
+def test_times_are_whole_microseconds(tmp_path):
+    """0.57 s is 570 ms, though 0.57 · 1000 / 10 is below 57 in floating point."""
+    write_heidelberg(tmp_path, "shd")
+    for part in ("train", "test"):
+        with h5py.File(tmp_path / f"shd_{part}.h5", "r+") as file:
+            del file["spikes"]
+            for name, value in (("times", 0.57), ("units", 3)):
+                values = file.create_dataset(f"spikes/{name}", file["labels"].shape, h5py.vlen_dtype(type(value)))
+                values[:] = [np.array([value])] * len(values)
+    data = load_dataset("shd", tmp_path, bins=700)
+    assert data.train_images.nonzero()[:, 1:].unique(dim=0).tolist() == [[57, 3]]
+
+
+def test_speech_commands_as_spikes_have_a_part_for_validation(tmp_path):
+    told = write_heidelberg(tmp_path / "SSC", "ssc", classes=35, train=70, test=35)
+    data = load_dataset("ssc", tmp_path, bins=140, dt=10, steps=20)
+    assert data.val_labels.tolist() == told["valid"][2].tolist()
+    assert data.val_images.shape == (35, 20, 140)
+
+
+def test_events_of_n_mnist(tmp_path):
+    told = write_nmnist(tmp_path / "NMNIST")
+    data = load_dataset("nmnist", tmp_path, bins=17, dt=20)
+    files = {part: sorted((f for f in told if part in f.parts), key=lambda f: f.name) for part in ("Train", "Test")}
+    for part, images, labels in (
+        ("Train", data.train_images, data.train_labels), ("Test", data.test_images, data.test_labels),
+    ):  # fmt: skip
+        assert labels.tolist() == [int(file.parent.name) for file in files[part]]
+        assert len(labels[:10].unique()) > 5, "classes take turns"
+        for image, file in zip(images, files[part], strict=True):
+            events = [(t // 20_000, p, y // 2, x // 2) for x, y, p, t in told[file]]
+            assert torch.equal(image.long(), counted((17, 2, 17, 17), events))
+
+
+def test_an_event_in_row_240_adds_to_the_time_of_those_after_it(tmp_path):
+    write_nmnist(tmp_path)
+    events = [(1, 2, 0, 9_000), (0, 240, 0, 0), (1, 2, 1, 9_000), (0, 240, 0, 0), (1, 2, 1, 9_000)]
+    first = min((tmp_path / "Train").glob("*/*.bin"), key=lambda file: file.name)
+    first.write_bytes(nmnist_bytes(*np.array(events).T))
+    image = load_dataset("nmnist", tmp_path, dt=1).train_images[0]
+    assert image.nonzero().tolist() == [[9, 0, 2, 1], [17, 1, 2, 1], [25, 1, 2, 1]]
+
+
+def test_gestures_begin_with_their_first_event(tmp_path, capsys):
+    told = write_gestures(tmp_path / "DVSGesture")
+    data = load_dataset("dvsgesture", tmp_path, bins=16, dt=50, steps=20)
+    assert data.train_labels[:11].sort().values.tolist() == list(range(11))
+    late = total = 0
+    for file, events in told.items():
+        part = data.train_images if "Train" in file.parent.parent.name else data.test_images
+        number = int(file.parent.name[4:6]) * 11 + sorted(f"{n}.npy" for n in range(11)).index(file.name)
+        begin = events[:, 3].min()
+        expected = counted((20, 2, 16, 16), [((t - begin) // 50, p, y // 8, x // 8) for x, y, p, t in events])
+        assert torch.equal(part[number].long(), expected)
+        late, total = late + len(events) - int(expected.sum()), total + len(events)
+    assert f"{late / total:.2%} of the events come after 20 × 50 ms and are left out" in capsys.readouterr().out
+
+
+def test_counts_are_kept_in_more_bits_where_they_need_them(tmp_path):
+    write_gestures(tmp_path)
+    first = tmp_path / "ibmGestureTrain/user00_led/0.npy"
+    for count, dtype in zip((127, 128, 1 << 15), COUNTED, strict=True):
+        np.save(first, np.zeros((count, 4), np.int32))
+        data = load_dataset("dvsgesture", tmp_path)
+        assert data.train_images.dtype == dtype
+        assert data.train_images[0].max() == count
+
+
+# --- sounds -------------------------------------------------------------------------------------------------------
+
+
+def test_mel_bands_are_the_formula_of_the_module(tmp_path):
+    sound = np.random.default_rng(1).normal(0, 0.1, 3000)
+    steps, hop, bands = 20, 160, 8
+    found = mel_bands(sound, mel_filters(bands), steps, hop)
+    corners = [
+        700 * (10 ** (m / 2595) - 1) for m in np.linspace(*(2595 * np.log10(1 + f / 700) for f in (20, 8000)), 10)
+    ]
+    window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
+    mel = lambda f: 2595 * np.log10(1 + f / 700)  # noqa: E731
+    for t in (0, 3, 17, 19):
+        part = np.zeros(1024)
+        there = sound[t * hop : t * hop + 400]
+        part[: len(there)] = there * window[: len(there)]
+        power = np.abs(np.exp(-2j * np.pi * np.outer(np.arange(513), np.arange(1024)) / 1024) @ part) ** 2
+        for band in range(bands):
+            low, middle, high = (mel(f) for f in corners[band : band + 3])
+            energy = 0.0
+            for k, strength in enumerate(power):
+                m = mel(k * 16000 / 1024)
+                energy += strength * max(0, min((m - low) / (middle - low), (high - m) / (high - middle)))
+            assert found[t, band] == pytest.approx(np.log(max(energy, 1e-6) / 1e-6), rel=2e-3)
+    assert (found[19] == 0).all(), "after the end there is silence, which is 0"
+    assert (mel_filters(200).max(0) > 0).all(), "each of as many bands as are allowed has a frequency"
+
+
+def test_speech_commands_are_divided_by_their_lists(tmp_path):
+    root = tmp_path / "speech_commands_v0.02"
+    write_speech(root)
+    write_wav(root / "bed" / "zz_nohash_0.wav", 8000 * np.sin(2 * np.pi * 1000 * np.arange(16000) / 16000))
+    data = load_dataset("gsc", tmp_path, bins=40)
+    assert data.num_classes == 35
+    assert [len(labels) for labels in (data.train_labels, data.val_labels, data.test_labels)] == [37, 12, 12]
+    assert data.val_labels.unique().tolist() == [1, 3, 34]  # bed, cat, zero of 35 words
+    assert data.train_images.shape == (37, 100, 40)
+    assert data.train_images.dtype == torch.float16
+    tone = data.train_images[-1].float()  # the last name
+    centres = np.linspace(*(2595 * np.log10(1 + f / 700) for f in (20, 8000)), 42)[1:-1]
+    assert tone[50].argmax() == np.abs(centres - 2595 * np.log10(1 + 1000 / 700)).argmin()
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_missing_is_named_with_a_remedy(tmp_path):
+    for name, messages in {
+        "shd": ["shd_train.h5, shd_test.h5 are not in", "SHD", "https://compneuro.net", "gunzip", "`data_dir`"],
+        "gsc": ["validation_list.txt, testing_list.txt are not in", "speech_commands_v0.02.tar.gz"],
+        "nmnist": ["Train, Test are not in", "tonic.datasets.NMNIST"],
+        "dvsgesture": ["ibmGestureTrain, ibmGestureTest are not in", "tonic.datasets.DVSGesture"],
+    }.items():
+        with pytest.raises(MissingDataError) as error:
+            load_dataset(name, tmp_path)
+        assert all(message in str(error.value) for message in messages)
+    write_heidelberg(tmp_path, "shd")
+    (tmp_path / "shd_test.h5").unlink()
+    with pytest.raises(MissingDataError, match=f"shd is not in {tmp_path}: shd_test.h5 is not in {tmp_path}. Do one"):
+        load_dataset("shd", tmp_path)
+
+
+def without_h5py(monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+
+
+def test_the_package_that_reads_hdf5_is_named(tmp_path, monkeypatch):
+    without_h5py(monkeypatch)
+    with pytest.raises(DataError, match=r"dataset=shd is read from HDF5: .*pip install 'g2gnet\[events\]' installs it"):
+        load_dataset("shd", tmp_path)
+
+
+def rewritten(name, make):
+    """Replaces a dataset of the HDF5 file."""
+
+    def damage(path):
+        with h5py.File(path, "r+") as file:
+            new = make(file[name])
+            del file[name]
+            if new is not None:
+                file[name] = new
+
+    return damage
+
+
+def changed(name, number, values):
+    """Replaces a list of the HDF5 file."""
+
+    def damage(path):
+        with h5py.File(path, "r+") as file:
+            file[name][number] = np.array(values, file[name][number].dtype)
+
+    return damage
+
+
+def truncated(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncated, "truncated file"),
+        (lambda path: path.write_bytes(b""), "file signature not found|Unable"),
+        (lambda path: path.write_text("no HDF5"), "file signature not found|Unable"),
+        (rewritten("labels", lambda labels: None), "labels' doesn't exist"),
+        (
+            rewritten("labels", lambda labels: labels[:-1]),
+            r"spikes/times is lists of float16 \[20\], not 19 lists of num",
+        ),
+        (rewritten("labels", lambda labels: labels[:] * 0.5), r"labels is float\d+ \[20\], not integers \[N\]"),
+        (rewritten("labels", lambda labels: labels[:] + 1), "labels are from 1 to 20, and those of shd from 0 to 19"),
+        (
+            rewritten("spikes/units", lambda units: np.ones((20, 5))),
+            r"spikes/units is float64 \[20, 5\], not 20 lists of",
+        ),
+        (changed("spikes/units", 7, [700]), "sample 7 has . times and 1 units|sample 7 has .*units"),
+        (changed("spikes/times", 1, [-0.5]), "sample 1 has 1 times and 0 units"),
+    ],
+)
+def test_a_damaged_file_of_the_cochlea_is_named(tmp_path, damage, message):
+    write_heidelberg(tmp_path, "shd")
+    damage(tmp_path / "shd_test.h5")
+    with pytest.raises(DataError, match=message) as error:
+        load_dataset("shd", tmp_path)
+    assert str(tmp_path / "shd_test.h5") in str(error.value)
+    assert "download" in str(error.value)
+    assert not (tmp_path / "binned").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("spikes/times", [-0.5], "sample 1 has times that are no seconds from 0 on"),
+        ("spikes/times", [np.nan], "sample 1 has times that are no seconds from 0 on"),
+        ("spikes/units", [700], "sample 1 has units that are not from 0 to 699"),
+    ],
+)
+def test_spikes_that_no_cochlea_sends_are_refused(tmp_path, name, values, message):
+    write_heidelberg(tmp_path, "shd")
+    path = tmp_path / "shd_train.h5"
+    changed("spikes/times", 1, [0.5])(path)
+    changed("spikes/units", 1, [3])(path)
+    changed(name, 1, values)(path)
+    with pytest.raises(DataError, match=f"{path} is damaged.*{message}"):
+        load_dataset("shd", tmp_path)
+
+
+def test_times_in_other_units_are_noticed(tmp_path):
+    write_heidelberg(tmp_path, "shd")
+    for part in ("train", "test"):
+        with h5py.File(tmp_path / f"shd_{part}.h5", "r+") as file:
+            for number, times in enumerate(file["spikes/times"][:]):
+                file["spikes/times"][number] = 2 + times * 1000
+    with pytest.raises(
+        DataError, match="no event of shd comes in the first 140 steps of 10 ms; are its times in other"
+    ):
+        load_dataset("shd", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "it has 0 bytes, not 5 for each event"),
+        (b"\0" * 12, "it has 12 bytes, not 5 for each event"),
+        (nmnist_bytes([34], [0], [1], [5]), "x is from 34 to 34, not from 0 to 33"),
+        (nmnist_bytes([0], [240], [1], [5]), "it has no event"),
+    ],
+)
+def test_a_damaged_file_of_n_mnist_is_named(tmp_path, content, message):
+    write_nmnist(tmp_path)
+    file = next((tmp_path / "Test").glob("*/*.bin"))
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=f"{file} is damaged.*{message}.*unpack or download it again"):
+        load_dataset("nmnist", tmp_path)
+
+
+def saved(array):
+    return lambda file: np.save(file, array)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncated, "reshape|EOF|Failed to read all data"),
+        (lambda file: file.write_bytes(b""), "No data left in file|EOF"),
+        (saved(np.zeros((5, 3))), r"it is float64 \[5, 3\], not numbers \[n, 4\]: x, y, polarity, milliseconds"),
+        (saved(np.zeros(5, [("x", int), ("t", int)])), r"not numbers \[n, 4\]"),
+        (saved(np.zeros((0, 4))), "it has no event"),
+        (saved(np.array([[0, 128, 0, 0]])), "y is from 128 to 128, not from 0 to 127"),
+        (saved(np.array([[0, 0, 2, 0]])), "polarity is from 2 to 2, not from 0 to 1"),
+        (saved(np.array([[0, 0, 0, np.nan]])), "not finite"),
+    ],
+)
+def test_a_damaged_gesture_is_named(tmp_path, damage, message):
+    write_gestures(tmp_path)
+    file = tmp_path / "ibmGestureTest/user01_led/10.npy"
+    damage(file)
+    with pytest.raises(DataError, match=message) as error:
+        load_dataset("dvsgesture", tmp_path)
+    assert str(error.value).startswith(f"{file} is damaged")
+
+
+def test_files_that_are_in_the_way_are_named(tmp_path):
+    write_gestures(tmp_path)
+    strange = tmp_path / "ibmGestureTest/user01_led/11.npy"
+    np.save(strange, np.zeros((1, 4)))
+    with pytest.raises(DataError, match=f"{strange} is not named by a class, 0.npy … 10.npy; move it away"):
+        load_dataset("dvsgesture", tmp_path)
+    write_nmnist(tmp_path)
+    (tmp_path / "Train" / "x").mkdir()
+    (tmp_path / "Train" / "x" / "00001.bin").write_bytes(b"\0" * 5)
+    with pytest.raises(DataError, match=r"Train/x/00001.bin is in no folder 0 … 9 of a digit; move .*/Train/x away"):
+        load_dataset("nmnist", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: truncated(root / "bed/00000002_nohash_0.wav"), "bed/00000002_nohash_0.wav is damaged"),
+        (lambda root: (root / "cat/00000003_nohash_0.wav").write_bytes(b""), "cat/00000003_nohash_0.wav is damaged"),
+        (
+            lambda root: write_wav(root / "bed/a.wav", np.zeros(0)),
+            r"bed/a.wav is damaged \(it has int16 \[0\] at 16000 Hz",
+        ),
+        (
+            lambda root: write_wav(root / "bed/a.wav", np.zeros(9), 8000),
+            r"int16 \[9\] at 8000 Hz, not int16 \[n\] at 16000",
+        ),
+        (
+            lambda root: write_wav(root / "dogs/a.wav", np.zeros(9)),
+            "dogs/a.wav is of none of the 35 words; move .*/dogs a",
+        ),
+        (
+            lambda root: (root / "bed/00000000_nohash_0.wav").unlink(),
+            "validation_list.txt names .*bed/0.*, which is miss",
+        ),
+        (lambda root: (root / "testing_list.txt").write_text(""), "testing_list.txt is empty"),
+    ],
+)
+def test_a_damaged_tree_of_speech_commands_is_named(tmp_path, damage, message):
+    write_speech(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(DataError, match=message):
+        load_dataset("gsc", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("shd", {"bins": 128}, "bins=128 does not divide the 700 channels of shd; give `bins=100` or `bins=140`"),
+        ("shd", {"bins": 701}, "bins=701 are more than the 700 channels of shd"),
+        ("nmnist", {"bins": 28}, "bins=28 does not divide the 34 pixels of a side of nmnist; give `bins=17` or"),
+        ("gsc", {"bins": 201}, "bins=201 are more than the 200 bands that its sounds resolve of gsc"),
+        ("gsc", {"dt": 0.1}, "dt=0.1 is no multiple of 0.0625 ms"),
+        ("shd", {"dt": 0.10005}, "dt=0.10005 is no multiple of 0.001 ms"),
+    ],
+)
+def test_bins_that_do_not_fit_are_refused_before_anything_is_read(tmp_path, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        load_dataset(name, tmp_path, **options)
+
+
+def test_sequences_that_do_not_fit_the_memory_are_refused_before_they_are_made(tmp_path, monkeypatch):
+    write_heidelberg(tmp_path, "shd")
+    monkeypatch.setattr("g2gnet.data.binned.available", lambda: 60 * 14 * 700 - 1)
+    with pytest.raises(
+        DataError, match=r"shd as sequences \[14, 700\] takes .* of memory.*; lower `bins`, or raise `dt`"
+    ):
+        load_dataset("shd", tmp_path, bins=700, dt=100)
+
+
+def test_other_data_sets_have_no_bins():
+    with pytest.raises(ValueError, match="fashionmnist-mini holds no recordings that bins could count; leave bins and"):
+        load_dataset("fashionmnist-mini", bins=7, dt=10)
+
+
+# --- what is kept -------------------------------------------------------------------------------------------------
+
+
+def test_recordings_are_read_once(tmp_path, monkeypatch, capsys):
+    write_recordings(tmp_path)
+    for name in ("shd", "ssc", "gsc", "nmnist", "dvsgesture"):
+        first = load_dataset(name, tmp_path, steps=30)
+        (file,) = (tmp_path / "binned").glob(f"{name}_*")
+        assert f"reading {name}: 30 × " in capsys.readouterr().out
+        with monkeypatch.context() as patch:
+            patch.setattr("g2gnet.data.binned._read", lambda *_: pytest.fail("it was read again"))
+            again = load_dataset(name, tmp_path, steps=30)
+        assert f"reading the sequences of {name} from {file}" in capsys.readouterr().out
+        assert first.fingerprint == again.fingerprint
+
+
+def test_other_settings_or_files_are_read_anew(tmp_path):
+    write_heidelberg(tmp_path, "shd")
+    first = load_dataset("shd", tmp_path)
+    for options in ({"bins": 70}, {"dt": 14}, {"steps": 9}):
+        load_dataset("shd", tmp_path, **options)
+    changed("spikes/units", 2, [5] * 3)(tmp_path / "shd_train.h5")
+    changed("spikes/times", 2, [0.5] * 3)(tmp_path / "shd_train.h5")
+    assert load_dataset("shd", tmp_path).fingerprint != first.fingerprint
+    assert len(list((tmp_path / "binned").iterdir())) == 5
+
+
+def test_nothing_is_kept_of_a_reading_that_was_stopped(tmp_path, monkeypatch):
+    write_heidelberg(tmp_path, "shd")
+    with monkeypatch.context() as patch:
+        patch.setattr("g2gnet.data.binned.torch.from_numpy", lambda array: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            load_dataset("shd", tmp_path)
+    assert not (tmp_path / "binned").exists()
+    assert len(load_dataset("shd", tmp_path).train_labels) == 40
+
+
+def test_fewer_samples_than_were_published_are_a_warning(tmp_path, caplog):
+    write_heidelberg(tmp_path, "shd")
+    with caplog.at_level(logging.WARNING, "g2gnet"):
+        load_dataset("shd", tmp_path)
+    assert "shd has 40 samples for train, and 8156 were published: some may be missing in" in caplog.text
+
+
+# --- augmentation -------------------------------------------------------------------------------------------------
+
+
+def test_units_are_shifted_alike_at_all_steps_by_each_number_of_places():
+    sequences = torch.randint(1, 9, (400, 5, 7), generator=seeded(0), dtype=torch.int8)
+    moved = random_unit_shift(sequences, seeded(1), 2)
+    assert moved.dtype == sequences.dtype
+    seen = set()
+    for before, after in zip(sequences, moved, strict=True):
+        places = {}
+        for shift in range(-2, 3):
+            places[shift] = torch.zeros_like(before)
+            kept = slice(max(0, shift), 7 + min(0, shift))
+            places[shift][:, kept] = before[:, max(0, -shift) : 7 - max(0, shift)]
+        seen.add(next(shift for shift, expected in places.items() if torch.equal(after, expected)))
+    assert seen == {-2, -1, 0, 1, 2}

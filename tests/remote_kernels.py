@@ -1,0 +1,184 @@
+"""The CPU kernels of another processor, in a process that an emulator runs: a plugin of pytest.
+
+``G2G_REMOTE="EMULATOR … SERVER LIBRARY" pytest -p remote_kernels …`` runs tests as they are. Where they call a function
+of the compiled kernels, its arguments and all memory that they point to go to the server (``remote_kernels.cpp``). It
+calls the function of that library and sends the memory back. How large a piece of memory is, tensors say when they
+are asked for their address.
+"""
+
+import ctypes
+import functools
+import json
+import os
+import shlex
+import struct
+import subprocess
+import threading
+from typing import Any
+
+import torch
+
+from g2g_kernels.cpu import library
+from g2g_kernels.cpu.interface import declarations, fields, structures
+
+NUMBER, ADDRESS, SCRATCH, TEXT = range(4)
+TYPES = fields(declarations())
+#: of each function: what its arguments are, a plan or a number unless a structure or plain memory; and what it returns
+FUNCTIONS = {
+    "g2g_abi": ("", "int"),
+    "g2g_has_bf16": ("", "int"),
+    "g2g_isa": ("", "text"),
+    "g2g_interface": ("", "text"),
+    "g2g_plan_new": ("Side* Side* const* const* number", "plan"),
+    "g2g_plan_matches": ("plan const* const* const* const* const* const*", "int"),
+    "g2g_plan_row_blocks": ("plan", "int"),
+    "g2g_plans_aligned": ("plan plan", "int"),
+    "g2g_plans_join": ("plan plan", "int"),
+    "g2g_unpack": ("plan const* number number number *", "int"),
+    **{f"g2g_{name}_{way}": (f"{kind}* scratch", "long")
+       for name, kind in (("stack", "Stack"), ("linear", "Linear"), ("neurons", "NeuronLoop"))
+       for way in ("forward", "backward")},
+}  # fmt: skip
+
+
+class Memory:
+    """The pieces of this process's memory that the arguments of a call refer to."""
+
+    def __init__(self, sizes: dict[int, int]) -> None:
+        self.sizes = sizes
+        self.spans: dict[int, int] = {}  # begin: size
+        self.pointers: list[tuple[int, int]] = []  # where an address is, and which
+
+    def add(self, kind: str, address: int, count: int = 1) -> None:
+        """Notes what lies at an address: a type of C, without its asterisk."""
+        if not address:
+            return
+        structure = getattr(structures, kind.removeprefix("const ") or "-", None)
+        size = self.sizes[address] if structure is None else count * ctypes.sizeof(structure)
+        self.spans[address] = max(size, self.spans.get(address, 0))
+        for number in range(count if structure else 0):
+            self._fields(kind, structure, address + number * ctypes.sizeof(structure))
+
+    def _fields(self, kind: str, structure: Any, address: int) -> None:
+        value = structure.from_address(address)
+        offsets = {
+            name: getattr(getattr(structure, name), "field", getattr(structure, name)).offset for name in TYPES[kind]
+        }
+        for name, of in TYPES[kind].items():
+            element = of.partition("[")[0]
+            if element in TYPES:
+                inner = getattr(structures, element)
+                for number in range(len(getattr(value, name)) if "[" in of else 1):
+                    self._fields(element, inner, address + offsets[name] + number * ctypes.sizeof(inner))
+            elif of.endswith("*") and "Plan" not in of and (pointer := getattr(value, name)):
+                self.pointers.append((address + offsets[name], pointer))
+                self.add(of[:-1], pointer, value.count if of == "Layer*" else 1)
+
+    def pieces(self) -> list[tuple[int, int]]:
+        """The spans, those that overlap joined."""
+        joined: list[tuple[int, int]] = []
+        for begin, size in sorted(self.spans.items()):
+            if joined and begin < sum(joined[-1]):
+                joined[-1] = joined[-1][0], max(sum(joined[-1]), begin + size) - joined[-1][0]
+            else:
+                joined.append((begin, size))
+        return joined
+
+
+class Remote:
+    """The library of a server, called as :class:`ctypes.CDLL` is."""
+
+    def __init__(self, command: list[str], sizes: dict[int, int]) -> None:
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._lock, self._sizes, self._scratch = threading.Lock(), sizes, {}
+        self._name = command[-1]
+        self.calls: dict[str, int] = {}
+
+    def g2g_plan_free(self, plan: int) -> None:
+        """Nothing: the garbage collector calls it, perhaps in the middle of another call."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in FUNCTIONS:
+            raise AttributeError(name)
+        return functools.partial(self._call, name)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        memory, kinds = Memory(self._sizes), FUNCTIONS[name][0].split()
+        given = []
+        for kind, argument in zip(kinds, arguments, strict=True):
+            address = ctypes.addressof(argument._obj) if hasattr(argument, "_obj") else int(argument or 0)
+            given.append((kind, address))
+            if kind.endswith("*"):
+                memory.add(kind[:-1], address)
+        pieces = memory.pieces()
+
+        def place(address: int) -> tuple[int, int]:
+            """Of an address: the number of its piece, and where it is in there."""
+            for number, (begin, size) in enumerate(pieces):
+                if begin <= address < begin + max(size, 1):
+                    return number, address - begin
+            raise AssertionError(f"{name}: nothing was said of the memory at {address:#x}")
+
+        numbers = []
+        for kind, value in given:
+            if kind.endswith("*") and value:
+                numbers.append((ADDRESS, *place(value)))
+            elif kind == "scratch" and value:
+                numbers.append((SCRATCH, self._scratch[name], 0))
+            else:
+                numbers.append((NUMBER, value & (1 << 64) - 1, 0))
+        returns = FUNCTIONS[name][1]
+        with self._lock:
+            self.calls[name] = self.calls.get(name, 0) + 1
+            self._send(TEXT if returns == "text" else NUMBER, len(name), name.encode(), len(pieces))
+            for begin, size in pieces:
+                self._send(size, ctypes.string_at(begin, size))
+            self._send(len(memory.pointers))
+            for at, pointer in memory.pointers:
+                self._send(*place(at), *place(pointer))
+            self._send(len(numbers), *(number for argument in numbers for number in argument))
+            self._process.stdin.flush()
+            (result,) = struct.unpack("<Q", self._receive(8))
+            if returns == "text":
+                return self._receive(result)
+            for begin, size in pieces:
+                ctypes.memmove(begin, self._receive(size), size)
+        if returns == "plan":
+            return result or None
+        value = ctypes.c_int32(result).value if returns == "int" else ctypes.c_int64(result).value
+        if kinds[-1:] == ["scratch"] and not given[-1][1]:
+            self._scratch[name] = value
+        return value
+
+    def _send(self, *values: int | bytes) -> None:
+        for value in values:
+            self._process.stdin.write(value if isinstance(value, bytes) else struct.pack("<Q", value))
+
+    def _receive(self, size: int) -> bytes:
+        content = self._process.stdout.read(size)
+        assert len(content) == size, f"the server has ended, with status {self._process.wait()}"
+        return content
+
+
+def pytest_configure(config: Any) -> None:
+    sizes: dict[int, int] = {}
+    address_of = torch.Tensor.data_ptr
+
+    def data_ptr(tensor: torch.Tensor) -> int:
+        address = address_of(tensor)
+        storage = tensor.untyped_storage()
+        sizes[address] = storage.nbytes() - (address - storage.data_ptr()) if address else 0
+        return address
+
+    torch.Tensor.data_ptr = data_ptr
+    remote = Remote(shlex.split(os.environ["G2G_REMOTE"]), sizes)
+    assert remote.g2g_abi() == library.ABI
+    assert library._difference(remote.g2g_interface().decode()) is None
+    library._load = lambda: (remote, None)
+    config.remote_kernels = remote
+
+
+def pytest_unconfigure(config: Any) -> None:
+    print("calls of kernels:", json.dumps(config.remote_kernels.calls))
+    config.remote_kernels._process.stdin.close()
+    config.remote_kernels._process.wait(60)

@@ -70,7 +70,7 @@ class PlatformWheel(bdist_wheel):
         platform_tag = super().get_tag()[2]
         if platform_tag == f"linux_{platform.machine()}" and os.environ.get("G2G_BUILD_CPU", "1") != "0":
             with contextlib.suppress(OSError, ValueError):  # no compiler, no library
-                machine = _target(shlex.split(os.environ.get("CXX", "c++"))).partition("-")[0]
+                machine = _machine(shlex.split(os.environ.get("CXX", "c++"))).partition("-")[0]
                 if machine in ("x86_64", "aarch64"):  # a cross compiler's
                     platform_tag = f"linux_{machine}"
         return "py3", "none", platform_tag
@@ -85,7 +85,7 @@ def build_library(target: Path, scratch: Path, force: bool | None = False) -> No
     compiler = shlex.split(os.environ.get("CXX", "c++"))
     flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-psabi", "-pthread"]
     flags += shlex.split(os.environ.get("G2G_CXXFLAGS", ""))
-    x86 = (_answer(compiler, "-dumpmachine") or platform.machine()).lower().startswith(("x86_64", "amd64"))
+    x86 = _machine(compiler).startswith(("x86_64", "amd64"))
     objects = {source: (SOURCES / f"{source}.cpp", ["-DG2G_X86"] if x86 else []) for source in PLAIN}
     for name, options in INSTRUCTION_SETS.items():
         if x86 or name == "baseline":
@@ -118,8 +118,13 @@ def build_library(target: Path, scratch: Path, force: bool | None = False) -> No
     run([*compiler, *flags, "-shared", "-o", str(target), *(str(scratch / f"{name}.o") for name in objects)])
 
 
+def _machine(compiler: list[str]) -> str:
+    """The machine that ``compiler`` makes code for, which a cross compiler does not run on."""
+    return (_answer(compiler, "-dumpmachine") or platform.machine()).lower()
+
+
 def _answer(compiler: list[str], question: str) -> str:
-    """What ``compiler`` says of itself; a cross compiler's machine is not this one."""
+    """What ``compiler`` says of itself."""
     answer = subprocess.run([*compiler, question], capture_output=True, text=True)
     return answer.stdout if answer.returncode == 0 else ""
 

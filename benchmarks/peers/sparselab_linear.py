@@ -34,6 +34,8 @@ class PaddedRows(LinearContender):
     layer: _Layer
 
     def build(self, connection: G2GLinear) -> nn.Module:
+        if self.precision != "fp32":
+            raise ValueError(f"SparseLab multiplies in fp32 only, not in {self.precision}")
         return _Layer(connection)
 
     def weight_gradient(self) -> torch.Tensor:

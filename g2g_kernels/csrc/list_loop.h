@@ -216,6 +216,7 @@ inline void list_loop_forward(ListLoop& a, Arena& arena) {
         const float* const sent = kept_lanes(a, groups, group, keep);
         float* const kept = a.kept ? a.kept + group * a.steps * rows : nullptr;
         const SampleRows before(a.sent, a, groups, group);
+        zero(own, rows * (a.kept ? 1 : 2) * sizeof(float));  // the lanes of no neuron too, which are kept
         parallel(a.threads, ranges.count, 1, [&](int64_t range, int) {
             const int64_t first = ranges.first(range), last = ranges.last(range), at = first * groups.width;
             for (int64_t s = 0; s < S; ++s)

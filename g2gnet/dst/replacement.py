@@ -7,7 +7,7 @@ import torch
 
 from g2g_kernels import BlockMask
 from g2g_kernels.mask.sampling import LARGEST_GRID
-from g2g_kernels.numbers import share_of
+from g2g_kernels.numbers import INT32, INT64, share_of
 from g2gnet.dst.gradual_pruning import units_within
 from g2gnet.dst.optimizer_state import OptimizerState
 from g2gnet.layers import G2GLinear
@@ -81,15 +81,18 @@ def draw_candidates(mask: BlockMask, generator: torch.Generator) -> torch.Tensor
 def lowest(
     cost: torch.Tensor, count: int, generator: torch.Generator, last: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Indices of the ``count`` entries of least ``cost`` [n]; equal ones in the order of a uniform draw.
+    """Indices of the ``count`` entries of least ``cost`` [n], compared in float32; equal ones in the order of a uniform
+    draw.
 
     NaN comes after every number. Entries where ``last`` [n] is true come after all others.
     """
     order = torch.randperm(len(cost), generator=generator, device=generator.device).to(cost.device)
-    cost = torch.where(cost.isnan(), torch.inf, cost)
-    if cost.is_cpu and count:  # where sorting all of them takes several times as long as finding the last one
-        allowed = cost if last is None else cost.masked_fill(last, torch.inf)
-        order = order[(allowed <= allowed.kthvalue(count).values)[order]]
-    for key in (cost,) if last is None else (cost, last.byte()):
-        order = order[torch.argsort(key[order], stable=True)]
-    return order[:count]
+    place = torch.arange(len(cost), device=cost.device)
+    turn = torch.empty_like(order).scatter_(0, order, place)
+    cost = torch.where(cost.isnan(), torch.inf, cost).float() + 0.0  # −0 and 0 are equal
+    # the bits of floats are ordered as they are, those of negative ones the other way round
+    bits = cost.view(torch.int32)
+    key = ((bits ^ ((bits >> 31) & INT32[1])).long() << 32) + turn
+    if last is not None:
+        key = torch.where(last, INT64[1] - len(cost) + turn, key)
+    return key.topk(count, largest=False).indices

@@ -718,7 +718,7 @@ def test_backends_and_precisions_can_be_chosen():
     assert ours[:2] == ["g2g-cpu", "g2g-torch"]
     assert "g2g-triton" not in ours
     labels = [entry.label for entry in choose("linear", backends="torch", precision="bf16")]
-    assert labels == ["g2g-torch-bf16", "masked-bf16", "bsr-bf16", "dense-bf16"]
+    assert labels == ["g2g-torch-bf16", "masked-bf16", "bsr-bf16", "dense-bf16", "sparselab-bf16"]
 
 
 def test_quick_names_the_peers_that_it_leaves_out(capsys, monkeypatch, path):

@@ -67,8 +67,10 @@ def test_modules_call_the_operators():
 
 
 def test_parameters_that_the_model_lacks_are_refused():
-    with pytest.raises(TypeError, match="tau, learn_gamma: unknown to synaptic neurons, which have syn_decay, beta, t"):
-        Synaptic(tau=3.0, learn_gamma=False)
+    with pytest.raises(
+        TypeError, match="tau_m, learn_gamma: unknown to synaptic neurons, which have syn_decay, beta, t"
+    ):
+        Synaptic(tau_m=3.0, learn_gamma=False)
 
 
 def test_a_state_dict_restores_graph_and_weights_into_a_layer_drawn_otherwise():

@@ -13,6 +13,7 @@ the same with PyTorch's own autograd, which forms the gradient of all N² weight
 import argparse
 import contextlib
 import multiprocessing
+import re
 import resource
 import statistics
 import sys
@@ -70,12 +71,17 @@ def from_file(path: str) -> Graph:
     are its synapses, negative where the transmitter inhibits, scaled so that a neuron's largest input is 0.01."""
     import pandas
 
-    table = pandas.read_csv(path)
+    try:
+        table = pandas.read_csv(path)
+    except (OSError, ValueError) as error:  # of pandas, too, and of bytes that are no text
+        raise ValueError(f"{path} cannot be read as CSV: {error}") from error
     for pre, post, weight in COLUMNS:
         if {pre, post, weight} <= set(table.columns):
             break
     else:
         raise ValueError(f"{path} has the columns {', '.join(table.columns)}; give {', or '.join(map(str, COLUMNS))}")
+    if not len(table) or table[[pre, post, weight]].isna().any(axis=None):
+        raise ValueError(f"{path} has no connections, or some whose {pre}, {post} or {weight} is missing")
     ids, numbers = np.unique(np.concatenate([table[pre], table[post]]), return_inverse=True)
     size = table[weight].to_numpy(np.float64)
     if "nt_type" in table:
@@ -282,8 +288,10 @@ def _serve(pipe: Any, name: str, arguments: argparse.Namespace, threads: int) ->
             took = time.perf_counter() - began
             pipe.send({"seconds": took, "rate": float(counts.mean()) / arguments.T, "peak": _peak()})
     except Exception as error:
-        what = traceback.format_exception_only(error)[-1].strip()
-        pipe.send({"failed": what.splitlines()[0][:200]})
+        what = traceback.format_exception_only(error)[-1].strip().splitlines()[0][:200]
+        if asked := re.search(r"allocate (\d+) bytes", what):
+            what = f"asks for {int(asked[1]) / 1e9:.0f} GB of memory"
+        pipe.send({"failed": what})
 
 
 def _forget_peak() -> None:
@@ -313,6 +321,8 @@ def measure(arguments: argparse.Namespace, quiet: bool = False) -> dict[str, Any
     names = arguments.contenders or list(CONTENDERS)
     if unknown := [name for name in names if name not in CONTENDERS]:
         raise ValueError(f"contenders={unknown[0]!r} is unknown; choose of {', '.join(CONTENDERS)}")
+    if arguments.edges:
+        from_file(arguments.edges)  # an error is said before anything starts
     spawn, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
     runs: dict[str, dict[str, Any]] = {name: {"name": name, "status": "ok", "seconds": []} for name in names}
     pipes, processes = {}, {}

@@ -3,10 +3,12 @@
 import copy
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
+from g2g_kernels.numbers import FLOAT32
 from g2g_kernels.ops.g2g_stack.layer import Observer as ProductObserver
 from g2g_kernels.tracing import default_device, is_traced, symbolic_call
 from g2gnet.weights.dense_weight import NOT_WRITABLE, DerivedWeight
@@ -123,7 +125,7 @@ class G2GLinear(PackedWeights):
 
         Raises:
             TypeError: for what is no SciPy sparse matrix.
-            ValueError: for a bias of another size, or numbers that are not real.
+            ValueError: for a bias of another size, or numbers that are not real, or that a float32 does not hold.
 
         Example:
             >>> import scipy.sparse
@@ -137,10 +139,12 @@ class G2GLinear(PackedWeights):
             raise TypeError(
                 f"matrix is a {type(matrix).__name__}, no SciPy sparse matrix; give scipy.sparse.coo_matrix(…)"
             )
-        if matrix.dtype.kind not in "fiub":
-            raise ValueError(f"matrix is of {matrix.dtype}; give real numbers")
-        stored = sparse.coo_matrix(matrix)
+        if matrix.dtype.kind not in "fiub" or len(matrix.shape) != 2:
+            raise ValueError(f"matrix is of {matrix.dtype} {list(matrix.shape)}; give real numbers [out, in]")
+        stored = sparse.coo_matrix(matrix).astype(np.float64)  # whose sums do not overflow
         stored.sum_duplicates()
+        if not (np.abs(stored.data) <= FLOAT32[1]).all():
+            raise ValueError("matrix has weights that are not finite, or that a float32 does not hold")
         row, col = (torch.as_tensor(each, dtype=torch.int64) for each in (stored.row, stored.col))
         layouts = GroupLayout(stored.shape[0], 1), GroupLayout(stored.shape[1], 1)
         none = torch.zeros(0, dtype=torch.int64)

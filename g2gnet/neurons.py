@@ -1,5 +1,6 @@
 """Populations of spiking neurons as modules. The model declares the parameters and states of each."""
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -66,7 +67,7 @@ class SpikingNeurons(nn.Module):
         shape = (1,) if neurons is None else (SIZE.check("neurons", neurons),)
         for name, decay in TIME_CONSTANTS.items():
             if decay in self.model.parameters and name in parameters:
-                parameters = _with_decay(parameters, name, decay, dt)
+                parameters = _with_decay(parameters, name, decay, dt, neurons)
         for name in self.model.parameters:
             tensor = _initial(name, parameters.pop(name, self.initial[name]), shape, neurons)
             if check_flag(f"learn_{name}", parameters.pop(f"learn_{name}", True)):
@@ -129,7 +130,7 @@ TIME_CONSTANTS = {"tau": "beta", "tau_syn": "syn_decay", "tau_adapt": "adapt_dec
 
 
 def _with_decay(
-    parameters: dict[str, float | torch.Tensor], name: str, decay: str, dt: float | None
+    parameters: dict[str, float | torch.Tensor], name: str, decay: str, dt: float | None, neurons: int | None
 ) -> dict[str, float | torch.Tensor]:
     """The parameters with a decay in place of the time constant ``name``."""
     others = {each: value for each, value in parameters.items() if each != name}
@@ -139,12 +140,16 @@ def _with_decay(
         raise TypeError(
             f"{name}={parameters[name]!r:.40} needs dt, the length of a step in the same unit, as {name}=20.0, dt=1.0"
         )
-    constants = torch.as_tensor(parameters[name], dtype=torch.float64)
     _POSITIVE.check("dt", dt)
+    given = parameters[name]
+    if not isinstance(given, torch.Tensor) or not given.dim():
+        return {**others, decay: math.exp(-dt / _POSITIVE.check(name, given))}
+    constants = given.detach().double()
+    if neurons is None or tuple(given.shape) != (neurons,):
+        raise ValueError(f"{name} is a tensor {list(given.shape)}; give one number, or [{neurons or 'N'}] as LIF(N, …)")
     if not ((constants > 0) & constants.isfinite()).all():
-        raise ValueError(f"{name}={parameters[name]!r:.40} must be above 0 and finite")
-    decays = torch.exp(-dt / constants)
-    return {**others, decay: decays if decays.dim() else decays.item()}
+        raise ValueError(f"{name} must be above 0 and finite")
+    return {**others, decay: torch.exp(-dt / constants)}
 
 
 def _initial(name: str, value: Any, shape: tuple[int, ...], neurons: int | None) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from g2g_kernels.choices import check_flag
-from g2g_kernels.numbers import Number
+from g2g_kernels.numbers import SIZE, Number
 from g2g_kernels.ops.g2g_stack.schedule import parts_of
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
@@ -108,18 +108,19 @@ class Projection:
         from scipy import sparse  # which is slow to import
 
         name = f"{source} → {target}"
-        if sizes is None:
+        if not isinstance(sizes, tuple | list) or len(sizes) != 2:
             raise ValueError(f"the edges {name} need sizes=(neurons of {source}, neurons of {target})")
-        columns = {"pre": np.asarray(pre), "post": np.asarray(post), "weight": np.asarray(weight)}
-        columns["delay"] = np.broadcast_to(np.asarray(0 if delay is None else delay), columns["pre"].shape)
+        sizes = SIZE.check(f"sizes[0] of {name}", sizes[0]), SIZE.check(f"sizes[1] of {name}", sizes[1])
+        columns = {"pre": _column(pre), "post": _column(post), "weight": _column(weight)}
+        delays = _column(0 if delay is None else delay)
+        columns["delay"] = np.full(columns["pre"].shape, delays) if not delays.ndim else delays
         for column, values in columns.items():
-            if values.shape != (len(columns["pre"]),) or values.dtype.kind not in (
-                "fiu" if column == "weight" else "iu"
-            ):
+            kinds = "fiu" if column == "weight" or not values.size else "iu"
+            if values.shape != (columns["pre"].size,) or values.dtype.kind not in kinds:
                 kind = "numbers" if column == "weight" else "whole numbers"
                 raise ValueError(
                     f"{column} of the edges {name} is {values.dtype} {list(values.shape)}; give {kind}, one for each "
-                    f"of {len(columns['pre'])} edges"
+                    f"of {columns['pre'].size} edges"
                 )
         for column, size in (("pre", sizes[0]), ("post", sizes[1])):
             outside = np.flatnonzero((columns[column] < 0) | (columns[column] >= size))
@@ -128,13 +129,14 @@ class Projection:
                     f"{column}[{outside[0]}] of the edges {name} is {columns[column][outside[0]]}; there are {size} "
                     "neurons, numbered from 0"
                 )
-        if len(outside := np.flatnonzero(~np.isfinite(columns["weight"]))):
-            raise ValueError(f"weight[{outside[0]}] of the edges {name} is {columns['weight'][outside[0]]}")
+        weights = columns["weight"].astype(np.float64)
+        if len(outside := np.flatnonzero(~np.isfinite(weights))):
+            raise ValueError(f"weight[{outside[0]}] of the edges {name} is {weights[outside[0]]}")
         made = []
         for each in np.unique(columns["delay"]).tolist():
             chosen = columns["delay"] == each
-            places = columns["post"][chosen], columns["pre"][chosen]
-            matrix = sparse.coo_matrix((columns["weight"][chosen], places), shape=(sizes[1], sizes[0]))
+            places = columns["post"][chosen].astype(np.int64), columns["pre"][chosen].astype(np.int64)
+            matrix = sparse.coo_matrix((weights[chosen], places), shape=(sizes[1], sizes[0]))
             made.append(cls(source, target, G2GLinear.from_scipy(matrix), delay=each))
         return made
 
@@ -142,6 +144,16 @@ class Projection:
     def most(self) -> int:
         """The largest delay that it may have."""
         return int(torch.as_tensor(self.delay, device="cpu").max()) if self.max_delay is None else self.max_delay
+
+
+def _column(values: Any) -> np.ndarray:
+    """A column of a table as an array; ValueError if entries of it are masked."""
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
+        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
+    if np.ma.is_masked(values):
+        raise ValueError("a column of the edges has masked entries; leave these edges out")
+    return np.asarray(values)
 
 
 def _extremes(delays: torch.Tensor) -> str:

@@ -70,10 +70,10 @@ class GroupLayout:
         if kind not in GROUP_KINDS:
             raise ValueError(f"kind={kind!r} is not a group layout; choose one of {', '.join(GROUP_KINDS)}")
         if sizes is not None:
-            if size is not None or kind != "index" or not len(sizes):
-                raise ValueError(
-                    f"sizes={sizes!r:.60} are of contiguous groups, at least one; give neither size nor kind"
-                )
+            if not isinstance(sizes, list | tuple) or not sizes:
+                raise ValueError(f"sizes={sizes!r:.60} must be a list of the neurons of each group, at least one")
+            if size is not None or kind != "index":
+                raise ValueError(f"sizes={sizes!r:.60} are of contiguous groups; give neither size nor kind with them")
             counts = [SIZE.check(f"sizes[{group}]", each) for group, each in enumerate(sizes)]
             self.size, self.num_groups, self.kind = SIZE.check("the sum of sizes", sum(counts)), len(counts), kind
             self.group_of = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))

@@ -20,8 +20,11 @@ class KeptSigns:
     def __init__(
         self, groups: Mapping[str, list[G2GLinear]], signs: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
     ) -> None:
-        self._groups, self.signs = groups, signs
-        self._hook = optimizer.register_step_post_hook(lambda *_: self.apply())
+        self._groups, self.signs, self._optimizer = groups, signs, optimizer
+        self._hook: Any = optimizer.register_step_post_hook(self._after_step)
+        self.apply()
+
+    def _after_step(self, *_: Any) -> None:
         self.apply()
 
     @torch.no_grad()
@@ -34,7 +37,16 @@ class KeptSigns:
 
     def remove(self) -> None:
         """Lets the weights have any sign again."""
-        self._hook.remove()
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hook": self._hook is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # copies of optimizers have no hooks
+        self._hook = self._optimizer.register_step_post_hook(self._after_step) if state["_hook"] else None
 
 
 def keep_signs(
@@ -44,19 +56,22 @@ def keep_signs(
 
     After each ``optimizer.step()`` a weight that has the other sign becomes 0; it exists still, and may grow again.
     Weights that dynamic sparse training grows begin at 0 and take their neuron's sign. Averages of weights have their
-    signs. A checkpoint holds weights, not signs: give these again after loading.
+    signs. A checkpoint holds weights, not signs: give these again after loading. PyTorch copies optimizers without what
+    follows their steps: copy or pickle the returned object together with network and optimizer.
 
     Args:
-        model: a :class:`G2GLinear`; a :class:`SpikingNetwork`, whose populations are the sources (the input has no
-            signs); or another module, each of whose G2GLinear layers is a source of its own, by its name.
-        optimizer: what trains the weights.
+        model: a :class:`G2GLinear`; a :class:`SpikingNetwork`, or a module around one, whose populations are the
+            sources (the input has no signs); or another module, each of whose G2GLinear layers is a source of its own,
+            by its name.
+        optimizer: what trains these weights.
         signs: of the source's neurons, 1, −1 or 0 (either), [N_src]; of several sources by name, and of those that are
             not named any sign is allowed. Weights of the other sign take the given one, −w for w. None: each neuron has
             the sign of its weights, and 0 if all of them are 0.
 
     Raises:
-        ValueError: without ``signs`` for a neuron with weights of both signs, whose number the error gives; for signs
-            of another number of neurons, or of an unknown source.
+        TypeError: for what is no optimizer.
+        ValueError: for an optimizer that does not hold the weights; without ``signs`` for a neuron with weights of both
+            signs, whose number the error gives; for signs of another number of neurons, or of an unknown source.
 
     Example:
         >>> from g2g_kernels import BlockMask, GroupLayout
@@ -68,15 +83,22 @@ def keep_signs(
         >>> bool((layer.weight[:, :12] >= 0).all() and (layer.weight[:, 12:] <= 0).all())
         True
     """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer is a {type(optimizer).__name__}; give the torch.optim.Optimizer of the weights")
     groups = _sources(model)
+    held = {id(each) for group in optimizer.param_groups for each in group["params"]}
     for name, layers in groups.items():
         for layer in layers:
             if not layer.has_plain_values:
                 raise ValueError(f"the weights from {name} are computed by a parametrization; remove that")
+            if layer.values.requires_grad and id(layer.values) not in held:
+                raise ValueError(f"the optimizer does not hold the weights from {name}; give the one that trains them")
     if signs is None:
         found = {name: _signs_of(name, layers) for name, layers in groups.items()}
         return KeptSigns(groups, found, optimizer)
     given = signs if isinstance(signs, Mapping) else {name: signs for name in groups}
+    if not given:
+        raise ValueError(f"signs is empty; give those of some of {', '.join(groups)}")
     if not isinstance(signs, Mapping) and len(groups) != 1:
         raise ValueError(f"there are several sources; give signs by name, of {', '.join(groups)}")
     for name, each in given.items():
@@ -96,10 +118,12 @@ def _sources(model: nn.Module) -> dict[str, list[G2GLinear]]:
     if isinstance(model, G2GLinear):
         return {"the layer": [model]}
     groups: dict[str, list[G2GLinear]] = {}
-    if isinstance(model, SpikingNetwork):
-        connections: Mapping[str, Any] = model.connections()
-        names = list(model.populations)
-        for route in model.routes():
+    layers = [module for module in model.modules() if isinstance(module, G2GLinear)]
+    networks = [module for module in model.modules() if isinstance(module, SpikingNetwork)]
+    if len(networks) == 1 and len(networks[0].connections()) == len(layers):
+        connections: Mapping[str, Any] = networks[0].connections()
+        names = list(networks[0].populations)
+        for route in networks[0].routes():
             if route.source >= 0:
                 groups.setdefault(names[route.source], []).append(connections[route.name])
     else:
@@ -113,9 +137,10 @@ def _check_signs(name: str, signs: Any, groups: Mapping[str, list[G2GLinear]]) -
     if name not in groups:
         raise ValueError(f"signs of {name!r}: there is no such source, only {', '.join(groups)}")
     size = groups[name][0].in_features
-    if not isinstance(signs, torch.Tensor) or tuple(signs.shape) != (size,) or signs.is_complex():
-        what = list(signs.shape) if isinstance(signs, torch.Tensor) else type(signs).__name__
-        raise ValueError(f"the signs of {name} are {what}; give a tensor of {size}")
+    kinds = torch.bool, torch.complex64, torch.complex128
+    if not isinstance(signs, torch.Tensor) or tuple(signs.shape) != (size,) or signs.dtype in kinds:
+        what = f"{signs.dtype} {list(signs.shape)}" if isinstance(signs, torch.Tensor) else type(signs).__name__
+        raise ValueError(f"the signs of {name} are {what}; give a tensor of {size} numbers 1, −1 or 0")
     if not ((signs == 1) | (signs == -1) | (signs == 0)).all():
         raise ValueError(f"the signs of {name} must be 1, −1 or 0")
 

@@ -42,6 +42,13 @@ def test_edges_of_a_file_are_the_graph(tmp_path):
     pandas.DataFrame({"a": [1]}).to_csv(tmp_path / "other.csv")
     with pytest.raises(ValueError, match="has the columns"):
         brain.from_file(str(tmp_path / "other.csv"))
+    (tmp_path / "missing.csv").write_text("pre,post,weight\n0,1,\n")
+    (tmp_path / "nothing.csv").write_text("")
+    (tmp_path / "bytes.csv").write_bytes(bytes(range(256)))
+    for name, why in (("missing", "is missing"), ("nothing", "cannot be read"), ("bytes", "cannot be read")):
+        with pytest.raises(ValueError, match=rf"{name}\.csv .*{why}"):
+            brain.from_file(str(tmp_path / f"{name}.csv"))
+    assert brain.main(["--edges", str(tmp_path / "nothing.csv")]) == 2
 
 
 def test_the_table_has_a_row_each_and_says_what_failed(tmp_path, capsys):

@@ -500,6 +500,10 @@ def test_edges_become_projections_one_for_each_delay():
         (([0], [0], [np.nan]), r"weight\[0\] of the edges a → b is nan"),
         (([0], [0], [1.0], [-1]), "must be from 0 to"),
         (([0], [0], [1.0], [0.5]), "delay of the edges a → b is float64"),
+        (([0], [0], [1.0], [[1, 1]]), "delay of the edges a → b is int64"),
+        ((0, 0, 1.0), "pre of the edges a → b is int64"),
+        (([0, 0], [0, 0], [3e38, 3e38]), "not finite, or that a float32 does not hold"),
+        ((np.ma.array([0, 1], mask=[0, 1]), [0, 1], [1.0, 2.0]), "masked entries"),
     ],
 )
 def test_edges_that_are_none_are_refused(columns, why):
@@ -507,6 +511,21 @@ def test_edges_that_are_none_are_refused(columns, why):
         Projection.from_edges("a", "b", *columns, sizes=(30, 20))
 
 
-def test_edges_without_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"need sizes=\(neurons of a, neurons of b\)"):
-        Projection.from_edges("a", "b", [0], [0], [1.0])
+@pytest.mark.parametrize("sizes", [None, 3, (3,), (3, 3, 3), (3.0, 3), (0, 3)])
+def test_edges_need_both_sizes(sizes):
+    with pytest.raises(ValueError, match="sizes"):
+        Projection.from_edges("a", "b", [0], [0], [1.0], sizes=sizes)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        np.array([100, 100], np.int8),
+        torch.tensor([100.0, 100.0], dtype=torch.bfloat16, requires_grad=True),
+        np.array([100, 100], ">f4"),
+    ],
+)
+def test_weights_of_any_numbers_are_added_without_overflow(weight):
+    (made,) = Projection.from_edges("a", "b", [0, 0], [1, 1], weight, sizes=(3, 3))
+    assert made.connection.values.flatten().tolist() == [200.0]
+    assert Projection.from_edges("a", "b", [], [], [], sizes=(3, 3)) == []

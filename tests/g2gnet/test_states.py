@@ -369,8 +369,9 @@ def test_time_constants_stand_for_decays():
     [
         ({"tau": 20.0}, "needs dt"),
         ({"tau": 20.0, "dt": 1.0, "beta": 0.9}, "the same parameter"),
-        ({"tau": 0.0, "dt": 1.0}, "must be above 0"),
-        ({"tau": math.inf, "dt": 1.0}, "must be above 0 and finite"),
+        ({"tau": 0.0, "dt": 1.0}, "tau=0.0 must be a number above 0"),
+        ({"tau": math.inf, "dt": 1.0}, "tau=inf must be a finite number above 0"),
+        ({"tau": torch.tensor([1.0, 2.0]), "dt": 1.0}, r"tau is a tensor \[2\]; give one number"),
         ({"tau": 20.0, "dt": -1.0}, "dt=-1.0 must be"),
         ({"tau_syn": 5.0, "dt": 1.0}, "tau_syn: unknown to lif"),
     ],

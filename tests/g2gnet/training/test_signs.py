@@ -1,5 +1,8 @@
 """Dale's law: weights keep the sign of their source through training, rewiring, averages and a reload."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from helpers import seeded
@@ -110,7 +113,9 @@ def test_a_neuron_of_sign_0_is_free():
     ("signs", "why"),
     [
         ({"b": SIGNS}, "no such source, only a, out|no such source, only a"),
-        ({"a": SIGNS[:3]}, r"signs of a are \[3\]; give a tensor of 24"),
+        ({"a": SIGNS[:3]}, r"signs of a are torch.int64 \[3\]; give a tensor of 24"),
+        ({"a": SIGNS < 0}, r"signs of a are torch.bool"),
+        ({}, "signs is empty"),
         ({"a": SIGNS * 2}, "must be 1, −1 or 0"),
         ({"a": [1] * 24}, "list; give a tensor"),
     ],
@@ -125,3 +130,31 @@ def test_a_module_without_sparse_layers_has_no_signs():
     net = torch.nn.Linear(3, 3)
     with pytest.raises(ValueError, match="has no G2GLinear layer"):
         keep_signs(net, torch.optim.SGD(net.parameters(), lr=0.1))
+
+
+def test_an_optimizer_that_does_not_train_the_weights_is_refused():
+    net = network()
+    with pytest.raises(ValueError, match="does not hold the weights from a"):
+        keep_signs(net, torch.optim.SGD(net.input_to_a.parameters(), lr=0.1), {"a": SIGNS})
+    with pytest.raises(TypeError, match=r"NoneType; give the torch\.optim\.Optimizer"):
+        keep_signs(net, None, {"a": SIGNS})
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda all_three: pickle.loads(pickle.dumps(all_three))])
+def test_copies_of_network_optimizer_and_signs_keep_them(twin_of):
+    net = network()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
+    net, optimizer, handle = twin_of((net, optimizer, keep_signs(net, optimizer, {"a": SIGNS})))
+    train(net, optimizer, 3)
+    assert kept(net)
+    handle.remove()
+    handle.remove()  # does nothing
+    train(net, optimizer, 3)
+    assert not kept(net)
+
+
+def test_a_network_inside_of_a_module_has_the_signs_of_its_populations():
+    net = network()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.05)
+    assert list(keep_signs(torch.nn.Sequential(net), optimizer, {"a": SIGNS}).signs) == ["a"]
+    assert kept(net)

@@ -429,7 +429,7 @@ def table(record: dict[str, Any]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     quick = {"neurons": 20000, "weights": 1000000, "T": 50, "repeats": 2}
-    parser = cli.build_parser("brain", __doc__, "about ten minutes on two cores", quick)
+    parser = cli.build_parser("brain", __doc__, "about six minutes on two cores", quick)
     counts = {
         "neurons": (138639, "neurons"),
         "weights": (15100000, "connections, about"),

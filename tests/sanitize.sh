@@ -19,7 +19,8 @@ export LD_PRELOAD ASAN_OPTIONS="detect_leaks=0" UBSAN_OPTIONS="print_stacktrace=
 export G2G_CPU_POOL=0  # memory maps have no guard zones, malloc has
 if [ $# -eq 0 ]; then
     # opcheck and the compiler test PyTorch's side of the operators, and take minutes under the sanitizers
-    set -- -n 2 --dist load tests/g2g_kernels/test_cpu_backend.py tests/g2gnet/test_recurrence.py \
-        -k "(test_cpu_backend and not opcheck and not full_graph) or (test_recurrence and cpu)"
+    set -- -n 2 --dist load tests/g2g_kernels/test_cpu_backend.py tests/g2g_kernels/test_lists.py \
+        tests/g2gnet/test_recurrence.py \
+        -k "(test_cpu_backend and not opcheck and not full_graph) or (test_lists and not sound) or (test_recurrence and cpu)"
 fi
 python -m pytest -q -p no:cacheprovider "$@"

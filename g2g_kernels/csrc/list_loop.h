@@ -364,7 +364,7 @@ inline void list_loop_backward(ListLoop& a, Arena& arena) {
                 alignas(64) float outside[kBlock * kMostGroup];
                 for (int64_t n = first; a.grad_spikes && n < last; n += kBlock) {
                     const int64_t stop = least(last, n + kBlock);
-                    rows_of(a.grad_spikes + t * matrix).load(n, stop, outside);
+                    rows_of(a.grad_spikes + (a.grad_held ? 0 : t * matrix)).load(n, stop, outside);
                     float* const to = reaching + n * groups.width;
                     for (int64_t i = 0; i < (stop - n) * groups.width; ++i) to[i] += outside[i];
                 }

@@ -126,6 +126,7 @@ struct ListLoop {
     float *spikes, *last;   // out: [T][B][N], [states][B][N]
     float* kept;            // out, for the backward pass: the states of every step (list_loop.h); null: not wanted
     const float *grad_spikes, *grad_last;  // null: zeros
+    int32_t grad_held;      // grad_spikes is [B][N], the same for all steps
     float *grad_current, *grad_sent, *grad_state, *grad_values;  // out, null: not wanted
 };
 

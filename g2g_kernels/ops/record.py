@@ -285,6 +285,7 @@ class Differentiable(RecordOperator):
         plain: Callable[[Any], Sequence[torch.Tensor]],
         keys: Sequence[str] = ("CPU",),
         check: Callable[[Any], None] = lambda record: None,
+        prepared: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.contiguous,
     ) -> None:
         """Defines it.
 
@@ -294,9 +295,10 @@ class Differentiable(RecordOperator):
             backward: takes a :class:`Backward` and gives the gradients of the record's tensors. It is not called where
                 no result has a gradient.
             plain: the results by plain PyTorch operations, the tensors of lists one by one.
+            prepared: a gradient as ``backward`` takes it.
         """
         super().__init__(name, results, function, fake, keys, check)
-        self._outputs, self._backward, self._plain = outputs, backward, plain
+        self._outputs, self._backward, self._plain, self._prepared = outputs, backward, plain, prepared
         torch.library.register_autograd(
             self.overload.name(), self._formula, setup_context=self._setup_context, lib=_library
         )
@@ -346,7 +348,7 @@ class Differentiable(RecordOperator):
         tensors, kept = saved[: ctx.count], saved[ctx.count :]
         if needs_plain_operations(grads):
             return gradients_of(lambda *given: self._plain(built(form, given)), tensors, grads, needed, ctx.autocast)
-        given = tuple([None if grad is None else grad.contiguous() for grad in grads])
+        given = tuple([None if grad is None else self._prepared(grad) for grad in grads])
         found = self._backward(Backward(built(form, tensors), tuple(kept), given, tuple(needed)))
         return [grad if need else None for grad, need in zip(found, needed)]  # noqa: B905
 

@@ -171,6 +171,7 @@ def _forward(call: LoopCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor, to
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, (kept,), (grad_spikes, grad_last), _ = given
+    constant = grad_spikes is not None and grad_spikes.stride(0) == 0
     for name, tensor, shape in (
         ("kept", kept, _kept_shape(call)),
         ("grad_spikes", grad_spikes, call.shape),
@@ -182,6 +183,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     to = given.record(grads)
     arguments, _lists = _arguments(call, to.population.parameters)
     arguments.kept, arguments.grad_spikes, arguments.grad_last = pointer(kept), pointer(grad_spikes), pointer(grad_last)
+    arguments.grad_held = constant
     arguments.grad_current, arguments.grad_values = pointer(to.current), pointer(to.values)
     arguments.grad_sent, arguments.grad_state = pointer(to.sent), pointer(to.state)
     run(library().g2g_list_loop_backward, arguments)
@@ -206,7 +208,11 @@ def _plain(call: LoopCall) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(spikes), state
 
 
+def _prepared(grad: torch.Tensor) -> torch.Tensor:
+    """A gradient in memory; that of counts is the same for all steps, [B, N] there."""
+    return grad[0].contiguous().expand(grad.shape) if grad.dim() == 3 and grad.stride(0) == 0 else grad.contiguous()
+
+
 BACKWARD = RecordOperator("loop_backward", "Tensor[]", _backward, Backward.empty)
-FORWARD = Differentiable(
-    "loop_forward", "(Tensor spikes, Tensor last, Tensor kept)", 2, _forward, _fake, BACKWARD, _plain
-)
+RESULTS = "(Tensor spikes, Tensor last, Tensor kept)"
+FORWARD = Differentiable("loop_forward", RESULTS, 2, _forward, _fake, BACKWARD, _plain, prepared=_prepared)

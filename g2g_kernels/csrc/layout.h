@@ -53,11 +53,7 @@ inline void bf16_tiles(const Plan& plan, const float* values, bool forward, int 
 }
 
 inline void zero_gradient(const Plan& plan, int threads, float* grad_values) {
-    const int64_t size = static_cast<int64_t>(plan.unit_rows) * plan.unit_cols, count = plan.units * size;
-    constexpr int64_t part = 1 << 16;
-    parallel(threads, divide_up(count, part), 1, [&](int64_t i, int) {
-        zero(grad_values + i * part, (least(count, (i + 1) * part) - i * part) * sizeof(float));
-    });
+    zero_floats(grad_values, static_cast<int64_t>(plan.unit_rows) * plan.unit_cols * plan.units, threads);
 }
 
 // Gradients of the packed values from tiles [source lane][output lane]; padding becomes 0.

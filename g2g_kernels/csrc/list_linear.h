@@ -151,13 +151,7 @@ inline void list_linear_backward(ListLinear& a, Arena& arena) {
     double* bias = arena.take<double>(outputs);
     if (!arena.base) return;
     zero(bias, outputs * sizeof(double));
-    if (a.grad_values) {  // padding of units too
-        const int64_t count = a.weights;
-        constexpr int64_t part = 1 << 16;
-        parallel(a.threads, divide_up(count, part), 1, [&](int64_t i, int) {
-            zero(a.grad_values + i * part, (least(count, (i + 1) * part) - i * part) * sizeof(float));
-        });
-    }
+    if (a.grad_values) zero_floats(a.grad_values, a.weights, a.threads);  // padding of units too
     for (int64_t begin = 0; begin < a.rows; begin += chunk) {
         const int64_t rows = least(chunk, a.rows - begin);
         with_elements(a.grad_y, a.y_half, begin * outputs,

@@ -38,16 +38,8 @@ struct RowOf<1> {
 struct Groups {
     int64_t samples, width, count, lanes, padded;
 
-    explicit Groups(const ListLoop& a) : samples(a.samples), width(kMostGroup) {
-        // a visit of a row costs about as much as eight of its floats
-        const auto cost = [&](int64_t w) { return divide_up(samples, w) * (8 + w); };
-        for (int64_t w = kMostGroup; w; w /= 2)
-            if (cost(w) < cost(width)) width = w;
-        count = divide_up(samples, width);
-        lanes = a.size * width;
-        padded = divide_up(lanes, kStretch) * kStretch;
-    }
-    static constexpr int64_t kStretch = 64;  // lanes: those of at least four neurons, and of whole vectors
+    explicit Groups(const ListLoop& a)
+        : samples(a.samples), width(a.width), count(divide_up(samples, width)), lanes(a.size * width), padded(a.padded) {}
     int64_t first(int64_t group) const { return group * width; }
     int64_t in(int64_t group) const { return least(width, samples - group * width); }
 };
@@ -182,9 +174,8 @@ inline const float* kept_lanes(const ListLoop& a, const Groups& groups, int64_t 
 
 // The weights in the order of the lists.
 inline void in_lists(const Lists& lists, const float* values, int threads, float* weights) {
-    constexpr int64_t part = 1 << 14;
-    parallel(threads, divide_up(lists.entries(), part), 1, [&](int64_t task, int) {
-        for (int64_t e = task * part; e < least(lists.entries(), (task + 1) * part); ++e) weights[e] = values[lists.place[e]];
+    each_part(lists.entries(), threads, [&](int64_t first, int64_t last) {
+        for (int64_t e = first; e < last; ++e) weights[e] = values[lists.place[e]];
     });
 }
 
@@ -326,11 +317,7 @@ inline void list_loop_backward(ListLoop& a, Arena& arena) {
     if (!arena.base) return;
 
     in_lists(lists, a.values, a.threads, weights);
-    constexpr int64_t part = 1 << 14;
-    if (a.grad_values)
-        parallel(a.threads, divide_up(lists.entries(), part), 1, [&](int64_t task, int) {
-            zero(grad + task * part, (least(lists.entries(), (task + 1) * part) - task * part) * sizeof(float));
-        });
+    if (a.grad_values) zero_floats(grad, lists.entries(), a.threads);
     for (int k = 0; k < model.parameters; ++k) zero(totals[k], a.size * sizeof(double));
     const auto step = with_model(a.neurons, [&](auto m) {
         return with_reset(a.neurons, [&](auto reset) {
@@ -389,7 +376,7 @@ inline void list_loop_backward(ListLoop& a, Arena& arena) {
                 }
             });
             if (!t && !a.sent) break;
-            zero(reaching, groups.padded * sizeof(float));
+            zero_floats(reaching, groups.padded, a.threads);
             for (int64_t range = 0; range < ranges.count; ++range) {
                 const int64_t* const list = lists.first.data() + range * a.size;
                 parallel(a.threads, divide_up(a.size, kSources), 1, [&](int64_t task, int) {
@@ -416,11 +403,9 @@ inline void list_loop_backward(ListLoop& a, Arena& arena) {
     for (int k = 0; k < model.parameters; ++k) 
         gradient_of_totals(a.neurons.parameters[k], model.decays[k], totals[k], a.size, [](int64_t n) { return n; }, a.size);
     if (!a.grad_values) return;
-    parallel(a.threads, divide_up(a.weights, part), 1, [&](int64_t task, int) {  // padding of units too
-        zero(a.grad_values + task * part, (least(a.weights, (task + 1) * part) - task * part) * sizeof(float));
-    });
-    parallel(a.threads, divide_up(lists.entries(), part), 1, [&](int64_t task, int) {
-        for (int64_t e = task * part; e < least(lists.entries(), (task + 1) * part); ++e) a.grad_values[lists.place[e]] = grad[e];
+    zero_floats(a.grad_values, a.weights, a.threads);  // padding of units too
+    each_part(lists.entries(), a.threads, [&](int64_t first, int64_t last) {
+        for (int64_t e = first; e < last; ++e) a.grad_values[lists.place[e]] = grad[e];
     });
 }
 

@@ -1,23 +1,11 @@
 #include "lists.h"
 
+#include <numeric>
+
+#include "plan.h"
+
 namespace g2g {
 namespace {
-
-bool valid(const Side& side) {
-    if (side.size < 1 || side.num_units < 1 || side.width < 1) return false;
-    if (side.bounds[0] != 0 || side.bounds[side.num_units] != side.size) return false;
-    std::vector<bool> seen(side.size, false);
-    for (int32_t u = 0; u < side.num_units; ++u) {
-        const int32_t begin = side.bounds[u], end = side.bounds[u + 1];
-        if (end < begin || end - begin > side.width) return false;
-        for (int32_t i = begin; i < end; ++i) {
-            const int64_t neuron = side.order[i];
-            if (neuron < 0 || neuron >= side.size || seen[neuron]) return false;
-            seen[neuron] = true;
-        }
-    }
-    return true;
-}
 
 // The neuron of a unit's row or column number `offset`, −1 in its padding.
 int32_t neuron(const Side& side, int32_t unit, int32_t offset) {
@@ -37,17 +25,6 @@ void for_each_weight(const Side& rows, const Side& cols, const int32_t* unit_row
                 if (col >= 0) f((int64_t{slot} * rows.width + r) * cols.width + c, row, col);
             }
         }
-}
-
-// first[k] = the number of weights whose key is below k.
-std::vector<int64_t> offsets(std::vector<int64_t>&& count) {
-    int64_t total = 0;
-    for (int64_t& each : count) {
-        const int64_t own = each;
-        each = total;
-        total += own;
-    }
-    return std::move(count);
 }
 
 }  // namespace
@@ -76,14 +53,16 @@ Lists* build_lists(const Side& rows, const Side& cols, const int32_t* unit_row, 
         });
     };
     each([&](int32_t, int32_t owner, int32_t other) { ++of_list[list(owner, other)], ++of_other[other]; });
-    made.first = offsets(std::move(of_list));
+    std::exclusive_scan(of_list.begin(), of_list.end(), of_list.begin(), int64_t{0});
+    made.first = std::move(of_list);
     const int64_t entries = made.first.back();
     struct Entry {
         int32_t place, owner;
     };
     std::vector<Entry> sorted(entries);
-    std::vector<int64_t> next = offsets(std::move(of_other));
-    const std::vector<int64_t> begin = next;  // whose last one is the number of entries
+    std::exclusive_scan(of_other.begin(), of_other.end(), of_other.begin(), int64_t{0});
+    const std::vector<int64_t>& begin = of_other;  // whose last one is the number of entries
+    std::vector<int64_t> next = begin;
     each([&](int32_t place, int32_t owner, int32_t other) { sorted[next[other]++] = {place, owner}; });
     made.other.resize(entries);
     made.place.resize(entries);

@@ -27,4 +27,15 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline void zero(void* p, size_t bytes) { __builtin_memset(p, 0, bytes); }
 
+// f(first, last) for parts of 0 … count − 1.
+template <class F>
+void each_part(int64_t count, int threads, const F& f) {
+    constexpr int64_t part = 1 << 16;
+    parallel(threads, divide_up(count, part), 1, [&](int64_t i, int) { f(i * part, least(count, (i + 1) * part)); });
+}
+
+inline void zero_floats(float* p, int64_t count, int threads) {
+    each_part(count, threads, [&](int64_t first, int64_t last) { zero(p + first, (last - first) * sizeof(float)); });
+}
+
 }  // namespace g2g::G2G_ISA

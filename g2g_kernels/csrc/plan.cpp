@@ -5,6 +5,23 @@
 #include <numeric>
 
 namespace g2g {
+
+bool valid(const Side& side) {
+    if (side.size < 1 || side.num_units < 1 || side.width < 1) return false;
+    if (side.bounds[0] != 0 || side.bounds[side.num_units] != side.size) return false;
+    std::vector<bool> seen(side.size, false);
+    for (int32_t u = 0; u < side.num_units; ++u) {
+        const int32_t begin = side.bounds[u], end = side.bounds[u + 1];
+        if (end < begin || end - begin > side.width) return false;
+        for (int32_t i = begin; i < end; ++i) {
+            const int64_t neuron = side.order[i];
+            if (neuron < 0 || neuron >= side.size || seen[neuron]) return false;
+            seen[neuron] = true;
+        }
+    }
+    return true;
+}
+
 namespace {
 
 // Where unit range u of an axis of that unit width starts, in lanes.
@@ -21,8 +38,7 @@ struct Placing {
 };
 
 bool lay_out(const Side& source, Axis& axis) {
-    if (source.size < 1 || source.num_units < 1 || source.width < 1) return false;
-    if (source.bounds[0] != 0 || source.bounds[source.num_units] != source.size) return false;
+    if (!valid(source)) return false;
     const Placing place{source.width};
     axis.size = source.size;
     if (place.blocks(source.num_units) * kLanes > INT32_MAX) return false;  // lanes are numbered in 32 bits
@@ -31,10 +47,8 @@ bool lay_out(const Side& source, Axis& axis) {
     axis.lane.assign(axis.size, -1);
     for (int32_t u = 0; u < source.num_units; ++u) {
         const int32_t begin = source.bounds[u], end = source.bounds[u + 1];
-        if (end < begin || end - begin > source.width) return false;
         for (int32_t i = begin; i < end; ++i) {
             const int64_t neuron = source.order[i];
-            if (neuron < 0 || neuron >= axis.size || axis.lane[neuron] >= 0) return false;
             const int32_t lane = place(u) + i - begin;
             axis.neuron[lane] = static_cast<int32_t>(neuron);
             axis.lane[neuron] = lane;

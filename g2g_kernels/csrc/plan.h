@@ -114,6 +114,9 @@ struct Plan {
     std::vector<int32_t> unit_row, unit_col;    // the coordinates this was built from
 };
 
+// Whether the ranges of a side divide its neurons, each of which stands in its order once.
+bool valid(const Side& side);
+
 // Returns nullptr if an index is out of range.
 Plan* build_plan(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col,
                  int32_t units);

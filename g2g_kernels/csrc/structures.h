@@ -120,6 +120,8 @@ struct ListLoop {
     const float* current;   // [T][B][N], or [B][N], held for all steps
     int64_t weights;        // of the packed values, with their padding
     int32_t size, samples, steps, threads, held;
+    int32_t width;          // samples of a group: 1, 2, 4, 8 or 16
+    int64_t padded;         // lanes of a group, N · width, and of no neuron up to a multiple of 64
     const float* sent;      // [B][N]: the spikes before the first step; null: none
     const uint8_t* dropped; // [B][N], 1 where nothing comes from a neuron in a sample; null: none is
     const float* state;     // [states][B][N] before the first step; null: zeros

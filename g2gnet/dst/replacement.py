@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import torch
 
 from g2g_kernels import BlockMask
-from g2g_kernels.mask.sampling import LARGEST_GRID
+from g2g_kernels.mask.sampling import LARGEST_GRID, distinct
 from g2g_kernels.numbers import INT32, INT64, share_of
 from g2gnet.dst.gradual_pruning import units_within
 from g2gnet.dst.optimizer_state import OptimizerState
@@ -66,16 +66,12 @@ def draw_candidates(mask: BlockMask, generator: torch.Generator) -> torch.Tensor
     total = math.prod(mask.grid)
     if total <= LARGEST_GRID:
         return None
-    count = min(mask.num_units, total - mask.num_units)
-    taken = mask.flat_unit().cpu().sort().values
-    chosen = taken[:0]
-    while missing := count - len(chosen):
-        drawn = (torch.rand(missing, generator=generator, dtype=torch.float64) * total).long().unique()
-        for known in (taken, chosen):  # what is there already is drawn anew
-            place = torch.searchsorted(known, drawn)
-            drawn = drawn[torch.cat([known, known.new_full((1,), -1)])[place] != drawn]
-        chosen = torch.cat([chosen, drawn]).sort().values
-    return chosen.to(mask.unit_row.device)
+    absent = total - mask.num_units
+    _, rank = distinct(torch.tensor([min(mask.num_units, absent)]), torch.tensor([absent]), generator)
+    # the number of an absent unit is its rank among these and how many exist before it
+    exist = mask.flat_unit().cpu().sort().values
+    before = torch.searchsorted(exist - torch.arange(len(exist)), rank, right=True)
+    return (rank + before).to(mask.unit_row.device)
 
 
 def lowest(

@@ -150,13 +150,10 @@ def _signs_of(name: str, layers: list[G2GLinear]) -> torch.Tensor:
     size = layers[0].in_features
     positive, negative = torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.bool)
     for layer in layers:
-        axis, mask = layer.mask.cols, layer.mask
-        neuron = axis.neuron_at.view(axis.num_units, axis.width)[mask.unit_col.long()][:, None, :].expand(
-            layer.values.shape
-        )
-        values = layer.values.detach()
-        for found, there in ((positive, values > 0), (negative, values < 0)):
-            found[neuron[there & mask.valid()].cpu()] = True
+        edges = layer.mask.edges(layer.values)
+        assert edges.weight is not None
+        for found, there in ((positive, edges.weight > 0), (negative, edges.weight < 0)):
+            found[torch.from_numpy(edges.source[there])] = True
     both = (positive & negative).nonzero()
     if len(both):
         raise ValueError(

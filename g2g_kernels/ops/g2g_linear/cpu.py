@@ -68,9 +68,9 @@ class _Arguments:
             "y_half": dtype == torch.bfloat16,
         }
         lib = library()
-        kernels = (lib.g2g_list_linear_forward, lib.g2g_list_linear_backward)
         self.structure: Structure
         if in_lists(mask.grid, values.shape, "linear"):
+            kernels = lib.g2g_list_linear_forward, lib.g2g_list_linear_backward
             self.plan = lists_for(mask, values, "cols" if backward else "rows")
             self.structure = structures.ListLinear(lists=self.plan.address, weights=values.numel(), **given)
         else:

@@ -107,10 +107,7 @@ class StackCall(NamedTuple):
                 raise ValueError(f"sent of layer {number} has shape {tuple(layer.sent.shape)}")
             if layer.state is not None and tuple(layer.state.shape) != self.state_shape(layer):
                 raise ValueError(f"state of layer {number} has shape {tuple(layer.state.shape)}")
-            names = MODELS[layer.population.model].parameters
-            for name, parameter in zip(names, layer.population.parameters, strict=True):
-                if parameter.numel() not in (1, size):
-                    raise ValueError(f"{name} of layer {number} has {parameter.numel()} entries, expected 1 or {size}")
+            layer.population.check_entries(size, f" of layer {number}")
 
 
 TYPES["StackCall"] = StackCall

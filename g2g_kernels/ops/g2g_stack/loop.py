@@ -25,7 +25,8 @@ from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator, opened
 
-#: lanes to which the states of a group of samples are padded (``Groups`` in csrc/list_loop.h)
+#: Lanes to which those of a group of samples are padded, and neurons of which a range is a multiple: so both are whole
+#: vectors.
 _STRETCH = 64
 #: targets of a range at most: the currents of 8 samples are about a megabyte then, and stay in L2
 RANGE = 40960
@@ -75,10 +76,7 @@ class LoopCall(NamedTuple):
         for name, tensor, shape in (*shapes, ("state", self.state, self.state_shape)):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
-        names = MODELS[self.population.model].parameters
-        for name, parameter in zip(names, self.population.parameters, strict=True):
-            if parameter.numel() not in (1, size):
-                raise ValueError(f"{name} has {parameter.numel()} entries, expected 1 or {size}")
+        self.population.check_entries(size)
 
 
 TYPES["LoopCall"] = LoopCall
@@ -123,12 +121,18 @@ def _run(
     return spikes.to(current.dtype), last
 
 
-def _kept_shape(call: LoopCall) -> tuple[int, ...]:
-    steps, samples, size = call.shape
+def _group(call: LoopCall) -> tuple[int, int]:
+    """The samples of a group, and its lanes."""
+    _, samples, size = call.shape
+    # a visit of a row of a group costs about as much as eight of its floats
     width = min((16, 8, 4, 2, 1), key=lambda each: -(-samples // each) * (8 + each))
-    groups = -(-samples // width)
-    padded = -(-size * width // _STRETCH) * _STRETCH
-    return groups, steps, len(MODELS[call.population.model].states), padded
+    return width, -(-size * width // _STRETCH) * _STRETCH
+
+
+def _kept_shape(call: LoopCall) -> tuple[int, ...]:
+    steps, samples, _ = call.shape
+    width, padded = _group(call)
+    return -(-samples // width), steps, len(MODELS[call.population.model].states), padded
 
 
 def _arguments(call: LoopCall, grads: Sequence[torch.Tensor | None] = ()) -> tuple[Structure, Plan]:
@@ -141,6 +145,7 @@ def _arguments(call: LoopCall, grads: Sequence[torch.Tensor | None] = ()) -> tup
     ranges = max(-(-size // RANGE), min(threads, -(-size // _STRETCH)))
     ranges = -(-ranges // threads) * threads  # as many for each thread
     lists = lists_for(call.mask, call.values, "cols", -(-size // (ranges * _STRETCH)) * _STRETCH)
+    width, padded = _group(call)
     arguments = structures.ListLoop(
         neurons=neuron_arguments(call.population, grads),
         by_cols=lists.address,
@@ -153,6 +158,8 @@ def _arguments(call: LoopCall, grads: Sequence[torch.Tensor | None] = ()) -> tup
         samples=samples,
         size=size,
         steps=steps,
+        width=width,
+        padded=padded,
         threads=threads,
         held=call.steps > 0,
     )

@@ -62,10 +62,7 @@ class NeuronsCall(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError unless parameters have one entry, or one per neuron, and the state its shape."""
-        size = self.current.shape[-1]
-        for name, parameter in zip(self.model.parameters, self.population.parameters, strict=True):
-            if parameter.numel() not in (1, size):
-                raise ValueError(f"{name} has {parameter.numel()} entries, expected 1 or {size}")
+        self.population.check_entries(self.current.shape[-1])
         if self.state is not None and tuple(self.state.shape) != self.state_shape:
             raise ValueError(f"state has shape {tuple(self.state.shape)}, expected {self.state_shape}")
 

@@ -204,6 +204,14 @@ class Neurons(NamedTuple):
         """The population with other parameters. (``_replace`` takes four times as long.)"""
         return Neurons(self.model, parameters, self.reset, self.surrogate, self.alpha)
 
+    def check_entries(self, size: int, of: str = "") -> None:
+        """Raises ValueError unless each parameter (``of`` some layer) has one entry, or one for each of ``size``
+        neurons.
+        """
+        for name, parameter in zip(MODELS[self.model].parameters, self.parameters, strict=True):
+            if parameter.numel() not in (1, size):
+                raise ValueError(f"{name}{of} has {parameter.numel()} entries, expected 1 or {size}")
+
     def integrating(self) -> "Neurons":
         """The population whose membranes are those of neurons that do not spike: nothing follows from their spikes."""
         model = MODELS[self.model]

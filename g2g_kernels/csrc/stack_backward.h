@@ -72,32 +72,66 @@ struct Late {
     int32_t* delay = nullptr;   // [row blocks][64], at most T; null: none
     int32_t* offset = nullptr;  // [row blocks][64] where the gradient of each lane lies, from the step at which it spikes
     int32_t* longest = nullptr;  // [row blocks]
+    float* learned = nullptr;    // [row blocks][B][64], what each sample adds to the gradients of the delays; null: not wanted
+    const Layer *own = nullptr, *above = nullptr;
 
     Late() = default;
-    Late(const Axis& own, const Layer& above, Arena& arena) {
+    Late(const Layer& own, const Layer& above, int64_t samples, Arena& arena) : own(&own), above(&above) {
         if (!above.delays) return;
-        delay = arena.take<int32_t>(static_cast<size_t>(own.blocks) * kLanes);
-        offset = arena.take<int32_t>(static_cast<size_t>(own.blocks) * kLanes);
-        longest = arena.take<int32_t>(own.blocks);
+        const int64_t blocks = own.plan->rows.blocks;
+        delay = arena.take<int32_t>(blocks * kLanes);
+        offset = arena.take<int32_t>(blocks * kLanes);
+        longest = arena.take<int32_t>(blocks);
+        if (above.grad_delays) learned = arena.take<float>(blocks * samples * kLanes);
     }
 
-    void find(const Axis& own, const Layer& above, int64_t steps) const {
-        for (int64_t i = 0; i < static_cast<int64_t>(own.blocks) * kLanes; ++i) {
-            delay[i] = own.neuron[i] < 0 ? 0 : static_cast<int32_t>(most(0, least(above.delays[own.neuron[i]], steps)));
+    void find(int64_t steps) const {
+        const Axis& axis = own->plan->rows;
+        for (int64_t i = 0; i < static_cast<int64_t>(axis.blocks) * kLanes; ++i) {
+            const int32_t n = axis.neuron[i];
+            delay[i] = n < 0 ? 0 : static_cast<int32_t>(most(0, least(above->delays[n], steps)));
             offset[i] = delay[i] * kLanes + static_cast<int32_t>(i % kLanes);
             longest[i / kLanes] = i % kLanes && longest[i / kLanes] > delay[i] ? longest[i / kLanes] : delay[i];
         }
     }
 
-    // ∂L/∂S of block r, [T][64]: spikes get the gradient of the step at which they arrive, if any. In place, since no step
-    // reads an earlier one.
-    void shift(int64_t r, int64_t steps, float* tile) const {
+    // From ∂L/∂S̃ of block r of sample b, [T][64], what spikes get: the gradient of the step at which they arrive, if any. In
+    // place, since no step reads an earlier one.
+    void shift(const Stack& s, int64_t b, int64_t r, float* tile) const {
+        if (learned) differences(s, b, r, tile);
         const int32_t *const of_lanes = offset + r * kLanes, *const late = delay + r * kLanes;
-        int64_t left = steps;
+        int64_t left = s.steps;
         for (; left > longest[r]; --left, tile += kLanes)
             for (int v = 0; v < kVecs; ++v) store(tile + v * W, gather(tile, of_lanes + v * W));
         for (; left > 0; --left, tile += kLanes)
-            for (int i = 0; i < kLanes; ++i) tile[i] = late[i] < left ? tile[of_lanes[i]] : 0.0f;
+            for (int v = 0; v < kVecs; ++v) {
+                const auto ints = [](const int32_t* p) { return IntVec(*reinterpret_cast<const UnalignedIntVec*>(p)); };
+                const IntVec arrives = ints(late + v * W) < IntVec{} + static_cast<int32_t>(left);
+                const IntVec place = ints(of_lanes + v * W) & arrives;
+                const Vec arrived = gather(tile, reinterpret_cast<const int32_t*>(&place));
+                store(tile + v * W, reinterpret_cast<Vec>(reinterpret_cast<IntVec>(arrived) & arrives));
+            }
+    }
+
+    // −½ Σ_t ∂L/∂S̃[t]·(S[t − d + 1] − S[t − d − 1]) of each lane, spike by spike; those before the first step count, too.
+    void differences(const Stack& s, int64_t b, int64_t r, const float* tile) const {
+        const Axis& axis = own->plan->rows;
+        const int64_t T = s.steps;
+        const int32_t* const neuron = axis.neuron.data() + r * kLanes;
+        float* const sum = learned + (r * s.batch + b) * kLanes;
+        zero(sum, kLanes * sizeof(float));
+        const auto add = [&](int64_t lane, int64_t step) {
+            const int64_t arrives = step + above->delays[neuron[lane]];
+            if (0 < arrives && arrives <= T) sum[lane] -= 0.5f * tile[(arrives - 1) * kLanes + lane];
+            if (-1 <= arrives && arrives + 1 < T) sum[lane] += 0.5f * tile[(arrives + 1) * kLanes + lane];
+        };
+        for (int64_t i = 0; own->sent && i < own->sent_steps; ++i)
+            for (int64_t lane = 0; lane < kLanes; ++lane)
+                if (neuron[lane] >= 0 && own->sent[(i * s.batch + b) * axis.size + neuron[lane]])
+                    add(lane, i - own->sent_steps);
+        const uint64_t* const words = own->spikes + (b * axis.blocks + r) * T;
+        for (int64_t t = 0; t < T; ++t)
+            for (uint64_t word = words[t]; word; word &= word - 1) add(__builtin_ctzll(word), t);
     }
 };
 
@@ -215,7 +249,7 @@ struct BackwardLayer {
         const Plan& above = *s.layers[l + 1].plan;
         const bool whole = same_order(plan.rows, above.cols) && above.sparse.empty() && !recurrent;
         arrival = whole ? Arrival::kTiles : Arrival::kPanel;
-        late = Late(plan.rows, s.layers[l + 1], arena);
+        late = Late(layer, s.layers[l + 1], s.batch, arena);
         if (arrival == Arrival::kPanel) arrivals = ArrivalPanel(plan.rows, above.cols, chunks.rows(), arena);
     }
 
@@ -389,7 +423,7 @@ struct BackwardPass {
                 x.constant_of(b, 0)[i] = g;
             }
         if (!x.arrivals.aligned) x.arrivals.find_offsets(axis, layers[l + 1].plan.cols);
-        if (x.late.delay) x.late.find(axis, layers[l + 1].layer, s.steps);
+        if (x.late.delay) x.late.find(s.steps);
     }
 
     // How to compute the input gradient of a layer in a chunk, after its sweep: by events or by the product. The sweep
@@ -449,7 +483,7 @@ struct BackwardPass {
     // ∂L/∂S of a layer, its neurons backwards, and with that ∂L/∂I, for the samples of a chunk.
     void sweep(BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) {
         if (x.recurrent) {
-            if (!x.last) fill_arrivals(x, above, samples);
+            if (!x.last) fill_arrivals(x, above, first, samples);
             sweep_steps(x, first, samples);
             if (x.weights.kind != Input::kHeld) return;
             const Panel<float>& rows = x.recurrent->rows;
@@ -481,7 +515,7 @@ struct BackwardPass {
             float *const room = scratch + worker * scratch_size, *const tile = room + states_size;
             input_gradient(above, r, b * T, count * T, tile, worker);
             for (int64_t i = 0; i < count; ++i) {
-                if (x.late.delay) x.late.shift(r, T, tile + i * T * kLanes);
+                if (x.late.delay) x.late.shift(s, first + b + i, r, tile + i * T * kLanes);
                 sweep_block(x, first, b + i, r, tile + i * T * kLanes, room);
             }
         });
@@ -514,7 +548,7 @@ struct BackwardPass {
     }
 
     // The same, in the layer's own order.
-    void fill_arrivals(const BackwardLayer& x, const ChunkInputGradient& above, int64_t samples) const {
+    void fill_arrivals(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) const {
         const int64_t T = s.steps;
         store_arrivals(x, above, samples);
         if (!x.arrivals.aligned)
@@ -524,7 +558,7 @@ struct BackwardPass {
         if (x.late.delay)
             parallel(s.threads, x.plan.rows.blocks * samples, 4, [&](int64_t task, int) {
                 const int64_t r = task / samples;
-                x.late.shift(r, T, x.arrivals.panel.at(r, task % samples * T));
+                x.late.shift(s, first + task % samples, r, x.arrivals.panel.at(r, task % samples * T));
             });
     }
 
@@ -536,7 +570,7 @@ struct BackwardPass {
             if (!x.arrivals.aligned) x.arrivals.reorder(row, scratch + worker * scratch_size);
         };
         const auto sweep_row_block = [&](int64_t b, int64_t r, int worker) {
-            if (x.late.delay) x.late.shift(r, T, panel.at(r, b * T));
+            if (x.late.delay) x.late.shift(s, first + b, r, panel.at(r, b * T));
             sweep_block(x, first, b, r, panel.at(r, b * T), scratch + worker * scratch_size);
         };
         if (samples >= s.threads)  // one sample's panel (400 KB) stays in L2
@@ -651,7 +685,8 @@ struct BackwardPass {
         convert_bf16(x.grad.floats.at(r, first + b), samples * kLanes, x.grad.halves.at(r, first + b));
     }
 
-    // Before the first step: the spikes of the state that the run began with have reached it, too.
+    // Before the first step: the spikes of the state that the run began with have reached it, too. Those that are given as
+    // sent are data.
     void end_steps(const BackwardLayer& x, int64_t first, int64_t b, int64_t r) const {
         const RecurrentBackward& v = *x.recurrent;
         alignas(64) float begin[kMostStates * kLanes];
@@ -659,8 +694,9 @@ struct BackwardPass {
         float* const grads = v.states + (r * v.samples + b) * x.model.states * kLanes;
         const int64_t membrane = (x.model.states - 1) * kLanes;
         const SampleParameters own(x.parameters, x.layer, first + b, r);
-        v.steps.begin(own.block, x.layer.neurons.alpha, begin + membrane, v.x.at(r, b), grads + membrane,
-                      x.block_gradient(v.sum_of(first, b), r).parameters[x.model.parameters - 1]);
+        if (!x.layer.sent)
+            v.steps.begin(own.block, x.layer.neurons.alpha, begin + membrane, v.x.at(r, b), grads + membrane,
+                          x.block_gradient(v.sum_of(first, b), r).parameters[x.model.parameters - 1]);
         if (x.layer.grad_state) store_states(s, x.layer, grads, first + b, r, x.layer.grad_state);
     }
 
@@ -836,6 +872,10 @@ struct BackwardPass {
         x.weights.finish(s.threads);
         if (x.recurrent) x.recurrent_weights->finish(s.threads);
         gradient({x.layer.bias, x.layer.grad_bias, true}, false, x.current_sum);
+        if (x.late.learned)
+            parameter_gradient({nullptr, x.late.above->grad_delays, true}, false,
+                               {x.late.learned, s.batch, kLanes, x.lanes(), s.batch * kLanes}, neuron, axis.size, s.threads,
+                               totals);
         for (int k = 0; k < x.model.parameters; ++k)
             gradient(x.layer.neurons.parameters[k], x.model.decays[k], x.parameter_sums[k]);
     }

@@ -250,6 +250,7 @@ def _chosen(
         drops = drops or layer.dropped is not None
     run: Callable[..., Activity]
     late = any([layer.delay is not None for layer in layers])
+    observed = observed or (late and _reads_states(layers))
     if not observed and (shown or late):  # the Triton kernels show spikes and membranes, but know no delays
         observed = (shown and late) or shown != operator.prefers("triton", x, layers, steps, backend=backend)
     if observed:
@@ -263,6 +264,12 @@ def _chosen(
         run = operator.choose(x, layers, steps, backend=backend)
         run = partial(run, spikes=True) if spikes else run
     return partial(_silent, run) if drops else run
+
+
+def _reads_states(layers: Sequence[SpikingLayer]) -> bool:
+    """Whether a delay of one step in a chain reads the spikes of a state: the kernels read ``sent`` alone."""
+    of_layers = zip(layers, layers[1:], reference.reaches(layers))  # noqa: B905  (each but the last, with the next)
+    return any([layer.state is not None and above.delay is not None and not reach for layer, above, reach in of_layers])
 
 
 def _run(

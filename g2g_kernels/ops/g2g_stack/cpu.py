@@ -148,7 +148,7 @@ def _in_turn(layer: SpikingLayer) -> bool:
         if _in_other_order(layer):
             _say_that_it_takes_steps()
             return True
-    return layer.delay is not None and layer.delay.learned is not None
+    return False
 
 
 def _in_other_order(layer: SpikingLayer) -> bool:
@@ -281,6 +281,8 @@ class _Arguments:
                 own.sent_steps = len(layer.sent)
             if layer.delay is not None and layer.delay.steps is not None:
                 own.delays = _delays(number, layer.delay, layer.delay.steps)
+                if grads is not None and grads.delay.learned is not None:
+                    own.grad_delays = grads.delay.learned.data_ptr()
             if memory.states:
                 kept = "currents" if currents_alone and number == 0 and layer.recurrent is None else "states"
                 setattr(own, kept, memory.states[number].data_ptr())

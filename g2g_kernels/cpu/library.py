@@ -124,13 +124,13 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         "g2g_plan_matches": (c_int32, [c_void_p] * 7),
         "g2g_plan_row_blocks": (c_int32, [c_void_p]),
         "g2g_plans_aligned": (c_int32, [c_void_p] * 2),
-        "g2g_plans_join": (c_int32, [c_void_p] * 2),
+        "g2g_plans_same_rows": (c_int32, [c_void_p] * 2),
         "g2g_lists_new": (c_void_p, [*[c_void_p] * 4, _Int32, _Int32, _Int32]),
         "g2g_lists_free": (None, [c_void_p]),
         "g2g_lists_match": (c_int32, [*[c_void_p] * 5, _Int32]),
         "g2g_unpack": (None, [c_void_p, c_void_p, _Int32, _Int32, _Int32, c_void_p]),
     }
-    for kernel in ("stack", "linear", "list_linear", "list_loop", "neurons"):
+    for kernel in ("stack", "graph", "linear", "list_linear", "list_loop", "neurons"):
         for way in ("forward", "backward"):
             signatures[f"g2g_{kernel}_{way}"] = (c_int64, [c_void_p] * 2)
     for name, (result, arguments) in signatures.items():

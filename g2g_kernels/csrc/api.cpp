@@ -62,10 +62,15 @@ int64_t size(const Stack& s) {
     for (int32_t l = 0; l < s.count; ++l) neurons += s.layers[l].plan->rows.size;
     return neurons * s.batch * s.steps;
 }
+int64_t size(const Graph& g) { return size(g.stack); }
 int64_t size(const Linear& a) { return a.rows * (a.plan->rows.size + a.plan->cols.size); }
 int64_t size(const ListLinear& a) { return a.rows * (int64_t{a.lists->owners} + a.lists->others); }
 int64_t size(const ListLoop& a) { return int64_t{a.samples} * a.size * a.steps; }
 int64_t size(const NeuronLoop& a) { return a.samples * a.size * a.steps; }
+
+template <class Arguments>
+int32_t threads(const Arguments& a) { return a.threads; }
+int32_t threads(const Graph& g) { return g.stack.threads; }
 
 // body() with OpenMP's threads, unless waking them (50 us) would take as long as the call.
 template <class F>
@@ -80,7 +85,7 @@ template <class Arguments>
 int64_t call(void (*kernel)(Arguments&, Arena&), Arguments* arguments, void* scratch) {
     Arena arena{static_cast<char*>(scratch)};
     int64_t failure = 0;
-    with_team_for(scratch ? size(*arguments) : 0, arguments->threads, [&] {
+    with_team_for(scratch ? size(*arguments) : 0, threads(*arguments), [&] {
         try {
             kernel(*arguments, arena);
         } catch (const std::length_error&) {
@@ -139,9 +144,9 @@ G2G_EXPORT int32_t g2g_plans_aligned(const g2g::Plan* lower, const g2g::Plan* up
     return lower->rows.neuron == upper->cols.neuron;
 }
 
-// 1 if both sides of a recurrent connection have the lanes of the layer's neurons.
-G2G_EXPORT int32_t g2g_plans_join(const g2g::Plan* layer, const g2g::Plan* recurrent) {
-    return layer->rows.neuron == recurrent->rows.neuron && layer->rows.neuron == recurrent->cols.neuron;
+// 1 if the outputs of both are in the same order.
+G2G_EXPORT int32_t g2g_plans_same_rows(const g2g::Plan* one, const g2g::Plan* other) {
+    return one->rows.neuron == other->rows.neuron;
 }
 
 // nullptr if an index is out of range or memory runs out.
@@ -165,6 +170,12 @@ G2G_EXPORT int64_t g2g_stack_forward(g2g::Stack* s, void* scratch) {
 }
 G2G_EXPORT int64_t g2g_stack_backward(g2g::Stack* s, void* scratch) {
     return g2g::call(g2g::kernels().stack_backward, s, scratch);
+}
+G2G_EXPORT int64_t g2g_graph_forward(g2g::Graph* graph, void* scratch) {
+    return g2g::call(g2g::kernels().graph_forward, graph, scratch);
+}
+G2G_EXPORT int64_t g2g_graph_backward(g2g::Graph* graph, void* scratch) {
+    return g2g::call(g2g::kernels().graph_backward, graph, scratch);
 }
 G2G_EXPORT int64_t g2g_linear_forward(g2g::Linear* a, void* scratch) {
     return g2g::call(g2g::kernels().linear_forward, a, scratch);

@@ -63,6 +63,8 @@ struct Kernels {
     Options options;
     void (*stack_forward)(Stack&, Arena&);
     void (*stack_backward)(Stack&, Arena&);
+    void (*graph_forward)(Graph&, Arena&);
+    void (*graph_backward)(Graph&, Arena&);
     void (*linear_forward)(Linear&, Arena&);
     void (*linear_backward)(Linear&, Arena&);
     void (*list_linear_forward)(ListLinear&, Arena&);

@@ -1,5 +1,6 @@
 // All kernels for one instruction set: compiled once for each, with -DG2G_ISA=<name> and that set's flags. Everything
 // lives in namespace g2g::<name>, so that no function compiled for one CPU can be linked in for another.
+#include "graph.h"
 #include "interface.h"
 #include "layout.h"
 #include "linear.h"
@@ -17,7 +18,7 @@ namespace g2g::G2G_ISA {
 extern const Kernels kernels;
 const Kernels kernels = {
     G2G_TEXT(G2G_ISA), kBf16,          kOptions,        stack_forward,    stack_backward,
-    linear_forward,    linear_backward, list_linear_forward, list_linear_backward, list_loop_forward, list_loop_backward,
+    graph_forward, graph_backward, linear_forward,    linear_backward, list_linear_forward, list_linear_backward, list_loop_forward, list_loop_backward,
     neurons_forward, neurons_backward, unpack,
 };
 

@@ -65,10 +65,11 @@ struct SampleParameters {
 
 enum class Input { kHeld, kDense, kEvents, kDenseSpikes };
 
-inline bool any_recurrent(const Stack& s) {
+// The samples of a chunk at least.
+inline int64_t least_chunk(const Stack& s) {
     for (int l = 0; l < s.count; ++l)
-        if (s.layers[l].recurrent) return true;
-    return false;
+        if (s.layers[l].recurrent) return kStepChunk;
+    return 1;
 }
 
 inline bool are_spikes(Input kind) { return kind == Input::kEvents || kind == Input::kDenseSpikes; }
@@ -110,7 +111,7 @@ struct PassRows {
     PassRows(const Stack& s, Input kind, bool forward) {
         const auto fill = [](int64_t count, int64_t size) { return divide_up(count, size) * size; };
         const int64_t steps = kind == Input::kHeld ? 1 : s.steps;
-        const int64_t samples = kind == Input::kHeld ? s.batch : Chunks(s.batch, s.steps, any_recurrent(s)).samples;
+        const int64_t samples = kind == Input::kHeld ? s.batch : Chunks(s.batch, s.steps, least_chunk(s)).samples;
         all = static_cast<double>(s.batch * steps);
         chunks = static_cast<double>(divide_up(s.batch, samples));
         filled = forward ? static_cast<double>(fill(s.batch, are_spikes(kind) ? kSamples : kLanes) * steps)
@@ -306,6 +307,20 @@ inline float* kept_states(const Stack& s, const Layer& layer, int64_t b, int64_t
 // The kept currents of one block of a sample whose input is held, [64]; null if none are kept.
 inline float* kept_currents(const Stack& s, const Layer& layer, int64_t b, int64_t r) {
     return layer.currents ? layer.currents + (r * s.batch + b) * kLanes : nullptr;
+}
+
+// Firing rates per neuron from spike counts [B][lanes]; returns the number of spikes.
+inline double sum_rates(const Stack& s, const Layer& layer, const float* counts, double* totals) {
+    const Axis& axis = layer.plan->rows;
+    const int64_t lanes = static_cast<int64_t>(axis.blocks) * kLanes;
+    sum_over_samples({counts, s.batch, lanes, lanes, kLanes}, s.threads, totals);
+    double spikes = 0;
+    for (int64_t i = 0; i < lanes; ++i) {
+        if (axis.neuron[i] < 0) continue;
+        layer.rates[axis.neuron[i]] = static_cast<float>(totals[i] / (static_cast<double>(s.batch) * s.steps));
+        spikes += totals[i];
+    }
+    return spikes;
 }
 
 }  // namespace g2g::G2G_ISA

@@ -329,7 +329,7 @@ struct BackwardPass {
     int64_t event_list = 0;
     float* scratch;
 
-    BackwardPass(const Stack& stack, Arena& arena) : s(stack), chunks(s.batch, s.steps, any_recurrent(s)) {
+    BackwardPass(const Stack& stack, Arena& arena) : s(stack), chunks(s.batch, s.steps, least_chunk(s)) {
         int64_t panel_rows = 0, event_blocks = 0, lanes = 0, states = 0, listed_blocks = 0, listed = 0, band_rows = 0;
         size_t grad_bands = 0, dense_bands = 0, spike_bits = 0;
         layers.reserve(s.count);

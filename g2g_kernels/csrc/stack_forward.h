@@ -209,20 +209,6 @@ struct ForwardLayer {
     }
 };
 
-// Firing rates per neuron from spike counts [B][lanes]; returns the number of spikes.
-inline double sum_rates(const Stack& s, const Layer& layer, const float* counts, double* totals) {
-    const Axis& axis = layer.plan->rows;
-    const int64_t lanes = static_cast<int64_t>(axis.blocks) * kLanes;
-    sum_over_samples({counts, s.batch, lanes, lanes, kLanes}, s.threads, totals);
-    double spikes = 0;
-    for (int64_t i = 0; i < lanes; ++i) {
-        if (axis.neuron[i] < 0) continue;
-        layer.rates[axis.neuron[i]] = static_cast<float>(totals[i] / (static_cast<double>(s.batch) * s.steps));
-        spikes += totals[i];
-    }
-    return spikes;
-}
-
 inline void stack_forward(Stack& s, Arena& arena) {
     const Chunks chunks(s.batch, s.steps);
     const size_t input_blocks = s.layers[0].plan->cols.blocks;

@@ -90,6 +90,35 @@ struct Stack {
     int32_t x_spikes;       // in/out: x is spikes, packed in layers[0].inputs
 };
 
+// A connection between layers of a graph.
+struct Inner {
+    const Plan* plan;       // its row lanes are those of the target
+    const float* values;
+    float* grad_values;     // out
+    const int64_t* delays;  // [N of the source]
+    float* grad_delays;     // out: [N of the source], if the delays are learned; null: not wanted
+    int32_t source, target;
+};
+
+// What a layer of a graph gets from outside, and gives.
+struct Outer {
+    const float* current;    // [T][B][N], or [B][N], held for all steps
+    float* tail;             // out: [tail_steps][B][N], its spikes in the last steps; null: not wanted
+    const float* grad_tail;  // null: zeros
+    float *grad_current, *grad_sent;  // out, null: not wanted; grad_sent [sent_steps][B][N]
+    int32_t held, tail_steps;
+};
+
+// Layers that may reach one another (graph.h): a stack without `values`, `bias`, `inputs`, `recurrent` and `x`. Of a plan in
+// its layers the rows are read.
+struct Graph {
+    Stack stack;
+    const Outer* outer;     // of each layer
+    const Inner* inner;
+    const int32_t* blocks;  // [block_count][3]: layer, first step, step after the last
+    int32_t inner_count, block_count;
+};
+
 struct Linear {
     const Plan* plan;
     const float *values, *bias;

@@ -17,7 +17,7 @@ from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.checks import check_connection, check_tensor
 from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.g2g_linear import g2g_linear
-from g2g_kernels.ops.g2g_stack import cpu, loop, reference
+from g2g_kernels.ops.g2g_stack import cpu, graph, loop, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, NeuronState, Spikes, StackState
 from g2g_kernels.ops.g2g_stack.chunks import in_chunks
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train, arrived, check_delay
@@ -241,19 +241,21 @@ def _chosen(
     """What runs a call with these ``tensors``, or (``is_part``) a part of it: all layers at once, or the operators in
     turn if something of each layer is wanted, a derivative that no kernel computes, or a graph that is no chain."""
     plain = is_transformed() or has_tangent(tensors)
-    observed, shown, drops = plain or not is_chain(layers), spikes, False
+    late = any([layer.delay is not None for layer in layers])
+    # what delays carry from part to part has a gradient
+    carried = late and (is_part or any([layer.sent is not None and layer.sent.requires_grad for layer in layers]))
+    together = not is_chain(layers) or carried or (late and _reads_states(layers))
+    observed, shown, drops = plain or together, spikes, False
     for layer in layers:
         shown = shown or layer.membranes
-        # what delays carry from part to part has a gradient
-        observed = observed or layer.observers != (None, None) or (is_part and layer.delay is not None)
-        observed = observed or (layer.sent is not None and layer.sent.requires_grad)
+        observed = observed or layer.observers != (None, None)
         drops = drops or layer.dropped is not None
     run: Callable[..., Activity]
-    late = any([layer.delay is not None for layer in layers])
-    observed = observed or (late and _reads_states(layers))
     if not observed and (shown or late):  # the Triton kernels show spikes and membranes, but know no delays
         observed = (shown and late) or shown != operator.prefers("triton", x, layers, steps, backend=backend)
-    if observed:
+    if together and not (plain or shown or is_traced()) and graph.serves(x, layers, steps, backend):
+        run = partial(graph.g2g_graph, before)
+    elif observed:
         linear = partial(g2g_linear, backend=backend)
         population = partial(_neurons_in_float32 if backend == "cpu" else run_neurons, backend=backend)
         loop_of = (lambda layer: None) if plain else partial(loop.loop_of, backend=backend)

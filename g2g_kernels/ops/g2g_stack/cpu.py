@@ -158,7 +158,13 @@ def _in_other_order(layer: SpikingLayer) -> bool:
     if is_traced() or type(mask.unit_row) is not torch.Tensor:
         return False  # the operator itself refuses it
     plan, recurrent = plan_for(mask.tensors(), values), plan_for(own.tensors(), own_values)
-    return not library().g2g_plans_join(plan.address, recurrent.address)
+    return not _joins(plan, recurrent)
+
+
+def _joins(layer: Plan, recurrent: Plan) -> bool:
+    """Whether both sides of a recurrent connection have the lanes of the layer's neurons."""
+    lib, of_layer, own = library(), layer.address, recurrent.address
+    return bool(lib.g2g_plans_same_rows(of_layer, own) and lib.g2g_plans_aligned(of_layer, own))
 
 
 @functools.cache
@@ -306,7 +312,7 @@ class _Arguments:
         """Gives layer ``number`` its recurrent connection."""
         joined = plan_for(recurrent.mask, recurrent.values)
         self.plans.append(joined)
-        if not library().g2g_plans_join(plan.address, joined.address):
+        if not _joins(plan, joined):
             raise ValueError(
                 f"the recurrent connection of layer {number} has other groups, or other sizes of units, than the "
                 "connection to the layer, which compiled code cannot run on backend cpu; give `backend='torch'`, or "

@@ -188,6 +188,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
             raise ValueError(f"{name} must be float32 {list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
     grads = workspace.alike(opened(call)[0], given.needed)
     to = given.record(grads)
+    grad_last = grad_last if grad_last is None else grad_last.contiguous()
     arguments, _lists = _arguments(call, to.population.parameters)
     arguments.kept, arguments.grad_spikes, arguments.grad_last = pointer(kept), pointer(grad_spikes), pointer(grad_last)
     arguments.grad_held = constant
@@ -215,11 +216,11 @@ def _plain(call: LoopCall) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(spikes), state
 
 
-def _prepared(grad: torch.Tensor) -> torch.Tensor:
+def prepared(grad: torch.Tensor) -> torch.Tensor:
     """A gradient in memory; that of counts is the same for all steps, [B, N] there."""
     return grad[0].contiguous().expand(grad.shape) if grad.dim() == 3 and grad.stride(0) == 0 else grad.contiguous()
 
 
 BACKWARD = RecordOperator("loop_backward", "Tensor[]", _backward, Backward.empty)
 RESULTS = "(Tensor spikes, Tensor last, Tensor kept)"
-FORWARD = Differentiable("loop_forward", RESULTS, 2, _forward, _fake, BACKWARD, _plain, prepared=_prepared)
+FORWARD = Differentiable("loop_forward", RESULTS, 2, _forward, _fake, BACKWARD, _plain, prepared=prepared)

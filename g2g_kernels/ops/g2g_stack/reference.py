@@ -79,11 +79,21 @@ def in_turn(
     """What the layers do by two operators, ``linear`` and ``neurons``, and where ``loop_of`` a layer gives one,
     that.
     """
+    return in_parts(x, layers, as_parts(layers, linear, neurons, loop_of), steps, before)
+
+
+def as_parts(
+    layers: Sequence[SpikingLayer],
+    linear: Callable,
+    neurons: Callable,
+    loop_of: Callable[[SpikingLayer], Callable | None] = lambda layer: None,
+) -> list[Parts]:
+    """Layers as functions of these operators."""
     parts = []
     for number, layer in enumerate(layers):
         products = [partial(_product, linear, connection) for connection in layer.connections(number)]
         parts.append(Parts(products, partial(_neurons, neurons, layer), loop_of(layer)))
-    return in_parts(x, layers, parts, steps, before)
+    return parts
 
 
 def _product(linear: Callable, connection: Connection, x: torch.Tensor) -> torch.Tensor:
@@ -119,13 +129,13 @@ def in_parts(
     before: torch.Tensor | None = None,
 ) -> Turn:
     """What the layers do by their parts; of ``layers`` it reads what is not in them."""
-    run = _Run(x, layers, parts, steps, before)
+    run = Run(x, layers, parts, steps, before)
     for together in parts_of(graph_of(layers)):
         run.part(together)
     return run.turn()
 
 
-class _Run:
+class Run:
     """A run of layers, of which those that reach one another take turns (:mod:`g2g_kernels.ops.g2g_stack.schedule`)."""
 
     def __init__(
@@ -148,7 +158,7 @@ class _Run:
         self.states: list[Any] = [layer.state for layer in layers]
         self.membranes: list[list[torch.Tensor]] = [[] for _ in layers]
 
-    def _before(self, number: int, dtype: torch.dtype) -> torch.Tensor | None:
+    def before(self, number: int, dtype: torch.dtype) -> torch.Tensor | None:
         """[D, B, N], what a layer sent before the run, as far as it is read; None: nothing."""
         layer = self.layers[number]
         if self.reaches[number]:
@@ -166,9 +176,9 @@ class _Run:
         blocks, inside = list(part.blocks(self.steps)), set(part.members)
         pieces: dict[int, Iterator[torch.Tensor | None]] = {}
         for number in part.members:
-            current = self._current(number, 0, self.steps, lambda source: source not in inside)
+            current = self.current(number, 0, self.steps, lambda source: source not in inside)
             nothing = self.x.new_zeros(self.x.shape[-2], self.layers[number].size)
-            self.trains[number] = Train(nothing, self._before(number, (nothing if current is None else current).dtype))
+            self.trains[number] = Train(nothing, self.before(number, (nothing if current is None else current).dtype))
             if not part.period:
                 return self._advance(number, current, self.steps)
             sizes = [last - first for which, first, last in blocks if which == number]
@@ -177,7 +187,7 @@ class _Run:
             else:
                 pieces[number] = iter(current.split(sizes))
         for number, first, last in blocks:
-            current, own = next(pieces[number]), self._current(number, first, last, inside.__contains__)
+            current, own = next(pieces[number]), self.current(number, first, last, inside.__contains__)
             if own is not None:
                 current = own if current is None else current + own
             if current is not None and current.dim() == 2:
@@ -190,17 +200,17 @@ class _Run:
         own = [each for each in self.connections[number] if each.source == number]
         if loop is None or len(part.members) > 1 or len(own) > 1:
             return False
-        current = self._current(number, 0, self.steps, lambda source: source != number)
+        current = self.current(number, 0, self.steps, lambda source: source != number)
         nothing = self.x.new_zeros(self.x.shape[-2], self.layers[number].size)
         current = nothing if current is None else current
-        before = self._before(number, current.dtype)
+        before = self.before(number, current.dtype)
         self.trains[number] = Train(nothing, before)
         held = self.steps if current.dim() == 2 else None
         spikes, self.states[number] = loop(current, held, self.states[number], None if before is None else before[-1])
         self._send(number, spikes)
         return True
 
-    def _current(self, number: int, first: int, last: int, chosen: Callable[[int], bool]) -> torch.Tensor | None:
+    def current(self, number: int, first: int, last: int, chosen: Callable[[int], bool]) -> torch.Tensor | None:
         """What the connections from the chosen sources add to the current of a layer, [n, B, N], or [B, N] if it is the
         same at all steps; None: nothing."""
         current = None

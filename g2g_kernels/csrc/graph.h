@@ -1,0 +1,492 @@
+// Layers that may reach one another, I_t = current_t + Σ W·S_{t−d}: in blocks of time steps, in an order in which all that a
+// block reads is known (ops/g2g_stack/schedule.py).
+//
+// A block is some steps of one layer. Forward, a task computes the currents of 64 lanes of some samples at these steps, by
+// events, and runs their neurons, whose spikes go to where and when they arrive. Backward, in the reverse order and for some
+// samples at a time: the neurons, then for each connection to them the input gradient, which is added to ∂L/∂S of the source
+// at the steps in which it was sent. Weight gradients follow, of all steps at once.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "batch.h"
+#include "chunks.h"
+#include "events.h"
+#include "input_gradient.h"
+#include "recurrent.h"
+#include "stack.h"
+#include "sweep.h"
+
+namespace g2g::G2G_ISA {
+
+// The steps of a layer in one block.
+struct GraphBlock {
+    int32_t layer, first, last;
+    int64_t steps() const { return last - first; }
+};
+
+inline const GraphBlock& block_of(const Graph& g, int64_t i) { return reinterpret_cast<const GraphBlock*>(g.blocks)[i]; }
+
+inline int64_t longest_block(const Graph& g) {
+    int64_t longest = 0;
+    for (int64_t i = 0; i < g.block_count; ++i) longest = most(longest, block_of(g, i).steps());
+    return longest;
+}
+
+// A connection and its source.
+struct Passage {
+    const Inner& of;
+    const Plan& plan;
+    const Layer& source;
+    bool aligned = false;  // both have the same order of lanes
+    bool uniform = false;  // all delays are the same
+    int32_t* delays;       // [column blocks][64], at most as many steps as are known
+    uint64_t* inputs;      // [B][column blocks][T], the words that arrive
+
+    Passage(const Graph& g, const Inner& inner, Arena& arena)
+        : of(inner), plan(*inner.plan), source(g.stack.layers[inner.source]) {
+        const int64_t lanes = static_cast<int64_t>(plan.cols.blocks) * kLanes, T = g.stack.steps;
+        delays = arena.take<int32_t>(lanes);
+        inputs = arena.take<uint64_t>(int64_t{g.stack.batch} * plan.cols.blocks * T);
+        if (!arena.base) return;
+        aligned = same_order(source.plan->rows, plan.cols);
+        const auto late = [&](int32_t n) {
+            return static_cast<int32_t>(least(of.delays[n < 0 ? 0 : n], T + source.sent_steps));
+        };
+        uniform = true;
+        for (int64_t i = 0; i < lanes; ++i) {
+            delays[i] = late(plan.cols.neuron[i]);
+            uniform = uniform && delays[i] == delays[0];
+        }
+    }
+
+    uint64_t* words(const Stack& s, int64_t b) const { return inputs + b * plan.cols.blocks * s.steps; }
+
+    // The words of block r at some steps, where they arrive; of aligned connections. in[count], out[column blocks][T].
+    void send(int64_t r, const uint64_t* in, int64_t first, int64_t count, int64_t total, uint64_t* out) const {
+        const int32_t* const late = delays + r * kLanes;
+        out += r * total;
+        for (int64_t t = first; t < first + count; ++t, ++in) {
+            if (uniform) {
+                if (t + late[0] < total) out[t + late[0]] |= *in;
+                continue;
+            }
+            for (uint64_t word = *in; word; word &= word - 1) {
+                const int lane = __builtin_ctzll(word);
+                if (t + late[lane] < total) out[t + late[lane]] |= uint64_t{1} << lane;
+            }
+        }
+    }
+};
+
+// --- forward ----------------------------------------------------------------------------------------------------
+
+struct GraphForward {
+    Graph& g;
+    const Stack& s;
+    std::vector<LayerParameters> parameters;
+    std::vector<float*> edges;    // of each layer its states after the last step so far, [B][row blocks][states][64]
+    std::vector<Passage> inner;
+    std::vector<float*> tiles;    // of each connection
+    std::vector<SpikeCurrents> currents;
+    float *counts, *scratch;
+    double* totals;
+    int64_t scratch_size;
+
+    GraphForward(Graph& graph, Arena& arena) : g(graph), s(graph.stack), scratch_size(longest_block(graph) * kLanes) {
+        int64_t blocks = 0;
+        for (int64_t l = 0; l < s.count; ++l) {
+            const Layer& layer = s.layers[l];
+            parameters.emplace_back(layer, arena);
+            edges.push_back(arena.take<float>(s.batch * layer.plan->rows.blocks * model_info(layer.neurons).states * kLanes));
+            blocks = most(blocks, layer.plan->rows.blocks);
+        }
+        for (int64_t i = 0; i < g.inner_count; ++i) {
+            inner.emplace_back(g, g.inner[i], arena);
+            tiles.push_back(arena.take<float>(static_cast<size_t>(inner[i].plan.tiles) * kTile));
+            currents.emplace_back(inner[i].plan, tiles[i]);
+        }
+        counts = arena.take<float>(s.batch * blocks * kLanes);
+        totals = arena.take<double>(blocks * kLanes);
+        scratch = arena.take<float>(scratch_size * s.threads);
+    }
+
+    void run() {
+        for (size_t i = 0; i < inner.size(); ++i) {
+            const Passage& x = inner[i];
+            forward_tiles(x.plan, x.of.values, s.threads, tiles[i]);
+            parallel(s.threads, s.batch, 1, [&](int64_t b, int) {
+                begin_words(x.source.plan->rows, x.plan.cols, b, s.batch, s.steps, x.of.delays,
+                            {x.source.sent, x.source.sent_steps}, x.words(s, b));
+            });
+        }
+        for (int64_t i = 0; i < g.block_count; ++i) {
+            const GraphBlock& block = block_of(g, i);
+            const int64_t R = s.layers[block.layer].plan->rows.blocks, groups = divide_up(s.batch, kStepSamples);
+            const auto sweep = forward_sweep<StoredCurrent>(s.layers[block.layer].neurons);
+            parallel(s.threads, R * groups, 1, [&](int64_t task, int worker) {
+                const int64_t r = task / groups, first = task % groups * kStepSamples;
+                for (int64_t b = first; b < least(s.batch, first + kStepSamples); ++b)
+                    run_block(sweep, block, b, r, scratch + worker * scratch_size);
+            });
+            for (const Passage& x : inner) {
+                if (x.of.source != block.layer || x.aligned) continue;
+                const Axis& axis = x.source.plan->rows;  // blocks of one order would write into the same words of another
+                parallel(s.threads, s.batch, 1, [&](int64_t b, int) {
+                    move_words(axis, x.plan.cols, x.source.spikes + b * axis.blocks * s.steps, block.first, block.last, s.steps,
+                               x.of.delays, x.words(s, b));
+                });
+            }
+        }
+        for (int64_t l = 0; l < s.count; ++l) finish(l);
+    }
+
+    // Block r of sample b; `current` is room for its steps.
+    void run_block(ForwardSweep<StoredCurrent> sweep, const GraphBlock& block, int64_t b, int64_t r, float* current) const {
+        const auto [l, first, last] = block;
+        const Layer& layer = s.layers[l];
+        const Outer& outer = g.outer[l];
+        const Axis& axis = layer.plan->rows;
+        const int64_t R = axis.blocks, B = s.batch, T = s.steps, count = block.steps(), states = model_info(layer.neurons).states;
+        const float* const given = outer.current + (outer.held ? 0 : first * B * axis.size);
+        load_block(axis, r, given, Rows{b, outer.held ? 1 : count, B, axis.size}, outer.held ? 1 : count, current);
+        for (int64_t t = 1; outer.held && t < count; ++t)
+            __builtin_memcpy(current + t * kLanes, current, kLanes * sizeof(float));
+        for (size_t i = 0; i < inner.size(); ++i) {
+            if (inner[i].of.target != l) continue;
+            const uint64_t* const words = inner[i].words(s, b);
+            for (int64_t t = 0; t < count; ++t) {
+                float* const own = current + t * kLanes;
+                currents[i].sum(currents[i], r, words, T, first + t, own, own);
+            }
+        }
+        float *const edge = edges[l] + (b * R + r) * states * kLanes, *const kept = kept_states(s, layer, b, r);
+        uint64_t* const words = layer.spikes + (b * R + r) * T + first;
+        if (!first) load_states(s, layer, layer.state, b, r, edge);
+        const SampleParameters own(parameters[l], layer, b, r);
+        sweep({current, kLanes}, count, own.block, {words, kept ? kept + first * states * kLanes : nullptr, nullptr, edge});
+        if (last == T) store_states(s, layer, edge, b, r, layer.last);
+        for (const Passage& x : inner)
+            if (x.of.source == l && x.aligned) x.send(r, words, first, count, T, x.words(s, b));
+    }
+
+    // Rates, counts, and the last spikes.
+    void finish(int64_t l) const {
+        const Layer& layer = s.layers[l];
+        const Outer& outer = g.outer[l];
+        const Axis& axis = layer.plan->rows;
+        const int64_t R = axis.blocks, B = s.batch, T = s.steps, tail = outer.tail_steps;
+        parallel(s.threads, B * R, 16, [&](int64_t block, int worker) {
+            const uint64_t* const words = layer.spikes + block * T;
+            const Rows one{block / R, 1, B, axis.size};
+            count_spikes(words, T, counts + block * kLanes);
+            if (l + 1 == s.count) store_block(axis, block % R, counts + block * kLanes, one, 1, s.counts);
+            float* const spikes = scratch + worker * scratch_size;
+            for (int64_t t = 0; outer.tail && t < tail; ++t) {
+                expand_words(words + T - tail + t, 1, spikes);
+                store_block(axis, block % R, spikes, one, 1, outer.tail + t * B * axis.size);
+            }
+        });
+        sum_rates(s, layer, counts, totals);
+    }
+};
+
+inline void graph_forward(Graph& g, Arena& arena) {
+    GraphForward pass(g, arena);
+    if (arena.base) pass.run();
+}
+
+// --- backward ---------------------------------------------------------------------------------------------------
+
+// A layer in the backward pass.
+struct MemberBackward {
+    const Layer& layer;
+    const Outer& outer;
+    const ModelInfo& model;
+    LayerParameters parameters;
+    int64_t before;         // steps before the first, in which it sent something
+    Panel<float> rows;      // ∂L/∂I of the samples of a chunk at all steps, [row blocks][samples · T][64]
+    Panel<float> arrived;   // ∂L/∂S of the samples of a chunk at all steps, [row blocks][samples · (before + T)][64]
+    float* edges;           // [row blocks][samples][states][64], what reaches the states before the last step so far
+    float* current;         // [row blocks][B][64], as are those of the parameters: sums over the steps
+    float* sums[kMostParameters] = {};
+    BackwardSweep<Upstream> sweep;
+    bool last;              // of the graph
+
+    MemberBackward(const Graph& g, int64_t l, const Chunks& chunks, Arena& arena)
+        : layer(g.stack.layers[l]),
+          outer(g.outer[l]),
+          model(model_info(layer.neurons)),
+          parameters(layer, arena),
+          before(layer.sent ? layer.sent_steps : 0),
+          sweep(backward_sweep<Upstream>(layer.neurons)),
+          last(l + 1 == g.stack.count) {
+        const int64_t R = axis().blocks, all = chunks.samples * (before + g.stack.steps);
+        rows = {arena.take<float>(R * chunks.rows() * kLanes), chunks.rows()};
+        arrived = {arena.take<float>(R * all * kLanes), all};
+        edges = arena.take<float>(R * chunks.samples * model.states * kLanes);
+        current = arena.take<float>(R * g.stack.batch * kLanes);
+        for (int k = 0; k < model.parameters; ++k) sums[k] = arena.take<float>(R * g.stack.batch * kLanes);
+    }
+
+    const Axis& axis() const { return layer.plan->rows; }
+
+    // ∂L/∂S of a sample of a chunk, from the first step on.
+    float* arrived_at(const Stack& s, int64_t r, int64_t b) const { return arrived.at(r, b * (before + s.steps) + before); }
+
+    // Before the last step: what reaches the layer from outside. rates[n] is the mean over T·B spikes, counts[b][n] the sum
+    // over T.
+    void begin(const Stack& s, const Chunks& chunks, int64_t first, int64_t samples) const {
+        const int64_t T = s.steps, B = s.batch, size = axis().size, tail = outer.tail_steps;
+        const float share = 1.0f / (static_cast<float>(B) * static_cast<float>(T));
+        parallel(s.threads, axis().blocks * samples, 1, [&](int64_t task, int) {
+            const int64_t r = task / samples, b = task % samples, at = (r * B + first + b) * kLanes;
+            alignas(64) float constant[kLanes], end[kLanes];
+            for (int lane = 0; lane < kLanes; ++lane) {
+                const int32_t n = axis().neuron[r * kLanes + lane];
+                float grad = n >= 0 && layer.grad_rates ? layer.grad_rates[n] * share : 0.0f;
+                if (last && n >= 0 && s.grad_counts) grad += s.grad_counts[(first + b) * size + n];
+                constant[lane] = grad;
+            }
+            float* const tile = arrived_at(s, r, b);
+            zero(tile - before * kLanes, before * kLanes * sizeof(float));
+            for (int64_t t = 0; t < T; ++t) __builtin_memcpy(tile + t * kLanes, constant, sizeof constant);
+            for (int64_t t = 0; outer.grad_tail && t < tail; ++t) {
+                load_block(axis(), r, outer.grad_tail + t * B * size, Rows{first + b, 1, B, size}, 1, end);
+                add(end, tile + (T - tail + t) * kLanes);
+            }
+            load_states(s, layer, layer.grad_last, first + b, r, edges + (r * chunks.samples + b) * model.states * kLanes);
+            zero(current + at, kLanes * sizeof(float));
+            for (int k = 0; k < model.parameters; ++k) zero(sums[k] + at, kLanes * sizeof(float));
+        });
+    }
+
+    static void add(const float* part, float* total) {
+        for (int v = 0; v < kVecs; ++v) store(total + v * W, load(total + v * W) + load(part + v * W));
+    }
+
+    // The neurons of block r of sample b of a chunk, backwards over some steps; `out` [steps][64] gets ∂L/∂I, too.
+    void run(const Stack& s, const Chunks& chunks, int64_t chunk, int64_t b, int64_t r, const GraphBlock& block,
+             float* out) const {
+        const int64_t sample = chunk + b, size = model.states * kLanes, at = (r * s.batch + sample) * kLanes;
+        const int64_t begin = block.first, count = block.steps();
+        alignas(64) float first[kMostStates * kLanes], sum[(1 + kMostParameters) * kLanes];
+        const float* const states = kept_states(s, layer, sample, r) + begin * size;
+        uint64_t reached;
+        BlockGradient grads{out, nullptr, {}, sum, {}, &reached, begin ? states - size : nullptr, edges + (r * chunks.samples + b) * size};
+        for (int k = 0; k < model.parameters; ++k) grads.parameters[k] = sum + (1 + k) * kLanes;
+        if (!begin && layer.state) load_states(s, layer, layer.state, sample, r, first), grads.first = first;
+        const SampleParameters own(parameters, layer, sample, r);
+        sweep({arrived_at(s, r, b) + begin * kLanes, kZeros}, states, count, own.block, layer.neurons.alpha, grads);
+        __builtin_memcpy(rows.at(r, b * s.steps + begin), out, count * kLanes * sizeof(float));
+        add(sum, current + at);
+        for (int k = 0; k < model.parameters; ++k) add(grads.parameters[k], sums[k] + at);
+        if (outer.grad_current && !outer.held)
+            store_block(axis(), r, out, Rows{sample, count, s.batch, axis().size}, count,
+                        outer.grad_current + begin * s.batch * axis().size);
+        if (!begin && layer.grad_state) store_states(s, layer, grads.edge, sample, r, layer.grad_state);
+    }
+
+    // After the first step: what reaches the spikes that were sent before it.
+    void end(const Stack& s, int64_t first, int64_t samples) const {
+        if (!outer.grad_sent) return;
+        parallel(s.threads, axis().blocks * samples, 1, [&](int64_t task, int) {
+            const int64_t r = task / samples, b = task % samples;
+            store_block(axis(), r, arrived_at(s, r, b) - before * kLanes, Rows{first + b, before, s.batch, axis().size}, before,
+                        outer.grad_sent);
+        });
+    }
+
+    void finish(const Stack& s, double* totals) const {
+        const int64_t lanes = static_cast<int64_t>(axis().blocks) * kLanes;
+        for (int k = 0; k < model.parameters; ++k)
+            parameter_gradient(layer.neurons.parameters[k], model.decays[k], {sums[k], s.batch, kLanes, lanes, s.batch * kLanes},
+                               [&](int64_t i) { return axis().neuron[i]; }, axis().size, s.threads, totals);
+        for (int64_t r = 0; outer.grad_current && outer.held && r < axis().blocks; ++r)
+            store_block(axis(), r, current + r * s.batch * kLanes, Rows{0, 1, s.batch, axis().size}, s.batch, outer.grad_current);
+    }
+};
+
+// A connection in the backward pass.
+struct PassageBackward : Passage {
+    float* tiles;               // of the weight gradient
+    float* learned = nullptr;   // [column blocks][B][64], what each sample adds to the gradients of the delays
+    InputGradient gradient;
+
+    PassageBackward(const Graph& g, const Inner& inner, Arena& arena)
+        : Passage(g, inner, arena),
+          tiles(arena.take<float>(static_cast<size_t>(plan.tiles) * kTile)),
+          gradient(plan, inner.values, false, false, arena) {
+        if (inner.grad_delays) learned = arena.take<float>(int64_t{g.stack.batch} * plan.cols.blocks * kLanes);
+    }
+
+    void begin(const Stack& s) const {
+        reorder_words(source.plan->rows, plan.cols, source.spikes, s.batch, s.steps, s.threads, of.delays,
+                      {source.sent, source.sent_steps}, inputs);
+        parallel(s.threads, plan.tiles, 8, [&](int64_t tile, int) { zero(tiles + tile * kTile, kTile * sizeof(float)); });
+        if (learned) zero_floats(learned, int64_t{s.batch} * plan.cols.blocks * kLanes, s.threads);
+    }
+
+    // Adds ∂L/∂S̃ of some steps, x [steps][64] of a column block of sample b of a chunk, to ∂L/∂S of the source.
+    void arrive(const Stack& s, const MemberBackward& to, int64_t b, int64_t column, const float* x, const GraphBlock& block) const {
+        const int32_t* const late = delays + column * kLanes;
+        for (int64_t t = block.first; uniform && aligned && t < block.last; ++t, x += kLanes)
+            if (t - late[0] >= -to.before) MemberBackward::add(x, to.arrived_at(s, column, b) + (t - late[0]) * kLanes);
+        if (uniform && aligned) return;
+        float* target[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int32_t n = plan.cols.neuron[column * kLanes + lane], own = n < 0 ? 0 : to.axis().lane[n];
+            target[lane] = n < 0 ? nullptr : to.arrived_at(s, own / kLanes, b) + own % kLanes - late[lane] * int64_t{kLanes};
+        }
+        for (int64_t t = block.first; t < block.last; ++t, x += kLanes)
+            for (int lane = 0; lane < kLanes; ++lane)
+                if (target[lane] && t - late[lane] >= -to.before) target[lane][t * kLanes] += x[lane];
+    }
+
+    // −½ Σ_t ∂L/∂S̃[t]·(S[t − d + 1] − S[t − d − 1]) of the same, where S is 0 outside what is known.
+    void learn(const Stack& s, int64_t sample, int64_t column, const float* x, const GraphBlock& block) const {
+        const Axis& axis = source.plan->rows;
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int32_t n = plan.cols.neuron[column * kLanes + lane];
+            if (n < 0) continue;
+            const uint64_t* const words = source.spikes + (sample * axis.blocks + axis.lane[n] / kLanes) * s.steps;
+            const auto spike = [&](int64_t t) -> float {
+                if (t >= 0) return t < s.steps ? static_cast<float>(words[t] >> axis.lane[n] % kLanes & 1) : 0.0f;
+                const int64_t i = t + source.sent_steps;
+                return source.sent && i >= 0 ? source.sent[(i * s.batch + sample) * axis.size + n] : 0.0f;
+            };
+            float sum = 0;
+            for (int64_t t = block.first; t < block.last; ++t)
+                sum += x[(t - block.first) * kLanes + lane] * (spike(t - of.delays[n] - 1) - spike(t - of.delays[n] + 1));
+            learned[(column * s.batch + sample) * kLanes + lane] += 0.5f * sum;
+        }
+    }
+
+    void finish(const Stack& s, double* totals) const {
+        unpack_gradient(plan, tiles, s.threads, of.grad_values);
+        if (!learned) return;
+        const Axis& axis = plan.cols;
+        const int64_t lanes = static_cast<int64_t>(axis.blocks) * kLanes;
+        parameter_gradient({nullptr, of.grad_delays, true}, false, {learned, s.batch, kLanes, lanes, s.batch * kLanes},
+                           [&](int64_t i) { return axis.neuron[i]; }, axis.size, s.threads, totals);
+    }
+};
+
+struct GraphBackward {
+    const Graph& g;
+    const Stack& s;
+    Chunks chunks;
+    std::vector<MemberBackward> members;
+    std::vector<PassageBackward> inner;
+    DualPanel rows;       // ∂L/∂I of a block and some samples, [row blocks][samples · steps][64]
+    Panel<float> inputs;  // ∂L/∂S̃ of a connection at these steps
+    Bands bands{nullptr, 0};
+    std::optional<EventsByLane> events;
+    uint64_t* bits;
+    int64_t bits_size;
+    double* totals;
+
+    GraphBackward(const Graph& graph, Arena& arena)
+        : g(graph), s(graph.stack), chunks(s.batch, s.steps, kCycleChunk), bits_size(EventsByLane::scratch_words(chunks.samples, s.steps)) {
+        int64_t blocks = 0, most_rows = 0;
+        members.reserve(s.count), inner.reserve(g.inner_count);
+        for (int64_t l = 0; l < s.count; ++l)
+            blocks = most(blocks, members.emplace_back(g, l, chunks, arena).axis().blocks);
+        for (int64_t i = 0; i < g.inner_count; ++i)
+            blocks = most(blocks, inner.emplace_back(g, g.inner[i], arena).plan.cols.blocks);
+        for (int64_t i = 0; i < g.block_count; ++i)
+            most_rows = most(most_rows, at_once(block_of(g, i), chunks.samples) * block_of(g, i).steps());
+        rows = DualPanel(blocks, most_rows, false, arena);
+        inputs = {arena.take<float>(blocks * most_rows * kLanes), most_rows};
+        bands.data = arena.take<float>(Bands::size(blocks * kLanes, most_rows));
+        events.emplace(blocks, chunks.rows(), arena);
+        bits = arena.take<uint64_t>(bits_size * s.threads);
+        totals = arena.take<double>(blocks * kLanes);
+    }
+
+    // Samples whose rows of a block stay in cache.
+    static int64_t at_once(const GraphBlock& block, int64_t samples) {
+        return least(samples, most(1, kChunkRows / block.steps()));
+    }
+
+    void run() {
+        for (const PassageBackward& x : inner) x.begin(s);
+        for (int64_t first = 0; first < s.batch; first += chunks.samples) {
+            const int64_t samples = least(chunks.samples, s.batch - first);
+            for (const MemberBackward& x : members) x.begin(s, chunks, first, samples);
+            for (int64_t i = g.block_count; i-- > 0;) {
+                const GraphBlock& block = block_of(g, i);
+                const int64_t most_samples = at_once(block, samples);
+                for (int64_t b = 0; b < samples; b += most_samples)
+                    run_block(block, first, b, least(most_samples, samples - b));
+            }
+            for (const MemberBackward& x : members) x.end(s, first, samples);
+            for (const PassageBackward& x : inner) weight_gradient(x, first, samples);
+        }
+        for (const MemberBackward& x : members) x.finish(s, totals);
+        for (const PassageBackward& x : inner) x.finish(s, totals);
+    }
+
+    // Of some samples of a chunk, from sample b on: the neurons, then what their sources get.
+    void run_block(const GraphBlock& block, int64_t chunk, int64_t b, int64_t samples) {
+        const MemberBackward& x = members[block.layer];
+        const int64_t steps = block.steps();
+        parallel(s.threads, x.axis().blocks * samples, 4, [&](int64_t task, int) {
+            const int64_t r = task / samples, i = task % samples;
+            x.run(s, chunks, chunk, b + i, r, block, rows.floats.at(r, i * steps));
+        });
+        for (PassageBackward& each : inner)
+            if (each.of.target == block.layer) hand_down(each, block, chunk, b, samples);
+    }
+
+    void hand_down(PassageBackward& x, const GraphBlock& block, int64_t chunk, int64_t b, int64_t samples) {
+        const MemberBackward& source = members[x.of.source];
+        const int64_t steps = block.steps(), count = samples * steps;
+        const InputProduct product = x.gradient.product(s.threads);
+        const bool banded = x.gradient.sparse();
+        bands.lanes = static_cast<int64_t>(x.plan.rows.blocks) * kLanes;
+        if (banded) bands.fill(rows.floats, count, s.threads);
+        const auto arrive = [&](int64_t column, int64_t i) {
+            const float* const arrived = inputs.at(column, i * steps);
+            if (x.learned) x.learn(s, chunk + b + i, column, arrived, block);
+            x.arrive(s, source, b + i, column, arrived, block);
+        };
+        int64_t most_rows = steps;  // whole samples, and whole register tiles of the product
+        while (most_rows < kGradientSamples || most_rows % 6) most_rows += steps;
+        x.gradient.each_task(count, banded ? kLanes : most_rows, banded, s.threads, 1,
+                             [&](int64_t column, int64_t row, int64_t height, int) {
+                                 product.run(column, rows, bands, row, height, inputs.at(column, row));
+                                 for (int64_t i = row / steps; !banded && i * steps < row + height; ++i) arrive(column, i);
+                             });
+        if (banded)
+            parallel(s.threads, x.plan.cols.blocks * samples, 4,
+                     [&](int64_t task, int) { arrive(task / samples, task % samples); });
+    }
+
+    // Adds what the samples of a chunk give.
+    void weight_gradient(const PassageBackward& x, int64_t first, int64_t samples) const {
+        const Plan& plan = x.plan;
+        const int64_t C = plan.cols.blocks, T = s.steps;
+        EventsByLane by_lane = *events;
+        parallel(s.threads, C, 1, [&](int64_t block, int worker) {
+            by_lane.load(block, x.inputs + (first * C + block) * T, samples, T, C * T, bits + worker * bits_size);
+        });
+        const Panel<float>& grads = members[x.of.target].rows;
+        parallel(s.threads, plan.tiles, 2, [&](int64_t tile, int) {
+            const float* const grad = grads.at(plan.tile_row[tile], 0);
+            float* const sum = x.tiles + tile * kTile;
+            if (plan.rows.strip == kLanes)
+                event_gradient(by_lane, plan.tile_col[tile], plan.tile_sources[tile], grad, sum);
+            else
+                (plan.rows.strip == 16 ? strip_gradient<16> : strip_gradient<32>)(by_lane, plan, tile, grad, sum);
+        });
+    }
+};
+
+inline void graph_backward(Graph& g, Arena& arena) {
+    GraphBackward pass(g, arena);
+    if (arena.base) pass.run();
+}
+
+}  // namespace g2g::G2G_ISA

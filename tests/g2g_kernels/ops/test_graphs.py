@@ -1,0 +1,138 @@
+"""Layers that may reach one another, in one call of the CPU kernels, against float64: outputs and every gradient."""
+
+import pytest
+import torch
+from covering import every_pair
+from helpers import packed_randn, seeded
+
+from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
+from g2g_kernels.cpu.workspace import workspace
+from g2g_kernels.ops.g2g_stack import Connection, graph
+from g2g_kernels.ops.g2g_stack.delays import Delay
+from g2g_kernels.ops.neurons.models import MODELS
+
+T, B, INPUTS = 11, 5, 20
+SIZES = {"a": 70, "b": 24, "out": 9}
+#: (source, target, delay) of each connection; a pair: drawn for each neuron; "learned": from the second number on
+GRAPHS = {
+    "fast feedback": [("x", "a", 0), ("a", "b", 0), ("b", "a", 1), ("b", "out", 0)],
+    "ring": [("x", "a", 0), ("a", "a", 1), ("a", "b", (1, 3)), ("b", "a", 2), ("a", "out", (0, 20)), ("b", "out", 1)],
+    "skips": [("x", "a", 2), ("x", "b", (0, 3)), ("a", "b", 0), ("a", "b", 4), ("a", "out", 0), ("b", "out", (0, 5))],
+    "learned": [("x", "a", 0), ("a", "b", ("learned", 0)), ("b", "a", ("learned", 1)), ("a", "out", ("learned", 0))],
+    "nothing but feedback": [("x", "a", 0), ("a", "out", 0), ("out", "b", 3), ("b", "out", 1)],
+}
+MOST = 4  # of learned delays
+
+
+class Case:
+    """The tensors of a graph, and its layers of them."""
+
+    def __init__(self, name: str, kinds: tuple[str, ...], block_size: int, model: str, dropped: bool, started: bool):
+        draw, self.leaves = seeded(3), {}
+        self.connections = GRAPHS[name]
+        self.model, self.dropped, self.started = model, dropped, started
+        layouts = {"x": GroupLayout(INPUTS, 2)}
+        for (population, size), kind in zip(SIZES.items(), kinds, strict=True):
+            layouts[population] = GroupLayout(size, 3, kind=kind, generator=draw)
+            for number, parameter in enumerate(MODELS[model].parameters):
+                low = 0.7 if parameter in MODELS[model].decays else 0.3
+                self.leaves[f"{population}.{parameter}"] = (
+                    low + torch.rand(size if number % 2 else 1, generator=draw) / 4
+                )
+            if started:
+                states = len(MODELS[model].states)
+                self.leaves[f"{population}.state"] = torch.randn(states, B, size, generator=draw) / 2
+        self.masks, self.delays = [], []
+        for number, (source, target, delay) in enumerate(self.connections):
+            # other groups than those of the source's own connections, as in a layer of a Mixer network
+            cols = GroupLayout(layouts[source].size, 2, "interleaved") if number % 3 == 2 else layouts[source]
+            self.masks.append(
+                BlockMask.sample(layouts[target], cols, p_inter=0.4, block_size=block_size, generator=draw)
+            )
+            self.leaves[f"values{number}"] = packed_randn(self.masks[-1], number) * 0.5
+            self.leaves[f"bias{number}"] = torch.rand(layouts[target].size, generator=draw) / 10
+            size = layouts[source].size
+            if delay == 0:
+                self.delays.append(None)
+            elif isinstance(delay, int):
+                self.delays.append(Delay(delay, delay))
+            elif delay[0] == "learned":
+                self.leaves[f"learned{number}"] = torch.rand(size, generator=draw) * (MOST + 2) - 1
+                self.delays.append(Delay(delay[1], MOST))
+            else:
+                low, high = delay
+                self.delays.append(Delay(low, high, torch.randint(low, high + 1, (size,), generator=draw)))
+        reach = 21
+        self.leaves["x"] = torch.rand(T, B, INPUTS, generator=draw) * 2
+        self.leaves["before"] = torch.rand(reach, B, INPUTS, generator=draw)
+        self.silent = {name: torch.rand(B, size, generator=draw) < 0.2 for name, size in SIZES.items()}
+        for name, size in SIZES.items():
+            if started:
+                sent = (torch.rand(reach, B, size, generator=draw) < 0.3).float()
+                self.leaves[f"{name}.sent"] = sent * ~self.silent[name] if dropped else sent
+
+    def layers(self, leaves: dict[str, torch.Tensor], **options: str) -> list[SpikingLayer]:
+        names = list(SIZES)
+        place = {"x": -1} | {name: number for number, name in enumerate(names)}
+        layers = []
+        for name in names:
+            reaching = []
+            for number, (source, target, _) in enumerate(self.connections):
+                if target != name:
+                    continue
+                delay, learned = self.delays[number], leaves.get(f"learned{number}")
+                if learned is not None:
+                    steps = learned.detach().clamp(delay.least, delay.most).round().long()
+                    delay = delay._replace(steps=steps, learned=learned)
+                bias = leaves[f"bias{number}"] if number % 2 else None
+                reaching.append(Connection(leaves[f"values{number}"], self.masks[number], place[source], delay, bias))
+            first, *more = reaching
+            parameters = tuple([leaves[f"{name}.{parameter}"] for parameter in MODELS[self.model].parameters])
+            layers.append(
+                SpikingLayer(
+                    first.values, first.mask, first.bias, Neurons(self.model, parameters, **options),
+                    self.silent[name] if self.dropped and name != "out" else None,
+                    leaves.get(f"{name}.state"), source=first.source, delay=first.delay, more=tuple(more),
+                    sent=leaves.get(f"{name}.sent"),
+                )
+            )  # fmt: skip
+        return layers
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    monkeypatch.setattr(workspace, "poison", True)
+
+
+@every_pair(
+    name=GRAPHS, kinds=(("index", "index", "index"), ("random", "interleaved", "random")), block_size=(1, 4, 16, 64),
+    model=tuple(MODELS), reset=("subtract", "zero", "none"), surrogate=("triangle", "atan", "fast_sigmoid"),
+    dropped=(False, True), started=(False, True), held=(False, True), threads=(1, 2),
+)  # fmt: skip
+def test_graphs_of_any_kind(
+    name, kinds, block_size, model, reset, surrogate, dropped, started, held, threads, poisoned, monkeypatch
+):
+    case, found = Case(name, kinds, block_size, model, dropped, started), {}
+    for backend, dtype in (("torch", torch.float64), ("cpu", torch.float32)):
+        own = {name: tensor.to(dtype).requires_grad_() for name, tensor in case.leaves.items()}
+        layers = case.layers(own, reset=reset, surrogate=surrogate)
+        x, steps = (own["x"][0], T) if held else (own["x"], None)
+        assert backend == "torch" or graph.serves(x, layers, steps, backend)
+        torch.set_num_threads(threads)
+        activity = g2g_stack(x, layers, steps, backend=backend, before=own["before"] if started else None)
+        loss = (activity.counts * torch.linspace(-1, 1, SIZES["out"], dtype=dtype)).sum()
+        for number, (rates, state) in enumerate(zip(activity.rates, activity.states, strict=True), 1):
+            loss = loss + rates.sum() * number + (state * torch.linspace(0, 1, state.shape[-1], dtype=dtype)).sum()
+        for sent in activity.sent:
+            if sent is not None:
+                loss = loss + (sent.dense() * torch.linspace(0, 1, sent.dense().shape[-1], dtype=dtype)).sum()
+        loss.backward()
+        found[backend] = {name: tensor.grad for name, tensor in own.items() if tensor.grad is not None}
+        for number, spikes in enumerate(activity.spikes):
+            found[backend][f"spikes of {number}"] = spikes.dense()
+    assert 0.01 < found["torch"]["spikes of 0"].mean() < 0.9
+    assert found["cpu"].keys() == found["torch"].keys()
+    for key, expected in found["torch"].items():
+        torch.testing.assert_close(
+            found["cpu"][key].double(), expected.double(), rtol=1e-4, atol=2e-5 * float(expected.abs().max()), msg=key
+        )

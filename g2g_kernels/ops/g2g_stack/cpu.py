@@ -287,8 +287,8 @@ class _Arguments:
                 own.sent_steps = len(layer.sent)
             if layer.delay is not None and layer.delay.steps is not None:
                 own.delays = _delays(number, layer.delay, layer.delay.steps)
-                if grads is not None and grads.delay.learned is not None:
-                    own.grad_delays = grads.delay.learned.data_ptr()
+                if grads is not None and grads.delay is not None:
+                    own.grad_delays = pointer(grads.delay.learned)
             if memory.states:
                 kept = "currents" if currents_alone and number == 0 and layer.recurrent is None else "states"
                 setattr(own, kept, memory.states[number].data_ptr())

@@ -27,7 +27,7 @@ from g2g_kernels.ops.g2g_stack.delays import Delay, Train, arrived
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.g2g_stack.reference import Run, as_parts, graph_of
 from g2g_kernels.ops.g2g_stack.schedule import Graph, parts_of
-from g2g_kernels.ops.neurons.cpu import neuron_arguments
+from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator, opened
@@ -156,7 +156,7 @@ def g2g_graph(
     before: torch.Tensor | None, x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None
 ) -> Activity:
     """``g2g_stack`` for the layers of a graph; ``before``: as there."""
-    given = Run(x, layers, as_parts(layers, g2g_linear, None), steps, before)
+    given = Run(x, layers, as_parts(layers, g2g_linear, neurons), steps, before)
     members, inner = [], []
     for number, (layer, reach) in enumerate(zip(layers, given.reaches, strict=False)):  # the inputs come last
         current = given.current(number, 0, given.steps, lambda source: source < 0)
@@ -213,8 +213,9 @@ class _Arguments:
     """The arguments of a kernel, and all that must outlive it."""
 
     def __init__(self, call: GraphCall, words: Sequence[torch.Tensor], to: GraphCall | None = None) -> None:
-        self.plans = [plan_for(each.mask, each.values) for each in (*call.members, *call.inner)]
         count = len(call.members)
+        self.plans = [plan_for(each.mask, each.values) for each in call.members]
+        self.plans += [plan_for(each.mask, each.values) for each in call.inner]
         self.layers = (structures.Layer * count)()
         self.outer = (structures.Outer * count)()
         self.inner = (structures.Inner * max(1, len(call.inner)))()
@@ -247,15 +248,15 @@ class _Arguments:
                     f"the delays of a connection to layer {each.target} are from {least} to {most}, and were from "
                     f"{each.delay.least} to {each.delay.most} when they were checked; load others with load_state_dict"
                 )
-            grads = None if to is None else to.inner[number]
+            of_inner = None if to is None else to.inner[number]
             self.inner[number] = structures.Inner(
                 plan=plan.address,
                 values=each.values.data_ptr(),
                 delays=each.delay.steps.data_ptr(),
                 source=each.source,
                 target=each.target,
-                grad_values=None if grads is None else pointer(grads.values),
-                grad_delays=None if grads is None else pointer(grads.delay.learned),
+                grad_values=None if of_inner is None else pointer(of_inner.values),
+                grad_delays=None if of_inner is None else pointer(of_inner.delay.learned),
             )
         stack = structures.Stack(
             layers=addressof(self.layers),
@@ -307,7 +308,9 @@ def _forward(call: GraphCall, keep: bool) -> Outputs:
     of_words, of_states = _kept_shapes(call)
     words = workspace.exactly(of_words, torch.int64)
     states = workspace.each(of_states) if keep else []
-    *rates, counts = workspace.each([*[shape[2:] for shape in map(call.state_shape, call.members)], call.state_shape(call.members[-1])[1:]])
+    *rates, counts = workspace.each(
+        [*[shape[2:] for shape in map(call.state_shape, call.members)], call.state_shape(call.members[-1])[1:]]
+    )
     last = workspace.exactly([call.state_shape(member) for member in call.members])
     tailed = [member for member in call.members if member.tail]
     tails = workspace.each([(member.tail, call.batch, member.mask.shape[0]) for member in tailed])
@@ -342,17 +345,17 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     words, states = kept[:count], kept[count:]
     if tuple([[tuple(tensor.shape) for tensor in each] for each in (words, states)]) != _kept_shapes(call):
         raise ValueError("what was kept is not of a forward pass over these tensors")
-    # the kernels always write the gradients of weights
-    to = given.record(workspace.alike(opened(call)[0], needed))
-    members = tuple([each._replace(values=None) for each in to.members])
-    inner = tuple(
-        [
-            each if each.values is not None else each._replace(values=torch.empty_like(own.values))
-            for each, own in zip(to.inner, call.inner, strict=True)
-        ]
-    )
-    to = to._replace(members=members, inner=inner)
-    arguments = _Arguments(call, words, to)
+    grads = workspace.alike(opened(call)[0], needed)
+    to = given.record(grads)
+    for member in to.members:
+        if member.values is not None:  # they only say where its neurons are
+            member.values.zero_()
+    written = [torch.empty_like(each.values) for each in call.inner]  # the kernels always write these
+    inner = [
+        each if each.values is not None else each._replace(values=values)
+        for each, values in zip(to.inner, written, strict=True)
+    ]
+    arguments = _Arguments(call, words, to._replace(inner=tuple(inner)))
     tails = iter(grads_of_layers[2 * count :])
     for number, (layer, outer) in enumerate(zip(arguments.layers, arguments.outer, strict=True)):
         layer.grad_rates, layer.grad_last = pointer(grads_of_layers[number]), pointer(grads_of_layers[count + number])
@@ -360,7 +363,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
         outer.grad_tail = pointer(next(tails)) if call.members[number].tail else None
     arguments.graph.stack.grad_counts = pointer(grad_counts)
     run(library().g2g_graph_backward, arguments.graph)
-    return given.aligned(to)
+    return grads
 
 
 def _plain(call: GraphCall) -> list[torch.Tensor]:

@@ -10,6 +10,7 @@ from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.g2g_stack import Connection, graph
 from g2g_kernels.ops.g2g_stack.delays import Delay
 from g2g_kernels.ops.neurons.models import MODELS
+from g2g_kernels.ops.record import Backward
 
 T, B, INPUTS = 11, 5, 20
 SIZES = {"a": 70, "b": 24, "out": 9}
@@ -136,3 +137,23 @@ def test_graphs_of_any_kind(
         torch.testing.assert_close(
             found["cpu"][key].double(), expected.double(), rtol=1e-4, atol=2e-5 * float(expected.abs().max()), msg=key
         )
+
+
+def test_operators_are_registered_rightly(monkeypatch):
+    case, calls, forward = Case("learned", ("index",) * 3, 4, "synaptic", True, True), [], graph.FORWARD
+    monkeypatch.setattr(graph, "FORWARD", lambda call: calls.append(call) or forward(call))
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in case.leaves.items()}
+    g2g_stack(leaves["x"], case.layers(leaves), backend="cpu", before=leaves["before"])
+    forward.opcheck(calls[0], True)
+    with torch.no_grad():
+        counts, rates, last, tails, kept = forward.function(calls[0], True)
+        grads = [torch.ones_like(each) for each in (counts, *rates, *last, *tails)]
+        graph.BACKWARD.opcheck(Backward.of(calls[0], kept, grads))
+
+
+def test_delays_that_left_their_bounds_are_refused():
+    case = Case("ring", ("index",) * 3, 4, "lif", False, False)
+    layers = case.layers(case.leaves)
+    case.delays[2].steps[0] = 90
+    with pytest.raises(ValueError, match="are from 1 to 90, and were from 1 to 3"):
+        g2g_stack(case.leaves["x"], layers, backend="cpu")

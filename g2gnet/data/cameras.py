@@ -43,8 +43,9 @@ def parts(name: str, data_dir: Path) -> dict[str, Part]:
     root = folder_of(name, data_dir, (own, "."), folders, remedy)
     found = {}
     for part, folder in zip(("train", "test"), folders, strict=True):
+        seen = [file for file in (root / folder).glob(pattern) if file.name[0] != "."]  # macOS leaves hidden ones
         # in an order in which classes take turns: MNIST's own, or user by user
-        files = sorted((root / folder).glob(pattern), key=lambda file: (name == "nmnist" or file.parent, file.name))
+        files = sorted(seen, key=lambda file: (name == "nmnist" or file.parent, file.name))
         if not files:
             raise DataError(f"{root / folder} holds no files {pattern}; {remedy}")
         labels = np.array([class_of(file) for file in files], dtype=np.int64)

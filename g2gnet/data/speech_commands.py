@@ -41,7 +41,7 @@ def parts(name: str, data_dir: Path) -> dict[str, Part]:
     places = ("SpeechCommands/speech_commands_v0.02", "speech_commands_v0.02", ".")
     remedy = f"unpack speech_commands_v0.02.tar.gz into {data_dir / places[1]}"
     root = folder_of(name, data_dir, places, list(LISTS.values()), remedy)
-    others = {file for file in root.glob("*/*.wav") if file.parent.name != NOISE}
+    others = {file for file in root.glob("*/[!.]*.wav") if file.parent.name != NOISE}  # macOS leaves hidden ones
     listed = {}
     for part, file in LISTS.items():  # each takes its recordings from the others
         listed[part] = _listed(root, file, others)
@@ -49,9 +49,9 @@ def parts(name: str, data_dir: Path) -> dict[str, Part]:
     if not others:
         raise DataError(f"{root} holds no recordings for training, <word>/*.wav; {remedy}")
     found = {}
-    for part, files in {"train": others, **listed}.items():
+    for part, members in {"train": others, **listed}.items():
         # by speakers, in an order in which words take turns
-        files = sorted(files, key=lambda file: (file.name, file.parent.name))
+        files = sorted(members, key=lambda file: (file.name, file.parent.name))
         found[part] = Part(files, np.array([_word(file) for file in files], dtype=np.int64), partial(_samples, files))
     return found
 

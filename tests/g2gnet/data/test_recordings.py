@@ -457,6 +457,20 @@ def test_nothing_is_kept_of_a_reading_that_was_stopped(tmp_path, monkeypatch):
     assert len(load_dataset("shd", tmp_path).train_labels) == 40
 
 
+def test_hidden_files_are_no_recordings(tmp_path):
+    write_recordings(tmp_path)
+    for name, file in (
+        ("nmnist", "NMNIST/Train/0/._00000.bin"),
+        ("dvsgesture", "DVSGesture/ibmGestureTest/user00_led/._0.npy"),
+        ("gsc", "SpeechCommands/speech_commands_v0.02/bed/._00000002_nohash_0.wav"),
+    ):
+        first = load_dataset(name, tmp_path, steps=2).fingerprint
+        (tmp_path / file).write_bytes(b"of macOS")
+        for kept in (tmp_path / "binned").glob(f"{name}_*"):
+            kept.unlink()
+        assert load_dataset(name, tmp_path, steps=2).fingerprint == first
+
+
 def test_fewer_samples_than_were_published_are_a_warning(tmp_path, caplog):
     write_heidelberg(tmp_path, "shd")
     with caplog.at_level(logging.WARNING, "g2gnet"):

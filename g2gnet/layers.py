@@ -95,10 +95,8 @@ class G2GLinear(PackedWeights):
                 mask = BlockMask.full(GroupLayout(weight.shape[0], 1), GroupLayout(weight.shape[1], 1))
             else:
                 mask = BlockMask.from_dense(pruned != 0)
-        elif isinstance(mask, torch.Tensor):
-            mask = BlockMask.from_dense(mask)
         else:
-            mask = copy.deepcopy(mask)
+            mask = copy.deepcopy(mask) if isinstance(mask, BlockMask) else BlockMask.from_dense(mask)
         if mask.shape != tuple(weight.shape):
             raise ValueError(f"mask describes {mask.shape} weights, the linear layer has {tuple(weight.shape)}")
         # the initial values are replaced at once: draw them without changing the global generator

@@ -3,6 +3,7 @@
 import math
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -65,6 +66,10 @@ class SpikingNeurons(nn.Module):
         self.backend = backend
         # FSDP2 shards no parameter without dimensions
         shape = (1,) if neurons is None else (SIZE.check("neurons", neurons),)
+        parameters = {
+            name: torch.as_tensor(value) if isinstance(value, np.ndarray | list | tuple) else value
+            for name, value in parameters.items()
+        }
         for name, decay in TIME_CONSTANTS.items():
             if decay in self.model.parameters and name in parameters:
                 parameters = _with_decay(parameters, name, decay, dt, neurons)

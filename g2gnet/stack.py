@@ -1,6 +1,6 @@
 """A stack of spiking layers, each a connection and its neurons: a chain of populations."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -50,7 +50,7 @@ class SpikingStack(SpikingNetwork):
         readout: str = "counts",
     ) -> None:
         populations, projections = chain(layers)
-        super().__init__(populations, projections, f"lif{len(layers)}", T, dropout, readout, backend)
+        super().__init__(populations, projections, f"lif{len(populations)}", T, dropout, readout, backend)
 
     def layers(self) -> Iterator[Pair]:
         """The pairs (connection, neurons), from input to output."""
@@ -85,8 +85,11 @@ def plain_layers(net: nn.Module, where: str) -> list[tuple[G2GLinear, SpikingNeu
     return [(*pair, recurrent) for pair, recurrent in zip(net.layers(), net.recurrents(), strict=True)]
 
 
-def chain(layers: Sequence[Pair | RecurrentLayer]) -> tuple[dict[str, nn.Module], dict[str, Projection]]:
+def chain(layers: Iterable[Pair | RecurrentLayer]) -> tuple[dict[str, nn.Module], dict[str, Projection]]:
     """Populations ``lif1``, … and projections ``fc1``, ``rec1``, … of layers."""
+    if not isinstance(layers, Iterable):
+        raise TypeError(f"layers is a {type(layers).__name__}; give a list of pairs (connection, neurons)")
+    layers = list(layers)
     if not layers:
         raise ValueError("layers is empty; give at least one pair of a G2GLinear and its neurons")
     populations: dict[str, nn.Module] = {}

@@ -133,11 +133,12 @@ class BlockMask(UnitGrid):
         """
         if not isinstance(mask, torch.Tensor):
             raise TypeError(
-                f"mask is a {type(mask).__name__}, not a tensor; of a SciPy matrix make G2GLinear.from_scipy(…)"
+                f"mask is a {type(mask).__name__}, not a tensor; give torch.as_tensor(mask) of an array, or "
+                "G2GLinear.from_scipy(…) of a SciPy matrix"
             )
         if mask.dim() != 2:
             raise ValueError(f"mask must be a matrix [out, in], not of shape {tuple(mask.shape)}")
-        dense = mask.detach().to("cpu", torch.bool)
+        dense = mask.detach().to("cpu", torch.bool).to_dense()
         result = cls(GroupLayout(dense.shape[0], 1), GroupLayout(dense.shape[1], 1), _NONE, _NONE, block_size)
         active = packing.tiles(dense.float(), result._view()).sum((2, 3))
         size = result.rows.lengths[:, None] * result.cols.lengths[None, :]

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from g2g_kernels.numbers import COUNT, Number
 from g2gnet.base.memory import available, gigabytes
 from g2gnet.base.messages import say
 from g2gnet.data.cache import Parts, made_once
@@ -28,6 +29,8 @@ logger = logging.getLogger("g2gnet")
 
 #: what counts are kept as: the first that holds them
 COUNTED = (torch.int8, torch.int16, torch.int32)
+#: milliseconds of a step
+STEP = Number(0.1, 60_000)
 
 
 class Binning(NamedTuple):
@@ -137,9 +140,10 @@ def load(
         DataError: if files are missing or damaged.
     """
     bins, dt = binning.or_usual(bins, dt)
+    bins, dt = COUNT.check("bins", bins), STEP.check("dt", dt)
     if problems := binning.problems(name, bins, dt):
         raise ValueError("; ".join(problems))
-    shape = binning.shape(binning.steps(dt) if steps is None else steps, bins)
+    shape = binning.shape(binning.steps(dt) if steps is None else COUNT.check("steps", steps), bins)
     parts: Mapping[str, Part] = module.parts(name, data_dir)
     for part, (files, labels, _) in parts.items():
         if labels.min() < 0 or labels.max() >= classes:
@@ -170,7 +174,7 @@ def _read(name: str, parts: Mapping[str, Part], binning: Binning, grid: Grid) ->
     if free is not None and needed > free:
         raise DataError(
             f"{name} as sequences {list(grid.shape)} takes {gigabytes(needed)} of memory, and there are "
-            f"{gigabytes(free)}; lower `bins`, or raise `dt`"
+            f"{gigabytes(free)}; lower `T` or `bins`, or raise `dt`"
         )
     say(f"reading {name}: {' × '.join(map(str, grid.shape))} values in each sample")
     tensors: Parts = {}

@@ -43,8 +43,9 @@ def parts(name: str, data_dir: Path) -> dict[str, Part]:
     root = folder_of(name, data_dir, (own, "."), folders, remedy)
     found = {}
     for part, folder in zip(("train", "test"), folders, strict=True):
+        seen = [file for file in (root / folder).glob(pattern) if file.name[0] != "."]  # macOS leaves hidden ones
         # in an order in which classes take turns: MNIST's own, or user by user
-        files = sorted((root / folder).glob(pattern), key=lambda file: (name == "nmnist" or file.parent, file.name))
+        files = sorted(seen, key=lambda file: (name == "nmnist" or file.parent, file.name))
         if not files:
             raise DataError(f"{root / folder} holds no files {pattern}; {remedy}")
         labels = np.array([class_of(file) for file in files], dtype=np.int64)
@@ -72,7 +73,7 @@ def _samples(files: Sequence[Path], side: int, read: Callable[[Path], Events], g
 
 
 def _digit(file: Path) -> int:
-    if file.parent.name not in "0123456789":
+    if file.parent.name not in map(str, range(10)):
         raise DataError(f"{file} is in no folder 0 … 9 of a digit; move {file.parent} away")
     size = file.stat().st_size
     if size == 0 or size % EVENT_BYTES:
@@ -103,8 +104,9 @@ def read_gesture(file: Path) -> Events:
         events = np.load(content, allow_pickle=False)
     if events.dtype.kind not in "iufb" or events.ndim != 2 or events.shape[1] != 4:
         raise ValueError(f"it is {events.dtype} {list(events.shape)}, not numbers [n, 4]: x, y, polarity, milliseconds")
-    if not np.isfinite(events).all() or np.abs(events).max(initial=0) > 1e12:
+    events = events.astype(np.float64)
+    if not (np.abs(events) <= 1e12).all():
         raise ValueError("its numbers are not finite, or too large")
-    x, y, polarity, milliseconds = events.astype(np.float64).T
+    x, y, polarity, milliseconds = events.T
     microseconds = np.rint(1000 * (milliseconds - milliseconds.min(initial=np.inf))).astype(np.int64)
     return x.astype(np.int64), y.astype(np.int64), polarity.astype(np.int64), microseconds

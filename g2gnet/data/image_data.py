@@ -77,14 +77,11 @@ class ImageData:
         return mean / unit, deviation / unit
 
     def limited(self, train: int | None, test: int | None) -> "ImageData":
-        """The first ``train`` training and ``test`` test images (None: all of them)."""
-        return replace(
-            self,
-            train_images=self.train_images[:train],
-            train_labels=self.train_labels[:train],
-            test_images=self.test_images[:test],
-            test_labels=self.test_labels[:test],
-        )
+        """The first ``train`` training images, as many validation and ``test`` test images (None: all of them)."""
+        tensors = {name: each for name, each in vars(self).items() if isinstance(each, torch.Tensor)}
+        limits = {"train": train, "val": train, "test": test}
+        first: Any = {name: each[: limits[name.partition("_")[0]]] for name, each in tensors.items()}
+        return replace(self, **first)
 
     def part(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Images and labels of the ``"train"``, ``"val"`` or ``"test"`` images."""

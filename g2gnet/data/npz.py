@@ -47,9 +47,9 @@ def is_name(name: object) -> bool:
     return isinstance(name, str) and re.fullmatch(rf"[^/]+-[0-9a-f]{{{DIGITS}}}", name) is not None
 
 
-def name_of(path: Path | str) -> str:
-    """The name of the data in a file; :func:`load` finds it under this name. Raises DataError if the file cannot be
-    read.
+def name_of(path: Path | str, remedy: str = "give the name of a file") -> str:
+    """The name of the data in a file; :func:`load` finds it under this name. Raises DataError, with the ``remedy``, if
+    the file cannot be read.
     """
     path = Path(path)
     try:
@@ -58,7 +58,7 @@ def name_of(path: Path | str) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     except OSError as error:
-        raise DataError(f"dataset={path} cannot be read ({reason(error)}); give the name of a file") from error
+        raise DataError(f"dataset={path} cannot be read ({reason(error)}); {remedy}") from error
     name = f"{path.stem}-{digest.hexdigest()[:DIGITS]}"
     _paths[name] = path
     return name
@@ -69,7 +69,7 @@ def load(name: str, data_dir: Path) -> ImageData:
     the file is missing, has different content than the name says, or lacks such arrays.
     """
     path = _path(name, data_dir)
-    found = name_of(path)
+    found = name_of(path, "give the directory that has it as `data_dir`")
     if found != name:
         raise DataError(f"{path} is {found}, not {name}: its content differs from the run's data; give its `data_dir`")
     arrays = _read_archive(path, _arrays)
@@ -104,9 +104,14 @@ def _read_archive(path: Path, read: Callable[[zipfile.ZipFile], Content]) -> Con
 
 def _headers(archive: zipfile.ZipFile) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and dtype of the four arrays; raises ValueError if they are not as above."""
-    missing = [name for name in ARRAYS if f"{name}.npy" not in archive.namelist()]
-    if missing:
+    names = [member.removesuffix(".npy") for member in archive.namelist()]
+    if missing := [name for name in ARRAYS if name not in names]:
         raise ValueError(f"it lacks {', '.join(missing)}")
+    if others := [name for name in names if name.endswith(("_images", "_labels")) and name not in ARRAYS]:
+        raise ValueError(
+            f"it has {', '.join(others)} beside {', '.join(ARRAYS)}; put them into these, where `validation` holds "
+            "training images out, or leave them out"
+        )
     headers = {name: _header(archive, name) for name in ARRAYS}
     for name, (shape, dtype) in headers.items():
         kinds = "uint8, float32 or float64" if name.endswith("images") else "integers"

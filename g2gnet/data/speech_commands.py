@@ -11,7 +11,7 @@ so that silence is 0. The mel scale is 2595·log₁₀(1 + f/700 Hz). Test and v
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from functools import partial
 from pathlib import Path
 
@@ -41,29 +41,33 @@ def parts(name: str, data_dir: Path) -> dict[str, Part]:
     places = ("SpeechCommands/speech_commands_v0.02", "speech_commands_v0.02", ".")
     remedy = f"unpack speech_commands_v0.02.tar.gz into {data_dir / places[1]}"
     root = folder_of(name, data_dir, places, list(LISTS.values()), remedy)
-    listed = {part: _listed(root, file) for part, file in LISTS.items()}
-    apart = {file for files in listed.values() for file in files}
-    others = [file for file in root.glob("*/*.wav") if file not in apart and file.parent.name != NOISE]
+    others = {file for file in root.glob("*/[!.]*.wav") if file.parent.name != NOISE}  # macOS leaves hidden ones
+    listed = {}
+    for part, file in LISTS.items():  # each takes its recordings from the others
+        listed[part] = _listed(root, file, others)
+        others -= listed[part]
     if not others:
         raise DataError(f"{root} holds no recordings for training, <word>/*.wav; {remedy}")
     found = {}
-    for part, files in {"train": others, **listed}.items():
+    for part, members in {"train": others, **listed}.items():
         # by speakers, in an order in which words take turns
-        files = sorted(files, key=lambda file: (file.name, file.parent.name))
+        files = sorted(members, key=lambda file: (file.name, file.parent.name))
         found[part] = Part(files, np.array([_word(file) for file in files], dtype=np.int64), partial(_samples, files))
     return found
 
 
-def _listed(root: Path, file: str) -> list[Path]:
-    """The recordings that a list names."""
+def _listed(root: Path, file: str, among: Set[Path]) -> set[Path]:
+    """The recordings that a list names, which must be ``among`` these."""
     try:
         with open_file(root / file) as content:
-            files = [root / line.strip() for line in content.read().decode().splitlines() if line.strip()]
+            files = {root / line.strip() for line in content.read().decode().splitlines() if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{root / file} cannot be read ({reason(error)}); unpack it again") from error
-    if missing := [each for each in files if not each.is_file()]:
+    if missing := files - among:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise DataError(f"{root / file} names {missing[0]}{more}, which is missing; unpack it again")
+        raise DataError(
+            f"{root / file} names {min(missing)}{more}, which is missing or in another list; unpack it again"
+        )
     if not files:
         raise DataError(f"{root / file} is empty; unpack it again")
     return files

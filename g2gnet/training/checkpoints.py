@@ -189,11 +189,11 @@ class RunFiles:
         """The checkpoint of the best epoch, which is this one. Raises CheckpointError if it is not usable."""
         try:
             state = read_checkpoint(self.best)
-            self._check_settings(self.best, state["settings"], settings)
             if state.get("epoch") != epoch:
                 raise CheckpointError(f"{self.best} is not that of epoch {epoch}, which was the best.")
         except CheckpointError as error:
             raise CheckpointError(f"{error} Restore that file, or delete {self.names()} to train again") from error
+        self._check_settings(self.best, state["settings"], settings)
         return state
 
     def load_checkpoint(self, settings: RunSettings) -> Checkpoint | None:

@@ -9,6 +9,7 @@ from g2g_kernels.numbers import FLOAT32, Number
 from g2gnet.base.schedules import SCHEDULES
 from g2gnet.data import DATASETS, npz
 from g2gnet.data.augmentation import SHIFTS, shift_problem
+from g2gnet.data.binned import STEP
 from g2gnet.data.features.pretrained_weights import RELEASES
 from g2gnet.dst.rules import ACTIVITY, GROW_RULES, PRUNE_RULES, Rule, names_without
 from g2gnet.neurons import NEURONS
@@ -65,7 +66,9 @@ class RunSettings(Settings):
     dataset: str = _data(
         "fashionmnist", "data set", choices=tuple(DATASETS), others=Others(f"a file NAME{npz.SUFFIX}", npz.is_name)
     )
-    limit_train: int | None = _data(None, "use only the first N training images", low=1)
+    limit_train: int | None = _data(
+        None, "use only the first N training images, and of a validation part its first N", low=1
+    )
     limit_test: int | None = _data(None, "use only the first N test images", low=1)
     validation: float | None = _data(
         None,
@@ -167,7 +170,9 @@ class TrainSettings(NetworkSettings, RunSettings):
         f"({_each('bins')})",
         low=1,
     )
-    dt: float | None = _data(None, f"milliseconds of a recording in a time step ({_each('dt')})", low=0.1, high=60_000)
+    dt: float | None = _data(
+        None, f"milliseconds of a recording in a time step ({_each('dt')})", low=STEP.low, high=STEP.high
+    )
     unit_shift: int = _data(
         0, "shift each training sequence of vectors, as of shd, by up to N places, the same at all steps", low=0
     )

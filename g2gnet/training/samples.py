@@ -2,7 +2,7 @@
 
 import torch
 
-from g2gnet.data import ImageData
+from g2gnet.data import ImageData, npz
 from g2gnet.data.augmentation import shift_problem
 from g2gnet.sequences import input_order
 from g2gnet.settings import SettingsError
@@ -16,9 +16,10 @@ def check_images(settings: TrainSettings, data: ImageData) -> None:
         shape, what, wanted = shape[1:], "sequences of vectors", "[N, T, ..., height, width]"
     for name, value in settings.of_images().items():
         if len(shape) < 2:
+            others = f", or give arrays of shape {wanted}" if npz.is_name(data.name) else ""
             raise SettingsError(
                 f"{name}={value} needs images, but those of {data.name} are {what} of {shape.numel()} values; leave "
-                f"`{name}` out, or give arrays of shape {wanted}"
+                f"`{name}` out{others}"
             )
     if far := shift_problem(settings.unit_shift, data.name, shape):
         raise SettingsError(far)

@@ -125,6 +125,10 @@ def test_stacks_that_cannot_be_are_named():
         SpikingStack([pair, pair])
     with pytest.raises(ValueError, match="layers is empty"):
         SpikingStack([])
+    for layers, message in ((pair[0], "layers is a G2GLinear; give a list of"), (pair, "layer 1 is a G2GLinear; give")):
+        with pytest.raises(TypeError, match=message):
+            SpikingStack(layers)
+    assert SpikingStack(each for each in [pair]).depth == 1
 
 
 def mixed_stack(backend=None):

@@ -123,6 +123,10 @@ def test_a_scipy_matrix_is_a_layer_and_back(kind, block_size):
         G2GLinear.from_scipy(matrix, bias=torch.zeros(3))
     with pytest.raises(TypeError, match=r"mask is a coo_matrix, not a tensor; .* G2GLinear\.from_scipy"):
         BlockMask.from_dense(matrix)
+    with pytest.raises(TypeError, match=r"mask is a ndarray, not a tensor; give torch\.as_tensor\(mask\)"):
+        G2GLinear.from_linear(torch.nn.Linear(29, 37), matrix.toarray())
+    mask = BlockMask.from_dense((dense != 0).to_sparse(), 1)
+    assert torch.equal(mask.to_dense(), dense != 0)
 
 
 def test_initial_values_of_neurons_may_be_tensors():
@@ -131,6 +135,9 @@ def test_initial_values_of_neurons_may_be_tensors():
     assert torch.equal(neurons.beta, beta)
     assert neurons.beta is not beta
     assert torch.equal(neurons.threshold.detach(), torch.full((3,), 0.5))
+    for given in (beta.double().numpy(), beta.tolist()):
+        assert torch.equal(LIF(3, beta=given, learn_beta=False).beta, beta)
+    assert torch.equal(LIF(3, tau=beta.numpy(), dt=1.0).beta.detach(), LIF(3, tau=beta, dt=1.0).beta.detach())
     for arguments, message in (
         ((None,), r"beta is a tensor \[3\]; give one number, or give the number of neurons first"),
         ((4,), r"beta is a tensor \[3\]; give \[4\]"),

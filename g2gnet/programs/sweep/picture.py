@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, PercentFormatter, ScalarFormatter
+from matplotlib.ticker import NullFormatter, PercentFormatter
 
 from g2gnet.inspect.figures import style
 from g2gnet.programs.sweep.results import Row, judge
@@ -39,8 +39,7 @@ def draw(rows: Sequence[Row], common: str = "") -> Figure:
     if numeric:
         if _geometric(sorted(shown)):
             axis.set_xscale("log")
-        axis.set_xticks(sorted(shown))
-        axis.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
+        axis.set_xticks(sorted(shown), [str(value) for value in sorted(shown)])
         axis.xaxis.set_minor_formatter(NullFormatter())
     else:
         axis.set_xticks(range(len(shown)), [str(value) for value in shown])

@@ -188,6 +188,7 @@ def test_data_of_ones_own_are_read_and_named_by_their_content(tmp_path, save, dt
         ({"test_images": np.zeros((0, 5, 4), np.uint8)}, r"test_images is uint8 \[0, 5, 4\]"),
         ({"train_images": np.full((30, 5, 4), np.nan, np.float32)}, "differ in shape or dtype"),
         ({"train_images": np.array([print] * 30)}, "train_images"),
+        ({"val_images": np.zeros((5, 5, 4)), "val_labels": np.zeros(5, int)}, "it has val_images, val_labels beside"),
     ],
 )
 def test_other_arrays_are_refused_by_name(tmp_path, changes, message):
@@ -302,6 +303,9 @@ def test_limits_keep_the_first_images():
     assert torch.equal(limited.train_images, data.train_images[:100])
     assert len(limited.train_labels) == 100
     assert len(limited.test_labels) == 1000
+    held = data.held_out(torch.arange(200))
+    assert torch.equal(held.limited(100, None).val_images, data.train_images[:100])
+    assert len(held.limited(100, None).val_labels) == 100
 
 
 def test_other_names_are_refused():

@@ -121,8 +121,8 @@ def test_gestures_begin_with_their_first_event(tmp_path, capsys):
 def test_counts_are_kept_in_more_bits_where_they_need_them(tmp_path):
     write_gestures(tmp_path)
     first = tmp_path / "ibmGestureTrain/user00_led/0.npy"
-    for count, dtype in zip((127, 128, 1 << 15), COUNTED, strict=True):
-        np.save(first, np.zeros((count, 4), np.int32))
+    for count, dtype, kept in zip((127, 128, 1 << 15), COUNTED, (np.float16, np.int8, np.int32), strict=True):
+        np.save(first, np.zeros((count, 4), kept))
         data = load_dataset("dvsgesture", tmp_path)
         assert data.train_images.dtype == dtype
         assert data.train_images[0].max() == count
@@ -342,6 +342,9 @@ def test_files_that_are_in_the_way_are_named(tmp_path):
     (tmp_path / "Train" / "x" / "00001.bin").write_bytes(b"\0" * 5)
     with pytest.raises(DataError, match=r"Train/x/00001.bin is in no folder 0 … 9 of a digit; move .*/Train/x away"):
         load_dataset("nmnist", tmp_path)
+    (tmp_path / "Train" / "x").rename(tmp_path / "Train" / "01")
+    with pytest.raises(DataError, match=r"Train/01/00001.bin is in no folder 0 … 9 of a digit"):
+        load_dataset("nmnist", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -366,6 +369,14 @@ def test_files_that_are_in_the_way_are_named(tmp_path):
             "validation_list.txt names .*bed/0.*, which is miss",
         ),
         (lambda root: (root / "testing_list.txt").write_text(""), "testing_list.txt is empty"),
+        (  # by this name it would be a recording for training, too
+            lambda root: (root / "testing_list.txt").write_text("cat/../bed/00000001_nohash_0.wav"),
+            "testing_list.txt names .*, which is missing or in another list",
+        ),
+        (
+            lambda root: (root / "testing_list.txt").write_text((root / "validation_list.txt").read_text()),
+            r"testing_list.txt names .*bed/00000000_nohash_0.wav \(and 11 more\), which is missing or in another list",
+        ),
     ],
 )
 def test_a_damaged_tree_of_speech_commands_is_named(tmp_path, damage, message):
@@ -384,6 +395,10 @@ def test_a_damaged_tree_of_speech_commands_is_named(tmp_path, damage, message):
         ("gsc", {"bins": 201}, "bins=201 are more than the 200 bands that its sounds resolve of gsc"),
         ("gsc", {"dt": 0.1}, "dt=0.1 is no multiple of 0.0625 ms"),
         ("shd", {"dt": 0.10005}, "dt=0.10005 is no multiple of 0.001 ms"),
+        ("shd", {"dt": -1}, "dt=-1 must be a number from 0.1 to 60000"),
+        ("shd", {"bins": True}, "bins=True must be a whole number of at least 1"),
+        ("shd", {"bins": 0}, "bins=0 must be a whole number of at least 1"),
+        ("nmnist", {"steps": 0}, "steps=0 must be a whole number of at least 1"),
     ],
 )
 def test_bins_that_do_not_fit_are_refused_before_anything_is_read(tmp_path, name, options, message):
@@ -395,7 +410,7 @@ def test_sequences_that_do_not_fit_the_memory_are_refused_before_they_are_made(t
     write_heidelberg(tmp_path, "shd")
     monkeypatch.setattr("g2gnet.data.binned.available", lambda: 60 * 14 * 700 - 1)
     with pytest.raises(
-        DataError, match=r"shd as sequences \[14, 700\] takes .* of memory.*; lower `bins`, or raise `dt`"
+        DataError, match=r"shd as sequences \[14, 700\] takes .* of memory.*; lower `T` or `bins`, or raise `dt`"
     ):
         load_dataset("shd", tmp_path, bins=700, dt=100)
 
@@ -440,6 +455,20 @@ def test_nothing_is_kept_of_a_reading_that_was_stopped(tmp_path, monkeypatch):
             load_dataset("shd", tmp_path)
     assert not (tmp_path / "binned").exists()
     assert len(load_dataset("shd", tmp_path).train_labels) == 40
+
+
+def test_hidden_files_are_no_recordings(tmp_path):
+    write_recordings(tmp_path)
+    for name, file in (
+        ("nmnist", "NMNIST/Train/0/._00000.bin"),
+        ("dvsgesture", "DVSGesture/ibmGestureTest/user00_led/._0.npy"),
+        ("gsc", "SpeechCommands/speech_commands_v0.02/bed/._00000002_nohash_0.wav"),
+    ):
+        first = load_dataset(name, tmp_path, steps=2).fingerprint
+        (tmp_path / file).write_bytes(b"of macOS")
+        for kept in (tmp_path / "binned").glob(f"{name}_*"):
+            kept.unlink()
+        assert load_dataset(name, tmp_path, steps=2).fingerprint == first
 
 
 def test_fewer_samples_than_were_published_are_a_warning(tmp_path, caplog):

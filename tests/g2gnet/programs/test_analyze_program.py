@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_data import publish_resnet, write_cifar, write_resnet
+from small_data import publish_resnet, write_cifar, write_own, write_resnet
 from tiny_checkpoints import TINY, VARIANTS, replaced, rewrite, train_tiny
 from training_runs import assert_equal
 
 import crossval
 import train
 from g2gnet.base.seeding import stream
-from g2gnet.data import as_samples, load_dataset
+from g2gnet.data import as_samples, load_dataset, npz
 from g2gnet.inspect import analyze_network, layers_table
 from g2gnet.programs import analyze
 from g2gnet.training import CheckpointError, read_run
@@ -140,6 +140,15 @@ def test_errors_are_named(checkpoint, capsys, flags, status, message):
     error = capsys.readouterr().err
     assert error.startswith("g2g-analyze: error: ")
     assert message in error
+
+
+def test_the_directory_of_data_of_ones_own_is_asked_for(tmp_path, capsys, monkeypatch):
+    checkpoint = train_tiny(tmp_path, f"--dataset {write_own(tmp_path / 'mine.npz', 20)}")
+    monkeypatch.setattr(npz, "_paths", {})  # as in another process
+    assert analyze.main([str(checkpoint)]) == 1
+    assert "data/mine.npz cannot be read" in (error := capsys.readouterr().err)
+    assert "; give the directory that has it as --data_dir" in error
+    assert analyze.main([str(checkpoint), "--data_dir", str(tmp_path)]) == 0
 
 
 def test_a_fold_of_a_cross_validation_is_a_run_too(tmp_path, capsys):

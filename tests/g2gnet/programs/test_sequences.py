@@ -167,6 +167,10 @@ def test_each_batch_is_shifted_with_the_draws_of_its_step(tmp_path):
 
 def test_frames_and_too_far_shifts_are_refused(tmp_path, capsys):
     write_gestures(tmp_path)
+    write_heidelberg(tmp_path, "shd")
+    flags = ["--dataset", "shd", "--augment", "flip", "--data_dir", tmp_path, "--checkpoint_dir", tmp_path]
+    assert train.main([*SMALL, *map(str, flags)]) == 2
+    assert capsys.readouterr().err.endswith("of 140 values; leave --augment out\n")
     for data, shape in ((["dvsgesture"], [2, 32, 32]), ([write_own(tmp_path / "mine.npz", 6, 5)], [5])):
         flags = ["--dataset", *data, "--unit_shift", "5", "--data_dir", tmp_path, "--checkpoint_dir", tmp_path]
         assert train.main([*SMALL, *map(str, flags)]) == 2

@@ -204,7 +204,9 @@ def test_a_sweep_is_decided_by_held_out_images_where_there_are_some_and_says_so(
 )  # fmt: skip
 def test_axes_are_logarithmic_where_values_are_spaced_so(values, scale):
     rows = [Row({"lr": value}, [1], [{"test_acc": 0.5}]) for value in values]
-    assert draw(rows).axes[0].get_xscale() == scale
+    axis = draw(rows).axes[0]
+    assert axis.get_xscale() == scale
+    assert [label.get_text() for label in axis.get_xticklabels()] == [str(value) for value in sorted(values)]
 
 
 @posix

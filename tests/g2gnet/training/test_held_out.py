@@ -158,7 +158,7 @@ def test_a_signal_inside_the_epoch_after_the_best_one_leaves_the_best_network_al
 
 
 def test_a_best_network_that_is_gone_or_another_ones_is_named(tmp_path, monkeypatch):
-    scripted(monkeypatch, [0.5, 0.7, 0.6])
+    scripted(monkeypatch, [0.5, 0.7, 0.6] * 5)
     files = run(tmp_path, **QUARTER)
     first = files.best.read_bytes()
     for content, message in ((b"", "cannot be read"), (files.checkpoint.read_bytes(), "is not that of epoch 2")):
@@ -166,6 +166,11 @@ def test_a_best_network_that_is_gone_or_another_ones_is_named(tmp_path, monkeypa
         files.best.write_bytes(content)
         with pytest.raises(CheckpointError, match=rf"{files.best} {message}.* Restore that file, or delete"):
             run(tmp_path, **QUARTER)
+    other = run(tmp_path / "other", **QUARTER, validation_seed=1)
+    files.best.write_bytes(other.best.read_bytes())
+    with pytest.raises(CheckpointError, match=rf"{files.best} belongs to a run with different settings") as error:
+        run(tmp_path, **QUARTER)
+    assert str(error.value).count("delete") == 1, "one remedy"
     files.best.write_bytes(first)
     run(tmp_path, **QUARTER)
     assert files.marker.exists()

@@ -30,15 +30,16 @@ linear node without a bias does the same, if it is one for all neurons. Learned 
 steps.
 
 A recurrent connection V is a loop of two nodes, neurons → linear → neurons. Where it has no Delay, its spikes take one
-time step, the least that can be, as in all tools that run NIR step by step. A Delay says all of its delay, of which Δt
-is one step; nothing is added. In a longer cycle without any Delay NIR leaves open which edge takes the step: it is
-refused. For layers in a chain, :func:`to_nir` writes a recurrent layer as a graph inside of the graph, with the nodes
-``input``, ``lif``, ``w_rec``, ``output``; snnTorch writes the same nodes without that graph. There, a bias in the loop
-is a constant current: it is read as part of b.
+time step, the least that can be, as in all tools that run NIR step by step. A Delay says all of its delay: Δt is one
+step, and nothing is added, as NIR's time is continuous. (The executor of nirtorch adds a step to the Delay of a cycle.)
+In a longer cycle without any Delay NIR leaves open which edge takes the step: it is refused. :func:`to_nir` writes a
+population with a connection of one step to itself as a graph inside of the graph, with the nodes ``input``, ``lif``,
+``w_rec``, ``output``; snnTorch writes the same nodes without that graph. In a chain, a bias in the loop is a constant
+current: it is read as part of b.
 
 NIR cannot carry adaptive neurons; the reset by subtraction, since its neurons only reset to a value; decays of 1 beside
 others in one population, or of synaptic neurons; the encoding of samples. Surrogates, learnability, groups and units go
-into the nodes' metadata, which other tools do not read.
+into the nodes' metadata, which other tools do not read, and so do names inside of such graphs.
 """
 
 import functools
@@ -119,7 +120,7 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
         raise ValueError(f"to_nir takes a SpikingNetwork, a SpikingStack or a G2GNet, not a {type(net).__name__}")
     _check_written(net)
     _POSITIVE.check("dt", dt)
-    connections, neurons, nested = net.connections(), net.neurons(), is_plain(net)
+    connections, neurons, named = net.connections(), net.neurons(), not is_plain(net)
     taken = {*connections, *neurons}
 
     def free(name: str) -> str:
@@ -132,23 +133,25 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
     start, end = free("input"), free("output")
     nodes = {start: _end(nir.Input, net.sizes[-1])}
     edges: list[tuple[str, str]] = []
+    sizes = dict(zip(net.populations, net.sizes))  # noqa: B905  (the last is the input's)
+    cells = {name: _neurons_node(name, of, sizes[name], dt, nir) for name, of in neurons.items()}
     for route in net.routes():
-        target, size = net.populations[route.target], net.sizes[route.target]
-        connection = _connection_node(connections[route.name], nir)
+        target, connection = net.populations[route.target], _connection_node(connections[route.name], nir)
         of_one_step = route.source == route.target and route.most == 1 and not route.per_neuron
-        if nested and of_one_step:
-            inner = {"input": _end(nir.Input, size), "lif": nodes[target], "w_rec": connection}
+        if of_one_step and not isinstance(nodes.get(target), nir.NIRGraph):
+            inner = {"input": _end(nir.Input, sizes[target]), "lif": cells[target], "w_rec": connection}
+            for name, node in ((target, cells[target]), (route.name, connection)) if named else ():
+                node.metadata["name"] = name
             loop = [("input", "lif"), ("lif", "w_rec"), ("w_rec", "lif"), ("lif", "output")]
-            nodes[target] = nir.NIRGraph(nodes={**inner, "output": _end(nir.Output, size)}, edges=loop)
+            nodes[target] = nir.NIRGraph(nodes={**inner, "output": _end(nir.Output, sizes[target])}, edges=loop)
             continue
         way = [start if route.source < 0 else net.populations[route.source], route.name, target]
         if (route.most or route.per_neuron) and not of_one_step:
             way.insert(1, free(f"{route.name}_delay"))
             nodes[way[1]] = _delay_node(net, route, dt, nir)
         nodes[route.name] = connection
-        if target not in nodes:
-            nodes[target] = _neurons_node(target, neurons[target], size, dt, nir)
-        edges += itertools.pairwise(way)  # in the order of the routes, in which currents are added up
+        nodes.setdefault(target, cells[target])
+        edges += itertools.pairwise(way)  # in the order in which currents are added up
     nodes[end] = _end(nir.Output, net.sizes[net.depth - 1])
     _warn_of_the_hold([name for name, of in neurons.items() if of.model.name == "synaptic"])
     return nir.NIRGraph(nodes=nodes, edges=[*edges, (net.populations[-1], end)])
@@ -244,7 +247,7 @@ def from_nir(
     _warn_of_the_hold([name for name in ours if isinstance(nodes[name], nir.CubaLIF)])
     chain = _chain(links, output)
     if chain is None:
-        modules = {name: name.replace(".", "_") for name in (*ours, *(link.name for link in links))}
+        modules = {name: _module_name(name, nodes[name]) for name in (*ours, *(link.name for link in links))}
         for name, module in modules.items():
             if [*modules.values()].count(module) > 1:
                 raise ValueError(f"nodes {name} and another are both called {module!r} here; rename one")
@@ -416,6 +419,10 @@ def _chain(links: Sequence[_Link], output: str) -> list[tuple[_Link, _Link | Non
     return layers if name == output else None
 
 
+def _module_name(name: str, node: Any) -> str:
+    return _metadata_entry(name, node, "name", name.replace(".", "_"), lambda _, of: str(of))
+
+
 def _linear_kinds(nir: Any) -> tuple[type, ...]:
     return nir.Affine, nir.Linear
 
@@ -439,6 +446,7 @@ def _flattened(graph: Any, nir: Any, prefix: str = "") -> tuple[dict[str, Any], 
     nodes: dict[str, Any] = {}
     edges: list[tuple[str, str]] = []
     ends: dict[str, tuple[str, str]] = {}
+    inside: dict[str, list[tuple[str, str]]] = {}
     for key, node in graph.nodes.items():
         name = prefix + key
         if isinstance(node, nir.NIRGraph):
@@ -446,7 +454,7 @@ def _flattened(graph: Any, nir: Any, prefix: str = "") -> tuple[dict[str, Any], 
             first, last = (_end_of(f"the graph {name}", *inner, kind) for kind in (nir.Input, nir.Output))
             ends[name] = first, last
             nodes |= inner[0]
-            edges += inner[1]
+            inside[name] = inner[1]
         else:
             nodes[name] = node
     for edge in graph.edges:
@@ -454,6 +462,8 @@ def _flattened(graph: Any, nir: Any, prefix: str = "") -> tuple[dict[str, Any], 
             raise ValueError(f"the edge {tuple(edge)} does not join two of the nodes {', '.join(graph.nodes)}")
         source, target = (prefix + end for end in edge)
         edges.append((ends.get(source, (source, source))[1], ends.get(target, (target, target))[0]))
+        edges += inside.pop(target, ())  # behind the first that leads there
+    edges += itertools.chain(*inside.values())
     own = {prefix + key for key in graph.nodes}
     for name, node in list(nodes.items()):
         if isinstance(node, nir.Flatten) or (isinstance(node, nir.Input | nir.Output) and name not in own):

@@ -1,10 +1,15 @@
 """Graphs of populations with delays in NIR: they run as NIR's nodes say, and come back from a file as they were."""
 
+import contextlib
+import io
+
 import nir
 import numpy as np
 import pytest
+import snntorch
 import torch
 from helpers import seeded
+from snntorch.import_nir import import_from_nir
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet import LIF, G2GLinear, G2GNet, Projection, SpikingNetwork, SpikingStack, Synaptic
@@ -129,13 +134,18 @@ def test_a_graph_comes_back_from_a_file_with_its_names_states_and_spikes(make, t
 def run_by_hand(graph, dt, samples):
     """The trains of a graph's neurons, node by node as NIR defines them: what leads to a node adds up, y(t) = x(t − τ).
     A loop of one population that has no Delay takes one step."""
-    into = {name: [one for one, other in graph.edges if other == name] for name in graph.nodes}
-    neurons = {name: node for name, node in graph.nodes.items() if isinstance(node, nir.LIF)}
+    nodes, edges = dict(graph.nodes), list(graph.edges)
+    for name, node in graph.nodes.items():
+        if isinstance(node, nir.NIRGraph):  # of neurons and their loop
+            nodes[name], nodes[f"{name}.loop"] = node.nodes["lif"], node.nodes["w_rec"]
+            edges += [(name, f"{name}.loop"), (f"{name}.loop", name)]
+    into = {name: [one for one, other in edges if other == name] for name in nodes}
+    neurons = {name: node for name, node in nodes.items() if isinstance(node, nir.LIF)}
     v, trains = dict.fromkeys(neurons, 0.0), {name: [] for name in neurons}
 
     def output(name, t, asked_by=None):
         """Of a node at step t, for neurons that it leads to without a Delay."""
-        node = graph.nodes[name]
+        node = nodes[name]
         if name in neurons:
             t -= name == asked_by
             return trains[name][t] if t >= 0 else np.zeros((samples.shape[1], node.tau.size))
@@ -162,6 +172,30 @@ def test_the_graph_written_is_the_differential_equation_with_its_delays(make):
     net, dt = with_other_weights(make()).double(), 2.5e-4
     for one, other in zip(run_by_hand(to_nir(net, dt), dt, SAMPLES.double().numpy()), spikes_of(net, SAMPLES.double())):  # noqa: B905
         assert torch.equal(one, other)
+
+
+@pytest.mark.skipif(
+    snntorch.__version__.startswith("0."), reason="snnTorch before 1.0 knows no recurrent neurons of NIR"
+)
+def test_snntorchs_importer_runs_skips_and_loops_with_the_same_spikes():
+    """It has no delays, and leaves a bias in a loop out of the first step."""
+    net = SpikingNetwork(
+        {"a": LIF(**LEAK), "b": LIF(**LEAK)},
+        [Projection("input", "a", joined(INPUTS, 20, 1)), Projection("a", "a", joined(20, 20, 2, bias=False), delay=1),
+         Projection("a", "b", joined(20, 7, 3)), Projection("input", "b", joined(INPUTS, 7, 4))],
+        "b",
+        STEPS,
+    )  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it scales the threshold
+        theirs = import_from_nir(to_nir(with_other_weights(net)))
+    state, trains = None, []
+    with torch.no_grad():
+        for x_t in SAMPLES:
+            spikes, state = theirs(x_t, state)
+            trains.append(spikes)
+    assert torch.equal(torch.stack(trains), spikes_of(net)[-1])
+    with pytest.raises(ValueError, match="Delay"):
+        import_from_nir(to_nir(feedback()))
 
 
 def test_synaptic_neurons_and_neurons_without_leak_may_be_in_one_graph(tmp_path, caplog):

@@ -107,18 +107,22 @@ def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:
 
 
 def connection_density(masks: Mapping[str, Mapping[str, BlockMask]]) -> Figure:
-    """The share of the weights between each pair of groups that exist: one row per state, one column per connection.
-    The masks are given by these names: ``{"now": {"fc1": net.fc1.mask}}``.
+    """The share of the weights between each pair of groups that exist: one row per state, one column per connection,
+    and more rows for more than five. The masks are given by these names: ``{"now": {"fc1": net.fc1.mask}}``.
 
     Example:
         >>> masks = {name: connection.mask for name, connection in net.connections().items()}
         >>> connection_density({"now": masks}).savefig("density.png")
     """
-    connections = len(next(iter(masks.values())))
-    figure, axes = _figure(len(masks), connections, 3.4 * len(masks))
-    for row, (state, by_name) in enumerate(masks.items()):
-        for column, (name, mask) in enumerate(by_name.items()):
-            axis = axes[row, column]
+    count = len(next(iter(masks.values())))
+    lines = -(-count // 5)  # of each state
+    columns = -(-count // lines)
+    figure, axes = _figure(lines * len(masks), columns, min(3.4, WIDTH / columns + 0.9) * lines * len(masks))
+    for first, (state, by_name) in zip(range(0, lines * len(masks), lines), masks.items(), strict=True):
+        places = list(axes[first : first + lines].flat)
+        for axis in places[count:]:
+            axis.set_axis_off()
+        for axis, (name, mask) in zip(places, by_name.items(), strict=False):
             density = group_density(mask)
             outputs, inputs = density.shape
             aspect = "equal" if max(density.shape) <= 4 * min(density.shape) else "auto"

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from g2g_kernels import Activity, BlockMask, GroupLayout
 from g2gnet.inspect import NetworkAnalysis, group_density
-from g2gnet.network import G2GNet
+from g2gnet.spiking_network import SpikingNetwork
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^DvP*"
@@ -54,16 +54,22 @@ def style(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number // len(COLOURS) % len(MARKERS)]}
 
 
-def rasters(net: G2GNet, activity: Activity, sample: int = 0) -> list[Raster]:
-    """The spikes of one sample of a batch, layer by layer; ``activity`` is what ``net.simulate`` gave.
+def rasters(net: SpikingNetwork, activity: Activity, sample: int = 0) -> list[Raster]:
+    """The spikes of one sample of a batch, population by population; ``activity`` is what ``net.simulate`` gave.
 
     Example:
         >>> [raster.name for raster in rasters(net, net.simulate(torch.rand(3, 64)), sample=2)]
         ['lif1', 'lif2', 'lif3']
     """
+    connections, trains = net.connections(), activity.spikes
+    layouts: dict[int, GroupLayout] = {}
+    for route in net.routes():
+        layouts.setdefault(route.target, connections[route.name].mask.rows.layout)
     return [
-        Raster(f"lif{number}", spikes.dense()[:, sample].detach().cpu(), connection.mask.rows.layout)
-        for number, (spikes, (connection, _)) in enumerate(zip(activity.spikes, net.layers(), strict=True), 1)
+        Raster(name, spikes.dense()[:, sample].detach().cpu(), layouts[number])
+        for number, (name, spikes) in enumerate(
+            zip(net.populations, trains.values() if isinstance(trains, dict) else trains, strict=True)
+        )
     ]
 
 

@@ -211,6 +211,10 @@ def test_neurons_that_the_other_library_lacks_are_refused():
         to_nir(small_net(neuron="adlif"))
 
 
+class SynapticDelay(nn.Module):
+    """In place of the module of snnTorch's repository, of which no release has it."""
+
+
 def test_models_of_another_form_are_refused():
     leaky = snntorch.Leaky(beta=0.9)
     for model, message in (
@@ -220,6 +224,10 @@ def test_models_of_another_form_are_refused():
             "1 is a Linear, but snn.Leaky, snn.RLeaky, snn.Synaptic or snn.RSynaptic should come next",
         ),
         (nn.Sequential(nn.Linear(3, 3)), "the model has 1 nn.Linear and 0 snn.Leaky, snn.RLeaky, snn.S"),
+        (
+            nn.Sequential(nn.Linear(3, 3), SynapticDelay(), leaky),
+            "1 is a SynapticDelay; from_snntorch takes networks of",
+        ),
         (nn.Sequential(nn.Linear(3, 4), leaky, nn.Linear(3, 3), leaky), "the model has 2 nn.Linear and 1 snn.Leaky, "),
     ):
         with pytest.raises(ValueError, match=message):

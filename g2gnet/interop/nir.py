@@ -39,7 +39,7 @@ current: it is read as part of b.
 
 NIR cannot carry adaptive neurons; the reset by subtraction, since its neurons only reset to a value; decays of 1 beside
 others in one population, or of synaptic neurons; the encoding of samples. Surrogates, learnability, groups and units go
-into the nodes' metadata, which other tools do not read, and so do names inside of such graphs.
+into the nodes' metadata, which other tools do not read, and so do the names of networks that are no such chain.
 """
 
 import functools
@@ -120,8 +120,8 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
         raise ValueError(f"to_nir takes a SpikingNetwork, a SpikingStack or a G2GNet, not a {type(net).__name__}")
     _check_written(net)
     _POSITIVE.check("dt", dt)
-    connections, neurons, named = net.connections(), net.neurons(), not is_plain(net)
-    taken = {*connections, *neurons}
+    neurons = net.neurons()
+    taken = {*net.connections(), *neurons}
 
     def free(name: str) -> str:
         """The name of a node that no module has."""
@@ -135,13 +135,14 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
     edges: list[tuple[str, str]] = []
     sizes = dict(zip(net.populations, net.sizes))  # noqa: B905  (the last is the input's)
     cells = {name: _neurons_node(name, of, sizes[name], dt, nir) for name, of in neurons.items()}
+    joins = {name: _connection_node(connection, nir) for name, connection in net.connections().items()}
+    for name, node in () if is_plain(net) else (*cells.items(), *joins.items()):
+        node.metadata["name"] = name
     for route in net.routes():
-        target, connection = net.populations[route.target], _connection_node(connections[route.name], nir)
+        target, connection = net.populations[route.target], joins[route.name]
         of_one_step = route.source == route.target and route.most == 1 and not route.per_neuron
         if of_one_step and not isinstance(nodes.get(target), nir.NIRGraph):
             inner = {"input": _end(nir.Input, sizes[target]), "lif": cells[target], "w_rec": connection}
-            for name, node in ((target, cells[target]), (route.name, connection)) if named else ():
-                node.metadata["name"] = name
             loop = [("input", "lif"), ("lif", "w_rec"), ("w_rec", "lif"), ("lif", "output")]
             nodes[target] = nir.NIRGraph(nodes={**inner, "output": _end(nir.Output, sizes[target])}, edges=loop)
             continue
@@ -194,8 +195,8 @@ def from_nir(
     """The network of a NIR graph in which linear or affine nodes, and Delay nodes, join LIF, CubaLIF or IF nodes.
 
     Layers in a chain without delays, recurrent or not, are a :class:`SpikingStack`, numbered from the input on. Other
-    graphs are a :class:`SpikingNetwork` with the names of the nodes (``"a_b"`` of ``b`` in a graph ``a`` inside of the
-    graph). Weights and parameters are read as float32.
+    graphs, and what :func:`to_nir` wrote of other networks, are a :class:`SpikingNetwork` with the names of the nodes
+    (``"a_b"`` of ``b`` in a graph ``a`` inside of the graph). Weights and parameters are read as float32.
 
     Args:
         graph: a ``nir.NIRGraph``, as ``nir.read(file)`` gives it.
@@ -245,9 +246,10 @@ def from_nir(
         if link.target not in ours:
             ours[link.target] = _neurons(link.target, nodes[link.target], link.shape[0], dt, backend)
     _warn_of_the_hold([name for name in ours if isinstance(nodes[name], nir.CubaLIF)])
-    chain = _chain(links, output)
+    names = {name: _metadata_entry(name, nodes[name], "name", None, lambda _, of: of) for name in (*ours, *known)}
+    chain = None if any(names.values()) else _chain(links, output)
     if chain is None:
-        modules = {name: _module_name(name, nodes[name]) for name in (*ours, *(link.name for link in links))}
+        modules = {name: str(of or name.replace(".", "_")) for name, of in names.items()}
         for name, module in modules.items():
             if [*modules.values()].count(module) > 1:
                 raise ValueError(f"nodes {name} and another are both called {module!r} here; rename one")
@@ -417,10 +419,6 @@ def _chain(links: Sequence[_Link], output: str) -> list[tuple[_Link, _Link | Non
         layers.append((onward[0], loops[0] if loops else None))
         left = [link for link in left if link.target != name]
     return layers if name == output else None
-
-
-def _module_name(name: str, node: Any) -> str:
-    return _metadata_entry(name, node, "name", name.replace(".", "_"), lambda _, of: str(of))
 
 
 def _linear_kinds(nir: Any) -> tuple[type, ...]:

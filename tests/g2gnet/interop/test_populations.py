@@ -87,8 +87,19 @@ def of_the_command(**options):
     )  # fmt: skip
 
 
+def chain():
+    """What ``SpikingStack`` would be, with names."""
+    return SpikingNetwork(
+        {"a": LIF(**LEAK), "b": LIF(**LEAK)},
+        [Projection("input", "a", joined(INPUTS, 12, 1)), Projection("a", "a", joined(12, 12, 2, bias=False), delay=1),
+         Projection("a", "b", joined(12, 7, 3))],
+        "b",
+        STEPS,
+    )  # fmt: skip
+
+
 NETWORKS = {
-    "feedback": feedback, "loops": loops, "learned": learned, "flags": of_the_command,
+    "chain": chain, "feedback": feedback, "loops": loops, "learned": learned, "flags": of_the_command,
     "neurons": lambda: of_the_command(per_neuron=True, learn_delay=True),
 }  # fmt: skip
 

@@ -137,7 +137,7 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
     cells = {name: _neurons_node(name, of, sizes[name], dt, nir) for name, of in neurons.items()}
     joins = {name: _connection_node(connection, nir) for name, connection in net.connections().items()}
     for name, node in () if is_plain(net) else (*cells.items(), *joins.items()):
-        node.metadata["name"] = name
+        node.metadata["g2g_name"] = name
     for route in net.routes():
         target, connection = net.populations[route.target], joins[route.name]
         of_one_step = route.source == route.target and route.most == 1 and not route.per_neuron
@@ -168,6 +168,9 @@ def _check_written(net: SpikingNetwork) -> None:
                 )
             if "/" in name:
                 raise ValueError(f"{name!r} cannot be a name in NIR's files, where / joins names; choose another")
+    for number, name in enumerate(net.populations[:-1]):
+        if not any(route.source == number != route.target for route in net.routes()):
+            raise ValueError(f"{name} sends to no other population, and NIR takes it for an output; leave it out")
     if net.readout != "counts":
         raise ValueError(
             f"readout={net.readout!r} cannot be written to NIR, whose LIF nodes spike; train the network with "
@@ -246,10 +249,10 @@ def from_nir(
         if link.target not in ours:
             ours[link.target] = _neurons(link.target, nodes[link.target], link.shape[0], dt, backend)
     _warn_of_the_hold([name for name in ours if isinstance(nodes[name], nir.CubaLIF)])
-    names = {name: _metadata_entry(name, nodes[name], "name", None, lambda _, of: of) for name in (*ours, *known)}
+    names = {name: _metadata_entry(name, nodes[name], "g2g_name", "", _text) for name in (*ours, *known)}
     chain = None if any(names.values()) else _chain(links, output)
     if chain is None:
-        modules = {name: str(of or name.replace(".", "_")) for name, of in names.items()}
+        modules = {name: of or name.replace(".", "_") for name, of in names.items()}
         for name, module in modules.items():
             if [*modules.values()].count(module) > 1:
                 raise ValueError(f"nodes {name} and another are both called {module!r} here; rename one")
@@ -485,6 +488,12 @@ def _threshold(name: str, value: float) -> None:
 
 def _surrogate(key: str, value: Any) -> str:
     check_choice(key, value, SURROGATES)
+    return value
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is a {type(value).__name__}, not a str")
     return value
 
 

@@ -359,6 +359,8 @@ def test_masks_are_given_by_the_names_of_nodes_and_dots_become_modules():
         (two_areas(w=linear(6, 8)), "node w receives from nothing; a connection joins one population to one"),
         (two_areas(d=nir.Delay(np.ones(8))), "node d receives nothing"),
         (two_areas(c=lif(6)), "node c receives nothing; join it to the input by a Linear or Affine node"),
+        (two_areas(w2=nir.Linear(np.ones((6, 8)), metadata={"g2g_name": np.ones(3)})),
+         "node w2: metadata: g2g_name is a ndarray, not a str; mend or delete 'g2g_name'"),
         (two_areas([("a", "w"), ("w", "b")], w=linear(6, 7)), "w has 7 inputs, but a has 8 neurons"),
         (two_areas([("a", "forward"), ("forward", "b")], forward=linear(6, 8)), "'forward' is already an attribute"),
     ],
@@ -378,6 +380,15 @@ def test_networks_that_nir_cannot_carry_are_refused_by_name():
     named = SpikingNetwork({"v1/l4": LIF(**LEAK)}, [Projection("input", "v1/l4", joined(INPUTS, 8, 1))], "v1/l4", STEPS)
     with pytest.raises(ValueError, match="'input_to_v1/l4' cannot be a name in NIR's files"):
         to_nir(named)
+    aside = SpikingNetwork(
+        {"a": LIF(**LEAK), "b": LIF(**LEAK)},
+        [Projection("input", "a", joined(INPUTS, 8, 1)), Projection("a", "b", joined(8, 6, 2)),
+         Projection("b", "b", joined(6, 6, 3), delay=1)],
+        "a",
+        STEPS,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="b sends to no other population, and NIR takes it for an output"):
+        to_nir(aside)
     other = SpikingNetwork({"a": LIF(**LEAK)}, [Projection("input", "a", torch.nn.Linear(INPUTS, 8))], "a", STEPS)
     with pytest.raises(ValueError, match="input_to_a is a Linear; only G2GLinear and the neurons of g2gnet convert"):
         to_nir(other)

@@ -88,9 +88,8 @@ def picture(figure: Figure, caption: str) -> str:
     data = base64.b64encode(content.getvalue()).decode()
     text = html.escape(caption)
     width = float(figure.get_figwidth())
-    style = f"max-width: {6.5 * width:g}rem" + "; min-width: 0" * (
-        width < NARROW
-    )  # letters of one size on all pictures
+    # letters are of one size on all pictures
+    style = f"max-width: {6.5 * width:g}rem" + "; min-width: 0" * (width < NARROW)
     return (
         f'<figure>\n<div class="wide"><img alt="{text}" style="{style}" src="data:image/png;base64,{data}"></div>\n'
         f"<figcaption>{text}</figcaption>\n</figure>"

@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/concepts.md, each from what the library itself computes.
+"""Draws the pictures of docs/concepts.md and docs/populations.md, each from what the library itself computes.
 
 pip install -e ".[plots]" && python docs/draw_concepts.py
 """
@@ -15,9 +15,11 @@ from matplotlib.patheffects import withStroke
 
 from g2g_kernels import BlockMask, GroupLayout, lif_step
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2gnet import DSTScheduler, G2GLinear, G2GNet
+from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, Projection, SpikingNetwork
 from g2gnet.data import as_samples, load_dataset
 from g2gnet.dst.scores import unit_correlation
+from g2gnet.inspect import figures
+from g2gnet.inspect.population_graph import population_graph
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -255,17 +257,57 @@ def draw_recurrence() -> Figure:
     return figure
 
 
+# --- populations --------------------------------------------------------------------------------------------------
+
+
+def two_areas() -> tuple[SpikingNetwork, torch.Tensor]:
+    """The network of docs/populations.md, and its inputs."""
+    draw = torch.Generator().manual_seed(0)
+
+    def joined(source: int, target: int, bias: bool = True) -> G2GLinear:
+        mask = BlockMask.sample(GroupLayout(target), GroupLayout(source), p_inter=0.2, block_size=4, generator=draw)
+        return G2GLinear(mask, bias=bias, generator=draw)
+
+    net = SpikingNetwork(
+        {"v1": LIF(threshold=0.5), "lm": AdLIF(threshold=0.3), "out": LIF()},
+        [
+            Projection("input", "v1", joined(64, 128)),
+            Projection("v1", "lm", joined(128, 96), delay=4),
+            Projection("lm", "v1", joined(96, 128, bias=False), delay=6),
+            Projection("lm", "out", joined(96, 10), delay=torch.randint(0, 9, (96,), generator=draw)),
+        ],
+        output="out",
+        T=30,
+    )
+    net.v1_to_lm.bias.data.zero_()
+    return net, torch.rand(32, 64, generator=draw) * 4
+
+
+def draw_populations() -> Figure:
+    return population_graph(two_areas()[0])
+
+
+def draw_lag() -> Figure:
+    net, inputs = two_areas()
+    with torch.no_grad():
+        activity = net.simulate(inputs)
+    return figures.spike_rasters(figures.rasters(net, activity), "one sample")
+
+
 PICTURES = {
     "units.png": draw_units,
     "readouts.png": draw_readouts,
     "dst.png": draw_dst,
     "lif.png": draw_lif,
     "over-time.png": draw_recurrence,
+    "populations.png": draw_populations,
+    "populations-spikes.png": draw_lag,
 }
 
 
 def draw(folder: Path) -> None:
     for name, picture in PICTURES.items():
+        figure = picture()
         figure = picture()
         figure.savefig(folder / name, dpi=110)
         plt.close(figure)

@@ -8,6 +8,7 @@ from torch import nn
 from g2g_kernels import Activity
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
+from g2gnet.projections import Route
 from g2gnet.spiking_network import Projection, SpikingNetwork
 
 Pair = tuple[G2GLinear, SpikingNeurons]
@@ -67,6 +68,11 @@ class SpikingStack(SpikingNetwork):
         return activity  # by number
 
 
+def is_plain(net: SpikingNetwork) -> bool:
+    """Whether a network has layers in a chain, recurrent or not, and no other delays."""
+    return isinstance(net, SpikingStack) and not _other_routes(net)
+
+
 def plain_layers(net: nn.Module, where: str) -> list[tuple[G2GLinear, SpikingNeurons, G2GLinear | None]]:
     """(connection, neurons, recurrent connection or None) of each layer, for what knows nothing else (``where``).
 
@@ -75,14 +81,22 @@ def plain_layers(net: nn.Module, where: str) -> list[tuple[G2GLinear, SpikingNeu
     """
     if not isinstance(net, SpikingStack):
         raise ValueError(f"{where} takes a SpikingStack or a G2GNet, not a {type(net).__name__}")
-    for route in net.routes():
-        expected = (route.target - 1, 0) if route.name.startswith("fc") else (route.target, 1)
-        if (route.source, route.most) != expected or route.per_neuron:
-            raise ValueError(
-                f"{where} has no form for {route.name}, with delays up to {route.most} steps from population "
-                f"{route.source + 1} to {route.target + 1}; it takes layers in a chain, recurrent or not"
-            )
+    for route in _other_routes(net):
+        raise ValueError(
+            f"{where} has no form for {route.name}, with delays up to {route.most} steps from population "
+            f"{route.source + 1} to {route.target + 1}; it takes layers in a chain, recurrent or not"
+        )
     return [(*pair, recurrent) for pair, recurrent in zip(net.layers(), net.recurrents(), strict=True)]
+
+
+def _other_routes(net: SpikingStack) -> list[Route]:
+    """The connections that are neither ``fc`` without delay nor ``rec`` one step later."""
+    return [
+        route
+        for route in net.routes()
+        if route.per_neuron
+        or (route.source, route.most) != ((route.target - 1, 0) if route.name.startswith("fc") else (route.target, 1))
+    ]
 
 
 def chain(layers: Iterable[Pair | RecurrentLayer]) -> tuple[dict[str, nn.Module], dict[str, Projection]]:

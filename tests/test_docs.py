@@ -87,7 +87,13 @@ def test_the_pictures_can_be_drawn_again(name, tmp_path):
 # --- examples -----------------------------------------------------------------------------------------------------
 
 #: packages of which each public class and function has an example
-WITH_EXAMPLES = (*PACKAGES, "g2gnet.inspect.figures", "g2gnet.weights.densities", "g2gnet.weights.patterns")
+WITH_EXAMPLES = (
+    *PACKAGES,
+    "g2gnet.inspect.figures",
+    "g2gnet.inspect.population_graph",
+    "g2gnet.weights.densities",
+    "g2gnet.weights.patterns",
+)
 
 
 def public(package):

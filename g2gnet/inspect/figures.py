@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from g2g_kernels import Activity, BlockMask, GroupLayout
 from g2gnet.inspect import NetworkAnalysis, group_density
-from g2gnet.network import G2GNet
+from g2gnet.spiking_network import SpikingNetwork
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^DvP*"
@@ -54,16 +54,22 @@ def style(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number // len(COLOURS) % len(MARKERS)]}
 
 
-def rasters(net: G2GNet, activity: Activity, sample: int = 0) -> list[Raster]:
-    """The spikes of one sample of a batch, layer by layer; ``activity`` is what ``net.simulate`` gave.
+def rasters(net: SpikingNetwork, activity: Activity, sample: int = 0) -> list[Raster]:
+    """The spikes of one sample of a batch, population by population; ``activity`` is what ``net.simulate`` gave.
 
     Example:
         >>> [raster.name for raster in rasters(net, net.simulate(torch.rand(3, 64)), sample=2)]
         ['lif1', 'lif2', 'lif3']
     """
+    connections, trains = net.connections(), activity.spikes
+    layouts: dict[int, GroupLayout] = {}
+    for route in net.routes():
+        layouts.setdefault(route.target, connections[route.name].mask.rows.layout)
     return [
-        Raster(f"lif{number}", spikes.dense()[:, sample].detach().cpu(), connection.mask.rows.layout)
-        for number, (spikes, (connection, _)) in enumerate(zip(activity.spikes, net.layers(), strict=True), 1)
+        Raster(name, spikes.dense()[:, sample].detach().cpu(), layouts[number])
+        for number, (name, spikes) in enumerate(
+            zip(net.populations, trains.values() if isinstance(trains, dict) else trains, strict=True)
+        )
     ]
 
 
@@ -107,18 +113,22 @@ def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:
 
 
 def connection_density(masks: Mapping[str, Mapping[str, BlockMask]]) -> Figure:
-    """The share of the weights between each pair of groups that exist: one row per state, one column per connection.
-    The masks are given by these names: ``{"now": {"fc1": net.fc1.mask}}``.
+    """The share of the weights between each pair of groups that exist: one row per state, one column per connection,
+    and more rows for more than five. The masks are given by these names: ``{"now": {"fc1": net.fc1.mask}}``.
 
     Example:
         >>> masks = {name: connection.mask for name, connection in net.connections().items()}
         >>> connection_density({"now": masks}).savefig("density.png")
     """
-    connections = len(next(iter(masks.values())))
-    figure, axes = _figure(len(masks), connections, 3.4 * len(masks))
-    for row, (state, by_name) in enumerate(masks.items()):
-        for column, (name, mask) in enumerate(by_name.items()):
-            axis = axes[row, column]
+    count = len(next(iter(masks.values())))
+    lines = -(-count // 5)  # of each state
+    columns = -(-count // lines)
+    figure, axes = _figure(lines * len(masks), columns, min(3.4, WIDTH / columns + 0.9) * lines * len(masks))
+    for first, (state, by_name) in zip(range(0, lines * len(masks), lines), masks.items(), strict=True):
+        places = list(axes[first : first + lines].flat)
+        for axis in places[count:]:
+            axis.set_axis_off()
+        for axis, (name, mask) in zip(places, by_name.items(), strict=False):
             density = group_density(mask)
             outputs, inputs = density.shape
             aspect = "equal" if max(density.shape) <= 4 * min(density.shape) else "auto"

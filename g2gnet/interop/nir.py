@@ -1,4 +1,4 @@
-"""Stacks to and from NIR, the Neuromorphic Intermediate Representation (Pedersen et al. 2024).
+"""Networks to and from NIR, the Neuromorphic Intermediate Representation (Pedersen et al. 2024).
 
 NIR describes neurons in continuous time; the time step Δt is chosen when they are run. Its LIF is
 
@@ -24,14 +24,22 @@ Here :func:`to_nir` writes w_in = τ_syn/Δt and R = τ_mem/Δt, so that g = 1 a
 demands. The resets differ slightly: in the step after a spike NIR's membrane charges from zero, while that of
 ``Synaptic`` stays at zero, as in snnTorch. A warning says so.
 
-A recurrent connection V is a loop of two nodes, neurons → linear → neurons. Its spikes take one time step, as in all
-tools that run NIR step by step. :func:`to_nir` writes the layer as a graph inside of the graph, with the nodes
-``input``, ``lif``, ``w_rec``, ``output``; snnTorch writes the same nodes without that graph. A bias in the loop is a
-constant current: it is read as part of b.
+Edges into a node add up, and Delay(τ) is y(t) = x(t − τ). A projection of delay d is source → Delay(d·Δt) → linear →
+target, with τ in seconds, one for each neuron of the source. What is read has to be whole steps. A Delay behind a
+linear node without a bias does the same, if it is one for all neurons. Learned delays are written as they act, in whole
+steps.
+
+A recurrent connection V is a loop of two nodes, neurons → linear → neurons. Where it has no Delay, its spikes take one
+time step, the least that can be, as in all tools that run NIR step by step. A Delay says all of its delay: Δt is one
+step, and nothing is added, as NIR's time is continuous. (The executor of nirtorch adds a step to the Delay of a cycle.)
+In a longer cycle without any Delay NIR leaves open which edge takes the step: it is refused. :func:`to_nir` writes a
+population with a connection of one step to itself as a graph inside of the graph, with the nodes ``input``, ``lif``,
+``w_rec``, ``output``; snnTorch writes the same nodes without that graph. In a chain, a bias in the loop is a constant
+current: it is read as part of b.
 
 NIR cannot carry adaptive neurons; the reset by subtraction, since its neurons only reset to a value; decays of 1 beside
 others in one population, or of synaptic neurons; the encoding of samples. Surrogates, learnability, groups and units go
-into the nodes' metadata, which other tools do not read. A graph with delays is refused.
+into the nodes' metadata, which other tools do not read, and so do the names of networks that are no such chain.
 """
 
 import functools
@@ -53,7 +61,9 @@ from g2gnet.base.optional import optional_package
 from g2gnet.interop.arrays import FINITE, numbers
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
-from g2gnet.stack import Pair, RecurrentLayer, SpikingStack, plain_layers
+from g2gnet.projections import DELAY, Projection, Route
+from g2gnet.spiking_network import SpikingNetwork
+from g2gnet.stack import Pair, RecurrentLayer, SpikingStack, is_plain
 
 logger = logging.getLogger("g2gnet")
 
@@ -85,11 +95,11 @@ _POSITIVE = Number(0, open_low=True)
 DEFAULT_DT = 1e-4
 
 
-def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
-    """The ``nir.NIRGraph`` of a stack: input → fc1 → lif1 → fc2 → … → output; a recurrent layer's lif is a graph.
+def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
+    """The ``nir.NIRGraph`` of a network: a node for each population, connection and delay, by the network's names.
 
     Args:
-        stack: its neurons have reset to zero.
+        net: its neurons have reset to zero.
         dt: the time step, in seconds, with which the graph will be run.
 
     Raises:
@@ -101,42 +111,80 @@ def to_nir(stack: SpikingStack, dt: float = DEFAULT_DT) -> Any:
         >>> graph = to_nir(G2GNet(64, 32, 10, block_size=4, reset="zero"))
         >>> list(graph.nodes)
         ['input', 'fc1', 'lif1', 'fc2', 'lif2', 'fc3', 'lif3', 'output']
+        >>> graph = to_nir(G2GNet(64, 32, 10, block_size=4, reset="zero", delay=9), dt=1e-3)
+        >>> graph.edges[:3], graph.nodes["fc1_delay"].delay.shape
+        ([('input', 'fc1_delay'), ('fc1_delay', 'fc1'), ('fc1', 'lif1')], (64,))
     """
     nir = optional_package("nir", "interop", _LEAST_NIR)
-    layers = plain_layers(stack, "to_nir")
-    if stack.readout != "counts":
+    if not isinstance(net, SpikingNetwork):
+        raise ValueError(f"to_nir takes a SpikingNetwork, a SpikingStack or a G2GNet, not a {type(net).__name__}")
+    _check_written(net)
+    _POSITIVE.check("dt", dt)
+    neurons = net.neurons()
+    taken = {*net.connections(), *neurons}
+
+    def free(name: str) -> str:
+        """The name of a node that no module has."""
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        return name
+
+    start, end = free("input"), free("output")
+    nodes = {start: _end(nir.Input, net.sizes[-1])}
+    edges: list[tuple[str, str]] = []
+    sizes = dict(zip(net.populations, net.sizes))  # noqa: B905  (the last is the input's)
+    cells = {name: _neurons_node(name, of, sizes[name], dt, nir) for name, of in neurons.items()}
+    joins = {name: _connection_node(connection, nir) for name, connection in net.connections().items()}
+    for name, node in () if is_plain(net) else (*cells.items(), *joins.items()):
+        node.metadata["g2g_name"] = name
+    for route in net.routes():
+        target, connection = net.populations[route.target], joins[route.name]
+        of_one_step = route.source == route.target and route.most == 1 and not route.per_neuron
+        if of_one_step and not isinstance(nodes.get(target), nir.NIRGraph):
+            inner = {"input": _end(nir.Input, sizes[target]), "lif": cells[target], "w_rec": connection}
+            loop = [("input", "lif"), ("lif", "w_rec"), ("w_rec", "lif"), ("lif", "output")]
+            nodes[target] = nir.NIRGraph(nodes={**inner, "output": _end(nir.Output, sizes[target])}, edges=loop)
+            continue
+        way = [start if route.source < 0 else net.populations[route.source], route.name, target]
+        if (route.most or route.per_neuron) and not of_one_step:
+            way.insert(1, free(f"{route.name}_delay"))
+            nodes[way[1]] = _delay_node(net, route, dt, nir)
+        nodes[route.name] = connection
+        nodes.setdefault(target, cells[target])
+        edges += itertools.pairwise(way)  # in the order in which currents are added up
+    nodes[end] = _end(nir.Output, net.sizes[net.depth - 1])
+    _warn_of_the_hold([name for name, of in neurons.items() if of.model.name == "synaptic"])
+    return nir.NIRGraph(nodes=nodes, edges=[*edges, (net.populations[-1], end)])
+
+
+def _check_written(net: SpikingNetwork) -> None:
+    """Raises ValueError for what NIR has no form of."""
+    for kind, modules in ((G2GLinear, net.connections()), (SpikingNeurons, net.neurons())):
+        for name, module in modules.items():
+            if not isinstance(module, kind):
+                raise ValueError(
+                    f"{name} is a {type(module).__name__}; only G2GLinear and the neurons of g2gnet convert"
+                )
+            if "/" in name:
+                raise ValueError(f"{name!r} cannot be a name in NIR's files, where / joins names; choose another")
+    for number, name in enumerate(net.populations[:-1]):
+        if not any(route.source == number != route.target for route in net.routes()):
+            raise ValueError(f"{name} sends to no other population, and NIR takes it for an output; leave it out")
+    if net.readout != "counts":
         raise ValueError(
-            f"readout={stack.readout!r} cannot be written to NIR, whose LIF nodes spike; train the network with "
+            f"readout={net.readout!r} cannot be written to NIR, whose LIF nodes spike; train the network with "
             "readout='counts' (train.py --readout counts)"
         )
-    for number, (_, neurons, _) in enumerate(layers, 1):  # no reset makes them fit
+    for name, neurons in net.neurons().items():  # no reset makes them fit
         if neurons.model.name not in _FORMS:
-            raise ValueError(
-                f"lif{number}: NIR has no {neurons.model.name!r} neurons; only {', '.join(_FORMS)} convert"
-            )
-    for _, neurons, _ in layers:
+            raise ValueError(f"{name}: NIR has no {neurons.model.name!r} neurons; only {', '.join(_FORMS)} convert")
+    for neurons in net.neurons().values():
         if neurons.reset != "zero":
             raise ValueError(
                 f"reset={neurons.reset!r} cannot be written to NIR, whose neurons reset to a value; train the network "
                 "with reset='zero' (train.py --reset zero)"
             )
-    _POSITIVE.check("dt", dt)
-    nodes = {"input": _end(nir.Input, layers[0][0].in_features)}
-    held = []
-    for number, (connection, neurons, recurrent) in enumerate(layers, 1):
-        size = connection.out_features
-        nodes[f"fc{number}"] = _connection_node(connection, nir)
-        node = _neurons_node(f"lif{number}", neurons, size, dt, nir)
-        if isinstance(node, nir.CubaLIF):
-            held.append(f"lif{number}")
-        if recurrent is not None:
-            inner = {"input": _end(nir.Input, size), "lif": node, "w_rec": _connection_node(recurrent, nir)}
-            edges = [("input", "lif"), ("lif", "w_rec"), ("w_rec", "lif"), ("lif", "output")]
-            node = nir.NIRGraph(nodes={**inner, "output": _end(nir.Output, size)}, edges=edges)
-        nodes[f"lif{number}"] = node
-    nodes["output"] = _end(nir.Output, size)
-    _warn_of_the_hold(held)
-    return nir.NIRGraph(nodes=nodes, edges=list(itertools.pairwise(nodes)))
 
 
 def from_nir(
@@ -146,21 +194,24 @@ def from_nir(
     *,
     T: int,  # noqa: N803  (the field's name for it)
     backend: str | None = None,
-) -> SpikingStack:
-    """The stack of a NIR graph in which linear or affine nodes alternate with LIF, CubaLIF or IF nodes.
+) -> SpikingNetwork:
+    """The network of a NIR graph in which linear or affine nodes, and Delay nodes, join LIF, CubaLIF or IF nodes.
 
-    Neurons may lead back to themselves through one linear or affine node, the layer's recurrent connection.
+    Layers in a chain without delays, recurrent or not, are a :class:`SpikingStack`, numbered from the input on. Other
+    graphs, and what :func:`to_nir` wrote of other networks, are a :class:`SpikingNetwork` with the names of the nodes
+    (``"a_b"`` of ``b`` in a graph ``a`` inside of the graph). Weights and parameters are read as float32.
 
     Args:
         graph: a ``nir.NIRGraph``, as ``nir.read(file)`` gives it.
         dt: the time step, in seconds, for which the graph was made.
         masks: by name of a node (``"lif1.w_rec"`` of one in a graph inside of the graph), the weights that exist, as
             for :meth:`G2GLinear.from_linear`. Other nodes have the mask of their metadata, or every weight.
-        T, backend: of the stack; a graph does not say for how many steps inputs [B, D] are held.
+        T, backend: of the network; a graph does not say for how many steps inputs [B, D] are held.
 
     Raises:
-        ValueError: for a graph of another form, neurons that the stack does not have, or numbers that no network has
-            (NaN, infinite or complex; a time constant or input strength that is not above 0; a threshold below 0).
+        ValueError: for a graph of another form, neurons that the network does not have, delays that are no whole number
+            of steps, a cycle of several populations without delay, or numbers that no network has (NaN, infinite or
+            complex; a time constant or input strength that is not above 0; a threshold or a delay below 0).
         ImportError: if the package ``nir``, 1.0.7 or newer, is not installed.
 
     Example:
@@ -176,61 +227,218 @@ def from_nir(
     if not isinstance(masks or {}, Mapping):
         raise ValueError(f"masks is a {type(masks).__name__}; give a dict of masks by the name of their node")
     masks = masks or {}
-    chain = _chain(graph, nir)
-    linear, neurons = chain[::2], chain[1::2]
-    for kinds, found in ((_linear_kinds(nir), linear), (tuple(getattr(nir, kind) for kind in _READ), neurons)):
-        for name, node, _ in found:
-            if node is None:
-                raise ValueError(f"node {name} is empty: the tool that wrote the graph could not express it in NIR")
-            if not isinstance(node, kinds):
-                raise ValueError(
-                    f"node {name} is a {type(node).__name__}; a stack takes Affine or Linear and LIF, CubaLIF or IF "
-                    "nodes in turn"
-                )
-    if not linear or len(linear) != len(neurons):
-        raise ValueError(
-            f"the graph has {len(linear)} linear and {len(neurons)} LIF, CubaLIF or IF nodes; each needs the other"
-        )
-    known = [name for name, *_ in linear] + [recurrent[0] for *_, recurrent in neurons if recurrent is not None]
+    nodes, edges = _flattened(graph, nir)
+    kinds = nir.Input, nir.Output, nir.Delay, *_linear_kinds(nir), *_neuron_kinds(nir)
+    for name, node in nodes.items():
+        if node is None:
+            raise ValueError(f"node {name} is empty: the tool that wrote the graph could not express it in NIR")
+        if not isinstance(node, kinds):
+            raise ValueError(
+                f"node {name} is a {type(node).__name__}; a network takes Affine, Linear, Delay, LIF, CubaLIF and IF"
+            )
+    links, output = _links(nodes, edges, dt, nir)
+    known = sorted(link.name for link in links)
     if unknown := set(masks) - set(known):
         raise ValueError(f"masks names {', '.join(sorted(unknown))}, the graph {', '.join(known)}")
 
-    def connection(name: str, node: Any, bias: np.ndarray | None) -> G2GLinear:
-        return _connection(name, node, bias, masks.get(name), backend)
+    def connection(link: _Link, bias: np.ndarray | None) -> G2GLinear:
+        return _connection(link.name, nodes[link.name], bias, masks.get(link.name), backend)
 
+    ours = {}
+    for link in links:
+        if link.target not in ours:
+            ours[link.target] = _neurons(link.target, nodes[link.target], link.shape[0], dt, backend)
+    _warn_of_the_hold([name for name in ours if isinstance(nodes[name], nir.CubaLIF)])
+    names = {name: _metadata_entry(name, nodes[name], "g2g_name", "", _text) for name in (*ours, *known)}
+    chain = None if any(names.values()) else _chain(links, output)
+    if chain is None:
+        modules = {name: of or name.replace(".", "_") for name, of in names.items()}
+        for name, module in modules.items():
+            if [*modules.values()].count(module) > 1:
+                raise ValueError(f"nodes {name} and another are both called {module!r} here; rename one")
+        projections = {
+            modules[link.name]: Projection(
+                "input" if link.source is None else modules[link.source],
+                modules[link.target],
+                connection(link, link.bias),
+                *link.later,
+            )
+            for link in links
+        }
+        populations = {modules[name]: neurons for name, neurons in ours.items()}
+        return SpikingNetwork(populations, projections, modules[output], T, backend=backend)
     layers: list[Pair | RecurrentLayer] = []
-    for (name, node, _), (lif_name, lif_node, recurrent) in zip(linear, neurons, strict=True):
-        size = len(numbers(f"node {name}: weight", node.weight))
-        ours = _neurons(lif_name, lif_node, size, dt, backend)
-        bias = _bias(name, node, size)
-        if recurrent is None:
-            layers.append((connection(name, node, bias), ours))
+    for link, loop in chain:
+        if loop is None:
+            layers.append((connection(link, link.bias), ours[link.target]))
             continue
-        in_loop = _bias(*recurrent, size)
-        if in_loop is not None and in_loop.any():  # tools that know no Linear write an Affine with zeros
-            bias = in_loop if bias is None else bias + in_loop
-        layers.append((connection(name, node, bias), ours, connection(*recurrent, None)))
-    _warn_of_the_hold([name for name, node, _ in neurons if isinstance(node, nir.CubaLIF)])
+        bias = link.bias
+        if loop.bias is not None and loop.bias.any():  # tools that know no Linear write an Affine with zeros
+            bias = loop.bias if bias is None else bias + loop.bias
+        layers.append((connection(link, bias), ours[link.target], connection(loop, None)))
     return SpikingStack(layers, T, backend)
 
 
-_LOOPS = (
-    "a stack has loops of a layer's neurons and one Linear or Affine node only, by which their spikes return one step "
-    "later"
-)
+class _Later(NamedTuple):
+    """The delays of a projection, as :class:`Projection` takes them."""
+
+    delay: int | torch.Tensor = 0
+    learn_delay: bool = False
+    max_delay: int | None = None
+
+
+class _Link(NamedTuple):
+    """A linear node, the neurons before it (None: the input) and those behind it, and the delays on the way."""
+
+    name: str
+    source: str | None
+    target: str
+    shape: tuple[int, int]
+    bias: np.ndarray | None
+    later: _Later
+
+    def takes(self, steps: int) -> bool:
+        """Whether this is the delay of all neurons, and stays it."""
+        return isinstance(self.later.delay, int) and self.later == (steps, *_Later()[1:])
+
+
+def _links(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: float, nir: Any) -> tuple[list[_Link], str]:
+    """All linear nodes in the order of the edges, and the neurons that lead to the output. Raises ValueError for edges
+    that are on no way from neurons, or the input, by one of them to neurons.
+    """
+    start, end = (_end_of("the graph", nodes, edges, kind) for kind in (nir.Input, nir.Output))
+    edges = list(edges)
+    if not isinstance(nodes[start], nir.Input):  # tools that write no ends
+        nodes, edges, start = {**nodes, "": _end(nir.Input, 1)}, [("", start), *edges], ""
+    before = {name: [one for one, other in edges if other == name] for name in nodes}
+    behind = {name: [other for one, other in edges if one == name] for name in nodes}
+    sources, targets = (nir.Input, *_neuron_kinds(nir)), _neuron_kinds(nir)
+    left, links = dict.fromkeys(edges), []
+
+    def way(name: str, onward: Mapping[str, list[str]], ends: tuple[type, ...], verb: str) -> list[str]:
+        """The Delay nodes from a linear node on, and the neurons behind them."""
+        found = [name]
+        while len(found) == 1 or isinstance(nodes[found[-1]], nir.Delay):
+            last = found[-1]
+            if len(onward[last]) != 1 or onward[last][0] in found:
+                others = ", ".join(onward[last]) or "nothing"
+                raise ValueError(
+                    f"node {last} {verb} {others}; a connection joins one population to one, so give each pair a "
+                    "linear node of its own"
+                )
+            found += onward[last]
+        if not isinstance(nodes[found[-1]], ends):
+            raise ValueError(
+                f"node {found[-2]} {verb} {found[-1]}, a {type(nodes[found[-1]]).__name__}; a linear node joins "
+                "neurons (or the input) to neurons"
+            )
+        return found[1:]
+
+    for name in dict.fromkeys([*itertools.chain(*edges), *nodes]):
+        if not isinstance(nodes[name], _linear_kinds(nir)):
+            continue
+        back, ahead = way(name, before, sources, "receives from"), way(name, behind, targets, "leads to")
+        for edge in itertools.pairwise([*back[::-1], name, *ahead]):
+            left.pop(edge, None)
+        weight = numbers(f"node {name}: weight", nodes[name].weight)
+        bias, (*delays, source), (*after, target) = _bias(name, nodes[name], len(weight)), back, ahead
+        if delays or after:
+            of = {each: nodes[each] for each in (*delays, *after)}
+            later = _later(name, of, delays, (weight.shape[1], weight.shape[0]), bias, dt)
+        else:  # in a loop the least that a time step allows
+            later = _Later(int(source == target))
+        links.append(_Link(name, None if source == start else source, target, weight.shape, bias, later))
+    if isinstance(nodes[end], nir.Output):
+        if len(before[end]) != 1 or not isinstance(nodes[before[end][0]], targets):
+            others = ", ".join(f"{name} ({type(nodes[name]).__name__})" for name in before[end]) or "nothing"
+            raise ValueError(f"the output receives from {others}; it takes the spikes of one population")
+        left.pop((before[end][0], end))
+        end = before[end][0]
+    for one, other in left:
+        raise ValueError(
+            f"the edge {one} → {other} is on no way from neurons, or the input, to neurons by one Linear or Affine "
+            "node; join them by such a node, of the identity for spikes as they are"
+        )
+    for name, node in nodes.items():
+        if isinstance(node, (nir.Delay, *targets)) and not before[name]:
+            raise ValueError(f"node {name} receives nothing; join it to the input by a Linear or Affine node")
+    return links, end
+
+
+def _later(
+    name: str,
+    nodes: Mapping[str, Any],
+    before: Sequence[str],
+    sizes: tuple[int, int],
+    bias: np.ndarray | None,
+    dt: float,
+) -> _Later:
+    """The delays that Delay ``nodes`` before and behind the linear node ``name`` give to the neurons of its source."""
+    seconds = np.zeros(1)
+    for each, node in nodes.items():
+        of_node = numbers(f"node {each}: delay", node.delay, sizes[each not in before], Number(0).check)
+        if each not in before:
+            if differing := np.flatnonzero(of_node != of_node[0]).tolist():
+                raise ValueError(
+                    f"node {each}, behind node {name}, delays neuron {differing[0]} by {of_node[differing[0]]:g} s and "
+                    f"neuron 0 by {of_node[0]:g} s; delays are those of a source's neurons, so put them before {name}"
+                )
+            if of_node[0] and bias is not None and bias.any():
+                raise ValueError(
+                    f"node {each} delays the bias of node {name}, and ours acts from the first step on; put the Delay "
+                    f"before {name}"
+                )
+            of_node = of_node[:1]
+        seconds = seconds + of_node
+    steps = seconds / dt
+    whole = steps.round()
+    close = np.abs(steps - whole) <= 1e-6 * np.maximum(1, steps)  # float32 rounds by less
+    for neuron in np.flatnonzero(~close).tolist():
+        raise ValueError(
+            f"node {', '.join(nodes)} delays neuron {neuron} by {seconds[neuron]:g} s, {steps[neuron]:g} steps of "
+            f"dt={dt:g} s; delays are whole numbers of steps: round them, or give the dt that the graph was made for"
+        )
+    delay = torch.from_numpy(whole.clip(max=2**62)).long()
+    (first, node), *more = nodes.items()
+    read = functools.partial(_metadata_entry, first, node)
+    learned = not more and read("learn_delay", False, check_flag)
+    most = None if more else read("max_delay", None, lambda key, of: of if of is None else DELAY.check(key, of))
+    alone = bool((delay == delay[0]).all()) and most is None
+    return _Later(int(delay[0]) if alone else delay.expand(sizes[0]).clone(), learned, most)
+
+
+def _chain(links: Sequence[_Link], output: str) -> list[tuple[_Link, _Link | None]] | None:
+    """The layers of a stack, each with its loop; None: the graph is no chain without delays."""
+    layers: list[tuple[_Link, _Link | None]] = []
+    left, name = list(links), None
+    while left:
+        onward = [link for link in left if link.source == name]
+        if len(onward) != 1 or not onward[0].takes(0):
+            return None
+        name = onward[0].target
+        loops = [link for link in left if link.target == name and link is not onward[0]]
+        if len(loops) > 1 or not all(link.source == name and link.takes(1) for link in loops):
+            return None
+        layers.append((onward[0], loops[0] if loops else None))
+        left = [link for link in left if link.target != name]
+    return layers if name == output else None
 
 
 def _linear_kinds(nir: Any) -> tuple[type, ...]:
     return nir.Affine, nir.Linear
 
 
-def _end_of(what: str, nodes: dict[str, Any], edges: list[tuple[str, str]], kind: Any) -> str:
+def _neuron_kinds(nir: Any) -> tuple[type, ...]:
+    return tuple(getattr(nir, kind) for kind in _READ)
+
+
+def _end_of(what: str, nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], kind: Any) -> str:
     """The one input or output of a graph, whose node some tools leave out."""
     side = 1 if kind.__name__ == "Input" else 0
     joined = {edge[side] for edge in edges}
     found = [name for name, node in nodes.items() if isinstance(node, kind)] or [n for n in nodes if n not in joined]
     if len(found) != 1:
-        raise ValueError(f"{what} has {len(found)} {kind.__name__.lower()}s; a stack takes graphs with one")
+        raise ValueError(f"{what} has {len(found)} {kind.__name__.lower()}s; a network takes graphs with one")
     return found[0]
 
 
@@ -239,6 +447,7 @@ def _flattened(graph: Any, nir: Any, prefix: str = "") -> tuple[dict[str, Any], 
     nodes: dict[str, Any] = {}
     edges: list[tuple[str, str]] = []
     ends: dict[str, tuple[str, str]] = {}
+    inside: dict[str, list[tuple[str, str]]] = {}
     for key, node in graph.nodes.items():
         name = prefix + key
         if isinstance(node, nir.NIRGraph):
@@ -246,7 +455,7 @@ def _flattened(graph: Any, nir: Any, prefix: str = "") -> tuple[dict[str, Any], 
             first, last = (_end_of(f"the graph {name}", *inner, kind) for kind in (nir.Input, nir.Output))
             ends[name] = first, last
             nodes |= inner[0]
-            edges += inner[1]
+            inside[name] = inner[1]
         else:
             nodes[name] = node
     for edge in graph.edges:
@@ -254,6 +463,8 @@ def _flattened(graph: Any, nir: Any, prefix: str = "") -> tuple[dict[str, Any], 
             raise ValueError(f"the edge {tuple(edge)} does not join two of the nodes {', '.join(graph.nodes)}")
         source, target = (prefix + end for end in edge)
         edges.append((ends.get(source, (source, source))[1], ends.get(target, (target, target))[0]))
+        edges += inside.pop(target, ())  # behind the first that leads there
+    edges += itertools.chain(*inside.values())
     own = {prefix + key for key in graph.nodes}
     for name, node in list(nodes.items()):
         if isinstance(node, nir.Flatten) or (isinstance(node, nir.Input | nir.Output) and name not in own):
@@ -262,63 +473,6 @@ def _flattened(graph: Any, nir: Any, prefix: str = "") -> tuple[dict[str, Any], 
             after = [target for source, target in edges if source == name and target != name]
             edges = [edge for edge in edges if name not in edge] + list(itertools.product(before, after))
     return nodes, list(dict.fromkeys(edges))
-
-
-def _chain(graph: Any, nir: Any) -> list[tuple[str, Any, tuple[str, Any] | None]]:
-    """The nodes between input and output in order, each with that of its recurrent connection."""
-    nodes, edges = _flattened(graph, nir)
-    start = _end_of("the graph", nodes, edges, nir.Input)
-    chain: list[tuple[str, Any, tuple[str, Any] | None]] = []
-    left = dict(nodes)
-    name: str | None = start
-    while name is not None:
-        node = left.pop(name)
-        loop = _loop_of(name, nodes, edges, nir)
-        chain.append((name, node, None if loop is None else (loop, left.pop(loop))))
-        onward = [target for source, target in edges if source == name and target != loop]
-        if len(onward) > 1:
-            raise ValueError(f"node {name} leads to {onward}; a stack has no branches")
-        name = onward[0] if onward else None
-    if left:
-        raise ValueError(
-            f"node {next(iter(left))} is not on the way from {start}; a stack has one input and no branches"
-        )
-    return [each for each in chain if not isinstance(each[1], nir.Input | nir.Output)]
-
-
-def _loop_of(name: str, nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], nir: Any) -> str | None:
-    """The linear node by which a node leads back to itself; None: it does not. Raises ValueError for more than one, or
-    a loop of other nodes.
-    """
-    ways = [_way(target, name, edges) for source, target in edges if source == name]
-    loops = [way for way in ways if way]
-    for *through, _ in loops:
-        if len(through) != 1 or not isinstance(nodes[through[0]], _linear_kinds(nir)):
-            by = ", ".join(f"{each} ({type(nodes[each]).__name__})" for each in through)
-            raise ValueError(f"node {name} leads back to itself{' by ' * bool(by)}{by}; {_LOOPS}")
-        if isinstance(nodes[name], _linear_kinds(nir)):
-            raise ValueError(f"nodes {name} and {through[0]} are a loop without neurons; {_LOOPS}")
-        others = {each for edge in edges if through[0] in edge for each in edge} - {name, through[0]}
-        if others:
-            raise ValueError(f"node {through[0]}, in the loop of {name}, is joined to {', '.join(others)}; {_LOOPS}")
-    if len(loops) > 1:
-        raise ValueError(
-            f"node {name} has {len(loops)} recurrent connections, {', '.join(first for first, *_ in loops)}; a layer "
-            "has one: add their weights and biases"
-        )
-    return loops[0][0] if loops else None
-
-
-def _way(start: str, end: str, edges: Sequence[tuple[str, str]]) -> list[str]:
-    """The shortest way from ``start`` to ``end``, both included; empty: there is none."""
-    ways, seen = [[start]], {start}
-    for way in ways:  # which grows
-        if way[-1] == end:
-            return way
-        onward = [target for source, target in edges if source == way[-1] and target not in seen]
-        seen.update(onward)
-        ways += [[*way, target] for target in onward]
-    return []
 
 
 def _bias(name: str, node: Any, size: int) -> np.ndarray | None:
@@ -334,6 +488,12 @@ def _threshold(name: str, value: float) -> None:
 
 def _surrogate(key: str, value: Any) -> str:
     check_choice(key, value, SURROGATES)
+    return value
+
+
+def _text(key: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{key} is a {type(value).__name__}, not a str")
     return value
 
 
@@ -365,6 +525,14 @@ def _connection_node(connection: G2GLinear, nir: Any) -> Any:
     if connection.bias is None:
         return nir.Linear(weight=weight, metadata=metadata)
     return nir.Affine(weight=weight, bias=_array(connection.bias), metadata=metadata)
+
+
+def _delay_node(net: SpikingNetwork, route: Route, dt: float, nir: Any) -> Any:
+    metadata = {}
+    if route.per_neuron:
+        learned = f"{route.name}_delay" in dict(net.named_parameters(recurse=False))
+        metadata = {"max_delay": route.most, "learn_delay": learned}
+    return nir.Delay(delay=net.delays(route.name).cpu().double().numpy() * dt, metadata=metadata)
 
 
 def _connection(

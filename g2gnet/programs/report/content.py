@@ -8,9 +8,11 @@ import torch
 
 from g2gnet.data import DATASETS, ImageData
 from g2gnet.inspect import Batch, NetworkAnalysis, analyze_network, figures, groups_table, headline, layers_table
+from g2gnet.inspect.population_graph import population_graph
 from g2gnet.network import G2GNet
 from g2gnet.programs.report.page import contents, details, heading, page, paragraph, picture, table
 from g2gnet.programs.sweep.results import estimate
+from g2gnet.stack import is_plain
 from g2gnet.training import SavedRun
 from g2gnet.training.evaluation import run_images
 from g2gnet.training.held_out import best_of
@@ -127,6 +129,12 @@ def _run(each: Inspected, alone: bool) -> list[str]:
         ),
         heading(3, "Who is connected to whom"),
     ]
+    if not is_plain(each.net):
+        caption = (
+            "Populations and their numbers of neurons. Each arrow has the share of its weights that exist and how much "
+            "later spikes arrive. Connections on a cycle are orange."
+        )
+        parts.append(picture(population_graph(each.net), caption))
     return parts + _connections(each)
 
 
@@ -166,7 +174,8 @@ def _connections(each: Inspected) -> list[str]:
         effect = "prunes more units than it grows" if pruned else "keeps the number of units"
         note = f"Above: before training. Below: after dynamic sparse training, which {effect}."
     if run.settings.recurrent:
-        note += " rec1 and rec2 join the neurons of a hidden layer to one another; spikes reach them one step later."
+        names = " and ".join(name for name in net.connections() if name.startswith("rec"))
+        note += f" {names}: the neurons of a hidden layer to one another, at least one step later."
     masks = {when: {name: each.mask for name, each in of.connections().items()} for when, of in nets.items()}
     size = net.fc1.in_features
     inputs, whole = "features" if run.settings.use_resnet else "pixels", "whole input"

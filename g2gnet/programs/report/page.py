@@ -10,6 +10,9 @@ from matplotlib.figure import Figure
 #: pixels per inch of the pictures: twice the page's resolution
 DPI = 150
 
+#: inches of a picture below which a telephone shows all of it
+NARROW = 5
+
 #: only content of the page may be shown
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
@@ -84,7 +87,10 @@ def picture(figure: Figure, caption: str) -> str:
     figure.savefig(content, format="png", dpi=DPI, transparent=True)  # the shadow at an edge is behind it
     data = base64.b64encode(content.getvalue()).decode()
     text = html.escape(caption)
+    width = float(figure.get_figwidth())
+    # letters are of one size on all pictures
+    style = f"max-width: {6.5 * width:g}rem" + "; min-width: 0" * (width < NARROW)
     return (
-        f'<figure>\n<div class="wide"><img alt="{text}" src="data:image/png;base64,{data}"></div>\n'
+        f'<figure>\n<div class="wide"><img alt="{text}" style="{style}" src="data:image/png;base64,{data}"></div>\n'
         f"<figcaption>{text}</figcaption>\n</figure>"
     )

@@ -211,6 +211,10 @@ def test_neurons_that_the_other_library_lacks_are_refused():
         to_nir(small_net(neuron="adlif"))
 
 
+class SynapticDelay(nn.Module):
+    """In place of the module of snnTorch's repository, of which no release has it."""
+
+
 def test_models_of_another_form_are_refused():
     leaky = snntorch.Leaky(beta=0.9)
     for model, message in (
@@ -220,6 +224,10 @@ def test_models_of_another_form_are_refused():
             "1 is a Linear, but snn.Leaky, snn.RLeaky, snn.Synaptic or snn.RSynaptic should come next",
         ),
         (nn.Sequential(nn.Linear(3, 3)), "the model has 1 nn.Linear and 0 snn.Leaky, snn.RLeaky, snn.S"),
+        (
+            nn.Sequential(nn.Linear(3, 3), SynapticDelay(), leaky),
+            "1 is a SynapticDelay; from_snntorch takes networks of",
+        ),
         (nn.Sequential(nn.Linear(3, 4), leaky, nn.Linear(3, 3), leaky), "the model has 2 nn.Linear and 1 snn.Leaky, "),
     ):
         with pytest.raises(ValueError, match=message):
@@ -460,7 +468,7 @@ def test_graphs_of_another_form_are_refused():
     graph = to_nir(small_net(reset="zero"))
     node = graph.nodes["lif1"]
     for changes, message in (
-        ({"lif1": nir.LI(node.tau, node.r, node.v_leak)}, "node lif1 is a LI; a stack takes .* LIF, CubaLIF or IF"),
+        ({"lif1": nir.LI(node.tau, node.r, node.v_leak)}, "node lif1 is a LI; a network takes .* LIF, CubaLIF and IF"),
         ({"lif1": nir.LIF(node.tau, node.r, node.v_leak + 1, node.v_threshold, node.v_reset)}, "lif1 has v_leak other"),
         ({"lif1": nir.LIF(node.tau, node.r, node.v_leak, node.v_threshold, node.v_reset + 1)}, "has v_reset other"),
         ({"fc2": nir.Affine(np.ones((40, 40)), np.ones(40), metadata=graph.nodes["fc2"].metadata)}, "calls absent"),
@@ -470,7 +478,7 @@ def test_graphs_of_another_form_are_refused():
     nodes = {**graph.nodes, "lif1": None}  # as norse writes a recurrent cell
     with pytest.raises(ValueError, match="node lif1 is empty: the tool that wrote the graph could not express it"):
         from_nir(nir.NIRGraph(nodes=nodes, edges=graph.edges, type_check=False), T=STEPS)
-    with pytest.raises(ValueError, match="a stack has no branches"):
+    with pytest.raises(ValueError, match="node fc3 receives from lif2, lif1; a connection joins one population to one"):
         from_nir(nir.NIRGraph(nodes=graph.nodes, edges=[*graph.edges, ("lif1", "fc3")], type_check=False), T=STEPS)
     with pytest.raises(ValueError, match="masks names fc9"):
         from_nir(graph, masks={"fc9": torch.ones(1, 1)}, T=STEPS)

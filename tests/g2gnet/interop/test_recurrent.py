@@ -386,22 +386,16 @@ SQUARE, BACK = nir.Linear(weight=weights()), nir.Linear(weight=weights(INPUTS, H
 @pytest.mark.parametrize(
     ("edges", "nodes", "message"),
     [
-        ([("lif", "lif")], {}, "node lif leads back to itself; a stack has loops of a layer's neurons and one Linear"),
-        ([("lif", "d"), ("d", "w"), ("w", "lif")], {"d": nir.Delay(np.ones(HIDDEN)), "w": SQUARE},
-         r"lif leads back to itself by d \(Delay\), w \(Linear\); .* by which their spikes return one step later"),
-        (LOOP, {"w": CONVOLUTION}, r"lif leads back to itself by w \(Conv2d\); a stack has loops"),
-        (LOOP, {"w": lif_of()}, r"lif leads back to itself by w \(LIF\); a stack has loops"),
-        ([*LOOP, ("lif", "v"), ("v", "lif")], {"w": SQUARE, "v": SQUARE},
-         "node lif has 2 recurrent connections, w, v; a layer has one: add their weights and biases"),
-        ([*LOOP, ("w", "output")], {"w": SQUARE}, "node w, in the loop of lif, is joined to output; a stack has loops"),
-        ([("lif", "w"), ("w", "fc")], {"w": BACK},
-         r"node fc leads back to itself by lif \(LIF\), w \(Linear\); a stack has loops"),
-        ([("fc", "w"), ("w", "fc")], {"w": BACK},
-         "nodes fc and w are a loop without neurons; a stack has loops of a layer's neurons"),
-        ([("w", "lif")], {"w": SQUARE}, "node w is not on the way from input; a stack has one"),
+        ([("lif", "lif")], {}, "the edge lif → lif is on no way from neurons"),
+        (LOOP, {"w": CONVOLUTION}, "node w is a Conv2d; a network takes Affine, Linear, Delay"),
+        (LOOP, {"w": lif_of()}, "the edge lif → w is on no way from neurons"),
+        ([*LOOP, ("w", "output")], {"w": SQUARE}, "node w leads to lif, output; a connection joins one population"),
+        ([("lif", "w"), ("w", "fc")], {"w": BACK}, "node fc receives from input, w; a connection joins one population"),
+        ([("fc", "w"), ("w", "fc")], {"w": BACK}, "node fc receives from input, w; a connection joins"),
+        ([("w", "lif")], {"w": SQUARE}, "node w receives from nothing; a connection joins"),
     ],
-)  # fmt: skip
-def test_loops_that_a_stack_does_not_have_are_refused(edges, nodes, message):
+)
+def test_loops_that_no_network_has_are_refused(edges, nodes, message):
     with pytest.raises(ValueError, match=message):
         from_nir(flat_graph(edges, **nodes), T=STEPS)
 
@@ -409,5 +403,5 @@ def test_loops_that_a_stack_does_not_have_are_refused(edges, nodes, message):
 def test_a_graph_inside_of_a_graph_has_one_input():
     ends = {name: nir.Input(input_type={"input": np.array([HIDDEN])}) for name in ("one", "other")}
     inner = nir.NIRGraph(nodes={**ends, "lif": lif_of()}, edges=[("one", "lif"), ("other", "lif")], type_check=False)
-    with pytest.raises(ValueError, match="the graph lif has 2 inputs; a stack takes graphs with one"):
+    with pytest.raises(ValueError, match="the graph lif has 2 inputs; a network takes graphs with one"):
         from_nir(flat_graph([], lif=inner), T=STEPS)

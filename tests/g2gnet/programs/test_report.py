@@ -2,6 +2,7 @@
 
 import base64
 import html.parser
+import itertools
 import os
 import re
 import shlex
@@ -13,14 +14,18 @@ import numpy as np
 import pytest
 import torch
 from helpers import MASK_CASES, Largest, seeded
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.patches import FancyArrowPatch
 from PIL import Image
 from small_data import publish_resnet, write_cifar
 from tiny_checkpoints import VARIANTS, rewrite, train_tiny
 
 import train
 from g2g_kernels import BlockMask, GroupLayout
+from g2gnet import LIF, G2GLinear, G2GNet, Projection, SpikingNetwork
 from g2gnet.data.catalog import DATASETS
 from g2gnet.inspect import figures, group_density
+from g2gnet.inspect.population_graph import population_graph
 from g2gnet.programs import report as package
 from g2gnet.programs.report import content, page
 from g2gnet.programs.report import program as report
@@ -67,6 +72,98 @@ def test_colour_images_are_drawn_plane_by_plane_and_at_most_eight_groups():
     expected = np.zeros((32, 96))
     expected[24:, :32] = 1
     np.testing.assert_array_equal(images[3], expected)
+
+
+def some_network(sizes, joins, output):
+    """Populations 0, 1, … of these sizes, the input 12, joined by (source, target, delay), -1 the input."""
+
+    def linear(source, target):
+        layouts = GroupLayout(sizes[target], 2), GroupLayout(12 if source < 0 else sizes[source], 2)
+        return G2GLinear(BlockMask.sample(*layouts, 1.0, 0.5, 2, seeded(source + 10 * target)))
+
+    projections = [
+        Projection("input" if source < 0 else f"p{source}", f"p{target}", linear(source, target), delay=delay)
+        for source, target, delay in joins
+    ]
+    return SpikingNetwork({f"p{number}": LIF() for number in range(len(sizes))}, projections, f"p{output}")
+
+
+#: a ring whose second population is the first that the input reaches, with a skip, loops and two arrows of one pair
+RING = some_network(
+    (8, 6, 10, 4),
+    [(-1, 1, 0), (1, 0, torch.tensor([1, 5, 2, 2, 2, 2])), (0, 1, 1), (1, 1, 1), (1, 1, 12), (0, 2, 0), (0, 2, 3),
+     (-1, 3, 0), (2, 3, 0)],
+    3,
+)  # fmt: skip
+
+
+def test_the_picture_of_populations_has_their_weights_delays_and_cycles():
+    figure = population_graph(RING)
+    (axis,) = figure.axes
+    texts = [(text.get_text(), text.get_color()) for text in axis.texts]
+    heights = {text.get_text(): text.get_position()[1] for text in axis.texts}
+    assert sorted(("input", "p1", "p0", "p2", "p3"), key=heights.__getitem__) == ["input", "p1", "p0", "p2", "p3"]
+    shown = [f"{100 * connection.mask.density:.0f} %" for connection in RING.connections().values()]
+    later = {
+        "p1_to_p0": "\n1–5 steps", "p0_to_p1": "\n1 step", "p1_to_p1": "\n1 step", "p1_to_p1_2": "\n12 steps",
+        "p0_to_p2_2": "\n3 steps",
+    }  # fmt: skip
+    on_cycle = ("p1_to_p0", "p0_to_p1", "p1_to_p1", "p1_to_p1_2")
+    expected = [
+        (share + later.get(name, ""), "#D55E00" if name in on_cycle else "#0072B2")
+        for share, name in zip(shown, RING.connections(), strict=True)
+    ]
+    assert sorted(expected) == sorted(text for text in texts if "%" in text[0])
+    assert {name: texts[number + 1][0] for number, (name, _) in enumerate(texts) if name[0] in "ip"} == {
+        "input": "12", "p0": "8", "p1": "6", "p2": "10", "p3": "4"
+    }  # fmt: skip
+
+
+def many_joins():
+    """Eight populations and thirty connections, of which those of delay 0 lead to later ones."""
+    draw = seeded(3)
+    joins = [(-1, 0, 0)] + [(number, number + 1, 0) for number in range(7)]
+    for _ in range(22):
+        source, target = (
+            torch.randint(-1, 8, (1,), generator=draw).item(),
+            torch.randint(8, (1,), generator=draw).item(),
+        )
+        joins.append((source, target, 15 * (source >= target)))
+    return some_network((4,) * 8, joins, 7)
+
+
+def of_the_command():
+    return G2GNet(12, [8, 8, 8], 4, block_size=2, recurrent=True, feedback=True, delay=150)
+
+
+@pytest.mark.parametrize("make", [lambda: RING, many_joins, of_the_command])
+def test_nothing_lies_on_another_thing_in_the_picture_of_populations(make):
+    figure = population_graph(make())
+    assert figure.get_figwidth() * 390 / 358 < 4.4 or len(figure.axes[0].patches) > 20, "small enough for a telephone"
+    (axis,) = figure.axes
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in axis.texts]
+    assert all(figure.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
+    assert not [1 for one, other in itertools.combinations(boxes, 2) if one.overlaps(other)]
+    lines: dict[tuple[int, float], list[tuple[float, float]]] = {}  # upright (0) and level (1) ones, by their place
+    for patch in axis.patches:
+        if isinstance(patch, FancyArrowPatch):
+            for ends in itertools.pairwise(patch._path_original.vertices.round(6).tolist()):
+                for along in (0, 1):
+                    if ends[0][along] == ends[1][along]:
+                        low, high = sorted((ends[0][1 - along], ends[1][1 - along]))
+                        lines.setdefault((along, ends[0][along]), []).append((low, high))
+    for parts in lines.values():
+        assert not [1 for (a, b), (c, d) in itertools.combinations(parts, 2) if min(b, d) > max(a, c)]
+
+
+def test_the_density_of_many_connections_takes_more_rows():
+    mask = BlockMask.sample(GroupLayout(8, 2), GroupLayout(12, 2), block_size=2)
+    by_name = {f"c{number}": mask for number in range(8)}
+    axes = figures.connection_density({"a": by_name, "b": by_name}).axes
+    assert [axis.get_title() for axis in axes[:16]] == [f"c{n}, {state}" for state in "ab" for n in range(8)]
+    seven = {name: by_name[name] for name in list(by_name)[:7]}
+    assert [axis.axison for axis in figures.connection_density({"a": seven}).axes[:8]] == [True] * 7 + [False]
 
 
 @pytest.mark.parametrize(
@@ -272,6 +369,11 @@ def test_the_page_of_one_run_shows_its_settings_results_and_pictures(checkpoints
     [
         ("--dataset cifar10 --use_resnet --model mixer --num_groups 10", 7, ["ResNet features", "one neuron in 10"]),
         ("--dataset cifar10 --model index --num_groups 1 --p_intra 0.2", 7, ["which of its pixels"]),
+        (
+            "--dataset cifar10 --model mixer --delay 3 --recurrent 2",
+            8,
+            ["Connections on a cycle are orange", "changes. rec2: the"],
+        ),
     ],
 )
 def test_every_kind_of_data_and_grouping_can_be_drawn(tmp_path, monkeypatch, flags, pictures, words):

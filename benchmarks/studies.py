@@ -353,6 +353,21 @@ def _sequence() -> dict[str, str]:
     return rows
 
 
+#: by its name the flags of how late spikes and inputs arrive: at most so many steps, chosen on held-back images
+LATE = {"rows": 8, "permuted": 60}
+DELAYS = {"no delays": "", "fixed delays": "--delay {}", "learned delays": "--delay {} --learn_delay"}
+
+
+def _delays() -> dict[str, str]:
+    return {
+        f"{data}, {network}, {kept}, {late}": joined(SEQUENCES[data], flags, WEIGHTS[kept], delays.format(most))
+        for data, most in LATE.items()
+        for network, flags in NETWORKS.items()
+        for kept in ("25 %", "5 %, rewired")
+        for late, delays in DELAYS.items()
+    }
+
+
 # --- all --------------------------------------------------------------------------------------------------------------
 
 ACCURACY, TRAINED, SILENT = "test accuracy, %", "training accuracy, %", "never fires, % of layers 1 and 2"
@@ -437,6 +452,16 @@ STUDIES = {
         ("", "weights", "memory of a step", "its processor time", ACCURACY),
         default_rows=("rows, *",),
         costs=True,
+    ),
+    "delays": Study(
+        "What delays buy on the sequences of the study of that name: none, fixed ones (drawn for each neuron of each "
+        "projection), and learned ones. Only permuted pixels are trained unless --rows names others.",
+        "four hours",
+        OVER_TIME,
+        _delays(),
+        5,
+        ("", "weights", ACCURACY, PROCESSOR),
+        default_rows=("permuted, *",),
     ),
     "surrogate": Study(
         "Surrogate gradients of the hidden neurons; everything else has its default. The rows of the default size "

@@ -145,6 +145,7 @@ class TrainSettings(NetworkSettings, RunSettings):
         "sequence_seed": (Need("sequence", ("permuted",)),),
         **dict.fromkeys(("bins", "dt"), (Need("dataset", tuple(BINNED)),)),
         "unit_shift": (Need("sequence", ("own",)),),
+        "delay_lr_factor": (Need("learn_delay", (True,)),),
     }
     WARNED: ClassVar[tuple[str, ...]] = (
         *NetworkSettings.WARNED, "cp", "cg", "dst_interval", "dst_fraction", "warmup_epochs",
@@ -199,6 +200,9 @@ class TrainSettings(NetworkSettings, RunSettings):
         "constant", "keep the learning rate, or let it fall to zero over all steps", choices=tuple(SCHEDULES)
     )
     lr_warmup: int = _training(0, "optimizer steps in which the learning rate rises linearly to `lr`", low=0)
+    delay_lr_factor: float = _training(
+        100.0, "learning rate of learned delays, which act in whole steps, as a multiple of `lr`", low=0
+    )
     optimizer: str = _training(
         "adam", "Adam, or AdamW, which decays only the weights of connections, independently of their gradients",
         choices=OPTIMIZERS,

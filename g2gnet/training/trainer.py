@@ -259,18 +259,24 @@ class Trainer(EpochTrainer):
             "foreach": False,
             "capturable": machine.captures,
         }
-        learned = [parameter for parameter in self.net.parameters() if parameter.requires_grad]
+        learned = {name: each for name, each in self.net.named_parameters() if each.requires_grad}
+        delays = [learned.pop(name) for name in [*learned] if name.endswith("_delay")]
+        # they act in whole steps, and a penalty would draw them to zero
+        factor = settings.delay_lr_factor
+        faster: dict[str, Any] = {
+            "params": delays,
+            "weight_decay": 0.0,
+            "lr": options["lr"] * factor,
+            "lr_factor": factor,
+        }
+        groups = [faster] if delays else []
         if settings.optimizer == "adam":
-            # a penalty would draw delays to zero
-            delays = [each for name, each in self.net.named_parameters() if name.endswith("_delay")]
-            others = [each for each in learned if all(each is not delay for delay in delays)]
-            groups: list[dict[str, Any]] = [{"params": others}]
-            groups += [{"params": delays, "weight_decay": 0.0}] if delays else []
-            return torch.optim.Adam(groups, **options)
+            return torch.optim.Adam([{"params": [*learned.values()]}, *groups], **options)
         # a decay that no gradient scales would draw decays and thresholds of neurons to zero
         weights = {id(connection.values): connection.values for connection in self.net.connections().values()}
-        rest: dict[str, Any] = {"params": [each for each in learned if id(each) not in weights], "weight_decay": 0.0}
-        return torch.optim.AdamW([{"params": list(weights.values())}, rest], **options)
+        rest: dict[str, Any] = {"weight_decay": 0.0}
+        rest["params"] = [each for each in learned.values() if id(each) not in weights]
+        return torch.optim.AdamW([{"params": [*weights.values()]}, rest, *groups], **options)
 
     def _follow_weights(self) -> None:
         """Makes what depends on the addresses of weights, on how many there are and on masks that were loaded."""

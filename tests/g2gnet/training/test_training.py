@@ -72,6 +72,19 @@ def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine(warmup):
     assert rates == pytest.approx([*rising, *(1e-3 * (1 + math.cos(math.pi * s / left)) / 2 for s in range(left))])
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_learned_delays_have_a_learning_rate_of_their_own_and_no_decay(optimizer):
+    schedule = {"optimizer": optimizer, "lr_schedule": "cosine", "weight_decay": 0.1}
+    trainer = small_trainer(**schedule, delay=3, learn_delay=True, delay_lr_factor=20.0)
+    before = {name: each.detach().clone() for name, each in trainer.net.named_parameters() if name.endswith("delay")}
+    trainer.train_epoch()
+    *others, of_delays = trainer.optimizer.param_groups
+    named = dict(trainer.net.named_parameters())
+    assert {id(each) for each in of_delays["params"]} == {id(named[name]) for name in before}
+    assert of_delays["weight_decay"] == 0 and of_delays["lr"] == 20 * others[0]["lr"] > 0
+    assert all((named[name] - value).abs().max() > 4e-3 for name, value in before.items())
+
+
 def test_a_warmup_without_end_is_refused():
     with pytest.raises(SettingsError, match="lr_warmup=12 leaves no step at `lr`: training takes 12 steps; lower"):
         small_trainer(lr_warmup=12)

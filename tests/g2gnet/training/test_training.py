@@ -81,7 +81,8 @@ def test_learned_delays_have_a_learning_rate_of_their_own_and_no_decay(optimizer
     *others, of_delays = trainer.optimizer.param_groups
     named = dict(trainer.net.named_parameters())
     assert {id(each) for each in of_delays["params"]} == {id(named[name]) for name in before}
-    assert of_delays["weight_decay"] == 0 and of_delays["lr"] == 20 * others[0]["lr"] > 0
+    assert of_delays["weight_decay"] == 0
+    assert of_delays["lr"] == 20 * others[0]["lr"] > 0
     assert all((named[name] - value).abs().max() > 4e-3 for name, value in before.items())
 
 

@@ -62,7 +62,8 @@ int64_t size(const Stack& s) {
     for (int32_t l = 0; l < s.count; ++l) neurons += s.layers[l].plan->rows.size;
     return neurons * s.batch * s.steps;
 }
-int64_t size(const Graph& g) { return size(g.stack); }
+// Of the loops of a block, after each of which the threads wait for one another: about four.
+int64_t size(const Graph& g) { return 4 * size(g.stack) / std::max(1, g.block_count); }
 int64_t size(const Linear& a) { return a.rows * (a.plan->rows.size + a.plan->cols.size); }
 int64_t size(const ListLinear& a) { return a.rows * (int64_t{a.lists->owners} + a.lists->others); }
 int64_t size(const ListLoop& a) { return int64_t{a.samples} * a.size * a.steps; }

@@ -216,11 +216,11 @@ def _plain(call: LoopCall) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(spikes), state
 
 
-def prepared(grad: torch.Tensor) -> torch.Tensor:
+def _prepared(grad: torch.Tensor) -> torch.Tensor:
     """A gradient in memory; that of counts is the same for all steps, [B, N] there."""
     return grad[0].contiguous().expand(grad.shape) if grad.dim() == 3 and grad.stride(0) == 0 else grad.contiguous()
 
 
 BACKWARD = RecordOperator("loop_backward", "Tensor[]", _backward, Backward.empty)
 RESULTS = "(Tensor spikes, Tensor last, Tensor kept)"
-FORWARD = Differentiable("loop_forward", RESULTS, 2, _forward, _fake, BACKWARD, _plain, prepared=prepared)
+FORWARD = Differentiable("loop_forward", RESULTS, 2, _forward, _fake, BACKWARD, _plain, prepared=_prepared)

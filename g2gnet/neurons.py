@@ -223,6 +223,23 @@ class AdLIF(SpikingNeurons):
     b: torch.Tensor
     threshold: torch.Tensor
 
+    @torch.no_grad()
+    def keep_stable_(self) -> None:
+        """Moves a learned ``a`` to where silent neurons do not grow by themselves, −(1 − ρ)(1 − β) ≤ a ≤ (1 + ρ)(1 +
+        β).
+
+        Without spikes and currents a step multiplies (w, U) by a matrix of determinant ρβ and trace ρ + β − a, whose
+        eigenvalues are at most 1 in absolute value within these bounds (Jury 1964). Beyond them membranes and gradients
+        grow exponentially with T. Training by :mod:`g2gnet.training` calls this after each update.
+        """
+        if not isinstance(self.a, nn.Parameter):
+            return
+        rho, beta = self.adapt_decay.clamp(0, 1), self.beta.clamp(0, 1)
+        low, high = -(1 - rho) * (1 - beta), (1 + rho) * (1 + beta)
+        if self.a.numel() == 1:
+            low, high = low.max(), high.min()
+        self.a.clamp_(low, high)
+
 
 #: the class of each model
 NEURONS: dict[str, type[SpikingNeurons]] = {kind.model.name: kind for kind in (LIF, Synaptic, AdLIF)}

@@ -21,6 +21,7 @@ from g2gnet.dst.gradual_pruning import mean_density
 from g2gnet.dst.scheduler import DSTScheduler
 from g2gnet.inspect import Batch
 from g2gnet.network import G2GNet
+from g2gnet.neurons import AdLIF
 from g2gnet.settings import SettingsError
 from g2gnet.training.captured_step import CapturedStep
 from g2gnet.training.checkpoints import check_number
@@ -428,6 +429,9 @@ class Trainer(EpochTrainer):
             torch.set_num_threads(1)
         try:
             self.optimizer.step()
+            for neurons in self.net.neurons().values():
+                if isinstance(neurons, AdLIF):
+                    neurons.keep_stable_()
         finally:
             if self._one_thread_updates:
                 torch.set_num_threads(threads)

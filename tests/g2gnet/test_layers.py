@@ -146,3 +146,27 @@ def test_initial_values_of_neurons_may_be_tensors():
             LIF(*arguments, beta=beta)
     with pytest.raises(ValueError, match="beta=nan must be a number"):
         LIF(2, beta=torch.tensor([0.5, float("nan")]))
+
+
+@pytest.mark.parametrize("size", [(40, 40, 40), (1, 40, 40), (40, 1, 1), (1, 1, 1)])
+def test_adaptive_neurons_are_kept_where_they_do_not_grow_by_themselves(size):
+    """Beyond the bounds an eigenvalue of (w, U) from step to step exceeds 1, and within them none does."""
+    draw = torch.Generator().manual_seed(0)
+    neurons = AdLIF(40)
+    for name, count, low, high in zip(("a", "adapt_decay", "beta"), size, (-1, -0.1, -0.1), (6, 1.1, 1.1), strict=True):
+        value = low + (high - low) * torch.rand(count, generator=draw, dtype=torch.float64)
+        neurons.by_name[name].data = value
+
+    def growth() -> torch.Tensor:
+        a, rho, beta = torch.broadcast_tensors(neurons.a, neurons.adapt_decay.clamp(0, 1), neurons.beta.clamp(0, 1))
+        steps = torch.stack([torch.stack([rho, a], -1), torch.stack([-rho, beta - a], -1)], -2)
+        return torch.linalg.eigvals(steps.detach()).abs().amax(-1)
+
+    before, given = growth(), neurons.a.detach().clone()
+    neurons.keep_stable_()
+    assert growth().max() <= 1 + 1e-6
+    if size == (40, 40, 40):
+        assert torch.equal(neurons.a != given, before > 1 + 1e-9)
+    fixed = AdLIF(4, a=-1.0, learn_a=False)
+    fixed.keep_stable_()
+    assert (fixed.a == -1).all()  # what was given stays

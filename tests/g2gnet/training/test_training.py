@@ -86,6 +86,15 @@ def test_learned_delays_have_a_learning_rate_of_their_own_and_no_decay(optimizer
     assert all((named[name] - value).abs().max() > 4e-3 for name, value in before.items())
 
 
+def test_adaptive_neurons_stay_stable_in_training():
+    trainer = small_trainer(neuron="adlif", per_neuron=True)
+    trainer.net.lif1.a.data.fill_(-0.5)
+    trainer.train_epoch()
+    neurons = trainer.net.lif1
+    bound = -(1 - neurons.adapt_decay.clamp(0, 1)) * (1 - neurons.beta.clamp(0, 1))
+    assert (neurons.a >= bound).all()
+
+
 def test_a_warmup_without_end_is_refused():
     with pytest.raises(SettingsError, match="lr_warmup=12 leaves no step at `lr`: training takes 12 steps; lower"):
         small_trainer(lr_warmup=12)

@@ -225,12 +225,12 @@ class AdLIF(SpikingNeurons):
 
     @torch.no_grad()
     def keep_stable_(self) -> None:
-        """Moves a learned ``a`` to where silent neurons do not grow by themselves, −(1 − ρ)(1 − β) ≤ a ≤ (1 + ρ)(1 +
-        β).
+        """Moves a learned ``a`` to where silent neurons do not grow by themselves.
 
-        Without spikes and currents a step multiplies (w, U) by a matrix of determinant ρβ and trace ρ + β − a, whose
-        eigenvalues are at most 1 in absolute value within these bounds (Jury 1964). Beyond them membranes and gradients
-        grow exponentially with T. Training by :mod:`g2gnet.training` calls this after each update.
+        The bounds are −(1 − ρ)(1 − β) ≤ a ≤ (1 + ρ)(1 + β). Without spikes and currents a step
+        multiplies (w, U) by a matrix of determinant ρβ and trace ρ + β − a, whose eigenvalues are at most 1 in absolute
+        value within them (Jury 1964). Beyond them membranes and gradients grow exponentially with T.
+        :mod:`g2gnet.training` calls this after each update.
         """
         if not isinstance(self.a, nn.Parameter):
             return

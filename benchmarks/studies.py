@@ -453,14 +453,14 @@ STUDIES = {
         default_rows=("rows, *",),
         costs=True,
     ),
-    "delays": Study(
+    "delayed": Study(
         "What delays buy on the sequences of the study of that name: none, fixed ones (drawn for each neuron of each "
         "projection), and learned ones. Only permuted pixels are trained unless --rows names others.",
         "four hours",
         OVER_TIME,
         _delays(),
         5,
-        ("", "weights", ACCURACY, PROCESSOR),
+        ("", "weights", ACCURACY, TRAINED),
         default_rows=("permuted, *",),
     ),
     "surrogate": Study(

@@ -86,7 +86,7 @@ struct GraphForward {
     Graph& g;
     const Stack& s;
     std::vector<LayerParameters> parameters;
-    std::vector<float*> edges;    // of each layer its states after the last step so far, [B][row blocks][states][64]
+    std::vector<float*> edges;    // of each layer its states after the last step so far, [row blocks][B][states][64]
     std::vector<Passage> inner;
     std::vector<float*> tiles;    // of each connection
     std::vector<SpikeCurrents> currents;
@@ -94,7 +94,7 @@ struct GraphForward {
     double* totals;
     int64_t scratch_size;
 
-    GraphForward(Graph& graph, Arena& arena) : g(graph), s(graph.stack), scratch_size(longest_block(graph) * kLanes) {
+    GraphForward(Graph& graph, Arena& arena) : g(graph), s(graph.stack), scratch_size(most(kStepSamples, longest_block(graph)) * kLanes) {
         int64_t blocks = 0;
         for (int64_t l = 0; l < s.count; ++l) {
             const Layer& layer = s.layers[l];
@@ -124,11 +124,17 @@ struct GraphForward {
         for (int64_t i = 0; i < g.block_count; ++i) {
             const GraphBlock& block = block_of(g, i);
             const int64_t R = s.layers[block.layer].plan->rows.blocks, groups = divide_up(s.batch, kStepSamples);
-            const auto sweep = forward_sweep<StoredCurrent>(s.layers[block.layer].neurons);
+            const Neurons& neurons = s.layers[block.layer].neurons;
+            const auto sweep = forward_sweep<StoredCurrent>(neurons);
+            const auto step = with_model(neurons, [&](auto model) {
+                return with_reset(neurons, [](auto reset) { return &step_forward<decltype(model), decltype(reset)::value>; });
+            });
             parallel(s.threads, R * groups, 1, [&](int64_t task, int worker) {
                 const int64_t r = task / groups, first = task % groups * kStepSamples;
-                for (int64_t b = first; b < least(s.batch, first + kStepSamples); ++b)
-                    run_block(sweep, block, b, r, scratch + worker * scratch_size);
+                const int64_t samples = least(kStepSamples, s.batch - first);
+                float* const room = scratch + worker * scratch_size;
+                if (block.steps() == 1) return run_step(*step, block, first, samples, r, room);
+                for (int64_t b = first; b < first + samples; ++b) run_block(sweep, block, b, r, room);
             });
             for (const Passage& x : inner) {
                 if (x.of.source != block.layer || x.aligned) continue;
@@ -144,31 +150,75 @@ struct GraphForward {
 
     // Block r of sample b; `current` is room for its steps.
     void run_block(ForwardSweep<StoredCurrent> sweep, const GraphBlock& block, int64_t b, int64_t r, float* current) const {
-        const auto [l, first, last] = block;
-        const Layer& layer = s.layers[l];
-        const Outer& outer = g.outer[l];
-        const Axis& axis = layer.plan->rows;
-        const int64_t R = axis.blocks, B = s.batch, T = s.steps, count = block.steps(), states = model_info(layer.neurons).states;
-        const float* const given = outer.current + (outer.held ? 0 : first * B * axis.size);
-        load_block(axis, r, given, Rows{b, outer.held ? 1 : count, B, axis.size}, outer.held ? 1 : count, current);
+        const Layer& layer = s.layers[block.layer];
+        float *const edge = edge_of(block.layer, b, r), *const kept = kept_states(s, layer, b, r);
+        const int64_t size = model_info(layer.neurons).states * kLanes;
+        fill_current(block, b, r, current);
+        if (!block.first) load_states(s, layer, layer.state, b, r, edge);
+        const SampleParameters own(parameters[block.layer], layer, b, r);
+        sweep({current, kLanes}, block.steps(), own.block,
+              {words_of(block, b, r), kept ? kept + block.first * size : nullptr, nullptr, edge});
+        finish_block(block, b, r);
+    }
+
+    // The same of a block of one step, for some samples at once.
+    void run_step(decltype(step_forward<Lif, kSubtract>)& step, const GraphBlock& block, int64_t first, int64_t samples,
+                  int64_t r, float* current) const {
+        const Layer& layer = s.layers[block.layer];
+        const int64_t size = model_info(layer.neurons).states * kLanes, stride = layer.plan->rows.blocks * int64_t{s.steps};
+        float* const edge = edge_of(block.layer, first, r);
+        for (int64_t i = 0; i < samples; ++i) {
+            fill_current(block, first + i, r, current + i * kLanes);
+            if (!block.first) load_states(s, layer, layer.state, first + i, r, edge + i * size);
+        }
+        if (!layer.dropped)
+            step(parameters[block.layer].block(r), samples, {current, edge, edge, words_of(block, first, r), stride});
+        for (int64_t i = 0; i < samples; ++i) {
+            float *const own = edge + i * size, *const kept = kept_states(s, layer, first + i, r);
+            if (layer.dropped) {
+                const SampleParameters of_sample(parameters[block.layer], layer, first + i, r);
+                step(of_sample.block, 1, {current + i * kLanes, own, own, words_of(block, first + i, r), stride});
+            }
+            if (kept) __builtin_memcpy(kept + block.first * size, own, size * sizeof(float));
+            finish_block(block, first + i, r);
+        }
+    }
+
+    float* edge_of(int64_t l, int64_t b, int64_t r) const {
+        return edges[l] + (r * s.batch + b) * model_info(s.layers[l].neurons).states * kLanes;
+    }
+
+    uint64_t* words_of(const GraphBlock& block, int64_t b, int64_t r) const {
+        const Layer& layer = s.layers[block.layer];
+        return layer.spikes + (b * layer.plan->rows.blocks + r) * s.steps + block.first;
+    }
+
+    // The currents of the steps of a block, [steps][64].
+    void fill_current(const GraphBlock& block, int64_t b, int64_t r, float* current) const {
+        const Outer& outer = g.outer[block.layer];
+        const Axis& axis = s.layers[block.layer].plan->rows;
+        const int64_t B = s.batch, count = block.steps(), given = outer.held ? 1 : count;
+        load_block(axis, r, outer.current + (outer.held ? 0 : block.first * B * axis.size), Rows{b, given, B, axis.size}, given,
+                   current);
         for (int64_t t = 1; outer.held && t < count; ++t)
             __builtin_memcpy(current + t * kLanes, current, kLanes * sizeof(float));
         for (size_t i = 0; i < inner.size(); ++i) {
-            if (inner[i].of.target != l) continue;
+            if (inner[i].of.target != block.layer) continue;
             const uint64_t* const words = inner[i].words(s, b);
             for (int64_t t = 0; t < count; ++t) {
                 float* const own = current + t * kLanes;
-                currents[i].sum(currents[i], r, words, T, first + t, own, own);
+                currents[i].sum(currents[i], r, words, s.steps, block.first + t, own, own);
             }
         }
-        float *const edge = edges[l] + (b * R + r) * states * kLanes, *const kept = kept_states(s, layer, b, r);
-        uint64_t* const words = layer.spikes + (b * R + r) * T + first;
-        if (!first) load_states(s, layer, layer.state, b, r, edge);
-        const SampleParameters own(parameters[l], layer, b, r);
-        sweep({current, kLanes}, count, own.block, {words, kept ? kept + first * states * kLanes : nullptr, nullptr, edge});
-        if (last == T) store_states(s, layer, edge, b, r, layer.last);
+    }
+
+    // After a block: the last states, and its spikes on their way.
+    void finish_block(const GraphBlock& block, int64_t b, int64_t r) const {
+        const Layer& layer = s.layers[block.layer];
+        if (block.last == s.steps) store_states(s, layer, edge_of(block.layer, b, r), b, r, layer.last);
         for (const Passage& x : inner)
-            if (x.of.source == l && x.aligned) x.send(r, words, first, count, T, x.words(s, b));
+            if (x.of.source == block.layer && x.aligned)
+                x.send(r, words_of(block, b, r), block.first, block.steps(), s.steps, x.words(s, b));
     }
 
     // Rates, counts, and the last spikes.
@@ -199,6 +249,8 @@ inline void graph_forward(Graph& g, Arena& arena) {
 
 // --- backward ---------------------------------------------------------------------------------------------------
 
+alignas(64) constexpr float kNothing[kGradientSamples * kLanes] = {};
+
 // A layer in the backward pass.
 struct MemberBackward {
     const Layer& layer;
@@ -212,6 +264,7 @@ struct MemberBackward {
     float* current;         // [row blocks][B][64], as are those of the parameters: sums over the steps
     float* sums[kMostParameters] = {};
     BackwardSweep<Upstream> sweep;
+    BackwardSteps steps;
     bool last;              // of the graph
 
     MemberBackward(const Graph& g, int64_t l, const Chunks& chunks, Arena& arena)
@@ -221,6 +274,7 @@ struct MemberBackward {
           parameters(layer, arena),
           before(layer.sent ? layer.sent_steps : 0),
           sweep(backward_sweep<Upstream>(layer.neurons)),
+          steps(layer.neurons),
           last(l + 1 == g.stack.count) {
         const int64_t R = axis().blocks, all = chunks.samples * (before + g.stack.steps);
         rows = {arena.take<float>(R * chunks.rows() * kLanes), chunks.rows()};
@@ -286,6 +340,42 @@ struct MemberBackward {
             store_block(axis(), r, out, Rows{sample, count, s.batch, axis().size}, count,
                         outer.grad_current + begin * s.batch * axis().size);
         if (!begin && layer.grad_state) store_states(s, layer, grads.edge, sample, r, layer.grad_state);
+    }
+
+    // The same of a block of one step, for some samples at once; `out` [samples][64].
+    void run_step(const Stack& s, const Chunks& chunks, int64_t chunk, int64_t b, int64_t samples, int64_t r, int64_t t,
+                  float* out) const {
+        const int64_t size = model.states * kLanes, first = chunk + b, at = (r * s.batch + first) * kLanes;
+        alignas(64) float now[kGradientSamples * kMostStates * kLanes], earlier[kGradientSamples * kMostStates * kLanes];
+        alignas(64) float unused[kLanes] = {};
+        for (int64_t i = 0; i < samples; ++i) {
+            const float* const states = kept_states(s, layer, first + i, r) + t * size;
+            __builtin_memcpy(now + i * size, states, size * sizeof(float));
+            if (t)
+                __builtin_memcpy(earlier + i * size, states - size, size * sizeof(float));
+            else
+                load_states(s, layer, layer.state, first + i, r, earlier + i * size);
+        }
+        BackwardStep step{};
+        step.tile = arrived_at(s, r, b) + t * kLanes, step.tile_stride = (before + s.steps) * kLanes;
+        step.constant = kZeros, step.later = kNothing;
+        step.now = now, step.before = earlier, step.begins = !t && !layer.state;
+        step.states = edges + (r * chunks.samples + b) * size;
+        step.sum = step.values = unused;
+        for (int k = 0; k < model.parameters; ++k) step.parameters[k] = sums[k] + at;
+        step.row = rows.at(r, b * s.steps + t), step.row_stride = int64_t{s.steps} * kLanes;
+        step.compact = out, step.held = current + at;
+        if (!layer.dropped) steps.step(parameters.block(r), layer.neurons.alpha, samples, step);
+        for (int64_t i = 0; i < samples; ++i) {
+            if (layer.dropped) {
+                const SampleParameters own(parameters, layer, first + i, r);
+                steps.step(own.block, layer.neurons.alpha, 1, step.from(i, model.states));
+            }
+            if (outer.grad_current && !outer.held)
+                store_block(axis(), r, out + i * kLanes, Rows{first + i, 1, s.batch, axis().size}, 1,
+                            outer.grad_current + t * s.batch * axis().size);
+            if (!t && layer.grad_state) store_states(s, layer, step.states + i * size, first + i, r, layer.grad_state);
+        }
     }
 
     // After the first step: what reaches the spikes that were sent before it.
@@ -432,9 +522,14 @@ struct GraphBackward {
     void run_block(const GraphBlock& block, int64_t chunk, int64_t b, int64_t samples) {
         const MemberBackward& x = members[block.layer];
         const int64_t steps = block.steps();
-        parallel(s.threads, x.axis().blocks * samples, 4, [&](int64_t task, int) {
-            const int64_t r = task / samples, i = task % samples;
-            x.run(s, chunks, chunk, b + i, r, block, rows.floats.at(r, i * steps));
+        const int64_t group = steps == 1 ? kGradientSamples : 1, groups = divide_up(samples, group);
+        parallel(s.threads, x.axis().blocks * groups, steps == 1 ? 1 : 4, [&](int64_t task, int) {
+            const int64_t r = task / groups, i = task % groups * group;
+            float* const out = rows.floats.at(r, i * steps);
+            if (steps == 1)
+                x.run_step(s, chunks, chunk, b + i, least(group, samples - i), r, block.first, out);
+            else
+                x.run(s, chunks, chunk, b + i, r, block, out);
         });
         for (PassageBackward& each : inner)
             if (each.of.target == block.layer) hand_down(each, block, chunk, b, samples);

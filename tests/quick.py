@@ -62,7 +62,7 @@ QUICK = [
     "g2gnet/programs/test_analyze_program.py::test_the_analysis_of_a_checkpoint_is_that_of_the_finished_run",
     "g2gnet/programs/test_pretrain.py::test_an_epoch_is_sgd_with_cosine_decay_on_augmented_images",
     "g2gnet/programs/test_examples.py::test_events_become_counts_in_equal_windows",
-    "benchmarks/test_benchmarks.py::test_every_network_passes_the_gate",
+    "benchmarks/test_benchmarks.py::test_every_contender_passes_the_gate",
     "benchmarks/test_studies.py::test_every_row_is_a_run_that_train_takes",
     "benchmarks/test_roofline.py::test_products_by_hand",
 ]

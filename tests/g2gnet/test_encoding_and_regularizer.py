@@ -9,11 +9,6 @@ from g2gnet.encoding import encode
 from g2gnet.training.regularizer import rate_penalty, rate_target
 
 
-def test_current_is_scaled_and_shifted():
-    x = torch.rand(3, 4)
-    assert torch.equal(encode(x, "current", steps=9, scale=2.0, bias=-0.5), 2 * x - 0.5)
-
-
 def test_rate_draws_spikes_with_the_clamped_value_as_probability_anew_at_each_step():
     x = torch.tensor([[-0.5, 0.0, 0.1, 0.5, 0.9, 1.0, 1.5]])
     spikes = encode(x, "rate", steps=4000, generator=torch.Generator().manual_seed(0))
@@ -47,11 +42,6 @@ def test_a_part_of_the_samples_is_drawn_as_in_the_whole_batch(part, dtype):
     assert torch.equal(encode(x, "current", 7, 2.0, -0.3, None, part), (2.0 * x - 0.3)[part])
     net = G2GNet(301, 16, 8, enc="rate", T=7)
     assert torch.equal(net.encode(spikes.float(), None, slice(0, 1)), spikes[:, :1].float())
-
-
-def test_unknown_encodings_are_named():
-    with pytest.raises(ValueError, match=r"enc='latency' is unknown; choose one of current, rate"):
-        encode(torch.rand(1, 1), "latency", 3)
 
 
 def test_the_schedule_waits_for_the_warm_up_and_ends_at_its_final_values():

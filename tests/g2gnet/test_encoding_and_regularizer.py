@@ -44,6 +44,11 @@ def test_a_part_of_the_samples_is_drawn_as_in_the_whole_batch(part, dtype):
     assert torch.equal(net.encode(spikes.float(), None, slice(0, 1)), spikes[:, :1].float())
 
 
+def test_unknown_encodings_are_named():
+    with pytest.raises(ValueError, match=r"enc='latency' is unknown; choose one of current, rate"):
+        encode(torch.rand(1, 1), "latency", 3)
+
+
 def test_the_schedule_waits_for_the_warm_up_and_ends_at_its_final_values():
     assert [rate_target(epoch, 20, 10).strength for epoch in (1, 10)] == [0.0, 0.0]
     middle = rate_target(15, 20, 10)

@@ -100,7 +100,7 @@ def test_the_strongest_units_of_a_layer_stay_with_their_weights_and_moments():
     for layer, units in zip(layers, before, strict=True):
         now = by_unit(layer)
         assert layer.values.shape[0] == layer.mask.num_units == len(now) < len(units)
-        assert all(map(torch.equal, of, units[unit]) for unit, of in now.items())
+        torch.testing.assert_close(now, {unit: units[unit] for unit in now}, rtol=0, atol=0)
         lost = units.keys() - now.keys()
         assert max(units[unit][0] for unit in lost) <= min(units[unit][0] for unit in now)
     assert train(net, optimizer).isfinite()

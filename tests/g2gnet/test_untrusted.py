@@ -458,6 +458,7 @@ def test_g2g_stack_is_exact_or_names_the_argument(data):
     name = data.draw(st.sampled_from(["", "x", "values", "mask", "bias", "beta", "threshold"]))
     number = data.draw(st.integers(0, 1))
     of_neurons = [(), (1,), (layers[number].mask.shape[0],)] if name in ("beta", "threshold") else []
+
     def is_wrong(value):
         return getattr(value, "shape", None) not in of_neurons and not (name == "bias" and value is None)
 

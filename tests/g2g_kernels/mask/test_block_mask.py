@@ -51,6 +51,7 @@ def unit_grid(mask: BlockMask) -> torch.Tensor:
 
 def same_group(mask: BlockMask) -> torch.Tensor:
     """bool [block rows, block columns], true inside a group; from the neurons' groups, not the mask's own notes."""
+
     def groups_of(layout):
         return torch.stack([layout.group_of[neurons[0]] for neurons in neurons_of_units(layout, mask.block_size)])
 

@@ -150,16 +150,9 @@ class Row(NamedTuple):
     in_flight: str
 
 
-KERNELS = [
-    "product_kernel",
-    "place_kernel",
-    "parts_kernel",
-    "weight_gradient_kernel",
-    "fused_forward_kernel",
-    "recurrent_backward_kernel",
-    "neurons_forward_kernel",
-    "neurons_backward_kernel",
-]
+PARTS = ("product", "place", "parts", "weight_gradient")
+PARTS += ("fused_forward", "recurrent_backward", "neurons_forward", "neurons_backward")
+KERNELS = [f"{part}_kernel" for part in PARTS]
 HEADINGS = ["step", "kernel", "tile", "factors", "target", "registers", "stack", "shared", "programs/SM", "matrix",
             "buffers", "in flight"]  # fmt: skip
 

@@ -150,9 +150,8 @@ class Row(NamedTuple):
     in_flight: str
 
 
-PARTS = ("product", "place", "parts", "weight_gradient")
-PARTS += ("fused_forward", "recurrent_backward", "neurons_forward", "neurons_backward")
-KERNELS = [f"{part}_kernel" for part in PARTS]
+PRODUCTS = ("product", "place", "parts", "weight_gradient", "fused_forward", "recurrent_backward")
+KERNELS = [f"{name}_kernel" for name in (*PRODUCTS, "neurons_forward", "neurons_backward")]
 HEADINGS = ["step", "kernel", "tile", "factors", "target", "registers", "stack", "shared", "programs/SM", "matrix",
             "buffers", "in flight"]  # fmt: skip
 

@@ -103,7 +103,7 @@ class Neurons(NeuronContender):
 
     def made(self, values: dict[str, torch.Tensor]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         """The neurons with these parameters, and their own ones, by the same names."""
-        neurons = leaky(**values)
+        neurons = leaky(values["beta"], values["threshold"])
         return neurons, {"beta": neurons.beta, "threshold": neurons.threshold}
 
     def run(self) -> list[torch.Tensor]:

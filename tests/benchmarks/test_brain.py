@@ -63,12 +63,14 @@ def test_the_table_has_a_row_each_and_says_what_failed(monkeypatch, tmp_path, ca
     assert "fails: not enough memory" in brain.table({"runs": [*runs.values()]})
     assert brain.main([*SMALL, "--contenders", "none"]) == 2
     assert "'none' is unknown" in capsys.readouterr().err
+    monkeypatch.setattr(brain, "CLOSE", 0.0)
+    assert brain.main([*SMALL, "--contenders", "csr-by-hand"]) == 1
 
 
 def test_growth_is_fitted_to_weights_and_neurons(monkeypatch, tmp_path, capsys):
     runs = [
-        {"status": "ok", "neurons": n, "weights": w, "seconds": [2e-9 * w + 3e-6 * n], "base": 7}
-        | {"peak": 7 + 40 * w + 500 * n}
+        {"status": "ok", "neurons": n, "weights": w, "seconds": [2e-9 * w + 3e-6 * n], "base": 10**8}
+        | {"peak": 10**8 + 40 * w + 500 * n}
         for w, n in ((10**5, 10**4), (10**6, 3 * 10**4), (10**7, 10**5))
     ]
     text = brain.growth_table({"runs": runs})

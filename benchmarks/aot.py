@@ -150,16 +150,8 @@ class Row(NamedTuple):
     in_flight: str
 
 
-KERNELS = [
-    "product_kernel",
-    "place_kernel",
-    "parts_kernel",
-    "weight_gradient_kernel",
-    "fused_forward_kernel",
-    "recurrent_backward_kernel",
-    "neurons_forward_kernel",
-    "neurons_backward_kernel",
-]
+PRODUCTS = ("product", "place", "parts", "weight_gradient", "fused_forward", "recurrent_backward")
+KERNELS = [f"{name}_kernel" for name in (*PRODUCTS, "neurons_forward", "neurons_backward")]
 HEADINGS = ["step", "kernel", "tile", "factors", "target", "registers", "stack", "shared", "programs/SM", "matrix",
             "buffers", "in flight"]  # fmt: skip
 

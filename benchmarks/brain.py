@@ -12,16 +12,12 @@ the same with PyTorch's own autograd, which forms the gradient of all N² weight
 
 import argparse
 import contextlib
-import multiprocessing
 import re
-import resource
 import statistics
 import sys
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +28,9 @@ from g2gnet import LIF, G2GLinear, Projection, SpikingNetwork
 from g2gnet.base.tables import markdown
 
 from . import cli
-from .machine import describe
+from .contender import ATan
+from .harness import Worker, WorkerError, turns
+from .machine import PeakMemory, describe
 from .report import seconds
 
 BETA, THRESHOLD = 0.9, 1.0
@@ -165,18 +163,6 @@ def by_hand(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
     return step
 
 
-class _Spike(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        return (x > 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        (x,) = ctx.saved_tensors
-        return grad / (1 + (torch.pi * x).square())
-
-
 def _autograd(matrix: torch.Tensor, weights: torch.Tensor, x: torch.Tensor, steps: int) -> Any:
     """Counts [B, N] and gradients by autograd; ``matrix`` multiplies spikes, and its gradient is of ``weights``."""
     current, membrane = x.T, torch.zeros_like(x.T)
@@ -184,7 +170,7 @@ def _autograd(matrix: torch.Tensor, weights: torch.Tensor, x: torch.Tensor, step
     for t in range(steps):
         reset = (membrane > THRESHOLD).to(x.dtype) * THRESHOLD
         membrane = BETA * membrane + (current + matrix @ spikes if t else current) - reset
-        spikes = _Spike.apply(membrane - THRESHOLD)
+        spikes = ATan.apply(membrane - THRESHOLD)
         counts = counts + spikes
     (1e-3 * counts).sum().backward()
     return counts.detach().T, weights.grad, x.grad
@@ -271,42 +257,28 @@ def farthest(name: str) -> float:
     return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found[1:], expected, strict=True))
 
 
-def _serve(pipe: Any, name: str, arguments: argparse.Namespace, threads: int) -> None:
-    """Runs a contender in its process: a step for each message."""
-    torch.set_num_threads(threads)
-    try:
-        base, off = _peak(), farthest(name)
-        graph = _graph(arguments)
+class Session:
+    """A contender in its own process."""
+
+    def __init__(self, name: str, arguments: argparse.Namespace, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.name, self.arguments = name, arguments
+        self.memory = PeakMemory(torch.device("cpu"))
+
+    def build(self) -> dict[str, Any]:
+        """Compares it with float64 and prepares its step."""
+        off, graph, arguments = farthest(self.name), _graph(self.arguments), self.arguments
         began = time.perf_counter()
-        step = CONTENDERS[name](graph, _drive(graph, arguments.batch_size, arguments.gain), arguments.T)
-        pipe.send({"off": off, "prepared": time.perf_counter() - began, "weights": len(graph.weight), "base": base})
-        del graph  # which the steps do not need
-        _forget_peak()
-        while pipe.recv():
-            began = time.perf_counter()
-            counts, *_ = step()
-            took = time.perf_counter() - began
-            pipe.send({"seconds": took, "rate": float(counts.mean()) / arguments.T, "peak": _peak()})
-    except Exception as error:
-        what = traceback.format_exception_only(error)[-1].strip().splitlines()[0][:200]
-        if asked := re.search(r"allocate (\d+) bytes", what):
-            what = f"asks for {int(asked[1]) / 1e9:.0f} GB of memory"
-        pipe.send({"failed": what})
+        self.step = CONTENDERS[self.name](graph, _drive(graph, arguments.batch_size, arguments.gain), arguments.T)
+        took = time.perf_counter() - began
+        return {"off": off, "prepared": took, "weights": len(graph.weight), "base": self.memory.before}
 
-
-def _forget_peak() -> None:
-    """Begins a new maximum of this process's memory: that of the steps, not of preparing them."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak() -> int:
-    """The most memory of this process, in bytes."""
-    try:
-        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
-        return 1024 * int(line.split()[1])
-    except (OSError, ValueError):
-        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    def time(self) -> dict[str, Any]:
+        began = time.perf_counter()
+        counts, *_ = self.step()
+        took = time.perf_counter() - began
+        peak = self.memory.before + self.memory.above()
+        return {"seconds": took, "rate": float(counts.mean()) / self.arguments.T, "peak": peak}
 
 
 def _graph(arguments: argparse.Namespace) -> Graph:
@@ -323,34 +295,27 @@ def measure(arguments: argparse.Namespace, quiet: bool = False) -> dict[str, Any
         raise ValueError(f"contenders={unknown[0]!r} is unknown; choose of {', '.join(CONTENDERS)}")
     if arguments.edges:
         from_file(arguments.edges)  # an error is said before anything starts
-    spawn, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
-    runs: dict[str, dict[str, Any]] = {name: {"name": name, "status": "ok", "seconds": []} for name in names}
-    pipes, processes = {}, {}
-    with cli.bar(len(names) * (arguments.repeats + 1)) as bar:
-        for name in names:
-            pipes[name], end = spawn.Pipe()
-            processes[name] = spawn.Process(target=_serve, args=(end, name, arguments, threads), daemon=True)
-            processes[name].start()
-            end.close()
-            _take(pipes[name], runs[name])  # one after the other: each fills the memory while it builds its matrices
-        for number in range(arguments.repeats + 1):
-            for name in names:
-                if runs[name]["status"] == "ok":
-                    pipes[name].send(True)
-                    _take(pipes[name], runs[name], keep=number > 0)  # the first turn only warms up
-                bar.update()
-    for process in processes.values():
-        process.terminate()
-    for run in runs.values():
+    runs: list[dict[str, Any]] = [{"name": name, "status": "ok", "seconds": []} for name in names]
+    with cli.bar(len(names) * (arguments.repeats + 1)) as bar, contextlib.ExitStack() as stack:
+        workers = [Worker(Session, name, arguments, torch.get_num_threads()) for name in names]
+        for worker, run in zip(workers, runs, strict=True):
+            stack.callback(worker.close)
+            # one after the other: each fills the memory while it builds its matrices, which steps do not need
+            run |= _answer(worker, "build")
+            run |= _answer(worker, "memory.restart")
+        for number, _, (worker, run) in turns(list(zip(workers, runs, strict=True)), arguments.repeats + 1):
+            if run["status"] == "ok":
+                answer = _answer(worker, "time")
+                took = answer.pop("seconds", None)
+                run |= answer
+                if number and took is not None:  # the first turn only warms up
+                    run["seconds"].append(round(took, 4))
+            bar.update()
+    for run in runs:
         if run["status"] == "ok" and not run["off"] <= CLOSE:
             run["status"] = "wrong"
     settings = {name: getattr(arguments, name) for name in ("neurons", "weights", "batch_size", "T", "gain", "edges")}
-    made = {
-        "benchmark": "brain",
-        "machine": describe(torch.device("cpu")),
-        "settings": settings,
-        "runs": [*runs.values()],
-    }
+    made = {"benchmark": "brain", "machine": describe(torch.device("cpu")), "settings": settings, "runs": runs}
     if not quiet:
         print(table(made))
     return made
@@ -373,42 +338,30 @@ def grow(arguments: argparse.Namespace) -> dict[str, Any]:
 def growth_table(record: dict[str, Any]) -> str:
     """Time and memory against weights and neurons, and what each of these costs by least squares."""
     done = [run for run in record["runs"] if run["status"] == "ok"]
+    took = [statistics.median(run["seconds"]) for run in done]
     rows = [
-        [
-            f"{run['neurons']:,}",
-            f"{run['weights']:,}",
-            seconds(statistics.median(run["seconds"])),
-            f"{run['peak'] / 1e9:.2f} GB",
-        ]
-        for run in done
+        [f"{run['neurons']:,}", f"{run['weights']:,}", seconds(median), f"{run['peak'] / 1e9:.2f} GB"]
+        for run, median in zip(done, took, strict=True)
     ]
     sizes = np.array([[run["weights"], run["neurons"]] for run in done], float)
     words = []
-    nanoseconds = [1e9 * statistics.median(run["seconds"]) for run in done]
-    for unit, what, values in (
-        ("ns", "time", nanoseconds),
-        ("bytes", "memory", [run["peak"] - run["base"] for run in done]),
-    ):
-        # memory is above that of the process before there is a network
-        a, b = np.linalg.lstsq(sizes / np.array(values)[:, None].clip(1), np.ones(len(done)), rcond=None)[0]
+    above = [run["peak"] - run["base"] for run in done]  # the memory of the process before there is a network
+    for unit, what, values in (("ns", "time", 1e9 * np.array(took)), ("bytes", "memory", np.array(above))):
+        a, b = np.linalg.lstsq(sizes / values[:, None].clip(1), np.ones(len(done)), rcond=None)[0]
         words.append(f"{what} grows by {a:.3g} {unit} per weight and {b:.3g} {unit} per neuron")
     drawn = markdown(["neurons", "weights", "step", "peak memory"], rows)
     return f"{drawn}\n\nBy least squares of ratios, {'; '.join(words)}."
 
 
-def _take(pipe: Any, run: dict[str, Any], keep: bool = False) -> None:
-    """Takes what a contender answers into its run."""
+def _answer(worker: Worker, request: str) -> dict[str, Any]:
+    """What a contender answers, or why it fails."""
     try:
-        answer = pipe.recv()
-    except EOFError:
-        answer = {"failed": "the process died, as one does that asks for more memory than there is"}
-    if "failed" in answer:
-        run |= {"status": "failed", "reason": answer["failed"]}
-        return
-    took = answer.pop("seconds", None)
-    if keep:
-        run["seconds"].append(round(took, 4))
-    run |= answer
+        answer: dict[str, Any] | None = worker.ask(request)
+        return answer or {}
+    except WorkerError as error:
+        asked = re.search(r"allocate (\d+) bytes", str(error))
+        reason = f"asks for {int(asked[1]) / 1e9:.0f} GB of memory" if asked else str(error).splitlines()[0][:200]
+        return {"status": "failed", "reason": reason}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -438,13 +391,8 @@ def build_parser() -> argparse.ArgumentParser:
         "repeats": (3, "timed steps of each contender"),
     }
     cli.add_counts(parser, counts)
-    parser.add_argument(
-        "--gain",
-        type=float,
-        default=0.27,
-        metavar="X",
-        help="largest input current, held, of either sign (default: 0.27)",
-    )
+    text = "largest input current, held, of either sign (default: 0.27)"
+    parser.add_argument("--gain", type=float, default=0.27, metavar="X", help=text)
     parser.add_argument("--edges", metavar="FILE", help="a CSV file of connections in place of drawn ones")
     text = "our step alone, with 10⁵ to 3·10⁷ weights, a thousandth of all pairs of neurons"
     parser.add_argument("--growth", action="store_true", help=text)

@@ -185,12 +185,6 @@ def difference(results: dict[str, np.ndarray], expected: dict[str, np.ndarray]) 
     return float(max(errors))
 
 
-def usual_chunk(record: dict[str, Any]) -> int:
-    """The chunk of the longest step."""
-    longest = max(record["runs"], key=lambda point: (point["T"], point["chunk"] is not None))
-    return longest["chunk"]
-
-
 def table(record: dict[str, Any]) -> str:
     """One row per T and chunk: peak memory and time, and what they are of those without chunks."""
     whole = {point["T"]: point for point in record["runs"] if point["chunk"] is None}

@@ -76,6 +76,20 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
+class ATan(torch.autograd.Function):
+    """A step of the membrane above the threshold, with the derivative of an arctangent (α = 2)."""
+
+    @staticmethod
+    def forward(ctx, above):
+        ctx.save_for_backward(above)
+        return (above > 0).to(above.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (above,) = ctx.saved_tensors
+        return grad / (1 + (torch.pi * above) ** 2)
+
+
 #: for each layer of a network its spikes [T, B, N], or those of one step after another [B, N]
 Kept = tuple[list[torch.Tensor], ...]
 

@@ -30,7 +30,7 @@ from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
 
 from . import cli
-from .contender import autocast
+from .contender import ATan, autocast
 from .launcher import launcher_seconds
 from .machine import describe, pytorch_threads
 from .report import seconds
@@ -55,20 +55,6 @@ CASES = (
     Case("default", "triton"),
     Case("default", "triton", "bf16"),
 )
-
-
-class ATan(torch.autograd.Function):
-    """A step of the membrane above the threshold, with the derivative of an arctangent (α = 2)."""
-
-    @staticmethod
-    def forward(ctx, above):
-        ctx.save_for_backward(above)
-        return (above > 0).to(above.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (above,) = ctx.saved_tensors
-        return grad / (1 + (torch.pi * above) ** 2)
 
 
 class PlainLoop(nn.Module):

@@ -34,7 +34,7 @@ from .workload import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs"
-DOCS = ("index", "performance", "results", "first-run", "other-libraries", "populations", "connectome")
+DOCS = ("index", "performance", "results", "first-run", "populations", "connectome")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 #: the record whose picture is on a page
 PICTURED = "scaling-p_inter"
@@ -451,20 +451,6 @@ def _chunks(record: Record, link: Link) -> str:
     )
 
 
-def _chunks_in_short(record: Record, link: Link) -> str:
-    points = {(point["T"], point["chunk"]): point for point in record.content["runs"]}
-    chunk = chunks.usual_chunk(record.content)
-    whole, part = points[chunks.USUAL, None], points[chunks.USUAL, chunk]
-    size = record.content["sizes"]
-    ratio, what = ("cpu_times", "processor time") if _busy(record.content) else ("times", "time")
-    return (
-        f"For {chunks.USUAL:,} time steps (batch {size['batch_size']}, {size['input_dim']} inputs, two layers of "
-        f"{size['hidden_dim']:,} neurons), a training step in chunks of {chunk} steps takes "
-        f"{part['peak_bytes'] / 1e6:.0f} MB instead of {whole['peak_bytes'] / 1e6:.0f} MB and {part[ratio]:.2f} times "
-        f"the {what} (`python -m benchmarks.chunks`, [record]({link(record.path)}))."
-    )
-
-
 def _predictions(record: Record, link: Link) -> str:
     content = record.content
     nexts = markdown(
@@ -518,7 +504,6 @@ PARTS: dict[str, Part] = {
     "brain_growth": _newest(WHOLE["brain_growth"], "brain_growth"),
     "delays": _newest(WHOLE["delays"], "delays"),
     "chunks": _newest(_chunks, "chunks"),
-    "chunks, in short": _newest(_chunks_in_short, "chunks"),
     "recipe_study": _newest(_study, "recipe_study"),
     "recipe_study, command": _newest(_command, "recipe_study", name=BEST),
     "recipe_study, by seed": _by_seed,

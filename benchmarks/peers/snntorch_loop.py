@@ -24,20 +24,20 @@ PEERS = (
     ("snntorch", "SynapticNeurons", ("synaptic",)),
 )
 NEEDS = ("snntorch",)
+#: g2g's default neurons as snnTorch has them
+DEFAULT = {
+    "spike_grad": snntorch.surrogate.atan(alpha=2.0),
+    "learn_beta": True,
+    "learn_threshold": True,
+    "reset_mechanism": "subtract",
+}
 
 
 def leaky(
     beta: torch.Tensor, threshold: torch.Tensor, recurrent: nn.Linear | None = None
 ) -> snntorch.Leaky | snntorch.RLeaky:
-    """g2g's default neurons as snnTorch has them, joined to one another by ``recurrent``."""
-    options = {
-        "beta": beta.detach().clone(),
-        "threshold": threshold.detach().clone(),
-        "spike_grad": snntorch.surrogate.atan(alpha=2.0),
-        "learn_beta": True,
-        "learn_threshold": True,
-        "reset_mechanism": "subtract",
-    }
+    """Such neurons, joined to one another by ``recurrent``."""
+    options = {"beta": beta.detach().clone(), "threshold": threshold.detach().clone(), **DEFAULT}
     if recurrent is None:
         neurons = snntorch.Leaky(**options)
     else:
@@ -98,44 +98,28 @@ class Neurons(NeuronContender):
 
     def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str) -> None:
         super().__init__(prepared, device, precision, inputs)
-        self.neurons = leaky(self.parameters["beta"], self.parameters["threshold"]).to(device)
-        self.parameters = {"beta": self.neurons.beta, "threshold": self.neurons.threshold}
+        self.neurons, self.parameters = self.made({name: each.detach() for name, each in self.parameters.items()})
+        self.neurons.to(device)
+
+    def made(self, values: dict[str, torch.Tensor]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+        """The neurons with these parameters, and their own ones, by the same names."""
+        neurons = leaky(values["beta"], values["threshold"])
+        return neurons, {"beta": neurons.beta, "threshold": neurons.threshold}
 
     def run(self) -> list[torch.Tensor]:
-        membrane = torch.zeros_like(self.current[0])
+        states = [torch.zeros_like(self.current[0])] * (len(self.parameters) - 1)  # as many as decays
         spikes = []
         for current in self.current.unbind():
-            spike, membrane = self.neurons(current, membrane)
+            spike, *states = self.neurons(current, *states)
             spikes.append(spike)
         torch.autograd.backward(spikes, list(self.grad_spikes.unbind()))
         return spikes
 
 
-class SynapticNeurons(NeuronContender):
+class SynapticNeurons(Neurons):
     """``snntorch.Synaptic`` in a loop over time steps."""
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str) -> None:
-        super().__init__(prepared, device, precision, inputs)
-        syn_decay, beta, threshold = (self.parameters[name].detach() for name in ("syn_decay", "beta", "threshold"))
-        self.neurons = snntorch.Synaptic(
-            alpha=syn_decay,
-            beta=beta,
-            threshold=threshold,
-            spike_grad=snntorch.surrogate.atan(alpha=2.0),
-            learn_alpha=True,
-            learn_beta=True,
-            learn_threshold=True,
-            reset_mechanism="subtract",
-        ).to(device)
+    def made(self, values: dict[str, torch.Tensor]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+        neurons = snntorch.Synaptic(alpha=values.pop("syn_decay"), learn_alpha=True, **values, **DEFAULT)
         snntorch.SpikingNeuron.init()
-        neurons = self.neurons
-        self.parameters = {"syn_decay": neurons.alpha, "beta": neurons.beta, "threshold": neurons.threshold}
-
-    def run(self) -> list[torch.Tensor]:
-        synaptic_current = membrane = torch.zeros_like(self.current[0])
-        spikes = []
-        for current in self.current.unbind():
-            spike, synaptic_current, membrane = self.neurons(current, synaptic_current, membrane)
-            spikes.append(spike)
-        torch.autograd.backward(spikes, list(self.grad_spikes.unbind()))
-        return spikes
+        return neurons, {"syn_decay": neurons.alpha, "beta": neurons.beta, "threshold": neurons.threshold}

@@ -20,6 +20,7 @@ one per neuron, so that none of its products is with an identity.
 """
 
 import logging
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,10 +45,11 @@ NEEDS = ("spikingjelly",)
 LIF_GRADIENTS = tuple(f"lif{number}.{name}" for number in (1, 2, 3) for name in ("beta", "threshold"))
 
 
-def _tau(beta: float) -> float:
+def _options(beta: float, threshold: float) -> dict[str, Any]:
     if not 0 < beta < 1:
         raise ValueError(f"SpikingJelly's τ = 1/(1 − β) has to be above 1 and finite, which β = {beta} does not give")
-    return 1 / (1 - beta)
+    options = {"tau": 1 / (1 - beta), "v_threshold": threshold, "surrogate_function": surrogate.ATan(alpha=2.0)}
+    return {**options, "decay_input": False, "v_reset": None, "detach_reset": True}
 
 
 class _MultiStepLIF(nn.Module):
@@ -55,35 +57,17 @@ class _MultiStepLIF(nn.Module):
 
     def __init__(self, beta: float, threshold: float) -> None:
         super().__init__()
-        self.tau = _tau(beta)
-        self.threshold = threshold
-        self.surrogate = surrogate.ATan(alpha=2.0)
+        self.options = _options(beta, threshold)
 
     def forward(self, current: torch.Tensor) -> torch.Tensor:
         state = torch.zeros(current.shape[1:], dtype=torch.float32, device=current.device)
-        spikes, _, _ = functional.lif_multi_step(
-            current,
-            state,
-            tau=self.tau,
-            decay_input=False,
-            v_threshold=self.threshold,
-            v_reset=None,
-            surrogate_function=self.surrogate,
-            detach_reset=True,
-        )
+        spikes, _, _ = functional.lif_multi_step(current, state, **self.options)
         return spikes
 
 
 def _container(connection: G2GLinear, recurrent: G2GLinear, beta: float, threshold: float) -> nn.Module:
     """A recurrent layer, [T, B, in] → spikes [T, B, out]."""
-    neurons = neuron.LIFNode(
-        tau=_tau(beta),
-        decay_input=False,
-        v_threshold=threshold,
-        v_reset=None,
-        surrogate_function=surrogate.ATan(alpha=2.0),
-        detach_reset=True,
-    )
+    neurons = neuron.LIFNode(**_options(beta, threshold))
     size = connection.out_features
     container = layer.LinearRecurrentContainer(neurons, size, size, step_mode="m")
     container.rc = nn.Linear(connection.in_features + size, size)

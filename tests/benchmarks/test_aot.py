@@ -36,6 +36,11 @@ def compiled(flags: tuple[str, ...], case: str = "default step, bf16") -> list[d
     _, _, version, _, _, _, *lines = printed_by(f"from benchmarks import aot; aot.main({call!r})").splitlines()
     if f"\n{version.partition(',')[0]}," in RECORD:  # another version of Triton makes other code
         assert not [line for line in lines if line not in RECORD.splitlines()]
+    return rows_of(lines)
+
+
+def rows_of(lines) -> list[dict[str, str]]:
+    """Lines of a table, by its headings."""
     return [dict(zip(HEADINGS, line.strip("| ").split(" | "), strict=True)) for line in lines]
 
 
@@ -95,9 +100,8 @@ def test_the_products_of_the_default_step_for_sm_90():
 @pytest.mark.long
 def test_float32_by_parts_multiplies_nothing_twice_and_two_programs_fit_a_multiprocessor():
     """But for the weight gradient, whose second sum takes the registers."""
-    for row in compiled(
-        ("--kernels", "product_kernel", "weight_gradient_kernel", "--targets", "sm_90"), "float32 by parts"
-    ):
+    kernels = "--kernels", "product_kernel", "weight_gradient_kernel", "--targets", "sm_90"
+    for row in compiled(kernels, "float32 by parts"):
         check(row)
         check_products(row)
         assert row["kernel"] == "`weight_gradient_kernel`" or int(row["programs/SM"]) >= 2, row
@@ -125,8 +129,7 @@ def test_two_programs_of_two_states_fit_a_multiprocessor():
 def test_the_other_kernels_of_the_default_step_for_sm_90():
     rows = compiled(OTHERS)
     assert len(rows) >= 6
-    for row in rows:
-        check(row)
+    list(map(check, rows))
 
 
 @pytest.mark.long
@@ -139,26 +142,20 @@ def test_products_and_the_weight_gradient_for_other_gpus():
 
 
 def test_the_record_is_of_every_target_and_has_nothing_on_the_stack():
-    lines = [line for line in RECORD.splitlines() if line.startswith("| ") and not line.startswith("| step")]
-    rows = [dict(zip(HEADINGS, line.strip("| ").split(" | "), strict=True)) for line in lines if "---" not in line]
+    rows = rows_of(re.findall(r"(?m)^\| (?!step|---).*$", RECORD))
     assert {row["target"] for row in rows} == set(TARGETS)
     assert len(rows) > 100
-    for row in rows:
-        check(row)
+    list(map(check, rows))
 
 
 def test_loads_of_the_default_step_overlap_on_every_target():
     """Both tiles of the fused kernel, where there is one, and of the product of units of 64, with two loads in flight
     on NVIDIA's cards; beside them nine of a step's spikes, where the fused kernel keeps the weights on chip."""
-    lines = [line for line in RECORD.splitlines() if line.startswith("| default step, bf16 ")]
-    rows = [dict(zip(HEADINGS, line.strip("| ").split(" | "), strict=True)) for line in lines]
+    rows = [row for row in rows_of(re.findall(r"(?m)^\| default step, bf16 .*$", RECORD)) if "N64" in row["tile"]]
+    rows = [row for row in rows if "bf16 × bf16" in row["factors"] and "K16" not in row["tile"]]
     for target in TARGETS.values():
-        large = [
-            row
-            for row in rows
-            if row["target"] == target.name and row["kernel"].strip("`") in CARRYING and "N64" in row["tile"]
-            and ("bf16 × bf16" in row["factors"] and "K16" not in row["tile"])
-        ]  # fmt: skip
+        of_target = [row for row in rows if row["target"] == target.name]
+        large = [row for row in of_target if row["kernel"].strip("`") in CARRYING]
         assert len(large) == (2 if target.name in ("sm_90", "sm_100") else 1), target
         for row in large:
             check_loads(row)

@@ -71,10 +71,8 @@ def test_other_networks_have_a_line_each_in_a_table_of_their_own():
     page = redraw.redrawn(PAGE.replace("growth", "other networks"), redraw.ROOT, [record(single), record(dense)])
     ordinary, other = page.split("between")
     assert "median" not in ordinary
-    assert (
-        "| index, batch 8, 3 steps, 16 neurons per layer, single weights, 25.0 % of the weights | 2 ms | 8 ms: "
-        in other
-    )
+    line = "| index, batch 8, 3 steps, 16 neurons per layer, single weights, 25.0 % of the weights | 2 ms | 8 ms: "
+    assert line in other
     assert other.count("| 2 ms |") == 2
 
 
@@ -83,10 +81,6 @@ def test_of_records_of_one_name_the_newest_is_shown():
     for kept in ([STEP, later], [later, STEP]):
         page = redraw.redrawn(PAGE, redraw.ROOT, [record(each) for each in kept])
         assert page.count("2026-01-0") == page.count("2026-01-03") == 1
-
-
-def test_a_part_without_a_record_is_empty():
-    assert redraw.redrawn(PAGE, redraw.ROOT, []) == PAGE.replace("old\n", "")
 
 
 def test_a_busy_machine_has_processor_time_in_its_table():
@@ -110,7 +104,8 @@ def test_recurrent_networks_of_two_sizes_have_a_line_each():
     assert page.count("| 15 | – | 7, 7 |") == 2
 
 
-def test_an_unknown_part_is_refused():
+def test_a_part_without_a_record_is_empty_and_an_unknown_one_is_refused():
+    assert redraw.redrawn(PAGE, redraw.ROOT, []) == PAGE.replace("old\n", "")
     with pytest.raises(ValueError, match="part 'speed' is unknown; choose one of results in short, step, in a line"):
         redraw.redrawn("<!-- drawn: speed -->\n<!-- end -->\n", redraw.ROOT, [])
 
@@ -206,19 +201,9 @@ def test_every_part_is_on_a_page_and_every_part_of_a_page_is_known():
 
 
 @pytest.mark.parametrize("kept", redraw.all_records(), ids=lambda kept: kept.path.stem)
-def test_the_table_of_every_record_can_be_printed(kept, capsys):
+def test_records_keep_their_environment_and_their_tables_and_pictures_show_them(kept, capsys):
     assert redraw.main([str(kept.path)]) == 0
     assert capsys.readouterr().out.count("\n| ") > 2
-
-
-@pytest.mark.parametrize("page", redraw.PAGES, ids=lambda page: page.name)
-def test_measured_tables_are_those_of_the_records(page):
-    text = page.read_text(encoding="utf-8")
-    assert redraw.redrawn(text, page.parent, redraw.all_records()) == text, "run python -m benchmarks.redraw"
-
-
-@pytest.mark.parametrize("kept", redraw.all_records(), ids=lambda kept: kept.path.stem)
-def test_records_keep_their_environment_and_pictures_show_them(kept):
     machine = kept.content["machine"]
     assert {"cpu", "cores", "threads", "gpu", "python", "versions", "commit", "date"} <= machine.keys()
     if kept.picture:
@@ -228,8 +213,10 @@ def test_records_keep_their_environment_and_pictures_show_them(kept):
 
 
 @pytest.mark.parametrize("page", redraw.PAGES, ids=lambda page: page.name)
-def test_links_lead_to_files_that_exist(page):
-    for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+def test_tables_of_pages_are_those_of_the_records_and_links_lead_to_files(page):
+    text = page.read_text(encoding="utf-8")
+    assert redraw.redrawn(text, page.parent, redraw.all_records()) == text, "run python -m benchmarks.redraw"
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
         assert (page.parent / link).exists(), link
 
 

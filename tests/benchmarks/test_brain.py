@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from processes import fork_contenders
 
 from benchmarks import brain, records
 from g2g_kernels.cpu import library
@@ -51,7 +52,8 @@ def test_edges_of_a_file_are_the_graph(tmp_path):
     assert brain.main(["--edges", str(tmp_path / "nothing.csv")]) == 2
 
 
-def test_the_table_has_a_row_each_and_says_what_failed(tmp_path, capsys):
+def test_the_table_has_a_row_each_and_says_what_failed(monkeypatch, tmp_path, capsys):
+    fork_contenders(monkeypatch)
     path = tmp_path / "brain.jsonl"
     assert brain.main([*SMALL, "--contenders", "g2g-cpu,csr-by-hand", "--json", str(path)]) == 0
     runs = {run["name"]: run for run in records.read(path)["runs"]}
@@ -61,23 +63,20 @@ def test_the_table_has_a_row_each_and_says_what_failed(tmp_path, capsys):
     assert "fails: not enough memory" in brain.table({"runs": [*runs.values()]})
     assert brain.main([*SMALL, "--contenders", "none"]) == 2
     assert "'none' is unknown" in capsys.readouterr().err
+    monkeypatch.setattr(brain, "CLOSE", 0.0)
+    assert brain.main([*SMALL, "--contenders", "csr-by-hand"]) == 1
 
 
 def test_growth_is_fitted_to_weights_and_neurons(monkeypatch, tmp_path, capsys):
     runs = [
-        {
-            "status": "ok",
-            "neurons": n,
-            "weights": w,
-            "seconds": [2e-9 * w + 3e-6 * n],
-            "base": 7,
-            "peak": 7 + 40 * w + 500 * n,
-        }
+        {"status": "ok", "neurons": n, "weights": w, "seconds": [2e-9 * w + 3e-6 * n], "base": 10**8}
+        | {"peak": 10**8 + 40 * w + 500 * n}
         for w, n in ((10**5, 10**4), (10**6, 3 * 10**4), (10**7, 10**5))
     ]
     text = brain.growth_table({"runs": runs})
     assert "time grows by 2 ns per weight and 3e+03 ns per neuron" in text
     assert "memory grows by 40 bytes per weight and 500 bytes per neuron" in text
+    fork_contenders(monkeypatch)
     monkeypatch.setattr(brain, "GROWTH", (2000, 4000))
     path = tmp_path / "growth.jsonl"
     assert brain.main(["--growth", *SMALL[4:], "--json", str(path)]) == 0

@@ -96,12 +96,9 @@ def test_what_is_never_fused():
     """Margins say nothing of other states than the membrane; floats and 32 bits have no kernel."""
     units, _ = units_and_layer("units of 64")
     assert stack.fused_pays(units, Neurons("lif", ()), 256, torch.uint8, torch.bfloat16)
-    for model, x, products in (
-        ("synaptic", torch.uint8, torch.bfloat16),
-        ("lif", torch.bfloat16, torch.bfloat16),
-        ("lif", torch.uint8, torch.float32),
-    ):
-        with stack.choose(True):
+    spikes, bf16, fp32 = torch.uint8, torch.bfloat16, torch.float32
+    with stack.choose(True):
+        for model, x, products in (("synaptic", spikes, bf16), ("lif", bf16, bf16), ("lif", spikes, fp32)):
             assert not stack.fused_pays(units, Neurons(model, ()), 256, x, products)
 
 

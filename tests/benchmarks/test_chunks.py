@@ -25,8 +25,7 @@ def test_steps_in_chunks_are_timed_and_weighed_beside_the_whole(tmp_path, capsys
     assert points[9, 4]["times"] > 0
     table = capsys.readouterr().out
     assert "| 12 | 4 |" in table
-    for draw in (redraw._chunks, redraw._chunks_in_short):
-        assert "[record](record.jsonl)" in draw(redraw.Record(file, record), lambda path: path.name)
+    assert "[record](record.jsonl)" in redraw._chunks(redraw.Record(file, record), lambda path: path.name)
 
 
 def test_another_result_is_wrong():

@@ -1,6 +1,5 @@
 """A GPU's first hour: its stages, their outcomes, and the page; the programs themselves are tested elsewhere."""
 
-import argparse
 import importlib
 import importlib.util
 import json
@@ -41,31 +40,21 @@ pathlib.Path(record).write_text("{}\\n" + json.dumps({"contender": what, "median
 """
 
 
-def parsers() -> dict[str, argparse.ArgumentParser]:
-    names = ("throughput", "kernel_times", "fused_pair")
-    return {name: importlib.import_module(f"benchmarks.{name}").build_parser() for name in names}
-
-
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_every_stage_is_a_program_that_takes_its_flags(device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    known, seen = parsers(), set()
     for stage in stages(device):
-        seen.add(stage.name)
         package, _, name = stage.command[0].rpartition(".")
         assert importlib.util.find_spec(stage.command[0])
         assert stage.measures == (package == "benchmarks")
         if stage.measures:
-            arguments = known[name].parse_args(stage.command[1:])
+            arguments = importlib.import_module(stage.command[0]).build_parser().parse_args(stage.command[1:])
             if name == "throughput":
                 assert choose(getattr(arguments, "kernel", "step"), arguments.contenders)
     few = {"doctor", "step", "kernels", "lif", "dst", "step-units-1", "scaling-B-bf16", "fused-bf16", "processes"}
-    assert few <= seen
-
-
-def test_one_card_needs_no_processes(monkeypatch):
+    assert few <= {stage.name for stage in stages(device)}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert "processes" not in [stage.name for stage in stages("cuda")]
+    assert "processes" not in {stage.name for stage in stages("cuda")}
 
 
 def test_everything_that_is_predicted_is_measured_by_a_stage():
@@ -96,9 +85,12 @@ def run(tmp_path, monkeypatch, capsys):
     return run_stages
 
 
+def _stages_are(monkeypatch, **stages: str) -> None:
+    monkeypatch.setattr(first_run, "stages", lambda _: (Stage(name, ("program", of)) for name, of in stages.items()))
+
+
 def test_a_run_is_interrupted_and_resumed(tmp_path, monkeypatch, run):
-    names = ["first", "failing", "stopped", "last"]
-    monkeypatch.setattr(first_run, "stages", lambda device: (Stage(name, ("program", name)) for name in names))
+    _stages_are(monkeypatch, first="first", failing="failing", stopped="stopped", last="last")
     status, said = run()
     assert status == 130
     assert "interrupted; run the same command again to resume with the remaining stages" in said
@@ -115,13 +107,13 @@ def test_a_run_is_interrupted_and_resumed(tmp_path, monkeypatch, run):
     # done once; failed twice; stopped, then done; done once
     assert (tmp_path / "log").read_text().split() == ["first", "failing", "stopped", "failing", "stopped", "last"]
     assert "| stopped | done |" in (tmp_path / "run/first-run.md").read_text()
-    monkeypatch.setattr(first_run, "stages", lambda device: (Stage("first", ("program", "other")) for _ in "1"))
+    _stages_are(monkeypatch, first="other")
     run()  # another command is another stage
     assert (tmp_path / "log").read_text().split()[-1] == "other"
 
 
 def test_a_stage_that_takes_too_long_is_stopped_and_the_next_one_runs(monkeypatch, run):
-    monkeypatch.setattr(first_run, "stages", lambda device: (Stage("slow", ("program", "slow")) for _ in "1"))
+    _stages_are(monkeypatch, slow="slow")
     status, said = run("--limit", "1")
     assert status == 0
     assert "slow: took too long" in said
@@ -143,8 +135,7 @@ def test_missing_packages_are_named_before_anything_runs(monkeypatch, capsys, tm
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("pytest", "xdist") else find(name))
     assert first_run.main(["--device", "cpu", "--folder", str(tmp_path / "run")]) == 2
-    said = "the stages need pytest, xdist, not installed here: pip install -e '.[dev]'"
-    assert said in capsys.readouterr().err
+    assert "the stages need pytest, xdist, not installed here: pip install -e '.[dev]'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
@@ -213,11 +204,9 @@ def test_what_tiles_read_from_l2_by_hand():
 
 def test_spikes_alone_are_read_where_the_weights_stay_on_chip():
     with stack.choose(fused=True):
-        (fused,) = [
-            o
-            for o in training_step(predictions.network(), 256, 784, torch.bfloat16)
-            if o.name == "fused_forward_kernel" and o.launch.arguments["N"] == 64
-        ]
+        operations = training_step(predictions.network(), 256, 784, torch.bfloat16)
+    fused_ones = [operation for operation in operations if operation.name == "fused_forward_kernel"]
+    (fused,) = [operation for operation in fused_ones if operation.launch.arguments["N"] == 64]
     # in each of 50 steps 4 tiles of 64 samples of 9 units of 32 rows, of which some rows have 8
     assert predictions.work_of(fused).l2_bytes == 50 * 4 * 9 * 32 * 64 * 64
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -21,17 +22,12 @@ from g2gnet.data.npz import name_of
 from g2gnet.training import CheckpointError, TrainingError
 
 SIZES = "--dataset fashionmnist-mini --limit_train 96 --limit_test 32 --batch_size 32"
-SMALL = Study(
-    "A study of three steps.",
-    "no time",
-    f"{SIZES} --model index --hidden_dim 64 --block_size 16 --T 3 --enc_scale 3",
-    {"static": "", "gradient": "--sparsity_mode dynamic --cg gradient --dst_interval 1 --dst_schedule cosine"},
-    1,
-    ("", "test accuracy, %", "spread", "rows empty", "inside"),
-)
-CONVENTIONAL = dataclasses.replace(
-    SMALL, rows={"20 epochs": "", "20 epochs, ReLU": "--name ReLU --dropout 0.2 --lr_schedule cosine"}
-)
+ROWS = {"static": "", "gradient": "--sparsity_mode dynamic --cg gradient --dst_interval 1 --dst_schedule cosine"}
+SETTINGS = f"{SIZES} --model index --hidden_dim 64 --block_size 16 --T 3 --enc_scale 3"
+COLUMNS = ("", "test accuracy, %", "spread", "rows empty", "inside")
+SMALL = Study("A study of three steps.", "no time", SETTINGS, ROWS, 1, COLUMNS)
+PERCEPTRON = {"20 epochs": "", "20 epochs, ReLU": "--name ReLU --dropout 0.2 --lr_schedule cosine"}
+CONVENTIONAL = dataclasses.replace(SMALL, rows=PERCEPTRON)
 SEQUENCES = dataclasses.replace(STUDIES["sequence"], common=f"{SIZES} --hidden_dim 32 --standardize")
 
 
@@ -49,6 +45,18 @@ def trained(monkeypatch):
     for name, each in (("small", SMALL), ("conventional", CONVENTIONAL), ("sequence", SEQUENCES)):
         monkeypatch.setitem(STUDIES, name, each)
     return began
+
+
+@pytest.fixture
+def studied(tmp_path, trained):
+    """The record that a study's program writes, given these flags."""
+
+    def run(flags: str) -> dict:
+        written = "--runs", str(tmp_path), "--json", str(tmp_path / "record.jsonl")
+        assert study.main([*shlex.split(flags), *written]) == 0
+        return records.read(tmp_path / "record.jsonl")
+
+    return run
 
 
 @pytest.mark.parametrize("name", STUDIES)
@@ -75,15 +83,12 @@ def test_densities_are_those_that_the_rows_name(tmp_path):
         assert settings.p_inter == pytest.approx(0.15 * settings.p_intra, rel=1e-3)
 
 
-def test_a_study_goes_on_where_it_stopped_and_records_what_there_is(tmp_path, capsys, trained):
-    arguments = ["small", "--runs", str(tmp_path), "--seeds", "1", "--json", str(tmp_path / "record.jsonl")]
-    assert study.main([*arguments, "--rows", "gradient"]) == 0
-    assert study.main([*arguments, "--finished"]) == 0
-    assert [run["row"] for run in records.read(tmp_path / "record.jsonl")["runs"]] == ["gradient"]
-    assert len(trained) == 1
-    assert study.main(arguments) == 0
+def test_a_study_goes_on_where_it_stopped_and_records_what_there_is(tmp_path, capsys, trained, studied):
+    for more in ("--rows gradient", "--finished"):
+        assert [run["row"] for run in studied(f"small --seeds 1 {more}")["runs"]] == ["gradient"]
+        assert len(trained) == 1
+    record = studied("small --seeds 1")
     assert len(trained) == 2  # the other one was finished
-    record = records.read(tmp_path / "record.jsonl")
     assert record["rows"] == SMALL.rows
     assert record["machine"]["threads"] == 1
     _, run = record["runs"]
@@ -98,46 +103,39 @@ def test_a_study_goes_on_where_it_stopped_and_records_what_there_is(tmp_path, ca
     assert f"| gradient | {100 * run['test_acc']:.2f} (n = 1) |" in capsys.readouterr().out
 
 
-def test_validation_tests_on_training_images_that_are_held_back(tmp_path, monkeypatch, trained):
+def test_validation_tests_on_training_images_that_are_held_back(tmp_path, monkeypatch, studied):
     mini = load_dataset("fashionmnist-mini")
     monkeypatch.setattr(study, "load_dataset", lambda *_: mini)
-    arguments = ["small", "--runs", str(tmp_path), "--seeds", "1", "2", "--rows", "static", "--validation"]
-    assert study.main([*arguments, "--json", str(tmp_path / "record.jsonl")]) == 0
+    record = studied("small --seeds 1 2 --rows static --validation")
+    assert record["tested_on"] == study_tables.HELD_BACK
     size = len(mini.train_images) // 6
     for seed, fold, of in ((1, 6, slice(5 * size, 6 * size)), (2, 5, slice(4 * size, 5 * size))):
         folder = tmp_path / "validation" / f"fold-{fold}"
         held_back = load_dataset(name_of(folder / "fashionmnist-validation.npz"))
-        assert torch.equal(held_back.test_images, mini.train_images[of])
-        assert torch.equal(held_back.test_labels, mini.train_labels[of])
         rest = torch.cat([mini.train_images[: of.start], mini.train_images[of.stop :]])
-        assert torch.equal(held_back.train_images, rest)
+        expected = mini.train_images[of], mini.train_labels[of], rest
+        assert_equal((held_back.test_images, held_back.test_labels, held_back.train_images), expected)
         assert [run.name for run in (folder / "small_study").iterdir()] == [f"static-1-epochs-seed{seed}"]
-    assert records.read(tmp_path / "record.jsonl")["tested_on"] == study_tables.HELD_BACK
     assert not (tmp_path / "small_study").exists()  # runs that are tested on test images are others
     assert [study_tables.fold_of(seed) for seed in range(8)] == [1, 6, 5, 4, 3, 2, 1, 6]
 
 
-def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkeypatch, trained):
+def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkeypatch, trained, studied):
     monkeypatch.setattr(study, "step_costs", lambda *_: {"step_bytes": 3_000_000, "step_seconds": 0.0123})
-    rows = ["rows, recurrent, 25 %", "rows, GRU"]
-    file = tmp_path / "record.jsonl"
-    arguments = ["sequence", "--runs", str(tmp_path), "--seeds", "1", "--epochs", "1", "--json", str(file)]
-    arguments += ["--rows", *rows]
-    assert study.main(arguments) == 0
-    network, yardstick = records.read(file)["runs"]
-    assert [network["row"], yardstick["row"]] == rows
+    flags = "sequence --seeds 1 --epochs 1 --rows 'rows, recurrent, 25 %' 'rows, GRU'"
+    network, yardstick = studied(flags)["runs"]
+    assert [network["row"], yardstick["row"]] == ["rows, recurrent, 25 %", "rows, GRU"]
     # hidden neurons are whole numbers: 8 have 1,002 weights, 9 have 1,153
     assert yardstick["weights"] == pytest.approx(network["weights"], rel=0.08)
     assert 0 <= yardstick["test_acc"] <= 1
     printed = capsys.readouterr().out
     assert f"| rows, GRU | {yardstick['weights']:,} | 3 MB | 12.3 ms |" in printed
-    assert study.main([*arguments, "--finished"]) == 0
+    studied(f"{flags} --finished")
     assert capsys.readouterr().out == printed
     assert len(trained) == 1  # the network; the GRU is trained by the study itself
 
     # flags of every run: others, in another folder
-    assert study.main([*arguments, "--flags", "--hidden_dim 16 --lr 0.01"]) == 0
-    record = records.read(file)
+    record = studied(f"{flags} --flags '--hidden_dim 16 --lr 0.01'")
     assert record["settings"] == f"{SEQUENCES.common} --hidden_dim 16 --lr 0.01"
     smaller, other = (run["weights"] for run in record["runs"])
     assert smaller < network["weights"] / 2
@@ -188,18 +186,15 @@ def test_the_width_of_a_gru_has_the_weights_wanted():
         assert gru.width_of(weights, 4, 10) == width
 
 
-def test_a_conventional_network_stands_beside_the_spiking_one(tmp_path, capsys, monkeypatch, trained):
-    file = tmp_path / "record.jsonl"
-    arguments = ["conventional", "--runs", str(tmp_path), "--seeds", "1", "--epochs", "3", "--json", str(file)]
-    assert study.main(arguments) == 0
-    spiking, other = records.read(file)["runs"]
+def test_a_conventional_network_stands_beside_the_spiking_one(capsys, monkeypatch, studied):
+    spiking, other = studied("conventional --seeds 1 --epochs 3")["runs"]
     assert spiking["weights"] == other["weights"]  # of one seed: the same masks
     assert spiking["test_acc"] != other["test_acc"] or spiking["silent"] != other["silent"]
     printed = capsys.readouterr()
     assert "row=20 epochs, ReLU, seed=1: test accuracy" in printed.err
     assert "Epoch" not in printed.out
     monkeypatch.setattr(study, "train_own", lambda run: pytest.fail("trained again"))
-    assert study.main(arguments) == 0
+    studied("conventional --seeds 1 --epochs 3")
 
 
 @pytest.mark.parametrize(
@@ -337,8 +332,7 @@ def test_quick_is_small_whatever_a_row_says(trained, monkeypatch):
     assert [(arguments.seeds, arguments.last) for arguments in asked] == [([1], study.QUICK), ([4], study.QUICK)]
     quick = study.runs_of("recipe", STUDIES["recipe"], asked[0])
     assert {(run.settings.epochs, run.settings.limit_train) for run in quick} == {(1, 2000)}
-    whole = cli.build_parser("x", "", "", {}).parse_args([])
-    assert not whole.quick
+    assert not cli.build_parser("x", "", "", {}).parse_args([]).quick
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -378,8 +372,7 @@ def test_the_best_growth_is_held_against_static_with_the_error_of_the_difference
     }
     text = study_tables.growth(made("dst", {row: dict(enumerate(found)) for row, found in rows.items()}))
     # standard error 1/√3 of each
-    line = "| 16 | 5 % | 87.00 ± 0.58 | 89.00 ± 0.58 | – | 89.00 (n = 1) | +2.00 ± 0.82 (random) |"
-    assert line in text
+    assert "| 16 | 5 % | 87.00 ± 0.58 | 89.00 ± 0.58 | – | 89.00 (n = 1) | +2.00 ± 0.82 (random) |" in text
     assert "| 1 | 5 % | 88.00 (n = 1) | 87.50 ± 0.50 (n = 2) | – | – | -0.50 (random) |" in text  # an error is unknown
 
 

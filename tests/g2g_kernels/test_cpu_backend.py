@@ -27,7 +27,8 @@ import pytest
 import torch
 from compiled_kernels import instruction_set, loaded
 from covering import of_today
-from helpers import ErrorRatios, as_near, compiles_whole, lif_layer, rms, seeded
+from helpers import ErrorRatios, MaskCase, as_near, compiles_whole, lif_layer, rms, seeded, with_one
+from linear_cases import backend_result, dense_result, inputs
 from stack_cases import Stack, loss
 
 from benchmarks.machine import pytorch_threads
@@ -326,8 +327,7 @@ def test_bits_do_not_depend_on_the_threads(way):
             with by(way), pytorch_threads(number):
                 results.append(network.run(torch.float32, "cpu"))
         for other in results[1:]:
-            for result, tensor in results[0].items():
-                assert torch.equal(tensor, other[result]), result
+            torch.testing.assert_close(other, results[0], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("isa", library.ISAS)
@@ -400,8 +400,7 @@ def test_a_way_is_chosen_by_its_cost(way, outcome, taken):
     with by(way, never=True):
         never = outcome()
     assert any(not torch.equal(always[name], never[name]) for name in chosen), "only one way was taken"
-    for name, tensor in chosen.items():
-        assert torch.equal(tensor, (always if taken else never)[name]), name
+    torch.testing.assert_close(chosen, always if taken else never, rtol=0, atol=0)
 
 
 def by_sharpness(kind: str, unit: int, alpha: float, **options) -> dict[str, torch.Tensor]:
@@ -453,10 +452,8 @@ def test_chunks_that_no_gradient_reaches(unit):
 def test_a_gradient_reaches_one_neuron_alone(unit, neuron):
     """All others of its layer are dropped: of its sixteen lanes, its strip and its block it is the only one."""
     others = (torch.arange(FULL[2]) != neuron).expand(5, -1)
-    network = Network(
-        "index", unit, x="spikes", per_neuron=False, surrogate="triangle", sizes=FULL, dropped=(None, others, None),
-        alpha=1.0,
-    )  # fmt: skip
+    options = {"x": "spikes", "per_neuron": False, "surrogate": "triangle", "alpha": 1.0, "sizes": FULL}
+    network = Network("index", unit, dropped=(None, others, None), **options)
     with by("input gradients where needed"), by("sums of subsets"):
         compare(network, ErrorRatios())
     assert network.exact["bias1.grad"].nonzero().tolist() == [[neuron]]
@@ -574,24 +571,14 @@ def test_linear_alone():
     cases = of_today({"x": ("dense", "spikes", "many spikes"), "rows": ((3,), (1,), (7, 130), (1700,)), "unit": UNITS})
     for name, (x, rows, unit) in ((name, case.values()) for name, case in cases.items()):
         print(name)
-        draw = seeded(unit)
-        layouts = GroupLayout(150, 4, "random", draw), GroupLayout(131, 4, "interleaved", draw)
-        mask = BlockMask.sample(*layouts, p_inter=0.3, block_size=unit, generator=draw)
-        drawn = torch.randn(*rows, 131, generator=draw)
-        tensors = {
-            "x": drawn if x == "dense" else (drawn > (1.2 if x == "spikes" else -1.2)).float(),
-            "values": mask.pack(torch.randn(150, 131, generator=draw)),
-            "bias": torch.randn(150, generator=draw),
-        }
-        outcome = []
-        for dtype, backend in ((torch.float32, "cpu"), (torch.float32, "torch"), (torch.float64, "torch")):
-            leaves = {n: t.to(dtype).clone().requires_grad_() for n, t in tensors.items()}
-            y = g2g_linear(leaves["x"], leaves["values"], mask, leaves["bias"], backend=backend)
-            y.backward(torch.randn(y.shape, generator=seeded(1)).to(dtype))
-            outcome.append({"y": y.detach(), **{n: leaf.grad for n, leaf in leaves.items()}})
-        for name in outcome[0]:
-            ratios.add(name, *(results[name] for results in outcome))
-        assert (outcome[0]["values"][~mask.valid()] == 0).all()
+        mask = MaskCase(150, 131, 4, "random", "interleaved", unit).mask(p_inter=0.3, seed=unit)
+        drawn, values, bias = inputs(mask, *rows)
+        given = drawn if x == "dense" else (drawn > (1.2 if x == "spikes" else -1.2)).float()
+        tensors = given, values, bias, torch.randn(*rows, 150, generator=seeded(4))
+        actual, plain = (backend_result(mask, *tensors, backend) for backend in ("cpu", "torch"))
+        for result, exact in dense_result(mask, *tensors).items():
+            ratios.add(result, actual[result], plain[result], exact)
+        assert (actual["values.grad"][~mask.valid()] == 0).all()
     ratios.check(len(cases))
 
 
@@ -604,24 +591,19 @@ def test_linear_reads_and_writes_bfloat16(x, kinds):
     mask = BlockMask.sample(*layouts, p_inter=0.3, block_size=16, generator=draw)
     drawn = torch.randn(900, 280, generator=draw).bfloat16()
     given = drawn if x == "dense" else (drawn > 1.2).bfloat16()
-    values, bias = mask.pack(torch.randn(300, 280, generator=draw)), torch.randn(300, generator=draw)
+    weights = mask.pack(torch.randn(300, 280, generator=draw)), torch.randn(300, generator=draw)
     upstream = torch.randn(900, 300, generator=draw).bfloat16()
     upstream[5, 7] = float("nan")
     outcome = []
     for dtype in (torch.bfloat16, torch.float32):
-        leaves = [
-            given.to(dtype, copy=True).requires_grad_(),
-            values.clone().requires_grad_(),
-            bias.clone().requires_grad_(),
-        ]
+        x, values, bias = (tensor.clone().requires_grad_() for tensor in (given.to(dtype), *weights))
         with torch.autocast("cpu", torch.bfloat16):
-            y = g2g_linear(leaves[0], leaves[1], mask, leaves[2], backend="cpu")
+            y = g2g_linear(x, values, mask, bias, backend="cpu")
         y.backward(upstream)
         assert y.dtype == torch.bfloat16
-        assert leaves[0].grad.dtype == dtype
-        outcome.append([y.detach(), leaves[0].grad.bfloat16(), leaves[1].grad, leaves[2].grad])
-    for half, single in zip(*outcome, strict=True):
-        torch.testing.assert_close(half, single, rtol=0, atol=0, equal_nan=True)
+        assert x.grad.dtype == dtype
+        outcome.append([y.detach(), x.grad.bfloat16(), values.grad, bias.grad])
+    torch.testing.assert_close(*outcome, rtol=0, atol=0, equal_nan=True)
     assert outcome[0][1][5].isnan().any()
     assert not outcome[0][1][6].isnan().any()
 
@@ -664,9 +646,7 @@ def test_bits_of_lif_alone_do_not_depend_on_the_threads(shape, per_neuron):
             spikes = lif(*leaves, backend="cpu")
             spikes.backward(upstream)
         results.append((spikes.detach(), *(leaf.grad for leaf in leaves)))
-    for other in results[1:]:
-        for first, tensor in zip(results[0], other, strict=True):
-            assert torch.equal(first, tensor)
+    assert all(torch.equal(*pair) for other in results[1:] for pair in zip(results[0], other, strict=True))
 
 
 # --- operators ----------------------------------------------------------------------------------------------------
@@ -729,35 +709,23 @@ def test_operators_refuse_what_would_read_out_of_bounds():
         stack.FORWARD.overload(*arguments(*opened(changed)), True)
 
     call()
-    mask = good.layers[0].mask
-
-    def changed(tensor, wrong):
-        tensor = tensor.clone()
-        tensor[1] = wrong
-        return tensor
-
-    for wrong in (
-        mask._replace(unit_row=changed(mask.unit_row, 1000)),
-        mask._replace(unit_col=changed(mask.unit_col, -1)),
-        *(mask._replace(row_order=changed(mask.row_order, place)) for place in (-5, 200)),
-        mask._replace(row_bounds=changed(mask.row_bounds, 7)),
-        mask._replace(col_order=changed(mask.col_order, 400)),
-        mask._replace(col_bounds=changed(mask.col_bounds, -3)),
-    ):
+    first = good.layers[0]
+    for index, wrong in (
+        ("unit_row", 1000), ("unit_col", -1), ("row_order", -5), ("row_order", 200), ("row_bounds", 7),
+        ("col_order", 400), ("col_bounds", -3),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="mask"):
-            call(mask=wrong)
-    with pytest.raises(ValueError, match="receives"):
-        call(x=good.x[:, :50].contiguous())
-    with pytest.raises(ValueError, match="values"):
-        call(values=good.layers[0].values[:-1].contiguous())
-    with pytest.raises(ValueError, match="bias"):
-        call(bias=good.layers[0].bias[:5])
-    population = good.layers[0].population
-    for name, parameters in (("beta", (torch.rand(3), torch.rand(1))), ("threshold", (torch.rand(1), torch.rand(3)))):
+            call(mask=first.mask._replace(**{index: with_one(1, wrong)(getattr(first.mask, index))}))
+    for name, changes in (
+        ("receives", {"x": good.x[:, :50].contiguous()}),
+        ("values", {"values": first.values[:-1].contiguous()}),
+        ("bias", {"bias": first.bias[:5]}),
+        ("beta", {"population": first.population._replace(parameters=(torch.rand(3), torch.rand(1)))}),
+        ("threshold", {"population": first.population._replace(parameters=(torch.rand(1), torch.rand(3)))}),
+        ("float32", {"x": good.x.double()}),
+    ):
         with pytest.raises(ValueError, match=name):
-            call(population=population._replace(parameters=parameters))
-    with pytest.raises(ValueError, match="float32"):
-        call(x=good.x.double())
+            call(**changes)
 
     population = Neurons("lif", (torch.tensor(0.9), torch.rand(10)), "zero", "sigmoid")
     alone = NeuronsCall(torch.rand(12, 3, 10), population, 0)
@@ -1043,8 +1011,7 @@ def test_instruction_sets_agree(isa, tmp_path):
         assert library.instruction_set() == isa
         spikes, grads = results()
     assert all(tensor.any() for tensor in spikes)
-    for actual, expected in zip(spikes, expected_spikes, strict=True):
-        assert torch.equal(actual, expected)
+    assert all(map(torch.equal, spikes, expected_spikes))
     for actual, expected in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
 

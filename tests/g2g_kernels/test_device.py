@@ -43,12 +43,9 @@ def mps_and_xpu(monkeypatch, devices: int) -> None:
 @pytest.mark.parametrize(
     ("package", "adapter", "cuda_devices", "expected"),
     [
-        (True, True, 1, DML),
-        (True, True, 0, DML),
-        (True, False, 1, torch.device("cuda")),
-        (False, False, 1, torch.device("cuda")),
-        (True, False, 0, torch.device("cpu")),
-        (False, False, 0, torch.device("cpu")),
+        *((True, True, devices, DML) for devices in (1, 0)),
+        *((package, False, 1, torch.device("cuda")) for package in (True, False)),
+        *((package, False, 0, torch.device("cpu")) for package in (True, False)),
     ],
 )
 def test_directml_then_cuda_then_cpu(monkeypatch, package, adapter, cuda_devices, expected):
@@ -62,14 +59,8 @@ def test_directml_then_cuda_then_cpu(monkeypatch, package, adapter, cuda_devices
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("cpu", torch.device("cpu")),
-        ("cuda", torch.device("cuda")),
-        ("cuda:0", torch.device("cuda:0")),
-        ("cuda:1", torch.device("cuda:1")),
+        *((name, torch.device(name)) for name in ("cpu", "cuda", "cuda:0", "cuda:1", "mps", "xpu", "xpu:1")),
         ("directml", DML),
-        ("mps", torch.device("mps")),
-        ("xpu", torch.device("xpu")),
-        ("xpu:1", torch.device("xpu:1")),
     ],
 )
 def test_a_named_device_is_that_device(monkeypatch, name, expected):

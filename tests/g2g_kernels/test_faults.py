@@ -20,7 +20,7 @@ from g2g_kernels import (
     g2g_linear,
     g2g_stack,
 )
-from g2g_kernels.cpu import library, plans
+from g2g_kernels.cpu import plans
 from g2g_kernels.cpu.workspace import Workspace
 
 compiled = pytest.mark.skipif("cpu" not in available_backends(), reason=f"{backend_status()['cpu']}")
@@ -122,12 +122,3 @@ def test_spikes_are_those_of_the_neurons_they_had_when_a_mask_is_loaded_anew():
     masks[0].load_state_dict(masks[1].state_dict())
     assert not torch.equal(masks[0].rows.order, layouts[0].group_of.argsort(stable=True))
     assert torch.equal(spikes.dense(), before)
-
-
-@compiled
-def test_a_layer_of_too_many_weights_is_refused_by_their_number(monkeypatch):
-    """More than 2^31 - 1; 840b5ea said that the indices do not describe a valid mask."""
-    monkeypatch.setattr(library, "INT32", (-64, 63))
-    mask = BlockMask.full(GroupLayout(8, 1), GroupLayout(8, 1), 4)
-    with pytest.raises(BackendError, match="serves at most 63 weights in a layer, not 64"):
-        g2g_linear(torch.ones(1, 8), torch.ones(4, 4, 4), mask, backend="cpu")

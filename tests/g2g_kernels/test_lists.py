@@ -9,6 +9,7 @@ import torch
 from covering import every_pair
 from helpers import seeded
 
+from benchmarks.machine import pytorch_threads
 from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_linear, g2g_stack
 from g2g_kernels.cpu import library, plans
 from g2g_kernels.cpu.workspace import workspace
@@ -38,9 +39,8 @@ def layout(size: int, seed: int = 0) -> GroupLayout:
 
 def weights(out: int, into: int, block_size: int, density: float, seed: int = 0, scale: float = 1.0):
     """A mask and packed weights; padding holds NaN, which nothing may read."""
-    mask = BlockMask.sample(
-        layout(out, seed), layout(into, seed), density=density, block_size=block_size, generator=seeded(seed)
-    )
+    draw = {"density": density, "block_size": block_size, "generator": seeded(seed)}
+    mask = BlockMask.sample(layout(out, seed), layout(into, seed), **draw)
     values = scale * torch.randn(mask.num_units, *mask.unit_shape, generator=seeded(seed + 1), dtype=torch.float64)
     return mask, values.float().masked_fill(~mask.valid(), torch.nan)
 
@@ -51,14 +51,10 @@ def assert_close(found, expected, mask=None, scale=None) -> None:
     assert (found.double() - expected).abs().max() <= CLOSE * (scale or expected.abs().max() + 1e-30)
 
 
-@every_pair(
-    rows=(1, 15, 16, 17, 700),
-    sizes=((1, 1), (37, 64), (300, 21), (129, 513)),
-    block_size=(1, 3, 15),
-    density=(0.0, 0.03, 0.6),
-    inputs=("floats", "spikes"),
-    bias=(False, True),
-)
+SIZES = {"rows": (1, 15, 16, 17, 700), "sizes": ((1, 1), (37, 64), (300, 21), (129, 513)), "block_size": (1, 3, 15)}
+
+
+@every_pair(**SIZES, density=(0.0, 0.03, 0.6), inputs=("floats", "spikes"), bias=(False, True))
 def test_a_linear_layer_is_that_of_float64(rows, sizes, block_size, density, inputs, bias):
     mask, values = weights(*sizes, block_size, density)
     x = torch.randn(rows, sizes[1], generator=seeded(3))
@@ -76,17 +72,16 @@ def test_a_linear_layer_is_that_of_float64(rows, sizes, block_size, density, inp
             assert_close(mine.grad, theirs.grad, of)
 
 
+NEURONS = {"model": MODELS, "reset": RESETS, "surrogate": SURROGATES}
+WITH_OR_WITHOUT = dict.fromkeys(("held", "state", "dropped", "per_neuron"), (False, True))
+
+
 @every_pair(
-    model=MODELS,
-    reset=RESETS,
-    surrogate=SURROGATES,
+    **NEURONS,
     size=(1, 63, 130),
     batch=(1, 2, 3, 8, 19),
     block_size=(1, 3),
-    held=(False, True),
-    state=(False, True),
-    dropped=(False, True),
-    per_neuron=(False, True),
+    **WITH_OR_WITHOUT,
     threads=(1, 2),
     summed=(False, True),
 )
@@ -100,11 +95,8 @@ def test_a_loop_over_all_steps_is_that_of_float64(
     shapes = (batch, 20) if held else (steps, batch, 20)
     x = 1.3 * torch.randn(shapes, generator=draw)
     count = size if per_neuron else 1
-    parameters = [
-        torch.rand(count, generator=draw) * (0.3 if name == "threshold" else 0.6)
-        + (0.7 if name == "threshold" else 0.3)
-        for name in names
-    ]
+    spans = [(0.3, 0.7) if name == "threshold" else (0.6, 0.3) for name in names]
+    parameters = [torch.rand(count, generator=draw) * span + least for span, least in spans]
     first = torch.randn(len(MODELS[model].states), batch, size, generator=draw) if state else None
     silent = torch.rand(batch, size, generator=draw) < 0.2 if dropped else None
     of_counts, of_last = (torch.randn(batch, size, generator=draw) for _ in range(2))
@@ -123,12 +115,8 @@ def test_a_loop_over_all_steps_is_that_of_float64(
         loss.backward()
         return activity, [None if each is None else each.grad for each in leaves]
 
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with pytorch_threads(threads):
         activity, grads = run("cpu", torch.float32)
-    finally:
-        torch.set_num_threads(threads_before)
     expected, exact = run("torch", torch.float64)
     assert torch.equal(activity.spikes[0].dense().double(), expected.spikes[0].dense())
     assert_close(activity.states[0].detach(), expected.states[0].detach())
@@ -155,14 +143,10 @@ def test_results_are_the_same_for_any_number_of_threads_and_ranges(monkeypatch):
         return [activity.counts.detach(), *[each.grad for each in leaves]]
 
     expected = run()
-    before = torch.get_num_threads()
-    try:
-        for threads, length in itertools.product((1, 3), (64, 1000)):
-            torch.set_num_threads(threads)
-            monkeypatch.setattr(loop, "RANGE", length)
-            assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
-    finally:
-        torch.set_num_threads(before)
+    for threads, length in itertools.product((1, 3), (64, 1000)):
+        monkeypatch.setattr(loop, "RANGE", length)
+        with pytorch_threads(threads):
+            torch.testing.assert_close(run(), expected, rtol=0, atol=0)
 
 
 def test_a_run_in_parts_and_in_chunks_is_the_whole_run():
@@ -241,10 +225,8 @@ def test_a_wide_layer_takes_memory_by_its_weights_alone(monkeypatch):
     draw = torch.Generator().manual_seed(0)
     mask = BlockMask.sample(GroupLayout(size), GroupLayout(size), density=1.5e-5, block_size=1, generator=draw)
     assert abs(mask.num_units - 600_000) < 1000
-    make = workspace.bytes
-    monkeypatch.setattr(workspace, "bytes", lambda count: (taken.append(count), make(count))[1])
-    borrow = workspace.borrow
-    monkeypatch.setattr(workspace, "borrow", lambda count: (taken.append(count), borrow(count))[1])
+    for name, make in (("bytes", workspace.bytes), ("borrow", workspace.borrow)):
+        monkeypatch.setattr(workspace, name, lambda count, make=make: (taken.append(count), make(count))[1])
     values = torch.full((mask.num_units, 1, 1), 0.5, requires_grad=True)
     each = torch.arange(size)
     inputs = BlockMask(GroupLayout(size, 1), GroupLayout(size, 1), each, each, block_size=1)

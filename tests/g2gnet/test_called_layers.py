@@ -306,9 +306,8 @@ def test_it_is_said_once_which_layers_are_called(caplog):
     net.lif2.register_forward_hook(nothing)
     for _ in range(2):
         net(SAMPLES)
-    assert (
-        caplog.text.count("calls its modules in turn, which is slower than one call for all: lif2 carries hooks") == 1
-    )
+    said = "calls its modules in turn, which is slower than one call for all: lif2 carries hooks"
+    assert caplog.text.count(said) == 1
 
 
 def test_steps_follow_hooks_on_connections_and_say_what_they_cannot_follow(caplog):
@@ -332,9 +331,7 @@ def test_what_a_layer_may_not_return_is_named():
     net = net_of()
     net.lif1 = nn.Identity()
     net.lif2.register_forward_hook(lambda module, args, output: (output, output))
-    with pytest.raises(
-        TypeError, match=r"lif2 \(LIF\) returned a tuple; in a stack it must return a tensor \[6, 5, 40"
-    ):
+    with pytest.raises(TypeError, match=r"lif2 \(LIF\) returned a tuple; in a stack .* return a tensor \[6, 5, 40"):
         net(SAMPLES)
     net.fc1.register_forward_hook(lambda module, args, output: output[0])
     with pytest.raises(TypeError, match=r"fc1 \(G2GLinear\) returned a tensor \[40\]; .* a tensor \[5, 40\]"):

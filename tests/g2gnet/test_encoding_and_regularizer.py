@@ -9,11 +9,6 @@ from g2gnet.encoding import encode
 from g2gnet.training.regularizer import rate_penalty, rate_target
 
 
-def test_current_is_scaled_and_shifted():
-    x = torch.rand(3, 4)
-    assert torch.equal(encode(x, "current", steps=9, scale=2.0, bias=-0.5), 2 * x - 0.5)
-
-
 def test_rate_draws_spikes_with_the_clamped_value_as_probability_anew_at_each_step():
     x = torch.tensor([[-0.5, 0.0, 0.1, 0.5, 0.9, 1.0, 1.5]])
     spikes = encode(x, "rate", steps=4000, generator=torch.Generator().manual_seed(0))

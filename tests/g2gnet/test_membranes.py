@@ -9,7 +9,6 @@ from networks import small_net
 from torch.nn import functional as F
 
 from g2g_kernels.ops.g2g_stack import operator
-from g2gnet.interop import to_snntorch
 
 STEPS = 5
 X = torch.rand(STEPS, 4, 12, generator=seeded(1)) * 4
@@ -69,30 +68,6 @@ def test_membranes_and_their_gradients_are_those_of_the_network_step_by_step(bac
         assert gradient.abs().sum() > 0 or name in ("lif3.b", "lif3.threshold")
 
 
-def test_membranes_and_their_gradients_are_snntorchs():
-    net = net_of(model="dense")
-    theirs = to_snntorch(net)
-    layers = list(theirs)
-    trains = []
-    for spikes in X:
-        trains.append([])
-        for connection, neurons in zip(layers[::2], layers[1::2], strict=True):
-            spikes = neurons(connection(spikes))
-            trains[-1].append(neurons.mem)
-    expected = [torch.stack(of_layer) for of_layer in zip(*trains, strict=True)]
-    membranes = net.simulate(X, membranes=True).membranes
-    for ours, of_steps in zip(membranes, expected, strict=True):
-        torch.testing.assert_close(ours, of_steps, rtol=1e-5, atol=1e-5)
-    ours = gradients_of(net, membranes)
-    loss_of(expected).backward()
-    for name in ("fc1", "fc2", "fc3"):
-        weight = theirs.get_submodule(name).weight
-        torch.testing.assert_close(net.get_submodule(name).mask.unpack(ours[f"{name}.values"]), weight.grad)
-    for name in ("lif1", "lif2", "lif3"):
-        of_beta = theirs.get_submodule(name).beta.grad
-        torch.testing.assert_close(ours[f"{name}.beta"].squeeze(), of_beta)
-
-
 def test_membranes_of_dropped_neurons_are_zero_and_parts_are_the_whole():
     net = net_of(dropout=0.5)
     dropped = net.drop(4, seeded(2))
@@ -102,8 +77,8 @@ def test_membranes_of_dropped_neurons_are_zero_and_parts_are_the_whole():
         assert membranes[:, ~of_layer].all()
     first = net.simulate(X[:2], dropped=dropped, membranes=True)
     second = net.simulate(X[2:], first.state, dropped=dropped, membranes=True)
-    for parts in zip(first.membranes, second.membranes, whole.membranes, strict=True):
-        torch.testing.assert_close(torch.cat(parts[:2]), parts[2])
+    joined = tuple(map(torch.cat, zip(first.membranes, second.membranes, strict=True)))
+    torch.testing.assert_close(joined, tuple(whole.membranes))
 
 
 def test_membranes_of_half_precision_are_float32_and_nothing_is_kept_unless_wanted():

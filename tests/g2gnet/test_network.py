@@ -17,9 +17,6 @@ from g2gnet import G2GNet, SpikingStack, Synaptic, spiking_network
 from g2gnet.settings import PARAMETERS, NetworkSettings
 from g2gnet.weights.patterns import MODELS
 
-SPARSE = [model for model in MODELS if model != "dense"]
-
-
 small_net = functools.partial(networks.small_net, T=12)
 
 
@@ -32,20 +29,15 @@ def assert_near(ours, theirs):
 
 def test_dense_has_every_unit_and_sparse_models_the_groups_of_their_name():
     assert all(connection.mask.is_full for connection, _ in small_net("dense").layers())
-    kinds = {
-        model: [(c.mask.rows.layout.kind, c.mask.cols.layout.kind) for c, _ in small_net(model).layers()]
-        for model in SPARSE
-    }
-    assert kinds["index"] == [("index", "index")] * 3
-    assert kinds["random"] == [("random", "random")] * 3
-    assert kinds["mixer"] == [("index", "index"), ("interleaved", "interleaved"), ("index", "index")]
+    middle = {"index": "index", "random": "random", "mixer": "interleaved"}
+    for model, outer in (("index", "index"), ("random", "random"), ("mixer", "index")):
+        kinds = [(c.mask.rows.layout.kind, c.mask.cols.layout.kind) for c, _ in small_net(model).layers()]
+        assert kinds == [(outer, outer), (middle[model], middle[model]), (outer, outer)]
 
 
 def test_the_constructor_has_the_names_and_defaults_of_the_settings():
     arguments = inspect.signature(G2GNet).parameters
-    shared = {
-        name for name in arguments if name not in ("input_dim", "num_classes", "backend", "generator", "parameters")
-    }
+    shared = arguments.keys() - {"input_dim", "num_classes", "backend", "generator", "parameters"}
     fields = {field.name: field.default for field in dataclasses.fields(NetworkSettings)}
     assert shared == fields.keys() - set(PARAMETERS)  # which are among the neurons' parameters
     for name in shared - {"hidden_dim"}:  # which has none
@@ -74,9 +66,7 @@ def test_a_network_from_settings_is_the_one_of_the_constructor(options):
     for name in ("T", "enc", "enc_scale", "enc_bias", "standardize", "dropout", "backend"):
         assert getattr(ours, name) == getattr(theirs, name), name
     state = theirs.state_dict()
-    assert ours.state_dict().keys() == state.keys()
-    for name, tensor in ours.state_dict().items():
-        assert torch.equal(tensor, state[name]), name
+    torch.testing.assert_close(ours.state_dict(), state, rtol=0, atol=0)
     samples = torch.rand(5, 30)
     assert torch.equal(ours.eval()(samples, seeded(2)), theirs.eval()(samples, seeded(2)))
 
@@ -125,13 +115,9 @@ def test_the_network_equals_snntorchs(model, per_neuron, neuron):
     activity = net.simulate(inputs)
     torch.nn.functional.cross_entropy(activity.counts, labels).backward()
 
-    weights, biases, neurons, gradients = [], [], [], []
-    for connection, ours in net.layers():
-        weights.append(connection.dense_weight().detach().requires_grad_())
-        biases.append(connection.bias.detach().clone().requires_grad_())
-        cell, their_gradients = their_neurons(neuron, ours)
-        neurons.append(cell)
-        gradients.append(their_gradients)
+    weights = [connection.dense_weight().detach().requires_grad_() for connection, _ in net.layers()]
+    biases = [connection.bias.detach().clone().requires_grad_() for connection, _ in net.layers()]
+    neurons, gradients = zip(*(their_neurons(neuron, ours) for _, ours in net.layers()), strict=True)
     theirs = x.clone().requires_grad_()
     states = [[torch.zeros(6, len(bias), dtype=torch.float64)] * (1 + (neuron == "synaptic")) for bias in biases]
     trains = [[], [], []]
@@ -144,9 +130,9 @@ def test_the_network_equals_snntorchs(model, per_neuron, neuron):
             trains[number].append(spikes)
     torch.nn.functional.cross_entropy(torch.stack(trains[2]).sum(0), labels).backward()
 
-    for number in range(3):
-        assert torch.equal(activity.spikes[number].dense(), torch.stack(trains[number]))
-        assert activity.spikes[number].dense().sum() > 0
+    for spikes, train in zip(activity.spikes, trains, strict=True):
+        assert torch.equal(spikes.dense(), torch.stack(train))
+        assert spikes.dense().any()
     assert_near(inputs.grad, theirs.grad)
     for (connection, ours), weight, bias, their_gradients in zip(net.layers(), weights, biases, gradients, strict=True):
         assert_near(connection.values.grad, connection.mask.pack(weight.grad))
@@ -164,11 +150,8 @@ def test_init_gain_multiplies_the_initial_weights_of_the_second_and_third_layer(
 
 def test_surrogate_and_alpha_are_those_of_the_hidden_layers():
     net = small_net(surrogate="triangle", alpha=4.0)
-    assert [(neurons.surrogate, neurons.alpha) for _, neurons in net.layers()] == [
-        ("triangle", 4.0),
-        ("triangle", 4.0),
-        ("atan", 2.0),
-    ]
+    found = [(neurons.surrogate, neurons.alpha) for _, neurons in net.layers()]
+    assert found == [("triangle", 4.0), ("triangle", 4.0), ("atan", 2.0)]
     x, labels = torch.rand(6, 30) * 3, torch.arange(6)
     gradients = {}
     for surrogate_of_hidden in ("atan", "boxcar"):
@@ -228,7 +211,7 @@ def test_encoding_is_applied_to_samples_but_not_to_inputs_over_time():
         ({"T": 0}, "T=0 must be a whole number of at least 1"),
         ({"neuron": "if"}, "neuron='if' is unknown; choose one of lif, synaptic, adlif"),
         ({"init_gain": 0.0}, "init_gain=0.0 must be a number above 0"),
-        ({"enc": "latency"}, "enc='latency' is unknown"),
+        ({"enc": "latency"}, "enc='latency' is unknown; choose one of current, rate"),
         ({"p_inter": 1.5}, "p_inter=1.5 must be a number from 0 to 1"),
         ({"num_groups": 0}, "num_groups=0 must be a whole number of at least 1"),
         ({"block_size": 0}, "block_size=0 must be a whole number from 1"),
@@ -309,8 +292,7 @@ def test_a_state_averaged_with_equal_ones_is_the_same_network():
     state = net.state_dict()
     for shares in [[1 / 3] * 3, [1 / 100] * 100, [0.1, 0.2, 0.7]]:  # of the networks of a federation, say
         again.load_state_dict({name: sum(share * tensor for share in shares) for name, tensor in state.items()})
-        for name, tensor in again.state_dict().items():
-            torch.testing.assert_close(tensor, state[name])
+        torch.testing.assert_close(again.state_dict(), state)
 
 
 def test_averaged_time_steps_that_are_not_whole_are_refused():

@@ -127,8 +127,7 @@ def test_a_step_gets_the_spikes_of_the_step_before(reset, surrogate):
     activity = stack.simulate(x, spikes=True)
     assert torch.equal(activity.spikes[0].dense(), torch.stack(spikes))
     found = torch.autograd.grad((activity.spikes[0].dense() * weights).sum(), parameters)
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
@@ -156,19 +155,14 @@ def test_spikes_and_gradients_are_those_of_snntorch(kind, backend):
     weights = torch.randn(38, generator=seeded(1))
     mine = (ours.simulate(x).rates[0] * weights).sum() * (len(x) * B)
     names = {"threshold": "threshold", **names}
-    found = torch.autograd.grad(
-        mine, [ours.fc1.values, ours.fc1.bias, ours.rec1.values, *(ours.lif1.by_name[name] for name in names)]
-    )
-    expected = torch.autograd.grad(
-        (torch.stack(spikes).sum((0, 1)) * weights).sum(),
-        [weight, bias, theirs.recurrent.weight, *(getattr(theirs, name) for name in names.values())],
-    )
-    for number, connection in ((0, ours.fc1), (2, ours.rec1)):
-        assert rms(connection.mask.unpack(found[number]) - expected[number] * connection.mask.to_dense()) <= 2e-5 * rms(
-            expected[number]
-        )
-    for number in (1, 3, 4):
-        assert rms(found[number].flatten() - expected[number].flatten()) <= 2e-5 * rms(expected[number])
+    yours = (torch.stack(spikes).sum((0, 1)) * weights).sum()
+    parameters = [ours.fc1.values, ours.fc1.bias, ours.rec1.values, *(ours.lif1.by_name[name] for name in names)]
+    of_theirs = [weight, bias, theirs.recurrent.weight, *(getattr(theirs, name) for name in names.values())]
+    found, expected = list(torch.autograd.grad(mine, parameters)), list(torch.autograd.grad(yours, of_theirs))
+    for number, mask in ((0, ours.fc1.mask), (2, ours.rec1.mask)):
+        found[number], expected[number] = mask.unpack(found[number]), expected[number] * mask.to_dense()
+    for one, other in zip(found, expected, strict=True):
+        assert rms(one.flatten() - other.flatten()) <= 2e-5 * rms(other)
 
 
 # --- compiled kernels -----------------------------------------------------------------------------------------------
@@ -226,8 +220,7 @@ def test_results_do_not_depend_on_the_threads():
             stack = stack_of("cpu", unit=16, sizes=(40, 128, 96, 7), kind="index")
             found.append(run(stack, inputs_of(stack, held=False, batch=80), torch.float32))
     for other in found[1:]:
-        for name, tensor in found[0].items():
-            assert torch.equal(tensor, other[name]), name
+        torch.testing.assert_close(other, found[0], rtol=0, atol=0)
 
 
 def test_bfloat16_is_as_near_to_float32_as_a_loop_of_steps_is():
@@ -421,14 +414,8 @@ def test_density_and_gain_of_recurrent_connections_are_their_own():
     [
         ({"p_rec_inter": 0.1}, "p_rec_inter=0.1 has no effect without recurrent; give `recurrent`, or leave it out"),
         ({"rec_gain": 0.5}, "rec_gain=0.5 has no effect without recurrent; give `recurrent`, or leave it out"),
-        (
-            {"recurrent": True, "model": "dense", "p_rec_inter": 0.1},
-            "p_rec_inter=0.1 has no effect with model=dense; give `model=index`",
-        ),
-        (
-            {"recurrent": True, "density": "erk", "p_rec_inter": 0.1},
-            "p_rec_inter=0.1 has no effect with density=erk; give `density=u",
-        ),
+        ({"recurrent": True, "model": "dense", "p_rec_inter": 0.1}, "no effect with model=dense; give `model=index`"),
+        ({"recurrent": True, "density": "erk", "p_rec_inter": 0.1}, "no effect with density=erk; give `density=u"),
     ],
 )
 def test_settings_without_effect_are_refused(options, message):
@@ -474,9 +461,8 @@ def test_rewiring_sees_the_spikes_of_the_step_before():
             assert set(grown.tolist()) == set(expected.tolist())
         assert len(grown) == int(0.25 * before.sum())
     unnamed = DSTScheduler(layers, optimizer, interval=1)
-    with pytest.raises(
-        ValueError, match=r"of layers of \[64, 64, 5\] neurons, .* DSTScheduler\(layers, optimizer, network=net\)"
-    ):
+    message = r"of layers of \[64, 64, 5\] neurons, .* DSTScheduler\(layers, optimizer, network=net\)"
+    with pytest.raises(ValueError, match=message):
         unnamed.step(x, activity)
 
 
@@ -486,26 +472,22 @@ def test_rewiring_sees_the_spikes_before_a_part_of_a_run(steps, readout):
     net = G2GNet(20, 64, 5, block_size=8, T=8, recurrent=True, threshold=0.3, generator=seeded(1), readout=readout)
     x = torch.rand(8, 7, 20, generator=seeded(2)) * 2
     layers = list(net.connections().values())
-    recorders = [ActivityRecorder(net, layers) for _ in range(3)]
-    recorders[0].start()
-    net.simulate(x)
-    whole = recorders[0].stop()
-    recorders[1].start()
-    state = None
-    for part in x.split(steps):
-        state = net.simulate(part, state).state
-    parts = recorders[1].stop()
-    recorders[2].start()
-    state = None
-    for now in x:
-        _, state = net.step(now, state)
-    singly = recorders[2].stop()
+
+    def recorded(inputs, run):
+        recorder, state = ActivityRecorder(net, layers), None
+        recorder.start()
+        for each in inputs:
+            state = run(each, state)
+        return recorder.stop()
+
+    whole = recorded([x], lambda x, state: net.simulate(x).state)
+    parts = recorded(x.split(steps), lambda part, state: net.simulate(part, state).state)
+    singly = recorded(x, lambda now, state: net.step(now, state)[1])
     assert dense(whole[1][0][0]).any()
     for recorded in (parts, singly):
         for ours, ((pre, post),) in zip(recorded, whole, strict=True):
-            assert torch.equal(
-                torch.cat([dense(each).reshape(-1, 7, dense(pre).shape[-1]) for each, _ in ours]), dense(pre)
-            )
+            sent = torch.cat([dense(each).reshape(-1, 7, dense(pre).shape[-1]) for each, _ in ours])
+            assert torch.equal(sent, dense(pre))
             assert torch.equal(torch.cat([dense(each) for _, each in ours]), dense(post))
 
 

@@ -59,9 +59,8 @@ def test_counts_rates_and_their_gradients_are_the_same_with_and_without(backend)
         (activity.counts.square().sum() + 10 * activity.rates[0].sum()).backward()
         results.append([activity.counts.detach(), *activity.rates, *(parameter.grad for parameter in net.parameters())])
         assert activity.spikes[0].dense().requires_grad == spikes
-    for one, other in zip(*results, strict=True):
-        # float32 sums in two orders, through 7 steps and 3 layers
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    # float32 sums in two orders, through 7 steps and 3 layers
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
 
 
 def test_units_are_rewired_by_such_activity_as_by_any():
@@ -73,7 +72,7 @@ def test_units_are_rewired_by_such_activity_as_by_any():
         nn.functional.cross_entropy(activity.counts, torch.arange(5)).backward()
         assert dst.step()
         states.append(net.state_dict())
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 def test_a_forced_backend_is_that_of_every_operator():

@@ -157,8 +157,7 @@ def test_chunks_change_no_spike_and_no_gradient(backend, held, chunk):
     assert torch.equal(chunked.counts, whole.counts)
     for ours, theirs in zip(chunked.spikes, whole.spikes, strict=True):
         assert torch.equal(ours.dense(), theirs.dense())
-    for ours, theirs in zip((*chunked.states, *chunked.rates), (*whole.states, *whole.rates), strict=True):
-        torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close((chunked.states, chunked.rates), (whole.states, whole.rates))
     assert chunked.synaptic_operations() == whole.synaptic_operations()
     close(gradients(stack, x, loss_of(chunked.counts, chunked.rates, chunked.state)), expected)
 
@@ -241,21 +240,18 @@ def test_a_run_that_continues_another_is_given_what_it_dropped():
 def test_states_that_do_not_fit_are_refused_by_name():
     stack, x = stack_of(), inputs_of(held=False)
     state = stack.simulate(x).state
-    with pytest.raises(ValueError, match="state has 2 entries, this network has 3 layers"):
-        stack.simulate(x, state[:2])
-    with pytest.raises(ValueError, match=r"state of layer 0 has shape \(1, 3, 22\); expected \(1, 2, 22\)"):
-        stack.simulate(x[:, :2], state)
-    with pytest.raises(ValueError, match="synaptic_current, membrane"):
-        stack.simulate(x, (state[0], state[1][0], state[2]))
-    with pytest.raises(ValueError, match="state of layer 0 must be a floating-point tensor"):
-        stack.simulate(x, (state[0] > 0, *state[1:]))
-    with pytest.raises(ValueError, match=r"state of layer 0 is torch.float64, .* give state.to\(torch.float32\)"):
-        stack.simulate(x, (state[0].double(), *state[1:]))
-    with pytest.raises(ValueError, match="state of layer 2 is on meta, x on cpu"):
-        stack.simulate(x, (*state[:2], state[2].to("meta")))
-    activity = stack.simulate(x)
+    for samples, other, match in (
+        (B, state[:2], "state has 2 entries, this network has 3 layers"),
+        (2, state, r"state of layer 0 has shape \(1, 3, 22\); expected \(1, 2, 22\)"),
+        (B, (state[0], state[1][0], state[2]), "synaptic_current, membrane"),
+        (B, (state[0] > 0, *state[1:]), "state of layer 0 must be a floating-point tensor"),
+        (B, (state[0].double(), *state[1:]), r"state of layer 0 is torch.float64, .* give state.to\(torch.float32\)"),
+        (B, (*state[:2], state[2].to("meta")), "state of layer 2 is on meta, x on cpu"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            stack.simulate(x[:, :samples], other)
     for other, match in (
-        (activity, "state is a Activity, .* give activity.state of a run"),
+        (stack.simulate(x), "state is a Activity, .* give activity.state of a run"),
         (state[0], "state is a Tensor"),
         ((*state[:2], state[2].detach().numpy()), "state of layer 2 is a ndarray, not a tensor"),
         (((None,), *state[1:]), "state of layer 0 is a tuple"),

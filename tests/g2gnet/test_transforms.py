@@ -38,32 +38,23 @@ def close(one, other):
 # --- batches of gradients -----------------------------------------------------------------------------------------
 
 
-def linear_part(backend):
-    net = net_of(backend=backend)
-    return net.fc1, SAMPLES, list(net.fc1.parameters())
-
-
-def neurons_part(backend):
-    neurons = Synaptic(neurons=8, threshold=0.5, backend=backend)
-    return neurons, torch.rand(STEPS, 2, 8, generator=seeded(1)), list(neurons.parameters())
-
-
-def network_part(backend):
-    net = net_of(backend=backend)
-    return net, SAMPLES, list(net.parameters())
-
-
-PARTS = {"linear": linear_part, "neurons": neurons_part, "network": network_part}
+CURRENT = torch.rand(STEPS, 2, 8, generator=seeded(1))
+#: what is called, and with what
+PARTS = {
+    "linear": lambda backend: (net_of(backend=backend).fc1, SAMPLES),
+    "neurons": lambda backend: (Synaptic(neurons=8, threshold=0.5, backend=backend), CURRENT),
+    "network": lambda backend: (net_of(backend=backend), SAMPLES),
+}
 
 
 @pytest.mark.parametrize("backend", STACK_BACKENDS)
 @pytest.mark.parametrize("part", PARTS)
 def test_a_batch_of_gradients_is_that_of_one_after_the_other(part, backend):
-    function, x, parameters = PARTS[part](backend)
+    function, x = PARTS[part](backend)
     x = x.clone().requires_grad_()
     y = function(x)
     many = torch.randn(3, *y.shape, generator=seeded(2))
-    inputs = [x, *parameters]
+    inputs = [x, *function.parameters()]
     expected = [torch.autograd.grad(y, inputs, each, retain_graph=True) for each in many]
     at_once = torch.autograd.grad(y, inputs, many, retain_graph=True, is_grads_batched=True)
     mapped = vmap(lambda each: torch.autograd.grad(y, inputs, each, retain_graph=True))(many)
@@ -75,7 +66,7 @@ def test_a_batch_of_gradients_is_that_of_one_after_the_other(part, backend):
 @pytest.mark.parametrize("backend", STACK_BACKENDS)
 @pytest.mark.parametrize("part", PARTS)
 def test_a_vectorised_jacobian_is_the_one_row_by_row(part, backend):
-    function, x, _ = PARTS[part](backend)
+    function, x = PARTS[part](backend)
     expected = torch.autograd.functional.jacobian(function, x)
     close(torch.autograd.functional.jacobian(function, x, vectorize=True), expected)
     close(jacrev(function)(x), expected)
@@ -84,13 +75,11 @@ def test_a_vectorised_jacobian_is_the_one_row_by_row(part, backend):
 @pytest.mark.parametrize("backend", STACK_BACKENDS)
 def test_a_vectorised_hessian_of_a_layer_is_the_one_row_by_row(backend):
     layer = net_of(backend=backend).fc1
-
-    def loss(x):
-        return layer(x).tanh().square().sum()
-
-    x = SAMPLES[:2]
-    expected = torch.autograd.functional.hessian(loss, x)
-    close(torch.autograd.functional.hessian(loss, x, vectorize=True), expected)
+    one, other = (
+        torch.autograd.functional.hessian(lambda x: layer(x).tanh().square().sum(), SAMPLES[:2], vectorize=vectorize)
+        for vectorize in (True, False)
+    )
+    close(one, other)
 
 
 @pytest.mark.parametrize("backend", STACK_BACKENDS)
@@ -219,14 +208,11 @@ def test_a_trace_holds_plain_operations_unless_a_backend_is_named(backend):
 
 def test_layers_and_networks_are_leaves_of_a_symbolic_trace():
     net = net_of()
-    for model, x in (
-        (nn.Sequential(net, nn.Linear(10, 3)), SAMPLES),
-        (nn.Sequential(net.fc1, net.lif1, nn.Linear(40, 3)), SAMPLES.expand(STEPS, 5, 30)),
-    ):
+    of_layers = nn.Sequential(net.fc1, net.lif1, nn.Linear(40, 3))
+    for model, x in ((nn.Sequential(net, nn.Linear(10, 3)), SAMPLES), (of_layers, SAMPLES.expand(STEPS, 5, 30))):
         graph = torch.fx.symbolic_trace(model)
-        assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == [
-            name for name, _ in model.named_children()
-        ]
+        called = [node.target for node in graph.graph.nodes if node.op == "call_module"]
+        assert called == [name for name, _ in model.named_children()]
         assert torch.equal(graph(x), model(x))
 
 
@@ -262,8 +248,7 @@ def test_masks_are_drawn_on_the_cpu_whatever_the_default_device():
         layer = G2GLinear(build())
         again = BlockMask.from_dense(expected.to_dense())
         loaded = BlockMask.from_state(state)
-    assert torch.equal(mask.to_dense(), expected.to_dense())
-    assert torch.equal(again.to_dense(), expected.to_dense())
+    assert all(torch.equal(each.to_dense(), expected.to_dense()) for each in (mask, again))
     assert torch.equal(loaded.unit_row, expected.unit_row)
     assert layer.values.is_meta
     assert layer.mask.unit_row.is_meta

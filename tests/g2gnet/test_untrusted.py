@@ -232,12 +232,8 @@ def test_arbitrary_bytes_are_read_or_refused(data):
 
 numbers = st.integers(-(2**40), 2**40) | st.integers(-2, 12)
 dtypes = st.sampled_from([torch.int32, torch.int64, torch.uint8, torch.float32, torch.bool])
-tensors = st.builds(
-    lambda shape, number, dtype: torch.full(shape, float(number)).to(dtype),
-    st.lists(st.integers(0, 12), max_size=3),
-    numbers,
-    dtypes,
-)
+shapes = st.lists(st.integers(0, 12), max_size=3)
+tensors = st.builds(lambda shape, number, dtype: torch.full(shape, float(number)).to(dtype), shapes, numbers, dtypes)
 anything = tensors | numbers | st.none() | st.text(max_size=3) | st.floats() | st.lists(numbers, max_size=3)
 
 
@@ -370,20 +366,9 @@ def packed(mask, seed):
     return (packed_randn(mask, seed) * 8).round() / 4
 
 
-wrong_tensors = st.sampled_from(
-    [
-        torch.zeros(3, 3, 3, 13),
-        torch.zeros(0),
-        torch.zeros(2, 11),
-        torch.zeros(4, dtype=torch.int64),
-        torch.zeros(4, dtype=torch.complex64),
-        torch.zeros(4).to_sparse(),
-        torch.zeros(1).expand(10**12),
-        None,
-        "text",
-        [1.0, 2.0],
-    ]
-)
+WRONG = [torch.zeros(3, 3, 3, 13), torch.zeros(0), torch.zeros(2, 11), torch.zeros(4).long(), torch.zeros(4).cfloat()]
+WRONG += [torch.zeros(4).to_sparse(), torch.zeros(1).expand(10**12), None, "text", [1.0, 2.0]]
+wrong_tensors = st.sampled_from(WRONG)
 ERRORS = (ValueError, BackendError)
 
 
@@ -402,25 +387,16 @@ def check_call(operator, function, arguments, wrong, data, expected):
 @given(st.data())
 def test_g2g_linear_is_exact_or_names_the_argument(data):
     mask = data.draw(masks())
-    rows = data.draw(st.integers(1, 3))
-    arguments = {
-        "x": data.draw(tensor_of(rows, mask.shape[1])),
-        "values": packed(mask, data.draw(st.integers(0, 9))),
-        "mask": mask,
-        "bias": data.draw(st.none() | tensor_of(mask.shape[0])),
-    }
+    x = data.draw(tensor_of(data.draw(st.integers(1, 3)), mask.shape[1]))
+    values, bias = packed(mask, data.draw(st.integers(0, 9))), data.draw(st.none() | tensor_of(mask.shape[0]))
     wrong = {name: data.draw(wrong_tensors) for name in ("x", "values", "mask")}
     wrong["bias"] = data.draw(wrong_tensors.filter(lambda value: value is not None))
-    dense = dense_by_loop(mask, arguments["values"]).double()
-    bias = 0 if arguments["bias"] is None else arguments["bias"].double()
-    check_call(
-        g2g_linear_module.operator,
-        g2g_linear,
-        arguments,
-        wrong,
-        data,
-        lambda: (arguments["x"].double() @ dense.T + bias).float(),
-    )
+
+    def expected():
+        return (x.double() @ dense_by_loop(mask, values).double().T + (0 if bias is None else bias.double())).float()
+
+    arguments = {"x": x, "values": values, "mask": mask, "bias": bias}
+    check_call(g2g_linear_module.operator, g2g_linear, arguments, wrong, data, expected)
 
 
 def spikes_by_loop(current, beta, threshold, steps, reset):
@@ -449,17 +425,10 @@ def neurons(draw, size):
 def test_lif_is_exact_or_names_the_argument(data):
     steps = data.draw(st.none() | st.integers(1, 6))
     shape = data.draw(st.lists(st.integers(1, 5), min_size=2 if steps else 3, max_size=3))
-    reset = data.draw(st.sampled_from(neurons_module.RESETS))
-    arguments = {
-        "current": data.draw(tensor_of(*shape)),
-        "beta": data.draw(neurons(shape[-1])),
-        "threshold": data.draw(neurons(shape[-1])),
-        "steps": steps,
-        "reset": reset,
-    }
-    parameters = wrong_tensors.filter(
-        lambda value: not (isinstance(value, torch.Tensor) and value.shape == (shape[-1],))
-    )
+    names = ("current", "beta", "threshold", "steps", "reset")
+    drawn = *map(data.draw, (tensor_of(*shape), neurons(shape[-1]), neurons(shape[-1]))), steps
+    arguments = dict(zip(names, (*drawn, data.draw(st.sampled_from(neurons_module.RESETS))), strict=True))
+    parameters = wrong_tensors.filter(lambda value: getattr(value, "shape", None) != (shape[-1],))
     wrong = {
         "current": data.draw(st.sampled_from([torch.tensor(1.0), torch.zeros(2, 2, dtype=torch.int64), None, "text"])),
         "beta": data.draw(parameters),
@@ -469,14 +438,7 @@ def test_lif_is_exact_or_names_the_argument(data):
         "surrogate": data.draw(st.sampled_from(["", "step", None, 1])),
         "alpha": data.draw(st.sampled_from([0, -1.0, float("nan"), float("inf"), "2", None])),
     }
-    check_call(
-        neurons_module.operator,
-        lif,
-        arguments,
-        wrong,
-        data,
-        lambda: spikes_by_loop(*(arguments[name] for name in ("current", "beta", "threshold", "steps", "reset"))),
-    )
+    check_call(neurons_module.operator, lif, arguments, wrong, data, lambda: spikes_by_loop(**arguments))
 
 
 @settings(max_examples=60)
@@ -485,30 +447,22 @@ def test_g2g_stack_is_exact_or_names_the_argument(data):
     first = data.draw(masks())
     inner = BlockMask.full(GroupLayout(data.draw(st.integers(1, 6)), 1), GroupLayout(first.shape[0], 1), 3)
     reset = data.draw(st.sampled_from(neurons_module.RESETS))
-    layers = [
-        lif_layer(
-            packed(mask, number),
-            mask,
-            data.draw(st.none() | tensor_of(mask.shape[0])),
-            *(torch.as_tensor(data.draw(neurons(mask.shape[0]))) for _ in range(2)),
-            reset=reset,
-        )
-        for number, mask in enumerate((first, inner))
-    ]
+    layers = []
+    for number, mask in enumerate((first, inner)):
+        bias = data.draw(st.none() | tensor_of(mask.shape[0]))
+        of_neurons = (torch.as_tensor(data.draw(neurons(mask.shape[0]))) for _ in range(2))
+        layers.append(lif_layer(packed(mask, number), mask, bias, *of_neurons, reset=reset))
     steps = data.draw(st.none() | st.integers(1, 5))
     shape = [*([] if steps else [data.draw(st.integers(1, 5))]), data.draw(st.integers(1, 3)), first.shape[1]]
     x = data.draw(tensor_of(*shape))
     name = data.draw(st.sampled_from(["", "x", "values", "mask", "bias", "beta", "threshold"]))
     number = data.draw(st.integers(0, 1))
-    allowed = {(), (1,), (layers[number].mask.shape[0],)} if name in ("beta", "threshold") else set()
-    wrong = data.draw(
-        wrong_tensors.filter(
-            lambda value: (
-                not (name == "bias" and value is None)
-                and not (isinstance(value, torch.Tensor) and value.shape in allowed)
-            )
-        )
-    )
+    of_neurons = [(), (1,), (layers[number].mask.shape[0],)] if name in ("beta", "threshold") else []
+
+    def is_wrong(value):
+        return getattr(value, "shape", None) not in of_neurons and not (name == "bias" and value is None)
+
+    wrong = data.draw(wrong_tensors.filter(is_wrong))
     for backend in backends_of(g2g_stack_module.operator):
         if name == "x":
             with pytest.raises(ERRORS, match=r"\bx\b"):

@@ -51,13 +51,11 @@ def unit_grid(mask: BlockMask) -> torch.Tensor:
 
 def same_group(mask: BlockMask) -> torch.Tensor:
     """bool [block rows, block columns], true inside a group; from the neurons' groups, not the mask's own notes."""
-    row, col = (
-        torch.tensor(
-            [int(axis.layout.group_of[neurons[0]]) for neurons in neurons_of_units(axis.layout, mask.block_size)]
-        )
-        for axis in (mask.rows, mask.cols)
-    )
-    return row[:, None] == col[None, :]
+
+    def groups_of(layout):
+        return torch.stack([layout.group_of[neurons[0]] for neurons in neurons_of_units(layout, mask.block_size)])
+
+    return groups_of(mask.rows.layout)[:, None] == groups_of(mask.cols.layout)[None, :]
 
 
 def assert_index_is_right(mask: BlockMask) -> None:
@@ -137,21 +135,15 @@ def test_units_stop_at_group_edges():
 def test_each_unit_between_groups_is_present_with_probability_p_inter(p_inter):
     """Over 600 seeds: each unit's own share within 5 σ, and all together within 5 σ of p_inter."""
     seeds = 600
-    case = MaskCase(13, 22, 4, "random", "index", 2)
-    layouts = GroupLayout(case.out_size, 4, "random", seeded(0)), GroupLayout(case.in_size, 4)
-    draw = seeded(1)
-    grids = torch.stack(
-        [unit_grid(mask) for mask in (BlockMask.sample(*layouts, 1.0, p_inter, 2, draw) for _ in range(seeds))]
-    )
+    layouts, draw = (GroupLayout(13, 4, "random", seeded(0)), GroupLayout(22, 4)), seeded(1)
+    grids = torch.stack([unit_grid(BlockMask.sample(*layouts, 1.0, p_inter, 2, draw)) for _ in range(seeds)])
     inter = ~same_group(BlockMask.full(*layouts, 2))
     assert grids[:, ~inter].all()
     share = grids.double().mean(0)[inter]
     assert (share - p_inter).abs().max() < 5 * math.sqrt(p_inter * (1 - p_inter) / seeds)
     # a row's count only varies by its rounding, so the total is known far better than the single units
-    variance = 0.0
-    for n in inter.sum(1).tolist():
-        rest = p_inter * n - math.floor(p_inter * n)
-        variance += rest * (1 - rest)
+    rest = (p_inter * inter.sum(1).double()).frac()
+    variance = float((rest * (1 - rest)).sum())
     total = grids[:, inter].double().sum() / seeds
     assert abs(total - p_inter * inter.sum()) < 5 * math.sqrt(variance / seeds)
 
@@ -280,9 +272,8 @@ def test_from_dense_gives_back_its_mask(shape, block_size):
 
 
 def test_from_dense_takes_numbers_and_empty_masks():
-    assert torch.equal(
-        BlockMask.from_dense(torch.tensor([[0.0, 2.5], [1.0, 0.0]])).to_dense(), torch.eye(2).flip(0).bool()
-    )
+    numbers = torch.tensor([[0.0, 2.5], [1.0, 0.0]])
+    assert torch.equal(BlockMask.from_dense(numbers).to_dense(), numbers.bool())
     assert BlockMask.from_dense(torch.zeros(3, 5, dtype=torch.bool), 2).num_units == 0
 
 
@@ -389,13 +380,9 @@ def test_pack_and_unpack_keep_the_dtype(dtype):
     assert torch.equal(mask.unpack(packed), weight)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [MaskCase(6, 4, 2, "index", "index", 2), MaskCase(5, 7, 3, "random", "index", 2)],
-    ids=["whole units", "clipped units"],
-)
+@pytest.mark.parametrize("case", [(6, 4, 2, "index", "index", 2), (5, 7, 3, "random", "index", 2)])  # whole, clipped
 def test_gradients_of_pack_and_unpack(case):
-    mask = shuffled(case.mask())
+    mask = shuffled(MaskCase(*case).mask())
     weight = torch.randn(mask.shape, generator=seeded(1), dtype=torch.float64, requires_grad=True)
     values = packed_randn(mask, 2, torch.float64).requires_grad_()
     # cubes, so that second derivatives depend on the input and the double-backward graph is needed
@@ -433,8 +420,7 @@ def test_relabel_moves_slots_in_place(mask):
     mask.relabel_(slots, grown[:, 0], grown[:, 1])
 
     assert torch.equal(unit_grid(mask), expected)
-    assert mask.unit_row[slots].tolist() == grown[:, 0].tolist()
-    assert mask.unit_col[slots].tolist() == grown[:, 1].tolist()
+    assert torch.stack([mask.unit_row[slots], mask.unit_col[slots]], 1).tolist() == grown.tolist()
     assert [getattr(mask, name).data_ptr() for name in BUFFERS] == addresses
     assert [getattr(mask, name).shape for name in BUFFERS] == shapes
     assert_index_is_right(mask)
@@ -526,51 +512,18 @@ def test_a_copy_and_a_mask_with_another_ones_state_are_independent_of_it(loaded)
         assert each.describes(each.wiring)
 
 
-def corrupted(**changes) -> dict:
-    return {"mask.wiring": row_with(MASK_CASES["ten outputs"].mask(), **changes)}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"unit_row": with_one(0, 99)}, r"mask: unit_row must lie in 0 … 7, not 0 … 99"),
-        ({"unit_col": with_one(0, -1)}, r"mask: unit_col must lie in 0 … \d+, not -1"),
-        (
-            {"unit_row": lambda t: torch.cat([t, t[:1]]), "unit_col": lambda t: torch.cat([t, t[:1]])},
-            "mask: the mask names a unit twice",
-        ),
-        ({"unit_row": lambda t: t[:-1]}, r"mask: wiring of 10 × 43 weights has \d+ numbers"),
-        ({"block_size": lambda size: 0}, "mask: block_size=0 must be a whole number from 1"),
-        ({"in_group_of": lambda t: t * 0}, r"mask: unit_col must lie in"),
-        ({"out_group_of": lambda t: t.clamp(max=1)}, r"mask: unit_row must lie in"),
-        ({"out_group_of": with_one(0, -3)}, r"mask: group_of must hold group numbers"),
-        ({"out_group_of": lambda t: torch.cat([t, t[-1:] + 1])}, r"saved mask is \(11, 43\), this layer is \(10, 43\)"),
-        ({"unit_row": lambda t: t.expand(99, -1).flatten()}, r"mask: wiring has \d+ numbers, more than \(10, 43\)"),
-    ],
-)
-def test_corrupted_state_is_refused_and_leaves_the_mask_alone(changes, message):
-    layer = nn.ModuleDict({"mask": MASK_CASES["ten outputs"].mask(seed=5)})
-    mask = layer["mask"]
-    before = {name: tensor.clone() for name, tensor in indices(mask).items()}
-    with pytest.raises(RuntimeError, match=message):
-        layer.load_state_dict(corrupted(**changes))
-    assert all(torch.equal(tensor, before[name]) for name, tensor in indices(mask).items())
-    assert mask.block_size == 3
-
-
-@pytest.mark.parametrize(
-    "average",
-    [lambda row: (row + row) / 2, lambda row: row.double(), lambda row: sum(row * w for w in [0.1] * 10)],
-    ids=["mean", "float64", "weighted, which rounds"],
-)
-def test_a_state_averaged_with_equal_ones_is_the_same_mask(average):
-    row = corrupted()["mask.wiring"]
-    layer = nn.ModuleDict({"mask": MASK_CASES["ten outputs"].mask(seed=5)})
-    layer.load_state_dict({"mask.wiring": average(row)})
-    assert torch.equal(layer["mask"].state_dict()["wiring"], row)
-
-
-NOT_THIS_ROW = {
+#: what is changed in the row that describes a mask, part by part with the right checksums or as a whole
+CORRUPTED = {
+    "beyond": ({"unit_row": with_one(0, 99)}, r"mask: unit_row must lie in 0 … 7, not 0 … 99"),
+    "below 0": ({"unit_col": with_one(0, -1)}, r"mask: unit_col must lie in 0 … \d+, not -1"),
+    "twice": (dict.fromkeys(("unit_row", "unit_col"), lambda t: torch.cat([t, t[:1]])), "the mask names a unit twice"),
+    "short": ({"unit_row": lambda t: t[:-1]}, r"mask: wiring of 10 × 43 weights has \d+ numbers"),
+    "units of 0": ({"block_size": lambda size: 0}, "mask: block_size=0 must be a whole number from 1"),
+    "one group": ({"in_group_of": lambda t: t * 0}, r"mask: unit_col must lie in"),
+    "two groups": ({"out_group_of": lambda t: t.clamp(max=1)}, r"mask: unit_row must lie in"),
+    "no group": ({"out_group_of": with_one(0, -3)}, r"mask: group_of must hold group numbers"),
+    "11 outputs": ({"out_group_of": lambda t: torch.cat([t, t[-1:] + 1])}, r"is \(11, 43\), this layer is \(10, 43\)"),
+    "long": ({"unit_row": lambda t: t.expand(99, -1).flatten()}, r"wiring has \d+ numbers, more than \(10, 43\)"),
     "halves": (lambda row: row + 0.5, "do not match: it is an average of networks with different wirings"),
     "NaN": (lambda row: row * torch.nan, "do not match"),
     "rounded": (lambda row: row.to(torch.float8_e5m2).float(), "do not match"),
@@ -582,11 +535,27 @@ NOT_THIS_ROW = {
 }
 
 
-@pytest.mark.parametrize(("change", "message"), NOT_THIS_ROW.values(), ids=NOT_THIS_ROW)
-def test_a_row_that_is_no_mask_is_refused(change, message):
-    layer = nn.ModuleDict({"mask": MASK_CASES["ten outputs"].mask(seed=5)})
+@pytest.mark.parametrize(("change", "message"), CORRUPTED.values(), ids=CORRUPTED)
+def test_corrupted_state_is_refused_and_leaves_the_mask_alone(change, message):
+    saved, layer = MASK_CASES["ten outputs"].mask(), nn.ModuleDict({"mask": MASK_CASES["ten outputs"].mask(seed=5)})
+    row = row_with(saved, **change) if isinstance(change, dict) else change(row_with(saved))
+    before = {name: tensor.clone() for name, tensor in indices(layer["mask"]).items()}
     with pytest.raises(RuntimeError, match=message):
-        layer.load_state_dict({"mask.wiring": change(corrupted()["mask.wiring"])})
+        layer.load_state_dict({"mask.wiring": row})
+    torch.testing.assert_close(indices(layer["mask"]), before, rtol=0, atol=0)
+    assert layer["mask"].block_size == 3
+
+
+@pytest.mark.parametrize(
+    "average",
+    [lambda row: (row + row) / 2, lambda row: row.double(), lambda row: sum(row * w for w in [0.1] * 10)],
+    ids=["mean", "float64", "weighted, which rounds"],
+)
+def test_a_state_averaged_with_equal_ones_is_the_same_mask(average):
+    row = row_with(MASK_CASES["ten outputs"].mask())
+    layer = nn.ModuleDict({"mask": MASK_CASES["ten outputs"].mask(seed=5)})
+    layer.load_state_dict({"mask.wiring": average(row)})
+    assert torch.equal(layer["mask"].state_dict()["wiring"], row)
 
 
 def test_an_average_of_two_wirings_is_refused_where_every_mean_is_whole():

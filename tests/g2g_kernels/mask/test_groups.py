@@ -10,24 +10,19 @@ from hypothesis import strategies as st
 from g2g_kernels import BlockMask, GroupLayout
 
 
-def test_ten_neurons_in_eight_groups():
-    layout = GroupLayout(10, 8)
-    assert layout.sizes.tolist() == [2, 2, 1, 1, 1, 1, 1, 1]
-    assert layout.group_of.tolist() == [0, 0, 1, 1, 2, 3, 4, 5, 6, 7]
-
-
-def test_index_groups_are_contiguous_ranges():
-    assert GroupLayout(7, 3, "index").group_of.tolist() == [0, 0, 0, 1, 1, 2, 2]
-
-
-def test_interleaved_group_is_i_mod_g():
-    assert GroupLayout(7, 3, "interleaved").group_of.tolist() == [0, 1, 2, 0, 1, 2, 0]
-
-
-def test_defaults_are_eight_contiguous_groups():
-    layout = GroupLayout(2048)
-    assert layout.num_groups == 8
-    assert layout.group_of.tolist() == [i // 256 for i in range(2048)]
+@pytest.mark.parametrize(
+    ("layout", "group_of"),
+    [
+        (GroupLayout(10, 8), [0, 0, 1, 1, 2, 3, 4, 5, 6, 7]),
+        (GroupLayout(7, 3, "index"), [0, 0, 0, 1, 1, 2, 2]),
+        (GroupLayout(7, 3, "interleaved"), [0, 1, 2, 0, 1, 2, 0]),  # i mod G
+        (GroupLayout(2048), [i // 256 for i in range(2048)]),  # eight, by default
+    ],
+    ids=repr,
+)
+def test_groups_by_hand(layout, group_of):
+    assert layout.group_of.tolist() == group_of
+    assert layout.sizes.tolist() == [group_of.count(group) for group in range(layout.num_groups)]
 
 
 @given(
@@ -98,6 +93,10 @@ def test_repr_names_size_groups_and_kind():
         ({"size": 10, "kind": "rows"}, "kind='rows' is not a group layout; choose one of index, interleaved, random"),
         ({"size": 10, "num_groups": 0}, "num_groups=0 must be a whole number from 1"),
         ({"size": 3, "num_groups": 4}, "3 neurons cannot fill num_groups=4 groups"),
+        ({"sizes": []}, "at least one"),
+        ({"sizes": [3, 0]}, r"sizes\[1\]=0 must be"),
+        ({"size": 8, "sizes": [4, 4]}, "neither size nor kind"),
+        ({"sizes": [4, 4], "kind": "random"}, "neither size nor kind"),
     ],
 )
 def test_impossible_layouts_are_refused(arguments, message):
@@ -149,17 +148,3 @@ def test_groups_of_unequal_sizes_are_contiguous_and_saved_with_a_layer():
     again = GroupLayout.from_assignment(torch.tensor([1, 0, 0, 0, 1, 0]))
     assert again.sizes.tolist() == [4, 2]
     assert again.kind == "random"
-
-
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        ({"sizes": []}, "at least one"),
-        ({"sizes": [3, 0]}, r"sizes\[1\]=0 must be"),
-        ({"size": 8, "sizes": [4, 4]}, "neither size nor kind"),
-        ({"sizes": [4, 4], "kind": "random"}, "neither size nor kind"),
-    ],
-)
-def test_sizes_that_are_none_are_refused(options, why):
-    with pytest.raises(ValueError, match=why):
-        GroupLayout(**options)

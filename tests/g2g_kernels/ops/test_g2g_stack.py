@@ -92,8 +92,7 @@ def test_counts_and_rates_have_gradients_where_these_are_wanted(backend):
         without = g2g_stack(leaves["x"], stack.layers(leaves), T, backend=backend)
     assert not without.counts.requires_grad
     assert torch.equal(without.counts, activity.counts)
-    for one, other in zip(without.spikes, activity.spikes, strict=True):
-        assert torch.equal(one.dense(), other.dense())
+    assert all(map(torch.equal, *([spikes.dense() for spikes in of.spikes] for of in (without, activity))))
 
 
 # --- snnTorch is the judge ----------------------------------------------------------------------------------------
@@ -178,10 +177,8 @@ def test_backend_against_float64(backend):
     cases = of_today(options | {"steps": HELD_OR_NOT})
     for name, case in cases.items():
         print(name)
-        options = {"reset": case["reset"], "surrogate": case["surrogate"]}
-        stack = clear_stack(
-            STACKS[case["cases"]], case["steps"], case["reset"], dropout=case["dropout"], batch=case["batch"]
-        )
+        options = {"reset": case["reset"], "surrogate": case.pop("surrogate")}
+        stack = clear_stack(STACKS[case.pop("cases")], **case)
         exact, plain = (stack.run(dtype, "torch", **options) for dtype in (torch.float64, torch.float32))
         actual = stack.run(torch.float32, backend, **options)
         if not case["dropout"]:

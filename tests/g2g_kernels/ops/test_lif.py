@@ -1,5 +1,6 @@
 """lif against snnTorch's own Leaky, against autograd through each surrogate's primitive, and on every backend."""
 
+import functools
 import itertools
 import math
 import weakref
@@ -46,10 +47,8 @@ def check_against_snntorch(current, beta, threshold, reset, surrogate="atan", al
     weights = output_weights(T, B, N)
     spike_grad = SNNTORCH[surrogate](alpha)
     theirs = gradients(lambda *t: by_snntorch(*t, reset, spike_grad), current, beta, threshold, weights)
-    ours = gradients(
-        lambda *t: lif(*t, reset=reset, surrogate=surrogate, alpha=alpha, backend="torch"),
-        current, beta, threshold, weights,
-    )  # fmt: skip
+    run = lif_on("torch", reset=reset, surrogate=surrogate, alpha=alpha)
+    ours = gradients(run, current, beta, threshold, weights)
     assert torch.equal(ours["spikes"], theirs["spikes"])
     agree = clamps_alike(beta) if beta.dim() else ...
     for name in GRADIENTS:
@@ -178,14 +177,11 @@ def test_gradients_equal_autograd_through_the_primitive(reset, surrogate, alpha,
     weights = output_weights(T, B, N)
     primitive = SURROGATES[surrogate].primitive
     expected = gradients(lambda *t: lif_by_autograd(*t, reset, primitive, alpha)[0], current, beta, threshold, weights)
-    ours = gradients(
-        lambda *t: lif(*t, reset=reset, surrogate=surrogate, alpha=alpha, backend="torch"),
-        current, beta, threshold, weights,
-    )  # fmt: skip
+    run = lif_on("torch", reset=reset, surrogate=surrogate, alpha=alpha)
+    ours = gradients(run, current, beta, threshold, weights)
     assert torch.equal(ours["spikes"], expected["spikes"])
-    for name in GRADIENTS:
-        assert expected[name].any(), name
-        torch.testing.assert_close(ours[name], expected[name], rtol=1e-11, atol=1e-12)  # float64 rounding
+    assert all(expected[name].any() for name in GRADIENTS)
+    torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)  # float64 rounding
 
 
 # --- every backend ------------------------------------------------------------------------------------------------
@@ -224,11 +220,8 @@ def test_any_number_of_dimensions(backend, shape):
     current = currents(*shape, seed=4, dtype=torch.float32)
     beta, threshold = torch.tensor(0.875), torch.tensor(0.75)
     weights = output_weights(*shape)
-    primitive = SURROGATES["atan"].primitive
-    exact = gradients(
-        lambda *t: lif_by_autograd(*t, "subtract", primitive, 2.0)[0],
-        current.double(), beta.double(), threshold.double(), weights,
-    )  # fmt: skip
+    exactly = current.double(), beta.double(), threshold.double(), weights
+    exact = gradients(lambda *t: lif_by_autograd(*t, "subtract", SURROGATES["atan"].primitive, 2.0)[0], *exactly)
     assert clear_of_threshold(current, beta, threshold, "subtract").all()
     actual = gradients(lif_on(backend), current, beta, threshold, weights)
     assert torch.equal(actual["spikes"].double(), exact["spikes"])
@@ -317,19 +310,14 @@ def test_half_precision_currents_have_float32_membranes(dtype, steps):
     half = currents(*shape, seed=8).to(dtype)
     beta, threshold = parameters(True, torch.float32)
     weights = output_weights(T, 60, N).to(dtype)
-    options = {"steps": steps, "backend": "torch"}
-    ours = gradients(lambda *t: lif(*t, **options), half, beta, threshold, weights)
-    single = gradients(lambda *t: lif(*t, **options), half.float(), beta, threshold, weights)
-    assert ours["spikes"].dtype == ours["current.grad"].dtype == dtype
+    run = lif_on("torch", steps=steps)
+    ours = gradients(run, half, beta, threshold, weights)
+    single = gradients(run, half.float(), beta, threshold, weights)
+    expected = {name: single[name].to(dtype) for name in ("spikes", "current.grad")}
     assert ours["beta.grad"].dtype == torch.float32
-    assert torch.equal(ours["spikes"].float(), single["spikes"])
-    assert torch.equal(ours["current.grad"], single["current.grad"].to(dtype))
-    assert torch.equal(ours["beta.grad"], single["beta.grad"])
-    assert torch.equal(ours["threshold.grad"], single["threshold.grad"])
-    held = half.expand(T, 60, N)
-    in_half, _ = lif_by_autograd(
-        held, beta.to(dtype), threshold.to(dtype), "subtract", SURROGATES["atan"].primitive, 2.0
-    )
+    torch.testing.assert_close(ours, single | expected, rtol=0, atol=0)
+    of_neurons = beta.to(dtype), threshold.to(dtype), "subtract", SURROGATES["atan"].primitive, 2.0
+    in_half, _ = lif_by_autograd(half.expand(T, 60, N), *of_neurons)
     assert not torch.equal(ours["spikes"], in_half)  # the difference is there to be seen
 
 
@@ -362,13 +350,9 @@ def test_a_checkpoint_computes_the_same_gradients(backend):
     def found(run):
         return torch.autograd.grad(run(leaf, beta, threshold).square().mean(), (leaf, beta, threshold))
 
-    def neurons(*tensors):
-        return lif(*tensors, backend=backend)
-
-    at_once = found(neurons)
+    neurons = functools.partial(lif, backend=backend)
     again = found(lambda *tensors: checkpoint(neurons, *tensors, use_reentrant=False))
-    for expected, recomputed in zip(at_once, again, strict=True):
-        assert torch.equal(expected, recomputed)
+    assert all(map(torch.equal, again, found(neurons)))
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
@@ -385,9 +369,8 @@ def test_only_membranes_are_kept_for_the_backward_pass(dtype, steps):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         spikes = lif(current, beta, threshold, steps=steps, backend="torch")
     kept = [tensor for tensor in kept if tensor.untyped_storage().nbytes() > tensor.itemsize]  # not one zero for all
-    assert sorted((tuple(tensor.shape), tensor.dtype) for tensor in kept) == sorted(
-        [((T, B, N), torch.float32), ((N,), torch.float32), ((N,), torch.float32)]
-    )
+    assert {tensor.dtype for tensor in kept} == {torch.float32}
+    assert sorted(tuple(tensor.shape) for tensor in kept) == [(N,), (N,), (T, B, N)]
     membranes = max(kept, key=torch.Tensor.numel)
     storages = {tensor.untyped_storage().data_ptr() for tensor in (current, spikes)}
     assert membranes.untyped_storage().data_ptr() not in storages
@@ -461,10 +444,7 @@ def test_spikes_equal_snntorch_for_any_sizes(steps, batch, neurons, beta, thresh
     [
         ({"current": torch.zeros(5)}, r"current has shape \(5,\); expected \[T, ..., N\], or \[..., N\] with steps"),
         ({"current": torch.tensor(1.0), "steps": 3}, r"current has shape \(\)"),
-        (
-            {"current": torch.zeros(4, 2, 5, dtype=torch.int64)},
-            "current must be a floating-point tensor, not torch.int64",
-        ),
+        ({"current": torch.zeros(4, 2, 5).long()}, "current must be a floating-point tensor, not torch.int64"),
         ({"beta": torch.zeros(4)}, r"beta has shape \(4,\); expected a scalar or \[5\], one per neuron"),
         ({"beta": torch.zeros(2, 5)}, r"beta has shape \(2, 5\)"),
         ({"threshold": torch.ones(2)}, r"threshold has shape \(2,\); expected a scalar or \[5\]"),

@@ -1,6 +1,7 @@
 """Operators call their implementation, and go through PyTorch's dispatcher where something may look at them."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -76,14 +77,9 @@ def test_who_looks_at_operators_sees_them_and_the_same_bits(backend, observer, p
     with observer() as seen:
         found = passes(backend)
     prefix = "triton_" if backend == "triton" else ""
-    operators = {
-        f"g2g::{prefix}{operator}_{way}"
-        for operator in ("stack", "linear", "neurons")
-        for way in ("forward", "backward")
-    }
-    assert operators <= seen.names
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
+    pairs = itertools.product(("stack", "linear", "neurons"), ("forward", "backward"))
+    assert {f"g2g::{prefix}{operator}_{way}" for operator, way in pairs} <= seen.names
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("backend", COMPILED)
@@ -155,18 +151,15 @@ def test_saved_tensors_may_be_moved_away_in_between(backend):
     assert all(map(torch.equal, found, expected))
 
 
-def negated(tensor: torch.Tensor) -> torch.Tensor:
-    """Equal to ``tensor``, whose negative is in memory."""
-    return torch._neg_view(-tensor.detach())
-
-
-def zeros(tensor: torch.Tensor) -> torch.Tensor:
-    """Zeros that are only noted: there is no memory."""
-    return torch._efficientzerotensor(tensor.shape)
+#: how a tensor is not in memory, as its negative or as zeros that are only noted, and the same in memory
+LAZY = {
+    "negated": (lambda tensor: torch._neg_view(-tensor.detach()), torch.Tensor.clone),
+    "zeros": (lambda tensor: torch._efficientzerotensor(tensor.shape), torch.zeros_like),
+}
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-@pytest.mark.parametrize(("lazy", "plain"), [(negated, torch.Tensor.clone), (zeros, torch.zeros_like)])
+@pytest.mark.parametrize(("lazy", "plain"), LAZY.values(), ids=LAZY)
 def test_what_is_not_in_memory_as_it_is_read(backend, lazy, plain):
     def outcome(form):
         stack = Stack(STACKS["one unit a group"], None)
@@ -178,14 +171,7 @@ def test_what_is_not_in_memory_as_it_is_read(backend, lazy, plain):
         spikes = lif(current, beta, 1.0, backend=backend)
         upstream = form(torch.randn(spikes.shape, generator=seeded(5)))
         of_current = torch.autograd.grad(current, (x, values, bias), upstream, retain_graph=True)
-        return [
-            activity.counts,
-            *counts,
-            current,
-            spikes,
-            *of_current,
-            *torch.autograd.grad(spikes, (x, beta), upstream),
-        ]
+        of_spikes = torch.autograd.grad(spikes, (x, beta), upstream)
+        return [activity.counts, *counts, current, spikes, *of_current, *of_spikes]
 
-    for ours, expected in zip(outcome(lazy), outcome(plain), strict=True):
-        assert torch.equal(ours, expected)
+    assert all(map(torch.equal, outcome(lazy), outcome(plain)))

@@ -17,6 +17,7 @@ from stack_cases import (
     clear_stack,
     clear_stacks,
     loss,
+    results,
     rounded,
 )
 
@@ -93,6 +94,15 @@ def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(steps):
     ratios.check(cases=2 * len(SURROGATES))
 
 
+def first_alike(draws: Iterator[Stack]) -> tuple[Stack, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The first stack with the same spikes in float64 and float32, and its results in both."""
+    for stack in draws:
+        exact, plain = (stack.run(dtype, "torch") for dtype in (torch.float64, torch.float32))
+        if all(torch.equal(exact[f"spikes{k}"], plain[f"spikes{k}"].double()) for k in range(3)):
+            break
+    return stack, exact, plain
+
+
 def exact_in(dtype: torch.dtype, cases, steps: int | None) -> Stack:
     draws = (rounded(Stack(cases, steps, seed=1000 * k), dtype) for k in range(20))
     return next(stack for stack in draws if clear_of_thresholds(stack, "subtract"))
@@ -165,10 +175,7 @@ DEFAULT = (MaskCase(128, 196, 2, "index", "index", 64), MaskCase(128, 128, 2, "i
 def test_the_kernels_of_a_default_step(way):
     """Two segments of ten steps; tiles of samples that are not full."""
     draws = (rounded(Stack(DEFAULT, 20, per_neuron=False, seed=k, batch=48), torch.bfloat16) for k in range(20))
-    for stack in draws:
-        exact, plain = (stack.run(dtype, "torch") for dtype in (torch.float64, torch.float32))
-        if all(torch.equal(exact[f"spikes{k}"], plain[f"spikes{k}"].double()) for k in range(3)):
-            break
+    stack, exact, _ = first_alike(draws)
     results = {}
     for name in ("torch", "triton"):
         with torch.autocast(device_of(name), torch.bfloat16):
@@ -187,10 +194,7 @@ def test_the_kernels_of_a_default_step(way):
 def test_numbers_of_steps(steps):
     """One step, whole segments and more, in one layer whose input is held and two whose is not."""
     draws = (Stack(STACKS_OF_UNITS[0], steps, seed=1000 * k, batch=3) for k in range(20))
-    for stack in draws:
-        exact, plain = (stack.run(dtype, "torch") for dtype in (torch.float64, torch.float32))
-        if all(torch.equal(exact[f"spikes{k}"], plain[f"spikes{k}"].double()) for k in range(3)):
-            break
+    stack, exact, plain = first_alike(draws)
     actual = stack.run(torch.float32, "triton")
     for name, expected in exact.items():
         if name.startswith(("spikes", "counts")):
@@ -262,10 +266,8 @@ def test_nothing_is_kept_without_gradients():
         mask.to(device)
     with torch.no_grad():
         activity = g2g_stack(leaves["x"], stack.layers(leaves), T, backend="triton")
-    assert torch.equal(activity.counts.cpu(), with_gradients["counts"])
-    for k in range(3):
-        assert torch.equal(activity.rates[k].cpu(), with_gradients[f"rates{k}"])
-        assert torch.equal(activity.spikes[k].dense().cpu(), with_gradients[f"spikes{k}"])
+    found = results(activity.counts, activity.rates, [spikes.dense() for spikes in activity.spikes], {})
+    assert all(torch.equal(tensor, with_gradients[name]) for name, tensor in found.items())
 
 
 def test_results_are_reproducible(way):
@@ -440,9 +442,8 @@ def test_operator_registration(plain_memory):
         mask.to(device)
     triton.FORWARD.opcheck(StackCall.of(leaves["x"], layers, 2, torch.float32), True)
     with torch.no_grad():
-        call = StackCall.of(
-            leaves["x"].detach(), stack.layers({k: t.detach() for k, t in leaves.items()}), 2, torch.float32
-        )
+        constants = {name: leaf.detach() for name, leaf in leaves.items()}
+        call = StackCall.of(constants["x"], stack.layers(constants), 2, torch.float32)
         counts, rates, _, *made = triton.FORWARD.function(call, True)
         grads = torch.ones_like(counts), list(map(torch.ones_like, rates)), [None] * len(rates)
         triton.BACKWARD.opcheck(Backward.of(call, made, grads))

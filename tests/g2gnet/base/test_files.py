@@ -227,9 +227,8 @@ def test_training_needs_nobody_to_listen(tmp_path, stream):
 def test_a_full_standard_output_is_named_before_any_work(tmp_path):
     done = program(1, *TRAIN, "--checkpoint_dir", tmp_path / "runs", output=tmp_path / "printed")
     assert done.statuses == [1]
-    assert done.stderr.splitlines()[-1].endswith(
-        "error: cannot write to standard output (No space left on device); redirect it to another file"
-    )
+    reason = "cannot write to standard output (No space left on device); redirect it to another file"
+    assert done.stderr.splitlines()[-1].endswith(f"error: {reason}")
     assert not (tmp_path / "runs").exists()
 
 
@@ -249,10 +248,16 @@ def test_a_marker_that_is_none_is_named(tmp_path, content):
         run(tmp_path)
 
 
-def test_the_result_of_a_finished_run_is_that_of_its_checkpoint(tmp_path, checkpoint):
-    """42cb775 showed an accuracy with one flipped bit."""
+@pytest.fixture
+def finished(tmp_path, checkpoint):
+    """The files of a finished run, to change."""
     shutil.copytree(checkpoint.directory, tmp_path / "run")
-    files = RunFiles(tmp_path / "run", checkpoint.marker.stem)
+    return RunFiles(tmp_path / "run", checkpoint.marker.stem)
+
+
+def test_the_result_of_a_finished_run_is_that_of_its_checkpoint(finished):
+    """42cb775 showed an accuracy with one flipped bit."""
+    files = finished
     text = files.marker.read_text()
     settings = TrainSettings(**{**SMALL, "epochs": 1})
     files.marker.write_text(text.replace('"test_acc": 0.', '"test_acc": 0.9'))
@@ -266,23 +271,19 @@ def test_the_result_of_a_finished_run_is_that_of_its_checkpoint(tmp_path, checkp
         run(files.directory, epochs=1)
 
 
-def test_a_run_that_was_killed_with_the_marker_of_fewer_epochs_goes_on(tmp_path, checkpoint):
-    shutil.copytree(checkpoint.directory, tmp_path / "run")
-    files = RunFiles(tmp_path / "run", checkpoint.marker.stem)
-    of_one = files.marker.read_text()
-    run(files.directory, epochs=2)
-    of_two = files.marker.read_text()
-    files.marker.write_text(of_one)
-    run(files.directory, epochs=2)
-    assert files.marker.read_text() == of_two
+def test_a_run_that_was_killed_with_the_marker_of_fewer_epochs_goes_on(finished):
+    of_one = finished.marker.read_text()
+    run(finished.directory, epochs=2)
+    of_two = finished.marker.read_text()
+    finished.marker.write_text(of_one)
+    run(finished.directory, epochs=2)
+    assert finished.marker.read_text() == of_two
 
 
-def test_what_files_say_cannot_move_the_cursor(tmp_path, checkpoint, capsys):
-    shutil.copytree(checkpoint.directory, tmp_path / "run")
-    files = RunFiles(tmp_path / "run", checkpoint.marker.stem)
-    state = load(files)
-    write_tensors(files.checkpoint, {**state, "settings": {**state["settings"], "model": "\x1b[2J\x9b\u202e"}})
-    assert train.main([*flags_of(SMALL), "--checkpoint_dir", str(files.directory)]) == 1
+def test_what_files_say_cannot_move_the_cursor(finished, capsys):
+    state = load(finished)
+    write_tensors(finished.checkpoint, {**state, "settings": {**state["settings"], "model": "\x1b[2J\x9b\u202e"}})
+    assert train.main([*flags_of(SMALL), "--checkpoint_dir", str(finished.directory)]) == 1
     message = capsys.readouterr().err
     assert r"\x1b[2J\x9b\x202e" in message
     assert not set("\x1b\x9b\u202e") & set(message)

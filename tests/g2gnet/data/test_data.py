@@ -70,9 +70,7 @@ def test_files_are_downloaded_once_from_the_mirror_that_has_them(tmp_path, small
 
 def test_a_download_with_another_checksum_is_refused(tmp_path, server):
     (server / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(b"something else"))
-    with pytest.raises(
-        DataError, match=r"Connection refused.*t10k-labels-idx1-ubyte.gz: the file there does not have the publ"
-    ):
+    with pytest.raises(DataError, match=r"Connection refused.*t10k-labels-idx1-ubyte.gz: the file there does not"):
         load_dataset("fashionmnist", tmp_path / "data")
     assert not [path for path in (tmp_path / "data").rglob("*.gz") if path.is_file()]
 
@@ -98,11 +96,7 @@ def test_a_download_shows_the_time_left_on_a_terminal(tmp_path, monkeypatch):
 def test_without_files_and_network_one_message_lists_the_remedies(tmp_path):
     with pytest.raises(DataError) as error:
         load_dataset("fashionmnist", tmp_path)
-    for remedy in (
-        "connect to the internet",
-        "apt-get install dataset-fashion-mnist",
-        "`data_dir`",
-    ):
+    for remedy in ("connect to the internet", "apt-get install dataset-fashion-mnist", "`data_dir`"):
         assert remedy in str(error.value)
 
 
@@ -309,10 +303,10 @@ def test_limits_keep_the_first_images():
 
 
 def test_other_names_are_refused():
-    with pytest.raises(
-        ValueError, match=r"dataset='mnist' is unknown; choose one of .*, cifar100, .* or .* own .npz file"
-    ):
-        load_dataset("mnist")
     long = "/runs/validation/fold-6/" * 4 + "fashionmnist-validation.npz"
-    with pytest.raises(ValueError, match=r"dataset='/runs/.*\.\.\..*validation\.npz' is unknown"):
-        load_dataset(long)
+    for name, message in (
+        ("mnist", r"dataset='mnist' is unknown; choose one of .*, cifar100, .* or .* own .npz file"),
+        (long, r"dataset='/runs/.*\.\.\..*validation\.npz' is unknown"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_dataset(name)

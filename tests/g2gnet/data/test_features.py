@@ -36,9 +36,8 @@ def by_names(state, images):
     def convolution(x, name, norm, stride=1):
         weight = state[f"{name}.weight"]
         x = F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
-        mean, var, scale, shift = (
-            state[f"{norm}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
-        )
+        parts = (state[f"{norm}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+        mean, var, scale, shift = (part[:, None, None] for part in parts)
         return (x - mean) / (var + 1e-5).sqrt() * scale + shift
 
     mean, std = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -109,8 +108,7 @@ def test_the_published_weights_load_from_the_hub_directory(tmp_path, monkeypatch
     network = load_resnet("cifar10")
     assert not network.training
     assert not any(parameter.requires_grad for parameter in network.parameters())
-    for name, tensor in torch.load(path, weights_only=True).items():
-        assert torch.equal(network.state_dict()[name], tensor)
+    torch.testing.assert_close(dict(network.state_dict()), torch.load(path, weights_only=True), rtol=0, atol=0)
     # the same file by its name is the same setting
     assert weights_digest("cifar10", path) == weights_digest("cifar10")
 
@@ -135,12 +133,7 @@ def test_without_the_published_weights_one_message_lists_the_remedies(tmp_path, 
     publish_resnet(monkeypatch, tmp_path / "hub", "cifar100").unlink()
     with pytest.raises(DataError) as error:
         load_resnet("cifar100")
-    for remedy in (
-        "connect to the internet",
-        f"download {NOBODY_LISTENS}",
-        "`resnet_weights`",
-        "g2g-pretrain",
-    ):
+    for remedy in ("connect to the internet", f"download {NOBODY_LISTENS}", "`resnet_weights`", "g2g-pretrain"):
         assert remedy in str(error.value)
 
 
@@ -219,16 +212,12 @@ def test_features_are_computed_once(data_dir, weights_file, monkeypatch, capsys)
         torch.testing.assert_close(getattr(first, f"{part}_images"), expected, rtol=0, atol=1e-5)
         assert torch.equal(getattr(first, f"{part}_labels"), getattr(images, f"{part}_labels"))
 
-    def unused(*args):
-        raise AssertionError("the cache holds everything")
-
-    monkeypatch.setattr(cache, "load_dataset", unused)
-    monkeypatch.setattr(cache, "load_resnet", unused)
+    for name in ("load_dataset", "load_resnet"):
+        monkeypatch.setattr(cache, name, lambda *_: pytest.fail("the cache holds everything"))
     again = load_features("cifar10", data_dir, weights_file)
     (file,) = (data_dir / "features").iterdir()
     assert f"reading the ResNet-32 features from {file}" in capsys.readouterr().out
-    for name in cache.PARTS:
-        assert torch.equal(getattr(first, name), getattr(again, name))
+    assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in cache.PARTS)
 
 
 def compute(network, images, device):

@@ -140,86 +140,68 @@ def units_of(mask):
     return set(zip(mask.unit_row.tolist(), mask.unit_col.tolist(), strict=True))
 
 
+def update(prune, grow):
+    """Makes an update of a fifth: the optimizer, the scheduler, and each layer with its units and matrices before."""
+    net, optimizer, x, _ = trained_net()
+    layers = sparse_layers(net)
+    scheduler = DSTScheduler(layers, optimizer, interval=1, fraction=0.2, prune=prune, grow=grow)
+    gradients = dense_gradients(net, x)
+    activity = train_step(net, optimizer, x)
+    trains = itertools.pairwise([x, *(record.dense() for record in activity.spikes)])
+    before = [
+        (layer, units_of(layer.mask), Dense(layer.mask, layer.dense_weight().detach().clone(), *matrices))
+        for layer, *matrices in zip(layers, gradients, itertools.starmap(correlation_by_weight, trains), strict=True)
+    ]
+    assert scheduler.step(x, activity)
+    return optimizer, scheduler, before
+
+
+def check_choice(prune, grow, dense, old, new, candidates):
+    """That of the old units those of the lowest scores are gone, and of the candidates those of the highest grew."""
+    assert len(new) == len(old)
+    assert new - old <= candidates
+    # a tie may go either way; float32 scores are compared with float64 ones
+    if prune_score := ORACLES["prune"][prune]:
+        score = prune_score(dense)
+        assert max(score[unit] for unit in old - new) <= min(score[unit] for unit in old & new) + 1e-6
+    if grow_score := ORACLES["grow"][grow]:
+        score = grow_score(dense)
+        assert min(score[unit] for unit in new - old) >= max(score[unit] for unit in candidates - new) - 1e-6
+
+
 @pytest.mark.parametrize(("prune", "grow"), EACH_RULE)
 def test_of_a_grid_too_large_for_a_score_each_the_best_of_drawn_candidates_grow(monkeypatch, prune, grow):
     drawn = []
     monkeypatch.setattr(replacement, "LARGEST_GRID", 0)
     draw = scheduler_module.draw_candidates
     monkeypatch.setattr(scheduler_module, "draw_candidates", lambda *given: (drawn.append(draw(*given)), drawn[-1])[1])
-    net, optimizer, x, _ = trained_net()
-    layers = sparse_layers(net)
-    scheduler = DSTScheduler(layers, optimizer, interval=1, fraction=0.2, prune=prune, grow=grow)
-    gradients = [
-        mean_by_unit(g.square(), layer.mask).sqrt() for g, layer in zip(dense_gradients(net, x), layers, strict=True)
-    ]
-    activity = train_step(net, optimizer, x)
-    trains = [x, *(record.dense() for record in activity.spikes)]
-    correlations = [unit_correlation(trains[i], trains[i + 1], layer.mask) for i, layer in enumerate(layers)]
-    before = [(set(layer.mask.flat_unit().tolist()), layer.mask.grid) for layer in layers]
-    assert scheduler.step(x, activity)
-    assert len(drawn) == len(layers)
-    for layer, (old, grid), candidates, correlation, gradient in zip(
-        layers, before, drawn, correlations, gradients, strict=True
-    ):
-        assert len(candidates) == len(set(candidates.tolist())) == min(len(old), math.prod(grid) - len(old))
-        assert not set(candidates.tolist()) & old
-        new = set(layer.mask.flat_unit().tolist())
-        grown, pruned = new - old, old - new
-        assert len(new) == len(old)
-        assert grown <= set(candidates.tolist())
-        assert len(grown) == len(pruned) > 0
-        if grow != "random":
-            score = (correlation if grow == "hebb" else gradient).flatten()
-            passed_over = sorted(set(candidates.tolist()) - grown)
-            assert score[sorted(grown)].min() >= score[passed_over].max() - 1e-6
-        if prune == "hebb":
-            score = correlation.flatten()
-            assert score[sorted(pruned)].max() <= score[sorted(old & new)].min() + 1e-6
+    _, _, before = update(prune, grow)
+    for (layer, old, dense), numbers in zip(before, drawn, strict=True):
+        candidates = {divmod(number, layer.mask.grid[1]) for number in numbers.tolist()}
+        assert len(numbers) == len(candidates) == min(len(old), math.prod(layer.mask.grid) - len(old))
+        assert not candidates & old
+        new = units_of(layer.mask)
+        assert new != old
+        check_choice(prune, grow, dense, old, new, candidates)
 
 
 @pytest.mark.parametrize(("prune", "grow"), RULES)
 def test_an_update_follows_its_rules(prune, grow):
-    net, optimizer, x, _ = trained_net()
-    layers = sparse_layers(net)
-    scheduler = DSTScheduler(layers, optimizer, interval=1, fraction=0.2, prune=prune, grow=grow)
-    gradients = dense_gradients(net, x)
-    activity = train_step(net, optimizer, x)
-    trains = [x, *(record.dense() for record in activity.spikes)]
-    before = [
-        (units_of(layer.mask), Dense(layer.mask, layer.dense_weight().detach().clone(), gradient, correlation))
-        for layer, gradient, correlation in zip(
-            layers, gradients, itertools.starmap(correlation_by_weight, itertools.pairwise(trains)), strict=True
-        )
-    ]
-
-    assert scheduler.step(x, activity)
-
+    optimizer, scheduler, before = update(prune, grow)
     replaced = 0
-    for layer, (old, dense) in zip(layers, before, strict=True):
-        new = units_of(layer.mask)
-        pruned, grown = old - new, new - old
-        count = min(int(0.2 * len(old)), layer.mask.grid[0] * layer.mask.grid[1] - len(old))
+    for layer, old, dense in before:
+        new, grid = units_of(layer.mask), set(itertools.product(*map(range, layer.mask.grid)))
+        count = min(int(0.2 * len(old)), len(grid) - len(old))
         replaced += count
-        assert len(new) == len(old)
-        assert len(pruned) == len(grown) == count > 0
-        inactive = set(itertools.product(range(layer.mask.grid[0]), range(layer.mask.grid[1]))) - old
-        assert grown <= inactive
-        if prune_score := ORACLES["prune"][prune]:
-            score = prune_score(dense)
-            kept = old - pruned
-            # a tie may go either way; float32 scores are compared with float64 ones
-            assert max(score[unit] for unit in pruned) <= min(score[unit] for unit in kept) + 1e-6
-        if grow_score := ORACLES["grow"][grow]:
-            score = grow_score(dense)
-            passed_over = inactive - grown
-            assert min(score[unit] for unit in grown) >= max(score[unit] for unit in passed_over) - 1e-6
+        assert len(new - old) == count > 0
+        check_choice(prune, grow, dense, old, new, grid - old)
 
         # kept weights are untouched, pruned and grown ones are zero, and so is the grown ones' optimizer state
         kept_mask = unit_mask(layer.mask, old & new)
         assert torch.equal(layer.dense_weight().detach(), dense.weight * kept_mask)
         for name in ("exp_avg", "exp_avg_sq"):
             moment = layer.mask.unpack(optimizer.state[layer.values][name])
-            assert (moment[unit_mask(layer.mask, grown)] == 0).all()
+            assert (moment[unit_mask(layer.mask, new - old)] == 0).all()
             assert (moment[kept_mask] != 0).any()
     assert scheduler.pruned == scheduler.grown == replaced
 

@@ -12,7 +12,7 @@ from helpers import seeded
 from networks import small_net
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from training_runs import small_trainer
+from training_runs import assert_equal, small_trainer
 
 from g2g_kernels import BlockMask
 from g2gnet import DSTScheduler, G2GLinear
@@ -34,18 +34,25 @@ def possible(net):
 def trained(model="mixer", steps=1, optimizer=torch.optim.Adam, **options):
     net = small_net(model, **options)
     made = optimizer(net.parameters(), lr=1e-2)
-    for _ in range(steps):
-        train(net, made)
+    train(net, made, steps=steps)
     return net, made
 
 
-def train(net, optimizer):
-    inputs = torch.rand(8, net.fc1.in_features, generator=seeded(1)) * 3
-    loss = torch.nn.functional.cross_entropy(net(inputs), torch.arange(8))
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+def train(net, optimizer, *schedulers, steps=1):
+    """Training steps, after each of which the schedulers step; the last loss."""
+    inputs, loss = torch.rand(8, net.fc1.in_features, generator=seeded(1)) * 3, None
+    for _ in range(steps):
+        loss = torch.nn.functional.cross_entropy(net(inputs), torch.arange(8))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
     return loss
+
+
+def largest_unit(net):
+    return max(int(layer.mask.unit_sizes.max()) for layer in net.connections().values())
 
 
 def pruning(net, optimizer, final=0.05, **options):
@@ -62,8 +69,7 @@ def test_the_number_of_weights_falls_by_the_cubic_schedule(model):
     first, final = weights_of(net), 0.05 * possible(net)
     counts = []
     for _ in range(5):
-        train(net, optimizer)
-        dst.step()
+        train(net, optimizer, dst)
         counts.append(weights_of(net))
     for count, left in zip(counts, (27, 8, 1, 0, 0), strict=True):
         assert final + (first - final) * left / 64 - 2 < count <= final + (first - final) * left / 64
@@ -76,33 +82,27 @@ def test_the_strongest_units_of_a_layer_stay_with_their_weights_and_moments():
     layers = list(net.connections().values())
     dst = pruning(net, optimizer)
     train(net, optimizer)
-    before = [
-        {
-            unit: (values.abs().double().sum() / size, values, mean, square)
-            for unit, size, values, mean, square in zip(
-                layer.mask.flat_unit().tolist(),
-                layer.mask.unit_sizes.tolist(),
-                layer.values.detach().clone(),
-                *(optimizer.state[layer.values][name].clone() for name in ("exp_avg", "exp_avg_sq")),
-                strict=True,
-            )
+
+    def by_unit(layer):
+        """The score of each unit, its values and its moments."""
+        moments = (optimizer.state[layer.values][name].clone() for name in ("exp_avg", "exp_avg_sq"))
+        units = zip(layer.mask.flat_unit().tolist(), layer.mask.unit_sizes.tolist(), strict=True)
+        tensors = zip(layer.values.detach().clone(), *moments, strict=True)
+        return {
+            unit: (values.abs().double().sum() / size, values, *others)
+            for (unit, size), (values, *others) in zip(units, tensors, strict=True)
         }
-        for layer in layers
-    ]
+
+    before = list(map(by_unit, layers))
     parameters = [id(parameter) for parameter in net.parameters()]
     dst.step()
     assert [id(parameter) for parameter in net.parameters()] == parameters
     for layer, units in zip(layers, before, strict=True):
-        kept = []
-        now = layer.mask.flat_unit().tolist()
+        now = by_unit(layer)
         assert layer.values.shape[0] == layer.mask.num_units == len(now) < len(units)
-        state = optimizer.state[layer.values]
-        for slot, unit in enumerate(now):
-            score, *tensors = units.pop(unit)
-            kept.append(score)
-            for tensor, was in zip((layer.values, state["exp_avg"], state["exp_avg_sq"]), tensors, strict=True):
-                assert torch.equal(tensor[slot], was)
-        assert max(score for score, *_ in units.values()) <= min(kept)
+        torch.testing.assert_close(now, {unit: units[unit] for unit in now}, rtol=0, atol=0)
+        lost = units.keys() - now.keys()
+        assert max(units[unit][0] for unit in lost) <= min(units[unit][0] for unit in now)
     assert train(net, optimizer).isfinite()
 
 
@@ -113,8 +113,7 @@ def test_units_are_replaced_among_those_that_stay():
         share = (1 + math.cos(math.pi * update / 4)) / 4
         before = {name: set(layer.mask.flat_unit().tolist()) for name, layer in net.connections().items()}
         total = dst.grown
-        train(net, optimizer)
-        dst.step()
+        train(net, optimizer, dst)
         grown = 0
         for name, layer in net.connections().items():
             now = set(layer.mask.flat_unit().tolist())
@@ -131,11 +130,8 @@ def test_units_of_different_sizes_are_replaced_by_as_many_weights(seed):
     """Units have 1 × 4 to 6 × 6 weights: as many units as before would leave more weights, or some units fewer."""
     net, optimizer = trained(sizes=(30, 44, 10), block_size=8, seed=seed)
     dst = pruning(net, optimizer, 0.1, fraction=1.0, prune="random", grow="random", seed=seed)
-    for _ in range(4):
-        train(net, optimizer)
-        dst.step()
-    unit = max(int(layer.mask.unit_sizes.max()) for layer in net.connections().values())
-    assert 0.1 * possible(net) - unit < weights_of(net) <= 0.1 * possible(net)
+    train(net, optimizer, dst, steps=4)
+    assert 0.1 * possible(net) - largest_unit(net) < weights_of(net) <= 0.1 * possible(net)
     assert dst.grown > 0
 
 
@@ -160,8 +156,7 @@ def test_a_full_layer_is_pruned_and_later_grows_by_gradient():
     net, optimizer = trained("dense")
     dst = pruning(net, optimizer, fraction=0.5, grow="gradient")
     for grows in (False, True):
-        train(net, optimizer)
-        dst.step()
+        train(net, optimizer, dst)
         assert (dst.grown > 0) == grows
 
 
@@ -169,10 +164,7 @@ def test_weights_follow_that_someone_keeps_a_graph_of():
     """PyTorch accumulates gradients in a node that a kept graph keeps, with the shape that it had."""
     net, optimizer = trained()
     dst = pruning(net, optimizer)
-    kept = []
-    for _ in range(4):
-        kept.append(train(net, optimizer))
-        dst.step()
+    kept = [train(net, optimizer, dst) for _ in range(4)]
     assert net.fc1.values.grad is None or net.fc1.values.grad.shape == net.fc1.values.shape
     kept.append(train(net, optimizer))
     assert net.fc1.values.grad.shape == net.fc1.values.shape
@@ -202,9 +194,8 @@ def test_tensors_that_stand_in_for_the_weights_keep_their_units():
     """Of tensors that someone else owns nobody can change the shape."""
     net, optimizer = trained()
     inputs = torch.rand(8, net.fc1.in_features) * 3
-    tensors = {
-        name: tensor.detach().clone() for name, tensor in itertools.chain(net.named_parameters(), net.named_buffers())
-    }
+    named = itertools.chain(net.named_parameters(), net.named_buffers())
+    tensors = {name: tensor.detach().clone() for name, tensor in named}
 
     def answer():
         return torch.func.functional_call(net, tensors, (inputs,))
@@ -224,16 +215,14 @@ def test_tensors_that_stand_in_for_the_weights_keep_their_units():
 def test_a_state_goes_into_a_network_that_has_more_weights():
     net, optimizer = trained()
     dst = pruning(net, optimizer)
-    train(net, optimizer)
-    dst.step()
+    train(net, optimizer, dst)
     other, other_optimizer = trained(seed=1)
     other_dst = pruning(other, other_optimizer)
     other.load_state_dict(net.state_dict())
     other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     other_dst.load_state_dict(dst.state_dict())
     for each in ((net, optimizer, dst), (other, other_optimizer, other_dst)):
-        train(*each[:2])
-        each[2].step()
+        train(*each)
     assert all(map(torch.equal, other.parameters(), net.parameters()))
     assert dst.state_dict() == other_dst.state_dict()
 
@@ -250,8 +239,7 @@ def test_states_of_other_weights_are_refused_before_a_step(fewer):
     optimizer = make(net.parameters())
     dst = pruning(net, optimizer)
     for _ in range(4):
-        train(net, optimizer)
-        dst.step()
+        train(net, optimizer, dst)
         states.append(copy.deepcopy([net.state_dict(), optimizer.state_dict(), dst.state_dict()]))
     if fewer:  # forward in time
         for each, state in zip((net, optimizer, dst), states[0], strict=True):
@@ -262,7 +250,7 @@ def test_states_of_other_weights_are_refused_before_a_step(fewer):
     for each in (*copies, [net, optimizer, dst]):
         with pytest.raises(ValueError, match=MISMATCH):
             train(*each[:2])
-    assert all(torch.equal(value, then[0][name]) for name, value in net.state_dict().items())
+    torch.testing.assert_close(net.state_dict(), then[0], rtol=0, atol=0)
     other, other_optimizer = trained(seed=1)  # another network's optimizer goes on, as does a new one
     train(other, other_optimizer)
     optimizer.load_state_dict(then[1])
@@ -280,8 +268,7 @@ def test_only_the_optimizers_of_living_schedulers_are_asked():
     net = small_net("mixer")
     optimizer, other = (torch.optim.Adam(net.parameters(), 1e-2, fused=True) for _ in range(2))
     dst, before = pruning(net, optimizer), copy.deepcopy(net)
-    train(net, optimizer)
-    dst.step()
+    train(net, optimizer, dst)
     of_before = torch.optim.Adam(before.parameters(), 1e-2, fused=True)
     dst_of_before = pruning(before, of_before)
     of_before.load_state_dict(optimizer.state_dict())
@@ -300,12 +287,9 @@ def test_frozen_weights_count_as_weights():
     net, optimizer = trained(steps=0)
     net.fc1.values.requires_grad_(False)
     dst, frozen = pruning(net, optimizer, final=0.2), net.fc1.mask.num_weights
-    for _ in range(5):
-        train(net, optimizer)
-        dst.step()
+    train(net, optimizer, dst, steps=5)
     assert net.fc1.mask.num_weights == frozen
-    unit = max(int(layer.mask.unit_sizes.max()) for layer in net.connections().values())
-    assert 0.2 * possible(net) - unit < weights_of(net) <= 0.2 * possible(net)
+    assert 0.2 * possible(net) - largest_unit(net) < weights_of(net) <= 0.2 * possible(net)
     with pytest.raises(ValueError, match=r"final_density=0\.05 is less than the .* of all in frozen ones; raise it"):
         pruning(net, optimizer, final=0.05)
 
@@ -355,13 +339,9 @@ def test_an_error_in_one_layer_leaves_all_as_they_were(monkeypatch):
         patch.setattr(OptimizerState, "keep_", fails)
         with pytest.raises(RuntimeError, match="no memory"):
             dst.step()
-    after = net.state_dict(), optimizer.state_dict()
-    assert all(torch.equal(after[0][name], tensor) for name, tensor in before[0].items())
-    for number, state in before[1]["state"].items():
-        assert all(torch.equal(after[1]["state"][number][name], tensor) for name, tensor in state.items())
+    assert_equal((net.state_dict(), optimizer.state_dict()), before)
     assert average.fc1.mask.num_units == net.fc1.mask.num_units
-    train(net, optimizer)
-    dst.step()
+    train(net, optimizer, dst)
     assert weights_of(net) < weights_of(average)
 
 
@@ -377,9 +357,7 @@ def test_scores_that_are_no_numbers_prune_nothing_until_the_next_update(caplog):
     assert dst.pruned == 0
     assert "are not finite" in caplog.text
     net.fc2.values.data[0, 0, 0] = weight
-    for _ in range(3):
-        train(net, optimizer)
-        dst.step()
+    train(net, optimizer, dst, steps=3)
     assert final - 16 < weights_of(net) <= final
 
 
@@ -421,9 +399,7 @@ def test_no_layer_loses_its_last_unit(prune):
         pruning(net, torch.optim.SGD(net.parameters()), final=0.9 * least)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
     dst = pruning(net, optimizer, final=1.1 * least, prune=prune)
-    for _ in range(4):
-        train(net, optimizer)
-        dst.step()
+    train(net, optimizer, dst, steps=4)
     assert [layer.mask.num_units for layer in layers] == [1] * len(layers)
 
 
@@ -431,9 +407,7 @@ def test_layers_in_place_of_a_model_and_recurrent_ones():
     net, optimizer = trained(recurrent=True)
     layers = list(net.connections().values())
     dst = pruning(layers, optimizer, network=net)
-    for _ in range(4):
-        train(net, optimizer)
-        dst.step()
+    train(net, optimizer, dst, steps=4)
     assert weights_of(net) <= 0.05 * possible(net)
     assert train(net, optimizer).isfinite()
 
@@ -448,10 +422,7 @@ def test_a_run_records_what_is_left():
             assert record["units_kept"][name] == units / began[name]
             assert record["initial_units_kept"][name] == units / first[name]
     assert record["units_pruned"] == sum(first.values()) - sum(record["units"].values())
-    for final, message in (
-        (0.9, r"final_density=0\.9 is no less than the 0\.2"),
-        (1e-6, "one unit in each layer; raise it"),
-    ):
+    for final, message in ((0.9, r"=0\.9 is no less than the 0\.2"), (1e-6, "one unit in each layer; raise it")):
         with pytest.raises(SettingsError, match=message):
             small_trainer(**(PRUNED | {"final_density": final}))
 

@@ -128,8 +128,10 @@ def test_sums_of_batches_join_to_those_of_all_samples():
     spikes, labels = correlated_spikes()
     whole = sums_of(spikes, labels, LAYOUTS["random"])
     joined = SpikeSums.join([sums_of(spikes[:, p], labels[p], LAYOUTS["random"]) for p in (slice(17), slice(17, B))])
-    for name in ("labels", "counts", "class_sums", "activity"):
-        assert torch.equal(getattr(whole, name), getattr(joined, name)), name
+    assert all(
+        torch.equal(getattr(whole, name), getattr(joined, name))
+        for name in ("labels", "counts", "class_sums", "activity")
+    )
 
 
 def test_independent_neurons_are_none_of_this_whatever_their_rate():
@@ -158,24 +160,21 @@ def test_what_the_class_and_the_onset_explain_is_neither_synchrony_nor_noise_cor
     assert temporal_synchrony(sums).isnan().all()
     assert coherence(sums, sums).isnan().all()
     matrices = count_correlation(sums)
-    torch.testing.assert_close(matrices.signal.diagonal(), torch.ones(2, dtype=torch.float64))
-    torch.testing.assert_close(matrices.total.diagonal(), torch.ones(2, dtype=torch.float64))
+    for whole in (matrices.signal, matrices.total):
+        torch.testing.assert_close(whole.diagonal(), torch.ones(2, dtype=torch.float64))
     assert matrices.noise.isnan().all()
 
 
 @pytest.mark.parametrize("case", ["silent", "always firing", "one step", "one sample", "one sample a class"])
 def test_what_is_not_defined_is_nan(case):
     spikes, labels = correlated_spikes()
-    if case == "silent":
-        spikes[:] = 0
-    elif case == "always firing":
-        spikes[:] = 1
-    elif case == "one step":
-        spikes = spikes[:1]
-    elif case == "one sample":
-        spikes, labels = spikes[:, :1], labels[:1]
-    else:
-        spikes, labels = spikes[:, :C], np.arange(C)
+    spikes, labels = {
+        "silent": (0 * spikes, labels),
+        "always firing": (0 * spikes + 1, labels),
+        "one step": (spikes[:1], labels),
+        "one sample": (spikes[:, :1], labels[:1]),
+        "one sample a class": (spikes[:, :C], np.arange(C)),
+    }[case]
     sums = sums_of(spikes, labels, LAYOUTS["index"])
     assert temporal_synchrony(sums).isnan().all()
     assert coherence(sums, sums).isnan().all()
@@ -228,10 +227,8 @@ def test_wiring_equals_its_definition_on_the_dense_mask(case):
     dense, weight = mask.to_dense().double(), mask.unpack(values).abs().double()
     out_group, in_group = mask.rows.layout.group_of, mask.cols.layout.group_of
     groups = range(case.groups)
-    density = torch.stack(
-        [torch.stack([dense[out_group == g][:, in_group == h].mean() for h in groups]) for g in groups]
-    )
-    torch.testing.assert_close(group_density(mask), density)
+    density = [[dense[out_group == g][:, in_group == h].mean() for h in groups] for g in groups]
+    torch.testing.assert_close(group_density(mask), torch.tensor(density, dtype=torch.float64))
     shares = [1 - dense[out_group == g][:, in_group == g].sum() / dense[out_group == g].sum() for g in groups]
     torch.testing.assert_close(cross_group_share(mask), torch.stack(shares))
     for strength, actual in ((dense, input_group_entropy(mask)), (weight, input_group_entropy(mask, values))):
@@ -299,12 +296,10 @@ def test_a_network_is_analysed_layer_by_layer(model, enc):
     assert (first.pathway_coherence is None) == (enc == "current")
     assert math.isnan(first.coherence_by_pathway) == (enc == "current")
     other = ~torch.eye(8, dtype=torch.bool)
-    assert second.coherence_by_pathway == pytest.approx(
-        np.corrcoef(second.pathway_coherence[other], second.density[other])[0, 1]
-    )
-    assert second.coherence_by_share == pytest.approx(
-        np.corrcoef(second.coherence.nanmean(1), second.cross_group_share)[0, 1]
-    )
+    by_pathway = np.corrcoef(second.pathway_coherence[other], second.density[other])
+    by_share = np.corrcoef(second.coherence.nanmean(1), second.cross_group_share)
+    found = second.coherence_by_pathway, second.coherence_by_share
+    assert found == pytest.approx((by_pathway[0, 1], by_share[0, 1]))
     everything = torch.cat([torch.cat(parts, 1).mean((0, 1)) for parts in spikes])
     assert analysis.firing_rate == pytest.approx(everything.mean().item())
     counts = torch.cat(spikes[2], 1).sum(0)

@@ -1,6 +1,7 @@
 """Cross-validation: its folds, what it trains, prints and writes, and how it goes on."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import shlex
@@ -8,17 +9,22 @@ import statistics
 
 import pytest
 import torch
-from training_runs import DEFAULTS, DERIVED, MACHINE_FLAGS, assert_equal
+from training_runs import DEFAULTS, DERIVED, MACHINE_FLAGS, assert_equal, flags_of
 
 import crossval
 from g2gnet.data import load_dataset
 from g2gnet.training import Machine, SettingsError, Trainer, TrainSettings, run_training
 from g2gnet.training.cross_validation import FoldSettings, stratified_folds
 
-FLAGS = shlex.split(
-    "--dataset fashionmnist-mini --model mixer --hidden_dim 64 --block_size 8 --T 5 --enc_scale 3 --limit_train 150 "
-    "--limit_test 60 --epochs 2 --k_folds 3"
-)
+NETWORK = {
+    "dataset": "fashionmnist-mini",
+    "model": "mixer",
+    "hidden_dim": 64,
+    "block_size": 8,
+    "T": 5,
+    "enc_scale": 3.0,
+}
+FLAGS = [*flags_of(NETWORK), *shlex.split("--limit_train 150 --limit_test 60 --epochs 2 --k_folds 3")]
 STEM = "fashionmnist-mini_mixer_p0.15_T5_current"
 
 
@@ -70,18 +76,13 @@ def test_each_fold_is_a_training_run_without_its_part(whole, tmp_path):
     for fold, (train, val) in enumerate(folds, 1):
         # the same with what train.py has: its test images are the held-back part here
         for images, name in ((val, "val_acc"), (None, "test_acc")):
-            settings = TrainSettings(
-                dataset="fashionmnist-mini", model="mixer", hidden_dim=64, block_size=8, T=5, enc_scale=3.0, epochs=2,
-                seed=42 + fold - 1,
-            )  # fmt: skip
-            part = data.__class__(
-                data.name,
-                data.train_images[train],
-                data.train_labels[train],
-                data.test_images if images is None else data.train_images[images],
-                data.test_labels if images is None else data.train_labels[images],
-                10,
+            settings = TrainSettings(**NETWORK, epochs=2, seed=42 + fold - 1)
+            part = dataclasses.replace(
+                data, train_images=data.train_images[train], train_labels=data.train_labels[train]
             )
+            if images is not None:
+                held = {"test_images": data.train_images[images], "test_labels": data.train_labels[images]}
+                part = dataclasses.replace(part, **held)
             directory = tmp_path / f"{name}{fold}"
             record = run_training(settings, lambda part=part: part, directory, Machine(torch.device("cpu")))
             checkpoint = load(whole[0], fold)
@@ -117,10 +118,8 @@ def test_the_results_are_printed_and_written(whole, capsys):
     assert lines[1:-1] == expected
     assert lines[-1] == f"wrote {folder / f'{STEM}_3folds.json'}"
     assert [fold["test_acc"] for fold in results["folds"]] == columns["test_acc"]
-    assert results["settings"] == {**FoldSettings().flag_values(), **{
-        "dataset": "fashionmnist-mini", "model": "mixer", "hidden_dim": 64, "block_size": 8, "T": 5, "enc_scale": 3.0,
-        "limit_train": 150, "limit_test": 60, "epochs": 2, "k_folds": 3,
-    }}  # fmt: skip
+    given = {**NETWORK, "limit_train": 150, "limit_test": 60, "epochs": 2, "k_folds": 3}
+    assert results["settings"] == {**FoldSettings().flag_values(), **given}
     assert len(list(folder.glob("*.DONE"))) == len(list(folder.glob("*.pth"))) == 3
     # a finished cross-validation is not trained again, and shows the same table
     assert crossval.main([*FLAGS, "--checkpoint_dir", str(folder)]) == 0

@@ -6,6 +6,7 @@ import re
 import resource
 import shlex
 from pathlib import Path
+from unittest.mock import Mock
 
 import processes
 import pytest
@@ -26,8 +27,7 @@ from g2gnet.training.cross_validation import FoldSettings
 from g2gnet.training.evaluation import build_network
 
 MANY = 10**26
-
-
+FILES = ("log_dir", "json", "checkpoint_dir", "data_dir", "resnet_weights")
 SMALL = "--hidden_dim 16 --T 3 --batch_size 20 --block_size 4 --epochs 2"
 
 
@@ -60,11 +60,7 @@ def refused(program, capsys, *arguments, status=2):
         ("--enc_scale 1e300", r"enc_scale=1e\+300 must be a finite number that a float32 holds"),
         ("--lr -1e-3", "lr=-0.001 must be"),
         ("--peer_timeout 1e-300", "peer_timeout=1e-300 must be a number from 0.01 to 525600"),
-        ("--log_dir ''", "argument --log_dir: the name is empty"),
-        ("--json ''", "argument --json: the name is empty"),
-        ("--checkpoint_dir ''", "argument --checkpoint_dir: the name is empty"),
-        ("--data_dir ''", "argument --data_dir: the name is empty"),
-        ("--resnet_weights ''", "argument --resnet_weights: the name is empty"),
+        *((f"--{flag} ''", f"argument --{flag}: the name is empty") for flag in FILES),
     ],
 )
 def test_values_that_would_fail_later_are_refused_by_their_flags(
@@ -343,12 +339,8 @@ def test_what_is_no_checkpoint_is_replaced(trained, tmp_path):
 # --- messages -------------------------------------------------------------------------------------------------------
 
 
-def offline(*arguments):
-    raise OSError("no network")
-
-
 def test_the_data_set_without_files_is_named_only_where_it_is_offered(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("g2gnet.data.cifar.download", offline)
+    monkeypatch.setattr("g2gnet.data.cifar.download", Mock(side_effect=OSError("no network")))
     flags = ["--data_dir", tmp_path / "none", "--checkpoint_dir", tmp_path / "c"]
     hint = "--dataset fashionmnist-mini needs no files at all."
     printed = refused(pretrain, capsys, *flags, status=1)

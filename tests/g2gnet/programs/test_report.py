@@ -235,10 +235,8 @@ def test_epochs_that_were_not_tested_are_drawn_by_held_out_images():
 
 def test_seeds_are_one_curve_with_a_band_of_the_standard_error():
     def history(accuracies):
-        return [
-            {"epoch": epoch, "train_loss": 1, "train_acc": 0.5, "test_acc": accuracy}
-            for epoch, accuracy in enumerate(accuracies, 1)
-        ]
+        epoch = {"train_loss": 1, "train_acc": 0.5}
+        return [{**epoch, "epoch": number, "test_acc": accuracy} for number, accuracy in enumerate(accuracies, 1)]
 
     figure = figures.training_curves({"seeds": [history([0.1, 0.3]), history([0.3, 0.5, 0.7]), history([0.2, 0.7])]})
     accuracy, _ = figure.axes
@@ -340,6 +338,18 @@ def read_page(path):
     return reader
 
 
+@pytest.fixture
+def reported(tmp_path):
+    """The text of the page that the program writes of checkpoints, from 20 samples."""
+
+    def run(*checkpoints):
+        target = tmp_path / "report.html"
+        assert report.main([*map(str, checkpoints), "--output", str(target), "--samples", "20"]) == 0
+        return " ".join(read_page(target).text.split())
+
+    return run
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """One finished run of each kind."""
@@ -418,17 +428,15 @@ def test_the_page_of_several_runs_compares_them(checkpoints, tmp_path, monkeypat
         assert f"{read_run(path).history[-1]['train_loss']:.4f}" in text
 
 
-def test_a_folder_gives_each_run_with_a_finished_epoch_once(checkpoints, tmp_path, captions_alone, capsys):
+def test_a_folder_gives_each_run_with_a_finished_epoch_once(checkpoints, tmp_path, captions_alone, capsys, reported):
     run, before, new = (tmp_path / name for name in ("run.pth", "run.previous.pth", "new.pth"))
     for path in (run, before):
         rewrite(checkpoints["mixer"], path)
     rewrite(checkpoints["mixer"], new, epoch=0, history=[], step=3, progress={})
-    target = tmp_path / "report.html"
-    assert report.main([*map(str, (before, new, run)), "--output", str(target), "--samples", "20"]) == 0
+    target, text = tmp_path / "report.html", reported(before, new, run)
     printed = capsys.readouterr().err
     assert f"{before} is left out: {run} is the later checkpoint of this run\n" in printed
     assert f"{new} is left out: its run has finished no epoch\n" in printed
-    text = read_page(target).text
     assert "report on one run" in text
     assert f"{run}: mixer on fashionmnist-mini, after epoch 2 of 2." in text
     target.unlink()
@@ -437,25 +445,22 @@ def test_a_folder_gives_each_run_with_a_finished_epoch_once(checkpoints, tmp_pat
     assert not target.exists()
 
 
-def test_accuracies_of_an_interrupted_run_are_not_those_of_its_network(checkpoints, tmp_path, captions_alone):
+def test_accuracies_of_an_interrupted_run_are_not_those_of_its_network(checkpoints, tmp_path, captions_alone, reported):
     history = read_run(checkpoints["mixer"]).history[:1]
     inside = rewrite(checkpoints["mixer"], tmp_path / "run.pth", epoch=1, history=history, step=6, progress={})
     other = rewrite(checkpoints["mixer"], tmp_path / "other.pth", epoch=1, history=history, step=4)
-    target = tmp_path / "report.html"
-    assert report.main([str(inside), str(other), "--output", str(target), "--samples", "20"]) == 0
-    text = " ".join(read_page(target).text.split())
+    text = reported(inside, other)
     assert "The run was stopped inside epoch 2 of 2, after step 6. Accuracies, loss and seconds are those up to" in text
     assert f"the run's own accuracy after epoch 1, on all 100: {history[0]['test_acc']:.4f}" in text
     assert "1, interrupted" in text
     assert "Mean ± standard error" not in text  # of networks after different steps
 
 
-def test_a_run_with_held_out_images_shows_its_best_epoch_and_what_was_tested(tmp_path, captions_alone, capsys):
+def test_a_run_with_held_out_images_shows_its_best_epoch_and_what_was_tested(
+    tmp_path, captions_alone, capsys, reported
+):
     last = train_tiny(tmp_path, "--model mixer --validation 0.25")
-    best, run, target = last.with_suffix(".best.pth"), read_run(last), tmp_path / "report.html"
-    flags = ["--output", str(target), "--samples", "20"]
-    assert report.main([str(last), str(best), *flags]) == 0
-    text = " ".join(read_page(target).text.split())
+    run, text = read_run(last), reported(last, last.with_suffix(".best.pth"))
     assert "report on one run" in text
     found = run.tested["best"]
     shown = f"{100 * found['val_acc']:.2f} % held out, {100 * found['test_acc']:.2f} % test ({found['epoch']})"
@@ -464,28 +469,23 @@ def test_a_run_with_held_out_images_shows_its_best_epoch_and_what_was_tested(tmp
     # patience ends each run when it will
     seeded = {**run.settings.as_dict(), "seed": 1}
     early = rewrite(last, tmp_path / "early.pth", epoch=1, history=run.history[:1], step=3, settings=seeded)
-    assert report.main([str(last), str(early), *flags]) == 0
-    assert "Mean ± standard error" in read_page(target).text
-    unfinished = rewrite(last, tmp_path / "unfinished.pth", tested={})
-    assert report.main([str(unfinished), *flags]) == 0  # not tested yet
-    text = " ".join(read_page(target).text.split())
+    assert "Mean ± standard error" in reported(last, early)
+    text = reported(rewrite(last, tmp_path / "unfinished.pth", tested={}))  # not tested yet
     assert f"– {100 * found['val_acc']:.2f} % held out ({found['epoch']})" in text
     assert "the run's own accuracy" not in text
     assert capsys.readouterr().err == ""
 
 
-def test_a_graph_that_was_pruned_is_drawn_and_not_called_full(tmp_path, captions_alone):
+def test_a_graph_that_was_pruned_is_drawn_and_not_called_full(tmp_path, captions_alone, reported):
     flags = "--model dense --sparsity_mode dynamic --dst_interval 3 --dst_fraction 0 --final_density 0.3"
-    target = tmp_path / "report.html"
-    assert report.main([str(train_tiny(tmp_path, flags)), "--output", str(target), "--samples", "20"]) == 0
-    text = read_page(target).text
+    text = reported(train_tiny(tmp_path, flags))
     assert "dense, DST set to 0.3 of all weights on fashionmnist-mini" in text
     assert "Below: after dynamic sparse training, which prunes more units than it grows." in text
     for wrong in ("Every neuron is connected", "keeps the number", "Index and Mixer"):
         assert wrong not in text
 
 
-def test_runs_that_differ_in_their_seed_are_shown_with_their_mean(checkpoints, tmp_path, captions_alone):
+def test_runs_that_differ_in_their_seed_are_shown_with_their_mean(checkpoints, tmp_path, captions_alone, reported):
     paths, found = [], {"index": [0.2, 0.4, 0.9], "mixer": [0.5, 0.6]}
     for model, accuracies in found.items():
         run = read_run(checkpoints["index, dynamic" if model == "index" else "mixer"])
@@ -493,8 +493,7 @@ def test_runs_that_differ_in_their_seed_are_shown_with_their_mean(checkpoints, t
             history = [*run.history[:-1], {**run.history[-1], "test_acc": accuracy}]
             saved = read_checkpoint(run.path)["settings"] | {"seed": seed}
             paths.append(rewrite(run.path, tmp_path / f"{model}{seed}.pth", settings=saved, history=history))
-    assert report.main([*map(str, paths), "--output", str(tmp_path / "report.html"), "--samples", "20"]) == 0
-    text = " ".join(read_page(tmp_path / "report.html").text.split())
+    text = reported(*paths)
     for numbers, accuracies in zip(("1, 2, 3", "1, 2"), found.values(), strict=True):
         values = [100 * accuracy for accuracy in accuracies]
         mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
@@ -522,14 +521,9 @@ def test_every_part_of_a_page_escapes_its_text():
     from matplotlib.figure import Figure
 
     attack = "</td><script>\"'&"
-    parts = [
-        page.heading(2, attack),
-        page.paragraph(attack),
-        page.table((attack,), [(attack,)]),
-        page.details(attack, []),
-        page.picture(Figure(), attack),
-    ]
-    for part in [*parts, page.page(attack, [])]:
+    parts = [page.heading(2, attack), page.paragraph(attack), page.table((attack,), [(attack,)])]
+    parts += [page.details(attack, []), page.picture(Figure(), attack), page.page(attack, [])]
+    for part in parts:
         assert "<script" not in part
         assert attack in Reader(part).text
 

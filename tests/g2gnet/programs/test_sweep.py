@@ -87,10 +87,7 @@ def test_two_folders_of_one_run_are_refused_and_so_is_one_run_of_two_values(tmp_
         ({"seed": []}, ["seed has no value"]),
         ({3: 1}, ["3 is not a setting"]),
         ({"seed": np.ones((2, 2), int)}, ["seed=[1, 1] is given twice"]),
-        (
-            {"model": ["index", "ring"], "T": [0, 3]},
-            ["model='ring' is unknown; choose one of", "T=0 must be"],
-        ),
+        ({"model": ["index", "ring"], "T": [0, 3]}, ["model='ring' is unknown; choose one of", "T=0 must be"]),
         ({"model": ["dense", "index"], "sparsity_mode": "dynamic"}, ["needs a sparse model"]),
     ],
 )
@@ -111,10 +108,8 @@ def test_values_may_be_numbers_of_numpy_and_tensors(tmp_path, values):
 def test_a_number_that_may_be_left_out_may_be_none(tmp_path, capsys):
     flags = ["--average", "none", "5", "--name", "none"]
     grid = program.grid_from(program.build_parser().parse_args(flags))
-    assert [(run.settings.average, run.settings.name) for run in runs_of(grid, tmp_path)] == [
-        (None, "none"),
-        (5, "none"),
-    ]
+    found = [(run.settings.average, run.settings.name) for run in runs_of(grid, tmp_path)]
+    assert found == [(None, "none"), (5, "none")]
     with pytest.raises(SystemExit):
         program.build_parser().parse_args(["--average", "nil"])
     assert "--average: invalid int or none value: 'nil'" in capsys.readouterr().err
@@ -131,12 +126,14 @@ def test_a_grid_comes_from_a_file_and_flags_replace_what_it_says(tmp_path):
     flags = ["--grid", str(tmp_path / "grid.json"), "--seed", "3", "4", "--standardize", "--T", "7"]
     grid = program.grid_from(program.build_parser().parse_args(flags))
     assert grid == {"seed": [3, 4], "p_inter": 1, "standardize": [True], "T": [7]}
-    (tmp_path / "grid.json").write_text("[]")
-    with pytest.raises(SettingsError, match="holds a list, not a table of settings"):
-        read_grid(tmp_path / "grid.json")
-    (tmp_path / "grid.json").write_text('{"seed": [1, 2], "T": 3, "seed": 1}')
-    with pytest.raises(SettingsError, match="it gives seed twice"):
-        read_grid(tmp_path / "grid.json")
+    wrong = {
+        "[]": "holds a list, not a table of settings",
+        '{"seed": [1, 2], "T": 3, "seed": 1}': "it gives seed twice",
+    }
+    for content, message in wrong.items():
+        (tmp_path / "grid.json").write_text(content)
+        with pytest.raises(SettingsError, match=message):
+            read_grid(tmp_path / "grid.json")
 
 
 def test_each_run_is_that_of_train_and_a_finished_one_is_not_trained_again(made, tmp_path):
@@ -290,20 +287,17 @@ def test_a_second_ctrl_c_does_not_leave_processes_that_still_import(monkeypatch)
 
 @pytest.mark.long
 def test_a_sweep_that_is_killed_and_interrupted_resumes_and_ends_as_if_it_had_not_been(tmp_path, thread):
-    grid = {**SMALL, "limit_train": 2000, "epochs": 8, "seed": [1, 2, 3]}
-    folder = tmp_path / "killed"
-    lists = {name: [value] for name, value in SMALL.items()} | {"limit_train": [2000], "epochs": [8], "seed": [1, 2, 3]}
-    flags = [text for name, values in lists.items() for text in (f"--{name}", *map(str, values))]
-    command = [sys.executable, "-m", "g2gnet.programs.sweep.program", *flags, "--jobs", "2", "--folder", str(folder)]
+    once = {**SMALL, "limit_train": 2000, "epochs": 8}
+    grid, folder = {**once, "seed": [1, 2, 3]}, tmp_path / "killed"
+    command = [sys.executable, "-m", "g2gnet.programs.sweep.program", *flags_of(once)]
+    command += ["--seed", "1", "2", "3", "--jobs", "2", "--folder", str(folder)]
 
     def epochs():
         return sum(path.read_text().count("\n") for path in folder.glob("*/*.jsonl"))
 
     for number in (signal.SIGKILL, signal.SIGINT):
         before = epochs()
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
-        )
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         while epochs() < before + 2 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(number)

@@ -22,23 +22,13 @@ from g2gnet.training import Machine, TrainSettings, run_training
 from g2gnet.training.checkpoints import RunFiles
 from g2gnet.training.tensorboard import TensorBoardLog
 
-SMALL = {
-    "dataset": "fashionmnist-mini",
-    "model": "mixer",
-    "hidden_dim": 32,
-    "block_size": 4,
-    "T": 4,
-    "limit_train": 60,
-    "limit_test": 20,
-    "batch_size": 30,
-}
+SMALL = {"dataset": "fashionmnist-mini", "model": "mixer", "hidden_dim": 32, "block_size": 4, "T": 4}
+SMALL |= {"limit_train": 60, "limit_test": 20, "batch_size": 30}
 
 
 def run(directory, on_epoch, **options):
-    settings = TrainSettings(**{**SMALL, **options})
-    return run_training(
-        settings, lambda: load_dataset(settings.dataset), directory, Machine(torch.device("cpu")), on_epoch=on_epoch
-    )
+    settings, machine = TrainSettings(**{**SMALL, **options}), Machine(torch.device("cpu"))
+    return run_training(settings, lambda: load_dataset(settings.dataset), directory, machine, on_epoch=on_epoch)
 
 
 def events_of(directory):
@@ -47,9 +37,8 @@ def events_of(directory):
 
 
 def test_group_weights_are_the_mean_of_the_dense_matrix_between_groups():
-    mask = BlockMask.sample(
-        GroupLayout(13, 4, "random", seeded(0)), GroupLayout(22, 4, "interleaved"), block_size=2, generator=seeded(0)
-    )
+    layouts = GroupLayout(13, 4, "random", seeded(0)), GroupLayout(22, 4, "interleaved")
+    mask = BlockMask.sample(*layouts, block_size=2, generator=seeded(0))
     values = packed_randn(mask, 1)
     dense = mask.unpack(values).abs().double()
     rows, cols = mask.rows.layout.group_of, mask.cols.layout.group_of
@@ -104,15 +93,10 @@ def test_callbacks_get_each_epochs_record_and_the_trainer_after_its_checkpoint(t
 
 
 def test_tensorboard_shows_the_record_the_weights_and_the_groups(tmp_path):
-    trainers = []
-    records = []
-
-    def keep(record, trainer):
-        records.append(record)
-        trainers.append(trainer)
-
-    run(tmp_path / "checkpoints", [TensorBoardLog(tmp_path / "log"), keep], epochs=2)
-    trainer = trainers[-1]
+    seen = []
+    log = TensorBoardLog(tmp_path / "log")
+    run(tmp_path / "checkpoints", [log, lambda *record_and_trainer: seen.append(record_and_trainer)], epochs=2)
+    records, (*_, trainer) = zip(*seen, strict=True)
     events = events_of(tmp_path / "log" / trainer.settings.stem)
 
     for name in ("train_loss", "test_acc", "samples_per_s"):
@@ -191,5 +175,4 @@ def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
     names = run_blocks(ROOT / "docs" / "other-libraries.md", smaller)
     for listener in listeners:
         assert [step for step, _ in listener.heard] == [1, 2]
-    state, again = names["net"].state_dict(), names["again"].state_dict()
-    assert all(torch.equal(state[name], again[name]) for name in state)
+    torch.testing.assert_close(names["again"].state_dict(), names["net"].state_dict(), rtol=0, atol=0)

@@ -22,12 +22,9 @@ def network(block_size: int = 1) -> SpikingNetwork:
         mask = BlockMask.sample(*layouts, p_intra=0.6, p_inter=0.3, block_size=block_size, generator=draw)
         return G2GLinear(mask, generator=draw, **options)
 
-    projections = [
-        Projection("input", "a", joined(24, 10)),
-        Projection("a", "a", joined(24, 24, bias=False), delay=1),
-        Projection("a", "out", joined(5, 24)),
-    ]
-    return SpikingNetwork({"a": LIF(), "out": LIF()}, projections, "out", T=6)
+    first, last = Projection("input", "a", joined(24, 10)), Projection("a", "out", joined(5, 24))
+    recurrent = Projection("a", "a", joined(24, 24, bias=False), delay=1)
+    return SpikingNetwork({"a": LIF(), "out": LIF()}, [first, recurrent, last], "out", T=6)
 
 
 def kept(net: torch.nn.Module, signs: torch.Tensor = SIGNS) -> bool:
@@ -86,8 +83,8 @@ def test_signs_are_those_of_loaded_weights_and_given_ones_turn_weights():
     with pytest.raises(ValueError, match=r"neuron 0 of a has weights of both signs .*give signs"):
         keep_signs(net, optimizer)
     handle = keep_signs(net, optimizer, {"a": SIGNS})
-    for name, size in sizes.items():
-        assert torch.equal(net.connections()[name].weight.abs(), size)
+    found = {name: each.weight.abs() for name, each in net.connections().items()}
+    torch.testing.assert_close(found, sizes, rtol=0, atol=0)
     loaded = network()
     loaded.load_state_dict(net.state_dict())
     found = keep_signs(loaded, torch.optim.SGD(loaded.parameters(), lr=0.1)).signs["a"]
@@ -126,18 +123,16 @@ def test_what_are_no_signs_is_refused(signs, why):
         keep_signs(net, torch.optim.SGD(net.parameters(), lr=0.1), signs)
 
 
-def test_a_module_without_sparse_layers_has_no_signs():
-    net = torch.nn.Linear(3, 3)
-    with pytest.raises(ValueError, match="has no G2GLinear layer"):
-        keep_signs(net, torch.optim.SGD(net.parameters(), lr=0.1))
-
-
-def test_an_optimizer_that_does_not_train_the_weights_is_refused():
-    net = network()
-    with pytest.raises(ValueError, match="does not hold the weights from a"):
-        keep_signs(net, torch.optim.SGD(net.input_to_a.parameters(), lr=0.1), {"a": SIGNS})
-    with pytest.raises(TypeError, match=r"NoneType; give the torch\.optim\.Optimizer"):
-        keep_signs(net, None, {"a": SIGNS})
+def test_modules_and_optimizers_that_have_no_such_weights_are_refused():
+    net, linear = network(), torch.nn.Linear(3, 3)
+    of_inputs = torch.optim.SGD(net.input_to_a.parameters(), lr=0.1)
+    for given, message in (
+        ((linear, torch.optim.SGD(linear.parameters(), lr=0.1)), "has no G2GLinear layer"),
+        ((net, of_inputs, {"a": SIGNS}), "does not hold the weights from a"),
+        ((net, None, {"a": SIGNS}), r"NoneType; give the torch\.optim\.Optimizer"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            keep_signs(*given)
 
 
 @pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda all_three: pickle.loads(pickle.dumps(all_three))])

@@ -66,9 +66,8 @@ def test_an_average_is_that_of_the_units_that_the_network_has(make):
         torch.testing.assert_close(average.fc2.dense_weight().detach(), expected)
 
     trained(net, after_step=after_step, averages=[wrapper])
-    assert all(
-        mine.mask.equals(theirs.mask) for (mine, _), (theirs, _) in zip(average.layers(), net.layers(), strict=True)
-    )
+    for name, connection in net.connections().items():
+        assert average.get_submodule(name).mask.equals(connection.mask)
     again = network(seed=5)
     again.load_state_dict(average.state_dict())
     for twin in (again, pickle.loads(pickle.dumps(average)), copy.deepcopy(average)):
@@ -162,10 +161,8 @@ def test_a_scheduler_is_copied_and_pickled_with_its_averages():
     net = network()
     average, optimizer = AveragedModel(net), torch.optim.SGD(net.parameters(), lr=0.1)
     dst = DSTScheduler(net, optimizer, interval=1, fraction=0.3, grow="random", averages=[average])
-    for twin, its_average, its_dst in (
-        copy.deepcopy((net, average, dst)),
-        pickle.loads(pickle.dumps((net, average, dst))),
-    ):
+    for duplicate in (copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))):
+        twin, its_average, its_dst = duplicate((net, average, dst))
         its_dst.step()
         assert its_dst.pruned > 0
         assert same_wiring(its_average.module, twin)

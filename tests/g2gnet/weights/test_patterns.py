@@ -167,9 +167,8 @@ def test_a_distance_on_the_plane_is_that_of_the_means_of_pixels(density, scale):
             found.append([sum(pixel[axis] for pixel in pixels) / len(pixels) for axis in (0, 1)])
         return found
 
-    weight = torch.tensor(
-        [[math.exp(-math.dist(a, b) / scale) for b in places(into, 5, 6)] for a in places(out, 6, 6)]
-    ).double()
+    distances = [[math.dist(a, b) for b in places(into, 5, 6)] for a in places(out, 6, 6)]
+    weight = torch.exp(-torch.tensor(distances) / scale).double()
     free = probability < 1
     ratio = probability[free] / weight[free]
     assert ratio.max() / ratio.min() == pytest.approx(1, abs=1e-5)

@@ -247,6 +247,21 @@ def test_single_steps_are_the_run(name):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("membranes", [False, True])
+@pytest.mark.parametrize("name", ["chain with delays", "ring"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_began_under_autocast_goes_on_without_and_again_under_it(backend, name, membranes):
+    net = network(name, backend)
+    x = torch.rand(T, B, D, generator=seeded(4)) * 2
+    with torch.autocast("cpu", torch.bfloat16):
+        state = net.simulate(x, membranes=membranes).state
+    wide = tuple([tensor.float() if isinstance(tensor, torch.Tensor) else tensor for tensor in state])
+    assert torch.equal(net.simulate(x, state).counts, net.simulate(x, wide).counts)
+    assert torch.equal(net.step(x[0], state)[0], net.step(x[0], wide)[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net.simulate(x, state).counts, net.simulate(x, wide).counts)
+
+
 @pytest.mark.parametrize("name", ["chain with delays", "skips", "feedback", "self-loops"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_dropped_neurons_are_silent_and_the_others_send_more(backend, name):

@@ -120,6 +120,8 @@ class GraphCall(NamedTuple):
             steps = each.delay.steps
             if steps is None or tuple(steps.shape) != (sizes[each.source],) or steps.dtype != torch.int64:
                 raise ValueError(f"the delays of connection {number} must be int64 [{sizes[each.source]}]")
+            if each.delay.least < 0:
+                raise ValueError(f"connection {number} has delays from {each.delay.least} on")
         if self.blocks.dtype != torch.int32 or self.blocks.dim() != 2 or self.blocks.shape[1] != 3:
             raise ValueError("blocks must be int32 [blocks, 3]")
 
@@ -176,7 +178,7 @@ def g2g_graph(
             Member(
                 layer.mask.tensors(),
                 layer.values.detach(),
-                current.contiguous(),
+                current.float().contiguous(),  # autocast computes products in fewer bits
                 population.with_parameters(flat),
                 None if layer.dropped is None else layer.dropped.contiguous(),
                 None if layer.state is None else layer.state.contiguous(),

@@ -162,7 +162,7 @@ class Run:
         """[D, B, N], what a layer sent before the run, as far as it is read; None: nothing."""
         layer = self.layers[number]
         if self.reaches[number]:
-            return layer.sent
+            return None if layer.sent is None else layer.sent.to(dtype)  # a run under autocast has given fewer bits
         delayed = [each for of_layer in self.connections for each in of_layer if each.source == number and each.delay]
         if layer.state is None or not delayed:
             return None

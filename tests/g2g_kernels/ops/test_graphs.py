@@ -10,9 +10,9 @@ from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.g2g_stack import Connection, graph
 from g2g_kernels.ops.g2g_stack.delays import Delay
 from g2g_kernels.ops.neurons.models import MODELS
-from g2g_kernels.ops.record import Backward
+from g2g_kernels.ops.record import Backward, arguments, opened
 
-T, B, INPUTS = 11, 5, 20
+T, INPUTS = 12, 20
 SIZES = {"a": 70, "b": 24, "out": 9}
 #: (source, target, delay) of each connection; a pair: drawn for each neuron; "learned": from the second number on
 GRAPHS = {
@@ -28,7 +28,9 @@ MOST = 4  # of learned delays
 class Case:
     """The tensors of a graph, and its layers of them."""
 
-    def __init__(self, name: str, kinds: tuple[str, ...], block_size: int, model: str, dropped: bool, started: bool):
+    def __init__(
+        self, name: str, kinds: tuple[str, ...], block_size: int, model: str, dropped: bool, started: bool, samples=5
+    ) -> None:
         draw, self.leaves = seeded(3), {}
         self.connections = GRAPHS[name]
         self.model, self.dropped, self.started = model, dropped, started
@@ -42,7 +44,7 @@ class Case:
                 )
             if started:
                 states = len(MODELS[model].states)
-                self.leaves[f"{population}.state"] = torch.randn(states, B, size, generator=draw) / 2
+                self.leaves[f"{population}.state"] = torch.randn(states, samples, size, generator=draw) / 2
         self.masks, self.delays = [], []
         for number, (source, target, delay) in enumerate(self.connections):
             # other groups than those of the source's own connections, as in a layer of a Mixer network
@@ -64,12 +66,12 @@ class Case:
                 low, high = delay
                 self.delays.append(Delay(low, high, torch.randint(low, high + 1, (size,), generator=draw)))
         reach = 21
-        self.leaves["x"] = torch.rand(T, B, INPUTS, generator=draw) * 2
-        self.leaves["before"] = torch.rand(reach, B, INPUTS, generator=draw)
-        self.silent = {name: torch.rand(B, size, generator=draw) < 0.2 for name, size in SIZES.items()}
+        self.leaves["x"] = torch.rand(T, samples, INPUTS, generator=draw) * 2
+        self.leaves["before"] = torch.rand(reach, samples, INPUTS, generator=draw)
+        self.silent = {name: torch.rand(samples, size, generator=draw) < 0.2 for name, size in SIZES.items()}
         for name, size in SIZES.items():
             if started:
-                sent = (torch.rand(reach, B, size, generator=draw) < 0.3).float()
+                sent = (torch.rand(reach, samples, size, generator=draw) < 0.3).float()
                 self.leaves[f"{name}.sent"] = sent * ~self.silent[name] if dropped else sent
 
     def layers(self, leaves: dict[str, torch.Tensor], **options: str) -> list[SpikingLayer]:
@@ -105,22 +107,16 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(workspace, "poison", True)
 
 
-@every_pair(
-    name=GRAPHS, kinds=(("index", "index", "index"), ("random", "interleaved", "random")), block_size=(1, 4, 16, 64),
-    model=tuple(MODELS), reset=("subtract", "zero", "none"), surrogate=("triangle", "atan", "fast_sigmoid"),
-    dropped=(False, True), started=(False, True), held=(False, True), threads=(1, 2),
-)  # fmt: skip
-def test_graphs_of_any_kind(
-    name, kinds, block_size, model, reset, surrogate, dropped, started, held, threads, poisoned, monkeypatch
-):
-    case, found = Case(name, kinds, block_size, model, dropped, started), {}
+def compare(case: Case, held: bool, threads: int, **options: str) -> None:
+    """Runs a case in both, and compares outputs and gradients."""
+    found = {}
     for backend, dtype in (("torch", torch.float64), ("cpu", torch.float32)):
         own = {name: tensor.to(dtype).requires_grad_() for name, tensor in case.leaves.items()}
-        layers = case.layers(own, reset=reset, surrogate=surrogate)
+        layers = case.layers(own, **options)
         x, steps = (own["x"][0], T) if held else (own["x"], None)
         assert backend == "torch" or graph.serves(x, layers, steps, backend)
         torch.set_num_threads(threads)
-        activity = g2g_stack(x, layers, steps, backend=backend, before=own["before"] if started else None)
+        activity = g2g_stack(x, layers, steps, backend=backend, before=own["before"] if case.started else None)
         loss = (activity.counts * torch.linspace(-1, 1, SIZES["out"], dtype=dtype)).sum()
         for number, (rates, state) in enumerate(zip(activity.rates, activity.states, strict=True), 1):
             loss = loss + rates.sum() * number + (state * torch.linspace(0, 1, state.shape[-1], dtype=dtype)).sum()
@@ -139,6 +135,44 @@ def test_graphs_of_any_kind(
         )
 
 
+@every_pair(
+    name=GRAPHS, kinds=(("index", "index", "index"), ("random", "interleaved", "random")), block_size=(1, 4, 16, 64),
+    model=tuple(MODELS), reset=("subtract", "zero", "none"), surrogate=("triangle", "atan", "fast_sigmoid"),
+    dropped=(False, True), started=(False, True), held=(False, True), threads=(1, 2),
+)  # fmt: skip
+def test_graphs_of_any_kind(
+    name, kinds, block_size, model, reset, surrogate, dropped, started, held, threads, poisoned, monkeypatch
+):
+    case = Case(name, kinds, block_size, model, dropped, started)
+    compare(case, held, threads, reset=reset, surrogate=surrogate)
+
+
+@pytest.mark.parametrize("name", ["skips", "learned"])
+def test_more_samples_than_run_at_once(name, poisoned):
+    """Forward 16 of a block are a task; backward 72 a chunk, of which as many run at once as 800 rows have."""
+    compare(Case(name, ("index",) * 3, 16, "lif", True, True, 80), False, 2)
+
+
+def test_autocast_computes_what_float32_does():
+    """Weights and inputs are such that no product is rounded."""
+    case = Case("fast feedback", ("index",) * 3, 4, "lif", False, False)
+    leaves = {name: (tensor * 8).round() / 8 for name, tensor in case.leaves.items() if name != "before"}
+    found = []
+    for enabled in (False, True):
+        own = {name: tensor.clone().requires_grad_() for name, tensor in leaves.items()}
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            activity = g2g_stack(own["x"], case.layers(own), backend="cpu")
+        activity.counts.square().sum().backward()
+        found.append({name: tensor.grad for name, tensor in own.items() if tensor.grad is not None})
+        found[-1]["counts"] = activity.counts.detach()
+    assert torch.equal(found[1]["counts"], found[0]["counts"])
+    assert found[0]["counts"].any()
+    for name, expected in found[0].items():
+        torch.testing.assert_close(
+            found[1][name], expected, rtol=0.02, atol=0.02 * float(expected.abs().max()), msg=name
+        )
+
+
 def test_operators_are_registered_rightly(monkeypatch):
     case, calls, forward = Case("learned", ("index",) * 3, 4, "synaptic", True, True), [], graph.FORWARD
     monkeypatch.setattr(graph, "FORWARD", lambda call: calls.append(call) or forward(call))
@@ -149,6 +183,10 @@ def test_operators_are_registered_rightly(monkeypatch):
         counts, rates, last, tails, kept = forward.function(calls[0], True)
         grads = [torch.ones_like(each) for each in (counts, *rates, *last, *tails)]
         graph.BACKWARD.opcheck(Backward.of(calls[0], kept, grads))
+    first, *rest = calls[0].inner
+    early = first._replace(delay=Delay(-1, -1, torch.full((first.mask.shape[1],), -1)))
+    with pytest.raises(ValueError, match="connection 0 has delays from -1"):
+        forward.overload(*arguments(*opened(calls[0]._replace(inner=(early, *rest)))), False)
 
 
 def test_delays_that_left_their_bounds_are_refused():

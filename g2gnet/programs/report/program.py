@@ -37,9 +37,7 @@ def make_report(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise flags.FlagError(f'the report needs matplotlib ({error}); pip install -e ".[plots]"') from error
     except ValueError as error:  # of its own settings
-        raise flags.FlagError(
-            f"matplotlib cannot be imported ({error}); correct MPLBACKEND or its matplotlibrc"
-        ) from error
+        raise flags.FlagError(f"matplotlib cannot be imported ({error}); correct MPLBACKEND or matplotlibrc") from error
     output.check_output(arguments.output, arguments)
     machine = flags.machine_from(arguments)
     runs = _read_runs(arguments.checkpoints)
@@ -56,9 +54,8 @@ def make_report(arguments: argparse.Namespace) -> None:
 
 
 def _read_runs(names: Sequence[str]) -> list[SavedRun]:
-    """The runs of these checkpoints that have a finished epoch, each once; others are named, but for the best epoch of
-    one that is given. Raises CheckpointError if one cannot be read, or none is left.
-    """
+    """The runs that have a finished epoch, each once; others are named, but for the best epoch of one that is given.
+    Raises CheckpointError if one cannot be read, or none is left."""
     paths, runs = [Path(name) for name in names], []
     for path in paths:
         files = RunFiles.of(path)

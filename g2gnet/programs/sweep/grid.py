@@ -74,9 +74,7 @@ class Run:
 
 
 def read_grid(path: Path | str) -> dict[str, Any]:
-    """The grid in a TOML or JSON file: a table of settings, each with a value or a list of values. Raises SettingsError
-    if it cannot be read.
-    """
+    """The grid in a TOML or JSON file: settings, each one value or a list. Raises SettingsError if unreadable."""
     path = Path(path)
     try:
         text = read_file(path).decode("utf-8")
@@ -111,10 +109,9 @@ def may_be_none(kinds: Collection[Any]) -> bool:
 
 
 def values_of(grid: Grid) -> dict[str, list[Any]]:
-    """The values of each setting of a grid, as a list; a whole number for a setting with a fraction becomes a float.
-
-    The word ``none`` is None for a number that may be left out. Raises SettingsError for an unknown name, a setting
-    without a value, or a value that is listed twice.
+    """The values of each setting of a grid, as a list: whole numbers as floats where fractions are possible, the word
+    ``none`` as None for a number that may be left out. Raises SettingsError for an unknown name, a setting without a
+    value, or a value that is listed twice.
     """
     kinds_of = types_of(TrainSettings)
     known = [field.name for field in dataclasses.fields(TrainSettings) if field.metadata["group"]]

@@ -85,12 +85,8 @@ class Binning(NamedTuple):
 
 
 class Grid:
-    """The cells of one sample, time steps × places, in which events are counted.
-
-    Attributes:
-        events: how many were given.
-        late: how many of these came after the last step.
-    """
+    """The cells of a sample, time steps × places, in which ``events`` are counted; ``late`` ones came after the last
+    step."""
 
     def __init__(self, shape: tuple[int, ...], dt: float) -> None:
         self.shape, self.dt, self.bins = shape, dt, shape[-1]
@@ -197,9 +193,7 @@ def _read(name: str, parts: Mapping[str, Part], binning: Binning, grid: Grid) ->
 
 
 def folder_of(name: str, data_dir: Path, places: Sequence[str], wanted: Sequence[str], remedy: str) -> Path:
-    """The first of ``places`` below ``data_dir`` that holds the files or folders ``wanted``. Raises MissingDataError,
-    with what to do, if none has all of them.
-    """
+    """The first of ``places`` below ``data_dir`` with all of ``wanted``; MissingDataError with the ``remedy``."""
     folders = [data_dir / place for place in places]
     missing = [[each for each in wanted if not (folder / each).exists()] for folder in folders]
     least = min(range(len(folders)), key=lambda number: len(missing[number]))

@@ -52,7 +52,6 @@ def _files(reader: type[CIFAR10]) -> list[tuple[str, str]]:
 
 
 def _damage(name: str, folder: Path) -> str | None:
-    """What is wrong with the files in ``folder``, and the remedy."""
     for file, md5 in _files(READERS[name]):
         if not check_integrity(folder / file, md5):
             there = (folder / file).is_file()

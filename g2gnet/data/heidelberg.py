@@ -34,9 +34,7 @@ def parts(name: str, data_dir: Path) -> dict[str, Part]:
     except ImportError as error:
         raise DataError(f"dataset={name} is read from HDF5: {error}") from error
     files = {part: f"{name}_{'valid' if part == 'val' else part}.h5" for part in COUNTS[name]}
-    remedy = (
-        f"download {', '.join(files.values())} from https://compneuro.net, and unpack them (gunzip) into {data_dir}"
-    )
+    remedy = f"download {', '.join(files.values())} from https://compneuro.net and gunzip them into {data_dir}"
     folder = folder_of(name, data_dir, (".", name.upper()), list(files.values()), remedy)
     paths = {part: folder / file for part, file in files.items()}
     return {part: Part([path], _labels(path), partial(_samples, path)) for part, path in paths.items()}

@@ -49,9 +49,8 @@ def units_within(budget: float, strongest: torch.Tensor, best: torch.Tensor, fra
     where units that grow are so much smaller that their slots would not suffice. ``strongest`` are the sizes of the
     units that there are, those that stay first, int64 [n]; ``best`` those of units that can grow, likewise.
     """
-    have, get = (
-        torch.cat([torch.zeros(1, dtype=torch.float64), sizes.cpu().double().cumsum(0)]) for sizes in (strongest, best)
-    )
+    pad = torch.nn.functional.pad
+    have, get = (pad(sizes.cpu().double().cumsum(0), (1, 0)) for sizes in (strongest, best))
     kept = max(1, int((have <= budget).sum()) - 1)
     stay = torch.arange(kept - min(share_of(fraction, kept), len(best)), kept + 1)
     room = budget - have[stay]

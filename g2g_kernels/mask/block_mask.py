@@ -129,8 +129,7 @@ class BlockMask(UnitGrid):
     @on_cpu
     def from_dense(cls, mask: torch.Tensor, block_size: int = 1) -> "BlockMask":
         """The mask whose dense form is ``mask``, bool [out, in], with each side in one group (cut as any group is).
-        Raises ValueError if a unit is only partly true, since a unit is present as a whole.
-        """
+        Raises ValueError if a unit is only partly true, since a unit is present as a whole."""
         if not isinstance(mask, torch.Tensor):
             raise TypeError(
                 f"mask is a {type(mask).__name__}, not a tensor; give torch.as_tensor(mask) of an array, or "
@@ -157,20 +156,14 @@ class BlockMask(UnitGrid):
         self._publish()
 
     def relabel_(self, slots: torch.Tensor, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
-        """Gives ``slots`` (integer [k]) to the units at these coordinates, in place; the count stays.
-
-        The caller ensures that no unit is named twice (a check would wait for an accelerator).
-        """
+        """Gives ``slots`` (integer [k]) to these units, in place; that no unit is named twice is the caller's duty."""
         self.unit_row[slots] = unit_row.to(torch.int32)
         self.unit_col[slots] = unit_col.to(torch.int32)
         self._build_index()
         self._changed()
 
     def keep_(self, kept: torch.Tensor) -> None:
-        """Keeps the units of the slots where ``kept``, bool [num_units], is true, in their order.
-
-        There are fewer then, so all indices are new tensors.
-        """
+        """Keeps the units of slots that are ``kept``, bool [num_units], in their order; all indices are new."""
         self._register_units(self.unit_row[kept], self.unit_col[kept])
         self.changes += 1
 
@@ -199,8 +192,7 @@ class BlockMask(UnitGrid):
 
     def replace_by_(self, other: "BlockMask", wiring: torch.Tensor | None = None) -> None:
         """Takes over the tensors of another mask of the same ``shape``, and their device; ``other`` is used up. The
-        buffer is ``wiring`` from now on, which is written; None: a new one.
-        """
+        buffer is ``wiring`` from now on, which is written; None: a new one."""
         self.block_size, self.rows, self.cols = other.block_size, other.rows, other.cols
         self._register_units(other.unit_row, other.unit_col)
         self.changes += 1
@@ -282,14 +274,11 @@ class BlockMask(UnitGrid):
     @classmethod
     @on_cpu
     def from_state(cls, state: Mapping[str, torch.Tensor], shape: tuple[int, int] | None = None) -> "BlockMask":
-        """The mask with that ``state_dict`` (one tensor, ``wiring``), on the CPU. Raises ValueError if it describes no
-        mask, or if its shape (out, in) is not ``shape``.
-        """
+        """The mask of that ``state_dict`` (``wiring``), on the CPU; ValueError for none, or another shape (out, in)."""
         return cls(*read_row(state["wiring"], shape))
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        *_, missing_keys, _, error_msgs = rest
         wiring = state_dict.get(prefix + "wiring")
         if wiring is None:
             missing_keys.append(prefix + "wiring")
@@ -305,10 +294,8 @@ class BlockMask(UnitGrid):
             self.become_(loaded.to(self.unit_row.device))
 
     def describes(self, wiring: torch.Tensor, rounding: float = 0.0) -> bool:
-        """Whether a row says what this mask is, but for its checksums; false where it has no numbers (``meta``).
-
-        With a ``rounding``, relative to the numbers, its checksums count, too.
-        """
+        """Whether a row says what this mask is, but for its checksums, which count, too, with a ``rounding`` relative
+        to the numbers; false where it has no numbers (``meta``)."""
         own = numbers_of(self)
         if own.is_meta or wiring.is_meta or (len(own) + 2,) != wiring.shape:
             return False

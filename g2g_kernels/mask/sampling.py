@@ -70,8 +70,7 @@ def distinct(
     count: torch.Tensor, below: torch.Tensor, generator: torch.Generator | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws ``count`` different numbers ``below`` a limit for each row, int64 [rows] both: their rows, and the numbers,
-    ascending in each row. Every set of numbers is equally likely: whatever is drawn twice is drawn anew.
-    """
+    ascending in each row. Every set of numbers is equally likely: whatever is drawn twice is drawn anew."""
     width = int(below.max()) + 1 if len(below) else 1
     drawn = torch.zeros(0, dtype=torch.int64)
     missing = count

@@ -92,17 +92,12 @@ def loop_of(layer: SpikingLayer, backend: str | None = "cpu") -> Callable | None
     tensors, _ = opened((layer.recurrent, layer.population.parameters, layer.state))
     if any([(tensor.is_floating_point() and tensor.dtype != torch.float32) or not tensor.is_cpu for tensor in tensors]):
         return None
-    return (
-        partial(_run, layer) if in_lists(layer.recurrent.mask.grid, layer.recurrent.values.shape, "recurrent") else None
-    )
+    lists = in_lists(layer.recurrent.mask.grid, layer.recurrent.values.shape, "recurrent")
+    return partial(_run, layer) if lists else None
 
 
 def _run(
-    layer: SpikingLayer,
-    current: torch.Tensor,
-    steps: int | None,
-    state: torch.Tensor | None,
-    sent: torch.Tensor | None,
+    layer: SpikingLayer, current: torch.Tensor, steps: int | None, state: torch.Tensor | None, sent: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     assert layer.recurrent is not None
     (values, mask), population = layer.recurrent, layer.population

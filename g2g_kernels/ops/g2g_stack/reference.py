@@ -76,10 +76,8 @@ def in_turn(
     before: torch.Tensor | None = None,
     loop_of: Callable[[SpikingLayer], Callable | None] = lambda layer: None,
 ) -> Turn:
-    """What the layers do by two operators, ``linear`` and ``neurons``, and where ``loop_of`` a layer gives one,
-    that.
-    """
-    return in_parts(x, layers, as_parts(layers, linear, neurons, loop_of), steps, before)
+    """What the layers do by two operators, or where ``loop_of`` a layer gives one, by that."""
+    return Run(x, layers, as_parts(layers, linear, neurons, loop_of), steps, before).turn()
 
 
 def as_parts(
@@ -121,22 +119,9 @@ def reaches(layers: Sequence[SpikingLayer]) -> list[int]:
     return reaches_of([(each.source, each.delay) for each in connections], len(layers))
 
 
-def in_parts(
-    x: torch.Tensor,
-    layers: Sequence[SpikingLayer],
-    parts: Sequence[Parts],
-    steps: int | None,
-    before: torch.Tensor | None = None,
-) -> Turn:
-    """What the layers do by their parts; of ``layers`` it reads what is not in them."""
-    run = Run(x, layers, parts, steps, before)
-    for together in parts_of(graph_of(layers)):
-        run.part(together)
-    return run.turn()
-
-
 class Run:
-    """A run of layers, of which those that reach one another take turns (:mod:`g2g_kernels.ops.g2g_stack.schedule`)."""
+    """A run of layers by their ``parts``, of which those that reach one another take turns
+    (:mod:`g2g_kernels.ops.g2g_stack.schedule`); of ``layers`` it reads what is not in parts."""
 
     def __init__(
         self,
@@ -144,7 +129,7 @@ class Run:
         layers: Sequence[SpikingLayer],
         parts: Sequence[Parts],
         steps: int | None,
-        before: torch.Tensor | None,
+        before: torch.Tensor | None = None,
     ) -> None:
         self.x, self.layers, self.parts, self.held = x, layers, parts, steps is not None
         self.steps = len(x) if steps is None else steps
@@ -231,7 +216,6 @@ class Run:
         return current
 
     def _advance(self, number: int, current: torch.Tensor | None, count: int) -> None:
-        """The next ``count`` steps of the neurons of a layer."""
         layer, part = self.layers[number], self.parts[number]
         if current is None:
             current = part.products[0](self.trains[self.connections[number][0].source].nothing())
@@ -254,7 +238,9 @@ class Run:
         self.spikes[number].append(spikes)
 
     def turn(self) -> Turn:
-        """What the layers have done."""
+        """Runs all layers; what they have done."""
+        for together in parts_of(graph_of(self.layers)):
+            self.part(together)
         return Turn(
             [each[0] if len(each) == 1 else torch.cat(each) for each in self.spikes],
             self.states,

@@ -50,25 +50,15 @@ class Part(NamedTuple):
 
 
 class CycleError(ValueError):
-    """A cycle of connections without delay.
-
-    Attributes:
-        cycle: its populations, in order.
-    """
+    """A cycle of connections without delay: its populations in order, ``cycle``."""
 
     def __init__(self, cycle: Sequence[int]) -> None:
         self.cycle = tuple(cycle)
-        super().__init__(
-            f"the populations {list(cycle)} form a cycle without delay; give one of its connections a delay"
-        )
+        super().__init__(f"the populations {list(cycle)} form a cycle without delay; give one of its connections one")
 
 
 def parts_of(graph: Graph) -> Sequence[Part]:
-    """The parts of a graph, each after those that it reads.
-
-    Raises:
-        CycleError: for a cycle whose delays are 0.
-    """
+    """The parts of a graph, each after those that it reads; CycleError for a cycle whose delays are 0."""
     parts = []
     for number, sources in enumerate(graph):
         own = [delay for source, delay in sources if source == number]

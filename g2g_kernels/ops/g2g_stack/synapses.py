@@ -123,11 +123,8 @@ class Synapses:
 
     def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
         """Of each layer, all connections to it included, given the firing rates of each, [N]; waits for the device.
-        Exact up to 2²³ spikes per neuron.
-
-        Raises:
-            RuntimeError: if inputs, weights or masks have changed in the meantime, or where delays are read the
-                thresholds, states or spikes at both ends of the run.
+        Exact up to 2²³ spikes per neuron. Raises RuntimeError if inputs, weights or masks have changed in the meantime,
+        or where delays are read the thresholds, states or spikes at both ends of the run.
         """
         if self._now() != self._then:
             raise RuntimeError(

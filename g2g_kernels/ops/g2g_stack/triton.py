@@ -139,11 +139,8 @@ def over_time_on_chip(
 
 @triton.jit
 def tile_of_program(num_n, batch, y_column, y_size, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The unit's row (or column) of this program; its samples and neurons; where these are in memory, and which exist.
-
-    Returns:
-        unit, tile of samples, b, n, column, n_ok, inside, offsets.
-    """
+    """The unit's row (or column) of this program; its samples and neurons; where these are in memory, and which exist:
+    unit, tile of samples, b, n, column, n_ok, inside, offsets."""
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile, of_samples = tl.program_id(0) % (num_n * TILES_N), tl.program_id(0) // (num_n * TILES_N)
     b = of_samples * BLOCK_M + tl.arange(0, BLOCK_M)

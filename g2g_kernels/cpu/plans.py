@@ -1,8 +1,5 @@
-"""The compiled kernels' view of a mask (``csrc/plan.h``), built when a mask is first used or has changed.
-
-A mask's index buffers change in place (dynamic sparse training), so a cached plan is compared with them on every use:
-a memory comparison of 8 bytes per unit, which detects every in-place change.
-"""
+"""The compiled kernels' view of a mask (``csrc/plan.h``), built when a mask is first used or has changed in place
+(DST): on every use it is compared with the index buffers, 8 bytes per unit."""
 
 import ctypes
 import functools

@@ -27,11 +27,7 @@ if os.environ.get("G2G_CPU_POOL") == "0":
 
 
 class Workspace:
-    """A pool of memory maps.
-
-    Attributes:
-        poison: fill new tensors with NaN (for tests; also by the environment variable ``G2G_CPU_POISON=1``).
-    """
+    """A pool of memory maps; with ``poison`` (tests; ``G2G_CPU_POISON=1``) new tensors are filled with NaN."""
 
     def __init__(self) -> None:
         self.poison = os.environ.get("G2G_CPU_POISON", "") not in ("", "0")

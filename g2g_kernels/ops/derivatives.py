@@ -21,10 +21,8 @@ def has_tangent(tensors: Iterable[torch.Tensor | None]) -> bool:
 
 
 def needs_plain_operations(grads: Iterable[Any]) -> bool:
-    """Whether a backward pass with these incoming gradients is one that no kernel computes.
-
-    A batch is the form of ``is_grads_batched`` and ``jacobian(vectorize=True)``, which is older than ``torch.func``.
-    """
+    """Whether no kernel computes a backward pass with these incoming gradients. (A batch is that of
+    ``is_grads_batched`` and ``jacobian(vectorize=True)``, which are older than ``torch.func``.)"""
     if torch.compiler.is_compiling():
         return False
     return (

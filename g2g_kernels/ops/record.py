@@ -76,7 +76,6 @@ def built(form: Form, tensors: Sequence[Any]) -> Any:
 
 
 def _has_tensor(part: Any) -> bool:
-    """Whether :func:`opened` gives a tensor for this part of a form."""
     return part is TENSOR or isinstance(part, MaskTensors)
 
 
@@ -146,12 +145,7 @@ def of_arguments(tensors: Sequence[Any], masks: Any, names: Any, numbers: Any, c
 
 
 class RecordOperator:
-    """An operator that takes a record.
-
-    Attributes:
-        overload: the operator in ``torch.ops.g2g``.
-        function: its implementation.
-    """
+    """An operator that takes a record: ``overload`` in ``torch.ops.g2g``, whose implementation is ``function``."""
 
     #: arguments of its schema besides those of the record
     _more = ""
@@ -266,11 +260,8 @@ TYPES["Backward"] = Backward
 
 
 class Differentiable(RecordOperator):
-    """An operator with an autograd formula. Its functions are told, too, whether to keep what the backward pass needs.
-
-    Attributes:
-        apply: the ``autograd.Function`` of calls that nothing observes.
-    """
+    """An operator with an autograd formula, ``apply`` of calls that nothing observes. Its functions are told, too,
+    whether to keep what the backward pass needs."""
 
     _more = ", bool keep"
 
@@ -321,9 +312,7 @@ class Differentiable(RecordOperator):
             return results
         *results, made = results
         given = iter(results)
-        of = [
-            [next(given) for _ in value] if isinstance(value, list) else next(given) for value in made[: self._outputs]
-        ]
+        of = [[next(given) for _ in each] if isinstance(each, list) else next(given) for each in made[: self._outputs]]
         return *of, *made[self._outputs :]
 
     def _forward(self, ctx: Any, record: Any, form: Form, *tensors: torch.Tensor) -> Any:

@@ -226,10 +226,8 @@ _recorded: list[Launch] | None = None
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Inside, launches are recorded instead of run, so tensors on the ``meta`` device suffice.
-
-    ``benchmarks/aot.py`` compiles the recorded launches for other GPUs, which are :func:`assumed` meanwhile.
-    """
+    """Inside, launches are recorded instead of run, so tensors on the ``meta`` device suffice: ``benchmarks/aot.py``
+    compiles them for other GPUs, which are :func:`assumed` meanwhile."""
     global _recorded
     launches: list[Launch] = []
     _recorded = launches
@@ -273,10 +271,8 @@ def tell_compiled() -> None:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Runs ``kernel[grid](**arguments)`` on the device of its first tensor.
-
-    Multiplications and additions may be contracted to fused multiply-adds unless ``enable_fp_fusion`` says otherwise.
-    """
+    """Runs ``kernel[grid](**arguments)`` on the device of its first tensor. Multiplications and additions may be
+    contracted to fused multiply-adds unless ``enable_fp_fusion`` says otherwise."""
     arguments = {"enable_fp_fusion": True} | arguments
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments))

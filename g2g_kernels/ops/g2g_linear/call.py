@@ -33,9 +33,7 @@ class LinearCall(NamedTuple):
         """Raises ValueError unless sizes match."""
         out_size, in_size = self.mask.shape
         if self.x.dim() != 2 or self.x.shape[1] != in_size or (self.bias is not None and self.bias.numel() != out_size):
-            raise ValueError(
-                f"x {tuple(self.x.shape)} or the bias does not fit a mask of {[out_size, in_size]} weights"
-            )
+            raise ValueError(f"x {tuple(self.x.shape)} or bias does not fit a mask of {out_size} × {in_size} weights")
 
 
 TYPES["LinearCall"] = LinearCall

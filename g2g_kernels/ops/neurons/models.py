@@ -205,9 +205,7 @@ class Neurons(NamedTuple):
         return Neurons(self.model, parameters, self.reset, self.surrogate, self.alpha)
 
     def check_entries(self, size: int, of: str = "") -> None:
-        """Raises ValueError unless each parameter (``of`` some layer) has one entry, or one for each of ``size``
-        neurons.
-        """
+        """Raises ValueError unless each parameter (``of`` some layer) has 1 entry or ``size``, one per neuron."""
         for name, parameter in zip(MODELS[self.model].parameters, self.parameters, strict=True):
             if parameter.numel() not in (1, size):
                 raise ValueError(f"{name}{of} has {parameter.numel()} entries, expected 1 or {size}")

@@ -1,8 +1,5 @@
-"""Surrogate derivatives of the spike S = 1[U > θ], as functions of x = U − θ and the sharpness α.
-
-Each is the derivative of a smooth step (the *primitive*) from 0 to 1; at the default α = 2 all have unit area, so they
-are interchangeable.
-"""
+"""Surrogate derivatives of the spike S = 1[U > θ], as functions of x = U − θ and the sharpness α: of smooth steps from
+0 to 1, the *primitives*. At the default α = 2 all have unit area, so they are interchangeable."""
 
 import math
 from collections.abc import Callable
@@ -61,10 +58,7 @@ SURROGATES: dict[str, Surrogate] = {
         lambda x, alpha: torch.atan(math.pi / 2 * alpha * x) / math.pi + 0.5,
     ),
     # 1 / (1 + α|x|)²: Zenke & Ganguli 2018
-    "fast_sigmoid": Surrogate(
-        lambda x, alpha: 1 / (1 + alpha * x.abs()) ** 2,
-        _fast_sigmoid_primitive,
-    ),
+    "fast_sigmoid": Surrogate(lambda x, alpha: 1 / (1 + alpha * x.abs()) ** 2, _fast_sigmoid_primitive),
     # α·σ(αx)·(1 − σ(αx))
     "sigmoid": Surrogate(_sigmoid_derivative, lambda x, alpha: torch.sigmoid(alpha * x)),
     # α·max(0, 1 − α|x|): Bellec et al. 2018, scaled to unit area

@@ -96,11 +96,8 @@ class ActivityRecorder:
         return layers[0] if len(layers) == 1 else None
 
     def _is_new(self, layer: G2GLinear) -> bool:
-        """Whether this call does not repeat one that was recorded.
-
-        A checkpointed part of a model runs again in the backward pass. It is recorded there only if it was not before:
-        with ``use_reentrant=True`` its first run has no gradients.
-        """
+        """Whether this call does not repeat one that was recorded: a checkpointed part of a model runs again in the
+        backward pass, and counts there only if its first run had no gradients (``use_reentrant=True``)."""
         if torch._C._current_graph_task_id() == -1:  # no backward pass is running
             self._seen_forwards.add(layer)
             return True

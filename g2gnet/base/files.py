@@ -24,8 +24,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.
 
 def open_file(path: Path | str) -> BinaryIO:
     """Opens a file for reading. Raises OSError if it cannot be opened or is not a regular file: a FIFO would wait for a
-    writer, a device may not end.
-    """
+    writer, a device may not end."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
     mode = os.fstat(descriptor).st_mode
@@ -44,10 +43,8 @@ def read_file(path: Path | str) -> bytes:
 
 
 def check_own(path: Path) -> None:
-    """Raises OSError if anything but a regular file is at ``path``, where a program has a file of its own.
-
-    Of a link the target would be written to, which somebody else may need; a FIFO would wait for a reader.
-    """
+    """Raises OSError if anything but a regular file is at ``path``, where a program has a file of its own: a link's
+    target may be somebody else's, a FIFO would wait for a reader."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -64,9 +61,7 @@ def open_own(path: Path | str, flags: int) -> int:
 
 
 def make_directory(path: Path) -> None:
-    """Makes a directory and those above it, where they are missing. Raises OSError if it cannot be made;
-    NotADirectoryError where something else has its name.
-    """
+    """Makes a directory and those above it. Raises OSError; NotADirectoryError where something else has its name."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:

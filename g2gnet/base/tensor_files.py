@@ -28,9 +28,8 @@ class TensorFileError(ValueError):
 
 def write_tensors(path: Path, content: Any, keep: Path | None = None) -> None:
     """Replaces ``path`` by a file of ``content``: tensors, numbers, strings, None, and dicts, lists, tuples of them.
-
-    With ``keep``, the file that was at ``path`` gets that name. Raises OSError if it cannot be written, and
-    TensorFileError for content that :func:`read_tensors` would refuse; the old file is then unchanged.
+    With ``keep``, the old file gets that name. Raises OSError if it cannot be written, and TensorFileError for content
+    that :func:`read_tensors` would refuse; the old file is then unchanged.
     """
     check_plain(content)
     buffer = io.BytesIO()
@@ -46,9 +45,7 @@ def with_digest(archive: bytes) -> bytes:
 
 
 def has_digest(path: Path) -> bool:
-    """Whether a file ends as those of :func:`write_tensors` do, even if it is damaged before its end. Raises OSError if
-    it cannot be read.
-    """
+    """Whether a file ends as those of :func:`write_tensors`, even if damaged before. Raises OSError if unreadable."""
     with open_file(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - END_BYTES - DIGEST_BYTES))
@@ -58,8 +55,7 @@ def has_digest(path: Path) -> bool:
 
 def read_tensors(path: Path) -> Any:
     """What :func:`write_tensors` wrote, on the CPU. Raises OSError if the file cannot be opened, or is not a regular
-    one, and TensorFileError if it is damaged, or :func:`parse_tensors` refuses it.
-    """
+    one, and TensorFileError if it is damaged, or :func:`parse_tensors` refuses it."""
     data = read_file(path)
     if data[-DIGEST_BYTES:] != hashlib.sha256(data[:-DIGEST_BYTES]).digest():
         raise TensorFileError("its checksum is wrong: the file is damaged, or not one of ours")

@@ -43,11 +43,9 @@ def is_transformed() -> bool:
 
 
 def is_observed(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Whether something may look at the operators that are called with these tensors.
-
-    Tracers, dispatch modes (fake tensors, counters of FLOPs), transforms, profilers and subclasses of tensors do. So
-    does the dispatcher itself where a tensor's memory is not its content: a view that is to be negated, zeros that are
-    only noted.
+    """Whether something may look at the operators that are called with these tensors: tracers, dispatch modes (fake
+    tensors, counters of FLOPs), transforms, profilers, subclasses of tensors; or the dispatcher itself, where a
+    tensor's memory is not its content: a view that is to be negated, zeros that are only noted.
     """
     return (
         torch.compiler.is_compiling()

@@ -23,14 +23,8 @@ logger = logging.getLogger("g2gnet")
 
 
 class Called(NamedTuple):
-    """A population as modules.
-
-    Attributes:
-        name: of its neurons.
-        neurons: the module.
-        size: the number of neurons.
-        connections: (name, module, number of the source, delay or None) of each connection to them.
-    """
+    """A population as modules: the name, module and size of its neurons, and (name, module, number of the source, delay
+    or None) of each connection to them."""
 
     name: str
     neurons: Any
@@ -98,13 +92,8 @@ def spikes_of_called(
     reason: str,
 ) -> list[torch.Tensor]:
     """The spikes [T, B, N] of each population by calls of its modules; those on a cycle are called at every step.
-
-    Args:
-        dropped: the neurons that each drops; what the others send is multiplied by ``scale``.
-        reason: why they are called, which is logged once.
-
-    Raises:
-        TypeError: if a hook on neurons that take steps, or a forward of their own, would be left out.
+    ``dropped`` are the neurons that each drops, whose others send ``scale`` times as much; ``reason`` is logged once.
+    Raises TypeError if a hook on neurons that take steps, or a forward of their own, would be left out.
     """
     if not is_traced():
         _say_that_layers_are_called(reason)
@@ -183,15 +172,9 @@ def step_of_called(
     sent: Sequence[torch.Tensor | None],
     spiking: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor], StackState]:
-    """One step by calls of connections and steps of neurons.
-
-    Args:
-        x: [B, D].
-        states, sent: of each population before the step, and at the end of ``sent`` the inputs.
-        spiking: whether the last neurons spike, too.
-
-    Returns:
-        the output, the spikes [1, B, N] of each population, and the state after the step.
+    """One step from ``x`` [B, D] by calls of connections and steps of neurons. ``states`` and ``sent`` are those before
+    it, the inputs' at the end; ``spiking``: the last neurons spike, too. Returns the output, the spikes [1, B, N] of
+    each population, and the state after the step.
     """
     parts = []
     before = [(each,) if isinstance(each, torch.Tensor) else each for each in states]

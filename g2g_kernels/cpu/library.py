@@ -1,10 +1,8 @@
-"""Finds and loads the compiled CPU kernels, and calls them.
+"""Finds, loads and calls the compiled CPU kernels. A library is refused whose structures and options are not those of
+``interface.py``.
 
-The library says which structures it was compiled with (``structures.py``) and which options it numbers. It is refused
-if they are not those of this package.
-
-Environment: ``G2G_CPU_LIBRARY`` names another build of the library (a sanitizer build, say); ``G2G_CPU_ISA`` selects
-an instruction set (``baseline``, ``avx2``, ``avx512``, ``avx512_bf16``) instead of the CPU's best.
+Environment: ``G2G_CPU_LIBRARY`` names another build of the library (a sanitizer build, say); ``G2G_CPU_ISA`` selects an
+instruction set (``baseline``, ``avx2``, ``avx512``, ``avx512_bf16``) instead of the CPU's best.
 """
 
 import ctypes

@@ -168,11 +168,9 @@ class BlockMask(UnitGrid):
         self.changes += 1
 
     def become_(self, other: "BlockMask") -> None:
-        """Takes over the units of another mask of the same ``shape``, and their slots.
-
-        This happens in place if both have the same numbers of units and ranges, and operators read the same tensors of
-        both, so a captured graph that holds these tensors sees the new units. The buffer stays if the shape of packed
-        weights does.
+        """Takes over the units of another mask of the same ``shape``, and their slots: in place if both have the same
+        numbers of units and ranges, and operators read the same tensors of both, so that a captured graph sees the new
+        units. The buffer stays if the shape of packed weights does.
         """
         sides = (self.rows, other.rows), (self.cols, other.cols)
         mine, theirs = (

@@ -115,10 +115,8 @@ class GroupLayout:
 
 
 def partners(out_groups: int, in_groups: int) -> torch.Tensor:
-    """Which groups of two sides belong together: bool [groups out, groups in].
-
-    Those of the same number, if both sides have equally many. If one side has fewer, G instead of G', its group g
-    belongs to every group g' with ⌊g'·G/G'⌋ = g, so each of the finer groups has one partner.
+    """Which groups of two sides belong together: bool [groups out, groups in]. Those of the same number; if one side
+    has only G of G', its group g belongs to every g' with ⌊g'·G/G'⌋ = g, so each of the finer groups has one partner.
     """
     least = min(out_groups, in_groups)
     out_group, in_group = (torch.arange(count) * least // count for count in (out_groups, in_groups))

@@ -62,13 +62,8 @@ def gradients_of(
     needed: Sequence[bool],
     autocast: Autocast,
 ) -> list[torch.Tensor | None]:
-    """The gradients of ``tensors`` by running ``function`` again; differentiable where gradients are enabled.
-
-    Args:
-        function: of all ``tensors``; its results have the gradients ``grads``.
-        needed: of which tensors the gradient is.
-        autocast: that of the forward pass.
-    """
+    """The gradients of the ``needed`` of ``tensors`` by running ``function`` of them again, under the forward pass's
+    ``autocast``; its results have the gradients ``grads``. Differentiable where gradients are enabled."""
     again = torch.is_grad_enabled()
     with torch.enable_grad(), autocast.again():
         # the gradient of each argument by itself, even if one of them was computed from another

@@ -205,14 +205,9 @@ def _of_arguments(function: Callable, check: Callable[[Any], None]) -> Callable:
 
 
 class Backward(NamedTuple):
-    """What a backward pass takes.
-
-    Attributes:
-        call: the record of the forward pass.
-        kept: its outputs that only the backward pass needs, the tensors of lists one by one.
-        grads: the gradients of its results, contiguous, the tensors of lists one by one; None for one that was not
-            used.
-        needed: of which tensors of ``call`` the gradient is.
+    """What a backward pass takes: the forward pass's record ``call`` and the outputs ``kept`` for it alone; ``grads``
+    of its results, contiguous, None for one that was not used, lists' tensors one by one as in ``kept``; and of which
+    tensors of ``call`` a gradient is ``needed``.
     """
 
     call: Any

@@ -137,13 +137,8 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 class Card(NamedTuple):
-    """What the choice of tiles and kernels depends on.
-
-    Attributes:
-        architecture: ``"sm_90"``, or AMD's name, ``"gfx942"``.
-        multiprocessors: how many it has.
-        shared: bytes of shared memory that one program may have.
-    """
+    """What the choice of tiles and kernels depends on: its ``architecture``, ``"sm_90"`` or AMD's ``"gfx942"``, its
+    multiprocessors, and the bytes of shared memory that one program may have."""
 
     architecture: str
     multiprocessors: int

@@ -124,10 +124,9 @@ def _check_replaceable(file: os.stat_result, directory: os.stat_result) -> None:
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
-    """Writes a file beside ``path``, flushes it to disk and renames it: at any instant one of the two is complete.
-
-    The target of a symbolic link is replaced, not the link. FIFOs and devices are written to. With ``keep``, the file
-    at ``path`` first gets that name too; a complete file is at ``path`` all the time.
+    """Writes a file beside ``path``, flushes it to disk and renames it: at any instant one of the two is complete. The
+    target of a symbolic link is replaced; FIFOs and devices are written to. The file at ``path`` first gets the name
+    ``keep``, too.
     """
     if is_special(path):
         with path.open("wb") as file:
@@ -175,11 +174,9 @@ def leftovers(path: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool) -> Iterator[None]:
-    """While entered, no other process can enter it for the lock file ``path``; the lock ends with its process.
-
-    The file stays. On a file system without locks there is a warning and no lock. Raises BlockingIOError if another
-    process has entered it, and ``wait`` is false, and OSError if the file cannot be opened, or is a symbolic link or no
-    regular file.
+    """While entered, no other process can enter it for the lock file ``path``; the lock ends with its process, the file
+    stays. Without locks on its file system there is a warning. Raises BlockingIOError if another has entered it and
+    ``wait`` is false, OSError if the file cannot be opened, or is a symbolic link or no regular file.
     """
     descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
     try:

@@ -1,7 +1,6 @@
-"""Files of tensors: written whole and with a checksum; read without executing or trusting anything in them.
-
-A file is the zip archive that ``torch.save`` writes, so ``torch.load`` reads it too. The archive's comment is the
-SHA-256 of all bytes before it: a truncated file has no such ending, and a flipped bit anywhere changes one of the two.
+"""Files of tensors: written whole and with a checksum; read without executing or trusting anything in them. A file is
+the zip archive of ``torch.save``, so ``torch.load`` reads it too; the archive's comment is the SHA-256 of all bytes
+before it, which reveals truncation and any flipped bit.
 """
 
 import hashlib
@@ -63,11 +62,9 @@ def read_tensors(path: Path) -> Any:
 
 
 def parse_tensors(data: bytes) -> Any:
-    """The content of any file that ``torch.save`` wrote, on the CPU.
-
-    Nothing in it is executed, and no more memory is used than a small multiple of the file's size. Raises
-    TensorFileError if it is not such a file, if it holds anything but tensors, numbers, strings, None and containers of
-    them, or a tensor that is larger than its data, or a value that is not finite.
+    """The content of any file that ``torch.save`` wrote, on the CPU: nothing is executed, memory is a small multiple of
+    the file's size. Raises TensorFileError if it is no such file, holds anything but tensors, numbers, strings, None
+    and containers of them, or a tensor that is larger than its data, or a value that is not finite.
     """
     try:
         # neither PyTorch's older formats nor archives that expand are opened

@@ -103,13 +103,8 @@ class Grid:
 
 
 class Part(NamedTuple):
-    """A part of a data set that was found, and not read yet.
-
-    Attributes:
-        files: what it is read from.
-        labels: int64 [N].
-        samples: reads them one by one, of the shape of a grid: counts, or float16. Raises DataError naming the file
-            that is damaged.
+    """A part of a data set that was found, and not read yet: its files, labels, int64 [N], and ``samples``, which reads
+    them one by one, of the shape of a grid: counts, or float16. That raises DataError naming the file that is damaged.
     """
 
     files: Sequence[Path]
@@ -129,11 +124,8 @@ def load(
 ) -> ImageData:
     """The data set ``name`` as sequences of ``steps`` steps of ``dt`` milliseconds (None: as ``binning`` says), from
     files below ``data_dir`` or from ``binned`` there, where they are kept. Counts are integers other than uint8,
-    features float16.
-
-    Raises:
-        ValueError: for settings that do not fit the data set.
-        DataError: if files are missing or damaged.
+    features float16. Raises ValueError for settings that do not fit the data set, DataError if files are missing or
+    damaged.
     """
     bins, dt = binning.or_usual(bins, dt)
     bins, dt = COUNT.check("bins", bins), STEP.check("dt", dt)

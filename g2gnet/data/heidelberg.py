@@ -1,8 +1,5 @@
-"""Spiking Heidelberg Digits and Spiking Speech Commands (Cramer et al. 2022), in their published HDF5 files.
-
-A file has ``spikes/times``, a list of seconds for each sample, ``spikes/units``, the list of their channels, and
-``labels``. It is read by the package ``h5py``.
-"""
+"""Spiking Heidelberg Digits and Spiking Speech Commands (Cramer et al. 2022) in their published HDF5 files, read by
+``h5py``: for each sample ``spikes/times``, seconds, and ``spikes/units``, their channels; and ``labels``."""
 
 import contextlib
 from collections.abc import Iterator

@@ -20,10 +20,9 @@ _OTHERS = "give " + ", and ".join(f"{name}={' or '.join(map(repr, of))}" for nam
 
 
 class StepRecorder:
-    """Records in one training step what the rules need of it, from :meth:`start` to :meth:`stop`.
-
-    The activity is that of ``model``, or given (:meth:`give`); ``grow`` is None if nothing grows. Raises ValueError for
-    a model whose output does not spike, or that is compiled and cannot run uncompiled.
+    """Records in one training step, from :meth:`start` to :meth:`stop`, what the rules need: the activity of ``model``,
+    or as given (:meth:`give`); ``grow`` is None if nothing grows. Raises ValueError for a model whose output does not
+    spike, or that is compiled and cannot run uncompiled.
     """
 
     def __init__(

@@ -1,8 +1,7 @@
 """What the optimizer's state begins with for new units: a table by the name of the state, whatever the optimizer.
-
-It resets what ``optimizer.state`` holds for the packed weights. A state of the weights' shape, also with dimensions
-before these, begins with the table's value, and codes of 8 bits (bitsandbytes) with that of zero. Scalars are left.
-Of any other state it is unknown which numbers belong to which unit, or what they begin with, so it is refused by name.
+States of the packed weights' shape, also with dimensions before these, begin with the table's value, and codes of 8
+bits (bitsandbytes) with that of zero. Scalars are left. Any other state is refused by name: which of its numbers belong
+to a unit, and what they begin with, is unknown.
 """
 
 import weakref

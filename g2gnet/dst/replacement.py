@@ -25,12 +25,11 @@ def replace_units(
     state: OptimizerState,
     undo: ExitStack,
 ) -> tuple[int, int, float]:
-    """Keeps units of highest ``prune`` score [num_units], and replaces ``fraction`` of these.
-
-    The lowest of them give their slots to absent units of highest ``grow`` score, which is of these ``candidates``
-    (:class:`g2gnet.dst.rules.Evidence`). All units together have
-    ``budget`` weights or up to a unit fewer; None: their number stays. Nothing changes if ``apply``, a bool scalar,
-    is false. Closing ``undo`` takes it back. Returns the units pruned and grown, and what is left of the budget.
+    """Keeps units of highest ``prune`` score [num_units], and replaces a ``fraction`` of these: the lowest give their
+    slots to absent units of highest ``grow`` score, which is of ``candidates`` (:class:`g2gnet.dst.rules.Evidence`).
+    All together have ``budget`` weights or up to a unit fewer; None: their number stays. Nothing changes if ``apply``,
+    a bool scalar, is false. Closing ``undo`` takes it back. Returns the units pruned and grown, and what is left of the
+    budget.
     """
     mask, spare = layer.mask, budget or 0.0
     exist, absent = None, len(grow)

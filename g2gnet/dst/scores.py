@@ -97,9 +97,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 class UnitGradients:
     """The size of ∂L/∂W in every unit of a layer: the observer of a layer that is trained by several backward passes.
-
-    It keeps what the layer received and the gradient of what it gave, of which ∂L/∂W = Σ over samples of g·xᵀ. They
-    count where a backward pass forms the gradient of the layer's weights; one for the inputs alone adds nothing.
+    Of what the layer received and the gradient of what it gave, ∂L/∂W = Σ over samples of g·xᵀ. They count where a
+    backward pass forms the gradient of the layer's weights, not one for the inputs alone.
     """
 
     def __init__(self) -> None:

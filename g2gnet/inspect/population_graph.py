@@ -1,8 +1,5 @@
-"""The picture of a network's populations, and of the connections between them with their delays.
-
-Everything is measured in inches, downwards. Populations stand below one another; an arrow to the next one is straight,
-the others leave and arrive at the sides and run in lanes between, so that no two lie on each other.
-"""
+"""The picture of a network's populations and of the connections between them with their delays, in inches, downwards.
+An arrow to the next population is straight; the others leave and arrive at the sides and run in lanes between."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

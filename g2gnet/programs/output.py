@@ -22,10 +22,9 @@ KEPT = (".pth", DATA_SUFFIX)
 
 
 def check_output(path: Path | str, arguments: argparse.Namespace | None = None, own_files: Iterable[Path] = ()) -> None:
-    """Checks a file that is to be written, before there is anything to write.
-
-    Raises OutputError if it cannot be written, holds a checkpoint or data, is read by the program according to its
-    flags, belongs to a run whose checkpoint it reads, or is one of the program's ``own_files``.
+    """Checks a file that is to be written, before there is anything to write: OutputError if it cannot be written,
+    holds a checkpoint or data, is read by the program according to its flags, belongs to a run whose checkpoint it
+    reads, or is one of the program's ``own_files``.
     """
     path = Path(path)
     try:

@@ -97,9 +97,8 @@ class Checkpoint(NamedTuple):
 
 class RunFiles:
     """``<directory>/<stem>`` with the endings .pth (checkpoint), .best.pth (that of the best epoch by held-out images),
-    .jsonl and .csv (history), .analysis.json and .DONE (marker).
-
-    Until the run is finished, .previous.pth is the checkpoint before the last one: it is used if the last is damaged.
+    .jsonl and .csv (history), .analysis.json, .DONE (marker), and .previous.pth, the checkpoint before the last one,
+    used if that is damaged.
     """
 
     def __init__(self, directory: Path | str, stem: str) -> None:

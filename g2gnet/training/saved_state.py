@@ -43,11 +43,8 @@ def load_model(model: nn.Module, saved: dict[str, Any]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: Collection[str], step: int) -> None:
-    """Loads the ``state_dict()`` of an optimizer that has done ``step`` steps; its options do not change.
-
-    Each parameter has tensors of these ``names``, all of its shape except ``step``.
-
-    Raises ValueError if the state is not that of these parameters.
+    """Loads the ``state_dict()`` of an optimizer that has done ``step`` steps; its options do not change. Each
+    parameter has tensors of these ``names``, all of its shape except ``step``. Raises ValueError for any other state.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = saved["state"]

@@ -121,15 +121,10 @@ def operators(
     backward: Callable[[Backward], list[torch.Tensor | None]],
     check: Callable[[StackCall], None] = lambda call: None,
 ) -> tuple[Differentiable, RecordOperator]:
-    """Registers and returns ``g2g::{prefix}stack_forward``, with its autograd formula, and ``…_backward``.
-
-    Args:
-        prefix: distinguishes the operators of different backends.
-        keys: the dispatch keys that they serve.
-        forward, fake: the forward pass, and its outputs uninitialised.
-        backward: the gradients of the call's tensors. It is given those of counts, rates, last states, membranes and
-            spikes, and of what was kept spikes and the rest.
-        check: raises ValueError for calls through the dispatcher that ``forward`` would misread.
+    """Registers and returns ``g2g::{prefix}stack_forward`` and ``…_backward``, as those of
+    :mod:`g2g_kernels.ops.g2g_linear.call`. ``fake`` gives the outputs uninitialised. ``backward`` is given the
+    gradients of counts, rates, last states, membranes and spikes, and of what was kept spikes and the rest. ``check``
+    raises ValueError for calls through the dispatcher that ``forward`` would misread.
     """
     name = f"{prefix}stack"
     backward_operator = RecordOperator(

@@ -97,14 +97,8 @@ def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None
 
 
 class LastSpikes:
-    """What a layer sent in the last steps of a run.
-
-    Args:
-        spikes: of the whole run.
-        steps: how many of them are wanted.
-        before: [D, B, N] of the steps before the run; None: none.
-        counts: a result of the run, which has a gradient if its spikes have one.
-    """
+    """What a layer sent in the last ``steps`` of a run with these ``spikes``, and ``before`` it, [D, B, N], or None.
+    ``counts`` is a result of the run, which has a gradient if its spikes have one."""
 
     def __init__(self, spikes: "PackedSpikes", steps: int, before: torch.Tensor | None, counts: torch.Tensor) -> None:
         self._spikes, self._steps, self._before, self._counts = spikes, steps, before, counts

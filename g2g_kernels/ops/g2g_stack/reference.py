@@ -52,13 +52,9 @@ class Parts(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What layers did one after the other.
-
-    Attributes:
-        spikes: [T, B, N] of each.
-        states: the last ones of each.
-        membranes: [T, B, N] of each that is to give them.
-        sent: [D, B, N], what each sent in the last D steps, and at the end the inputs; None where no delay reads it.
+    """What layers did one after the other: of each the spikes [T, B, N], the last states, the membranes [T, B, N] if it
+    is to give them, and ``sent`` [D, B, N], what each, and at the end the inputs, sent in the last D steps; None where
+    no delay reads it.
     """
 
     spikes: list[torch.Tensor]

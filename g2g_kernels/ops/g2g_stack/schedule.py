@@ -21,13 +21,8 @@ Graph = tuple[tuple[tuple[int, int], ...], ...]
 
 
 class Part(NamedTuple):
-    """Populations that run together.
-
-    Attributes:
-        members: their numbers, in the order in which they run.
-        period: L, the steps of a block; 0: all at once, since nothing leads back.
-        ahead: φ of each.
-    """
+    """Populations that run together: their numbers, in the order in which they run; the ``period`` L, the steps of a
+    block (0: all at once, since nothing leads back); and φ of each, how far it is ``ahead``."""
 
     members: tuple[int, ...]
     period: int

@@ -60,13 +60,9 @@ class Border(NamedTuple):
 
 
 class Synapses:
-    """The inputs and the weights of a run, from which its synaptic operations can be counted afterwards.
-
-    Args:
-        x: [T, B, in], or [B, in] held at every step.
-        steps: for which x is held, or None.
-        layers: the connections to each layer.
-        borders: of each layer, and at the end of the inputs, where delays are read from it; else None.
+    """The inputs [T, B, in], or [B, in] held for ``steps``, and the connections to each of the ``layers``, from which a
+    run's synaptic operations can be counted afterwards. ``borders`` are those of each layer, and at the end of the
+    inputs, where delays are read from it; else None.
     """
 
     def __init__(

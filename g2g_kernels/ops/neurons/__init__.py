@@ -185,14 +185,9 @@ def run_neurons(
     backend: str | None = None,
     state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`neurons` from a state on; differentiable in that, too.
-
-    Args:
-        current, population, steps, backend: as for :func:`neurons`.
-        state: [states, ..., N], the states before the first step, in the model's order; None: all 0.
-
-    Returns:
-        spikes [T, ..., N], and the states after the last step [states, ..., N], float32 for half-precision currents.
+    """:func:`neurons` of a ``current`` from a ``state`` on, [states, ..., N] in the model's order (None: all 0);
+    differentiable in that, too. Returns spikes [T, ..., N] and the states after the last step, float32 for
+    half-precision currents.
     """
     steps = check_steps(steps)
     check_tensor("current", current)

@@ -1,7 +1,6 @@
-"""The neuron models: their names, and the two functions for one step forward and backward, in PyTorch.
-
-A model is declared here; its two functions exist again in Triton (``g2g_kernels/triton/neuron.py``) and in C++
-(``csrc/neurons.h``). Everything else loops over the declared parameters and states.
+"""The neuron models: names, parameters, states, and one step forward and backward in PyTorch. The two functions exist
+again in Triton (``g2g_kernels/triton/neuron.py``) and in C++ (``csrc/neurons.h``); everything else loops over what is
+declared here.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,6 @@
-"""One time step of neurons, for loops that cannot run all steps at once: online input, recurrent networks.
-
-Plain PyTorch operations on every device, differentiated by autograd. Over a whole sequence :func:`g2g_kernels.lif`,
-:func:`g2g_kernels.synaptic` and :func:`g2g_kernels.adlif` compute the same, faster and with less memory.
+"""One time step of neurons in plain PyTorch, for loops that cannot run all steps at once: online input, recurrent
+networks. Over a whole sequence :func:`g2g_kernels.lif`, :func:`g2g_kernels.synaptic` and :func:`g2g_kernels.adlif`
+compute the same, faster and with less memory.
 """
 
 import itertools

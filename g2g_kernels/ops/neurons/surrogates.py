@@ -12,13 +12,8 @@ SURROGATE, ALPHA = "atan", 2.0
 
 
 class Surrogate(NamedTuple):
-    """A stand-in for dS/dU.
-
-    Attributes:
-        derivative: ``(x, alpha) -> dS/dU``.
-        primitive: ``(x, alpha) -> S``, its smooth step.
-        compact: whether the derivative is 0 where |x| ≥ 1/α, so that most neurons pass no gradient on.
-    """
+    """A stand-in for dS/dU, ``derivative(x, alpha)``, and its smooth step ``primitive(x, alpha)``; ``compact`` if the
+    derivative is 0 where |x| ≥ 1/α, so that most neurons pass no gradient on."""
 
     derivative: Callable[[torch.Tensor, float], torch.Tensor]
     primitive: Callable[[torch.Tensor, float], torch.Tensor]

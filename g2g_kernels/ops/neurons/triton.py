@@ -285,14 +285,9 @@ class Run(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Gradients that reach the spikes and the last states.
-
-    Attributes:
-        spikes: ∂L/∂S [T, B, N] of any floating-point dtype, or None for zeros.
-        counts: ∂L/∂counts [B, N], added to ∂L/∂S of every step.
-        rates: ∂L/∂rates [N], of which 1/(T·B) is added to ∂L/∂S of every step and sample.
-        last: that of the states after the last step, float32 [states, B, N], or None for zeros.
-        membranes: ∂L/∂U [T, B, N], or None for zeros.
+    """Gradients that reach the spikes, ∂L/∂S [T, B, N] of any floating-point dtype; their ``counts`` [B, N], added to
+    every step; their ``rates`` [N], of which 1/(T·B) is; the ``last`` states, float32 [states, B, N]; and the
+    ``membranes`` ∂L/∂U [T, B, N]. None: zeros.
     """
 
     spikes: torch.Tensor | None = None

@@ -168,11 +168,9 @@ def train_runs(
     name: str,
     on_end: Callable[[Run], str],
 ) -> dict[str, str]:
-    """Trains unfinished runs on ``executor``, with a progress bar called ``name`` on a terminal; a run that fails does
-    not stop the others. ``on_end`` gives the line that is printed when a run is finished.
-
-    Returns the errors of those that failed, by their labels. Raises TrainingError if a process of the executor was
-    killed.
+    """Trains unfinished runs on ``executor``, with a progress bar called ``name`` on a terminal, and a line from
+    ``on_end`` for each that is finished. A run that fails does not stop others; returns errors by label. Raises
+    TrainingError if a process of the executor was killed.
     """
     stream, failed = sys.stderr, {}
     total = sum(run.settings.epochs for run in runs)

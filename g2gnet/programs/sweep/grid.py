@@ -142,12 +142,10 @@ def values_of(grid: Grid) -> dict[str, list[Any]]:
 
 
 def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
-    """The runs of a grid, one per combination of its values.
-
-    A run's folder is found by the settings that differ from the defaults, however the grid was written: a grid that
-    grows keeps its finished runs. All combinations with the first seed come first. Raises SettingsError for invalid
-    settings, or two runs or folders that are the same, each named, and DataError if a file of data or of weights cannot
-    be read.
+    """The runs of a grid, one per combination of its values, those with the first seed first. A run's folder is found
+    by the settings that differ from the defaults: a grid that grows keeps its finished runs. Raises SettingsError for
+    invalid settings, or two runs or folders that are the same, each named, and DataError if a file of data or of
+    weights cannot be read.
     """
     values = values_of(grid)
     runs, problems = [], []

@@ -66,8 +66,7 @@ def _fetch(name: str, data_dir: Path, folder: Path) -> None:
     archive = data_dir / reader.filename
     if archive.exists() and not check_integrity(archive, reader.tgz_md5):
         raise DataError(
-            f"{archive} is damaged (its checksum is not the published one); delete it and run this again to have it "
-            "downloaded again"
+            f"{archive} is damaged (its checksum is not the published one); delete it, and this downloads it again"
         )
     try:
         with (

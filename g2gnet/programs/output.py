@@ -33,10 +33,7 @@ def check_output(path: Path | str, arguments: argparse.Namespace | None = None, 
     except OSError as error:
         raise OutputError(f"cannot write {path} ({reason(error)}); give another file") from error
     if lost:
-        raise OutputError(
-            f"will not replace {path}: it is {lost}. Give another file; the one to write is the word that follows "
-            "--json or --output"
-        )
+        raise OutputError(f"will not replace {path}: it is {lost}. Give another file after --json or --output")
 
 
 def _what_is_lost(path: Path, arguments: argparse.Namespace | None, own_files: Iterable[Path]) -> str | None:

@@ -284,8 +284,7 @@ class TrainSettings(NetworkSettings, RunSettings):
             problems.append(f"{name}={value} needs images, but use_resnet trains on features; leave one of them out")
         if self.patience is not None and self.enforce_sparsity:
             problems.append(
-                f"patience={self.patience} could end training before enforce_sparsity has pulled firing rates down; "
-                "leave one of them out"
+                f"patience={self.patience} could end training before enforce_sparsity has acted; leave one of them out"
             )
         if self.optimizer == "adamw" and self.weight_decay == 0:
             problems.append(
@@ -329,8 +328,7 @@ class TrainSettings(NetworkSettings, RunSettings):
             problems.append(f"dst_fraction={self.dst_fraction} replaces nothing; raise it, or give a `final_density`")
         if self.model == "dense":
             problems.append(
-                f"sparsity_mode=dynamic needs a sparse model; give `model={', '.join(SPARSE)}`, or a `final_density` "
-                "to prune to"
+                f"sparsity_mode=dynamic needs a sparse model; give `model={', '.join(SPARSE)}`, or a `final_density`"
             )
         elif self.p_inter == 1 and self.p_intra == 1:
             problems.append("sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter")

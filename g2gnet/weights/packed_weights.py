@@ -230,8 +230,7 @@ def _mask_in_place_of(mask: BlockMask) -> BlockMask:
     sent = rows.reshape(-1, rows.shape[-1]).cpu()
     if not (sent == sent[:1]).all():
         raise ValueError(
-            "networks with different wirings cannot run in one torch.func.vmap, whose networks share their indices; "
-            "call them one by one"
+            "networks with different wirings cannot run in one torch.func.vmap, which shares indices; call each alone"
         )
     if mask.describes(sent[0]):
         return mask

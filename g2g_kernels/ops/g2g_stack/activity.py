@@ -110,8 +110,7 @@ def check_state_form(state: Any, depth: int, sent: int) -> None:
     delays are read from."""
     if type(state) not in (tuple, list):
         raise TypeError(
-            f"state is a {type(state).__name__}, not a tuple of the populations' states; give activity.state of a run, "
-            "or what step(x, state) returned"
+            f"state is a {type(state).__name__}, not a tuple; give activity.state of a run, or what step() returned"
         )
     if len(state) != depth + sent:
         behind = f", and {sent} entries of what delays need" if sent else ""

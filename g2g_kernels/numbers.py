@@ -1,8 +1,5 @@
-"""Kinds of numbers, and the one check of each: of arguments, of settings and of what files hold.
-
-A number outside its range, or one that the type it becomes cannot hold, would be wrong in silence: C cuts whole numbers
-off, and makes large ones of floating point infinite and small ones 0.
-"""
+"""Kinds of numbers, and the one check of each: of arguments, of settings and of what files hold. C would cut whole
+numbers off in silence, and make large ones of floating point infinite and small ones 0."""
 
 import math
 import numbers

@@ -161,8 +161,14 @@ def _extremes(delays: torch.Tensor) -> str:
 
 
 class Route(NamedTuple):
-    """A projection in a network: the name of its connection; its populations' numbers (``source`` −1: the input); the
-    bounds of its delays, both 0 for none; whether ``{name}_delay`` has one for each neuron of the source."""
+    """A projection inside a network: the names of its modules, and the numbers of its populations.
+
+    Attributes:
+        name: of the connection.
+        source, target: the numbers of populations; −1: the input.
+        least, most: the bounds of its delays; both 0: none.
+        per_neuron: whether ``{name}_delay`` has a delay for each neuron of the source.
+    """
 
     name: str
     source: int

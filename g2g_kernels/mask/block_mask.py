@@ -1,7 +1,6 @@
-"""Which blocks of weights exist: the one description of a sparse layer's graph.
-
-Kernels, dynamic sparse training, plots and checkpoints all read a :class:`BlockMask`. It holds indices only; the
-weights themselves are *packed*, one [unit_rows, unit_cols] tile per present unit, in a tensor that the caller owns.
+"""Which blocks of weights exist: the one description of a sparse layer's graph, for kernels, dynamic sparse training,
+plots and checkpoints. A :class:`BlockMask` holds indices only; the weights themselves are *packed*, one [unit_rows,
+unit_cols] tile per present unit, in a tensor that the caller owns.
 """
 
 import copy

@@ -21,14 +21,9 @@ Outputs = tuple[torch.Tensor, _Each, _Each, _Each, _Each, _Each]
 
 
 class StackCall(NamedTuple):
-    """What the forward pass takes.
-
-    Attributes:
-        x: contiguous [T, B, in], or [B, in] held for ``steps`` steps.
-        layers: from input to output, tensors contiguous and masks as tensors.
-        steps: 0 if x has a time dimension.
-        dtype: of the factors of products: bfloat16 or float16 under autocast.
-        spikes: whether spikes over time need a gradient.
+    """What the forward pass takes: x, contiguous [T, B, in], or [B, in] held for ``steps`` steps (otherwise 0); the
+    layers from input to output, their tensors contiguous, masks as tensors; the ``dtype`` of the factors of products,
+    bfloat16 or float16 under autocast; and whether ``spikes`` over time need a gradient.
     """
 
     x: torch.Tensor

@@ -14,8 +14,12 @@ Observer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Recurrent(NamedTuple):
-    """A connection from a layer's neurons to themselves: its spikes of one step are inputs of the next. It has packed
-    weights [num_units, unit_rows, unit_cols] and their mask, of as many outputs as inputs."""
+    """A connection from a layer's neurons to themselves: its spikes of one step are inputs of the next.
+
+    Attributes:
+        values: packed weights [num_units, unit_rows, unit_cols].
+        mask: the units that exist, of as many outputs as inputs.
+    """
 
     values: torch.Tensor
     mask: Any  # inside operators its tensors

@@ -1,7 +1,6 @@
-"""Plain PyTorch ``g2g_stack``: the two operators one after the other, layer by layer. The oracle for every backend.
-
-Layers that reach one another take turns, as many steps at a time as their delays allow: a recurrent layer takes one
-step after the other, its product with the inputs excepted. So do the neurons of a layer whose membranes are wanted.
+"""Plain PyTorch ``g2g_stack``: two operators, layer by layer. The oracle for every backend. Layers that reach one
+another take turns, as many steps at a time as their delays allow: a recurrent layer takes one step after the other, its
+product with the inputs excepted. So do the neurons of a layer whose membranes are wanted.
 """
 
 import itertools

@@ -1,8 +1,6 @@
-"""Synaptic operations: what the inputs of each layer made its weights add and multiply.
-
-The definition is NeuroBench's (Yik et al. 2025): one operation for each input that is not zero and each weight that it
-meets and that is not zero, at every time step. An input held for all steps meets the weights once, since its product
-is computed once. Biases and neurons count as nothing.
+"""Synaptic operations, as NeuroBench defines them (Yik et al. 2025): one for each input that is not zero and each
+weight that it meets and that is not zero, at every time step. An input held for all steps meets the weights once, since
+its product is computed once. Biases and neurons count as nothing.
 """
 
 from collections.abc import Sequence
@@ -60,9 +58,13 @@ class Border(NamedTuple):
 
 
 class Synapses:
-    """The inputs [T, B, in], or [B, in] held for ``steps``, and the connections to each of the ``layers``, from which a
-    run's synaptic operations can be counted afterwards. ``borders`` are those of each layer, and at the end of the
-    inputs, where delays are read from it; else None.
+    """The inputs and the weights of a run, from which its synaptic operations can be counted afterwards.
+
+    Args:
+        x: [T, B, in], or [B, in] held at every step.
+        steps: for which x is held, or None.
+        layers: the connections to each layer.
+        borders: of each layer, and at the end of the inputs, where delays are read from it; else None.
     """
 
     def __init__(

@@ -335,14 +335,9 @@ def launch_forward(
     counts: torch.Tensor | None = None,
     membranes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Runs the neurons over all steps, and returns the states after the last, float32 [states, B, N].
-
-    Args:
-        run: the neurons and their currents.
-        spikes: written, [T, B, N] of any dtype (uint8 is the smallest).
-        checkpoints: written if given, float32 of :func:`checkpoint_shape`; what the backward pass needs.
-        counts: written if given, float32 [B, N], spikes over all steps.
-        membranes: written if given, float32 [T, B, N].
+    """Runs the neurons over all steps, and returns the states after the last, float32 [states, B, N]. It writes what is
+    given of spikes [T, B, N] of any dtype (uint8 is the smallest), checkpoints, float32 of :func:`checkpoint_shape`,
+    for the backward pass, counts, float32 [B, N], and membranes, float32 [T, B, N].
     """
     last = run.current.new_empty(run.state_shape, dtype=torch.float32)
     run.launch(
@@ -358,13 +353,9 @@ def launch_backward(
     grad_current: torch.Tensor | None,
     grad_first: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Writes the gradients that are given; returns float32 [parameters + 1, N], those of the parameters and of a bias.
-
-    Args:
-        run, checkpoints: as the forward pass had them; margins have no checkpoints.
-        upstream: what reaches the spikes, the membranes and the last states.
-        grad_current: of the shape of the currents (summed over time if they are held), of any dtype.
-        grad_first: of the states before the first step, float32.
+    """Writes the gradients that are given: of the currents, of their shape (summed over time if they are held) and any
+    dtype, and of the states before the first step, float32. Returns float32 [parameters + 1, N], those of the
+    parameters and of a bias. ``run`` and ``checkpoints`` are those of the forward pass (margins have none).
     """
     batch, neurons = run.current.shape[-2:]
     rows = cdiv(batch, TILE // min(128, next_power_of_2(neurons)))

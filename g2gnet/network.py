@@ -127,8 +127,9 @@ class G2GNet(SpikingStack):
         given = locals()  # whose names are those of the settings
         settings = NetworkSettings(**{name: given[name] for name in NetworkSettings.defaults() if name in given})
         sizes = (input_dim, *settings.hidden_sizes, num_classes)
-        parts, output = _projections(settings, sizes, backend, generator, parameters), f"lif{len(sizes) - 1}"
-        SpikingNetwork.__init__(self, *parts, output, settings.T, settings.dropout, settings.readout, backend)
+        parts = _projections(settings, sizes, backend, generator, parameters)
+        options = settings.T, settings.dropout, settings.readout, backend
+        SpikingNetwork.__init__(self, *parts, f"lif{len(sizes) - 1}", *options)
         self.model = settings.model
         self.enc = settings.enc
         self.enc_scale = settings.enc_scale

@@ -205,8 +205,7 @@ class BlockMask(UnitGrid):
     @property
     def writes(self) -> int:
         """How often something else wrote into the buffer since the mask did."""
-        wiring = self.own_wiring
-        return (-1 if wiring.is_inference() else wiring._version) - self.written
+        return version(self.own_wiring) - self.written
 
     def _changed(self) -> None:
         self.changes += 1

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from g2g_kernels.mask.block_mask import BlockMask
+from g2g_kernels.mask.wiring import version
 from g2g_kernels.ops.g2g_stack.delays import Delay
 from g2g_kernels.ops.g2g_stack.layer import Connection, SpikingLayer
 
@@ -116,7 +117,7 @@ class Synapses:
         return cls(x, steps, connections, borders)
 
     def _now(self) -> list[int]:
-        versions = [-1 if tensor.is_inference() else tensor._version for tensor in self._counted]
+        versions = [version(tensor) for tensor in self._counted]
         return versions + [each.mask.changes for connections in self._layers for each in connections]
 
     def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:

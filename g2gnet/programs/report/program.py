@@ -13,6 +13,7 @@ from g2gnet.programs import flags, output
 from g2gnet.programs.main import run_program
 from g2gnet.training import CheckpointError, SavedRun, read_run
 from g2gnet.training.checkpoints import RunFiles
+from g2gnet.training.run_settings import BINNED
 
 EXAMPLE = """\
 example:
@@ -44,7 +45,9 @@ def make_report(arguments: argparse.Namespace) -> None:
     data: dict[tuple, ImageData] = {}
     inspected = []
     for run in tqdm(runs, desc="inspecting", unit=" runs", leave=False, disable=None):
-        key = (run.settings.dataset, run.settings.use_resnet, run.settings.resnet_weights, run.settings.limit_test)
+        about = ["dataset", "use_resnet", "resnet_weights", "limit_test", "bins", "dt"]
+        about += ["T"] if run.settings.dataset in BINNED else []
+        key = tuple(getattr(run.settings, name) for name in about)
         if key not in data:
             data[key] = flags.load_run_data(arguments, run.settings, machine.device)
         net = run.network(machine.device, machine.backend)

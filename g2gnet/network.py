@@ -128,8 +128,8 @@ class G2GNet(SpikingStack):
         settings = NetworkSettings(**{name: given[name] for name in NetworkSettings.defaults() if name in given})
         sizes = (input_dim, *settings.hidden_sizes, num_classes)
         parts = _projections(settings, sizes, backend, generator, parameters)
-        options = settings.T, settings.dropout, settings.readout, backend
-        SpikingNetwork.__init__(self, *parts, f"lif{len(sizes) - 1}", *options)
+        output = f"lif{len(sizes) - 1}"
+        SpikingNetwork.__init__(self, *parts, output, settings.T, settings.dropout, settings.readout, backend)
         self.model = settings.model
         self.enc = settings.enc
         self.enc_scale = settings.enc_scale

@@ -257,8 +257,7 @@ class Trainer(EpochTrainer):
         delays = [learned.pop(name) for name in [*learned] if name.endswith("_delay")]
         # they act in whole steps, and a penalty would draw them to zero
         factor = settings.delay_lr_factor
-        faster: dict[str, Any] = {"params": delays, "weight_decay": 0.0}
-        faster |= {"lr": options["lr"] * factor, "lr_factor": factor}
+        faster = {"params": delays, "weight_decay": 0.0, "lr": options["lr"] * factor, "lr_factor": factor}
         groups = [faster] if delays else []
         if settings.optimizer == "adam":
             return torch.optim.Adam([{"params": [*learned.values()]}, *groups], **options)

@@ -94,6 +94,11 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def of_group(group: str) -> Callable[..., Any]:
+    """What makes fields of that group, of their default, text and options, as :func:`setting`."""
+    return lambda default, text, **options: setting(default, group, text, **options)
+
+
 def with_default(settings: type, name: str, default: Any, **changes: Any) -> Any:
     """The field ``name`` of ``settings`` with another default, and with ``changes`` of its description."""
     (field,) = [field for field in dataclasses.fields(settings) if field.name == name]
@@ -242,10 +247,7 @@ def _initial(parameter: str, text: str) -> str:
     return f"initial {text}{only} (default: {default})"
 
 
-def _model(default: Any, text: str, **options: Any) -> Any:
-    return setting(default, "model", text, **options)
-
-
+_model = of_group("model")
 SPARSE_MODEL = Need("model", tuple(SPARSE))
 RECURRENT = Need("recurrent", (True,))
 #: steps of a delay, which the CPU kernels number in 16 bits

@@ -14,7 +14,7 @@ from g2gnet.data.features.pretrained_weights import RELEASES
 from g2gnet.dst.rules import ACTIVITY, GROW_RULES, PRUNE_RULES, Rule, names_without
 from g2gnet.neurons import NEURONS
 from g2gnet.sequences import sequence_length
-from g2gnet.settings import Need, NetworkSettings, Others, Settings, setting, with_default
+from g2gnet.settings import Need, NetworkSettings, Others, Settings, of_group, with_default
 from g2gnet.weights.patterns import SPARSE
 
 SPARSITY_MODES = ("static", "dynamic")
@@ -40,16 +40,7 @@ def _each(field: str) -> str:
     return "default: " + ", ".join(f"{name} {value:g}" for name, value in values)
 
 
-def _data(default: Any, text: str, **options: Any) -> Any:
-    return setting(default, "data", text, **options)
-
-
-def _training(default: Any, text: str, **options: Any) -> Any:
-    return setting(default, "training", text, **options)
-
-
-def _rewiring(default: Any, text: str, **options: Any) -> Any:
-    return setting(default, "dynamic sparse training", text, **options)
+_data, _training, _rewiring = map(of_group, ("data", "training", "dynamic sparse training"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,10 +108,9 @@ class ActivityRecorder:
 
 
 class Uncompiled:
-    """Runs everything that ``torch.compile`` compiled in eager mode, from now until :meth:`end`.
-
-    This includes code compiled before or after, in any part of a model, so hooks and attributes set on layers take
-    effect. It needs PyTorch 2.6; for older versions there is ``check_compiled``.
+    """Runs everything that ``torch.compile`` compiled in eager mode, from now until :meth:`end`: code compiled before
+    or after, in any part of a model, so hooks and attributes set on layers take effect. It needs PyTorch 2.6; for older
+    versions there is ``check_compiled``.
     """
 
     _there: ClassVar["set[Uncompiled]"] = set()

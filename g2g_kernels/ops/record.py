@@ -159,14 +159,9 @@ class RecordOperator:
         keys: Sequence[str] = ("CPU",),
         check: Callable[[Any], None] = lambda record: None,
     ) -> None:
-        """Defines it.
-
-        Args:
-            results: those of its schema, ``"(Tensor, Tensor[])"``.
-            function, fake: the implementation and the fake one. Where a list that they return has None, the dispatcher
-                gets a tensor without elements.
-            keys: the dispatch keys that ``function`` serves.
-            check: raises ValueError for records that ``function`` would misread; of calls through the dispatcher.
+        """Defines it, with the ``results`` of its schema, ``"(Tensor, Tensor[])"``, for the dispatch ``keys``. Where a
+        list that ``function`` or ``fake`` returns has None, the dispatcher gets an empty tensor. ``check``, of
+        calls through the dispatcher, raises ValueError for records that ``function`` would misread.
         """
         _library.define(f"{name}({_ARGUMENTS}{self._more}) -> {results}")
         for key in keys:
@@ -273,15 +268,10 @@ class Differentiable(RecordOperator):
         check: Callable[[Any], None] = lambda record: None,
         prepared: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.contiguous,
     ) -> None:
-        """Defines it.
-
-        Args:
-            results, function, fake, keys, check: as of :class:`RecordOperator`.
-            outputs: the number of outputs that are results; the others are kept for the backward pass.
-            backward: takes a :class:`Backward` and gives the gradients of the record's tensors. It is not called where
-                no result has a gradient.
-            plain: the results by plain PyTorch operations, the tensors of lists one by one.
-            prepared: a gradient as ``backward`` takes it.
+        """Defines a :class:`RecordOperator`; the first ``outputs`` are results, the others are kept for ``backward``.
+        That takes a :class:`Backward`, with gradients as ``prepared`` gives them, and gives those of the record's
+        tensors; it is not called where no result has one. ``plain`` gives the results by plain PyTorch operations, the
+        tensors of lists one by one.
         """
         super().__init__(name, results, function, fake, keys, check)
         self._outputs, self._backward, self._plain, self._prepared = outputs, backward, plain, prepared

@@ -115,11 +115,10 @@ def refuses(*tensors: torch.Tensor | None) -> str | None:
 
 
 def input_precision() -> str:
-    """What PyTorch asks of float32 products: ``"tf32"`` (10-bit mantissas) or ``"ieee"`` (all 23 bits).
-
-    PyTorch's own switch decides, as for its dense products: ``torch.backends.cuda.matmul.fp32_precision``, or where
-    that is not set ``torch.backends.fp32_precision``; ``torch.set_float32_matmul_precision`` sets the first, and is all
-    that PyTorch up to 2.8 has. The default is full precision. AMD GPUs always use it.
+    """What PyTorch asks of float32 products: ``"tf32"`` (10-bit mantissas) or ``"ieee"`` (all 23 bits, the default).
+    Its own switch decides, as for dense products: ``torch.backends.cuda.matmul.fp32_precision``, or where that is not
+    set ``torch.backends.fp32_precision``; ``torch.set_float32_matmul_precision`` sets the first, and is all that
+    PyTorch up to 2.8 has. AMD GPUs always use full precision.
     """
     if torch.version.hip is not None:
         return "ieee"

@@ -61,10 +61,9 @@ class _Plain(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviations; an error is one line, with the flag that may have been meant.
-
-    Everything below the programs names settings and arguments, in backticks where it says what to give;
-    :meth:`in_flags` makes this program's flags of them.
+    """A parser that takes no abbreviations; an error is one line, with the flag that may have been meant. Everything
+    below the programs names settings and arguments, in backticks where it says what to give; :meth:`in_flags` makes
+    this program's flags of them.
     """
 
     def __init__(self, **options: Any) -> None:

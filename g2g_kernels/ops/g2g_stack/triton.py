@@ -284,9 +284,8 @@ def units_on_chip(units: Units, x: torch.dtype, products: torch.dtype) -> int:
 
 
 def on_chip_bytes(number: int, height: int, width: int) -> int:
-    """The shared memory of the fused kernel with the weights of ``number`` units, 16 bits each, on chip, at most.
-
-    Beside them, the spikes of two steps, 64 samples of 8 bits for each unit, and of one unit in 16 bits; and 1 KiB that
+    """The shared memory of the fused kernel with the weights of ``number`` units, 16 bits each, on chip, at most:
+    beside them the spikes of two steps, 64 samples of 8 bits for each unit, and of one unit in 16 bits; and 1 KiB that
     Triton 3.4 adds.
     """
     samples = 64
@@ -296,16 +295,11 @@ def on_chip_bytes(number: int, height: int, width: int) -> int:
 def fused_pays(units: Units, population: Neurons, batch: int, x: torch.dtype, products: torch.dtype) -> bool:
     """True where one kernel for product and neurons is expected to be faster than the pair; a rule, not measured.
 
-    Fusing saves 2.6 bytes per element of [T, B, N] in 16 bits. But its programs loop over time and
-    cannot be split over it: there are B/64 of them per block row, one on each multiprocessor, which are to be busy for
-    three quarters of the time. Where weights do not stay on chip, they would be read from L2 in each step. Only for
-    models whose one state is the membrane: the backward pass can recover only that from the margins.
-
-    Args:
-        units, population: of the layer.
-        batch: of the input.
-        x: the dtype of the layer's inputs, uint8 for spikes.
-        products: of the factors.
+    Fusing saves 2.6 bytes per element of [T, B, N] in 16 bits. But its programs loop over time and cannot be split over
+    it: there are B/64 of them per block row, one on each multiprocessor, which are to be busy for three quarters of the
+    time. Where weights do not stay on chip, they would be read from L2 in each step. Only for models whose one state is
+    the membrane: the backward pass can recover only that from the margins. ``x`` is the dtype of the layer's inputs,
+    uint8 for spikes, ``products`` that of the factors.
     """
     if len(MODELS[population.model].states) > 1 or not units_on_chip(units, x, products):
         return False

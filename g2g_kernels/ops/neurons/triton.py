@@ -227,15 +227,10 @@ def neurons_backward_kernel(
 
 
 class Run(NamedTuple):
-    """Neurons over all time steps, in the form that kernels need: everything contiguous and on one device.
-
-    Attributes:
-        current: float32, float16 or bfloat16 [T, B, N], or [B, N] held for all steps.
-        population: the neurons, parameters float32 [1] or [N].
-        steps: T.
-        first: the states before the first step, float32 [states, B, N]; None: zeros.
-        dropped: uint8 [B, N], 1 where a neuron's spikes are taken away; None: nowhere.
-        margins: whether ``current`` has the margins U_t − θ instead, for the backward pass.
+    """Neurons over all time steps, in the form that kernels need, all contiguous and on one device: the ``current``,
+    float32, float16 or bfloat16 [T, B, N], or [B, N] held for all steps (with ``margins`` it has U_t − θ, for the
+    backward pass); the neurons, parameters float32 [1] or [N]; T; the states before the ``first`` step, float32
+    [states, B, N], or None for zeros; and ``dropped``, uint8 [B, N], 1 where spikes are taken away, or None.
     """
 
     current: torch.Tensor

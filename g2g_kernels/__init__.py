@@ -11,24 +11,7 @@ from g2g_kernels.ops.neurons import Neurons, adlif, lif, neurons, synaptic
 from g2g_kernels.ops.neurons.step import adlif_step, lif_step, neurons_step, synaptic_step
 
 __all__ = [
-    "Activity",
-    "BackendError",
-    "BlockMask",
-    "GroupLayout",
-    "Neurons",
-    "SpikingLayer",
-    "adlif",
-    "adlif_step",
-    "available_backends",
-    "backend_status",
-    "g2g_linear",
-    "g2g_stack",
-    "lif",
-    "lif_step",
-    "neurons",
-    "neurons_step",
-    "register_flop_formulas",
-    "select_device",
-    "synaptic",
-    "synaptic_step",
-]
+    "Activity", "BackendError", "BlockMask", "GroupLayout", "Neurons", "SpikingLayer", "adlif", "adlif_step",
+    "available_backends", "backend_status", "g2g_linear", "g2g_stack", "lif", "lif_step", "neurons", "neurons_step",
+    "register_flop_formulas", "select_device", "synaptic", "synaptic_step",
+]  # fmt: skip

@@ -10,26 +10,19 @@ _SHORT.maxstring = 60
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """``value``, which is True or False.
-
-    Raises:
-        ValueError: if it is anything else, as ``"no"``, which counts as true.
-    """
+    """``value``, if it is True or False; else ValueError, as for ``"no"``, which counts as true."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r:.40} must be True or False")
     return value
 
 
-def check_choice(name: str, value: Any, known: Iterable[str], more: str = "", of: str = "") -> None:
-    """Raises ValueError unless ``value`` is one of the ``known`` names.
-
-    Args:
-        more: what else could be given.
-        of: whose argument it is, after its value.
-    """
+def check_choice(name: str, value: Any, known: Iterable[str], more: str = "", of: str = "") -> Any:
+    """``value``; raises ValueError unless it is one of the ``known`` names. ``more``: what else could be given; ``of``:
+    whose argument it is, after its value."""
     known = list(known)
     if value not in known:
         raise ValueError(unknown(name, value, known, more, of))
+    return value
 
 
 def unknown(name: str, value: Any, known: Iterable[str], more: str = "", of: str = "") -> str:

@@ -30,7 +30,6 @@ def select_device(name: str = "auto") -> torch.device:
     Apple's ``"mps"`` and Intel's ``"xpu"`` have no g2g kernels and run on plain PyTorch operations. The compiled CPU
     kernels are the better choice, so these are used only when named.
 
-
     Raises:
         ValueError: for an unknown name or a device missing on this machine, with the remedy.
 

@@ -87,11 +87,7 @@ def _environment() -> str:
 
 
 def forced_backend(backend: str | None) -> str | None:
-    """The backend requested by the argument or ``G2G_BACKEND``; None (or ``"auto"``) leaves the choice open.
-
-    Raises:
-        ValueError: for an unknown name.
-    """
+    """The backend of the argument or ``G2G_BACKEND``; None (or ``"auto"``): any. ValueError for an unknown name."""
     source = "backend" if backend is not None else "G2G_BACKEND"
     name = backend if backend is not None else _environment()
     if name in ("", "auto"):
@@ -123,10 +119,7 @@ class Operator:
         self._implementations[backend] = (function, refuses or (lambda *args, **kwargs: None))
 
     def register_module(self, backend: str, load: Callable[[], ModuleType]) -> None:
-        """Adds the implementation in a module that ``load`` imports at the first call.
-
-        Its function has the operator's name; its function ``refuses`` is as for :meth:`register`.
-        """
+        """Adds a module, imported by ``load`` at the first call: a function of the operator's name, and ``refuses``."""
 
         def function(*args: Any, **kwargs: Any) -> Any:
             return getattr(load(), self.name)(*args, **kwargs)
@@ -137,7 +130,6 @@ class Operator:
         self.register(backend, function, refuses)
 
     def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        """Runs the operator on the backend that :meth:`choose` gives."""
         return self.choose(*args, backend=backend, **kwargs)(*args, **kwargs)
 
     def prefers(self, name: str, *args: Any, backend: str | None = None) -> bool:
@@ -148,11 +140,7 @@ class Operator:
         return not (BACKENDS[name].unavailable() or BACKENDS[name].only_by_name() or refuses(*args))
 
     def choose(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Callable:
-        """The implementation of the forced backend, or of the first that serves this call.
-
-        Raises:
-            BackendError: if none does, with every backend's reason.
-        """
+        """The implementation of the forced or the first backend that serves; BackendError with every reason."""
         forced = forced_backend(backend)
         reasons: dict[str, str] = {}
         for name in (forced,) if forced else BACKENDS:

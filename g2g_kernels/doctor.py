@@ -72,10 +72,8 @@ class Check:
         return errors
 
     def _results(self, backend: str, device: torch.device, dtype: torch.dtype) -> Tensors:
-        """Outputs, and gradients of a fixed weighted sum of them, in float64 on the CPU.
-
-        Leaves are float32 for 16 bits too: ``torch.autocast`` casts them down.
-        """
+        """Outputs, and gradients of a fixed weighted sum of them, in float64 on the CPU. Leaves are float32 for 16 bits
+        too, which ``torch.autocast`` casts down."""
         low = dtype.itemsize == 2
         leaves = {
             name: leaf.to(torch.float32 if low else dtype, copy=True).to(device).requires_grad_()
@@ -146,7 +144,6 @@ DEFAULT_SIZES = (784, 2048, 2048, 10)
 
 
 def _default_step(draw: torch.Generator, multiples: Callable[..., torch.Tensor]) -> Iterator[Check]:
-    """The kernels of a training step of the default network."""
     samples = 4 * BATCH  # in more than 1,024 rows, whose products have other tiles
     leaves = {"x": multiples(0.5, 0, 2, samples, DEFAULT_SIZES[0])}
     masks = []

@@ -1,8 +1,5 @@
-"""Kinds of numbers, and the one check of each: of arguments, of settings and of what files hold.
-
-A number outside its range, or one that the type it becomes cannot hold, would be wrong in silence: C cuts whole numbers
-off, and makes large ones of floating point infinite and small ones 0.
-"""
+"""Kinds of numbers, and the one check of each: of arguments, of settings and of what files hold. C would cut whole
+numbers off in silence, and make large ones of floating point infinite and small ones 0."""
 
 import math
 import numbers
@@ -19,8 +16,7 @@ FLOAT32 = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
 
 def check_parameter(name: str, value: Any, of: str = "") -> float:
     """``value``, the parameter of neurons, as a float; ∞ is a threshold never reached. Raises ValueError, naming the
-    argument (``of`` some neurons), unless it is one number that a float32 holds, or inf.
-    """
+    argument (``of`` some neurons), unless it is one number that a float32 holds, or inf."""
     if isinstance(value, torch.SymFloat):  # of a graph with dynamic shapes, which stands for a float
         return value  # type: ignore[return-value]
     number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
@@ -77,7 +73,6 @@ class Number(NamedTuple):
         return f"{'a whole number' if self.whole else 'a number'} {of}{self.range}"
 
     def _holds(self, value: float) -> bool:
-        """Whether ``value`` is in the range."""
         above = self.low < value if self.open_low else self.low <= value
         return above and (value < self.high if self.open_high else value <= self.high)
 
@@ -114,9 +109,7 @@ class Number(NamedTuple):
             return None
 
     def check(self, name: str, value: Any, of: str = "") -> Any:
-        """``value``, as an int if it is whole. Raises ValueError, naming the argument (``of`` something), unless
-        ``value`` is of this kind.
-        """
+        """``value``, as an int if it is whole; ValueError, naming it (``of`` something), unless of this kind."""
         wanted = self.refuses(value)
         if wanted:
             raise ValueError(f"{name}={value!r:.40}{of} must be {wanted}")

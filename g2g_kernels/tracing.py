@@ -13,9 +13,8 @@ _Record = TypeVar("_Record", bound=tuple)
 
 def constant_when_traced(function: _Function) -> _Function:
     """Lets torch.compile call ``function`` once, while it traces, and keep the result.
-
-    ``torch.compiler.assume_constant_result`` only sets this mark, but imports the compiler for it, which takes
-    longer than the rest of PyTorch.
+    (``torch.compiler.assume_constant_result`` only sets this mark, but imports the compiler, which takes longer than
+    the rest of PyTorch.)
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -38,19 +37,15 @@ def replaced(record: _Record, **fields: Any) -> _Record:
 
 
 def is_transformed() -> bool:
-    """Whether torch.func transforms (grad, vmap, …) or torch.jit.trace are at work, which need plain operations.
-
-    Neither can look into an operator whose gradient is an operator, too. (torch.compile can.)
-    """
+    """Whether torch.func transforms (grad, vmap, …) or torch.jit.trace are at work: unlike torch.compile they cannot
+    look into an operator whose gradient is one, too, and need plain operations."""
     return not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or torch._C._is_tracing())
 
 
 def is_observed(tensors: Sequence[torch.Tensor | None]) -> bool:
-    """Whether something may look at the operators that are called with these tensors.
-
-    Tracers, dispatch modes (fake tensors, counters of FLOPs), transforms, profilers and subclasses of tensors do. So
-    does the dispatcher itself where a tensor's memory is not its content: a view that is to be negated, zeros that are
-    only noted.
+    """Whether something may look at the operators that are called with these tensors: tracers, dispatch modes (fake
+    tensors, counters of FLOPs), transforms, profilers, subclasses of tensors; or the dispatcher itself, where a
+    tensor's memory is not its content: a view that is to be negated, zeros that are only noted.
     """
     return (
         torch.compiler.is_compiling()
@@ -68,10 +63,8 @@ _PLAIN = {torch.Tensor, nn.Parameter, type(None)}
 
 
 def symbolic_call(module: nn.Module, x: Any, *rest: Any) -> Any:
-    """In ``torch.fx.symbolic_trace``, which calls ``module(x, …)`` with a stand-in: the node of this call, a leaf.
-
-    None if x is no such stand-in. Raises NotImplementedError if the module itself is what is traced.
-    """
+    """In ``torch.fx.symbolic_trace``, which calls ``module(x, …)`` with a stand-in: the node of this call, a leaf; None
+    if x is none. Raises NotImplementedError if the module itself is what is traced."""
     import torch.fx  # where torch has not imported it, nothing is traced symbolically
 
     if not isinstance(x, torch.fx.Proxy):
@@ -87,10 +80,7 @@ def symbolic_call(module: nn.Module, x: Any, *rest: Any) -> Any:
 
 
 def default_device() -> torch.device:
-    """The device on which a tensor is created, in a ``torch.device`` context too.
-
-    ``torch.get_default_device`` of PyTorch 2.4 knows nothing of contexts.
-    """
+    """Where tensors are created, in a ``torch.device`` context too (``torch.get_default_device`` of 2.4 knows none)."""
     return torch.zeros(0).device
 
 

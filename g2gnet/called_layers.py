@@ -1,8 +1,4 @@
-"""Layers of a stack that are called as modules: what only a call would run is not left out.
-
-Hooks on a layer (which also rewrite its weights), a ``forward`` of its own, another module in its place: a
-:class:`g2gnet.SpikingStack` that carries any of these calls its layers one after the other.
-"""
+"""Layers of a stack that are called as modules, one after the other: what only a call would run is not left out."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +11,7 @@ from torch.nn.modules import module as every_module
 
 from g2g_kernels import SpikingLayer, neurons_step
 from g2g_kernels.ops.g2g_stack import Connection, Delay, NeuronState, StackState, Synapses, check_dropped
-from g2g_kernels.ops.g2g_stack.reference import Parts, graph_of, in_parts
+from g2g_kernels.ops.g2g_stack.reference import Parts, Run, graph_of
 from g2g_kernels.ops.g2g_stack.schedule import parts_of
 from g2g_kernels.ops.g2g_stack.synapses import Border
 from g2g_kernels.ops.neurons.checks import check_states
@@ -27,14 +23,8 @@ logger = logging.getLogger("g2gnet")
 
 
 class Called(NamedTuple):
-    """A population as modules.
-
-    Attributes:
-        name: of its neurons.
-        neurons: the module.
-        size: the number of neurons.
-        connections: (name, module, number of the source, delay or None) of each connection to them.
-    """
+    """A population as modules: the name, module and size of its neurons, and (name, module, number of the source, delay
+    or None) of each connection to them."""
 
     name: str
     neurons: Any
@@ -67,8 +57,7 @@ def _nothing(*arguments: Any) -> None:
 
 
 def why_called(modules: Mapping[str, Any], populations: Sequence[str]) -> str | None:
-    """What would be left out unless the modules of a network are called; None: nothing. ``populations`` names those
-    that are neurons."""
+    """What is left out unless modules are called, of which ``populations`` are neurons; None: nothing."""
     if (
         every_module._global_forward_hooks
         or every_module._global_forward_pre_hooks
@@ -103,13 +92,8 @@ def spikes_of_called(
     reason: str,
 ) -> list[torch.Tensor]:
     """The spikes [T, B, N] of each population by calls of its modules; those on a cycle are called at every step.
-
-    Args:
-        dropped: the neurons that each drops; what the others send is multiplied by ``scale``.
-        reason: why they are called, which is logged once.
-
-    Raises:
-        TypeError: if a hook on neurons that take steps, or a forward of their own, would be left out.
+    ``dropped`` are the neurons that each drops, whose others send ``scale`` times as much; ``reason`` is logged once.
+    Raises TypeError if a hook on neurons that take steps, or a forward of their own, would be left out.
     """
     if not is_traced():
         _say_that_layers_are_called(reason)
@@ -130,7 +114,7 @@ def spikes_of_called(
                 f"connection, as {population.connections[-1][0]}, or take steps with step(x, state)"
             )
         parts.append(Parts(products, partial(_step_neurons, population.neurons)))
-    return in_parts(x, records, parts, steps).spikes
+    return Run(x, records, parts, steps).turn().spikes
 
 
 def _records(
@@ -188,15 +172,9 @@ def step_of_called(
     sent: Sequence[torch.Tensor | None],
     spiking: bool,
 ) -> tuple[torch.Tensor, list[torch.Tensor], StackState]:
-    """One step by calls of connections and steps of neurons.
-
-    Args:
-        x: [B, D].
-        states, sent: of each population before the step, and at the end of ``sent`` the inputs.
-        spiking: whether the last neurons spike, too.
-
-    Returns:
-        the output, the spikes [1, B, N] of each population, and the state after the step.
+    """One step from ``x`` [B, D] by calls of connections and steps of neurons. ``states`` and ``sent`` are those before
+    it, the inputs' at the end; ``spiking``: the last neurons spike, too. Returns the output, the spikes [1, B, N] of
+    each population, and the state after the step.
     """
     parts = []
     before = [(each,) if isinstance(each, torch.Tensor) else each for each in states]
@@ -207,7 +185,7 @@ def step_of_called(
             check_states(own, neurons.population, (len(x), size))
         step = partial(_step_neurons if spiking or number < len(populations) else _step_silently, neurons)
         parts.append(Parts([partial(_call_at_a_step, connection) for _, connection, _, _ in connections], step))
-    turn = in_parts(x[None], _records(populations, None, before, sent), parts, None, sent[-1])
+    turn = Run(x[None], _records(populations, None, before, sent), parts, None, sent[-1]).turn()
     after = [each[0] if isinstance(each, tuple) and len(each) == 1 else each for each in turn.states]
     output = turn.spikes[-1][0] if spiking else turn.states[-1][-1]
     return output, turn.spikes, (*after, *[each for each in turn.sent if each is not None])
@@ -226,7 +204,6 @@ def _call(name: str, connection: nn.Module, scale: float, size: int, x: torch.Te
 def _call_neurons(
     number: int, called: Called, silent: torch.Tensor | None, current: torch.Tensor, steps: int | None, state: None
 ) -> tuple[torch.Tensor, None]:
-    """The spikes of neurons, which are called."""
     if steps is not None:
         current = current.expand(steps, *current.shape)
     if silent is not None:
@@ -248,7 +225,6 @@ def _step_neurons(
 
 
 def _step_silently(neurons: SpikingNeurons, current: torch.Tensor, steps: None, state: Any) -> tuple[torch.Tensor, Any]:
-    """A step of neurons that integrate, and send nothing."""
     _, states = neurons_step(current[0], state, neurons.population.integrating())
     return torch.zeros_like(current), states
 

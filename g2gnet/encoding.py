@@ -62,6 +62,4 @@ def encode(
 def check_samples(x: torch.Tensor) -> None:
     """Raises TypeError for samples that are not floats."""
     if isinstance(x, torch.Tensor) and not x.is_floating_point():
-        raise TypeError(
-            f"samples are {x.dtype}, not floats; g2gnet.data.as_samples(images) makes uint8 images samples from 0 to 1"
-        )
+        raise TypeError(f"samples are {x.dtype}, not floats; g2gnet.data.as_samples(images) converts uint8 images")

@@ -1,29 +1,16 @@
 """A network of spiking layers as one graph, and as a table with pictures for notebooks."""
 
 import html
-from collections.abc import Sequence
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from g2g_kernels.mask.conversions import picture
 from g2gnet.layers import G2GLinear
-from g2gnet.neurons import SpikingNeurons
+
+if TYPE_CHECKING:
+    from g2gnet.spiking_network import SpikingNetwork
 
 
-class Network(Protocol):
-    """What is drawn: a :class:`g2gnet.SpikingNetwork`."""
-
-    @property
-    def populations(self) -> Sequence[str]: ...
-
-    def connections(self) -> dict[str, G2GLinear]: ...
-    def neurons(self) -> dict[str, SpikingNeurons]: ...
-    def routes(self) -> Sequence[Any]: ...
-    def delays(self, name: str) -> torch.Tensor: ...
-
-
-def to_networkx(net: Network) -> Any:
+def to_networkx(net: "SpikingNetwork") -> Any:
     """A ``networkx.DiGraph`` of all neurons: nodes ("input", j), ("lif1", i), ("lif2", i), …, edges with ``weight``,
     and where spikes arrive later with ``delay``, in steps. A ``MultiDiGraph`` if two projections join the same pair.
 
@@ -56,7 +43,7 @@ def to_networkx(net: Network) -> Any:
     return graph
 
 
-def to_html(net: Network) -> str:
+def to_html(net: "SpikingNetwork") -> str:
     """One row per connection: its groups, the units that exist, the neurons that it leads to, and when.
 
     Example:

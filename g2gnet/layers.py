@@ -56,11 +56,7 @@ class G2GLinear(PackedWeights):
     """
 
     def __init__(
-        self,
-        mask: BlockMask,
-        bias: bool = True,
-        backend: str | None = None,
-        generator: torch.Generator | None = None,
+        self, mask: BlockMask, bias: bool = True, backend: str | None = None, generator: torch.Generator | None = None
     ) -> None:
         device = mask.unit_row.device
         super().__init__(mask, nn.Parameter(torch.empty(mask.num_units, *mask.unit_shape, device=device)))
@@ -134,9 +130,7 @@ class G2GLinear(PackedWeights):
         from scipy import sparse  # which is slow to import
 
         if not sparse.issparse(matrix):
-            raise TypeError(
-                f"matrix is a {type(matrix).__name__}, no SciPy sparse matrix; give scipy.sparse.coo_matrix(…)"
-            )
+            raise TypeError(f"matrix is a {type(matrix).__name__}; give a SciPy sparse one, scipy.sparse.coo_matrix(…)")
         if matrix.dtype.kind not in "fiub" or len(matrix.shape) != 2:
             raise ValueError(f"matrix is of {matrix.dtype} {list(matrix.shape)}; give real numbers [out, in]")
         stored = sparse.coo_matrix(matrix).astype(np.float64)  # whose sums do not overflow
@@ -230,8 +224,7 @@ class G2GLinear(PackedWeights):
     @property
     def weight(self) -> torch.Tensor:
         """:meth:`dense_weight`, for code that reads the weight of an ``nn.Linear``: computed at every access, at the
-        cost of a dense copy. Writing to it raises RuntimeError, assigning it AttributeError; ``values`` is trained.
-        """
+        cost of a dense copy. Writing to it raises RuntimeError, assigning it AttributeError; ``values`` is trained."""
         weight = self.dense_weight()
         if is_traced() or type(weight) is not torch.Tensor:  # traced, or a stand-in
             return weight

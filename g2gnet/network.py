@@ -124,16 +124,12 @@ class G2GNet(SpikingStack):
         generator: torch.Generator | None = None,
         **parameters: float,
     ) -> None:
-        arguments = locals()  # whose names are those of the settings
-        settings = NetworkSettings(
-            **{name: arguments[name] for name in NetworkSettings.defaults() if name in arguments}
-        )
+        given = locals()  # whose names are those of the settings
+        settings = NetworkSettings(**{name: given[name] for name in NetworkSettings.defaults() if name in given})
         sizes = (input_dim, *settings.hidden_sizes, num_classes)
-        populations, projections = _projections(settings, sizes, backend, generator, parameters)
+        parts = _projections(settings, sizes, backend, generator, parameters)
         output = f"lif{len(sizes) - 1}"
-        SpikingNetwork.__init__(
-            self, populations, projections, output, settings.T, settings.dropout, settings.readout, backend
-        )
+        SpikingNetwork.__init__(self, *parts, output, settings.T, settings.dropout, settings.readout, backend)
         self.model = settings.model
         self.enc = settings.enc
         self.enc_scale = settings.enc_scale
@@ -155,22 +151,17 @@ class G2GNet(SpikingStack):
         backend: str | None = None,
         generator: torch.Generator | None = None,
     ) -> "G2GNet":
-        """The network that ``settings`` (:class:`NetworkSettings`, or a training run's) describe.
-
-        Args:
-            input_dim, num_classes: sizes of its data; of sequences, the inputs of one step.
-            backend, generator: as for the constructor.
-        """
+        """The network that ``settings`` (:class:`NetworkSettings`, or a training run's) describe, for data of these
+        sizes (of sequences the inputs of one step); ``backend`` and ``generator`` as for the constructor."""
         options = settings.network_options()
         return cls(input_dim, num_classes=num_classes, backend=backend, generator=generator, **options)
 
     def encode(
         self, x: torch.Tensor, generator: torch.Generator | None = None, part: slice | None = None
     ) -> torch.Tensor:
-        """What fc1 receives: samples [B, D] as [B, D] (held at every step) or [T, B, D]; x [T, B, D] as it is.
-
-        Samples that unfold over time are [B, T·D]. With ``part``, only these samples are encoded, as they would be in
-        the whole batch.
+        """What fc1 receives: samples [B, D], or [B, T·D] if they unfold over time, as [B, D] (held at every step) or
+        [T, B, D]; x [T, B, D] as it is. With ``part``, only these samples are encoded, as they would be in the whole
+        batch.
         """
         check_input(x)
         if x.dim() == 3:
@@ -183,16 +174,13 @@ class G2GNet(SpikingStack):
         return encode(x, self.enc, self.T, self.enc_scale, self.enc_bias, generator, part)
 
     def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Samples [B, D], or inputs over time [T, B, D] → spike counts of the output neurons, or their readout, [B, C]
-        (the logits).
-        """
+        """Samples [B, D], or inputs over time [T, B, D] → logits [B, C]: the output's spike counts, or its readout."""
         if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x, generator)) is not None:
             return node
         return super().forward(self.encode(x, generator))
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        *_, error_msgs = rest
         # what a file says is used as an index
         name = f"{prefix}input_order"
         order = state_dict.get(name)
@@ -203,9 +191,7 @@ class G2GNet(SpikingStack):
         deviation = state_dict.get(f"{prefix}input_deviation")
         if isinstance(deviation, torch.Tensor) and self.standardize and not (deviation > 0).all():
             error_msgs.append(f"{prefix}input_deviation is not above 0")
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def _projections(

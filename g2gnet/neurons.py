@@ -142,9 +142,7 @@ def _with_decay(
     if decay in others:
         raise TypeError(f"{name} and {decay} are the same parameter; give one of them")
     if dt is None:
-        raise TypeError(
-            f"{name}={parameters[name]!r:.40} needs dt, the length of a step in the same unit, as {name}=20.0, dt=1.0"
-        )
+        raise TypeError(f"{name}={parameters[name]!r:.40} needs dt, a step in the same unit, as {name}=20.0, dt=1.0")
     _POSITIVE.check("dt", dt)
     given = parameters[name]
     if not isinstance(given, torch.Tensor) or not given.dim():
@@ -158,7 +156,6 @@ def _with_decay(
 
 
 def _initial(name: str, value: Any, shape: tuple[int, ...], neurons: int | None) -> torch.Tensor:
-    """The initial values of a parameter; ValueError for what are none."""
     if not isinstance(value, torch.Tensor) or not value.dim():
         return torch.full(shape, check_parameter(name, value))
     if neurons is None or tuple(value.shape) != shape:

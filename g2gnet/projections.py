@@ -10,7 +10,7 @@ from torch import nn
 
 from g2g_kernels.choices import check_flag
 from g2g_kernels.numbers import SIZE, Number
-from g2g_kernels.ops.g2g_stack.schedule import parts_of
+from g2g_kernels.ops.g2g_stack.schedule import CycleError, parts_of
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
 
@@ -206,6 +206,26 @@ def graph_of(routes: Sequence[Route], count: int) -> tuple[tuple[tuple[int, int]
     return tuple([tuple([(each.source, each.least) for each in routes if each.target == n]) for n in range(count)])
 
 
+def checked_routes(routes: Sequence[Route], learned: Collection[str], names: Sequence[str]) -> tuple[Route, ...]:
+    """The routes between populations of these names, with ``learned`` delays of at least 1 on cycles. Raises ValueError
+    for a cycle without delay."""
+    together = parts_of(graph_of([route._replace(least=1) for route in routes], len(names)))
+    cycles = [{*part.members} for part in together if part.period]
+    checked = []
+    for route in routes:
+        if route.name in learned and any({route.source, route.target} <= cycle for cycle in cycles):
+            route = route._replace(least=1)
+        if route.least > route.most:
+            raise ValueError(f"{route.name} is on a cycle, and max_delay={route.most}; give at least 1")
+        checked.append(route)
+    try:
+        parts_of(graph_of(checked, len(names)))
+    except CycleError as error:
+        cycle = " → ".join(names[number] for number in (*error.cycle, error.cycle[0]))
+        raise ValueError(f"{cycle} is a cycle without delay; give one of its projections one") from None
+    return tuple(checked)
+
+
 def in_order(names: list[str], projections: Collection[Projection], output: str) -> tuple[str, ...]:
     """The populations, each after those that it receives unless they are on one cycle, the output last."""
     place = {name: number for number, name in enumerate(names)} | {"input": -1}
@@ -214,7 +234,7 @@ def in_order(names: list[str], projections: Collection[Projection], output: str)
     return (*[name for name in order if name != output], output)
 
 
-def checked_sizes(
+def sizes_of(
     populations: Mapping[str, nn.Module], projections: Mapping[str, Projection], output: str, readout: str
 ) -> dict[str, int]:
     """The number of neurons of each population, and of inputs; raises unless these are the parts of a network."""

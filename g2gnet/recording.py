@@ -96,11 +96,8 @@ class ActivityRecorder:
         return layers[0] if len(layers) == 1 else None
 
     def _is_new(self, layer: G2GLinear) -> bool:
-        """Whether this call does not repeat one that was recorded.
-
-        A checkpointed part of a model runs again in the backward pass. It is recorded there only if it was not before:
-        with ``use_reentrant=True`` its first run has no gradients.
-        """
+        """Whether this call does not repeat one that was recorded: a checkpointed part of a model runs again in the
+        backward pass, and counts there only if its first run had no gradients (``use_reentrant=True``)."""
         if torch._C._current_graph_task_id() == -1:  # no backward pass is running
             self._seen_forwards.add(layer)
             return True
@@ -111,10 +108,9 @@ class ActivityRecorder:
 
 
 class Uncompiled:
-    """Runs everything that ``torch.compile`` compiled in eager mode, from now until :meth:`end`.
-
-    This includes code compiled before or after, in any part of a model, so hooks and attributes set on layers take
-    effect. It needs PyTorch 2.6; for older versions there is ``check_compiled``.
+    """Runs everything that ``torch.compile`` compiled in eager mode, from now until :meth:`end`: code compiled before
+    or after, in any part of a model, so hooks and attributes set on layers take effect. It needs PyTorch 2.6; for older
+    versions there is ``check_compiled``.
     """
 
     _there: ClassVar["set[Uncompiled]"] = set()

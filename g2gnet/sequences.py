@@ -1,8 +1,5 @@
-"""Samples that unfold over time: which values of a sample the network receives at each step.
-
-A sample is kept as it is stored, and becomes a sequence batch by batch (:meth:`g2gnet.G2GNet.encode`). An order of its
-values unfolds it, int64 [T, D]: where the D inputs of each of T steps lie in the flattened sample. Each comes once.
-"""
+"""Samples that unfold over time, batch by batch (:meth:`g2gnet.G2GNet.encode`): what the network receives at each step.
+An order, int64 [T, D], says where the D inputs of each of T steps lie in the flattened sample; each comes once."""
 
 import math
 from collections.abc import Sequence
@@ -74,11 +71,7 @@ def input_order(sequence: str, shape: Sequence[int], values: int = 1, seed: int 
 
 
 def unfold(samples: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Samples [B, T·D] as sequences [T, B, D] in the order of :func:`input_order`.
-
-    Raises:
-        ValueError: for samples of another size.
-    """
+    """Samples [B, T·D] as sequences [T, B, D] in the order of :func:`input_order`; ValueError for another size."""
     if samples.dim() != 2 or samples.shape[1] != order.numel():
         steps, inputs = order.shape
         raise ValueError(

@@ -1,7 +1,5 @@
-"""Settings: frozen records whose fields carry their default, range and meaning, and the record of a network's.
-
-Constructors, command-line flags, help texts, checks and checkpoints all read them here.
-"""
+"""Settings: frozen records whose fields carry default, range and meaning, which constructors, flags, help texts, checks
+and checkpoints read here; and the record of a network's."""
 
 import dataclasses
 import math
@@ -96,6 +94,11 @@ def setting(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def of_group(group: str) -> Callable[..., Any]:
+    """What makes fields of that group, of their default, text and options, as :func:`setting`."""
+    return lambda default, text, **options: setting(default, group, text, **options)
+
+
 def with_default(settings: type, name: str, default: Any, **changes: Any) -> Any:
     """The field ``name`` of ``settings`` with another default, and with ``changes`` of its description."""
     (field,) = [field for field in dataclasses.fields(settings) if field.name == name]
@@ -117,10 +120,8 @@ SettingsT = TypeVar("SettingsT", bound="Settings")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Base of frozen dataclasses with fields made by ``setting``; values out of range are refused.
-
-    Raises:
-        SettingsError: naming each invalid value.
+    """Base of frozen dataclasses with fields made by ``setting``; values out of range are refused. Raises
+    SettingsError, naming each invalid value.
 
     Example:
         >>> from g2gnet.training import NetworkSettings
@@ -206,20 +207,14 @@ class Settings:
         """The settings that ``as_dict`` gave, perhaps in an earlier version.
 
         Later settings have their default. So have those that are refused without effect, and have none: their default
-        was another one.
-
-        Raises:
-            SettingsError: if they are no settings of ours.
+        was another one. Raises SettingsError if they are no settings of ours.
         """
         idle = cls.idle({**cls.defaults(), **saved}).keys() - set(cls.WARNED)
         return cls(**{name: value for name, value in saved.items() if name not in idle})
 
     @classmethod
     def complete(cls, saved: Mapping[str, Any]) -> dict[str, Any]:
-        """``saved``, as for :meth:`from_saved`, with the default of each later setting.
-
-        Names that are unknown here stay.
-        """
+        """``saved``, as for :meth:`from_saved`, with the default of each later setting; names unknown here stay."""
         names = cls.defaults().keys()
         try:
             known = cls.from_saved({name: value for name, value in saved.items() if name in names})
@@ -252,6 +247,7 @@ def _initial(parameter: str, text: str) -> str:
     return f"initial {text}{only} (default: {default})"
 
 
+_model = of_group("model")
 SPARSE_MODEL = Need("model", tuple(SPARSE))
 RECURRENT = Need("recurrent", (True,))
 #: steps of a delay, which the CPU kernels number in 16 bits
@@ -280,32 +276,27 @@ class NetworkSettings(Settings):
     }
     WARNED: ClassVar[tuple[str, ...]] = ("num_groups", "p_inter", "p_intra")
 
-    model: str | Pattern = setting(  # noqa: RUF009  (a function is as immutable as text)
+    model: str | Pattern = _model(  # noqa: RUF009  (a function is as immutable as text)
         "index",
-        "model",
         "fully connected, or how groups of neurons are connected",
         choices=MODELS,
         others=Others("a pattern of your own", callable),
     )
-    hidden_dim: int | tuple[int, ...] = setting(
+    hidden_dim: int | tuple[int, ...] = _model(
         2048,
-        "model",
         "neurons in each of the two hidden layers; several numbers: in each of so many",
         low=1,
         high=SIZE.high,
         several=True,
     )
-    num_groups: int = setting(8, "model", "groups on each side of a sparse layer (at most one per neuron)", low=1)
-    p_inter: float = setting(0.15, "model", "probability of a connection unit between groups", low=0, high=1)
-    p_intra: float = setting(1.0, "model", "probability of a connection unit inside a group", low=0, high=1)
-    density: str = setting(
-        "uniform",
-        "model",
-        "share of weights that exist: the same in each layer, or more in small ones (erk)",
-        choices=DENSITIES,
+    num_groups: int = _model(8, "groups on each side of a sparse layer (at most one per neuron)", low=1)
+    p_inter: float = _model(0.15, "probability of a connection unit between groups", low=0, high=1)
+    p_intra: float = _model(1.0, "probability of a connection unit inside a group", low=0, high=1)
+    density: str = _model(
+        "uniform", "share of weights that exist: the same in each layer, or more in small ones (erk)", choices=DENSITIES
     )
-    block_size: int = setting(
-        64, "model", "weights exist in blocks of N × N, the connection units; 1: single weights", low=1, high=SIZE.high
+    block_size: int = _model(
+        64, "weights exist in blocks of N × N, the connection units; 1: single weights", low=1, high=SIZE.high
     )
     sequence: str = setting(
         "none",
@@ -314,76 +305,60 @@ class NetworkSettings(Settings):
         "(the default for files of sequences)",
         choices=tuple(SEQUENCES),
     )
-    T: int = setting(50, "model", "time steps per sample", low=1)
-    enc: str = setting("current", "model", "input held as a current, or Bernoulli spikes", choices=ENCODINGS)
-    enc_scale: float = setting(1.0, "model", "input x becomes enc_scale*x + enc_bias")
-    enc_bias: float = setting(0.0, "model", "see `enc_scale`")
+    T: int = _model(50, "time steps per sample", low=1)
+    enc: str = _model("current", "input held as a current, or Bernoulli spikes", choices=ENCODINGS)
+    enc_scale: float = _model(1.0, "input x becomes enc_scale*x + enc_bias")
+    enc_bias: float = _model(0.0, "see `enc_scale`")
     standardize: bool = setting(
         False, "data", "subtract the training images' mean from all pixels (or features), and divide by their deviation"
     )
-    neuron: str = setting("lif", "model", "neuron model", choices=tuple(NEURONS))
-    recurrent: bool | tuple[int, ...] = setting(
+    neuron: str = _model("lif", "neuron model", choices=tuple(NEURONS))
+    recurrent: bool | tuple[int, ...] = _model(
         False,
-        "model",
         "recurrent connections in each hidden layer, or in those with these numbers, from 1; spikes arrive one step "
         "later",
         low=1,
         several=True,
     )
-    feedback: bool = setting(
-        False, "model", "connections from each hidden layer back to the one below; spikes arrive one step later"
+    feedback: bool = _model(
+        False, "connections from each hidden layer back to the one below; spikes arrive one step later"
     )
-    delay: int = setting(
+    delay: int = _model(
         0,
-        "model",
         "spikes and inputs arrive up to N steps later, each neuron's after its own delay, drawn once",
         low=0,
         high=MOST_DELAY,
     )
-    learn_delay: bool = setting(False, "model", "learn these delays, each from 0 to `delay`")
-    p_rec_inter: float | None = setting(
-        None,
-        "model",
-        "probability of a recurrent unit between groups, for `recurrent` (default: p_inter)",
-        low=0,
-        high=1,
+    learn_delay: bool = _model(False, "learn these delays, each from 0 to `delay`")
+    p_rec_inter: float | None = _model(
+        None, "probability of a recurrent unit between groups, for `recurrent` (default: p_inter)", low=0, high=1
     )
-    rec_gain: float = setting(
-        REC_GAIN, "model", "factor on the initial recurrent weights, for `recurrent`", low=0, open_low=True
+    rec_gain: float = _model(REC_GAIN, "factor on the initial recurrent weights, for `recurrent`", low=0, open_low=True)
+    per_neuron: bool = _model(False, "one value of each parameter per neuron instead of one per layer")
+    beta: float | None = _model(None, _initial("beta", "decay of the membrane"), low=0, high=1)
+    threshold: float | None = _model(None, _initial("threshold", "firing threshold"), low=0, open_low=True)
+    syn_decay: float | None = _model(None, _initial("syn_decay", "decay of the synaptic current"), low=0, high=1)
+    adapt_decay: float | None = _model(None, _initial("adapt_decay", "decay of the adaptation"), low=0, high=1)
+    a: float | None = _model(None, _initial("a", "share of the membrane that is added to the adaptation"))
+    b: float | None = _model(None, _initial("b", "increase of the adaptation by a spike"))
+    reset: str = _model(
+        RESET, "after a spike: subtract the threshold, set the membrane to zero, or nothing", choices=RESETS
     )
-    per_neuron: bool = setting(False, "model", "one value of each parameter per neuron instead of one per layer")
-    beta: float | None = setting(None, "model", _initial("beta", "decay of the membrane"), low=0, high=1)
-    threshold: float | None = setting(None, "model", _initial("threshold", "firing threshold"), low=0, open_low=True)
-    syn_decay: float | None = setting(
-        None, "model", _initial("syn_decay", "decay of the synaptic current"), low=0, high=1
-    )
-    adapt_decay: float | None = setting(
-        None, "model", _initial("adapt_decay", "decay of the adaptation"), low=0, high=1
-    )
-    a: float | None = setting(None, "model", _initial("a", "share of the membrane that is added to the adaptation"))
-    b: float | None = setting(None, "model", _initial("b", "increase of the adaptation by a spike"))
-    reset: str = setting(
-        RESET, "model", "after a spike: subtract the threshold, set the membrane to zero, or nothing", choices=RESETS
-    )
-    surrogate: str = setting(
+    surrogate: str = _model(
         SURROGATE,
-        "model",
         f"surrogate gradient of the hidden layers; the output layer keeps {SURROGATE} with alpha {ALPHA:g}",
         choices=tuple(SURROGATES),
     )
-    alpha: float = setting(
-        ALPHA, "model", "sharpness of the surrogate gradient", low=0, high=SHARPNESS.high, open_low=True
-    )
-    readout: str = setting(
+    alpha: float = _model(ALPHA, "sharpness of the surrogate gradient", low=0, high=SHARPNESS.high, open_low=True)
+    readout: str = _model(
         "counts",
-        "model",
         "logits: spike counts, or the last, mean or largest membrane of output neurons that do not spike",
         choices=READOUTS,
     )
-    dropout: float = setting(
-        0.0, "model", "probability that a hidden neuron stays silent for a training image", low=0, high=DROPOUT.high
+    dropout: float = _model(
+        0.0, "probability that a hidden neuron stays silent for a training image", low=0, high=DROPOUT.high
     )
-    init_gain: float = setting(1.0, "model", "factor on the initial weights of fc2 and fc3", low=0, open_low=True)
+    init_gain: float = _model(1.0, "factor on the initial weights of fc2 and fc3", low=0, open_low=True)
 
     def __post_init__(self) -> None:
         kind = NEURONS.get(self.neuron)

@@ -17,22 +17,13 @@ logger = logging.getLogger("g2gnet")
 
 #: hooks of a module's calls, which a module of another class can run too
 CALL_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-    "_is_full_backward_hook",
-)
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
+)  # fmt: skip
 #: hooks of saving and loading, which expect a dense weight
 STATE_HOOKS = (
-    "_state_dict_pre_hooks",
-    "_state_dict_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
+    "_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
 
 
 def sparsify(
@@ -87,9 +78,7 @@ def sparsify(
     elif density != "uniform":
         raise ValueError(f"density={density!r} has no effect on a pattern of your own; leave it out")
     # a layer that is used in two places has two names
-    places = {
-        name: module for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, nn.Linear)
-    }
+    places = {name: each for name, each in model.named_modules(remove_duplicate=False) if isinstance(each, nn.Linear)}
     unknown = set(skip) - set(places)
     if unknown:
         raise ValueError(
@@ -133,7 +122,6 @@ def sparsify(
 
 
 def _holders(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    """The names of the modules that hold each parameter."""
     holders: dict[nn.Parameter, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -142,7 +130,6 @@ def _holders(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 
 
 def _reason_to_stay(name: str, linear: nn.Linear, holders: dict[nn.Parameter, list[str]]) -> str | None:
-    """Why ``linear`` stays dense, or None."""
     if parametrize.is_parametrized(linear):
         return "parametrized, as by weight_norm"
     if type(linear) is not nn.Linear:

@@ -12,25 +12,16 @@ from g2g_kernels import Activity, SpikingLayer, g2g_stack
 from g2g_kernels.choices import check_choice
 from g2g_kernels.mask.groups import as_integers
 from g2g_kernels.numbers import COUNT, Number
-from g2g_kernels.ops.g2g_stack import (
-    Connection,
-    Delay,
-    DenseSpikes,
-    NeuronState,
-    Recurrent,
-    Spikes,
-    StackState,
-    activity_of,
-)
+from g2g_kernels.ops.g2g_stack import Connection, Delay, Recurrent, activity_of
+from g2g_kernels.ops.g2g_stack.activity import DenseSpikes, NeuronState, Spikes, StackState, as_one, check_state_form
 from g2g_kernels.ops.g2g_stack.delays import Later, reaches_of
 from g2g_kernels.ops.g2g_stack.layer import ONE_STEP, Observer
-from g2g_kernels.ops.g2g_stack.schedule import CycleError, parts_of
 from g2g_kernels.tracing import is_transformed, replaced, symbolic_call
 from g2gnet import graphs
 from g2gnet.called_layers import Called, OwnHook, spikes_of_called, step_of_called, synapses_of_called, why_called
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
-from g2gnet.projections import Projection, Route, check_saved, checked_sizes, graph_of, in_order, named_projections
+from g2gnet.projections import Projection, Route, check_saved, checked_routes, in_order, named_projections, sizes_of
 
 #: a dropped neuron is drawn by 16 random bits
 DRAWS = 1 << 16
@@ -126,7 +117,7 @@ class SpikingNetwork(nn.Module):
         self.dropout = dropout
         self._activity_hooks: OrderedDict[int, ActivityHook] = OrderedDict()
         named = dict(projections) if isinstance(projections, Mapping) else named_projections(projections)
-        sizes = checked_sizes(populations, named, output, readout)
+        sizes = sizes_of(populations, named, output, readout)
         #: the names of the populations, in the order in which a chain runs, the output last
         self.populations = in_order([*populations], named.values(), output)
         self.depth = len(self.populations)
@@ -164,24 +155,9 @@ class SpikingNetwork(nn.Module):
         return Route(name, place[projection.source], place[projection.target], least, projection.most, per_neuron)
 
     def _set_routes(self, routes: list[Route]) -> None:
-        """Takes the routes, with learned delays of at least 1 on cycles; ValueError for a cycle without delay."""
-        together = parts_of(graph_of([route._replace(least=1) for route in routes], self.depth))
-        for number, route in enumerate(routes):
-            on_cycle = any(part.period and {route.source, route.target} <= {*part.members} for part in together)
-            if on_cycle and isinstance(getattr(self, f"{route.name}_delay", None), nn.Parameter):
-                routes[number] = route._replace(least=1)
-        try:
-            parts_of(graph_of(routes, self.depth))
-        except CycleError as error:
-            names = [self.populations[number] for number in (*error.cycle, error.cycle[0])]
-            raise ValueError(
-                f"{' → '.join(names)} is a cycle without delay; give one of its projections a delay of at least 1"
-            ) from None
-        for route in routes:
-            if route.least > route.most:
-                raise ValueError(f"{route.name} is on a cycle, and max_delay={route.most}; give at least 1")
-        self._routes = tuple(routes)
-        self._to = [[route for route in routes if route.target == number] for number in range(self.depth)]
+        learned = [each.name for each in routes if isinstance(getattr(self, f"{each.name}_delay", None), nn.Parameter)]
+        self._routes = checked_routes(routes, learned, self.populations)
+        self._to = [[route for route in self._routes if route.target == number] for number in range(self.depth)]
 
     @property
     def steps(self) -> torch.Tensor:
@@ -329,17 +305,13 @@ class SpikingNetwork(nn.Module):
             if self._readout != "counts":
                 activity = self._read(activity, len(inputs) if steps is None else steps, membranes)
         else:
-            for asked, what in (
-                (membranes, "membranes=True"),
-                (self._readout != "counts", f"readout={self._readout!r}"),
-                (state is not None, "a state"),
-                (chunk is not None, f"chunk={chunk}"),
-            ):
-                if asked:
-                    raise ValueError(
-                        f"{what} was given to a network whose modules are called in turn, and they return spikes only "
-                        f"({reason}); take single steps with step(x, state)"
-                    )
+            asked = {"membranes=True": membranes, f"readout={self._readout!r}": self._readout != "counts"}
+            asked |= {"a state": state is not None, f"chunk={chunk}": chunk is not None}
+            if what := next((what for what, is_asked in asked.items() if is_asked), None):
+                raise ValueError(
+                    f"{what} was given to a network whose modules are called in turn, and they return spikes only "
+                    f"({reason}); take single steps with step(x, state)"
+                )
             activity = self._of_called(inputs, of_layers, steps, reason, spikes)
         if self._activity_hooks:
             self._call_hooks(list(self._activity_hooks.values()), inputs, activity, state)
@@ -418,7 +390,7 @@ class SpikingNetwork(nn.Module):
                     first.bias,
                     population,
                     None if dropped is None else dropped[number],
-                    _as_one(states[number]),
+                    as_one(states[number]),
                     None if recurrent is None else Recurrent(recurrent.values, recurrent.mask),
                     gives,
                     (first.observer, None if recurrent is None else recurrent.observer),
@@ -435,7 +407,7 @@ class SpikingNetwork(nn.Module):
         if state is None:
             return (None,) * self.depth, [None] * (self.depth + 1)
         reaches = self._reaches()
-        _check_state_form(state, self.depth, sum(map(bool, reaches)))
+        check_state_form(state, self.depth, sum(map(bool, reaches)))
         rest = iter(state[self.depth :])
         return state[: self.depth], [next(rest) if reach else None for reach in reaches]  # type: ignore[misc]
 
@@ -444,11 +416,7 @@ class SpikingNetwork(nn.Module):
         return reaches_of([(route.source, self._delay(route)) for route in self._routes], self.depth)
 
     def _call_hooks(
-        self,
-        hooks: Sequence[ActivityHook],
-        inputs: torch.Tensor,
-        activity: Activity,
-        state: StackState | None,
+        self, hooks: Sequence[ActivityHook], inputs: torch.Tensor, activity: Activity, state: StackState | None
     ) -> None:
         """Calls hooks after a run that continues ``state``."""
         self._continued = state
@@ -469,7 +437,7 @@ class SpikingNetwork(nn.Module):
             train, delay = spikes[route.source], self._delay(route)
             if delay is not None:
                 before = sent[route.source]
-                state = None if before is not None or route.source < 0 else _as_one(states[route.source])
+                state = None if before is not None or route.source < 0 else as_one(states[route.source])
                 if state is not None:
                     neurons = modules[self.populations[route.source]]
                     before = (state[-1:] > neurons.population.parameters[-1]).detach()
@@ -545,9 +513,7 @@ class SpikingNetwork(nn.Module):
         return output, after
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs [B, D] held for T steps, or [T, B, D] → spike counts of the output neurons, or their readout, [B, C]
-        (the logits).
-        """
+        """Inputs [B, D] held for T steps, or [T, B, D] → logits [B, C]: the output's spike counts, or its readout."""
         if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x)) is not None:
             return node
         activity = self.simulate(x)  # not its property: torch.export of PyTorch 2.6 leaves that out of its graph
@@ -571,15 +537,12 @@ class SpikingNetwork(nn.Module):
             return route
         return route._replace(least=int(delays.min()))
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        *_, unexpected_keys, error_msgs = rest
         for route in self._routes:
             check_saved(state_dict, f"{prefix}{route.name}_delay", route, error_msgs)
         # it is no parameter: what was saved without it is loaded, and what was saved with another one is not
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         if not error_msgs:
             self._set_routes([self._as_loaded(route) for route in self._routes])
         key = prefix + "steps"
@@ -603,30 +566,6 @@ def check_input(x: object) -> None:
         raise TypeError(f"the input is a {type(x).__name__}, not a tensor")
 
 
-def _check_state_form(state: Any, depth: int, sent: int) -> None:
-    """Raises unless there is one entry per population, each a tensor, several or None, and one for each source that
-    delays are read from."""
-    if type(state) not in (tuple, list):
-        raise TypeError(
-            f"state is a {type(state).__name__}, not a tuple of the populations' states; give activity.state of a run, "
-            "or what step(x, state) returned"
-        )
-    if len(state) != depth + sent:
-        behind = f", and {sent} entries of what delays need" if sent else ""
-        raise ValueError(f"state has {len(state)} entries, this network has {depth} layers{behind}")
-    for number, before in enumerate(state):
-        tensors = before if type(before) in (tuple, list) else (before,)
-        if before is not None and not all(isinstance(each, torch.Tensor) for each in tensors):
-            raise TypeError(f"state of layer {number} is a {type(before).__name__}, not a tensor or several")
-
-
 def _of_scaled(observer: Observer, scale: float) -> Observer:
     """An observer that is told of scaled inputs where the weights are scaled instead."""
     return lambda x, y: observer(x * scale, y)
-
-
-def _as_one(state: NeuronState | None) -> torch.Tensor | None:
-    """The states of a layer's neurons as one tensor [states, B, N]."""
-    if state is None:
-        return None
-    return state.unsqueeze(0) if isinstance(state, torch.Tensor) else torch.stack(tuple(state))

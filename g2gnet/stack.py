@@ -74,11 +74,8 @@ def is_plain(net: SpikingNetwork) -> bool:
 
 
 def plain_layers(net: nn.Module, where: str) -> list[tuple[G2GLinear, SpikingNeurons, G2GLinear | None]]:
-    """(connection, neurons, recurrent connection or None) of each layer, for what knows nothing else (``where``).
-
-    Raises:
-        ValueError: naming a connection that is none of these, or that has another delay.
-    """
+    """(connection, neurons, recurrent connection or None) of each layer, for what knows no other (``where``), of which
+    a ValueError names the first."""
     if not isinstance(net, SpikingStack):
         raise ValueError(f"{where} takes a SpikingStack or a G2GNet, not a {type(net).__name__}")
     for route in _other_routes(net):
@@ -131,6 +128,4 @@ def _check_recurrent(number: int, neurons: nn.Module, recurrent: Sequence[Any]) 
     if recurrent[0].bias is not None:
         raise ValueError(f"{name} has a bias; give G2GLinear(mask, bias=False): fc{number} has the layer's bias")
     if not isinstance(neurons, SpikingNeurons):
-        raise TypeError(
-            f"lif{number} is a {type(neurons).__name__}; a recurrent layer takes steps of the neurons of g2gnet"
-        )
+        raise TypeError(f"lif{number} is a {type(neurons).__name__}; a recurrent layer takes steps of g2gnet's neurons")

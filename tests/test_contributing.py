@@ -161,7 +161,7 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
     },
     "flag": {
         "g2gnet/training/run_settings.py": replace(
-            r"(\n    precision: str = )", r'\n    toy: int = setting(7, "training", "a toy", low=0)\1'
+            r"(\n    precision: str = )", r'\n    toy: int = _training(7, "a toy", low=0)\1'
         )
     },
     "field of a layer": {

@@ -1,7 +1,6 @@
-"""The structures of the C interface as ctypes structures, made from their only list, ``csrc/structures.h``.
-
-Fields are filled by name, ``structures.Layer(plan=…)``; those that are not filled are 0 or null. A name that there is
-none of is refused, and so is a number that the field's C type cannot hold, which ctypes would cut off in silence.
+"""The structures of the C interface as ctypes structures, made from their only list, ``csrc/structures.h``, and filled
+by name, ``structures.Layer(plan=…)``; other fields are 0 or null. Unknown names are refused, and numbers that a field's
+C type cannot hold, which ctypes would cut off in silence.
 """
 
 import math

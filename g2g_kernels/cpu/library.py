@@ -1,10 +1,8 @@
-"""Finds and loads the compiled CPU kernels, and calls them.
+"""Finds, loads and calls the compiled CPU kernels. A library is refused whose structures and options are not those of
+``interface.py``.
 
-The library says which structures it was compiled with (``structures.py``) and which options it numbers. It is refused
-if they are not those of this package.
-
-Environment: ``G2G_CPU_LIBRARY`` names another build of the library (a sanitizer build, say); ``G2G_CPU_ISA`` selects
-an instruction set (``baseline``, ``avx2``, ``avx512``, ``avx512_bf16``) instead of the CPU's best.
+Environment: ``G2G_CPU_LIBRARY`` names another build of the library (a sanitizer build, say); ``G2G_CPU_ISA`` selects an
+instruction set (``baseline``, ``avx2``, ``avx512``, ``avx512_bf16``) instead of the CPU's best.
 """
 
 import ctypes
@@ -55,9 +53,7 @@ MOST_WAITING = 0.1
 
 
 def too_large(**counts: int) -> str | None:
-    """Why a call with these counts cannot be served, or None: their fields have 32 bits. Where a call is traced, sizes
-    may be unknown, and the fields themselves are checked when it runs.
-    """
+    """Why a call with these counts, of 32 bits, cannot be served, or None: traced, it is checked as it runs."""
     for name, count in {} if torch.compiler.is_compiling() else counts.items():
         if count > INT32[1]:
             return f"serves at most {INT32[1]} {name}, not {count}"
@@ -148,11 +144,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 
 @functools.cache
 def openmp() -> int | None:
-    """The address of ``GOMP_parallel`` in the OpenMP runtime that PyTorch has loaded, or None.
-
-    GNU's and LLVM's runtimes both have it. The kernels run on its threads, since a second set of threads would wait for
-    the cores on which PyTorch's spin.
-    """
+    """The address of ``GOMP_parallel`` in PyTorch's OpenMP runtime (GNU's or LLVM's), or None. The kernels run on its
+    threads: a second set would wait for the cores on which PyTorch's spin."""
     try:  # looks only through what PyTorch is linked with, and loads nothing
         return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, c_void_p).value
     except (OSError, AttributeError):
@@ -180,9 +173,7 @@ def instruction_set() -> str:
 
 
 def run(kernel: Callable[..., int], arguments: Structure) -> None:
-    """Calls a kernel with the scratch memory it needs. Raises ValueError for sizes or options of neurons that the
-    kernel cannot number, and MemoryError if memory runs out.
-    """
+    """Calls a kernel with scratch memory. Raises ValueError for what it cannot number, MemoryError without memory."""
     address = ctypes.addressof(arguments)
     size = _checked(kernel(address, None))
     if size < SMALL:

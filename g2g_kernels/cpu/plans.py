@@ -1,8 +1,5 @@
-"""The compiled kernels' view of a mask (``csrc/plan.h``), built when a mask is first used or has changed.
-
-A mask's index buffers change in place (dynamic sparse training), so a cached plan is compared with them on every use:
-a memory comparison of 8 bytes per unit, which detects every in-place change.
-"""
+"""The compiled kernels' view of a mask (``csrc/plan.h``), built when a mask is first used or has changed in place
+(DST): on every use it is compared with the index buffers, 8 bytes per unit."""
 
 import ctypes
 import functools
@@ -46,13 +43,9 @@ def blocks(grid: tuple[int, int], packed: tuple[int, ...]) -> tuple[int, int]:
 
 
 class Plan:
-    """A built plan, or weights in lists; ``address`` is what the kernels take.
-
-    Args:
-        mask: its mask.
-        packed: the shape of the packed weights.
-        owners: None: a plan of tiles; ``"rows"`` or ``"cols"``: lists of the weights of each neuron of that side.
-        length: the neurons of a range of the other side (csrc/lists.h).
+    """A built plan of a mask for ``packed`` weights of that shape, or weights in lists; ``address`` is what kernels
+    take. ``owners``: None for a plan of tiles, ``"rows"`` or ``"cols"`` for lists of the weights of each neuron of that
+    side, cut into ranges of ``length`` neurons of the other (csrc/lists.h).
     """
 
     def __init__(self, mask: MaskTensors, packed: tuple[int, ...], owners: str | None = None, length: int = 0) -> None:

@@ -1,7 +1,5 @@
-"""Pooled workspaces: fresh pages cost a CPU as much as the arithmetic on them.
-
-A tensor from here is in an anonymous memory map. When the last tensor over it is freed, the map returns to the pool and
-serves a later request of about its size.
+"""Pooled workspaces: fresh pages cost a CPU as much as the arithmetic on them. A tensor from here is in an anonymous
+memory map, which returns to the pool with the last tensor over it, and serves a later request of about its size.
 
 The garbage collector may free a tensor at any instant, also inside the pool and while its lock is held. A finalizer
 therefore takes no lock: it appends the map to a queue, which the next request empties.
@@ -27,11 +25,7 @@ if os.environ.get("G2G_CPU_POOL") == "0":
 
 
 class Workspace:
-    """A pool of memory maps.
-
-    Attributes:
-        poison: fill new tensors with NaN (for tests; also by the environment variable ``G2G_CPU_POISON=1``).
-    """
+    """A pool of memory maps; with ``poison`` (tests; ``G2G_CPU_POISON=1``) new tensors are filled with NaN."""
 
     def __init__(self) -> None:
         self.poison = os.environ.get("G2G_CPU_POISON", "") not in ("", "0")

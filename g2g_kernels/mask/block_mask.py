@@ -1,7 +1,6 @@
-"""Which blocks of weights exist: the one description of a sparse layer's graph.
-
-Kernels, dynamic sparse training, plots and checkpoints all read a :class:`BlockMask`. It holds indices only; the
-weights themselves are *packed*, one [unit_rows, unit_cols] tile per present unit, in a tensor that the caller owns.
+"""Which blocks of weights exist: the one description of a sparse layer's graph, for kernels, dynamic sparse training,
+plots and checkpoints. A :class:`BlockMask` holds indices only; the weights themselves are *packed*, one [unit_rows,
+unit_cols] tile per present unit, in a tensor that the caller owns.
 """
 
 import copy
@@ -129,8 +128,7 @@ class BlockMask(UnitGrid):
     @on_cpu
     def from_dense(cls, mask: torch.Tensor, block_size: int = 1) -> "BlockMask":
         """The mask whose dense form is ``mask``, bool [out, in], with each side in one group (cut as any group is).
-        Raises ValueError if a unit is only partly true, since a unit is present as a whole.
-        """
+        Raises ValueError if a unit is only partly true, since a unit is present as a whole."""
         if not isinstance(mask, torch.Tensor):
             raise TypeError(
                 f"mask is a {type(mask).__name__}, not a tensor; give torch.as_tensor(mask) of an array, or "
@@ -157,29 +155,21 @@ class BlockMask(UnitGrid):
         self._publish()
 
     def relabel_(self, slots: torch.Tensor, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
-        """Gives ``slots`` (integer [k]) to the units at these coordinates, in place; the count stays.
-
-        The caller ensures that no unit is named twice (a check would wait for an accelerator).
-        """
+        """Gives ``slots`` (integer [k]) to these units, in place; that no unit is named twice is the caller's duty."""
         self.unit_row[slots] = unit_row.to(torch.int32)
         self.unit_col[slots] = unit_col.to(torch.int32)
         self._build_index()
         self._changed()
 
     def keep_(self, kept: torch.Tensor) -> None:
-        """Keeps the units of the slots where ``kept``, bool [num_units], is true, in their order.
-
-        There are fewer then, so all indices are new tensors.
-        """
+        """Keeps the units of slots that are ``kept``, bool [num_units], in their order; all indices are new."""
         self._register_units(self.unit_row[kept], self.unit_col[kept])
         self.changes += 1
 
     def become_(self, other: "BlockMask") -> None:
-        """Takes over the units of another mask of the same ``shape``, and their slots.
-
-        This happens in place if both have the same numbers of units and ranges, and operators read the same tensors of
-        both, so a captured graph that holds these tensors sees the new units. The buffer stays if the shape of packed
-        weights does.
+        """Takes over the units of another mask of the same ``shape``, and their slots: in place if both have the same
+        numbers of units and ranges, and operators read the same tensors of both, so that a captured graph sees the new
+        units. The buffer stays if the shape of packed weights does.
         """
         sides = (self.rows, other.rows), (self.cols, other.cols)
         mine, theirs = (
@@ -199,8 +189,7 @@ class BlockMask(UnitGrid):
 
     def replace_by_(self, other: "BlockMask", wiring: torch.Tensor | None = None) -> None:
         """Takes over the tensors of another mask of the same ``shape``, and their device; ``other`` is used up. The
-        buffer is ``wiring`` from now on, which is written; None: a new one.
-        """
+        buffer is ``wiring`` from now on, which is written; None: a new one."""
         self.block_size, self.rows, self.cols = other.block_size, other.rows, other.cols
         self._register_units(other.unit_row, other.unit_col)
         self.changes += 1
@@ -216,8 +205,7 @@ class BlockMask(UnitGrid):
     @property
     def writes(self) -> int:
         """How often something else wrote into the buffer since the mask did."""
-        wiring = self.own_wiring
-        return (-1 if wiring.is_inference() else wiring._version) - self.written
+        return version(self.own_wiring) - self.written
 
     def _changed(self) -> None:
         self.changes += 1
@@ -282,14 +270,11 @@ class BlockMask(UnitGrid):
     @classmethod
     @on_cpu
     def from_state(cls, state: Mapping[str, torch.Tensor], shape: tuple[int, int] | None = None) -> "BlockMask":
-        """The mask with that ``state_dict`` (one tensor, ``wiring``), on the CPU. Raises ValueError if it describes no
-        mask, or if its shape (out, in) is not ``shape``.
-        """
+        """The mask of that ``state_dict`` (``wiring``), on the CPU; ValueError for none, or another shape (out, in)."""
         return cls(*read_row(state["wiring"], shape))
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ):
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        *_, missing_keys, _, error_msgs = rest
         wiring = state_dict.get(prefix + "wiring")
         if wiring is None:
             missing_keys.append(prefix + "wiring")
@@ -305,10 +290,8 @@ class BlockMask(UnitGrid):
             self.become_(loaded.to(self.unit_row.device))
 
     def describes(self, wiring: torch.Tensor, rounding: float = 0.0) -> bool:
-        """Whether a row says what this mask is, but for its checksums; false where it has no numbers (``meta``).
-
-        With a ``rounding``, relative to the numbers, its checksums count, too.
-        """
+        """Whether a row says what this mask is, but for its checksums, which count, too, with a ``rounding`` relative
+        to the numbers; false where it has no numbers (``meta``)."""
         own = numbers_of(self)
         if own.is_meta or wiring.is_meta or (len(own) + 2,) != wiring.shape:
             return False

@@ -21,8 +21,7 @@ PICTURE = 256
 
 class Edges(NamedTuple):
     """The weights that exist, sorted by target, then by source: the input and the output neuron and their groups, int64
-    [E], and their weights, floating point [E], or None if only a mask was given.
-    """
+    [E], and their weights, floating point [E], or None if only a mask was given."""
 
     source: np.ndarray
     target: np.ndarray
@@ -88,10 +87,8 @@ def to_bsr(mask: UnitGrid, values: torch.Tensor, order: str = "neuron") -> torch
     """The weight as a BSR tensor [out, in] whose blocks are the units; differentiable.
 
     The ``order`` is ``"neuron"``, for contiguous groups; or ``"group"``, for any: rows are then the neurons
-    ``mask.rows.order``, columns ``mask.cols.order``.
-
-    Raises:
-        ValueError: if units differ in size, or groups are not contiguous and ``order`` is ``"neuron"``.
+    ``mask.rows.order``, columns ``mask.cols.order``. Raises ValueError if units differ in size, or groups are not
+    contiguous and ``order`` is ``"neuron"``.
 
     Example:
         >>> from g2g_kernels import BlockMask, GroupLayout

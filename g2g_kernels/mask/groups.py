@@ -1,7 +1,5 @@
-"""How the neurons of one population are divided into groups.
-
-Only the assignment lives here; which groups are connected is :mod:`g2g_kernels.mask.block_mask`'s business.
-"""
+"""How the neurons of one population are divided into groups. (:mod:`g2g_kernels.mask.block_mask` says which are
+connected.)"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -80,9 +78,7 @@ class GroupLayout:
             return
         size, num_groups = SIZE.check("size", size), SIZE.check("num_groups", num_groups)
         if size < num_groups:
-            raise ValueError(
-                f"{size} neurons cannot fill num_groups={num_groups} groups; use at most {size} groups or more neurons"
-            )
+            raise ValueError(f"{size} neurons cannot fill num_groups={num_groups} groups; use at most {size} groups")
         self.size = size
         self.num_groups = num_groups
         self.kind = kind
@@ -91,9 +87,7 @@ class GroupLayout:
     @classmethod
     @on_cpu
     def from_assignment(cls, group_of: torch.Tensor) -> "GroupLayout":
-        """The layout with a given assignment, int64 [size] with values 0 … G−1. Raises ValueError if it leaves a group
-        empty.
-        """
+        """The layout with an assignment, int64 [size], 0 … G−1. Raises ValueError if it leaves a group empty."""
         group_of = check_integers("group_of", group_of).detach().to("cpu", torch.int64)
         if group_of.dim() != 1 or group_of.numel() == 0 or group_of.min() < 0 or group_of.max() >= group_of.numel():
             raise ValueError(f"group_of must hold group numbers 0 … G−1 for a row of neurons, not {group_of}")
@@ -121,10 +115,8 @@ class GroupLayout:
 
 
 def partners(out_groups: int, in_groups: int) -> torch.Tensor:
-    """Which groups of two sides belong together: bool [groups out, groups in].
-
-    Those of the same number, if both sides have equally many. If one side has fewer, G instead of G', its group g
-    belongs to every group g' with ⌊g'·G/G'⌋ = g, so each of the finer groups has one partner.
+    """Which groups of two sides belong together: bool [groups out, groups in]. Those of the same number; if one side
+    has only G of G', its group g belongs to every g' with ⌊g'·G/G'⌋ = g, so each of the finer groups has one partner.
     """
     least = min(out_groups, in_groups)
     out_group, in_group = (torch.arange(count) * least // count for count in (out_groups, in_groups))

@@ -1,7 +1,5 @@
-"""Converts dense weights to packed units and back, with derivatives: the only module that knows how both lie in memory.
-
-A unit's tile is the rectangle of places (:class:`Side`) of one range of rows and one of columns.
-"""
+"""Dense weights to packed units and back, with derivatives; no other module knows how both lie in memory. A unit's tile
+is the rectangle of places (:class:`Side`) of one range of rows and one of columns."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -75,11 +73,8 @@ def _gathered(matrix: torch.Tensor, dim: int, index: torch.Tensor | None, past_t
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What one pass uses of a mask; the tensors are the mask's own.
-
-    A pass saves them for its backward pass, so PyTorch refuses the gradient if the mask has changed in place in the
-    meantime: it would be the gradient of other weights.
-    """
+    """What one pass uses of a mask: its own tensors, saved for the backward pass, so that PyTorch refuses the gradient
+    if the mask has changed in the meantime, which would be one of other weights."""
 
     unit_row: torch.Tensor
     unit_col: torch.Tensor

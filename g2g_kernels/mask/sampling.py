@@ -13,9 +13,8 @@ def sample_units(
     rows: UnitAxis, cols: UnitAxis, p_intra: float, p_inter: float, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The coordinates of units drawn with probability ``p_intra`` inside groups and ``p_inter`` between them, by row.
-
-    Each row gets ⌊p·n⌋ or ⌈p·n⌉ of its n candidates of either kind at uniformly drawn places: randomised rounding, so
-    that the probability of each unit is exactly p and rows have equal work.
+    Each row gets ⌊p·n⌋ or ⌈p·n⌉ of its n candidates of either kind, at uniform places: each unit has exactly p, and
+    rows have equal work.
     """
     own = partners(rows.layout.num_groups, cols.layout.num_groups)
     if rows.num_units * cols.num_units <= LARGEST_GRID:
@@ -70,8 +69,7 @@ def distinct(
     count: torch.Tensor, below: torch.Tensor, generator: torch.Generator | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws ``count`` different numbers ``below`` a limit for each row, int64 [rows] both: their rows, and the numbers,
-    ascending in each row. Every set of numbers is equally likely: whatever is drawn twice is drawn anew.
-    """
+    ascending in each row. Every set of numbers is equally likely: whatever is drawn twice is drawn anew."""
     width = int(below.max()) + 1 if len(below) else 1
     drawn = torch.zeros(0, dtype=torch.int64)
     missing = count

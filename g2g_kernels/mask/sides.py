@@ -42,10 +42,8 @@ def deep_copied(attributes: dict[str, Any], memo: dict[int, Any]) -> dict[str, A
 
 
 class Indices(nn.Module):
-    """A module whose index tensors move with it but are not buffers, so they are never averaged.
-
-    Weight averages (EMA, SWA) average the buffers of a model and its copy, and an average of two indices is no index.
-    """
+    """A module whose index tensors move with it, but are not buffers: weight averages (EMA, SWA) average the buffers of
+    a model and its copy, and an average of two indices is no index."""
 
     INDICES: ClassVar[tuple[str, ...]]
     #: what operators take of it, until it gets other tensors

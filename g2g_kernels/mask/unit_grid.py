@@ -28,10 +28,9 @@ class _MaskTensors(NamedTuple):
 
 
 class MaskTensors(_MaskTensors):
-    """The tensors of a :class:`BlockMask` and its sides, for operators; each uses those that it needs.
-
-    ``…_neuron_at`` and ``…_place_of`` are empty where place p holds neuron p. What a backend derives from them once, it
-    keeps as an attribute (``vars(mask)``): the tensors may change in place, but stay the same ones.
+    """The tensors of a :class:`BlockMask` and its sides, for operators; ``…_neuron_at`` and ``…_place_of`` are empty
+    where place p holds neuron p. A backend keeps what it derives from them as an attribute (``vars(mask)``): they may
+    change in place, but stay the same ones.
     """
 
     @property

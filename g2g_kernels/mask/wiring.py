@@ -1,8 +1,5 @@
-"""A mask as a row of float32: what is saved of it, and what travels wherever parameters and buffers do.
-
-The numbers are whole: the sizes of both sides, the block size, the group of each neuron, ``unit_row``, ``unit_col``,
-and two checksums, so an average of two wirings is no wiring.
-"""
+"""A mask as a row of float32, which is saved of it and travels wherever parameters do: the sizes of both sides, the
+block size, the group of each neuron, ``unit_row``, ``unit_col``, and two checksums, so an average of two is none."""
 
 from typing import NamedTuple
 
@@ -42,10 +39,7 @@ def as_row(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def read_row(row: torch.Tensor, shape: tuple[int, int] | None = None) -> Wiring:
-    """What a row (:func:`as_row`), on any device and of any dtype that holds its numbers, says, on the CPU.
-
-    Raises ValueError if it is not the row of a mask, or of another shape.
-    """
+    """What a row (:func:`as_row`) says, on the CPU. Raises ValueError for no row of a mask, or one of another shape."""
     if not isinstance(row, torch.Tensor):
         raise ValueError(f"wiring must be a tensor, not {type(row).__name__}")
     if row.dim() != 1 or row.is_complex() or len(row) < 5:

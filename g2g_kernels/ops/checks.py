@@ -8,13 +8,8 @@ DTYPES = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensor(name: str, tensor: torch.Tensor, spikes: bool = False, of: str = "") -> None:
-    """Raises ValueError unless ``tensor`` is a dense floating-point tensor, or with ``spikes`` one of bytes.
-
-    Backends judge device and width.
-
-    Args:
-        name, of: what the error names.
-    """
+    """Raises ValueError, with ``name`` and ``of``, unless this is a dense floating-point tensor, or with ``spikes`` one
+    of bytes. Backends judge device and width."""
     if not isinstance(tensor, torch.Tensor):
         raise ValueError(f"{name}{of} must be a tensor, not {type(tensor).__name__}")
     if tensor.layout != torch.strided:

@@ -21,10 +21,8 @@ def has_tangent(tensors: Iterable[torch.Tensor | None]) -> bool:
 
 
 def needs_plain_operations(grads: Iterable[Any]) -> bool:
-    """Whether a backward pass with these incoming gradients is one that no kernel computes.
-
-    A batch is the form of ``is_grads_batched`` and ``jacobian(vectorize=True)``, which is older than ``torch.func``.
-    """
+    """Whether no kernel computes a backward pass with these incoming gradients. (A batch is that of
+    ``is_grads_batched`` and ``jacobian(vectorize=True)``, which are older than ``torch.func``.)"""
     if torch.compiler.is_compiling():
         return False
     return (
@@ -64,13 +62,8 @@ def gradients_of(
     needed: Sequence[bool],
     autocast: Autocast,
 ) -> list[torch.Tensor | None]:
-    """The gradients of ``tensors`` by running ``function`` again; differentiable where gradients are enabled.
-
-    Args:
-        function: of all ``tensors``; its results have the gradients ``grads``.
-        needed: of which tensors the gradient is.
-        autocast: that of the forward pass.
-    """
+    """The gradients of the ``needed`` of ``tensors`` by running ``function`` of them again, under the forward pass's
+    ``autocast``; its results have the gradients ``grads``. Differentiable where gradients are enabled."""
     again = torch.is_grad_enabled()
     with torch.enable_grad(), autocast.again():
         # the gradient of each argument by itself, even if one of them was computed from another

@@ -1,9 +1,7 @@
-"""FLOPs of the compiled operators for PyTorch's counter (``torch.utils.flop_counter.FlopCounterMode``).
-
-One multiplication and one addition per existing weight and sample, once forward, once for the gradient of the input and
-once for that of the weights: the cost of a dense product, times the density. Event-driven kernels do less, depending on
-the spikes. Neurons count as nothing, like all pointwise operations there. Backend ``torch`` multiplies dense weights,
-and PyTorch counts that.
+"""FLOPs of the compiled operators for PyTorch's counter (``torch.utils.flop_counter.FlopCounterMode``): one
+multiplication and one addition per existing weight and sample, once forward, once for the gradient of the input and
+once for that of the weights. Event-driven kernels do less, depending on the spikes. Neurons count as nothing, like all
+pointwise operations there; of backend ``torch`` PyTorch counts dense products.
 
 Importing g2g does not register the formulas: it would import the counter, and with it Triton where that is installed
 (0.12 to 0.16 s beside the 0.07 s of ``import g2gnet``, PyTorch 2.15); where it is not, the counter prints a warning.

@@ -76,7 +76,6 @@ def built(form: Form, tensors: Sequence[Any]) -> Any:
 
 
 def _has_tensor(part: Any) -> bool:
-    """Whether :func:`opened` gives a tensor for this part of a form."""
     return part is TENSOR or isinstance(part, MaskTensors)
 
 
@@ -146,12 +145,7 @@ def of_arguments(tensors: Sequence[Any], masks: Any, names: Any, numbers: Any, c
 
 
 class RecordOperator:
-    """An operator that takes a record.
-
-    Attributes:
-        overload: the operator in ``torch.ops.g2g``.
-        function: its implementation.
-    """
+    """An operator that takes a record: ``overload`` in ``torch.ops.g2g``, whose implementation is ``function``."""
 
     #: arguments of its schema besides those of the record
     _more = ""
@@ -165,14 +159,9 @@ class RecordOperator:
         keys: Sequence[str] = ("CPU",),
         check: Callable[[Any], None] = lambda record: None,
     ) -> None:
-        """Defines it.
-
-        Args:
-            results: those of its schema, ``"(Tensor, Tensor[])"``.
-            function, fake: the implementation and the fake one. Where a list that they return has None, the dispatcher
-                gets a tensor without elements.
-            keys: the dispatch keys that ``function`` serves.
-            check: raises ValueError for records that ``function`` would misread; of calls through the dispatcher.
+        """Defines it, with the ``results`` of its schema, ``"(Tensor, Tensor[])"``, for the dispatch ``keys``. Where a
+        list that ``function`` or ``fake`` returns has None, the dispatcher gets an empty tensor. ``check``, of
+        calls through the dispatcher, raises ValueError for records that ``function`` would misread.
         """
         _library.define(f"{name}({_ARGUMENTS}{self._more}) -> {results}")
         for key in keys:
@@ -211,14 +200,9 @@ def _of_arguments(function: Callable, check: Callable[[Any], None]) -> Callable:
 
 
 class Backward(NamedTuple):
-    """What a backward pass takes.
-
-    Attributes:
-        call: the record of the forward pass.
-        kept: its outputs that only the backward pass needs, the tensors of lists one by one.
-        grads: the gradients of its results, contiguous, the tensors of lists one by one; None for one that was not
-            used.
-        needed: of which tensors of ``call`` the gradient is.
+    """What a backward pass takes: the forward pass's record ``call`` and the outputs ``kept`` for it alone; ``grads``
+    of its results, contiguous, None for one that was not used, lists' tensors one by one as in ``kept``; and of which
+    tensors of ``call`` a gradient is ``needed``.
     """
 
     call: Any
@@ -266,11 +250,8 @@ TYPES["Backward"] = Backward
 
 
 class Differentiable(RecordOperator):
-    """An operator with an autograd formula. Its functions are told, too, whether to keep what the backward pass needs.
-
-    Attributes:
-        apply: the ``autograd.Function`` of calls that nothing observes.
-    """
+    """An operator with an autograd formula, ``apply`` of calls that nothing observes. Its functions are told, too,
+    whether to keep what the backward pass needs."""
 
     _more = ", bool keep"
 
@@ -287,15 +268,10 @@ class Differentiable(RecordOperator):
         check: Callable[[Any], None] = lambda record: None,
         prepared: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.contiguous,
     ) -> None:
-        """Defines it.
-
-        Args:
-            results, function, fake, keys, check: as of :class:`RecordOperator`.
-            outputs: the number of outputs that are results; the others are kept for the backward pass.
-            backward: takes a :class:`Backward` and gives the gradients of the record's tensors. It is not called where
-                no result has a gradient.
-            plain: the results by plain PyTorch operations, the tensors of lists one by one.
-            prepared: a gradient as ``backward`` takes it.
+        """Defines a :class:`RecordOperator`; the first ``outputs`` are results, the others are kept for ``backward``.
+        That takes a :class:`Backward`, with gradients as ``prepared`` gives them, and gives those of the record's
+        tensors; it is not called where no result has one. ``plain`` gives the results by plain PyTorch operations, the
+        tensors of lists one by one.
         """
         super().__init__(name, results, function, fake, keys, check)
         self._outputs, self._backward, self._plain, self._prepared = outputs, backward, plain, prepared
@@ -321,9 +297,7 @@ class Differentiable(RecordOperator):
             return results
         *results, made = results
         given = iter(results)
-        of = [
-            [next(given) for _ in value] if isinstance(value, list) else next(given) for value in made[: self._outputs]
-        ]
+        of = [[next(given) for _ in each] if isinstance(each, list) else next(given) for each in made[: self._outputs]]
         return *of, *made[self._outputs :]
 
     def _forward(self, ctx: Any, record: Any, form: Form, *tensors: torch.Tensor) -> Any:

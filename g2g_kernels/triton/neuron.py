@@ -263,8 +263,7 @@ def step_backward(
     grads, sums, states, fired, margin, grad_spike, begins, parameters, alpha,
     MODEL: tl.constexpr, RESET: tl.constexpr, SURROGATE: tl.constexpr,
 ):  # fmt: skip
-    """One step of time backwards; as :func:`charge_backward`, with the gradient that comes through the spike.
-
+    """One step of time backwards; as :func:`charge_backward`, with the gradient that comes through the spike:
     ``margin`` is U_t − θ after the step, ``grad_spike`` ∂L/∂S_t, ``begins`` true at the first step of a run without a
     state, before which no spike has a gradient.
     """

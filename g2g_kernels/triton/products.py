@@ -144,10 +144,8 @@ def _as_floats(device: torch.device) -> bool:
 
 
 def precision_of(products: torch.dtype, device: torch.device) -> str:
-    """How factors of a dtype are multiplied on a device: ``"parts"``, ``"tf32"`` or ``"ieee"``, as they are.
-
-    Parts serve float32 in full precision where bfloat16 is much faster.
-    """
+    """How factors of a dtype are multiplied on a device: ``"parts"`` (float32 in full precision where bfloat16 is much
+    faster), ``"tf32"``, or ``"ieee"``, as they are."""
     if products != torch.float32:
         return "ieee"
     precision = runtime.input_precision()

@@ -115,11 +115,10 @@ def refuses(*tensors: torch.Tensor | None) -> str | None:
 
 
 def input_precision() -> str:
-    """What PyTorch asks of float32 products: ``"tf32"`` (10-bit mantissas) or ``"ieee"`` (all 23 bits).
-
-    PyTorch's own switch decides, as for its dense products: ``torch.backends.cuda.matmul.fp32_precision``, or where
-    that is not set ``torch.backends.fp32_precision``; ``torch.set_float32_matmul_precision`` sets the first, and is all
-    that PyTorch up to 2.8 has. The default is full precision. AMD GPUs always use it.
+    """What PyTorch asks of float32 products: ``"tf32"`` (10-bit mantissas) or ``"ieee"`` (all 23 bits, the default).
+    Its own switch decides, as for dense products: ``torch.backends.cuda.matmul.fp32_precision``, or where that is not
+    set ``torch.backends.fp32_precision``; ``torch.set_float32_matmul_precision`` sets the first, and is all that
+    PyTorch up to 2.8 has. AMD GPUs always use full precision.
     """
     if torch.version.hip is not None:
         return "ieee"
@@ -137,13 +136,8 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
 
 
 class Card(NamedTuple):
-    """What the choice of tiles and kernels depends on.
-
-    Attributes:
-        architecture: ``"sm_90"``, or AMD's name, ``"gfx942"``.
-        multiprocessors: how many it has.
-        shared: bytes of shared memory that one program may have.
-    """
+    """What the choice of tiles and kernels depends on: its ``architecture``, ``"sm_90"`` or AMD's ``"gfx942"``, its
+    multiprocessors, and the bytes of shared memory that one program may have."""
 
     architecture: str
     multiprocessors: int
@@ -226,10 +220,8 @@ _recorded: list[Launch] | None = None
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Inside, launches are recorded instead of run, so tensors on the ``meta`` device suffice.
-
-    ``benchmarks/aot.py`` compiles the recorded launches for other GPUs, which are :func:`assumed` meanwhile.
-    """
+    """Inside, launches are recorded instead of run, so tensors on the ``meta`` device suffice: ``benchmarks/aot.py``
+    compiles them for other GPUs, which are :func:`assumed` meanwhile."""
     global _recorded
     launches: list[Launch] = []
     _recorded = launches
@@ -273,10 +265,8 @@ def tell_compiled() -> None:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """Runs ``kernel[grid](**arguments)`` on the device of its first tensor.
-
-    Multiplications and additions may be contracted to fused multiply-adds unless ``enable_fp_fusion`` says otherwise.
-    """
+    """Runs ``kernel[grid](**arguments)`` on the device of its first tensor. Multiplications and additions may be
+    contracted to fused multiply-adds unless ``enable_fp_fusion`` says otherwise."""
     arguments = {"enable_fp_fusion": True} | arguments
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments))

@@ -39,7 +39,6 @@ class DistributedError(RuntimeError):
 
 
 def _ranks(numbers: Iterable[int]) -> str:
-    """``rank 1``, or ``ranks 1, 2``."""
     text = ", ".join(map(str, numbers))
     return f"rank{'s' if ',' in text else ''} {text}"
 
@@ -56,8 +55,7 @@ def _until(limit: datetime.timedelta, what: Callable[[], str]) -> Iterator[None]
 
 class World:
     """The processes that work on one run, PyTorch's ``group``; ``"world"``: all that ``torch.distributed`` has joined,
-    if any; None: a single process, and nothing is sent. All of them must call every method except :meth:`part`.
-    """
+    if any; None: a single process, and nothing is sent. All of them must call every method except :meth:`part`."""
 
     def __init__(self, group: dist.ProcessGroup | str | None = None) -> None:
         self.group = dist.group.WORLD if isinstance(group, str) else group

@@ -24,8 +24,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.
 
 def open_file(path: Path | str) -> BinaryIO:
     """Opens a file for reading. Raises OSError if it cannot be opened or is not a regular file: a FIFO would wait for a
-    writer, a device may not end.
-    """
+    writer, a device may not end."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
     mode = os.fstat(descriptor).st_mode
@@ -44,10 +43,8 @@ def read_file(path: Path | str) -> bytes:
 
 
 def check_own(path: Path) -> None:
-    """Raises OSError if anything but a regular file is at ``path``, where a program has a file of its own.
-
-    Of a link the target would be written to, which somebody else may need; a FIFO would wait for a reader.
-    """
+    """Raises OSError if anything but a regular file is at ``path``, where a program has a file of its own: a link's
+    target may be somebody else's, a FIFO would wait for a reader."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -64,9 +61,7 @@ def open_own(path: Path | str, flags: int) -> int:
 
 
 def make_directory(path: Path) -> None:
-    """Makes a directory and those above it, where they are missing. Raises OSError if it cannot be made;
-    NotADirectoryError where something else has its name.
-    """
+    """Makes a directory and those above it. Raises OSError; NotADirectoryError where something else has its name."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
@@ -129,10 +124,9 @@ def _check_replaceable(file: os.stat_result, directory: os.stat_result) -> None:
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
-    """Writes a file beside ``path``, flushes it to disk and renames it: at any instant one of the two is complete.
-
-    The target of a symbolic link is replaced, not the link. FIFOs and devices are written to. With ``keep``, the file
-    at ``path`` first gets that name too; a complete file is at ``path`` all the time.
+    """Writes a file beside ``path``, flushes it to disk and renames it: at any instant one of the two is complete. The
+    target of a symbolic link is replaced; FIFOs and devices are written to. The file at ``path`` first gets the name
+    ``keep``, too.
     """
     if is_special(path):
         with path.open("wb") as file:
@@ -180,11 +174,9 @@ def leftovers(path: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool) -> Iterator[None]:
-    """While entered, no other process can enter it for the lock file ``path``; the lock ends with its process.
-
-    The file stays. On a file system without locks there is a warning and no lock. Raises BlockingIOError if another
-    process has entered it, and ``wait`` is false, and OSError if the file cannot be opened, or is a symbolic link or no
-    regular file.
+    """While entered, no other process can enter it for the lock file ``path``; the lock ends with its process, the file
+    stays. Without locks on its file system there is a warning. Raises BlockingIOError if another has entered it and
+    ``wait`` is false, OSError if the file cannot be opened, or is a symbolic link or no regular file.
     """
     descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
     try:

@@ -19,9 +19,7 @@ def printable(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """Prints ``text`` to standard output. Raises BrokenPipeError if its reader has left, and OutputError if it cannot
-    be written for another reason.
-    """
+    """Prints to standard output. Raises BrokenPipeError if its reader has left, OutputError for another reason."""
     try:
         print(printable(text), flush=True)
     except OSError as error:

@@ -7,9 +7,7 @@ from typing import Any
 
 
 def optional_package(name: str, extra: str, least: tuple[int, ...] = ()) -> Any:
-    """The package, imported. Raises ImportError, which names the ``extra`` that installs it, if it is missing, or older
-    than ``least``.
-    """
+    """The package, imported; ImportError, naming the ``extra`` that has it, if missing or older than ``least``."""
     try:
         package = importlib.import_module(name)
     except ImportError as error:

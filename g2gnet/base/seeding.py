@@ -1,6 +1,4 @@
-"""Randomness that can be resumed: every draw comes from a stream named by the seed, a purpose and a counter, so that a
-resumed run draws what the uninterrupted one would have drawn, and so does every process of a distributed run.
-"""
+"""Randomness that can be resumed: each draw has a stream named by seed, purpose and counter, alike in all processes."""
 
 import os
 import random

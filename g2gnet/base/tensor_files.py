@@ -1,7 +1,6 @@
-"""Files of tensors: written whole and with a checksum; read without executing or trusting anything in them.
-
-A file is the zip archive that ``torch.save`` writes, so ``torch.load`` reads it too. The archive's comment is the
-SHA-256 of all bytes before it: a truncated file has no such ending, and a flipped bit anywhere changes one of the two.
+"""Files of tensors: written whole and with a checksum; read without executing or trusting anything in them. A file is
+the zip archive of ``torch.save``, so ``torch.load`` reads it too; the archive's comment is the SHA-256 of all bytes
+before it, which reveals truncation and any flipped bit.
 """
 
 import hashlib
@@ -28,9 +27,8 @@ class TensorFileError(ValueError):
 
 def write_tensors(path: Path, content: Any, keep: Path | None = None) -> None:
     """Replaces ``path`` by a file of ``content``: tensors, numbers, strings, None, and dicts, lists, tuples of them.
-
-    With ``keep``, the file that was at ``path`` gets that name. Raises OSError if it cannot be written, and
-    TensorFileError for content that :func:`read_tensors` would refuse; the old file is then unchanged.
+    With ``keep``, the old file gets that name. Raises OSError if it cannot be written, and TensorFileError for content
+    that :func:`read_tensors` would refuse; the old file is then unchanged.
     """
     check_plain(content)
     buffer = io.BytesIO()
@@ -46,9 +44,7 @@ def with_digest(archive: bytes) -> bytes:
 
 
 def has_digest(path: Path) -> bool:
-    """Whether a file ends as those of :func:`write_tensors` do, even if it is damaged before its end. Raises OSError if
-    it cannot be read.
-    """
+    """Whether a file ends as those of :func:`write_tensors`, even if damaged before. Raises OSError if unreadable."""
     with open_file(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - END_BYTES - DIGEST_BYTES))
@@ -58,8 +54,7 @@ def has_digest(path: Path) -> bool:
 
 def read_tensors(path: Path) -> Any:
     """What :func:`write_tensors` wrote, on the CPU. Raises OSError if the file cannot be opened, or is not a regular
-    one, and TensorFileError if it is damaged, or :func:`parse_tensors` refuses it.
-    """
+    one, and TensorFileError if it is damaged, or :func:`parse_tensors` refuses it."""
     data = read_file(path)
     if data[-DIGEST_BYTES:] != hashlib.sha256(data[:-DIGEST_BYTES]).digest():
         raise TensorFileError("its checksum is wrong: the file is damaged, or not one of ours")
@@ -67,11 +62,9 @@ def read_tensors(path: Path) -> Any:
 
 
 def parse_tensors(data: bytes) -> Any:
-    """The content of any file that ``torch.save`` wrote, on the CPU.
-
-    Nothing in it is executed, and no more memory is used than a small multiple of the file's size. Raises
-    TensorFileError if it is not such a file, if it holds anything but tensors, numbers, strings, None and containers of
-    them, or a tensor that is larger than its data, or a value that is not finite.
+    """The content of any file that ``torch.save`` wrote, on the CPU: nothing is executed, memory is a small multiple of
+    the file's size. Raises TensorFileError if it is no such file, holds anything but tensors, numbers, strings, None
+    and containers of them, or a tensor that is larger than its data, or a value that is not finite.
     """
     try:
         # neither PyTorch's older formats nor archives that expand are opened

@@ -21,11 +21,9 @@ def random_crop_and_flip(
     """Shifts each image by up to ``shift`` pixels in both directions, filling with zeros, and mirrors half of them.
 
     With 4 pixels that is the usual augmentation for CIFAR (He et al. 2016): crops at uniform places of the zero-padded
-    image, each mirrored left to right with probability 1/2, drawn independently for each image. Images are
-    [B, ..., height, width], of any dtype, on any device; that of the generator may be another one. The result is new.
-
-    Raises:
-        ValueError: for a shift below 0.
+    image, each mirrored left to right with probability 1/2, drawn independently for each image. Images are [B, ...,
+    height, width], of any dtype, on any device; that of the generator may be another one. The result is new. Raises
+    ValueError for a shift below 0.
 
     Example:
         >>> images = torch.randint(256, (5, 28, 28), dtype=torch.uint8)
@@ -53,10 +51,7 @@ def random_erase(images: torch.Tensor, generator: torch.Generator, probability: 
 
     Its area is uniform from 2 to 33 % of the image, its aspect ratio log-uniform from 0.3 to 3.3, its place uniform.
     Each image loses one with that ``probability``, independently; of very narrow images none may fit. Arguments and
-    result are those of :func:`random_crop_and_flip`.
-
-    Raises:
-        ValueError: for a probability out of range.
+    result are those of :func:`random_crop_and_flip`. Raises ValueError for a probability out of range.
 
     Example:
         >>> images = torch.ones(100, 28, 28)
@@ -87,10 +82,8 @@ def random_unit_shift(sequences: torch.Tensor, generator: torch.Generator, most:
     """Moves each sequence by up to ``most`` places along its units, the same number at all steps, filling with zeros.
 
     On channels of a cochlea that is another pitch; Nowotny et al. (2025) move SHD by up to 40 of its 700. Sequences are
-    [B, T, units], of any dtype, on any device; numbers of places are uniform, and independent for each sequence.
-
-    Raises:
-        ValueError: for a number below 0.
+    [B, T, units], of any dtype, on any device; numbers of places are uniform, and independent for each sequence. Raises
+    ValueError for a number below 0.
 
     Example:
         >>> moved = random_unit_shift(torch.ones(50, 3, 9), torch.Generator().manual_seed(0), most=2)

@@ -85,12 +85,8 @@ class Binning(NamedTuple):
 
 
 class Grid:
-    """The cells of one sample, time steps × places, in which events are counted.
-
-    Attributes:
-        events: how many were given.
-        late: how many of these came after the last step.
-    """
+    """The cells of a sample, time steps × places, in which ``events`` are counted; ``late`` ones came after the last
+    step."""
 
     def __init__(self, shape: tuple[int, ...], dt: float) -> None:
         self.shape, self.dt, self.bins = shape, dt, shape[-1]
@@ -107,13 +103,8 @@ class Grid:
 
 
 class Part(NamedTuple):
-    """A part of a data set that was found, and not read yet.
-
-    Attributes:
-        files: what it is read from.
-        labels: int64 [N].
-        samples: reads them one by one, of the shape of a grid: counts, or float16. Raises DataError naming the file
-            that is damaged.
+    """A part of a data set that was found, and not read yet: its files, labels, int64 [N], and ``samples``, which reads
+    them one by one, of the shape of a grid: counts, or float16. That raises DataError naming the file that is damaged.
     """
 
     files: Sequence[Path]
@@ -133,11 +124,8 @@ def load(
 ) -> ImageData:
     """The data set ``name`` as sequences of ``steps`` steps of ``dt`` milliseconds (None: as ``binning`` says), from
     files below ``data_dir`` or from ``binned`` there, where they are kept. Counts are integers other than uint8,
-    features float16.
-
-    Raises:
-        ValueError: for settings that do not fit the data set.
-        DataError: if files are missing or damaged.
+    features float16. Raises ValueError for settings that do not fit the data set, DataError if files are missing or
+    damaged.
     """
     bins, dt = binning.or_usual(bins, dt)
     bins, dt = COUNT.check("bins", bins), STEP.check("dt", dt)
@@ -197,9 +185,7 @@ def _read(name: str, parts: Mapping[str, Part], binning: Binning, grid: Grid) ->
 
 
 def folder_of(name: str, data_dir: Path, places: Sequence[str], wanted: Sequence[str], remedy: str) -> Path:
-    """The first of ``places`` below ``data_dir`` that holds the files or folders ``wanted``. Raises MissingDataError,
-    with what to do, if none has all of them.
-    """
+    """The first of ``places`` below ``data_dir`` with all of ``wanted``; MissingDataError with the ``remedy``."""
     folders = [data_dir / place for place in places]
     missing = [[each for each in wanted if not (folder / each).exists()] for folder in folders]
     least = min(range(len(folders)), key=lambda number: len(missing[number]))

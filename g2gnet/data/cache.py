@@ -14,14 +14,9 @@ Parts = dict[str, torch.Tensor]
 
 
 def made_once(file: Path, names: Sequence[str], what: str, make: Callable[[], Parts]) -> Parts:
-    """The content of ``file``, or if it is missing or damaged, what ``make`` returns, which is then kept there.
-
-    The name of the file identifies what is made. Other processes wait meanwhile. A file that cannot be written is a
-    warning.
-
-    Args:
-        names: of the tensors that the file must have.
-        what: is made, for messages.
+    """The content of ``file``, with these ``names`` of tensors; or if it is missing or damaged, what ``make`` returns,
+    which is then kept there. Its name identifies it; ``what`` it is, messages say. Other processes wait meanwhile, and
+    a file that cannot be written is a warning.
     """
     with one_at_a_time(file):
         parts = _read(file, names, what)

@@ -87,10 +87,8 @@ DATASETS = {
 
 
 def dataset_name(given: Path | str) -> str:
-    """The name of the data set that is asked for: one of :data:`DATASETS`, or your own file.
-
-    Raises:
-        DataError: if the file cannot be read.
+    """The name of the data set that is asked for: one of :data:`DATASETS`, or your own file. Raises DataError if the
+    file cannot be read.
 
     Example:
         >>> dataset_name("fashionmnist")

@@ -52,7 +52,6 @@ def _files(reader: type[CIFAR10]) -> list[tuple[str, str]]:
 
 
 def _damage(name: str, folder: Path) -> str | None:
-    """What is wrong with the files in ``folder``, and the remedy."""
     for file, md5 in _files(READERS[name]):
         if not check_integrity(folder / file, md5):
             there = (folder / file).is_file()
@@ -67,8 +66,7 @@ def _fetch(name: str, data_dir: Path, folder: Path) -> None:
     archive = data_dir / reader.filename
     if archive.exists() and not check_integrity(archive, reader.tgz_md5):
         raise DataError(
-            f"{archive} is damaged (its checksum is not the published one); delete it and run this again to have it "
-            "downloaded again"
+            f"{archive} is damaged (its checksum is not the published one); delete it, and this downloads it again"
         )
     try:
         with (

@@ -10,9 +10,7 @@ from torchvision.datasets.utils import check_integrity
 
 
 def download(urls: Sequence[str], file: Path, md5: str) -> None:
-    """Downloads ``file`` from the first of these addresses whose content has this checksum. Raises OSError if none
-    does, with the error of each.
-    """
+    """Downloads ``file`` from the first address with this checksum; OSError with the error of each if none has it."""
     problems = []
     for url in urls:
         try:

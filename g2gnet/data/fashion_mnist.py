@@ -80,7 +80,6 @@ def _find(folder: Path, name: str) -> Path | None:
 
 
 def _read(folder: Path) -> ImageData:
-    """Reads the four files in ``folder``."""
     parts = {}
     for part, file in (("train", "train"), ("test", "t10k")):
         count = COUNTS[file]

@@ -1,8 +1,5 @@
-"""Spiking Heidelberg Digits and Spiking Speech Commands (Cramer et al. 2022), in their published HDF5 files.
-
-A file has ``spikes/times``, a list of seconds for each sample, ``spikes/units``, the list of their channels, and
-``labels``. It is read by the package ``h5py``.
-"""
+"""Spiking Heidelberg Digits and Spiking Speech Commands (Cramer et al. 2022) in their published HDF5 files, read by
+``h5py``: for each sample ``spikes/times``, seconds, and ``spikes/units``, their channels; and ``labels``."""
 
 import contextlib
 from collections.abc import Iterator
@@ -34,9 +31,7 @@ def parts(name: str, data_dir: Path) -> dict[str, Part]:
     except ImportError as error:
         raise DataError(f"dataset={name} is read from HDF5: {error}") from error
     files = {part: f"{name}_{'valid' if part == 'val' else part}.h5" for part in COUNTS[name]}
-    remedy = (
-        f"download {', '.join(files.values())} from https://compneuro.net, and unpack them (gunzip) into {data_dir}"
-    )
+    remedy = f"download {', '.join(files.values())} from https://compneuro.net and gunzip them into {data_dir}"
     folder = folder_of(name, data_dir, (".", name.upper()), list(files.values()), remedy)
     paths = {part: folder / file for part, file in files.items()}
     return {part: Part([path], _labels(path), partial(_samples, path)) for part, path in paths.items()}

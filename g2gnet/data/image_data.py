@@ -61,9 +61,7 @@ class ImageData:
         return replace(self, **tensors)
 
     def moments(self) -> tuple[float, float]:
-        """Mean and standard deviation of all values in the training samples (of :func:`as_samples`), by exact sums.
-        Raises DataError if they are all equal.
-        """
+        """Mean and standard deviation of all training samples (:func:`as_samples`), exact; DataError if equal."""
         total = square = 0.0
         for images in self.train_images.split(1024):
             values = images.cpu().double()

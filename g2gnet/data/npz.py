@@ -48,9 +48,7 @@ def is_name(name: object) -> bool:
 
 
 def name_of(path: Path | str, remedy: str = "give the name of a file") -> str:
-    """The name of the data in a file; :func:`load` finds it under this name. Raises DataError, with the ``remedy``, if
-    the file cannot be read.
-    """
+    """The name by which :func:`load` finds a file's data. Raises DataError, with the ``remedy``, if unreadable."""
     path = Path(path)
     try:
         with open_file(path) as file:
@@ -65,9 +63,8 @@ def name_of(path: Path | str, remedy: str = "give the name of a file") -> str:
 
 
 def load(name: str, data_dir: Path) -> ImageData:
-    """Reads the data of that name, from the given file or the file of that name in ``data_dir``. Raises DataError if
-    the file is missing, has different content than the name says, or lacks such arrays.
-    """
+    """Reads the data of that name, from the file that was given or that in ``data_dir``. Raises DataError if it
+    is missing, has different content than the name says, or lacks such arrays."""
     path = _path(name, data_dir)
     found = name_of(path, "give the directory that has it as `data_dir`")
     if found != name:
@@ -83,9 +80,7 @@ def holds_sequences(shape: Sequence[int]) -> bool:
 
 
 def sample_shape(name: str, data_dir: Path) -> tuple[int, ...]:
-    """The shape of a sample of the data of that name, which the head of its file says. Raises DataError if the file is
-    missing, or lacks such arrays.
-    """
+    """The shape of a sample, by the head of the file. Raises DataError if it is missing, or lacks such arrays."""
     return _read_archive(_path(name, data_dir), _headers)["train_images"][0][1:]
 
 

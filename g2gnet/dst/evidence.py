@@ -20,10 +20,9 @@ _OTHERS = "give " + ", and ".join(f"{name}={' or '.join(map(repr, of))}" for nam
 
 
 class StepRecorder:
-    """Records in one training step what the rules need of it, from :meth:`start` to :meth:`stop`.
-
-    The activity is that of ``model``, or given (:meth:`give`); ``grow`` is None if nothing grows. Raises ValueError for
-    a model whose output does not spike, or that is compiled and cannot run uncompiled.
+    """Records in one training step, from :meth:`start` to :meth:`stop`, what the rules need: the activity of ``model``,
+    or as given (:meth:`give`); ``grow`` is None if nothing grows. Raises ValueError for a model whose output does not
+    spike, or that is compiled and cannot run uncompiled.
     """
 
     def __init__(
@@ -40,9 +39,7 @@ class StepRecorder:
         self._rules = f"prune={prune.name!r} with grow={grow.name if grow else 'random'!r}"
         for module in model.modules() if model is not None and ACTIVITY in self.needs else ():
             if isinstance(module, SpikingNetwork) and module.readout != "counts":
-                raise ValueError(
-                    f"a correlation needs output spikes, and with readout={module.readout!r} there are none; {_OTHERS}"
-                )
+                raise ValueError(f"a correlation needs output spikes; readout={module.readout!r} has none; {_OTHERS}")
         if model is not None and self.needs:
             check_compiled(model, " and ".join(sorted(self.needs)))
         self._model = model if ACTIVITY in self.needs else None
@@ -116,9 +113,7 @@ class StepRecorder:
     def evidence(
         self, layers: Sequence[tuple[int, G2GLinear]], world: World, candidates: Mapping[int, torch.Tensor | None]
     ) -> Iterator[tuple[int, Evidence]]:
-        """What is known of each of these layers, with its number; ``candidates`` are those of each. Raises RuntimeError
-        for what is needed and was neither given nor recorded.
-        """
+        """What is known of each layer and its ``candidates``, with its number; RuntimeError if it was not recorded."""
         unpacked: dict[int, torch.Tensor] = {}  # by the train's id; a layer's spikes are the next one's inputs
         for number, layer in layers:
             correlation = gradient = units = None

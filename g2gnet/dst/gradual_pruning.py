@@ -26,12 +26,11 @@ def least_density(layers: Sequence[G2GLinear], frozen: Collection[G2GLinear] = (
 def layer_budgets(
     sizes: Sequence[torch.Tensor], scores: Sequence[torch.Tensor], final: float, left: int, interval: int
 ) -> list[float]:
-    """The weights that each layer may keep in an update, after which ``left`` steps follow until the last one.
-
-    Together they are F + (W − F)·(left / (left + interval))³, W being the weights that there are and F ``final`` ones.
-    A layer has those of its units that are among the best of all layers (:func:`g2gnet.dst.lamp.layer_adapted`). Less
-    than a unit is over, which the first layer gets. Of each layer's units ``sizes`` are the weights, int64 [num_units],
-    and ``scores`` their mean ``|w|``.
+    """The weights that each layer may keep in an update, after which ``left`` steps follow until the last one: of all,
+    F + (W − F)·(left / (left + interval))³, W being the weights that there are and F ``final`` ones. Its part is that
+    of its units that are among the best of all (:func:`g2gnet.dst.lamp.layer_adapted`); the first also gets what is
+    over, less than a unit. ``sizes`` are the weights of each layer's units, int64 [num_units], ``scores`` their mean
+    ``|w|``.
     """
     of_all = torch.cat([of_layer.cpu() for of_layer in sizes])
     weights = final + max(0.0, int(of_all.sum()) - final) * (left / (left + interval)) ** 3
@@ -43,15 +42,13 @@ def layer_budgets(
 
 
 def units_within(budget: float, strongest: torch.Tensor, best: torch.Tensor, fraction: float) -> tuple[int, int, float]:
-    """How many units of a layer stay and grow, and what they leave of a ``budget`` of weights: less than a unit.
-
-    As many stay as fit, at least one; a ``fraction`` of these is then replaced by as many weights. Fewer are replaced
-    where units that grow are so much smaller that their slots would not suffice. ``strongest`` are the sizes of the
-    units that there are, those that stay first, int64 [n]; ``best`` those of units that can grow, likewise.
+    """How many units of a layer stay and grow, and what they leave of a ``budget`` of weights: less than a unit. As
+    many stay as fit, at least one; a ``fraction`` of these is replaced by as many weights, or fewer where units that
+    grow are too small for that. ``strongest`` are the sizes of the units that there are, those that stay first, int64
+    [n]; ``best`` those of units that can grow.
     """
-    have, get = (
-        torch.cat([torch.zeros(1, dtype=torch.float64), sizes.cpu().double().cumsum(0)]) for sizes in (strongest, best)
-    )
+    pad = torch.nn.functional.pad
+    have, get = (pad(sizes.cpu().double().cumsum(0), (1, 0)) for sizes in (strongest, best))
     kept = max(1, int((have <= budget).sum()) - 1)
     stay = torch.arange(kept - min(share_of(fraction, kept), len(best)), kept + 1)
     room = budget - have[stay]

@@ -4,11 +4,10 @@ import torch
 
 
 def layer_adapted(size: torch.Tensor) -> torch.Tensor:
-    """By what units of different layers are compared (LAMP: Lee et al. 2021, of units), float64 [num_units] on CPU.
-
-    Of a layer's units with mean ``|w|`` = ``size`` it is size² / Σ size² over the unit itself and all larger ones: the
-    share of the layer that would go with it. Layers of small weights keep their part, and none loses its last unit
-    while others have several. The largest unit has 1 even if all are zero.
+    """By what units of different layers are compared (LAMP: Lee et al. 2021, of units), float64 [num_units] on CPU:
+    size² / Σ size² over the unit itself and all larger ones of its layer, where size is the mean ``|w|``. Layers of
+    small weights keep their part, and none loses its last unit while others have several. The largest has 1 even if all
+    are 0.
     """
     squares, order = size.cpu().double().square().sort(descending=True)
     adapted = torch.empty_like(squares)

@@ -1,8 +1,7 @@
 """What the optimizer's state begins with for new units: a table by the name of the state, whatever the optimizer.
-
-It resets what ``optimizer.state`` holds for the packed weights. A state of the weights' shape, also with dimensions
-before these, begins with the table's value, and codes of 8 bits (bitsandbytes) with that of zero. Scalars are left.
-Of any other state it is unknown which numbers belong to which unit, or what they begin with, so it is refused by name.
+States of the packed weights' shape, also with dimensions before these, begin with the table's value, and codes of 8
+bits (bitsandbytes) with that of zero. Scalars are left. Any other state is refused by name: which of its numbers belong
+to a unit, and what they begin with, is unknown.
 """
 
 import weakref
@@ -38,12 +37,8 @@ OF_ALL = {"prev_flat_grad"}
 
 
 class OptimizerState:
-    """The state of one or several optimizers for the weights of rewired layers.
-
-    Args:
-        reset: the initial values of states that the table does not know, or knows otherwise.
-        fewer: whether units will be removed (:meth:`keep_`), which codes cannot follow.
-    """
+    """The state of optimizers for the weights of rewired layers. ``reset`` has initial values that the table lacks or
+    has otherwise; ``fewer``: units will be removed (:meth:`keep_`), which codes cannot follow."""
 
     def __init__(
         self,
@@ -125,9 +120,7 @@ class OptimizerState:
         return next(groups, {}).get(OPTION.get(name, ""))
 
     def keep_(self, parameter: torch.nn.Parameter, kept: torch.Tensor) -> Callable[[], None]:
-        """Keeps the state of the slots where ``kept``, bool [num_units], is true, before the weights follow. Returns a
-        function that takes it back.
-        """
+        """Keeps the state of slots that are ``kept``, bool [num_units], before weights follow; returns its undoing."""
         with ExitStack() as undo:
             for optimizer in self.optimizers:
                 for name, tensor, dim, _ in list(self._states(optimizer, parameter)):
@@ -137,9 +130,8 @@ class OptimizerState:
             return undo.pop_all().close
 
     def reset_(self, parameter: torch.nn.Parameter, slots: torch.Tensor, apply: torch.Tensor) -> Callable[[], None]:
-        """Resets the state of some slots if ``apply``, a bool scalar, is true. Does not wait for the device. Returns as
-        :meth:`keep_`; if an error is raised, nothing has changed.
-        """
+        """Resets the state of some slots if ``apply``, a bool scalar, is true; does not wait for the device. Returns as
+        :meth:`keep_`; if an error is raised, nothing has changed."""
         with ExitStack() as undo:
             for optimizer in self.optimizers:
                 for _, tensor, dim, initial in self._states(optimizer, parameter):
@@ -161,10 +153,8 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _refuse_states_of_other_weights(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Raises ValueError if a fused optimizer has states of another number of units than its weights have.
-
-    It does not compare shapes, and would write past the end of the smaller tensor; all others say so themselves.
-    """
+    """Raises ValueError if a fused optimizer has states of another number of units than its weights: it compares no
+    shapes, and would write past the end of the smaller tensor. All others say so themselves."""
     for group in optimizer.param_groups:
         for weights in group["params"] if group.get("fused") else ():
             if weights.dim() != 3 or not weights.requires_grad:  # packed weights are [num_units, unit_rows, unit_cols]

@@ -25,12 +25,11 @@ def replace_units(
     state: OptimizerState,
     undo: ExitStack,
 ) -> tuple[int, int, float]:
-    """Keeps units of highest ``prune`` score [num_units], and replaces ``fraction`` of these.
-
-    The lowest of them give their slots to absent units of highest ``grow`` score, which is of these ``candidates``
-    (:class:`g2gnet.dst.rules.Evidence`). All units together have
-    ``budget`` weights or up to a unit fewer; None: their number stays. Nothing changes if ``apply``, a bool scalar,
-    is false. Closing ``undo`` takes it back. Returns the units pruned and grown, and what is left of the budget.
+    """Keeps units of highest ``prune`` score [num_units], and replaces a ``fraction`` of these: the lowest give their
+    slots to absent units of highest ``grow`` score, which is of ``candidates`` (:class:`g2gnet.dst.rules.Evidence`).
+    All together have ``budget`` weights or up to a unit fewer; None: their number stays. Nothing changes if ``apply``,
+    a bool scalar, is false. Closing ``undo`` takes it back. Returns the units pruned and grown, and what is left of the
+    budget.
     """
     mask, spare = layer.mask, budget or 0.0
     exist, absent = None, len(grow)
@@ -60,9 +59,8 @@ def replace_units(
 
 
 def draw_candidates(mask: BlockMask, generator: torch.Generator) -> torch.Tensor | None:
-    """Absent units that may grow, int64 counted row by row: of a large grid, of which one score per unit is too many,
-    as many as the mask has units (or all), drawn uniformly. None: any may.
-    """
+    """Absent units that may grow, int64 counted row by row: of a grid that is too large for a score of each, as many as
+    the mask has units (or all), drawn uniformly. None: any may."""
     total = math.prod(mask.grid)
     if total <= LARGEST_GRID:
         return None
@@ -74,15 +72,10 @@ def draw_candidates(mask: BlockMask, generator: torch.Generator) -> torch.Tensor
     return (rank + before).to(mask.unit_row.device)
 
 
-def lowest(
-    cost: torch.Tensor, count: int, generator: torch.Generator, last: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Indices of the ``count`` entries of least ``cost`` [n], compared in float32; equal ones in the order of a uniform
-    draw.
-
-    NaN comes after every number. Entries where ``last`` [n] is true come after all others.
-    """
-    order = torch.randperm(len(cost), generator=generator, device=generator.device).to(cost.device)
+def lowest(cost: torch.Tensor, count: int, draw: torch.Generator, last: torch.Tensor | None = None) -> torch.Tensor:
+    """Indices of the ``count`` entries of least ``cost`` [n], compared in float32, in the order of a uniform draw where
+    they are equal; NaN after every number, and those where ``last`` [n] is true after all others."""
+    order = torch.randperm(len(cost), generator=draw, device=draw.device).to(cost.device)
     place = torch.arange(len(cost), device=cost.device)
     turn = torch.empty_like(order).scatter_(0, order, place)
     cost = torch.where(cost.isnan(), torch.inf, cost).float() + 0.0  # −0 and 0 are equal

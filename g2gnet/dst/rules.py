@@ -1,8 +1,6 @@
-"""The rules of dynamic sparse training: the scores by which units are pruned and grown.
-
-A rule is one object: its name, its description for users, what must be recorded for it, and its score. To add
-one, add it to :data:`PRUNE_RULES` or :data:`GROW_RULES`; flags, checks, recording and messages follow, and a test asks
-for a slow score to compare it with.
+"""The rules of dynamic sparse training: the scores by which units are pruned and grown. To add one, add it to
+:data:`PRUNE_RULES` or :data:`GROW_RULES`; flags, checks, recording and messages follow, and a test asks for a slow
+score to compare it with.
 """
 
 import math

@@ -1,8 +1,5 @@
-"""Dynamic sparse training: at regular intervals the weakest units are pruned and new ones are grown, as many or fewer.
-
-Works on :class:`G2GLinear` layers with any optimizer that lets the state of grown units be reset
-(:mod:`g2gnet.dst.optimizer_state`).
-"""
+"""Dynamic sparse training: at regular intervals the weakest units are pruned and new ones grown, as many or fewer. For
+:class:`G2GLinear` layers, and any optimizer whose state can be reset (:mod:`g2gnet.dst.optimizer_state`)."""
 
 import contextlib
 import copy
@@ -263,7 +260,6 @@ class DSTScheduler:
             )
 
     def _record_if_due(self) -> None:
-        """Starts recording the next training step if the :meth:`step` after it is an update."""
         if self.next_is_due:
             self._recorder.start([each for each in self.layers if each.values.requires_grad and self._can_change(each)])
 
@@ -399,10 +395,8 @@ class DSTScheduler:
                 )
 
     def _update(self, evidence: list[tuple[int, Evidence]]) -> None:
-        """Prunes and grows in all layers, or in none of them if a score is not finite.
-
-        Nothing here waits for the device while the number of units stays: one that must stay is replaced by itself.
-        """
+        """Prunes and grows in all layers, or in none if a score is not finite. While the number of units stays, nothing
+        waits for the device: a unit that must stay is replaced by itself."""
         if not evidence:  # every layer is frozen, or full
             return
         grow = self.grow if self.fraction else GROW_RULES["random"]  # which needs nothing, and none are taken

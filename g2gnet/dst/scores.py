@@ -1,6 +1,4 @@
-"""What the rules of dynamic sparse training know of a layer: one number for each unit of the grid, whether it exists or
-not. The dense [out, in] matrix behind these numbers is never formed.
-"""
+"""What the rules of DST know of a layer: one number per unit of the grid; no dense [out, in] matrix is formed."""
 
 import torch
 
@@ -18,11 +16,7 @@ BAND = 1 << 24
 
 
 def unit_correlation(
-    pre: torch.Tensor,
-    post: torch.Tensor,
-    mask: BlockMask,
-    world: World = ALONE,
-    units: torch.Tensor | None = None,
+    pre: torch.Tensor, post: torch.Tensor, mask: BlockMask, world: World = ALONE, units: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The mean pre/post correlation of ``units``, counted row by row, between −1 and 1: [units]; None: of every unit of
     the grid, [block rows, block columns].
@@ -103,9 +97,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 class UnitGradients:
     """The size of ∂L/∂W in every unit of a layer: the observer of a layer that is trained by several backward passes.
-
-    It keeps what the layer received and the gradient of what it gave, of which ∂L/∂W = Σ over samples of g·xᵀ. They
-    count where a backward pass forms the gradient of the layer's weights; one for the inputs alone adds nothing.
+    Of what the layer received and the gradient of what it gave, ∂L/∂W = Σ over samples of g·xᵀ. They count where a
+    backward pass forms the gradient of the layer's weights, not one for the inputs alone.
     """
 
     def __init__(self) -> None:
@@ -192,9 +185,7 @@ class UnitGradients:
         in batches, or one that has a gradient itself: that of the weights has more parts then.
         """
         if self.unseen is not None:
-            raise RuntimeError(
-                f"grow='gradient' does not see {self.unseen}, and this step had it; use grow='random' or 'hebb'"
-            )
+            raise RuntimeError(f"grow='gradient' does not see {self.unseen} of this step; use grow='random' or 'hebb'")
         rows, cols = mask.rows, mask.cols
         seen = [(x.reshape(-1, cols.size).float(), g.reshape(-1, rows.size).float()) for x, g in self.pairs]
         # that of a dense weight is its product with the identity

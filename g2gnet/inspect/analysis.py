@@ -10,18 +10,9 @@ import torch
 from g2g_kernels import Activity, GroupLayout
 from g2g_kernels.mask.groups import partners
 from g2g_kernels.ops.g2g_stack.chunks import ChunkedSpikes
+from g2gnet.inspect import spike_statistics
 from g2gnet.inspect.connections import cross_group_share, group_density, input_group_entropy
-from g2gnet.inspect.spike_statistics import (
-    CountCorrelation,
-    SpikeSums,
-    chance_coherence,
-    coherence,
-    count_correlation,
-    firing_rates,
-    group_means,
-    pearson,
-    temporal_synchrony,
-)
+from g2gnet.inspect.spike_statistics import CountCorrelation, SpikeSums, firing_rates, group_means, pearson
 from g2gnet.network import G2GNet
 from g2gnet.recording import Train, dense
 
@@ -104,8 +95,7 @@ class LayerAnalysis:
     @property
     def coherence_by_share(self) -> float:
         """Pearson's r over the G groups, of coherence with the layer's other groups against inputs from others. For
-        eight groups chance alone gives ``|r| > 0.7`` in one of twenty cases.
-        """
+        eight groups chance alone gives ``|r| > 0.7`` in one of twenty cases."""
         return pearson(self.cross_group_coherence, self.cross_group_share)
 
     @property
@@ -209,11 +199,11 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
                 group_sizes=sums.layout.sizes,
                 neuron_rates=rates,
                 group_rates=group_means(rates, sums.layout),
-                synchrony=temporal_synchrony(sums),
-                correlation=count_correlation(sums),
-                coherence=coherence(sums, sums).fill_diagonal_(math.nan),
-                chance_coherence=chance_coherence(sums, sums).fill_diagonal_(math.nan),
-                pathway_coherence=None if pre_sums is None else coherence(sums, pre_sums),
+                synchrony=spike_statistics.temporal_synchrony(sums),
+                correlation=spike_statistics.count_correlation(sums),
+                coherence=spike_statistics.coherence(sums, sums).fill_diagonal_(math.nan),
+                chance_coherence=spike_statistics.chance_coherence(sums, sums).fill_diagonal_(math.nan),
+                pathway_coherence=None if pre_sums is None else spike_statistics.coherence(sums, pre_sums),
                 density=group_density(mask),
                 cross_group_share=cross_group_share(mask),
                 input_entropy=input_group_entropy(mask),

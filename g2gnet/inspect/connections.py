@@ -22,9 +22,7 @@ def group_density(mask: BlockMask) -> torch.Tensor:
 
 
 def group_weight(mask: BlockMask, values: torch.Tensor) -> torch.Tensor:
-    """The mean ``|w|`` of packed ``values`` between each pair of groups, absent weights counted as 0: float64 [groups
-    out, groups in].
-    """
+    """The mean ``|w|`` of packed ``values`` between groups, 0 for absent weights: float64 [groups out, groups in]."""
     return _mean_between_groups(mask, values.detach().abs().sum((1, 2)))
 
 

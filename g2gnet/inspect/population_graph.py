@@ -1,8 +1,5 @@
-"""The picture of a network's populations, and of the connections between them with their delays.
-
-Everything is measured in inches, downwards. Populations stand below one another; an arrow to the next one is straight,
-the others leave and arrive at the sides and run in lanes between, so that no two lie on each other.
-"""
+"""The picture of a network's populations and of the connections between them with their delays, in inches, downwards.
+An arrow to the next population is straight; the others leave and arrive at the sides and run in lanes between."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,8 +27,7 @@ NAME = 14
 @dataclass(eq=False)
 class _Arrow:
     """A connection: the places of its populations from the top (0: the input), its side (−1: left; 0: straight; 1:
-    right), its lane on that side, and the heights at which it leaves, arrives and has its label.
-    """
+    right), its lane there, and the heights at which it leaves, arrives and has its label."""
 
     source: int
     target: int
@@ -86,9 +82,7 @@ def population_graph(net: SpikingNetwork) -> Figure:
 
 
 def _from_the_input(routes: Sequence[Route], parts: Sequence[Part], depth: int) -> list[int]:
-    """The numbers of populations from the top, −1 the input's: in the order in which they run, but on a cycle by their
-    distance from the input; the output last.
-    """
+    """Populations from the top (−1: the input) as they run, in a cycle by distance from the input; the output last."""
     distance = {-1: 0}
     for step in range(1, depth + 1):
         reached = {route.target for route in routes if route.source in distance}
@@ -98,7 +92,6 @@ def _from_the_input(routes: Sequence[Route], parts: Sequence[Part], depth: int) 
 
 
 def _arrows(net: SpikingNetwork, parts: Sequence[Part], order: Sequence[int]) -> list[_Arrow]:
-    """All connections, with their sides and lanes."""
     connections, place = net.connections(), {number: place for place, number in enumerate(order)}
     cycles = [{*part.members} for part in parts if part.period]
     arrows: list[_Arrow] = []
@@ -130,9 +123,7 @@ def _text(density: float, delays: torch.Tensor) -> str:
 
 
 def _placed(arrows: Sequence[_Arrow], count: int) -> tuple[list[tuple[float, float]], float]:
-    """The top and the height of each population, and the height of the picture; arrows get theirs. Each label between
-    two populations has lines of its own.
-    """
+    """Top and height of each population, and the height of the picture; arrows get theirs, each label its own lines."""
     between: list[list[_Arrow]] = [[] for _ in range(count - 1)]
     for arrow in sorted(arrows, key=_Arrow.length):
         if arrow.length():
@@ -170,9 +161,7 @@ def _placed(arrows: Sequence[_Arrow], count: int) -> tuple[list[tuple[float, flo
 
 
 def _leaving_and_arriving(number: int, arrows: Sequence[_Arrow], side: int) -> list[tuple[_Arrow, bool]]:
-    """The arrows at one side of a population from top to bottom, and whether they leave it: so ordered that lines of
-    one population do not cross.
-    """
+    """The arrows at a side of a population, top to bottom, and whether they leave it; its lines do not cross."""
     here = [arrow for arrow in arrows if arrow.side == side and number in (arrow.source, arrow.target)]
     up = [arrow for arrow in here if min(arrow.source, arrow.target) < number]
     down = [arrow for arrow in here if max(arrow.source, arrow.target) > number]
@@ -203,9 +192,8 @@ def _draw(axis: Axes, arrow: _Arrow, half: float) -> None:
         middle, align = arrow.side * min(abs(lane), half - width / 2), "center"
         if not arrow.length():
             middle, align = lane + 0.05, "left"
-    axis.add_patch(
-        FancyArrowPatch(path=Path(corners, codes), arrowstyle="-|>", mutation_scale=9, color=arrow.colour, lw=1.2)
-    )
+    path = Path(corners, codes)
+    axis.add_patch(FancyArrowPatch(path=path, arrowstyle="-|>", mutation_scale=9, color=arrow.colour, lw=1.2))
     behind = {"boxstyle": "square,pad=0.1", "fc": "white", "ec": "none"}
     text = axis.text(middle, arrow.label, arrow.text, fontsize=8.5, color=arrow.colour, ha=align, va="center", zorder=3)
     text.set_bbox(behind)

@@ -71,36 +71,34 @@ def layers_table(analysis: NetworkAnalysis) -> Table:
         >>> layers_table(analysis).header
         ('', 'lif1', 'lif2', 'lif3')
     """
-    layers = analysis.layers
-    rows = {
-        "neurons": [str(len(layer.neuron_rates)) for layer in layers],
-        "groups": [str(len(layer.group_sizes)) for layer in layers],
-        "firing rate (spikes per neuron and step)": [number(layer.firing_rate) for layer in layers],
-        "neurons that never fired": [percent(layer.silent) for layer in layers],
-        "synaptic operations per image: additions": [f"{round(layer.accumulates):,}" for layer in layers],
-        "synaptic operations per image: multiplications": [f"{round(layer.multiplies):,}" for layer in layers],
-        "of those of a dense layer whose inputs are never zero": [
-            percent((layer.accumulates + layer.multiplies) / layer.dense_operations) for layer in layers
-        ],
-        "temporal synchrony within groups": [_mean(layer.synchrony) for layer in layers],
-        **{
-            f"correlation of spike counts within groups, {part}": [
-                _mean(getattr(layer.correlation, part).diagonal()) for layer in layers
-            ]
-            for part in ("total", "signal", "noise")
-        },
-        "correlation of spike counts between groups, noise": [
-            _mean(layer.correlation.noise[~torch.eye(len(layer.group_sizes), dtype=torch.bool)]) for layer in layers
-        ],
-        "coherence between groups": [_mean(layer.cross_group_coherence) for layer in layers],
-        "coherence between groups by chance alone": [_mean(layer.chance_coherence) for layer in layers],
-        "inputs from other groups": [percent(float(layer.cross_group_share.nanmean())) for layer in layers],
-        "r: coherence of a group, its inputs from others": [number(layer.coherence_by_share) for layer in layers],
-        "r: coherence with an input group, density": [number(layer.coherence_by_pathway) for layer in layers],
-        "entropy of input groups, by connections": [_mean(layer.input_entropy) for layer in layers],
-        "entropy of input groups, by weight": [_mean(layer.weight_entropy) for layer in layers],
+    columns = {layer.name: _quantities(layer) for layer in analysis.layers}
+    labels = next(iter(columns.values()))
+    return Table(("", *columns), [(label, *(cells[label] for cells in columns.values())) for label in labels])
+
+
+def _quantities(layer: LayerAnalysis) -> dict[str, str]:
+    other_groups = ~torch.eye(len(layer.group_sizes), dtype=torch.bool)
+    operations = layer.accumulates + layer.multiplies
+    parts = layer.correlation._asdict()
+    return {
+        "neurons": str(len(layer.neuron_rates)),
+        "groups": str(len(layer.group_sizes)),
+        "firing rate (spikes per neuron and step)": number(layer.firing_rate),
+        "neurons that never fired": percent(layer.silent),
+        "synaptic operations per image: additions": f"{round(layer.accumulates):,}",
+        "synaptic operations per image: multiplications": f"{round(layer.multiplies):,}",
+        "of those of a dense layer whose inputs are never zero": percent(operations / layer.dense_operations),
+        "temporal synchrony within groups": _mean(layer.synchrony),
+        **{f"correlation of spike counts within groups, {part}": _mean(of.diagonal()) for part, of in parts.items()},
+        "correlation of spike counts between groups, noise": _mean(layer.correlation.noise[other_groups]),
+        "coherence between groups": _mean(layer.cross_group_coherence),
+        "coherence between groups by chance alone": _mean(layer.chance_coherence),
+        "inputs from other groups": percent(float(layer.cross_group_share.nanmean())),
+        "r: coherence of a group, its inputs from others": number(layer.coherence_by_share),
+        "r: coherence with an input group, density": number(layer.coherence_by_pathway),
+        "entropy of input groups, by connections": _mean(layer.input_entropy),
+        "entropy of input groups, by weight": _mean(layer.weight_entropy),
     }
-    return Table(("", *(layer.name for layer in layers)), [(label, *cells) for label, cells in rows.items()])
 
 
 def groups_table(layer: LayerAnalysis) -> Table:

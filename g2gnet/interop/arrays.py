@@ -6,17 +6,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from g2g_kernels import BlockMask
 from g2g_kernels.numbers import Number
 
+#: the weights of a layer that exist, as :meth:`G2GLinear.from_linear` takes them
+Mask = BlockMask | torch.Tensor
 #: by default, what a float32 holds
 FINITE = Number().check
 
 
 def numbers(
-    name: str,
-    values: Any,
-    entries: int | None = None,
-    check: Callable[[str, float], Any] = FINITE,
+    name: str, values: Any, entries: int | None = None, check: Callable[[str, float], Any] = FINITE
 ) -> np.ndarray:
     """``values``, an array, a tensor on any device, a number or nested lists of them, as float64.
 

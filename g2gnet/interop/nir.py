@@ -58,17 +58,8 @@ from g2g_kernels.numbers import SHARPNESS, Number, check_parameter
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
 from g2gnet.base.optional import optional_package
-from g2gnet.interop.arrays import FINITE, numbers
-from g2gnet.interop.nir_links import (
-    Link,
-    chain_of,
-    end_node,
-    flattened,
-    linear_kinds,
-    links_of,
-    metadata_entry,
-    neuron_kinds,
-)
+from g2gnet.interop import nir_links
+from g2gnet.interop.arrays import FINITE, Mask, numbers
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.projections import Projection, Route
@@ -80,8 +71,7 @@ logger = logging.getLogger("g2gnet")
 
 class _Form(NamedTuple):
     """NIR's form of a model: the node, its time constant for each of our decays, and those of its input strengths that
-    are written as the inverse of 1 − a decay (the others as 1).
-    """
+    are written as the inverse of 1 − a decay (the others as 1)."""
 
     node: str
     time_constants: dict[str, str]
@@ -93,10 +83,7 @@ _FORMS = {
     "synaptic": _Form("CubaLIF", {"syn_decay": "tau_syn", "beta": "tau_mem"}, {"r": "beta", "w_in": "syn_decay"}),
 }
 #: of each node that is read: our model, and NIR's time constant for each of its decays that is not 1
-_READ = {
-    **{form.node: (model, form.time_constants) for model, form in _FORMS.items()},
-    "IF": ("lif", {}),
-}
+_READ = {**{form.node: (model, form.time_constants) for model, form in _FORMS.items()}, "IF": ("lif", {})}
 #: the first version with a reset value of neurons
 _LEAST_NIR = (1, 0, 7)
 #: what time constants and input strengths are
@@ -141,7 +128,7 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
         return name
 
     start, end = free("input"), free("output")
-    nodes = {start: end_node(nir.Input, net.sizes[-1])}
+    nodes = {start: nir_links.end_node(nir.Input, net.sizes[-1])}
     edges: list[tuple[str, str]] = []
     sizes = dict(zip(net.populations, net.sizes))  # noqa: B905  (the last is the input's)
     cells = {name: _neurons_node(name, of, sizes[name], dt, nir) for name, of in neurons.items()}
@@ -152,9 +139,11 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
         target, connection = net.populations[route.target], joins[route.name]
         of_one_step = route.source == route.target and route.most == 1 and not route.per_neuron
         if of_one_step and not isinstance(nodes.get(target), nir.NIRGraph):
-            inner = {"input": end_node(nir.Input, sizes[target]), "lif": cells[target], "w_rec": connection}
+            inner = {"input": nir_links.end_node(nir.Input, sizes[target]), "lif": cells[target], "w_rec": connection}
             loop = [("input", "lif"), ("lif", "w_rec"), ("w_rec", "lif"), ("lif", "output")]
-            nodes[target] = nir.NIRGraph(nodes={**inner, "output": end_node(nir.Output, sizes[target])}, edges=loop)
+            nodes[target] = nir.NIRGraph(
+                nodes={**inner, "output": nir_links.end_node(nir.Output, sizes[target])}, edges=loop
+            )
             continue
         way = [start if route.source < 0 else net.populations[route.source], route.name, target]
         if (route.most or route.per_neuron) and not of_one_step:
@@ -163,13 +152,12 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
         nodes[route.name] = connection
         nodes.setdefault(target, cells[target])
         edges += itertools.pairwise(way)  # in the order in which currents are added up
-    nodes[end] = end_node(nir.Output, net.sizes[net.depth - 1])
+    nodes[end] = nir_links.end_node(nir.Output, net.sizes[net.depth - 1])
     _warn_of_the_hold([name for name, of in neurons.items() if of.model.name == "synaptic"])
     return nir.NIRGraph(nodes=nodes, edges=[*edges, (net.populations[-1], end)])
 
 
 def _check_written(net: SpikingNetwork) -> None:
-    """Raises ValueError for what NIR has no form of."""
     for kind, modules in ((G2GLinear, net.connections()), (SpikingNeurons, net.neurons())):
         for name, module in modules.items():
             if not isinstance(module, kind):
@@ -200,7 +188,7 @@ def _check_written(net: SpikingNetwork) -> None:
 def from_nir(
     graph: Any,
     dt: float = DEFAULT_DT,
-    masks: Mapping[str, BlockMask | torch.Tensor] | None = None,
+    masks: Mapping[str, Mask] | None = None,
     *,
     T: int,  # noqa: N803  (the field's name for it)
     backend: str | None = None,
@@ -237,8 +225,8 @@ def from_nir(
     if not isinstance(masks or {}, Mapping):
         raise ValueError(f"masks is a {type(masks).__name__}; give a dict of masks by the name of their node")
     masks = masks or {}
-    nodes, edges = flattened(graph, nir)
-    kinds = nir.Input, nir.Output, nir.Delay, *linear_kinds(nir), *neuron_kinds(nir)
+    nodes, edges = nir_links.flattened(graph, nir)
+    kinds = nir.Input, nir.Output, nir.Delay, *nir_links.linear_kinds(nir), *nir_links.neuron_kinds(nir)
     for name, node in nodes.items():
         if node is None:
             raise ValueError(f"node {name} is empty: the tool that wrote the graph could not express it in NIR")
@@ -246,12 +234,12 @@ def from_nir(
             raise ValueError(
                 f"node {name} is a {type(node).__name__}; a network takes Affine, Linear, Delay, LIF, CubaLIF and IF"
             )
-    links, output = links_of(nodes, edges, dt, nir)
+    links, output = nir_links.links_of(nodes, edges, dt, nir)
     known = sorted(link.name for link in links)
     if unknown := set(masks) - set(known):
         raise ValueError(f"masks names {', '.join(sorted(unknown))}, the graph {', '.join(known)}")
 
-    def connection(link: Link, bias: np.ndarray | None) -> G2GLinear:
+    def connection(link: nir_links.Link, bias: np.ndarray | None) -> G2GLinear:
         return _connection(link.name, nodes[link.name], bias, masks.get(link.name), backend)
 
     ours = {}
@@ -259,8 +247,8 @@ def from_nir(
         if link.target not in ours:
             ours[link.target] = _neurons(link.target, nodes[link.target], link.shape[0], dt, backend)
     _warn_of_the_hold([name for name in ours if isinstance(nodes[name], nir.CubaLIF)])
-    names = {name: metadata_entry(name, nodes[name], "g2g_name", "", _text) for name in (*ours, *known)}
-    chain = None if any(names.values()) else chain_of(links, output)
+    names = {name: nir_links.metadata_entry(name, nodes[name], "g2g_name", "", _text) for name in (*ours, *known)}
+    chain = None if any(names.values()) else nir_links.chain_of(links, output)
     if chain is None:
         modules = {name: of or name.replace(".", "_") for name, of in names.items()}
         for name, module in modules.items():
@@ -295,11 +283,6 @@ def _threshold(name: str, value: float) -> None:
         raise ValueError(f"{name}={value} must be at least 0: below it neurons spike at every step without any input")
 
 
-def _surrogate(key: str, value: Any) -> str:
-    check_choice(key, value, SURROGATES)
-    return value
-
-
 def _text(key: str, value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{key} is a {type(value).__name__}, not a str")
@@ -327,9 +310,7 @@ def _delay_node(net: SpikingNetwork, route: Route, dt: float, nir: Any) -> Any:
     return nir.Delay(delay=net.delays(route.name).cpu().double().numpy() * dt, metadata=metadata)
 
 
-def _connection(
-    name: str, node: Any, bias: np.ndarray | None, mask: BlockMask | torch.Tensor | None, backend: str | None
-) -> G2GLinear:
+def _connection(name: str, node: Any, bias: np.ndarray | None, mask: Mask | None, backend: str | None) -> G2GLinear:
     weight = numbers(f"node {name}: weight", node.weight)
     linear = torch.nn.utils.skip_init(torch.nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
     linear.weight.data.copy_(torch.from_numpy(weight))
@@ -343,7 +324,7 @@ def _connection(
         return BlockMask.from_state({"wiring": wiring}, (weight.shape[0], weight.shape[1]))
 
     if mask is None:
-        mask = metadata_entry(name, node, "wiring", None, read)
+        mask = nir_links.metadata_entry(name, node, "wiring", None, read)
         if mask is not None and weight[~mask.to_dense().numpy()].any():
             raise ValueError(f"node {name} has weights that its metadata calls absent; give masks={{{name!r}: ...}}")
     return G2GLinear.from_linear(linear, mask, backend)
@@ -397,22 +378,20 @@ def _neurons(name: str, node: Any, size: int, dt: float, backend: str | None) ->
     for decay, constant in time_constants.items():
         step = dt / of_node(constant, 0.0, _POSITIVE.check)
         if np.any(step > 1):
-            raise ValueError(
-                f"node {name} has a time constant below dt={dt} s; give the dt that the graph was made for"
-            )
+            raise ValueError(f"node {name} has a time constant below dt={dt} s; give the dt that it was made for")
         values[decay] = 1 - step
         gain = gain * step
     gain = numbers(f"node {name}: gain g", gain, size, _POSITIVE.check)
     threshold = of_node("v_threshold", 1.0, _threshold)
     values["threshold"] = numbers(f"node {name}: v_threshold/g", threshold / gain, size, check_parameter)
-    read = functools.partial(metadata_entry, name, node)
+    read = functools.partial(nir_links.metadata_entry, name, node)
     learned = {  # no leak stays none: NIR cannot express a decay next to 1
         f"learn_{parameter}": read(f"learn_{parameter}", parameter in ("threshold", *time_constants), check_flag)
         for parameter in values
     }
     neurons = NEURONS[model](
         reset="zero",
-        surrogate=read("surrogate", SURROGATE, _surrogate),
+        surrogate=read("surrogate", SURROGATE, lambda key, value: check_choice(key, value, SURROGATES)),
         alpha=float(read("alpha", ALPHA, SHARPNESS.check)),
         backend=backend,
         **learned,

@@ -42,8 +42,7 @@ class Link(NamedTuple):
 
 def links_of(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: float, nir: Any) -> tuple[list[Link], str]:
     """All linear nodes in the order of the edges, and the neurons that lead to the output. Raises ValueError for edges
-    that are on no way from neurons, or the input, by one of them to neurons.
-    """
+    that are on no way from neurons, or the input, by one of them to neurons."""
     start, end = (_end_of("the graph", nodes, edges, kind) for kind in (nir.Input, nir.Output))
     edges = list(edges)
     if not isinstance(nodes[start], nir.Input):  # tools that write no ends

@@ -19,12 +19,11 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from g2g_kernels import BlockMask
 from g2g_kernels.numbers import check_parameter
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.neurons.surrogates import SURROGATES, Surrogate
 from g2gnet.base.optional import optional_package
-from g2gnet.interop.arrays import FINITE, numbers
+from g2gnet.interop.arrays import FINITE, Mask, numbers
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.stack import Pair, RecurrentLayer, SpikingStack, plain_layers
@@ -44,7 +43,7 @@ _KINDS = " or ".join(", ".join(f"snn.{kind}" for kind in _MODELS).rsplit(", ", 1
 
 def from_snntorch(
     model: nn.Module,
-    masks: Mapping[str, BlockMask | torch.Tensor] | None = None,
+    masks: Mapping[str, Mask] | None = None,
     *,
     T: int,  # noqa: N803  (the field's name for it)
     backend: str | None = None,
@@ -135,10 +134,9 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
     snn = optional_package("snntorch", "interop")
     layers = plain_layers(stack, "to_snntorch")
     for number, (_, neurons, _) in enumerate(layers, 1):
-        if neurons.model.name not in _COUNTERPARTS:
-            raise ValueError(
-                f"lif{number}: snnTorch has no {neurons.model.name!r} neurons; only {', '.join(_COUNTERPARTS)} convert"
-            )
+        model = neurons.model.name
+        if model not in _COUNTERPARTS:
+            raise ValueError(f"lif{number}: snnTorch has no {model!r} neurons; only {', '.join(_COUNTERPARTS)} convert")
     modules: OrderedDict[str, nn.Module] = OrderedDict()
     for number, (connection, neurons, recurrent) in enumerate(layers, 1):
         modules[f"fc{number}"] = _linear_from_connection(connection)
@@ -180,9 +178,7 @@ def _readout_of(name: str, theirs: Any, readout: str | None) -> str:
                 f"{name} has no reset and returns membranes; say what is read from them, {membranes}, or "
                 "readout='counts' to count its spikes"
             )
-        logger.warning(
-            "%s has no reset: its spikes are counted; if your loop reads its membranes, give %s", name, membranes
-        )
+        logger.warning("%s has no reset: its spikes are counted; to read its membranes, give %s", name, membranes)
     if readout not in (None, "counts") and not integrates:
         raise ValueError(
             f"readout={readout!r} is of membranes that are not reset, but {name} has "
@@ -204,9 +200,7 @@ def _all_to_all(name: str, theirs: Any) -> nn.Linear | None:
     )
 
 
-def _recurrent_from(
-    name: str, theirs: Any, connection: G2GLinear, mask: BlockMask | torch.Tensor | None
-) -> G2GLinear | None:
+def _recurrent_from(name: str, theirs: Any, connection: G2GLinear, mask: Mask | None) -> G2GLinear | None:
     """The recurrent connection of neurons behind ``connection``, whose bias theirs is added to; None: there is none."""
     if not hasattr(theirs, "recurrent"):
         return None
@@ -239,9 +233,7 @@ def _recurrent_from(
     return recurrent
 
 
-def _connection_from(
-    name: str, linear: nn.Linear, mask: BlockMask | torch.Tensor | None, backend: str | None
-) -> G2GLinear:
+def _connection_from(name: str, linear: nn.Linear, mask: Mask | None, backend: str | None) -> G2GLinear:
     weight: torch.Tensor = getattr(linear, "weight_orig", linear.weight)  # of torch.nn.utils.prune
     check_tensor("weight", weight, of=f" of {name}")
     size = len(numbers(f"{name}: weight", weight))

@@ -61,10 +61,9 @@ class _Plain(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviations; an error is one line, with the flag that may have been meant.
-
-    Everything below the programs names settings and arguments, in backticks where it says what to give;
-    :meth:`in_flags` makes this program's flags of them.
+    """A parser that takes no abbreviations; an error is one line, with the flag that may have been meant. Everything
+    below the programs names settings and arguments, in backticks where it says what to give; :meth:`in_flags` makes
+    this program's flags of them.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -171,10 +170,8 @@ def add_settings_flags(parser: Parser, settings: type = TrainSettings, names: Co
 
 
 def add_machine_flags(parser: argparse.ArgumentParser, kernels: bool = True, results: bool = True) -> Any:
-    """Adds the flags that say where to compute (``kernels``: and with which kernels) and where files lie.
-
-    They do not change what is computed. ``results``: the program writes checkpoints. Returns their group.
-    """
+    """Adds the flags that say where to compute (``kernels``: and with which kernels) and where files lie, which change
+    no result. ``results``: the program writes checkpoints. Returns their group."""
     group = parser.add_argument_group("machine and files")
     text = "directory of the data sets (default: data)"
     group.add_argument("--data_dir", type=file_name, default="data", metavar="DIR", help=text)
@@ -209,8 +206,7 @@ def add_inspection_flags(parser: argparse.ArgumentParser) -> Any:
 
 def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT]) -> SettingsT:
     """The settings that the flags gave, with the content of a file of weights or of data in place of its name. Raises
-    SettingsError if they are out of range or in conflict, and DataError if the file cannot be read.
-    """
+    SettingsError if they are out of range or in conflict, and DataError if the file cannot be read."""
     fields = dataclasses.fields(settings_type)
     values = {field.name: getattr(arguments, field.name) for field in fields if field.metadata["group"]}
     values["dataset"] = dataset_name(values["dataset"])
@@ -239,9 +235,7 @@ def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT])
 
 
 def _length(settings: TrainSettings, shape: tuple[int, ...], arguments: argparse.Namespace) -> int:
-    """The time steps of samples of that shape, which are sequences. Raises SettingsError if they have no such steps, or
-    their number is given.
-    """
+    """The time steps of samples of that shape as sequences; SettingsError if they have none, or ``T`` is given too."""
     try:
         steps = sequence_length(settings.sequence, shape, settings.sequence_step)
     except ValueError as error:
@@ -259,8 +253,7 @@ def _length(settings: TrainSettings, shape: tuple[int, ...], arguments: argparse
 
 def machine_from(arguments: argparse.Namespace) -> Machine:
     """The device and the backend that the flags ask for; the process works alone until it joins others. Raises
-    FlagError for a device that this machine does not have, and BackendError for a backend that cannot be used here.
-    """
+    FlagError for a device that this machine does not have, and BackendError for a backend that cannot be used here."""
     backend = getattr(arguments, "backend", "auto")
     backend = None if backend == "auto" else backend
     try:
@@ -302,8 +295,7 @@ def join_peers(
     arguments: argparse.Namespace, program: str, settings: RunSettings, machine: Machine, device: torch.device
 ) -> contextlib.AbstractContextManager[World]:
     """The processes of a run (:func:`g2gnet.base.distributed.join`), which must have the same settings and versions.
-    Raises FlagError if they are to wait for one another less than some moments, or more than a year.
-    """
+    Raises FlagError if they are to wait for one another less than some moments, or more than a year."""
     if wanted := Number(0.01, 365 * 24 * 60).refuses(arguments.peer_timeout):
         raise FlagError(f"peer_timeout={arguments.peer_timeout} must be {wanted}")
     same = {"program": program, "python": platform.python_version(), **machine.versions()}
@@ -313,9 +305,7 @@ def join_peers(
 
 
 def log_from(arguments: argparse.Namespace) -> list[EpochCallback[Trainer]]:
-    """The callbacks after each epoch, according to the flags. Raises FlagError if TensorBoard's package is missing, or
-    the directory cannot be made.
-    """
+    """The callbacks after each epoch. Raises FlagError without TensorBoard's package, or a directory for it."""
     if arguments.log_dir is None:
         return []
     try:
@@ -338,10 +328,8 @@ def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: to
 
 
 def load_run_data(arguments: argparse.Namespace, settings: TrainSettings, device: torch.device) -> ImageData:
-    """The images or features of a run that was made with ``settings``, as far as it used them, on ``device``. Raises
-    FlagError if ``--samples`` is not at least 1, or ``--resnet_weights`` are not those of the run, and DataError if
-    they are unavailable.
-    """
+    """The images or features of a run with ``settings``, as far as it used them, on ``device``. Raises FlagError unless
+    ``--samples`` is at least 1 and ``--resnet_weights`` are the run's, and DataError if they are unavailable."""
     if wanted := COUNT.refuses(arguments.samples):
         raise FlagError(f"samples={arguments.samples} must be {wanted}")
     if settings.use_resnet:

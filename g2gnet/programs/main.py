@@ -123,8 +123,6 @@ class _BesideBars(logging.StreamHandler):
 
 
 class _InFlags(logging.Formatter):
-    """The messages of loggers in a program's flags."""
-
     def __init__(self, parser: Parser) -> None:
         super().__init__()
         self._parser = parser

@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,10 +22,9 @@ KEPT = (".pth", DATA_SUFFIX)
 
 
 def check_output(path: Path | str, arguments: argparse.Namespace | None = None, own_files: Iterable[Path] = ()) -> None:
-    """Checks a file that is to be written, before there is anything to write.
-
-    Raises OutputError if it cannot be written, holds a checkpoint or data, is read by the program according to its
-    flags, belongs to a run whose checkpoint it reads, or is one of the program's ``own_files``.
+    """Checks a file that is to be written, before there is anything to write: OutputError if it cannot be written,
+    holds a checkpoint or data, is read by the program according to its flags, belongs to a run whose checkpoint it
+    reads, or is one of the program's ``own_files``.
     """
     path = Path(path)
     try:
@@ -34,10 +33,7 @@ def check_output(path: Path | str, arguments: argparse.Namespace | None = None, 
     except OSError as error:
         raise OutputError(f"cannot write {path} ({reason(error)}); give another file") from error
     if lost:
-        raise OutputError(
-            f"will not replace {path}: it is {lost}. Give another file; the one to write is the word that follows "
-            "--json or --output"
-        )
+        raise OutputError(f"will not replace {path}: it is {lost}. Give another file after --json or --output")
 
 
 def _what_is_lost(path: Path, arguments: argparse.Namespace | None, own_files: Iterable[Path]) -> str | None:
@@ -65,17 +61,13 @@ def check_json(arguments: argparse.Namespace, own_files: Iterable[Path] = ()) ->
         check_output(json_file, arguments, own_files)
 
 
-@contextlib.contextmanager
-def standard_output(json_file: str | None) -> Iterator[None]:
+def standard_output(json_file: str | None) -> contextlib.AbstractContextManager[Any]:
     """While entered, output goes to standard error if ``--json`` needs standard output for itself."""
-    with contextlib.redirect_stdout(sys.stderr) if json_file == STDOUT else contextlib.nullcontext():
-        yield
+    return contextlib.redirect_stdout(sys.stderr) if json_file == STDOUT else contextlib.nullcontext()
 
 
 def write_json(json_file: str, document: dict[str, Any]) -> None:
-    """Writes one JSON document, with the version of g2g, to the target of ``--json``. Raises OutputError if the file
-    cannot be written.
-    """
+    """Writes a JSON document, with the version of g2g, to the target of ``--json``. Raises OutputError if it cannot."""
     document = {"g2g": __version__, **document}
     text = json.dumps(document, indent=2, ensure_ascii=json_file == STDOUT) + "\n"
     if json_file == STDOUT:
@@ -85,9 +77,7 @@ def write_json(json_file: str, document: dict[str, Any]) -> None:
 
 
 def write_file(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
-    """Calls ``write`` to write a file completely or not at all (:func:`g2gnet.base.files.replace_file`). Raises
-    OutputError if it cannot be written.
-    """
+    """Calls ``write`` to write a file completely or not at all. Raises OutputError if it cannot be written."""
     try:
         replace_file(Path(path), write)
     except OSError as error:
@@ -95,7 +85,5 @@ def write_file(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def write_output(path: Path | str, text: str) -> None:
-    """Writes ``text`` to a file as UTF-8; bytes of file names that are not characters become escapes. Raises
-    OutputError if it cannot be written.
-    """
+    """Writes ``text`` as UTF-8, with escapes for what are no characters. Raises OutputError if it cannot be written."""
     write_file(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))

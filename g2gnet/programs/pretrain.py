@@ -1,7 +1,6 @@
-"""``g2g-pretrain`` trains a CIFAR ResNet-32, whose features ``train.py --use_resnet`` can use.
-
-SGD with momentum and cosine decay, random crops and flips: the recipe and the values of the published weights
-(chenyaofo/pytorch-cifar-models, logs/cifar10/resnet32/default.log).
+"""``g2g-pretrain`` trains a CIFAR ResNet-32, whose features ``train.py --use_resnet`` can use: SGD with momentum and
+cosine decay, random crops and flips, with the values of the published weights (chenyaofo/pytorch-cifar-models,
+logs/cifar10/resnet32/default.log).
 """
 
 import argparse

@@ -265,10 +265,8 @@ def _kind_of(value: Any, device: torch.device) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _noticing(waits: list[str]) -> Iterator[None]:
-    """Adds to ``waits`` where the CPU waits for the device; other warnings were given in the calls before.
-
-    After a capture that failed for such a wait, PyTorch before pull request 180395 (April 2026) may end the process.
-    """
+    """Adds to ``waits`` where the CPU waits for the device. (After a capture that failed for such a wait, PyTorch
+    before pull request 180395 of April 2026 may end the process.) Other warnings were given in the calls before."""
     before = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")

@@ -31,9 +31,7 @@ class CheckpointError(RuntimeError):
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state that :meth:`RunFiles.save_checkpoint` wrote, on the CPU. Nothing in the file is executed. Raises
-    CheckpointError if it is missing, damaged or not from g2g.
-    """
+    """What :meth:`RunFiles.save_checkpoint` wrote, on the CPU, executing nothing. CheckpointError if unusable."""
     try:
         state = read_tensors(path)
     except (OSError, TensorFileError) as error:
@@ -99,9 +97,8 @@ class Checkpoint(NamedTuple):
 
 class RunFiles:
     """``<directory>/<stem>`` with the endings .pth (checkpoint), .best.pth (that of the best epoch by held-out images),
-    .jsonl and .csv (history), .analysis.json and .DONE (marker).
-
-    Until the run is finished, .previous.pth is the checkpoint before the last one: it is used if the last is damaged.
+    .jsonl and .csv (history), .analysis.json, .DONE (marker), and .previous.pth, the checkpoint before the last one,
+    used if that is damaged.
     """
 
     def __init__(self, directory: Path | str, stem: str) -> None:
@@ -130,9 +127,7 @@ class RunFiles:
         return self.checkpoint, self.previous, self.best, self.history, self.table, self.analysis, self.marker
 
     def check(self) -> None:
-        """Makes the directory if it is missing. Raises CheckpointError if one of the files could not be written when
-        the run has something to write.
-        """
+        """Makes the directory. Raises CheckpointError, before anything is written, if one of the files could not be."""
         what, remedy = f"cannot write to the checkpoint directory {self.directory}", "give another `checkpoint_dir`"
         try:
             files.make_directory(self.directory)
@@ -149,10 +144,9 @@ class RunFiles:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """While entered, no other process can enter it for these files; the lock ends with its process.
-
-        The directory is made if it is missing; leftovers of a killed process are removed. Raises CheckpointError as
-        :meth:`check` does, or if another run has entered.
+        """While entered, no other process can enter it for these files; the lock ends with its process. Makes the
+        directory, and removes leftovers of a killed process. Raises CheckpointError as :meth:`check`, or if another run
+        has entered.
         """
         self.check()
         with contextlib.ExitStack() as held:
@@ -171,8 +165,7 @@ class RunFiles:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replaces the checkpoint by ``state`` (tensors, numbers, strings and containers of them). Raises
-        CheckpointError if it cannot be written (a full disk, say); the previous checkpoint is still there.
-        """
+        CheckpointError if it cannot be written (a full disk, say); the previous checkpoint is still there."""
         keep = self.previous if self._whole else None
         with self._writing(self.checkpoint):
             write_tensors(self.checkpoint, {"format": FORMAT, **state}, keep)
@@ -197,10 +190,9 @@ class RunFiles:
         return state
 
     def load_checkpoint(self, settings: RunSettings) -> Checkpoint | None:
-        """The checkpoint on the CPU; if it is damaged or missing, the previous one; None if there is none.
-
-        What the settings of an earlier version lack takes its default. Raises CheckpointError if neither is usable, or
-        it was made with different settings.
+        """The checkpoint on the CPU; if it is damaged or missing, the previous one; None if there is none. Settings
+        that it lacks have their default. Raises CheckpointError if neither is usable, or it was made with different
+        settings.
         """
         problems = []
         for path in filter(Path.exists, (self.checkpoint, self.previous)):
@@ -222,9 +214,7 @@ class RunFiles:
         return None
 
     def mark_done(self, settings: dict[str, Any], result: dict[str, Any]) -> None:
-        """Writes the marker of a finished run, which no longer needs a second checkpoint. Raises CheckpointError if it
-        cannot be written.
-        """
+        """Writes the marker of a finished run, whose second checkpoint goes; CheckpointError if that cannot be."""
         self.previous.unlink(missing_ok=True)
         self._write_text(self.marker, json.dumps({"settings": settings, "result": result}, indent=2) + "\n")
 
@@ -233,10 +223,9 @@ class RunFiles:
         self._write_text(self.analysis, json.dumps(analysis) + "\n")
 
     def load_marker(self, settings: RunSettings) -> dict[str, Any] | None:
-        """The result of the finished run, or None if it is not finished, or if ``settings`` have it go on.
-
-        The marker says that there is one, and of which settings; it is the checkpoint's, which has a checksum. Raises
-        CheckpointError if the marker or the checkpoint is damaged, or of a run with other settings.
+        """The result of the finished run; None if it is not finished, or ``settings`` have it go on. The result is that
+        of the checkpoint, which has a checksum. Raises CheckpointError if marker or checkpoint is damaged, or of other
+        settings.
         """
         try:
             made_with = dict(json.loads(read_file(self.marker))["settings"])
@@ -317,11 +306,8 @@ class RunFiles:
         return "There is no checkpoint of this run."
 
     def write_history(self, records: Sequence[dict[str, Any]]) -> None:
-        """Makes the history contain exactly these records: one line of JSON each, and the same as CSV.
-
-        Existing lines do not change, so a program can follow the growing file. Raises CheckpointError if it cannot be
-        written.
-        """
+        """Makes the history contain exactly these records, one line of JSON each, and the same as CSV. Existing lines
+        do not change, so a program can follow the file. Raises CheckpointError if it cannot be written."""
         self._write_lines(self.history, "".join(json.dumps(record) + "\n" for record in records))
         self._write_lines(self.table, csv_of([dict(numbers(record)) for record in records]))
 

@@ -119,9 +119,8 @@ def _fold_data(whole: Callable[[], ImageData], settings: FoldSettings, fold: int
 
 
 def stratified_folds(labels: torch.Tensor, k_folds: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Training and validation indices of each fold: shuffled, with equal shares of each class. Raises SettingsError if
-    a class has fewer than ``k_folds`` images.
-    """
+    """Training and validation indices of each fold: shuffled, with equal shares of each class; SettingsError if one has
+    fewer than ``k_folds`` images."""
     members = labels.bincount()
     label, fewest = min(((label, count) for label, count in enumerate(members.tolist()) if count), key=lambda it: it[1])
     if fewest < k_folds:

@@ -117,9 +117,7 @@ class EpochTrainer(ABC):
         """The share of the test images that the network of a saved state classifies correctly."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a later trainer with the same settings needs to resume after this step. Raises TrainingError
-        if the loss or a gradient was not finite: there is nothing to resume from.
-        """
+        """All that a trainer with these settings needs to resume here. Raises TrainingError if that is not finite."""
         self._finite.check()
         return {
             **({} if self.held_out is None else {"held_out": self.held_out}),
@@ -131,15 +129,10 @@ class EpochTrainer(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resumes from a saved state.
-
-        Raises:
-            Exception: of a kind in ``g2gnet.training.saved_state.UNFIT``, if the state does not fit the network.
-        """
+        """Resumes from a saved state; raises an exception in ``saved_state.UNFIT`` if it does not fit the network."""
         check_position(state, self._batches)
-        if self.held_out is not None and not torch.equal(
-            check_like("held_out", state["held_out"], self.held_out), self.held_out
-        ):
+        mine = self.held_out
+        if mine is not None and not torch.equal(check_like("held_out", state["held_out"], mine), mine):
             raise ValueError("it holds out other training images than those of its `validation_seed` here")
         load_model(self.net, state["model"])
         load_optimizer(self.optimizer, state["optimizer"], self.optimizer_state, state["step"])
@@ -151,10 +144,9 @@ class EpochTrainer(ABC):
             self.progress.load(state["progress"])
 
     def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, Any]:
-        """Trains for one epoch, or what is left of it, evaluates, and returns the epoch's record.
-
-        ``on_step`` may end it by an exception: :meth:`state_dict` is then that after the step, and calling
-        :meth:`train_epoch` again resumes there. Raises TrainingError if the loss or a gradient is not finite any more.
+        """Trains for one epoch, or what is left of it, evaluates, and returns its record. An exception of ``on_step``
+        ends it after the step, where :meth:`state_dict` and another call resume. Raises TrainingError if the loss or a
+        gradient is not finite.
         """
         count, size = len(self.data.train_labels), self._batch_size
         order = torch.randperm(count, generator=stream(self._seed, "order", self.epoch + 1)).to(self.device)
@@ -196,7 +188,6 @@ class EpochTrainer(ABC):
             self._finite.check()
 
     def _set_lr(self) -> None:
-        """The learning rate of the next step."""
         lr = self._lr * ((self.step + 1) / (self.lr_warmup + 1))
         if self.step >= self.lr_warmup:
             share = (self.step - self.lr_warmup) / (self._steps - self.lr_warmup)

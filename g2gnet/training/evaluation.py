@@ -34,10 +34,9 @@ def run_images(
     count: int | None = None,
     world: World = ALONE,
 ) -> Iterator[Batch]:
-    """Runs ``net`` in batches on the first ``count`` (None: all) of the ``"test"`` or ``"val"`` images of ``data``.
-
-    Both are on one device. Each ``epoch`` has its own rate-coded spikes. Whole batches are distributed over the
-    processes of ``world``, so results are those of one process.
+    """Runs ``net`` in batches on the first ``count`` (None: all) of the ``"test"`` or ``"val"`` images of ``data``, on
+    one device. Each ``epoch`` has its own rate-coded spikes. Whole batches go to the processes of ``world``: results
+    are those of one process.
     """
     net.eval()
     images, labels = (each[:count] for each in data.part(part))

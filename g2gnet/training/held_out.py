@@ -35,9 +35,7 @@ def held_out(labels: torch.Tensor, share: float, seed: int) -> torch.Tensor:
 
 
 def best_of(history: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The record of the best epoch: the first with the highest accuracy on the held-out images. While pruning takes
-    units away, only epochs with the fewest units count.
-    """
+    """The record of the first epoch with the best held-out accuracy, among those with the fewest units (of pruning)."""
     return max(history, key=lambda record: (-sum(record.get("units", {}).values()), record["val_acc"]))
 
 

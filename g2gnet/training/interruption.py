@@ -15,11 +15,7 @@ GRACE = 3.0
 
 
 class Interrupted(Exception):  # noqa: N818  (nothing is wrong)
-    """A signal ended a run early; the message says what was saved and how to resume.
-
-    Attributes:
-        signal: its number.
-    """
+    """The ``signal`` of this number ended a run early; the message says what was saved and how to resume."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -37,10 +33,8 @@ def raised(number: signal.Signals, message: str) -> contextlib.AbstractContextMa
 
 @contextlib.contextmanager
 def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
-    """While entered, the signal has this handler.
-
-    Only the main thread gets signals: elsewhere this does nothing. One that is ignored stays ignored.
-    """
+    """While entered, the signal has this handler. Elsewhere than in the main thread, which alone gets signals, nothing
+    happens. One that is ignored stays ignored."""
     before = signal.getsignal(number)
     if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
         yield
@@ -53,10 +47,9 @@ def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
 
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM is stored in ``received``; the next one ends the process at once.
-
-    The same signal within :data:`GRACE` seconds is not the next one. Only the main thread gets signals: elsewhere this
-    does nothing. One that is ignored, as by ``nohup`` or a shell's ``&``, stays ignored.
+    """While entered, the first SIGINT or SIGTERM is ``received``; the next one ends the process at once, unless it is
+    the same within :data:`GRACE` seconds. As with :func:`handled`, only in the main thread; one that is ignored, as by
+    ``nohup`` or a shell's ``&``, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -87,10 +80,8 @@ class StopSignals:
 
 
 def _end_at_next(reader: socket.socket) -> None:
-    """Ends the process at the second of the signals whose numbers come from ``reader``.
-
-    In a thread of its own: the main one may be inside PyTorch, waiting for a process that is gone.
-    """
+    """Ends the process at the second of the signals whose numbers come from ``reader``, in a thread of its own: the
+    main one may be inside PyTorch, waiting for a process that is gone."""
     first: tuple[int, float] | None = None
     with contextlib.suppress(OSError):
         for number in iter(lambda: reader.recv(1), b""):

@@ -19,10 +19,8 @@ UNIT = 16
 
 
 def least_bytes(settings: TrainSettings, input_dim: int, num_classes: int, samples: int, device: str = "cpu") -> int:
-    """A lower bound of the memory of training with ``samples`` images per step in this process, in bytes.
-
-    On a CPU the states of all time steps (of a chunk) are kept for the backward pass.
-    """
+    """The least memory of training with ``samples`` images per step in this process, in bytes. On a CPU the states of
+    all time steps (of a chunk) are kept for the backward pass."""
     sizes = input_dim, *settings.hidden_sizes, num_classes
     sparse, drawn, total = settings.model != "dense", 0, 0
     of_weight = WEIGHT if settings.average is None else WEIGHT + AVERAGE

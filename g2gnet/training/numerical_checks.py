@@ -33,10 +33,9 @@ class TrainingError(RuntimeError):
 
 
 class FiniteWatch:
-    """Records on the device the first step in which the loss and each gradient of a module were not finite.
-
-    Recording costs one pass over the gradients; only :meth:`check` waits for the device. The number of the step is on
-    the device too, and everything is written in place, so :meth:`note` can be part of a captured step.
+    """Records on the device the first step in which the loss and each gradient of a module were not finite, in one pass
+    over the gradients. The step's number is there too, and all is written in place, so :meth:`note` can be part of a
+    captured step; only :meth:`check` waits.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:

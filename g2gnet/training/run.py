@@ -141,7 +141,6 @@ def run_epochs(
 
 
 def _tests_of(result: Mapping[str, Any]) -> str:
-    """The test accuracies of a finished run, in words."""
     text, best = f"test_acc={result['test_acc']:.4f}", result.get("best")
     if best is None:
         return text
@@ -243,7 +242,6 @@ class _UnfinishedRun(Generic[TrainerT]):
             raise Interrupted(f"{stop.name} came when {self.settings.stem} was almost finished", stop)
 
     def _is_best(self) -> bool:
-        """Whether the last epoch is the best one by the held-out images."""
         held_out = self.settings.validation is not None and self.history
         return bool(held_out) and best_of(self.history)["epoch"] == self.trainer.epoch
 

@@ -14,7 +14,7 @@ from g2gnet.data.features.pretrained_weights import RELEASES
 from g2gnet.dst.rules import ACTIVITY, GROW_RULES, PRUNE_RULES, Rule, names_without
 from g2gnet.neurons import NEURONS
 from g2gnet.sequences import sequence_length
-from g2gnet.settings import Need, NetworkSettings, Others, Settings, setting, with_default
+from g2gnet.settings import Need, NetworkSettings, Others, Settings, of_group, with_default
 from g2gnet.weights.patterns import SPARSE
 
 SPARSITY_MODES = ("static", "dynamic")
@@ -40,16 +40,7 @@ def _each(field: str) -> str:
     return "default: " + ", ".join(f"{name} {value:g}" for name, value in values)
 
 
-def _data(default: Any, text: str, **options: Any) -> Any:
-    return setting(default, "data", text, **options)
-
-
-def _training(default: Any, text: str, **options: Any) -> Any:
-    return setting(default, "training", text, **options)
-
-
-def _rewiring(default: Any, text: str, **options: Any) -> Any:
-    return setting(default, "dynamic sparse training", text, **options)
+_data, _training, _rewiring = map(of_group, ("data", "training", "dynamic sparse training"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +93,8 @@ class RunSettings(Settings):
         return "" if self.given_seed == self.defaults()["seed"] else f"_s{self.given_seed}"
 
     def tied_to_epochs(self) -> list[str]:
-        """The settings with which every epoch depends on how many there are, as in an error message.
-
-        Without them the first epochs of a longer run are a shorter run.
-        """
+        """The settings with which every epoch depends on how many there are, as in an error message; without them the
+        first epochs of a longer run are a shorter run."""
         return ["its schedule"]
 
     @property
@@ -273,59 +262,48 @@ class TrainSettings(NetworkSettings, RunSettings):
         others = [[f"`{name}={each}`" for each in names_without(ACTIVITY, of)] for name, of in rules.items()]
         decay = self.lr * self.weight_decay
         problems = super()._at_odds() + self._no_sequence()
-        for wrong, text in (
-            # a point before a letter could make it the name of another run's file, as that of x.previous.pth
-            (
-                self.name is not None and not re.fullmatch(r"([\w+=-]|\.(?=\d)){1,64}", self.name),
+        # a point before a letter could make it the name of another run's file, as that of x.previous.pth
+        if self.name is not None and not re.fullmatch(r"([\w+=-]|\.(?=\d)){1,64}", self.name):
+            problems.append(
                 f"name={self.name!r} is no part of a file's name; give up to 64 letters, digits, _ + = -, and points "
-                "before digits",
-            ),
-            (
-                self.use_resnet and self.dataset not in RELEASES,
-                f"use_resnet needs {' or '.join(f'`dataset={name}`' for name in RELEASES)}, not {self.dataset}",
-            ),
-            *(
-                (
-                    self.use_resnet,
-                    f"{name}={value} needs images, but use_resnet trains on features; leave one of them out",
-                )
-                for name, value in self.of_images().items()
-            ),
-            (
-                self.patience is not None and self.enforce_sparsity,
-                f"patience={self.patience} could end training before enforce_sparsity has pulled firing rates down; "
-                "leave one of them out",
-            ),
-            (
-                self.optimizer == "adamw" and self.weight_decay == 0,
-                "optimizer=adamw has no effect with weight_decay=0; give a `weight_decay`, or leave `optimizer` out",
-            ),
-            (
-                self.optimizer == "adamw" and decay >= 1,
+                "before digits"
+            )
+        if self.use_resnet and self.dataset not in RELEASES:
+            wanted = " or ".join(f"`dataset={name}`" for name in RELEASES)
+            problems.append(f"use_resnet needs {wanted}, not {self.dataset}")
+        for name, value in self.of_images().items() if self.use_resnet else ():
+            problems.append(f"{name}={value} needs images, but use_resnet trains on features; leave one of them out")
+        if self.patience is not None and self.enforce_sparsity:
+            problems.append(
+                f"patience={self.patience} could end training before enforce_sparsity has acted; leave one of them out"
+            )
+        if self.optimizer == "adamw" and self.weight_decay == 0:
+            problems.append(
+                "optimizer=adamw has no effect with weight_decay=0; give a `weight_decay`, or leave `optimizer` out"
+            )
+        if self.optimizer == "adamw" and decay >= 1:
+            problems.append(
                 f"lr={self.lr} times weight_decay={self.weight_decay} is the share of each weight that a step of adamw "
-                f"takes, {decay:.4g}, and must be below 1; lower one of them",
-            ),
-            (
-                self.chunk is not None and self.readout in ("mean", "max"),
+                f"takes, {decay:.4g}, and must be below 1; lower one of them"
+            )
+        if self.chunk is not None and self.readout in ("mean", "max"):
+            problems.append(
                 f"chunk={self.chunk} does not keep the membranes of all steps that readout={self.readout} is taken "
-                "from; leave it out, or give `readout=last`",
-            ),
-            (
-                self.chunk is not None and self.learn_delay,
+                "from; leave it out, or give `readout=last`"
+            )
+        if self.chunk is not None and self.learn_delay:
+            problems.append(
                 f"chunk={self.chunk} does not know the spikes after a chunk, which gradients of learned delays of 0 "
-                "read; leave `chunk` or `learn_delay` out",
-            ),
-            (
-                self.sparsity_mode == "dynamic" and self.readout != "counts" and by_correlation,
+                "read; leave `chunk` or `learn_delay` out"
+            )
+        if self.sparsity_mode == "dynamic" and self.readout != "counts" and by_correlation:
+            problems.append(
                 f"{' and '.join(by_correlation)}: a correlation needs output spikes, and with readout={self.readout} "
-                f"there are none; give {', and '.join(' or '.join(of) for of in others)}",
-            ),
-        ):
-            problems += [text] if wrong else []
+                f"there are none; give {', and '.join(' or '.join(of) for of in others)}"
+            )
         return problems + self._no_rewiring()
 
     def _no_rewiring(self) -> list[str]:
-        """What is wrong with the settings of dynamic sparse training."""
         if self.sparsity_mode == "static":
             wrong = f"cg=gradient has no effect with sparsity_mode=static; {DYNAMIC.remedy()}, or leave it out"
             return [wrong] if self.cg == "gradient" else []
@@ -341,15 +319,13 @@ class TrainSettings(NetworkSettings, RunSettings):
             problems.append(f"dst_fraction={self.dst_fraction} replaces nothing; raise it, or give a `final_density`")
         if self.model == "dense":
             problems.append(
-                f"sparsity_mode=dynamic needs a sparse model; give `model={', '.join(SPARSE)}`, or a `final_density` "
-                "to prune to"
+                f"sparsity_mode=dynamic needs a sparse model; give `model={', '.join(SPARSE)}`, or a `final_density`"
             )
         elif self.p_inter == 1 and self.p_intra == 1:
             problems.append("sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter")
         return problems
 
     def _no_sequence(self) -> list[str]:
-        """What is wrong with the settings of sequences."""
         if self.dataset in BINNED:
             if self.sequence != "own":
                 return [

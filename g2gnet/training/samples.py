@@ -26,9 +26,8 @@ def check_images(settings: TrainSettings, data: ImageData) -> None:
 
 
 def order_of(settings: TrainSettings, data: ImageData) -> torch.Tensor:
-    """Where the inputs of each time step lie in a sample of a sequence: int64 [T, D]. Raises SettingsError if samples
-    do not unfold as the settings say, or have another length than ``T``.
-    """
+    """Where each step's inputs lie in a sample, int64 [T, D]. Raises SettingsError if samples unfold in another way
+    than the settings say, or have another length than ``T``."""
     try:
         order = input_order(
             settings.sequence, data.train_images.shape[1:], settings.sequence_step, settings.sequence_seed

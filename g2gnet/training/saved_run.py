@@ -111,9 +111,7 @@ class SavedRun:
 
 def read_run(checkpoint: Path | str) -> SavedRun:
     """Reads the checkpoint of a training run, or of one fold of a cross-validation; nothing in the file is executed.
-
-    Raises:
-        CheckpointError: if it is missing, damaged, or not the checkpoint of a training run.
+    Raises CheckpointError if it is missing, damaged, or not the checkpoint of a training run.
 
     Example:
         >>> run = read_run("checkpoints/fashionmnist-mini_mixer_p0.15_T5_current.pth")

@@ -14,9 +14,7 @@ UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, Arith
 
 
 def check_position(state: dict[str, Any], batches: int) -> None:
-    """Raises ValueError unless a trainer's finished epochs, of ``batches`` steps, and steps fit each other; its
-    ``progress`` is None between two epochs.
-    """
+    """Raises ValueError unless epochs, of ``batches`` steps, and steps fit; ``progress`` is None between two epochs."""
     epoch, step = state["epoch"], state["step"]
     for name in ("epoch", "step"):
         check_number(name, state[name], low=0, whole=True)
@@ -26,9 +24,7 @@ def check_position(state: dict[str, Any], batches: int) -> None:
 
 
 def check_like(name: str, saved: Any, like: torch.Tensor, low: float = -math.inf) -> torch.Tensor:
-    """``saved`` on the device of ``like``. Raises ValueError unless it is a tensor of the same shape and dtype, of
-    values from ``low`` on.
-    """
+    """``saved`` on the device of ``like``; ValueError unless it is a tensor of its shape and dtype, from ``low`` on."""
     if not isinstance(saved, torch.Tensor) or saved.shape != like.shape or saved.dtype != like.dtype:
         what = f"{saved.dtype} {tuple(saved.shape)}" if isinstance(saved, torch.Tensor) else type(saved).__name__
         raise ValueError(f"{name} is {what}, not {like.dtype} {tuple(like.shape)}")
@@ -38,11 +34,7 @@ def check_like(name: str, saved: Any, like: torch.Tensor, low: float = -math.inf
 
 
 def load_model(model: nn.Module, saved: dict[str, Any]) -> None:
-    """Loads the state of ``model``, which PyTorch would convert to the dtypes of the model in silence.
-
-    Raises:
-        Exception: of a kind in ``UNFIT``, if it is not the state of such a model, to the dtypes.
-    """
+    """Loads the state of ``model``, dtypes included, which PyTorch would convert; else an exception in ``UNFIT``."""
     for name, like in model.state_dict().items():
         tensor = saved.get(name)
         if isinstance(tensor, torch.Tensor) and tensor.dtype != like.dtype:
@@ -51,11 +43,8 @@ def load_model(model: nn.Module, saved: dict[str, Any]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: Collection[str], step: int) -> None:
-    """Loads the ``state_dict()`` of an optimizer that has done ``step`` steps; its options do not change.
-
-    Each parameter has tensors of these ``names``, all of its shape except ``step``.
-
-    Raises ValueError if the state is not that of these parameters.
+    """Loads the ``state_dict()`` of an optimizer that has done ``step`` steps; its options do not change. Each
+    parameter has tensors of these ``names``, all of its shape except ``step``. Raises ValueError for any other state.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = saved["state"]

@@ -11,11 +11,7 @@ from g2gnet.spiking_network import SpikingNetwork
 
 
 class KeptSigns:
-    """What :func:`keep_signs` returns.
-
-    Attributes:
-        signs: by source, int8 [neurons]: 1, −1, or 0 for a neuron whose weights may have either sign.
-    """
+    """What :func:`keep_signs` returns; ``signs`` by source, int8 [neurons]: 1, −1, or 0 where either is allowed."""
 
     def __init__(
         self, groups: Mapping[str, list[G2GLinear]], signs: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
@@ -114,7 +110,6 @@ def keep_signs(
 
 
 def _sources(model: nn.Module) -> dict[str, list[G2GLinear]]:
-    """The layers from each source."""
     if isinstance(model, G2GLinear):
         return {"the layer": [model]}
     groups: dict[str, list[G2GLinear]] = {}

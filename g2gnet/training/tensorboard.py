@@ -14,12 +14,10 @@ CELL = 16
 
 
 class TensorBoardLog:
-    """Writes the results of an epoch to ``log_dir/<stem of the run>``, for ``tensorboard --logdir log_dir``.
-
-    Scalars: every number of the epoch's record, and the neurons' parameters of layers with one value each.
-    Histograms: the weights that exist, and the parameters of layers with one value per neuron. Images: the mean |w|
-    between each pair of groups, output groups downwards, white the largest. A resumed run continues its curves.
-    Raises ImportError if the package ``tensorboard`` is not installed, and OSError if the directory cannot be made.
+    """Writes the results of an epoch to ``log_dir/<stem of the run>``, for ``tensorboard --logdir log_dir``: every
+    number of its record; histograms of the weights that exist, and of parameters with one value per neuron; images of
+    the mean |w| between each pair of groups, output groups downwards, white the largest. A resumed run continues its
+    curves. Raises ImportError without the package ``tensorboard``, OSError if the directory cannot be made.
     """
 
     def __init__(self, log_dir: Path | str) -> None:

@@ -46,8 +46,7 @@ _SQUARED = 1e15
 
 class _StepResult(NamedTuple):
     """Results of a step on a batch: the mean cross-entropy, a scalar; the number of correctly classified images, a
-    scalar; and the mean rate of each neuron, layer after layer [2·H + C].
-    """
+    scalar; and the mean rate of each neuron, layer after layer [2·H + C]."""
 
     loss: torch.Tensor
     correct: torch.Tensor
@@ -62,11 +61,8 @@ class _StepResult(NamedTuple):
 
 
 class _Simulation(nn.Module):
-    """``simulate`` of a network as ``forward`` of a module, as DistributedDataParallel needs it.
-
-    It has only the network's parameters, not the masks: they are the same in all processes, which is checked whenever
-    they change.
-    """
+    """``simulate`` of a network as ``forward`` of a module, as DistributedDataParallel needs it, with the network's
+    parameters alone: masks are the same in all processes, which is checked whenever they change."""
 
     def __init__(self, net: G2GNet) -> None:
         super().__init__()
@@ -178,9 +174,7 @@ class Trainer(EpochTrainer):
             self._captured = CapturedStep(self._learn, device, (self.net, self.optimizer), bool(machine.cuda_graph))
         self._follow_weights()
         if machine.cuda_graph is None and device.type == "cuda" and world.size > 1:
-            logger.info(
-                "training steps are not replayed as a CUDA graph: the %d processes communicate in them", world.size
-            )
+            logger.info("training steps are not replayed as a CUDA graph: %d processes communicate in them", world.size)
         self.dst: DSTScheduler | None = None
         if settings.sparsity_mode == "dynamic":
             pruned = settings.final_density is not None
@@ -264,12 +258,7 @@ class Trainer(EpochTrainer):
         delays = [learned.pop(name) for name in [*learned] if name.endswith("_delay")]
         # they act in whole steps, and a penalty would draw them to zero
         factor = settings.delay_lr_factor
-        faster: dict[str, Any] = {
-            "params": delays,
-            "weight_decay": 0.0,
-            "lr": options["lr"] * factor,
-            "lr_factor": factor,
-        }
+        faster = {"params": delays, "weight_decay": 0.0, "lr": options["lr"] * factor, "lr_factor": factor}
         groups = [faster] if delays else []
         if settings.optimizer == "adam":
             return torch.optim.Adam([{"params": [*learned.values()]}, *groups], **options)
@@ -382,10 +371,8 @@ class Trainer(EpochTrainer):
         share: float,
         dropped: list[torch.Tensor] | None,
     ) -> tuple[_StepResult, Activity]:
-        """Forward pass, loss, backward pass, update. Nothing here waits for the device, so it can be captured.
-
-        This process has a ``share`` of the batch. Returns the result for the whole of it, and the activity on its part.
-        """
+        """Forward pass, loss, backward pass, update, without waiting for the device, so it can be captured. This
+        process has a ``share`` of the batch. Returns the result for the whole of it, and the activity on its part."""
         with autocast(self.settings, self.device):
             activity = (self._parallel or self.net.simulate)(inputs, chunk=self.settings.chunk, dropped=dropped)
         loss = F.cross_entropy(activity.output, labels, label_smoothing=self.settings.label_smoothing)
@@ -419,11 +406,8 @@ class Trainer(EpochTrainer):
             gradient.mul_(scale)
 
     def _update(self) -> None:
-        """The optimizer's step, on one thread if there are few parameters on a CPU; results are bitwise equal.
-
-        The fused update is one parallel region per parameter, and each waits for its last thread: while other
-        programs are busy, that takes many times as long as the arithmetic.
-        """
+        """The optimizer's step, with equal bits on one thread if there are few parameters on a CPU: the fused update is
+        one parallel region per parameter, which beside busy programs takes many times as long as the arithmetic."""
         threads = torch.get_num_threads()
         if self._one_thread_updates:
             torch.set_num_threads(1)

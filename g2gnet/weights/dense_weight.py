@@ -14,9 +14,8 @@ NOT_WRITABLE = (
 
 
 class DerivedWeight(torch.Tensor):
-    """The dense weight of a :class:`~g2gnet.G2GLinear`, for reading only. Copies and results computed from it are
-    ordinary tensors. Tensors that share its memory (views, ``detach()``, ``.data``) cannot be written to either.
-    """
+    """The dense weight of a :class:`~g2gnet.G2GLinear`, for reading only, as is all that shares its memory (views,
+    ``detach()``, ``.data``). Copies, and results computed from it, are ordinary tensors."""
 
     @classmethod
     def __torch_function__(

@@ -7,20 +7,15 @@ from g2g_kernels.numbers import COUNT
 
 #: of each grouping, the kinds of groups (:class:`GroupLayout`) of the first, second, third … layer, over and over.
 #: ``"mixer"`` takes turns between contiguous ranges (spatial mixing) and interleaved groups (feature mixing).
-GROUPINGS = {
-    "index": ("index",),
-    "random": ("random",),
-    "mixer": ("index", "interleaved"),
-}
+GROUPINGS = {"index": ("index",), "random": ("random",), "mixer": ("index", "interleaved")}
 
 
 def group_layouts(
     grouping: str, number: int, shape: tuple[int, int], num_groups: int, generator: torch.Generator | None
 ) -> tuple[GroupLayout, GroupLayout]:
-    """The groups of the outputs and of the inputs of layer ``number`` (from 0), whose weight has ``shape`` (out, in).
-
-    A side with fewer neurons than ``num_groups`` has one group per neuron. Raises ValueError if ``num_groups`` is not a
-    whole number of at least 1.
+    """The groups of outputs and inputs of layer ``number`` (from 0), whose weight has ``shape`` (out, in): on a side
+    with fewer neurons than ``num_groups`` one per neuron. Raises ValueError unless that is a whole number of at least
+    1.
     """
     num_groups = COUNT.check("num_groups", num_groups)
     kind = GROUPINGS[grouping][number % len(GROUPINGS[grouping])]

@@ -48,8 +48,7 @@ class PackedWeights(nn.Module):
     @property
     def mask(self) -> BlockMask:
         """The units that exist, as the buffer ``mask.wiring`` has them or, of a tied average, the tie. Raises
-        ValueError if something was written into the buffer that describes no mask of these weights.
-        """
+        ValueError if something was written into the buffer that describes no mask of these weights."""
         mask = self._own_mask
         if not is_traced() and mask.writes and self.kin.source is None:
             self._read_wiring()
@@ -88,10 +87,7 @@ class PackedWeights(nn.Module):
             self._own_mask.write_wiring()
 
     def weights(self) -> tuple[torch.Tensor, BlockMask]:
-        """The packed weights and their mask for the kernels in this step.
-
-        Inside ``torch.func.functional_call`` they may be those of another layer.
-        """
+        """The packed weights and their mask for kernels; in ``torch.func.functional_call`` maybe another layer's."""
         mask: Any = self._modules["mask"]
         if is_traced():
             return self.values, mask
@@ -113,9 +109,8 @@ class PackedWeights(nn.Module):
 
     def rewire_(self, slots: torch.Tensor, units: torch.Tensor, apply: torch.Tensor) -> Callable[[], None]:
         """Gives ``slots``, integer [k], to ``units``, int64 [k] counted row by row; their weights start at zero.
-
-        If ``apply``, a bool scalar, is false, ``units`` are those that the slots have now, and nothing changes.
-        Returns a function that takes it back. If an error is raised, nothing has changed.
+        Nothing changes if ``apply``, a bool scalar, is false: ``units`` are then those of the slots now. Returns what
+        takes it back; after an error nothing has changed.
         """
         with torch.no_grad(), contextlib.ExitStack() as undo:
             undo.callback(self.mask.relabel_, slots, self.mask.unit_row[slots], self.mask.unit_col[slots])
@@ -183,7 +178,6 @@ class PackedWeights(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
-        """Loads mask and weights together or not at all."""
         key, place = f"{prefix}values", f"{prefix}mask.wiring"
         mine = self._own_mask
         given = key in state_dict
@@ -230,15 +224,13 @@ def _mask_of(wiring: torch.Tensor, shape: tuple[int, int], where: str) -> BlockM
 
 
 def _mask_in_place_of(mask: BlockMask) -> BlockMask:
-    """What the buffer that stands in place of the mask's own describes, in ``torch.func.functional_call``. Raises
-    ValueError if that is no mask, or under ``torch.func.vmap`` several.
-    """
+    """What the buffer in place of the mask's own describes, in ``torch.func.functional_call``. Raises ValueError if
+    that is no mask, or under ``torch.func.vmap`` several."""
     rows = unwrapped(mask.wiring).detach()
     sent = rows.reshape(-1, rows.shape[-1]).cpu()
     if not (sent == sent[:1]).all():
         raise ValueError(
-            "networks with different wirings cannot run in one torch.func.vmap, whose networks share their indices; "
-            "call them one by one"
+            "networks with different wirings cannot run in one torch.func.vmap, which shares indices; call each alone"
         )
     if mask.describes(sent[0]):
         return mask
@@ -246,9 +238,7 @@ def _mask_in_place_of(mask: BlockMask) -> BlockMask:
 
 
 def _mask_to_load(layer: PackedWeights, state: Mapping[str, Any], prefix: str) -> BlockMask | None:
-    """The mask of a layer ``prefix`` in a state, if it fits that layer and the weights beside it; None if it stays.
-    Raises ValueError if it does not fit.
-    """
+    """The mask of layer ``prefix`` in a state, None if it stays; ValueError if it or its weights do not fit."""
     plain = layer.has_plain_values
     wiring: Any = state.get(f"{prefix}mask.wiring")
     values: Any = state.get(f"{prefix}values")

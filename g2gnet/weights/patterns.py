@@ -46,7 +46,7 @@ class ErdosRenyi:
 
 
 @dataclass(frozen=True)
-class Regular:
+class Regular(ErdosRenyi):
     """Each unit exists with the same probability, and each row has equally many, rounded: no modules, equal fan-in.
 
     Example:
@@ -55,11 +55,6 @@ class Regular:
         >>> net.fc2.mask.to_dense().sum(1).unique()
         tensor([16])
     """
-
-    density: float
-
-    def __post_init__(self) -> None:
-        PROBABILITY.check("density", self.density)
 
     def __call__(self, out: UnitAxis, into: UnitAxis, generator: torch.Generator | None = None) -> torch.Tensor:
         return torch.full((out.num_units, into.num_units), self.density, dtype=torch.float64)
@@ -179,9 +174,7 @@ def _plane_places(side: UnitAxis) -> torch.Tensor:
 
 
 def _falling(distance: torch.Tensor, sizes: torch.Tensor, density: float, scale: float) -> torch.Tensor:
-    """Probabilities min(1, c·exp(−distance / scale)), c so that units of ``sizes``, relative to their mean, have a
-    ``density`` of weights.
-    """
+    """min(1, c·exp(−distance / scale)), c so that units of relative ``sizes`` have this ``density`` of weights."""
     nearness = (-distance / scale).exp().clamp(min=1e-300)
     # the k nearest have probability 1, where c from the others' share is the first that none of them exceeds
     nearest, order = nearness.flatten().sort(descending=True)

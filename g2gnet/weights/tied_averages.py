@@ -1,8 +1,5 @@
-"""Ties: an average of a network's weights is rewired with the network, if someone says that it is one.
-
-Otherwise the average would mix the weights of different connections in its next step. Any other copy is a network of
-its own.
-"""
+"""Ties: an average of a network's weights is rewired with the network, if someone says that it is one, or its next step
+would mix the weights of different connections. Any other copy is a network of its own."""
 
 import logging
 import weakref
@@ -100,9 +97,7 @@ def _same_units(one: "BlockMask", other: "BlockMask") -> bool:
 @torch.no_grad()
 def take_wiring(source: "PackedWeights", target: "PackedWeights") -> None:
     """Gives ``target`` the units of ``source`` in the same slots; for units that it did not have, source's weights.
-
-    Does not wait for the device.
-    """
+    Does not wait for the device."""
     mine, theirs = target.mask, source.mask
     device = target.values.device
     now = theirs.flat_unit().to(device)

@@ -25,11 +25,7 @@ operator.register("torch", reference.g2g_linear, reference.refuses)
 
 
 def g2g_linear(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    mask: BlockMask,
-    bias: torch.Tensor | None = None,
-    backend: str | None = None,
+    x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None = None, backend: str | None = None
 ) -> torch.Tensor:
     """Applies a block-sparse linear layer; differentiable in ``x``, ``values`` and ``bias``, any number of times and in
     forward mode, and under ``torch.func.vmap``. (Inside ``torch.compile``: once, and in forward mode.)

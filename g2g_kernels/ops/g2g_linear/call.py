@@ -13,15 +13,8 @@ from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperat
 
 
 class LinearCall(NamedTuple):
-    """What the forward pass takes.
-
-    Attributes:
-        x: contiguous [M, in].
-        values: packed weights [num_units, unit_rows, unit_cols].
-        mask: the units that exist.
-        bias: [out], or None.
-        dtype: that of the output.
-    """
+    """What the forward pass takes: x, contiguous [M, in]; packed weights [num_units, unit_rows, unit_cols] and their
+    mask; the bias [out] or None; the dtype of the output."""
 
     x: torch.Tensor
     values: torch.Tensor
@@ -33,9 +26,7 @@ class LinearCall(NamedTuple):
         """Raises ValueError unless sizes match."""
         out_size, in_size = self.mask.shape
         if self.x.dim() != 2 or self.x.shape[1] != in_size or (self.bias is not None and self.bias.numel() != out_size):
-            raise ValueError(
-                f"x {tuple(self.x.shape)} or the bias does not fit a mask of {[out_size, in_size]} weights"
-            )
+            raise ValueError(f"x {tuple(self.x.shape)} or bias does not fit a mask of {out_size} × {in_size} weights")
 
 
 TYPES["LinearCall"] = LinearCall
@@ -47,13 +38,9 @@ def operators(
     forward: Callable[[LinearCall, bool], torch.Tensor],
     backward: Callable[[Backward], list[torch.Tensor | None]],
 ) -> tuple[Differentiable, RecordOperator]:
-    """Registers and returns ``g2g::{prefix}linear_forward``, with its autograd formula, and ``…_backward``.
-
-    Args:
-        prefix: distinguishes the operators of different backends.
-        keys: the dispatch keys that they serve.
-        forward: y [M, out]; it keeps nothing besides its arguments.
-        backward: the gradients of the call's tensors.
+    """Registers and returns ``g2g::{prefix}linear_forward``, with its autograd formula, and ``…_backward`` for the
+    dispatch ``keys`` of a backend. ``forward`` gives y [M, out] and keeps nothing besides its arguments, ``backward``
+    the gradients of the call's tensors.
     """
 
     def fake(call: LinearCall, keep: bool) -> torch.Tensor:

@@ -118,11 +118,7 @@ class Units(NamedTuple):
 
 
 def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
-    """The units of a mask with packed weights ``values``.
-
-    Raises:
-        ValueError: for values that are not the mask's.
-    """
+    """The units of a mask with packed weights ``values``. Raises ValueError for values that are not the mask's."""
     known = vars(mask)
     if known.get("packed") != values.shape:
         known["units"] = _units_of(mask, values)
@@ -433,12 +429,7 @@ def weight_gradient_kernel(
 
 
 def weight_gradient(grad_y: torch.Tensor, x: torch.Tensor, units: Units, dtype: torch.dtype) -> torch.Tensor:
-    """dW, packed, of ``dtype``.
-
-    Args:
-        grad_y: [M, out].
-        x: [M, in], floats or spikes in uint8.
-    """
+    """dW, packed, of ``dtype``, from ``grad_y`` [M, out] and ``x`` [M, in], floats or spikes in uint8."""
     rows, cols = units.rows, units.cols
     num_units, samples = units.unit_row.shape[0], x.shape[0]
     precision = precision_of(grad_y.dtype, x.device)

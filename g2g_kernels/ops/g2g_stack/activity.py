@@ -1,6 +1,6 @@
 """The activity of a stack of spiking layers: counts, rates, spikes in a backend's own form, synaptic operations."""
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -77,10 +77,7 @@ class Activity(NamedTuple):
     def state(self) -> "StackState":
         """The state after the last step, as :meth:`g2gnet.SpikingNetwork.step` returns it: what continues the run.
 
-        One entry per layer, and behind them :attr:`sent` where it is not None.
-
-        Raises:
-            RuntimeError: if it is unknown.
+        One entry per layer, and behind them :attr:`sent` where it is not None. Raises RuntimeError if it is unknown.
         """
         if self.states is None:
             raise RuntimeError(
@@ -94,11 +91,8 @@ class Activity(NamedTuple):
         """The additions and multiplications that spikes (and inputs) caused in each layer, over all steps and samples.
         By name, where rates are.
 
-        For one sample, divide by the size of the batch. Waits for the device.
-
-        Raises:
-            RuntimeError: if inputs, weights or masks (in recurrent layers thresholds and states, too) have changed
-                since the run, or if the run was compiled.
+        For one sample, divide by the size of the batch. Waits for the device. Raises RuntimeError if inputs, weights or
+        masks (in recurrent layers thresholds and states, too) have changed since the run, or if the run was compiled.
         """
         if self.synapses is None:
             raise RuntimeError(
@@ -109,3 +103,26 @@ class Activity(NamedTuple):
             found = self.synapses.operations([*self.rates.values()])
             return dict(zip(self.rates, found, strict=True))
         return self.synapses.operations(self.rates)
+
+
+def check_state_form(state: Any, depth: int, sent: int) -> None:
+    """Raises unless there is one entry per population, each a tensor, several or None, and one for each source that
+    delays are read from."""
+    if type(state) not in (tuple, list):
+        raise TypeError(
+            f"state is a {type(state).__name__}, not a tuple; give activity.state of a run, or what step() returned"
+        )
+    if len(state) != depth + sent:
+        behind = f", and {sent} entries of what delays need" if sent else ""
+        raise ValueError(f"state has {len(state)} entries, this network has {depth} layers{behind}")
+    for number, before in enumerate(state):
+        tensors = before if type(before) in (tuple, list) else (before,)
+        if before is not None and not all(isinstance(each, torch.Tensor) for each in tensors):
+            raise TypeError(f"state of layer {number} is a {type(before).__name__}, not a tensor or several")
+
+
+def as_one(state: NeuronState | None) -> torch.Tensor | None:
+    """The states of a layer's neurons as one tensor [states, B, N]."""
+    if state is None:
+        return None
+    return state.unsqueeze(0) if isinstance(state, torch.Tensor) else torch.stack(tuple(state))

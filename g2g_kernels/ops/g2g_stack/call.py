@@ -21,14 +21,9 @@ Outputs = tuple[torch.Tensor, _Each, _Each, _Each, _Each, _Each]
 
 
 class StackCall(NamedTuple):
-    """What the forward pass takes.
-
-    Attributes:
-        x: contiguous [T, B, in], or [B, in] held for ``steps`` steps.
-        layers: from input to output, tensors contiguous and masks as tensors.
-        steps: 0 if x has a time dimension.
-        dtype: of the factors of products: bfloat16 or float16 under autocast.
-        spikes: whether spikes over time need a gradient.
+    """What the forward pass takes: x, contiguous [T, B, in], or [B, in] held for ``steps`` steps (otherwise 0); the
+    layers from input to output, their tensors contiguous, masks as tensors; the ``dtype`` of the factors of products,
+    bfloat16 or float16 under autocast; and whether ``spikes`` over time need a gradient.
     """
 
     x: torch.Tensor
@@ -121,15 +116,10 @@ def operators(
     backward: Callable[[Backward], list[torch.Tensor | None]],
     check: Callable[[StackCall], None] = lambda call: None,
 ) -> tuple[Differentiable, RecordOperator]:
-    """Registers and returns ``g2g::{prefix}stack_forward``, with its autograd formula, and ``…_backward``.
-
-    Args:
-        prefix: distinguishes the operators of different backends.
-        keys: the dispatch keys that they serve.
-        forward, fake: the forward pass, and its outputs uninitialised.
-        backward: the gradients of the call's tensors. It is given those of counts, rates, last states, membranes and
-            spikes, and of what was kept spikes and the rest.
-        check: raises ValueError for calls through the dispatcher that ``forward`` would misread.
+    """Registers and returns ``g2g::{prefix}stack_forward`` and ``…_backward``, as those of
+    :mod:`g2g_kernels.ops.g2g_linear.call`. ``fake`` gives the outputs uninitialised. ``backward`` is given the
+    gradients of counts, rates, last states, membranes and spikes, and of what was kept spikes and the rest. ``check``
+    raises ValueError for calls through the dispatcher that ``forward`` would misread.
     """
     name = f"{prefix}stack"
     backward_operator = RecordOperator(

@@ -1,7 +1,6 @@
-"""A stack in chunks of time steps: the backward pass recomputes one chunk at a time, from the states at its border.
-
-Of a chunk, only the spikes and the states after it stay in memory. The forward pass keeps nothing else for the backward
-pass, which runs each chunk again, with gradients, and finds the same spikes to the last bit.
+"""A stack in chunks of time steps, of which only spikes and the states after each stay in memory: the backward pass
+runs one chunk at a time again, with gradients, from the states at its border, and finds the same spikes to the last
+bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,11 +18,7 @@ Run = Callable[[torch.Tensor, Sequence[SpikingLayer], int | None, torch.Tensor |
 
 
 class ChunkedSpikes:
-    """Spikes of one layer, chunk after chunk.
-
-    Attributes:
-        chunks: the spikes of each.
-    """
+    """Spikes of one layer, chunk after chunk (``chunks``)."""
 
     def __init__(self, chunks: Sequence[Spikes]) -> None:
         self.chunks = chunks

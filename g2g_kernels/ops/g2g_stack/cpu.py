@@ -21,13 +21,7 @@ import torch
 from g2g_kernels.cpu import library as cpu_library
 from g2g_kernels.cpu import plans
 from g2g_kernels.cpu.interface import structures
-from g2g_kernels.cpu.library import (
-    bf16_wanted,
-    library,
-    pointer,
-    run,
-    too_large,
-)
+from g2g_kernels.cpu.library import bf16_wanted, library, pointer, run, too_large
 from g2g_kernels.cpu.plans import Plan, blocks, plan_for
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.mask.unit_grid import MaskTensors
@@ -103,14 +97,8 @@ def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None
 
 
 class LastSpikes:
-    """What a layer sent in the last steps of a run.
-
-    Args:
-        spikes: of the whole run.
-        steps: how many of them are wanted.
-        before: [D, B, N] of the steps before the run; None: none.
-        counts: a result of the run, which has a gradient if its spikes have one.
-    """
+    """What a layer sent in the last ``steps`` of a run with these ``spikes``, and ``before`` it, [D, B, N], or None.
+    ``counts`` is a result of the run, which has a gradient if its spikes have one."""
 
     def __init__(self, spikes: "PackedSpikes", steps: int, before: torch.Tensor | None, counts: torch.Tensor) -> None:
         self._spikes, self._steps, self._before, self._counts = spikes, steps, before, counts
@@ -236,32 +224,12 @@ class _Memory(NamedTuple):
     states: Tensors | None
 
 
-@functools.lru_cache(256)
-def _options(
-    count: int, batch: int, steps: int, threads: int, bf16: bool, held: bool, costs: tuple
-) -> ctypes.Structure:
-    """The numbers of a call, whose ranges are checked here."""
-    event_cost, batch_cost, subset_cost, needed_cost = costs
-    return structures.Stack(
-        count=count,
-        batch=batch,
-        steps=steps,
-        threads=threads,
-        bf16=bf16,
-        held=held,
-        event_cost=event_cost,
-        batch_cost=batch_cost,
-        subset_cost=subset_cost,
-        needed_cost=needed_cost,
-    )
+#: the numbers of a call, whose ranges are checked where a structure is made
+_options = functools.lru_cache(256)(structures.Stack)
 
 
 class _Arguments:
-    """The arguments of one call of the C kernels, and everything that must outlive it.
-
-    Args:
-        to: the gradients of the call's tensors, as a record of its form; None in a forward pass.
-    """
+    """The arguments of a call of the C kernels, all that must outlive it, and ``to``, its gradients, or None."""
 
     def __init__(self, call: StackCall, memory: _Memory, to: StackCall | None = None) -> None:
         self.plans: list[Plan] = []
@@ -301,15 +269,14 @@ class _Arguments:
             self.layers[number] = own
             below = plan
         bf16 = call.dtype == torch.bfloat16 and bool(lib.g2g_has_bf16())
-        costs = cpu_library.EVENT_COST, cpu_library.BATCH_COST, cpu_library.SUBSET_COST, cpu_library.NEEDED_COST
-        options = _options(
-            len(call.layers), call.batch, call.num_steps, torch.get_num_threads(), bf16, call.held, costs
-        )
+        costs = {"event_cost": cpu_library.EVENT_COST, "batch_cost": cpu_library.BATCH_COST}
+        costs |= {"subset_cost": cpu_library.SUBSET_COST, "needed_cost": cpu_library.NEEDED_COST}
+        sizes = {"count": len(call.layers), "batch": call.batch, "steps": call.num_steps, "held": call.held}
+        options = _options(**sizes, **costs, threads=torch.get_num_threads(), bf16=bf16)
         self.stack = structures.Stack.from_buffer_copy(options)
         self.stack.layers, self.stack.x = ctypes.addressof(self.layers), call.x.data_ptr()
 
     def _join(self, own: ctypes.Structure, number: int, recurrent: Recurrent, plan: Plan) -> None:
-        """Gives layer ``number`` its recurrent connection."""
         joined = plan_for(recurrent.mask, recurrent.values)
         self.plans.append(joined)
         if not _joins(plan, joined):
@@ -322,11 +289,7 @@ class _Arguments:
 
 
 def _delays(number: int, delay: Delay, steps: torch.Tensor) -> int:
-    """The address of the delays to layer ``number``, by which the kernels place spikes in memory.
-
-    Raises:
-        ValueError: if they have left their bounds, since a buffer was written to.
-    """
+    """The address of delays to layer ``number``; ValueError if they have left their bounds, since it was written to."""
     least, most = (int(each) for each in steps.aminmax())
     if least < delay.least or most > delay.most:
         raise ValueError(
@@ -337,7 +300,6 @@ def _delays(number: int, delay: Delay, steps: torch.Tensor) -> int:
 
 
 def _check(call: StackCall) -> None:
-    """Raises ValueError for tensors that the kernels would misread."""
     tensors, _ = opened(call)
     for tensor in tensors:
         if not (
@@ -407,10 +369,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
 
 
 def _gradient_event_limit(population: Neurons, bf16: bool) -> float:
-    """The share of events up to which the input gradient of a layer with these neurons is computed by events.
-
-    0 if it always takes the product; the reason is logged once.
-    """
+    """The share of events up to which these neurons' input gradient is computed by events; 0: never (logged)."""
     model, parameters, reset, surrogate, _ = population
     reason = _why_product(model, reset, surrogate, parameters[0].numel() > 1)
     return 0.0 if reason else GRADIENT_EVENT_LIMIT[bool(bf16)]

@@ -44,12 +44,8 @@ TYPES["Delay"] = Delay
 
 
 class Train:
-    """What a source sends in a run, block after block.
-
-    Args:
-        like: a step, [B, N].
-        before: [D, B, N] of the D steps before the run; None: it sent nothing, zeros.
-    """
+    """What a source sends in a run, block after block. A step is ``like`` [B, N]; ``before`` are the D steps before the
+    run, [D, B, N] (None: it sent nothing)."""
 
     def __init__(self, like: torch.Tensor, before: torch.Tensor | None) -> None:
         self._like = like
@@ -102,12 +98,8 @@ class Train:
 
 
 class Later:
-    """Spikes of a source as they arrive.
-
-    Args:
-        spikes: what it sends in the run, [T, B, N], [B, N] held for ``steps``, or an object whose ``dense()`` is that.
-        before: [D, B, N], what it sent in the D steps before; None: nothing.
-    """
+    """Spikes of a source as they arrive: it sends ``spikes`` [T, B, N] (or [B, N] held for ``steps``, or an object
+    whose ``dense()`` is that), and has sent ``before`` [D, B, N] in the D steps before (None: nothing)."""
 
     def __init__(self, spikes: Any, delay: Delay, before: torch.Tensor | None, steps: int | None = None) -> None:
         self._spikes, self._delay, self._before, self._steps = spikes, delay, before, steps
@@ -144,8 +136,6 @@ def _gathered(window: torch.Tensor, steps: torch.Tensor, most: int, count: int) 
 
 
 class _Learned(torch.autograd.Function):
-    """What arrives by learned delays."""
-
     @staticmethod
     def forward(ctx: Any, window: torch.Tensor, learned: torch.Tensor, delay: Delay, train: Train, *steps: int) -> Any:
         assert delay.steps is not None
@@ -164,11 +154,9 @@ class _Learned(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             # by now the whole run is known, what was sent after `last`, too
             around = ctx.train.window(first - delay.most - 1, last - delay.least + 1).detach()
-            earlier = _gathered(around, delay.steps, delay.most, last - first)
-            later = _gathered(around[2:], delay.steps, delay.most, last - first)
-            of_learned = (grad * (earlier - later)).sum(
-                (0, 1), dtype=torch.promote_types(grad.dtype, torch.float32)
-            ) / 2
+            early = _gathered(around, delay.steps, delay.most, last - first)
+            late = _gathered(around[2:], delay.steps, delay.most, last - first)
+            of_learned = (grad * (early - late)).sum((0, 1), dtype=torch.promote_types(grad.dtype, torch.float32)) / 2
         return of_window, of_learned, None, None, None, None
 
 
@@ -180,20 +168,15 @@ def check_delay(suffix: str, delay: Any, size: int) -> None:
         if tensor is not None and (not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != (size,)):
             raise ValueError(f"{name} of the delay{suffix} must be a tensor [{size}], one of each source neuron")
     if delay.steps is None and (delay.learned is not None or delay.least != delay.most):
-        raise ValueError(
-            f"the delay{suffix} has no steps, but differs from neuron to neuron; give them, int64 [{size}]"
-        )
+        raise ValueError(f"the delay{suffix} has no steps, but differs between neurons; give them, int64 [{size}]")
     if delay.steps is not None and delay.steps.dtype != torch.int64:
         raise ValueError(f"steps of the delay{suffix} are {delay.steps.dtype}; give int64")
 
 
 def reaches_of(connections: Iterable[tuple[int, Delay | None]], count: int) -> list[int]:
-    """How many steps before a run must be known of what each of ``count`` layers sends, and at the end of the inputs.
-
-    Spikes of the last step follow from the states: of a layer whose delays are at most one step, it is 0.
-
-    Args:
-        connections: the source (−1: the inputs) and the delay of each.
+    """How many steps before a run must be known of what each of ``count`` layers sends, and at the end of the inputs,
+    from the source (−1: the inputs) and the delay of each connection. Spikes of the last step follow from the states:
+    of a layer whose delays are at most one step, it is 0.
     """
     reaches = [0] * (count + 1)
     for source, delay in connections:

@@ -1,7 +1,6 @@
 """Neurons that are joined to one another by weights in lists, for all steps in one call, on the compiled CPU kernels:
-operators ``g2g::loop_forward`` (with its autograd formula) and ``g2g::loop_backward``.
-
-What the forward pass keeps are the states of every step, float32, as ``csrc/list_loop.h`` lays them out.
+operators ``g2g::loop_forward`` (with its autograd formula) and ``g2g::loop_backward``. The forward pass keeps the
+states of every step, float32, as ``csrc/list_loop.h`` lays them out.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,17 +32,10 @@ RANGE = 40960
 
 
 class LoopCall(NamedTuple):
-    """What the forward pass takes.
-
-    Attributes:
-        current: contiguous [T, B, N], or [B, N] held for ``steps`` steps.
-        values: packed weights [num_units, unit_rows, unit_cols] of the connection.
-        mask: its units, of as many outputs as inputs.
-        population: the neurons.
-        steps: 0 if ``current`` has a time dimension.
-        sent: [B, N], the spikes before the first step; None: none.
-        dropped: bool [B, N], where nothing comes from a neuron in a sample; None: nowhere.
-        state: [states, B, N] before the first step; None: zeros.
+    """What the forward pass takes: the contiguous ``current`` [T, B, N], or [B, N] held for ``steps`` steps (otherwise
+    0); packed weights [num_units, unit_rows, unit_cols] and their mask, of as many outputs as inputs; the neurons; and,
+    None where there is nothing, ``sent`` [B, N], the spikes before the first step, ``dropped``, bool [B, N], from where
+    nothing comes in a sample, and the ``state`` [states, B, N] before.
     """
 
     current: torch.Tensor
@@ -92,17 +84,12 @@ def loop_of(layer: SpikingLayer, backend: str | None = "cpu") -> Callable | None
     tensors, _ = opened((layer.recurrent, layer.population.parameters, layer.state))
     if any([(tensor.is_floating_point() and tensor.dtype != torch.float32) or not tensor.is_cpu for tensor in tensors]):
         return None
-    return (
-        partial(_run, layer) if in_lists(layer.recurrent.mask.grid, layer.recurrent.values.shape, "recurrent") else None
-    )
+    lists = in_lists(layer.recurrent.mask.grid, layer.recurrent.values.shape, "recurrent")
+    return partial(_run, layer) if lists else None
 
 
 def _run(
-    layer: SpikingLayer,
-    current: torch.Tensor,
-    steps: int | None,
-    state: torch.Tensor | None,
-    sent: torch.Tensor | None,
+    layer: SpikingLayer, current: torch.Tensor, steps: int | None, state: torch.Tensor | None, sent: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     assert layer.recurrent is not None
     (values, mask), population = layer.recurrent, layer.population

@@ -1,7 +1,6 @@
-"""Plain PyTorch ``g2g_stack``: the two operators one after the other, layer by layer. The oracle for every backend.
-
-Layers that reach one another take turns, as many steps at a time as their delays allow: a recurrent layer takes one
-step after the other, its product with the inputs excepted. So do the neurons of a layer whose membranes are wanted.
+"""Plain PyTorch ``g2g_stack``: two operators, layer by layer. The oracle for every backend. Layers that reach one
+another take turns, as many steps at a time as their delays allow: a recurrent layer takes one step after the other, its
+product with the inputs excepted. So do the neurons of a layer whose membranes are wanted.
 """
 
 import itertools
@@ -52,13 +51,9 @@ class Parts(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What layers did one after the other.
-
-    Attributes:
-        spikes: [T, B, N] of each.
-        states: the last ones of each.
-        membranes: [T, B, N] of each that is to give them.
-        sent: [D, B, N], what each sent in the last D steps, and at the end the inputs; None where no delay reads it.
+    """What layers did one after the other: of each the spikes [T, B, N], the last states, the membranes [T, B, N] if it
+    is to give them, and ``sent`` [D, B, N], what each, and at the end the inputs, sent in the last D steps; None where
+    no delay reads it.
     """
 
     spikes: list[torch.Tensor]
@@ -76,10 +71,8 @@ def in_turn(
     before: torch.Tensor | None = None,
     loop_of: Callable[[SpikingLayer], Callable | None] = lambda layer: None,
 ) -> Turn:
-    """What the layers do by two operators, ``linear`` and ``neurons``, and where ``loop_of`` a layer gives one,
-    that.
-    """
-    return in_parts(x, layers, as_parts(layers, linear, neurons, loop_of), steps, before)
+    """What the layers do by two operators, or where ``loop_of`` a layer gives one, by that."""
+    return Run(x, layers, as_parts(layers, linear, neurons, loop_of), steps, before).turn()
 
 
 def as_parts(
@@ -121,22 +114,9 @@ def reaches(layers: Sequence[SpikingLayer]) -> list[int]:
     return reaches_of([(each.source, each.delay) for each in connections], len(layers))
 
 
-def in_parts(
-    x: torch.Tensor,
-    layers: Sequence[SpikingLayer],
-    parts: Sequence[Parts],
-    steps: int | None,
-    before: torch.Tensor | None = None,
-) -> Turn:
-    """What the layers do by their parts; of ``layers`` it reads what is not in them."""
-    run = Run(x, layers, parts, steps, before)
-    for together in parts_of(graph_of(layers)):
-        run.part(together)
-    return run.turn()
-
-
 class Run:
-    """A run of layers, of which those that reach one another take turns (:mod:`g2g_kernels.ops.g2g_stack.schedule`)."""
+    """A run of layers by their ``parts``, of which those that reach one another take turns
+    (:mod:`g2g_kernels.ops.g2g_stack.schedule`); of ``layers`` it reads what is not in parts."""
 
     def __init__(
         self,
@@ -144,7 +124,7 @@ class Run:
         layers: Sequence[SpikingLayer],
         parts: Sequence[Parts],
         steps: int | None,
-        before: torch.Tensor | None,
+        before: torch.Tensor | None = None,
     ) -> None:
         self.x, self.layers, self.parts, self.held = x, layers, parts, steps is not None
         self.steps = len(x) if steps is None else steps
@@ -231,7 +211,6 @@ class Run:
         return current
 
     def _advance(self, number: int, current: torch.Tensor | None, count: int) -> None:
-        """The next ``count`` steps of the neurons of a layer."""
         layer, part = self.layers[number], self.parts[number]
         if current is None:
             current = part.products[0](self.trains[self.connections[number][0].source].nothing())
@@ -254,7 +233,9 @@ class Run:
         self.spikes[number].append(spikes)
 
     def turn(self) -> Turn:
-        """What the layers have done."""
+        """Runs all layers; what they have done."""
+        for together in parts_of(graph_of(self.layers)):
+            self.part(together)
         return Turn(
             [each[0] if len(each) == 1 else torch.cat(each) for each in self.spikes],
             self.states,

@@ -21,13 +21,8 @@ Graph = tuple[tuple[tuple[int, int], ...], ...]
 
 
 class Part(NamedTuple):
-    """Populations that run together.
-
-    Attributes:
-        members: their numbers, in the order in which they run.
-        period: L, the steps of a block; 0: all at once, since nothing leads back.
-        ahead: φ of each.
-    """
+    """Populations that run together: their numbers, in the order in which they run; the ``period`` L, the steps of a
+    block (0: all at once, since nothing leads back); and φ of each, how far it is ``ahead``."""
 
     members: tuple[int, ...]
     period: int
@@ -50,25 +45,15 @@ class Part(NamedTuple):
 
 
 class CycleError(ValueError):
-    """A cycle of connections without delay.
-
-    Attributes:
-        cycle: its populations, in order.
-    """
+    """A cycle of connections without delay: its populations in order, ``cycle``."""
 
     def __init__(self, cycle: Sequence[int]) -> None:
         self.cycle = tuple(cycle)
-        super().__init__(
-            f"the populations {list(cycle)} form a cycle without delay; give one of its connections a delay"
-        )
+        super().__init__(f"the populations {list(cycle)} form a cycle without delay; give one of its connections one")
 
 
 def parts_of(graph: Graph) -> Sequence[Part]:
-    """The parts of a graph, each after those that it reads.
-
-    Raises:
-        CycleError: for a cycle whose delays are 0.
-    """
+    """The parts of a graph, each after those that it reads; CycleError for a cycle whose delays are 0."""
     parts = []
     for number, sources in enumerate(graph):
         own = [delay for source, delay in sources if source == number]

@@ -1,8 +1,6 @@
-"""Synaptic operations: what the inputs of each layer made its weights add and multiply.
-
-The definition is NeuroBench's (Yik et al. 2025): one operation for each input that is not zero and each weight that it
-meets and that is not zero, at every time step. An input held for all steps meets the weights once, since its product
-is computed once. Biases and neurons count as nothing.
+"""Synaptic operations, as NeuroBench defines them (Yik et al. 2025): one for each input that is not zero and each
+weight that it meets and that is not zero, at every time step. An input held for all steps meets the weights once, since
+its product is computed once. Biases and neurons count as nothing.
 """
 
 from collections.abc import Sequence
@@ -11,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from g2g_kernels.mask.block_mask import BlockMask
+from g2g_kernels.mask.wiring import version
 from g2g_kernels.ops.g2g_stack.delays import Delay
 from g2g_kernels.ops.g2g_stack.layer import Connection, SpikingLayer
 
@@ -118,16 +117,13 @@ class Synapses:
         return cls(x, steps, connections, borders)
 
     def _now(self) -> list[int]:
-        versions = [-1 if tensor.is_inference() else tensor._version for tensor in self._counted]
+        versions = [version(tensor) for tensor in self._counted]
         return versions + [each.mask.changes for connections in self._layers for each in connections]
 
     def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
         """Of each layer, all connections to it included, given the firing rates of each, [N]; waits for the device.
-        Exact up to 2²³ spikes per neuron.
-
-        Raises:
-            RuntimeError: if inputs, weights or masks have changed in the meantime, or where delays are read the
-                thresholds, states or spikes at both ends of the run.
+        Exact up to 2²³ spikes per neuron. Raises RuntimeError if inputs, weights or masks have changed in the meantime,
+        or where delays are read the thresholds, states or spikes at both ends of the run.
         """
         if self._now() != self._then:
             raise RuntimeError(

@@ -139,11 +139,8 @@ def over_time_on_chip(
 
 @triton.jit
 def tile_of_program(num_n, batch, y_column, y_size, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The unit's row (or column) of this program; its samples and neurons; where these are in memory, and which exist.
-
-    Returns:
-        unit, tile of samples, b, n, column, n_ok, inside, offsets.
-    """
+    """The unit's row (or column) of this program; its samples and neurons; where these are in memory, and which exist:
+    unit, tile of samples, b, n, column, n_ok, inside, offsets."""
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile, of_samples = tl.program_id(0) % (num_n * TILES_N), tl.program_id(0) // (num_n * TILES_N)
     b = of_samples * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -287,9 +284,8 @@ def units_on_chip(units: Units, x: torch.dtype, products: torch.dtype) -> int:
 
 
 def on_chip_bytes(number: int, height: int, width: int) -> int:
-    """The shared memory of the fused kernel with the weights of ``number`` units, 16 bits each, on chip, at most.
-
-    Beside them, the spikes of two steps, 64 samples of 8 bits for each unit, and of one unit in 16 bits; and 1 KiB that
+    """The shared memory of the fused kernel with the weights of ``number`` units, 16 bits each, on chip, at most:
+    beside them the spikes of two steps, 64 samples of 8 bits for each unit, and of one unit in 16 bits; and 1 KiB that
     Triton 3.4 adds.
     """
     samples = 64
@@ -299,16 +295,11 @@ def on_chip_bytes(number: int, height: int, width: int) -> int:
 def fused_pays(units: Units, population: Neurons, batch: int, x: torch.dtype, products: torch.dtype) -> bool:
     """True where one kernel for product and neurons is expected to be faster than the pair; a rule, not measured.
 
-    Fusing saves 2.6 bytes per element of [T, B, N] in 16 bits. But its programs loop over time and
-    cannot be split over it: there are B/64 of them per block row, one on each multiprocessor, which are to be busy for
-    three quarters of the time. Where weights do not stay on chip, they would be read from L2 in each step. Only for
-    models whose one state is the membrane: the backward pass can recover only that from the margins.
-
-    Args:
-        units, population: of the layer.
-        batch: of the input.
-        x: the dtype of the layer's inputs, uint8 for spikes.
-        products: of the factors.
+    Fusing saves 2.6 bytes per element of [T, B, N] in 16 bits. But its programs loop over time and cannot be split over
+    it: there are B/64 of them per block row, one on each multiprocessor, which are to be busy for three quarters of the
+    time. Where weights do not stay on chip, they would be read from L2 in each step. Only for models whose one state is
+    the membrane: the backward pass can recover only that from the margins. ``x`` is the dtype of the layer's inputs,
+    uint8 for spikes, ``products`` that of the factors.
     """
     if len(MODELS[population.model].states) > 1 or not units_on_chip(units, x, products):
         return False

@@ -15,17 +15,7 @@ from g2g_kernels.ops.neurons.models import MODELS, RESET, RESETS, Neurons
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
 from g2g_kernels.tracing import is_transformed
 
-__all__ = [
-    "MODELS",
-    "RESETS",
-    "SURROGATES",
-    "Neurons",
-    "adlif",
-    "lif",
-    "neurons",
-    "run_neurons",
-    "synaptic",
-]
+__all__ = ["MODELS", "RESETS", "SURROGATES", "Neurons", "adlif", "lif", "neurons", "run_neurons", "synaptic"]
 
 logger = logging.getLogger("g2g_kernels")
 
@@ -116,14 +106,8 @@ def synaptic(
 
     Args:
         syn_decay: decay γ of the synaptic current per step, a scalar or [N].
-        current, beta, threshold, steps, reset, surrogate, alpha, backend: as for :func:`lif`.
-
-    Returns:
-        Spikes 0 or 1, [T, ..., N], in the dtype of ``current``.
-
-    Raises:
-        ValueError: for an option or a shape out of range, or an unknown backend.
-        BackendError: if the forced backend cannot serve the call.
+        current, beta, threshold, steps, reset, surrogate, alpha, backend: as for :func:`lif`, and so are the spikes
+            that are returned, [T, ..., N], and the errors.
 
     Example:
         >>> synaptic(torch.full((1, 1), 0.4), syn_decay=0.8, beta=0.9, threshold=1.0, steps=4).flatten()
@@ -164,14 +148,8 @@ def adlif(
         adapt_decay: decay ρ of the adaptation w per step, a scalar or [N].
         a: what the membrane adds to the adaptation, a scalar or [N], of either sign.
         b: what a spike adds to the adaptation, a scalar or [N], of either sign.
-        current, beta, threshold, steps, reset, surrogate, alpha, backend: as for :func:`lif`.
-
-    Returns:
-        Spikes 0 or 1, [T, ..., N], in the dtype of ``current``.
-
-    Raises:
-        ValueError: for an option or a shape out of range, or an unknown backend.
-        BackendError: if the forced backend cannot serve the call.
+        current, beta, threshold, steps, reset, surrogate, alpha, backend: as for :func:`lif`, and so are the spikes
+            that are returned, [T, ..., N], and the errors.
 
     Example:
         >>> adaptive = {"adapt_decay": 0.9, "beta": 0.9, "a": 0.0, "b": 0.5, "threshold": 1.0}
@@ -189,15 +167,8 @@ def neurons(
     """Runs neurons of any model over time; differentiable in ``current`` and the population's parameters.
 
     Args:
-        current, steps, backend: as for :func:`lif`.
+        current, steps, backend: as for :func:`lif`, and so are the spikes returned, [T, ..., N], and errors.
         population: the model, its parameters, reset and surrogate.
-
-    Returns:
-        Spikes 0 or 1, [T, ..., N], in the dtype of ``current``.
-
-    Raises:
-        ValueError: for an option or a shape out of range, or an unknown backend.
-        BackendError: if the forced backend cannot serve the call.
 
     Example:
         >>> population = Neurons("synaptic", (torch.tensor([0.8]), torch.tensor([0.9]), torch.tensor([1.0])))
@@ -214,14 +185,9 @@ def run_neurons(
     backend: str | None = None,
     state: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`neurons` from a state on; differentiable in that, too.
-
-    Args:
-        current, population, steps, backend: as for :func:`neurons`.
-        state: [states, ..., N], the states before the first step, in the model's order; None: all 0.
-
-    Returns:
-        spikes [T, ..., N], and the states after the last step [states, ..., N], float32 for half-precision currents.
+    """:func:`neurons` of a ``current`` from a ``state`` on, [states, ..., N] in the model's order (None: all 0);
+    differentiable in that, too. Returns spikes [T, ..., N] and the states after the last step, float32 for
+    half-precision currents.
     """
     steps = check_steps(steps)
     check_tensor("current", current)

@@ -12,13 +12,9 @@ from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperat
 
 
 class NeuronsCall(NamedTuple):
-    """What the forward pass takes.
-
-    Attributes:
-        current: contiguous [T, ..., N], or [..., N] held for ``steps`` steps.
-        population: the neurons.
-        steps: 0 if ``current`` has a time dimension.
-        state: the states before the first step, contiguous float32 [states, ..., N], or None for zeros.
+    """What the forward pass takes: a contiguous ``current`` [T, ..., N], or [..., N] held for ``steps`` steps
+    (otherwise 0); the neurons; and the states before the first step, contiguous float32 [states, ..., N], or None for
+    zeros.
     """
 
     current: torch.Tensor
@@ -90,15 +86,9 @@ def operators(
     backward: Callable[[Backward], list[torch.Tensor | None]],
     kept_shape: Callable[[NeuronsCall], tuple[int, ...]],
 ) -> tuple[Differentiable, RecordOperator]:
-    """Registers and returns ``g2g::{prefix}neurons_forward``, with its autograd formula, and ``…_backward``.
-
-    Args:
-        prefix: distinguishes the operators of different backends.
-        keys: the dispatch keys that they serve.
-        forward: spikes, the states after the last step, and those that the backward pass needs (nothing unless they
-            are to be kept).
-        backward: the gradients of the call's tensors.
-        kept_shape: the shape of those states.
+    """Registers and returns ``g2g::{prefix}neurons_forward`` and ``…_backward``, as those of
+    :mod:`g2g_kernels.ops.g2g_linear.call`. ``forward`` returns spikes, the states after the last step, and those that
+    the backward pass needs, of ``kept_shape`` (nothing unless they are to be kept).
     """
 
     def fake(call: NeuronsCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -14,11 +14,7 @@ NUMBERS = (int, float, np.integer, np.floating)
 
 
 def as_tensors(current: torch.Tensor, of: str = "", **parameters: torch.Tensor | float) -> tuple[torch.Tensor, ...]:
-    """Parameters, by name (``of`` some neurons), on the device of ``current``; numbers become tensors.
-
-    Raises:
-        ValueError: for a number that a float32 cannot hold.
-    """
+    """Parameters by name (``of`` some neurons) as tensors where ``current`` is; ValueError for no number of float32."""
     check_tensor("current", current)
     dtype = torch.promote_types(current.dtype, torch.float32)
     tensors = []
@@ -36,11 +32,8 @@ def check_steps(steps: int | None) -> int | None:
 
 
 def check_neurons(suffix: str, population: Neurons, size: int, like: torch.Tensor) -> Neurons:
-    """``population`` with parameters on the device of ``like``; numbers become tensors.
-
-    Raises:
-        ValueError: for an unknown model, an option out of range, or parameters that ``size`` neurons cannot have.
-    """
+    """``population`` with parameters as tensors where ``like`` is. Raises ValueError for an unknown model, an option
+    out of range, or parameters that ``size`` neurons cannot have."""
     model, parameters, reset, surrogate, alpha = population
     if not (model in MODELS and reset in RESETS and surrogate in SURROGATES):
         check_choice("model", model, MODELS, of=suffix)
@@ -80,6 +73,4 @@ def check_states(states: Tensors, population: Neurons, shape: tuple[int, ...]) -
     for name, state in zip(names, states, strict=True):
         check_tensor(name, state)
         if tuple(state.shape) != shape:
-            raise ValueError(
-                f"{name} has shape {tuple(state.shape)}, the current {shape}; give None to begin with another batch"
-            )
+            raise ValueError(f"{name} has shape {tuple(state.shape)}, the current {shape}; give None for another batch")

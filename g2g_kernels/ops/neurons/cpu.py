@@ -1,7 +1,6 @@
-"""Neurons on the compiled CPU kernels: ``g2g::neurons_forward`` (with its autograd formula), ``g2g::neurons_backward``.
-
-The backward pass recomputes the states from the currents and the states that the forward pass kept after every
-``EVERY`` steps, float32 [(T − 1) // EVERY, states, ..., N].
+"""Neurons on the compiled CPU kernels: ``g2g::neurons_forward`` (with its autograd formula), ``g2g::neurons_backward``,
+which recomputes the states from the currents and the states that the forward pass kept after every ``EVERY`` steps,
+float32 [(T − 1) // EVERY, states, ..., N].
 """
 
 import functools

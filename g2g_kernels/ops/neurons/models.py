@@ -1,7 +1,6 @@
-"""The neuron models: their names, and the two functions for one step forward and backward, in PyTorch.
-
-A model is declared here; its two functions exist again in Triton (``g2g_kernels/triton/neuron.py``) and in C++
-(``csrc/neurons.h``). Everything else loops over the declared parameters and states.
+"""The neuron models: names, parameters, states, and one step forward and backward in PyTorch. The two functions exist
+again in Triton (``g2g_kernels/triton/neuron.py``) and in C++ (``csrc/neurons.h``); everything else loops over what is
+declared here.
 """
 
 from collections.abc import Callable
@@ -205,9 +204,7 @@ class Neurons(NamedTuple):
         return Neurons(self.model, parameters, self.reset, self.surrogate, self.alpha)
 
     def check_entries(self, size: int, of: str = "") -> None:
-        """Raises ValueError unless each parameter (``of`` some layer) has one entry, or one for each of ``size``
-        neurons.
-        """
+        """Raises ValueError unless each parameter (``of`` some layer) has 1 entry or ``size``, one per neuron."""
         for name, parameter in zip(MODELS[self.model].parameters, self.parameters, strict=True):
             if parameter.numel() not in (1, size):
                 raise ValueError(f"{name}{of} has {parameter.numel()} entries, expected 1 or {size}")

@@ -1,7 +1,6 @@
-"""One time step of neurons, for loops that cannot run all steps at once: online input, recurrent networks.
-
-Plain PyTorch operations on every device, differentiated by autograd. Over a whole sequence :func:`g2g_kernels.lif`,
-:func:`g2g_kernels.synaptic` and :func:`g2g_kernels.adlif` compute the same, faster and with less memory.
+"""One time step of neurons in plain PyTorch, for loops that cannot run all steps at once: online input, recurrent
+networks. Over a whole sequence :func:`g2g_kernels.lif`, :func:`g2g_kernels.synaptic` and :func:`g2g_kernels.adlif`
+compute the same, faster and with less memory.
 """
 
 import itertools
@@ -75,10 +74,7 @@ def synaptic_step(
         syn_decay, beta, threshold, reset, surrogate, alpha: as for :func:`g2g_kernels.synaptic`.
 
     Returns:
-        spikes S_t [..., N] and the states (C_t, U_t).
-
-    Raises:
-        ValueError: for an option or a shape out of range.
+        spikes S_t [..., N] and the states (C_t, U_t). Errors are those of :func:`lif_step`.
 
     Example:
         >>> states = None
@@ -116,10 +112,7 @@ def adlif_step(
         adapt_decay, beta, a, b, threshold, reset, surrogate, alpha: as for :func:`g2g_kernels.adlif`.
 
     Returns:
-        spikes S_t [..., N] and the states (w_t, U_t).
-
-    Raises:
-        ValueError: for an option or a shape out of range.
+        spikes S_t [..., N] and the states (w_t, U_t). Errors are those of :func:`lif_step`.
 
     Example:
         >>> adaptive = {"adapt_decay": 0.9, "beta": 0.9, "a": 0.0, "b": 0.5, "threshold": 1.0}
@@ -214,10 +207,8 @@ def in_steps(
     state: torch.Tensor | None,
     known: Sequence[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``run`` as such steps, for what understands only plain operations: torch.func transforms, torch.jit.trace.
-
-    ``known``: the values [T, ..., N] of each state, where only the derivatives are wanted.
-    """
+    """``run`` as such steps, for what understands only plain operations: torch.func transforms, torch.jit.trace. Where
+    only derivatives are wanted, the values [T, ..., N] of each state are ``known``."""
     states: Tensors | None = None if state is None else state.unbind()
     spikes = []
     for t, current_t in enumerate(current.unbind() if steps is None else itertools.repeat(current, steps)):

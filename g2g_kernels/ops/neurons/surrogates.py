@@ -1,8 +1,5 @@
-"""Surrogate derivatives of the spike S = 1[U > θ], as functions of x = U − θ and the sharpness α.
-
-Each is the derivative of a smooth step (the *primitive*) from 0 to 1; at the default α = 2 all have unit area, so they
-are interchangeable.
-"""
+"""Surrogate derivatives of the spike S = 1[U > θ], as functions of x = U − θ and the sharpness α: of smooth steps from
+0 to 1, the *primitives*. At the default α = 2 all have unit area, so they are interchangeable."""
 
 import math
 from collections.abc import Callable
@@ -15,13 +12,8 @@ SURROGATE, ALPHA = "atan", 2.0
 
 
 class Surrogate(NamedTuple):
-    """A stand-in for dS/dU.
-
-    Attributes:
-        derivative: ``(x, alpha) -> dS/dU``.
-        primitive: ``(x, alpha) -> S``, its smooth step.
-        compact: whether the derivative is 0 where |x| ≥ 1/α, so that most neurons pass no gradient on.
-    """
+    """A stand-in for dS/dU, ``derivative(x, alpha)``, and its smooth step ``primitive(x, alpha)``; ``compact`` if the
+    derivative is 0 where |x| ≥ 1/α, so that most neurons pass no gradient on."""
 
     derivative: Callable[[torch.Tensor, float], torch.Tensor]
     primitive: Callable[[torch.Tensor, float], torch.Tensor]
@@ -61,10 +53,7 @@ SURROGATES: dict[str, Surrogate] = {
         lambda x, alpha: torch.atan(math.pi / 2 * alpha * x) / math.pi + 0.5,
     ),
     # 1 / (1 + α|x|)²: Zenke & Ganguli 2018
-    "fast_sigmoid": Surrogate(
-        lambda x, alpha: 1 / (1 + alpha * x.abs()) ** 2,
-        _fast_sigmoid_primitive,
-    ),
+    "fast_sigmoid": Surrogate(lambda x, alpha: 1 / (1 + alpha * x.abs()) ** 2, _fast_sigmoid_primitive),
     # α·σ(αx)·(1 − σ(αx))
     "sigmoid": Surrogate(_sigmoid_derivative, lambda x, alpha: torch.sigmoid(alpha * x)),
     # α·max(0, 1 − α|x|): Bellec et al. 2018, scaled to unit area

@@ -227,15 +227,10 @@ def neurons_backward_kernel(
 
 
 class Run(NamedTuple):
-    """Neurons over all time steps, in the form that kernels need: everything contiguous and on one device.
-
-    Attributes:
-        current: float32, float16 or bfloat16 [T, B, N], or [B, N] held for all steps.
-        population: the neurons, parameters float32 [1] or [N].
-        steps: T.
-        first: the states before the first step, float32 [states, B, N]; None: zeros.
-        dropped: uint8 [B, N], 1 where a neuron's spikes are taken away; None: nowhere.
-        margins: whether ``current`` has the margins U_t − θ instead, for the backward pass.
+    """Neurons over all time steps, in the form that kernels need, all contiguous and on one device: the ``current``,
+    float32, float16 or bfloat16 [T, B, N], or [B, N] held for all steps (with ``margins`` it has U_t − θ, for the
+    backward pass); the neurons, parameters float32 [1] or [N]; T; the states before the ``first`` step, float32
+    [states, B, N], or None for zeros; and ``dropped``, uint8 [B, N], 1 where spikes are taken away, or None.
     """
 
     current: torch.Tensor
@@ -285,14 +280,9 @@ class Run(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Gradients that reach the spikes and the last states.
-
-    Attributes:
-        spikes: ∂L/∂S [T, B, N] of any floating-point dtype, or None for zeros.
-        counts: ∂L/∂counts [B, N], added to ∂L/∂S of every step.
-        rates: ∂L/∂rates [N], of which 1/(T·B) is added to ∂L/∂S of every step and sample.
-        last: that of the states after the last step, float32 [states, B, N], or None for zeros.
-        membranes: ∂L/∂U [T, B, N], or None for zeros.
+    """Gradients that reach the spikes, ∂L/∂S [T, B, N] of any floating-point dtype; their ``counts`` [B, N], added to
+    every step; their ``rates`` [N], of which 1/(T·B) is; the ``last`` states, float32 [states, B, N]; and the
+    ``membranes`` ∂L/∂U [T, B, N]. None: zeros.
     """
 
     spikes: torch.Tensor | None = None
@@ -340,14 +330,9 @@ def launch_forward(
     counts: torch.Tensor | None = None,
     membranes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Runs the neurons over all steps, and returns the states after the last, float32 [states, B, N].
-
-    Args:
-        run: the neurons and their currents.
-        spikes: written, [T, B, N] of any dtype (uint8 is the smallest).
-        checkpoints: written if given, float32 of :func:`checkpoint_shape`; what the backward pass needs.
-        counts: written if given, float32 [B, N], spikes over all steps.
-        membranes: written if given, float32 [T, B, N].
+    """Runs the neurons over all steps, and returns the states after the last, float32 [states, B, N]. It writes what is
+    given of spikes [T, B, N] of any dtype (uint8 is the smallest), checkpoints, float32 of :func:`checkpoint_shape`,
+    for the backward pass, counts, float32 [B, N], and membranes, float32 [T, B, N].
     """
     last = run.current.new_empty(run.state_shape, dtype=torch.float32)
     run.launch(
@@ -363,13 +348,9 @@ def launch_backward(
     grad_current: torch.Tensor | None,
     grad_first: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Writes the gradients that are given; returns float32 [parameters + 1, N], those of the parameters and of a bias.
-
-    Args:
-        run, checkpoints: as the forward pass had them; margins have no checkpoints.
-        upstream: what reaches the spikes, the membranes and the last states.
-        grad_current: of the shape of the currents (summed over time if they are held), of any dtype.
-        grad_first: of the states before the first step, float32.
+    """Writes the gradients that are given: of the currents, of their shape (summed over time if they are held) and any
+    dtype, and of the states before the first step, float32. Returns float32 [parameters + 1, N], those of the
+    parameters and of a bias. ``run`` and ``checkpoints`` are those of the forward pass (margins have none).
     """
     batch, neurons = run.current.shape[-2:]
     rows = cdiv(batch, TILE // min(128, next_power_of_2(neurons)))

@@ -26,10 +26,7 @@ def load_features(
 
     They are computed on ``device`` with the ``weights`` in a file (None: the published ones), and cached in
     ``<data_dir>/features``, in a file named after the data, the weights, the cut and the kind of device (whose
-    arithmetic differs in the last bits).
-
-    Raises:
-        DataError: if the data or the weights are unavailable.
+    arithmetic differs in the last bits). Raises DataError if the data or the weights are unavailable.
 
     Example:
         >>> data = load_features("cifar10", data_dir="data")  # doctest: +SKIP

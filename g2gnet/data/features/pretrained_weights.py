@@ -30,13 +30,11 @@ class Release(NamedTuple):
         return self.url.removesuffix(".pt")[-DIGITS:]
 
 
-_RELEASE = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet"
+_URL = "https://github.com/chenyaofo/pytorch-cifar-models/releases/download/resnet"
 #: means and standard deviations are those in the training logs of the release (logs/cifar10*/resnet32/default.log)
 RELEASES = {
-    "cifar10": Release(f"{_RELEASE}/cifar10_resnet32-ef93fc4d.pt", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    "cifar100": Release(
-        f"{_RELEASE}/cifar100_resnet32-84213ce6.pt", (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)
-    ),
+    "cifar10": Release(f"{_URL}/cifar10_resnet32-ef93fc4d.pt", (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": Release(f"{_URL}/cifar100_resnet32-84213ce6.pt", (0.5070, 0.4865, 0.4409), (0.2673, 0.2564, 0.2761)),
 }
 
 
@@ -52,10 +50,7 @@ def new_resnet(dataset: str) -> ResNet32:
 
 def weights_digest(dataset: str, file: Path | str | None = None) -> str:
     """The identifier of the weights in ``file``, the first eight hexadecimal digits of its SHA-256; None for the
-    published ones, which are not read here.
-
-    Raises:
-        DataError: if the file cannot be read.
+    published ones, which are not read here. Raises DataError if the file cannot be read.
 
     Example:
         >>> weights_digest("cifar10", "checkpoints/resnet32_cifar10.pt")  # doctest: +SKIP
@@ -66,10 +61,8 @@ def weights_digest(dataset: str, file: Path | str | None = None) -> str:
 def load_resnet(dataset: str, file: Path | str | None = None) -> ResNet32:
     """A ResNet-32 for ``dataset`` in eval mode with the weights in ``file``, or the published ones (None).
 
-    The published file is downloaded into PyTorch's hub directory unless it is there. Its digest must match.
-
-    Raises:
-        DataError: if the weights are unavailable, or are not those of such a network.
+    The published file is downloaded into PyTorch's hub directory unless it is there. Its digest must match. Raises
+    DataError if the weights are unavailable, or are not those of such a network.
 
     Example:
         >>> net = load_resnet("cifar10")  # doctest: +SKIP
@@ -143,5 +136,4 @@ def _digest(content: bytes) -> str:
 
 
 def _summary(error: Exception) -> str:
-    """The first lines of an error's message."""
     return "\n".join(line.strip() for line in str(error).splitlines()[:4]) or type(error).__name__

@@ -35,9 +35,8 @@ class BasicBlock(nn.Module):
 
 def _stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
     """Five blocks, the first of which changes the shape."""
-    return nn.Sequential(
-        BasicBlock(in_channels, channels, stride), *(BasicBlock(channels, channels, 1) for _ in range(4))
-    )
+    first = BasicBlock(in_channels, channels, stride)
+    return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(4)))
 
 
 class ResNet32(nn.Module):

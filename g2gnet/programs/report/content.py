@@ -58,7 +58,6 @@ def inspect(run: SavedRun, net: G2GNet, data: ImageData, samples: int) -> Inspec
 
 
 def _classes(run: SavedRun, count: int) -> Sequence[str]:
-    """The names of the classes, or their numbers."""
     known = DATASETS.get(run.settings.dataset)
     return known.classes if known and known.classes else [str(number) for number in range(count)]
 
@@ -139,7 +138,6 @@ def _run(each: Inspected, alone: bool) -> list[str]:
 
 
 def _own(each: Inspected) -> str:
-    """The run's own accuracy, where it is that of more images."""
     if each.images <= each.analysis.samples or "test_acc" not in each.run.result:
         return ""
     when = f" after epoch {each.run.epoch}" if each.run.interrupted else ""
@@ -253,7 +251,6 @@ def _comparison(inspected: Mapping[str, Inspected]) -> list[str]:
 
 
 def _results(each: Inspected) -> dict[str, str]:
-    """The main numbers of a run by their headings."""
     history, net, tested = each.run.history, each.net, each.run.tested
     record: Mapping[str, Any]
     if _judges(each.run) == "test":
@@ -285,7 +282,6 @@ def _percent(share: float) -> str:
 
 
 def _describe(run: SavedRun) -> str:
-    """A run in a few words."""
     settings = run.settings
     features = " (ResNet features)" if settings.use_resnet else ""
     rules = settings.cp + f"/{settings.cg}" * (settings.dst_fraction > 0)

@@ -13,6 +13,7 @@ from g2gnet.programs import flags, output
 from g2gnet.programs.main import run_program
 from g2gnet.training import CheckpointError, SavedRun, read_run
 from g2gnet.training.checkpoints import RunFiles
+from g2gnet.training.run_settings import BINNED
 
 EXAMPLE = """\
 example:
@@ -37,16 +38,16 @@ def make_report(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise flags.FlagError(f'the report needs matplotlib ({error}); pip install -e ".[plots]"') from error
     except ValueError as error:  # of its own settings
-        raise flags.FlagError(
-            f"matplotlib cannot be imported ({error}); correct MPLBACKEND or its matplotlibrc"
-        ) from error
+        raise flags.FlagError(f"matplotlib cannot be imported ({error}); correct MPLBACKEND or matplotlibrc") from error
     output.check_output(arguments.output, arguments)
     machine = flags.machine_from(arguments)
     runs = _read_runs(arguments.checkpoints)
     data: dict[tuple, ImageData] = {}
     inspected = []
     for run in tqdm(runs, desc="inspecting", unit=" runs", leave=False, disable=None):
-        key = (run.settings.dataset, run.settings.use_resnet, run.settings.resnet_weights, run.settings.limit_test)
+        about = ["dataset", "use_resnet", "resnet_weights", "limit_test", "bins", "dt"]
+        about += ["T"] if run.settings.dataset in BINNED else []
+        key = tuple(getattr(run.settings, name) for name in about)
         if key not in data:
             data[key] = flags.load_run_data(arguments, run.settings, machine.device)
         net = run.network(machine.device, machine.backend)
@@ -56,9 +57,8 @@ def make_report(arguments: argparse.Namespace) -> None:
 
 
 def _read_runs(names: Sequence[str]) -> list[SavedRun]:
-    """The runs of these checkpoints that have a finished epoch, each once; others are named, but for the best epoch of
-    one that is given. Raises CheckpointError if one cannot be read, or none is left.
-    """
+    """The runs that have a finished epoch, each once; others are named, but for the best epoch of one that is given.
+    Raises CheckpointError if one cannot be read, or none is left."""
     paths, runs = [Path(name) for name in names], []
     for path in paths:
         files = RunFiles.of(path)

@@ -48,10 +48,8 @@ _ended = threading.Event()
 
 
 def train_run(given: Mapping[str, Any], folder: str) -> None:
-    """Trains one run, or resumes it, in this process; what it prints goes to ``log.txt`` in its folder.
-
-    ``given`` are flags of ``g2g-train`` by name. If another process trains this run, it waits for that to end.
-    """
+    """Trains or resumes one run in this process, which prints into ``log.txt`` in its folder. ``given`` are flags of
+    ``g2g-train`` by name. If another process trains this run, it waits for that to end."""
     arguments = train.build_parser().parse_args([])
     vars(arguments).update(given, checkpoint_dir=folder)
     file = Path(folder) / LOG
@@ -85,8 +83,7 @@ def train_run(given: Mapping[str, Any], folder: str) -> None:
 
 def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved: {}) -> dict[str, Any] | None:
     """What a finished run reached: its result (:func:`g2gnet.training.run_epochs`), wall-clock and processor seconds of
-    training, its weights, and ``more`` values from its checkpoint. None if it is not finished. Raises CheckpointError
-    if its files are damaged, or of other settings.
+    training, its weights, and ``more``. None if it is not finished. Raises CheckpointError for damaged or other files.
     """
     last = run.files.load_marker(run.settings)
     if last is None:
@@ -116,9 +113,8 @@ class _Spawning(multiprocessing.context.SpawnContext):
 
 @contextlib.contextmanager
 def processes(jobs: int, threads: int | None = None) -> Iterator[concurrent.futures.Executor]:
-    """An executor with ``jobs`` processes of ``threads`` threads; None: they share the cores. They end when this
-    process does, however it ends: a run then finishes its step and saves it.
-    """
+    """An executor with ``jobs`` processes of ``threads`` threads; None: they share the cores. They end with this
+    process, however it ends: a run then finishes its step and saves it."""
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
     reader, writer = multiprocessing.Pipe(duplex=False)
     pool = concurrent.futures.ProcessPoolExecutor(jobs, _Spawning(), _begin, (reader, threads))
@@ -172,11 +168,9 @@ def train_runs(
     name: str,
     on_end: Callable[[Run], str],
 ) -> dict[str, str]:
-    """Trains unfinished runs on ``executor``, with a progress bar called ``name`` on a terminal; a run that fails does
-    not stop the others. ``on_end`` gives the line that is printed when a run is finished.
-
-    Returns the errors of those that failed, by their labels. Raises TrainingError if a process of the executor was
-    killed.
+    """Trains unfinished runs on ``executor``, with a progress bar called ``name`` on a terminal, and a line from
+    ``on_end`` for each that is finished. A run that fails does not stop others; returns errors by label. Raises
+    TrainingError if a process of the executor was killed.
     """
     stream, failed = sys.stderr, {}
     total = sum(run.settings.epochs for run in runs)
@@ -213,7 +207,6 @@ def train_runs(
 
 
 def _log_failure(run: Run, error: Exception) -> str:
-    """Logs why a run failed, and returns it."""
     known = isinstance(error, EXPLAINED)
     text = str(error) if known else f"{type(error).__name__}: {reason(error)}"
     logger.error("%s: failed: %s", run.label, text, exc_info=None if known else error)
@@ -354,7 +347,6 @@ def run(
 
 
 def _jobs(jobs: int | None, runs: int, machine: Mapping[str, Any]) -> int:
-    """The number of processes."""
     arguments = train.build_parser().parse_args([])
     vars(arguments).update(machine)
     cores = os.cpu_count() or 1

@@ -74,9 +74,7 @@ class Run:
 
 
 def read_grid(path: Path | str) -> dict[str, Any]:
-    """The grid in a TOML or JSON file: a table of settings, each with a value or a list of values. Raises SettingsError
-    if it cannot be read.
-    """
+    """The grid in a TOML or JSON file: settings, each one value or a list. Raises SettingsError if unreadable."""
     path = Path(path)
     try:
         text = read_file(path).decode("utf-8")
@@ -111,10 +109,9 @@ def may_be_none(kinds: Collection[Any]) -> bool:
 
 
 def values_of(grid: Grid) -> dict[str, list[Any]]:
-    """The values of each setting of a grid, as a list; a whole number for a setting with a fraction becomes a float.
-
-    The word ``none`` is None for a number that may be left out. Raises SettingsError for an unknown name, a setting
-    without a value, or a value that is listed twice.
+    """The values of each setting of a grid, as a list: whole numbers as floats where fractions are possible, the word
+    ``none`` as None for a number that may be left out. Raises SettingsError for an unknown name, a setting without a
+    value, or a value that is listed twice.
     """
     kinds_of = types_of(TrainSettings)
     known = [field.name for field in dataclasses.fields(TrainSettings) if field.metadata["group"]]
@@ -145,12 +142,10 @@ def values_of(grid: Grid) -> dict[str, list[Any]]:
 
 
 def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
-    """The runs of a grid, one per combination of its values.
-
-    A run's folder is found by the settings that differ from the defaults, however the grid was written: a grid that
-    grows keeps its finished runs. All combinations with the first seed come first. Raises SettingsError for invalid
-    settings, or two runs or folders that are the same, each named, and DataError if a file of data or of weights cannot
-    be read.
+    """The runs of a grid, one per combination of its values, those with the first seed first. A run's folder is found
+    by the settings that differ from the defaults: a grid that grows keeps its finished runs. Raises SettingsError for
+    invalid settings, or two runs or folders that are the same, each named, and DataError if a file of data or of
+    weights cannot be read.
     """
     values = values_of(grid)
     runs, problems = [], []

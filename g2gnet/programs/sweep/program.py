@@ -70,7 +70,6 @@ def build_parser() -> flags.Parser:
 
 
 def _add_settings(parser: flags.Parser) -> None:
-    """The flags of ``g2g-train``, each with one value or several."""
     kinds_of = types_of(TrainSettings)
     group = parser.add_argument_group("settings of g2g-train, each with one value or several")
     for field in dataclasses.fields(TrainSettings):
@@ -88,9 +87,7 @@ def _add_settings(parser: flags.Parser) -> None:
 
 
 def grid_from(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The grid of the file and the flags. Raises SettingsError if the file cannot be read, or there is no setting at
-    all.
-    """
+    """The grid of the file and the flags. Raises SettingsError if the file is unreadable, or there is no setting."""
     grid = read_grid(arguments.grid) if arguments.grid else {}
     named = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(TrainSettings)}
     grid |= {name: values or [True] for name, values in named.items() if isinstance(values, list)}
@@ -145,7 +142,6 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(made: Sweep, files: dict[str, Path]) -> None:
-    """Writes the files of a sweep's results, given by their endings."""
     output.write_output(files["csv"], as_csv([(each.differs, end) for each, end in made.ends]))
     output.write_output(files["json"], json.dumps({"g2g": __version__, **made.as_dict()}, indent=2) + "\n")
     try:

@@ -78,9 +78,7 @@ def best_row(rows: Sequence[Row]) -> Row:
 
 
 def table(varied: Sequence[str], rows: Sequence[Row]) -> str:
-    """One line per row: settings, number of runs, and what they reached on average; then which is the best, and by
-    which images.
-    """
+    """One line per row: settings, number of runs, means of what they reached; then the best, and by which images."""
     held_out = judge(rows) is HELD_OUT
     tests = dict([HELD_OUT, ("best/test_acc", "test accuracy")] if held_out else [TESTED])
     accuracies = {**tests, "train_acc": "training accuracy"}

@@ -9,6 +9,7 @@ import shlex
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from g2gnet.inspect.population_graph import population_graph
 from g2gnet.programs import report as package
 from g2gnet.programs.report import content, page
 from g2gnet.programs.report import program as report
-from g2gnet.training import read_run
+from g2gnet.training import TrainSettings, read_run
 from g2gnet.training.checkpoints import read_checkpoint
 
 
@@ -426,6 +427,18 @@ def test_the_page_of_several_runs_compares_them(checkpoints, tmp_path, monkeypat
     assert "Mean ± standard error over seeds" not in text
     for path in paths:
         assert f"{read_run(path).history[-1]['train_loss']:.4f}" in text
+
+
+def test_recordings_that_runs_counted_otherwise_are_read_for_each(tmp_path, monkeypatch):
+    differing = [{"dt": 10.0}, {"dt": 20.0}, {"dt": 10.0, "T": 70}, {"dt": 10.0, "bins": 70}, {"dt": 10.0}]
+    settings = [TrainSettings(**{"dataset": "shd", "T": 50, **each}) for each in differing]
+    runs = [SimpleNamespace(settings=each, network=lambda *where: None) for each in settings]
+    monkeypatch.setattr(report, "_read_runs", lambda names: runs)
+    monkeypatch.setattr(report.flags, "load_run_data", lambda arguments, used, device: used)
+    monkeypatch.setattr(content, "inspect", lambda run, net, data, samples: data)
+    monkeypatch.setattr(content, "report", lambda inspected: "the same" if inspected == settings else "others")
+    assert report.main(["run.pth", "--output", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.html").read_text() == "the same"
 
 
 def test_a_folder_gives_each_run_with_a_finished_epoch_once(checkpoints, tmp_path, captions_alone, capsys, reported):

@@ -7,7 +7,11 @@ from g2g_kernels.numbers import COUNT
 
 #: of each grouping, the kinds of groups (:class:`GroupLayout`) of the first, second, third … layer, over and over.
 #: ``"mixer"`` takes turns between contiguous ranges (spatial mixing) and interleaved groups (feature mixing).
-GROUPINGS = {"index": ("index",), "random": ("random",), "mixer": ("index", "interleaved")}
+GROUPINGS = {
+    "index": ("index",),
+    "random": ("random",),
+    "mixer": ("index", "interleaved"),
+}
 
 
 def group_layouts(

@@ -153,7 +153,7 @@ def table(record: dict[str, Any]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     quick = {"hidden_dim": 512, "batch_size": 64, "T": 20, "repeats": 2}
-    parser = cli.build_parser("delays", __doc__, "about two minutes on two cores", quick)
+    parser = cli.build_parser("delays", __doc__, "about four minutes on two cores", quick)
     counts = {
         "hidden_dim": (2048, "neurons in each hidden population"),
         "block_size": (64, "side of a block of weights"),

@@ -126,9 +126,7 @@ struct GraphForward {
             const int64_t R = s.layers[block.layer].plan->rows.blocks, groups = divide_up(s.batch, kStepSamples);
             const Neurons& neurons = s.layers[block.layer].neurons;
             const auto sweep = forward_sweep<StoredCurrent>(neurons);
-            const auto step = with_model(neurons, [&](auto model) {
-                return with_reset(neurons, [](auto reset) { return &step_forward<decltype(model), decltype(reset)::value>; });
-            });
+            const auto step = forward_step(neurons);
             parallel(s.threads, R * groups, 1, [&](int64_t task, int worker) {
                 const int64_t r = task / groups, first = task % groups * kStepSamples;
                 const int64_t samples = least(kStepSamples, s.batch - first);

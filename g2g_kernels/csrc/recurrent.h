@@ -60,6 +60,13 @@ void step_forward(const BlockParameters& parameters, int64_t samples, const Forw
     }
 }
 
+// The step of these neurons.
+inline auto forward_step(const Neurons& neurons) {
+    return with_model(neurons, [&](auto model) {
+        return with_reset(neurons, [](auto reset) { return &step_forward<decltype(model), decltype(reset)::value>; });
+    });
+}
+
 // The currents of a block from the spikes of a step, on top of `start`.
 struct SpikeCurrents {
     const Plan* plan;
@@ -97,9 +104,7 @@ struct ForwardSteps {
 
     void run() const {
         const int64_t R = layer.plan->rows.blocks, B = stack.batch, groups = divide_up(B, kStepSamples);
-        const auto step = with_model(layer.neurons, [&](auto model) {
-            return with_reset(layer.neurons, [](auto reset) { return &step_forward<decltype(model), decltype(reset)::value>; });
-        });
+        const auto step = forward_step(layer.neurons);
         for (int64_t block = 0; layer.state && block < B * R; ++block)
             begin[block] = first_word(stack, layer, parameters, block / R, block % R);
         for (int64_t t = 0; t < stack.steps; ++t)

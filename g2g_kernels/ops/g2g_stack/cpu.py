@@ -254,7 +254,7 @@ class _Arguments:
             if layer.sent is not None:
                 own.sent_steps = len(layer.sent)
             if layer.delay is not None and layer.delay.steps is not None:
-                own.delays = _delays(number, layer.delay, layer.delay.steps)
+                own.delays = delays_pointer(number, layer.delay, layer.delay.steps)
                 if grads is not None and grads.delay is not None:
                     own.grad_delays = pointer(grads.delay.learned)
             if memory.states:
@@ -288,7 +288,7 @@ class _Arguments:
         own.recurrent, own.recurrent_values = joined.address, recurrent.values.data_ptr()
 
 
-def _delays(number: int, delay: Delay, steps: torch.Tensor) -> int:
+def delays_pointer(number: int, delay: Delay, steps: torch.Tensor) -> int:
     """The address of delays to layer ``number``; ValueError if they have left their bounds, since it was written to."""
     least, most = (int(each) for each in steps.aminmax())
     if least < delay.least or most > delay.most:
@@ -299,7 +299,8 @@ def _delays(number: int, delay: Delay, steps: torch.Tensor) -> int:
     return steps.data_ptr()
 
 
-def _check(call: StackCall) -> None:
+def check_tensors(call: Any) -> None:
+    """Raises ValueError for tensors of a record that the kernels would misread."""
     tensors, _ = opened(call)
     for tensor in tensors:
         if not (
@@ -420,5 +421,5 @@ def _unpack_fake(packed: PackedWords) -> torch.Tensor:
     return packed.values.new_empty(steps, batch, packed.mask.shape[0])
 
 
-FORWARD, BACKWARD = operators("", ("CPU",), _forward, _forward_fake, _backward, _check)
+FORWARD, BACKWARD = operators("", ("CPU",), _forward, _forward_fake, _backward, check_tensors)
 UNPACK = RecordOperator("unpack_spikes", "Tensor", _unpack, _unpack_fake)

@@ -22,7 +22,7 @@ from g2g_kernels.ops.flops import count_flops, product_flops
 from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
-from g2g_kernels.ops.g2g_stack.cpu import MOST_STEPS, PackedSpikes
+from g2g_kernels.ops.g2g_stack.cpu import MOST_STEPS, PackedSpikes, check_tensors, delays_pointer
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train, arrived
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.g2g_stack.reference import Run, as_parts, graph_of
@@ -244,17 +244,11 @@ class _Arguments:
             if not library().g2g_plans_same_rows(self.plans[each.target].address, plan.address):
                 raise ValueError(f"connection {number} has other groups, or other sizes of units, than its target")
             assert each.delay.steps is not None
-            least, most = (int(step) for step in each.delay.steps.aminmax())
-            if least < each.delay.least or most > each.delay.most:
-                raise ValueError(
-                    f"the delays of a connection to layer {each.target} are from {least} to {most}, and were from "
-                    f"{each.delay.least} to {each.delay.most} when they were checked; load others with load_state_dict"
-                )
             of_inner = None if to is None else to.inner[number]
             self.inner[number] = structures.Inner(
                 plan=plan.address,
                 values=each.values.data_ptr(),
-                delays=each.delay.steps.data_ptr(),
+                delays=delays_pointer(each.target, each.delay, each.delay.steps),
                 source=each.source,
                 target=each.target,
                 grad_values=None if of_inner is None else pointer(of_inner.values),
@@ -279,11 +273,7 @@ class _Arguments:
 
 def _check(call: GraphCall) -> None:
     """Raises ValueError for a call through the dispatcher that the kernels would misread."""
-    for tensor in opened(call)[0]:
-        if not (tensor.is_cpu and tensor.is_contiguous()) or tensor.dtype not in (
-            torch.float32, torch.bool, torch.int32, torch.int64,
-        ):  # fmt: skip
-            raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
+    check_tensors(call)
     delays = tuple([(each.source, each.target, each.delay.least) for each in call.inner])
     graph = tuple([tuple([(p, d) for p, q, d in delays if q == number]) for number in range(len(call.members))])
     if not torch.equal(call.blocks, _blocks(graph, call.steps)):

@@ -26,6 +26,8 @@ from .report import seconds
 
 #: inputs and outputs, as those of Fashion-MNIST
 INPUTS, OUTPUTS = 784, 10
+#: what weights between populations are multiplied with, so that each population fires in some hundredths of all steps
+GAIN = 2.0
 #: samples whose counts are compared, and the share of them that must be equal: sums in another order move some spikes
 CHECKED, LEAST_EQUAL = 8, 0.99
 #: (source, target, delay) of each projection; "D": drawn for each neuron, from 0 to --delay
@@ -66,6 +68,9 @@ def build(projections: list[tuple[str, str, Any]], arguments: argparse.Namespace
             delay = torch.randint(arguments.delay + 1, (sizes[source],), generator=draw)
         back = source != "input" and names.index(source) >= names.index(target)
         connection = G2GLinear(mask, bias=not back, generator=draw)
+        spiking = [each for each in projections if each[1] == target and each[0] != "input"]
+        if source != "input":
+            connection.values.data *= GAIN / len(spiking) ** 0.5
         made.append(Projection(source, target, connection, delay, **options))
     return SpikingNetwork({name: LIF() for name in names}, made, "out", arguments.T)
 
@@ -103,12 +108,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     steps[LOOP] = lambda: loop(late, x)
     equal = {name: _equal(net, lambda of, net=net: net(of), x) for name, net in nets.items()}  # type: ignore[misc]
     equal[LOOP] = _equal(late, lambda of: loop(late, of), x)
+    with torch.no_grad():
+        of_all = {name: net.simulate(x).rates.values() for name, net in nets.items()}
+    rates = {name: [round(float(rate.mean()), 4) for rate in of] for name, of in of_all.items()}
+    rates[LOOP] = rates["chain, fixed delays"]
     times: dict[str, list[float]] = {name: [] for name in steps}
     with cli.bar((arguments.repeats + 1) * len(steps)) as bar:
         for number, _, name in turns(list(steps), arguments.repeats + 1):
             for _ in range(2):  # the memory that a network has left is not what the next one needs
                 began = time.perf_counter()
-                steps[name]().square().mean().backward()
+                (steps[name]() - 1).square().mean().backward()
             if number:  # the first turn only warms up
                 times[name].append(time.perf_counter() - began)
             bar.update()
@@ -118,6 +127,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "seconds": [round(each, 6) for each in of],
             "compared_with": NETWORKS[name][1] if name in NETWORKS else "chain, fixed delays",
             "equal": equal[name],
+            "rates": rates[name],
             "status": "ok" if equal[name] >= LEAST_EQUAL else "wrong",
         }
         for name, of in times.items()
@@ -147,8 +157,9 @@ def table(record: dict[str, Any]) -> str:
         ratio = statistics.median(ours / theirs for ours, theirs in zip(run["seconds"], other, strict=True))
         ours = seconds(statistics.median(run["seconds"]))
         same = run["name"] == run["compared_with"]
-        rows.append([run["name"], ours, "" if same else f"{ratio:.2f}", "" if same else run["compared_with"]])
-    return markdown(["", "step", "ratio", "to"], rows)
+        fired = " ".join(f"{100 * rate:.1f}" for rate in run["rates"])
+        rows.append([run["name"], ours, "" if same else f"{ratio:.2f}", "" if same else run["compared_with"], fired])
+    return markdown(["", "step", "ratio", "to", "firing rates, %"], rows)
 
 
 def build_parser() -> argparse.ArgumentParser:

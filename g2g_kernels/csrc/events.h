@@ -120,13 +120,16 @@ struct EventsByLane {
         first = arena.take<int32_t>(blocks * (kLanes + 1));
     }
 
-    // Block c from `samples` runs of `steps` words; run b starts at words + b · stride and is rows b·steps ….
-    void load(int64_t c, const uint64_t* words, int64_t samples, int64_t steps, int64_t stride, uint64_t* scratch) {
+    // Block c from `samples` runs of `steps` words; run b starts at words + b · stride and is rows b·steps …. Each word is that
+    // of an event `late` steps later.
+    void load(int64_t c, const uint64_t* words, int64_t samples, int64_t steps, int64_t stride, uint64_t* scratch,
+              int64_t late = 0) {
         const int64_t stretches = (steps + 63) / 64;  // 64 steps at once: their bits transposed give a word per lane
         for (int64_t p = 0; p < samples * stretches; ++p) {
             const int64_t b = p / stretches, t = p % stretches * 64, count = steps - t < 64 ? steps - t : 64;
             uint64_t* bits = scratch + p * 64;
-            for (int64_t i = 0; i < 64; ++i) bits[i] = i < count ? words[b * stride + t + i] : 0;
+            const uint64_t* const own = words + b * stride + t - late;
+            for (int64_t i = 0; i < 64; ++i) bits[i] = i < count && t + i >= late ? own[i] : 0;
             transpose_bits(bits);
         }
         uint16_t* out = rows + c * capacity;

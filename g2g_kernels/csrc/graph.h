@@ -41,6 +41,7 @@ struct Passage {
     const Layer& source;
     bool aligned = false;  // both have the same order of lanes
     bool uniform = false;  // all delays are the same
+    bool straight = false;  // what arrives are words of the source, some steps later
     int32_t* delays;       // [column blocks][64], at most as many steps as are known
     uint64_t* inputs;      // [B][column blocks][T], the words that arrive
 
@@ -59,9 +60,16 @@ struct Passage {
             delays[i] = late(plan.cols.neuron[i]);
             uniform = uniform && delays[i] == delays[0];
         }
+        straight = aligned && uniform && !source.sent;
     }
 
     uint64_t* words(const Stack& s, int64_t b) const { return inputs + b * plan.cols.blocks * s.steps; }
+
+    // The words of sample b that arrive, or that arrive so many steps later.
+    const uint64_t* sent(const Stack& s, int64_t b) const {
+        return straight ? source.spikes + b * plan.cols.blocks * s.steps : words(s, b);
+    }
+    int64_t late() const { return straight ? delays[0] : 0; }
 
     // The words of block r at some steps, where they arrive; of aligned connections. in[count], out[column blocks][T].
     void send(int64_t r, const uint64_t* in, int64_t first, int64_t count, int64_t total, uint64_t* out) const {
@@ -87,6 +95,7 @@ struct GraphForward {
     const Stack& s;
     std::vector<LayerParameters> parameters;
     std::vector<float*> edges;    // of each layer its states after the last step so far, [row blocks][B][states][64]
+    std::vector<float*> held;     // of each layer its held current, [row blocks][B][64], may be null
     std::vector<Passage> inner;
     std::vector<float*> tiles;    // of each connection
     std::vector<SpikeCurrents> currents;
@@ -100,6 +109,7 @@ struct GraphForward {
             const Layer& layer = s.layers[l];
             parameters.emplace_back(layer, arena);
             edges.push_back(arena.take<float>(s.batch * layer.plan->rows.blocks * model_info(layer.neurons).states * kLanes));
+            held.push_back(g.outer[l].held ? arena.take<float>(s.batch * layer.plan->rows.blocks * kLanes) : nullptr);
             blocks = most(blocks, layer.plan->rows.blocks);
         }
         for (int64_t i = 0; i < g.inner_count; ++i) {
@@ -113,9 +123,16 @@ struct GraphForward {
     }
 
     void run() {
+        for (int64_t l = 0; l < s.count; ++l) {
+            const Axis& axis = s.layers[l].plan->rows;
+            parallel(s.threads, held[l] ? axis.blocks : 0, 1, [&](int64_t r, int) {
+                load_block(axis, r, g.outer[l].current, Rows{0, 1, s.batch, axis.size}, s.batch, held[l] + r * s.batch * kLanes);
+            });
+        }
         for (size_t i = 0; i < inner.size(); ++i) {
             const Passage& x = inner[i];
             forward_tiles(x.plan, x.of.values, s.threads, tiles[i]);
+            if (x.straight) continue;
             parallel(s.threads, s.batch, 1, [&](int64_t b, int) {
                 begin_words(x.source.plan->rows, x.plan.cols, b, s.batch, s.steps, x.of.delays,
                             {x.source.sent, x.source.sent_steps}, x.words(s, b));
@@ -153,10 +170,11 @@ struct GraphForward {
         const int64_t size = model_info(layer.neurons).states * kLanes;
         fill_current(block, b, r, current);
         if (!block.first) load_states(s, layer, layer.state, b, r, edge);
+        else if (kept) __builtin_memcpy(edge, kept + (block.first - 1) * size, size * sizeof(float));
         const SampleParameters own(parameters[block.layer], layer, b, r);
         sweep({current, kLanes}, block.steps(), own.block,
               {words_of(block, b, r), kept ? kept + block.first * size : nullptr, nullptr, edge});
-        finish_block(block, b, r);
+        finish_block(block, b, r, edge);
     }
 
     // The same of a block of one step, for some samples at once.
@@ -164,21 +182,21 @@ struct GraphForward {
                   int64_t r, float* current) const {
         const Layer& layer = s.layers[block.layer];
         const int64_t size = model_info(layer.neurons).states * kLanes, stride = layer.plan->rows.blocks * int64_t{s.steps};
-        float* const edge = edge_of(block.layer, first, r);
+        float *const edge = edge_of(block.layer, first, r), *const kept = kept_states(s, layer, first, r);
+        ForwardStep all{current, edge, size, edge, size, words_of(block, first, r), stride};
+        if (kept) all.now = kept + block.first * size, all.now_stride = stride * size;
+        if (kept && block.first) all.before = all.now - size, all.before_stride = all.now_stride;
         for (int64_t i = 0; i < samples; ++i) {
             fill_current(block, first + i, r, current + i * kLanes);
             if (!block.first) load_states(s, layer, layer.state, first + i, r, edge + i * size);
         }
-        if (!layer.dropped)
-            step(parameters[block.layer].block(r), samples, {current, edge, edge, words_of(block, first, r), stride});
+        if (!layer.dropped) step(parameters[block.layer].block(r), samples, all);
         for (int64_t i = 0; i < samples; ++i) {
-            float *const own = edge + i * size, *const kept = kept_states(s, layer, first + i, r);
             if (layer.dropped) {
-                const SampleParameters of_sample(parameters[block.layer], layer, first + i, r);
-                step(of_sample.block, 1, {current + i * kLanes, own, own, words_of(block, first + i, r), stride});
+                const SampleParameters own(parameters[block.layer], layer, first + i, r);
+                step(own.block, 1, all.from(i));
             }
-            if (kept) __builtin_memcpy(kept + block.first * size, own, size * sizeof(float));
-            finish_block(block, first + i, r);
+            finish_block(block, first + i, r, all.now + i * all.now_stride);
         }
     }
 
@@ -193,29 +211,36 @@ struct GraphForward {
 
     // The currents of the steps of a block, [steps][64].
     void fill_current(const GraphBlock& block, int64_t b, int64_t r, float* current) const {
-        const Outer& outer = g.outer[block.layer];
         const Axis& axis = s.layers[block.layer].plan->rows;
-        const int64_t B = s.batch, count = block.steps(), given = outer.held ? 1 : count;
-        load_block(axis, r, outer.current + (outer.held ? 0 : block.first * B * axis.size), Rows{b, given, B, axis.size}, given,
-                   current);
-        for (int64_t t = 1; outer.held && t < count; ++t)
-            __builtin_memcpy(current + t * kLanes, current, kLanes * sizeof(float));
+        const int64_t B = s.batch, count = block.steps();
+        const float* start = held[block.layer] ? held[block.layer] + (r * B + b) * kLanes : nullptr;  // null: in their places
+        if (!start)
+            load_block(axis, r, g.outer[block.layer].current + block.first * B * axis.size, Rows{b, count, B, axis.size}, count,
+                       current);
+        const auto copy = [&](int64_t end) {
+            for (int64_t t = 0; start && t < end; ++t) __builtin_memcpy(current + t * kLanes, start, kLanes * sizeof(float));
+        };
         for (size_t i = 0; i < inner.size(); ++i) {
-            if (inner[i].of.target != block.layer) continue;
-            const uint64_t* const words = inner[i].words(s, b);
-            for (int64_t t = 0; t < count; ++t) {
+            const Passage& x = inner[i];
+            if (x.of.target != block.layer) continue;
+            const uint64_t* const words = x.sent(s, b);
+            const int64_t late = x.late(), first = least(count, most(0, late - block.first));
+            copy(first);  // nothing has arrived yet
+            for (int64_t t = first; t < count; ++t) {
                 float* const own = current + t * kLanes;
-                currents[i].sum(currents[i], r, words, s.steps, block.first + t, own, own);
+                currents[i].sum(currents[i], r, words, s.steps, block.first + t - late, start ? start : own, own);
             }
+            start = nullptr;
         }
+        copy(count);
     }
 
     // After a block: the last states, and its spikes on their way.
-    void finish_block(const GraphBlock& block, int64_t b, int64_t r) const {
+    void finish_block(const GraphBlock& block, int64_t b, int64_t r, const float* states) const {
         const Layer& layer = s.layers[block.layer];
-        if (block.last == s.steps) store_states(s, layer, edge_of(block.layer, b, r), b, r, layer.last);
+        if (block.last == s.steps) store_states(s, layer, states, b, r, layer.last);
         for (const Passage& x : inner)
-            if (x.of.source == block.layer && x.aligned)
+            if (x.of.source == block.layer && x.aligned && !x.straight)
                 x.send(r, words_of(block, b, r), block.first, block.steps(), s.steps, x.words(s, b));
     }
 
@@ -344,20 +369,14 @@ struct MemberBackward {
     void run_step(const Stack& s, const Chunks& chunks, int64_t chunk, int64_t b, int64_t samples, int64_t r, int64_t t,
                   float* out) const {
         const int64_t size = model.states * kLanes, first = chunk + b, at = (r * s.batch + first) * kLanes;
-        alignas(64) float now[kGradientSamples * kMostStates * kLanes], earlier[kGradientSamples * kMostStates * kLanes];
-        alignas(64) float unused[kLanes] = {};
-        for (int64_t i = 0; i < samples; ++i) {
-            const float* const states = kept_states(s, layer, first + i, r) + t * size;
-            __builtin_memcpy(now + i * size, states, size * sizeof(float));
-            if (t)
-                __builtin_memcpy(earlier + i * size, states - size, size * sizeof(float));
-            else
-                load_states(s, layer, layer.state, first + i, r, earlier + i * size);
-        }
+        alignas(64) float begin[kGradientSamples * kMostStates * kLanes], unused[kLanes] = {};
+        for (int64_t i = 0; !t && i < samples; ++i) load_states(s, layer, layer.state, first + i, r, begin + i * size);
         BackwardStep step{};
         step.tile = arrived_at(s, r, b) + t * kLanes, step.tile_stride = (before + s.steps) * kLanes;
         step.constant = kZeros, step.later = kNothing;
-        step.now = now, step.before = earlier, step.begins = !t && !layer.state;
+        step.now = kept_states(s, layer, first, r) + t * size, step.now_stride = axis().blocks * s.steps * size;
+        step.before = t ? step.now - size : begin, step.before_stride = t ? step.now_stride : size;
+        step.begins = !t && !layer.state;
         step.states = edges + (r * chunks.samples + b) * size;
         step.sum = step.values = unused;
         for (int k = 0; k < model.parameters; ++k) step.parameters[k] = sums[k] + at;
@@ -410,7 +429,7 @@ struct PassageBackward : Passage {
     }
 
     void begin(const Stack& s) const {
-        reorder_words(source.plan->rows, plan.cols, source.spikes, s.batch, s.steps, s.threads, of.delays,
+        if (!straight) reorder_words(source.plan->rows, plan.cols, source.spikes, s.batch, s.steps, s.threads, of.delays,
                       {source.sent, source.sent_steps}, inputs);
         parallel(s.threads, plan.tiles, 8, [&](int64_t tile, int) { zero(tiles + tile * kTile, kTile * sizeof(float)); });
         if (learned) zero_floats(learned, int64_t{s.batch} * plan.cols.blocks * kLanes, s.threads);
@@ -563,7 +582,7 @@ struct GraphBackward {
         const int64_t C = plan.cols.blocks, T = s.steps;
         EventsByLane by_lane = *events;
         parallel(s.threads, C, 1, [&](int64_t block, int worker) {
-            by_lane.load(block, x.inputs + (first * C + block) * T, samples, T, C * T, bits + worker * bits_size);
+            by_lane.load(block, x.sent(s, first) + block * T, samples, T, C * T, bits + worker * bits_size, x.late());
         });
         const Panel<float>& grads = members[x.of.target].rows;
         parallel(s.threads, plan.tiles, 2, [&](int64_t tile, int) {

@@ -35,10 +35,18 @@ inline float* step_states(const Stack& s, const Layer& layer, float* states, int
 // One step of a block of some samples.
 struct ForwardStep {
     const float* current;  // [samples][64]
-    const float* before;   // [samples][states][64]
-    float* now;            // out: the same
+    const float* before;   // [states][64] of a sample, `before_stride` floats apart
+    int64_t before_stride;
+    float* now;            // out: the same, `now_stride` apart
+    int64_t now_stride;
     uint64_t* words;       // out, one per sample, `stride` apart
     int64_t stride;
+
+    // From the sample b places on.
+    ForwardStep from(int64_t b) const {
+        return {current + b * kLanes, before + b * before_stride, before_stride, now + b * now_stride, now_stride,
+                words + b * stride, stride};
+    }
 };
 
 template <class M, int R>
@@ -51,10 +59,10 @@ void step_forward(const BlockParameters& parameters, int64_t samples, const Forw
         uint64_t word = 0;
         each_vec([&](auto v) {
             Vec state[S];
-            for (int s = 0; s < S; ++s) state[s] = load(step.before + (b * S + s) * kLanes + v * W);
+            for (int s = 0; s < S; ++s) state[s] = load(step.before + b * step.before_stride + s * kLanes + v * W);
             M::template charge<R>(state, load(step.current + b * kLanes + v * W), p[v]);
             word |= greater_bits(state[S - 1], p[v][P - 1]) << (v * W);
-            for (int s = 0; s < S; ++s) store(step.now + (b * S + s) * kLanes + v * W, state[s]);
+            for (int s = 0; s < S; ++s) store(step.now + b * step.now_stride + s * kLanes + v * W, state[s]);
         });
         step.words[b * step.stride] = word;
     }
@@ -139,13 +147,13 @@ struct ForwardSteps {
             if (!t) load_states(stack, layer, layer.state, b, r, initial + i * size);
         }
         const float* before = t ? now - stack.batch * size : initial;
-        uint64_t* const words = layer.spikes + (first * R + r) * T + t;
+        const ForwardStep all{current, before, size, now, size, layer.spikes + (first * R + r) * T + t, R * T};
         if (!layer.dropped) {
-            step(parameters.block(r), samples, {current, before, now, words, R * T});
+            step(parameters.block(r), samples, all);
         } else {
             for (int64_t i = 0; i < samples; ++i) {
                 const SampleParameters own(parameters, layer, first + i, r);
-                step(own.block, 1, {current + i * kLanes, before + i * size, now + i * size, words + i * R * T, R * T});
+                step(own.block, 1, all.from(i));
             }
         }
         for (int64_t i = 0; t + 1 == T && layer.last && i < samples; ++i)
@@ -160,7 +168,8 @@ struct BackwardStep {
     const float *tile, *constant;  // ∂L/∂S_t from above: that of this step (or null), and the part without t
     int64_t tile_stride, constant_stride;
     const float* later;            // [samples][64] Vᵀ·∂I_{t+1}
-    const float *now, *before;     // [samples][states][64]
+    const float *now, *before;     // [states][64] of a sample
+    int64_t now_stride, before_stride;
     bool begins;                   // `before` are no states of a run
     float* states;                 // [samples][states][64] what reaches the states after this step, then those before it
     float* sum;                    // [64] += Σ ∂I_t over the samples
@@ -179,7 +188,7 @@ struct BackwardStep {
         const auto after = [&](auto* p, int64_t stride) { return p ? p + b * stride : p; };
         BackwardStep r = *this;
         r.tile = after(tile, tile_stride), r.constant = after(constant, constant_stride), r.later = after(later, kLanes);
-        r.now = after(now, states_of_model * kLanes), r.before = after(before, states_of_model * kLanes);
+        r.now = after(now, now_stride), r.before = after(before, before_stride);
         r.states = after(states, states_of_model * kLanes);
         r.row = after(row, row_stride), r.half_row = after(half_row, row_stride);
         r.compact = after(compact, kLanes), r.half = after(half, kLanes), r.held = after(held, kLanes);
@@ -204,14 +213,14 @@ void step_backward(const BlockParameters& parameters, float alpha, int64_t sampl
             Vec p[P], before[S], g[S];
             for (int k = 0; k < P; ++k) p[k] = load(parameters.lanes[k] + v * W);
             for (int s = 0; s < S; ++s) {
-                before[s] = load(step.before + (b * S + s) * kLanes + v * W);
+                before[s] = load(step.before + b * step.before_stride + s * kLanes + v * W);
                 g[s] = load(step.states + (b * S + s) * kLanes + v * W);
             }
             Vec spike_grad = load(step.constant + b * step.constant_stride + v * W) + load(step.later + at);
             if (tile) spike_grad += load(tile + v * W);
             const auto slope = [&](Vec u) { return Surrogate::derivative(u - p[P - 1], alpha); };
             const auto slope_before = [&](Vec u) { return step.begins ? Vec{} : slope(u); };
-            const Vec through = spike_grad * slope(load(step.now + (b * S + S - 1) * kLanes + v * W));
+            const Vec through = spike_grad * slope(load(step.now + b * step.now_stride + (S - 1) * kLanes + v * W));
             const Vec to_current = M::template charge_backward<R>(through, slope_before, before, p, g, grad[v]);
             sum[v] += to_current;
             for (int s = 0; s < S; ++s) store(step.states + (b * S + s) * kLanes + v * W, g[s]);

@@ -658,6 +658,7 @@ struct BackwardPass {
         step.later = v.x.at(r, b);
         step.now = step_states(s, x.layer, x.layer.states, r, t, first + b);
         step.before = t ? step.now - s.batch * size : begin;
+        step.now_stride = step.before_stride = size;
         step.begins = !t && !x.layer.state;
         step.states = v.states + at * size;
         step.sum = sums.current;

@@ -12,7 +12,7 @@ from g2g_kernels.tracing import symbolic_call
 from g2gnet.encoding import check_samples, encode
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
-from g2gnet.sequences import unfold
+from g2gnet.sequences import tapped, unfold
 from g2gnet.settings import NetworkSettings
 from g2gnet.spiking_network import Projection, SpikingNetwork, check_input
 from g2gnet.stack import SpikingStack
@@ -40,13 +40,15 @@ class G2GNet(SpikingStack):
         enc, enc_scale, enc_bias: how samples become input (:func:`g2gnet.encoding.encode`).
         standardize: before that, subtract ``input_mean`` from samples and divide them by ``input_deviation``: two
             scalar buffers, 0 and 1 until they are set, saved with the network. For ``"current"`` only.
-        sequence: a name in :data:`g2gnet.sequences.SEQUENCES`. Other than ``"none"``, samples [B, T·input_dim] unfold
-            over T steps as the buffer ``input_order``, int64 [T, input_dim], says: where the inputs of each step lie in
+        sequence: a name in :data:`g2gnet.sequences.SEQUENCES`. Other than ``"none"``, samples [B, T·D] unfold over T
+            steps as the buffer ``input_order``, int64 [T, D], says: where the D = ``input_dim`` inputs of a step lie in
             a sample. It is 0, 1, 2, … until it is set (:func:`g2gnet.sequences.input_order`), saved with the network.
         recurrent: whether the neurons of each hidden layer are joined to one another, by ``rec1``, ``rec2``, …: spikes
             reach them one step later. Or a list of hidden layers, numbered from 1. The groups are those of the layer's
             neurons.
         feedback: whether each hidden layer is joined to the one below it, by ``fb1`` to ``lif1``, …, one step later.
+        input_taps: N: of samples that unfold, fc1 receives at each step the inputs of N steps, from a tapped delay line
+            (:func:`g2gnet.sequences.tapped`). Then ``input_dim`` is N·D.
         delay: N: what each neuron sends arrives later by a whole number of steps, drawn once for each projection and
             each neuron of its source from 0 to N, from 1 for ``rec`` and ``fb``. They are buffers ``fc1_delay``, ….
         learn_delay: whether these are parameters, which stay from 0 to N (:class:`Projection`).
@@ -111,6 +113,7 @@ class G2GNet(SpikingStack):
         feedback: bool = NetworkSettings.feedback,
         delay: int = NetworkSettings.delay,
         learn_delay: bool = NetworkSettings.learn_delay,
+        input_taps: int = NetworkSettings.input_taps,
         p_rec_inter: float | None = NetworkSettings.p_rec_inter,
         rec_gain: float = NetworkSettings.rec_gain,
         per_neuron: bool = NetworkSettings.per_neuron,
@@ -139,8 +142,14 @@ class G2GNet(SpikingStack):
         if self.standardize:
             self.register_buffer("input_mean", torch.zeros(()))
             self.register_buffer("input_deviation", torch.ones(()))
+        self.input_taps = settings.input_taps
+        if input_dim % self.input_taps:
+            raise ValueError(
+                f"input_dim={input_dim} is no multiple of input_taps={self.input_taps}; give N·D of a step's D"
+            )
         if self.sequence != "none":
-            self.register_buffer("input_order", torch.arange(self.T * input_dim).view(self.T, input_dim))
+            at_once = input_dim // self.input_taps
+            self.register_buffer("input_order", torch.arange(self.T * at_once).view(self.T, at_once))
 
     @classmethod
     def from_settings(
@@ -171,7 +180,8 @@ class G2GNet(SpikingStack):
             x = (x - self.input_mean) / self.input_deviation
         if self.sequence != "none":
             x = unfold(x, self.input_order)
-        return encode(x, self.enc, self.T, self.enc_scale, self.enc_bias, generator, part)
+        x = encode(x, self.enc, self.T, self.enc_scale, self.enc_bias, generator, part)
+        return x if self.input_taps == 1 else tapped(x, self.input_taps)
 
     def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Samples [B, D], or inputs over time [T, B, D] → logits [B, C]: the output's spike counts, or its readout."""

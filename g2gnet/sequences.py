@@ -70,6 +70,16 @@ def input_order(sequence: str, shape: Sequence[int], values: int = 1, seed: int 
     return planes.view(len(planes), steps, -1).transpose(0, 1).reshape(steps, -1)
 
 
+def tapped(x: torch.Tensor, taps: int) -> torch.Tensor:
+    """A tapped delay line: sequences x [T, B, D] beside themselves some steps later, [T, B, taps·D].
+
+    Tap k, from 0, is k·T/taps steps late, rounded down; before its first input it gives 0.
+    """
+    steps, *shape = x.shape
+    late = [torch.cat([x.new_zeros(k * steps // taps, *shape), x[: steps - k * steps // taps]]) for k in range(taps)]
+    return torch.cat(late, dim=-1)
+
+
 def unfold(samples: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Samples [B, T·D] as sequences [T, B, D] in the order of :func:`input_order`; ValueError for another size."""
     if samples.dim() != 2 or samples.shape[1] != order.numel():

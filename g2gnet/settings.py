@@ -273,6 +273,7 @@ class NetworkSettings(Settings):
         "p_rec_inter": (RECURRENT, SPARSE_MODEL, Need("density", ("uniform",))),
         "rec_gain": (RECURRENT,),
         "learn_delay": (Need("delay", (True,)),),
+        "input_taps": (Need("sequence", tuple(name for name in SEQUENCES if name != "none")),),
     }
     WARNED: ClassVar[tuple[str, ...]] = ("num_groups", "p_inter", "p_intra")
 
@@ -330,6 +331,11 @@ class NetworkSettings(Settings):
         high=MOST_DELAY,
     )
     learn_delay: bool = _model(False, "learn these delays, each from 0 to `delay`")
+    input_taps: int = _model(
+        1,
+        "a sequence's inputs arrive N times, by weights of their own, with delays spread evenly over the sequence",
+        low=1,
+    )
     p_rec_inter: float | None = _model(
         None, "probability of a recurrent unit between groups, for `recurrent` (default: p_inter)", low=0, high=1
     )
@@ -385,6 +391,8 @@ class NetworkSettings(Settings):
             problems.append(f"recurrent={self.recurrent} names a layer twice; give each once")
         if self.feedback and count < 2:
             problems.append("feedback joins a hidden layer to the one below it, and there is one; leave `feedback` out")
+        if self.input_taps > self.T:
+            problems.append(f"input_taps={self.input_taps} is more than the T={self.T} steps of a sequence; lower it")
         if self.standardize and self.enc == "rate":
             problems.append(
                 "standardize makes values below 0 and above 1, which are not spike probabilities for enc=rate; "

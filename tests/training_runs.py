@@ -13,7 +13,7 @@ DEFAULTS = {
     "dataset": "fashionmnist", "augment": "auto", "erase": 0.0, "standardize": False, "sequence": "none",
     "sequence_step": 1, "sequence_seed": 0, "bins": None, "dt": None, "unit_shift": 0, "model": "dense",
     "recurrent": False, "feedback": False,
-    "delay": 0, "learn_delay": False, "delay_lr_factor": 100.0, "p_rec_inter": None,
+    "delay": 0, "learn_delay": False, "input_taps": 1, "delay_lr_factor": 100.0, "p_rec_inter": None,
     "rec_gain": 0.2, "name": None, "epochs": 20, "p_inter": 0.15, "sparsity_mode": "static", "cp": "set",
     "cg": "hebb", "T": 50, "batch_size": 256, "hidden_dim": 2048, "enc": "current", "enc_scale": 1.0, "enc_bias": 0.0,
     "neuron": "lif", "per_neuron": False, "beta": None, "threshold": None, "syn_decay": None, "adapt_decay": None,
@@ -42,7 +42,7 @@ VARIANTS = {
     "static": {},
     "rate, bf16": {"model": "dense", "enc": "rate", "enc_scale": 2.0, "precision": "bf16"},
     "permuted pixels, chunks": {
-        "sequence": "permuted", "sequence_step": 98, "chunk": 3, "model": "small_world", "density": "erk",
+        "sequence": "permuted", "sequence_step": 98, "input_taps": 4, "chunk": 3, "model": "small_world", "density": "erk",
         "neuron": "synaptic", "syn_decay": 0.5, "per_neuron": True, "reset": "zero", "threshold": 0.8,
     },
     "regularised": {"enforce_sparsity": True, "warmup_epochs": 1, "clip_grad_norm": 0.5, "augment": "crop-flip"},

@@ -147,7 +147,7 @@ class Trainer(EpochTrainer):
             )
         check_images(settings, data)
         order = None if settings.sequence == "none" else order_of(settings, data)
-        input_dim = data.input_dim if order is None else order.shape[1]
+        input_dim = data.input_dim if order is None else order.shape[1] * settings.input_taps
         in_step = min(count, settings.batch_size)
         check_memory(settings, input_dim, data.num_classes, -(-in_step // world.size), device)
         self._machine = machine

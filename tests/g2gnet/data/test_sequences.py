@@ -115,6 +115,22 @@ def test_each_step_of_a_sequence_has_its_own_rates():
     assert torch.equal(net.encode(0.5 * given, seeded(1), slice(2, 4)), whole[:, 2:4])
 
 
+@pytest.mark.parametrize("enc", ["current", "rate"])
+def test_taps_are_the_inputs_of_earlier_steps(enc):
+    """After scaling, and the same spikes; 0 before the first step."""
+    net, tapped = (network(sequence="rows", enc=enc, enc_bias=0.5, input_taps=taps) for taps in (1, 2))
+    assert (tapped.fc1.in_features, tapped.input_order.shape) == (4, (6, 2))
+    given = images(12)
+    net.input_order = tapped.input_order
+    now = net.encode(given, seeded(1))
+    expected = torch.cat([now, torch.cat([torch.zeros(3, 5, 2), now[:3]])], 2)
+    assert torch.equal(tapped.encode(given, seeded(1)), expected)
+    assert torch.equal(tapped.encode(given, seeded(1), slice(2, 4)), expected[:, 2:4])
+    assert tapped.encode(expected) is expected
+    with pytest.raises(ValueError, match="input_dim=4 is no multiple of input_taps=3"):
+        network(sequence="rows", input_taps=3)
+
+
 def test_samples_of_another_size_are_refused():
     net = network(sequence="rows")
     with pytest.raises(ValueError, match=r"samples are \[5, 4\], not \[B, 24\]: 6 steps of 4 inputs each"):

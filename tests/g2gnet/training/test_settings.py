@@ -90,6 +90,8 @@ def test_the_stem_names_the_run(options, stem):
         ({"sequence_step": 4}, "sequence_step=4 has no effect with sequence=none; give `sequence=pixels`"),
         ({"sequence": "own", "dataset": "mine-0123abcd", "sequence_step": 4}, "no effect with sequence=own"),
         ({"sequence": "rows", "sequence_step": 0}, "sequence_step=0 must be"),
+        ({"input_taps": 4}, "input_taps=4 has no effect with sequence=none; give `sequence=rows`"),
+        ({"sequence": "rows", "input_taps": 29}, "input_taps=29 is more than the T=28 steps of a sequence; lower it"),
         ({"sequence": "pixels", "sequence_step": 5}, "sequence_step=5 does not divide the 784 pixels of an image"),
         ({"bins": 140}, "bins=140 has no effect with dataset=fashionmnist; give `dataset=shd`, .* or `dataset=dvsges"),
         ({"dataset": "shd", "bins": 128}, "bins=128 does not divide the 700 channels of shd; give `bins=100` or"),

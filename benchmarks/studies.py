@@ -356,10 +356,17 @@ def _sequence() -> dict[str, str]:
 #: by its name the flags of how late spikes and inputs arrive: at most so many steps, chosen on held-back images
 LATE = {"rows": 8, "permuted": 60}
 DELAYS = {"no delays": "", "fixed delays": "--delay {}", "learned delays": "--delay {} --learn_delay"}
+#: a tapped delay line, and the best learning rate with and without it, both chosen on held-back images
+TAPS = {"lr 0.016": "--lr 0.016", "lr 0.016, 64 taps": "--lr 0.016 --input_taps 64"}
 
 
 def _delays() -> dict[str, str]:
-    return {
+    tapped = {
+        f"permuted, adaptive, {kept}, {name}": joined(SEQUENCES["permuted"], NETWORKS["adaptive"], WEIGHTS[kept], taps)
+        for kept in ("25 %", "dense")
+        for name, taps in TAPS.items()
+    }
+    return tapped | {
         f"{data}, {network}, {kept}, {late}": joined(SEQUENCES[data], flags, WEIGHTS[kept], delays.format(most))
         for data, most in LATE.items()
         for network, flags in NETWORKS.items()

@@ -69,9 +69,14 @@ struct ArrivalPanel {
 
 // The delays with which a layer's spikes reach the layer above, in the layer's order of lanes.
 struct Late {
+    // The lanes of a vector that have the same delay.
+    struct Lanes {
+        int32_t delay;
+        uint32_t bits;
+    };
+
     int32_t* delay = nullptr;   // [row blocks][64], at most T; null: none
-    int32_t* offset = nullptr;  // [row blocks][64] where the gradient of each lane lies, from the step at which it spikes
-    int32_t* longest = nullptr;  // [row blocks]
+    Lanes* lanes = nullptr;     // [row blocks][vectors][W], by delay; what is left over has no lanes
     float* learned = nullptr;    // [row blocks][B][64], what each sample adds to the gradients of the delays; null: not wanted
     const Layer *own = nullptr, *above = nullptr;
 
@@ -80,8 +85,7 @@ struct Late {
         if (!above.delays) return;
         const int64_t blocks = own.plan->rows.blocks;
         delay = arena.take<int32_t>(blocks * kLanes);
-        offset = arena.take<int32_t>(blocks * kLanes);
-        longest = arena.take<int32_t>(blocks);
+        lanes = arena.take<Lanes>(blocks * kLanes);
         if (above.grad_delays) learned = arena.take<float>(blocks * samples * kLanes);
     }
 
@@ -90,8 +94,16 @@ struct Late {
         for (int64_t i = 0; i < static_cast<int64_t>(axis.blocks) * kLanes; ++i) {
             const int32_t n = axis.neuron[i];
             delay[i] = n < 0 ? 0 : static_cast<int32_t>(most(0, least(above->delays[n], steps)));
-            offset[i] = delay[i] * kLanes + static_cast<int32_t>(i % kLanes);
-            longest[i / kLanes] = i % kLanes && longest[i / kLanes] > delay[i] ? longest[i / kLanes] : delay[i];
+        }
+        for (int64_t first = 0; first < static_cast<int64_t>(axis.blocks) * kLanes; first += W) {
+            int32_t last = -1;
+            for (Lanes* of = lanes + first; of < lanes + first + W; ++of) {
+                *of = {INT32_MAX, 0};
+                for (int i = 0; i < W; ++i)
+                    if (delay[first + i] > last && delay[first + i] < of->delay) of->delay = delay[first + i];
+                for (int i = 0; i < W; ++i) of->bits |= uint32_t{delay[first + i] == of->delay} << i;
+                last = of->delay;
+            }
         }
     }
 
@@ -99,18 +111,24 @@ struct Late {
     // place, since no step reads an earlier one.
     void shift(const Stack& s, int64_t b, int64_t r, float* tile) const {
         if (learned) differences(s, b, r, tile);
-        const int32_t *const of_lanes = offset + r * kLanes, *const late = delay + r * kLanes;
-        int64_t left = s.steps;
-        for (; left > longest[r]; --left, tile += kLanes)
-            for (int v = 0; v < kVecs; ++v) store(tile + v * W, gather(tile, of_lanes + v * W));
-        for (; left > 0; --left, tile += kLanes)
-            for (int v = 0; v < kVecs; ++v) {
-                const auto ints = [](const int32_t* p) { return IntVec(*reinterpret_cast<const UnalignedIntVec*>(p)); };
-                const IntVec arrives = ints(late + v * W) < IntVec{} + static_cast<int32_t>(left);
-                const IntVec place = ints(of_lanes + v * W) & arrives;
-                const Vec arrived = gather(tile, reinterpret_cast<const int32_t*>(&place));
-                store(tile + v * W, reinterpret_cast<Vec>(reinterpret_cast<IntVec>(arrived) & arrives));
-            }
+        for (int v = 0; v < kVecs; ++v) {
+            const Lanes *const begin = lanes + (r * kVecs + v) * W, *end = begin;
+            while (end < begin + W && end->bits) ++end;
+            // some steps at once, which share the bits
+            const auto steps = [&](auto count, float* own, int64_t left) {
+                Vec arrived[decltype(count)::value] = {};
+                for (const Lanes* of = begin; of < end && of->delay < left; ++of)
+                    unrolled<decltype(count)::value>([&](auto i) {
+                        arrived[i] = load_chosen(arrived[i], own + (of->delay + i) * kLanes, of->bits);
+                    });
+                unrolled<decltype(count)::value>([&](auto i) { store(own + i * kLanes, arrived[i]); });
+            };
+            constexpr int at_once = 4;
+            float* own = tile + v * W;
+            int64_t left = s.steps;  // of which the first so many reach all steps that they need
+            for (; left >= end[-1].delay + at_once; left -= at_once, own += at_once * kLanes) steps(Constant<at_once>{}, own, left);
+            for (; left > 0; --left, own += kLanes) steps(Constant<1>{}, own, left);
+        }
     }
 
     // −½ Σ_t ∂L/∂S̃[t]·(S[t − d + 1] − S[t − d − 1]) of each lane, spike by spike; those before the first step count, too.

@@ -202,6 +202,18 @@ inline void expand_bits(uint64_t word, float* lanes) {
 #endif
 }
 
+// x, but p[i] where bit i is set.
+G2G_INLINE Vec load_chosen(Vec x, const float* p, uint32_t bits) {
+#if defined(__AVX512F__)
+    return _mm512_mask_loadu_ps(x, static_cast<__mmask16>(bits), p);
+#else
+    IntVec place;
+    for (int i = 0; i < W; ++i) place[i] = 1 << i;
+    const IntVec chosen = ((IntVec{} + static_cast<int32_t>(bits)) & place) == place;
+    return chosen ? load(p) : x;
+#endif
+}
+
 // 32 bits, from which add_chosen() takes W at a time. Comparing a broadcast with powers of two is twice as fast as
 // loading mask registers (Zen 4: 1.2 against 2 cycles for a masked addition).
 struct SpikeBits {

@@ -28,9 +28,13 @@ struct GraphBlock {
 
 inline const GraphBlock& block_of(const Graph& g, int64_t i) { return reinterpret_cast<const GraphBlock*>(g.blocks)[i]; }
 
-inline int64_t longest_block(const Graph& g) {
-    int64_t longest = 0;
-    for (int64_t i = 0; i < g.block_count; ++i) longest = most(longest, block_of(g, i).steps());
+// The steps of the longest block of each layer.
+inline std::vector<int64_t> longest_blocks(const Graph& g) {
+    std::vector<int64_t> longest(g.stack.count);
+    for (int64_t i = 0; i < g.block_count; ++i) {
+        const GraphBlock& block = block_of(g, i);
+        longest[block.layer] = most(longest[block.layer], block.steps());
+    }
     return longest;
 }
 
@@ -103,7 +107,8 @@ struct GraphForward {
     double* totals;
     int64_t scratch_size;
 
-    GraphForward(Graph& graph, Arena& arena) : g(graph), s(graph.stack), scratch_size(most(kStepSamples, longest_block(graph)) * kLanes) {
+    GraphForward(Graph& graph, Arena& arena) : g(graph), s(graph.stack), scratch_size(kStepSamples * kLanes) {
+        for (const int64_t steps : longest_blocks(g)) scratch_size = most(scratch_size, steps * kLanes);
         int64_t blocks = 0;
         for (int64_t l = 0; l < s.count; ++l) {
             const Layer& layer = s.layers[l];
@@ -495,7 +500,8 @@ struct GraphBackward {
     double* totals;
 
     GraphBackward(const Graph& graph, Arena& arena)
-        : g(graph), s(graph.stack), chunks(s.batch, s.steps, kCycleChunk), bits_size(EventsByLane::scratch_words(chunks.samples, s.steps)) {
+        : g(graph), s(graph.stack), chunks(s.batch, s.steps, least_samples(graph)),
+          bits_size(EventsByLane::scratch_words(chunks.samples, s.steps)) {
         int64_t blocks = 0, most_rows = 0;
         members.reserve(s.count), inner.reserve(g.inner_count);
         for (int64_t l = 0; l < s.count; ++l)
@@ -510,6 +516,13 @@ struct GraphBackward {
         events.emplace(blocks, chunks.rows(), arena);
         bits = arena.take<uint64_t>(bits_size * s.threads);
         totals = arena.take<double>(blocks * kLanes);
+    }
+
+    // Samples of a chunk: the fewest rows that read all weights at once are those of a block.
+    static int64_t least_samples(const Graph& graph) {
+        int64_t steps = kCycleChunk;
+        for (const int64_t longest : longest_blocks(graph)) steps = least(steps, longest);
+        return divide_up(kCycleChunk, most(1, steps));
     }
 
     // Samples whose rows of a block stay in cache.

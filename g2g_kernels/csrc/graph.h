@@ -287,7 +287,8 @@ struct MemberBackward {
     LayerParameters parameters;
     int64_t before;         // steps before the first, in which it sent something
     Panel<float> rows;      // ∂L/∂I of the samples of a chunk at all steps, [row blocks][samples · T][64]
-    Panel<float> arrived;   // ∂L/∂S of the samples of a chunk at all steps, [row blocks][samples · (before + T)][64]
+    Panel<float> arrived;   // ∂L/∂S of these at all steps, [row blocks][samples · (before + T)][64]; 0 again once it is used
+    float* constant;        // [row blocks][samples][64] its part that no step changes
     float* edges;           // [row blocks][samples][states][64], what reaches the states before the last step so far
     float* current;         // [row blocks][B][64], as are those of the parameters: sums over the steps
     float* sums[kMostParameters] = {};
@@ -307,6 +308,7 @@ struct MemberBackward {
         const int64_t R = axis().blocks, all = chunks.samples * (before + g.stack.steps);
         rows = {arena.take<float>(R * chunks.rows() * kLanes), chunks.rows()};
         arrived = {arena.take<float>(R * all * kLanes), all};
+        constant = arena.take<float>(R * chunks.samples * kLanes);
         edges = arena.take<float>(R * chunks.samples * model.states * kLanes);
         current = arena.take<float>(R * g.stack.batch * kLanes);
         for (int k = 0; k < model.parameters; ++k) sums[k] = arena.take<float>(R * g.stack.batch * kLanes);
@@ -324,16 +326,16 @@ struct MemberBackward {
         const float share = 1.0f / (static_cast<float>(B) * static_cast<float>(T));
         parallel(s.threads, axis().blocks * samples, 1, [&](int64_t task, int) {
             const int64_t r = task / samples, b = task % samples, at = (r * B + first + b) * kLanes;
-            alignas(64) float constant[kLanes], end[kLanes];
+            alignas(64) float end[kLanes];
+            float* const own = constant + (r * chunks.samples + b) * kLanes;
             for (int lane = 0; lane < kLanes; ++lane) {
                 const int32_t n = axis().neuron[r * kLanes + lane];
                 float grad = n >= 0 && layer.grad_rates ? layer.grad_rates[n] * share : 0.0f;
                 if (last && n >= 0 && s.grad_counts) grad += s.grad_counts[(first + b) * size + n];
-                constant[lane] = grad;
+                own[lane] = grad;
             }
             float* const tile = arrived_at(s, r, b);
-            zero(tile - before * kLanes, before * kLanes * sizeof(float));
-            for (int64_t t = 0; t < T; ++t) __builtin_memcpy(tile + t * kLanes, constant, sizeof constant);
+            zero(tile - before * kLanes, (first ? before : before + T) * kLanes * sizeof(float));
             for (int64_t t = 0; outer.grad_tail && t < tail; ++t) {
                 load_block(axis(), r, outer.grad_tail + t * B * size, Rows{first + b, 1, B, size}, 1, end);
                 add(end, tile + (T - tail + t) * kLanes);
@@ -360,7 +362,9 @@ struct MemberBackward {
         for (int k = 0; k < model.parameters; ++k) grads.parameters[k] = sum + (1 + k) * kLanes;
         if (!begin && layer.state) load_states(s, layer, layer.state, sample, r, first), grads.first = first;
         const SampleParameters own(parameters, layer, sample, r);
-        sweep({arrived_at(s, r, b) + begin * kLanes, kZeros}, states, count, own.block, layer.neurons.alpha, grads);
+        float* const tile = arrived_at(s, r, b) + begin * kLanes;
+        sweep({tile, constant + (r * chunks.samples + b) * kLanes}, states, count, own.block, layer.neurons.alpha, grads);
+        zero(tile, count * kLanes * sizeof(float));
         __builtin_memcpy(rows.at(r, b * s.steps + begin), out, count * kLanes * sizeof(float));
         add(sum, current + at);
         for (int k = 0; k < model.parameters; ++k) add(grads.parameters[k], sums[k] + at);
@@ -377,8 +381,10 @@ struct MemberBackward {
         alignas(64) float begin[kGradientSamples * kMostStates * kLanes], unused[kLanes] = {};
         for (int64_t i = 0; !t && i < samples; ++i) load_states(s, layer, layer.state, first + i, r, begin + i * size);
         BackwardStep step{};
-        step.tile = arrived_at(s, r, b) + t * kLanes, step.tile_stride = (before + s.steps) * kLanes;
-        step.constant = kZeros, step.later = kNothing;
+        float* const tile = arrived_at(s, r, b) + t * kLanes;
+        step.tile = tile, step.tile_stride = (before + s.steps) * kLanes;
+        step.constant = constant + (r * chunks.samples + b) * kLanes, step.constant_stride = kLanes;
+        step.later = kNothing;
         step.now = kept_states(s, layer, first, r) + t * size, step.now_stride = axis().blocks * s.steps * size;
         step.before = t ? step.now - size : begin, step.before_stride = t ? step.now_stride : size;
         step.begins = !t && !layer.state;
@@ -393,6 +399,7 @@ struct MemberBackward {
                 const SampleParameters own(parameters, layer, first + i, r);
                 steps.step(own.block, layer.neurons.alpha, 1, step.from(i, model.states));
             }
+            zero(tile + i * step.tile_stride, kLanes * sizeof(float));
             if (outer.grad_current && !outer.held)
                 store_block(axis(), r, out + i * kLanes, Rows{first + i, 1, s.batch, axis().size}, 1,
                             outer.grad_current + t * s.batch * axis().size);

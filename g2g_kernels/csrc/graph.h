@@ -38,6 +38,25 @@ inline std::vector<int64_t> longest_blocks(const Graph& g) {
     return longest;
 }
 
+// The kept states of a layer, [states][64] of a block of a sample at a step: sample by sample, or step by step where all its
+// blocks are single steps, which read and write those of all samples.
+struct KeptStates {
+    float* states;  // null: none are kept
+    int64_t block, sample, step;
+
+    KeptStates(const Stack& s, const Layer& layer, int64_t longest) : states(layer.states) {
+        const int64_t size = model_info(layer.neurons).states * kLanes, R = layer.plan->rows.blocks, T = s.steps, B = s.batch;
+        if (longest > 1)
+            step = size, block = T * step, sample = R * block;
+        else
+            sample = size, step = B * sample, block = T * step;
+    }
+
+    float* at(int64_t b, int64_t r, int64_t t) const {
+        return states ? states + b * sample + r * block + t * step : nullptr;
+    }
+};
+
 // A connection and its source.
 struct Passage {
     const Inner& of;
@@ -99,6 +118,7 @@ struct GraphForward {
     const Stack& s;
     std::vector<LayerParameters> parameters;
     std::vector<float*> edges;    // of each layer its states after the last step so far, [row blocks][B][states][64]
+    std::vector<KeptStates> kept_of;
     std::vector<float*> held;     // of each layer its held current, [row blocks][B][64], may be null
     std::vector<Passage> inner;
     std::vector<float*> tiles;    // of each connection
@@ -108,12 +128,14 @@ struct GraphForward {
     int64_t scratch_size;
 
     GraphForward(Graph& graph, Arena& arena) : g(graph), s(graph.stack), scratch_size(kStepSamples * kLanes) {
-        for (const int64_t steps : longest_blocks(g)) scratch_size = most(scratch_size, steps * kLanes);
+        const std::vector<int64_t> longest = longest_blocks(g);
         int64_t blocks = 0;
         for (int64_t l = 0; l < s.count; ++l) {
             const Layer& layer = s.layers[l];
             parameters.emplace_back(layer, arena);
             edges.push_back(arena.take<float>(s.batch * layer.plan->rows.blocks * model_info(layer.neurons).states * kLanes));
+            kept_of.emplace_back(s, layer, longest[l]);
+            scratch_size = most(scratch_size, longest[l] * kLanes);
             held.push_back(g.outer[l].held ? arena.take<float>(s.batch * layer.plan->rows.blocks * kLanes) : nullptr);
             blocks = most(blocks, layer.plan->rows.blocks);
         }
@@ -171,14 +193,14 @@ struct GraphForward {
     // Block r of sample b; `current` is room for its steps.
     void run_block(ForwardSweep<StoredCurrent> sweep, const GraphBlock& block, int64_t b, int64_t r, float* current) const {
         const Layer& layer = s.layers[block.layer];
-        float *const edge = edge_of(block.layer, b, r), *const kept = kept_states(s, layer, b, r);
+        float *const edge = edge_of(block.layer, b, r), *const kept = kept_of[block.layer].at(b, r, block.first);
         const int64_t size = model_info(layer.neurons).states * kLanes;
         fill_current(block, b, r, current);
         if (!block.first) load_states(s, layer, layer.state, b, r, edge);
-        else if (kept) __builtin_memcpy(edge, kept + (block.first - 1) * size, size * sizeof(float));
+        else if (kept) __builtin_memcpy(edge, kept - size, size * sizeof(float));
         const SampleParameters own(parameters[block.layer], layer, b, r);
         sweep({current, kLanes}, block.steps(), own.block,
-              {words_of(block, b, r), kept ? kept + block.first * size : nullptr, nullptr, edge});
+              {words_of(block, b, r), kept, nullptr, edge});
         finish_block(block, b, r, edge);
     }
 
@@ -187,10 +209,11 @@ struct GraphForward {
                   int64_t r, float* current) const {
         const Layer& layer = s.layers[block.layer];
         const int64_t size = model_info(layer.neurons).states * kLanes, stride = layer.plan->rows.blocks * int64_t{s.steps};
-        float *const edge = edge_of(block.layer, first, r), *const kept = kept_states(s, layer, first, r);
+        const KeptStates& kept = kept_of[block.layer];
+        float* const edge = edge_of(block.layer, first, r);
         ForwardStep all{current, edge, size, edge, size, words_of(block, first, r), stride};
-        if (kept) all.now = kept + block.first * size, all.now_stride = stride * size;
-        if (kept && block.first) all.before = all.now - size, all.before_stride = all.now_stride;
+        if (kept.states) all.now = kept.at(first, r, block.first), all.now_stride = kept.sample;
+        if (kept.states && block.first) all.before = all.now - kept.step, all.before_stride = kept.sample;
         for (int64_t i = 0; i < samples; ++i) {
             fill_current(block, first + i, r, current + i * kLanes);
             if (!block.first) load_states(s, layer, layer.state, first + i, r, edge + i * size);
@@ -285,6 +308,7 @@ struct MemberBackward {
     const Outer& outer;
     const ModelInfo& model;
     LayerParameters parameters;
+    KeptStates kept;
     int64_t before;         // steps before the first, in which it sent something
     Panel<float> rows;      // ∂L/∂I of the samples of a chunk at all steps, [row blocks][samples · T][64]
     Panel<float> arrived;   // ∂L/∂S of these at all steps, [row blocks][samples · (before + T)][64]; 0 again once it is used
@@ -296,11 +320,12 @@ struct MemberBackward {
     BackwardSteps steps;
     bool last;              // of the graph
 
-    MemberBackward(const Graph& g, int64_t l, const Chunks& chunks, Arena& arena)
+    MemberBackward(const Graph& g, int64_t l, int64_t longest, const Chunks& chunks, Arena& arena)
         : layer(g.stack.layers[l]),
           outer(g.outer[l]),
           model(model_info(layer.neurons)),
           parameters(layer, arena),
+          kept(g.stack, layer, longest),
           before(layer.sent ? layer.sent_steps : 0),
           sweep(backward_sweep<Upstream>(layer.neurons)),
           steps(layer.neurons),
@@ -356,7 +381,7 @@ struct MemberBackward {
         const int64_t sample = chunk + b, size = model.states * kLanes, at = (r * s.batch + sample) * kLanes;
         const int64_t begin = block.first, count = block.steps();
         alignas(64) float first[kMostStates * kLanes], sum[(1 + kMostParameters) * kLanes];
-        const float* const states = kept_states(s, layer, sample, r) + begin * size;
+        const float* const states = kept.at(sample, r, begin);
         uint64_t reached;
         BlockGradient grads{out, nullptr, {}, sum, {}, &reached, begin ? states - size : nullptr, edges + (r * chunks.samples + b) * size};
         for (int k = 0; k < model.parameters; ++k) grads.parameters[k] = sum + (1 + k) * kLanes;
@@ -385,8 +410,8 @@ struct MemberBackward {
         step.tile = tile, step.tile_stride = (before + s.steps) * kLanes;
         step.constant = constant + (r * chunks.samples + b) * kLanes, step.constant_stride = kLanes;
         step.later = kNothing;
-        step.now = kept_states(s, layer, first, r) + t * size, step.now_stride = axis().blocks * s.steps * size;
-        step.before = t ? step.now - size : begin, step.before_stride = t ? step.now_stride : size;
+        step.now = kept.at(first, r, t), step.now_stride = kept.sample;
+        step.before = t ? step.now - kept.step : begin, step.before_stride = t ? kept.sample : size;
         step.begins = !t && !layer.state;
         step.states = edges + (r * chunks.samples + b) * size;
         step.sum = step.values = unused;
@@ -509,10 +534,11 @@ struct GraphBackward {
     GraphBackward(const Graph& graph, Arena& arena)
         : g(graph), s(graph.stack), chunks(s.batch, s.steps, least_samples(graph)),
           bits_size(EventsByLane::scratch_words(chunks.samples, s.steps)) {
+        const std::vector<int64_t> longest = longest_blocks(g);
         int64_t blocks = 0, most_rows = 0;
         members.reserve(s.count), inner.reserve(g.inner_count);
         for (int64_t l = 0; l < s.count; ++l)
-            blocks = most(blocks, members.emplace_back(g, l, chunks, arena).axis().blocks);
+            blocks = most(blocks, members.emplace_back(g, l, longest[l], chunks, arena).axis().blocks);
         for (int64_t i = 0; i < g.inner_count; ++i)
             blocks = most(blocks, inner.emplace_back(g, g.inner[i], arena).plan.cols.blocks);
         for (int64_t i = 0; i < g.block_count; ++i)

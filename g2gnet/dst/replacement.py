@@ -79,10 +79,10 @@ def draw_candidates(mask: BlockMask, generator: torch.Generator) -> torch.Tensor
 def highest(score: torch.Tensor, count: int, draw: torch.Generator, last: torch.Tensor | None = None) -> torch.Tensor:
     """Indices of the ``count`` entries of highest ``score`` [n], compared in float32, in the order of a uniform draw
     where they are equal; NaN after every number, and those where ``last`` [n] is true after all others."""
-    some = score[::STRIDE] if last is None else score[::STRIDE][~last[::STRIDE]]
-    if score.is_cpu and len(score) > MANY and (rank := 2 * count // STRIDE + 64) < len(some):
-        # to draw a turn for each and to sort all would take longest
-        near = (score >= some.kthvalue(len(some) - rank).values).nonzero()[:, 0]
+    if score.is_cpu and len(score) > MANY:  # to draw a turn for each and to sort all would take longest
+        some = score[::STRIDE] if last is None else score[::STRIDE][~last[::STRIDE]]
+        least = some.kthvalue(max(1, len(some) - 2 * count // STRIDE - 64)).values if len(some) else torch.inf
+        near = (score >= least).nonzero()[:, 0]
         near = near if last is None else near[~last[near]]
         if count <= len(near) < len(score) // 2:  # else most are equal
             return near[highest(score[near], count, draw)]

@@ -7,6 +7,7 @@ import torch
 from g2g_kernels.mask import packing
 from g2g_kernels.mask.groups import check_integers
 from g2g_kernels.mask.sides import Indices, Side, UnitAxis
+from g2g_kernels.numbers import INT32
 from g2g_kernels.tracing import is_traced
 
 
@@ -98,9 +99,10 @@ class UnitGrid(Indices):
         for name, coordinate, limit in (("unit_row", unit_row, grid[0]), ("unit_col", unit_col, grid[1])):
             if coordinate.numel() and (coordinate.min() < 0 or coordinate.max() >= limit):
                 raise ValueError(f"{name} must lie in 0 … {limit - 1}, not {coordinate.min()} … {coordinate.max()}")
-        if torch.unique(unit_row * self.cols.num_units + unit_col).numel() != unit_row.numel():
-            raise ValueError("the mask names a unit twice")
         self._register_units(unit_row, unit_col)
+        in_order = self.flat_unit()[self.row_slot.long()]
+        if (in_order[1:] == in_order[:-1]).any():
+            raise ValueError("the mask names a unit twice")
 
     def _register_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
         self.shape = self.rows.size, self.cols.size
@@ -119,7 +121,8 @@ class UnitGrid(Indices):
             (row, col, self.cols.num_units, self.row_ptr, self.row_slot),
             (col, row, self.rows.num_units, self.col_ptr, self.col_slot),
         ):
-            order = torch.argsort(major * num_minor + minor, stable=True)
+            key = major * num_minor + minor
+            order = torch.argsort(key.int() if self.grid[0] * self.grid[1] <= INT32[1] else key, stable=True)
             slot.copy_(order)
             ptr.copy_(torch.searchsorted(major[order], torch.arange(len(ptr), device=major.device)))
 

@@ -69,8 +69,9 @@ def read_row(row: torch.Tensor, shape: tuple[int, int] | None = None) -> Wiring:
 
 def _checksums(numbers: torch.Tensor) -> torch.Tensor:
     """int64 [2], checksums below 2¹² of whole numbers. Those of an average are not the average of two."""
-    place = torch.arange(1, len(numbers) + 1, device=numbers.device)
-    total = ((numbers + 1) * (place * 7919 % 10007 + 1) % 65521).square().sum()
+    of_places = torch.arange(1, 10008, device=numbers.device) * 7919 % 10007 + 1
+    of_places = of_places.repeat(len(numbers) // 10007 + 1)[: len(numbers)]
+    total = (numbers + 1).mul_(of_places).remainder_(65521).square_().sum()
     return torch.stack([total % 4096, total // 4096 % 4096])
 
 

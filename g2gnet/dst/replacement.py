@@ -12,6 +12,10 @@ from g2gnet.dst.gradual_pruning import units_within
 from g2gnet.dst.optimizer_state import OptimizerState
 from g2gnet.layers import G2GLinear
 
+#: Of more scores than this those that are too low are left out first, as one in so many tells: a prime number, which
+#: meets all rows and columns.
+MANY, STRIDE = 1 << 18, 61
+
 
 def replace_units(
     layer: G2GLinear,
@@ -37,9 +41,9 @@ def replace_units(
         exist, absent = mask.present().flatten(), len(grow) - mask.num_units
     if budget is None or not mask.num_units:
         lost = new = min(share_of(fraction, mask.num_units), absent)
-        weakest, best = lowest(prune, lost, draw), lowest(-grow, new, draw, last=exist)
+        weakest, best = highest(-prune, lost, draw), highest(grow, new, draw, last=exist)
     else:
-        weakest, best = lowest(prune, mask.num_units, draw), lowest(-grow, absent, draw, last=exist)
+        weakest, best = highest(-prune, mask.num_units, draw), highest(grow, absent, draw, last=exist)
     best = best if candidates is None else candidates[best]
     if budget is not None and mask.num_units:
         sizes = mask.rows.lengths[best // mask.grid[1]] * mask.cols.lengths[best % mask.grid[1]]
@@ -67,18 +71,24 @@ def draw_candidates(mask: BlockMask, generator: torch.Generator) -> torch.Tensor
     absent = total - mask.num_units
     _, rank = distinct(torch.tensor([min(mask.num_units, absent)]), torch.tensor([absent]), generator)
     # the number of an absent unit is its rank among these and how many exist before it
-    exist = mask.flat_unit().cpu().sort().values
+    exist = mask.flat_unit()[mask.row_slot.long()].cpu()  # by row, then by column
     before = torch.searchsorted(exist - torch.arange(len(exist)), rank, right=True)
     return (rank + before).to(mask.unit_row.device)
 
 
-def lowest(cost: torch.Tensor, count: int, draw: torch.Generator, last: torch.Tensor | None = None) -> torch.Tensor:
-    """Indices of the ``count`` entries of least ``cost`` [n], compared in float32, in the order of a uniform draw where
-    they are equal; NaN after every number, and those where ``last`` [n] is true after all others."""
-    order = torch.randperm(len(cost), generator=draw, device=draw.device).to(cost.device)
-    place = torch.arange(len(cost), device=cost.device)
-    turn = torch.empty_like(order).scatter_(0, order, place)
-    cost = torch.where(cost.isnan(), torch.inf, cost).float() + 0.0  # −0 and 0 are equal
+def highest(score: torch.Tensor, count: int, draw: torch.Generator, last: torch.Tensor | None = None) -> torch.Tensor:
+    """Indices of the ``count`` entries of highest ``score`` [n], compared in float32, in the order of a uniform draw
+    where they are equal; NaN after every number, and those where ``last`` [n] is true after all others."""
+    if score.is_cpu and len(score) > MANY:  # to draw a turn for each and to sort all would take longest
+        some = score[::STRIDE] if last is None else score[::STRIDE][~last[::STRIDE]]
+        least = some.kthvalue(max(1, len(some) - 2 * count // STRIDE - 64)).values if len(some) else torch.inf
+        near = (score >= least).nonzero()[:, 0]
+        near = near if last is None else near[~last[near]]
+        if count <= len(near) < len(score) // 2:  # else most are equal
+            return near[highest(score[near], count, draw)]
+    order = torch.randperm(len(score), generator=draw, device=draw.device).to(score.device)
+    turn = torch.empty_like(order).scatter_(0, order, torch.arange(len(score), device=score.device))
+    cost = torch.where(score.isnan(), torch.inf, -score).float() + 0.0  # −0 and 0 are equal
     # the bits of floats are ordered as they are, those of negative ones the other way round
     bits = cost.view(torch.int32)
     key = ((bits ^ ((bits >> 31) & INT32[1])).long() << 32) + turn

@@ -68,7 +68,8 @@ class Rule(NamedTuple):
 
 
 def _weight(seen: Evidence) -> torch.Tensor:
-    size = torch.where(seen.mask.valid(), seen.layer.values.abs(), 0)  # padding holds no weights
+    size = seen.layer.values.abs()
+    size = torch.where(seen.mask.valid(), size, 0) if seen.mask.has_padding else size  # padding holds no weights
     return size.sum((1, 2)) / seen.mask.unit_sizes
 
 

@@ -401,7 +401,7 @@ class DSTScheduler:
             return
         grow = self.grow if self.fraction else GROW_RULES["random"]  # which needs nothing, and none are taken
         scores = [(self.prune.score(seen), grow.score(seen)) for _, seen in evidence]
-        finite = torch.stack([score.isfinite().all() for pair in scores for score in pair])
+        finite = torch.stack([_is_finite(score) for pair in scores for score in pair])
         budgets: Sequence[float | None] = [None] * len(evidence)  # their number of units stays
         if self.final_density is not None and finite.all():
             budgets = self._budgets([seen for _, seen in evidence], self.final_density)
@@ -468,3 +468,8 @@ class DSTScheduler:
         twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         twin._recorder.run_compiled()  # a copy that is never used must not keep compiled code from running
         return twin
+
+
+def _is_finite(scores: torch.Tensor) -> torch.Tensor:
+    """Whether all scores are finite, a bool scalar, by one pass: NaN is the least and the largest of its tensor."""
+    return (torch.stack(scores.aminmax()) if len(scores) else scores).isfinite().all()

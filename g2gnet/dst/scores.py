@@ -2,7 +2,7 @@
 
 import torch
 
-from g2g_kernels import BlockMask
+from g2g_kernels import BlockMask, g2g_linear
 from g2g_kernels.mask.sides import UnitAxis
 from g2g_kernels.ops.g2g_stack.layer import Observer as ProductObserver
 from g2g_kernels.tracing import is_transformed
@@ -36,15 +36,28 @@ def unit_correlation(
     if pre.dim() == 2:
         norm_pre = norm_pre * len(post) ** 0.5
         post = post.sum(0)
-    post_sums = _unit_sums(post.reshape(-1, post.shape[-1]), norm_post, mask.rows)
-    pre_sums = _unit_sums(pre.reshape(-1, pre.shape[-1]), norm_pre, mask.cols)
-    if units is None:
-        return world.sum_(post_sums.T @ pre_sums) / (mask.rows.lengths[:, None] * mask.cols.lengths[None, :])
+    post, pre = post.reshape(-1, post.shape[-1]), pre.reshape(-1, pre.shape[-1])
+    if units is not None:
+        sums = _packed(post * _inverse(norm_post), pre * _inverse(norm_pre), mask, units).sum((1, 2))
+        return world.sum_(sums) / _sizes(mask, units)
+    sums = _unit_sums(post, norm_post, mask.rows).T @ _unit_sums(pre, norm_pre, mask.cols)
+    return world.sum_(sums) / (mask.rows.lengths[:, None] * mask.cols.lengths[None, :])
+
+
+def _packed(g: torch.Tensor, x: torch.Tensor, mask: BlockMask, units: torch.Tensor) -> torch.Tensor:
+    """Σ over the samples of g·xᵀ, g [M, out] and x [M, in], in each of ``units``: [units, unit_rows, unit_cols]. It is
+    the gradient of a layer that has these units, and takes as much time and memory."""
     row, col = units // mask.grid[1], units % mask.grid[1]
-    post_sums, pre_sums = post_sums.T.contiguous(), pre_sums.T.contiguous()
-    bands = zip(*(side.split(max(1, BAND // post_sums.shape[1])) for side in (row, col)), strict=True)
-    products = torch.cat([(post_sums[r] * pre_sums[c]).sum(1) for r, c in bands])
-    return world.sum_(products) / (mask.rows.lengths[row] * mask.cols.lengths[col])
+    asked = BlockMask(mask.rows.layout, mask.cols.layout, row, col, mask.block_size).to(x.device)
+    values = x.new_zeros(len(units), *mask.unit_shape, requires_grad=True)
+    with torch.enable_grad():
+        y = g2g_linear(x, values, asked)
+    return torch.autograd.grad(y, values, g)[0]
+
+
+def _sizes(mask: BlockMask, units: torch.Tensor) -> torch.Tensor:
+    """The number of weights of each of ``units``."""
+    return mask.rows.lengths[units // mask.grid[1]] * mask.cols.lengths[units % mask.grid[1]]
 
 
 def _squares(train: torch.Tensor) -> torch.Tensor:
@@ -57,12 +70,16 @@ def _squares(train: torch.Tensor) -> torch.Tensor:
 
 def _unit_sums(samples: torch.Tensor, norm: torch.Tensor, axis: UnitAxis) -> torch.Tensor:
     """Σ over the neurons of each unit range of samples/norm (0 for silent neurons): [M, size] → [M, num_units]."""
-    scale = torch.where(norm > 0, 1 / norm, 0.0)
+    scale = _inverse(norm)
     if axis.width < PRODUCT_WIDTH or axis.num_units > PRODUCT_UNITS:
         return _padded(samples * scale, axis).view(len(samples), axis.num_units, axis.width).sum(2)
     membership = scale.new_zeros(axis.size, axis.num_units)
     membership[torch.arange(axis.size, device=scale.device), axis.unit_of] = scale
     return samples @ membership
+
+
+def _inverse(norm: torch.Tensor) -> torch.Tensor:
+    return torch.where(norm > 0, 1 / norm, 0.0)
 
 
 def _padded(samples: torch.Tensor, axis: UnitAxis) -> torch.Tensor:
@@ -190,19 +207,21 @@ class UnitGradients:
         seen = [(x.reshape(-1, cols.size).float(), g.reshape(-1, rows.size).float()) for x, g in self.pairs]
         # that of a dense weight is its product with the identity
         seen += [(torch.eye(cols.size, device=weight.device), weight.T.float()) for weight in self.dense]
-        x = _padded(torch.cat([x for x, _ in seen]), cols)
-        g = _padded(torch.cat([g for _, g in seen]), rows)
+        x, g = (torch.cat(of_side) if len(of_side) > 1 else of_side[0] for of_side in zip(*seen, strict=True))
         if units is not None:
-            row, col = units // mask.grid[1], units % mask.grid[1]
-            x, g = (t.T.reshape(-1, width, len(t)).contiguous() for t, width in ((x, cols.width), (g, rows.width)))
-            at_a_time = max(1, BAND // (x.shape[2] * (rows.width + cols.width)))
-            bands = zip(row.split(at_a_time), col.split(at_a_time), strict=True)
-            sums = torch.cat([world.sum_(g[r] @ x[c].mT).square().sum((1, 2)) for r, c in bands])
-            return (sums / (rows.lengths[row] * cols.lengths[col])).sqrt()
+            sums = world.sum_(_packed(g, x, mask, units)).square().sum((1, 2))
+            return (sums / _sizes(mask, units)).sqrt()
+        x, g = _padded(x, cols), _padded(g, rows)
         block_rows = max(1, BAND // (x.shape[1] * rows.width))  # at a time
-        squares = [
-            world.sum_(band.T @ x).square_().view(-1, rows.width, cols.num_units, cols.width).sum((1, 3))
-            for band in g.split(block_rows * rows.width, 1)
-        ]
-        sizes = rows.lengths[:, None] * cols.lengths[None, :]
-        return (torch.cat(squares) / sizes).sqrt().flatten()
+        squares = [_by_unit(world.sum_(band.T @ x).square_(), mask) for band in g.split(block_rows * rows.width, 1)]
+        sums = torch.cat(squares) if len(squares) > 1 else squares[0]
+        if mask.unit_shape != (1, 1):
+            sums /= rows.lengths[:, None] * cols.lengths
+        return sums.sqrt_().flatten()
+
+
+def _by_unit(padded: torch.Tensor, mask: BlockMask) -> torch.Tensor:
+    """The sums over units of some block rows of a padded matrix: [block rows, block columns]."""
+    if mask.unit_shape == (1, 1):
+        return padded
+    return padded.view(-1, mask.rows.width, mask.cols.num_units, mask.cols.width).sum((1, 3))

@@ -12,6 +12,7 @@ import torch
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.mask.groups import partners
+from g2g_kernels.mask.sampling import LARGEST_GRID
 from g2g_kernels.mask.sides import UnitAxis
 from g2g_kernels.numbers import COUNT, PROBABILITY, SIZE, Number, share_of
 from g2g_kernels.ops.checks import DTYPES
@@ -222,7 +223,7 @@ def pattern_mask(
     unit exists with exactly its probability.
 
     Raises:
-        ValueError: if the pattern returns anything but units or probabilities.
+        ValueError: if the pattern returns anything but units or probabilities, or the grid is too large for them.
         TypeError: for a class of patterns in place of one of its objects.
 
     Example:
@@ -238,6 +239,12 @@ def pattern_mask(
     if isinstance(pattern, type):
         raise TypeError(f"the pattern {pattern.__name__} is a class; give one of its objects, {pattern.__name__}(…)")
     rows, cols = (UnitAxis(layout, SIZE.check("block_size", block_size)) for layout in (out_layout, in_layout))
+    if (total := rows.num_units * cols.num_units) > LARGEST_GRID:
+        raise ValueError(
+            f"the pattern {_name(pattern)} would form a number for each of {total:,} units, and at most "
+            f"{LARGEST_GRID:,} are formed; give a larger block_size, model='index', whose units are drawn one by one "
+            "(BlockMask.sample), or connections of your own (Projection.from_edges)"
+        )
     units = pattern(rows, cols, generator)
     _check_units(pattern, units, (rows.num_units, cols.num_units))
     units = units.detach().cpu()
@@ -245,6 +252,10 @@ def pattern_mask(
         units = _drawn(units.double(), generator)
     unit_row, unit_col = units.nonzero(as_tuple=True)
     return BlockMask(out_layout, in_layout, unit_row, unit_col, block_size)
+
+
+def _name(pattern: Pattern) -> str:
+    return getattr(pattern, "__name__", type(pattern).__name__)
 
 
 def _check_units(pattern: Pattern, units: object, shape: tuple[int, int]) -> None:
@@ -257,9 +268,8 @@ def _check_units(pattern: Pattern, units: object, shape: tuple[int, int]) -> Non
             if units.dtype == torch.bool or bool(((units >= 0) & (units <= 1)).all()):
                 return
             what += " with numbers that are not from 0 to 1"
-    name = getattr(pattern, "__name__", type(pattern).__name__)
     raise ValueError(
-        f"the pattern {name} returned {what}; it must return a dense tensor [{shape[0]}, {shape[1]}], bool "
+        f"the pattern {_name(pattern)} returned {what}; it must return a dense tensor [{shape[0]}, {shape[1]}], bool "
         "(which units exist) or float (with which probability, from 0 to 1)"
     )
 

@@ -99,17 +99,23 @@ def test_a_loop_over_all_steps_is_that_of_float64(
     parameters = [torch.rand(count, generator=draw) * span + least for span, least in spans]
     first = torch.randn(len(MODELS[model].states), batch, size, generator=draw) if state else None
     silent = torch.rand(batch, size, generator=draw) < 0.2 if dropped else None
-    of_counts, of_last = (torch.randn(batch, size, generator=draw) for _ in range(2))
+    neurons = Neurons(model, tuple(parameters), reset, surrogate, 2.0)
+    check_loop(x, (mask, values), (inputs, of_inputs), neurons, first, silent, steps if held else None, threads, summed)
+
+
+def check_loop(x, recurrent, inputs, neurons, first, silent, steps, threads, summed=False):
+    """Compares all that a recurrent layer gives, and all gradients, with float64; each pair is a mask and weights."""
+    (mask, values), (in_mask, of_inputs), batch, size = recurrent, inputs, x.shape[-2], recurrent[0].shape[0]
+    of_counts, of_last = (torch.randn(batch, size, generator=seeded(size)) for _ in range(2))
 
     def run(backend, dtype):
         leaves = [
             each if each is None else each.detach().to(dtype).nan_to_num().requires_grad_()
-            for each in (x, values, of_inputs, first, *parameters)
+            for each in (x, values, of_inputs, first, *neurons.parameters)
         ]
-        population = Neurons(model, tuple(leaves[4:]), reset, surrogate, 2.0)
-        recurrent = Recurrent(leaves[1], mask)
-        layer = SpikingLayer(leaves[2], inputs, None, population, silent, leaves[3], recurrent)
-        activity = g2g_stack(leaves[0], [layer], steps if held else None, backend=backend)
+        population = neurons.with_parameters(tuple(leaves[4:]))
+        layer = SpikingLayer(leaves[2], in_mask, None, population, silent, leaves[3], Recurrent(leaves[1], mask))
+        activity = g2g_stack(leaves[0], [layer], steps, backend=backend)
         last = activity.states[0]  # the gradient of a plain sum is one number in memory
         loss = (activity.counts * of_counts.to(dtype)).sum() + (last if summed else last * of_last.to(dtype)).sum()
         loss.backward()
@@ -125,8 +131,28 @@ def test_a_loop_over_all_steps_is_that_of_float64(
             assert_close(mine, theirs)
     for mine, theirs in zip(grads[4:], exact[4:], strict=True):
         # a number shared by all neurons is a sum over samples, steps and neurons, whose parts cancel: 2e-4 of it
-        scale = theirs.abs().max().item() + 1e-3
-        assert_close(mine, theirs, scale=scale if per_neuron else 10 * scale + batch * size * 0.05)
+        scale, each = theirs.abs().max().item() + 1e-3, len(theirs) == size > 1
+        assert_close(mine, theirs, scale=scale if each else 10 * scale + batch * size * 0.05)
+
+
+@pytest.mark.long
+@every_pair(**NEURONS, size=(300, 1200, 5000), batch=(1, 7, 64, 256), held=(False, True), threads=(1, 2))
+def test_a_loop_of_many_neurons_is_that_of_float64(model, reset, surrogate, size, batch, held, threads):
+    """All numbers of the forward pass are multiples of small powers of 2, so both round none of them, and no spike
+    depends on rounding."""
+    draw = seeded(size + batch)
+
+    def coarse(values, of):
+        return (values * of).round() / of
+
+    mask, values = weights(size, size, 1, 30 / size, scale=0.3)
+    inputs, of_inputs = weights(size, 20, 1, 0.3, seed=5)
+    x = coarse(torch.randn((batch, 20) if held else (4, batch, 20), generator=draw), 4)
+    spans = [(0.25, 1.0) if name == "threshold" else (0.25, 0.5) for name in MODELS[model].parameters]
+    parameters = [least + span * torch.randint(3, (size,), generator=draw) / 2 for span, least in spans]
+    neurons = Neurons(model, tuple(parameters), reset, surrogate, 2.0)
+    pairs = (mask, coarse(values, 16)), (inputs, coarse(of_inputs, 16))
+    check_loop(x, *pairs, neurons, None, None, 4 if held else None, threads)
 
 
 def test_results_are_the_same_for_any_number_of_threads_and_ranges(monkeypatch):

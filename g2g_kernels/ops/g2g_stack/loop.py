@@ -77,7 +77,7 @@ TYPES["LoopCall"] = LoopCall
 def loop_of(layer: SpikingLayer, backend: str | None = "cpu") -> Callable | None:
     """What runs a layer with its recurrent connection (:class:`g2g_kernels.ops.g2g_stack.reference.Parts`), if these
     kernels take that from lists; ``backend``: as of the call."""
-    if layer.recurrent is None or layer.observers[1] is not None or layer.membranes:
+    if layer.recurrent is None or layer.membranes:
         return None
     if forced_backend(backend) not in (None, "cpu") or cpu_library.unavailable():
         return None
@@ -92,6 +92,15 @@ def _run(
     layer: SpikingLayer, current: torch.Tensor, steps: int | None, state: torch.Tensor | None, sent: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     assert layer.recurrent is not None
+    if layer.observers[1] is not None and torch.is_grad_enabled():
+        # its product is inside the operator, but has the gradient of the current: before that is formed, a first run
+        # tells what the connection receives
+        with torch.no_grad():
+            spikes, _ = _run(layer, current, steps, state, sent)
+        before = torch.zeros_like(spikes[:1]) if sent is None else sent[None]
+        current, steps = current.expand(spikes.shape), None
+        current = current if current.requires_grad else current.detach().requires_grad_()
+        current = layer.observers[1](torch.cat([before, spikes[:-1]]), current)
     (values, mask), population = layer.recurrent, layer.population
     population = population.with_parameters(tuple([each.reshape(-1).contiguous() for each in population.parameters]))
     call = LoopCall(

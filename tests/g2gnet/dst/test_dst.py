@@ -13,12 +13,13 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from g2g_kernels import BlockMask, GroupLayout, lif
-from g2g_kernels.ops.g2g_stack import operator
+from g2g_kernels.cpu import library
+from g2g_kernels.ops.g2g_stack import loop, operator
 from g2gnet import DSTScheduler, G2GLinear, G2GNet, sparsify
 from g2gnet.dst import replacement
 from g2gnet.dst import scheduler as scheduler_module
 from g2gnet.dst import scores as scores_module
-from g2gnet.dst.replacement import lowest
+from g2gnet.dst.replacement import highest
 from g2gnet.dst.rules import GROW_RULES, PRUNE_RULES
 from g2gnet.dst.scores import UnitGradients, unit_correlation
 
@@ -306,9 +307,17 @@ def test_absent_units_get_the_gradient_of_a_dense_layer_and_nothing_else_changes
     assert [len(layer.observer.pairs) for layer in sparse_layers(net)] == before
 
 
-@pytest.mark.parametrize("backend", backends_of(operator))
+LISTS = pytest.param("lists", marks=pytest.mark.skipif("cpu" not in backends_of(operator), reason="not compiled"))
+
+
+@pytest.mark.parametrize("backend", [*backends_of(operator), LISTS])
 @pytest.mark.parametrize(("dropout", "chunk"), [(0.0, None), (0.4, 3)])
 def test_gradients_of_units_are_those_of_the_network_with_every_unit(backend, dropout, chunk, monkeypatch):
+    in_lists, loops, run = backend == "lists", [], loop._run
+    if in_lists:
+        monkeypatch.setattr(library, "LIST_COST", 0.0)
+        monkeypatch.setattr(loop, "_run", lambda layer, *given: (loops.append(layer), run(layer, *given))[1])
+        backend = "cpu"
     monkeypatch.setattr(scores_module, "BAND", 100)  # one block row at a time
     options = {"model": "random", "num_groups": 3, "block_size": 4, "T": 7, "recurrent": True, "rec_gain": 1.0}
     net = G2GNet(20, 26, 7, p_inter=0.3, backend=backend, dropout=dropout, generator=seeded(1), **options)
@@ -332,12 +341,16 @@ def test_gradients_of_units_are_those_of_the_network_with_every_unit(backend, dr
             loss = stack.simulate(part, chunk=chunk, dropped=of_part).counts.square().sum()
             torch.autograd.grad(loss, part, retain_graph=True)  # a pass for inputs alone does not count
             loss.backward()
+    assert bool(loops) == in_lists  # no step by itself
     for name, layer in net.connections().items():
         gradient = dense.connections()[name].mask.unpack(dense.connections()[name].values.grad)
         expected = mean_by_unit(gradient.square(), layer.mask).sqrt().flatten()
         assert expected.max() > 0
         found = layer.observer.root_mean_squares(layer.mask).double()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+        some = torch.arange(0, len(expected), 3)
+        found = layer.observer.root_mean_squares(layer.mask, units=some).double()
+        torch.testing.assert_close(found, expected[some], rtol=1e-4, atol=1e-5 * float(expected.max()))
 
 
 def own_model(**options):
@@ -542,10 +555,32 @@ def test_what_is_not_a_number_comes_last_but_before_what_is_excluded():
     draw = seeded(0)
     cost = torch.tensor([2.0, math.nan, -math.inf, 1.0, math.inf, 0.0])
     last = torch.tensor([False, False, False, False, False, True])
-    order = lowest(cost, 6, draw, last).tolist()
+    order = highest(-cost, 6, draw, last).tolist()
     assert order[:3] == [2, 3, 0]
     assert set(order[3:5]) == {1, 4}
     assert order[5] == 5
+
+
+@pytest.mark.parametrize("equal", [False, True])
+def test_of_many_costs_the_lowest_are_found_without_a_turn_for_each(equal, monkeypatch):
+    cost = torch.randperm(5000, generator=seeded(0)).float() - 2500
+    cost = (cost / 50).round() if equal else cost
+    last = torch.rand(5000, generator=seeded(1)) < 0.3
+    expected = highest(-cost, 420, seeded(2), last)
+    monkeypatch.setattr(replacement, "MANY", 100)
+    drawn = [highest(-cost, 420, seeded(seed), last) for seed in range(200)]
+    for found in drawn:
+        assert torch.equal(cost[found], cost[expected])
+        assert not last[found].any()
+        assert len(found.unique()) == 420
+    if not equal:
+        assert torch.equal(drawn[0], expected)
+        return
+    border = ((cost == cost[expected].max()) & ~last).nonzero()[:, 0]
+    chosen = torch.stack(drawn).flatten().bincount(minlength=5000)[border]
+    mean = 420 - int((cost[expected] < cost[expected].max()).sum())
+    assert 0 < mean < len(border)
+    assert (chosen - 200 * mean / len(border)).abs().max() < 5 * (200 * mean / len(border)) ** 0.5
 
 
 # --- parts of a model that run again in the backward pass ----------------------------------------------------------

@@ -7,7 +7,7 @@ import statistics
 import networkx
 import pytest
 import torch
-from helpers import seeded
+from helpers import Largest, seeded
 from scipy import optimize, stats
 from torch import nn
 
@@ -239,6 +239,15 @@ def test_a_pattern_that_returns_anything_else_is_refused(result, message):
 
     with pytest.raises(ValueError, match=f"the pattern wrong returned .*{message}"):
         pattern_mask(wrong, GroupLayout(48, 8), GroupLayout(96, 8), 4)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_grid_too_large_for_a_number_per_unit_is_refused_before_one_is_formed(name):
+    layout = GroupLayout(8192, 8)
+    with Largest() as largest, pytest.raises(ValueError, match=r"each of 67,108,864 units.*BlockMask\.sample"):
+        mask_between(name, layout, layout, (0.1, 0.01), 1, seeded(0))
+    assert largest.numel < 1 << 18
+    assert mask_between("index", layout, layout, (0.001, 0.0), 1, seeded(0)).num_units > 8000
 
 
 @pytest.mark.parametrize(

@@ -42,8 +42,8 @@ VARIANTS = {
     "static": {},
     "rate, bf16": {"model": "dense", "enc": "rate", "enc_scale": 2.0, "precision": "bf16"},
     "permuted pixels, chunks": {
-        "sequence": "permuted", "sequence_step": 98, "input_taps": 4, "chunk": 3, "model": "small_world", "density": "erk",
-        "neuron": "synaptic", "syn_decay": 0.5, "per_neuron": True, "reset": "zero", "threshold": 0.8,
+        "sequence": "permuted", "sequence_step": 98, "input_taps": 4, "chunk": 3, "model": "small_world",
+        "density": "erk", "neuron": "synaptic", "syn_decay": 0.5, "per_neuron": True, "reset": "zero", "threshold": 0.8,
     },
     "regularised": {"enforce_sparsity": True, "warmup_epochs": 1, "clip_grad_norm": 0.5, "augment": "crop-flip"},
     "dynamic": {"sparsity_mode": "dynamic", "dst_interval": 2, "cp": "hebb"},

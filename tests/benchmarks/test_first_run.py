@@ -3,23 +3,15 @@
 import importlib
 import importlib.util
 import json
-import re
 
 import pytest
 import torch
-from helpers import ROOT
 
-from benchmarks import first_run, predictions
-from benchmarks.first_run import Stage, comparison, measured, stages
+from benchmarks import costs, first_run, predictions
+from benchmarks.first_run import Stage, stages
 from benchmarks.registry import choose
-from g2gnet import G2GNet
 
 pytest.importorskip("triton", minversion="3.3")
-from benchmarks import costs
-from benchmarks.launches import Operation, training_step
-from g2g_kernels.ops.g2g_linear import tiles
-from g2g_kernels.ops.g2g_stack import triton as stack
-
 RECORD = json.loads(predictions.RECORD.read_text())
 
 #: a stage that notes that it ran, does what it is told, and writes a record
@@ -139,98 +131,10 @@ def test_missing_packages_are_named_before_anything_runs(monkeypatch, capsys, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_what_the_page_says_to_install_has_what_the_stages_need():
-    """Every package of the tests' and benchmarks' extras, in the one extra that docs/devices.md names."""
-    tomllib = pytest.importorskip("tomllib")
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert 'pip install -e ".[dev]"' in (ROOT / "docs/devices.md").read_text()
-    (shared,) = (each for each in extras["dev"] if each.startswith("g2gnet["))
-    names = {re.split(r"[>=; ]", each)[0] for extra in re.split(r"[\[\],]", shared)[1:-1] for each in extras[extra]}
-    assert names >= {"pytest", "pytest-xdist", "hypothesis", "snntorch", "triton"}
-
-
-def test_the_page_says_what_to_try_where_a_time_is_off():
-    rows = [
-        {"stage": "step", "what": what, "floor": 1e-3, "predicted": 2e-3, "decides": "product_kernel"}
-        for what in ("as expected", "slow", "fast", "not measured")
-    ]
-    given = {"cards": {"h100": rows}, "next": {"product_kernel": "other tiles"}}
-    times = {"as expected": 2.2e-3, "slow": 4e-3, "fast": 1e-3, "dense-lif": 5e-3}
-    record = {"runs": [{"contender": name, "median": median} for name, median in times.items()]}
-    table = comparison(given, {"step": {"record": record}}, "h100", tiny=False).splitlines()
-    assert table[2:] == [
-        "| step | as expected | 1 ms | 2 ms | 2.2 ms | 1.10 |  |",
-        "| step | slow | 1 ms | 2 ms | 4 ms | 2.00 | other tiles |",
-        "| step | fast | 1 ms | 2 ms | 1 ms | 0.50 | correct the model |",
-        "| step | not measured | 1 ms | 2 ms | – | – | product_kernel |",
-        "| step | dense-lif | – | – | 5 ms | – |  |",
-    ]
-
-
-def test_times_of_every_kind_of_record():
-    workloads = [{"batch_size": 8}, {"batch_size": 32}]
-    runs = [{"contender": "ours", "place": 0, "median": 1.0}, {"contender": "ours", "place": 1, "status": "refused"}]
-    assert measured({"quantity": "B", "workloads": workloads, "runs": runs}) == {"ours, B 8": 1.0}
-    assert measured({"runs": [{"what": "product_kernel", "median": 2.0}]}) == {"product_kernel": 2.0}
-    assert measured(None) == {}
-
-
-def test_a_card_has_its_own_predictions():
-    assert [first_run.card_of(gpu) for gpu in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "another", None)] == [
-        "h200", "a100", "h100", "h100"
-    ]  # fmt: skip
-
-
-# --- the model ----------------------------------------------------------------------------------------------------
-
-
-def test_what_tiles_read_from_l2_by_hand():
-    net = G2GNet(64, 256, 4, "index", p_inter=0.0, block_size=64, T=2, num_groups=2)
-    assert tuple(net.fc2.values.shape) == (8, 64, 64)
-    with stack.choose(fused=False), tiles.choose(dense=False):
-        bf16, fp32 = (training_step(net, 128, 64, dtype) for dtype in (torch.bfloat16, torch.float32))
-    product, by_parts = (
-        [o for o in operations if o.phase == "forward" and o.name == "product_kernel"][1] for operations in (bf16, fp32)
-    )
-    # 256 samples are four tiles of 64: for each and each unit 64 × 64 spikes in bytes, 64 × 64 weights of two
-    assert predictions.work_of(product).l2_bytes == 4 * 8 * (64 * 64 + 2 * 64 * 64)
-    assert predictions.work_of(by_parts).l2_bytes == 4 * 8 * (64 * 64 + 6 * 64 * 64)
-    assert predictions.work_of(product).flop == product.flop == by_parts.flop
-    assert predictions.work_of(by_parts).flop == 3 * product.flop
-    gradient = [o for o in bf16 if o.name == "weight_gradient_kernel"][1]
-    # 8 units in groups of 2, and in each of 4 rows a quarter of a group that is not full; 256 samples
-    assert predictions.work_of(gradient).l2_bytes == (4 + 1) * 256 * (2 * 64 + 128)
-
-
-def test_spikes_alone_are_read_where_the_weights_stay_on_chip():
-    with stack.choose(fused=True):
-        operations = training_step(predictions.network(), 256, 784, torch.bfloat16)
-    fused_ones = [operation for operation in operations if operation.name == "fused_forward_kernel"]
-    (fused,) = [operation for operation in fused_ones if operation.launch.arguments["N"] == 64]
-    # in each of 50 steps 4 tiles of 64 samples of 9 units of 32 rows, of which some rows have 8
-    assert predictions.work_of(fused).l2_bytes == 50 * 4 * 9 * 32 * 64 * 64
-
-
-def test_a_kernel_takes_the_longest_of_its_times():
-    copy = Operation("forward", "copy", {"input": torch.empty(500), "output": torch.empty(500)}, 0)
-    product = Operation("forward", "mm", {"x": torch.empty(250)}, 8_000_000)
-    start = predictions.ASSUMED["start of a kernel, s"]
-    slow_l2, fast_l2 = (
-        costs.Card("sm_90", {"bf16": 1e9, "fp32": 1e9}, 1e6, rate, 10, "imagined") for rate in (1e6, 1e9)
-    )
-
-    def predicted(operation: Operation, card: costs.Card) -> float:
-        return costs.seconds(predictions.work_of(operation), card)
-
-    assert predicted(copy, fast_l2) == pytest.approx(4000 / 0.85e6 + start)
-    assert predicted(copy, slow_l2) == pytest.approx(4000 / 0.8e6 + start)
-    assert predicted(product, fast_l2) == pytest.approx(8e6 / 0.8e9 + start)
-
-
-def test_a_step_without_a_graph_takes_what_the_host_takes():
-    """As :mod:`benchmarks.host_time` has measured it, and Triton's launcher for each kernel of ours."""
-    tiny = [Operation("forward", "add", {"x": torch.empty(1)}, 0)] * 100
-    alone, graph = (predictions.Work("step", "ours", tiny, "bf16", graph=graph).row("h100") for graph in (False, True))
-    assert (alone["decides"], graph["decides"]) == ("the host", "PyTorch's other operations")
-    assert alone["predicted"] == pytest.approx(predictions.HOST["step"]["least"], rel=1e-2)
-    assert graph["predicted"] == pytest.approx(100 * 2e-6 + 15e-6, rel=1e-2)
+def test_the_record_is_what_the_model_predicts():
+    """A card's default step and its parts; the record has more sizes."""
+    stages = {"step", "kernels", "dst"}
+    for card, rows in RECORD["cards"].items():
+        with runtime.assumed(costs.CARDS[card].architecture):
+            found = [work.row(card) for work in predictions.everything() if work.stage in stages]
+        assert found == pytest.approx([row for row in rows if row["stage"] in stages], rel=1e-6)

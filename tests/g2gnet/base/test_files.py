@@ -116,7 +116,7 @@ def test_a_reader_always_finds_a_whole_checkpoint(tmp_path, monkeypatch, links):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["c.previous.pth", "c.pth"]
 
 
-@pytest.mark.parametrize("ending", [".pth", ".jsonl", ".csv", ".DONE"])
+@pytest.mark.parametrize("ending", [".pth", ".jsonl"])
 def test_a_run_takes_no_file_of_its_own_for_another(tmp_path, ending):
     """840b5ea added to what a link named .jsonl pointed to, and hung on a FIFO named .pth."""
     victim = tmp_path / "victim"

@@ -1,7 +1,5 @@
 """Recurrent networks from and to snnTorch, with its spikes and its gradients, and NIR."""
 
-import contextlib
-import io
 import warnings
 
 import nir
@@ -10,9 +8,8 @@ import pytest
 import snntorch
 import torch
 from helpers import seeded
-from snntorch import surrogate, utils
+from snntorch import utils
 from snntorch.export_nir import export_to_nir
-from snntorch.import_nir import import_from_nir
 from torch import nn
 from torch.nn.utils import prune
 
@@ -192,17 +189,6 @@ def test_a_reset_to_zero_without_delay_has_our_spikes(caplog):
         from_snntorch(Theirs("RLeaky", reset_mechanism="zero"), T=STEPS)
 
 
-def test_options_of_recurrent_neurons_that_the_stack_lacks_are_refused():
-    for kind, options, message in (
-        ("RSynaptic", {"state_quant": lambda x: x}, "lif1: our Synaptic has no state_quant; only snn.RSynaptic with"),
-        ("RLeaky", {"reset_delay": False}, "lif1: our LIF has no reset_delay=False; only snn.RLeaky with reset_delay"),
-        ("RSynaptic", {"reset_delay": False, "reset_mechanism": "zero"}, "our Synaptic has no reset_delay=False; only"),
-        ("RLeaky", {"spike_grad": surrogate.triangular()}, "lif1: spike_grad is not one of g2g's surrogates"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            from_snntorch(Theirs(kind, **options), T=STEPS)
-
-
 def test_recurrent_connections_of_another_form_are_refused():
     images = nn.Sequential(nn.Linear(9, 9), snntorch.RLeaky(beta=0.9, conv2d_channels=1, kernel_size=3))
     with pytest.raises(
@@ -259,44 +245,6 @@ def test_a_stack_whose_layers_are_not_all_recurrent():
 def resetting_net(**options):
     """With decays that no float32 changes on the way through a time constant: 1 − (1 − 0.75) is 0.75."""
     return recurrent_net(reset="zero", threshold=0.5, **{"beta": 0.75, **options})
-
-
-def test_the_graph_is_the_differential_equation_of_the_recurrent_layer():
-    """Euler steps of NIR's equation, written out: what a node sends reaches the nodes of its loop in the next step."""
-    net, dt = resetting_net(per_neuron=True), 1e-3
-    graph = to_nir(net, dt)
-    assert graph.edges == [(one, other) for one, other in zip(graph.nodes, list(graph.nodes)[1:], strict=False)]
-    names = ("lif1", "lif2", "lif3")
-    cells = {name: graph.nodes[name].nodes["lif"] if name != "lif3" else graph.nodes[name] for name in names}
-    membranes = {name: np.zeros((4, 1)) for name in names}
-    spikes = {name: np.zeros((4, cells[name].tau.size)) for name in names}
-    trains = []
-    for x in SAMPLES.numpy():
-        for name in names:
-            affine, lif = graph.nodes[name.replace("lif", "fc")], cells[name]
-            current = x @ affine.weight.T + affine.bias
-            if name != "lif3":
-                current = current + spikes[name] @ graph.nodes[name].nodes["w_rec"].weight.T
-            v = membranes[name]
-            v = v + dt / lif.tau * (lif.v_leak - v + lif.r * current)
-            x = spikes[name] = (v > lif.v_threshold).astype(float)
-            membranes[name] = np.where(x > 0, lif.v_reset, v)
-        trains.append(torch.from_numpy(x))
-    assert torch.equal(torch.stack(trains).float(), output_spikes(net))
-
-
-@writes_recurrent
-def test_snntorchs_importer_runs_the_graph_with_the_same_spikes():
-    """As Norse's does (``tests/clients``)."""
-    net = resetting_net()
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it scales the threshold
-        theirs = import_from_nir(to_nir(net))
-    state, trains = None, []
-    with torch.no_grad():
-        for x_t in SAMPLES.float():
-            spikes, state = theirs(x_t, state)
-            trains.append(spikes)
-    assert torch.equal(torch.stack(trains), output_spikes(net))
 
 
 @writes_recurrent
@@ -375,29 +323,6 @@ def test_a_mask_of_a_recurrent_node_is_given_by_its_name():
     assert torch.equal(stack.rec2.mask.to_dense(), from_nir(graph, T=STEPS).rec2.mask.to_dense())
     with pytest.raises(ValueError, match=r"masks names rec1, the graph fc1, fc2, fc3, lif1.w_rec, lif2.w_rec"):
         from_nir(graph, masks={"rec1": kept}, T=STEPS)
-
-
-CONVOLUTION = nir.Conv2d((1, 1), np.ones((1, 1, 1, 1)), 1, 0, 1, 1, np.zeros(1))
-
-
-SQUARE, BACK = nir.Linear(weight=weights()), nir.Linear(weight=weights(INPUTS, HIDDEN))
-
-
-@pytest.mark.parametrize(
-    ("edges", "nodes", "message"),
-    [
-        ([("lif", "lif")], {}, "the edge lif → lif is on no way from neurons"),
-        (LOOP, {"w": CONVOLUTION}, "node w is a Conv2d; a network takes Affine, Linear, Delay"),
-        (LOOP, {"w": lif_of()}, "the edge lif → w is on no way from neurons"),
-        ([*LOOP, ("w", "output")], {"w": SQUARE}, "node w leads to lif, output; a connection joins one population"),
-        ([("lif", "w"), ("w", "fc")], {"w": BACK}, "node fc receives from input, w; a connection joins one population"),
-        ([("fc", "w"), ("w", "fc")], {"w": BACK}, "node fc receives from input, w; a connection joins"),
-        ([("w", "lif")], {"w": SQUARE}, "node w receives from nothing; a connection joins"),
-    ],
-)
-def test_loops_that_no_network_has_are_refused(edges, nodes, message):
-    with pytest.raises(ValueError, match=message):
-        from_nir(flat_graph(edges, **nodes), T=STEPS)
 
 
 def test_a_graph_inside_of_a_graph_has_one_input():

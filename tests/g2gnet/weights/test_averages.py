@@ -104,15 +104,6 @@ def test_a_copy_of_which_nobody_said_what_it_is_is_reported_once_for_each_schedu
     assert not same_wiring(net, average.module)
 
 
-def test_networks_of_other_groups_share_no_unit():
-    """The same number of a unit means other neurons."""
-    net, target = network(model="random"), network(model="random", seed=1)
-    target.fc2.values.grad = torch.ones_like(target.fc2.values)
-    sync_wiring(net, target)
-    assert torch.equal(target.fc2.dense_weight(), net.fc2.dense_weight())
-    assert not target.fc2.values.grad.any()
-
-
 def state_in_another_order(net):
     """The same weights, in other slots."""
     wiring = row_with(net.fc2.mask, unit_row=lambda row: row.flip(0), unit_col=lambda col: col.flip(0))
@@ -238,10 +229,3 @@ def test_one_unit_of_another_wiring_in_an_average_is_no_rounding(decay):
     average.fc2.mask.wiring.mul_(decay).add_(mask.wiring, alpha=1 - decay)
     with pytest.raises(ValueError, match=MIXED):
         average(X)
-
-
-def test_indices_are_no_buffers_and_keep_their_dtype():
-    net = network()
-    assert all(buffer.is_floating_point() for buffer in net.buffers())
-    net.to(torch.bfloat16)
-    assert (net.fc2.mask.unit_row.dtype, net.fc2.mask.wiring.dtype) == (torch.int32, torch.float32)

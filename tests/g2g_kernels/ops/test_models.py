@@ -124,39 +124,6 @@ def test_gradients_equal_those_of_a_plain_loop_in_float64(model, reset, surrogat
     assert_near(outcome(on("torch", model, reset, surrogate, 1.5), tensors), expected, 1e-11)
 
 
-@every_pair(model=SEVERAL, **OPTIONS)
-def test_gradients_equal_finite_differences_with_the_primitive_as_the_spike(model, reset, surrogate):
-    """S + primitive(U − θ) − primitive(U⁰ − θ⁰), with S and U⁰ of the undisturbed run: equal to S there, and smooth."""
-    tensors = drawn(model, False, False, True)
-    primitive = SURROGATES[surrogate].primitive
-    undisturbed: dict[int, torch.Tensor] = {}
-
-    def record(t, x):
-        undisturbed[t] = x
-        return (x > 0).double()
-
-    def smooth(t, x):
-        return (undisturbed[t] > 0).double() + primitive(x, 2.0) - primitive(undisturbed[t], 2.0)
-
-    def run(spike, named: Tensors):
-        *given, state = named.values()
-        return by_loop(model, reset, surrogate, spike=spike)(*given, state=state)
-
-    run(record, tensors)
-    weights, states = output_weights(T, B, N), torch.randn(2, B, N, generator=seeded(6)).double()
-
-    def loss_of(moved: Tensors) -> float:
-        spikes, last = run(smooth, moved)
-        return ((spikes * weights).sum() + (last * states).sum()).item()
-
-    found = outcome(on("torch", model, reset, surrogate), tensors)
-    for name, tensor in tensors.items():
-        direction = torch.randn(tensor.shape, generator=seeded(8), dtype=torch.float64)
-        up, down = (loss_of(tensors | {name: tensor + sign * 1e-6 * direction}) for sign in (1, -1))
-        along = (found[name] * direction).sum().item()
-        assert along == pytest.approx((up - down) / 2e-6, rel=1e-5, abs=1e-6), name
-
-
 @every_pair(reset=RESETS, surrogate=SNNTORCH, held=BOTH, per_neuron=BOTH)
 def test_synaptic_gradients_equal_snntorch_in_float64(reset, surrogate, held, per_neuron):
     """Spikes identical; everything else is float64 in snnTorch too, so only float64 rounding separates the two."""

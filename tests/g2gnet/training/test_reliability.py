@@ -194,9 +194,8 @@ def test_every_truncation_and_a_flipped_bit_in_every_byte_is_noticed(tmp_path):
     assert_equal(read_tensors(path), content)
     assert_equal(torch.load(path, weights_only=True), content)
     whole = path.read_bytes()
-    damaged = [whole[:length] for length in range(len(whole))]
+    damaged = [whole[:length] for length in range(len(whole))] + [whole + b"\0"]
     damaged += [flipped(whole, 8 * byte + byte % 8) for byte in range(len(whole))]
-    assert len(damaged) == 2 * len(whole)
     for content in damaged:
         path.write_bytes(content)
         with pytest.raises(TensorFileError):
@@ -212,13 +211,6 @@ def stop_at(directory, step, monkeypatch, **options):
     return RunFiles(directory, TrainSettings(**{**SMALL, **options}).stem)
 
 
-DAMAGES = {
-    "truncated": lambda content: content[: len(content) // 3],
-    "longer": lambda content: content + b"\0",
-    "foreign text": lambda content: b"not a checkpoint at all",
-}
-
-
 def flipped(content, bit):
     damaged = bytearray(content)
     damaged[bit // 8] ^= 1 << bit % 8
@@ -226,12 +218,12 @@ def flipped(content, bit):
 
 
 @posix
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, monkeypatch, capsys, damage):
+def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, monkeypatch, capsys):
     whole = run(tmp_path / "whole")
     files = stop_at(tmp_path / "parts", 10, monkeypatch)
     assert (load(files)["step"], read_tensors(files.previous)["step"]) == (10, 8)
-    files.checkpoint.write_bytes(damage(files.checkpoint.read_bytes()))
+    content = files.checkpoint.read_bytes()
+    files.checkpoint.write_bytes(content[: len(content) // 3])
     files = stop_at(tmp_path / "parts", 9, monkeypatch)
     output = capsys.readouterr()
     assert f"{files.checkpoint} cannot be read" in output.err

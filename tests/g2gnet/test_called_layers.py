@@ -9,7 +9,7 @@ from helpers import backends_of, compiles_whole, seeded
 from networks import small_net
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize
 
 from g2g_kernels.ops.g2g_stack import operator
 from g2gnet import LIF, DSTScheduler, G2GLinear, SpikingStack, called_layers, spiking_network
@@ -191,21 +191,6 @@ def test_weights_that_are_rewritten_before_each_call_are_the_ones_used():
         expected.zero_grad()
         expected(SAMPLES).square().sum().backward()
         torch.testing.assert_close(gradient, (expected.fc2.bias.grad * weights).sum(), rtol=1e-3, atol=1e-3)
-
-
-def test_pruned_biases_stay_pruned_while_the_network_trains():
-    net = net_of()
-    prune.l1_unstructured(net.fc2, "bias", 0.5)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    before = net.fc2.bias_orig.detach().clone()
-    for _ in range(3):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(net(SAMPLES), LABELS).backward()
-        optimizer.step()
-    net(SAMPLES)
-    assert (net.fc2.bias == 0).sum() == 20
-    assert torch.equal(net.fc2.bias.detach(), net.fc2.bias_orig.detach() * net.fc2.bias_mask)
-    assert not torch.equal(net.fc2.bias_orig, before)
 
 
 class Halved(nn.Module):

@@ -6,7 +6,6 @@ import itertools
 import pickle
 
 import pytest
-import snntorch
 import torch
 from helpers import backends_of, compiles_whole, saved_and_read, seeded
 from networks import small_net
@@ -101,27 +100,6 @@ def test_beside_convolutions_and_users_modules_in_a_sequential():
     model = nn.Sequential(ConvolutionOverTime(), small_layer(40, 32), LIF(neurons=40), nn.Linear(40, 3))
     nn.functional.cross_entropy(model(torch.rand(4, 2, 1, 6, 6) * 4).mean(0), torch.tensor([0, 2])).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        (LIF(beta=0.8), snntorch.Leaky(beta=0.8)),
-        *((Synaptic(syn_decay=0.6, beta=0.8, reset=reset), snntorch.Synaptic(0.6, 0.8, reset_mechanism=reset))
-          for reset in ("subtract", "zero", "none")),
-    ],
-)  # fmt: skip
-def test_beside_snntorchs_neurons_step_by_step(ours, theirs):
-    connection, fired, our_state, their_states = small_layer(), 0, None, theirs.reset_mem()
-    their_states = [their_states] if isinstance(ours, LIF) else their_states
-    for x_t in torch.rand(6, 5, 30, generator=seeded(1)) * 3:
-        current = connection(x_t)
-        spikes, our_state = ours.step(current, our_state)
-        their_spikes, *their_states = theirs(current, *their_states)
-        assert torch.equal(spikes, their_spikes)
-        assert all(map(torch.equal, [our_state] if isinstance(ours, LIF) else our_state, their_states))
-        fired += spikes.sum()
-    assert fired > 0
 
 
 def test_stacks_that_cannot_be_are_named():

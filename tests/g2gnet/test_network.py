@@ -12,7 +12,7 @@ import torch
 from helpers import seeded
 from snntorch import surrogate
 
-from g2g_kernels import BackendError, g2g_stack, lif
+from g2g_kernels import BackendError, g2g_stack
 from g2gnet import G2GNet, SpikingStack, Synaptic, spiking_network
 from g2gnet.settings import PARAMETERS, NetworkSettings
 from g2gnet.weights.patterns import MODELS
@@ -76,14 +76,6 @@ def test_random_groups_are_drawn_anew_for_each_side_of_each_layer():
     hidden_sides = [net.fc1.mask.rows, net.fc2.mask.cols, net.fc2.mask.rows, net.fc3.mask.cols]
     assignments = {tuple(side.layout.group_of.tolist()) for side in hidden_sides}
     assert len(assignments) == 4
-
-
-def test_the_default_sizes_have_the_density_of_the_paper():
-    net = G2GNet(784, 2048, 10, "mixer", generator=seeded(0))
-    # 1/8 + 7/8·0.15 = 0.25625; the largest deviation of a row's rounding over 32 or more rows
-    assert net.fc2.mask.density == pytest.approx(0.25625, abs=0.008)
-    assert net.lif1.beta.item() == pytest.approx(0.9)
-    assert net.lif3.threshold.item() == 1.0
 
 
 def their_neurons(neuron, ours):
@@ -174,14 +166,6 @@ def test_the_neurons_parameters_begin_where_one_says():
         small_net(syn_decay=0.5)
 
 
-def test_forward_returns_the_counts_of_the_simulation():
-    net, x = small_net(), torch.rand(5, 30) * 3
-    counts = net(x)
-    assert counts.shape == (5, 10)
-    assert torch.equal(counts, net.simulate(x).counts)
-    assert 0 < counts.max() <= net.T
-
-
 def test_current_input_reaches_the_first_layer_once_not_once_a_step(monkeypatch):
     shapes = []
 
@@ -208,20 +192,14 @@ def test_encoding_is_applied_to_samples_but_not_to_inputs_over_time():
     ("options", "message"),
     [
         ({"model": "ring"}, "model='ring' is unknown; choose one of dense, index, random, mixer"),
-        ({"T": 0}, "T=0 must be a whole number of at least 1"),
         ({"neuron": "if"}, "neuron='if' is unknown; choose one of lif, synaptic, adlif"),
-        ({"init_gain": 0.0}, "init_gain=0.0 must be a number above 0"),
         ({"enc": "latency"}, "enc='latency' is unknown; choose one of current, rate"),
         ({"p_inter": 1.5}, "p_inter=1.5 must be a number from 0 to 1"),
-        ({"num_groups": 0}, "num_groups=0 must be a whole number of at least 1"),
-        ({"block_size": 0}, "block_size=0 must be a whole number from 1"),
         *(({"T": steps}, "T=.* must be a whole number of") for steps in (-1, 2.5, np.float64(2), True, "3", 10**26)),
         # numbers that no kernel can hold
-        ({"alpha": 1e300}, r"alpha=1e\+300 must be a number above 0"),
         ({"init_gain": 1e-310}, "init_gain=1e-310 must be"),
         ({"enc_scale": 1e300}, r"enc_scale=1e\+300 must be a finite number"),
         ({"beta": float("nan")}, "beta=nan must be a number"),
-        ({"threshold": 1e300}, r"threshold=1e\+300 must be a number"),
         ({"num_groups": 10**26}, "num_groups=1000.* must be a whole number"),
         ({"block_size": 10**26}, "block_size=1000.* must be a whole number"),
         ({"sizes": (20, 10**12, 10)}, r"hidden_dim=1000.* must be a whole number from 1 to 2147483647"),
@@ -271,20 +249,6 @@ def test_a_state_of_another_number_of_time_steps_is_refused_by_name():
     nested = torch.nn.Sequential(small_net(seed=1, T=12))
     nested.load_state_dict(torch.nn.Sequential(net).state_dict())
     assert torch.equal(nested[0].fc1.values, net.fc1.values)
-
-
-@pytest.mark.parametrize("whole", [np.int64, torch.tensor])
-def test_sizes_and_time_steps_may_be_integers_of_numpy_or_tensors(whole):
-    sizes = {"input_dim": 30, "hidden_dim": 40, "num_classes": 3, "block_size": 4, "num_groups": 4, "T": 5}
-    net = G2GNet(**{name: whole(value) for name, value in sizes.items()}, generator=seeded(0))
-    again = G2GNet(**sizes, generator=seeded(0))
-    assert type(net.T) is int
-    x = torch.rand(2, 30, generator=seeded(1))
-    assert torch.equal(net(x), again(x))
-    net.T = whole(7)  # as inference with other lengths does
-    assert torch.equal(net(x), net.simulate(x.expand(7, 2, 30)).counts)
-    assert torch.equal(net.lif1(x[:, :1], whole(4)), net.lif1(x[:, :1].expand(4, 2, 1)))
-    assert torch.equal(lif(x, np.float64(0.9), np.float32(0.5), whole(4)), lif(x, 0.9, 0.5, 4))
 
 
 def test_a_state_averaged_with_equal_ones_is_the_same_network():

@@ -10,7 +10,7 @@ from training_runs import SMALL, load, run
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.ops.g2g_stack import operator
-from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, SpikingStack
+from g2gnet import LIF, DSTScheduler, G2GLinear, SpikingStack
 from g2gnet.data import load_dataset
 from g2gnet.interop import from_snntorch, to_nir, to_snntorch
 from g2gnet.programs.report.content import inspect
@@ -128,22 +128,6 @@ def test_neurons_that_integrate_have_no_spikes_and_their_membranes_by_steps(read
     torch.testing.assert_close(READ[readout](torch.stack(membranes)), activity.readout)
     second = net.simulate(X[2:], net.simulate(X[:2]).state)
     torch.testing.assert_close(second.output, READ[readout](torch.stack(membranes[2:])))
-
-
-def test_a_stack_of_any_neurons_reads_what_they_would_integrate_and_counts_stay_as_they_were():
-    masks = [BlockMask.full(GroupLayout(out, 1), GroupLayout(into, 1), 4) for into, out in ((12, 16), (16, 5))]
-    of_layers = LIF(threshold=0.1), AdLIF(threshold=0.1, b=5.0)
-    layers = [(G2GLinear(mask, generator=seeded(3)), each) for mask, each in zip(masks, of_layers, strict=True)]
-    last, counting = SpikingStack(layers, STEPS, readout="last"), SpikingStack(layers, STEPS)
-    hidden = counting.simulate(X).spikes[0].dense()
-    adaptation = membrane = torch.zeros(())
-    for spikes in hidden:
-        adaptation = 0.95 * adaptation + 0.05 * membrane
-        membrane = 0.9 * membrane + layers[1][0](spikes) - adaptation
-    assert counting(X).any()  # where it would spike
-    torch.testing.assert_close(last(X), membrane)
-    assert counting.simulate(X).readout is None
-    assert torch.equal(counting(X), counting.simulate(X).counts)
 
 
 @pytest.mark.skipif("cpu" not in backends_of(operator), reason="the CPU kernels were not built")

@@ -1,11 +1,9 @@
 """Recurrent layers: I_t = W·x_t + b + V·S_{t−1}, with gradients through S_{t−1}, on every backend and in every part."""
 
 import pytest
-import snntorch
 import torch
 from helpers import compiles_whole, lif_by_autograd, rms, seeded
 from networks import sparse_stack
-from snntorch import surrogate as snn_surrogate
 
 from benchmarks.machine import pytorch_threads
 from g2g_kernels import BlockMask, GroupLayout, available_backends
@@ -130,41 +128,6 @@ def test_a_step_gets_the_spikes_of_the_step_before(reset, surrogate):
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu"])
-@pytest.mark.parametrize("kind", ["RLeaky", "RSynaptic"])
-def test_spikes_and_gradients_are_those_of_snntorch(kind, backend):
-    ours = stack_of(backend, sizes=(13, 38, 5), neurons={"RLeaky": LIF, "RSynaptic": Synaptic}[kind], per_neuron=False)
-    names = {"RLeaky": {"beta": "beta"}, "RSynaptic": {"syn_decay": "alpha", "beta": "beta"}}[kind]
-    learned = {theirs: ours.lif1.by_name[name].detach().clone() for name, theirs in names.items()}
-    theirs = getattr(snntorch, kind)(
-        **learned, **{f"learn_{name}": True for name in learned}, threshold=0.5, learn_threshold=True, all_to_all=True,
-        linear_features=38, spike_grad=snn_surrogate.atan(2.0),
-    )  # fmt: skip
-    theirs.recurrent.weight.data = ours.rec1.dense_weight().detach().clone()
-    theirs.recurrent.bias.data.zero_()
-    x = inputs_of(ours, held=False)
-    weight, bias = ours.fc1.dense_weight().detach().requires_grad_(), ours.fc1.bias.detach().clone().requires_grad_()
-    state, spikes = (theirs.init_rleaky if kind == "RLeaky" else theirs.init_rsynaptic)(), []
-    for now in x:
-        spike, *rest = theirs(now @ weight.T + bias, *state)
-        state = (spike, *rest)
-        spikes.append(spike)
-    counts, rates = ours(x), ours.simulate(x).spikes[0].dense()
-    assert torch.equal(rates, torch.stack(spikes).detach())
-    assert counts.shape == (B, 5)
-    weights = torch.randn(38, generator=seeded(1))
-    mine = (ours.simulate(x).rates[0] * weights).sum() * (len(x) * B)
-    names = {"threshold": "threshold", **names}
-    yours = (torch.stack(spikes).sum((0, 1)) * weights).sum()
-    parameters = [ours.fc1.values, ours.fc1.bias, ours.rec1.values, *(ours.lif1.by_name[name] for name in names)]
-    of_theirs = [weight, bias, theirs.recurrent.weight, *(getattr(theirs, name) for name in names.values())]
-    found, expected = list(torch.autograd.grad(mine, parameters)), list(torch.autograd.grad(yours, of_theirs))
-    for number, mask in ((0, ours.fc1.mask), (2, ours.rec1.mask)):
-        found[number], expected[number] = mask.unpack(found[number]), expected[number] * mask.to_dense()
-    for one, other in zip(found, expected, strict=True):
-        assert rms(one.flatten() - other.flatten()) <= 2e-5 * rms(other)
-
-
 # --- compiled kernels -----------------------------------------------------------------------------------------------
 
 #: every unit size, model, reset and surrogate, parameters per layer and per neuron, states, dropped neurons
@@ -267,43 +230,6 @@ def test_another_order_of_neurons_is_refused_in_compiled_code(plain_memory):
 
 
 # --- over time ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("neurons", [LIF, AdLIF])
-@pytest.mark.parametrize("backend", ["torch", *COMPILED])
-def test_halves_in_turn_chunks_and_steps_are_the_whole(backend, neurons):
-    small = backend == "triton" and interpreted()
-    stack = stack_of(backend, sizes=interpreter_sizes() if small else SIZES, T=4 if small else 7, neurons=neurons)
-    x = inputs_of(stack, held=False)
-    whole = stack.simulate(x)
-    first = stack.simulate(x[:2])
-    second = stack.simulate(x[2:], first.state)
-    assert torch.equal(first.counts + second.counts, whole.counts)
-    torch.testing.assert_close(second.state, whole.state)
-    weights = torch.randn(whole.counts.shape, generator=seeded(1))
-    parameters = list(stack.parameters())
-    expected = torch.autograd.grad((whole.counts * weights).sum(), parameters)
-    parts = torch.autograd.grad(((first.counts + second.counts) * weights).sum(), parameters)
-    chunked = torch.autograd.grad((stack.simulate(x, chunk=2).counts * weights).sum(), parameters)
-    state, counts = None, 0
-    for now in x:
-        spikes, state = stack.step(now, state)
-        counts = counts + spikes
-    steps = torch.autograd.grad((counts * weights).sum(), parameters)
-    assert torch.equal(counts, whole.counts)
-    for found in (parts, chunked, steps):
-        for ours, theirs in zip(found, expected, strict=True):
-            assert rms(ours - theirs) <= 2e-5 * rms(theirs)
-
-
-@pytest.mark.parametrize("neurons", [LIF, AdLIF])
-def test_a_state_of_another_batch_is_refused_by_a_step(neurons):
-    stack = stack_of("torch", neurons=neurons)
-    x = inputs_of(stack, held=False)
-    for samples, given in ((B, 1), (1, B)):  # either would broadcast
-        _, state = stack.step(x[0, :samples])
-        with pytest.raises(ValueError, match=rf"has shape \({samples}, 38\), the current \({given}, 38\); give None"):
-            stack.step(x[1, :given], state)
 
 
 def test_what_dropped_neurons_send_to_themselves_is_missing():
@@ -489,22 +415,3 @@ def test_rewiring_sees_the_spikes_before_a_part_of_a_run(steps, readout):
             sent = torch.cat([dense(each).reshape(-1, 7, dense(pre).shape[-1]) for each, _ in ours])
             assert torch.equal(sent, dense(pre))
             assert torch.equal(torch.cat([dense(each) for _, each in ours]), dense(post))
-
-
-@pytest.mark.parametrize("grow", ["random", "gradient"])
-def test_copies_checkpoints_and_gradient_growth_know_recurrent_connections(grow):
-    net = G2GNet(20, 64, 5, block_size=8, T=4, recurrent=True, threshold=0.3, generator=seeded(1))
-    average = torch.optim.swa_utils.AveragedModel(net)
-    optimizer = torch.optim.Adam(net.parameters())
-    dst = DSTScheduler(net, optimizer, interval=1, fraction=0.3, grow=grow, averages=[average])
-    before = net.rec2.mask.present().clone()
-    net(torch.rand(9, 20, generator=seeded(2)) * 2).square().sum().backward()
-    optimizer.step()
-    average.update_parameters(net)
-    assert dst.step()
-    assert not torch.equal(net.rec2.mask.present(), before)
-    assert average.module.rec2.mask.equals(net.rec2.mask)
-    other = G2GNet(20, 64, 5, block_size=8, T=4, recurrent=True, generator=seeded(5))
-    other.load_state_dict(net.state_dict())
-    x = torch.rand(9, 20, generator=seeded(3)) * 2
-    assert torch.equal(other(x), net(x))

@@ -73,8 +73,3 @@ def test_units_are_rewired_by_such_activity_as_by_any():
         assert dst.step()
         states.append(net.state_dict())
     torch.testing.assert_close(*states, rtol=0, atol=0)
-
-
-def test_a_forced_backend_is_that_of_every_operator():
-    with pytest.raises(ValueError, match="backend='fpga' is not a backend"):
-        net_of(backend="fpga").simulate(X, spikes=True)

@@ -164,27 +164,6 @@ def test_every_contender_passes_the_gate(kernel, label, prepared, judges):
         assert rate == 1.0 if kernel == "linear-dense" else rate < 0.5
 
 
-def test_a_step_as_one_graph_passes_the_gate(prepared, judges, monkeypatch):
-    """With a stand-in for the graph, which there is on GPUs alone: every call runs the step."""
-
-    class Step:
-        WARM_UP = 3
-
-        def __init__(self, step, device, watch, required):
-            self.step, self.calls = step, 0
-
-        def __call__(self, *batch):
-            self.calls += 1
-            return self.step(*batch)
-
-    monkeypatch.setattr(benchmarks.ours, "CapturedStep", Step)
-    contender = benchmarks.ours.Captured(prepared, torch.device("cpu"), "fp32", "torch")
-    contender.step()
-    verdict = judged(contender, judges["step"])
-    assert not verdict.objection
-    assert contender._captured.calls == 1 + 4  # results are those of a replay
-
-
 @pytest.mark.parametrize("label", ["g2g-cpu-triangle", "g2g-torch-triangle"])
 def test_another_surrogate_is_trained_and_judged_by_its_own_formula(label, prepared, judges):
     chosen = entries("step")[label]
@@ -209,14 +188,6 @@ def test_every_recurrent_network_passes_the_gate(label, recurrent):
     verdict = judged(built(chosen, own), Judge(own, "recurrent"))
     assert not verdict.objection
     assert chosen.feed_forward or verdict.errors.keys() >= {"counts", "fc1.weight", "rec1.weight", "rec2.weight"}
-
-
-def test_the_floor_of_a_recurrent_step_counts_its_products(recurrent):
-    weights, samples = recurrent.active_weights(), TINY.T * TINY.batch_size
-    after_the_first = samples - TINY.batch_size
-    products = 2 * TINY.batch_size * weights["fc1"] + 3 * samples * (weights["fc2"] + weights["fc3"])
-    products += 3 * after_the_first * (weights["rec1"] + weights["rec2"])  # ATan passes every gradient on
-    assert work(recurrent, "recurrent")["flop"] == 2 * products
 
 
 @pytest.mark.parametrize("label", contenders("dst"))

@@ -132,15 +132,6 @@ def test_few_samples_are_multiplied_in_more_programs():
 # --- the model ----------------------------------------------------------------------------------------------------
 
 
-def test_factors_by_hand():
-    """Spikes are one part, other numbers three, of which six of nine products count."""
-    assert costs.factors(torch.float32, "parts", True) == ("bf16", 3)
-    assert costs.factors(torch.float32, "parts", False) == ("bf16", 6)
-    assert costs.factors(torch.float32, "tf32", False) == ("tf32", 1)
-    assert costs.factors(torch.float32, "ieee", False) == ("fp32", 1)
-    assert costs.factors(torch.bfloat16, "ieee", True) == ("bf16", 1)
-
-
 def test_waiting_by_hand():
     assert costs.waiting(0, 4, 108) == 1  # PyTorch's own kernels
     assert costs.waiting(128, 8, 108) == pytest.approx(2 / (128 / 108))  # 1.19 waves: 59 % of an A100

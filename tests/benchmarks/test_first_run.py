@@ -7,11 +7,17 @@ import json
 import pytest
 import torch
 
-from benchmarks import costs, first_run, predictions
+from benchmarks import first_run, predictions
 from benchmarks.first_run import Stage, stages
 from benchmarks.registry import choose
+from g2gnet import G2GNet
 
 pytest.importorskip("triton", minversion="3.3")
+from benchmarks import costs
+from benchmarks.launches import Operation, training_step
+from g2g_kernels.ops.g2g_linear import tiles
+from g2g_kernels.ops.g2g_stack import triton as stack
+
 RECORD = json.loads(predictions.RECORD.read_text())
 
 #: a stage that notes that it ran, does what it is told, and writes a record
@@ -131,10 +137,35 @@ def test_missing_packages_are_named_before_anything_runs(monkeypatch, capsys, tm
     assert not list(tmp_path.iterdir())
 
 
-def test_the_record_is_what_the_model_predicts():
-    """A card's default step and its parts; the record has more sizes."""
-    stages = {"step", "kernels", "dst"}
-    for card, rows in RECORD["cards"].items():
-        with runtime.assumed(costs.CARDS[card].architecture):
-            found = [work.row(card) for work in predictions.everything() if work.stage in stages]
-        assert found == pytest.approx([row for row in rows if row["stage"] in stages], rel=1e-6)
+def test_what_tiles_read_from_l2_by_hand():
+    net = G2GNet(64, 256, 4, "index", p_inter=0.0, block_size=64, T=2, num_groups=2)
+    assert tuple(net.fc2.values.shape) == (8, 64, 64)
+    with stack.choose(fused=False), tiles.choose(dense=False):
+        bf16, fp32 = (training_step(net, 128, 64, dtype) for dtype in (torch.bfloat16, torch.float32))
+    product, by_parts = (
+        [o for o in operations if o.phase == "forward" and o.name == "product_kernel"][1] for operations in (bf16, fp32)
+    )
+    # 256 samples are four tiles of 64: for each and each unit 64 × 64 spikes in bytes, 64 × 64 weights of two
+    assert predictions.work_of(product).l2_bytes == 4 * 8 * (64 * 64 + 2 * 64 * 64)
+    assert predictions.work_of(by_parts).l2_bytes == 4 * 8 * (64 * 64 + 6 * 64 * 64)
+    assert predictions.work_of(product).flop == product.flop == by_parts.flop
+    assert predictions.work_of(by_parts).flop == 3 * product.flop
+    gradient = [o for o in bf16 if o.name == "weight_gradient_kernel"][1]
+    # 8 units in groups of 2, and in each of 4 rows a quarter of a group that is not full; 256 samples
+    assert predictions.work_of(gradient).l2_bytes == (4 + 1) * 256 * (2 * 64 + 128)
+
+
+def test_a_kernel_takes_the_longest_of_its_times():
+    copy = Operation("forward", "copy", {"input": torch.empty(500), "output": torch.empty(500)}, 0)
+    product = Operation("forward", "mm", {"x": torch.empty(250)}, 8_000_000)
+    start = predictions.ASSUMED["start of a kernel, s"]
+    slow_l2, fast_l2 = (
+        costs.Card("sm_90", {"bf16": 1e9, "fp32": 1e9}, 1e6, rate, 10, "imagined") for rate in (1e6, 1e9)
+    )
+
+    def predicted(operation: Operation, card: costs.Card) -> float:
+        return costs.seconds(predictions.work_of(operation), card)
+
+    assert predicted(copy, fast_l2) == pytest.approx(4000 / 0.85e6 + start)
+    assert predicted(copy, slow_l2) == pytest.approx(4000 / 0.8e6 + start)
+    assert predicted(product, fast_l2) == pytest.approx(8e6 / 0.8e9 + start)

@@ -1,6 +1,5 @@
 """What hangs on the layers of a stack: hooks, forwards of their own, weights that are rewritten before a call."""
 
-import copy
 import functools
 
 import pytest
@@ -251,16 +250,6 @@ def test_units_are_rewired_as_without_hooks(prune_rule, grow):
         states.append({name.replace("inner.", ""): tensor for name, tensor in net.state_dict().items()})
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0] if "unit" in name)
     assert not torch.equal(states[0]["fc2.mask.wiring"], net_of().state_dict()["fc2.mask.wiring"])
-
-
-def test_the_recorder_of_units_alone_leaves_the_one_call(one_call):
-    net = net_of()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    dst = DSTScheduler(net, optimizer, interval=1, prune="hebb", grow="hebb")
-    twin = copy.deepcopy((net, optimizer, dst))[0]
-    net(SAMPLES)
-    twin(SAMPLES)
-    assert len(one_call) == 2
 
 
 def test_activity_hooks_are_called_once():

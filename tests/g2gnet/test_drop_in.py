@@ -9,7 +9,6 @@ import pytest
 import torch
 from helpers import backends_of, compiles_whole, saved_and_read, seeded
 from networks import small_net
-from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout, lif, lif_step
 from g2g_kernels.ops.g2g_stack import operator
@@ -82,24 +81,6 @@ def test_wrong_states_are_named(module, x, state, message):
 
 
 # --- beside other modules -----------------------------------------------------------------------------------------
-
-
-class ConvolutionOverTime(nn.Module):
-    """A user's module: images at every step [T, B, 1, 6, 6] → features [T, B, 32]."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(1, 2, 3)
-
-    def forward(self, x):
-        return self.conv(x.flatten(0, 1)).flatten(1).unflatten(0, x.shape[:2])
-
-
-def test_beside_convolutions_and_users_modules_in_a_sequential():
-    torch.manual_seed(0)
-    model = nn.Sequential(ConvolutionOverTime(), small_layer(40, 32), LIF(neurons=40), nn.Linear(40, 3))
-    nn.functional.cross_entropy(model(torch.rand(4, 2, 1, 6, 6) * 4).mean(0), torch.tensor([0, 2])).backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
 
 
 def test_stacks_that_cannot_be_are_named():
@@ -226,10 +207,3 @@ def test_an_exported_network_is_saved_and_takes_other_batches(backend, plain_mem
     for x in (SAMPLES, SAMPLES[:3]):
         assert torch.equal(loaded(x), net(x))
     assert net(SAMPLES).sum() > 0
-
-
-@exports
-def test_a_sequential_is_exported():
-    model = nn.Sequential(small_layer(), LIF(), nn.Linear(40, 3))
-    x = SAMPLES.expand(4, 5, 30).contiguous()
-    assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))

@@ -71,13 +71,6 @@ def test_a_network_from_settings_is_the_one_of_the_constructor(options):
     assert torch.equal(ours.eval()(samples, seeded(2)), theirs.eval()(samples, seeded(2)))
 
 
-def test_random_groups_are_drawn_anew_for_each_side_of_each_layer():
-    net = small_net("random")
-    hidden_sides = [net.fc1.mask.rows, net.fc2.mask.cols, net.fc2.mask.rows, net.fc3.mask.cols]
-    assignments = {tuple(side.layout.group_of.tolist()) for side in hidden_sides}
-    assert len(assignments) == 4
-
-
 def their_neurons(neuron, ours):
     """snnTorch's form of our neurons, a function (current, states) -> (spikes, states), and its gradients by our names.
 
@@ -249,14 +242,6 @@ def test_a_state_of_another_number_of_time_steps_is_refused_by_name():
     nested = torch.nn.Sequential(small_net(seed=1, T=12))
     nested.load_state_dict(torch.nn.Sequential(net).state_dict())
     assert torch.equal(nested[0].fc1.values, net.fc1.values)
-
-
-def test_a_state_averaged_with_equal_ones_is_the_same_network():
-    net, again = small_net("mixer"), small_net("mixer")
-    state = net.state_dict()
-    for shares in [[1 / 3] * 3, [1 / 100] * 100, [0.1, 0.2, 0.7]]:  # of the networks of a federation, say
-        again.load_state_dict({name: sum(share * tensor for share in shares) for name, tensor in state.items()})
-        torch.testing.assert_close(again.state_dict(), state)
 
 
 def test_averaged_time_steps_that_are_not_whole_are_refused():

@@ -162,12 +162,3 @@ def test_a_run_on_features_needs_the_weights_that_it_had(tmp_path, monkeypatch, 
     files = Path("a.json"), checkpoint.with_suffix(".analysis.json")
     again, after_training = (json.loads(file.read_text()) for file in files)
     assert {name: again[name] for name in after_training} == after_training
-
-
-def test_ctrl_c_ends_without_a_traceback(checkpoint, capsys, monkeypatch):
-    def interrupt(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(analyze, "analyze_network", interrupt)
-    assert analyze.main([str(checkpoint)]) == 130
-    assert "interrupted; nothing was written" in capsys.readouterr().err

@@ -157,17 +157,6 @@ def test_nothing_lies_on_another_thing_in_the_picture_of_populations(make):
         assert not [1 for (a, b), (c, d) in itertools.combinations(parts, 2) if min(b, d) > max(a, c)]
 
 
-def test_a_raster_of_a_wide_layer_says_what_it_leaves_out(monkeypatch):
-    monkeypatch.setattr(figures, "SHOWN_NEURONS", 40)
-    spikes = torch.ones(2, 60)
-    layout = GroupLayout(60, 4, "interleaved")
-    axis = figures.spike_rasters([figures.Raster("lif1", spikes, layout)], "title").axes[0]
-    assert axis.get_ylabel() == "lif1 (40 of 60 neurons)\ngroup"
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["1", "2", "3"]
-    (dashes,) = axis.collections
-    assert len(dashes.get_segments()) == 2 * 40
-
-
 def test_a_raster_has_a_dash_at_each_spike():
     layout = GroupLayout(24, 3, "interleaved")
     spikes = (torch.rand(7, 24, generator=seeded(0)) < 0.2).float()
@@ -494,25 +483,14 @@ def test_errors_are_named(checkpoints, tmp_path, monkeypatch, capsys, flags, sta
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_write_leaves_the_old_page_which_others_may_read_as_the_umask_says(
-    checkpoints, tmp_path, monkeypatch, capsys, captions_alone
-):
-    def disk_full(descriptor):
-        raise OSError(28, "No space left on device")
-
+def test_others_may_read_the_page_as_the_umask_says(checkpoints, tmp_path, captions_alone):
     target = tmp_path / "report.html"
-    flags = [str(checkpoints["dense"]), "--output", str(target), "--samples", "5"]
     before = os.umask(0o027)
     try:
-        assert report.main(flags) == 0
+        assert report.main([str(checkpoints["dense"]), "--output", str(target), "--samples", "5"]) == 0
     finally:
         os.umask(before)
     assert os.name != "posix" or target.stat().st_mode & 0o777 == 0o640
-    target.write_text("old")
-    monkeypatch.setattr(os, "fsync", disk_full)
-    assert report.main(flags) == 1
-    assert "No space left on device" in capsys.readouterr().err
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
 def test_without_matplotlib_the_report_says_what_to_install(checkpoints, tmp_path, monkeypatch, capsys):

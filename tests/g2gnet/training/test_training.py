@@ -1,7 +1,6 @@
 """The training engine on a few real images: what it writes, how it goes on, and what it refuses."""
 
 import dataclasses
-import functools
 import json
 import math
 
@@ -16,13 +15,11 @@ from g2gnet.base.tensor_files import write_tensors
 from g2gnet.data import DataError, as_samples, load_dataset, random_crop_and_flip, random_erase
 from g2gnet.training import (
     CheckpointError,
-    Machine,
     SettingsError,
     Trainer,
     TrainingError,
     TrainSettings,
     read_run,
-    run_training,
 )
 from g2gnet.training import trainer as trainer_module
 from g2gnet.training.evaluation import build_network
@@ -142,10 +139,6 @@ def test_a_gradient_is_scaled_down_to_the_largest_norm(factor):
         wanted = {name: (gradient.double() * min(1, largest / norm)).float() for name, gradient in whole.items()}
         # the norm is summed in float32, and 1e-6 is added to it; smaller than 1e-38 have fewer bits
         torch.testing.assert_close(gradients(clip_grad_norm=largest), wanted, rtol=1e-4, atol=1e-38)
-
-
-def test_gradients_of_connections_without_weights_are_clipped():
-    small_trainer(**ONE_STEP, model="index", p_intra=0.0, p_inter=0.0, clip_grad_norm=0.1).train_epoch()
 
 
 def test_a_clipped_gradient_that_is_not_finite_is_named():
@@ -280,19 +273,6 @@ def test_an_epoch_is_printed_and_recorded(tmp_path, capsys):
     saved = load(files)["model"]
     assert last["units"] == {name: len(saved[f"{name}.values"]) for name in ("fc1", "fc2", "fc3")}
     assert last["train_loss"] < records[0]["train_loss"]
-
-
-def test_a_finished_run_is_skipped_and_says_how_to_rerun(tmp_path, capsys):
-    files = run(tmp_path)
-    before = files.checkpoint.stat().st_mtime_ns
-    capsys.readouterr()
-
-    no_data = functools.partial(pytest.fail, "a finished run needs no data")
-    run_training(TrainSettings(**SMALL), no_data, tmp_path, Machine(torch.device("cpu")))
-    printed = capsys.readouterr().out
-    assert "is finished" in printed
-    assert f"delete {files.checkpoint}" in printed
-    assert files.checkpoint.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -87,19 +87,6 @@ def test_what_comes_of_the_weight_is_an_ordinary_tensor():
     assert torch.equal(loaded, sparse.weight)
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-def test_the_weight_in_another_layout_is_an_ordinary_tensor():
-    weight = layer().weight
-    for converted in (
-        weight.to_sparse(), weight.to_sparse_csr(), weight.to_sparse_csc(), weight.to_sparse_bsr((4, 5)),
-        weight.to_mkldnn(), weight.detach().to_sparse_csr(),
-        weight.sparse_mask((weight.detach() != 0).float().to_sparse()),
-    ):  # fmt: skip
-        assert type(converted) is torch.Tensor
-        assert converted.layout != torch.strided
-        assert torch.equal(converted.to_dense(), weight)
-
-
 def test_a_layer_as_a_linear_one_computes_the_same_and_shares_nothing():
     sparse = layer().double().eval()
     sparse.bias.requires_grad_(False)

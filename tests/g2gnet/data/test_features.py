@@ -72,6 +72,25 @@ def test_features_are_the_scaled_means_of_the_second_stage(tmp_path):
     assert torch.equal(network.features(images), torch.zeros(5, FEATURES))
 
 
+def test_the_state_dict_has_the_published_names_and_sizes():
+    network = new_resnet("cifar100")
+    names = set(network.state_dict())
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    expected = {"conv1.weight", "fc.weight", "fc.bias", *(f"bn1.{part}" for part in norm)}
+    for stage in (1, 2, 3):
+        for block in range(5):
+            for number in (1, 2):
+                expected.add(f"layer{stage}.{block}.conv{number}.weight")
+                expected.update(f"layer{stage}.{block}.bn{number}.{part}" for part in norm)
+        if stage > 1:
+            expected.add(f"layer{stage}.0.downsample.0.weight")
+            expected.update(f"layer{stage}.0.downsample.1.{part}" for part in norm)
+    assert names == expected
+    # 0.47 M, as the release has it
+    assert sum(parameter.numel() for parameter in new_resnet("cifar10").parameters()) == 466_906
+    assert network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 100)
+
+
 # --- weights ------------------------------------------------------------------------------------------------------
 
 

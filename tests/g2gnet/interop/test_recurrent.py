@@ -1,4 +1,4 @@
-"""Recurrent networks from and to snnTorch, with its spikes and its gradients, and NIR."""
+"""Networks from snnTorch with its spikes and its gradients, and recurrent ones to snnTorch and NIR."""
 
 import warnings
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from g2g_kernels import BlockMask
-from g2gnet import G2GLinear, G2GNet, SpikingStack
+from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack, Synaptic
 from g2gnet.interop import from_nir, from_snntorch, to_nir, to_snntorch
 
 # --- snnTorch -----------------------------------------------------------------------------------------------------
@@ -35,29 +35,32 @@ def fast_sigmoid(x):
 
 
 class Theirs(nn.Module):
-    """Recurrent neurons behind a linear layer and before another, as snnTorch's tutorials write them."""
+    """Neurons, recurrent or not, behind a linear layer and before a pruned one, as snnTorch's tutorials write them."""
 
     def __init__(self, kind, seed=0, bias=True, **options):
         super().__init__()
         torch.manual_seed(seed)
-        if kind == "RSynaptic":
+        if kind.endswith("Synaptic"):
             options = {"alpha": 0.4, **options}
-        if options.get("all_to_all", True):
+        self.recurrent = kind.startswith("R")
+        if self.recurrent and options.get("all_to_all", True):
             options["linear_features"] = HIDDEN
         self.fc1 = nn.Linear(INPUTS, HIDDEN, bias=bias)
         self.lif1 = getattr(snntorch, kind)(**{"beta": 0.8, "spike_grad": fast_sigmoid, **options})
         self.fc2 = nn.Linear(HIDDEN, CLASSES)
+        prune.custom_from_mask(self.fc2, "weight", torch.rand(CLASSES, HIDDEN, generator=seeded(3)) < 0.7)
         self.lif2 = snntorch.Leaky(beta=0.7, threshold=0.3, spike_grad=fast_sigmoid)
         with torch.no_grad():
-            for parameter in self.lif1.recurrent.parameters():
+            for parameter in self.lif1.recurrent.parameters() if self.recurrent else ():
                 parameter.mul_(3)
         self.double()
 
     def forward(self, x):
         state, mem2, spikes = self.lif1.reset_mem(), self.lif2.reset_mem(), []
+        state = [state] if isinstance(state, torch.Tensor) else state
         for x_t in x:
             spk1, *state = self.lif1(self.fc1(x_t), *state)
-            state = [spk1, *state]
+            state = [spk1, *state] if self.recurrent else state
             spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
             spikes.append(spk2)
         return torch.stack(spikes)
@@ -73,8 +76,10 @@ def assert_equal_gradients(ours, theirs):
     """After a loss of the counts, on both sides."""
     theirs(SAMPLES).sum(0).square().sum().backward()
     ours(SAMPLES).square().sum().backward()
-    names = {"fc1": theirs.fc1, "rec1": theirs.lif1.recurrent, "fc2": theirs.fc2}
-    pairs = [(ours.fc1.bias, theirs.lif1.recurrent.bias)]  # theirs has two that are always added
+    names, pairs = {"fc1": theirs.fc1, "fc2": theirs.fc2}, []
+    if theirs.recurrent:
+        names["rec1"] = theirs.lif1.recurrent
+        pairs = [(ours.fc1.bias, theirs.lif1.recurrent.bias)]  # theirs has two that are always added
     for name, linear in names.items():
         layer = ours.get_submodule(name)
         gradient = (linear.weight_orig if prune.is_pruned(linear) else linear.weight).grad
@@ -97,6 +102,12 @@ def per_neuron(low, high):
 @pytest.mark.parametrize(
     ("kind", "reset", "parameters", "seed"),
     [
+        ("Leaky", "subtract", "layer", 0),
+        ("Leaky", "zero", "neuron", 1),
+        ("Leaky", "none", "neuron", 0),
+        ("Synaptic", "subtract", "neuron", 0),
+        ("Synaptic", "zero", "layer", 1),
+        ("Synaptic", "none", "neuron", 1),
         ("RLeaky", "subtract", "layer", 0),
         ("RLeaky", "none", "neuron", 1),
         ("RSynaptic", "subtract", "neuron", 0),
@@ -104,20 +115,23 @@ def per_neuron(low, high):
         ("RSynaptic", "none", "neuron", 0),
     ],
 )
-def test_recurrent_neurons_of_snntorch_have_their_spikes_and_gradients(kind, reset, parameters, seed):
+def test_neurons_of_snntorch_have_their_spikes_and_gradients(kind, reset, parameters, seed):
     options = {"learn_beta": True, "learn_threshold": True}
-    if kind == "RSynaptic":
+    if kind.endswith("Synaptic"):
         options["learn_alpha"] = True
     if parameters == "neuron":
         options |= {"beta": per_neuron(0.4, 0.9), "threshold": per_neuron(1.2, 0.7)}
-        if kind == "RSynaptic":
+        if kind.endswith("Synaptic"):
             options["alpha"] = per_neuron(0.1, 0.7)
     theirs = Theirs(kind, seed, bias=seed == 0, reset_mechanism=reset, **options)
     ours = from_snntorch(theirs, T=STEPS)
     assert torch.equal(output_spikes(ours), theirs(SAMPLES).detach())
-    own = theirs.fc1.bias if seed == 0 else 0
-    assert torch.equal(ours.fc1.bias, own + theirs.lif1.recurrent.bias)
-    assert ours.rec1.bias is None
+    assert type(ours.lif1) is (Synaptic if kind.endswith("Synaptic") else LIF)
+    assert torch.equal(ours.fc2.mask.to_dense(), theirs.fc2.weight_mask.bool())
+    if theirs.recurrent:
+        own = theirs.fc1.bias if seed == 0 else 0
+        assert torch.equal(ours.fc1.bias, own + theirs.lif1.recurrent.bias)
+        assert ours.rec1.bias is None
     assert_equal_gradients(ours, theirs)
 
 

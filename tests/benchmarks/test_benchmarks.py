@@ -21,12 +21,10 @@ from benchmarks import chunks, cli, records, reference, report, throughput
 from benchmarks.contender import Contender
 from benchmarks.correctness import Judge, Verdict, error
 from benchmarks.floor import floor_seconds, work
-from benchmarks.harness import Job, Outcome, measure, turns
-from benchmarks.machine import PeakMemory
+from benchmarks.harness import Job, measure, turns
 from benchmarks.ours import Network
 from benchmarks.registry import KERNELS, Entry, choose, declared_peers, entries
 from benchmarks.workload import Prepared, Workload, load, prepare
-from g2g_kernels import lif
 from g2gnet.dst.rules import GROW_RULES
 
 TINY = Workload(batch_size=40, T=6, hidden_dim=48, block_size=8, dataset="fashionmnist-mini", train_steps=3)
@@ -425,13 +423,6 @@ def test_each_round_is_begun_by_the_next_one():
     assert rounds == ["abc", "bca", "cab", "abc"]
 
 
-def test_peak_memory_is_counted_from_here():
-    memory = PeakMemory(torch.device("cpu"))
-    block = torch.zeros(32 << 20, dtype=torch.uint8)
-    del block
-    assert 30e6 < memory.above() < 60e6
-
-
 # --- the programs ---------------------------------------------------------------------------------------------------
 
 
@@ -491,31 +482,6 @@ def test_a_wrong_run_is_the_exit_status_and_quick_changes_what_is_not_given(caps
         assert "--quick" in help_
 
 
-def test_scaling_fits_a_line(recorded, capsys):
-    record = recorded("--quantity B --values 40,20 --contenders g2g-torch")
-    assert [place["x"] for place in record["workloads"]] == [40, 20]
-    assert [(run["contender"], run["place"]) for run in record["runs"]] == [("g2g-torch", 0), ("g2g-torch", 1)]
-    assert record["workloads"][0]["flop"] == 2 * record["workloads"][1]["flop"]
-    assert report.line(record, record["runs"])
-    assert "R²" in capsys.readouterr().out
-
-
-def test_the_floor_counts_the_neurons_that_pass_a_gradient_on(prepared):
-    own = prepared_with(surrogate="boxcar", alpha=3.0)
-    current, _, parameters = own.lif_inputs
-    current = current.double().requires_grad_()
-    parameters = {name: value.double() for name, value in parameters.items()}
-    spikes = lif(current, **parameters, surrogate="boxcar", alpha=3.0, backend="torch")
-    (gradient,) = torch.autograd.grad(spikes.sum(), current)
-    # ∂I_t = e_t + β·∂I_{t+1}
-    events = gradient - parameters["beta"] * torch.cat([gradient[1:], torch.zeros_like(gradient[:1])])
-    assert own.event_shares[1] == pytest.approx(float((events.abs() > 1e-9).double().mean()), abs=2e-3)
-    assert prepared.event_shares[1] == 1
-    done, whole = (work(each, "step")["flop"] for each in (own, prepared))
-    products = TINY.T * TINY.batch_size * own.active_weights()["fc2"]
-    assert whole - done == pytest.approx(2 * products * (1 - own.event_shares[1]), abs=2)
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -564,15 +530,6 @@ def test_contenders_of_a_backend_and_a_precision_can_be_chosen():
     assert "snntorch-masked-bf16" not in default
     labels = [entry.label for entry in choose("linear", backends="torch", precision="bf16")]
     assert labels == ["g2g-torch-bf16", "masked-bf16", "bsr-bf16", "dense-bf16", "sparselab-bf16"]
-
-
-def test_quick_names_the_peers_that_it_leaves_out(capsys, monkeypatch, path):
-    def skipped(job: Job) -> Outcome:
-        return Outcome(job, "skipped", job.entry.unavailable or "not needed here")
-
-    monkeypatch.setattr(throughput, "measure", lambda jobs, *_, **__: [skipped(job) for job in jobs])
-    assert throughput.main([*FLAGS.split(), "--quick"]) == 0
-    assert "compiled-masked: skipped: --quick skips what compiles" in capsys.readouterr().out
 
 
 def test_the_peers_say_what_they_lack(monkeypatch):

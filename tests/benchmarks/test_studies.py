@@ -12,14 +12,14 @@ from helpers import seeded
 from scipy import stats
 from training_runs import assert_equal
 
-from benchmarks import cli, deep_r, gru, records, relu, study, study_tables
+from benchmarks import cli, deep_r, records, relu, study, study_tables
 from benchmarks.studies import STUDIES, Study
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet import G2GLinear
 from g2gnet.base.tensor_files import read_tensors
 from g2gnet.data import load_dataset
 from g2gnet.data.npz import name_of
-from g2gnet.training import CheckpointError, TrainingError
+from g2gnet.training import CheckpointError
 
 SIZES = "--dataset fashionmnist-mini --limit_train 96 --limit_test 32 --batch_size 32"
 ROWS = {"static": "", "gradient": "--sparsity_mode dynamic --cg gradient --dst_interval 1 --dst_schedule cosine"}
@@ -130,17 +130,6 @@ def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkey
     assert smaller < network["weights"] / 2
     assert other == pytest.approx(smaller, rel=0.1)
     assert (tmp_path / "hidden-dim-16-lr-0.01" / "sequence_study").is_dir()
-
-
-def test_a_gru_of_other_settings_is_not_taken_for_this_one(tmp_path):
-    settings = study.run_of(SEQUENCES, "rows, GRU", 1, 1, tmp_path).settings
-    tiny = torch.tensor(1e-30)
-    assert gru.finished(settings, tmp_path) is None
-    gru.train(settings, tmp_path)
-    assert tiny * 1e-10 != 0  # denormal numbers are flushed only while it trains
-    assert gru.finished(settings, tmp_path)["epoch"] == 1
-    with pytest.raises(TrainingError, match=r"gru\.json belongs to a run with different settings:\n  lr: .*, 0\.5 now"):
-        gru.finished(dataclasses.replace(settings, lr=0.5), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,15 +10,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from helpers import (
-    MASK_CASES,
-    ROOT,
-    backends_of,
-    dense_by_loop,
-    row_with,
-    units_of,
-    with_one,
-)
+from helpers import MASK_CASES, ROOT, backends_of, dense_by_loop, row_with, units_of, with_one
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import replaced

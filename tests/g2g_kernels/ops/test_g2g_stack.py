@@ -7,14 +7,7 @@ import numpy as np
 import pytest
 import torch
 from covering import every_pair, of_today
-from helpers import (
-    ErrorRatios,
-    as_near,
-    backends_of,
-    device_of,
-    rms,
-    with_parameter,
-)
+from helpers import ErrorRatios, as_near, backends_of, device_of, rms, with_parameter
 from stack_cases import SHARES, STACKS, B, Stack, T, check_compact, check_one_output, clear_stack, loss, results
 
 from g2g_kernels import Activity, g2g_linear, g2g_stack, lif

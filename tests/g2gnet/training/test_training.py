@@ -13,14 +13,7 @@ from g2gnet import SpikingStack
 from g2gnet.base.seeding import stream
 from g2gnet.base.tensor_files import write_tensors
 from g2gnet.data import DataError, as_samples, load_dataset, random_crop_and_flip, random_erase
-from g2gnet.training import (
-    CheckpointError,
-    SettingsError,
-    Trainer,
-    TrainingError,
-    TrainSettings,
-    read_run,
-)
+from g2gnet.training import CheckpointError, SettingsError, Trainer, TrainingError, TrainSettings, read_run
 from g2gnet.training import trainer as trainer_module
 from g2gnet.training.evaluation import build_network
 

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import row_with, seeded
+from helpers import seeded
 from networks import small_net
 from torch import nn
 from torch.nn.utils import prune
@@ -102,34 +102,6 @@ def test_a_copy_of_which_nobody_said_what_it_is_is_reported_once_for_each_schedu
         assert len(reports()) == expected
     assert "tie_wiring" in reports()[0].message
     assert not same_wiring(net, average.module)
-
-
-def state_in_another_order(net):
-    """The same weights, in other slots."""
-    wiring = row_with(net.fc2.mask, unit_row=lambda row: row.flip(0), unit_col=lambda col: col.flip(0))
-    return {**copy.deepcopy(net.state_dict()), "fc2.values": net.fc2.values.detach().flip(0), "fc2.mask.wiring": wiring}
-
-
-@pytest.mark.parametrize("into", [0, 1], ids=["network", "average"])
-def test_the_same_units_in_another_order_keep_a_tie_and_other_units_end_it_with_a_warning(into, caplog):
-    net = network()
-    average, of_it = copy.deepcopy(net), copy.deepcopy(net)
-    tie_wiring(net, average)
-    tie_wiring(average, of_it)
-    average.fc2.values.data.mul_(0.5)
-    each, expected = (net, average)[into], average.fc2.dense_weight().detach().clone()
-    each.load_state_dict(state_in_another_order(each))
-    assert torch.equal(average.fc2.dense_weight(), expected)
-    assert same_wiring(net, average)
-    assert same_wiring(average, of_it)
-    assert not caplog.records
-    before, other = copy.deepcopy(average.state_dict()), network(seed=1).state_dict()
-    each.load_state_dict(each.state_dict() | {name: other[name] for name in other if name.startswith("fc3")})
-    assert caplog.text.count("call tie_wiring again") == 1 + into  # those of the average and of the one of it
-    if each is net:
-        assert all(map(torch.equal, average.state_dict().values(), before.values()))
-    rewired(net)
-    assert not same_wiring(net, average)
 
 
 def test_a_tie_ends_where_it_cannot_hold(caplog):

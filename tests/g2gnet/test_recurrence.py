@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from helpers import compiles_whole, lif_by_autograd, rms, seeded
-from networks import sparse_stack
+from helpers import compiles_whole, rms, seeded
+from networks import Reference, sparse_stack
 
 from benchmarks.machine import pytorch_threads
 from g2g_kernels import BlockMask, GroupLayout, available_backends
-from g2g_kernels.ops.neurons import RESETS
-from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.triton.runtime import interpreted
 from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, SpikingStack, Synaptic
 from g2gnet.dst.scores import unit_correlation
@@ -35,9 +33,10 @@ def stack_of(
     neurons: type = LIF,
     per_neuron: bool = True,
     dropout: float = 0.0,
+    recurrent: bool = True,
     **options,
 ) -> SpikingStack:
-    """Two recurrent layers and one without."""
+    """Two recurrent layers and one without, or three without."""
     draw, of_layers = seeded(3), []
     for size in sizes[1:]:
         of_layers.append(neurons(size if per_neuron else None, threshold=0.5, backend=backend, **options))
@@ -45,7 +44,7 @@ def stack_of(
             value = of_layers[-1].by_name[name]
             value.data = 0.5 + 0.4 * torch.rand(value.shape, generator=draw)
     make = {"unit": unit, "groups": groups, "kinds": (kind, "index"), "dropout": dropout}
-    return sparse_stack(sizes, of_layers, T, backend, recurrent=True, gain=2.0, **make)
+    return sparse_stack(sizes, of_layers, T, backend, recurrent=recurrent, gain=2.0, **make)
 
 
 def inputs_of(stack: SpikingStack, held: bool, batch: int = B) -> torch.Tensor:
@@ -100,32 +99,28 @@ def assert_same(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], 
 # --- the formula --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("surrogate", ["atan", "triangle"])
-@pytest.mark.parametrize("reset", RESETS)
-def test_a_step_gets_the_spikes_of_the_step_before(reset, surrogate):
-    """One layer against a loop over dense matrices, differentiated by autograd."""
-    stack = stack_of("torch", sizes=(13, 38, 5), reset=reset, surrogate=surrogate).double()
-    x = inputs_of(stack, held=False).double()
-    weight, joined = stack.fc1.dense_weight(), stack.rec1.dense_weight()
-    beta, theta = stack.lif1.beta, stack.lif1.threshold
-    membrane, before, spikes = torch.zeros(B, 38, dtype=torch.float64), None, []
-    for now in x @ weight.T + stack.fc1.bias:
-        now = now if before is None else now + before @ joined.T
-        # a first step charges from 0: what the membrane carries is part of its current
-        fired = (membrane > theta).double()
-        carried = (1 - fired) * membrane if reset == "zero" else membrane
-        carried = beta * carried - (theta * fired if reset == "subtract" else 0)
-        (train,), (membrane,) = lif_by_autograd((now + carried)[None], torch.zeros(()), theta, "none",
-                                                SURROGATES[surrogate].primitive, 2.0)  # fmt: skip
-        before = train
-        spikes.append(train)
-    weights = torch.randn(len(spikes), B, 38, generator=seeded(1), dtype=torch.float64)
-    parameters = [stack.fc1.values, stack.fc1.bias, stack.rec1.values, beta, theta]
-    expected = torch.autograd.grad((torch.stack(spikes) * weights).sum(), parameters)
-    activity = stack.simulate(x, spikes=True)
-    assert torch.equal(activity.spikes[0].dense(), torch.stack(spikes))
-    found = torch.autograd.grad((activity.spikes[0].dense() * weights).sum(), parameters)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+@pytest.mark.parametrize(
+    ("reset", "surrogate", "dropout"),
+    [("subtract", "atan", 0.5), ("zero", "triangle", 0.0), ("none", "sigmoid", 0.0), ("zero", "atan", 0.5)],
+)
+def test_spikes_and_gradients_are_those_of_the_definition(reset, surrogate, dropout):
+    """Neurons that are kept send themselves more, as they send the next layer more."""
+    stack = stack_of("torch", reset=reset, surrogate=surrogate, dropout=dropout).double()
+    x, dropped = inputs_of(stack, held=False).double(), stack.drop(B, seeded(2)) if dropout else None
+    reference = Reference(stack)
+    expected = reference.run(x, dict(zip(stack.populations, dropped or (), strict=False)), 1 / (1 - dropout))
+    activity = stack.simulate(x, dropped=dropped, spikes=True)
+    assert all(0.02 < train.mean() < 0.9 for train in expected.values())
+    losses = []
+    for trains in (expected.values(), (record.dense() for record in activity.spikes)):
+        draw = seeded(1)
+        losses.append(sum((each * torch.randn(each.shape, generator=draw)).sum() for each in trains))
+    for ours, theirs in zip(activity.spikes, expected.values(), strict=True):
+        assert torch.equal(ours.dense(), theirs)
+    gradients = reference.gradients(losses[0], expected, x)
+    losses[1].backward()
+    found = {name: parameter.grad for name, parameter in stack.named_parameters()}
+    torch.testing.assert_close(found, gradients, rtol=1e-9, atol=1e-11)
 
 
 # --- compiled kernels -----------------------------------------------------------------------------------------------
@@ -153,7 +148,11 @@ CASES = {
     "one sample": {"batch": 1},
     "two steps": {"T": 2, "state": True},
     "one step": {"T": 1},
-}
+    "not recurrent, from a state": {"recurrent": False, "state": True},
+    "not recurrent, synaptic, from a state": {
+        "recurrent": False, "state": True, "held": True, "neurons": Synaptic, "reset": "zero", "surrogate": "triangle",
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -230,48 +229,6 @@ def test_another_order_of_neurons_is_refused_in_compiled_code(plain_memory):
 
 
 # --- over time ------------------------------------------------------------------------------------------------------
-
-
-def test_what_dropped_neurons_send_to_themselves_is_missing():
-    """Those that are kept send themselves more, as they send the next layer more."""
-    stack = stack_of("cpu", dropout=0.5)
-    dropped = stack.drop(B, seeded(2))
-    x = inputs_of(stack, held=False)
-    activity = stack.simulate(x, dropped=dropped)
-    by_hand = stack_of("torch")
-    by_hand.load_state_dict(stack.state_dict())
-    for name in ("rec1", "fc2", "rec2", "fc3"):
-        by_hand.get_submodule(name).values.data *= 2
-    silent = by_hand.simulate(x, dropped=dropped)  # in training mode without dropout nothing is dropped
-    assert not torch.equal(silent.counts, activity.counts)
-    by_hand.dropout, by_hand.__class__ = 0.5, _Unscaled
-    expected = by_hand.simulate(x, dropped=dropped)
-    for ours, theirs, of_layer in zip(activity.spikes, expected.spikes, (*dropped, None), strict=True):
-        assert torch.equal(ours.dense(), theirs.dense())
-        assert of_layer is None or not ours.dense()[:, of_layer].any()
-
-
-class _Unscaled(SpikingStack):
-    _scale = 1.0
-
-
-def test_synaptic_operations_count_the_spikes_that_were_sent():
-    stack = stack_of("cpu")
-    x = inputs_of(stack, held=False)
-    activity = stack.simulate(x, drawn_state(stack))
-    before = [state > neurons.threshold for state, (_, neurons) in zip(drawn_state(stack), stack.layers(), strict=True)]
-    for number, counted in enumerate(activity.synaptic_operations()):
-        connections = [list(stack.layers())[number][0], stack.recurrents()[number]]
-        received = x if number == 0 else activity.spikes[number - 1].dense()
-        own = activity.spikes[number].dense()
-        sent = torch.cat([before[number][None].to(own), own[:-1]])
-        sums = [
-            int(((train != 0).sum((0, 1)) * (connection.dense_weight() != 0).sum(0)).sum())
-            for connection, train in zip(connections, (received, sent), strict=True)
-            if connection is not None
-        ]
-        assert counted.accumulates + counted.multiplies == sum(sums)
-        assert counted.multiplies == (sums[0] if number == 0 else 0)
 
 
 @pytest.mark.parametrize("change", ["threshold", "state before", "state after"])

@@ -12,11 +12,10 @@ from helpers import seeded
 from networks import small_net
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from training_runs import assert_equal, small_trainer
+from training_runs import small_trainer
 
 from g2g_kernels import BlockMask
 from g2gnet import DSTScheduler, G2GLinear
-from g2gnet.dst.optimizer_state import OptimizerState
 from g2gnet.training import SettingsError
 
 PRUNED = {"sparsity_mode": "dynamic", "dst_interval": 2, "dst_fraction": 0.0, "dst_stop": 0.75, "final_density": 0.1}
@@ -305,28 +304,6 @@ def test_nothing_to_prune_is_refused_in_the_first_step():
     done.load_state_dict({"steps": 1, "pruned": 9, "grown": 0})
     done.step()
     assert done.pruned == 9
-
-
-def test_an_error_in_one_layer_leaves_all_as_they_were(monkeypatch):
-    net, optimizer = trained()
-    dst = pruning(net, optimizer, fraction=0.2, grow="random")
-    average = copy.deepcopy(net)
-    train(net, optimizer)
-    before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
-
-    def fails(self, parameter, kept, keep=OptimizerState.keep_):
-        if parameter is net.fc3.values:
-            raise RuntimeError("no memory")
-        return keep(self, parameter, kept)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(OptimizerState, "keep_", fails)
-        with pytest.raises(RuntimeError, match="no memory"):
-            dst.step()
-    assert_equal((net.state_dict(), optimizer.state_dict()), before)
-    assert average.fc1.mask.num_units == net.fc1.mask.num_units
-    train(net, optimizer, dst)
-    assert weights_of(net) < weights_of(average)
 
 
 def adapted_by_hand(size):

@@ -353,19 +353,20 @@ def spoil_weight(net):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "what"),
+    ("spoil", "options", "what"),
     [
-        (spoil_gradient("fc1", torch.nan), "the gradient of fc1.values"),
-        (spoil_gradient("fc3", -torch.inf), "the gradient of fc3.values"),
+        # by the norm of all gradients, which is then not finite either, each is divided
+        (spoil_gradient("fc1", torch.nan), {"clip_grad_norm": 0.1}, "the gradient of fc1.values"),
+        (spoil_gradient("fc3", -torch.inf), {}, "the gradient of fc3.values"),
         # membranes of NaN never fire: the loss stays finite, the gradient does not
-        (spoil_weight, "the gradient of lif2.threshold"),
+        (spoil_weight, {}, "the gradient of lif2.threshold"),
     ],
-    ids=["NaN", "infinite", "a weight"],
+    ids=["NaN, clipped", "infinite", "a weight"],
 )
-def test_what_is_not_finite_is_named_and_the_last_good_checkpoint_kept(tmp_path, monkeypatch, spoil, what):
+def test_what_is_not_finite_is_named_and_the_last_good_checkpoint_kept(tmp_path, monkeypatch, spoil, options, what):
     monkeypatch.setattr(Trainer, "_train_step", spoiled(5, spoil))
     with pytest.raises(TrainingError) as error:
-        run(tmp_path)
+        run(tmp_path, **options)
     files = RunFiles(tmp_path, TrainSettings(**SMALL).stem)
     kept = f"{files.checkpoint} is the last good checkpoint; it was not changed."
     assert str(error.value) == f"in step 6 {what} became non-finite; {LOWER}. {kept}"

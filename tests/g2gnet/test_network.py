@@ -7,13 +7,12 @@ import inspect
 import networks
 import numpy as np
 import pytest
-import snntorch
 import torch
 from helpers import seeded
-from snntorch import surrogate
 
 from g2g_kernels import BackendError, g2g_stack
 from g2gnet import G2GNet, SpikingStack, Synaptic, spiking_network
+from g2gnet.interop import to_snntorch
 from g2gnet.settings import PARAMETERS, NetworkSettings
 from g2gnet.weights.patterns import MODELS
 
@@ -71,59 +70,35 @@ def test_a_network_from_settings_is_the_one_of_the_constructor(options):
     assert torch.equal(ours.eval()(samples, seeded(2)), theirs.eval()(samples, seeded(2)))
 
 
-def their_neurons(neuron, ours):
-    """snnTorch's form of our neurons, a function (current, states) -> (spikes, states), and its gradients by our names.
-
-    Both ways of writing a parameter are snnTorch's own: its state dict of ``Leaky`` has the names that ours has.
-    """
-    options = {"spike_grad": surrogate.atan(alpha=2.0), "learn_beta": True, "learn_threshold": True}
-    values = {name: value.detach().clone() for name, value in ours.by_name.items()}
-    if neuron == "lif":
-        theirs = snntorch.Leaky(**values, **options).double()
-        names = {"beta": "beta", "threshold": "threshold"}
-    else:
-        theirs = snntorch.Synaptic(alpha=values.pop("syn_decay"), **values, learn_alpha=True, **options).double()
-        names = {"syn_decay": "alpha", "beta": "beta", "threshold": "threshold"}
-    assert set(names.values()) <= set(theirs.state_dict())
-    return theirs, lambda: {ours: getattr(theirs, name).grad for ours, name in names.items()}
-
-
 @pytest.mark.parametrize("neuron", ["lif", "synaptic"])
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("per_neuron", [False, True])
 def test_the_network_equals_snntorchs(model, per_neuron, neuron):
     net = small_net(model, per_neuron=per_neuron, neuron=neuron, backend="torch").double()
-    x = torch.rand(6, 30, dtype=torch.float64, generator=seeded(1)) * 3
-    labels = torch.arange(6)
+    theirs, trains = to_snntorch(net).double(), ([], [], [])
 
-    inputs = x.clone().requires_grad_()
-    activity = net.simulate(inputs)
-    torch.nn.functional.cross_entropy(activity.counts, labels).backward()
+    def kept(module, inputs, spikes):
+        train = trains[int(module is theirs.lif2) + 2 * int(module is theirs.lif3)]
+        train.append(spikes.double())  # snnTorch casts spikes to float32
+        return train[-1]
 
-    weights = [connection.dense_weight().detach().requires_grad_() for connection, _ in net.layers()]
-    biases = [connection.bias.detach().clone().requires_grad_() for connection, _ in net.layers()]
-    neurons, gradients = zip(*(their_neurons(neuron, ours) for _, ours in net.layers()), strict=True)
-    theirs = x.clone().requires_grad_()
-    states = [[torch.zeros(6, len(bias), dtype=torch.float64)] * (1 + (neuron == "synaptic")) for bias in biases]
-    trains = [[], [], []]
-    for _ in range(net.T):
-        spikes = theirs
-        for number, (weight, bias, cell) in enumerate(zip(weights, biases, neurons, strict=True)):
-            current = torch.nn.functional.linear(spikes, weight, bias)
-            spikes, *states[number] = cell(current, *states[number])
-            spikes = spikes.double()  # snnTorch casts spikes to float32
-            trains[number].append(spikes)
-    torch.nn.functional.cross_entropy(torch.stack(trains[2]).sum(0), labels).backward()
+    for cells in (theirs.lif1, theirs.lif2, theirs.lif3):
+        cells.register_forward_hook(kept)
+    ours, x = (torch.rand(6, 30, dtype=torch.float64, generator=seeded(1)).mul(3).requires_grad_() for _ in range(2))
+    activity = net.simulate(ours)
+    for counts in (activity.counts, sum(theirs(x) for _ in range(net.T))):
+        torch.nn.functional.cross_entropy(counts, torch.arange(6)).backward()
 
     for spikes, train in zip(activity.spikes, trains, strict=True):
         assert torch.equal(spikes.dense(), torch.stack(train))
         assert spikes.dense().any()
-    assert_near(inputs.grad, theirs.grad)
-    for (connection, ours), weight, bias, their_gradients in zip(net.layers(), weights, biases, gradients, strict=True):
-        assert_near(connection.values.grad, connection.mask.pack(weight.grad))
-        assert_near(connection.bias.grad, bias.grad)
-        for name, gradient in their_gradients().items():
-            assert_near(ours.by_name[name].grad, gradient)
+    assert_near(ours.grad, x.grad)
+    for number, (connection, neurons) in enumerate(net.layers(), 1):
+        linear, cells = theirs.get_submodule(f"fc{number}"), theirs.get_submodule(f"lif{number}")
+        assert_near(connection.values.grad, connection.mask.pack(getattr(linear, "weight_orig", linear.weight).grad))
+        assert_near(connection.bias.grad, linear.bias.grad)
+        for name, value in neurons.by_name.items():
+            assert_near(value.grad, getattr(cells, "alpha" if name == "syn_decay" else name).grad.view_as(value))
 
 
 def test_init_gain_multiplies_the_initial_weights_of_the_second_and_third_layer():
@@ -269,24 +244,10 @@ def test_dense_takes_any_number_of_groups():
 # --- dropout ------------------------------------------------------------------------------------------------------
 
 
-def test_dropout_silences_neurons_for_a_whole_sample_and_scales_what_the_others_send():
+def test_all_neurons_are_there_in_evaluation_and_others_are_dropped_at_each_call_in_training():
     net = G2GNet(20, 24, 10, block_size=3, T=7, dropout=0.25, generator=seeded(0))
     x = torch.rand(40, 20, generator=seeded(1)) * 4
-    dropped = net.drop(40, seeded(2))
-    activity = net.simulate(x, dropped=dropped)
-    received, steps = x, 7
-    for number, (connection, neurons) in enumerate(net.layers()):
-        weight = connection.dense_weight() / (0.75 if number else 1)
-        spikes = neurons(torch.nn.functional.linear(received, weight, connection.bias), steps)
-        if number < 2:
-            spikes = spikes * ~dropped[number]
-        # float32 sums in another order
-        torch.testing.assert_close(activity.rates[number], spikes.mean((0, 1)), rtol=1e-5, atol=1e-6)
-        received, steps = spikes, None
-    assert 0 < activity.rates[1].mean() < 1
-    # all of them in evaluation, and others at each call in training
-    net.eval()
-    whole = net(x)
+    whole = net.eval()(x)
     net.dropout = 0.0
     assert torch.equal(net.train()(x), whole)
     net.dropout = 0.25

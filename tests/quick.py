@@ -29,7 +29,7 @@ QUICK = [
     "g2gnet/test_encoding_and_regularizer.py::test_a_part_of_the_samples_is_drawn_as_in_the_whole_batch",
     "g2gnet/test_states.py::test_parts_in_turn_are_the_whole_with_gradients_through_the_states",
     "g2gnet/test_states.py::test_chunks_change_no_spike_and_no_gradient",
-    "g2gnet/test_recurrence.py::test_a_step_gets_the_spikes_of_the_step_before",
+    "g2gnet/test_recurrence.py::test_spikes_and_gradients_are_those_of_the_definition",
     "g2gnet/data/test_sequences.py::test_a_step_receives_a_row",
     "g2gnet/data/test_recordings.py::test_spikes_of_the_cochlea_are_counted_by_channels_and_time",
     "g2gnet/data/test_recordings.py::test_events_of_n_mnist",

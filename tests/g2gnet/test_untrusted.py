@@ -10,13 +10,24 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from helpers import MASK_CASES, ROOT, backends_of, dense_by_loop, row_with, units_of, with_one
+from helpers import (
+    MASK_CASES,
+    ROOT,
+    backends_of,
+    dense_by_loop,
+    lif_layer,
+    packed_randn,
+    row_with,
+    units_of,
+    with_one,
+    with_parameter,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import replaced
 from training_runs import SMALL, load, run
 
-from g2g_kernels import BlockMask, g2g_linear
+from g2g_kernels import BackendError, BlockMask, g2g_linear, g2g_stack, lif
 from g2g_kernels.ops import g2g_linear as g2g_linear_module
 from g2gnet.base.tensor_files import TensorFileError, parse_tensors, with_digest
 from g2gnet.data import load_dataset
@@ -328,3 +339,31 @@ def test_arbitrary_checkpoints_are_gone_on_from_or_refused(trained, data):
         return
     trainer.evaluate()
     assert all(parameter.isfinite().all() for parameter in trainer.net.parameters())
+
+
+WRONG = (
+    torch.zeros(3, 3, 3, 13), torch.zeros(0), torch.zeros(2, 11), torch.zeros(4).long(), torch.zeros(4).cfloat(),
+    torch.zeros(4).to_sparse(), torch.zeros(1).expand(10**12), None, "text", [1.0, 2.0],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", backends_of(g2g_linear_module.operator))
+@pytest.mark.parametrize("wrong", WRONG, ids=range(len(WRONG)))
+def test_an_argument_of_a_wrong_kind_is_named(wrong, backend):
+    mask, own = MASK_CASES["ten outputs"].mask(), {"beta": torch.tensor(0.9), "threshold": torch.tensor(1.0)}
+    layer, x = lif_layer(packed_randn(mask, 0), mask, torch.zeros(10), **own), torch.ones(4, 43)
+    linear = {"x": x, "values": layer.values, "mask": mask, "bias": layer.bias}
+    neurons = {"current": torch.zeros(3, 5), **own}
+    calls = [
+        *((name, lambda name=name: g2g_linear(**{**linear, name: wrong}, backend=backend)) for name in linear),
+        *((name, lambda name=name: lif(**{**neurons, name: wrong}, backend=backend)) for name in neurons),
+        ("x|receives", lambda: g2g_stack(wrong, [layer], 3, backend=backend)),
+    ]
+    for name in ("values", "mask", "bias", *own):
+        spoiled = with_parameter(layer, name, wrong)
+        calls.append((name, lambda spoiled=spoiled: g2g_stack(x, [spoiled], 3, backend=backend)))
+    fits = {"bias": wrong is None, "current": isinstance(wrong, torch.Tensor) and wrong.dim() > 1}
+    for name, call in calls:
+        if not fits.get(name):
+            with pytest.raises((ValueError, BackendError), match=rf"\b({name})\b"):
+                call()

@@ -1,6 +1,7 @@
 """Recordings in the formats of their publishers: what is read, what is refused, and what is kept for the next time."""
 
 import logging
+import signal
 import sys
 
 import numpy as np
@@ -355,6 +356,16 @@ def test_recordings_are_read_once(tmp_path, monkeypatch, capsys):
             again = load_dataset(name, tmp_path, steps=30)
         assert f"reading the sequences of {name} from {file}" in capsys.readouterr().out
         assert first.fingerprint == again.fingerprint
+
+
+def test_nothing_is_kept_of_a_reading_that_was_stopped(tmp_path, monkeypatch):
+    write_heidelberg(tmp_path, "shd")
+    with monkeypatch.context() as patch:
+        patch.setattr("g2gnet.data.binned.torch.from_numpy", lambda array: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            load_dataset("shd", tmp_path)
+    assert not (tmp_path / "binned").exists()
+    assert len(load_dataset("shd", tmp_path).train_labels) == 40
 
 
 def test_other_settings_or_files_are_read_anew(tmp_path):

@@ -448,6 +448,17 @@ def test_runs_that_differ_in_their_seed_are_shown_with_their_mean(checkpoints, t
     assert "seed=1" in text
 
 
+def test_accuracies_of_an_interrupted_run_are_not_those_of_its_network(checkpoints, tmp_path, captions_alone, reported):
+    history = read_run(checkpoints["mixer"]).history[:1]
+    inside = rewrite(checkpoints["mixer"], tmp_path / "run.pth", epoch=1, history=history, step=6, progress={})
+    other = rewrite(checkpoints["mixer"], tmp_path / "other.pth", epoch=1, history=history, step=4)
+    text = reported(inside, other)
+    assert "The run was stopped inside epoch 2 of 2, after step 6. Accuracies, loss and seconds are those up to" in text
+    assert f"the run's own accuracy after epoch 1, on all 100: {history[0]['test_acc']:.4f}" in text
+    assert "1, interrupted" in text
+    assert "Mean ± standard error" not in text  # of networks after different steps
+
+
 def test_what_comes_from_files_is_text_on_the_page(checkpoints, tmp_path, captions_alone):
     """A checkpoint can have any name; text in place of a number is refused."""
     settings = read_run(checkpoints["dense"]).settings.as_dict()
@@ -462,6 +473,17 @@ def test_what_comes_from_files_is_text_on_the_page(checkpoints, tmp_path, captio
     assert str(foreign) in reader.text
     assert "b" not in reader.tags
     assert "<script" not in target.read_text()
+
+
+def test_every_part_of_a_page_escapes_its_text():
+    from matplotlib.figure import Figure
+
+    attack = "</td><script>\"'&"
+    parts = [page.heading(2, attack), page.paragraph(attack), page.table((attack,), [(attack,)])]
+    parts += [page.details(attack, []), page.picture(Figure(), attack), page.page(attack, [])]
+    for part in parts:
+        assert "<script" not in part
+        assert attack in Reader(part).text
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ class Reference:
         """Spikes [T, B, N] by population, x being [T, B, D]; ``scale``: of what is sent, where neurons are dropped."""
         net, t64 = self.net, self.tensors
         sent = {name: [] for name in net.populations} | {"input": list(x)}
-        states = dict.fromkeys(net.populations)
+        states, membranes = dict.fromkeys(net.populations), {name: [] for name in net.populations}
         self.arrived = {}
         order = [each for part in self.parts() for each in part]
         names = [*net.populations, "input"]
@@ -98,9 +98,11 @@ class Reference:
                     parameters=tuple(t64[f"{name}.{each}"] for each in type(module).model.parameters)
                 )
                 spikes, states[name] = neurons_step(current, states[name], population)
+                membranes[name].append(states[name][-1])
                 if dropped and name in dropped:
                     spikes = spikes.masked_fill(dropped[name], 0)
                 sent[name].append(spikes)
+        self.membranes = {name: torch.stack(of_steps) for name, of_steps in membranes.items()}
         return {name: torch.stack(sent[name]) for name in net.populations}
 
     def parts(self):

@@ -1,4 +1,4 @@
-"""lif against snnTorch's own Leaky, against autograd through each surrogate's primitive, and on every backend."""
+"""lif against snnTorch's own Leaky, on every backend, and what every model has in test_models; surrogates."""
 
 import itertools
 import math
@@ -6,8 +6,8 @@ import weakref
 
 import pytest
 import torch
-from covering import every_pair, of_today
-from helpers import ErrorRatios, as_near, backends_of, clamps_alike, lif_by_autograd, rms, skip_where_refused
+from covering import every_pair
+from helpers import ErrorRatios, backends_of, clamps_alike, lif_by_autograd, rms, skip_where_refused
 from neuron_cases import (
     GRADIENTS,
     SNNTORCH,
@@ -149,47 +149,7 @@ def test_derivatives_at_alpha_2_by_hand(surrogate, peak, at_a_half):
     torch.testing.assert_close(actual, expected, rtol=1e-14, atol=0)
 
 
-@every_pair(reset=RESETS, surrogate=SURROGATES, alpha=(2.0, 0.6), per_neuron=(False, True))
-def test_gradients_equal_autograd_through_the_primitive(reset, surrogate, alpha, per_neuron):
-    """For every surrogate, those that snnTorch lacks among them."""
-    current, (beta, threshold) = currents(T, B, N, seed=1), parameters(per_neuron)
-    weights = output_weights(T, B, N)
-    primitive = SURROGATES[surrogate].primitive
-    expected = gradients(lambda *t: lif_by_autograd(*t, reset, primitive, alpha)[0], current, beta, threshold, weights)
-    run = lif_on("torch", reset=reset, surrogate=surrogate, alpha=alpha)
-    ours = gradients(run, current, beta, threshold, weights)
-    assert torch.equal(ours["spikes"], expected["spikes"])
-    assert all(expected[name].any() for name in GRADIENTS)
-    torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)  # float64 rounding
-
-
 # --- every backend ------------------------------------------------------------------------------------------------
-
-
-@every_backend
-def test_backend_against_float64(backend):
-    """Errors are small, and at most 1.5 times those of plain PyTorch; gradients of β and θ sum over T·batch terms."""
-    ratios = ErrorRatios()
-    cases = of_today(
-        {"reset": RESETS, "surrogate": SURROGATES, "alpha": (2.0, 3.5), "per_neuron": (False, True), "batch": (5, 400)}
-    )
-    for number, (case, options) in enumerate(cases.items()):
-        print(case)
-        per_neuron, batch = options.pop("per_neuron"), options.pop("batch")
-        current = currents(T, batch, N, seed=number, dtype=torch.float32)
-        beta, threshold = parameters(per_neuron, torch.float32)
-        clear = clear_of_threshold(current, beta, threshold, options["reset"])
-        weights = output_weights(T, batch, N) * clear  # no gradient enters a history that may differ
-        exact = gradients(lif_on("torch", **options), current.double(), beta.double(), threshold.double(), weights)
-        plain = gradients(lif_on("torch", **options), current, beta, threshold, weights)
-        actual = gradients(lif_on(backend, **options), current, beta, threshold, weights)
-        assert torch.equal(actual["spikes"][:, clear].double(), exact["spikes"][:, clear])
-        for name in GRADIENTS:
-            # T steps of float32 rounding; β and θ sum over terms of both signs, which may leave a tenth of their size
-            bound = 1e-5 if name == "current.grad" else 1e-4
-            assert as_near(actual[name], plain[name], exact[name], bound), name
-            ratios.add(name, actual[name], plain[name], exact[name])
-    ratios.check(len(cases))
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (6, 3), (3, 1, 9), (1, 4, 6), (9, 2, 3, 5)], ids=str)
@@ -213,23 +173,6 @@ def test_any_number_of_dimensions(backend, shape):
 @every_backend
 def test_one_step_by_hand(backend, reset):
     check_one_step_by_hand(backend, reset)
-
-
-@every_reset
-@every_backend
-def test_held_current_equals_repeated_current(backend, reset):
-    current, (beta, threshold) = currents(B, N, seed=6, dtype=torch.float32), parameters(True, torch.float32)
-    clear = clear_of_threshold(current.expand(T, B, N), beta, threshold, reset)
-    weights = output_weights(T, B, N) * clear
-    held = gradients(lif_on(backend, steps=T, reset=reset), current, beta, threshold, weights)
-    run = lif_on(backend, reset=reset)
-    repeated = gradients(lambda c, *rest: run(c.expand(T, B, N), *rest), current, beta, threshold, weights)
-    assert held["spikes"].shape == (T, B, N)
-    assert held["current.grad"].shape == (B, N)
-    assert torch.equal(held["spikes"], repeated["spikes"])
-    for name in GRADIENTS:
-        # the same terms, summed over time in another order: float32 rounding
-        assert rms(held[name] - repeated[name]) <= 1e-6 * rms(repeated[name]), name
 
 
 @every_backend

@@ -1,4 +1,4 @@
-"""synaptic and adlif against a plain loop, snnTorch and finite differences, on every backend and in stacks."""
+"""Neurons of every model against a plain loop and snnTorch, on every backend and in stacks."""
 
 import itertools
 from collections.abc import Callable
@@ -20,10 +20,10 @@ from g2g_kernels.ops.neurons.surrogates import SURROGATES
 T, B, N = 17, 5, 7
 BOTH = (False, True)
 SEVERAL = ("synaptic", "adlif")  # the models with several states
-PARAMETERS = {model: MODELS[model].parameters for model in SEVERAL}
+PARAMETERS = {model: MODELS[model].parameters for model in MODELS}
 Tensors = dict[str, torch.Tensor]
 #: one value per neuron or per layer, held or not, from a state or not
-KINDS = {"model": SEVERAL, "per_neuron": BOTH, "held": BOTH, "from_state": BOTH}
+KINDS = {"model": MODELS, "per_neuron": BOTH, "held": BOTH, "from_state": BOTH}
 OPTIONS = {"reset": RESETS, "surrogate": SURROGATES}
 #: of each parameter the least value, and by how much values differ
 SPANS = {
@@ -40,7 +40,7 @@ def drawn(model: str, per_neuron: bool, held: bool, from_state: bool, seed: int 
         least, span = SPANS[name]
         tensors[name] = least + span * torch.rand(size, generator=draw, dtype=torch.float64)
     if from_state:
-        tensors["state"] = torch.randn(2, B, N, generator=draw, dtype=torch.float64)
+        tensors["state"] = torch.randn(len(MODELS[model].states), B, N, generator=draw, dtype=torch.float64)
     return {name: tensor.float().double() for name, tensor in tensors.items()}
 
 
@@ -58,30 +58,32 @@ class Spike(torch.autograd.Function):
         return grad * ctx.derivative(ctx.saved_tensors[0], ctx.alpha), None, None
 
 
-def by_loop(model: str, reset: str, surrogate: str, alpha: float = 2.0, spike: Callable | None = None) -> Callable:
+def by_loop(model: str, reset: str, surrogate: str, alpha: float) -> Callable:
     """The loop over time that users write: the formula, differentiated by autograd."""
-    step = spike or (lambda t, x: Spike.apply(x, surrogate, alpha))
 
     def run(current, *parameters, state=None):
-        decay, beta, *others, threshold = parameters
-        first, membrane = torch.zeros(2, B, N, dtype=current.dtype) if state is None else state
-        spiked = torch.zeros_like(membrane) if state is None else step(-1, membrane - threshold)
+        own = dict(zip(PARAMETERS[model], parameters, strict=True))
+        beta, threshold = own["beta"], own["threshold"]
+        zeros = torch.zeros(len(MODELS[model].states), B, N, dtype=current.dtype)
+        *other, membrane = zeros if state is None else state
+        spiked = zeros[-1] if state is None else Spike.apply(membrane - threshold, surrogate, alpha)
         spikes = []
         for t in range(T):
             now, fired = current if current.dim() == 2 else current[t], (spiked > 0.5).to(current.dtype)
             kept = 1 - fired if reset == "zero" else 1
             if model == "synaptic":
-                first = decay * first + now
-                membrane = kept * (beta * membrane + first)
+                other = [own["syn_decay"] * other[0] + now]
+                membrane = kept * (beta * membrane + other[0])
+            elif model == "adlif":
+                other = [own["adapt_decay"] * other[0] + own["a"] * kept * membrane + own["b"] * spiked]
+                membrane = beta * kept * membrane + now - other[0]
             else:
-                a, b = others
-                first = decay * first + a * kept * membrane + b * spiked
-                membrane = beta * kept * membrane + now - first
+                membrane = beta * kept * membrane + now
             if reset == "subtract":
                 membrane = membrane - threshold * fired
-            spiked = step(t, membrane - threshold)
+            spiked = Spike.apply(membrane - threshold, surrogate, alpha)
             spikes.append(spiked)
-        return torch.stack(spikes), torch.stack([first, membrane])
+        return torch.stack(spikes), torch.stack([*other, membrane])
 
     return run
 
@@ -235,7 +237,7 @@ def test_decays_are_clamped_and_the_other_parameters_are_free(model, backend):
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
-@pytest.mark.parametrize("model", SEVERAL)
+@pytest.mark.parametrize("model", MODELS)
 def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(model, backend):
     """Spikes and states are equal to the last bit."""
     ratios = ErrorRatios()

@@ -123,12 +123,6 @@ def test_a_card_for_graphics_is_no_small_h100(monkeypatch):
     }  # fmt: skip
 
 
-def test_few_samples_are_multiplied_in_more_programs():
-    """A step of a recurrent layer has a batch of 256: with 128 rows a tile, 64 programs for 132 multiprocessors."""
-    for samples, rows in ((32, 16), (256, 64), (12_800, 128)):
-        assert tiles.product_tiles(samples, 64, torch.uint8, torch.bfloat16, "ieee")["BLOCK_M"] == rows
-
-
 # --- the model ----------------------------------------------------------------------------------------------------
 
 

@@ -72,16 +72,6 @@ def test_every_byte_has_a_kind_shared_memory_counts_once_and_views_not_at_all(op
     assert spikes == T * B * (3 * 2 * H + OUT)
 
 
-@pytest.mark.parametrize("model", ["index", "mixer"])
-def test_flop_of_a_step_are_those_of_the_packed_weights(model):
-    """Each weight twice for layer 1 (no input gradient; one step, not T), three times for the others."""
-    net = G2GNet(784, 2048, 10, model, T=50)
-    first, *others = (2 * connection.values.numel() for connection, _ in net.layers())
-    with units_in_pairs():
-        operations = training_step(net, 256, 784, torch.bfloat16)
-    assert sum(operation.flop for operation in operations) == 256 * (2 * first + 3 * 50 * sum(others))
-
-
 def test_the_default_floor_is_what_the_results_say_and_meets_the_aim(capsys):
     """`benchmarks/results/roofline.md` is this program's output, and 0.30 ms on an H100 was the aim."""
     assert roofline.main([]) == 0

@@ -2,7 +2,6 @@
 
 import copy
 import io
-import itertools
 import pickle
 
 import pytest
@@ -10,10 +9,8 @@ import torch
 from helpers import backends_of, compiles_whole, saved_and_read, seeded
 from networks import small_net
 
-from g2g_kernels import BlockMask, GroupLayout, lif, lif_step
+from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.ops.g2g_stack import operator
-from g2g_kernels.ops.neurons import RESETS
-from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack, Synaptic
 
 STACK_BACKENDS = backends_of(operator)
@@ -26,26 +23,6 @@ def small_layer(out_size=40, in_size=30, **options):
 
 
 # --- step by step -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("reset", "surrogate"), list(zip(itertools.cycle(RESETS), SURROGATES, strict=False)))
-def test_steps_of_lif_equal_the_run_over_all_steps(reset, surrogate):
-    current = torch.randn(9, 4, 7, generator=seeded(0), dtype=torch.float64).mul_(1.5).requires_grad_()
-    beta = torch.tensor([-0.1, 0, 0.2, 0.5, 0.9, 1, 1.1], dtype=torch.float64).requires_grad_()
-    threshold = torch.linspace(0.5, 1.2, 7, dtype=torch.float64).requires_grad_()
-    weight = torch.randn(9, 4, 7, generator=seeded(1), dtype=torch.float64)
-    leaves = (current, beta, threshold)
-
-    whole = lif(current, beta, threshold, reset=reset, surrogate=surrogate, alpha=1.5)
-    spikes, membrane = [], None
-    for current_t in current:
-        s, membrane = lif_step(current_t, membrane, beta, threshold, reset, surrogate, 1.5)
-        spikes.append(s)
-    stepped = torch.stack(spikes)
-    assert 0 < stepped.sum() < stepped.numel()
-    assert torch.equal(stepped, whole)
-    found, expected = (torch.autograd.grad((each * weight).sum(), leaves) for each in (stepped, whole))
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_steps_without_gradients_and_in_half_precision_give_the_same_spikes():

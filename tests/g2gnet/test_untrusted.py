@@ -309,6 +309,7 @@ def trained():
         ("model/input_deviation", torch.zeros(()), "model/input_deviation is not that of the data"),
         ("progress/correct", torch.tensor(-1.0), "progress/correct has -1, which is below 0"),
         ("progress/seconds", -1.0, "progress/seconds=-1.0 is not a number of at least 0"),
+        ("progress/units/fc1", torch.ones(2, 2).long(), r"progress/units/fc1 is torch.int64 \(2, 2\), not"),
     ],
 )
 def test_a_resume_believes_no_count_and_no_scale_of_a_file(trained, name, value, message):

@@ -11,7 +11,7 @@ from helpers import ErrorRatios, device_of, rms, seeded
 from neuron_cases import BACKENDS, SNNTORCH, currents, every_backend, every_reset, output_weights
 from stack_cases import Stack, loss, results, stacks_on
 
-from g2g_kernels import Neurons, adlif_step, g2g_stack, neurons, synaptic_step
+from g2g_kernels import Neurons, adlif_step, g2g_stack, lif_step, neurons, synaptic_step
 from g2g_kernels.ops.g2g_stack import cpu as stack_on_cpu
 from g2g_kernels.ops.neurons import RESETS, run_neurons
 from g2g_kernels.ops.neurons.models import MODELS
@@ -159,19 +159,19 @@ def test_synaptic_spikes_equal_snntorch_in_float32(backend, reset):
     assert torch.equal(on(backend, "synaptic", reset, "atan")(*tensors)[0], by_snntorch(reset, None)(*tensors)[0])
 
 
-@every_pair(model=SEVERAL, reset=RESETS, per_neuron=BOTH, from_state=BOTH)
-def test_steps_give_the_spikes_and_gradients_of_the_whole(model, reset, per_neuron, from_state):
-    step = {"synaptic": synaptic_step, "adlif": adlif_step}[model]
+@every_pair(model=MODELS, reset=RESETS, surrogate=SURROGATES, per_neuron=BOTH, from_state=BOTH)
+def test_steps_give_the_spikes_and_gradients_of_the_whole(model, reset, surrogate, per_neuron, from_state):
+    step = {"lif": lif_step, "synaptic": synaptic_step, "adlif": adlif_step}[model]
 
     def step_by_step(current, *own, state=None):
-        spikes = []
+        spikes, state = [], state[0] if model == "lif" and from_state else state  # a membrane alone is no tuple
         for current_t in current:
-            spike, state = step(current_t, state, *own, reset=reset)
+            spike, state = step(current_t, state, *own, reset, surrogate, 1.5)
             spikes.append(spike)
-        return torch.stack(spikes), torch.stack(state)
+        return torch.stack(spikes), torch.stack([state] if model == "lif" else state)
 
     tensors = drawn(model, per_neuron, False, from_state)
-    assert_near(outcome(step_by_step, tensors), outcome(on("torch", model, reset, "atan"), tensors), 1e-11)
+    assert_near(outcome(step_by_step, tensors), outcome(on("torch", model, reset, surrogate, 1.5), tensors), 1e-11)
 
 
 @every_pair(

@@ -18,26 +18,6 @@ from g2gnet.training import trainer as trainer_module
 from g2gnet.training.evaluation import build_network
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "static"])
-def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not(tmp_path, monkeypatch, capsys, variant):
-    whole = run(tmp_path / "whole", **VARIANTS[variant])
-
-    def stop_in_epoch_two(self, on_step=None, train_epoch=Trainer.train_epoch):
-        if self.epoch == 1:
-            raise KeyboardInterrupt
-        return train_epoch(self, on_step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "train_epoch", stop_in_epoch_two)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "parts", **VARIANTS[variant])
-    parts = run(tmp_path / "parts", **VARIANTS[variant])
-    assert "resuming" in capsys.readouterr().out
-    assert_equal(load(whole), load(parts))
-    records = [json.loads(line) for line in parts.history.read_text().splitlines()]
-    assert_equal(records, load(parts)["history"])
-
-
 def test_each_batch_is_augmented_with_the_draws_of_its_step():
     trainer, seen = small_trainer(augment="crop-flip", erase=0.5), []
     data = trainer.data

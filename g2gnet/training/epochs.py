@@ -47,8 +47,11 @@ class Progress:
     def load(self, saved: dict[str, Any]) -> None:
         """Takes the sums that ``vars`` of another gave; raises an exception in ``UNFIT`` if they do not fit."""
         for name, value in vars(self).items():
-            if isinstance(value, dict):
-                value.update({key: check_like(f"progress/{name}/{key}", saved[name][key], value[key]) for key in value})
+            if isinstance(value, dict):  # of units, of which gradual pruning may have left fewer
+                for key, now in value.items():
+                    then = saved[name][key]
+                    like = now.new_empty(then.numel()) if isinstance(then, torch.Tensor) else now
+                    value[key] = check_like(f"progress/{name}/{key}", then, like, low=0)
             elif isinstance(value, torch.Tensor):
                 setattr(self, name, check_like(f"progress/{name}", saved[name], value, low=0))
             else:

@@ -17,9 +17,6 @@ PRODUCTS = {"product_kernel", "fused_forward_kernel", "weight_gradient_kernel"}
 
 #: what is compiled for these tests: flags of ``python -m benchmarks.aot``
 OF_PRODUCTS = ("--kernels", *sorted(PRODUCTS), "--targets", "sm_90")
-OTHERS = ("--kernels", *(name for name in KERNELS if name not in PRODUCTS), "--targets", "sm_90")
-OTHER_GPUS = ("--kernels", "product_kernel", "weight_gradient_kernel",
-              "--targets", "sm_80", "sm_89", "sm_100", "gfx90a", "gfx942", "gfx1100")  # fmt: skip
 
 
 def printed_by(program: str) -> str:
@@ -97,48 +94,30 @@ def test_the_products_of_the_default_step_for_sm_90():
         check_products(row)
 
 
-@pytest.mark.long
-def test_float32_by_parts_multiplies_nothing_twice_and_two_programs_fit_a_multiprocessor():
-    """But for the weight gradient, whose second sum takes the registers."""
-    kernels = "--kernels", "product_kernel", "weight_gradient_kernel", "--targets", "sm_90"
-    for row in compiled(kernels, "float32 by parts"):
-        check(row)
-        check_products(row)
-        assert row["kernel"] == "`weight_gradient_kernel`" or int(row["programs/SM"]) >= 2, row
+BY_TILES = ("product_kernel", "weight_gradient_kernel")
+#: what takes longer: the case, its kernels, their targets, and how many programs fit a multiprocessor of each at least
+LONGER = {
+    "float32 by parts": ("float32 by parts", BY_TILES, ["sm_90"], {"product_kernel": 2}),
+    "recurrent": ("recurrent, bf16", ("fused_forward_kernel", "recurrent_backward_kernel"), ["sm_90"], {}),
+    "two states": ("adaptive neurons, bf16", ["neurons_backward_kernel"], ["sm_90"], {"neurons_backward_kernel": 2}),
+    "others": ("default step, bf16", [name for name in KERNELS if name not in PRODUCTS], ["sm_90"], {}),
+    "other GPUs": ("default step, bf16", BY_TILES, [name for name in TARGETS if name != "sm_90"], {}),
+}
 
 
 @pytest.mark.long
-def test_a_step_of_a_recurrent_layer_multiplies_nothing_twice():
-    kernels = "fused_forward_kernel", "recurrent_backward_kernel"
-    rows = compiled(("--kernels", *kernels, "--targets", "sm_90"), "recurrent, bf16")
-    assert {row["kernel"].strip("`") for row in rows} == set(kernels)
+@pytest.mark.parametrize(("case", "kernels", "targets", "programs"), LONGER.values(), ids=LONGER)
+def test_other_kernels_cases_and_gpus(case, kernels, targets, programs):
+    rows = compiled(("--kernels", *kernels, "--targets", *targets), case)
+    assert {row["target"] for row in rows} == set(targets)
+    assert {row["kernel"].strip("`") for row in rows} <= set(kernels)
     for row in rows:
         check(row)
-        if row["matrix"] != "–":  # the last step receives no gradient
+        assert int(row["programs/SM"]) >= programs.get(row["kernel"].strip("`"), 1), row
+        if row["target"] != "sm_90":
+            assert re.fullmatch(rf"[1-9]\d* {re.escape(TARGETS[row['target']].matrix)}", row["matrix"]), row
+        elif row["matrix"] != "–":  # neurons multiply nothing, nor does a last step that receives no gradient
             check_products(row)
-
-
-@pytest.mark.long
-def test_two_programs_of_two_states_fit_a_multiprocessor():
-    rows = compiled(("--kernels", "neurons_backward_kernel", "--targets", "sm_90"), "adaptive neurons, bf16")
-    assert rows
-    assert all(int(row["programs/SM"]) >= 2 for row in rows)
-
-
-@pytest.mark.long
-def test_the_other_kernels_of_the_default_step_for_sm_90():
-    rows = compiled(OTHERS)
-    assert len(rows) >= 6
-    list(map(check, rows))
-
-
-@pytest.mark.long
-def test_products_and_the_weight_gradient_for_other_gpus():
-    rows = compiled(OTHER_GPUS)
-    assert {row["target"] for row in rows} == set(TARGETS) - {"sm_90"}
-    for row in rows:
-        check(row)
-        assert re.fullmatch(rf"[1-9]\d* {re.escape(TARGETS[row['target']].matrix)}", row["matrix"]), row
 
 
 def test_the_record_is_of_every_target_and_has_nothing_on_the_stack():

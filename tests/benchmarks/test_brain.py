@@ -67,7 +67,7 @@ def test_the_table_has_a_row_each_and_says_what_failed(monkeypatch, tmp_path, ca
     assert brain.main([*SMALL, "--contenders", "csr-by-hand"]) == 1
 
 
-def test_growth_is_fitted_to_weights_and_neurons(monkeypatch, tmp_path, capsys):
+def test_growth_is_fitted_to_weights_and_neurons():
     runs = [
         {"status": "ok", "neurons": n, "weights": w, "seconds": [2e-9 * w + 3e-6 * n], "base": 10**8}
         | {"peak": 10**8 + 40 * w + 500 * n}
@@ -76,9 +76,3 @@ def test_growth_is_fitted_to_weights_and_neurons(monkeypatch, tmp_path, capsys):
     text = brain.growth_table({"runs": runs})
     assert "time grows by 2 ns per weight and 3e+03 ns per neuron" in text
     assert "memory grows by 40 bytes per weight and 500 bytes per neuron" in text
-    fork_contenders(monkeypatch)
-    monkeypatch.setattr(brain, "GROWTH", (2000, 4000))
-    path = tmp_path / "growth.jsonl"
-    assert brain.main(["--growth", *SMALL[4:], "--json", str(path)]) == 0
-    assert [run["neurons"] for run in records.read(path)["runs"]] == [1414, 2000]
-    assert "per neuron" in capsys.readouterr().out

@@ -123,22 +123,7 @@ def test_a_card_for_graphics_is_no_small_h100(monkeypatch):
     }  # fmt: skip
 
 
-def test_few_samples_are_multiplied_in_more_programs():
-    """A step of a recurrent layer has a batch of 256: with 128 rows a tile, 64 programs for 132 multiprocessors."""
-    for samples, rows in ((32, 16), (256, 64), (12_800, 128)):
-        assert tiles.product_tiles(samples, 64, torch.uint8, torch.bfloat16, "ieee")["BLOCK_M"] == rows
-
-
 # --- the model ----------------------------------------------------------------------------------------------------
-
-
-def test_factors_by_hand():
-    """Spikes are one part, other numbers three, of which six of nine products count."""
-    assert costs.factors(torch.float32, "parts", True) == ("bf16", 3)
-    assert costs.factors(torch.float32, "parts", False) == ("bf16", 6)
-    assert costs.factors(torch.float32, "tf32", False) == ("tf32", 1)
-    assert costs.factors(torch.float32, "ieee", False) == ("fp32", 1)
-    assert costs.factors(torch.bfloat16, "ieee", True) == ("bf16", 1)
 
 
 def test_waiting_by_hand():

@@ -3,14 +3,12 @@
 import importlib
 import importlib.util
 import json
-import re
 
 import pytest
 import torch
-from helpers import ROOT
 
 from benchmarks import first_run, predictions
-from benchmarks.first_run import Stage, comparison, measured, stages
+from benchmarks.first_run import Stage, stages
 from benchmarks.registry import choose
 from g2gnet import G2GNet
 
@@ -30,8 +28,6 @@ with open("log", "a") as log:
     log.write(what + " ")
 if what == "stopped" and pathlib.Path("log").read_text().count("stopped") == 1:
     os.kill(os.getppid(), signal.SIGINT)
-    time.sleep(60)
-if what == "slow":
     time.sleep(60)
 print("one line", flush=True)
 if what == "failing":
@@ -112,13 +108,6 @@ def test_a_run_is_interrupted_and_resumed(tmp_path, monkeypatch, run):
     assert (tmp_path / "log").read_text().split()[-1] == "other"
 
 
-def test_a_stage_that_takes_too_long_is_stopped_and_the_next_one_runs(monkeypatch, run):
-    _stages_are(monkeypatch, slow="slow")
-    status, said = run("--limit", "1")
-    assert status == 0
-    assert "slow: took too long" in said
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -129,59 +118,6 @@ def test_a_stage_that_takes_too_long_is_stopped_and_the_next_one_runs(monkeypatc
 def test_unusable_flags_are_refused(flags, message, capsys, tmp_path):
     assert first_run.main([*flags, "--folder", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_missing_packages_are_named_before_anything_runs(monkeypatch, capsys, tmp_path):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("pytest", "xdist") else find(name))
-    assert first_run.main(["--device", "cpu", "--folder", str(tmp_path / "run")]) == 2
-    assert "the stages need pytest, xdist, not installed here: pip install -e '.[dev]'" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
-def test_what_the_page_says_to_install_has_what_the_stages_need():
-    """Every package of the tests' and benchmarks' extras, in the one extra that docs/devices.md names."""
-    tomllib = pytest.importorskip("tomllib")
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert 'pip install -e ".[dev]"' in (ROOT / "docs/devices.md").read_text()
-    (shared,) = (each for each in extras["dev"] if each.startswith("g2gnet["))
-    names = {re.split(r"[>=; ]", each)[0] for extra in re.split(r"[\[\],]", shared)[1:-1] for each in extras[extra]}
-    assert names >= {"pytest", "pytest-xdist", "hypothesis", "snntorch", "triton"}
-
-
-def test_the_page_says_what_to_try_where_a_time_is_off():
-    rows = [
-        {"stage": "step", "what": what, "floor": 1e-3, "predicted": 2e-3, "decides": "product_kernel"}
-        for what in ("as expected", "slow", "fast", "not measured")
-    ]
-    given = {"cards": {"h100": rows}, "next": {"product_kernel": "other tiles"}}
-    times = {"as expected": 2.2e-3, "slow": 4e-3, "fast": 1e-3, "dense-lif": 5e-3}
-    record = {"runs": [{"contender": name, "median": median} for name, median in times.items()]}
-    table = comparison(given, {"step": {"record": record}}, "h100", tiny=False).splitlines()
-    assert table[2:] == [
-        "| step | as expected | 1 ms | 2 ms | 2.2 ms | 1.10 |  |",
-        "| step | slow | 1 ms | 2 ms | 4 ms | 2.00 | other tiles |",
-        "| step | fast | 1 ms | 2 ms | 1 ms | 0.50 | correct the model |",
-        "| step | not measured | 1 ms | 2 ms | – | – | product_kernel |",
-        "| step | dense-lif | – | – | 5 ms | – |  |",
-    ]
-
-
-def test_times_of_every_kind_of_record():
-    workloads = [{"batch_size": 8}, {"batch_size": 32}]
-    runs = [{"contender": "ours", "place": 0, "median": 1.0}, {"contender": "ours", "place": 1, "status": "refused"}]
-    assert measured({"quantity": "B", "workloads": workloads, "runs": runs}) == {"ours, B 8": 1.0}
-    assert measured({"runs": [{"what": "product_kernel", "median": 2.0}]}) == {"product_kernel": 2.0}
-    assert measured(None) == {}
-
-
-def test_a_card_has_its_own_predictions():
-    assert [first_run.card_of(gpu) for gpu in ("NVIDIA H200", "NVIDIA A100-SXM4-80GB", "another", None)] == [
-        "h200", "a100", "h100", "h100"
-    ]  # fmt: skip
-
-
-# --- the model ----------------------------------------------------------------------------------------------------
 
 
 def test_what_tiles_read_from_l2_by_hand():
@@ -202,15 +138,6 @@ def test_what_tiles_read_from_l2_by_hand():
     assert predictions.work_of(gradient).l2_bytes == (4 + 1) * 256 * (2 * 64 + 128)
 
 
-def test_spikes_alone_are_read_where_the_weights_stay_on_chip():
-    with stack.choose(fused=True):
-        operations = training_step(predictions.network(), 256, 784, torch.bfloat16)
-    fused_ones = [operation for operation in operations if operation.name == "fused_forward_kernel"]
-    (fused,) = [operation for operation in fused_ones if operation.launch.arguments["N"] == 64]
-    # in each of 50 steps 4 tiles of 64 samples of 9 units of 32 rows, of which some rows have 8
-    assert predictions.work_of(fused).l2_bytes == 50 * 4 * 9 * 32 * 64 * 64
-
-
 def test_a_kernel_takes_the_longest_of_its_times():
     copy = Operation("forward", "copy", {"input": torch.empty(500), "output": torch.empty(500)}, 0)
     product = Operation("forward", "mm", {"x": torch.empty(250)}, 8_000_000)
@@ -225,12 +152,3 @@ def test_a_kernel_takes_the_longest_of_its_times():
     assert predicted(copy, fast_l2) == pytest.approx(4000 / 0.85e6 + start)
     assert predicted(copy, slow_l2) == pytest.approx(4000 / 0.8e6 + start)
     assert predicted(product, fast_l2) == pytest.approx(8e6 / 0.8e9 + start)
-
-
-def test_a_step_without_a_graph_takes_what_the_host_takes():
-    """As :mod:`benchmarks.host_time` has measured it, and Triton's launcher for each kernel of ours."""
-    tiny = [Operation("forward", "add", {"x": torch.empty(1)}, 0)] * 100
-    alone, graph = (predictions.Work("step", "ours", tiny, "bf16", graph=graph).row("h100") for graph in (False, True))
-    assert (alone["decides"], graph["decides"]) == ("the host", "PyTorch's other operations")
-    assert alone["predicted"] == pytest.approx(predictions.HOST["step"]["least"], rel=1e-2)
-    assert graph["predicted"] == pytest.approx(100 * 2e-6 + 15e-6, rel=1e-2)

@@ -9,11 +9,11 @@ import torch
 from helpers import ROOT
 
 from benchmarks import roofline
-from benchmarks.roofline import CARDS, Card, adam, bytes_left, kinds, seconds, table
+from benchmarks.roofline import CARDS, kinds
 from g2gnet import G2GNet
 
 pytest.importorskip("triton", minversion="3.3")
-from benchmarks.launches import Operation, forward_pass, training_step
+from benchmarks.launches import Operation, training_step
 from g2g_kernels.ops.g2g_linear import tiles
 from g2g_kernels.ops.g2g_stack import triton as stack
 
@@ -63,20 +63,6 @@ def test_products_by_hand(operations):
     ]  # fmt: skip
 
 
-def test_neurons_by_hand(operations):
-    first, second, _ = named(operations, "forward", "neurons_forward_kernel")
-    parameters, counts, last = 2 * 4, 4 * B * H, 4 * B * H
-    # T = 3 is one segment: no checkpoint; a held current is float32 and read once
-    assert first.bytes == 4 * B * H + parameters + T * B * H + counts + last
-    assert second.bytes == 2 * T * B * H + parameters + T * B * H + counts + last
-    assert first.flop == second.flop == 0
-    _, second, first = named(operations, "backward", "neurons_backward_kernel")
-    sums = 3 * 4 * H  # one program: for each neuron one number each for β, θ and the bias
-    assert second.bytes == (2 + 2 + 2) * T * B * H + parameters + sums
-    # layer 1 gets ∂L/∂S at every step and gives ∂L/∂I of one
-    assert first.bytes == 4 * B * H + 2 * T * B * H + 2 * B * H + parameters + sums
-
-
 def test_every_byte_has_a_kind_shared_memory_counts_once_and_views_not_at_all(operations):
     assert not [operation for operation in operations if operation.name in ("view", "empty", "_unsafe_view")]
     for operation in operations:
@@ -84,42 +70,6 @@ def test_every_byte_has_a_kind_shared_memory_counts_once_and_views_not_at_all(op
     spikes = sum(kinds(operation).get("spikes", 0) for operation in operations)
     # layers 1 and 2: written, read by the next layer, read by its weight gradient; layer 3: written
     assert spikes == T * B * (3 * 2 * H + OUT)
-
-
-def test_only_what_a_forward_pass_runs_is_recorded():
-    with units_in_pairs():
-        operations = forward_pass(network(), B, IN, torch.bfloat16)
-    names = [operation.name for operation in operations if operation.launch is None]
-    # weights to bfloat16, and rates, in each of three layers
-    assert sorted(names) == sorted(3 * ["_to_copy", "sum", "div"])
-
-
-def test_floors_by_hand():
-    card = Card("sm_90", {"fp32": 1e9}, 1e6, 1e6, 1, "imagined")
-    memory = Operation("forward", "copy", {"input": torch.empty(500), "output": torch.empty(500)}, 0)
-    both = Operation("forward", "mm", {"x": torch.empty(250)}, 5_000_000)
-    assert seconds(memory, card) == pytest.approx(4e-3)  # 4,000 bytes
-    assert seconds(both, card) == pytest.approx(5e-3)  # longer than 1 ms for 1,000 bytes
-    text = table([memory, both], card)
-    assert "| forward | copy | 0.0 | 0.0 | 4000.0 | memory |" in text
-    assert "| forward | mm | 0.0 | 0.0 | 5000.0 | arithmetic |" in text
-    assert "**all 2** | 0.0 | 0.0 | 9000.0 |" in text
-    assert "| weights and sums | 0 | 5000 |" in bytes_left([memory, both], card)
-
-
-@pytest.mark.parametrize("model", ["index", "mixer"])
-def test_flop_of_a_step_are_those_of_the_packed_weights(model):
-    """Each weight twice for layer 1 (no input gradient; one step, not T), three times for the others."""
-    net = G2GNet(784, 2048, 10, model, T=50)
-    first, *others = (2 * connection.values.numel() for connection, _ in net.layers())
-    with units_in_pairs():
-        operations = training_step(net, 256, 784, torch.bfloat16)
-    assert sum(operation.flop for operation in operations) == 256 * (2 * first + 3 * 50 * sum(others))
-
-
-def test_the_optimizer_by_hand():
-    weights = 4 * 256 + 8 * 256 + 4 * 32 + H + H + OUT + 6  # packed weights, biases, β and θ of three layers
-    assert adam(network()).bytes == 7 * 4 * weights
 
 
 def test_the_default_floor_is_what_the_results_say_and_meets_the_aim(capsys):

@@ -12,22 +12,20 @@ from helpers import seeded
 from scipy import stats
 from training_runs import assert_equal
 
-from benchmarks import cli, deep_r, gru, records, relu, step_costs, studies, study, study_tables
+from benchmarks import cli, deep_r, records, relu, study, study_tables
 from benchmarks.studies import STUDIES, Study
 from g2g_kernels import BlockMask, GroupLayout
-from g2gnet import G2GLinear, G2GNet
+from g2gnet import G2GLinear
 from g2gnet.base.tensor_files import read_tensors
 from g2gnet.data import load_dataset
 from g2gnet.data.npz import name_of
-from g2gnet.training import CheckpointError, TrainingError
+from g2gnet.training import CheckpointError
 
 SIZES = "--dataset fashionmnist-mini --limit_train 96 --limit_test 32 --batch_size 32"
 ROWS = {"static": "", "gradient": "--sparsity_mode dynamic --cg gradient --dst_interval 1 --dst_schedule cosine"}
 SETTINGS = f"{SIZES} --model index --hidden_dim 64 --block_size 16 --T 3 --enc_scale 3"
 COLUMNS = ("", "test accuracy, %", "spread", "rows empty", "inside")
 SMALL = Study("A study of three steps.", "no time", SETTINGS, ROWS, 1, COLUMNS)
-PERCEPTRON = {"20 epochs": "", "20 epochs, ReLU": "--name ReLU --dropout 0.2 --lr_schedule cosine"}
-CONVENTIONAL = dataclasses.replace(SMALL, rows=PERCEPTRON)
 SEQUENCES = dataclasses.replace(STUDIES["sequence"], common=f"{SIZES} --hidden_dim 32 --standardize")
 
 
@@ -42,7 +40,7 @@ def trained(monkeypatch):
             return super().submit(function, given, folder)
 
     monkeypatch.setattr(study, "processes", lambda jobs, threads: Pool(1))
-    for name, each in (("small", SMALL), ("conventional", CONVENTIONAL), ("sequence", SEQUENCES)):
+    for name, each in (("small", SMALL), ("sequence", SEQUENCES)):
         monkeypatch.setitem(STUDIES, name, each)
     return began
 
@@ -72,15 +70,6 @@ def test_every_row_is_a_run_that_train_takes(name, tmp_path):
     assert len(seen) == len(folders) == len(each.rows)  # no two of them are the same run
     assert study.chosen(each, each.default_rows)
     assert set(each.columns) <= study_tables.COLUMNS.keys()
-
-
-def test_densities_are_those_that_the_rows_name(tmp_path):
-    for row in STUDIES["dst"].rows:
-        settings = study.run_of(STUDIES["dst"], row, 1, 1, tmp_path).settings
-        density = settings.p_intra / 8 + 7 / 8 * settings.p_inter
-        named = float(row.split(", ")[1].removesuffix(" %")) / 100
-        assert density == pytest.approx(0.25625 if named == 0.25 else named, rel=1e-3)
-        assert settings.p_inter == pytest.approx(0.15 * settings.p_intra, rel=1e-3)
 
 
 def test_a_study_goes_on_where_it_stopped_and_records_what_there_is(tmp_path, capsys, trained, studied):
@@ -141,60 +130,6 @@ def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkey
     assert smaller < network["weights"] / 2
     assert other == pytest.approx(smaller, rel=0.1)
     assert (tmp_path / "hidden-dim-16-lr-0.01" / "sequence_study").is_dir()
-
-
-def test_a_gru_of_other_settings_is_not_taken_for_this_one(tmp_path):
-    settings = study.run_of(SEQUENCES, "rows, GRU", 1, 1, tmp_path).settings
-    tiny = torch.tensor(1e-30)
-    assert gru.finished(settings, tmp_path) is None
-    gru.train(settings, tmp_path)
-    assert tiny * 1e-10 != 0  # denormal numbers are flushed only while it trains
-    assert gru.finished(settings, tmp_path)["epoch"] == 1
-    with pytest.raises(TrainingError, match=r"gru\.json belongs to a run with different settings:\n  lr: .*, 0\.5 now"):
-        gru.finished(dataclasses.replace(settings, lr=0.5), tmp_path)
-
-
-@pytest.mark.parametrize("row", ["pixels, recurrent, 25 %", "rows, GRU"])
-def test_the_memory_of_a_row_is_that_of_its_second_step(row, tmp_path, monkeypatch):
-    """With a stand-in for the process's memory, which in this process may have been had before."""
-    done = []
-    adam = torch.optim.Adam.step
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: [adam(self), done.append("step")])
-
-    class Memory:
-        def __init__(self, device):
-            done.clear()  # the step before is one of PyTorch's parts that are loaded on first use
-
-        def restart(self):
-            done.append("restart")
-
-        def above(self):
-            done.append("above")
-            return 7
-
-    monkeypatch.setattr(step_costs, "PeakMemory", Memory)
-    settings = study.run_of(SEQUENCES, row, 1, 1, tmp_path).settings
-    costs = step_costs.costs(settings, gru.build if row.endswith("GRU") else G2GNet.from_settings)
-    assert costs["step_bytes"] == 7
-    assert 0 < costs["step_seconds"] < 10
-    assert done == ["step", "restart", "step", "above", "step", "step", "step"]
-
-
-def test_the_width_of_a_gru_has_the_weights_wanted():
-    for width in (1, 17, 200):
-        weights = sum(parameter.numel() for parameter in gru.GRU(4, width, 10).parameters())
-        assert gru.width_of(weights, 4, 10) == width
-
-
-def test_a_conventional_network_stands_beside_the_spiking_one(capsys, monkeypatch, studied):
-    spiking, other = studied("conventional --seeds 1 --epochs 3")["runs"]
-    assert spiking["weights"] == other["weights"]  # of one seed: the same masks
-    assert spiking["test_acc"] != other["test_acc"] or spiking["silent"] != other["silent"]
-    printed = capsys.readouterr()
-    assert "row=20 epochs, ReLU, seed=1: test accuracy" in printed.err
-    assert "Epoch" not in printed.out
-    monkeypatch.setattr(study, "train_own", lambda run: pytest.fail("trained again"))
-    studied("conventional --seeds 1 --epochs 3")
 
 
 @pytest.mark.parametrize(
@@ -286,23 +221,6 @@ def test_a_conventional_network_is_a_perceptron_with_the_masks():
             assert [each.multiplies for each in activity.synaptic_operations()] == pytest.approx(multiplies, rel=1e-3)
 
 
-@pytest.mark.parametrize("weights", studies.DENSE_WIDTHS)
-def test_networks_of_few_weights_have_no_more_and_hardly_fewer(weights, tmp_path):
-    def of_dense(width):
-        return width * (28 * 28 + width + 10)
-
-    width = studies.DENSE_WIDTHS[weights]
-    assert of_dense(width) <= weights < of_dense(width + 1)
-    for way in ("units of 1", "units of 1, ERK"):
-        settings = study.run_of(STUDIES["few"], f"{weights:,} weights, H 512, {way}", 1, 1, tmp_path).settings
-        net = G2GNet.from_settings(settings, 28 * 28, 10, generator=seeded(1))
-        found = sum(connection.mask.num_weights for connection in net.connections().values())
-        assert 0.985 * weights < found <= weights, way
-    row = f"{weights:,} weights, H 1024, units of 1, gradual"
-    settings = study.run_of(STUDIES["few"], row, 1, 1, tmp_path).settings
-    assert 0.99 * weights < settings.final_density * of_dense(1024) <= weights
-
-
 def test_what_cannot_be_is_named(tmp_path, capsys, trained, monkeypatch):
     one_part = "--validation holds back one of 6 parts of Fashion-MNIST for each seed; give at most 6 seeds in a row"
     for arguments, message in (
@@ -352,30 +270,6 @@ def made(name, rows, **more):
     return {"benchmark": name, "rows": dict.fromkeys(rows, "--lr 1"), "runs": runs}
 
 
-def test_a_table_has_the_columns_that_its_study_names():
-    text = study_tables.table(made("few", {"58,000 weights, dense, 67": {1: 0.88}}))
-    line = "| 1,234,567 | 88.00 (n = 1) | 88.00 (n = 1) | 10, 30 | 10 (n = 1) | 21 MB |"
-    assert f"| 58,000 weights, dense, 67 {line}" in text
-    layer = {"rows_spread": 0.1, "cols_spread": 0.2, "rows_empty": 0.25, "inside": 0.5}
-    text = study_tables.table(made("dst", {"row": {1: 0.5, 2: 0.7}}, row={"placement": layer}))
-    assert "| row | 60.00 ± 10.00 (n = 2) | 10, 30 | 0.10, 0.20 | 25 % | 50 % |" in text
-    assert "| row | 50.00 (n = 1) | 0.5 (n = 1) |" in study_tables.table(made("rewiring", {"row": {1: 0.5}}))
-
-
-def test_the_best_growth_is_held_against_static_with_the_error_of_the_difference():
-    rows = {
-        "units of 16, 5 %, static": (0.86, 0.87, 0.88),
-        "units of 16, 5 %, random": (0.88, 0.89, 0.9),
-        "units of 16, 5 %, gradient": (0.89,),
-        "units of 1, 5 %, static": (0.88,),
-        "units of 1, 5 %, random": (0.87, 0.88),
-    }
-    text = study_tables.growth(made("dst", {row: dict(enumerate(found)) for row, found in rows.items()}))
-    # standard error 1/√3 of each
-    assert "| 16 | 5 % | 87.00 ± 0.58 | 89.00 ± 0.58 | – | 89.00 (n = 1) | +2.00 ± 0.82 (random) |" in text
-    assert "| 1 | 5 % | 88.00 (n = 1) | 87.50 ± 0.50 (n = 2) | – | – | -0.50 (random) |" in text  # an error is unknown
-
-
 def test_graphs_are_held_against_the_control_seed_by_seed():
     size = "H 1024, 5 %, units of 16"
     control = {1: 0.86, 2: 0.87, 3: 0.89, 4: 0.85}
@@ -415,36 +309,6 @@ def test_graphs_are_held_against_the_control_seed_by_seed():
     assert "distance" not in pooled  # of one size
 
 
-def test_parts_of_the_recipe_are_compared_seed_by_seed_with_runs_of_as_many_epochs():
-    found = {
-        "the recipe": {1: 0.9},
-        "20 epochs": {1: 0.88, 2: 0.89},
-        "T 5": {1: 0.87, 2: 0.886, 3: 0.7},  # -1.0, -0.4; seed 3 has no partner
-        "40 epochs, H 2048": {1: 0.91},
-        "80 epochs, second recipe, H 2048": {1: 0.92},
-    }
-    epochs = {row: int(row[:2]) if row[:2].isdigit() else 20 for row in found} | {"the recipe": 40}
-    record = made("recipe", found, **{row: {"epoch": number} for row, number in epochs.items()})
-    lines = [line.split(" | ") for line in study_tables.table(record).split("\n")[2:]]
-    assert [line[3] for line in lines] == ["–", "–", "-0.70 ± 0.30 (n = 2)", "+1.00", "–"]
-
-
 def test_p_values_are_corrected_as_by_holm():
     assert study_tables.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert study_tables.holm([0.7, 0.9]) == [1.0, 1.0]
-
-
-def test_the_best_network_within_a_budget():
-    runs = {
-        "dense, 64": (60_000, 20, 0.86),
-        "dense, 1024": (2_000_000, 700, 0.92),
-        "index, 512, 25 %, units of 64": (90_000, 30, 0.88),
-        "index, 1024, 10 %, units of 16": (95_000, 90, 0.87),
-        "index, 1024, 25 %, units of 64": (150_000, 100, 0.9),
-    }
-    of_runs = {row: {"weights": weights, "train_cpu_seconds": seconds} for row, (weights, seconds, _) in runs.items()}
-    text = study_tables.budgets(made("tradeoff", {row: {1: reached} for row, (*_, reached) in runs.items()}, **of_runs))
-    dense = "| dense, 64 | 86.00 (n = 1) | 20 |"
-    assert f"| 100,000 weights {dense} index, 512, 25 %, units of 64 | 88.00 (n = 1) | 30 |" in text
-    assert f"| 300,000 weights {dense} index, 1024, 25 %, units of 64 | 90.00 (n = 1) | 100 |" in text
-    assert "| 10,000 weights | – | – | – | – | – | – |" in text

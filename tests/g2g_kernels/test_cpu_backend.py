@@ -994,28 +994,6 @@ def test_the_kernels_follow_a_changing_number_of_threads():
                     assert all(map(torch.equal, step(), expected))
 
 
-@pytest.mark.parametrize("isa", library.ISAS)
-def test_instruction_sets_agree(isa, tmp_path):
-    """Each set this CPU has, against the one it prefers: equal spikes, gradients up to rounding."""
-
-    def results() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        counts, grad = Step()()
-        draw = seeded(1)
-        current = torch.randn(12, 3, 45, generator=draw).requires_grad_()
-        alone = lif(current, 0.8, torch.rand(45, generator=draw), backend="cpu")
-        alone.backward(torch.randn(alone.shape, generator=draw))
-        return [counts, alone.detach()], [grad, current.grad]
-
-    expected_spikes, expected_grads = results()
-    with instruction_set(isa, tmp_path):
-        assert library.instruction_set() == isa
-        spikes, grads = results()
-    assert all(tensor.any() for tensor in spikes)
-    assert all(map(torch.equal, spikes, expected_spikes))
-    for actual, expected in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6 * expected.abs().max().item())
-
-
 def test_without_the_library_the_reason_is_told(tmp_path):
     with loaded(tmp_path / "none.so"):
         assert "not built" in backend_status()["cpu"]

@@ -45,11 +45,7 @@ def _declare(monkeypatch, old: str, new: str) -> None:
     [
         ("int32_t per_neuron;", "int32_t per_neuron, more;", "Parameter.more is 'missing' there"),
         ("int32_t x_spikes;", "", r"Stack.x_spikes is 'field \d+, int32_t' there and 'missing' here"),
-        (
-            "double input_rate;",
-            "float input_rate;",
-            r"Layer.input_rate is 'field \d+, double' there",
-        ),
+        ("double input_rate;", "float input_rate;", r"Layer.input_rate is 'field \d+, double' there"),
         ("int32_t size, num_units", "int32_t num_units, size", "Side.size is 'field 1, int32_t' there"),
         ("kMostParameters = 5;", "kMostParameters = 4;", "kMostParameters is '5' there and '4' here"),
     ],

@@ -140,16 +140,3 @@ def test_what_a_backend_declines_is_told_and_is_no_failure(monkeypatch, capsys, 
     assert "bfloat16  not served: only in float32" in capsys.readouterr().out
     with pytest.raises(BackendError):
         neurons_package.lif(torch.zeros(2, 3, dtype=torch.float16), 0.9, 1.0, backend="cpu")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_a_device_that_is_not_there_is_refused(capsys):
-    assert doctor.main(["--device", "cuda"]) == 2
-    assert "finds no CUDA device here" in capsys.readouterr().err
-
-
-def test_the_forced_backend_is_shown(monkeypatch):
-    monkeypatch.setenv("G2G_BACKEND", "torch")
-    assert "G2G_BACKEND=torch forces one" in doctor.describe()
-    monkeypatch.delenv("G2G_BACKEND")
-    assert "forces" not in doctor.describe()

@@ -1,6 +1,5 @@
 """What hangs on the layers of a stack: hooks, forwards of their own, weights that are rewritten before a call."""
 
-import copy
 import functools
 
 import pytest
@@ -9,7 +8,7 @@ from helpers import backends_of, compiles_whole, seeded
 from networks import small_net
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import parametrize
 
 from g2g_kernels.ops.g2g_stack import operator
 from g2gnet import LIF, DSTScheduler, G2GLinear, SpikingStack, called_layers, spiking_network
@@ -193,21 +192,6 @@ def test_weights_that_are_rewritten_before_each_call_are_the_ones_used():
         torch.testing.assert_close(gradient, (expected.fc2.bias.grad * weights).sum(), rtol=1e-3, atol=1e-3)
 
 
-def test_pruned_biases_stay_pruned_while_the_network_trains():
-    net = net_of()
-    prune.l1_unstructured(net.fc2, "bias", 0.5)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    before = net.fc2.bias_orig.detach().clone()
-    for _ in range(3):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(net(SAMPLES), LABELS).backward()
-        optimizer.step()
-    net(SAMPLES)
-    assert (net.fc2.bias == 0).sum() == 20
-    assert torch.equal(net.fc2.bias.detach(), net.fc2.bias_orig.detach() * net.fc2.bias_mask)
-    assert not torch.equal(net.fc2.bias_orig, before)
-
-
 class Halved(nn.Module):
     def forward(self, x):
         return x / 2
@@ -266,16 +250,6 @@ def test_units_are_rewired_as_without_hooks(prune_rule, grow):
         states.append({name.replace("inner.", ""): tensor for name, tensor in net.state_dict().items()})
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0] if "unit" in name)
     assert not torch.equal(states[0]["fc2.mask.wiring"], net_of().state_dict()["fc2.mask.wiring"])
-
-
-def test_the_recorder_of_units_alone_leaves_the_one_call(one_call):
-    net = net_of()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    dst = DSTScheduler(net, optimizer, interval=1, prune="hebb", grow="hebb")
-    twin = copy.deepcopy((net, optimizer, dst))[0]
-    net(SAMPLES)
-    twin(SAMPLES)
-    assert len(one_call) == 2
 
 
 def test_activity_hooks_are_called_once():

@@ -2,20 +2,15 @@
 
 import copy
 import io
-import itertools
 import pickle
 
 import pytest
-import snntorch
 import torch
 from helpers import backends_of, compiles_whole, saved_and_read, seeded
 from networks import small_net
-from torch import nn
 
-from g2g_kernels import BlockMask, GroupLayout, lif, lif_step
+from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.ops.g2g_stack import operator
-from g2g_kernels.ops.neurons import RESETS
-from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack, Synaptic
 
 STACK_BACKENDS = backends_of(operator)
@@ -28,26 +23,6 @@ def small_layer(out_size=40, in_size=30, **options):
 
 
 # --- step by step -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("reset", "surrogate"), list(zip(itertools.cycle(RESETS), SURROGATES, strict=False)))
-def test_steps_of_lif_equal_the_run_over_all_steps(reset, surrogate):
-    current = torch.randn(9, 4, 7, generator=seeded(0), dtype=torch.float64).mul_(1.5).requires_grad_()
-    beta = torch.tensor([-0.1, 0, 0.2, 0.5, 0.9, 1, 1.1], dtype=torch.float64).requires_grad_()
-    threshold = torch.linspace(0.5, 1.2, 7, dtype=torch.float64).requires_grad_()
-    weight = torch.randn(9, 4, 7, generator=seeded(1), dtype=torch.float64)
-    leaves = (current, beta, threshold)
-
-    whole = lif(current, beta, threshold, reset=reset, surrogate=surrogate, alpha=1.5)
-    spikes, membrane = [], None
-    for current_t in current:
-        s, membrane = lif_step(current_t, membrane, beta, threshold, reset, surrogate, 1.5)
-        spikes.append(s)
-    stepped = torch.stack(spikes)
-    assert 0 < stepped.sum() < stepped.numel()
-    assert torch.equal(stepped, whole)
-    found, expected = (torch.autograd.grad((each * weight).sum(), leaves) for each in (stepped, whole))
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_steps_without_gradients_and_in_half_precision_give_the_same_spikes():
@@ -83,45 +58,6 @@ def test_wrong_states_are_named(module, x, state, message):
 
 
 # --- beside other modules -----------------------------------------------------------------------------------------
-
-
-class ConvolutionOverTime(nn.Module):
-    """A user's module: images at every step [T, B, 1, 6, 6] → features [T, B, 32]."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(1, 2, 3)
-
-    def forward(self, x):
-        return self.conv(x.flatten(0, 1)).flatten(1).unflatten(0, x.shape[:2])
-
-
-def test_beside_convolutions_and_users_modules_in_a_sequential():
-    torch.manual_seed(0)
-    model = nn.Sequential(ConvolutionOverTime(), small_layer(40, 32), LIF(neurons=40), nn.Linear(40, 3))
-    nn.functional.cross_entropy(model(torch.rand(4, 2, 1, 6, 6) * 4).mean(0), torch.tensor([0, 2])).backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        (LIF(beta=0.8), snntorch.Leaky(beta=0.8)),
-        *((Synaptic(syn_decay=0.6, beta=0.8, reset=reset), snntorch.Synaptic(0.6, 0.8, reset_mechanism=reset))
-          for reset in ("subtract", "zero", "none")),
-    ],
-)  # fmt: skip
-def test_beside_snntorchs_neurons_step_by_step(ours, theirs):
-    connection, fired, our_state, their_states = small_layer(), 0, None, theirs.reset_mem()
-    their_states = [their_states] if isinstance(ours, LIF) else their_states
-    for x_t in torch.rand(6, 5, 30, generator=seeded(1)) * 3:
-        current = connection(x_t)
-        spikes, our_state = ours.step(current, our_state)
-        their_spikes, *their_states = theirs(current, *their_states)
-        assert torch.equal(spikes, their_spikes)
-        assert all(map(torch.equal, [our_state] if isinstance(ours, LIF) else our_state, their_states))
-        fired += spikes.sum()
-    assert fired > 0
 
 
 def test_stacks_that_cannot_be_are_named():
@@ -248,10 +184,3 @@ def test_an_exported_network_is_saved_and_takes_other_batches(backend, plain_mem
     for x in (SAMPLES, SAMPLES[:3]):
         assert torch.equal(loaded(x), net(x))
     assert net(SAMPLES).sum() > 0
-
-
-@exports
-def test_a_sequential_is_exported():
-    model = nn.Sequential(small_layer(), LIF(), nn.Linear(40, 3))
-    x = SAMPLES.expand(4, 5, 30).contiguous()
-    assert torch.equal(torch.export.export(model, (x,)).module()(x), model(x))

@@ -20,13 +20,6 @@ def test_rate_draws_spikes_with_the_clamped_value_as_probability_anew_at_each_st
     assert not torch.equal(spikes[0], spikes[1]) or not torch.equal(spikes[1], spikes[2])
 
 
-def test_rate_is_scaled_before_it_is_drawn_and_repeats_with_its_generator():
-    x = torch.full((1, 2000), 0.2)
-    first, second = (encode(x, "rate", 2, 2.0, 0.1, torch.Generator().manual_seed(1)) for _ in range(2))
-    assert torch.equal(first, second)
-    assert first.mean().item() == pytest.approx(0.5, abs=5 * 0.5 / 4000**0.5)
-
-
 @pytest.mark.parametrize(
     ("part", "dtype"),
     [(slice(None), torch.float32), (slice(0, 2), torch.float64), (slice(2, 5), torch.float32)],
@@ -42,11 +35,6 @@ def test_a_part_of_the_samples_is_drawn_as_in_the_whole_batch(part, dtype):
     assert torch.equal(encode(x, "current", 7, 2.0, -0.3, None, part), (2.0 * x - 0.3)[part])
     net = G2GNet(301, 16, 8, enc="rate", T=7)
     assert torch.equal(net.encode(spikes.float(), None, slice(0, 1)), spikes[:, :1].float())
-
-
-def test_unknown_encodings_are_named():
-    with pytest.raises(ValueError, match=r"enc='latency' is unknown; choose one of current, rate"):
-        encode(torch.rand(1, 1), "latency", 3)
 
 
 def test_the_schedule_waits_for_the_warm_up_and_ends_at_its_final_values():

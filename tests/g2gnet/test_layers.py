@@ -60,22 +60,6 @@ def test_modules_call_the_operators():
     assert repr(other) == "Synaptic(reset='none', surrogate='boxcar', alpha=1.0)"
 
 
-def test_parameters_that_the_model_lacks_are_refused():
-    with pytest.raises(TypeError, match="tau_m, learn_gamma: unknown to synaptic neurons, which have syn_decay, beta"):
-        Synaptic(tau_m=3.0, learn_gamma=False)
-
-
-def test_a_state_dict_restores_graph_and_weights_into_a_layer_drawn_otherwise():
-    saved = G2GLinear(sample_mask(seed=0))
-    loaded = G2GLinear(sample_mask(seed=1, p_inter=0.4))
-    assert loaded.mask.num_units != saved.mask.num_units
-    parameter = loaded.values
-    loaded.load_state_dict(saved.state_dict())
-    assert loaded.values is parameter, "an optimizer that holds the parameter must still see it"
-    assert torch.equal(loaded.dense_weight(), saved.dense_weight())
-    assert torch.equal(loaded.mask.to_dense(), saved.mask.to_dense())
-
-
 def test_lif_keeps_scalars_or_one_value_a_neuron_learnable_or_not():
     assert LIF().beta.shape == (1,)
     assert LIF(neurons=7, beta=0.8).beta.tolist() == pytest.approx([0.8] * 7)

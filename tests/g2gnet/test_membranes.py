@@ -1,14 +1,15 @@
-"""Membranes over time with their gradient, for losses on them, on every backend."""
+"""Spikes and membranes over time with their gradient, for losses on them, on every backend."""
 
 import functools
 
 import pytest
 import torch
 from helpers import backends_of, seeded
-from networks import small_net
+from networks import Reference, small_net
 from torch.nn import functional as F
 
 from g2g_kernels.ops.g2g_stack import operator
+from g2gnet import DSTScheduler
 
 STEPS = 5
 X = torch.rand(STEPS, 4, 12, generator=seeded(1)) * 4
@@ -25,20 +26,10 @@ def loss_of(membranes):
     return sum(F.cross_entropy(each, LABELS) for each in last) + sum((steps * each.square()).mean() for each in hidden)
 
 
-def membranes_in_steps(net, x):
-    """The membranes [T, B, N] of each layer by ``step``."""
-    state, trains = None, []
-    for x_t in x.expand(STEPS, 4, 12):
-        _, state = net.step(x_t, state)
-        trains.append([each if isinstance(each, torch.Tensor) else each[-1] for each in state])
-    return [torch.stack(of_layer) for of_layer in zip(*trains, strict=True)]
-
-
-def gradients_of(net, membranes):
-    names, parameters = zip(*net.named_parameters(), strict=True)
-    # of a threshold that only spikes see, nothing
-    found = torch.autograd.grad(loss_of(membranes), parameters, allow_unused=True, materialize_grads=True)
-    return dict(zip(names, found, strict=True))
+def lateness(trains):
+    """Of spikes [T, B, N] of each layer: their steps, squared, so that each step counts differently."""
+    steps = torch.arange(1.0, STEPS + 1)[:, None, None]
+    return sum((steps**2 * spikes).mean() for spikes in trains)
 
 
 @pytest.mark.parametrize("backend", backends_of(operator))
@@ -51,21 +42,48 @@ def gradients_of(net, membranes):
     ],
     ids=["lif", "synaptic, held", "adlif, recurrent"],
 )
-def test_membranes_and_their_gradients_are_those_of_the_network_step_by_step(backend, x, options):
-    net, exact = net_of(backend=backend, **options), net_of(backend="torch", **options).double()
-    activity = net.simulate(x, membranes=True)
-    expected = membranes_in_steps(exact, x.double())
-    for number, (membranes, of_steps) in enumerate(zip(activity.membranes, expected, strict=True)):
-        torch.testing.assert_close(membranes.double(), of_steps, rtol=1e-5, atol=1e-5)
-        assert torch.equal(activity.spikes[number].dense(), (membranes > 0.4).float())
-        assert torch.equal(membranes[-1], activity.states[number][-1])
+def test_spikes_and_membranes_over_time_and_their_gradients_are_those_of_float64(backend, x, options):
+    net = net_of(backend=backend, **options)
+    reference, x64 = Reference(net), x.double().expand(STEPS, 4, 12)
+    expected = reference.run(x64)
+    activity = net.simulate(x, membranes=True, spikes=True)
+    trains = [spikes.dense() for spikes in activity.spikes]
+    for number, (of_steps, train) in enumerate(zip(reference.membranes.values(), expected.values(), strict=True)):
+        torch.testing.assert_close(activity.membranes[number].double(), of_steps, rtol=1e-5, atol=1e-5)
+        assert torch.equal(trains[number].double(), train)
+        assert train.sum() > 0
+        assert torch.equal(activity.membranes[number][-1], activity.states[number][-1])
     assert torch.equal(activity.counts, net.simulate(x).counts)
-    assert activity.rates[1].sum() > 0  # resets took place
-    references = gradients_of(exact, expected)
-    for name, gradient in gradients_of(net, activity.membranes).items():
+    references = reference.gradients(loss_of(reference.membranes.values()) + lateness(expected.values()), expected, x64)
+    (loss_of(activity.membranes) + lateness(trains)).backward()
+    for name, parameter in net.named_parameters():
         # float32 against float64, through 5 steps and 3 layers
-        torch.testing.assert_close(gradient.double(), references[name], rtol=1e-3, atol=1e-5)
-        assert gradient.abs().sum() > 0 or name in ("lif3.b", "lif3.threshold")
+        torch.testing.assert_close(parameter.grad.double(), references[name], rtol=1e-3, atol=1e-5)
+        assert parameter.grad.abs().sum() > 0 or name == "lif3.b"
+
+
+@pytest.mark.parametrize("backend", backends_of(operator))
+def test_counts_rates_and_their_gradients_are_the_same_with_and_without_spikes_over_time(backend):
+    results = []
+    for spikes in (False, True):
+        net = net_of(backend=backend, dropout=0.3)
+        activity = net.simulate(X, dropped=net.drop(4, seeded(2)), spikes=spikes)
+        (activity.counts.square().sum() + 10 * activity.rates[0].sum()).backward()
+        results.append([activity.counts.detach(), *activity.rates, *(parameter.grad for parameter in net.parameters())])
+        assert activity.spikes[0].dense().requires_grad == spikes
+    # float32 sums in two orders, through 5 steps and 3 layers
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+def test_units_are_rewired_by_such_activity_as_by_any():
+    states = []
+    for spikes in (False, True):
+        net = net_of(backend="torch")
+        dst = DSTScheduler(net, torch.optim.SGD(net.parameters(), lr=0.1), interval=1, prune="hebb")
+        F.cross_entropy(net.simulate(X, spikes=spikes).counts, LABELS).backward()
+        assert dst.step()
+        states.append(net.state_dict())
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 def test_membranes_of_dropped_neurons_are_zero_and_parts_are_the_whole():

@@ -10,7 +10,7 @@ from training_runs import SMALL, load, run
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.ops.g2g_stack import operator
-from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, SpikingStack
+from g2gnet import LIF, DSTScheduler, G2GLinear, SpikingStack
 from g2gnet.data import load_dataset
 from g2gnet.interop import from_snntorch, to_nir, to_snntorch
 from g2gnet.programs.report.content import inspect
@@ -30,26 +30,13 @@ def net_of(readout, **options):
     return small_net(sizes=(12, 16, 5), readout=readout, **{"T": STEPS, "threshold": 0.4, **options})
 
 
-def membranes_by_hand(net, x):
-    """[T, B, C]: hidden layers by their steps, output neurons that integrate and do nothing else, written out."""
-    hidden, (fc3, lif3) = list(net.layers())[:2], (net.fc3, net.lif3)
-    values = {
-        name: value.clamp(0, 1) if "decay" in name or name == "beta" else value for name, value in lif3.by_name.items()
-    }
-    states, of_all_steps = [None, None], []
-    other = membrane = torch.zeros(())
-    for spikes in x.expand(STEPS, 4, 12):
-        for number, (connection, neurons) in enumerate(hidden):
-            spikes, states[number] = neurons.step(connection(spikes), states[number])
-        current = fc3(spikes)
-        if lif3.model.name == "synaptic":
-            current = other = values["syn_decay"] * other + current
-        elif lif3.model.name == "adlif":
-            other = values["adapt_decay"] * other + values["a"] * membrane
-            current = current - other
-        membrane = values["beta"] * membrane + current
-        of_all_steps.append(membrane)
-    return torch.stack(of_all_steps)
+def membranes_in_steps(net, x):
+    """[T, B, C], of the output neurons."""
+    state, membranes = None, []
+    for x_t in x.expand(STEPS, 4, 12):
+        membrane, state = net.step(x_t, state)
+        membranes.append(membrane)
+    return torch.stack(membranes)
 
 
 @pytest.mark.parametrize("backend", backends_of(operator))
@@ -61,7 +48,8 @@ def membranes_by_hand(net, x):
 @pytest.mark.parametrize("readout", OF_MEMBRANES)
 def test_a_readout_and_its_gradients_are_those_of_neurons_that_only_integrate(backend, x, options, readout):
     net, exact = net_of(readout, backend=backend, **options), net_of(readout, backend="torch", **options).double()
-    membranes = membranes_by_hand(exact, x.double())
+    membranes = membranes_in_steps(exact, x.double())
+    assert exact.lif3.reset == "none"
     assert (membranes > 0.4).any()  # where neurons would spike
     expected = READ[readout](membranes)
     torch.testing.assert_close(net(x).double(), expected, rtol=1e-5, atol=1e-5)
@@ -120,30 +108,11 @@ def test_neurons_that_integrate_have_no_spikes_and_their_membranes_by_steps(read
     assert activity.rates[1].any()
     assert activity.membranes is None
     torch.testing.assert_close(activity.output, net(X))
-    state, membranes = None, []
-    for x in X:
-        membrane, state = net.step(x, state)
-        membranes.append(membrane)
-    torch.testing.assert_close(torch.stack(membranes), net.simulate(X, membranes=True).membranes[-1])
-    torch.testing.assert_close(READ[readout](torch.stack(membranes)), activity.readout)
+    membranes = membranes_in_steps(net, X)
+    torch.testing.assert_close(membranes, net.simulate(X, membranes=True).membranes[-1])
+    torch.testing.assert_close(READ[readout](membranes), activity.readout)
     second = net.simulate(X[2:], net.simulate(X[:2]).state)
-    torch.testing.assert_close(second.output, READ[readout](torch.stack(membranes[2:])))
-
-
-def test_a_stack_of_any_neurons_reads_what_they_would_integrate_and_counts_stay_as_they_were():
-    masks = [BlockMask.full(GroupLayout(out, 1), GroupLayout(into, 1), 4) for into, out in ((12, 16), (16, 5))]
-    of_layers = LIF(threshold=0.1), AdLIF(threshold=0.1, b=5.0)
-    layers = [(G2GLinear(mask, generator=seeded(3)), each) for mask, each in zip(masks, of_layers, strict=True)]
-    last, counting = SpikingStack(layers, STEPS, readout="last"), SpikingStack(layers, STEPS)
-    hidden = counting.simulate(X).spikes[0].dense()
-    adaptation = membrane = torch.zeros(())
-    for spikes in hidden:
-        adaptation = 0.95 * adaptation + 0.05 * membrane
-        membrane = 0.9 * membrane + layers[1][0](spikes) - adaptation
-    assert counting(X).any()  # where it would spike
-    torch.testing.assert_close(last(X), membrane)
-    assert counting.simulate(X).readout is None
-    assert torch.equal(counting(X), counting.simulate(X).counts)
+    torch.testing.assert_close(second.output, READ[readout](membranes[2:]))
 
 
 @pytest.mark.skipif("cpu" not in backends_of(operator), reason="the CPU kernels were not built")

@@ -1,8 +1,5 @@
 """Other people's models made sparse, and rewired in their own training loops."""
 
-import copy
-import io
-
 import pytest
 import snntorch
 import torch
@@ -349,16 +346,6 @@ def test_a_model_and_its_layers_are_rewired_alike():
             dst.step(*((x, activity) if by_layers else ()))
         states.append(net.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-def test_models_are_copied_and_saved_while_their_activity_is_recorded():
-    model = nn.Sequential(stack())
-    dst = DSTScheduler(model, torch.optim.Adam(model.parameters()), interval=1)
-    other = copy.deepcopy(model)
-    torch.save(model, io.BytesIO())
-    x = torch.rand(8, 30, generator=seeded(1)) * 3
-    assert torch.equal(model(x), other(x))
-    assert dst.step()
 
 
 def test_what_cannot_be_rewired_is_named():

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import rms, seeded
+from networks import Reference
 
 from g2g_kernels import BlockMask, GroupLayout, available_backends
-from g2g_kernels.ops.neurons.step import neurons_step
 from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, Projection, SpikingNetwork, Synaptic
 from g2gnet.dst.scores import unit_correlation
 from g2gnet.interop import to_snntorch
@@ -60,94 +60,6 @@ def network(name: str, backend: str | None = None, unit: int = 1, seed: int = 0,
     kinds = {"a": LIF(SIZES["a"], threshold=0.4), "b": AdLIF(threshold=0.5), "c": Synaptic(), "out": LIF(threshold=0.6)}
     populations = {each: kinds[each] for each in kinds if any(p.target == each for p in projections)}
     return SpikingNetwork(populations, projections, "out", T, backend=backend, **options)
-
-
-class Reference:
-    """The network as a loop over steps in float64: the definition, with every spike kept."""
-
-    def __init__(self, net: SpikingNetwork) -> None:
-        self.net = net
-        self.tensors = {
-            name: value.detach().double().requires_grad_(value.dtype.is_floating_point)
-            for name, value in net.named_parameters()
-        }
-
-    def run(self, x: torch.Tensor, dropped: dict[str, torch.Tensor] | None = None, scale: float = 1.0):
-        """Spikes [T, B, N] by population, x being [T, B, D]; ``scale``: of what is sent, where neurons are dropped."""
-        net, t64 = self.net, self.tensors
-        sent = {name: [] for name in net.populations} | {"input": list(x)}
-        states = dict.fromkeys(net.populations)
-        self.arrived = {}
-        order = [each for part in self.parts() for each in part]
-        names = [*net.populations, "input"]
-        weights = {
-            name: (c.mask.unpack(t64[f"{name}.values"]), t64.get(f"{name}.bias"))
-            for name, c in net.connections().items()
-        }
-        for t in range(len(x)):
-            for name in order:
-                current = 0
-                for route in net.routes():
-                    if names[route.target] != name:
-                        continue
-                    source, delays = names[route.source], net.delays(route.name)
-                    rows = []
-                    for j, d in enumerate(delays.tolist()):
-                        rows.append(sent[source][t - d][:, j] if t >= d else torch.zeros(x.shape[1], dtype=x.dtype))
-                    received = torch.stack(rows, 1)
-                    if not received.requires_grad:  # nothing has arrived yet, but its gradient says what would
-                        received.requires_grad_()
-                    self.arrived[route.name, t] = received
-                    weight, bias = weights[route.name]
-                    current = current + (received * (scale if source != "input" else 1)) @ weight.T
-                    current = current if bias is None else current + bias
-                module = net.neurons()[name]
-                population = module.population._replace(
-                    parameters=tuple(t64[f"{name}.{each}"] for each in type(module).model.parameters)
-                )
-                spikes, states[name] = neurons_step(current, states[name], population)
-                if dropped and name in dropped:
-                    spikes = spikes.masked_fill(dropped[name], 0)
-                sent[name].append(spikes)
-        return {name: torch.stack(sent[name]) for name in net.populations}
-
-    def parts(self):
-        """The populations so that those with a delay of 0 between them are in order."""
-        left, done = list(self.net.populations), []
-        names = [*self.net.populations, "input"]
-        while left:
-            for name in left:
-                instant = {names[r.source] for r in self.net.routes() if names[r.target] == name and r.least == 0}
-                if not instant & set(left) - {name} and name not in instant:
-                    left.remove(name)
-                    done.append(name)
-                    break
-            else:
-                raise AssertionError("a cycle without delay")
-        return [done]
-
-    def gradients(
-        self, loss: torch.Tensor, spikes: dict[str, torch.Tensor], x: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        named = {n: v for n, v in self.tensors.items() if not n.endswith("_delay")}
-        arrived = {key: value for key, value in self.arrived.items() if value.requires_grad}
-        grads = torch.autograd.grad(loss, [*named.values(), *arrived.values()], allow_unused=True)
-        result = {n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(named.items(), grads, strict=False)}
-        of_arrived = dict(zip(arrived, grads[len(named) :], strict=True))
-        names = [*self.net.populations, "input"]
-        for route in self.net.routes():
-            if f"{route.name}_delay" not in self.tensors:
-                continue
-            source = spikes[names[route.source]].detach() if route.source >= 0 else x.detach()
-            at = lambda t, j: source[t, :, j] if 0 <= t < len(source) else torch.zeros(B, dtype=x.dtype)  # noqa: B023, E731
-            grad = torch.zeros(source.shape[-1], dtype=x.dtype)
-            for j, d in enumerate(self.net.delays(route.name).tolist()):
-                for t in range(len(source)):
-                    g = of_arrived.get((route.name, t))
-                    if g is not None:
-                        grad[j] -= 0.5 * (g[:, j] * (at(t - d + 1, j) - at(t - d - 1, j))).sum()
-            result[f"{route.name}_delay"] = grad
-        return result
 
 
 def loss_of(spikes: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from helpers import backends_of, row_with, seeded
 from networks import small_net
 from torch import nn
-from torch.func import functional_call, grad, jacrev, stack_module_state, vmap
+from torch.func import functional_call, grad, stack_module_state, vmap
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.ops import neurons as neurons_module
@@ -61,25 +61,6 @@ def test_a_batch_of_gradients_is_that_of_one_after_the_other(part, backend):
     for one, other, each in zip(at_once, mapped, zip(*expected, strict=True), strict=True):
         close(one, torch.stack(each))
         close(other, torch.stack(each))
-
-
-@pytest.mark.parametrize("backend", STACK_BACKENDS)
-@pytest.mark.parametrize("part", PARTS)
-def test_a_vectorised_jacobian_is_the_one_row_by_row(part, backend):
-    function, x = PARTS[part](backend)
-    expected = torch.autograd.functional.jacobian(function, x)
-    close(torch.autograd.functional.jacobian(function, x, vectorize=True), expected)
-    close(jacrev(function)(x), expected)
-
-
-@pytest.mark.parametrize("backend", STACK_BACKENDS)
-def test_a_vectorised_hessian_of_a_layer_is_the_one_row_by_row(backend):
-    layer = net_of(backend=backend).fc1
-    one, other = (
-        torch.autograd.functional.hessian(lambda x: layer(x).tanh().square().sum(), SAMPLES[:2], vectorize=vectorize)
-        for vectorize in (True, False)
-    )
-    close(one, other)
 
 
 @pytest.mark.parametrize("backend", STACK_BACKENDS)

@@ -1,16 +1,13 @@
-"""lif against snnTorch's own Leaky, against autograd through each surrogate's primitive, and on every backend."""
+"""lif against snnTorch's own Leaky, on every backend, and what every model has in test_models; surrogates."""
 
-import functools
 import itertools
 import math
 import weakref
 
 import pytest
 import torch
-from covering import every_pair, of_today
-from helpers import ErrorRatios, as_near, backends_of, clamps_alike, device_of, lif_by_autograd, rms, skip_where_refused
-from hypothesis import given
-from hypothesis import strategies as st
+from covering import every_pair
+from helpers import ErrorRatios, backends_of, clamps_alike, lif_by_autograd, rms, skip_where_refused
 from neuron_cases import (
     GRADIENTS,
     SNNTORCH,
@@ -30,7 +27,6 @@ from neuron_cases import (
     parameters,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from g2g_kernels import lif
 from g2g_kernels.ops.neurons import RESETS, operator
@@ -69,16 +65,6 @@ def test_gradients_equal_snntorch_in_float64(reset, of, per_neuron):
     ours = check_against_snntorch(currents(T, B, N), *parameters(per_neuron), reset, *of)
     assert 0.1 < ours["spikes"].mean() < 0.7
     assert all(ours[name].abs().min() > 0 for name in GRADIENTS)
-
-
-@every_reset
-def test_gradients_equal_snntorch_with_scalar_tensors(reset):
-    """With a 0-dimensional θ snnTorch's θ·R is float32, and ∂L/∂θ through it: hence 1e-5 instead of 1e-11.
-
-    θ = 0.75 is exact in float32, so that the membranes, and with them the spikes, are the same all the same.
-    """
-    beta, threshold = torch.tensor(0.9, dtype=torch.float64), torch.tensor(0.75, dtype=torch.float64)
-    check_against_snntorch(currents(T, B, N), beta, threshold, reset, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("per_neuron", [False, True], ids=["scalar", "per neuron"])
@@ -146,13 +132,6 @@ def test_derivative_is_that_of_the_primitive(surrogate, alpha):
     assert difference.max() > 0.1
 
 
-@every_surrogate
-def test_primitive_is_a_symmetric_step_of_unit_height_at_alpha_2(surrogate):
-    primitive = SURROGATES[surrogate].primitive
-    ends = primitive(torch.tensor([-1e12, 0.0, 1e12], dtype=torch.float64), 2.0)
-    torch.testing.assert_close(ends, torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64), rtol=0, atol=1e-11)
-
-
 @pytest.mark.parametrize(
     ("surrogate", "peak", "at_a_half"),
     [
@@ -170,47 +149,7 @@ def test_derivatives_at_alpha_2_by_hand(surrogate, peak, at_a_half):
     torch.testing.assert_close(actual, expected, rtol=1e-14, atol=0)
 
 
-@every_pair(reset=RESETS, surrogate=SURROGATES, alpha=(2.0, 0.6), per_neuron=(False, True))
-def test_gradients_equal_autograd_through_the_primitive(reset, surrogate, alpha, per_neuron):
-    """For every surrogate, those that snnTorch lacks among them."""
-    current, (beta, threshold) = currents(T, B, N, seed=1), parameters(per_neuron)
-    weights = output_weights(T, B, N)
-    primitive = SURROGATES[surrogate].primitive
-    expected = gradients(lambda *t: lif_by_autograd(*t, reset, primitive, alpha)[0], current, beta, threshold, weights)
-    run = lif_on("torch", reset=reset, surrogate=surrogate, alpha=alpha)
-    ours = gradients(run, current, beta, threshold, weights)
-    assert torch.equal(ours["spikes"], expected["spikes"])
-    assert all(expected[name].any() for name in GRADIENTS)
-    torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)  # float64 rounding
-
-
 # --- every backend ------------------------------------------------------------------------------------------------
-
-
-@every_backend
-def test_backend_against_float64(backend):
-    """Errors are small, and at most 1.5 times those of plain PyTorch; gradients of β and θ sum over T·batch terms."""
-    ratios = ErrorRatios()
-    cases = of_today(
-        {"reset": RESETS, "surrogate": SURROGATES, "alpha": (2.0, 3.5), "per_neuron": (False, True), "batch": (5, 400)}
-    )
-    for number, (case, options) in enumerate(cases.items()):
-        print(case)
-        per_neuron, batch = options.pop("per_neuron"), options.pop("batch")
-        current = currents(T, batch, N, seed=number, dtype=torch.float32)
-        beta, threshold = parameters(per_neuron, torch.float32)
-        clear = clear_of_threshold(current, beta, threshold, options["reset"])
-        weights = output_weights(T, batch, N) * clear  # no gradient enters a history that may differ
-        exact = gradients(lif_on("torch", **options), current.double(), beta.double(), threshold.double(), weights)
-        plain = gradients(lif_on("torch", **options), current, beta, threshold, weights)
-        actual = gradients(lif_on(backend, **options), current, beta, threshold, weights)
-        assert torch.equal(actual["spikes"][:, clear].double(), exact["spikes"][:, clear])
-        for name in GRADIENTS:
-            # T steps of float32 rounding; β and θ sum over terms of both signs, which may leave a tenth of their size
-            bound = 1e-5 if name == "current.grad" else 1e-4
-            assert as_near(actual[name], plain[name], exact[name], bound), name
-            ratios.add(name, actual[name], plain[name], exact[name])
-    ratios.check(len(cases))
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (6, 3), (3, 1, 9), (1, 4, 6), (9, 2, 3, 5)], ids=str)
@@ -234,23 +173,6 @@ def test_any_number_of_dimensions(backend, shape):
 @every_backend
 def test_one_step_by_hand(backend, reset):
     check_one_step_by_hand(backend, reset)
-
-
-@every_reset
-@every_backend
-def test_held_current_equals_repeated_current(backend, reset):
-    current, (beta, threshold) = currents(B, N, seed=6, dtype=torch.float32), parameters(True, torch.float32)
-    clear = clear_of_threshold(current.expand(T, B, N), beta, threshold, reset)
-    weights = output_weights(T, B, N) * clear
-    held = gradients(lif_on(backend, steps=T, reset=reset), current, beta, threshold, weights)
-    run = lif_on(backend, reset=reset)
-    repeated = gradients(lambda c, *rest: run(c.expand(T, B, N), *rest), current, beta, threshold, weights)
-    assert held["spikes"].shape == (T, B, N)
-    assert held["current.grad"].shape == (B, N)
-    assert torch.equal(held["spikes"], repeated["spikes"])
-    for name in GRADIENTS:
-        # the same terms, summed over time in another order: float32 rounding
-        assert rms(held[name] - repeated[name]) <= 1e-6 * rms(repeated[name]), name
 
 
 @every_backend
@@ -341,20 +263,6 @@ def test_half_precision_on_every_backend(backend, dtype):
     ratios.check(cases=12)
 
 
-@every_backend
-def test_a_checkpoint_computes_the_same_gradients(backend):
-    device = device_of(backend)
-    leaf = currents(T, B, N, dtype=torch.float32).to(device).requires_grad_()
-    beta, threshold = (tensor.to(device).requires_grad_() for tensor in parameters(True, torch.float32))
-
-    def found(run):
-        return torch.autograd.grad(run(leaf, beta, threshold).square().mean(), (leaf, beta, threshold))
-
-    neurons = functools.partial(lif, backend=backend)
-    again = found(lambda *tensors: checkpoint(neurons, *tensors, use_reentrant=False))
-    assert all(map(torch.equal, again, found(neurons)))
-
-
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
@@ -423,36 +331,17 @@ def test_memory_starts_as_nan():
 # --- properties and errors ----------------------------------------------------------------------------------------
 
 
-@given(
-    steps=st.integers(1, 12),
-    batch=st.integers(1, 4),
-    neurons=st.integers(1, 6),
-    beta=st.floats(-0.5, 1.5),
-    threshold=st.floats(0.125, 2.0, width=32),
-    reset=st.sampled_from(RESETS),
-    seed=st.integers(0, 1000),
-)
-def test_spikes_equal_snntorch_for_any_sizes(steps, batch, neurons, beta, threshold, reset, seed):
-    current = currents(steps, batch, neurons, seed=seed)
-    beta, threshold = torch.tensor([beta], dtype=torch.float64), torch.tensor([threshold], dtype=torch.float64)
-    spikes = lif(current, beta, threshold, reset=reset, backend="torch")
-    assert torch.equal(spikes, by_snntorch(current, beta, threshold, reset, None))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"current": torch.zeros(5)}, r"current has shape \(5,\); expected \[T, ..., N\], or \[..., N\] with steps"),
-        ({"current": torch.tensor(1.0), "steps": 3}, r"current has shape \(\)"),
         ({"current": torch.zeros(4, 2, 5).long()}, "current must be a floating-point tensor, not torch.int64"),
         ({"beta": torch.zeros(4)}, r"beta has shape \(4,\); expected a scalar or \[5\], one per neuron"),
-        ({"beta": torch.zeros(2, 5)}, r"beta has shape \(2, 5\)"),
         ({"threshold": torch.ones(2)}, r"threshold has shape \(2,\); expected a scalar or \[5\]"),
         ({"steps": 0}, "steps=0 must be a whole number of at least 1"),
         ({"reset": "hard"}, "reset='hard' is unknown; choose one of subtract, zero, none"),
         ({"surrogate": "relu"}, "surrogate='relu' is unknown; choose one of atan, fast_sigmoid, sigmoid, triangle"),
         ({"alpha": 0.0}, "alpha=0.0 must be a number above 0"),
-        ({"alpha": -1.0}, "alpha=-1.0 must be a number above 0"),
         ({"alpha": math.nan}, "alpha=nan must be a number above 0"),
         ({"backend": "numpy"}, "backend='numpy' is not a backend"),
     ],

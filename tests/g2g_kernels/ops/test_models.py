@@ -1,4 +1,4 @@
-"""synaptic and adlif against a plain loop, snnTorch and finite differences, on every backend and in stacks."""
+"""Neurons of every model against a plain loop and snnTorch, on every backend and in stacks."""
 
 import itertools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from helpers import ErrorRatios, device_of, rms, seeded
 from neuron_cases import BACKENDS, SNNTORCH, currents, every_backend, every_reset, output_weights
 from stack_cases import Stack, loss, results, stacks_on
 
-from g2g_kernels import Neurons, adlif_step, g2g_stack, neurons, synaptic_step
+from g2g_kernels import Neurons, adlif_step, g2g_stack, lif_step, neurons, synaptic_step
 from g2g_kernels.ops.g2g_stack import cpu as stack_on_cpu
 from g2g_kernels.ops.neurons import RESETS, run_neurons
 from g2g_kernels.ops.neurons.models import MODELS
@@ -20,10 +20,10 @@ from g2g_kernels.ops.neurons.surrogates import SURROGATES
 T, B, N = 17, 5, 7
 BOTH = (False, True)
 SEVERAL = ("synaptic", "adlif")  # the models with several states
-PARAMETERS = {model: MODELS[model].parameters for model in SEVERAL}
+PARAMETERS = {model: MODELS[model].parameters for model in MODELS}
 Tensors = dict[str, torch.Tensor]
 #: one value per neuron or per layer, held or not, from a state or not
-KINDS = {"model": SEVERAL, "per_neuron": BOTH, "held": BOTH, "from_state": BOTH}
+KINDS = {"model": MODELS, "per_neuron": BOTH, "held": BOTH, "from_state": BOTH}
 OPTIONS = {"reset": RESETS, "surrogate": SURROGATES}
 #: of each parameter the least value, and by how much values differ
 SPANS = {
@@ -40,7 +40,7 @@ def drawn(model: str, per_neuron: bool, held: bool, from_state: bool, seed: int 
         least, span = SPANS[name]
         tensors[name] = least + span * torch.rand(size, generator=draw, dtype=torch.float64)
     if from_state:
-        tensors["state"] = torch.randn(2, B, N, generator=draw, dtype=torch.float64)
+        tensors["state"] = torch.randn(len(MODELS[model].states), B, N, generator=draw, dtype=torch.float64)
     return {name: tensor.float().double() for name, tensor in tensors.items()}
 
 
@@ -58,30 +58,32 @@ class Spike(torch.autograd.Function):
         return grad * ctx.derivative(ctx.saved_tensors[0], ctx.alpha), None, None
 
 
-def by_loop(model: str, reset: str, surrogate: str, alpha: float = 2.0, spike: Callable | None = None) -> Callable:
+def by_loop(model: str, reset: str, surrogate: str, alpha: float) -> Callable:
     """The loop over time that users write: the formula, differentiated by autograd."""
-    step = spike or (lambda t, x: Spike.apply(x, surrogate, alpha))
 
     def run(current, *parameters, state=None):
-        decay, beta, *others, threshold = parameters
-        first, membrane = torch.zeros(2, B, N, dtype=current.dtype) if state is None else state
-        spiked = torch.zeros_like(membrane) if state is None else step(-1, membrane - threshold)
+        own = dict(zip(PARAMETERS[model], parameters, strict=True))
+        beta, threshold = own["beta"], own["threshold"]
+        zeros = torch.zeros(len(MODELS[model].states), B, N, dtype=current.dtype)
+        *other, membrane = zeros if state is None else state
+        spiked = zeros[-1] if state is None else Spike.apply(membrane - threshold, surrogate, alpha)
         spikes = []
         for t in range(T):
             now, fired = current if current.dim() == 2 else current[t], (spiked > 0.5).to(current.dtype)
             kept = 1 - fired if reset == "zero" else 1
             if model == "synaptic":
-                first = decay * first + now
-                membrane = kept * (beta * membrane + first)
+                other = [own["syn_decay"] * other[0] + now]
+                membrane = kept * (beta * membrane + other[0])
+            elif model == "adlif":
+                other = [own["adapt_decay"] * other[0] + own["a"] * kept * membrane + own["b"] * spiked]
+                membrane = beta * kept * membrane + now - other[0]
             else:
-                a, b = others
-                first = decay * first + a * kept * membrane + b * spiked
-                membrane = beta * kept * membrane + now - first
+                membrane = beta * kept * membrane + now
             if reset == "subtract":
                 membrane = membrane - threshold * fired
-            spiked = step(t, membrane - threshold)
+            spiked = Spike.apply(membrane - threshold, surrogate, alpha)
             spikes.append(spiked)
-        return torch.stack(spikes), torch.stack([first, membrane])
+        return torch.stack(spikes), torch.stack([*other, membrane])
 
     return run
 
@@ -124,39 +126,6 @@ def test_gradients_equal_those_of_a_plain_loop_in_float64(model, reset, surrogat
     assert_near(outcome(on("torch", model, reset, surrogate, 1.5), tensors), expected, 1e-11)
 
 
-@every_pair(model=SEVERAL, **OPTIONS)
-def test_gradients_equal_finite_differences_with_the_primitive_as_the_spike(model, reset, surrogate):
-    """S + primitive(U − θ) − primitive(U⁰ − θ⁰), with S and U⁰ of the undisturbed run: equal to S there, and smooth."""
-    tensors = drawn(model, False, False, True)
-    primitive = SURROGATES[surrogate].primitive
-    undisturbed: dict[int, torch.Tensor] = {}
-
-    def record(t, x):
-        undisturbed[t] = x
-        return (x > 0).double()
-
-    def smooth(t, x):
-        return (undisturbed[t] > 0).double() + primitive(x, 2.0) - primitive(undisturbed[t], 2.0)
-
-    def run(spike, named: Tensors):
-        *given, state = named.values()
-        return by_loop(model, reset, surrogate, spike=spike)(*given, state=state)
-
-    run(record, tensors)
-    weights, states = output_weights(T, B, N), torch.randn(2, B, N, generator=seeded(6)).double()
-
-    def loss_of(moved: Tensors) -> float:
-        spikes, last = run(smooth, moved)
-        return ((spikes * weights).sum() + (last * states).sum()).item()
-
-    found = outcome(on("torch", model, reset, surrogate), tensors)
-    for name, tensor in tensors.items():
-        direction = torch.randn(tensor.shape, generator=seeded(8), dtype=torch.float64)
-        up, down = (loss_of(tensors | {name: tensor + sign * 1e-6 * direction}) for sign in (1, -1))
-        along = (found[name] * direction).sum().item()
-        assert along == pytest.approx((up - down) / 2e-6, rel=1e-5, abs=1e-6), name
-
-
 @every_pair(reset=RESETS, surrogate=SNNTORCH, held=BOTH, per_neuron=BOTH)
 def test_synaptic_gradients_equal_snntorch_in_float64(reset, surrogate, held, per_neuron):
     """Spikes identical; everything else is float64 in snnTorch too, so only float64 rounding separates the two."""
@@ -190,19 +159,19 @@ def test_synaptic_spikes_equal_snntorch_in_float32(backend, reset):
     assert torch.equal(on(backend, "synaptic", reset, "atan")(*tensors)[0], by_snntorch(reset, None)(*tensors)[0])
 
 
-@every_pair(model=SEVERAL, reset=RESETS, per_neuron=BOTH, from_state=BOTH)
-def test_steps_give_the_spikes_and_gradients_of_the_whole(model, reset, per_neuron, from_state):
-    step = {"synaptic": synaptic_step, "adlif": adlif_step}[model]
+@every_pair(model=MODELS, reset=RESETS, surrogate=SURROGATES, per_neuron=BOTH, from_state=BOTH)
+def test_steps_give_the_spikes_and_gradients_of_the_whole(model, reset, surrogate, per_neuron, from_state):
+    step = {"lif": lif_step, "synaptic": synaptic_step, "adlif": adlif_step}[model]
 
     def step_by_step(current, *own, state=None):
-        spikes = []
+        spikes, state = [], state[0] if model == "lif" and from_state else state  # a membrane alone is no tuple
         for current_t in current:
-            spike, state = step(current_t, state, *own, reset=reset)
+            spike, state = step(current_t, state, *own, reset, surrogate, 1.5)
             spikes.append(spike)
-        return torch.stack(spikes), torch.stack(state)
+        return torch.stack(spikes), torch.stack([state] if model == "lif" else state)
 
     tensors = drawn(model, per_neuron, False, from_state)
-    assert_near(outcome(step_by_step, tensors), outcome(on("torch", model, reset, "atan"), tensors), 1e-11)
+    assert_near(outcome(step_by_step, tensors), outcome(on("torch", model, reset, surrogate, 1.5), tensors), 1e-11)
 
 
 @every_pair(
@@ -268,7 +237,7 @@ def test_decays_are_clamped_and_the_other_parameters_are_free(model, backend):
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
-@pytest.mark.parametrize("model", SEVERAL)
+@pytest.mark.parametrize("model", MODELS)
 def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(model, backend):
     """Spikes and states are equal to the last bit."""
     ratios = ErrorRatios()

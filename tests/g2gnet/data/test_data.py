@@ -3,19 +3,17 @@
 import dataclasses
 import gzip
 import hashlib
-import io
 import re
-import sys
 import zipfile
 
 import fashion_mnist_mini
 import numpy as np
 import pytest
 import torch
-from small_data import NOBODY_LISTENS, cifar_archive, cifar_files, fashion_mnist_files, write
+from small_data import NOBODY_LISTENS, fashion_mnist_files, write
 from torchvision.datasets import FashionMNIST
 
-from g2gnet.data import DataError, as_samples, cifar, dataset_name, fashion_mnist, load_dataset, npz
+from g2gnet.data import DataError, as_samples, dataset_name, fashion_mnist, load_dataset, npz
 
 
 @pytest.fixture
@@ -73,23 +71,6 @@ def test_a_download_with_another_checksum_is_refused(tmp_path, server):
     with pytest.raises(DataError, match=r"Connection refused.*t10k-labels-idx1-ubyte.gz: the file there does not"):
         load_dataset("fashionmnist", tmp_path / "data")
     assert not [path for path in (tmp_path / "data").rglob("*.gz") if path.is_file()]
-
-
-def test_a_download_shows_the_time_left_on_a_terminal(tmp_path, monkeypatch):
-    files = cifar_files(monkeypatch, "cifar10", train=50, test=20)
-    reader = cifar.READERS["cifar10"]
-    (tmp_path / reader.filename).write_bytes(cifar_archive("cifar10", files))
-    monkeypatch.setattr(reader, "url", (tmp_path / reader.filename).as_uri())
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", Terminal())
-        assert len(load_dataset("cifar10", tmp_path / "data").train_labels) == 50
-        assert re.search(r"\r100%\|.*\[00:00<00:00, ", sys.stderr.getvalue())
-    assert [path.name for path in (tmp_path / "data").glob("[!.]*")] == [reader.base_folder]
 
 
 @pytest.mark.usefixtures("small_files")
@@ -176,8 +157,6 @@ def test_data_of_ones_own_are_read_and_named_by_their_content(tmp_path, save, dt
         ({"train_labels": np.arange(29) % 3}, "train_images are 30, train_labels 29"),
         ({"train_labels": np.arange(30) - 1}, "train_labels are negative"),
         ({"train_labels": np.full(30, 10**9)}, "train_labels go up to 1000000000"),
-        ({"train_labels": np.zeros(30)}, r"train_labels is float64 \[30\], not integers"),
-        ({"train_images": np.zeros((30, 5, 4), np.float16)}, "train_images is float16"),
         ({"test_images": np.zeros((9, 4, 5), np.uint8)}, "differ in shape"),
         ({"test_images": np.zeros((0, 5, 4), np.uint8)}, r"test_images is uint8 \[0, 5, 4\]"),
         ({"train_images": np.full((30, 5, 4), np.nan, np.float32)}, "differ in shape or dtype"),
@@ -197,21 +176,15 @@ HEADER = "{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}"
 @pytest.mark.parametrize(
     "header",
     [
-        HEADER.format(shape="(" * 3),
         HEADER.format(shape="(" * 1500),
         HEADER.format(shape="-" * 1500 + "1"),
         HEADER.format(shape=f"({10**30}, {10**30})"),
-        HEADER.format(shape="(30, -5)"),
         HEADER.format(shape="(30, 1e3)"),
-        HEADER.format(shape="30"),
         "{'descr': [('x', '<f4', ((((",
-        "{'descr': '<f4'}",
-        "[" * 900,
         "\x00\xff",
-        "''" + "'",
         "",
     ],
-    ids=range(13),
+    ids=range(7),
 )
 def test_a_crafted_header_is_refused_by_the_name_of_its_file(tmp_path, header):
     np.savez(tmp_path / "mine.npz", **own_arrays())
@@ -304,9 +277,7 @@ def test_limits_keep_the_first_images():
 
 def test_other_names_are_refused():
     long = "/runs/validation/fold-6/" * 4 + "fashionmnist-validation.npz"
-    for name, message in (
-        ("mnist", r"dataset='mnist' is unknown; choose one of .*, cifar100, .* or .* own .npz file"),
-        (long, r"dataset='/runs/.*\.\.\..*validation\.npz' is unknown"),
-    ):
+    known = r"dataset='mnist' is unknown; choose one of .*, cifar100, .* or .* own .npz file"
+    for name, message in (("mnist", known), (long, r"dataset='/runs/.*\.\.\..*validation\.npz' is unknown")):
         with pytest.raises(ValueError, match=message):
             load_dataset(name)

@@ -160,14 +160,12 @@ def scaled(path, name, factor):
     [
         (lambda path: write_resnet(path, "cifar100"), r"size mismatch for fc\.weight"),
         (lambda path: changed(path, lambda state: {}), r"Missing key\(s\) in state_dict"),
-        (lambda path: changed(path, lambda state: [1, 2]), "Expected state_dict to be dict-like"),
         (lambda path: scaled(path, "bn1.running_var", -1), r"bn1\.running_var, a variance, is below 0"),
         (lambda path: scaled(path, "conv1.weight", 1j), r"conv1\.weight is torch\.complex\d+, not torch\.float32"),
         (lambda path: scaled(path, "conv1.weight", 1e300), r"conv1\.weight holds numbers that are too large for"),
         (lambda path: path.write_bytes(path.read_bytes()[:1000]), "PytorchStreamReader failed"),
-        (lambda path: path.write_text("no weights"), "Unsupported operand|invalid load key|Weights only load failed"),
     ],
-    ids=["of another data set", "empty", "a list", "variance", "complex", "large", "truncated", "text"],
+    ids=["of another data set", "empty", "variance", "complex", "large", "truncated"],
 )
 @pytest.mark.filterwarnings("ignore:Casting complex values")
 def test_a_wrong_file_is_refused(tmp_path, damage, message):
@@ -292,9 +290,3 @@ def test_a_run_remembers_the_hash_of_its_weights_and_leaves_them_out(data_dir, w
     assert message in capsys.readouterr().err
     assert train.main(flags) == 1
     assert f"resnet_weights: {digest} there, ef93fc4d now" in capsys.readouterr().err
-
-
-def test_a_missing_weights_file_stops_before_any_work(tmp_path, capsys):
-    assert train.main([*FLAGS, "--checkpoint_dir", str(tmp_path / "c"), "--resnet_weights", "none.pt"]) == 1
-    assert "resnet_weights=none.pt cannot be read (No such file or directory)" in capsys.readouterr().err
-    assert not (tmp_path / "c").exists()

@@ -174,7 +174,7 @@ def test_speech_commands_are_divided_by_their_lists(tmp_path):
 # --- what is refused ----------------------------------------------------------------------------------------------
 
 
-def test_what_is_missing_is_named_with_a_remedy(tmp_path):
+def test_what_is_missing_is_named_with_a_remedy(tmp_path, monkeypatch):
     for name, messages in {
         "shd": ["shd_train.h5, shd_test.h5 are not in", "SHD", "https://compneuro.net", "gunzip", "`data_dir`"],
         "gsc": ["validation_list.txt, testing_list.txt are not in", "speech_commands_v0.02.tar.gz"],
@@ -185,18 +185,12 @@ def test_what_is_missing_is_named_with_a_remedy(tmp_path):
             load_dataset(name, tmp_path)
         assert all(message in str(error.value) for message in messages)
     write_heidelberg(tmp_path, "shd")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "h5py", None)
+        with pytest.raises(DataError, match=r"dataset=shd is read from HDF5: .*'g2gnet\[events\]' installs it"):
+            load_dataset("shd", tmp_path)
     (tmp_path / "shd_test.h5").unlink()
     with pytest.raises(MissingDataError, match=f"shd is not in {tmp_path}: shd_test.h5 is not in {tmp_path}. Do one"):
-        load_dataset("shd", tmp_path)
-
-
-def without_h5py(monkeypatch):
-    monkeypatch.setitem(sys.modules, "h5py", None)
-
-
-def test_the_package_that_reads_hdf5_is_named(tmp_path, monkeypatch):
-    without_h5py(monkeypatch)
-    with pytest.raises(DataError, match=r"dataset=shd is read from HDF5: .*pip install 'g2gnet\[events\]' installs it"):
         load_dataset("shd", tmp_path)
 
 
@@ -227,53 +221,87 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def saved(array):
+    return lambda file: np.save(file, array)
+
+
+def both(*changes):
+    return lambda path: [change(path) for change in changes]
+
+
+#: of one spike in a sample that had none, what is written in its place
+SPIKE = changed("spikes/times", 1, [0.5]), changed("spikes/units", 1, [3])
+#: of each data set its writer and the file that is damaged
+WRITERS = {
+    "shd": (lambda root: write_heidelberg(root, "shd"), "shd_test.h5"),
+    "nmnist": (write_nmnist, "Test/*/00000.bin"),
+    "dvsgesture": (write_gestures, "ibmGestureTest/user01_led/10.npy"),
+    "gsc": (write_speech, "bed/00000002_nohash_0.wav"),
+}
+
+
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("name", "damage", "message"),
     [
-        (truncated, "truncated file"),
-        (lambda path: path.write_bytes(b""), "file signature not found|Unable"),
-        (lambda path: path.write_text("no HDF5"), "file signature not found|Unable"),
-        (rewritten("labels", lambda labels: None), "labels' doesn't exist"),
-        (
-            rewritten("labels", lambda labels: labels[:-1]),
-            r"spikes/times is lists of float16 \[20\], not 19 lists of num",
-        ),
-        (rewritten("labels", lambda labels: labels[:] * 0.5), r"labels is float\d+ \[20\], not integers \[N\]"),
-        (rewritten("labels", lambda labels: labels[:] + 1), "labels are from 1 to 20, and those of shd from 0 to 19"),
-        (
-            rewritten("spikes/units", lambda units: np.ones((20, 5))),
-            r"spikes/units is float64 \[20, 5\], not 20 lists of",
-        ),
-        (changed("spikes/units", 7, [700]), "sample 7 has . times and 1 units|sample 7 has .*units"),
-        (changed("spikes/times", 1, [-0.5]), "sample 1 has 1 times and 0 units"),
+        ("shd", truncated, "truncated file"),
+        ("shd", rewritten("labels", lambda labels: None), "labels' doesn't exist"),
+        ("shd", rewritten("labels", lambda labels: labels[:-1]), r"lists of float16 \[20\], not 19 lists of num"),
+        ("shd", rewritten("labels", lambda labels: labels[:] * 0.5), r"float\d+ \[20\], not integers \[N\]"),
+        ("shd", rewritten("labels", lambda labels: labels[:] + 1), "from 1 to 20, and those of shd from 0 to 19"),
+        ("shd", rewritten("spikes/units", lambda units: np.ones((20, 5))), r"float64 \[20, 5\], not 20 lists of"),
+        ("shd", changed("spikes/times", 1, [-0.5]), "sample 1 has 1 times and 0 units"),
+        ("shd", both(*SPIKE, changed("spikes/times", 1, [np.nan])), "times that are no seconds from 0 on"),
+        ("shd", both(*SPIKE, changed("spikes/units", 1, [700])), "units that are not from 0 to 699"),
+        ("nmnist", lambda file: file.write_bytes(b"\0" * 12), "it has 12 bytes, not 5 for each event"),
+        ("nmnist", lambda file: file.write_bytes(nmnist_bytes([34], [0], [1], [5])), "x is from 34 to 34, not from 0"),
+        ("nmnist", lambda file: file.write_bytes(nmnist_bytes([0], [240], [1], [5])), "it has no event"),
+        ("dvsgesture", truncated, "reshape|EOF|Failed to read all data"),
+        ("dvsgesture", saved(np.zeros((5, 3))), r"it is float64 \[5, 3\], not numbers \[n, 4\]: x, y, polarity"),
+        ("dvsgesture", saved(np.zeros(5, [("x", int), ("t", int)])), r"not numbers \[n, 4\]"),
+        ("dvsgesture", saved(np.array([[0, 128, 0, 0]])), "y is from 128 to 128, not from 0 to 127"),
+        ("dvsgesture", saved(np.array([[0, 0, 2, 0]])), "polarity is from 2 to 2, not from 0 to 1"),
+        ("dvsgesture", saved(np.array([[0, 0, 0, np.nan]])), "not finite"),
+        ("gsc", truncated, "is damaged"),
+        ("gsc", lambda file: write_wav(file, np.zeros(0)), r"damaged \(it has int16 \[0\] at 16000 Hz"),
+        ("gsc", lambda file: write_wav(file, np.zeros(9), 8000), r"at 8000 Hz, not int16 \[n\] at 16000"),
     ],
-)
-def test_a_damaged_file_of_the_cochlea_is_named(tmp_path, damage, message):
-    write_heidelberg(tmp_path, "shd")
-    damage(tmp_path / "shd_test.h5")
+)  # fmt: skip
+def test_a_damaged_file_is_named(tmp_path, name, damage, message):
+    write, place = WRITERS[name]
+    write(tmp_path)
+    (file,) = tmp_path.glob(place)
+    damage(file)
     with pytest.raises(DataError, match=message) as error:
-        load_dataset("shd", tmp_path)
-    assert str(tmp_path / "shd_test.h5") in str(error.value)
-    assert "download" in str(error.value)
+        load_dataset(name, tmp_path)
+    assert str(file) in str(error.value)
+    assert "again" in str(error.value)
     assert not (tmp_path / "binned").exists()
 
 
 @pytest.mark.parametrize(
-    ("name", "values", "message"),
+    ("name", "put", "message"),
     [
-        ("spikes/times", [-0.5], "sample 1 has times that are no seconds from 0 on"),
-        ("spikes/times", [np.nan], "sample 1 has times that are no seconds from 0 on"),
-        ("spikes/units", [700], "sample 1 has units that are not from 0 to 699"),
+        ("dvsgesture", lambda root: np.save(root / "ibmGestureTest/user01_led/11.npy", np.zeros((1, 4))),
+         "11.npy is not named by a class, 0.npy … 10.npy; move it away"),
+        ("nmnist", lambda root: (root / "Train/0").rename(root / "Train/01"),
+         "01/.*.bin is in no folder 0 … 9 of a digit; move"),
+        ("gsc", lambda root: write_wav(root / "dogs/a.wav", np.zeros(9)),
+         "dogs/a.wav is of none of the 35 words; move .*/dogs a"),
+        ("gsc", lambda root: (root / "bed/00000000_nohash_0.wav").unlink(),
+         "validation_list.txt names .*bed/0.*, which is miss"),
+        ("gsc", lambda root: (root / "testing_list.txt").write_text(""), "testing_list.txt is empty"),
+        # by this name it would be a recording for training, too
+        ("gsc", lambda root: (root / "testing_list.txt").write_text("cat/../bed/00000001_nohash_0.wav"),
+         "testing_list.txt names .*, which is missing or in another list"),
+        ("gsc", lambda root: (root / "testing_list.txt").write_text((root / "validation_list.txt").read_text()),
+         r"testing_list.txt names .*bed/00000000_nohash_0.wav \(and 11 more\), which is missing or in another list"),
     ],
-)
-def test_spikes_that_no_cochlea_sends_are_refused(tmp_path, name, values, message):
-    write_heidelberg(tmp_path, "shd")
-    path = tmp_path / "shd_train.h5"
-    changed("spikes/times", 1, [0.5])(path)
-    changed("spikes/units", 1, [3])(path)
-    changed(name, 1, values)(path)
-    with pytest.raises(DataError, match=f"{path} is damaged.*{message}"):
-        load_dataset("shd", tmp_path)
+)  # fmt: skip
+def test_files_that_do_not_belong_there_are_named(tmp_path, name, put, message):
+    WRITERS[name][0](tmp_path)
+    put(tmp_path)
+    with pytest.raises(DataError, match=message):
+        load_dataset(name, tmp_path)
 
 
 def test_times_in_other_units_are_noticed(tmp_path):
@@ -289,114 +317,13 @@ def test_times_in_other_units_are_noticed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "it has 0 bytes, not 5 for each event"),
-        (b"\0" * 12, "it has 12 bytes, not 5 for each event"),
-        (nmnist_bytes([34], [0], [1], [5]), "x is from 34 to 34, not from 0 to 33"),
-        (nmnist_bytes([0], [240], [1], [5]), "it has no event"),
-    ],
-)
-def test_a_damaged_file_of_n_mnist_is_named(tmp_path, content, message):
-    write_nmnist(tmp_path)
-    file = next((tmp_path / "Test").glob("*/*.bin"))
-    file.write_bytes(content)
-    with pytest.raises(DataError, match=f"{file} is damaged.*{message}.*unpack or download it again"):
-        load_dataset("nmnist", tmp_path)
-
-
-def saved(array):
-    return lambda file: np.save(file, array)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (truncated, "reshape|EOF|Failed to read all data"),
-        (lambda file: file.write_bytes(b""), "No data left in file|EOF"),
-        (saved(np.zeros((5, 3))), r"it is float64 \[5, 3\], not numbers \[n, 4\]: x, y, polarity, milliseconds"),
-        (saved(np.zeros(5, [("x", int), ("t", int)])), r"not numbers \[n, 4\]"),
-        (saved(np.zeros((0, 4))), "it has no event"),
-        (saved(np.array([[0, 128, 0, 0]])), "y is from 128 to 128, not from 0 to 127"),
-        (saved(np.array([[0, 0, 2, 0]])), "polarity is from 2 to 2, not from 0 to 1"),
-        (saved(np.array([[0, 0, 0, np.nan]])), "not finite"),
-    ],
-)
-def test_a_damaged_gesture_is_named(tmp_path, damage, message):
-    write_gestures(tmp_path)
-    file = tmp_path / "ibmGestureTest/user01_led/10.npy"
-    damage(file)
-    with pytest.raises(DataError, match=message) as error:
-        load_dataset("dvsgesture", tmp_path)
-    assert str(error.value).startswith(f"{file} is damaged")
-
-
-def test_files_that_are_in_the_way_are_named(tmp_path):
-    write_gestures(tmp_path)
-    strange = tmp_path / "ibmGestureTest/user01_led/11.npy"
-    np.save(strange, np.zeros((1, 4)))
-    with pytest.raises(DataError, match=f"{strange} is not named by a class, 0.npy … 10.npy; move it away"):
-        load_dataset("dvsgesture", tmp_path)
-    write_nmnist(tmp_path)
-    (tmp_path / "Train" / "x").mkdir()
-    (tmp_path / "Train" / "x" / "00001.bin").write_bytes(b"\0" * 5)
-    with pytest.raises(DataError, match=r"Train/x/00001.bin is in no folder 0 … 9 of a digit; move .*/Train/x away"):
-        load_dataset("nmnist", tmp_path)
-    (tmp_path / "Train" / "x").rename(tmp_path / "Train" / "01")
-    with pytest.raises(DataError, match=r"Train/01/00001.bin is in no folder 0 … 9 of a digit"):
-        load_dataset("nmnist", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda root: truncated(root / "bed/00000002_nohash_0.wav"), "bed/00000002_nohash_0.wav is damaged"),
-        (lambda root: (root / "cat/00000003_nohash_0.wav").write_bytes(b""), "cat/00000003_nohash_0.wav is damaged"),
-        (
-            lambda root: write_wav(root / "bed/a.wav", np.zeros(0)),
-            r"bed/a.wav is damaged \(it has int16 \[0\] at 16000 Hz",
-        ),
-        (
-            lambda root: write_wav(root / "bed/a.wav", np.zeros(9), 8000),
-            r"int16 \[9\] at 8000 Hz, not int16 \[n\] at 16000",
-        ),
-        (
-            lambda root: write_wav(root / "dogs/a.wav", np.zeros(9)),
-            "dogs/a.wav is of none of the 35 words; move .*/dogs a",
-        ),
-        (
-            lambda root: (root / "bed/00000000_nohash_0.wav").unlink(),
-            "validation_list.txt names .*bed/0.*, which is miss",
-        ),
-        (lambda root: (root / "testing_list.txt").write_text(""), "testing_list.txt is empty"),
-        (  # by this name it would be a recording for training, too
-            lambda root: (root / "testing_list.txt").write_text("cat/../bed/00000001_nohash_0.wav"),
-            "testing_list.txt names .*, which is missing or in another list",
-        ),
-        (
-            lambda root: (root / "testing_list.txt").write_text((root / "validation_list.txt").read_text()),
-            r"testing_list.txt names .*bed/00000000_nohash_0.wav \(and 11 more\), which is missing or in another list",
-        ),
-    ],
-)
-def test_a_damaged_tree_of_speech_commands_is_named(tmp_path, damage, message):
-    write_speech(tmp_path)
-    damage(tmp_path)
-    with pytest.raises(DataError, match=message):
-        load_dataset("gsc", tmp_path)
-
-
-@pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("shd", {"bins": 128}, "bins=128 does not divide the 700 channels of shd; give `bins=100` or `bins=140`"),
-        ("shd", {"bins": 701}, "bins=701 are more than the 700 channels of shd"),
         ("nmnist", {"bins": 28}, "bins=28 does not divide the 34 pixels of a side of nmnist; give `bins=17` or"),
         ("gsc", {"bins": 201}, "bins=201 are more than the 200 bands that its sounds resolve of gsc"),
         ("gsc", {"dt": 0.1}, "dt=0.1 is no multiple of 0.0625 ms"),
-        ("shd", {"dt": 0.10005}, "dt=0.10005 is no multiple of 0.001 ms"),
         ("shd", {"dt": -1}, "dt=-1 must be a number from 0.1 to 60000"),
-        ("shd", {"bins": True}, "bins=True must be a whole number of at least 1"),
         ("shd", {"bins": 0}, "bins=0 must be a whole number of at least 1"),
         ("nmnist", {"steps": 0}, "steps=0 must be a whole number of at least 1"),
     ],
@@ -415,11 +342,6 @@ def test_sequences_that_do_not_fit_the_memory_are_refused_before_they_are_made(t
         load_dataset("shd", tmp_path, bins=700, dt=100)
 
 
-def test_other_data_sets_have_no_bins():
-    with pytest.raises(ValueError, match="fashionmnist-mini holds no recordings that bins could count; leave bins and"):
-        load_dataset("fashionmnist-mini", bins=7, dt=10)
-
-
 # --- what is kept -------------------------------------------------------------------------------------------------
 
 
@@ -436,6 +358,16 @@ def test_recordings_are_read_once(tmp_path, monkeypatch, capsys):
         assert first.fingerprint == again.fingerprint
 
 
+def test_nothing_is_kept_of_a_reading_that_was_stopped(tmp_path, monkeypatch):
+    write_heidelberg(tmp_path, "shd")
+    with monkeypatch.context() as patch:
+        patch.setattr("g2gnet.data.binned.torch.from_numpy", lambda array: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            load_dataset("shd", tmp_path)
+    assert not (tmp_path / "binned").exists()
+    assert len(load_dataset("shd", tmp_path).train_labels) == 40
+
+
 def test_other_settings_or_files_are_read_anew(tmp_path):
     write_heidelberg(tmp_path, "shd")
     first = load_dataset("shd", tmp_path)
@@ -445,16 +377,6 @@ def test_other_settings_or_files_are_read_anew(tmp_path):
     changed("spikes/times", 2, [0.5] * 3)(tmp_path / "shd_train.h5")
     assert load_dataset("shd", tmp_path).fingerprint != first.fingerprint
     assert len(list((tmp_path / "binned").iterdir())) == 5
-
-
-def test_nothing_is_kept_of_a_reading_that_was_stopped(tmp_path, monkeypatch):
-    write_heidelberg(tmp_path, "shd")
-    with monkeypatch.context() as patch:
-        patch.setattr("g2gnet.data.binned.torch.from_numpy", lambda array: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt):
-            load_dataset("shd", tmp_path)
-    assert not (tmp_path / "binned").exists()
-    assert len(load_dataset("shd", tmp_path).train_labels) == 40
 
 
 def test_hidden_files_are_no_recordings(tmp_path):

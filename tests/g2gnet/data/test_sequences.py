@@ -1,14 +1,13 @@
 """Samples that unfold over time: which value comes when, and how data of one's own say that they are sequences."""
 
 import functools
-import math
 
 import pytest
 import torch
 from helpers import seeded
 from networks import small_net
 
-from g2gnet.sequences import input_order, sequence_length, unfold
+from g2gnet.sequences import input_order, unfold
 
 GREY, COLOUR = (6, 4), (3, 6, 4)
 
@@ -63,14 +62,6 @@ def test_the_second_axis_of_ones_own_sequences_is_time():
     frames = images(7, 2, 3, 3)
     unfolded = sequences(frames, "own")
     assert torch.equal(unfolded, frames.transpose(0, 1).flatten(2))
-
-
-@pytest.mark.parametrize("sequence", ["rows", "pixels", "permuted", "own"])
-@pytest.mark.parametrize("shape", [GREY, COLOUR])
-def test_every_value_comes_once(sequence, shape):
-    order = input_order(sequence, shape)
-    assert len(order) == sequence_length(sequence, shape)
-    assert torch.equal(order.flatten().sort().values, torch.arange(math.prod(shape)))
 
 
 @pytest.mark.parametrize(
@@ -148,8 +139,3 @@ def test_the_order_is_saved_with_the_network_and_checked():
         state["input_order"] = state["input_order"].clone().index_fill_(0, torch.tensor(0), value)
         with pytest.raises(RuntimeError, match="input_order does not have each value of a sample once"):
             other.load_state_dict(state)
-
-
-def test_an_unknown_sequence_is_refused():
-    with pytest.raises(ValueError, match="sequence='columns' is unknown; choose one of none, rows, pixels, permuted, "):
-        network(sequence="columns")

@@ -12,12 +12,10 @@ from helpers import seeded
 from networks import small_net
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from training_runs import assert_equal, small_trainer
+from training_runs import small_trainer
 
 from g2g_kernels import BlockMask
 from g2gnet import DSTScheduler, G2GLinear
-from g2gnet.dst.lamp import layer_adapted
-from g2gnet.dst.optimizer_state import OptimizerState
 from g2gnet.training import SettingsError
 
 PRUNED = {"sparsity_mode": "dynamic", "dst_interval": 2, "dst_fraction": 0.0, "dst_stop": 0.75, "final_density": 0.1}
@@ -212,21 +210,6 @@ def test_tensors_that_stand_in_for_the_weights_keep_their_units():
         train(net, optimizer)
 
 
-def test_a_state_goes_into_a_network_that_has_more_weights():
-    net, optimizer = trained()
-    dst = pruning(net, optimizer)
-    train(net, optimizer, dst)
-    other, other_optimizer = trained(seed=1)
-    other_dst = pruning(other, other_optimizer)
-    other.load_state_dict(net.state_dict())
-    other_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    other_dst.load_state_dict(dst.state_dict())
-    for each in ((net, optimizer, dst), (other, other_optimizer, other_dst)):
-        train(*each)
-    assert all(map(torch.equal, other.parameters(), net.parameters()))
-    assert dst.state_dict() == other_dst.state_dict()
-
-
 MISMATCH = r"has \w+ of shape \[\d+, 3, 4\] for weights of shape \[\d+, 3, 4\].*load both"
 
 
@@ -323,54 +306,9 @@ def test_nothing_to_prune_is_refused_in_the_first_step():
     assert done.pruned == 9
 
 
-def test_an_error_in_one_layer_leaves_all_as_they_were(monkeypatch):
-    net, optimizer = trained()
-    dst = pruning(net, optimizer, fraction=0.2, grow="random")
-    average = copy.deepcopy(net)
-    train(net, optimizer)
-    before = copy.deepcopy((net.state_dict(), optimizer.state_dict()))
-
-    def fails(self, parameter, kept, keep=OptimizerState.keep_):
-        if parameter is net.fc3.values:
-            raise RuntimeError("no memory")
-        return keep(self, parameter, kept)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(OptimizerState, "keep_", fails)
-        with pytest.raises(RuntimeError, match="no memory"):
-            dst.step()
-    assert_equal((net.state_dict(), optimizer.state_dict()), before)
-    assert average.fc1.mask.num_units == net.fc1.mask.num_units
-    train(net, optimizer, dst)
-    assert weights_of(net) < weights_of(average)
-
-
-def test_scores_that_are_no_numbers_prune_nothing_until_the_next_update(caplog):
-    net, optimizer = trained()
-    dst = pruning(net, optimizer)
-    first, final = weights_of(net), 0.05 * possible(net)
-    train(net, optimizer)
-    weight = net.fc2.values.data[0, 0, 0].clone()
-    net.fc2.values.data[0, 0, 0] = torch.nan
-    dst.step()
-    assert weights_of(net) == first
-    assert dst.pruned == 0
-    assert "are not finite" in caplog.text
-    net.fc2.values.data[0, 0, 0] = weight
-    train(net, optimizer, dst, steps=3)
-    assert final - 16 < weights_of(net) <= final
-
-
 def adapted_by_hand(size):
     """size² over the sum of squares of the units at least as large."""
     return [x * x / sum(y * y for y in size if y >= x) for x in size]
-
-
-def test_units_of_different_layers_are_compared_by_their_share_of_the_rest():
-    assert layer_adapted(torch.tensor([1.0, 3.0, 2.0])).tolist() == [1 / 14, 9 / 9, 4 / 13]
-    assert sorted(layer_adapted(torch.zeros(3)).tolist()) == [0, 0, 1]
-    size = torch.rand(40, generator=seeded(0)).double()
-    torch.testing.assert_close(layer_adapted(size), torch.tensor(adapted_by_hand(size.tolist()), dtype=torch.double))
 
 
 @pytest.mark.parametrize("prune", ["set", "random"])

@@ -199,16 +199,6 @@ def test_neurons_that_answer_every_class_alike_have_no_signal_correlation():
     assert matrices.noise.item() == pytest.approx(1)
 
 
-def test_a_class_without_samples_changes_nothing():
-    spikes, labels = correlated_spikes()
-    keep = labels != 1
-    spikes, labels = spikes[:, keep], labels[keep]
-    absent = sums_of(spikes, labels, LAYOUTS["index"])
-    renumbered = sums_of(spikes, np.where(labels == 3, 1, labels), LAYOUTS["index"])
-    torch.testing.assert_close(count_correlation(absent), count_correlation(renumbered))
-    torch.testing.assert_close(temporal_synchrony(absent), temporal_synchrony(renumbered))
-
-
 def test_pearson():
     x = torch.tensor([1.0, 2.0, 4.0, math.nan])
     assert pearson(x, -2 * x) == pytest.approx(-1)

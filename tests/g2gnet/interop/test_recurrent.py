@@ -1,7 +1,5 @@
-"""Recurrent networks from and to snnTorch, with its spikes and its gradients, and NIR."""
+"""Networks from snnTorch with its spikes and its gradients, and recurrent ones to snnTorch and NIR."""
 
-import contextlib
-import io
 import warnings
 
 import nir
@@ -10,14 +8,13 @@ import pytest
 import snntorch
 import torch
 from helpers import seeded
-from snntorch import surrogate, utils
+from snntorch import utils
 from snntorch.export_nir import export_to_nir
-from snntorch.import_nir import import_from_nir
 from torch import nn
 from torch.nn.utils import prune
 
 from g2g_kernels import BlockMask
-from g2gnet import G2GLinear, G2GNet, SpikingStack
+from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack, Synaptic
 from g2gnet.interop import from_nir, from_snntorch, to_nir, to_snntorch
 
 # --- snnTorch -----------------------------------------------------------------------------------------------------
@@ -38,29 +35,32 @@ def fast_sigmoid(x):
 
 
 class Theirs(nn.Module):
-    """Recurrent neurons behind a linear layer and before another, as snnTorch's tutorials write them."""
+    """Neurons, recurrent or not, behind a linear layer and before a pruned one, as snnTorch's tutorials write them."""
 
     def __init__(self, kind, seed=0, bias=True, **options):
         super().__init__()
         torch.manual_seed(seed)
-        if kind == "RSynaptic":
+        if kind.endswith("Synaptic"):
             options = {"alpha": 0.4, **options}
-        if options.get("all_to_all", True):
+        self.recurrent = kind.startswith("R")
+        if self.recurrent and options.get("all_to_all", True):
             options["linear_features"] = HIDDEN
         self.fc1 = nn.Linear(INPUTS, HIDDEN, bias=bias)
         self.lif1 = getattr(snntorch, kind)(**{"beta": 0.8, "spike_grad": fast_sigmoid, **options})
         self.fc2 = nn.Linear(HIDDEN, CLASSES)
+        prune.custom_from_mask(self.fc2, "weight", torch.rand(CLASSES, HIDDEN, generator=seeded(3)) < 0.7)
         self.lif2 = snntorch.Leaky(beta=0.7, threshold=0.3, spike_grad=fast_sigmoid)
         with torch.no_grad():
-            for parameter in self.lif1.recurrent.parameters():
+            for parameter in self.lif1.recurrent.parameters() if self.recurrent else ():
                 parameter.mul_(3)
         self.double()
 
     def forward(self, x):
         state, mem2, spikes = self.lif1.reset_mem(), self.lif2.reset_mem(), []
+        state = [state] if isinstance(state, torch.Tensor) else state
         for x_t in x:
             spk1, *state = self.lif1(self.fc1(x_t), *state)
-            state = [spk1, *state]
+            state = [spk1, *state] if self.recurrent else state
             spk2, mem2 = self.lif2(self.fc2(spk1), mem2)
             spikes.append(spk2)
         return torch.stack(spikes)
@@ -76,8 +76,10 @@ def assert_equal_gradients(ours, theirs):
     """After a loss of the counts, on both sides."""
     theirs(SAMPLES).sum(0).square().sum().backward()
     ours(SAMPLES).square().sum().backward()
-    names = {"fc1": theirs.fc1, "rec1": theirs.lif1.recurrent, "fc2": theirs.fc2}
-    pairs = [(ours.fc1.bias, theirs.lif1.recurrent.bias)]  # theirs has two that are always added
+    names, pairs = {"fc1": theirs.fc1, "fc2": theirs.fc2}, []
+    if theirs.recurrent:
+        names["rec1"] = theirs.lif1.recurrent
+        pairs = [(ours.fc1.bias, theirs.lif1.recurrent.bias)]  # theirs has two that are always added
     for name, linear in names.items():
         layer = ours.get_submodule(name)
         gradient = (linear.weight_orig if prune.is_pruned(linear) else linear.weight).grad
@@ -100,6 +102,12 @@ def per_neuron(low, high):
 @pytest.mark.parametrize(
     ("kind", "reset", "parameters", "seed"),
     [
+        ("Leaky", "subtract", "layer", 0),
+        ("Leaky", "zero", "neuron", 1),
+        ("Leaky", "none", "neuron", 0),
+        ("Synaptic", "subtract", "neuron", 0),
+        ("Synaptic", "zero", "layer", 1),
+        ("Synaptic", "none", "neuron", 1),
         ("RLeaky", "subtract", "layer", 0),
         ("RLeaky", "none", "neuron", 1),
         ("RSynaptic", "subtract", "neuron", 0),
@@ -107,20 +115,23 @@ def per_neuron(low, high):
         ("RSynaptic", "none", "neuron", 0),
     ],
 )
-def test_recurrent_neurons_of_snntorch_have_their_spikes_and_gradients(kind, reset, parameters, seed):
+def test_neurons_of_snntorch_have_their_spikes_and_gradients(kind, reset, parameters, seed):
     options = {"learn_beta": True, "learn_threshold": True}
-    if kind == "RSynaptic":
+    if kind.endswith("Synaptic"):
         options["learn_alpha"] = True
     if parameters == "neuron":
         options |= {"beta": per_neuron(0.4, 0.9), "threshold": per_neuron(1.2, 0.7)}
-        if kind == "RSynaptic":
+        if kind.endswith("Synaptic"):
             options["alpha"] = per_neuron(0.1, 0.7)
     theirs = Theirs(kind, seed, bias=seed == 0, reset_mechanism=reset, **options)
     ours = from_snntorch(theirs, T=STEPS)
     assert torch.equal(output_spikes(ours), theirs(SAMPLES).detach())
-    own = theirs.fc1.bias if seed == 0 else 0
-    assert torch.equal(ours.fc1.bias, own + theirs.lif1.recurrent.bias)
-    assert ours.rec1.bias is None
+    assert type(ours.lif1) is (Synaptic if kind.endswith("Synaptic") else LIF)
+    assert torch.equal(ours.fc2.mask.to_dense(), theirs.fc2.weight_mask.bool())
+    if theirs.recurrent:
+        own = theirs.fc1.bias if seed == 0 else 0
+        assert torch.equal(ours.fc1.bias, own + theirs.lif1.recurrent.bias)
+        assert ours.rec1.bias is None
     assert_equal_gradients(ours, theirs)
 
 
@@ -192,17 +203,6 @@ def test_a_reset_to_zero_without_delay_has_our_spikes(caplog):
         from_snntorch(Theirs("RLeaky", reset_mechanism="zero"), T=STEPS)
 
 
-def test_options_of_recurrent_neurons_that_the_stack_lacks_are_refused():
-    for kind, options, message in (
-        ("RSynaptic", {"state_quant": lambda x: x}, "lif1: our Synaptic has no state_quant; only snn.RSynaptic with"),
-        ("RLeaky", {"reset_delay": False}, "lif1: our LIF has no reset_delay=False; only snn.RLeaky with reset_delay"),
-        ("RSynaptic", {"reset_delay": False, "reset_mechanism": "zero"}, "our Synaptic has no reset_delay=False; only"),
-        ("RLeaky", {"spike_grad": surrogate.triangular()}, "lif1: spike_grad is not one of g2g's surrogates"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            from_snntorch(Theirs(kind, **options), T=STEPS)
-
-
 def test_recurrent_connections_of_another_form_are_refused():
     images = nn.Sequential(nn.Linear(9, 9), snntorch.RLeaky(beta=0.9, conv2d_channels=1, kernel_size=3))
     with pytest.raises(
@@ -259,44 +259,6 @@ def test_a_stack_whose_layers_are_not_all_recurrent():
 def resetting_net(**options):
     """With decays that no float32 changes on the way through a time constant: 1 − (1 − 0.75) is 0.75."""
     return recurrent_net(reset="zero", threshold=0.5, **{"beta": 0.75, **options})
-
-
-def test_the_graph_is_the_differential_equation_of_the_recurrent_layer():
-    """Euler steps of NIR's equation, written out: what a node sends reaches the nodes of its loop in the next step."""
-    net, dt = resetting_net(per_neuron=True), 1e-3
-    graph = to_nir(net, dt)
-    assert graph.edges == [(one, other) for one, other in zip(graph.nodes, list(graph.nodes)[1:], strict=False)]
-    names = ("lif1", "lif2", "lif3")
-    cells = {name: graph.nodes[name].nodes["lif"] if name != "lif3" else graph.nodes[name] for name in names}
-    membranes = {name: np.zeros((4, 1)) for name in names}
-    spikes = {name: np.zeros((4, cells[name].tau.size)) for name in names}
-    trains = []
-    for x in SAMPLES.numpy():
-        for name in names:
-            affine, lif = graph.nodes[name.replace("lif", "fc")], cells[name]
-            current = x @ affine.weight.T + affine.bias
-            if name != "lif3":
-                current = current + spikes[name] @ graph.nodes[name].nodes["w_rec"].weight.T
-            v = membranes[name]
-            v = v + dt / lif.tau * (lif.v_leak - v + lif.r * current)
-            x = spikes[name] = (v > lif.v_threshold).astype(float)
-            membranes[name] = np.where(x > 0, lif.v_reset, v)
-        trains.append(torch.from_numpy(x))
-    assert torch.equal(torch.stack(trains).float(), output_spikes(net))
-
-
-@writes_recurrent
-def test_snntorchs_importer_runs_the_graph_with_the_same_spikes():
-    """As Norse's does (``tests/clients``)."""
-    net = resetting_net()
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it scales the threshold
-        theirs = import_from_nir(to_nir(net))
-    state, trains = None, []
-    with torch.no_grad():
-        for x_t in SAMPLES.float():
-            spikes, state = theirs(x_t, state)
-            trains.append(spikes)
-    assert torch.equal(torch.stack(trains), output_spikes(net))
 
 
 @writes_recurrent
@@ -375,29 +337,6 @@ def test_a_mask_of_a_recurrent_node_is_given_by_its_name():
     assert torch.equal(stack.rec2.mask.to_dense(), from_nir(graph, T=STEPS).rec2.mask.to_dense())
     with pytest.raises(ValueError, match=r"masks names rec1, the graph fc1, fc2, fc3, lif1.w_rec, lif2.w_rec"):
         from_nir(graph, masks={"rec1": kept}, T=STEPS)
-
-
-CONVOLUTION = nir.Conv2d((1, 1), np.ones((1, 1, 1, 1)), 1, 0, 1, 1, np.zeros(1))
-
-
-SQUARE, BACK = nir.Linear(weight=weights()), nir.Linear(weight=weights(INPUTS, HIDDEN))
-
-
-@pytest.mark.parametrize(
-    ("edges", "nodes", "message"),
-    [
-        ([("lif", "lif")], {}, "the edge lif → lif is on no way from neurons"),
-        (LOOP, {"w": CONVOLUTION}, "node w is a Conv2d; a network takes Affine, Linear, Delay"),
-        (LOOP, {"w": lif_of()}, "the edge lif → w is on no way from neurons"),
-        ([*LOOP, ("w", "output")], {"w": SQUARE}, "node w leads to lif, output; a connection joins one population"),
-        ([("lif", "w"), ("w", "fc")], {"w": BACK}, "node fc receives from input, w; a connection joins one population"),
-        ([("fc", "w"), ("w", "fc")], {"w": BACK}, "node fc receives from input, w; a connection joins"),
-        ([("w", "lif")], {"w": SQUARE}, "node w receives from nothing; a connection joins"),
-    ],
-)
-def test_loops_that_no_network_has_are_refused(edges, nodes, message):
-    with pytest.raises(ValueError, match=message):
-        from_nir(flat_graph(edges, **nodes), T=STEPS)
 
 
 def test_a_graph_inside_of_a_graph_has_one_input():

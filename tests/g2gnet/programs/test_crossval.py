@@ -161,14 +161,6 @@ def test_an_interrupted_cross_validation_goes_on_where_it_was(tmp_path, monkeypa
         assert_equal(first, second)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ("--k_folds 1", "k_folds=1 must be a whole number of at least 2"),
-        ("--dataset fashionmnist-mini --limit_train 40 --k_folds 5", "k_folds=5 is out of range: class "),
-        ("--sparsity_mode dynamic", "needs a sparse model"),
-    ],
-)
-def test_bad_flags_end_with_status_two(tmp_path, capsys, flags, message):
-    assert crossval.main([*shlex.split(flags), "--checkpoint_dir", str(tmp_path)]) == 2
-    assert message in capsys.readouterr().err
+def test_bad_flags_end_with_status_two(tmp_path, capsys):
+    assert crossval.main(["--k_folds", "1", "--checkpoint_dir", str(tmp_path)]) == 2
+    assert "k_folds=1 must be a whole number of at least 2" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """``g2g-pretrain``: what it computes and writes, and how it goes on."""
 
-import json
 import math
 
 import pytest
@@ -108,23 +107,6 @@ def test_the_weights_are_those_of_the_best_epoch_on_held_out_images(run, tmp_pat
     with torch.no_grad():
         found = (net.eval()(data.test_images).argmax(1) == data.test_labels).double().mean().item()
     assert last["tested"]["best"]["test_acc"] == found
-
-
-def test_other_settings_are_refused_by_name(run, tmp_path, capsys):
-    assert run("run", "--epochs", 1) == 0
-    assert run("run", "--epochs", 2) == 1
-    assert "epochs: 1 there, 2 now" in capsys.readouterr().err
-    marker = json.loads((tmp_path / "run" / "resnet32_cifar10.DONE").read_text())
-    assert marker["settings"] == {
-        "dataset": "cifar10", "limit_train": None, "limit_test": None, "epochs": 1, "batch_size": 16, "lr": 0.1,
-        "momentum": 0.9, "weight_decay": 5e-4, "seed": 42, "validation": None, "validation_seed": 0, "patience": None,
-    }  # fmt: skip
-    checkpoint = tmp_path / "run" / "resnet32_cifar10.pth"
-    checkpoint.unlink()
-    assert run("run", "--epochs", 1) == 1
-    message = capsys.readouterr().err
-    assert f"{checkpoint} cannot be read (No such file or directory)" in message
-    assert f"{checkpoint.with_suffix('.DONE')} to train it again" in message
 
 
 def test_bad_flags_end_with_status_two(capsys):

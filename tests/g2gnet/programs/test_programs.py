@@ -129,22 +129,6 @@ def test_json_is_all_that_stands_on_standard_output(at_work, capsys, monkeypatch
     assert "is finished" in text
 
 
-@pytest.mark.parametrize(
-    ("flags", "status", "message"),
-    [
-        ("--T 0", 2, "T=0 must be"),
-        ("--dataset cifar10 --use_resnet --resnet_weights no.pt", 1, "resnet_weights=no.pt cannot be read"),
-        ("--json nowhere/a.json", 1, "cannot write nowhere/a.json (No such file or directory)"),
-    ],
-)
-def test_errors_go_to_standard_error_and_no_json_is_written(at_work, capsys, flags, status, message):
-    assert train.main([*SMALL, "--json", *shlex.split(flags)]) == status
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert message in captured.err
-    assert not (at_work / "checkpoints").exists()
-
-
 FULL = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.64 GiB of which 512.00 MiB is "
     "free. Including non-PyTorch memory, this process has 23.10 GiB memory in use."

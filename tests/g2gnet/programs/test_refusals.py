@@ -8,21 +8,18 @@ import shlex
 from pathlib import Path
 from unittest.mock import Mock
 
-import processes
 import pytest
 from small_data import write_own
 from tiny_checkpoints import TINY, train_tiny
 
 import crossval
 import train
-from benchmarks import cli as benchmarks_cli
 from g2gnet.base import memory
 from g2gnet.base.files import check_writable
 from g2gnet.programs import analyze, pretrain
-from g2gnet.programs.flags import Parser, settings_from
+from g2gnet.programs.flags import settings_from
 from g2gnet.programs.report import program as report
-from g2gnet.training import CheckpointError, SettingsError, Trainer, TrainSettings, least_memory
-from g2gnet.training.checkpoints import RunFiles
+from g2gnet.training import Trainer, TrainSettings, least_memory
 from g2gnet.training.cross_validation import FoldSettings
 from g2gnet.training.evaluation import build_network
 
@@ -132,24 +129,6 @@ def test_a_name_too_long_for_the_runs_files_is_refused_before_the_first_step(tmp
     assert "give the data a file of a shorter name" in printed
 
 
-def test_a_longest_name_that_is_accepted_can_be_written_to_the_end(tmp_path):
-    accepted = []
-    for length in range(200, 256):
-        try:
-            RunFiles(tmp_path, "n" * length).check()
-        except CheckpointError:
-            break
-        accepted.append(length)
-    assert 200 < len(accepted) + 200 < 256
-    files = RunFiles(tmp_path, "n" * accepted[-1])
-    for _ in range(2):  # the second also keeps the first as the previous one
-        files.save_checkpoint({"settings": {}})
-    files.write_history([{"epoch": 1}])
-    files.write_analysis({})
-    files.mark_done({}, {"epoch": 1})
-    assert files.marker.exists()
-
-
 def test_results_that_cannot_be_written_are_found_before_training(tmp_path, capsys, no_step, monkeypatch):
     settings = crossval.build_parser().parse_args([*TINY])
     stem = settings_from(settings, FoldSettings).summary_stem
@@ -158,16 +137,6 @@ def test_results_that_cannot_be_written_are_found_before_training(tmp_path, caps
     (tmp_path / "p" / "resnet32_cifar10.pt").mkdir(parents=True)
     monkeypatch.setattr(pretrain, "load_dataset", lambda *arguments: pytest.fail("data were read"))
     assert "Is a directory" in refused(pretrain, capsys, "--checkpoint_dir", tmp_path / "p", status=1)
-
-
-@pytest.mark.skipif(os.name != "posix", reason="links are those of POSIX")
-def test_a_link_to_itself_is_no_file_for_results(tmp_path, capsys, no_step):
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    printed = refused(train, capsys, *TINY, "--json", tmp_path / "loop", status=1)
-    assert "loop (Too many levels of symbolic links); give another file" in printed
-    assert (tmp_path / "loop").is_symlink()
-    printed = refused(train, capsys, *TINY, "--json", tmp_path / f"{'j' * 248}.json", status=1)
-    assert "File name too long" in printed
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the sticky bit is that of POSIX")
@@ -244,26 +213,6 @@ def test_empty_names_are_refused_by_the_programs_that_read_checkpoints(capsys):
     assert "the name is empty" in refused(analyze, capsys, "")
     assert "argument --output: the name is empty" in refused(report, capsys, "x.pth", "--output", "")
     assert "samples" in refused(analyze, capsys, "x.pth", "--samples", "many")
-
-
-def test_settings_of_matplotlib_that_it_refuses_are_named(tmp_path):
-    page = tmp_path / "page.html"
-    program = tmp_path / "program.py"
-    program.write_text("import sys\nfrom g2gnet.programs.report.program import main\nsys.exit(main(sys.argv[1:]))\n")
-    ended = processes.run(program, "x.pth", "--output", page, output=tmp_path / "printed", MPLBACKEND="nonsense")
-    assert ended.statuses == [2], ended.stderr
-    assert "matplotlib cannot be imported (Key backend: 'nonsense' is not a valid value" in ended.stderr
-    assert "Traceback" not in ended.stderr
-
-
-def test_repeats_of_a_benchmark_are_a_count():
-    parser = Parser()
-    benchmarks_cli.add_flags(parser, 3)
-    for value in (0, MANY):
-        with pytest.raises(ValueError, match=f"repeats={value} must be a whole number of at least 1"):
-            benchmarks_cli.checked(parser.parse_args(["--repeats", str(value)]), "repeats")
-    with pytest.raises(SettingsError, match="train_steps=-1 must be a whole number of at least 0"):
-        benchmarks_cli.workload_from(parser.parse_args(["--train_steps", "-1"]))
 
 
 # --- files that output would destroy --------------------------------------------------------------------------------
@@ -357,13 +306,3 @@ def test_what_is_no_directory_is_called_so(tmp_path, capsys, no_step):
     (tmp_path / "file").touch()
     printed = refused(train, capsys, *TINY, "--checkpoint_dir", tmp_path / "file", status=1)
     assert "file (Not a directory); give another --checkpoint_dir" in printed
-
-
-def test_a_file_of_data_is_among_the_choices(capsys, no_step):
-    assert "dvsgesture, or a file NAME.npz\n" in refused(train, capsys, "--dataset", "UP.NPZ")
-
-
-def test_json_says_which_word_it_takes(capsys):
-    with pytest.raises(SystemExit):
-        analyze.main(["--help"])
-    assert "to FILE, the word after this flag" in " ".join(capsys.readouterr().out.split())

@@ -107,13 +107,6 @@ def test_the_checkpoint_has_the_order_of_permuted_pixels(tmp_path, monkeypatch):
     assert "fashionmnist-mini as sequences (permuted)" in page.read_text()
 
 
-def test_folds_of_sequences(tmp_path):
-    data = write_own(tmp_path / "mine.npz", 6, 5)
-    document = trained(crossval, tmp_path, "--dataset", data, "--k_folds", "2", "--standardize")
-    assert document["settings"]["T"] == 6
-    assert len(document["folds"]) == 2
-
-
 def test_recordings_are_trained_on_and_inspected_as_the_checkpoint_says(tmp_path, monkeypatch, capsys):
     pytest.importorskip("h5py")
     told = write_heidelberg(tmp_path / "data", "shd")

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import row_with, seeded
+from helpers import seeded
 from networks import small_net
 from torch import nn
 from torch.nn.utils import prune
@@ -104,43 +104,6 @@ def test_a_copy_of_which_nobody_said_what_it_is_is_reported_once_for_each_schedu
     assert not same_wiring(net, average.module)
 
 
-def test_networks_of_other_groups_share_no_unit():
-    """The same number of a unit means other neurons."""
-    net, target = network(model="random"), network(model="random", seed=1)
-    target.fc2.values.grad = torch.ones_like(target.fc2.values)
-    sync_wiring(net, target)
-    assert torch.equal(target.fc2.dense_weight(), net.fc2.dense_weight())
-    assert not target.fc2.values.grad.any()
-
-
-def state_in_another_order(net):
-    """The same weights, in other slots."""
-    wiring = row_with(net.fc2.mask, unit_row=lambda row: row.flip(0), unit_col=lambda col: col.flip(0))
-    return {**copy.deepcopy(net.state_dict()), "fc2.values": net.fc2.values.detach().flip(0), "fc2.mask.wiring": wiring}
-
-
-@pytest.mark.parametrize("into", [0, 1], ids=["network", "average"])
-def test_the_same_units_in_another_order_keep_a_tie_and_other_units_end_it_with_a_warning(into, caplog):
-    net = network()
-    average, of_it = copy.deepcopy(net), copy.deepcopy(net)
-    tie_wiring(net, average)
-    tie_wiring(average, of_it)
-    average.fc2.values.data.mul_(0.5)
-    each, expected = (net, average)[into], average.fc2.dense_weight().detach().clone()
-    each.load_state_dict(state_in_another_order(each))
-    assert torch.equal(average.fc2.dense_weight(), expected)
-    assert same_wiring(net, average)
-    assert same_wiring(average, of_it)
-    assert not caplog.records
-    before, other = copy.deepcopy(average.state_dict()), network(seed=1).state_dict()
-    each.load_state_dict(each.state_dict() | {name: other[name] for name in other if name.startswith("fc3")})
-    assert caplog.text.count("call tie_wiring again") == 1 + into  # those of the average and of the one of it
-    if each is net:
-        assert all(map(torch.equal, average.state_dict().values(), before.values()))
-    rewired(net)
-    assert not same_wiring(net, average)
-
-
 def test_a_tie_ends_where_it_cannot_hold(caplog):
     net = network()
     pruned, itself = copies = [copy.deepcopy(net) for _ in range(2)]
@@ -215,18 +178,6 @@ def test_what_is_written_into_buffers_is_read_at_the_next_call(training):
     assert torch.equal(other(X), net(X))
 
 
-def test_an_average_over_buffers_of_a_network_that_stays_as_it_is_may_round():
-    net = network()
-    average = copy.deepcopy(net)
-    mine, theirs = average.fc2.mask.wiring, net.fc2.mask.wiring
-    for decay in (0.9998, 0.99999):
-        for _ in range(3000):  # between two calls
-            mine.mul_(decay).add_(theirs, alpha=1 - decay)
-        assert not torch.equal(mine, theirs)
-        assert average.fc2.mask.equals(net.fc2.mask)
-    assert torch.equal(average.state_dict()["fc2.mask.wiring"], net.fc2.mask.wiring)
-
-
 @pytest.mark.parametrize("decay", [0.99, 0.99999])
 def test_one_unit_of_another_wiring_in_an_average_is_no_rounding(decay):
     net = network()
@@ -238,10 +189,3 @@ def test_one_unit_of_another_wiring_in_an_average_is_no_rounding(decay):
     average.fc2.mask.wiring.mul_(decay).add_(mask.wiring, alpha=1 - decay)
     with pytest.raises(ValueError, match=MIXED):
         average(X)
-
-
-def test_indices_are_no_buffers_and_keep_their_dtype():
-    net = network()
-    assert all(buffer.is_floating_point() for buffer in net.buffers())
-    net.to(torch.bfloat16)
-    assert (net.fc2.mask.unit_row.dtype, net.fc2.mask.wiring.dtype) == (torch.int32, torch.float32)

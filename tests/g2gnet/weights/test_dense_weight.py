@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from g2g_kernels import BlockMask, GroupLayout
-from g2gnet import DSTScheduler, G2GLinear, sparsify
+from g2gnet import G2GLinear, sparsify
 
 X = torch.randn(5, 30, generator=seeded(1))
 
@@ -87,19 +87,6 @@ def test_what_comes_of_the_weight_is_an_ordinary_tensor():
     assert torch.equal(loaded, sparse.weight)
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-def test_the_weight_in_another_layout_is_an_ordinary_tensor():
-    weight = layer().weight
-    for converted in (
-        weight.to_sparse(), weight.to_sparse_csr(), weight.to_sparse_csc(), weight.to_sparse_bsr((4, 5)),
-        weight.to_mkldnn(), weight.detach().to_sparse_csr(),
-        weight.sparse_mask((weight.detach() != 0).float().to_sparse()),
-    ):  # fmt: skip
-        assert type(converted) is torch.Tensor
-        assert converted.layout != torch.strided
-        assert torch.equal(converted.to_dense(), weight)
-
-
 def test_a_layer_as_a_linear_one_computes_the_same_and_shares_nothing():
     sparse = layer().double().eval()
     sparse.bias.requires_grad_(False)
@@ -123,15 +110,3 @@ def test_the_weight_can_be_compiled_and_batched():
     expected = F.linear(X, sparse.weight)
     torch.testing.assert_close(compiled(X), expected)
     torch.testing.assert_close(torch.vmap(lambda x: F.linear(x, sparse.weight))(X), expected)
-
-
-def test_units_grow_by_the_gradient_of_layers_whose_weight_alone_is_read():
-    states = []
-    for run in (lambda fc: F.linear(X, fc.weight, fc.bias), lambda fc: fc(X)):
-        model = nn.Sequential(layer())
-        dst = DSTScheduler(model, torch.optim.SGD(model.parameters(), lr=0.1), interval=1, grow="gradient")
-        run(model[0]).square().sum().backward()
-        assert dst.step()
-        assert dst.grown > 0
-        states.append(model.state_dict())
-    torch.testing.assert_close(*states, rtol=0, atol=0)

@@ -138,16 +138,3 @@ def test_the_state_for_distributed_checkpoints_is_the_networks():
     assert state.keys() == net.state_dict().keys()
     set_model_state_dict(other, state)
     assert torch.equal(other(X), net(X))
-
-
-def test_parameters_can_be_swapped_when_dtype_or_device_change():
-    net = network()
-    expected = net.fc2.dense_weight().detach().double()
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        net.double()
-        assert torch.equal(net.fc2.dense_weight(), expected)
-        net.load_state_dict(network(seed=1).double().state_dict())
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
-    assert torch.equal(net.fc2.dense_weight(), network(seed=1).double().fc2.dense_weight())

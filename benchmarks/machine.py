@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "numpy", "snntorch", "spikingjelly", "jax", "sparselab", "triton")
+PACKAGES = ("torch", "numpy", "snntorch", "spikingjelly", "jax", "triton")
 
 
 @contextlib.contextmanager

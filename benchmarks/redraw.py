@@ -22,14 +22,15 @@ from typing import Any, NamedTuple
 from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
 
-from . import brain, chunks, cpu_choices, delays, flag_costs, host_time, records, report, study_tables
+from . import brain, chunks, cpu_choices, delays, host_time, records, report, study_tables
 from .first_run import comparison
 from .predictions import RECORD as PREDICTIONS
 from .records import RESULTS
 from .registry import KERNELS
-from .report import curve_title, plain, seconds, title
+from .report import plain, seconds, title
 from .studies import BEST, CHOSEN_FEW, EXAMPLE, RELU, SEQUENCES, STUDIES
 from .study_tables import TEST_IMAGES, rows_of
+from .throughput import QUANTITIES
 from .workload import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,14 +142,17 @@ def _processor(machine: dict[str, Any]) -> str:
     return machine["gpu"] or f"{machine['cpu']} with {threads}"
 
 
-def _network(workload: dict[str, Any]) -> str:
+def _network(workload: dict[str, Any], without: Sequence[str] = ()) -> str:
     side = workload["block_size"]
-    blocks = "single weights" if side == 1 else f"{side} × {side} blocks"
-    return (
-        f"{workload['model']}{', recurrent' if workload.get('recurrent') else ''}, batch {workload['batch_size']}, "
-        f"{workload['T']} steps, {workload['hidden_dim']:,} neurons per layer, "
-        f"{blocks}, {_percent(workload['density'])} of the weights"
-    )
+    words = {
+        "batch_size": f"batch {workload['batch_size']}",
+        "T": f"{workload['T']} steps",
+        "hidden_dim": f"{workload['hidden_dim']:,} neurons per layer",
+        "block_size": "single weights" if side == 1 else f"{side} × {side} blocks",
+        "density": f"{_percent(workload['density'])} of the weights",
+    }
+    model = f"{workload['model']}{', recurrent' if workload.get('recurrent') else ''}"
+    return ", ".join([model, *(text for field, text in words.items() if field not in without)])
 
 
 def _percent(share: float) -> str:
@@ -359,7 +363,7 @@ def _growths(records: ByName, link: Link) -> str:
         rows.append([f"[{content['x_is']}]({link(record.path)})", " → ".join(places), *ends])
     if not rows:
         return ""
-    titles = [curve_title(name, content["quantity"]) for name, _ in report.curves(content)]
+    titles = [title(name) for name, _ in report.curves(content)]
     return markdown(["", "from → to", *titles], rows)
 
 
@@ -368,33 +372,13 @@ GROWING = ("T", "B", "H", "groups", "block_size")
 
 def _scaling(record: Record, link: Link) -> str:
     content = record.content
-    places = content["workloads"]
-    first, changing = places[0], {"wide": ("H", "p_inter")}.get(content["quantity"], (content["quantity"],))
-    fixed = [
-        words.format(first[field])
-        for words, field, quantity in (
-            ("batch {}", "batch_size", "B"),
-            ("{} steps", "T", "T"),
-            ("{:,} neurons per layer", "hidden_dim", "H"),
-            ("p_inter {}", "p_inter", "p_inter"),
-            ("{0} × {0} blocks", "block_size", "block_size"),
-        )
-        if quantity not in changing
-    ]
-    if content["quantity"] == "alpha":
-        alphas = ", ".join(f"{place['alpha']:g}" for place in places)
-        fixed.append(f"hidden {first['surrogate']} of α {alphas}")
+    first = content["workloads"][0]
+    grows = QUANTITIES[content["quantity"]].field
     what = "A training step" if content["kernel"] == "step" else "A forward pass"
-    tables = [report.growth(content, lambda name: curve_title(name, content["quantity"]))]
-    if "dense_bytes" in first:
-        tables.append(report.memory(content))
     picture = f"![{what} against {content['x_is']}]({link(record.picture)})\n\n" if record.picture else ""
-    return "\n\n".join(
-        [
-            f"{picture}{what}: {first['model']}, {', '.join(fixed)}. {_machine(record, link)}.",
-            *(markdown(*table) for table in tables),
-        ]
-    )
+    tables = [report.growth(content, title), *([report.memory(content)] if "dense_bytes" in first else [])]
+    about = f"{picture}{what}: {_network(first, ('density', grows))}. {_machine(record, link)}."
+    return "\n\n".join([about, *(markdown(*table) for table in tables)])
 
 
 #: what the names of rows say in short, and in words
@@ -468,12 +452,8 @@ def _predictions(record: Record, link: Link) -> str:
 WHOLE: dict[str, Callable[[Record, Link], str]] = {
     "throughput": _throughput,
     "chunks": _chunks,
-    "brain": _table(brain.table),
+    **{each.PROGRAM.name: _table(each.PROGRAM.table) for each in (brain, delays, host_time, cpu_choices)},
     "brain_growth": _table(brain.growth_table),
-    "delays": _table(delays.table),
-    "flag_costs": _table(flag_costs.table),
-    "host_time": _table(host_time.table),
-    "cpu_choices": _table(cpu_choices.table),
     "predictions": _predictions,
     **dict.fromkeys(STUDIES, _study),
 }

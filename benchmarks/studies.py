@@ -87,15 +87,12 @@ def _dst() -> dict[str, str]:
 
 #: neurons per layer of the dense network that has no more weights
 DENSE_WIDTHS = {58_000: 67, 118_000: 127}
-#: the word of a row that :mod:`benchmarks.deep_r` trains
-DEEP_R = "DEEP R"
 #: flags of a way to few weights that begins with few, by the ending of a row's name; and of one that begins with many
 FEW_AT_FIRST = {
     "": "",
     ", ERK": "--density erk",
     ", rewired": REWIRED,
     ", rewired, ERK": f"{REWIRED} --density erk",
-    f", {DEEP_R}": "--name DEEP_R",
 }
 MANY_AT_FIRST = {
     ", gradual": PRUNED,
@@ -376,7 +373,7 @@ STUDIES = {
     "few": Study(
         "Few weights, and better than a small dense network? Dense networks of 67 and 127 neurons per layer "
         "against wider sparse ones of as many weights: static, rewired, ERK, gradual (pruned from a quarter of the "
-        "weights), from dense, DEEP R; smoothed labels, shifted images, decayed weights. By default the best on "
+        "weights), from dense; smoothed labels, shifted images, decayed weights. By default the best on "
         "held-back images. Memory is that of a training step above the process with its imports.",
         "an hour",
         "--dataset fashionmnist --T 10 --lr_schedule cosine --standardize --weight_decay 0 --surrogate triangle",

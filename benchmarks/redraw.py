@@ -7,7 +7,6 @@ measurements; ``tests/benchmarks/test_benchmark_reports.py`` checks that. ``pyth
 the whole table of any record. Pictures lie in ``docs``; ``docs/draw_result.py`` draws one more. It takes seconds.
 """
 
-import dataclasses
 import functools
 import json
 import os
@@ -40,7 +39,7 @@ PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 #: the record whose picture is on a page
 PICTURED = "scaling-p_inter"
 #: a throughput record's name contains these where they differ
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Workload)}
+_DEFAULTS = Workload().as_dict()
 USUAL = {name: _DEFAULTS[name] for name in ("model", "block_size")}
 #: the same for recurrent networks
 USUAL_RECURRENT = {**USUAL, "hidden_dim": _DEFAULTS["hidden_dim"]}
@@ -86,9 +85,9 @@ def read(path: Path) -> Record:
     return Record(path, json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else records.read(path))
 
 
-def all_records(folder: Path = RESULTS) -> list[Record]:
+def all_records() -> list[Record]:
     """All records, by the names of their files."""
-    return [read(path) for path in sorted([*folder.glob("*.jsonl"), PREDICTIONS])]
+    return [read(path) for path in sorted([*RESULTS.glob("*.jsonl"), PREDICTIONS])]
 
 
 def redrawn(page: str, folder: Path, kept: Sequence[Record]) -> str:
@@ -332,10 +331,9 @@ def _command(record: Record, link: Link, name: str) -> str:
 def _by_seed(records: ByName, link: Link) -> str:
     """What each part of the recipe gains on held-back images, from all records."""
     found = records.get("recipe_study, validation", [])
-    if not found:
-        return ""
     links = ", ".join(f"[{number}]({link(record.path)})" for number, record in enumerate(found, 1))
-    return f"{_in_words(study_tables.gains_by_seed([record.content for record in found]))}\n\nRecords: {links}."
+    table = _in_words(study_tables.gains_by_seed([record.content for record in found]))
+    return f"{table}\n\nRecords: {links}." if found else ""
 
 
 def _sequences(records: ByName, link: Link) -> str:
@@ -351,20 +349,16 @@ def _sequences(records: ByName, link: Link) -> str:
 
 def _growths(records: ByName, link: Link) -> str:
     """Each quantity from its least to its most: our time, that of the masked loop, and of the fastest dense form."""
+    found = [records[name][-1] for each in GROWING if (name := f"scaling-{each}") in records]
     rows = []
-    for name in GROWING:
-        if f"scaling-{name}" not in records:
-            continue
-        record = records[f"scaling-{name}"][-1]
+    for record in found:
         content = record.content
         timed = ([run for run in of if run["status"] == "timed"] for _, of in report.curves(content))
         ends = [f"{seconds(of[0]['median'])} → {seconds(of[-1]['median'])}" for of in timed]
         places = [plain(content["workloads"][end]["x"]) for end in (0, -1)]
         rows.append([f"[{content['x_is']}]({link(record.path)})", " → ".join(places), *ends])
-    if not rows:
-        return ""
-    titles = [title(name) for name, _ in report.curves(content)]
-    return markdown(["", "from → to", *titles], rows)
+    titles = [title(name) for name, _ in report.curves(found[-1].content)] if found else []
+    return markdown(["", "from → to", *titles], rows) if found else ""
 
 
 GROWING = ("T", "B", "H", "groups", "block_size")
@@ -420,9 +414,9 @@ def _of_study(record: Record, link: Link) -> str:
     )
 
 
-def _table(table: Callable[[dict[str, Any]], str]) -> Callable[[Record, Link], str]:
+def _other(record: Record, link: Link) -> str:
     """The table of a record of another benchmark, and the machine."""
-    return lambda record, link: f"{_machine(record, link)}\n\n{table(record.content)}"
+    return f"{_machine(record, link)}\n\n{OTHERS[record.content['benchmark']].table(record.content)}"
 
 
 def _chunks(record: Record, link: Link) -> str:
@@ -448,12 +442,14 @@ def _predictions(record: Record, link: Link) -> str:
     )
 
 
+#: benchmarks whose tables need no words
+OTHERS = {each.PROGRAM.name: each.PROGRAM for each in (brain, delays, host_time, cpu_choices)}
+OTHERS |= {"brain_growth": brain.PROGRAM}
 #: the whole table of a record, by its benchmark
 WHOLE: dict[str, Callable[[Record, Link], str]] = {
     "throughput": _throughput,
     "chunks": _chunks,
-    **{each.PROGRAM.name: _table(each.PROGRAM.table) for each in (brain, delays, host_time, cpu_choices)},
-    "brain_growth": _table(brain.growth_table),
+    **dict.fromkeys(OTHERS, _other),
     "predictions": _predictions,
     **dict.fromkeys(STUDIES, _study),
 }
@@ -480,9 +476,7 @@ PARTS: dict[str, Part] = {
     "scaling-p_inter": _newest(_scaling, "scaling-p_inter"),
     "growth": _growths,
     "scaling-wide": _newest(_scaling, "scaling-wide"),
-    "brain": _newest(WHOLE["brain"], "brain"),
-    "brain_growth": _newest(WHOLE["brain_growth"], "brain_growth"),
-    "delays": _newest(WHOLE["delays"], "delays"),
+    **{name: _newest(_other, name) for name in ("brain", "brain_growth", "delays")},
     "chunks": _newest(_chunks, "chunks"),
     "recipe_study": _newest(_study, "recipe_study"),
     "recipe_study, command": _newest(_command, "recipe_study", name=BEST),

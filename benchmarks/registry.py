@@ -148,6 +148,8 @@ def entries(kernel: str) -> dict[str, Entry]:
             *(_variant(entry, "compiled", "Compiled", _missing((COMPILER,))) for entry in found),
             *(_variant(entry, "graph", "Captured", _no_graph(entry.backend)) for entry in found),
         ]
+    if kernel == "recurrent":  # in plain PyTorch each turn takes seconds
+        found = [replace(entry, by_name=entry.backend == "torch") for entry in found]
     found_peers = [
         Entry(
             label,

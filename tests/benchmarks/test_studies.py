@@ -317,7 +317,6 @@ def test_a_table_has_the_columns_that_its_study_names():
     layer = {"rows_spread": 0.1, "cols_spread": 0.2, "rows_empty": 0.25, "inside": 0.5}
     text = study_tables.table(made("dst", {"row": {1: 0.5, 2: 0.7}}, row={"placement": layer}))
     assert "| row | 60.00 ± 10.00 (n = 2) | 10, 30 | 0.10, 0.20 | 25 % | 50 % |" in text
-    assert "| row | 50.00 (n = 1) | 0.5 (n = 1) |" in study_tables.table(made("rewiring", {"row": {1: 0.5}}))
 
 
 def test_the_best_growth_is_held_against_static_with_the_error_of_the_difference():

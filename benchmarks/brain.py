@@ -264,9 +264,9 @@ class BrainStep(Session):
         self.name, self.arguments = name, arguments
 
     def build(self) -> None:
+        self.memory = PeakMemory(self.device)  # the graph counts
         self.off, graph, arguments = farthest(self.name), _graph(self.arguments), self.arguments
         self.weights = len(graph.weight)
-        self.memory = PeakMemory(self.device)
         self.run = CONTENDERS[self.name](graph, _drive(graph, arguments.batch_size, arguments.gain), arguments.T)
 
     def step(self) -> None:

@@ -113,10 +113,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     runs = []
     for name, call in calls.items():
         with torch.no_grad():
-            rates = nets[name].simulate(x).rates.values()
+            activity: Any = nets[name].simulate(x)
         equal = _equal(nets[name], call, x)
-        about = {"name": name, "compared_with": compared[name], "equal": equal}
-        about |= {"rates": [round(float(rate.mean()), 4) for rate in rates]}
+        about: dict[str, Any] = {"name": name, "compared_with": compared[name], "equal": equal}
+        about["rates"] = [round(float(rate.mean()), 4) for rate in activity.rates.values()]
         runs.append({**about, "status": "ok" if equal >= LEAST_EQUAL else "wrong"})
     with cli.bar((arguments.repeats + 1) * len(calls)) as bar:
         steps = {name: functools.partial(step, call, x) for name, call in calls.items()}

@@ -206,8 +206,8 @@ def measure(
 
     def racer(job: Job) -> Racer:
         entry = job.entry
-        run = {"contender": entry.label, "precision": entry.precision, "differs": ""}
-        run |= dict.fromkeys(("firing_rates", "closest"))
+        run: dict[str, Any] = {"contender": entry.label, "precision": entry.precision, "differs": ""}
+        run |= {"firing_rates": None, "closest": None}
 
         def check(answer: dict[str, Any]) -> str:
             key = job.path, job.kernel

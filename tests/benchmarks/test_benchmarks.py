@@ -21,7 +21,7 @@ from benchmarks import chunks, cli, records, reference, report, throughput
 from benchmarks.contender import Contender
 from benchmarks.correctness import Judge, Verdict, error
 from benchmarks.floor import floor_seconds, work
-from benchmarks.harness import Job, Racer, measure, turns
+from benchmarks.harness import Job, Racer, in_turn, measure, turns
 from benchmarks.machine import PeakMemory
 from benchmarks.ours import Network
 from benchmarks.registry import KERNELS, Entry, choose, declared_peers, entries
@@ -485,6 +485,8 @@ def test_each_round_is_begun_by_the_next_one():
     for number, _, racer in turns("abc", 4):
         rounds[number] += racer
     assert rounds == ["abc", "bca", "cab", "abc"]
+    numbers = iter(range(9))
+    assert in_turn(dict.fromkeys("ab", lambda: next(numbers)), 2) == {"a": [3, 4], "b": [2, 5]}
 
 
 def test_peak_memory_is_counted_from_here():

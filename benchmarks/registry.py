@@ -84,7 +84,7 @@ KERNELS = {
     "step": Kernel("training step (forward, cross-entropy, backward, fused Adam)", "snntorch-masked", "Network"),
     "recurrent": Kernel(
         "training step of a recurrent network", "snntorch-masked", "Network", bf16=False, workload={"recurrent": True},
-        usual={"train_steps": 40},  # of some seconds each
+        usual={"train_steps": 20, "batch_size": 64},  # whose float64 reference takes a minute, not five
     ),
     "forward": Kernel("forward pass without gradients", "snntorch-masked", "Network", method="forward"),
     "lif": Kernel(

@@ -25,7 +25,7 @@ from .machine import Limits, describe
 from .registry import KERNELS, Entry, choose
 from .workload import Prepared, Workload
 
-TAKES = "about twelve minutes on two cores, most of them in peers"
+TAKES = "about twelve minutes on two cores, most of them in peers; --kernel recurrent about six"
 
 
 class Quantity(NamedTuple):

@@ -11,11 +11,9 @@ the same with PyTorch's own autograd, which forms the gradient of all N² weight
 """
 
 import argparse
-import contextlib
 import re
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,12 +24,13 @@ import torch
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet import LIF, G2GLinear, Projection, SpikingNetwork
 from g2gnet.base.tables import markdown
+from g2gnet.programs.flags import Parser
 
 from . import cli
 from .contender import ATan
-from .harness import Worker, WorkerError, turns
-from .machine import PeakMemory, describe
-from .report import seconds
+from .harness import Racer, Session, race
+from .machine import PeakMemory
+from .report import by_column, seconds
 
 BETA, THRESHOLD = 0.9, 1.0
 #: the network that is compared with a dense one, and how far gradients may be off, relative to the largest
@@ -257,152 +256,130 @@ def farthest(name: str) -> float:
     return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found[1:], expected, strict=True))
 
 
-class Session:
-    """A contender in its own process."""
+class BrainStep(Session):
+    """A contender's step."""
 
     def __init__(self, name: str, arguments: argparse.Namespace, threads: int) -> None:
         torch.set_num_threads(threads)
         self.name, self.arguments = name, arguments
-        self.memory = PeakMemory(torch.device("cpu"))
 
-    def build(self) -> dict[str, Any]:
-        """Compares it with float64 and prepares its step."""
-        off, graph, arguments = farthest(self.name), _graph(self.arguments), self.arguments
-        began = time.perf_counter()
-        self.step = CONTENDERS[self.name](graph, _drive(graph, arguments.batch_size, arguments.gain), arguments.T)
-        took = time.perf_counter() - began
-        return {"off": off, "prepared": took, "weights": len(graph.weight), "base": self.memory.before}
+    def build(self) -> None:
+        self.memory = PeakMemory(self.device)  # the graph counts
+        self.off, graph, arguments = farthest(self.name), _graph(self.arguments), self.arguments
+        self.weights = len(graph.weight)
+        self.run = CONTENDERS[self.name](graph, _drive(graph, arguments.batch_size, arguments.gain), arguments.T)
 
-    def time(self) -> dict[str, Any]:
-        began = time.perf_counter()
-        counts, *_ = self.step()
-        took = time.perf_counter() - began
-        peak = self.memory.before + self.memory.above()
-        return {"seconds": took, "rate": float(counts.mean()) / self.arguments.T, "peak": peak}
+    def step(self) -> None:
+        self.counts, *_ = self.run()
+
+    def results(self) -> dict[str, Any]:
+        rate = float(self.counts.mean()) / self.arguments.T
+        return {"off": self.off, "weights": self.weights, "rate": rate, "base": self.memory.before}
 
 
 def _graph(arguments: argparse.Namespace) -> Graph:
     return from_file(arguments.edges) if arguments.edges else synthetic(arguments.neurons, arguments.weights)
 
 
-def measure(arguments: argparse.Namespace, quiet: bool = False) -> dict[str, Any]:
-    """Times all contenders in turn, prints the table unless ``quiet`` and returns the record."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Times all contenders in turn; with ``--growth`` our step with more and more weights."""
     if arguments.growth:
-        return grow(arguments)
-    cli.checked(arguments, "neurons", "weights", "batch_size", "T", "repeats")
+        runs = []
+        for weights in GROWTH:
+            neurons = round((weights / SHARE) ** 0.5)
+            size = argparse.Namespace(**{**vars(arguments), "weights": weights, "neurons": neurons})
+            runs += [{"neurons": neurons, **run} for run in timed_runs(size, ["g2g-cpu"])]
+        return {"benchmark": "brain_growth", "runs": runs}
     names = arguments.contenders or list(CONTENDERS)
     if unknown := [name for name in names if name not in CONTENDERS]:
         raise ValueError(f"contenders={unknown[0]!r} is unknown; choose of {', '.join(CONTENDERS)}")
     if arguments.edges:
         from_file(arguments.edges)  # an error is said before anything starts
-    runs: list[dict[str, Any]] = [{"name": name, "status": "ok", "seconds": []} for name in names]
-    with cli.bar(len(names) * (arguments.repeats + 1)) as bar, contextlib.ExitStack() as stack:
-        workers = [Worker(Session, name, arguments, torch.get_num_threads()) for name in names]
-        for worker, run in zip(workers, runs, strict=True):
-            stack.callback(worker.close)
-            # one after the other: each fills the memory while it builds its matrices, which steps do not need
-            run |= _answer(worker, "build")
-            run |= _answer(worker, "memory.restart")
-        for number, _, (worker, run) in turns(list(zip(workers, runs, strict=True)), arguments.repeats + 1):
-            if run["status"] == "ok":
-                answer = _answer(worker, "time")
-                took = answer.pop("seconds", None)
-                run |= answer
-                if number and took is not None:  # the first turn only warms up
-                    run["seconds"].append(round(took, 4))
-            bar.update()
-    for run in runs:
-        if run["status"] == "ok" and not run["off"] <= CLOSE:
-            run["status"] = "wrong"
-    settings = {name: getattr(arguments, name) for name in ("neurons", "weights", "batch_size", "T", "gain", "edges")}
-    made = {"benchmark": "brain", "machine": describe(torch.device("cpu")), "settings": settings, "runs": runs}
-    if not quiet:
-        print(table(made))
-    return made
+    return {"gain": arguments.gain, "edges": arguments.edges, "runs": timed_runs(arguments, names)}
 
 
-def grow(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Times our step with more and more weights, prints how time and memory grow and returns the record."""
-    runs = []
-    for weights in GROWTH:
-        size = argparse.Namespace(**{**vars(arguments), "weights": weights, "contenders": ["g2g-cpu"], "growth": False})
-        size.neurons = round((weights / SHARE) ** 0.5)
-        (run,) = measure(size, quiet=True)["runs"]
-        runs.append(run | {"neurons": size.neurons, "weights": run.get("weights", weights)})
-    settings = {name: getattr(arguments, name) for name in ("batch_size", "T", "gain")}
-    made = {"benchmark": "brain_growth", "machine": describe(torch.device("cpu")), "settings": settings, "runs": runs}
-    print(growth_table(made))
-    return made
+def timed_runs(arguments: argparse.Namespace, names: Sequence[str]) -> list[dict[str, Any]]:
+    """The runs of these contenders; each is built while no other one computes, since it fills the memory."""
+
+    def racer(name: str) -> Racer:
+        run: dict[str, Any] = {"name": name}
+
+        def check(results: dict[str, Any]) -> str:
+            run.update(results)
+            return "" if run["off"] <= CLOSE else f"gradients are off by {run['off']:.1e}"
+
+        return Racer(name, BrainStep, (name, arguments, torch.get_num_threads()), check, run)
+
+    racers = [racer(name) for name in names]
+    with cli.bar(len(names) * (arguments.repeats + 1)) as bar:
+        race(racers, arguments.repeats, warm_up=1, progress=lambda label: bar.update() and None)
+    for each in racers:
+        each.run |= {"status": each.status, "reason": each.reason, "seconds": [round(t, 4) for t in each.seconds]}
+        if asked := re.search(r"allocate (\d+) bytes", each.reason):
+            each.run["reason"] = f"asks for {int(asked[1]) / 1e9:.0f} GB of memory"
+        if "base" in each.run and each.peak_bytes is not None:
+            each.run["peak"] = each.run["base"] + each.peak_bytes
+    return [each.run for each in racers]
 
 
 def growth_table(record: dict[str, Any]) -> str:
     """Time and memory against weights and neurons, and what each of these costs by least squares."""
-    done = [run for run in record["runs"] if run["status"] == "ok"]
+    done = [run for run in record["runs"] if run["seconds"]]
     took = [statistics.median(run["seconds"]) for run in done]
-    rows = [
-        [f"{run['neurons']:,}", f"{run['weights']:,}", seconds(median), f"{run['peak'] / 1e9:.2f} GB"]
-        for run, median in zip(done, took, strict=True)
-    ]
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "neurons": lambda run: f"{run['neurons']:,}",
+        "weights": lambda run: f"{run['weights']:,}",
+        "step": lambda run: seconds(statistics.median(run["seconds"])),
+        "peak memory": lambda run: f"{run['peak'] / 1e9:.2f} GB",
+    }
     sizes = np.array([[run["weights"], run["neurons"]] for run in done], float)
     words = []
     above = [run["peak"] - run["base"] for run in done]  # the memory of the process before there is a network
     for unit, what, values in (("ns", "time", 1e9 * np.array(took)), ("bytes", "memory", np.array(above))):
         a, b = np.linalg.lstsq(sizes / values[:, None].clip(1), np.ones(len(done)), rcond=None)[0]
         words.append(f"{what} grows by {a:.3g} {unit} per weight and {b:.3g} {unit} per neuron")
-    drawn = markdown(["neurons", "weights", "step", "peak memory"], rows)
-    return f"{drawn}\n\nBy least squares of ratios, {'; '.join(words)}."
-
-
-def _answer(worker: Worker, request: str) -> dict[str, Any]:
-    """What a contender answers, or why it fails."""
-    try:
-        answer: dict[str, Any] | None = worker.ask(request)
-        return answer or {}
-    except WorkerError as error:
-        asked = re.search(r"allocate (\d+) bytes", str(error))
-        reason = f"asks for {int(asked[1]) / 1e9:.0f} GB of memory" if asked else str(error).splitlines()[0][:200]
-        return {"status": "failed", "reason": reason}
+    return f"{by_column(columns, done)}\n\nBy least squares of ratios, {'; '.join(words)}."
 
 
 def table(record: dict[str, Any]) -> str:
     """The time and the memory of a step of each contender."""
+    if record.get("benchmark") == "brain_growth":
+        return growth_table(record)
     rows, base = [], [run["seconds"] for run in record["runs"] if run["name"] == "g2g-cpu" and run["seconds"]]
     for run in record["runs"]:
         text = TEXTS[run["name"]]
-        if run["status"] == "failed":
+        if run["status"] not in ("ok", "timed"):
             rows.append([text, f"fails: {run['reason']}", "", "", "", ""])
             continue
         took = statistics.median(run["seconds"])
         times = f"{statistics.median(a / b for a, b in zip(run['seconds'], base[0], strict=True)):.2f}" if base else ""
-        off = "spikes differ" if run["off"] == float("inf") else f"{run['off']:.0e}"
         memory = f"{run['peak'] / 1e9:.1f} GB"
-        rows.append([text, seconds(took), times, memory, f"{100 * run['rate']:.1f} %", off])
+        rows.append([text, seconds(took), times, memory, f"{100 * run['rate']:.1f} %", f"{run['off']:.0e}"])
     return markdown(["", "step", "over g2g", "peak memory", "firing rate", "off float64 by"], rows)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    quick = {"neurons": 20000, "weights": 1000000, "T": 50, "repeats": 2}
-    parser = cli.build_parser("brain", __doc__, "about six minutes on two cores", quick)
-    counts = {
-        "neurons": (138639, "neurons"),
-        "weights": (15100000, "connections, about"),
-        "batch_size": (8, "samples of a step"),
-        "T": (100, "time steps"),
-        "repeats": (3, "timed steps of each contender"),
-    }
-    cli.add_counts(parser, counts)
+def add_flags(parser: Parser) -> None:
     text = "largest input current, held, of either sign (default: 0.27)"
     parser.add_argument("--gain", type=float, default=0.27, metavar="X", help=text)
     parser.add_argument("--edges", metavar="FILE", help="a CSV file of connections in place of drawn ones")
     text = "our step alone, with 10⁵ to 3·10⁷ weights, a thousandth of all pairs of neurons"
     parser.add_argument("--growth", action="store_true", help=text)
     parser.add_argument("--contenders", type=lambda text: text.split(","), metavar="A,B,...", help="only these")
-    return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(build_parser(), measure, argv)  # type: ignore[arg-type]
-
+PROGRAM = cli.Program(
+    "brain", __doc__, "about six minutes on two cores", measure, table,
+    {
+        "neurons": (138639, "neurons"),
+        "weights": (15100000, "connections, about"),
+        "batch_size": (8, "samples of a step"),
+        "T": (100, "time steps"),
+        "repeats": (3, "timed steps of each contender"),
+    },
+    {"neurons": 20000, "weights": 1000000, "T": 50, "repeats": 2},
+    add_flags,
+)  # fmt: skip
+main = PROGRAM.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,6 +1,7 @@
 """What all benchmarks share: their flags, progress, and what a program does with a record."""
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from g2gnet.training import TrainSettings
 from g2gnet.weights.patterns import MODELS
 
 from . import records, report
+from .machine import describe, pytorch_threads
 from .registry import PRECISIONS
 from .workload import Prepared, Workload, load, prepare
 
@@ -57,6 +59,52 @@ def add_counts(parser: Parser, counts: Mapping[str, tuple[int, str]]) -> None:
     """Adds flags that are whole numbers: each with its default and what it means."""
     for name, (default, text) in counts.items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A benchmark as a program: ``python -m benchmarks.NAME``.
+
+    Attributes:
+        about: its description.
+        takes: how long it takes, and where.
+        measure: makes what its record says beside the machine and the settings.
+        table: the table of a record.
+        counts: flags that are whole numbers of at least 1: each with its default and what it means.
+        quick: what flags are with ``--quick``.
+        more: adds other flags.
+        threads: PyTorch's; None: as many as it has.
+    """
+
+    name: str
+    about: str | None
+    takes: str
+    measure: Callable[[argparse.Namespace], dict[str, Any]]
+    table: Callable[[dict[str, Any]], str]
+    counts: Mapping[str, tuple[int, str]]
+    quick: Mapping[str, Any]
+    more: Callable[[Parser], None] = lambda parser: None
+    threads: int | None = None
+
+    def build_parser(self) -> Parser:
+        parser = build_parser(self.name, self.about, self.takes, self.quick)
+        add_counts(parser, self.counts)
+        self.more(parser)
+        return parser
+
+    def main(self, argv: Sequence[str] | None = None) -> int:
+        return run(self.build_parser(), self._record, argv)
+
+    def _record(self, arguments: argparse.Namespace) -> dict[str, Any]:
+        checked(arguments, *self.counts)
+        with pytorch_threads(self.threads) if self.threads else contextlib.nullcontext():
+            machine = describe(torch.device("cpu"))
+            print(headline(machine), flush=True)
+            settings = {name: getattr(arguments, name) for name in self.counts}
+            record = {"benchmark": self.name, "machine": machine, "settings": settings, **self.measure(arguments)}
+        print(self.table(record))
+        warn_if_busy(machine, record.get("limits", {}))
+        return record
 
 
 def run(

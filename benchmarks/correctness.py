@@ -1,34 +1,26 @@
 """The gate: a contender that computes something different gets no time.
 
-Rounding alone moves some membranes across their threshold, and one spike more or less changes the rest of its sample:
-in float32 a few spikes, in bfloat16 thousands, which are worth 0.05 to 0.23 of a gradient. So a contender gives its
-spikes along with its results, and two questions are asked apart.
+Rounding alone moves some membranes across their threshold, and one spike more or less changes the rest of its sample.
+So a contender gives its spikes along with its results, and two questions are asked apart.
 
 **Do the results follow from the spikes?** The float64 reference (:mod:`benchmarks.reference`) runs with the contender's
-spikes in place of its own: these are what layers receive and what resets, and each surrogate is taken at the membrane
-that follows. That membrane is the contender's up to rounding, and so is the surrogate: those that are measured, ATan
-and triangle, are continuous. (A boxcar jumps; the reference refuses it.) With d the difference from the reference's e,
-a tensor has two errors: Σ|d| / Σ|e|, and as a whole |Σ d·sign(e)| / Σ|e|, in which rounding cancels and a wrong factor
-does not. Where a contender has the sum over all neurons (a shared β or θ), e are its terms, since terms of either sign
-may cancel to next to nothing.
+spikes in place of its own. With d the difference from the reference's e, a tensor has two errors: Σ|d| / Σ|e|, and as a
+whole |Σ d·sign(e)| / Σ|e|, in which rounding cancels and a wrong factor does not. Where a contender has the sum over
+all neurons (a shared β or θ), e are its terms, since terms of either sign may cancel to next to nothing.
 
 **Do the spikes follow from the membranes?** A spike is wrong if the reference's membrane, which the spikes before it
 decide, is on the other side of the threshold. None may be farther from it than rounding explains, and there may not be
 many more than in a plain run of the same precision.
 
 The limits come from such a plain run: the reference itself in the contender's precision, judged by its own spikes.
-Contenders round at other places than it does (some round gradients of spikes, some no product with spikes), so each has
-``FLOOR`` and ``ALLOWANCE`` times its error: in float32 that is up to 1e-6, in bfloat16 up to 1e-2, and 4e-2 under a
-triangle of α = 4, whose slope makes more of a membrane's rounding. As a whole, a tensor has ``WHOLE_FLOOR``, less than
-half of the hundredth that is to be found, and ``SPREAD`` standard errors, taken from the plain run's output neurons; a
-shared β or θ has ``FLOOR`` instead, since some were off by 6.6e-3 where ten output neurons share it. A layer may have
-``ALLOWANCE`` times as many wrong spikes as the plain run and ``FEW``, since a small network has one or none, up to
-``MEMBRANE_FLOOR`` or ``MEMBRANE_ALLOWANCE`` times as far off as its farthest.
+Contenders round at other places than it does, so each has ``FLOOR`` and ``ALLOWANCE`` times its error; a tensor as a
+whole has ``WHOLE_FLOOR`` and ``SPREAD`` standard errors, taken from the plain run's output neurons. A layer may have
+``ALLOWANCE`` times as many wrong spikes as the plain run and ``FEW``, up to ``MEMBRANE_FLOOR`` or
+``MEMBRANE_ALLOWANCE`` times as far off as its farthest.
 
 What this promises: in float32 an error of one in ten thousand is found anywhere. In bfloat16 a gradient of weights or
 biases under ATan that is a hundredth too large or too small is found where rounding averages out over neurons: a test
-plants it in a network of 512. With 128 neurons it is found in most draws, not in all, under a triangle seldom. A shared
-β or θ is judged by the magnitudes of its terms. The record has the error that is closest to its limit.
+plants it in a network of 512. The record has the error that is closest to its limit.
 """
 
 import functools

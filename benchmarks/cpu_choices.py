@@ -9,11 +9,12 @@ which other programs disturb least. Sums in another order have other last bits, 
 """
 
 import argparse
+import functools
 import itertools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 from unittest import mock
@@ -23,11 +24,10 @@ import torch
 from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
 from g2g_kernels.cpu import library
 from g2g_kernels.ops.g2g_stack import cpu as stack
-from g2gnet.base.tables import markdown
-from g2gnet.programs.flags import Parser
 
 from . import cli
-from .machine import describe, pytorch_threads
+from .harness import in_turn
+from .report import by_column
 
 NEVER = math.inf
 #: what forces each way to multiply spikes: the costs of events, of vectors over the batch and of sums of subsets
@@ -148,86 +148,71 @@ class Layers:
         return run
 
 
-def measure(point: Point, size: int, repeats: int) -> list[dict[str, Any]]:
+def measure(point: Point, size: int, repeats: int) -> Iterator[dict[str, Any]]:
     """Processor milliseconds of each pass, by way."""
-    found = []
     for name, of in PASSES.items():
         down = "inputs" in name
         layers = Layers(point, size, of)
         run = layers.forward() if name == "forward" else layers.backward(inputs=down and of.layers == 1)
-        ways: dict[str, tuple[str | None, str | None]] = {
-            way: (None, way) if down else (way, None) for way in (DOWN if down else WAYS)
-        }
-        with forced(None, None):
-            _, expected = run()
-        results = {}
-        for way, how in ways.items():
+
+        def once(how: tuple[str | None, str | None], run: Run = run) -> tuple[float, torch.Tensor]:
             with forced(*how):
-                results[way] = run()[1]  # which also makes the plan and maps memory
+                return run()
+
+        ways = {way: functools.partial(once, (None, way) if down else (way, None)) for way in (DOWN if down else WAYS)}
+        _, expected = once((None, None))
+        results = {way: run()[1] for way, run in ways.items()}  # which also makes the plan and maps memory
         # a way that does not serve these units is another one
         distinct = [
             way for k, way in enumerate(ways) if not any(torch.equal(results[way], results[w]) for w in list(ways)[:k])
         ]
-        times: dict[str, list[float]] = {way: [] for way in distinct}
-        for _, way in itertools.product(range(repeats), distinct):
-            with forced(*ways[way]):
-                times[way].append(1e3 * run()[0])
-        least = {way: min(taken) for way, taken in times.items()}
+        taken = in_turn({way: ways[way] for way in distinct}, repeats, warm_up=0)
+        least = {way: 1e3 * min(seconds for seconds, _ in of_way) for way, of_way in taken.items()}
         chosen = next((way for way in distinct if torch.equal(results[way], expected)), None)
         over = least[chosen] / min(least.values()) if chosen else None
-        found.append({**point._asdict(), "pass": name, "ms": least, "chosen": chosen, "over": over})
-    return found
+        yield {**point._asdict(), "pass": name, "ms": least, "chosen": chosen, "over": over}
+
+
+def choices(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures the points of the grid that are asked for."""
+    every = list(grid())
+    kept = every[:: -(-len(every) // min(arguments.points, len(every)))]
+    runs: list[dict[str, Any]] = []
+    with cli.bar(len(kept), unit=" points") as bar:
+        for point in kept:
+            runs += measure(point, arguments.size, arguments.repeats)
+            bar.update()
+    return {"runs": runs}
 
 
 def table(record: dict[str, Any]) -> str:
     """The points whose chosen way is slower than the fastest by more than is allowed, and how many there are in all."""
     known = [point for point in record["runs"] if point["chosen"]]
     slow = [point for point in known if point["over"] > ALLOWED]
-    rows = [
-        [str(point[name]) for name in ("unit", "density", "rate", "T", "B", "pass", "chosen")]
-        + [", ".join(f"{way} {ms:.2f}" for way, ms in point["ms"].items()), f"{point['over']:.2f}"]
-        for point in slow
-    ]
-    head = ["unit", "density", "rate", "T", "B", "pass", "chosen", "ms of each way", "over the fastest"]
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        name: lambda point, name=name: str(point[name])  # type: ignore[misc]
+        for name in (*Point._fields, "pass", "chosen")
+    }
+    columns["ms of each way"] = lambda point: ", ".join(f"{way} {ms:.2f}" for way, ms in point["ms"].items())
+    columns["over the fastest"] = lambda point: f"{point['over']:.2f}"
     said = (
         f"Of {len(record['runs'])} passes {len(slow)} take more than {ALLOWED} times the fastest way; in "
         f"{len(record['runs']) - len(known)} chunks of the batch differ in what they choose."
     )
-    return f"{said}\n\n{markdown(head, rows)}" if rows else said
+    return f"{said}\n\n{by_column(columns, slow)}" if slow else said
 
 
-COUNTS = {
-    "size": (1024, "neurons of a layer"),
-    "repeats": (7, "timed turns"),
-    "points": (10_000, "points of the grid that are measured, spread over it"),
-}
-
-
-def build_parser() -> Parser:
-    parser = cli.build_parser("cpu_choices", __doc__, "about twenty minutes on a core", {"points": 6})
-    cli.add_counts(parser, COUNTS)
-    return parser
-
-
-def choices(arguments: argparse.Namespace) -> dict[str, Any]:
-    cli.checked(arguments, *COUNTS)
-    every = list(grid())
-    kept = every[:: -(-len(every) // min(arguments.points, len(every)))]
-    runs: list[dict[str, Any]] = []
-    with pytorch_threads(1), cli.bar(len(kept), unit=" points") as bar:  # others spin, which is processor time, too
-        machine = describe(torch.device("cpu"))
-        print(cli.headline(machine))
-        for point in kept:
-            runs += measure(point, arguments.size, arguments.repeats)
-            bar.update()
-    record = {"benchmark": "cpu_choices", "machine": machine, "size": arguments.size, "runs": runs}
-    print(table(record))
-    return record
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(build_parser(), choices, argv)
-
+PROGRAM = cli.Program(
+    "cpu_choices", __doc__, "about twenty minutes on a core", choices, table,
+    {
+        "size": (1024, "neurons of a layer"),
+        "repeats": (7, "timed turns"),
+        "points": (10_000, "points of the grid that are measured, spread over it"),
+    },
+    {"points": 6},
+    threads=1,  # others spin, which is processor time, too
+)  # fmt: skip
+main = PROGRAM.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -6,23 +6,22 @@ Before anything is timed, the spike counts of the first samples are compared wit
 """
 
 import argparse
+import functools
 import itertools
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from g2g_kernels import BlockMask, GroupLayout, neurons_step
 from g2gnet import LIF, G2GLinear, Projection, SpikingNetwork
-from g2gnet.base.tables import markdown
 
 from . import cli
-from .harness import turns
-from .machine import describe
-from .report import seconds
+from .harness import in_turn
+from .report import by_column, seconds
 
 #: inputs and outputs, as those of Fashion-MNIST
 INPUTS, OUTPUTS = 784, 10
@@ -96,46 +95,33 @@ def loop(net: SpikingNetwork, x: torch.Tensor) -> torch.Tensor:
     return counts
 
 
+def step(run: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> float:
+    """Seconds of a training step; of two, since the memory that a network has left is not what the next one needs."""
+    for _ in range(2):
+        began = time.perf_counter()
+        (run(x) - 1).square().mean().backward()
+    return time.perf_counter() - began
+
+
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Times all networks in turn, prints the table and returns the record."""
-    cli.checked(arguments, "hidden_dim", "block_size", "batch_size", "T", "delay", "repeats")
+    """Compares all networks with plain PyTorch, then times them in turn."""
     x = torch.rand(arguments.batch_size, INPUTS, generator=torch.Generator().manual_seed(1))
-    steps: dict[str, Callable[[], torch.Tensor]] = {}
     nets = {name: build(projections, arguments) for name, (projections, _) in NETWORKS.items()}
-    for name, net in nets.items():
-        steps[name] = lambda net=net: net(x)  # type: ignore[misc]
-    late = nets["chain, fixed delays"]
-    steps[LOOP] = lambda: loop(late, x)
-    equal = {name: _equal(net, lambda of, net=net: net(of), x) for name, net in nets.items()}  # type: ignore[misc]
-    equal[LOOP] = _equal(late, lambda of: loop(late, of), x)
-    with torch.no_grad():
-        of_all = {name: net.simulate(x).rates.values() for name, net in nets.items()}
-    rates = {name: [round(float(rate.mean()), 4) for rate in of] for name, of in of_all.items()}
-    rates[LOOP] = rates["chain, fixed delays"]
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    with cli.bar((arguments.repeats + 1) * len(steps)) as bar:
-        for number, _, name in turns(list(steps), arguments.repeats + 1):
-            for _ in range(2):  # the memory that a network has left is not what the next one needs
-                began = time.perf_counter()
-                (steps[name]() - 1).square().mean().backward()
-            if number:  # the first turn only warms up
-                times[name].append(time.perf_counter() - began)
-            bar.update()
-    runs = [
-        {
-            "name": name,
-            "seconds": [round(each, 6) for each in of],
-            "compared_with": NETWORKS[name][1] if name in NETWORKS else "chain, fixed delays",
-            "equal": equal[name],
-            "rates": rates[name],
-            "status": "ok" if equal[name] >= LEAST_EQUAL else "wrong",
-        }
-        for name, of in times.items()
-    ]
-    settings = {name: getattr(arguments, name) for name in ("hidden_dim", "block_size", "batch_size", "T", "delay")}
-    record = {"benchmark": "delays", "machine": describe(torch.device("cpu")), "settings": settings, "runs": runs}
-    print(table(record))
-    return record
+    calls: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {**nets, LOOP: lambda x: loop(nets[LOOP], x)}
+    compared = {name: other for name, (_, other) in NETWORKS.items()} | {LOOP: "chain, fixed delays"}
+    nets[LOOP] = nets[compared[LOOP]]
+    runs = []
+    for name, call in calls.items():
+        with torch.no_grad():
+            activity: Any = nets[name].simulate(x)
+        equal = _equal(nets[name], call, x)
+        about: dict[str, Any] = {"name": name, "compared_with": compared[name], "equal": equal}
+        about["rates"] = [round(float(rate.mean()), 4) for rate in activity.rates.values()]
+        runs.append({**about, "status": "ok" if equal >= LEAST_EQUAL else "wrong"})
+    with cli.bar((arguments.repeats + 1) * len(calls)) as bar:
+        steps = {name: functools.partial(step, call, x) for name, call in calls.items()}
+        times = in_turn(steps, arguments.repeats, done=bar.update)
+    return {"runs": [{**run, "seconds": [round(each, 6) for each in times[run["name"]]]} for run in runs]}
 
 
 @torch.no_grad()
@@ -151,35 +137,38 @@ def _equal(net: SpikingNetwork, run: Callable[[torch.Tensor], torch.Tensor], x: 
 def table(record: dict[str, Any]) -> str:
     """The time of a step of each network, and its ratio to the one that it is compared with."""
     times = {run["name"]: run["seconds"] for run in record["runs"]}
-    rows = []
-    for run in record["runs"]:
-        other = times[run["compared_with"]]
-        ratio = statistics.median(ours / theirs for ours, theirs in zip(run["seconds"], other, strict=True))
-        ours = seconds(statistics.median(run["seconds"]))
-        same = run["name"] == run["compared_with"]
-        fired = " ".join(f"{100 * rate:.1f}" for rate in run["rates"])
-        rows.append([run["name"], ours, "" if same else f"{ratio:.2f}", "" if same else run["compared_with"], fired])
-    return markdown(["", "step", "ratio", "to", "firing rates, %"], rows)
+
+    def ratio(run: dict[str, Any]) -> str:
+        pairs = zip(run["seconds"], times[run["compared_with"]], strict=True)
+        return f"{statistics.median(ours / theirs for ours, theirs in pairs):.2f}"
+
+    def unless_itself(cell: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
+        return lambda run: "" if run["name"] == run["compared_with"] else cell(run)
+
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "": lambda run: run["name"],
+        "step": lambda run: seconds(statistics.median(run["seconds"])),
+        "ratio": unless_itself(ratio),
+        "to": unless_itself(lambda run: run["compared_with"]),
+    }
+    if "rates" in record["runs"][0]:  # older records have none
+        columns["firing rates, %"] = lambda run: " ".join(f"{100 * rate:.1f}" for rate in run["rates"])
+    return by_column(columns, record["runs"])
 
 
-def build_parser() -> argparse.ArgumentParser:
-    quick = {"hidden_dim": 512, "batch_size": 64, "T": 20, "repeats": 2}
-    parser = cli.build_parser("delays", __doc__, "about four minutes on two cores", quick)
-    counts = {
+PROGRAM = cli.Program(
+    "delays", __doc__, "about four minutes on two cores", measure, table,
+    {
         "hidden_dim": (2048, "neurons in each hidden population"),
         "block_size": (64, "side of a block of weights"),
         "batch_size": (256, "samples of a step"),
         "T": (50, "time steps"),
         "delay": (20, "the largest delay"),
         "repeats": (7, "timed steps of each network"),
-    }
-    cli.add_counts(parser, counts)
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(build_parser(), measure, argv)  # type: ignore[arg-type]
-
+    },
+    {"hidden_dim": 512, "batch_size": 64, "T": 20, "repeats": 2},
+)  # fmt: skip
+main = PROGRAM.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,7 +12,8 @@ import operator
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,49 +23,51 @@ import numpy as np
 import torch
 
 from .contender import Contender
-from .correctness import Judge, Verdict
+from .correctness import Judge
 from .machine import PeakMemory, load_lazy_parts, timed
 from .registry import KERNELS, Entry
 from .workload import Prepared, load
 
 RacerT = TypeVar("RacerT")
-
-
-@dataclass(frozen=True)
-class Job:
-    """A contender to run on a prepared workload."""
-
-    entry: Entry
-    path: Path
-    kernel: str = "step"
-    device: str = "cpu"
+ResultT = TypeVar("ResultT")
 
 
 @dataclass
-class Outcome:
-    """The outcome of a job.
+class Racer:
+    """What takes part in a race: a session in a process of its own, and what is known of it.
 
     Attributes:
+        session: makes the child's :class:`Session` of ``arguments``.
+        check: what is wrong about the results of the session, or "".
+        run: what else a record says of it.
         status: ``"timed"``, or why there is no time: ``"skipped"`` (cannot run here), ``"refused"`` (says it cannot
-            do this), ``"wrong"`` (its results are).
-        reason: the same in words, or "".
-        seconds: one per repeat.
-        cpu_seconds: the same in processor time of all threads of its process, waiting in a loop included.
+            do this), ``"wrong"`` (its results are); ``reason`` says it in words.
+        cpu_seconds: of all threads of its process, waiting in a loop included.
         first_seconds: of the first turn, which may compile, plan and allocate.
-        peak_bytes: during the later turns, above the process with its imports and the data.
-        differs: how its computation differs from the others', in words.
+        peak_bytes: during a later turn, above the process with its imports and the data.
     """
 
-    job: Job
+    label: str
+    session: Callable[..., "Session"]
+    arguments: tuple[Any, ...] = ()
+    check: Callable[[Any], str] = lambda results: ""
+    run: dict[str, Any] = field(default_factory=dict)
     status: str = "timed"
     reason: str = ""
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     first_seconds: float | None = None
     peak_bytes: int | None = None
-    firing_rates: list[float] | None = None
-    differs: str = ""
-    verdict: Verdict | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """Its run in a record; it has times only if its results were right."""
+        run = {**self.run, "status": self.status, "reason": self.reason}
+        if self.status == "timed":
+            p20, median, p80 = np.percentile(self.seconds, (20, 50, 80)).tolist()
+            run |= {"median": median, "p20": p20, "p80": p80, "repeats": len(self.seconds)}
+            run |= {"cpu_median": float(np.median(self.cpu_seconds))}
+            run |= {"first_seconds": self.first_seconds, "peak_bytes": self.peak_bytes}
+        return run
 
 
 class WorkerError(RuntimeError):
@@ -114,12 +117,44 @@ def _serve(connection: Connection, make: Callable[..., Any], *about: Any) -> Non
             connection.send(answer)
 
 
-class _Session:
-    """The child's side of each request."""
+class Session(ABC):
+    """The child's side of a race: a training step, or another kernel."""
 
+    device = torch.device("cpu")
+    memory: PeakMemory  # begins in :meth:`build`, after imports and data
+
+    @abstractmethod
+    def build(self) -> None:
+        """Prepares the step."""
+
+    @abstractmethod
+    def step(self) -> Any:
+        """What is timed."""
+
+    @abstractmethod
+    def results(self) -> Any:
+        """What the parent checks."""
+
+    def time(self) -> tuple[float, float]:
+        """Seconds for one turn, and processor time."""
+        before = time.process_time()
+        taken = timed(self.step, self.device)
+        return taken, time.process_time() - before
+
+
+@dataclass(frozen=True)
+class Job:
+    """A contender to run on a prepared workload."""
+
+    entry: Entry
+    path: Path
+    kernel: str = "step"
+    device: str = "cpu"
+
+
+class _ContenderSession(Session):
     prepared: Prepared
     contender: Contender
-    memory: PeakMemory
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -134,13 +169,12 @@ class _Session:
         self.memory = PeakMemory(self.device)
         self.contender = kind(prepared, self.device, self.job.entry.precision, **self.job.entry.options)
 
+    def step(self) -> None:
+        getattr(self.contender, KERNELS[self.job.kernel].method)()
+
     def time(self) -> tuple[float, float]:
-        """Seconds for one turn, and processor time."""
-        work = getattr(self.contender, KERNELS[self.job.kernel].method)
         self.contender.before_turn()
-        before = time.process_time()
-        taken = timed(work, self.device)
-        return taken, time.process_time() - before
+        return super().time()
 
     def results(self) -> dict[str, Any]:
         forward_only = self.job.kernel == "forward"
@@ -149,10 +183,8 @@ class _Session:
         return {
             "results": {name: _to_numpy(tensor) for name, tensor in results.items()},
             "firing_rates": self.contender.firing_rates(results),
-            "reset": self.contender.reset,
-            "masked": self.contender.masked,
-            "omits": self.contender.omits,
             "differs": self.contender.differs,
+            "how": (self.contender.reset, self.job.entry.precision, self.contender.masked, self.contender.omits),
         }
 
 
@@ -168,45 +200,73 @@ def measure(
     warm_up: int = 2,
     progress: Callable[[str], None] = lambda text: None,
     between_rounds: Callable[[], None] = lambda: None,
-) -> list[Outcome]:
-    """Checks and times the jobs.
+) -> list[Racer]:
+    """Checks and times contenders; those whose entry is unavailable come back as skipped (see :func:`race`)."""
+    judges: dict[tuple[Path, str], Judge] = {}
+
+    def racer(job: Job) -> Racer:
+        entry = job.entry
+        run: dict[str, Any] = {"contender": entry.label, "precision": entry.precision, "differs": ""}
+        run |= {"firing_rates": None, "closest": None}
+
+        def check(answer: dict[str, Any]) -> str:
+            key = job.path, job.kernel
+            if key not in judges:
+                judges[key] = Judge(load(job.path), job.kernel)
+            results = {name: torch.as_tensor(array) for name, array in answer["results"].items()}
+            verdict = judges[key].verdict(results, *answer["how"])
+            run.update(firing_rates=answer["firing_rates"], differs=answer["differs"], closest=verdict.closest())
+            return verdict.objection
+
+        status = "skipped" if entry.unavailable else "timed"
+        return Racer(entry.label, _ContenderSession, (job,), check, run, status, entry.unavailable or "")
+
+    def rest() -> None:
+        judges.clear()
+        between_rounds()
+
+    racers = [racer(job) for job in jobs]
+    race(racers, repeats, warm_up, progress, rest)
+    return racers
+
+
+def race(
+    racers: Sequence[Racer],
+    repeats: int,
+    warm_up: int = 2,
+    progress: Callable[[str], None] = lambda text: None,
+    between_rounds: Callable[[], None] = lambda: None,
+) -> None:
+    """Checks all racers that are not skipped, one after the other, then times them in turn.
 
     Args:
-        jobs: what to run; jobs whose entry is unavailable come back as skipped.
+        racers: who takes part; they keep the times.
         repeats: timed turns each.
-        warm_up: untimed turns before them, at least two; memory is that of the turns after the first.
-        progress: called with the current action, once per job for its check and once per job and round.
-        between_rounds: called after each round, when no contender computes.
+        warm_up: untimed turns before them; memory is that of the last of these.
+        progress: called with the current action, once per racer for its check and once per racer and round.
+        between_rounds: called before each round, when no racer computes.
     """
-    outcomes = [Outcome(job) for job in jobs]
-    judges: dict[tuple[Path, str], Judge] = {}
     with contextlib.ExitStack() as stack:
-        racers: list[tuple[Worker, Outcome]] = []
-        for outcome in outcomes:
-            progress(f"checking {outcome.job.entry.label}")
-            if outcome.job.entry.unavailable:
-                outcome.status, outcome.reason = "skipped", outcome.job.entry.unavailable
+        running: list[tuple[Racer, Worker]] = []
+        for racer in racers:
+            progress(f"checking {racer.label}")
+            if racer.status == "skipped":
                 continue
-            key = outcome.job.path, outcome.job.kernel
-            if key not in judges:
-                judges[key] = Judge(load(outcome.job.path), outcome.job.kernel)
-            worker = Worker(_Session, outcome.job)
+            worker = Worker(racer.session, *racer.arguments)
             stack.callback(worker.close)
-            if _admit(worker, outcome, judges[key], warm_up):
-                racers.append((worker, outcome))
+            if _admit(racer, worker, warm_up):
+                running.append((racer, worker))
             else:
                 worker.close()
-        judges.clear()
-        for _, place, (worker, outcome) in turns(racers, repeats):
+        for _, place, (racer, worker) in turns(running, repeats):
             if place == 0:
                 between_rounds()
-            progress(outcome.job.entry.label)
-            if outcome.status == "timed":
-                with _noting_failure(outcome):
+            progress(racer.label)
+            if racer.status == "timed":
+                with _noting_failure(racer):
                     taken, processor = worker.ask("time")
-                    outcome.seconds.append(taken)
-                    outcome.cpu_seconds.append(processor)
-    return outcomes
+                    racer.seconds.append(taken)
+                    racer.cpu_seconds.append(processor)
 
 
 def turns(racers: Sequence[RacerT], rounds: int) -> Iterator[tuple[int, int, RacerT]]:
@@ -217,32 +277,38 @@ def turns(racers: Sequence[RacerT], rounds: int) -> Iterator[tuple[int, int, Rac
             yield number, place, racer
 
 
-def _admit(worker: Worker, outcome: Outcome, judge: Judge, warm_up: int) -> bool:
-    """Builds and warms up the contender, counts its memory and has its results judged."""
-    with _noting_failure(outcome):
+def in_turn(
+    works: Mapping[str, Callable[[], ResultT]], rounds: int, warm_up: int = 1, done: Callable[[], Any] = lambda: None
+) -> dict[str, list[ResultT]]:
+    """What works of this process give in ``rounds`` turns, after ``warm_up`` others; ``done`` is called after each."""
+    given: dict[str, list[ResultT]] = {name: [] for name in works}
+    for number, _, name in turns(list(works), warm_up + rounds):
+        result = works[name]()
+        if number >= warm_up:
+            given[name].append(result)
+        done()
+    return given
+
+
+def _admit(racer: Racer, worker: Worker, warm_up: int) -> bool:
+    """Builds and warms up the racer, counts its memory and checks its results."""
+    with _noting_failure(racer):
         worker.ask("build")
-        outcome.first_seconds, _ = worker.ask("time")
-        worker.ask("memory.restart")
-        for _ in range(max(1, warm_up - 1)):
-            worker.ask("time")
-        outcome.peak_bytes = worker.ask("memory.above")
-        answer = worker.ask("results")
-        outcome.firing_rates, outcome.differs = answer["firing_rates"], answer["differs"]
-        outcome.verdict = judge.verdict(
-            {name: torch.as_tensor(array) for name, array in answer["results"].items()},
-            answer["reset"],
-            outcome.job.entry.precision,
-            answer["masked"],
-            answer["omits"],
-        )
-        if outcome.verdict.objection:
-            outcome.status, outcome.reason = "wrong", outcome.verdict.objection
-    return outcome.status == "timed"
+        for turn in range(warm_up):
+            if turn == warm_up - 1:
+                worker.ask("memory.restart")
+            taken, _ = worker.ask("time")
+            racer.first_seconds = racer.first_seconds or taken
+        racer.peak_bytes = worker.ask("memory.above")
+        racer.reason = racer.check(worker.ask("results"))
+        if racer.reason:
+            racer.status = "wrong"
+    return racer.status == "timed"
 
 
 @contextlib.contextmanager
-def _noting_failure(outcome: Outcome) -> Iterator[None]:
+def _noting_failure(racer: Racer) -> Iterator[None]:
     try:
         yield
     except WorkerError as error:
-        outcome.status, outcome.reason, outcome.seconds = "refused", str(error), []
+        racer.status, racer.reason, racer.seconds = "refused", str(error), []

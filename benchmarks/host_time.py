@@ -31,8 +31,8 @@ from g2gnet.programs.flags import Parser
 
 from . import cli
 from .contender import ATan, autocast
+from .harness import in_turn
 from .launcher import launcher_seconds
-from .machine import describe, pytorch_threads
 from .report import seconds
 
 PARTS = ("forward", "loss", "backward", "optimizer")
@@ -108,11 +108,10 @@ class Contender:
         self.labels = torch.randint(last.out_features, self.x.shape[:1], generator=draw)
         self.net = PlainLoop(stack) if case.backend == "plain loop" else stack
         self.optimizer = torch.optim.Adam(self.net.parameters(), fused=True)
-        self.seconds: dict[str, list[float]] = {part: [] for part in PARTS}
         #: what the last step launched, on Triton
         self.launches: list[runtime.Launch] = []
 
-    def step(self) -> None:
+    def step(self) -> dict[str, float]:
         """Trains for one step."""
         marks = [time.process_time()]
         with autocast(self.x.device, self.case.precision):
@@ -125,17 +124,18 @@ class Contender:
         self.optimizer.step()
         self.optimizer.zero_grad()
         marks.append(time.process_time())
-        for part, start, end in zip(PARTS, marks, marks[1:], strict=False):
-            self.seconds[part].append(end - start)
+        parts = {part: end - start for part, start, end in zip(PARTS, marks, marks[1:], strict=False)}
+        return {**parts, "forward to backward": marks[3] - marks[0], "step": marks[-1] - marks[0]}
 
-    def turn(self, steps: int) -> None:
+    def turn(self, steps: int | None = None) -> list[dict[str, float]]:
         """Trains for some steps."""
-        on_triton = self.case.backend == "triton"
         with contextlib.ExitStack() as stack:
-            self.launches = stack.enter_context(free_launches()) if on_triton else []
-            for _ in range(steps):
+            self.launches = stack.enter_context(free_launches()) if self.case.backend == "triton" else []
+            taken = []
+            for _ in range(steps or TURN):
                 self.launches.clear()
-                self.step()
+                taken.append(self.step())
+        return taken
 
 
 @contextlib.contextmanager
@@ -159,41 +159,25 @@ def free_launches() -> Iterator[list[runtime.Launch]]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Times all cases in turn, prints the table and returns the record.
+    """Times all cases in turn.
 
     Raises:
-        ValueError: for numbers of turns out of range.
+        ValueError: for the launcher of the interpreter, which has none.
     """
     if arguments.launcher and runtime.interpreted():
         raise ValueError("launcher: TRITON_INTERPRET is set, and the interpreter has none; unset it")
-    cli.checked(arguments, "turns", "warm_up")
-    rounds = arguments.warm_up + arguments.turns
-    with pytorch_threads(1), cli.bar(rounds) as bar:
-        contenders = [Contender(case) for case in CASES]
-        for number in range(rounds):
-            for contender in contenders:
-                contender.turn(TURN)
-                if number < arguments.warm_up:
-                    for taken in contender.seconds.values():
-                        taken.clear()
-            bar.update()
-        rows = [row for contender in contenders for row in _rows(contender)]
-        if arguments.launcher:
-            *_, last = contenders
-            taken = launcher_seconds(last.launches, arguments.turns)
-            rows.append(_row(last.case, "launcher", taken) | {"launches": len(last.launches)})
-        about = {"benchmark": "host_time", "machine": describe(torch.device("cpu"))}
-        record = {**about, "turns": arguments.turns, "turn": TURN, "runs": rows}
-    print(table(record))
-    return record
-
-
-def _rows(contender: Contender) -> Iterator[dict[str, Any]]:
-    steps = [sum(parts) for parts in zip(*contender.seconds.values(), strict=True)]
-    both = [sum(parts) for parts in zip(*(contender.seconds[part] for part in PARTS[:3]), strict=True)]
-    of = {**contender.seconds, "forward to backward": both, "step": steps}
-    for part, taken in of.items():
-        yield _row(contender.case, part, taken)
+    contenders = {str(case): Contender(case) for case in CASES}
+    with cli.bar((arguments.warm_up + arguments.turns) * len(CASES)) as bar:
+        works = {name: contender.turn for name, contender in contenders.items()}
+        turns = in_turn(works, arguments.turns, arguments.warm_up, bar.update)
+    runs = []
+    for name, contender in contenders.items():
+        steps = list(itertools.chain(*turns[name]))
+        runs += [_row(contender.case, part, [step[part] for step in steps]) for part in steps[0]]
+    if arguments.launcher:
+        taken = launcher_seconds(contender.launches, arguments.turns)
+        runs.append(_row(contender.case, "launcher", taken) | {"launches": len(contender.launches)})
+    return {"turns": arguments.turns, "turn": TURN, "runs": runs}
 
 
 def _row(case: Case, part: str, taken: Sequence[float]) -> dict[str, Any]:
@@ -211,20 +195,19 @@ def table(record: dict[str, Any]) -> str:
     return markdown(["least (median)", *parts], rows)
 
 
-def build_parser() -> Parser:
-    parser = cli.build_parser(
-        "host_time", __doc__, "half a minute on a core, with --launcher two minutes", {"turns": 10}
-    )
-    counts = {"turns": (50, f"timed turns of {TURN} steps"), "warm_up": (5, "turns before them")}
-    cli.add_counts(parser, counts)
+def add_flags(parser: Parser) -> None:
     text = "time Triton's launcher, too; compiles the kernels of a step for an H100 (a minute)"
     parser.add_argument("--launcher", action="store_true", help=text)
-    return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(build_parser(), measure, argv)
-
+PROGRAM = cli.Program(
+    "host_time", __doc__, "half a minute on a core, with --launcher two minutes", measure, table,
+    {"turns": (50, f"timed turns of {TURN} steps"), "warm_up": (5, "turns before them")},
+    {"turns": 10},
+    add_flags,
+    threads=1,
+)  # fmt: skip
+main = PROGRAM.main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "numpy", "snntorch", "spikingjelly", "jax", "sparselab", "triton")
+from g2gnet.base.memory import available
+
+PACKAGES = ("torch", "numpy", "snntorch", "spikingjelly", "jax", "triton")
 
 
 @contextlib.contextmanager
@@ -47,7 +49,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "memory_gb": round(_memory_bytes() / 1e9, 1),
+        "memory_gb": round((available() or 0) / 1e9, 1),
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cuda": torch.version.cuda,
@@ -83,13 +85,6 @@ def _cpu_name() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _memory_bytes() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return 0
 
 
 def _version(package: str) -> str | None:

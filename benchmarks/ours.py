@@ -66,30 +66,6 @@ class Network(NetworkContender):
         return activity.counts
 
 
-class FeedForward(Network):
-    """:class:`Network` without recurrent connections, to be compared with a recurrent one of as many weights."""
-
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str, backend: str) -> None:
-        super().__init__(prepared, device, precision, backend)
-        weights = sum(prepared.active_weights().values())
-        self.differs = f"feed-forward, {prepared.workload.hidden_dim:,} neurons per layer, {weights:,} weights"
-
-
-class Steps(Network):
-    """:class:`Network` in a Python loop over :meth:`g2gnet.SpikingStack.step`."""
-
-    def counts(self, kept: Kept | None = None) -> torch.Tensor:
-        x = self.net.encode(self.images)
-        counts, state = torch.zeros((), device=self.device), None
-        for _ in range(self.net.T):
-            spikes, state = self.net.step(x, state)
-            counts = counts + spikes
-            for layer, (membrane, (_, neurons)) in enumerate(zip(state, self.net.layers(), strict=True)):
-                assert isinstance(membrane, torch.Tensor)  # of LIF neurons, which spiked where it is above θ
-                keep((membrane > neurons.by_name["threshold"]).float(), kept, layer)
-        return counts
-
-
 class Compiled(CompiledContender, Network):
     """:class:`Network` through ``torch.compile``."""
 

@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 
 from . import records
-from .report import curve_title, curves
+from .report import curves, title
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -33,12 +33,12 @@ def draw(record: dict[str, Any], path: Path | str) -> None:
         colour = COLOURS.get(name, PEER)
         spread = [[run["median"] - run["p20"] for run in timed], [run["p80"] - run["median"] for run in timed]]
         style = {"color": colour, "marker": "o", "markersize": 4}
-        left.errorbar(x, medians, spread, capsize=3, label=curve_title(name, record["quantity"]), **style)
+        left.errorbar(x, medians, spread, capsize=3, label=title(name), **style)
         right.plot(x, [run["peak_bytes"] / 1e6 for run in timed], **style)
         if colour == OURS:
             ideal = [medians[-1] * flop[place] / flop[x[-1]] for place in x]
-            title = "ideal: proportional to active multiply-adds"
-            left.plot(x, ideal, color="black", linestyle="--", linewidth=1, label=title)
+            text = "ideal: proportional to active multiply-adds"
+            left.plot(x, ideal, color="black", linestyle="--", linewidth=1, label=text)
     left.set_ylabel("seconds per training step")
     right.set_ylabel("peak memory, MB")
     for axis in axes:

@@ -7,7 +7,6 @@ measurements; ``tests/benchmarks/test_benchmark_reports.py`` checks that. ``pyth
 the whole table of any record. Pictures lie in ``docs``; ``docs/draw_result.py`` draws one more. It takes seconds.
 """
 
-import dataclasses
 import functools
 import json
 import os
@@ -22,14 +21,15 @@ from typing import Any, NamedTuple
 from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
 
-from . import brain, chunks, cpu_choices, delays, flag_costs, host_time, records, report, study_tables
+from . import brain, chunks, cpu_choices, delays, host_time, records, report, study_tables
 from .first_run import comparison
 from .predictions import RECORD as PREDICTIONS
 from .records import RESULTS
 from .registry import KERNELS
-from .report import curve_title, plain, seconds, title
+from .report import plain, seconds, title
 from .studies import BEST, CHOSEN_FEW, EXAMPLE, RELU, SEQUENCES, STUDIES
 from .study_tables import TEST_IMAGES, rows_of
+from .throughput import QUANTITIES
 from .workload import Workload
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +39,7 @@ PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 #: the record whose picture is on a page
 PICTURED = "scaling-p_inter"
 #: a throughput record's name contains these where they differ
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(Workload)}
+_DEFAULTS = Workload().as_dict()
 USUAL = {name: _DEFAULTS[name] for name in ("model", "block_size")}
 #: the same for recurrent networks
 USUAL_RECURRENT = {**USUAL, "hidden_dim": _DEFAULTS["hidden_dim"]}
@@ -85,9 +85,9 @@ def read(path: Path) -> Record:
     return Record(path, json.loads(path.read_text(encoding="utf-8")) if path.suffix == ".json" else records.read(path))
 
 
-def all_records(folder: Path = RESULTS) -> list[Record]:
+def all_records() -> list[Record]:
     """All records, by the names of their files."""
-    return [read(path) for path in sorted([*folder.glob("*.jsonl"), PREDICTIONS])]
+    return [read(path) for path in sorted([*RESULTS.glob("*.jsonl"), PREDICTIONS])]
 
 
 def redrawn(page: str, folder: Path, kept: Sequence[Record]) -> str:
@@ -141,14 +141,17 @@ def _processor(machine: dict[str, Any]) -> str:
     return machine["gpu"] or f"{machine['cpu']} with {threads}"
 
 
-def _network(workload: dict[str, Any]) -> str:
+def _network(workload: dict[str, Any], without: Sequence[str] = ()) -> str:
     side = workload["block_size"]
-    blocks = "single weights" if side == 1 else f"{side} × {side} blocks"
-    return (
-        f"{workload['model']}{', recurrent' if workload.get('recurrent') else ''}, batch {workload['batch_size']}, "
-        f"{workload['T']} steps, {workload['hidden_dim']:,} neurons per layer, "
-        f"{blocks}, {_percent(workload['density'])} of the weights"
-    )
+    words = {
+        "batch_size": f"batch {workload['batch_size']}",
+        "T": f"{workload['T']} steps",
+        "hidden_dim": f"{workload['hidden_dim']:,} neurons per layer",
+        "block_size": "single weights" if side == 1 else f"{side} × {side} blocks",
+        "density": f"{_percent(workload['density'])} of the weights",
+    }
+    model = f"{workload['model']}{', recurrent' if workload.get('recurrent') else ''}"
+    return ", ".join([model, *(text for field, text in words.items() if field not in without)])
 
 
 def _percent(share: float) -> str:
@@ -328,10 +331,9 @@ def _command(record: Record, link: Link, name: str) -> str:
 def _by_seed(records: ByName, link: Link) -> str:
     """What each part of the recipe gains on held-back images, from all records."""
     found = records.get("recipe_study, validation", [])
-    if not found:
-        return ""
     links = ", ".join(f"[{number}]({link(record.path)})" for number, record in enumerate(found, 1))
-    return f"{_in_words(study_tables.gains_by_seed([record.content for record in found]))}\n\nRecords: {links}."
+    table = _in_words(study_tables.gains_by_seed([record.content for record in found]))
+    return f"{table}\n\nRecords: {links}." if found else ""
 
 
 def _sequences(records: ByName, link: Link) -> str:
@@ -347,20 +349,16 @@ def _sequences(records: ByName, link: Link) -> str:
 
 def _growths(records: ByName, link: Link) -> str:
     """Each quantity from its least to its most: our time, that of the masked loop, and of the fastest dense form."""
+    found = [records[name][-1] for each in GROWING if (name := f"scaling-{each}") in records]
     rows = []
-    for name in GROWING:
-        if f"scaling-{name}" not in records:
-            continue
-        record = records[f"scaling-{name}"][-1]
+    for record in found:
         content = record.content
         timed = ([run for run in of if run["status"] == "timed"] for _, of in report.curves(content))
         ends = [f"{seconds(of[0]['median'])} → {seconds(of[-1]['median'])}" for of in timed]
         places = [plain(content["workloads"][end]["x"]) for end in (0, -1)]
         rows.append([f"[{content['x_is']}]({link(record.path)})", " → ".join(places), *ends])
-    if not rows:
-        return ""
-    titles = [curve_title(name, content["quantity"]) for name, _ in report.curves(content)]
-    return markdown(["", "from → to", *titles], rows)
+    titles = [title(name) for name, _ in report.curves(found[-1].content)] if found else []
+    return markdown(["", "from → to", *titles], rows) if found else ""
 
 
 GROWING = ("T", "B", "H", "groups", "block_size")
@@ -368,33 +366,13 @@ GROWING = ("T", "B", "H", "groups", "block_size")
 
 def _scaling(record: Record, link: Link) -> str:
     content = record.content
-    places = content["workloads"]
-    first, changing = places[0], {"wide": ("H", "p_inter")}.get(content["quantity"], (content["quantity"],))
-    fixed = [
-        words.format(first[field])
-        for words, field, quantity in (
-            ("batch {}", "batch_size", "B"),
-            ("{} steps", "T", "T"),
-            ("{:,} neurons per layer", "hidden_dim", "H"),
-            ("p_inter {}", "p_inter", "p_inter"),
-            ("{0} × {0} blocks", "block_size", "block_size"),
-        )
-        if quantity not in changing
-    ]
-    if content["quantity"] == "alpha":
-        alphas = ", ".join(f"{place['alpha']:g}" for place in places)
-        fixed.append(f"hidden {first['surrogate']} of α {alphas}")
+    first = content["workloads"][0]
+    grows = QUANTITIES[content["quantity"]].field
     what = "A training step" if content["kernel"] == "step" else "A forward pass"
-    tables = [report.growth(content, lambda name: curve_title(name, content["quantity"]))]
-    if "dense_bytes" in first:
-        tables.append(report.memory(content))
     picture = f"![{what} against {content['x_is']}]({link(record.picture)})\n\n" if record.picture else ""
-    return "\n\n".join(
-        [
-            f"{picture}{what}: {first['model']}, {', '.join(fixed)}. {_machine(record, link)}.",
-            *(markdown(*table) for table in tables),
-        ]
-    )
+    tables = [report.growth(content, title), *([report.memory(content)] if "dense_bytes" in first else [])]
+    about = f"{picture}{what}: {_network(first, ('density', grows))}. {_machine(record, link)}."
+    return "\n\n".join([about, *(markdown(*table) for table in tables)])
 
 
 #: what the names of rows say in short, and in words
@@ -436,9 +414,9 @@ def _of_study(record: Record, link: Link) -> str:
     )
 
 
-def _table(table: Callable[[dict[str, Any]], str]) -> Callable[[Record, Link], str]:
+def _other(record: Record, link: Link) -> str:
     """The table of a record of another benchmark, and the machine."""
-    return lambda record, link: f"{_machine(record, link)}\n\n{table(record.content)}"
+    return f"{_machine(record, link)}\n\n{OTHERS[record.content['benchmark']].table(record.content)}"
 
 
 def _chunks(record: Record, link: Link) -> str:
@@ -464,16 +442,14 @@ def _predictions(record: Record, link: Link) -> str:
     )
 
 
+#: benchmarks whose tables need no words
+OTHERS = {each.PROGRAM.name: each.PROGRAM for each in (brain, delays, host_time, cpu_choices)}
+OTHERS |= {"brain_growth": brain.PROGRAM}
 #: the whole table of a record, by its benchmark
 WHOLE: dict[str, Callable[[Record, Link], str]] = {
     "throughput": _throughput,
     "chunks": _chunks,
-    "brain": _table(brain.table),
-    "brain_growth": _table(brain.growth_table),
-    "delays": _table(delays.table),
-    "flag_costs": _table(flag_costs.table),
-    "host_time": _table(host_time.table),
-    "cpu_choices": _table(cpu_choices.table),
+    **dict.fromkeys(OTHERS, _other),
     "predictions": _predictions,
     **dict.fromkeys(STUDIES, _study),
 }
@@ -500,9 +476,7 @@ PARTS: dict[str, Part] = {
     "scaling-p_inter": _newest(_scaling, "scaling-p_inter"),
     "growth": _growths,
     "scaling-wide": _newest(_scaling, "scaling-wide"),
-    "brain": _newest(WHOLE["brain"], "brain"),
-    "brain_growth": _newest(WHOLE["brain_growth"], "brain_growth"),
-    "delays": _newest(WHOLE["delays"], "delays"),
+    **{name: _newest(_other, name) for name in ("brain", "brain_growth", "delays")},
     "chunks": _newest(_chunks, "chunks"),
     "recipe_study": _newest(_study, "recipe_study"),
     "recipe_study, command": _newest(_command, "recipe_study", name=BEST),

@@ -32,7 +32,6 @@ class Entry:
         compiles: whether its first turn compiles for a minute or so.
         backend: the g2g backend that it runs on, None for a peer.
         workload: changes of the workload for this contender, which is trained and judged with them.
-        feed_forward: whether its workload is the feed-forward one of as many weights.
         by_name: whether it takes part only when named.
     """
 
@@ -44,14 +43,11 @@ class Entry:
     compiles: bool = False
     backend: str | None = None
     workload: dict[str, Any] = field(default_factory=dict)
-    feed_forward: bool = False
     by_name: bool = False
 
     def own(self, base: Workload, change: Mapping[str, Any] = {}) -> Workload:
-        """What this contender computes where others compute ``base``, changed; α only concerns another surrogate."""
-        concerned = "alpha" not in change or "alpha" in self.workload
-        workload = replace(base, **{**self.workload, **(change if concerned else {})})
-        return workload.feed_forward() if self.feed_forward else workload
+        """What this contender computes where others compute ``base``, changed."""
+        return replace(base, **{**self.workload, **change})
 
 
 @dataclass(frozen=True)
@@ -88,7 +84,7 @@ KERNELS = {
     "step": Kernel("training step (forward, cross-entropy, backward, fused Adam)", "snntorch-masked", "Network"),
     "recurrent": Kernel(
         "training step of a recurrent network", "snntorch-masked", "Network", bf16=False, workload={"recurrent": True},
-        usual={"train_steps": 40},  # of some seconds each
+        usual={"train_steps": 20, "batch_size": 64},  # whose float64 reference takes a minute, not five
     ),
     "forward": Kernel("forward pass without gradients", "snntorch-masked", "Network", method="forward"),
     "lif": Kernel(
@@ -149,16 +145,11 @@ def entries(kernel: str) -> dict[str, Entry]:
     if kernel == "step":
         found += [
             *(replace(entry, label=f"{entry.label}-triangle", workload=COMPACT) for entry in found),
-            *(_variant(entry, "compiled", "Compiled", _missing((COMPILER,)), by_name=True) for entry in found),
-            *(_variant(entry, "graph", "Captured", _no_graph(entry.backend), by_name=True) for entry in found),
+            *(_variant(entry, "compiled", "Compiled", _missing((COMPILER,))) for entry in found),
+            *(_variant(entry, "graph", "Captured", _no_graph(entry.backend)) for entry in found),
         ]
-    if kernel == "recurrent":
-        mine = [replace(entry, by_name=entry.backend == "torch") for entry in found]  # for which each takes seconds
-        found += [
-            *(replace(entry, label=f"{entry.label}-triangle", workload=COMPACT) for entry in mine),
-            *(replace(_variant(entry, "feed-forward", "FeedForward"), feed_forward=True) for entry in mine),
-            *(_variant(entry, "steps", "Steps") for entry in mine),
-        ]
+    if kernel == "recurrent":  # in plain PyTorch each turn takes seconds
+        found = [replace(entry, by_name=entry.backend == "torch") for entry in found]
     found_peers = [
         Entry(
             label,
@@ -176,15 +167,15 @@ def entries(kernel: str) -> dict[str, Entry]:
     return {entry.label: entry for entry in found}
 
 
-def _variant(entry: Entry, name: str, ours: str, lacks: str | None = None, by_name: bool = False) -> Entry:
-    """Our own network, run in another way."""
+def _variant(entry: Entry, name: str, ours: str, lacks: str | None) -> Entry:
+    """Our own network, run in another way, if it is named."""
     return replace(
         entry,
         label=f"{entry.label}-{name}",
         target=f"{__package__}.ours:{ours}",
         unavailable=entry.unavailable or lacks,
         compiles=name == "compiled",
-        by_name=by_name or entry.by_name,
+        by_name=True,
     )
 
 

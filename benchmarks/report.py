@@ -1,14 +1,11 @@
-"""Turns outcomes into runs of a record, and records into tables."""
+"""Tables of records."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from g2gnet.base.tables import in_columns
-
-from .harness import Outcome
-from .registry import COMPACT
+from g2gnet.base.tables import in_columns, markdown
 
 #: cores that other programs may use on average while nothing is measured
 BUSY = 0.1
@@ -16,24 +13,9 @@ BUSY = 0.1
 Table = tuple[list[str], list[list[str]]]
 
 
-def summary(outcome: Outcome) -> dict[str, Any]:
-    """One contender's run; it has times only if its results were right."""
-    entry = outcome.job.entry
-    run: dict[str, Any] = {
-        "contender": entry.label,
-        "precision": entry.precision,
-        "status": outcome.status,
-        "reason": outcome.reason,
-        "differs": outcome.differs,
-        "firing_rates": outcome.firing_rates,
-        "closest": outcome.verdict.closest() if outcome.verdict else None,
-    }
-    if outcome.status == "timed":
-        p20, median, p80 = np.percentile(outcome.seconds, (20, 50, 80)).tolist()
-        run |= {"median": median, "p20": p20, "p80": p80, "repeats": len(outcome.seconds)}
-        run |= {"cpu_median": float(np.median(outcome.cpu_seconds))}
-        run |= {"first_seconds": outcome.first_seconds, "peak_bytes": outcome.peak_bytes}
-    return run
+def by_column(columns: Mapping[str, Callable[[Any], str]], rows: Iterable[Any]) -> str:
+    """A Markdown table, in whose columns stands what functions make of rows."""
+    return markdown(list(columns), ([cell(row) for cell in columns.values()] for row in rows))
 
 
 def of_floor(record: dict[str, Any], run: dict[str, Any]) -> float:
@@ -75,31 +57,22 @@ def line(record: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Line | None:
     return fit(flop, medians) if timed and max(flop) > 1.5 * min(flop) else None
 
 
-_OURS = {
-    "g2g-triton": "g2g, Triton kernels",
-    "g2g-cpu": "g2g, compiled CPU kernels",
-    "g2g-torch": "g2g, plain PyTorch",
-}
+_WAYS = {"": "", "-triangle": ", hidden triangle α = 4", "-compiled": ", under torch.compile"}
+_WAYS |= {"-graph": ", a step as one CUDA graph"}
+_KERNELS = {"triton": "Triton kernels", "cpu": "compiled CPU kernels", "torch": "plain PyTorch"}
 TITLES = {
-    **_OURS,
-    **{f"{label}-triangle": f"{title}, hidden triangle α = 4" for label, title in _OURS.items()},
-    **{f"{label}-compiled": f"{title}, under torch.compile" for label, title in _OURS.items()},
-    **{f"{label}-graph": f"{title}, a step as one CUDA graph" for label, title in _OURS.items()},
-    **{f"{label}-feed-forward": f"{title}, feed-forward, as many weights" for label, title in _OURS.items()},
-    **{f"{label}-steps": f"{title}, a loop over `step`" for label, title in _OURS.items()},
+    **{f"g2g-{name}{way}": f"g2g, {of}{how}" for name, of in _KERNELS.items() for way, how in _WAYS.items()},
     "snntorch-masked": "snnTorch loop, dense weights × mask",
     "snntorch-dense": "snnTorch loop, dense",
     "compiled-masked": "torch.compile of the snnTorch loop, × mask",
     "compiled-dense": "torch.compile of the snnTorch loop, dense",
     "spikingjelly-dense": "SpikingJelly 2, multi-step, dense",
-    "spikingjelly-container": "SpikingJelly 2, recurrent container, dense",
     "jax-masked": "JAX, jit and scan, dense weights × mask",
     "dense-lif": "nn.Linear over all T with our LIF, dense",
     "bsr-lif": "PyTorch's block-sparse product with our LIF",
     "masked": "nn.Linear, weight × mask",
     "dense": "nn.Linear, dense",
     "bsr": "PyTorch's block-sparse product (BSR)",
-    "sparselab": "SparseLab, padded CSR",
     "snntorch": "snnTorch Leaky, a loop over T",
     "spikingjelly": "SpikingJelly 2, multi-step LIF",
     "dense-correlation": "dense masks, full correlation matrix",
@@ -107,14 +80,9 @@ TITLES = {
 
 
 def title(label: str) -> str:
-    """A contender's name in words."""
-    return TITLES[label.removesuffix("-bf16")] + (", bfloat16" if label.endswith("-bf16") else "")
-
-
-def curve_title(label: str, quantity: str) -> str:
-    """A contender's name in words where ``quantity`` grows: without its α where that is what grows."""
-    name = title(label)
-    return name.removesuffix(f" α = {COMPACT['alpha']:g}") if quantity == "alpha" else name
+    """A contender's name in words, where it has any."""
+    name = label.removesuffix("-bf16")
+    return TITLES.get(name, name) + (", bfloat16" if label.endswith("-bf16") else "")
 
 
 def plain(value: float) -> str:

@@ -87,15 +87,12 @@ def _dst() -> dict[str, str]:
 
 #: neurons per layer of the dense network that has no more weights
 DENSE_WIDTHS = {58_000: 67, 118_000: 127}
-#: the word of a row that :mod:`benchmarks.deep_r` trains
-DEEP_R = "DEEP R"
 #: flags of a way to few weights that begins with few, by the ending of a row's name; and of one that begins with many
 FEW_AT_FIRST = {
     "": "",
     ", ERK": "--density erk",
     ", rewired": REWIRED,
     ", rewired, ERK": f"{REWIRED} --density erk",
-    f", {DEEP_R}": "--name DEEP_R",
 }
 MANY_AT_FIRST = {
     ", gradual": PRUNED,
@@ -383,7 +380,7 @@ STUDIES = {
     "few": Study(
         "Few weights, and better than a small dense network? Dense networks of 67 and 127 neurons per layer "
         "against wider sparse ones of as many weights: static, rewired, ERK, gradual (pruned from a quarter of the "
-        "weights), from dense, DEEP R; smoothed labels, shifted images, decayed weights. By default the best on "
+        "weights), from dense; smoothed labels, shifted images, decayed weights. By default the best on "
         "held-back images. Memory is that of a training step above the process with its imports.",
         "an hour",
         "--dataset fashionmnist --T 10 --lr_schedule cosine --standardize --weight_decay 0 --surrogate triangle",
@@ -469,50 +466,5 @@ STUDIES = {
         5,
         ("", "weights", ACCURACY, TRAINED),
         default_rows=("permuted, *",),
-    ),
-    "surrogate": Study(
-        "Surrogate gradients of the hidden neurons; everything else has its default. The rows of the default size "
-        'are long runs: --seeds 1 --rows "*default size*" runs each once.',
-        "five hours",
-        "--dataset fashionmnist --model index",
-        {
-            f"{surrogate}, alpha {alpha}{size}": f"{sizes} --surrogate {flag} --alpha {alpha}"
-            for size, sizes in (("", "--T 10 --hidden_dim 1024"), (", default size, 5 epochs", "--epochs 5"))
-            for surrogate, flag, alpha in (
-                ("ATan", "atan", 2), ("triangle", "triangle", 2), ("triangle", "triangle", 4), ("boxcar", "boxcar", 2)
-            )
-        },
-        20,
-        ("", ACCURACY, "firing rate, % of layers 1 and 2", SILENT, SECONDS),
-    ),
-    "models": Study(
-        "Every model, static graphs, and an unstructured random graph with as many weights.",
-        "half an hour",
-        "--dataset fashionmnist --T 10 --hidden_dim 1024",
-        {
-            "dense": "--model dense",
-            "index": "--model index",
-            "random": "--model random",
-            "mixer": "--model mixer",
-            "index, units of 32": "--model index --block_size 32",
-            "index, units of 16": "--model index --block_size 16",
-            "index, single weights": "--model index --block_size 1",
-            "unstructured random graph": f"--model index --block_size 1 --num_groups 1 --p_intra {FULL}",
-        },
-        5,
-        ("model", ACCURACY, TRAINED, "weights of fc2 that exist", "flags"),
-    ),
-    "rewiring": Study(
-        "Does rewiring pay in time? A dense network, a sparse one with a fixed graph, and one that grows by "
-        "gradient.",
-        "ten minutes",
-        "--dataset fashionmnist --T 10 --hidden_dim 1024",
-        {
-            "dense": "--model dense",
-            "index, fixed graph": "--model index",
-            "index, dynamic": f"--model index {SCHEDULE.replace(' --dst_fraction 0.3', '')} {GROWTH['gradient']}",
-        },
-        4,
-        ("", ACCURACY, "seconds of an epoch"),
     ),
 }  # fmt: skip

@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +27,17 @@ from g2gnet.programs import train
 from g2gnet.programs.flags import Parser, settings_from
 from g2gnet.programs.sweep.engine import outcome, processes, train_runs
 from g2gnet.programs.sweep.grid import Run
-from g2gnet.training import Machine, Trainer, TrainingError, TrainSettings, run_epochs
+from g2gnet.training import Machine, TrainingError, TrainSettings, run_epochs
 
-from . import cli, deep_r, gru, relu
+from . import cli, gru, relu
 from .machine import describe, pytorch_threads
 from .step_costs import COSTS, step_costs
-from .studies import DEEP_R, GRU, RELU, STUDIES, Study
+from .studies import GRU, RELU, STUDIES, Study
 from .study_tables import FOLDS, HELD_BACK, TEST_IMAGES, fold_of, table
 
 RESUME = "run the same command again to resume with the remaining runs"
 #: what every run has with ``--quick``, whatever its row says
 QUICK = "--epochs 1 --limit_train 2000 --limit_test 1000"
-#: trainers of rows whose names have these words
-TRAINERS: Mapping[str, type[Trainer]] = {RELU: relu.ReLUTrainer, DEEP_R: deep_r.DeepRTrainer}
 
 
 def run_of(
@@ -84,8 +82,8 @@ def result(run: Run) -> dict[str, Any] | None:
     if end is None:
         return None
     names = ("epoch", "test_acc", "train_acc", "train_seconds", "train_cpu_seconds", "weights", "placement")
-    shares = {name: [round(end[name][layer], 5) for layer in ("lif1", "lif2")] for name in ("silent", "firing_rate")}
-    return {**{name: end[name] for name in names}, **shares, "density": end["density"]["fc2"]}
+    silent = [round(end["silent"][layer], 5) for layer in ("lif1", "lif2")]
+    return {**{name: end[name] for name in names}, "silent": silent}
 
 
 def placement(mask: Any) -> dict[str, float]:
@@ -176,15 +174,14 @@ def train_own(run: Run) -> None:
     with pytorch_threads(1), contextlib.redirect_stdout(None):  # which is the table's
         if GRU in run.label:
             return gru.train(run.settings, run.folder)
-        (trainer,) = (trainer for word, trainer in TRAINERS.items() if word in run.label)
         machine, settings = Machine(torch.device("cpu")), run.settings
         data = load_dataset(settings.dataset, "data")
-        run_epochs(settings, lambda: trainer(settings, data, machine), run.folder, machine)
+        run_epochs(settings, lambda: relu.ReLUTrainer(settings, data, machine), run.folder, machine)
 
 
 def is_own(run: Run) -> bool:
     """Whether its row needs such a trainer."""
-    return any(word in run.label for word in (GRU, *TRAINERS))
+    return any(word in run.label for word in (GRU, RELU))
 
 
 def make(name: str, arguments: argparse.Namespace) -> dict[str, Any]:

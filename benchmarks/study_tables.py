@@ -1,5 +1,6 @@
 """Tables of studies: one with a line per row, whose columns the study names, and some that compare rows."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from scipy import stats
 from g2gnet.base.tables import markdown
 from g2gnet.programs.sweep.results import estimate
 
+from .report import by_column
 from .studies import CONTROL, GRAPHS, GROWN, GROWTH, RELU, STUDIES, grown
 
 Run = dict[str, Any]
@@ -24,10 +26,9 @@ def fold_of(seed: int) -> int:
 
 
 class Row(NamedTuple):
-    """A row of a record: its name and flags, its runs, and what it is compared with (none: nothing)."""
+    """A row of a record: its name, its runs, and what it is compared with (none: nothing)."""
 
     name: str
-    flags: str
     runs: list[Run]
     control: list[Run]
 
@@ -46,10 +47,7 @@ def rows_of(record: Mapping[str, Any]) -> list[Row]:
         runs.setdefault(run["row"], []).append(run)
     bases = {of[0].get("epoch"): of for name in ("20 epochs", "the recipe") if (of := runs.get(name))}
     controls = {name: bases.get(of[0].get("epoch"), []) for name, of in runs.items()}
-    return [
-        Row(name, record["rows"].get(name, ""), of, [] if controls[name] is of else controls[name])
-        for name, of in runs.items()
-    ]
+    return [Row(name, of, [] if controls[name] is of else controls[name]) for name, of in runs.items()]
 
 
 def accuracy(run: Run) -> float:
@@ -79,51 +77,35 @@ def _gain(row: Row) -> str:
     return text if len(found) == len(row.runs) else f"{text} (n = {len(found)})"
 
 
-def _shares(quantity: str, digits: int = 0) -> Callable[[Row], str]:
-    """The mean share of hidden layers 1 and 2, in per cent, as ``8, 28``."""
-    return lambda row: ", ".join(
-        f"{100 * statistics.mean(run[quantity][layer] for run in row.runs):.{digits}f}" for layer in (0, 1)
-    )
-
-
-def _placed(*names: str, percent: bool = False) -> Callable[[Row], str]:
-    means = lambda row: (statistics.mean(run["placement"][name] for run in row.runs) for name in names)  # noqa: E731
-    return lambda row: ", ".join(f"{100 * mean:.0f} %" if percent else f"{mean:.2f}" for mean in means(row))
-
-
-def _name(row: Row) -> str:
-    return row.name
+def _placed(row: Row, name: str) -> float:
+    return statistics.mean(run["placement"][name] for run in row.runs)
 
 
 #: what a column of a table shows, by its title
 COLUMNS: dict[str, Callable[[Row], str]] = {
-    **dict.fromkeys(("", "at most", "network", "model"), _name),
-    "flags": lambda row: f"`{row.flags}`",
+    **dict.fromkeys(("", "at most", "network"), lambda row: row.name),
     "epochs": lambda row: str(row.runs[0]["epoch"]),
     "weights": lambda row: f"{row.mean('weights'):,.0f}",
-    "weights of fc2 that exist": lambda row: f"{100 * row.mean('density'):.1f} %",
     "test accuracy, %": lambda row: spread(row.runs, accuracy),
     "training accuracy, %": lambda row: spread(row.runs, lambda run: 100 * run["train_acc"]),
     "minus the recipe, points": _gain,
-    "never fires, % of layers 1 and 2": _shares("silent"),
-    "firing rate, % of layers 1 and 2": _shares("firing_rate", 1),
+    "never fires, % of layers 1 and 2": lambda row: ", ".join(
+        f"{100 * statistics.mean(run['silent'][layer] for run in row.runs):.0f}" for layer in (0, 1)
+    ),
     "seconds of training": lambda row: spread(row.runs, lambda run: run["train_seconds"], 0),
-    "seconds of an epoch": lambda row: spread(row.runs, lambda run: run["train_seconds"] / run["epoch"], 1),
     "processor seconds": lambda row: spread(row.runs, lambda run: run["train_cpu_seconds"], 0),
     "memory of a step": lambda row: f"{row.mean('step_bytes') / 1e6:.0f} MB",
     "its processor time": lambda row: f"{1e3 * min(run['step_seconds'] for run in row.runs):.3g} ms",
-    "spread": _placed("rows_spread", "cols_spread"),
-    "rows empty": _placed("rows_empty", percent=True),
-    "inside": _placed("inside", percent=True),
+    "spread": lambda row: f"{_placed(row, 'rows_spread'):.2f}, {_placed(row, 'cols_spread'):.2f}",
+    "rows empty": lambda row: f"{100 * _placed(row, 'rows_empty'):.0f} %",
+    "inside": lambda row: f"{100 * _placed(row, 'inside'):.0f} %",
 }
 
 
 def table(record: Mapping[str, Any]) -> str:
     """The table of a study's record."""
     columns = STUDIES[record["benchmark"]].columns
-    if not columns:
-        return structure(record)
-    return markdown(list(columns), [[COLUMNS[column](row) for column in columns] for row in rows_of(record)])
+    return by_column({name: COLUMNS[name] for name in columns}, rows_of(record)) if columns else structure(record)
 
 
 # --- which growth rule ----------------------------------------------------------------------------------------------
@@ -147,10 +129,9 @@ def _best_growth(runs: Mapping[str, list[Run]]) -> str:
     if static is None or not found:
         return "–"
     best = max(found, key=lambda rule: found[rule].mean)
-    gain, errors = found[best].mean - static.mean, (found[best].error, static.error)
-    if None in errors:
-        return f"{gain:+.2f} ({best})"
-    return f"{gain:+.2f} ± {sum(error**2 for error in errors if error) ** 0.5:.2f} ({best})"
+    errors = [error for error in (found[best].error, static.error) if error is not None]
+    known = f" ± {math.hypot(*errors):.2f}" if len(errors) == 2 else ""
+    return f"{found[best].mean - static.mean:+.2f}{known} ({best})"
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -171,16 +152,17 @@ def best(rows: Sequence[Row], dense: bool, weights: float) -> Row | None:
 
 def budgets(record: Mapping[str, Any]) -> str:
     """The best dense and the best sparse network with each budget of weights."""
-    lines = []
-    for budget in BUDGETS:
-        lines.append([f"{budget:,} weights"])
-        for dense in (True, False):
-            row = best(rows_of(record), dense, budget)
-            lines[-1] += (
-                ["–"] * 3
-                if row is None
-                else [row.name, spread(row.runs, accuracy), f"{row.mean('train_cpu_seconds'):.0f}"]
-            )
+
+    def cells(row: Row | None) -> list[str]:
+        if row is None:
+            return ["–"] * 3
+        return [row.name, spread(row.runs, accuracy), f"{row.mean('train_cpu_seconds'):.0f}"]
+
+    rows = rows_of(record)
+    lines = [
+        [f"{budget:,} weights", *cells(best(rows, True, budget)), *cells(best(rows, False, budget))]
+        for budget in BUDGETS
+    ]
     header = [name for kind in ("dense", "sparse") for name in (kind, "accuracy, %", "seconds")]
     return markdown(["at most", *header], lines)
 

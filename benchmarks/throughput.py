@@ -11,7 +11,7 @@ line fits and begins near zero, the cost of a sparse network is proportional to 
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +22,10 @@ from . import cli, records, report
 from .floor import floor_seconds, work
 from .harness import Job, measure
 from .machine import Limits, describe
-from .registry import COMPACT, KERNELS, Entry, choose
+from .registry import KERNELS, Entry, choose
 from .workload import Prepared, Workload
 
-TAKES = "about twelve minutes on two cores, most of them in peers"
+TAKES = "about twelve minutes on two cores, most of them in peers; --kernel recurrent about six"
 
 
 class Quantity(NamedTuple):
@@ -36,8 +36,7 @@ class Quantity(NamedTuple):
         values: its default values.
         x_is: the label of x.
         x: of a prepared workload; None: the value itself.
-        changes: of the workload, whatever the value.
-        changes_at: those that depend on the value.
+        changes_at: other changes of the workload, by the value.
         beside_dense: whether the memory of the dense network's parameters stands beside: it is computed, since the
             largest cannot be run.
     """
@@ -46,13 +45,12 @@ class Quantity(NamedTuple):
     values: tuple[Any, ...]
     x_is: str
     x: Callable[[Prepared], float] | None = None
-    changes: Mapping[str, Any] = {}
     changes_at: Callable[[Any], dict[str, Any]] = lambda value: {}
     beside_dense: bool = False
 
     def at(self, value: Any) -> dict[str, Any]:
         """The changes of the workload at a value."""
-        return {**self.changes, self.field: value, **self.changes_at(value)}
+        return {self.field: value, **self.changes_at(value)}
 
 
 #: neurons in a group of a wide layer
@@ -73,18 +71,7 @@ QUANTITIES = {
     "B": Quantity("batch_size", (1, 8, 32, 128, 256), "batch size B"),
     "H": Quantity("hidden_dim", (128, 256, 512, 1024, 2048), "hidden neurons H"),
     "wide": Quantity(
-        "hidden_dim",
-        (1024, 4096, 16384, 65536),
-        f"hidden neurons H in groups of {WIDE_GROUP}",
-        changes_at=_wide,
-        beside_dense=True,
-    ),
-    "alpha": Quantity(
-        "alpha",
-        (8.0, 4.0, 2.0, 1.0, 0.5, 0.25),
-        "share of neurons that pass a gradient on",
-        lambda prepared: prepared.event_shares[1],
-        {"surrogate": COMPACT["surrogate"]},
+        "hidden_dim", (1024, 4096, 16384, 65536), f"hidden neurons H in groups of {WIDE_GROUP}", None, _wide, True
     ),
 }
 
@@ -97,7 +84,7 @@ def build_parser() -> Parser:
         "\n".join([
             "kernels:", *kernels, "quantities:", *values,
             "With a quantity g2g on its best backend takes part, the masked snnTorch loop and the dense layers with",
-            "our LIF; for alpha, g2g under a triangle and under ATan; for wide layers g2g alone.",
+            "our LIF; for wide layers g2g alone.",
         ]),
     )  # fmt: skip
     if Path(sys.argv[0]).stem == "g2g-bench":
@@ -161,7 +148,7 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     places = {workload: place(workload) for workload in prepared}
     runs = []
     for (_, number, workload), outcome in zip(own, outcomes, strict=True):
-        run = {"place": number, **report.summary(outcome)}
+        run = {"place": number, **outcome.summary()}
         if outcome.status == "timed" and workload != workloads[number]:
             run["floor_seconds"] = places[workload]["floor_seconds"]
         runs.append(run)
@@ -213,9 +200,8 @@ def contenders(arguments: argparse.Namespace, quantity: Quantity | None) -> list
     """The contenders requested by the flags; by default all, or of a quantity g2g at its best and a peer or two."""
     asked = arguments.contenders, arguments.backend, arguments.precision
     if quantity is not None and not any(asked):
-        ours = f"g2g-{available_backends()[0]}"
-        beside = [f"{ours}-triangle"] if quantity.field == "alpha" else ["snntorch-masked", "dense-lif"]
-        return choose(arguments.kernel, ",".join([ours, *([] if quantity.beside_dense else beside)]))
+        beside = [] if quantity.beside_dense else ["snntorch-masked", "dense-lif"]
+        return choose(arguments.kernel, ",".join([f"g2g-{available_backends()[0]}", *beside]))
     entries = choose(arguments.kernel, *asked)
     if arguments.quick and not arguments.contenders:
         entries = [leave_out(entry) if entry.compiles else entry for entry in entries]

@@ -9,7 +9,6 @@ import functools
 import getpass
 import hashlib
 import json
-import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -68,14 +67,6 @@ class Workload:
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
-
-    def feed_forward(self) -> "Workload":
-        """The feed-forward workload of as many weights as this recurrent one: hidden layers as wide as that needs."""
-        sizes, width = DATASETS[self.dataset], self.hidden_dim
-        outside = sizes.input_dim + sizes.num_classes
-        weights = outside * width + 3 * width**2  # fc1 and fc3; fc2, rec1 and rec2
-        wider = round(math.sqrt(weights + (outside / 2) ** 2) - outside / 2)
-        return dataclasses.replace(self, recurrent=False, hidden_dim=wider)
 
     @property
     def path(self) -> Path:

@@ -13,10 +13,6 @@ float32 membranes. That is why the function behind ``LIFNode(step_mode="m")`` is
   state here: the module itself would keep its state in bfloat16 under autocast, and leave the fused kernel.
 
 The input is the same at every step, so ``fc1`` is computed once and expanded without a copy.
-
-A recurrent layer is its ``LinearRecurrentContainer``: at every step one linear layer over the inputs and the last
-spikes side by side, then ``LIFNode``. As the library makes it, that layer has as many outputs as inputs; here it has
-one per neuron, so that none of its products is with an identity.
 """
 
 import logging
@@ -25,20 +21,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from g2gnet import G2GLinear
-
 from ..contender import Kept, NetworkContender, NeuronContender, dense_linear, keep
-from ..reference import Results
 from ..workload import Prepared
 
 logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # importing it without Triton warns twice
 
-from spikingjelly.activation_based import functional, layer, neuron, surrogate  # noqa: E402  (see above)
+from spikingjelly.activation_based import functional, layer, surrogate  # noqa: E402  (see above)
 
 PEERS = (
     ("spikingjelly-dense", "MultiStep", ("step", "forward")),
     ("spikingjelly", "Neurons", ("lif",)),
-    ("spikingjelly-container", "Recurrent", ("recurrent",)),
 )
 NEEDS = ("spikingjelly",)
 
@@ -65,41 +57,23 @@ class _MultiStepLIF(nn.Module):
         return spikes
 
 
-def _container(connection: G2GLinear, recurrent: G2GLinear, beta: float, threshold: float) -> nn.Module:
-    """A recurrent layer, [T, B, in] → spikes [T, B, out]."""
-    neurons = neuron.LIFNode(**_options(beta, threshold))
-    size = connection.out_features
-    container = layer.LinearRecurrentContainer(neurons, size, size, step_mode="m")
-    container.rc = nn.Linear(connection.in_features + size, size)
-    assert connection.bias is not None
-    with torch.no_grad():
-        container.rc.weight.copy_(torch.cat([connection.dense_weight(), recurrent.dense_weight()], dim=1))
-        container.rc.bias.copy_(connection.bias)
-    return container
-
-
 class _Network(nn.Module):
     def __init__(self, prepared: Prepared) -> None:
         super().__init__()
         self.steps = prepared.workload.T
-        net = prepared.network("torch")
-        for number, ((connection, neurons), joined) in enumerate(zip(net.layers(), net.recurrents(), strict=True), 1):
+        for number, (connection, neurons) in enumerate(prepared.network("torch").layers(), 1):
             beta, threshold = (value.item() for value in neurons.by_name.values())
-            if joined is None:
-                self.add_module(f"fc{number}", dense_linear(connection, layer.Linear, step_mode="m"))
-                self.add_module(f"lif{number}", _MultiStepLIF(beta, threshold))
-            else:
-                self.add_module(f"lif{number}", _container(connection, joined, beta, threshold))
+            self.add_module(f"fc{number}", dense_linear(connection, layer.Linear, step_mode="m"))
+            self.add_module(f"lif{number}", _MultiStepLIF(beta, threshold))
 
     def forward(self, images: torch.Tensor, kept: Kept | None = None) -> torch.Tensor:
         functional.reset_net(self)
-        x, number = images, 0
-        for name, part in self.named_children():
-            if name == "lif1":  # fc1, if there is one, has the same input at every step
+        x = images
+        for number in range(3):
+            x = self.get_submodule(f"fc{number + 1}")(x)
+            if number == 0:  # fc1 has the same input at every step
                 x = x.expand(self.steps, -1, -1)
-            x = part(x)
-            if name.startswith("lif"):
-                x, number = keep(x, kept, number), number + 1
+            x = keep(self.get_submodule(f"lif{number + 1}")(x), kept, number)
         return x.sum(0)
 
 
@@ -115,19 +89,6 @@ class MultiStep(NetworkContender):
 
     def build(self, prepared: Prepared) -> nn.Module:
         return _Network(prepared)
-
-
-class Recurrent(MultiStep):
-    """The recurrent network with dense weights."""
-
-    def gradients(self) -> Results:
-        gradients = super().gradients()
-        for number in (1, 2):
-            joined = gradients.pop(f"lif{number}.rc.weight")
-            own = len(joined)  # the last columns are those of the layer itself
-            gradients[f"fc{number}.weight"], gradients[f"rec{number}.weight"] = joined[:, :-own], joined[:, -own:]
-            gradients[f"fc{number}.bias"] = gradients.pop(f"lif{number}.rc.bias")
-        return gradients
 
 
 class Neurons(NeuronContender):

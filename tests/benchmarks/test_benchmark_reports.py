@@ -6,8 +6,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import records, redraw
-from benchmarks.registry import COMPACT
-from benchmarks.report import curve_title, fit, line
+from benchmarks.report import fit, line
 
 MACHINE = {
     "cpu": "a processor", "cpu_capability": "AVX512", "threads": 2, "gpu": None, "versions": {"torch": "2.13.0"},
@@ -94,8 +93,6 @@ def test_the_line_is_the_least_squares_line_over_the_work_of_timed_points():
     assert line(SCALING, runs[5:]) is None
     alike = {**SCALING, "workloads": [{"flop": flop} for flop in (100, 101, 102)]}
     assert line(alike, runs[:3]) is None
-    title = curve_title("g2g-cpu-triangle", "alpha")
-    assert f"{title} α = {COMPACT['alpha']:g}" == curve_title("g2g-cpu-triangle", "T")
 
 
 def test_every_part_is_on_a_page_and_every_part_of_a_page_is_known():

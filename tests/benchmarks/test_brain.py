@@ -57,7 +57,7 @@ def test_the_table_has_a_row_each_and_says_what_failed(monkeypatch, tmp_path, ca
     path = tmp_path / "brain.jsonl"
     assert brain.main([*SMALL, "--contenders", "g2g-cpu,csr-by-hand", "--json", str(path)]) == 0
     runs = {run["name"]: run for run in records.read(path)["runs"]}
-    assert all(run["status"] == "ok" and len(run["seconds"]) == 1 and run["off"] < 1e-4 for run in runs.values())
+    assert all(run["status"] == "timed" and len(run["seconds"]) == 1 and run["off"] < 1e-4 for run in runs.values())
     assert torch.tensor([run["rate"] for run in runs.values()]).diff().abs() < 1e-3
     runs["csr-by-hand"] |= {"status": "failed", "reason": "not enough memory"}
     assert "fails: not enough memory" in brain.table({"runs": [*runs.values()]})

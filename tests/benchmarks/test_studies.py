@@ -12,10 +12,8 @@ from helpers import seeded
 from scipy import stats
 from training_runs import assert_equal
 
-from benchmarks import cli, deep_r, records, relu, study, study_tables
+from benchmarks import cli, records, relu, study, study_tables
 from benchmarks.studies import STUDIES, Study
-from g2g_kernels import BlockMask, GroupLayout
-from g2gnet import G2GLinear
 from g2gnet.base.tensor_files import read_tensors
 from g2gnet.data import load_dataset
 from g2gnet.data.npz import name_of
@@ -132,22 +130,12 @@ def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkey
     assert (tmp_path / "hidden-dim-16-lr-0.01" / "sequence_study").is_dir()
 
 
-@pytest.mark.parametrize(
-    ("row", "flags", "trainer"),
-    [
-        ("ReLU", "--dropout 0.2 --lr_schedule cosine", relu.ReLUTrainer),
-        ("DEEP R", "--block_size 1 --lr_schedule cosine", deep_r.DeepRTrainer),
-    ],
-)
-def test_a_trainer_of_a_studys_own_resumes_with_the_same_weights(tmp_path, monkeypatch, row, flags, trainer):
-    of_rows = dataclasses.replace(SMALL, rows={row: f"--name own {flags}"})
-    whole, parts = (study.run_of(of_rows, row, 3, 1, tmp_path / name) for name in ("whole", "parts"))
+def test_a_trainer_of_a_studys_own_resumes_with_the_same_weights(tmp_path, monkeypatch):
+    trainer = relu.ReLUTrainer
+    of_rows = dataclasses.replace(SMALL, rows={"ReLU": "--name own --dropout 0.2 --lr_schedule cosine"})
+    whole, parts = (study.run_of(of_rows, "ReLU", 3, 1, tmp_path / name) for name in ("whole", "parts"))
     study.train_own(whole)
     assert study.result(whole)["epoch"] == 3
-    (history,) = whole.folder.glob("*.jsonl")
-    epochs = [json.loads(line) for line in history.read_text().splitlines()]
-    assert (epochs[-1]["units_grown"] > 0) == (trainer is deep_r.DeepRTrainer)
-    assert epochs[-1]["units_pruned"] == epochs[-1]["units_grown"]
 
     def stop_in_epoch_two(self, on_step=None, train_epoch=trainer.train_epoch):
         if self.epoch == 1:
@@ -165,37 +153,6 @@ def test_a_trainer_of_a_studys_own_resumes_with_the_same_weights(tmp_path, monke
     for of in (study.train_own, study.result):
         with pytest.raises(CheckpointError, match=r"different settings:\n  lr: 0\.001 there, 0\.002 now"):
             of(other)
-
-
-def test_deep_r_replaces_weights_that_cross_zero():
-    draw = seeded(0)
-    mask = BlockMask.sample(GroupLayout(40), GroupLayout(56), p_inter=0.1, block_size=1, generator=draw)
-    layer = G2GLinear(mask, bias=False, generator=draw)
-    optimizer = torch.optim.Adam([layer.values], lr=0.05)
-    rewiring = deep_r.DeepR([layer], optimizer, seed=1)
-    sign, count = torch.zeros(40, 56), mask.num_units  # of connections that had a weight, so far
-    for _ in range(8):
-        sign = torch.where(sign == 0, layer.dense_weight().detach().sign(), sign)
-        layer.values.grad = torch.randn(layer.values.shape, generator=draw)
-        optimizer.step()
-        trained, was_there, replaced = layer.dense_weight().detach(), layer.mask.to_dense(), rewiring.grown
-        rewiring.step()
-        weight, there = layer.dense_weight().detach(), layer.mask.to_dense()
-        moments = layer.mask.unpack(optimizer.state[layer.values]["exp_avg"])
-        forced = trained - 0.05 * deep_r.FORCE * sign
-        known, grown, pruned = was_there & (sign != 0), there & ~was_there, was_there & ~there
-        torch.testing.assert_close(there[known], (forced * sign >= 0)[known])
-        torch.testing.assert_close(weight[known & there], forced[known & there])
-        assert not weight[grown].any()
-        assert not moments[grown].any()
-        assert moments[there & ~grown].all()
-        assert there.sum() == count
-        assert grown.sum() == pruned.sum() == rewiring.grown - replaced > 0
-        assert (weight * sign >= 0).all()  # also of those that have come back
-    assert rewiring.pruned == rewiring.grown
-    units = G2GLinear(BlockMask.sample(GroupLayout(40), GroupLayout(56), block_size=4, generator=draw))
-    with pytest.raises(ValueError, match="block_size=1"):
-        deep_r.DeepR([units], torch.optim.Adam(units.parameters()), seed=1)
 
 
 def test_a_conventional_network_is_a_perceptron_with_the_masks():

@@ -37,14 +37,17 @@ class Racer:
     """What takes part in a race: a session in a process of its own, and what is known of it.
 
     Attributes:
+        label: its name.
         session: makes the child's :class:`Session` of ``arguments``.
         check: what is wrong about the results of the session, or "".
         run: what else a record says of it.
         status: ``"timed"``, or why there is no time: ``"skipped"`` (cannot run here), ``"refused"`` (says it cannot
-            do this), ``"wrong"`` (its results are); ``reason`` says it in words.
-        cpu_seconds: of all threads of its process, waiting in a loop included.
+            do this), ``"wrong"`` (its results are).
+        reason: the same in words, or "".
+        seconds: one per repeat.
+        cpu_seconds: the same in processor time of all threads of its process, waiting in a loop included.
         first_seconds: of the first turn, which may compile, plan and allocate.
-        peak_bytes: during a later turn, above the process with its imports and the data.
+        peak_bytes: during the later turns, above the process with its imports and the data.
     """
 
     label: str

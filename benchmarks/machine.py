@@ -18,7 +18,7 @@ import torch
 
 from g2gnet.base.memory import available
 
-PACKAGES = ("torch", "numpy", "snntorch", "spikingjelly", "jax", "triton")
+PACKAGES = ("torch", "numpy", "snntorch", "spikingjelly", "jax", "sparselab", "triton")
 
 
 @contextlib.contextmanager

@@ -467,4 +467,49 @@ STUDIES = {
         ("", "weights", ACCURACY, TRAINED),
         default_rows=("permuted, *",),
     ),
+    "surrogate": Study(
+        "Surrogate gradients of the hidden neurons; everything else has its default. The rows of the default size "
+        'are long runs: --seeds 1 --rows "*default size*" runs each once.',
+        "five hours",
+        "--dataset fashionmnist --model index",
+        {
+            f"{surrogate}, alpha {alpha}{size}": f"{sizes} --surrogate {flag} --alpha {alpha}"
+            for size, sizes in (("", "--T 10 --hidden_dim 1024"), (", default size, 5 epochs", "--epochs 5"))
+            for surrogate, flag, alpha in (
+                ("ATan", "atan", 2), ("triangle", "triangle", 2), ("triangle", "triangle", 4), ("boxcar", "boxcar", 2)
+            )
+        },
+        20,
+        ("", ACCURACY, "firing rate, % of layers 1 and 2", SILENT, SECONDS),
+    ),
+    "models": Study(
+        "Every model, static graphs, and an unstructured random graph with as many weights.",
+        "half an hour",
+        "--dataset fashionmnist --T 10 --hidden_dim 1024",
+        {
+            "dense": "--model dense",
+            "index": "--model index",
+            "random": "--model random",
+            "mixer": "--model mixer",
+            "index, units of 32": "--model index --block_size 32",
+            "index, units of 16": "--model index --block_size 16",
+            "index, single weights": "--model index --block_size 1",
+            "unstructured random graph": f"--model index --block_size 1 --num_groups 1 --p_intra {FULL}",
+        },
+        5,
+        ("model", ACCURACY, TRAINED, "weights of fc2 that exist", "flags"),
+    ),
+    "rewiring": Study(
+        "Does rewiring pay in time? A dense network, a sparse one with a fixed graph, and one that grows by "
+        "gradient.",
+        "ten minutes",
+        "--dataset fashionmnist --T 10 --hidden_dim 1024",
+        {
+            "dense": "--model dense",
+            "index, fixed graph": "--model index",
+            "index, dynamic": f"--model index {SCHEDULE.replace(' --dst_fraction 0.3', '')} {GROWTH['gradient']}",
+        },
+        4,
+        ("", ACCURACY, "seconds of an epoch"),
+    ),
 }  # fmt: skip

@@ -82,8 +82,8 @@ def result(run: Run) -> dict[str, Any] | None:
     if end is None:
         return None
     names = ("epoch", "test_acc", "train_acc", "train_seconds", "train_cpu_seconds", "weights", "placement")
-    silent = [round(end["silent"][layer], 5) for layer in ("lif1", "lif2")]
-    return {**{name: end[name] for name in names}, "silent": silent}
+    shares = {name: [round(end[name][layer], 5) for layer in ("lif1", "lif2")] for name in ("silent", "firing_rate")}
+    return {**{name: end[name] for name in names}, **shares, "density": end["density"]["fc2"]}
 
 
 def placement(mask: Any) -> dict[str, float]:

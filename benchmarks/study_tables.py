@@ -1,6 +1,5 @@
 """Tables of studies: one with a line per row, whose columns the study names, and some that compare rows."""
 
-import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,9 +25,10 @@ def fold_of(seed: int) -> int:
 
 
 class Row(NamedTuple):
-    """A row of a record: its name, its runs, and what it is compared with (none: nothing)."""
+    """A row of a record: its name and flags, its runs, and what it is compared with (none: nothing)."""
 
     name: str
+    flags: str
     runs: list[Run]
     control: list[Run]
 
@@ -47,7 +47,10 @@ def rows_of(record: Mapping[str, Any]) -> list[Row]:
         runs.setdefault(run["row"], []).append(run)
     bases = {of[0].get("epoch"): of for name in ("20 epochs", "the recipe") if (of := runs.get(name))}
     controls = {name: bases.get(of[0].get("epoch"), []) for name, of in runs.items()}
-    return [Row(name, of, [] if controls[name] is of else controls[name]) for name, of in runs.items()]
+    return [
+        Row(name, record["rows"].get(name, ""), of, [] if controls[name] is of else controls[name])
+        for name, of in runs.items()
+    ]
 
 
 def accuracy(run: Run) -> float:
@@ -77,22 +80,31 @@ def _gain(row: Row) -> str:
     return text if len(found) == len(row.runs) else f"{text} (n = {len(found)})"
 
 
+def _shares(quantity: str, digits: int = 0) -> Callable[[Row], str]:
+    """The mean share of hidden layers 1 and 2, in per cent, as ``8, 28``."""
+    return lambda row: ", ".join(
+        f"{100 * statistics.mean(run[quantity][layer] for run in row.runs):.{digits}f}" for layer in (0, 1)
+    )
+
+
 def _placed(row: Row, name: str) -> float:
     return statistics.mean(run["placement"][name] for run in row.runs)
 
 
 #: what a column of a table shows, by its title
 COLUMNS: dict[str, Callable[[Row], str]] = {
-    **dict.fromkeys(("", "at most", "network"), lambda row: row.name),
+    **dict.fromkeys(("", "at most", "network", "model"), lambda row: row.name),
+    "flags": lambda row: f"`{row.flags}`",
     "epochs": lambda row: str(row.runs[0]["epoch"]),
     "weights": lambda row: f"{row.mean('weights'):,.0f}",
+    "weights of fc2 that exist": lambda row: f"{100 * row.mean('density'):.1f} %",
     "test accuracy, %": lambda row: spread(row.runs, accuracy),
     "training accuracy, %": lambda row: spread(row.runs, lambda run: 100 * run["train_acc"]),
     "minus the recipe, points": _gain,
-    "never fires, % of layers 1 and 2": lambda row: ", ".join(
-        f"{100 * statistics.mean(run['silent'][layer] for run in row.runs):.0f}" for layer in (0, 1)
-    ),
+    "never fires, % of layers 1 and 2": _shares("silent"),
+    "firing rate, % of layers 1 and 2": _shares("firing_rate", 1),
     "seconds of training": lambda row: spread(row.runs, lambda run: run["train_seconds"], 0),
+    "seconds of an epoch": lambda row: spread(row.runs, lambda run: run["train_seconds"] / run["epoch"], 1),
     "processor seconds": lambda row: spread(row.runs, lambda run: run["train_cpu_seconds"], 0),
     "memory of a step": lambda row: f"{row.mean('step_bytes') / 1e6:.0f} MB",
     "its processor time": lambda row: f"{1e3 * min(run['step_seconds'] for run in row.runs):.3g} ms",
@@ -129,9 +141,8 @@ def _best_growth(runs: Mapping[str, list[Run]]) -> str:
     if static is None or not found:
         return "–"
     best = max(found, key=lambda rule: found[rule].mean)
-    errors = [error for error in (found[best].error, static.error) if error is not None]
-    known = f" ± {math.hypot(*errors):.2f}" if len(errors) == 2 else ""
-    return f"{found[best].mean - static.mean:+.2f}{known} ({best})"
+    error = sum((each.error or 0.0) ** 2 for each in (found[best], static)) ** 0.5
+    return f"{found[best].mean - static.mean:+.2f}{f' ± {error:.2f}' if error else ''} ({best})"
 
 
 # --- weights --------------------------------------------------------------------------------------------------------

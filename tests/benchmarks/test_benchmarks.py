@@ -531,7 +531,7 @@ def test_contenders_of_a_backend_and_a_precision_can_be_chosen():
     assert default >= {"g2g-torch", "g2g-triton", "snntorch-masked", "dense-lif", "compiled-masked", "bsr-lif"}
     assert "snntorch-masked-bf16" not in default
     labels = [entry.label for entry in choose("linear", backends="torch", precision="bf16")]
-    assert labels == ["g2g-torch-bf16", "masked-bf16", "bsr-bf16", "dense-bf16"]
+    assert labels == ["g2g-torch-bf16", "masked-bf16", "bsr-bf16", "dense-bf16", "sparselab-bf16"]
 
 
 def test_the_peers_say_what_they_lack(monkeypatch):

@@ -7,10 +7,9 @@ import pytest
 import torch
 from processes import fork_contenders
 
-from benchmarks import chunks, cpu_choices, delays, flag_costs, host_time, records, redraw
+from benchmarks import chunks, cpu_choices, delays, host_time, records, redraw
 from benchmarks.host_time import CASES, Case, Contender, PlainLoop, tiny
 from g2g_kernels.cpu import library
-from g2gnet.data import load_dataset
 
 
 def has_triton() -> bool:
@@ -29,10 +28,6 @@ needs_kernels = pytest.mark.skipif(library.unavailable() is not None, reason=str
     ("program", "flags", "message"),
     [
         *((chunks, flags, flags.split()[1][-1]) for flags in ("--T 0", "--chunk 0", "--chunks 5,0", "--T a")),
-        *(
-            (flag_costs, flags, "and together at most")
-            for flags in ("--rounds 0", "--warm_up -1", "--rounds 24 --warm_up 0")
-        ),
         (host_time, "--turns 0", "turns=0 must be"),
     ],
 )
@@ -128,31 +123,6 @@ def test_every_network_and_the_loop_count_the_same_spikes(tmp_path, capsys):
 def test_wrong_counts_are_an_error(monkeypatch):
     monkeypatch.setattr(delays, "loop", lambda net, x: net(x) + 1)
     assert delays.main(DELAYED) == 1
-
-
-# --- flags ------------------------------------------------------------------------------------------------------------
-
-
-def test_flags_take_turns_and_updates_are_timed_apart(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(flag_costs, "load_dataset", lambda *_: load_dataset("fashionmnist-mini"))
-    monkeypatch.setattr(flag_costs, "TURN", 2)
-    monkeypatch.setattr(flag_costs, "FLAGS", ("--standardize", "--sparsity_mode dynamic --dst_interval 2 --cg random"))
-    path = tmp_path / "record.jsonl"
-    arguments = ["--rounds", "2", "--warm_up", "1", "--hidden_dim", "16", "--T", "2", "--json"]
-    assert flag_costs.main([*arguments, str(path)]) == 0
-    default, standardized, dynamic = records.read(path)["runs"]
-    assert [run["update"] is None for run in (default, standardized, dynamic)] == [True, True, False]
-    assert all(len(run["rounds"]) == 2 for run in (default, standardized, dynamic))
-    assert all(min(run["rounds"]) <= run["median"] <= max(run["rounds"]) for run in (default, standardized, dynamic))
-    assert default["firing_rates"] != standardized["firing_rates"]
-    assert "| `--standardize` |" in capsys.readouterr().out
-
-
-def test_steps_of_one_round_are_compared():
-    """The machine is twice as slow in the second round; the flag adds a tenth, then two tenths, then nothing."""
-    added, spread = flag_costs.cost({"rounds": [1.1, 2.4, 1.0]}, {"rounds": [1.0, 2.0, 1.0]})
-    assert added == pytest.approx(0.1)
-    assert spread == pytest.approx(0.1)
 
 
 # --- the host ---------------------------------------------------------------------------------------------------------

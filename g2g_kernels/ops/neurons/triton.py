@@ -61,13 +61,13 @@ def _tile(batch, neurons, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _inside(sample, exists, batch, t, steps):
-    """Which elements of a tile exist at step t; none outside of 0 to T."""
-    return (sample < tl.where((t >= 0) & (t < steps), batch, 0))[:, None] & exists[None, :]
+    """Which elements of a tile exist at step t; none from T on."""
+    return (sample < tl.where(t < steps, batch, 0))[:, None] & exists[None, :]
 
 
 @triton.jit
 def load_steps(pointer, first, steps, step, offsets, sample, exists, batch, SEGMENT: tl.constexpr):
-    """The tiles of SEGMENT steps from ``first`` on, zeros outside of 0 to T; none if ``pointer`` is None."""
+    """The tiles of SEGMENT steps from ``first`` on, zeros from T on; none if ``pointer`` is None."""
     tiles = ()
     if pointer is not None:
         for k in tl.static_range(SEGMENT):
@@ -148,9 +148,13 @@ def neurons_backward_kernel(
         at = segment * SEGMENT
         upstream = load_steps(grad_spikes, at, steps, step, offsets, sample, exists, batch, SEGMENT)
         at_membranes = load_steps(grad_membranes, at, steps, step, offsets, sample, exists, batch, SEGMENT)
-        # the margins before each step, or the states
-        history = load_steps(margins, at - 1, steps, step, offsets, sample, exists, batch, SEGMENT)
-        if margins is None:
+        history = ()  # the states before each step, or the margin
+        if margins is not None:
+            for k in tl.static_range(SEGMENT):
+                t = at + k
+                now = _inside(sample, exists, tl.where(t > 0, batch, 0), t - 1, steps)
+                history += (tl.load(margins + (t - 1) * step + offsets, mask=now, other=0.0),)
+        else:
             currents = load_steps(None if HELD else current, at, steps, step, offsets, sample, exists, batch, SEGMENT)
             states = at_first
             if segment > 0:
@@ -174,13 +178,13 @@ def neurons_backward_kernel(
                 grads = plus_last(grads, tl.where(silent, 0.0, at_membranes[k].to(tl.float32)))
             if margins is None:
                 states = history[k]
-                before, fired = states[STATES - 1] - threshold, fires(states[STATES - 1], threshold)
+                before = states[STATES - 1] - threshold
             else:
                 before = tl.where(t > 0, history[k].to(tl.float32), at_first[0] - threshold)
-                states, fired = (before + threshold,), before > 0
+                states = (before + threshold,)
             begins = (t == 0) & (first is None)
             to_current, moved, added = step_backward(
-                grads, sums, states, fired, margin, grad_spike, begins, values, alpha, MODEL, RESET, SURROGATE
+                grads, sums, states, before > 0, margin, grad_spike, begins, values, alpha, MODEL, RESET, SURROGATE
             )
             if grad_last is not None:  # which does not reach steps after the last
                 to_current = tl.where(t < steps, to_current, 0.0)

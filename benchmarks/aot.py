@@ -124,11 +124,11 @@ CASES = {
         Case("single weights, bf16", block_size=1),
         Case("batch of 32, bf16", batch=32),
         Case("float32, tf32 products", torch.float32, "high"),
-        Case("float32 by parts", torch.float32),
-        Case("random groups, float32 by parts", torch.float32, model="random"),
+        Case("float32", torch.float32),
+        Case("random groups, float32", torch.float32, model="random"),
         Case("adaptive neurons, bf16", neuron="adlif"),
         Case("recurrent, bf16", recurrent=True),
-        Case("recurrent, float32 by parts", torch.float32, recurrent=True),
+        Case("recurrent, float32", torch.float32, recurrent=True),
     )
 }
 

@@ -80,7 +80,7 @@ MUTATIONS = (
              "DECAYS, PER_NEURON, False)", "DECAYS, PER_NEURON, True)",
              "run.current.new_empty(shape, dtype=torch.float32)", "run.current.new_zeros(shape, dtype=torch.float32)"),
     Mutation("programs that store to one tile", STACK, BY_RECURRENCE,
-             "here = partials + row_of_partials * size + column", "here = partials + column"),
+             "here = partials + row_of_partials * y_size + column", "here = partials + column"),
     Mutation("an accumulator in memory that nobody wrote", LINEAR, PADDING,
              "tl.store(address, total, mask=(r < R)[:, None] & c_ok[None, :])",
              "total += tl.load(address, mask=(r < R)[:, None] & c_ok[None, :], other=0.0)\n"

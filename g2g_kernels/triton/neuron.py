@@ -220,12 +220,12 @@ def store_partials(
 
 
 @triton.jit
-def unless(dropped, values):
-    """Spikes, or their gradients, without those of dropped neurons: a tile of bools, or None."""
-    if dropped is None:
-        return values
-    else:
-        return tl.where(dropped, 0.0, values)
+def load_dropped(dropped, offsets, inside):
+    """Which neurons of a tile send no spikes and get no gradients, bools; none if ``dropped`` is None."""
+    silent = tl.zeros_like(inside)
+    if dropped is not None:
+        silent = tl.load(dropped + offsets, mask=inside, other=0) != 0
+    return silent
 
 
 @triton.jit

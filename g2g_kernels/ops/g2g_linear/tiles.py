@@ -84,15 +84,15 @@ def weight_gradient_tiles(width: int, x: torch.dtype, products: torch.dtype, pre
     128 columns of x, as wide as a ``wgmma`` or two of them deep: with 256, most rows of the default mask (8 or 9 units
     of 64) would leave a last group almost empty. 64 samples per step are four ``wgmma`` deep; three stages take 72 KB
     at most. In float32, half of both, as in :func:`product_tiles`, and for floats by parts a quarter of the samples;
-    spikes beside parts are narrow enough for all 128 columns, with 8 warps for the sums. CHAIN is 0 where one chain is
-    as good as several.
+    spikes beside parts are narrow enough for all 128 columns. Beside spikes, float32 sums take
+    8 warps: with 4 they spill on the ordinary cores of sm_89. CHAIN is 0 where one chain is as good as several.
     """
     floats = torch.float32 in (x, products)
     by_parts, spikes = precision == "parts", x == torch.uint8
     depth = 16 if _on_ordinary_cores(products, precision) or (by_parts and not spikes) else 32 if floats else 64
     lanes = 64 if floats and not (by_parts and spikes) else 128
     chain = 256 if products == torch.float32 and precision != "tf32" else 0
-    warps = 8 if by_parts and spikes else 4
+    warps = 8 if chain and spikes else 4
     return {"GROUP": lanes // width, "BLOCK_S": depth, "CHAIN": chain, "num_warps": warps, "num_stages": STAGES}
 
 

@@ -116,6 +116,23 @@ class Units(NamedTuple):
         inner = self.cols if outer is self.rows else self.rows
         return dense_pays(padded, inner.size, outer.size, x, tile_of(outer), products, precision)
 
+    def arguments(self, by_rows: bool) -> dict[str, Any]:
+        """Those of kernels that go through the units of each row; or of each column, the transposed way."""
+        inner, outer = (self.cols, self.rows) if by_rows else (self.rows, self.cols)
+        return {
+            "x_column": inner.neuron_at,
+            "x_bounds": inner.bounds,
+            "ptr": self.row_ptr if by_rows else self.col_ptr,
+            "slots": self.row_slot if by_rows else self.col_slot,
+            "others": self.unit_col if by_rows else self.unit_row,
+            "y_column": outer.neuron_at,
+            "num_n": outer.num_units,
+            "x_size": inner.size,
+            "y_size": outer.size,
+            "K": inner.width,
+            "N": outer.width,
+        }
+
 
 def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
     """The units of a mask with packed weights ``values``. Raises ValueError for values that are not the mask's."""
@@ -250,35 +267,22 @@ def _launch_product(
     y: torch.Tensor,
     precision: str,
 ) -> None:
-    if by_rows:
-        inner, outer, ptr, slots, others = units.cols, units.rows, units.row_ptr, units.row_slot, units.unit_col
-    else:
-        inner, outer, ptr, slots, others = units.rows, units.cols, units.col_ptr, units.col_slot, units.unit_row
+    inner, outer = (units.cols, units.rows) if by_rows else (units.rows, units.cols)
     samples = x.shape[0]
     options = fitted(product_tiles(samples, tile_of(inner), x.dtype, values.dtype, precision), x.device)
     launch(
         product_kernel,
         (outer.num_units * tiles_of(outer) * cdiv(samples, options["BLOCK_M"]),),
         x=x,
-        x_column=inner.neuron_at,
-        x_bounds=inner.bounds,
         values=in_parts(values) if precision == "parts" else values,
-        ptr=ptr,
-        slots=slots,
-        others=others,
         bias=bias,
         y=y,
-        y_column=outer.neuron_at,
         y_bounds=outer.bounds,
         samples=samples,
-        num_n=outer.num_units,
-        x_size=inner.size,
-        y_size=outer.size,
-        K=inner.width,
-        N=outer.width,
         BY_ROWS=by_rows,
         PRECISION=precision,
         BLOCK_N=tile_of(outer),
+        **units.arguments(by_rows),
         **options,
     )
 

@@ -62,13 +62,13 @@ from g2g_kernels.triton.neuron import (
     charge,
     fires,
     load_at_all_steps,
+    load_dropped,
     load_parameters,
     load_states,
     plus_last,
     step_backward,
     store_partials,
     store_states,
-    unless,
     zeros,
 )
 from g2g_kernels.triton.products import in_parts, precision_of
@@ -94,7 +94,7 @@ def next_states(
     threshold = own[len(own) - 1]
     states = charge(states, fires(states[len(states) - 1], threshold), current, own, MODEL, RESET)
     membrane = states[len(states) - 1]
-    spike = unless(silent, fires(membrane, threshold).to(tl.float32))
+    spike = tl.where(silent, 0.0, fires(membrane, threshold).to(tl.float32))
     tl.store(spikes + here + y_offset, spike.to(spikes.dtype.element_ty), mask=inside)
     if margins is not None:
         margin = membrane - threshold
@@ -163,9 +163,7 @@ def fused_forward_kernel(
     start = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if bias is not None:
         start += tl.load(bias + column, mask=n_ok, other=0.0).to(tl.float32)[None, :]
-    silent = dropped
-    if dropped is not None:
-        silent = tl.load(dropped + y_offset, mask=inside, other=0) != 0
+    silent = load_dropped(dropped, y_offset, inside)
 
     step = tl.cast(batch, tl.int64) * y_size
     states = load_states(states_before, step, y_offset, inside, STATES, BLOCK_M, BLOCK_N)
@@ -199,36 +197,31 @@ def fused_forward_kernel(
 def recurrent_backward_kernel(
     grad_after, x_column, x_bounds, values, ptr, slots, others, y_column, parameters, states, states_before,
     grad_spikes, grad_counts, grad_rates, grad_membranes, grads, grad_current, partials, dropped, batch, num_n,
-    size, alpha, rate_scale,
+    x_size, y_size, alpha, rate_scale,
     K: tl.constexpr, N: tl.constexpr, MODEL: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr,
     PER_NEURON: tl.constexpr, RESET: tl.constexpr, SURROGATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One step: ∂L/∂I_t from ∂L/∂I_{t+1}; adds to ``partials`` and replaces ``grads``, those of the states."""
     col, row_of_partials, b, n, column, n_ok, inside, offsets = tile_of_program(
-        num_n, batch, y_column, size, N, BLOCK_M, BLOCK_N
+        num_n, batch, y_column, y_size, N, BLOCK_M, BLOCK_N
     )
     own = load_parameters(parameters, column, n_ok, DECAYS, PER_NEURON)
-    step = tl.cast(batch, tl.int64) * size
+    step = tl.cast(batch, tl.int64) * y_size
     grad_spike = load_at_all_steps(grad_counts, grad_rates, offsets, inside, column, n_ok, rate_scale, BLOCK_M, BLOCK_N)
     if grad_spikes is not None:
         grad_spike += tl.load(grad_spikes + offsets, mask=inside, other=0.0).to(tl.float32)
     if grad_after is not None:
         grad_spike = plus_units(
-            grad_spike, grad_after, x_column, x_bounds, size, values, ptr, slots, others, col,
+            grad_spike, grad_after, x_column, x_bounds, x_size, values, ptr, slots, others, col,
             b, b < batch, n, n < N, K, N, False, PRECISION, BLOCK_K,
         )  # fmt: skip
     reaching = load_states(grads, step, offsets, inside, STATES, BLOCK_M, BLOCK_N)
-    grad_membrane = grad_membranes
+    silent = load_dropped(dropped, offsets, inside)
+    grad_spike = tl.where(silent, 0.0, grad_spike)
     if grad_membranes is not None:
         grad_membrane = tl.load(grad_membranes + offsets, mask=inside, other=0.0).to(tl.float32)
-    if dropped is not None:
-        silent = tl.load(dropped + offsets, mask=inside, other=0) != 0
-        grad_spike = unless(silent, grad_spike)
-        if grad_membranes is not None:
-            grad_membrane = unless(silent, grad_membrane)
-    if grad_membranes is not None:
-        reaching = plus_last(reaching, grad_membrane)
+        reaching = plus_last(reaching, tl.where(silent, 0.0, grad_membrane))
     before = load_states(states_before, step, offsets, inside, STATES, BLOCK_M, BLOCK_N)
     threshold = own[len(own) - 1]
     margin = tl.load(states + (STATES - 1) * step + offsets, mask=inside, other=0.0) - threshold
@@ -241,8 +234,8 @@ def recurrent_backward_kernel(
     store_states(grads, step, offsets, inside, moved)
     tl.store(grad_current + offsets, to_current.to(grad_current.dtype.element_ty), mask=inside)
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    apart = tl.num_programs(0) // (num_n * TILES_N) * size
-    here = partials + row_of_partials * size + column
+    apart = tl.num_programs(0) // (num_n * TILES_N) * y_size
+    here = partials + row_of_partials * y_size + column
     store_partials(here, apart, added, to_current, inside, parameters, column, n_ok, DECAYS, PER_NEURON, True)
 
 
@@ -440,26 +433,16 @@ def _launch(
         fused_forward_kernel,
         (units.rows.num_units * of_row * cdiv(batch, tiles["BLOCK_M"]),),
         x=x,
-        x_column=units.cols.neuron_at,
-        x_bounds=units.cols.bounds,
         values=values,
-        ptr=units.row_ptr,
-        slots=units.row_slot,
-        others=units.unit_col,
         dropped=layer.dropped,
-        y_column=units.rows.neuron_at,
         parameters=layer.population.parameters,
         spikes=spikes,
         last=last,
         steps=steps,
         batch=batch,
-        num_n=units.rows.num_units,
-        x_size=units.cols.size,
-        y_size=units.rows.size,
-        K=units.cols.width,
-        N=units.rows.width,
         ON_CHIP=on_chip,
         STAGES=STAGES,
+        **units.arguments(by_rows=True),
         **{name: others.get(name) for name in ("bias", "currents", "margins", "counts", "states_before")},
         **model_options(layer.population),
         **tiles,
@@ -509,13 +492,7 @@ def _recur_backward(
             recurrent_backward_kernel,
             (units.cols.num_units * of_col * rows,),
             grad_after=grad_current[t + 1] if t + 1 < steps else None,
-            x_column=units.rows.neuron_at,
-            x_bounds=units.rows.bounds,
             values=values,
-            ptr=units.col_ptr,
-            slots=units.col_slot,
-            others=units.unit_row,
-            y_column=units.cols.neuron_at,
             parameters=population.parameters,
             states=states[t],
             states_before=states[t - 1] if t else layer.first,
@@ -524,16 +501,13 @@ def _recur_backward(
             partials=partials,
             dropped=layer.dropped,
             batch=batch,
-            num_n=units.cols.num_units,
-            size=size,
             alpha=float(population.alpha),
             rate_scale=1 / (steps * batch),
-            K=units.rows.width,
-            N=units.cols.width,
             SURROGATE=population.surrogate,
             grad_counts=upstream.counts,
             grad_rates=upstream.rates,
             **{name: None if grad is None else grad[t] for name, grad in over_time.items()},
+            **units.arguments(by_rows=False),
             **model_options(population),
             **tiles,
         )

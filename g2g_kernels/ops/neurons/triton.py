@@ -29,6 +29,7 @@ from g2g_kernels.triton.neuron import (
     charge,
     fires,
     load_at_all_steps,
+    load_dropped,
     load_parameters,
     load_states,
     plus,
@@ -37,7 +38,6 @@ from g2g_kernels.triton.neuron import (
     step_backward,
     store_partials,
     store_states,
-    unless,
     zeros,
 )
 from g2g_kernels.triton.runtime import cdiv, launch, next_power_of_2
@@ -49,16 +49,32 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def _tile(BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The samples and the neurons of this program."""
-    samples = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    return samples, tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+def _tile(batch, neurons, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
+    """This program's samples and neurons, and which of these exist; which elements of its tile exist, where they are in
+    a step, and how many a step has."""
+    sample = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    neuron = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists, step = neuron < neurons, tl.cast(batch, tl.int64) * neurons
+    inside = (sample < batch)[:, None] & exists[None, :]
+    return sample, neuron, exists, inside, sample[:, None] * neurons + neuron[None, :], step
 
 
 @triton.jit
-def _inside(sample, neuron, batch, neurons, t, steps):
+def _inside(sample, exists, batch, t, steps):
     """Which elements of a tile exist at step t; none from T on."""
-    return (sample < tl.where(t < steps, batch, 0))[:, None] & (neuron < neurons)[None, :]
+    return (sample < tl.where(t < steps, batch, 0))[:, None] & exists[None, :]
+
+
+@triton.jit
+def load_steps(pointer, first, steps, step, offsets, sample, exists, batch, SEGMENT: tl.constexpr):
+    """The tiles of SEGMENT steps from ``first`` on, zeros from T on; none if ``pointer`` is None."""
+    tiles = ()
+    if pointer is not None:
+        for k in tl.static_range(SEGMENT):
+            t = first + k
+            now = _inside(sample, exists, batch, t, steps)
+            tiles += (tl.load(pointer + t * step + offsets, mask=now, other=0.0),)
+    return tiles
 
 
 @triton.jit(do_not_specialize=["steps", "batch"])
@@ -67,19 +83,13 @@ def neurons_forward_kernel(
     HELD: tl.constexpr, MODEL: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr, PER_NEURON: tl.constexpr,
     RESET: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    sample, neuron = _tile(BLOCK_B, BLOCK_N)
-    exists = neuron < neurons
-    inside = (sample < batch)[:, None] & exists[None, :]
-    offsets = sample[:, None] * neurons + neuron[None, :]
-    step = tl.cast(batch, tl.int64) * neurons
+    sample, neuron, exists, inside, offsets, step = _tile(batch, neurons, BLOCK_B, BLOCK_N)
     values = load_parameters(parameters, neuron, exists, DECAYS, PER_NEURON)
     threshold = values[len(values) - 1]
     if HELD:
         same = tl.load(current + offsets, mask=inside, other=0.0).to(tl.float32)
 
-    silent = dropped
-    if dropped is not None:
-        silent = tl.load(dropped + offsets, mask=inside, other=0) != 0
+    silent = load_dropped(dropped, offsets, inside)
     states = load_states(first, step, offsets, inside, STATES, BLOCK_B, BLOCK_N)
     count = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
     for segment in range(tl.cdiv(steps, SEGMENT)):
@@ -87,21 +97,15 @@ def neurons_forward_kernel(
             if segment > 0:
                 for i in tl.static_range(STATES):
                     tl.store(checkpoints + ((segment - 1) * STATES + i) * step + offsets, states[i], mask=inside)
-        currents = ()
+        at = segment * SEGMENT
+        currents = load_steps(None if HELD else current, at, steps, step, offsets, sample, exists, batch, SEGMENT)
         for k in tl.static_range(SEGMENT):
-            if HELD:
-                currents += (same,)
-            else:
-                t = segment * SEGMENT + k
-                now = _inside(sample, neuron, batch, neurons, t, steps)
-                currents += (tl.load(current + t * step + offsets, mask=now, other=0.0),)
-        for k in tl.static_range(SEGMENT):
-            t = segment * SEGMENT + k
+            t = at + k
             fired = fires(states[STATES - 1], threshold)
-            charged = charge(states, fired, currents[k].to(tl.float32), values, MODEL, RESET)
+            charged = charge(states, fired, same if HELD else currents[k].to(tl.float32), values, MODEL, RESET)
             states = select(t < steps, charged, states)  # those of the last step remain
-            spike = unless(silent, fires(states[STATES - 1], threshold).to(tl.float32))
-            now = _inside(sample, neuron, batch, neurons, t, steps)
+            spike = tl.where(silent, 0.0, fires(states[STATES - 1], threshold).to(tl.float32))
+            now = _inside(sample, exists, batch, t, steps)
             tl.store(spikes + t * step + offsets, spike.to(spikes.dtype.element_ty), mask=now)
             if membranes is not None:
                 tl.store(membranes + t * step + offsets, states[STATES - 1], mask=now)
@@ -119,11 +123,7 @@ def neurons_backward_kernel(
     RESET: tl.constexpr, SURROGATE: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    sample, neuron = _tile(BLOCK_B, BLOCK_N)
-    exists = neuron < neurons
-    inside = (sample < batch)[:, None] & exists[None, :]
-    offsets = sample[:, None] * neurons + neuron[None, :]
-    step = tl.cast(batch, tl.int64) * neurons
+    sample, neuron, exists, inside, offsets, step = _tile(batch, neurons, BLOCK_B, BLOCK_N)
     values = load_parameters(parameters, neuron, exists, DECAYS, PER_NEURON)
     threshold = values[len(values) - 1]
     if HELD:
@@ -132,9 +132,7 @@ def neurons_backward_kernel(
     at_all_steps = load_at_all_steps(
         grad_counts, grad_rates, offsets, inside, neuron, exists, rate_scale, BLOCK_B, BLOCK_N
     )
-    silent = dropped
-    if dropped is not None:
-        silent = tl.load(dropped + offsets, mask=inside, other=0) != 0
+    silent = load_dropped(dropped, offsets, inside)
     grads = load_states(grad_last, step, offsets, inside, STATES, BLOCK_B, BLOCK_N)
     at_first = load_states(first, step, offsets, inside, STATES, BLOCK_B, BLOCK_N)
     totals = zeros(len(values), BLOCK_B, BLOCK_N)
@@ -143,30 +141,21 @@ def neurons_backward_kernel(
     margin = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)  # U_t − θ of the step that is gone through
     if margins is not None:
         tl.static_assert(STATES == 1)
-        t = segments * SEGMENT - 1
-        now = _inside(sample, neuron, batch, neurons, t, steps)
-        margin = tl.load(margins + t * step + offsets, mask=now, other=0.0).to(tl.float32)
+        end = load_steps(margins, segments * SEGMENT - 1, steps, step, offsets, sample, exists, batch, 1)
+        margin = end[0].to(tl.float32)
     for turn in range(segments):
         segment = segments - 1 - turn
-        upstream = ()
-        at_membranes = ()
-        for k in tl.static_range(SEGMENT):
-            t = segment * SEGMENT + k
-            now = _inside(sample, neuron, batch, neurons, t, steps)
-            if grad_spikes is not None:
-                upstream += (tl.load(grad_spikes + t * step + offsets, mask=now, other=0.0),)
-            if grad_membranes is not None:
-                at_membranes += (tl.load(grad_membranes + t * step + offsets, mask=now, other=0.0),)
+        at = segment * SEGMENT
+        upstream = load_steps(grad_spikes, at, steps, step, offsets, sample, exists, batch, SEGMENT)
+        at_membranes = load_steps(grad_membranes, at, steps, step, offsets, sample, exists, batch, SEGMENT)
         history = ()  # the states before each step, or the margin
-        if margins is None:
-            currents = ()
+        if margins is not None:
             for k in tl.static_range(SEGMENT):
-                if HELD:
-                    currents += (same,)
-                else:
-                    t = segment * SEGMENT + k
-                    now = _inside(sample, neuron, batch, neurons, t, steps)
-                    currents += (tl.load(current + t * step + offsets, mask=now, other=0.0),)
+                t = at + k
+                now = _inside(sample, exists, tl.where(t > 0, batch, 0), t - 1, steps)
+                history += (tl.load(margins + (t - 1) * step + offsets, mask=now, other=0.0),)
+        else:
+            currents = load_steps(None if HELD else current, at, steps, step, offsets, sample, exists, batch, SEGMENT)
             states = at_first
             if segment > 0:
                 kept = checkpoints + (segment - 1) * STATES * step
@@ -174,29 +163,24 @@ def neurons_backward_kernel(
             for k in tl.static_range(SEGMENT):
                 history += (states,)
                 fired = fires(states[STATES - 1], threshold)
-                states = charge(states, fired, currents[k].to(tl.float32), values, MODEL, RESET)
+                states = charge(states, fired, same if HELD else currents[k].to(tl.float32), values, MODEL, RESET)
             margin = states[STATES - 1] - threshold
-        else:
-            for k in tl.static_range(SEGMENT):
-                t = segment * SEGMENT + k
-                now = _inside(sample, neuron, tl.where(t > 0, batch, 0), neurons, t - 1, steps)
-                history += ((tl.load(margins + (t - 1) * step + offsets, mask=now, other=0.0),),)
         sums = zeros(len(values), BLOCK_B, BLOCK_N)
         grad_sum = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
         for k in tl.static_range(SEGMENT - 1, -1, -1):
-            t = segment * SEGMENT + k
+            t = at + k
             # steps after the last have gradients of 0, which change no sum
             grad_spike = tl.where(t < steps, at_all_steps, 0.0)
             if grad_spikes is not None:
                 grad_spike += upstream[k].to(tl.float32)
-            grad_spike = unless(silent, grad_spike)
+            grad_spike = tl.where(silent, 0.0, grad_spike)
             if grad_membranes is not None:
-                grads = plus_last(grads, unless(silent, at_membranes[k].to(tl.float32)))
+                grads = plus_last(grads, tl.where(silent, 0.0, at_membranes[k].to(tl.float32)))
             if margins is None:
                 states = history[k]
                 before = states[STATES - 1] - threshold
             else:
-                before = tl.where(t > 0, history[k][0].to(tl.float32), at_first[0] - threshold)
+                before = tl.where(t > 0, history[k].to(tl.float32), at_first[0] - threshold)
                 states = (before + threshold,)
             begins = (t == 0) & (first is None)
             to_current, moved, added = step_backward(
@@ -210,8 +194,7 @@ def neurons_backward_kernel(
             margin = before
             if not HELD and grad_current is not None:
                 out = to_current.to(grad_current.dtype.element_ty)
-                now = _inside(sample, neuron, batch, neurons, t, steps)
-                tl.store(grad_current + t * step + offsets, out, mask=now)
+                tl.store(grad_current + t * step + offsets, out, mask=_inside(sample, exists, batch, t, steps))
         totals = plus(totals, sums)
         grad_total += grad_sum
     if grad_first is not None:

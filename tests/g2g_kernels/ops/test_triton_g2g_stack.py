@@ -141,6 +141,14 @@ def test_autocast(way, dtype):
     ratios.check(cases=2 * len(STACKS_OF_UNITS))
 
 
+def between(stack: Stack) -> Stack:
+    """The stack with thresholds half-way between 64ths: of many currents, 16ths in bfloat16, some would be equal."""
+    for name, tensor in stack.tensors.items():
+        if name.startswith("threshold"):
+            tensor.copy_(((tensor * 64).floor() + 0.5) / 64)
+    return stack
+
+
 @every_half
 def test_a_fused_layer_with_every_reset_and_surrogate(dtype):
     """Of segments that are full or not, and of more samples than a tile."""
@@ -151,7 +159,7 @@ def test_a_fused_layer_with_every_reset_and_surrogate(dtype):
     with triton.choose(fused=True):
         for surrogate in [*SURROGATES, *SURROGATES]:
             (steps, batch), reset = next(sizes), next(resets)
-            draws = (rounded(Stack(IN_ORDER, steps, seed=1000 * k, batch=batch), dtype) for k in range(50))
+            draws = (between(rounded(Stack(IN_ORDER, steps, seed=1000 * k, batch=batch), dtype)) for k in range(50))
             stack = next(stack for stack in draws if clear_of_thresholds(stack, reset))
             compare(ratios, stack, dtype, reset=reset, surrogate=surrogate)
     ratios.check(cases=2 * len(SURROGATES))

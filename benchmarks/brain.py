@@ -38,7 +38,7 @@ CHECKED, CLOSE = 2000, 1e-4
 #: columns of a file of edges: ours, and those of FlyWire's connections
 COLUMNS = (("pre", "post", "weight"), ("pre_root_id", "post_root_id", "syn_count"))
 #: weights of the networks of ``--growth``, and their share of all pairs of neurons
-GROWTH, SHARE = (100_000, 1_000_000, 10_000_000, 30_000_000), 0.001
+GROWTH, SHARE = (100_000, 1_000_000, 10_000_000, 30_000_000, 100_000_000), 0.001
 #: transmitters that inhibit in a fly (Shiu et al. 2024)
 INHIBITORY = ("GABA", "GLUT")
 
@@ -362,7 +362,7 @@ def add_flags(parser: Parser) -> None:
     text = "largest input current, held, of either sign (default: 0.27)"
     parser.add_argument("--gain", type=float, default=0.27, metavar="X", help=text)
     parser.add_argument("--edges", metavar="FILE", help="a CSV file of connections in place of drawn ones")
-    text = "our step alone, with 10⁵ to 3·10⁷ weights, a thousandth of all pairs of neurons"
+    text = "our step alone, with 10⁵ to 10⁸ weights, a thousandth of all pairs of neurons"
     parser.add_argument("--growth", action="store_true", help=text)
     parser.add_argument("--contenders", type=lambda text: text.split(","), metavar="A,B,...", help="only these")
 

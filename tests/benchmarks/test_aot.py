@@ -73,8 +73,9 @@ CARRYING = {"product_kernel", "fused_forward_kernel"}
 def check_loads(row: dict[str, str]) -> None:
     """Loads are in flight while the loop multiplies."""
     if TARGETS[row["target"]].backend == "hip":
-        # tiles 16 deep have too few bytes for each of CDNA's threads
-        assert re.fullmatch(r"[1-4] in registers", row["in flight"]) or "K16" in row["tile"], row
+        # tiles 16 deep have too few bytes for each of CDNA's threads; a loop inside of that over steps overlaps nothing
+        shallow = "K16" in row["tile"] or row["kernel"] == "`fused_forward_kernel`"
+        assert re.fullmatch(r"[1-4] in registers", row["in flight"]) or shallow, row
         return
     # a loop does not wait for its own loads; after it, a wait for all
     *loops, end = re.split(r" ?\b0\b ?", row["in flight"])

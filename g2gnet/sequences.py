@@ -86,7 +86,7 @@ def unfold(samples: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         steps, inputs = order.shape
         raise ValueError(
             f"samples are {list(samples.shape)}, not [B, {order.numel()}]: {steps} steps of {inputs} inputs each; "
-            f"sequences that are made already are [{steps}, B, {inputs}]"
+            f"sequences that are made already are [{steps}, B, input_dim]"
         )
     ordered = samples.index_select(1, order.flatten()).view(len(samples), *order.shape)
     return ordered.transpose(0, 1).contiguous()

@@ -104,6 +104,7 @@ def test_vectors_cannot_be_mirrored(tmp_path, capsys, no_step, program, shape, c
         ((6, 5), "--T 3", "have 6 steps; leave --T out, or give --sequence none if they are images of 6 × 5"),
         ((6, 5), "--T 6 --sequence rows", "have 6 steps; leave --T out\n"),
         ((6, 5), "--sequence pixels --sequence_step 4", "sequence_step=4 does not divide the 30 pixels of an image"),
+        ((60, 2), "--input_taps 61", "input_taps=61 is more than the T=60 steps of a sequence; lower it"),
         ((20,), "--sequence rows", "sequence=rows needs images [N, height, width] or [N, channels, height, width]"),
         ((20,), "--sequence own", "sequence=own needs sequences [N, T, ...], but samples are [20]"),
         ((6, 2, 3, 4), "--sequence rows", "but samples are [6, 2, 3, 4]; leave it out"),

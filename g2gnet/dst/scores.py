@@ -47,10 +47,11 @@ def unit_correlation(
 def _packed(g: torch.Tensor, x: torch.Tensor, mask: BlockMask, units: torch.Tensor) -> torch.Tensor:
     """Σ over the samples of g·xᵀ, g [M, out] and x [M, in], in each of ``units``: [units, unit_rows, unit_cols]. It is
     the gradient of a layer that has these units, and takes as much time and memory."""
-    row, col = units // mask.grid[1], units % mask.grid[1]
-    asked = BlockMask(mask.rows.layout, mask.cols.layout, row, col, mask.block_size).to(x.device)
-    values = x.new_zeros(len(units), *mask.unit_shape, requires_grad=True)
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
+        x, g = (train.clone() if train.is_inference() else train for train in (x, g))
+        row, col = units // mask.grid[1], units % mask.grid[1]
+        asked = BlockMask(mask.rows.layout, mask.cols.layout, row, col, mask.block_size).to(x.device)
+        values = x.new_zeros(len(units), *mask.unit_shape, requires_grad=True)
         y = g2g_linear(x, values, asked)
     return torch.autograd.grad(y, values, g)[0]
 

@@ -320,7 +320,8 @@ def test_gradients_of_units_are_those_of_the_network_with_every_unit(backend, dr
         found = layer.observer.root_mean_squares(layer.mask).double()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
         some = torch.arange(0, len(expected), 3)
-        found = layer.observer.root_mean_squares(layer.mask, units=some).double()
+        with torch.inference_mode():
+            found = layer.observer.root_mean_squares(layer.mask, units=some).double()
         torch.testing.assert_close(found, expected[some], rtol=1e-4, atol=1e-5 * float(expected.max()))
         layer.observer = UnitGradients()
     with torch.no_grad():  # neither without gradients nor in evaluation

@@ -21,7 +21,7 @@ CONTENDERS = {
     "g2g-cpu": "g2g",
     "dense-lif": "dense layers over all steps",
     "compiled-dense": "snnTorch, dense, torch.compile",
-    "spikingjelly-dense": "SpikingJelly, dense",
+    "jax-masked": "JAX, jit, weights × mask",
     "snntorch-masked": "snnTorch, weights × mask",
 }
 #: lines of the accuracy panel, all of them rows of docs/results.md: density, name, colour

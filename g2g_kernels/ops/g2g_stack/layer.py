@@ -63,7 +63,8 @@ class SpikingLayer(NamedTuple):
         state: float [states, B, N], the neurons' states before the first step, in the model's order; None: all 0.
         recurrent: what joins the neurons to themselves, or None: it adds V·S_{t−1} to the current, S_{t−1} being the
             spikes of the step before: none before the first step, those of ``state`` where that is given.
-        membranes: whether the run gives the layer's membranes over time. Its neurons then take steps in turn.
+        membranes: whether the run gives the layer's membranes over time. Its neurons then take steps in turn, but on
+            ``triton``.
         observers: of the connection and of the recurrent one, or None: called with x and W·x + b, and at each step with
             S_{t−1} and V·S_{t−1}. They return the latter, perhaps by a node that finds its gradient. The operators then
             run one after the other; in chunks, what is called in the backward pass is what has gradients.

@@ -67,8 +67,8 @@ def build(projections: list[tuple[str, str, Any]], arguments: argparse.Namespace
             delay = torch.randint(arguments.delay + 1, (sizes[source],), generator=draw)
         back = source != "input" and names.index(source) >= names.index(target)
         connection = G2GLinear(mask, bias=not back, generator=draw)
-        spiking = [each for each in projections if each[1] == target and each[0] != "input"]
         if source != "input":
+            spiking = [each for each in projections if each[1] == target and each[0] != "input"]
             connection.values.data *= GAIN / len(spiking) ** 0.5
         made.append(Projection(source, target, connection, delay, **options))
     return SpikingNetwork({name: LIF() for name in names}, made, "out", arguments.T)
@@ -150,9 +150,8 @@ def table(record: dict[str, Any]) -> str:
         "step": lambda run: seconds(statistics.median(run["seconds"])),
         "ratio": unless_itself(ratio),
         "to": unless_itself(lambda run: run["compared_with"]),
+        "firing rates, %": lambda run: " ".join(f"{100 * rate:.1f}" for rate in run["rates"]),
     }
-    if "rates" in record["runs"][0]:  # older records have none
-        columns["firing rates, %"] = lambda run: " ".join(f"{100 * rate:.1f}" for rate in run["rates"])
     return by_column(columns, record["runs"])
 
 

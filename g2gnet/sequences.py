@@ -75,9 +75,8 @@ def tapped(x: torch.Tensor, taps: int) -> torch.Tensor:
 
     Tap k, from 0, is k·T/taps steps late, rounded down; before its first input it gives 0.
     """
-    steps, *shape = x.shape
-    late = [torch.cat([x.new_zeros(k * steps // taps, *shape), x[: steps - k * steps // taps]]) for k in range(taps)]
-    return torch.cat(late, dim=-1)
+    delays = [k * len(x) // taps for k in range(taps)]
+    return torch.cat([torch.nn.functional.pad(x, (0, 0, 0, 0, late, -late)) for late in delays], dim=-1)
 
 
 def unfold(samples: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

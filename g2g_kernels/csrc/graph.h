@@ -41,19 +41,21 @@ inline std::vector<int64_t> longest_blocks(const Graph& g) {
 // The kept states of a layer, [states][64] of a block of a sample at a step: sample by sample, or step by step where all its
 // blocks are single steps, which read and write those of all samples.
 struct KeptStates {
-    float* states;  // null: none are kept
-    int64_t block, sample, step;
+    const Stack& s;
+    const Layer& layer;
+    bool single;            // all blocks are single steps
+    int64_t sample, step;   // floats from one to the next
 
-    KeptStates(const Stack& s, const Layer& layer, int64_t longest) : states(layer.states) {
-        const int64_t size = model_info(layer.neurons).states * kLanes, R = layer.plan->rows.blocks, T = s.steps, B = s.batch;
-        if (longest > 1)
-            step = size, block = T * step, sample = R * block;
-        else
-            sample = size, step = B * sample, block = T * step;
+    KeptStates(const Stack& stack, const Layer& of, int64_t longest) : s(stack), layer(of), single(longest <= 1) {
+        const int64_t size = model_info(layer.neurons).states * kLanes;
+        sample = single ? size : layer.plan->rows.blocks * int64_t{s.steps} * size;
+        step = single ? s.batch * size : size;
     }
 
+    // Null if none are kept.
     float* at(int64_t b, int64_t r, int64_t t) const {
-        return states ? states + b * sample + r * block + t * step : nullptr;
+        if (!layer.states) return nullptr;
+        return single ? step_states(s, layer, layer.states, r, t, b) : kept_states(s, layer, b, r) + t * step;
     }
 };
 
@@ -212,8 +214,8 @@ struct GraphForward {
         const KeptStates& kept = kept_of[block.layer];
         float* const edge = edge_of(block.layer, first, r);
         ForwardStep all{current, edge, size, edge, size, words_of(block, first, r), stride};
-        if (kept.states) all.now = kept.at(first, r, block.first), all.now_stride = kept.sample;
-        if (kept.states && block.first) all.before = all.now - kept.step, all.before_stride = kept.sample;
+        if (layer.states) all.now = kept.at(first, r, block.first), all.now_stride = kept.sample;
+        if (layer.states && block.first) all.before = all.now - kept.step, all.before_stride = kept.sample;
         for (int64_t i = 0; i < samples; ++i) {
             fill_current(block, first + i, r, current + i * kLanes);
             if (!block.first) load_states(s, layer, layer.state, first + i, r, edge + i * size);

@@ -75,8 +75,7 @@ struct Late {
         uint32_t bits;
     };
 
-    int32_t* delay = nullptr;   // [row blocks][64], at most T; null: none
-    Lanes* lanes = nullptr;     // [row blocks][vectors][W], by delay; what is left over has no lanes
+    Lanes* lanes = nullptr;      // [row blocks][vectors][W], by delay, at most T; what is left over has no lanes. Null: no delays
     float* learned = nullptr;    // [row blocks][B][64], what each sample adds to the gradients of the delays; null: not wanted
     const Layer *own = nullptr, *above = nullptr;
 
@@ -84,24 +83,23 @@ struct Late {
     Late(const Layer& own, const Layer& above, int64_t samples, Arena& arena) : own(&own), above(&above) {
         if (!above.delays) return;
         const int64_t blocks = own.plan->rows.blocks;
-        delay = arena.take<int32_t>(blocks * kLanes);
         lanes = arena.take<Lanes>(blocks * kLanes);
         if (above.grad_delays) learned = arena.take<float>(blocks * samples * kLanes);
     }
 
     void find(int64_t steps) const {
         const Axis& axis = own->plan->rows;
-        for (int64_t i = 0; i < static_cast<int64_t>(axis.blocks) * kLanes; ++i) {
-            const int32_t n = axis.neuron[i];
-            delay[i] = n < 0 ? 0 : static_cast<int32_t>(most(0, least(above->delays[n], steps)));
-        }
         for (int64_t first = 0; first < static_cast<int64_t>(axis.blocks) * kLanes; first += W) {
-            int32_t last = -1;
+            int32_t delay[W], last = -1;
+            for (int i = 0; i < W; ++i) {
+                const int32_t n = axis.neuron[first + i];
+                delay[i] = n < 0 ? 0 : static_cast<int32_t>(most(0, least(above->delays[n], steps)));
+            }
             for (Lanes* of = lanes + first; of < lanes + first + W; ++of) {
                 *of = {INT32_MAX, 0};
                 for (int i = 0; i < W; ++i)
-                    if (delay[first + i] > last && delay[first + i] < of->delay) of->delay = delay[first + i];
-                for (int i = 0; i < W; ++i) of->bits |= uint32_t{delay[first + i] == of->delay} << i;
+                    if (delay[i] > last && delay[i] < of->delay) of->delay = delay[i];
+                for (int i = 0; i < W; ++i) of->bits |= uint32_t{delay[i] == of->delay} << i;
                 last = of->delay;
             }
         }
@@ -441,7 +439,7 @@ struct BackwardPass {
                 x.constant_of(b, 0)[i] = g;
             }
         if (!x.arrivals.aligned) x.arrivals.find_offsets(axis, layers[l + 1].plan.cols);
-        if (x.late.delay) x.late.find(s.steps);
+        if (x.late.lanes) x.late.find(s.steps);
     }
 
     // How to compute the input gradient of a layer in a chunk, after its sweep: by events or by the product. The sweep
@@ -533,7 +531,7 @@ struct BackwardPass {
             float *const room = scratch + worker * scratch_size, *const tile = room + states_size;
             input_gradient(above, r, b * T, count * T, tile, worker);
             for (int64_t i = 0; i < count; ++i) {
-                if (x.late.delay) x.late.shift(s, first + b + i, r, tile + i * T * kLanes);
+                if (x.late.lanes) x.late.shift(s, first + b + i, r, tile + i * T * kLanes);
                 sweep_block(x, first, b + i, r, tile + i * T * kLanes, room);
             }
         });
@@ -573,7 +571,7 @@ struct BackwardPass {
             parallel(s.threads, samples * T, 8, [&](int64_t row, int worker) {
                 x.arrivals.reorder(row, scratch + worker * scratch_size);
             });
-        if (x.late.delay)
+        if (x.late.lanes)
             parallel(s.threads, x.plan.rows.blocks * samples, 4, [&](int64_t task, int) {
                 const int64_t r = task / samples;
                 x.late.shift(s, first + task % samples, r, x.arrivals.panel.at(r, task % samples * T));
@@ -588,7 +586,7 @@ struct BackwardPass {
             if (!x.arrivals.aligned) x.arrivals.reorder(row, scratch + worker * scratch_size);
         };
         const auto sweep_row_block = [&](int64_t b, int64_t r, int worker) {
-            if (x.late.delay) x.late.shift(s, first + b, r, panel.at(r, b * T));
+            if (x.late.lanes) x.late.shift(s, first + b, r, panel.at(r, b * T));
             sweep_block(x, first, b, r, panel.at(r, b * T), scratch + worker * scratch_size);
         };
         if (samples >= s.threads)  // one sample's panel (400 KB) stays in L2

@@ -37,7 +37,6 @@ constexpr bool kBf16 = false;
 typedef float Vec __attribute__((vector_size(4 * W)));
 typedef int32_t IntVec __attribute__((vector_size(4 * W)));
 typedef float UnalignedVec __attribute__((vector_size(4 * W), aligned(4), may_alias));
-typedef int32_t UnalignedIntVec __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
 // A number known to the compiler.
 template <int V>

@@ -100,7 +100,7 @@ class UnitGrid(Indices):
             if coordinate.numel() and (coordinate.min() < 0 or coordinate.max() >= limit):
                 raise ValueError(f"{name} must lie in 0 … {limit - 1}, not {coordinate.min()} … {coordinate.max()}")
         self._register_units(unit_row, unit_col)
-        in_order = self.flat_unit()[self.row_slot.long()]
+        in_order = self.sorted_units()
         if (in_order[1:] == in_order[:-1]).any():
             raise ValueError("the mask names a unit twice")
 
@@ -199,6 +199,10 @@ class UnitGrid(Indices):
     def flat_unit(self) -> torch.Tensor:
         """int64 [num_units], the number of each slot's unit when the grid is counted row by row."""
         return packing.flat_unit(self._view())
+
+    def sorted_units(self) -> torch.Tensor:
+        """The same numbers in rising order, in which ``row_slot`` has the slots."""
+        return self.flat_unit()[self.row_slot.long()]
 
     def present(self) -> torch.Tensor:
         """bool [block rows, block columns], true where a unit exists."""

@@ -71,7 +71,7 @@ def draw_candidates(mask: BlockMask, generator: torch.Generator) -> torch.Tensor
     absent = total - mask.num_units
     _, rank = distinct(torch.tensor([min(mask.num_units, absent)]), torch.tensor([absent]), generator)
     # the number of an absent unit is its rank among these and how many exist before it
-    exist = mask.flat_unit()[mask.row_slot.long()].cpu()  # by row, then by column
+    exist = mask.sorted_units().cpu()
     before = torch.searchsorted(exist - torch.arange(len(exist)), rank, right=True)
     return (rank + before).to(mask.unit_row.device)
 

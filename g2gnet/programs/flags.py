@@ -224,14 +224,14 @@ def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT])
                 "they are sequences. Give sequence=none to say so in either case",
                 values["dataset"], " × ".join(map(str, shape)), values["augment"], values["erase"],
             )  # fmt: skip
-    settings = settings_type(**values | {"input_taps": 1})  # they are at most T, which the samples may decide
+    # the first without what is compared with T, which the samples may decide
+    settings, found = settings_type(**values | {"input_taps": 1}), {"input_taps": values["input_taps"]}
     if settings.sequence != "none" and settings.dataset not in BINNED:  # of recordings T is chosen
         known = DATASETS.get(settings.dataset)
-        settings = dataclasses.replace(settings, T=_length(settings, known.shape if known else shape, arguments))
+        found["T"] = _length(settings, known.shape if known else shape, arguments)
     if settings.use_resnet:
-        digest = weights_digest(settings.dataset, settings.resnet_weights)
-        settings = dataclasses.replace(settings, resnet_weights=digest)
-    return dataclasses.replace(settings, input_taps=values["input_taps"])
+        found["resnet_weights"] = weights_digest(settings.dataset, settings.resnet_weights)
+    return dataclasses.replace(settings, **found)
 
 
 def _length(settings: TrainSettings, shape: tuple[int, ...], arguments: argparse.Namespace) -> int:

@@ -90,7 +90,7 @@ def _same_places(one: "BlockMask", other: "BlockMask") -> torch.Tensor:
 
 def _same_units(one: "BlockMask", other: "BlockMask") -> bool:
     """Whether both masks have the same units, in whatever slots."""
-    units = [mask.flat_unit().sort().values.cpu() for mask in (one, other)]
+    units = [mask.sorted_units().cpu() for mask in (one, other)]
     return one.grid == other.grid and torch.equal(*units) and bool(_same_places(one, other))
 
 
@@ -103,7 +103,7 @@ def take_wiring(source: "PackedWeights", target: "PackedWeights") -> None:
     now = theirs.flat_unit().to(device)
     slots = torch.full_like(now, -1)
     if mine.grid == theirs.grid:
-        before, slot_of = mine.flat_unit().sort()
+        before, slot_of = mine.sorted_units(), mine.row_slot.long()
         place = torch.searchsorted(before, now).clamp(max=max(len(before) - 1, 0))
         had = before[place] == now if len(before) else torch.zeros_like(now, dtype=torch.bool)
         slots = torch.where(_same_places(mine, theirs) & had, slot_of[place] if len(before) else slots, slots)

@@ -1,6 +1,9 @@
 // Layers that may reach one another, I_t = current_t + Σ W·S_{t−d}: in blocks of time steps, in an order in which all that a
 // block reads is known (ops/g2g_stack/schedule.py).
 //
+// Each thread has samples of its own and runs all blocks of these, wherever a batch has enough for all threads: what one
+// has written another would fetch from its cache in every block. With fewer samples all threads share each block.
+//
 // A block is some steps of one layer. Forward, a task computes the currents of 64 lanes of some samples at these steps, by
 // events, and runs their neurons, whose spikes go to where and when they arrive. Backward, in the reverse order and for some
 // samples at a time: the neurons, then for each connection to them the input gradient, which is added to ∂L/∂S of the source
@@ -26,6 +29,9 @@ struct GraphBlock {
     int64_t steps() const { return last - first; }
 };
 
+// (sample, t) rows of a thread in a block, at least: so many pay for reading all weights alone.
+constexpr int64_t kPartRows = 64;
+
 inline const GraphBlock& block_of(const Graph& g, int64_t i) { return reinterpret_cast<const GraphBlock*>(g.blocks)[i]; }
 
 // The steps of the longest block of each layer.
@@ -38,24 +44,29 @@ inline std::vector<int64_t> longest_blocks(const Graph& g) {
     return longest;
 }
 
-// The kept states of a layer, [states][64] of a block of a sample at a step: sample by sample, or step by step where all its
-// blocks are single steps, which read and write those of all samples.
+// The kept states of a layer, [states][64] of a block of a sample at a step. The steps of a block of time lie beside one
+// another, [row blocks][B][steps], in the order in which they are written and read.
 struct KeptStates {
     const Stack& s;
     const Layer& layer;
-    bool single;            // all blocks are single steps
-    int64_t sample, step;   // floats from one to the next
+    std::vector<const GraphBlock*> blocks;  // [T], the one that has a step
 
-    KeptStates(const Stack& stack, const Layer& of, int64_t longest) : s(stack), layer(of), single(longest <= 1) {
-        const int64_t size = model_info(layer.neurons).states * kLanes;
-        sample = single ? size : layer.plan->rows.blocks * int64_t{s.steps} * size;
-        step = single ? s.batch * size : size;
+    KeptStates(const Graph& g, int64_t l) : s(g.stack), layer(s.layers[l]), blocks(s.steps) {
+        for (int64_t i = 0; i < g.block_count; ++i) {
+            const GraphBlock& block = block_of(g, i);
+            for (int32_t t = block.first; block.layer == l && t < block.last; ++t) blocks[t] = &block;
+        }
     }
+
+    // Floats from one sample to the next.
+    int64_t stride(int64_t t) const { return blocks[t]->steps() * model_info(layer.neurons).states * kLanes; }
 
     // Null if none are kept.
     float* at(int64_t b, int64_t r, int64_t t) const {
         if (!layer.states) return nullptr;
-        return single ? step_states(s, layer, layer.states, r, t, b) : kept_states(s, layer, b, r) + t * step;
+        const int64_t before = blocks[t]->first * int64_t{layer.plan->rows.blocks} * s.batch;
+        const int64_t own = (r * s.batch + b) * blocks[t]->steps() + t - blocks[t]->first;
+        return layer.states + (before + own) * model_info(layer.neurons).states * kLanes;
     }
 };
 
@@ -119,6 +130,7 @@ struct GraphForward {
     Graph& g;
     const Stack& s;
     std::vector<LayerParameters> parameters;
+    std::vector<int64_t> longest;
     std::vector<float*> edges;    // of each layer its states after the last step so far, [row blocks][B][states][64]
     std::vector<KeptStates> kept_of;
     std::vector<float*> held;     // of each layer its held current, [row blocks][B][64], may be null
@@ -129,14 +141,14 @@ struct GraphForward {
     double* totals;
     int64_t scratch_size;
 
-    GraphForward(Graph& graph, Arena& arena) : g(graph), s(graph.stack), scratch_size(kStepSamples * kLanes) {
-        const std::vector<int64_t> longest = longest_blocks(g);
+    GraphForward(Graph& graph, Arena& arena)
+        : g(graph), s(graph.stack), longest(longest_blocks(g)), scratch_size(kStepSamples * kLanes) {
         int64_t blocks = 0;
         for (int64_t l = 0; l < s.count; ++l) {
             const Layer& layer = s.layers[l];
             parameters.emplace_back(layer, arena);
             edges.push_back(arena.take<float>(s.batch * layer.plan->rows.blocks * model_info(layer.neurons).states * kLanes));
-            kept_of.emplace_back(s, layer, longest[l]);
+            kept_of.emplace_back(g, l);
             scratch_size = most(scratch_size, longest[l] * kLanes);
             held.push_back(g.outer[l].held ? arena.take<float>(s.batch * layer.plan->rows.blocks * kLanes) : nullptr);
             blocks = most(blocks, layer.plan->rows.blocks);
@@ -167,46 +179,56 @@ struct GraphForward {
                             {x.source.sent, x.source.sent_steps}, x.words(s, b));
             });
         }
+        int64_t steps = s.steps, part = divide_up(s.batch, s.threads);
+        for (const int64_t each : longest) steps = least(steps, each);
+        const bool shared = part * steps < kPartRows;
+        if (shared) part = s.batch;
+        parallel(shared ? 1 : s.threads, divide_up(s.batch, part), 1, [&](int64_t i, int worker) {
+            run_blocks(i * part, least(part, s.batch - i * part), shared ? s.threads : 1, worker);
+        });
+        for (int64_t l = 0; l < s.count; ++l) finish(l);
+    }
+
+    // All blocks of some samples; `first_worker` is the number of the first of these threads.
+    void run_blocks(int64_t begin, int64_t count, int threads, int first_worker) const {
         for (int64_t i = 0; i < g.block_count; ++i) {
             const GraphBlock& block = block_of(g, i);
-            const int64_t R = s.layers[block.layer].plan->rows.blocks, groups = divide_up(s.batch, kStepSamples);
+            const int64_t R = s.layers[block.layer].plan->rows.blocks, groups = divide_up(count, kStepSamples);
             const Neurons& neurons = s.layers[block.layer].neurons;
             const auto sweep = forward_sweep<StoredCurrent>(neurons);
             const auto step = forward_step(neurons);
-            parallel(s.threads, R * groups, 1, [&](int64_t task, int worker) {
-                const int64_t r = task / groups, first = task % groups * kStepSamples;
-                const int64_t samples = least(kStepSamples, s.batch - first);
-                float* const room = scratch + worker * scratch_size;
-                if (block.steps() == 1) return run_step(*step, block, first, samples, r, room);
+            parallel(threads, R * groups, 1, [&](int64_t task, int worker) {
+                const int64_t r = task / groups, first = begin + task % groups * kStepSamples;
+                const int64_t samples = least(kStepSamples, begin + count - first);
+                float* const room = scratch + (first_worker + worker) * scratch_size;
+                if (longest[block.layer] == 1) return run_step(*step, block, first, samples, r, room);
                 for (int64_t b = first; b < first + samples; ++b) run_block(sweep, block, b, r, room);
             });
             for (const Passage& x : inner) {
                 if (x.of.source != block.layer || x.aligned) continue;
                 const Axis& axis = x.source.plan->rows;  // blocks of one order would write into the same words of another
-                parallel(s.threads, s.batch, 1, [&](int64_t b, int) {
+                parallel(threads, count, 1, [&](int64_t task, int) {
+                    const int64_t b = begin + task;
                     move_words(axis, x.plan.cols, x.source.spikes + b * axis.blocks * s.steps, block.first, block.last, s.steps,
                                x.of.delays, x.words(s, b));
                 });
             }
         }
-        for (int64_t l = 0; l < s.count; ++l) finish(l);
     }
 
     // Block r of sample b; `current` is room for its steps.
     void run_block(ForwardSweep<StoredCurrent> sweep, const GraphBlock& block, int64_t b, int64_t r, float* current) const {
         const Layer& layer = s.layers[block.layer];
         float *const edge = edge_of(block.layer, b, r), *const kept = kept_of[block.layer].at(b, r, block.first);
-        const int64_t size = model_info(layer.neurons).states * kLanes;
         fill_current(block, b, r, current);
         if (!block.first) load_states(s, layer, layer.state, b, r, edge);
-        else if (kept) __builtin_memcpy(edge, kept - size, size * sizeof(float));
         const SampleParameters own(parameters[block.layer], layer, b, r);
         sweep({current, kLanes}, block.steps(), own.block,
               {words_of(block, b, r), kept, nullptr, edge});
         finish_block(block, b, r, edge);
     }
 
-    // The same of a block of one step, for some samples at once.
+    // The same where all blocks have one step, for some samples at once.
     void run_step(decltype(step_forward<Lif, kSubtract>)& step, const GraphBlock& block, int64_t first, int64_t samples,
                   int64_t r, float* current) const {
         const Layer& layer = s.layers[block.layer];
@@ -214,8 +236,9 @@ struct GraphForward {
         const KeptStates& kept = kept_of[block.layer];
         float* const edge = edge_of(block.layer, first, r);
         ForwardStep all{current, edge, size, edge, size, words_of(block, first, r), stride};
-        if (layer.states) all.now = kept.at(first, r, block.first), all.now_stride = kept.sample;
-        if (layer.states && block.first) all.before = all.now - kept.step, all.before_stride = kept.sample;
+        if (layer.states) all.now = kept.at(first, r, block.first), all.now_stride = kept.stride(block.first);
+        if (layer.states && block.first)
+            all.before = kept.at(first, r, block.first - 1), all.before_stride = kept.stride(block.first - 1);
         for (int64_t i = 0; i < samples; ++i) {
             fill_current(block, first + i, r, current + i * kLanes);
             if (!block.first) load_states(s, layer, layer.state, first + i, r, edge + i * size);
@@ -304,6 +327,41 @@ inline void graph_forward(Graph& g, Arena& arena) {
 
 alignas(64) constexpr float kNothing[kGradientSamples * kLanes] = {};
 
+// What a layer needs for a chunk of samples.
+struct MemberChunk {
+    int64_t before, steps;  // before the first: those in which the layer sent something; of the call
+    Panel<float> rows;      // ∂L/∂I at all steps, [row blocks][samples · T][64]
+    Panel<float> arrived;   // ∂L/∂S at all steps, [row blocks][samples · (before + T)][64]; 0 again once it is used
+    float* constant;        // [row blocks][samples][64] its part that no step changes
+    float* edges;           // [row blocks][samples][states][64], what reaches the states before the last step so far
+    int64_t samples;        // there is room for
+
+    MemberChunk(const Layer& layer, const Chunks& chunks, Arena& arena)
+        : before(layer.sent ? layer.sent_steps : 0), steps(chunks.steps), samples(chunks.samples) {
+        const int64_t R = layer.plan->rows.blocks, all = samples * (before + steps);
+        rows = {arena.take<float>(R * chunks.rows() * kLanes), chunks.rows()};
+        arrived = {arena.take<float>(R * all * kLanes), all};
+        constant = arena.take<float>(R * samples * kLanes);
+        edges = arena.take<float>(R * samples * model_info(layer.neurons).states * kLanes);
+    }
+
+    // ∂L/∂S of a sample of the chunk, from the first step on.
+    float* arrived_at(int64_t r, int64_t b) const { return arrived.at(r, b * (before + steps) + before); }
+    float* constant_at(int64_t r, int64_t b) const { return constant + (r * samples + b) * kLanes; }
+    float* edge_at(int64_t r, int64_t b, int64_t states) const { return edges + (r * samples + b) * states * kLanes; }
+};
+
+// A chunk of samples, and memory for it: a thread has its own, or all threads work on the only one.
+struct GraphChunk {
+    int64_t first = 0, samples = 0;
+    bool used = false;  // before
+    std::vector<MemberChunk> members;
+    DualPanel rows;       // ∂L/∂I of a block and some samples, [row blocks][samples · steps][64]
+    Panel<float> inputs;  // ∂L/∂S̃ of a connection at these steps
+    Bands bands{nullptr, 0};
+    std::optional<EventsByLane> events;  // of a connection
+};
+
 // A layer in the backward pass.
 struct MemberBackward {
     const Layer& layer;
@@ -311,63 +369,50 @@ struct MemberBackward {
     const ModelInfo& model;
     LayerParameters parameters;
     KeptStates kept;
-    int64_t before;         // steps before the first, in which it sent something
-    Panel<float> rows;      // ∂L/∂I of the samples of a chunk at all steps, [row blocks][samples · T][64]
-    Panel<float> arrived;   // ∂L/∂S of these at all steps, [row blocks][samples · (before + T)][64]; 0 again once it is used
-    float* constant;        // [row blocks][samples][64] its part that no step changes
-    float* edges;           // [row blocks][samples][states][64], what reaches the states before the last step so far
     float* current;         // [row blocks][B][64], as are those of the parameters: sums over the steps
     float* sums[kMostParameters] = {};
     BackwardSweep<Upstream> sweep;
     BackwardSteps steps;
     bool last;              // of the graph
 
-    MemberBackward(const Graph& g, int64_t l, int64_t longest, const Chunks& chunks, Arena& arena)
+    MemberBackward(const Graph& g, int64_t l, Arena& arena)
         : layer(g.stack.layers[l]),
           outer(g.outer[l]),
           model(model_info(layer.neurons)),
           parameters(layer, arena),
-          kept(g.stack, layer, longest),
-          before(layer.sent ? layer.sent_steps : 0),
+          kept(g, l),
           sweep(backward_sweep<Upstream>(layer.neurons)),
           steps(layer.neurons),
           last(l + 1 == g.stack.count) {
-        const int64_t R = axis().blocks, all = chunks.samples * (before + g.stack.steps);
-        rows = {arena.take<float>(R * chunks.rows() * kLanes), chunks.rows()};
-        arrived = {arena.take<float>(R * all * kLanes), all};
-        constant = arena.take<float>(R * chunks.samples * kLanes);
-        edges = arena.take<float>(R * chunks.samples * model.states * kLanes);
+        const int64_t R = axis().blocks;
         current = arena.take<float>(R * g.stack.batch * kLanes);
         for (int k = 0; k < model.parameters; ++k) sums[k] = arena.take<float>(R * g.stack.batch * kLanes);
     }
 
     const Axis& axis() const { return layer.plan->rows; }
 
-    // ∂L/∂S of a sample of a chunk, from the first step on.
-    float* arrived_at(const Stack& s, int64_t r, int64_t b) const { return arrived.at(r, b * (before + s.steps) + before); }
-
     // Before the last step: what reaches the layer from outside. rates[n] is the mean over T·B spikes, counts[b][n] the sum
     // over T.
-    void begin(const Stack& s, const Chunks& chunks, int64_t first, int64_t samples) const {
-        const int64_t T = s.steps, B = s.batch, size = axis().size, tail = outer.tail_steps;
+    void begin(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int threads) const {
+        const int64_t T = s.steps, B = s.batch, size = axis().size, tail = outer.tail_steps, first = chunk.first;
         const float share = 1.0f / (static_cast<float>(B) * static_cast<float>(T));
-        parallel(s.threads, axis().blocks * samples, 1, [&](int64_t task, int) {
-            const int64_t r = task / samples, b = task % samples, at = (r * B + first + b) * kLanes;
+        parallel(threads, axis().blocks * chunk.samples, 1, [&](int64_t task, int) {
+            const int64_t r = task / chunk.samples, b = task % chunk.samples, at = (r * B + first + b) * kLanes;
             alignas(64) float end[kLanes];
-            float* const own = constant + (r * chunks.samples + b) * kLanes;
+            float* const own = x.constant_at(r, b);
             for (int lane = 0; lane < kLanes; ++lane) {
                 const int32_t n = axis().neuron[r * kLanes + lane];
                 float grad = n >= 0 && layer.grad_rates ? layer.grad_rates[n] * share : 0.0f;
                 if (last && n >= 0 && s.grad_counts) grad += s.grad_counts[(first + b) * size + n];
                 own[lane] = grad;
             }
-            float* const tile = arrived_at(s, r, b);
-            zero(tile - before * kLanes, (first ? before : before + T) * kLanes * sizeof(float));
+            float* const tile = x.arrived_at(r, b);
+            zero(tile - x.before * kLanes, (chunk.used ? x.before : x.before + T) * kLanes * sizeof(float));
             for (int64_t t = 0; outer.grad_tail && t < tail; ++t) {
                 load_block(axis(), r, outer.grad_tail + t * B * size, Rows{first + b, 1, B, size}, 1, end);
                 add(end, tile + (T - tail + t) * kLanes);
             }
-            load_states(s, layer, layer.grad_last, first + b, r, edges + (r * chunks.samples + b) * model.states * kLanes);
+            load_states(s, layer, layer.grad_last, first + b, r, x.edge_at(r, b, model.states));
             zero(current + at, kLanes * sizeof(float));
             for (int k = 0; k < model.parameters; ++k) zero(sums[k] + at, kLanes * sizeof(float));
         });
@@ -378,21 +423,22 @@ struct MemberBackward {
     }
 
     // The neurons of block r of sample b of a chunk, backwards over some steps; `out` [steps][64] gets ∂L/∂I, too.
-    void run(const Stack& s, const Chunks& chunks, int64_t chunk, int64_t b, int64_t r, const GraphBlock& block,
+    void run(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int64_t b, int64_t r, const GraphBlock& block,
              float* out) const {
-        const int64_t sample = chunk + b, size = model.states * kLanes, at = (r * s.batch + sample) * kLanes;
+        const int64_t sample = chunk.first + b, size = model.states * kLanes, at = (r * s.batch + sample) * kLanes;
         const int64_t begin = block.first, count = block.steps();
         alignas(64) float first[kMostStates * kLanes], sum[(1 + kMostParameters) * kLanes];
         const float* const states = kept.at(sample, r, begin);
         uint64_t reached;
-        BlockGradient grads{out, nullptr, {}, sum, {}, &reached, begin ? states - size : nullptr, edges + (r * chunks.samples + b) * size};
+        BlockGradient grads{out, nullptr, {}, sum, {}, &reached, begin ? kept.at(sample, r, begin - 1) : nullptr,
+                            x.edge_at(r, b, model.states)};
         for (int k = 0; k < model.parameters; ++k) grads.parameters[k] = sum + (1 + k) * kLanes;
         if (!begin && layer.state) load_states(s, layer, layer.state, sample, r, first), grads.first = first;
         const SampleParameters own(parameters, layer, sample, r);
-        float* const tile = arrived_at(s, r, b) + begin * kLanes;
-        sweep({tile, constant + (r * chunks.samples + b) * kLanes}, states, count, own.block, layer.neurons.alpha, grads);
+        float* const tile = x.arrived_at(r, b) + begin * kLanes;
+        sweep({tile, x.constant_at(r, b)}, states, count, own.block, layer.neurons.alpha, grads);
         zero(tile, count * kLanes * sizeof(float));
-        __builtin_memcpy(rows.at(r, b * s.steps + begin), out, count * kLanes * sizeof(float));
+        __builtin_memcpy(x.rows.at(r, b * s.steps + begin), out, count * kLanes * sizeof(float));
         add(sum, current + at);
         for (int k = 0; k < model.parameters; ++k) add(grads.parameters[k], sums[k] + at);
         if (outer.grad_current && !outer.held)
@@ -402,23 +448,23 @@ struct MemberBackward {
     }
 
     // The same of a block of one step, for some samples at once; `out` [samples][64].
-    void run_step(const Stack& s, const Chunks& chunks, int64_t chunk, int64_t b, int64_t samples, int64_t r, int64_t t,
+    void run_step(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int64_t b, int64_t samples, int64_t r, int64_t t,
                   float* out) const {
-        const int64_t size = model.states * kLanes, first = chunk + b, at = (r * s.batch + first) * kLanes;
+        const int64_t size = model.states * kLanes, first = chunk.first + b, at = (r * s.batch + first) * kLanes;
         alignas(64) float begin[kGradientSamples * kMostStates * kLanes], unused[kLanes] = {};
         for (int64_t i = 0; !t && i < samples; ++i) load_states(s, layer, layer.state, first + i, r, begin + i * size);
         BackwardStep step{};
-        float* const tile = arrived_at(s, r, b) + t * kLanes;
-        step.tile = tile, step.tile_stride = (before + s.steps) * kLanes;
-        step.constant = constant + (r * chunks.samples + b) * kLanes, step.constant_stride = kLanes;
+        float* const tile = x.arrived_at(r, b) + t * kLanes;
+        step.tile = tile, step.tile_stride = (x.before + s.steps) * kLanes;
+        step.constant = x.constant_at(r, b), step.constant_stride = kLanes;
         step.later = kNothing;
-        step.now = kept.at(first, r, t), step.now_stride = kept.sample;
-        step.before = t ? step.now - kept.step : begin, step.before_stride = t ? kept.sample : size;
+        step.now = kept.at(first, r, t), step.now_stride = kept.stride(t);
+        step.before = t ? kept.at(first, r, t - 1) : begin, step.before_stride = t ? kept.stride(t - 1) : size;
         step.begins = !t && !layer.state;
-        step.states = edges + (r * chunks.samples + b) * size;
+        step.states = x.edge_at(r, b, model.states);
         step.sum = step.values = unused;
         for (int k = 0; k < model.parameters; ++k) step.parameters[k] = sums[k] + at;
-        step.row = rows.at(r, b * s.steps + t), step.row_stride = int64_t{s.steps} * kLanes;
+        step.row = x.rows.at(r, b * s.steps + t), step.row_stride = int64_t{s.steps} * kLanes;
         step.compact = out, step.held = current + at;
         if (!layer.dropped) steps.step(parameters.block(r), layer.neurons.alpha, samples, step);
         for (int64_t i = 0; i < samples; ++i) {
@@ -435,12 +481,12 @@ struct MemberBackward {
     }
 
     // After the first step: what reaches the spikes that were sent before it.
-    void end(const Stack& s, int64_t first, int64_t samples) const {
+    void end(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int threads) const {
         if (!outer.grad_sent) return;
-        parallel(s.threads, axis().blocks * samples, 1, [&](int64_t task, int) {
-            const int64_t r = task / samples, b = task % samples;
-            store_block(axis(), r, arrived_at(s, r, b) - before * kLanes, Rows{first + b, before, s.batch, axis().size}, before,
-                        outer.grad_sent);
+        parallel(threads, axis().blocks * chunk.samples, 1, [&](int64_t task, int) {
+            const int64_t r = task / chunk.samples, b = task % chunk.samples;
+            store_block(axis(), r, x.arrived_at(r, b) - x.before * kLanes, Rows{chunk.first + b, x.before, s.batch, axis().size},
+                        x.before, outer.grad_sent);
         });
     }
 
@@ -459,6 +505,7 @@ struct PassageBackward : Passage {
     float* tiles;               // of the weight gradient
     float* learned = nullptr;   // [column blocks][B][64], what each sample adds to the gradients of the delays
     InputGradient gradient;
+    InputProduct product{};
 
     PassageBackward(const Graph& g, const Inner& inner, Arena& arena)
         : Passage(g, inner, arena),
@@ -467,7 +514,8 @@ struct PassageBackward : Passage {
         if (inner.grad_delays) learned = arena.take<float>(int64_t{g.stack.batch} * plan.cols.blocks * kLanes);
     }
 
-    void begin(const Stack& s) const {
+    void begin(const Stack& s) {
+        product = gradient.product(s.threads);
         if (!straight) reorder_words(source.plan->rows, plan.cols, source.spikes, s.batch, s.steps, s.threads, of.delays,
                       {source.sent, source.sent_steps}, inputs);
         parallel(s.threads, plan.tiles, 8, [&](int64_t tile, int) { zero(tiles + tile * kTile, kTile * sizeof(float)); });
@@ -475,15 +523,15 @@ struct PassageBackward : Passage {
     }
 
     // Adds ∂L/∂S̃ of some steps, x [steps][64] of a column block of sample b of a chunk, to ∂L/∂S of the source.
-    void arrive(const Stack& s, const MemberBackward& to, int64_t b, int64_t column, const float* x, const GraphBlock& block) const {
+    void arrive(const Axis& axis, const MemberChunk& to, int64_t b, int64_t column, const float* x, const GraphBlock& block) const {
         const int32_t* const late = delays + column * kLanes;
         for (int64_t t = block.first; uniform && aligned && t < block.last; ++t, x += kLanes)
-            if (t - late[0] >= -to.before) MemberBackward::add(x, to.arrived_at(s, column, b) + (t - late[0]) * kLanes);
+            if (t - late[0] >= -to.before) MemberBackward::add(x, to.arrived_at(column, b) + (t - late[0]) * kLanes);
         if (uniform && aligned) return;
         float* target[kLanes];
         for (int lane = 0; lane < kLanes; ++lane) {
-            const int32_t n = plan.cols.neuron[column * kLanes + lane], own = n < 0 ? 0 : to.axis().lane[n];
-            target[lane] = n < 0 ? nullptr : to.arrived_at(s, own / kLanes, b) + own % kLanes - late[lane] * int64_t{kLanes};
+            const int32_t n = plan.cols.neuron[column * kLanes + lane], own = n < 0 ? 0 : axis.lane[n];
+            target[lane] = n < 0 ? nullptr : to.arrived_at(own / kLanes, b) + own % kLanes - late[lane] * int64_t{kLanes};
         }
         for (int64_t t = block.first; t < block.last; ++t, x += kLanes)
             for (int lane = 0; lane < kLanes; ++lane)
@@ -525,121 +573,145 @@ struct GraphBackward {
     Chunks chunks;
     std::vector<MemberBackward> members;
     std::vector<PassageBackward> inner;
-    DualPanel rows;       // ∂L/∂I of a block and some samples, [row blocks][samples · steps][64]
-    Panel<float> inputs;  // ∂L/∂S̃ of a connection at these steps
-    Bands bands{nullptr, 0};
-    std::optional<EventsByLane> events;
+    std::vector<GraphChunk> at_once;  // chunks whose blocks run at the same time
     uint64_t* bits;
     int64_t bits_size;
     double* totals;
 
     GraphBackward(const Graph& graph, Arena& arena)
-        : g(graph), s(graph.stack), chunks(s.batch, s.steps, least_samples(graph)),
+        : g(graph), s(graph.stack), chunks(s.batch, s.steps, least_samples(graph)), at_once(count_at_once()),
           bits_size(EventsByLane::scratch_words(chunks.samples, s.steps)) {
-        const std::vector<int64_t> longest = longest_blocks(g);
         int64_t blocks = 0, most_rows = 0;
         members.reserve(s.count), inner.reserve(g.inner_count);
-        for (int64_t l = 0; l < s.count; ++l)
-            blocks = most(blocks, members.emplace_back(g, l, longest[l], chunks, arena).axis().blocks);
+        for (int64_t l = 0; l < s.count; ++l) blocks = most(blocks, members.emplace_back(g, l, arena).axis().blocks);
         for (int64_t i = 0; i < g.inner_count; ++i)
             blocks = most(blocks, inner.emplace_back(g, g.inner[i], arena).plan.cols.blocks);
         for (int64_t i = 0; i < g.block_count; ++i)
-            most_rows = most(most_rows, at_once(block_of(g, i), chunks.samples) * block_of(g, i).steps());
-        rows = DualPanel(blocks, most_rows, false, arena);
-        inputs = {arena.take<float>(blocks * most_rows * kLanes), most_rows};
-        bands.data = arena.take<float>(Bands::size(blocks * kLanes, most_rows));
-        events.emplace(blocks, chunks.rows(), arena);
+            most_rows = most(most_rows, samples_of(block_of(g, i), chunks.samples) * block_of(g, i).steps());
+        for (GraphChunk& chunk : at_once) {
+            for (const MemberBackward& x : members) chunk.members.emplace_back(x.layer, chunks, arena);
+            chunk.rows = DualPanel(blocks, most_rows, false, arena);
+            chunk.inputs = {arena.take<float>(blocks * most_rows * kLanes), most_rows};
+            chunk.events.emplace(blocks, chunks.rows(), arena);
+            chunk.bands.data = arena.take<float>(Bands::size(blocks * kLanes, most_rows));
+        }
         bits = arena.take<uint64_t>(bits_size * s.threads);
         totals = arena.take<double>(blocks * kLanes);
     }
 
-    // Samples of a chunk: the fewest rows that read all weights at once are those of a block.
+    // Samples of a chunk at least, all of equally many: the fewest rows that read all weights at once are those of a block.
     static int64_t least_samples(const Graph& graph) {
         int64_t steps = kCycleChunk;
         for (const int64_t longest : longest_blocks(graph)) steps = least(steps, longest);
-        return divide_up(kCycleChunk, most(1, steps));
+        const int64_t samples = divide_up(kCycleChunk, most(1, steps)), batch = graph.stack.batch;
+        return divide_up(batch, divide_up(batch, samples));
+    }
+
+    // One for each thread, unless too many would wait for the last ones.
+    int64_t count_at_once() const {
+        const int64_t count = divide_up(s.batch, chunks.samples), turns = divide_up(count, s.threads);
+        return 8 * s.batch >= 7 * turns * s.threads * chunks.samples ? divide_up(count, turns) : 1;
     }
 
     // Samples whose rows of a block stay in cache.
-    static int64_t at_once(const GraphBlock& block, int64_t samples) {
+    static int64_t samples_of(const GraphBlock& block, int64_t samples) {
         return least(samples, most(1, kChunkRows / block.steps()));
     }
 
     void run() {
-        for (const PassageBackward& x : inner) x.begin(s);
-        for (int64_t first = 0; first < s.batch; first += chunks.samples) {
-            const int64_t samples = least(chunks.samples, s.batch - first);
-            for (const MemberBackward& x : members) x.begin(s, chunks, first, samples);
-            for (int64_t i = g.block_count; i-- > 0;) {
-                const GraphBlock& block = block_of(g, i);
-                const int64_t most_samples = at_once(block, samples);
-                for (int64_t b = 0; b < samples; b += most_samples)
-                    run_block(block, first, b, least(most_samples, samples - b));
-            }
-            for (const MemberBackward& x : members) x.end(s, first, samples);
-            for (const PassageBackward& x : inner) weight_gradient(x, first, samples);
+        for (PassageBackward& x : inner) x.begin(s);
+        const int64_t most_chunks = at_once.size();
+        for (int64_t first = 0; first < s.batch; first += most_chunks * chunks.samples) {
+            const int64_t count = least(most_chunks, divide_up(s.batch - first, chunks.samples));
+            parallel(most_chunks > 1 ? s.threads : 1, count, 1, [&](int64_t i, int) {
+                GraphChunk& chunk = at_once[i];
+                chunk.first = first + i * chunks.samples, chunk.samples = least(chunks.samples, s.batch - chunk.first);
+                run_chunk(chunk, most_chunks > 1 ? 1 : s.threads);
+            });
+            for (const PassageBackward& x : inner) weight_gradient(x, count);
         }
         for (const MemberBackward& x : members) x.finish(s, totals);
         for (const PassageBackward& x : inner) x.finish(s, totals);
     }
 
-    // Of some samples of a chunk, from sample b on: the neurons, then what their sources get.
-    void run_block(const GraphBlock& block, int64_t chunk, int64_t b, int64_t samples) {
-        const MemberBackward& x = members[block.layer];
-        const int64_t steps = block.steps();
-        const int64_t group = steps == 1 ? kGradientSamples : 1, groups = divide_up(samples, group);
-        parallel(s.threads, x.axis().blocks * groups, steps == 1 ? 1 : 4, [&](int64_t task, int) {
-            const int64_t r = task / groups, i = task % groups * group;
-            float* const out = rows.floats.at(r, i * steps);
-            if (steps == 1)
-                x.run_step(s, chunks, chunk, b + i, least(group, samples - i), r, block.first, out);
-            else
-                x.run(s, chunks, chunk, b + i, r, block, out);
-        });
-        for (PassageBackward& each : inner)
-            if (each.of.target == block.layer) hand_down(each, block, chunk, b, samples);
+    void run_chunk(GraphChunk& chunk, int threads) const {
+        for (size_t l = 0; l < members.size(); ++l) members[l].begin(s, chunk, chunk.members[l], threads);
+        chunk.used = true;
+        for (int64_t i = g.block_count; i-- > 0;) {
+            const GraphBlock& block = block_of(g, i);
+            const int64_t most_samples = samples_of(block, chunk.samples);
+            for (int64_t b = 0; b < chunk.samples; b += most_samples)
+                run_block(chunk, block, b, least(most_samples, chunk.samples - b), threads);
+        }
+        for (size_t l = 0; l < members.size(); ++l) members[l].end(s, chunk, chunk.members[l], threads);
     }
 
-    void hand_down(PassageBackward& x, const GraphBlock& block, int64_t chunk, int64_t b, int64_t samples) {
-        const MemberBackward& source = members[x.of.source];
+    // Of some samples of a chunk, from sample b on: the neurons, then what their sources get.
+    void run_block(GraphChunk& chunk, const GraphBlock& block, int64_t b, int64_t samples, int threads) const {
+        const MemberBackward& x = members[block.layer];
+        const MemberChunk& own = chunk.members[block.layer];
+        const int64_t steps = block.steps();
+        const int64_t group = steps == 1 ? kGradientSamples : 1, groups = divide_up(samples, group);
+        parallel(threads, x.axis().blocks * groups, steps == 1 ? 1 : 4, [&](int64_t task, int) {
+            const int64_t r = task / groups, i = task % groups * group;
+            float* const out = chunk.rows.floats.at(r, i * steps);
+            if (steps == 1)
+                x.run_step(s, chunk, own, b + i, least(group, samples - i), r, block.first, out);
+            else
+                x.run(s, chunk, own, b + i, r, block, out);
+        });
+        for (const PassageBackward& each : inner)
+            if (each.of.target == block.layer) hand_down(each, chunk, block, b, samples, threads);
+    }
+
+    void hand_down(const PassageBackward& x, GraphChunk& chunk, const GraphBlock& block, int64_t b, int64_t samples,
+                   int threads) const {
+        const MemberChunk& source = chunk.members[x.of.source];
         const int64_t steps = block.steps(), count = samples * steps;
-        const InputProduct product = x.gradient.product(s.threads);
         const bool banded = x.gradient.sparse();
+        Bands& bands = chunk.bands;
         bands.lanes = static_cast<int64_t>(x.plan.rows.blocks) * kLanes;
-        if (banded) bands.fill(rows.floats, count, s.threads);
+        if (banded) bands.fill(chunk.rows.floats, count, threads);
         const auto arrive = [&](int64_t column, int64_t i) {
-            const float* const arrived = inputs.at(column, i * steps);
-            if (x.learned) x.learn(s, chunk + b + i, column, arrived, block);
-            x.arrive(s, source, b + i, column, arrived, block);
+            const float* const arrived = chunk.inputs.at(column, i * steps);
+            if (x.learned) x.learn(s, chunk.first + b + i, column, arrived, block);
+            x.arrive(members[x.of.source].axis(), source, b + i, column, arrived, block);
         };
         int64_t most_rows = steps;  // whole samples, and whole register tiles of the product
         while (most_rows < kGradientSamples || most_rows % 6) most_rows += steps;
-        x.gradient.each_task(count, banded ? kLanes : most_rows, banded, s.threads, 1,
+        x.gradient.each_task(count, banded ? kLanes : most_rows, banded, threads, 1,
                              [&](int64_t column, int64_t row, int64_t height, int) {
-                                 product.run(column, rows, bands, row, height, inputs.at(column, row));
+                                 x.product.run(column, chunk.rows, bands, row, height, chunk.inputs.at(column, row));
                                  for (int64_t i = row / steps; !banded && i * steps < row + height; ++i) arrive(column, i);
                              });
         if (banded)
-            parallel(s.threads, x.plan.cols.blocks * samples, 4,
+            parallel(threads, x.plan.cols.blocks * samples, 4,
                      [&](int64_t task, int) { arrive(task / samples, task % samples); });
     }
 
-    // Adds what the samples of a chunk give.
-    void weight_gradient(const PassageBackward& x, int64_t first, int64_t samples) const {
+    // Adds what the samples of the first chunks give.
+    void weight_gradient(const PassageBackward& x, int64_t count) const {
         const Plan& plan = x.plan;
         const int64_t C = plan.cols.blocks, T = s.steps;
-        EventsByLane by_lane = *events;
-        parallel(s.threads, C, 1, [&](int64_t block, int worker) {
-            by_lane.load(block, x.sent(s, first) + block * T, samples, T, C * T, bits + worker * bits_size, x.late());
+        parallel(s.threads, count * C, 1, [&](int64_t task, int worker) {
+            const GraphChunk& chunk = at_once[task / C];
+            const int64_t column = task % C;
+            EventsByLane events = *chunk.events;
+            events.load(column, x.sent(s, chunk.first) + column * T, chunk.samples, T, C * T, bits + worker * bits_size, x.late());
         });
-        const Panel<float>& grads = members[x.of.target].rows;
-        parallel(s.threads, plan.tiles, 2, [&](int64_t tile, int) {
-            const float* const grad = grads.at(plan.tile_row[tile], 0);
-            float* const sum = x.tiles + tile * kTile;
-            if (plan.rows.strip == kLanes)
-                event_gradient(by_lane, plan.tile_col[tile], plan.tile_sources[tile], grad, sum);
-            else
-                (plan.rows.strip == 16 ? strip_gradient<16> : strip_gradient<32>)(by_lane, plan, tile, grad, sum);
+        // a row block is one task, so that its ∂L/∂I come from other threads' caches once
+        parallel(s.threads, plan.rows.blocks, 1, [&](int64_t r, int) {
+            for (int64_t i = 0; i < count; ++i) {
+                const EventsByLane& events = *at_once[i].events;
+                const float* const grad = at_once[i].members[x.of.target].rows.at(r, 0);
+                for (int32_t tile = plan.row_first[r]; tile < plan.row_first[r + 1]; ++tile) {
+                    float* const sum = x.tiles + tile * int64_t{kTile};
+                    if (plan.rows.strip == kLanes)
+                        event_gradient(events, plan.tile_col[tile], plan.tile_sources[tile], grad, sum);
+                    else
+                        (plan.rows.strip == 16 ? strip_gradient<16> : strip_gradient<32>)(events, plan, tile, grad, sum);
+                }
+            }
         });
     }
 };

@@ -107,11 +107,11 @@ def poisoned(monkeypatch):
     monkeypatch.setattr(workspace, "poison", True)
 
 
-def compare(case: Case, held: bool, threads: int, **options: str) -> None:
-    """Runs a case in both, and compares outputs and gradients."""
+def compare(case: Case, held: bool, threads: int, **options: str) -> dict[str, torch.Tensor]:
+    """Runs a case in both, and compares outputs and gradients; returns those of the kernels."""
     found = {}
     for backend, dtype in (("torch", torch.float64), ("cpu", torch.float32)):
-        own = {name: tensor.to(dtype).requires_grad_() for name, tensor in case.leaves.items()}
+        own = {name: tensor.to(dtype, copy=True).requires_grad_() for name, tensor in case.leaves.items()}
         layers = case.layers(own, **options)
         x, steps = (own["x"][0], T) if held else (own["x"], None)
         assert backend == "torch" or graph.serves(x, layers, steps, backend)
@@ -133,6 +133,7 @@ def compare(case: Case, held: bool, threads: int, **options: str) -> None:
         torch.testing.assert_close(
             found["cpu"][key].double(), expected.double(), rtol=1e-4, atol=2e-5 * float(expected.abs().max()), msg=key
         )
+    return found["cpu"]
 
 
 @every_pair(
@@ -147,10 +148,13 @@ def test_graphs_of_any_kind(
     compare(case, held, threads, reset=reset, surrogate=surrogate)
 
 
-@pytest.mark.parametrize("name", ["skips", "learned"])
-def test_more_samples_than_run_at_once(name, poisoned):
-    """Forward 16 of a block are a task; backward 72 a chunk, of which as many run at once as 800 rows have."""
-    compare(Case(name, ("index",) * 3, 16, "lif", True, True, 80), False, 2)
+@pytest.mark.parametrize("name", ["skips", "learned", "fast feedback"])
+def test_threads_with_samples_of_their_own_change_no_bit(name, poisoned):
+    """130 samples are two chunks: two threads have one each, three share both. Forward, 16 of a block are a task."""
+    case = Case(name, ("index",) * 3, 16, "lif", True, True, 130)
+    first, *others = [compare(case, False, threads) for threads in (1, 2, 3)]
+    for found in others:
+        torch.testing.assert_close(found, first, rtol=0, atol=0)
 
 
 def test_autocast_computes_what_float32_does():

@@ -24,4 +24,18 @@ struct Chunks {
     int64_t rows() const { return samples * steps; }
 };
 
+// (sample, t) rows of a thread in a block of steps, at least: so many pay for reading all weights alone.
+constexpr int64_t kPartRows = 64;
+
+// Blocks of `steps` steps, each of which needs all of the one before: f(first sample, samples, threads, number of the first of
+// these threads). Each thread has samples of its own, since what it has written another would fetch from its cache in the
+// next block; or, where that is too little work, all threads have all samples.
+template <class F>
+void each_part_of_batch(int64_t batch, int64_t steps, int threads, const F& f) {
+    const int64_t part = divide_up(batch, threads);
+    if (part * steps < kPartRows) return f(0, batch, threads, 0);
+    parallel(threads, divide_up(batch, part), 1,
+             [&](int64_t i, int worker) { f(i * part, least(part, batch - i * part), 1, worker); });
+}
+
 }  // namespace g2g::G2G_ISA

@@ -10,6 +10,7 @@
 // at the steps in which it was sent. Weight gradients follow, of all steps at once.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
@@ -28,9 +29,6 @@ struct GraphBlock {
     int32_t layer, first, last;
     int64_t steps() const { return last - first; }
 };
-
-// (sample, t) rows of a thread in a block, at least: so many pay for reading all weights alone.
-constexpr int64_t kPartRows = 64;
 
 inline const GraphBlock& block_of(const Graph& g, int64_t i) { return reinterpret_cast<const GraphBlock*>(g.blocks)[i]; }
 
@@ -179,13 +177,10 @@ struct GraphForward {
                             {x.source.sent, x.source.sent_steps}, x.words(s, b));
             });
         }
-        int64_t steps = s.steps, part = divide_up(s.batch, s.threads);
-        for (const int64_t each : longest) steps = least(steps, each);
-        const bool shared = part * steps < kPartRows;
-        if (shared) part = s.batch;
-        parallel(shared ? 1 : s.threads, divide_up(s.batch, part), 1, [&](int64_t i, int worker) {
-            run_blocks(i * part, least(part, s.batch - i * part), shared ? s.threads : 1, worker);
-        });
+        each_part_of_batch(s.batch, *std::min_element(longest.begin(), longest.end()), s.threads,
+                           [&](int64_t first, int64_t samples, int threads, int worker) {
+                               run_blocks(first, samples, threads, worker);
+                           });
         for (int64_t l = 0; l < s.count; ++l) finish(l);
     }
 
@@ -601,9 +596,9 @@ struct GraphBackward {
 
     // Samples of a chunk at least, all of equally many: the fewest rows that read all weights at once are those of a block.
     static int64_t least_samples(const Graph& graph) {
-        int64_t steps = kCycleChunk;
-        for (const int64_t longest : longest_blocks(graph)) steps = least(steps, longest);
-        const int64_t samples = divide_up(kCycleChunk, most(1, steps)), batch = graph.stack.batch;
+        const std::vector<int64_t> longest = longest_blocks(graph);
+        const int64_t steps = *std::min_element(longest.begin(), longest.end()), batch = graph.stack.batch;
+        const int64_t samples = divide_up(kCycleChunk, most(1, least(kCycleChunk, steps)));
         return divide_up(batch, divide_up(batch, samples));
     }
 

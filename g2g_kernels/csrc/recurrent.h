@@ -111,15 +111,18 @@ struct ForwardSteps {
     uint64_t* begin;  // room for [B][row blocks]: the spikes before the first step
 
     void run() const {
-        const int64_t R = layer.plan->rows.blocks, B = stack.batch, groups = divide_up(B, kStepSamples);
+        const int64_t R = layer.plan->rows.blocks, B = stack.batch;
         const auto step = forward_step(layer.neurons);
         for (int64_t block = 0; layer.state && block < B * R; ++block)
             begin[block] = first_word(stack, layer, parameters, block / R, block % R);
-        for (int64_t t = 0; t < stack.steps; ++t)
-            parallel(stack.threads, R * groups, 1, [&](int64_t task, int) {
-                const int64_t r = task / groups, b = task % groups * kStepSamples;
-                run_step(*step, r, t, b, least(kStepSamples, B - b));
-            });
+        each_part_of_batch(B, 1, stack.threads, [&](int64_t first, int64_t samples, int threads, int) {
+            const int64_t groups = divide_up(samples, kStepSamples);
+            for (int64_t t = 0; t < stack.steps; ++t)
+                parallel(threads, R * groups, 1, [&](int64_t task, int) {
+                    const int64_t r = task / groups, b = task % groups * kStepSamples;
+                    run_step(*step, r, t, first + b, least(kStepSamples, samples - b));
+                });
+        });
         parallel(stack.threads, B * R, 16, [&](int64_t block, int) {
             count_spikes(layer.spikes + block * stack.steps, stack.steps, counts + block * kLanes);
         });

@@ -18,7 +18,15 @@ T, B, D = 10, 3, 12
 SIZES = (D, 22, 13, 5)
 #: by the names of parameters, and of the input
 Gradients = dict[str, torch.Tensor]
-BACKENDS = [name for name in ("torch", "cpu", "triton") if name in available_backends()]
+BACKENDS = backends_of(operator)
+#: one run of Triton's interpreter is enough: what its kernels do with states is tested beside them
+PARTS = [
+    (backend, held, recurrent)
+    for backend, held, recurrent in (
+        ("torch", False, False), ("torch", True, True), ("cpu", False, True), ("cpu", True, False), ("triton", False, True)
+    )
+    if backend in available_backends()
+]  # fmt: skip
 
 
 def stack_of(backend: str | None = None, **options) -> SpikingStack:
@@ -71,7 +79,7 @@ def close(ours: Gradients, theirs: Gradients) -> None:
         assert rms(ours[name] - expected) <= 2e-5 * rms(expected), name
 
 
-@every_pair(backend=BACKENDS, held=(False, True), recurrent=(False, True))
+@pytest.mark.parametrize(("backend", "held", "recurrent"), PARTS)
 def test_parts_in_turn_are_the_whole_with_gradients_through_the_states(backend, held, recurrent):
     stack, x = stack_of(backend, recurrent=recurrent), inputs_of(held)
     whole = stack.simulate(x)
@@ -164,9 +172,7 @@ def test_chunks_keep_no_states_of_single_steps():
     assert max(sizes) <= max(x.nbytes, max(p.nbytes for p in stack.parameters()))
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered")  # of the square of −1e25, in the interpreter
-@pytest.mark.parametrize("chunk", [None, 4])
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_pair(backend=BACKENDS, chunk=(None, 4))
 def test_dropped_neurons_stay_silent_in_every_part_and_leave_no_state(backend, chunk):
     stack, x = stack_of(backend, dropout=0.4).train(), inputs_of(held=False)
     dropped = stack.drop(B, seeded(6))
@@ -182,21 +188,15 @@ def test_dropped_neurons_stay_silent_in_every_part_and_leave_no_state(backend, c
     close(gradients(stack, x, loss_of(half.counts + rest.counts, [], rest.state)), expected)
 
 
-def test_one_draw_drops_the_same_neurons_in_all_chunks():
+def test_one_draw_drops_the_same_neurons_in_all_chunks_and_is_given_to_every_part():
     torch.manual_seed(0)
-    stack = stack_of(dropout=0.5).train()
-    spikes = stack.simulate(inputs_of(held=False) + 1, chunk=3).spikes[0].dense()
-    silent = (spikes == 0).all(0)
+    stack, x = stack_of(dropout=0.5).train(), inputs_of(held=False)
+    whole = stack.simulate(x + 1, chunk=3)
     torch.manual_seed(0)
-    assert silent[stack.drop(B)[0]].all()
-
-
-def test_a_run_that_continues_another_is_given_what_it_dropped():
-    stack = stack_of(dropout=0.5).train()
-    state = stack.simulate(inputs_of(held=False)).state
+    assert (whole.spikes[0].dense() == 0).all(0)[stack.drop(B)[0]].all()
     with pytest.raises(ValueError, match=r"give it to every part"):
-        stack.simulate(inputs_of(held=False), state)
-    assert stack.eval().simulate(inputs_of(held=False), state).counts.shape == (B, 5)
+        stack.simulate(x, whole.state)
+    assert stack.eval().simulate(x, whole.state).counts.shape == (B, 5)
 
 
 def test_states_that_do_not_fit_are_refused_by_name():
@@ -253,7 +253,7 @@ def test_a_stack_that_calls_its_layers_says_that_it_has_no_state():
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of PyTorch's loop over a batch
-@pytest.mark.parametrize("backend", backends_of(operator))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_of_gradients_of_chunks_is_that_of_one_after_the_other(backend):
     stack, x = stack_of(backend=backend), inputs_of(held=False)
     counts = stack.simulate(x, chunk=4).counts

@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 import re
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
 import torch
 from covering import every_pair
 from helpers import rms, seeded
-from networks import Reference
+from networks import Reference, three_layers
 
 from g2g_kernels import BlockMask, GroupLayout, available_backends
 from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, Projection, SpikingNetwork, Synaptic
@@ -45,7 +46,13 @@ GRAPHS = {
 }
 
 
+#: of layers in a chain, as a stack
+STACKS = {"stack": False, "recurrent stack": True}
+
+
 def network(name: str, backend: str | None = None, unit: int = 1, seed: int = 0, **options) -> SpikingNetwork:
+    if name in STACKS:
+        return three_layers(backend, T, D, recurrent=STACKS[name])
     draw, projections = seeded(seed), []
     for source, target, delay in GRAPHS[name]:
         learned = {}
@@ -63,12 +70,10 @@ def network(name: str, backend: str | None = None, unit: int = 1, seed: int = 0,
     return SpikingNetwork(populations, projections, "out", T, backend=backend, **options)
 
 
-def loss_of(spikes: dict[str, torch.Tensor]) -> torch.Tensor:
+def loss_of(spikes: Iterable[torch.Tensor]) -> torch.Tensor:
     """Of when each neuron fires."""
     draw = seeded(9)
-    return sum(
-        (each * torch.randn(each.shape, generator=draw, dtype=torch.float64).to(each)).sum() for each in spikes.values()
-    )
+    return sum((each * torch.randn(each.shape, generator=draw, dtype=torch.float64).to(each)).sum() for each in spikes)
 
 
 @every_pair(name=GRAPHS, backend=BACKENDS, held=(False, True))
@@ -84,8 +89,8 @@ def test_spikes_and_gradients_are_those_of_the_definition(backend, name, held):
     for each in net.populations:
         assert torch.equal(ours[each].double(), expected[each]), each
     assert torch.equal(activity.counts.double(), expected["out"].sum(0))
-    loss_of(ours).backward()
-    gradients = reference.gradients(loss_of(expected), expected, x64)
+    loss_of(ours.values()).backward()
+    gradients = reference.gradients(loss_of(expected.values()), expected, x64)
     assert set(gradients) == {each for each, _ in net.named_parameters()}
     for each, parameter in net.named_parameters():
         error = rms(parameter.grad.double() - gradients[each])
@@ -93,56 +98,74 @@ def test_spikes_and_gradients_are_those_of_the_definition(backend, name, held):
         assert error <= (2e-4 if parameter.numel() == 1 else 2e-5) * rms(gradients[each]) + 1e-7, each
 
 
-#: those whose states hold what delays need, and a chain
-CONTINUED = ["chain", "chain with delays", "skips", "self-loops", "ring", "learned on a cycle"]
+#: those whose states hold what delays need, and chains
+CONTINUED = ["chain", "chain with delays", "skips", "self-loops", "ring", "learned on a cycle", *STACKS]
 
 
 def tensors_of(state) -> list[torch.Tensor]:
     return [tensor for each in state for tensor in ((each,) if isinstance(each, torch.Tensor) else each)]
 
 
+def values_of(by_name) -> list:
+    """Of populations, by name or, in a stack, in order."""
+    return [*(by_name.values() if isinstance(by_name, dict) else by_name)]
+
+
 def run_in_parts(net: SpikingNetwork, x: torch.Tensor, borders: tuple[int, ...]):
-    """Spikes [T, B, N] by population, and the last state, of runs that continue one another."""
-    state, parts = None, []
+    """Spikes [T, B, N] of each population, the last state and the additions, of runs that continue one another."""
+    state, parts, additions = None, [], 0
     for first, last in itertools.pairwise(borders):
-        activity = net.simulate(x[first:last], state, spikes=True)
+        net.T = last - first  # for which held inputs are
+        activity = net.simulate(x[first:last] if x.dim() == 3 else x, state, spikes=True)
         state = activity.state
-        parts.append({name: train.dense() for name, train in activity.spikes.items()})
-    return {name: torch.cat([part[name] for part in parts]) for name in net.populations}, state
+        parts.append([train.dense() for train in values_of(activity.spikes)])
+        additions += np.array([each.accumulates for each in values_of(activity.synaptic_operations())])
+    net.T = T
+    return [torch.cat(of_parts) for of_parts in zip(*parts, strict=True)], state, additions
 
 
-@pytest.mark.parametrize("name", CONTINUED)
-def test_parts_and_single_steps_that_continue_one_another_are_the_whole(name):
-    net = network(name)
-    x = (torch.rand(T, B, D, generator=seeded(4)) * 2).requires_grad_()
-    # parts shorter and longer than the delays
-    whole, parts = run_in_parts(net, x, (0, T)), run_in_parts(net, x, (0, 1, 7, T))
-    gradients = []
-    for spikes, state in (whole, parts):
-        loss = loss_of(spikes) + sum(tensor.square().sum() for tensor in tensors_of(state))
-        gradients.append(torch.autograd.grad(loss, [x, *net.parameters()]))
-    state, outputs = None, []
-    for now in x:
-        output, state = net.step(now, state)
-        outputs.append(output)
-    assert torch.equal(torch.stack(outputs), whole[0]["out"])
-    for others in (parts[1], state):
-        for ours, theirs in zip(tensors_of(others), tensors_of(whole[1]), strict=True):
-            assert torch.allclose(ours, theirs, atol=1e-5)
-    assert all(torch.equal(parts[0][each], whole[0][each]) for each in net.populations)
-    for (each, _), ours, theirs in zip([("x", x), *net.named_parameters()], *reversed(gradients), strict=True):
-        assert rms(ours - theirs) <= 2e-5 * rms(theirs) + 1e-7, each
-
-
-@every_pair(name=CONTINUED, backend=BACKENDS, chunk=(1, 4, 50))
-def test_chunks_change_no_spike_and_no_gradient(backend, name, chunk):
+@pytest.mark.parametrize(("name", "backend"), [*zip(CONTINUED, itertools.cycle(BACKENDS), strict=False)])
+def test_parts_and_single_steps_that_continue_one_another_are_the_whole(name, backend):
     net = network(name, backend)
-    x = torch.rand(T, B, D, generator=seeded(4)) * 2
-    gradients = []
+    # parts shorter and longer than the delays
+    over_time = (torch.rand(T, B, D, generator=seeded(4)) * 2).requires_grad_()
+    for x in (over_time, over_time[0].detach().requires_grad_()):
+        whole, parts = run_in_parts(net, x, (0, T)), run_in_parts(net, x, (0, 1, 7, T))
+        gradients = []
+        for spikes, state, _ in (whole, parts):
+            loss = loss_of(spikes) + sum(tensor.square().sum() for tensor in tensors_of(state))
+            gradients.append(torch.autograd.grad(loss, [x, *net.parameters()], allow_unused=True))
+        state, outputs = None, []
+        for now in x if x.dim() == 3 else x.expand(T, B, D):
+            output, state = net.step(now, state)
+            outputs.append(output)
+        assert torch.equal(torch.stack(outputs), whole[0][-1])
+        for others in (parts[1], state):
+            for ours, theirs in zip(tensors_of(others), tensors_of(whole[1]), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert all(map(torch.equal, parts[0], whole[0]))
+        assert (parts[2] == whole[2]).all()
+        for (each, _), ours, theirs in zip([("x", x), *net.named_parameters()], *reversed(gradients), strict=True):
+            assert rms(ours - theirs) <= 2e-5 * rms(theirs) + 1e-7, each
+
+
+@every_pair(name=CONTINUED, backend=BACKENDS, chunk=(1, 4, 50), held=(False, True))
+def test_chunks_change_no_spike_and_no_gradient(backend, name, chunk, held):
+    net = network(name, backend)
+    x = (torch.rand((B, D) if held else (T, B, D), generator=seeded(4)) * 2).requires_grad_()
+    runs, gradients = [], []
     for size in (None, chunk):
-        activity = net.simulate(x, chunk=size)
-        loss = activity.counts.square().sum() + sum(rates.square().sum() for rates in activity.rates.values())
-        gradients.append((activity.counts, *torch.autograd.grad(loss, list(net.parameters()), allow_unused=True)))
+        runs.append(net.simulate(x, chunk=size))
+        # on CPU kernels what delays hand on has no gradient
+        summed = [*values_of(runs[-1].rates), *(tensors_of(runs[-1].state) if name in STACKS else ())]
+        loss = runs[-1].counts.square().sum() + sum(each.square().sum() for each in summed)
+        gradients.append(torch.autograd.grad(loss, [x, *net.parameters()], allow_unused=True))
+    whole, chunked = runs
+    for ours, theirs in zip(values_of(chunked.spikes), values_of(whole.spikes), strict=True):
+        assert torch.equal(ours.dense(), theirs.dense())
+    assert torch.equal(chunked.counts, whole.counts)
+    torch.testing.assert_close((chunked.state, chunked.rates), (whole.state, whole.rates))
+    assert chunked.synaptic_operations() == whole.synaptic_operations()
     for ours, theirs in zip(*gradients, strict=True):
         assert (ours is None) == (theirs is None)
         assert theirs is None or rms(ours - theirs) <= 2e-5 * rms(theirs) + 1e-7
@@ -182,9 +205,7 @@ def test_membranes_and_readouts(backend):
     assert torch.equal(activity.spikes["a"].dense(), (activity.membranes["a"] > net.a.threshold).float())
 
 
-@every_pair(
-    name=("skips", "self-loops", "ring", "chain with delays", "learned"), backend=BACKENDS, held=(False, True)
-)
+@every_pair(name=("skips", "self-loops", "ring", "chain with delays", "learned"), backend=BACKENDS, held=(False, True))
 def test_synaptic_operations_count_what_arrives(backend, name, held):
     net = network(name, backend)
     x = (torch.rand((B, D) if held else (T, B, D), generator=seeded(4)) < 0.5).float()

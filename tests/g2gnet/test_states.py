@@ -1,43 +1,21 @@
 """States into and out of a stack: parts in turn are the whole, and chunks change only how much memory a run takes."""
 
-import functools
-import itertools
 import math
 
 import pytest
 import torch
 from covering import every_pair
 from helpers import backends_of, compiles_whole, rms, seeded
-from networks import sparse_stack
+from networks import three_layers
 
-from g2g_kernels import Activity, available_backends
 from g2g_kernels.ops.g2g_stack import operator
 from g2gnet import LIF, AdLIF, G2GNet, SpikingStack, Synaptic
 
 T, B, D = 10, 3, 12
-SIZES = (D, 22, 13, 5)
 #: by the names of parameters, and of the input
 Gradients = dict[str, torch.Tensor]
 BACKENDS = backends_of(operator)
-#: one run of Triton's interpreter is enough: what its kernels do with states is tested beside them
-PARTS = [
-    (backend, held, recurrent)
-    for backend, held, recurrent in (
-        ("torch", False, False), ("torch", True, True), ("cpu", False, True), ("cpu", True, False), ("triton", False, True)
-    )
-    if backend in available_backends()
-]  # fmt: skip
-
-
-def stack_of(backend: str | None = None, **options) -> SpikingStack:
-    """LIF, synaptic and LIF neurons, with parameters per neuron and per layer, each reset, ragged units of 4."""
-    neurons = (
-        LIF(SIZES[1], threshold=0.3, backend=backend),
-        Synaptic(syn_decay=0.5, threshold=0.6, reset="zero", surrogate="triangle", alpha=0.7, backend=backend),
-        LIF(reset="none", threshold=0.8, backend=backend),
-    )
-    kinds = ("random", "index" if options.get("recurrent") else "interleaved")
-    return sparse_stack(SIZES, neurons, T, backend, gain=3.0, kinds=kinds, **options)
+stack_of = three_layers
 
 
 def inputs_of(held: bool) -> torch.Tensor:
@@ -61,75 +39,9 @@ def gradients(stack: SpikingStack, x: torch.Tensor, loss: torch.Tensor) -> Gradi
     return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
 
-def in_parts(stack: SpikingStack, x: torch.Tensor, borders):
-    """Counts, rates, last state and additions of a run in parts, each from the state that the one before left."""
-    state, counts, rates, additions = None, 0, [0] * 3, torch.zeros(3)
-    for first, last in itertools.pairwise(borders):
-        stack.T = last - first  # for which held inputs are
-        activity = stack.simulate(x if x.dim() == 2 else x[first:last], state)
-        state, counts = activity.state, counts + activity.counts
-        rates = [sum_ + part * (stack.T / T) for sum_, part in zip(rates, activity.rates, strict=True)]
-        additions += torch.tensor([layer.accumulates for layer in activity.synaptic_operations()])
-    stack.T = T
-    return counts, rates, state, additions
-
-
 def close(ours: Gradients, theirs: Gradients) -> None:
     for name, expected in theirs.items():
         assert rms(ours[name] - expected) <= 2e-5 * rms(expected), name
-
-
-@pytest.mark.parametrize(("backend", "held", "recurrent"), PARTS)
-def test_parts_in_turn_are_the_whole_with_gradients_through_the_states(backend, held, recurrent):
-    stack, x = stack_of(backend, recurrent=recurrent), inputs_of(held)
-    whole = stack.simulate(x)
-    assert all(0.02 < rates.mean() < 0.9 for rates in whole.rates)
-    counts, rates, state, additions = in_parts(stack, x, (0, 5, 6, T))
-    assert torch.equal(counts, whole.counts)
-    assert additions.tolist() == [layer.accumulates for layer in whole.synaptic_operations()]
-    torch.testing.assert_close(state, whole.state)  # products of fewer rows may round otherwise
-    expected = gradients(stack, x, loss_of(whole.counts, whole.rates, whole.state))
-    close(gradients(stack, x, loss_of(counts, rates, state)), expected)
-
-
-@every_pair(backend=BACKENDS, recurrent=(False, True))
-def test_a_step_and_a_run_hand_on_the_same_state(backend, recurrent):
-    stack, x = stack_of(backend, recurrent=recurrent), inputs_of(held=False)
-    whole = stack.simulate(x)
-    by_steps, state = 0, None
-    for t in range(4):
-        spikes, state = stack.step(x[t], state)
-        by_steps = by_steps + spikes
-    middle = stack.simulate(x[4:9], state)
-    counts, state = by_steps + middle.counts, middle.state
-    for t in range(9, T):
-        spikes, state = stack.step(x[t], state)
-        counts = counts + spikes
-    assert torch.equal(counts, whole.counts)
-    torch.testing.assert_close(state, whole.state)
-    expected = gradients(stack, x, loss_of(whole.counts, [], whole.state))
-    close(gradients(stack, x, loss_of(counts, [], state)), expected)
-
-
-@functools.cache
-def whole_run(backend: str | None, held: bool, recurrent: bool) -> tuple[Activity, Gradients]:
-    """A run that is not in chunks, and its gradients; computed once, to compare with."""
-    stack, x = stack_of(backend, recurrent=recurrent), inputs_of(held)
-    whole = stack.simulate(x)
-    return whole, gradients(stack, x, loss_of(whole.counts, whole.rates, whole.state))
-
-
-@every_pair(backend=BACKENDS, held=(False, True), recurrent=(False, True), chunk=(2, 5, 100))
-def test_chunks_change_no_spike_and_no_gradient(backend, held, recurrent, chunk):
-    whole, expected = whole_run(backend, held, recurrent)
-    stack, x = stack_of(backend, recurrent=recurrent), inputs_of(held)
-    chunked = stack.simulate(x, chunk=chunk)
-    assert torch.equal(chunked.counts, whole.counts)
-    for ours, theirs in zip(chunked.spikes, whole.spikes, strict=True):
-        assert torch.equal(ours.dense(), theirs.dense())
-    torch.testing.assert_close((chunked.states, chunked.rates), (whole.states, whole.rates))
-    assert chunked.synaptic_operations() == whole.synaptic_operations()
-    close(gradients(stack, x, loss_of(chunked.counts, chunked.rates, chunked.state)), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -21,7 +21,6 @@ from g2gnet.inspect import (
     input_group_entropy,
     temporal_synchrony,
 )
-from g2gnet.programs.report import content, page
 from g2gnet.programs.report import program as report
 from g2gnet.training import Machine, TrainSettings, run_training
 
@@ -33,11 +32,12 @@ pytestmark = pytest.mark.skipif(available_backends() == ["torch"], reason="needs
 
 
 @pytest.mark.parametrize(("prune", "grow"), [("set", "gradient"), ("hebb", "hebb")])
-def test_training_rewiring_analysis_and_resuming_form_no_dense_weights(prune, grow, tmp_path, monkeypatch):
+def test_training_rewiring_analysis_and_resuming_form_no_dense_weights(
+    prune, grow, tmp_path, monkeypatch, captions_alone
+):
     monkeypatch.setattr(scores, "BAND", 1)  # one block row of the gradient at a time
     data = load_dataset("fashionmnist-mini").limited(64, 32)
     monkeypatch.setattr(report.flags, "load_run_data", lambda *_: data)  # the images are of more numbers
-    monkeypatch.setattr(content, "picture", lambda figure, caption: page.paragraph(caption))  # drawn, but not as a PNG
     rewiring = {"sparsity_mode": "dynamic", "dst_interval": 1, "cp": prune, "cg": grow}
     small = {"dataset": "fashionmnist-mini", "limit_train": 64, "limit_test": 32, "batch_size": 32, "epochs": 2}
     settings = TrainSettings(**WIDE, **rewiring, **small, surrogate="triangle", standardize=True)
@@ -51,9 +51,9 @@ def test_training_rewiring_analysis_and_resuming_form_no_dense_weights(prune, gr
             run_training(settings, lambda: data, tmp_path, machine, on_epoch=[stop])
         assert run_training(settings, lambda: data, tmp_path, machine)["units_grown"] > 0
         (checkpoint,) = (path for path in tmp_path.glob("*.pth") if "best" not in path.name)
-        target = tmp_path / "report.html"
-        assert not report.main([str(checkpoint), "--output", str(target), "--samples", "8", "--device", "cpu"])
-    assert target.exists()
+        page = tmp_path / "report.html"
+        assert not report.main([str(checkpoint), "--output", str(page), "--samples", "8", "--device", "cpu"])
+    assert page.exists()
     assert list(tmp_path.glob("*.analysis.json"))
     assert largest.numel < H * H
 

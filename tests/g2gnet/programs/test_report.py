@@ -274,12 +274,6 @@ def _coarse_pictures(monkeypatch):
     monkeypatch.setattr(page, "DPI", 40)
 
 
-@pytest.fixture
-def captions_alone(monkeypatch):
-    """Pages without pictures, which take most of the time."""
-    monkeypatch.setattr(content, "picture", lambda figure, caption: page.paragraph(caption))
-
-
 def read_page(path):
     text = path.read_text()
     reader = Reader(text)

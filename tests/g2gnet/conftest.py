@@ -16,7 +16,9 @@ def _the_small_data_set_is_unpacked_once():
 
 @pytest.fixture
 def captions_alone(monkeypatch):
-    """Reports whose pictures are drawn, but not written, which takes most of the time."""
+    """Reports without pictures, which take most of the time."""
     from g2gnet.programs.report import content, page
 
+    for name in ("connection_density", "group_inputs", "spike_rasters", "rate_histograms", "confusion", "turnover"):
+        monkeypatch.setattr(content.figures, name, lambda *_: None)
     monkeypatch.setattr(content, "picture", lambda figure, caption: page.paragraph(caption))

@@ -21,6 +21,7 @@ from g2gnet.inspect import (
     input_group_entropy,
     temporal_synchrony,
 )
+from g2gnet.programs.report import page
 from g2gnet.programs.report import program as report
 from g2gnet.training import Machine, TrainSettings, run_training
 
@@ -32,10 +33,9 @@ pytestmark = pytest.mark.skipif(available_backends() == ["torch"], reason="needs
 
 
 @pytest.mark.parametrize(("prune", "grow"), [("set", "gradient"), ("hebb", "hebb")])
-def test_training_rewiring_analysis_and_resuming_form_no_dense_weights(
-    prune, grow, tmp_path, monkeypatch, captions_alone
-):
+def test_training_rewiring_analysis_and_resuming_form_no_dense_weights(prune, grow, tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "BAND", 1)  # one block row of the gradient at a time
+    monkeypatch.setattr(page, "DPI", 5)
     data = load_dataset("fashionmnist-mini").limited(64, 32)
     monkeypatch.setattr(report.flags, "load_run_data", lambda *_: data)  # the images are of more numbers
     rewiring = {"sparsity_mode": "dynamic", "dst_interval": 1, "cp": prune, "cg": grow}
@@ -51,9 +51,9 @@ def test_training_rewiring_analysis_and_resuming_form_no_dense_weights(
             run_training(settings, lambda: data, tmp_path, machine, on_epoch=[stop])
         assert run_training(settings, lambda: data, tmp_path, machine)["units_grown"] > 0
         (checkpoint,) = (path for path in tmp_path.glob("*.pth") if "best" not in path.name)
-        page = tmp_path / "report.html"
-        assert not report.main([str(checkpoint), "--output", str(page), "--samples", "8", "--device", "cpu"])
-    assert page.exists()
+        target = tmp_path / "report.html"
+        assert not report.main([str(checkpoint), "--output", str(target), "--samples", "8", "--device", "cpu"])
+    assert target.exists()
     assert list(tmp_path.glob("*.analysis.json"))
     assert largest.numel < H * H
 

@@ -271,7 +271,7 @@ class Reader(html.parser.HTMLParser):
 
 @pytest.fixture(autouse=True)
 def _coarse_pictures(monkeypatch):
-    monkeypatch.setattr(page, "DPI", 40)
+    monkeypatch.setattr(page, "DPI", 20)
 
 
 def read_page(path):
@@ -427,9 +427,9 @@ def test_a_graph_that_was_pruned_is_drawn_and_not_called_full(tmp_path, captions
 
 
 def test_runs_that_differ_in_their_seed_are_shown_with_their_mean(checkpoints, tmp_path, captions_alone, reported):
-    paths, found = [], {"index": [0.2, 0.4, 0.9], "mixer": [0.5, 0.6]}
+    paths, found = [], {"dense": [0.2, 0.4, 0.9], "mixer": [0.5, 0.6]}
     for model, accuracies in found.items():
-        run = read_run(checkpoints["index, dynamic" if model == "index" else "mixer"])
+        run = read_run(checkpoints[model])
         for seed, accuracy in enumerate(accuracies, 1):
             history = [*run.history[:-1], {**run.history[-1], "test_acc": accuracy}]
             saved = read_checkpoint(run.path)["settings"] | {"seed": seed}

@@ -111,7 +111,7 @@ def test_rewired_links_keep_their_number_and_go_anywhere_but_home():
 def test_a_small_world_has_the_units_that_its_probabilities_say(p_inter):
     layouts = GroupLayout(64, 8), GroupLayout(128, 8)
     world = SmallWorld(0.9, p_inter)
-    masks = [pattern_mask(world, *layouts, 4, seeded(seed)) for seed in range(25)]
+    masks = [pattern_mask(world, *layouts, 4, seeded(seed)) for seed in range(60)]
     own = torch.arange(64)[:, None] // 8 == torch.arange(128) // 16
     dense = torch.stack([mask.to_dense() for mask in masks]).double()
     assert dense[:, own].mean() == pytest.approx(0.9, abs=0.01)

@@ -25,7 +25,7 @@ from g2gnet.weights.patterns import (
     ring_distance,
 )
 
-DRAWS = 150
+DRAWS = 400
 
 
 def neighbours(out, into, generator):

@@ -21,7 +21,7 @@ from g2gnet.inspect import (
     input_group_entropy,
     temporal_synchrony,
 )
-from g2gnet.programs.report import page
+from g2gnet.programs.report import content, page
 from g2gnet.programs.report import program as report
 from g2gnet.training import Machine, TrainSettings, run_training
 
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(available_backends() == ["torch"], reason="needs
 @pytest.mark.parametrize(("prune", "grow"), [("set", "gradient"), ("hebb", "hebb")])
 def test_training_rewiring_analysis_and_resuming_form_no_dense_weights(prune, grow, tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "BAND", 1)  # one block row of the gradient at a time
-    monkeypatch.setattr(page, "DPI", 5)
+    monkeypatch.setattr(content, "picture", lambda figure, caption: page.paragraph(caption))  # drawn, and not written
     data = load_dataset("fashionmnist-mini").limited(64, 32)
     monkeypatch.setattr(report.flags, "load_run_data", lambda *_: data)  # the images are of more numbers
     rewiring = {"sparsity_mode": "dynamic", "dst_interval": 1, "cp": prune, "cg": grow}

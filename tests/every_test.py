@@ -54,6 +54,14 @@ def _collected_garbage_is_that_of_tests():
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _no_file_waits_for_the_disk():
+    """No test cuts the power: what is written is read from memory, and a run of a second writes thirty times."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _temporary_files_go_when_the_tests_have_passed(tmp_path_factory):
     """Locks, caches and logs of what tests start, too (``torchrun`` leaves a folder in the temporary directory)."""
     with pytest.MonkeyPatch.context() as patch:

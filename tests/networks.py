@@ -10,7 +10,7 @@ from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.ops.neurons.step import neurons_step
-from g2gnet import G2GLinear, G2GNet, SpikingNetwork, SpikingStack
+from g2gnet import LIF, G2GLinear, G2GNet, SpikingNetwork, SpikingStack, Synaptic
 
 
 def small_net(
@@ -52,6 +52,17 @@ def sparse_stack(
     for connection in stack.connections().values():
         connection.values.data *= gain
     return stack
+
+
+def three_layers(backend: str | None = None, steps: int = 10, inputs: int = 12, **options: Any) -> SpikingStack:
+    """LIF, synaptic and LIF neurons, with parameters per neuron and per layer, each reset, ragged units of 4."""
+    neurons = (
+        LIF(22, threshold=0.3, backend=backend),
+        Synaptic(syn_decay=0.5, threshold=0.6, reset="zero", surrogate="triangle", alpha=0.7, backend=backend),
+        LIF(reset="none", threshold=0.8, backend=backend),
+    )
+    kinds = ("random", "index" if options.get("recurrent") else "interleaved")
+    return sparse_stack((inputs, 22, 13, 5), neurons, steps, backend, gain=3.0, kinds=kinds, **options)
 
 
 class Reference:

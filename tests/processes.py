@@ -122,7 +122,9 @@ def _run(program: str, arguments: Sequence[str], variables: dict[str, str], outp
     """The life of such a process."""
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        setattr(sys, f"std{name}", open(number, "w", buffering=-1 if number == 1 else 1, closefd=False))  # noqa: SIM115
     os.environ.update(variables)
+    os.fsync = lambda descriptor: None  # as in every_test.py
     torch.set_num_threads(1)  # what the variable says is for those that import PyTorch anew
     os.chdir(ROOT)
     sys.argv = [program, *arguments]

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from covering import every_pair
 from helpers import backends_of, compiles_whole, seeded
 from networks import small_net
 from torch import nn
@@ -67,11 +68,9 @@ HANGING = {
 }
 
 
-@pytest.mark.parametrize("backend", STACK_BACKENDS)
-@pytest.mark.parametrize("x", [SAMPLES, torch.rand(STEPS, 5, 30, generator=seeded(2)) * 3], ids=["held", "over time"])
-@pytest.mark.parametrize("what", HANGING)
-def test_what_only_observes_a_layer_changes_no_spike_and_no_gradient(what, x, backend, one_call):
-    net = net_of(backend=backend)
+@every_pair(what=HANGING, backend=STACK_BACKENDS, held=(False, True))
+def test_what_only_observes_a_layer_changes_no_spike_and_no_gradient(what, backend, held, one_call):
+    net, x = net_of(backend=backend), SAMPLES if held else torch.rand(STEPS, 5, 30, generator=seeded(2)) * 3
     expected = run(net, x)
     assert len(one_call) == 1
     HANGING[what](net)

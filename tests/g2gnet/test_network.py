@@ -8,6 +8,7 @@ import networks
 import numpy as np
 import pytest
 import torch
+from covering import every_pair
 from helpers import seeded
 
 from g2g_kernels import BackendError, g2g_stack
@@ -70,9 +71,7 @@ def test_a_network_from_settings_is_the_one_of_the_constructor(options):
     assert torch.equal(ours.eval()(samples, seeded(2)), theirs.eval()(samples, seeded(2)))
 
 
-@pytest.mark.parametrize("neuron", ["lif", "synaptic"])
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("per_neuron", [False, True])
+@every_pair(model=MODELS, neuron=("lif", "synaptic"), per_neuron=(False, True))
 def test_the_network_equals_snntorchs(model, per_neuron, neuron):
     net = small_net(model, per_neuron=per_neuron, neuron=neuron, backend="torch").double()
     theirs, trains = to_snntorch(net).double(), ([], [], [])

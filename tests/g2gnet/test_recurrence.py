@@ -154,16 +154,23 @@ CASES = {
     },
 }  # fmt: skip
 
+#: those for Triton's interpreter, which is slow; others are beside the kernels
+INTERPRETED = ("zero", "events from a state", "synaptic", "adaptive, zero, held", "single weights")
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("backend", COMPILED)
+
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [
+        (backend, case)
+        for backend in COMPILED
+        for case in (INTERPRETED if backend == "triton" and interpreted() else CASES)
+    ],
+)
 def test_compiled_kernels_give_what_float64_gives(backend, case):
     options = dict(CASES[case])
     held, state, dropped = (options.pop(name, False) for name in ("held", "state", "dropped"))
     batch = options.pop("batch", B)
     if backend == "triton" and interpreted():
-        if max(options.get("sizes", SIZES)) > 100:
-            pytest.skip("the interpreter takes minutes, and the launches are those of the smaller cases")
         options = {"T": 4} | options | {"sizes": interpreter_sizes(options.get("unit", 4))}
     options["dropout"] = 0.4 if dropped else 0.0
     exact = stack_of("torch", **options)

@@ -1,35 +1,21 @@
 """States into and out of a stack: parts in turn are the whole, and chunks change only how much memory a run takes."""
 
-import functools
-import itertools
 import math
 
 import pytest
 import torch
 from covering import every_pair
 from helpers import backends_of, compiles_whole, rms, seeded
-from networks import sparse_stack
+from networks import three_layers
 
-from g2g_kernels import Activity, available_backends
 from g2g_kernels.ops.g2g_stack import operator
 from g2gnet import LIF, AdLIF, G2GNet, SpikingStack, Synaptic
 
 T, B, D = 10, 3, 12
-SIZES = (D, 22, 13, 5)
 #: by the names of parameters, and of the input
 Gradients = dict[str, torch.Tensor]
-BACKENDS = [name for name in ("torch", "cpu", "triton") if name in available_backends()]
-
-
-def stack_of(backend: str | None = None, **options) -> SpikingStack:
-    """LIF, synaptic and LIF neurons, with parameters per neuron and per layer, each reset, ragged units of 4."""
-    neurons = (
-        LIF(SIZES[1], threshold=0.3, backend=backend),
-        Synaptic(syn_decay=0.5, threshold=0.6, reset="zero", surrogate="triangle", alpha=0.7, backend=backend),
-        LIF(reset="none", threshold=0.8, backend=backend),
-    )
-    kinds = ("random", "index" if options.get("recurrent") else "interleaved")
-    return sparse_stack(SIZES, neurons, T, backend, gain=3.0, kinds=kinds, **options)
+BACKENDS = backends_of(operator)
+stack_of = three_layers
 
 
 def inputs_of(held: bool) -> torch.Tensor:
@@ -53,75 +39,9 @@ def gradients(stack: SpikingStack, x: torch.Tensor, loss: torch.Tensor) -> Gradi
     return dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
 
-def in_parts(stack: SpikingStack, x: torch.Tensor, borders):
-    """Counts, rates, last state and additions of a run in parts, each from the state that the one before left."""
-    state, counts, rates, additions = None, 0, [0] * 3, torch.zeros(3)
-    for first, last in itertools.pairwise(borders):
-        stack.T = last - first  # for which held inputs are
-        activity = stack.simulate(x if x.dim() == 2 else x[first:last], state)
-        state, counts = activity.state, counts + activity.counts
-        rates = [sum_ + part * (stack.T / T) for sum_, part in zip(rates, activity.rates, strict=True)]
-        additions += torch.tensor([layer.accumulates for layer in activity.synaptic_operations()])
-    stack.T = T
-    return counts, rates, state, additions
-
-
 def close(ours: Gradients, theirs: Gradients) -> None:
     for name, expected in theirs.items():
         assert rms(ours[name] - expected) <= 2e-5 * rms(expected), name
-
-
-@every_pair(backend=BACKENDS, held=(False, True), recurrent=(False, True))
-def test_parts_in_turn_are_the_whole_with_gradients_through_the_states(backend, held, recurrent):
-    stack, x = stack_of(backend, recurrent=recurrent), inputs_of(held)
-    whole = stack.simulate(x)
-    assert all(0.02 < rates.mean() < 0.9 for rates in whole.rates)
-    counts, rates, state, additions = in_parts(stack, x, (0, 5, 6, T))
-    assert torch.equal(counts, whole.counts)
-    assert additions.tolist() == [layer.accumulates for layer in whole.synaptic_operations()]
-    torch.testing.assert_close(state, whole.state)  # products of fewer rows may round otherwise
-    expected = gradients(stack, x, loss_of(whole.counts, whole.rates, whole.state))
-    close(gradients(stack, x, loss_of(counts, rates, state)), expected)
-
-
-@every_pair(backend=BACKENDS, recurrent=(False, True))
-def test_a_step_and_a_run_hand_on_the_same_state(backend, recurrent):
-    stack, x = stack_of(backend, recurrent=recurrent), inputs_of(held=False)
-    whole = stack.simulate(x)
-    by_steps, state = 0, None
-    for t in range(4):
-        spikes, state = stack.step(x[t], state)
-        by_steps = by_steps + spikes
-    middle = stack.simulate(x[4:9], state)
-    counts, state = by_steps + middle.counts, middle.state
-    for t in range(9, T):
-        spikes, state = stack.step(x[t], state)
-        counts = counts + spikes
-    assert torch.equal(counts, whole.counts)
-    torch.testing.assert_close(state, whole.state)
-    expected = gradients(stack, x, loss_of(whole.counts, [], whole.state))
-    close(gradients(stack, x, loss_of(counts, [], state)), expected)
-
-
-@functools.cache
-def whole_run(backend: str | None, held: bool, recurrent: bool) -> tuple[Activity, Gradients]:
-    """A run that is not in chunks, and its gradients; computed once, to compare with."""
-    stack, x = stack_of(backend, recurrent=recurrent), inputs_of(held)
-    whole = stack.simulate(x)
-    return whole, gradients(stack, x, loss_of(whole.counts, whole.rates, whole.state))
-
-
-@every_pair(backend=BACKENDS, held=(False, True), recurrent=(False, True), chunk=(2, 5, 100))
-def test_chunks_change_no_spike_and_no_gradient(backend, held, recurrent, chunk):
-    whole, expected = whole_run(backend, held, recurrent)
-    stack, x = stack_of(backend, recurrent=recurrent), inputs_of(held)
-    chunked = stack.simulate(x, chunk=chunk)
-    assert torch.equal(chunked.counts, whole.counts)
-    for ours, theirs in zip(chunked.spikes, whole.spikes, strict=True):
-        assert torch.equal(ours.dense(), theirs.dense())
-    torch.testing.assert_close((chunked.states, chunked.rates), (whole.states, whole.rates))
-    assert chunked.synaptic_operations() == whole.synaptic_operations()
-    close(gradients(stack, x, loss_of(chunked.counts, chunked.rates, chunked.state)), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -164,9 +84,7 @@ def test_chunks_keep_no_states_of_single_steps():
     assert max(sizes) <= max(x.nbytes, max(p.nbytes for p in stack.parameters()))
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered")  # of the square of −1e25, in the interpreter
-@pytest.mark.parametrize("chunk", [None, 4])
-@pytest.mark.parametrize("backend", BACKENDS)
+@every_pair(backend=BACKENDS, chunk=(None, 4))
 def test_dropped_neurons_stay_silent_in_every_part_and_leave_no_state(backend, chunk):
     stack, x = stack_of(backend, dropout=0.4).train(), inputs_of(held=False)
     dropped = stack.drop(B, seeded(6))
@@ -182,21 +100,15 @@ def test_dropped_neurons_stay_silent_in_every_part_and_leave_no_state(backend, c
     close(gradients(stack, x, loss_of(half.counts + rest.counts, [], rest.state)), expected)
 
 
-def test_one_draw_drops_the_same_neurons_in_all_chunks():
+def test_one_draw_drops_the_same_neurons_in_all_chunks_and_is_given_to_every_part():
     torch.manual_seed(0)
-    stack = stack_of(dropout=0.5).train()
-    spikes = stack.simulate(inputs_of(held=False) + 1, chunk=3).spikes[0].dense()
-    silent = (spikes == 0).all(0)
+    stack, x = stack_of(dropout=0.5).train(), inputs_of(held=False)
+    whole = stack.simulate(x + 1, chunk=3)
     torch.manual_seed(0)
-    assert silent[stack.drop(B)[0]].all()
-
-
-def test_a_run_that_continues_another_is_given_what_it_dropped():
-    stack = stack_of(dropout=0.5).train()
-    state = stack.simulate(inputs_of(held=False)).state
+    assert (whole.spikes[0].dense() == 0).all(0)[stack.drop(B)[0]].all()
     with pytest.raises(ValueError, match=r"give it to every part"):
-        stack.simulate(inputs_of(held=False), state)
-    assert stack.eval().simulate(inputs_of(held=False), state).counts.shape == (B, 5)
+        stack.simulate(x, whole.state)
+    assert stack.eval().simulate(x, whole.state).counts.shape == (B, 5)
 
 
 def test_states_that_do_not_fit_are_refused_by_name():
@@ -253,7 +165,7 @@ def test_a_stack_that_calls_its_layers_says_that_it_has_no_state():
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # of PyTorch's loop over a batch
-@pytest.mark.parametrize("backend", backends_of(operator))
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_batch_of_gradients_of_chunks_is_that_of_one_after_the_other(backend):
     stack, x = stack_of(backend=backend), inputs_of(held=False)
     counts = stack.simulate(x, chunk=4).counts

@@ -213,7 +213,7 @@ def test_containers_that_hold_one_another_a_billion_times_are_read_at_once():
 ARCHIVE = saved({"mask": MASK_CASES["ten outputs"].mask().state_dict(), "epoch": 1, "history": [{"loss": 0.5}]})
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(st.data())
 def test_arbitrary_bytes_are_read_or_refused(data):
     """Bytes of a checkpoint replaced, inserted and removed, behind a right checksum."""
@@ -267,7 +267,7 @@ PARTS = ["block_size", "out_group_of", "in_group_of", "unit_row", "unit_col"]
 spoiled_parts = st.builds(with_part, st.sampled_from(PARTS), st.integers(-2, 2**40), indices)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(st.data())
 def test_arbitrary_masks_are_loaded_right_or_refused(data):
     state = data.draw(spoiled(LAYER) | spoiled_parts)
@@ -329,7 +329,7 @@ def test_a_resume_on_other_threads_keeps_the_scales_of_the_file(trained):
     assert torch.equal(trainer.net.input_deviation, rounded)
 
 
-@settings(max_examples=50)
+@settings(max_examples=30)
 @given(st.data())
 def test_arbitrary_checkpoints_are_gone_on_from_or_refused(trained, data):
     images, state = trained

@@ -290,26 +290,6 @@ def test_snntorchs_and_norses_importers_run_synaptic_neurons_to_the_same_first_s
         assert torch.equal(until_the_first(spikes_of(norse.from_nir(to_nir(stack), dt=1e-4))), expected)
 
 
-def test_a_cubalif_of_another_tool_is_read_with_its_own_strengths_and_time_step():
-    weight = torch.randn(5, 30, generator=seeded(3)).numpy()
-    dt, syn_decay, beta, gain, threshold = 1e-3, np.linspace(0.3, 0.7, 5), np.linspace(0.5, 0.9, 5), 0.25, 0.8
-    tau_syn, tau_mem, w_in = dt / (1 - syn_decay), dt / (1 - beta), np.linspace(1, 2, 5)
-    node = nir.CubaLIF(
-        tau_syn=tau_syn,
-        tau_mem=tau_mem,
-        r=gain / w_in * tau_syn * tau_mem / dt**2,
-        v_leak=np.zeros(5),
-        v_threshold=np.full(5, threshold),
-        w_in=w_in,
-    )
-    ends = nir.Input(input_type={"input": np.array([30])}), nir.Output(output_type={"output": np.array([5])})
-    nodes = {"input": ends[0], "w": nir.Linear(weight=weight), "n": node, "output": ends[1]}
-    stack = from_nir(nir.NIRGraph(nodes=nodes, edges=[("input", "w"), ("w", "n"), ("n", "output")]), dt, T=STEPS)
-    torch.testing.assert_close(stack.lif1.syn_decay.detach(), torch.from_numpy(syn_decay).float())
-    torch.testing.assert_close(stack.lif1.beta.detach(), torch.from_numpy(beta).float())
-    torch.testing.assert_close(stack.lif1.threshold.detach().expand(5), torch.full((5,), threshold / gain))
-
-
 def graph_of(nodes):
     """A chain of nodes, as tools without input and output nodes write it, its edges in no order."""
     edges = list(itertools.pairwise(nodes))
@@ -359,25 +339,28 @@ def test_importers_of_snntorch_and_norse_run_the_graph_to_the_same_spikes(capsys
         assert torch.equal(spikes_of(norse.from_nir(to_nir(net), dt=1e-4)), output_spikes(net))
 
 
-def test_a_graph_of_another_tool_is_read_with_its_own_resistance_and_time_step():
+@pytest.mark.parametrize("synaptic", [False, True])
+def test_a_graph_of_another_tool_is_read_with_its_own_strengths_and_time_step(synaptic):
     weight = torch.randn(5, 30, generator=seeded(3)).numpy()
-    dt, beta, gain, threshold = 1e-3, np.linspace(0.5, 0.9, 5), 0.25, 0.8
-    tau = dt / (1 - beta)
-    graph = nir.NIRGraph(
-        nodes={
-            "input": nir.Input(input_type={"input": np.array([30])}),
-            "w": nir.Linear(weight=weight),
-            "n": nir.LIF(
-                tau=tau, r=gain * tau / dt, v_leak=np.zeros(5), v_reset=np.zeros(5), v_threshold=np.full(5, threshold)
-            ),
-            "output": nir.Output(output_type={"output": np.array([5])}),
-        },
-        edges=[("input", "w"), ("w", "n"), ("n", "output")],
-    )
-    mask = BlockMask.full(GroupLayout(5, 1), GroupLayout(30, 1), 8)
-    stack = from_nir(graph, dt, masks={"w": mask}, T=STEPS)
+    dt, syn_decay, beta, gain, threshold = 1e-3, np.linspace(0.3, 0.7, 5), np.linspace(0.5, 0.9, 5), 0.25, 0.8
+    tau_syn, tau, w_in = dt / (1 - syn_decay), dt / (1 - beta), np.linspace(1, 2, 5)
+    ends = {"v_leak": np.zeros(5), "v_reset": np.zeros(5), "v_threshold": np.full(5, threshold)}
+    if synaptic:
+        node = nir.CubaLIF(tau_syn=tau_syn, tau_mem=tau, r=gain / w_in * tau_syn * tau / dt**2, w_in=w_in, **ends)
+    else:
+        node = nir.LIF(tau=tau, r=gain * tau / dt, **ends)
+    nodes = {
+        "input": nir.Input(input_type={"input": np.array([30])}),
+        "w": nir.Linear(weight=weight),
+        "n": node,
+        "output": nir.Output(output_type={"output": np.array([5])}),
+    }
+    graph = nir.NIRGraph(nodes=nodes, edges=[("input", "w"), ("w", "n"), ("n", "output")])
+    stack = from_nir(graph, dt, masks={"w": BlockMask.full(GroupLayout(5, 1), GroupLayout(30, 1), 8)}, T=STEPS)
     torch.testing.assert_close(stack.lif1.beta.detach(), torch.from_numpy(beta).float())
-    torch.testing.assert_close(stack.lif1.threshold.detach(), torch.tensor([threshold / gain]))
+    torch.testing.assert_close(stack.lif1.threshold.detach().expand(5), torch.full((5,), threshold / gain))
+    if synaptic:
+        torch.testing.assert_close(stack.lif1.syn_decay.detach(), torch.from_numpy(syn_decay).float())
     assert torch.equal(stack.fc1.dense_weight(), torch.from_numpy(weight))
     assert stack.fc1.bias is None
     assert stack.fc1.mask.block_size == 8

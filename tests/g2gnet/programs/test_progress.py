@@ -63,7 +63,7 @@ class Stream(io.StringIO):
 
 
 @pytest.fixture
-def workplace(tmp_path, monkeypatch):
+def workplace(tmp_path, monkeypatch, captions_alone):
     """An empty directory with CIFAR-10, where bars are drawn at every step."""
     write_cifar(monkeypatch, tmp_path / "data", "cifar10", train=50, test=20)
     publish_resnet(monkeypatch, tmp_path / "hub", "cifar10")

@@ -116,45 +116,30 @@ def test_of_a_network_that_is_pruned_only_epochs_with_the_fewest_units_can_be_th
     assert read_run(files.best).epoch == 4
 
 
-@pytest.mark.parametrize("unwritten", ["save_best", "save_checkpoint"])
-def test_killed_before_either_file_of_the_best_epoch_the_run_ends_the_same(tmp_path, monkeypatch, unwritten):
+def test_stopped_before_or_after_either_file_of_the_best_epoch_the_run_ends_the_same(tmp_path, monkeypatch):
+    scripted(monkeypatch, [0.9, 0.5, 0.5])
     options = {**QUARTER, "patience": 2, "sparsity_mode": "dynamic", "dst_interval": 2}
     whole = run(tmp_path / "whole", **options)
-    best = read_run(whole.best).epoch
-    with monkeypatch.context() as patch:
-        write = getattr(RunFiles, unwritten)
+    assert read_run(whole.best).epoch == 1
 
-        def killed(self, state):
-            if state["epoch"] == best:
-                raise KeyboardInterrupt
-            write(self, state)
+    def killed(self, *_):
+        raise KeyboardInterrupt
 
-        patch.setattr(RunFiles, unwritten, killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "parts", **options)
-    parts = run(tmp_path / "parts", **options)
-    for first, second in ((whole.checkpoint, parts.checkpoint), (whole.best, parts.best)):
-        assert_equal(*(torch.load(file, weights_only=True) for file in (first, second)))
-
-
-def test_a_signal_inside_the_epoch_after_the_best_one_leaves_the_best_network_alone(tmp_path, monkeypatch):
-    scripted(monkeypatch, [0.9, 0.5, 0.5])
-    whole = run(tmp_path / "whole", **QUARTER)
-    train_step = Trainer._train_step
-
-    def stopped(self, index):
-        result = train_step(self, index)
+    def signalled(self, index, step=Trainer._train_step):
+        result = step(self, index)
         if self.step == 4:  # the first of epoch 2
             signal.raise_signal(signal.SIGTERM)
         return result
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", stopped)
-        with pytest.raises(Interrupted):
-            run(tmp_path / "parts", **QUARTER)
-    parts = run(tmp_path / "parts", **QUARTER)
-    for first, second in ((whole.checkpoint, parts.checkpoint), (whole.best, parts.best)):
-        assert_equal(*(torch.load(file, weights_only=True) for file in (first, second)))
+    stops = (RunFiles, "save_best", killed), (RunFiles, "save_checkpoint", killed), (Trainer, "_train_step", signalled)
+    for owner, name, stop in stops:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, stop)
+            with pytest.raises((KeyboardInterrupt, Interrupted)):
+                run(tmp_path / name, **options)
+        parts = run(tmp_path / name, **options)
+        for first, second in ((whole.checkpoint, parts.checkpoint), (whole.best, parts.best)):
+            assert_equal(*(torch.load(file, weights_only=True) for file in (first, second)))
 
 
 def test_a_best_network_that_is_gone_or_another_ones_is_named(tmp_path, monkeypatch):

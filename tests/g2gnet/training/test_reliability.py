@@ -45,6 +45,12 @@ def signalled(step, number=signal.SIGTERM, train_step=Trainer._train_step):
     return train_step_signalled
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing stopped. To read."""
+    return run(tmp_path_factory.mktemp("whole"))
+
+
 # --- signals ------------------------------------------------------------------------------------------------------
 
 
@@ -91,8 +97,7 @@ def test_a_signal_inside_an_epoch_loses_no_step(tmp_path, monkeypatch, capsys, v
 
 
 @posix
-def test_a_signal_between_epochs_or_after_the_last_loses_nothing(tmp_path, monkeypatch):
-    whole = run(tmp_path / "whole")
+def test_a_signal_between_epochs_or_after_the_last_loses_nothing(whole, tmp_path, monkeypatch):
     evaluate = Trainer.evaluate
     for epoch in (1, 3):
 
@@ -108,9 +113,8 @@ def test_a_signal_between_epochs_or_after_the_last_loses_nothing(tmp_path, monke
 
 
 @posix
-def test_signals_that_are_ignored_stay_ignored(tmp_path, monkeypatch):
+def test_signals_that_are_ignored_stay_ignored(whole, tmp_path, monkeypatch):
     """As ``nohup`` and a shell's ``&`` leave them to their children."""
-    whole = run(tmp_path / "whole")
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for number in before:
@@ -221,8 +225,7 @@ def flipped(content, bit):
 
 
 @posix
-def test_the_checkpoint_before_a_damaged_one_is_used(tmp_path, monkeypatch, capsys):
-    whole = run(tmp_path / "whole")
+def test_the_checkpoint_before_a_damaged_one_is_used(whole, tmp_path, monkeypatch, capsys):
     files = stop_at(tmp_path / "parts", 10, monkeypatch)
     assert (load(files)["step"], read_tensors(files.previous)["step"]) == (10, 8)
     content = files.checkpoint.read_bytes()

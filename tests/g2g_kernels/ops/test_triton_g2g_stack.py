@@ -454,8 +454,9 @@ def test_recurrent_layers_are_those_of_the_reference(launched, model, spikes, op
 @pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
 def test_one_step_without_a_state_gives_recurrent_weights_no_gradient(backend):
     x, layers = joined(torch.float32, device_of(backend), "lif", "index", False, False, False, False)
-    g2g_stack(x[:1], layers, backend=backend).counts.sum().backward()
-    assert all(layer.values.grad.any() and layer.recurrent.values.grad is None for layer in layers)
+    g2g_stack(x[:1], layers[:1], backend=backend).counts.sum().backward()
+    assert layers[0].values.grad.any()
+    assert layers[0].recurrent.values.grad is None
 
 
 @pytest.mark.skipif(not runtime.interpreted(), reason="a compiled kernel calls no Python")

@@ -313,11 +313,7 @@ def test_what_the_kernels_cannot_serve_is_refused_with_the_reason(to, reason):
 def test_what_offsets_of_32_bits_and_grids_do_not_reach_is_refused():
     from g2g_kernels.ops.g2g_linear import triton
 
-    x, values, small = (
-        torch.zeros(1, device=device_of("triton")),
-        torch.zeros(1, device=device_of("triton")),
-        (1, 64, 64),
-    )
+    x, small = torch.zeros(1, device=device_of("triton")), (1, 64, 64)
     for rows, cols, reason in (
         (((1 << 18) - 1, 64, 1 << 24), small, None),
         ((1 << 18, 64, 1 << 24), small, "neurons × samples per step, 128 samples at least"),  # 128 · 2²⁴

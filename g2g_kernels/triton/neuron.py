@@ -204,8 +204,8 @@ def store_partials(
     here, apart, sums, grad_current, inside, parameters, neuron, exists,
     DECAYS: tl.constexpr, PER_NEURON: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Stores the sums over samples of tiles, those of the parameters' gradients and then of the current's, ``apart``
-    (int64); to what is there if ADD."""
+    """Stores the sums over samples of tiles, those of the parameters' gradients and then of the current's, ``apart``;
+    to what is there if ADD."""
     for i in tl.static_range(len(sums) + 1):
         if i < len(sums):
             total = tl.sum(tl.where(inside, sums[i], 0.0), 0)

@@ -240,7 +240,7 @@ def recurrent_backward_kernel(
     store_states(grads, step, offsets, inside, moved)
     tl.store(grad_current + offsets, to_current.to(grad_current.dtype.element_ty), mask=inside)
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    apart = tl.num_programs(0).to(tl.int64) // (num_n * TILES_N) * y_size
+    apart = tl.num_programs(0) // (num_n * TILES_N) * y_size  # below 2²⁸: 16 samples or more a tile, and too_large()
     here = partials + row_of_partials * y_size + column
     store_partials(here, apart, added, to_current, inside, parameters, column, n_ok, DECAYS, PER_NEURON, True)
 

@@ -459,25 +459,6 @@ def test_one_step_without_a_state_gives_recurrent_weights_no_gradient(backend):
     assert layers[0].recurrent.values.grad is None
 
 
-@pytest.mark.skipif(not runtime.interpreted(), reason="a compiled kernel calls no Python")
-def test_partial_sums_are_apart_by_64_bits(monkeypatch):
-    """Programs × neurons × parameters may reach 2³¹ where neurons × samples do not."""
-    formats = []
-    for name in ("neurons", "g2g_stack"):
-        module = importlib.import_module(f"g2g_kernels.ops.{name}.triton")
-
-        def seen(here, apart, *others, store=module.store_partials):
-            formats.append(apart.dtype.name)
-            store(here, apart, *others)
-
-        monkeypatch.setattr(module, "store_partials", seen)
-    x, layers = joined(torch.float32, "cpu", "adlif", "index", False, False, False, False)
-    g2g_stack(x, layers, backend="triton").counts.sum().backward()
-    Stack(STACKS_OF_UNITS[0], 2).run(torch.float32, "triton")
-    assert formats == ["int64"] * len(formats)
-    assert len(formats) >= 2 * STEPS + 3
-
-
 @every_half
 def test_recurrent_layers_in_16_bits(dtype):
     """The error beside that of plain PyTorch, which rounds currents; all inputs are exact, so spikes are equal."""

@@ -212,6 +212,22 @@ def test_membranes_give_the_gradients_of_currents(reset):
         assert all(map(torch.equal, *found))
 
 
+@pytest.mark.skipif(not interpreted(), reason="a compiled kernel calls no Python")
+def test_partial_sums_are_apart_by_64_bits(monkeypatch):
+    """Programs × neurons × parameters may reach 2³¹ where neurons × samples do not."""
+    from g2g_kernels.ops.neurons import triton
+
+    formats, store = [], triton.store_partials
+
+    def seen(here, apart, *others):
+        formats.append(apart.dtype.name)
+        store(here, apart, *others)
+
+    monkeypatch.setattr(triton, "store_partials", seen)
+    gradients(lif_on("triton"), currents(2, 3, 5, dtype=torch.float32), *parameters(5), output_weights(2, 3, 5))
+    assert formats == ["int64"]
+
+
 def test_more_tiles_of_neurons_than_the_second_axis_of_a_grid_has(monkeypatch):
     """CUDA's have 65,535 programs along it, of 8,388,480 neurons; a third axis has the others, in whole multiples."""
     from g2g_kernels.ops.neurons import triton

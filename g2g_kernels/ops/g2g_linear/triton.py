@@ -492,7 +492,7 @@ def too_large(mask: BlockMask, samples: int = 1) -> str | None:
     widest = max(side.num_units * side.width for side in (mask.rows, mask.cols))
     if samples * widest >= 1 << 31 or 128 * widest >= 1 << 31:
         return "serves fewer than 2³¹ neurons × samples per step, 128 samples at least (take fewer, or smaller layers)"
-    if mask.rows.num_units > 1 << 20 or tiles_of(mask.rows) * tiles_of(mask.cols) >= 1 << 16:
+    if mask.rows.num_units > 1 << 20 or cdiv(mask.rows.width, 64) * cdiv(mask.cols.width, 64) >= 1 << 16:
         return "serves at most 2²⁰ rows of units of 2²⁸ weights (choose another `block_size`)"
     return None
 

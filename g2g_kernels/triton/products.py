@@ -114,8 +114,10 @@ def parts_kernel(values, parts, count, SIZE: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(address + part * SIZE, three[part], mask=i < count)
 
 
-def in_parts(values: torch.Tensor) -> torch.Tensor:
-    """Packed float32 weights [units, rows, columns] as their parts, bfloat16 [units, 3, rows, columns]."""
+def in_memory(values: torch.Tensor) -> torch.Tensor:
+    """Packed weights [units, rows, columns] as they are, float32 ones as parts, bfloat16 [units, 3, rows, columns]."""
+    if precision_of(values.dtype, values.device) != "parts":
+        return values
     units, rows, cols = values.shape
     dtype = torch.float32 if _as_floats(values.device) else torch.bfloat16
     parts = torch.empty((units, PARTS, rows, cols), dtype=dtype, device=values.device)

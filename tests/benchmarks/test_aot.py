@@ -85,6 +85,7 @@ def check_loads(row: dict[str, str]) -> None:
     assert re.fullmatch(r"((\d+ × )?[23] of \d+x\d+ \w+(, )?)+", row["buffers"]), row
 
 
+@pytest.mark.ci
 def test_the_products_of_the_default_step_for_sm_90():
     rows = compiled(OF_PRODUCTS)
     assert {row["kernel"].strip("`") for row in rows} == PRODUCTS
@@ -147,14 +148,30 @@ def test_loads_of_the_default_step_overlap_on_every_target():
 
 # --- what is compiled at all --------------------------------------------------------------------------------------
 
-SPECIALIZED = """
-import dataclasses, functools, torch
-from benchmarks.aot import CASES, TARGETS, source_of
+COMPILED = """
+import dataclasses, torch
+from benchmarks.aot import CASES, TARGETS, resources, source_of
+from benchmarks.launches import training_step
 from g2g_kernels import doctor
+from g2g_kernels.ops.g2g_linear import tiles
 from g2g_kernels.ops.g2g_stack import triton as stack
 from g2g_kernels.triton import products, runtime
+from g2gnet import G2GNet
 
+def fused(hidden, side, card):
+    net = G2GNet(784, hidden, 10, "dense", block_size=side, T=50)
+    with runtime.assumed(card), stack.choose(True), tiles.choose(False):
+        operations = training_step(net, 256, 784, torch.bfloat16)
+    launches = [operation.launch for operation in operations if operation.launch]
+    return [each for each in launches if each.kernel.__name__ == "fused_forward_kernel"]
+
+print(*[launch.arguments["ON_CHIP"] for units in (13, 14) for launch in fused(64 * units, 64, "sm_90")])
+(launch,) = [each for each in fused(512, 32, "sm_90") if each.arguments["BLOCK_N"] == 32][-1:]
 sm_90 = TARGETS["sm_90"]
+kernel = source_of(launch, sm_90).compiled()
+on_stack = resources(kernel, sm_90)[1]
+print(launch.arguments["ON_CHIP"], kernel.metadata.shared, stack.on_chip_bytes(16, 32, 32), on_stack)
+
 def of(launches):
     return {source_of(launch, sm_90) for launch in launches}
 
@@ -179,45 +196,24 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
-def test_the_doctor_checks_every_kernel_of_a_default_step_and_other_batches_need_no_new_ones():
-    lines = printed_by(SPECIALIZED).splitlines()
-    batches, ways = lines[:2], lines[2:]
+@pytest.fixture(scope="module")
+def lines() -> list[str]:
+    return printed_by(COMPILED).splitlines()
+
+
+def test_the_doctor_checks_every_kernel_of_a_default_step_and_other_batches_need_no_new_ones(lines):
+    batches, ways = lines[2:4], lines[4:]
     assert batches == ["0", "0"]  # no multiple of 16, and one
     for number, *unchecked in map(str.split, ways):
         assert int(number) > 10
         assert unchecked == []
 
 
-ON_CHIP = """
-import torch
-from benchmarks.aot import TARGETS, source_of
-from benchmarks.launches import training_step
-from g2g_kernels.ops.g2g_linear import tiles
-from g2g_kernels.ops.g2g_stack import triton as stack
-from g2g_kernels.triton import runtime
-from g2gnet import G2GNet
-
-def fused(hidden, side, card):
-    net = G2GNet(784, hidden, 10, "dense", block_size=side, T=50)
-    with runtime.assumed(card), stack.choose(True), tiles.choose(False):
-        operations = training_step(net, 256, 784, torch.bfloat16)
-    launches = [operation.launch for operation in operations if operation.launch]
-    return [each for each in launches if each.kernel.__name__ == "fused_forward_kernel"]
-
-print(*[launch.arguments["ON_CHIP"] for units in (13, 14) for launch in fused(64 * units, 64, "sm_90")])
-(launch,) = [each for each in fused(512, 32, "sm_90") if each.arguments["BLOCK_N"] == 32][-1:]
-sm_90 = TARGETS["sm_90"]
-shared = source_of(launch, sm_90).compiled().metadata.shared
-print(launch.arguments["ON_CHIP"], shared, stack.on_chip_bytes(16, 32, 32))
-"""
-
-
-def test_weights_stay_on_chip_only_where_the_compiled_kernel_fits():
+def test_weights_stay_on_chip_only_where_the_compiled_kernel_fits(lines):
     """A launch that asks for more shared memory than the card has is an error there."""
-    chosen, compiled = printed_by(ON_CHIP).splitlines()
-    assert chosen == "13 13 14"  # fc2 and fc3, whose units are 64 and 10 high
-    number, shared, expected = map(int, compiled.split())
-    assert number == 16
+    assert lines[0] == "13 13 14"  # fc2 and fc3, whose units are 64 and 10 high
+    number, shared, expected, on_stack = map(int, lines[1].split())
+    assert (number, on_stack) == (16, 0)
     assert expected - 1024 <= shared <= expected
 
 

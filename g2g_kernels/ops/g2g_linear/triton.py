@@ -42,7 +42,7 @@ from g2g_kernels.ops.g2g_linear.tiles import (
 from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.products import (
-    in_parts,
+    in_memory,
     load_factors,
     part_ty,
     plus_product,
@@ -274,7 +274,7 @@ def _launch_product(
         product_kernel,
         (outer.num_units * tiles_of(outer) * cdiv(samples, options["BLOCK_M"]),),
         x=x,
-        values=in_parts(values) if precision == "parts" else values,
+        values=in_memory(values),
         bias=bias,
         y=y,
         y_bounds=outer.bounds,
@@ -484,7 +484,17 @@ def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.
     reason = runtime.refuses(None if x.dtype == torch.uint8 else x, values, bias)
     if reason is None and runtime.autocast_dtype(x.device.type) is None and x.dtype not in (values.dtype, torch.uint8):
         reason = f"needs x and values of one dtype (or autocast), not {x.dtype} and {values.dtype}"
-    return reason
+    return reason or too_large(mask)
+
+
+def too_large(mask: BlockMask, samples: int = 1) -> str | None:
+    """Why 32-bit offsets in a tile of 128 samples or a step of ``samples``, or grids, do not reach it all, or None."""
+    widest = max(side.num_units * side.width for side in (mask.rows, mask.cols))
+    if samples * widest >= 1 << 31 or 128 * widest >= 1 << 31:
+        return "serves fewer than 2³¹ neurons × samples per step, 128 samples at least (take fewer, or smaller layers)"
+    if mask.rows.num_units > 1 << 20 or cdiv(mask.rows.width, 64) * cdiv(mask.cols.width, 64) >= 1 << 16:
+        return "serves at most 2²⁰ rows of units of 2²⁸ weights (choose another `block_size`)"
+    return None
 
 
 def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> torch.Tensor:

@@ -45,6 +45,8 @@ class StackCall(NamedTuple):
         called = []
         for layer in layers:
             population, recurrent, sent = layer.population, layer.recurrent, layer.sent
+            if (steps or x.shape[0]) == 1 and layer.state is None and sent is None:
+                recurrent = None  # of one step without spikes before it: its weights have no gradient
             flat = [p.contiguous() if p.dim() == 1 else p.reshape(-1) for p in population.parameters]
             called.append(
                 SpikingLayer(

@@ -9,14 +9,13 @@ A layer runs in one of three ways:
 
     pair       the product of ``g2g_linear``, its currents [T, B, N] in memory, then the kernel of ``neurons``. For a
                held input (the first layer under ``current`` encoding) the product is [B, N], computed once.
-    fused      one kernel for both; the currents stay in registers. For the backward pass it keeps the margins U − θ.
+    fused      one kernel for both; the currents stay in registers. For the backward pass it keeps the membranes.
                :func:`fused_pays` says where.
     recurrent  the product, then one launch per step for V·S_{t−1} and the neurons; backward one launch per step for
                Vᵀ·∂L/∂I_{t+1} and the neurons. The gradients of V and of W are computed once, over all steps.
 
-README.md has the bytes of each. A fused layer keeps margins rather than membranes because rounding keeps their sign, so
-every R is exact (but for float16, where margins below 3e-8 become 0), and because they are most precise where σ' is
-steep. They have the products' dtype, like the gradients of currents and spikes.
+README.md has the bytes of each. Membranes have the products' dtype, like the gradients of currents and spikes; rounding
+takes none across its threshold, so that every R is exact.
 """
 
 import contextlib
@@ -38,6 +37,7 @@ from g2g_kernels.ops.g2g_linear.triton import (
     product,
     read_by,
     tile_of,
+    too_large,
     units_of,
     weight_gradient,
 )
@@ -71,7 +71,7 @@ from g2g_kernels.triton.neuron import (
     store_states,
     zeros,
 )
-from g2g_kernels.triton.products import in_parts, precision_of
+from g2g_kernels.triton.products import in_memory, precision_of
 from g2g_kernels.triton.runtime import cdiv, launch
 
 # --- neurons and their product in one kernel --------------------------------------------------------------------
@@ -87,27 +87,33 @@ from g2g_kernels.triton.runtime import cdiv, launch
 
 @triton.jit
 def next_states(
-    states, count, current, own, silent, spikes, margins, here, y_offset, inside,
+    states, count, current, own, silent, spikes, membranes, here, y_offset, inside,
     MODEL: tl.constexpr, RESET: tl.constexpr,
 ):  # fmt: skip
-    """The states and counts after one more step, whose spikes and margins are stored ``here``, at its first element."""
+    """The states and counts after one more step, whose spikes and membranes are stored from ``here`` on."""
     threshold = own[len(own) - 1]
     states = charge(states, fires(states[len(states) - 1], threshold), current, own, MODEL, RESET)
     membrane = states[len(states) - 1]
-    spike = tl.where(silent, 0.0, fires(membrane, threshold).to(tl.float32))
+    fired = fires(membrane, threshold)
+    spike = tl.where(silent, 0.0, fired.to(tl.float32))
     tl.store(spikes + here + y_offset, spike.to(spikes.dtype.element_ty), mask=inside)
-    if margins is not None:
-        margin = membrane - threshold
-        if margins.dtype.element_ty == tl.float16:
-            # a margin of −∞ would make NaN in the backward pass
-            margin = tl.clamp(margin, -65504.0, 65504.0)
-        tl.store(margins + here + y_offset, margin.to(margins.dtype.element_ty), mask=inside)
+    if membranes is not None:
+        kind: tl.constexpr = membranes.dtype.element_ty
+        # a little more than rounding may move a membrane: so far from the threshold it stays on its side
+        CLEAR: tl.constexpr = 1.01 / (2048 if kind == tl.float16 else 256)
+        lower, upper = threshold * (1 - CLEAR), threshold * (1 + CLEAR)
+        above = tl.maximum(membrane, tl.maximum(lower, upper), propagate_nan=tl.PropagateNan.ALL)
+        below = tl.minimum(membrane, tl.minimum(lower, upper), propagate_nan=tl.PropagateNan.ALL)
+        membrane = tl.where(fired, above, below)
+        if kind == tl.float16:  # ±∞ would make NaN in the backward pass
+            membrane = tl.clamp(membrane, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(membranes + here + y_offset, membrane.to(kind), mask=inside)
     return states, count + spike
 
 
 @triton.jit
 def over_time_on_chip(
-    states, count, start, own, silent, x, values, first, end, row_slot, unit_col, spikes, margins,
+    states, count, start, own, silent, x, values, first, end, row_slot, unit_col, spikes, membranes,
     steps, batch, b, n, y_offset, inside, x_size, y_size,
     K: tl.constexpr, N: tl.constexpr, MODEL: tl.constexpr, RESET: tl.constexpr, BLOCK_K: tl.constexpr,
     ON_CHIP: tl.constexpr, STAGES: tl.constexpr,
@@ -132,7 +138,7 @@ def over_time_on_chip(
             current = tl.dot(x_tile.to(weights[j].dtype), weights[j], current)
         here = step * y_size
         states, count = next_states(
-            states, count, current, own, silent, spikes, margins, here, y_offset, inside, MODEL, RESET
+            states, count, current, own, silent, spikes, membranes, here, y_offset, inside, MODEL, RESET
         )
     return states, count
 
@@ -153,7 +159,7 @@ def tile_of_program(num_n, batch, y_column, y_size, N: tl.constexpr, BLOCK_M: tl
 @triton.jit(do_not_specialize=["steps", "batch", "num_n"])
 def fused_forward_kernel(
     x, x_column, x_bounds, values, ptr, slots, others, bias, currents, dropped, y_column, parameters, spikes,
-    margins, counts, states_before, last, steps, batch, num_n, x_size, y_size,
+    membranes, counts, states_before, last, steps, batch, num_n, x_size, y_size,
     K: tl.constexpr, N: tl.constexpr, MODEL: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr,
     PER_NEURON: tl.constexpr, RESET: tl.constexpr, PRECISION: tl.constexpr, ON_CHIP: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -173,7 +179,7 @@ def fused_forward_kernel(
     if ON_CHIP:
         if on_chip:
             states, count = over_time_on_chip(
-                states, count, start, own, silent, x, values, first, end, slots, others, spikes, margins,
+                states, count, start, own, silent, x, values, first, end, slots, others, spikes, membranes,
                 steps, batch, b, n, y_offset, inside, x_size, y_size, K, N, MODEL, RESET, BLOCK_K, ON_CHIP, STAGES,
             )  # fmt: skip
     if not ON_CHIP or not on_chip:
@@ -186,7 +192,7 @@ def fused_forward_kernel(
                 values, ptr, slots, others, row, b, b < batch, n, n < N, K, N, True, PRECISION, BLOCK_K,
             )  # fmt: skip
             states, count = next_states(
-                states, count, current, own, silent, spikes, margins, t * step, y_offset, inside, MODEL, RESET
+                states, count, current, own, silent, spikes, membranes, t * step, y_offset, inside, MODEL, RESET
             )
     store_states(last, step, y_offset, inside, states)
     if counts is not None:
@@ -234,7 +240,7 @@ def recurrent_backward_kernel(
     store_states(grads, step, offsets, inside, moved)
     tl.store(grad_current + offsets, to_current.to(grad_current.dtype.element_ty), mask=inside)
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    apart = tl.num_programs(0) // (num_n * TILES_N) * y_size
+    apart = tl.num_programs(0) // (num_n * TILES_N) * y_size  # below 2²⁸: 16 samples or more a tile, and too_large()
     here = partials + row_of_partials * y_size + column
     store_partials(here, apart, added, to_current, inside, parameters, column, n_ok, DECAYS, PER_NEURON, True)
 
@@ -290,9 +296,8 @@ def fused_pays(units: Units, population: Neurons, batch: int, x: torch.dtype, pr
 
     Fusing saves 2.6 bytes per element of [T, B, N] in 16 bits. But its programs loop over time and cannot be split over
     it: there are B/64 of them per block row, one on each multiprocessor, which are to be busy for three quarters of the
-    time. Where weights do not stay on chip, they would be read from L2 in each step. Only for models whose one state is
-    the membrane: the backward pass can recover only that from the margins. ``x`` is the dtype of the layer's inputs,
-    uint8 for spikes, ``products`` that of the factors.
+    time. Where weights do not stay on chip, they would be read from L2 in each step. Only the membrane is kept: models
+    have no other state. ``x`` is the dtype of the layer's inputs, uint8 for spikes, ``products`` that of the factors.
     """
     if len(MODELS[population.model].states) > 1 or not units_on_chip(units, x, products):
         return False
@@ -350,7 +355,7 @@ class _Layer(NamedTuple):
         return tensor if self.column is None else tensor.index_select(-1, self.column)
 
     def kept_shapes(self, steps: int, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of what the backward pass needs: currents and checkpoints; margins, or states of all steps, and nothing."""
+        """Of what the backward pass needs: currents and checkpoints; membranes or states of all steps, and nothing."""
         size, model = self.units.rows.size, MODELS[self.population.model]
         if self.recurrent is not None:
             return (steps, len(model.states), batch, size), (0,)
@@ -410,11 +415,6 @@ def _layers(call: StackCall) -> list[_Layer]:
     return layers
 
 
-def _in_memory(values: torch.Tensor) -> torch.Tensor:
-    """Weights as the kernels read them: by parts, or as they are."""
-    return in_parts(values) if precision_of(values.dtype, values.device) == "parts" else values
-
-
 def _launch(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -443,7 +443,7 @@ def _launch(
         ON_CHIP=on_chip,
         STAGES=STAGES,
         **units.arguments(by_rows=True),
-        **{name: others.get(name) for name in ("bias", "currents", "margins", "counts", "states_before")},
+        **{name: others.get(name) for name in ("bias", "currents", "membranes", "counts", "states_before")},
         **model_options(layer.population),
         **tiles,
         **EXACT,
@@ -454,7 +454,7 @@ def _recur(layer: _Layer, current: torch.Tensor, spikes: torch.Tensor, states: t
     """Runs a recurrent layer step by step; writes spikes [T, B, N'], and the states of the last steps, as many as
     there is memory for. Returns those of the last, float32 [states, B, N']."""
     assert layer.recurrent is not None
-    values, units = _in_memory(layer.recurrent[0]), layer.recurrent[1]
+    values, units = in_memory(layer.recurrent[0]), layer.recurrent[1]
     sent, before = layer.sent_before(spikes.shape[1]), layer.first
     for t in range(len(spikes)):
         after = states[t % len(states)]
@@ -480,7 +480,7 @@ def _recur_backward(
     """The backward pass of a recurrent layer; its weights' gradient is of ``dtype``."""
     assert layer.recurrent is not None
     weights, units = layer.recurrent
-    values, (steps, batch, size), population = _in_memory(weights), spikes.shape, layer.population
+    values, (steps, batch, size), population = in_memory(weights), spikes.shape, layer.population
     grad_current = layer.allocate(*spikes.shape, dtype=weights.dtype)
     grads = layer.allocate(*states.shape[1:]).zero_() if upstream.last is None else upstream.last.clone()
     tiles = fused_tiles(batch, units, units.cols, weights.dtype, weights.dtype)
@@ -528,7 +528,7 @@ def _recur_backward(
 def _neurons_backward(
     layer: _Layer, state: torch.Tensor, checkpoints: torch.Tensor, upstream: Upstream, steps: int
 ) -> _Through:
-    """The backward pass of the neurons of a layer whose currents or margins are in memory."""
+    """The backward pass of the neurons of a layer whose currents or membranes are in memory."""
     run = Run(state, layer.population, steps, layer.first, layer.dropped, layer.fused)
     grad_current = torch.empty_like(state, dtype=layer.values.dtype)
     grad_first = None if layer.first is None else torch.empty_like(layer.first)
@@ -556,15 +556,8 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
             reason = f"needs x and values of one dtype (or autocast), not {', '.join(sorted(map(str, dtypes)))}"
     if reason is None and x.numel() == 0:
         reason = "needs a batch that is not empty"
-    if reason is None and x.shape[-2] * max(map(_widest, layers)) >= 1 << 31:
-        reason = "serves fewer than 2³¹ neurons × samples per step"
-    return reason
-
-
-def _widest(layer: SpikingLayer) -> int:
-    """The most columns that a layer's inputs or outputs can have in memory."""
-    axes = [axis for _, mask, *_ in layer.connections(0) for axis in (mask.rows, mask.cols)]
-    return max(axis.num_units * axis.width for axis in axes)
+    masks = [mask for layer in layers for _, mask, *_ in layer.connections(0)]
+    return reason or next(filter(None, [too_large(mask, x.shape[-2]) for mask in masks]), None)
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, spikes: bool = False) -> Activity:
@@ -615,7 +608,7 @@ def _forward(call: StackCall, keep: bool) -> Outputs:
             on_chip = units_on_chip(layer.units, torch.uint8, call.dtype)
             _launch(
                 received, layer.values, layer.units, layer, spikes, last, steps, on_chip,
-                bias=layer.bias, margins=state, counts=counts, states_before=layer.first,
+                bias=layer.bias, membranes=state, counts=counts, states_before=layer.first,
             )  # fmt: skip
         else:
             current = product(received, layer.values, layer.units, layer.bias, layer.current_dtype())

@@ -9,8 +9,7 @@ Gradients of parameters, and of a bias in the currents, are summed in three stag
 then over the segments, in registers, so no chain of additions is as long as T; then every program writes one partial
 sum per neuron, and PyTorch adds those. Without atomics, every run gives the same results.
 
-Of a fused layer (``g2g_stack``) the margins U_t − θ were kept instead of currents and checkpoints. The kernel then
-computes nothing again: the margin is what σ' needs, its sign is R, and with θ it is the membrane.
+Of a fused layer (``g2g_stack``) the membranes were kept: the kernel then computes nothing again.
 """
 
 import math
@@ -53,7 +52,7 @@ def _tile(batch, neurons, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
     """This program's samples and neurons, and which of these exist; which elements of its tile exist, where they are in
     a step, and how many a step has."""
     sample = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    neuron = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    neuron = (tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists, step = neuron < neurons, tl.cast(batch, tl.int64) * neurons
     inside = (sample < batch)[:, None] & exists[None, :]
     return sample, neuron, exists, inside, sample[:, None] * neurons + neuron[None, :], step
@@ -117,7 +116,7 @@ def neurons_forward_kernel(
 
 @triton.jit(do_not_specialize=["steps", "batch"])
 def neurons_backward_kernel(
-    current, checkpoints, margins, parameters, grad_spikes, grad_counts, grad_rates, grad_membranes, grad_current,
+    current, checkpoints, membranes, parameters, grad_spikes, grad_counts, grad_rates, grad_membranes, grad_current,
     partials, first, grad_last, grad_first, dropped, steps, batch, neurons, alpha, rate_scale,
     HELD: tl.constexpr, MODEL: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr, PER_NEURON: tl.constexpr,
     RESET: tl.constexpr, SURROGATE: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -139,21 +138,20 @@ def neurons_backward_kernel(
     grad_total = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)  # of the current
     segments = tl.cdiv(steps, SEGMENT)
     margin = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)  # U_t − θ of the step that is gone through
-    if margins is not None:
-        tl.static_assert(STATES == 1)
-        end = load_steps(margins, segments * SEGMENT - 1, steps, step, offsets, sample, exists, batch, 1)
-        margin = end[0].to(tl.float32)
+    if membranes is not None:
+        end = load_steps(membranes, segments * SEGMENT - 1, steps, step, offsets, sample, exists, batch, 1)
+        margin = end[0].to(tl.float32) - threshold
     for turn in range(segments):
         segment = segments - 1 - turn
         at = segment * SEGMENT
         upstream = load_steps(grad_spikes, at, steps, step, offsets, sample, exists, batch, SEGMENT)
         at_membranes = load_steps(grad_membranes, at, steps, step, offsets, sample, exists, batch, SEGMENT)
-        history = ()  # the states before each step, or the margin
-        if margins is not None:
+        history = ()  # the states before each step
+        if membranes is not None:
             for k in tl.static_range(SEGMENT):
                 t = at + k
                 now = _inside(sample, exists, tl.where(t > 0, batch, 0), t - 1, steps)
-                history += (tl.load(margins + (t - 1) * step + offsets, mask=now, other=0.0),)
+                history += ((tl.load(membranes + (t - 1) * step + offsets, mask=now, other=0.0),),)
         else:
             currents = load_steps(None if HELD else current, at, steps, step, offsets, sample, exists, batch, SEGMENT)
             states = at_first
@@ -176,12 +174,10 @@ def neurons_backward_kernel(
             grad_spike = tl.where(silent, 0.0, grad_spike)
             if grad_membranes is not None:
                 grads = plus_last(grads, tl.where(silent, 0.0, at_membranes[k].to(tl.float32)))
-            if margins is None:
-                states = history[k]
-                before = states[STATES - 1] - threshold
-            else:
-                before = tl.where(t > 0, history[k].to(tl.float32), at_first[0] - threshold)
-                states = (before + threshold,)
+            states = history[k]
+            if membranes is not None:
+                states = (tl.where(t > 0, states[0].to(tl.float32), at_first[0]),)
+            before = states[STATES - 1] - threshold
             begins = (t == 0) & (first is None)
             to_current, moved, added = step_backward(
                 grads, sums, states, before > 0, margin, grad_spike, begins, values, alpha, MODEL, RESET, SURROGATE
@@ -202,7 +198,7 @@ def neurons_backward_kernel(
     if HELD and grad_current is not None:
         tl.store(grad_current + offsets, grad_total.to(grad_current.dtype.element_ty), mask=inside)
     here = partials + tl.program_id(0) * neurons + neuron
-    apart = tl.num_programs(0) * neurons
+    apart = tl.num_programs(0).to(tl.int64) * neurons
     store_partials(here, apart, totals, grad_total, inside, parameters, neuron, exists, DECAYS, PER_NEURON, False)
 
 
@@ -211,7 +207,7 @@ def neurons_backward_kernel(
 
 class Run(NamedTuple):
     """Neurons over all time steps, in the form that kernels need, all contiguous and on one device: the ``current``,
-    float32, float16 or bfloat16 [T, B, N], or [B, N] held for all steps (with ``margins`` it has U_t − θ, for the
+    float32, float16 or bfloat16 [T, B, N], or [B, N] held for all steps (with ``membranes`` it has U_t, for the
     backward pass); the neurons, parameters float32 [1] or [N]; T; the states before the ``first`` step, float32
     [states, B, N], or None for zeros; and ``dropped``, uint8 [B, N], 1 where spikes are taken away, or None.
     """
@@ -221,7 +217,7 @@ class Run(NamedTuple):
     steps: int
     first: torch.Tensor | None = None
     dropped: torch.Tensor | None = None
-    margins: bool = False
+    membranes: bool = False
 
     @property
     def held(self) -> bool:
@@ -241,9 +237,8 @@ class Run(NamedTuple):
         """Launches one of the two kernels with its own arguments and those of both."""
         batch, neurons = self.current.shape[-2:]
         block_n = min(128, next_power_of_2(neurons))
-        block_b = TILE // block_n
         arguments |= {
-            "current": None if self.margins else self.current,
+            "current": None if self.membranes else self.current,
             "first": self.first,
             "dropped": self.dropped,
             "parameters": self.population.parameters,
@@ -252,14 +247,15 @@ class Run(NamedTuple):
             "neurons": neurons,
             "HELD": self.held,
             "SEGMENT": segment_of(self.model, self.steps),
-            "BLOCK_B": block_b,
+            "BLOCK_B": TILE // block_n,
             "BLOCK_N": block_n,
             # rows that do not fill whole tiles need a mask per element: two per thread, or sm_80 runs out of registers
             "num_warps": NUM_WARPS * len(self.model.states) * (1 if neurons % block_n == 0 else 2),
             **model_options(self.population),
             **EXACT,
         }
-        launch(kernel, (cdiv(batch, block_b), cdiv(neurons, block_n)), **arguments)
+        tiles, most = cdiv(neurons, block_n), 1 << 15  # CUDA's grids have 65,535 programs along the second axis
+        launch(kernel, (cdiv(batch, TILE // block_n), min(tiles, most), cdiv(tiles, most)), **arguments)
 
 
 class Upstream(NamedTuple):
@@ -333,7 +329,7 @@ def launch_backward(
 ) -> torch.Tensor:
     """Writes the gradients that are given: of the currents, of their shape (summed over time if they are held) and any
     dtype, and of the states before the first step, float32. Returns float32 [parameters + 1, N], those of the
-    parameters and of a bias. ``run`` and ``checkpoints`` are those of the forward pass (margins have none).
+    parameters and of a bias. ``run`` and ``checkpoints`` are those of the forward pass (membranes have none).
     """
     batch, neurons = run.current.shape[-2:]
     rows = cdiv(batch, TILE // min(128, next_power_of_2(neurons)))
@@ -342,7 +338,7 @@ def launch_backward(
     run.launch(
         neurons_backward_kernel,
         checkpoints=checkpoints,
-        margins=run.current if run.margins else None,
+        membranes=run.current if run.membranes else None,
         grad_current=grad_current,
         partials=partials,
         grad_last=upstream.last,
@@ -381,8 +377,7 @@ def refuses(
 def neurons(
     current: torch.Tensor, population: Neurons, steps: int | None, state: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    spikes, last, _ = FORWARD(NeuronsCall.of(current, population, steps, state))
-    return spikes, last
+    return FORWARD(NeuronsCall.of(current, population, steps, state))[:2]
 
 
 def _run(call: NeuronsCall) -> Run:

@@ -3,7 +3,8 @@
 import collections
 import importlib
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from stack_cases import (
     loss,
     results,
     rounded,
+    stacks_on,
 )
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
@@ -41,12 +43,18 @@ STACKS_OF_UNITS = [
      MaskCase(32, 48, 1, "index", "index", 16)),
 ]  # fmt: skip
 IN_ORDER = STACKS_OF_UNITS[2]
+
+
+def stacks_of(way: str) -> list[tuple[MaskCase, ...]]:
+    return [IN_ORDER] if way == "fused" else STACKS_OF_UNITS
+
+
 T = 9
 #: steps of a test of something else: the first layer's input is held, that of the others varies
 SHORT = 3
 #: stacks that differ by their seed alone, and the limit for the mean ratio of so few errors of one number (one β a
 #: layer) or ten, which scatters by a quarter; the rule itself is applied to more cases
-FEW, AT_MOST = 8, 2
+FEW, AT_MOST = 4, 2
 
 
 @pytest.fixture(autouse=True)
@@ -83,12 +91,11 @@ def compare(ratios: ErrorRatios, stack: Stack, dtype: torch.dtype = torch.float3
             ratios.add(name, actual[name].to(of), plain[name].to(of), expected)
 
 
-@pytest.mark.parametrize("steps", [None, T], ids=["varying", "held"])
-def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(steps):
-    """All surrogates with two resets each; resets and masks take turns."""
+def test_errors_are_at_most_1_5_times_those_of_plain_pytorch():
+    """All surrogates with two resets each, once with a held input; resets and masks take turns."""
     ratios = ErrorRatios()
     masks, resets = itertools.cycle(STACKS_OF_UNITS), itertools.cycle(RESETS)
-    for surrogate in [*SURROGATES, *SURROGATES]:
+    for steps, surrogate in itertools.product((None, T), SURROGATES):
         reset = next(resets)
         compare(ratios, clear_stack(next(masks), steps, reset), reset=reset, surrogate=surrogate)
     ratios.check(cases=2 * len(SURROGATES))
@@ -117,16 +124,16 @@ every_half = pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)
 @pytest.mark.parametrize("steps", [None, T], ids=["varying", "held"])
 def test_16_bits(way, steps, dtype):
     ratios = ErrorRatios()
-    for cases in STACKS_OF_UNITS:
+    for cases in stacks_of(way):
         compare(ratios, exact_in(dtype, cases, steps), dtype)
-    ratios.check(cases=len(STACKS_OF_UNITS))
+    ratios.check(cases=len(stacks_of(way)))
 
 
 @every_half
 def test_autocast(way, dtype):
     """float32 parameters get float32 gradients; counts and rates are float32."""
     ratios = ErrorRatios()
-    for cases, steps in itertools.product(STACKS_OF_UNITS, (None, T)):
+    for cases, steps in itertools.product(stacks_of(way), (None, T)):
         stack = exact_in(dtype, cases, steps)
         exact = stack.run(torch.float64, "torch")
         results = {}
@@ -138,7 +145,7 @@ def test_autocast(way, dtype):
                 assert torch.equal(actual.double(), exact[name]), name
             else:
                 ratios.add(name, actual, results["torch"][name], exact[name])
-    ratios.check(cases=2 * len(STACKS_OF_UNITS))
+    ratios.check(cases=2 * len(stacks_of(way)))
 
 
 def between(stack: Stack) -> Stack:
@@ -155,7 +162,7 @@ def test_a_fused_layer_with_every_reset_and_surrogate(dtype):
     from g2g_kernels.ops.g2g_stack import triton
 
     ratios = ErrorRatios()
-    sizes, resets = itertools.cycle([(2, 5), (11, 67), (23, 3)]), itertools.cycle(RESETS)
+    sizes, resets = itertools.cycle([(2, 5), (3, 67), (11, 3)]), itertools.cycle(RESETS)
     with triton.choose(fused=True):
         for surrogate in [*SURROGATES, *SURROGATES]:
             (steps, batch), reset = next(sizes), next(resets)
@@ -167,10 +174,10 @@ def test_a_fused_layer_with_every_reset_and_surrogate(dtype):
 
 @pytest.mark.parametrize(
     ("surrogate", "alpha", "steps", "batch"),
-    [("triangle", 2e5, None, 5), ("boxcar", 0.01, None, 5), ("triangle", 2.0, 1, 1)],
+    [("triangle", 2e5, None, 5), ("boxcar", 0.01, None, 5), ("triangle", 2.0, 1, 3)],
 )
 def test_from_no_neuron_that_passes_a_gradient_on_to_all(surrogate, alpha, steps, batch):
-    check_compact("triton", STACKS["ragged index"], surrogate, alpha, steps, batch)
+    check_compact("triton", stacks_on("triton")["ragged index"], surrogate, alpha, steps, batch)
 
 
 #: units of 64, groups of 98 inputs and 2 outputs: what the kernels of the default network are compiled for
@@ -198,7 +205,7 @@ def test_the_kernels_of_a_default_step(way):
             assert rms(actual - expected) <= max(0.01 * rms(expected), 1.5 * rms(plain - expected)), name
 
 
-@pytest.mark.parametrize("steps", [1, 10, 11, 50])
+@pytest.mark.parametrize("steps", [1, 11, 20])
 def test_numbers_of_steps(steps):
     """One step, whole segments and more, in one layer whose input is held and two whose is not."""
     draws = (Stack(STACKS_OF_UNITS[0], steps, seed=1000 * k, batch=3) for k in range(20))
@@ -208,7 +215,7 @@ def test_numbers_of_steps(steps):
         if name.startswith(("spikes", "counts")):
             assert torch.equal(actual[name].double(), expected), name
         elif rms(expected):
-            # float32 rounding through three layers and up to fifty steps
+            # float32 rounding through three layers and up to twenty steps
             assert rms(actual[name] - expected) <= max(1e-4, 3 * rms(plain[name] - expected)) * rms(expected), name
 
 
@@ -239,25 +246,68 @@ def test_single_weights():
 
 @every_half
 def test_dropped_neurons_in_16_bits(way, dtype):
-    """float16 cannot hold the margin of a neuron that is dropped."""
     ratios = ErrorRatios()
-    for cases in STACKS_OF_UNITS:
+    for cases in stacks_of(way):
         draws = (rounded(Stack(cases, None, dropout=0.3, seed=1000 * k), dtype) for k in range(20))
         stack = next(stack for stack in draws if clear_of_thresholds(stack, "subtract"))
         compare(ratios, stack, dtype)
-    ratios.check(cases=len(STACKS_OF_UNITS))
+    ratios.check(cases=len(stacks_of(way)))
 
 
-def test_a_margin_that_float16_cannot_hold():
-    """A neuron whose threshold is out of reach: a margin stored as −∞ would make its β's gradient NaN."""
+def beside_plain(dtype: torch.dtype, run: Callable[[torch.dtype, str], dict]) -> list[dict[str, torch.Tensor]]:
+    """What a run gives in float64, under autocast in plain PyTorch, and under autocast with fused layers."""
     from g2g_kernels.ops.g2g_stack import triton
 
-    stack = Stack(IN_ORDER, None, batch=3)
-    stack.tensors["threshold1"][0] = 1e5
-    with triton.choose(fused=True), torch.autocast(device_of("triton"), torch.float16):
-        results = stack.run(torch.float32, "triton")
-    assert all(tensor.isfinite().all() for tensor in results.values())
-    assert results["beta1.grad"].any()
+    with triton.choose(fused=True):
+        exact, found = run(torch.float64, "torch"), []
+        for backend in ("torch", "triton"):
+            with torch.autocast(device_of(backend), dtype):
+                found.append(run(torch.float32, backend))
+    return [exact, *found]
+
+
+@every_half
+@pytest.mark.parametrize("threshold", [100.0, 1e5, math.inf])
+def test_a_fused_layer_far_below_its_threshold(dtype, threshold):
+    """The gradient of its last states does not vanish there, and 16 bits of U − θ would have few or none of U."""
+    stack, ratios = rounded(Stack(IN_ORDER, None, batch=3), dtype), ErrorRatios()
+    stack.tensors["threshold1"] = torch.full((48,), threshold)
+
+    def run(of: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
+        leaves = stack.leaves(of, device_of(backend))
+        last = g2g_stack(leaves["x"], stack.layers(leaves), backend=backend).states[1]
+        (last * torch.randn(last.shape, generator=seeded(3)).to(last)).sum().backward()
+        return {name: leaves[name].grad.cpu() for name in ("x", "values1", "bias1", "beta1")}
+
+    exact, *found = beside_plain(dtype, run)
+    for name, expected in exact.items():
+        assert rms(expected) > 0
+        plain, actual = (each[name].to(dtype) for each in found)
+        ratios.add(name, actual, plain, expected)
+    ratios.check(cases=1)
+
+
+@every_half
+def test_rounding_takes_no_membrane_across_its_threshold(dtype):
+    """Of two neurons the first fires and the second does not, with membranes that 16 bits round to the other side."""
+    mask, small = BlockMask.full(GroupLayout(16, 1), GroupLayout(16, 1), 16), 2.0**-14
+    always, near = 4 * torch.eye(16)[None], torch.zeros(1, 16, 16)
+    near[0, :2, :2] = torch.tensor([[1, 2 * small], [1, -3 * small]])
+    threshold = torch.ones(16)
+    threshold[1] -= 2 * small
+
+    def run(of: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
+        own = threshold.to(device_of(backend), of, copy=True).requires_grad_()
+        beta, *values = (each.to(own) for each in (torch.zeros(1), always, near))
+        layers = [lif_layer(each, mask.to(own.device), None, beta, own) for each in values]
+        counts = g2g_stack(torch.ones(4, 2, 16).to(own), layers, backend=backend).counts
+        counts.sum().backward()
+        return {"counts": counts.detach().cpu().double(), "threshold": own.grad.cpu().double()}
+
+    exact, _, found = beside_plain(dtype, run)
+    assert exact["counts"][0, :2].tolist() == [2, 0]
+    assert torch.equal(found["counts"], exact["counts"])
+    torch.testing.assert_close(found["threshold"], exact["threshold"], rtol=0.01, atol=0)  # of 16 bits; R is a tenth
 
 
 @pytest.mark.parametrize("used", ["counts", "rates0"])
@@ -332,7 +382,7 @@ def launched(monkeypatch) -> collections.Counter[str]:
     return counts
 
 
-STEPS, BATCH = 4, 5
+STEPS, BATCH = 3, 5
 
 
 def joined(
@@ -345,8 +395,8 @@ def joined(
         drawn = ((low + scale * torch.rand(shape, generator=draw)) * 64).round() / 64  # exact in 16 bits
         return drawn.to(device, dtype).requires_grad_()
 
-    x, layers, before = leaf(*(() if held else (STEPS,)), BATCH, 21, scale=2.0), [], GroupLayout(21, 2)
-    for number, size in enumerate((26, 38)):
+    x, layers, before = leaf(*(() if held else (STEPS,)), BATCH, 13, scale=2.0), [], GroupLayout(13, 2)
+    for number, size in enumerate((18, 21)):
         layout = GroupLayout(size, 2, kind, seeded(5))
         other = GroupLayout(size, 2, "random", seeded(6)) if number else layout
         masks = [BlockMask.sample(layout, each, 1.0, 0.5, 8, draw) for each in (before, layout)]
@@ -393,12 +443,20 @@ def test_recurrent_layers_are_those_of_the_reference(launched, model, spikes, op
     exact = results_of("torch", torch.float64, spikes, model=model, **options)
     found = results_of("triton", torch.float32, spikes, model=model, **options)
     for actual, expected in zip(itertools.chain(*found), itertools.chain(*exact), strict=True):
-        assert rms(actual - expected) <= 1e-4 * rms(expected)  # float32 rounding over four steps
+        assert rms(actual - expected) <= 1e-4 * rms(expected)  # float32 rounding over three steps
     assert launched["fused_forward_kernel of torch.uint8"] == launched["recurrent_backward_kernel"] == 2 * STEPS
     assert launched["neurons_forward_kernel"] == launched["neurons_backward_kernel"] == 0
     first = 1 if options["state"] else 0  # the spikes of a state, too
     assert launched["weight_gradient_kernel of torch.uint8"] == 3 + 2 * first  # of V twice, of the second W
     assert launched["weight_gradient_kernel of torch.float32"] == 1  # of the first W
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
+def test_one_step_without_a_state_gives_recurrent_weights_no_gradient(backend):
+    x, layers = joined(torch.float32, device_of(backend), "lif", "index", False, False, False, False)
+    g2g_stack(x[:1], layers[:1], backend=backend).counts.sum().backward()
+    assert layers[0].values.grad.any()
+    assert layers[0].recurrent.values.grad is None
 
 
 @every_half
@@ -443,7 +501,7 @@ def test_operator_registration(plain_memory):
     from g2g_kernels.ops.g2g_stack import triton
 
     device = device_of("triton")
-    stack = Stack(STACKS_OF_UNITS[0][:2], 2, batch=2)
+    stack = Stack((MaskCase(16, 9, 1, "index", "index", 16), MaskCase(9, 16, 2, "index", "index", 16)), 2, batch=2)
     leaves = stack.leaves(torch.float32, device)
     layers = stack.layers(leaves)
     for mask in stack.masks:
@@ -496,6 +554,6 @@ def test_more_elements_than_32_bits_count_are_refused():
     layer = lif_layer(torch.zeros(1, 8, 8, device=device), mask, None, beta, threshold)
     x = torch.zeros(1, 1, 8, device=device)
     assert triton.refuses(x.expand(1, 2**28 - 1, 8), [layer], None) is None
-    reason = "triton: serves fewer than 2³¹ neurons × samples per step"
+    reason = "triton: serves fewer than 2³¹ neurons × samples per step, 128 samples at least"
     with pytest.raises(BackendError, match=f"cannot serve this call of g2g_stack: {reason}"):
         g2g_stack(x.expand(1, 2**28, 8), [layer], backend="triton")

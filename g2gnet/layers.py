@@ -10,7 +10,7 @@ from torch import nn
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
 from g2g_kernels.numbers import FLOAT32
 from g2g_kernels.ops.g2g_stack.layer import Observer as ProductObserver
-from g2g_kernels.tracing import default_device, is_traced, symbolic_call
+from g2g_kernels.tracing import default_device, is_traced
 from g2gnet.weights.dense_weight import NOT_WRITABLE, DerivedWeight
 from g2gnet.weights.packed_weights import PackedWeights
 
@@ -199,8 +199,6 @@ class G2GLinear(PackedWeights):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] → [..., out]."""
-        if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x)) is not None:
-            return node
         (values, mask), observer = self.observed_weights()
         y = g2g_linear(x, values, mask, self.bias, backend=self.backend)
         return y if observer is None else observer(x, y)

@@ -16,7 +16,7 @@ from g2g_kernels.ops.g2g_stack import Connection, Recurrent, activity_of
 from g2g_kernels.ops.g2g_stack.activity import DenseSpikes, NeuronState, Spikes, StackState, as_one, check_state_form
 from g2g_kernels.ops.g2g_stack.delays import Later, reaches_of
 from g2g_kernels.ops.g2g_stack.layer import ONE_STEP, Observer
-from g2g_kernels.tracing import is_transformed, replaced, symbolic_call
+from g2g_kernels.tracing import is_transformed, replaced
 from g2gnet.called_layers import Called, OwnHook, spikes_of_called, step_of_called, synapses_of_called, why_called
 from g2gnet.projections import PopulationGraph, Projection
 
@@ -434,8 +434,6 @@ class SpikingNetwork(PopulationGraph):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs [B, D] held for T steps, or [T, B, D] → logits [B, C]: the output's spike counts, or its readout."""
-        if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x)) is not None:
-            return node
         activity = self.simulate(x)  # not its property: torch.export of PyTorch 2.6 leaves that out of its graph
         return activity.counts if activity.readout is None else activity.readout
 

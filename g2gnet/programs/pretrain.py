@@ -5,7 +5,6 @@ logs/cifar10/resnet32/default.log).
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -121,7 +120,3 @@ def pretrain(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     return run_program(build_parser(), pretrain, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

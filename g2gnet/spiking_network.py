@@ -27,8 +27,8 @@ DROPOUT = Number(0, 1 - 1 / DRAWS)
 #: what the output population answers: its spike counts, or of neurons that do not spike the last, mean or largest
 #: membrane
 READOUTS = ("counts", "last", "mean", "max")
-#: called with the inputs and the activity of a run over all time steps
-ActivityHook = Callable[[torch.Tensor, Activity], None]
+#: called with the inputs and the activity of a run over all time steps, and with the state that it continues
+ActivityHook = Callable[[torch.Tensor, Activity, StackState | None], None]
 #: the activity of one population over some steps and samples, [..., N], or spikes whose ``dense()`` gives that
 Train = torch.Tensor | Spikes
 
@@ -94,8 +94,6 @@ class SpikingNetwork(PopulationGraph):
     calls_layers = False
     T: int = 50
     backend: str | None = None
-    #: while hooks are called, the state that the run continues
-    _continued: StackState | None = None
 
     def __init__(
         self,
@@ -234,7 +232,8 @@ class SpikingNetwork(PopulationGraph):
                 )
             activity = self._of_called(inputs, of_layers, steps, reason, spikes)
         if self._activity_hooks:
-            self._call_hooks(list(self._activity_hooks.values()), inputs, activity, state)
+            for hook in list(self._activity_hooks.values()):
+                hook(inputs, activity, state)
         return self._by_name(activity)
 
     def _by_name(self, activity: Activity) -> Activity:
@@ -335,32 +334,24 @@ class SpikingNetwork(PopulationGraph):
         """How many steps of each population, and at the end of the input, are part of a state."""
         return reaches_of([(route.source, self._delay(route)) for route in self._routes], self.depth)
 
-    def _call_hooks(
-        self, hooks: Sequence[ActivityHook], inputs: torch.Tensor, activity: Activity, state: StackState | None
-    ) -> None:
-        """Calls hooks after a run that continues ``state``."""
-        self._continued = state
-        try:
-            for hook in hooks:
-                hook(inputs, activity)
-        finally:
-            self._continued = None
-
-    def received(self, inputs: torch.Tensor, activity: Activity) -> list[tuple[nn.Module, Train, Train]]:
-        """For hooks: each connection, what it received in a run, and the spikes of the neurons that it leads to."""
+    def received(
+        self, inputs: torch.Tensor, activity: Activity, state: StackState | None = None
+    ) -> list[tuple[nn.Module, Train, Train]]:
+        """Each connection, what it received in a run that continued ``state``, and the spikes of the neurons that it
+        leads to."""
         trains: Any = activity.spikes.values() if isinstance(activity.spikes, dict) else activity.spikes
         spikes: list[Any] = [*trains, inputs.detach()]
-        states, sent = self._divided(self._continued)
+        states, sent = self._divided(state)
         modules: dict[str, Any] = self._modules
         received = []
         for route in self._routes:
             train, delay = spikes[route.source], self._delay(route)
             if delay is not None:
                 before = sent[route.source]
-                state = None if before is not None or route.source < 0 else as_one(states[route.source])
-                if state is not None:
+                own = None if before is not None or route.source < 0 else as_one(states[route.source])
+                if own is not None:
                     neurons = modules[self.populations[route.source]]
-                    before = (state[-1:] > neurons.population.parameters[-1]).detach()
+                    before = (own[-1:] > neurons.population.parameters[-1]).detach()
                 held = self.T if route.source < 0 and inputs.dim() == 2 else None
                 train = Later(train, delay, before, held)
             received.append((modules[route.name], train, spikes[route.target]))
@@ -404,7 +395,7 @@ class SpikingNetwork(PopulationGraph):
         return replaced(activity, synapses=synapses_of_called(inputs, called, trains, steps))
 
     def register_activity_hook(self, hook: ActivityHook) -> RemovableHandle:
-        """Calls ``hook(inputs, activity)`` after every :meth:`simulate`, until the handle's ``remove()``."""
+        """Calls ``hook(inputs, activity, state)`` after every :meth:`simulate`, until the handle's ``remove()``."""
         handle = RemovableHandle(self._activity_hooks)
         self._activity_hooks[handle.id] = hook
         return handle
@@ -428,8 +419,8 @@ class SpikingNetwork(PopulationGraph):
             output, trains, after = step_of_called(x, self._called(), states, sent, self._readout == "counts")
         finally:
             self.calls_layers = False
-        if recorders:
-            self._call_hooks(recorders, x[None], activity_of(trains, None, differentiable=False), state)
+        for hook in recorders:
+            hook(x[None], activity_of(trains, None, differentiable=False), state)
         return output, after
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from g2g_kernels.ops.flops import count_flops, product_flops
 from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
-from g2g_kernels.ops.g2g_stack.cpu import MOST_STEPS, PackedSpikes, check_tensors, delays_pointer
+from g2g_kernels.ops.g2g_stack.cpu import PackedSpikes, check_tensors, delays_pointer, refuses_tensors
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train, arrived
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.g2g_stack.reference import Run, as_parts
@@ -136,10 +136,7 @@ def serves(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, b
     """Whether these kernels can run a call of ``g2g_stack`` that is not traced, and of which nothing is shown."""
     if forced_backend(backend) not in (None, "cpu") or cpu_library.unavailable() is not None:
         return False
-    tensors, _ = opened((x, *layers))
-    if any([tensor.dtype not in (torch.float32, torch.bool, torch.int64) or not tensor.is_cpu for tensor in tensors]):
-        return False
-    if x.dtype != torch.float32 or x.numel() == 0 or (steps or len(x)) > MOST_STEPS:
+    if refuses_tensors(x, layers, steps):
         return False
     for number, layer in enumerate(layers):
         connections = layer.connections(number)

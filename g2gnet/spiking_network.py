@@ -17,7 +17,7 @@ from g2g_kernels.ops.g2g_stack.activity import DenseSpikes, NeuronState, Spikes,
 from g2g_kernels.ops.g2g_stack.delays import Later, reaches_of
 from g2g_kernels.ops.g2g_stack.layer import ONE_STEP, Observer
 from g2g_kernels.tracing import is_transformed, replaced
-from g2gnet.called_layers import Called, OwnHook, spikes_of_called, step_of_called, synapses_of_called, why_called
+from g2gnet.called_layers import Called, OwnHook, run_called, step_of_called, why_called
 from g2gnet.projections import PopulationGraph, Projection
 
 #: a dropped neuron is drawn by 16 random bits
@@ -230,7 +230,11 @@ class SpikingNetwork(PopulationGraph):
                     f"{what} was given to a network whose modules are called in turn, and they return spikes only "
                     f"({reason}); take single steps with step(x, state)"
                 )
-            activity = self._of_called(inputs, of_layers, steps, reason, spikes)
+            self.calls_layers = True
+            try:
+                activity = run_called(inputs, self._called(), of_layers, self._scale, steps, reason, spikes)
+            finally:
+                self.calls_layers = False
         if self._activity_hooks:
             for hook in list(self._activity_hooks.values()):
                 hook(inputs, activity, state)
@@ -376,23 +380,6 @@ class SpikingNetwork(PopulationGraph):
             membranes=over_time if membranes else None,
             readout=readout,
         )
-
-    def _of_called(
-        self,
-        inputs: torch.Tensor,
-        dropped: Sequence[torch.Tensor | None] | None,
-        steps: int | None,
-        reason: str,
-        spikes: bool,
-    ) -> Activity:
-        """The activity of a run by calls of the modules (:mod:`g2gnet.called_layers`)."""
-        self.calls_layers, called = True, self._called()
-        try:
-            trains = spikes_of_called(inputs, called, dropped, self._scale, steps, reason)
-        finally:
-            self.calls_layers = False
-        activity = activity_of(trains, None, differentiable=spikes)
-        return replaced(activity, synapses=synapses_of_called(inputs, called, trains, steps))
 
     def register_activity_hook(self, hook: ActivityHook) -> RemovableHandle:
         """Calls ``hook(inputs, activity, state)`` after every :meth:`simulate`, until the handle's ``remove()``."""

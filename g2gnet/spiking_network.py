@@ -92,8 +92,10 @@ class SpikingNetwork(PopulationGraph):
 
     #: whether :meth:`simulate` or :meth:`step` is calling the modules at the moment
     calls_layers = False
+    # what no population or connection may be called
     T: int = 50
     backend: str | None = None
+    _dropout, _readout = 0.0, "counts"
 
     def __init__(
         self,

@@ -86,8 +86,12 @@ class PackedWeights(nn.Module):
 
     def weights(self) -> tuple[torch.Tensor, BlockMask]:
         """The packed weights and their mask for kernels; in ``torch.func.functional_call`` maybe another layer's."""
-        mask = self.mask
-        if is_traced() or mask.wiring is mask.own_wiring:
+        mask: Any = self._modules["mask"]
+        if is_traced():
+            return self.values, mask
+        if mask.writes and self.kin.source is None:
+            self._read_wiring()
+        if mask.wiring is mask.own_wiring:
             return self.values, mask
         return self.values, _mask_in_place_of(mask)
 

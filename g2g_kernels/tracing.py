@@ -62,23 +62,6 @@ def is_observed(tensors: Sequence[torch.Tensor | None]) -> bool:
 _PLAIN = {torch.Tensor, nn.Parameter, type(None)}
 
 
-def symbolic_call(module: nn.Module, x: Any, *rest: Any) -> Any:
-    """In ``torch.fx.symbolic_trace``, which calls ``module(x, …)`` with a stand-in: the node of this call, a leaf; None
-    if x is none. Raises NotImplementedError if the module itself is what is traced."""
-    import torch.fx  # where torch has not imported it, nothing is traced symbolically
-
-    if not isinstance(x, torch.fx.Proxy):
-        return None
-    name = type(module).__name__
-    path = x.tracer.path_of_module(module)
-    if not path:
-        raise NotImplementedError(
-            f"torch.fx cannot look into a {name}, which is a leaf of a graph; trace a module that contains it, "
-            "torch.fx.symbolic_trace(nn.Sequential(module))"
-        )
-    return x.tracer.create_proxy("call_module", path, (x, *rest), {})
-
-
 def default_device() -> torch.device:
     """Where tensors are created, in a ``torch.device`` context too (``torch.get_default_device`` of 2.4 knows none)."""
     return torch.zeros(0).device

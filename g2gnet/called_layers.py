@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn.modules import module as every_module
 
-from g2g_kernels import SpikingLayer, neurons_step
+from g2g_kernels import Activity, SpikingLayer, neurons_step
 from g2g_kernels.ops.g2g_stack import Connection, Delay, NeuronState, StackState, Synapses, check_dropped
-from g2g_kernels.ops.g2g_stack.reference import Parts, Run, graph_of
+from g2g_kernels.ops.g2g_stack.reference import Parts, Run, activity_of, graph_of
 from g2g_kernels.ops.g2g_stack.schedule import parts_of
 from g2g_kernels.ops.g2g_stack.synapses import Border
 from g2g_kernels.ops.neurons.checks import check_states
-from g2g_kernels.tracing import is_traced
+from g2g_kernels.tracing import is_traced, replaced
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
 
@@ -83,17 +83,19 @@ def _why_call(module: nn.Module, forward: Callable) -> str | None:
     return None
 
 
-def spikes_of_called(
+def run_called(
     x: torch.Tensor,
     populations: Sequence[Called],
     dropped: Sequence[torch.Tensor | None] | None,
     scale: float,
     steps: int | None,
     reason: str,
-) -> list[torch.Tensor]:
-    """The spikes [T, B, N] of each population by calls of its modules; those on a cycle are called at every step.
-    ``dropped`` are the neurons that each drops, whose others send ``scale`` times as much; ``reason`` is logged once.
-    Raises TypeError if a hook on neurons that take steps, or a forward of their own, would be left out.
+    spikes: bool,
+) -> Activity:
+    """The activity of populations by calls of their modules; those on a cycle are called at every step. ``dropped`` are
+    the neurons that each drops, whose others send ``scale`` times as much; ``reason`` is logged once; ``spikes``:
+    whether spikes over time have a gradient. Raises TypeError if a hook on neurons that take steps, or a forward of
+    their own, would be left out.
     """
     if not is_traced():
         _say_that_layers_are_called(reason)
@@ -114,7 +116,9 @@ def spikes_of_called(
                 f"connection, as {population.connections[-1][0]}, or take steps with step(x, state)"
             )
         parts.append(Parts(products, partial(_step_neurons, population.neurons)))
-    return Run(x, records, parts, steps).turn().spikes
+    trains = Run(x, records, parts, steps).turn().spikes
+    activity = activity_of(trains, None, differentiable=spikes)
+    return replaced(activity, synapses=_synapses(x, populations, trains, steps))
 
 
 def _records(
@@ -147,7 +151,7 @@ def _records(
     return records
 
 
-def synapses_of_called(
+def _synapses(
     x: torch.Tensor, populations: Sequence[Called], trains: Sequence[torch.Tensor], steps: int | None
 ) -> Synapses | None:
     """What the synaptic operations of such a run are counted from; None where they cannot be."""

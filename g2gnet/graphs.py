@@ -7,10 +7,10 @@ from g2g_kernels.mask.conversions import picture
 from g2gnet.layers import G2GLinear
 
 if TYPE_CHECKING:
-    from g2gnet.spiking_network import SpikingNetwork
+    from g2gnet.projections import PopulationGraph
 
 
-def to_networkx(net: "SpikingNetwork") -> Any:
+def to_networkx(net: "PopulationGraph") -> Any:
     """A ``networkx.DiGraph`` of all neurons: nodes ("input", j), ("lif1", i), ("lif2", i), …, edges with ``weight``,
     and where spikes arrive later with ``delay``, in steps. A ``MultiDiGraph`` if two projections join the same pair.
 
@@ -43,7 +43,7 @@ def to_networkx(net: "SpikingNetwork") -> Any:
     return graph
 
 
-def to_html(net: "SpikingNetwork") -> str:
+def to_html(net: "PopulationGraph") -> str:
     """One row per connection: its groups, the units that exist, the neurons that it leads to, and when.
 
     Example:

@@ -10,7 +10,7 @@ from torch import nn
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
 from g2g_kernels.numbers import FLOAT32
 from g2g_kernels.ops.g2g_stack.layer import Observer as ProductObserver
-from g2g_kernels.tracing import default_device, is_traced, symbolic_call
+from g2g_kernels.tracing import default_device, is_traced
 from g2gnet.weights.dense_weight import NOT_WRITABLE, DerivedWeight
 from g2gnet.weights.packed_weights import PackedWeights
 
@@ -141,21 +141,14 @@ class G2GLinear(PackedWeights):
         layouts = GroupLayout(stored.shape[0], 1), GroupLayout(stored.shape[1], 1)
         none = torch.zeros(0, dtype=torch.int64)
         grid = BlockMask(*layouts, none, none, block_size)
-        places = grid.rows.place_of[row].long(), grid.cols.place_of[col].long()  # unit after unit
-        (unit_row, unit_col), (in_row, in_col) = zip(
-            *[
-                (place // axis.width, place % axis.width)
-                for place, axis in zip(places, (grid.rows, grid.cols), strict=True)
-            ],
-            strict=True,
-        )
-        units, unit = (unit_row * grid.cols.num_units + unit_col).unique(return_inverse=True)
-        mask = BlockMask(*layouts, units // grid.cols.num_units, units % grid.cols.num_units, block_size)
+        (height, width), units_in_row = grid.unit_shape, grid.grid[1]
+        row, col = grid.rows.place_of[row], grid.cols.place_of[col]  # unit after unit
+        units, slot = (row // height * units_in_row + col // width).unique(return_inverse=True)
+        mask = BlockMask(*layouts, units // units_in_row, units % units_in_row, block_size)
         layer = cls(mask, bias is not None, backend, torch.Generator())
-        slots = (mask.unit_row.long() * grid.cols.num_units + mask.unit_col).argsort()
         with torch.no_grad():
             layer.values.zero_()
-            layer.values[slots[unit], in_row, in_col] = torch.as_tensor(stored.data, dtype=torch.float32)
+            layer.values[slot, row % height, col % width] = torch.as_tensor(stored.data, dtype=torch.float32)
             if layer.bias is not None and bias is not None:
                 if bias.shape != layer.bias.shape:
                     raise ValueError(f"bias has shape {list(bias.shape)}, the layer {stored.shape[0]} outputs")
@@ -199,8 +192,6 @@ class G2GLinear(PackedWeights):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] → [..., out]."""
-        if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x)) is not None:
-            return node
         (values, mask), observer = self.observed_weights()
         y = g2g_linear(x, values, mask, self.bias, backend=self.backend)
         return y if observer is None else observer(x, y)

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout
-from g2g_kernels.tracing import symbolic_call
 from g2gnet.encoding import check_samples, encode
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
@@ -185,8 +184,6 @@ class G2GNet(SpikingStack):
 
     def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Samples [B, D], or inputs over time [T, B, D] → logits [B, C]: the output's spike counts, or its readout."""
-        if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x, generator)) is not None:
-            return node
         return super().forward(self.encode(x, generator))
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):

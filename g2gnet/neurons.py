@@ -14,7 +14,7 @@ from g2g_kernels.ops.g2g_stack import NeuronState
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.models import RESET, NeuronModel
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
-from g2g_kernels.tracing import default_device, symbolic_call
+from g2g_kernels.tracing import default_device
 
 
 class SpikingNeurons(nn.Module):
@@ -100,8 +100,6 @@ class SpikingNeurons(nn.Module):
 
     def forward(self, current: torch.Tensor, steps: int | None = None) -> torch.Tensor:
         """Currents [T, ..., N], or one current [..., N] held for ``steps`` steps → spikes [T, ..., N]."""
-        if not isinstance(current, torch.Tensor) and (node := symbolic_call(self, current, steps)) is not None:
-            return node
         return neurons(current, self.population, steps, self.backend)
 
     def step(self, current: torch.Tensor, state: NeuronState | None = None) -> tuple[torch.Tensor, NeuronState]:

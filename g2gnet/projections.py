@@ -1,4 +1,4 @@
-"""Projections between populations: connections with delays, and the network that a set of them makes."""
+"""Projections between populations: connections with delays, and the graph of modules that a set of them makes."""
 
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
@@ -10,7 +10,9 @@ from torch import nn
 
 from g2g_kernels.choices import check_flag
 from g2g_kernels.numbers import SIZE, Number
+from g2g_kernels.ops.g2g_stack import Delay
 from g2g_kernels.ops.g2g_stack.schedule import CycleError, parts_of
+from g2gnet import graphs
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
 
@@ -176,6 +178,119 @@ class Route(NamedTuple):
     least: int
     most: int
     per_neuron: bool
+
+
+class PopulationGraph(nn.Module):
+    """The modules of a network: populations, the connections between them and their delays, and what is saved of them.
+    :class:`g2gnet.SpikingNetwork` runs it, and says what its arguments are."""
+
+    def __init__(
+        self,
+        populations: Mapping[str, nn.Module],
+        projections: Sequence[Projection] | Mapping[str, Projection],
+        output: str,
+        readout: str,
+    ) -> None:
+        super().__init__()
+        named = dict(projections) if isinstance(projections, Mapping) else named_projections(projections)
+        sizes = sizes_of(populations, named, output, readout)
+        #: the names of the populations, in the order in which a chain runs, the output last
+        self.populations = in_order([*populations], named.values(), output)
+        self.depth = len(self.populations)
+        place = {name: number for number, name in enumerate(self.populations)} | {"input": -1}
+        #: the number of neurons of each, and at the end of inputs
+        self.sizes = tuple([sizes[name] for name in (*self.populations, "input")])
+        routes = []
+        for target in self.populations:
+            names = [name for name, each in named.items() if each.target == target]
+            for name in names:
+                self._add(name, named[name].connection)
+                routes.append(self._add_delay(name, named[name], place))
+                if name == names[0]:
+                    self._add(target, populations[target])
+        self._set_routes(routes)
+
+    def _add(self, name: str, module: nn.Module) -> None:
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"{name!r} is no name of a module; give one without dots")
+        if hasattr(self, name):
+            raise ValueError(f"{name!r} is already an attribute of the network; choose another name")
+        self.add_module(name, module)
+
+    def _add_delay(self, name: str, projection: Projection, place: Mapping[str, int]) -> Route:
+        """Registers the delays of a projection, and returns it as a route; ``place``: the numbers of populations."""
+        delays, connection = torch.as_tensor(projection.delay, device="cpu"), projection.connection
+        neurons: Any = connection.in_features
+        per_neuron = bool(delays.dim()) or projection.max_delay is not None
+        if projection.learn_delay:
+            start = delays.float().expand(neurons).clone()
+            self.register_parameter(f"{name}_delay", nn.Parameter(start))
+        elif per_neuron:
+            self.register_buffer(f"{name}_delay", delays.long().expand(neurons).clone())
+        least = 0 if projection.learn_delay else int(delays.min())
+        return Route(name, place[projection.source], place[projection.target], least, projection.most, per_neuron)
+
+    def _set_routes(self, routes: list[Route]) -> None:
+        learned = [each.name for each in routes if isinstance(getattr(self, f"{each.name}_delay", None), nn.Parameter)]
+        self._routes = checked_routes(routes, learned, self.populations)
+        self._to = [[route for route in self._routes if route.target == number] for number in range(self.depth)]
+
+    def connections(self) -> dict[str, G2GLinear]:
+        """All connections by name, from the input to the output."""
+        modules: dict[str, Any] = self._modules
+        return {route.name: modules[route.name] for route in self._routes}
+
+    def neurons(self) -> dict[str, SpikingNeurons]:
+        """The neurons of each population by name, the output last."""
+        modules: dict[str, Any] = self._modules
+        return {name: modules[name] for name in self.populations}
+
+    def routes(self) -> list[Route]:
+        """The projections, as numbers of populations and bounds of delays."""
+        return list(self._routes)
+
+    def delays(self, name: str) -> torch.Tensor:
+        """The delays of the connection ``name`` as they act, int64 [N_src]."""
+        (route,) = [route for route in self._routes if route.name == name]
+        delay = self._delay(route)
+        if delay is not None and delay.steps is not None:
+            return delay.steps
+        return torch.full((self.sizes[route.source],), route.most)
+
+    def _delay(self, route: Route) -> Delay | None:
+        """The delays of a projection as operators take them; None: none."""
+        if not route.most:
+            return None
+        if not route.per_neuron:
+            return Delay(route.least, route.most)
+        delays: torch.Tensor = getattr(self, f"{route.name}_delay")
+        if not delays.dtype.is_floating_point:
+            return Delay(route.least, route.most, delays)
+        steps = delays.detach().clamp(route.least, route.most).round().long()
+        # what is not a number has some delay
+        return Delay(route.least, route.most, steps.clamp(route.least, route.most), delays)
+
+    def to_networkx(self) -> Any:
+        """The whole network as a ``networkx.MultiDiGraph`` (:func:`g2gnet.graphs.to_networkx`)."""
+        return graphs.to_networkx(self)
+
+    def _repr_html_(self) -> str:
+        return graphs.to_html(self)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest):
+        *_, error_msgs = rest
+        for route in self._routes:
+            check_saved(state_dict, f"{prefix}{route.name}_delay", route, error_msgs)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if not error_msgs:
+            self._set_routes([self._as_loaded(route) for route in self._routes])
+
+    def _as_loaded(self, route: Route) -> Route:
+        """A route whose least delay is that of the delays that it has now."""
+        delays = getattr(self, f"{route.name}_delay", None)
+        if delays is None or delays.dtype.is_floating_point or delays.is_meta:
+            return route
+        return route._replace(least=int(delays.min()))
 
 
 def check_saved(state_dict: Mapping[str, Any], key: str, route: Route, error_msgs: list[str]) -> None:

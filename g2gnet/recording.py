@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from g2g_kernels import Activity
+from g2g_kernels.ops.g2g_stack import StackState
 from g2gnet.called_layers import OwnHook
 from g2gnet.layers import G2GLinear
 from g2gnet.spiking_network import SpikingNetwork, Train
@@ -82,10 +83,12 @@ class ActivityRecorder:
         if isinstance(module, G2GLinear) and module in self._number and self._is_new(module):
             self._open.append((self._number[module], args[0].detach(), output))
 
-    def _network_hook(self, net: SpikingNetwork, inputs: torch.Tensor, activity: Activity) -> None:
+    def _network_hook(
+        self, net: SpikingNetwork, inputs: torch.Tensor, activity: Activity, state: StackState | None
+    ) -> None:
         if not self._records(net):
             return
-        for connection, pre, post in net.received(inputs, activity):
+        for connection, pre, post in net.received(inputs, activity, state):
             layer = self._layer_in(connection)
             if layer is not None and self._is_new(layer):
                 self._recordings[self._number[layer]].append((pre, post))

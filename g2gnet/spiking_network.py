@@ -12,16 +12,13 @@ from g2g_kernels import Activity, SpikingLayer, g2g_stack
 from g2g_kernels.choices import check_choice
 from g2g_kernels.mask.groups import as_integers
 from g2g_kernels.numbers import COUNT, Number
-from g2g_kernels.ops.g2g_stack import Connection, Delay, Recurrent, activity_of
+from g2g_kernels.ops.g2g_stack import Connection, Recurrent, activity_of
 from g2g_kernels.ops.g2g_stack.activity import DenseSpikes, NeuronState, Spikes, StackState, as_one, check_state_form
 from g2g_kernels.ops.g2g_stack.delays import Later, reaches_of
 from g2g_kernels.ops.g2g_stack.layer import ONE_STEP, Observer
-from g2g_kernels.tracing import is_transformed, replaced, symbolic_call
-from g2gnet import graphs
-from g2gnet.called_layers import Called, OwnHook, spikes_of_called, step_of_called, synapses_of_called, why_called
-from g2gnet.layers import G2GLinear
-from g2gnet.neurons import SpikingNeurons
-from g2gnet.projections import Projection, Route, check_saved, checked_routes, in_order, named_projections, sizes_of
+from g2g_kernels.tracing import is_transformed, replaced
+from g2gnet.called_layers import Called, OwnHook, run_called, step_of_called, why_called
+from g2gnet.projections import PopulationGraph, Projection
 
 #: a dropped neuron is drawn by 16 random bits
 DRAWS = 1 << 16
@@ -30,13 +27,13 @@ DROPOUT = Number(0, 1 - 1 / DRAWS)
 #: what the output population answers: its spike counts, or of neurons that do not spike the last, mean or largest
 #: membrane
 READOUTS = ("counts", "last", "mean", "max")
-#: called with the inputs and the activity of a run over all time steps
-ActivityHook = Callable[[torch.Tensor, Activity], None]
+#: called with the inputs and the activity of a run over all time steps, and with the state that it continues
+ActivityHook = Callable[[torch.Tensor, Activity, StackState | None], None]
 #: the activity of one population over some steps and samples, [..., N], or spikes whose ``dense()`` gives that
 Train = torch.Tensor | Spikes
 
 
-class SpikingNetwork(nn.Module):
+class SpikingNetwork(PopulationGraph):
     """Populations of spiking neurons, and projections between them with delays.
 
     The current of population p is I_p[t] = Σ_k (W_k·S_src(k)[t − d_k] + b_k), over the projections k to it. Before the
@@ -95,8 +92,10 @@ class SpikingNetwork(nn.Module):
 
     #: whether :meth:`simulate` or :meth:`step` is calling the modules at the moment
     calls_layers = False
-    #: while hooks are called, the state that the run continues
-    _continued: StackState | None = None
+    # what no population or connection may be called
+    T: int = 50
+    backend: str | None = None
+    _dropout, _readout = 0.0, "counts"
 
     def __init__(
         self,
@@ -108,56 +107,12 @@ class SpikingNetwork(nn.Module):
         readout: str = "counts",
         backend: str | None = None,
     ) -> None:
-        super().__init__()
-        DROPOUT.check("dropout", dropout)
         check_choice("readout", readout, READOUTS)
-        self.T = COUNT.check("T", T)
+        steps = COUNT.check("T", T)
+        super().__init__(populations, projections, output, readout)
+        self.T, self.backend, self.dropout = steps, backend, dropout
         self._readout = readout
-        self.backend = backend
-        self.dropout = dropout
         self._activity_hooks: OrderedDict[int, ActivityHook] = OrderedDict()
-        named = dict(projections) if isinstance(projections, Mapping) else named_projections(projections)
-        sizes = sizes_of(populations, named, output, readout)
-        #: the names of the populations, in the order in which a chain runs, the output last
-        self.populations = in_order([*populations], named.values(), output)
-        self.depth = len(self.populations)
-        place = {name: number for number, name in enumerate(self.populations)} | {"input": -1}
-        #: the number of neurons of each, and at the end of inputs
-        self.sizes = tuple([sizes[name] for name in (*self.populations, "input")])
-        routes = []
-        for target in self.populations:
-            names = [name for name, each in named.items() if each.target == target]
-            for name in names:
-                self._add(name, named[name].connection)
-                routes.append(self._add_delay(name, named[name], place))
-                if name == names[0]:
-                    self._add(target, populations[target])
-        self._set_routes(routes)
-
-    def _add(self, name: str, module: nn.Module) -> None:
-        if not isinstance(name, str) or not name or "." in name:
-            raise ValueError(f"{name!r} is no name of a module; give one without dots")
-        if hasattr(self, name):
-            raise ValueError(f"{name!r} is already an attribute of the network; choose another name")
-        self.add_module(name, module)
-
-    def _add_delay(self, name: str, projection: Projection, place: Mapping[str, int]) -> Route:
-        """Registers the delays of a projection, and returns it as a route; ``place``: the numbers of populations."""
-        delays, connection = torch.as_tensor(projection.delay, device="cpu"), projection.connection
-        neurons: Any = connection.in_features
-        per_neuron = bool(delays.dim()) or projection.max_delay is not None
-        if projection.learn_delay:
-            start = delays.float().expand(neurons).clone()
-            self.register_parameter(f"{name}_delay", nn.Parameter(start))
-        elif per_neuron:
-            self.register_buffer(f"{name}_delay", delays.long().expand(neurons).clone())
-        least = 0 if projection.learn_delay else int(delays.min())
-        return Route(name, place[projection.source], place[projection.target], least, projection.most, per_neuron)
-
-    def _set_routes(self, routes: list[Route]) -> None:
-        learned = [each.name for each in routes if isinstance(getattr(self, f"{each.name}_delay", None), nn.Parameter)]
-        self._routes = checked_routes(routes, learned, self.populations)
-        self._to = [[route for route in self._routes if route.target == number] for number in range(self.depth)]
 
     @property
     def steps(self) -> torch.Tensor:
@@ -192,41 +147,6 @@ class SpikingNetwork(nn.Module):
     def _scale(self) -> float:
         """What the output of kept neurons is multiplied by."""
         return DRAWS / (DRAWS - self._drops)
-
-    def connections(self) -> dict[str, G2GLinear]:
-        """All connections by name, from the input to the output."""
-        modules: dict[str, Any] = self._modules
-        return {route.name: modules[route.name] for route in self._routes}
-
-    def neurons(self) -> dict[str, SpikingNeurons]:
-        """The neurons of each population by name, the output last."""
-        modules: dict[str, Any] = self._modules
-        return {name: modules[name] for name in self.populations}
-
-    def routes(self) -> list[Route]:
-        """The projections, as numbers of populations and bounds of delays."""
-        return list(self._routes)
-
-    def delays(self, name: str) -> torch.Tensor:
-        """The delays of the connection ``name`` as they act, int64 [N_src]."""
-        (route,) = [route for route in self._routes if route.name == name]
-        delay = self._delay(route)
-        if delay is not None and delay.steps is not None:
-            return delay.steps
-        return torch.full((self.sizes[route.source],), route.most)
-
-    def _delay(self, route: Route) -> Delay | None:
-        """The delays of a projection as operators take them; None: none."""
-        if not route.most:
-            return None
-        if not route.per_neuron:
-            return Delay(route.least, route.most)
-        delays: torch.Tensor = getattr(self, f"{route.name}_delay")
-        if not delays.dtype.is_floating_point:
-            return Delay(route.least, route.most, delays)
-        steps = delays.detach().clamp(route.least, route.most).round().long()
-        # what is not a number has some delay
-        return Delay(route.least, route.most, steps.clamp(route.least, route.most), delays)
 
     def drop(self, samples: int, generator: torch.Generator | None = None) -> list[torch.Tensor]:
         """Draws the neurons that are dropped in each sample: bool [samples, N] for each population but the output.
@@ -312,9 +232,14 @@ class SpikingNetwork(nn.Module):
                     f"{what} was given to a network whose modules are called in turn, and they return spikes only "
                     f"({reason}); take single steps with step(x, state)"
                 )
-            activity = self._of_called(inputs, of_layers, steps, reason, spikes)
+            self.calls_layers = True
+            try:
+                activity = run_called(inputs, self._called(), of_layers, self._scale, steps, reason, spikes)
+            finally:
+                self.calls_layers = False
         if self._activity_hooks:
-            self._call_hooks(list(self._activity_hooks.values()), inputs, activity, state)
+            for hook in list(self._activity_hooks.values()):
+                hook(inputs, activity, state)
         return self._by_name(activity)
 
     def _by_name(self, activity: Activity) -> Activity:
@@ -415,32 +340,24 @@ class SpikingNetwork(nn.Module):
         """How many steps of each population, and at the end of the input, are part of a state."""
         return reaches_of([(route.source, self._delay(route)) for route in self._routes], self.depth)
 
-    def _call_hooks(
-        self, hooks: Sequence[ActivityHook], inputs: torch.Tensor, activity: Activity, state: StackState | None
-    ) -> None:
-        """Calls hooks after a run that continues ``state``."""
-        self._continued = state
-        try:
-            for hook in hooks:
-                hook(inputs, activity)
-        finally:
-            self._continued = None
-
-    def received(self, inputs: torch.Tensor, activity: Activity) -> list[tuple[nn.Module, Train, Train]]:
-        """For hooks: each connection, what it received in a run, and the spikes of the neurons that it leads to."""
+    def received(
+        self, inputs: torch.Tensor, activity: Activity, state: StackState | None = None
+    ) -> list[tuple[nn.Module, Train, Train]]:
+        """Each connection, what it received in a run that continued ``state``, and the spikes of the neurons that it
+        leads to."""
         trains: Any = activity.spikes.values() if isinstance(activity.spikes, dict) else activity.spikes
         spikes: list[Any] = [*trains, inputs.detach()]
-        states, sent = self._divided(self._continued)
+        states, sent = self._divided(state)
         modules: dict[str, Any] = self._modules
         received = []
         for route in self._routes:
             train, delay = spikes[route.source], self._delay(route)
             if delay is not None:
                 before = sent[route.source]
-                state = None if before is not None or route.source < 0 else as_one(states[route.source])
-                if state is not None:
+                own = None if before is not None or route.source < 0 else as_one(states[route.source])
+                if own is not None:
                     neurons = modules[self.populations[route.source]]
-                    before = (state[-1:] > neurons.population.parameters[-1]).detach()
+                    before = (own[-1:] > neurons.population.parameters[-1]).detach()
                 held = self.T if route.source < 0 and inputs.dim() == 2 else None
                 train = Later(train, delay, before, held)
             received.append((modules[route.name], train, spikes[route.target]))
@@ -466,25 +383,8 @@ class SpikingNetwork(nn.Module):
             readout=readout,
         )
 
-    def _of_called(
-        self,
-        inputs: torch.Tensor,
-        dropped: Sequence[torch.Tensor | None] | None,
-        steps: int | None,
-        reason: str,
-        spikes: bool,
-    ) -> Activity:
-        """The activity of a run by calls of the modules (:mod:`g2gnet.called_layers`)."""
-        self.calls_layers, called = True, self._called()
-        try:
-            trains = spikes_of_called(inputs, called, dropped, self._scale, steps, reason)
-        finally:
-            self.calls_layers = False
-        activity = activity_of(trains, None, differentiable=spikes)
-        return replaced(activity, synapses=synapses_of_called(inputs, called, trains, steps))
-
     def register_activity_hook(self, hook: ActivityHook) -> RemovableHandle:
-        """Calls ``hook(inputs, activity)`` after every :meth:`simulate`, until the handle's ``remove()``."""
+        """Calls ``hook(inputs, activity, state)`` after every :meth:`simulate`, until the handle's ``remove()``."""
         handle = RemovableHandle(self._activity_hooks)
         self._activity_hooks[handle.id] = hook
         return handle
@@ -508,43 +408,23 @@ class SpikingNetwork(nn.Module):
             output, trains, after = step_of_called(x, self._called(), states, sent, self._readout == "counts")
         finally:
             self.calls_layers = False
-        if recorders:
-            self._call_hooks(recorders, x[None], activity_of(trains, None, differentiable=False), state)
+        for hook in recorders:
+            hook(x[None], activity_of(trains, None, differentiable=False), state)
         return output, after
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs [B, D] held for T steps, or [T, B, D] → logits [B, C]: the output's spike counts, or its readout."""
-        if not isinstance(x, torch.Tensor) and (node := symbolic_call(self, x)) is not None:
-            return node
         activity = self.simulate(x)  # not its property: torch.export of PyTorch 2.6 leaves that out of its graph
         return activity.counts if activity.readout is None else activity.readout
-
-    def to_networkx(self) -> Any:
-        """The whole network as a ``networkx.MultiDiGraph`` (:func:`g2gnet.graphs.to_networkx`)."""
-        return graphs.to_networkx(self)
-
-    def _repr_html_(self) -> str:
-        return graphs.to_html(self)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "steps"] = self.steps
 
-    def _as_loaded(self, route: Route) -> Route:
-        """A route whose least delay is that of the delays that it has now."""
-        delays = getattr(self, f"{route.name}_delay", None)
-        if delays is None or delays.dtype.is_floating_point or delays.is_meta:
-            return route
-        return route._replace(least=int(delays.min()))
-
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         *_, unexpected_keys, error_msgs = rest
-        for route in self._routes:
-            check_saved(state_dict, f"{prefix}{route.name}_delay", route, error_msgs)
         # it is no parameter: what was saved without it is loaded, and what was saved with another one is not
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if not error_msgs:
-            self._set_routes([self._as_loaded(route) for route in self._routes])
         key = prefix + "steps"
         if key in unexpected_keys:
             unexpected_keys.remove(key)

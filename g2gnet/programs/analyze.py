@@ -1,7 +1,6 @@
 """Prints what the neurons of a trained network do, layer by layer and group by group."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,7 +50,3 @@ def analyze(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     return run_program(build_parser(), analyze, argv, interrupted="nothing was written")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,7 +3,6 @@
 import argparse
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +77,3 @@ def crossval(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     return run_program(build_parser(), crossval, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -133,40 +133,26 @@ def add_settings_flags(parser: Parser, settings: type = TrainSettings, names: Co
     groups = {title: parser.add_argument_group(title) for title in GROUPS if title in present}
     for field in (field for field in fields if field.metadata["group"]):
         about, (flag_type, *_) = field.metadata, kinds_of[field.name]
-        group = groups[about["group"]]
-        text = parser.in_flags(about["text"])
-        if flag_type is bool and not about["several"]:
-            group.add_argument(f"--{field.name}", action="store_true", help=text)
-            continue
+        text, number = parser.in_flags(about["text"]), number_of(about, kinds_of[field.name])
+        options: dict[str, Any] = {"type": flag_type, "default": field.default}
+        options["metavar"] = about["metavar"] or METAVARS.get(flag_type)
         if about["several"]:
             some = "*" if flag_type is bool else "+"
-            default = "" if field.default is False else f" (default: {field.default})"
-            group.add_argument(
-                f"--{field.name}",
-                type=int,
-                nargs=some,
-                default=field.default,
-                metavar="N",
-                action=_Several,
-                help=text + default,
-            )
-            continue
-        if about["others"]:
+            options |= {"type": int, "nargs": some, "metavar": "N", "action": _Several}
+        elif flag_type is bool:
+            options = {"action": "store_true"}
+        elif about["others"]:
             text += f": {', '.join(about['choices'])}, or {about['others'].text} of your own"
-        number = number_of(about, kinds_of[field.name])
-        if number and number.range:
+            options["metavar"] = "NAME"
+        elif about["choices"]:
+            options |= {"choices": about["choices"], "metavar": None}
+        elif flag_type is str:
+            options["type"] = file_name
+        elif number and number.range:
             text += f"; {number.range}"
-        if field.default is not None:
+        if field.default is not None and field.default is not False:
             text += f" (default: {field.default})"
-        metavar = "NAME" if about["others"] else None if about["choices"] else METAVARS[flag_type]
-        group.add_argument(
-            f"--{field.name}",
-            type=file_name if flag_type is str and not about["choices"] else flag_type,
-            default=field.default,
-            choices=None if about["others"] else about["choices"],
-            metavar=about["metavar"] or metavar,
-            help=text,
-        )
+        groups[about["group"]].add_argument(f"--{field.name}", help=text, **options)
 
 
 def add_machine_flags(parser: argparse.ArgumentParser, kernels: bool = True, results: bool = True) -> Any:

@@ -47,9 +47,7 @@ def run_program(
             stream.reconfigure(errors="replace")  # a pipe on Windows has a code page without the lines of our tables
     arguments = parser.parse_args(argv)
     tqdm.set_lock(threading.RLock())  # the usual one is the system's, and left behind by a process that is killed
-    handler = _BesideBars()
-    handler.setFormatter(_InFlags(parser))
-    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    logging.basicConfig(handlers=[_Messages(parser)], format="%(message)s", level=logging.WARNING)
     json_file = getattr(arguments, "json", None)
     try:
         if rank() == 0:
@@ -114,18 +112,16 @@ def _fail(parser: Parser, error: Exception, status: int) -> int:
     return status
 
 
-class _BesideBars(logging.StreamHandler):
-    """Messages of loggers on lines of their own, where a progress bar is on the terminal too."""
+class _Messages(logging.StreamHandler):
+    """Messages of loggers with the program's flags, on lines of their own where a progress bar is on the terminal."""
 
-    def emit(self, record: logging.LogRecord) -> None:
-        with tqdm.external_write_mode(file=self.stream):
-            super().emit(record)
-
-
-class _InFlags(logging.Formatter):
     def __init__(self, parser: Parser) -> None:
         super().__init__()
         self._parser = parser
 
     def format(self, record: logging.LogRecord) -> str:
         return self._parser.in_flags(super().format(record))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)

@@ -5,7 +5,6 @@ logs/cifar10/resnet32/default.log).
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from g2gnet.programs.main import run_program
 from g2gnet.settings import setting, with_default
 from g2gnet.training import run_epochs
 from g2gnet.training.checkpoints import RunFiles, read_checkpoint
-from g2gnet.training.epochs import EpochTrainer, Progress, StepResult
+from g2gnet.training.epochs import EpochTrainer
 from g2gnet.training.run_settings import RunSettings
 from g2gnet.training.saved_state import load_model
 
@@ -58,11 +57,7 @@ class PretrainTrainer(EpochTrainer):
         self.optimizer = torch.optim.SGD(self.net.parameters(), nesterov=True, **options)
         self._watch(settings.lr)
 
-    def _no_progress(self) -> Progress:
-        zero = torch.zeros((), device=self.device)
-        return Progress(zero, zero.clone())
-
-    def _train_step(self, index: torch.Tensor) -> StepResult:
+    def _train_step(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
         generator = stream(self.settings.seed, "augment", self.step, device=draw_device(self.device))
         labels = self.data.train_labels[index]
         logits = self.net(random_crop_and_flip(self.data.train_images[index], generator))
@@ -72,9 +67,9 @@ class PretrainTrainer(EpochTrainer):
         self._finite.note(loss.detach())
         self.optimizer.step()
         self._stepped()
-        return StepResult(loss.detach(), (logits.argmax(1) == labels).sum())
+        return {"loss": loss.detach() * len(index), "correct": (logits.argmax(1) == labels).sum()}
 
-    def _measures(self, progress: Progress) -> tuple[dict[str, float], dict[str, Any]]:
+    def _measures(self, progress: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
         return {f"{part}_acc": self._accuracy(self.net, part) for part in self.judges}, {}
 
     def test(self, state: dict[str, Any]) -> float:
@@ -125,7 +120,3 @@ def pretrain(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     return run_program(build_parser(), pretrain, argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

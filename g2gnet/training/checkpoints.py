@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from g2g_kernels.numbers import Number
 from g2gnet.base import files
@@ -86,13 +86,6 @@ def compared(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
         for name in sorted({*theirs, *ours})
         if theirs.get(name, "not set") != ours.get(name, "not set")
     ]
-
-
-class Checkpoint(NamedTuple):
-    """A checkpoint and the file it was read from."""
-
-    path: Path
-    state: dict[str, Any]
 
 
 class RunFiles:
@@ -189,10 +182,10 @@ class RunFiles:
         self._check_settings(self.best, state["settings"], settings)
         return state
 
-    def load_checkpoint(self, settings: RunSettings) -> Checkpoint | None:
-        """The checkpoint on the CPU; if it is damaged or missing, the previous one; None if there is none. Settings
-        that it lacks have their default. Raises CheckpointError if neither is usable, or it was made with different
-        settings.
+    def load_checkpoint(self, settings: RunSettings) -> tuple[Path, dict[str, Any]] | None:
+        """The file and the content of the checkpoint, on the CPU; if it is damaged or missing, of the previous one;
+        None if there is none. Settings that it lacks have their default. Raises CheckpointError if neither is usable,
+        or it was made with different settings.
         """
         problems = []
         for path in filter(Path.exists, (self.checkpoint, self.previous)):
@@ -205,7 +198,7 @@ class RunFiles:
             self._whole = path == self.checkpoint
             if problems:
                 warn(f"{problems[0]} Using the previous checkpoint.")
-            return Checkpoint(path, state)
+            return path, state
         if problems:
             raise CheckpointError(
                 f"{' '.join(problems)} Nothing was changed; move {self.names()} away to start over, or give another "
@@ -281,11 +274,11 @@ class RunFiles:
             f"or delete {self.names()} to start over."
         )
 
-    def check_data(self, checkpoint: Checkpoint, fingerprint: str) -> None:
-        """Raises CheckpointError unless the checkpoint is that of a run on the data with this fingerprint."""
-        if (theirs := checkpoint.state.get("data")) != fingerprint:
+    def check_data(self, path: Path, theirs: str | None, fingerprint: str) -> None:
+        """Raises CheckpointError unless the checkpoint is of a run on the data with this fingerprint."""
+        if theirs != fingerprint:
             raise CheckpointError(
-                f"{checkpoint.path} belongs to a run on different data: their SHA-256 is {theirs} there, {fingerprint} "
+                f"{path} belongs to a run on different data: their SHA-256 is {theirs} there, {fingerprint} "
                 "now.\nGive the directory with the original data as `data_dir`, give another `checkpoint_dir` than "
                 f"{self.directory}, or delete {self.names()} to start over."
             )

@@ -1,11 +1,10 @@
 """The loop of every trainer: epochs of steps on shuffled batches, with progress to resume from."""
 
-import dataclasses
 import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -13,50 +12,13 @@ from torch import nn
 from g2gnet.base.schedules import SCHEDULES
 from g2gnet.base.seeding import stream
 from g2gnet.data import ImageData
-from g2gnet.training.checkpoints import check_number
 from g2gnet.training.held_out import held_out
 from g2gnet.training.numerical_checks import CHECK_INTERVAL, FiniteWatch
 from g2gnet.training.run_settings import RunSettings
-from g2gnet.training.saved_state import check_like, check_position, load_model, load_optimizer
+from g2gnet.training.saved_state import check_like, check_position, check_progress, load_model, load_optimizer
 
 #: called after each training step with the number of images so far in the epoch, and their mean loss and accuracy
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
-
-
-class StepResult(NamedTuple):
-    """The result of a step on a batch: the mean loss of the images and how many are classified correctly, scalars."""
-
-    loss: torch.Tensor
-    correct: torch.Tensor
-
-
-@dataclasses.dataclass
-class Progress:
-    """The sums over the steps of an unfinished epoch; saved with it, so its record covers all its steps."""
-
-    loss: torch.Tensor  # Σ over images of the loss, a scalar
-    correct: torch.Tensor  # correctly classified images, a scalar
-    seconds: float = 0.0  # that have passed
-    cpu_seconds: float = 0.0  # of processor time, all threads together
-
-    def add(self, result: Any, images: int) -> None:
-        """Adds a step on so many images."""
-        self.loss += result.loss * images
-        self.correct += result.correct
-
-    def load(self, saved: dict[str, Any]) -> None:
-        """Takes the sums that ``vars`` of another gave; raises an exception in ``UNFIT`` if they do not fit."""
-        for name, value in vars(self).items():
-            if isinstance(value, dict):  # of units, of which gradual pruning may have left fewer
-                for key, now in value.items():
-                    then = saved[name][key]
-                    like = now.new_empty(then.numel()) if isinstance(then, torch.Tensor) else now
-                    value[key] = check_like(f"progress/{name}/{key}", then, like, low=0)
-            elif isinstance(value, torch.Tensor):
-                setattr(self, name, check_like(f"progress/{name}", saved[name], value, low=0))
-            else:
-                check_number(f"progress/{name}", saved[name], low=0)
-                setattr(self, name, saved[name])
 
 
 class EpochTrainer(ABC):
@@ -71,7 +33,9 @@ class EpochTrainer(ABC):
         held_out: with ``settings.validation``, which training images are held out, int64 [n].
         judges: the images that each epoch is tested on, ``"val"`` and ``"test"`` or one of them.
         epoch, step: how many epochs and steps are finished.
-        progress: of a started epoch.
+        progress: of a started epoch, the sums over its steps, which are saved with it, so that its record covers all of
+            them: of the loss and of correctly classified images over all images, scalars, ``seconds`` that have passed,
+            ``cpu_seconds`` of processor time, all threads together, and what the subclass adds.
     """
 
     #: the optimizer's tensors for each parameter
@@ -93,7 +57,7 @@ class EpochTrainer(ABC):
         self.judges = ("val",) * (data.val_images is not None) + ("test",) * (self.held_out is None)
         self.epoch = 0
         self.step = 0
-        self.progress: Any = None  # a Progress of the subclass's kind
+        self.progress: dict[str, Any] | None = None
         self._seed, self._batch_size = settings.seed, settings.batch_size
         self._batches = math.ceil(len(self.data.train_labels) / settings.batch_size)
         self._steps = settings.epochs * self._batches
@@ -104,16 +68,17 @@ class EpochTrainer(ABC):
         self._finite = FiniteWatch(self.net, self.device)
 
     @abstractmethod
-    def _train_step(self, index: torch.Tensor) -> Any:
-        """One step on the images of a batch, which calls ``_stepped``; its result, as a :class:`StepResult`."""
+    def _train_step(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One step on the images of a batch, which calls ``_stepped``; what it adds to the ``progress``."""
 
     @abstractmethod
-    def _no_progress(self) -> Progress:
-        """The progress before the first step of an epoch."""
-
-    @abstractmethod
-    def _measures(self, progress: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    def _measures(self, progress: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
         """After an epoch, the accuracies on the images that are not trained on, and the rest of its record."""
+
+    def _no_progress(self) -> dict[str, Any]:
+        """The progress before the first step of an epoch."""
+        zero = torch.zeros((), device=self.device)
+        return {"loss": zero, "correct": zero.clone(), "seconds": 0.0, "cpu_seconds": 0.0}
 
     @abstractmethod
     def test(self, state: dict[str, Any]) -> float:
@@ -126,7 +91,7 @@ class EpochTrainer(ABC):
             **({} if self.held_out is None else {"held_out": self.held_out}),
             "epoch": self.epoch,
             "step": self.step,
-            "progress": vars(self.progress) if self.progress else None,
+            "progress": self.progress,
             "model": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
@@ -143,8 +108,7 @@ class EpochTrainer(ABC):
         self._finite.resume(self.step)
         self.progress = None
         if state["progress"] is not None:
-            self.progress = self._no_progress()
-            self.progress.load(state["progress"])
+            self.progress = check_progress(state["progress"], self._no_progress())
 
     def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, Any]:
         """Trains for one epoch, or what is left of it, evaluates, and returns its record. An exception of ``on_step``
@@ -160,26 +124,27 @@ class EpochTrainer(ABC):
             index = order[first : first + size]
             if self.lr_schedule != "constant" or self.lr_warmup:
                 self._set_lr()
-            progress.add(self._train_step(index), len(index))
-            progress.seconds += time.perf_counter() - start
-            progress.cpu_seconds += time.process_time() - cpu_start
+            for name, added in self._train_step(index).items():
+                progress[name] += added
+            progress["seconds"] += time.perf_counter() - start
+            progress["cpu_seconds"] += time.process_time() - cpu_start
             if on_step:
                 seen = first + len(index)
-                on_step(seen, progress.loss / seen, progress.correct / seen)
+                on_step(seen, progress["loss"] / seen, progress["correct"] / seen)
         start = time.perf_counter()
         self._finite.check()
-        train_loss = progress.loss.item() / count
-        seconds = progress.seconds + time.perf_counter() - start
+        train_loss = progress["loss"].item() / count
+        seconds = progress["seconds"] + time.perf_counter() - start
         self.epoch += 1
         self.progress = None
         accuracies, others = self._measures(progress)
         return {
             "epoch": self.epoch,
             "train_loss": train_loss,
-            "train_acc": progress.correct.item() / count,
+            "train_acc": progress["correct"].item() / count,
             **accuracies,
             "seconds": round(seconds, 3),
-            "cpu_seconds": round(progress.cpu_seconds, 3),
+            "cpu_seconds": round(progress["cpu_seconds"], 3),
             "samples_per_s": round(count / seconds, 1),
             **others,
         }

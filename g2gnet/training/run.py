@@ -17,7 +17,7 @@ from g2gnet.base.seeding import make_deterministic
 from g2gnet.base.tensor_files import TensorFileError
 from g2gnet.data import ImageData
 from g2gnet.inspect import ANALYSIS_SAMPLES, NetworkAnalysis, analyze_network
-from g2gnet.training.checkpoints import Checkpoint, CheckpointError, RunFiles, check_history, compared
+from g2gnet.training.checkpoints import CheckpointError, RunFiles, check_history, compared
 from g2gnet.training.epochs import EpochTrainer
 from g2gnet.training.held_out import best_of, out_of_patience
 from g2gnet.training.interruption import Interrupted, StopSignals
@@ -131,7 +131,7 @@ def run_epochs(
         make_deterministic(settings.seed)
         run = _UnfinishedRun(settings, make_trainer(), files, machine)
         if checkpoint is not None:
-            run.resume(checkpoint)
+            run.resume(*checkpoint)
         world.first(lambda: files.write_history(run.history))
         run.snapshot()  # not kept: it only checks that all processes start with the same network
         with StopSignals() as signals:
@@ -172,10 +172,10 @@ class _UnfinishedRun(Generic[TrainerT]):
     def result(self) -> dict[str, Any]:
         return {**self.history[-1], **self.tested}
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Goes on after the step of the checkpoint."""
-        self.files.check_data(checkpoint, self.data)
-        state, trainer = checkpoint.state, self.trainer
+    def resume(self, path: Path, state: dict[str, Any]) -> None:
+        """Goes on after the step of the checkpoint with this content."""
+        self.files.check_data(path, state.get("data"), self.data)
+        trainer = self.trainer
         try:
             trainer.load_state_dict(state)
             self.history = state["history"]
@@ -185,10 +185,10 @@ class _UnfinishedRun(Generic[TrainerT]):
             differing = compared(state["versions"], self.versions)
         except UNFIT as error:
             raise CheckpointError(
-                f"{checkpoint.path} does not fit the network it names ({error}). It was not changed; move it away, "
+                f"{path} does not fit the network it names ({error}). It was not changed; move it away, "
                 f"or give another `checkpoint_dir` than {self.files.directory}."
             ) from error
-        say(f"resuming {checkpoint.path} after epoch {trainer.epoch}, step {trainer.step}")
+        say(f"resuming {path} after epoch {trainer.epoch}, step {trainer.step}")
         if unsaved:
             self.world.first(lambda: self.files.save_best(state))
         if differing and self.world.leads:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from g2g_kernels import BlockMask
-from g2g_kernels.mask.wiring import read_row
 from g2gnet.network import G2GNet
 from g2gnet.settings import SettingsError
 from g2gnet.training.checkpoints import CheckpointError, check_history, check_number, check_tested, read_checkpoint
@@ -78,18 +77,11 @@ class SavedRun:
     @_as_trained()
     def initial_network(self, backend: str | None = None) -> G2GNet:
         """The network before the first step, on the CPU."""
-        hidden = self.settings.hidden_sizes
-        (*found, num_classes), (input_dim, *_) = zip(
-            *[self._sizes(f"fc{n}") for n in range(1, len(hidden) + 2)], strict=True
-        )
-        if tuple(found) != hidden:  # the settings alone could require any amount of memory
+        shapes = [mask.shape for name, mask in self.masks().items() if name.startswith("fc")]
+        *found, num_classes = [outputs for outputs, _ in shapes]
+        if tuple(found) != self.settings.hidden_sizes:  # the settings alone could require any amount of memory
             raise ValueError(f"hidden_dim is {self.settings.hidden_dim}, the network has {', '.join(map(str, found))}")
-        return build_network(self.settings, input_dim, num_classes, backend)
-
-    def _sizes(self, layer: str) -> tuple[int, int]:
-        """(out, in) of a layer of the network."""
-        wiring = read_row(self.state[f"{layer}.mask.wiring"])
-        return wiring.out_layout.size, wiring.in_layout.size
+        return build_network(self.settings, shapes[0][1], num_classes, backend)
 
     def network(self, device: torch.device | str = "cpu", backend: str | None = None) -> G2GNet:
         """The network as it was saved: after the last finished epoch, or after ``step`` of an interrupted one."""

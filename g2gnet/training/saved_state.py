@@ -33,6 +33,23 @@ def check_like(name: str, saved: Any, like: torch.Tensor, low: float = -math.inf
     return saved.to(like.device)
 
 
+def check_progress(saved: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
+    """The saved progress of an epoch, whose entries must be like ``mine``; else an exception in ``UNFIT``."""
+    found: dict[str, Any] = {}
+    for name, like in mine.items():
+        then, place = saved[name], f"progress/{name}"
+        if isinstance(like, dict):  # of units, of which gradual pruning may have left fewer
+            for key, units in like.items():
+                shape = then[key].numel() if isinstance(then[key], torch.Tensor) else len(units)
+                found.setdefault(name, {})[key] = check_like(f"{place}/{key}", then[key], units.new_empty(shape), 0)
+        elif isinstance(like, torch.Tensor):
+            found[name] = check_like(place, then, like, low=0)
+        else:
+            check_number(place, then, low=0)
+            found[name] = then
+    return found
+
+
 def load_model(model: nn.Module, saved: dict[str, Any]) -> None:
     """Loads the state of ``model``, dtypes included, which PyTorch would convert; else an exception in ``UNFIT``."""
     for name, like in model.state_dict().items():

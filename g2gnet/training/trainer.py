@@ -1,7 +1,6 @@
 """The optimisation of one network: steps, epochs, evaluation, and a state to resume from."""
 
 import copy
-import dataclasses
 import logging
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from g2gnet.neurons import AdLIF
 from g2gnet.settings import SettingsError
 from g2gnet.training.captured_step import CapturedStep
 from g2gnet.training.checkpoints import check_number
-from g2gnet.training.epochs import EpochTrainer, Progress, StepCallback
+from g2gnet.training.epochs import EpochTrainer, StepCallback
 from g2gnet.training.evaluation import autocast, build_network, run_images
 from g2gnet.training.least_memory import check_memory
 from g2gnet.training.machine import Machine
@@ -42,22 +41,6 @@ logger = logging.getLogger("g2gnet")
 ONE_THREAD_UPDATE = 1_000_000
 #: squares of numbers up to this can be summed in float32
 _SQUARED = 1e15
-
-
-class _StepResult(NamedTuple):
-    """Results of a step on a batch: the mean cross-entropy, a scalar; the number of correctly classified images, a
-    scalar; and the mean rate of each neuron, layer after layer [2·H + C]."""
-
-    loss: torch.Tensor
-    correct: torch.Tensor
-    firing_rates: torch.Tensor
-
-    def summed(self, world: World) -> "_StepResult":
-        """The sum over the processes, sent as one tensor."""
-        if world.size == 1:
-            return self
-        sums = world.sum_(torch.cat([part.reshape(-1) for part in self]))
-        return _StepResult(sums[0], sums[1], sums[2:])
 
 
 class _Simulation(nn.Module):
@@ -85,18 +68,6 @@ class Evaluation(NamedTuple):
     multiplies: dict[str, float]
 
 
-@dataclasses.dataclass(kw_only=True)
-class NetworkProgress(Progress):
-    """The sums over the steps of an unfinished epoch, and the units when it began."""
-
-    firing_rates: torch.Tensor  # Σ over images of the rate of each neuron, layer after layer [2·H + C]
-    units: dict[str, torch.Tensor]  # of each connection, bool [block rows, block columns]
-
-    def add(self, result: _StepResult, images: int) -> None:
-        super().add(result, images)
-        self.firing_rates += result.firing_rates * images
-
-
 class Trainer(EpochTrainer):
     """Trains one :class:`G2GNet` on one data set, and rewires it (:class:`~g2gnet.training.epochs.EpochTrainer`).
 
@@ -105,7 +76,8 @@ class Trainer(EpochTrainer):
     that of ``machine``.
 
     Attributes:
-        net: the network that is trained.
+        net: the network that is trained. To the ``progress`` of an epoch it adds ``firing_rates``, Σ over images of the
+            rate of each neuron, layer after layer [2·H + C], and ``units``, those of each connection as it began.
         tested: what is tested, analysed and saved as the run's network: ``net``, or with ``settings.average`` its
             average, which is rewired with it.
 
@@ -124,7 +96,6 @@ class Trainer(EpochTrainer):
     """
 
     net: G2GNet
-    progress: NetworkProgress | None
     optimizer_state = ("step", "exp_avg", "exp_avg_sq")
 
     def __init__(self, settings: TrainSettings, data: ImageData, machine: Machine) -> None:
@@ -288,9 +259,9 @@ class Trainer(EpochTrainer):
         # their sum, where DistributedDataParallel itself averages them
         self._parallel.register_comm_hook(self.world, World.sum_gradients)
 
-    def _no_progress(self) -> NetworkProgress:
-        zero, firing_rates = torch.zeros((), device=self.device), torch.zeros(sum(self._neurons), device=self.device)
-        return NetworkProgress(zero, zero.clone(), firing_rates=firing_rates, units=self._units())
+    def _no_progress(self) -> dict[str, Any]:
+        firing_rates = torch.zeros(sum(self._neurons), device=self.device)
+        return {**super()._no_progress(), "firing_rates": firing_rates, "units": self._units()}
 
     def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, Any]:
         if self.world.leads:
@@ -298,9 +269,9 @@ class Trainer(EpochTrainer):
             self._layers.check_classes(name, last.mask.fan_in())
         return super().train_epoch(on_step)
 
-    def _measures(self, progress: NetworkProgress) -> tuple[dict[str, float], dict[str, Any]]:
+    def _measures(self, progress: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
         count = len(self.data.train_labels)
-        rates = {f"lif{i}": counts for i, counts in enumerate(progress.firing_rates.split(self._neurons), 1)}
+        rates = {f"lif{i}": counts for i, counts in enumerate(progress["firing_rates"].split(self._neurons), 1)}
         if self.settings.readout != "counts":
             rates.popitem()  # the last layer has no spikes
         firing_rate = {name: counts.mean().item() / count for name, counts in rates.items()}
@@ -323,11 +294,11 @@ class Trainer(EpochTrainer):
             "units_pruned": self.dst.pruned if self.dst else 0,
             "units_grown": self.dst.grown if self.dst else 0,
             # of the units that existed when this epoch began, and when training began
-            "units_kept": self._kept(progress.units),
+            "units_kept": self._kept(progress["units"]),
             "initial_units_kept": self._kept(self._initial_units),
         }
 
-    def _train_step(self, index: torch.Tensor) -> _StepResult:
+    def _train_step(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
         self.world.stage = f"step {self.step + 1}"
         labels = self.data.train_labels[index]
         images = self.data.train_images[index]
@@ -352,7 +323,7 @@ class Trainer(EpochTrainer):
             drawn = self.net.drop(len(index), self._stream("dropout", self.step))
             dropped = [each[part].to(self.device) for each in drawn]
         # target and share are constants of a captured step
-        result, activity = learn(inputs, labels, target, len(labels) / len(index), dropped)
+        results, activity = learn(inputs, labels, target, len(labels) / len(index), dropped)
         runtime.tell_compiled()
         self._stepped()
         if self.settings.average is not None:
@@ -361,7 +332,8 @@ class Trainer(EpochTrainer):
                 average.data.lerp_(now.data, share)
         if self.dst and self.dst.step(inputs, activity) and self.settings.final_density is not None:
             self._follow_weights()
-        return result
+        loss, correct, firing_rates = results[0], results[1], results[2:]
+        return {"loss": loss * len(index), "correct": correct, "firing_rates": firing_rates * len(index)}
 
     def _learn(
         self,
@@ -370,9 +342,10 @@ class Trainer(EpochTrainer):
         target: RateTarget | None,
         share: float,
         dropped: list[torch.Tensor] | None,
-    ) -> tuple[_StepResult, Activity]:
+    ) -> tuple[torch.Tensor, Activity]:
         """Forward pass, loss, backward pass, update, without waiting for the device, so it can be captured. This
-        process has a ``share`` of the batch. Returns the result for the whole of it, and the activity on its part."""
+        process has a ``share`` of the batch. Returns of the whole batch the mean cross-entropy, the number of correctly
+        classified images and each neuron's mean rate, layer after layer [2 + 2·H + C]; and the activity on its part."""
         with autocast(self.settings, self.device):
             activity = (self._parallel or self.net.simulate)(inputs, chunk=self.settings.chunk, dropped=dropped)
         loss = F.cross_entropy(activity.output, labels, label_smoothing=self.settings.label_smoothing)
@@ -384,14 +357,15 @@ class Trainer(EpochTrainer):
         objective.backward()
         with torch.no_grad():
             correct = (activity.output.argmax(1) == labels).sum().to(loss.dtype)
-            firing_rates = share * torch.cat(activity.rates)
-            result = _StepResult(share * loss, correct, firing_rates).summed(self.world)
-            self._finite.note(result.loss)  # before a gradient that is not finite is scaled into all others
+            results = self.world.sum_(
+                torch.cat([torch.stack([share * loss, correct]), *[share * r for r in activity.rates]])
+            )
+            self._finite.note(results[0])  # before a gradient that is not finite is scaled into all others
             if self.settings.clip_grad_norm is not None:
                 self._clip_gradient(self.settings.clip_grad_norm)
         self._update()
         self.optimizer.zero_grad(set_to_none=True)  # a graph would get copies of those with which it begins
-        return result, activity
+        return results, activity
 
     def _clip_gradient(self, largest: float) -> None:
         """Scales the gradient down to that norm, also one whose squares overflow: ``clip_grad_norm_`` makes that 0."""

@@ -253,7 +253,7 @@ def test_units_are_rewired_as_without_hooks(prune_rule, grow):
 
 def test_activity_hooks_are_called_once():
     net, seen = net_of(), []
-    net.register_activity_hook(lambda inputs, activity: seen.append(activity))
+    net.register_activity_hook(lambda inputs, activity, state: seen.append(activity))
     net.lif3.register_forward_hook(nothing)
     counts = net(SAMPLES)
     assert len(seen) == 1

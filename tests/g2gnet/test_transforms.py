@@ -1,4 +1,4 @@
-"""Layers and networks under torch.func, batched gradients, torch.jit.trace, torch.fx and torch.device("meta")."""
+"""Layers and networks under torch.func, batched gradients, torch.jit.trace and torch.device("meta")."""
 
 import copy
 import functools
@@ -182,25 +182,6 @@ def test_a_trace_holds_plain_operations_unless_a_backend_is_named(backend):
     assert "aten::" in graph
     assert "g2g::" not in graph
     assert "PythonOp" not in graph
-
-
-# --- torch.fx -----------------------------------------------------------------------------------------------------
-
-
-def test_layers_and_networks_are_leaves_of_a_symbolic_trace():
-    net = net_of()
-    of_layers = nn.Sequential(net.fc1, net.lif1, nn.Linear(40, 3))
-    for model, x in ((nn.Sequential(net, nn.Linear(10, 3)), SAMPLES), (of_layers, SAMPLES.expand(STEPS, 5, 30))):
-        graph = torch.fx.symbolic_trace(model)
-        called = [node.target for node in graph.graph.nodes if node.op == "call_module"]
-        assert called == [name for name, _ in model.named_children()]
-        assert torch.equal(graph(x), model(x))
-
-
-@pytest.mark.parametrize("module", [net_of(), net_of().fc1, LIF()], ids=["network", "layer", "neurons"])
-def test_a_symbolic_trace_of_a_leaf_itself_is_refused_with_the_remedy(module):
-    with pytest.raises(NotImplementedError, match=r"which is a leaf of a graph; trace a module that contains it"):
-        torch.fx.symbolic_trace(module)
 
 
 # --- torch.device("meta") -----------------------------------------------------------------------------------------

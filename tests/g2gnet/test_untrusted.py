@@ -315,7 +315,7 @@ def trained():
 def test_a_resume_believes_no_count_and_no_scale_of_a_file(trained, name, value, message):
     images, state = trained
     trainer = Trainer(TRAINER, images, Machine(torch.device("cpu")))
-    inside = {**state, "epoch": 0, "progress": vars(trainer._no_progress())}  # after the only step of the first epoch
+    inside = {**state, "epoch": 0, "progress": trainer._no_progress()}  # after the only step of the first epoch
     trainer.load_state_dict(inside)
     with pytest.raises(ValueError, match=message):
         trainer.load_state_dict(replaced(inside, name, value))

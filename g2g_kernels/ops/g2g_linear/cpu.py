@@ -57,7 +57,6 @@ class _Arguments:
                 tensor.dtype in dtypes and tensor.is_contiguous() and tensor.device.type == "cpu"
             ):
                 raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU; x may be bfloat16")
-        call.check()
         given = {
             "values": pointer(values),
             "bias": pointer(bias),

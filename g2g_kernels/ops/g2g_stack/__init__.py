@@ -4,7 +4,7 @@ One operator for the whole stack lets a backend choose what passes between the l
 neurons) and how long each tensor lives.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -103,9 +103,9 @@ def g2g_stack(
                 _passed.add(signature)
     steps = None if steps is None else int(steps)
     if chunk is None:
-        activity = _chosen(x, layers, steps, tensors, backend, spikes, before)(x, layers, steps)
+        activity = _run(x, layers, steps, before, backend, spikes, tensors)
     else:
-        activity = in_chunks(x, layers, steps, chunk, partial(_run, backend), before)
+        activity = in_chunks(x, layers, steps, chunk, partial(_run, backend=backend), before)
     if torch.compiler.is_compiling():
         return activity
     assert activity.states is not None
@@ -228,44 +228,61 @@ def _check_like(name: str, state: torch.Tensor, x: torch.Tensor) -> None:
         raise ValueError(f"{name} is {state.dtype}, those of x in {x.dtype} are {dtype}; give state.to({dtype})")
 
 
-def _chosen(
+def _run(
     x: torch.Tensor,
     layers: Sequence[SpikingLayer],
     steps: int | None,
-    tensors: Sequence[torch.Tensor],
+    before: torch.Tensor | None,
     backend: str | None,
     spikes: bool = False,
-    before: torch.Tensor | None = None,
-    is_part: bool = False,
-) -> Callable[[torch.Tensor, Sequence[SpikingLayer], int | None], Activity]:
-    """What runs a call with these ``tensors``, or (``is_part``) a part of it: all layers at once, or the operators in
-    turn if something of each layer is wanted, a derivative that no kernel computes, or a graph that is no chain."""
-    plain = is_transformed() or has_tangent(tensors)
+    tensors: Sequence[torch.Tensor] | None = None,
+) -> Activity:
+    """Runs a call with these ``tensors``, or (None) a part of it, where other derivatives may be wanted: all layers at
+    once, or the operators in turn if something of each layer is wanted, a derivative that no kernel computes, or a
+    graph that is no chain. The states of dropped neurons are 0."""
+    plain = is_transformed() or has_tangent(opened((x, before, *layers))[0] if tensors is None else tensors)
     late = any([layer.delay is not None for layer in layers])
     # what delays carry from part to part has a gradient
-    carried = late and (is_part or any([layer.sent is not None and layer.sent.requires_grad for layer in layers]))
+    carried = late and (
+        tensors is None or any([layer.sent is not None and layer.sent.requires_grad for layer in layers])
+    )
     together = not is_chain(layers) or carried or (late and _reads_states(layers))
     observed, shown, drops = plain or together, spikes, False
     for layer in layers:
         shown = shown or layer.membranes
         observed = observed or layer.observers != (None, None)
         drops = drops or layer.dropped is not None
-    run: Callable[..., Activity]
     if not observed and (shown or late):  # the Triton kernels show spikes and membranes, but know no delays
         observed = (shown and late) or shown != operator.prefers("triton", x, layers, steps, backend=backend)
+    if drops:
+        layers = [_silenced(layer) for layer in layers]
     if together and not (plain or shown or is_traced()) and graph.serves(x, layers, steps, backend):
-        run = partial(graph.g2g_graph, before)
+        activity = graph.g2g_graph(before, x, layers, steps)
     elif observed:
         linear = partial(g2g_linear, backend=backend)
         population = partial(_neurons_in_float32 if backend == "cpu" else run_neurons, backend=backend)
         loop_of = (lambda layer: None) if plain else partial(loop.loop_of, backend=backend)
-        run = partial(_in_turn, linear, population, loop_of, spikes, before)
+        turn = reference.in_turn(x, layers, steps, linear, population, before, loop_of)
+        activity = activity_of(*turn, differentiable=spikes)
     elif layers[0].delay is not None:
-        run = partial(_late, backend, before)
+        activity = _late(x, layers, steps, before, backend)
     else:
         run = operator.choose(x, layers, steps, backend=backend)
-        run = partial(run, spikes=True) if spikes else run
-    return partial(_silent, run) if drops else run
+        activity = run(x, layers, steps, spikes=True) if spikes else run(x, layers, steps)
+    if not drops or activity.states is None:
+        return activity
+    states = [
+        state if layer.dropped is None else state.masked_fill(layer.dropped, 0)
+        for state, layer in zip(activity.states, layers)  # noqa: B905
+    ]
+    return replaced(activity, states=tuple(states))
+
+
+def _silenced(layer: SpikingLayer) -> SpikingLayer:
+    """The layer from states in which those of dropped neurons are 0."""
+    if layer.dropped is None or layer.state is None:
+        return layer
+    return replaced(layer, state=layer.state.masked_fill(layer.dropped, 0))
 
 
 def _reads_states(layers: Sequence[SpikingLayer]) -> bool:
@@ -274,33 +291,12 @@ def _reads_states(layers: Sequence[SpikingLayer]) -> bool:
     return any([layer.state is not None and above.delay is not None and not reach for layer, above, reach in of_layers])
 
 
-def _run(
-    backend: str | None, x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, before: torch.Tensor | None
-) -> Activity:
-    """A part of a run, which is chosen anew: where it runs again, other derivatives may be wanted."""
-    return _chosen(x, layers, steps, opened((x, before, *layers))[0], backend, False, before, True)(x, layers, steps)
-
-
-def _in_turn(
-    linear: Callable,
-    population: Callable,
-    loop_of: Callable[[SpikingLayer], Callable | None],
-    spikes: bool,
-    before: torch.Tensor | None,
-    x: torch.Tensor,
-    layers: Sequence[SpikingLayer],
-    steps: int | None,
-) -> Activity:
-    turn = reference.in_turn(x, layers, steps, linear, population, before, loop_of)
-    return activity_of(*turn, differentiable=spikes)
-
-
 def _late(
-    backend: str | None,
-    before: torch.Tensor | None,
     x: torch.Tensor,
     layers: Sequence[SpikingLayer],
     steps: int | None,
+    before: torch.Tensor | None,
+    backend: str | None,
 ) -> Activity:
     """A run whose inputs arrive later: the first layer is given them as they do."""
     first = layers[0]
@@ -316,24 +312,6 @@ def _late(
     *of_layers, _ = activity.sent or (None,) * (len(layers) + 1)
     of_inputs = DenseSpikes(train.window(total - first.delay.reach, total))
     return replaced(activity, sent=(*of_layers, of_inputs))
-
-
-def _silent(run: Callable, x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
-    """A run in which the states of dropped neurons are 0."""
-    started = [
-        layer
-        if layer.dropped is None or layer.state is None
-        else replaced(layer, state=layer.state.masked_fill(layer.dropped, 0))
-        for layer in layers
-    ]
-    activity = run(x, started, steps)
-    if activity.states is None:
-        return activity
-    states = [
-        state if layer.dropped is None else state.masked_fill(layer.dropped, 0)
-        for state, layer in zip(activity.states, layers)  # noqa: B905
-    ]
-    return replaced(activity, states=tuple(states))
 
 
 def _neurons_in_float32(current: torch.Tensor, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:

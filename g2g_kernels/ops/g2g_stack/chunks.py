@@ -10,7 +10,7 @@ import torch
 from g2g_kernels.ops.derivatives import Autocast, gradients_of, has_tangent
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Spikes
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
-from g2g_kernels.ops.record import built, opened
+from g2g_kernels.ops.record import Form, built, opened
 from g2g_kernels.tracing import is_transformed, replaced
 
 #: (x, layers, steps, inputs before the first step) -> their activity
@@ -74,19 +74,15 @@ def _recomputed(
     if not (torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])):
         return run(x, layers, steps, before)
     spikes: list[Spikes] = []
-    is_sent: list[bool] = []
+    of_results: Form = []
 
     def again(*given: torch.Tensor) -> list[torch.Tensor]:
         x, before, layers = built(form, given)
         activity = run(x, layers, steps, before)
-        assert activity.states is not None
-        spikes[:], is_sent[:] = activity.spikes, [each is not None for each in activity.sent]
-        return [
-            activity.counts,
-            *activity.rates,
-            *activity.states,
-            *[each.dense() for each in activity.sent if each is not None],
-        ]
+        sent = [each and each.dense() for each in activity.sent]
+        spikes[:] = activity.spikes
+        results, of_results[:] = opened((activity.counts, activity.rates, activity.states, sent))
+        return results
 
     # what has no gradient, too: PyTorch then refuses the others' if it has changed in place in the meantime
     indices = [
@@ -95,11 +91,11 @@ def _recomputed(
         for connection in layer.connections(number)
         for index in connection.mask.tensors()
     ]
-    counts, *results = _Recomputed.apply(again, indices, *tensors)
-    made, count, rest = tuple(spikes), len(layers), iter(results[2 * len(layers) :])
+    counts, rates, states, sent = built(of_results, _Recomputed.apply(again, indices, *tensors))
+    made = tuple(spikes)
     spikes.clear()  # which the graph would keep alive
-    sent = tuple(DenseSpikes(next(rest)) if is_one else None for is_one in is_sent)
-    return Activity(counts, tuple(results[:count]), made, states=tuple(results[count : 2 * count]), sent=sent)
+    of_delays = tuple([None if each is None else DenseSpikes(each) for each in sent])
+    return Activity(counts, rates, made, states=states, sent=of_delays)
 
 
 class _Recomputed(torch.autograd.Function):

@@ -58,18 +58,8 @@ Tensors = Sequence[torch.Tensor]
 
 def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    tensors, _ = opened((x, *layers))
-    for tensor in tensors:
-        if not tensor.is_cpu:
-            return f"needs tensors on the CPU, not on {tensor.device}"
-        if tensor.dtype not in (torch.float32, torch.bool, torch.int64):  # (delays; x is floating point)
-            return f"needs float32 tensors, not {tensor.dtype}"
-    if UNREAD and (reason := refuses_fields(UNREAD, layers)):
+    if (reason := refuses_tensors(x, layers, steps)) or (UNREAD and (reason := refuses_fields(UNREAD, layers))):
         return reason
-    if (steps or len(x)) > MOST_STEPS:
-        return f"serves at most {MOST_STEPS} time steps"
-    if x.numel() == 0:
-        return "needs a batch that is not empty"
     for layer in layers:
         reason = plans.refuses(layer.mask, layer.values, "stack")
         if reason is None and layer.recurrent is not None:
@@ -77,6 +67,18 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
         if reason is not None:
             return reason
     return too_large(samples=x.shape[-2])
+
+
+def refuses_tensors(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
+    """Why no kernel for several layers can take these tensors, or None."""
+    for tensor in opened((x, *layers))[0]:
+        if not tensor.is_cpu:
+            return f"needs tensors on the CPU, not on {tensor.device}"
+        if tensor.dtype not in (torch.float32, torch.bool, torch.int64):  # (delays; x is floating point)
+            return f"needs float32 tensors, not {tensor.dtype}"
+    if (steps or len(x)) > MOST_STEPS:
+        return f"serves at most {MOST_STEPS} time steps"
+    return "needs a batch that is not empty" if x.numel() == 0 else None
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:

@@ -22,10 +22,10 @@ from g2g_kernels.ops.flops import count_flops, product_flops
 from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
-from g2g_kernels.ops.g2g_stack.cpu import MOST_STEPS, PackedSpikes, check_tensors, delays_pointer
+from g2g_kernels.ops.g2g_stack.cpu import PackedSpikes, check_tensors, delays_pointer, refuses_tensors
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train, arrived
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
-from g2g_kernels.ops.g2g_stack.reference import Run, as_parts, graph_of
+from g2g_kernels.ops.g2g_stack.reference import Run, as_parts
 from g2g_kernels.ops.g2g_stack.schedule import Graph, parts_of
 from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
@@ -79,19 +79,24 @@ class GraphCall(NamedTuple):
     Attributes:
         members: the layers, the output last.
         inner: the connections between them.
-        blocks: int32 [blocks, 3], in the order in which they run: a layer, its first step, the step after its last.
         steps: T.
     """
 
     members: tuple[Member, ...]
     inner: tuple[Inner, ...]
-    blocks: torch.Tensor
     steps: int
 
     @property
     def batch(self) -> int:
         """B."""
         return self.members[0].current.shape[-2]
+
+    @property
+    def blocks(self) -> torch.Tensor:
+        """int32 [blocks, 3], in the order in which they run: a layer, its first step, the step after its last."""
+        delays = [(each.source, each.target, each.delay.least) for each in self.inner]
+        into = range(len(self.members))
+        return _blocks(tuple([tuple([(p, least) for p, q, least in delays if q == n]) for n in into]), self.steps)
 
     def state_shape(self, member: Member) -> tuple[int, int, int]:
         """[states, B, N]."""
@@ -122,8 +127,6 @@ class GraphCall(NamedTuple):
                 raise ValueError(f"the delays of connection {number} must be int64 [{sizes[each.source]}]")
             if each.delay.least < 0:
                 raise ValueError(f"connection {number} has delays from {each.delay.least} on")
-        if self.blocks.dtype != torch.int32 or self.blocks.dim() != 2 or self.blocks.shape[1] != 3:
-            raise ValueError("blocks must be int32 [blocks, 3]")
 
 
 TYPES |= {"Member": Member, "Inner": Inner, "GraphCall": GraphCall}
@@ -133,10 +136,7 @@ def serves(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, b
     """Whether these kernels can run a call of ``g2g_stack`` that is not traced, and of which nothing is shown."""
     if forced_backend(backend) not in (None, "cpu") or cpu_library.unavailable() is not None:
         return False
-    tensors, _ = opened((x, *layers))
-    if any([tensor.dtype not in (torch.float32, torch.bool, torch.int64) or not tensor.is_cpu for tensor in tensors]):
-        return False
-    if x.dtype != torch.float32 or x.numel() == 0 or (steps or len(x)) > MOST_STEPS:
+    if refuses_tensors(x, layers, steps):
         return False
     for number, layer in enumerate(layers):
         connections = layer.connections(number)
@@ -186,8 +186,7 @@ def g2g_graph(
                 min(reach, given.steps),
             )
         )
-    schedule = _blocks(graph_of(layers), given.steps)
-    counts, rates, last, tails, kept = FORWARD(GraphCall(tuple(members), tuple(inner), schedule, given.steps))
+    counts, rates, last, tails, kept = FORWARD(GraphCall(tuple(members), tuple(inner), given.steps))
     spikes = [PackedSpikes(each, member.values, member.mask) for each, member in zip(kept, members, strict=False)]
     sent_in_run: list[DenseSpikes | None] = []
     rest = iter(tails)
@@ -261,23 +260,15 @@ class _Arguments:
             steps=call.steps,
             threads=torch.get_num_threads(),
         )
+        self.blocks = call.blocks
         self.graph: Structure = structures.Graph(
             stack=stack,
             outer=addressof(self.outer),
             inner=addressof(self.inner),
             inner_count=len(call.inner),
-            blocks=call.blocks.data_ptr(),
-            block_count=len(call.blocks),
+            blocks=self.blocks.data_ptr(),
+            block_count=len(self.blocks),
         )
-
-
-def _check(call: GraphCall) -> None:
-    """Raises ValueError for a call through the dispatcher that the kernels would misread."""
-    check_tensors(call)
-    delays = tuple([(each.source, each.target, each.delay.least) for each in call.inner])
-    graph = tuple([tuple([(p, d) for p, q, d in delays if q == number]) for number in range(len(call.members))])
-    if not torch.equal(call.blocks, _blocks(graph, call.steps)):
-        raise ValueError("blocks are not those of the graph")
 
 
 def _kept_shapes(call: GraphCall) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
@@ -389,9 +380,9 @@ def _flops(call: GraphCall) -> int:
 
 
 BACKWARD = RecordOperator(
-    "graph_backward", "Tensor[]", _backward, Backward.empty, check=lambda given: _check(given.call)
+    "graph_backward", "Tensor[]", _backward, Backward.empty, check=lambda given: check_tensors(given.call)
 )
 RESULTS = "(Tensor counts, Tensor[] rates, Tensor[] last, Tensor[] tails, Tensor[] kept)"
-FORWARD = Differentiable("graph_forward", RESULTS, 4, _forward, _fake, BACKWARD, _plain, check=_check)
+FORWARD = Differentiable("graph_forward", RESULTS, 4, _forward, _fake, BACKWARD, _plain, check=check_tensors)
 count_flops(FORWARD, _flops)
 count_flops(BACKWARD, lambda given: 2 * _flops(given.call))

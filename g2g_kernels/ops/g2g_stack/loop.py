@@ -19,6 +19,7 @@ from g2g_kernels.dispatch import forced_backend
 from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.neurons.call import check_backward
 from g2g_kernels.ops.neurons.cpu import neuron_arguments
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.step import in_steps
@@ -133,7 +134,6 @@ def _kept_shape(call: LoopCall) -> tuple[int, ...]:
 
 def _arguments(call: LoopCall, grads: Sequence[torch.Tensor | None] = ()) -> tuple[Structure, Plan]:
     """The arguments of a kernel, and the lists that must outlive it."""
-    call.check()
     for tensor in opened(call)[0]:
         if (tensor.is_floating_point() and tensor.dtype != torch.float32) or not tensor.is_contiguous():
             raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
@@ -175,13 +175,7 @@ def _forward(call: LoopCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor, to
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, (kept,), (grad_spikes, grad_last), _ = given
     constant = grad_spikes is not None and grad_spikes.stride(0) == 0
-    for name, tensor, shape in (
-        ("kept", kept, _kept_shape(call)),
-        ("grad_spikes", grad_spikes, call.shape),
-        ("grad_last", grad_last, call.state_shape),
-    ):
-        if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != torch.float32):
-            raise ValueError(f"{name} must be float32 {list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
+    check_backward(given, _kept_shape(call), torch.float32)
     grads = workspace.alike(opened(call)[0], given.needed)
     to = given.record(grads)
     grad_last = grad_last if grad_last is None else grad_last.contiguous()

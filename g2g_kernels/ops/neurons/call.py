@@ -66,8 +66,9 @@ class NeuronsCall(NamedTuple):
 TYPES |= {"NeuronsCall": NeuronsCall, "Neurons": Neurons}
 
 
-def check_backward(given: Backward, kept_shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless kept states and gradients have the shapes that belong to the call."""
+def check_backward(given: Backward, kept_shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
+    """Raises ValueError unless kept states and gradients have the shapes that belong to the call, and the ``dtype`` if
+    that is given."""
     grad_spikes, grad_last = given.grads
     call = given.call
     for name, tensor, shape in (
@@ -75,8 +76,9 @@ def check_backward(given: Backward, kept_shape: tuple[int, ...]) -> None:
         ("grad_spikes", grad_spikes, call.shape),
         ("grad_last", grad_last, call.state_shape),
     ):
-        if tensor is not None and (tuple(tensor.shape) != tuple(shape) or not tensor.is_contiguous()):
-            raise ValueError(f"{name} must be contiguous {list(shape)}, not {list(tensor.shape)}")
+        if tensor is not None and (tuple(tensor.shape) != tuple(shape) or dtype not in (None, tensor.dtype)):
+            wanted = "" if dtype is None else f"{dtype} "
+            raise ValueError(f"{name} must be {wanted}{list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
 
 
 def operators(

@@ -76,7 +76,6 @@ def _kept_shape(call: NeuronsCall) -> tuple[int, ...]:
 
 
 def _arguments(call: NeuronsCall, grads: Sequence[torch.Tensor | None] = ()) -> Structure:
-    call.check()
     for tensor in (call.current, *call.population.parameters, *(() if call.state is None else (call.state,))):
         if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
             raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
@@ -105,12 +104,9 @@ def _forward(call: NeuronsCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor,
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, (kept,), (grad_spikes, grad_last), _ = given
-    check_backward(given, _kept_shape(call))
+    check_backward(given, _kept_shape(call), torch.float32)
     if grad_spikes is None:
         grad_spikes = call.current.new_zeros(call.shape)
-    for name, tensor in (("kept", kept), ("grad_spikes", grad_spikes), ("grad_last", grad_last)):
-        if tensor is not None and tensor.dtype != torch.float32:
-            raise ValueError(f"{name} must be float32, not {tensor.dtype}")
     grads = workspace.alike(opened(call)[0], given.needed)
     to = given.record(grads)
     arguments = _arguments(call, to.population.parameters)

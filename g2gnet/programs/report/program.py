@@ -1,7 +1,6 @@
 """``g2g-report``: from checkpoints to a page."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,7 +76,3 @@ def _read_runs(names: Sequence[str]) -> list[SavedRun]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     return run_program(build_parser(), make_report, argv, interrupted="nothing was written")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

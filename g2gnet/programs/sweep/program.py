@@ -5,7 +5,6 @@ import dataclasses
 import json
 import os
 import signal
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,7 +157,3 @@ def _write(made: Sweep, files: dict[str, Path]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     return run_program(build_parser(), sweep, argv, RESUME)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

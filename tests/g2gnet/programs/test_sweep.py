@@ -289,7 +289,8 @@ def test_a_second_ctrl_c_does_not_leave_processes_that_still_import(monkeypatch)
 def test_a_sweep_that_is_killed_and_interrupted_resumes_and_ends_as_if_it_had_not_been(tmp_path, thread):
     once = {**SMALL, "limit_train": 2000, "epochs": 8}
     grid, folder = {**once, "seed": [1, 2, 3]}, tmp_path / "killed"
-    command = [sys.executable, "-m", "g2gnet.programs.sweep.program", *flags_of(once)]
+    program = "import sys; from g2gnet.programs.sweep.program import main; sys.exit(main())"  # as g2g-sweep does
+    command = [sys.executable, "-c", program, *flags_of(once)]
     command += ["--seed", "1", "2", "3", "--jobs", "2", "--folder", str(folder)]
 
     def epochs():

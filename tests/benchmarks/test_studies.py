@@ -56,7 +56,8 @@ def studied(tmp_path, trained):
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_row_is_a_run_that_train_takes(name, tmp_path):
+def test_every_row_is_a_run_that_train_takes(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(study.train, "build_parser", lambda parser=study.train.build_parser(): parser)
     each, seen, folders = STUDIES[name], set(), set()
     for row, flags in each.rows.items():
         run = study.run_of(each, row, each.epochs, 1, tmp_path)

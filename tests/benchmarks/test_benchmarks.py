@@ -260,7 +260,7 @@ def test_the_gate_refuses_what_is_off_by_one_in_ten_thousand_or_not_finite(name,
 @pytest.fixture(scope="module")
 def larger(_cache) -> Prepared:
     """Large enough that a hundredth is more than what bfloat16 does to a sum over neurons."""
-    return prepared_with(batch_size=128, hidden_dim=256, block_size=64, train_steps=6)
+    return prepared_with(batch_size=128, hidden_dim=512, block_size=64, train_steps=10)
 
 
 @pytest.fixture(scope="module")

@@ -199,19 +199,23 @@ def test_a_run_in_parts_and_in_chunks_is_the_whole_run():
             assert_close(mine, theirs.double())
 
 
-def test_operators_are_sound_and_have_second_derivatives():
+def call(learned: bool) -> loop.LoopCall:
     mask, values = weights(12, 12, 1, 0.3)
+    current, state = torch.randn(3, 2, 12, generator=seeded(1)), torch.zeros(1, 2, 12)
+    neurons = Neurons("lif", (torch.tensor([0.8]).requires_grad_(learned), torch.tensor([1.0])))
+    sent, dropped = torch.ones(2, 12), torch.zeros(2, 12, dtype=torch.bool)
+    leaves = [each.requires_grad_(learned) for each in (current, values, state)]
+    return loop.LoopCall(leaves[0], leaves[1], mask.tensors(), neurons, 0, sent, dropped, leaves[2])
 
-    def call(learned):
-        current, state = torch.randn(3, 2, 12, generator=seeded(1)), torch.zeros(1, 2, 12)
-        neurons = Neurons("lif", (torch.tensor([0.8]).requires_grad_(learned), torch.tensor([1.0])))
-        sent, dropped = torch.ones(2, 12), torch.zeros(2, 12, dtype=torch.bool)
-        leaves = [each.detach().clone().requires_grad_(learned) for each in (current, values, state)]
-        return loop.LoopCall(leaves[0], leaves[1], mask.tensors(), neurons, 0, sent, dropped, leaves[2])
 
+@pytest.mark.ci
+def test_operators_are_sound():
     loop.FORWARD.opcheck(call(True), True)
     spikes, last, kept = loop.FORWARD.function(call(False), True)
     loop.BACKWARD.opcheck(Backward.of(call(False), (kept,), (torch.ones_like(spikes), torch.ones_like(last))))
+
+
+def test_operators_have_second_derivatives():
     given = call(True)
     spikes, last, _ = loop.FORWARD(given)
     (first,) = torch.autograd.grad(spikes.sum() + last.square().sum(), given.current, create_graph=True)

@@ -270,8 +270,8 @@ WAYS = {
     "input gradients where needed": Way(
         ("NEEDED_COST", 0.0, math.inf),
         EVERY
-        | {"kind": ("index",), "unit": (1, 7, 16, 64, 100), "shape": ((9, 5), (5, 33)), "x": ("held", "dense", "spikes"),
-           "surrogate": (*COMPACT, "atan")},
+        | {"kind": ("index",), "unit": (1, 7, 16, 64, 100), "shape": ((9, 5), (5, 33)),
+           "x": ("held", "dense", "spikes"), "surrogate": (*COMPACT, "atan")},
         BY_GRADIENT
         | {"shape": ((1, 1), (2, 1), (24, 3), (65, 2), (13, 70), (900, 1)), "model": MODELS, "dropped": (0.0, 0.5),
            "sizes": (RAGGED, FULL)},

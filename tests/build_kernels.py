@@ -1,6 +1,7 @@
 """Builds the CPU kernels into a file, with the compiler and flags of the environment (``CXX``, ``G2G_CXXFLAGS``).
 
-Usage: ``python tests/build_kernels.py FILE``. It needs setuptools alone.
+Usage: ``python tests/build_kernels.py FILE [INSTRUCTION SET ...]``: those named are compiled without sanitizers. It
+needs setuptools alone.
 """
 
 import os
@@ -14,9 +15,11 @@ def main() -> None:
     file = Path(sys.argv[1]).resolve()
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    from setup import build_library
+    import setup
 
-    build_library(file, file.parent)
+    for name in sys.argv[2:]:
+        setup.INSTRUCTION_SETS[name] = [*setup.INSTRUCTION_SETS[name], "-fno-sanitize=all"]
+    setup.build_library(file, file.parent)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,12 @@ def _poisoned_memory(request, monkeypatch):
         monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """However many the test before took."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def plain_memory():
     """Asks for ``torch.empty`` as PyTorch has it."""

@@ -120,7 +120,9 @@ def trained_run(tmp_path_factory):
 
 @pytest.mark.parametrize("package", WITH_EXAMPLES)
 def test_each_public_class_and_function_has_an_example_that_is_true(package, trained_run, monkeypatch, capsys):
-    pytest.importorskip("matplotlib").use("Agg")
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", 20)  # few dots are drawn sooner
     monkeypatch.chdir(trained_run)
     parser, runner = doctest.DocTestParser(), doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     names = {"torch": torch, **vars(importlib.import_module(package))}

@@ -48,20 +48,20 @@ def test_the_interpreter_has_no_launcher_to_time(capsys, monkeypatch):
 
 def test_steps_in_chunks_are_timed_and_weighed_beside_the_whole(tmp_path, capsys, monkeypatch):
     fork_contenders(monkeypatch)
-    monkeypatch.setattr(chunks, "USUAL", 6)
+    monkeypatch.setattr(chunks, "USUAL", 4)
     file = tmp_path / "record.jsonl"
-    flags = shlex.split("--T 6,9 --chunks 2 --chunk 4 --long 12 --hidden_dim 16 --batch_size 3 --repeats 2")
+    flags = shlex.split("--T 4,6 --chunks 2 --chunk 3 --long 8 --hidden_dim 16 --batch_size 3 --repeats 1")
     assert chunks.main([*flags, "--json", str(file)]) == 0
     record = records.read(file)
     points = {(point["T"], point["chunk"]): point for point in record["runs"]}
-    assert list(points) == [(6, None), (6, 2), (6, 4), (9, None), (9, 4), (12, 4)]
+    assert list(points) == [(4, None), (4, 2), (4, 3), (6, None), (6, 3), (8, 3)]
     assert all(point["median"] > 0 and point["peak_bytes"] >= 0 for point in points.values())
-    assert points[6, 2]["differs"] <= chunks.ALLOWED
-    assert points[6, None]["times"] == 1
-    assert "times" not in points[12, 4]  # nothing is beside it
-    assert points[9, 4]["times"] > 0
+    assert points[4, 2]["differs"] <= chunks.ALLOWED
+    assert points[4, None]["times"] == 1
+    assert "times" not in points[8, 3]  # nothing is beside it
+    assert points[6, 3]["times"] > 0
     table = capsys.readouterr().out
-    assert "| 12 | 4 |" in table
+    assert "| 8 | 3 |" in table
     assert "[record](record.jsonl)" in redraw._chunks(redraw.Record(file, record), lambda path: path.name)
 
 

@@ -1,6 +1,7 @@
 """Studies of training: what they run, that they go on where they stopped, and what they say of it."""
 
 import dataclasses
+import functools
 import json
 import re
 import shlex
@@ -56,7 +57,8 @@ def studied(tmp_path, trained):
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_every_row_is_a_run_that_train_takes(name, tmp_path):
+def test_every_row_is_a_run_that_train_takes(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(study.train, "build_parser", functools.cache(study.train.build_parser))
     each, seen, folders = STUDIES[name], set(), set()
     for row, flags in each.rows.items():
         run = study.run_of(each, row, each.epochs, 1, tmp_path)

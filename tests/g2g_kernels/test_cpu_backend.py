@@ -47,7 +47,7 @@ from g2g_kernels.ops.record import Backward, arguments, opened
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
 
-UNITS = (1, 7, 16, 20, 32, 48, 64, 100)
+UNITS = (1, 7, 16, 20, 32, 64, 100)
 RAGGED, FULL = (98, 200, 136, 10), (64, 128, 192, 10)  # neurons; those of FULL fill strips of 16 and 32 lanes
 KINDS = {
     "index": (("index", "index"),) * 3,
@@ -222,53 +222,59 @@ class Way(NamedTuple):
     others: dict[str, Iterable] = {}  # noqa: RUF012
 
 
-def bounded(options: dict) -> bool:
-    """Whether gradients of neurons with several states stay finite, which spikes before feed back."""
-    few = options.get("shape", (1,))[0] <= 65 and options.get("alpha", 1.0) <= 10
-    return few or options.get("model", "lif") == "lif"
+def tried(options: dict) -> bool:
+    """Whether gradients of neurons with several states, to which spikes feed back, stay finite. 600 steps, which plain
+    PyTorch takes one by one, are of one kind of network.
+    """
+    steps = options.get("shape", (1,))[0]
+    if steps == 600:
+        return options.items() <= {**options, "kind": "index", "x": "spikes", "per_neuron": True}.items()
+    return (steps <= 65 and options.get("alpha", 1.0) <= 10) or options.get("model", "lif") == "lif"
 
 
 EVERY = {
     "kind": KINDS, "unit": UNITS, "x": ("held", "dense", "spikes", "many spikes"),
-    "shape": ((9, 5), (1, 1), (1, 5), (2, 1), (24, 3), (63, 2), (64, 1), (65, 2), (13, 70)), "reset": RESETS,
+    "shape": ((9, 5), (1, 1), (24, 3), (64, 2), (65, 1), (13, 70)), "reset": RESETS,
     "surrogate": SURROGATES, "alpha": (2.0, 0.7), "per_neuron": (False, True), "sizes": (RAGGED, FULL),
 }  # fmt: skip
+#: how neurons spike is all the same to a way to multiply
+FEW = EVERY | {"reset": ("subtract", "zero"), "surrogate": ("atan", "triangle"), "alpha": (2.0,)}
 SMALL = {"shape": ((9, 5),), "unit": (1, 20, 64), "x": ("spikes", "many spikes")}
 BY_GRADIENT = {
-    "unit": UNITS, "alpha": (1e4, 10.0, 1.0, 1e-3), "surrogate": COMPACT, "margin": (0,),
+    "kind": KINDS, "unit": (1, 7, 16, 20, 64), "alpha": (1e4, 10.0, 1.0, 1e-3), "surrogate": COMPACT, "margin": (0,),
     "per_neuron": (False,), "x": ("held", "spikes"),
 }  # fmt: skip
 WAYS = {
     "as chosen": Way(("EVENT_COST", 1.0, 1.0), EVERY),
-    "events": Way(("EVENT_COST", 0.0, math.inf), EVERY | SMALL),
-    "matrix kernels": Way(("EVENT_COST", math.inf, 0.0), EVERY | SMALL),
+    "events": Way(("EVENT_COST", 0.0, math.inf), FEW | SMALL),
+    "matrix kernels": Way(("EVENT_COST", math.inf, 0.0), FEW | SMALL),
     "vectors over the batch": Way(
         ("BATCH_COST", 0.0, math.inf),
-        EVERY | {"unit": (1, 3, 7, 15), "shape": ((5, 33), (1, 16), (1, 65), (2, 17), (8, 16), (9, 20), (17, 64))},
+        FEW | {"unit": (1, 3, 15), "shape": ((5, 33), (1, 16), (1, 65), (9, 20), (17, 64))},
     ),
     # the last sizes: more units in a strip than fit into a table
     "sums of subsets": Way(
         ("SUBSET_COST", 0.0, math.inf),
-        EVERY
-        | {"unit": (16, 32), "shape": ((5, 33), (1, 1), (1, 31), (16, 2), (13, 70), (600, 1)),
-           "sizes": (FULL, RAGGED, (1024, 128, 64, 10))},
+        FEW
+        | {"unit": (16, 32), "shape": ((5, 33), (1, 1), (16, 2), (13, 70), (600, 1)),
+           "x": ("held", "spikes", "many spikes"), "sizes": (FULL, RAGGED, (1024, 128, 64, 10))},
     ),
     "input gradients by events": Way(
         ("GRADIENT_EVENT_LIMIT", math.inf, 0.0),
         EVERY
-        | {"shape": ((9, 5), (13, 70)), "x": ("held", "dense", "spikes"), "reset": ("subtract", "none"),
-           "surrogate": COMPACT, "per_neuron": (False,)},
-        BY_GRADIENT
-        | {"kind": KINDS, "shape": ((1, 1), (1, 5), (2, 1), (24, 3), (65, 2), (13, 64), (801, 1)),
-           "reset": ("subtract", "none")},
+        | {"unit": (1, 7, 16, 64, 100), "shape": ((9, 5), (13, 70)), "x": ("held", "dense", "spikes"),
+           "reset": ("subtract", "none"), "surrogate": COMPACT, "per_neuron": (False,)},
+        BY_GRADIENT | {"shape": ((1, 1), (2, 1), (24, 3), (65, 2), (13, 64), (801, 1)), "reset": ("subtract", "none")},
     ),
     # which serves no layer below with another order of neurons than the inputs
     "input gradients where needed": Way(
         ("NEEDED_COST", 0.0, math.inf),
-        EVERY | {"kind": ("index",), "shape": ((9, 5), (5, 33)), "x": ("held", "dense", "spikes")},
+        EVERY
+        | {"kind": ("index",), "unit": (1, 7, 16, 64, 100), "shape": ((9, 5), (5, 33)),
+           "x": ("held", "dense", "spikes"), "surrogate": (*COMPACT, "atan")},
         BY_GRADIENT
-        | {"kind": KINDS, "shape": ((1, 1), (1, 5), (2, 1), (24, 3), (65, 2), (13, 70), (900, 1)), "model": MODELS,
-           "dropped": (0.0, 0.5), "sizes": (RAGGED, FULL)},
+        | {"shape": ((1, 1), (2, 1), (24, 3), (65, 2), (13, 70), (900, 1)), "model": MODELS, "dropped": (0.0, 0.5),
+           "sizes": (RAGGED, FULL)},
     ),
 }  # fmt: skip
 every_way = pytest.mark.parametrize("way", WAYS)
@@ -290,7 +296,7 @@ def by(way: str, never: bool = False) -> Iterator[None]:
 def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(way):
     ratios = ErrorRatios()
     with by(way):
-        for name, options in of_today(WAYS[way].options).items():
+        for name, options in of_today(WAYS[way].options, tried).items():
             print(name)
             compare(drawn(**options), ratios)
     check(ratios)
@@ -299,7 +305,7 @@ def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(way):
 @pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way].others])
 def test_input_gradients_differ_by_rounding_from_those_of_the_product(way):
     """From a support that hardly a membrane enters to one that none leaves; after the same forward pass."""
-    for name, options in of_today(WAYS[way].others, bounded).items():
+    for name, options in of_today(WAYS[way].others, tried).items():
         print(name)
         assert_as_by_the_product(way, drawn(**options))
 
@@ -318,7 +324,7 @@ def assert_as_by_the_product(way: str, network: Network) -> None:
 def test_bits_do_not_depend_on_the_threads(way):
     options = WAYS[way].options
     cases = of_today({name: options[name] for name in ("kind", "unit", "x")})
-    for name, case in itertools.islice(cases.items(), 4):
+    for name, case in itertools.islice(cases.items(), 2):
         print(name)
         surrogate = "triangle" if WAYS[way].others else "atan"
         network = compact(**case, shape=(11, 150), surrogate=surrogate, per_neuron=not WAYS[way].others)
@@ -334,8 +340,7 @@ def test_bits_do_not_depend_on_the_threads(way):
 def test_every_instruction_set_multiplies_every_way(isa, tmp_path):
     with instruction_set(isa, tmp_path):
         for way in WAYS:
-            options = WAYS[way].options | {"shape": ((5, 33),), "reset": ("subtract",), "alpha": (2.0,)}
-            for name, case in itertools.islice(of_today(options).items(), 4):
+            for name, case in itertools.islice(of_today(WAYS[way].options, tried).items(), 4):
                 print(way, name)
                 with by(way):
                     compare(drawn(**case), ErrorRatios())
@@ -568,7 +573,7 @@ def test_without_gradients_nothing_is_kept():
 
 def test_linear_alone():
     ratios = ErrorRatios()
-    cases = of_today({"x": ("dense", "spikes", "many spikes"), "rows": ((3,), (1,), (7, 130), (1700,)), "unit": UNITS})
+    cases = of_today({"x": ("dense", "spikes", "many spikes"), "rows": ((1,), (7, 130), (1700,)), "unit": UNITS})
     for name, (x, rows, unit) in ((name, case.values()) for name, case in cases.items()):
         print(name)
         mask = MaskCase(150, 131, 4, "random", "interleaved", unit).mask(p_inter=0.3, seed=unit)
@@ -652,6 +657,7 @@ def test_bits_of_lif_alone_do_not_depend_on_the_threads(shape, per_neuron):
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci
 def test_opcheck_of_a_stack():
     """Of neurons of every model, one layer without a bias."""
     network = Network("mixer", 16, (3, 2))
@@ -665,6 +671,7 @@ def test_opcheck_of_a_stack():
     stack.UNPACK.opcheck(stack.PackedWords(spikes[0], call.layers[0].values, call.layers[0].mask))
 
 
+@pytest.mark.ci
 def test_opcheck_of_a_product():
     network = Network("mixer", 16, (3, 2))
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in network.tensors.items()}
@@ -675,6 +682,7 @@ def test_opcheck_of_a_product():
     linear.BACKWARD.opcheck(Backward.of(call, (), [torch.randn(2, 200)], (True, True, False, False)))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("model", MODELS)
 def test_opcheck_of_neurons(model):
     current = torch.randn(7, 3, 10, requires_grad=True)
@@ -737,6 +745,7 @@ def test_operators_refuse_what_would_read_out_of_bounds():
         neurons_alone.BACKWARD(Backward.of(alone, [kept], [spikes[..., :9].contiguous(), None]))
 
 
+@pytest.mark.ci
 @compiles_whole
 def test_compiled_with_a_full_graph(plain_memory):
     network = Network("index", 32)

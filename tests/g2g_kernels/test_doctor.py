@@ -10,7 +10,12 @@ from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons import operator as neurons_operator
 
 CPU = torch.device("cpu")
-CHECKS = list(doctor.checks())  # whose references are computed once
+EVERY = list(doctor.checks())  # whose references are computed once
+DEFAULT_STEP = [check for check in EVERY if check.case == "a default step"]
+CHECKS = [check for check in EVERY if check not in DEFAULT_STEP]  # those that take a second together
+by_size = pytest.mark.parametrize(
+    "checks", [CHECKS, pytest.param(DEFAULT_STEP, marks=pytest.mark.ci)], ids=["small", "a default step"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +35,9 @@ def replace_lif(monkeypatch, function):
     monkeypatch.setitem(neurons_operator._implementations, "cpu", (function, lambda *args: None))
 
 
-def test_everything_on_this_machine_is_right(capsys):
+@by_size
+def test_everything_on_this_machine_is_right(checks, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "checks", lambda: iter(checks))
     status = doctor.main(["--device", "cpu"])
     out = capsys.readouterr().out
     assert status == 0, out
@@ -39,7 +46,7 @@ def test_everything_on_this_machine_is_right(capsys):
         assert f"  {name:<9} {f'no: {reason}' if reason else 'yes'}" in out
     rows = [line.split()[:4] for line in out.splitlines() if line.startswith("cpu  ")]
     for backend in set(doctor.available_backends()) - {"triton"}:
-        for operator in ("g2g_linear", "g2g_stack", *MODELS):
+        for operator in ("g2g_linear", "g2g_stack", *MODELS) if checks is CHECKS else ["g2g_stack"]:
             for precision in ("float32", "bfloat16"):
                 assert ["cpu", backend, operator, precision] in rows
 
@@ -57,8 +64,9 @@ def test_checks_cover_units_groups_resets_and_surrogates():
         assert {surrogate for _, _, surrogate in options} == set(neurons_package.SURROGATES)
 
 
-def test_neurons_are_neither_silent_nor_always_firing_in_any_check():
-    for check in CHECKS:
+@by_size
+def test_neurons_are_neither_silent_nor_always_firing_in_any_check(checks):
+    for check in checks:
         for name, tensor in check.reference.items():
             if name == "spikes":
                 assert 0.05 < tensor.mean() < 0.6, check.case

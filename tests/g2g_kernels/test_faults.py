@@ -54,18 +54,17 @@ def test_a_kernel_without_huge_pages_is_no_error(monkeypatch):
 
 
 @compiled
-@pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("flush", [False, True])
-def test_denormal_numbers_count_as_zero_on_every_thread(flush, number):
+def test_denormal_numbers_count_as_zero_on_every_thread(flush):
     """Whatever the caller's mode, which stays what it was. Products here are denormal numbers, or the operands are."""
     mask = MASK_CASES["ragged groups of 64"].mask()
     values, x = packed_randn(mask, 0), torch.randn(4096, mask.shape[1])
     if not torch.set_flush_denormal(flush):
         pytest.skip("this CPU has no such mode")
     try:
-        with pytorch_threads(number):
-            for operands in ((values * 1e-20, x * 1e-20), (values, x.sign() * 1e-40), (values.sign() * 1e-40, x)):
-                for _ in range(5):
+        for operands in ((values * 1e-20, x * 1e-20), (values, x.sign() * 1e-40), (values.sign() * 1e-40, x)):
+            for number in (1, 2, 2, 2, 2, 2):  # in one of these the other thread comes in time for a task
+                with pytorch_threads(number):
                     assert not g2g_linear(operands[1], operands[0], mask, backend="cpu").any()
         smallest = torch.tensor(2e-38) * torch.tensor(0.5)
         assert (smallest == 0) == flush
@@ -91,7 +90,7 @@ def test_plans_of_many_small_layers_are_built_once(monkeypatch):
     monkeypatch.setattr(plans.Plan, "__init__", lambda self, *rest: (built.append(1), make(self, *rest))[1])
     layers = [BlockMask.full(GroupLayout(8, 2), GroupLayout(8, 2), 1) for _ in range(70)]
     values = torch.ones(layers[0].num_units, 1, 1)
-    for _ in range(3):
+    for _ in range(2):
         for mask in layers:
             g2g_linear(torch.ones(1, 8), values, mask, backend="cpu")
     assert len(built) == 70
@@ -99,11 +98,12 @@ def test_plans_of_many_small_layers_are_built_once(monkeypatch):
 
 @compiled
 def test_plans_of_large_layers_are_bounded(monkeypatch):
-    monkeypatch.setattr(plans, "_UNITS", 70 * plans._LEAST_UNITS)
-    for _ in range(80):
+    monkeypatch.setattr(plans, "_PLANS", 5)
+    monkeypatch.setattr(plans, "_UNITS", 7 * plans._LEAST_UNITS)
+    for _ in range(9):
         mask = BlockMask.full(GroupLayout(8, 2), GroupLayout(8, 2), 1)
         g2g_linear(torch.ones(1, 8), torch.ones(mask.num_units, 1, 1), mask, backend="cpu")
-    assert len(plans._plans) <= 70
+    assert len(plans._plans) <= 7
 
 
 # --- what outlives a pass, and what is too large ------------------------------------------------------------------

@@ -115,7 +115,8 @@ def compare(case: Case, held: bool, threads: int, **options: str) -> dict[str, t
         layers = case.layers(own, **options)
         x, steps = (own["x"][0], T) if held else (own["x"], None)
         assert backend == "torch" or graph.serves(x, layers, steps, backend)
-        torch.set_num_threads(threads)
+        if backend == "cpu":
+            torch.set_num_threads(threads)
         activity = g2g_stack(x, layers, steps, backend=backend, before=own["before"] if case.started else None)
         loss = (activity.counts * torch.linspace(-1, 1, SIZES["out"], dtype=dtype)).sum()
         for number, (rates, state) in enumerate(zip(activity.rates, activity.states, strict=True), 1):
@@ -177,20 +178,31 @@ def test_autocast_computes_what_float32_does():
         )
 
 
-def test_operators_are_registered_rightly(monkeypatch):
+@pytest.fixture
+def call(monkeypatch):
+    """What the forward operator is called with."""
     case, calls, forward = Case("learned", ("index",) * 3, 4, "synaptic", True, True), [], graph.FORWARD
-    monkeypatch.setattr(graph, "FORWARD", lambda call: calls.append(call) or forward(call))
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in case.leaves.items()}
-    g2g_stack(leaves["x"], case.layers(leaves), backend="cpu", before=leaves["before"])
-    forward.opcheck(calls[0], True)
+    with monkeypatch.context() as patch:
+        patch.setattr(graph, "FORWARD", lambda call: calls.append(call) or forward(call))
+        g2g_stack(leaves["x"], case.layers(leaves), backend="cpu", before=leaves["before"])
+    return calls[0]
+
+
+@pytest.mark.ci
+def test_operators_are_registered_rightly(call):
+    graph.FORWARD.opcheck(call, True)
     with torch.no_grad():
-        counts, rates, last, tails, kept = forward.function(calls[0], True)
+        counts, rates, last, tails, kept = graph.FORWARD.function(call, True)
         grads = [torch.ones_like(each) for each in (counts, *rates, *last, *tails)]
-        graph.BACKWARD.opcheck(Backward.of(calls[0], kept, grads))
-    first, *rest = calls[0].inner
+        graph.BACKWARD.opcheck(Backward.of(call, kept, grads))
+
+
+def test_delays_before_the_step_itself_are_refused(call):
+    first, *rest = call.inner
     early = first._replace(delay=Delay(-1, -1, torch.full((first.mask.shape[1],), -1)))
     with pytest.raises(ValueError, match="connection 0 has delays from -1"):
-        forward.overload(*arguments(*opened(calls[0]._replace(inner=(early, *rest)))), False)
+        graph.FORWARD.overload(*arguments(*opened(call._replace(inner=(early, *rest)))), False)
 
 
 def test_delays_that_left_their_bounds_are_refused():

@@ -76,7 +76,8 @@ def test_learned_delays_of_the_fused_kernels(groups, block_size, most, recurrent
         own = {name: tensor.to(dtype).requires_grad_() for name, tensor in leaves.items()}
         layers = layers_of(own, dtype)
         layers = [each._replace(population=each.population._replace(surrogate=surrogate)) for each in layers]
-        torch.set_num_threads(threads)
+        if backend == "cpu":
+            torch.set_num_threads(threads)
         activity = g2g_stack(own["x"], layers, backend=backend)
         weights = torch.linspace(-1, 1, SIZES[-1], dtype=dtype)
         ((activity.counts * weights).sum() + activity.rates[0].sum() * 3).backward()

@@ -182,6 +182,17 @@ def test_compiled_kernels_give_what_float64_gives(backend, case):
     assert_same(run(stack_of(backend, **options), x, torch.float32, **arguments), expected, 2e-5)
 
 
+@pytest.mark.parametrize("backend", ["torch", *COMPILED])
+def test_one_step_without_a_state_gives_recurrent_weights_no_gradient(backend):
+    stack = stack_of(backend, T=1, sizes=interpreter_sizes())
+    stack(inputs_of(stack, held=False)).sum().backward()
+    named = dict(stack.named_parameters())
+    recurrent = {name for name in named if name.startswith("rec") and name.endswith("values")}
+    assert len(recurrent) == 2
+    assert named["fc1.values"].grad.any()
+    assert all(named[name].grad is None for name in recurrent)
+
+
 def test_results_do_not_depend_on_the_threads():
     found = []
     for number in (1, 2, 3):

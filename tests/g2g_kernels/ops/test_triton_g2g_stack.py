@@ -451,14 +451,6 @@ def test_recurrent_layers_are_those_of_the_reference(launched, model, spikes, op
     assert launched["weight_gradient_kernel of torch.float32"] == 1  # of the first W
 
 
-@pytest.mark.parametrize("backend", ["torch", "cpu", "triton"])
-def test_one_step_without_a_state_gives_recurrent_weights_no_gradient(backend):
-    x, layers = joined(torch.float32, device_of(backend), "lif", "index", False, False, False, False)
-    g2g_stack(x[:1], layers[:1], backend=backend).counts.sum().backward()
-    assert layers[0].values.grad.any()
-    assert layers[0].recurrent.values.grad is None
-
-
 @every_half
 def test_recurrent_layers_in_16_bits(dtype):
     """The error beside that of plain PyTorch, which rounds currents; all inputs are exact, so spikes are equal."""

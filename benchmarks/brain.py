@@ -311,8 +311,7 @@ def timed_runs(arguments: argparse.Namespace, names: Sequence[str]) -> list[dict
         return Racer(name, BrainStep, (name, arguments, torch.get_num_threads()), check, run)
 
     racers = [racer(name) for name in names]
-    with cli.bar(len(names) * (arguments.repeats + 1)) as bar:
-        race(racers, arguments.repeats, warm_up=1, progress=lambda label: bar.update() and None)
+    race(racers, arguments.repeats, warm_up=1)
     for each in racers:
         each.run |= {"status": each.status, "reason": each.reason, "seconds": [round(t, 4) for t in each.seconds]}
         if asked := re.search(r"allocate (\d+) bytes", each.reason):

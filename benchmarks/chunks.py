@@ -8,14 +8,13 @@ gives its peak memory; those of one T take turns, and have to give the same spik
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from g2g_kernels.numbers import COUNT
 from g2gnet import G2GNet
 from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
@@ -78,10 +77,7 @@ def plan(arguments: argparse.Namespace) -> dict[int, list[int | None]]:
     Raises:
         ValueError: for a number out of range.
     """
-    lengths, chunks = (cli.numbers(getattr(arguments, name)) for name in ("T", "chunks"))
-    for name, numbers in (("T", lengths), ("chunks", chunks)):
-        for number in numbers:
-            COUNT.check(name, number)
+    lengths, chunks = (cli.counts(arguments, name) for name in ("T", "chunks"))
     compared = sorted({*chunks, arguments.chunk})
     planned = {steps: [None, *(compared if steps == USUAL else [arguments.chunk])] for steps in lengths}
     return {**planned, **({arguments.long: [arguments.chunk]} if arguments.long else {})}
@@ -92,21 +88,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     planned, limits = plan(arguments), Limits(torch.device("cpu"))
     size = Size(batch_size=arguments.batch_size, hidden_dim=arguments.hidden_dim)
     runs: list[dict[str, Any]] = []
-    with cli.bar(sum(map(len, planned.values())) * (1 + arguments.repeats)) as bar:
-
-        def progress(label: str) -> None:
-            bar.set_description(label, refresh=False)
-            bar.update()
-
-        for steps, compared in planned.items():
-            runs += points(size, steps, compared, arguments.repeats, progress)
-            limits.measure()
+    for steps, compared in planned.items():
+        runs += points(size, steps, compared, arguments.repeats)
+        limits.measure()
     return {"limits": limits.rates(), "sizes": size._asdict(), "runs": runs}
 
 
-def points(
-    size: Size, steps: int, compared: Sequence[int | None], repeats: int, progress: Callable[[str], None]
-) -> list[dict[str, Any]]:
+def points(size: Size, steps: int, compared: Sequence[int | None], repeats: int) -> list[dict[str, Any]]:
     """The runs of one T, whose results have to be those of the whole."""
     expected: dict[str, np.ndarray] = {}
 
@@ -123,7 +111,7 @@ def points(
         return Racer(label, Step, (size, steps, chunk), check, run)
 
     racers = [racer(chunk) for chunk in compared]
-    race(racers, repeats, progress=progress)
+    race(racers, repeats)
     whole = racers[0]
     for each in racers:
         if whole.run["chunk"] is None and whole.status == each.status == "timed":

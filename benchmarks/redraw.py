@@ -22,8 +22,8 @@ from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
 
 from . import brain, chunks, cpu_choices, delays, host_time, records, report, study_tables
+from .first_run import RECORD as PREDICTIONS
 from .first_run import comparison
-from .predictions import RECORD as PREDICTIONS
 from .records import RESULTS
 from .registry import KERNELS
 from .report import plain, seconds, title

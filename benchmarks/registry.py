@@ -4,7 +4,7 @@ import ast
 import importlib.util
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,9 @@ class Entry:
     workload: dict[str, Any] = field(default_factory=dict)
     by_name: bool = False
 
-    def own(self, base: Workload, change: Mapping[str, Any] = {}) -> Workload:
-        """What this contender computes where others compute ``base``, changed."""
-        return replace(base, **{**self.workload, **change})
+    def own(self, base: Workload) -> Workload:
+        """What this contender computes where others compute ``base``."""
+        return replace(base, **self.workload)
 
 
 @dataclass(frozen=True)

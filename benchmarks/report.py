@@ -169,12 +169,12 @@ def text(record: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def compared(record: dict[str, Any], before: dict[str, Any]) -> str:
+def compared(runs: Iterable[dict[str, Any]], before: dict[str, Any]) -> str:
     """How long each contender takes, and took in an earlier record."""
     was = {(run["contender"], run["place"]): run["median"] for run in before["runs"] if "median" in run}
     rows = [
         (run["contender"], seconds(was[key]), seconds(run["median"]), f"{run['median'] / was[key]:.2f}×")
-        for run in record["runs"]
+        for run in runs
         if "median" in run and (key := (run["contender"], run["place"])) in was
     ]
     return in_columns((f"since {str(before['machine']['commit'])[:8]}", "was", "is", ""), rows)

@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ import torch
 
 from g2gnet import G2GNet
 from g2gnet.base.files import replace_file
-from g2gnet.data import load_dataset
+from g2gnet.data import ImageData, load_dataset
 from g2gnet.programs import train
 from g2gnet.programs.flags import Parser, settings_from
 from g2gnet.programs.sweep.engine import outcome, processes, train_runs
 from g2gnet.programs.sweep.grid import Run
 from g2gnet.training import Machine, TrainingError, TrainSettings, run_epochs
+from g2gnet.training.checkpoints import read_checkpoint
+from g2gnet.training.epochs import EpochTrainer
 
 from . import cli, gru, relu
 from .machine import describe, pytorch_threads
@@ -77,7 +79,11 @@ def validation_data(folder: Path, fold: int) -> Path:
 def result(run: Run) -> dict[str, Any] | None:
     """What a finished run reached, in the numbers that tables read; None if it is not finished."""
     if GRU in run.label:
-        return gru.finished(run.settings, run.folder)
+        last = run.files.load_marker(run.settings)
+        history = read_checkpoint(run.files.checkpoint)["history"] if last else []
+        names = ("epoch", "test_acc", "train_acc", "weights", "hidden_dim")
+        taken = {f"train_{name}": sum(record[name] for record in history) for name in ("seconds", "cpu_seconds")}
+        return last and {**{name: last[name] for name in names}, **taken}
     end = outcome(run, lambda saved: {"placement": placement(saved.masks()["fc2"])})
     if end is None:
         return None
@@ -172,16 +178,21 @@ def runs_of(name: str, study: Study, arguments: argparse.Namespace) -> list[Run]
 def train_own(run: Run) -> None:
     """Trains a run whose row needs a trainer that ``g2g-train`` has not, or resumes it, on one thread."""
     with pytorch_threads(1), contextlib.redirect_stdout(None):  # which is the table's
-        if GRU in run.label:
-            return gru.train(run.settings, run.folder)
         machine, settings = Machine(torch.device("cpu")), run.settings
-        data = load_dataset(settings.dataset, "data")
-        run_epochs(settings, lambda: relu.ReLUTrainer(settings, data, machine), run.folder, machine)
+        data, trainer = load_dataset(settings.dataset, "data"), OWN[own_of(run)]
+        run_epochs(settings, lambda: trainer(settings, data, machine), run.folder, machine)
 
 
-def is_own(run: Run) -> bool:
-    """Whether its row needs such a trainer."""
-    return any(word in run.label for word in (GRU, RELU))
+#: the trainer of rows with such a word
+OWN: dict[str, Callable[[TrainSettings, ImageData, Machine], EpochTrainer]] = {
+    GRU: gru.GRUTrainer,
+    RELU: relu.ReLUTrainer,
+}
+
+
+def own_of(run: Run) -> str:
+    """The word of :data:`OWN` in its row; "" if the row needs no such trainer."""
+    return next((word for word in OWN if word in run.label), "")
 
 
 def make(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -201,15 +212,12 @@ def make(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
     missing = [run for run in runs if ends[run.folder] is None and not arguments.finished]
     failed: dict[str, str] = {}
-    if ours := [run for run in missing if not is_own(run)]:
+    if ours := [run for run in missing if not own_of(run)]:
         with processes(max(1, arguments.jobs), threads=1) as executor:
             failed = train_runs(ours, executor, {"device": "cpu"}, name, line)
-    if own := [run for run in missing if is_own(run)]:
-        with cli.bar(len(own), name, " runs") as bar:
-            for run in own:
-                train_own(run)
-                bar.update()
-                bar.write(line(run), file=sys.stderr)
+    for run in (bar := cli.bar([run for run in missing if own_of(run)], name, " runs")):
+        train_own(run)
+        bar.write(line(run), file=sys.stderr)
     if failed:
         raise TrainingError("\n".join(f"{label}: {error}" for label, error in failed.items()))
     if not any(ends.values()):

@@ -10,7 +10,7 @@ from g2gnet.base.tables import markdown
 from g2gnet.programs.sweep.results import estimate
 
 from .report import by_column
-from .studies import CONTROL, GRAPHS, GROWN, GROWTH, RELU, STUDIES, grown
+from .studies import CONTROL, GRAPHS, GROWTH, RELU, STUDIES
 
 Run = dict[str, Any]
 TEST_IMAGES = "the test images"
@@ -125,13 +125,15 @@ def table(record: Mapping[str, Any]) -> str:
 
 def growth(record: Mapping[str, Any]) -> str:
     """Accuracy by units, density and growth, and the best growth minus static, with its standard error."""
-    rows = {row.name: row.runs for row in rows_of(record)}
+    sizes: dict[str, dict[str, list[Run]]] = {}
+    for row in rows_of(record):
+        size, _, rule = row.name.rpartition(", ")
+        if rule in GROWTH:
+            sizes.setdefault(size, {})[rule] = row.runs
     lines = []
-    for side, percent in ((side, percent) for side, densities in GROWN.items() for percent in densities):
-        runs = {rule: found for rule in GROWTH if (found := rows.get(grown(side, percent, rule)))}
-        if runs:
-            cells = (spread(runs[rule], accuracy) if rule in runs else "–" for rule in GROWTH)
-            lines.append([f"{side}", f"{percent} %", *cells, _best_growth(runs)])
+    for size, runs in sizes.items():
+        cells = (spread(runs[rule], accuracy) if rule in runs else "–" for rule in GROWTH)
+        lines.append([*size.removeprefix("units of ").split(", "), *cells, _best_growth(runs)])
     return markdown(["block size", "density", *GROWTH, "best growth − static"], lines)
 
 

@@ -21,11 +21,9 @@ from g2gnet.programs.flags import Parser
 from . import cli, records, report
 from .floor import floor_seconds, work
 from .harness import Job, measure
-from .machine import Limits, describe
+from .machine import Limits
 from .registry import KERNELS, Entry, choose
 from .workload import Prepared, Workload
-
-TAKES = "about twelve minutes on two cores, most of them in peers; --kernel recurrent about six"
 
 
 class Quantity(NamedTuple):
@@ -76,17 +74,7 @@ QUANTITIES = {
 }
 
 
-def build_parser() -> Parser:
-    kernels = (f"  {name:13} {kernel.about}" for name, kernel in KERNELS.items())
-    values = (f"  {name:13} {', '.join(map(str, each.values))}" for name, each in QUANTITIES.items())
-    parser = cli.build_parser(
-        "throughput", __doc__, TAKES, cli.QUICK,
-        "\n".join([
-            "kernels:", *kernels, "quantities:", *values,
-            "With a quantity g2g on its best backend takes part, the masked snnTorch loop and the dense layers with",
-            "our LIF; for wide layers g2g alone.",
-        ]),
-    )  # fmt: skip
+def add_flags(parser: Parser) -> None:
     if Path(sys.argv[0]).stem == "g2g-bench":
         parser.prog = "g2g-bench"
     parser.add_argument("--kernel", default="step", choices=tuple(KERNELS), help="what to time (default: step)")
@@ -94,31 +82,36 @@ def build_parser() -> Parser:
     parser.add_argument("--values", metavar="X,Y,...", help="its values, where they are not those below")
     text = "an earlier record of the same command; beside it stands how long each contender takes now"
     parser.add_argument("--before", type=Path, metavar="FILE", help=text)
-    cli.add_flags(parser, repeats=10)
-    return parser
+    cli.add_flags(parser)
+
+
+def workloads_of(arguments: argparse.Namespace) -> dict[Any, Workload]:
+    """The workload of each value of the quantity that grows; of None without one.
+
+    Raises:
+        ValueError: for values without a quantity, or too few of them.
+    """
+    kernel = KERNELS[arguments.kernel]
+    base = cli.workload_from(arguments, kernel.usual, **kernel.workload)
+    if arguments.quantity is None:
+        if arguments.values:
+            raise ValueError("values: of which quantity? give `quantity`, too")
+        return {None: base}
+    quantity = QUANTITIES[arguments.quantity]
+    values = quantity.values[:3] if arguments.quick else quantity.values
+    if arguments.values:
+        values = tuple(cli.numbers(arguments.values, type(values[0])))
+    if len(set(values)) < 2:
+        raise ValueError(f"values={arguments.values!r}: a line needs at least two different values")
+    return {value: dataclasses.replace(base, **quantity.at(value)) for value in values}
 
 
 def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
-    cli.checked(arguments, "repeats")
     device, kernel = cli.device_from(arguments), KERNELS[arguments.kernel]
     quantity = QUANTITIES[arguments.quantity] if arguments.quantity else None
-    entries = contenders(arguments, quantity)
-    base = cli.workload_from(arguments, kernel.usual, **kernel.workload)
-    changes: list[dict[str, Any]] = [{}]
-    if quantity is not None:
-        values = quantity.values[:3] if arguments.quick else quantity.values
-        if arguments.values:
-            values = tuple(cli.numbers(arguments.values, type(values[0])))
-        if len(set(values)) < 2:
-            raise ValueError(f"values={arguments.values!r}: a line needs at least two different values")
-        changes = [quantity.at(value) for value in values]
-    elif arguments.values:
-        raise ValueError("values: of which quantity? give `quantity`, too")
-    workloads = [dataclasses.replace(base, **change) for change in changes]
+    entries, workloads = contenders(arguments, quantity), list(workloads_of(arguments).values())
     before = earlier(arguments.before, arguments.kernel, workloads) if arguments.before else None
-    own = [(entry, number, entry.own(base, change)) for entry in entries for number, change in enumerate(changes)]
-    machine = describe(device)
-    print(cli.headline(machine))
+    own = [(entry, number, entry.own(workload)) for entry in entries for number, workload in enumerate(workloads)]
     needed = [*workloads, *(workload for entry, _, workload in own if entry.unavailable is None)]
     prepared = {each: cli.prepare_with_bar(each, arguments.data_dir) for each in dict.fromkeys(needed)}
     print(f"{kernel.about}: {about(prepared[workloads[0]][1])}", flush=True)
@@ -126,15 +119,7 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     limits = Limits(device)
     unprepared = prepared[workloads[0]]
     jobs = [Job(entry, prepared.get(of, unprepared)[0], arguments.kernel, str(device)) for entry, _, of in own]
-    total = len(jobs) + arguments.repeats * sum(entry.unavailable is None for entry, _, _ in own)
-    with cli.bar(total) as bar:
-
-        def progress(text: str) -> None:
-            bar.set_description(text, refresh=False)
-            bar.update()
-
-        outcomes = measure(jobs, arguments.repeats, progress=progress, between_rounds=limits.measure)
-
+    outcomes = measure(jobs, arguments.repeats, between_rounds=limits.measure)
     rates = limits.rates()
 
     def place(workload: Workload) -> dict[str, Any]:
@@ -152,27 +137,17 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
         if outcome.status == "timed" and workload != workloads[number]:
             run["floor_seconds"] = places[workload]["floor_seconds"]
         runs.append(run)
-    record: dict[str, Any] = {
-        "benchmark": "throughput",
+    if before:
+        print(report.compared(runs, before))
+    return {
         "kernel": arguments.kernel,
         "quantity": arguments.quantity,
         "x_is": quantity and quantity.x_is,
         "baseline": kernel.baseline,
-        "machine": machine,
         "limits": rates,
         "workloads": [places[workload] for workload in workloads],
         "runs": runs,
     }
-    print(report.text(record))
-    if before:
-        print(report.compared(record, before))
-    print(
-        f"This machine multiplies at {rates['matrix_flop_per_s'] / 1e9:.0f} GFLOP/s and copies at "
-        f"{rates['copy_bytes_per_s'] / 1e9:.0f} GB/s: the floor of this is "
-        f"{report.seconds(record['workloads'][0]['floor_seconds'])}."
-    )
-    cli.warn_if_busy(machine, rates)
-    return record
 
 
 def earlier(path: Path, kernel: str, workloads: Sequence[Workload]) -> dict[str, Any]:
@@ -224,9 +199,26 @@ def about(prepared: Prepared) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(build_parser(), throughput, argv)
+def table(record: dict[str, Any]) -> str:
+    """The tables of a record, and the machine's own rates."""
+    rates, floor = record["limits"], record["workloads"][0]["floor_seconds"]
+    return (
+        f"{report.text(record)}\nThis machine multiplies at {rates['matrix_flop_per_s'] / 1e9:.0f} GFLOP/s and copies "
+        f"at {rates['copy_bytes_per_s'] / 1e9:.0f} GB/s: the floor of this is {report.seconds(floor)}."
+    )
 
+
+PROGRAM = cli.Program(
+    "throughput", __doc__, "about twelve minutes on two cores, most of them in peers; --kernel recurrent about six",
+    throughput, table, {"repeats": (10, "timed turns")}, cli.QUICK, add_flags,
+    epilog="\n".join([
+        "kernels:", *(f"  {name:13} {kernel.about}" for name, kernel in KERNELS.items()),
+        "quantities:", *(f"  {name:13} {', '.join(map(str, each.values))}" for name, each in QUANTITIES.items()),
+        "With a quantity g2g on its best backend takes part, the masked snnTorch loop and the dense layers with",
+        "our LIF; for wide layers g2g alone.",
+    ]),
+)  # fmt: skip
+main, build_parser = PROGRAM.main, PROGRAM.build_parser
 
 if __name__ == "__main__":
     sys.exit(main())

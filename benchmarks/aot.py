@@ -171,11 +171,17 @@ class Source:
         return triton.compile(self.ast, target=self.target, options=self.options)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Driver:
-    """Answers what a launch asks of a GPU's driver."""
+class Driver:
+    """Answers what Triton asks of the driver of a GPU that is not there, and does nothing in the place of a launch."""
 
-    target: Target
+    launch_cooperative_grid = False
+
+    def __init__(self, target: Target) -> None:
+        self.target, self.utils = target, self
+        self.launcher_cls = lambda source, metadata: self
+
+    def __call__(self, *_: Any) -> None:
+        """A launch."""
 
     def get_current_device(self) -> str:
         return self.target.name
@@ -188,6 +194,19 @@ class _Driver:
 
         return GPUTarget(self.target.backend, self.target.arch, self.target.warp)
 
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_properties(self, device: str) -> dict[str, int]:
+        limits = {"max_shared_mem": self.target.shared, "max_num_regs": self.target.registers_of_sm}
+        return {**limits, "multiprocessor_count": 132, "warpSize": self.target.warp}
+
+    def load_binary(self, *_: Any) -> tuple[int, ...]:
+        return 1, 1, 64, 0, 1024  # module, function, registers, stack, most threads
+
+    def unload_module(self, module: int) -> None:
+        pass
+
 
 def source_of(launch: Launch, target: Target) -> Source:
     """What a launch on ``target`` compiles: Triton prepares it as it does there, in each version by its own rules.
@@ -197,7 +216,7 @@ def source_of(launch: Launch, target: Target) -> Source:
     from triton.runtime import driver
 
     kernel = launch.kernel
-    driver.set_active(_Driver(target))
+    driver.set_active(Driver(target))
     kernel.device_caches[target.name]  # asked for once, it sets the compiler
     with mock.patch.object(kernel, "compile", Source):
         return kernel.warmup(grid=launch.grid, **launch.arguments)

@@ -168,7 +168,7 @@ class _ContenderSession(Session):
         module, _, name = self.job.entry.target.partition(":")
         kind: type[Contender] = getattr(importlib.import_module(module), name)
         self.prepared = prepared = load(self.job.path)  # kept: freeing it would make memory use seem smaller
-        kind.preload(prepared, self.job.entry.precision, **self.job.entry.options)
+        kind.preload(prepared, self.job.entry.precision, self.job.entry.options.get("inputs", ""))
         load_lazy_parts(self.device)
         self.memory = PeakMemory(self.device)
         self.contender = kind(prepared, self.device, self.job.entry.precision, **self.job.entry.options)

@@ -28,7 +28,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     _, prepared = cli.prepare_with_bar(cli.workload_from(arguments), arguments.data_dir)
     backend = arguments.backend or ("triton" if device.type == "cuda" else "torch")
     precision = arguments.precision or "bf16"
-    contender = Network(prepared, device, precision, backend)
+    contender = Network(prepared, device, precision, backend=backend)
     for _ in range(3):
         contender.step()
     synchronize(device)

@@ -98,8 +98,8 @@ class Neurons(NeuronContender):
     omits = ("beta", "threshold")
     differs = "resets before the decay and is checked against that; no gradients of β and θ"
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str) -> None:
-        super().__init__(prepared, device, precision, inputs)
+    def make(self, prepared: Prepared) -> None:
+        super().make(prepared)
         self.neurons = _MultiStepLIF(self.parameters["beta"].item(), self.parameters["threshold"].item())
 
     def run(self) -> torch.Tensor:

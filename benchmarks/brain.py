@@ -188,14 +188,10 @@ def jax_edges(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
     import jax
     from jax import numpy as jnp
 
+    from .peers.jax_scan import spike
+
     pre, post = jnp.asarray(graph.pre, jnp.int32), jnp.asarray(graph.post, jnp.int32)
     current, weights = jnp.asarray(drive.detach().numpy().T), jnp.asarray(graph.weight)
-
-    @jax.custom_vjp
-    def spike(x: Any) -> Any:
-        return (x > 0).astype(x.dtype)
-
-    spike.defvjp(lambda x: (spike(x), x), lambda x, grad: (grad / (1 + (jnp.pi * x) ** 2),))
 
     def loss(weights: Any, current: Any) -> Any:
         def one(carry: Any, _: Any) -> Any:
@@ -265,7 +261,9 @@ class BrainStep(Session):
 
     def build(self) -> None:
         self.memory = PeakMemory(self.device)  # the graph counts
-        self.off, graph, arguments = farthest(self.name), _graph(self.arguments), self.arguments
+        self.off, arguments = farthest(self.name), self.arguments
+        drawn = arguments.neurons, arguments.weights
+        graph = from_file(arguments.edges) if arguments.edges else synthetic(*drawn)
         self.weights = len(graph.weight)
         self.run = CONTENDERS[self.name](graph, _drive(graph, arguments.batch_size, arguments.gain), arguments.T)
 
@@ -275,10 +273,6 @@ class BrainStep(Session):
     def results(self) -> dict[str, Any]:
         rate = float(self.counts.mean()) / self.arguments.T
         return {"off": self.off, "weights": self.weights, "rate": rate, "base": self.memory.before}
-
-
-def _graph(arguments: argparse.Namespace) -> Graph:
-    return from_file(arguments.edges) if arguments.edges else synthetic(arguments.neurons, arguments.weights)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from g2gnet import LIF, G2GLinear
+from g2gnet import G2GLinear
 
 from .reference import SPIKES, Results, mean_weights
 from .workload import NeuronInputs, Prepared
@@ -198,28 +198,29 @@ class CompiledContender(NetworkContender):
 
 
 class LayerByLayer(nn.Module):
-    """The network, each layer over all time steps at once: ``linear`` in place of its connections, and our neurons. The
-    input is the same at every step, and so is what ``fc1`` makes of it.
+    """The network, each layer over all time steps at once: ``linear`` in place of its connections, and our neurons, or
+    ``neurons`` in their place. The input is the same at every step, and so is what ``fc1`` makes of it.
     """
 
-    fc1: nn.Module
-    fc2: nn.Module
-    fc3: nn.Module
-    lif1: LIF
-    lif2: LIF
-    lif3: LIF
-
-    def __init__(self, prepared: Prepared, linear: Callable[[G2GLinear], nn.Module]) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        linear: Callable[[G2GLinear], nn.Module],
+        neurons: Callable[[Any], nn.Module] = lambda ours: ours,
+    ) -> None:
         super().__init__()
         self.steps = prepared.workload.T
-        for number, (connection, neurons) in enumerate(prepared.network().layers(), 1):
+        for number, (connection, ours) in enumerate(prepared.network().layers(), 1):
             self.add_module(f"fc{number}", linear(connection))
-            self.add_module(f"lif{number}", neurons)
+            self.add_module(f"lif{number}", neurons(ours))
 
     def forward(self, images: torch.Tensor, kept: Kept | None = None) -> torch.Tensor:
-        x = keep(self.lif1(self.fc1(images), steps=self.steps), kept, 0)
-        x = keep(self.lif2(self.fc2(x)), kept, 1)
-        return keep(self.lif3(self.fc3(x)), kept, 2).sum(0, dtype=torch.float32)
+        x = images
+        for number in (1, 2, 3):
+            held = {"steps": self.steps} if number == 1 else {}
+            current = self.get_submodule(f"fc{number}")(x)
+            x = keep(self.get_submodule(f"lif{number}")(current, **held), kept, number - 1)
+        return x.sum(0, dtype=torch.float32)
 
 
 def dense_linear(connection: G2GLinear, kind: type[nn.Linear] = nn.Linear, **options: Any) -> nn.Linear:

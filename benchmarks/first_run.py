@@ -183,8 +183,7 @@ def earlier(stage: Stage, folder: Path) -> dict[str, Any] | None:
     """The outcome of the stage from an earlier run with the same command, or None."""
     with contextlib.suppress(OSError, ValueError):
         made = json.loads((folder / f"{stage.name}.json").read_text(encoding="utf-8"))
-        if made["command"] == list(stage.command):
-            return made
+        return made if made["command"] == list(stage.command) else None
     return None
 
 
@@ -195,10 +194,10 @@ def measured(record: Mapping[str, Any] | None) -> dict[str, float]:
     """The median seconds of everything timed in a stage's record."""
     found = {}
     for run in (timed for timed in record["runs"] if "median" in timed) if record else ():
-        what, place = run.get("what") or run["contender"], ""
+        what = run.get("what") or run["contender"]
         if record and (quantity := record.get("quantity")):
-            place = f", {quantity} {record['workloads'][run['place']][QUANTITIES[quantity].field]}"
-        found[f"{what}{place}"] = run["median"]
+            what += f", {quantity} {record['workloads'][run['place']][QUANTITIES[quantity].field]}"
+        found[what] = run["median"]
     return found
 
 
@@ -216,27 +215,19 @@ def comparison(predictions: Mapping[str, Any], made: Mapping[str, Mapping[str, A
         card: whose predictions to show.
         tiny: whether this is a rehearsal, which has no predictions.
     """
+
+    def shown(time: float | None) -> str:
+        return "–" if time is None else seconds(time)
+
     times = {name: measured(stage["record"]) for name, stage in made.items()}
     rows = []
     for row in [] if tiny else predictions["cards"][card]:
-        found = times.get(row["stage"], {}).pop(row["what"], None)
+        found, then = times.get(row["stage"], {}).pop(row["what"], None), row["decides"]
         ratio = None if found is None else found / row["predicted"]
-        if ratio is None:
-            then = row["decides"]
-        else:
-            off = max(ratio, 1 / ratio) > OFF
-            then = predictions["next"][row["decides"]] if ratio > OFF else "correct the model" if off else ""
-        rows.append(
-            [
-                row["stage"],
-                row["what"],
-                seconds(row["floor"]),
-                seconds(row["predicted"]),
-                "–" if found is None else seconds(found),
-                "–" if ratio is None else f"{ratio:.2f}",
-                then,
-            ]
-        )
+        if ratio is not None:
+            then = predictions["next"][then] if ratio > OFF else "correct the model" if ratio < 1 / OFF else ""
+        cells = *map(shown, (row["floor"], row["predicted"], found)), "–" if ratio is None else f"{ratio:.2f}"
+        rows.append([row["stage"], row["what"], *cells, then])
     for name, left in times.items():
         # the profiler sees hundreds of kernels
         least = 0.01 * max(left.values(), default=0.0) if name == "kernels" else 0.0
@@ -249,14 +240,13 @@ def status_table(made: Mapping[str, Mapping[str, Any]], planned: Sequence[str]) 
     """The outcome of each stage; for one that is not done, the last line of its output that mentions an error."""
     rows = []
     for name in planned:
-        stage, said = made.get(name), ""
-        if stage is not None and stage["status"] != "done":
+        status, taken, said = "to come", "", ""
+        if stage := made.get(name):
+            status, taken = stage["status"], f"{stage['seconds']:.0f} s"
+        if stage and status != "done":
             lines = stage["output"].strip().splitlines() or [""]
-            said = next(
-                (line for line in reversed(lines) if re.search("wrong: |error", line, re.IGNORECASE)), lines[-1]
-            )
-        became = ["to come", ""] if stage is None else [stage["status"], f"{stage['seconds']:.0f} s"]
-        rows.append([name, *became, said[:200]])
+            said = next((line for line in reversed(lines) if re.search("(?i)wrong: |error", line)), lines[-1])
+        rows.append([name, status, taken, said[:200]])
     return markdown(["stage", "", "took", ""], rows)
 
 

@@ -85,6 +85,24 @@ def title(label: str) -> str:
     return TITLES.get(name, name) + (", bfloat16" if label.endswith("-bf16") else "")
 
 
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def network(workload: dict[str, Any], without: Sequence[str] = ()) -> str:
+    """A workload in words, but for some of its fields."""
+    side = workload["block_size"]
+    words = {
+        "batch_size": f"batch {workload['batch_size']}",
+        "T": f"{workload['T']} steps",
+        "hidden_dim": f"{workload['hidden_dim']:,} neurons per layer",
+        "block_size": "single weights" if side == 1 else f"{side} × {side} blocks",
+        "density": f"{percent(workload['density'])} of the weights",
+    }
+    model = f"{workload['model']}{', recurrent' if workload.get('recurrent') else ''}"
+    return ", ".join([model, *(text for field, text in words.items() if field not in without)])
+
+
 def plain(value: float) -> str:
     """A whole number as it is, others to three digits."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

@@ -114,7 +114,10 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     own = [(entry, number, entry.own(workload)) for entry in entries for number, workload in enumerate(workloads)]
     needed = [*workloads, *(workload for entry, _, workload in own if entry.unavailable is None)]
     prepared = {each: cli.prepare_with_bar(each, arguments.data_dir) for each in dict.fromkeys(needed)}
-    print(f"{kernel.about}: {about(prepared[workloads[0]][1])}", flush=True)
+    first = prepared[workloads[0]][1]
+    w, about = first.workload, report.network({**first.workload.as_dict(), "density": first.density()})
+    learnt = f"{w.dataset}, after {w.train_steps} training steps (test accuracy {first.test_accuracy:.2f})"
+    print(f"{kernel.about}: {about}; {learnt}", flush=True)
 
     limits = Limits(device)
     unprepared = prepared[workloads[0]]
@@ -187,16 +190,6 @@ def leave_out(entry: Entry) -> Entry:
     """The entry with the reason why ``--quick`` skips it."""
     reason = entry.unavailable or "--quick skips what compiles for a minute; name it in --contenders to include it"
     return dataclasses.replace(entry, unavailable=reason)
-
-
-def about(prepared: Prepared) -> str:
-    """The workload in one line."""
-    w = prepared.workload
-    return (
-        f"{w.model}{', recurrent' * w.recurrent}, batch {w.batch_size}, {w.T} steps, {w.hidden_dim:,} neurons per "
-        f"layer, {w.block_size} × {w.block_size} blocks, {prepared.density():.1%} of the weights; {w.dataset}, after "
-        f"{w.train_steps} training steps (test accuracy {prepared.test_accuracy:.2f})"
-    )
 
 
 def table(record: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -131,23 +131,6 @@ CASES = {
         Case("recurrent, float32", torch.float32, recurrent=True),
     )
 }
-
-
-class Row(NamedTuple):
-    """One kernel on one kind of GPU."""
-
-    case: str
-    kernel: str
-    tile: str
-    factors: str
-    target: str
-    registers: int
-    stack: int
-    shared: int
-    programs: int
-    matrix: str
-    buffers: str
-    in_flight: str
 
 
 PRODUCTS = ("product", "place", "parts", "weight_gradient", "fused_forward", "recurrent_backward")
@@ -299,8 +282,8 @@ def programs_of_sm(registers: int, shared: int, num_warps: int, target: Target) 
     return min(32, target.threads_of_sm // threads, by_registers, by_shared)
 
 
-def rows(cases: Sequence[Case], targets: Sequence[Target], kernels: Sequence[str]) -> Iterator[Row]:
-    """Each of these kernels of these steps on each target, once."""
+def rows(cases: Sequence[Case], targets: Sequence[Target], kernels: Sequence[str]) -> Iterator[list[str]]:
+    """The cells of each of these kernels of these steps on each target, once."""
     jobs: dict[Source, tuple[str, Launch, Target]] = {}
     for case, target in itertools.product(cases, targets):
         if case.precision == "high" and target.backend == "hip":
@@ -313,19 +296,10 @@ def rows(cases: Sequence[Case], targets: Sequence[Target], kernels: Sequence[str
         compiled = source.compiled()
         registers, stack = resources(compiled, target)
         shared = compiled.metadata.shared
-        yield Row(
-            case_name,
-            f"`{launch.kernel.__name__}`",
-            tile_of(launch, source),
-            factors_of(launch),
-            target.name,
-            registers,
-            stack,
-            shared,
-            programs_of_sm(registers, shared, compiled.metadata.num_warps, target),
-            matrix_instructions(compiled, target),
-            *loads(compiled, target),
-        )
+        programs = programs_of_sm(registers, shared, compiled.metadata.num_warps, target)
+        about = case_name, f"`{launch.kernel.__name__}`", tile_of(launch, source), factors_of(launch), target.name
+        counted = map(str, (registers, stack, shared, programs))
+        yield [*about, *counted, matrix_instructions(compiled, target), *loads(compiled, target)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -348,11 +322,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         cases, targets = [CASES[name] for name in arguments.cases], [TARGETS[name] for name in arguments.targets]
         printed = set()
         for row in rows(cases, targets, arguments.kernels):
-            unlike = row._replace(case="")  # steps differ in arguments that change nothing of this
-            if unlike not in printed:
-                tqdm.write(markdown_row(list(map(str, row))))
+            if (cells := tuple(row[1:])) not in printed:  # steps differ in arguments that change nothing of these
+                tqdm.write(markdown_row(row))
                 sys.stdout.flush()
-            printed.add(unlike)
+            printed.add(cells)
     return 0
 
 

@@ -30,7 +30,7 @@ from . import cli
 from .contender import ATan
 from .harness import Racer, Session, race
 from .machine import PeakMemory
-from .report import by_column, seconds
+from .report import by_column, ratio, seconds
 
 BETA, THRESHOLD = 0.9, 1.0
 #: the network that is compared with a dense one, and how far gradients may be off, relative to the largest
@@ -345,7 +345,7 @@ def table(record: dict[str, Any]) -> str:
             rows.append([text, f"fails: {run['reason']}", "", "", "", ""])
             continue
         took = statistics.median(run["seconds"])
-        times = f"{statistics.median(a / b for a, b in zip(run['seconds'], base[0], strict=True)):.2f}" if base else ""
+        times = f"{ratio(run['seconds'], base[0]):.2f}" if base else ""
         memory = f"{run['peak'] / 1e9:.1f} GB"
         rows.append([text, seconds(took), times, memory, f"{100 * run['rate']:.1f} %", f"{run['off']:.0e}"])
     return markdown(["", "step", "over g2g", "peak memory", "firing rate", "off float64 by"], rows)

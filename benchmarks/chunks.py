@@ -6,7 +6,6 @@ gives its peak memory; those of one T take turns, and have to give the same spik
 """
 
 import argparse
-import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ from g2gnet.programs.flags import Parser
 from . import cli
 from .harness import Racer, Session, race
 from .machine import Limits, PeakMemory, load_lazy_parts
-from .report import seconds
+from .report import ratio, seconds
 
 #: T of the step whose chunks are compared
 USUAL = 1000
@@ -77,8 +76,7 @@ def plan(arguments: argparse.Namespace) -> dict[int, list[int | None]]:
     Raises:
         ValueError: for a number out of range.
     """
-    lengths, chunks = (cli.counts(arguments, name) for name in ("T", "chunks"))
-    compared = sorted({*chunks, arguments.chunk})
+    lengths, compared = cli.counts(arguments, "T"), sorted({*cli.counts(arguments, "chunks"), arguments.chunk})
     planned = {steps: [None, *(compared if steps == USUAL else [arguments.chunk])] for steps in lengths}
     return {**planned, **({arguments.long: [arguments.chunk]} if arguments.long else {})}
 
@@ -89,13 +87,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     size = Size(batch_size=arguments.batch_size, hidden_dim=arguments.hidden_dim)
     runs: list[dict[str, Any]] = []
     for steps, compared in planned.items():
-        runs += points(size, steps, compared, arguments.repeats)
+        racers = points(size, steps, compared)
+        race(racers, arguments.repeats)
+        whole = racers[0]
+        for each in racers:
+            run = each.summary()
+            if whole.run["chunk"] is None and whole.status == each.status == "timed":
+                run["times"] = ratio(each.seconds, whole.seconds)
+                run["cpu_times"] = ratio(each.cpu_seconds, whole.cpu_seconds)
+            runs.append(run)
         limits.measure()
     return {"limits": limits.rates(), "sizes": size._asdict(), "runs": runs}
 
 
-def points(size: Size, steps: int, compared: Sequence[int | None], repeats: int) -> list[dict[str, Any]]:
-    """The runs of one T, whose results have to be those of the whole."""
+def points(size: Size, steps: int, compared: Sequence[int | None]) -> list[Racer]:
+    """Who runs so many steps; the results of chunks have to be those of the whole."""
     expected: dict[str, np.ndarray] = {}
 
     def racer(chunk: int | None) -> Racer:
@@ -110,15 +116,7 @@ def points(size: Size, steps: int, compared: Sequence[int | None], repeats: int)
         label = f"{steps} steps, {'whole' if chunk is None else f'chunks of {chunk}'}"
         return Racer(label, Step, (size, steps, chunk), check, run)
 
-    racers = [racer(chunk) for chunk in compared]
-    race(racers, repeats)
-    whole = racers[0]
-    for each in racers:
-        if whole.run["chunk"] is None and whole.status == each.status == "timed":
-            for name, times in (("times", "seconds"), ("cpu_times", "cpu_seconds")):
-                pairs = zip(getattr(each, times), getattr(whole, times), strict=True)
-                each.run[name] = statistics.median(ours / theirs for ours, theirs in pairs)
-    return [each.summary() for each in racers]
+    return [racer(chunk) for chunk in compared]
 
 
 def difference(results: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:

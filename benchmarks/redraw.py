@@ -146,7 +146,8 @@ def _throughput(record: Record, link: Link) -> str:
     if content["quantity"]:
         return _scaling(record, link)
     repeats = next(run["repeats"] for run in content["runs"] if run["status"] == "timed")
-    last = ("processor time", "times as fast") if _busy(content) else ("times as fast", "of the floor")
+    busy = report.counted(content) == "cpu_median"  # then processor time is what counts
+    last = ("processor time", "times as fast") if busy else ("times as fast", "of the floor")
     table = markdown(*report.times(content, ("median", "20–80 %", *last, "peak memory"), title))
     text = (
         f"{_about(content)}: {network(content['workloads'][0])}. {repeats} interleaved repeats, "
@@ -272,14 +273,9 @@ def _in_one_table(*names: str) -> Part:
     return part
 
 
-def _busy(content: dict[str, Any]) -> bool:
-    """Whether other programs used the machine while a record was made; then processor time is what counts."""
-    return report.counted(content) == "cpu_median"
-
-
 def _said_of_others(content: dict[str, Any]) -> str:
     """A paragraph about a busy machine; "" where it was not."""
-    if not _busy(content):
+    if report.counted(content) != "cpu_median":
         return ""
     others = f"{content['limits']['others_busy_cores']:.1f} of {content['machine']['cores']} cores"
     return f"\n\nOther programs kept {others} busy: what counts is the processor time of all threads of a contender."

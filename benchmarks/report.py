@@ -1,5 +1,6 @@
 """Tables of records."""
 
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -114,6 +115,11 @@ def seconds(value: float) -> str:
         (pair for pair in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)) if abs(value) >= pair[1]), ("ns", 1e-9)
     )
     return f"{value / scale:.3g} {unit}"
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """How many times as long: the median over turns."""
+    return statistics.median(ours / theirs for ours, theirs in zip(times, others, strict=True))
 
 
 def counted(record: dict[str, Any]) -> str:

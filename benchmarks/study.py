@@ -226,7 +226,9 @@ def make(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     for run in sorted(runs, key=lambda run: run.settings.seed):
         if end := ends[run.folder]:
             others = found[run.differs["row"]]
-            costs = {name: others[0][name] for name in COSTS if name in others[0]} if others else costs_of(study, run)
+            costs = {name: others[0][name] for name in COSTS if name in others[0]} if others else {}
+            if study.costs and not others:
+                costs = step_costs(run.settings, gru.build if GRU in run.label else G2GNet.from_settings)
             others.append({**run.differs, **end, **costs})
     record: dict[str, Any] = {
         "benchmark": name,
@@ -239,11 +241,6 @@ def make(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
     print(table(record))
     return record
-
-
-def costs_of(study: Study, run: Run) -> dict[str, float]:
-    """Memory and processor time of a run's training step, where the study wants them."""
-    return step_costs(run.settings, gru.build if GRU in run.label else G2GNet.from_settings) if study.costs else {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -182,14 +182,10 @@ def contenders(arguments: argparse.Namespace, quantity: Quantity | None) -> list
         return choose(arguments.kernel, ",".join([f"g2g-{available_backends()[0]}", *beside]))
     entries = choose(arguments.kernel, *asked)
     if arguments.quick and not arguments.contenders:
-        entries = [leave_out(entry) if entry.compiles else entry for entry in entries]
+        reason = "--quick skips what compiles for a minute; name it in --contenders to include it"
+        skipped = {entry.label: entry.unavailable or (reason if entry.compiles else None) for entry in entries}
+        entries = [dataclasses.replace(entry, unavailable=skipped[entry.label]) for entry in entries]
     return entries
-
-
-def leave_out(entry: Entry) -> Entry:
-    """The entry with the reason why ``--quick`` skips it."""
-    reason = entry.unavailable or "--quick skips what compiles for a minute; name it in --contenders to include it"
-    return dataclasses.replace(entry, unavailable=reason)
 
 
 def table(record: dict[str, Any]) -> str:

@@ -44,7 +44,7 @@ def add_flags(parser: Parser) -> None:
 
 def sizes(arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
     """The side of units and the batch size of each layer that is compared."""
-    return itertools.product(*(cli.counts(arguments, f"{name}_sizes") for name in ("block", "batch")))
+    return itertools.product(cli.counts(arguments, "block_sizes"), cli.counts(arguments, "batch_sizes"))
 
 
 def label(batch: int, block_size: int, fused: bool) -> str:

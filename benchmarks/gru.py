@@ -82,14 +82,17 @@ class GRUTrainer(EpochTrainer):
         self._stepped()
         return StepResult(loss.detach(), (logits.argmax(1) == labels).sum())
 
-    @torch.no_grad()
     def _measures(self, progress: Progress) -> tuple[dict[str, float], dict[str, Any]]:
-        batches = zip(self.data.test_images.split(1000), self.data.test_labels.split(1000), strict=True)
-        right = sum(int((self._logits(images).argmax(1) == labels).sum()) for images, labels in batches)
         weights = sum(parameter.numel() for parameter in self.net.parameters())
         about = {"weights": weights, "hidden_dim": self.net.recurrent.hidden_size}
-        return {"test_acc": right / len(self.data.test_labels)}, about
+        return {f"{part}_acc": self._accuracy(part) for part in self.judges}, about
 
     def test(self, state: dict[str, Any]) -> float:
         load_model(self.net, state["model"])
-        return self._measures(self._no_progress())[0]["test_acc"]
+        return self._accuracy("test")
+
+    @torch.no_grad()
+    def _accuracy(self, part: str) -> float:
+        images, labels = self.data.part(part)
+        batches = zip(images.split(1000), labels.split(1000), strict=True)
+        return sum(int((self._logits(some).argmax(1) == of).sum()) for some, of in batches) / len(labels)

@@ -14,14 +14,9 @@ from .studies import CONTROL, GRAPHS, GROWTH, RELU, STUDIES
 
 Run = dict[str, Any]
 TEST_IMAGES = "the test images"
-HELD_BACK = "a sixth of the training images, another one for each seed"
-#: with ``--validation`` a run tests on one part of so many of the training images
-FOLDS = 6
-
-
-def fold_of(seed: int) -> int:
-    """The part of the training images that a run holds back: with seed 1 the last, with seed 2 the last but one, ..."""
-    return (1 - seed) % FOLDS or FOLDS
+#: what runs with ``--validation`` are tested on; older records have parts of the images in the place of drawn ones
+DRAWN = "a sixth of the training images, drawn with the seed"
+LAST, FIRST_SEED = "the last 10,000 training images", 1
 
 
 class Row(NamedTuple):
@@ -194,10 +189,10 @@ def gains_by_seed(records: Sequence[Mapping[str, Any]]) -> str:
     others: list[tuple[tuple[Any, ...], int, str, float]] = []
     for number, record in enumerate(records):
         for run in record["runs"] if record["tested_on"] != TEST_IMAGES else ():
-            # older records hold back the last part whatever the seed
-            if record["tested_on"] == HELD_BACK or fold_of(run["seed"]) == FOLDS:
-                machine = record["machine"]
-                alike = (run["seed"], machine["cpu"], machine["versions"]["torch"], record["settings"])
+            # the oldest hold back the last part whatever the seed, later ones with this seed
+            if record["tested_on"] != LAST or run["seed"] == FIRST_SEED:
+                machine, drawn = record["machine"], record["tested_on"] == DRAWN
+                alike = (run["seed"], machine["cpu"], machine["versions"]["torch"], record["settings"], drawn)
                 if run["row"] == "20 epochs":
                     bases.setdefault(alike, {})[number] = accuracy(run)
                 elif run["row"] in rows:

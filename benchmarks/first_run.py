@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,13 @@ class Stage:
         name: of its record, and of its rows on the page.
         command: module and flags.
         measures: whether it accepts ``--json`` for a record with times.
+        interpreted: whether Triton's interpreter runs its kernels.
     """
 
     name: str
     command: tuple[str, ...]
     measures: bool = True
+    interpreted: bool = False
 
 
 def stages(device: str) -> Iterator[Stage]:
@@ -129,7 +131,8 @@ def stages(device: str) -> Iterator[Stage]:
         shapes = f"--precision {precision}"
         if tiny:  # the interpreter cannot multiply in bfloat16
             shapes = "--precision fp32 --batch_sizes 4 --block_sizes 16 --hidden_dim 64 --T 3 --repeats 1"
-        yield stage(f"fused-{precision}", f"{__package__}.fused_pair --device {device} {shapes}")
+        fused = stage(f"fused-{precision}", f"{__package__}.fused_pair --device {device} {shapes}")
+        yield replace(fused, interpreted=tiny)
     count = 2 if tiny else torch.cuda.device_count()
     if count > 1:  # the trainer compares the states of its processes
         launcher = f"torch.distributed.run --standalone --nproc_per_node={count} -m g2gnet.programs.train"
@@ -156,6 +159,7 @@ def run(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
+            env={**os.environ, **({"TRITON_INTERPRET": "1"} if stage.interpreted else {})},
             start_new_session=True,  # processes started by the stage end with it
         )
         try:

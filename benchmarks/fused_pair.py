@@ -1,13 +1,12 @@
 """A layer's fused kernel compared with the pair of kernels: ``python -m benchmarks.fused_pair``.
 
 Forward and backward of one hidden layer over all T, for the batch sizes and units for which ``fused_pays`` decides. On
-a GPU each is replayed as a CUDA graph, which excludes the host's time. With ``--device cpu`` and small sizes Triton's
-interpreter shows that the program runs; the times mean nothing then.
+a GPU each is replayed as a CUDA graph, which excludes the host's time. Without one, ``TRITON_INTERPRET=1`` and small
+sizes show that the program runs; the times mean nothing then.
 """
 
 import argparse
 import itertools
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -102,10 +101,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: for a device that Triton cannot use, or sizes out of range.
     """
-    device = cli.device_from(arguments)
-    if device.type == "cpu":  # before kernels are imported
-        os.environ["TRITON_INTERPRET"] = "1"
-    if reason := runtime.unavailable():
+    reason, device = runtime.unavailable(), cli.device_from(arguments)
+    if reason is None and device.type != ("cpu" if runtime.interpreted() else "cuda"):
+        reason = "TRITON_INTERPRET=1 works with --device cpu only, which needs it"
+    if reason is not None:
         raise ValueError(f"device={arguments.device!r}: {reason}")
     from g2g_kernels.ops.g2g_stack import triton as stack
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -133,23 +133,6 @@ CASES = {
 }
 
 
-class Row(NamedTuple):
-    """One kernel on one kind of GPU."""
-
-    case: str
-    kernel: str
-    tile: str
-    factors: str
-    target: str
-    registers: int
-    stack: int
-    shared: int
-    programs: int
-    matrix: str
-    buffers: str
-    in_flight: str
-
-
 PRODUCTS = ("product", "place", "parts", "weight_gradient", "fused_forward", "recurrent_backward")
 KERNELS = [f"{name}_kernel" for name in (*PRODUCTS, "neurons_forward", "neurons_backward")]
 HEADINGS = ["step", "kernel", "tile", "factors", "target", "registers", "stack", "shared", "programs/SM", "matrix",
@@ -171,11 +154,17 @@ class Source:
         return triton.compile(self.ast, target=self.target, options=self.options)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Driver:
-    """Answers what a launch asks of a GPU's driver."""
+class Driver:
+    """Answers what Triton asks of the driver of a GPU that is not there, and does nothing in the place of a launch."""
 
-    target: Target
+    launch_cooperative_grid = False
+
+    def __init__(self, target: Target) -> None:
+        self.target, self.utils = target, self
+        self.launcher_cls = lambda source, metadata: self
+
+    def __call__(self, *_: Any) -> None:
+        """A launch."""
 
     def get_current_device(self) -> str:
         return self.target.name
@@ -188,6 +177,19 @@ class _Driver:
 
         return GPUTarget(self.target.backend, self.target.arch, self.target.warp)
 
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_device_properties(self, device: str) -> dict[str, int]:
+        limits = {"max_shared_mem": self.target.shared, "max_num_regs": self.target.registers_of_sm}
+        return {**limits, "multiprocessor_count": 132, "warpSize": self.target.warp}
+
+    def load_binary(self, *_: Any) -> tuple[int, ...]:
+        return 1, 1, 64, 0, 1024  # module, function, registers, stack, most threads
+
+    def unload_module(self, module: int) -> None:
+        pass
+
 
 def source_of(launch: Launch, target: Target) -> Source:
     """What a launch on ``target`` compiles: Triton prepares it as it does there, in each version by its own rules.
@@ -197,7 +199,7 @@ def source_of(launch: Launch, target: Target) -> Source:
     from triton.runtime import driver
 
     kernel = launch.kernel
-    driver.set_active(_Driver(target))
+    driver.set_active(Driver(target))
     kernel.device_caches[target.name]  # asked for once, it sets the compiler
     with mock.patch.object(kernel, "compile", Source):
         return kernel.warmup(grid=launch.grid, **launch.arguments)
@@ -280,8 +282,8 @@ def programs_of_sm(registers: int, shared: int, num_warps: int, target: Target) 
     return min(32, target.threads_of_sm // threads, by_registers, by_shared)
 
 
-def rows(cases: Sequence[Case], targets: Sequence[Target], kernels: Sequence[str]) -> Iterator[Row]:
-    """Each of these kernels of these steps on each target, once."""
+def rows(cases: Sequence[Case], targets: Sequence[Target], kernels: Sequence[str]) -> Iterator[list[str]]:
+    """The cells of each of these kernels of these steps on each target, once."""
     jobs: dict[Source, tuple[str, Launch, Target]] = {}
     for case, target in itertools.product(cases, targets):
         if case.precision == "high" and target.backend == "hip":
@@ -294,19 +296,10 @@ def rows(cases: Sequence[Case], targets: Sequence[Target], kernels: Sequence[str
         compiled = source.compiled()
         registers, stack = resources(compiled, target)
         shared = compiled.metadata.shared
-        yield Row(
-            case_name,
-            f"`{launch.kernel.__name__}`",
-            tile_of(launch, source),
-            factors_of(launch),
-            target.name,
-            registers,
-            stack,
-            shared,
-            programs_of_sm(registers, shared, compiled.metadata.num_warps, target),
-            matrix_instructions(compiled, target),
-            *loads(compiled, target),
-        )
+        programs = programs_of_sm(registers, shared, compiled.metadata.num_warps, target)
+        about = case_name, f"`{launch.kernel.__name__}`", tile_of(launch, source), factors_of(launch), target.name
+        counted = map(str, (registers, stack, shared, programs))
+        yield [*about, *counted, matrix_instructions(compiled, target), *loads(compiled, target)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -329,11 +322,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         cases, targets = [CASES[name] for name in arguments.cases], [TARGETS[name] for name in arguments.targets]
         printed = set()
         for row in rows(cases, targets, arguments.kernels):
-            unlike = row._replace(case="")  # steps differ in arguments that change nothing of this
-            if unlike not in printed:
-                tqdm.write(markdown_row(list(map(str, row))))
+            if (cells := tuple(row[1:])) not in printed:  # steps differ in arguments that change nothing of these
+                tqdm.write(markdown_row(row))
                 sys.stdout.flush()
-            printed.add(unlike)
+            printed.add(cells)
     return 0
 
 

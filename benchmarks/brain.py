@@ -30,7 +30,7 @@ from . import cli
 from .contender import ATan
 from .harness import Racer, Session, race
 from .machine import PeakMemory
-from .report import by_column, seconds
+from .report import by_column, ratio, seconds
 
 BETA, THRESHOLD = 0.9, 1.0
 #: the network that is compared with a dense one, and how far gradients may be off, relative to the largest
@@ -188,14 +188,10 @@ def jax_edges(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
     import jax
     from jax import numpy as jnp
 
+    from .peers.jax_scan import spike
+
     pre, post = jnp.asarray(graph.pre, jnp.int32), jnp.asarray(graph.post, jnp.int32)
     current, weights = jnp.asarray(drive.detach().numpy().T), jnp.asarray(graph.weight)
-
-    @jax.custom_vjp
-    def spike(x: Any) -> Any:
-        return (x > 0).astype(x.dtype)
-
-    spike.defvjp(lambda x: (spike(x), x), lambda x, grad: (grad / (1 + (jnp.pi * x) ** 2),))
 
     def loss(weights: Any, current: Any) -> Any:
         def one(carry: Any, _: Any) -> Any:
@@ -265,7 +261,9 @@ class BrainStep(Session):
 
     def build(self) -> None:
         self.memory = PeakMemory(self.device)  # the graph counts
-        self.off, graph, arguments = farthest(self.name), _graph(self.arguments), self.arguments
+        self.off, arguments = farthest(self.name), self.arguments
+        drawn = arguments.neurons, arguments.weights
+        graph = from_file(arguments.edges) if arguments.edges else synthetic(*drawn)
         self.weights = len(graph.weight)
         self.run = CONTENDERS[self.name](graph, _drive(graph, arguments.batch_size, arguments.gain), arguments.T)
 
@@ -275,10 +273,6 @@ class BrainStep(Session):
     def results(self) -> dict[str, Any]:
         rate = float(self.counts.mean()) / self.arguments.T
         return {"off": self.off, "weights": self.weights, "rate": rate, "base": self.memory.before}
-
-
-def _graph(arguments: argparse.Namespace) -> Graph:
-    return from_file(arguments.edges) if arguments.edges else synthetic(arguments.neurons, arguments.weights)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -311,8 +305,7 @@ def timed_runs(arguments: argparse.Namespace, names: Sequence[str]) -> list[dict
         return Racer(name, BrainStep, (name, arguments, torch.get_num_threads()), check, run)
 
     racers = [racer(name) for name in names]
-    with cli.bar(len(names) * (arguments.repeats + 1)) as bar:
-        race(racers, arguments.repeats, warm_up=1, progress=lambda label: bar.update() and None)
+    race(racers, arguments.repeats, warm_up=1)
     for each in racers:
         each.run |= {"status": each.status, "reason": each.reason, "seconds": [round(t, 4) for t in each.seconds]}
         if asked := re.search(r"allocate (\d+) bytes", each.reason):
@@ -352,7 +345,7 @@ def table(record: dict[str, Any]) -> str:
             rows.append([text, f"fails: {run['reason']}", "", "", "", ""])
             continue
         took = statistics.median(run["seconds"])
-        times = f"{statistics.median(a / b for a, b in zip(run['seconds'], base[0], strict=True)):.2f}" if base else ""
+        times = f"{ratio(run['seconds'], base[0]):.2f}" if base else ""
         memory = f"{run['peak'] / 1e9:.1f} GB"
         rows.append([text, seconds(took), times, memory, f"{100 * run['rate']:.1f} %", f"{run['off']:.0e}"])
     return markdown(["", "step", "over g2g", "peak memory", "firing rate", "off float64 by"], rows)

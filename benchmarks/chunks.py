@@ -6,16 +6,14 @@ gives its peak memory; those of one T take turns, and have to give the same spik
 """
 
 import argparse
-import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from g2g_kernels.numbers import COUNT
 from g2gnet import G2GNet
 from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
@@ -23,7 +21,7 @@ from g2gnet.programs.flags import Parser
 from . import cli
 from .harness import Racer, Session, race
 from .machine import Limits, PeakMemory, load_lazy_parts
-from .report import seconds
+from .report import ratio, seconds
 
 #: T of the step whose chunks are compared
 USUAL = 1000
@@ -78,11 +76,7 @@ def plan(arguments: argparse.Namespace) -> dict[int, list[int | None]]:
     Raises:
         ValueError: for a number out of range.
     """
-    lengths, chunks = (cli.numbers(getattr(arguments, name)) for name in ("T", "chunks"))
-    for name, numbers in (("T", lengths), ("chunks", chunks)):
-        for number in numbers:
-            COUNT.check(name, number)
-    compared = sorted({*chunks, arguments.chunk})
+    lengths, compared = cli.counts(arguments, "T"), sorted({*cli.counts(arguments, "chunks"), arguments.chunk})
     planned = {steps: [None, *(compared if steps == USUAL else [arguments.chunk])] for steps in lengths}
     return {**planned, **({arguments.long: [arguments.chunk]} if arguments.long else {})}
 
@@ -92,22 +86,22 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     planned, limits = plan(arguments), Limits(torch.device("cpu"))
     size = Size(batch_size=arguments.batch_size, hidden_dim=arguments.hidden_dim)
     runs: list[dict[str, Any]] = []
-    with cli.bar(sum(map(len, planned.values())) * (1 + arguments.repeats)) as bar:
-
-        def progress(label: str) -> None:
-            bar.set_description(label, refresh=False)
-            bar.update()
-
-        for steps, compared in planned.items():
-            runs += points(size, steps, compared, arguments.repeats, progress)
-            limits.measure()
+    for steps, compared in planned.items():
+        racers = points(size, steps, compared)
+        race(racers, arguments.repeats)
+        whole = racers[0]
+        for each in racers:
+            run = each.summary()
+            if whole.run["chunk"] is None and whole.status == each.status == "timed":
+                run["times"] = ratio(each.seconds, whole.seconds)
+                run["cpu_times"] = ratio(each.cpu_seconds, whole.cpu_seconds)
+            runs.append(run)
+        limits.measure()
     return {"limits": limits.rates(), "sizes": size._asdict(), "runs": runs}
 
 
-def points(
-    size: Size, steps: int, compared: Sequence[int | None], repeats: int, progress: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """The runs of one T, whose results have to be those of the whole."""
+def points(size: Size, steps: int, compared: Sequence[int | None]) -> list[Racer]:
+    """Who runs so many steps; the results of chunks have to be those of the whole."""
     expected: dict[str, np.ndarray] = {}
 
     def racer(chunk: int | None) -> Racer:
@@ -122,15 +116,7 @@ def points(
         label = f"{steps} steps, {'whole' if chunk is None else f'chunks of {chunk}'}"
         return Racer(label, Step, (size, steps, chunk), check, run)
 
-    racers = [racer(chunk) for chunk in compared]
-    race(racers, repeats, progress=progress)
-    whole = racers[0]
-    for each in racers:
-        if whole.run["chunk"] is None and whole.status == each.status == "timed":
-            for name, times in (("times", "seconds"), ("cpu_times", "cpu_seconds")):
-                pairs = zip(getattr(each, times), getattr(whole, times), strict=True)
-                each.run[name] = statistics.median(ours / theirs for ours, theirs in pairs)
-    return [each.summary() for each in racers]
+    return [racer(chunk) for chunk in compared]
 
 
 def difference(results: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:

@@ -55,12 +55,6 @@ def build_parser(name: str, about: str | None, takes: str, quick: Mapping[str, A
     return parser
 
 
-def add_counts(parser: Parser, counts: Mapping[str, tuple[int, str]]) -> None:
-    """Adds flags that are whole numbers: each with its default and what it means."""
-    for name, (default, text) in counts.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
-
-
 @dataclasses.dataclass(frozen=True)
 class Program:
     """A benchmark as a program: ``python -m benchmarks.NAME``.
@@ -72,8 +66,9 @@ class Program:
         table: the table of a record.
         counts: flags that are whole numbers of at least 1: each with its default and what it means.
         quick: what flags are with ``--quick``.
-        more: adds other flags.
+        more: adds other flags; where ``--device`` is one of them, that is where it runs.
         threads: PyTorch's; None: as many as it has.
+        epilog: what stands below the flags.
     """
 
     name: str
@@ -85,10 +80,13 @@ class Program:
     quick: Mapping[str, Any]
     more: Callable[[Parser], None] = lambda parser: None
     threads: int | None = None
+    epilog: str = ""
 
     def build_parser(self) -> Parser:
-        parser = build_parser(self.name, self.about, self.takes, self.quick)
-        add_counts(parser, self.counts)
+        parser = build_parser(self.name, self.about, self.takes, self.quick, self.epilog)
+        for name, (default, text) in self.counts.items():
+            text = f"{text} (default: {default})"
+            parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
         self.more(parser)
         return parser
 
@@ -96,11 +94,13 @@ class Program:
         return run(self.build_parser(), self._record, argv)
 
     def _record(self, arguments: argparse.Namespace) -> dict[str, Any]:
-        checked(arguments, *self.counts)
+        settings = {name: getattr(arguments, name) for name in self.counts}
+        for name, value in settings.items():
+            COUNT.check(name, value)
+        device = device_from(arguments) if "device" in arguments else torch.device("cpu")
         with pytorch_threads(self.threads) if self.threads else contextlib.nullcontext():
-            machine = describe(torch.device("cpu"))
+            machine = describe(device)
             print(headline(machine), flush=True)
-            settings = {name: getattr(arguments, name) for name in self.counts}
             record = {"benchmark": self.name, "machine": machine, "settings": settings, **self.measure(arguments)}
         print(self.table(record))
         warn_if_busy(machine, record.get("limits", {}))
@@ -141,10 +141,12 @@ def run(
     return failed or status
 
 
-def bar(total: int, text: str = "", unit: str = " turns") -> tqdm:
-    """A progress bar: on a terminal one that goes when it ends, in a file a line now and then."""
+def bar(of: Any, text: str = "", unit: str = " turns") -> tqdm:
+    """A progress bar over things or of a total: on a terminal one that goes when it ends, in a file a line now and
+    then."""
+    total = {"total": of} if isinstance(of, int) else {"iterable": of}
     often = sys.stderr.isatty()
-    return tqdm(total=total, desc=text, unit=unit, leave=False, mininterval=0.1 if often else SELDOM, delay=0.5)
+    return tqdm(**total, desc=text, unit=unit, leave=False, mininterval=0.1 if often else SELDOM, delay=0.5)
 
 
 def numbers(text: str, kind: Callable[[str], Any] = int) -> Sequence[Any]:
@@ -152,11 +154,19 @@ def numbers(text: str, kind: Callable[[str], Any] = int) -> Sequence[Any]:
     return [kind(part) for part in text.split(",")]
 
 
+def counts(arguments: argparse.Namespace, name: str) -> list[int]:
+    """The numbers of a comma-separated flag; raises ValueError unless all are whole and at least 1."""
+    found = list(numbers(getattr(arguments, name)))
+    for number in found:
+        COUNT.check(name, number)
+    return found
+
+
 # --- workloads ----------------------------------------------------------------------------------------------------
 
 
-def add_flags(parser: Parser, repeats: int) -> None:
-    """Adds the flags of the workload, the device, the repeats and the contenders."""
+def add_sizes(parser: Parser) -> None:
+    """Adds the flags of the workload's network and batch."""
     default = {field.name: field.default for field in dataclasses.fields(Workload)}
     group = parser.add_argument_group("workload")
     texts = {field.name: field.metadata["text"] for field in dataclasses.fields(TrainSettings)}
@@ -168,14 +178,17 @@ def add_flags(parser: Parser, repeats: int) -> None:
             f"--{name}", type=kind, metavar=METAVARS[kind], help=f"{texts[name]} (default: {default[name]})"
         )
     group.add_argument("--model", choices=MODELS, help=f"network (default: {default['model']})")
-    group.add_argument(
-        "--dataset", choices=("fashionmnist", "fashionmnist-mini"), help=f"images (default: {default['dataset']})"
-    )
+
+
+def add_flags(parser: Parser) -> None:
+    """Adds the flags of the workload, the device and the contenders."""
+    add_sizes(parser)
+    group = parser.add_argument_group("measurement")
+    text = f"images (default: {Workload.dataset})"
+    group.add_argument("--dataset", choices=("fashionmnist", "fashionmnist-mini"), help=text)
     text = "directory of the data sets (default: data)"
     group.add_argument("--data_dir", type=file_name, default="data", metavar="DIR", help=text)
-    group = parser.add_argument_group("measurement")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument("--repeats", type=int, default=repeats, metavar="N", help=f"timed turns (default: {repeats})")
     group = parser.add_argument_group("contenders (default: all in float32, our own kernels in bfloat16 too)")
     group.add_argument("--contenders", metavar="A,B,...", help="only these; add -bf16 to a name for bfloat16")
     group.add_argument("--backend", metavar="A,B,...", help="of our own backends only these: triton, cpu, torch")
@@ -187,12 +200,6 @@ def workload_from(arguments: argparse.Namespace, usual: Mapping[str, Any] | None
     names = [field.name for field in dataclasses.fields(Workload)]
     given = {name: value for name in names if (value := getattr(arguments, name, None)) is not None}
     return Workload(**{**(usual or {}), **given, **changes})
-
-
-def checked(arguments: argparse.Namespace, *names: str) -> None:
-    """Raises ValueError unless these flags are whole numbers of at least 1."""
-    for name in names:
-        COUNT.check(name, getattr(arguments, name))
 
 
 def device_from(arguments: argparse.Namespace) -> torch.device:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from g2gnet import LIF, G2GLinear
+from g2gnet import G2GLinear
 
 from .reference import SPIKES, Results, mean_weights
 from .workload import NeuronInputs, Prepared
@@ -23,6 +23,8 @@ class Contender(ABC):
     """One way to compute the workload, built on one device in one precision.
 
     Attributes:
+        inputs: of a part alone, their name in :class:`~benchmarks.workload.Prepared`.
+        backend: of g2g.
         reset: its reset, as named in :mod:`benchmarks.reference`.
         masked: whether it has no weights outside the mask.
         omits: the names of the results that it does not compute.
@@ -34,13 +36,21 @@ class Contender(ABC):
     omits: ClassVar[tuple[str, ...]] = ()
     differs: str = ""
 
+    def __init__(
+        self, prepared: Prepared, device: torch.device, precision: str, *, inputs: str = "", backend: str = ""
+    ) -> None:
+        self.device, self.precision, self.inputs, self.backend = device, precision, inputs, backend
+        self.make(prepared)
+
     @abstractmethod
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str, **options: Any) -> None: ...
+    def make(self, prepared: Prepared) -> None:
+        """Makes all that a turn needs; raises an exception if it cannot compute this."""
 
     @classmethod
-    def preload(cls, prepared: Prepared, precision: str, **options: Any) -> None:
+    def preload(cls, prepared: Prepared, precision: str, inputs: str = "") -> None:
         """Loads the data, which is not the contender's own; called before its memory is counted."""
-        return None
+        if inputs:
+            getattr(prepared, inputs)
 
     def before_turn(self) -> None:
         """Undoes the changes of a turn; called before each turn, outside its time."""
@@ -115,11 +125,9 @@ class NetworkContender(Contender):
 
     apart: ClassVar[bool] = False
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str) -> None:
-        self.device = device
-        self.precision = precision
-        self.images, self.labels = prepared.images.to(device), prepared.labels.to(device)
-        self.net = self.build(prepared).to(device)
+    def make(self, prepared: Prepared) -> None:
+        self.images, self.labels = prepared.images.to(self.device), prepared.labels.to(self.device)
+        self.net = self.build(prepared).to(self.device)
         settings = prepared.workload.settings()
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.0, weight_decay=settings.weight_decay, fused=True)
 
@@ -190,28 +198,29 @@ class CompiledContender(NetworkContender):
 
 
 class LayerByLayer(nn.Module):
-    """The network, each layer over all time steps at once: ``linear`` in place of its connections, and our neurons. The
-    input is the same at every step, and so is what ``fc1`` makes of it.
+    """The network, each layer over all time steps at once: ``linear`` in place of its connections, and our neurons, or
+    ``neurons`` in their place. The input is the same at every step, and so is what ``fc1`` makes of it.
     """
 
-    fc1: nn.Module
-    fc2: nn.Module
-    fc3: nn.Module
-    lif1: LIF
-    lif2: LIF
-    lif3: LIF
-
-    def __init__(self, prepared: Prepared, linear: Callable[[G2GLinear], nn.Module]) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        linear: Callable[[G2GLinear], nn.Module],
+        neurons: Callable[[Any], nn.Module] = lambda ours: ours,
+    ) -> None:
         super().__init__()
         self.steps = prepared.workload.T
-        for number, (connection, neurons) in enumerate(prepared.network().layers(), 1):
+        for number, (connection, ours) in enumerate(prepared.network().layers(), 1):
             self.add_module(f"fc{number}", linear(connection))
-            self.add_module(f"lif{number}", neurons)
+            self.add_module(f"lif{number}", neurons(ours))
 
     def forward(self, images: torch.Tensor, kept: Kept | None = None) -> torch.Tensor:
-        x = keep(self.lif1(self.fc1(images), steps=self.steps), kept, 0)
-        x = keep(self.lif2(self.fc2(x)), kept, 1)
-        return keep(self.lif3(self.fc3(x)), kept, 2).sum(0, dtype=torch.float32)
+        x = images
+        for number in (1, 2, 3):
+            held = {"steps": self.steps} if number == 1 else {}
+            current = self.get_submodule(f"fc{number}")(x)
+            x = keep(self.get_submodule(f"lif{number}")(current, **held), kept, number - 1)
+        return x.sum(0, dtype=torch.float32)
 
 
 def dense_linear(connection: G2GLinear, kind: type[nn.Linear] = nn.Linear, **options: Any) -> nn.Linear:
@@ -248,19 +257,13 @@ class NeuronContender(Contender):
         parameters: the learnable scalars by name; subclasses whose library creates its own put those here.
     """
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str) -> None:
-        if precision != "fp32":
-            raise ValueError(f"neurons alone are measured in fp32 only, not in {precision}")
-        given: NeuronInputs = getattr(prepared, inputs)
-        self.current = given.current.to(device).detach().requires_grad_()
-        self.grad_spikes = given.grad_spikes.to(device)
+    def make(self, prepared: Prepared) -> None:
+        given: NeuronInputs = getattr(prepared, self.inputs)
+        self.current = given.current.to(self.device).detach().requires_grad_()
+        self.grad_spikes = given.grad_spikes.to(self.device)
         self.parameters = {
-            name: value.to(device, copy=True).requires_grad_() for name, value in given.parameters.items()
+            name: value.to(self.device, copy=True).requires_grad_() for name, value in given.parameters.items()
         }
-
-    @classmethod
-    def preload(cls, prepared: Prepared, precision: str, **options: Any) -> None:
-        _ = getattr(prepared, options["inputs"])
 
     @abstractmethod
     def run(self) -> torch.Tensor | list[torch.Tensor]:
@@ -288,22 +291,15 @@ class LinearContender(Contender):
     In bfloat16 its input and the incoming gradient are bfloat16 too, as inside a network.
     """
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str) -> None:
-        dtype = self._dtype(precision)
-        x, grad_y = (tensor.to(device, dtype) for tensor in getattr(prepared, inputs))
-        self.device = device
-        self.precision = precision
+    def make(self, prepared: Prepared) -> None:
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        x, self.grad_y = (tensor.to(self.device, dtype) for tensor in getattr(prepared, self.inputs))
         self.x = x.detach().requires_grad_()
-        self.grad_y = grad_y
-        self.layer = self.build(prepared.network("torch").fc2).to(device)
+        self.layer = self.build(prepared.network("torch").fc2).to(self.device)
 
     @classmethod
-    def preload(cls, prepared: Prepared, precision: str, **options: Any) -> None:
-        prepared.convert(options["inputs"], cls._dtype(precision))
-
-    @staticmethod
-    def _dtype(precision: str) -> torch.dtype:
-        return torch.bfloat16 if precision == "bf16" else torch.float32
+    def preload(cls, prepared: Prepared, precision: str, inputs: str = "") -> None:
+        prepared.convert(inputs, torch.bfloat16 if precision == "bf16" else torch.float32)
 
     @abstractmethod
     def build(self, connection: G2GLinear) -> nn.Module:
@@ -340,11 +336,8 @@ class UpdateContender(Contender):
     by the correlation of the spikes before and after them.
     """
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str) -> None:
-        if precision != "fp32":
-            raise ValueError(f"updates are measured in fp32 only, not in {precision}")
-        self.device = device
-        self.images = prepared.images.to(device)
+    def make(self, prepared: Prepared) -> None:
+        self.images = prepared.images.to(self.device)
         self._weights = mean_weights(prepared)
 
     @abstractmethod

@@ -115,13 +115,13 @@ class Judge:
         self._replays: dict[str, list[Run]] = {}
 
     def _run(self, reset: str, precision: str = "float64", given: Results | None = None) -> Run:
+        inputs = KERNELS[self._kernel].inputs
         if self._kernel in ("lif", "synaptic"):
-            inputs = getattr(self._prepared, KERNELS[self._kernel].options["inputs"])
-            return neuron_results(inputs, reset, precision, given)
+            return neuron_results(getattr(self._prepared, inputs), reset, precision, given)
         if self._kernel == "dst":
             return update_results(self._prepared, reset, precision, given)
-        if "inputs" in KERNELS[self._kernel].options:
-            return linear_results(self._prepared, KERNELS[self._kernel].options["inputs"], precision)
+        if inputs:
+            return linear_results(self._prepared, inputs, precision)
         run = network_results(self._prepared, reset, precision, given)
         return run._replace(results={"counts": run.results["counts"]}) if self._kernel == "forward" else run
 

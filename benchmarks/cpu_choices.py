@@ -100,8 +100,8 @@ def forced(way: str | None, down: str | None) -> Iterator[None]:
         yield
 
 
-#: seconds, and a tensor whose last bits depend on the way
-Run = Callable[[], tuple[float, torch.Tensor]]
+#: what gives a tensor whose last bits depend on the way
+Run = Callable[[], torch.Tensor]
 
 
 class Layers:
@@ -124,13 +124,11 @@ class Layers:
         self.x = (torch.rand(point.T, point.B, size, generator=draw) < point.rate).float()
 
     def forward(self) -> Run:
-        def run() -> tuple[float, torch.Tensor]:
+        def run() -> torch.Tensor:
             with torch.no_grad():
-                begin = time.process_time()
                 result = g2g_stack(self.x, self.layers, backend="cpu")
-                seconds = time.process_time() - begin
             assert result.states is not None
-            return seconds, result.states[0][0]
+            return result.states[0][0]
 
         return run
 
@@ -139,13 +137,7 @@ class Layers:
         counts = g2g_stack(self.x.requires_grad_(inputs), self.layers, backend="cpu").counts
         wanted = [*(layer.values for layer in reversed(self.layers)), *([self.x] if inputs else [])]
         grad = torch.randn(counts.shape, generator=torch.Generator().manual_seed(1))
-
-        def run() -> tuple[float, torch.Tensor]:
-            begin = time.process_time()
-            found = torch.autograd.grad(counts, wanted, grad, retain_graph=True)
-            return time.process_time() - begin, found[-1]
-
-        return run
+        return lambda: torch.autograd.grad(counts, wanted, grad, retain_graph=True)[-1]
 
 
 def measure(point: Point, size: int, repeats: int) -> Iterator[dict[str, Any]]:
@@ -155,20 +147,23 @@ def measure(point: Point, size: int, repeats: int) -> Iterator[dict[str, Any]]:
         layers = Layers(point, size, of)
         run = layers.forward() if name == "forward" else layers.backward(inputs=down and of.layers == 1)
 
-        def once(how: tuple[str | None, str | None], run: Run = run) -> tuple[float, torch.Tensor]:
-            with forced(*how):
-                return run()
+        def taken(way: str, down: bool = down, run: Run = run) -> float:
+            with forced(*((None, way) if down else (way, None))):
+                begin = time.process_time()
+                run()
+                return 1e3 * (time.process_time() - begin)
 
-        ways = {way: functools.partial(once, (None, way) if down else (way, None)) for way in (DOWN if down else WAYS)}
-        _, expected = once((None, None))
-        results = {way: run()[1] for way, run in ways.items()}  # which also makes the plan and maps memory
-        # a way that does not serve these units is another one
-        distinct = [
-            way for k, way in enumerate(ways) if not any(torch.equal(results[way], results[w]) for w in list(ways)[:k])
-        ]
-        taken = in_turn({way: ways[way] for way in distinct}, repeats, warm_up=0)
-        least = {way: 1e3 * min(seconds for seconds, _ in of_way) for way, of_way in taken.items()}
-        chosen = next((way for way in distinct if torch.equal(results[way], expected)), None)
+        results: dict[str, torch.Tensor] = {}  # which also makes the plan and maps memory
+        for way in DOWN if down else WAYS:
+            with forced(*((None, way) if down else (way, None))):
+                result = run()
+            # a way that does not serve these units is another one
+            if not any(torch.equal(result, other) for other in results.values()):
+                results[way] = result
+        expected = run()
+        chosen = next((way for way, result in results.items() if torch.equal(result, expected)), None)
+        times = in_turn({way: functools.partial(taken, way) for way in results}, repeats, warm_up=0)
+        least = {way: min(of_way) for way, of_way in times.items()}
         over = least[chosen] / min(least.values()) if chosen else None
         yield {**point._asdict(), "pass": name, "ms": least, "chosen": chosen, "over": over}
 
@@ -177,12 +172,8 @@ def choices(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measures the points of the grid that are asked for."""
     every = list(grid())
     kept = every[:: -(-len(every) // min(arguments.points, len(every)))]
-    runs: list[dict[str, Any]] = []
-    with cli.bar(len(kept), unit=" points") as bar:
-        for point in kept:
-            runs += measure(point, arguments.size, arguments.repeats)
-            bar.update()
-    return {"runs": runs}
+    bar = cli.bar(kept, unit=" points")
+    return {"runs": [run for point in bar for run in measure(point, arguments.size, arguments.repeats)]}
 
 
 def table(record: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ from g2gnet import LIF, G2GLinear, Projection, SpikingNetwork
 
 from . import cli
 from .harness import in_turn
-from .report import by_column, seconds
+from .report import by_column, ratio, seconds
 
 #: inputs and outputs, as those of Fashion-MNIST
 INPUTS, OUTPUTS = 784, 10
@@ -138,17 +138,13 @@ def table(record: dict[str, Any]) -> str:
     """The time of a step of each network, and its ratio to the one that it is compared with."""
     times = {run["name"]: run["seconds"] for run in record["runs"]}
 
-    def ratio(run: dict[str, Any]) -> str:
-        pairs = zip(run["seconds"], times[run["compared_with"]], strict=True)
-        return f"{statistics.median(ours / theirs for ours, theirs in pairs):.2f}"
-
     def unless_itself(cell: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
         return lambda run: "" if run["name"] == run["compared_with"] else cell(run)
 
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "": lambda run: run["name"],
         "step": lambda run: seconds(statistics.median(run["seconds"])),
-        "ratio": unless_itself(ratio),
+        "ratio": unless_itself(lambda run: f"{ratio(run['seconds'], times[run['compared_with']]):.2f}"),
         "to": unless_itself(lambda run: run["compared_with"]),
         "firing rates, %": lambda run: " ".join(f"{100 * rate:.1f}" for rate in run["rates"]),
     }

@@ -17,10 +17,9 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +34,11 @@ from g2gnet.programs.main import run_program
 from . import records
 from .costs import CARDS
 from .machine import describe
-from .predictions import FUSED_BATCHES, FUSED_UNITS, GROWING, OTHERS, RECORD, WAYS, scaling_stage
 from .report import seconds
 from .throughput import QUANTITIES
 
+#: what was predicted (:mod:`benchmarks.predictions`)
+RECORD = records.RESULTS / "predictions.json"
 #: time limit of a stage, in seconds
 LIMIT = 480
 #: times that differ from the prediction by more than this factor are worth another try
@@ -51,17 +51,28 @@ PACKAGES = ("pytest", "xdist", "hypothesis", "snntorch")
 TINY = "--batch_size 8 --T 4 --hidden_dim 64 --block_size 16 --train_steps 2 --repeats 2"
 FULL = "--train_steps 20 --repeats 20"
 MINI = "--dataset fashionmnist-mini"
-#: what grows in the scaling stages of a rehearsal
-TINY_GROWING: Mapping[str, Sequence[float]] = {"p_inter": (0.0, 0.5), "B": (2, 8), "H": (64, 128)}
 #: the GPU lane of the tests, and what of each a rehearsal runs
 TESTS = {
     "tests-linear": ("test_triton_linear.py test_g2g_linear.py", "rows_and_columns_without_units"),
     "tests-neurons": ("test_triton_lif.py test_lif.py test_models.py", "one_step_by_hand"),
     "tests-stack": ("test_triton_g2g_stack.py test_g2g_stack.py", "single_weights"),
 }
-
-
-Environment = tuple[tuple[str, str], ...]
+#: how a step is run
+WAYS = ("", "-graph", "-compiled")
+#: the networks of the stages ``step-…`` besides the default one
+OTHERS = {
+    "dense": "--model dense",
+    "units-32": "--block_size 32",
+    "units-16": "--block_size 16",
+    "units-1": "--block_size 1",
+}
+#: the values of what grows, and those of a rehearsal
+GROWING = {
+    "p_inter": ("0.0,0.05,0.15,0.3,0.6,1.0", "0.0,0.5"),
+    "B": ("8,32,64,128,256", "2,8"),
+    "H": ("256,512,1024,2048", "64,128"),
+}
+PRECISIONS = {"bf16": "-bf16", "fp32": ""}
 
 
 @dataclass(frozen=True)
@@ -72,13 +83,13 @@ class Stage:
         name: of its record, and of its rows on the page.
         command: module and flags.
         measures: whether it accepts ``--json`` for a record with times.
-        environment: its variables besides this program's.
+        interpreted: whether Triton's interpreter runs its kernels.
     """
 
     name: str
     command: tuple[str, ...]
     measures: bool = True
-    environment: Environment = ()
+    interpreted: bool = False
 
 
 def stages(device: str) -> Iterator[Stage]:
@@ -87,15 +98,15 @@ def stages(device: str) -> Iterator[Stage]:
     backend = "cpu" if tiny else "triton"
     sizes = f"--device {device} {MINI} {TINY if tiny else FULL}"
 
-    def stage(name: str, command: str, measures: bool = True, environment: Environment = ()) -> Stage:
-        return Stage(name, tuple(shlex.split(command)), measures, environment)
+    def stage(name: str, command: str, measures: bool = True) -> Stage:
+        return Stage(name, tuple(shlex.split(command)), measures)
 
     def throughput(name: str, kernel: str, contenders: Sequence[str], other: str = "") -> Stage:
         flags = f"--kernel {kernel} --contenders {','.join(contenders)} {sizes} {other}"
         return stage(name, f"{__package__}.throughput {flags}")
 
-    def ours(*ways: str) -> list[str]:
-        return [f"g2g-{backend}{way}{precision}" for precision in ("-bf16", "") for way in ways]
+    def ours(*ways: str, precisions: Sequence[str] = tuple(PRECISIONS)) -> list[str]:
+        return [f"g2g-{backend}{way}{PRECISIONS[precision]}" for precision in precisions for way in ways]
 
     yield stage("doctor", f"g2g_kernels.doctor --device {device}", False)
     for name, (files, part) in TESTS.items():
@@ -107,73 +118,66 @@ def stages(device: str) -> Iterator[Stage]:
     yield throughput("forward", "forward", [*ours(""), "dense-lif-bf16", "snntorch-masked"])
     for kernel in ("linear", "linear-dense"):
         yield throughput(kernel, kernel, [*ours(""), "dense", "dense-bf16", "masked"])
-    for kernel in ("lif", "synaptic"):
-        yield throughput(kernel, kernel, [f"g2g-{backend}", "snntorch"])
-    yield throughput("dst", "dst", [f"g2g-{backend}", "dense-correlation"])
-    for name, changes in OTHERS.items():
-        other = " ".join(f"--{flag} {value}" for flag, value in changes.items())
-        yield throughput(name, "step", [*ours(*WAYS[:2]), "dense-lif-bf16"], other)
-    for quantity, values in (TINY_GROWING if tiny else GROWING).items():
-        flags = f"--quantity {quantity} --values {','.join(map(str, values))} {sizes}"
-        for precision, ending in (("bf16", "-bf16"), ("fp32", "")):
-            contenders = ",".join(f"g2g-{backend}{way}{ending}" for way in WAYS[:2])
-            name = scaling_stage(quantity, precision)
-            yield stage(name, f"{__package__}.throughput {flags} --contenders {contenders}")
-    for precision in ("bf16", "fp32"):
+    for kernel, peer in (("lif", "snntorch"), ("synaptic", "snntorch"), ("dst", "dense-correlation")):
+        yield throughput(kernel, kernel, [*ours("", precisions=["fp32"]), peer])
+    for name, other in OTHERS.items():
+        yield throughput(f"step-{name}", "step", [*ours(*WAYS[:2]), "dense-lif-bf16"], other)
+    for quantity, values in GROWING.items():
+        for precision in PRECISIONS:
+            other = f"--quantity {quantity} --values {values[tiny]}"
+            of_it = ours(*WAYS[:2], precisions=[precision])
+            yield throughput(f"scaling-{quantity}-{precision}", "step", of_it, other)
+    for precision in PRECISIONS:
+        shapes = f"--precision {precision}"
         if tiny:  # the interpreter cannot multiply in bfloat16
             shapes = "--precision fp32 --batch_sizes 4 --block_sizes 16 --hidden_dim 64 --T 3 --repeats 1"
-        else:
-            batches, units = (",".join(map(str, numbers)) for numbers in (FUSED_BATCHES, FUSED_UNITS))
-            shapes = f"--precision {precision} --batch_sizes {batches} --block_sizes {units}"
-        command = f"{__package__}.fused_pair --device {device} {shapes}"
-        yield stage(f"fused-{precision}", command, environment=(("TRITON_INTERPRET", "1"),) if tiny else ())
+        fused = stage(f"fused-{precision}", f"{__package__}.fused_pair --device {device} {shapes}")
+        yield replace(fused, interpreted=tiny)
     count = 2 if tiny else torch.cuda.device_count()
     if count > 1:  # the trainer compares the states of its processes
         launcher = f"torch.distributed.run --standalone --nproc_per_node={count} -m g2gnet.programs.train"
         flags = f"{MINI} --model mixer --epochs 1 --checkpoint_dir first-run/processes --device {device}"
         flags += " --batch_size 32 --hidden_dim 64 --T 4 --limit_train 96 --limit_test 32" if tiny else ""
-        yield stage("processes", f"{launcher} {flags}", False, (("OMP_NUM_THREADS", "1"),))
+        yield stage("processes", f"{launcher} {flags}", False)
 
 
 # --- one stage ----------------------------------------------------------------------------------------------------
 
 
 def run(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
-    """Runs a stage and returns its outcome, which is also written to ``folder``, as ``NAME.json``.
+    """Runs a stage, whose output and record go to ``folder``, and returns its outcome, which ends up there, too.
 
-    A stage that is stopped by Ctrl-C leaves nothing.
+    A stage that is stopped by Ctrl-C has none.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        output, record = Path(scratch) / "output", Path(scratch) / "record.jsonl"
-        command = [sys.executable, "-m", *stage.command, *(["--json", str(record)] if stage.measures else [])]
-        start = time.monotonic()
-        with output.open("wb") as file:
-            process = subprocess.Popen(
-                command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **dict(stage.environment)},
-                start_new_session=True,  # processes started by the stage end with it
-            )
-            try:
-                process.wait(limit)
-                status = "done" if process.returncode == 0 else "failed"
-            except subprocess.TimeoutExpired:
-                status = "took too long"
-            finally:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-        made = {
-            "benchmark": "first_run",
-            "stage": stage.name,
-            "command": list(stage.command),
-            "status": status,
-            "seconds": time.monotonic() - start,
-            "output": output.read_text(encoding="utf-8", errors="replace")[-4000:],
-            "record": records.read(record) if record.exists() else None,
-        }
+    log, record = (folder / f"{stage.name}.{ending}" for ending in ("log", "jsonl"))
+    record.unlink(missing_ok=True)  # of an earlier try
+    command = [sys.executable, "-m", *stage.command, *(["--json", str(record)] if stage.measures else [])]
+    start = time.monotonic()
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **({"TRITON_INTERPRET": "1"} if stage.interpreted else {})},
+            start_new_session=True,  # processes started by the stage end with it
+        )
+        try:
+            process.wait(limit)
+            status = "done" if process.returncode == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            status = "took too long"
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    made = {
+        "command": list(stage.command),
+        "status": status,
+        "seconds": time.monotonic() - start,
+        "output": log.read_text(encoding="utf-8", errors="replace")[-4000:],
+        "record": records.read(record) if record.exists() else None,
+    }
     text = json.dumps(made, ensure_ascii=False)
     replace_file(folder / f"{stage.name}.json", lambda file: file.write(text.encode()))
     return made
@@ -183,8 +187,7 @@ def earlier(stage: Stage, folder: Path) -> dict[str, Any] | None:
     """The outcome of the stage from an earlier run with the same command, or None."""
     with contextlib.suppress(OSError, ValueError):
         made = json.loads((folder / f"{stage.name}.json").read_text(encoding="utf-8"))
-        if made["command"] == list(stage.command):
-            return made
+        return made if made["command"] == list(stage.command) else None
     return None
 
 
@@ -195,10 +198,10 @@ def measured(record: Mapping[str, Any] | None) -> dict[str, float]:
     """The median seconds of everything timed in a stage's record."""
     found = {}
     for run in (timed for timed in record["runs"] if "median" in timed) if record else ():
-        what, place = run.get("what") or run["contender"], ""
+        what = run.get("what") or run["contender"]
         if record and (quantity := record.get("quantity")):
-            place = f", {quantity} {record['workloads'][run['place']][QUANTITIES[quantity].field]}"
-        found[f"{what}{place}"] = run["median"]
+            what += f", {quantity} {record['workloads'][run['place']][QUANTITIES[quantity].field]}"
+        found[what] = run["median"]
     return found
 
 
@@ -216,27 +219,19 @@ def comparison(predictions: Mapping[str, Any], made: Mapping[str, Mapping[str, A
         card: whose predictions to show.
         tiny: whether this is a rehearsal, which has no predictions.
     """
+
+    def shown(time: float | None) -> str:
+        return "–" if time is None else seconds(time)
+
     times = {name: measured(stage["record"]) for name, stage in made.items()}
     rows = []
     for row in [] if tiny else predictions["cards"][card]:
-        found = times.get(row["stage"], {}).pop(row["what"], None)
+        found, then = times.get(row["stage"], {}).pop(row["what"], None), row["decides"]
         ratio = None if found is None else found / row["predicted"]
-        if ratio is None:
-            then = row["decides"]
-        else:
-            off = max(ratio, 1 / ratio) > OFF
-            then = predictions["next"][row["decides"]] if ratio > OFF else "correct the model" if off else ""
-        rows.append(
-            [
-                row["stage"],
-                row["what"],
-                seconds(row["floor"]),
-                seconds(row["predicted"]),
-                "–" if found is None else seconds(found),
-                "–" if ratio is None else f"{ratio:.2f}",
-                then,
-            ]
-        )
+        if ratio is not None:
+            then = predictions["next"][then] if ratio > OFF else "correct the model" if ratio < 1 / OFF else ""
+        cells = *map(shown, (row["floor"], row["predicted"], found)), "–" if ratio is None else f"{ratio:.2f}"
+        rows.append([row["stage"], row["what"], *cells, then])
     for name, left in times.items():
         # the profiler sees hundreds of kernels
         least = 0.01 * max(left.values(), default=0.0) if name == "kernels" else 0.0
@@ -249,14 +244,13 @@ def status_table(made: Mapping[str, Mapping[str, Any]], planned: Sequence[str]) 
     """The outcome of each stage; for one that is not done, the last line of its output that mentions an error."""
     rows = []
     for name in planned:
-        stage, said = made.get(name), ""
-        if stage is not None and stage["status"] != "done":
+        status, taken, said = "to come", "", ""
+        if stage := made.get(name):
+            status, taken = stage["status"], f"{stage['seconds']:.0f} s"
+        if stage and status != "done":
             lines = stage["output"].strip().splitlines() or [""]
-            said = next(
-                (line for line in reversed(lines) if re.search("wrong: |error", line, re.IGNORECASE)), lines[-1]
-            )
-        became = ["to come", ""] if stage is None else [stage["status"], f"{stage['seconds']:.0f} s"]
-        rows.append([name, *became, said[:200]])
+            said = next((line for line in reversed(lines) if re.search("(?i)wrong: |error", line)), lines[-1])
+        rows.append([name, status, taken, said[:200]])
     return markdown(["stage", "", "took", ""], rows)
 
 

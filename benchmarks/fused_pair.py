@@ -9,13 +9,12 @@ import argparse
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer
-from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.g2g_stack.call import StackCall
 from g2g_kernels.triton import runtime
 from g2gnet.base.tables import in_columns
@@ -23,31 +22,33 @@ from g2gnet.programs.flags import Parser
 from g2gnet.training.captured_step import CapturedStep
 
 from . import cli
-from .machine import describe, timed
-from .predictions import FUSED_BATCHES, FUSED_UNITS, fused_label
+from .machine import timed
 from .registry import PRECISIONS
 from .report import seconds
 from .roofline import DTYPES
 
 #: firing rate of the inputs
 RATE = 0.05
-COUNTS = {"hidden_dim": (2048, "neurons"), "T": (50, "time steps"), "repeats": (20, "timed turns")}
 
 
-def build_parser() -> Parser:
-    quick = {"batch_sizes": "64,256", "block_sizes": "64", "repeats": 5}
-    parser = cli.build_parser("fused_pair", __doc__, "up to eight minutes on a GPU", quick)
+def add_flags(parser: Parser) -> None:
     text = "cuda, cuda:N or, in Triton's interpreter, cpu (default: cuda)"
     parser.add_argument("--device", default="cuda", help=text)
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of the product (default: bf16)")
-    for name, values, text in (
-        ("batch_sizes", FUSED_BATCHES, "batch sizes"),
-        ("block_sizes", FUSED_UNITS, "sides of units"),
-    ):
-        default = ",".join(map(str, values))
-        parser.add_argument(f"--{name}", default=default, metavar="N,N,...", help=f"{text} (default: {default})")
-    cli.add_counts(parser, COUNTS)
-    return parser
+    text = "batch sizes (default: %(default)s)"
+    parser.add_argument("--batch_sizes", default="64,128,256,512,1024", metavar="N,N,...", help=text)
+    text = "sides of units (default: %(default)s)"
+    parser.add_argument("--block_sizes", default="16,32,64", metavar="N,N,...", help=text)
+
+
+def sizes(arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
+    """The side of units and the batch size of each layer that is compared."""
+    return itertools.product(cli.counts(arguments, "block_sizes"), cli.counts(arguments, "batch_sizes"))
+
+
+def label(batch: int, block_size: int, fused: bool) -> str:
+    """The name of a layer of that size, run in that way."""
+    return f"B {batch}, units of {block_size}, {'fused' if fused else 'pair'}"
 
 
 class Layer:
@@ -94,58 +95,48 @@ def replayed(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     return replay
 
 
-def compare(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Times both ways at every size, prints the table and returns the record.
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Times both ways at every size.
 
     Raises:
         ValueError: for a device that Triton cannot use, or sizes out of range.
     """
-    reason = runtime.unavailable()
-    device = torch.device(arguments.device)
+    reason, device = runtime.unavailable(), cli.device_from(arguments)
     if reason is None and device.type != ("cpu" if runtime.interpreted() else "cuda"):
         reason = "TRITON_INTERPRET=1 works with --device cpu only, which needs it"
     if reason is not None:
         raise ValueError(f"device={arguments.device!r}: {reason}")
-    batches, units = (cli.numbers(text) for text in (arguments.batch_sizes, arguments.block_sizes))
-    cli.checked(arguments, *COUNTS)
-    for size in (*batches, *units):
-        COUNT.check("sizes", size)
     from g2g_kernels.ops.g2g_stack import triton as stack
 
     found: list[dict[str, Any]] = []
-    with cli.bar(len(units) * len(batches), unit=" layers") as bar:
-        for block_size, batch in itertools.product(units, batches):
-            bar.update()
-            layer = Layer(device, arguments.precision, arguments.T, batch, arguments.hidden_dim, block_size)
-            counts = []
-            for fused in (False, True):
-                with stack.choose(fused):
-                    counts.append(layer.step().clone())
-                    work = replayed(layer.step, device)
-                    taken = [timed(work, device) for _ in range(arguments.repeats)]
-                found.append(
-                    {
-                        "what": fused_label(batch, block_size, fused),
-                        "median": statistics.median(taken),
-                        # a membrane at the threshold may spike in one way and not in the other
-                        "counts_that_differ": float((counts[0] != counts[-1]).float().mean()),
-                    }
-                )
-    rows = [(one["what"], seconds(one["median"]), f"{one['counts_that_differ']:.1e}") for one in found]
-    print(in_columns(("", "median", "counts that differ"), rows))
-    return {
-        "benchmark": "fused_pair",
-        "precision": arguments.precision,
-        "T": arguments.T,
-        "hidden_dim": arguments.hidden_dim,
-        "machine": describe(device),
-        "runs": found,
-    }
+    for block_size, batch in cli.bar(list(sizes(arguments)), unit=" layers"):
+        layer = Layer(device, arguments.precision, arguments.T, batch, arguments.hidden_dim, block_size)
+        counts = []
+        for fused in (False, True):
+            with stack.choose(fused):
+                counts.append(layer.step().clone())
+                work = replayed(layer.step, device)
+                taken = [timed(work, device) for _ in range(arguments.repeats)]
+            # a membrane at the threshold may spike in one way and not in the other
+            differ = float((counts[0] != counts[-1]).float().mean())
+            what = label(batch, block_size, fused)
+            found.append({"what": what, "median": statistics.median(taken), "counts_that_differ": differ})
+    return {"precision": arguments.precision, "runs": found}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(build_parser(), compare, argv)
+def table(record: dict[str, Any]) -> str:
+    """The time of each way at each size, and how many counts differ from those of the pair."""
+    rows = [(one["what"], seconds(one["median"]), f"{one['counts_that_differ']:.1e}") for one in record["runs"]]
+    return in_columns(("", "median", "counts that differ"), rows)
 
+
+PROGRAM = cli.Program(
+    "fused_pair", __doc__, "up to eight minutes on a GPU", measure, table,
+    {"hidden_dim": (2048, "neurons"), "T": (50, "time steps"), "repeats": (20, "timed turns")},
+    {"batch_sizes": "64,256", "block_sizes": "64", "repeats": 5},
+    add_flags,
+)  # fmt: skip
+main, build_parser = PROGRAM.main, PROGRAM.build_parser
 
 if __name__ == "__main__":
     sys.exit(main())

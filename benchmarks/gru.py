@@ -1,15 +1,10 @@
 """PyTorch's GRU on the data of a training run, with as many weights: the yardstick of the study of sequences.
 
 One layer, whose last state a linear layer reads; sequences, standardising, batches, epochs, learning rate and its
-schedule are those of the run's settings, which also name the network whose weights are counted. It takes minutes, and
-begins anew where it was stopped.
+schedule are those of the run's settings, which also name the network whose weights are counted.
 """
 
-import json
 import math
-import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +12,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from g2gnet import G2GNet
-from g2gnet.base.files import make_directory, replace_file
-from g2gnet.base.schedules import SCHEDULES
-from g2gnet.base.seeding import stream
-from g2gnet.data import ImageData, as_samples, load_dataset
+from g2gnet.data import ImageData, as_samples
 from g2gnet.sequences import unfold
-from g2gnet.training import TrainingError, TrainSettings
-from g2gnet.training.checkpoints import compared
+from g2gnet.training import Machine, TrainSettings
+from g2gnet.training.epochs import EpochTrainer, Progress, StepResult
 from g2gnet.training.samples import order_of
-
-from .machine import flushed_denormals
+from g2gnet.training.saved_state import load_model
 
 
 class GRU(nn.Module):
@@ -57,68 +48,51 @@ def build(settings: TrainSettings, input_dim: int, num_classes: int) -> GRU:
         return GRU(input_dim, width_of(weights, input_dim, num_classes), num_classes)
 
 
-@flushed_denormals()  # over 196 steps its gradients fall from 1e-3 to 1e-42
-def train(settings: TrainSettings, folder: Path) -> None:
-    """Trains the GRU; :func:`finished` gives its last epoch."""
-    data = load_dataset(settings.dataset, "data").limited(settings.limit_train, settings.limit_test)
-    order = order_of(settings, data)
-    mean, deviation = data.moments() if settings.standardize else (0.0, 1.0)
+class GRUTrainer(EpochTrainer):
+    """Trains the GRU of :func:`build`."""
 
-    def sequences(images: torch.Tensor) -> torch.Tensor:
-        return unfold((as_samples(images) - mean) / deviation, order)
+    optimizer_state = ("step", "exp_avg", "exp_avg_sq")
+    net: GRU
 
-    net = build(settings, order.shape[1], data.num_classes)
-    optimizer = torch.optim.Adam(net.parameters(), settings.lr, weight_decay=settings.weight_decay)
-    count, seconds, right = len(data.train_labels), 0.0, 0
-    steps = settings.epochs * -(-count // settings.batch_size)
-    rates = (settings.lr * SCHEDULES[settings.lr_schedule](step / steps) for step in range(steps))
-    for epoch in range(settings.epochs):
-        began, right = time.perf_counter(), 0
-        for chosen in torch.randperm(count, generator=stream(settings.seed, "order", epoch)).split(settings.batch_size):
-            optimizer.param_groups[0]["lr"] = next(rates)
-            labels = data.train_labels[chosen].long()
-            logits = net(sequences(data.train_images[chosen]))
-            optimizer.zero_grad()
-            F.cross_entropy(logits, labels).backward()
-            if settings.clip_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(net.parameters(), settings.clip_grad_norm)
-            optimizer.step()
-            right += int((logits.argmax(1) == labels).sum())
-        seconds += time.perf_counter() - began
-    end = {
-        "epoch": settings.epochs,
-        "train_acc": right / count,
-        "test_acc": _accuracy(net, data, sequences),
-        "train_seconds": seconds,
-        "weights": sum(parameter.numel() for parameter in net.parameters()),
-        "hidden_dim": net.recurrent.hidden_size,
-    }
-    of_run = {"settings": settings.as_dict(), "end": end}
-    make_directory(folder)
-    replace_file(folder / "gru.json", lambda file: file.write(json.dumps(of_run).encode()))
+    def __init__(self, settings: TrainSettings, data: ImageData, machine: Machine) -> None:
+        super().__init__(settings, data, machine.device)
+        self.lr_schedule, self._clip = settings.lr_schedule, settings.clip_grad_norm
+        self._order = order_of(settings, data)
+        self._mean, self._deviation = self.data.moments() if settings.standardize else (0.0, 1.0)
+        self.net = build(settings, self._order.shape[1], data.num_classes)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), settings.lr, weight_decay=settings.weight_decay)
+        self._watch(settings.lr)
 
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
+        return self.net(unfold((as_samples(images) - self._mean) / self._deviation, self._order))
 
-def finished(settings: TrainSettings, folder: Path) -> dict[str, Any] | None:
-    """The last epoch, seconds of training and weights, or None if it has not finished in this folder.
+    def _no_progress(self) -> Progress:
+        return Progress(torch.zeros(()), torch.zeros(()))
 
-    Raises:
-        TrainingError: if the folder has a run of other settings.
-    """
-    path = folder / "gru.json"
-    if not path.exists():
-        return None
-    of_run = json.loads(path.read_text(encoding="utf-8"))
-    differing = compared(of_run.get("settings", {}), settings.as_dict())
-    if differing:
-        raise TrainingError(
-            f"{path} belongs to a run with different settings:\n" + "\n".join(differing) + f"\nDelete {path.parent}"
-        )
-    end: dict[str, Any] = of_run["end"]
-    return end
+    def _train_step(self, index: torch.Tensor) -> StepResult:
+        labels = self.data.train_labels[index].long()
+        logits = self._logits(self.data.train_images[index])
+        loss = F.cross_entropy(logits, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self._finite.note(loss.detach())
+        if self._clip is not None:
+            nn.utils.clip_grad_norm_(self.net.parameters(), self._clip)
+        self.optimizer.step()
+        self._stepped()
+        return StepResult(loss.detach(), (logits.argmax(1) == labels).sum())
 
+    def _measures(self, progress: Progress) -> tuple[dict[str, float], dict[str, Any]]:
+        weights = sum(parameter.numel() for parameter in self.net.parameters())
+        about = {"weights": weights, "hidden_dim": self.net.recurrent.hidden_size}
+        return {f"{part}_acc": self._accuracy(part) for part in self.judges}, about
 
-@torch.no_grad()
-def _accuracy(net: GRU, data: ImageData, sequences: Callable[[torch.Tensor], torch.Tensor]) -> float:
-    batches = zip(data.test_images.split(1000), data.test_labels.split(1000), strict=True)
-    right = sum(int((net(sequences(images)).argmax(1) == labels).sum()) for images, labels in batches)
-    return right / len(data.test_labels)
+    def test(self, state: dict[str, Any]) -> float:
+        load_model(self.net, state["model"])
+        return self._accuracy("test")
+
+    @torch.no_grad()
+    def _accuracy(self, part: str) -> float:
+        images, labels = self.data.part(part)
+        batches = zip(images.split(1000), labels.split(1000), strict=True)
+        return sum(int((self._logits(some).argmax(1) == of).sum()) for some, of in batches) / len(labels)

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from . import cli
 from .contender import Contender
 from .correctness import Judge
 from .machine import PeakMemory, load_lazy_parts, timed
@@ -167,7 +168,7 @@ class _ContenderSession(Session):
         module, _, name = self.job.entry.target.partition(":")
         kind: type[Contender] = getattr(importlib.import_module(module), name)
         self.prepared = prepared = load(self.job.path)  # kept: freeing it would make memory use seem smaller
-        kind.preload(prepared, self.job.entry.precision, **self.job.entry.options)
+        kind.preload(prepared, self.job.entry.precision, self.job.entry.options.get("inputs", ""))
         load_lazy_parts(self.device)
         self.memory = PeakMemory(self.device)
         self.contender = kind(prepared, self.device, self.job.entry.precision, **self.job.entry.options)
@@ -201,7 +202,6 @@ def measure(
     jobs: Sequence[Job],
     repeats: int = 10,
     warm_up: int = 2,
-    progress: Callable[[str], None] = lambda text: None,
     between_rounds: Callable[[], None] = lambda: None,
 ) -> list[Racer]:
     """Checks and times contenders; those whose entry is unavailable come back as skipped (see :func:`race`)."""
@@ -229,7 +229,7 @@ def measure(
         between_rounds()
 
     racers = [racer(job) for job in jobs]
-    race(racers, repeats, warm_up, progress, rest)
+    race(racers, repeats, warm_up, rest)
     return racers
 
 
@@ -237,24 +237,23 @@ def race(
     racers: Sequence[Racer],
     repeats: int,
     warm_up: int = 2,
-    progress: Callable[[str], None] = lambda text: None,
     between_rounds: Callable[[], None] = lambda: None,
 ) -> None:
-    """Checks all racers that are not skipped, one after the other, then times them in turn.
+    """Checks all racers that are not skipped, one after the other, then times them in turn, under a progress bar.
 
     Args:
         racers: who takes part; they keep the times.
         repeats: timed turns each.
         warm_up: untimed turns before them; memory is that of the last of these.
-        progress: called with the current action, once per racer for its check and once per racer and round.
         between_rounds: called before each round, when no racer computes.
     """
     with contextlib.ExitStack() as stack:
         running: list[tuple[Racer, Worker]] = []
-        for racer in racers:
-            progress(f"checking {racer.label}")
-            if racer.status == "skipped":
-                continue
+        here = [racer for racer in racers if racer.status != "skipped"]
+        bar = stack.enter_context(cli.bar(len(here) * (1 + repeats)))
+        for racer in here:
+            bar.set_description(f"checking {racer.label}", refresh=False)
+            bar.update()
             worker = Worker(racer.session, *racer.arguments)
             stack.callback(worker.close)
             if _admit(racer, worker, warm_up):
@@ -264,7 +263,8 @@ def race(
         for _, place, (racer, worker) in turns(running, repeats):
             if place == 0:
                 between_rounds()
-            progress(racer.label)
+            bar.set_description(racer.label, refresh=False)
+            bar.update()
             if racer.status == "timed":
                 with _noting_failure(racer):
                     taken, processor = worker.ask("time")

@@ -6,17 +6,15 @@ On a GPU these are the kernels on the device. On a CPU, for trying the program, 
 import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from g2gnet.base.tables import in_columns
-from g2gnet.programs.flags import Parser
 
 from . import cli
-from .machine import describe, synchronize
+from .machine import synchronize
 from .ours import Network
 from .report import seconds
 
@@ -24,20 +22,13 @@ from .report import seconds
 SMALL = 0.01
 
 
-def build_parser() -> Parser:
-    parser = cli.build_parser("kernel_times", __doc__, "a minute", cli.QUICK)
-    cli.add_flags(parser, repeats=10)
-    return parser
-
-
-def kernel_times(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Profiles the steps, prints the table and returns the record."""
-    cli.checked(arguments, "repeats")
-    device, repeats, workload = cli.device_from(arguments), arguments.repeats, cli.workload_from(arguments)
-    _, prepared = cli.prepare_with_bar(workload, arguments.data_dir)
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Profiles the steps."""
+    device, repeats = cli.device_from(arguments), arguments.repeats
+    _, prepared = cli.prepare_with_bar(cli.workload_from(arguments), arguments.data_dir)
     backend = arguments.backend or ("triton" if device.type == "cuda" else "torch")
     precision = arguments.precision or "bf16"
-    contender = Network(prepared, device, precision, backend)
+    contender = Network(prepared, device, precision, backend=backend)
     for _ in range(3):
         contender.step()
     synchronize(device)
@@ -57,23 +48,21 @@ def kernel_times(arguments: argparse.Namespace) -> dict[str, Any]:
         {"what": name, "median": sum(times) / repeats, "calls": len(times) / repeats} for name, times in spent.items()
     ]
     kernels.sort(key=lambda kernel: -kernel["median"])
-    whole = sum(kernel["median"] for kernel in kernels)
-    shown = [kernel for kernel in kernels if kernel["median"] >= SMALL * whole]
-    rows = [(k["what"][:60], seconds(k["median"]), f"{k['calls']:g}") for k in shown]
-    print(in_columns(("per step", "time", "calls"), rows))
-    return {
-        "benchmark": "kernel_times",
-        "precision": precision,
-        "backend": backend,
-        "workload": prepared.workload.as_dict(),
-        "machine": describe(device),
-        "runs": kernels,
-    }
+    about = {"precision": precision, "backend": backend, "workload": prepared.workload.as_dict()}
+    return {**about, "runs": kernels}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(build_parser(), kernel_times, argv)
+def table(record: dict[str, Any]) -> str:
+    """The kernels that take a hundredth of the step or more."""
+    kernels = record["runs"]
+    least = SMALL * sum(kernel["median"] for kernel in kernels)
+    rows = [(k["what"][:60], seconds(k["median"]), f"{k['calls']:g}") for k in kernels if k["median"] >= least]
+    return in_columns(("per step", "time", "calls"), rows)
 
+
+COUNTS = {"repeats": (10, "profiled steps")}
+PROGRAM = cli.Program("kernel_times", __doc__, "a minute", measure, table, COUNTS, cli.QUICK, cli.add_flags)
+main, build_parser = PROGRAM.main, PROGRAM.build_parser
 
 if __name__ == "__main__":
     sys.exit(main())

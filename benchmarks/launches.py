@@ -162,6 +162,19 @@ def _stack_call(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -> 
     return StackCall.of(torch.empty(batch, input_dim, device="meta"), layers, net.T, dtype)
 
 
+def _stack_step(call: StackCall, trained: bool = True, inputs: bool = False) -> list[Operation]:
+    """The forward pass of a stack; if it is ``trained`` the backward pass, too, to its ``inputs`` or its weights."""
+    from g2g_kernels.ops.g2g_stack import triton as stack
+
+    with _recording() as recorder:
+        counts, _, _, *made = stack._forward(call, trained)
+        if trained:
+            recorder.begin("backward")
+            given = Backward.of(call, made, [torch.empty_like(counts), *[None] * (2 * len(call.layers))])
+            stack._backward(given if inputs else given._replace(needed=(False, *given.needed[1:])))
+    return recorder.operations
+
+
 def training_step(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -> list[Operation]:
     """Everything that the forward and backward pass of ``net`` launch, in order, for a batch held over time.
 
@@ -172,25 +185,12 @@ def training_step(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -
         batch, input_dim: the shape of the samples.
         dtype: of the matrix products (bfloat16 under autocast, else float32).
     """
-    from g2g_kernels.ops.g2g_stack import triton as stack
-
-    call = _stack_call(net, batch, input_dim, dtype)
-    with _recording() as recorder:
-        counts, _, _, *made = stack._forward(call, True)
-        recorder.begin("backward")
-        given = Backward.of(call, made, [torch.empty_like(counts), *[None] * (2 * len(call.layers))])
-        stack._backward(given._replace(needed=(False, *given.needed[1:])))
-    return recorder.operations
+    return _stack_step(_stack_call(net, batch, input_dim, dtype))
 
 
 def forward_pass(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -> list[Operation]:
     """As :func:`training_step`, without gradients."""
-    from g2g_kernels.ops.g2g_stack import triton as stack
-
-    call = _stack_call(net, batch, input_dim, dtype)
-    with _recording() as recorder:
-        stack._forward(call, False)
-    return recorder.operations
+    return _stack_step(_stack_call(net, batch, input_dim, dtype), trained=False)
 
 
 def layer_step(
@@ -203,12 +203,8 @@ def layer_step(
     from g2g_kernels.ops.g2g_stack import triton as stack
 
     x = torch.empty(steps, batch, layer.mask.shape[1], dtype=torch.uint8 if spikes else dtype, device="meta")
-    call = StackCall.of(x, [layer], None, dtype)
-    with stack.choose(fused), _recording() as recorder:
-        counts, _, _, *made = stack._forward(call, True)
-        recorder.begin("backward")
-        stack._backward(Backward.of(call, made, [torch.empty_like(counts), None, None]))
-    return recorder.operations
+    with stack.choose(fused):
+        return _stack_step(StackCall.of(x, [layer], None, dtype), inputs=True)
 
 
 def product_step(

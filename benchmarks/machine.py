@@ -32,16 +32,6 @@ def pytorch_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@contextlib.contextmanager
-def flushed_denormals() -> Iterator[None]:
-    """Inside, numbers below 1.2e-38 are zero: on Intel's processors each takes some hundred cycles."""
-    torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_flush_denormal(False)
-
-
 def describe(device: torch.device) -> dict[str, Any]:
     """The description of the machine in a record, so that others can judge or repeat it."""
     return {

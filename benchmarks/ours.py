@@ -1,6 +1,7 @@
 """g2g on one backend: the network, and its neurons, its product and its DST update alone."""
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -28,9 +29,8 @@ class Network(NetworkContender):
 
     net: G2GNet
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str, backend: str) -> None:
-        self.backend = backend
-        super().__init__(prepared, device, precision)
+    def make(self, prepared: Prepared) -> None:
+        super().make(prepared)
         w = prepared.workload
         self.wide = is_wide(w)
         if w.surrogate != "atan":
@@ -75,11 +75,11 @@ class Captured(Network):
 
     apart = True
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str, backend: str) -> None:
-        super().__init__(prepared, device, precision, backend)
+    def make(self, prepared: Prepared) -> None:
+        super().make(prepared)
         for group in self.optimizer.param_groups:
             group["capturable"] = True
-        self._captured = CapturedStep(self._learn, device, (self.net, self.optimizer), required=True)
+        self._captured = CapturedStep(self._learn, self.device, (self.net, self.optimizer), required=True)
 
     def _learn(self, images: torch.Tensor, labels: torch.Tensor, _: None) -> tuple[torch.Tensor, torch.Tensor]:
         self.images, self.labels = images, labels  # those that the graph reads
@@ -103,14 +103,10 @@ class Captured(Network):
 class Neurons(NeuronContender):
     """:func:`g2g_kernels.lif` or :func:`g2g_kernels.synaptic` on the backend called ``backend``."""
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str, backend: str) -> None:
-        super().__init__(prepared, device, precision, inputs)
-        self.backend = backend
-        functions: dict[str, Callable[..., torch.Tensor]] = {"lif_inputs": lif, "synaptic_inputs": synaptic}
-        self.function = functions[inputs]
+    functions: ClassVar[dict[str, Callable[..., torch.Tensor]]] = {"lif_inputs": lif, "synaptic_inputs": synaptic}
 
     def run(self) -> torch.Tensor:
-        spikes = self.function(self.current, **self.parameters, backend=self.backend)
+        spikes = self.functions[self.inputs](self.current, **self.parameters, backend=self.backend)
         spikes.backward(self.grad_spikes)
         return spikes
 
@@ -119,10 +115,6 @@ class Linear(LinearContender):
     """:func:`g2g_kernels.g2g_linear` on the backend called ``backend``."""
 
     layer: G2GLinear
-
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str, backend: str) -> None:
-        self.backend = backend
-        super().__init__(prepared, device, precision, inputs)
 
     def build(self, connection: G2GLinear) -> nn.Module:
         connection.backend = self.backend
@@ -136,9 +128,9 @@ class Linear(LinearContender):
 class Update(UpdateContender):
     """:class:`g2gnet.DSTScheduler` on spikes as the backend called ``backend`` keeps them."""
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str, backend: str) -> None:
-        super().__init__(prepared, device, precision)
-        self.net = prepared.network(backend).to(device)
+    def make(self, prepared: Prepared) -> None:
+        super().make(prepared)
+        self.net = prepared.network(self.backend).to(self.device)
         optimizer = torch.optim.Adam(self.net.parameters(), lr=0.0, fused=True)
         self.activity = self.net.simulate(self.images)
         self.activity.counts.sum().backward()

@@ -6,31 +6,32 @@ What a kernel takes (:mod:`benchmarks.launches` lists them) is modelled by :mod:
 after another, unless the host launches them more slowly. The shares of a card's rates are guesses; the record lists
 them with the predictions.
 
+What is predicted is what the stages of :mod:`benchmarks.first_run` measure, which compares its times with the record.
 Do not write the record again once something has run on a GPU: it would no longer show what was expected.
-:mod:`benchmarks.first_run` compares measured times with it.
 """
 
+import functools
 import math
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from g2g_kernels import Neurons, SpikingLayer
 from g2g_kernels.triton import products, runtime
-from g2gnet import G2GNet
 from g2gnet.programs.flags import Parser, add_json_flag
 from g2gnet.programs.main import run_program
 
-from . import costs, records, report
+from . import cli, costs, fused_pair, kernel_times, records, report, throughput
+from .first_run import RECORD, stages
 from .launches import Operation, correlations, forward_pass, layer_step, neurons_step, product_step, training_step
 from .machine import describe
-from .roofline import CARDS, DTYPES, INPUT_DIM, NUM_CLASSES, adam, seconds
+from .registry import choose
+from .roofline import CARDS, DTYPES, INPUT_DIM, adam, network, seconds
+from .workload import Workload
 
-RECORD = Path(__file__).parent / "results" / "predictions.json"
 #: what :mod:`benchmarks.host_time` has measured of the default network's bfloat16 step on backend ``triton``
 HOST = {
     run["part"]: run
@@ -156,91 +157,69 @@ class Work(NamedTuple):
         }
 
 
-def network(model: str = "index", block_size: int = 64, p_inter: float = 0.15, hidden_dim: int = 2048) -> G2GNet:
-    """The network of the benchmarks, at T = 50."""
-    draw = torch.Generator().manual_seed(42)
-    return G2GNet(INPUT_DIM, hidden_dim, NUM_CLASSES, model, p_inter, block_size, 50, generator=draw)
+#: what the host does of a turn, by the kernel of :mod:`benchmarks.throughput`; of others it launches a part of a step
+HOSTS = {"step": "training step", "forward": "forward pass"}
 
 
-def label(precision: str, way: str = "") -> str:
-    """The name of a contender of ours, as :mod:`benchmarks.registry` has it."""
-    return f"g2g-triton{way}" + ("-bf16" if precision == "bf16" else "")
+def operations_of(kernel: str, workload: Workload, dtype: torch.dtype) -> list[Operation]:
+    """What one turn of a kernel launches."""
+    net, batch, samples = network(**workload.as_dict()), workload.batch_size, workload.T * workload.batch_size
+    match kernel:
+        case "step":
+            return [*training_step(net, batch, INPUT_DIM, dtype), adam(net)]
+        case "forward":
+            return forward_pass(net, batch, INPUT_DIM, dtype)
+        case "linear" | "linear-dense":
+            return product_step(net.fc2, samples, dtype)
+        case "dst":
+            return correlations(net, batch, INPUT_DIM)
+    parameters = [torch.empty(1, device="meta") for _ in {"lif": "βθ", "synaptic": "γβθ"}[kernel]]
+    return neurons_step(Neurons(kernel, tuple(parameters)), workload.T, batch, workload.hidden_dim)
 
 
-def steps(stage: str, net: G2GNet, ways: Sequence[str], batch: int = 256, suffix: str = "") -> Iterator[Work]:
-    """Training steps of a network in both precisions, run in these ways."""
-    for precision, dtype in DTYPES.items():
-        operations = [*training_step(net, batch, INPUT_DIM, dtype), adam(net)]
-        for way in ways:
-            yield Work(stage, label(precision, way) + suffix, operations, precision, graph=way == "-graph")
+def of_throughput(stage: str, flags: Sequence[str]) -> Iterator[Work]:
+    """Each of our contenders with each workload."""
+    arguments = throughput.build_parser().parse_args(flags)
+    kernel, recorded = arguments.kernel, functools.cache(operations_of)
+    for value, workload in throughput.workloads_of(arguments).items():
+        for entry in choose(kernel, arguments.contenders):
+            if entry.backend == "triton":
+                what = entry.label if value is None else f"{entry.label}, {arguments.quantity} {value}"
+                operations = recorded(kernel, workload, DTYPES[entry.precision])
+                graph = entry.target.endswith(":Captured")
+                yield Work(stage, what, operations, entry.precision, HOSTS.get(kernel, "part"), graph)
 
 
-WAYS = ("", "-graph", "-compiled")
-#: the networks of the stages ``step-…`` besides the default one
-OTHERS: dict[str, dict[str, Any]] = {
-    "step-dense": {"model": "dense"},
-    "step-units-32": {"block_size": 32},
-    "step-units-16": {"block_size": 16},
-    "step-units-1": {"block_size": 1},
-}
-GROWING: dict[str, Sequence[float]] = {
-    "p_inter": (0.0, 0.05, 0.15, 0.3, 0.6, 1.0),
-    "B": (8, 32, 64, 128, 256),
-    "H": (256, 512, 1024, 2048),
-}
-#: batch sizes and unit sides at which layers run both fused and as a pair: all those for which fused_pays decides
-FUSED_BATCHES, FUSED_UNITS = (64, 128, 256, 512, 1024), (16, 32, 64)
+def of_fused_pair(stage: str, flags: Sequence[str]) -> Iterator[Work]:
+    """One layer of each size in both ways."""
+    arguments = fused_pair.build_parser().parse_args(flags)
+    precision = arguments.precision
+    for block_size, batch in fused_pair.sizes(arguments):
+        net = network(block_size=block_size, hidden_dim=arguments.hidden_dim).to("meta")
+        layer = SpikingLayer(net.fc2.values, net.fc2.mask, net.fc2.bias, net.lif2.population)
+        for fused in (False, True):
+            operations = layer_step(layer, arguments.T, batch, DTYPES[precision], fused, spikes=True)
+            yield Work(stage, fused_pair.label(batch, block_size, fused), operations, precision, "part", graph=True)
 
 
-def scaling_stage(quantity: str, precision: str) -> str:
-    """The stage in which a quantity grows."""
-    return f"scaling-{quantity}-{precision}"
-
-
-def fused_label(batch: int, block_size: int, fused: bool) -> str:
-    """The page's name for a layer of that size run in that way."""
-    return f"B {batch}, units of {block_size}, {'fused' if fused else 'pair'}"
-
-
-def everything() -> Iterator[Work]:
-    """All that has a prediction, stage by stage."""
-    samples = 50 * 256
-    default = network()
-    yield from steps("step", default, WAYS)
-    for precision, dtype in DTYPES.items():
-        yield Work(
-            "forward", label(precision), forward_pass(network(), 256, INPUT_DIM, dtype), precision, "forward pass"
-        )
-    for stage in ("linear", "linear-dense"):
-        for precision, dtype in DTYPES.items():
-            yield Work(stage, label(precision), product_step(network().fc2, samples, dtype), precision, "part")
-    for model, count in (("lif", 2), ("synaptic", 3)):
-        population = Neurons(model, tuple(torch.empty(1, device="meta") for _ in range(count)))
-        yield Work(model, label("fp32"), neurons_step(population, 50, 256, 2048), "fp32", "part")
-    yield Work("dst", label("fp32"), correlations(network(), 256, INPUT_DIM), "fp32", "part")
-    for stage, other in OTHERS.items():
-        yield from steps(stage, network(**other), WAYS[:2])
-    for quantity, values in GROWING.items():
-        for value in values:
-            changes: dict[str, Any] = {"p_inter": {"p_inter": value}, "B": {}, "H": {"hidden_dim": value}}[quantity]
-            batch = int(value) if quantity == "B" else 256
-            for each in steps("", network(**changes), WAYS[:2], batch, f", {quantity} {value}"):
-                yield each._replace(stage=scaling_stage(quantity, each.precision))
-    for precision, dtype in DTYPES.items():
-        for block_size in FUSED_UNITS:
-            net = network(block_size=block_size).to("meta")
-            layer = SpikingLayer(net.fc2.values, net.fc2.mask, net.fc2.bias, net.lif2.population)
-            for batch in FUSED_BATCHES:
-                for fused in (False, True):
-                    operations = layer_step(layer, 50, batch, dtype, fused, spikes=True)
-                    what = fused_label(batch, block_size, fused)
-                    yield Work(f"fused-{precision}", what, operations, precision, "part", graph=True)
+def of_kernel_times(stage: str, flags: Sequence[str]) -> Iterator[Work]:
+    """The kernels of a training step in bfloat16, each by its name."""
+    workload = cli.workload_from(kernel_times.build_parser().parse_args(flags))
     by_kernel: dict[str, list[Operation]] = defaultdict(list)
-    for operation in training_step(network(), 256, INPUT_DIM, torch.bfloat16):
+    for operation in operations_of("step", workload, torch.bfloat16):
         if operation.launch is not None:
             by_kernel[operation.name].append(operation)
     for name, operations in by_kernel.items():
-        yield Work("kernels", name, operations, "bf16", "part", graph=True)
+        yield Work(stage, name, operations, "bf16", "part", graph=True)
+
+
+def everything() -> Iterator[Work]:
+    """All that has a prediction, stage by stage, by the flags of each."""
+    of_program = {"throughput": of_throughput, "fused_pair": of_fused_pair, "kernel_times": of_kernel_times}
+    for stage in stages("cuda"):
+        program, *flags = stage.command
+        if predicted := of_program.get(program.rpartition(".")[2]):
+            yield from predicted(stage.name, flags)
 
 
 def record(written: str) -> dict[str, Any]:

@@ -22,11 +22,11 @@ from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
 
 from . import brain, chunks, cpu_choices, delays, host_time, records, report, study_tables
+from .first_run import RECORD as PREDICTIONS
 from .first_run import comparison
-from .predictions import RECORD as PREDICTIONS
 from .records import RESULTS
 from .registry import KERNELS
-from .report import plain, seconds, title
+from .report import network, percent, plain, seconds, title
 from .studies import BEST, CHOSEN_FEW, EXAMPLE, RELU, SEQUENCES, STUDIES
 from .study_tables import TEST_IMAGES, rows_of
 from .throughput import QUANTITIES
@@ -141,32 +141,16 @@ def _processor(machine: dict[str, Any]) -> str:
     return machine["gpu"] or f"{machine['cpu']} with {threads}"
 
 
-def _network(workload: dict[str, Any], without: Sequence[str] = ()) -> str:
-    side = workload["block_size"]
-    words = {
-        "batch_size": f"batch {workload['batch_size']}",
-        "T": f"{workload['T']} steps",
-        "hidden_dim": f"{workload['hidden_dim']:,} neurons per layer",
-        "block_size": "single weights" if side == 1 else f"{side} × {side} blocks",
-        "density": f"{_percent(workload['density'])} of the weights",
-    }
-    model = f"{workload['model']}{', recurrent' if workload.get('recurrent') else ''}"
-    return ", ".join([model, *(text for field, text in words.items() if field not in without)])
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
-
-
 def _throughput(record: Record, link: Link) -> str:
     content = record.content
     if content["quantity"]:
         return _scaling(record, link)
     repeats = next(run["repeats"] for run in content["runs"] if run["status"] == "timed")
-    last = ("processor time", "times as fast") if _busy(content) else ("times as fast", "of the floor")
+    busy = report.counted(content) == "cpu_median"  # then processor time is what counts
+    last = ("processor time", "times as fast") if busy else ("times as fast", "of the floor")
     table = markdown(*report.times(content, ("median", "20–80 %", *last, "peak memory"), title))
     text = (
-        f"{_about(content)}: {_network(content['workloads'][0])}. {repeats} interleaved repeats, "
+        f"{_about(content)}: {network(content['workloads'][0])}. {repeats} interleaved repeats, "
         f"{_machine(record, link)}. *Times as fast*: as {title(content['baseline'])}.\n\n"
         f"{table}{_said_of_others(content)}"
     )
@@ -254,11 +238,11 @@ def _readme(of_step: Record, of_wide: Record, of_brain: Record, of_recipe: Recor
          "results.md#few-weights"],
     ]  # fmt: skip
     cells = [[*row, f"[command]({link(PICTURES / page)})"] for *row, page in rows]
-    network = step["workloads"][0]
+    usual = step["workloads"][0]
     return (
         f"{markdown(['', 'g2g', 'compared with', ''], cells)}\n\nTraining steps have batches of "
-        f"{network['batch_size']} samples, {network['T']} time steps and two hidden layers of "
-        f"{network['hidden_dim']:,} neurons with {_percent(network['density'])} of the weights (third row: "
+        f"{usual['batch_size']} samples, {usual['T']} time steps and two hidden layers of "
+        f"{usual['hidden_dim']:,} neurons with {percent(usual['density'])} of the weights (third row: "
         f"{largest['T']} time steps, groups of 256 neurons; fourth: 100 time steps, 8 samples). They were measured on "
         f"{_processor(step['machine'])}. Accuracies are those on the test images of Fashion-MNIST, after "
         f"{best.runs[0]['epoch']} epochs (58,000 weights: {few['epochs']}), mean ± standard error over 3 seeds."
@@ -275,7 +259,7 @@ def _in_one_table(*names: str) -> Part:
             counted, ours, (baseline, fastest) = report.counted(content), _ours(content), _peers(content)
             whole = content["kernel"] in ("step", "recurrent")
             rows.append([
-                _network(content["workloads"][0]) if whole else _about(content),
+                network(content["workloads"][0]) if whole else _about(content),
                 seconds(ours[counted]),
                 f"{seconds(baseline[counted])}: {title(baseline['contender'])}",
                 f"{baseline[counted] / ours[counted]:.3g}",
@@ -289,14 +273,9 @@ def _in_one_table(*names: str) -> Part:
     return part
 
 
-def _busy(content: dict[str, Any]) -> bool:
-    """Whether other programs used the machine while a record was made; then processor time is what counts."""
-    return report.counted(content) == "cpu_median"
-
-
 def _said_of_others(content: dict[str, Any]) -> str:
     """A paragraph about a busy machine; "" where it was not."""
-    if not _busy(content):
+    if report.counted(content) != "cpu_median":
         return ""
     others = f"{content['limits']['others_busy_cores']:.1f} of {content['machine']['cores']} cores"
     return f"\n\nOther programs kept {others} busy: what counts is the processor time of all threads of a contender."
@@ -371,7 +350,7 @@ def _scaling(record: Record, link: Link) -> str:
     what = "A training step" if content["kernel"] == "step" else "A forward pass"
     picture = f"![{what} against {content['x_is']}]({link(record.picture)})\n\n" if record.picture else ""
     tables = [report.growth(content, title), *([report.memory(content)] if "dense_bytes" in first else [])]
-    about = f"{picture}{what}: {_network(first, ('density', grows))}. {_machine(record, link)}."
+    about = f"{picture}{what}: {network(first, ('density', grows))}. {_machine(record, link)}."
     return "\n\n".join([about, *(markdown(*table) for table in tables)])
 
 

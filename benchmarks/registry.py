@@ -4,7 +4,7 @@ import ast
 import importlib.util
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,9 @@ class Entry:
     workload: dict[str, Any] = field(default_factory=dict)
     by_name: bool = False
 
-    def own(self, base: Workload, change: Mapping[str, Any] = {}) -> Workload:
-        """What this contender computes where others compute ``base``, changed."""
-        return replace(base, **{**self.workload, **change})
+    def own(self, base: Workload) -> Workload:
+        """What this contender computes where others compute ``base``."""
+        return replace(base, **self.workload)
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Kernel:
         ours: the class in :mod:`benchmarks.ours`.
         method: the method of a contender that is timed.
         bf16: whether it exists in bfloat16 too.
-        options: further arguments of every contender.
+        inputs: of a part alone, their name in :class:`~benchmarks.workload.Prepared`.
         workload: of all contenders, whatever the flags say.
         usual: of the workload, unless the flags say it.
     """
@@ -70,7 +70,7 @@ class Kernel:
     ours: str
     method: str = "step"
     bf16: bool = True
-    options: dict[str, Any] = field(default_factory=dict)
+    inputs: str = ""
     workload: dict[str, Any] = field(default_factory=dict)
     usual: dict[str, Any] = field(default_factory=dict)
 
@@ -88,19 +88,19 @@ KERNELS = {
     ),
     "forward": Kernel("forward pass without gradients", "snntorch-masked", "Network", method="forward"),
     "lif": Kernel(
-        "LIF neurons alone, forward and backward", "snntorch", "Neurons", bf16=False, options={"inputs": "lif_inputs"},
+        "LIF neurons alone, forward and backward", "snntorch", "Neurons", bf16=False, inputs="lif_inputs",
     ),
     "synaptic": Kernel(
         "synaptic neurons alone, forward and backward", "snntorch", "Neurons", bf16=False,
-        options={"inputs": "synaptic_inputs"},
+        inputs="synaptic_inputs",
     ),
     "linear": Kernel(
         "the product of fc2 alone with all three gradients, at the spikes it receives", "masked", "Linear",
-        options={"inputs": "spike_inputs"},
+        inputs="spike_inputs",
     ),
     "linear-dense": Kernel(
         "the product of fc2 alone with all three gradients, at inputs without a zero", "masked", "Linear",
-        options={"inputs": "dense_inputs"},
+        inputs="dense_inputs",
     ),
     "dst": Kernel(
         "one update of dynamic sparse training: scores, prune by weight, grow by correlation, relabel",
@@ -136,7 +136,7 @@ def entries(kernel: str) -> dict[str, Entry]:
         Entry(
             f"g2g-{backend}",
             f"{__package__}.ours:{about.ours}",
-            options={"backend": backend, **about.options},
+            options={"backend": backend, "inputs": about.inputs},
             unavailable=reason,
             backend=backend,
         )
@@ -154,7 +154,7 @@ def entries(kernel: str) -> dict[str, Entry]:
         Entry(
             label,
             f"{__package__}.peers.{module}:{name}",
-            options=about.options,
+            options={"inputs": about.inputs},
             unavailable=_missing(needs),
             compiles=COMPILER in needs,
         )

@@ -1,5 +1,6 @@
 """Tables of records."""
 
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -85,6 +86,24 @@ def title(label: str) -> str:
     return TITLES.get(name, name) + (", bfloat16" if label.endswith("-bf16") else "")
 
 
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def network(workload: dict[str, Any], without: Sequence[str] = ()) -> str:
+    """A workload in words, but for some of its fields."""
+    side = workload["block_size"]
+    words = {
+        "batch_size": f"batch {workload['batch_size']}",
+        "T": f"{workload['T']} steps",
+        "hidden_dim": f"{workload['hidden_dim']:,} neurons per layer",
+        "block_size": "single weights" if side == 1 else f"{side} × {side} blocks",
+        "density": f"{percent(workload['density'])} of the weights",
+    }
+    model = f"{workload['model']}{', recurrent' if workload.get('recurrent') else ''}"
+    return ", ".join([model, *(text for field, text in words.items() if field not in without)])
+
+
 def plain(value: float) -> str:
     """A whole number as it is, others to three digits."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
@@ -96,6 +115,11 @@ def seconds(value: float) -> str:
         (pair for pair in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)) if abs(value) >= pair[1]), ("ns", 1e-9)
     )
     return f"{value / scale:.3g} {unit}"
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """How many times as long: the median over turns."""
+    return statistics.median(ours / theirs for ours, theirs in zip(times, others, strict=True))
 
 
 def counted(record: dict[str, Any]) -> str:
@@ -169,12 +193,12 @@ def text(record: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def compared(record: dict[str, Any], before: dict[str, Any]) -> str:
+def compared(runs: Iterable[dict[str, Any]], before: dict[str, Any]) -> str:
     """How long each contender takes, and took in an earlier record."""
     was = {(run["contender"], run["place"]): run["median"] for run in before["runs"] if "median" in run}
     rows = [
         (run["contender"], seconds(was[key]), seconds(run["median"]), f"{run['median'] / was[key]:.2f}×")
-        for run in record["runs"]
+        for run in runs
         if "median" in run and (key := (run["contender"], run["place"])) in was
     ]
     return in_columns((f"since {str(before['machine']['commit'])[:8]}", "was", "is", ""), rows)

@@ -7,22 +7,24 @@ repeated reads after a cache miss, arithmetic outside of matrix products, gaps b
 """
 
 import argparse
-import dataclasses
+import importlib.util
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from g2g_kernels.triton import runtime
 from g2gnet import G2GNet
 from g2gnet.base.tables import markdown
-from g2gnet.programs.flags import Parser, add_settings_flags
-from g2gnet.settings import with_default
-from g2gnet.training import TrainSettings
+from g2gnet.programs.flags import FlagError, Parser
+from g2gnet.programs.main import run_program
 
+from . import cli
 from .costs import CARDS, Card
 from .launches import Operation, training_step
+from .workload import Workload
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 INPUT_DIM, NUM_CLASSES = 784, 10  # Fashion-MNIST
@@ -107,20 +109,15 @@ def bytes_left(operations: Sequence[Operation], card: Card) -> str:
     return markdown(header, rows, right=header[1:])
 
 
-#: the settings that are flags here
-FLAGS = ("batch_size", "T", "hidden_dim", "p_inter", "block_size", "model")
-
-
-@dataclasses.dataclass(frozen=True)
-class StepSettings(TrainSettings):
-    """The settings of a training run that decide its step; an index network's, unless told otherwise."""
-
-    model: str = with_default(TrainSettings, "model", "index")
+def network(**changes: Any) -> G2GNet:
+    """The network of the workload with such changes, with initial weights."""
+    draw = torch.Generator().manual_seed(42)
+    return G2GNet.from_settings(Workload(**changes).settings(), INPUT_DIM, NUM_CLASSES, generator=draw)
 
 
 def build_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.roofline", description=__doc__.split("\n\n")[0])
-    add_settings_flags(parser, StepSettings, FLAGS)
+    cli.add_sizes(parser)
     parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16", help="of products (default: bf16)")
     parser.add_argument("--card", choices=tuple(CARDS), default="h100", help="card whose rates to use (default: h100)")
     return parser
@@ -130,18 +127,18 @@ def roofline(arguments: argparse.Namespace) -> str:
     """The whole report, as Markdown.
 
     Raises:
-        ValueError: for sizes out of range.
-        ModuleNotFoundError: without Triton.
+        FlagError: without Triton.
     """
-    settings = StepSettings(**{name: getattr(arguments, name) for name in FLAGS})
-    generator = torch.Generator().manual_seed(42)
-    net = G2GNet.from_settings(settings, INPUT_DIM, NUM_CLASSES, generator=generator)
+    if importlib.util.find_spec("triton") is None:
+        raise FlagError("the model needs the Triton kernels: pip install triton")
+    workload = cli.workload_from(arguments)
+    net = network(**workload.as_dict())
     masks = [connection.mask for connection, _ in net.layers()]
     weights = sum(mask.num_weights for mask in masks)
     density = weights / sum(rows * cols for rows, cols in (mask.shape for mask in masks))
     card = CARDS[arguments.card]
     with runtime.assumed(card.architecture):
-        operations = training_step(net, arguments.batch_size, INPUT_DIM, DTYPES[arguments.precision])
+        operations = training_step(net, workload.batch_size, INPUT_DIM, DTYPES[arguments.precision])
     operations.append(adam(net))
     total = sum(seconds(operation, card) for operation in operations)
     return f"""\
@@ -149,8 +146,8 @@ def roofline(arguments: argparse.Namespace) -> str:
 
 A model, not a measurement: these kernels have not been run on a GPU. `python -m benchmarks.roofline` prints it.
 
-{arguments.model}, batch {arguments.batch_size}, {settings.T} steps, {arguments.hidden_dim:,} neurons per layer, \
-p_inter {arguments.p_inter}, {arguments.block_size} × {arguments.block_size} blocks, {arguments.precision}: \
+{workload.model}, batch {workload.batch_size}, {workload.T} steps, {workload.hidden_dim:,} neurons per layer, \
+p_inter {workload.p_inter}, {workload.block_size} × {workload.block_size} blocks, {arguments.precision}: \
 {weights:,} weights, {density:.1%} of the dense network's.
 {card.source}: {card.flop_per_s[arguments.precision] / 1e12:.0f} TFLOP/s, {card.bytes_per_s / 1e12:.1f} TB/s.
 
@@ -172,17 +169,7 @@ in time.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
-    try:
-        print(roofline(arguments), end="")
-    except ModuleNotFoundError as error:
-        print(f"{parser.prog}: error: {error}; the model needs the Triton kernels: pip install triton", file=sys.stderr)
-        return 2
-    except ValueError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run_program(build_parser(), lambda arguments: print(roofline(arguments), end=""), argv)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 """Memory and processor time of a training step of a study's row."""
 
-import concurrent.futures
-import multiprocessing
-import time
 from collections.abc import Callable
 
 import torch
@@ -11,9 +8,10 @@ from torch.nn import functional as F
 
 from g2gnet import G2GNet
 from g2gnet.data import DATASETS
-from g2gnet.training import TrainSettings
+from g2gnet.training import TrainingError, TrainSettings
 
-from .machine import PeakMemory, load_lazy_parts, pytorch_threads
+from .harness import Racer, Session, race
+from .machine import PeakMemory, load_lazy_parts
 
 COSTS = ("step_bytes", "step_seconds")
 #: from settings, input_dim and num_classes
@@ -27,27 +25,28 @@ def step_costs(settings: TrainSettings, build: Build) -> dict[str, float]:
         ``step_bytes``: the most memory, above the process with its imports, during the second step, and
         ``step_seconds``: the least processor time of the three after it.
     """
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as process:
-        return process.submit(costs, settings, build).result()
+    racer = Racer("step", _Step, (settings, build))
+    race([racer], repeats=3)
+    if racer.reason:
+        raise TrainingError(f"a step cannot be measured: {racer.reason}")
+    return dict(zip(COSTS, (racer.peak_bytes or 0, min(racer.cpu_seconds)), strict=True))
 
 
-def costs(settings: TrainSettings, build: Build) -> dict[str, float]:
-    """The same in this process; ``build``, a function of a module, makes the network."""
-    device = torch.device("cpu")
-    with pytorch_threads(1):
-        load_lazy_parts(device)
-        memory = PeakMemory(device)
-        step = _training_step(settings, build)
-        step()
-        memory.restart()
-        step()
-        most, seconds = memory.above(), []
-        for _ in range(3):
-            began = time.process_time()
-            step()
-            seconds.append(time.process_time() - began)
-    return dict(zip(COSTS, (most, min(seconds)), strict=True))
+class _Step(Session):
+    def __init__(self, settings: TrainSettings, build: Build) -> None:
+        torch.set_num_threads(1)
+        self.about = settings, build
+
+    def build(self) -> None:
+        load_lazy_parts(self.device)
+        self.memory = PeakMemory(self.device)
+        self.step = _training_step(*self.about)  # type: ignore[method-assign]
+
+    def step(self) -> None:
+        raise NotImplementedError  # before it is built
+
+    def results(self) -> None:
+        """Nothing to check."""
 
 
 def _training_step(settings: TrainSettings, build: Build) -> Callable[[], None]:

@@ -4,7 +4,9 @@
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+import re
+from collections.abc import Mapping, Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,64 +51,68 @@ PLAIN = "--dataset fashionmnist --T 10 --lr_schedule cosine --weight_decay 0 --s
 
 
 def joined(*flags: str) -> str:
-    """Flags in one line."""
-    return " ".join(filter(None, flags))
+    """Flags in one line; of one that is given twice the later value."""
+    return " ".join(f"--{name}{value}" for name, value in dict(_FLAG.findall(" ".join(flags))).items())
 
 
-def density_flags(percent: float) -> str:
-    """The probabilities of a density, scaled alike; the default ones for 25 %."""
-    p_intra = 1.0 if percent == 25 else percent / 100 / FULL
-    return f"--p_intra {p_intra:.4g} --p_inter {0.15 * p_intra:.4g}"
+_FLAG = re.compile(r"--(\w+)((?: (?!--)\S+)*)")
+
+
+def crossed(*axes: Mapping[str, str]) -> dict[str, str]:
+    """The rows of every combination: names with commas between them, and the flags of all."""
+    return {
+        ", ".join(name for name, _ in row if name): joined(*(flags for _, flags in row))
+        for row in itertools.product(*(axis.items() for axis in axes))
+    }
+
+
+def widths(*neurons: int) -> dict[str, str]:
+    return {f"H {width}": f"--hidden_dim {width}" for width in neurons}
+
+
+def units(*sides: int) -> dict[str, str]:
+    return {f"units of {side}": f"--block_size {side}" for side in sides}
+
+
+def densities(*percents: float) -> dict[str, str]:
+    """The probabilities of each density, scaled alike; the default ones for 25 %."""
+    shares = {percent: 1.0 if percent == 25 else percent / 100 / FULL for percent in percents}
+    return {f"{percent} %": f"--p_intra {p:.4g} --p_inter {0.15 * p:.4g}" for percent, p in shares.items()}
 
 
 # --- which growth rule ----------------------------------------------------------------------------------------------
 
-#: densities in per cent, by the side of a unit
-GROWN = {16: (25, 10, 5, 2), 64: (25, 5), 1: (5,)}
-
-
-def grown(side: int, percent: int, growth: str) -> str:
-    """The name of a row of the study ``dst``."""
-    return f"units of {side}, {percent} %, {growth}"
-
 
 def _dst() -> dict[str, str]:
-    rows = {
-        grown(side, percent, growth): joined(
-            f"--block_size {side} {density_flags(percent)}", flags, SCHEDULE if flags else ""
-        )
-        for side, densities in GROWN.items()
-        for percent in densities
-        for growth, flags in GROWTH.items()
-    }
-    default = {growth: f"--block_size 64 {GROWTH[growth]}" for growth in ("random", "correlation")}
-    return rows | {f"{grown(64, 25, growth)}, default schedule": flags for growth, flags in default.items()}
+    rules = {growth: joined(flags, SCHEDULE if flags else "") for growth, flags in GROWTH.items()}
+    rows = crossed(units(16), densities(25, 10, 5, 2), rules) | crossed(units(64), densities(25, 5), rules)
+    default = {growth: GROWTH[growth] for growth in ("random", "correlation")}
+    return (
+        rows
+        | crossed(units(1), densities(5), rules)
+        | crossed(units(64), {"25 %": ""}, default, {"default schedule": ""})
+    )
 
 
 # --- few weights ----------------------------------------------------------------------------------------------------
 
 #: neurons per layer of the dense network that has no more weights
 DENSE_WIDTHS = {58_000: 67, 118_000: 127}
-#: flags of a way to few weights that begins with few, by the ending of a row's name; and of one that begins with many
-FEW_AT_FIRST = {
-    "": "",
-    ", ERK": "--density erk",
-    ", rewired": REWIRED,
-    ", rewired, ERK": f"{REWIRED} --density erk",
-}
+#: ways to few weights that begin with few, and those that begin with many
+FEW_AT_FIRST = {"": "", "ERK": "--density erk", "rewired": REWIRED, "rewired, ERK": f"{REWIRED} --density erk"}
 MANY_AT_FIRST = {
-    ", gradual": PRUNED,
-    ", gradual, rewired": REWIRED,
-    ", from dense": f"{PRUNED} --p_inter 1",
-    ", from dense, rewired": f"{REWIRED} --p_inter 1",
+    "gradual": PRUNED,
+    "gradual, rewired": REWIRED,
+    "from dense": f"{PRUNED} --p_inter 1",
+    "from dense, rewired": f"{REWIRED} --p_inter 1",
 }
 SMOOTHED = "--readout last --label_smoothing 0.1"
 #: what is added to any of them
 MORE = {
     "": "--augment flip",
-    ", smoothed": f"{SMOOTHED} --augment flip",
-    ", smoothed, shifted": f"{SMOOTHED} --augment shift-flip",
-    ", smoothed, shifted, decayed": f"{SMOOTHED} --augment shift-flip --optimizer adamw --weight_decay 0.1",
+    "smoothed": f"{SMOOTHED} --augment flip",
+    "smoothed, shifted": f"{SMOOTHED} --augment shift-flip",
+    "smoothed, shifted, decayed": f"{SMOOTHED} --augment shift-flip --optimizer adamw --weight_decay 0.1",
 }
 #: the choice of the held-back images, on which the two of 127 neurons were level; README shows the second one's command
 CHOSEN_FEW = (
@@ -124,18 +130,16 @@ EXAMPLE = CHOSEN_FEW[1]
 def _few() -> dict[str, str]:
     rows: dict[str, str] = {}
     for weights, dense in DENSE_WIDTHS.items():
-        ways = {f"dense, {dense}": f"--model dense --hidden_dim {dense}"}
+        about = {f"{weights:,} weights": ""}
+        rows |= crossed(about, {f"dense, {dense}": f"--model dense --hidden_dim {dense}"}, MORE)
         for width in (512, 1024):
-            density = 0.995 * weights / (width * (28 * 28 + width + 10))  # a little less, as units are drawn
-            for side in (1, 16):
-                network = f"--model index --hidden_dim {width} --block_size {side}"
-                if side == 1:  # with units as large as 16 the number of weights depends on the draw
-                    few = f"{network} {density_flags(100 * density)}"
-                    ways |= {f"H {width}, units of 1{how}": f"{few} {flags}" for how, flags in FEW_AT_FIRST.items()}
-                many = f"{network} --final_density {density:.4g}"
-                ways |= {f"H {width}, units of {side}{how}": f"{many} {flags}" for how, flags in MANY_AT_FIRST.items()}
-        for way, flags in ways.items():
-            rows |= {f"{weights:,} weights, {way}{more}": f"{flags.strip()} {also}" for more, also in MORE.items()}
+            share = 0.995 * weights / (width * (28 * 28 + width + 10))  # a little less, as units are drawn
+            index, *of_share = {"": "--model index"}, *densities(100 * share).values()
+            few = {way: joined(flags, *of_share) for way, flags in FEW_AT_FIRST.items()}
+            many = {way: f"--final_density {share:.4g} {flags}" for way, flags in MANY_AT_FIRST.items()}
+            # with units as large as 16 the number of weights depends on the draw
+            for side, ways in ((1, few | many), (16, many)):
+                rows |= crossed(about, index, widths(width), units(side), ways, MORE)
     return rows
 
 
@@ -148,101 +152,86 @@ SPARSE = (
     *((width, percent, 1) for percent in (10, 5) for width in (1024, 2048)),
     *((width, percent, 1) for width, percent in ((128, 8), (256, 3), (512, 8), (512, 16))),
 )
-ALSO_REWIRED = ((2048, 10, 16), (2048, 5, 16))
 
 
 def _tradeoff() -> dict[str, str]:
-    widths = (12, 32, 64, 128, 256, 512, 1024, 2048)
-    rows = {f"dense, {width}": f"--model dense --hidden_dim {width}" for width in widths}
+    def of_width(width: int) -> dict[str, str]:
+        return {str(width): f"--hidden_dim {width}"}
+
+    rows: dict[str, str] = {}
+    for width in (12, 32, 64, 128, 256, 512, 1024, 2048):
+        rows |= crossed({"dense": "--model dense"}, of_width(width))
     for width, percent, side in SPARSE:
-        flags = f"--model index --hidden_dim {width} --block_size {side} {density_flags(percent)}"
-        rows[f"index, {width}, {percent} %, units of {side}"] = flags
-        if (width, percent, side) in ALSO_REWIRED:
-            rows[f"index, {width}, {percent} %, rewired, units of {side}"] = f"{flags} {REWIRED}"
+        rewired = {"": ""} | ({"rewired": REWIRED} if (width, side) == (2048, 16) else {})
+        rows |= crossed({"index": "--model index"}, of_width(width), densities(percent), rewired, units(side))
     return rows
 
 
 # --- the recipe -----------------------------------------------------------------------------------------------------
 
-#: the flags of each part
-RECIPE = {
-    "network": "--model index",
-    "width": "--hidden_dim 1024",
-    "steps": "--T 10",
-    "schedule": "--lr_schedule cosine",
-    "input": "--standardize",
-    "weight decay": "--weight_decay 0",
-    "surrogate": "--surrogate triangle",
-    "dropout": "--dropout 0.2",
-    "augmentation": "--augment flip",
-}
-#: the replacements of a part
-OTHERS = {
-    "schedule": {"constant rate": "", "two epochs of warm-up": "--lr_schedule cosine --lr_warmup 470"},
-    "input": {"input as it is": ""},
-    "weight decay": {
-        "weight decay 1e-5": "--weight_decay 1e-5",
-        "weight decay 1e-4": "--weight_decay 1e-4",
-        "decoupled decay 0.01": "--optimizer adamw --weight_decay 0.01",
-        "decoupled decay 0.1": "--optimizer adamw --weight_decay 0.1",
-    },
-    "learning rate": {"learning rate 5e-4": "--lr 5e-4", "learning rate 2e-3": "--lr 2e-3"},
-    "batch": {"batches of 128": "--batch_size 128"},
-    "labels": {"label smoothing 0.1": "--label_smoothing 0.1"},
-    "average": {"averaged over an epoch": "--average 235", "averaged over four epochs": "--average 940"},
-    "surrogate": {"ATan": "", "triangle, alpha 4": "--surrogate triangle --alpha 4"},
-    "dropout": {"no dropout": "", "dropout 0.1": "--dropout 0.1", "dropout 0.3": "--dropout 0.3"},
-    "augmentation": {"no augmentation": "", "shifted and mirrored": "--augment shift-flip"},
-    "occlusion": {"half of the images occluded": "--erase 0.5"},
-    "steps": {"T 5": "--T 5", "T 16": "--T 16", "T 20": "--T 20"},
-    "read-out": {"last membrane": "--readout last"},
-    "neurons": {
-        "a beta and threshold per neuron": "--per_neuron",
-        "synaptic neurons": "--neuron synaptic",
-        "adaptive neurons": "--neuron adlif",
-    },
-    "initial weights": {"initial weights × 3": "--init_gain 3"},
-    "density": {"ERK": "--density erk"},
-    "width": {"H 512": "--hidden_dim 512", "H 2048": "--hidden_dim 2048", "H 4096": "--hidden_dim 4096"},
-    "network": {"mixer": "--model mixer", "dense": "--model dense"},
-}
-DECAYED = {"labels": "label smoothing 0.1", "weight decay": "decoupled decay 0.1"}
+RECIPE = (
+    "--model index --hidden_dim 1024 --T 10 --lr_schedule cosine --standardize --weight_decay 0 --surrogate triangle "
+    "--dropout 0.2 --augment flip"
+)
+DECAYED = "--label_smoothing 0.1 --optimizer adamw --weight_decay 0.1"
 #: parts that help one another
-MEMBRANE = {"read-out": "last membrane", **DECAYED, "density": "ERK"}
-SHIFTED = {"augmentation": "shifted and mirrored", "dropout": "no dropout"}
-SECOND = {**MEMBRANE, **SHIFTED}
-WIDE = {"width": "H 2048"}
-#: what the recipe has in the place of the second recipe's parts
-FIRST = {
-    "read-out": "spike counts",
-    "labels": "hard labels",
-    "weight decay": "no decay",
-    "density": "uniform",
-    "augmentation": "mirrored",
-    "dropout": "dropout 0.2",
-}
-#: parts replaced together in rows of 20 epochs
-TOGETHER = {"last membrane, label smoothing, decay, ERK": MEMBRANE, "shifted and mirrored, no dropout": SHIFTED}
-#: rows of 40 epochs, too: what prevents overfitting pays in long runs, and in wide networks
-LONGER = {
-    "dropout 0.1": {"dropout": "dropout 0.1"},
-    "no augmentation": {"augmentation": "no augmentation"},
-    "H 2048": WIDE,
-    "H 2048, label smoothing, decay": {**WIDE, **DECAYED},
+MEMBRANE, SHIFTED = f"--readout last {DECAYED} --density erk", "--augment shift-flip --dropout 0"
+SECOND = f"{MEMBRANE} {SHIFTED}"
+#: what is changed in rows of 20 epochs
+CHANGED = {
+    "constant rate": "--lr_schedule constant",
+    "two epochs of warm-up": "--lr_warmup 470",
+    "weight decay 1e-5": "--weight_decay 1e-5",
+    "weight decay 1e-4": "--weight_decay 1e-4",
+    "decoupled decay 0.01": "--optimizer adamw --weight_decay 0.01",
+    "decoupled decay 0.1": "--optimizer adamw --weight_decay 0.1",
+    "learning rate 5e-4": "--lr 5e-4",
+    "learning rate 2e-3": "--lr 2e-3",
+    "batches of 128": "--batch_size 128",
+    "label smoothing 0.1": "--label_smoothing 0.1",
+    "averaged over an epoch": "--average 235",
+    "averaged over four epochs": "--average 940",
+    "ATan": "--surrogate atan",
+    "triangle, alpha 4": "--alpha 4",
+    "no dropout": "--dropout 0",
+    "dropout 0.1": "--dropout 0.1",
+    "dropout 0.3": "--dropout 0.3",
+    "no augmentation": "--augment auto",
+    "shifted and mirrored": "--augment shift-flip",
+    "half of the images occluded": "--erase 0.5",
+    "T 5": "--T 5",
+    "T 16": "--T 16",
+    "T 20": "--T 20",
+    "last membrane": "--readout last",
+    "a beta and threshold per neuron": "--per_neuron",
+    "synaptic neurons": "--neuron synaptic",
+    "adaptive neurons": "--neuron adlif",
+    "initial weights × 3": "--init_gain 3",
+    "ERK": "--density erk",
+    **widths(512, 2048, 4096),
+    "mixer": "--model mixer",
+    "dense": "--model dense",
     "last membrane, label smoothing, decay, ERK": MEMBRANE,
-    "H 2048, last membrane, label smoothing, decay, ERK": {**WIDE, **MEMBRANE},
+    "shifted and mirrored, no dropout": SHIFTED,
+}
+#: what is changed in rows of 40 epochs: what prevents overfitting pays in long runs, and in wide networks
+LONGER = {
+    "dropout 0.1": "--dropout 0.1",
+    "no augmentation": "--augment auto",
+    "H 2048": "--hidden_dim 2048",
+    "H 2048, label smoothing, decay": f"--hidden_dim 2048 {DECAYED}",
+    "last membrane, label smoothing, decay, ERK": MEMBRANE,
+    "H 2048, last membrane, label smoothing, decay, ERK": f"--hidden_dim 2048 {MEMBRANE}",
     "second recipe": SECOND,
-    "second recipe, H 2048": {**WIDE, **SECOND},
-    "second recipe, H 4096": {"width": "H 4096", **SECOND},
-    "second recipe, H 2048, dense": {
-        **WIDE,
-        "network": "dense",
-        **{part: other for part, other in SECOND.items() if part != "density"},
-    },
-    **{
-        f"second recipe, {first}": {other: of for other, of in SECOND.items() if other != part}
-        for part, first in FIRST.items()
-    },
+    **crossed({"second recipe": SECOND}, widths(2048, 4096)),
+    "second recipe, H 2048, dense": f"{SECOND} --hidden_dim 2048 --model dense --density uniform",
+    # a part of the first one in the place of the second's
+    "second recipe, spike counts": f"{SECOND} --readout counts",
+    "second recipe, hard labels": f"{SECOND} --label_smoothing 0",
+    "second recipe, no decay": f"{SECOND} --optimizer adam --weight_decay 0",
+    "second recipe, uniform": f"{SECOND} --density uniform",
+    "second recipe, mirrored": f"{SECOND} --augment flip",
+    "second recipe, dropout 0.2": f"{SECOND} --dropout 0.2",
 }
 #: the best one, which has 80 epochs as well
 BEST = "80 epochs, second recipe, H 2048"
@@ -258,23 +247,13 @@ CONVENTIONAL = (
 
 
 def _recipe() -> dict[str, str]:
-    def flags(parts: Mapping[str, str], replaced: Mapping[str, str]) -> str:
-        return joined(*({**parts, **{part: OTHERS[part][other] for part, other in replaced.items()}}).values())
-
-    fewer = {**RECIPE, "epochs": "--epochs 20"}
-    rows = {"the recipe": flags(RECIPE, {}), "20 epochs": flags(fewer, {})}
-    for part, others in OTHERS.items():
-        rows |= {row: flags(fewer, {part: row}) for row in others}
-    rows |= {row: flags(fewer, replaced) for row, replaced in TOGETHER.items()}
-    for row, replaced in LONGER.items():
-        rows[f"40 epochs, {row}"] = flags(RECIPE, replaced)
-        if f"80 epochs, {row}" == BEST:
-            rows[BEST] = f"{rows[f'40 epochs, {row}']} --epochs 80"
-    for width in (1024, 2048):
-        for row, dropout in (("dropout 0.2", RECIPE["dropout"]), ("no dropout", "")):
-            parts = {**RECIPE, "width": f"--hidden_dim {width}", "dropout": dropout}
-            sparser = f"--block_size 16 {density_flags(5)} {REWIRED}"
-            rows[f"5 %, H {width}, {row}"] = joined(*parts.values(), sparser)
+    recipe, twenty = {"": RECIPE}, {"": "--epochs 20"}
+    rows = {"the recipe": RECIPE, "20 epochs": f"{RECIPE} --epochs 20"} | crossed(recipe, twenty, CHANGED)
+    rows["input as it is"] = rows["20 epochs"].replace("--standardize ", "")
+    rows |= crossed({"40 epochs": RECIPE}, LONGER)
+    rows[BEST] = f"{rows[BEST.replace('80', '40')]} --epochs 80"
+    dropout = {"dropout 0.2": "", "no dropout": "--dropout 0"}
+    rows |= crossed(recipe, {"5 %": f"{densities(5)['5 %']} --block_size 16 {REWIRED}"}, widths(1024, 2048), dropout)
     return rows | {f"{row}, {RELU}": f"{rows[row]} --name {RELU}" for row in CONVENTIONAL}
 
 
@@ -282,34 +261,16 @@ def _recipe() -> dict[str, str]:
 
 #: the model of each graph, and what the others are compared with
 GRAPHS = {
-    "regular": "regular",
-    "Erdős–Rényi": "erdos_renyi",
-    "index": "index",
-    "random": "random",
-    "mixer": "mixer",
-    "small world": "small_world",
-    "distance": "distance",
-    "image plane": "plane",
+    "regular": "--model regular",
+    "Erdős–Rényi": "--model erdos_renyi",
+    "index": "--model index",
+    "random": "--model random",
+    "mixer": "--model mixer",
+    "small world": "--model small_world",
+    "distance": "--model distance",
+    "image plane": "--model plane",
 }
 CONTROL = "regular"
-
-
-def _of_graphs(sizes: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """The flags of each graph of each size, whose own flags are given."""
-    return {f"{graph}, {size}": f"--model {model} {flags}" for size, flags in sizes for graph, model in GRAPHS.items()}
-
-
-def _structure() -> dict[str, str]:
-    return _of_graphs(
-        (
-            f"H {width}, {percent} %, units of {side}",
-            f"--hidden_dim {width} --block_size {side} {density_flags(percent)}",
-        )
-        for width in (1024, 2048)
-        for percent in (25, 10, 5, 2)
-        for side in (16, 1)
-    )
-
 
 # --- over time ------------------------------------------------------------------------------------------------------
 
@@ -328,8 +289,8 @@ NETWORKS = {
 }
 #: which weights a network has; with 5 % in units of 16, 37 % of the second layer never fired
 WEIGHTS = {
-    "25 %": f"--model index --density erk --block_size 16 {density_flags(25)}",
-    "5 %, rewired": f"--model index --density erk --block_size 4 {density_flags(5)} {REWIRED}",
+    "25 %": f"--model index --density erk --block_size 16 {densities(25)['25 %']}",
+    "5 %, rewired": f"--model index --density erk --block_size 4 {densities(5)['5 %']} {REWIRED}",
     "dense": "--model dense",
 }
 #: the word of a row of PyTorch's GRU (:mod:`benchmarks.gru`), and the best learning rates on held-back images
@@ -344,32 +305,26 @@ OVER_TIME = (
 def _sequence() -> dict[str, str]:
     rows: dict[str, str] = {}
     for data, sequence in SEQUENCES.items():
-        for network, flags in NETWORKS.items():
-            rows |= {f"{data}, {network}, {kept}": joined(sequence, flags, of) for kept, of in WEIGHTS.items()}
-        rows[f"{data}, {GRU}"] = f"{rows[f'{data}, recurrent, 25 %']} {GRU_RATES[data]} --name {GRU}"
+        rows |= crossed({data: sequence}, NETWORKS, WEIGHTS)
+        rows[f"{data}, {GRU}"] = joined(rows[f"{data}, recurrent, 25 %"], GRU_RATES[data], f"--name {GRU}")
     return rows
 
 
 #: by its name the flags of how late spikes and inputs arrive: at most so many steps, chosen on held-back images
 LATE = {"rows": 8, "permuted": 60}
-DELAYS = {"no delays": "", "fixed delays": "--delay {}", "learned delays": "--delay {} --learn_delay"}
 #: a tapped delay line, and the best learning rate with and without it, both chosen on held-back images
 TAPS = {"lr 0.016": "--lr 0.016", "lr 0.016, 64 taps": "--lr 0.016 --input_taps 64"}
 
 
 def _delays() -> dict[str, str]:
-    tapped = {
-        f"permuted, adaptive, {kept}, {name}": joined(SEQUENCES["permuted"], NETWORKS["adaptive"], WEIGHTS[kept], taps)
-        for kept in ("25 %", "dense")
-        for name, taps in TAPS.items()
-    }
-    return tapped | {
-        f"{data}, {network}, {kept}, {late}": joined(SEQUENCES[data], flags, WEIGHTS[kept], delays.format(most))
-        for data, most in LATE.items()
-        for network, flags in NETWORKS.items()
-        for kept in ("25 %", "5 %, rewired")
-        for late, delays in DELAYS.items()
-    }
+    def of(axis: Mapping[str, str], *names: str) -> dict[str, str]:
+        return {name: axis[name] for name in names}
+
+    rows = crossed(of(SEQUENCES, "permuted"), of(NETWORKS, "adaptive"), of(WEIGHTS, "25 %", "dense"), TAPS)
+    for data, most in LATE.items():
+        late = {"no delays": "", "fixed delays": f"--delay {most}", "learned delays": f"--delay {most} --learn_delay"}
+        rows |= crossed(of(SEQUENCES, data), NETWORKS, of(WEIGHTS, "25 %", "5 %, rewired"), late)
+    return rows
 
 
 # --- all --------------------------------------------------------------------------------------------------------------
@@ -427,7 +382,7 @@ STUDIES = {
         "640.",
         "forty minutes, all of it with 2 epochs six and a half hours",
         PLAIN.replace("--dataset fashionmnist", "--dataset fashionmnist --density erk"),
-        _structure(),
+        crossed(GRAPHS, widths(1024, 2048), densities(25, 10, 5, 2), units(16, 1)),
         5,
         (),
         default_rows=("*, H 1024, 5 %, units of 16",),
@@ -437,10 +392,7 @@ STUDIES = {
         "The same over time: recurrent networks that read images row by row, as those of the study sequence.",
         "forty minutes",
         f"{OVER_TIME} --sequence rows --recurrent --density erk",
-        _of_graphs(
-            (f"{percent} %, units of {side}", f"--block_size {side} {density_flags(percent)}")
-            for percent, side in ((25, 16), (5, 4))
-        ),
+        crossed(GRAPHS, densities(25), units(16)) | crossed(GRAPHS, densities(5), units(4)),
         3,
         (),
         seeds=(1, 2, 3, 4, 5),
@@ -472,13 +424,15 @@ STUDIES = {
         'are long runs: --seeds 1 --rows "*default size*" runs each once.',
         "five hours",
         "--dataset fashionmnist --model index",
-        {
-            f"{surrogate}, alpha {alpha}{size}": f"{sizes} --surrogate {flag} --alpha {alpha}"
-            for size, sizes in (("", "--T 10 --hidden_dim 1024"), (", default size, 5 epochs", "--epochs 5"))
-            for surrogate, flag, alpha in (
-                ("ATan", "atan", 2), ("triangle", "triangle", 2), ("triangle", "triangle", 4), ("boxcar", "boxcar", 2)
-            )
-        },
+        crossed(
+            {
+                "ATan, alpha 2": "--surrogate atan --alpha 2",
+                "triangle, alpha 2": "--surrogate triangle --alpha 2",
+                "triangle, alpha 4": "--surrogate triangle --alpha 4",
+                "boxcar, alpha 2": "--surrogate boxcar --alpha 2",
+            },
+            {"": "--T 10 --hidden_dim 1024", "default size, 5 epochs": "--epochs 5"},
+        ),
         20,
         ("", ACCURACY, "firing rate, % of layers 1 and 2", SILENT, SECONDS),
     ),

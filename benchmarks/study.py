@@ -13,40 +13,36 @@ import re
 import shlex
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from g2gnet import G2GNet
-from g2gnet.base.files import replace_file
-from g2gnet.data import load_dataset
+from g2gnet.data import ImageData, load_dataset
 from g2gnet.programs import train
 from g2gnet.programs.flags import Parser, settings_from
 from g2gnet.programs.sweep.engine import outcome, processes, train_runs
 from g2gnet.programs.sweep.grid import Run
 from g2gnet.training import Machine, TrainingError, TrainSettings, run_epochs
+from g2gnet.training.checkpoints import read_checkpoint
+from g2gnet.training.epochs import EpochTrainer
 
 from . import cli, gru, relu
 from .machine import describe, pytorch_threads
 from .step_costs import COSTS, step_costs
 from .studies import GRU, RELU, STUDIES, Study
-from .study_tables import FOLDS, HELD_BACK, TEST_IMAGES, fold_of, table
+from .study_tables import DRAWN, TEST_IMAGES, table
 
 RESUME = "run the same command again to resume with the remaining runs"
 #: what every run has with ``--quick``, whatever its row says
 QUICK = "--epochs 1 --limit_train 2000 --limit_test 1000"
 
 
-def run_of(
-    study: Study, row: str, epochs: int, seed: int, root: Path, dataset: Path | None = None, last: str = ""
-) -> Run:
+def run_of(study: Study, row: str, epochs: int, seed: int, root: Path, last: str = "") -> Run:
     """One run; of a flag that is given twice the later one counts: ``last``, then a row's, then the common ones."""
     flags = shlex.split(f"{study.common} --epochs {epochs} --seed {seed} {study.rows[row]} {last}")
-    if dataset is not None:  # of images [N, height, width], which are no sequences unless the row says so
-        flags = ["--sequence", "none", *flags, "--dataset", str(dataset)]
     arguments = train.build_parser().parse_args(flags)
     settings = settings_from(arguments, TrainSettings)
     given = {name: value for name, value in vars(arguments).items() if name in settings.flag_values()}
@@ -58,32 +54,22 @@ def _name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9.+]+", "-", text).strip("-")
 
 
-def validation_data(folder: Path, fold: int) -> Path:
-    """A file of Fashion-MNIST's training images whose test images are one part of them; made if it is missing."""
-    path = folder / "fashionmnist-validation.npz"
-    if not path.exists():
-        data = load_dataset("fashionmnist", "data")
-        size = len(data.train_images) // FOLDS
-        held_back = torch.zeros(len(data.train_images), dtype=torch.bool)
-        held_back[(fold - 1) * size : fold * size] = True
-        parts = {"train": ~held_back, "test": held_back}
-        arrays = {f"{part}_images": data.train_images[of].numpy() for part, of in parts.items()}
-        labels = {f"{part}_labels": data.train_labels[of].numpy() for part, of in parts.items()}
-        folder.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda file: np.savez(file, **arrays, **labels))  # type: ignore[arg-type]  # they are arrays
-    return path
-
-
 def result(run: Run) -> dict[str, Any] | None:
     """What a finished run reached, in the numbers that tables read; None if it is not finished."""
+    tested = "test_acc" if run.settings.validation is None else "val_acc"
     if GRU in run.label:
-        return gru.finished(run.settings, run.folder)
+        last = run.files.load_marker(run.settings)
+        history = read_checkpoint(run.files.checkpoint)["history"] if last else []
+        taken = {f"train_{name}": sum(record[name] for record in history) for name in ("seconds", "cpu_seconds")}
+        about = {name: last[name] for name in ("epoch", "train_acc", "weights", "hidden_dim")} if last else {}
+        return last and {**about, **taken, "test_acc": last[tested]}
     end = outcome(run, lambda saved: {"placement": placement(saved.masks()["fc2"])})
     if end is None:
         return None
-    names = ("epoch", "test_acc", "train_acc", "train_seconds", "train_cpu_seconds", "weights", "placement")
+    names = ("epoch", "train_acc", "train_seconds", "train_cpu_seconds", "weights", "placement")
     shares = {name: [round(end[name][layer], 5) for layer in ("lif1", "lif2")] for name in ("silent", "firing_rate")}
-    return {**{name: end[name] for name in names}, **shares, "density": end["density"]["fc2"]}
+    more = {"test_acc": end[tested], "density": end["density"]["fc2"]}
+    return {**{name: end[name] for name in names}, **shares, **more}
 
 
 def placement(mask: Any) -> dict[str, float]:
@@ -121,10 +107,7 @@ def build_parser(name: str) -> Parser:
     text = "flags of every run, after a row's"
     parser.add_argument("--last", default="", metavar="FLAGS", help=text)
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="parallel runs (default: cores)")
-    text = (
-        f"train on {FOLDS - 1} of {FOLDS} parts of the training images, and test on the other, not on the test images; "
-        "each of six seeds in a row holds back another part, seed 1 the last"
-    )
+    text = "hold back a sixth of the training images, others for each seed, and test on them, not on the test images"
     parser.add_argument("--validation", action="store_true", help=text)
     parser.add_argument("--finished", action="store_true", help="train nothing; write a record of the finished runs")
     return parser
@@ -147,41 +130,35 @@ def chosen(study: Study, patterns: Sequence[str]) -> list[str]:
 
 
 def runs_of(name: str, study: Study, arguments: argparse.Namespace) -> list[Run]:
-    """The runs of the chosen rows and seeds; ``study`` has the flags of ``--flags``, too.
-
-    Raises:
-        TrainingError: if ``--validation`` cannot hold back what the seeds or flags ask for.
-    """
-    folds = [fold_of(seed) for seed in arguments.seeds]
-    if arguments.validation and (len(set(folds)) < len(folds) or "--dataset" in arguments.flags):
-        raise TrainingError(
-            f"--validation holds back one of {FOLDS} parts of Fashion-MNIST for each seed; give at most {FOLDS} seeds "
-            "in a row, and leave --dataset out of --flags"
-        )
-    runs = []
-    for seed, fold in zip(arguments.seeds, folds, strict=True):
-        root = arguments.runs / (f"validation/fold-{fold}" if arguments.validation else "")
-        folder = root / _name(f"{arguments.flags} {arguments.last}") / f"{name}_study"
-        for row in chosen(study, arguments.rows):
-            how = study, row, arguments.epochs, seed, folder
-            run = run_of(*how, last=arguments.last)  # what no run can have is refused before data is written
-            runs.append(run_of(*how, validation_data(root, fold), arguments.last) if arguments.validation else run)
-    return runs
+    """The runs of the chosen rows and seeds; ``study`` has the flags of ``--flags``, too."""
+    root = arguments.runs / ("validation" if arguments.validation else "")
+    folder = root / _name(f"{arguments.flags} {arguments.last}") / f"{name}_study"
+    held_back = f" --validation {1 / 6:.4f} --validation_seed {{}}" if arguments.validation else ""
+    return [
+        run_of(study, row, arguments.epochs, seed, folder, arguments.last + held_back.format(seed))
+        for seed in arguments.seeds
+        for row in chosen(study, arguments.rows)
+    ]
 
 
 def train_own(run: Run) -> None:
     """Trains a run whose row needs a trainer that ``g2g-train`` has not, or resumes it, on one thread."""
     with pytorch_threads(1), contextlib.redirect_stdout(None):  # which is the table's
-        if GRU in run.label:
-            return gru.train(run.settings, run.folder)
         machine, settings = Machine(torch.device("cpu")), run.settings
-        data = load_dataset(settings.dataset, "data")
-        run_epochs(settings, lambda: relu.ReLUTrainer(settings, data, machine), run.folder, machine)
+        data, trainer = load_dataset(settings.dataset, "data"), OWN[own_of(run)]
+        run_epochs(settings, lambda: trainer(settings, data, machine), run.folder, machine)
 
 
-def is_own(run: Run) -> bool:
-    """Whether its row needs such a trainer."""
-    return any(word in run.label for word in (GRU, RELU))
+#: the trainer of rows with such a word
+OWN: dict[str, Callable[[TrainSettings, ImageData, Machine], EpochTrainer]] = {
+    GRU: gru.GRUTrainer,
+    RELU: relu.ReLUTrainer,
+}
+
+
+def own_of(run: Run) -> str:
+    """The word of :data:`OWN` in its row; "" if the row needs no such trainer."""
+    return next((word for word in OWN if word in run.label), "")
 
 
 def make(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -201,15 +178,12 @@ def make(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
     missing = [run for run in runs if ends[run.folder] is None and not arguments.finished]
     failed: dict[str, str] = {}
-    if ours := [run for run in missing if not is_own(run)]:
+    if ours := [run for run in missing if not own_of(run)]:
         with processes(max(1, arguments.jobs), threads=1) as executor:
             failed = train_runs(ours, executor, {"device": "cpu"}, name, line)
-    if own := [run for run in missing if is_own(run)]:
-        with cli.bar(len(own), name, " runs") as bar:
-            for run in own:
-                train_own(run)
-                bar.update()
-                bar.write(line(run), file=sys.stderr)
+    for run in (bar := cli.bar([run for run in missing if own_of(run)], name, " runs")):
+        train_own(run)
+        bar.write(line(run), file=sys.stderr)
     if failed:
         raise TrainingError("\n".join(f"{label}: {error}" for label, error in failed.items()))
     if not any(ends.values()):
@@ -218,24 +192,21 @@ def make(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     for run in sorted(runs, key=lambda run: run.settings.seed):
         if end := ends[run.folder]:
             others = found[run.differs["row"]]
-            costs = {name: others[0][name] for name in COSTS if name in others[0]} if others else costs_of(study, run)
+            costs = {name: others[0][name] for name in COSTS if name in others[0]} if others else {}
+            if study.costs and not others:
+                costs = step_costs(run.settings, gru.build if GRU in run.label else G2GNet.from_settings)
             others.append({**run.differs, **end, **costs})
     record: dict[str, Any] = {
         "benchmark": name,
         "machine": {**describe(torch.device("cpu")), "threads": 1},  # those of a run
         "settings": f"{common} {arguments.last}".strip(),
         "epochs": arguments.epochs,
-        "tested_on": HELD_BACK if arguments.validation else TEST_IMAGES,
+        "tested_on": DRAWN if arguments.validation else TEST_IMAGES,
         "rows": {row: study.rows[row] for row, of in found.items() if of},
         "runs": [run for of in found.values() for run in of],
     }
     print(table(record))
     return record
-
-
-def costs_of(study: Study, run: Run) -> dict[str, float]:
-    """Memory and processor time of a run's training step, where the study wants them."""
-    return step_costs(run.settings, gru.build if GRU in run.label else G2GNet.from_settings) if study.costs else {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -10,18 +10,13 @@ from g2gnet.base.tables import markdown
 from g2gnet.programs.sweep.results import estimate
 
 from .report import by_column
-from .studies import CONTROL, GRAPHS, GROWN, GROWTH, RELU, STUDIES, grown
+from .studies import CONTROL, GRAPHS, GROWTH, RELU, STUDIES
 
 Run = dict[str, Any]
 TEST_IMAGES = "the test images"
-HELD_BACK = "a sixth of the training images, another one for each seed"
-#: with ``--validation`` a run tests on one part of so many of the training images
-FOLDS = 6
-
-
-def fold_of(seed: int) -> int:
-    """The part of the training images that a run holds back: with seed 1 the last, with seed 2 the last but one, ..."""
-    return (1 - seed) % FOLDS or FOLDS
+#: what runs with ``--validation`` are tested on; older records have parts of the images in the place of drawn ones
+DRAWN = "a sixth of the training images, drawn with the seed"
+LAST, FIRST_SEED = "the last 10,000 training images", 1
 
 
 class Row(NamedTuple):
@@ -125,13 +120,15 @@ def table(record: Mapping[str, Any]) -> str:
 
 def growth(record: Mapping[str, Any]) -> str:
     """Accuracy by units, density and growth, and the best growth minus static, with its standard error."""
-    rows = {row.name: row.runs for row in rows_of(record)}
+    sizes: dict[str, dict[str, list[Run]]] = {}
+    for row in rows_of(record):
+        size, _, rule = row.name.rpartition(", ")
+        if rule in GROWTH:
+            sizes.setdefault(size, {})[rule] = row.runs
     lines = []
-    for side, percent in ((side, percent) for side, densities in GROWN.items() for percent in densities):
-        runs = {rule: found for rule in GROWTH if (found := rows.get(grown(side, percent, rule)))}
-        if runs:
-            cells = (spread(runs[rule], accuracy) if rule in runs else "–" for rule in GROWTH)
-            lines.append([f"{side}", f"{percent} %", *cells, _best_growth(runs)])
+    for size, runs in sizes.items():
+        cells = (spread(runs[rule], accuracy) if rule in runs else "–" for rule in GROWTH)
+        lines.append([*size.removeprefix("units of ").split(", "), *cells, _best_growth(runs)])
     return markdown(["block size", "density", *GROWTH, "best growth − static"], lines)
 
 
@@ -192,10 +189,10 @@ def gains_by_seed(records: Sequence[Mapping[str, Any]]) -> str:
     others: list[tuple[tuple[Any, ...], int, str, float]] = []
     for number, record in enumerate(records):
         for run in record["runs"] if record["tested_on"] != TEST_IMAGES else ():
-            # older records hold back the last part whatever the seed
-            if record["tested_on"] == HELD_BACK or fold_of(run["seed"]) == FOLDS:
-                machine = record["machine"]
-                alike = (run["seed"], machine["cpu"], machine["versions"]["torch"], record["settings"])
+            # the oldest hold back the last part whatever the seed, later ones with this seed
+            if record["tested_on"] != LAST or run["seed"] == FIRST_SEED:
+                machine, drawn = record["machine"], record["tested_on"] == DRAWN
+                alike = (run["seed"], machine["cpu"], machine["versions"]["torch"], record["settings"], drawn)
                 if run["row"] == "20 epochs":
                     bases.setdefault(alike, {})[number] = accuracy(run)
                 elif run["row"] in rows:

@@ -21,11 +21,9 @@ from g2gnet.programs.flags import Parser
 from . import cli, records, report
 from .floor import floor_seconds, work
 from .harness import Job, measure
-from .machine import Limits, describe
+from .machine import Limits
 from .registry import KERNELS, Entry, choose
 from .workload import Prepared, Workload
-
-TAKES = "about twelve minutes on two cores, most of them in peers; --kernel recurrent about six"
 
 
 class Quantity(NamedTuple):
@@ -76,17 +74,7 @@ QUANTITIES = {
 }
 
 
-def build_parser() -> Parser:
-    kernels = (f"  {name:13} {kernel.about}" for name, kernel in KERNELS.items())
-    values = (f"  {name:13} {', '.join(map(str, each.values))}" for name, each in QUANTITIES.items())
-    parser = cli.build_parser(
-        "throughput", __doc__, TAKES, cli.QUICK,
-        "\n".join([
-            "kernels:", *kernels, "quantities:", *values,
-            "With a quantity g2g on its best backend takes part, the masked snnTorch loop and the dense layers with",
-            "our LIF; for wide layers g2g alone.",
-        ]),
-    )  # fmt: skip
+def add_flags(parser: Parser) -> None:
     if Path(sys.argv[0]).stem == "g2g-bench":
         parser.prog = "g2g-bench"
     parser.add_argument("--kernel", default="step", choices=tuple(KERNELS), help="what to time (default: step)")
@@ -94,47 +82,47 @@ def build_parser() -> Parser:
     parser.add_argument("--values", metavar="X,Y,...", help="its values, where they are not those below")
     text = "an earlier record of the same command; beside it stands how long each contender takes now"
     parser.add_argument("--before", type=Path, metavar="FILE", help=text)
-    cli.add_flags(parser, repeats=10)
-    return parser
+    cli.add_flags(parser)
+
+
+def workloads_of(arguments: argparse.Namespace) -> dict[Any, Workload]:
+    """The workload of each value of the quantity that grows; of None without one.
+
+    Raises:
+        ValueError: for values without a quantity, or too few of them.
+    """
+    kernel = KERNELS[arguments.kernel]
+    base = cli.workload_from(arguments, kernel.usual, **kernel.workload)
+    if arguments.quantity is None:
+        if arguments.values:
+            raise ValueError("values: of which quantity? give `quantity`, too")
+        return {None: base}
+    quantity = QUANTITIES[arguments.quantity]
+    values = quantity.values[:3] if arguments.quick else quantity.values
+    if arguments.values:
+        values = tuple(cli.numbers(arguments.values, type(values[0])))
+    if len(set(values)) < 2:
+        raise ValueError(f"values={arguments.values!r}: a line needs at least two different values")
+    return {value: dataclasses.replace(base, **quantity.at(value)) for value in values}
 
 
 def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
-    cli.checked(arguments, "repeats")
     device, kernel = cli.device_from(arguments), KERNELS[arguments.kernel]
     quantity = QUANTITIES[arguments.quantity] if arguments.quantity else None
-    entries = contenders(arguments, quantity)
-    base = cli.workload_from(arguments, kernel.usual, **kernel.workload)
-    changes: list[dict[str, Any]] = [{}]
-    if quantity is not None:
-        values = quantity.values[:3] if arguments.quick else quantity.values
-        if arguments.values:
-            values = tuple(cli.numbers(arguments.values, type(values[0])))
-        if len(set(values)) < 2:
-            raise ValueError(f"values={arguments.values!r}: a line needs at least two different values")
-        changes = [quantity.at(value) for value in values]
-    elif arguments.values:
-        raise ValueError("values: of which quantity? give `quantity`, too")
-    workloads = [dataclasses.replace(base, **change) for change in changes]
+    entries, workloads = contenders(arguments, quantity), list(workloads_of(arguments).values())
     before = earlier(arguments.before, arguments.kernel, workloads) if arguments.before else None
-    own = [(entry, number, entry.own(base, change)) for entry in entries for number, change in enumerate(changes)]
-    machine = describe(device)
-    print(cli.headline(machine))
+    own = [(entry, number, entry.own(workload)) for entry in entries for number, workload in enumerate(workloads)]
     needed = [*workloads, *(workload for entry, _, workload in own if entry.unavailable is None)]
     prepared = {each: cli.prepare_with_bar(each, arguments.data_dir) for each in dict.fromkeys(needed)}
-    print(f"{kernel.about}: {about(prepared[workloads[0]][1])}", flush=True)
+    first = prepared[workloads[0]][1]
+    w, about = first.workload, report.network({**first.workload.as_dict(), "density": first.density()})
+    learnt = f"{w.dataset}, after {w.train_steps} training steps (test accuracy {first.test_accuracy:.2f})"
+    print(f"{kernel.about}: {about}; {learnt}", flush=True)
 
     limits = Limits(device)
     unprepared = prepared[workloads[0]]
     jobs = [Job(entry, prepared.get(of, unprepared)[0], arguments.kernel, str(device)) for entry, _, of in own]
-    total = len(jobs) + arguments.repeats * sum(entry.unavailable is None for entry, _, _ in own)
-    with cli.bar(total) as bar:
-
-        def progress(text: str) -> None:
-            bar.set_description(text, refresh=False)
-            bar.update()
-
-        outcomes = measure(jobs, arguments.repeats, progress=progress, between_rounds=limits.measure)
-
+    outcomes = measure(jobs, arguments.repeats, between_rounds=limits.measure)
     rates = limits.rates()
 
     def place(workload: Workload) -> dict[str, Any]:
@@ -152,27 +140,17 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
         if outcome.status == "timed" and workload != workloads[number]:
             run["floor_seconds"] = places[workload]["floor_seconds"]
         runs.append(run)
-    record: dict[str, Any] = {
-        "benchmark": "throughput",
+    if before:
+        print(report.compared(runs, before))
+    return {
         "kernel": arguments.kernel,
         "quantity": arguments.quantity,
         "x_is": quantity and quantity.x_is,
         "baseline": kernel.baseline,
-        "machine": machine,
         "limits": rates,
         "workloads": [places[workload] for workload in workloads],
         "runs": runs,
     }
-    print(report.text(record))
-    if before:
-        print(report.compared(record, before))
-    print(
-        f"This machine multiplies at {rates['matrix_flop_per_s'] / 1e9:.0f} GFLOP/s and copies at "
-        f"{rates['copy_bytes_per_s'] / 1e9:.0f} GB/s: the floor of this is "
-        f"{report.seconds(record['workloads'][0]['floor_seconds'])}."
-    )
-    cli.warn_if_busy(machine, rates)
-    return record
 
 
 def earlier(path: Path, kernel: str, workloads: Sequence[Workload]) -> dict[str, Any]:
@@ -204,29 +182,32 @@ def contenders(arguments: argparse.Namespace, quantity: Quantity | None) -> list
         return choose(arguments.kernel, ",".join([f"g2g-{available_backends()[0]}", *beside]))
     entries = choose(arguments.kernel, *asked)
     if arguments.quick and not arguments.contenders:
-        entries = [leave_out(entry) if entry.compiles else entry for entry in entries]
+        reason = "--quick skips what compiles for a minute; name it in --contenders to include it"
+        skipped = {entry.label: entry.unavailable or (reason if entry.compiles else None) for entry in entries}
+        entries = [dataclasses.replace(entry, unavailable=skipped[entry.label]) for entry in entries]
     return entries
 
 
-def leave_out(entry: Entry) -> Entry:
-    """The entry with the reason why ``--quick`` skips it."""
-    reason = entry.unavailable or "--quick skips what compiles for a minute; name it in --contenders to include it"
-    return dataclasses.replace(entry, unavailable=reason)
-
-
-def about(prepared: Prepared) -> str:
-    """The workload in one line."""
-    w = prepared.workload
+def table(record: dict[str, Any]) -> str:
+    """The tables of a record, and the machine's own rates."""
+    rates, floor = record["limits"], record["workloads"][0]["floor_seconds"]
     return (
-        f"{w.model}{', recurrent' * w.recurrent}, batch {w.batch_size}, {w.T} steps, {w.hidden_dim:,} neurons per "
-        f"layer, {w.block_size} × {w.block_size} blocks, {prepared.density():.1%} of the weights; {w.dataset}, after "
-        f"{w.train_steps} training steps (test accuracy {prepared.test_accuracy:.2f})"
+        f"{report.text(record)}\nThis machine multiplies at {rates['matrix_flop_per_s'] / 1e9:.0f} GFLOP/s and copies "
+        f"at {rates['copy_bytes_per_s'] / 1e9:.0f} GB/s: the floor of this is {report.seconds(floor)}."
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return cli.run(build_parser(), throughput, argv)
-
+PROGRAM = cli.Program(
+    "throughput", __doc__, "about twelve minutes on two cores, most of them in peers; --kernel recurrent about six",
+    throughput, table, {"repeats": (10, "timed turns")}, cli.QUICK, add_flags,
+    epilog="\n".join([
+        "kernels:", *(f"  {name:13} {kernel.about}" for name, kernel in KERNELS.items()),
+        "quantities:", *(f"  {name:13} {', '.join(map(str, each.values))}" for name, each in QUANTITIES.items()),
+        "With a quantity g2g on its best backend takes part, the masked snnTorch loop and the dense layers with",
+        "our LIF; for wide layers g2g alone.",
+    ]),
+)  # fmt: skip
+main, build_parser = PROGRAM.main, PROGRAM.build_parser
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,6 +9,7 @@ On a CPU the product is MKL's: float32, square blocks. It needs xᵀ contiguous,
 that order (without the copy it takes twice as long). Layers whose units are not square are dense products with a mask.
 """
 
+import functools
 import warnings
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 from g2g_kernels import BlockMask
 from g2gnet import G2GLinear
 
-from ..contender import LayerByLayer, LinearContender, NetworkContender
+from ..contender import Contender, LayerByLayer, LinearContender, NetworkContender
 from ..reference import Results
 from ..workload import Prepared
 
@@ -82,8 +83,10 @@ class _BlockSparseLinear(nn.Module):
         return (y + self.bias).view(*x.shape[:-1], -1)
 
 
-def _block_sparse(connection: G2GLinear) -> nn.Module:
+def _block_sparse(contender: Contender, connection: G2GLinear) -> nn.Module:
     """PyTorch's product for this layer."""
+    if contender.device.type == "cpu" and contender.precision != "fp32":
+        raise ValueError("PyTorch's block-sparse product on a CPU is in float32 only")
     height, width = connection.mask.unit_shape
     if height == width:
         return _BlockSparseLinear(connection)
@@ -91,20 +94,11 @@ def _block_sparse(connection: G2GLinear) -> nn.Module:
     return connection
 
 
-def _check(device: torch.device, precision: str) -> None:
-    if device.type == "cpu" and precision != "fp32":
-        raise ValueError("PyTorch's block-sparse product on a CPU is in float32 only")
-
-
 class BlockSparseLIF(NetworkContender):
     """The network over all time steps at once, with block-sparse products."""
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str) -> None:
-        _check(device, precision)
-        super().__init__(prepared, device, precision)
-
     def build(self, prepared: Prepared) -> nn.Module:
-        return LayerByLayer(prepared, _block_sparse)
+        return LayerByLayer(prepared, functools.partial(_block_sparse, self))
 
     def gradients(self) -> Results:
         gradients = super().gradients()
@@ -121,12 +115,8 @@ class BlockSparse(LinearContender):
 
     layer: _BlockSparseLinear
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str) -> None:
-        _check(device, precision)
-        super().__init__(prepared, device, precision, inputs)
-
     def build(self, connection: G2GLinear) -> nn.Module:
-        return _BlockSparseLinear(connection)
+        return _block_sparse(self, connection)
 
     def weight_gradient(self) -> torch.Tensor:
         assert self.layer.values.grad is not None

@@ -60,9 +60,9 @@ class _Layer:
 class Update(UpdateContender):
     """The update on dense tensors."""
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str) -> None:
-        super().__init__(prepared, device, precision)
-        net = prepared.network("torch").to(device)
+    def make(self, prepared: Prepared) -> None:
+        super().make(prepared)
+        net = prepared.network("torch").to(self.device)
         with torch.no_grad():
             activity = net.simulate(self.images)
             self.layers = [_Layer(connection.dense_weight(), connection.mask) for connection, _ in net.layers()]

@@ -102,11 +102,11 @@ def train(
 class MaskedScan(Contender):
     """The network with dense weights times a mask, on as many threads as PyTorch has."""
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str) -> None:
-        if device.type != "cpu":
+    def make(self, prepared: Prepared) -> None:
+        if self.device.type != "cpu":
             raise ValueError("JAX is measured on a CPU only")
         w, net = prepared.workload, prepared.network("torch")
-        self.how = {"steps": w.T, "products": "bfloat16" if precision == "bf16" else "float32"}
+        self.how = {"steps": w.T, "products": "bfloat16" if self.precision == "bf16" else "float32"}
         self.rate, self.decay = 0.0, w.settings().weight_decay
         self.images, self.labels = (jnp.asarray(each.numpy()) for each in (prepared.images, prepared.labels))
         self.parameters, self.masks = {}, {}
@@ -121,7 +121,7 @@ class MaskedScan(Contender):
         self.moments = 0, *zeros
 
     @classmethod
-    def preload(cls, prepared: Prepared, precision: str, **options: Any) -> None:
+    def preload(cls, prepared: Prepared, precision: str, inputs: str = "") -> None:
         os.environ["PJRT_NPROC"] = str(torch.get_num_threads())  # which XLA reads when it begins
         jax.block_until_ready(jax.jit(jnp.sum)(jnp.ones(8)))
 

@@ -96,10 +96,10 @@ class DenseLoop(MaskedLoop):
 class Neurons(NeuronContender):
     """``snntorch.Leaky`` in a loop over time steps."""
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str) -> None:
-        super().__init__(prepared, device, precision, inputs)
+    def make(self, prepared: Prepared) -> None:
+        super().make(prepared)
         self.neurons, self.parameters = self.made({name: each.detach() for name, each in self.parameters.items()})
-        self.neurons.to(device)
+        self.neurons.to(self.device)
 
     def made(self, values: dict[str, torch.Tensor]) -> tuple[nn.Module, dict[str, torch.Tensor]]:
         """The neurons with these parameters, and their own ones, by the same names."""

@@ -15,13 +15,14 @@ float32 membranes. That is why the function behind ``LIFNode(step_mode="m")`` is
 The input is the same at every step, so ``fc1`` is computed once and expanded without a copy.
 """
 
+import functools
 import logging
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..contender import Kept, NetworkContender, NeuronContender, dense_linear, keep
+from ..contender import LayerByLayer, NetworkContender, NeuronContender, dense_linear
 from ..workload import Prepared
 
 logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # importing it without Triton warns twice
@@ -47,34 +48,15 @@ def _options(beta: float, threshold: float) -> dict[str, Any]:
 class _MultiStepLIF(nn.Module):
     """What ``LIFNode(step_mode="m")`` computes, with a float32 state whatever the dtype of its input."""
 
-    def __init__(self, beta: float, threshold: float) -> None:
+    def __init__(self, beta: torch.Tensor, threshold: torch.Tensor) -> None:
         super().__init__()
-        self.options = _options(beta, threshold)
+        self.options = _options(beta.item(), threshold.item())
 
-    def forward(self, current: torch.Tensor) -> torch.Tensor:
+    def forward(self, current: torch.Tensor, steps: int | None = None) -> torch.Tensor:
+        current = current if steps is None else current.expand(steps, -1, -1)
         state = torch.zeros(current.shape[1:], dtype=torch.float32, device=current.device)
         spikes, _, _ = functional.lif_multi_step(current, state, **self.options)
         return spikes
-
-
-class _Network(nn.Module):
-    def __init__(self, prepared: Prepared) -> None:
-        super().__init__()
-        self.steps = prepared.workload.T
-        for number, (connection, neurons) in enumerate(prepared.network("torch").layers(), 1):
-            beta, threshold = (value.item() for value in neurons.by_name.values())
-            self.add_module(f"fc{number}", dense_linear(connection, layer.Linear, step_mode="m"))
-            self.add_module(f"lif{number}", _MultiStepLIF(beta, threshold))
-
-    def forward(self, images: torch.Tensor, kept: Kept | None = None) -> torch.Tensor:
-        functional.reset_net(self)
-        x = images
-        for number in range(3):
-            x = self.get_submodule(f"fc{number + 1}")(x)
-            if number == 0:  # fc1 has the same input at every step
-                x = x.expand(self.steps, -1, -1)
-            x = keep(self.get_submodule(f"lif{number + 1}")(x), kept, number)
-        return x.sum(0)
 
 
 class MultiStep(NetworkContender):
@@ -88,7 +70,8 @@ class MultiStep(NetworkContender):
     )
 
     def build(self, prepared: Prepared) -> nn.Module:
-        return _Network(prepared)
+        linear = functools.partial(dense_linear, kind=layer.Linear, step_mode="m")
+        return LayerByLayer(prepared, linear, lambda ours: _MultiStepLIF(**ours.by_name))
 
 
 class Neurons(NeuronContender):
@@ -98,9 +81,9 @@ class Neurons(NeuronContender):
     omits = ("beta", "threshold")
     differs = "resets before the decay and is checked against that; no gradients of β and θ"
 
-    def __init__(self, prepared: Prepared, device: torch.device, precision: str, inputs: str) -> None:
-        super().__init__(prepared, device, precision, inputs)
-        self.neurons = _MultiStepLIF(self.parameters["beta"].item(), self.parameters["threshold"].item())
+    def make(self, prepared: Prepared) -> None:
+        super().make(prepared)
+        self.neurons = _MultiStepLIF(**self.parameters)
 
     def run(self) -> torch.Tensor:
         spikes = self.neurons(self.current)

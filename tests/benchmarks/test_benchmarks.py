@@ -449,7 +449,7 @@ def test_throughput_writes_a_record_with_its_environment(forked, path, tmp_path,
     assert re.fullmatch(r"\S+e\S+ ≤ \S+e\S+, \S.*", run["closest"])
     assert "g2g-torch" in capsys.readouterr().out
     before = {**record, "machine": {"commit": "0123456789"}, "runs": [{**run, "median": 2 * run["median"]}]}
-    assert re.search(r"since 01234567 +was +is\n.*\ng2g-torch .* 0\.50×", report.compared(record, before))
+    assert re.search(r"since 01234567 +was +is\n.*\ng2g-torch .* 0\.50×", report.compared(record["runs"], before))
     (tmp_path / "other.jsonl").write_text(records.text({**before, "kernel": "step"}))
     assert throughput.main([*flags, "--before", str(tmp_path / "other.jsonl")]) == 2
     assert "other.jsonl is of ['step', {" in capsys.readouterr().err

@@ -16,8 +16,6 @@ from training_runs import assert_equal
 from benchmarks import cli, records, relu, study, study_tables
 from benchmarks.studies import STUDIES, Study
 from g2gnet.base.tensor_files import read_tensors
-from g2gnet.data import load_dataset
-from g2gnet.data.npz import name_of
 from g2gnet.training import CheckpointError
 
 SIZES = "--dataset fashionmnist-mini --limit_train 96 --limit_test 32 --batch_size 32"
@@ -93,20 +91,18 @@ def test_a_study_goes_on_where_it_stopped_and_records_what_there_is(tmp_path, ca
 
 
 def test_validation_tests_on_training_images_that_are_held_back(tmp_path, monkeypatch, studied):
-    mini = load_dataset("fashionmnist-mini")
-    monkeypatch.setattr(study, "load_dataset", lambda *_: mini)
-    record = studied("small --seeds 1 2 --rows static --validation")
-    assert record["tested_on"] == study_tables.HELD_BACK
-    size = len(mini.train_images) // 6
-    for seed, fold, of in ((1, 6, slice(5 * size, 6 * size)), (2, 5, slice(4 * size, 5 * size))):
-        folder = tmp_path / "validation" / f"fold-{fold}"
-        held_back = load_dataset(name_of(folder / "fashionmnist-validation.npz"))
-        rest = torch.cat([mini.train_images[: of.start], mini.train_images[of.stop :]])
-        expected = mini.train_images[of], mini.train_labels[of], rest
-        assert_equal((held_back.test_images, held_back.test_labels, held_back.train_images), expected)
-        assert [run.name for run in (folder / "small_study").iterdir()] == [f"static-1-epochs-seed{seed}"]
-    assert not (tmp_path / "small_study").exists()  # runs that are tested on test images are others
-    assert [study_tables.fold_of(seed) for seed in range(8)] == [1, 6, 5, 4, 3, 2, 1, 6]
+    monkeypatch.setattr(study, "step_costs", lambda *_: {"step_bytes": 3_000_000, "step_seconds": 0.0123})
+    flags = "--seeds 1 2 --epochs 1 --rows 'rows, feed-forward, 25 %' 'rows, GRU' --validation"
+    record = studied(f"sequence {flags}")
+    assert record["tested_on"] == study_tables.DRAWN
+    for run in record["runs"]:
+        name = f"{run['row'].replace(', ', '-').removesuffix(' %')}-1-epochs-seed{run['seed']}"
+        (file,) = (tmp_path / "validation/sequence_study" / name).glob("*.DONE")
+        marker = json.loads(file.read_text())
+        assert run["test_acc"] == marker["result"]["val_acc"]
+        assert marker["settings"]["validation"] == pytest.approx(1 / 6, abs=1e-4)
+        assert marker["settings"]["validation_seed"] == run["seed"]
+    assert not (tmp_path / "sequence_study").exists()  # runs that are tested on test images are others
 
 
 def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkeypatch, trained, studied):
@@ -181,11 +177,8 @@ def test_a_conventional_network_is_a_perceptron_with_the_masks():
 
 
 def test_what_cannot_be_is_named(tmp_path, capsys, trained, monkeypatch):
-    one_part = "--validation holds back one of 6 parts of Fashion-MNIST for each seed; give at most 6 seeds in a row"
     for arguments, message in (
         (["--rows", "statical"], "--rows 'statical' matches none of the rows, which --help lists"),
-        (["--validation", "--seeds", "1", "2", "7"], one_part),
-        (["--validation", "--flags", "--dataset cifar10"], one_part),
         (["--finished"], "no run of small is finished"),
     ):
         assert study.main(["small", "--runs", str(tmp_path), *arguments]) == 1

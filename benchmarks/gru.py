@@ -15,7 +15,7 @@ from g2gnet import G2GNet
 from g2gnet.data import ImageData, as_samples
 from g2gnet.sequences import unfold
 from g2gnet.training import Machine, TrainSettings
-from g2gnet.training.epochs import EpochTrainer, Progress, StepResult
+from g2gnet.training.epochs import EpochTrainer
 from g2gnet.training.samples import order_of
 from g2gnet.training.saved_state import load_model
 
@@ -66,10 +66,7 @@ class GRUTrainer(EpochTrainer):
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
         return self.net(unfold((as_samples(images) - self._mean) / self._deviation, self._order))
 
-    def _no_progress(self) -> Progress:
-        return Progress(torch.zeros(()), torch.zeros(()))
-
-    def _train_step(self, index: torch.Tensor) -> StepResult:
+    def _train_step(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
         labels = self.data.train_labels[index].long()
         logits = self._logits(self.data.train_images[index])
         loss = F.cross_entropy(logits, labels)
@@ -80,9 +77,9 @@ class GRUTrainer(EpochTrainer):
             nn.utils.clip_grad_norm_(self.net.parameters(), self._clip)
         self.optimizer.step()
         self._stepped()
-        return StepResult(loss.detach(), (logits.argmax(1) == labels).sum())
+        return {"loss": loss.detach() * len(index), "correct": (logits.argmax(1) == labels).sum()}
 
-    def _measures(self, progress: Progress) -> tuple[dict[str, float], dict[str, Any]]:
+    def _measures(self, progress: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
         weights = sum(parameter.numel() for parameter in self.net.parameters())
         about = {"weights": weights, "hidden_dim": self.net.recurrent.hidden_size}
         return {f"{part}_acc": self._accuracy(part) for part in self.judges}, about

@@ -466,7 +466,7 @@ PARTS: dict[str, Part] = {
     "dst_study, in short": _newest(_study, "dst_study", table=study_tables.growth),
     "structure_study, in short": _newest(_study, "structure_study, 2 epochs", shown=slice(-1, None)),
     "sequence_study": _sequences,
-    "delayed_study": _newest(_study, "delayed_study"),
+    "delayed_study": _newest(_study, "delayed_study", table=study_tables.delays),
     "predictions": _newest(_predictions, "predictions"),
 }
 

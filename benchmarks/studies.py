@@ -316,14 +316,19 @@ LATE = {"rows": 8, "permuted": 60}
 TAPS = {"lr 0.016": "--lr 0.016", "lr 0.016, 64 taps": "--lr 0.016 --input_taps 64"}
 
 
+DELAYS = ("no delays", "fixed delays", "learned delays")
+
+
 def _delays() -> dict[str, str]:
     def of(axis: Mapping[str, str], *names: str) -> dict[str, str]:
         return {name: axis[name] for name in names}
 
     rows = crossed(of(SEQUENCES, "permuted"), of(NETWORKS, "adaptive"), of(WEIGHTS, "25 %", "dense"), TAPS)
     for data, most in LATE.items():
-        late = {"no delays": "", "fixed delays": f"--delay {most}", "learned delays": f"--delay {most} --learn_delay"}
-        rows |= crossed(of(SEQUENCES, data), NETWORKS, of(WEIGHTS, "25 %", "5 %, rewired"), late)
+        late = ("", f"--delay {most}", f"--delay {most} --learn_delay")
+        rows |= crossed(
+            of(SEQUENCES, data), NETWORKS, of(WEIGHTS, "25 %", "5 %, rewired"), dict(zip(DELAYS, late, strict=True))
+        )
     return rows
 
 

@@ -1,7 +1,7 @@
 """Tables of studies: one with a line per row, whose columns the study names, and some that compare rows."""
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from scipy import stats
@@ -10,7 +10,7 @@ from g2gnet.base.tables import markdown
 from g2gnet.programs.sweep.results import estimate
 
 from .report import by_column
-from .studies import CONTROL, GRAPHS, GROWTH, RELU, STUDIES
+from .studies import CONTROL, DELAYS, GRAPHS, GROWTH, RELU, STUDIES
 
 Run = dict[str, Any]
 TEST_IMAGES = "the test images"
@@ -115,18 +115,39 @@ def table(record: Mapping[str, Any]) -> str:
     return by_column({name: COLUMNS[name] for name in columns}, rows_of(record)) if columns else structure(record)
 
 
+def _by_last(record: Mapping[str, Any], names: Collection[str]) -> dict[str, dict[str, list[Run]]]:
+    """The runs of the rows whose last part is one of ``names``, by the other parts and by it."""
+    found: dict[str, dict[str, list[Run]]] = {}
+    for row in rows_of(record):
+        others, _, last = row.name.rpartition(", ")
+        if last in names:
+            found.setdefault(others, {})[last] = row.runs
+    return found
+
+
+# --- delays ---------------------------------------------------------------------------------------------------------
+
+
+def delays(record: Mapping[str, Any]) -> str:
+    """Accuracy and processor time of each network without, with fixed and with learned delays; and the other rows."""
+    lines = []
+    for name, runs in _by_last(record, DELAYS).items():
+        weights = statistics.mean(run["weights"] for of in runs.values() for run in of)
+        seconds = {last: statistics.median(run["train_cpu_seconds"] for run in of) for last, of in runs.items()}
+        lines.append(
+            [name, f"{weights:,.0f}", *(f"{spread(of, accuracy)} · {seconds[last]:.0f} s" for last, of in runs.items())]
+        )
+    others = [run for run in record["runs"] if run["row"].rpartition(", ")[2] not in DELAYS]
+    return f"{markdown(['', 'weights', *DELAYS], lines)}\n\n{table({**record, 'runs': others})}"
+
+
 # --- which growth rule ----------------------------------------------------------------------------------------------
 
 
 def growth(record: Mapping[str, Any]) -> str:
     """Accuracy by units, density and growth, and the best growth minus static, with its standard error."""
-    sizes: dict[str, dict[str, list[Run]]] = {}
-    for row in rows_of(record):
-        size, _, rule = row.name.rpartition(", ")
-        if rule in GROWTH:
-            sizes.setdefault(size, {})[rule] = row.runs
     lines = []
-    for size, runs in sizes.items():
+    for size, runs in _by_last(record, GROWTH).items():
         cells = (spread(runs[rule], accuracy) if rule in runs else "–" for rule in GROWTH)
         lines.append([*size.removeprefix("units of ").split(", "), *cells, _best_growth(runs)])
     return markdown(["block size", "density", *GROWTH, "best growth − static"], lines)

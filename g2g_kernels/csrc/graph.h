@@ -520,13 +520,20 @@ struct PassageBackward : Passage {
     // Adds ∂L/∂S̃ of some steps, x [steps][64] of a column block of sample b of a chunk, to ∂L/∂S of the source.
     void arrive(const Axis& axis, const MemberChunk& to, int64_t b, int64_t column, const float* x, const GraphBlock& block) const {
         const int32_t* const late = delays + column * kLanes;
-        for (int64_t t = block.first; uniform && aligned && t < block.last; ++t, x += kLanes)
-            if (t - late[0] >= -to.before) MemberBackward::add(x, to.arrived_at(column, b) + (t - late[0]) * kLanes);
-        if (uniform && aligned) return;
+        float* const own = aligned ? to.arrived_at(column, b) : nullptr;
+        for (int64_t t = block.first; aligned && t < block.last; ++t, x += kLanes) {
+            if (uniform) {
+                if (t - late[0] >= -to.before) MemberBackward::add(x, own + (t - late[0]) * kLanes);
+                continue;
+            }
+            for (int lane = 0; lane < kLanes; ++lane)
+                if (t - late[lane] >= -to.before) own[(t - late[lane]) * kLanes + lane] += x[lane];
+        }
+        if (aligned) return;
         float* target[kLanes];
         for (int lane = 0; lane < kLanes; ++lane) {
-            const int32_t n = plan.cols.neuron[column * kLanes + lane], own = n < 0 ? 0 : axis.lane[n];
-            target[lane] = n < 0 ? nullptr : to.arrived_at(own / kLanes, b) + own % kLanes - late[lane] * int64_t{kLanes};
+            const int32_t n = plan.cols.neuron[column * kLanes + lane], place = n < 0 ? 0 : axis.lane[n];
+            target[lane] = n < 0 ? nullptr : to.arrived_at(place / kLanes, b) + place % kLanes - late[lane] * int64_t{kLanes};
         }
         for (int64_t t = block.first; t < block.last; ++t, x += kLanes)
             for (int lane = 0; lane < kLanes; ++lane)

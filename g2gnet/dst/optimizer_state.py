@@ -6,6 +6,7 @@ to a unit, and what they begin with, is unknown.
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -118,26 +119,28 @@ class OptimizerState:
         groups = (group for group in optimizer.param_groups if any(each is parameter for each in group["params"]))
         return next(groups, {}).get(OPTION.get(name, ""))
 
-    def keep_(self, parameter: torch.nn.Parameter, kept: torch.Tensor) -> None:
-        """Keeps the state of slots that are ``kept``, bool [num_units], before weights follow."""
-        for optimizer in self.optimizers:
-            for name, tensor, dim, _ in list(self._states(optimizer, parameter)):
-                optimizer.state[parameter][name] = tensor.index_select(dim, kept.nonzero()[:, 0].to(tensor.device))
+    def keep_(self, parameter: torch.nn.Parameter, kept: torch.Tensor) -> Callable[[], None]:
+        """Keeps the state of slots that are ``kept``, bool [num_units], before weights follow; returns its undoing."""
+        with ExitStack() as undo:
+            for optimizer in self.optimizers:
+                for name, tensor, dim, _ in list(self._states(optimizer, parameter)):
+                    state = optimizer.state[parameter]
+                    undo.callback(state.__setitem__, name, tensor)
+                    state[name] = tensor.index_select(dim, kept.nonzero()[:, 0].to(tensor.device))
+            return undo.pop_all().close
 
-    def of_new_units(
-        self, parameter: torch.nn.Parameter, slots: torch.Tensor, apply: torch.Tensor
-    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """The states of units that get ``slots``, as (state by units, places, what is to be written there); that is
-        what is there if ``apply``, a bool scalar, is false. Does not wait for the device."""
-        found = []
-        weights = torch.where(apply, 0.0, parameter.detach()[slots])
-        for optimizer in self.optimizers:
-            for _, tensor, dim, initial in self._states(optimizer, parameter):
-                units, places = tensor.movedim(dim, 0), slots.to(tensor.device)
-                value = initial(weights) if callable(initial) else initial
-                value = torch.where(apply.to(units.device), value, units[places]).to(units.dtype)
-                found.append((units, places, value))
-        return found
+    def reset_(self, parameter: torch.nn.Parameter, slots: torch.Tensor, apply: torch.Tensor) -> Callable[[], None]:
+        """Resets the state of some slots if ``apply``, a bool scalar, is true; does not wait for the device. Returns as
+        :meth:`keep_`; if an error is raised, nothing has changed."""
+        with ExitStack() as undo:
+            for optimizer in self.optimizers:
+                for _, tensor, dim, initial in self._states(optimizer, parameter):
+                    units, place = tensor.movedim(dim, 0), slots.to(tensor.device)
+                    now = units[place]
+                    value = initial(parameter.detach()[slots]) if callable(initial) else initial
+                    undo.callback(units.__setitem__, place, now)
+                    units[place] = torch.where(apply.to(units.device), value, now).to(units.dtype)
+            return undo.pop_all().close
 
 
 def _is_scalar(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """The replacement of units in one layer: slots of the weakest units are given to the best absent ones."""
 
 import math
-from typing import NamedTuple
+from contextlib import ExitStack
 
 import torch
 
@@ -17,30 +17,7 @@ from g2gnet.layers import G2GLinear
 MANY, STRIDE = 1 << 18, 61
 
 
-class Replacement(NamedTuple):
-    """What an update does to a layer: ``slots`` get ``units``, whose optimizer's ``states`` are to be written
-    (:meth:`OptimizerState.of_new_units`); then units of the slots that ``remain``, bool [num_units], are kept (None:
-    all). ``pruned`` and ``grown`` count units."""
-
-    layer: G2GLinear
-    slots: torch.Tensor
-    units: torch.Tensor
-    states: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-    remain: torch.Tensor | None
-    pruned: int
-    grown: int
-
-    def make(self, apply: torch.Tensor, state: OptimizerState) -> None:
-        """Does it, if ``apply``, a bool scalar, is true."""
-        self.layer.rewire_(self.slots, self.units, apply)
-        for units, places, value in self.states:
-            units[places] = value
-        if self.remain is not None:
-            state.keep_(self.layer.values, self.remain)
-            self.layer.keep_(self.remain)
-
-
-def choose_units(
+def replace_units(
     layer: G2GLinear,
     budget: float | None,
     fraction: float,
@@ -50,11 +27,13 @@ def choose_units(
     apply: torch.Tensor,
     draw: torch.Generator,
     state: OptimizerState,
-) -> tuple[Replacement, float]:
-    """What an update is to do: it keeps units of highest ``prune`` score [num_units], and replaces a ``fraction`` of
-    these: the lowest give their slots to absent units of highest ``grow`` score, which is of ``candidates``
-    (:class:`g2gnet.dst.rules.Evidence`). All together have ``budget`` weights or up to a unit fewer; None: their number
-    stays. Nothing changes if ``apply``, a bool scalar, is false. Returns that, and what is left of the budget.
+    undo: ExitStack,
+) -> tuple[int, int, float]:
+    """Keeps units of highest ``prune`` score [num_units], and replaces a ``fraction`` of these: the lowest give their
+    slots to absent units of highest ``grow`` score, which is of ``candidates`` (:class:`g2gnet.dst.rules.Evidence`).
+    All together have ``budget`` weights or up to a unit fewer; None: their number stays. Nothing changes if ``apply``,
+    a bool scalar, is false. Closing ``undo`` takes it back. Returns the units pruned and grown, and what is left of the
+    budget.
     """
     mask, spare = layer.mask, budget or 0.0
     exist, absent = None, len(grow)
@@ -73,11 +52,14 @@ def choose_units(
     removed = lost - new
     slots = weakest[removed:lost]
     units = torch.where(apply, best[:new], mask.flat_unit()[slots])
-    remain = torch.ones_like(prune, dtype=torch.bool) if removed else None
-    if remain is not None:
+    undo.callback(layer.rewire_(slots, units, apply))
+    undo.callback(state.reset_(layer.values, slots, apply))
+    if removed:
+        remain = torch.ones_like(prune, dtype=torch.bool)
         remain[weakest[:removed]] = False
-    states = state.of_new_units(layer.values, slots, apply)
-    return Replacement(layer, slots, units, states, remain, lost, new), spare
+        undo.callback(state.keep_(layer.values, remain))
+        undo.callback(layer.keep_(remain))
+    return lost, new, spare
 
 
 def draw_candidates(mask: BlockMask, generator: torch.Generator) -> torch.Tensor | None:

@@ -1,6 +1,7 @@
 """Dynamic sparse training: at regular intervals the weakest units are pruned and new ones grown, as many or fewer. For
 :class:`G2GLinear` layers, and any optimizer whose state can be reset (:mod:`g2gnet.dst.optimizer_state`)."""
 
+import contextlib
 import copy
 import logging
 import math
@@ -22,7 +23,7 @@ from g2gnet.base.seeding import draw_device, stream
 from g2gnet.dst.evidence import StepRecorder
 from g2gnet.dst.gradual_pruning import layer_budgets, least_density, mean_density
 from g2gnet.dst.optimizer_state import Initial, OptimizerState
-from g2gnet.dst.replacement import choose_units, draw_candidates
+from g2gnet.dst.replacement import draw_candidates, replace_units
 from g2gnet.dst.rules import GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
 from g2gnet.layers import G2GLinear
 from g2gnet.spiking_network import SpikingNetwork
@@ -405,21 +406,21 @@ class DSTScheduler:
         if self.final_density is not None and finite.all():
             budgets = self._budgets([seen for _, seen in evidence], self.final_density)
         share = self.steps / self._last if self._last else 0.0
-        fraction, spare = self.fraction * SCHEDULES[self.schedule](share), 0.0
-        changes = []
-        for (number, seen), score, budget in zip(evidence, scores, budgets, strict=True):
-            draw = self._draw(number, score[0].device)
-            room = None if budget is None else budget + spare
-            change, spare = choose_units(
-                seen.layer, room, fraction, *score, seen.candidates, finite.all(), draw, self._state
-            )
-            changes.append(change)
-        for change in changes:  # all that can fail is known by now
-            change.make(finite.all(), self._state)
-            change.layer.kin.end_tie("it was rewired by itself")
-            rewire_averages(change.layer)
+        fraction, pruned, grown, spare = self.fraction * SCHEDULES[self.schedule](share), 0, 0, 0.0
+        with contextlib.ExitStack() as undo:
+            # an error in one layer takes back what was done before it, and no average follows
+            for (number, seen), score, budget in zip(evidence, scores, budgets, strict=True):
+                draw = self._draw(number, score[0].device)
+                room = None if budget is None else budget + spare
+                gone, new, spare = replace_units(
+                    seen.layer, room, fraction, *score, seen.candidates, finite.all(), draw, self._state, undo
+                )
+                pruned, grown = pruned + gone, grown + new
+            undo.pop_all()
+        for _, seen in evidence:
+            seen.layer.kin.end_tie("it was rewired by itself")
+            rewire_averages(seen.layer)
         numbers = [number for number, _ in evidence]
-        pruned, grown = (sum(each) for each in zip(*[(of.pruned, of.grown) for of in changes], strict=True))
         self._outcomes.append(_Outcome(self.steps, numbers, finite, pruned, grown))
         if not self._told_of_copies and any(has_unknown_copies(layer) for layer in self.layers):
             self._told_of_copies = True

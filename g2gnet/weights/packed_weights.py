@@ -11,6 +11,8 @@ They are called, copied, moved, saved, loaded and rewired together, or not at al
 - A ``state_dict`` refers to the weights and the buffer themselves; both are written in place, or neither is.
 """
 
+import contextlib
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -105,21 +107,33 @@ class PackedWeights(nn.Module):
             value = _Parametrizations()
         super().__setattr__(name, value)
 
-    @torch.no_grad()
-    def rewire_(self, slots: torch.Tensor, units: torch.Tensor, apply: torch.Tensor) -> None:
+    def rewire_(self, slots: torch.Tensor, units: torch.Tensor, apply: torch.Tensor) -> Callable[[], None]:
         """Gives ``slots``, integer [k], to ``units``, int64 [k] counted row by row; their weights start at zero.
-        Nothing changes if ``apply``, a bool scalar, is false: ``units`` are then those of the slots now.
+        Nothing changes if ``apply``, a bool scalar, is false: ``units`` are then those of the slots now. Returns what
+        takes it back; after an error nothing has changed.
         """
-        self.mask.relabel_(slots, units // self.mask.grid[1], units % self.mask.grid[1])
-        for tensor in (self.values, self.values.grad):
-            if tensor is not None:
-                tensor[slots] = torch.where(apply, 0.0, tensor[slots])
+        with torch.no_grad(), contextlib.ExitStack() as undo:
+            undo.callback(self.mask.relabel_, slots, self.mask.unit_row[slots], self.mask.unit_col[slots])
+            self.mask.relabel_(slots, units // self.mask.grid[1], units % self.mask.grid[1])
+            for tensor in (self.values, self.values.grad):
+                if tensor is not None:
+                    rows = tensor[slots].detach()
+                    undo.callback(tensor.detach().index_copy_, 0, slots, rows)
+                    tensor[slots] = torch.where(apply, 0.0, rows)
+            return undo.pop_all().close
 
-    def keep_(self, kept: torch.Tensor) -> None:
-        """Keeps the units of the slots where ``kept``, bool [num_units], is true."""
-        values, gradient = self.values.data[kept], self.values.grad
+    def keep_(self, kept: torch.Tensor) -> Callable[[], None]:
+        """Keeps the units of the slots where ``kept``, bool [num_units], is true; returns as :meth:`rewire_`."""
+        before, values, gradient = copy.deepcopy(self.mask), self.values.data, self.values.grad
+        wiring, fewer = self.mask.own_wiring, values[kept]
         self.mask.keep_(kept)
-        self.write_(values, None if gradient is None else gradient[kept])
+        self.write_(fewer, None if gradient is None else gradient[kept])
+
+        def undo() -> None:
+            self.mask.replace_by_(before, wiring)
+            self.write_(values, gradient)
+
+        return undo
 
     def write_(self, values: torch.Tensor, gradient: torch.Tensor | None = None) -> None:
         """Writes weights, of any number of units, and their gradient; in place if the shape stays."""

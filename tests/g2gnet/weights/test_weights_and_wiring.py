@@ -104,6 +104,14 @@ class Twins:
         return all(a.values.shape == b.values.shape for a, b in zip(self.net, other.net, strict=True))
 
 
+class PlantedError(RuntimeError):
+    pass
+
+
+def fail(*_):
+    raise PlantedError
+
+
 WHICH, ANOTHER = st.integers(0, 3), st.integers(1, 3)
 
 
@@ -162,9 +170,15 @@ class Networks(RuleBasedStateMachine):
                 layer.bias.add_(1)
             twins.layers[number] = should._replace(weight=should.weight + change * should.present, bias=should.bias + 1)
 
-    @rule()
-    def rewire(self):
+    @rule(fails=st.booleans())
+    def rewire(self, fails):
         twins = self.nets[0]
+        if fails:
+            twins.net[1].rewire_ = fail  # after the first layer was rewired
+            with pytest.raises(PlantedError):
+                self.dst.step()
+            del twins.net[1].rewire_
+            return
         self.dst.step()
         twins.source = None  # it goes its own way
         for number, (layer, should) in enumerate(zip(twins.net, twins.layers, strict=True)):
@@ -346,7 +360,7 @@ def test_weights_and_wiring_never_come_apart(sequences):
 
 
 TAKE_WIRING, DEEPCOPY, MASK_TO_LOAD = tied_averages.take_wiring, G2GLinear.__deepcopy__, packed_weights._mask_to_load
-READ_WIRING = G2GLinear._read_wiring
+READ_WIRING, REWIRE = G2GLinear._read_wiring, G2GLinear.rewire_
 
 
 def keeps_what_is_in_the_slot(source, target):
@@ -369,6 +383,11 @@ def loads_what_is_there(layer, state, prefix):
         return MASK_TO_LOAD(layer, state, prefix)
 
 
+def forgets_to_undo(self, slots, units, apply):
+    REWIRE(self, slots, units, apply)
+    return lambda: None
+
+
 def rewires_its_averages_only(layer):
     for average in tied_averages.averages_of(layer):
         tied_averages.take_wiring(layer, average)
@@ -389,6 +408,7 @@ FAULTS = {
         BlockMask, "become_", lambda self, other: self.replace_by_(copy.deepcopy(other)),
     ),
     "half a state is loaded": (packed_weights, "_mask_to_load", loads_what_is_there),
+    "an update that failed is not undone": (G2GLinear, "rewire_", forgets_to_undo),
     "the average of an average stays": (tied_averages, "rewire_averages", rewires_its_averages_only),
 }  # fmt: skip
 

@@ -212,7 +212,7 @@ def tile_of(launch: Launch, source: Source) -> str:
 
 def factors_of(launch: Launch) -> str:
     names = {torch.uint8: "u8", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float16: "fp16"}
-    read = map(launch.arguments.get, ("x", "grad_y", "values", "current", "membranes", "grad_spikes"))
+    read = map(launch.arguments.get, ("x", "grad_y", "values", "current", "margins", "grad_spikes"))
     return " × ".join(names[tensor.dtype] for tensor in read if isinstance(tensor, torch.Tensor))
 
 

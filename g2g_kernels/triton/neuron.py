@@ -193,6 +193,12 @@ def load_at_all_steps(
 
 
 @triton.jit
+def origin_of(threshold):
+    """What margins are kept relative to: the threshold; 0 if it is infinite, where they are the membrane itself."""
+    return tl.where(tl.abs(threshold) < float("inf"), threshold, 0.0)
+
+
+@triton.jit
 def store_states(pointer, stride, offsets, inside, tiles):
     """Stores what :func:`load_states` loads."""
     for i in tl.static_range(len(tiles)):

@@ -9,13 +9,14 @@ A layer runs in one of three ways:
 
     pair       the product of ``g2g_linear``, its currents [T, B, N] in memory, then the kernel of ``neurons``. For a
                held input (the first layer under ``current`` encoding) the product is [B, N], computed once.
-    fused      one kernel for both; the currents stay in registers. For the backward pass it keeps the membranes.
+    fused      one kernel for both; the currents stay in registers. For the backward pass it keeps the margins U − θ.
                :func:`fused_pays` says where.
     recurrent  the product, then one launch per step for V·S_{t−1} and the neurons; backward one launch per step for
                Vᵀ·∂L/∂I_{t+1} and the neurons. The gradients of V and of W are computed once, over all steps.
 
-README.md has the bytes of each. Membranes have the products' dtype, like the gradients of currents and spikes; rounding
-takes none across its threshold, so that every R is exact.
+README.md has the bytes of each. A fused layer keeps margins rather than membranes because rounding keeps their sign, so
+every R is exact (but for float16, where margins below 3e-8 become 0), and because they are most precise where σ' is
+steep. They have the products' dtype, like the gradients of currents and spikes.
 """
 
 import contextlib
@@ -65,6 +66,7 @@ from g2g_kernels.triton.neuron import (
     load_dropped,
     load_parameters,
     load_states,
+    origin_of,
     plus_last,
     step_backward,
     store_partials,
@@ -87,33 +89,27 @@ from g2g_kernels.triton.runtime import cdiv, launch
 
 @triton.jit
 def next_states(
-    states, count, current, own, silent, spikes, membranes, here, y_offset, inside,
+    states, count, current, own, silent, spikes, margins, here, y_offset, inside,
     MODEL: tl.constexpr, RESET: tl.constexpr,
 ):  # fmt: skip
-    """The states and counts after one more step, whose spikes and membranes are stored from ``here`` on."""
+    """The states and counts after one more step, whose spikes and margins are stored ``here``, at its first element."""
     threshold = own[len(own) - 1]
     states = charge(states, fires(states[len(states) - 1], threshold), current, own, MODEL, RESET)
     membrane = states[len(states) - 1]
-    fired = fires(membrane, threshold)
-    spike = tl.where(silent, 0.0, fired.to(tl.float32))
+    spike = tl.where(silent, 0.0, fires(membrane, threshold).to(tl.float32))
     tl.store(spikes + here + y_offset, spike.to(spikes.dtype.element_ty), mask=inside)
-    if membranes is not None:
-        kind: tl.constexpr = membranes.dtype.element_ty
-        # a little more than rounding may move a membrane: so far from the threshold it stays on its side
-        CLEAR: tl.constexpr = 1.01 / (2048 if kind == tl.float16 else 256)
-        lower, upper = threshold * (1 - CLEAR), threshold * (1 + CLEAR)
-        above = tl.maximum(membrane, tl.maximum(lower, upper), propagate_nan=tl.PropagateNan.ALL)
-        below = tl.minimum(membrane, tl.minimum(lower, upper), propagate_nan=tl.PropagateNan.ALL)
-        membrane = tl.where(fired, above, below)
-        if kind == tl.float16:  # ±∞ would make NaN in the backward pass
-            membrane = tl.clamp(membrane, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(membranes + here + y_offset, membrane.to(kind), mask=inside)
+    if margins is not None:
+        margin = membrane - origin_of(threshold)
+        if margins.dtype.element_ty == tl.float16:
+            # a margin of −∞ would make NaN in the backward pass
+            margin = tl.clamp(margin, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(margins + here + y_offset, margin.to(margins.dtype.element_ty), mask=inside)
     return states, count + spike
 
 
 @triton.jit
 def over_time_on_chip(
-    states, count, start, own, silent, x, values, first, end, row_slot, unit_col, spikes, membranes,
+    states, count, start, own, silent, x, values, first, end, row_slot, unit_col, spikes, margins,
     steps, batch, b, n, y_offset, inside, x_size, y_size,
     K: tl.constexpr, N: tl.constexpr, MODEL: tl.constexpr, RESET: tl.constexpr, BLOCK_K: tl.constexpr,
     ON_CHIP: tl.constexpr, STAGES: tl.constexpr,
@@ -138,7 +134,7 @@ def over_time_on_chip(
             current = tl.dot(x_tile.to(weights[j].dtype), weights[j], current)
         here = step * y_size
         states, count = next_states(
-            states, count, current, own, silent, spikes, membranes, here, y_offset, inside, MODEL, RESET
+            states, count, current, own, silent, spikes, margins, here, y_offset, inside, MODEL, RESET
         )
     return states, count
 
@@ -159,7 +155,7 @@ def tile_of_program(num_n, batch, y_column, y_size, N: tl.constexpr, BLOCK_M: tl
 @triton.jit(do_not_specialize=["steps", "batch", "num_n"])
 def fused_forward_kernel(
     x, x_column, x_bounds, values, ptr, slots, others, bias, currents, dropped, y_column, parameters, spikes,
-    membranes, counts, states_before, last, steps, batch, num_n, x_size, y_size,
+    margins, counts, states_before, last, steps, batch, num_n, x_size, y_size,
     K: tl.constexpr, N: tl.constexpr, MODEL: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr,
     PER_NEURON: tl.constexpr, RESET: tl.constexpr, PRECISION: tl.constexpr, ON_CHIP: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -179,7 +175,7 @@ def fused_forward_kernel(
     if ON_CHIP:
         if on_chip:
             states, count = over_time_on_chip(
-                states, count, start, own, silent, x, values, first, end, slots, others, spikes, membranes,
+                states, count, start, own, silent, x, values, first, end, slots, others, spikes, margins,
                 steps, batch, b, n, y_offset, inside, x_size, y_size, K, N, MODEL, RESET, BLOCK_K, ON_CHIP, STAGES,
             )  # fmt: skip
     if not ON_CHIP or not on_chip:
@@ -192,7 +188,7 @@ def fused_forward_kernel(
                 values, ptr, slots, others, row, b, b < batch, n, n < N, K, N, True, PRECISION, BLOCK_K,
             )  # fmt: skip
             states, count = next_states(
-                states, count, current, own, silent, spikes, membranes, t * step, y_offset, inside, MODEL, RESET
+                states, count, current, own, silent, spikes, margins, t * step, y_offset, inside, MODEL, RESET
             )
     store_states(last, step, y_offset, inside, states)
     if counts is not None:
@@ -296,8 +292,9 @@ def fused_pays(units: Units, population: Neurons, batch: int, x: torch.dtype, pr
 
     Fusing saves 2.6 bytes per element of [T, B, N] in 16 bits. But its programs loop over time and cannot be split over
     it: there are B/64 of them per block row, one on each multiprocessor, which are to be busy for three quarters of the
-    time. Where weights do not stay on chip, they would be read from L2 in each step. Only the membrane is kept: models
-    have no other state. ``x`` is the dtype of the layer's inputs, uint8 for spikes, ``products`` that of the factors.
+    time. Where weights do not stay on chip, they would be read from L2 in each step. Only for models whose one state is
+    the membrane: the backward pass can recover only that from the margins. ``x`` is the dtype of the layer's inputs,
+    uint8 for spikes, ``products`` that of the factors.
     """
     if len(MODELS[population.model].states) > 1 or not units_on_chip(units, x, products):
         return False
@@ -355,7 +352,7 @@ class _Layer(NamedTuple):
         return tensor if self.column is None else tensor.index_select(-1, self.column)
 
     def kept_shapes(self, steps: int, batch: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Of what the backward pass needs: currents and checkpoints; membranes or states of all steps, and nothing."""
+        """Of what the backward pass needs: currents and checkpoints; margins, or states of all steps, and nothing."""
         size, model = self.units.rows.size, MODELS[self.population.model]
         if self.recurrent is not None:
             return (steps, len(model.states), batch, size), (0,)
@@ -443,7 +440,7 @@ def _launch(
         ON_CHIP=on_chip,
         STAGES=STAGES,
         **units.arguments(by_rows=True),
-        **{name: others.get(name) for name in ("bias", "currents", "membranes", "counts", "states_before")},
+        **{name: others.get(name) for name in ("bias", "currents", "margins", "counts", "states_before")},
         **model_options(layer.population),
         **tiles,
         **EXACT,
@@ -528,7 +525,7 @@ def _recur_backward(
 def _neurons_backward(
     layer: _Layer, state: torch.Tensor, checkpoints: torch.Tensor, upstream: Upstream, steps: int
 ) -> _Through:
-    """The backward pass of the neurons of a layer whose currents or membranes are in memory."""
+    """The backward pass of the neurons of a layer whose currents or margins are in memory."""
     run = Run(state, layer.population, steps, layer.first, layer.dropped, layer.fused)
     grad_current = torch.empty_like(state, dtype=layer.values.dtype)
     grad_first = None if layer.first is None else torch.empty_like(layer.first)
@@ -608,7 +605,7 @@ def _forward(call: StackCall, keep: bool) -> Outputs:
             on_chip = units_on_chip(layer.units, torch.uint8, call.dtype)
             _launch(
                 received, layer.values, layer.units, layer, spikes, last, steps, on_chip,
-                bias=layer.bias, membranes=state, counts=counts, states_before=layer.first,
+                bias=layer.bias, margins=state, counts=counts, states_before=layer.first,
             )  # fmt: skip
         else:
             current = product(received, layer.values, layer.units, layer.bias, layer.current_dtype())

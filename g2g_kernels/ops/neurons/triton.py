@@ -9,7 +9,8 @@ Gradients of parameters, and of a bias in the currents, are summed in three stag
 then over the segments, in registers, so no chain of additions is as long as T; then every program writes one partial
 sum per neuron, and PyTorch adds those. Without atomics, every run gives the same results.
 
-Of a fused layer (``g2g_stack``) the membranes were kept: the kernel then computes nothing again.
+Of a fused layer (``g2g_stack``) the margins U_t − θ were kept instead of currents and checkpoints. The kernel then
+computes nothing again: the margin is what σ' needs, its sign is R, and with θ it is the membrane.
 """
 
 import math
@@ -31,6 +32,7 @@ from g2g_kernels.triton.neuron import (
     load_dropped,
     load_parameters,
     load_states,
+    origin_of,
     plus,
     plus_last,
     select,
@@ -116,7 +118,7 @@ def neurons_forward_kernel(
 
 @triton.jit(do_not_specialize=["steps", "batch"])
 def neurons_backward_kernel(
-    current, checkpoints, membranes, parameters, grad_spikes, grad_counts, grad_rates, grad_membranes, grad_current,
+    current, checkpoints, margins, parameters, grad_spikes, grad_counts, grad_rates, grad_membranes, grad_current,
     partials, first, grad_last, grad_first, dropped, steps, batch, neurons, alpha, rate_scale,
     HELD: tl.constexpr, MODEL: tl.constexpr, STATES: tl.constexpr, DECAYS: tl.constexpr, PER_NEURON: tl.constexpr,
     RESET: tl.constexpr, SURROGATE: tl.constexpr, SEGMENT: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -138,20 +140,23 @@ def neurons_backward_kernel(
     grad_total = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)  # of the current
     segments = tl.cdiv(steps, SEGMENT)
     margin = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)  # U_t − θ of the step that is gone through
-    if membranes is not None:
-        end = load_steps(membranes, segments * SEGMENT - 1, steps, step, offsets, sample, exists, batch, 1)
-        margin = end[0].to(tl.float32) - threshold
+    origin = origin_of(threshold)
+    beyond = threshold - origin  # 0, or infinite
+    if margins is not None:
+        tl.static_assert(STATES == 1)
+        end = load_steps(margins, segments * SEGMENT - 1, steps, step, offsets, sample, exists, batch, 1)
+        margin = end[0].to(tl.float32) - beyond
     for turn in range(segments):
         segment = segments - 1 - turn
         at = segment * SEGMENT
         upstream = load_steps(grad_spikes, at, steps, step, offsets, sample, exists, batch, SEGMENT)
         at_membranes = load_steps(grad_membranes, at, steps, step, offsets, sample, exists, batch, SEGMENT)
-        history = ()  # the states before each step
-        if membranes is not None:
+        history = ()  # the states before each step, or the margin
+        if margins is not None:
             for k in tl.static_range(SEGMENT):
                 t = at + k
                 now = _inside(sample, exists, tl.where(t > 0, batch, 0), t - 1, steps)
-                history += ((tl.load(membranes + (t - 1) * step + offsets, mask=now, other=0.0),),)
+                history += (tl.load(margins + (t - 1) * step + offsets, mask=now, other=0.0),)
         else:
             currents = load_steps(None if HELD else current, at, steps, step, offsets, sample, exists, batch, SEGMENT)
             states = at_first
@@ -174,10 +179,13 @@ def neurons_backward_kernel(
             grad_spike = tl.where(silent, 0.0, grad_spike)
             if grad_membranes is not None:
                 grads = plus_last(grads, tl.where(silent, 0.0, at_membranes[k].to(tl.float32)))
-            states = history[k]
-            if membranes is not None:
-                states = (tl.where(t > 0, states[0].to(tl.float32), at_first[0]),)
-            before = states[STATES - 1] - threshold
+            if margins is None:
+                states = history[k]
+                before = states[STATES - 1] - threshold
+            else:
+                before = tl.where(t > 0, history[k].to(tl.float32), at_first[0] - origin)
+                states = (before + origin,)
+                before -= beyond
             begins = (t == 0) & (first is None)
             to_current, moved, added = step_backward(
                 grads, sums, states, before > 0, margin, grad_spike, begins, values, alpha, MODEL, RESET, SURROGATE
@@ -207,7 +215,7 @@ def neurons_backward_kernel(
 
 class Run(NamedTuple):
     """Neurons over all time steps, in the form that kernels need, all contiguous and on one device: the ``current``,
-    float32, float16 or bfloat16 [T, B, N], or [B, N] held for all steps (with ``membranes`` it has U_t, for the
+    float32, float16 or bfloat16 [T, B, N], or [B, N] held for all steps (with ``margins`` it has U_t − θ, for the
     backward pass); the neurons, parameters float32 [1] or [N]; T; the states before the ``first`` step, float32
     [states, B, N], or None for zeros; and ``dropped``, uint8 [B, N], 1 where spikes are taken away, or None.
     """
@@ -217,7 +225,7 @@ class Run(NamedTuple):
     steps: int
     first: torch.Tensor | None = None
     dropped: torch.Tensor | None = None
-    membranes: bool = False
+    margins: bool = False
 
     @property
     def held(self) -> bool:
@@ -238,7 +246,7 @@ class Run(NamedTuple):
         batch, neurons = self.current.shape[-2:]
         block_n = min(128, next_power_of_2(neurons))
         arguments |= {
-            "current": None if self.membranes else self.current,
+            "current": None if self.margins else self.current,
             "first": self.first,
             "dropped": self.dropped,
             "parameters": self.population.parameters,
@@ -329,7 +337,7 @@ def launch_backward(
 ) -> torch.Tensor:
     """Writes the gradients that are given: of the currents, of their shape (summed over time if they are held) and any
     dtype, and of the states before the first step, float32. Returns float32 [parameters + 1, N], those of the
-    parameters and of a bias. ``run`` and ``checkpoints`` are those of the forward pass (membranes have none).
+    parameters and of a bias. ``run`` and ``checkpoints`` are those of the forward pass (margins have none).
     """
     batch, neurons = run.current.shape[-2:]
     rows = cdiv(batch, TILE // min(128, next_power_of_2(neurons)))
@@ -338,7 +346,7 @@ def launch_backward(
     run.launch(
         neurons_backward_kernel,
         checkpoints=checkpoints,
-        membranes=run.current if run.membranes else None,
+        margins=run.current if run.margins else None,
         grad_current=grad_current,
         partials=partials,
         grad_last=upstream.last,

@@ -267,11 +267,10 @@ def beside_plain(dtype: torch.dtype, run: Callable[[torch.dtype, str], dict]) ->
 
 
 @every_half
-@pytest.mark.parametrize("threshold", [100.0, 1e5, math.inf])
-def test_a_fused_layer_far_below_its_threshold(dtype, threshold):
-    """The gradient of its last states does not vanish there, and 16 bits of U − θ would have few or none of U."""
+def test_a_fused_layer_of_infinite_threshold(dtype):
+    """The gradient of its last states is that of an integrator, whose membrane 16 bits of U − θ could not have."""
     stack, ratios = rounded(Stack(IN_ORDER, None, batch=3), dtype), ErrorRatios()
-    stack.tensors["threshold1"] = torch.full((48,), threshold)
+    stack.tensors["threshold1"] = torch.full((48,), math.inf)
 
     def run(of: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
         leaves = stack.leaves(of, device_of(backend))
@@ -282,6 +281,44 @@ def test_a_fused_layer_far_below_its_threshold(dtype, threshold):
     exact, *found = beside_plain(dtype, run)
     for name, expected in exact.items():
         assert rms(expected) > 0
+        plain, actual = (each[name].to(dtype) for each in found)
+        ratios.add(name, actual, plain, expected)
+    ratios.check(cases=1)
+
+
+@every_half
+@pytest.mark.parametrize("threshold", [10.0, 100.0])
+def test_a_fused_layer_near_a_large_threshold(dtype, threshold):
+    """σ'(U − θ) is as exact as for θ = 1: 16 bits of U would not have U − θ."""
+    mask, draw = BlockMask.full(GroupLayout(16, 1), GroupLayout(16, 1), 16), seeded(0)
+    x = (torch.rand(3, 4, 16, generator=draw) > 0.5).float()
+    weights = ((torch.randn(2, 1, 16, 16, generator=draw) * 16).round() / 128) * torch.tensor([10.0, 1.0]).view(
+        2, 1, 1, 1
+    )
+    near, ratios = threshold + torch.linspace(-1, 1, 64).view(1, 4, 16), ErrorRatios()
+
+    def run(of: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device_of(backend), of, copy=True)
+
+        leaves = {
+            "first": weights[0],
+            "second": weights[1],
+            "beta": torch.ones(1),
+            "threshold": torch.tensor([threshold]),
+        }
+        leaves = {name: move(each).requires_grad_() for name, each in leaves.items()}
+        own = mask.to(leaves["first"].device)
+        layers = [
+            lif_layer(leaves["first"], own, None, move(torch.tensor([0.5])), move(torch.tensor([0.5]))),
+            lif_layer(leaves["second"], own, None, leaves["beta"], leaves["threshold"])._replace(state=move(near)),
+        ]
+        counts = g2g_stack(move(x), layers, backend=backend).counts
+        (counts * torch.arange(16).to(counts)).sum().backward()
+        return {name: each.grad.cpu() for name, each in leaves.items()}
+
+    exact, *found = beside_plain(dtype, run)
+    for name, expected in exact.items():
         plain, actual = (each[name].to(dtype) for each in found)
         ratios.add(name, actual, plain, expected)
     ratios.check(cases=1)

@@ -253,6 +253,8 @@ class RunFiles:
         # what has no effect in either run may have had another default
         for name in ours.idle(was).keys() & ours.idle(now).keys():
             was[name] = now[name]
+        # JSON has no tuples
+        was, now = ({name: [*v] if isinstance(v, tuple) else v for name, v in each.items()} for each in (was, now))
         differing = compared(was, now)
         fewer = type(was.get("epochs")) is int and was["epochs"] < ours.epochs
         tied = ours.tied_to_epochs()
@@ -266,8 +268,10 @@ class RunFiles:
         beside = ""
         if hasattr(ours, "name"):
             own = [name for name in now if name != "name" and was.get(name) != now[name]]
-            example = re.sub(r"[^\w.+=-]+", "-", "-".join(f"{name}{now[name]}" for name in own))[:64] or "other"
-            beside = f"`name=NAME` to train another run beside it (as in `name={example}`), "
+            example = (
+                re.sub(r"[^\w.+=-]+", "-", "-".join(f"{name}{now[name]}" for name in own))[:64].strip("-") or "other"
+            )
+            beside = f"`name=NAME` to train another run beside it (as in `name={example or 'other'}`), "
         raise CheckpointError(
             f"{path} belongs to a run with different settings:\n" + "\n".join(differing) + "\n"
             f"Give the settings that it was made with, {beside}another `checkpoint_dir` than {self.directory}, "

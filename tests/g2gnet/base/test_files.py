@@ -266,6 +266,15 @@ def test_the_result_of_a_finished_run_is_that_of_its_checkpoint(finished):
         run(files.directory, epochs=1)
 
 
+def test_a_finished_run_of_several_hidden_layers_is_found_again(tmp_path):
+    """JSON has lists in the place of their sizes."""
+    for _ in range(2):
+        run(tmp_path, epochs=1, model="dense", hidden_dim=(16, 8))
+    with pytest.raises(CheckpointError, match=r"hidden_dim: \[16, 8\] there, \[16, 4\] now") as error:
+        run(tmp_path, epochs=1, model="dense", hidden_dim=(16, 4))
+    assert "`name=hidden_dim-16-4`" in str(error.value)
+
+
 def test_a_run_that_was_killed_with_the_marker_of_fewer_epochs_goes_on(finished):
     of_one = finished.marker.read_text()
     run(finished.directory, epochs=2)

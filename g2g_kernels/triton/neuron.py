@@ -193,9 +193,16 @@ def load_at_all_steps(
 
 
 @triton.jit
-def origin_of(threshold):
-    """What margins are kept relative to: the threshold; 0 if it is infinite, where they are the membrane itself."""
-    return tl.where(tl.abs(threshold) < float("inf"), threshold, 0.0)
+def to_keep(membrane, threshold):
+    """What is kept of a membrane: U − θ, or U where θ is infinite."""
+    return membrane - tl.where(tl.abs(threshold) == float("inf"), 0.0, threshold)
+
+
+@triton.jit
+def from_kept(kept, threshold):
+    """U and U − θ of what :func:`to_keep` gave."""
+    infinite = tl.abs(threshold) == float("inf")
+    return tl.where(infinite, kept, kept + threshold), tl.where(infinite, kept - threshold, kept)
 
 
 @triton.jit

@@ -66,11 +66,11 @@ from g2g_kernels.triton.neuron import (
     load_dropped,
     load_parameters,
     load_states,
-    origin_of,
     plus_last,
     step_backward,
     store_partials,
     store_states,
+    to_keep,
     zeros,
 )
 from g2g_kernels.triton.products import in_memory, precision_of
@@ -99,7 +99,7 @@ def next_states(
     spike = tl.where(silent, 0.0, fires(membrane, threshold).to(tl.float32))
     tl.store(spikes + here + y_offset, spike.to(spikes.dtype.element_ty), mask=inside)
     if margins is not None:
-        margin = membrane - origin_of(threshold)
+        margin = to_keep(membrane, threshold)
         if margins.dtype.element_ty == tl.float16:
             # a margin of −∞ would make NaN in the backward pass
             margin = tl.clamp(margin, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)

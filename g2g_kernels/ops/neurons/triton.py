@@ -28,11 +28,11 @@ from g2g_kernels.triton.neuron import (
     EXACT,
     charge,
     fires,
+    from_kept,
     load_at_all_steps,
     load_dropped,
     load_parameters,
     load_states,
-    origin_of,
     plus,
     plus_last,
     select,
@@ -140,12 +140,10 @@ def neurons_backward_kernel(
     grad_total = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)  # of the current
     segments = tl.cdiv(steps, SEGMENT)
     margin = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)  # U_t − θ of the step that is gone through
-    origin = origin_of(threshold)
-    beyond = threshold - origin  # 0, or infinite
     if margins is not None:
         tl.static_assert(STATES == 1)
         end = load_steps(margins, segments * SEGMENT - 1, steps, step, offsets, sample, exists, batch, 1)
-        margin = end[0].to(tl.float32) - beyond
+        margin = from_kept(end[0].to(tl.float32), threshold)[1]
     for turn in range(segments):
         segment = segments - 1 - turn
         at = segment * SEGMENT
@@ -183,9 +181,9 @@ def neurons_backward_kernel(
                 states = history[k]
                 before = states[STATES - 1] - threshold
             else:
-                before = tl.where(t > 0, history[k].to(tl.float32), at_first[0] - origin)
-                states = (before + origin,)
-                before -= beyond
+                membrane, before = from_kept(history[k].to(tl.float32), threshold)
+                states = (tl.where(t > 0, membrane, at_first[0]),)
+                before = tl.where(t > 0, before, at_first[0] - threshold)
             begins = (t == 0) & (first is None)
             to_current, moved, added = step_backward(
                 grads, sums, states, before > 0, margin, grad_spike, begins, values, alpha, MODEL, RESET, SURROGATE

@@ -211,8 +211,8 @@ class PopulationGraph(nn.Module):
         self._set_routes(routes)
 
     def _add(self, name: str, module: nn.Module) -> None:
-        if not isinstance(name, str) or not name or "." in name:
-            raise ValueError(f"{name!r} is no name of a module; give one without dots")
+        if not isinstance(name, str) or not name or "." in name or name.startswith("_"):
+            raise ValueError(f"{name!r} is no name of a module; give one without dots, which begins with no underscore")
         if hasattr(self, name):
             raise ValueError(f"{name!r} is already an attribute of the network; choose another name")
         self.add_module(name, module)

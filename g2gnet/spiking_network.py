@@ -95,7 +95,6 @@ class SpikingNetwork(PopulationGraph):
     # what no population or connection may be called
     T: int = 50
     backend: str | None = None
-    _dropout, _readout = 0.0, "counts"
 
     def __init__(
         self,

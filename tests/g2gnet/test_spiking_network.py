@@ -284,7 +284,7 @@ def test_arguments_that_cannot_be_are_refused_by_name():
             Projection("a", "b", connection, **options)
     with pytest.raises(ValueError, match="'step' is already an attribute of the network"):
         SpikingNetwork({"step": LIF()}, [Projection("input", "step", connection)], "step")
-    for name in ("a.b", ""):
+    for name in ("a.b", "", "_routes"):
         with pytest.raises(ValueError, match="is no name of a module"):
             SpikingNetwork({name: LIF()}, [Projection("input", name, connection)], name)
     late = Projection("input", "b", connection, 2, max_delay=5)

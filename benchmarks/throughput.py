@@ -198,7 +198,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 PROGRAM = cli.Program(
-    "throughput", __doc__, "about twelve minutes on two cores, most of them in peers; --kernel recurrent about six",
+    "throughput", __doc__, "about twelve minutes on two cores, most of them in peers; --kernel recurrent about two",
     throughput, table, {"repeats": (10, "timed turns")}, cli.QUICK, add_flags,
     epilog="\n".join([
         "kernels:", *(f"  {name:13} {kernel.about}" for name, kernel in KERNELS.items()),

@@ -130,13 +130,14 @@ def _by_last(record: Mapping[str, Any], names: Collection[str]) -> dict[str, dic
 
 def delays(record: Mapping[str, Any]) -> str:
     """Accuracy and processor time of each network without, with fixed and with learned delays; and the other rows."""
+
+    def cell(of: Sequence[Run]) -> str:
+        return f"{spread(of, accuracy)} · {statistics.median(run['train_cpu_seconds'] for run in of):.0f} s"
+
     lines = []
     for name, runs in _by_last(record, DELAYS).items():
         weights = statistics.mean(run["weights"] for of in runs.values() for run in of)
-        seconds = {last: statistics.median(run["train_cpu_seconds"] for run in of) for last, of in runs.items()}
-        lines.append(
-            [name, f"{weights:,.0f}", *(f"{spread(of, accuracy)} · {seconds[last]:.0f} s" for last, of in runs.items())]
-        )
+        lines.append([name, f"{weights:,.0f}", *map(cell, runs.values())])
     others = [run for run in record["runs"] if run["row"].rpartition(", ")[2] not in DELAYS]
     return f"{markdown(['', 'weights', *DELAYS], lines)}\n\n{table({**record, 'runs': others})}"
 

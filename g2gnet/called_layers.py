@@ -13,8 +13,8 @@ from g2g_kernels import Activity, SpikingLayer, neurons_step
 from g2g_kernels.ops.g2g_stack import Connection, Delay, NeuronState, StackState, Synapses, check_dropped
 from g2g_kernels.ops.g2g_stack.reference import Parts, Run, activity_of, graph_of
 from g2g_kernels.ops.g2g_stack.schedule import parts_of
-from g2g_kernels.ops.g2g_stack.synapses import Border
 from g2g_kernels.ops.neurons.checks import check_states
+from g2g_kernels.ops.record import opened
 from g2g_kernels.tracing import is_traced, replaced
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
@@ -65,21 +65,19 @@ def why_called(modules: Mapping[str, Any], populations: Sequence[str]) -> str | 
         or every_module._global_backward_pre_hooks
     ):
         return "hooks are registered for every module"
+    return _why_each(modules, populations)
+
+
+def _why_each(modules: Mapping[str, Any], populations: Sequence[str]) -> str | None:
+    """What of the modules themselves only a call would run."""
     for name, module in modules.items():
+        if (
+            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+        ) and _has_hooks(module):
+            return f"{name} carries hooks"
         forward = SpikingNeurons.forward if name in populations else G2GLinear.forward
-        if reason := _why_call(module, forward):
-            return f"{name} {reason}"
-    return None
-
-
-def _why_call(module: nn.Module, forward: Callable) -> str | None:
-    """What of a module only a call would run; ``forward`` is the one that needs none."""
-    if (
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    ) and _has_hooks(module):
-        return "carries hooks"
-    if type(module).forward is not forward or "forward" in module.__dict__:
-        return f"({type(module).__name__}) has a forward of its own"
+        if type(module).forward is not forward or "forward" in module.__dict__:
+            return f"{name} ({type(module).__name__}) has a forward of its own"
     return None
 
 
@@ -110,9 +108,9 @@ def run_called(
         if number not in stepping:
             parts.append(Parts(products, partial(_call_neurons, number, population, record.dropped)))
             continue
-        if unrun := _why_call(population.neurons, SpikingNeurons.forward):
+        if unrun := _why_each({population.name: population.neurons}, [population.name]):
             raise TypeError(
-                f"{population.name} {unrun}, which would not be run: neurons on a cycle take steps. Put hooks on a "
+                f"{unrun}, which would not be run: neurons on a cycle take steps. Put hooks on a "
                 f"connection, as {population.connections[-1][0]}, or take steps with step(x, state)"
             )
         parts.append(Parts(products, partial(_step_neurons, population.neurons)))
@@ -155,18 +153,16 @@ def _synapses(
     x: torch.Tensor, populations: Sequence[Called], trains: Sequence[torch.Tensor], steps: int | None
 ) -> Synapses | None:
     """What the synaptic operations of such a run are counted from; None where they cannot be."""
-    layers: list[list[Connection]] = []
-    borders: list[Border | None] = [None] * (len(populations) + 1)
-    sources = [*trains, x if steps is None else x.expand(steps, *x.shape)]
+    layers = []
     for population in populations:
-        layers.append([])
-        for _, connection, source, delay in population.connections:
-            if is_traced() or not isinstance(connection, G2GLinear):
-                return None
-            layers[-1].append(Connection(*connection.weights(), source, delay))
-            if delay is not None:
-                borders[source] = Border(None, sources[source].detach())
-    return Synapses(x, steps, layers, borders)
+        if is_traced() or not all(isinstance(connection, G2GLinear) for _, connection, *_ in population.connections):
+            return None
+        every: Any = [(*each.weights(), source, delay) for _, each, source, delay in population.connections]
+        (values, mask, source, delay), *more = every
+        more = [Connection(*each) for each in more]
+        layers.append(SpikingLayer(values, mask, None, None, source=source, delay=delay, more=tuple(more)))  # type: ignore[arg-type]
+    sent = *trains, x if steps is None else x.expand(steps, *x.shape)
+    return Synapses(opened((x, None, *layers)), steps, (), sent)
 
 
 def step_of_called(

@@ -174,8 +174,8 @@ class G2GNet(SpikingStack):
         check_input(x)
         if x.dim() == 3:
             return x if part is None else x[:, part]
-        check_samples(x)
         if self.standardize:
+            check_samples(x)  # which would be floats
             x = (x - self.input_mean) / self.input_deviation
         if self.sequence != "none":
             x = unfold(x, self.input_order)

@@ -285,7 +285,11 @@ class SpikingNetwork(PopulationGraph):
     ) -> tuple[list[SpikingLayer], torch.Tensor | None]:
         """The populations as the operator takes them, and the inputs before the run. What kept neurons send is scaled:
         the weights that it meets are."""
-        states, sent = self._divided(state)
+        states: Any = (None,) * self.depth
+        sent: Any = (None,) * (self.depth + 1)
+        if state is not None:
+            of_neurons, sent = self._divided(state)
+            states = [as_one(each) for each in of_neurons]
         records = []
         modules: dict[str, Any] = self._modules
         for number, name in enumerate(self.populations):
@@ -314,7 +318,7 @@ class SpikingNetwork(PopulationGraph):
                     first.bias,
                     population,
                     None if dropped is None else dropped[number],
-                    as_one(states[number]),
+                    states[number],
                     None if recurrent is None else Recurrent(recurrent.values, recurrent.mask),
                     gives,
                     (first.observer, None if recurrent is None else recurrent.observer),

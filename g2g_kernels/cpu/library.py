@@ -159,6 +159,7 @@ def unavailable() -> str | None:
     return _load()[1]
 
 
+@functools.cache
 def library() -> ctypes.CDLL:
     """The loaded library; raises RuntimeError if there is none."""
     loaded, reason = _load()

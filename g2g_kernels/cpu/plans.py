@@ -110,21 +110,18 @@ def in_lists(grid: tuple[int, int], packed: tuple[int, ...], use: str) -> bool:
     if min(packed[1:]) >= LEAST_SIDE:
         return False
     (share, least), cost = IN_LISTS[use], cpu_library.LIST_COST
-    return math.prod(blocks(grid, packed)) >= least * min(cost, 1.0) and packed[0] * cost < share * math.prod(grid)
-
-
-def plan_for(mask: MaskTensors, values: torch.Tensor) -> Plan:
-    """The plan of a mask whose packed weights are ``values``; raises ValueError for tensors that do not fit a mask."""
-    return _built(mask, values)
+    return packed[0] * cost < share * math.prod(grid) and math.prod(blocks(grid, packed)) >= least * min(cost, 1.0)
 
 
 def lists_for(mask: MaskTensors, values: torch.Tensor, owners: str, length: int | None = None) -> Plan:
     """As :func:`plan_for`, the weights in lists by the neurons of the ``"rows"`` or ``"cols"``, those of the other side
     in ranges of so many; None: in one."""
-    return _built(mask, values, owners, length or mask.shape[owners == "rows"])
+    return plan_for(mask, values, owners, length or mask.shape[owners == "rows"])
 
 
-def _built(mask: MaskTensors, values: torch.Tensor, *way: Any) -> Plan:
+def plan_for(mask: MaskTensors, values: torch.Tensor, *way: Any) -> Plan:
+    """The plan of a mask whose packed weights are ``values``, made as a :class:`Plan` with ``way``; raises ValueError
+    for tensors that do not fit a mask."""
     keys = vars(mask).setdefault("plan_keys", {})
     key = keys.get(way)
     if key is None or key[: values.dim()] != values.shape:

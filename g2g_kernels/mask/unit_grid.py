@@ -34,6 +34,9 @@ class MaskTensors(_MaskTensors):
     change in place, but stay the same ones.
     """
 
+    #: copies of ``row_order`` and ``row_bounds``, for those who need them after the mask has changed; not when traced
+    rows_then: tuple[torch.Tensor, torch.Tensor]
+
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the weight matrix."""
@@ -52,15 +55,6 @@ class MaskTensors(_MaskTensors):
             for num_units, width, size, at, place in zip(self.grid, values.shape[1:], self.shape, *places, strict=True)
         )
         return packing.unpack(values, packing.View(self.unit_row, self.unit_col, rows, cols))
-
-    def rows_then(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of ``row_order`` and ``row_bounds``, for those who need them after the mask has changed."""
-        if is_traced():  # every trace anew
-            return self.row_order.clone(), self.row_bounds.clone()
-        then = self.__dict__.get("then")
-        if then is None:
-            then = self.__dict__["then"] = self.row_order.clone(), self.row_bounds.clone()
-        return then
 
 
 class UnitGrid(Indices):
@@ -215,7 +209,8 @@ class UnitGrid(Indices):
         if is_traced():  # where an attribute would be a side effect, and every trace must be alike
             return self._as_tensors()
         if self._tensors is None:
-            self._tensors = self._as_tensors()
+            self._tensors = made = self._as_tensors()
+            made.rows_then = made.row_order.clone(), made.row_bounds.clone()
         return self._tensors
 
     def _as_tensors(self) -> MaskTensors:

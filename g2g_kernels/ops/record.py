@@ -10,6 +10,7 @@ formula.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +40,9 @@ def opened(record: Any) -> tuple[list[Any], Form]:
     left = [record]
     while left:
         part = left.pop()
-        if isinstance(part, torch.Tensor):
+        if part is None or isinstance(part, (str, int, float)):  # most of them
+            form.append(part)
+        elif isinstance(part, torch.Tensor):
             tensors.append(part)
             form.append(TENSOR)
         elif isinstance(part, MaskTensors):
@@ -297,7 +300,7 @@ class Differentiable(RecordOperator):
             return results
         *results, made = results
         given = iter(results)
-        of = [[next(given) for _ in each] if isinstance(each, list) else next(given) for each in made[: self._outputs]]
+        of = [[*islice(given, len(each))] if isinstance(each, list) else next(given) for each in made[: self._outputs]]
         return *of, *made[self._outputs :]
 
     def _forward(self, ctx: Any, record: Any, form: Form, *tensors: torch.Tensor) -> Any:

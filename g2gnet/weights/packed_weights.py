@@ -21,7 +21,7 @@ from torch import nn
 
 from g2g_kernels import BlockMask
 from g2g_kernels.mask.sides import deep_copied
-from g2g_kernels.mask.wiring import DRIFT, read_row, unwrapped
+from g2g_kernels.mask.wiring import DRIFT, read_row, unwrapped, version
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.tracing import is_traced
 from g2gnet.weights.tied_averages import Kin, after_other_units
@@ -91,7 +91,7 @@ class PackedWeights(nn.Module):
         mask: Any = self._modules["mask"]
         if is_traced():
             return self.values, mask
-        if mask.writes and self.kin.source is None:
+        if version(mask.own_wiring) != mask.written and self.kin.source is None:
             self._read_wiring()
         if mask.wiring is mask.own_wiring:
             return self.values, mask

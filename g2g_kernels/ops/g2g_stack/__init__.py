@@ -96,6 +96,7 @@ def g2g_stack(
         if signature not in _passed:
             given = [parameter for layer in layers for parameter in layer.population.parameters]
             layers = _checked(x, layers, steps, spikes, chunk, before)
+            tensors, form = opened((x, before, *layers))
             # numbers are made tensors each time
             if signature is not None and all(isinstance(parameter, torch.Tensor) for parameter in given):
                 if len(_passed) > 1000:
@@ -109,8 +110,7 @@ def g2g_stack(
     if torch.compiler.is_compiling():
         return activity
     assert activity.states is not None
-    synapses = Synapses.of_run(x, layers, steps, before, activity.states, activity.sent)
-    return activity._replace(synapses=synapses)
+    return activity._replace(synapses=Synapses((tensors, form), steps, activity.states, activity.sent))
 
 
 #: the types of what a signature keeps; that of TENSOR is the last
@@ -241,17 +241,16 @@ def _run(
     once, or the operators in turn if something of each layer is wanted, a derivative that no kernel computes, or a
     graph that is no chain. The states of dropped neurons are 0."""
     plain = is_transformed() or has_tangent(opened((x, before, *layers))[0] if tensors is None else tensors)
-    late = any([layer.delay is not None for layer in layers])
-    # what delays carry from part to part has a gradient
-    carried = late and (
-        tensors is None or any([layer.sent is not None and layer.sent.requires_grad for layer in layers])
-    )
-    together = not is_chain(layers) or carried or (late and _reads_states(layers))
-    observed, shown, drops = plain or together, spikes, False
+    observed, shown, drops, late, carried = plain, spikes, False, False, tensors is None
     for layer in layers:
         shown = shown or layer.membranes
         observed = observed or layer.observers != (None, None)
         drops = drops or layer.dropped is not None
+        late = late or layer.delay is not None
+        carried = carried or (layer.sent is not None and layer.sent.requires_grad)
+    # what delays carry from part to part has a gradient
+    together = not is_chain(layers) or (late and (carried or _reads_states(layers)))
+    observed = observed or together
     if not observed and (shown or late):  # the Triton kernels show spikes and membranes, but know no delays
         observed = (shown and late) or shown != operator.prefers("triton", x, layers, steps, backend=backend)
     if drops:

@@ -82,12 +82,15 @@ def refuses_tensors(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int 
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
-    if any([_in_turn(layer) for layer in layers]):
+    if _takes_turns(layers):
         turn = in_turn(x, layers, steps, g2g_linear, neurons_alone.neurons, loop_of=loop_of)
         return activity_of(*turn, differentiable=False)
     call = StackCall.of(x, layers, steps, torch.bfloat16 if bf16_wanted() else torch.float32)
     counts, rates, last, _, words, _ = FORWARD(call)
-    spikes = [PackedSpikes(each, layer.values.detach(), layer.mask) for each, layer in zip(words, call.layers)]  # noqa: B905
+    traced, spikes = is_traced(), []
+    for each, (values, mask, *_) in zip(words, call.layers):  # noqa: B905
+        then = (mask.row_order.clone(), mask.row_bounds.clone()) if traced else mask.rows_then
+        spikes.append(PackedSpikes(each, values.detach(), mask, then))
     activity = Activity(counts, tuple(rates), tuple(spikes), states=tuple(last))
     if all([layer.delay is None for layer in layers]):
         return activity
@@ -128,27 +131,28 @@ class _WithoutGradient(torch.autograd.Function):
         )
 
 
-def _in_turn(layer: SpikingLayer) -> bool:
-    """Whether the operators of a layer are called one after the other."""
-    if plans.in_lists(layer.mask.grid, layer.values.shape, "stack"):
-        return True
-    if layer.recurrent is not None:
-        if plans.in_lists(layer.recurrent.mask.grid, layer.recurrent.values.shape, "recurrent"):
+def _takes_turns(layers: Sequence[SpikingLayer]) -> bool:
+    """Whether the operators of all layers are called one after the other."""
+    for layer in layers:
+        values, mask, recurrent = layer.values, layer.mask, layer.recurrent
+        if plans.in_lists(mask.grid, values.shape, "stack"):
             return True
-        if _in_other_order(layer):
+        if recurrent is None:
+            continue
+        if plans.in_lists(recurrent.mask.grid, recurrent.values.shape, "recurrent"):
+            return True
+        if _in_other_order(values, mask, recurrent):
             _say_that_it_takes_steps()
             return True
     return False
 
 
-def _in_other_order(layer: SpikingLayer) -> bool:
+def _in_other_order(values: torch.Tensor, mask: Any, recurrent: Recurrent) -> bool:
     """Whether a recurrent connection orders the neurons otherwise than the layer: other groups, or other units."""
-    assert layer.recurrent is not None
-    (values, mask), (own_values, own) = (layer.values, layer.mask), layer.recurrent
+    own_values, own = recurrent
     if is_traced() or type(mask.unit_row) is not torch.Tensor:
         return False  # the operator itself refuses it
-    plan, recurrent = plan_for(mask.tensors(), values), plan_for(own.tensors(), own_values)
-    return not _joins(plan, recurrent)
+    return not _joins(plan_for(mask.tensors(), values), plan_for(own.tensors(), own_values))
 
 
 def _joins(layer: Plan, recurrent: Plan) -> bool:
@@ -167,12 +171,14 @@ def _say_that_it_takes_steps() -> None:
 
 
 class PackedSpikes:
-    """Spikes of one layer, one bit each."""
+    """Spikes of one layer, one bit each. ``then`` are its mask's ``row_order`` and ``row_bounds`` as they were in the
+    run: load_state_dict may change those of the mask in place."""
 
-    def __init__(self, words: torch.Tensor, values: torch.Tensor, mask: MaskTensors) -> None:
+    def __init__(
+        self, words: torch.Tensor, values: torch.Tensor, mask: MaskTensors, then: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
         self._packed = PackedWords(words, values, mask)
-        # the order of the neurons and the ranges of units, which load_state_dict may change in place
-        self._order, self._bounds = mask.rows_then()
+        self._order, self._bounds = then
 
     def dense(self, last: int | None = None) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient; of the ``last`` steps, or of all."""
@@ -237,7 +243,7 @@ class _Arguments:
         self.plans: list[Plan] = []
         below: Plan | None = None
         self.layers = (structures.Layer * len(call.layers))()
-        lib, currents_alone = library(), call.held
+        lib, held = library(), call.held
         for number, layer in enumerate(call.layers):
             plan = plan_for(layer.mask, layer.values)
             self.plans.append(plan)
@@ -260,7 +266,7 @@ class _Arguments:
                 if grads is not None and grads.delay is not None:
                     own.grad_delays = pointer(grads.delay.learned)
             if memory.states:
-                kept = "currents" if currents_alone and number == 0 and layer.recurrent is None else "states"
+                kept = "currents" if held and number == 0 and layer.recurrent is None else "states"
                 setattr(own, kept, memory.states[number].data_ptr())
             if layer.recurrent is not None:
                 self._join(own, number, layer.recurrent, plan)
@@ -273,7 +279,7 @@ class _Arguments:
         bf16 = call.dtype == torch.bfloat16 and bool(lib.g2g_has_bf16())
         costs = {"event_cost": cpu_library.EVENT_COST, "batch_cost": cpu_library.BATCH_COST}
         costs |= {"subset_cost": cpu_library.SUBSET_COST, "needed_cost": cpu_library.NEEDED_COST}
-        sizes = {"count": len(call.layers), "batch": call.batch, "steps": call.num_steps, "held": call.held}
+        sizes = {"count": len(call.layers), "batch": call.batch, "steps": call.num_steps, "held": held}
         options = _options(**sizes, **costs, threads=torch.get_num_threads(), bf16=bf16)
         self.stack = structures.Stack.from_buffer_copy(options)
         self.stack.layers, self.stack.x = ctypes.addressof(self.layers), call.x.data_ptr()

@@ -130,7 +130,8 @@ def unread(read: Iterable[str]) -> list[str]:
 def refuses_fields(names: Sequence[str], layers: Sequence[SpikingLayer]) -> str | None:
     """Why a backend that does not read the fields ``names`` cannot serve a call, or None."""
     for name in names:
-        if any(getattr(layer, name) is not SpikingLayer._field_defaults.get(name) for layer in layers):
+        default = SpikingLayer._field_defaults.get(name)
+        if any([getattr(layer, name) is not default for layer in layers]):
             return f"does not read {name!r} of a layer"
     return None
 

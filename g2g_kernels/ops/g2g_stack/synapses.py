@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from g2g_kernels.mask.block_mask import BlockMask
-from g2g_kernels.mask.wiring import version
+from g2g_kernels.mask.wiring import versions
 from g2g_kernels.ops.g2g_stack.delays import Delay
-from g2g_kernels.ops.g2g_stack.layer import Connection, SpikingLayer
+from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.record import Form, built
 
 
 class SynapticOperations(NamedTuple):
@@ -59,71 +60,51 @@ class Border(NamedTuple):
 
 
 class Synapses:
-    """The inputs and the weights of a run, from which its synaptic operations can be counted afterwards.
+    """What a run's synaptic operations can be counted from afterwards.
 
     Args:
-        x: [T, B, in], or [B, in] held at every step.
+        run: x, what came before it, and the layers, as :func:`g2g_kernels.ops.record.opened` gives them.
         steps: for which x is held, or None.
-        layers: the connections to each layer.
-        borders: of each layer, and at the end of the inputs, where delays are read from it; else None.
+        states: [states, B, N] of each layer after the run.
+        sent: of each layer, and at the end of the inputs, what delays need of it, in the form of a :class:`Border`;
+            None where no delay reads it, or (all of them) where it is in ``states``.
     """
 
     def __init__(
         self,
-        x: torch.Tensor,
+        run: tuple[Sequence[torch.Tensor], Form],
         steps: int | None,
-        layers: Sequence[Sequence[Connection]],
-        borders: Sequence[Border | None],
-    ) -> None:
-        self._x = x.detach()
-        self._samples = x.shape[-2]
-        self._steps = len(x) if steps is None else steps
-        self._borders = borders
-        self._layers = [
-            [each._replace(values=each.values.detach(), observer=None) for each in connections]
-            for connections in layers
-        ]
-        #: what is counted, and the numbers that differ after it has changed
-        self._counted = [self._x, *[each.values for connections in self._layers for each in connections]]
-        for border in borders:
-            if border is not None:
-                self._counted += [tensor for tensor in border if isinstance(tensor, torch.Tensor)]
-        self._then = self._now()
-
-    @classmethod
-    def of_run(
-        cls,
-        x: torch.Tensor,
-        layers: Sequence[SpikingLayer],
-        steps: int | None,
-        before: torch.Tensor | None,
         states: Sequence[torch.Tensor],
         sent: Sequence[Any],
-    ) -> "Synapses":
-        """Those of a run with these layers and ``before``, after which they have these states and have sent this."""
-        connections = [layer.connections(number) for number, layer in enumerate(layers)]
-        delayed = {each.source for of_layer in connections for each in of_layer if each.delay is not None}
-        borders: list[Border | None] = [None] * (len(layers) + 1)
-        for source in delayed:
-            known = sent[source] if sent else None
-            earlier = before if source < 0 else layers[source].sent
-            if known is not None:
-                borders[source] = Border(None if earlier is None else earlier.detach(), known)
-                continue
-            layer = layers[source]
-            state = None if layer.state is None else layer.state.detach()[-1:]
-            threshold = layer.population.parameters[-1].detach()
-            borders[source] = Border(state, states[source].detach()[-1:], threshold, layer.dropped)
-        return cls(x, steps, connections, borders)
+    ) -> None:
+        tensors, self._form = run
+        self._tensors, self._states = [tensor.detach() for tensor in tensors], states
+        self._steps, self._sent = steps, sent
+        self._then = self._now()
 
     def _now(self) -> list[int]:
-        versions = [version(tensor) for tensor in self._counted]
-        return versions + [each.mask.changes for connections in self._layers for each in connections]
+        """Numbers that differ after something of the run has changed."""
+        masks = [part.changes for part in self._form if isinstance(part, BlockMask)]
+        return masks + versions((*self._tensors, *self._states))
+
+    def _borders(self, layers: Sequence[SpikingLayer], before: torch.Tensor | None) -> list[Border | None]:
+        """Of each layer, and at the end of the inputs, where delays are read from it; else None."""
+        borders: list[Border | None] = [None] * (len(layers) + 1)
+        for source in {each.source for n, layer in enumerate(layers) for each in layer.connections(n) if each.delay}:
+            known = self._sent[source] if self._sent else None
+            if known is not None:
+                borders[source] = Border(before if source < 0 else layers[source].sent, known)
+                continue
+            layer = layers[source]
+            state = None if layer.state is None else layer.state[-1:]
+            borders[source] = Border(
+                state, self._states[source].detach()[-1:], layer.population.parameters[-1], layer.dropped
+            )
+        return borders
 
     def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
         """Of each layer, all connections to it included, given the firing rates of each, [N]; waits for the device.
-        Exact up to 2²³ spikes per neuron. Raises RuntimeError if inputs, weights or masks have changed in the meantime,
-        or where delays are read the thresholds, states or spikes at both ends of the run.
+        Exact up to 2²³ spikes per neuron. Raises RuntimeError if a tensor or a mask of the run has changed since.
         """
         if self._now() != self._then:
             raise RuntimeError(
@@ -131,16 +112,18 @@ class Synapses:
                 "are unknown; call synaptic_operations() right after the run, before the optimizer's step and the "
                 "scheduler's"
             )
-        x = self._x.reshape(-1, self._x.shape[-1])
-        vectors = self._steps * self._samples
+        x, before, *layers = built(self._form, self._tensors)
+        borders = self._borders(layers, before)
+        vectors = x.shape[-2] * (len(x) if self._steps is None else self._steps)
+        x = x.reshape(-1, x.shape[-1])
         sent = [(of.detach().double() * vectors).nan_to_num().round().long() for of in rates]
         sent.append((x != 0).sum(0))
         spiking = bool(((x == 0) | (x.abs() == 1)).all())
         counted = []
-        for connections in self._layers:
+        for number, layer in enumerate(layers):
             totals = [0, 0, 0]
-            for values, mask, source, delay, *_ in connections:
-                received, border, rows = sent[source], self._borders[source], vectors
+            for values, mask, source, delay, *_ in layer.connections(number):
+                received, border, rows = sent[source], borders[source], vectors
                 if source < 0 and delay is None:
                     rows = len(x)
                 elif source < 0:  # a held input that arrives later is another one at each step

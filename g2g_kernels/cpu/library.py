@@ -159,7 +159,6 @@ def unavailable() -> str | None:
     return _load()[1]
 
 
-@functools.cache
 def library() -> ctypes.CDLL:
     """The loaded library; raises RuntimeError if there is none."""
     loaded, reason = _load()

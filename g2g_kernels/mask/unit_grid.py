@@ -34,8 +34,8 @@ class MaskTensors(_MaskTensors):
     change in place, but stay the same ones.
     """
 
-    #: copies of ``row_order`` and ``row_bounds``, for those who need them after the mask has changed; not when traced
-    rows_then: tuple[torch.Tensor, torch.Tensor]
+    #: copies of ``row_order`` and ``row_bounds``, for those who need them after the mask has changed
+    rows_then: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:

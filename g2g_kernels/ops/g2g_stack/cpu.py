@@ -87,10 +87,7 @@ def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None
         return activity_of(*turn, differentiable=False)
     call = StackCall.of(x, layers, steps, torch.bfloat16 if bf16_wanted() else torch.float32)
     counts, rates, last, _, words, _ = FORWARD(call)
-    traced, spikes = is_traced(), []
-    for each, (values, mask, *_) in zip(words, call.layers):  # noqa: B905
-        then = (mask.row_order.clone(), mask.row_bounds.clone()) if traced else mask.rows_then
-        spikes.append(PackedSpikes(each, values.detach(), mask, then))
+    spikes = [PackedSpikes(each, layer.values.detach(), layer.mask) for each, layer in zip(words, call.layers)]  # noqa: B905
     activity = Activity(counts, tuple(rates), tuple(spikes), states=tuple(last))
     if all([layer.delay is None for layer in layers]):
         return activity
@@ -171,14 +168,14 @@ def _say_that_it_takes_steps() -> None:
 
 
 class PackedSpikes:
-    """Spikes of one layer, one bit each. ``then`` are its mask's ``row_order`` and ``row_bounds`` as they were in the
-    run: load_state_dict may change those of the mask in place."""
+    """Spikes of one layer, one bit each."""
 
-    def __init__(
-        self, words: torch.Tensor, values: torch.Tensor, mask: MaskTensors, then: tuple[torch.Tensor, torch.Tensor]
-    ) -> None:
+    def __init__(self, words: torch.Tensor, values: torch.Tensor, mask: MaskTensors) -> None:
         self._packed = PackedWords(words, values, mask)
-        self._order, self._bounds = then
+        # the order of the neurons and the ranges of units, which load_state_dict may change in place; a traced mask, and
+        # one that torch.export has put together again, has no copies
+        then = None if torch.compiler.is_compiling() else mask.rows_then
+        self._order, self._bounds = then or (mask.row_order.clone(), mask.row_bounds.clone())
 
     def dense(self, last: int | None = None) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order, without gradient; of the ``last`` steps, or of all."""

@@ -187,10 +187,7 @@ def g2g_graph(
             )
         )
     counts, rates, last, tails, kept = FORWARD(GraphCall(tuple(members), tuple(inner), given.steps))
-    spikes = [
-        PackedSpikes(each, member.values, member.mask, member.mask.rows_then)
-        for each, member in zip(kept, members, strict=False)
-    ]
+    spikes = [PackedSpikes(each, member.values, member.mask) for each, member in zip(kept, members, strict=False)]
     sent_in_run: list[DenseSpikes | None] = []
     rest = iter(tails)
     for layer, reach in zip(layers, given.reaches, strict=False):

@@ -1,7 +1,7 @@
 """Builds the CPU kernels into a file, with the compiler and flags of the environment (``CXX``, ``G2G_CXXFLAGS``).
 
-Usage: ``python tests/build_kernels.py FILE [INSTRUCTION SET ...]``: those named are compiled without sanitizers. It
-needs setuptools alone.
+Usage: ``python tests/build_kernels.py FILE [INSTRUCTION SET ...]``: those named are compiled quickly, without
+sanitizers. It needs setuptools alone.
 """
 
 import os
@@ -18,7 +18,7 @@ def main() -> None:
     import setup
 
     for name in sys.argv[2:]:
-        setup.INSTRUCTION_SETS[name] = [*setup.INSTRUCTION_SETS[name], "-fno-sanitize=all"]
+        setup.INSTRUCTION_SETS[name] = [*setup.INSTRUCTION_SETS[name], "-O0", "-fno-sanitize=all"]
     setup.build_library(file, file.parent)
 
 

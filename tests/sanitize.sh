@@ -1,5 +1,6 @@
 #!/bin/sh
 # Builds the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer and runs the parity tests on them.
+# The sources are the same for every instruction set: checked are the kernels of this CPU's own, with EVERY_ISA=1 all.
 # G2G_SANITIZED=FOLDER keeps the library for the next time; tests/sanitize.sh --build makes it and no more.
 # Usage: tests/sanitize.sh [pytest arguments]
 set -eu
@@ -10,10 +11,18 @@ if [ -z "${G2G_SANITIZED:-}" ]; then
 fi
 export G2G_CXXFLAGS="-Og -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 export G2G_CPU_LIBRARY="$G2G_SANITIZED/libg2g_cpu.so"
-# every line of these kernels is one of those for AVX-512 with bfloat16, too
-plain=$(if grep -qs avx512_bf16 /proc/cpuinfo; then echo avx512; fi)
+others='' every=''
+if [ -z "${EVERY_ISA:-}" ]; then
+    own=baseline every=' and not instruction_set'
+    for flag in avx2 avx512f avx512_bf16; do
+        if grep -qsw $flag /proc/cpuinfo; then own=${flag%f}; fi
+    done
+    for each in baseline avx2 avx512 avx512_bf16; do
+        if [ $each != $own ]; then others="$others $each"; fi
+    done
+fi
 # shellcheck disable=SC2086
-python tests/build_kernels.py "$G2G_CPU_LIBRARY" $plain
+python tests/build_kernels.py "$G2G_CPU_LIBRARY" $others
 if [ "${1:-}" = --build ]; then exit; fi
 compiler=${CXX:-c++}
 # Python is not instrumented, so the runtime comes first; its leaks are not ours
@@ -24,6 +33,6 @@ if [ $# -eq 0 ]; then
     # PyTorch's side of the operators, which opcheck and its compiler test, is in the lane ci
     set -- -n 2 --dist load tests/g2g_kernels/test_cpu_backend.py tests/g2g_kernels/test_lists.py \
         tests/g2g_kernels/ops/test_graphs.py tests/g2g_kernels/ops/test_late_stacks.py tests/g2gnet/test_recurrence.py \
-        -k "not memory and (not test_recurrence or cpu)"
+        -k "not memory and (not test_recurrence or cpu)$every"
 fi
 python -m pytest -q -p no:cacheprovider "$@"

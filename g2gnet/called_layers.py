@@ -11,7 +11,7 @@ from torch.nn.modules import module as every_module
 
 from g2g_kernels import Activity, SpikingLayer, neurons_step
 from g2g_kernels.ops.g2g_stack import Connection, Delay, NeuronState, StackState, Synapses, check_dropped
-from g2g_kernels.ops.g2g_stack.reference import Parts, Run, activity_of, graph_of
+from g2g_kernels.ops.g2g_stack.reference import GraphRun, Parts, activity_of, graph_of
 from g2g_kernels.ops.g2g_stack.schedule import parts_of
 from g2g_kernels.ops.neurons.checks import check_states
 from g2g_kernels.ops.record import opened
@@ -114,7 +114,7 @@ def run_called(
                 f"connection, as {population.connections[-1][0]}, or take steps with step(x, state)"
             )
         parts.append(Parts(products, partial(_step_neurons, population.neurons)))
-    trains = Run(x, records, parts, steps).turn().spikes
+    trains = GraphRun(x, records, parts, steps).turn().spikes
     activity = activity_of(trains, None, differentiable=spikes)
     return replaced(activity, synapses=_synapses(x, populations, trains, steps))
 
@@ -185,7 +185,7 @@ def step_of_called(
             check_states(own, neurons.population, (len(x), size))
         step = partial(_step_neurons if spiking or number < len(populations) else _step_silently, neurons)
         parts.append(Parts([partial(_call_at_a_step, connection) for _, connection, _, _ in connections], step))
-    turn = Run(x[None], _records(populations, None, before, sent), parts, None, sent[-1]).turn()
+    turn = GraphRun(x[None], _records(populations, None, before, sent), parts, None, sent[-1]).turn()
     after = [each[0] if isinstance(each, tuple) and len(each) == 1 else each for each in turn.states]
     output = turn.spikes[-1][0] if spiking else turn.states[-1][-1]
     return output, turn.spikes, (*after, *[each for each in turn.sent if each is not None])

@@ -9,13 +9,13 @@ from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
 from g2g_kernels.numbers import FLOAT32
-from g2g_kernels.ops.g2g_stack.layer import Observer as ProductObserver
+from g2g_kernels.ops.g2g_stack.layer import ProductObserver
 from g2g_kernels.tracing import default_device, is_traced
 from g2gnet.weights.dense_weight import NOT_WRITABLE, DerivedWeight
 from g2gnet.weights.packed_weights import PackedWeights
 
 
-class Observer(Protocol):
+class StepObserver(Protocol):
     """What :attr:`G2GLinear.observer` is told."""
 
     def of_call(self, values: torch.Tensor) -> tuple[torch.Tensor, ProductObserver]:
@@ -62,7 +62,7 @@ class G2GLinear(PackedWeights):
         super().__init__(mask, nn.Parameter(torch.empty(mask.num_units, *mask.unit_shape, device=device)))
         self.backend = backend
         #: while this is set, it is told of every training step
-        self.observer: Observer | None = None
+        self.observer: StepObserver | None = None
         self.bias = nn.Parameter(torch.empty(mask.shape[0], device=device)) if bias else None
         self.reset_parameters(generator)
         if default_device().type != "cpu":  # where masks are created all the same

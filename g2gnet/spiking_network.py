@@ -14,8 +14,8 @@ from g2g_kernels.mask.groups import as_integers
 from g2g_kernels.numbers import COUNT, Number
 from g2g_kernels.ops.g2g_stack import Connection, Recurrent, activity_of
 from g2g_kernels.ops.g2g_stack.activity import DenseSpikes, NeuronState, Spikes, StackState, as_one, check_state_form
-from g2g_kernels.ops.g2g_stack.delays import Later, reaches_of
-from g2g_kernels.ops.g2g_stack.layer import ONE_STEP, Observer
+from g2g_kernels.ops.g2g_stack.delays import LateSpikes, reaches_of
+from g2g_kernels.ops.g2g_stack.layer import ONE_STEP, ProductObserver
 from g2g_kernels.tracing import is_transformed, replaced
 from g2gnet.called_layers import Called, OwnHook, run_called, step_of_called, why_called
 from g2gnet.projections import PopulationGraph, Projection
@@ -362,7 +362,7 @@ class SpikingNetwork(PopulationGraph):
                     neurons = modules[self.populations[route.source]]
                     before = (own[-1:] > neurons.population.parameters[-1]).detach()
                 held = self.T if route.source < 0 and inputs.dim() == 2 else None
-                train = Later(train, delay, before, held)
+                train = LateSpikes(train, delay, before, held)
             received.append((modules[route.name], train, spikes[route.target]))
         return received
 
@@ -449,6 +449,6 @@ def check_input(x: object) -> None:
         raise TypeError(f"the input is a {type(x).__name__}, not a tensor")
 
 
-def _of_scaled(observer: Observer, scale: float) -> Observer:
+def _of_scaled(observer: ProductObserver, scale: float) -> ProductObserver:
     """An observer that is told of scaled inputs where the weights are scaled instead."""
     return lambda x, y: observer(x * scale, y)

@@ -2,7 +2,7 @@
 
 A module reads the files of a data set, all below one directory. It has
 
-    parts(name, data_dir)   finds them, and gives a :class:`Part` for ``"train"``, ``"test"`` and perhaps ``"val"``
+    parts(name, data_dir)   finds them, and gives :class:`Recordings` for ``"train"``, ``"test"`` and perhaps ``"val"``
     FORM                    what its samples hold; other values need another text, for the name of the file
     COUNTS                  of each data set, how many samples of each part were published
 """
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from g2g_kernels.numbers import COUNT, Number
 from g2gnet.base.memory import available, gigabytes
 from g2gnet.base.messages import say
-from g2gnet.data.cache import Parts, made_once
+from g2gnet.data.cache import NamedTensors, made_once
 from g2gnet.data.image_data import DataError, ImageData, MissingDataError
 
 logger = logging.getLogger("g2gnet")
@@ -102,7 +102,7 @@ class Grid:
         return np.bincount(cells, minlength=math.prod(self.shape)).reshape(self.shape)
 
 
-class Part(NamedTuple):
+class Recordings(NamedTuple):
     """A part of a data set that was found, and not read yet: its files, labels, int64 [N], and ``samples``, which reads
     them one by one, of the shape of a grid: counts, or float16. That raises DataError naming the file that is damaged.
     """
@@ -132,7 +132,7 @@ def load(
     if problems := binning.problems(name, bins, dt):
         raise ValueError("; ".join(problems))
     shape = binning.shape(binning.steps(dt) if steps is None else COUNT.check("steps", steps), bins)
-    parts: Mapping[str, Part] = module.parts(name, data_dir)
+    parts: Mapping[str, Recordings] = module.parts(name, data_dir)
     for part, (files, labels, _) in parts.items():
         if labels.min() < 0 or labels.max() >= classes:
             raise DataError(
@@ -154,7 +154,7 @@ def load(
     return ImageData(name=name, num_classes=classes, **tensors)
 
 
-def _read(name: str, parts: Mapping[str, Part], binning: Binning, grid: Grid) -> Parts:
+def _read(name: str, parts: Mapping[str, Recordings], binning: Binning, grid: Grid) -> NamedTensors:
     """The samples and labels of all parts. Raises DataError if they do not fit the memory, or have no event."""
     dtype = torch.float16 if binning.bands else COUNTED[0]
     needed = sum(len(part.labels) for part in parts.values()) * math.prod(grid.shape) * dtype.itemsize
@@ -165,7 +165,7 @@ def _read(name: str, parts: Mapping[str, Part], binning: Binning, grid: Grid) ->
             f"{gigabytes(free)}; lower `T` or `bins`, or raise `dt`"
         )
     say(f"reading {name}: {' × '.join(map(str, grid.shape))} values in each sample")
-    tensors: Parts = {}
+    tensors: NamedTensors = {}
     for part, (_, labels, samples) in parts.items():
         images = torch.empty(len(labels), *grid.shape, dtype=dtype)
         bar = tqdm(samples(grid), f"{name} {part}", len(labels), leave=False, disable=not sys.stderr.isatty())

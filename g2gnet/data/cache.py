@@ -10,10 +10,10 @@ from g2gnet.base.messages import reason, say, warn
 from g2gnet.base.tensor_files import TensorFileError, read_tensors, write_tensors
 
 #: what is made: tensors by the names of fields of :class:`~g2gnet.data.ImageData`
-Parts = dict[str, torch.Tensor]
+NamedTensors = dict[str, torch.Tensor]
 
 
-def made_once(file: Path, names: Sequence[str], what: str, make: Callable[[], Parts]) -> Parts:
+def made_once(file: Path, names: Sequence[str], what: str, make: Callable[[], NamedTensors]) -> NamedTensors:
     """The content of ``file``, with these ``names`` of tensors; or if it is missing or damaged, what ``make`` returns,
     which is then kept there. Its name identifies it; ``what`` it is, messages say. Other processes wait meanwhile, and
     a file that cannot be written is a warning.
@@ -26,7 +26,7 @@ def made_once(file: Path, names: Sequence[str], what: str, make: Callable[[], Pa
     return parts
 
 
-def _read(file: Path, names: Sequence[str], what: str) -> Parts | None:
+def _read(file: Path, names: Sequence[str], what: str) -> NamedTensors | None:
     """The content of the file, or None if it is missing or unreadable."""
     if not file.exists():
         return None
@@ -40,7 +40,7 @@ def _read(file: Path, names: Sequence[str], what: str) -> Parts | None:
     return parts
 
 
-def _keep(file: Path, parts: Parts, what: str) -> None:
+def _keep(file: Path, parts: NamedTensors, what: str) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(file, parts)

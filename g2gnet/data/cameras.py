@@ -15,7 +15,7 @@ import numpy as np
 
 from g2gnet.base.files import open_file, read_file
 from g2gnet.base.messages import reason
-from g2gnet.data.binned import Grid, Part, folder_of
+from g2gnet.data.binned import Grid, Recordings, folder_of
 from g2gnet.data.image_data import DataError
 
 FORM = "events per cell, times of gestures from the first event"
@@ -30,7 +30,7 @@ GESTURES = 11
 Events = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-def parts(name: str, data_dir: Path) -> dict[str, Part]:
+def parts(name: str, data_dir: Path) -> dict[str, Recordings]:
     """The folders of ``"nmnist"`` or ``"dvsgesture"``, in ``data_dir`` or where tonic puts them."""
     if name == "nmnist":
         folders, own, pattern, class_of, read = ("Train", "Test"), "NMNIST", "*/*.bin", _digit, read_nmnist
@@ -49,7 +49,7 @@ def parts(name: str, data_dir: Path) -> dict[str, Part]:
         if not files:
             raise DataError(f"{root / folder} holds no files {pattern}; {remedy}")
         labels = np.array([class_of(file) for file in files], dtype=np.int64)
-        found[part] = Part(files, labels, partial(_samples, files, PIXELS[name], read))
+        found[part] = Recordings(files, labels, partial(_samples, files, PIXELS[name], read))
     return found
 
 

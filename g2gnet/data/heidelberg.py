@@ -12,7 +12,7 @@ import numpy as np
 from g2gnet.base.files import open_file
 from g2gnet.base.messages import reason
 from g2gnet.base.optional import optional_package
-from g2gnet.data.binned import Grid, Part, folder_of
+from g2gnet.data.binned import Grid, Recordings, folder_of
 from g2gnet.data.image_data import DataError
 
 FORM = "events per cell"
@@ -24,7 +24,7 @@ READ = 256
 LATEST = 1e6
 
 
-def parts(name: str, data_dir: Path) -> dict[str, Part]:
+def parts(name: str, data_dir: Path) -> dict[str, Recordings]:
     """The files ``shd_train.h5`` and so on, in ``data_dir`` or where tonic puts them."""
     try:
         optional_package("h5py", "events")
@@ -34,7 +34,7 @@ def parts(name: str, data_dir: Path) -> dict[str, Part]:
     remedy = f"download {', '.join(files.values())} from https://compneuro.net and gunzip them into {data_dir}"
     folder = folder_of(name, data_dir, (".", name.upper()), list(files.values()), remedy)
     paths = {part: folder / file for part, file in files.items()}
-    return {part: Part([path], _labels(path), partial(_samples, path)) for part, path in paths.items()}
+    return {part: Recordings([path], _labels(path), partial(_samples, path)) for part, path in paths.items()}
 
 
 @contextlib.contextmanager

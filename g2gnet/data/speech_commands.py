@@ -20,7 +20,7 @@ from scipy.io import wavfile
 
 from g2gnet.base.files import open_file
 from g2gnet.base.messages import reason
-from g2gnet.data.binned import Grid, Part, folder_of
+from g2gnet.data.binned import Grid, Recordings, folder_of
 from g2gnet.data.catalog import DATASETS
 from g2gnet.data.image_data import DataError
 
@@ -36,7 +36,7 @@ LOWEST, HIGHEST = 20.0, 8000.0  # Hz
 FLOOR = 1e-6
 
 
-def parts(name: str, data_dir: Path) -> dict[str, Part]:
+def parts(name: str, data_dir: Path) -> dict[str, Recordings]:
     """The recordings, in ``data_dir`` or where torchaudio puts them."""
     places = ("SpeechCommands/speech_commands_v0.02", "speech_commands_v0.02", ".")
     remedy = f"unpack speech_commands_v0.02.tar.gz into {data_dir / places[1]}"
@@ -52,7 +52,9 @@ def parts(name: str, data_dir: Path) -> dict[str, Part]:
     for part, members in {"train": others, **listed}.items():
         # by speakers, in an order in which words take turns
         files = sorted(members, key=lambda file: (file.name, file.parent.name))
-        found[part] = Part(files, np.array([_word(file) for file in files], dtype=np.int64), partial(_samples, files))
+        found[part] = Recordings(
+            files, np.array([_word(file) for file in files], dtype=np.int64), partial(_samples, files)
+        )
     return found
 
 

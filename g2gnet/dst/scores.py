@@ -4,7 +4,7 @@ import torch
 
 from g2g_kernels import BlockMask, g2g_linear
 from g2g_kernels.mask.sides import UnitAxis
-from g2g_kernels.ops.g2g_stack.layer import Observer as ProductObserver
+from g2g_kernels.ops.g2g_stack.layer import ProductObserver
 from g2g_kernels.tracing import is_transformed
 from g2gnet.base.distributed import ALONE, World
 

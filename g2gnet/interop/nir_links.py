@@ -17,7 +17,7 @@ from g2gnet.projections import DELAY
 NEURON_NODES = ("LIF", "CubaLIF", "IF")
 
 
-class Later(NamedTuple):
+class LinkDelay(NamedTuple):
     """The delays of a projection, as :class:`Projection` takes them."""
 
     delay: int | torch.Tensor = 0
@@ -33,11 +33,11 @@ class Link(NamedTuple):
     target: str
     shape: tuple[int, int]
     bias: np.ndarray | None
-    later: Later
+    later: LinkDelay
 
     def takes(self, steps: int) -> bool:
         """Whether this is the delay of all neurons, and stays it."""
-        return isinstance(self.later.delay, int) and self.later == (steps, *Later()[1:])
+        return isinstance(self.later.delay, int) and self.later == (steps, *LinkDelay()[1:])
 
 
 def links_of(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: float, nir: Any) -> tuple[list[Link], str]:
@@ -83,7 +83,7 @@ def links_of(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: flo
             of = {each: nodes[each] for each in (*delays, *after)}
             later = _later(name, of, delays, (weight.shape[1], weight.shape[0]), bias, dt)
         else:  # in a loop the least that a time step allows
-            later = Later(int(source == target))
+            later = LinkDelay(int(source == target))
         links.append(Link(name, None if source == start else source, target, weight.shape, bias, later))
     if isinstance(nodes[end], nir.Output):
         if len(before[end]) != 1 or not isinstance(nodes[before[end][0]], targets):
@@ -109,7 +109,7 @@ def _later(
     sizes: tuple[int, int],
     bias: np.ndarray | None,
     dt: float,
-) -> Later:
+) -> LinkDelay:
     """The delays that Delay ``nodes`` before and behind the linear node ``name`` give to the neurons of its source."""
     seconds = np.zeros(1)
     for each, node in nodes.items():
@@ -141,7 +141,7 @@ def _later(
     learned = not more and read("learn_delay", False, check_flag)
     most = None if more else read("max_delay", None, lambda key, of: of if of is None else DELAY.check(key, of))
     alone = bool((delay == delay[0]).all()) and most is None
-    return Later(int(delay[0]) if alone else delay.expand(sizes[0]).clone(), learned, most)
+    return LinkDelay(int(delay[0]) if alone else delay.expand(sizes[0]).clone(), learned, most)
 
 
 def chain_of(links: Sequence[Link], output: str) -> list[tuple[Link, Link | None]] | None:

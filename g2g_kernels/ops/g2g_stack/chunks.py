@@ -14,7 +14,7 @@ from g2g_kernels.ops.record import Form, built, opened
 from g2g_kernels.tracing import is_transformed, replaced
 
 #: (x, layers, steps, inputs before the first step) -> their activity
-Run = Callable[[torch.Tensor, Sequence[SpikingLayer], int | None, torch.Tensor | None], Activity]
+RunLayers = Callable[[torch.Tensor, Sequence[SpikingLayer], int | None, torch.Tensor | None], Activity]
 
 
 class ChunkedSpikes:
@@ -33,7 +33,7 @@ def in_chunks(
     layers: Sequence[SpikingLayer],
     steps: int | None,
     chunk: int,
-    run: Run,
+    run: RunLayers,
     before: torch.Tensor | None = None,
 ) -> Activity:
     """The activity of ``run`` over all steps, ``chunk`` of them at a time (the last may be shorter)."""
@@ -67,7 +67,7 @@ def in_chunks(
 
 
 def _recomputed(
-    x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, before: torch.Tensor | None, run: Run
+    x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, before: torch.Tensor | None, run: RunLayers
 ) -> Activity:
     """``run(x, layers, steps, before)``, nothing of which is kept for the backward pass."""
     tensors, form = opened((x, before, tuple(layers)))

@@ -172,8 +172,8 @@ class PackedSpikes:
 
     def __init__(self, words: torch.Tensor, values: torch.Tensor, mask: MaskTensors) -> None:
         self._packed = PackedWords(words, values, mask)
-        # the order of the neurons and the ranges of units, which load_state_dict may change in place; a traced mask, and
-        # one that torch.export has put together again, has no copies
+        # the order of the neurons and the ranges of units, which load_state_dict may change in place; masks that are
+        # traced, or that torch.export has put together again, have no copies
         then = None if torch.compiler.is_compiling() else mask.rows_then
         self._order, self._bounds = then or (mask.row_order.clone(), mask.row_bounds.clone())
 

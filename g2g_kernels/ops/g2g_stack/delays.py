@@ -97,7 +97,7 @@ class Train:
         return self.nothing().expand(count, *self._like.shape)
 
 
-class Later:
+class LateSpikes:
     """Spikes of a source as they arrive: it sends ``spikes`` [T, B, N] (or [B, N] held for ``steps``, or an object
     whose ``dense()`` is that), and has sent ``before`` [D, B, N] in the D steps before (None: nothing)."""
 

@@ -25,7 +25,7 @@ from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
 from g2g_kernels.ops.g2g_stack.cpu import PackedSpikes, check_tensors, delays_pointer, refuses_tensors
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train, arrived
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
-from g2g_kernels.ops.g2g_stack.reference import Run, as_parts
+from g2g_kernels.ops.g2g_stack.reference import GraphRun, as_parts
 from g2g_kernels.ops.g2g_stack.schedule import Graph, parts_of
 from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
@@ -158,7 +158,7 @@ def g2g_graph(
     before: torch.Tensor | None, x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None
 ) -> Activity:
     """``g2g_stack`` for the layers of a graph; ``before``: as there."""
-    given = Run(x, layers, as_parts(layers, g2g_linear, neurons), steps, before)
+    given = GraphRun(x, layers, as_parts(layers, g2g_linear, neurons), steps, before)
     members, inner = [], []
     for number, (layer, reach) in enumerate(zip(layers, given.reaches, strict=False)):  # the inputs come last
         current = given.current(number, 0, given.steps, lambda source: source < 0)

@@ -10,7 +10,7 @@ from g2g_kernels.ops.neurons.models import Neurons
 from g2g_kernels.ops.record import TYPES
 
 #: called with the inputs of a product and what it gives; returns that
-Observer = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+ProductObserver = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Recurrent(NamedTuple):
@@ -43,7 +43,7 @@ class Connection(NamedTuple):
     source: int
     delay: Delay | None = None
     bias: torch.Tensor | None = None
-    observer: Observer | None = None
+    observer: ProductObserver | None = None
 
 
 class SpikingLayer(NamedTuple):
@@ -91,7 +91,7 @@ class SpikingLayer(NamedTuple):
     state: torch.Tensor | None = None
     recurrent: Recurrent | None = None
     membranes: bool = False
-    observers: tuple[Observer | None, Observer | None] = (None, None)
+    observers: tuple[ProductObserver | None, ProductObserver | None] = (None, None)
     source: int | None = None
     delay: Delay | None = None
     more: tuple[Connection, ...] = ()

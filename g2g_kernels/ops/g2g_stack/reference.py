@@ -72,7 +72,7 @@ def in_turn(
     loop_of: Callable[[SpikingLayer], Callable | None] = lambda layer: None,
 ) -> Turn:
     """What the layers do by two operators, or where ``loop_of`` a layer gives one, by that."""
-    return Run(x, layers, as_parts(layers, linear, neurons, loop_of), steps, before).turn()
+    return GraphRun(x, layers, as_parts(layers, linear, neurons, loop_of), steps, before).turn()
 
 
 def as_parts(
@@ -114,7 +114,7 @@ def reaches(layers: Sequence[SpikingLayer]) -> list[int]:
     return reaches_of([(each.source, each.delay) for each in connections], len(layers))
 
 
-class Run:
+class GraphRun:
     """A run of layers by their ``parts``, of which those that reach one another take turns
     (:mod:`g2g_kernels.ops.g2g_stack.schedule`); of ``layers`` it reads what is not in parts."""
 

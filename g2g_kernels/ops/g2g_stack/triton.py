@@ -48,7 +48,7 @@ from g2g_kernels.ops.g2g_stack.layer import SpikingLayer, refuses_fields, unread
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.ops.neurons.triton import (
-    Run,
+    NeuronLaunch,
     Upstream,
     checkpoint_shape,
     launch_backward,
@@ -526,7 +526,7 @@ def _neurons_backward(
     layer: _Layer, state: torch.Tensor, checkpoints: torch.Tensor, upstream: Upstream, steps: int
 ) -> _Through:
     """The backward pass of the neurons of a layer whose currents or margins are in memory."""
-    run = Run(state, layer.population, steps, layer.first, layer.dropped, layer.fused)
+    run = NeuronLaunch(state, layer.population, steps, layer.first, layer.dropped, layer.fused)
     grad_current = torch.empty_like(state, dtype=layer.values.dtype)
     grad_first = None if layer.first is None else torch.empty_like(layer.first)
     sums = launch_backward(run, checkpoints, upstream, grad_current, grad_first)
@@ -612,7 +612,7 @@ def _forward(call: StackCall, keep: bool) -> Outputs:
             current = current.view(shape[1:] if layer.held else shape)
             if layer.recurrent is None:
                 state = current
-                run = Run(current, layer.population, steps, layer.first, layer.dropped)
+                run = NeuronLaunch(current, layer.population, steps, layer.first, layer.dropped)
                 last = launch_forward(run, spikes, checkpoints, counts, membranes)
             else:
                 state = layer.allocate(*(of_state if keep or layer.membranes else (2, *of_state[1:])))

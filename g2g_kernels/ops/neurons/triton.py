@@ -211,7 +211,7 @@ def neurons_backward_kernel(
 # --- launchers ----------------------------------------------------------------------------------------------------
 
 
-class Run(NamedTuple):
+class NeuronLaunch(NamedTuple):
     """Neurons over all time steps, in the form that kernels need, all contiguous and on one device: the ``current``,
     float32, float16 or bfloat16 [T, B, N], or [B, N] held for all steps (with ``margins`` it has U_t − θ, for the
     backward pass); the neurons, parameters float32 [1] or [N]; T; the states before the ``first`` step, float32
@@ -309,7 +309,7 @@ def checkpoint_shape(model: NeuronModel, steps: int, batch: int, neurons: int) -
 
 
 def launch_forward(
-    run: Run,
+    run: NeuronLaunch,
     spikes: torch.Tensor,
     checkpoints: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
@@ -327,7 +327,7 @@ def launch_forward(
 
 
 def launch_backward(
-    run: Run,
+    run: NeuronLaunch,
     checkpoints: torch.Tensor | None,
     upstream: Upstream,
     grad_current: torch.Tensor | None,
@@ -386,13 +386,13 @@ def neurons(
     return FORWARD(NeuronsCall.of(current, population, steps, state))[:2]
 
 
-def _run(call: NeuronsCall) -> Run:
+def _run(call: NeuronsCall) -> NeuronLaunch:
     call.check()
     parameters = tuple(parameter.reshape(-1).to(torch.float32) for parameter in call.population.parameters)
     steps, batch, size = call.flat_shape
     current = call.current.view((batch, size) if call.held else (steps, batch, size))
     first = None if call.state is None else call.state.view(-1, batch, size)
-    return Run(current, call.population._replace(parameters=parameters), steps, first)
+    return NeuronLaunch(current, call.population._replace(parameters=parameters), steps, first)
 
 
 def _kept_shape(call: NeuronsCall) -> tuple[int, ...]:

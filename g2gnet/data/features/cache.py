@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from g2gnet.base.messages import say
 from g2gnet.data import DATASETS, ImageData, load_dataset
-from g2gnet.data.cache import Parts, made_once
+from g2gnet.data.cache import NamedTensors, made_once
 from g2gnet.data.features.pretrained_weights import load_resnet, weights_digest
 from g2gnet.data.features.resnet import ResNet32
 
@@ -39,7 +39,7 @@ def load_features(
     key = hashlib.sha256(repr((cifar.fingerprint(dataset), digest, CUT, kind)).encode()).hexdigest()
     file = Path(data_dir) / "features" / f"{dataset}_resnet32-{digest}_{key[:16]}.pt"
 
-    def make() -> Parts:
+    def make() -> NamedTensors:
         network = load_resnet(dataset, weights).to(device)
         if kind in ("cpu", "cuda"):
             # twice as fast on a CPU with AVX-512, in batches that stay in its caches; typed since PyTorch 2.15
@@ -53,7 +53,7 @@ def load_features(
 
 
 @torch.no_grad()
-def _compute(network: ResNet32, images: ImageData, device: torch.device | str) -> Parts:
+def _compute(network: ResNet32, images: ImageData, device: torch.device | str) -> NamedTensors:
     parts = {name: getattr(images, name) for name in PARTS}
     for name in ("train_images", "test_images"):
         batches = tqdm(parts[name].split(BATCH), "features", leave=False, disable=not sys.stderr.isatty())

@@ -150,7 +150,7 @@ def test_thresholds_at_and_below_zero(reset):
 
 def test_counts_rates_and_their_gradients():
     """uint8 spikes and counts of several tiles; gradients through counts and rates, alone and beside ∂L/∂S."""
-    from g2g_kernels.ops.neurons.triton import Run, Upstream, checkpoint_shape, launch_backward, launch_forward
+    from g2g_kernels.ops.neurons.triton import NeuronLaunch, Upstream, checkpoint_shape, launch_backward, launch_forward
 
     ratios = ErrorRatios()
     for shape, held in itertools.product([(13, 70, 9), (4, 5, 130)], [False, True]):
@@ -165,7 +165,7 @@ def test_counts_rates_and_their_gradients():
         spikes = torch.full(shape, 77, dtype=torch.uint8, device=DEVICE)
         checkpoints = torch.empty(checkpoint_shape(MODELS["lif"], *shape), device=DEVICE)
         counts = torch.empty(shape[1:], device=DEVICE)
-        here = Run(current, Neurons("lif", tuple(own)), steps)
+        here = NeuronLaunch(current, Neurons("lif", tuple(own)), steps)
         launch_forward(here, spikes, checkpoints, counts)
         assert torch.equal(spikes.cpu(), expected.to(torch.uint8))
         assert torch.equal(counts.cpu(), expected.sum(0))
@@ -189,7 +189,7 @@ def test_counts_rates_and_their_gradients():
 @every_reset
 def test_margins_give_the_gradients_of_currents(reset):
     """What the backward pass of a fused layer keeps; of one step, of full segments and of others."""
-    from g2g_kernels.ops.neurons.triton import Run, Upstream, checkpoint_shape, launch_backward, launch_forward
+    from g2g_kernels.ops.neurons.triton import NeuronLaunch, Upstream, checkpoint_shape, launch_backward, launch_forward
 
     for number, shape in enumerate([(1, 5, 9), (10, 9, 5), (3, 70, 9), (11, 3, 131)]):
         steps, batch, neurons = shape
@@ -197,7 +197,7 @@ def test_margins_give_the_gradients_of_currents(reset):
             tensor.to(DEVICE) for tensor in (currents(*shape, seed=7, dtype=torch.float32), *parameters(neurons))
         )
         first = torch.randn(1, batch, neurons, device=DEVICE) if number % 2 else None
-        run = Run(current, Neurons("lif", tuple(own), reset), steps, first)
+        run = NeuronLaunch(current, Neurons("lif", tuple(own), reset), steps, first)
         checkpoints = torch.empty(checkpoint_shape(MODELS["lif"], *shape), device=DEVICE)
         membranes, spikes = torch.empty_like(current), torch.empty_like(current)
         last = launch_forward(run, spikes, checkpoints, membranes=membranes)
@@ -234,7 +234,7 @@ def test_more_tiles_of_neurons_than_the_second_axis_of_a_grid_has(monkeypatch):
     from g2g_kernels.ops.neurons import triton
 
     current = torch.empty(2, 9, 3 << 22, device="meta")
-    run = triton.Run(current, Neurons("lif", (torch.empty(1, device="meta"),) * 2), 2)
+    run = triton.NeuronLaunch(current, Neurons("lif", (torch.empty(1, device="meta"),) * 2), 2)
     with recorded() as launches:
         triton.launch_forward(run, current)
         triton.launch_backward(run, None, triton.Upstream(current), current)

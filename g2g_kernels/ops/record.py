@@ -231,10 +231,12 @@ class Backward(NamedTuple):
         tensors, _ = opened(self.call)
         return [torch.empty_like(tensor) if need else None for tensor, need in zip(tensors, self.needed, strict=True)]
 
-    def record(self, grads: Sequence[torch.Tensor | None]) -> Any:
-        """Such gradients as a record of the form of ``call``."""
-        _, form = opened(self.call)
-        return built([TENSOR if isinstance(part, MaskTensors) else part for part in form], grads)
+    def made(self, like: Callable[[Sequence[Any], Sequence[bool]], list[Any]]) -> tuple[list[Any], Any]:
+        """Gradients that ``like`` makes of the tensors of ``call``, None where none is ``needed``: as an operator
+        returns them, and as a record of the form of ``call``."""
+        tensors, form = opened(self.call)
+        grads = like(tensors, self.needed)
+        return grads, built([TENSOR if isinstance(part, MaskTensors) else part for part in form], grads)
 
     def aligned(self, record: Any) -> list[torch.Tensor | None]:
         """The gradients in a record of the form of ``call`` as an operator returns them."""

@@ -18,7 +18,7 @@ from g2g_kernels.cpu.plans import in_lists, lists_for, plan_for
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.ops.g2g_linear.call import LinearCall, operators, product
-from g2g_kernels.ops.record import Backward, opened
+from g2g_kernels.ops.record import Backward
 
 
 def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> str | None:
@@ -97,8 +97,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     out_size = call.mask.shape[0]
     if grad_y.shape != (len(call.x), out_size) or grad_y.dtype != call.dtype or not grad_y.is_contiguous():
         raise ValueError("grad_y must be contiguous and of the output's shape and dtype")
-    grads = workspace.alike(opened(call)[0], given.needed)
-    to, filled = given.record(grads), arguments.structure
+    (grads, to), filled = given.made(workspace.alike), arguments.structure
     sums = call.values.new_empty(out_size) if to.bias is None else to.bias  # the kernel of tiles always writes them
     filled.grad_y = grad_y.data_ptr()
     filled.grad_x, filled.grad_values, filled.grad_bias = pointer(to.x), pointer(to.values), sums.data_ptr()

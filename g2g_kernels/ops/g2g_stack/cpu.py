@@ -354,11 +354,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     for tensors, expected in ((spikes, shapes.spikes), (inputs, shapes.inputs), (states, shapes.states)):
         if [tuple(tensor.shape) for tensor in tensors] != expected:
             raise ValueError("spikes and kept are not those of a forward pass over these tensors")
-    # the kernels always write the gradients of layers
-    tensors_of_call, _ = opened(call)
-    every = [needed[0], *[tensor.is_floating_point() for tensor in tensors_of_call[1:]]]
-    grads = workspace.alike(tensors_of_call, every)
-    to = given.record(grads)
+    grads, to = given.made(_gradients)
     arguments = _Arguments(call, _Memory(spikes, inputs, states), to)
     x_spikes, *input_rates = header.tolist()
     for number, layer in enumerate(arguments.layers):
@@ -372,6 +368,11 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     stack.grad_counts, stack.grad_x = pointer(grad_counts), pointer(to.x)
     run(library().g2g_stack_backward, stack)
     return [grad if need else None for grad, need in zip(grads, needed)]  # noqa: B905
+
+
+def _gradients(tensors: Tensors, needed: Sequence[bool]) -> list[torch.Tensor | None]:
+    """Memory for gradients: the kernels always write those of layers."""
+    return workspace.alike(tensors, [needed[0], *[tensor.is_floating_point() for tensor in tensors[1:]]])
 
 
 def _gradient_event_limit(population: Neurons, bf16: bool) -> float:

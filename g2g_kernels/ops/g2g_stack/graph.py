@@ -30,7 +30,7 @@ from g2g_kernels.ops.g2g_stack.schedule import Graph, parts_of
 from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.step import in_steps
-from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator, opened
+from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator
 
 
 class Member(NamedTuple):
@@ -323,13 +323,12 @@ def _fake(call: GraphCall, keep: bool) -> Outputs:
 
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
-    call, kept, (grad_counts, *grads_of_layers), needed = given
+    call, kept, (grad_counts, *grads_of_layers), _ = given
     count = len(call.members)
     words, states = kept[:count], kept[count:]
     if tuple([[tuple(tensor.shape) for tensor in each] for each in (words, states)]) != _kept_shapes(call):
         raise ValueError("what was kept is not of a forward pass over these tensors")
-    grads = workspace.alike(opened(call)[0], needed)
-    to = given.record(grads)
+    grads, to = given.made(workspace.alike)
     for member in to.members:
         if member.values is not None:  # they only say where its neurons are
             member.values.zero_()

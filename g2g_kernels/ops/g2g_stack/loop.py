@@ -176,8 +176,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, (kept,), (grad_spikes, grad_last), _ = given
     constant = grad_spikes is not None and grad_spikes.stride(0) == 0
     check_backward(given, _kept_shape(call), torch.float32)
-    grads = workspace.alike(opened(call)[0], given.needed)
-    to = given.record(grads)
+    grads, to = given.made(workspace.alike)
     grad_last = grad_last if grad_last is None else grad_last.contiguous()
     arguments, _lists = _arguments(call, to.population.parameters)
     arguments.kept, arguments.grad_spikes, arguments.grad_last = pointer(kept), pointer(grad_spikes), pointer(grad_last)

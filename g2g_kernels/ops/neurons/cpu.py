@@ -15,7 +15,7 @@ from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.neurons.call import NeuronsCall, check_backward, operators
 from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2g_kernels.ops.record import Backward, opened
+from g2g_kernels.ops.record import Backward
 
 OPTIONS.update({"resets": RESETS, "surrogates": SURROGATES, "models": MODELS})
 for _name, _model in MODELS.items():
@@ -107,8 +107,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     check_backward(given, _kept_shape(call), torch.float32)
     if grad_spikes is None:
         grad_spikes = call.current.new_zeros(call.shape)
-    grads = workspace.alike(opened(call)[0], given.needed)
-    to = given.record(grads)
+    grads, to = given.made(workspace.alike)
     arguments = _arguments(call, to.population.parameters)
     arguments.grad_spikes, arguments.kept = grad_spikes.data_ptr(), pointer(kept)
     arguments.grad_current = pointer(to.current)

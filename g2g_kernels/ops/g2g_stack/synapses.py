@@ -109,8 +109,7 @@ class Synapses:
         if self._now() != self._then:
             raise RuntimeError(
                 "the inputs, weights, thresholds or states of this run have changed since, so its synaptic operations "
-                "are unknown; call synaptic_operations() right after the run, before the optimizer's step and the "
-                "scheduler's"
+                "are unknown; call synaptic_operations() right after the run, before optimizer and scheduler step"
             )
         x, before, *layers = built(self._form, self._tensors)
         borders = self._borders(layers, before)

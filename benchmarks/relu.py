@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from g2g_kernels import Activity, Neurons, SpikingLayer
+from g2g_kernels import Activity
+from g2g_kernels.ops.g2g_stack.layer import Connection
 from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
-from g2g_kernels.ops.record import opened
 from g2gnet import G2GNet
 from g2gnet.base.seeding import stream
 from g2gnet.training import Trainer
@@ -49,8 +49,8 @@ class _Synapses(Synapses):
     """Every input that is not zero costs a multiplication, where a spike costs an addition."""
 
     def __init__(self, inputs: torch.Tensor, layers: Sequence[Any]) -> None:
-        of_layers = [SpikingLayer(each.values, each.mask, None, Neurons("none", ())) for each in layers]
-        super().__init__(opened((inputs, None, *of_layers)), 1, (), ())
+        connections = [[Connection(each.values, each.mask, number - 1)] for number, each in enumerate(layers)]
+        super().__init__(inputs, 1, connections, [None] * (len(layers) + 1))
 
     def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
         found = super().operations(rates)

@@ -13,8 +13,8 @@ from g2g_kernels import Activity, SpikingLayer, neurons_step
 from g2g_kernels.ops.g2g_stack import Connection, Delay, NeuronState, StackState, Synapses, check_dropped
 from g2g_kernels.ops.g2g_stack.reference import GraphRun, Parts, activity_of, graph_of
 from g2g_kernels.ops.g2g_stack.schedule import parts_of
+from g2g_kernels.ops.g2g_stack.synapses import Border
 from g2g_kernels.ops.neurons.checks import check_states
-from g2g_kernels.ops.record import opened
 from g2g_kernels.tracing import is_traced, replaced
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
@@ -153,16 +153,18 @@ def _synapses(
     x: torch.Tensor, populations: Sequence[Called], trains: Sequence[torch.Tensor], steps: int | None
 ) -> Synapses | None:
     """What the synaptic operations of such a run are counted from; None where they cannot be."""
-    layers = []
+    layers: list[list[Connection]] = []
+    borders: list[Border | None] = [None] * (len(populations) + 1)
+    sources = [*trains, x if steps is None else x.expand(steps, *x.shape)]
     for population in populations:
-        if is_traced() or not all(isinstance(connection, G2GLinear) for _, connection, *_ in population.connections):
-            return None
-        every: Any = [(*each.weights(), source, delay) for _, each, source, delay in population.connections]
-        (values, mask, source, delay), *more = every
-        more = [Connection(*each) for each in more]
-        layers.append(SpikingLayer(values, mask, None, None, source=source, delay=delay, more=tuple(more)))  # type: ignore[arg-type]
-    sent = *trains, x if steps is None else x.expand(steps, *x.shape)
-    return Synapses(opened((x, None, *layers)), steps, (), sent)
+        layers.append([])
+        for _, connection, source, delay in population.connections:
+            if is_traced() or not isinstance(connection, G2GLinear):
+                return None
+            layers[-1].append(Connection(*connection.weights(), source, delay))
+            if delay is not None:
+                borders[source] = Border(None, sources[source].detach())
+    return Synapses(x, steps, layers, borders)
 
 
 def step_of_called(

@@ -210,7 +210,8 @@ class UnitGrid(Indices):
             return self._as_tensors()
         if self._tensors is None:
             self._tensors = made = self._as_tensors()
-            made.rows_then = made.row_order.clone(), made.row_bounds.clone()
+            if not torch._C._len_torch_dispatch_stack():  # fake copies would stay
+                made.rows_then = made.row_order.clone(), made.row_bounds.clone()
         return self._tensors
 
     def _as_tensors(self) -> MaskTensors:

@@ -1,7 +1,6 @@
 """A mask as a row of float32, which is saved of it and travels wherever parameters do: the sizes of both sides, the
 block size, the group of each neuron, ``unit_row``, ``unit_col``, and two checksums, so an average of two is none."""
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -90,8 +89,3 @@ def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
 def version(tensor: torch.Tensor) -> int:
     """A number that grows whenever the tensor is written to; −1 for one created in inference mode, which has none."""
     return -1 if tensor.is_inference() else tensor._version
-
-
-def versions(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """:func:`version` of each."""
-    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -106,6 +107,25 @@ def test_what_changed_after_the_run_is_not_counted_wrongly(change):
         x.mul_(2)
     with pytest.raises(RuntimeError, match=r"have changed since.*right after the run"):
         activity.synaptic_operations()
+
+
+def test_what_is_not_counted_may_change_and_hooked_runs_are_read_where_delays_are():
+    net, x = network(), INPUTS["over time"]()
+    _scheduler = DSTScheduler(net, torch.optim.Adam(net.parameters()), interval=1, grow="gradient")
+    activity = net.simulate(x)
+    before = activity.synaptic_operations()
+    with torch.no_grad():
+        net.lif1.beta.clamp_(0, 0.5)
+        activity.state[0].zero_()
+    assert torch.equal(pickle.loads(pickle.dumps(activity)).counts, activity.counts)  # while the scheduler observes
+    assert activity.synaptic_operations()[0][:2] == before[0][:2]
+    late = network(delay=3)
+    late.fc1.register_forward_hook(lambda *_: None)
+    activity = late.simulate(x)
+    activity.spikes[0].dense().zero_()
+    with pytest.raises(RuntimeError, match="have changed since"):
+        activity.synaptic_operations()
+    assert network(delay=3).simulate(x[:, :0]).synaptic_operations()[0][:2] == (0, 0)
 
 
 @compiles_whole

@@ -96,7 +96,6 @@ def g2g_stack(
         if signature not in _passed:
             given = [parameter for layer in layers for parameter in layer.population.parameters]
             layers = _checked(x, layers, steps, spikes, chunk, before)
-            tensors, form = opened((x, before, *layers))
             # numbers are made tensors each time
             if signature is not None and all(isinstance(parameter, torch.Tensor) for parameter in given):
                 if len(_passed) > 1000:
@@ -110,7 +109,8 @@ def g2g_stack(
     if torch.compiler.is_compiling():
         return activity
     assert activity.states is not None
-    return activity._replace(synapses=Synapses((tensors, form), steps, activity.states, activity.sent))
+    synapses = Synapses.of_run(x, layers, steps, before, activity.states, activity.sent)
+    return activity._replace(synapses=synapses)
 
 
 #: the types of what a signature keeps; that of TENSOR is the last

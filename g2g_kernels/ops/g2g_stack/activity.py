@@ -91,8 +91,8 @@ class Activity(NamedTuple):
         """The additions and multiplications that spikes (and inputs) caused in each layer, over all steps and samples.
         By name, where rates are.
 
-        For one sample, divide by the size of the batch. Waits for the device. Raises RuntimeError if a tensor or a mask
-        of the run has changed since, or if the run was compiled.
+        For one sample, divide by the size of the batch. Waits for the device. Raises RuntimeError if inputs, weights or
+        masks (where delays are read thresholds and states, too) have changed since the run, or if the run was compiled.
         """
         if self.synapses is None:
             raise RuntimeError(

@@ -276,7 +276,8 @@ class _Arguments:
         bf16 = call.dtype == torch.bfloat16 and bool(lib.g2g_has_bf16())
         costs = {"event_cost": cpu_library.EVENT_COST, "batch_cost": cpu_library.BATCH_COST}
         costs |= {"subset_cost": cpu_library.SUBSET_COST, "needed_cost": cpu_library.NEEDED_COST}
-        sizes = {"count": len(call.layers), "batch": call.batch, "steps": call.num_steps, "held": held}
+        batch, _, steps = memory.spikes[0].shape
+        sizes = {"count": len(call.layers), "batch": batch, "steps": steps, "held": held}
         options = _options(**sizes, **costs, threads=torch.get_num_threads(), bf16=bf16)
         self.stack = structures.Stack.from_buffer_copy(options)
         self.stack.layers, self.stack.x = ctypes.addressof(self.layers), call.x.data_ptr()

@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from g2g_kernels.mask.block_mask import BlockMask
-from g2g_kernels.mask.wiring import versions
 from g2g_kernels.ops.g2g_stack.delays import Delay
-from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
-from g2g_kernels.ops.record import Form, built
+from g2g_kernels.ops.g2g_stack.layer import Connection, SpikingLayer
 
 
 class SynapticOperations(NamedTuple):
@@ -60,73 +58,98 @@ class Border(NamedTuple):
 
 
 class Synapses:
-    """What a run's synaptic operations can be counted from afterwards.
+    """The inputs and the weights of a run, from which its synaptic operations can be counted afterwards.
 
     Args:
-        run: x, what came before it, and the layers, as :func:`g2g_kernels.ops.record.opened` gives them.
+        x: [T, B, in], or [B, in] held at every step.
         steps: for which x is held, or None.
-        states: [states, B, N] of each layer after the run.
-        sent: of each layer, and at the end of the inputs, what delays need of it, in the form of a :class:`Border`;
-            None where no delay reads it, or (all of them) where it is in ``states``.
+        layers: the connections to each layer.
+        borders: of each layer, and at the end of the inputs, where delays are read from it; else None.
     """
 
     def __init__(
         self,
-        run: tuple[Sequence[torch.Tensor], Form],
+        x: torch.Tensor,
         steps: int | None,
-        states: Sequence[torch.Tensor],
-        sent: Sequence[Any],
+        layers: Sequence[Sequence[Connection]],
+        borders: Sequence[Border | None],
     ) -> None:
-        tensors, self._form = run
-        self._tensors, self._states = [tensor.detach() for tensor in tensors], states
-        self._steps, self._sent = steps, sent
+        self._x, self._steps, self._borders = x.detach(), steps, borders
+        self._layers: list[list[Connection]] = []
+        #: what is counted, and the numbers that differ after it has changed
+        self._counted, self._masks = [self._x], []
+        for connections in layers:
+            self._layers.append([])
+            for each in connections:
+                of_weights = Connection(each.values.detach(), each.mask, each.source, each.delay)
+                self._layers[-1].append(of_weights)
+                self._counted.append(of_weights.values)
+                self._masks.append(each.mask)
+        for border in borders:
+            if border is not None:
+                self._counted += [tensor for tensor in border if isinstance(tensor, torch.Tensor)]
         self._then = self._now()
 
-    def _now(self) -> list[int]:
-        """Numbers that differ after something of the run has changed."""
-        masks = [part.changes for part in self._form if isinstance(part, BlockMask)]
-        return masks + versions((*self._tensors, *self._states))
-
-    def _borders(self, layers: Sequence[SpikingLayer], before: torch.Tensor | None) -> list[Border | None]:
-        """Of each layer, and at the end of the inputs, where delays are read from it; else None."""
+    @classmethod
+    def of_run(
+        cls,
+        x: torch.Tensor,
+        layers: Sequence[SpikingLayer],
+        steps: int | None,
+        before: torch.Tensor | None,
+        states: Sequence[torch.Tensor],
+        sent: Sequence[Any],
+    ) -> "Synapses":
+        """Those of a run with these layers and ``before``, after which they have these states and have sent this."""
+        connections = []
         borders: list[Border | None] = [None] * (len(layers) + 1)
-        for source in {each.source for n, layer in enumerate(layers) for each in layer.connections(n) if each.delay}:
-            known = self._sent[source] if self._sent else None
-            if known is not None:
-                borders[source] = Border(before if source < 0 else layers[source].sent, known)
-                continue
-            layer = layers[source]
-            state = None if layer.state is None else layer.state[-1:]
-            borders[source] = Border(
-                state, self._states[source].detach()[-1:], layer.population.parameters[-1], layer.dropped
-            )
-        return borders
+        for number, layer in enumerate(layers):
+            connections.append(layer.connections(number))
+            for each in connections[-1]:
+                source = each.source
+                if each.delay is None or borders[source] is not None:
+                    continue
+                known = sent[source] if sent else None
+                if known is not None:
+                    earlier = before if source < 0 else layers[source].sent
+                    borders[source] = Border(None if earlier is None else earlier.detach(), known)
+                    continue
+                of = layers[source]
+                state, threshold = of.state, of.population.parameters[-1].detach()
+                state = None if state is None else state.detach()[-1:]
+                borders[source] = Border(state, states[source].detach()[-1:], threshold, of.dropped)
+        return cls(x, steps, connections, borders)
+
+    def _now(self) -> list[int]:
+        versions = [-1 if tensor.is_inference() else tensor._version for tensor in self._counted]
+        return versions + [mask.changes for mask in self._masks]
 
     def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
         """Of each layer, all connections to it included, given the firing rates of each, [N]; waits for the device.
-        Exact up to 2²³ spikes per neuron. Raises RuntimeError if a tensor or a mask of the run has changed since.
+        Exact up to 2²³ spikes per neuron. Raises RuntimeError if inputs, weights or masks have changed in the meantime,
+        or where delays are read the thresholds, states or spikes at both ends of the run.
         """
         if self._now() != self._then:
             raise RuntimeError(
                 "the inputs, weights, thresholds or states of this run have changed since, so its synaptic operations "
                 "are unknown; call synaptic_operations() right after the run, before optimizer and scheduler step"
             )
-        x, before, *layers = built(self._form, self._tensors)
-        borders = self._borders(layers, before)
-        vectors = x.shape[-2] * (len(x) if self._steps is None else self._steps)
-        x = x.reshape(-1, x.shape[-1])
+        x = self._x.reshape(-1, self._x.shape[-1])
+        # a held input that arrives later is another one at each step
+        of_input = 1 if self._steps is None else self._steps
+        vectors = len(x) * of_input
         sent = [(of.detach().double() * vectors).nan_to_num().round().long() for of in rates]
         sent.append((x != 0).sum(0))
         spiking = bool(((x == 0) | (x.abs() == 1)).all())
         counted = []
-        for number, layer in enumerate(layers):
+        for connections in self._layers:
             totals = [0, 0, 0]
-            for values, mask, source, delay, *_ in layer.connections(number):
-                received, border, rows = sent[source], borders[source], vectors
+            for values, mask, source, delay, *_ in connections:
+                received, border, rows = sent[source], self._borders[source], vectors
                 if source < 0 and delay is None:
                     rows = len(x)
-                elif source < 0:  # a held input that arrives later is another one at each step
-                    received = received * (vectors // len(x))
+                elif source < 0:
+                    received = received * of_input
                 if delay is not None and border is not None:
                     received = received + border.sent_beyond(delay)
                 totals[int(source < 0 and not spiking)] += int((received * _fan_out(values, mask)).sum())

@@ -53,7 +53,7 @@ QUICK = [
     "g2gnet/training/test_reliability.py::test_a_signal_inside_an_epoch_loses_no_step",
     "g2gnet/training/test_logging.py::test_tensorboard_shows_the_record_the_weights_and_the_groups",
     "g2gnet/training/test_distributed.py::test_shares_are_contiguous_and_nearly_equal",
-    "g2gnet/programs/test_train_program.py::test_a_run_from_the_command_line",
+    "g2gnet/programs/test_programs.py::test_a_run_from_the_command_line",
     "g2gnet/programs/test_crossval.py::test_each_fold_is_a_training_run_without_its_part",
     "g2gnet/programs/test_sweep.py::test_the_program_writes_a_table_csv_json_and_a_picture",
     "g2gnet/programs/test_analyze_program.py::test_the_analysis_of_a_checkpoint_is_that_of_the_finished_run",

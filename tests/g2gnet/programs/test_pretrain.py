@@ -107,8 +107,3 @@ def test_the_weights_are_those_of_the_best_epoch_on_held_out_images(run, tmp_pat
     with torch.no_grad():
         found = (net.eval()(data.test_images).argmax(1) == data.test_labels).double().mean().item()
     assert last["tested"]["best"]["test_acc"] == found
-
-
-def test_bad_flags_end_with_status_two(capsys):
-    assert pretrain.main(["--momentum", "0"]) == 2
-    assert "momentum=0.0 must be a number above 0 and at most 1" in capsys.readouterr().err

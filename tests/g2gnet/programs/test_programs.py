@@ -1,4 +1,4 @@
-"""What the programs have in common: names, the list that ``python -m g2gnet`` prints, ``--json``, exit statuses."""
+"""The programs as their users meet them: names, help, flags, what is printed, ``--json``, exit statuses."""
 
 import importlib
 import io
@@ -13,12 +13,13 @@ import processes
 import pytest
 import torch
 from helpers import ROOT
+from training_runs import DEFAULTS, DERIVED, MACHINE_FLAGS
 
 from g2g_kernels import available_backends
 from g2gnet import __main__ as overview
 from g2gnet import __version__
 from g2gnet.programs import analyze, crossval, train
-from g2gnet.programs.flags import settings_from
+from g2gnet.programs.flags import Parser, settings_from
 from g2gnet.programs.main import memory_named
 from g2gnet.programs.sweep.program import build_parser
 from g2gnet.training import Interrupted, TrainingError, TrainSettings
@@ -37,21 +38,55 @@ def module_of(program):
     return importlib.import_module(name.replace("g2g_benchmarks", "benchmarks"))  # installed it has another name
 
 
+def printed_at_its_end(capsys, main, *flags, status=0):
+    """Standard output and error of a program that ends while it reads its flags."""
+    with pytest.raises(SystemExit) as stop:
+        main([*flags])
+    assert stop.value.code == status
+    return capsys.readouterr()
+
+
 @pytest.mark.parametrize("program", overview.PROGRAMS)
 def test_each_listed_program_explains_itself(program, capsys):
-    with pytest.raises(SystemExit) as stop:
-        module_of(program).main(["--help"])
-    assert stop.value.code == 0
-    captured = capsys.readouterr()
-    assert captured.out.startswith("usage: ")
-    assert captured.err == ""
+    out, err = printed_at_its_end(capsys, module_of(program).main, "--help")
+    assert out.startswith("usage: ")
+    assert err == ""
+    if program == "g2g-train":
+        for heading in ("data", "model", "training", "dynamic sparse training", "machine and files", "examples"):
+            assert f"\n{heading}:\n" in out
+        assert all(action.help for action in train.build_parser()._actions)
+        assert printed_at_its_end(capsys, train.main, "--version").out == f"g2g {__version__}\n"
 
 
-def test_the_version_is_told(capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--version"])
-    assert stop.value.code == 0
-    assert capsys.readouterr().out == f"g2g {__version__}\n"
+def test_the_flags_and_their_defaults_are_the_documented_ones():
+    of_train = {**DEFAULTS, **DERIVED, **MACHINE_FLAGS}
+    assert vars(train.build_parser().parse_args([])) == of_train
+    others = {"epochs": 5, "warmup_epochs": 2, "k_folds": 5}
+    assert vars(crossval.build_parser().parse_args([])) == {**of_train, **others}
+
+
+def test_a_flags_text_may_have_a_per_cent_sign(capsys):
+    parser = Parser()
+    parser.add_argument_group("all").add_argument("--share", help="5 % of (all)")
+    parser.print_help()
+    assert "5 % of (all)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("--hidden 12", "unknown flag --hidden; did you mean --hidden_dim?"),
+        ("--hidden-dim=12", "unknown flag --hidden-dim; did you mean --hidden_dim?"),
+        ("--dst_s cosine", "unknown flag --dst_s; did you mean --dst_schedule or --dst_stop?"),
+        ("-T 3", "unknown flag -T; did you mean --T?"),
+        ("--colour red", "unknown flag --colour; --help lists the flags"),
+        ("--epochs ten", "--epochs 'ten' is not a whole number; --help says what it takes"),
+        ("index", "unknown arguments index; --help lists what this program takes"),
+    ],
+)
+def test_an_unknown_flag_is_refused_in_one_line_with_the_one_that_was_meant(capsys, flag, answer):
+    said = printed_at_its_end(capsys, train.main, *SMALL, *flag.split(), status=2).err
+    assert said == f"{train.build_parser().prog}: error: {answer}\n"
 
 
 def test_the_list_names_every_script_and_backend(capsys):
@@ -86,6 +121,25 @@ def at_work(tmp_path, monkeypatch):
     """An empty directory to work in."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_a_run_from_the_command_line(at_work, capsys):
+    flags = [*SMALL, "--epochs", "1", "--neuron", "adlif", "--enforce_sparsity"]
+    assert train.main(flags) == 0
+    (first, second, *_), warned = (text.splitlines() for text in capsys.readouterr())
+    assert first.startswith("g2g ")
+    different = "dataset=fashionmnist-mini", "model=mixer", "hidden_dim=32", "block_size=4", "epochs=1", "neuron=adlif"
+    assert all(f" {name}" in first for name in (*different, "seed=42"))
+    assert not any(name in first for name in ("p_inter", "alpha", "adapt_decay")), "no more than differs is named"
+    assert second.startswith("Epoch 01 | train_acc=")
+    assert any("--enforce_sparsity never begins: warmup_epochs=10" in line for line in warned)
+    endings = ".DONE", ".analysis.json", ".csv", ".jsonl", ".pth"
+    written = sorted(path.name for path in at_work.glob("checkpoints/[!.]*"))
+    assert written == [f"{STEM}_adlif{ending}" for ending in endings]
+    assert train.main(flags) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert train.main([*flags, "--lr", "0.1"]) == 1
+    assert "lr: 0.001 there, 0.1 now" in capsys.readouterr().err
 
 
 def document(capsys):
@@ -203,13 +257,3 @@ def test_a_reader_that_leaves_ends_the_program_without_a_traceback(tmp_path):
     assert process.exitcode == 141
     assert "Error" not in (tmp_path / "printed.err").read_text()
     assert (tmp_path / f"{STEM}.pth").exists()
-
-
-def test_the_first_line_names_what_differs_from_the_defaults_and_no_more(at_work, capsys):
-    assert train.main([*SMALL, "--epochs", "1", "--neuron", "adlif"]) == 0
-    line = capsys.readouterr().out.splitlines()[0]
-    different = "dataset=fashionmnist-mini", "model=mixer", "hidden_dim=32", "block_size=4", "epochs=1", "neuron=adlif"
-    for name in (*different, "seed=42"):
-        assert f" {name}" in line
-    for name in ("p_inter", "alpha", "adapt_decay"):
-        assert name not in line

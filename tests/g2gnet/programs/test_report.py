@@ -479,25 +479,6 @@ def test_every_part_of_a_page_escapes_its_text():
         assert attack in Reader(part).text
 
 
-@pytest.mark.parametrize(
-    ("flags", "status", "message"),
-    [
-        ("nowhere.pth", 1, "nowhere.pth cannot be read (No such file or directory)"),
-        ("CHECKPOINT nowhere.pth", 1, "nowhere.pth cannot be read"),
-        ("CHECKPOINT --output .", 1, "cannot write . (Is a directory); give another file"),
-        ("CHECKPOINT --output nowhere/report.html", 1, "cannot write nowhere/report.html (No such file or directory)"),
-        ("CHECKPOINT --samples -3", 2, "samples=-3 must be"),
-    ],
-)
-def test_errors_are_named(checkpoints, tmp_path, monkeypatch, capsys, flags, status, message):
-    monkeypatch.chdir(tmp_path)
-    assert report.main(shlex.split(flags.replace("CHECKPOINT", str(checkpoints["mixer"])))) == status
-    error = capsys.readouterr().err
-    assert error.startswith("g2g-report: error: ")
-    assert message in error
-    assert not list(tmp_path.iterdir())
-
-
 def test_others_may_read_the_page_as_the_umask_says(checkpoints, tmp_path, captions_alone):
     target = tmp_path / "report.html"
     before = os.umask(0o027)

@@ -1,6 +1,7 @@
 """What a program opens: links, FIFOs, devices, streams that are closed or full, names and texts that mean harm."""
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -78,7 +79,8 @@ def test_a_fifo_and_a_device_are_written_into_and_stay_what_they_are(tmp_path):
         output.write_output("/dev/full", "text")
 
 
-def test_of_a_symbolic_link_the_target_is_replaced(tmp_path):
+def test_of_a_symbolic_link_the_target_is_replaced_and_others_may_read_it_as_the_umask_says(tmp_path, request):
+    request.addfinalizer(functools.partial(os.umask, os.umask(0o027)))
     target, link = tmp_path / "there" / "target.json", tmp_path / "link.json"
     target.parent.mkdir()
     link.symlink_to(target)
@@ -87,7 +89,7 @@ def test_of_a_symbolic_link_the_target_is_replaced(tmp_path):
         output.write_output(link, text)
         assert link.is_symlink()
         assert target.read_text() == text
-    assert [path.name for path in target.parent.iterdir()] == ["target.json"]
+    assert [(path.name, path.stat().st_mode & 0o777) for path in target.parent.iterdir()] == [("target.json", 0o640)]
 
 
 @pytest.mark.parametrize("links", [True, False])

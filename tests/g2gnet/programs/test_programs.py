@@ -1,9 +1,11 @@
 """The programs as their users meet them: names, help, flags, what is printed, ``--json``, exit statuses."""
 
+import ast
 import importlib
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -19,7 +21,7 @@ from g2g_kernels import available_backends
 from g2gnet import __main__ as overview
 from g2gnet import __version__
 from g2gnet.programs import analyze, crossval, train
-from g2gnet.programs.flags import Parser, settings_from
+from g2gnet.programs.flags import Parser, add_settings_flags, settings_from
 from g2gnet.programs.main import memory_named
 from g2gnet.programs.sweep.program import build_parser
 from g2gnet.training import Interrupted, TrainingError, TrainSettings
@@ -65,11 +67,27 @@ def test_the_flags_and_their_defaults_are_the_documented_ones():
     assert vars(crossval.build_parser().parse_args([])) == {**of_train, **others}
 
 
-def test_a_flags_text_may_have_a_per_cent_sign(capsys):
+def test_a_parser_may_have_a_per_cent_sign_in_its_texts_and_makes_flags_of_settings_in_a_message(capsys):
     parser = Parser()
     parser.add_argument_group("all").add_argument("--share", help="5 % of (all)")
     parser.print_help()
     assert "5 % of (all)" in capsys.readouterr().out
+    add_settings_flags(parser)
+    assert parser.in_flags("lower `lr`, or give `neuron=synaptic`") == "lower --lr, or give --neuron synaptic"
+    assert parser.in_flags("`weights_only` is PyTorch's; lr stays") == "`weights_only` is PyTorch's; lr stays"
+
+
+def test_no_module_below_the_programs_names_a_flag():
+    names = "analyze", "crossval", "flags", "main", "output", "pretrain", "train", "report/program", "sweep/program"
+    package, found = ROOT / "g2gnet", []
+    programs = {package / f"programs/{name}.py" for name in names} | {package / "__main__.py"}
+    for path in {*package.rglob("*.py")} - programs:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text = re.sub(r"(python -m |g2g-|train\.py ).*", "", node.value)  # a whole command is one in any case
+                flags = {*re.findall(r"(?<![\w-])--[A-Za-z]\w*", text)} - {"--logdir"}  # which is TensorBoard's own
+                found += [f"{path.name}:{node.lineno}: {flag}" for flag in flags]
+    assert not found, "\n".join(found)
 
 
 @pytest.mark.parametrize(
@@ -160,22 +178,18 @@ def test_json_is_all_that_stands_on_standard_output(at_work, capsys, monkeypatch
     assert "stopped" in captured.err
     assert train.main([*SMALL, "--json"]) == 0
     told, text = document(capsys)
-    assert "resuming" in text
+    # what people read is on standard error, all of it
+    assert text.startswith("g2g ")
+    for part in ("resuming", "Epoch 02 | train_acc=", "In full: ", "g2g-report checkpoints/"):
+        assert part in text
     assert list(told) == ["g2g", "settings", "result", "files"]
     assert told["g2g"] == __version__
     assert told["settings"] == settings_from(train.build_parser().parse_args(SMALL), TrainSettings).flag_values()
     history = [json.loads(line) for line in (at_work / f"checkpoints/{STEM}.jsonl").read_text().splitlines()]
     assert told["result"] == history[-1]
-    endings = {
-        "checkpoint": ".pth", "history": ".jsonl", "table": ".csv", "analysis": ".analysis.json", "marker": ".DONE",
-    }  # fmt: skip
-    assert told["files"] == {name: f"checkpoints/{STEM}{ending}" for name, ending in endings.items()}
+    endings = {"checkpoint": "pth", "history": "jsonl", "table": "csv", "analysis": "analysis.json", "marker": "DONE"}
+    assert told["files"] == {name: f"checkpoints/{STEM}.{ending}" for name, ending in endings.items()}
     assert all(Path(name).is_file() for name in told["files"].values())
-    # what people read is on standard error, all of it
-    assert text.startswith("g2g ")
-    assert "Epoch 02 | train_acc=" in text
-    assert "In full: " in text
-    assert "g2g-report checkpoints/" in text
     # a finished run says the same again
     assert train.main([*SMALL, "--json"]) == 0
     again, text = document(capsys)
@@ -204,18 +218,17 @@ def test_a_full_gpu_is_told_in_pytorchs_words_and_the_flags_that_save_memory(at_
     monkeypatch.setattr(train, "run_training", full)
     assert train.main(SMALL) == 1
     said = capsys.readouterr().err
-    assert "out of memory: CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.64" in said
-    assert "lower --batch_size (now 256) or --T (now 3) or --hidden_dim (now 32)" in said
-    assert "--precision bf16" in said
-    assert "--no_cuda_graph" in said
+    for part in (
+        "out of memory: CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.64",
+        "lower --batch_size (now 256) or --T (now 3) or --hidden_dim (now 32)", "--precision bf16", "--no_cuda_graph",
+    ):  # fmt: skip
+        assert part in said
     assert "Traceback" not in said
     assert train.main([*SMALL, "--precision", "bf16", "--no_cuda_graph"]) == 1
     said = capsys.readouterr().err
     assert "bf16, which" not in said
     assert "a graph keeps" not in said
-
-
-def test_lists_of_a_sweep_are_no_numbers_that_save_memory():
+    # lists of a sweep are no numbers that could be lowered
     arguments = build_parser().parse_args(["--T", "10", "20", "--sequence", "rows", "--hidden_dim", "32"])
     message = r"^out of memory: full; lower --batch_size \(now 256\); give --chunk"
     with pytest.raises(TrainingError, match=message), memory_named(arguments):

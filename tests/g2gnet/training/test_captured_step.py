@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from graph_stand_in import Graph
+from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import SMALL, VARIANTS, assert_equal
@@ -27,8 +28,7 @@ from g2gnet.training.captured_step import CapturedStep
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_without_a_cuda_device_it_is_refused_before_anything_is_done(tmp_path, capsys):
-    arguments = ["--dataset", "fashionmnist-mini", "--cuda_graph", "--checkpoint_dir", str(tmp_path / "out")]
-    assert train.main(arguments) == 2
+    assert train.main(["--cuda_graph", "--checkpoint_dir", str(tmp_path / "out")]) == 2
     assert "--cuda_graph needs a CUDA device, not cpu; leave it out, or give --device cuda" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="a CUDA graph needs a CUDA device, not cpu; leave `cuda_graph` out"):
@@ -64,9 +64,9 @@ def test_no_step_and_no_update_of_the_masks_waits_for_the_device(variant):
     for wait in (torch.Tensor.item, lambda one: one[one > 0]):
         with NeverWaiting(), pytest.raises(AssertionError, match="would wait for the device"):
             wait(torch.ones(1))
-    for number in range(2):
+    for images in torch.arange(128).split(64):
         with NeverWaiting():
-            trainer._train_step(torch.arange(64 * number, 64 * number + 64))
+            trainer._train_step(images)
     assert trainer.step == 2
     assert trainer.dst is None or trainer.dst.grown > 0
 
@@ -127,8 +127,8 @@ def test_the_fourth_call_is_captured_and_replayed_on_new_arguments(stand_ins):
 def test_a_batch_of_another_size_runs_directly_and_the_graph_stays(stand_ins, caplog):
     captured = g2gnet.captured(lambda x: 2 * x.sum(), CUDA, watch=())
     for number in range(120):
-        x = torch.full((4 if number % 3 else 2,), float(number))
-        assert captured(x) == 2 * len(x) * number
+        size = 4 if number % 3 else 2
+        assert captured(torch.full((size,), float(number))) == 2 * size * number
     assert len(Graph.captured) == 1
     assert not caplog.messages  # though many calls are direct
 
@@ -142,7 +142,7 @@ def test_what_a_graph_cannot_read_or_watch_is_refused(stand_ins, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             g2gnet.captured(lambda x: x, CUDA, watch=())(argument)
-    for watch in (torch.nn.Sequential(), (torch.nn.Identity(), torch.zeros(2)), None):
+    for watch in (nn.Sequential(), (nn.Identity(), torch.zeros(2)), None):
         with pytest.raises(TypeError, match=r"watch=(Sequential|tuple|NoneType) must be a tuple of all modules"):
             g2gnet.captured(lambda x: x, "cpu", watch)
 
@@ -157,8 +157,7 @@ class Own:
 
     def __init__(self, device, optimizer=ADAM):
         torch.manual_seed(0)
-        layers = torch.nn.Linear(6, 6), torch.nn.Dropout(0.5), torch.nn.Linear(6, 6), torch.nn.Tanh()
-        self.net = torch.nn.Sequential(*layers)
+        self.net = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 6), nn.Tanh())
         self.net.register_buffer("scale", torch.full((6,), 2.0))
         self.net[2].bias.requires_grad_(False)
         self.optimizer = optimizer(self.net.parameters(), torch.tensor(0.1))
@@ -192,21 +191,25 @@ def test_a_loop_of_ones_own_trains_as_without_a_graph(stand_ins):
     assert len(Graph.captured) == 1  # also with another learning rate in the same tensor
 
 
+def in_optimizer(**changes):
+    return lambda own: own.optimizer.param_groups[0].update(changes)
+
+
 CHANGES = {
-    "rate": lambda own: own.optimizer.param_groups[0].update(lr=0.0),
-    "betas": lambda own: own.optimizer.param_groups[0].update(betas=(0.5, 0.5)),
+    "rate": in_optimizer(lr=0.0),
+    "betas": in_optimizer(betas=(0.5, 0.5)),
     "frozen": lambda own: (own.net[0].bias.requires_grad_(False), own.net[2].bias.requires_grad_(True)),
     "eval": lambda own: own.net.eval(),
     "attribute": lambda own: setattr(own.net[1], "p", 0.1),
-    "type": lambda own: own.optimizer.param_groups[0].update(weight_decay=0.0),
+    "type": in_optimizer(weight_decay=0.0),
     "moment": lambda own: own.optimizer.state[own.net[0].bias].update(exp_avg=torch.ones(6)),
     "address": lambda own: setattr(own.net[2].bias, "data", torch.zeros(6)),
     "shape": lambda own: setattr(own.net.scale, "data", own.net.scale.data[:1]),
     "strides": lambda own: setattr(own.net[2].weight, "data", own.net[2].weight.data.t()),
     "dtype": lambda own: setattr(own.net.scale, "data", own.net.scale.data.view(torch.int32)),
-    "parameter at its address": lambda own: setattr(own.net[0], "bias", torch.nn.Parameter(own.net[0].bias.detach())),
+    "parameter at its address": lambda own: setattr(own.net[0], "bias", nn.Parameter(own.net[0].bias.detach())),
     "order": lambda own: own.net._modules.update({"0": own.net[2], "2": own.net[0]}),
-    "module": lambda own: own.net.__setitem__(3, torch.nn.Sigmoid()),
+    "module": lambda own: own.net.__setitem__(3, nn.Sigmoid()),
     "no_grad": lambda own: setattr(own, "step", torch.no_grad()(own.step)),
     "autocast": lambda own: setattr(own, "step", torch.autocast("cuda", torch.float16)(own.step)),
 }
@@ -253,8 +256,8 @@ def test_an_optimizer_whose_state_a_graph_cannot_change_trains_directly(stand_in
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.filterwarnings("error:The .grad attribute of a Tensor:UserWarning")
 def test_a_tensor_without_an_address_is_compared_by_how_often_it_was_written_to(stand_ins):
-    net, x = torch.nn.Linear(4, 1), torch.rand(3, 4)
-    net.lazy, net.nested = torch.nn.LazyLinear(2), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    net, x = nn.Linear(4, 1), torch.rand(3, 4)
+    net.lazy, net.nested = nn.LazyLinear(2), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
     net.register_buffer("adjacency", torch.eye(4).to_sparse().coalesce())
     net.state = net(x)  # whose gradient is not asked for
     captured = g2gnet.captured(net, CUDA, watch=(net,))  # the stand-in knows no sparse operations
@@ -267,7 +270,7 @@ def test_a_tensor_without_an_address_is_compared_by_how_often_it_was_written_to(
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_what_is_not_compared_is_read_after_recapture(stand_ins, device):
-    net, factor, x = torch.nn.Linear(4, 1), [1.0], torch.rand(3, 4)
+    net, factor, x = nn.Linear(4, 1), [1.0], torch.rand(3, 4)
     net.items = [1.0]
     step = lambda x: net(x) * net.items[0] * factor[0]  # noqa: E731
     captured = g2gnet.captured(step, device, watch=(net,))
@@ -291,7 +294,7 @@ def test_gradients_may_exist_when_a_step_begins(stand_ins, accumulated, set_to_n
 
     def trained(device):
         torch.manual_seed(0)
-        net, gradients = torch.nn.Linear(6, 3), []
+        net, gradients = nn.Linear(6, 3), []
         optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.5)
         net(torch.ones(1, 6)).sum().backward()
 
@@ -325,17 +328,13 @@ def forbidden(x):
     return x + 1
 
 
-def waiting(x):
-    graph_stand_in.wait()
-    return x + 1
-
-
 @pytest.mark.parametrize(
     ("step", "why", "captures"),
     [
         (lambda x: x.mul_(1) + 1, "it changes an argument in place", 1),
         (forbidden, "operation not permitted when stream is capturing", 1),
-        (waiting, r"it waits for the device in .*test_captured_step.py, line \d+", 0),  # a capture may end the process
+        # a capture may end the process
+        (lambda x: graph_stand_in.wait() or x + 1, r"it waits for the device in .*test_captured_step.py, line \d+", 0),
     ],
 )
 def test_a_step_that_cannot_be_captured_runs_directly_and_the_reason_is_said(stand_ins, caplog, step, why, captures):
@@ -352,7 +351,7 @@ def test_a_step_that_cannot_be_captured_runs_directly_and_the_reason_is_said(sta
 
 
 def test_an_error_of_the_step_in_a_capture_is_the_users(stand_ins):
-    net, x = torch.nn.Linear(4, 1), torch.ones(3, 4)
+    net, x = nn.Linear(4, 1), torch.ones(3, 4)
 
     def step(x):
         net(x).sum().backward()
@@ -370,7 +369,7 @@ def test_an_error_of_the_step_in_a_capture_is_the_users(stand_ins):
 
 
 def test_the_memory_of_a_graph_is_free_when_the_next_is_captured(stand_ins):
-    net, alive, graphs = torch.nn.Identity(), [], []
+    net, alive, graphs = nn.Identity(), [], []
     net.register_buffer("scale", torch.ones(1))
 
     def step(x):
@@ -416,8 +415,7 @@ def test_training_is_the_same_with_and_without_a_graph(trainer_of, variant, more
     changes = {"batch_size": 32, **VARIANTS[variant], **more}
     graph, plain = trainer_of(**changes), trainer_of(cuda_graph=False, **changes)
     for _ in range(graph.settings.epochs):
-        records = [trainer.train_epoch() for trainer in (graph, plain)]
-        assert_equal(*records)
+        assert_equal(graph.train_epoch(), plain.train_epoch())
     assert len(Graph.captured) == graphs
     # a learning rate that falls is read from a float32 tensor
     rounding = 1e-6 if "lr_schedule" in changes else 0.0

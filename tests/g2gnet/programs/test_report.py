@@ -170,12 +170,11 @@ def test_turnover_and_curves_show_the_records():
 
 
 def test_seeds_are_one_curve_with_a_band_of_the_standard_error():
-    def history(accuracies):
-        epoch = {"train_loss": 1, "train_acc": 0.5}
-        return [{**epoch, "epoch": number, "test_acc": accuracy} for number, accuracy in enumerate(accuracies, 1)]
-
-    figure = figures.training_curves({"seeds": [history([0.1, 0.3]), history([0.3, 0.5, 0.7]), history([0.2, 0.7])]})
-    accuracy, _ = figure.axes
+    runs = [
+        [{"epoch": n, "train_loss": 1, "train_acc": 0.5, "test_acc": accuracy} for n, accuracy in enumerate(run, 1)]
+        for run in ([0.1, 0.3], [0.3, 0.5, 0.7], [0.2, 0.7])
+    ]
+    accuracy, _ = figures.training_curves({"seeds": runs}).axes
     assert list(accuracy.lines[0].get_xdata()) == [1, 2]  # as far as all have come
     assert list(accuracy.lines[0].get_ydata()) == pytest.approx([0.2, 0.5])
     bounds = accuracy.collections[0].get_paths()[0].get_extents()

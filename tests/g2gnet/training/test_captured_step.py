@@ -19,7 +19,6 @@ from training_runs import SMALL, VARIANTS, assert_equal
 
 import g2gnet
 import train
-from g2gnet import G2GNet
 from g2gnet.data import load_dataset
 from g2gnet.training import Machine, Trainer, TrainingError, TrainSettings
 from g2gnet.training import trainer as trainer_module
@@ -69,16 +68,6 @@ def test_no_step_and_no_update_of_the_masks_waits_for_the_device(variant):
             trainer._train_step(images)
     assert trainer.step == 2
     assert trainer.dst is None or trainer.dst.grown > 0
-
-
-@pytest.mark.parametrize(("model", "block_size"), [("random", 16), ("mixer", 1)])
-def test_no_launch_of_the_triton_stack_depends_on_numbers_on_the_device(model, block_size):
-    """Tensors on the ``meta`` device have none: reading one is an error."""
-    pytest.importorskip("triton", minversion="3.3")
-    from benchmarks.launches import training_step
-
-    net = G2GNet(40, 96, 10, model, block_size=block_size, T=4)
-    assert training_step(net, 6, 40, torch.bfloat16)
 
 
 # --- what is replayed ---------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Rewiring models that torch.compile has compiled, and schedulers that are copied and saved at any step."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ from g2gnet import DSTScheduler, sparsify
 X = torch.rand(8, 30, generator=seeded(1)) * 3
 LABELS = torch.arange(8)
 RULES = [("hebb", "hebb"), ("set", "gradient")]
+
+
+PRUNED = {"final_density": 0.1, "total_steps": 8}
+pickled = functools.partial(saved_and_read, weights_only=False)
 
 
 def spiking():
@@ -97,8 +102,10 @@ def test_a_scheduler_may_be_made_of_the_compiled_model_while_another_records(pla
     """And what is compiled runs as compiled again once both have what they need, or are gone."""
     models, backend = [spiking(), spiking()], Counting()
     compiled = whole(models[0], backend)
-    first = DSTScheduler(compiled, torch.optim.SGD(models[0].parameters(), lr=0.1), interval=1, grow="hebb")
-    second = DSTScheduler(models[1], torch.optim.SGD(models[1].parameters(), lr=0.1), interval=2, grow="hebb")
+    first, second = (
+        DSTScheduler(of, torch.optim.SGD(model.parameters(), lr=0.1), interval=interval, grow="hebb")
+        for of, model, interval in ((compiled, models[0], 1), (models[1], models[1], 2))
+    )
     compiled(X).square().sum().backward()
     first.step()
     assert first.pruned > 0
@@ -124,11 +131,7 @@ def test_without_a_way_to_run_it_uncompiled_a_compiled_model_is_refused(monkeypa
 
 @pytest.mark.parametrize(
     ("duplicate", "rules", "options"),
-    [
-        (copy.deepcopy, RULES[0], {"final_density": 0.1, "total_steps": 8}),
-        (lambda of: saved_and_read(of, weights_only=False), RULES[1], {"final_density": 0.1, "total_steps": 8}),
-        (copy.deepcopy, RULES[1], {}),
-    ],
+    [(copy.deepcopy, RULES[0], PRUNED), (pickled, RULES[1], PRUNED), (copy.deepcopy, RULES[1], {})],
     ids=["deepcopy, pruned", "pickle, pruned", "deepcopy"],
 )
 def test_model_optimizer_and_scheduler_are_copied_together_at_any_step(duplicate, rules, options):

@@ -17,26 +17,13 @@ def checkpoint(tmp_path_factory):
 
 
 def test_a_loaded_network_classifies_as_the_run_did(checkpoint):
-    net = g2gnet.load(checkpoint)
+    net, data = g2gnet.load(checkpoint), load_dataset("fashionmnist-mini").limited(None, 100)
     assert not net.training
-    data = load_dataset("fashionmnist-mini")
     with torch.no_grad():
-        found = net(as_samples(data.test_images[:100])).argmax(1)
-    accuracy = (found == data.test_labels[:100]).double().mean().item()
+        found = net(as_samples(data.test_images)).argmax(1)
+    accuracy = (found == data.test_labels).double().mean().item()
     assert accuracy == pytest.approx(read_run(checkpoint).history[-1]["test_acc"])
-
-
-def test_a_device_or_backend_that_is_not_there_is_refused_before_the_file_is_read(tmp_path):
-    with pytest.raises(ValueError, match="device='gpu' is unknown; give auto, cpu"):
-        g2gnet.load(tmp_path / "nowhere.pth", device="gpu")
-    with pytest.raises(ValueError, match="backend='fast' is not a backend; choose one of auto"):
-        g2gnet.load(tmp_path / "nowhere.pth", backend="fast")
-    with pytest.raises(CheckpointError, match=r"nowhere.pth cannot be read \(No such file or directory\)"):
-        g2gnet.load(tmp_path / "nowhere.pth")
-
-
-def test_defaults_of_pytorch_do_not_change_what_is_loaded(checkpoint):
-    plain = g2gnet.load(checkpoint)
+    # whatever the defaults of PyTorch are
     with torch.device("meta"):
         on_meta = g2gnet.load(checkpoint)
     torch.set_default_dtype(torch.float64)
@@ -45,11 +32,18 @@ def test_defaults_of_pytorch_do_not_change_what_is_loaded(checkpoint):
         assert torch.get_default_dtype() == torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
-    for net in (on_meta, in_float64):
-        assert_equal(dict(net.state_dict()), dict(plain.state_dict()))
+    for other in (on_meta, in_float64):
+        assert_equal(dict(other.state_dict()), dict(net.state_dict()))
 
 
-def test_inputs_are_not_divided_by_what_is_no_deviation(checkpoint, tmp_path):
+def test_what_cannot_be_loaded_is_refused(checkpoint, tmp_path):
+    for options, message in (
+        ({"device": "gpu"}, "device='gpu' is unknown; give auto, cpu"),  # before the file is read
+        ({"backend": "fast"}, "backend='fast' is not a backend; choose one of auto"),
+        ({}, r"nowhere.pth cannot be read \(No such file or directory\)"),
+    ):
+        with pytest.raises(ValueError if options else CheckpointError, match=message):
+            g2gnet.load(tmp_path / "nowhere.pth", **options)
     content = replaced(read_tensors(checkpoint), "model/input_deviation", torch.zeros(()))
     with pytest.raises(CheckpointError, match=r"input_deviation is not above 0"):
         g2gnet.load(rewrite(checkpoint, tmp_path / "c.pth", **content))

@@ -51,9 +51,6 @@ def test_a_directory_for_what_could_not_be_had_is_not_left_behind(tmp_path):
     assert (tmp_path / "a/kept/file").is_file()
 
 
-# --- what is written ----------------------------------------------------------------------------------------------
-
-
 def test_a_fifo_and_a_device_are_written_into_and_stay_what_they_are(tmp_path):
     """840b5ea, as root, replaced /dev/null by a file."""
     fifo, link, read = tmp_path / "fifo", tmp_path / "null", []
@@ -140,9 +137,6 @@ def test_replacing_leaves_nothing_behind_where_it_fails_and_promises_no_checkpoi
     with pytest.raises(CheckpointError, match=r"\(No space left on device\)\. There is no checkpoint of this run"):
         RunFiles(tmp_path, "name").save_checkpoint({"settings": {}})
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
-
-
-# --- locks --------------------------------------------------------------------------------------------------------
 
 
 def test_a_file_system_without_locks_is_said_and_the_run_goes_on(tmp_path, monkeypatch, capsys):

@@ -96,9 +96,6 @@ def test_only_files_with_the_published_checksum_are_unpickled(tmp_path, monkeypa
     assert trace.exists()
 
 
-# --- augmentation -------------------------------------------------------------------------------------------------
-
-
 def by_loop(images, generator, shift):
     """The same draws, applied to one image after another with slices."""
     top, left = torch.randint(2 * shift + 1, (2, len(images), 1), generator=generator)

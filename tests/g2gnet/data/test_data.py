@@ -112,9 +112,6 @@ def test_a_file_that_expands_beyond_its_size_is_refused_before_it_does(tmp_path,
     assert max(read) <= 16 + 60 * 28 * 28 + 1
 
 
-# --- your own data --------------------------------------------------------------------------------------------
-
-
 def own_arrays(**changes):
     images = np.random.default_rng(0).integers(0, 256, (39, 5, 4), dtype=np.uint8)
     labels = {"train_labels": np.arange(30) % 3, "test_labels": np.arange(9, dtype=np.uint8) % 3}

@@ -26,9 +26,6 @@ from g2gnet.data.features import (
 FLAGS = shlex.split("--dataset cifar10 --use_resnet --hidden_dim 16 --T 3 --epochs 1 --batch_size 16")
 
 
-# --- the network --------------------------------------------------------------------------------------------------
-
-
 def by_names(state, images):
     """The second stage's output in float64, from the published names alone: conv, batch norm in eval mode, shortcut."""
     state = {name: tensor.double() for name, tensor in state.items()}
@@ -80,9 +77,6 @@ def test_the_state_dict_has_the_published_names_and_sizes():
     # 0.47 M, as the release has it
     assert sum(parameter.numel() for parameter in new_resnet("cifar10").parameters()) == 466_906
     assert network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 100)
-
-
-# --- weights ------------------------------------------------------------------------------------------------------
 
 
 def test_the_published_weights_load_from_the_hub_directory(tmp_path, monkeypatch):
@@ -154,9 +148,6 @@ def test_a_wrong_file_is_refused(weights_file, damage, message):
             weights_digest("cifar10", path)
 
 
-# --- the cache ----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def data_dir(tmp_path, monkeypatch):
     write_cifar(monkeypatch, tmp_path / "data", "cifar10")
@@ -221,9 +212,6 @@ def test_a_data_directory_that_cannot_be_written_only_costs_the_cache(data_dir, 
     (data_dir / "features").write_text("in the way")
     assert len(load_features("cifar10", data_dir, weights_file).train_labels) == 50
     assert "the next run computes them again" in capsys.readouterr().err
-
-
-# --- runs ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_run_remembers_the_hash_of_its_weights_and_leaves_them_out(data_dir, weights_file, tmp_path, capsys):

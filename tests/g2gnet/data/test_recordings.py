@@ -35,9 +35,6 @@ def counted(shape, events):
     return counts
 
 
-# --- what is read -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("options", "shape"),
     [({}, (140, 140)), ({"bins": 700, "dt": 2.5, "steps": 100}, (100, 700)), ({"bins": 7, "dt": 100}, (14, 7))],
@@ -128,9 +125,6 @@ def test_counts_are_kept_in_more_bits_where_they_need_them(tmp_path):
         assert data.train_images[0].max() == count
 
 
-# --- sounds -------------------------------------------------------------------------------------------------------
-
-
 def mel(frequency):
     return 2595 * np.log10(1 + frequency / 700)
 
@@ -166,9 +160,6 @@ def test_speech_commands_are_divided_by_their_lists(tmp_path):
     assert (data.train_images.shape, data.train_images.dtype) == ((37, 100, 40), torch.float16)
     centres, tone = np.linspace(mel(20), mel(8000), 42)[1:-1], data.train_images[-1]  # the last name
     assert tone[50].argmax() == np.abs(centres - mel(1000)).argmin()
-
-
-# --- what is refused ----------------------------------------------------------------------------------------------
 
 
 def test_what_is_missing_is_named_with_a_remedy(tmp_path, monkeypatch):
@@ -337,9 +328,6 @@ def test_sequences_that_do_not_fit_the_memory_are_refused_before_they_are_made(t
         load_dataset("shd", tmp_path, bins=700, dt=100)
 
 
-# --- what is kept -------------------------------------------------------------------------------------------------
-
-
 def test_recordings_are_read_once_and_hidden_files_are_none(tmp_path, monkeypatch, capsys):
     write_recordings(tmp_path)
     hidden = {
@@ -382,9 +370,6 @@ def test_other_settings_or_files_are_read_anew_and_fewer_samples_than_were_publi
     changed("spikes/times", 2, [0.5] * 3)(tmp_path / "shd_train.h5")
     assert load_dataset("shd", tmp_path).fingerprint != first.fingerprint
     assert len(list((tmp_path / "binned").iterdir())) == 5
-
-
-# --- augmentation -------------------------------------------------------------------------------------------------
 
 
 def test_units_are_shifted_alike_at_all_steps_by_each_number_of_places():

@@ -65,9 +65,6 @@ def pairs(layout, g, h):
     return [(i, j) for i, j in itertools.product(*members) if i != j]
 
 
-# --- activity -----------------------------------------------------------------------------------------------------
-
-
 def test_firing_rates_and_correlations_by_hand():
     spikes = np.zeros((4, 2, 3))
     spikes[0, 0, 0] = spikes[1, 0, 0] = spikes[3, 1, 0] = 1  # 3 of 8
@@ -199,9 +196,6 @@ def test_a_group_of_one_neuron_has_no_pair_and_neurons_that_answer_every_class_a
     assert matrices.noise.item() == pytest.approx(1)
 
 
-# --- wiring -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", MASK_CASES.values(), ids=MASK_CASES)
 def test_wiring_equals_its_definition_on_the_dense_mask(case):
     mask = case.mask()
@@ -238,9 +232,6 @@ def test_entropy_runs_from_one_source_to_all_alike():
     assert input_group_entropy(one_unit)[0] == 0
     for found in (input_group_entropy(one_unit), cross_group_share(one_unit)):
         assert found.isnan().tolist() == [False, True], "neurons without inputs have none"
-
-
-# --- networks -----------------------------------------------------------------------------------------------------
 
 
 def batches_of(net, samples=60, seed=0):

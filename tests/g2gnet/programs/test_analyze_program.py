@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from small_data import publish_resnet, write_cifar, write_own, write_resnet
-from tiny_checkpoints import TINY, VARIANTS, replaced, rewrite, train_tiny
+from tiny_checkpoints import VARIANTS, replaced, rewrite, train_tiny
 from training_runs import assert_equal
 
-import crossval
 import train
 from g2gnet.base.seeding import stream
 from g2gnet.data import as_samples, load_dataset, npz
@@ -113,15 +112,6 @@ def test_the_directory_of_data_of_ones_own_is_asked_for(tmp_path, capsys, monkey
     assert "data/mine.npz cannot be read" in (error := capsys.readouterr().err)
     assert "; give the directory that has it as --data_dir" in error
     assert analyze.main([str(checkpoint), "--data_dir", str(tmp_path)]) == 0
-
-
-def test_a_fold_of_a_cross_validation_is_a_run_too(tmp_path):
-    assert crossval.main([*TINY, "--model", "mixer", "--k_folds", "2", "--checkpoint_dir", str(tmp_path)]) == 0
-    (checkpoint,) = tmp_path.glob("*_fold2of2.pth")
-    run = read_run(checkpoint)
-    assert (run.settings.fold, run.settings.k_folds) == (2, 2)
-    assert analyze.main([str(checkpoint), "--json", str(tmp_path / "a.json")]) == 0
-    assert json.loads((tmp_path / "a.json").read_text())["accuracy"] == run.history[-1]["test_acc"]
 
 
 def test_a_run_on_features_needs_the_weights_that_it_had(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ import io
 import json
 import shlex
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from training_runs import assert_equal, flags_of
 
 import crossval
 from g2gnet.data import load_dataset
-from g2gnet.training import Machine, SettingsError, Trainer, TrainSettings, run_training
+from g2gnet.programs import analyze
+from g2gnet.training import Machine, SettingsError, Trainer, TrainSettings, read_run, run_training
 from g2gnet.training.cross_validation import FoldSettings, stratified_folds
 
 NETWORK = {"dataset": "fashionmnist-mini", "model": "mixer", "hidden_dim": 64, "block_size": 8, "T": 5}
@@ -72,7 +74,7 @@ def test_each_fold_is_a_training_run_without_its_part(whole, tmp_path):
     assert not torch.equal(first["fc1.mask.wiring"], second["fc1.mask.wiring"]), "masks are drawn anew"
 
 
-def test_the_results_are_printed_and_written(whole, capsys):
+def test_the_results_are_printed_and_written(whole, tmp_path, capsys):
     folder, lines = whole
     assert "k_folds=3" in lines[0]
     assert "fold=" not in lines[0].replace("k_folds=", "")
@@ -98,12 +100,24 @@ def test_the_results_are_printed_and_written(whole, capsys):
     given = {**NETWORK, "limit_train": 150, "limit_test": 60, "epochs": 2, "k_folds": 3}
     assert results["settings"] == {**FoldSettings().flag_values(), **given}
     assert len(list(folder.glob("*.DONE"))) == len(list(folder.glob("*.pth"))) == 3
-    # a finished cross-validation is not trained again, and shows the same table
-    assert crossval.main([*FLAGS, "--checkpoint_dir", str(folder)]) == 0
-    again = capsys.readouterr().out
+    # a finished cross-validation is not trained again, and shows the same table; with --json it tells its files
+    assert crossval.main([*FLAGS, "--checkpoint_dir", str(folder), "--json"]) == 0
+    document, again = capsys.readouterr()
     assert again.count("is finished") == 3
     assert "Epoch" not in again
     assert again.splitlines()[-8:] == lines[-8:]
+    told = json.loads(document)
+    assert told.items() >= results.items()
+    assert told["files"]["results"] == f"{folder}/{STEM}_3folds.json"
+    for fold, (files, history) in enumerate(zip(told["files"]["folds"], histories, strict=True), 1):
+        assert files["checkpoint"] == f"{folder}/{STEM}_fold{fold}of3.pth"
+        assert json.loads(Path(files["history"]).read_text().splitlines()[-1]) == history[-1]
+    # a fold is a run too
+    run = read_run(files["checkpoint"])
+    assert (run.settings.fold, run.settings.k_folds) == (3, 3)
+    assert analyze.main([files["checkpoint"], "--json", str(tmp_path / "a.json")]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["accuracy"] == run.history[-1]["test_acc"]
+    capsys.readouterr()
     assert crossval.main([*FLAGS, "--lr", "0.1", "--checkpoint_dir", str(folder)]) == 1
     assert "lr: 0.001 there, 0.1 now" in capsys.readouterr().err
     folds = [FoldSettings(seed=7).of_fold(fold) for fold in (1, 2)]

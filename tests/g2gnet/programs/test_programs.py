@@ -246,18 +246,6 @@ def test_what_a_code_page_lacks_is_replaced(at_work, monkeypatch):
     assert (at_work / f"checkpoints/{STEM}.DONE").exists()
 
 
-def test_cross_validation_tells_the_files_of_every_fold(at_work, capsys):
-    assert crossval.main([*SMALL, "--k_folds", "2", "--json"]) == 0
-    told, text = document(capsys)
-    assert "| mean |" in text
-    results = json.loads((at_work / told["files"]["results"]).read_text())
-    assert {name: told[name] for name in results} == results
-    for fold, files in enumerate(told["files"]["folds"], 1):
-        assert files["checkpoint"] == f"checkpoints/{STEM}_fold{fold}of2.pth"
-        last = json.loads(Path(files["history"]).read_text().splitlines()[-1])
-        assert last["val_acc"] == told["folds"][fold - 1]["val_acc"]
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no signals from pipes")
 def test_a_reader_that_leaves_ends_the_program_without_a_traceback(tmp_path):
     """As ``train.py … | head -1`` does."""

@@ -169,9 +169,6 @@ def test_a_file_that_only_its_owner_can_replace_is_found_beforehand(tmp_path, mo
     check_writable(tmp_path / "new")
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_network_larger_than_memory_is_refused_with_what_it_takes(tmp_path, capsys, no_step, monkeypatch):
     monkeypatch.setattr(memory.os, "sysconf", lambda name: {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**22}[name])
     for flags in (
@@ -279,9 +276,6 @@ def test_what_is_no_checkpoint_is_replaced(trained, tmp_path):
         (tmp_path / name).write_bytes(b"" if name == "empty" else b"PK\3\4 and so on" * 9)
         assert analyze.main([str(trained), "--samples", "20", "--json", str(tmp_path / name)]) == 0
         assert (tmp_path / name).read_bytes().startswith(b"{")
-
-
-# --- messages -------------------------------------------------------------------------------------------------------
 
 
 def test_the_data_set_without_files_is_named_only_where_it_is_offered(tmp_path, capsys, monkeypatch):

@@ -37,9 +37,6 @@ def drawn_images(figure):
     return [np.asarray(axis.images[0].get_array()) for axis in figure.axes if axis.images]
 
 
-# --- pictures -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", ["784 to 2048, an eighth", "single weights"])
 def test_the_density_picture_shows_the_density(case):
     masks = [MASK_CASES[case].mask(p_inter) for p_inter in (0.1, 0.8)]
@@ -211,9 +208,6 @@ def test_an_animation_lights_up_the_neurons_that_fire_and_lets_them_fade(tmp_pat
     with Image.open(tmp_path / "spikes.gif") as file:
         assert file.n_frames >= 2  # frames that are alike are one
     assert "<img" in animation.to_jshtml()
-
-
-# --- the page -----------------------------------------------------------------------------------------------------
 
 
 class Reader(html.parser.HTMLParser):

@@ -31,7 +31,7 @@ from g2gnet.training import (
 from g2gnet.training.checkpoints import RunFiles
 from g2gnet.training.numerical_checks import CALM, DRIFTING, LOWER, WAKE, LayerWatch
 
-posix = pytest.mark.skipif(os.name != "posix", reason="signals and forks are those of POSIX")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and forks are those of POSIX")
 
 
 def signalled(step, number=signal.SIGTERM, train_step=Trainer._train_step):
@@ -63,7 +63,6 @@ def stop_at(directory, step, monkeypatch, **options):
 # --- signals ------------------------------------------------------------------------------------------------------
 
 
-@posix
 def test_a_network_from_inside_an_epoch_is_named_by_its_step(tmp_path, monkeypatch, caplog):
     files = stop_at(tmp_path, 6, monkeypatch)
     saved = read_run(files.checkpoint)
@@ -78,7 +77,6 @@ def test_a_network_from_inside_an_epoch_is_named_by_its_step(tmp_path, monkeypat
     )
 
 
-@posix
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "static"])
 def test_a_signal_inside_an_epoch_loses_no_step(tmp_path, monkeypatch, capsys, variant):
     """4 steps an epoch, 3 epochs; a run is stopped in a middle, or also in the first and the last step of an epoch."""
@@ -95,7 +93,6 @@ def test_a_signal_inside_an_epoch_loses_no_step(tmp_path, monkeypatch, capsys, v
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@posix
 def test_a_signal_between_epochs_or_after_the_last_loses_nothing(whole, tmp_path, monkeypatch):
     for epoch in (1, 3):
 
@@ -111,7 +108,6 @@ def test_a_signal_between_epochs_or_after_the_last_loses_nothing(whole, tmp_path
     assert_equal(load(whole), load(run(tmp_path / "parts")))
 
 
-@posix
 def test_signals_that_are_ignored_stay_ignored(whole, tmp_path, monkeypatch):
     """As ``nohup`` and a shell's ``&`` leave them to their children."""
     before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -141,7 +137,6 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-@posix
 @pytest.mark.parametrize(
     ("signals", "grace", "at_once"),
     [
@@ -170,7 +165,6 @@ def test_the_program_stops_after_the_step_or_at_once(tmp_path, signals, grace, a
     assert "Traceback" not in (tmp_path / "printed.out").read_text() + errors.read_text()
 
 
-@posix
 @pytest.mark.long
 def test_killed_at_random_instants_runs_end_with_the_same_weights():
     """50 SIGKILLs: in steps, in updates of the units, in writes of the checkpoint and of the marker."""
@@ -201,7 +195,6 @@ def test_every_truncation_and_a_flipped_bit_in_every_byte_is_noticed(tmp_path):
             read_tensors(path)
 
 
-@posix
 def test_the_checkpoint_before_a_damaged_one_is_used(whole, tmp_path, monkeypatch, capsys):
     files = stop_at(tmp_path / "parts", 10, monkeypatch)
     assert (load(files)["step"], read_tensors(files.previous)["step"]) == (10, 8)
@@ -217,7 +210,6 @@ def test_the_checkpoint_before_a_damaged_one_is_used(whole, tmp_path, monkeypatc
     assert not files.previous.exists()
 
 
-@posix
 def test_where_both_are_damaged_nothing_is_touched(tmp_path, monkeypatch):
     files = stop_at(tmp_path, 6, monkeypatch)
     for path in (files.checkpoint, files.previous):
@@ -232,7 +224,6 @@ def test_where_both_are_damaged_nothing_is_touched(tmp_path, monkeypatch):
 # --- disks and locks ----------------------------------------------------------------------------------------------
 
 
-@posix
 def test_a_full_disk_is_named_and_costs_no_checkpoint(tmp_path):
     """A limit on the size of files stands for the full disk: the checkpoint of the third epoch does not fit."""
     program = f"""
@@ -267,7 +258,6 @@ def test_a_second_run_of_the_same_name_is_refused(tmp_path):
     run(tmp_path)
 
 
-@posix
 def test_a_lock_dies_with_its_owner(tmp_path):
     program, files = tmp_path / "program.py", RunFiles(tmp_path, "name")
     program.write_text(
@@ -284,7 +274,6 @@ def test_a_lock_dies_with_its_owner(tmp_path):
         pass
 
 
-@posix
 def test_other_data_of_the_same_name_are_refused_and_another_backend_is_said(tmp_path, monkeypatch, capsys):
     files = stop_at(tmp_path, 6, monkeypatch)
     state, before, data = load(files), files.checkpoint.read_bytes(), load_dataset(SMALL["dataset"])

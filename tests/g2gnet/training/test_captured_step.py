@@ -34,8 +34,6 @@ def test_without_a_cuda_device_it_is_refused_before_anything_is_done(tmp_path, c
         CapturedStep(lambda inputs: None, torch.device("cpu"), (), required=True)
 
 
-# --- nothing in a step waits for the device -----------------------------------------------------------------------
-
 #: operations whose result the CPU has to know before it can go on, or whose result's shape depends on numbers
 WAITING = {
     "_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim",
@@ -69,8 +67,6 @@ def test_no_step_and_no_update_of_the_masks_waits_for_the_device(variant):
     assert trainer.step == 2
     assert trainer.dst is None or trainer.dst.grown > 0
 
-
-# --- what is replayed ---------------------------------------------------------------------------------------------
 
 CUDA = torch.device("cuda:1")
 
@@ -136,8 +132,6 @@ def test_what_a_graph_cannot_read_or_watch_is_refused(stand_ins, monkeypatch):
             g2gnet.captured(lambda x: x, "cpu", watch)
 
 
-# --- what is noticed ----------------------------------------------------------------------------------------------
-
 ADAM = functools.partial(torch.optim.Adam, capturable=True, fused=True)
 
 
@@ -180,17 +174,13 @@ def test_a_loop_of_ones_own_trains_as_without_a_graph(stand_ins):
     assert len(Graph.captured) == 1  # also with another learning rate in the same tensor
 
 
-def in_optimizer(**changes):
-    return lambda own: own.optimizer.param_groups[0].update(changes)
-
-
 CHANGES = {
-    "rate": in_optimizer(lr=0.0),
-    "betas": in_optimizer(betas=(0.5, 0.5)),
+    "rate": lambda own: own.optimizer.param_groups[0].update(lr=0.0),
+    "betas": lambda own: own.optimizer.param_groups[0].update(betas=(0.5, 0.5)),
     "frozen": lambda own: (own.net[0].bias.requires_grad_(False), own.net[2].bias.requires_grad_(True)),
     "eval": lambda own: own.net.eval(),
     "attribute": lambda own: setattr(own.net[1], "p", 0.1),
-    "type": in_optimizer(weight_decay=0.0),
+    "type": lambda own: own.optimizer.param_groups[0].update(weight_decay=0.0),
     "moment": lambda own: own.optimizer.state[own.net[0].bias].update(exp_avg=torch.ones(6)),
     "address": lambda own: setattr(own.net[2].bias, "data", torch.zeros(6)),
     "shape": lambda own: setattr(own.net.scale, "data", own.net.scale.data[:1]),
@@ -274,9 +264,6 @@ def test_what_is_not_compared_is_read_after_recapture(stand_ins, device):
     assert len(Graph.captured) == 4 * (device != "cpu")
 
 
-# --- gradients ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("accumulated", "set_to_none"), [(0, True), (3, False)])
 def test_gradients_may_exist_when_a_step_begins(stand_ins, accumulated, set_to_none):
     """Those of ``accumulated`` steps, used by the loop; 0: of the last step, used by the next one."""
@@ -306,9 +293,6 @@ def test_gradients_may_exist_when_a_step_begins(stand_ins, accumulated, set_to_n
 
     assert all(map(torch.equal, trained("cpu"), trained(CUDA)))
     assert Graph.captured
-
-
-# --- steps that cannot be captured --------------------------------------------------------------------------------
 
 
 def forbidden(x):
@@ -373,9 +357,6 @@ def test_the_memory_of_a_graph_is_free_when_the_next_is_captured(stand_ins):
     assert alive == [[], [None]]
     scale, net.scale = weakref.ref(net.scale), None
     assert scale() is not None  # another tensor at its address would be taken for it
-
-
-# --- in the trainer -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -245,23 +245,20 @@ def test_two_machines_train_as_one_and_end_the_threads_of_their_group(tmp_path):
     assert_same_course(load(run(tmp_path / "one")), load(RunFiles(tmp_path / "two", TrainSettings(**SMALL).stem)))
 
 
-@pytest.mark.parametrize(
-    ("ranks", "lines"),
-    [
-        (
-            "train --seed 7|train:other-python --dropout 0.5 --backend torch|train --epochs 4 --enforce_sparsity",
-            [
-                "seed: 7 in rank 0, 42 in ranks 1, 2",
-                f"python: {platform.python_version()} in ranks 0, 2, 2.7.18 in rank 1",
-                "dropout: 0.0 in ranks 0, 2, 0.5 in rank 1",
-                "epochs: 3 in ranks 0, 1, 4 in rank 2",
-                "enforce_sparsity: False in ranks 0, 1, True in rank 2",
-                *(["backend: cpu in ranks 0, 2, torch in rank 1"] if "cpu" in available_backends() else []),
-            ],
-        ),
-        ("train|crossval", ["program: train in rank 0, crossval in rank 1", "warmup_epochs: 10 in rank 0, 2 in"]),
+MISMATCHES = {
+    "train --seed 7|train:other-python --dropout 0.5 --backend torch|train --epochs 4 --enforce_sparsity": [
+        "seed: 7 in rank 0, 42 in ranks 1, 2",
+        f"python: {platform.python_version()} in ranks 0, 2, 2.7.18 in rank 1",
+        "dropout: 0.0 in ranks 0, 2, 0.5 in rank 1",
+        "epochs: 3 in ranks 0, 1, 4 in rank 2",
+        "enforce_sparsity: False in ranks 0, 1, True in rank 2",
+        *(["backend: cpu in ranks 0, 2, torch in rank 1"] if "cpu" in available_backends() else []),
     ],
-)
+    "train|crossval": ["program: train in rank 0, crossval in rank 1", "warmup_epochs: 10 in rank 0, 2 in"],
+}
+
+
+@pytest.mark.parametrize(("ranks", "lines"), MISMATCHES.items())
 def test_processes_that_do_not_match_name_what_differs_before_any_work(tmp_path, several, ranks, lines):
     count = ranks.count("|") + 1
     several(PROGRAM, ranks, *train_flags(tmp_path / "run"), statuses=[1] * count)

@@ -60,9 +60,6 @@ def stop_at(directory, step, monkeypatch, **options):
     return RunFiles(directory, TrainSettings(**{**SMALL, **options}).stem)
 
 
-# --- signals ------------------------------------------------------------------------------------------------------
-
-
 def test_a_network_from_inside_an_epoch_is_named_by_its_step(tmp_path, monkeypatch, caplog):
     files = stop_at(tmp_path, 6, monkeypatch)
     saved = read_run(files.checkpoint)
@@ -177,9 +174,6 @@ def test_killed_at_random_instants_runs_end_with_the_same_weights():
         assert re.search(rf"[1-9]\d* in a {place}", done.stdout), done.stdout
 
 
-# --- damaged files ------------------------------------------------------------------------------------------------
-
-
 def test_every_truncation_and_a_flipped_bit_in_every_byte_is_noticed(tmp_path):
     path, content = tmp_path / "file.pth", {"weights": torch.arange(3.0), "epoch": 1}
     write_tensors(path, content)
@@ -219,9 +213,6 @@ def test_where_both_are_damaged_nothing_is_touched(tmp_path, monkeypatch):
         run(tmp_path)
     assert all(str(text) in str(error.value) for text in (files.checkpoint, files.previous, "`checkpoint_dir`"))
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-# --- disks and locks ----------------------------------------------------------------------------------------------
 
 
 def test_a_full_disk_is_named_and_costs_no_checkpoint(tmp_path):
@@ -290,9 +281,6 @@ def test_other_data_of_the_same_name_are_refused_and_another_backend_is_said(tmp
     message = capsys.readouterr().err
     assert f"instruction set: another there, {versions['instruction set']} now" in message
     assert message.count("there,") == 1
-
-
-# --- numbers that go wrong ----------------------------------------------------------------------------------------
 
 
 def spoiled(step, spoil, train_step=Trainer._train_step):

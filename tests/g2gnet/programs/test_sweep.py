@@ -81,42 +81,35 @@ def test_two_folders_of_one_run_are_refused_and_so_is_one_run_of_two_values(tmp_
         runs_of({**QUICK, "threshold": [None, 1.0], "seed": [1, 2]}, tmp_path / "other")
 
 
-@pytest.mark.parametrize(
-    ("grid", "messages"),
-    [
-        ({"p_intr": 1}, ["p_intr is not a setting; did you mean p_intra?"]),
-        ({"seed": [1, 2, 1]}, ["seed=1 is given twice"]),
-        ({"seed": []}, ["seed has no value"]),
-        ({3: 1}, ["3 is not a setting"]),
-        ({"seed": np.ones((2, 2), int)}, ["seed=[1, 1] is given twice"]),
-        ({"model": ["index", "ring"], "T": [0, 3]}, ["model='ring' is unknown; choose one of", "T=0 must be"]),
-        ({"model": ["dense", "index"], "sparsity_mode": "dynamic"}, ["needs a sparse model"]),
-    ],
-)
-def test_what_is_wrong_with_a_grid_is_said_before_anything_is_trained(tmp_path, grid, messages):
-    with pytest.raises(SettingsError) as error:
-        sweep.run(grid, tmp_path / "sweep")
-    for message in messages:
-        assert message in str(error.value)
+def test_what_is_wrong_with_a_grid_is_said_before_anything_is_trained(tmp_path):
+    for grid, *messages in (
+        ({"p_intr": 1}, "p_intr is not a setting; did you mean p_intra?"),
+        ({"seed": [1, 2, 1]}, "seed=1 is given twice"),
+        ({"seed": []}, "seed has no value"),
+        ({3: 1}, "3 is not a setting"),
+        ({"seed": np.ones((2, 2), int)}, "seed=[1, 1] is given twice"),
+        ({"seed": "none"}, "seed='none' must be a whole number"),
+        ({"model": ["index", "ring"], "T": [0, 3]}, "model='ring' is unknown; choose one of", "T=0 must be"),
+        ({"model": ["dense", "index"], "sparsity_mode": "dynamic"}, "needs a sparse model"),
+    ):
+        with pytest.raises(SettingsError) as error:
+            sweep.run(grid, tmp_path / "sweep")
+        assert all(message in str(error.value) for message in messages), error
     assert not (tmp_path / "sweep").exists()
 
 
-@pytest.mark.parametrize("values", [{0, 1}, np.arange(2), torch.arange(2), [np.int64(0), torch.tensor(1)]])
-def test_values_may_be_numbers_of_numpy_and_tensors(tmp_path, values):
-    runs = runs_of({"seed": values, "T": np.array(3), "p_inter": torch.tensor(0.25)}, tmp_path)
-    assert [(run.settings.seed, run.settings.T, run.settings.p_inter) for run in runs] == [(0, 3, 0.25), (1, 3, 0.25)]
-
-
-def test_a_number_that_may_be_left_out_may_be_none(tmp_path, capsys):
-    flags = ["--average", "none", "5", "--name", "none"]
-    grid = program.grid_from(program.build_parser().parse_args(flags))
+def test_values_may_be_numbers_of_numpy_and_tensors_and_none(tmp_path, capsys):
+    for values in ({0, 1}, np.arange(2), torch.arange(2), [np.int64(0), torch.tensor(1)]):
+        runs = runs_of({"seed": values, "T": np.array(3), "p_inter": torch.tensor(0.25)}, tmp_path)
+        found = [(run.settings.seed, run.settings.T, run.settings.p_inter) for run in runs]
+        assert found == [(0, 3, 0.25), (1, 3, 0.25)]
+    parse = program.build_parser().parse_args
+    grid = program.grid_from(parse(["--average", "none", "5", "--name", "none"]))
     found = [(run.settings.average, run.settings.name) for run in runs_of(grid, tmp_path)]
     assert found == [(None, "none"), (5, "none")]
     with pytest.raises(SystemExit):
-        program.build_parser().parse_args(["--average", "nil"])
+        parse(["--average", "nil"])
     assert "--average: invalid int or none value: 'nil'" in capsys.readouterr().err
-    with pytest.raises(SettingsError, match="seed='none' must be a whole number"):
-        runs_of({"seed": "none"}, tmp_path)
 
 
 def test_a_grid_comes_from_a_file_and_flags_replace_what_it_says(tmp_path):
@@ -299,12 +292,7 @@ def test_runs_that_are_alike_since_a_setting_has_no_effect_are_told(tmp_path, th
 def loses_its_sweep_while_it_loads(folder):
     """What a process of a sweep does that ends before the first step."""
     reader, writer = multiprocessing.Pipe(duplex=False)
-
-    def load(arguments):
-        writer.close()
-        time.sleep(60)
-
-    engine.train.train = load
+    engine.train.train = lambda arguments: writer.close() or time.sleep(60)
     engine._begin(reader, 1)
     with contextlib.suppress(KeyboardInterrupt):
         engine.train_run(QUICK, folder)
@@ -319,11 +307,7 @@ def test_a_process_whose_sweep_ends_before_its_first_step_ends_too(tmp_path):
 
 
 def test_sigterm_ends_a_sweep_as_ctrl_c_does(tmp_path, capsys, monkeypatch):
-    def interrupted(*runs, **options):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
-
-    monkeypatch.setattr(program, "run", interrupted)
+    monkeypatch.setattr(program, "run", lambda *runs, **options: signal.raise_signal(signal.SIGTERM))
     assert program.main([*flags_of(QUICK), "--folder", str(tmp_path)]) == 128 + signal.SIGTERM
     assert capsys.readouterr().err == f"g2g-sweep: interrupted by SIGTERM; {program.RESUME}\n"
 

@@ -107,14 +107,13 @@ def test_a_signal_between_epochs_or_after_the_last_loses_nothing(whole, tmp_path
 
 def test_signals_that_are_ignored_stay_ignored(whole, tmp_path, monkeypatch):
     """As ``nohup`` and a shell's ``&`` leave them to their children."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in before:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.signal(number, signal.SIG_IGN)
+        try:
             monkeypatch.setattr(Trainer, "_train_step", signalled(5, number))
             assert_equal(load(whole), load(run(tmp_path / number.name)))
             assert signal.getsignal(number) is signal.SIG_IGN
-    finally:
-        for number, handler in before.items():
+        finally:
             signal.signal(number, handler)
 
 
@@ -240,29 +239,29 @@ sys.exit(train.main({[*flags_of(SMALL), "--checkpoint_dir", str(tmp_path)]!r}))
     assert run(tmp_path).marker.exists()
 
 
-def test_a_second_run_of_the_same_name_is_refused(tmp_path):
-    files = RunFiles(tmp_path, TrainSettings(**SMALL).stem)
+LOCKING = """
+import sys, time
+from g2gnet.training.checkpoints import RunFiles
+with RunFiles(*sys.argv[1:]).locked():
+    print("locked", flush=True)
+    time.sleep(3600)
+"""
+
+
+def test_a_second_run_of_the_same_name_is_refused_until_the_first_ends_or_dies(tmp_path):
+    files, program = RunFiles(tmp_path, TrainSettings(**SMALL).stem), tmp_path / "program.py"
     with files.locked():
         with pytest.raises(CheckpointError, match=r"another run of this name is using .*mixer"):
             run(tmp_path)
         run(tmp_path, model="index")
-    run(tmp_path)
-
-
-def test_a_lock_dies_with_its_owner(tmp_path):
-    program, files = tmp_path / "program.py", RunFiles(tmp_path, "name")
-    program.write_text(
-        "import time\nfrom g2gnet.training.checkpoints import RunFiles\n"
-        f'with RunFiles({str(tmp_path)!r}, "name").locked():\n    print("locked", flush=True)\n    time.sleep(3600)\n'
-    )
-    process = processes.start(program, output=tmp_path / "printed")
+    program.write_text(LOCKING)
+    process = processes.start(program, tmp_path, files.marker.stem, output=tmp_path / "printed")
     processes.wait_for("locked\n", process, tmp_path / "printed.out")
-    with pytest.raises(CheckpointError, match="another run"), files.locked():
-        pass
+    with pytest.raises(CheckpointError, match="another run"):
+        run(tmp_path)
     process.kill()
     process.join()
-    with files.locked():
-        pass
+    run(tmp_path)
 
 
 def test_other_data_of_the_same_name_are_refused_and_another_backend_is_said(tmp_path, monkeypatch, capsys):

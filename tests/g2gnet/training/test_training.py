@@ -35,11 +35,11 @@ def test_each_batch_is_augmented_with_the_draws_of_its_step():
 @pytest.mark.parametrize("warmup", [0, 4])
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine(warmup):
     """Of 12 steps in 3 epochs the first rise by lr/(1 + warm-up) each; the cosine falls over the others, from lr on."""
-    trainer, rates = small_trainer(lr_schedule="cosine", lr_warmup=warmup), []
+    trainer, rates, left = small_trainer(lr_schedule="cosine", lr_warmup=warmup), [], 12 - warmup
     for _ in range(3):
         trainer.train_epoch(lambda *_: rates.append(trainer.optimizer.param_groups[0]["lr"]))
-    rising, left = [1e-3 * step / (warmup + 1) for step in range(1, warmup + 1)], 12 - warmup
-    assert rates == pytest.approx([*rising, *(1e-3 * (1 + math.cos(math.pi * s / left)) / 2 for s in range(left))])
+    rising = [1e-3 * step / (warmup + 1) for step in range(1, warmup + 1)]
+    assert rates == pytest.approx(rising + [1e-3 * (1 + math.cos(math.pi * s / left)) / 2 for s in range(left)])
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
@@ -58,11 +58,10 @@ def test_learned_delays_have_a_learning_rate_of_their_own_and_no_decay(optimizer
 
 def test_adaptive_neurons_stay_stable_in_training():
     trainer = small_trainer(neuron="adlif", per_neuron=True)
-    trainer.net.lif1.a.data.fill_(-0.5)
-    trainer.train_epoch()
     neurons = trainer.net.lif1
-    bound = -(1 - neurons.adapt_decay.clamp(0, 1)) * (1 - neurons.beta.clamp(0, 1))
-    assert (neurons.a >= bound).all()
+    neurons.a.data.fill_(-0.5)
+    trainer.train_epoch()
+    assert (neurons.a >= -(1 - neurons.adapt_decay.clamp(0, 1)) * (1 - neurons.beta.clamp(0, 1))).all()
 
 
 def test_a_warmup_without_end_and_a_schedule_without_an_update_are_refused():
@@ -224,21 +223,28 @@ def test_an_epoch_is_printed_and_recorded(tmp_path, capsys):
     assert last["train_loss"] < records[0]["train_loss"]
 
 
-def test_other_settings_than_the_files_are_refused_by_name(tmp_path):
+def test_other_settings_than_the_files_are_refused_by_name_and_what_was_not_written_at_the_end_is_made_up_for(tmp_path):
     files = run(tmp_path)
-    content = files.checkpoint.read_bytes()
+    content, state, analysis = files.checkpoint.read_bytes(), load(files), files.analysis.read_text()
     for finished in (True, False):
-        if not finished:
+        if not finished:  # it was killed between checkpoint and marker
             files.marker.unlink()
+            files.analysis.unlink()
+            files.history.write_text("")
         with pytest.raises(CheckpointError) as error:
             run(tmp_path, lr=0.01, dropout=0.1)
         for part in ("lr: 0.001 there, 0.01 now", "dropout: 0.0 there, 0.1 now", "`checkpoint_dir`"):
             assert part in str(error.value)
         assert "epochs" not in str(error.value)
         assert files.checkpoint.read_bytes() == content
-    state = load(files)  # a setting of a later version
+    run(tmp_path)
+    assert files.marker.exists()
+    assert files.analysis.read_text() == analysis
+    assert_equal(load(files), state)
+    assert len(files.history.read_text().splitlines()) == 3
+    files.marker.unlink()
     write_tensors(files.checkpoint, {**state, "settings": {**state["settings"], "colour": "red"}})
-    with pytest.raises(CheckpointError, match="colour: red there, not set now"):
+    with pytest.raises(CheckpointError, match="colour: red there, not set now"):  # a setting of a later version
         run(tmp_path)
 
 
@@ -278,19 +284,6 @@ def test_evaluation_and_analysis_compute_as_many_steps_at_a_time_as_training(tmp
     assert set(chunks) == {2}
 
 
-def test_a_run_killed_between_checkpoint_and_marker_only_writes_the_analysis_and_the_marker(tmp_path):
-    files = run(tmp_path)
-    before, analysis = load(files), files.analysis.read_text()
-    files.marker.unlink()
-    files.analysis.unlink()
-    files.history.write_text("")
-    run(tmp_path)
-    assert files.marker.exists()
-    assert files.analysis.read_text() == analysis
-    assert_equal(load(files), before)
-    assert len(files.history.read_text().splitlines()) == 3
-
-
 def test_the_regulariser_brings_firing_rates_to_its_target():
     distances = {}
     for enforced in (True, False):
@@ -301,26 +294,18 @@ def test_the_regulariser_brings_firing_rates_to_its_target():
     assert distances[True] < distances[False]
 
 
-@pytest.mark.parametrize("limit", [0, trainer_module.ONE_THREAD_UPDATE], ids=["many parameters", "few parameters"])
-def test_few_parameters_are_updated_by_one_thread_to_the_same_bits(monkeypatch, limit):
-    used, step = [], torch.optim.Adam.step
-
-    def step_noted(self, *args):
-        used.append(torch.get_num_threads())
-        return step(self, *args)
-
-    def trained(one_thread):
-        monkeypatch.setattr(trainer_module, "ONE_THREAD_UPDATE", one_thread)
-        trainer = small_trainer()
-        monkeypatch.setattr(trainer.optimizer, "step", step_noted.__get__(trainer.optimizer))
-        trainer.train_epoch()
-        return trainer.net.state_dict()
-
+def test_few_parameters_are_updated_by_one_thread_to_the_same_bits(monkeypatch):
+    states = []
     with pytorch_threads(2):
-        state = trained(limit)
-        assert torch.get_num_threads() == 2
-        assert set(used) == {1 if limit else 2}
-        assert_equal(trained(0), state)
+        for limit, threads in ((trainer_module.ONE_THREAD_UPDATE, 1), (0, 2)):
+            monkeypatch.setattr(trainer_module, "ONE_THREAD_UPDATE", limit)
+            trainer, used = small_trainer(), set()
+            trainer.optimizer.register_step_pre_hook(lambda *_, used=used: used.add(torch.get_num_threads()))
+            trainer.train_epoch()
+            assert used == {threads}
+            assert torch.get_num_threads() == 2
+            states.append(trainer.net.state_dict())
+    assert_equal(*states)
 
 
 def test_training_takes_denormal_numbers_for_zero_and_leaves_the_mode_as_it_was(tmp_path, monkeypatch):

@@ -52,7 +52,6 @@ def test_a_directory_for_what_could_not_be_had_is_not_left_behind(tmp_path):
 
 
 def test_a_fifo_and_a_device_are_written_into_and_stay_what_they_are(tmp_path):
-    """840b5ea, as root, replaced /dev/null by a file."""
     fifo, link, read = tmp_path / "fifo", tmp_path / "null", []
     os.mkfifo(fifo)
     reader = threading.Thread(target=lambda: read.append(fifo.read_bytes()))
@@ -87,7 +86,6 @@ def test_of_a_symbolic_link_the_target_is_replaced_and_others_may_read_it_as_the
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_reader_always_finds_a_whole_checkpoint(tmp_path, monkeypatch, links):
-    """840b5ea had no file of that name between two renames."""
     path, previous, seen = tmp_path / "c.pth", tmp_path / "c.previous.pth", []
     write_tensors(path, {"number": 0})
     if not links:
@@ -107,7 +105,6 @@ def test_a_reader_always_finds_a_whole_checkpoint(tmp_path, monkeypatch, links):
 
 @pytest.mark.parametrize("ending", [".pth", ".jsonl"])
 def test_a_run_takes_no_file_of_its_own_for_another(tmp_path, ending):
-    """840b5ea added to what a link named .jsonl pointed to, and hung on a FIFO named .pth."""
     victim, path = tmp_path / "victim", tmp_path / "runs" / f"{TrainSettings(**SMALL).stem}{ending}"
     victim.write_text("")
     path.parent.mkdir()
@@ -128,7 +125,6 @@ def test_a_run_takes_no_file_of_its_own_for_another(tmp_path, ending):
 def test_replacing_leaves_nothing_behind_where_it_fails_and_promises_no_checkpoint_where_there_is_none(
     tmp_path, monkeypatch
 ):
-    """840b5ea said that every epoch was kept in the last one."""
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(OSError, match="full"):
@@ -237,13 +233,11 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def finished(tmp_path, checkpoint):
-    """The files of a finished run, to change."""
     shutil.copytree(checkpoint.directory, tmp_path / "run")
     return RunFiles(tmp_path / "run", checkpoint.marker.stem)
 
 
 def test_the_result_of_a_finished_run_is_that_of_its_checkpoint(finished):
-    """42cb775 showed an accuracy with one flipped bit."""
     text, settings = finished.marker.read_text(), TrainSettings(**{**SMALL, "epochs": 1})
     finished.marker.write_text(text.replace('"test_acc": 0.', '"test_acc": 0.9'))
     assert finished.load_marker(settings) == load(finished)["history"][0] == json.loads(text)["result"]

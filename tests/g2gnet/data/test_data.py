@@ -97,7 +97,6 @@ def test_files_of_another_data_set_are_refused(tmp_path, small_files, compress):
 
 
 def test_a_file_that_expands_beyond_its_size_is_refused_before_it_does(tmp_path, small_files, monkeypatch):
-    """840b5ea unpacked 3 GB from 3 MB."""
     write(tmp_path, small_files, compress=True)
     bomb = tmp_path / "t10k-labels-idx1-ubyte.gz"
     bomb.write_bytes(gzip.compress(bytes(1 << 26)))
@@ -218,7 +217,6 @@ def test_the_subset_in_the_package_is_balanced_and_needs_no_files():
 
 @pytest.mark.skipif(not fashion_mnist.SYSTEM_DIR.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
 def test_the_subset_is_made_of_the_real_images(tmp_path):
-    """Writing it anew from the full set gives what is in the package."""
     full = load_dataset("fashionmnist", tmp_path)
     assert full.train_images.shape == (60000, 28, 28)
     fashion_mnist_mini.write_mini(full, tmp_path / "mini.npz")

@@ -119,7 +119,6 @@ def test_a_damaged_download_is_refused_by_its_hash_and_without_one_a_message_lis
 
 
 def scaled(path, name, factor):
-    """With all numbers of one tensor multiplied, in a type that holds them."""
     state = torch.load(path, weights_only=True)
     torch.save({**state, name: torch.from_numpy(state[name].numpy() * np.array(factor))}, path)
 

@@ -27,7 +27,6 @@ h5py = pytest.importorskip("h5py")
 
 
 def counted(shape, events):
-    """Events (step, place …) counted one by one."""
     counts = torch.zeros(shape, dtype=torch.int64)
     for step, *place in events:
         if step < shape[0]:
@@ -65,17 +64,25 @@ def test_speech_commands_as_spikes_have_a_part_for_validation(tmp_path):
     assert data.val_images.shape == (35, 20, 140)
 
 
-def test_times_are_whole_microseconds(tmp_path):
+def test_times_are_whole_microseconds_and_other_units_are_noticed(tmp_path):
     """0.57 s is 570 ms, though 0.57 · 1000 / 10 is below 57 in floating point."""
     write_heidelberg(tmp_path, "shd")
-    for part in ("train", "test"):
-        with h5py.File(tmp_path / f"shd_{part}.h5", "r+") as file:
-            del file["spikes"]
-            for name, value in (("times", 0.57), ("units", 3)):
-                values = file.create_dataset(f"spikes/{name}", file["labels"].shape, h5py.vlen_dtype(type(value)))
-                values[:] = [np.array([value])] * len(values)
-    data = load_dataset("shd", tmp_path, bins=700)
-    assert data.train_images.nonzero()[:, 1:].unique(dim=0).tolist() == [[57, 3]]
+
+    def every_spike(**events):
+        for part in ("train", "test"):
+            with h5py.File(tmp_path / f"shd_{part}.h5", "r+") as file:
+                del file["spikes"]
+                for name, value in events.items():
+                    values = file.create_dataset(f"spikes/{name}", file["labels"].shape, h5py.vlen_dtype(type(value)))
+                    values[:] = [np.array([value])] * len(values)
+
+    every_spike(times=0.57, units=3)
+    images = load_dataset("shd", tmp_path, bins=700).train_images
+    assert images.nonzero()[:, 1:].unique(dim=0).tolist() == [[57, 3]]
+    every_spike(times=570.0, units=3)
+    message = "no event of shd comes in the first 140 steps of 10 ms; are its times in other"
+    with pytest.raises(DataError, match=message):
+        load_dataset("shd", tmp_path)
 
 
 def test_events_of_n_mnist(tmp_path):
@@ -133,17 +140,15 @@ def test_mel_bands_are_the_formula_of_the_module():
     sound = np.random.default_rng(1).normal(0, 0.1, 3000)
     steps, hop, bands = 20, 160, 8
     found = mel_bands(sound, mel_filters(bands), steps, hop)
-    corners = np.linspace(mel(20), mel(8000), bands + 2)
+    corners, places = np.linspace(mel(20), mel(8000), bands + 2), mel(np.arange(513) * 16000 / 1024)
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 400)
     for t in (0, 3, 17, 19):
         part, there = np.zeros(1024), sound[t * hop : t * hop + 400]
         part[: len(there)] = there * window[: len(there)]
         power = np.abs(np.exp(-2j * np.pi * np.outer(np.arange(513), np.arange(1024)) / 1024) @ part) ** 2
         for band, (low, middle, high) in enumerate(zip(corners, corners[1:], corners[2:], strict=False)):
-            energy = 0.0
-            for k, strength in enumerate(power):
-                m = mel(k * 16000 / 1024)
-                energy += strength * max(0, min((m - low) / (middle - low), (high - m) / (high - middle)))
+            triangle = np.minimum((places - low) / (middle - low), (high - places) / (high - middle))
+            energy = power @ np.maximum(triangle, 0)
             assert found[t, band] == pytest.approx(np.log(max(energy, 1e-6) / 1e-6), rel=2e-3)
     assert (found[19] == 0).all(), "after the end there is silence, which is 0"
     assert (mel_filters(200).max(0) > 0).all(), "each of as many bands as are allowed has a frequency"
@@ -183,8 +188,6 @@ def test_what_is_missing_is_named_with_a_remedy(tmp_path, monkeypatch):
 
 
 def rewritten(name, make):
-    """Replaces a dataset of the HDF5 file."""
-
     def damage(path):
         with h5py.File(path, "r+") as file:
             new = make(file[name])
@@ -196,8 +199,6 @@ def rewritten(name, make):
 
 
 def changed(name, number, values):
-    """Replaces a list of the HDF5 file."""
-
     def damage(path):
         with h5py.File(path, "r+") as file:
             file[name][number] = np.array(values, file[name][number].dtype)
@@ -229,6 +230,7 @@ WRITERS = {
     "dvsgesture": (write_gestures, "ibmGestureTest/user01_led/10.npy"),
     "gsc": (write_speech, "bed/00000002_nohash_0.wav"),
 }
+LIST, OTHER = "testing_list.txt", ", which is missing or in another list"
 
 
 @pytest.mark.parametrize(
@@ -280,12 +282,11 @@ def test_a_damaged_file_is_named(tmp_path, name, damage, message):
          "dogs/a.wav is of none of the 35 words; move .*/dogs a"),
         ("gsc", lambda root: (root / "bed/00000000_nohash_0.wav").unlink(),
          "validation_list.txt names .*bed/0.*, which is miss"),
-        ("gsc", lambda root: (root / "testing_list.txt").write_text(""), "testing_list.txt is empty"),
+        ("gsc", lambda root: (root / LIST).write_text(""), f"{LIST} is empty"),
         # by this name it would be a recording for training, too
-        ("gsc", lambda root: (root / "testing_list.txt").write_text("cat/../bed/00000001_nohash_0.wav"),
-         "testing_list.txt names .*, which is missing or in another list"),
-        ("gsc", lambda root: (root / "testing_list.txt").write_text((root / "validation_list.txt").read_text()),
-         r"testing_list.txt names .*bed/00000000_nohash_0.wav \(and 11 more\), which is missing or in another list"),
+        ("gsc", lambda root: (root / LIST).write_text("cat/../bed/00000001_nohash_0.wav"), f"{LIST} names .*{OTHER}"),
+        ("gsc", lambda root: (root / LIST).write_text((root / "validation_list.txt").read_text()),
+         rf"{LIST} names .*bed/00000000_nohash_0.wav \(and 11 more\){OTHER}"),
     ],
 )  # fmt: skip
 def test_files_that_do_not_belong_there_are_named(tmp_path, name, put, message):
@@ -293,17 +294,6 @@ def test_files_that_do_not_belong_there_are_named(tmp_path, name, put, message):
     put(tmp_path)
     with pytest.raises(DataError, match=message):
         load_dataset(name, tmp_path)
-
-
-def test_times_in_other_units_are_noticed(tmp_path):
-    write_heidelberg(tmp_path, "shd")
-    for part in ("train", "test"):
-        with h5py.File(tmp_path / f"shd_{part}.h5", "r+") as file:
-            for number, times in enumerate(file["spikes/times"][:]):
-                file["spikes/times"][number] = 2 + times * 1000
-    message = "no event of shd comes in the first 140 steps of 10 ms; are its times in other"
-    with pytest.raises(DataError, match=message):
-        load_dataset("shd", tmp_path)
 
 
 def test_bins_that_do_not_fit_are_refused_before_anything_is_read(tmp_path):

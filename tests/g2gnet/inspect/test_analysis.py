@@ -126,14 +126,6 @@ def test_count_correlation_equals_its_definition_over_pairs(layout, part):
     np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-13)
 
 
-def test_sums_of_batches_join_to_those_of_all_samples():
-    spikes, labels = correlated_spikes()
-    whole = sums_of(spikes, labels, LAYOUTS["random"])
-    joined = SpikeSums.join([sums_of(spikes[:, p], labels[p], LAYOUTS["random"]) for p in (slice(17), slice(17, B))])
-    for name in ("labels", "counts", "class_sums", "activity"):
-        assert torch.equal(getattr(whole, name), getattr(joined, name))
-
-
 @pytest.mark.parametrize("rate", [0.02, 0.5])
 def test_independent_neurons_are_none_of_this_whatever_their_rate(rate):
     draw, labels = np.random.default_rng(0), np.arange(300) % C
@@ -147,21 +139,6 @@ def test_independent_neurons_are_none_of_this_whatever_their_rate(rate):
     assert max(matrices.total.abs().max(), matrices.noise.abs().max()) < 0.02
     # ten frequencies: a mean of ten lengths, each with a standard deviation of half its mean
     torch.testing.assert_close(coherence(sums, others), chance_coherence(sums, others), rtol=0.35, atol=0)
-
-
-def test_what_the_class_and_the_onset_explain_is_neither_synchrony_nor_noise_correlation():
-    """Neurons that answer each class at fixed steps, and nothing else: all signal."""
-    pattern = np.random.default_rng(0).uniform(size=(T, C, 2)) < 0.4
-    labels = np.arange(B) % C
-    pattern[:, 0], pattern[:5, 3] = False, True
-    spikes = np.repeat(pattern[:, labels], 3, 2).astype(float)
-    sums = sums_of(spikes, labels, GroupLayout(6, 2))
-    assert temporal_synchrony(sums).isnan().all()
-    assert coherence(sums, sums).isnan().all()
-    matrices = count_correlation(sums)
-    for whole in (matrices.signal, matrices.total):
-        torch.testing.assert_close(whole.diagonal(), torch.ones(2, dtype=torch.float64))
-    assert matrices.noise.isnan().all()
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,6 @@ def load(directory, fold):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a finished cross-validation, and what it printed."""
     folder = tmp_path_factory.mktemp("whole")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert crossval.main([*FLAGS, "--checkpoint_dir", str(folder)]) == 0

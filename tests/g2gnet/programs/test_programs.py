@@ -136,7 +136,6 @@ STEM = "fashionmnist-mini_mixer_p0.15_T3_current"
 
 @pytest.fixture
 def at_work(tmp_path, monkeypatch):
-    """An empty directory to work in."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

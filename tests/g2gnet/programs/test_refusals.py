@@ -31,12 +31,10 @@ READERS = analyze, report
 
 @pytest.fixture
 def no_step(monkeypatch):
-    """No training step may be made."""
     monkeypatch.setattr(Trainer, "_train_step", lambda self, index: pytest.fail("a step was made"))
 
 
 def refused(program, capsys, *arguments, status=2):
-    """What the program prints to standard error when it refuses the arguments."""
     try:
         code = program.main([str(argument) for argument in arguments])
     except SystemExit as stop:

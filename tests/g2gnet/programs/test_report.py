@@ -258,8 +258,6 @@ def read_page(path):
 
 @pytest.fixture
 def reported(tmp_path):
-    """The text of the page that the program writes of checkpoints, from 20 samples."""
-
     def run(*checkpoints):
         target = tmp_path / "report.html"
         assert report.main([*map(str, checkpoints), "--output", str(target), "--samples", "20"]) == 0
@@ -270,7 +268,6 @@ def reported(tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """One finished run of each kind."""
     return {name: train_tiny(tmp_path_factory.mktemp("run"), flags) for name, flags in VARIANTS.items()}
 
 
@@ -314,7 +311,6 @@ def test_every_kind_of_data_and_grouping_can_be_drawn(tmp_path, monkeypatch, fla
 
 
 def test_the_page_of_several_runs_compares_them(checkpoints, tmp_path, monkeypatch):
-    """Here with the picture of training curves, which is drawn once for all."""
     draw = content.picture
 
     def picture(figure, caption):

@@ -23,7 +23,6 @@ SMALL = ["--hidden_dim", "16", "--batch_size", "20", "--block_size", "4", "--epo
 
 
 def trained(program, folder, *flags):
-    """The JSON of a program that succeeds."""
     arguments = [*SMALL, *flags, "--checkpoint_dir", folder, "--json", folder / "out.json"]
     assert program.main([str(argument) for argument in arguments]) == 0
     return json.loads((folder / "out.json").read_text())

@@ -49,7 +49,6 @@ def thread():
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A finished sweep, and its folder. To read."""
     folder = tmp_path_factory.mktemp("sweep")
     with ThreadPoolExecutor(1) as executor:
         return sweep.run(GRID, folder, executor=executor), folder

@@ -42,8 +42,6 @@ WAITING = {
 
 
 class NeverWaiting(TorchDispatchMode):
-    """Raises for an operation for which the CPU would have to wait for an accelerator."""
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name().removeprefix("aten::")
         indices = args[1] if name.startswith(("index.", "index_put")) else ()
@@ -361,7 +359,6 @@ def test_the_memory_of_a_graph_is_free_when_the_next_is_captured(stand_ins):
 
 @pytest.fixture
 def trainer_of(stand_ins, monkeypatch):
-    """Makes trainers whose steps are captured, on the CPU."""
     monkeypatch.setattr(trainer_module, "CapturedStep", lambda step, _, *others: CapturedStep(step, CUDA, *others))
 
     def make(cuda_graph=True, **changes):

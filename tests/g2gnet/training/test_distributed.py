@@ -46,16 +46,13 @@ from g2gnet.base import distributed
 from g2gnet.dst import scheduler
 from g2gnet.data import DataError
 from g2gnet.training import Trainer
-
 name, *flags = sys.argv.pop(1).split("|")[int(os.environ["RANK"])].split()
 name, _, fault = name.partition(":")
 distributed.PATIENCE, distributed.FAREWELL = 0.5, datetime.timedelta(seconds=1)
 train_step, stream, number = Trainer._train_step, scheduler.stream, Path(sys.argv[0] + ".id")
-
 def wait_until_the_first_says(text):
     while text not in sorted(number.parent.glob("printed */0.err"))[-1].read_text():
         time.sleep(0.02)
-
 def step(self, index):  # of four in each of three epochs
     at = self.step, fault
     if at == (0, "slow"):
@@ -71,10 +68,8 @@ def step(self, index):  # of four in each of three epochs
     elif at in ((5, "SIGKILL"), (5, "SIGTERM")):
         os.kill(os.getpid(), getattr(signal, fault))
     return result
-
 def no_data(*arguments):
     raise DataError("there are no images here")
-
 def watch(*arguments):  # ends when the first process has ended
     for _ in range(600):
         time.sleep(0.05)
@@ -83,11 +78,9 @@ def watch(*arguments):  # ends when the first process has ended
         except ProcessLookupError:
             os._exit(0)
     os._exit(3)
-
 def report():
     names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     print("at the end:", ", ".join(name for name in names if "gloo" in name) or "no thread of gloo", file=sys.stderr)
-
 Trainer._train_step = step
 if fault in ("no-data", "watches"):
     program_flags.load_data = no_data if fault == "no-data" else watch
@@ -454,17 +447,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from g2gnet import DSTScheduler, G2GNet
-
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-
 def network(seed=1):
     return G2GNet(16, 32, 4, block_size=4, T=6, num_groups=4, generator=torch.Generator().manual_seed(seed))
-
 def scheduler(model, interval=2, group=None):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return optimizer, DSTScheduler(model, optimizer, interval=interval, grow="random", process_group=group)
-
 def say(function, *arguments):
     try:
         function(*arguments)
@@ -501,7 +490,6 @@ def train(updates, group="world", join=False):
             optimizer.step()
             if update:
                 dst.step()
-
 say(train, (1 + rank) * [True], "world", True)
 say(train, [True, rank == 0, True, True], dist.new_group(timeout=datetime.timedelta(seconds=1)))
 """

@@ -68,7 +68,6 @@ def scripted(monkeypatch, accuracies):
 
 
 def accuracy_of(checkpoint):
-    """On the test images, of the network in a checkpoint."""
     saved, data = read_run(checkpoint), load_dataset(SMALL["dataset"]).limited(None, 100)
     with torch.no_grad():
         found = saved.network().eval()(as_samples(data.test_images)).argmax(1)

@@ -47,12 +47,10 @@ def signalled(step, number=signal.SIGTERM, train_step=Trainer._train_step):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing stopped. To read."""
     return run(tmp_path_factory.mktemp("whole"))
 
 
 def stop_at(directory, step, monkeypatch, **options):
-    """Files of a run that was stopped after that many steps."""
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", signalled(step - 1))
         with pytest.raises(Interrupted, match=rf"after step {step}, with {(step - 1) // 4} of 3 epochs done; saved in"):

@@ -143,7 +143,6 @@ def test_the_average_is_the_mean_of_all_steps_and_then_of_about_the_last_and_fol
 
 
 def weights_of(net):
-    """Dense weights of each connection, and the neurons' parameters."""
     weights = {name: connection.dense_weight().detach().clone() for name, connection in net.connections().items()}
     neurons = {name: value.detach().clone() for name, value in net.named_parameters() if name.startswith("lif")}
     return {**weights, **neurons}

@@ -184,13 +184,10 @@ def test_what_a_killed_process_was_writing_is_cleared_away_if_it_can_be(tmp_path
         assert sorted(file.name for file in tmp_path.iterdir()) == left
 
 
-# --- streams, the environment, texts ------------------------------------------------------------------------------
-
+#: an epoch; and what is done first
 TRAIN = flags_of({**SMALL, "epochs": 1})
-
-
-FULL = "os.dup2(os.open('/dev/full', os.O_WRONLY), {})"
 CLOSED = "[os.close(1), os.close(2)]; sys.stdout = sys.stderr = None"
+FULL = "os.dup2(os.open('/dev/full', os.O_WRONLY), {})"
 
 
 @pytest.mark.parametrize("first", [CLOSED, FULL.format(2)], ids=["closed", "full"])

@@ -98,14 +98,12 @@ def test_files_of_another_data_set_are_refused(tmp_path, small_files, compress):
 
 def test_a_file_that_expands_beyond_its_size_is_refused_before_it_does(tmp_path, small_files, monkeypatch):
     write(tmp_path, small_files, compress=True)
-    bomb = tmp_path / "t10k-labels-idx1-ubyte.gz"
-    bomb.write_bytes(gzip.compress(bytes(1 << 26)))
-    read = []
-    original = gzip.GzipFile.read
-    monkeypatch.setattr(gzip.GzipFile, "read", lambda self, size: read.append(size) or original(self, size))
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(1 << 26)))
+    sizes, read = [], gzip.GzipFile.read
+    monkeypatch.setattr(gzip.GzipFile, "read", lambda self, size: sizes.append(size) or read(self, size))
     with pytest.raises(DataError, match="damaged"):
         load_dataset("fashionmnist", tmp_path)
-    assert max(read) <= 16 + 60 * 28 * 28 + 1
+    assert max(sizes) <= 16 + 60 * 28 * 28 + 1
 
 
 def own_arrays(**changes):
@@ -207,10 +205,8 @@ def test_a_fingerprint_is_that_of_values_shapes_and_dtypes():
 
 def test_the_subset_in_the_package_is_balanced_and_needs_no_files():
     data = load_dataset("fashionmnist-mini", "/nonexistent")
-    for images, labels, count in (
-        (data.train_images, data.train_labels, 600),
-        (data.test_images, data.test_labels, 100),
-    ):
+    for part, count in (("train", 600), ("test", 100)):
+        images, labels = getattr(data, f"{part}_images"), getattr(data, f"{part}_labels")
         assert (images.shape, images.dtype) == ((10 * count, 28, 28), torch.uint8)
         assert labels.bincount().tolist() == [count] * 10
 

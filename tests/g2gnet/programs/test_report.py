@@ -133,16 +133,16 @@ def test_nothing_lies_on_another_thing_in_the_picture_of_populations(make):
 
 
 def test_a_raster_has_a_dash_at_each_spike():
-    layout = GroupLayout(24, 3, "interleaved")
     spikes = (torch.rand(7, 24, generator=seeded(0)) < 0.2).float()
+    raster = figures.Raster("lif1", spikes, GroupLayout(24, 3, "interleaved"))
     silent = figures.Raster("lif3", torch.zeros(7, 5), GroupLayout(5, 1))
-    figure = figures.spike_rasters([figures.Raster("lif1", spikes, layout), silent], "title")
-    (dashes,) = figure.axes[0].collections
-    found = {(round(path.vertices[:, 0].mean()), round(path.vertices[0, 1])) for path in dashes.get_paths()}
+    axis = figures.spike_rasters([raster, silent], "title").axes[0]
+    found = {
+        (round(path.vertices[:, 0].mean()), round(path.vertices[0, 1])) for path in axis.collections[0].get_paths()
+    }
     # group after group: the neuron i of group i mod 3 stands at place 8·(i mod 3) + i // 3
-    expected = {(t + 1, 8 * (i % 3) + i // 3) for t, i in spikes.nonzero().tolist()}
-    assert found == expected
-    assert figure.axes[0].get_ylabel() == "lif1 (24 neurons)\ngroup"
+    assert found == {(t + 1, 8 * (i % 3) + i // 3) for t, i in spikes.nonzero().tolist()}
+    assert axis.get_ylabel() == "lif1 (24 neurons)\ngroup"
 
 
 def test_turnover_and_curves_show_the_records():
@@ -191,18 +191,13 @@ def test_the_confusion_picture_has_names_and_shares():
 
 
 def test_an_animation_lights_up_the_neurons_that_fire_and_lets_them_fade(tmp_path):
-    layout = GroupLayout(6, 2, "interleaved")
-    spikes = torch.zeros(3, 6)
-    spikes[1, 3] = 1  # neuron 3 is the second of group 1, at place 4 of 2 × 3 cells
-    animation = figures.spike_animation([figures.Raster("lif1", spikes, layout)], "one image")
-    image, heading = animation._func(0)
-    assert image.get_array().sum() == 0
-    animation._func(1)
-    expected = np.zeros((2, 3))
-    expected[1, 1] = 1
-    np.testing.assert_array_equal(image.get_array(), expected)
-    animation._func(2)
-    np.testing.assert_allclose(image.get_array(), figures.FADE * expected)
+    spikes, expected = torch.zeros(3, 6), np.zeros((2, 3))
+    spikes[1, 3] = expected[1, 1] = 1  # neuron 3 is the second of group 1, at place 4 of 2 × 3 cells
+    raster = figures.Raster("lif1", spikes, GroupLayout(6, 2, "interleaved"))
+    animation = figures.spike_animation([raster], "one image")
+    for step, shown in enumerate((0 * expected, expected, figures.FADE * expected)):
+        image, heading = animation._func(step)
+        np.testing.assert_allclose(image.get_array(), shown)
     assert heading.get_text() == "one image, time step 3 of 3"
     animation.save(tmp_path / "spikes.gif", writer="pillow")
     with Image.open(tmp_path / "spikes.gif") as file:
@@ -380,16 +375,15 @@ def test_a_graph_that_was_pruned_is_drawn_and_not_called_full(tmp_path, captions
 def test_runs_that_differ_in_their_seed_are_shown_with_their_mean(checkpoints, tmp_path, captions_alone, reported):
     paths, found = [], {"dense": [0.2, 0.4, 0.9], "mixer": [0.5, 0.6]}
     for model, accuracies in found.items():
-        run = read_run(checkpoints[model])
+        run, settings = read_run(checkpoints[model]), read_checkpoint(checkpoints[model])["settings"]
         for seed, accuracy in enumerate(accuracies, 1):
-            history = [*run.history[:-1], {**run.history[-1], "test_acc": accuracy}]
-            saved = read_checkpoint(run.path)["settings"] | {"seed": seed}
-            paths.append(rewrite(run.path, tmp_path / f"{model}{seed}.pth", settings=saved, history=history))
+            changes = {"history": [*run.history[:-1], {**run.history[-1], "test_acc": accuracy}]}
+            changes["settings"] = {**settings, "seed": seed}
+            paths.append(rewrite(run.path, tmp_path / f"{model}{seed}.pth", **changes))
     text = reported(*paths)
     for numbers, accuracies in zip(("1, 2, 3", "1, 2"), found.values(), strict=True):
-        values = [100 * accuracy for accuracy in accuracies]
-        mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
-        assert f"{numbers} {mean:.2f} ± {error:.2f}" in text
+        error = 100 * statistics.stdev(accuracies) / len(accuracies) ** 0.5
+        assert f"{numbers} {100 * statistics.mean(accuracies):.2f} ± {error:.2f}" in text
     assert "seed=1" in text
 
 

@@ -135,8 +135,14 @@ def test_replacing_leaves_nothing_behind_where_it_fails_and_promises_no_checkpoi
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
 
 
-def test_a_file_system_without_locks_is_said_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    for number in (errno.ENOLCK, errno.EOPNOTSUPP):
+def test_a_run_clears_away_what_a_killed_one_was_writing_and_goes_on_without_locks(tmp_path, monkeypatch, capsys):
+    (tmp_path / ".name.pth.folder").mkdir()
+    for name in ("name", "other"):
+        (tmp_path / f".{name}.pth.abcdefgh").write_text("half a checkpoint")
+    with RunFiles(tmp_path, "name").locked():
+        left = [".name.lock", ".name.pth.folder", ".other.pth.abcdefgh"]
+        assert sorted(file.name for file in tmp_path.iterdir()) == left
+    for number in (errno.ENOLCK, errno.EOPNOTSUPP):  # of a file system that has none
         monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(number, os.strerror(number))))
         with RunFiles(tmp_path, "name").locked():
             pass
@@ -173,15 +179,6 @@ def test_locks_lie_in_a_directory_of_ones_own(tmp_path, monkeypatch):
     own.chmod(0o777)
     with pytest.raises(PermissionError, match="open to other users"), one_at_a_time(tmp_path / "data"):
         pass
-
-
-def test_what_a_killed_process_was_writing_is_cleared_away_if_it_can_be(tmp_path):
-    (tmp_path / ".name.pth.folder").mkdir()
-    for name in ("name", "other"):
-        (tmp_path / f".{name}.pth.abcdefgh").write_text("half a checkpoint")
-    with RunFiles(tmp_path, "name").locked():
-        left = [".name.lock", ".name.pth.folder", ".other.pth.abcdefgh"]
-        assert sorted(file.name for file in tmp_path.iterdir()) == left
 
 
 #: an epoch; and what is done first
@@ -247,22 +244,20 @@ def test_the_result_of_a_finished_run_is_that_of_its_checkpoint(finished):
         run(finished.directory, epochs=1)
 
 
-def test_a_finished_run_of_several_hidden_layers_is_found_again(tmp_path):
-    """JSON has lists in the place of their sizes."""
-    for _ in range(2):
-        run(tmp_path, epochs=1, model="dense", hidden_dim=(16, 8))
-    with pytest.raises(CheckpointError, match=r"hidden_dim: \[16, 8\] there, \[16, 4\] now") as error:
-        run(tmp_path, epochs=1, model="dense", hidden_dim=(16, 4))
-    assert "`name=hidden_dim-16-4`" in str(error.value)
-
-
-def test_a_run_that_was_killed_with_the_marker_of_fewer_epochs_goes_on(finished):
+def test_a_run_with_the_marker_of_fewer_epochs_goes_on_and_one_of_several_layers_is_found_again(
+    finished,
+):
     of_one = finished.marker.read_text()
     run(finished.directory, epochs=2)
     of_two = finished.marker.read_text()
     finished.marker.write_text(of_one)
     run(finished.directory, epochs=2)
     assert finished.marker.read_text() == of_two
+    for _ in range(2):  # JSON has lists in the place of their sizes
+        run(finished.directory, epochs=1, model="dense", hidden_dim=(16, 8))
+    with pytest.raises(CheckpointError, match=r"hidden_dim: \[16, 8\] there, \[16, 4\] now") as error:
+        run(finished.directory, epochs=1, model="dense", hidden_dim=(16, 4))
+    assert "`name=hidden_dim-16-4`" in str(error.value)
 
 
 def test_what_files_say_cannot_move_the_cursor(finished, capsys):

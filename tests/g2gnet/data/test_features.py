@@ -5,6 +5,7 @@ import io
 import itertools
 import re
 import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -79,19 +80,22 @@ def test_the_state_dict_has_the_published_names_and_sizes():
     assert network(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 100)
 
 
-def test_the_published_weights_load_from_the_hub_directory(tmp_path, monkeypatch):
+def test_the_published_weights_are_loaded_or_downloaded_with_their_hash_checked(tmp_path, monkeypatch):
     path = publish_resnet(monkeypatch, tmp_path / "hub", "cifar10")
-    network = load_resnet("cifar10")
+    network, content, expected = load_resnet("cifar10"), path.read_bytes(), weights_digest("cifar10")
     assert not network.training
     assert not any(parameter.requires_grad for parameter in network.parameters())
     torch.testing.assert_close(dict(network.state_dict()), torch.load(path, weights_only=True), rtol=0, atol=0)
     # the same file by its name is the same setting
-    assert weights_digest("cifar10", path) == weights_digest("cifar10")
-
-
-def test_the_published_weights_are_downloaded_with_their_hash_checked(tmp_path, monkeypatch):
-    content = publish_resnet(monkeypatch, tmp_path / "server", "cifar10").read_bytes()
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    assert weights_digest("cifar10", path) == expected
+    path.write_bytes(content[:-1])
+    with pytest.raises(DataError, match=f"{path} is damaged: its SHA-256 begins with .*, not {expected}; delete it"):
+        load_resnet("cifar10")
+    shutil.rmtree(tmp_path / "hub")
+    with pytest.raises(DataError) as error:
+        load_resnet("cifar10")
+    for remedy in ("connect to the internet", f"download {NOBODY_LISTENS}", "`resnet_weights`", "g2g-pretrain"):
+        assert remedy in str(error.value)
 
     class Answer(io.BytesIO):
         def info(self):
@@ -103,19 +107,6 @@ def test_the_published_weights_are_downloaded_with_their_hash_checked(tmp_path, 
     assert not (tmp_path / "hub").exists()
     monkeypatch.setattr(torch.hub, "urlopen", lambda request: Answer(content))
     assert load_resnet("cifar10").fc.out_features == 10
-
-
-def test_a_damaged_download_is_refused_by_its_hash_and_without_one_a_message_lists_the_remedies(tmp_path, monkeypatch):
-    path = publish_resnet(monkeypatch, tmp_path / "hub", "cifar10")
-    expected = weights_digest("cifar10")
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(DataError, match=f"{path} is damaged: its SHA-256 begins with .*, not {expected}; delete it"):
-        load_resnet("cifar10")
-    path.unlink()
-    with pytest.raises(DataError) as error:
-        load_resnet("cifar10")
-    for remedy in ("connect to the internet", f"download {NOBODY_LISTENS}", "`resnet_weights`", "g2g-pretrain"):
-        assert remedy in str(error.value)
 
 
 def scaled(path, name, factor):

@@ -252,7 +252,7 @@ def test_a_network_is_analysed_layer_by_layer(model, enc):
     assert analyze_network(net, in_chunks, 10).as_dict() == analysis.as_dict()
 
 
-def test_a_network_of_two_classes_is_analysed_by_the_groups_that_each_of_them_hears():
+def test_a_network_of_two_classes_is_analysed_by_the_groups_that_each_of_them_hears_and_a_dense_one_by_none():
     net = G2GNet(49, 64, 2, "index", 0.3, 4, T=12, enc="rate", enc_scale=3.0, threshold=0.1, generator=seeded(0))
     analysis = analyze_network(net, ((x, activity, labels % 2) for x, activity, labels in batches_of(net)), 2)
     readout = analysis.layers[2]
@@ -261,9 +261,6 @@ def test_a_network_of_two_classes_is_analysed_by_the_groups_that_each_of_them_he
     expected = np.corrcoef(readout.pathway_coherence.numpy()[other], readout.density.numpy()[other])[0, 1]
     assert readout.coherence_by_pathway == pytest.approx(expected)
     assert json.loads(json.dumps(analysis.as_dict(), allow_nan=False)) == analysis.as_dict()
-
-
-def test_a_dense_network_has_one_group_and_nothing_between_groups():
     net = G2GNet(49, 64, 10, "dense", T=12, enc_scale=3.0, generator=seeded(0))
     layer = analyze_network(net, batches_of(net), 10).layers[1]
     assert layer.synchrony.isfinite().all()

@@ -137,15 +137,14 @@ def test_a_raster_has_a_dash_at_each_spike():
     raster = figures.Raster("lif1", spikes, GroupLayout(24, 3, "interleaved"))
     silent = figures.Raster("lif3", torch.zeros(7, 5), GroupLayout(5, 1))
     axis = figures.spike_rasters([raster, silent], "title").axes[0]
-    found = {
-        (round(path.vertices[:, 0].mean()), round(path.vertices[0, 1])) for path in axis.collections[0].get_paths()
-    }
+    (dashes,) = axis.collections
+    found = {(round(path.vertices[:, 0].mean()), round(path.vertices[0, 1])) for path in dashes.get_paths()}
     # group after group: the neuron i of group i mod 3 stands at place 8·(i mod 3) + i // 3
     assert found == {(t + 1, 8 * (i % 3) + i // 3) for t, i in spikes.nonzero().tolist()}
     assert axis.get_ylabel() == "lif1 (24 neurons)\ngroup"
 
 
-def test_turnover_and_curves_show_the_records():
+def test_turnover_and_curves_show_the_records_and_seeds_are_one_with_a_band_of_the_standard_error():
     history = [
         {"epoch": epoch, "train_loss": 1 / epoch, "train_acc": 0.5, "test_acc": 0.1 * epoch}
         | {"units_kept": {"fc1": 0.9, "fc2": 0.75}, "initial_units_kept": {"fc1": 0.9**epoch, "fc2": 0.75**epoch}}
@@ -164,14 +163,9 @@ def test_turnover_and_curves_show_the_records():
     assert first != second
     assert [line.get_color() for line in accuracy.lines] == [first, first, second, second]
     assert len({tuple(figures.style(number).values()) for number in range(49)}) == 49  # no two of many look alike
-
-
-def test_seeds_are_one_curve_with_a_band_of_the_standard_error():
-    runs = [
-        [{"epoch": n, "train_loss": 1, "train_acc": 0.5, "test_acc": accuracy} for n, accuracy in enumerate(run, 1)]
-        for run in ([0.1, 0.3], [0.3, 0.5, 0.7], [0.2, 0.7])
-    ]
-    accuracy, _ = figures.training_curves({"seeds": runs}).axes
+    accuracies = [0.1, 0.3], [0.3, 0.5, 0.7], [0.2, 0.7]
+    seeds = [[{**each, "test_acc": found} for each, found in zip(history, run, strict=False)] for run in accuracies]
+    accuracy, _ = figures.training_curves({"seeds": seeds}).axes
     assert list(accuracy.lines[0].get_xdata()) == [1, 2]  # as far as all have come
     assert list(accuracy.lines[0].get_ydata()) == pytest.approx([0.2, 0.5])
     bounds = accuracy.collections[0].get_paths()[0].get_extents()

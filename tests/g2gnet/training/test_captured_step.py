@@ -406,10 +406,8 @@ def test_a_resumed_run_captures_the_loaded_state_and_replays_find_a_weight_that_
 
 
 def test_on_a_cuda_device_steps_are_captured_unless_said_otherwise():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda:0")
-    assert Machine(cuda).captures
-    assert not Machine(cpu).captures
-    assert not Machine(cuda, world=types.SimpleNamespace(size=2)).captures
-    assert not Machine(cuda, cuda_graph=False).captures
+    cpu, cuda, two = torch.device("cpu"), torch.device("cuda:0"), types.SimpleNamespace(size=2)
+    machines = Machine(cuda), Machine(cpu), Machine(cuda, world=two), Machine(cuda, cuda_graph=False)
+    assert [machine.captures for machine in machines] == [True, False, False, False]
     parse = train.build_parser().parse_args
     assert [parse(flags).cuda_graph for flags in ([], ["--cuda_graph"], ["--no_cuda_graph"])] == [None, True, False]

@@ -11,7 +11,6 @@ from training_runs import SMALL, assert_equal, load, run, small_trainer
 from g2gnet.base.seeding import stream
 from g2gnet.data import as_samples, load_dataset
 from g2gnet.training import CheckpointError, Interrupted, SettingsError, Trainer, read_run
-from g2gnet.training import trainer as trainer_module
 from g2gnet.training.checkpoints import RunFiles
 from g2gnet.training.held_out import best_of, held_out
 
@@ -38,6 +37,7 @@ def test_what_is_held_out_trains_nothing_and_standardizes_nothing():
     trainer = small_trainer(**QUARTER, standardize=True, seed=5)
     index = held_out(data.train_labels, 0.25, seed=0)  # whatever the seed of the run
     assert torch.equal(trainer.held_out, index)
+    assert trainer.fingerprint == data.fingerprint, "the data are those of a run that holds none out"
     rest = [number for number in range(200) if number not in index.tolist()]
     for found, expected in (
         (trainer.data.val_images, data.train_images[index]),
@@ -164,13 +164,3 @@ def test_a_run_goes_on_with_the_same_images_only(tmp_path, monkeypatch):
             run(tmp_path, **QUARTER)
     files = run(tmp_path, **QUARTER)
     assert load(files)["tested"]["test_acc"] == accuracy_of(files.checkpoint)
-
-
-def test_without_held_out_images_a_fold_is_judged_by_both(monkeypatch):
-    data, parts = load_dataset(SMALL["dataset"]).limited(200, 100), []
-    trainer = small_trainer(data.held_out(torch.arange(50)), limit_train=None)
-    result = trainer_module.Evaluation(0.5, {}, {})
-    monkeypatch.setattr(trainer, "evaluate", lambda part: parts.append(part) or result)
-    assert list(trainer.train_epoch())[:5] == ["epoch", "train_loss", "train_acc", "val_acc", "test_acc"]
-    assert parts == ["val", "test"]
-    assert data.fingerprint == small_trainer(data, **QUARTER).fingerprint

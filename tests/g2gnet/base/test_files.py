@@ -122,9 +122,7 @@ def test_a_run_takes_no_file_of_its_own_for_another(tmp_path, ending):
         read_checkpoint(path)
 
 
-def test_replacing_leaves_nothing_behind_where_it_fails_and_promises_no_checkpoint_where_there_is_none(
-    tmp_path, monkeypatch
-):
+def test_replacing_that_fails_leaves_nothing_behind_and_promises_no_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(OSError, match="full"):
@@ -244,9 +242,7 @@ def test_the_result_of_a_finished_run_is_that_of_its_checkpoint(finished):
         run(finished.directory, epochs=1)
 
 
-def test_a_run_with_the_marker_of_fewer_epochs_goes_on_and_one_of_several_layers_is_found_again(
-    finished,
-):
+def test_markers_of_fewer_epochs_and_of_several_layers_are_understood(finished):
     of_one = finished.marker.read_text()
     run(finished.directory, epochs=2)
     of_two = finished.marker.read_text()

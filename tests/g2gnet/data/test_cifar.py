@@ -15,14 +15,13 @@ from g2gnet.base.seeding import stream
 from g2gnet.data import DataError, as_samples, cifar, load_dataset, random_crop_and_flip, random_erase
 from g2gnet.data.augmentation import SHIFTS
 
-NAMES = ("cifar10", "cifar100")
 ALL_FILES = {
     "cifar10": ("cifar-10-batches-py", [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch", "batches.meta"]),
     "cifar100": ("cifar-100-python", ["train", "test", "meta"]),
 }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL_FILES)
 @pytest.mark.parametrize("packed", [False, True], ids=["folder", "archive"])
 def test_files_are_found_and_read(tmp_path, monkeypatch, name, packed):
     files = cifar_files(monkeypatch, name, train=50, test=20)
@@ -47,7 +46,7 @@ def test_files_are_found_and_read(tmp_path, monkeypatch, name, packed):
     assert load_dataset(name, tmp_path).fingerprint == data.fingerprint
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL_FILES)
 def test_without_files_and_network_one_message_lists_the_remedies(tmp_path, monkeypatch, name):
     cifar_files(monkeypatch, name, train=50, test=20)
     with pytest.raises(DataError) as error:

@@ -15,14 +15,7 @@ from torch.nn import functional as F
 
 import train
 from g2gnet.data import DataError, load_dataset
-from g2gnet.data.features import (
-    FEATURES,
-    cache,
-    load_features,
-    load_resnet,
-    new_resnet,
-    weights_digest,
-)
+from g2gnet.data.features import FEATURES, cache, load_features, load_resnet, new_resnet, weights_digest
 
 FLAGS = shlex.split("--dataset cifar10 --use_resnet --hidden_dim 16 --T 3 --epochs 1 --batch_size 16")
 
@@ -174,9 +167,7 @@ def test_features_are_computed_once(data_dir, weights_file, monkeypatch, capsys)
     assert f"reading the ResNet-32 features from {file}" in capsys.readouterr().out
 
 
-def test_other_data_weights_or_cut_are_other_features_and_so_are_those_of_another_kind_of_device(
-    data_dir, weights_file, tmp_path, monkeypatch
-):
+def test_other_data_weights_cuts_or_devices_have_other_features(data_dir, weights_file, tmp_path, monkeypatch):
     """Arithmetic of devices differs in the last bits: a run on one must not go on with the features of the other."""
     devices = []
 

@@ -8,15 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import seeded
-from small_data import (
-    nmnist_bytes,
-    write_gestures,
-    write_heidelberg,
-    write_nmnist,
-    write_recordings,
-    write_speech,
-    write_wav,
-)
+from small_data import nmnist_bytes, write_gestures, write_heidelberg, write_nmnist, write_speech, write_wav
 from torch.nn import functional as F
 
 from g2gnet.data import DataError, MissingDataError, as_samples, load_dataset, random_unit_shift
@@ -319,24 +311,21 @@ def test_sequences_that_do_not_fit_the_memory_are_refused_before_they_are_made(t
 
 
 def test_recordings_are_read_once_and_hidden_files_are_none(tmp_path, monkeypatch, capsys):
-    write_recordings(tmp_path)
-    hidden = {
-        "nmnist": "NMNIST/Train/0/._00000.bin",
-        "dvsgesture": "DVSGesture/ibmGestureTest/user00_led/._0.npy",
-        "gsc": "SpeechCommands/speech_commands_v0.02/bed/._00000002_nohash_0.wav",
-    }
-    for name in ("shd", "ssc", *hidden):
-        first = load_dataset(name, tmp_path, steps=2).fingerprint
-        (file,) = (tmp_path / "binned").glob(f"{name}_*")
+    hidden = {"nmnist": "Train/0/._00000.bin", "dvsgesture": "ibmGestureTest/user00_led/._0.npy", "gsc": "bed/._0.wav"}
+    for name, (write, _) in WRITERS.items():
+        root = tmp_path / name
+        write(root)
+        first = load_dataset(name, root, steps=2).fingerprint
+        (file,) = (root / "binned").glob(f"{name}_*")
         assert f"reading {name}: 2 × " in capsys.readouterr().out
         with monkeypatch.context() as patch:
             patch.setattr("g2gnet.data.binned._read", lambda *_: pytest.fail("it was read again"))
-            assert load_dataset(name, tmp_path, steps=2).fingerprint == first
+            assert load_dataset(name, root, steps=2).fingerprint == first
         assert f"reading the sequences of {name} from {file}" in capsys.readouterr().out
         if name in hidden:
-            (tmp_path / hidden[name]).write_bytes(b"of macOS")
+            (root / hidden[name]).write_bytes(b"of macOS")
             file.unlink()
-            assert load_dataset(name, tmp_path, steps=2).fingerprint == first
+            assert load_dataset(name, root, steps=2).fingerprint == first
 
 
 def test_nothing_is_kept_of_a_reading_that_was_stopped(tmp_path, monkeypatch):

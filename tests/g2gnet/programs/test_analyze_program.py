@@ -96,9 +96,7 @@ def test_the_analysis_of_a_checkpoint_is_that_of_the_finished_run(tmp_path, caps
     assert ("quantities between groups" in printed) == ("dense" in flags)
 
 
-def test_fewer_samples_give_the_analysis_of_those_and_an_interrupted_run_is_named_by_its_step(
-    checkpoint, tmp_path, capsys
-):
+def test_fewer_samples_and_an_interrupted_run_are_analysed(checkpoint, tmp_path, capsys):
     inside = rewrite(checkpoint, tmp_path / "c.pth", epoch=0, history=[], step=3, progress={})
     assert analyze.main([str(inside), "--samples", "30", "--json", str(tmp_path / "a.json")]) == 0
     printed = capsys.readouterr().out

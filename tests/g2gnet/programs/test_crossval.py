@@ -18,8 +18,7 @@ from g2gnet.programs import analyze
 from g2gnet.training import Machine, SettingsError, Trainer, TrainSettings, read_run, run_training
 from g2gnet.training.cross_validation import FoldSettings, stratified_folds
 
-NETWORK = {"dataset": "fashionmnist-mini", "model": "mixer", "hidden_dim": 64, "block_size": 8, "T": 5}
-NETWORK |= {"enc_scale": 3.0}
+NETWORK = {"dataset": "fashionmnist-mini", "model": "mixer", "hidden_dim": 64, "block_size": 8, "T": 5, "enc_scale": 3}
 FLAGS = [*flags_of(NETWORK), *shlex.split("--limit_train 150 --limit_test 60 --epochs 2 --k_folds 3")]
 STEM = "fashionmnist-mini_mixer_p0.15_T5_current"
 

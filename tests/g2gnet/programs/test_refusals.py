@@ -66,9 +66,7 @@ def trained(tmp_path_factory):
         ([report], "x.pth --output ''", "argument --output: the name is empty"),
     ],
 )  # fmt: skip
-def test_flags_that_cannot_be_are_refused_before_any_work(
-    trained, tmp_path, capsys, no_step, monkeypatch, programs, flags, message
-):
+def test_flags_that_cannot_be_are_refused(trained, tmp_path, capsys, no_step, monkeypatch, programs, flags, message):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # with it Triton could be used, and a run would begin
     monkeypatch.chdir(tmp_path)
     for program in programs:
@@ -94,6 +92,11 @@ def test_files_that_cannot_be_are_named(trained, tmp_path, capsys, monkeypatch, 
         assert error.startswith(f"g2g-{program.__name__.split('.')[2]}: error: ")
         assert message in error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_backend_that_the_environment_names_is_checked(capsys, no_step, monkeypatch):
+    monkeypatch.setenv("G2G_BACKEND", "jax")
+    assert "G2G_BACKEND='jax' is not a backend" in refused(train, capsys, *TINY)
 
 
 @pytest.mark.parametrize("text", ["-1e-3", "-.5E+2", "-7.", "-12"])

@@ -41,9 +41,7 @@ def trained(program, folder, *flags):
         ((2, 6, 5), np.float32, "--sequence rows --sequence_step 2", "rows", 3, 20),
     ],
 )
-def test_what_samples_of_ones_own_are_follows_from_their_shape_and_the_flags(
-    tmp_path, caplog, shape, dtype, flags, sequence, steps, inputs
-):
+def test_shape_and_flags_say_what_samples_are(tmp_path, caplog, shape, dtype, flags, sequence, steps, inputs):
     data = write_own(tmp_path / "mine.npz", *shape, dtype=dtype)
     document = trained(train, tmp_path, "--dataset", data, *flags.split())
     settings, checkpoint = document["settings"], document["files"]["checkpoint"]

@@ -41,17 +41,16 @@ posix = pytest.mark.skipif(os.name != "posix", reason="links, FIFOs and devices 
 GRID = {**QUICK, "p_inter": [0.1, 0.3], "seed": [1, 2]}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def thread():
     with ThreadPoolExecutor(1) as executor:
         yield executor
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, thread):
     folder = tmp_path_factory.mktemp("sweep")
-    with ThreadPoolExecutor(1) as executor:
-        return sweep.run(GRID, folder, executor=executor), folder
+    return sweep.run(GRID, folder, executor=thread), folder
 
 
 def test_a_grid_is_every_combination_and_a_larger_one_keeps_its_folders(tmp_path):
@@ -274,9 +273,8 @@ def test_a_sweep_that_is_killed_and_interrupted_resumes_and_ends_as_if_it_had_no
     assert "Traceback" not in said
     assert len(list(folder.glob("*/*.DONE"))) < 3
     assert epochs() < 24
-    resumed, whole = (
-        sweep.run({**once, "seed": [1, 2, 3]}, place, executor=thread) for place in (folder, tmp_path / "whole")
-    )
+    grid = {**once, "seed": [1, 2, 3]}
+    resumed, whole = (sweep.run(grid, place, executor=thread) for place in (folder, tmp_path / "whole"))
     assert any("resuming" in path.read_text() for path in folder.glob("*/log.txt"))
     for (one, _), (other, _) in zip(resumed.ends, whole.ends, strict=True):
         assert_equal(load(one.files), load(other.files))

@@ -337,9 +337,7 @@ def test_a_meeting_point_that_is_none_is_named(monkeypatch, as_rank_1_of_2, vari
         ("--device cuda --cuda_graph", 2, "--cuda_graph is of one process; leave it out, or start one without"),
     ],
 )
-def test_flags_of_one_process_are_refused_before_anything_is_sent(
-    tmp_path, monkeypatch, capsys, as_rank_1_of_2, flags, devices, message
-):
+def test_flags_of_one_process_are_refused(tmp_path, monkeypatch, capsys, as_rank_1_of_2, flags, devices, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
     assert train.main([*flags.split(), "--checkpoint_dir", str(tmp_path / "none")]) == 2

@@ -18,16 +18,7 @@ import g2gnet
 from g2gnet.base.tensor_files import TensorFileError, read_tensors, write_tensors
 from g2gnet.data import load_dataset
 from g2gnet.neurons import LIF, Synaptic
-from g2gnet.training import (
-    CheckpointError,
-    Interrupted,
-    Machine,
-    Trainer,
-    TrainingError,
-    TrainSettings,
-    read_run,
-    run_training,
-)
+from g2gnet.training import CheckpointError, Interrupted, Machine, Trainer, TrainingError, TrainSettings, read_run
 from g2gnet.training.checkpoints import RunFiles
 from g2gnet.training.numerical_checks import CALM, DRIFTING, LOWER, WAKE, LayerWatch
 
@@ -68,9 +59,8 @@ def test_a_network_from_inside_an_epoch_is_named_by_its_step(tmp_path, monkeypat
     assert_equal(dict(net.state_dict()), dict(load(files)["model"]))
     g2gnet.load(files.previous)  # of the end of the first epoch
     (message,) = caplog.messages
-    assert message.startswith(
-        f"{files.checkpoint} was saved inside epoch 2 of 3, after step 6: no accuracy in its history is that of this"
-    )
+    said = "was saved inside epoch 2 of 3, after step 6: no accuracy in its history is that of this"
+    assert message.startswith(f"{files.checkpoint} {said}")
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "static"])
@@ -140,7 +130,6 @@ sys.exit(train.main(sys.argv[1:]))
         ([signal.SIGINT, signal.SIGINT], 0, True),
         ([signal.SIGTERM, signal.SIGINT], 60, True),
     ],
-    ids=["thrice as one", "twice", "two kinds"],
 )
 def test_the_program_stops_after_the_step_or_at_once(tmp_path, signals, grace, at_once):
     program, printed, errors = (tmp_path / name for name in ("program.py", "printed", "printed.err"))
@@ -268,7 +257,7 @@ def test_other_data_of_the_same_name_are_refused_and_another_backend_is_said(tmp
     state, before, data = load(files), files.checkpoint.read_bytes(), load_dataset(SMALL["dataset"])
     other = dataclasses.replace(data, train_labels=data.train_labels.roll(1))
     with pytest.raises(CheckpointError, match=r"different data: their SHA-256 is .* there, [0-9a-f]+ now") as error:
-        run_training(TrainSettings(**SMALL), lambda: other, tmp_path, Machine(torch.device("cpu")))
+        g2gnet.training.run_training(TrainSettings(**SMALL), lambda: other, tmp_path, Machine(torch.device("cpu")))
     assert "`data_dir`" in str(error.value)
     assert files.checkpoint.read_bytes() == before
     versions = state["versions"]
@@ -307,7 +296,6 @@ def spoil_gradient(layer, value):
         # membranes of NaN never fire: the loss stays finite, the gradient does not
         (lambda net: net.fc2.values.data[0, 0, 0].fill_(torch.nan), {}, "the gradient of lif2.threshold"),
     ],
-    ids=["NaN, clipped", "infinite", "a weight"],
 )
 def test_what_is_not_finite_is_named_and_the_last_good_checkpoint_kept(tmp_path, monkeypatch, spoil, options, what):
     # a signal comes in the next step: no checkpoint is written of a spoiled network
@@ -397,10 +385,8 @@ def test_classes_without_weights_are_warned_about_before_training(caplog):
         trainer.train_epoch(lambda *_: said.append(bool(caplog.messages)))
     assert said[0], "at the first step"
     (message,) = (message for message in caplog.messages if "classes" in message)
-    assert message == (
-        f"fc3 has no weights for {unseen} of 10 classes, whose scores therefore do not depend on the input; lower "
-        "`block_size`, or keep more weights"
-    )
+    without = f"fc3 has no weights for {unseen} of 10 classes, whose scores therefore do not depend on the input"
+    assert message == f"{without}; lower `block_size`, or keep more weights"
     caplog.clear()
     other = small_trainer(block_size=4, p_intra=0.4, p_inter=0.2)
     assert (other.net.fc3.weight != 0).any(1).all()
@@ -408,12 +394,11 @@ def test_classes_without_weights_are_warned_about_before_training(caplog):
     assert "classes" not in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("options", "remedy"), [({}, "give training images of them"), ({"limit_train": 10}, "raise `limit_train`")]
-)
-def test_classes_that_are_tested_but_not_trained_are_warned_about(caplog, options, remedy):
+def test_classes_that_are_tested_but_not_trained_are_warned_about(caplog):
     labels = {"train_labels": torch.arange(10) % 8, "test_labels": torch.tensor([9, 1, 2, 3, 9, 8])}
     data = dataclasses.replace(load_dataset(SMALL["dataset"]).limited(10, 6), **labels)
-    small_trainer(data, **{"limit_train": None, "limit_test": 6, **options})
-    said = "3 of 6 test images are of classes without a training image (8, 9), which cannot be learned"
-    assert caplog.messages == [f"{said}; {remedy}"]
+    for limit, remedy in ((None, "give training images of them"), (10, "raise `limit_train`")):
+        small_trainer(data, limit_train=limit, limit_test=6)
+        said = "3 of 6 test images are of classes without a training image (8, 9), which cannot be learned"
+        assert caplog.messages == [f"{said}; {remedy}"]
+        caplog.clear()

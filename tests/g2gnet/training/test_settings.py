@@ -66,22 +66,20 @@ RANGES = {
 @pytest.mark.parametrize(("interval", "name"), [(interval, name) for interval in RANGES for name in RANGES[interval]])
 def test_a_number_outside_of_its_range_is_named(interval, name):
     low, high = map(float, interval[1:-1].split(", "))
-    whole = int in types_of(TrainSettings)[name]
+    kind = int if int in types_of(TrainSettings)[name] else float
 
     def refusal(value):
-        value = int(value) if whole else value
         try:
-            TrainSettings(**{name: value})
+            TrainSettings(**{name: kind(value)})
         except SettingsError as error:
-            return f"{name}={value!r} must be" in str(error)
+            return f"{name}={kind(value)!r} must be" in str(error)
 
-    assert refusal(low if interval[0] == "(" else low - (1 if whole else 0.01))
+    assert refusal(low if interval[0] == "(" else low - (1 if kind is int else 0.01))
     assert not refusal(low + 0.01 if interval[0] == "(" else low)
     if high < math.inf:
         assert refusal(high if interval[-1] == ")" else high + 0.01)
         assert not refusal(high - 0.01 if interval[-1] == ")" else high)
-    if not whole:
-        assert refusal(math.nan)
+    assert kind is int or refusal(math.nan)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +125,8 @@ def test_a_number_outside_of_its_range_is_named(interval, name):
         ({"unit_shift": 3}, "unit_shift=3 has no effect with sequence=none; give `sequence=own`"),
         ({"sparsity_mode": "dynamic"}, "sparsity_mode=dynamic needs a sparse model; give `model=index"),
         ({"cg": "gradient"}, "cg=gradient has no effect with sparsity_mode=static"),
+        ({"dst_schedule": "cosine", "model": "index"}, "dst_schedule=cosine has no effect with sparsity_mode=static"),
+        ({"dst_stop": 0.5}, "dst_stop=0.5 has no effect with sparsity_mode=static; give `sparsity_mode=dynamic`"),
         ({"final_density": 0.1}, "final_density=0.1 has no effect with sparsity_mode=static; give `sparsity_mode=dyn"),
         (DYNAMIC | {"dst_fraction": 0.0}, "dst_fraction=0.0 replaces nothing"),
         (DYNAMIC | {"final_density": 0.1, "dst_fraction": 0.0, "cg": "gradient"}, "gradient has no effect with dst_f"),

@@ -1,6 +1,7 @@
 """What a program opens: links, FIFOs, devices, streams that are closed or full, names and texts that mean harm."""
 
 import errno
+import functools
 import json
 import os
 import shutil
@@ -23,10 +24,8 @@ from g2gnet.training.checkpoints import RunFiles, read_checkpoint
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="links, FIFOs and devices are those of POSIX")
 
 
-def program(stream, *arguments, output):
-    """``train.py`` whose streams are closed or full from its start."""
-    full = "os.dup2(os.open('/dev/full', os.O_WRONLY), {})"
-    first = full.format(stream) if stream else "[os.close(1), os.close(2)]; sys.stdout = sys.stderr = None"
+def program(first, *arguments, output):
+    """``train.py`` that does something with its streams at its start."""
     text = f"import os, sys\nfrom g2gnet.programs import train\n{first}\nsys.exit(train.main())"
     output.with_suffix(".py").write_text(text)
     return processes.run(output.with_suffix(".py"), *arguments, output=output)
@@ -52,14 +51,9 @@ def test_a_directory_for_what_could_not_be_had_is_not_left_behind(tmp_path):
     assert (tmp_path / "a/kept/file").is_file()
 
 
-# --- what is written ----------------------------------------------------------------------------------------------
-
-
 def test_a_fifo_and_a_device_are_written_into_and_stay_what_they_are(tmp_path):
-    """840b5ea, as root, replaced /dev/null by a file."""
-    fifo = tmp_path / "fifo"
+    fifo, link, read = tmp_path / "fifo", tmp_path / "null", []
     os.mkfifo(fifo)
-    read = []
     reader = threading.Thread(target=lambda: read.append(fifo.read_bytes()))
     reader.start()
     output.check_output(fifo)
@@ -67,7 +61,6 @@ def test_a_fifo_and_a_device_are_written_into_and_stay_what_they_are(tmp_path):
     reader.join(300)
     assert json.loads(read[0])["a"] == 1
     assert stat.S_ISFIFO(fifo.stat().st_mode)
-    link = tmp_path / "null"
     link.symlink_to("/dev/null")
     for path in (link, "/dev/null"):
         output.check_output(path)
@@ -78,7 +71,8 @@ def test_a_fifo_and_a_device_are_written_into_and_stay_what_they_are(tmp_path):
         output.write_output("/dev/full", "text")
 
 
-def test_of_a_symbolic_link_the_target_is_replaced(tmp_path):
+def test_of_a_symbolic_link_the_target_is_replaced_and_others_may_read_it_as_the_umask_says(tmp_path, request):
+    request.addfinalizer(functools.partial(os.umask, os.umask(0o027)))
     target, link = tmp_path / "there" / "target.json", tmp_path / "link.json"
     target.parent.mkdir()
     link.symlink_to(target)
@@ -87,19 +81,17 @@ def test_of_a_symbolic_link_the_target_is_replaced(tmp_path):
         output.write_output(link, text)
         assert link.is_symlink()
         assert target.read_text() == text
-    assert [path.name for path in target.parent.iterdir()] == ["target.json"]
+    assert [(path.name, path.stat().st_mode & 0o777) for path in target.parent.iterdir()] == [("target.json", 0o640)]
 
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_reader_always_finds_a_whole_checkpoint(tmp_path, monkeypatch, links):
-    """840b5ea had no file of that name between two renames."""
-    path, previous = tmp_path / "c.pth", tmp_path / "c.previous.pth"
+    path, previous, seen = tmp_path / "c.pth", tmp_path / "c.previous.pth", []
     write_tensors(path, {"number": 0})
     if not links:
         monkeypatch.setattr(os, "link", Mock(side_effect=OSError(errno.EPERM, "no hard links here")))
-    replace, seen = os.replace, []
 
-    def watched(source, target):
+    def watched(source, target, replace=os.replace):
         seen.append(read_tensors(path)["number"])
         replace(source, target)
         seen.append(read_tensors(path)["number"])
@@ -108,61 +100,51 @@ def test_a_reader_always_finds_a_whole_checkpoint(tmp_path, monkeypatch, links):
     write_tensors(path, {"number": 1}, keep=previous)
     assert seen == [0, 0, 0, 1]
     assert read_tensors(previous)["number"] == 0
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["c.previous.pth", "c.pth"]
+    assert sorted(tmp_path.iterdir()) == [previous, path]
 
 
 @pytest.mark.parametrize("ending", [".pth", ".jsonl"])
 def test_a_run_takes_no_file_of_its_own_for_another(tmp_path, ending):
-    """840b5ea added to what a link named .jsonl pointed to, and hung on a FIFO named .pth."""
-    victim = tmp_path / "victim"
+    victim, path = tmp_path / "victim", tmp_path / "runs" / f"{TrainSettings(**SMALL).stem}{ending}"
     victim.write_text("")
-    stem = TrainSettings(**SMALL).stem
-    path = tmp_path / "runs" / f"{stem}{ending}"
     path.parent.mkdir()
     path.symlink_to(victim)
-    message = rf"{ending} cannot be one of the run's own files \(it is "
-    with pytest.raises(CheckpointError, match=rf"{message}a symbolic link\); move it away"):
-        run(path.parent)
-    path.unlink()
-    os.mkfifo(path)
-    with pytest.raises(CheckpointError, match=f"{message}not a regular file"):
-        run(path.parent)
+    for what in (r"a symbolic link\); move it away", "not a regular file"):
+        with pytest.raises(CheckpointError, match=rf"{ending} cannot be one of the run's own files \(it is {what}"):
+            run(path.parent)
+        path.unlink()
+        os.mkfifo(path)
     assert victim.read_text() == ""
-
-
-def test_a_fifo_or_a_device_is_not_read(tmp_path):
-    os.mkfifo(tmp_path / "fifo.pth")
-    for path in (tmp_path / "fifo.pth", "/dev/zero"):
+    for other in (path, "/dev/zero"):
         with pytest.raises(OSError, match="it is not a regular file"):
-            open_file(path)
-    with pytest.raises(CheckpointError, match=r"fifo.pth cannot be read \(it is not a regular file\)"):
-        read_checkpoint(tmp_path / "fifo.pth")
+            open_file(other)
+    with pytest.raises(CheckpointError, match=rf"{ending} cannot be read \(it is not a regular file\)"):
+        read_checkpoint(path)
 
 
-def test_a_name_that_is_no_utf_8_is_written_as_escapes(tmp_path):
-    name = os.fsdecode(b"caf\xe9.pth")
-    output.write_json(str(tmp_path / "out.json"), {"file": name})
-    assert json.loads((tmp_path / "out.json").read_bytes())["file"] == name
-    assert printable(name) == r"caf\udce9.pth"
-
-
-def test_no_checkpoint_is_promised_where_there_is_none(tmp_path, monkeypatch):
-    """840b5ea said that every epoch was kept in the last one."""
+def test_replacing_that_fails_leaves_nothing_behind_and_promises_no_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(OSError, match="full"):
+        replace_file(path, Mock(side_effect=OSError(errno.ENOSPC, "full")), keep=tmp_path / "kept")
     monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
     with pytest.raises(CheckpointError, match=r"\(No space left on device\)\. There is no checkpoint of this run"):
         RunFiles(tmp_path, "name").save_checkpoint({"settings": {}})
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
 
 
-# --- locks --------------------------------------------------------------------------------------------------------
-
-
-def test_a_file_system_without_locks_is_said_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
-    for number in (errno.ENOLCK, errno.EOPNOTSUPP):
-        error = OSError(number, os.strerror(number))
-        monkeypatch.setattr("fcntl.flock", Mock(side_effect=error))
+def test_a_run_clears_away_what_a_killed_one_was_writing_and_goes_on_without_locks(tmp_path, monkeypatch, capsys):
+    (tmp_path / ".name.pth.folder").mkdir()
+    for name in ("name", "other"):
+        (tmp_path / f".{name}.pth.abcdefgh").write_text("half a checkpoint")
+    with RunFiles(tmp_path, "name").locked():
+        left = [".name.lock", ".name.pth.folder", ".other.pth.abcdefgh"]
+        assert sorted(file.name for file in tmp_path.iterdir()) == left
+    for number in (errno.ENOLCK, errno.EOPNOTSUPP):  # of a file system that has none
+        monkeypatch.setattr("fcntl.flock", Mock(side_effect=OSError(number, os.strerror(number))))
         with RunFiles(tmp_path, "name").locked():
             pass
-        assert f".name.lock cannot be locked ({error.strerror})" in capsys.readouterr().err
+        assert f".name.lock cannot be locked ({os.strerror(number)})" in capsys.readouterr().err
 
 
 def test_a_lock_that_is_a_link_or_a_fifo_is_refused_and_the_target_left_alone(tmp_path):
@@ -197,91 +179,81 @@ def test_locks_lie_in_a_directory_of_ones_own(tmp_path, monkeypatch):
         pass
 
 
-def test_what_a_killed_process_was_writing_is_cleared_away_if_it_can_be(tmp_path):
-    (tmp_path / ".name.pth.folder").mkdir()
-    (tmp_path / ".name.pth.abcdefgh").write_text("half a checkpoint")
-    (tmp_path / ".other.pth.abcdefgh").write_text("another run's")
-    with RunFiles(tmp_path, "name").locked():
-        left = [".name.lock", ".name.pth.folder", ".other.pth.abcdefgh"]
-        assert sorted(file.name for file in tmp_path.iterdir()) == left
-
-
-# --- streams, the environment, texts ------------------------------------------------------------------------------
-
+#: an epoch; and what is done first
 TRAIN = flags_of({**SMALL, "epochs": 1})
+CLOSED = "[os.close(1), os.close(2)]; sys.stdout = sys.stderr = None"
+FULL = "os.dup2(os.open('/dev/full', os.O_WRONLY), {})"
 
 
-@pytest.mark.parametrize("stream", [None, 2], ids=["closed", "full"])
-def test_training_needs_nobody_to_listen(tmp_path, stream):
-    done = program(stream, *TRAIN, "--checkpoint_dir", tmp_path, output=tmp_path / "printed")
+@pytest.mark.parametrize("first", [CLOSED, FULL.format(2)], ids=["closed", "full"])
+def test_training_needs_nobody_to_listen(tmp_path, first):
+    done = program(first, *TRAIN, "--checkpoint_dir", tmp_path, output=tmp_path / "printed")
     assert done.statuses == [0], done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.glob("*.DONE"))
 
 
 def test_a_full_standard_output_is_named_before_any_work(tmp_path):
-    done = program(1, *TRAIN, "--checkpoint_dir", tmp_path / "runs", output=tmp_path / "printed")
+    done = program(FULL.format(1), *TRAIN, "--checkpoint_dir", tmp_path / "runs", output=tmp_path / "printed")
     assert done.statuses == [1]
     reason = "cannot write to standard output (No space left on device); redirect it to another file"
     assert done.stderr.splitlines()[-1].endswith(f"error: {reason}")
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2", "RANK": "x"}])
-def test_variables_that_are_not_torchruns_are_named(tmp_path, monkeypatch, capsys, variables):
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert train.main([*TRAIN, "--checkpoint_dir", str(tmp_path)]) == 1
-    message = "where torchrun sets a number; start several processes by torchrun, or unset WORLD_SIZE"
-    assert message in capsys.readouterr().err
+def test_variables_that_are_not_torchruns_are_named(tmp_path, monkeypatch, capsys):
+    for variables in ({"WORLD_SIZE": "2"}, {"WORLD_SIZE": "two"}, {"WORLD_SIZE": "2", "RANK": "x"}):
+        with monkeypatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            assert train.main([*TRAIN, "--checkpoint_dir", str(tmp_path)]) == 1
+        message = "where torchrun sets a number; start several processes by torchrun, or unset WORLD_SIZE"
+        assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", ["{}", '{"settings": 5}', '{"settings": {"T": NaN}}', "[" * 100000])
-def test_a_marker_that_is_none_is_named(tmp_path, content):
-    (tmp_path / f"{TrainSettings(**SMALL).stem}.DONE").write_text(content)
-    with pytest.raises(CheckpointError, match="delete it, and the run makes it again"):
-        run(tmp_path)
+def test_a_marker_that_is_none_is_named(tmp_path):
+    for content in ("{}", '{"settings": 5}', '{"settings": {"T": NaN}}', "[" * 100000):
+        (tmp_path / f"{TrainSettings(**SMALL).stem}.DONE").write_text(content)
+        with pytest.raises(CheckpointError, match="delete it, and the run makes it again"):
+            run(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("run"), epochs=1)
 
 
 @pytest.fixture
 def finished(tmp_path, checkpoint):
-    """The files of a finished run, to change."""
     shutil.copytree(checkpoint.directory, tmp_path / "run")
     return RunFiles(tmp_path / "run", checkpoint.marker.stem)
 
 
 def test_the_result_of_a_finished_run_is_that_of_its_checkpoint(finished):
-    """42cb775 showed an accuracy with one flipped bit."""
-    files = finished
-    text = files.marker.read_text()
-    settings = TrainSettings(**{**SMALL, "epochs": 1})
-    files.marker.write_text(text.replace('"test_acc": 0.', '"test_acc": 0.9'))
-    assert files.load_marker(settings) == load(files)["history"][0] == json.loads(text)["result"]
-    files.marker.write_text(text.replace('"seed": 42', '"seed": 43'))
+    text, settings = finished.marker.read_text(), TrainSettings(**{**SMALL, "epochs": 1})
+    finished.marker.write_text(text.replace('"test_acc": 0.', '"test_acc": 0.9'))
+    assert finished.load_marker(settings) == load(finished)["history"][0] == json.loads(text)["result"]
+    finished.marker.write_text(text.replace('"seed": 42', '"seed": 43'))
     with pytest.raises(CheckpointError, match=r"DONE belongs to a run with different settings:\n  seed: 43 there, 42"):
-        files.load_marker(settings)
-    files.marker.write_text(text)
-    files.checkpoint.write_bytes(files.checkpoint.read_bytes()[:-1])
+        finished.load_marker(settings)
+    finished.marker.write_text(text)
+    finished.checkpoint.write_bytes(finished.checkpoint.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match=r"checksum is wrong.*restore that file, or delete .*\.pth.*\.DONE"):
-        run(files.directory, epochs=1)
+        run(finished.directory, epochs=1)
 
 
-def test_a_finished_run_of_several_hidden_layers_is_found_again(tmp_path):
-    """JSON has lists in the place of their sizes."""
-    for _ in range(2):
-        run(tmp_path, epochs=1, model="dense", hidden_dim=(16, 8))
-    with pytest.raises(CheckpointError, match=r"hidden_dim: \[16, 8\] there, \[16, 4\] now") as error:
-        run(tmp_path, epochs=1, model="dense", hidden_dim=(16, 4))
-    assert "`name=hidden_dim-16-4`" in str(error.value)
-
-
-def test_a_run_that_was_killed_with_the_marker_of_fewer_epochs_goes_on(finished):
+def test_markers_of_fewer_epochs_and_of_several_layers_are_understood(finished):
     of_one = finished.marker.read_text()
     run(finished.directory, epochs=2)
     of_two = finished.marker.read_text()
     finished.marker.write_text(of_one)
     run(finished.directory, epochs=2)
     assert finished.marker.read_text() == of_two
+    for _ in range(2):  # JSON has lists in the place of their sizes
+        run(finished.directory, epochs=1, model="dense", hidden_dim=(16, 8))
+    with pytest.raises(CheckpointError, match=r"hidden_dim: \[16, 8\] there, \[16, 4\] now") as error:
+        run(finished.directory, epochs=1, model="dense", hidden_dim=(16, 4))
+    assert "`name=hidden_dim-16-4`" in str(error.value)
 
 
 def test_what_files_say_cannot_move_the_cursor(finished, capsys):
@@ -291,22 +263,9 @@ def test_what_files_say_cannot_move_the_cursor(finished, capsys):
     message = capsys.readouterr().err
     assert r"\x1b[2J\x9b\x202e" in message
     assert not set("\x1b\x9b\u202e") & set(message)
-
-
-def test_a_number_of_any_length_is_no_number_of_ours(tmp_path):
     with pytest.raises(TensorFileError, match="T is a whole number of 1329 bits, where 63 are the most"):
-        write_tensors(tmp_path / "c.pth", {"T": 10**400})
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("run"), epochs=1)
-
-
-def test_replacing_leaves_nothing_behind_where_it_fails(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
-
-    with pytest.raises(OSError, match="full"):
-        replace_file(path, Mock(side_effect=OSError(errno.ENOSPC, "full")), keep=tmp_path / "kept")
-    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
+        write_tensors(finished.checkpoint, {"T": 10**400})
+    name, out = os.fsdecode(b"caf\xe9.pth"), finished.directory / "out.json"
+    output.write_json(str(out), {"file": name})  # which is no UTF-8
+    assert json.loads(out.read_bytes())["file"] == name
+    assert printable(name) == r"caf\udce9.pth"

@@ -26,12 +26,10 @@ def small_files(monkeypatch):
 def test_files_are_found_and_read_in_every_layout(tmp_path, small_files, subfolder, compress):
     write(tmp_path / subfolder, small_files, compress)
     data = load_dataset("fashionmnist", tmp_path)
-    raw = np.frombuffer(small_files["train-images-idx3-ubyte"][16:], np.uint8).reshape(60, 28, 28)
-    assert np.array_equal(data.train_images.numpy(), raw)
-    labels = np.frombuffer(small_files["t10k-labels-idx1-ubyte"][8:], np.uint8)
-    assert np.array_equal(data.test_labels.numpy(), labels)
+    assert data.train_images.numpy().tobytes() == small_files["train-images-idx3-ubyte"][16:]
+    assert bytes(data.test_labels.tolist()) == small_files["t10k-labels-idx1-ubyte"][8:]
     assert data.train_labels.dtype == torch.int64
-    assert (data.input_dim, data.num_classes) == (784, 10)
+    assert (data.train_images.shape, data.input_dim, data.num_classes) == ((60, 28, 28), 784, 10)
     # reading leaves nothing behind in the user's folder
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4
 
@@ -56,13 +54,12 @@ def server(tmp_path, small_files, monkeypatch):
 
 def test_files_are_downloaded_once_from_the_mirror_that_has_them(tmp_path, small_files, server, monkeypatch, capsys):
     data = load_dataset("fashionmnist", tmp_path / "data")
-    raw = np.frombuffer(small_files["train-images-idx3-ubyte"][16:], np.uint8).reshape(60, 28, 28)
-    assert np.array_equal(data.train_images.numpy(), raw)
+    assert data.train_images.numpy().tobytes() == small_files["train-images-idx3-ubyte"][16:]
     # as torchvision leaves them
     files = {path.name for path in (tmp_path / "data/FashionMNIST/raw").iterdir() if path.is_file()}
     assert files == {*small_files, *(f"{name}.gz" for name in small_files)}
     monkeypatch.setattr(FashionMNIST, "mirrors", [])
-    assert torch.equal(load_dataset("fashionmnist", tmp_path / "data").train_images, data.train_images)
+    assert load_dataset("fashionmnist", tmp_path / "data").fingerprint == data.fingerprint
     assert capsys.readouterr().err == "", "no bar where there is no terminal"
 
 
@@ -75,25 +72,19 @@ def test_a_download_with_another_checksum_is_refused(tmp_path, server):
 
 @pytest.mark.usefixtures("small_files")
 def test_without_files_and_network_one_message_lists_the_remedies(tmp_path):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, match=r"connect to the internet(.|\n)*apt-get install dataset-fas(.|\n)*`data_dir`"):
         load_dataset("fashionmnist", tmp_path)
-    for remedy in ("connect to the internet", "apt-get install dataset-fashion-mnist", "`data_dir`"):
-        assert remedy in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("name", "compress", "keep"),
-    [("train-images-idx3-ubyte", True, 0), ("train-images-idx3-ubyte", False, 3), ("t10k-labels-idx1-ubyte", True, 11),
-     ("t10k-labels-idx1-ubyte", False, -1), ("t10k-labels-idx1-ubyte", True, -1)],
-)  # fmt: skip
-def test_a_truncated_file_is_named_with_the_remedy(tmp_path, small_files, compress, name, keep):
-    write(tmp_path, small_files, compress)
-    path = tmp_path / (f"{name}.gz" if compress else name)
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(DataError, match="damaged") as error:
-        load_dataset("fashionmnist", tmp_path)
-    assert str(tmp_path) in str(error.value)
-    assert "download it again" in str(error.value)
+@pytest.mark.parametrize("compress", [True, False])
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
+def test_a_truncated_file_is_named_with_the_remedy(tmp_path, small_files, compress, name):
+    for keep in (0, 3, 11, -1):
+        write(tmp_path, small_files, compress)
+        path = tmp_path / (f"{name}.gz" if compress else name)
+        path.write_bytes(path.read_bytes()[:keep])
+        with pytest.raises(DataError, match=f"{path}.*damaged.*download it again"):
+            load_dataset("fashionmnist", tmp_path)
 
 
 @pytest.mark.parametrize("compress", [True, False])
@@ -106,30 +97,19 @@ def test_files_of_another_data_set_are_refused(tmp_path, small_files, compress):
 
 
 def test_a_file_that_expands_beyond_its_size_is_refused_before_it_does(tmp_path, small_files, monkeypatch):
-    """840b5ea unpacked 3 GB from 3 MB."""
     write(tmp_path, small_files, compress=True)
-    bomb = tmp_path / "t10k-labels-idx1-ubyte.gz"
-    bomb.write_bytes(gzip.compress(bytes(1 << 26)))
-    read = []
-    original = gzip.GzipFile.read
-    monkeypatch.setattr(gzip.GzipFile, "read", lambda self, size: read.append(size) or original(self, size))
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(1 << 26)))
+    sizes, read = [], gzip.GzipFile.read
+    monkeypatch.setattr(gzip.GzipFile, "read", lambda self, size: sizes.append(size) or read(self, size))
     with pytest.raises(DataError, match="damaged"):
         load_dataset("fashionmnist", tmp_path)
-    assert max(read) <= 16 + 60 * 28 * 28 + 1
-
-
-# --- your own data --------------------------------------------------------------------------------------------
+    assert max(sizes) <= 16 + 60 * 28 * 28 + 1
 
 
 def own_arrays(**changes):
-    generator = np.random.default_rng(0)
-    return {
-        "train_images": generator.integers(0, 256, (30, 5, 4), dtype=np.uint8),
-        "train_labels": np.arange(30) % 3,
-        "test_images": generator.integers(0, 256, (9, 5, 4), dtype=np.uint8),
-        "test_labels": np.arange(9, dtype=np.uint8) % 3,
-        **changes,
-    }
+    images = np.random.default_rng(0).integers(0, 256, (39, 5, 4), dtype=np.uint8)
+    labels = {"train_labels": np.arange(30) % 3, "test_labels": np.arange(9, dtype=np.uint8) % 3}
+    return {"train_images": images[:30], "test_images": images[30:], **labels, **changes}
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
@@ -151,9 +131,8 @@ def test_data_of_ones_own_are_read_and_named_by_their_content(tmp_path, save, dt
         load_dataset(name, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_other_arrays_are_refused_by_name(tmp_path):
+    for changes, message in (
         ({"train_labels": np.arange(29) % 3}, "train_images are 30, train_labels 29"),
         ({"train_labels": np.arange(30) - 1}, "train_labels are negative"),
         ({"train_labels": np.full(30, 10**9)}, "train_labels go up to 1000000000"),
@@ -162,30 +141,17 @@ def test_data_of_ones_own_are_read_and_named_by_their_content(tmp_path, save, dt
         ({"train_images": np.full((30, 5, 4), np.nan, np.float32)}, "differ in shape or dtype"),
         ({"train_images": np.array([print] * 30)}, "train_images"),
         ({"val_images": np.zeros((5, 5, 4)), "val_labels": np.zeros(5, int)}, "it has val_images, val_labels beside"),
-    ],
-)
-def test_other_arrays_are_refused_by_name(tmp_path, changes, message):
-    np.savez(tmp_path / "mine.npz", **own_arrays(**changes))
-    with pytest.raises(DataError, match=message):
-        load_dataset(dataset_name(str(tmp_path / "mine.npz")), tmp_path)
+    ):
+        np.savez(tmp_path / "mine.npz", **own_arrays(**changes))
+        with pytest.raises(DataError, match=message):
+            load_dataset(dataset_name(str(tmp_path / "mine.npz")), tmp_path)
 
 
-HEADER = "{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}"
+SHAPED = "{{'descr': '<f4', 'fortran_order': False, 'shape': {}, }}"
+HEADERS = [SHAPED.format(shape) for shape in ("(" * 1500, "-" * 1500 + "1", f"({10**30}, {10**30})", "(30, 1e3)")]
 
 
-@pytest.mark.parametrize(
-    "header",
-    [
-        HEADER.format(shape="(" * 1500),
-        HEADER.format(shape="-" * 1500 + "1"),
-        HEADER.format(shape=f"({10**30}, {10**30})"),
-        HEADER.format(shape="(30, 1e3)"),
-        "{'descr': [('x', '<f4', ((((",
-        "\x00\xff",
-        "",
-    ],
-    ids=range(7),
-)
+@pytest.mark.parametrize("header", [*HEADERS, "{'descr': [('x', '<f4', ((((", "\x00\xff", ""], ids=range(7))
 def test_a_crafted_header_is_refused_by_the_name_of_its_file(tmp_path, header):
     np.savez(tmp_path / "mine.npz", **own_arrays())
     text, version = header.encode("latin1"), 1 + len(header) % 3
@@ -202,12 +168,11 @@ def test_a_crafted_header_is_refused_by_the_name_of_its_file(tmp_path, header):
 
 def test_a_long_header_is_refused_before_it_is_read(tmp_path, monkeypatch):
     """Spaces, of which the archive holds a thousandth: a file of 4 MB can claim 4 GB."""
-    arrays, claimed = own_arrays(), 1 << 24
+    arrays, claimed, sizes = own_arrays(), 1 << 24, []
     del arrays["test_labels"]
     np.savez(tmp_path / "mine.npz", **arrays)
     with zipfile.ZipFile(tmp_path / "mine.npz", "a", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("test_labels.npy", b"\x93NUMPY\2\0" + claimed.to_bytes(4, "little") + b" " * claimed)
-    sizes = []
     read = zipfile.ZipExtFile.read
     monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda self, n=-1: sizes.append(n) or read(self, n))
     with pytest.raises(DataError, match=r"mine\.npz cannot be used .*: test_labels claims a header of 16777216 bytes"):
@@ -240,39 +205,30 @@ def test_a_fingerprint_is_that_of_values_shapes_and_dtypes():
 
 def test_the_subset_in_the_package_is_balanced_and_needs_no_files():
     data = load_dataset("fashionmnist-mini", "/nonexistent")
-    assert data.train_images.shape == (6000, 28, 28)
-    assert data.test_images.shape == (1000, 28, 28)
-    assert data.train_images.dtype == torch.uint8
-    assert data.train_labels.bincount().tolist() == [600] * 10
-    assert data.test_labels.bincount().tolist() == [100] * 10
+    for part, count in (("train", 600), ("test", 100)):
+        images, labels = getattr(data, f"{part}_images"), getattr(data, f"{part}_labels")
+        assert (images.shape, images.dtype) == ((10 * count, 28, 28), torch.uint8)
+        assert labels.bincount().tolist() == [count] * 10
 
 
 @pytest.mark.skipif(not fashion_mnist.SYSTEM_DIR.is_dir(), reason="needs the Debian package dataset-fashion-mnist")
 def test_the_subset_is_made_of_the_real_images(tmp_path):
-    """Writing it anew from the full set gives what is in the package."""
     full = load_dataset("fashionmnist", tmp_path)
     assert full.train_images.shape == (60000, 28, 28)
     fashion_mnist_mini.write_mini(full, tmp_path / "mini.npz")
     with np.load(tmp_path / "mini.npz") as new, np.load(fashion_mnist.MINI_FILE) as shipped:
         assert set(new.files) == set(shipped.files)
-        for name in new.files:
-            assert np.array_equal(new[name], shipped[name]), name
+        assert all(np.array_equal(new[name], shipped[name]) for name in new.files)
 
 
-def test_samples_run_from_zero_to_one():
+def test_samples_run_from_zero_to_one_and_limits_keep_the_first_images():
     images = torch.tensor([[[0, 51], [102, 255]]], dtype=torch.uint8)
     torch.testing.assert_close(as_samples(images), torch.tensor([[0.0, 0.2, 0.4, 1.0]]))
-
-
-def test_limits_keep_the_first_images():
     data = load_dataset("fashionmnist-mini")
-    limited = data.limited(100, None)
-    assert torch.equal(limited.train_images, data.train_images[:100])
-    assert len(limited.train_labels) == 100
-    assert len(limited.test_labels) == 1000
-    held = data.held_out(torch.arange(200))
-    assert torch.equal(held.limited(100, None).val_images, data.train_images[:100])
-    assert len(held.limited(100, None).val_labels) == 100
+    limited, held = data.limited(100, None), data.held_out(torch.arange(200)).limited(100, None)
+    for found in (limited.train_images, held.val_images):
+        assert torch.equal(found, data.train_images[:100])
+    assert [len(labels) for labels in (limited.train_labels, limited.test_labels, held.val_labels)] == [100, 1000, 100]
 
 
 def test_other_names_are_refused():

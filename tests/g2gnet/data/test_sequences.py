@@ -20,36 +20,31 @@ def sequences(given, sequence, values=1, seed=0):
     return unfold(given.flatten(1), input_order(sequence, given.shape[1:], values, seed))
 
 
+network = functools.partial(small_net, sizes=(4, 20, 3), num_groups=2)
+
+
 def test_a_step_receives_a_row():
-    """Of every channel, or some rows."""
-    grey, colour = images(*GREY), images(*COLOUR)
-    of_grey, of_colour = sequences(grey, "rows"), sequences(colour, "rows")
-    assert (of_grey.shape, of_colour.shape) == ((6, 5, 4), (6, 5, 12))
-    for t in range(6):
-        assert torch.equal(of_grey[t], grey[:, t])
-        assert torch.equal(of_colour[t], colour[:, :, t].flatten(1))
+    """Of every channel, or some rows; of sequences of one's own, a step."""
+    grey, colour, frames = images(*GREY), images(*COLOUR), images(7, 2, 3, 3)
+    assert torch.equal(sequences(grey, "rows"), grey.transpose(0, 1))
+    assert torch.equal(sequences(colour, "rows"), colour.permute(2, 0, 1, 3).flatten(2))
     assert torch.equal(sequences(grey, "rows", 3)[1], grey[:, 3:].flatten(1))
+    assert torch.equal(sequences(frames, "own"), frames.transpose(0, 1).flatten(2))
 
 
 @pytest.mark.parametrize("values", [1, 4, 8])
 def test_a_step_receives_pixels_of_all_channels(values):
     given = images(*COLOUR)
-    unfolded = sequences(given, "pixels", values)
-    assert unfolded.shape == (24 // values, 5, 3 * values)
-    planes = given.flatten(2)
-    for t in range(24 // values):
-        assert torch.equal(unfolded[t], planes[:, :, t * values : (t + 1) * values].flatten(1))
+    expected = given.view(5, 3, 24 // values, values).permute(2, 0, 1, 3).flatten(2)
+    assert torch.equal(sequences(given, "pixels", values), expected)
 
 
 @pytest.mark.parametrize("shape", [GREY, COLOUR])
 def test_the_permuted_pixels_are_all_pixels_in_an_order_of_its_seed(shape):
     given = images(*shape)
-    pixels, permuted, again, other = (
-        sequences(given, *how) for how in (("pixels",), ("permuted", 1, 7), ("permuted", 1, 7), ("permuted", 1, 8))
-    )
-    assert torch.equal(permuted, again)
-    assert not torch.equal(permuted, other)
-    assert not torch.equal(permuted, pixels)
+    pixels, permuted = sequences(given, "pixels"), sequences(given, "permuted", 1, 7)
+    assert torch.equal(permuted, sequences(given, "permuted", 1, 7))
+    assert not any(torch.equal(permuted, other) for other in (pixels, sequences(given, "permuted", 1, 8)))
     # the channels of a pixel stay together: there is one place in the image for each step
     places = [next(p for p in range(24) if torch.equal(step, pixels[p])) for step in permuted]
     assert sorted(places) == list(range(24))
@@ -58,28 +53,20 @@ def test_the_permuted_pixels_are_all_pixels_in_an_order_of_its_seed(shape):
     assert torch.equal(of_four, permuted.view(6, 4, 5, -1).permute(0, 2, 3, 1))
 
 
-def test_the_second_axis_of_ones_own_sequences_is_time():
-    frames = images(7, 2, 3, 3)
-    unfolded = sequences(frames, "own")
-    assert torch.equal(unfolded, frames.transpose(0, 1).flatten(2))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_what_has_no_such_steps_is_refused():
+    for arguments, message in (
         (("rows", GREY, 4), "sequence_step=4 does not divide the 6 rows of an image; give a divisor of 6"),
         (("pixels", COLOUR, 5), "sequence_step=5 does not divide the 24 pixels"),
         (("permuted", (24,)), r"sequence=permuted needs images .* but samples are \[24\]"),
         (("rows", (7, 2, 3, 3)), r"sequence=rows needs images .* but samples are \[7, 2, 3, 3\]"),
         (("own", (24,)), r"sequence=own needs sequences \[N, T, ...\], but samples are \[24\]"),
-    ],
-)
-def test_what_has_no_such_steps_is_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        input_order(*arguments)
-
-
-network = functools.partial(small_net, sizes=(4, 20, 3), num_groups=2)
+    ):
+        with pytest.raises(ValueError, match=message):
+            input_order(*arguments)
+    with pytest.raises(ValueError, match=r"\[5, 4\], not \[B, 24\]: 6 steps of 4 inputs each; .* \[6, B, input_dim\]"):
+        network(sequence="rows")(torch.rand(5, 4))
+    with pytest.raises(ValueError, match="input_dim=4 is no multiple of input_taps=3"):
+        network(sequence="rows", input_taps=3)
 
 
 def test_a_network_unfolds_samples_after_standardising_and_scaling_them():
@@ -97,12 +84,11 @@ def test_a_network_unfolds_samples_after_standardising_and_scaling_them():
 
 
 def test_each_step_of_a_sequence_has_its_own_rates():
-    net = network(sequence="rows", enc="rate")
-    given = torch.tensor([0.0, 1.0]).repeat_interleave(12).expand(5, 24)
+    net, given = network(sequence="rows", enc="rate"), torch.tensor([0.0, 1.0]).repeat_interleave(12).expand(5, 24)
     spikes = net.encode(given, seeded(1))
     assert torch.equal(spikes, torch.tensor([0.0, 1.0]).repeat_interleave(3)[:, None, None].expand(6, 5, 4))
-    assert 0 < net.encode(0.5 * given, seeded(1))[3:].mean() < 1
     whole = net.encode(0.5 * given, seeded(1))
+    assert 0 < whole[3:].mean() < 1
     assert torch.equal(net.encode(0.5 * given, seeded(1), slice(2, 4)), whole[:, 2:4])
 
 
@@ -111,31 +97,20 @@ def test_taps_are_the_inputs_of_earlier_steps(enc):
     """After scaling, and the same spikes; 0 before the first step."""
     net, tapped = (network(sequence="rows", enc=enc, enc_bias=0.5, input_taps=taps) for taps in (1, 2))
     assert (tapped.fc1.in_features, tapped.input_order.shape) == (4, (6, 2))
-    given = images(12)
-    net.input_order = tapped.input_order
+    given, net.input_order = images(12), tapped.input_order
     now = net.encode(given, seeded(1))
     expected = torch.cat([now, torch.cat([torch.zeros(3, 5, 2), now[:3]])], 2)
     assert torch.equal(tapped.encode(given, seeded(1)), expected)
     assert torch.equal(tapped.encode(given, seeded(1), slice(2, 4)), expected[:, 2:4])
     assert tapped.encode(expected) is expected
-    with pytest.raises(ValueError, match="input_dim=4 is no multiple of input_taps=3"):
-        network(sequence="rows", input_taps=3)
-
-
-def test_samples_of_another_size_are_refused():
-    net = network(sequence="rows")
-    with pytest.raises(ValueError, match=r"\[5, 4\], not \[B, 24\]: 6 steps of 4 inputs each; .* \[6, B, input_dim\]"):
-        net(torch.rand(5, 4))
 
 
 def test_the_order_is_saved_with_the_network_and_checked():
-    net = network(sequence="permuted")
+    net, other = network(sequence="permuted"), network(sequence="permuted")
     net.input_order.copy_(input_order("permuted", GREY, 4, 3))
-    other = network(sequence="permuted")
     other.load_state_dict(net.state_dict())
     assert torch.equal(net(images(24)), other(images(24)))
     for value in (-1, 24, 5):
-        state = net.state_dict()
-        state["input_order"] = state["input_order"].clone().index_fill_(0, torch.tensor(0), value)
+        order = net.input_order.clone().index_fill_(0, torch.tensor(0), value)
         with pytest.raises(RuntimeError, match="input_order does not have each value of a sample once"):
-            other.load_state_dict(state)
+            other.load_state_dict({**net.state_dict(), "input_order": order})

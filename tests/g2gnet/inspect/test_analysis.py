@@ -65,10 +65,7 @@ def pairs(layout, g, h):
     return [(i, j) for i, j in itertools.product(*members) if i != j]
 
 
-# --- activity -----------------------------------------------------------------------------------------------------
-
-
-def test_firing_rates_by_hand():
+def test_firing_rates_and_correlations_by_hand():
     spikes = np.zeros((4, 2, 3))
     spikes[0, 0, 0] = spikes[1, 0, 0] = spikes[3, 1, 0] = 1  # 3 of 8
     spikes[:, :, 2] = 1
@@ -76,6 +73,11 @@ def test_firing_rates_by_hand():
     rates = firing_rates(sums_of(spikes, np.array([0, 1]), layout))
     assert rates.tolist() == [0.375, 0.0, 1.0]
     assert group_means(rates, layout).tolist() == [0.1875, 1.0]
+    x = torch.tensor([1.0, 2.0, 4.0, math.nan])
+    assert pearson(x, -2 * x) == pytest.approx(-1)
+    assert pearson(x, torch.tensor([1.0, 5.0, 2.0, 7.0])) == pytest.approx(np.corrcoef([1, 2, 4], [1, 5, 2])[0, 1])
+    assert math.isnan(pearson(x, torch.full((4,), 0.1)))
+    assert math.isnan(pearson(x[:2], x[:2]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -124,90 +126,51 @@ def test_count_correlation_equals_its_definition_over_pairs(layout, part):
     np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-13)
 
 
-def test_sums_of_batches_join_to_those_of_all_samples():
-    spikes, labels = correlated_spikes()
-    whole = sums_of(spikes, labels, LAYOUTS["random"])
-    joined = SpikeSums.join([sums_of(spikes[:, p], labels[p], LAYOUTS["random"]) for p in (slice(17), slice(17, B))])
-    assert all(
-        torch.equal(getattr(whole, name), getattr(joined, name))
-        for name in ("labels", "counts", "class_sums", "activity")
+@pytest.mark.parametrize("rate", [0.02, 0.5])
+def test_independent_neurons_are_none_of_this_whatever_their_rate(rate):
+    draw, labels = np.random.default_rng(0), np.arange(300) % C
+    sums, others = (
+        sums_of((draw.uniform(size=(20, 300, layout.size)) < rate).astype(float), labels, layout)
+        for layout in (GroupLayout(60, 3), GroupLayout(12, 2))
     )
+    # three groups' mean over 190 pairs × 5700 independent products: standard error 1e-3
+    assert temporal_synchrony(sums).abs().max() < 0.004
+    matrices = count_correlation(sums)
+    assert max(matrices.total.abs().max(), matrices.noise.abs().max()) < 0.02
+    # ten frequencies: a mean of ten lengths, each with a standard deviation of half its mean
+    torch.testing.assert_close(coherence(sums, others), chance_coherence(sums, others), rtol=0.35, atol=0)
 
 
-def test_independent_neurons_are_none_of_this_whatever_their_rate():
-    layout = GroupLayout(60, 3)
-    for rate in (0.02, 0.5):
-        draw = np.random.default_rng(0)
-        spikes = (draw.uniform(size=(20, 300, 60)) < rate).astype(float)
-        labels = np.arange(300) % C
-        sums = sums_of(spikes, labels, layout)
-        others = sums_of((draw.uniform(size=(20, 300, 12)) < rate).astype(float), labels, GroupLayout(12, 2))
-        # three groups' mean over 190 pairs × 5700 independent products: standard error 1e-3
-        assert temporal_synchrony(sums).abs().max() < 0.004
-        matrices = count_correlation(sums)
-        assert max(matrices.total.abs().max(), matrices.noise.abs().max()) < 0.02
-        # ten frequencies: a mean of ten lengths, each with a standard deviation of half its mean
-        torch.testing.assert_close(coherence(sums, others), chance_coherence(sums, others), rtol=0.35, atol=0)
-
-
-def test_what_the_class_and_the_onset_explain_is_neither_synchrony_nor_noise_correlation():
-    """Neurons that answer each class at fixed steps, and nothing else: all signal."""
-    pattern = np.random.default_rng(0).uniform(size=(T, C, 2)) < 0.4
-    labels = np.arange(B) % C
-    pattern[:, 0], pattern[:5, 3] = False, True
-    spikes = np.repeat(pattern[:, labels], 3, 2).astype(float)
-    sums = sums_of(spikes, labels, GroupLayout(6, 2))
+@pytest.mark.parametrize(
+    ("change", "defined"),
+    [
+        (lambda spikes, labels: (0 * spikes, labels), set()),
+        (lambda spikes, labels: (0 * spikes + 1, labels), set()),
+        (lambda spikes, labels: (spikes[:1], labels), {"total", "signal", "noise"}),
+        (lambda spikes, labels: (spikes[:, :1], labels[:1]), set()),
+        (lambda spikes, labels: (spikes[:, :C], np.arange(C)), {"total", "signal"}),
+    ],
+    ids=["silent", "always firing", "one step", "one sample", "one sample a class"],
+)
+def test_what_is_not_defined_is_nan(change, defined):
+    sums = sums_of(*change(*correlated_spikes()), LAYOUTS["index"])
     assert temporal_synchrony(sums).isnan().all()
     assert coherence(sums, sums).isnan().all()
-    matrices = count_correlation(sums)
-    for whole in (matrices.signal, matrices.total):
-        torch.testing.assert_close(whole.diagonal(), torch.ones(2, dtype=torch.float64))
-    assert matrices.noise.isnan().all()
-
-
-@pytest.mark.parametrize("case", ["silent", "always firing", "one step", "one sample", "one sample a class"])
-def test_what_is_not_defined_is_nan(case):
-    spikes, labels = correlated_spikes()
-    spikes, labels = {
-        "silent": (0 * spikes, labels),
-        "always firing": (0 * spikes + 1, labels),
-        "one step": (spikes[:1], labels),
-        "one sample": (spikes[:, :1], labels[:1]),
-        "one sample a class": (spikes[:, :C], np.arange(C)),
-    }[case]
-    sums = sums_of(spikes, labels, LAYOUTS["index"])
-    assert temporal_synchrony(sums).isnan().all()
-    assert coherence(sums, sums).isnan().all()
-    matrices = count_correlation(sums)
-    defined = {"one step": {"total", "signal", "noise"}, "one sample a class": {"total", "signal"}}.get(case, set())
-    assert {name for name, matrix in matrices._asdict().items() if not matrix.isnan().all()} == defined
+    matrices = count_correlation(sums)._asdict()
+    assert {name for name, matrix in matrices.items() if not matrix.isnan().all()} == defined
     assert ((firing_rates(sums) >= 0) & (firing_rates(sums) <= 1)).all()
 
 
-def test_a_group_of_one_neuron_has_no_pair():
+def test_a_group_of_one_neuron_has_no_pair_and_neurons_that_answer_every_class_alike_no_signal_correlation():
     spikes, labels = correlated_spikes()
     sums = sums_of(spikes[..., :5], labels, GroupLayout(5, 4))  # groups of 2, 1, 1, 1
-    assert temporal_synchrony(sums).isnan().tolist() == [False, True, True, True]
-    assert count_correlation(sums).total.diagonal().isnan().tolist() == [False, True, True, True]
-
-
-def test_neurons_that_answer_every_class_alike_have_no_signal_correlation():
+    for found in (temporal_synchrony(sums), count_correlation(sums).total.diagonal()):
+        assert found.isnan().tolist() == [False, True, True, True]
     spikes = np.zeros((T, 3 * 10, 2))
     spikes[0, ::10] = 1  # one spike in ten samples of each class: the mean of three times 0.1 is not 0.1 in binary
     matrices = count_correlation(sums_of(spikes, np.repeat(np.arange(3), 10), GroupLayout(2, 1)))
     assert matrices.signal.isnan().all()
     assert matrices.noise.item() == pytest.approx(1)
-
-
-def test_pearson():
-    x = torch.tensor([1.0, 2.0, 4.0, math.nan])
-    assert pearson(x, -2 * x) == pytest.approx(-1)
-    assert pearson(x, torch.tensor([1.0, 5.0, 2.0, 7.0])) == pytest.approx(np.corrcoef([1, 2, 4], [1, 5, 2])[0, 1])
-    assert math.isnan(pearson(x, torch.full((4,), 0.1)))
-    assert math.isnan(pearson(x[:2], x[:2]))
-
-
-# --- wiring -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", MASK_CASES.values(), ids=MASK_CASES)
@@ -234,28 +197,18 @@ def test_wiring_equals_its_definition_on_the_dense_mask(case):
 def test_entropy_runs_from_one_source_to_all_alike():
     layout, inputs = GroupLayout(16, 4), GroupLayout(21, 4)  # inputs in groups of 6, 5, 5, 5
     separate = BlockMask.sample(layout, inputs, p_inter=0.0, block_size=2)
-    assert input_group_entropy(separate).tolist() == [0.0] * 4
-    assert cross_group_share(separate).tolist() == [0.0] * 4
+    assert input_group_entropy(separate).tolist() == cross_group_share(separate).tolist() == [0.0] * 4
     full = BlockMask.full(layout, inputs, block_size=2)
     torch.testing.assert_close(input_group_entropy(full), torch.ones(4, dtype=torch.float64))
     assert group_density(full).eq(1).all()
-
-
-@pytest.mark.parametrize(("out_groups", "in_groups"), [(2, 8), (8, 2)])
-def test_groups_of_unequal_numbers_have_several_of_their_own(out_groups, in_groups):
-    layouts = GroupLayout(16, out_groups), GroupLayout(16, in_groups)
-    assert cross_group_share(BlockMask.sample(*layouts, p_inter=0.0, block_size=2)).tolist() == [0.0] * out_groups
-    assert cross_group_share(BlockMask.full(*layouts)).tolist() == [0.5] * out_groups
-
-
-def test_neurons_without_inputs_have_no_entropy():
-    mask = BlockMask(GroupLayout(4, 2), GroupLayout(4, 2), torch.tensor([0]), torch.tensor([0]), 2)
-    assert input_group_entropy(mask)[0] == 0
-    assert input_group_entropy(mask)[1].isnan()
-    assert cross_group_share(mask)[1].isnan()
-
-
-# --- networks -----------------------------------------------------------------------------------------------------
+    for out_groups, in_groups in ((2, 8), (8, 2)):  # the more numerous ones have several of their own
+        layouts = GroupLayout(16, out_groups), GroupLayout(16, in_groups)
+        assert cross_group_share(BlockMask.sample(*layouts, p_inter=0.0, block_size=2)).tolist() == [0.0] * out_groups
+        assert cross_group_share(BlockMask.full(*layouts)).tolist() == [0.5] * out_groups
+    one_unit = BlockMask(GroupLayout(4, 2), GroupLayout(4, 2), torch.tensor([0]), torch.tensor([0]), 2)
+    assert input_group_entropy(one_unit)[0] == 0
+    for found in (input_group_entropy(one_unit), cross_group_share(one_unit)):
+        assert found.isnan().tolist() == [False, True], "neurons without inputs have none"
 
 
 def batches_of(net, samples=60, seed=0):
@@ -268,20 +221,21 @@ def batches_of(net, samples=60, seed=0):
 @pytest.mark.parametrize(("model", "enc"), [("random", "current"), ("mixer", "rate")])
 def test_a_network_is_analysed_layer_by_layer(model, enc):
     net = G2GNet(49, 64, 10, model, 0.3, 4, T=12, enc=enc, enc_scale=3.0, generator=seeded(0))
-    analysis = analyze_network(net, batches_of(net), 10)
+    batches = list(batches_of(net))
+    analysis = analyze_network(net, batches, 10)
     assert (analysis.samples, analysis.steps) == (60, 12)
-    spikes = [[activity.spikes[number].dense() for _, activity, _ in batches_of(net)] for number in range(3)]
+    spikes = [torch.cat([activity.spikes[number].dense() for _, activity, _ in batches], 1) for number in range(3)]
     labels = torch.arange(60) % 10
-    for layer, parts, (connection, _) in zip(analysis.layers, spikes, net.layers(), strict=True):
-        sums = SpikeSums.of(torch.cat(parts, 1), labels, 10, connection.mask.rows.layout)
+    for layer, of_layer, (connection, _) in zip(analysis.layers, spikes, net.layers(), strict=True):
+        sums = SpikeSums.of(of_layer, labels, 10, connection.mask.rows.layout)
         torch.testing.assert_close(layer.synchrony, temporal_synchrony(sums), equal_nan=True)
-        assert layer.firing_rate == pytest.approx(torch.cat(parts, 1).mean().item())
+        assert layer.firing_rate == pytest.approx(of_layer.mean().item())
         assert torch.equal(layer.density, group_density(connection.mask))
         assert layer.coherence.diagonal().isnan().all()
     # inputs are grouped as the input side of the connection says, also where that is not how they were made
     first, second = analysis.layers[:2]
-    pre = SpikeSums.of(torch.cat(spikes[0], 1), labels, 10, net.fc2.mask.cols.layout)
-    post = SpikeSums.of(torch.cat(spikes[1], 1), labels, 10, net.fc2.mask.rows.layout)
+    sides = net.fc2.mask.rows.layout, net.fc2.mask.cols.layout
+    post, pre = (SpikeSums.of(each, labels, 10, side) for each, side in zip(spikes[1::-1], sides, strict=True))
     torch.testing.assert_close(second.pathway_coherence, coherence(post, pre), equal_nan=True)
     assert (first.pathway_coherence is None) == (enc == "current")
     assert math.isnan(first.coherence_by_pathway) == (enc == "current")
@@ -290,22 +244,15 @@ def test_a_network_is_analysed_layer_by_layer(model, enc):
     by_share = np.corrcoef(second.coherence.nanmean(1), second.cross_group_share)
     found = second.coherence_by_pathway, second.coherence_by_share
     assert found == pytest.approx((by_pathway[0, 1], by_share[0, 1]))
-    everything = torch.cat([torch.cat(parts, 1).mean((0, 1)) for parts in spikes])
+    everything = torch.cat([each.mean((0, 1)) for each in spikes])
     assert analysis.firing_rate == pytest.approx(everything.mean().item())
-    counts = torch.cat(spikes[2], 1).sum(0)
-    assert analysis.accuracy == pytest.approx((counts.argmax(1) == labels).float().mean().item())
+    assert analysis.accuracy == pytest.approx((spikes[2].sum(0).argmax(1) == labels).float().mean().item())
     assert json.loads(json.dumps(analysis.as_dict(), allow_nan=False)) == analysis.as_dict()
+    in_chunks = [(inputs, net.simulate(inputs, chunk=5), labels) for inputs, _, labels in batches]
+    assert analyze_network(net, in_chunks, 10).as_dict() == analysis.as_dict()
 
 
-def test_spikes_in_chunks_are_analysed_as_the_whole():
-    net = G2GNet(49, 64, 10, "mixer", 0.3, 4, T=12, enc="rate", enc_scale=3.0, generator=seeded(0))
-    inputs, whole, labels = next(batches_of(net))
-    parts = net.simulate(inputs, chunk=5)
-    expected, found = (analyze_network(net, [(inputs, of, labels)], 10) for of in (whole, parts))
-    assert found.as_dict() == expected.as_dict()
-
-
-def test_a_network_of_two_classes_is_analysed_by_the_groups_that_each_of_them_hears():
+def test_a_network_of_two_classes_is_analysed_by_the_groups_that_each_of_them_hears_and_a_dense_one_by_none():
     net = G2GNet(49, 64, 2, "index", 0.3, 4, T=12, enc="rate", enc_scale=3.0, threshold=0.1, generator=seeded(0))
     analysis = analyze_network(net, ((x, activity, labels % 2) for x, activity, labels in batches_of(net)), 2)
     readout = analysis.layers[2]
@@ -314,9 +261,6 @@ def test_a_network_of_two_classes_is_analysed_by_the_groups_that_each_of_them_he
     expected = np.corrcoef(readout.pathway_coherence.numpy()[other], readout.density.numpy()[other])[0, 1]
     assert readout.coherence_by_pathway == pytest.approx(expected)
     assert json.loads(json.dumps(analysis.as_dict(), allow_nan=False)) == analysis.as_dict()
-
-
-def test_a_dense_network_has_one_group_and_nothing_between_groups():
     net = G2GNet(49, 64, 10, "dense", T=12, enc_scale=3.0, generator=seeded(0))
     layer = analyze_network(net, batches_of(net), 10).layers[1]
     assert layer.synchrony.isfinite().all()

@@ -8,8 +8,7 @@ from examples import event_data
 
 def test_events_become_counts_in_equal_windows():
     events = event_data.record_edge(2, np.random.default_rng(0))
-    frames = event_data.to_frames(events, time_bins=5)
-    expected = np.zeros((5, 2, 16, 16), int)
+    frames, expected = event_data.to_frames(events, time_bins=5), np.zeros((5, 2, 16, 16), int)
     window = (events["t"][-1] - events["t"][0]) // 5
     for x, y, t, p in events.tolist():
         time_bin = (t - events["t"][0]) // window
@@ -19,13 +18,6 @@ def test_events_become_counts_in_equal_windows():
     assert frames.sum() > 0.9 * len(events)
     with pytest.raises(ValueError, match="cannot be cut into 100000 windows"):
         event_data.to_frames(events, time_bins=100_000)
-
-
-def test_tonic_makes_the_same_frames():
-    transforms = pytest.importorskip("tonic.transforms")
-    events = event_data.record_edge(1, np.random.default_rng(0))
-    to_frame = transforms.ToFrame(event_data.SENSOR, n_time_bins=event_data.TIME_BINS)
-    assert np.array_equal(to_frame(events), event_data.to_frames(events))
 
 
 def test_the_direction_of_an_edge_is_learned_from_events():

@@ -1,24 +1,28 @@
-"""What the programs have in common: names, the list that ``python -m g2gnet`` prints, ``--json``, exit statuses."""
+"""The programs as their users meet them: names, help, flags, what is printed, ``--json``, exit statuses."""
 
+import ast
 import importlib
 import io
 import json
 import os
+import re
 import shlex
 import signal
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import processes
 import pytest
 import torch
 from helpers import ROOT
+from training_runs import DEFAULTS, DERIVED, MACHINE_FLAGS
 
 from g2g_kernels import available_backends
 from g2gnet import __main__ as overview
 from g2gnet import __version__
 from g2gnet.programs import analyze, crossval, train
-from g2gnet.programs.flags import settings_from
+from g2gnet.programs.flags import Parser, add_settings_flags, settings_from
 from g2gnet.programs.main import memory_named
 from g2gnet.programs.sweep.program import build_parser
 from g2gnet.training import Interrupted, TrainingError, TrainSettings
@@ -37,21 +41,71 @@ def module_of(program):
     return importlib.import_module(name.replace("g2g_benchmarks", "benchmarks"))  # installed it has another name
 
 
+def printed_at_its_end(capsys, main, *flags, status=0):
+    """Standard output and error of a program that ends while it reads its flags."""
+    with pytest.raises(SystemExit) as stop:
+        main([*flags])
+    assert stop.value.code == status
+    return capsys.readouterr()
+
+
 @pytest.mark.parametrize("program", overview.PROGRAMS)
 def test_each_listed_program_explains_itself(program, capsys):
-    with pytest.raises(SystemExit) as stop:
-        module_of(program).main(["--help"])
-    assert stop.value.code == 0
-    captured = capsys.readouterr()
-    assert captured.out.startswith("usage: ")
-    assert captured.err == ""
+    out, err = printed_at_its_end(capsys, module_of(program).main, "--help")
+    assert out.startswith("usage: ")
+    assert err == ""
+    if program == "g2g-train":
+        for heading in ("data", "model", "training", "dynamic sparse training", "machine and files", "examples"):
+            assert f"\n{heading}:\n" in out
+        assert all(action.help for action in train.build_parser()._actions)
+        assert printed_at_its_end(capsys, train.main, "--version").out == f"g2g {__version__}\n"
 
 
-def test_the_version_is_told(capsys):
-    with pytest.raises(SystemExit) as stop:
-        train.main(["--version"])
-    assert stop.value.code == 0
-    assert capsys.readouterr().out == f"g2g {__version__}\n"
+def test_the_flags_and_their_defaults_are_the_documented_ones():
+    of_train = {**DEFAULTS, **DERIVED, **MACHINE_FLAGS}
+    assert vars(train.build_parser().parse_args([])) == of_train
+    others = {"epochs": 5, "warmup_epochs": 2, "k_folds": 5}
+    assert vars(crossval.build_parser().parse_args([])) == {**of_train, **others}
+
+
+def test_a_parser_may_have_a_per_cent_sign_in_its_texts_and_makes_flags_of_settings_in_a_message(capsys):
+    parser = Parser()
+    parser.add_argument_group("all").add_argument("--share", help="5 % of (all)")
+    parser.print_help()
+    assert "5 % of (all)" in capsys.readouterr().out
+    add_settings_flags(parser)
+    assert parser.in_flags("lower `lr`, or give `neuron=synaptic`") == "lower --lr, or give --neuron synaptic"
+    assert parser.in_flags("`weights_only` is PyTorch's; lr stays") == "`weights_only` is PyTorch's; lr stays"
+
+
+def test_no_module_below_the_programs_names_a_flag():
+    names = "analyze", "crossval", "flags", "main", "output", "pretrain", "train", "report/program", "sweep/program"
+    package, found = ROOT / "g2gnet", []
+    programs = {package / f"programs/{name}.py" for name in names} | {package / "__main__.py"}
+    for path in {*package.rglob("*.py")} - programs:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                text = re.sub(r"(python -m |g2g-|train\.py ).*", "", node.value)  # a whole command is one in any case
+                flags = {*re.findall(r"(?<![\w-])--[A-Za-z]\w*", text)} - {"--logdir"}  # which is TensorBoard's own
+                found += [f"{path.name}:{node.lineno}: {flag}" for flag in flags]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("--hidden 12", "unknown flag --hidden; did you mean --hidden_dim?"),
+        ("--hidden-dim=12", "unknown flag --hidden-dim; did you mean --hidden_dim?"),
+        ("--dst_s cosine", "unknown flag --dst_s; did you mean --dst_schedule or --dst_stop?"),
+        ("-T 3", "unknown flag -T; did you mean --T?"),
+        ("--colour red", "unknown flag --colour; --help lists the flags"),
+        ("--epochs ten", "--epochs 'ten' is not a whole number; --help says what it takes"),
+        ("index", "unknown arguments index; --help lists what this program takes"),
+    ],
+)
+def test_an_unknown_flag_is_refused_in_one_line_with_the_one_that_was_meant(capsys, flag, answer):
+    said = printed_at_its_end(capsys, train.main, *SMALL, *flag.split(), status=2).err
+    assert said == f"{train.build_parser().prog}: error: {answer}\n"
 
 
 def test_the_list_names_every_script_and_backend(capsys):
@@ -83,9 +137,27 @@ STEM = "fashionmnist-mini_mixer_p0.15_T3_current"
 
 @pytest.fixture
 def at_work(tmp_path, monkeypatch):
-    """An empty directory to work in."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def test_a_run_from_the_command_line(at_work, capsys):
+    flags = [*SMALL, "--epochs", "1", "--neuron", "adlif", "--enforce_sparsity"]
+    assert train.main(flags) == 0
+    (first, second, *_), warned = (text.splitlines() for text in capsys.readouterr())
+    assert first.startswith("g2g ")
+    different = "dataset=fashionmnist-mini", "model=mixer", "hidden_dim=32", "block_size=4", "epochs=1", "neuron=adlif"
+    assert all(f" {name}" in first for name in (*different, "seed=42"))
+    assert not any(name in first for name in ("p_inter", "alpha", "adapt_decay")), "no more than differs is named"
+    assert second.startswith("Epoch 01 | train_acc=")
+    assert any("--enforce_sparsity never begins: warmup_epochs=10" in line for line in warned)
+    endings = ".DONE", ".analysis.json", ".csv", ".jsonl", ".pth"
+    written = sorted(path.name for path in at_work.glob("checkpoints/[!.]*"))
+    assert written == [f"{STEM}_adlif{ending}" for ending in endings]
+    assert train.main(flags) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert train.main([*flags, "--lr", "0.1"]) == 1
+    assert "lr: 0.001 there, 0.1 now" in capsys.readouterr().err
 
 
 def document(capsys):
@@ -106,22 +178,18 @@ def test_json_is_all_that_stands_on_standard_output(at_work, capsys, monkeypatch
     assert "stopped" in captured.err
     assert train.main([*SMALL, "--json"]) == 0
     told, text = document(capsys)
-    assert "resuming" in text
+    # what people read is on standard error, all of it
+    assert text.startswith("g2g ")
+    for part in ("resuming", "Epoch 02 | train_acc=", "In full: ", "g2g-report checkpoints/"):
+        assert part in text
     assert list(told) == ["g2g", "settings", "result", "files"]
     assert told["g2g"] == __version__
     assert told["settings"] == settings_from(train.build_parser().parse_args(SMALL), TrainSettings).flag_values()
     history = [json.loads(line) for line in (at_work / f"checkpoints/{STEM}.jsonl").read_text().splitlines()]
     assert told["result"] == history[-1]
-    endings = {
-        "checkpoint": ".pth", "history": ".jsonl", "table": ".csv", "analysis": ".analysis.json", "marker": ".DONE",
-    }  # fmt: skip
-    assert told["files"] == {name: f"checkpoints/{STEM}{ending}" for name, ending in endings.items()}
+    endings = {"checkpoint": "pth", "history": "jsonl", "table": "csv", "analysis": "analysis.json", "marker": "DONE"}
+    assert told["files"] == {name: f"checkpoints/{STEM}.{ending}" for name, ending in endings.items()}
     assert all(Path(name).is_file() for name in told["files"].values())
-    # what people read is on standard error, all of it
-    assert text.startswith("g2g ")
-    assert "Epoch 02 | train_acc=" in text
-    assert "In full: " in text
-    assert "g2g-report checkpoints/" in text
     # a finished run says the same again
     assert train.main([*SMALL, "--json"]) == 0
     again, text = document(capsys)
@@ -137,31 +205,21 @@ def test_json_is_all_that_stands_on_standard_output(at_work, capsys, monkeypatch
     assert "lif3" in text
 
 
-FULL = (
-    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.64 GiB of which 512.00 MiB is "
-    "free. Including non-PyTorch memory, this process has 23.10 GiB memory in use."
-)
-
-
 def test_a_full_gpu_is_told_in_pytorchs_words_and_the_flags_that_save_memory(at_work, capsys, monkeypatch):
-    def full(*arguments):
-        raise getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)(FULL)
-
-    monkeypatch.setattr(train, "run_training", full)
+    words = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.64 GiB"
+    kind = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+    monkeypatch.setattr(train, "run_training", Mock(side_effect=kind(f"{words} of which 512.00 MiB is free.")))
     assert train.main(SMALL) == 1
     said = capsys.readouterr().err
-    assert "out of memory: CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.64" in said
-    assert "lower --batch_size (now 256) or --T (now 3) or --hidden_dim (now 32)" in said
-    assert "--precision bf16" in said
-    assert "--no_cuda_graph" in said
+    lower = "lower --batch_size (now 256) or --T (now 3) or --hidden_dim (now 32)"
+    for part in (f"out of memory: {words}", lower, "--precision bf16", "--no_cuda_graph"):
+        assert part in said
     assert "Traceback" not in said
     assert train.main([*SMALL, "--precision", "bf16", "--no_cuda_graph"]) == 1
     said = capsys.readouterr().err
     assert "bf16, which" not in said
     assert "a graph keeps" not in said
-
-
-def test_lists_of_a_sweep_are_no_numbers_that_save_memory():
+    # lists of a sweep are no numbers that could be lowered
     arguments = build_parser().parse_args(["--T", "10", "20", "--sequence", "rows", "--hidden_dim", "32"])
     message = r"^out of memory: full; lower --batch_size \(now 256\); give --chunk"
     with pytest.raises(TrainingError, match=message), memory_named(arguments):
@@ -179,18 +237,6 @@ def test_what_a_code_page_lacks_is_replaced(at_work, monkeypatch):
     assert (at_work / f"checkpoints/{STEM}.DONE").exists()
 
 
-def test_cross_validation_tells_the_files_of_every_fold(at_work, capsys):
-    assert crossval.main([*SMALL, "--k_folds", "2", "--json"]) == 0
-    told, text = document(capsys)
-    assert "| mean |" in text
-    results = json.loads((at_work / told["files"]["results"]).read_text())
-    assert {name: told[name] for name in results} == results
-    for fold, files in enumerate(told["files"]["folds"], 1):
-        assert files["checkpoint"] == f"checkpoints/{STEM}_fold{fold}of2.pth"
-        last = json.loads(Path(files["history"]).read_text().splitlines()[-1])
-        assert last["val_acc"] == told["folds"][fold - 1]["val_acc"]
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no signals from pipes")
 def test_a_reader_that_leaves_ends_the_program_without_a_traceback(tmp_path):
     """As ``train.py … | head -1`` does."""
@@ -203,13 +249,3 @@ def test_a_reader_that_leaves_ends_the_program_without_a_traceback(tmp_path):
     assert process.exitcode == 141
     assert "Error" not in (tmp_path / "printed.err").read_text()
     assert (tmp_path / f"{STEM}.pth").exists()
-
-
-def test_the_first_line_names_what_differs_from_the_defaults_and_no_more(at_work, capsys):
-    assert train.main([*SMALL, "--epochs", "1", "--neuron", "adlif"]) == 0
-    line = capsys.readouterr().out.splitlines()[0]
-    different = "dataset=fashionmnist-mini", "model=mixer", "hidden_dim=32", "block_size=4", "epochs=1", "neuron=adlif"
-    for name in (*different, "seed=42"):
-        assert f" {name}" in line
-    for name in ("p_inter", "alpha", "adapt_decay"):
-        assert name not in line

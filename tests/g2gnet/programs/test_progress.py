@@ -1,5 +1,6 @@
 """Long work shows on a terminal where it is and how long is left, and nothing of that in a pipe."""
 
+import contextlib
 import fcntl
 import functools
 import io
@@ -37,29 +38,19 @@ def calls(program, flags):
     return lambda: program.main(shlex.split(flags))
 
 
+def a_report():
+    return calls(train, TRAIN)() or report.main([*map(str, Path("checkpoints").glob("*.pth"))])
+
+
 #: work, and what the bar is called
 WORK = {
     "train": (calls(train, TRAIN), "Epoch 02/2"),
     "crossval": (calls(crossval, f"{TRAIN} --k_folds 2"), "Epoch 02/2"),
     "pretrain": (calls(pretrain, "--epochs 1 --batch_size 16"), "Epoch 01/1"),
     "features": (lambda: load_features("cifar10"), "features"),
-    "report": (
-        lambda: calls(train, TRAIN)() or report.main([*map(str, Path("checkpoints").glob("*.pth"))]),
-        "inspecting",
-    ),
+    "report": (a_report, "inspecting"),
     "throughput": (calls(throughput, f"{BENCH} --kernel forward"), "g2g-torch"),
 }
-
-
-class Stream(io.StringIO):
-    """Standard error, a terminal or not."""
-
-    def __init__(self, terminal):
-        super().__init__()
-        self.terminal = terminal
-
-    def isatty(self):
-        return self.terminal
 
 
 @pytest.fixture
@@ -78,18 +69,16 @@ def workplace(tmp_path, monkeypatch, captions_alone):
 def test_work_shows_the_time_left_on_a_terminal_and_nothing_in_a_pipe(name, workplace, monkeypatch):
     work, bar = WORK[name]
     for terminal in (True, False):
-        shutil.rmtree("checkpoints", ignore_errors=True)
-        shutil.rmtree("data/features", ignore_errors=True)
+        for folder in ("checkpoints", "data/features"):
+            shutil.rmtree(folder, ignore_errors=True)
+        stream = io.StringIO()
+        stream.isatty = lambda terminal=terminal: terminal
         with monkeypatch.context() as patch:
-            patch.setattr(sys, "stderr", Stream(terminal))
+            patch.setattr(sys, "stderr", stream)
             assert work() != 1
-            text = sys.stderr.getvalue()
-        if terminal:
-            drawn = re.findall(r"\r([^\r]*?): *(" + TIME_LEFT + ")", text)
-            assert any(bar in description for description, _ in drawn), text
-        else:
-            assert "\r" not in text
-            assert "%|" not in text
+        drawn = re.findall(r"\r([^\r]*?): *" + TIME_LEFT, stream.getvalue())
+        assert any(bar in description for description in drawn) == terminal, stream.getvalue()
+        assert terminal or not re.search(r"\r|%\|", stream.getvalue())
 
 
 def test_the_program_draws_on_a_true_terminal_and_leaves_its_output_clean(workplace, monkeypatch, capsys):
@@ -98,11 +87,9 @@ def test_the_program_draws_on_a_true_terminal_and_leaves_its_output_clean(workpl
     seen = bytearray()
 
     def read():
-        try:
+        with contextlib.suppress(OSError):  # the other end is closed
             while part := os.read(ours, 1024):
                 seen.extend(part)
-        except OSError:  # the other end is closed
-            pass
 
     reader = threading.Thread(target=read)
     reader.start()

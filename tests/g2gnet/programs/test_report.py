@@ -3,7 +3,6 @@
 import base64
 import html.parser
 import itertools
-import os
 import re
 import shlex
 import statistics
@@ -15,6 +14,7 @@ import pytest
 import torch
 from helpers import MASK_CASES, Largest, seeded
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 from PIL import Image
 from small_data import publish_resnet, write_cifar
@@ -22,7 +22,7 @@ from tiny_checkpoints import VARIANTS, rewrite, train_tiny
 
 import train
 from g2g_kernels import BlockMask, GroupLayout
-from g2gnet import LIF, G2GLinear, G2GNet, Projection, SpikingNetwork
+from g2gnet import LIF, G2GLinear, Projection, SpikingNetwork
 from g2gnet.data.catalog import DATASETS
 from g2gnet.inspect import figures, group_density
 from g2gnet.inspect.population_graph import population_graph
@@ -37,9 +37,6 @@ def drawn_images(figure):
     return [np.asarray(axis.images[0].get_array()) for axis in figure.axes if axis.images]
 
 
-# --- pictures -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", ["784 to 2048, an eighth", "single weights"])
 def test_the_density_picture_shows_the_density(case):
     masks = [MASK_CASES[case].mask(p_inter) for p_inter in (0.1, 0.8)]
@@ -52,7 +49,7 @@ def test_the_density_picture_shows_the_density(case):
     assert percent == {f"{100 * value:.0f}" for value in group_density(masks[1]).flatten().tolist() if value > 0}
 
 
-def test_the_input_maps_of_a_wide_layer_form_no_dense_weights():
+def test_input_maps_form_no_dense_weights_and_show_colours_plane_by_plane_of_at_most_eight_groups():
     mask = BlockMask.sample(GroupLayout(1000, 60), GroupLayout(900, 60, "random"), 1.0, 0.05, 8, seeded(0))  # ragged
     with Largest() as largest:
         images = drawn_images(figures.group_inputs(mask, (30, 30), "fc2", "neurons"))
@@ -60,18 +57,13 @@ def test_the_input_maps_of_a_wide_layer_form_no_dense_weights():
     dense, group_of = mask.to_dense().float(), mask.rows.layout.group_of
     for group, image in enumerate(images):
         np.testing.assert_allclose(image, dense[group_of == group].mean(0).view(30, 30), atol=1e-6)
-
-
-def test_colour_images_are_drawn_plane_by_plane_and_at_most_eight_groups():
     mask = BlockMask.sample(GroupLayout(48, 12), GroupLayout(3072, 12), 1.0, 0.0, 64)
     figure = figures.group_inputs(mask, figures.input_shape(3072), "fc1", "pixels")
     assert "the first 8 of 12 groups" in figure.get_suptitle()
-    images = drawn_images(figure)
-    assert len(images) == 8
-    # group 4 of 12 sees the last quarter of the red plane
+    assert len(drawn_images(figure)) == 8
     expected = np.zeros((32, 96))
-    expected[24:, :32] = 1
-    np.testing.assert_array_equal(images[3], expected)
+    expected[24:, :32] = 1  # group 4 of 12 sees the last quarter of the red plane
+    np.testing.assert_array_equal(drawn_images(figure)[3], expected)
 
 
 def some_network(sizes, joins, output):
@@ -98,79 +90,61 @@ RING = some_network(
 
 
 def test_the_picture_of_populations_has_their_weights_delays_and_cycles():
-    figure = population_graph(RING)
-    (axis,) = figure.axes
+    (axis,) = population_graph(RING).axes
     texts = [(text.get_text(), text.get_color()) for text in axis.texts]
     heights = {text.get_text(): text.get_position()[1] for text in axis.texts}
     assert sorted(("input", "p1", "p0", "p2", "p3"), key=heights.__getitem__) == ["input", "p1", "p0", "p2", "p3"]
-    shown = [f"{100 * connection.mask.density:.0f} %" for connection in RING.connections().values()]
-    later = {
-        "p1_to_p0": "\n1–5 steps", "p0_to_p1": "\n1 step", "p1_to_p1": "\n1 step", "p1_to_p1_2": "\n12 steps",
-        "p0_to_p2_2": "\n3 steps",
-    }  # fmt: skip
-    on_cycle = ("p1_to_p0", "p0_to_p1", "p1_to_p1", "p1_to_p1_2")
+    cycle = {"p1_to_p0": "\n1–5 steps", "p0_to_p1": "\n1 step", "p1_to_p1": "\n1 step", "p1_to_p1_2": "\n12 steps"}
+    later = {**cycle, "p0_to_p2_2": "\n3 steps"}
     expected = [
-        (share + later.get(name, ""), "#D55E00" if name in on_cycle else "#0072B2")
-        for share, name in zip(shown, RING.connections(), strict=True)
+        (f"{100 * connection.mask.density:.0f} %{later.get(name, '')}", "#D55E00" if name in cycle else "#0072B2")
+        for name, connection in RING.connections().items()
     ]
     assert sorted(expected) == sorted(text for text in texts if "%" in text[0])
-    assert {name: texts[number + 1][0] for number, (name, _) in enumerate(texts) if name[0] in "ip"} == {
-        "input": "12", "p0": "8", "p1": "6", "p2": "10", "p3": "4"
-    }  # fmt: skip
+    sizes = {name: texts[number + 1][0] for number, (name, _) in enumerate(texts) if name[0] in "ip"}
+    assert sizes == {"input": "12", "p0": "8", "p1": "6", "p2": "10", "p3": "4"}
 
 
 def many_joins():
     """Eight populations and thirty connections, of which those of delay 0 lead to later ones."""
-    draw = seeded(3)
-    joins = [(-1, 0, 0)] + [(number, number + 1, 0) for number in range(7)]
+    joins, draw = [(number - 1, number, 0) for number in range(8)], seeded(3)
     for _ in range(22):
-        source, target = (
-            torch.randint(-1, 8, (1,), generator=draw).item(),
-            torch.randint(8, (1,), generator=draw).item(),
-        )
+        source, target = (torch.randint(low, 8, (1,), generator=draw).item() for low in (-1, 0))
         joins.append((source, target, 15 * (source >= target)))
     return some_network((4,) * 8, joins, 7)
 
 
-def of_the_command():
-    return G2GNet(12, [8, 8, 8], 4, block_size=2, recurrent=True, feedback=True, delay=150)
-
-
-@pytest.mark.parametrize("make", [lambda: RING, many_joins, of_the_command])
+@pytest.mark.parametrize("make", [lambda: RING, many_joins])
 def test_nothing_lies_on_another_thing_in_the_picture_of_populations(make):
     figure = population_graph(make())
-    assert figure.get_figwidth() * 390 / 358 < 4.4 or len(figure.axes[0].patches) > 20, "small enough for a telephone"
     (axis,) = figure.axes
+    assert figure.get_figwidth() * 390 / 358 < 4.4 or len(axis.patches) > 20, "small enough for a telephone"
     renderer = FigureCanvasAgg(figure).get_renderer()
     boxes = [text.get_window_extent(renderer) for text in axis.texts]
     assert all(figure.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
     assert not [1 for one, other in itertools.combinations(boxes, 2) if one.overlaps(other)]
-    lines: dict[tuple[int, float], list[tuple[float, float]]] = {}  # upright (0) and level (1) ones, by their place
-    for patch in axis.patches:
-        if isinstance(patch, FancyArrowPatch):
-            for ends in itertools.pairwise(patch._path_original.vertices.round(6).tolist()):
-                for along in (0, 1):
-                    if ends[0][along] == ends[1][along]:
-                        low, high = sorted((ends[0][1 - along], ends[1][1 - along]))
-                        lines.setdefault((along, ends[0][along]), []).append((low, high))
+    lines: dict[tuple[int, float], list[list[float]]] = {}  # upright (0) and level (1) ones, by their place
+    for patch in (patch for patch in axis.patches if isinstance(patch, FancyArrowPatch)):
+        for ends in itertools.pairwise(patch._path_original.vertices.round(6).tolist()):
+            for along in (along for along in (0, 1) if ends[0][along] == ends[1][along]):
+                lines.setdefault((along, ends[0][along]), []).append(sorted(end[1 - along] for end in ends))
     for parts in lines.values():
         assert not [1 for (a, b), (c, d) in itertools.combinations(parts, 2) if min(b, d) > max(a, c)]
 
 
 def test_a_raster_has_a_dash_at_each_spike():
-    layout = GroupLayout(24, 3, "interleaved")
     spikes = (torch.rand(7, 24, generator=seeded(0)) < 0.2).float()
+    raster = figures.Raster("lif1", spikes, GroupLayout(24, 3, "interleaved"))
     silent = figures.Raster("lif3", torch.zeros(7, 5), GroupLayout(5, 1))
-    figure = figures.spike_rasters([figures.Raster("lif1", spikes, layout), silent], "title")
-    (dashes,) = figure.axes[0].collections
+    axis = figures.spike_rasters([raster, silent], "title").axes[0]
+    (dashes,) = axis.collections
     found = {(round(path.vertices[:, 0].mean()), round(path.vertices[0, 1])) for path in dashes.get_paths()}
     # group after group: the neuron i of group i mod 3 stands at place 8·(i mod 3) + i // 3
-    expected = {(t + 1, 8 * (i % 3) + i // 3) for t, i in spikes.nonzero().tolist()}
-    assert found == expected
-    assert figure.axes[0].get_ylabel() == "lif1 (24 neurons)\ngroup"
+    assert found == {(t + 1, 8 * (i % 3) + i // 3) for t, i in spikes.nonzero().tolist()}
+    assert axis.get_ylabel() == "lif1 (24 neurons)\ngroup"
 
 
-def test_turnover_and_curves_show_the_records():
+def test_turnover_and_curves_show_the_records_and_seeds_are_one_with_a_band_of_the_standard_error():
     history = [
         {"epoch": epoch, "train_loss": 1 / epoch, "train_acc": 0.5, "test_acc": 0.1 * epoch}
         | {"units_kept": {"fc1": 0.9, "fc2": 0.75}, "initial_units_kept": {"fc1": 0.9**epoch, "fc2": 0.75**epoch}}
@@ -185,19 +159,13 @@ def test_turnover_and_curves_show_the_records():
     assert list(accuracy.lines[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.3])
     assert list(loss.lines[0].get_ydata()) == pytest.approx([1, 1 / 2, 1 / 3])
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "second"]
-    colours = [line.get_color() for line in loss.lines]
-    assert len(set(colours)) == 2
-    assert [line.get_color() for line in accuracy.lines] == [colours[0], colours[0], colours[1], colours[1]]
+    first, second = (line.get_color() for line in loss.lines)
+    assert first != second
+    assert [line.get_color() for line in accuracy.lines] == [first, first, second, second]
     assert len({tuple(figures.style(number).values()) for number in range(49)}) == 49  # no two of many look alike
-
-
-def test_seeds_are_one_curve_with_a_band_of_the_standard_error():
-    def history(accuracies):
-        epoch = {"train_loss": 1, "train_acc": 0.5}
-        return [{**epoch, "epoch": number, "test_acc": accuracy} for number, accuracy in enumerate(accuracies, 1)]
-
-    figure = figures.training_curves({"seeds": [history([0.1, 0.3]), history([0.3, 0.5, 0.7]), history([0.2, 0.7])]})
-    accuracy, _ = figure.axes
+    accuracies = [0.1, 0.3], [0.3, 0.5, 0.7], [0.2, 0.7]
+    seeds = [[{**each, "test_acc": found} for each, found in zip(history, run, strict=False)] for run in accuracies]
+    accuracy, _ = figures.training_curves({"seeds": seeds}).axes
     assert list(accuracy.lines[0].get_xdata()) == [1, 2]  # as far as all have come
     assert list(accuracy.lines[0].get_ydata()) == pytest.approx([0.2, 0.5])
     bounds = accuracy.collections[0].get_paths()[0].get_extents()
@@ -205,32 +173,25 @@ def test_seeds_are_one_curve_with_a_band_of_the_standard_error():
 
 
 def test_the_confusion_picture_has_names_and_shares():
-    matrix = torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]])
-    figure = figures.confusion(matrix, ("shirt", "shoe", "bag"))
+    figure = figures.confusion(torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), ("shirt", "shoe", "bag"))
     assert figure.get_figwidth() == figures.WIDTH, "on a page, its letters are as large as those of other pictures"
     np.testing.assert_allclose(drawn_images(figure)[0], [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])
-    axis = figure.axes[0]
-    assert [label.get_text() for label in axis.get_yticklabels()] == ["shirt", "shoe", "bag"]
-    assert {text.get_text() for text in axis.texts} == {"3", "1", "2"}
+    assert {text.get_text() for text in figure.axes[0].texts} == {"3", "1", "2"}
     classes = DATASETS["cifar100"].classes
-    axis = figures.confusion(torch.eye(100, dtype=torch.int64), classes).axes[0]
-    assert [label.get_text() for label in axis.get_yticklabels()] == list(classes)
     assert len(set(classes)) == 100
+    of_many = figures.confusion(torch.eye(100, dtype=torch.int64), classes)
+    for each, names in ((figure, ["shirt", "shoe", "bag"]), (of_many, list(classes))):
+        assert [label.get_text() for label in each.axes[0].get_yticklabels()] == names
 
 
 def test_an_animation_lights_up_the_neurons_that_fire_and_lets_them_fade(tmp_path):
-    layout = GroupLayout(6, 2, "interleaved")
-    spikes = torch.zeros(3, 6)
-    spikes[1, 3] = 1  # neuron 3 is the second of group 1, at place 4 of 2 × 3 cells
-    animation = figures.spike_animation([figures.Raster("lif1", spikes, layout)], "one image")
-    image, heading = animation._func(0)
-    assert image.get_array().sum() == 0
-    animation._func(1)
-    expected = np.zeros((2, 3))
-    expected[1, 1] = 1
-    np.testing.assert_array_equal(image.get_array(), expected)
-    animation._func(2)
-    np.testing.assert_allclose(image.get_array(), figures.FADE * expected)
+    spikes, expected = torch.zeros(3, 6), np.zeros((2, 3))
+    spikes[1, 3] = expected[1, 1] = 1  # neuron 3 is the second of group 1, at place 4 of 2 × 3 cells
+    raster = figures.Raster("lif1", spikes, GroupLayout(6, 2, "interleaved"))
+    animation = figures.spike_animation([raster], "one image")
+    for step, shown in enumerate((0 * expected, expected, figures.FADE * expected)):
+        image, heading = animation._func(step)
+        np.testing.assert_allclose(image.get_array(), shown)
     assert heading.get_text() == "one image, time step 3 of 3"
     animation.save(tmp_path / "spikes.gif", writer="pillow")
     with Image.open(tmp_path / "spikes.gif") as file:
@@ -238,18 +199,12 @@ def test_an_animation_lights_up_the_neurons_that_fire_and_lets_them_fade(tmp_pat
     assert "<img" in animation.to_jshtml()
 
 
-# --- the page -----------------------------------------------------------------------------------------------------
-
-
 class Reader(html.parser.HTMLParser):
     """Collects a page's tags, images and visible text; every tag has to be closed in its place."""
 
-    VOID = ("meta", "img")
-
     def __init__(self, text):
         super().__init__()
-        self.open, self.tags, self.images, self.text = [], set(), [], ""
-        self.attributes = []
+        self.open, self.tags, self.images, self.text, self.attributes = [], set(), [], "", []
         self.feed(text)
         self.close()
         assert not self.open
@@ -259,7 +214,7 @@ class Reader(html.parser.HTMLParser):
         self.attributes += attributes
         if tag == "img":
             self.images.append(dict(attributes))
-        if tag not in self.VOID:
+        if tag not in ("meta", "img"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -292,8 +247,6 @@ def read_page(path):
 
 @pytest.fixture
 def reported(tmp_path):
-    """The text of the page that the program writes of checkpoints, from 20 samples."""
-
     def run(*checkpoints):
         target = tmp_path / "report.html"
         assert report.main([*map(str, checkpoints), "--output", str(target), "--samples", "20"]) == 0
@@ -304,7 +257,6 @@ def reported(tmp_path):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    """One finished run of each kind."""
     return {name: train_tiny(tmp_path_factory.mktemp("run"), flags) for name, flags in VARIANTS.items()}
 
 
@@ -329,20 +281,18 @@ def test_the_page_of_one_run_shows_its_settings_results_and_pictures(checkpoints
 @pytest.mark.parametrize(
     ("flags", "pictures", "words"),
     [
-        ("--dataset cifar10 --model index --num_groups 1 --p_intra 0.2", 7, ["which of its pixels"]),
-        (
-            "--dataset cifar10 --use_resnet --model mixer --num_groups 10 --delay 3 --recurrent 2",
-            8,
-            ["ResNet features", "one neuron in 10", "Connections on a cycle are orange", "changes. rec2: the"],
-        ),
+        ("--model index --num_groups 1 --p_intra 0.2", 7, ["which of its pixels"]),
+        ("--use_resnet --model mixer --num_groups 10 --delay 3 --recurrent 2", 8,
+         ["ResNet features", "one neuron in 10", "Connections on a cycle are orange", "changes. rec2: the"]),
     ],
-)
+)  # fmt: skip
 def test_every_kind_of_data_and_grouping_can_be_drawn(tmp_path, monkeypatch, flags, pictures, words):
     """T = 1 in all of them, and untrained networks of which many neurons are silent."""
     monkeypatch.chdir(tmp_path)
     write_cifar(monkeypatch, tmp_path / "data", "cifar10", train=50, test=20)
     publish_resnet(monkeypatch, tmp_path / "hub", "cifar10")
-    assert train.main([*shlex.split(flags), *shlex.split("--hidden_dim 32 --block_size 4 --T 1 --epochs 1")]) == 0
+    small = "--dataset cifar10 --hidden_dim 32 --block_size 4 --T 1 --epochs 1"
+    assert train.main(shlex.split(f"{small} {flags}")) == 0
     assert report.main([str(path) for path in Path("checkpoints").glob("*.pth")]) == 0
     reader = read_page(Path("report.html"))
     assert len(reader.images) == pictures
@@ -350,7 +300,6 @@ def test_every_kind_of_data_and_grouping_can_be_drawn(tmp_path, monkeypatch, fla
 
 
 def test_the_page_of_several_runs_compares_them(checkpoints, tmp_path, monkeypatch):
-    """Here with the picture of training curves, which is drawn once for all."""
     draw = content.picture
 
     def picture(figure, caption):
@@ -358,25 +307,19 @@ def test_the_page_of_several_runs_compares_them(checkpoints, tmp_path, monkeypat
         return draw(figure, caption) if curves else page.paragraph(caption)
 
     monkeypatch.setattr(content, "picture", picture)
-    target = tmp_path / "report.html"
     paths = [str(checkpoints[name]) for name in ("mixer", "dense", "index, dynamic")]
-    assert report.main([*paths, "--output", str(target), "--samples", "20"]) == 0
-    reader = read_page(target)
+    assert report.main([*paths, "--output", str(tmp_path / "report.html"), "--samples", "20"]) == 0
+    reader = read_page(tmp_path / "report.html")
     assert len(reader.images) == 1
     text = " ".join(reader.text.split())
     assert "Comparison" in text
     assert "setting 1 2 3 model mixer dense index enc current current rate precision fp32 bf16 fp32" in text
-    for label in (
-        "1: model=mixer, enc=current, p",
-        "2: model=dense, enc=current, precision=bf16",
-        "3: model=index, enc",
-    ):
-        assert text.count(label) == 3  # in the contents, the table and the heading
+    labels = "1: model=mixer, enc=current, p", "2: model=dense, enc=current, precision=bf16", "3: model=index, enc"
+    assert [text.count(label) for label in labels] == [3, 3, 3]  # in the contents, the table and the heading
     assert "20 of 100 test images" in text
     assert "the run's own accuracy, on all 100: " in text
     assert "Mean ± standard error over seeds" not in text
-    for path in paths:
-        assert f"{read_run(path).history[-1]['train_loss']:.4f}" in text
+    assert all(f"{read_run(path).history[-1]['train_loss']:.4f}" in text for path in paths)
 
 
 def test_a_folder_gives_each_run_with_a_finished_epoch_once(checkpoints, tmp_path, captions_alone, capsys, reported):
@@ -384,21 +327,17 @@ def test_a_folder_gives_each_run_with_a_finished_epoch_once(checkpoints, tmp_pat
     for path in (run, before):
         rewrite(checkpoints["mixer"], path)
     rewrite(checkpoints["mixer"], new, epoch=0, history=[], step=3, progress={})
-    target, text = tmp_path / "report.html", reported(before, new, run)
-    printed = capsys.readouterr().err
+    text, printed = reported(before, new, run), capsys.readouterr().err
     assert f"{before} is left out: {run} is the later checkpoint of this run\n" in printed
     assert f"{new} is left out: its run has finished no epoch\n" in printed
     assert "report on one run" in text
     assert f"{run}: mixer on fashionmnist-mini, after epoch 2 of 2." in text
-    target.unlink()
-    assert report.main([str(new), "--output", str(target)]) == 1
+    assert report.main([str(new), "--output", str(tmp_path / "none.html")]) == 1
     assert "error: no run has finished an epoch; run the same command again to resume one" in capsys.readouterr().err
-    assert not target.exists()
+    assert not (tmp_path / "none.html").exists()
 
 
-def test_a_run_with_held_out_images_shows_its_best_epoch_and_what_was_tested(
-    tmp_path, captions_alone, capsys, reported
-):
+def test_a_run_with_held_out_images_shows_what_was_tested(tmp_path, captions_alone, capsys, reported):
     last = train_tiny(tmp_path, "--model mixer --validation 0.25")
     run, text = read_run(last), reported(last, last.with_suffix(".best.pth"))
     assert "report on one run" in text
@@ -428,84 +367,35 @@ def test_a_graph_that_was_pruned_is_drawn_and_not_called_full(tmp_path, captions
 def test_runs_that_differ_in_their_seed_are_shown_with_their_mean(checkpoints, tmp_path, captions_alone, reported):
     paths, found = [], {"dense": [0.2, 0.4, 0.9], "mixer": [0.5, 0.6]}
     for model, accuracies in found.items():
-        run = read_run(checkpoints[model])
+        run, settings = read_run(checkpoints[model]), read_checkpoint(checkpoints[model])["settings"]
         for seed, accuracy in enumerate(accuracies, 1):
-            history = [*run.history[:-1], {**run.history[-1], "test_acc": accuracy}]
-            saved = read_checkpoint(run.path)["settings"] | {"seed": seed}
-            paths.append(rewrite(run.path, tmp_path / f"{model}{seed}.pth", settings=saved, history=history))
+            changes = {"history": [*run.history[:-1], {**run.history[-1], "test_acc": accuracy}]}
+            changes["settings"] = {**settings, "seed": seed}
+            paths.append(rewrite(run.path, tmp_path / f"{model}{seed}.pth", **changes))
     text = reported(*paths)
     for numbers, accuracies in zip(("1, 2, 3", "1, 2"), found.values(), strict=True):
-        values = [100 * accuracy for accuracy in accuracies]
-        mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
-        assert f"{numbers} {mean:.2f} ± {error:.2f}" in text
+        error = 100 * statistics.stdev(accuracies) / len(accuracies) ** 0.5
+        assert f"{numbers} {100 * statistics.mean(accuracies):.2f} ± {error:.2f}" in text
     assert "seed=1" in text
 
 
 def test_accuracies_of_an_interrupted_run_are_not_those_of_its_network(checkpoints, tmp_path, captions_alone, reported):
-    history = read_run(checkpoints["mixer"]).history[:1]
-    inside = rewrite(checkpoints["mixer"], tmp_path / "run.pth", epoch=1, history=history, step=6, progress={})
-    other = rewrite(checkpoints["mixer"], tmp_path / "other.pth", epoch=1, history=history, step=4)
-    text = reported(inside, other)
+    changes = {"epoch": 1, "history": read_run(checkpoints["mixer"]).history[:1]}
+    inside = rewrite(checkpoints["mixer"], tmp_path / "run.pth", step=6, progress={}, **changes)
+    text = reported(inside, rewrite(checkpoints["mixer"], tmp_path / "other.pth", step=4, **changes))
     assert "The run was stopped inside epoch 2 of 2, after step 6. Accuracies, loss and seconds are those up to" in text
-    assert f"the run's own accuracy after epoch 1, on all 100: {history[0]['test_acc']:.4f}" in text
+    assert f"the run's own accuracy after epoch 1, on all 100: {changes['history'][0]['test_acc']:.4f}" in text
     assert "1, interrupted" in text
     assert "Mean ± standard error" not in text  # of networks after different steps
 
 
-def test_what_comes_from_files_is_text_on_the_page(checkpoints, tmp_path, captions_alone):
-    """A checkpoint can have any name; text in place of a number is refused."""
-    settings = read_run(checkpoints["dense"]).settings.as_dict()
-    folder = tmp_path / "<img src=x onerror=alert(1)><script>"
-    folder.mkdir()
-    foreign = rewrite(checkpoints["dense"], folder / "'\"><b>.pth", settings={**settings, "lr": "<script>"})
-    target = tmp_path / "report.html"
-    assert report.main([str(foreign), "--output", str(target)]) == 1
-    rewrite(checkpoints["dense"], foreign)
-    assert report.main([str(foreign), str(checkpoints["dense"]), "--output", str(target)]) == 0
-    reader = read_page(target)
-    assert str(foreign) in reader.text
-    assert "b" not in reader.tags
-    assert "<script" not in target.read_text()
-
-
 def test_every_part_of_a_page_escapes_its_text():
-    from matplotlib.figure import Figure
-
     attack = "</td><script>\"'&"
     parts = [page.heading(2, attack), page.paragraph(attack), page.table((attack,), [(attack,)])]
     parts += [page.details(attack, []), page.picture(Figure(), attack), page.page(attack, [])]
     for part in parts:
         assert "<script" not in part
         assert attack in Reader(part).text
-
-
-@pytest.mark.parametrize(
-    ("flags", "status", "message"),
-    [
-        ("nowhere.pth", 1, "nowhere.pth cannot be read (No such file or directory)"),
-        ("CHECKPOINT nowhere.pth", 1, "nowhere.pth cannot be read"),
-        ("CHECKPOINT --output .", 1, "cannot write . (Is a directory); give another file"),
-        ("CHECKPOINT --output nowhere/report.html", 1, "cannot write nowhere/report.html (No such file or directory)"),
-        ("CHECKPOINT --samples -3", 2, "samples=-3 must be"),
-    ],
-)
-def test_errors_are_named(checkpoints, tmp_path, monkeypatch, capsys, flags, status, message):
-    monkeypatch.chdir(tmp_path)
-    assert report.main(shlex.split(flags.replace("CHECKPOINT", str(checkpoints["mixer"])))) == status
-    error = capsys.readouterr().err
-    assert error.startswith("g2g-report: error: ")
-    assert message in error
-    assert not list(tmp_path.iterdir())
-
-
-def test_others_may_read_the_page_as_the_umask_says(checkpoints, tmp_path, captions_alone):
-    target = tmp_path / "report.html"
-    before = os.umask(0o027)
-    try:
-        assert report.main([str(checkpoints["dense"]), "--output", str(target), "--samples", "5"]) == 0
-    finally:
-        os.umask(before)
-    assert os.name != "posix" or target.stat().st_mode & 0o777 == 0o640
 
 
 def test_without_matplotlib_the_report_says_what_to_install(checkpoints, tmp_path, monkeypatch, capsys):

@@ -1,110 +1,81 @@
 """Programs on sequences: data of one's own, and images that unfold over time, from flags to reports."""
 
-import dataclasses
 import json
-import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from small_data import OWN_LABELS, write_gestures, write_heidelberg, write_own
+from small_data import OWN_LABELS, write_heidelberg, write_own
+from training_runs import small_trainer
 
 import crossval
 import train
 from g2gnet import load
 from g2gnet.base.seeding import stream
-from g2gnet.data import DATASETS, ImageData, as_samples, dataset_name, load_dataset, random_unit_shift
-from g2gnet.data.catalog import Dataset
+from g2gnet.data import as_samples, dataset_name, load_dataset, random_unit_shift
 from g2gnet.programs import analyze
 from g2gnet.programs.report import program as report
 from g2gnet.sequences import input_order
-from g2gnet.training import Machine, Trainer, TrainSettings, read_run
+from g2gnet.training import read_run
 
 SMALL = ["--hidden_dim", "16", "--batch_size", "20", "--block_size", "4", "--epochs", "1", "--model", "mixer"]
 
 
 def trained(program, folder, *flags):
-    """The JSON of a program that succeeds."""
     arguments = [*SMALL, *flags, "--checkpoint_dir", folder, "--json", folder / "out.json"]
     assert program.main([str(argument) for argument in arguments]) == 0
     return json.loads((folder / "out.json").read_text())
 
 
 @pytest.mark.parametrize(
-    ("shape", "inputs", "dtype"),
-    [((6, 5), 5, np.float32), ((6, 5), 5, np.uint8), ((6, 2, 3, 4), 24, np.uint8)],
-    ids=["vectors", "counts", "frames"],
-)
-def test_sequences_of_ones_own_have_their_own_length(tmp_path, shape, inputs, dtype):
-    document = trained(train, tmp_path, "--dataset", write_own(tmp_path / "mine.npz", *shape, dtype=dtype))
-    settings, checkpoint = document["settings"], document["files"]["checkpoint"]
-    assert (settings["T"], settings["sequence"]) == (6, "own")
-    assert "_own_mixer_p0.15_T6_current" in checkpoint
-    net = load(checkpoint)
-    assert (net.T, net.fc1.in_features) == (6, inputs)
-    samples = as_samples(load_dataset(settings["dataset"]).test_images)
-    assert torch.equal(net.encode(samples), samples.view(20, 6, inputs).transpose(0, 1))
-    accuracy = (net(samples).argmax(1) == torch.from_numpy(OWN_LABELS[40:])).double().mean()
-    assert float(accuracy) == document["result"]["test_acc"]
-    layers = json.loads(Path(document["files"]["analysis"]).read_text())["layers"]
-    assert layers["lif1"]["pathway_coherence"] is None  # its inputs are no spikes
-    assert layers["lif2"]["pathway_coherence"] is not None
-
-
-def test_a_named_data_set_of_event_frames_is_an_entry_and_a_module(tmp_path, monkeypatch):
-    frames, labels = torch.rand(60, 6, 2, 3, 4), torch.from_numpy(OWN_LABELS)
-    data = ImageData("events", frames[:40], labels[:40], frames[40:], labels[40:], 4)
-    monkeypatch.setitem(DATASETS, "events", Dataset((6, 2, 3, 4), 4, "events", sequences=True))
-    monkeypatch.setitem(sys.modules, "g2gnet.data.events", SimpleNamespace(load=lambda name, data_dir: data))
-    flag = next(each for each in dataclasses.fields(TrainSettings) if each.name == "dataset")
-    monkeypatch.setattr(flag, "metadata", {**flag.metadata, "choices": (*flag.metadata["choices"], "events")})
-    document = trained(train, tmp_path, "--dataset", "events")
-    assert (document["settings"]["T"], document["settings"]["sequence"]) == (6, "own")
-    assert load(document["files"]["checkpoint"]).fc1.in_features == 24
-    assert TrainSettings(dataset="events", sequence="none", T=9).T == 9
-
-
-@pytest.mark.parametrize(
-    ("shape", "flags", "sequence", "steps", "inputs"),
+    ("shape", "dtype", "flags", "sequence", "steps", "inputs"),
     [
-        ((6, 5), "--T 3 --sequence none", "none", 3, 30),
-        ((6, 5), "--T 3 --augment flip", "none", 3, 30),
-        ((6, 5), "--T 3 --erase 0.5", "none", 3, 30),
-        ((6, 2, 3, 4), "--augment flip --erase 0.5", "own", 6, 24),  # frames that are changed stay sequences
-        ((2, 6, 5), "--sequence rows --sequence_step 2", "rows", 3, 20),
+        ((6, 5), np.float32, "", "own", 6, 5),
+        ((6, 5), np.uint8, "", "own", 6, 5),
+        ((6, 2, 3, 4), np.uint8, "", "own", 6, 24),
+        ((6, 2, 3, 4), np.float32, "--augment flip --erase 0.5", "own", 6, 24),  # frames that are changed stay frames
+        ((6, 5), np.float32, "--T 3 --sequence none", "none", 3, 30),
+        ((6, 5), np.float32, "--T 3 --augment flip", "none", 3, 30),
+        ((6, 5), np.float32, "--T 3 --erase 0.5", "none", 3, 30),
+        ((2, 6, 5), np.float32, "--sequence rows --sequence_step 2", "rows", 3, 20),
     ],
 )
-def test_what_samples_are_follows_from_their_shape_and_the_flags(
-    tmp_path, caplog, shape, flags, sequence, steps, inputs
-):
-    document = trained(train, tmp_path, "--dataset", write_own(tmp_path / "mine.npz", *shape), *flags.split())
-    assert (document["settings"]["T"], document["settings"]["sequence"]) == (steps, sequence)
-    net = load(document["files"]["checkpoint"])
+def test_shape_and_flags_say_what_samples_are(tmp_path, caplog, shape, dtype, flags, sequence, steps, inputs):
+    data = write_own(tmp_path / "mine.npz", *shape, dtype=dtype)
+    document = trained(train, tmp_path, "--dataset", data, *flags.split())
+    settings, checkpoint = document["settings"], document["files"]["checkpoint"]
+    assert (settings["T"], settings["sequence"]) == (steps, sequence)
+    net = load(checkpoint)
     assert (net.T, net.fc1.in_features) == (steps, inputs)
     # a flag that changes what the samples are says so
     told = sequence == "none" and "--sequence" not in flags
     assert ("of shape 6 × 5, are read as images, as augment=" in caplog.text) == told
+    samples = as_samples(load_dataset(settings["dataset"]).test_images)
+    accuracy = (net(samples).argmax(1) == torch.from_numpy(OWN_LABELS[40:])).double().mean()
+    assert float(accuracy) == document["result"]["test_acc"]
+    if sequence == "own":
+        assert "_own_mixer_p0.15_T6_current" in checkpoint
+        assert torch.equal(net.encode(samples), samples.view(20, 6, inputs).transpose(0, 1))
+        layers = json.loads(Path(document["files"]["analysis"]).read_text())["layers"]
+        assert layers["lif1"]["pathway_coherence"] is None  # its inputs are no spikes
+        assert layers["lif2"]["pathway_coherence"] is not None
 
 
 def test_the_checkpoint_has_the_order_of_permuted_pixels(tmp_path, monkeypatch):
     flags = ["--dataset", "fashionmnist-mini", "--limit_train", "60", "--limit_test", "40", "--enc", "rate"]
     flags += ["--sequence", "permuted", "--sequence_step", "98", "--sequence_seed", "5", "--chunk", "3"]
     checkpoint = trained(train, tmp_path, *flags)["files"]["checkpoint"]
-    run = read_run(checkpoint)
-    assert torch.equal(run.network().input_order, input_order("permuted", (28, 28), 98, 5))
-    # whatever the seed of the run is
+    run, order = read_run(checkpoint), input_order("permuted", (28, 28), 98, 5)
     other = trained(train, tmp_path, *flags, "--seed", "7", "--name", "other")["files"]["checkpoint"]
-    assert torch.equal(read_run(other).network().input_order, run.network().input_order)
+    assert all(torch.equal(each.network().input_order, order) for each in (run, read_run(other)))  # of any seed
     assert analyze.main([checkpoint, "--json", str(tmp_path / "again.json")]) == 0
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["accuracy"] == run.history[-1]["test_acc"]
     assert again["layers"]["lif1"]["pathway_coherence"] is not None  # its inputs are spikes
-    page = tmp_path / "report.html"
     monkeypatch.setattr("g2gnet.programs.report.content.picture", lambda figure, caption: caption)
-    assert report.main([checkpoint, "--output", str(page)]) == 0
-    assert "fashionmnist-mini as sequences (permuted)" in page.read_text()
+    assert report.main([checkpoint, "--output", str(tmp_path / "report.html")]) == 0
+    assert "fashionmnist-mini as sequences (permuted)" in (tmp_path / "report.html").read_text()
 
 
 def test_recordings_are_trained_on_and_inspected_as_the_checkpoint_says(tmp_path, monkeypatch, capsys):
@@ -122,13 +93,13 @@ def test_recordings_are_trained_on_and_inspected_as_the_checkpoint_says(tmp_path
     assert (net.T, net.fc1.in_features) == (30, 70)
     samples = as_samples(data.test_images)
     assert torch.equal(net.encode(samples), 0.5 * data.test_images.transpose(0, 1))
-    assert float((net(samples).argmax(1) == data.test_labels).double().mean()) == document["result"]["test_acc"]
-    assert analyze.main([checkpoint, "--json", str(tmp_path / "again.json")]) == 0
-    assert json.loads((tmp_path / "again.json").read_text())["accuracy"] == document["result"]["test_acc"]
+    assert analyze.main([checkpoint, "--json", "again.json"]) == 0
+    found = (net(samples).argmax(1) == data.test_labels).double().mean().item()
+    assert found == json.loads(Path("again.json").read_text())["accuracy"] == document["result"]["test_acc"]
     assert trained(train, tmp_path, *flags)["result"] == document["result"]  # it is finished
     assert train.main([*SMALL, *flags[:2], "--dt", "10", "--T", "30", "--checkpoint_dir", str(tmp_path)]) == 1
     assert "dt: 20.0 there, 10.0 now" in capsys.readouterr().err
-    (tmp_path / "data/shd_train.h5").unlink()
+    Path("data/shd_train.h5").unlink()
     assert analyze.main([checkpoint]) == 1
     assert "shd is not in data: shd_train.h5 is not in data" in capsys.readouterr().err
 
@@ -143,8 +114,10 @@ def test_recordings_with_a_part_for_validation_and_folds_of_them(tmp_path):
 
 def test_each_batch_is_shifted_with_the_draws_of_its_step(tmp_path):
     name = dataset_name(write_own(tmp_path / "mine.npz", 6, 9))
-    settings = TrainSettings(dataset=name, sequence="own", T=6, unit_shift=2, hidden_dim=16, batch_size=20)
-    trainer, seen = Trainer(settings, load_dataset(name), Machine(torch.device("cpu"))), []
+    trainer, seen = (
+        small_trainer(load_dataset(name), dataset=name, sequence="own", T=6, unit_shift=2, batch_size=20),
+        [],
+    )
     encode = trainer.net.encode
     trainer.net.encode = lambda x, *rest: seen.append(x) or encode(x, *rest)
     trainer.train_epoch()
@@ -153,17 +126,3 @@ def test_each_batch_is_shifted_with_the_draws_of_its_step(tmp_path):
         images = trainer.data.train_images[order[20 * step : 20 * step + 20]]
         assert torch.equal(seen[step], random_unit_shift(images, stream(42, "unit_shift", step), 2).flatten(1))
     assert torch.equal(torch.cat(seen[2:]), trainer.data.test_images.flatten(1))  # which are shown as they are
-
-
-def test_frames_and_too_far_shifts_are_refused(tmp_path, capsys):
-    write_gestures(tmp_path)
-    write_heidelberg(tmp_path, "shd")
-    flags = ["--dataset", "shd", "--augment", "flip", "--data_dir", tmp_path, "--checkpoint_dir", tmp_path]
-    assert train.main([*SMALL, *map(str, flags)]) == 2
-    assert capsys.readouterr().err.endswith("of 140 values; leave --augment out\n")
-    for data, shape in ((["dvsgesture"], [2, 32, 32]), ([write_own(tmp_path / "mine.npz", 6, 5)], [5])):
-        flags = ["--dataset", *data, "--unit_shift", "5", "--data_dir", tmp_path, "--checkpoint_dir", tmp_path]
-        assert train.main([*SMALL, *map(str, flags)]) == 2
-        said = capsys.readouterr().err
-        assert "unit_shift=5 needs sequences of vectors with more places" in said
-        assert f"is of shape {shape}; lower it, or leave it out" in said

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,35 +38,34 @@ QUICK = {**SMALL, "T": 3, "limit_train": 64, "limit_test": 32, "epochs": 1}
 
 
 posix = pytest.mark.skipif(os.name != "posix", reason="links, FIFOs and devices are those of POSIX")
+GRID = {**QUICK, "p_inter": [0.1, 0.3], "seed": [1, 2]}
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def thread():
     with ThreadPoolExecutor(1) as executor:
         yield executor
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A finished sweep, and its folder. To read."""
+def made(tmp_path_factory, thread):
     folder = tmp_path_factory.mktemp("sweep")
-    with ThreadPoolExecutor(1) as executor:
-        return sweep.run({**QUICK, "p_inter": [0.1, 0.3], "seed": [1, 2]}, folder, executor=executor), folder
+    return sweep.run(GRID, folder, executor=thread), folder
 
 
 def test_a_grid_is_every_combination_and_a_larger_one_keeps_its_folders(tmp_path):
     grid = {"p_inter": [0.1, 0.3], "model": ("index", "mixer"), "seed": range(3), "T": 4}
     runs = runs_of(grid, tmp_path)
-    found = [(run.settings.seed, run.settings.p_inter, run.settings.model) for run in runs]
-    assert found == list(itertools.product(range(3), (0.1, 0.3), ("index", "mixer")))
-    assert {run.settings.T for run in runs} == {4}
+    found = [(run.settings.seed, run.settings.p_inter, run.settings.model, run.settings.T) for run in runs]
+    assert found == list(itertools.product(range(3), (0.1, 0.3), ("index", "mixer"), [4]))
     assert runs[0].label == "p_inter=0.1, model=index, seed=0"
-    assert len({run.folder for run in runs}) == 12
-    for each in runs:
-        each.folder.mkdir()
+    folders = {run.folder for run in runs}
+    assert len(folders) == 12
+    for folder in folders:
+        folder.mkdir()
     larger = runs_of({**grid, "T": [4, 5], "p_inter": [0.1, 0.3, 1]}, tmp_path)
-    assert {run.folder for run in runs} == {run.folder for run in larger if run.folder.exists()}
     assert len(larger) == 36
+    assert {run.folder for run in larger if run.folder.exists()} == folders
 
 
 def test_two_folders_of_one_run_are_refused_and_so_is_one_run_of_two_values(tmp_path):
@@ -79,61 +79,52 @@ def test_two_folders_of_one_run_are_refused_and_so_is_one_run_of_two_values(tmp_
         runs_of({**QUICK, "threshold": [None, 1.0], "seed": [1, 2]}, tmp_path / "other")
 
 
-@pytest.mark.parametrize(
-    ("grid", "messages"),
-    [
-        ({"p_intr": 1}, ["p_intr is not a setting; did you mean p_intra?"]),
-        ({"seed": [1, 2, 1]}, ["seed=1 is given twice"]),
-        ({"seed": []}, ["seed has no value"]),
-        ({3: 1}, ["3 is not a setting"]),
-        ({"seed": np.ones((2, 2), int)}, ["seed=[1, 1] is given twice"]),
-        ({"model": ["index", "ring"], "T": [0, 3]}, ["model='ring' is unknown; choose one of", "T=0 must be"]),
-        ({"model": ["dense", "index"], "sparsity_mode": "dynamic"}, ["needs a sparse model"]),
-    ],
-)
-def test_what_is_wrong_with_a_grid_is_said_before_anything_is_trained(tmp_path, grid, messages):
-    with pytest.raises(SettingsError) as error:
-        sweep.run(grid, tmp_path / "sweep")
-    for message in messages:
-        assert message in str(error.value)
+def test_what_is_wrong_with_a_grid_is_said_before_anything_is_trained(tmp_path):
+    for grid, *messages in (
+        ({"p_intr": 1}, "p_intr is not a setting; did you mean p_intra?"),
+        ({"seed": [1, 2, 1]}, "seed=1 is given twice"),
+        ({"seed": []}, "seed has no value"),
+        ({3: 1}, "3 is not a setting"),
+        ({"seed": np.ones((2, 2), int)}, "seed=[1, 1] is given twice"),
+        ({"seed": "none"}, "seed='none' must be a whole number"),
+        ({"model": ["index", "ring"], "T": [0, 3]}, "model='ring' is unknown; choose one of", "T=0 must be"),
+        ({"model": ["dense", "index"], "sparsity_mode": "dynamic"}, "needs a sparse model"),
+    ):
+        with pytest.raises(SettingsError) as error:
+            sweep.run(grid, tmp_path / "sweep")
+        assert all(message in str(error.value) for message in messages), error
     assert not (tmp_path / "sweep").exists()
 
 
-@pytest.mark.parametrize("values", [range(2), {0, 1}, np.arange(2), torch.arange(2), [np.int64(0), torch.tensor(1)]])
-def test_values_may_be_numbers_of_numpy_and_tensors(tmp_path, values):
-    runs = runs_of({"seed": values, "T": np.array(3), "p_inter": torch.tensor(0.25)}, tmp_path)
-    assert [(run.settings.seed, run.settings.T, run.settings.p_inter) for run in runs] == [(0, 3, 0.25), (1, 3, 0.25)]
-
-
-def test_a_number_that_may_be_left_out_may_be_none(tmp_path, capsys):
-    flags = ["--average", "none", "5", "--name", "none"]
-    grid = program.grid_from(program.build_parser().parse_args(flags))
+def test_values_may_be_numbers_of_numpy_and_tensors_and_none(tmp_path, capsys):
+    for values in ({0, 1}, np.arange(2), torch.arange(2), [np.int64(0), torch.tensor(1)]):
+        runs = runs_of({"seed": values, "T": np.array(3), "p_inter": torch.tensor(0.25)}, tmp_path)
+        found = [(run.settings.seed, run.settings.T, run.settings.p_inter) for run in runs]
+        assert found == [(0, 3, 0.25), (1, 3, 0.25)]
+    parse = program.build_parser().parse_args
+    grid = program.grid_from(parse(["--average", "none", "5", "--name", "none"]))
     found = [(run.settings.average, run.settings.name) for run in runs_of(grid, tmp_path)]
     assert found == [(None, "none"), (5, "none")]
     with pytest.raises(SystemExit):
-        program.build_parser().parse_args(["--average", "nil"])
+        parse(["--average", "nil"])
     assert "--average: invalid int or none value: 'nil'" in capsys.readouterr().err
-    with pytest.raises(SettingsError, match="seed='none' must be a whole number"):
-        runs_of({"seed": "none"}, tmp_path)
 
 
 def test_a_grid_comes_from_a_file_and_flags_replace_what_it_says(tmp_path):
-    (tmp_path / "grid.json").write_text('{"seed": [1, 2], "p_inter": 1}')
-    assert read_grid(tmp_path / "grid.json") == {"seed": [1, 2], "p_inter": 1}
+    path, told = tmp_path / "grid.json", {"seed": [1, 2], "p_inter": 1}
+    path.write_text(json.dumps(told))
+    assert read_grid(path) == told
     if sys.version_info >= (3, 11):
         (tmp_path / "grid.toml").write_text("seed = [1, 2]\np_inter = 1\n")
-        assert read_grid(tmp_path / "grid.toml") == {"seed": [1, 2], "p_inter": 1}
-    flags = ["--grid", str(tmp_path / "grid.json"), "--seed", "3", "4", "--standardize", "--T", "7"]
+        assert read_grid(tmp_path / "grid.toml") == told
+    flags = ["--grid", str(path), "--seed", "3", "4", "--standardize", "--T", "7"]
     grid = program.grid_from(program.build_parser().parse_args(flags))
     assert grid == {"seed": [3, 4], "p_inter": 1, "standardize": [True], "T": [7]}
-    wrong = {
-        "[]": "holds a list, not a table of settings",
-        '{"seed": [1, 2], "T": 3, "seed": 1}': "it gives seed twice",
-    }
-    for content, message in wrong.items():
-        (tmp_path / "grid.json").write_text(content)
+    twice = '{"seed": [1, 2], "T": 3, "seed": 1}'
+    for content, message in (("[]", "holds a list, not a table of settings"), (twice, "it gives seed twice")):
+        path.write_text(content)
         with pytest.raises(SettingsError, match=message):
-            read_grid(tmp_path / "grid.json")
+            read_grid(path)
 
 
 def test_each_run_is_that_of_train_and_a_finished_one_is_not_trained_again(made, tmp_path):
@@ -141,69 +132,52 @@ def test_each_run_is_that_of_train_and_a_finished_one_is_not_trained_again(made,
     assert made.varied == ("p_inter",)
     assert made.common == QUICK | {"enc_scale": 3.0}
     for each, end in made.ends:
-        alone = run(tmp_path / each.folder.name, **{**QUICK, **each.differs})
-        assert_equal(load(each.files)["model"], load(alone)["model"])
-        assert end["test_acc"] == load(alone)["history"][-1]["test_acc"]
+        of_sweep, alone = load(each.files), load(run(tmp_path / each.folder.name, **{**QUICK, **each.differs}))
+        assert_equal(of_sweep["model"], alone["model"])
+        assert end["test_acc"] == alone["history"][-1]["test_acc"]
         assert "Epoch 01 | train_acc=" in (each.folder / "log.txt").read_text()
-    again = sweep.run({**QUICK, "p_inter": [0.1, 0.3], "seed": [1, 2]}, folder, executor=None)  # needs no processes
-    assert again.ends == made.ends
+    assert sweep.run(GRID, folder, executor=None).ends == made.ends  # which needs no processes
 
 
 def test_means_have_standard_errors_over_seeds(made):
     assert estimate([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3)))
     assert estimate([4.0]) == (4.0, None)
     for row in made[0].rows:
-        p_inter = row.settings["p_inter"]
-        one, other = (100 * end["test_acc"] for each, end in made[0].ends if each.settings.p_inter == p_inter)
+        one, other = (100 * end["test_acc"] for end in row.ends)
         assert row.seeds == [1, 2]
         mean, error = (one + other) / 2, abs(one - other) / 2  # √(2·(difference/2)²/1/2)
-        assert f"| {p_inter} | 2 | {mean:.2f} ± {error:.2f} |" in made[0].table()
+        assert f"| {row.settings['p_inter']} | 2 | {mean:.2f} ± {error:.2f} |" in made[0].table()
         assert row.as_dict()["results"]["test_acc"]["mean"] == pytest.approx(mean / 100)
 
 
-@pytest.fixture(scope="module")
-def held_out(tmp_path_factory):
-    """A finished sweep whose runs held images out, and one ended before its last epoch; and its folder. To read."""
-    folder = tmp_path_factory.mktemp("sweep")
-    grid = {**QUICK, "epochs": 3, "p_inter": [0.1, 0.3], "seed": [1, 2], "validation": 0.25, "patience": 1}
-    with ThreadPoolExecutor(1) as executor:
-        return sweep.run(grid, folder, executor=executor), folder
-
-
-def test_a_sweep_is_decided_by_held_out_images_where_there_are_some_and_says_so(held_out, made):
-    means = {}
-    for row in held_out[0].rows:
-        ends = [end for each, end in held_out[0].ends if each.settings.p_inter == row.settings["p_inter"]]
-        assert row.ends == ends
-        means[row.label] = statistics.mean(end["best"]["val_acc"] for end in ends)
-        shown = [100 * statistics.mean(end["best"][name] for end in ends) for name in ("val_acc", "test_acc")]
-        assert row.estimate("best/val_acc").mean == pytest.approx(means[row.label])
-        assert re.search(rf"\| 2 \| {shown[0]:.2f} ± [\d.]+ \| {shown[1]:.2f} ± ", held_out[0].table())
-    best = max(means, key=means.__getitem__)
-    assert "| runs | validation accuracy, % | test accuracy, % | training" in held_out[0].table()
-    assert held_out[0].table().endswith(f"was tested.\nBest: {best}, chosen on held-out images.")
-    assert held_out[0].as_dict()["best"]["by"] == "best/val_acc"
-    assert f"p_inter={held_out[0].as_dict()['best']['settings']['p_inter']}" == best
-    table = made[0].table()
-    assert "validation accuracy" not in table
-    assert table.endswith(", chosen on test images, so its accuracy is too high; validation=SHARE mends that.")
-    axis = draw(held_out[0].rows).axes[0]
+def test_a_sweep_is_decided_by_held_out_images_where_there_are_some_and_says_so(made, tmp_path, thread):
+    grid = {**GRID, "epochs": 3, "validation": 0.25, "patience": 1}  # one run ends before its last epoch
+    held_out, means = sweep.run(grid, tmp_path, executor=thread), {}
+    table = held_out.table()
+    for row in held_out.rows:
+        assert row.ends == [end for each, end in held_out.ends if each.settings.p_inter == row.settings["p_inter"]]
+        shown = [statistics.mean(end["best"][name] for end in row.ends) for name in ("val_acc", "test_acc")]
+        assert row.estimate("best/val_acc").mean == pytest.approx(shown[0])
+        assert re.search(rf"\| 2 \| {100 * shown[0]:.2f} ± [\d.]+ \| {100 * shown[1]:.2f} ± ", table)
+        means[row.label] = shown[0]
+    best, told = max(means, key=means.__getitem__), held_out.as_dict()["best"]
+    assert "| runs | validation accuracy, % | test accuracy, % | training" in table
+    assert table.endswith(f"was tested.\nBest: {best}, chosen on held-out images.")
+    assert (told["by"], f"p_inter={told['settings']['p_inter']}") == ("best/val_acc", best)
+    assert "validation accuracy" not in made[0].table()
+    assert ", chosen on test images, so its accuracy is too high; validation=SHARE mends that." in made[0].table()
+    axis = draw(held_out.rows).axes[0]
     assert axis.get_ylabel() == "validation accuracy, mean ± standard error"
-    assert list(axis.lines[0].get_ydata()) == [row.estimate("best/val_acc").mean for row in held_out[0].rows]
+    assert list(axis.lines[0].get_ydata()) == [row.estimate("best/val_acc").mean for row in held_out.rows]
 
 
-@pytest.mark.parametrize(
-    ("values", "scale"),
-    [
-        ([1e-3, 3e-3, 1e-2], "log"), ([64, 16, 32], "log"), ([0.5, 1.0, 2.0], "log"),
-        ([0.05, 0.15, 0.3], "linear"), ([1, 10, 20, 30, 40], "linear"), ([0, 1, 10], "linear"), ([1, 100], "linear"),
-    ],
-)  # fmt: skip
-def test_axes_are_logarithmic_where_values_are_spaced_so(values, scale):
-    rows = [Row({"lr": value}, [1], [{"test_acc": 0.5}]) for value in values]
-    axis = draw(rows).axes[0]
-    assert axis.get_xscale() == scale
-    assert [label.get_text() for label in axis.get_xticklabels()] == [str(value) for value in sorted(values)]
+def test_axes_are_logarithmic_where_values_are_spaced_so():
+    logarithmic = [1e-3, 3e-3, 1e-2], [64, 16, 32], [0.5, 1.0, 2.0]
+    linear = [0.05, 0.15, 0.3], [1, 10, 20, 30, 40], [0, 1, 10], [1, 100]
+    for values in (*logarithmic, *linear):
+        axis = draw([Row({"lr": value}, [1], [{"test_acc": 0.5}]) for value in values]).axes[0]
+        assert axis.get_xscale() == ("log" if values in logarithmic else "linear"), values
+        assert [label.get_text() for label in axis.get_xticklabels()] == [str(value) for value in sorted(values)]
 
 
 @posix
@@ -221,16 +195,15 @@ def test_a_run_with_files_that_cannot_be_used_fails_by_itself_and_the_others_go_
     os.mkfifo(runs[4].folder / "log.txt")
     made = sweep.run({**QUICK, "seed": range(6)}, tmp_path / "sweep", executor=thread)
     assert [each.settings.seed for each, _ in made.ends] == [5]
-    assert list(made.failed) == [f"seed={seed}" for seed in range(5)]
-    messages = (
-        "pth cannot be read (",
-        "restore that file, or delete ",
-        ".sweep.lock (it is a symbolic link); move it away",
-        "log.txt (it is a symbolic link); move it away",
-        "log.txt (it is not a regular file); move it away",
-    )
-    for message, error in zip(messages, made.failed.values(), strict=True):
-        assert message in error
+    expected = {
+        "seed=0": "pth cannot be read (",
+        "seed=1": "restore that file, or delete ",
+        "seed=2": ".sweep.lock (it is a symbolic link); move it away",
+        "seed=3": "log.txt (it is a symbolic link); move it away",
+        "seed=4": "log.txt (it is not a regular file); move it away",
+    }
+    assert list(made.failed) == list(expected)
+    assert all(message in made.failed[label] for label, message in expected.items()), made.failed
     assert victim.read_text() == ""
     with pytest.raises(TrainingError, match=r"no run is finished in .*\n.*pth cannot be read"):
         sweep.run({**QUICK, "seed": 0}, tmp_path / "sweep", executor=thread)
@@ -241,26 +214,25 @@ def test_whatever_a_run_raises_it_fails_by_itself_and_says_it_in_words(tmp_path,
         def __init__(self, one, other):
             super().__init__(one)
 
-    errors = {
-        0: (MemoryError("all of it"), "out of memory: all of it; lower --batch_size (now 64)"),
-        1: (BackendError("no such kernels"), "no such kernels"),
-        2: (OSError(errno.EIO, "broken"), "OSError: broken; {log} has the traceback"),
-        3: (UnsendableError("strange", 2), "UnsendableError: strange; {log} has the traceback"),
-    }
-    train = engine.train.train
+    errors = [
+        (MemoryError("all of it"), "out of memory: all of it; lower --batch_size (now 64)"),
+        (BackendError("no such kernels"), "no such kernels"),
+        (OSError(errno.EIO, "broken"), "OSError: broken; {log} has the traceback"),
+        (UnsendableError("strange", 2), "UnsendableError: strange; {log} has the traceback"),
+    ]
 
-    def failing(arguments):
-        if arguments.seed in errors:
+    def failing(arguments, train=engine.train.train):
+        if arguments.seed < len(errors):
             raise errors[arguments.seed][0]
         return train(arguments)
 
     monkeypatch.setattr(engine.train, "train", failing)
-    runs = runs_of({**QUICK, "seed": range(5)}, tmp_path)
     made = sweep.run({**QUICK, "seed": range(5)}, tmp_path, executor=thread)
     assert [each.settings.seed for each, _ in made.ends] == [4]
-    for (seed, (_, message)), each in zip(errors.items(), runs, strict=False):
-        assert made.failed[f"seed={seed}"].startswith(message.format(log=each.folder / "log.txt"))
-    assert "raise errors[" in (runs[3].folder / "log.txt").read_text()
+    logs = [run.folder / "log.txt" for run in runs_of({**QUICK, "seed": range(4)}, tmp_path)]
+    for said, (_, message), log in zip(made.failed.values(), errors, logs, strict=True):
+        assert said.startswith(message.format(log=log))
+    assert "raise errors[" in logs[3].read_text()
 
 
 @posix
@@ -271,34 +243,27 @@ def test_a_full_disk_names_the_log_and_not_standard_output(tmp_path, monkeypatch
 
 
 def test_a_second_ctrl_c_does_not_leave_processes_that_still_import(monkeypatch):
-    class Pool:
-        def __init__(self, *arguments):
-            self.ended = False
-
-        def shutdown(self, cancel_futures):
-            signal.raise_signal(signal.SIGINT)
-            self.ended = True
-
-    monkeypatch.setattr(engine.concurrent.futures, "ProcessPoolExecutor", Pool)
-    with pytest.raises(KeyboardInterrupt, match="the first"), engine.processes(1) as pool:
+    ended = []
+    shutdown = lambda cancel_futures: (signal.raise_signal(signal.SIGINT), ended.append(True))  # noqa: E731
+    pool = SimpleNamespace(shutdown=shutdown)
+    monkeypatch.setattr(engine.concurrent.futures, "ProcessPoolExecutor", lambda *arguments: pool)
+    with pytest.raises(KeyboardInterrupt, match="the first"), engine.processes(1):
         raise KeyboardInterrupt("the first")
-    assert pool.ended
+    assert ended
 
 
 @pytest.mark.long
 def test_a_sweep_that_is_killed_and_interrupted_resumes_and_ends_as_if_it_had_not_been(tmp_path, thread):
-    once = {**SMALL, "limit_train": 2000, "epochs": 8}
-    grid, folder = {**once, "seed": [1, 2, 3]}, tmp_path / "killed"
+    once, folder = {**SMALL, "limit_train": 2000, "epochs": 8}, tmp_path / "killed"
     program = "import sys; from g2gnet.programs.sweep.program import main; sys.exit(main())"  # as g2g-sweep does
-    command = [sys.executable, "-c", program, *flags_of(once)]
-    command += ["--seed", "1", "2", "3", "--jobs", "2", "--folder", str(folder)]
+    command = [sys.executable, "-c", program, *flags_of(once), "--seed", "1", "2", "3", "--jobs", "2"]
 
     def epochs():
         return sum(path.read_text().count("\n") for path in folder.glob("*/*.jsonl"))
 
     for number in (signal.SIGKILL, signal.SIGINT):
-        before = epochs()
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        before, pipes = epochs(), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen([*command, "--folder", str(folder)], cwd=ROOT, **pipes)
         while epochs() < before + 2 and process.poll() is None:
             time.sleep(0.01)
         process.send_signal(number)
@@ -308,9 +273,9 @@ def test_a_sweep_that_is_killed_and_interrupted_resumes_and_ends_as_if_it_had_no
     assert "Traceback" not in said
     assert len(list(folder.glob("*/*.DONE"))) < 3
     assert epochs() < 24
-    resumed = sweep.run(grid, folder, executor=thread)
+    grid = {**once, "seed": [1, 2, 3]}
+    resumed, whole = (sweep.run(grid, place, executor=thread) for place in (folder, tmp_path / "whole"))
     assert any("resuming" in path.read_text() for path in folder.glob("*/log.txt"))
-    whole = sweep.run(grid, tmp_path / "whole", executor=thread)
     for (one, _), (other, _) in zip(resumed.ends, whole.ends, strict=True):
         assert_equal(load(one.files), load(other.files))
 
@@ -324,12 +289,7 @@ def test_runs_that_are_alike_since_a_setting_has_no_effect_are_told(tmp_path, th
 def loses_its_sweep_while_it_loads(folder):
     """What a process of a sweep does that ends before the first step."""
     reader, writer = multiprocessing.Pipe(duplex=False)
-
-    def load(arguments):
-        writer.close()
-        time.sleep(60)
-
-    engine.train.train = load
+    engine.train.train = lambda arguments: writer.close() or time.sleep(60)
     engine._begin(reader, 1)
     with contextlib.suppress(KeyboardInterrupt):
         engine.train_run(QUICK, folder)
@@ -344,11 +304,7 @@ def test_a_process_whose_sweep_ends_before_its_first_step_ends_too(tmp_path):
 
 
 def test_sigterm_ends_a_sweep_as_ctrl_c_does(tmp_path, capsys, monkeypatch):
-    def interrupted(*runs, **options):
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(60)
-
-    monkeypatch.setattr(program, "run", interrupted)
+    monkeypatch.setattr(program, "run", lambda *runs, **options: signal.raise_signal(signal.SIGTERM))
     assert program.main([*flags_of(QUICK), "--folder", str(tmp_path)]) == 128 + signal.SIGTERM
     assert capsys.readouterr().err == f"g2g-sweep: interrupted by SIGTERM; {program.RESUME}\n"
 
@@ -374,12 +330,11 @@ def test_the_program_writes_a_table_csv_json_and_a_picture(made, tmp_path, capsy
     assert "4 runs: 2 p_inter × 2 seed | 4 finished" in printed.splitlines()[0]
     assert "| p_inter | runs | test accuracy, % |" in printed
     assert printed.endswith(f"with pictures: g2g-report {tmp_path}/*/*.pth\n")
-    told = json.loads((tmp_path / "sweep.json").read_text())
-    assert told == json.loads((tmp_path / "more.json").read_text())
+    told, more = (json.loads((tmp_path / name).read_text()) for name in ("sweep.json", "more.json"))
+    assert told == more
     assert [row["settings"] for row in told["rows"]] == [{"p_inter": 0.1}, {"p_inter": 0.3}]
     header, *lines = (tmp_path / "sweep.csv").read_text().splitlines()
     assert header.startswith("p_inter,seed,epoch,train_loss,")
-    assert len(lines) == 4
     assert [line.split(",")[:2] for line in lines] == [["0.1", "1"], ["0.3", "1"], ["0.1", "2"], ["0.3", "2"]]
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
     # what is finished is shown without being written to
@@ -393,17 +348,14 @@ def test_the_program_writes_a_table_csv_json_and_a_picture(made, tmp_path, capsy
     for name in ("sweep.csv", f"{made.ends[0][0].folder.name}/log.txt"):
         assert program.main([*flags, "--finished", "--json", str(tmp_path / name)]) == 1
         assert f"will not replace {tmp_path / name}: it is one of the run's own files" in capsys.readouterr().err
-    flags[-1] = str(tmp_path / "nowhere")
-    assert program.main([*flags, "--finished"]) == 1
+    assert program.main([*flags[:-1], str(tmp_path / "nowhere"), "--finished"]) == 1
     assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_sweep_of_nothing_or_by_no_number_of_jobs_is_refused(tmp_path, capsys):
     assert program.main(["--folder", str(tmp_path / "sweep")]) == 2
     assert "a sweep needs a setting; give one several values, as in --seed 1 2 3" in capsys.readouterr().err
-    assert not (tmp_path / "sweep").exists()
-    assert program.main([*flags_of(QUICK), "--folder", str(tmp_path / "sweep"), "--jobs", "-1"]) == 2
-    assert "jobs=-1 must be a whole number of at least 1" in capsys.readouterr().err
-    for jobs in (0, 1.5, "2"):
+    for jobs in (-1, 0, 1.5, "2"):
         with pytest.raises(SettingsError, match=f"jobs={jobs!r} must be a whole number of at least 1"):
             sweep.run(QUICK, tmp_path / "sweep", jobs=jobs)
+    assert not (tmp_path / "sweep").exists()

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from graph_stand_in import Graph
+from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import SMALL, VARIANTS, assert_equal
 
 import g2gnet
 import train
-from g2gnet import G2GNet
 from g2gnet.data import load_dataset
 from g2gnet.training import Machine, Trainer, TrainingError, TrainSettings
 from g2gnet.training import trainer as trainer_module
@@ -27,15 +27,12 @@ from g2gnet.training.captured_step import CapturedStep
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_without_a_cuda_device_it_is_refused_before_anything_is_done(tmp_path, capsys):
-    arguments = ["--dataset", "fashionmnist-mini", "--cuda_graph", "--checkpoint_dir", str(tmp_path / "out")]
-    assert train.main(arguments) == 2
+    assert train.main(["--cuda_graph", "--checkpoint_dir", str(tmp_path / "out")]) == 2
     assert "--cuda_graph needs a CUDA device, not cpu; leave it out, or give --device cuda" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="a CUDA graph needs a CUDA device, not cpu; leave `cuda_graph` out"):
         CapturedStep(lambda inputs: None, torch.device("cpu"), (), required=True)
 
-
-# --- nothing in a step waits for the device -----------------------------------------------------------------------
 
 #: operations whose result the CPU has to know before it can go on, or whose result's shape depends on numbers
 WAITING = {
@@ -45,8 +42,6 @@ WAITING = {
 
 
 class NeverWaiting(TorchDispatchMode):
-    """Raises for an operation for which the CPU would have to wait for an accelerator."""
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.name().removeprefix("aten::")
         indices = args[1] if name.startswith(("index.", "index_put")) else ()
@@ -64,24 +59,12 @@ def test_no_step_and_no_update_of_the_masks_waits_for_the_device(variant):
     for wait in (torch.Tensor.item, lambda one: one[one > 0]):
         with NeverWaiting(), pytest.raises(AssertionError, match="would wait for the device"):
             wait(torch.ones(1))
-    for number in range(2):
+    for images in torch.arange(128).split(64):
         with NeverWaiting():
-            trainer._train_step(torch.arange(64 * number, 64 * number + 64))
+            trainer._train_step(images)
     assert trainer.step == 2
     assert trainer.dst is None or trainer.dst.grown > 0
 
-
-@pytest.mark.parametrize(("model", "block_size"), [("random", 16), ("mixer", 1)])
-def test_no_launch_of_the_triton_stack_depends_on_numbers_on_the_device(model, block_size):
-    """Tensors on the ``meta`` device have none: reading one is an error."""
-    pytest.importorskip("triton", minversion="3.3")
-    from benchmarks.launches import training_step
-
-    net = G2GNet(40, 96, 10, model, block_size=block_size, T=4)
-    assert training_step(net, 6, 40, torch.bfloat16)
-
-
-# --- what is replayed ---------------------------------------------------------------------------------------------
 
 CUDA = torch.device("cuda:1")
 
@@ -127,8 +110,8 @@ def test_the_fourth_call_is_captured_and_replayed_on_new_arguments(stand_ins):
 def test_a_batch_of_another_size_runs_directly_and_the_graph_stays(stand_ins, caplog):
     captured = g2gnet.captured(lambda x: 2 * x.sum(), CUDA, watch=())
     for number in range(120):
-        x = torch.full((4 if number % 3 else 2,), float(number))
-        assert captured(x) == 2 * len(x) * number
+        size = 4 if number % 3 else 2
+        assert captured(torch.full((size,), float(number))) == 2 * size * number
     assert len(Graph.captured) == 1
     assert not caplog.messages  # though many calls are direct
 
@@ -142,12 +125,10 @@ def test_what_a_graph_cannot_read_or_watch_is_refused(stand_ins, monkeypatch):
     ):
         with pytest.raises(ValueError, match=message):
             g2gnet.captured(lambda x: x, CUDA, watch=())(argument)
-    for watch in (torch.nn.Sequential(), (torch.nn.Identity(), torch.zeros(2)), None):
+    for watch in (nn.Sequential(), (nn.Identity(), torch.zeros(2)), None):
         with pytest.raises(TypeError, match=r"watch=(Sequential|tuple|NoneType) must be a tuple of all modules"):
             g2gnet.captured(lambda x: x, "cpu", watch)
 
-
-# --- what is noticed ----------------------------------------------------------------------------------------------
 
 ADAM = functools.partial(torch.optim.Adam, capturable=True, fused=True)
 
@@ -157,8 +138,7 @@ class Own:
 
     def __init__(self, device, optimizer=ADAM):
         torch.manual_seed(0)
-        layers = torch.nn.Linear(6, 6), torch.nn.Dropout(0.5), torch.nn.Linear(6, 6), torch.nn.Tanh()
-        self.net = torch.nn.Sequential(*layers)
+        self.net = nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5), nn.Linear(6, 6), nn.Tanh())
         self.net.register_buffer("scale", torch.full((6,), 2.0))
         self.net[2].bias.requires_grad_(False)
         self.optimizer = optimizer(self.net.parameters(), torch.tensor(0.1))
@@ -204,9 +184,9 @@ CHANGES = {
     "shape": lambda own: setattr(own.net.scale, "data", own.net.scale.data[:1]),
     "strides": lambda own: setattr(own.net[2].weight, "data", own.net[2].weight.data.t()),
     "dtype": lambda own: setattr(own.net.scale, "data", own.net.scale.data.view(torch.int32)),
-    "parameter at its address": lambda own: setattr(own.net[0], "bias", torch.nn.Parameter(own.net[0].bias.detach())),
+    "parameter at its address": lambda own: setattr(own.net[0], "bias", nn.Parameter(own.net[0].bias.detach())),
     "order": lambda own: own.net._modules.update({"0": own.net[2], "2": own.net[0]}),
-    "module": lambda own: own.net.__setitem__(3, torch.nn.Sigmoid()),
+    "module": lambda own: own.net.__setitem__(3, nn.Sigmoid()),
     "no_grad": lambda own: setattr(own, "step", torch.no_grad()(own.step)),
     "autocast": lambda own: setattr(own, "step", torch.autocast("cuda", torch.float16)(own.step)),
 }
@@ -253,8 +233,8 @@ def test_an_optimizer_whose_state_a_graph_cannot_change_trains_directly(stand_in
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.filterwarnings("error:The .grad attribute of a Tensor:UserWarning")
 def test_a_tensor_without_an_address_is_compared_by_how_often_it_was_written_to(stand_ins):
-    net, x = torch.nn.Linear(4, 1), torch.rand(3, 4)
-    net.lazy, net.nested = torch.nn.LazyLinear(2), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    net, x = nn.Linear(4, 1), torch.rand(3, 4)
+    net.lazy, net.nested = nn.LazyLinear(2), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
     net.register_buffer("adjacency", torch.eye(4).to_sparse().coalesce())
     net.state = net(x)  # whose gradient is not asked for
     captured = g2gnet.captured(net, CUDA, watch=(net,))  # the stand-in knows no sparse operations
@@ -267,7 +247,7 @@ def test_a_tensor_without_an_address_is_compared_by_how_often_it_was_written_to(
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 def test_what_is_not_compared_is_read_after_recapture(stand_ins, device):
-    net, factor, x = torch.nn.Linear(4, 1), [1.0], torch.rand(3, 4)
+    net, factor, x = nn.Linear(4, 1), [1.0], torch.rand(3, 4)
     net.items = [1.0]
     step = lambda x: net(x) * net.items[0] * factor[0]  # noqa: E731
     captured = g2gnet.captured(step, device, watch=(net,))
@@ -282,16 +262,13 @@ def test_what_is_not_compared_is_read_after_recapture(stand_ins, device):
     assert len(Graph.captured) == 4 * (device != "cpu")
 
 
-# --- gradients ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("accumulated", "set_to_none"), [(0, True), (3, False)])
 def test_gradients_may_exist_when_a_step_begins(stand_ins, accumulated, set_to_none):
     """Those of ``accumulated`` steps, used by the loop; 0: of the last step, used by the next one."""
 
     def trained(device):
         torch.manual_seed(0)
-        net, gradients = torch.nn.Linear(6, 3), []
+        net, gradients = nn.Linear(6, 3), []
         optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.5)
         net(torch.ones(1, 6)).sum().backward()
 
@@ -316,17 +293,9 @@ def test_gradients_may_exist_when_a_step_begins(stand_ins, accumulated, set_to_n
     assert Graph.captured
 
 
-# --- steps that cannot be captured --------------------------------------------------------------------------------
-
-
 def forbidden(x):
     if Graph.capturing:
         raise RuntimeError("operation not permitted when stream is capturing")
-    return x + 1
-
-
-def waiting(x):
-    graph_stand_in.wait()
     return x + 1
 
 
@@ -335,7 +304,8 @@ def waiting(x):
     [
         (lambda x: x.mul_(1) + 1, "it changes an argument in place", 1),
         (forbidden, "operation not permitted when stream is capturing", 1),
-        (waiting, r"it waits for the device in .*test_captured_step.py, line \d+", 0),  # a capture may end the process
+        # a capture may end the process
+        (lambda x: graph_stand_in.wait() or x + 1, r"it waits for the device in .*test_captured_step.py, line \d+", 0),
     ],
 )
 def test_a_step_that_cannot_be_captured_runs_directly_and_the_reason_is_said(stand_ins, caplog, step, why, captures):
@@ -352,7 +322,7 @@ def test_a_step_that_cannot_be_captured_runs_directly_and_the_reason_is_said(sta
 
 
 def test_an_error_of_the_step_in_a_capture_is_the_users(stand_ins):
-    net, x = torch.nn.Linear(4, 1), torch.ones(3, 4)
+    net, x = nn.Linear(4, 1), torch.ones(3, 4)
 
     def step(x):
         net(x).sum().backward()
@@ -370,7 +340,7 @@ def test_an_error_of_the_step_in_a_capture_is_the_users(stand_ins):
 
 
 def test_the_memory_of_a_graph_is_free_when_the_next_is_captured(stand_ins):
-    net, alive, graphs = torch.nn.Identity(), [], []
+    net, alive, graphs = nn.Identity(), [], []
     net.register_buffer("scale", torch.ones(1))
 
     def step(x):
@@ -387,12 +357,8 @@ def test_the_memory_of_a_graph_is_free_when_the_next_is_captured(stand_ins):
     assert scale() is not None  # another tensor at its address would be taken for it
 
 
-# --- in the trainer -----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def trainer_of(stand_ins, monkeypatch):
-    """Makes trainers whose steps are captured, on the CPU."""
     monkeypatch.setattr(trainer_module, "CapturedStep", lambda step, _, *others: CapturedStep(step, CUDA, *others))
 
     def make(cuda_graph=True, **changes):
@@ -416,8 +382,7 @@ def test_training_is_the_same_with_and_without_a_graph(trainer_of, variant, more
     changes = {"batch_size": 32, **VARIANTS[variant], **more}
     graph, plain = trainer_of(**changes), trainer_of(cuda_graph=False, **changes)
     for _ in range(graph.settings.epochs):
-        records = [trainer.train_epoch() for trainer in (graph, plain)]
-        assert_equal(*records)
+        assert_equal(graph.train_epoch(), plain.train_epoch())
     assert len(Graph.captured) == graphs
     # a learning rate that falls is read from a float32 tensor
     rounding = 1e-6 if "lr_schedule" in changes else 0.0
@@ -441,10 +406,8 @@ def test_a_resumed_run_captures_the_loaded_state_and_replays_find_a_weight_that_
 
 
 def test_on_a_cuda_device_steps_are_captured_unless_said_otherwise():
-    cpu, cuda = torch.device("cpu"), torch.device("cuda:0")
-    assert Machine(cuda).captures
-    assert not Machine(cpu).captures
-    assert not Machine(cuda, world=types.SimpleNamespace(size=2)).captures
-    assert not Machine(cuda, cuda_graph=False).captures
+    cpu, cuda, two = torch.device("cpu"), torch.device("cuda:0"), types.SimpleNamespace(size=2)
+    machines = Machine(cuda), Machine(cpu), Machine(cuda, world=two), Machine(cuda, cuda_graph=False)
+    assert [machine.captures for machine in machines] == [True, False, False, False]
     parse = train.build_parser().parse_args
     assert [parse(flags).cuda_graph for flags in ([], ["--cuda_graph"], ["--no_cuda_graph"])] == [None, True, False]

@@ -1,6 +1,7 @@
 """Rewiring models that torch.compile has compiled, and schedulers that are copied and saved at any step."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from g2gnet import DSTScheduler, sparsify
 X = torch.rand(8, 30, generator=seeded(1)) * 3
 LABELS = torch.arange(8)
 RULES = [("hebb", "hebb"), ("set", "gradient")]
+
+
+pickled = functools.partial(saved_and_read, weights_only=False)
 
 
 def spiking():
@@ -41,8 +45,7 @@ class Counting:
         return run
 
 
-def whole(model, backend):
-    return torch.compile(model, backend=backend, fullgraph=True)
+whole = functools.partial(torch.compile, fullgraph=True)
 
 
 def in_place(model, backend):
@@ -81,11 +84,9 @@ needs_stance = pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), rea
      (perceptron, in_place, RULES[0]), (perceptron, a_function, RULES[0])],
 )  # fmt: skip
 def test_a_compiled_model_is_rewired_as_any_other(make, compiled, rules, plain_memory):
-    plain = parts(make, rules, interval=3)
+    plain, others, backend = parts(make, rules, interval=3), parts(make, rules, interval=3), Counting()
     train(plain, plain[0], 7)
-    others, backend = parts(make, rules, interval=3), Counting()
-    run = compiled(others[0], backend)
-    train(others, run, 7)
+    train(others, compiled(others[0], backend=backend), 7)
     # compiled once (in place by two frames), and run so in all but the steps of two updates
     assert (backend.graphs, backend.runs) in ((1, 5), (2, 10))
     assert others[2].pruned == plain[2].pruned > 0
@@ -96,9 +97,11 @@ def test_a_compiled_model_is_rewired_as_any_other(make, compiled, rules, plain_m
 def test_a_scheduler_may_be_made_of_the_compiled_model_while_another_records(plain_memory):
     """And what is compiled runs as compiled again once both have what they need, or are gone."""
     models, backend = [spiking(), spiking()], Counting()
-    compiled = whole(models[0], backend)
-    first = DSTScheduler(compiled, torch.optim.SGD(models[0].parameters(), lr=0.1), interval=1, grow="hebb")
-    second = DSTScheduler(models[1], torch.optim.SGD(models[1].parameters(), lr=0.1), interval=2, grow="hebb")
+    compiled = whole(models[0], backend=backend)
+    first, second = (
+        DSTScheduler(of, torch.optim.SGD(model.parameters(), lr=0.1), interval=interval, grow="hebb")
+        for of, model, interval in ((compiled, models[0], 1), (models[1], models[1], 2))
+    )
     compiled(X).square().sum().backward()
     first.step()
     assert first.pruned > 0
@@ -122,18 +125,10 @@ def test_without_a_way_to_run_it_uncompiled_a_compiled_model_is_refused(monkeypa
         DSTScheduler(of, optimizer, grow="random")
 
 
-@pytest.mark.parametrize(
-    ("duplicate", "rules", "options"),
-    [
-        (copy.deepcopy, RULES[0], {"final_density": 0.1, "total_steps": 8}),
-        (lambda of: saved_and_read(of, weights_only=False), RULES[1], {"final_density": 0.1, "total_steps": 8}),
-        (copy.deepcopy, RULES[1], {}),
-    ],
-    ids=["deepcopy, pruned", "pickle, pruned", "deepcopy"],
-)
-def test_model_optimizer_and_scheduler_are_copied_together_at_any_step(duplicate, rules, options):
+@pytest.mark.parametrize(("duplicate", "rules"), [(copy.deepcopy, RULES[0]), (pickled, RULES[1])])
+def test_model_optimizer_and_scheduler_are_copied_together_at_any_step(duplicate, rules):
     """Between steps, while an update is due or not: the copies go on as the originals do."""
-    originals = parts(spiking, rules, interval=2, **options)
+    originals = parts(spiking, rules, interval=2, final_density=0.1, total_steps=8)
     for step in range(4):
         model, _, dst = originals
         copies = duplicate(originals)

@@ -1,8 +1,8 @@
 """Held-out training images: which they are, what they decide, and that the test images are used once, at the end."""
 
-import dataclasses
 import json
 import signal
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,9 +11,7 @@ from training_runs import SMALL, assert_equal, load, run, small_trainer
 from g2gnet.base.seeding import stream
 from g2gnet.data import as_samples, load_dataset
 from g2gnet.training import CheckpointError, Interrupted, SettingsError, Trainer, read_run
-from g2gnet.training import trainer as trainer_module
 from g2gnet.training.checkpoints import RunFiles
-from g2gnet.training.cross_validation import FoldSettings
 from g2gnet.training.held_out import best_of, held_out
 
 QUARTER = {"validation": 0.25}
@@ -30,11 +28,8 @@ def test_of_each_class_its_share_is_held_out_and_never_none_or_all(share):
     assert labels[index].bincount(minlength=5).tolist() == expected
     assert torch.equal(index, held_out(labels, share, seed=1))
     assert not torch.equal(held_out(labels, 0.5, seed=1), held_out(labels, 0.5, seed=2))
-
-
-def test_a_class_of_one_image_is_named():
-    with pytest.raises(SettingsError, match=r"validation=0\.5 cannot hold out and keep an image of class 1, which"):
-        held_out(torch.tensor([0, 0, 1, 2, 2]), 0.5, seed=0)
+    with pytest.raises(SettingsError, match=rf"validation={share} cannot hold out and keep an image of class 1, which"):
+        held_out(torch.tensor([0, 0, 1, 2, 2]), share, seed=0)
 
 
 def test_what_is_held_out_trains_nothing_and_standardizes_nothing():
@@ -42,20 +37,21 @@ def test_what_is_held_out_trains_nothing_and_standardizes_nothing():
     trainer = small_trainer(**QUARTER, standardize=True, seed=5)
     index = held_out(data.train_labels, 0.25, seed=0)  # whatever the seed of the run
     assert torch.equal(trainer.held_out, index)
-    assert torch.equal(trainer.data.val_images, data.train_images[index])
+    assert trainer.fingerprint == data.fingerprint, "the data are those of a run that holds none out"
     rest = [number for number in range(200) if number not in index.tolist()]
-    assert torch.equal(trainer.data.train_images, data.train_images[rest])
-    assert torch.equal(trainer.data.train_labels, data.train_labels[rest])
+    for found, expected in (
+        (trainer.data.val_images, data.train_images[index]),
+        (trainer.data.train_images, data.train_images[rest]),
+        (trainer.data.train_labels, data.train_labels[rest]),
+    ):
+        assert torch.equal(found, expected)
     samples = as_samples(data.train_images[rest]).double()
     assert trainer.net.input_mean.item() == pytest.approx(samples.mean().item(), rel=1e-6)
-    seen = []
-    encode = trainer.net.encode
+    seen, encode = [], trainer.net.encode
     trainer.net.encode = lambda x, *rest: seen.append(x) or encode(x, *rest)
     trainer.train_epoch()
-    trained, judged = torch.cat(seen).split([len(rest), len(index)])
     order = torch.randperm(len(rest), generator=stream(5, "order", 1))
-    assert torch.equal(trained, as_samples(data.train_images[rest][order]))
-    assert torch.equal(judged, as_samples(data.train_images[index]))
+    assert torch.equal(torch.cat(seen), as_samples(data.train_images[torch.cat([torch.tensor(rest)[order], index])]))
 
 
 def scripted(monkeypatch, accuracies):
@@ -72,7 +68,6 @@ def scripted(monkeypatch, accuracies):
 
 
 def accuracy_of(checkpoint):
-    """On the test images, of the network in a checkpoint."""
     saved, data = read_run(checkpoint), load_dataset(SMALL["dataset"]).limited(None, 100)
     with torch.no_grad():
         found = saved.network().eval()(as_samples(data.test_images)).argmax(1)
@@ -81,7 +76,8 @@ def accuracy_of(checkpoint):
 
 def test_the_best_epoch_is_kept_patience_ends_the_run_and_the_end_is_tested(tmp_path, monkeypatch, capsys):
     parts = scripted(monkeypatch, [0.5, 0.7, 0.7, 0.6, 0.9])
-    files = run(tmp_path, **QUARTER, patience=2, epochs=5, sparsity_mode="dynamic", dst_interval=2)
+    options = {**QUARTER, "patience": 2, "epochs": 5, "sparsity_mode": "dynamic", "dst_interval": 2}
+    files = run(tmp_path, **options)
     assert parts == ["val"] * 4 + ["test"] * 2
     records = [json.loads(line) for line in files.history.read_text().splitlines()]
     assert [record["val_acc"] for record in records] == [0.5, 0.7, 0.7, 0.6]
@@ -94,16 +90,13 @@ def test_the_best_epoch_is_kept_patience_ends_the_run_and_the_end_is_tested(tmp_
     tested = {"epoch": 2, "val_acc": 0.7, "test_acc": accuracy_of(files.best)}
     assert last.tested == {"test_acc": accuracy_of(files.checkpoint), "best": tested}
     assert last.tested["test_acc"] != tested["test_acc"]
-    assert last.result == {**records[-1], **last.tested}
+    assert json.loads(files.marker.read_text())["result"] == last.result == {**records[-1], **last.tested}
     assert "test_acc" not in best.result
     printed = capsys.readouterr().out
     assert "ended after epoch 4: none was better than val_acc=0.7000 of epoch 2 since" in printed
     said = f"test_acc={last.tested['test_acc']:.4f}; best epoch 2: val_acc=0.7000, test_acc={tested['test_acc']:.4f}"
     assert f"Test | {said}\n" in printed
-    # finished, though there could be more epochs
-    marked = json.loads(files.marker.read_text())["result"]
-    assert marked == last.result
-    assert run(tmp_path, **QUARTER, patience=2, epochs=5, sparsity_mode="dynamic", dst_interval=2)
+    run(tmp_path, **options)  # it is finished, though there could be more epochs
     assert f"is finished: {said}. To run it again, delete {files.checkpoint}, {files.best}" in capsys.readouterr().out
     assert len(parts) == 6
 
@@ -112,8 +105,7 @@ def test_of_a_network_that_is_pruned_only_epochs_with_the_fewest_units_can_be_th
     scripted(monkeypatch, [0.9, 0.8, 0.5, 0.6])
     pruned = {"sparsity_mode": "dynamic", "dst_interval": 2, "dst_stop": 0.75, "final_density": 0.2}
     files = run(tmp_path, **QUARTER, **pruned, model="dense", epochs=4, patience=1)
-    assert read_run(files.checkpoint).epoch == 4
-    assert read_run(files.best).epoch == 4
+    assert read_run(files.checkpoint).epoch == read_run(files.best).epoch == 4
 
 
 def test_stopped_before_or_after_either_file_of_the_best_epoch_the_run_ends_the_same(tmp_path, monkeypatch):
@@ -122,15 +114,13 @@ def test_stopped_before_or_after_either_file_of_the_best_epoch_the_run_ends_the_
     whole = run(tmp_path / "whole", **options)
     assert read_run(whole.best).epoch == 1
 
-    def killed(self, *_):
-        raise KeyboardInterrupt
-
     def signalled(self, index, step=Trainer._train_step):
         result = step(self, index)
         if self.step == 4:  # the first of epoch 2
             signal.raise_signal(signal.SIGTERM)
         return result
 
+    killed = Mock(side_effect=KeyboardInterrupt)
     stops = (RunFiles, "save_best", killed), (RunFiles, "save_checkpoint", killed), (Trainer, "_train_step", signalled)
     for owner, name, stop in stops:
         with monkeypatch.context() as patch:
@@ -138,8 +128,8 @@ def test_stopped_before_or_after_either_file_of_the_best_epoch_the_run_ends_the_
             with pytest.raises((KeyboardInterrupt, Interrupted)):
                 run(tmp_path / name, **options)
         parts = run(tmp_path / name, **options)
-        for first, second in ((whole.checkpoint, parts.checkpoint), (whole.best, parts.best)):
-            assert_equal(*(torch.load(file, weights_only=True) for file in (first, second)))
+        assert_equal(load(parts), load(whole))
+        assert_equal(*(torch.load(files.best, weights_only=True) for files in (parts, whole)))
 
 
 def test_a_best_network_that_is_gone_or_another_ones_is_named(tmp_path, monkeypatch):
@@ -162,11 +152,8 @@ def test_a_best_network_that_is_gone_or_another_ones_is_named(tmp_path, monkeypa
 
 
 def test_a_run_goes_on_with_the_same_images_only(tmp_path, monkeypatch):
-    def stop(self, *_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "test", stop)
+        patch.setattr(Trainer, "test", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, **QUARTER)
     with pytest.raises(CheckpointError, match=r"validation: 0\.25 there, 0\.3 now"):
@@ -177,37 +164,3 @@ def test_a_run_goes_on_with_the_same_images_only(tmp_path, monkeypatch):
             run(tmp_path, **QUARTER)
     files = run(tmp_path, **QUARTER)
     assert load(files)["tested"]["test_acc"] == accuracy_of(files.checkpoint)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"patience": 3}, "patience=3 has no effect without validation; give `validation`, or leave it out"),
-        ({"validation": 0.0}, "validation=0.0 must be a number above 0 and below 1"),
-        ({"validation": 0.1, "patience": 0}, "patience=0 must be a whole number of at least 1"),
-        ({"validation": 0.1, "patience": 2, "enforce_sparsity": True}, "patience=2 could end training before enforce"),
-    ],
-)
-def test_settings_that_cannot_be_are_named(options, message):
-    with pytest.raises(SettingsError, match=message):
-        small_trainer(**options)
-
-
-@pytest.mark.parametrize("options", [{"validation": 0.1}, {"patience": 2}, {"validation_seed": 1}])
-def test_folds_hold_images_out_themselves(options):
-    (name,) = options
-    with pytest.raises(SettingsError) as error:
-        FoldSettings(**options)
-    assert str(error.value).startswith(f"{name}={options[name]} is of single runs: each fold is held out in turn")
-    assert str(error.value).endswith(f"leave `{name}` out")
-
-
-def test_without_held_out_images_a_fold_is_judged_by_both(monkeypatch):
-    data = load_dataset(SMALL["dataset"]).limited(200, 100)
-    trainer = small_trainer(data.held_out(torch.arange(50)), limit_train=None)
-    parts = []
-    result = trainer_module.Evaluation(0.5, {}, {})
-    monkeypatch.setattr(trainer, "evaluate", lambda part: parts.append(part) or result)
-    assert list(trainer.train_epoch())[:5] == ["epoch", "train_loss", "train_acc", "val_acc", "test_acc"]
-    assert parts == ["val", "test"]
-    assert dataclasses.replace(data).fingerprint == small_trainer(data, **QUARTER).fingerprint

@@ -40,20 +40,27 @@ def test_group_weights_are_the_mean_of_the_dense_matrix_between_groups():
     layouts = GroupLayout(13, 4, "random", seeded(0)), GroupLayout(22, 4, "interleaved")
     mask = BlockMask.sample(*layouts, block_size=2, generator=seeded(0))
     values = packed_randn(mask, 1)
-    dense = mask.unpack(values).abs().double()
-    rows, cols = mask.rows.layout.group_of, mask.cols.layout.group_of
+    dense, (rows, cols) = mask.unpack(values).abs().double(), (layout.group_of for layout in layouts)
     expected = torch.stack([torch.stack([dense[rows == g][:, cols == h].mean() for h in range(4)]) for g in range(4)])
     torch.testing.assert_close(group_weight(mask, values), expected)
 
 
-def test_the_history_is_kept_as_lines_of_json_and_as_csv(tmp_path):
-    run(tmp_path, [], epochs=2, sparsity_mode="dynamic", dst_interval=2)
+def test_the_history_is_kept_as_lines_of_json_and_as_csv_and_given_to_callbacks_after_the_checkpoint(tmp_path):
+    seen = []
+
+    def callback(record, trainer):
+        checkpoint = torch.load(tmp_path / f"{trainer.settings.stem}.pth", weights_only=True)
+        assert checkpoint["history"][-1] == record
+        seen.append((record["epoch"], trainer.epoch))
+
+    result = run(tmp_path, [callback, callback], epochs=2, sparsity_mode="dynamic", dst_interval=2)
+    assert seen == [(1, 1), (1, 1), (2, 2), (2, 2)]
     (lines,), (table,) = tmp_path.glob("*.jsonl"), tmp_path.glob("*.csv")
     records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert result == records[-1]
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [record["epoch"] for record in records] == [1, 2]
-    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert [row["epoch"] for row in rows] == [str(record["epoch"]) for record in records] == ["1", "2"]
     for record, row in zip(records, rows, strict=True):
         assert float(row["train_loss"]) == record["train_loss"]
         assert float(row["firing_rate/lif2"]) == record["firing_rate"]["lif2"]
@@ -79,54 +86,34 @@ def test_a_history_grows_by_lines_and_is_mended_where_it_differs(tmp_path):
     assert files.table.read_text() == "epoch,units/fc1\n1,3\n"
 
 
-def test_callbacks_get_each_epochs_record_and_the_trainer_after_its_checkpoint(tmp_path):
-    seen = []
-
-    def callback(record, trainer):
-        checkpoint = torch.load(tmp_path / f"{trainer.settings.stem}.pth", weights_only=True)
-        assert checkpoint["history"][-1] == record
-        seen.append((record["epoch"], trainer.epoch))
-
-    result = run(tmp_path, [callback, callback], epochs=2)
-    assert seen == [(1, 1), (1, 1), (2, 2), (2, 2)]
-    assert result["epoch"] == 2
-
-
 def test_tensorboard_shows_the_record_the_weights_and_the_groups(tmp_path):
-    seen = []
-    log = TensorBoardLog(tmp_path / "log")
+    seen, log = [], TensorBoardLog(tmp_path / "log")
     run(tmp_path / "checkpoints", [log, lambda *record_and_trainer: seen.append(record_and_trainer)], epochs=2)
     records, (*_, trainer) = zip(*seen, strict=True)
     events = events_of(tmp_path / "log" / trainer.settings.stem)
-
     for name in ("train_loss", "test_acc", "samples_per_s"):
         values = [(event.step, event.value) for event in events.Scalars(name)]
         assert values == [(record["epoch"], pytest.approx(record[name])) for record in records]
     assert events.Scalars("firing_rate/lif2")[-1].value == pytest.approx(records[-1]["firing_rate"]["lif2"])
     assert events.Scalars("beta/lif1")[-1].value == pytest.approx(trainer.net.lif1.beta.item())
-
     mask, values = trainer.net.fc2.mask, trainer.net.fc2.values
     histogram = events.Histograms("weights/fc2")[-1].histogram_value
     assert histogram.num == mask.num_weights
     assert histogram.sum == pytest.approx(values.sum().item(), rel=1e-3)
-
     image = events.Images("weight between groups/fc2")[-1]
     assert (image.height, image.width) == (128, 128)  # 8 × 8 groups, 16 pixels each
     picture = Image.open(io.BytesIO(image.encoded_image_string)).convert("L")
-    pixels = torch.from_numpy(np.array(picture))[8::16, 8::16]
-    heat = group_weight(mask, values)
+    pixels, heat = torch.from_numpy(np.array(picture))[8::16, 8::16], group_weight(mask, values)
     assert (pixels / 255 - heat / heat.max()).abs().max() < 0.005  # 8 bits
 
 
 def test_a_resumed_run_goes_on_in_its_curves(tmp_path):
-    log = TensorBoardLog(tmp_path / "log")
-
     def stop(record, trainer):
         if record["epoch"] == 2:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        run(tmp_path / "checkpoints", [log, stop], epochs=3)
+        run(tmp_path / "checkpoints", [TensorBoardLog(tmp_path / "log"), stop], epochs=3)
     run(tmp_path / "checkpoints", [TensorBoardLog(tmp_path / "log")], epochs=3)
     (directory,) = (tmp_path / "log").iterdir()
     assert [event.step for event in events_of(directory).Scalars("test_acc")] == [1, 2, 3]
@@ -134,32 +121,29 @@ def test_a_resumed_run_goes_on_in_its_curves(tmp_path):
 
 def test_log_dir_writes_and_what_stands_in_its_way_is_named(tmp_path, monkeypatch, capsys):
     flags = [f"--{name}={value}" for name, value in {**SMALL, "epochs": 1}.items()]
-    flags.append(f"--checkpoint_dir={tmp_path / 'checkpoints'}")
-    assert train.main([*flags, f"--log_dir={tmp_path / 'log'}"]) == 0
+    flags += ["--checkpoint_dir", str(tmp_path / "checkpoints"), "--log_dir"]
+    assert train.main([*flags, str(tmp_path / "log")]) == 0
     (directory,) = (tmp_path / "log").iterdir()
     assert events_of(directory).Scalars("test_acc")
-
     (tmp_path / "file").touch()
-    assert train.main([*flags, f"--log_dir={tmp_path / 'file'}"]) == 2
+    assert train.main([*flags, str(tmp_path / "file")]) == 2
     assert "Not a directory" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    assert train.main([*flags, f"--log_dir={tmp_path / 'log'}"]) == 2
+    assert train.main([*flags, str(tmp_path / "log")]) == 2
     assert "pip install 'g2gnet[tensorboard]' installs it" in capsys.readouterr().err
 
 
 class Listener(types.ModuleType):
     """Stands for ``wandb`` and ``mlflow``, which the examples only call."""
 
-    def __init__(self, name):
-        super().__init__(name)
-        self.heard = []
+    heard = ()
 
     def init(self, project):
         assert project == "g2g"
         return self
 
     def log(self, values, step):
-        self.heard.append((step, values["test_acc"]))
+        self.heard += ((step, values["test_acc"]),)
 
     log_metrics = log
 
@@ -167,12 +151,11 @@ class Listener(types.ModuleType):
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 def test_the_examples_of_the_documentation_run(tmp_path, monkeypatch):
     small = ", ".join(f"{name}={value!r}" for name, value in {**SMALL, "epochs": 2}.items())
-    listeners = [Listener(name) for name in ("wandb", "mlflow")]
-    for listener in listeners:
-        monkeypatch.setitem(sys.modules, listener.__name__, listener)
+    listeners = {name: Listener(name) for name in ("wandb", "mlflow")}
+    for name, listener in listeners.items():
+        monkeypatch.setitem(sys.modules, name, listener)
     monkeypatch.chdir(tmp_path)
     smaller = {'dataset="fashionmnist-mini", model="mixer", epochs=5': small}
     names = run_blocks(ROOT / "docs" / "other-libraries.md", smaller)
-    for listener in listeners:
-        assert [step for step, _ in listener.heard] == [1, 2]
+    assert [[step for step, _ in listener.heard] for listener in listeners.values()] == [[1, 2], [1, 2]]
     torch.testing.assert_close(names["again"].state_dict(), names["net"].state_dict(), rtol=0, atol=0)

@@ -18,20 +18,11 @@ import g2gnet
 from g2gnet.base.tensor_files import TensorFileError, read_tensors, write_tensors
 from g2gnet.data import load_dataset
 from g2gnet.neurons import LIF, Synaptic
-from g2gnet.training import (
-    CheckpointError,
-    Interrupted,
-    Machine,
-    Trainer,
-    TrainingError,
-    TrainSettings,
-    read_run,
-    run_training,
-)
+from g2gnet.training import CheckpointError, Interrupted, Machine, Trainer, TrainingError, TrainSettings, read_run
 from g2gnet.training.checkpoints import RunFiles
 from g2gnet.training.numerical_checks import CALM, DRIFTING, LOWER, WAKE, LayerWatch
 
-posix = pytest.mark.skipif(os.name != "posix", reason="signals and forks are those of POSIX")
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and forks are those of POSIX")
 
 
 def signalled(step, number=signal.SIGTERM, train_step=Trainer._train_step):
@@ -47,82 +38,71 @@ def signalled(step, number=signal.SIGTERM, train_step=Trainer._train_step):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run that nothing stopped. To read."""
     return run(tmp_path_factory.mktemp("whole"))
 
 
-# --- signals ------------------------------------------------------------------------------------------------------
+def stop_at(directory, step, monkeypatch, **options):
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_train_step", signalled(step - 1))
+        said = f"after step {step}, with {(step - 1) // 4} of 3 epochs done; saved in .*: run the same command again"
+        with pytest.raises(Interrupted, match=said):
+            run(directory, **options)
+    return RunFiles(directory, TrainSettings(**{**SMALL, **options}).stem)
 
 
-@posix
 def test_a_network_from_inside_an_epoch_is_named_by_its_step(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(Trainer, "_train_step", signalled(5))
-    with pytest.raises(Interrupted):
-        run(tmp_path)
-    files = RunFiles(tmp_path, TrainSettings(**SMALL).stem)
+    files = stop_at(tmp_path, 6, monkeypatch)
     saved = read_run(files.checkpoint)
     assert (saved.epoch, saved.step, saved.interrupted, len(saved.history)) == (1, 6, True, 1)
     caplog.clear()
     net = g2gnet.load(files.checkpoint)
     assert_equal(dict(net.state_dict()), dict(load(files)["model"]))
-    (record,) = caplog.records
-    assert record.getMessage().startswith(
-        f"{files.checkpoint} was saved inside epoch 2 of 3, after step 6: no accuracy in its history is that of this"
-    )
     g2gnet.load(files.previous)  # of the end of the first epoch
-    assert len(caplog.records) == 1
+    (message,) = caplog.messages
+    said = "was saved inside epoch 2 of 3, after step 6: no accuracy in its history is that of this"
+    assert message.startswith(f"{files.checkpoint} {said}")
 
 
-@posix
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "static"])
 def test_a_signal_inside_an_epoch_loses_no_step(tmp_path, monkeypatch, capsys, variant):
     """4 steps an epoch, 3 epochs; a run is stopped in a middle, or also in the first and the last step of an epoch."""
     whole = run(tmp_path / "whole", **VARIANTS[variant])
-    for step, epochs_done in ((0, 0), (5, 1), (11, 2)) if variant == "dynamic" else ((5, 1),):
-        monkeypatch.setattr(Trainer, "_train_step", signalled(step))
-        message = f"after step {step + 1}, with {epochs_done} of 3 epochs done; saved in .*: run the same command again"
-        with pytest.raises(Interrupted, match=message):
-            run(tmp_path / "parts", **VARIANTS[variant])
-        monkeypatch.undo()
-        files = RunFiles(tmp_path / "parts", whole.checkpoint.stem)
-        assert load(files)["step"] == step + 1
+    for step in (1, 6, 12) if variant == "dynamic" else (6,):
+        files = stop_at(tmp_path / "parts", step, monkeypatch, **VARIANTS[variant])
+        assert load(files)["step"] == step
         assert not files.marker.exists()
     parts = run(tmp_path / "parts", **VARIANTS[variant])
-    if variant != "dynamic":
-        assert "after epoch 1, step 6" in capsys.readouterr().out
+    assert f"after epoch {(step - 1) // 4}, step {step}" in capsys.readouterr().out
     assert_equal(load(whole), load(parts))
     assert [json.loads(line) for line in parts.history.read_text().splitlines()] == load(parts)["history"]
     assert parts.analysis.read_text() == whole.analysis.read_text()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@posix
 def test_a_signal_between_epochs_or_after_the_last_loses_nothing(whole, tmp_path, monkeypatch):
-    evaluate = Trainer.evaluate
     for epoch in (1, 3):
 
-        def evaluate_signalled(self, part, epoch=epoch):
+        def evaluate_signalled(self, part, epoch=epoch, evaluate=Trainer.evaluate):
             if self.epoch == epoch:
                 os.kill(os.getpid(), signal.SIGINT)
             return evaluate(self, part)
 
-        monkeypatch.setattr(Trainer, "evaluate", evaluate_signalled)
-        with pytest.raises(Interrupted, match=f"stopped by SIGINT after step {4 * epoch}, with {epoch} of 3"):
-            run(tmp_path / "parts")
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "evaluate", evaluate_signalled)
+            with pytest.raises(Interrupted, match=f"stopped by SIGINT after step {4 * epoch}, with {epoch} of 3"):
+                run(tmp_path / "parts")
     assert_equal(load(whole), load(run(tmp_path / "parts")))
 
 
-@posix
 def test_signals_that_are_ignored_stay_ignored(whole, tmp_path, monkeypatch):
     """As ``nohup`` and a shell's ``&`` leave them to their children."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in before:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.signal(number, signal.SIG_IGN)
+        try:
             monkeypatch.setattr(Trainer, "_train_step", signalled(5, number))
             assert_equal(load(whole), load(run(tmp_path / number.name)))
             assert signal.getsignal(number) is signal.SIG_IGN
-    finally:
-        for number, handler in before.items():
+        finally:
             signal.signal(number, handler)
 
 
@@ -142,7 +122,6 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-@posix
 @pytest.mark.parametrize(
     ("signals", "grace", "at_once"),
     [
@@ -151,34 +130,25 @@ sys.exit(train.main(sys.argv[1:]))
         ([signal.SIGINT, signal.SIGINT], 0, True),
         ([signal.SIGTERM, signal.SIGINT], 60, True),
     ],
-    ids=["thrice as one", "twice", "two kinds"],
 )
 def test_the_program_stops_after_the_step_or_at_once(tmp_path, signals, grace, at_once):
-    # a second signal must not wait for the step, which would take an hour
-    seconds = "3600" if at_once else "0.5"
-    program, printed = tmp_path / "program.py", tmp_path / "printed"
+    program, printed, errors = (tmp_path / name for name in ("program.py", "printed", "printed.err"))
     program.write_text(PROGRAM)
-    output, errors = (printed.with_suffix(f".{name}") for name in ("out", "err"))
+    seconds = "3600" if at_once else "0.5"  # a second signal must not wait for the step, which would take an hour
     flags = [*flags_of(SMALL), "--checkpoint_dir", tmp_path, grace, seconds]
     process = processes.start(program, *flags, output=printed)
-    processes.wait_for("in the step\n", process, output)
+    processes.wait_for("in the step\n", process, tmp_path / "printed.out")
     os.kill(process.pid, signals[0])
     processes.wait_for("a second signal ends at once", process, errors)
     for number in signals[1:]:
         os.kill(process.pid, number)
     process.join()
-    rest = errors.read_text()
-    checkpoint = read_tensors(next(tmp_path.glob("*current.pth")))
     assert process.exitcode == 128 + signals[-1]
-    if at_once:
-        assert checkpoint["step"] == 4
-    else:
-        assert "after step 6, with 1 of 3 epochs done" in rest
-        assert checkpoint["step"] == 6
-    assert "Traceback" not in output.read_text() + rest
+    assert read_tensors(next(tmp_path.glob("*current.pth")))["step"] == (4 if at_once else 6)
+    assert ("after step 6, with 1 of 3 epochs done" in errors.read_text()) == (not at_once)
+    assert "Traceback" not in (tmp_path / "printed.out").read_text() + errors.read_text()
 
 
-@posix
 @pytest.mark.long
 def test_killed_at_random_instants_runs_end_with_the_same_weights():
     """50 SIGKILLs: in steps, in updates of the units, in writes of the checkpoint and of the marker."""
@@ -191,45 +161,25 @@ def test_killed_at_random_instants_runs_end_with_the_same_weights():
         assert re.search(rf"[1-9]\d* in a {place}", done.stdout), done.stdout
 
 
-# --- damaged files ------------------------------------------------------------------------------------------------
-
-
 def test_every_truncation_and_a_flipped_bit_in_every_byte_is_noticed(tmp_path):
-    path = tmp_path / "file.pth"
-    content = {"weights": torch.arange(3.0), "epoch": 1}
+    path, content = tmp_path / "file.pth", {"weights": torch.arange(3.0), "epoch": 1}
     write_tensors(path, content)
     assert_equal(read_tensors(path), content)
     assert_equal(torch.load(path, weights_only=True), content)
     whole = path.read_bytes()
     damaged = [whole[:length] for length in range(len(whole))] + [whole + b"\0"]
-    damaged += [flipped(whole, 8 * byte + byte % 8) for byte in range(len(whole))]
+    for place, byte in enumerate(whole):
+        damaged.append(whole[:place] + bytes([byte ^ 1 << place % 8]) + whole[place + 1 :])
     for content in damaged:
         path.write_bytes(content)
         with pytest.raises(TensorFileError):
             read_tensors(path)
 
 
-def stop_at(directory, step, monkeypatch, **options):
-    """Files of a run that was stopped after that many steps."""
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", signalled(step - 1))
-        with pytest.raises(Interrupted):
-            run(directory, **options)
-    return RunFiles(directory, TrainSettings(**{**SMALL, **options}).stem)
-
-
-def flipped(content, bit):
-    damaged = bytearray(content)
-    damaged[bit // 8] ^= 1 << bit % 8
-    return bytes(damaged)
-
-
-@posix
 def test_the_checkpoint_before_a_damaged_one_is_used(whole, tmp_path, monkeypatch, capsys):
     files = stop_at(tmp_path / "parts", 10, monkeypatch)
     assert (load(files)["step"], read_tensors(files.previous)["step"]) == (10, 8)
-    content = files.checkpoint.read_bytes()
-    files.checkpoint.write_bytes(content[: len(content) // 3])
+    files.checkpoint.write_bytes(files.checkpoint.read_bytes()[:9999])
     files = stop_at(tmp_path / "parts", 9, monkeypatch)
     output = capsys.readouterr()
     assert f"{files.checkpoint} cannot be read" in output.err
@@ -241,7 +191,6 @@ def test_the_checkpoint_before_a_damaged_one_is_used(whole, tmp_path, monkeypatc
     assert not files.previous.exists()
 
 
-@posix
 def test_where_both_are_damaged_nothing_is_touched(tmp_path, monkeypatch):
     files = stop_at(tmp_path, 6, monkeypatch)
     for path in (files.checkpoint, files.previous):
@@ -253,10 +202,6 @@ def test_where_both_are_damaged_nothing_is_touched(tmp_path, monkeypatch):
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-# --- disks and locks ----------------------------------------------------------------------------------------------
-
-
-@posix
 def test_a_full_disk_is_named_and_costs_no_checkpoint(tmp_path):
     """A limit on the size of files stands for the full disk: the checkpoint of the third epoch does not fit."""
     program = f"""
@@ -275,66 +220,54 @@ sys.exit(train.main({[*flags_of(SMALL), "--checkpoint_dir", str(tmp_path)]!r}))
     done = processes.run(tmp_path / "program.py", output=tmp_path / "printed")
     assert done.statuses == [1]
     files = RunFiles(tmp_path, TrainSettings(**SMALL).stem)
-    assert f"cannot write {files.checkpoint} (File too large)" in done.stderr
-    assert "Free space, then run the same command again to resume" in done.stderr
+    for part in (f"cannot write {files.checkpoint} (File too large)", "Free space, then run the same command again to"):
+        assert part in done.stderr
     assert "Traceback" not in done.stderr
     assert load(files)["epoch"] == 2
     assert run(tmp_path).marker.exists()
 
 
-def test_a_second_run_of_the_same_name_is_refused(tmp_path):
-    files = RunFiles(tmp_path, TrainSettings(**SMALL).stem)
+LOCKING = """
+import sys, time
+from g2gnet.training.checkpoints import RunFiles
+with RunFiles(*sys.argv[1:]).locked():
+    print("locked", flush=True)
+    time.sleep(3600)
+"""
+
+
+def test_a_second_run_of_the_same_name_is_refused_until_the_first_ends_or_dies(tmp_path):
+    files, program = RunFiles(tmp_path, TrainSettings(**SMALL).stem), tmp_path / "program.py"
     with files.locked():
         with pytest.raises(CheckpointError, match=r"another run of this name is using .*mixer"):
             run(tmp_path)
         run(tmp_path, model="index")
+    program.write_text(LOCKING)
+    process = processes.start(program, tmp_path, files.marker.stem, output=tmp_path / "printed")
+    processes.wait_for("locked\n", process, tmp_path / "printed.out")
+    with pytest.raises(CheckpointError, match="another run"):
+        run(tmp_path)
+    process.kill()
+    process.join()
     run(tmp_path)
 
 
-@posix
-def test_a_lock_dies_with_its_owner(tmp_path):
-    program = tmp_path / "program.py"
-    taking = f'RunFiles({str(tmp_path)!r}, "name").locked()'
-    waiting = f'with {taking}:\n    print("locked", flush=True)\n    time.sleep(3600)\n'
-    program.write_text(f"import time\nfrom g2gnet.training.checkpoints import RunFiles\n{waiting}")
-    process = processes.start(program, output=tmp_path / "printed")
-    processes.wait_for("locked\n", process, tmp_path / "printed.out")
-    files = RunFiles(tmp_path, "name")
-    with pytest.raises(CheckpointError, match="another run"), files.locked():
-        pass
-    process.kill()
-    process.join()
-    with files.locked():
-        pass
-
-
-@posix
-def test_other_data_of_the_same_name_are_refused(tmp_path, monkeypatch, capsys):
-    """840b5ea went on with them."""
+def test_other_data_of_the_same_name_are_refused_and_another_backend_is_said(tmp_path, monkeypatch, capsys):
     files = stop_at(tmp_path, 6, monkeypatch)
-    before = files.checkpoint.read_bytes()
-    data = load_dataset(SMALL["dataset"])
+    state, before, data = load(files), files.checkpoint.read_bytes(), load_dataset(SMALL["dataset"])
     other = dataclasses.replace(data, train_labels=data.train_labels.roll(1))
     with pytest.raises(CheckpointError, match=r"different data: their SHA-256 is .* there, [0-9a-f]+ now") as error:
-        run_training(TrainSettings(**SMALL), lambda: other, tmp_path, Machine(torch.device("cpu")))
+        g2gnet.training.run_training(TrainSettings(**SMALL), lambda: other, tmp_path, Machine(torch.device("cpu")))
     assert "`data_dir`" in str(error.value)
     assert files.checkpoint.read_bytes() == before
-
-
-@posix
-def test_another_backend_is_said_when_a_run_goes_on(tmp_path, monkeypatch, capsys):
-    files = stop_at(tmp_path, 6, monkeypatch)
-    versions = load(files)["versions"]
+    versions = state["versions"]
     assert set(versions) == {"g2g", "torch", "device", "backend", "instruction set"}
-    write_tensors(files.checkpoint, {**load(files), "versions": {**versions, "instruction set": "another"}})
+    write_tensors(files.checkpoint, {**state, "versions": {**versions, "instruction set": "another"}})
     capsys.readouterr()
     run(tmp_path)
     message = capsys.readouterr().err
     assert f"instruction set: another there, {versions['instruction set']} now" in message
     assert message.count("there,") == 1
-
-
-# --- numbers that go wrong ----------------------------------------------------------------------------------------
 
 
 def spoiled(step, spoil, train_step=Trainer._train_step):
@@ -343,7 +276,7 @@ def spoiled(step, spoil, train_step=Trainer._train_step):
     def train_step_spoiled(self, index):
         handle = spoil(self.net) if self.step == step else None
         result = train_step(self, index)
-        if handle:
+        if hasattr(handle, "remove"):
             handle.remove()
         return result
 
@@ -354,10 +287,6 @@ def spoil_gradient(layer, value):
     return lambda net: getattr(net, layer).values.register_hook(lambda gradient: gradient.clone().fill_(value))
 
 
-def spoil_weight(net):
-    net.fc2.values.data[0, 0, 0] = torch.nan
-
-
 @pytest.mark.parametrize(
     ("spoil", "options", "what"),
     [
@@ -365,18 +294,18 @@ def spoil_weight(net):
         (spoil_gradient("fc1", torch.nan), {"clip_grad_norm": 0.1}, "the gradient of fc1.values"),
         (spoil_gradient("fc3", -torch.inf), {}, "the gradient of fc3.values"),
         # membranes of NaN never fire: the loss stays finite, the gradient does not
-        (spoil_weight, {}, "the gradient of lif2.threshold"),
+        (lambda net: net.fc2.values.data[0, 0, 0].fill_(torch.nan), {}, "the gradient of lif2.threshold"),
     ],
-    ids=["NaN, clipped", "infinite", "a weight"],
 )
 def test_what_is_not_finite_is_named_and_the_last_good_checkpoint_kept(tmp_path, monkeypatch, spoil, options, what):
-    monkeypatch.setattr(Trainer, "_train_step", spoiled(5, spoil))
+    # a signal comes in the next step: no checkpoint is written of a spoiled network
+    monkeypatch.setattr(Trainer, "_train_step", spoiled(5, spoil, signalled(6)))
     with pytest.raises(TrainingError) as error:
         run(tmp_path, **options)
     files = RunFiles(tmp_path, TrainSettings(**SMALL).stem)
     kept = f"{files.checkpoint} is the last good checkpoint; it was not changed."
     assert str(error.value) == f"in step 6 {what} became non-finite; {LOWER}. {kept}"
-    assert load(files)["epoch"] == 1
+    assert load(files)["step"] == 4
 
 
 @pytest.mark.parametrize(
@@ -384,23 +313,19 @@ def test_what_is_not_finite_is_named_and_the_last_good_checkpoint_kept(tmp_path,
     [
         # before any update the learning rate cannot be the reason
         ({"enc_bias": -3e38}, "in step 1 ", "no weight has changed yet"),
-        ({"threshold": 3e38}, "no checkpoint was written after step 4: ", LOWER),
-        ({"lr": 1e30}, "in step 3 ", LOWER),
+        ({"threshold": 3e38}, "no checkpoint was written after step 4: ", re.escape(LOWER)),
+        ({"lr": 1e30}, "in step 3 ", re.escape(LOWER)),
     ],
-    ids=["enc_bias", "threshold", "lr"],
 )
 def test_numbers_that_are_not_finite_have_a_remedy(tmp_path, options, where, remedy):
-    with pytest.raises(TrainingError) as error:
+    with pytest.raises(TrainingError, match=f"^{where}.*; {remedy}"):
         run(tmp_path, epochs=1, **options)
-    assert str(error.value).startswith(where)
-    assert f"; {remedy}" in str(error.value)
 
 
 def test_a_loss_that_is_not_finite_is_named():
     trainer = small_trainer()
-    simulate = trainer.net.simulate
 
-    def simulate_spoiled(inputs, **options):
+    def simulate_spoiled(inputs, simulate=trainer.net.simulate, **options):
         activity = simulate(inputs, **options)
         return activity._replace(counts=activity.counts * torch.nan) if trainer.step == 2 else activity
 
@@ -420,27 +345,19 @@ def test_a_long_epoch_is_stopped_early(monkeypatch):
     assert trainer.step == 6
 
 
-@posix
-def test_no_checkpoint_is_written_of_a_spoiled_network(tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "_train_step", spoiled(5, spoil_gradient("fc2", torch.nan), signalled(6)))
-    with pytest.raises(TrainingError, match=r"in step 6 the gradient of fc2\.values"):
-        run(tmp_path)
-    assert load(RunFiles(tmp_path, TrainSettings(**SMALL).stem))["step"] == 4
-
-
 def test_layers_that_do_nothing_useful_are_warned_about_once(caplog):
     watch = LayerWatch()
     neurons = {"lif1": LIF(beta=0.9), "lif2": LIF(3, beta=1.0), "lif3": LIF(), "lif4": Synaptic(neurons=3)}
     silent = {"lif1": 0.5, "lif2": 0.0, "lif3": 0.3, "lif4": 0.0}
     watch.check(1, {"lif1": 0.05, "lif2": 0.5, "lif3": 0.001, "lif4": 0.1}, silent, neurons)
-    assert not caplog.records
+    assert not caplog.messages
     neurons["lif2"].beta.data[1] = 1.25
     neurons["lif3"].beta.data.fill_(-0.5)
     neurons["lif4"].syn_decay.data[2] = 1.5
     for epoch in (2, 3):
         rates = {"lif1": 0.0, "lif2": 0.995, "lif3": 0.001, "lif4": 0.1}
         watch.check(epoch, rates, {**silent, "lif3": 0.534}, neurons)
-    assert [record.getMessage() for record in caplog.records] == [
+    assert caplog.messages == [
         f"lif1 fell silent in epoch 2 (firing rate 0); {WAKE}",
         f"lif2 saturates in epoch 2 (firing rate 0.99); {CALM}",
         f"lif3 is mostly silent: 53 % of its neurons never fired in epoch 2; {WAKE}",
@@ -455,41 +372,33 @@ def test_training_reports_a_beta_outside_of_its_range_and_a_silent_layer(caplog)
     trainer.net.lif2.beta.data.fill_(1.2)
     trainer.net.lif3.threshold.data.fill_(100.0)
     trainer.train_epoch()
-    messages = " | ".join(record.getMessage() for record in caplog.records)
-    assert "lif2 has learned beta = 1." in messages
-    assert "lif3 fell silent in epoch 1" in messages
-    assert "lif1" not in messages
+    assert "lif2 has learned beta = 1." in caplog.text
+    assert "lif3 fell silent in epoch 1" in caplog.text
+    assert "lif1" not in caplog.text
 
 
 def test_classes_without_weights_are_warned_about_before_training(caplog):
-    trainer = small_trainer(block_size=64, p_intra=0.2, p_inter=0.03)
+    trainer, said = small_trainer(block_size=64, p_intra=0.2, p_inter=0.03), []
     unseen = int((trainer.net.fc3.weight.detach() == 0).all(1).sum())
     assert 0 < unseen < 10
-    said_at_first_step = []
-    trainer.train_epoch(lambda *_: said_at_first_step.append(bool(caplog.records)))
-    trainer.train_epoch()
-    assert said_at_first_step[0]
-    (message,) = (record.getMessage() for record in caplog.records if "classes" in record.getMessage())
-    assert message == (
-        f"fc3 has no weights for {unseen} of 10 classes, whose scores therefore do not depend on the input; lower "
-        "`block_size`, or keep more weights"
-    )
+    for _ in range(2):
+        trainer.train_epoch(lambda *_: said.append(bool(caplog.messages)))
+    assert said[0], "at the first step"
+    (message,) = (message for message in caplog.messages if "classes" in message)
+    without = f"fc3 has no weights for {unseen} of 10 classes, whose scores therefore do not depend on the input"
+    assert message == f"{without}; lower `block_size`, or keep more weights"
     caplog.clear()
     other = small_trainer(block_size=4, p_intra=0.4, p_inter=0.2)
     assert (other.net.fc3.weight != 0).any(1).all()
     other.train_epoch()
-    assert not [record for record in caplog.records if "classes" in record.getMessage()]
+    assert "classes" not in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("options", "remedy"), [({}, "give training images of them"), ({"limit_train": 10}, "raise `limit_train`")]
-)
-def test_classes_that_are_tested_but_not_trained_are_warned_about(caplog, options, remedy):
-    settings = TrainSettings(**{**SMALL, "limit_train": None, "limit_test": 6, **options})
-    data = load_dataset(settings.dataset).limited(10, 6)
+def test_classes_that_are_tested_but_not_trained_are_warned_about(caplog):
     labels = {"train_labels": torch.arange(10) % 8, "test_labels": torch.tensor([9, 1, 2, 3, 9, 8])}
-    Trainer(settings, dataclasses.replace(data, **labels), Machine(torch.device("cpu")))
-    (record,) = caplog.records
-    assert record.getMessage() == (
-        f"3 of 6 test images are of classes without a training image (8, 9), which cannot be learned; {remedy}"
-    )
+    data = dataclasses.replace(load_dataset(SMALL["dataset"]).limited(10, 6), **labels)
+    for limit, remedy in ((None, "give training images of them"), (10, "raise `limit_train`")):
+        small_trainer(data, limit_train=limit, limit_test=6)
+        said = "3 of 6 test images are of classes without a training image (8, 9), which cannot be learned"
+        assert caplog.messages == [f"{said}; {remedy}"]
+        caplog.clear()

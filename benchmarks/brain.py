@@ -28,8 +28,7 @@ from g2gnet.programs.flags import Parser
 
 from . import cli
 from .contender import ATan
-from .harness import Racer, Session, race
-from .machine import PeakMemory
+from .harness import Racer, Session, Turn, race
 from .report import by_column, ratio, seconds
 
 BETA, THRESHOLD = 0.9, 1.0
@@ -86,6 +85,10 @@ def from_file(path: str) -> Graph:
     key, place = np.unique(numbers[len(table) :] * len(ids) + numbers[: len(table)], return_inverse=True)
     summed = np.bincount(place, size)
     return Graph(len(ids), key % len(ids), key // len(ids), (0.01 * summed / np.abs(summed).max()).astype(np.float32))
+
+
+def graph_of(arguments: argparse.Namespace) -> Graph:
+    return from_file(arguments.edges) if arguments.edges else synthetic(arguments.neurons, arguments.weights)
 
 
 # --- contenders: a step gives spike counts [B, N], and the gradients of the weights and of the input ---------------
@@ -252,27 +255,21 @@ def farthest(name: str) -> float:
     return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found[1:], expected, strict=True))
 
 
-class BrainStep(Session):
+def session(name: str, arguments: argparse.Namespace, threads: int) -> Session:
     """A contender's step."""
+    torch.set_num_threads(threads)
+    yield None  # the graph counts as its memory
+    off, graph = farthest(name), graph_of(arguments)
+    run = CONTENDERS[name](graph, _drive(graph, arguments.batch_size, arguments.gain), arguments.T)
+    given: list[Any] = []
 
-    def __init__(self, name: str, arguments: argparse.Namespace, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self.name, self.arguments = name, arguments
+    def step() -> None:
+        given[:] = run()
 
-    def build(self) -> None:
-        self.memory = PeakMemory(self.device)  # the graph counts
-        self.off, arguments = farthest(self.name), self.arguments
-        drawn = arguments.neurons, arguments.weights
-        graph = from_file(arguments.edges) if arguments.edges else synthetic(*drawn)
-        self.weights = len(graph.weight)
-        self.run = CONTENDERS[self.name](graph, _drive(graph, arguments.batch_size, arguments.gain), arguments.T)
+    def results() -> dict[str, Any]:
+        return {"off": off, "weights": len(graph.weight), "rate": float(given[0].mean()) / arguments.T}
 
-    def step(self) -> None:
-        self.counts, *_ = self.run()
-
-    def results(self) -> dict[str, Any]:
-        rate = float(self.counts.mean()) / self.arguments.T
-        return {"off": self.off, "weights": self.weights, "rate": rate, "base": self.memory.before}
+    yield Turn(step, results)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -288,7 +285,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if unknown := [name for name in names if name not in CONTENDERS]:
         raise ValueError(f"contenders={unknown[0]!r} is unknown; choose of {', '.join(CONTENDERS)}")
     if arguments.edges:
-        from_file(arguments.edges)  # an error is said before anything starts
+        graph_of(arguments)  # an error is said before anything starts
     return {"gain": arguments.gain, "edges": arguments.edges, "runs": timed_runs(arguments, names)}
 
 
@@ -302,16 +299,15 @@ def timed_runs(arguments: argparse.Namespace, names: Sequence[str]) -> list[dict
             run.update(results)
             return "" if run["off"] <= CLOSE else f"gradients are off by {run['off']:.1e}"
 
-        return Racer(name, BrainStep, (name, arguments, torch.get_num_threads()), check, run)
+        return Racer(name, session, (name, arguments, torch.get_num_threads()), check, run)
 
-    racers = [racer(name) for name in names]
-    race(racers, arguments.repeats, warm_up=1)
+    racers = race([racer(name) for name in names], arguments.repeats, warm_up=1)
     for each in racers:
-        each.run |= {"status": each.status, "reason": each.reason, "seconds": [round(t, 4) for t in each.seconds]}
-        if asked := re.search(r"allocate (\d+) bytes", each.reason):
-            each.run["reason"] = f"asks for {int(asked[1]) / 1e9:.0f} GB of memory"
-        if "base" in each.run and each.peak_bytes is not None:
-            each.run["peak"] = each.run["base"] + each.peak_bytes
+        asked = re.search(r"allocate (\d+) bytes", each.reason)
+        reason = f"asks for {int(asked[1]) / 1e9:.0f} GB of memory" if asked else each.reason
+        each.run |= {"status": each.status, "reason": reason, "seconds": [round(t, 4) for t in each.seconds]}
+        if each.peak_bytes is not None:
+            each.run |= {"base": each.base_bytes, "peak": each.base_bytes + each.peak_bytes}
     return [each.run for each in racers]
 
 

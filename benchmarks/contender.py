@@ -22,19 +22,13 @@ from .workload import NeuronInputs, Prepared
 class Contender(ABC):
     """One way to compute the workload, built on one device in one precision.
 
-    Attributes:
-        inputs: of a part alone, their name in :class:`~benchmarks.workload.Prepared`.
-        backend: of g2g.
-        reset: its reset, as named in :mod:`benchmarks.reference`.
-        masked: whether it has no weights outside the mask.
-        omits: the names of the results that it does not compute.
-        differs: other differences in what it computes, in a few words, or "".
+    Of a part alone ``inputs`` is their name in :class:`~benchmarks.workload.Prepared`; ``backend`` is g2g's.
     """
 
-    reset: ClassVar[str] = "after decay"
-    masked: ClassVar[bool] = True
-    omits: ClassVar[tuple[str, ...]] = ()
-    differs: str = ""
+    reset: ClassVar[str] = "after decay"  # as named in :mod:`benchmarks.reference`
+    masked: ClassVar[bool] = True  # whether it has no weights outside the mask
+    omits: ClassVar[tuple[str, ...]] = ()  # the names of the results that it does not compute
+    differs: str = ""  # other differences in what it computes, in a few words
 
     def __init__(
         self, prepared: Prepared, device: torch.device, precision: str, *, inputs: str = "", backend: str = ""
@@ -54,10 +48,10 @@ class Contender(ABC):
 
     def before_turn(self) -> None:
         """Undoes the changes of a turn; called before each turn, outside its time."""
-        return None
+        return
 
     @abstractmethod
-    def step(self) -> None:
+    def step(self) -> Any:
         """Runs one training step, or another kernel."""
 
     @abstractmethod
@@ -84,6 +78,10 @@ class Contender(ABC):
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """Products in bfloat16 for ``"bf16"``, nothing for ``"fp32"``."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+#: of products
+FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class ATan(torch.autograd.Function):
@@ -117,12 +115,10 @@ class NetworkContender(Contender):
     It is called with the samples and a :data:`Kept` or None, and gives its spikes to :func:`keep`. Its modules are
     called ``fc1``, ``lif1``, … ``lif3``, and ``rec1``, ``rec2`` where they are recurrent; subclasses whose modules are
     not like ``nn.Linear`` and have no parameters called ``beta`` and ``threshold`` override :meth:`gradients`.
-
-    Attributes:
-        apart: whether a call that keeps spikes is not the program that is timed. Then a call without gradients gives
-            the spikes, which have to be the same.
     """
 
+    #: whether a call that keeps spikes is not the program that is timed; then a call without gradients gives the
+    #: spikes, which have to be the same
     apart: ClassVar[bool] = False
 
     def make(self, prepared: Prepared) -> None:
@@ -135,16 +131,13 @@ class NetworkContender(Contender):
     def build(self, prepared: Prepared) -> nn.Module:
         """The network with the workload's weights, on the CPU."""
 
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return autocast(self.device, self.precision)
-
     def counts(self, kept: Kept | None = None) -> torch.Tensor:
         """The spike counts of the batch [B, C]."""
         return self.net(self.images, kept)
 
     def _backward(self, kept: Kept | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
+        with autocast(self.device, self.precision):
             counts = self.counts(kept)
         loss = F.cross_entropy(counts.float(), self.labels)
         loss.backward()
@@ -156,15 +149,15 @@ class NetworkContender(Contender):
 
     @torch.no_grad()
     def forward(self, kept: Kept | None = None) -> torch.Tensor:
-        with self.autocast():
+        with autocast(self.device, self.precision):
             return self.counts(kept)
 
     def results(self) -> Results:
         kept: Kept = ([], [], [])
         loss, counts = self._backward(None if self.apart else kept)
-        results = {"loss": loss, "counts": counts, **self.gradients()}
+        gradients = self.gradients()
         self.optimizer.zero_grad(set_to_none=True)
-        return {**results, **self._spikes(kept)}
+        return {"loss": loss, "counts": counts, **gradients, **self._spikes(kept)}
 
     def forward_results(self) -> Results:
         kept: Kept = ([], [], [])
@@ -251,34 +244,27 @@ def masked_linear(connection: G2GLinear) -> MaskedLinear:
 
 
 class NeuronContender(Contender):
-    """Neurons alone, from currents [T, B, N] to spikes, forward and backward.
-
-    Attributes:
-        parameters: the learnable scalars by name; subclasses whose library creates its own put those here.
-    """
+    """Neurons alone, from currents [T, B, N] to spikes, forward and backward."""
 
     def make(self, prepared: Prepared) -> None:
         given: NeuronInputs = getattr(prepared, self.inputs)
         self.current = given.current.to(self.device).detach().requires_grad_()
         self.grad_spikes = given.grad_spikes.to(self.device)
-        self.parameters = {
-            name: value.to(self.device, copy=True).requires_grad_() for name, value in given.parameters.items()
-        }
+        parameters = given.parameters.items()
+        # the learnable scalars by name; subclasses whose library creates its own put those here
+        self.parameters = {name: value.to(self.device, copy=True).requires_grad_() for name, value in parameters}
 
     @abstractmethod
     def run(self) -> torch.Tensor | list[torch.Tensor]:
         """Runs forward and backward and returns the spikes, [T, B, N] or a list of [B, N]."""
 
-    def _run(self) -> torch.Tensor | list[torch.Tensor]:
+    def step(self) -> torch.Tensor | list[torch.Tensor]:
         for tensor in (self.current, *self.parameters.values()):
             tensor.grad = None
         return self.run()
 
-    def step(self) -> None:
-        self._run()
-
     def results(self) -> Results:
-        spikes = self._run()
+        spikes = self.step()
         spikes = torch.stack(spikes) if isinstance(spikes, list) else spikes
         differentiable = {"current": self.current, **self.parameters}
         computed = {name: tensor.grad for name, tensor in differentiable.items() if tensor.grad is not None}
@@ -292,14 +278,13 @@ class LinearContender(Contender):
     """
 
     def make(self, prepared: Prepared) -> None:
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        x, self.grad_y = (tensor.to(self.device, dtype) for tensor in getattr(prepared, self.inputs))
+        x, self.grad_y = (tensor.to(self.device, FORMATS[self.precision]) for tensor in getattr(prepared, self.inputs))
         self.x = x.detach().requires_grad_()
         self.layer = self.build(prepared.network("torch").fc2).to(self.device)
 
     @classmethod
     def preload(cls, prepared: Prepared, precision: str, inputs: str = "") -> None:
-        prepared.convert(inputs, torch.bfloat16 if precision == "bf16" else torch.float32)
+        prepared.convert(inputs, FORMATS[precision])
 
     @abstractmethod
     def build(self, connection: G2GLinear) -> nn.Module:
@@ -309,7 +294,7 @@ class LinearContender(Contender):
     def weight_gradient(self) -> torch.Tensor:
         """The gradient of the weights, as dense [out, in]."""
 
-    def _run(self) -> torch.Tensor:
+    def step(self) -> torch.Tensor:
         self.x.grad = None
         self.layer.zero_grad(set_to_none=True)
         with autocast(self.device, self.precision):
@@ -317,15 +302,11 @@ class LinearContender(Contender):
         y.backward(self.grad_y)
         return y.detach()
 
-    def step(self) -> None:
-        self._run()
-
     def results(self) -> Results:
-        y = self._run()
+        y, bias = self.step(), self.layer.get_parameter("bias")
         assert self.x.grad is not None
-        bias = self.layer.get_parameter("bias").grad
-        assert bias is not None
-        return {"y": y, "x": self.x.grad, "weight": self.weight_gradient(), "bias": bias}
+        assert bias.grad is not None
+        return {"y": y, "x": self.x.grad, "weight": self.weight_gradient(), "bias": bias.grad}
 
     def firing_rates(self, results: Results) -> list[float]:
         return [float((self.x != 0).float().mean())]
@@ -358,12 +339,11 @@ class UpdateContender(Contender):
         before = [units.cpu() for units in self.units()]
         self.step()
         results: Results = {name: spikes > 0.5 for name, spikes in zip(SPIKES, self.spikes(), strict=True)}
-        for number, (had, has, correlation, weights) in enumerate(
-            zip(before, self.units(), correlations, self._weights, strict=True), 1
+        after = [units.cpu() for units in self.units()]
+        for number, (had, has, scores, weights) in enumerate(
+            zip(before, after, correlations, self._weights, strict=True), 1
         ):
-            has = has.cpu()
-            results[f"fc{number}.correlation"] = correlation
             # as scores, since units of equal score may stand in for one another
-            results[f"fc{number}.pruned"] = weights[had & ~has].sort().values
-            results[f"fc{number}.grown"] = correlation[has & ~had].sort(descending=True).values
+            pruned, grown = weights[had & ~has].sort().values, scores[has & ~had].sort(descending=True).values
+            results |= {f"fc{number}.correlation": scores, f"fc{number}.pruned": pruned, f"fc{number}.grown": grown}
         return results

@@ -1,10 +1,11 @@
-"""How long kernels take on a card: the model by which times are predicted. Nothing of it is measured.
+"""How long kernels take on a card: the model by which times were predicted. Nothing of it is measured.
 
 The rules by which kernels are chosen (``dense_pays``, ``fused_pays``) are simpler; a test compares them with it.
 
 A kernel takes the longest of three times: its products at a share of the card's rate, the bytes that it reads and
 writes, each once, at a share of the memory's, and what its tiles read from L2. The first and the last are longer where
-programs do not fill the card. Added to this is a start. :mod:`benchmarks.predictions` writes down what follows from it.
+programs do not fill the card. Added to this is a start. ``results/predictions.jsonl`` is what followed from it at the
+commit that it names.
 """
 
 import dataclasses
@@ -102,24 +103,3 @@ def factors(products: torch.dtype, precision: str, spikes: bool) -> tuple[str, i
     if products != torch.float32:
         return "bf16", 1
     return ("tf32" if precision == "tf32" else "fp32"), 1
-
-
-class Block(NamedTuple):
-    """The tiles that a program multiplies in one turn: [m, k] by [k, n]."""
-
-    m: int
-    n: int
-    k: int
-
-    def flop(self, pairs: float) -> float:
-        """Of so many pairs of tiles, padding included."""
-        return 2 * pairs * self.m * self.n * self.k
-
-    def l2_bytes(self, pairs: float, left: int, right: int) -> float:
-        """What they read, with ``left`` and ``right`` bytes per number."""
-        return pairs * self.k * (self.m * left + self.n * right)
-
-
-def groups_of(units: int, rows: int, group: int) -> float:
-    """The groups of ``group`` units in each of some rows: the last one of a row is half full on average."""
-    return units / group + rows * (group - 1) / (2 * group)

@@ -9,12 +9,12 @@ import argparse
 import itertools
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer
+from g2g_kernels import SpikingLayer
 from g2g_kernels.ops.g2g_stack.call import StackCall
 from g2g_kernels.triton import runtime
 from g2gnet.base.tables import in_columns
@@ -22,10 +22,11 @@ from g2gnet.programs.flags import Parser
 from g2gnet.training.captured_step import CapturedStep
 
 from . import cli
+from .contender import FORMATS
 from .machine import timed
 from .registry import PRECISIONS
 from .report import seconds
-from .roofline import DTYPES
+from .roofline import network
 
 #: firing rate of the inputs
 RATE = 0.05
@@ -35,50 +36,31 @@ def add_flags(parser: Parser) -> None:
     text = "cuda, cuda:N or, in Triton's interpreter, cpu (default: cuda)"
     parser.add_argument("--device", default="cuda", help=text)
     parser.add_argument("--precision", choices=PRECISIONS, default="bf16", help="of the product (default: bf16)")
-    text = "batch sizes (default: %(default)s)"
-    parser.add_argument("--batch_sizes", default="64,128,256,512,1024", metavar="N,N,...", help=text)
-    text = "sides of units (default: %(default)s)"
-    parser.add_argument("--block_sizes", default="16,32,64", metavar="N,N,...", help=text)
+    for name, text, default in (
+        ("batch_sizes", "batch sizes", "64,128,256,512,1024"),
+        ("block_sizes", "sides of units", "16,32,64"),
+    ):
+        parser.add_argument(f"--{name}", default=default, metavar="N,N,...", help=f"{text} (default: {default})")
 
 
-def sizes(arguments: argparse.Namespace) -> Iterator[tuple[int, int]]:
-    """The side of units and the batch size of each layer that is compared."""
-    return itertools.product(cli.counts(arguments, "block_sizes"), cli.counts(arguments, "batch_sizes"))
+def step_of(arguments: argparse.Namespace, batch: int, block_size: int, device: torch.device) -> Callable[[], Any]:
+    """Forward and backward of a layer, on spikes as the bytes that a layer before it gives: the spike counts [B, N]."""
+    from g2g_kernels.ops.g2g_stack import triton as stack
 
+    net = network(block_size=block_size, hidden_dim=arguments.hidden_dim).to(device)
+    net.fc2.values.data *= (3 / RATE) ** 0.5  # so that currents vary by as much as the threshold is high
+    layer = SpikingLayer(net.fc2.values, net.fc2.mask, net.fc2.bias, net.lif2.population)
+    draw = torch.Generator().manual_seed(42)
+    spikes = torch.rand(arguments.T, batch, arguments.hidden_dim, generator=draw) < RATE
+    x, gradient = spikes.to(device, torch.uint8), torch.randn(spikes.shape[1:], generator=draw).to(device)
 
-def label(batch: int, block_size: int, fused: bool) -> str:
-    """The name of a layer of that size, run in that way."""
-    return f"B {batch}, units of {block_size}, {'fused' if fused else 'pair'}"
-
-
-class Layer:
-    """One layer and a batch of spikes for it, as the bytes that a layer before it gives, on ``device``."""
-
-    def __init__(
-        self, device: torch.device, precision: str, steps: int, batch: int, size: int, block_size: int
-    ) -> None:
-        draw = torch.Generator().manual_seed(42)
-        layout = GroupLayout(size)
-        mask = BlockMask.sample(layout, layout, block_size=block_size, generator=draw)
-        weight = torch.randn(size, size, generator=draw) / (RATE * mask.density * size) ** 0.5
-        spikes = torch.rand(steps, batch, size, generator=draw) < RATE
-        self.dtype = DTYPES[precision]
-        self.x = spikes.to(device, torch.uint8)
-        self.values = mask.pack(weight).to(device).requires_grad_()
-        self.bias = torch.zeros(size, device=device, requires_grad=True)
-        self.parameters = [torch.tensor([value], device=device, requires_grad=True) for value in (0.9, 1.0)]
-        self.gradient = torch.randn(batch, size, generator=draw).to(device)
-        self.layer = SpikingLayer(self.values, mask.to(device), self.bias, Neurons("lif", tuple(self.parameters)))
-
-    def step(self) -> torch.Tensor:
-        """Spike counts [B, N]; the gradients are in the leaves."""
-        from g2g_kernels.ops.g2g_stack import triton as stack
-
-        for leaf in (self.values, self.bias, *self.parameters):
-            leaf.grad = None
-        counts, *_ = stack.FORWARD(StackCall.of(self.x, [self.layer], None, self.dtype))
-        counts.backward(self.gradient)
+    def step() -> torch.Tensor:
+        net.zero_grad(set_to_none=True)
+        counts, *_ = stack.FORWARD(StackCall.of(x, [layer], None, FORMATS[arguments.precision]))
+        counts.backward(gradient)
         return counts.detach()
+
+    return step
 
 
 def replayed(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
@@ -86,13 +68,9 @@ def replayed(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]
     if device.type != "cuda":
         return work
     captured, nothing = CapturedStep(lambda *_: work(), device, (), required=True), torch.empty(0, device=device)
-
-    def replay() -> None:
-        captured(nothing, nothing, None)
-
     for _ in range(CapturedStep.WARM_UP + 1):
-        replay()
-    return replay
+        captured(nothing, nothing, None)
+    return lambda: captured(nothing, nothing, None)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -109,17 +87,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from g2g_kernels.ops.g2g_stack import triton as stack
 
     found: list[dict[str, Any]] = []
-    for block_size, batch in cli.bar(list(sizes(arguments)), unit=" layers"):
-        layer = Layer(device, arguments.precision, arguments.T, batch, arguments.hidden_dim, block_size)
-        counts = []
+    sizes = itertools.product(cli.counts(arguments, "block_sizes"), cli.counts(arguments, "batch_sizes"))
+    for block_size, batch in cli.bar(list(sizes), unit=" layers"):
+        step, counts = step_of(arguments, batch, block_size, device), []
         for fused in (False, True):
             with stack.choose(fused):
-                counts.append(layer.step().clone())
-                work = replayed(layer.step, device)
+                counts.append(step().clone())
+                work = replayed(step, device)
                 taken = [timed(work, device) for _ in range(arguments.repeats)]
             # a membrane at the threshold may spike in one way and not in the other
             differ = float((counts[0] != counts[-1]).float().mean())
-            what = label(batch, block_size, fused)
+            what = f"B {batch}, units of {block_size}, {'fused' if fused else 'pair'}"
             found.append({"what": what, "median": statistics.median(taken), "counts_that_differ": differ})
     return {"precision": arguments.precision, "runs": found}
 

@@ -10,20 +10,27 @@ line fits and begins near zero, the cost of a sparse network is proportional to 
 
 import argparse
 import dataclasses
+import functools
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+
 from g2g_kernels import available_backends
 from g2gnet.programs.flags import Parser
 
 from . import cli, records, report
+from .contender import Contender
+from .correctness import Judge
 from .floor import floor_seconds, work
-from .harness import Job, measure
+from .harness import Racer, Session, Turn, nothing, race
 from .machine import Limits
 from .registry import KERNELS, Entry, choose
-from .workload import Prepared, Workload
+from .workload import Prepared, Workload, load
 
 
 class Quantity(NamedTuple):
@@ -100,10 +107,69 @@ def workloads_of(arguments: argparse.Namespace) -> dict[Any, Workload]:
     quantity = QUANTITIES[arguments.quantity]
     values = quantity.values[:3] if arguments.quick else quantity.values
     if arguments.values:
-        values = tuple(cli.numbers(arguments.values, type(values[0])))
+        values = tuple(map(type(values[0]), arguments.values.split(",")))
     if len(set(values)) < 2:
         raise ValueError(f"values={arguments.values!r}: a line needs at least two different values")
     return {value: dataclasses.replace(base, **quantity.at(value)) for value in values}
+
+
+def contender(entry: Entry, path: Path, kernel: str, device: str) -> Session:
+    """A contender on a prepared workload."""
+    module, _, name = entry.target.partition(":")
+    kind: type[Contender] = getattr(importlib.import_module(module), name)
+    prepared = load(path)
+    kind.preload(prepared, entry.precision, entry.options.get("inputs", ""))
+    yield torch.device(device)
+    one = kind(prepared, torch.device(device), entry.precision, **entry.options)
+
+    def results() -> dict[str, Any]:
+        results = one.forward_results() if kernel == "forward" else one.results()
+        # numpy goes through the pipe as it is; tensors would go through shared memory that dies with this process
+        return {
+            "results": {name: _to_numpy(tensor) for name, tensor in results.items()},
+            "firing_rates": one.firing_rates(results),
+            "differs": one.differs,
+            "how": (one.reset, entry.precision, one.masked, one.omits),
+        }
+
+    yield Turn(getattr(one, KERNELS[kernel].method), results, one.before_turn)
+
+
+def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """On the host, and wider where numpy has no such type."""
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+def measure(
+    kernel: str,
+    jobs: Sequence[tuple[Entry, Path]],
+    repeats: int,
+    warm_up: int = 2,
+    between_rounds: Callable[[], None] = nothing,
+    device: str = "cpu",
+) -> Sequence[Racer]:
+    """Checks and times contenders, each on a prepared workload; one that is unavailable comes back as skipped."""
+    judge = functools.cache(lambda path: Judge(load(path), kernel))
+
+    def racer(entry: Entry, path: Path) -> Racer:
+        run: dict[str, Any] = {"contender": entry.label, "precision": entry.precision, "differs": ""}
+        run |= {"firing_rates": None, "closest": None}
+
+        def check(answer: dict[str, Any]) -> str:
+            results = {name: torch.as_tensor(array) for name, array in answer["results"].items()}
+            verdict = judge(path).verdict(results, *answer["how"])
+            run.update(firing_rates=answer["firing_rates"], differs=answer["differs"], closest=verdict.closest())
+            return verdict.objection
+
+        status = "skipped" if entry.unavailable else "timed"
+        return Racer(entry.label, contender, (entry, path, kernel, device), check, run, status, entry.unavailable or "")
+
+    def rest() -> None:
+        judge.cache_clear()
+        between_rounds()
+
+    return race([racer(*job) for job in jobs], repeats, warm_up, rest)
 
 
 def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -120,9 +186,8 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     print(f"{kernel.about}: {about}; {learnt}", flush=True)
 
     limits = Limits(device)
-    unprepared = prepared[workloads[0]]
-    jobs = [Job(entry, prepared.get(of, unprepared)[0], arguments.kernel, str(device)) for entry, _, of in own]
-    outcomes = measure(jobs, arguments.repeats, between_rounds=limits.measure)
+    jobs = [(entry, prepared.get(workload, prepared[workloads[0]])[0]) for entry, _, workload in own]
+    outcomes = measure(arguments.kernel, jobs, arguments.repeats, 2, limits.measure, str(device))
     rates = limits.rates()
 
     def place(workload: Workload) -> dict[str, Any]:
@@ -142,15 +207,9 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
         runs.append(run)
     if before:
         print(report.compared(runs, before))
-    return {
-        "kernel": arguments.kernel,
-        "quantity": arguments.quantity,
-        "x_is": quantity and quantity.x_is,
-        "baseline": kernel.baseline,
-        "limits": rates,
-        "workloads": [places[workload] for workload in workloads],
-        "runs": runs,
-    }
+    about_it = {"kernel": arguments.kernel, "quantity": arguments.quantity, "x_is": quantity and quantity.x_is}
+    of_places = [places[workload] for workload in workloads]
+    return {**about_it, "baseline": kernel.baseline, "limits": rates, "workloads": of_places, "runs": runs}
 
 
 def earlier(path: Path, kernel: str, workloads: Sequence[Workload]) -> dict[str, Any]:

@@ -49,8 +49,8 @@ SCALING = {
 PAGE = "before\n<!-- drawn: step -->\nold\n<!-- end -->\nbetween\n<!-- drawn: growth -->\n<!-- end -->\nafter\n"
 
 
-def record(content: dict) -> redraw.Record:
-    return redraw.Record(redraw.RESULTS / "some-machine.jsonl", content)
+def record(content: dict, machine: str = "2-core-machine") -> redraw.Record:
+    return redraw.Record(redraw.RESULTS / f"step-{machine}.jsonl", content)
 
 
 def test_a_page_shows_the_record_and_is_left_alone_elsewhere():
@@ -58,7 +58,7 @@ def test_a_page_shows_the_record_and_is_left_alone_elsewhere():
     assert "| g2g, compiled CPU kernels | 2 ms | 1.8 ms – 2.2 ms | 4 | 50 % | 7 MB |" in page
     assert "Without a time: PyTorch's block-sparse product with our LIF (counts is off by 3.0e-01)." in page
     assert "3 interleaved repeats, a processor with 2 threads, PyTorch 2.13.0, 2026-01-02" in page
-    assert "(benchmarks/results/some-machine.jsonl)" in page
+    assert "(benchmarks/results/step-2-core-machine.jsonl)" in page
     assert "old" not in page
     assert re.sub(r"(?<=step -->\n).*?(?=<!-- end)", "", page, flags=re.DOTALL) == PAGE.replace("old\n", "")
     assert redraw.redrawn(page, redraw.ROOT, [record(STEP)]) == page  # once more changes nothing
@@ -66,9 +66,10 @@ def test_a_page_shows_the_record_and_is_left_alone_elsewhere():
 
 def test_of_records_of_one_name_the_newest_is_shown():
     later = {**STEP, "machine": {**MACHINE, "date": "2026-01-03T00:00:00+00:00"}, "runs": STEP["runs"][:2]}
-    for kept in ([STEP, later], [later, STEP]):
-        page = redraw.redrawn(PAGE, redraw.ROOT, [record(each) for each in kept])
-        assert page.count("2026-01-0") == page.count("2026-01-03") == 1
+    page = redraw.redrawn(PAGE, redraw.ROOT, [record(STEP, "2-core-other"), record(later)])
+    assert page.count("2026-01-0") == page.count("2026-01-03") == 1
+    dates = [each.content["machine"]["date"] for each in redraw.all_records()]
+    assert dates == sorted(dates)
 
 
 def test_a_part_without_a_record_is_empty_and_an_unknown_one_is_refused():

@@ -21,7 +21,7 @@ from benchmarks import chunks, cli, records, reference, report, throughput
 from benchmarks.contender import Contender
 from benchmarks.correctness import Judge, Verdict, error
 from benchmarks.floor import floor_seconds, work
-from benchmarks.harness import Job, in_turn, measure, turns
+from benchmarks.harness import in_turn, turns
 from benchmarks.ours import Network
 from benchmarks.registry import KERNELS, Entry, choose, declared_peers, entries
 from benchmarks.workload import Prepared, Workload, load, prepare
@@ -398,7 +398,7 @@ def test_only_a_right_contender_has_a_time(path):
     ]
     with pytest.MonkeyPatch.context() as patch:
         fork_contenders(patch)
-        outcomes = measure([Job(entry, path) for entry in jobs], repeats=3, warm_up=1)
+        outcomes = throughput.measure("step", [(entry, path) for entry in jobs], repeats=3, warm_up=1)
     right, wrong, unable, absent = outcomes
     assert right.status == "timed"
     assert len(right.seconds) == 3
@@ -456,21 +456,21 @@ def test_throughput_writes_a_record_with_its_environment(forked, path, tmp_path,
 
 
 def test_a_wrong_run_is_the_exit_status_and_quick_changes_what_is_not_given(capsys):
-    parser = cli.build_parser("x", "About x.", "a day", {"T": 3})
-    parser.add_argument("--T", type=int, default=9)
     asked = []
 
     def benchmark(arguments):
         asked.append(arguments.T)
         return {"runs": [{"status": "wrong" if arguments.T == 4 else "timed"}]}
 
+    program = cli.Program("x", "About x.", "a day", benchmark, str, {"T": (9, "steps")}, {"T": 3})
     given = ([], ["--quick"], ["--quick", "--T", "5"], ["--T", "4"])
-    assert [cli.run(parser, benchmark, flags) for flags in given] == [0, 0, 0, 1]
+    assert [program.main(flags) for flags in given] == [0, 0, 0, 1]
     assert asked == [9, 3, 5, 4]
-    assert cli.run(parser, benchmark, ["--json"]) == 0
+    capsys.readouterr()
+    assert program.main(["--json"]) == 0
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()][1:] == [{"status": "timed"}]
-    for program in (throughput, chunks.PROGRAM):
-        help_ = program.build_parser().format_help()
+    for each in (throughput.PROGRAM, chunks.PROGRAM):
+        help_ = each.build_parser().format_help()
         assert re.search(r"It takes about \w+ minutes", help_)
         assert "--quick" in help_
 

@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("triton", minversion="3.3")
 from benchmarks import costs
 from benchmarks.launches import Operation, layer_step, product_step
-from benchmarks.predictions import network, work_of
+from benchmarks.roofline import network
 from g2g_kernels import Neurons, SpikingLayer
 from g2g_kernels.ops.g2g_linear import tiles
 from g2g_kernels.ops.g2g_linear.triton import units_of
@@ -39,7 +39,7 @@ def units_and_layer(layer: str):
 
 
 def microseconds(operations: list[Operation], card: str) -> float:
-    return 1e6 * sum(costs.seconds(work_of(operation), costs.CARDS[card]) for operation in operations)
+    return 1e6 * sum(costs.seconds(operation.work, costs.CARDS[card]) for operation in operations)
 
 
 @every_dtype
@@ -76,8 +76,8 @@ def test_layers_are_fused_where_that_is_predicted_to_be_faster(layer):
                     can = stack.fused_pays(*given)
                 if not can:
                     continue
-                fused = layer_step(spiking, 50, batch, torch.bfloat16, True, spikes=True)
-                pair = layer_step(spiking, 50, batch, torch.bfloat16, False, spikes=True)
+                fused = layer_step(spiking, 50, batch, torch.bfloat16, True)
+                pair = layer_step(spiking, 50, batch, torch.bfloat16, False)
                 # the weight gradient is that of the pair's way, so only what the layers do not have in common counts
                 times = {True: alone(fused, card), False: alone(pair, card)}
                 chosen = stack.fused_pays(*given)

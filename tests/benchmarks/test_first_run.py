@@ -2,12 +2,11 @@
 
 import importlib
 import importlib.util
-import json
 
 import pytest
 import torch
 
-from benchmarks import first_run, predictions
+from benchmarks import first_run, records
 from benchmarks.first_run import Stage, stages
 from benchmarks.registry import choose
 from g2gnet import G2GNet
@@ -18,7 +17,7 @@ from benchmarks.launches import Operation, training_step
 from g2g_kernels.ops.g2g_linear import tiles
 from g2g_kernels.ops.g2g_stack import triton as stack
 
-RECORD = json.loads(predictions.RECORD.read_text())
+RECORD = records.read(first_run.RECORD)
 
 #: a stage that notes that it ran, does what it is told, and writes a record
 PROGRAM = """
@@ -55,15 +54,14 @@ def test_every_stage_is_a_program_that_takes_its_flags(device, monkeypatch):
 
 def test_everything_that_is_predicted_is_measured_by_a_stage():
     contenders: dict[str, str] = {stage.name: " ".join(stage.command) for stage in stages("cuda")}
-    for rows in RECORD["cards"].values():
-        for row in rows:
-            label = row["what"].partition(",")[0]
-            if row["stage"].startswith(("fused", "kernels")):
-                assert row["stage"] in contenders
-            else:
-                assert f"{label}," in contenders[row["stage"]].replace(" ", ",") + ",", row
-            assert 0 < row["floor"] < row["predicted"] < 1
-            assert row["decides"] in RECORD["next"]
+    for row in RECORD["runs"]:
+        label = row["what"].partition(",")[0]
+        if row["stage"].startswith(("fused", "kernels")):
+            assert row["stage"] in contenders
+        else:
+            assert f"{label}," in contenders[row["stage"]].replace(" ", ",") + ",", row
+        assert 0 < row["floor"] < row["predicted"] < 1
+        assert row["decides"] in RECORD["next"]
 
 
 @pytest.fixture
@@ -129,25 +127,25 @@ def test_what_tiles_read_from_l2_by_hand():
         [o for o in operations if o.phase == "forward" and o.name == "product_kernel"][1] for operations in (bf16, fp32)
     )
     # 256 samples are four tiles of 64: for each and each unit 64 × 64 spikes in bytes, 64 × 64 weights of two
-    assert predictions.work_of(product).l2_bytes == 4 * 8 * (64 * 64 + 2 * 64 * 64)
-    assert predictions.work_of(by_parts).l2_bytes == 4 * 8 * (64 * 64 + 6 * 64 * 64)
-    assert predictions.work_of(product).flop == product.flop == by_parts.flop
-    assert predictions.work_of(by_parts).flop == 3 * product.flop
+    assert product.work.l2_bytes == 4 * 8 * (64 * 64 + 2 * 64 * 64)
+    assert by_parts.work.l2_bytes == 4 * 8 * (64 * 64 + 6 * 64 * 64)
+    assert product.work.flop == product.flop == by_parts.flop
+    assert by_parts.work.flop == 3 * product.flop
     gradient = [o for o in bf16 if o.name == "weight_gradient_kernel"][1]
     # 8 units in groups of 2, and in each of 4 rows a quarter of a group that is not full; 256 samples
-    assert predictions.work_of(gradient).l2_bytes == (4 + 1) * 256 * (2 * 64 + 128)
+    assert gradient.work.l2_bytes == (4 + 1) * 256 * (2 * 64 + 128)
 
 
 def test_a_kernel_takes_the_longest_of_its_times():
     copy = Operation("forward", "copy", {"input": torch.empty(500), "output": torch.empty(500)}, 0)
     product = Operation("forward", "mm", {"x": torch.empty(250)}, 8_000_000)
-    start = predictions.ASSUMED["start of a kernel, s"]
+    start = costs.ASSUMED["start of a kernel, s"]
     slow_l2, fast_l2 = (
         costs.Card("sm_90", {"bf16": 1e9, "fp32": 1e9}, 1e6, rate, 10, "imagined") for rate in (1e6, 1e9)
     )
 
     def predicted(operation: Operation, card: costs.Card) -> float:
-        return costs.seconds(predictions.work_of(operation), card)
+        return costs.seconds(operation.work, card)
 
     assert predicted(copy, fast_l2) == pytest.approx(4000 / 0.85e6 + start)
     assert predicted(copy, slow_l2) == pytest.approx(4000 / 0.8e6 + start)

@@ -62,7 +62,7 @@ def test_steps_in_chunks_are_timed_and_weighed_beside_the_whole(tmp_path, capsys
     assert points[6, 3]["times"] > 0
     table = capsys.readouterr().out
     assert "| 8 | 3 |" in table
-    assert "[record](record.jsonl)" in redraw._chunks(redraw.Record(file, record), lambda path: path.name)
+    assert "[record](record.jsonl)" in redraw._linked(redraw._chunks(redraw.Record(file, record)), tmp_path)
 
 
 def test_another_result_is_wrong():
@@ -132,7 +132,7 @@ def test_wrong_counts_are_an_error(monkeypatch):
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_the_small_network_launches_what_the_default_one_does(precision):
     from benchmarks.launches import training_step
-    from benchmarks.predictions import network
+    from benchmarks.roofline import network
 
     contender = Contender(Case("default", "triton", precision))
     contender.turn(1)

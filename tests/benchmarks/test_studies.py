@@ -13,7 +13,7 @@ from helpers import seeded
 from scipy import stats
 from training_runs import assert_equal
 
-from benchmarks import cli, records, relu, study, study_tables
+from benchmarks import records, relu, study, study_tables
 from benchmarks.studies import STUDIES, Study
 from g2gnet.base.tensor_files import read_tensors
 from g2gnet.training import CheckpointError
@@ -197,12 +197,13 @@ def test_what_cannot_be_is_named(tmp_path, capsys, trained, monkeypatch):
 
 def test_quick_is_small_whatever_a_row_says(trained, monkeypatch):
     asked = []
-    monkeypatch.setattr(study, "make", lambda name, arguments: asked.append(arguments) or {"runs": []})
+    monkeypatch.setattr(
+        study, "make", lambda name, arguments: asked.append(arguments) or {"benchmark": name, "runs": []}
+    )
     assert study.main(["recipe", "--quick"]) == study.main(["recipe", "--quick", "--seeds", "4"]) == 0
     assert [(arguments.seeds, arguments.last) for arguments in asked] == [([1], study.QUICK), ([4], study.QUICK)]
     quick = study.runs_of("recipe", STUDIES["recipe"], asked[0])
     assert {(run.settings.epochs, run.settings.limit_train) for run in quick} == {(1, 2000)}
-    assert not cli.build_parser("x", "", "", {}).parse_args([]).quick
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

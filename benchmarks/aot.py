@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -31,28 +31,17 @@ from g2gnet.programs.flags import Parser
 from .launches import training_step
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A kind of GPU.
+class Target(NamedTuple):
+    """A kind of GPU."""
 
-    Attributes:
-        name: the compilers' name for it.
-        arch: Triton's number or name for it.
-        warp: threads of a warp.
-        shared: bytes of shared memory that one program may have.
-        shared_of_sm: bytes that all programs on one multiprocessor share.
-        registers_of_sm, threads_of_sm: 32-bit registers and threads of a multiprocessor (AMD: of a compute unit).
-        matrix: the instruction that matrix products should become.
-    """
-
-    name: str
-    arch: int | str
-    warp: int
-    shared: int
-    shared_of_sm: int
-    registers_of_sm: int
+    name: str  # the compilers' name for it
+    arch: int | str  # Triton's
+    warp: int  # threads
+    shared: int  # bytes of shared memory that one program may have
+    shared_of_sm: int  # bytes that all programs on one multiprocessor share
+    registers_of_sm: int  # of 32 bits, of a multiprocessor (AMD: of a compute unit)
     threads_of_sm: int
-    matrix: str
+    matrix: str  # the instruction that matrix products should become
 
     @property
     def backend(self) -> str:
@@ -95,17 +84,12 @@ class Case:
         from g2g_kernels.ops.g2g_linear import tiles
         from g2g_kernels.ops.g2g_stack import triton as stack
 
-        before = torch.get_float32_matmul_precision()
+        before, operations = torch.get_float32_matmul_precision(), []
         torch.set_float32_matmul_precision(self.precision)
         try:
-            draw = torch.Generator().manual_seed(0)
-            options: dict[str, Any] = {
-                "neuron": self.neuron,
-                "recurrent": self.recurrent,
-                "T": 3 if self.recurrent else 50,
-            }
+            draw, steps = torch.Generator().manual_seed(0), 3 if self.recurrent else 50
+            options: dict[str, Any] = {"neuron": self.neuron, "recurrent": self.recurrent, "T": steps}
             net = G2GNet(784, 2048, 10, self.model, block_size=self.block_size, **options, generator=draw)
-            operations = []
             for fused in (True, False) if self.model == "index" else (False,):
                 with runtime.assumed(target.name), stack.choose(fused), tiles.choose(self.block_size == 1):
                     operations += training_step(net, self.batch, 784, self.dtype)
@@ -219,20 +203,18 @@ def factors_of(launch: Launch) -> str:
 def resources(compiled: Any, target: Target) -> tuple[int, int]:
     """Registers and bytes of stack (AMD: scratch) per thread."""
     if target.backend == "hip":
-        text = compiled.asm["amdgcn"]
-        registers, stack = (
-            int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1]) for name in ("vgpr_count", "private_segment_fixed_size")
-        )
-        return registers, stack
-    import triton
+        text, names = compiled.asm["amdgcn"], ("vgpr_count", "private_segment_fixed_size")
+        registers, stack = (int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1]) for name in names)
+    else:
+        import triton
 
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        command = [str(cuobjdump), "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", text)[0])
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+            command = [str(cuobjdump), "-res-usage", file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", text)[0])
     return registers, stack
 
 

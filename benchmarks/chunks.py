@@ -60,11 +60,7 @@ def session(size: Mapping[str, int], steps: int, chunk: int | None) -> Session:
 
 
 def plan(arguments: argparse.Namespace) -> dict[int, list[int | None]]:
-    """The chunks of each T; None: the whole.
-
-    Raises:
-        ValueError: for a number out of range.
-    """
+    """The chunks of each T (None: the whole); raises ValueError for a number out of range."""
     lengths, compared = cli.counts(arguments, "T"), sorted({*cli.counts(arguments, "chunks"), arguments.chunk})
     planned = {steps: [None, *(compared if steps == USUAL else [arguments.chunk])] for steps in lengths}
     return {**planned, **({arguments.long: [arguments.chunk]} if arguments.long else {})}

@@ -34,32 +34,19 @@ SELDOM = 30
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A benchmark as a program: ``python -m benchmarks.NAME``.
-
-    Attributes:
-        about: its description.
-        takes: how long it takes, and where.
-        measure: makes what its record says beside the machine and the settings.
-        table: the table of a record.
-        counts: flags that are whole numbers of at least 1: each with its default and what it means.
-        quick: what flags are with ``--quick``, unless they are given.
-        more: adds other flags; where ``--device`` is one of them, that is where it runs.
-        threads: PyTorch's; None: as many as it has.
-        epilog: what stands below the flags.
-        interrupted: what is said after Ctrl-C.
-    """
+    """A benchmark as a program: ``python -m benchmarks.NAME``."""
 
     name: str
     about: str | None
-    takes: str
-    measure: Callable[[argparse.Namespace], dict[str, Any]]
-    table: Callable[[dict[str, Any]], str]
-    counts: Mapping[str, tuple[int, str]]
-    quick: Mapping[str, Any]
-    more: Callable[[Parser], None] = lambda parser: None
-    threads: int | None = None
+    takes: str  # how long, and where
+    measure: Callable[[argparse.Namespace], dict[str, Any]]  # what its record says beside machine and settings
+    table: Callable[[dict[str, Any]], str]  # of a record
+    counts: Mapping[str, tuple[int, str]]  # flags that are whole numbers of at least 1: their defaults and texts
+    quick: Mapping[str, Any]  # what flags are with ``--quick``, unless they are given
+    more: Callable[[Parser], None] = lambda parser: None  # adds other flags; where it runs, if ``--device`` is one
+    threads: int | None = None  # PyTorch's; None: as many as it has
     epilog: str = ""
-    interrupted: str = "nothing was written"
+    interrupted: str = "nothing was written"  # what is said after Ctrl-C
 
     def build_parser(self) -> Parser:
         about = f"{self.about}\nIt takes {self.takes}; with --quick at most two minutes."
@@ -74,11 +61,8 @@ class Program:
         return parser
 
     def main(self, argv: Sequence[str] | None = None) -> int:
-        """Runs it as :func:`g2gnet.programs.main.run_program` does, prints its table and writes its record.
-
-        Returns:
-            The exit status: 1 if a run's results were wrong, else that of :func:`g2gnet.programs.main.run_program`.
-        """
+        """Runs it, prints its table and writes its record; the exit status is 1 if a run's results were wrong, else
+        that of :func:`g2gnet.programs.main.run_program`."""
         parser, status, to_print = self.build_parser(), 0, ""
 
         def program(arguments: argparse.Namespace) -> None:
@@ -177,11 +161,7 @@ def workload_from(arguments: argparse.Namespace, usual: Mapping[str, Any] | None
 
 
 def device_from(arguments: argparse.Namespace) -> torch.device:
-    """The device to measure on.
-
-    Raises:
-        ValueError: unless this is a CPU or a CUDA device that this machine has.
-    """
+    """The device to measure on; raises ValueError unless this is a CPU or a CUDA device that this machine has."""
     device = select_device(arguments.device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device={arguments.device!r}: benchmarks run on cpu and cuda only")

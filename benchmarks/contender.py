@@ -55,20 +55,12 @@ class Contender(ABC):
         """Runs one training step, or another kernel."""
 
     @abstractmethod
-    def results(self) -> Results:
-        """The results that :mod:`benchmarks.reference` computes, from the code of :meth:`step`, and the spikes that
-        they follow from, bool [T, B, N] by its names.
+    def results(self, kernel: str = "") -> Results:
+        """The results that :mod:`benchmarks.reference` computes, from the code of :meth:`step`, or of ``forward`` if
+        that is the kernel, and the spikes that they follow from, bool [T, B, N] by its names.
 
         The judge computes everything else from these spikes: they have to be those of the same pass, to the last one.
         """
-
-    def forward(self) -> torch.Tensor:
-        """Evaluates the batch without gradients: spike counts [B, C]."""
-        raise NotImplementedError
-
-    def forward_results(self) -> Results:
-        """The counts of :meth:`forward`, and the spikes that they follow from."""
-        raise NotImplementedError
 
     def firing_rates(self, results: Results) -> list[float]:
         """Spikes per neuron, step and sample of each layer, of what :meth:`results` returned."""
@@ -149,26 +141,23 @@ class NetworkContender(Contender):
 
     @torch.no_grad()
     def forward(self, kept: Kept | None = None) -> torch.Tensor:
+        """Evaluates the batch without gradients: spike counts [B, C]."""
         with autocast(self.device, self.precision):
             return self.counts(kept)
 
-    def results(self) -> Results:
+    def results(self, kernel: str = "") -> Results:
         kept: Kept = ([], [], [])
-        loss, counts = self._backward(None if self.apart else kept)
-        gradients = self.gradients()
-        self.optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss, "counts": counts, **gradients, **self._spikes(kept)}
-
-    def forward_results(self) -> Results:
-        kept: Kept = ([], [], [])
-        counts = self.forward(None if self.apart else kept)
-        return {"counts": counts, **self._spikes(kept)}
-
-    def _spikes(self, kept: Kept) -> Results:
+        of_pass = None if self.apart else kept
+        if kernel == "forward":
+            results = {"counts": self.forward(of_pass)}
+        else:
+            loss, counts = self._backward(of_pass)
+            results = {"loss": loss, "counts": counts, **self.gradients()}
+            self.optimizer.zero_grad(set_to_none=True)
         if self.apart:
             self.forward(kept)
         trains = (layer[0] if layer[0].dim() == 3 else torch.stack(layer) for layer in kept)
-        return {name: train > 0.5 for name, train in zip(SPIKES, trains, strict=True)}
+        return results | {name: train > 0.5 for name, train in zip(SPIKES, trains, strict=True)}
 
     def gradients(self) -> Results:
         """The gradients of the last :meth:`_backward`, those of weights as dense [out, in]."""
@@ -263,7 +252,7 @@ class NeuronContender(Contender):
             tensor.grad = None
         return self.run()
 
-    def results(self) -> Results:
+    def results(self, kernel: str = "") -> Results:
         spikes = self.step()
         spikes = torch.stack(spikes) if isinstance(spikes, list) else spikes
         differentiable = {"current": self.current, **self.parameters}
@@ -302,7 +291,7 @@ class LinearContender(Contender):
         y.backward(self.grad_y)
         return y.detach()
 
-    def results(self) -> Results:
+    def results(self, kernel: str = "") -> Results:
         y, bias = self.step(), self.layer.get_parameter("bias")
         assert self.x.grad is not None
         assert bias.grad is not None
@@ -333,7 +322,7 @@ class UpdateContender(Contender):
     def units(self) -> list[torch.Tensor]:
         """The existing units of each layer, bool [block rows, block columns]."""
 
-    def results(self) -> Results:
+    def results(self, kernel: str = "") -> Results:
         self.before_turn()
         correlations = [correlation.cpu() for correlation in self.correlations()]
         before = [units.cpu() for units in self.units()]

@@ -8,31 +8,21 @@ programs do not fill the card. Added to this is a start. ``results/predictions.j
 commit that it names.
 """
 
-import dataclasses
 import math
 from typing import NamedTuple
 
 import torch
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Card:
-    """Rates of a GPU.
+class Card(NamedTuple):
+    """Rates of a GPU."""
 
-    Attributes:
-        architecture: its name in :data:`g2g_kernels.triton.runtime.CARDS`.
-        flop_per_s: of dense matrix products, by their factors: ``"bf16"`` (16 bits), ``"tf32"`` and ``"fp32"``.
-        bytes_per_s, l2_bytes_per_s: of memory and of L2.
-        multiprocessors: how many it has.
-        source: of these numbers.
-    """
-
-    architecture: str
-    flop_per_s: dict[str, float]
-    bytes_per_s: float
+    architecture: str  # its name in :data:`g2g_kernels.triton.runtime.CARDS`
+    flop_per_s: dict[str, float]  # of dense matrix products, by their factors: "bf16" (16 bits), "tf32" and "fp32"
+    bytes_per_s: float  # of memory
     l2_bytes_per_s: float
     multiprocessors: int
-    source: str
+    source: str  # of these numbers
 
 
 CARDS = {
@@ -58,21 +48,14 @@ ENOUGH_WARPS = 8
 
 
 class Work(NamedTuple):
-    """What a kernel does.
+    """What a kernel does."""
 
-    Attributes:
-        flop: of its products, and ``factors`` their format, a key of :attr:`Card.flop_per_s`.
-        bytes: read from and written to memory, each once.
-        l2_bytes: read from L2.
-        programs, warps: its grid and the warps of a program; no programs for PyTorch's kernels, which fill the card.
-    """
-
-    flop: float = 0
-    factors: str = "bf16"
-    bytes: float = 0
-    l2_bytes: float = 0
-    programs: int = 0
-    warps: int = 4
+    flop: float = 0  # of its products
+    factors: str = "bf16"  # their format, a key of :attr:`Card.flop_per_s`
+    bytes: float = 0  # read from and written to memory, each once
+    l2_bytes: float = 0  # read from L2
+    programs: int = 0  # its grid; none for PyTorch's kernels, which fill the card
+    warps: int = 4  # of a program
 
 
 def seconds(work: Work, card: Card) -> float:

@@ -82,19 +82,12 @@ GROWING = {
 
 
 class Stage(NamedTuple):
-    """A stage: one program.
+    """A stage: one program."""
 
-    Attributes:
-        name: of its record, and of its rows on the page.
-        command: module and flags.
-        measures: whether it accepts ``--json`` for a record with times.
-        interpreted: whether Triton's interpreter runs its kernels.
-    """
-
-    name: str
-    command: Sequence[str]
-    measures: bool = True
-    interpreted: bool = False
+    name: str  # of its record, and of its rows on the page
+    command: Sequence[str]  # module and flags
+    measures: bool = True  # whether it accepts ``--json`` for a record with times
+    interpreted: bool = False  # whether Triton's interpreter runs its kernels
 
 
 def stages(device: str) -> Iterator[Stage]:
@@ -259,11 +252,8 @@ def build_parser() -> Parser:
 
 
 def first_run(arguments: argparse.Namespace) -> None:
-    """Runs the stages that are not done, and draws the page after each.
-
-    Raises:
-        FlagError: for an unavailable device, an unknown stage, missing packages, or outside of the repository.
-    """
+    """Runs the stages that are not done, and draws the page after each; raises FlagError for an unavailable device, an
+    unknown stage, missing packages, or outside of the repository."""
     device, folder = arguments.device, arguments.folder
     if device != "cpu" and (not device.startswith("cuda") or not torch.cuda.is_available()):
         raise FlagError(f"device={device!r}: no such GPU was found; --device cpu runs a rehearsal")

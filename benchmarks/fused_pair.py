@@ -74,11 +74,7 @@ def replayed(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Times both ways at every size.
-
-    Raises:
-        ValueError: for a device that Triton cannot use, or sizes out of range.
-    """
+    """Times both ways at every size; raises ValueError for a device that Triton cannot use, or sizes out of range."""
     reason, device = runtime.unavailable(), cli.device_from(arguments)
     if reason is None and device.type != ("cpu" if runtime.interpreted() else "cuda"):
         reason = "TRITON_INTERPRET=1 works with --device cpu only, which needs it"

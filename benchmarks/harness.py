@@ -48,7 +48,6 @@ class Racer:
     """What takes part in a race, and what is known of it.
 
     Attributes:
-        label: its name.
         session: makes the :data:`Session` of ``arguments``, in a process of its own.
         check: what is wrong about the results of the session, or "".
         run: what else a record says of it.

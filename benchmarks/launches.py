@@ -31,22 +31,14 @@ from . import costs
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One kernel.
+    """One kernel."""
 
-    Attributes:
-        phase: ``"forward"`` or ``"backward"``.
-        name: the Triton kernel's or the PyTorch operation's.
-        tensors: those that it reads and writes, by the name of the argument; none is listed twice.
-        flop: multiplications and additions of matrix products, over the weights that exist (over all weights for dense
-            products); 0 for everything else.
-        launch: kernel, grid and arguments, for Triton kernels.
-    """
-
-    phase: str
-    name: str
-    tensors: dict[str, torch.Tensor]
+    phase: str  # "forward" or "backward"
+    name: str  # the Triton kernel's or the PyTorch operation's
+    tensors: dict[str, torch.Tensor]  # that it reads and writes, by the name of the argument; none is listed twice
+    #: multiplications and additions of matrix products, over the weights that exist (of dense products over all)
     flop: int
-    launch: Launch | None = None
+    launch: Launch | None = None  # kernel, grid and arguments, for Triton kernels
 
     @functools.cached_property
     def factors(self) -> tuple[str, int]:
@@ -135,17 +127,16 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        given, made = (
+            [leaf for leaf in tree_leaves(of) if isinstance(leaf, torch.Tensor)] for of in ((args, kwargs), result)
+        )
         name = function.overloadpacket.__name__
         views = {tensor.untyped_storage()._cdata for tensor in given}
         if "empty" in name or all(tensor.untyped_storage()._cdata in views for tensor in made):
             return result
         self.take_launches()
         count = flop_registry.get(function.overloadpacket)
-        tensors = {f"input {i}": tensor for i, tensor in enumerate(given)} | {
-            f"output {i}": tensor for i, tensor in enumerate(made)
-        }
+        tensors = {f"{way} {i}": each for way, of in (("input", given), ("output", made)) for i, each in enumerate(of)}
         flop = count(*args, **kwargs, out_val=result) if count else 0
         self.operations.append(Operation(self.phase, name, _distinct(tensors), flop))
         return result
@@ -184,23 +175,14 @@ def _stack_step(call: StackCall, inputs: bool = False) -> list[Operation]:
 def training_step(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -> list[Operation]:
     """Everything that the forward and backward pass of ``net`` launch, in order, for a batch held over time.
 
-    Loss and optimizer are not included.
-
-    Args:
-        net: the network, whose masks are read; it moves to the ``meta`` device.
-        batch, input_dim: the shape of the samples.
-        dtype: of the matrix products (bfloat16 under autocast, else float32).
+    Loss and optimizer are not included. ``net``, whose masks are read, moves to the ``meta`` device; ``dtype`` is that
+    of the matrix products (bfloat16 under autocast, else float32).
     """
-    layers = [
-        SpikingLayer(
-            connection.values,
-            connection.mask,
-            connection.bias,
-            neurons.population,
-            recurrent=None if joined is None else Recurrent(joined.values, joined.mask),
-        )
-        for (connection, neurons), joined in zip(net.to("meta").layers(), net.recurrents(), strict=True)
-    ]
+    layers = []
+    for (connection, neurons), joined in zip(net.to("meta").layers(), net.recurrents(), strict=True):
+        recurrent = None if joined is None else Recurrent(joined.values, joined.mask)
+        layer = connection.values, connection.mask, connection.bias, neurons.population
+        layers.append(SpikingLayer(*layer, recurrent=recurrent))
     return _stack_step(StackCall.of(torch.empty(batch, input_dim, device="meta"), layers, net.T, dtype))
 
 

@@ -68,11 +68,8 @@ def all_records() -> list[Record]:
 
 
 def redrawn(page: str, folder: Path, kept: Sequence[Record]) -> str:
-    """The text of a page in ``folder``, with its drawn parts from the records, the newest last.
-
-    Raises:
-        ValueError: for a part of an unknown name.
-    """
+    """The text of a page in ``folder``, with its drawn parts from the records, the newest last; raises ValueError for a
+    part of an unknown name."""
     newest = {record.name: record for record in kept}
 
     def part(found: re.Match[str]) -> str:

@@ -94,19 +94,6 @@ def table(operations: Sequence[Operation], card: Card) -> str:
     return markdown(header, rows, right=header[2:5])
 
 
-def bytes_left(operations: Sequence[Operation], card: Card) -> str:
-    """The bytes of a step by kind, as Markdown."""
-    moved: Counter[str] = Counter()
-    for operation in operations:
-        moved.update(kinds(operation))
-    header = ["what moves", "MB", "µs at the card's bandwidth"]
-    rows = [
-        [kind, f"{size / 1e6:.0f}", f"{size / card.bytes_per_s * 1e6:.0f}"]
-        for kind, size in sorted(moved.items(), key=lambda item: -item[1])
-    ]
-    return markdown(header, rows, right=header[1:])
-
-
 def network(**changes: Any) -> G2GNet:
     """The network of the workload with such changes, with initial weights."""
     draw = torch.Generator().manual_seed(42)
@@ -122,11 +109,7 @@ def build_parser() -> Parser:
 
 
 def roofline(arguments: argparse.Namespace) -> str:
-    """The whole report, as Markdown.
-
-    Raises:
-        FlagError: without Triton.
-    """
+    """The whole report, as Markdown; raises FlagError without Triton."""
     if importlib.util.find_spec("triton") is None:
         raise FlagError("the model needs the Triton kernels: pip install triton")
     workload, card = cli.workload_from(arguments), CARDS[arguments.card]
@@ -153,15 +136,6 @@ p_inter {workload.p_inter}, {workload.block_size} × {workload.block_size} block
 A kernel's floor is the longer of its arithmetic and its memory traffic; every tensor counts once per kernel. Kernels
 are listed in the order of their launches, layers 1 to 3 forward and 3 to 1 backward. Gaps between them and the loss are
 not counted.
-
-## Which bytes are left
-
-{bytes_left(operations, card)}
-
-∂L/∂S and ∂L/∂I of a hidden layer are each written by one kernel and read by the next ones. A kernel that fuses the
-backward pass of the neurons into the input gradient of the layer above would save the transfer of ∂L/∂S (4 bytes per
-element of [T, B, H] in 16 bits), as the fused forward kernel saves that of the currents. It would have to run backward
-in time.
 """
 
 

@@ -121,11 +121,7 @@ def program(name: str) -> cli.Program:
 
 
 def chosen(study: Study, patterns: Sequence[str]) -> list[str]:
-    """The rows whose names match one of the patterns.
-
-    Raises:
-        TrainingError: if a pattern matches none.
-    """
+    """The rows whose names match one of the patterns; raises TrainingError if a pattern matches none."""
     wanted: set[str] = set()
     for pattern in patterns:
         expression = ".*".join(map(re.escape, pattern.split("*")))
@@ -169,11 +165,7 @@ def own_of(run: Run) -> str:
 
 
 def make(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains the unfinished runs and returns the record.
-
-    Raises:
-        TrainingError: if a run failed, or none is finished.
-    """
+    """Trains the unfinished runs and returns the record; raises TrainingError if a run failed, or none is finished."""
     common = f"{STUDIES[name].common} {arguments.flags}".strip()
     study = dataclasses.replace(STUDIES[name], common=common)
     runs = runs_of(name, study, arguments)

@@ -34,24 +34,14 @@ from .workload import Prepared, Workload, load
 
 
 class Quantity(NamedTuple):
-    """What can grow.
+    """What can grow."""
 
-    Attributes:
-        field: the workload's.
-        values: its default values.
-        x_is: the label of x.
-        x: of a prepared workload; None: the value itself.
-        changes_at: other changes of the workload, by the value.
-        beside_dense: whether the memory of the dense network's parameters stands beside: it is computed, since the
-            largest cannot be run.
-    """
-
-    field: str
-    values: tuple[Any, ...]
-    x_is: str
-    x: Callable[[Prepared], float] | None = None
-    changes_at: Callable[[Any], dict[str, Any]] = lambda value: {}
-    beside_dense: bool = False
+    field: str  # of the workload
+    values: tuple[Any, ...]  # unless others are given
+    x_is: str  # the label of x
+    x: Callable[[Prepared], float] | None = None  # of a prepared workload; None: the value itself
+    changes_at: Callable[[Any], dict[str, Any]] = lambda value: {}  # of the workload, by the value
+    beside_dense: bool = False  # with the memory of a dense network's parameters: computed, as the largest cannot run
 
     def at(self, value: Any) -> dict[str, Any]:
         """The changes of the workload at a value."""
@@ -93,11 +83,8 @@ def add_flags(parser: Parser) -> None:
 
 
 def workloads_of(arguments: argparse.Namespace) -> dict[Any, Workload]:
-    """The workload of each value of the quantity that grows; of None without one.
-
-    Raises:
-        ValueError: for values without a quantity, or too few of them.
-    """
+    """The workload of each value of the quantity that grows; of None without one; raises ValueError for values without
+    a quantity, or too few of them."""
     kernel = KERNELS[arguments.kernel]
     base = cli.workload_from(arguments, kernel.usual, **kernel.workload)
     if arguments.quantity is None:
@@ -123,7 +110,7 @@ def contender(entry: Entry, path: Path, kernel: str, device: str) -> Session:
     one = kind(prepared, torch.device(device), entry.precision, **entry.options)
 
     def results() -> dict[str, Any]:
-        results = one.forward_results() if kernel == "forward" else one.results()
+        results = one.results(kernel)
         # numpy goes through the pipe as it is; tensors would go through shared memory that dies with this process
         return {
             "results": {name: _to_numpy(tensor) for name, tensor in results.items()},
@@ -213,11 +200,7 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def earlier(path: Path, kernel: str, workloads: Sequence[Workload]) -> dict[str, Any]:
-    """An earlier record of the same work.
-
-    Raises:
-        ValueError: if it is of other work.
-    """
+    """An earlier record of the same work; raises ValueError if it is of other work."""
     before = records.read(path)
     wanted = [kernel, *(workload.as_dict() for workload in workloads)]
     found = [before["kernel"], *({name: place.get(name) for name in wanted[-1]} for place in before["workloads"])]

@@ -19,7 +19,7 @@ import benchmarks.peers
 import benchmarks.workload
 from benchmarks import chunks, cli, records, reference, report, throughput
 from benchmarks.contender import Contender
-from benchmarks.correctness import Judge, Verdict, error
+from benchmarks.correctness import Judge, Verdict, errors
 from benchmarks.floor import floor_seconds, work
 from benchmarks.harness import in_turn, turns
 from benchmarks.ours import Network
@@ -296,7 +296,7 @@ def test_samples_with_other_spikes_alone_are_computed_anew(name, request, monkey
     whole = reference.network_results(of_weights, given=other)
     monkeypatch.setattr(Judge, "_run", lambda *_: pytest.fail("all samples were computed"))
     found = judge._replay("after decay", other)
-    assert all(error(found.results[each], whole.results[each]) < 1e-12 for each in whole.results)
+    assert all(errors(found.results[each], whole.results[each]).single < 1e-12 for each in whole.results)
     assert all(torch.allclose(found.denied[layer], whole.denied[layer], rtol=1e-9) for layer in spikes)
 
 
@@ -345,7 +345,7 @@ def test_units_give_what_dense_weights_give(name, precision, request):
     for name, tensor in by_units.items():
         unpacked = masks[name].unpack(tensor) if name in masks else tensor
         exact = dense[name] * masks[name].to_dense() if name in masks else dense[name]
-        assert error(unpacked, exact) < (1e-12 if precision == "float64" else 0.02), name
+        assert errors(unpacked, exact).single < (1e-12 if precision == "float64" else 0.02), name
 
 
 @pytest.mark.usefixtures("every_network_is_wide")
@@ -360,10 +360,10 @@ def test_a_wide_network_is_judged_without_dense_weights():
 
 def test_the_error_of_a_sum_is_measured_by_its_terms():
     terms = torch.tensor([5.0, -5.0, 0.1])
-    assert error(torch.tensor(0.2), terms) == pytest.approx(0.1 / 10.1)
-    assert error(torch.tensor([0.2]), terms) == pytest.approx(0.1 / 10.1)  # one for all neurons, of shape [1]
-    assert error(torch.tensor([5.0, -5.0, 0.2]), terms) == pytest.approx(0.1 / 10.1)
-    assert math.isnan(error(torch.zeros(2), terms))
+    assert errors(torch.tensor(0.2), terms).single == pytest.approx(0.1 / 10.1)
+    assert errors(torch.tensor([0.2]), terms).single == pytest.approx(0.1 / 10.1)  # one for all neurons, of shape [1]
+    assert errors(torch.tensor([5.0, -5.0, 0.2]), terms).single == pytest.approx(0.1 / 10.1)
+    assert math.isnan(errors(torch.zeros(2), terms).single)
 
 
 def test_a_step_leaves_the_network_as_it_was_checked(ours):

@@ -71,12 +71,11 @@ def from_file(path: str) -> Graph:
         table = pandas.read_csv(path)
     except (OSError, ValueError) as error:  # of pandas, too, and of bytes that are no text
         raise ValueError(f"{path} cannot be read as CSV: {error}") from error
-    for pre, post, weight in COLUMNS:
-        if {pre, post, weight} <= set(table.columns):
-            break
-    else:
+    names = next((names for names in COLUMNS if set(names) <= set(table.columns)), None)
+    if names is None:
         raise ValueError(f"{path} has the columns {', '.join(table.columns)}; give {', or '.join(map(str, COLUMNS))}")
-    if not len(table) or table[[pre, post, weight]].isna().any(axis=None):
+    pre, post, weight = names
+    if not len(table) or table[[*names]].isna().any(axis=None):
         raise ValueError(f"{path} has no connections, or some whose {pre}, {post} or {weight} is missing")
     ids, numbers = np.unique(np.concatenate([table[pre], table[post]]), return_inverse=True)
     size = table[weight].to_numpy(np.float64)
@@ -91,16 +90,17 @@ def graph_of(arguments: argparse.Namespace) -> Graph:
     return from_file(arguments.edges) if arguments.edges else synthetic(arguments.neurons, arguments.weights)
 
 
-# --- contenders: a step gives spike counts [B, N], and the gradients of the weights and of the input ---------------
+# --- contenders ----------------------------------------------------------------------------------------------------
 
-Step = Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+#: spike counts [B, N], and the gradients of the weights and of the input
+Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Step = Callable[[], Found]
 
 
 def ours(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
-    layout = GroupLayout(graph.neurons, 1)
+    layout, each = GroupLayout(graph.neurons, 1), torch.arange(graph.neurons)
     mask = BlockMask(layout, layout, torch.from_numpy(graph.post), torch.from_numpy(graph.pre), block_size=1)
     recurrent = G2GLinear(mask, bias=False)
-    each = torch.arange(graph.neurons)
     inputs = G2GLinear(BlockMask(layout, layout, each, each, block_size=1), bias=False)
     with torch.no_grad():
         recurrent.values.copy_(torch.from_numpy(graph.weight)[:, None, None])
@@ -108,10 +108,9 @@ def ours(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
     inputs.requires_grad_(False)
     neurons = LIF(beta=BETA, threshold=THRESHOLD, learn_beta=False, learn_threshold=False)
     projections = [Projection("input", "brain", inputs), Projection("brain", "brain", recurrent, delay=1)]
-    net = SpikingNetwork({"brain": neurons}, projections, "brain", steps)
-    x = drive.requires_grad_()
+    net, x = SpikingNetwork({"brain": neurons}, projections, "brain", steps), drive.requires_grad_()
 
-    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def step() -> Found:
         x.grad = recurrent.values.grad = None
         counts = net(x)
         (1e-3 * counts).sum().backward()
@@ -140,25 +139,22 @@ def by_hand(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
     current = drive.T.contiguous()  # [N, B]
 
     @torch.no_grad()
-    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def step() -> Found:
         membrane, spikes = torch.zeros_like(current), torch.zeros_like(current)
         membranes, all_spikes = [], []
         for t in range(steps):
-            reset = spikes * THRESHOLD
-            membrane = BETA * membrane + (current + forward @ spikes if t else current) - reset
+            membrane = BETA * membrane + (current + forward @ spikes if t else current) - spikes * THRESHOLD
             spikes = (membrane > THRESHOLD).float()
             membranes.append(membrane)
             all_spikes.append(spikes)
         grad_current, grad = torch.zeros_like(current), torch.zeros_like(current)
         to_current: list[torch.Tensor] = []
-        for t in range(steps - 1, -1, -1):
+        for membrane in reversed(membranes):
             upstream = 1e-3 + (backward @ to_current[-1] if to_current else 0.0)
-            slope = 1 / (1 + (torch.pi * (membranes[t] - THRESHOLD)).square())
-            grad = upstream * slope + BETA * grad
+            grad = upstream / (1 + (torch.pi * (membrane - THRESHOLD)).square()) + BETA * grad
             grad_current += grad
             to_current.append(grad)
-        later = torch.cat(to_current[-2::-1], 1)  # of steps 1 … T − 1
-        sent = torch.cat(all_spikes[:-1], 1)
+        later, sent = torch.cat(to_current[-2::-1], 1), torch.cat(all_spikes[:-1], 1)  # of steps 1 … T − 1, 0 … T − 2
         of_weights = torch.sparse.sampled_addmm(zeros, later, sent.T.contiguous()).values()
         return torch.stack(all_spikes).sum(0).T, of_weights, grad_current.T
 
@@ -179,7 +175,7 @@ def _autograd(matrix: torch.Tensor, weights: torch.Tensor, x: torch.Tensor, step
 
 
 def autograd(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
-    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def step() -> Found:
         matrix = _csr(graph, graph.post, graph.pre, torch.from_numpy(graph.weight)).requires_grad_()
         counts, weights, x = _autograd(matrix, matrix, drive.detach().requires_grad_(), steps)
         return counts, weights.values() if weights.layout == torch.sparse_csr else weights[graph.post, graph.pre], x
@@ -211,7 +207,7 @@ def jax_edges(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
 
     both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
-    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def step() -> Found:
         (_, counts), grads = jax.block_until_ready(both(weights, current))
         counts, of_weights, of_current = (torch.from_numpy(np.array(each)) for each in (counts, *grads))
         return counts.T, of_weights, of_current.T
@@ -219,12 +215,10 @@ def jax_edges(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
     return step
 
 
+#: by name: what makes their step, and what they are in words
 CONTENDERS: dict[str, Callable[[Graph, torch.Tensor, int], Step]] = {
-    "g2g-cpu": ours,
-    "csr-by-hand": by_hand,
-    "csr-autograd": autograd,
-    "jax-edges": jax_edges,
-}
+    "g2g-cpu": ours, "csr-by-hand": by_hand, "csr-autograd": autograd, "jax-edges": jax_edges
+}  # fmt: skip
 TEXTS = {
     "g2g-cpu": "g2g: weights in lists",
     "csr-by-hand": "PyTorch loop over CSR products, backward by hand",
@@ -314,7 +308,6 @@ def timed_runs(arguments: argparse.Namespace, names: Sequence[str]) -> list[dict
 def growth_table(record: dict[str, Any]) -> str:
     """Time and memory against weights and neurons, and what each of these costs by least squares."""
     done = [run for run in record["runs"] if run["seconds"]]
-    took = [statistics.median(run["seconds"]) for run in done]
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "neurons": lambda run: f"{run['neurons']:,}",
         "weights": lambda run: f"{run['weights']:,}",
@@ -322,9 +315,10 @@ def growth_table(record: dict[str, Any]) -> str:
         "peak memory": lambda run: f"{run['peak'] / 1e9:.2f} GB",
     }
     sizes = np.array([[run["weights"], run["neurons"]] for run in done], float)
+    took = 1e9 * np.array([statistics.median(run["seconds"]) for run in done])
+    above = np.array([run["peak"] - run["base"] for run in done])  # the process before there is a network
     words = []
-    above = [run["peak"] - run["base"] for run in done]  # the memory of the process before there is a network
-    for unit, what, values in (("ns", "time", 1e9 * np.array(took)), ("bytes", "memory", np.array(above))):
+    for unit, what, values in (("ns", "time", took), ("bytes", "memory", above)):
         a, b = np.linalg.lstsq(sizes / values[:, None].clip(1), np.ones(len(done)), rcond=None)[0]
         words.append(f"{what} grows by {a:.3g} {unit} per weight and {b:.3g} {unit} per neuron")
     return f"{by_column(columns, done)}\n\nBy least squares of ratios, {'; '.join(words)}."
@@ -336,14 +330,12 @@ def table(record: dict[str, Any]) -> str:
         return growth_table(record)
     rows, base = [], [run["seconds"] for run in record["runs"] if run["name"] == "g2g-cpu" and run["seconds"]]
     for run in record["runs"]:
-        text = TEXTS[run["name"]]
-        if run["status"] not in ("ok", "timed"):
-            rows.append([text, f"fails: {run['reason']}", "", "", "", ""])
-            continue
-        took = statistics.median(run["seconds"])
-        times = f"{ratio(run['seconds'], base[0]):.2f}" if base else ""
-        memory = f"{run['peak'] / 1e9:.1f} GB"
-        rows.append([text, seconds(took), times, memory, f"{100 * run['rate']:.1f} %", f"{run['off']:.0e}"])
+        cells = [f"fails: {run.get('reason')}", *[""] * 4]
+        if run["status"] in ("ok", "timed"):
+            times = f"{ratio(run['seconds'], base[0]):.2f}" if base else ""
+            took, memory = seconds(statistics.median(run["seconds"])), f"{run['peak'] / 1e9:.1f} GB"
+            cells = [took, times, memory, f"{100 * run['rate']:.1f} %", f"{run['off']:.0e}"]
+        rows.append([TEXTS[run["name"]], *cells])
     return markdown(["", "step", "over g2g", "peak memory", "firing rate", "off float64 by"], rows)
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from g2gnet import G2GLinear
 
-from .reference import SPIKES, Results, mean_weights
+from .reference import SPIKES, Results, is_wide, mean_weights
 from .workload import NeuronInputs, Prepared
 
 
@@ -106,7 +106,8 @@ class NetworkContender(Contender):
 
     It is called with the samples and a :data:`Kept` or None, and gives its spikes to :func:`keep`. Its modules are
     called ``fc1``, ``lif1``, … ``lif3``, and ``rec1``, ``rec2`` where they are recurrent; subclasses whose modules are
-    not like ``nn.Linear`` and have no parameters called ``beta`` and ``threshold`` override :meth:`gradients`.
+    neither like ``nn.Linear`` nor like :class:`G2GLinear`, or whose neurons have no parameters called ``beta`` and
+    ``threshold``, override :meth:`gradients`.
     """
 
     #: whether a call that keeps spikes is not the program that is timed; then a call without gradients gives the
@@ -116,8 +117,8 @@ class NetworkContender(Contender):
     def make(self, prepared: Prepared) -> None:
         self.images, self.labels = prepared.images.to(self.device), prepared.labels.to(self.device)
         self.net = self.build(prepared).to(self.device)
-        settings = prepared.workload.settings()
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.0, weight_decay=settings.weight_decay, fused=True)
+        self.wide, decay = is_wide(prepared.workload), prepared.workload.settings().weight_decay
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.0, weight_decay=decay, fused=True)
 
     @abstractmethod
     def build(self, prepared: Prepared) -> nn.Module:
@@ -160,13 +161,18 @@ class NetworkContender(Contender):
         return results | {name: train > 0.5 for name, train in zip(SPIKES, trains, strict=True)}
 
     def gradients(self) -> Results:
-        """The gradients of the last :meth:`_backward`, those of weights as dense [out, in]."""
-        kept = ("weight", "bias", "beta", "threshold")
-        return {
-            name: parameter.grad
-            for name, parameter in self.net.named_parameters()
-            if name.rpartition(".")[2] in kept and parameter.grad is not None
-        }
+        """The gradients of the last :meth:`_backward`, those of weights as dense [out, in], or packed of a wide one."""
+        found: Results = {}
+        for name, parameter in self.net.named_parameters():
+            module, _, kind = name.rpartition(".")
+            if parameter.grad is not None and kind == "values":
+                mask: Any = self.net.get_submodule(module).mask
+                # the padding of packed ones is no weight
+                packed = parameter.grad.masked_fill(~mask.valid(), 0)
+                found[f"{module}.weight"] = packed if self.wide else mask.unpack(packed)
+            elif parameter.grad is not None and kind in ("weight", "bias", "beta", "threshold"):
+                found[name] = parameter.grad
+        return found
 
 
 class CompiledContender(NetworkContender):
@@ -279,9 +285,10 @@ class LinearContender(Contender):
     def build(self, connection: G2GLinear) -> nn.Module:
         """A module from [T, B, in] to [T, B, out] with a parameter called ``bias``, on the CPU."""
 
-    @abstractmethod
     def weight_gradient(self) -> torch.Tensor:
-        """The gradient of the weights, as dense [out, in]."""
+        """The gradient of the weights, as dense [out, in], of a layer like ``nn.Linear`` or :class:`G2GLinear`."""
+        layer: Any = self.layer
+        return layer.mask.unpack(layer.values.grad) if hasattr(layer, "values") else layer.weight.grad
 
     def step(self) -> torch.Tensor:
         self.x.grad = None

@@ -11,8 +11,6 @@ commit that it names.
 import math
 from typing import NamedTuple
 
-import torch
-
 
 class Card(NamedTuple):
     """Rates of a GPU."""
@@ -77,12 +75,3 @@ def waiting(programs: int, warps: int, multiprocessors: int) -> float:
         return 1.0
     most = math.ceil(programs / multiprocessors)
     return most * multiprocessors / programs / min(1, most * warps / ENOUGH_WARPS)
-
-
-def factors(products: torch.dtype, precision: str, spikes: bool) -> tuple[str, int]:
-    """The format of factors on the card, a key of :attr:`Card.flop_per_s`, and how many of its products one takes."""
-    if precision == "parts":
-        return "bf16", 3 if spikes else 6
-    if products != torch.float32:
-        return "bf16", 1
-    return ("tf32" if precision == "tf32" else "fp32"), 1

@@ -43,11 +43,12 @@ class Operation:
     @functools.cached_property
     def factors(self) -> tuple[str, int]:
         """The format of the factors, a key of a card's rates, and how many of its products one product takes."""
-        if self.launch is None:
-            return costs.factors(next(iter(self.tensors.values())).dtype, "ieee", False)
-        a = self.launch.arguments
-        multiplied = (a["grad_y"] if "grad_y" in a else a["values"]).dtype
-        return costs.factors(multiplied, a["PRECISION"], (a["x"] if "x" in a else a["grad_after"]).dtype == torch.uint8)
+        a = self.launch.arguments if self.launch else {"values": next(iter(self.tensors.values())), "PRECISION": "ieee"}
+        if a["PRECISION"] == "parts":
+            return "bf16", 3 if a["x" if "x" in a else "grad_after"].dtype == torch.uint8 else 6
+        if a["grad_y" if "grad_y" in a else "values"].dtype != torch.float32:
+            return "bf16", 1
+        return ("tf32" if a["PRECISION"] == "tf32" else "fp32"), 1
 
     @functools.cached_property
     def bytes(self) -> int:

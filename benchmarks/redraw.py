@@ -86,9 +86,6 @@ def _linked(text: str, folder: Path) -> str:
     return _LINK.sub(lambda link: Path(os.path.relpath(link[1], folder)).as_posix(), text)
 
 
-# --- words ------------------------------------------------------------------------------------------------------------
-
-
 def _range(values: Iterable[Any]) -> str:
     """The smallest to the largest value: ``1 to 3``; ``3`` if they are equal."""
     found = sorted(values)
@@ -138,9 +135,6 @@ WORDS: dict[str, str | Callable[[re.Match[str]], str]] = {
 
 def _in_words(table: str) -> str:
     return functools.reduce(lambda text, each: re.sub(*each, text), WORDS.items(), table)
-
-
-# --- throughput -------------------------------------------------------------------------------------------------------
 
 
 def _timed(content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -281,9 +275,6 @@ def _readme(*found: Record) -> str:
     )
 
 
-# --- studies ----------------------------------------------------------------------------------------------------------
-
-
 def _seeds(content: dict[str, Any]) -> str:
     """How many seeds a study's rows have: ``3 seeds``, ``1 seed``, ``1 to 3 seeds``."""
     counts = _range(len(row.runs) for row in rows_of(content))
@@ -329,9 +320,6 @@ def _sequences(*found: Record) -> str:
     links = ", ".join(f"[{kind}](@{record.path})" for kind, record in zip(SEQUENCES, found, strict=True))
     table = study_tables.sequences(dict(zip(SEQUENCES, (record.content for record in found), strict=True)))
     return f"Test accuracy, %, {_seeds(found[0].content)}; records: {links}.\n\n{table}"
-
-
-# --- other benchmarks -------------------------------------------------------------------------------------------------
 
 
 def _other(record: Record) -> str:

@@ -125,9 +125,6 @@ def _by_last(record: Mapping[str, Any], names: Collection[str]) -> dict[str, dic
     return found
 
 
-# --- delays ---------------------------------------------------------------------------------------------------------
-
-
 def delays(record: Mapping[str, Any]) -> str:
     """Accuracy and processor time of each network without, with fixed and with learned delays; and the other rows."""
     lines = []
@@ -138,9 +135,6 @@ def delays(record: Mapping[str, Any]) -> str:
         lines.append([name, f"{weights:,.0f}", *cells])
     others = [run for run in record["runs"] if run["row"].rpartition(", ")[2] not in DELAYS]
     return f"{markdown(['', 'weights', *DELAYS], lines)}\n\n{table({**record, 'runs': others})}"
-
-
-# --- which growth rule ----------------------------------------------------------------------------------------------
 
 
 def growth(record: Mapping[str, Any]) -> str:
@@ -161,8 +155,6 @@ def _best_growth(runs: Mapping[str, list[Run]]) -> str:
     error = sum((each.error or 0.0) ** 2 for each in (found[best], static)) ** 0.5
     return f"{found[best].mean - static.mean:+.2f}{f' ± {error:.2f}' if error else ''} ({best})"
 
-
-# --- weights --------------------------------------------------------------------------------------------------------
 
 BUDGETS = (10_000, 100_000, 300_000, 1_000_000)
 
@@ -192,9 +184,6 @@ def budgets(record: Mapping[str, Any]) -> str:
             lines[-1] += _named(row) if row else ["–"] * 3
     header = [name for kind in ("dense", "sparse") for name in (kind, "accuracy, %", "seconds")]
     return markdown(["at most", *header], lines)
-
-
-# --- the recipe -----------------------------------------------------------------------------------------------------
 
 
 def gains_by_seed(records: Sequence[Mapping[str, Any]]) -> str:
@@ -228,8 +217,6 @@ def gains_by_seed(records: Sequence[Mapping[str, Any]]) -> str:
     ]
     return markdown(["minus the recipe of 20 epochs, points", *(f"seed {seed}" for seed in seeds)], lines)
 
-
-# --- structure ------------------------------------------------------------------------------------------------------
 
 TESTED = (f"minus {CONTROL}, points", "95 % interval", "p (paired t, Holm)")
 
@@ -287,9 +274,6 @@ def _tested(more: Mapping[Any, list[float]]) -> dict[Any, tuple[str, str, str]]:
         low, high = test.confidence_interval(0.95)
         cells[key] = (f"{statistics.mean(more[key]):+.2f}", f"{low:+.2f} to {high:+.2f}", f"{p:.2g}")
     return cells
-
-
-# --- over time ------------------------------------------------------------------------------------------------------
 
 
 def sequences(records: Mapping[str, Mapping[str, Any]]) -> str:

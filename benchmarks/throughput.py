@@ -43,10 +43,6 @@ class Quantity(NamedTuple):
     changes_at: Callable[[Any], dict[str, Any]] = lambda value: {}  # of the workload, by the value
     beside_dense: bool = False  # with the memory of a dense network's parameters: computed, as the largest cannot run
 
-    def at(self, value: Any) -> dict[str, Any]:
-        """The changes of the workload at a value."""
-        return {self.field: value, **self.changes_at(value)}
-
 
 #: neurons in a group of a wide layer
 WIDE_GROUP = 256
@@ -82,22 +78,22 @@ def add_flags(parser: Parser) -> None:
     cli.add_flags(parser)
 
 
-def workloads_of(arguments: argparse.Namespace) -> dict[Any, Workload]:
-    """The workload of each value of the quantity that grows; of None without one; raises ValueError for values without
-    a quantity, or too few of them."""
+def workloads_of(arguments: argparse.Namespace) -> list[Workload]:
+    """The workload of each value of the quantity that grows, or one; raises ValueError for values without a quantity,
+    or too few of them."""
     kernel = KERNELS[arguments.kernel]
     base = cli.workload_from(arguments, kernel.usual, **kernel.workload)
     if arguments.quantity is None:
         if arguments.values:
             raise ValueError("values: of which quantity? give `quantity`, too")
-        return {None: base}
+        return [base]
     quantity = QUANTITIES[arguments.quantity]
     values = quantity.values[:3] if arguments.quick else quantity.values
     if arguments.values:
         values = tuple(map(type(values[0]), arguments.values.split(",")))
     if len(set(values)) < 2:
         raise ValueError(f"values={arguments.values!r}: a line needs at least two different values")
-    return {value: dataclasses.replace(base, **quantity.at(value)) for value in values}
+    return [dataclasses.replace(base, **{quantity.field: each}, **quantity.changes_at(each)) for each in values]
 
 
 def contender(entry: Entry, path: Path, kernel: str, device: str) -> Session:
@@ -162,7 +158,7 @@ def measure(
 def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     device, kernel = cli.device_from(arguments), KERNELS[arguments.kernel]
     quantity = QUANTITIES[arguments.quantity] if arguments.quantity else None
-    entries, workloads = contenders(arguments, quantity), list(workloads_of(arguments).values())
+    entries, workloads = contenders(arguments, quantity), workloads_of(arguments)
     before = earlier(arguments.before, arguments.kernel, workloads) if arguments.before else None
     own = [(entry, number, entry.own(workload)) for entry in entries for number, workload in enumerate(workloads)]
     needed = [*workloads, *(workload for entry, _, workload in own if entry.unavailable is None)]

@@ -56,12 +56,10 @@ TESTS = {
     "tests-stack": ("test_triton_g2g_stack.py test_g2g_stack.py", "single_weights"),
 }
 #: of throughput, by stage: flags, contenders (``g2g`` is ours on the device's backend)
-BOTH = "g2g-bf16,g2g-graph-bf16,g2g,g2g-graph,dense-lif-bf16"
+BF16, FP32 = "g2g-bf16,g2g-graph-bf16,g2g-pair-bf16", "g2g,g2g-graph"  # float32 is never fused
+BOTH = f"{BF16},{FP32},dense-lif-bf16"
 TIMES = {
-    "step": (
-        "--kernel step",
-        "g2g-bf16,g2g-graph-bf16,g2g-compiled-bf16,g2g,g2g-graph,g2g-compiled,dense-lif,dense-lif-bf16,snntorch-masked",
-    ),
+    "step": ("--kernel step", f"{BOTH},g2g-compiled-bf16,g2g-compiled,dense-lif,snntorch-masked"),
     "forward": ("--kernel forward", "g2g-bf16,g2g,dense-lif-bf16,snntorch-masked"),
     "linear": ("--kernel linear", "g2g-bf16,g2g,dense,dense-bf16,masked"),
     "linear-dense": ("--kernel linear-dense", "g2g-bf16,g2g,dense,dense-bf16,masked"),
@@ -87,7 +85,6 @@ class Stage(NamedTuple):
     name: str  # of its record, and of its rows on the page
     command: Sequence[str]  # module and flags
     measures: bool = True  # whether it accepts ``--json`` for a record with times
-    interpreted: bool = False  # whether Triton's interpreter runs its kernels
 
 
 def stages(device: str) -> Iterator[Stage]:
@@ -95,12 +92,10 @@ def stages(device: str) -> Iterator[Stage]:
     tiny = device == "cpu"
     sizes = f"--device {device} {MINI} {TINY if tiny else FULL}"
 
-    def measured(name: str, program: str, interpreted: bool = False) -> Stage:
-        return Stage(name, shlex.split(f"{__package__}.{program}"), True, interpreted)
-
     def throughput(name: str, flags: str, contenders: str) -> Stage:
-        ours = re.sub(r"\bg2g\b", f"g2g-{'cpu' if tiny else 'triton'}", contenders)
-        return measured(name, f"throughput --contenders {ours} {sizes} {flags}")
+        ours = contenders if not tiny else re.sub(r",g2g-pair-\w+", "", contenders)  # which Triton alone has
+        ours = re.sub(r"\bg2g\b", f"g2g-{'cpu' if tiny else 'triton'}", ours)
+        return Stage(name, shlex.split(f"{__package__}.throughput --contenders {ours} {sizes} {flags}"))
 
     yield Stage("doctor", ["g2g_kernels.doctor", "--device", device], False)
     for name, (files, part) in TESTS.items():
@@ -109,16 +104,11 @@ def stages(device: str) -> Iterator[Stage]:
         yield Stage(name, ["pytest", "-p", "no:cacheprovider", *how, *paths], False)
     for name, of_stage in TIMES.items():
         yield throughput(name, *of_stage)
-    yield measured("kernels", f"kernel_times {sizes}")
+    yield Stage("kernels", shlex.split(f"{__package__}.kernel_times {sizes}"))
     for quantity, values in GROWING.items():
         grows = f"--quantity {quantity} --values {values[tiny]}"
-        yield throughput(f"scaling-{quantity}-bf16", grows, "g2g-bf16,g2g-graph-bf16")
-        yield throughput(f"scaling-{quantity}-fp32", grows, "g2g,g2g-graph")
-    for precision in ("bf16", "fp32"):
-        shapes = f"--precision {precision}"
-        if tiny:  # the interpreter cannot multiply in bfloat16
-            shapes = "--precision fp32 --batch_sizes 4 --block_sizes 16 --hidden_dim 64 --T 3 --repeats 1"
-        yield measured(f"fused-{precision}", f"fused_pair --device {device} {shapes}", interpreted=tiny)
+        yield throughput(f"scaling-{quantity}-bf16", grows, BF16)
+        yield throughput(f"scaling-{quantity}-fp32", grows, FP32)
     count = 2 if tiny else torch.cuda.device_count()
     if count > 1:  # the trainer compares the states of its processes
         launcher = f"torch.distributed.run --standalone --nproc_per_node={count} -m g2gnet.programs.train"
@@ -135,12 +125,11 @@ def run(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
     log, record = (folder / f"{stage.name}.{ending}" for ending in ("log", "jsonl"))
     record.unlink(missing_ok=True)  # of an earlier try
     command = [sys.executable, "-m", *stage.command, *(["--json", str(record)] if stage.measures else [])]
-    environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if stage.interpreted else {})}
     start = time.monotonic()
     with log.open("wb") as file:
         streams = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
         # in a session of its own: processes started by the stage end with it
-        process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)  # type: ignore[call-overload]
+        process = subprocess.Popen(command, start_new_session=True, **streams)  # type: ignore[call-overload]
         try:
             process.wait(limit)
             status = "done" if process.returncode == 0 else "failed"

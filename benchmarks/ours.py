@@ -84,6 +84,17 @@ class Captured(Network):
         return loss, counts
 
 
+class Pair(Captured):
+    """:class:`Captured`, each layer by a pair of kernels, where a fused one would be chosen, too."""
+
+    def make(self, prepared: Prepared) -> None:
+        from g2g_kernels.ops.g2g_stack import triton as stack
+
+        self._choice = stack.choose(False)
+        self._choice.__enter__()  # as long as its process lives, which has no other contender
+        super().make(prepared)
+
+
 class Neurons(NeuronContender):
     """:func:`g2g_kernels.lif` or :func:`g2g_kernels.synaptic` on the backend called ``backend``."""
 

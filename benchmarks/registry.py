@@ -119,6 +119,11 @@ def entries(kernel: str) -> dict[str, Entry]:
             *(replace(entry, label=f"{entry.label}-triangle", workload=COMPACT) for entry in found),
             *(_variant(entry, "compiled", "Compiled", _missing((COMPILER,))) for entry in found),
             *(_variant(entry, "graph", "Captured", _no_graph(entry.backend)) for entry in found),
+            *(
+                _variant(entry, "pair", "Pair", _no_graph(entry.backend))
+                for entry in found
+                if entry.backend == "triton"
+            ),
         ]
     found_peers = [
         Entry(

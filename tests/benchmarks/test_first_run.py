@@ -46,7 +46,7 @@ def test_every_stage_is_a_program_that_takes_its_flags(device, monkeypatch):
             arguments = importlib.import_module(stage.command[0]).build_parser().parse_args(stage.command[1:])
             if name == "throughput":
                 assert choose(getattr(arguments, "kernel", "step"), arguments.contenders)
-    few = {"doctor", "step", "kernels", "lif", "dst", "step-units-1", "scaling-B-bf16", "fused-bf16", "processes"}
+    few = {"doctor", "step", "kernels", "lif", "dst", "step-units-1", "scaling-B-bf16", "processes"}
     assert few <= {stage.name for stage in stages(device)}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "processes" not in {stage.name for stage in stages("cuda")}
@@ -56,7 +56,7 @@ def test_everything_that_is_predicted_is_measured_by_a_stage():
     contenders: dict[str, str] = {stage.name: " ".join(stage.command) for stage in stages("cuda")}
     for row in RECORD["runs"]:
         label = row["what"].partition(",")[0]
-        if row["stage"].startswith(("fused", "kernels")):
+        if row["stage"] == "kernels":
             assert row["stage"] in contenders
         else:
             assert f"{label}," in contenders[row["stage"]].replace(" ", ",") + ",", row

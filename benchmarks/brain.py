@@ -90,8 +90,6 @@ def graph_of(arguments: argparse.Namespace) -> Graph:
     return from_file(arguments.edges) if arguments.edges else synthetic(arguments.neurons, arguments.weights)
 
 
-# --- contenders ----------------------------------------------------------------------------------------------------
-
 #: spike counts [B, N], and the gradients of the weights and of the input
 Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Step = Callable[[], Found]
@@ -228,16 +226,14 @@ TEXTS = {
 
 
 def _drive(graph: Graph, batch: int, gain: float) -> torch.Tensor:
-    draw = torch.Generator().manual_seed(1)
-    return gain * (2 * torch.rand(batch, graph.neurons, generator=draw) - 1)
+    return gain * (2 * torch.rand(batch, graph.neurons, generator=torch.Generator().manual_seed(1)) - 1)
 
 
 def farthest(name: str) -> float:
     """How far a contender's gradients are from those of a dense network in float64, relative to their largest; ∞ if
     spikes differ."""
     graph = synthetic(CHECKED, 40 * CHECKED)
-    graph = graph._replace(weight=graph.weight * 10)
-    drive = _drive(graph, 3, 0.3)
+    graph, drive = graph._replace(weight=graph.weight * 10), _drive(graph, 3, 0.3)
     found = CONTENDERS[name](graph, drive.clone(), 20)()
     dense = torch.zeros(CHECKED, CHECKED, dtype=torch.float64)
     dense[graph.post, graph.pre] = torch.from_numpy(graph.weight).double()
@@ -255,10 +251,10 @@ def session(name: str, arguments: argparse.Namespace, threads: int) -> Session:
     yield None  # the graph counts as its memory
     off, graph = farthest(name), graph_of(arguments)
     run = CONTENDERS[name](graph, _drive(graph, arguments.batch_size, arguments.gain), arguments.T)
-    given: list[Any] = []
+    given: list[torch.Tensor] = []
 
     def step() -> None:
-        given[:] = run()
+        given[:] = run()[:1]
 
     def results() -> dict[str, Any]:
         return {"off": off, "weights": len(graph.weight), "rate": float(given[0].mean()) / arguments.T}
@@ -286,16 +282,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def timed_runs(arguments: argparse.Namespace, names: Sequence[str]) -> list[dict[str, Any]]:
     """The runs of these contenders; each is built while no other one computes, since it fills the memory."""
 
-    def racer(name: str) -> Racer:
-        run: dict[str, Any] = {"name": name}
+    def check(run: dict[str, Any], results: dict[str, Any]) -> str:
+        run.update(results)
+        return "" if run["off"] <= CLOSE else f"gradients are off by {run['off']:.1e}"
 
-        def check(results: dict[str, Any]) -> str:
-            run.update(results)
-            return "" if run["off"] <= CLOSE else f"gradients are off by {run['off']:.1e}"
-
-        return Racer(name, session, (name, arguments, torch.get_num_threads()), check, run)
-
-    racers = race([racer(name) for name in names], arguments.repeats, warm_up=1)
+    given = arguments, torch.get_num_threads()
+    racers = race([Racer(name, session, (name, *given), {"name": name}, check) for name in names], arguments.repeats, 1)
     for each in racers:
         asked = re.search(r"allocate (\d+) bytes", each.reason)
         reason = f"asks for {int(asked[1]) / 1e9:.0f} GB of memory" if asked else each.reason

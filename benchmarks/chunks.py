@@ -87,19 +87,14 @@ def points(size: Mapping[str, int], steps: int, compared: Sequence[int | None]) 
     """Who runs so many steps; the results of chunks have to be those of the whole."""
     expected: dict[str, np.ndarray] = {}
 
-    def racer(chunk: int | None) -> Racer:
-        run: dict[str, Any] = {"T": steps, "chunk": chunk}
+    def check(run: dict[str, Any], results: dict[str, np.ndarray]) -> str:
+        if run["chunk"] is None:
+            expected.update(results)
+        differs = run["differs"] = difference(results, expected) if expected and run["chunk"] else None
+        return f"differs by {differs:.1e}" if differs is not None and differs > ALLOWED else ""
 
-        def check(results: dict[str, np.ndarray]) -> str:
-            if chunk is None:
-                expected.update(results)
-            differs = run["differs"] = difference(results, expected) if expected and chunk else None
-            return f"differs by {differs:.1e}" if differs is not None and differs > ALLOWED else ""
-
-        label = f"{steps} steps, {'whole' if chunk is None else f'chunks of {chunk}'}"
-        return Racer(label, session, (size, steps, chunk), check, run)
-
-    return [racer(chunk) for chunk in compared]
+    labels = {chunk: f"{steps} steps, {'whole' if chunk is None else f'chunks of {chunk}'}" for chunk in compared}
+    return [Racer(labels[n], session, (size, steps, n), {"T": steps, "chunk": n}, check) for n in compared]
 
 
 def difference(results: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -120,9 +121,6 @@ def counts(arguments: argparse.Namespace, name: str) -> list[int]:
     return found
 
 
-# --- workloads ----------------------------------------------------------------------------------------------------
-
-
 def add_sizes(parser: Parser) -> None:
     """Adds the flags of the workload's network and batch."""
     default = {field.name: field.default for field in dataclasses.fields(Workload)}
@@ -182,7 +180,5 @@ def headline(machine: dict[str, Any]) -> str:
     """The machine in one line."""
     device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_capability']}"
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    commit, changes = (machine["commit"] or "no commit"), ""
-    if commit.endswith("+changes"):
-        commit, changes = commit.removesuffix("+changes"), " with changes"
-    return f"g2g {g2gnet.__version__} ({commit[:8]}{changes}) on {device}; {versions}"
+    commit = re.sub(r"^(.{8})[^+]*", r"\1", machine["commit"] or "") or "no commit"
+    return f"g2g {g2gnet.__version__} ({commit.replace('+', ' with ')}) on {device}; {versions}"

@@ -187,8 +187,7 @@ class CompiledContender(NetworkContender):
 
 class LayerByLayer(nn.Module):
     """The network, each layer over all time steps at once: ``linear`` in place of its connections, and our neurons, or
-    ``neurons`` in their place. The input is the same at every step, and so is what ``fc1`` makes of it.
-    """
+    ``neurons`` in their place. The input is the same at every step, and so is what ``fc1`` makes of it."""
 
     def __init__(
         self,
@@ -310,8 +309,7 @@ class LinearContender(Contender):
 
 class UpdateContender(Contender):
     """One update of dynamic sparse training in all three layers: a tenth of the units pruned by mean |w|, as many grown
-    by the correlation of the spikes before and after them.
-    """
+    by the correlation of the spikes before and after them."""
 
     def make(self, prepared: Prepared) -> None:
         self.images = prepared.images.to(self.device)

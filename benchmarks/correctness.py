@@ -143,14 +143,10 @@ class Judge:
         )
 
     def verdict(self, results: Results, reset: str, precision: str, masked: bool, omits: tuple[str, ...]) -> Verdict:
-        """Compares ``results`` with the reference of the contender's own formula, given the contender's own spikes.
+        """Compares ``results``, spikes among them, with the reference of the contender's own formula, given its spikes.
 
-        Args:
-            results: by the reference's names, spikes among them.
-            reset: the contender's reset formula, as in :mod:`benchmarks.reference`.
-            precision: ``"fp32"`` or ``"bf16"``.
-            masked: whether the contender has no weights outside the mask, so their gradient is zero.
-            omits: the names of results that the contender does not compute.
+        ``reset``, ``masked`` and ``omits`` are those of :class:`~benchmarks.contender.Contender`, ``precision`` is
+        ``"fp32"`` or ``"bf16"``.
         """
         rounding = self._rounding(reset, precision)
         wanted = {*rounding.errors, *rounding.spikes} - {*omits}

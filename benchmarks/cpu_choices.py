@@ -31,12 +31,10 @@ from .report import by_column
 
 NEVER = math.inf
 #: what forces each way to multiply spikes: the costs of events, of vectors over the batch and of sums of subsets
+COSTS = ("EVENT_COST", "BATCH_COST", "SUBSET_COST")
 WAYS = {
-    "events": (0.0, NEVER, NEVER),
-    "tiles": (NEVER, NEVER, NEVER),
-    "batch": (0.0, 0.0, NEVER),
-    "sums": (0.0, NEVER, 0.0),
-}
+    "events": (0.0, NEVER, NEVER), "tiles": (NEVER, NEVER, NEVER), "batch": (0.0, 0.0, NEVER), "sums": (0.0, NEVER, 0.0)
+}  # fmt: skip
 #: what forces each way to the gradient of the inputs: the share of events up to which they pay, and the cost where the
 #: layer below needs it
 DOWN = {"tiles": (0.0, NEVER), "events": (NEVER, NEVER), "needed": (0.0, 0.0)}
@@ -90,9 +88,7 @@ def forced(way: str, down: bool) -> Iterator[None]:
         limit, needed = DOWN[way]
         changes = [(stack, "GRADIENT_EVENT_LIMIT", {False: limit, True: limit}), (library, "NEEDED_COST", needed)]
     else:
-        changes = [
-            (library, *each) for each in zip(("EVENT_COST", "BATCH_COST", "SUBSET_COST"), WAYS[way], strict=True)
-        ]
+        changes = [(library, *each) for each in zip(COSTS, WAYS[way], strict=True)]
     with ExitStack() as changed:
         for change in changes:
             changed.enter_context(mock.patch.object(*change))

@@ -159,8 +159,6 @@ def earlier(stage: Stage, folder: Path) -> dict[str, Any] | None:
     return None
 
 
-# --- the page -----------------------------------------------------------------------------------------------------
-
 Outcomes = Mapping[str, Mapping[str, Any]]
 
 
@@ -223,9 +221,6 @@ def page(made: Outcomes, planned: Sequence[str], device: str, machine: Mapping[s
         f"{machine['versions']['triton']}, commit {machine['commit']}.\n\n{status_table(made, planned)}\n\n"
         f"{comparison(predicted, predictions['next'], made)}\n"
     )
-
-
-# --- the program --------------------------------------------------------------------------------------------------
 
 
 def build_parser() -> Parser:

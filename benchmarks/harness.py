@@ -45,34 +45,22 @@ Session = Iterator[Any]
 
 @dataclass
 class Racer:
-    """What takes part in a race, and what is known of it.
-
-    Attributes:
-        session: makes the :data:`Session` of ``arguments``, in a process of its own.
-        check: what is wrong about the results of the session, or "".
-        run: what else a record says of it.
-        status: ``"timed"``, or why there is no time: ``"skipped"`` (cannot run here), ``"refused"`` (says it cannot
-            do this), ``"wrong"`` (its results are).
-        reason: the same in words, or "".
-        seconds: one per repeat.
-        cpu_seconds: the same in processor time of all threads of its process, waiting in a loop included.
-        first_seconds: of the first turn, which may compile, plan and allocate.
-        base_bytes: of the process with its imports and the data.
-        peak_bytes: above that, during the later turns.
-    """
+    """What takes part in a race, and what is known of it."""
 
     label: str
-    session: Callable[..., Session]
+    session: Callable[..., Session]  # of ``arguments``, in a process of its own
     arguments: tuple[Any, ...] = ()
-    check: Callable[[Any], str] = lambda results: ""
-    run: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)  # what else a record says of it
+    #: what is wrong about the results of the session; it may write them into ``run``
+    check: Callable[[dict[str, Any], Any], str] = lambda run, results: ""
+    #: or why there is no time: "skipped" (cannot run here), "refused" (says it cannot do this), "wrong" (results are)
     status: str = "timed"
-    reason: str = ""
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
-    first_seconds: float | None = None
-    base_bytes: int = 0
-    peak_bytes: int | None = None
+    reason: str = ""  # the same in words
+    seconds: list[float] = field(default_factory=list)  # one per repeat
+    cpu_seconds: list[float] = field(default_factory=list)  # of all threads of its process, waiting in a loop included
+    first_seconds: float | None = None  # of the first turn, which may compile, plan and allocate
+    base_bytes: int = 0  # of the process with its imports and the data
+    peak_bytes: int | None = None  # above that, during the later turns
 
     def summary(self) -> dict[str, Any]:
         """Its run in a record; it has times only if its results were right."""
@@ -164,11 +152,8 @@ def race(
 ) -> Sequence[Racer]:
     """Checks all racers that are not skipped, one after the other, then times them in turn, under a progress bar.
 
-    Args:
-        racers: who takes part; they keep the times, and come back.
-        repeats: timed turns each.
-        warm_up: untimed turns before them; memory is that of the last of these.
-        between_rounds: called before each round, when no racer computes.
+    Each has ``warm_up`` untimed turns, of which the last one's memory counts, and ``repeats`` timed ones; before each
+    round, when no racer computes, ``between_rounds`` is called. The racers come back with their times.
     """
     with contextlib.ExitStack() as stack:
         running: list[tuple[Racer, Worker]] = []
@@ -227,7 +212,7 @@ def _admit(racer: Racer, worker: Worker, warm_up: int) -> bool:
             taken, _ = worker.ask("time")
             racer.first_seconds = racer.first_seconds or taken
         racer.base_bytes, racer.peak_bytes = worker.ask("memory_used")
-        racer.reason = racer.check(worker.ask("results"))
+        racer.reason = racer.check(racer.run, worker.ask("results"))
         if racer.reason:
             racer.status = "wrong"
     return racer.status == "timed"

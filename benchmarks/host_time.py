@@ -49,12 +49,9 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("tiny", "plain loop"),
-    Case("tiny", "cpu"),
-    Case("default", "cpu"),
-    Case("default", "triton"),
+    Case("tiny", "plain loop"), Case("tiny", "cpu"), Case("default", "cpu"), Case("default", "triton"),
     Case("default", "triton", "bf16"),
-)
+)  # fmt: skip
 
 
 class PlainLoop(nn.Module):
@@ -126,8 +123,9 @@ class Contender:
 
     def turn(self, steps: int | None = None) -> list[dict[str, float]]:
         """Trains for some steps."""
-        with free_launches() if self.case.backend == "triton" else contextlib.nullcontext([]) as self.launches:
-            taken = []
+        taken = []
+        with contextlib.ExitStack() as stack:
+            self.launches = stack.enter_context(free_launches()) if self.case.backend == "triton" else []
             for _ in range(steps or TURN):
                 self.launches.clear()
                 taken.append(self.step())

@@ -43,7 +43,8 @@ class Operation:
     @functools.cached_property
     def factors(self) -> tuple[str, int]:
         """The format of the factors, a key of a card's rates, and how many of its products one product takes."""
-        a = self.launch.arguments if self.launch else {"values": next(iter(self.tensors.values())), "PRECISION": "ieee"}
+        a: dict[str, Any] = {"values": next(iter(self.tensors.values())), "PRECISION": "ieee"}
+        a = self.launch.arguments if self.launch else a
         if a["PRECISION"] == "parts":
             return "bf16", 3 if a["x" if "x" in a else "grad_after"].dtype == torch.uint8 else 6
         if a["grad_y" if "grad_y" in a else "values"].dtype != torch.float32:

@@ -70,14 +70,14 @@ def commit() -> str | None:
 
 
 def _line_of(file: str, begin: str) -> str:
-    """What stands after the colon in the line of a file that begins so; raises OSError or StopIteration without it."""
+    """What follows in the line of a file that begins so; raises OSError or StopIteration without it."""
     lines = Path(file).read_text().splitlines()
-    return next(line.partition(":")[2].strip() for line in lines if line.startswith(begin))
+    return next(line.removeprefix(begin).strip() for line in lines if line.startswith(begin))
 
 
 def _cpu_name() -> str:
     try:
-        return _line_of("/proc/cpuinfo", "model name")
+        return _line_of("/proc/cpuinfo", "model name").removeprefix(":").strip()
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -118,7 +118,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         try:
-            return int(_line_of("/proc/self/status", "VmHWM").split()[0]) * 1024
+            return int(_line_of("/proc/self/status", "VmHWM:").split()[0]) * 1024
         except (OSError, StopIteration):
             if sys.platform == "win32":
                 return 0
@@ -156,16 +156,14 @@ def busy_cores(seconds: float = 0.2) -> float:
     """The number of busy cores during the next ``seconds``, while the caller sleeps; NaN if unknown."""
 
     def ticks() -> tuple[int, int]:
-        user, nice, system, idle, iowait, irq, softirq, steal, *_ = map(
-            int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-        )
+        user, nice, system, idle, iowait, irq, softirq, steal, *_ = map(int, _line_of("/proc/stat", "cpu ").split())
         return user + nice + system + irq + softirq + steal, idle + iowait
 
     try:
         busy, idle = ticks()
         time.sleep(seconds)
         busy, idle = (after - before for after, before in zip(ticks(), (busy, idle), strict=True))
-    except (OSError, ValueError):
+    except (OSError, StopIteration, ValueError):
         return math.nan
     return (os.cpu_count() or 1) * busy / max(1, busy + idle)
 

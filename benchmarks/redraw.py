@@ -57,14 +57,13 @@ class Record(NamedTuple):
         return PICTURES / self.path.with_suffix(".png").name if self.name == PICTURED else None
 
 
-def read(path: Path) -> Record:
-    """The record in a file."""
-    return Record(path, records.read(path))
+def read(paths: Iterable[Path]) -> list[Record]:
+    return [Record(path, records.read(path)) for path in paths]
 
 
 def all_records() -> list[Record]:
     """All records, from the oldest to the newest."""
-    return sorted(map(read, sorted(RESULTS.glob("*.jsonl"))), key=lambda record: record.content["machine"]["date"])
+    return sorted(read(sorted(RESULTS.glob("*.jsonl"))), key=lambda record: record.content["machine"]["date"])
 
 
 def redrawn(page: str, folder: Path, kept: Sequence[Record]) -> str:
@@ -134,16 +133,16 @@ WORDS: dict[str, str | Callable[[re.Match[str]], str]] = {
 
 
 def _in_words(table: str) -> str:
-    return functools.reduce(lambda text, each: re.sub(*each, text), WORDS.items(), table)
+    return functools.reduce(lambda text, short: re.sub(short, WORDS[short], text), WORDS, table)
 
 
-def _timed(content: dict[str, Any]) -> list[dict[str, Any]]:
-    return [run for run in content["runs"] if run["status"] == "timed"]
+def _timed(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [run for run in runs if run["status"] == "timed"]
 
 
 def _ours_and_peers(content: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Our row of a throughput record, the baseline's row, and that of the fastest contender that is not ours."""
-    timed = {run["contender"]: run for run in _timed(content)}
+    timed = {run["contender"]: run for run in _timed(content["runs"])}
     ours = next(timed[name] for name in ("g2g-triton", "g2g-cpu", "g2g-torch") if name in timed)
     others = [run for name, run in timed.items() if "g2g" not in name]
     return ours, timed[content["baseline"]], min(others, key=lambda run: float(run[report.counted(content)]))
@@ -157,8 +156,8 @@ def _throughput(record: Record) -> str:
     last = ("processor time", "times as fast") if busy else ("times as fast", "of the floor")
     table = markdown(*report.times(content, ("median", "20–80 %", *last, "peak memory"), title))
     text = (
-        f"{_about(content)}: {network(content['workloads'][0])}. {_timed(content)[0]['repeats']} interleaved repeats, "
-        f"{_machine(record)}. *Times as fast*: as {title(content['baseline'])}.\n\n{table}{_said_of_others(content)}"
+        f"{_about(content)}: {network(content['workloads'][0])}. {_timed(content['runs'])[0]['repeats']} interleaved "
+        f"repeats, {_machine(record)}. *Times as fast*: as {title(content['baseline'])}.\n\n{table}{_said_of_others(content)}"
     )
     failed = [run for run in content["runs"] if run["status"] not in ("timed", "skipped")]
     absent = "; ".join(f"{title(run['contender'])} ({run['reason']})" for run in failed)
@@ -180,7 +179,7 @@ def _growths(*found: Record) -> str:
     rows = []
     for record in found:
         content = record.content
-        timed = ([run for run in of if run["status"] == "timed"] for _, of in report.curves(content))
+        timed = [_timed(of) for _, of in report.curves(content)]
         ends = [f"{seconds(of[0]['median'])} → {seconds(of[-1]['median'])}" for of in timed]
         places = [plain(content["workloads"][end]["x"]) for end in (0, -1)]
         rows.append([f"[{content['x_is']}](@{record.path})", " → ".join(places), *ends])
@@ -393,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = "a record whose table to print; without any, the pages and pictures are redrawn"
     parser.add_argument("files", type=Path, nargs="*", metavar="FILE", help=text)
     files = parser.parse_args(argv).files
-    for record in map(read, files):
+    for record in read(files):
         print(_linked(WHOLE[record.content["benchmark"]](record), Path.cwd()))
     if files:
         return 0

@@ -34,17 +34,12 @@ SPIKES = ("lif1.spikes", "lif2.spikes", "lif3.spikes")
 
 
 class Run(NamedTuple):
-    """What a computation gives.
+    """What a computation gives."""
 
-    Attributes:
-        results: loss, counts and gradients.
-        spikes: of each layer by name, bool [T, B, N].
-        denied: of each layer by the same name, [B, 2]: how many spikes of each sample are not on their membrane's side
-            of the threshold, and |U − θ| of the farthest of these. Without given spikes there are none.
-    """
-
-    results: Results
-    spikes: Results
+    results: Results  # loss, counts and gradients
+    spikes: Results  # of each layer by name, bool [T, B, N]
+    #: of each layer by the same name, [B, 2]: how many spikes of each sample are not on their membrane's side of the
+    #: threshold, and |U − θ| of the farthest of these; without given spikes there are none
     denied: Results
 
 
@@ -280,8 +275,7 @@ def update_results(
 ) -> Run:
     """Of an update of dynamic sparse training, for each layer: the mean correlation of every unit "fc1.correlation"
     [block rows, block columns], and the scores of the pruned units "fc1.pruned" and of the grown ones "fc1.grown", in
-    the order of pruning and growing.
-    """
+    the order of pruning and growing."""
     parameters, weights = _parameters(prepared, DTYPES[precision]), mean_weights(prepared)
     products = [torch.zeros_like(parameters[f"fc{number}.weight"]) for number in (1, 2, 3)]
     squares = [product.new_zeros(product.shape[1]) for product in products] + [

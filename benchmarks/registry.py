@@ -169,14 +169,8 @@ def choose(
 ) -> list[Entry]:
     """The contenders to run: by default all in float32, our kernels in bfloat16 too.
 
-    Args:
-        kernel: one of :data:`KERNELS`.
-        labels: a comma-separated list of names: only these.
-        backends: a comma-separated list of g2g's backends: of g2g only these.
-        precision: ``"fp32"`` or ``"bf16"``: all contenders in this precision only.
-
-    Raises:
-        ValueError: for an unknown name, or if no contender is left.
+    ``labels`` are their names, ``backends`` g2g's, each with commas between them; ``precision`` is that of all. Raises
+    ValueError for an unknown name, or if no contender is left.
     """
     known = entries(kernel)
     if labels is not None:

@@ -52,8 +52,8 @@ def line(record: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Line | None:
     return fit(flop, medians) if timed and max(flop) > 1.5 * min(flop) else None
 
 
-_WAYS = {"": "", "-triangle": ", hidden triangle α = 4", "-compiled": ", under torch.compile"}
-_WAYS |= {"-graph": ", a step as one CUDA graph", "-pair": ", as one CUDA graph, no fused layers"}
+_WAYS = {"": "", "-triangle": ", hidden triangle α = 4", "-compiled": ", under torch.compile",
+         "-graph": ", a step as one CUDA graph", "-pair": ", as one CUDA graph, no fused layers"}  # fmt: skip
 _KERNELS = {"triton": "Triton kernels", "cpu": "compiled CPU kernels", "torch": "plain PyTorch"}
 TITLES = {
     **{f"g2g-{name}{way}": f"g2g, {of}{how}" for name, of in _KERNELS.items() for way, how in _WAYS.items()},

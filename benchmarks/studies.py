@@ -71,9 +71,6 @@ def densities(*percents: float) -> dict[str, str]:
     return {f"{percent} %": f"--p_intra {p:.4g} --p_inter {0.15 * p:.4g}" for percent, p in shares.items()}
 
 
-# --- which growth rule ----------------------------------------------------------------------------------------------
-
-
 def _dst() -> dict[str, str]:
     rules = {growth: joined(flags, SCHEDULE if flags else "") for growth, flags in GROWTH.items()}
     default = {growth: GROWTH[growth] for growth in ("random", "correlation")}
@@ -84,8 +81,6 @@ def _dst() -> dict[str, str]:
         | crossed(units(64), {"25 %": ""}, default, {"default schedule": ""})
     )
 
-
-# --- few weights ----------------------------------------------------------------------------------------------------
 
 #: neurons per layer of the dense network that has no more weights
 DENSE_WIDTHS = {58_000: 67, 118_000: 127}
@@ -134,8 +129,6 @@ def _few() -> dict[str, str]:
     return rows
 
 
-# --- weights and time -----------------------------------------------------------------------------------------------
-
 #: (width, density in per cent, side of a unit); the last four have as few weights as dense networks of 12, 64 and 128
 SPARSE = (
     *((width, 25, 64) for width in (256, 512, 1024, 2048)),
@@ -153,8 +146,6 @@ def _tradeoff() -> dict[str, str]:
         rows |= crossed(index, each("", "hidden_dim", width), densities(percent), rewired, units(side))
     return rows
 
-
-# --- the recipe -----------------------------------------------------------------------------------------------------
 
 LEARNT = "--T 10 --lr_schedule cosine --standardize --weight_decay 0 --surrogate triangle"
 RECIPE = f"--model index --hidden_dim 1024 {LEARNT} --dropout 0.2 --augment flip"
@@ -214,7 +205,7 @@ LONGER = {
 }
 #: the best one, which has 80 epochs as well
 BEST = "80 epochs, second recipe, H 2048"
-#: the word of a row of a conventional network (:mod:`benchmarks.relu`), and the rows with one beside them
+#: the word of a row of a conventional network (:mod:`benchmarks.conventional`), and the rows with one beside them
 RELU = "ReLU"
 CONVENTIONAL = (
     "the recipe", "20 epochs", "40 epochs, second recipe, H 2048", "40 epochs, second recipe, H 2048, dense", BEST
@@ -232,8 +223,6 @@ def _recipe() -> dict[str, str]:
     return rows | {f"{row}, {RELU}": f"{rows[row]} --name {RELU}" for row in CONVENTIONAL}
 
 
-# --- structure ------------------------------------------------------------------------------------------------------
-
 #: the model of each graph, and what the others are compared with
 GRAPHS = {
     "regular": "--model regular", "Erdős–Rényi": "--model erdos_renyi", **each("", "model", "index", "random", "mixer"),
@@ -241,7 +230,6 @@ GRAPHS = {
 }  # fmt: skip
 CONTROL = "regular"
 
-# --- over time ------------------------------------------------------------------------------------------------------
 
 #: how an image unfolds; where steps are many, a longer memory, and against exploding gradients a lower surrogate and
 #: smaller steps
@@ -262,7 +250,7 @@ WEIGHTS = {
     "5 %, rewired": f"--model index --density erk --block_size 4 {densities(5)['5 %']} {REWIRED}",
     "dense": "--model dense",
 }
-#: the word of a row of PyTorch's GRU (:mod:`benchmarks.gru`), and the best learning rates on held-back images
+#: the word of a row of PyTorch's GRU (:mod:`benchmarks.conventional`), and the best learning rates on held-back images
 GRU = "GRU"
 GRU_RATES = {"rows": "--lr 0.008", "permuted": "--lr 0.016", "pixels": "--lr 0.032"}
 OVER_TIME = (
@@ -296,8 +284,6 @@ def _delays() -> dict[str, str]:
         rows |= crossed(of(SEQUENCES, data), NETWORKS, of(WEIGHTS, "25 %", "5 %, rewired"), late)
     return rows
 
-
-# --- all --------------------------------------------------------------------------------------------------------------
 
 ACCURACY, TRAINED, SILENT = "test accuracy, %", "training accuracy, %", "never fires, % of layers 1 and 2"
 SECONDS, PROCESSOR = "seconds of training", "processor seconds"

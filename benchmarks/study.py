@@ -31,7 +31,7 @@ from g2gnet.training import Machine, TrainingError, TrainSettings, run_epochs
 from g2gnet.training.checkpoints import read_checkpoint
 from g2gnet.training.epochs import EpochTrainer
 
-from . import cli, gru, relu
+from . import cli, conventional
 from .harness import Racer, Session, Turn, race
 from .machine import pytorch_threads
 from .studies import GRU, RELU, STUDIES, Study
@@ -144,24 +144,23 @@ def runs_of(name: str, study: Study, arguments: argparse.Namespace) -> list[Run]
     ]
 
 
-def train_own(run: Run) -> None:
-    """Trains a run whose row needs a trainer that ``g2g-train`` has not, or resumes it, on one thread."""
-    with pytorch_threads(1), contextlib.redirect_stdout(None):  # which is the table's
-        machine, settings = Machine(torch.device("cpu")), run.settings
-        data, trainer = load_dataset(settings.dataset, "data"), OWN[own_of(run)]
-        run_epochs(settings, lambda: trainer(settings, data, machine), run.folder, machine)
-
-
-#: the trainer of rows with such a word
+#: the trainer of rows with such a word, which ``g2g-train`` has not
 OWN: dict[str, Callable[[TrainSettings, ImageData, Machine], EpochTrainer]] = {
-    GRU: gru.GRUTrainer,
-    RELU: relu.ReLUTrainer,
+    GRU: conventional.GRUTrainer,
+    RELU: conventional.ReLUTrainer,
 }
 
 
-def own_of(run: Run) -> str:
-    """The word of :data:`OWN` in its row; "" if the row needs no such trainer."""
-    return next((word for word in OWN if word in run.label), "")
+def has_own(run: Run) -> bool:
+    return any(word in run.label for word in OWN)
+
+
+def train_own(run: Run) -> None:
+    """Trains a run whose row has a trainer of its own, or resumes it, on one thread."""
+    with pytorch_threads(1), contextlib.redirect_stdout(None):  # which is the table's
+        machine, data = Machine(torch.device("cpu")), load_dataset(run.settings.dataset, "data")
+        trainer = next(trainer for word, trainer in OWN.items() if word in run.label)
+        run_epochs(run.settings, lambda: trainer(run.settings, data, machine), run.folder, machine)
 
 
 def make(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -177,10 +176,10 @@ def make(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
     missing = [run for run in runs if ends[run.folder] is None and not arguments.finished]
     failed: dict[str, str] = {}
-    if ours := [run for run in missing if not own_of(run)]:
+    if ours := [run for run in missing if not has_own(run)]:
         with processes(arguments.jobs, threads=1) as executor:
             failed = train_runs(ours, executor, {"device": "cpu"}, name, line)
-    for run in (bar := cli.bar([run for run in missing if own_of(run)], name, " runs")):
+    for run in (bar := cli.bar([run for run in missing if has_own(run)], name, " runs")):
         train_own(run)
         bar.write(line(run), file=sys.stderr)
     if failed:
@@ -204,8 +203,6 @@ def make(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "runs": [run for of in found.values() for run in of],
     }
 
-
-# --- memory and processor time of a training step -------------------------------------------------------------------
 
 COSTS = ("step_bytes", "step_seconds")
 
@@ -232,7 +229,7 @@ def step_of(settings: TrainSettings, is_gru: bool) -> Session:
     steps, per_step = ((), values) if settings.sequence == "none" else ((settings.T,), values // settings.T)
     x = torch.randn(*steps, settings.batch_size, per_step)
     labels = torch.randint(classes, (settings.batch_size,))
-    net = (gru.build if is_gru else G2GNet.from_settings)(settings, per_step, classes)
+    net = (conventional.build_gru if is_gru else G2GNet.from_settings)(settings, per_step, classes)
     optimizer = torch.optim.Adam(net.parameters(), settings.lr, fused=True)
 
     def step() -> None:

@@ -44,8 +44,7 @@ class Quantity(NamedTuple):
     beside_dense: bool = False  # with the memory of a dense network's parameters: computed, as the largest cannot run
 
 
-#: neurons in a group of a wide layer
-WIDE_GROUP = 256
+WIDE_GROUP = 256  # neurons in a group of a wide layer
 
 
 def _wide(neurons: int) -> dict[str, Any]:
@@ -139,14 +138,14 @@ def measure(
         run: dict[str, Any] = {"contender": entry.label, "precision": entry.precision, "differs": ""}
         run |= {"firing_rates": None, "closest": None}
 
-        def check(answer: dict[str, Any]) -> str:
+        def check(run: dict[str, Any], answer: dict[str, Any]) -> str:
             results = {name: torch.as_tensor(array) for name, array in answer["results"].items()}
             verdict = judge(path).verdict(results, *answer["how"])
             run.update(firing_rates=answer["firing_rates"], differs=answer["differs"], closest=verdict.closest())
             return verdict.objection
 
-        status = "skipped" if entry.unavailable else "timed"
-        return Racer(entry.label, contender, (entry, path, kernel, device), check, run, status, entry.unavailable or "")
+        status, reason = "skipped" if entry.unavailable else "timed", entry.unavailable or ""
+        return Racer(entry.label, contender, (entry, path, kernel, device), run, check, status, reason)
 
     def rest() -> None:
         judge.cache_clear()
@@ -197,8 +196,7 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def earlier(path: Path, kernel: str, workloads: Sequence[Workload]) -> dict[str, Any]:
     """An earlier record of the same work; raises ValueError if it is of other work."""
-    before = records.read(path)
-    wanted = [kernel, *(workload.as_dict() for workload in workloads)]
+    before, wanted = records.read(path), [kernel, *(workload.as_dict() for workload in workloads)]
     found = [before["kernel"], *({name: place.get(name) for name in wanted[-1]} for place in before["workloads"])]
     if found != wanted:
         raise ValueError(f"before: {path} is of {found}, not of {wanted}")
@@ -208,8 +206,7 @@ def earlier(path: Path, kernel: str, workloads: Sequence[Workload]) -> dict[str,
 def dense_bytes(prepared: Prepared) -> int:
     """Memory of the dense network's weights, their gradients and Adam's two moments, in float32."""
     hidden = prepared.workload.hidden_dim
-    weights = hidden * (prepared.images.shape[1] + hidden + prepared.num_classes)
-    return 4 * 4 * weights
+    return 4 * 4 * hidden * (prepared.images.shape[1] + hidden + prepared.num_classes)
 
 
 def contenders(arguments: argparse.Namespace, quantity: Quantity | None) -> list[Entry]:

@@ -105,9 +105,8 @@ class Prepared:
 
     def network(self, backend: str | None = None) -> G2GNet:
         """The network, on the CPU, with its trained weights."""
-        sizes = DATASETS[self.workload.dataset]
-        generator = torch.Generator().manual_seed(0)
-        net = G2GNet.from_settings(self.workload.settings(), sizes.input_dim, sizes.num_classes, backend, generator)
+        sizes, draw = DATASETS[self.workload.dataset], torch.Generator().manual_seed(0)
+        net = G2GNet.from_settings(self.workload.settings(), sizes.input_dim, sizes.num_classes, backend, draw)
         net.load_state_dict(self.state)
         return net
 
@@ -165,14 +164,12 @@ class Prepared:
 
     def _noise(self, count: int) -> torch.Tensor:
         """Standard normal numbers [count, T, B, H]."""
-        w = self.workload
-        generator = torch.Generator().manual_seed(w.seed)
-        return torch.randn(count, w.T, len(self.images), w.hidden_dim, generator=generator)
+        w, draw = self.workload, torch.Generator().manual_seed(self.workload.seed)
+        return torch.randn(count, w.T, len(self.images), w.hidden_dim, generator=draw)
 
     def active_weights(self) -> dict[str, int]:
         """The number of weights that exist in each connection: ``fc1``, ``rec1`` if it is recurrent, …."""
-        connections = self.network("torch").connections()
-        return {name: connection.mask.num_weights for name, connection in connections.items()}
+        return {name: each.mask.num_weights for name, each in self.network("torch").connections().items()}
 
     def density(self) -> float:
         """The share of existing weights in all connections together."""

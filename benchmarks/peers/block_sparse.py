@@ -23,10 +23,7 @@ from g2gnet import G2GLinear
 from ..contender import Contender, LayerByLayer, LinearContender, NetworkContender
 from ..workload import Prepared
 
-PEERS = (
-    ("bsr-lif", "BlockSparseLIF", ("step", "forward")),
-    ("bsr", "BlockSparse", ("linear", "linear-dense")),
-)
+PEERS = (("bsr-lif", "BlockSparseLIF", ("step", "forward")), ("bsr", "BlockSparse", ("linear", "linear-dense")))
 
 warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta state")
 

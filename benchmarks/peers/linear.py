@@ -6,10 +6,7 @@ from g2gnet import G2GLinear
 
 from ..contender import LinearContender, dense_linear, masked_linear
 
-PEERS = (
-    ("masked", "Masked", ("linear", "linear-dense")),
-    ("dense", "Dense", ("linear", "linear-dense")),
-)
+PEERS = (("masked", "Masked", ("linear", "linear-dense")), ("dense", "Dense", ("linear", "linear-dense")))
 
 
 class Masked(LinearContender):

@@ -13,7 +13,7 @@ from helpers import seeded
 from scipy import stats
 from training_runs import assert_equal
 
-from benchmarks import records, relu, study, study_tables
+from benchmarks import conventional, records, study, study_tables
 from benchmarks.studies import STUDIES, Study
 from g2gnet.base.tensor_files import read_tensors
 from g2gnet.training import CheckpointError
@@ -129,7 +129,7 @@ def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkey
 
 
 def test_a_trainer_of_a_studys_own_resumes_with_the_same_weights(tmp_path, monkeypatch):
-    trainer = relu.ReLUTrainer
+    trainer = conventional.ReLUTrainer
     of_rows = dataclasses.replace(SMALL, rows={"ReLU": "--name own --dropout 0.2 --lr_schedule cosine"})
     whole, parts = (study.run_of(of_rows, "ReLU", 3, 1, tmp_path / name) for name in ("whole", "parts"))
     study.train_own(whole)
@@ -154,7 +154,7 @@ def test_a_trainer_of_a_studys_own_resumes_with_the_same_weights(tmp_path, monke
 
 
 def test_a_conventional_network_is_a_perceptron_with_the_masks():
-    net = relu.ReLUNet(784, 64, 10, block_size=16, dropout=0.5, generator=seeded(0))
+    net = conventional.ReLUNet(784, 64, 10, block_size=16, dropout=0.5, generator=seeded(0))
     x = torch.rand(40, 784)
     dropped = net.drop(40)
     dense = [(each.dense_weight().detach().double(), each.bias.detach().double()) for each, _ in net.layers()]

@@ -127,11 +127,12 @@ def table(record: dict[str, Any]) -> str:
 
 
 def add_flags(parser: Parser) -> None:
-    text = "time steps, whole and in chunks (default: %(default)s)"
-    parser.add_argument("--T", default="250,500,1000,2000", metavar="N,N,...", help=text)
-    text = f"steps of a chunk that are compared at T = {USUAL} (default: %(default)s)"
-    parser.add_argument("--chunks", default="25,50,100,200", metavar="N,N,...", help=text)
-    text = "time steps that are computed in chunks only; 0: none (default: %(default)s)"
+    for name, text, default in (
+        ("T", "time steps, whole and in chunks", "250,500,1000,2000"),
+        ("chunks", f"steps of a chunk that are compared at T = {USUAL}", "25,50,100,200"),
+    ):
+        parser.add_argument(f"--{name}", default=default, metavar="N,N,...", help=f"{text} (default: {default})")
+    text = "time steps that are computed in chunks only; 0: none (default: 10000)"
     parser.add_argument("--long", type=int, default=10_000, metavar="N", help=text)
 
 

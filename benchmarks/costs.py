@@ -4,8 +4,7 @@ The rules by which kernels are chosen (``dense_pays``, ``fused_pays``) are simpl
 
 A kernel takes the longest of three times: its products at a share of the card's rate, the bytes that it reads and
 writes, each once, at a share of the memory's, and what its tiles read from L2. The first and the last are longer where
-programs do not fill the card. Added to this is a start. ``results/predictions.jsonl`` is what followed from it at the
-commit that it names.
+programs do not fill the card. Added to this is a start. ``results/predictions.jsonl`` is what followed at its commit.
 """
 
 import math

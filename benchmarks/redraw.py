@@ -155,9 +155,12 @@ def _throughput(record: Record) -> str:
     busy = report.counted(content) == "cpu_median"  # then processor time is what counts
     last = ("processor time", "times as fast") if busy else ("times as fast", "of the floor")
     table = markdown(*report.times(content, ("median", "20–80 %", *last, "peak memory"), title))
+    about = (
+        f"{_about(content)}: {network(content['workloads'][0])}. {_timed(content['runs'])[0]['repeats']} interleaved"
+    )
     text = (
-        f"{_about(content)}: {network(content['workloads'][0])}. {_timed(content['runs'])[0]['repeats']} interleaved "
-        f"repeats, {_machine(record)}. *Times as fast*: as {title(content['baseline'])}.\n\n{table}{_said_of_others(content)}"
+        f"{about} repeats, {_machine(record)}. *Times as fast*: as {title(content['baseline'])}.\n\n"
+        f"{table}{_said_of_others(content)}"
     )
     failed = [run for run in content["runs"] if run["status"] not in ("timed", "skipped")]
     absent = "; ".join(f"{title(run['contender'])} ({run['reason']})" for run in failed)

@@ -208,12 +208,8 @@ COSTS = ("step_bytes", "step_seconds")
 
 
 def step_costs(run: Run) -> dict[str, float]:
-    """What a training step on images of 28 × 28 pixels takes, in a process of its own with one thread.
-
-    Returns:
-        ``step_bytes``: the most memory, above the process with its imports, during the second step, and
-        ``step_seconds``: the least processor time of the three after it.
-    """
+    """What a training step on images of 28 × 28 pixels takes, in a process of its own with one thread: the most memory,
+    above the process with its imports, during the second step, and the least processor time of the three after it."""
     racer = Racer("step", step_of, (run.settings, GRU in run.label))
     race([racer], repeats=3)
     if racer.reason:

@@ -170,18 +170,14 @@ def best(rows: Sequence[Row], dense: bool, weights: float) -> Row | None:
     return max(within, key=lambda row: statistics.mean(map(accuracy, row.runs)), default=None)
 
 
-def _named(row: Row) -> list[str]:
-    return [row.name, spread(row.runs, accuracy), f"{row.mean('train_cpu_seconds'):.0f}"]
-
-
 def budgets(record: Mapping[str, Any]) -> str:
     """The best dense and the best sparse network with each budget of weights."""
-    rows, lines = rows_of(record), []
-    for budget in BUDGETS:
-        lines.append([f"{budget:,} weights"])
-        for dense in (True, False):
-            row = best(rows, dense, budget)
-            lines[-1] += _named(row) if row else ["–"] * 3
+
+    def cells(row: Row | None) -> list[str]:
+        return [row.name, spread(row.runs, accuracy), f"{row.mean('train_cpu_seconds'):.0f}"] if row else ["–"] * 3
+
+    rows = rows_of(record)
+    lines = [[f"{most:,} weights", *cells(best(rows, True, most)), *cells(best(rows, False, most))] for most in BUDGETS]
     header = [name for kind in ("dense", "sparse") for name in (kind, "accuracy, %", "seconds")]
     return markdown(["at most", *header], lines)
 

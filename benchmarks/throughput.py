@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from g2g_kernels import available_backends
@@ -105,22 +104,17 @@ def contender(entry: Entry, path: Path, kernel: str, device: str) -> Session:
     one = kind(prepared, torch.device(device), entry.precision, **entry.options)
 
     def results() -> dict[str, Any]:
-        results = one.results(kernel)
-        # numpy goes through the pipe as it is; tensors would go through shared memory that dies with this process
+        results = {name: tensor.detach().cpu() for name, tensor in one.results(kernel).items()}
+        wider = {name: each.float() if each.dtype == torch.bfloat16 else each for name, each in results.items()}
+        # numpy, which has no bfloat16, goes through the pipe as it is; tensors would go through shared memory that dies
         return {
-            "results": {name: _to_numpy(tensor) for name, tensor in results.items()},
+            "results": {name: each.numpy() for name, each in wider.items()},
             "firing_rates": one.firing_rates(results),
             "differs": one.differs,
             "how": (one.reset, entry.precision, one.masked, one.omits),
         }
 
     yield Turn(getattr(one, KERNELS[kernel].method), results, one.before_turn)
-
-
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """On the host, and wider where numpy has no such type."""
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def measure(

@@ -9,6 +9,7 @@ import functools
 import getpass
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -173,8 +174,8 @@ class Prepared:
 
     def density(self) -> float:
         """The share of existing weights in all connections together."""
-        sizes = (connection.mask.shape for connection in self.network("torch").connections().values())
-        return sum(self.active_weights().values()) / sum(rows * cols for rows, cols in sizes)
+        masks = [connection.mask for connection in self.network("torch").connections().values()]
+        return sum(mask.num_weights for mask in masks) / sum(math.prod(mask.shape) for mask in masks)
 
 
 def load(path: Path) -> Prepared:

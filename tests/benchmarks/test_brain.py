@@ -43,10 +43,12 @@ def test_edges_of_a_file_are_the_graph(tmp_path):
     pandas.DataFrame({"a": [1]}).to_csv(tmp_path / "other.csv")
     with pytest.raises(ValueError, match="has the columns"):
         brain.from_file(str(tmp_path / "other.csv"))
-    (tmp_path / "missing.csv").write_text("pre,post,weight\n0,1,\n")
-    (tmp_path / "nothing.csv").write_text("")
-    (tmp_path / "bytes.csv").write_bytes(bytes(range(256)))
-    for name, why in (("missing", "is missing"), ("nothing", "cannot be read"), ("bytes", "cannot be read")):
+    for name, content, why in (
+        ("missing", b"pre,post,weight\n0,1,\n", "is missing"),
+        ("nothing", b"", "cannot be read"),
+        ("bytes", bytes(range(256)), "cannot be read"),
+    ):
+        (tmp_path / f"{name}.csv").write_bytes(content)
         with pytest.raises(ValueError, match=rf"{name}\.csv .*{why}"):
             brain.from_file(str(tmp_path / f"{name}.csv"))
     assert brain.main(["--edges", str(tmp_path / "nothing.csv")]) == 2

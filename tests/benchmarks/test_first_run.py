@@ -9,14 +9,8 @@ import torch
 from benchmarks import first_run, records
 from benchmarks.first_run import Stage, stages
 from benchmarks.registry import choose
-from g2gnet import G2GNet
 
 pytest.importorskip("triton", minversion="3.3")
-from benchmarks import costs
-from benchmarks.launches import Operation, training_step
-from g2g_kernels.ops.g2g_linear import tiles
-from g2g_kernels.ops.g2g_stack import triton as stack
-
 RECORD = records.read(first_run.RECORD)
 
 #: a stage that notes that it ran, does what it is told, and writes a record
@@ -106,47 +100,10 @@ def test_a_run_is_interrupted_and_resumed(tmp_path, monkeypatch, run):
     assert (tmp_path / "log").read_text().split()[-1] == "other"
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
+def test_unusable_flags_are_refused(capsys, tmp_path):
+    for flags, message in (
         (["--device", "cpu", "--stages", "speed"], "stage 'speed' is unknown; choose from doctor, tests-linear"),
         (["--device", "xpu"], "device='xpu': no such GPU was found; --device cpu runs a rehearsal"),
-    ],
-)
-def test_unusable_flags_are_refused(flags, message, capsys, tmp_path):
-    assert first_run.main([*flags, "--folder", str(tmp_path)]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_what_tiles_read_from_l2_by_hand():
-    net = G2GNet(64, 256, 4, "index", p_inter=0.0, block_size=64, T=2, num_groups=2)
-    assert tuple(net.fc2.values.shape) == (8, 64, 64)
-    with stack.choose(fused=False), tiles.choose(dense=False):
-        bf16, fp32 = (training_step(net, 128, 64, dtype) for dtype in (torch.bfloat16, torch.float32))
-    product, by_parts = (
-        [o for o in operations if o.phase == "forward" and o.name == "product_kernel"][1] for operations in (bf16, fp32)
-    )
-    # 256 samples are four tiles of 64: for each and each unit 64 × 64 spikes in bytes, 64 × 64 weights of two
-    assert product.work.l2_bytes == 4 * 8 * (64 * 64 + 2 * 64 * 64)
-    assert by_parts.work.l2_bytes == 4 * 8 * (64 * 64 + 6 * 64 * 64)
-    assert product.work.flop == product.flop == by_parts.flop
-    assert by_parts.work.flop == 3 * product.flop
-    gradient = [o for o in bf16 if o.name == "weight_gradient_kernel"][1]
-    # 8 units in groups of 2, and in each of 4 rows a quarter of a group that is not full; 256 samples
-    assert gradient.work.l2_bytes == (4 + 1) * 256 * (2 * 64 + 128)
-
-
-def test_a_kernel_takes_the_longest_of_its_times():
-    copy = Operation("forward", "copy", {"input": torch.empty(500), "output": torch.empty(500)}, 0)
-    product = Operation("forward", "mm", {"x": torch.empty(250)}, 8_000_000)
-    start = costs.ASSUMED["start of a kernel, s"]
-    slow_l2, fast_l2 = (
-        costs.Card("sm_90", {"bf16": 1e9, "fp32": 1e9}, 1e6, rate, 10, "imagined") for rate in (1e6, 1e9)
-    )
-
-    def predicted(operation: Operation, card: costs.Card) -> float:
-        return costs.seconds(operation.work, card)
-
-    assert predicted(copy, fast_l2) == pytest.approx(4000 / 0.85e6 + start)
-    assert predicted(copy, slow_l2) == pytest.approx(4000 / 0.8e6 + start)
-    assert predicted(product, fast_l2) == pytest.approx(8e6 / 0.8e9 + start)
+    ):
+        assert first_run.main([*flags, "--folder", str(tmp_path)]) == 2
+        assert message in capsys.readouterr().err

@@ -11,29 +11,20 @@ from benchmarks import chunks, cpu_choices, delays, host_time, records, redraw
 from benchmarks.host_time import CASES, Case, Contender, PlainLoop, tiny
 from g2g_kernels.cpu import library
 
-
-def has_triton() -> bool:
-    try:
-        pytest.importorskip("triton", minversion="3.3")
-    except pytest.skip.Exception:
-        return False
-    return True
-
-
-needs_triton = pytest.mark.skipif(not has_triton(), reason="needs Triton 3.3 or newer")
+needs_triton = pytest.mark.usefixtures("triton")
 needs_kernels = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
 
 
-@pytest.mark.parametrize(
-    ("program", "flags", "message"),
-    [
-        *((chunks, flags, flags.split()[1][-1]) for flags in ("--T 0", "--chunk 0", "--chunks 5,0", "--T a")),
-        (host_time, "--turns 0", "turns=0 must be"),
-    ],
-)
-def test_what_is_out_of_range_is_refused(program, flags, message, capsys):
-    assert program.main(flags.split()) != 0
-    assert message in capsys.readouterr().err
+@pytest.fixture
+def triton():
+    return pytest.importorskip("triton", minversion="3.3")
+
+
+def test_what_is_out_of_range_is_refused(capsys):
+    refused = [(chunks, flags, flags.split()[1][-1]) for flags in ("--T 0", "--chunk 0", "--chunks 5,0", "--T a")]
+    for program, flags, message in (*refused, (host_time, "--turns 0", "turns=0 must be")):
+        assert program.main(flags.split()) != 0
+        assert message in capsys.readouterr().err
 
 
 @needs_triton
@@ -85,13 +76,12 @@ def test_each_way_is_timed_beside_the_chosen_one(tmp_path, monkeypatch):
     found = {(point["unit"], point["pass"]): point for point in records.read(file)["runs"]}
     assert len(found) == 2 * len(cpu_choices.PASSES)
     for (unit, name), point in found.items():
-        ways = set(point["ms"])
+        wanted = {"events", "tiles"}
         if "two layers" in name:
-            assert ways == {"needed", "tiles"} if "per neuron" in name else {"needed", "events", "tiles"}, (unit, name)
-        elif name.startswith("inputs"):
-            assert ways == {"events", "tiles"}, (unit, name)
-        else:
-            assert ways == {"events", "tiles", "sums" if unit == 16 else "batch"}, (unit, name)
+            wanted = {"needed", "tiles"} if "per neuron" in name else {"needed", *wanted}
+        elif not name.startswith("inputs"):
+            wanted |= {"sums" if unit == 16 else "batch"}
+        assert set(point["ms"]) == wanted, (unit, name)
         if point["chosen"]:
             assert point["over"] == point["ms"][point["chosen"]] / min(point["ms"].values())
     assert library.SUBSET_COST == 1.0, "what was forced stays"

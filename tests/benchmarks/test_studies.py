@@ -37,8 +37,9 @@ def trained(monkeypatch):
             return super().submit(function, given, folder)
 
     monkeypatch.setattr(study, "processes", lambda jobs, threads: Pool(1))
-    for name, each in (("small", SMALL), ("sequence", SEQUENCES)):
-        monkeypatch.setitem(STUDIES, name, each)
+    monkeypatch.setattr(study, "step_costs", lambda run: {"step_bytes": 3_000_000, "step_seconds": 0.0123})
+    monkeypatch.setitem(STUDIES, "small", SMALL)
+    monkeypatch.setitem(STUDIES, "sequence", SEQUENCES)
     return began
 
 
@@ -76,24 +77,21 @@ def test_a_study_goes_on_where_it_stopped_and_records_what_there_is(tmp_path, ca
         assert len(trained) == 1
     record = studied("small --seeds 1")
     assert len(trained) == 2  # the other one was finished
-    assert record["rows"] == SMALL.rows
-    assert record["machine"]["threads"] == 1
+    assert (record["rows"], record["machine"]["threads"]) == (SMALL.rows, 1)
     _, run = record["runs"]
     assert (run["row"], run["seed"], run["epoch"]) == ("gradient", 1, 1)
     assert min(run["train_seconds"], run["train_cpu_seconds"]) > 0
     (file,) = (tmp_path / "small_study").glob("gradient*/*.jsonl")
     (epoch,) = map(json.loads, file.read_text().splitlines())
-    sizes = (("fc1", 784 * 64), ("fc2", 64 * 64), ("fc3", 640))
-    assert run["weights"] == sum(round(epoch["density"][name] * size) for name, size in sizes)
+    sizes = {"fc1": 784 * 64, "fc2": 64 * 64, "fc3": 640}
+    assert run["weights"] == sum(round(epoch["density"][name] * size) for name, size in sizes.items())
     assert run["silent"] == pytest.approx([epoch["silent"][name] for name in ("lif1", "lif2")], abs=1e-5)
     assert set(run["placement"]) == {"rows_spread", "cols_spread", "rows_empty", "cols_empty", "inside"}
     assert f"| gradient | {100 * run['test_acc']:.2f} (n = 1) |" in capsys.readouterr().out
 
 
-def test_validation_tests_on_training_images_that_are_held_back(tmp_path, monkeypatch, studied):
-    monkeypatch.setattr(study, "step_costs", lambda *_: {"step_bytes": 3_000_000, "step_seconds": 0.0123})
-    flags = "--seeds 1 2 --epochs 1 --rows 'rows, feed-forward, 25 %' 'rows, GRU' --validation"
-    record = studied(f"sequence {flags}")
+def test_validation_tests_on_training_images_that_are_held_back(tmp_path, studied):
+    record = studied("sequence --seeds 1 2 --epochs 1 --rows 'rows, feed-forward, 25 %' 'rows, GRU' --validation")
     assert record["tested_on"] == study_tables.DRAWN
     for run in record["runs"]:
         name = f"{run['row'].replace(', ', '-').removesuffix(' %')}-1-epochs-seed{run['seed']}"
@@ -105,8 +103,7 @@ def test_validation_tests_on_training_images_that_are_held_back(tmp_path, monkey
     assert not (tmp_path / "sequence_study").exists()  # runs that are tested on test images are others
 
 
-def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkeypatch, trained, studied):
-    monkeypatch.setattr(study, "step_costs", lambda *_: {"step_bytes": 3_000_000, "step_seconds": 0.0123})
+def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, trained, studied):
     flags = "sequence --seeds 1 --epochs 1 --rows 'rows, recurrent, 25 %' 'rows, GRU'"
     network, yardstick = studied(flags)["runs"]
     assert [network["row"], yardstick["row"]] == ["rows, recurrent, 25 %", "rows, GRU"]
@@ -197,11 +194,11 @@ def test_what_cannot_be_is_named(tmp_path, capsys, trained, monkeypatch):
 
 def test_quick_is_small_whatever_a_row_says(trained, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        study, "make", lambda name, arguments: asked.append(arguments) or {"benchmark": name, "runs": []}
-    )
-    assert study.main(["recipe", "--quick"]) == study.main(["recipe", "--quick", "--seeds", "4"]) == 0
-    assert [(arguments.seeds, arguments.last) for arguments in asked] == [([1], study.QUICK), ([4], study.QUICK)]
+    made = {"benchmark": "recipe", "runs": []}
+    monkeypatch.setattr(study, "make", lambda name, arguments: asked.append(arguments) or made)
+    for seeds in ([1], [4]):
+        assert study.main(["recipe", "--quick", *(["--seeds", "4"] if seeds == [4] else [])]) == 0
+        assert (asked[-1].seeds, asked[-1].last) == (seeds, study.QUICK)
     quick = study.runs_of("recipe", STUDIES["recipe"], asked[0])
     assert {(run.settings.epochs, run.settings.limit_train) for run in quick} == {(1, 2000)}
 
@@ -209,18 +206,14 @@ def test_quick_is_small_whatever_a_row_says(trained, monkeypatch):
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def made(name, rows, **more):
-    """A record with runs by row and seed: their accuracies, and what else the row's runs have."""
+def made(rows):
+    """A record of the study of structure with runs by row and seed: their accuracies."""
     runs = [
-        {
-            "row": row, "seed": seed, "test_acc": reached, "train_acc": reached, "silent": [0.1, 0.3],
-            "weights": 1234567, "train_seconds": 10.0, "train_cpu_seconds": 10.0, "epoch": 20, "step_bytes": 2.1e7,
-            **more.get(row, {}),
-        }
+        {"row": row, "seed": seed, "test_acc": reached, "weights": 1234567, "epoch": 20}
         for row, of in rows.items()
         for seed, reached in of.items()
-    ]  # fmt: skip
-    return {"benchmark": name, "rows": dict.fromkeys(rows, "--lr 1"), "runs": runs}
+    ]
+    return {"benchmark": "structure", "rows": dict.fromkeys(rows, "--lr 1"), "runs": runs}
 
 
 def test_graphs_are_held_against_the_control_seed_by_seed():
@@ -233,9 +226,9 @@ def test_graphs_are_held_against_the_control_seed_by_seed():
         "distance": {1: 0.9},
     }
     rows = {f"{graph}, {size}": found for graph, found in graphs.items()}
-    lines = study_tables.table(made("structure", rows)).split("\n")
+    lines = study_tables.table(made(rows)).split("\n")
     p = {
-        graph: stats.ttest_rel([graphs[graph][s] for s in (1, 2, 3)], [control[s] for s in (1, 2, 3)]).pvalue
+        graph: stats.ttest_rel(*([of[seed] for seed in (1, 2, 3)] for of in (graphs[graph], control))).pvalue
         for graph in ("index", "mixer")
     }
     assert p["index"] < p["mixer"] / 2  # so Holm's doubles it, and leaves the other
@@ -252,7 +245,7 @@ def test_graphs_are_held_against_the_control_seed_by_seed():
     }
     for share, of_share in others.items():
         rows |= {f"{graph}, {size.replace('5 %', share)}": of for graph, of in of_share.items()}
-    text = study_tables.table(made("structure", rows))
+    text = study_tables.table(made(rows))
     assert f"| +0.93 | -0.56 to +2.43 | {3 * p['index']:.2g} |" in text  # of three tests: two of mixer, this one
     assert "| index | 1,234,567 | 86.00 ± 5.00 (n = 2) | – | – | – |" in text  # by the same twice: nothing to test
     pooled = text.split("**All sizes together**")[1]

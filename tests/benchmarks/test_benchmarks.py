@@ -107,9 +107,6 @@ def on_a_cpu(kernel: str) -> list:
     return found
 
 
-# --- peers ----------------------------------------------------------------------------------------------------------
-
-
 def test_the_peer_of_the_readme_is_one_file_and_passes_the_gate(tmp_path, monkeypatch):
     (code,) = re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / "benchmarks/README.md").read_text())
     (tmp_path / "plain.py").write_text(code)
@@ -128,9 +125,6 @@ def test_the_baseline_is_the_first_peer(kernel):
     assert {peer.target.partition(":")[0] for peer in peers} == {
         f"benchmarks.peers.{module}" for module, *_, kernels, _ in declared_peers() if kernel in kernels
     }
-
-
-# --- the gate -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("default")  # importing a peer is not ours to keep free of warnings
@@ -191,13 +185,10 @@ def test_a_contender_that_computes_something_else_has_no_time(kernel, off):
     assert f"{off} is off by" in judged(contender, by, **spoilt(kernel, contender)).objection
 
 
-def test_our_reset_is_not_the_other_one(ours):
-    for reset, wrong in (("after decay", False), ("before decay", True)):
-        assert bool(judge("step").verdict(ours.results(), reset, "fp32", True, ()).objection) == wrong
-
-
-def test_the_gate_refuses_what_is_off_by_one_in_ten_thousand_or_not_finite(ours):
+def test_the_gate_refuses_the_other_reset_and_what_is_off_by_one_in_ten_thousand_or_not_finite(ours):
     results = ours.results()
+    for reset, wrong in (("after decay", False), ("before decay", True)):
+        assert bool(judge("step").verdict(results, reset, "fp32", True, ()).objection) == wrong
     for name in ("loss", "counts", "fc1.weight", "fc2.bias", "lif3.beta"):
         for change in (0.9999, math.nan):
             objection = judged(ours, judge("step"), **{**results, name: results[name] * change}).objection
@@ -312,9 +303,6 @@ def test_a_step_of_jax_is_one_of_pytorch():
         torch.testing.assert_close(torch.from_numpy(np.array(jax.parameters[name])), parameter.detach())
 
 
-# --- the harness ----------------------------------------------------------------------------------------------------
-
-
 def test_only_a_right_contender_has_a_time(monkeypatch):
     fork_contenders(monkeypatch)
     kinds = {"right": "Network", "wrong": "HalfTheGradient", "unable": "CannotBeBuilt", "absent": "Network"}
@@ -348,9 +336,6 @@ def test_each_round_is_begun_by_the_next_one():
     assert in_turn(dict.fromkeys("ab", lambda: next(numbers)), 2) == {"a": [3, 4], "b": [2, 5]}
 
 
-# --- the programs ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("forked", [True, pytest.param(False, marks=pytest.mark.ci)])
 def test_throughput_writes_a_record_with_its_environment(forked, tmp_path, capsys, monkeypatch):
     prepared()
@@ -362,7 +347,7 @@ def test_throughput_writes_a_record_with_its_environment(forked, tmp_path, capsy
     assert record["workloads"][0]["hidden_dim"] == 48
     assert {"cpu", "cores", "threads", "gpu", "python", "versions", "commit", "date"} <= record["machine"].keys()
     assert record["machine"]["versions"]["torch"] == importlib.metadata.version("torch")
-    assert (bool(record["machine"]["cpu"]), record["machine"]["cores"] >= 1) == (True, True)
+    assert record["machine"]["cpu"]
     assert record["limits"].keys() >= {"matrix_flop_per_s", "copy_bytes_per_s"}
     (run,) = record["runs"]
     assert (run["repeats"], run["place"]) == (2, 0)
@@ -414,9 +399,6 @@ def test_unusable_flags_are_refused(capsys):
         assert message in capsys.readouterr().err
 
 
-# --- the workload and the machine -----------------------------------------------------------------------------------
-
-
 def test_a_workload_is_trained_and_prepared_once():
     path = prepare(TINY)
     assert prepare(TINY, on_step=lambda steps: pytest.fail("trained again")) == path
@@ -438,9 +420,9 @@ def test_work_counts_active_weights():
 
 
 def test_contenders_of_a_backend_and_a_precision_can_be_chosen():
-    default = {entry.label for entry in choose("step", None)}
+    default = {entry.label for entry in choose("step")}
     assert default >= {"g2g-torch", "g2g-triton", "snntorch-masked", "dense-lif", "compiled-masked", "bsr-lif"}
-    assert "snntorch-masked-bf16" not in default
+    assert not default & {"snntorch-masked-bf16", "g2g-triton-graph", "g2g-triton-pair", "g2g-cpu-compiled"}
     labels = [entry.label for entry in choose("linear", backends="torch", precision="bf16")]
     assert labels == ["g2g-torch-bf16", "masked-bf16", "bsr-bf16", "dense-bf16", "sparselab-bf16"]
 

@@ -11,7 +11,6 @@ from benchmarks.first_run import Stage, stages
 from benchmarks.registry import choose
 
 pytest.importorskip("triton", minversion="3.3")
-RECORD = records.read(first_run.RECORD)
 
 #: a stage that notes that it ran, does what it is told, and writes a record
 PROGRAM = """
@@ -38,8 +37,7 @@ def test_every_stage_is_a_program_that_takes_its_flags(device, monkeypatch):
         assert stage.measures == (package == "benchmarks")
         if stage.measures:
             arguments = importlib.import_module(stage.command[0]).build_parser().parse_args(stage.command[1:])
-            if name == "throughput":
-                assert choose(getattr(arguments, "kernel", "step"), arguments.contenders)
+            assert name != "throughput" or choose(arguments.kernel, arguments.contenders)
     few = {"doctor", "step", "kernels", "lif", "dst", "step-units-1", "scaling-B-bf16", "processes"}
     assert few <= {stage.name for stage in stages(device)}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -47,56 +45,48 @@ def test_every_stage_is_a_program_that_takes_its_flags(device, monkeypatch):
 
 
 def test_everything_that_is_predicted_is_measured_by_a_stage():
-    contenders: dict[str, str] = {stage.name: " ".join(stage.command) for stage in stages("cuda")}
-    for row in RECORD["runs"]:
-        label = row["what"].partition(",")[0]
-        if row["stage"] == "kernels":
-            assert row["stage"] in contenders
-        else:
-            assert f"{label}," in contenders[row["stage"]].replace(" ", ",") + ",", row
+    commands = {stage.name: " ".join(stage.command).replace(" ", ",") for stage in stages("cuda")}
+    record = records.read(first_run.RECORD)
+    for row in record["runs"]:
+        label = "benchmarks.kernel_times" if row["stage"] == "kernels" else row["what"].partition(",")[0]
+        assert f"{label}," in commands[row["stage"]], row
         assert 0 < row["floor"] < row["predicted"] < 1
-        assert row["decides"] in RECORD["next"]
+        assert row["decides"] in record["next"]
 
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """Runs stages of the program above."""
+    """Runs the program above as these stages."""
     (tmp_path / "program.py").write_text(PROGRAM)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
-    def run_stages(*flags: str) -> tuple[int, str]:
-        status = first_run.main(["--device", "cpu", "--folder", "run", *flags])
+    def run_stages(**stages: str) -> tuple[int, str, str]:
+        made = [Stage(name, ("program", of)) for name, of in stages.items()]
+        monkeypatch.setattr(first_run, "stages", lambda _: made)
+        status = first_run.main(["--device", "cpu", "--folder", "run"])
         written = capsys.readouterr()
-        return status, written.out + written.err
+        return status, written.out + written.err, (tmp_path / "run/first-run.md").read_text()
 
     return run_stages
 
 
-def _stages_are(monkeypatch, **stages: str) -> None:
-    monkeypatch.setattr(first_run, "stages", lambda _: (Stage(name, ("program", of)) for name, of in stages.items()))
-
-
-def test_a_run_is_interrupted_and_resumed(tmp_path, monkeypatch, run):
-    _stages_are(monkeypatch, first="first", failing="failing", stopped="stopped", last="last")
-    status, said = run()
+def test_a_run_is_interrupted_and_resumed(tmp_path, run):
+    all_ = {name: name for name in ("first", "failing", "stopped", "last")}
+    status, said, page = run(**all_)
     assert status == 130
     assert "interrupted; run the same command again to resume with the remaining stages" in said
     assert not (tmp_path / "run/stopped.json").exists()
-    page = (tmp_path / "run/first-run.md").read_text()
-    assert "| first | done |" in page
-    assert "| failing | failed |" in page
+    for row in ("first | done", "failing | failed", "stopped | to come", "first | first | – | – | 2 ms | –"):
+        assert f"| {row} |" in page
     assert "a reason \\| in words |" in page
-    assert "| stopped | to come |" in page
-    assert "| first | first | – | – | 2 ms | – |" in page
-    status, said = run()
+    status, said, page = run(**all_)
     assert status == 0
     assert "first: already done" in said
+    assert "| stopped | done |" in page
     # done once; failed twice; stopped, then done; done once
     assert (tmp_path / "log").read_text().split() == ["first", "failing", "stopped", "failing", "stopped", "last"]
-    assert "| stopped | done |" in (tmp_path / "run/first-run.md").read_text()
-    _stages_are(monkeypatch, first="other")
-    run()  # another command is another stage
+    run(first="other")  # another command is another stage
     assert (tmp_path / "log").read_text().split()[-1] == "other"
 
 

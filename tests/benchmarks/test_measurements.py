@@ -1,13 +1,11 @@
 """The smaller programs of measurement: what each times, counts and records, and what it refuses."""
 
-import shlex
-
 import numpy as np
 import pytest
 import torch
 from processes import fork_contenders
 
-from benchmarks import chunks, cpu_choices, delays, host_time, records, redraw
+from benchmarks import brain, chunks, cpu_choices, delays, host_time, records, redraw
 from benchmarks.host_time import CASES, Case, Contender, PlainLoop, tiny
 from g2g_kernels.cpu import library
 
@@ -20,6 +18,18 @@ def triton():
     return pytest.importorskip("triton", minversion="3.3")
 
 
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """The record that a program writes, given these flags."""
+    fork_contenders(monkeypatch)
+
+    def run(program, flags: str) -> dict:
+        assert program.main([*flags.split(), "--json", str(tmp_path / "record.jsonl")]) == 0
+        return records.read(tmp_path / "record.jsonl")
+
+    return run
+
+
 def test_what_is_out_of_range_is_refused(capsys):
     refused = [(chunks, flags, flags.split()[1][-1]) for flags in ("--T 0", "--chunk 0", "--chunks 5,0", "--T a")]
     for program, flags, message in (*refused, (host_time, "--turns 0", "turns=0 must be")):
@@ -27,23 +37,10 @@ def test_what_is_out_of_range_is_refused(capsys):
         assert message in capsys.readouterr().err
 
 
-@needs_triton
-def test_the_interpreter_has_no_launcher_to_time(capsys, monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert host_time.main(["--launcher"]) != 0
-    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
-
-
-# --- long sequences ---------------------------------------------------------------------------------------------------
-
-
-def test_steps_in_chunks_are_timed_and_weighed_beside_the_whole(tmp_path, capsys, monkeypatch):
-    fork_contenders(monkeypatch)
+def test_steps_in_chunks_are_timed_and_weighed_beside_the_whole(tmp_path, capsys, monkeypatch, recorded):
     monkeypatch.setattr(chunks, "USUAL", 4)
-    file = tmp_path / "record.jsonl"
-    flags = shlex.split("--T 4,6 --chunks 2 --chunk 3 --long 8 --hidden_dim 16 --batch_size 3 --repeats 1")
-    assert chunks.main([*flags, "--json", str(file)]) == 0
-    record = records.read(file)
+    flags = "--T 4,6 --chunks 2 --chunk 3 --long 8 --hidden_dim 16 --batch_size 3 --repeats 1"
+    record = recorded(chunks, flags)
     points = {(point["T"], point["chunk"]): point for point in record["runs"]}
     assert list(points) == [(4, None), (4, 2), (4, 3), (6, None), (6, 3), (8, 3)]
     assert all(point["median"] > 0 and point["peak_bytes"] >= 0 for point in points.values())
@@ -51,29 +48,24 @@ def test_steps_in_chunks_are_timed_and_weighed_beside_the_whole(tmp_path, capsys
     assert points[4, None]["times"] == 1
     assert "times" not in points[8, 3]  # nothing is beside it
     assert points[6, 3]["times"] > 0
-    table = capsys.readouterr().out
-    assert "| 8 | 3 |" in table
-    assert "[record](record.jsonl)" in redraw._linked(redraw._chunks(redraw.Record(file, record)), tmp_path)
+    assert "| 8 | 3 |" in capsys.readouterr().out
+    drawn = redraw._chunks(redraw.Record(tmp_path / "record.jsonl", record))
+    assert "[record](record.jsonl)" in redraw._linked(drawn, tmp_path)
 
 
 def test_another_result_is_wrong():
     expected = {"counts": np.ones(3), "fc1.values": np.array([3.0, 4.0])}
     assert chunks.difference(expected, expected) == 0
-    other = {**expected, "fc1.values": np.array([3.0, 4.5])}
-    assert chunks.difference(other, expected) == pytest.approx(0.1)
+    assert chunks.difference({**expected, "fc1.values": np.array([3.0, 4.5])}, expected) == pytest.approx(0.1)
     assert chunks.difference({**expected, "counts": np.zeros(3)}, expected) == float("inf")
 
 
-# --- choices of the CPU kernels ---------------------------------------------------------------------------------------
-
-
 @needs_kernels
-def test_each_way_is_timed_beside_the_chosen_one(tmp_path, monkeypatch):
+def test_each_way_is_timed_beside_the_chosen_one(monkeypatch, recorded):
     points = [cpu_choices.Point(16, 0.1, 0.2, 5, 32), cpu_choices.Point(1, 0.1, 0.2, 5, 32)]
     monkeypatch.setattr(cpu_choices, "grid", lambda: iter(points))
-    file = tmp_path / "record.jsonl"
-    assert cpu_choices.main(["--size", "256", "--repeats", "2", "--json", str(file)]) == 0
-    found = {(point["unit"], point["pass"]): point for point in records.read(file)["runs"]}
+    runs = recorded(cpu_choices, "--size 256 --repeats 2")["runs"]
+    found = {(point["unit"], point["pass"]): point for point in runs}
     assert len(found) == 2 * len(cpu_choices.PASSES)
     for (unit, name), point in found.items():
         wanted = {"events", "tiles"}
@@ -89,46 +81,40 @@ def test_each_way_is_timed_beside_the_chosen_one(tmp_path, monkeypatch):
 
 def test_slow_choices_are_listed():
     point = cpu_choices.Point(16, 0.1, 0.2, 5, 32)._asdict() | {"pass": "forward", "ms": {"events": 1.0, "sums": 1.1}}
-    record = {"runs": [{**point, "chosen": "sums", "over": 1.1}, {**point, "chosen": "events", "over": 1.0}]}
-    text = cpu_choices.table(record)
+    text = cpu_choices.table(
+        {"runs": [point | {"chosen": "sums", "over": 1.1}, point | {"chosen": "events", "over": 1}]}
+    )
     assert text.startswith("Of 2 passes 1 take more than 1.03 times the fastest way")
     assert "| forward | sums | events 1.00, sums 1.10 | 1.10 |" in text
 
 
-# --- delays -----------------------------------------------------------------------------------------------------------
-
-DELAYED = ["--hidden_dim", "32", "--block_size", "4", "--batch_size", "4", "--T", "6", "--delay", "3", "--repeats", "2"]
+DELAYED = "--hidden_dim 32 --block_size 4 --batch_size 4 --T 6 --delay 3 --repeats 2"
 
 
-def test_every_network_and_the_loop_count_the_same_spikes(tmp_path, capsys):
-    path = tmp_path / "delays.jsonl"
-    assert delays.main([*DELAYED, "--json", str(path)]) == 0
-    record = records.read(path)
-    assert [run["name"] for run in record["runs"]] == [*delays.NETWORKS, delays.LOOP]
+def test_every_network_and_the_loop_count_the_same_spikes(capsys, recorded):
+    record = recorded(delays, DELAYED)
+    names = [*delays.NETWORKS, delays.LOOP]
+    assert [run["name"] for run in record["runs"]] == names
     assert all(run["equal"] == 1 and len(run["seconds"]) == 2 for run in record["runs"])
     rows = capsys.readouterr().out.splitlines()
-    assert [row.split("|")[1].strip() for row in rows if row.startswith("|")][2:] == [*delays.NETWORKS, delays.LOOP]
+    assert [row.split("|")[1].strip() for row in rows if row.startswith("|")][2:] == names
 
 
 def test_wrong_counts_are_an_error(monkeypatch):
     monkeypatch.setattr(delays, "loop", lambda net, x: net(x) + 1)
-    assert delays.main(DELAYED) == 1
-
-
-# --- the host ---------------------------------------------------------------------------------------------------------
+    assert delays.main(DELAYED.split()) == 1
 
 
 @needs_triton
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_the_small_network_launches_what_the_default_one_does(precision):
     from benchmarks.launches import training_step
-    from benchmarks.roofline import network
+    from benchmarks.roofline import FORMATS, network
 
     contender = Contender(Case("default", "triton", precision))
     contender.turn(1)
     launched = [launch.kernel.fn.__name__ for launch in contender.launches]
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
-    assert launched == [each.name for each in training_step(network(), 256, 784, dtype) if each.launch]
+    assert launched == [each.name for each in training_step(network(), 256, 784, FORMATS[precision]) if each.launch]
 
 
 def test_the_plain_loop_is_the_same_network():
@@ -140,12 +126,77 @@ def test_the_plain_loop_is_the_same_network():
 
 
 @needs_triton
-def test_every_part_of_every_case_has_a_time(tmp_path, capsys, monkeypatch):
+def test_every_part_of_every_case_has_a_time(capsys, monkeypatch, recorded):
     monkeypatch.setattr(host_time, "TURN", 2)
-    path = tmp_path / "record.jsonl"
-    assert host_time.main(["--turns", "2", "--warm_up", "1", "--json", str(path)]) == 0
-    rows = records.read(path)["runs"]
+    rows = recorded(host_time, "--turns 2 --warm_up 1")["runs"]
     assert {(row["network"], row["backend"], row["precision"]) for row in rows} == set(CASES)
     assert len(rows) == len(CASES) * 6
     assert all(0 < row["least"] <= row["median"] < 60 for row in rows)
     assert "default, triton, bf16" in capsys.readouterr().out
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # the interpreter has no launcher to time
+    assert host_time.main(["--launcher"]) != 0
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err
+
+
+BRAIN = "--neurons 300 --weights 3000 --batch_size 2 --T 5 --repeats 1 --contenders"
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", ["g2g-cpu", "csr-by-hand"])
+def test_a_contender_is_that_of_float64(monkeypatch, name):
+    monkeypatch.setattr(library, "LIST_COST", 0.0)
+    monkeypatch.setattr(brain, "CHECKED", 300)
+    assert brain.farthest(name) < 1e-5
+
+    def wrong(*given):
+        step = right(*given)
+        return lambda: (lambda counts, weights, x: (counts, 1.001 * weights, x))(*step())
+
+    right = brain.CONTENDERS[name]
+    monkeypatch.setitem(brain.CONTENDERS, name, wrong)
+    assert brain.farthest(name) > brain.CLOSE
+
+
+def test_edges_of_a_file_are_the_graph(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    columns = {"pre_root_id": [9000, 9000, 9001, 9000], "post_root_id": [9001, 9002, 9000, 9001]}
+    more = {"syn_count": [5, 10, 2, 3], "nt_type": ["ACH", "GABA", "ACH", "ACH"]}
+    pandas.DataFrame(columns | more).to_csv(tmp_path / "edges.csv.gz", index=False)
+    graph = brain.from_file(str(tmp_path / "edges.csv.gz"))
+    dense = np.zeros((3, 3), np.float32)
+    dense[graph.post, graph.pre] = graph.weight
+    assert np.allclose(dense, np.array([[0, 2, 0], [8, 0, 0], [-10, 0, 0]], np.float32) * 0.001)
+    for name, content, why in (
+        ("other", b"a\n1\n", "has the columns"),
+        ("missing", b"pre,post,weight\n0,1,\n", "is missing"),
+        ("nothing", b"", "cannot be read"),
+        ("bytes", bytes(range(256)), "cannot be read"),
+    ):
+        (tmp_path / f"{name}.csv").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}\.csv .*{why}"):
+            brain.from_file(str(tmp_path / f"{name}.csv"))
+    assert brain.main(["--edges", str(tmp_path / "nothing.csv")]) == 2
+
+
+@needs_kernels
+def test_the_table_has_a_row_each_and_says_what_failed(monkeypatch, capsys, recorded):
+    runs = {run["name"]: run for run in recorded(brain, f"{BRAIN} g2g-cpu,csr-by-hand")["runs"]}
+    assert all(run["status"] == "timed" and len(run["seconds"]) == 1 and run["off"] < 1e-4 for run in runs.values())
+    assert torch.tensor([run["rate"] for run in runs.values()]).diff().abs() < 1e-3
+    runs["csr-by-hand"] |= {"status": "failed", "reason": "not enough memory"}
+    assert "fails: not enough memory" in brain.table({"runs": [*runs.values()]})
+    assert brain.main([*BRAIN.split(), "none"]) == 2
+    assert "'none' is unknown" in capsys.readouterr().err
+    monkeypatch.setattr(brain, "CLOSE", 0.0)
+    assert brain.main([*BRAIN.split(), "csr-by-hand"]) == 1
+
+
+def test_growth_is_fitted_to_weights_and_neurons():
+    runs = [
+        {"status": "ok", "neurons": n, "weights": w, "seconds": [2e-9 * w + 3e-6 * n], "base": 10**8}
+        | {"peak": 10**8 + 40 * w + 500 * n}
+        for w, n in ((10**5, 10**4), (10**6, 3 * 10**4), (10**7, 10**5))
+    ]
+    text = brain.growth_table({"runs": runs})
+    assert "time grows by 2 ns per weight and 3e+03 ns per neuron" in text
+    assert "memory grows by 40 bytes per weight and 500 bytes per neuron" in text

@@ -22,7 +22,7 @@ RUN_BY = {
     r"python -m benchmarks\.study": "tests/benchmarks/test_studies.py",
     r"python -m benchmarks\.chunks": "tests/benchmarks/test_measurements.py",
     r"python -m benchmarks\.brain": "tests/benchmarks/test_measurements.py",
-    r"python -m benchmarks\.first_run": "tests/benchmarks/test_first_run.py",
+    r"python -m benchmarks\.first_run": "tests/benchmarks/test_measurements.py",
     r"pip install -e \"\.\[test\]\" && pytest$": ".ci/run",
     r"pip install -e \"\.\[(dev|docs|bench)\]\"( && .*)?$": ".ci/run",
     r"pip install -e \.$|pip wheel|python -m build|python -m venv \.venv": "tests/test_packaging.py",

@@ -399,16 +399,12 @@ def test_unusable_flags_are_refused(capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_workload_is_trained_and_prepared_once():
-    path = prepare(TINY)
+def test_a_workload_is_prepared_once_and_its_work_counts_active_weights():
+    path, of = prepare(TINY), prepared()
     assert prepare(TINY, on_step=lambda steps: pytest.fail("trained again")) == path
     assert dataclasses.replace(TINY, seed=1).path != path
-    assert not torch.equal(prepared(train_steps=0).network().fc2.values, prepared().network().fc2.values)
-    assert prepared().images.shape == (40, 784)
-
-
-def test_work_counts_active_weights():
-    of = prepared()
+    assert not torch.equal(prepared(train_steps=0).network().fc2.values, of.network().fc2.values)
+    assert of.images.shape == (40, 784)
     first, second, third = of.active_weights().values()
     assert first + second + third == pytest.approx(of.density() * (784 * 48 + 48 * 48 + 48 * 10))
     assert work(of, "step")["flop"] == 4 * 40 * first + 6 * 40 * 6 * (second + third)
@@ -419,19 +415,15 @@ def test_work_counts_active_weights():
     assert floor_seconds({"flop": 10, "bytes": 6}, {"matrix_flop_per_s": 5.0, "copy_bytes_per_s": 3.0}) == 4.0
 
 
-def test_contenders_of_a_backend_and_a_precision_can_be_chosen():
+def test_contenders_are_chosen_by_backend_and_precision_and_say_what_they_lack(monkeypatch):
     default = {entry.label for entry in choose("step")}
     assert default >= {"g2g-torch", "g2g-triton", "snntorch-masked", "dense-lif", "compiled-masked", "bsr-lif"}
     assert not default & {"snntorch-masked-bf16", "g2g-triton-graph", "g2g-triton-pair", "g2g-cpu-compiled"}
     labels = [entry.label for entry in choose("linear", backends="torch", precision="bf16")]
     assert labels == ["g2g-torch-bf16", "masked-bf16", "bsr-bf16", "dense-bf16", "sparselab-bf16"]
-
-
-def test_the_peers_say_what_they_lack(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "snntorch" else object())
     monkeypatch.setattr(shutil, "which", lambda name: None)
-    everyone = entries("step")
-    assert everyone["snntorch-dense"].unavailable == "snntorch is not installed (pip install snntorch)"
-    assert everyone["spikingjelly-dense"].unavailable is None
+    assert entries("step")["snntorch-dense"].unavailable == "snntorch is not installed (pip install snntorch)"
+    assert entries("step")["spikingjelly-dense"].unavailable is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     assert "torch.compile needs a C++ compiler" in entries("step")["compiled-dense"].unavailable

@@ -176,25 +176,17 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
-@pytest.fixture(scope="module")
-def lines() -> list[str]:
-    return printed_by(COMPILED).splitlines()
-
-
-def test_the_doctor_checks_every_kernel_of_a_default_step_and_other_batches_need_no_new_ones(lines):
-    batches, ways = lines[2:4], lines[4:]
-    assert batches == ["0", "0"]  # no multiple of 16, and one
-    for number, *unchecked in map(str.split, ways):
-        assert int(number) > 10
-        assert unchecked == []
-
-
-def test_weights_stay_on_chip_only_where_the_compiled_kernel_fits(lines):
-    """A launch that asks for more shared memory than the card has is an error there."""
-    assert lines[0] == "13 13 14"  # fc2 and fc3, whose units are 64 and 10 high
-    number, shared, expected, on_stack = map(int, lines[1].split())
+def test_the_doctor_checks_every_kernel_of_a_default_step_and_weights_stay_on_chip_only_where_the_kernel_fits():
+    """To ask for more shared memory than the card has is an error there. Other batches need no new kernel."""
+    on_chip, of_kernel, *batches_and_ways = printed_by(COMPILED).splitlines()
+    assert on_chip == "13 13 14"  # fc2 and fc3, whose units are 64 and 10 high
+    number, shared, expected, on_stack = map(int, of_kernel.split())
     assert (number, on_stack) == (16, 0)
     assert expected - 1024 <= shared <= expected
+    assert batches_and_ways[:2] == ["0", "0"]  # no multiple of 16, and one
+    for number, *unchecked in map(str.split, batches_and_ways[2:]):
+        assert int(number) > 10
+        assert unchecked == []
 
 
 def test_programs_of_a_multiprocessor_by_hand():

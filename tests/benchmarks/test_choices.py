@@ -68,9 +68,6 @@ def test_the_default_floor_is_what_the_results_say_and_meets_the_aim(capsys):
     assert printed == (ROOT / "benchmarks/results/roofline.md").read_text()
     floor = float(printed.split("\n")[0].removeprefix("# Floor of a training step: ").removesuffix(" ms"))
     assert 0.1 < floor <= 0.30
-
-
-def test_what_is_out_of_range_is_refused(capsys):
     for flag, value, why in (("batch_size", "0", "0 must be a whole number"), ("p_inter", "2", "2.0 must be a number")):
         assert roofline.main([f"--{flag}", value]) == 2
         assert f"{flag}={why}" in capsys.readouterr().err
@@ -133,27 +130,21 @@ def alone(operations: list[Operation]) -> list[Operation]:
     return [*forward, neurons[0]]
 
 
-def test_what_is_never_fused():
-    """Margins say nothing of other states than the membrane; floats and 32 bits have no kernel."""
+def test_what_is_never_fused_and_what_stays_on_chip():
+    """Margins say nothing of other states than the membrane; floats and 32 bits have no kernel. Nine units of 64 and
+    two steps of their spikes take 144 KB: on an H100, not where factors are registers, too."""
     _, _, units = layer_and_units("units of 64")
-    assert stack.fused_pays(units, Neurons("lif", ()), 256, torch.uint8, torch.bfloat16)
     spikes, bf16, fp32 = torch.uint8, torch.bfloat16, torch.float32
+    assert stack.fused_pays(units, Neurons("lif", ()), 256, spikes, bf16)
     with stack.choose(True):
         for model, x, products in (("synaptic", spikes, bf16), ("lif", bf16, bf16), ("lif", spikes, fp32)):
             assert not stack.fused_pays(units, Neurons(model, ()), 256, x, products)
-
-
-def test_weights_stay_on_chip_where_they_fit():
-    """Nine units of 64 and two steps of their spikes take 144 KB: on an H100, not where factors are registers, too."""
-    _, _, units = layer_and_units("units of 64")
-    of_spikes = torch.uint8, torch.bfloat16
-    assert stack.units_on_chip(units, *of_spikes) == 9
-    assert stack.units_on_chip(units, torch.uint8, torch.float32) == 0
-    assert stack.units_on_chip(units, torch.bfloat16, torch.bfloat16) == 0
-    assert stack.units_on_chip(layer_and_units("full")[2], *of_spikes) == 0
+    on_chip = [stack.units_on_chip(units, *factors) for factors in ((spikes, bf16), (spikes, fp32), (bf16, bf16))]
+    assert on_chip == [9, 0, 0]
+    assert stack.units_on_chip(layer_and_units("full")[2], spikes, bf16) == 0
     for architecture in ("sm_80", "sm_89", "gfx942"):
         with runtime.assumed(architecture):
-            assert stack.units_on_chip(units, *of_spikes) == 0
+            assert stack.units_on_chip(units, spikes, bf16) == 0
 
 
 def test_a_card_for_graphics_is_no_small_h100(monkeypatch):
@@ -175,18 +166,6 @@ def test_a_card_for_graphics_is_no_small_h100(monkeypatch):
     assert found == {"sm_80": ("parts", False), "sm_90": ("parts", True), **graphics}
 
 
-def test_waiting_by_hand():
-    for programs, warps, multiprocessors, times in (
-        (0, 4, 108, 1),  # PyTorch's own kernels
-        (128, 8, 108, 2 / (128 / 108)),  # 1.19 waves: 59 % of an A100
-        (132, 8, 132, 1),
-        (66, 8, 132, 2),  # half of the multiprocessors
-        (132, 4, 132, 2),  # half of the warps that hide latency
-        (264, 4, 132, 1),
-    ):
-        assert costs.waiting(programs, warps, multiprocessors) == pytest.approx(times)
-
-
 def test_what_tiles_read_from_l2_by_hand():
     net = G2GNet(64, 256, 4, "index", p_inter=0.0, block_size=64, T=2, num_groups=2)
     assert tuple(net.fc2.values.shape) == (8, 64, 64)
@@ -201,7 +180,7 @@ def test_what_tiles_read_from_l2_by_hand():
     assert gradient.work.l2_bytes == (4 + 1) * 256 * (2 * 64 + 128)
 
 
-def test_a_kernel_takes_the_longest_of_its_times():
+def test_a_kernel_takes_the_longest_of_its_times_and_more_where_programs_do_not_fill_the_card():
     copy = Operation("forward", "copy", {"input": torch.empty(500), "output": torch.empty(500)}, 0)
     product = Operation("forward", "mm", {"x": torch.empty(250)}, 8_000_000)
     slow_l2, fast_l2 = (
@@ -210,3 +189,12 @@ def test_a_kernel_takes_the_longest_of_its_times():
     longest = ((copy, fast_l2, 4000 / 0.85e6), (copy, slow_l2, 4000 / 0.8e6), (product, fast_l2, 8e6 / 0.8e9))
     for operation, card, taken in longest:
         assert costs.seconds(operation.work, card) == pytest.approx(taken + costs.ASSUMED["start of a kernel, s"])
+    for programs, warps, multiprocessors, times in (
+        (0, 4, 108, 1),  # PyTorch's own kernels
+        (128, 8, 108, 2 / (128 / 108)),  # 1.19 waves: 59 % of an A100
+        (132, 8, 132, 1),
+        (66, 8, 132, 2),  # half of the multiprocessors
+        (132, 4, 132, 2),  # half of the warps that hide latency
+        (264, 4, 132, 1),
+    ):
+        assert costs.waiting(programs, warps, multiprocessors) == pytest.approx(times)

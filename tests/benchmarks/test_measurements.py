@@ -34,9 +34,14 @@ def recorded(tmp_path, monkeypatch):
     return run
 
 
-def test_what_is_out_of_range_is_refused(capsys):
-    refused = [(chunks, flags, flags.split()[1][-1]) for flags in ("--T 0", "--chunk 0", "--chunks 5,0", "--T a")]
-    for program, flags, message in (*refused, (host_time, "--turns 0", "turns=0 must be")):
+def test_what_is_out_of_range_is_refused(capsys, tmp_path):
+    of_chunks = [(chunks, flags, flags.split()[1][-1]) for flags in ("--T 0", "--chunk 0", "--chunks 5,0", "--T a")]
+    for program, flags, message in (
+        *of_chunks,
+        (host_time, "--turns 0", "turns=0 must be"),
+        (first_run, f"--device cpu --folder {tmp_path} --stages speed", "stage 'speed' is unknown; choose from doctor"),
+        (first_run, f"--device xpu --folder {tmp_path}", "device='xpu': no such GPU was found; --device cpu runs a"),
+    ):
         assert program.main(flags.split()) != 0
         assert message in capsys.readouterr().err
 
@@ -55,10 +60,7 @@ def test_steps_in_chunks_are_timed_and_weighed_beside_the_whole(tmp_path, capsys
     assert "| 8 | 3 |" in capsys.readouterr().out
     drawn = redraw._chunks(redraw.Record(tmp_path / "record.jsonl", record))
     assert "[record](record.jsonl)" in redraw._linked(drawn, tmp_path)
-
-
-def test_another_result_is_wrong():
-    expected = {"counts": np.ones(3), "fc1.values": np.array([3.0, 4.0])}
+    expected = {"counts": np.ones(3), "fc1.values": np.array([3.0, 4.0])}  # another result is wrong
     assert chunks.difference(expected, expected) == 0
     assert chunks.difference({**expected, "fc1.values": np.array([3.0, 4.5])}, expected) == pytest.approx(0.1)
     assert chunks.difference({**expected, "counts": np.zeros(3)}, expected) == float("inf")
@@ -95,18 +97,15 @@ def test_slow_choices_are_listed():
 DELAYED = "--hidden_dim 32 --block_size 4 --batch_size 4 --T 6 --delay 3 --repeats 2"
 
 
-def test_every_network_and_the_loop_count_the_same_spikes(capsys, recorded):
+def test_every_network_and_the_loop_count_the_same_spikes(capsys, monkeypatch, recorded):
     record = recorded(delays, DELAYED)
     names = [*delays.NETWORKS, delays.LOOP]
     assert [run["name"] for run in record["runs"]] == names
     assert all(run["equal"] == 1 and len(run["seconds"]) == 2 for run in record["runs"])
     rows = capsys.readouterr().out.splitlines()
     assert [row.split("|")[1].strip() for row in rows if row.startswith("|")][2:] == names
-
-
-def test_wrong_counts_are_an_error(monkeypatch):
     monkeypatch.setattr(delays, "loop", lambda net, x: net(x) + 1)
-    assert delays.main(DELAYED.split()) == 1
+    assert delays.main(DELAYED.split()) == 1  # counts are wrong
 
 
 @needs_triton
@@ -282,12 +281,3 @@ def test_a_run_is_interrupted_and_resumed(tmp_path, staged):
     assert (tmp_path / "log").read_text().split() == ["first", "failing", "stopped", "failing", "stopped", "last"]
     staged(first="other")  # another command is another stage
     assert (tmp_path / "log").read_text().split()[-1] == "other"
-
-
-def test_unusable_flags_of_a_first_run_are_refused(capsys, tmp_path):
-    for flags, message in (
-        (["--device", "cpu", "--stages", "speed"], "stage 'speed' is unknown; choose from doctor, tests-linear"),
-        (["--device", "xpu"], "device='xpu': no such GPU was found; --device cpu runs a rehearsal"),
-    ):
-        assert first_run.main([*flags, "--folder", str(tmp_path)]) == 2
-        assert message in capsys.readouterr().err

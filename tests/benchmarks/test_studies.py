@@ -39,8 +39,8 @@ def trained(monkeypatch):
 
     monkeypatch.setattr(study, "processes", lambda jobs, threads: Pool(1))
     monkeypatch.setattr(study, "step_costs", lambda run: {"step_bytes": 3_000_000, "step_seconds": 0.0123})
-    monkeypatch.setitem(STUDIES, "small", SMALL)
-    monkeypatch.setitem(STUDIES, "sequence", SEQUENCES)
+    for name, each in {"small": SMALL, "sequence": SEQUENCES}.items():
+        monkeypatch.setitem(STUDIES, name, each)
     return began
 
 
@@ -152,25 +152,20 @@ def test_a_trainer_of_a_studys_own_resumes_with_the_same_weights(tmp_path, monke
 
 def test_a_conventional_network_is_a_perceptron_with_the_masks():
     net = conventional.ReLUNet(784, 64, 10, block_size=16, dropout=0.5, generator=seeded(0))
-    x = torch.rand(40, 784)
-    dropped = net.drop(40)
+    x, dropped = torch.rand(40, 784), net.drop(40)
     dense = [(each.dense_weight().detach().double(), each.bias.detach().double()) for each, _ in net.layers()]
-    for training in (False, True):
+    for training in (True, False):
         net.train(training)
         activity = net.simulate(x, dropped=dropped)
-        hidden, rates, multiplies = x.double(), [], []
+        hidden, multiplies = x.double(), []
         for number, (weight, bias) in enumerate(dense):
             multiplies.append(int((hidden != 0).long().sum(0) @ (weight != 0).long().sum(0)))
             logits = hidden @ weight.T + bias
-            hidden = logits.relu()
-            if training and number < 2:
-                hidden = hidden * ~dropped[number] * 2
-            rates.append((hidden > 0).double().mean(0))
+            hidden = logits.relu() * (~dropped[number] * 2 if training and number < 2 else 1)
+            rate = (hidden > 0).double().mean(0)
+            assert (activity.rates[number] - rate).abs().max() < 1 / 39  # one sample at zero may be on either side
         torch.testing.assert_close(activity.output.double(), logits, rtol=1e-5, atol=1e-5)
-        for found, wanted in zip(activity.rates, rates, strict=True):
-            assert (found - wanted).abs().max() < 1 / 39  # one sample at zero may be on either side
-        if not training:
-            assert [each.multiplies for each in activity.synaptic_operations()] == pytest.approx(multiplies, rel=1e-3)
+    assert [each.multiplies for each in activity.synaptic_operations()] == pytest.approx(multiplies, rel=1e-3)
 
 
 def test_what_cannot_be_is_named(tmp_path, capsys, trained, monkeypatch):
@@ -243,8 +238,5 @@ def test_graphs_are_held_against_the_control_seed_by_seed():
         found = stats.ttest_1samp(of, 0).confidence_interval()
         assert f"| {graph} | 3 | {sum(of) / 3:+.2f} | {found.low:+.2f} to {found.high:+.2f} | 0.9" in pooled
     assert "distance" not in pooled  # of one size
-
-
-def test_p_values_are_corrected_as_by_holm():
     assert study_tables.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert study_tables.holm([0.7, 0.9]) == [1.0, 1.0]

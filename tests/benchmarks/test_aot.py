@@ -8,7 +8,7 @@ import sys
 import pytest
 from helpers import ROOT
 
-from benchmarks.aot import HEADINGS, KERNELS, TARGETS, programs_of_sm
+from benchmarks.aot import HEADINGS, KERNELS, TARGETS
 
 pytest.importorskip("triton", minversion="3.3")
 RECORD = (ROOT / "benchmarks/results/aot.md").read_text()
@@ -187,14 +187,3 @@ def test_the_doctor_checks_every_kernel_of_a_default_step_and_weights_stay_on_ch
     for number, *unchecked in map(str.split, batches_and_ways[2:]):
         assert int(number) > 10
         assert unchecked == []
-
-
-def test_programs_of_a_multiprocessor_by_hand():
-    for registers, shared, warps, programs in (
-        (128, 0, 4, 4),  # 65536 / (128 registers · 128 threads)
-        (121, 0, 4, 4),  # registers come in eights
-        (32, 72 * 1024, 4, 3),  # 228 KiB / (72 + 1)
-        (16, 0, 4, 16),  # 2048 threads
-        (16, 0, 1, 32),  # as many as there may be
-    ):
-        assert programs_of_sm(registers, shared, warps, TARGETS["sm_90"]) == programs

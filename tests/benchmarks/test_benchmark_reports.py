@@ -8,14 +8,12 @@ from PIL import Image
 from benchmarks import records, redraw
 from benchmarks.report import fit, line
 
-#: a record whose runs are replaced here
 KEPT = records.read(records.RESULTS / "step-dense-model-2-core-zen4.jsonl")
 
 
 def timed(contender: str, median: float, place: int = 0) -> dict:
-    spread = {"p20": 0.9 * median, "p80": 1.1 * median, "repeats": 3, "first_seconds": 1.5}
-    about = {"contender": contender, "place": place, "status": "timed"}
-    return {**about, "median": median, "peak_bytes": 7_000_000, **spread}
+    times = {"median": median, "p20": 0.9 * median, "p80": 1.1 * median, "first_seconds": 1.5}
+    return {"contender": contender, "place": place, "status": "timed", "repeats": 3, "peak_bytes": 7_000_000, **times}
 
 
 def with_runs(runs: list, **places) -> dict:

@@ -399,7 +399,6 @@ def test_a_workload_is_prepared_once_and_its_work_counts_active_weights():
     assert prepare(TINY, on_step=lambda steps: pytest.fail("trained again")) == path
     assert dataclasses.replace(TINY, seed=1).path != path
     assert not torch.equal(prepared(train_steps=0).network().fc2.values, of.network().fc2.values)
-    assert of.images.shape == (40, 784)
     first, second, third = of.active_weights().values()
     assert first + second + third == pytest.approx(of.density() * (784 * 48 + 48 * 48 + 48 * 10))
     assert work(of, "step")["flop"] == 4 * 40 * first + 6 * 40 * 6 * (second + third)

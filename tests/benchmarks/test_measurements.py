@@ -114,8 +114,7 @@ def test_the_small_network_launches_what_the_default_one_does(precision):
     from benchmarks.launches import training_step
     from benchmarks.roofline import FORMATS, network
 
-    contender = Contender(Case("default", "triton", precision))
-    contender.turn(1)
+    (contender := Contender(Case("default", "triton", precision))).turn(1)
     launched = [launch.kernel.fn.__name__ for launch in contender.launches]
     assert launched == [each.name for each in training_step(network(), 256, 784, FORMATS[precision]) if each.launch]
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -31,28 +31,17 @@ from g2gnet.programs.flags import Parser
 from .launches import training_step
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """A kind of GPU.
+class Target(NamedTuple):
+    """A kind of GPU."""
 
-    Attributes:
-        name: the compilers' name for it.
-        arch: Triton's number or name for it.
-        warp: threads of a warp.
-        shared: bytes of shared memory that one program may have.
-        shared_of_sm: bytes that all programs on one multiprocessor share.
-        registers_of_sm, threads_of_sm: 32-bit registers and threads of a multiprocessor (AMD: of a compute unit).
-        matrix: the instruction that matrix products should become.
-    """
-
-    name: str
-    arch: int | str
-    warp: int
-    shared: int
-    shared_of_sm: int
-    registers_of_sm: int
+    name: str  # the compilers' name for it
+    arch: int | str  # Triton's
+    warp: int  # threads
+    shared: int  # bytes of shared memory that one program may have
+    shared_of_sm: int  # bytes that all programs on one multiprocessor share
+    registers_of_sm: int  # of 32 bits, of a multiprocessor (AMD: of a compute unit)
     threads_of_sm: int
-    matrix: str
+    matrix: str  # the instruction that matrix products should become
 
     @property
     def backend(self) -> str:
@@ -78,7 +67,6 @@ TARGETS = {
 class Case:
     """A network's training step on samples held over time: T = 50, hidden sizes 2048."""
 
-    name: str
     dtype: torch.dtype = torch.bfloat16
     precision: str = "highest"  # of float32 products
     model: str = "index"
@@ -95,17 +83,12 @@ class Case:
         from g2g_kernels.ops.g2g_linear import tiles
         from g2g_kernels.ops.g2g_stack import triton as stack
 
-        before = torch.get_float32_matmul_precision()
+        before, operations = torch.get_float32_matmul_precision(), []
         torch.set_float32_matmul_precision(self.precision)
         try:
-            draw = torch.Generator().manual_seed(0)
-            options: dict[str, Any] = {
-                "neuron": self.neuron,
-                "recurrent": self.recurrent,
-                "T": 3 if self.recurrent else 50,
-            }
+            draw, steps = torch.Generator().manual_seed(0), 3 if self.recurrent else 50
+            options: dict[str, Any] = {"neuron": self.neuron, "recurrent": self.recurrent, "T": steps}
             net = G2GNet(784, 2048, 10, self.model, block_size=self.block_size, **options, generator=draw)
-            operations = []
             for fused in (True, False) if self.model == "index" else (False,):
                 with runtime.assumed(target.name), stack.choose(fused), tiles.choose(self.block_size == 1):
                     operations += training_step(net, self.batch, 784, self.dtype)
@@ -115,24 +98,19 @@ class Case:
 
 
 CASES = {
-    case.name: case
-    for case in (
-        Case("default step, bf16"),
-        Case("random groups, bf16", model="random"),
-        Case("units of 32, bf16", block_size=32),
-        Case("units of 16, bf16", block_size=16),
-        Case("single weights, bf16", block_size=1),
-        Case("batch of 32, bf16", batch=32),
-        Case("float32, tf32 products", torch.float32, "high"),
-        Case("float32", torch.float32),
-        Case("random groups, float32", torch.float32, model="random"),
-        Case("adaptive neurons, bf16", neuron="adlif"),
-        Case("recurrent, bf16", recurrent=True),
-        Case("recurrent, float32", torch.float32, recurrent=True),
-    )
+    "default step, bf16": Case(),
+    "random groups, bf16": Case(model="random"),
+    "units of 32, bf16": Case(block_size=32),
+    "units of 16, bf16": Case(block_size=16),
+    "single weights, bf16": Case(block_size=1),
+    "batch of 32, bf16": Case(batch=32),
+    "float32, tf32 products": Case(torch.float32, "high"),
+    "float32": Case(torch.float32),
+    "random groups, float32": Case(torch.float32, model="random"),
+    "adaptive neurons, bf16": Case(neuron="adlif"),
+    "recurrent, bf16": Case(recurrent=True),
+    "recurrent, float32": Case(torch.float32, recurrent=True),
 }
-
-
 PRODUCTS = ("product", "place", "parts", "weight_gradient", "fused_forward", "recurrent_backward")
 KERNELS = [f"{name}_kernel" for name in (*PRODUCTS, "neurons_forward", "neurons_backward")]
 HEADINGS = ["step", "kernel", "tile", "factors", "target", "registers", "stack", "shared", "programs/SM", "matrix",
@@ -219,20 +197,18 @@ def factors_of(launch: Launch) -> str:
 def resources(compiled: Any, target: Target) -> tuple[int, int]:
     """Registers and bytes of stack (AMD: scratch) per thread."""
     if target.backend == "hip":
-        text = compiled.asm["amdgcn"]
-        registers, stack = (
-            int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1]) for name in ("vgpr_count", "private_segment_fixed_size")
-        )
-        return registers, stack
-    import triton
+        text, names = compiled.asm["amdgcn"], ("vgpr_count", "private_segment_fixed_size")
+        registers, stack = (int(re.findall(rf"\.{name}:\s+(\d+)", text)[-1]) for name in names)
+    else:
+        import triton
 
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        command = [str(cuobjdump), "-res-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", text)[0])
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+            command = [str(cuobjdump), "-res-usage", file.name]
+            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", text)[0])
     return registers, stack
 
 
@@ -282,15 +258,15 @@ def programs_of_sm(registers: int, shared: int, num_warps: int, target: Target) 
     return min(32, target.threads_of_sm // threads, by_registers, by_shared)
 
 
-def rows(cases: Sequence[Case], targets: Sequence[Target], kernels: Sequence[str]) -> Iterator[list[str]]:
+def rows(cases: Sequence[str], targets: Sequence[str], kernels: Sequence[str]) -> Iterator[list[str]]:
     """The cells of each of these kernels of these steps on each target, once."""
     jobs: dict[Source, tuple[str, Launch, Target]] = {}
-    for case, target in itertools.product(cases, targets):
-        if case.precision == "high" and target.backend == "hip":
+    for name, target in itertools.product(cases, [TARGETS[target] for target in targets]):
+        if CASES[name].precision == "high" and target.backend == "hip":
             continue  # tf32 is NVIDIA's; on AMD's cards nothing asks for it
-        for launch in case.launches(target):
+        for launch in CASES[name].launches(target):
             if launch.kernel.__name__ in kernels:
-                jobs.setdefault(source_of(launch, target), (case.name, launch, target))
+                jobs.setdefault(source_of(launch, target), (name, launch, target))
     bar = tqdm(jobs.items(), desc="compiling", unit=" kernels", leave=False, disable=None)
     for source, (case_name, launch, target) in bar:
         compiled = source.compiled()
@@ -319,9 +295,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("# Machine code of the Triton kernels\n")
         print(f"Triton {triton.__version__}, `python -m benchmarks.aot`. Compiled, not run on a GPU.\n")
         print(markdown(HEADINGS, []))
-        cases, targets = [CASES[name] for name in arguments.cases], [TARGETS[name] for name in arguments.targets]
         printed = set()
-        for row in rows(cases, targets, arguments.kernels):
+        for row in rows(arguments.cases, arguments.targets, arguments.kernels):
             if (cells := tuple(row[1:])) not in printed:  # steps differ in arguments that change nothing of these
                 tqdm.write(markdown_row(row))
                 sys.stdout.flush()

@@ -28,8 +28,7 @@ from g2gnet.programs.flags import Parser
 
 from . import cli
 from .contender import ATan
-from .harness import Racer, Session, race
-from .machine import PeakMemory
+from .harness import Racer, Session, Turn, race
 from .report import by_column, ratio, seconds
 
 BETA, THRESHOLD = 0.9, 1.0
@@ -72,12 +71,11 @@ def from_file(path: str) -> Graph:
         table = pandas.read_csv(path)
     except (OSError, ValueError) as error:  # of pandas, too, and of bytes that are no text
         raise ValueError(f"{path} cannot be read as CSV: {error}") from error
-    for pre, post, weight in COLUMNS:
-        if {pre, post, weight} <= set(table.columns):
-            break
-    else:
+    names = next((names for names in COLUMNS if set(names) <= set(table.columns)), None)
+    if names is None:
         raise ValueError(f"{path} has the columns {', '.join(table.columns)}; give {', or '.join(map(str, COLUMNS))}")
-    if not len(table) or table[[pre, post, weight]].isna().any(axis=None):
+    pre, post, weight = names
+    if not len(table) or table[[*names]].isna().any(axis=None):
         raise ValueError(f"{path} has no connections, or some whose {pre}, {post} or {weight} is missing")
     ids, numbers = np.unique(np.concatenate([table[pre], table[post]]), return_inverse=True)
     size = table[weight].to_numpy(np.float64)
@@ -88,16 +86,19 @@ def from_file(path: str) -> Graph:
     return Graph(len(ids), key % len(ids), key // len(ids), (0.01 * summed / np.abs(summed).max()).astype(np.float32))
 
 
-# --- contenders: a step gives spike counts [B, N], and the gradients of the weights and of the input ---------------
+def graph_of(arguments: argparse.Namespace) -> Graph:
+    return from_file(arguments.edges) if arguments.edges else synthetic(arguments.neurons, arguments.weights)
 
-Step = Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+
+#: spike counts [B, N], and the gradients of the weights and of the input
+Found = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Step = Callable[[], Found]
 
 
 def ours(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
-    layout = GroupLayout(graph.neurons, 1)
+    layout, each = GroupLayout(graph.neurons, 1), torch.arange(graph.neurons)
     mask = BlockMask(layout, layout, torch.from_numpy(graph.post), torch.from_numpy(graph.pre), block_size=1)
     recurrent = G2GLinear(mask, bias=False)
-    each = torch.arange(graph.neurons)
     inputs = G2GLinear(BlockMask(layout, layout, each, each, block_size=1), bias=False)
     with torch.no_grad():
         recurrent.values.copy_(torch.from_numpy(graph.weight)[:, None, None])
@@ -105,10 +106,9 @@ def ours(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
     inputs.requires_grad_(False)
     neurons = LIF(beta=BETA, threshold=THRESHOLD, learn_beta=False, learn_threshold=False)
     projections = [Projection("input", "brain", inputs), Projection("brain", "brain", recurrent, delay=1)]
-    net = SpikingNetwork({"brain": neurons}, projections, "brain", steps)
-    x = drive.requires_grad_()
+    net, x = SpikingNetwork({"brain": neurons}, projections, "brain", steps), drive.requires_grad_()
 
-    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def step() -> Found:
         x.grad = recurrent.values.grad = None
         counts = net(x)
         (1e-3 * counts).sum().backward()
@@ -137,25 +137,22 @@ def by_hand(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
     current = drive.T.contiguous()  # [N, B]
 
     @torch.no_grad()
-    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def step() -> Found:
         membrane, spikes = torch.zeros_like(current), torch.zeros_like(current)
         membranes, all_spikes = [], []
         for t in range(steps):
-            reset = spikes * THRESHOLD
-            membrane = BETA * membrane + (current + forward @ spikes if t else current) - reset
+            membrane = BETA * membrane + (current + forward @ spikes if t else current) - spikes * THRESHOLD
             spikes = (membrane > THRESHOLD).float()
             membranes.append(membrane)
             all_spikes.append(spikes)
         grad_current, grad = torch.zeros_like(current), torch.zeros_like(current)
         to_current: list[torch.Tensor] = []
-        for t in range(steps - 1, -1, -1):
+        for membrane in reversed(membranes):
             upstream = 1e-3 + (backward @ to_current[-1] if to_current else 0.0)
-            slope = 1 / (1 + (torch.pi * (membranes[t] - THRESHOLD)).square())
-            grad = upstream * slope + BETA * grad
+            grad = upstream / (1 + (torch.pi * (membrane - THRESHOLD)).square()) + BETA * grad
             grad_current += grad
             to_current.append(grad)
-        later = torch.cat(to_current[-2::-1], 1)  # of steps 1 … T − 1
-        sent = torch.cat(all_spikes[:-1], 1)
+        later, sent = torch.cat(to_current[-2::-1], 1), torch.cat(all_spikes[:-1], 1)  # of steps 1 … T − 1, 0 … T − 2
         of_weights = torch.sparse.sampled_addmm(zeros, later, sent.T.contiguous()).values()
         return torch.stack(all_spikes).sum(0).T, of_weights, grad_current.T
 
@@ -176,7 +173,7 @@ def _autograd(matrix: torch.Tensor, weights: torch.Tensor, x: torch.Tensor, step
 
 
 def autograd(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
-    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def step() -> Found:
         matrix = _csr(graph, graph.post, graph.pre, torch.from_numpy(graph.weight)).requires_grad_()
         counts, weights, x = _autograd(matrix, matrix, drive.detach().requires_grad_(), steps)
         return counts, weights.values() if weights.layout == torch.sparse_csr else weights[graph.post, graph.pre], x
@@ -208,7 +205,7 @@ def jax_edges(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
 
     both = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
-    def step() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def step() -> Found:
         (_, counts), grads = jax.block_until_ready(both(weights, current))
         counts, of_weights, of_current = (torch.from_numpy(np.array(each)) for each in (counts, *grads))
         return counts.T, of_weights, of_current.T
@@ -216,12 +213,10 @@ def jax_edges(graph: Graph, drive: torch.Tensor, steps: int) -> Step:
     return step
 
 
+#: by name: what makes their step, and what they are in words
 CONTENDERS: dict[str, Callable[[Graph, torch.Tensor, int], Step]] = {
-    "g2g-cpu": ours,
-    "csr-by-hand": by_hand,
-    "csr-autograd": autograd,
-    "jax-edges": jax_edges,
-}
+    "g2g-cpu": ours, "csr-by-hand": by_hand, "csr-autograd": autograd, "jax-edges": jax_edges
+}  # fmt: skip
 TEXTS = {
     "g2g-cpu": "g2g: weights in lists",
     "csr-by-hand": "PyTorch loop over CSR products, backward by hand",
@@ -231,16 +226,14 @@ TEXTS = {
 
 
 def _drive(graph: Graph, batch: int, gain: float) -> torch.Tensor:
-    draw = torch.Generator().manual_seed(1)
-    return gain * (2 * torch.rand(batch, graph.neurons, generator=draw) - 1)
+    return gain * (2 * torch.rand(batch, graph.neurons, generator=torch.Generator().manual_seed(1)) - 1)
 
 
 def farthest(name: str) -> float:
     """How far a contender's gradients are from those of a dense network in float64, relative to their largest; ∞ if
     spikes differ."""
     graph = synthetic(CHECKED, 40 * CHECKED)
-    graph = graph._replace(weight=graph.weight * 10)
-    drive = _drive(graph, 3, 0.3)
+    graph, drive = graph._replace(weight=graph.weight * 10), _drive(graph, 3, 0.3)
     found = CONTENDERS[name](graph, drive.clone(), 20)()
     dense = torch.zeros(CHECKED, CHECKED, dtype=torch.float64)
     dense[graph.post, graph.pre] = torch.from_numpy(graph.weight).double()
@@ -252,27 +245,21 @@ def farthest(name: str) -> float:
     return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found[1:], expected, strict=True))
 
 
-class BrainStep(Session):
+def session(name: str, arguments: argparse.Namespace, threads: int) -> Session:
     """A contender's step."""
+    torch.set_num_threads(threads)
+    yield None  # the graph counts as its memory
+    off, graph = farthest(name), graph_of(arguments)
+    run = CONTENDERS[name](graph, _drive(graph, arguments.batch_size, arguments.gain), arguments.T)
+    given: list[torch.Tensor] = []
 
-    def __init__(self, name: str, arguments: argparse.Namespace, threads: int) -> None:
-        torch.set_num_threads(threads)
-        self.name, self.arguments = name, arguments
+    def step() -> None:
+        given[:] = run()[:1]
 
-    def build(self) -> None:
-        self.memory = PeakMemory(self.device)  # the graph counts
-        self.off, arguments = farthest(self.name), self.arguments
-        drawn = arguments.neurons, arguments.weights
-        graph = from_file(arguments.edges) if arguments.edges else synthetic(*drawn)
-        self.weights = len(graph.weight)
-        self.run = CONTENDERS[self.name](graph, _drive(graph, arguments.batch_size, arguments.gain), arguments.T)
+    def results() -> dict[str, Any]:
+        return {"off": off, "weights": len(graph.weight), "rate": float(given[0].mean()) / arguments.T}
 
-    def step(self) -> None:
-        self.counts, *_ = self.run()
-
-    def results(self) -> dict[str, Any]:
-        rate = float(self.counts.mean()) / self.arguments.T
-        return {"off": self.off, "weights": self.weights, "rate": rate, "base": self.memory.before}
+    yield Turn(step, results)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -288,37 +275,31 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if unknown := [name for name in names if name not in CONTENDERS]:
         raise ValueError(f"contenders={unknown[0]!r} is unknown; choose of {', '.join(CONTENDERS)}")
     if arguments.edges:
-        from_file(arguments.edges)  # an error is said before anything starts
+        graph_of(arguments)  # an error is said before anything starts
     return {"gain": arguments.gain, "edges": arguments.edges, "runs": timed_runs(arguments, names)}
 
 
 def timed_runs(arguments: argparse.Namespace, names: Sequence[str]) -> list[dict[str, Any]]:
     """The runs of these contenders; each is built while no other one computes, since it fills the memory."""
 
-    def racer(name: str) -> Racer:
-        run: dict[str, Any] = {"name": name}
+    def check(run: dict[str, Any], results: dict[str, Any]) -> str:
+        run.update(results)
+        return "" if run["off"] <= CLOSE else f"gradients are off by {run['off']:.1e}"
 
-        def check(results: dict[str, Any]) -> str:
-            run.update(results)
-            return "" if run["off"] <= CLOSE else f"gradients are off by {run['off']:.1e}"
-
-        return Racer(name, BrainStep, (name, arguments, torch.get_num_threads()), check, run)
-
-    racers = [racer(name) for name in names]
-    race(racers, arguments.repeats, warm_up=1)
+    given = arguments, torch.get_num_threads()
+    racers = race([Racer(name, session, (name, *given), {"name": name}, check) for name in names], arguments.repeats, 1)
     for each in racers:
-        each.run |= {"status": each.status, "reason": each.reason, "seconds": [round(t, 4) for t in each.seconds]}
-        if asked := re.search(r"allocate (\d+) bytes", each.reason):
-            each.run["reason"] = f"asks for {int(asked[1]) / 1e9:.0f} GB of memory"
-        if "base" in each.run and each.peak_bytes is not None:
-            each.run["peak"] = each.run["base"] + each.peak_bytes
+        asked = re.search(r"allocate (\d+) bytes", each.reason)
+        reason = f"asks for {int(asked[1]) / 1e9:.0f} GB of memory" if asked else each.reason
+        each.run |= {"status": each.status, "reason": reason, "seconds": [round(t, 4) for t in each.seconds]}
+        if each.peak_bytes is not None:
+            each.run |= {"base": each.base_bytes, "peak": each.base_bytes + each.peak_bytes}
     return [each.run for each in racers]
 
 
 def growth_table(record: dict[str, Any]) -> str:
     """Time and memory against weights and neurons, and what each of these costs by least squares."""
     done = [run for run in record["runs"] if run["seconds"]]
-    took = [statistics.median(run["seconds"]) for run in done]
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "neurons": lambda run: f"{run['neurons']:,}",
         "weights": lambda run: f"{run['weights']:,}",
@@ -326,9 +307,10 @@ def growth_table(record: dict[str, Any]) -> str:
         "peak memory": lambda run: f"{run['peak'] / 1e9:.2f} GB",
     }
     sizes = np.array([[run["weights"], run["neurons"]] for run in done], float)
+    took = 1e9 * np.array([statistics.median(run["seconds"]) for run in done])
+    above = np.array([run["peak"] - run["base"] for run in done])  # the process before there is a network
     words = []
-    above = [run["peak"] - run["base"] for run in done]  # the memory of the process before there is a network
-    for unit, what, values in (("ns", "time", 1e9 * np.array(took)), ("bytes", "memory", np.array(above))):
+    for unit, what, values in (("ns", "time", took), ("bytes", "memory", above)):
         a, b = np.linalg.lstsq(sizes / values[:, None].clip(1), np.ones(len(done)), rcond=None)[0]
         words.append(f"{what} grows by {a:.3g} {unit} per weight and {b:.3g} {unit} per neuron")
     return f"{by_column(columns, done)}\n\nBy least squares of ratios, {'; '.join(words)}."
@@ -340,14 +322,12 @@ def table(record: dict[str, Any]) -> str:
         return growth_table(record)
     rows, base = [], [run["seconds"] for run in record["runs"] if run["name"] == "g2g-cpu" and run["seconds"]]
     for run in record["runs"]:
-        text = TEXTS[run["name"]]
-        if run["status"] not in ("ok", "timed"):
-            rows.append([text, f"fails: {run['reason']}", "", "", "", ""])
-            continue
-        took = statistics.median(run["seconds"])
-        times = f"{ratio(run['seconds'], base[0]):.2f}" if base else ""
-        memory = f"{run['peak'] / 1e9:.1f} GB"
-        rows.append([text, seconds(took), times, memory, f"{100 * run['rate']:.1f} %", f"{run['off']:.0e}"])
+        cells = [f"fails: {run.get('reason')}", *[""] * 4]
+        if run["status"] in ("ok", "timed"):
+            times = f"{ratio(run['seconds'], base[0]):.2f}" if base else ""
+            took, memory = seconds(statistics.median(run["seconds"])), f"{run['peak'] / 1e9:.1f} GB"
+            cells = [took, times, memory, f"{100 * run['rate']:.1f} %", f"{run['off']:.0e}"]
+        rows.append([TEXTS[run["name"]], *cells])
     return markdown(["", "step", "over g2g", "peak memory", "firing rate", "off float64 by"], rows)
 
 

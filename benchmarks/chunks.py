@@ -7,8 +7,8 @@ gives its peak memory; those of one T take turns, and have to give the same spik
 
 import argparse
 import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,63 +19,48 @@ from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
 
 from . import cli
-from .harness import Racer, Session, race
-from .machine import Limits, PeakMemory, load_lazy_parts
+from .harness import Racer, Session, Turn, race
+from .machine import Limits
 from .report import ratio, seconds
 
 #: T of the step whose chunks are compared
 USUAL = 1000
 #: the largest relative difference of gradients that the order of sums explains
 ALLOWED = 1e-4
+#: neurons of the network's ends
+ENDS = {"input_dim": 100, "num_classes": 20}
 
 
-class Size(NamedTuple):
-    """The network, index with default density, and its batch."""
-
-    batch_size: int
-    hidden_dim: int
-    input_dim: int = 100
-    num_classes: int = 20
-
-
-class Step(Session):
+def session(size: Mapping[str, int], steps: int, chunk: int | None) -> Session:
     """A training step of so many time steps, whole or in chunks."""
+    generator, batch = torch.Generator().manual_seed(0), size["batch_size"]
+    inputs = torch.rand(steps, batch, size["input_dim"], generator=generator)
+    labels = torch.randint(size["num_classes"], (batch,), generator=generator)
+    yield None
+    sizes = size["input_dim"], size["hidden_dim"], size["num_classes"]
+    net = G2GNet(*sizes, "index", T=steps, generator=generator)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.0, fused=True)
 
-    def __init__(self, size: Size, steps: int, chunk: int | None) -> None:
-        self.size, self.steps, self.chunk = size, steps, chunk
-
-    def build(self) -> None:
-        size, generator = self.size, torch.Generator().manual_seed(0)
-        self.inputs = torch.rand(self.steps, size.batch_size, size.input_dim, generator=generator)
-        self.labels = torch.randint(size.num_classes, (size.batch_size,), generator=generator)
-        load_lazy_parts(self.device)
-        self.memory = PeakMemory(self.device)
-        self.net = G2GNet(size.input_dim, size.hidden_dim, size.num_classes, "index", T=self.steps, generator=generator)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.0, fused=True)
-
-    def results(self) -> dict[str, np.ndarray]:
-        """Spike counts and gradients."""
-        counts = self._gradients()
-        gradients = {name: parameter.grad for name, parameter in self.net.named_parameters()}
-        return {"counts": counts.numpy(), **{name: of.numpy() for name, of in gradients.items() if of is not None}}
-
-    def step(self) -> None:
-        self._gradients()
-        self.optimizer.step()
-
-    def _gradients(self) -> torch.Tensor:
-        self.optimizer.zero_grad(set_to_none=True)
-        counts = self.net.simulate(self.inputs, chunk=self.chunk).counts
-        F.cross_entropy(counts, self.labels).backward()
+    def gradients() -> torch.Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        counts = net.simulate(inputs, chunk=chunk).counts
+        F.cross_entropy(counts, labels).backward()
         return counts.detach()
+
+    def step() -> None:
+        gradients()
+        optimizer.step()
+
+    def results() -> dict[str, np.ndarray]:
+        """Spike counts and gradients."""
+        found = {"counts": gradients()} | {name: parameter.grad for name, parameter in net.named_parameters()}
+        return {name: each.numpy() for name, each in found.items() if each is not None}
+
+    yield Turn(step, results)
 
 
 def plan(arguments: argparse.Namespace) -> dict[int, list[int | None]]:
-    """The chunks of each T; None: the whole.
-
-    Raises:
-        ValueError: for a number out of range.
-    """
+    """The chunks of each T (None: the whole); raises ValueError for a number out of range."""
     lengths, compared = cli.counts(arguments, "T"), sorted({*cli.counts(arguments, "chunks"), arguments.chunk})
     planned = {steps: [None, *(compared if steps == USUAL else [arguments.chunk])] for steps in lengths}
     return {**planned, **({arguments.long: [arguments.chunk]} if arguments.long else {})}
@@ -84,39 +69,32 @@ def plan(arguments: argparse.Namespace) -> dict[int, list[int | None]]:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times the whole and the chunks of each T in turn."""
     planned, limits = plan(arguments), Limits(torch.device("cpu"))
-    size = Size(batch_size=arguments.batch_size, hidden_dim=arguments.hidden_dim)
+    size = {"batch_size": arguments.batch_size, "hidden_dim": arguments.hidden_dim, **ENDS}
     runs: list[dict[str, Any]] = []
     for steps, compared in planned.items():
-        racers = points(size, steps, compared)
-        race(racers, arguments.repeats)
-        whole = racers[0]
-        for each in racers:
+        whole, *_ = racers = points(size, steps, compared)
+        for each in race(racers, arguments.repeats):
             run = each.summary()
             if whole.run["chunk"] is None and whole.status == each.status == "timed":
                 run["times"] = ratio(each.seconds, whole.seconds)
                 run["cpu_times"] = ratio(each.cpu_seconds, whole.cpu_seconds)
             runs.append(run)
         limits.measure()
-    return {"limits": limits.rates(), "sizes": size._asdict(), "runs": runs}
+    return {"limits": limits.rates(), "sizes": size, "runs": runs}
 
 
-def points(size: Size, steps: int, compared: Sequence[int | None]) -> list[Racer]:
+def points(size: Mapping[str, int], steps: int, compared: Sequence[int | None]) -> list[Racer]:
     """Who runs so many steps; the results of chunks have to be those of the whole."""
     expected: dict[str, np.ndarray] = {}
 
-    def racer(chunk: int | None) -> Racer:
-        run: dict[str, Any] = {"T": steps, "chunk": chunk}
+    def check(run: dict[str, Any], results: dict[str, np.ndarray]) -> str:
+        if run["chunk"] is None:
+            expected.update(results)
+        differs = run["differs"] = difference(results, expected) if expected and run["chunk"] else None
+        return f"differs by {differs:.1e}" if differs is not None and differs > ALLOWED else ""
 
-        def check(results: dict[str, np.ndarray]) -> str:
-            if chunk is None:
-                expected.update(results)
-            differs = run["differs"] = difference(results, expected) if expected and chunk else None
-            return f"differs by {differs:.1e}" if differs is not None and differs > ALLOWED else ""
-
-        label = f"{steps} steps, {'whole' if chunk is None else f'chunks of {chunk}'}"
-        return Racer(label, Step, (size, steps, chunk), check, run)
-
-    return [racer(chunk) for chunk in compared]
+    labels = {chunk: f"{steps} steps, {'whole' if chunk is None else f'chunks of {chunk}'}" for chunk in compared}
+    return [Racer(labels[n], session, (size, steps, n), {"T": steps, "chunk": n}, check) for n in compared]
 
 
 def difference(results: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
@@ -149,11 +127,12 @@ def table(record: dict[str, Any]) -> str:
 
 
 def add_flags(parser: Parser) -> None:
-    text = "time steps, whole and in chunks (default: %(default)s)"
-    parser.add_argument("--T", default="250,500,1000,2000", metavar="N,N,...", help=text)
-    text = f"steps of a chunk that are compared at T = {USUAL} (default: %(default)s)"
-    parser.add_argument("--chunks", default="25,50,100,200", metavar="N,N,...", help=text)
-    text = "time steps that are computed in chunks only; 0: none (default: %(default)s)"
+    for name, text, default in (
+        ("T", "time steps, whole and in chunks", "250,500,1000,2000"),
+        ("chunks", f"steps of a chunk that are compared at T = {USUAL}", "25,50,100,200"),
+    ):
+        parser.add_argument(f"--{name}", default=default, metavar="N,N,...", help=f"{text} (default: {default})")
+    text = "time steps that are computed in chunks only; 0: none (default: 10000)"
     parser.add_argument("--long", type=int, default=10_000, metavar="N", help=text)
 
 

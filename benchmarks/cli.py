@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,58 +33,28 @@ QUICK = {"batch_size": 64, "T": 20, "hidden_dim": 1024, "repeats": 5}
 SELDOM = 30
 
 
-def build_parser(name: str, about: str | None, takes: str, quick: Mapping[str, Any], epilog: str = "") -> Parser:
-    """The parser of a benchmark, with ``--quick`` and ``--json``.
-
-    Args:
-        name: of its module.
-        about: its description.
-        takes: how long it takes, and where.
-        quick: what flags are with ``--quick``, unless they are given.
-        epilog: what stands below the flags.
-    """
-    parser = Parser(
-        prog=f"python -m {__package__}.{name}",
-        description=f"{about}\nIt takes {takes}{'; with --quick at most two minutes' if quick else ''}.",
-        epilog=epilog,
-    )
-    what = ", ".join(f"--{flag} {value}" for flag, value in quick.items())
-    if quick:
-        parser.add_argument("--quick", action="store_true", help=f"a small version for a first look: {what}")
-    add_json_flag(parser, "the record, a line per run,")
-    parser.set_defaults(when_quick=quick, quick=False)
-    return parser
-
-
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A benchmark as a program: ``python -m benchmarks.NAME``.
-
-    Attributes:
-        about: its description.
-        takes: how long it takes, and where.
-        measure: makes what its record says beside the machine and the settings.
-        table: the table of a record.
-        counts: flags that are whole numbers of at least 1: each with its default and what it means.
-        quick: what flags are with ``--quick``.
-        more: adds other flags; where ``--device`` is one of them, that is where it runs.
-        threads: PyTorch's; None: as many as it has.
-        epilog: what stands below the flags.
-    """
+    """A benchmark as a program: ``python -m benchmarks.NAME``."""
 
     name: str
     about: str | None
-    takes: str
-    measure: Callable[[argparse.Namespace], dict[str, Any]]
-    table: Callable[[dict[str, Any]], str]
-    counts: Mapping[str, tuple[int, str]]
-    quick: Mapping[str, Any]
-    more: Callable[[Parser], None] = lambda parser: None
-    threads: int | None = None
+    takes: str  # how long, and where
+    measure: Callable[[argparse.Namespace], dict[str, Any]]  # what its record says beside machine and settings
+    table: Callable[[dict[str, Any]], str]  # of a record
+    counts: Mapping[str, tuple[int, str]]  # flags that are whole numbers of at least 1: their defaults and texts
+    quick: Mapping[str, Any]  # what flags are with ``--quick``, unless they are given
+    more: Callable[[Parser], None] = lambda parser: None  # adds other flags; where it runs, if ``--device`` is one
+    threads: int | None = None  # PyTorch's; None: as many as it has
     epilog: str = ""
+    interrupted: str = "nothing was written"  # what is said after Ctrl-C
 
     def build_parser(self) -> Parser:
-        parser = build_parser(self.name, self.about, self.takes, self.quick, self.epilog)
+        about = f"{self.about}\nIt takes {self.takes}; with --quick at most two minutes."
+        parser = Parser(prog=f"python -m {__package__}.{self.name}", description=about, epilog=self.epilog)
+        what = ", ".join(f"--{flag} {value}" for flag, value in self.quick.items())
+        parser.add_argument("--quick", action="store_true", help=f"a small version for a first look: {what}")
+        add_json_flag(parser, "the record, a line per run,")
         for name, (default, text) in self.counts.items():
             text = f"{text} (default: {default})"
             parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=text)
@@ -91,7 +62,29 @@ class Program:
         return parser
 
     def main(self, argv: Sequence[str] | None = None) -> int:
-        return run(self.build_parser(), self._record, argv)
+        """Runs it, prints its table and writes its record; the exit status is 1 if a run's results were wrong, else
+        that of :func:`g2gnet.programs.main.run_program`."""
+        parser, status, to_print = self.build_parser(), 0, ""
+
+        def program(arguments: argparse.Namespace) -> None:
+            nonlocal status, to_print
+            for name, value in self.quick.items() if arguments.quick else ():
+                if getattr(arguments, name) == parser.get_default(name):
+                    setattr(arguments, name, value)
+            try:
+                made = self._record(arguments)
+            except ValueError as error:
+                raise FlagError(str(error)) from error
+            status = int(any(run.get("status") == "wrong" for run in made["runs"]))
+            if arguments.json == STDOUT:
+                to_print = records.text(made)
+            elif arguments.json:
+                write_output(arguments.json, records.text(made))
+
+        failed = run_program(parser, program, argv, self.interrupted)
+        if to_print:  # now that standard output is not standard error any more
+            say(to_print.removesuffix("\n"))
+        return failed or status
 
     def _record(self, arguments: argparse.Namespace) -> dict[str, Any]:
         settings = {name: getattr(arguments, name) for name in self.counts}
@@ -103,42 +96,13 @@ class Program:
             print(headline(machine), flush=True)
             record = {"benchmark": self.name, "machine": machine, "settings": settings, **self.measure(arguments)}
         print(self.table(record))
-        warn_if_busy(machine, record.get("limits", {}))
+        busy = record.get("limits", {}).get("others_busy_cores", 0.0)
+        if busy > report.BUSY:
+            print(
+                f"Other programs kept {busy:.1f} of {machine['cores']} cores busy: do not trust these times, least "
+                "of all those of loops over many small operations; CPU time says more."
+            )
         return record
-
-
-def run(
-    parser: Parser,
-    benchmark: Callable[[argparse.Namespace], dict[str, Any]],
-    argv: Sequence[str] | None,
-    interrupted: str = "nothing was written",
-) -> int:
-    """Runs ``benchmark`` on the parsed flags as :func:`g2gnet.programs.main.run_program` does, and writes its record.
-
-    Returns:
-        The exit status: 1 if a run's results were wrong, else that of :func:`g2gnet.programs.main.run_program`.
-    """
-    status, to_print = 0, ""
-
-    def program(arguments: argparse.Namespace) -> None:
-        nonlocal status, to_print
-        for name, value in arguments.when_quick.items() if arguments.quick else ():
-            if getattr(arguments, name) == parser.get_default(name):
-                setattr(arguments, name, value)
-        try:
-            made = benchmark(arguments)
-        except ValueError as error:
-            raise FlagError(str(error)) from error
-        status = int(any(run.get("status") == "wrong" for run in made["runs"]))
-        if arguments.json == STDOUT:
-            to_print = records.text(made)
-        elif arguments.json:
-            write_output(arguments.json, records.text(made))
-
-    failed = run_program(parser, program, argv, interrupted)
-    if to_print:  # now that standard output is not standard error any more
-        say(to_print.removesuffix("\n"))
-    return failed or status
 
 
 def bar(of: Any, text: str = "", unit: str = " turns") -> tqdm:
@@ -149,20 +113,12 @@ def bar(of: Any, text: str = "", unit: str = " turns") -> tqdm:
     return tqdm(**total, desc=text, unit=unit, leave=False, mininterval=0.1 if often else SELDOM, delay=0.5)
 
 
-def numbers(text: str, kind: Callable[[str], Any] = int) -> Sequence[Any]:
-    """A comma-separated list."""
-    return [kind(part) for part in text.split(",")]
-
-
 def counts(arguments: argparse.Namespace, name: str) -> list[int]:
     """The numbers of a comma-separated flag; raises ValueError unless all are whole and at least 1."""
-    found = list(numbers(getattr(arguments, name)))
+    found = [int(part) for part in getattr(arguments, name).split(",")]
     for number in found:
         COUNT.check(name, number)
     return found
-
-
-# --- workloads ----------------------------------------------------------------------------------------------------
 
 
 def add_sizes(parser: Parser) -> None:
@@ -203,11 +159,7 @@ def workload_from(arguments: argparse.Namespace, usual: Mapping[str, Any] | None
 
 
 def device_from(arguments: argparse.Namespace) -> torch.device:
-    """The device to measure on.
-
-    Raises:
-        ValueError: unless this is a CPU or a CUDA device that this machine has.
-    """
+    """The device to measure on; raises ValueError unless this is a CPU or a CUDA device that this machine has."""
     device = select_device(arguments.device)
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device={arguments.device!r}: benchmarks run on cpu and cuda only")
@@ -228,17 +180,5 @@ def headline(machine: dict[str, Any]) -> str:
     """The machine in one line."""
     device = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads, {machine['cpu_capability']}"
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
-    commit, changes = (machine["commit"] or "no commit"), ""
-    if commit.endswith("+changes"):
-        commit, changes = commit.removesuffix("+changes"), " with changes"
-    return f"g2g {g2gnet.__version__} ({commit[:8]}{changes}) on {device}; {versions}"
-
-
-def warn_if_busy(machine: dict[str, Any], rates: dict[str, float]) -> None:
-    """Warns if other programs used part of the machine during the measurement."""
-    busy = rates.get("others_busy_cores", 0.0)
-    if busy > report.BUSY:
-        print(
-            f"Other programs kept {busy:.1f} of {machine['cores']} cores busy: do not trust these times, least "
-            "of all those of loops over many small operations; CPU time says more."
-        )
+    commit = re.sub(r"^(.{8})[^+]*", r"\1", machine["commit"] or "") or "no commit"
+    return f"g2g {g2gnet.__version__} ({commit.replace('+', ' with ')}) on {device}; {versions}"

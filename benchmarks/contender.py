@@ -15,26 +15,20 @@ from torch.nn import functional as F
 
 from g2gnet import G2GLinear
 
-from .reference import SPIKES, Results, mean_weights
+from .reference import SPIKES, Results, is_wide, mean_weights
 from .workload import NeuronInputs, Prepared
 
 
 class Contender(ABC):
     """One way to compute the workload, built on one device in one precision.
 
-    Attributes:
-        inputs: of a part alone, their name in :class:`~benchmarks.workload.Prepared`.
-        backend: of g2g.
-        reset: its reset, as named in :mod:`benchmarks.reference`.
-        masked: whether it has no weights outside the mask.
-        omits: the names of the results that it does not compute.
-        differs: other differences in what it computes, in a few words, or "".
+    Of a part alone ``inputs`` is their name in :class:`~benchmarks.workload.Prepared`; ``backend`` is g2g's.
     """
 
-    reset: ClassVar[str] = "after decay"
-    masked: ClassVar[bool] = True
-    omits: ClassVar[tuple[str, ...]] = ()
-    differs: str = ""
+    reset: ClassVar[str] = "after decay"  # as named in :mod:`benchmarks.reference`
+    masked: ClassVar[bool] = True  # whether it has no weights outside the mask
+    omits: ClassVar[tuple[str, ...]] = ()  # the names of the results that it does not compute
+    differs: str = ""  # other differences in what it computes, in a few words
 
     def __init__(
         self, prepared: Prepared, device: torch.device, precision: str, *, inputs: str = "", backend: str = ""
@@ -54,27 +48,19 @@ class Contender(ABC):
 
     def before_turn(self) -> None:
         """Undoes the changes of a turn; called before each turn, outside its time."""
-        return None
+        return
 
     @abstractmethod
-    def step(self) -> None:
+    def step(self) -> Any:
         """Runs one training step, or another kernel."""
 
     @abstractmethod
-    def results(self) -> Results:
-        """The results that :mod:`benchmarks.reference` computes, from the code of :meth:`step`, and the spikes that
-        they follow from, bool [T, B, N] by its names.
+    def results(self, kernel: str = "") -> Results:
+        """The results that :mod:`benchmarks.reference` computes, from the code of :meth:`step`, or of ``forward`` if
+        that is the kernel, and the spikes that they follow from, bool [T, B, N] by its names.
 
         The judge computes everything else from these spikes: they have to be those of the same pass, to the last one.
         """
-
-    def forward(self) -> torch.Tensor:
-        """Evaluates the batch without gradients: spike counts [B, C]."""
-        raise NotImplementedError
-
-    def forward_results(self) -> Results:
-        """The counts of :meth:`forward`, and the spikes that they follow from."""
-        raise NotImplementedError
 
     def firing_rates(self, results: Results) -> list[float]:
         """Spikes per neuron, step and sample of each layer, of what :meth:`results` returned."""
@@ -84,6 +70,10 @@ class Contender(ABC):
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """Products in bfloat16 for ``"bf16"``, nothing for ``"fp32"``."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
+
+
+#: of products
+FORMATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class ATan(torch.autograd.Function):
@@ -116,27 +106,23 @@ class NetworkContender(Contender):
 
     It is called with the samples and a :data:`Kept` or None, and gives its spikes to :func:`keep`. Its modules are
     called ``fc1``, ``lif1``, … ``lif3``, and ``rec1``, ``rec2`` where they are recurrent; subclasses whose modules are
-    not like ``nn.Linear`` and have no parameters called ``beta`` and ``threshold`` override :meth:`gradients`.
-
-    Attributes:
-        apart: whether a call that keeps spikes is not the program that is timed. Then a call without gradients gives
-            the spikes, which have to be the same.
+    neither like ``nn.Linear`` nor like :class:`G2GLinear`, or whose neurons have no parameters called ``beta`` and
+    ``threshold``, override :meth:`gradients`.
     """
 
+    #: whether a call that keeps spikes is not the program that is timed; then a call without gradients gives the
+    #: spikes, which have to be the same
     apart: ClassVar[bool] = False
 
     def make(self, prepared: Prepared) -> None:
         self.images, self.labels = prepared.images.to(self.device), prepared.labels.to(self.device)
         self.net = self.build(prepared).to(self.device)
-        settings = prepared.workload.settings()
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.0, weight_decay=settings.weight_decay, fused=True)
+        self.wide, decay = is_wide(prepared.workload), prepared.workload.settings().weight_decay
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=0.0, weight_decay=decay, fused=True)
 
     @abstractmethod
     def build(self, prepared: Prepared) -> nn.Module:
         """The network with the workload's weights, on the CPU."""
-
-    def autocast(self) -> contextlib.AbstractContextManager:
-        return autocast(self.device, self.precision)
 
     def counts(self, kept: Kept | None = None) -> torch.Tensor:
         """The spike counts of the batch [B, C]."""
@@ -144,7 +130,7 @@ class NetworkContender(Contender):
 
     def _backward(self, kept: Kept | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         self.optimizer.zero_grad(set_to_none=True)
-        with self.autocast():
+        with autocast(self.device, self.precision):
             counts = self.counts(kept)
         loss = F.cross_entropy(counts.float(), self.labels)
         loss.backward()
@@ -156,35 +142,37 @@ class NetworkContender(Contender):
 
     @torch.no_grad()
     def forward(self, kept: Kept | None = None) -> torch.Tensor:
-        with self.autocast():
+        """Evaluates the batch without gradients: spike counts [B, C]."""
+        with autocast(self.device, self.precision):
             return self.counts(kept)
 
-    def results(self) -> Results:
+    def results(self, kernel: str = "") -> Results:
         kept: Kept = ([], [], [])
-        loss, counts = self._backward(None if self.apart else kept)
-        results = {"loss": loss, "counts": counts, **self.gradients()}
-        self.optimizer.zero_grad(set_to_none=True)
-        return {**results, **self._spikes(kept)}
-
-    def forward_results(self) -> Results:
-        kept: Kept = ([], [], [])
-        counts = self.forward(None if self.apart else kept)
-        return {"counts": counts, **self._spikes(kept)}
-
-    def _spikes(self, kept: Kept) -> Results:
+        of_pass = None if self.apart else kept
+        if kernel == "forward":
+            results = {"counts": self.forward(of_pass)}
+        else:
+            loss, counts = self._backward(of_pass)
+            results = {"loss": loss, "counts": counts, **self.gradients()}
+            self.optimizer.zero_grad(set_to_none=True)
         if self.apart:
             self.forward(kept)
         trains = (layer[0] if layer[0].dim() == 3 else torch.stack(layer) for layer in kept)
-        return {name: train > 0.5 for name, train in zip(SPIKES, trains, strict=True)}
+        return results | {name: train > 0.5 for name, train in zip(SPIKES, trains, strict=True)}
 
     def gradients(self) -> Results:
-        """The gradients of the last :meth:`_backward`, those of weights as dense [out, in]."""
-        kept = ("weight", "bias", "beta", "threshold")
-        return {
-            name: parameter.grad
-            for name, parameter in self.net.named_parameters()
-            if name.rpartition(".")[2] in kept and parameter.grad is not None
-        }
+        """The gradients of the last :meth:`_backward`, those of weights as dense [out, in], or packed of a wide one."""
+        found: Results = {}
+        for name, parameter in self.net.named_parameters():
+            module, _, kind = name.rpartition(".")
+            if parameter.grad is not None and kind == "values":
+                mask: Any = self.net.get_submodule(module).mask
+                # the padding of packed ones is no weight
+                packed = parameter.grad.masked_fill(~mask.valid(), 0)
+                found[f"{module}.weight"] = packed if self.wide else mask.unpack(packed)
+            elif parameter.grad is not None and kind in ("weight", "bias", "beta", "threshold"):
+                found[name] = parameter.grad
+        return found
 
 
 class CompiledContender(NetworkContender):
@@ -199,8 +187,7 @@ class CompiledContender(NetworkContender):
 
 class LayerByLayer(nn.Module):
     """The network, each layer over all time steps at once: ``linear`` in place of its connections, and our neurons, or
-    ``neurons`` in their place. The input is the same at every step, and so is what ``fc1`` makes of it.
-    """
+    ``neurons`` in their place. The input is the same at every step, and so is what ``fc1`` makes of it."""
 
     def __init__(
         self,
@@ -251,34 +238,27 @@ def masked_linear(connection: G2GLinear) -> MaskedLinear:
 
 
 class NeuronContender(Contender):
-    """Neurons alone, from currents [T, B, N] to spikes, forward and backward.
-
-    Attributes:
-        parameters: the learnable scalars by name; subclasses whose library creates its own put those here.
-    """
+    """Neurons alone, from currents [T, B, N] to spikes, forward and backward."""
 
     def make(self, prepared: Prepared) -> None:
         given: NeuronInputs = getattr(prepared, self.inputs)
         self.current = given.current.to(self.device).detach().requires_grad_()
         self.grad_spikes = given.grad_spikes.to(self.device)
-        self.parameters = {
-            name: value.to(self.device, copy=True).requires_grad_() for name, value in given.parameters.items()
-        }
+        parameters = given.parameters.items()
+        # the learnable scalars by name; subclasses whose library creates its own put those here
+        self.parameters = {name: value.to(self.device, copy=True).requires_grad_() for name, value in parameters}
 
     @abstractmethod
     def run(self) -> torch.Tensor | list[torch.Tensor]:
         """Runs forward and backward and returns the spikes, [T, B, N] or a list of [B, N]."""
 
-    def _run(self) -> torch.Tensor | list[torch.Tensor]:
+    def step(self) -> torch.Tensor | list[torch.Tensor]:
         for tensor in (self.current, *self.parameters.values()):
             tensor.grad = None
         return self.run()
 
-    def step(self) -> None:
-        self._run()
-
-    def results(self) -> Results:
-        spikes = self._run()
+    def results(self, kernel: str = "") -> Results:
+        spikes = self.step()
         spikes = torch.stack(spikes) if isinstance(spikes, list) else spikes
         differentiable = {"current": self.current, **self.parameters}
         computed = {name: tensor.grad for name, tensor in differentiable.items() if tensor.grad is not None}
@@ -292,24 +272,24 @@ class LinearContender(Contender):
     """
 
     def make(self, prepared: Prepared) -> None:
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
-        x, self.grad_y = (tensor.to(self.device, dtype) for tensor in getattr(prepared, self.inputs))
+        x, self.grad_y = (tensor.to(self.device, FORMATS[self.precision]) for tensor in getattr(prepared, self.inputs))
         self.x = x.detach().requires_grad_()
         self.layer = self.build(prepared.network("torch").fc2).to(self.device)
 
     @classmethod
     def preload(cls, prepared: Prepared, precision: str, inputs: str = "") -> None:
-        prepared.convert(inputs, torch.bfloat16 if precision == "bf16" else torch.float32)
+        prepared.convert(inputs, FORMATS[precision])
 
     @abstractmethod
     def build(self, connection: G2GLinear) -> nn.Module:
         """A module from [T, B, in] to [T, B, out] with a parameter called ``bias``, on the CPU."""
 
-    @abstractmethod
     def weight_gradient(self) -> torch.Tensor:
-        """The gradient of the weights, as dense [out, in]."""
+        """The gradient of the weights, as dense [out, in], of a layer like ``nn.Linear`` or :class:`G2GLinear`."""
+        layer: Any = self.layer
+        return layer.mask.unpack(layer.values.grad) if hasattr(layer, "values") else layer.weight.grad
 
-    def _run(self) -> torch.Tensor:
+    def step(self) -> torch.Tensor:
         self.x.grad = None
         self.layer.zero_grad(set_to_none=True)
         with autocast(self.device, self.precision):
@@ -317,15 +297,11 @@ class LinearContender(Contender):
         y.backward(self.grad_y)
         return y.detach()
 
-    def step(self) -> None:
-        self._run()
-
-    def results(self) -> Results:
-        y = self._run()
+    def results(self, kernel: str = "") -> Results:
+        y, bias = self.step(), self.layer.get_parameter("bias")
         assert self.x.grad is not None
-        bias = self.layer.get_parameter("bias").grad
-        assert bias is not None
-        return {"y": y, "x": self.x.grad, "weight": self.weight_gradient(), "bias": bias}
+        assert bias.grad is not None
+        return {"y": y, "x": self.x.grad, "weight": self.weight_gradient(), "bias": bias.grad}
 
     def firing_rates(self, results: Results) -> list[float]:
         return [float((self.x != 0).float().mean())]
@@ -333,8 +309,7 @@ class LinearContender(Contender):
 
 class UpdateContender(Contender):
     """One update of dynamic sparse training in all three layers: a tenth of the units pruned by mean |w|, as many grown
-    by the correlation of the spikes before and after them.
-    """
+    by the correlation of the spikes before and after them."""
 
     def make(self, prepared: Prepared) -> None:
         self.images = prepared.images.to(self.device)
@@ -352,18 +327,17 @@ class UpdateContender(Contender):
     def units(self) -> list[torch.Tensor]:
         """The existing units of each layer, bool [block rows, block columns]."""
 
-    def results(self) -> Results:
+    def results(self, kernel: str = "") -> Results:
         self.before_turn()
         correlations = [correlation.cpu() for correlation in self.correlations()]
         before = [units.cpu() for units in self.units()]
         self.step()
         results: Results = {name: spikes > 0.5 for name, spikes in zip(SPIKES, self.spikes(), strict=True)}
-        for number, (had, has, correlation, weights) in enumerate(
-            zip(before, self.units(), correlations, self._weights, strict=True), 1
+        after = [units.cpu() for units in self.units()]
+        for number, (had, has, scores, weights) in enumerate(
+            zip(before, after, correlations, self._weights, strict=True), 1
         ):
-            has = has.cpu()
-            results[f"fc{number}.correlation"] = correlation
             # as scores, since units of equal score may stand in for one another
-            results[f"fc{number}.pruned"] = weights[had & ~has].sort().values
-            results[f"fc{number}.grown"] = correlation[has & ~had].sort(descending=True).values
+            pruned, grown = weights[had & ~has].sort().values, scores[has & ~had].sort(descending=True).values
+            results |= {f"fc{number}.correlation": scores, f"fc{number}.pruned": pruned, f"fc{number}.grown": grown}
         return results

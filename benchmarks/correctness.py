@@ -59,12 +59,7 @@ class Verdict(NamedTuple):
         return f"{self.errors[name]:.1e} ≤ {self.limits[name]:.1e}, {name}"
 
 
-def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
-    """The relative error as this module defines it; NaN if ``actual`` is not finite."""
-    return _errors(actual, exact).single
-
-
-class _Errors(NamedTuple):
+class Errors(NamedTuple):
     """Of a tensor: Σ|d|, |Σ d·sign(e)| and √Σ (Σ d·sign(e) of a row)², over Σ|e|, d the difference from exact e."""
 
     single: float
@@ -72,44 +67,36 @@ class _Errors(NamedTuple):
     spread: float
 
 
-def _errors(actual: torch.Tensor, exact: torch.Tensor) -> _Errors:
+def errors(actual: torch.Tensor, exact: torch.Tensor) -> Errors:
+    """The relative errors as this module defines them; NaN if ``actual`` is not finite."""
     actual, exact = actual.cpu().double(), exact.double()
     scale, sign = exact.abs().sum(), exact.sign()
     if actual.numel() == 1:  # one for all neurons of a layer, of shape [] or [1]
         actual, exact, sign = actual.reshape(()), exact.sum(), exact.new_ones(())
     if actual.shape != exact.shape:
-        return _Errors(math.nan, math.nan, math.nan)
+        return Errors(math.nan, math.nan, math.nan)
     difference = (actual - exact) / (scale if scale > 0 else 1.0)
     signed = difference * sign
     rows = signed.flatten(1).sum(1) if signed.dim() > 1 else signed
-    return _Errors(float(difference.abs().sum()), float(rows.sum().abs()), float(rows.norm()))
+    return Errors(float(difference.abs().sum()), float(rows.sum().abs()), float(rows.norm()))
 
 
 class Rounding(NamedTuple):
-    """What rounding alone does: the errors of the reference itself, run in a contender's precision.
+    """What rounding alone does: the reference itself, run in a contender's precision."""
 
-    Attributes:
-        errors: of each tensor.
-        wrong: how many spikes of each layer are not on their membrane's side of the threshold.
-        membrane: the largest distance of such a membrane from the threshold.
-        spikes: the shapes of spike trains by name.
-    """
-
-    errors: dict[str, _Errors]
-    wrong: dict[str, int]
-    membrane: float
-    spikes: dict[str, torch.Size]
+    errors: dict[str, Errors]  # of each tensor
+    wrong: dict[str, int]  # how many spikes of each layer are not on their membrane's side of the threshold
+    membrane: float  # the largest distance of such a membrane from the threshold
+    spikes: dict[str, torch.Size]  # the shapes of spike trains by name
 
 
 class Judge:
     """Judges the results of contenders for one workload and kernel."""
 
     def __init__(self, prepared: Prepared, kernel: str) -> None:
-        self._prepared = prepared
-        self._kernel = kernel
-        self._masks = {
-            f"{name}.weight": connection.mask for name, connection in prepared.network("torch").connections().items()
-        }
+        self._prepared, self._kernel = prepared, kernel
+        connections = prepared.network("torch").connections().items()
+        self._masks = {f"{name}.weight": connection.mask for name, connection in connections}
         self._masks["weight"] = self._masks["fc2.weight"]
         self._rounding = functools.cache(self._compute_rounding)  # of this judge alone
         self._replays: dict[str, list[Run]] = {}
@@ -138,38 +125,28 @@ class Judge:
         if run is None or self._kernel not in NETWORKS or 2 * len(samples) >= len(self._prepared.labels):
             known.append(self._run(reset, given=spikes))
             return known[-1]
-        ours, theirs = (
-            network_results(self._prepared, reset, given=of, samples=samples) for of in (spikes, run.spikes)
-        )
-        results = {
-            name: sums + ours.results[name] - theirs.results[name]
-            for name, sums in run.results.items()
-            if name != "counts"
-        }
-        results["counts"] = run.results["counts"].index_copy(0, samples, ours.results["counts"])
-        denied = {name: each.index_copy(0, samples, ours.denied[name]) for name, each in run.denied.items()}
+        new, old = (network_results(self._prepared, reset, given=of, samples=samples) for of in (spikes, run.spikes))
+        sums = {name: each for name, each in run.results.items() if name != "counts"}
+        results = {name: each + new.results[name] - old.results[name] for name, each in sums.items()}
+        results["counts"] = run.results["counts"].index_copy(0, samples, new.results["counts"])
+        denied = {name: each.index_copy(0, samples, new.denied[name]) for name, each in run.denied.items()}
         return Run(results, spikes, denied)
 
     def _compute_rounding(self, reset: str, precision: str) -> Rounding:
         rounded = self._run(reset, precision)
         exact = self._replay(reset, rounded.spikes)
-        errors = {name: _errors(rounded.results[name], tensor) for name, tensor in exact.results.items()}
         return Rounding(
-            errors,
+            {name: errors(rounded.results[name], tensor) for name, tensor in exact.results.items()},
             {name: int(denied[:, 0].sum()) for name, denied in exact.denied.items()},
             max((float(denied[:, 1].max()) for denied in exact.denied.values()), default=0.0),
             {name: spikes.shape for name, spikes in rounded.spikes.items()},
         )
 
     def verdict(self, results: Results, reset: str, precision: str, masked: bool, omits: tuple[str, ...]) -> Verdict:
-        """Compares ``results`` with the reference of the contender's own formula, given the contender's own spikes.
+        """Compares ``results``, spikes among them, with the reference of the contender's own formula, given its spikes.
 
-        Args:
-            results: by the reference's names, spikes among them.
-            reset: the contender's reset formula, as in :mod:`benchmarks.reference`.
-            precision: ``"fp32"`` or ``"bf16"``.
-            masked: whether the contender has no weights outside the mask, so their gradient is zero.
-            omits: the names of results that the contender does not compute.
+        ``reset``, ``masked`` and ``omits`` are those of :class:`~benchmarks.contender.Contender`, ``precision`` is
+        ``"fp32"`` or ``"bf16"``.
         """
         rounding = self._rounding(reset, precision)
         wanted = {*rounding.errors, *rounding.spikes} - {*omits}
@@ -181,12 +158,12 @@ class Judge:
             if spikes[name].shape != shape:
                 return Verdict({}, {}, f"{name} is {list(spikes[name].shape)}, not {list(shape)}")
         exact, _, denied = self._replay(reset, spikes)
-        errors, limits = {}, {}
+        found, limits = {}, {}
         for name, of_samples in denied.items():
             count, membrane = spikes[name].numel(), name.replace("spikes", "membrane")
-            errors[name] = float(of_samples[:, 0].sum()) / count
+            found[name] = float(of_samples[:, 0].sum()) / count
             limits[name] = (ALLOWANCE * rounding.wrong[name] + FEW) / count
-            errors[membrane] = float(of_samples[:, 1].max())
+            found[membrane] = float(of_samples[:, 1].max())
             limits[membrane] = max(MEMBRANE_FLOOR[precision], MEMBRANE_ALLOWANCE * rounding.membrane)
         for name in (name for name in exact if name in wanted):
             actual, right, mask = results[name], exact[name], self._masks.get(name)
@@ -196,16 +173,16 @@ class Judge:
             elif mask is not None and masked:
                 right = right * mask.to_dense()
             whole = f"{name} as a whole"
-            errors[name], errors[whole], _ = _errors(actual, right)
+            found[name], found[whole], _ = errors(actual, right)
             limits[name] = FLOOR[precision] + ALLOWANCE * rounding.errors[name].single
             floor = FLOOR if actual.numel() == 1 else WHOLE_FLOOR
             limits[whole] = floor[precision] + SPREAD * rounding.errors[name].spread
         wrong = [
             f"{name} is off by {value:.1e}, at most {limits[name]:.1e} is allowed"
-            for name, value in errors.items()
+            for name, value in found.items()
             if not value <= limits[name]
         ]
-        return Verdict(errors, limits, "; ".join(wrong))
+        return Verdict(found, limits, "; ".join(wrong))
 
 
 def _differing(spikes: Results, others: Results) -> torch.Tensor:

@@ -1,37 +1,25 @@
-"""How long kernels take on a card: the model by which times are predicted. Nothing of it is measured.
+"""How long kernels take on a card: the model by which times were predicted. Nothing of it is measured.
 
 The rules by which kernels are chosen (``dense_pays``, ``fused_pays``) are simpler; a test compares them with it.
 
 A kernel takes the longest of three times: its products at a share of the card's rate, the bytes that it reads and
 writes, each once, at a share of the memory's, and what its tiles read from L2. The first and the last are longer where
-programs do not fill the card. Added to this is a start. :mod:`benchmarks.predictions` writes down what follows from it.
+programs do not fill the card. Added to this is a start. ``results/predictions.jsonl`` is what followed at its commit.
 """
 
-import dataclasses
 import math
 from typing import NamedTuple
 
-import torch
 
+class Card(NamedTuple):
+    """Rates of a GPU."""
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Card:
-    """Rates of a GPU.
-
-    Attributes:
-        architecture: its name in :data:`g2g_kernels.triton.runtime.CARDS`.
-        flop_per_s: of dense matrix products, by their factors: ``"bf16"`` (16 bits), ``"tf32"`` and ``"fp32"``.
-        bytes_per_s, l2_bytes_per_s: of memory and of L2.
-        multiprocessors: how many it has.
-        source: of these numbers.
-    """
-
-    architecture: str
-    flop_per_s: dict[str, float]
-    bytes_per_s: float
+    architecture: str  # its name in :data:`g2g_kernels.triton.runtime.CARDS`
+    flop_per_s: dict[str, float]  # of dense matrix products, by their factors: "bf16" (16 bits), "tf32" and "fp32"
+    bytes_per_s: float  # of memory
     l2_bytes_per_s: float
     multiprocessors: int
-    source: str
+    source: str  # of these numbers
 
 
 CARDS = {
@@ -57,21 +45,14 @@ ENOUGH_WARPS = 8
 
 
 class Work(NamedTuple):
-    """What a kernel does.
+    """What a kernel does."""
 
-    Attributes:
-        flop: of its products, and ``factors`` their format, a key of :attr:`Card.flop_per_s`.
-        bytes: read from and written to memory, each once.
-        l2_bytes: read from L2.
-        programs, warps: its grid and the warps of a program; no programs for PyTorch's kernels, which fill the card.
-    """
-
-    flop: float = 0
-    factors: str = "bf16"
-    bytes: float = 0
-    l2_bytes: float = 0
-    programs: int = 0
-    warps: int = 4
+    flop: float = 0  # of its products
+    factors: str = "bf16"  # their format, a key of :attr:`Card.flop_per_s`
+    bytes: float = 0  # read from and written to memory, each once
+    l2_bytes: float = 0  # read from L2
+    programs: int = 0  # its grid; none for PyTorch's kernels, which fill the card
+    warps: int = 4  # of a program
 
 
 def seconds(work: Work, card: Card) -> float:
@@ -93,33 +74,3 @@ def waiting(programs: int, warps: int, multiprocessors: int) -> float:
         return 1.0
     most = math.ceil(programs / multiprocessors)
     return most * multiprocessors / programs / min(1, most * warps / ENOUGH_WARPS)
-
-
-def factors(products: torch.dtype, precision: str, spikes: bool) -> tuple[str, int]:
-    """The format of factors on the card, a key of :attr:`Card.flop_per_s`, and how many of its products one takes."""
-    if precision == "parts":
-        return "bf16", 3 if spikes else 6
-    if products != torch.float32:
-        return "bf16", 1
-    return ("tf32" if precision == "tf32" else "fp32"), 1
-
-
-class Block(NamedTuple):
-    """The tiles that a program multiplies in one turn: [m, k] by [k, n]."""
-
-    m: int
-    n: int
-    k: int
-
-    def flop(self, pairs: float) -> float:
-        """Of so many pairs of tiles, padding included."""
-        return 2 * pairs * self.m * self.n * self.k
-
-    def l2_bytes(self, pairs: float, left: int, right: int) -> float:
-        """What they read, with ``left`` and ``right`` bytes per number."""
-        return pairs * self.k * (self.m * left + self.n * right)
-
-
-def groups_of(units: int, rows: int, group: int) -> float:
-    """The groups of ``group`` units in each of some rows: the last one of a row is half full on average."""
-    return units / group + rows * (group - 1) / (2 * group)

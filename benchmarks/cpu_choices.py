@@ -31,12 +31,10 @@ from .report import by_column
 
 NEVER = math.inf
 #: what forces each way to multiply spikes: the costs of events, of vectors over the batch and of sums of subsets
+COSTS = ("EVENT_COST", "BATCH_COST", "SUBSET_COST")
 WAYS = {
-    "events": (0.0, NEVER, NEVER),
-    "tiles": (NEVER, NEVER, NEVER),
-    "batch": (0.0, 0.0, NEVER),
-    "sums": (0.0, NEVER, 0.0),
-}
+    "events": (0.0, NEVER, NEVER), "tiles": (NEVER, NEVER, NEVER), "batch": (0.0, 0.0, NEVER), "sums": (0.0, NEVER, 0.0)
+}  # fmt: skip
 #: what forces each way to the gradient of the inputs: the share of events up to which they pay, and the cost where the
 #: layer below needs it
 DOWN = {"tiles": (0.0, NEVER), "events": (NEVER, NEVER), "needed": (0.0, 0.0)}
@@ -83,20 +81,17 @@ def grid() -> Iterator[Point]:
 
 
 @contextmanager
-def forced(way: str | None, down: str | None) -> Iterator[None]:
-    """The way to multiply spikes, and the way to the gradient of the inputs; None: as the kernels choose."""
+def forced(way: str, down: bool) -> Iterator[None]:
+    """The way to multiply spikes, or ``down`` to the gradient of the inputs."""
+    changes: list[tuple[Any, str, Any]]
+    if down:
+        limit, needed = DOWN[way]
+        changes = [(stack, "GRADIENT_EVENT_LIMIT", {False: limit, True: limit}), (library, "NEEDED_COST", needed)]
+    else:
+        changes = [(library, *each) for each in zip(COSTS, WAYS[way], strict=True)]
     with ExitStack() as changed:
-
-        def change(module: Any, name: str, value: Any) -> None:
-            changed.enter_context(mock.patch.object(module, name, value))
-
-        if way is not None:
-            for name, cost in zip(("EVENT_COST", "BATCH_COST", "SUBSET_COST"), WAYS[way], strict=True):
-                change(library, name, cost)
-        if down is not None:
-            limit, needed = DOWN[down]
-            change(stack, "GRADIENT_EVENT_LIMIT", {False: limit, True: limit})
-            change(library, "NEEDED_COST", needed)
+        for change in changes:
+            changed.enter_context(mock.patch.object(*change))
         yield
 
 
@@ -116,21 +111,17 @@ class Layers:
         spread = (size * point.density * point.rate) ** -0.5
         self.layers = []
         for _ in range(of.layers):
-            mask = BlockMask.sample(
-                layout, layout, p_intra=point.density, p_inter=point.density, block_size=point.unit, generator=draw
-            )
+            options = {"p_intra": point.density, "p_inter": point.density, "block_size": point.unit}
+            mask = BlockMask.sample(layout, layout, **options, generator=draw)  # type: ignore[arg-type]
             values = mask.pack(spread * torch.randn(size, size, generator=draw)).requires_grad_()
             self.layers.append(SpikingLayer(values, mask, None, neurons))
         self.x = (torch.rand(point.T, point.B, size, generator=draw) < point.rate).float()
 
-    def forward(self) -> Run:
-        def run() -> torch.Tensor:
-            with torch.no_grad():
-                result = g2g_stack(self.x, self.layers, backend="cpu")
-            assert result.states is not None
-            return result.states[0][0]
-
-        return run
+    @torch.no_grad()
+    def forward(self) -> torch.Tensor:
+        result = g2g_stack(self.x, self.layers, backend="cpu")
+        assert result.states is not None
+        return result.states[0][0]
 
     def backward(self, inputs: bool) -> Run:
         """The gradient of the weights, and that of the inputs, too."""
@@ -143,19 +134,18 @@ class Layers:
 def measure(point: Point, size: int, repeats: int) -> Iterator[dict[str, Any]]:
     """Processor milliseconds of each pass, by way."""
     for name, of in PASSES.items():
-        down = "inputs" in name
-        layers = Layers(point, size, of)
-        run = layers.forward() if name == "forward" else layers.backward(inputs=down and of.layers == 1)
+        down, layers = "inputs" in name, Layers(point, size, of)
+        run = layers.forward if name == "forward" else layers.backward(inputs=down and of.layers == 1)
 
         def taken(way: str, down: bool = down, run: Run = run) -> float:
-            with forced(*((None, way) if down else (way, None))):
+            with forced(way, down):
                 begin = time.process_time()
                 run()
                 return 1e3 * (time.process_time() - begin)
 
         results: dict[str, torch.Tensor] = {}  # which also makes the plan and maps memory
         for way in DOWN if down else WAYS:
-            with forced(*((None, way) if down else (way, None))):
+            with forced(way, down):
                 result = run()
             # a way that does not serve these units is another one
             if not any(torch.equal(result, other) for other in results.values()):

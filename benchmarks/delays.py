@@ -32,6 +32,7 @@ CHECKED, LEAST_EQUAL = 8, 0.99
 #: (source, target, delay) of each projection; "D": drawn for each neuron, from 0 to --delay
 CHAIN: list[tuple[str, str, Any]] = [("input", "a", 0), ("a", "b", 0), ("b", "out", 0)]
 LATE: list[tuple[str, str, Any]] = [("input", "a", 0), ("a", "b", "D"), ("b", "out", "D")]
+LEARNED = [(source, target, "learned" if late else 0) for source, target, late in LATE]
 RECURRENT = [("input", "a", 0), ("a", "a", 1), ("a", "out", 0)]
 HALVES = [("input", "half1", 0), ("input", "half2", 0), ("half1", "out", 0), ("half2", "out", 0)]
 AMONG = [(source, target, 1) for source, target in itertools.product(("half1", "half2"), repeat=2)]
@@ -40,10 +41,7 @@ NETWORKS: dict[str, tuple[list[tuple[str, str, Any]], str]] = {
     "chain": (CHAIN, "chain"),
     "chain, fixed delays": (LATE, "chain"),
     "chain, fixed delays of inputs, too": ([("input", "a", "D"), *LATE[1:]], "chain"),
-    "chain, learned delays": (
-        [(source, target, "learned" if late else 0) for source, target, late in LATE],
-        "chain, fixed delays",
-    ),
+    "chain, learned delays": (LEARNED, "chain, fixed delays"),
     "one recurrent population": (RECURRENT, "one recurrent population"),
     "two halves, all joined, delay 1": ([*HALVES, *AMONG], "one recurrent population"),
     "two populations, feedback of delay 8": ([*CHAIN, ("b", "a", 8)], "three populations in a chain"),
@@ -84,12 +82,10 @@ def loop(net: SpikingNetwork, x: torch.Tensor) -> torch.Tensor:
     for _ in range(net.T):
         sent = x
         for number, neurons in enumerate(net.neurons().values()):
-            ring, late = rings[number], delays[number]
-            size = len(ring)
-            rings[number] = ring = torch.cat([ring[1:], sent[None]]) if size > 1 else sent[None]
-            rows = (size - 1 - late).expand(1, *sent.shape)
-            weight, bias = weights[number]
-            current = torch.nn.functional.linear(ring.gather(0, rows)[0], weight, bias)
+            size = len(rings[number])
+            rings[number] = ring = torch.cat([rings[number][1:], sent[None]]) if size > 1 else sent[None]
+            rows = (size - 1 - delays[number]).expand(1, *sent.shape)
+            current = torch.nn.functional.linear(ring.gather(0, rows)[0], *weights[number])
             sent, states[number] = neurons_step(current, states[number], neurons.population)
         counts = counts + sent
     return counts
@@ -137,15 +133,14 @@ def _equal(net: SpikingNetwork, run: Callable[[torch.Tensor], torch.Tensor], x: 
 def table(record: dict[str, Any]) -> str:
     """The time of a step of each network, and its ratio to the one that it is compared with."""
     times = {run["name"]: run["seconds"] for run in record["runs"]}
-
-    def unless_itself(cell: Callable[[dict[str, Any]], str]) -> Callable[[dict[str, Any]], str]:
-        return lambda run: "" if run["name"] == run["compared_with"] else cell(run)
-
+    others = {run["name"]: run["compared_with"] for run in record["runs"] if run["name"] != run["compared_with"]}
     columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "": lambda run: run["name"],
         "step": lambda run: seconds(statistics.median(run["seconds"])),
-        "ratio": unless_itself(lambda run: f"{ratio(run['seconds'], times[run['compared_with']]):.2f}"),
-        "to": unless_itself(lambda run: run["compared_with"]),
+        "ratio": lambda run: (
+            f"{ratio(run['seconds'], times[others[run['name']]]):.2f}" if run["name"] in others else ""
+        ),
+        "to": lambda run: others.get(run["name"], ""),
         "firing rates, %": lambda run: " ".join(f"{100 * rate:.1f}" for rate in run["rates"]),
     }
     return by_column(columns, record["runs"])

@@ -19,9 +19,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,14 +36,13 @@ from .machine import describe
 from .report import seconds
 from .throughput import QUANTITIES
 
-#: what was predicted (:mod:`benchmarks.predictions`)
-RECORD = records.RESULTS / "predictions.json"
+#: what was predicted before anything had run on a GPU; it is not written again once something has
+RECORD = records.RESULTS / "predictions.jsonl"
 #: time limit of a stage, in seconds
 LIMIT = 480
 #: times that differ from the prediction by more than this factor are worth another try
 OFF = 1.5
 PAGE = "first-run.md"
-
 #: what the stages import besides PyTorch and Triton, by module
 PACKAGES = ("pytest", "xdist", "hypothesis", "snntorch")
 
@@ -57,14 +55,21 @@ TESTS = {
     "tests-neurons": ("test_triton_lif.py test_lif.py test_models.py", "one_step_by_hand"),
     "tests-stack": ("test_triton_g2g_stack.py test_g2g_stack.py", "single_weights"),
 }
-#: how a step is run
-WAYS = ("", "-graph", "-compiled")
-#: the networks of the stages ``step-…`` besides the default one
-OTHERS = {
-    "dense": "--model dense",
-    "units-32": "--block_size 32",
-    "units-16": "--block_size 16",
-    "units-1": "--block_size 1",
+#: of throughput, by stage: flags, contenders (``g2g`` is ours on the device's backend)
+BF16, FP32 = "g2g-bf16,g2g-graph-bf16,g2g-pair-bf16", "g2g,g2g-graph"  # float32 is never fused
+BOTH = f"{BF16},{FP32},dense-lif-bf16"
+TIMES = {
+    "step": ("--kernel step", f"{BOTH},g2g-compiled-bf16,g2g-compiled,dense-lif,snntorch-masked"),
+    "forward": ("--kernel forward", "g2g-bf16,g2g,dense-lif-bf16,snntorch-masked"),
+    "linear": ("--kernel linear", "g2g-bf16,g2g,dense,dense-bf16,masked"),
+    "linear-dense": ("--kernel linear-dense", "g2g-bf16,g2g,dense,dense-bf16,masked"),
+    "lif": ("--kernel lif", "g2g,snntorch"),
+    "synaptic": ("--kernel synaptic", "g2g,snntorch"),
+    "dst": ("--kernel dst", "g2g,dense-correlation"),
+    "step-dense": ("--model dense", BOTH),
+    "step-units-32": ("--block_size 32", BOTH),
+    "step-units-16": ("--block_size 16", BOTH),
+    "step-units-1": ("--block_size 1", BOTH),
 }
 #: the values of what grows, and those of a rehearsal
 GROWING = {
@@ -72,76 +77,44 @@ GROWING = {
     "B": ("8,32,64,128,256", "2,8"),
     "H": ("256,512,1024,2048", "64,128"),
 }
-PRECISIONS = {"bf16": "-bf16", "fp32": ""}
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A stage: one program.
+class Stage(NamedTuple):
+    """A stage: one program."""
 
-    Attributes:
-        name: of its record, and of its rows on the page.
-        command: module and flags.
-        measures: whether it accepts ``--json`` for a record with times.
-        interpreted: whether Triton's interpreter runs its kernels.
-    """
-
-    name: str
-    command: tuple[str, ...]
-    measures: bool = True
-    interpreted: bool = False
+    name: str  # of its record, and of its rows on the page
+    command: Sequence[str]  # module and flags
+    measures: bool = True  # whether it accepts ``--json`` for a record with times
 
 
 def stages(device: str) -> Iterator[Stage]:
     """All stages for ``cuda`` (or ``cuda:N``), or, at tiny sizes, for ``cpu``."""
     tiny = device == "cpu"
-    backend = "cpu" if tiny else "triton"
     sizes = f"--device {device} {MINI} {TINY if tiny else FULL}"
 
-    def stage(name: str, command: str, measures: bool = True) -> Stage:
-        return Stage(name, tuple(shlex.split(command)), measures)
+    def throughput(name: str, flags: str, contenders: str) -> Stage:
+        ours = contenders if not tiny else re.sub(r",g2g-pair-\w+", "", contenders)  # which Triton alone has
+        ours = re.sub(r"\bg2g\b", f"g2g-{'cpu' if tiny else 'triton'}", ours)
+        return Stage(name, shlex.split(f"{__package__}.throughput --contenders {ours} {sizes} {flags}"))
 
-    def throughput(name: str, kernel: str, contenders: Sequence[str], other: str = "") -> Stage:
-        flags = f"--kernel {kernel} --contenders {','.join(contenders)} {sizes} {other}"
-        return stage(name, f"{__package__}.throughput {flags}")
-
-    def ours(*ways: str, precisions: Sequence[str] = tuple(PRECISIONS)) -> list[str]:
-        return [f"g2g-{backend}{way}{PRECISIONS[precision]}" for precision in precisions for way in ways]
-
-    yield stage("doctor", f"g2g_kernels.doctor --device {device}", False)
+    yield Stage("doctor", ["g2g_kernels.doctor", "--device", device], False)
     for name, (files, part) in TESTS.items():
-        paths = " ".join(f"tests/g2g_kernels/ops/{file}" for file in files.split())
-        how = f"-n 0 -k {part}" if tiny else "-n 4 --dist load"  # compiling takes longest
-        yield stage(name, f"pytest -p no:cacheprovider {how} {paths}", False)
-    yield throughput("step", "step", [*ours(*WAYS), "dense-lif", "dense-lif-bf16", "snntorch-masked"])
-    yield stage("kernels", f"{__package__}.kernel_times {sizes}")
-    yield throughput("forward", "forward", [*ours(""), "dense-lif-bf16", "snntorch-masked"])
-    for kernel in ("linear", "linear-dense"):
-        yield throughput(kernel, kernel, [*ours(""), "dense", "dense-bf16", "masked"])
-    for kernel, peer in (("lif", "snntorch"), ("synaptic", "snntorch"), ("dst", "dense-correlation")):
-        yield throughput(kernel, kernel, [*ours("", precisions=["fp32"]), peer])
-    for name, other in OTHERS.items():
-        yield throughput(f"step-{name}", "step", [*ours(*WAYS[:2]), "dense-lif-bf16"], other)
+        paths = [f"tests/g2g_kernels/ops/{file}" for file in files.split()]
+        how = ["-n", "0", "-k", part] if tiny else ["-n", "4", "--dist", "load"]  # compiling takes longest
+        yield Stage(name, ["pytest", "-p", "no:cacheprovider", *how, *paths], False)
+    for name, of_stage in TIMES.items():
+        yield throughput(name, *of_stage)
+    yield Stage("kernels", shlex.split(f"{__package__}.kernel_times {sizes}"))
     for quantity, values in GROWING.items():
-        for precision in PRECISIONS:
-            other = f"--quantity {quantity} --values {values[tiny]}"
-            of_it = ours(*WAYS[:2], precisions=[precision])
-            yield throughput(f"scaling-{quantity}-{precision}", "step", of_it, other)
-    for precision in PRECISIONS:
-        shapes = f"--precision {precision}"
-        if tiny:  # the interpreter cannot multiply in bfloat16
-            shapes = "--precision fp32 --batch_sizes 4 --block_sizes 16 --hidden_dim 64 --T 3 --repeats 1"
-        fused = stage(f"fused-{precision}", f"{__package__}.fused_pair --device {device} {shapes}")
-        yield replace(fused, interpreted=tiny)
+        grows = f"--quantity {quantity} --values {values[tiny]}"
+        yield throughput(f"scaling-{quantity}-bf16", grows, BF16)
+        yield throughput(f"scaling-{quantity}-fp32", grows, FP32)
     count = 2 if tiny else torch.cuda.device_count()
     if count > 1:  # the trainer compares the states of its processes
         launcher = f"torch.distributed.run --standalone --nproc_per_node={count} -m g2gnet.programs.train"
         flags = f"{MINI} --model mixer --epochs 1 --checkpoint_dir first-run/processes --device {device}"
         flags += " --batch_size 32 --hidden_dim 64 --T 4 --limit_train 96 --limit_test 32" if tiny else ""
-        yield stage("processes", f"{launcher} {flags}", False)
-
-
-# --- one stage ----------------------------------------------------------------------------------------------------
+        yield Stage("processes", shlex.split(f"{launcher} {flags}"), False)
 
 
 def run(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
@@ -154,14 +127,9 @@ def run(stage: Stage, folder: Path, limit: float) -> dict[str, Any]:
     command = [sys.executable, "-m", *stage.command, *(["--json", str(record)] if stage.measures else [])]
     start = time.monotonic()
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            command,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, **({"TRITON_INTERPRET": "1"} if stage.interpreted else {})},
-            start_new_session=True,  # processes started by the stage end with it
-        )
+        streams = {"stdout": file, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        # in a session of its own: processes started by the stage end with it
+        process = subprocess.Popen(command, start_new_session=True, **streams)  # type: ignore[call-overload]
         try:
             process.wait(limit)
             status = "done" if process.returncode == 0 else "failed"
@@ -191,7 +159,7 @@ def earlier(stage: Stage, folder: Path) -> dict[str, Any] | None:
     return None
 
 
-# --- the page -----------------------------------------------------------------------------------------------------
+Outcomes = Mapping[str, Mapping[str, Any]]
 
 
 def measured(record: Mapping[str, Any] | None) -> dict[str, float]:
@@ -205,33 +173,18 @@ def measured(record: Mapping[str, Any] | None) -> dict[str, float]:
     return found
 
 
-def card_of(gpu: str | None) -> str:
-    """The card whose predictions are compared with measurements on ``gpu``; the H100 if it has none of its own."""
-    return next((card for card in CARDS if gpu and card in gpu.lower()), "h100")
-
-
-def comparison(predictions: Mapping[str, Any], made: Mapping[str, Mapping[str, Any]], card: str, tiny: bool) -> str:
-    """The table: everything predicted or measured, with the roofline, and what to try if the prediction is off.
-
-    Args:
-        predictions: the record of :mod:`benchmarks.predictions`.
-        made: the outcome of each stage, by its name.
-        card: whose predictions to show.
-        tiny: whether this is a rehearsal, which has no predictions.
-    """
-
-    def shown(time: float | None) -> str:
-        return "–" if time is None else seconds(time)
-
+def comparison(predicted: Sequence[Mapping[str, Any]], nexts: Mapping[str, str], made: Outcomes) -> str:
+    """The table: everything predicted or measured, with the roofline, and what to try if the prediction is off."""
     times = {name: measured(stage["record"]) for name, stage in made.items()}
     rows = []
-    for row in [] if tiny else predictions["cards"][card]:
-        found, then = times.get(row["stage"], {}).pop(row["what"], None), row["decides"]
-        ratio = None if found is None else found / row["predicted"]
-        if ratio is not None:
-            then = predictions["next"][then] if ratio > OFF else "correct the model" if ratio < 1 / OFF else ""
-        cells = *map(shown, (row["floor"], row["predicted"], found)), "–" if ratio is None else f"{ratio:.2f}"
-        rows.append([row["stage"], row["what"], *cells, then])
+    for row in predicted:
+        found, ratio, then = times.get(row["stage"], {}).pop(row["what"], None), "–", row["decides"]
+        if found is not None:
+            off = found / row["predicted"]
+            then = nexts[then] if off > OFF else "correct the model" if off < 1 / OFF else ""
+            ratio = f"{off:.2f}"
+        cells = ("–" if each is None else seconds(each) for each in (row["floor"], row["predicted"], found))
+        rows.append([row["stage"], row["what"], *cells, ratio, then])
     for name, left in times.items():
         # the profiler sees hundreds of kernels
         least = 0.01 * max(left.values(), default=0.0) if name == "kernels" else 0.0
@@ -240,7 +193,7 @@ def comparison(predictions: Mapping[str, Any], made: Mapping[str, Mapping[str, A
     return markdown(["stage", "", "roofline", "predicted", "measured", "measured / predicted", last], rows)
 
 
-def status_table(made: Mapping[str, Mapping[str, Any]], planned: Sequence[str]) -> str:
+def status_table(made: Outcomes, planned: Sequence[str]) -> str:
     """The outcome of each stage; for one that is not done, the last line of its output that mentions an error."""
     rows = []
     for name in planned:
@@ -254,22 +207,20 @@ def status_table(made: Mapping[str, Mapping[str, Any]], planned: Sequence[str]) 
     return markdown(["stage", "", "took", ""], rows)
 
 
-def page(made: Mapping[str, Mapping[str, Any]], planned: Sequence[str], device: str, machine: Mapping[str, Any]) -> str:
-    """The page of a run."""
-    predictions = json.loads(RECORD.read_text(encoding="utf-8"))
-    tiny, gpu = device == "cpu", machine["gpu"]
-    card = card_of(gpu)
+def page(made: Outcomes, planned: Sequence[str], device: str, machine: Mapping[str, Any]) -> str:
+    """The page of a run, compared with the predictions of its card, or of the H100 if there are none."""
+    predictions, gpu = records.read(RECORD), machine["gpu"]
+    card = next((card for card in CARDS if gpu and card in gpu.lower()), "h100")
     about = f"{gpu}, compared with the predictions for the {card.upper()} of {predictions['written']}."
-    if tiny:
+    predicted = [row for row in predictions["runs"] if row["card"] == card]
+    if device == "cpu":
         about = "A rehearsal on the CPU at tiny sizes: its times mean nothing and have no predictions."
+        predicted = []
     return (
         f"# First run on {gpu or machine['cpu']}\n\n{about} PyTorch {machine['versions']['torch']}, Triton "
         f"{machine['versions']['triton']}, commit {machine['commit']}.\n\n{status_table(made, planned)}\n\n"
-        f"{comparison(predictions, made, card, tiny)}\n"
+        f"{comparison(predicted, predictions['next'], made)}\n"
     )
-
-
-# --- the program --------------------------------------------------------------------------------------------------
 
 
 def build_parser() -> Parser:
@@ -285,12 +236,9 @@ def build_parser() -> Parser:
 
 
 def first_run(arguments: argparse.Namespace) -> None:
-    """Runs the stages that are not done, and draws the page after each.
-
-    Raises:
-        FlagError: for an unavailable device, an unknown stage, missing packages, or outside of the repository.
-    """
-    device = arguments.device
+    """Runs the stages that are not done, and draws the page after each; raises FlagError for an unavailable device, an
+    unknown stage, missing packages, or outside of the repository."""
+    device, folder = arguments.device, arguments.folder
     if device != "cpu" and (not device.startswith("cuda") or not torch.cuda.is_available()):
         raise FlagError(f"device={device!r}: no such GPU was found; --device cpu runs a rehearsal")
     if not RECORD.exists():
@@ -302,22 +250,16 @@ def first_run(arguments: argparse.Namespace) -> None:
     unknown = [name for name in arguments.stages or [] if name not in planned]
     if unknown:
         raise FlagError(f"stage {unknown[0]!r} is unknown; choose from {', '.join(planned)}")
-    folder = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     machine = describe(torch.device(device))
     made = {name: before for name, stage in planned.items() if (before := earlier(stage, folder))}
-
-    def draw() -> None:
-        (folder / PAGE).write_text(page(made, list(planned), device, machine), encoding="utf-8")
-
     for name in arguments.stages or planned:
         if name in made and made[name]["status"] == "done":
             say(f"{name}: already done")
-            continue
-        made[name] = run(planned[name], folder, arguments.limit)
-        say(f"{name}: {made[name]['status']}, {made[name]['seconds']:.0f} s")
-        draw()
-    draw()
+        else:
+            made[name] = run(planned[name], folder, arguments.limit)
+            say(f"{name}: {made[name]['status']}, {made[name]['seconds']:.0f} s")
+        (folder / PAGE).write_text(page(made, list(planned), device, machine), encoding="utf-8")
     say(f"{folder / PAGE}")
 
 

@@ -1,67 +1,66 @@
-"""Runs contenders side by side, each in a process of its own, and times them in turn.
+"""Races: each contender runs in a process of its own, and they are timed in turn.
 
 Separate processes give each contender its own peak memory, and a process that waits on its pipe takes no processor
 time. Turns are interleaved, round by round and in a rotating order, so other load on the machine affects all alike. No
-contender is timed before the judge has accepted its results.
+contender is timed before its results were accepted.
 """
 
 import contextlib
-import importlib
 import multiprocessing
-import operator
 import signal
 import time
 import traceback
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from . import cli
-from .contender import Contender
-from .correctness import Judge
 from .machine import PeakMemory, load_lazy_parts, timed
-from .registry import KERNELS, Entry
-from .workload import Prepared, load
 
 RacerT = TypeVar("RacerT")
 ResultT = TypeVar("ResultT")
 
 
+def nothing() -> None:
+    """What is done where there is nothing to do."""
+
+
+class Turn(NamedTuple):
+    """What is timed, what the parent checks, and what is done before each turn, outside its time."""
+
+    step: Callable[[], Any]
+    results: Callable[[], Any] = nothing
+    before: Callable[[], Any] = nothing
+
+
+#: The child's side of a race, a generator: it yields its device (None: the CPU) when imports and data are there, whose
+#: memory does not count, and then its :class:`Turn`.
+Session = Iterator[Any]
+
+
 @dataclass
 class Racer:
-    """What takes part in a race: a session in a process of its own, and what is known of it.
-
-    Attributes:
-        label: its name.
-        session: makes the child's :class:`Session` of ``arguments``.
-        check: what is wrong about the results of the session, or "".
-        run: what else a record says of it.
-        status: ``"timed"``, or why there is no time: ``"skipped"`` (cannot run here), ``"refused"`` (says it cannot
-            do this), ``"wrong"`` (its results are).
-        reason: the same in words, or "".
-        seconds: one per repeat.
-        cpu_seconds: the same in processor time of all threads of its process, waiting in a loop included.
-        first_seconds: of the first turn, which may compile, plan and allocate.
-        peak_bytes: during the later turns, above the process with its imports and the data.
-    """
+    """What takes part in a race, and what is known of it."""
 
     label: str
-    session: Callable[..., "Session"]
+    session: Callable[..., Session]  # of ``arguments``, in a process of its own
     arguments: tuple[Any, ...] = ()
-    check: Callable[[Any], str] = lambda results: ""
-    run: dict[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)  # what else a record says of it
+    #: what is wrong about the results of the session; it may write them into ``run``
+    check: Callable[[dict[str, Any], Any], str] = lambda run, results: ""
+    #: or why there is no time: "skipped" (cannot run here), "refused" (says it cannot do this), "wrong" (results are)
     status: str = "timed"
-    reason: str = ""
-    seconds: list[float] = field(default_factory=list)
-    cpu_seconds: list[float] = field(default_factory=list)
-    first_seconds: float | None = None
-    peak_bytes: int | None = None
+    reason: str = ""  # the same in words
+    seconds: list[float] = field(default_factory=list)  # one per repeat
+    cpu_seconds: list[float] = field(default_factory=list)  # of all threads of its process, waiting in a loop included
+    first_seconds: float | None = None  # of the first turn, which may compile, plan and allocate
+    base_bytes: int = 0  # of the process with its imports and the data
+    peak_bytes: int | None = None  # above that, during the later turns
 
     def summary(self) -> dict[str, Any]:
         """Its run in a record; it has times only if its results were right."""
@@ -79,9 +78,9 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """The parent's end of a process that answers requests: calls of methods of ``session(*arguments)`` or its parts."""
+    """The parent's end of a process that answers requests, which are methods of :class:`_Child`."""
 
-    def __init__(self, session: Callable[..., Any], *arguments: Any) -> None:
+    def __init__(self, session: Callable[..., Session], *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, session, *arguments), daemon=True)
@@ -106,146 +105,55 @@ class Worker:
         self._process.join()
 
 
-def _serve(connection: Connection, make: Callable[..., Any], *about: Any) -> None:
+def _serve(connection: Connection, session: Callable[..., Session], *arguments: Any) -> None:
     """The child's main loop: answers requests until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
-    session = make(*about)
+    child = _Child(session(*arguments))
     with contextlib.suppress(EOFError, OSError):
         while True:
-            request = operator.attrgetter(connection.recv())
+            request = connection.recv()
             try:
-                answer = True, request(session)()
+                answer = True, getattr(child, request)()
             except Exception as error:
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 answer = False, f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
             connection.send(answer)
 
 
-class Session(ABC):
-    """The child's side of a race: a training step, or another kernel."""
+class _Child:
+    def __init__(self, session: Session) -> None:
+        self.session = session  # what it loaded lives as long as this
 
-    device = torch.device("cpu")
-    memory: PeakMemory  # begins in :meth:`build`, after imports and data
-
-    @abstractmethod
     def build(self) -> None:
-        """Prepares the step."""
+        self.device = next(self.session) or torch.device("cpu")
+        load_lazy_parts(self.device)
+        self.memory = PeakMemory(self.device)
+        self.turn: Turn = next(self.session)
 
-    @abstractmethod
-    def step(self) -> Any:
-        """What is timed."""
+    def restart(self) -> None:
+        self.memory.restart()
 
-    @abstractmethod
+    def memory_used(self) -> tuple[int, int]:
+        return self.memory.before, self.memory.above()
+
     def results(self) -> Any:
-        """What the parent checks."""
+        return self.turn.results()
 
     def time(self) -> tuple[float, float]:
         """Seconds for one turn, and processor time."""
+        self.turn.before()
         before = time.process_time()
-        taken = timed(self.step, self.device)
+        taken = timed(self.turn.step, self.device)
         return taken, time.process_time() - before
 
 
-@dataclass(frozen=True)
-class Job:
-    """A contender to run on a prepared workload."""
-
-    entry: Entry
-    path: Path
-    kernel: str = "step"
-    device: str = "cpu"
-
-
-class _ContenderSession(Session):
-    prepared: Prepared
-    contender: Contender
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.device = torch.device(job.device)
-
-    def build(self) -> None:
-        module, _, name = self.job.entry.target.partition(":")
-        kind: type[Contender] = getattr(importlib.import_module(module), name)
-        self.prepared = prepared = load(self.job.path)  # kept: freeing it would make memory use seem smaller
-        kind.preload(prepared, self.job.entry.precision, self.job.entry.options.get("inputs", ""))
-        load_lazy_parts(self.device)
-        self.memory = PeakMemory(self.device)
-        self.contender = kind(prepared, self.device, self.job.entry.precision, **self.job.entry.options)
-
-    def step(self) -> None:
-        getattr(self.contender, KERNELS[self.job.kernel].method)()
-
-    def time(self) -> tuple[float, float]:
-        self.contender.before_turn()
-        return super().time()
-
-    def results(self) -> dict[str, Any]:
-        forward_only = self.job.kernel == "forward"
-        results = self.contender.forward_results() if forward_only else self.contender.results()
-        # numpy goes through the pipe as it is; tensors would go through shared memory that dies with this process
-        return {
-            "results": {name: _to_numpy(tensor) for name, tensor in results.items()},
-            "firing_rates": self.contender.firing_rates(results),
-            "differs": self.contender.differs,
-            "how": (self.contender.reset, self.job.entry.precision, self.contender.masked, self.contender.omits),
-        }
-
-
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """On the host, and wider where numpy has no such type."""
-    tensor = tensor.detach().cpu()
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-
-
-def measure(
-    jobs: Sequence[Job],
-    repeats: int = 10,
-    warm_up: int = 2,
-    between_rounds: Callable[[], None] = lambda: None,
-) -> list[Racer]:
-    """Checks and times contenders; those whose entry is unavailable come back as skipped (see :func:`race`)."""
-    judges: dict[tuple[Path, str], Judge] = {}
-
-    def racer(job: Job) -> Racer:
-        entry = job.entry
-        run: dict[str, Any] = {"contender": entry.label, "precision": entry.precision, "differs": ""}
-        run |= {"firing_rates": None, "closest": None}
-
-        def check(answer: dict[str, Any]) -> str:
-            key = job.path, job.kernel
-            if key not in judges:
-                judges[key] = Judge(load(job.path), job.kernel)
-            results = {name: torch.as_tensor(array) for name, array in answer["results"].items()}
-            verdict = judges[key].verdict(results, *answer["how"])
-            run.update(firing_rates=answer["firing_rates"], differs=answer["differs"], closest=verdict.closest())
-            return verdict.objection
-
-        status = "skipped" if entry.unavailable else "timed"
-        return Racer(entry.label, _ContenderSession, (job,), check, run, status, entry.unavailable or "")
-
-    def rest() -> None:
-        judges.clear()
-        between_rounds()
-
-    racers = [racer(job) for job in jobs]
-    race(racers, repeats, warm_up, rest)
-    return racers
-
-
 def race(
-    racers: Sequence[Racer],
-    repeats: int,
-    warm_up: int = 2,
-    between_rounds: Callable[[], None] = lambda: None,
-) -> None:
+    racers: Sequence[Racer], repeats: int, warm_up: int = 2, between_rounds: Callable[[], None] = nothing
+) -> Sequence[Racer]:
     """Checks all racers that are not skipped, one after the other, then times them in turn, under a progress bar.
 
-    Args:
-        racers: who takes part; they keep the times.
-        repeats: timed turns each.
-        warm_up: untimed turns before them; memory is that of the last of these.
-        between_rounds: called before each round, when no racer computes.
+    Each has ``warm_up`` untimed turns, of which the last one's memory counts, and ``repeats`` timed ones; before each
+    round, when no racer computes, ``between_rounds`` is called. The racers come back with their times.
     """
     with contextlib.ExitStack() as stack:
         running: list[tuple[Racer, Worker]] = []
@@ -270,6 +178,7 @@ def race(
                     taken, processor = worker.ask("time")
                     racer.seconds.append(taken)
                     racer.cpu_seconds.append(processor)
+    return racers
 
 
 def turns(racers: Sequence[RacerT], rounds: int) -> Iterator[tuple[int, int, RacerT]]:
@@ -281,7 +190,7 @@ def turns(racers: Sequence[RacerT], rounds: int) -> Iterator[tuple[int, int, Rac
 
 
 def in_turn(
-    works: Mapping[str, Callable[[], ResultT]], rounds: int, warm_up: int = 1, done: Callable[[], Any] = lambda: None
+    works: Mapping[str, Callable[[], ResultT]], rounds: int, warm_up: int = 1, done: Callable[[], Any] = nothing
 ) -> dict[str, list[ResultT]]:
     """What works of this process give in ``rounds`` turns, after ``warm_up`` others; ``done`` is called after each."""
     given: dict[str, list[ResultT]] = {name: [] for name in works}
@@ -299,11 +208,11 @@ def _admit(racer: Racer, worker: Worker, warm_up: int) -> bool:
         worker.ask("build")
         for turn in range(warm_up):
             if turn == warm_up - 1:
-                worker.ask("memory.restart")
+                worker.ask("restart")
             taken, _ = worker.ask("time")
             racer.first_seconds = racer.first_seconds or taken
-        racer.peak_bytes = worker.ask("memory.above")
-        racer.reason = racer.check(worker.ask("results"))
+        racer.base_bytes, racer.peak_bytes = worker.ask("memory_used")
+        racer.reason = racer.check(racer.run, worker.ask("results"))
         if racer.reason:
             racer.status = "wrong"
     return racer.status == "timed"

@@ -49,12 +49,9 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("tiny", "plain loop"),
-    Case("tiny", "cpu"),
-    Case("default", "cpu"),
-    Case("default", "triton"),
+    Case("tiny", "plain loop"), Case("tiny", "cpu"), Case("default", "cpu"), Case("default", "triton"),
     Case("default", "triton", "bf16"),
-)
+)  # fmt: skip
 
 
 class PlainLoop(nn.Module):
@@ -68,16 +65,14 @@ class PlainLoop(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Inputs [B, D] held for T steps → spike counts [B, C]."""
-        membranes = [torch.zeros(())] * len(self.linears)
-        counts = torch.zeros(())
+        membranes, counts = [torch.zeros(())] * len(self.linears), torch.zeros(())
         for _ in range(self.T):
             spikes = x
             for number, (linear, neurons) in enumerate(zip(self.linears, self.neurons, strict=True)):
                 assert isinstance(neurons, LIF)
-                beta, threshold = neurons.beta, neurons.threshold
-                reset = (membranes[number] > threshold).detach() * threshold
-                membranes[number] = beta * membranes[number] + linear(spikes) - reset
-                spikes = ATan.apply(membranes[number] - threshold)
+                reset = (membranes[number] > neurons.threshold).detach() * neurons.threshold
+                membranes[number] = neurons.beta * membranes[number] + linear(spikes) - reset
+                spikes = ATan.apply(membranes[number] - neurons.threshold)
             counts = counts + spikes
         return counts
 
@@ -100,16 +95,15 @@ class Contender:
     """A training step of one case, and the seconds of each of its parts."""
 
     def __init__(self, case: Case) -> None:
-        self.case = case
-        draw = torch.Generator().manual_seed(0)
-        stack = (tiny if case.network == "tiny" else default)("cpu" if case.backend == "plain loop" else case.backend)
-        *_, (last, _) = stack.layers()
-        self.x = torch.rand(4 if case.network == "tiny" else 2, next(stack.layers())[0].in_features, generator=draw)
-        self.labels = torch.randint(last.out_features, self.x.shape[:1], generator=draw)
+        self.case, draw = case, torch.Generator().manual_seed(0)
+        build, batch = (tiny, 4) if case.network == "tiny" else (default, 2)
+        stack = build("cpu" if case.backend == "plain loop" else case.backend)
+        (first, _), *_, (last, _) = stack.layers()
+        self.x = torch.rand(batch, first.in_features, generator=draw)
+        self.labels = torch.randint(last.out_features, (batch,), generator=draw)
         self.net = PlainLoop(stack) if case.backend == "plain loop" else stack
         self.optimizer = torch.optim.Adam(self.net.parameters(), fused=True)
-        #: what the last step launched, on Triton
-        self.launches: list[runtime.Launch] = []
+        self.launches: list[runtime.Launch] = []  # of the last step, on Triton
 
     def step(self) -> dict[str, float]:
         """Trains for one step."""
@@ -124,14 +118,14 @@ class Contender:
         self.optimizer.step()
         self.optimizer.zero_grad()
         marks.append(time.process_time())
-        parts = {part: end - start for part, start, end in zip(PARTS, marks, marks[1:], strict=False)}
+        parts = {part: end - start for part, (start, end) in zip(PARTS, itertools.pairwise(marks), strict=True)}
         return {**parts, "forward to backward": marks[3] - marks[0], "step": marks[-1] - marks[0]}
 
     def turn(self, steps: int | None = None) -> list[dict[str, float]]:
         """Trains for some steps."""
+        taken = []
         with contextlib.ExitStack() as stack:
             self.launches = stack.enter_context(free_launches()) if self.case.backend == "triton" else []
-            taken = []
             for _ in range(steps or TURN):
                 self.launches.clear()
                 taken.append(self.step())
@@ -147,23 +141,15 @@ def free_launches() -> Iterator[list[runtime.Launch]]:
 
     def pays_in_the_default_network(units: Any, *rest: Any) -> bool:
         pays(units, *rest)  # takes its time, but for layers as small as these it decides otherwise
-        *_, products = rest
-        return units.rows.num_units >= 16 and products != torch.float32
+        return units.rows.num_units >= 16 and rest[-1] != torch.float32
 
-    with (
-        mock.patch.dict(os.environ, TRITON_INTERPRET="1"),
-        mock.patch.object(stack, "fused_pays", pays_in_the_default_network),
-        runtime.recorded() as launches,
-    ):
+    patched = mock.patch.object(stack, "fused_pays", pays_in_the_default_network)
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), patched, runtime.recorded() as launches:
         yield launches
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Times all cases in turn.
-
-    Raises:
-        ValueError: for the launcher of the interpreter, which has none.
-    """
+    """Times all cases in turn; raises ValueError for the launcher of the interpreter, which has none."""
     if arguments.launcher and runtime.interpreted():
         raise ValueError("launcher: TRITON_INTERPRET is set, and the interpreter has none; unset it")
     contenders = {str(case): Contender(case) for case in CASES}
@@ -202,11 +188,11 @@ def _row(case: Case, part: str, taken: Sequence[float]) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> str:
     """Least and median time of each part of each case."""
-    parts = list(dict.fromkeys(row["part"] for row in record["runs"]))
     cases: dict[str, dict[str, str]] = {}
     for row in record["runs"]:
-        name = ", ".join(row[field] for field in Case._fields)
-        cases.setdefault(name, {})[row["part"]] = f"{seconds(row['least'])} ({seconds(row['median'])})"
+        times = cases.setdefault(", ".join(row[field] for field in Case._fields), {})
+        times[row["part"]] = f"{seconds(row['least'])} ({seconds(row['median'])})"
+    parts = list(dict.fromkeys(row["part"] for row in record["runs"]))
     rows = [[name, *(times.get(part, "–") for part in parts)] for name, times in cases.items()]
     return markdown(["least (median)", *parts], rows)
 

@@ -24,32 +24,30 @@ SMALL = 0.01
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Profiles the steps."""
-    device, repeats = cli.device_from(arguments), arguments.repeats
+    device, repeats, precision = cli.device_from(arguments), arguments.repeats, arguments.precision or "bf16"
     _, prepared = cli.prepare_with_bar(cli.workload_from(arguments), arguments.data_dir)
-    backend = arguments.backend or ("triton" if device.type == "cuda" else "torch")
-    precision = arguments.precision or "bf16"
+    on_gpu, kinds = device.type == "cuda", torch.autograd.DeviceType
+    backend = arguments.backend or ("triton" if on_gpu else "torch")
     contender = Network(prepared, device, precision, backend=backend)
     for _ in range(3):
         contender.step()
     synchronize(device)
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
-    with profile(activities=activities) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as profiler:
         for _ in range(repeats):
             contender.step()
         synchronize(device)
     spent: dict[str, list[float]] = defaultdict(list)
-    on_device = torch.autograd.DeviceType.CUDA if device.type == "cuda" else torch.autograd.DeviceType.CPU
     for event in profiler.events() or []:
-        if event.device_type == on_device and not getattr(event, "is_user_annotation", False):
+        if event.device_type == (kinds.CUDA if on_gpu else kinds.CPU) and not getattr(
+            event, "is_user_annotation", False
+        ):
             # kernels have no children; a PyTorch operation on the CPU has, and their time is not its own
-            microseconds = event.time_range.elapsed_us() if device.type == "cuda" else event.self_cpu_time_total
-            spent[event.name].append(1e-6 * microseconds)
-    kernels: list[dict[str, Any]] = [
+            spent[event.name].append(1e-6 * (event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total))
+    runs: list[dict[str, Any]] = [
         {"what": name, "median": sum(times) / repeats, "calls": len(times) / repeats} for name, times in spent.items()
     ]
-    kernels.sort(key=lambda kernel: -kernel["median"])
-    about = {"precision": precision, "backend": backend, "workload": prepared.workload.as_dict()}
-    return {**about, "runs": kernels}
+    runs.sort(key=lambda run: -run["median"])
+    return {"precision": precision, "backend": backend, "workload": prepared.workload.as_dict(), "runs": runs}
 
 
 def table(record: dict[str, Any]) -> str:
@@ -60,8 +58,9 @@ def table(record: dict[str, Any]) -> str:
     return in_columns(("per step", "time", "calls"), rows)
 
 
-COUNTS = {"repeats": (10, "profiled steps")}
-PROGRAM = cli.Program("kernel_times", __doc__, "a minute", measure, table, COUNTS, cli.QUICK, cli.add_flags)
+PROGRAM = cli.Program(
+    "kernel_times", __doc__, "a minute", measure, table, {"repeats": (10, "profiled steps")}, cli.QUICK, cli.add_flags
+)
 main, build_parser = PROGRAM.main, PROGRAM.build_parser
 
 if __name__ == "__main__":

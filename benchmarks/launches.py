@@ -8,6 +8,7 @@ of a real step; none of them depends on data.
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,80 +17,94 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from g2g_kernels import Neurons, SpikingLayer
+from g2g_kernels import SpikingLayer
 from g2g_kernels.ops.g2g_linear.call import LinearCall
 from g2g_kernels.ops.g2g_stack.call import StackCall
 from g2g_kernels.ops.g2g_stack.layer import Recurrent
-from g2g_kernels.ops.neurons.call import NeuronsCall
 from g2g_kernels.ops.record import Backward
+from g2g_kernels.triton import products
 from g2g_kernels.triton.runtime import Launch, recorded
 from g2gnet import G2GLinear, G2GNet
-from g2gnet.dst.scores import unit_correlation
 
 from . import costs
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One kernel.
+    """One kernel."""
 
-    Attributes:
-        phase: ``"forward"`` or ``"backward"``.
-        name: the Triton kernel's or the PyTorch operation's.
-        tensors: those that it reads and writes, by the name of the argument; none is listed twice.
-        flop: multiplications and additions of matrix products, over the weights that exist (over all weights for dense
-            products); 0 for everything else.
-        launch: kernel, grid and arguments, for Triton kernels.
-    """
-
-    phase: str
-    name: str
-    tensors: dict[str, torch.Tensor]
+    phase: str  # "forward" or "backward"
+    name: str  # the Triton kernel's or the PyTorch operation's
+    tensors: dict[str, torch.Tensor]  # that it reads and writes, by the name of the argument; none is listed twice
+    #: multiplications and additions of matrix products, over the weights that exist (of dense products over all)
     flop: int
-    launch: Launch | None = None
+    launch: Launch | None = None  # kernel, grid and arguments, for Triton kernels
 
     @functools.cached_property
     def factors(self) -> tuple[str, int]:
         """The format of the factors, a key of a card's rates, and how many of its products one product takes."""
-        if self.launch is None:
-            return costs.factors(next(iter(self.tensors.values())).dtype, "ieee", False)
-        a = self.launch.arguments
-        products = (a["grad_y"] if "grad_y" in a else a["values"]).dtype
-        return costs.factors(products, a["PRECISION"], (a["x"] if "x" in a else a["grad_after"]).dtype == torch.uint8)
+        a: dict[str, Any] = {"values": next(iter(self.tensors.values())), "PRECISION": "ieee"}
+        a = self.launch.arguments if self.launch else a
+        if a["PRECISION"] == "parts":
+            return "bf16", 3 if a["x" if "x" in a else "grad_after"].dtype == torch.uint8 else 6
+        if a["grad_y" if "grad_y" in a else "values"].dtype != torch.float32:
+            return "bf16", 1
+        return ("tf32" if a["PRECISION"] == "tf32" else "fp32"), 1
 
     @functools.cached_property
     def bytes(self) -> int:
         """The least memory traffic: every tensor read or written once."""
         return sum(tensor.numel() * tensor.itemsize for tensor in self.tensors.values())
 
-
-def _weights(arguments: dict[str, Any]) -> int:
-    """The weights of a product's units, whether they are in memory as they are or by parts."""
-    return len(arguments["values"]) * arguments["N"] * arguments["K"]
-
-
-def _flop(name: str, arguments: dict[str, Any]) -> int:
-    """Multiply-adds, counted as two, of a Triton kernel's matrix products."""
-    match name:
-        case "product_kernel":
-            return 2 * arguments["samples"] * _weights(arguments)
-        case "fused_forward_kernel":
-            return 2 * arguments["steps"] * arguments["batch"] * _weights(arguments)
-        case "recurrent_backward_kernel":
-            return 2 * arguments["batch"] * _weights(arguments) if arguments["grad_after"] is not None else 0
-        case "weight_gradient_kernel":
-            return 2 * arguments["samples"] * arguments["num_units"] * arguments["R"] * arguments["C"]
-    return 0
+    @functools.cached_property
+    def work(self) -> costs.Work:
+        """What the model of :mod:`benchmarks.costs` needs; without products a kernel reads nothing but memory."""
+        if self.launch is None:
+            return costs.Work(self.flop, self.factors[0] if self.flop else "bf16", self.bytes, self.bytes)
+        a, programs = self.launch.arguments, math.prod(self.launch.grid)
+        warps = a.get("num_warps", 4)
+        if not self.flop:
+            return costs.Work(bytes=self.bytes, l2_bytes=self.bytes, programs=programs, warps=warps)
+        if self.name == "weight_gradient_kernel":
+            m, n, k = a["BLOCK_R"], a["GROUP"] * a["BLOCK_C"], a["samples"]
+            # the last group of a row is half full on average
+            groups = a["num_units"] / a["GROUP"] + a["num_rows"] * (a["GROUP"] - 1) / (2 * a["GROUP"])
+            pairs, left, right = self.launch.grid[2] * groups, a["grad_y"].itemsize, a["x"].itemsize
+        else:
+            samples, on_chip = a["samples" if "samples" in a else "batch"], a.get("ON_CHIP", 0)
+            m, n, k = a["BLOCK_M"], a["BLOCK_N"], a["BLOCK_K"]
+            units = a["num_n"] * on_chip if on_chip else len(a["values"])
+            pairs = units * -(-a["N"] // n) * -(-a["K"] // k) * a.get("steps", 1) * -(-samples // m)
+            parts = products.PARTS if a["PRECISION"] == "parts" else 1
+            left, right = a["x" if "x" in a else "grad_after"].itemsize, 0 if on_chip else a["values"].itemsize * parts
+        kind, times = self.factors
+        # of so many pairs of tiles [m, k] and [k, n], padding included
+        return costs.Work(
+            times * 2 * pairs * m * n * k, kind, self.bytes, pairs * k * (m * left + n * right), programs, warps
+        )
 
 
 def _operation_of(launch: Launch, phase: str) -> Operation:
-    arguments = dict(launch.arguments)
-    for name, value in launch.arguments.items():
+    arguments, name = dict(launch.arguments), launch.kernel.fn.__name__
+    for key, value in launch.arguments.items():
         if isinstance(value, tuple):
-            arguments |= {f"{name}[{i}]": each for i, each in enumerate(value)}
-    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
-    name = launch.kernel.fn.__name__
+            arguments |= {f"{key}[{i}]": each for i, each in enumerate(value)}
+    tensors = {key: value for key, value in arguments.items() if isinstance(value, torch.Tensor)}
     return Operation(phase, name, _distinct(tensors), _flop(name, arguments), launch)
+
+
+def _flop(name: str, a: dict[str, Any]) -> int:
+    """Multiply-adds, counted as two, of a Triton kernel's matrix products."""
+    if name == "weight_gradient_kernel":
+        return 2 * a["samples"] * a["num_units"] * a["R"] * a["C"]
+    if name == "recurrent_backward_kernel" and a["grad_after"] is None:
+        return 0
+    columns = {"product_kernel": ("samples",), "fused_forward_kernel": ("steps", "batch")}
+    columns |= {"recurrent_backward_kernel": ("batch",)}
+    if name not in columns:
+        return 0
+    # the weights of its units, whether they are in memory as they are or by parts
+    return 2 * math.prod(a[each] for each in columns[name]) * len(a["values"]) * a["N"] * a["K"]
 
 
 def _distinct(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -114,17 +129,16 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = function(*args, **kwargs)
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        given, made = (
+            [leaf for leaf in tree_leaves(of) if isinstance(leaf, torch.Tensor)] for of in ((args, kwargs), result)
+        )
         name = function.overloadpacket.__name__
         views = {tensor.untyped_storage()._cdata for tensor in given}
         if "empty" in name or all(tensor.untyped_storage()._cdata in views for tensor in made):
             return result
         self.take_launches()
         count = flop_registry.get(function.overloadpacket)
-        tensors = {f"input {i}": tensor for i, tensor in enumerate(given)} | {
-            f"output {i}": tensor for i, tensor in enumerate(made)
-        }
+        tensors = {f"{way} {i}": each for way, of in (("input", given), ("output", made)) for i, each in enumerate(of)}
         flop = count(*args, **kwargs, out_val=result) if count else 0
         self.operations.append(Operation(self.phase, name, _distinct(tensors), flop))
         return result
@@ -148,67 +162,43 @@ def _recording() -> Iterator[_Recorder]:
         recorder.take_launches()
 
 
-def _stack_call(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -> StackCall:
-    layers = [
-        SpikingLayer(
-            connection.values,
-            connection.mask,
-            connection.bias,
-            neurons.population,
-            recurrent=None if joined is None else Recurrent(joined.values, joined.mask),
-        )
-        for (connection, neurons), joined in zip(net.to("meta").layers(), net.recurrents(), strict=True)
-    ]
-    return StackCall.of(torch.empty(batch, input_dim, device="meta"), layers, net.T, dtype)
-
-
-def _stack_step(call: StackCall, trained: bool = True, inputs: bool = False) -> list[Operation]:
-    """The forward pass of a stack; if it is ``trained`` the backward pass, too, to its ``inputs`` or its weights."""
+def _stack_step(call: StackCall, inputs: bool = False) -> list[Operation]:
+    """The forward and the backward pass of a stack, to its ``inputs`` or its weights alone."""
     from g2g_kernels.ops.g2g_stack import triton as stack
 
     with _recording() as recorder:
-        counts, _, _, *made = stack._forward(call, trained)
-        if trained:
-            recorder.begin("backward")
-            given = Backward.of(call, made, [torch.empty_like(counts), *[None] * (2 * len(call.layers))])
-            stack._backward(given if inputs else given._replace(needed=(False, *given.needed[1:])))
+        counts, _, _, *made = stack._forward(call, True)
+        recorder.begin("backward")
+        given = Backward.of(call, made, [torch.empty_like(counts), *[None] * (2 * len(call.layers))])
+        stack._backward(given if inputs else given._replace(needed=(False, *given.needed[1:])))
     return recorder.operations
 
 
 def training_step(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -> list[Operation]:
     """Everything that the forward and backward pass of ``net`` launch, in order, for a batch held over time.
 
-    Loss and optimizer are not included.
-
-    Args:
-        net: the network, whose masks are read; it moves to the ``meta`` device.
-        batch, input_dim: the shape of the samples.
-        dtype: of the matrix products (bfloat16 under autocast, else float32).
+    Loss and optimizer are not included. ``net``, whose masks are read, moves to the ``meta`` device; ``dtype`` is that
+    of the matrix products (bfloat16 under autocast, else float32).
     """
-    return _stack_step(_stack_call(net, batch, input_dim, dtype))
+    layers = []
+    for (connection, neurons), joined in zip(net.to("meta").layers(), net.recurrents(), strict=True):
+        recurrent = None if joined is None else Recurrent(joined.values, joined.mask)
+        layer = connection.values, connection.mask, connection.bias, neurons.population
+        layers.append(SpikingLayer(*layer, recurrent=recurrent))
+    return _stack_step(StackCall.of(torch.empty(batch, input_dim, device="meta"), layers, net.T, dtype))
 
 
-def forward_pass(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -> list[Operation]:
-    """As :func:`training_step`, without gradients."""
-    return _stack_step(_stack_call(net, batch, input_dim, dtype), trained=False)
-
-
-def layer_step(
-    layer: SpikingLayer, steps: int, batch: int, dtype: torch.dtype, fused: bool, spikes: bool = False
-) -> list[Operation]:
-    """One layer, forward and backward, fused or as a pair.
-
-    Its input varies over time: numbers of ``dtype``, which get a gradient, or the bytes of a layer before it.
-    """
+def layer_step(layer: SpikingLayer, steps: int, batch: int, dtype: torch.dtype, fused: bool) -> list[Operation]:
+    """One layer, forward and backward, fused or as a pair; its inputs are the spikes of a layer before it, as bytes."""
     from g2g_kernels.ops.g2g_stack import triton as stack
 
-    x = torch.empty(steps, batch, layer.mask.shape[1], dtype=torch.uint8 if spikes else dtype, device="meta")
+    x = torch.empty(steps, batch, layer.mask.shape[1], dtype=torch.uint8, device="meta")
     with stack.choose(fused):
         return _stack_step(StackCall.of(x, [layer], None, dtype), inputs=True)
 
 
 def product_step(
-    connection: G2GLinear, samples: int, dtype: torch.dtype, wanted: tuple[bool, bool, bool] = (True, True, True)
+    connection: G2GLinear, samples: int, dtype: torch.dtype, wanted: tuple[bool, bool, bool]
 ) -> list[Operation]:
     """A product alone, with an input of ``dtype``, and the gradients of input, weights and bias that are wanted."""
     from g2g_kernels.ops.g2g_linear import triton as linear
@@ -222,28 +212,4 @@ def product_step(
         want_x, want_values, want_bias = wanted
         needed = want_x, want_values, False, *([] if call.bias is None else [want_bias])
         linear._backward(Backward.of(call, (), [torch.empty_like(y)], needed))
-    return recorder.operations
-
-
-def neurons_step(population: Neurons, steps: int, batch: int, neurons: int) -> list[Operation]:
-    """Neurons alone in float32, forward and backward; their parameters are on the ``meta`` device."""
-    from g2g_kernels.ops.neurons import triton
-
-    call = NeuronsCall(torch.empty(steps, batch, neurons, device="meta"), population, 0)
-    with _recording() as recorder:
-        spikes, _, kept = triton._forward(call, True)
-        recorder.begin("backward")
-        triton._backward(Backward.of(call, [kept], [torch.empty_like(spikes), None]))
-    return recorder.operations
-
-
-def correlations(net: G2GNet, batch: int, input_dim: int) -> list[Operation]:
-    """The correlations of an update of dynamic sparse training, without the choice of units that follows."""
-    layers = list(net.to("meta").layers())
-    sizes = [connection.out_features for connection, _ in layers]
-    spikes = [torch.empty(net.T, batch, size, dtype=torch.uint8, device="meta") for size in sizes]
-    with _recording() as recorder:
-        trains = [torch.empty(batch, input_dim, device="meta"), *(each.float() for each in spikes)]
-        for (connection, _), pre, post in zip(layers, trains, trains[1:], strict=False):
-            unit_correlation(pre, post, connection.mask)
     return recorder.operations

@@ -69,10 +69,15 @@ def commit() -> str | None:
         return None
 
 
+def _line_of(file: str, begin: str) -> str:
+    """What follows in the line of a file that begins so; raises OSError or StopIteration without it."""
+    lines = Path(file).read_text().splitlines()
+    return next(line.removeprefix(begin).strip() for line in lines if line.startswith(begin))
+
+
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return _line_of("/proc/cpuinfo", "model name").removeprefix(":").strip()
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
@@ -94,18 +99,15 @@ class PeakMemory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._lower_mark()
+        self.restart()
         self.before = self._mark()
-
-    def restart(self) -> None:
-        """Resets the peak; memory held now still counts."""
-        self._lower_mark()
 
     def above(self) -> int:
         """Bytes."""
         return self._mark() - self.before
 
-    def _lower_mark(self) -> None:
+    def restart(self) -> None:
+        """Resets the peak; memory held now still counts."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         else:
@@ -116,8 +118,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         try:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+            return int(_line_of("/proc/self/status", "VmHWM:").split()[0]) * 1024
         except (OSError, StopIteration):
             if sys.platform == "win32":
                 return 0
@@ -155,16 +156,14 @@ def busy_cores(seconds: float = 0.2) -> float:
     """The number of busy cores during the next ``seconds``, while the caller sleeps; NaN if unknown."""
 
     def ticks() -> tuple[int, int]:
-        user, nice, system, idle, iowait, irq, softirq, steal, *_ = map(
-            int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-        )
+        user, nice, system, idle, iowait, irq, softirq, steal, *_ = map(int, _line_of("/proc/stat", "cpu ").split())
         return user + nice + system + irq + softirq + steal, idle + iowait
 
     try:
         busy, idle = ticks()
         time.sleep(seconds)
         busy, idle = (after - before for after, before in zip(ticks(), (busy, idle), strict=True))
-    except (OSError, ValueError):
+    except (OSError, StopIteration, ValueError):
         return math.nan
     return (os.cpu_count() or 1) * busy / max(1, busy + idle)
 
@@ -172,9 +171,9 @@ def busy_cores(seconds: float = 0.2) -> float:
 class Limits:
     """The machine's own rates, measured along with everything else: call :meth:`measure` now and then.
 
-    ``matrix``: FLOP/s of a 2048 × 2048 × 2048 product in float32 (TF32 off, as PyTorch has it); ``copy``: bytes/s read
-    and written by a copy of 256 MiB into existing memory. Both estimate what the machine can do, so the best sample
-    counts. Also measured: the number of cores that other programs kept busy while all of ours waited.
+    ``matrix_flop_per_s``: of a 2048 × 2048 × 2048 product in float32 (TF32 off, as PyTorch has it);
+    ``copy_bytes_per_s``: read and written by a copy of 256 MiB into existing memory. Both estimate what the machine can
+    do, so the best sample counts. Also measured: the number of cores that other programs kept busy while ours waited.
     """
 
     #: of the factors, and of the copied memory in float32 numbers
@@ -182,28 +181,24 @@ class Limits:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        side, size = self.side, self.size
-        self._factors = torch.rand(2, side, side, device=device)
-        self._product = torch.empty(side, side, device=device)
-        self._source = torch.ones(size, device=device)
-        self._target = torch.zeros(size, device=device)
-        self._seconds: dict[str, list[float]] = {"matrix": [], "copy": []}
-        self._work = {"matrix": 2 * side**3, "copy": 2 * 4 * size}
+        factors = torch.rand(2, self.side, self.side, device=device)
+        product, (source, target) = torch.empty_like(factors[0]), torch.ones(2, self.size, device=device)
+        self._works = {
+            "matrix_flop_per_s": (2 * self.side**3, lambda: torch.mm(*factors, out=product)),
+            "copy_bytes_per_s": (2 * 4 * self.size, lambda: target.copy_(source)),
+        }
+        self._seconds: dict[str, list[float]] = {name: [] for name in self._works}
         self._busy: list[float] = []
         self.measure()
 
     def measure(self) -> None:
         """Adds one sample of each."""
         self._busy.append(busy_cores())
-        for name, work in (
-            ("matrix", lambda: torch.mm(self._factors[0], self._factors[1], out=self._product)),
-            ("copy", lambda: self._target.copy_(self._source)),
-        ):
+        for name, (_, work) in self._works.items():
             self._seconds[name].append(timed(work, self.device))
 
     def rates(self) -> dict[str, float]:
         """``matrix_flop_per_s``, ``copy_bytes_per_s`` and, if known, ``others_busy_cores``."""
-        rates = {name: self._work[name] / min(taken) for name, taken in self._seconds.items()}
         busy = statistics.mean(self._busy)
-        known = {} if math.isnan(busy) else {"others_busy_cores": busy}
-        return {"matrix_flop_per_s": rates["matrix"], "copy_bytes_per_s": rates["copy"], **known}
+        rates = {name: work / min(self._seconds[name]) for name, (work, _) in self._works.items()}
+        return rates if math.isnan(busy) else {**rates, "others_busy_cores": busy}

@@ -20,7 +20,7 @@ from .contender import (
     UpdateContender,
     keep,
 )
-from .reference import UPDATE_FRACTION, Results, is_wide
+from .reference import UPDATE_FRACTION
 from .workload import Prepared
 
 
@@ -32,7 +32,6 @@ class Network(NetworkContender):
     def make(self, prepared: Prepared) -> None:
         super().make(prepared)
         w = prepared.workload
-        self.wide = is_wide(w)
         if w.surrogate != "atan":
             self.differs = (
                 f"surrogate {w.surrogate}, alpha {w.alpha:g}, in the hidden layers, all others ATan; trained so, to a "
@@ -41,21 +40,6 @@ class Network(NetworkContender):
 
     def build(self, prepared: Prepared) -> nn.Module:
         return prepared.network(self.backend)
-
-    def gradients(self) -> Results:
-        gradients: Results = {}
-        for name, connection in self.net.connections().items():
-            gradient, mask = connection.values.grad, connection.mask
-            if gradient is not None:
-                # the padding of packed ones is no weight
-                weights = gradient.masked_fill(~mask.valid(), 0) if self.wide else mask.unpack(gradient)
-                gradients[f"{name}.weight"] = weights
-        for number, (connection, neurons) in enumerate(self.net.layers(), 1):
-            others = {f"lif{number}.{name}": value for name, value in neurons.by_name.items()}
-            for name, parameter in {f"fc{number}.bias": connection.bias, **others}.items():
-                if parameter is not None and parameter.grad is not None:
-                    gradients[name] = parameter.grad
-        return gradients
 
     def counts(self, kept: Kept | None = None) -> torch.Tensor:
         if kept is None:
@@ -100,6 +84,17 @@ class Captured(Network):
         return loss, counts
 
 
+class Pair(Captured):
+    """:class:`Captured`, each layer by a pair of kernels, where a fused one would be chosen, too."""
+
+    def make(self, prepared: Prepared) -> None:
+        from g2g_kernels.ops.g2g_stack import triton as stack
+
+        self._choice = stack.choose(False)
+        self._choice.__enter__()  # as long as its process lives, which has no other contender
+        super().make(prepared)
+
+
 class Neurons(NeuronContender):
     """:func:`g2g_kernels.lif` or :func:`g2g_kernels.synaptic` on the backend called ``backend``."""
 
@@ -114,15 +109,9 @@ class Neurons(NeuronContender):
 class Linear(LinearContender):
     """:func:`g2g_kernels.g2g_linear` on the backend called ``backend``."""
 
-    layer: G2GLinear
-
     def build(self, connection: G2GLinear) -> nn.Module:
         connection.backend = self.backend
         return connection
-
-    def weight_gradient(self) -> torch.Tensor:
-        assert self.layer.values.grad is not None
-        return self.layer.mask.unpack(self.layer.values.grad)
 
 
 class Update(UpdateContender):

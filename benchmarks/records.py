@@ -10,11 +10,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A record: what its first line says, and ``"runs"``.
-
-    Raises:
-        ValueError: if it is no record.
-    """
+    """A record: what its first line says, and ``"runs"``; raises ValueError if it is no record."""
     about, *runs = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
     return {**about, "runs": runs}
 

@@ -13,8 +13,8 @@ is taken at these membranes. So what follows from a contender's spikes is known 
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -34,28 +34,19 @@ SPIKES = ("lif1.spikes", "lif2.spikes", "lif3.spikes")
 
 
 class Run(NamedTuple):
-    """What a computation gives.
+    """What a computation gives."""
 
-    Attributes:
-        results: loss, counts and gradients.
-        spikes: of each layer by name, bool [T, B, N].
-        denied: of each layer by the same name, [B, 2]: how many spikes of each sample are not on their membrane's side
-            of the threshold, and |U − θ| of the farthest of these. Without given spikes there are none.
-    """
-
-    results: Results
-    spikes: Results
+    results: Results  # loss, counts and gradients
+    spikes: Results  # of each layer by name, bool [T, B, N]
+    #: of each layer by the same name, [B, 2]: how many spikes of each sample are not on their membrane's side of the
+    #: threshold, and |U − θ| of the farthest of these; without given spikes there are none
     denied: Results
 
 
 ATAN_ALPHA = 2.0  # of neurons that are given no other surrogate
-
 CHUNK = 32  # samples in a piece
-
 DENSE_UP_TO = 4096  # neurons of a layer, whose weights are 134 MB in float64
-
 UPDATE_FRACTION = 0.1  # share of a layer's units that an update replaces
-
 #: precisions: "float64" is the truth; "fp32" and "bf16" (products in bfloat16) show what rounding alone does to it
 DTYPES = {"float64": torch.float64, "fp32": torch.float32, "bf16": torch.float32}
 
@@ -73,12 +64,6 @@ def _smooth_step(x: torch.Tensor, surrogate: str, alpha: float) -> torch.Tensor:
         inside = (alpha * x).clamp(-1, 1)
         return inside - inside * inside.abs() / 2
     raise ValueError(f"surrogate={surrogate!r} is not measured; choose atan or triangle")
-
-
-def _spike(fired: torch.Tensor, x: torch.Tensor, surrogate: str, alpha: float) -> torch.Tensor:
-    """``fired`` as numbers, with the derivative of a smooth step at ``x``."""
-    smooth = _smooth_step(x, surrogate, alpha)
-    return fired.to(x.dtype) + (smooth - smooth.detach())
 
 
 def _lif(
@@ -114,7 +99,8 @@ def _lif(
         far = above.detach().abs().where(fired != (above > 0), 0)
         number, farthest = denied.unbind(1)
         denied = torch.stack([number + far.count_nonzero(1), torch.maximum(farthest, far.amax(1))], 1)
-        spikes.append(_spike(fired, above, surrogate, alpha))
+        smooth = _smooth_step(above, surrogate, alpha)
+        spikes.append(fired.to(smooth.dtype) + (smooth - smooth.detach()))  # its value, with the other's derivative
     return spikes, denied
 
 
@@ -129,20 +115,15 @@ def _filtered(currents: list[torch.Tensor], syn_decay: torch.Tensor) -> list[tor
 
 def _parameters(prepared: Prepared, dtype: torch.dtype, packed: bool = False) -> dict[str, torch.Tensor]:
     """Copies of the network's parameters by the names of :data:`Results`, weights dense or packed."""
-    parameters: dict[str, torch.Tensor] = {}
-    for number, (connection, neurons) in enumerate(prepared.network("torch").layers(), 1):
-        assert connection.bias is not None
-        for name, tensor in {
-            f"fc{number}.weight": connection.values if packed else connection.dense_weight(),
-            f"fc{number}.bias": connection.bias,
-            **{f"lif{number}.{name}": value.expand(connection.out_features) for name, value in neurons.by_name.items()},
-        }.items():
-            parameters[name] = tensor.detach().to(dtype, copy=True).requires_grad_()
-    for number, recurrent in enumerate(prepared.network("torch").recurrents(), 1):
-        if recurrent is not None:
-            weight = recurrent.values if packed else recurrent.dense_weight()
-            parameters[f"rec{number}.weight"] = weight.detach().to(dtype, copy=True).requires_grad_()
-    return parameters
+    net, found = prepared.network("torch"), {}
+    for name, connection in net.connections().items():
+        found[f"{name}.weight"] = connection.values if packed else connection.dense_weight()
+        if connection.bias is not None:
+            found[f"{name}.bias"] = connection.bias
+    for number, (connection, neurons) in enumerate(net.layers(), 1):
+        each = neurons.by_name.items()
+        found |= {f"lif{number}.{name}": value.expand(connection.out_features) for name, value in each}
+    return {name: tensor.detach().to(dtype, copy=True).requires_grad_() for name, tensor in found.items()}
 
 
 def _by_units(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> torch.Tensor:
@@ -167,8 +148,7 @@ def _simulate(
     given: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[list[list[torch.Tensor]], Results]:
     """The spikes of the three layers, one [B, N] per time step, and what membranes deny of the ``given`` ones; of
-    packed weights if their ``masks`` are given.
-    """
+    packed weights if their ``masks`` are given."""
 
     def product(name: str, x: torch.Tensor) -> torch.Tensor:
         weight, bias = parameters[f"{name}.weight"], parameters.get(f"{name}.bias")
@@ -181,9 +161,8 @@ def _simulate(
     for number in (1, 2, 3):
         surrogate = (workload.surrogate, workload.alpha) if number < 3 else ("atan", ATAN_ALPHA)
         beta, theta = parameters[f"lif{number}.beta"], parameters[f"lif{number}.threshold"]
-        joined = f"rec{number}.weight" in parameters
+        name, joined = SPIKES[number - 1], f"rec{number}.weight" in parameters
         recurrent = functools.partial(product, f"rec{number}") if joined else None
-        name = SPIKES[number - 1]
         spikes, denied[name] = _lif(currents, beta, theta, reset, *surrogate, recurrent, given[name] if given else None)
         layers.append(spikes)
         if number < 3:
@@ -191,22 +170,31 @@ def _simulate(
     return layers, denied
 
 
-def _pieces(
-    prepared: Prepared, dtype: torch.dtype, given: Results | None, size: int, samples: torch.Tensor | None = None
-) -> Iterator[tuple[Any, ...]]:
-    """Images, labels and given spikes of ``samples`` of the batch (None: all), ``size`` of them at a time."""
+def _in_pieces(
+    consume: Callable[[torch.Tensor, torch.Tensor, list[list[torch.Tensor]]], None],
+    prepared: Prepared,
+    parameters: dict[str, torch.Tensor],
+    reset: str,
+    precision: str,
+    given: Results | None,
+    samples: torch.Tensor | None = None,
+    masks: Mapping[str, BlockMask] | None = None,
+    size: int = CHUNK,
+) -> tuple[Results, Results]:
+    """Spikes and denied ones of ``samples`` of the batch (None: all), ``size`` of them at a time: ``consume`` gets the
+    images, the labels and the layers' spikes of each piece."""
+    trains, denied = [], []
     for piece in (torch.arange(len(prepared.labels)) if samples is None else samples).split(size):
-        spikes = given and {name: each[:, piece] for name, each in given.items()}
-        yield prepared.images[piece].to(dtype), prepared.labels[piece], spikes
-
-
-def _train(layers: list[list[torch.Tensor]]) -> Results:
-    """The spikes of each layer, bool [T, B, N], by name."""
-    return {name: torch.stack(layer).detach() > 0.5 for name, layer in zip(SPIKES, layers, strict=True)}
-
-
-def _joined(pieces: list[Results], dim: int) -> Results:
-    return {name: torch.cat([piece[name] for piece in pieces], dim) for name in pieces[0]}
+        images, here = (
+            prepared.images[piece].to(DTYPES[precision]),
+            given and {n: s[:, piece] for n, s in given.items()},
+        )
+        layers, denied_here = _simulate(images, parameters, prepared.workload, reset, precision, masks, here)
+        consume(images, prepared.labels[piece], layers)
+        trains.append({name: torch.stack(each).detach() > 0.5 for name, each in zip(SPIKES, layers, strict=True)})
+        denied.append(denied_here)
+    spikes = {name: torch.cat([piece[name] for piece in trains], 1) for name in SPIKES}
+    return spikes, {name: torch.cat([piece[name] for piece in denied]) for name in SPIKES}
 
 
 def network_results(
@@ -217,43 +205,36 @@ def network_results(
     samples: torch.Tensor | None = None,
 ) -> Run:
     """Loss, spike counts and gradients of the workload's network on its batch; with ``samples``, the counts of these
-    and what they add to loss and gradients.
-    """
-    dtype = DTYPES[precision]
-    masks, chunk = None, CHUNK
+    and what they add to loss and gradients."""
+    masks, size, hidden = None, CHUNK, prepared.workload.hidden_dim
     if is_wide(prepared.workload):
         masks = {name: connection.mask for name, connection in prepared.network("torch").connections().items()}
-        chunk = max(1, 2 * CHUNK * DENSE_UP_TO // prepared.workload.hidden_dim)
-    parameters = _parameters(prepared, dtype, packed=masks is not None)
-    loss, counts, spikes, denied = torch.zeros((), dtype=dtype), [], [], []
-    for images, labels, given_here in _pieces(prepared, dtype, given, chunk, samples):
-        layers, denied_here = _simulate(images, parameters, prepared.workload, reset, precision, masks, given_here)
+        size = max(1, 2 * CHUNK * DENSE_UP_TO // hidden)
+    parameters = _parameters(prepared, DTYPES[precision], packed=masks is not None)
+    loss, counts = torch.zeros((), dtype=DTYPES[precision]), []
+
+    def learn(images: torch.Tensor, labels: torch.Tensor, layers: list[list[torch.Tensor]]) -> None:
         count = torch.stack(layers[-1]).sum(0)
         piece = F.cross_entropy(count, labels, reduction="sum") / len(prepared.labels)
         piece.backward()
-        loss += piece.detach()
+        loss.add_(piece.detach())
         counts.append(count.detach())
-        denied.append(denied_here)
-        spikes.append(_train(layers))
+
+    of_spikes = _in_pieces(learn, prepared, parameters, reset, precision, given, samples, masks, size)
     gradients = {name: tensor.grad for name, tensor in parameters.items() if tensor.grad is not None}
-    results = {"loss": loss, "counts": torch.cat(counts), **gradients}
-    return Run(results, _joined(spikes, 1), _joined(denied, 0))
+    return Run({"loss": loss, "counts": torch.cat(counts), **gradients}, *of_spikes)
 
 
 def neuron_results(
     inputs: NeuronInputs, reset: str = "after decay", precision: str = "float64", given: Results | None = None
 ) -> Run:
     """Gradients of neurons alone: LIF, or synaptic where there is a γ among the parameters."""
-    dtype = DTYPES[precision]
-    neurons = inputs.current.shape[-1]
+    dtype, shape = DTYPES[precision], inputs.current.shape
     parameters = {
-        name: value.to(dtype).expand(neurons).clone().requires_grad_() for name, value in inputs.parameters.items()
+        name: value.to(dtype).expand(shape[-1]).clone().requires_grad_() for name, value in inputs.parameters.items()
     }
-    spikes = torch.empty(inputs.current.shape, dtype=torch.bool)
-    gradient = torch.empty(inputs.current.shape)
-    denied = []
-    for first in range(0, inputs.current.shape[1], CHUNK):
-        part = slice(first, first + CHUNK)
+    spikes, gradient, denied = torch.empty(shape, dtype=torch.bool), torch.empty(shape), []
+    for part in (slice(first, first + CHUNK) for first in range(0, shape[1], CHUNK)):
         current = inputs.current[:, part].to(dtype).requires_grad_()
         currents = list(current)
         if "syn_decay" in parameters:
@@ -262,8 +243,7 @@ def neuron_results(
         fired, far = _lif(currents, parameters["beta"], parameters["threshold"], reset, given=given_here)
         torch.autograd.backward(fired, list(inputs.grad_spikes[:, part].to(dtype)))
         assert current.grad is not None
-        spikes[:, part] = torch.stack(fired) > 0.5
-        gradient[:, part] = current.grad
+        spikes[:, part], gradient[:, part] = torch.stack(fired) > 0.5, current.grad
         denied.append(far)
     gradients = {name: value.grad for name, value in parameters.items() if value.grad is not None}
     return Run({"current": gradient, **gradients}, {"spikes": spikes}, {"spikes": torch.cat(denied)})
@@ -272,8 +252,7 @@ def neuron_results(
 def linear_results(prepared: Prepared, inputs: str, precision: str = "float64") -> Run:
     """Outputs and gradients of the second layer's product alone, for one of the inputs of a :class:`Prepared`."""
     dtype = DTYPES[precision]
-    parameters = _parameters(prepared, dtype)
-    weight, bias = parameters["fc2.weight"], parameters["fc2.bias"]
+    weight, bias = (_parameters(prepared, dtype)[f"fc2.{name}"] for name in ("weight", "bias"))
     outputs, gradients = [], []
     for given, grad_y in zip(*getattr(prepared, inputs), strict=True):  # a time step after the other
         x = given.to(dtype, copy=True).requires_grad_()
@@ -296,27 +275,22 @@ def update_results(
 ) -> Run:
     """Of an update of dynamic sparse training, for each layer: the mean correlation of every unit "fc1.correlation"
     [block rows, block columns], and the scores of the pruned units "fc1.pruned" and of the grown ones "fc1.grown", in
-    the order of pruning and growing.
-    """
-    dtype = DTYPES[precision]
-    parameters, steps = _parameters(prepared, dtype), prepared.workload.T
-    shapes = [(name, parameters[f"{name}.weight"].shape) for name in ("fc1", "fc2", "fc3")]
-    products = [torch.zeros(shape, dtype=dtype) for _, shape in shapes]
-    squares = [torch.zeros(shape[1], dtype=dtype) for _, shape in shapes]
-    squares.append(torch.zeros(shapes[-1][1][0], dtype=dtype))
-    spikes, denied = [], []
-    for images, _, given_here in _pieces(prepared, dtype, given, CHUNK):
-        layers, denied_here = _simulate(images, parameters, prepared.workload, reset, precision, given=given_here)
-        spikes.append(_train(layers))
-        denied.append(denied_here)
-        samples = [torch.cat(layer) for layer in ([images] * steps, *layers)]
+    the order of pruning and growing."""
+    parameters, weights = _parameters(prepared, DTYPES[precision]), mean_weights(prepared)
+    products = [torch.zeros_like(parameters[f"fc{number}.weight"]) for number in (1, 2, 3)]
+    squares = [product.new_zeros(product.shape[1]) for product in products] + [
+        products[-1].new_zeros(len(products[-1]))
+    ]
+
+    def correlate(images: torch.Tensor, labels: torch.Tensor, layers: list[list[torch.Tensor]]) -> None:
+        samples = [torch.cat(layer) for layer in ([images] * prepared.workload.T, *layers)]
         for square, sample in zip(squares, samples, strict=True):
             square += sample.square().sum(0)
         for product, pre, post in zip(products, samples, samples[1:], strict=False):
             product += post.T @ pre
 
+    of_spikes = _in_pieces(correlate, prepared, parameters, reset, precision, given)
     results: Results = {}
-    weights = mean_weights(prepared)
     for number, (connection, _) in enumerate(prepared.network("torch").layers()):
         norms = squares[number + 1].sqrt()[:, None] * squares[number].sqrt()[None, :]
         cosine = torch.where(norms > 0, products[number] / norms, 0.0)
@@ -327,7 +301,7 @@ def update_results(
         results[f"{name}.correlation"] = correlation
         results[f"{name}.pruned"] = weights[number][present].sort().values[:count]
         results[f"{name}.grown"] = correlation[~present].sort(descending=True).values[:count]
-    return Run(results, _joined(spikes, 1), _joined(denied, 0))
+    return Run(results, *of_spikes)
 
 
 def mean_weights(prepared: Prepared) -> list[torch.Tensor]:

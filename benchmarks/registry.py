@@ -22,28 +22,17 @@ PRECISIONS = ("fp32", "bf16")
 
 @dataclass(frozen=True)
 class Entry:
-    """A contender that has not been built.
+    """A contender that has not been built."""
 
-    Attributes:
-        label: its name, with ``-bf16`` at the end if that is its precision.
-        target: ``"module:Class"``.
-        options: further arguments of the class.
-        unavailable: why it cannot run here, or None.
-        compiles: whether its first turn compiles for a minute or so.
-        backend: the g2g backend that it runs on, None for a peer.
-        workload: changes of the workload for this contender, which is trained and judged with them.
-        by_name: whether it takes part only when named.
-    """
-
-    label: str
-    target: str
+    label: str  # with -bf16 at the end if that is its precision
+    target: str  # "module:Class"
     precision: str = "fp32"
-    options: dict[str, Any] = field(default_factory=dict)
-    unavailable: str | None = None
-    compiles: bool = False
-    backend: str | None = None
-    workload: dict[str, Any] = field(default_factory=dict)
-    by_name: bool = False
+    options: dict[str, Any] = field(default_factory=dict)  # further arguments of the class
+    unavailable: str | None = None  # why it cannot run here
+    compiles: bool = False  # for a minute or so, in its first turn
+    backend: str | None = None  # of g2g, None for a peer
+    workload: dict[str, Any] = field(default_factory=dict)  # what it changes: it is trained and judged with that
+    by_name: bool = False  # takes part only when named
 
     def own(self, base: Workload) -> Workload:
         """What this contender computes where others compute ``base``."""
@@ -52,27 +41,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Kernel:
-    """What ``--kernel`` names.
+    """What ``--kernel`` names."""
 
-    Attributes:
-        about: what one turn is, in words.
-        baseline: the contender to which the others' times are compared.
-        ours: the class in :mod:`benchmarks.ours`.
-        method: the method of a contender that is timed.
-        bf16: whether it exists in bfloat16 too.
-        inputs: of a part alone, their name in :class:`~benchmarks.workload.Prepared`.
-        workload: of all contenders, whatever the flags say.
-        usual: of the workload, unless the flags say it.
-    """
-
-    about: str
-    baseline: str
-    ours: str
-    method: str = "step"
-    bf16: bool = True
-    inputs: str = ""
-    workload: dict[str, Any] = field(default_factory=dict)
-    usual: dict[str, Any] = field(default_factory=dict)
+    about: str  # what one turn is, in words
+    baseline: str  # the contender to which the others' times are compared
+    ours: str  # the class in :mod:`benchmarks.ours`
+    method: str = "step"  # of a contender, that is timed
+    bf16: bool = True  # whether it exists in bfloat16 too
+    inputs: str = ""  # of a part alone, their name in :class:`~benchmarks.workload.Prepared`
+    workload: dict[str, Any] = field(default_factory=dict)  # of all contenders, whatever the flags say
+    usual: dict[str, Any] = field(default_factory=dict)  # of the workload, unless the flags say it
 
 
 COMPILER = "a C++ compiler"
@@ -87,12 +65,9 @@ KERNELS = {
         usual={"train_steps": 20, "batch_size": 64},  # whose float64 reference takes a minute, not five
     ),
     "forward": Kernel("forward pass without gradients", "snntorch-masked", "Network", method="forward"),
-    "lif": Kernel(
-        "LIF neurons alone, forward and backward", "snntorch", "Neurons", bf16=False, inputs="lif_inputs",
-    ),
+    "lif": Kernel("LIF neurons alone, forward and backward", "snntorch", "Neurons", bf16=False, inputs="lif_inputs"),
     "synaptic": Kernel(
-        "synaptic neurons alone, forward and backward", "snntorch", "Neurons", bf16=False,
-        inputs="synaptic_inputs",
+        "synaptic neurons alone, forward and backward", "snntorch", "Neurons", bf16=False, inputs="synaptic_inputs"
     ),
     "linear": Kernel(
         "the product of fc2 alone with all three gradients, at the spikes it receives", "masked", "Linear",
@@ -134,33 +109,30 @@ def entries(kernel: str) -> dict[str, Entry]:
     about = KERNELS[kernel]
     found = [
         Entry(
-            f"g2g-{backend}",
-            f"{__package__}.ours:{about.ours}",
-            options={"backend": backend, "inputs": about.inputs},
-            unavailable=reason,
-            backend=backend,
+            f"g2g-{backend}", f"{__package__}.ours:{about.ours}", options={"backend": backend, "inputs": about.inputs},
+            unavailable=reason, backend=backend, by_name=kernel == "recurrent" and backend == "torch",  # takes seconds
         )
         for backend, reason in backend_status().items()
-    ]
+    ]  # fmt: skip
     if kernel == "step":
         found += [
             *(replace(entry, label=f"{entry.label}-triangle", workload=COMPACT) for entry in found),
             *(_variant(entry, "compiled", "Compiled", _missing((COMPILER,))) for entry in found),
             *(_variant(entry, "graph", "Captured", _no_graph(entry.backend)) for entry in found),
+            *(
+                _variant(entry, "pair", "Pair", _no_graph(entry.backend))
+                for entry in found
+                if entry.backend == "triton"
+            ),
         ]
-    if kernel == "recurrent":  # in plain PyTorch each turn takes seconds
-        found = [replace(entry, by_name=entry.backend == "torch") for entry in found]
     found_peers = [
         Entry(
-            label,
-            f"{__package__}.peers.{module}:{name}",
-            options={"inputs": about.inputs},
-            unavailable=_missing(needs),
-            compiles=COMPILER in needs,
+            label, f"{__package__}.peers.{module}:{name}", options={"inputs": about.inputs},
+            unavailable=_missing(needs), compiles=COMPILER in needs,
         )
         for module, label, name, kernels, needs in declared_peers()
         if kernel in kernels
-    ]
+    ]  # fmt: skip
     found += sorted(found_peers, key=lambda entry: entry.label != about.baseline)  # the baseline first
     if about.bf16:
         found += [replace(entry, label=f"{entry.label}-bf16", precision="bf16") for entry in found]
@@ -169,14 +141,9 @@ def entries(kernel: str) -> dict[str, Entry]:
 
 def _variant(entry: Entry, name: str, ours: str, lacks: str | None) -> Entry:
     """Our own network, run in another way, if it is named."""
-    return replace(
-        entry,
-        label=f"{entry.label}-{name}",
-        target=f"{__package__}.ours:{ours}",
-        unavailable=entry.unavailable or lacks,
-        compiles=name == "compiled",
-        by_name=True,
-    )
+    label, target, unavailable = f"{entry.label}-{name}", f"{__package__}.ours:{ours}", entry.unavailable or lacks
+    compiles = name == "compiled"
+    return replace(entry, label=label, target=target, unavailable=unavailable, compiles=compiles, by_name=True)
 
 
 def _no_graph(backend: str | None) -> str | None:
@@ -202,14 +169,8 @@ def choose(
 ) -> list[Entry]:
     """The contenders to run: by default all in float32, our kernels in bfloat16 too.
 
-    Args:
-        kernel: one of :data:`KERNELS`.
-        labels: a comma-separated list of names: only these.
-        backends: a comma-separated list of g2g's backends: of g2g only these.
-        precision: ``"fp32"`` or ``"bf16"``: all contenders in this precision only.
-
-    Raises:
-        ValueError: for an unknown name, or if no contender is left.
+    ``labels`` are their names, ``backends`` g2g's, each with commas between them; ``precision`` is that of all. Raises
+    ValueError for an unknown name, or if no contender is left.
     """
     known = entries(kernel)
     if labels is not None:

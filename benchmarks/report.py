@@ -19,11 +19,6 @@ def by_column(columns: Mapping[str, Callable[[Any], str]], rows: Iterable[Any]) 
     return markdown(list(columns), ([cell(row) for cell in columns.values()] for row in rows))
 
 
-def of_floor(record: dict[str, Any], run: dict[str, Any]) -> float:
-    """The floor over a contender's median: its own floor if its workload differs from that of the others."""
-    return run.get("floor_seconds", record["workloads"][run["place"]]["floor_seconds"]) / run["median"]
-
-
 def curves(record: dict[str, Any]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The runs of each contender, from the first place to the last."""
     for contender in dict.fromkeys(run["contender"] for run in record["runs"]):
@@ -42,8 +37,7 @@ class Line(NamedTuple):
 def fit(x: Sequence[float], y: Sequence[float]) -> Line:
     """The least-squares line through at least two different points."""
     slope, intercept = np.polyfit(x, y, 1)
-    rest = np.asarray(y) - (slope * np.asarray(x) + intercept)
-    spread = np.asarray(y) - np.mean(y)
+    rest, spread = np.asarray(y) - (slope * np.asarray(x) + intercept), np.asarray(y) - np.mean(y)
     unexplained = float(rest @ rest / (spread @ spread)) if np.any(spread) else 0.0
     return Line(float(slope), float(intercept), 1.0 - unexplained)
 
@@ -58,8 +52,8 @@ def line(record: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Line | None:
     return fit(flop, medians) if timed and max(flop) > 1.5 * min(flop) else None
 
 
-_WAYS = {"": "", "-triangle": ", hidden triangle α = 4", "-compiled": ", under torch.compile"}
-_WAYS |= {"-graph": ", a step as one CUDA graph"}
+_WAYS = {"": "", "-triangle": ", hidden triangle α = 4", "-compiled": ", under torch.compile",
+         "-graph": ", a step as one CUDA graph", "-pair": ", as one CUDA graph, no fused layers"}  # fmt: skip
 _KERNELS = {"triton": "Triton kernels", "cpu": "compiled CPU kernels", "torch": "plain PyTorch"}
 TITLES = {
     **{f"g2g-{name}{way}": f"g2g, {of}{how}" for name, of in _KERNELS.items() for way, how in _WAYS.items()},
@@ -111,9 +105,8 @@ def plain(value: float) -> str:
 
 def seconds(value: float) -> str:
     """A time with three digits and its unit."""
-    unit, scale = next(
-        (pair for pair in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)) if abs(value) >= pair[1]), ("ns", 1e-9)
-    )
+    units = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
+    unit, scale = next((pair for pair in units.items() if abs(value) >= pair[1]), ("ns", 1e-9))
     return f"{value / scale:.3g} {unit}"
 
 
@@ -137,7 +130,10 @@ CELLS: dict[str, Callable[[dict[str, Any], dict[str, Any], dict[str, Any] | None
         f"{baseline[counted(record)] / run[counted(record)]:.3g}" if baseline else "–"
     ),
     "GFLOP/s": lambda record, run, baseline: f"{record['workloads'][0]['flop'] / run['median'] / 1e9:.3g}",
-    "of the floor": lambda record, run, baseline: f"{100 * of_floor(record, run):.0f} %",
+    # a contender whose workload differs from that of the others has a floor of its own
+    "of the floor": lambda record, run, baseline: (
+        f"{100 * run.get('floor_seconds', record['workloads'][run['place']]['floor_seconds']) / run['median']:.0f} %"
+    ),
     "peak memory": lambda record, run, baseline: f"{run['peak_bytes'] / 1e6:.0f} MB",
     "first turn": lambda record, run, baseline: seconds(run["first_seconds"]),
     "rates, %": lambda record, run, baseline: " ".join(f"{100 * rate:.1f}" for rate in run["firing_rates"]),
@@ -184,12 +180,9 @@ def text(record: dict[str, Any]) -> str:
     parts = [in_columns(*table) if table[1] else "no contender has a time" for table in tables]
     differing = {run["contender"]: run["differs"] for run in record["runs"] if run.get("differs")}
     parts += [f"{contender}: {differs}" for contender, differs in differing.items()]
-    for run in record["runs"]:
-        if run["status"] != "timed":
-            x = record["workloads"][run["place"]]["x"]
-            parts.append(
-                f"{run['contender']}{'' if x is None else f' at {plain(x)}'}: {run['status']}: {run['reason']}"
-            )
+    for run in (run for run in record["runs"] if run["status"] != "timed"):
+        x = record["workloads"][run["place"]]["x"]
+        parts.append(f"{run['contender']}{'' if x is None else f' at {plain(x)}'}: {run['status']}: {run['reason']}")
     return "\n".join(parts)
 
 

@@ -8,8 +8,9 @@ repeated reads after a cache miss, arithmetic outside of matrix products, gaps b
 
 import argparse
 import importlib.util
+import math
 import sys
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,11 +23,11 @@ from g2gnet.programs.flags import FlagError, Parser
 from g2gnet.programs.main import run_program
 
 from . import cli
+from .contender import FORMATS
 from .costs import CARDS, Card
 from .launches import Operation, training_step
 from .workload import Workload
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 INPUT_DIM, NUM_CLASSES = 784, 10  # Fashion-MNIST
 
 #: operations below this share of the whole are shown in one line
@@ -47,7 +48,7 @@ PRODUCTS = {"forward": {"y": "currents"}, "backward": {"x": "∂L/∂I", "y": "�
 def kinds(operation: Operation) -> dict[str, int]:
     """The bytes of an operation by kind."""
     names = KINDS | (PRODUCTS[operation.phase] if operation.name == "product_kernel" else {})
-    moved: dict[str, int] = defaultdict(int)
+    moved: Counter[str] = Counter()
     for name, tensor in operation.tensors.items():
         kind = "spikes" if tensor.dtype == torch.uint8 else names.get(name, "weights and sums")
         moved[kind] += tensor.numel() * tensor.itemsize
@@ -72,41 +73,25 @@ def adam(net: G2GNet) -> Operation:
 
 def table(operations: Sequence[Operation], card: Card) -> str:
     """The floor of every operation and of all together, as Markdown."""
-    floors = [seconds(operation, card) for operation in operations]
-    total = sum(floors)
+    total = sum(seconds(operation, card) for operation in operations)
 
-    def row(phase: str, name: str, chosen: Sequence[Operation], bound: str, moved: str) -> list[str]:
-        flop = sum(operation.flop for operation in chosen) / 1e9
-        megabytes = sum(operation.bytes for operation in chosen) / 1e6
-        floor = sum(seconds(operation, card) for operation in chosen) * 1e6
+    def row(phase: str, name: str, chosen: Sequence[Operation], bound: str = "", moved: str = "") -> list[str]:
+        flop, megabytes = sum(each.flop for each in chosen) / 1e9, sum(each.bytes for each in chosen) / 1e6
+        floor = sum(seconds(each, card) for each in chosen) * 1e6
         return [phase, name, f"{flop:.1f}", f"{megabytes:.1f}", f"{floor:.1f}", bound, moved]
 
     rows, small = [], []
-    for operation, floor in zip(operations, floors, strict=True):
+    for each in operations:
+        floor = seconds(each, card)
         if floor < SMALL * total:
-            small.append(operation)
+            small.append(each)
             continue
-        bound = "memory" if floor == operation.bytes / card.bytes_per_s else "arithmetic"
-        parts = [f"{size / 1e6:.1f} {kind}" for kind, size in kinds(operation).items() if size > 0.01 * operation.bytes]
-        rows.append(row(operation.phase, operation.name, [operation], bound, ", ".join(parts)))
-    rows.append(row("", f"{len(small)} smaller ones", small, "", ""))
-    rows.append(row("", f"**all {len(operations)}**", operations, "", ""))
+        bound = "memory" if floor == each.bytes / card.bytes_per_s else "arithmetic"
+        parts = [f"{size / 1e6:.1f} {kind}" for kind, size in kinds(each).items() if size > 0.01 * each.bytes]
+        rows.append(row(each.phase, each.name, [each], bound, ", ".join(parts)))
+    rows += [row("", f"{len(small)} smaller ones", small), row("", f"**all {len(operations)}**", operations)]
     header = ["pass", "kernel", "GFLOP", "MB", "floor, µs", "bound by", "of which, MB"]
     return markdown(header, rows, right=header[2:5])
-
-
-def bytes_left(operations: Sequence[Operation], card: Card) -> str:
-    """The bytes of a step by kind, as Markdown."""
-    moved: dict[str, int] = defaultdict(int)
-    for operation in operations:
-        for kind, size in kinds(operation).items():
-            moved[kind] += size
-    header = ["what moves", "MB", "µs at the card's bandwidth"]
-    rows = [
-        [kind, f"{size / 1e6:.0f}", f"{size / card.bytes_per_s * 1e6:.0f}"]
-        for kind, size in sorted(moved.items(), key=lambda item: -item[1])
-    ]
-    return markdown(header, rows, right=header[1:])
 
 
 def network(**changes: Any) -> G2GNet:
@@ -118,27 +103,22 @@ def network(**changes: Any) -> G2GNet:
 def build_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.roofline", description=__doc__.split("\n\n")[0])
     cli.add_sizes(parser)
-    parser.add_argument("--precision", choices=tuple(DTYPES), default="bf16", help="of products (default: bf16)")
+    parser.add_argument("--precision", choices=tuple(FORMATS), default="bf16", help="of products (default: bf16)")
     parser.add_argument("--card", choices=tuple(CARDS), default="h100", help="card whose rates to use (default: h100)")
     return parser
 
 
 def roofline(arguments: argparse.Namespace) -> str:
-    """The whole report, as Markdown.
-
-    Raises:
-        FlagError: without Triton.
-    """
+    """The whole report, as Markdown; raises FlagError without Triton."""
     if importlib.util.find_spec("triton") is None:
         raise FlagError("the model needs the Triton kernels: pip install triton")
-    workload = cli.workload_from(arguments)
+    workload, card = cli.workload_from(arguments), CARDS[arguments.card]
     net = network(**workload.as_dict())
     masks = [connection.mask for connection, _ in net.layers()]
     weights = sum(mask.num_weights for mask in masks)
-    density = weights / sum(rows * cols for rows, cols in (mask.shape for mask in masks))
-    card = CARDS[arguments.card]
+    density = weights / sum(math.prod(mask.shape) for mask in masks)
     with runtime.assumed(card.architecture):
-        operations = training_step(net, workload.batch_size, INPUT_DIM, DTYPES[arguments.precision])
+        operations = training_step(net, workload.batch_size, INPUT_DIM, FORMATS[arguments.precision])
     operations.append(adam(net))
     total = sum(seconds(operation, card) for operation in operations)
     return f"""\
@@ -156,15 +136,6 @@ p_inter {workload.p_inter}, {workload.block_size} × {workload.block_size} block
 A kernel's floor is the longer of its arithmetic and its memory traffic; every tensor counts once per kernel. Kernels
 are listed in the order of their launches, layers 1 to 3 forward and 3 to 1 backward. Gaps between them and the loss are
 not counted.
-
-## Which bytes are left
-
-{bytes_left(operations, card)}
-
-∂L/∂S and ∂L/∂I of a hidden layer are each written by one kernel and read by the next ones. A kernel that fuses the
-backward pass of the neurons into the input gradient of the layer above would save the transfer of ∂L/∂S (4 bytes per
-element of [T, B, H] in 16 bits), as the fused forward kernel saves that of the currents. It would have to run backward
-in time.
 """
 
 

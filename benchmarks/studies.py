@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Mapping, Sequence
@@ -11,28 +12,17 @@ from collections.abc import Mapping, Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """Rows of flags to be compared.
+    """Rows of flags to be compared."""
 
-    Attributes:
-        about: what is asked, and what its rows are.
-        takes: how long all of it takes.
-        common: flags of every run.
-        rows: the flags of each row, by its name.
-        epochs: of each run whose row does not say it.
-        columns: of its table (:data:`benchmarks.study_tables.COLUMNS`).
-        default_rows, seeds: what ``--rows`` and ``--seeds`` are unless they are given.
-        costs: whether memory and processor time of a training step are measured, too.
-    """
-
-    about: str
-    takes: str
-    common: str
-    rows: Mapping[str, str]
-    epochs: int
-    columns: Sequence[str]
-    default_rows: Sequence[str] = ("*",)
+    about: str  # what is asked, and what its rows are
+    takes: str  # how long all of it takes
+    common: str  # flags of every run
+    rows: Mapping[str, str]  # the flags of each row, by its name
+    epochs: int  # of each run whose row does not say it
+    columns: Sequence[str]  # of its table (:data:`benchmarks.study_tables.COLUMNS`)
+    default_rows: Sequence[str] = ("*",)  # what ``--rows`` is unless it is given
     seeds: Sequence[int] = (1, 2, 3)
-    costs: bool = False
+    costs: bool = False  # whether memory and processor time of a training step are measured, too
 
 
 #: the density at p_intra = 1, p_inter = 0.15 and 8 groups
@@ -66,12 +56,13 @@ def crossed(*axes: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def widths(*neurons: int) -> dict[str, str]:
-    return {f"H {width}": f"--hidden_dim {width}" for width in neurons}
+def each(name: str, flag: str, *values: object) -> dict[str, str]:
+    """A row for each value of a flag."""
+    return {f"{name}{value}": f"--{flag} {value}" for value in values}
 
 
-def units(*sides: int) -> dict[str, str]:
-    return {f"units of {side}": f"--block_size {side}" for side in sides}
+widths = functools.partial(each, "H ", "hidden_dim")
+units = functools.partial(each, "units of ", "block_size")
 
 
 def densities(*percents: float) -> dict[str, str]:
@@ -80,21 +71,16 @@ def densities(*percents: float) -> dict[str, str]:
     return {f"{percent} %": f"--p_intra {p:.4g} --p_inter {0.15 * p:.4g}" for percent, p in shares.items()}
 
 
-# --- which growth rule ----------------------------------------------------------------------------------------------
-
-
 def _dst() -> dict[str, str]:
     rules = {growth: joined(flags, SCHEDULE if flags else "") for growth, flags in GROWTH.items()}
-    rows = crossed(units(16), densities(25, 10, 5, 2), rules) | crossed(units(64), densities(25, 5), rules)
     default = {growth: GROWTH[growth] for growth in ("random", "correlation")}
     return (
-        rows
+        crossed(units(16), densities(25, 10, 5, 2), rules)
+        | crossed(units(64), densities(25, 5), rules)
         | crossed(units(1), densities(5), rules)
         | crossed(units(64), {"25 %": ""}, default, {"default schedule": ""})
     )
 
-
-# --- few weights ----------------------------------------------------------------------------------------------------
 
 #: neurons per layer of the dense network that has no more weights
 DENSE_WIDTHS = {58_000: 67, 118_000: 127}
@@ -143,8 +129,6 @@ def _few() -> dict[str, str]:
     return rows
 
 
-# --- weights and time -----------------------------------------------------------------------------------------------
-
 #: (width, density in per cent, side of a unit); the last four have as few weights as dense networks of 12, 64 and 128
 SPARSE = (
     *((width, 25, 64) for width in (256, 512, 1024, 2048)),
@@ -155,24 +139,16 @@ SPARSE = (
 
 
 def _tradeoff() -> dict[str, str]:
-    def of_width(width: int) -> dict[str, str]:
-        return {str(width): f"--hidden_dim {width}"}
-
-    rows: dict[str, str] = {}
-    for width in (12, 32, 64, 128, 256, 512, 1024, 2048):
-        rows |= crossed({"dense": "--model dense"}, of_width(width))
+    rows = crossed({"dense": "--model dense"}, each("", "hidden_dim", 12, 32, 64, 128, 256, 512, 1024, 2048))
     for width, percent, side in SPARSE:
         rewired = {"": ""} | ({"rewired": REWIRED} if (width, side) == (2048, 16) else {})
-        rows |= crossed({"index": "--model index"}, of_width(width), densities(percent), rewired, units(side))
+        index = {"index": "--model index"}
+        rows |= crossed(index, each("", "hidden_dim", width), densities(percent), rewired, units(side))
     return rows
 
 
-# --- the recipe -----------------------------------------------------------------------------------------------------
-
-RECIPE = (
-    "--model index --hidden_dim 1024 --T 10 --lr_schedule cosine --standardize --weight_decay 0 --surrogate triangle "
-    "--dropout 0.2 --augment flip"
-)
+LEARNT = "--T 10 --lr_schedule cosine --standardize --weight_decay 0 --surrogate triangle"
+RECIPE = f"--model index --hidden_dim 1024 {LEARNT} --dropout 0.2 --augment flip"
 DECAYED = "--label_smoothing 0.1 --optimizer adamw --weight_decay 0.1"
 #: parts that help one another
 MEMBRANE, SHIFTED = f"--readout last {DECAYED} --density erk", "--augment shift-flip --dropout 0"
@@ -181,12 +157,9 @@ SECOND = f"{MEMBRANE} {SHIFTED}"
 CHANGED = {
     "constant rate": "--lr_schedule constant",
     "two epochs of warm-up": "--lr_warmup 470",
-    "weight decay 1e-5": "--weight_decay 1e-5",
-    "weight decay 1e-4": "--weight_decay 1e-4",
-    "decoupled decay 0.01": "--optimizer adamw --weight_decay 0.01",
-    "decoupled decay 0.1": "--optimizer adamw --weight_decay 0.1",
-    "learning rate 5e-4": "--lr 5e-4",
-    "learning rate 2e-3": "--lr 2e-3",
+    **each("weight decay ", "weight_decay", "1e-5", "1e-4"),
+    **each("decoupled decay ", "optimizer adamw --weight_decay", 0.01, 0.1),
+    **each("learning rate ", "lr", "5e-4", "2e-3"),
     "batches of 128": "--batch_size 128",
     "label smoothing 0.1": "--label_smoothing 0.1",
     "averaged over an epoch": "--average 235",
@@ -194,14 +167,11 @@ CHANGED = {
     "ATan": "--surrogate atan",
     "triangle, alpha 4": "--alpha 4",
     "no dropout": "--dropout 0",
-    "dropout 0.1": "--dropout 0.1",
-    "dropout 0.3": "--dropout 0.3",
+    **each("dropout ", "dropout", 0.1, 0.3),
     "no augmentation": "--augment auto",
     "shifted and mirrored": "--augment shift-flip",
     "half of the images occluded": "--erase 0.5",
-    "T 5": "--T 5",
-    "T 16": "--T 16",
-    "T 20": "--T 20",
+    **each("T ", "T", 5, 16, 20),
     "last membrane": "--readout last",
     "a beta and threshold per neuron": "--per_neuron",
     "synaptic neurons": "--neuron synaptic",
@@ -235,15 +205,11 @@ LONGER = {
 }
 #: the best one, which has 80 epochs as well
 BEST = "80 epochs, second recipe, H 2048"
-#: the word of a row of a conventional network (:mod:`benchmarks.relu`), and the rows with one beside them
+#: the word of a row of a conventional network (:mod:`benchmarks.conventional`), and the rows with one beside them
 RELU = "ReLU"
 CONVENTIONAL = (
-    "the recipe",
-    "20 epochs",
-    "40 epochs, second recipe, H 2048",
-    "40 epochs, second recipe, H 2048, dense",
-    BEST,
-)
+    "the recipe", "20 epochs", "40 epochs, second recipe, H 2048", "40 epochs, second recipe, H 2048, dense", BEST
+)  # fmt: skip
 
 
 def _recipe() -> dict[str, str]:
@@ -257,22 +223,13 @@ def _recipe() -> dict[str, str]:
     return rows | {f"{row}, {RELU}": f"{rows[row]} --name {RELU}" for row in CONVENTIONAL}
 
 
-# --- structure ------------------------------------------------------------------------------------------------------
-
 #: the model of each graph, and what the others are compared with
 GRAPHS = {
-    "regular": "--model regular",
-    "Erdős–Rényi": "--model erdos_renyi",
-    "index": "--model index",
-    "random": "--model random",
-    "mixer": "--model mixer",
-    "small world": "--model small_world",
-    "distance": "--model distance",
-    "image plane": "--model plane",
-}
+    "regular": "--model regular", "Erdős–Rényi": "--model erdos_renyi", **each("", "model", "index", "random", "mixer"),
+    "small world": "--model small_world", "distance": "--model distance", "image plane": "--model plane",
+}  # fmt: skip
 CONTROL = "regular"
 
-# --- over time ------------------------------------------------------------------------------------------------------
 
 #: how an image unfolds; where steps are many, a longer memory, and against exploding gradients a lower surrogate and
 #: smaller steps
@@ -293,7 +250,7 @@ WEIGHTS = {
     "5 %, rewired": f"--model index --density erk --block_size 4 {densities(5)['5 %']} {REWIRED}",
     "dense": "--model dense",
 }
-#: the word of a row of PyTorch's GRU (:mod:`benchmarks.gru`), and the best learning rates on held-back images
+#: the word of a row of PyTorch's GRU (:mod:`benchmarks.conventional`), and the best learning rates on held-back images
 GRU = "GRU"
 GRU_RATES = {"rows": "--lr 0.008", "permuted": "--lr 0.016", "pixels": "--lr 0.032"}
 OVER_TIME = (
@@ -310,12 +267,10 @@ def _sequence() -> dict[str, str]:
     return rows
 
 
-#: by its name the flags of how late spikes and inputs arrive: at most so many steps, chosen on held-back images
+#: at most how many steps late spikes and inputs arrive, chosen on held-back images
 LATE = {"rows": 8, "permuted": 60}
 #: a tapped delay line, and the best learning rate with and without it, both chosen on held-back images
 TAPS = {"lr 0.016": "--lr 0.016", "lr 0.016, 64 taps": "--lr 0.016 --input_taps 64"}
-
-
 DELAYS = ("no delays", "fixed delays", "learned delays")
 
 
@@ -325,14 +280,10 @@ def _delays() -> dict[str, str]:
 
     rows = crossed(of(SEQUENCES, "permuted"), of(NETWORKS, "adaptive"), of(WEIGHTS, "25 %", "dense"), TAPS)
     for data, most in LATE.items():
-        late = ("", f"--delay {most}", f"--delay {most} --learn_delay")
-        rows |= crossed(
-            of(SEQUENCES, data), NETWORKS, of(WEIGHTS, "25 %", "5 %, rewired"), dict(zip(DELAYS, late, strict=True))
-        )
+        late = dict(zip(DELAYS, ("", f"--delay {most}", f"--delay {most} --learn_delay"), strict=True))
+        rows |= crossed(of(SEQUENCES, data), NETWORKS, of(WEIGHTS, "25 %", "5 %, rewired"), late)
     return rows
 
-
-# --- all --------------------------------------------------------------------------------------------------------------
 
 ACCURACY, TRAINED, SILENT = "test accuracy, %", "training accuracy, %", "never fires, % of layers 1 and 2"
 SECONDS, PROCESSOR = "seconds of training", "processor seconds"
@@ -343,7 +294,7 @@ STUDIES = {
         "weights), from dense; smoothed labels, shifted images, decayed weights. By default the best on "
         "held-back images. Memory is that of a training step above the process with its imports.",
         "an hour",
-        "--dataset fashionmnist --T 10 --lr_schedule cosine --standardize --weight_decay 0 --surrogate triangle",
+        f"--dataset fashionmnist {LEARNT}",
         _few(),
         40,
         ("at most", "weights", ACCURACY, TRAINED, SILENT, PROCESSOR, "memory of a step"),
@@ -431,10 +382,8 @@ STUDIES = {
         "--dataset fashionmnist --model index",
         crossed(
             {
-                "ATan, alpha 2": "--surrogate atan --alpha 2",
-                "triangle, alpha 2": "--surrogate triangle --alpha 2",
-                "triangle, alpha 4": "--surrogate triangle --alpha 4",
-                "boxcar, alpha 2": "--surrogate boxcar --alpha 2",
+                f"{name}, alpha {alpha}": f"--surrogate {name.lower()} --alpha {alpha}"
+                for name, alpha in (("ATan", 2), ("triangle", 2), ("triangle", 4), ("boxcar", 2))
             },
             {"": "--T 10 --hidden_dim 1024", "default size, 5 epochs": "--epochs 5"},
         ),
@@ -446,12 +395,8 @@ STUDIES = {
         "half an hour",
         "--dataset fashionmnist --T 10 --hidden_dim 1024",
         {
-            "dense": "--model dense",
-            "index": "--model index",
-            "random": "--model random",
-            "mixer": "--model mixer",
-            "index, units of 32": "--model index --block_size 32",
-            "index, units of 16": "--model index --block_size 16",
+            **each("", "model", "dense", "index", "random", "mixer"),
+            **each("index, units of ", "model index --block_size", 32, 16),
             "index, single weights": "--model index --block_size 1",
             "unstructured random graph": f"--model index --block_size 1 --num_groups 1 --p_intra {FULL}",
         },
@@ -459,8 +404,7 @@ STUDIES = {
         ("model", ACCURACY, TRAINED, "weights of fc2 that exist", "flags"),
     ),
     "rewiring": Study(
-        "Does rewiring pay in time? A dense network, a sparse one with a fixed graph, and one that grows by "
-        "gradient.",
+        "Does rewiring pay in time? A dense network, a sparse one with a fixed graph, and one that grows by gradient.",
         "ten minutes",
         "--dataset fashionmnist --T 10 --hidden_dim 1024",
         {

@@ -8,6 +8,7 @@ are as many at a time as cores. Finished ones are skipped, stopped ones resume. 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import shlex
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from g2gnet import G2GNet
-from g2gnet.data import ImageData, load_dataset
+from g2gnet.data import DATASETS, ImageData, load_dataset
 from g2gnet.programs import train
 from g2gnet.programs.flags import Parser, settings_from
 from g2gnet.programs.sweep.engine import outcome, processes, train_runs
@@ -29,9 +31,9 @@ from g2gnet.training import Machine, TrainingError, TrainSettings, run_epochs
 from g2gnet.training.checkpoints import read_checkpoint
 from g2gnet.training.epochs import EpochTrainer
 
-from . import cli, gru, relu
-from .machine import describe, pytorch_threads
-from .step_costs import COSTS, step_costs
+from . import cli, conventional
+from .harness import Racer, Session, Turn, race
+from .machine import pytorch_threads
 from .studies import GRU, RELU, STUDIES, Study
 from .study_tables import DRAWN, TEST_IMAGES, table
 
@@ -87,38 +89,39 @@ def placement(mask: Any) -> dict[str, float]:
     return {name: round(value, 5) for name, value in {**found, "inside": float(same.double().mean())}.items()}
 
 
-def build_parser(name: str) -> Parser:
+def program(name: str) -> cli.Program:
+    """The program of a study."""
     study = STUDIES[name]
+
+    def add_flags(parser: Parser) -> None:
+        def add(flag: str, text: str, **options: Any) -> None:
+            parser.add_argument(f"--{flag}", help=text, **options)
+
+        add("runs", "folder of the runs (default: runs)", type=Path, default=Path("runs"), metavar="DIR")
+        seeds = f"default: {' '.join(map(str, study.seeds))}"
+        add("seeds", seeds, type=int, nargs="+", default=study.seeds, metavar="N")
+        rows = f"rows to train, or patterns of their names with * (default: {' '.join(study.default_rows)})"
+        add("rows", rows, nargs="+", default=study.default_rows, metavar="NAME")
+        text = "flags of every run, after the study's own and before a row's, as '--hidden_dim 256 --limit_train 10000'"
+        add("flags", text, default="", metavar="FLAGS")
+        add("last", "flags of every run, after a row's", default="", metavar="FLAGS")
+        text = "hold back a sixth of the training images, others for each seed, to be tested on"
+        add("validation", text, action="store_true")
+        add("finished", "train nothing; write a record of the finished runs", action="store_true")
+
+    counts = {
+        "epochs": (study.epochs, "epochs of each run whose row does not say it"),
+        "jobs": (os.cpu_count() or 1, "parallel runs"),
+    }
     rows = "\n".join(["rows:", *(f"  {row!r:44} {flags}" for row, flags in study.rows.items())])
-    takes = f"{study.takes}, of one core"
-    parser = cli.build_parser(
-        f"study {name}", textwrap.fill(study.about, 100), takes, {"seeds": [1], "last": QUICK}, rows
-    )
-    text = "folder of the runs (default: runs)"
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help=text)
-    text = f"default: {' '.join(map(str, study.seeds))}"
-    parser.add_argument("--seeds", type=int, nargs="+", default=study.seeds, metavar="N", help=text)
-    text = f"epochs of each run whose row does not say it (default: {study.epochs})"
-    parser.add_argument("--epochs", type=int, default=study.epochs, metavar="N", help=text)
-    text = f"rows to train, or patterns of their names with * (default: {' '.join(study.default_rows)})"
-    parser.add_argument("--rows", nargs="+", default=study.default_rows, metavar="NAME", help=text)
-    text = "flags of every run, after the study's own and before a row's, as '--hidden_dim 256 --limit_train 10000'"
-    parser.add_argument("--flags", default="", metavar="FLAGS", help=text)
-    text = "flags of every run, after a row's"
-    parser.add_argument("--last", default="", metavar="FLAGS", help=text)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="parallel runs (default: cores)")
-    text = "hold back a sixth of the training images, others for each seed, and test on them, not on the test images"
-    parser.add_argument("--validation", action="store_true", help=text)
-    parser.add_argument("--finished", action="store_true", help="train nothing; write a record of the finished runs")
-    return parser
+    return cli.Program(
+        f"study {name}", textwrap.fill(study.about, 100), f"{study.takes}, of one core", functools.partial(make, name),
+        table, counts, {"seeds": [1], "last": QUICK}, add_flags, 1, rows, RESUME,
+    )  # fmt: skip
 
 
 def chosen(study: Study, patterns: Sequence[str]) -> list[str]:
-    """The rows whose names match one of the patterns.
-
-    Raises:
-        TrainingError: if a pattern matches none.
-    """
+    """The rows whose names match one of the patterns; raises TrainingError if a pattern matches none."""
     wanted: set[str] = set()
     for pattern in patterns:
         expression = ".*".join(map(re.escape, pattern.split("*")))
@@ -141,32 +144,27 @@ def runs_of(name: str, study: Study, arguments: argparse.Namespace) -> list[Run]
     ]
 
 
-def train_own(run: Run) -> None:
-    """Trains a run whose row needs a trainer that ``g2g-train`` has not, or resumes it, on one thread."""
-    with pytorch_threads(1), contextlib.redirect_stdout(None):  # which is the table's
-        machine, settings = Machine(torch.device("cpu")), run.settings
-        data, trainer = load_dataset(settings.dataset, "data"), OWN[own_of(run)]
-        run_epochs(settings, lambda: trainer(settings, data, machine), run.folder, machine)
-
-
-#: the trainer of rows with such a word
+#: the trainer of rows with such a word, which ``g2g-train`` has not
 OWN: dict[str, Callable[[TrainSettings, ImageData, Machine], EpochTrainer]] = {
-    GRU: gru.GRUTrainer,
-    RELU: relu.ReLUTrainer,
+    GRU: conventional.GRUTrainer,
+    RELU: conventional.ReLUTrainer,
 }
 
 
-def own_of(run: Run) -> str:
-    """The word of :data:`OWN` in its row; "" if the row needs no such trainer."""
-    return next((word for word in OWN if word in run.label), "")
+def has_own(run: Run) -> bool:
+    return any(word in run.label for word in OWN)
+
+
+def train_own(run: Run) -> None:
+    """Trains a run whose row has a trainer of its own, or resumes it, on one thread."""
+    with pytorch_threads(1), contextlib.redirect_stdout(None):  # which is the table's
+        machine, data = Machine(torch.device("cpu")), load_dataset(run.settings.dataset, "data")
+        trainer = next(trainer for word, trainer in OWN.items() if word in run.label)
+        run_epochs(run.settings, lambda: trainer(run.settings, data, machine), run.folder, machine)
 
 
 def make(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Trains the unfinished runs, prints the table and returns the record.
-
-    Raises:
-        TrainingError: if a run failed, or none is finished.
-    """
+    """Trains the unfinished runs and returns the record; raises TrainingError if a run failed, or none is finished."""
     common = f"{STUDIES[name].common} {arguments.flags}".strip()
     study = dataclasses.replace(STUDIES[name], common=common)
     runs = runs_of(name, study, arguments)
@@ -178,10 +176,10 @@ def make(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
     missing = [run for run in runs if ends[run.folder] is None and not arguments.finished]
     failed: dict[str, str] = {}
-    if ours := [run for run in missing if not own_of(run)]:
-        with processes(max(1, arguments.jobs), threads=1) as executor:
+    if ours := [run for run in missing if not has_own(run)]:
+        with processes(arguments.jobs, threads=1) as executor:
             failed = train_runs(ours, executor, {"device": "cpu"}, name, line)
-    for run in (bar := cli.bar([run for run in missing if own_of(run)], name, " runs")):
+    for run in (bar := cli.bar([run for run in missing if has_own(run)], name, " runs")):
         train_own(run)
         bar.write(line(run), file=sys.stderr)
     if failed:
@@ -194,19 +192,49 @@ def make(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             others = found[run.differs["row"]]
             costs = {name: others[0][name] for name in COSTS if name in others[0]} if others else {}
             if study.costs and not others:
-                costs = step_costs(run.settings, gru.build if GRU in run.label else G2GNet.from_settings)
+                costs = step_costs(run)
             others.append({**run.differs, **end, **costs})
-    record: dict[str, Any] = {
+    return {
         "benchmark": name,
-        "machine": {**describe(torch.device("cpu")), "threads": 1},  # those of a run
         "settings": f"{common} {arguments.last}".strip(),
         "epochs": arguments.epochs,
         "tested_on": DRAWN if arguments.validation else TEST_IMAGES,
         "rows": {row: study.rows[row] for row, of in found.items() if of},
         "runs": [run for of in found.values() for run in of],
     }
-    print(table(record))
-    return record
+
+
+COSTS = ("step_bytes", "step_seconds")
+
+
+def step_costs(run: Run) -> dict[str, float]:
+    """What a training step on images of 28 × 28 pixels takes, in a process of its own with one thread: the most memory,
+    above the process with its imports, during the second step, and the least processor time of the three after it."""
+    racer = Racer("step", step_of, (run.settings, GRU in run.label))
+    race([racer], repeats=3)
+    if racer.reason:
+        raise TrainingError(f"a step cannot be measured: {racer.reason}")
+    return dict(zip(COSTS, (racer.peak_bytes or 0, min(racer.cpu_seconds)), strict=True))
+
+
+def step_of(settings: TrainSettings, is_gru: bool) -> Session:
+    """A training step on random inputs, which count."""
+    torch.set_num_threads(1)
+    yield None
+    values, classes = 28 * 28, DATASETS["fashionmnist"].num_classes
+    steps, per_step = ((), values) if settings.sequence == "none" else ((settings.T,), values // settings.T)
+    x = torch.randn(*steps, settings.batch_size, per_step)
+    labels = torch.randint(classes, (settings.batch_size,))
+    net = (conventional.build_gru if is_gru else G2GNet.from_settings)(settings, per_step, classes)
+    optimizer = torch.optim.Adam(net.parameters(), settings.lr, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        logits = net.simulate(x, chunk=settings.chunk).output if isinstance(net, G2GNet) else net(x)
+        F.cross_entropy(logits, labels).backward()
+        optimizer.step()
+
+    yield Turn(step)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -218,8 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog=f"studies; STUDY --help lists the flags and rows of one:\n{about}",
     )
     names.add_argument("study", choices=STUDIES)
-    name = names.parse_args(argv[:1]).study
-    return cli.run(build_parser(name), lambda arguments: make(name, arguments), argv[1:], RESUME)
+    return program(names.parse_args(argv[:1]).study).main(argv[1:])
 
 
 if __name__ == "__main__":

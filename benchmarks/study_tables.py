@@ -1,7 +1,7 @@
 """Tables of studies: one with a line per row, whose columns the study names, and some that compare rows."""
 
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from scipy import stats
@@ -71,8 +71,8 @@ def _gain(row: Row) -> str:
     if not found:
         return "–"
     mean, error = estimate(found)
-    text = f"{mean:+.2f}" if error is None else f"{mean:+.2f} ± {error:.2f}"
-    return text if len(found) == len(row.runs) else f"{text} (n = {len(found)})"
+    number = "" if len(found) == len(row.runs) else f" (n = {len(found)})"
+    return f"{mean:+.2f}{'' if error is None else f' ± {error:.2f}'}{number}"
 
 
 def _shares(quantity: str, digits: int = 0) -> Callable[[Row], str]:
@@ -125,24 +125,16 @@ def _by_last(record: Mapping[str, Any], names: Collection[str]) -> dict[str, dic
     return found
 
 
-# --- delays ---------------------------------------------------------------------------------------------------------
-
-
 def delays(record: Mapping[str, Any]) -> str:
     """Accuracy and processor time of each network without, with fixed and with learned delays; and the other rows."""
-
-    def cell(of: Sequence[Run]) -> str:
-        return f"{spread(of, accuracy)} · {statistics.median(run['train_cpu_seconds'] for run in of):.0f} s"
-
     lines = []
     for name, runs in _by_last(record, DELAYS).items():
         weights = statistics.mean(run["weights"] for of in runs.values() for run in of)
-        lines.append([name, f"{weights:,.0f}", *map(cell, runs.values())])
+        times = (statistics.median(run["train_cpu_seconds"] for run in of) for of in runs.values())
+        cells = (f"{spread(of, accuracy)} · {time:.0f} s" for of, time in zip(runs.values(), times, strict=True))
+        lines.append([name, f"{weights:,.0f}", *cells])
     others = [run for run in record["runs"] if run["row"].rpartition(", ")[2] not in DELAYS]
     return f"{markdown(['', 'weights', *DELAYS], lines)}\n\n{table({**record, 'runs': others})}"
-
-
-# --- which growth rule ----------------------------------------------------------------------------------------------
 
 
 def growth(record: Mapping[str, Any]) -> str:
@@ -164,8 +156,6 @@ def _best_growth(runs: Mapping[str, list[Run]]) -> str:
     return f"{found[best].mean - static.mean:+.2f}{f' ± {error:.2f}' if error else ''} ({best})"
 
 
-# --- weights --------------------------------------------------------------------------------------------------------
-
 BUDGETS = (10_000, 100_000, 300_000, 1_000_000)
 
 
@@ -184,20 +174,12 @@ def budgets(record: Mapping[str, Any]) -> str:
     """The best dense and the best sparse network with each budget of weights."""
 
     def cells(row: Row | None) -> list[str]:
-        if row is None:
-            return ["–"] * 3
-        return [row.name, spread(row.runs, accuracy), f"{row.mean('train_cpu_seconds'):.0f}"]
+        return [row.name, spread(row.runs, accuracy), f"{row.mean('train_cpu_seconds'):.0f}"] if row else ["–"] * 3
 
     rows = rows_of(record)
-    lines = [
-        [f"{budget:,} weights", *cells(best(rows, True, budget)), *cells(best(rows, False, budget))]
-        for budget in BUDGETS
-    ]
+    lines = [[f"{most:,} weights", *cells(best(rows, True, most)), *cells(best(rows, False, most))] for most in BUDGETS]
     header = [name for kind in ("dense", "sparse") for name in (kind, "accuracy, %", "seconds")]
     return markdown(["at most", *header], lines)
-
-
-# --- the recipe -----------------------------------------------------------------------------------------------------
 
 
 def gains_by_seed(records: Sequence[Mapping[str, Any]]) -> str:
@@ -207,23 +189,23 @@ def gains_by_seed(records: Sequence[Mapping[str, Any]]) -> str:
     record if it has it. A run that several records have has several numbers.
     """
     rows = {row for row, flags in STUDIES["recipe"].rows.items() if "--epochs 20" in flags and RELU not in row}
-    bases: dict[tuple[Any, ...], dict[int, float]] = {}
-    others: list[tuple[tuple[Any, ...], int, str, float]] = []
+    runs: list[tuple[tuple[Any, ...], int, dict[str, Any]]] = []
     for number, record in enumerate(records):
-        for run in record["runs"] if record["tested_on"] != TEST_IMAGES else ():
+        machine, tested_on = record["machine"], record["tested_on"]
+        for run in record["runs"] if tested_on != TEST_IMAGES else ():
             # the oldest hold back the last part whatever the seed, later ones with this seed
-            if record["tested_on"] != LAST or run["seed"] == FIRST_SEED:
-                machine, drawn = record["machine"], record["tested_on"] == DRAWN
-                alike = (run["seed"], machine["cpu"], machine["versions"]["torch"], record["settings"], drawn)
-                if run["row"] == "20 epochs":
-                    bases.setdefault(alike, {})[number] = accuracy(run)
-                elif run["row"] in rows:
-                    others.append((alike, number, run["row"], accuracy(run)))
+            if tested_on != LAST or run["seed"] == FIRST_SEED:
+                about = machine["cpu"], machine["versions"]["torch"], record["settings"], tested_on == DRAWN
+                runs.append(((run["seed"], *about), number, run))
+    bases: dict[tuple[Any, ...], dict[int, float]] = {}
+    for alike, number, run in runs:
+        if run["row"] == "20 epochs":
+            bases.setdefault(alike, {})[number] = accuracy(run)
     found: dict[str, dict[int, list[float]]] = {}
-    for alike, number, name, reached in others:
-        if base := bases.get(alike):
-            gained = reached - base.get(number, next(iter(base.values())))
-            found.setdefault(name, {}).setdefault(alike[0], []).append(round(gained, 9))
+    for alike, number, run in runs:
+        if run["row"] in rows - {"20 epochs"} and (base := bases.get(alike)):
+            gained = accuracy(run) - base.get(number, next(iter(base.values())))
+            found.setdefault(run["row"], {}).setdefault(run["seed"], []).append(round(gained, 9))
     seeds = sorted({seed for of_seeds in found.values() for seed in of_seeds})
     lines = [
         [name, *(", ".join(f"{gain:+.2f}" for gain in found[name].get(seed, ())) or "–" for seed in seeds)]
@@ -232,9 +214,6 @@ def gains_by_seed(records: Sequence[Mapping[str, Any]]) -> str:
     return markdown(["minus the recipe of 20 epochs, points", *(f"seed {seed}" for seed in seeds)], lines)
 
 
-# --- structure ------------------------------------------------------------------------------------------------------
-
-Gains = dict[str, list[float]]
 TESTED = (f"minus {CONTROL}, points", "95 % interval", "p (paired t, Holm)")
 
 
@@ -247,50 +226,38 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def compared(record: Mapping[str, Any]) -> dict[str, Gains]:
-    """For each size of a record what each graph has more than the control, in points: by seed."""
-    rows = {row.name: row.runs for row in rows_of(record)}
-    sizes: dict[str, Gains] = {}
-    for row, runs in rows.items():
-        graph, _, size = row.partition(", ")
-        of_size = sizes.setdefault(size, {})
-        if graph != CONTROL:
-            of_size[graph] = differences(runs, rows.get(f"{CONTROL}, {size}", []))
-    return sizes
-
-
-def pooled(sizes: Mapping[str, Gains]) -> Iterator[tuple[str, Gains]]:
-    """Means of these differences, one per size, by graph: of each width's sizes and of all, where there are three."""
-    widths = list(dict.fromkeys(size.partition(", ")[0] for size in sizes))
-    groups = {
-        f"All sizes of {width}": [of for size, of in sizes.items() if size.startswith(f"{width},")] for width in widths
-    }
-    for name, group in (*(groups.items() if len(widths) > 1 else ()), ("All sizes together", list(sizes.values()))):
-        if len(group) > 2:
-            others = (graph for graph in GRAPHS if graph != CONTROL)
-            yield name, {graph: [statistics.mean(of[graph]) for of in group if of.get(graph)] for graph in others}
-
-
 def structure(record: Mapping[str, Any]) -> str:
-    """Accuracy of each graph by size, and what it has more than the control: mean, interval, p.
+    """Accuracy of each graph by size, and what it has more than the control, seed by seed: mean, interval, p.
 
-    p-values are corrected for all tests of all sizes. Seeds of one size are no sample of sizes, so all sizes together
-    are tested by their means, with p-values that are corrected for all of these tests.
+    p-values are corrected for all tests of all sizes. Seeds of one size are no sample of sizes, so three and more sizes
+    together (of each width, and all) are tested by their means, with p-values corrected for all of these tests.
     """
-    sizes = compared(record)
-    tested = _tested({(graph, size): gains for size, more in sizes.items() for graph, gains in more.items()})
-    lines: dict[str, list[list[str]]] = {size: [] for size in sizes}
-    for row in rows_of(record):
-        graph, _, size = row.name.partition(", ")
-        cells = tested.get((graph, size), ("–",) * len(TESTED))
+    rows = [(*row.name.partition(", ")[::2], row) for row in rows_of(record)]
+    control = {size: row.runs for graph, size, row in rows if graph == CONTROL}
+    gains = {
+        (size, graph): differences(row.runs, control.get(size, [])) for graph, size, row in rows if graph != CONTROL
+    }
+    tested = _tested(gains)
+    lines: dict[str, list[list[str]]] = {size: [] for _, size, _ in rows}
+    for graph, size, row in rows:
+        cells = tested.get((size, graph), ("–",) * len(TESTED))
         lines[size].append([graph, f"{row.mean('weights'):,.0f}", spread(row.runs, accuracy), *cells])
     header = ["graph", "weights", "test accuracy, %", *TESTED]
     parts = [f"**{size}**\n\n{markdown(header, of_size)}" for size, of_size in lines.items()]
-    together = dict(pooled(sizes))
-    tested = _tested({(graph, name): gains for name, of in together.items() for graph, gains in of.items()})
-    for name, of in together.items():
-        rows = [[graph, str(len(of[graph])), *tested[graph, name]] for graph in of if (graph, name) in tested]
-        parts.append(f"**{name}**\n\n{markdown(['graph', 'sizes', *TESTED], rows)}")
+
+    widths = dict.fromkeys(size.partition(",")[0] for size in lines)
+    of_widths = {f"All sizes of {width}": [size for size in lines if size.startswith(f"{width},")] for width in widths}
+    groups = {**(of_widths if len(widths) > 1 else {}), "All sizes together": list(lines)}
+    means = {
+        (name, graph): [statistics.mean(gains[size, graph]) for size in sizes if gains.get((size, graph))]
+        for name, sizes in groups.items()
+        for graph in GRAPHS
+        if len(sizes) > 2
+    }
+    tested = _tested(means)
+    for name in dict.fromkeys(name for name, _ in means):
+        found = [[graph, str(len(means[key])), *tested[key]] for graph in GRAPHS if (key := (name, graph)) in tested]
+        parts.append(f"**{name}**\n\n{markdown(['graph', 'sizes', *TESTED], found)}")
     return "\n\n".join(parts)
 
 
@@ -303,9 +270,6 @@ def _tested(more: Mapping[Any, list[float]]) -> dict[Any, tuple[str, str, str]]:
         low, high = test.confidence_interval(0.95)
         cells[key] = (f"{statistics.mean(more[key]):+.2f}", f"{low:+.2f} to {high:+.2f}", f"{p:.2g}")
     return cells
-
-
-# --- over time ------------------------------------------------------------------------------------------------------
 
 
 def sequences(records: Mapping[str, Mapping[str, Any]]) -> str:

@@ -10,49 +10,40 @@ line fits and begins near zero, the cost of a sparse network is proportional to 
 
 import argparse
 import dataclasses
+import functools
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from g2g_kernels import available_backends
 from g2gnet.programs.flags import Parser
 
 from . import cli, records, report
+from .contender import Contender
+from .correctness import Judge
 from .floor import floor_seconds, work
-from .harness import Job, measure
+from .harness import Racer, Session, Turn, nothing, race
 from .machine import Limits
 from .registry import KERNELS, Entry, choose
-from .workload import Prepared, Workload
+from .workload import Prepared, Workload, load
 
 
 class Quantity(NamedTuple):
-    """What can grow.
+    """What can grow."""
 
-    Attributes:
-        field: the workload's.
-        values: its default values.
-        x_is: the label of x.
-        x: of a prepared workload; None: the value itself.
-        changes_at: other changes of the workload, by the value.
-        beside_dense: whether the memory of the dense network's parameters stands beside: it is computed, since the
-            largest cannot be run.
-    """
-
-    field: str
-    values: tuple[Any, ...]
-    x_is: str
-    x: Callable[[Prepared], float] | None = None
-    changes_at: Callable[[Any], dict[str, Any]] = lambda value: {}
-    beside_dense: bool = False
-
-    def at(self, value: Any) -> dict[str, Any]:
-        """The changes of the workload at a value."""
-        return {self.field: value, **self.changes_at(value)}
+    field: str  # of the workload
+    values: tuple[Any, ...]  # unless others are given
+    x_is: str  # the label of x
+    x: Callable[[Prepared], float] | None = None  # of a prepared workload; None: the value itself
+    changes_at: Callable[[Any], dict[str, Any]] = lambda value: {}  # of the workload, by the value
+    beside_dense: bool = False  # with the memory of a dense network's parameters: computed, as the largest cannot run
 
 
-#: neurons in a group of a wide layer
-WIDE_GROUP = 256
+WIDE_GROUP = 256  # neurons in a group of a wide layer
 
 
 def _wide(neurons: int) -> dict[str, Any]:
@@ -85,31 +76,82 @@ def add_flags(parser: Parser) -> None:
     cli.add_flags(parser)
 
 
-def workloads_of(arguments: argparse.Namespace) -> dict[Any, Workload]:
-    """The workload of each value of the quantity that grows; of None without one.
-
-    Raises:
-        ValueError: for values without a quantity, or too few of them.
-    """
+def workloads_of(arguments: argparse.Namespace) -> list[Workload]:
+    """The workload of each value of the quantity that grows, or one; raises ValueError for values without a quantity,
+    or too few of them."""
     kernel = KERNELS[arguments.kernel]
     base = cli.workload_from(arguments, kernel.usual, **kernel.workload)
     if arguments.quantity is None:
         if arguments.values:
             raise ValueError("values: of which quantity? give `quantity`, too")
-        return {None: base}
+        return [base]
     quantity = QUANTITIES[arguments.quantity]
     values = quantity.values[:3] if arguments.quick else quantity.values
     if arguments.values:
-        values = tuple(cli.numbers(arguments.values, type(values[0])))
+        values = tuple(map(type(values[0]), arguments.values.split(",")))
     if len(set(values)) < 2:
         raise ValueError(f"values={arguments.values!r}: a line needs at least two different values")
-    return {value: dataclasses.replace(base, **quantity.at(value)) for value in values}
+    return [dataclasses.replace(base, **{quantity.field: each}, **quantity.changes_at(each)) for each in values]
+
+
+def contender(entry: Entry, path: Path, kernel: str, device: str) -> Session:
+    """A contender on a prepared workload."""
+    module, _, name = entry.target.partition(":")
+    kind: type[Contender] = getattr(importlib.import_module(module), name)
+    prepared = load(path)
+    kind.preload(prepared, entry.precision, entry.options.get("inputs", ""))
+    yield torch.device(device)
+    one = kind(prepared, torch.device(device), entry.precision, **entry.options)
+
+    def results() -> dict[str, Any]:
+        results = {name: tensor.detach().cpu() for name, tensor in one.results(kernel).items()}
+        wider = {name: each.float() if each.dtype == torch.bfloat16 else each for name, each in results.items()}
+        # numpy, which has no bfloat16, goes through the pipe as it is; tensors would go through shared memory that dies
+        return {
+            "results": {name: each.numpy() for name, each in wider.items()},
+            "firing_rates": one.firing_rates(results),
+            "differs": one.differs,
+            "how": (one.reset, entry.precision, one.masked, one.omits),
+        }
+
+    yield Turn(getattr(one, KERNELS[kernel].method), results, one.before_turn)
+
+
+def measure(
+    kernel: str,
+    jobs: Sequence[tuple[Entry, Path]],
+    repeats: int,
+    warm_up: int = 2,
+    between_rounds: Callable[[], None] = nothing,
+    device: str = "cpu",
+) -> Sequence[Racer]:
+    """Checks and times contenders, each on a prepared workload; one that is unavailable comes back as skipped."""
+    judge = functools.cache(lambda path: Judge(load(path), kernel))
+
+    def racer(entry: Entry, path: Path) -> Racer:
+        run: dict[str, Any] = {"contender": entry.label, "precision": entry.precision, "differs": ""}
+        run |= {"firing_rates": None, "closest": None}
+
+        def check(run: dict[str, Any], answer: dict[str, Any]) -> str:
+            results = {name: torch.as_tensor(array) for name, array in answer["results"].items()}
+            verdict = judge(path).verdict(results, *answer["how"])
+            run.update(firing_rates=answer["firing_rates"], differs=answer["differs"], closest=verdict.closest())
+            return verdict.objection
+
+        status, reason = "skipped" if entry.unavailable else "timed", entry.unavailable or ""
+        return Racer(entry.label, contender, (entry, path, kernel, device), run, check, status, reason)
+
+    def rest() -> None:
+        judge.cache_clear()
+        between_rounds()
+
+    return race([racer(*job) for job in jobs], repeats, warm_up, rest)
 
 
 def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     device, kernel = cli.device_from(arguments), KERNELS[arguments.kernel]
     quantity = QUANTITIES[arguments.quantity] if arguments.quantity else None
-    entries, workloads = contenders(arguments, quantity), list(workloads_of(arguments).values())
+    entries, workloads = contenders(arguments, quantity), workloads_of(arguments)
     before = earlier(arguments.before, arguments.kernel, workloads) if arguments.before else None
     own = [(entry, number, entry.own(workload)) for entry in entries for number, workload in enumerate(workloads)]
     needed = [*workloads, *(workload for entry, _, workload in own if entry.unavailable is None)]
@@ -120,9 +162,8 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
     print(f"{kernel.about}: {about}; {learnt}", flush=True)
 
     limits = Limits(device)
-    unprepared = prepared[workloads[0]]
-    jobs = [Job(entry, prepared.get(of, unprepared)[0], arguments.kernel, str(device)) for entry, _, of in own]
-    outcomes = measure(jobs, arguments.repeats, between_rounds=limits.measure)
+    jobs = [(entry, prepared.get(workload, prepared[workloads[0]])[0]) for entry, _, workload in own]
+    outcomes = measure(arguments.kernel, jobs, arguments.repeats, 2, limits.measure, str(device))
     rates = limits.rates()
 
     def place(workload: Workload) -> dict[str, Any]:
@@ -142,25 +183,14 @@ def throughput(arguments: argparse.Namespace) -> dict[str, Any]:
         runs.append(run)
     if before:
         print(report.compared(runs, before))
-    return {
-        "kernel": arguments.kernel,
-        "quantity": arguments.quantity,
-        "x_is": quantity and quantity.x_is,
-        "baseline": kernel.baseline,
-        "limits": rates,
-        "workloads": [places[workload] for workload in workloads],
-        "runs": runs,
-    }
+    about_it = {"kernel": arguments.kernel, "quantity": arguments.quantity, "x_is": quantity and quantity.x_is}
+    of_places = [places[workload] for workload in workloads]
+    return {**about_it, "baseline": kernel.baseline, "limits": rates, "workloads": of_places, "runs": runs}
 
 
 def earlier(path: Path, kernel: str, workloads: Sequence[Workload]) -> dict[str, Any]:
-    """An earlier record of the same work.
-
-    Raises:
-        ValueError: if it is of other work.
-    """
-    before = records.read(path)
-    wanted = [kernel, *(workload.as_dict() for workload in workloads)]
+    """An earlier record of the same work; raises ValueError if it is of other work."""
+    before, wanted = records.read(path), [kernel, *(workload.as_dict() for workload in workloads)]
     found = [before["kernel"], *({name: place.get(name) for name in wanted[-1]} for place in before["workloads"])]
     if found != wanted:
         raise ValueError(f"before: {path} is of {found}, not of {wanted}")
@@ -170,8 +200,7 @@ def earlier(path: Path, kernel: str, workloads: Sequence[Workload]) -> dict[str,
 def dense_bytes(prepared: Prepared) -> int:
     """Memory of the dense network's weights, their gradients and Adam's two moments, in float32."""
     hidden = prepared.workload.hidden_dim
-    weights = hidden * (prepared.images.shape[1] + hidden + prepared.num_classes)
-    return 4 * 4 * weights
+    return 4 * 4 * hidden * (prepared.images.shape[1] + hidden + prepared.num_classes)
 
 
 def contenders(arguments: argparse.Namespace, quantity: Quantity | None) -> list[Entry]:

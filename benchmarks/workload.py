@@ -9,6 +9,7 @@ import functools
 import getpass
 import hashlib
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,13 +32,7 @@ FALLBACK = "fashionmnist-mini"
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """The settings of the measured training step; the defaults are those of ``train.py``, with an index network.
-
-    Attributes:
-        surrogate, alpha: of the hidden layers; the output's is always ATan with α = 2.
-        recurrent: whether the neurons of each hidden layer are joined to one another.
-        train_steps: optimizer steps before anything is measured, since firing rates decide the cost of events.
-    """
+    """The settings of the measured training step; the defaults are those of ``train.py``, with an index network."""
 
     batch_size: int = TrainSettings.batch_size
     T: int = NetworkSettings.T
@@ -46,16 +41,15 @@ class Workload:
     block_size: int = TrainSettings.block_size
     num_groups: int = TrainSettings.num_groups
     model: str = "index"
-    surrogate: str = TrainSettings.surrogate
+    surrogate: str = TrainSettings.surrogate  # of the hidden layers; the output's is always ATan with α = 2
     alpha: float = TrainSettings.alpha
     recurrent: bool = False
     dataset: str = TrainSettings.dataset
-    train_steps: int = 100
+    train_steps: int = 100  # before anything is measured, since firing rates decide the cost of events
     seed: int = TrainSettings.seed
 
     def __post_init__(self) -> None:
-        wanted = Number(0, whole=True).refuses(self.train_steps)
-        if wanted:
+        if wanted := Number(0, whole=True).refuses(self.train_steps):
             raise SettingsError(f"train_steps={self.train_steps} must be {wanted}")
         self.settings()
 
@@ -81,26 +75,15 @@ def cache_dir() -> Path:
 
 
 class NeuronInputs(NamedTuple):
-    """The inputs for measuring neurons alone.
-
-    Attributes:
-        current: float32 [T, B, N].
-        grad_spikes: float32 [T, B, N], the gradient that comes back.
-        parameters: of the neurons by name, float32 scalars.
-    """
+    """The inputs for measuring neurons alone, and the gradient that comes back, float32 [T, B, N]."""
 
     current: torch.Tensor
     grad_spikes: torch.Tensor
-    parameters: dict[str, torch.Tensor]
+    parameters: dict[str, torch.Tensor]  # float32 scalars
 
 
 class LinearInputs(NamedTuple):
-    """The inputs for measuring the second layer's product alone.
-
-    Attributes:
-        x: float32 [T, B, H], its inputs.
-        grad_y: float32 [T, B, H], the gradient that comes back.
-    """
+    """The inputs of the second layer's product alone, and the gradient that comes back, float32 [T, B, H]."""
 
     x: torch.Tensor
     grad_y: torch.Tensor
@@ -108,22 +91,14 @@ class LinearInputs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A workload with its weights and its batch.
+    """A workload with its weights and its batch."""
 
-    Attributes:
-        workload: the settings; ``workload.dataset`` is the data set actually used.
-        images: float32 [B, D], samples from 0 to 1.
-        labels: int64 [B].
-        test_accuracy: of the trained network, on 1,000 test images.
-        note: a remark on the preparation, or "".
-    """
-
-    workload: Workload
+    workload: Workload  # whose data set is the one that was used
     state: dict[str, torch.Tensor]
-    images: torch.Tensor
-    labels: torch.Tensor
-    test_accuracy: float
-    note: str
+    images: torch.Tensor  # float32 [B, D], from 0 to 1
+    labels: torch.Tensor  # int64 [B]
+    test_accuracy: float  # on 1,000 test images
+    note: str  # on the preparation, or ""
 
     @property
     def num_classes(self) -> int:
@@ -131,9 +106,8 @@ class Prepared:
 
     def network(self, backend: str | None = None) -> G2GNet:
         """The network, on the CPU, with its trained weights."""
-        sizes = DATASETS[self.workload.dataset]
-        generator = torch.Generator().manual_seed(0)
-        net = G2GNet.from_settings(self.workload.settings(), sizes.input_dim, sizes.num_classes, backend, generator)
+        sizes, draw = DATASETS[self.workload.dataset], torch.Generator().manual_seed(0)
+        net = G2GNet.from_settings(self.workload.settings(), sizes.input_dim, sizes.num_classes, backend, draw)
         net.load_state_dict(self.state)
         return net
 
@@ -142,9 +116,8 @@ class Prepared:
     def lif_inputs(self) -> NeuronInputs:
         """The input currents of the second hidden layer, its β and θ, and a random gradient."""
         net = self.network("torch")
-        current = net.fc2(self._first_spikes)
         parameters = {name: value.detach() for name, value in net.lif2.by_name.items()}
-        return NeuronInputs(current, self._noise(1)[0], parameters)
+        return NeuronInputs(net.fc2(self._first_spikes), self._noise(1)[0], parameters)
 
     @functools.cached_property
     def synaptic_inputs(self) -> NeuronInputs:
@@ -180,8 +153,7 @@ class Prepared:
         """The share of each layer's neurons, over all steps and samples, that pass a gradient on (nonzero derivative of
         the surrogate). 1 for a surrogate without compact support."""
         net = self.network()  # on the fastest backend, since that of plain PyTorch forms dense weights
-        passing, neurons = [0] * net.depth, [0] * net.depth
-        state = None
+        passing, neurons, state = [0] * net.depth, [0] * net.depth, None
         for _ in range(net.T):
             _, state = net.step(self.images, state)
             for number, (membrane, (_, lif)) in enumerate(zip(state, net.layers(), strict=True)):
@@ -193,19 +165,17 @@ class Prepared:
 
     def _noise(self, count: int) -> torch.Tensor:
         """Standard normal numbers [count, T, B, H]."""
-        w = self.workload
-        generator = torch.Generator().manual_seed(w.seed)
-        return torch.randn(count, w.T, len(self.images), w.hidden_dim, generator=generator)
+        w, draw = self.workload, torch.Generator().manual_seed(self.workload.seed)
+        return torch.randn(count, w.T, len(self.images), w.hidden_dim, generator=draw)
 
     def active_weights(self) -> dict[str, int]:
         """The number of weights that exist in each connection: ``fc1``, ``rec1`` if it is recurrent, …."""
-        connections = self.network("torch").connections()
-        return {name: connection.mask.num_weights for name, connection in connections.items()}
+        return {name: each.mask.num_weights for name, each in self.network("torch").connections().items()}
 
     def density(self) -> float:
         """The share of existing weights in all connections together."""
-        sizes = (connection.mask.shape for connection in self.network("torch").connections().values())
-        return sum(self.active_weights().values()) / sum(rows * cols for rows, cols in sizes)
+        masks = [connection.mask for connection in self.network("torch").connections().values()]
+        return sum(mask.num_weights for mask in masks) / sum(math.prod(mask.shape) for mask in masks)
 
 
 def load(path: Path) -> Prepared:
@@ -217,10 +187,8 @@ def load(path: Path) -> Prepared:
 def prepare(workload: Workload, data_dir: str = "data", on_step: Callable[[int], None] | None = None) -> Path:
     """Trains the workload's network unless this was done before; returns the file for :func:`load`.
 
-    Args:
-        workload: what to prepare. If Fashion-MNIST is unavailable, the subset in the package replaces it.
-        data_dir: directory of the data set.
-        on_step: called after each training step with the number of steps so far.
+    If Fashion-MNIST is unavailable, the subset in the package replaces it. ``on_step`` is called after each training
+    step with the number of steps so far.
     """
     if workload.path.exists():
         return workload.path
@@ -251,7 +219,6 @@ def _train(workload: Workload, data: ImageData, note: str, on_step: Callable[[in
         "test_accuracy": trainer.evaluate().accuracy,
         "note": note,
     }
-    path = workload.path
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    write_tensors(path, prepared)
-    return path
+    workload.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    write_tensors(workload.path, prepared)
+    return workload.path

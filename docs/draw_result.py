@@ -53,11 +53,11 @@ def draw_times(axis: Axes, content: dict[str, Any]) -> None:
 
 
 def draw_accuracies(axis: Axes) -> None:
-    rows = rows_of(record("tradeoff_study"))
+    rows = rows_of(record("tradeoff-study"))
     for name, label, colour in LINES:
         line = sorted((row.mean("weights"), _accuracy(row)) for row in rows if density(row) == name)
         axis.plot(*zip(*line, strict=True), color=colour, marker="o", label=label)
-    pruned = next(row for row in rows_of(record("few_study")) if row.name == EXAMPLE)
+    pruned = next(row for row in rows_of(record("few-study")) if row.name == EXAMPLE)
     axis.plot(
         pruned.mean("weights"),
         _accuracy(pruned),

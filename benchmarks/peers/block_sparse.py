@@ -21,13 +21,9 @@ from g2g_kernels import BlockMask
 from g2gnet import G2GLinear
 
 from ..contender import Contender, LayerByLayer, LinearContender, NetworkContender
-from ..reference import Results
 from ..workload import Prepared
 
-PEERS = (
-    ("bsr-lif", "BlockSparseLIF", ("step", "forward")),
-    ("bsr", "BlockSparse", ("linear", "linear-dense")),
-)
+PEERS = (("bsr-lif", "BlockSparseLIF", ("step", "forward")), ("bsr", "BlockSparse", ("linear", "linear-dense")))
 
 warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta state")
 
@@ -100,24 +96,9 @@ class BlockSparseLIF(NetworkContender):
     def build(self, prepared: Prepared) -> nn.Module:
         return LayerByLayer(prepared, functools.partial(_block_sparse, self))
 
-    def gradients(self) -> Results:
-        gradients = super().gradients()
-        for name in ("fc1", "fc2", "fc3"):
-            layer = self.net.get_submodule(name)
-            assert isinstance(layer, (_BlockSparseLinear, G2GLinear))
-            assert layer.values.grad is not None
-            gradients[f"{name}.weight"] = layer.mask.unpack(layer.values.grad)
-        return gradients
-
 
 class BlockSparse(LinearContender):
     """The second layer's product alone."""
 
-    layer: _BlockSparseLinear
-
     def build(self, connection: G2GLinear) -> nn.Module:
         return _block_sparse(self, connection)
-
-    def weight_gradient(self) -> torch.Tensor:
-        assert self.layer.values.grad is not None
-        return self.layer.mask.unpack(self.layer.values.grad)

@@ -9,10 +9,7 @@ part of the time but shown beside it.
 from ..contender import CompiledContender
 from . import snntorch_loop
 
-PEERS = (
-    ("compiled-masked", "MaskedLoop", ("step", "forward")),
-    ("compiled-dense", "DenseLoop", ("step", "forward")),
-)
+PEERS = (("compiled-masked", "MaskedLoop", ("step", "forward")), ("compiled-dense", "DenseLoop", ("step", "forward")))
 NEEDS = ("snntorch", "a C++ compiler")
 
 

@@ -126,24 +126,20 @@ class MaskedScan(Contender):
         jax.block_until_ready(jax.jit(jnp.sum)(jnp.ones(8)))
 
     def step(self) -> None:
-        self.parameters, self.moments = jax.block_until_ready(
-            train(
-                self.parameters, self.moments, self.masks, self.images, self.labels, self.rate, self.decay, **self.how
-            )
-        )
-
-    def results(self) -> Results:
-        (loss, (counts, kept)), gradients = jax.jit(
-            differentiated, static_argnames=("steps", "products", "keep")
-        )(self.parameters, self.masks, self.images, self.labels, keep=True, **self.how)  # fmt: skip
-        return {"loss": _tensor(loss), **_results(counts, kept), **{n: _tensor(g) for n, g in gradients.items()}}
+        given = self.masks, self.images, self.labels, self.rate, self.decay
+        changed = train(self.parameters, self.moments, *given, **self.how)
+        self.parameters, self.moments = jax.block_until_ready(changed)
 
     def forward(self) -> torch.Tensor:
-        counts, _ = simulate(self.parameters, self.masks, self.images, **self.how)
-        return _tensor(jax.block_until_ready(counts))
+        return _tensor(jax.block_until_ready(simulate(self.parameters, self.masks, self.images, **self.how)[0]))
 
-    def forward_results(self) -> Results:
-        return _results(*simulate(self.parameters, self.masks, self.images, keep=True, **self.how))
+    def results(self, kernel: str = "") -> Results:
+        given = self.parameters, self.masks, self.images
+        if kernel == "forward":
+            return _results(*simulate(*given, keep=True, **self.how))
+        compiled = jax.jit(differentiated, static_argnames=("steps", "products", "keep"))
+        (loss, (counts, kept)), gradients = compiled(*given, self.labels, keep=True, **self.how)
+        return {"loss": _tensor(loss), **_results(counts, kept), **{n: _tensor(g) for n, g in gradients.items()}}
 
 
 def _results(counts: jax.Array, kept: tuple[jax.Array, ...]) -> Results:

@@ -29,10 +29,7 @@ logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # importing 
 
 from spikingjelly.activation_based import functional, layer, surrogate  # noqa: E402  (see above)
 
-PEERS = (
-    ("spikingjelly-dense", "MultiStep", ("step", "forward")),
-    ("spikingjelly", "Neurons", ("lif",)),
-)
+PEERS = (("spikingjelly-dense", "MultiStep", ("step", "forward")), ("spikingjelly", "Neurons", ("lif",)))
 NEEDS = ("spikingjelly",)
 
 LIF_GRADIENTS = tuple(f"lif{number}.{name}" for number in (1, 2, 3) for name in ("beta", "threshold"))

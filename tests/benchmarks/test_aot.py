@@ -8,15 +8,13 @@ import sys
 import pytest
 from helpers import ROOT
 
-from benchmarks.aot import HEADINGS, KERNELS, TARGETS, programs_of_sm
+from benchmarks.aot import HEADINGS, KERNELS, TARGETS
 
 pytest.importorskip("triton", minversion="3.3")
 RECORD = (ROOT / "benchmarks/results/aot.md").read_text()
 PRODUCTS = {"product_kernel", "fused_forward_kernel", "weight_gradient_kernel"}
-
-
-#: what is compiled for these tests: flags of ``python -m benchmarks.aot``
-OF_PRODUCTS = ("--kernels", *sorted(PRODUCTS), "--targets", "sm_90")
+#: their loops carry the next tile's slot and columns
+CARRYING = {"product_kernel", "fused_forward_kernel"}
 
 
 def printed_by(program: str) -> str:
@@ -27,9 +25,9 @@ def printed_by(program: str) -> str:
     return result.stdout
 
 
-def compiled(flags: tuple[str, ...], case: str = "default step, bf16") -> list[dict[str, str]]:
-    """The rows printed for these flags, which for the same version of Triton are in the record."""
-    call = ["--cases", case, *flags]
+def compiled(case: str, kernels, targets) -> list[dict[str, str]]:
+    """The rows printed for these, which for the same version of Triton are in the record."""
+    call = ["--cases", case, "--kernels", *kernels, "--targets", *targets]
     _, _, version, _, _, _, *lines = printed_by(f"from benchmarks import aot; aot.main({call!r})").splitlines()
     if f"\n{version.partition(',')[0]}," in RECORD:  # another version of Triton makes other code
         assert not [line for line in lines if line not in RECORD.splitlines()]
@@ -38,43 +36,21 @@ def compiled(flags: tuple[str, ...], case: str = "default step, bf16") -> list[d
 
 def rows_of(lines) -> list[dict[str, str]]:
     """Lines of a table, by its headings."""
-    return [dict(zip(HEADINGS, line.strip("| ").split(" | "), strict=True)) for line in lines]
+    rows = [dict(zip(HEADINGS, line.strip("| ").split(" | "), strict=True)) for line in lines]
+    return [{**row, "kernel": row["kernel"].strip("`")} for row in rows]
 
 
-def check(row: dict[str, str]) -> None:
-    """What holds for every kernel on every card: nothing on the stack, and it can be launched."""
+def check(row: dict[str, str], programs: int = 1) -> None:
+    """What holds for every kernel on every card: nothing on the stack, and it can be launched; loads are in flight
+    while the loop of a product multiplies."""
     assert row["stack"] == "0", row
     assert int(row["shared"]) <= TARGETS[row["target"]].shared, row
-    assert int(row["programs/SM"]) >= 1, row
-    if row["kernel"].strip("`") in CARRYING:
-        check_loads(row)
-
-
-def check_products(row: dict[str, str]) -> None:
-    """Nothing is multiplied twice: as many ``wgmma`` as tiles of 64 rows for each four warps, 16 deep."""
-    side = {name: int(number) for name, number in re.findall(r"([A-Zw])(\d+)", row["tile"])}
-    spikes, parts = row["factors"].startswith("u8"), row["step"].endswith("float32")  # on cards of data centers
-    products = (3 if spikes else 6) if parts else 1
-    if row["kernel"] == "`weight_gradient_kernel`":
-        lanes = 64 if "fp32" in row["factors"] and not (parts and spikes) else 128
-        rows, depth = lanes if side["R"] < 64 or parts else 64, side["S"]
-    else:
-        rows, depth = side["M"], side["K"]
-    once = products * rows // (16 * side["w"]) * depth // 16
-    if "fused_forward" in row["kernel"] and "recurrent" not in row["step"]:  # nine units on chip, and the loop
-        once *= 10
-    assert row["matrix"] == f"{once} wgmma.mma_async", row
-
-
-#: their loops carry the next tile's slot and columns
-CARRYING = {"product_kernel", "fused_forward_kernel"}
-
-
-def check_loads(row: dict[str, str]) -> None:
-    """Loads are in flight while the loop multiplies."""
+    assert int(row["programs/SM"]) >= programs, row
+    if row["kernel"] not in CARRYING:
+        return
     if TARGETS[row["target"]].backend == "hip":
         # tiles 16 deep have too few bytes for each of CDNA's threads; a loop inside of that over steps overlaps nothing
-        shallow = "K16" in row["tile"] or row["kernel"] == "`fused_forward_kernel`"
+        shallow = "K16" in row["tile"] or row["kernel"] == "fused_forward_kernel"
         assert re.fullmatch(r"[1-4] in registers", row["in flight"]) or shallow, row
         return
     # a loop does not wait for its own loads; after it, a wait for all
@@ -85,10 +61,24 @@ def check_loads(row: dict[str, str]) -> None:
     assert re.fullmatch(r"((\d+ × )?[23] of \d+x\d+ \w+(, )?)+", row["buffers"]), row
 
 
+def check_products(row: dict[str, str]) -> None:
+    """Nothing is multiplied twice: as many ``wgmma`` as tiles of 64 rows for each four warps, 16 deep."""
+    side = {name: int(number) for name, number in re.findall(r"([A-Zw])(\d+)", row["tile"])}
+    spikes, parts = row["factors"].startswith("u8"), row["step"].endswith("float32")  # on cards of data centers
+    products, rows, depth = (3 if spikes else 6) if parts else 1, side.get("M"), side.get("K")
+    if row["kernel"] == "weight_gradient_kernel":
+        lanes = 64 if "fp32" in row["factors"] and not (parts and spikes) else 128
+        rows, depth = lanes if side["R"] < 64 or parts else 64, side["S"]
+    once = products * rows // (16 * side["w"]) * depth // 16
+    if row["kernel"] == "fused_forward_kernel" and "recurrent" not in row["step"]:  # nine units on chip, and the loop
+        once *= 10
+    assert row["matrix"] == f"{once} wgmma.mma_async", row
+
+
 @pytest.mark.ci
 def test_the_products_of_the_default_step_for_sm_90():
-    rows = compiled(OF_PRODUCTS)
-    assert {row["kernel"].strip("`") for row in rows} == PRODUCTS
+    rows = compiled("default step, bf16", PRODUCTS, ["sm_90"])
+    assert {row["kernel"] for row in rows} == PRODUCTS
     # forward, input gradient and weight gradient, of units of 64 and of fc3's 2 × 64
     assert len(rows) >= 6
     for row in rows:
@@ -110,12 +100,11 @@ LONGER = {
 @pytest.mark.long
 @pytest.mark.parametrize(("case", "kernels", "targets", "programs"), LONGER.values(), ids=LONGER)
 def test_other_kernels_cases_and_gpus(case, kernels, targets, programs):
-    rows = compiled(("--kernels", *kernels, "--targets", *targets), case)
+    rows = compiled(case, kernels, targets)
     assert {row["target"] for row in rows} == set(targets)
-    assert {row["kernel"].strip("`") for row in rows} <= set(kernels)
+    assert {row["kernel"] for row in rows} <= set(kernels)
     for row in rows:
-        check(row)
-        assert int(row["programs/SM"]) >= programs.get(row["kernel"].strip("`"), 1), row
+        check(row, programs.get(row["kernel"], 1))
         if row["target"] != "sm_90":
             assert re.fullmatch(rf"[1-9]\d* {re.escape(TARGETS[row['target']].matrix)}", row["matrix"]), row
         elif row["matrix"] != "–":  # neurons multiply nothing, nor does a last step that receives no gradient
@@ -123,30 +112,21 @@ def test_other_kernels_cases_and_gpus(case, kernels, targets, programs):
 
 
 def test_the_record_is_of_every_target_and_has_nothing_on_the_stack():
+    """On NVIDIA's cards two loads of each tile of 64 are in flight in the default step; beside them nine of a step's
+    spikes, where the fused kernel keeps the weights on chip."""
     rows = rows_of(re.findall(r"(?m)^\| (?!step|---).*$", RECORD))
     assert {row["target"] for row in rows} == set(TARGETS)
     assert len(rows) > 100
     list(map(check, rows))
+    rows = [row for row in rows if row["step"] == "default step, bf16" and "bf16 × bf16" in row["factors"]]
+    large = [row for row in rows if row["kernel"] in CARRYING and "N64" in row["tile"] and "K16" not in row["tile"]]
+    assert len(large) == len(TARGETS) + 2  # two GPUs have both kernels
+    for row in large:
+        assert row["buffers"].count(" of ") == 2, row
+        on_chip = {"9", "0"} if row["kernel"] == "fused_forward_kernel" else set()
+        on_card = TARGETS[row["target"]].backend == "cuda"
+        assert not on_card or set(row["in flight"].split()[:-1]) == {"2"} | on_chip, row
 
-
-def test_loads_of_the_default_step_overlap_on_every_target():
-    """Both tiles of the fused kernel, where there is one, and of the product of units of 64, with two loads in flight
-    on NVIDIA's cards; beside them nine of a step's spikes, where the fused kernel keeps the weights on chip."""
-    rows = [row for row in rows_of(re.findall(r"(?m)^\| default step, bf16 .*$", RECORD)) if "N64" in row["tile"]]
-    rows = [row for row in rows if "bf16 × bf16" in row["factors"] and "K16" not in row["tile"]]
-    for target in TARGETS.values():
-        of_target = [row for row in rows if row["target"] == target.name]
-        large = [row for row in of_target if row["kernel"].strip("`") in CARRYING]
-        assert len(large) == (2 if target.name in ("sm_90", "sm_100") else 1), target
-        for row in large:
-            check_loads(row)
-            assert row["buffers"].count(" of ") == 2, row
-            if target.backend == "cuda":
-                on_chip = {"9", "0"} if row["kernel"] == "`fused_forward_kernel`" else set()
-                assert set(row["in flight"].split()[:-1]) == {"2"} | on_chip, row
-
-
-# --- what is compiled at all --------------------------------------------------------------------------------------
 
 COMPILED = """
 import dataclasses, torch
@@ -196,31 +176,14 @@ for dtype in (torch.bfloat16, torch.float32):
 """
 
 
-@pytest.fixture(scope="module")
-def lines() -> list[str]:
-    return printed_by(COMPILED).splitlines()
-
-
-def test_the_doctor_checks_every_kernel_of_a_default_step_and_other_batches_need_no_new_ones(lines):
-    batches, ways = lines[2:4], lines[4:]
-    assert batches == ["0", "0"]  # no multiple of 16, and one
-    for number, *unchecked in map(str.split, ways):
-        assert int(number) > 10
-        assert unchecked == []
-
-
-def test_weights_stay_on_chip_only_where_the_compiled_kernel_fits(lines):
-    """A launch that asks for more shared memory than the card has is an error there."""
-    assert lines[0] == "13 13 14"  # fc2 and fc3, whose units are 64 and 10 high
-    number, shared, expected, on_stack = map(int, lines[1].split())
+def test_the_doctor_checks_every_kernel_of_a_default_step_and_weights_stay_on_chip_only_where_the_kernel_fits():
+    """To ask for more shared memory than the card has is an error there. Other batches need no new kernel."""
+    on_chip, of_kernel, *batches_and_ways = printed_by(COMPILED).splitlines()
+    assert on_chip == "13 13 14"  # fc2 and fc3, whose units are 64 and 10 high
+    number, shared, expected, on_stack = map(int, of_kernel.split())
     assert (number, on_stack) == (16, 0)
     assert expected - 1024 <= shared <= expected
-
-
-def test_programs_of_a_multiprocessor_by_hand():
-    sm_90 = TARGETS["sm_90"]
-    assert programs_of_sm(128, 0, 4, sm_90) == 4  # 65536 / (128 registers · 128 threads)
-    assert programs_of_sm(121, 0, 4, sm_90) == 4  # registers come in eights
-    assert programs_of_sm(32, 72 * 1024, 4, sm_90) == 3  # 228 KiB / (72 + 1)
-    assert programs_of_sm(16, 0, 4, sm_90) == 16  # 2048 threads
-    assert programs_of_sm(16, 0, 1, sm_90) == 32  # as many as there may be
+    assert batches_and_ways[:2] == ["0", "0"]  # no multiple of 16, and one
+    for number, *unchecked in map(str.split, batches_and_ways[2:]):
+        assert int(number) > 10
+        assert unchecked == []

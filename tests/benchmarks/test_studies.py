@@ -1,5 +1,6 @@
 """Studies of training: what they run, that they go on where they stopped, and what they say of it."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -13,7 +14,7 @@ from helpers import seeded
 from scipy import stats
 from training_runs import assert_equal
 
-from benchmarks import cli, records, relu, study, study_tables
+from benchmarks import conventional, records, study, study_tables
 from benchmarks.studies import STUDIES, Study
 from g2gnet.base.tensor_files import read_tensors
 from g2gnet.training import CheckpointError
@@ -37,7 +38,8 @@ def trained(monkeypatch):
             return super().submit(function, given, folder)
 
     monkeypatch.setattr(study, "processes", lambda jobs, threads: Pool(1))
-    for name, each in (("small", SMALL), ("sequence", SEQUENCES)):
+    monkeypatch.setattr(study, "step_costs", lambda run: {"step_bytes": 3_000_000, "step_seconds": 0.0123})
+    for name, each in {"small": SMALL, "sequence": SEQUENCES}.items():
         monkeypatch.setitem(STUDIES, name, each)
     return began
 
@@ -76,24 +78,21 @@ def test_a_study_goes_on_where_it_stopped_and_records_what_there_is(tmp_path, ca
         assert len(trained) == 1
     record = studied("small --seeds 1")
     assert len(trained) == 2  # the other one was finished
-    assert record["rows"] == SMALL.rows
-    assert record["machine"]["threads"] == 1
+    assert (record["rows"], record["machine"]["threads"]) == (SMALL.rows, 1)
     _, run = record["runs"]
     assert (run["row"], run["seed"], run["epoch"]) == ("gradient", 1, 1)
     assert min(run["train_seconds"], run["train_cpu_seconds"]) > 0
     (file,) = (tmp_path / "small_study").glob("gradient*/*.jsonl")
     (epoch,) = map(json.loads, file.read_text().splitlines())
-    sizes = (("fc1", 784 * 64), ("fc2", 64 * 64), ("fc3", 640))
-    assert run["weights"] == sum(round(epoch["density"][name] * size) for name, size in sizes)
+    sizes = {"fc1": 784 * 64, "fc2": 64 * 64, "fc3": 640}
+    assert run["weights"] == sum(round(epoch["density"][name] * size) for name, size in sizes.items())
     assert run["silent"] == pytest.approx([epoch["silent"][name] for name in ("lif1", "lif2")], abs=1e-5)
     assert set(run["placement"]) == {"rows_spread", "cols_spread", "rows_empty", "cols_empty", "inside"}
     assert f"| gradient | {100 * run['test_acc']:.2f} (n = 1) |" in capsys.readouterr().out
 
 
-def test_validation_tests_on_training_images_that_are_held_back(tmp_path, monkeypatch, studied):
-    monkeypatch.setattr(study, "step_costs", lambda *_: {"step_bytes": 3_000_000, "step_seconds": 0.0123})
-    flags = "--seeds 1 2 --epochs 1 --rows 'rows, feed-forward, 25 %' 'rows, GRU' --validation"
-    record = studied(f"sequence {flags}")
+def test_validation_tests_on_training_images_that_are_held_back(tmp_path, studied):
+    record = studied("sequence --seeds 1 2 --epochs 1 --rows 'rows, feed-forward, 25 %' 'rows, GRU' --validation")
     assert record["tested_on"] == study_tables.DRAWN
     for run in record["runs"]:
         name = f"{run['row'].replace(', ', '-').removesuffix(' %')}-1-epochs-seed{run['seed']}"
@@ -105,8 +104,7 @@ def test_validation_tests_on_training_images_that_are_held_back(tmp_path, monkey
     assert not (tmp_path / "sequence_study").exists()  # runs that are tested on test images are others
 
 
-def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkeypatch, trained, studied):
-    monkeypatch.setattr(study, "step_costs", lambda *_: {"step_bytes": 3_000_000, "step_seconds": 0.0123})
+def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, trained, studied):
     flags = "sequence --seeds 1 --epochs 1 --rows 'rows, recurrent, 25 %' 'rows, GRU'"
     network, yardstick = studied(flags)["runs"]
     assert [network["row"], yardstick["row"]] == ["rows, recurrent, 25 %", "rows, GRU"]
@@ -129,7 +127,7 @@ def test_sequences_are_learned_by_networks_and_by_a_gru(tmp_path, capsys, monkey
 
 
 def test_a_trainer_of_a_studys_own_resumes_with_the_same_weights(tmp_path, monkeypatch):
-    trainer = relu.ReLUTrainer
+    trainer = conventional.ReLUTrainer
     of_rows = dataclasses.replace(SMALL, rows={"ReLU": "--name own --dropout 0.2 --lr_schedule cosine"})
     whole, parts = (study.run_of(of_rows, "ReLU", 3, 1, tmp_path / name) for name in ("whole", "parts"))
     study.train_own(whole)
@@ -140,10 +138,9 @@ def test_a_trainer_of_a_studys_own_resumes_with_the_same_weights(tmp_path, monke
             raise KeyboardInterrupt
         return train_epoch(self, on_step)
 
-    with monkeypatch.context() as patch:
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(trainer, "train_epoch", stop_in_epoch_two)
-        with pytest.raises(KeyboardInterrupt):
-            study.train_own(parts)
+        study.train_own(parts)
     assert study.result(parts) is None
     study.train_own(parts)
     assert_equal(*(read_tensors(*run.folder.glob("*.pth")) for run in (whole, parts)))
@@ -154,72 +151,55 @@ def test_a_trainer_of_a_studys_own_resumes_with_the_same_weights(tmp_path, monke
 
 
 def test_a_conventional_network_is_a_perceptron_with_the_masks():
-    net = relu.ReLUNet(784, 64, 10, block_size=16, dropout=0.5, generator=seeded(0))
-    x = torch.rand(40, 784)
-    dropped = net.drop(40)
+    net = conventional.ReLUNet(784, 64, 10, block_size=16, dropout=0.5, generator=seeded(0))
+    x, dropped = torch.rand(40, 784), net.drop(40)
     dense = [(each.dense_weight().detach().double(), each.bias.detach().double()) for each, _ in net.layers()]
-    for training in (False, True):
+    for training in (True, False):
         net.train(training)
         activity = net.simulate(x, dropped=dropped)
-        hidden, rates, multiplies = x.double(), [], []
+        hidden, multiplies = x.double(), []
         for number, (weight, bias) in enumerate(dense):
             multiplies.append(int((hidden != 0).long().sum(0) @ (weight != 0).long().sum(0)))
             logits = hidden @ weight.T + bias
-            hidden = logits.relu()
-            if training and number < 2:
-                hidden = hidden * ~dropped[number] * 2
-            rates.append((hidden > 0).double().mean(0))
+            hidden = logits.relu() * (~dropped[number] * 2 if training and number < 2 else 1)
+            rate = (hidden > 0).double().mean(0)
+            assert (activity.rates[number] - rate).abs().max() < 1 / 39  # one sample at zero may be on either side
         torch.testing.assert_close(activity.output.double(), logits, rtol=1e-5, atol=1e-5)
-        for found, wanted in zip(activity.rates, rates, strict=True):
-            assert (found - wanted).abs().max() < 1 / 39  # one sample at zero may be on either side
-        if not training:
-            assert [each.multiplies for each in activity.synaptic_operations()] == pytest.approx(multiplies, rel=1e-3)
+    assert [each.multiplies for each in activity.synaptic_operations()] == pytest.approx(multiplies, rel=1e-3)
 
 
 def test_what_cannot_be_is_named(tmp_path, capsys, trained, monkeypatch):
-    for arguments, message in (
-        (["--rows", "statical"], "--rows 'statical' matches none of the rows, which --help lists"),
-        (["--finished"], "no run of small is finished"),
+    monkeypatch.setitem(STUDIES, "ring", dataclasses.replace(SMALL, rows={"ring": "--model ring"}))
+    for flags, status, message in (
+        ("small --rows statical", 1, "--rows 'statical' matches none of the rows, which --help lists"),
+        ("small --finished", 1, "no run of small is finished"),
+        ("small --validation --seeds -1", 2, "seed=-1 must be"),
+        ("ring --seeds 1", 2, "invalid choice: 'ring'"),
+        ("smal", 2, "invalid choice: 'smal'"),
     ):
-        assert study.main(["small", "--runs", str(tmp_path), *arguments]) == 1
+        with contextlib.suppress(SystemExit):  # of a parser
+            assert study.main([*flags.split(), *(["--runs", str(tmp_path)] if " " in flags else [])]) == status
         assert message in capsys.readouterr().err
-    assert study.main(["small", "--runs", str(tmp_path), "--validation", "--seeds", "-1"]) == 2
-    assert "seed=-1 must be" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-    monkeypatch.setitem(STUDIES, "small", dataclasses.replace(SMALL, rows={"ring": "--model ring"}))
-    with pytest.raises(SystemExit):
-        study.main(["small", "--runs", str(tmp_path), "--seeds", "1"])
-    assert "invalid choice: 'ring'" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        study.main(["smal"])
-    assert "invalid choice: 'smal'" in capsys.readouterr().err
 
 
 def test_quick_is_small_whatever_a_row_says(trained, monkeypatch):
     asked = []
-    monkeypatch.setattr(study, "make", lambda name, arguments: asked.append(arguments) or {"runs": []})
+    monkeypatch.setattr(study, "make", lambda name, given: asked.append(given) or {"benchmark": name, "runs": []})
     assert study.main(["recipe", "--quick"]) == study.main(["recipe", "--quick", "--seeds", "4"]) == 0
     assert [(arguments.seeds, arguments.last) for arguments in asked] == [([1], study.QUICK), ([4], study.QUICK)]
     quick = study.runs_of("recipe", STUDIES["recipe"], asked[0])
     assert {(run.settings.epochs, run.settings.limit_train) for run in quick} == {(1, 2000)}
-    assert not cli.build_parser("x", "", "", {}).parse_args([]).quick
 
 
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-def made(name, rows, **more):
-    """A record with runs by row and seed: their accuracies, and what else the row's runs have."""
+def made(rows):
+    """A record of the study of structure with runs by row and seed: their accuracies."""
     runs = [
-        {
-            "row": row, "seed": seed, "test_acc": reached, "train_acc": reached, "silent": [0.1, 0.3],
-            "weights": 1234567, "train_seconds": 10.0, "train_cpu_seconds": 10.0, "epoch": 20, "step_bytes": 2.1e7,
-            **more.get(row, {}),
-        }
+        {"row": row, "seed": seed, "test_acc": reached, "weights": 1234567, "epoch": 20}
         for row, of in rows.items()
         for seed, reached in of.items()
-    ]  # fmt: skip
-    return {"benchmark": name, "rows": dict.fromkeys(rows, "--lr 1"), "runs": runs}
+    ]
+    return {"benchmark": "structure", "rows": dict.fromkeys(rows, "--lr 1"), "runs": runs}
 
 
 def test_graphs_are_held_against_the_control_seed_by_seed():
@@ -232,17 +212,17 @@ def test_graphs_are_held_against_the_control_seed_by_seed():
         "distance": {1: 0.9},
     }
     rows = {f"{graph}, {size}": found for graph, found in graphs.items()}
-    lines = study_tables.table(made("structure", rows)).split("\n")
-    p = {
-        graph: stats.ttest_rel([graphs[graph][s] for s in (1, 2, 3)], [control[s] for s in (1, 2, 3)]).pvalue
+    text = study_tables.table(made(rows))
+    index, mixer = (
+        stats.ttest_rel(*([of[seed] for seed in (1, 2, 3)] for of in (graphs[graph], control))).pvalue
         for graph in ("index", "mixer")
-    }
-    assert p["index"] < p["mixer"] / 2  # so Holm's doubles it, and leaves the other
+    )
+    assert index < mixer / 2  # so Holm's doubles it, and leaves the other
     # 0.93 ± 4.303 · 0.603 / √3
-    assert f"| index | 1,234,567 | 78.70 ± 9.58 (n = 4) | +0.93 | -0.56 to +2.43 | {2 * p['index']:.2g} |" in lines
-    assert f"| mixer | 1,234,567 | 87.30 ± 0.87 | -0.03 | -0.41 to +0.35 | {p['mixer']:.2g} |" in lines
-    assert "| distance | 1,234,567 | 90.00 (n = 1) | – | – | – |" in lines
-    assert "All sizes together" not in "".join(lines)
+    assert f"| index | 1,234,567 | 78.70 ± 9.58 (n = 4) | +0.93 | -0.56 to +2.43 | {2 * index:.2g} |\n" in text
+    assert f"| mixer | 1,234,567 | 87.30 ± 0.87 | -0.03 | -0.41 to +0.35 | {mixer:.2g} |\n" in text
+    assert "| distance | 1,234,567 | 90.00 (n = 1) | – | – | – |" in text
+    assert "All sizes together" not in text
 
     # all sizes together are as many values as there are sizes: their seeds are no sample of sizes
     others = {
@@ -251,16 +231,12 @@ def test_graphs_are_held_against_the_control_seed_by_seed():
     }
     for share, of_share in others.items():
         rows |= {f"{graph}, {size.replace('5 %', share)}": of for graph, of in of_share.items()}
-    text = study_tables.table(made("structure", rows))
-    assert f"| +0.93 | -0.56 to +2.43 | {3 * p['index']:.2g} |" in text  # of three tests: two of mixer, this one
+    text, pooled = study_tables.table(made(rows)).split("**All sizes together**")
+    assert f"| +0.93 | -0.56 to +2.43 | {3 * index:.2g} |" in text  # of three tests: two of mixer, this one
     assert "| index | 1,234,567 | 86.00 ± 5.00 (n = 2) | – | – | – |" in text  # by the same twice: nothing to test
-    pooled = text.split("**All sizes together**")[1]
     for graph, of in (("index", (2.8 / 3, 1.0, -2.0)), ("mixer", (-0.1 / 3, 0.5, 0.0))):
         found = stats.ttest_1samp(of, 0).confidence_interval()
         assert f"| {graph} | 3 | {sum(of) / 3:+.2f} | {found.low:+.2f} to {found.high:+.2f} | 0.9" in pooled
     assert "distance" not in pooled  # of one size
-
-
-def test_p_values_are_corrected_as_by_holm():
     assert study_tables.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert study_tables.holm([0.7, 0.9]) == [1.0, 1.0]

@@ -1,23 +1,85 @@
-"""PyTorch's GRU on the data of a training run, with as many weights: the yardstick of the study of sequences.
+"""Conventional networks in the place of spiking ones, as yardsticks of the studies.
 
-One layer, whose last state a linear layer reads; sequences, standardising, batches, epochs, learning rate and its
-schedule are those of the run's settings, which also name the network whose weights are counted.
+With ReLU in place of spiking neurons and without time, a network has the sizes, masks, initial weights and recipe of
+the spiking one: what does spiking cost? All else is that of :class:`g2gnet.training.Trainer`: images and their changes,
+order, dropout, optimizer, schedule, checkpoints.
+
+On sequences it is PyTorch's GRU with as many weights. One layer, whose last state a linear layer reads; sequences,
+standardising, batches, epochs, learning rate and its schedule are those of the run's settings, which also name the
+network whose weights are counted.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from g2g_kernels import Activity
+from g2g_kernels.ops.g2g_stack.layer import Connection
+from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
 from g2gnet import G2GNet
+from g2gnet.base.seeding import stream
 from g2gnet.data import ImageData, as_samples
 from g2gnet.sequences import unfold
-from g2gnet.training import Machine, TrainSettings
+from g2gnet.training import Machine, Trainer, TrainSettings
 from g2gnet.training.epochs import EpochTrainer
 from g2gnet.training.samples import order_of
 from g2gnet.training.saved_state import load_model
+
+
+class ReLUNet(G2GNet):
+    """Connections of a :class:`G2GNet` with ReLU between them: [B, D] → logits [B, C].
+
+    A "rate" is the share of the samples for which a neuron is not zero (of the last layer: above zero).
+    """
+
+    def simulate(
+        self,
+        inputs: torch.Tensor,
+        state: Any = None,
+        chunk: int | None = None,
+        *,
+        dropped: Sequence[torch.Tensor] | None = None,
+        spikes: bool = False,
+        membranes: bool = False,
+    ) -> Activity:
+        layers = [connection for connection, _ in self.layers()]
+        drops = dropped if self.training and dropped is not None else [None] * (len(layers) - 1)
+        x, rates = inputs, []
+        for layer, of_layer in zip(layers, [*drops, None], strict=True):
+            logits = layer(x)
+            x = logits.relu()
+            if of_layer is not None:
+                x = x.masked_fill(of_layer, 0) * self._scale
+            rates.append((x > 0).float().mean(0))
+        return Activity(logits, tuple(rates), (), _Synapses(inputs, layers))
+
+
+class _Synapses(Synapses):
+    """Every input that is not zero costs a multiplication, where a spike costs an addition."""
+
+    def __init__(self, inputs: torch.Tensor, layers: Sequence[Any]) -> None:
+        connections = [[Connection(each.values, each.mask, number - 1)] for number, each in enumerate(layers)]
+        super().__init__(inputs, 1, connections, [None] * (len(layers) + 1))
+
+    def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
+        found = super().operations(rates)
+        return tuple(SynapticOperations(0, each.accumulates + each.multiplies, each.dense) for each in found)
+
+
+class ReLUTrainer(Trainer):
+    """Trains a :class:`ReLUNet`, whose neurons have nothing to learn."""
+
+    def _build_network(self, input_dim: int, num_classes: int) -> G2GNet:
+        net = ReLUNet.from_settings(
+            self.settings, input_dim, num_classes, generator=stream(self.settings.seed, "network")
+        )
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(not name.startswith("lif"))
+        return net
 
 
 class GRU(nn.Module):
@@ -39,7 +101,7 @@ def width_of(weights: int, input_dim: int, num_classes: int) -> int:
     return max(1, round((math.sqrt(linear**2 + 12 * max(0, weights - num_classes)) - linear) / 6))
 
 
-def build(settings: TrainSettings, input_dim: int, num_classes: int) -> GRU:
+def build_gru(settings: TrainSettings, input_dim: int, num_classes: int) -> GRU:
     """A GRU of as many weights as the network of ``settings``, with initial weights from its seed."""
     net = G2GNet.from_settings(settings, input_dim, num_classes, generator=torch.Generator().manual_seed(settings.seed))
     weights = sum(connection.mask.num_weights for connection in net.connections().values())
@@ -49,7 +111,7 @@ def build(settings: TrainSettings, input_dim: int, num_classes: int) -> GRU:
 
 
 class GRUTrainer(EpochTrainer):
-    """Trains the GRU of :func:`build`."""
+    """Trains the GRU of :func:`build_gru`."""
 
     optimizer_state = ("step", "exp_avg", "exp_avg_sq")
     net: GRU
@@ -59,7 +121,7 @@ class GRUTrainer(EpochTrainer):
         self.lr_schedule, self._clip = settings.lr_schedule, settings.clip_grad_norm
         self._order = order_of(settings, data)
         self._mean, self._deviation = self.data.moments() if settings.standardize else (0.0, 1.0)
-        self.net = build(settings, self._order.shape[1], data.num_classes)
+        self.net = build_gru(settings, self._order.shape[1], data.num_classes)
         self.optimizer = torch.optim.Adam(self.net.parameters(), settings.lr, weight_decay=settings.weight_decay)
         self._watch(settings.lr)
 

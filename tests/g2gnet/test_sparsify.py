@@ -346,16 +346,3 @@ def test_a_model_and_its_layers_are_rewired_alike():
             dst.step(*((x, activity) if by_layers else ()))
         states.append(net.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-def test_what_cannot_be_rewired_is_named():
-    model = classifier()
-    stale = torch.optim.Adam(model.parameters())
-    with pytest.raises(ValueError, match=r"no G2GLinear layer to rewire; g2gnet.sparsify\(model\) creates them"):
-        DSTScheduler(model, stale)
-    sparsify(model)
-    with pytest.raises(ValueError, match="optimizer does not hold the weights of layer 0, 40 × 30"):
-        DSTScheduler(model, stale)
-    dst = DSTScheduler(model, torch.optim.Adam(model.parameters()), interval=1)
-    with pytest.raises(RuntimeError, match="no activity of layer 0 was recorded in this step"):
-        dst.step()

@@ -83,8 +83,3 @@ def test_what_comes_of_the_weight_is_an_ordinary_tensor():
     loaded = saved_and_read({"weight": sparse.weight.detach()})["weight"]
     assert type(loaded) is torch.Tensor
     assert torch.equal(loaded, sparse.weight)
-
-
-def test_a_layer_comes_back_from_a_linear_one():
-    again, mask = G2GLinear.from_linear(layer().to_linear(), layer().mask), layer().mask
-    assert torch.equal(again.values[mask.valid()], layer().values[mask.valid()])

@@ -1,7 +1,5 @@
 """States into and out of a stack: parts in turn are the whole, and chunks change only how much memory a run takes."""
 
-import math
-
 import pytest
 import torch
 from covering import every_pair
@@ -9,7 +7,7 @@ from helpers import backends_of, compiles_whole, rms, seeded
 from networks import three_layers
 
 from g2g_kernels.ops.g2g_stack import operator
-from g2gnet import LIF, AdLIF, G2GNet, SpikingStack, Synaptic
+from g2gnet import LIF, G2GNet, SpikingStack, Synaptic
 
 T, B, D = 10, 3, 12
 #: by the names of parameters, and of the input
@@ -133,6 +131,13 @@ def test_states_that_do_not_fit_are_refused_by_name():
         for call in (lambda state: stack.simulate(x, state), lambda state: stack.step(x[0], state)):
             with pytest.raises(TypeError, match=match):
                 call(other)
+    for module, given, match in (
+        (LIF(), torch.zeros(4, 7), r"membrane has shape \(4, 7\), the current \(3, 7\); give None"),
+        (Synaptic(), torch.zeros(3, 7), "1 states given, synaptic neurons have synaptic_current, mem"),
+        (stack, state[:1], "state has 1 entries, this network has 3 layers"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            module.step(x[0] if module is stack else torch.rand(3, 7), given)
     for chunk in (0, 2.5, True):
         with pytest.raises(ValueError, match="chunk="):
             stack.simulate(x, chunk=chunk)
@@ -223,28 +228,3 @@ def test_a_compiled_run_takes_and_gives_states(plain_memory):
     expected = net.simulate(x[6:], state)
     assert torch.equal(counts, expected.counts)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(after, expected.state, strict=True))
-
-
-def test_time_constants_stand_for_decays():
-    tau = torch.tensor([10.0, 20.0, 40.0])
-    assert torch.equal(LIF(3, tau=tau, dt=2.0).beta, torch.exp(-2.0 / tau.double()).float())
-    neurons = Synaptic(tau=20.0, tau_syn=5.0, dt=0.5)
-    assert neurons.beta.item() == pytest.approx(math.exp(-0.025))
-    assert neurons.syn_decay.item() == pytest.approx(math.exp(-0.1))
-    assert AdLIF(tau_adapt=100.0, dt=1.0, learn_adapt_decay=False).adapt_decay.item() == pytest.approx(math.exp(-0.01))
-
-
-@pytest.mark.parametrize(
-    ("given", "why"),
-    [
-        ({"tau": 20.0}, "needs dt"),
-        ({"tau": 20.0, "dt": 1.0, "beta": 0.9}, "the same parameter"),
-        ({"tau": 0.0, "dt": 1.0}, "tau=0.0 must be a number above 0"),
-        ({"tau": torch.tensor([1.0, 2.0]), "dt": 1.0}, r"tau is a tensor \[2\]; give one number"),
-        ({"tau": 20.0, "dt": -1.0}, "dt=-1.0 must be"),
-        ({"tau_syn": 5.0, "dt": 1.0}, "tau_syn: unknown to lif"),
-    ],
-)
-def test_what_is_no_time_constant_is_refused(given, why):
-    with pytest.raises((TypeError, ValueError), match=why):
-        LIF(**given)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -225,15 +224,12 @@ def test_synaptic_operations_count_what_arrives(backend, name, held):
 
 def test_a_loaded_network_has_the_delays_of_the_other():
     ours, theirs = network("chain with delays", seed=1), network("chain with delays")
-    missing = ours.load_state_dict(theirs.state_dict())
-    assert not missing.missing_keys
-    x = torch.rand(B, D, generator=seeded(4)) * 2
+    state, x = theirs.state_dict(), torch.rand(B, D, generator=seeded(4)) * 2
+    ours.load_state_dict(state)
     assert torch.equal(ours(x), theirs(x))
     assert torch.equal(ours.a_to_b_delay, theirs.a_to_b_delay)
-    state = theirs.state_dict()
-    state["a_to_b_delay"] = state["a_to_b_delay"] + 4
     with pytest.raises(RuntimeError, match=r"a_to_b_delay is from 4 to \d; this network has room for 0 to 4"):
-        network("chain with delays").load_state_dict(state)
+        ours.load_state_dict({**state, "a_to_b_delay": state["a_to_b_delay"] + 4})
 
 
 @pytest.mark.parametrize("wrong", [-1, 5])
@@ -282,38 +278,47 @@ def test_arguments_that_cannot_be_are_refused_by_name():
     ):
         with pytest.raises(ValueError, match=message):
             Projection("a", "b", connection, **options)
-    with pytest.raises(ValueError, match="'step' is already an attribute of the network"):
-        SpikingNetwork({"step": LIF()}, [Projection("input", "step", connection)], "step")
-    for name in ("a.b", "", "_routes"):
-        with pytest.raises(ValueError, match="is no name of a module"):
+    no_name = "is no name of a module"
+    for name, message in (("step", "'step' is already an"), ("a.b", no_name), ("", no_name), ("_routes", no_name)):
+        with pytest.raises(ValueError, match=message):
             SpikingNetwork({name: LIF()}, [Projection("input", name, connection)], name)
+    with pytest.raises(TypeError, match="tuple is no Projection"):
+        SpikingNetwork({"b": LIF()}, [("input", "b", connection)], "b")
+    with pytest.raises(ValueError, match=r"chunk=4 does not know the spikes after a chunk, .*; leave it out"):
+        network("learned").simulate(torch.rand(T, B, D), chunk=4)
     late = Projection("input", "b", connection, 2, max_delay=5)
     for delays in (late, dataclasses.replace(late, delay=torch.full((9,), 2, dtype=torch.int32))):
         net = SpikingNetwork({"b": LIF()}, [delays], "b", T=3)
         assert net.delays("input_to_b").tolist() == [2] * 9
         assert net(torch.rand(2, 9)).shape == (2, 13)
-    with pytest.raises(TypeError, match="tuple is no Projection"):
-        SpikingNetwork({"b": LIF()}, [("input", "b", connection)], "b")
 
 
-def test_correlations_are_of_spikes_as_they_arrive():
-    net = network("chain with delays").train()
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("name", "connection"), [("chain with delays", "a_to_b"), ("recurrent stack", "rec1")])
+def test_correlations_are_of_spikes_as_they_arrive(name, connection, given):
+    """Those that the network records, and those of an activity that its layers are given."""
+    net = network(name).train()
     x = torch.rand(T, B, D, generator=seeded(4)) * 2
-    layer = net.a_to_b
-    received = Reference(net)
-    received.run(x.double())
-    arrived = torch.stack([received.arrived["a_to_b", t] for t in range(T)]).float()
-    spikes = net.simulate(x).spikes["b"].dense()
+    received, layer = Reference(net), net.get_submodule(connection)
+    spikes = [*received.run(x.double()).values()][next(r.target for r in net.routes() if r.name == connection)].float()
+    arrived = torch.stack([received.arrived[connection, t] for t in range(T)]).float()
     scores = unit_correlation(arrived, spikes, layer.mask)
-    present = layer.mask.present()
+    present = layer.mask.present().clone()
     count = int(0.25 * present.sum())
     best = scores.masked_fill(present, -2).flatten().topk(count).values  # of which many are 0
-    optimizer = torch.optim.SGD(net.parameters(), 0.0)
-    dst = DSTScheduler(net, optimizer, interval=1, fraction=0.25, prune="set", grow="hebb")
-    net.simulate(x).counts.sum().backward()
-    dst.step()
+    optimizer, layers = torch.optim.SGD(net.parameters(), 0.0), [*net.connections().values()]
+    rules = {"interval": 1, "fraction": 0.25, "prune": "set", "grow": "hebb"}
+    dst = DSTScheduler(layers if given else net, optimizer, **rules, network=net if given else None)
+    activity = net.simulate(x)
+    activity.counts.sum().backward()
+    dst.step(*((x, activity) if given else ()))
     assert best[0] > 0
     assert torch.equal(scores[layer.mask.present() & ~present].sort(descending=True).values, best)
+    if given:
+        with pytest.raises(
+            ValueError, match=r"of layers of \[.*\] neurons, .* DSTScheduler\(layers, optimizer, network="
+        ):
+            DSTScheduler(layers[::-1], optimizer, interval=1).step(x, activity)
 
 
 @pytest.mark.parametrize(("prune", "grow"), [("set", "random"), ("hebb", "gradient"), ("set", "hebb")])
@@ -350,34 +355,19 @@ def test_a_net_of_settings_has_layers_feedback_and_delays():
     assert list(G2GNet(D, [16], 5, block_size=4).connections()) == ["fc1", "fc2"]
     plain, same = (G2GNet(D, size, 5, block_size=4, generator=seeded(0)) for size in (16, [16, 16]))
     assert torch.equal(plain.fc2.values, same.fc2.values)
-    for options, message in (
-        ({"recurrent": [3]}, "there are 2 hidden layers"),
-        ({"recurrent": [1, 1]}, "names a layer twice"),
-        ({"learn_delay": True}, "learn_delay=True has no effect with delay=0"),
-        ({"hidden_dim": [16], "feedback": True}, "feedback joins a hidden layer to the one below it"),
-        ({"hidden_dim": []}, "is empty; give at least one number"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            G2GNet(D, **{"hidden_dim": 16, "num_classes": 5, **options})
 
 
 @pytest.mark.parametrize(
-    ("net", "message"),
+    ("make", "message"),
     [
-        ({"delay": 3}, "has no form for fc1, with delays up to 3 steps"),
-        ({"feedback": True}, "has no form for fb1, with delays up to 1 steps from population 2 to 1"),
-        (None, "takes a SpikingStack or a G2GNet, not a SpikingNetwork"),
+        (lambda: G2GNet(D, 16, 5, delay=3), "has no form for fc1, with delays up to 3 steps"),
+        (lambda: G2GNet(D, 16, 5, feedback=True), "for fb1, with delays up to 1 steps from population 2 to 1"),
+        (lambda: network("chain"), "takes a SpikingStack or a G2GNet, not a SpikingNetwork"),
     ],
 )
-def test_what_snntorch_cannot_express_is_refused_by_name(net, message):
-    ours = network("chain") if net is None else G2GNet(D, 16, 5, block_size=4, reset="zero", **net)
-    with pytest.raises(ValueError, match=f"to_snntorch {message}"):
-        to_snntorch(ours)
-
-
-def test_chunks_of_learned_delays_of_no_step_are_refused():
-    with pytest.raises(ValueError, match=r"chunk=4 does not know the spikes after a chunk, .*; leave it out"):
-        network("learned").simulate(torch.rand(T, B, D), chunk=4)
+def test_what_snntorch_cannot_express_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=f"to_snntorch .*{message}"):
+        to_snntorch(make())
 
 
 def test_learned_delays_follow_their_gradient():
@@ -423,6 +413,9 @@ def test_edges_become_projections_one_for_each_delay():
     assert same.delay == 4
 
 
+COLUMNS = "pre", "post", "weight", "delay", "sizes"
+
+
 @pytest.mark.parametrize(
     ("columns", "why"),
     [
@@ -437,28 +430,18 @@ def test_edges_become_projections_one_for_each_delay():
         ((0, 0, 1.0), "pre of the edges a → b is int64"),
         (([0, 0], [0, 0], [3e38, 3e38]), "not finite, or that a float32 does not hold"),
         ((np.ma.array([0, 1], mask=[0, 1]), [0, 1], [1.0, 2.0]), "masked entries"),
+        *((([0], [0], [1.0], 0, sizes), "sizes") for sizes in (None, 3, (3,), (3, 3, 3), (3.0, 3), (0, 3))),
     ],
 )
 def test_edges_that_are_none_are_refused(columns, why):
     with pytest.raises(ValueError, match=why):
-        Projection.from_edges("a", "b", *columns, sizes=(30, 20))
+        Projection.from_edges("a", "b", **{"sizes": (30, 20), **dict(zip(COLUMNS, columns, strict=False))})
 
 
-@pytest.mark.parametrize("sizes", [None, 3, (3,), (3, 3, 3), (3.0, 3), (0, 3)])
-def test_edges_need_both_sizes(sizes):
-    with pytest.raises(ValueError, match="sizes"):
-        Projection.from_edges("a", "b", [0], [0], [1.0], sizes=sizes)
-
-
-@pytest.mark.parametrize(
-    "weight",
-    [
-        np.array([100, 100], np.int8),
-        torch.tensor([100.0, 100.0], dtype=torch.bfloat16, requires_grad=True),
-        np.array([100, 100], ">f4"),
-    ],
-)
-def test_weights_of_any_numbers_are_added_without_overflow(weight):
+@pytest.mark.parametrize("numbers", [np.int8, ">f4", torch.bfloat16])
+def test_weights_of_any_numbers_are_added_without_overflow(numbers):
+    of_torch = isinstance(numbers, torch.dtype)
+    weight = torch.full((2,), 100.0, dtype=numbers, requires_grad=True) if of_torch else np.array([100, 100], numbers)
     (made,) = Projection.from_edges("a", "b", [0, 0], [1, 1], weight, sizes=(3, 3))
     assert made.connection.values.flatten().tolist() == [200.0]
     assert Projection.from_edges("a", "b", [], [], [], sizes=(3, 3)) == []

@@ -129,15 +129,6 @@ def test_in_bfloat16_the_cpu_kernels_take_the_currents_of_single_steps():
     torch.testing.assert_close(*outcomes)
 
 
-def test_the_last_membrane_in_chunks_has_the_same_gradients():
-    gradients = []
-    for chunk in (None, 2):
-        net = net_of("last")
-        F.cross_entropy(net.simulate(X, chunk=chunk).output, LABELS).backward()
-        gradients.append([parameter.grad for parameter in net.parameters()])
-    torch.testing.assert_close(*gradients)
-
-
 def test_what_cannot_be_read_is_refused_by_name():
     net = net_of("mean")
     optimizer, activity = torch.optim.Adam(net.parameters()), net.simulate(X)

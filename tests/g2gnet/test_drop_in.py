@@ -105,15 +105,20 @@ def test_a_compiled_network_is_one_graph_with_equal_results(backend, plain_memor
 
 @compiles_whole
 @dynamo
-def test_compiled_steps_are_one_graph_with_equal_results(plain_memory):
+def test_compiled_runs_and_steps_take_and_give_states_in_one_graph(plain_memory):
     net = small_net(backend="torch")
-    compiled = torch.compile(net.step, backend="eager", fullgraph=True)
+
+    def run(x, state):
+        activity = net.simulate(x, state)
+        return activity.counts, activity.state
+
     with torch.no_grad():
         state = net.step(SAMPLES)[1]
-        spikes, after = compiled(SAMPLES, state)
-        expected, expected_after = net.step(SAMPLES, state)
-    assert torch.equal(spikes, expected)
-    assert all(map(torch.equal, after, expected_after))
+        for function in (net.step, run):
+            counts, after = torch.compile(function, backend="eager", fullgraph=True)(SAMPLES, state)
+            expected, expected_after = function(SAMPLES, state)
+            assert torch.equal(counts, expected)
+            assert all(map(torch.equal, after, expected_after))
 
 
 def exports(test):

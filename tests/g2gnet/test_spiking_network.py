@@ -321,21 +321,6 @@ def test_correlations_are_of_spikes_as_they_arrive(name, connection, given):
             DSTScheduler(layers[::-1], optimizer, interval=1).step(x, activity)
 
 
-@pytest.mark.parametrize(("prune", "grow"), [("set", "random"), ("hebb", "gradient"), ("set", "hebb")])
-def test_every_rule_rewires_a_graph(prune, grow):
-    net = network("ring").train()
-    optimizer = torch.optim.Adam(net.parameters())
-    dst = DSTScheduler(net, optimizer, interval=1, fraction=0.3, prune=prune, grow=grow)
-    before = {name: layer.mask.num_units for name, layer in net.connections().items()}
-    for _ in range(2):
-        optimizer.zero_grad()
-        net.simulate(torch.rand(T, B, D, generator=seeded(4)) * 2).counts.square().sum().backward()
-        optimizer.step()
-        dst.step()
-    assert {name: layer.mask.num_units for name, layer in net.connections().items()} == before
-    assert dst.pruned == dst.grown > 0
-
-
 def test_a_net_of_settings_has_layers_feedback_and_delays():
     net = G2GNet(
         D, [16, 12, 8], 5, "mixer", block_size=4, T=T, num_groups=4, recurrent=[2], feedback=True, delay=3,

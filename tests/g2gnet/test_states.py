@@ -3,11 +3,11 @@
 import pytest
 import torch
 from covering import every_pair
-from helpers import backends_of, compiles_whole, rms, seeded
+from helpers import backends_of, rms, seeded
 from networks import three_layers
 
 from g2g_kernels.ops.g2g_stack import operator
-from g2gnet import LIF, G2GNet, SpikingStack, Synaptic
+from g2gnet import LIF, SpikingStack, Synaptic
 
 T, B, D = 10, 3, 12
 #: by the names of parameters, and of the input
@@ -207,20 +207,3 @@ def test_what_changes_before_the_backward_pass_is_refused(chunk, changed):
             connection.values.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         counts.sum().backward()
-
-
-@compiles_whole
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own, PyTorch 2.8
-def test_a_compiled_run_takes_and_gives_states(plain_memory):
-    net = G2GNet(D, 16, 3, num_groups=2, block_size=4, T=T, generator=seeded(1), backend="torch")
-    x = inputs_of(held=False).detach()
-    state = net.simulate(x[:6]).state
-
-    def run(x, state):
-        activity = net.simulate(x, state)
-        return activity.counts, activity.state
-
-    counts, after = torch.compile(run, backend="eager", fullgraph=True)(x[6:], state)
-    expected = net.simulate(x[6:], state)
-    assert torch.equal(counts, expected.counts)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(after, expected.state, strict=True))

@@ -9,7 +9,7 @@ from helpers import Largest, saved_and_read
 from g2g_kernels import BlockMask, GroupLayout, available_backends
 from g2g_kernels.cpu import library
 from g2g_kernels.mask import sampling
-from g2gnet import LIF, DSTScheduler, G2GLinear, G2GNet, Projection, SpikingNetwork, keep_signs
+from g2gnet import LIF, DSTScheduler, G2GLinear, Projection, SpikingNetwork, keep_signs
 from g2gnet.data import load_dataset
 from g2gnet.dst import replacement, scores
 from g2gnet.inspect import (
@@ -55,17 +55,6 @@ def test_training_rewiring_analysis_and_resuming_form_no_dense_weights(prune, gr
         assert not report.main([str(checkpoint), "--output", str(target), "--samples", "8", "--device", "cpu"])
     assert target.exists()
     assert list(tmp_path.glob("*.analysis.json"))
-    assert largest.numel < H * H
-
-
-def test_what_shows_and_keeps_a_network_forms_no_dense_weights():
-    net = G2GNet(64, num_classes=10, **WIDE)
-    with Largest() as largest:
-        copy.deepcopy(net).load_state_dict(saved_and_read(net.state_dict()))
-        for mask in (net.fc1.mask, net.fc2.mask):
-            assert len(mask.to_string().splitlines()) == 64
-            assert mask._repr_html_()
-        net.fc2.mask.edges(net.fc2.values)
     assert largest.numel < H * H
 
 

@@ -243,18 +243,6 @@ def integrate_and_fire():
     return stack
 
 
-def test_an_integrate_and_fire_node_runs_as_its_differential_equation():
-    stack = integrate_and_fire()
-    dt, nodes = 1e-4, to_nir(stack).nodes
-    v, spikes = np.zeros((6, 40)), []
-    for x in SAMPLES.double().numpy():
-        v = v + dt * nodes["lif1"].r * (x @ nodes["fc1"].weight.T + nodes["fc1"].bias)
-        fired = v > nodes["lif1"].v_threshold
-        v = np.where(fired, nodes["lif1"].v_reset, v)
-        spikes.append(torch.from_numpy(fired).float())
-    assert torch.equal(torch.stack(spikes), output_spikes(stack))
-
-
 def one_layer(**options):
     torch.manual_seed(0)
     neurons = Synaptic(neurons=40, syn_decay=0.6, beta=0.8, reset="zero", **options)

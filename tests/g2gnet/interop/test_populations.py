@@ -142,7 +142,7 @@ def run_by_hand(graph, dt, samples):
             nodes[name], nodes[f"{name}.loop"] = node.nodes["lif"], node.nodes["w_rec"]
             edges += [(name, f"{name}.loop"), (f"{name}.loop", name)]
     into = {name: [one for one, other in edges if other == name] for name in nodes}
-    neurons = {name: node for name, node in nodes.items() if isinstance(node, nir.LIF)}
+    neurons = {name: node for name, node in nodes.items() if isinstance(node, nir.LIF | nir.IF)}
     v, trains = dict.fromkeys(neurons, 0.0), {name: [] for name in neurons}
 
     def output(name, t, asked_by=None):
@@ -150,7 +150,7 @@ def run_by_hand(graph, dt, samples):
         node = nodes[name]
         if name in neurons:
             t -= name == asked_by
-            return trains[name][t] if t >= 0 else np.zeros((samples.shape[1], node.tau.size))
+            return trains[name][t] if t >= 0 else np.zeros((samples.shape[1], node.r.size))
         if isinstance(node, nir.Input):
             return samples[t] if t >= 0 else np.zeros_like(samples[0])
         (source,) = into[name]
@@ -162,20 +162,25 @@ def run_by_hand(graph, dt, samples):
     for t in range(len(samples)):
         for name, node in neurons.items():  # in the order in which the network runs them
             current = sum(output(source, t, name) for source in into[name])
-            v[name] = v[name] + dt / node.tau * (node.v_leak - v[name] + node.r * current)
+            leaks = isinstance(node, nir.LIF)
+            change = (node.v_leak - v[name] + node.r * current) / node.tau if leaks else node.r * current
+            v[name] = v[name] + dt * change
             fired = v[name] > node.v_threshold
             v[name] = np.where(fired, node.v_reset, v[name])
             trains[name].append(fired.astype(float))
     return [torch.from_numpy(np.stack(train)) for train in trains.values()]
 
 
-def recurrent():
+def recurrent(**options):
     """A stack, of which a population and its loop are one node."""
-    options = {"recurrent": True, "per_neuron": True, "block_size": 2, "T": STEPS, "generator": seeded(0)}
-    return G2GNet(INPUTS, 20, 7, "mixer", **options, **LEAK)
+    options = {"recurrent": True, "per_neuron": True, "block_size": 2, "T": STEPS, **LEAK, **options}
+    return G2GNet(INPUTS, 20, 7, "mixer", generator=seeded(0), **options)
 
 
-@pytest.mark.parametrize("make", [*NETWORKS.values(), recurrent], ids=[*NETWORKS, "recurrent"])
+STACKS = {"recurrent": recurrent, "no leak": lambda: recurrent(recurrent=False, beta=1.0, threshold=0.9)}
+
+
+@pytest.mark.parametrize("make", [*NETWORKS.values(), *STACKS.values()], ids=[*NETWORKS, *STACKS])
 def test_the_graph_written_is_the_differential_equation_with_its_delays(make):
     net, dt = with_other_weights(make()).double(), 2.5e-4
     by_hand = run_by_hand(to_nir(net, dt), dt, SAMPLES.double().numpy())

@@ -75,14 +75,15 @@ def loss_of(spikes: Iterable[torch.Tensor]) -> torch.Tensor:
     return sum((each * torch.randn(each.shape, generator=draw, dtype=torch.float64).to(each)).sum() for each in spikes)
 
 
-@every_pair(name=GRAPHS, backend=BACKENDS, held=(False, True))
-def test_spikes_and_gradients_are_those_of_the_definition(backend, name, held):
-    net = network(name, backend, unit={"skips": 4, "feedback": 16}.get(name, 1))
+@every_pair(name=GRAPHS, backend=BACKENDS, held=(False, True), dropout=(0.0, 0.25))
+def test_spikes_and_gradients_are_those_of_the_definition(backend, name, held, dropout):
+    """Dropped neurons are silent, and the others send more."""
+    net = network(name, backend, unit={"skips": 4, "feedback": 16}.get(name, 1), dropout=dropout).train()
     x = torch.rand((B, D) if held else (T, B, D), generator=seeded(4)) * 2
     x64 = (x.expand(T, B, D) if held else x).double().requires_grad_()
-    reference = Reference(net)
-    expected = reference.run(x64)
-    activity = net.simulate(x.requires_grad_(), spikes=True)
+    reference, dropped = Reference(net), net.drop(B, seeded(3)) if dropout else None
+    expected = reference.run(x64, dict(zip(net.populations, dropped or (), strict=False)), 1 / (1 - dropout))
+    activity = net.simulate(x.requires_grad_(), dropped=dropped, spikes=True)
     ours = {each: train.dense() for each, train in activity.spikes.items()}
     assert sum(each.sum() for each in ours.values()) > 50
     for each in net.populations:
@@ -181,18 +182,6 @@ def test_what_began_under_autocast_goes_on_without_and_again_under_it(backend, n
     assert torch.equal(net.step(x[0], state)[0], net.step(x[0], wide)[0])
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(net.simulate(x, state).counts, net.simulate(x, wide).counts)
-
-
-@pytest.mark.parametrize("name", ["chain with delays", "skips", "feedback", "self-loops"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_dropped_neurons_are_silent_and_the_others_send_more(backend, name):
-    net = network(name, backend, dropout=0.25).train()
-    x = torch.rand(T, B, D, generator=seeded(4)) * 2
-    dropped = net.drop(B, seeded(3))
-    expected = Reference(net).run(x.double(), dict(zip(net.populations, dropped, strict=False)), 1 / 0.75)
-    activity = net.simulate(x, dropped=dropped)
-    for each in net.populations:
-        assert torch.equal(activity.spikes[each].dense().double(), expected[each])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -357,40 +346,34 @@ def test_what_snntorch_cannot_express_is_refused_by_name(make, message):
 
 def test_learned_delays_follow_their_gradient():
     """The loss is least where a spike meets the step that it is wanted at: the delays that lead there are learned."""
-    mask = BlockMask.full(GroupLayout(6, 1), GroupLayout(6, 1), block_size=1)
-    connection = G2GLinear(mask, bias=False)
+    connection = G2GLinear(BlockMask.full(GroupLayout(6, 1), GroupLayout(6, 1), block_size=1), bias=False)
     connection.values.data = torch.eye(6).flatten()[:, None, None] * 2
-    wanted = torch.tensor([3, 4, 5, 7, 8, 9])
+    connection.values.requires_grad_(False)
     learned = Projection("input", "out", connection, torch.full((6,), 6.0), learn_delay=True, max_delay=12)
     net = SpikingNetwork({"out": LIF(beta=0.0, learn_beta=False)}, [learned], "out")
-    connection.values.requires_grad_(False)
     kernel = torch.exp(-(torch.arange(-20, 21) / 4.0).square())[None, None]  # spikes near the wanted step count, too
-    x = torch.zeros(18, 1, 6)
+    wanted, (x, target) = torch.tensor([3, 4, 5, 7, 8, 9]), torch.zeros(2, 18, 1, 6)
     x[1] = 1
-    target = torch.zeros(18, 1, 6)
     target[1 + wanted, 0, torch.arange(6)] = 1
-    smooth = lambda of: torch.nn.functional.conv1d(of[:, 0].T[:, None], kernel, padding=20)  # noqa: E731
     optimizer = torch.optim.Adam([net.input_to_out_delay], lr=0.2)
     for _ in range(60):
         optimizer.zero_grad()
-        spikes = net.simulate(x, spikes=True).spikes["out"].dense()
-        (smooth(spikes) - smooth(target)).square().sum().backward()
+        late = net.simulate(x, spikes=True).spikes["out"].dense() - target
+        torch.nn.functional.conv1d(late[:, 0].T[:, None], kernel, padding=20).square().sum().backward()
         optimizer.step()
     assert torch.equal(net.delays("input_to_out"), wanted)
 
 
 def test_edges_become_projections_one_for_each_delay():
     draw = np.random.default_rng(0)
-    pre, post, delay = draw.integers(0, 30, 200), draw.integers(0, 20, 200), draw.integers(0, 3, 200)
+    pre, post, delay = (draw.integers(0, high, 200) for high in (30, 20, 3))
     weight = draw.normal(size=200)
     weight[7] = 0.0  # a weight that exists
     made = Projection.from_edges("a", "b", pre, post, weight, delay, sizes=(30, 20))
     assert [each.delay for each in made] == [0, 1, 2]
     for each in made:
-        of_delay = delay == each.delay
-        dense = np.zeros((20, 30))
+        (of_delay,), dense, exists = np.nonzero(delay == each.delay), np.zeros((20, 30)), np.zeros((20, 30), bool)
         np.add.at(dense, (post[of_delay], pre[of_delay]), weight[of_delay])  # weights of a pair are added
-        exists = np.zeros((20, 30), bool)
         exists[post[of_delay], pre[of_delay]] = True
         assert np.array_equal(each.connection.mask.to_dense().numpy(), exists)
         assert np.allclose(each.connection.weight.detach().numpy(), dense, atol=1e-6)

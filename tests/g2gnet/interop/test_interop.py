@@ -24,7 +24,6 @@ from g2gnet.interop import from_nir, from_snntorch, to_nir, to_snntorch
 STEPS = 12
 SAMPLES = torch.rand(STEPS, 6, 30, generator=seeded(1)) * 3
 
-
 small_net = functools.partial(networks.small_net, T=STEPS)
 
 
@@ -135,29 +134,15 @@ class SynapticDelay(nn.Module):
     """In place of the module of snnTorch's repository, of which no release has it."""
 
 
-def with_changed(name, **attributes):
-    """The tutorial's network, of whose layer ``name`` these attributes are other ones."""
+def changed(name, attribute, value):
+    """The tutorial's network, of whose layer ``name`` an attribute is another one."""
     model = TutorialNet()
-    for attribute, value in attributes.items():
-        value = nn.Parameter(value, requires_grad=False) if name == "fc1" else value
-        setattr(model.get_submodule(name), attribute, value)
+    value = nn.Parameter(value, requires_grad=False) if attribute == "weight" else value
+    setattr(model.get_submodule(name), attribute, value)
     return model
 
 
-def linear(inputs=3, outputs=3):
-    return nn.Linear(inputs, outputs)
-
-
-def leaky():
-    return snntorch.Leaky(beta=0.9)
-
-
-SHARED = leaky()
-
-
-def at_once(reset):
-    neurons = snntorch.Synaptic(alpha=0.9, beta=0.9, reset_mechanism=reset, reset_delay=False)
-    return nn.Sequential(linear(), neurons)
+LEAKY = snntorch.Leaky(beta=0.9)
 
 
 def constant_derivative(x):
@@ -171,23 +156,25 @@ WRONG_MODELS = [
     (lambda: TutorialNet(state_quant=lambda x: x), "lif1: our LIF has no state_quant"),
     (lambda: TutorialNet(spike_grad=surrogate.triangular()), "lif1: spike_grad is not one of g2g's surrogates"),
     (lambda: TutorialNet(spike_grad=constant_derivative), "lif1: spike_grad is not one of g2g's surrogates"),
-    (lambda: with_changed("fc1", weight=torch.full((40, 30), torch.nan)), "fc1: weight=nan must be a finite number"),
-    (lambda: with_changed("fc1", weight=torch.ones(40, 30).char()), "weight of fc1 must be a floating-point tensor"),
-    (lambda: with_changed("fc1", weight=torch.ones(40, 30, 2)), r"fc1: weight has shape \[40, 30, 2\]; give a matrix"),
-    (lambda: with_changed("lif1", threshold=torch.tensor(torch.nan)), "lif1: threshold=nan must be a number that"),
-    (lambda: with_changed("lif1", threshold=torch.tensor(1j)), "lif1: threshold is a tensor of torch.complex64"),
-    (lambda: with_changed("lif1", beta=torch.ones(3)), r"lif1: beta has 3 numbers, of shape \[3\]; give one, or 40"),
-    (lambda: nn.Sequential(nn.Conv2d(1, 1, 3), leaky()), "0 is a Conv2d; from_snntorch takes networks of nn.Linear"),
-    (lambda: nn.Sequential(linear(), linear()),
+    (lambda: changed("fc1", "weight", torch.full((40, 30), torch.nan)), "fc1: weight=nan must be a finite number"),
+    (lambda: changed("fc1", "weight", torch.ones(40, 30).char()), "weight of fc1 must be a floating-point tensor"),
+    (lambda: changed("fc1", "weight", torch.ones(40, 30, 2)), r"fc1: weight has shape \[40, 30, 2\]; give a matrix"),
+    (lambda: changed("lif1", "threshold", torch.tensor(torch.nan)), "lif1: threshold=nan must be a number that"),
+    (lambda: changed("lif1", "threshold", torch.tensor(1j)), "lif1: threshold is a tensor of torch.complex64"),
+    (lambda: changed("lif1", "beta", torch.ones(3)), r"lif1: beta has 3 numbers, of shape \[3\]; give one, or 40"),
+    (lambda: nn.Sequential(nn.Conv2d(1, 1, 3), LEAKY), "0 is a Conv2d; from_snntorch takes networks of nn.Linear"),
+    (lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
      "1 is a Linear, but snn.Leaky, snn.RLeaky, snn.Synaptic or snn.RSynaptic should come next"),
-    (lambda: nn.Sequential(linear()), "the model has 1 nn.Linear and 0 snn.Leaky, snn.RLeaky, snn.S"),
-    (lambda: nn.Sequential(linear(), SynapticDelay(), leaky()), "1 is a SynapticDelay; from_snntorch takes networks"),
-    (lambda: nn.Sequential(linear(3, 4), SHARED, linear(), SHARED), "the model has 2 nn.Linear and 1 snn.Leaky, "),
-    (lambda: at_once("subtract"), "1: our Synaptic has no reset_delay=False; only"),
-    (lambda: at_once("zero"), "1: our Synaptic has no reset_delay=False; only"),
-    (lambda: nn.Sequential(linear(9, 9), snntorch.RLeaky(beta=0.9, conv2d_channels=1, kernel_size=3)),
+    (lambda: nn.Sequential(nn.Linear(3, 3)), "the model has 1 nn.Linear and 0 snn.Leaky, snn.RLeaky, snn.S"),
+    (lambda: nn.Sequential(nn.Linear(3, 3), SynapticDelay(), LEAKY), "1 is a SynapticDelay; from_snntorch takes net"),
+    (lambda: nn.Sequential(nn.Linear(3, 4), LEAKY, nn.Linear(3, 3), LEAKY), "the model has 2 nn.Linear and 1 snn.L"),
+    (lambda: nn.Sequential(nn.Linear(3, 3), snntorch.Synaptic(0.9, 0.9, reset_mechanism="zero", reset_delay=False)),
+     "1: our Synaptic has no reset_delay=False; only"),
+    (lambda: nn.Sequential(nn.Linear(3, 3), snntorch.Synaptic(0.9, 0.9, reset_delay=False)),
+     "1: our Synaptic has no reset_delay=False; only"),
+    (lambda: nn.Sequential(nn.Linear(9, 9), snntorch.RLeaky(beta=0.9, conv2d_channels=1, kernel_size=3)),
      r"1.recurrent is a Conv2d; from_snntorch takes snn.RLeaky with linear_features"),
-    (lambda: nn.Sequential(linear(9, 9), snntorch.RLeaky(beta=0.9, linear_features=8)),
+    (lambda: nn.Sequential(nn.Linear(9, 9), snntorch.RLeaky(beta=0.9, linear_features=8)),
      r"1.recurrent joins 8 to 8 neurons, but the layer has 9; give linear_features=9"),
 ]  # fmt: skip
 
@@ -236,16 +223,9 @@ def test_a_file_of_nir_gives_the_same_network_back(options, tmp_path):
     assert net(SAMPLES).sum() > 0
 
 
-def integrate_and_fire():
+def one_layer():
     torch.manual_seed(0)
-    stack = SpikingStack([(G2GLinear.from_linear(nn.Linear(30, 40)), LIF(40, beta=1.0, reset="zero"))], T=STEPS)
-    stack.lif1.threshold.data.uniform_(0.5, 2)
-    return stack
-
-
-def one_layer(**options):
-    torch.manual_seed(0)
-    neurons = Synaptic(neurons=40, syn_decay=0.6, beta=0.8, reset="zero", **options)
+    neurons = Synaptic(neurons=40, syn_decay=0.6, beta=0.8, reset="zero")
     for decay in (neurons.syn_decay, neurons.beta):
         decay.data.uniform_(0.3, 0.9)
     return SpikingStack([(G2GLinear.from_linear(nn.Linear(30, 40)), neurons)], T=STEPS)
@@ -289,7 +269,8 @@ def test_importers_of_snntorch_and_norse_run_the_graph_to_the_same_spikes(reader
     if reader == "norse":
         norse = pytest.importorskip("norse.torch")
         read = functools.partial(norse.from_nir, dt=1e-4, ignore_warnings=True)
-        stacks = [trained_net(reset="zero", per_neuron=True), integrate_and_fire()]
+        stacks = [trained_net(reset="zero", per_neuron=True) for _ in range(2)]
+        stacks[1].lif1.beta.data.fill_(1)  # an integrate-and-fire node
     else:
         read, stacks = import_from_nir, [trained_net(reset="zero")]
     for stack in stacks:
@@ -380,10 +361,8 @@ def test_graphs_of_another_form_are_refused():
 def graph_with(node, **values):
     """A graph of 3 inputs and 5 neurons, CubaLIF, of whose node ``w`` or ``n`` these values are set unchecked."""
     one = np.ones(5)
-    nodes = {
-        "w": nir.Affine(np.ones((5, 3)), one),
-        "n": nir.CubaLIF(one * 1e-3, one * 1e-3, one, one * 0, one * 0.5, one * 0, one),
-    }
+    cuba = nir.CubaLIF(one * 1e-3, one * 1e-3, one, one * 0, one * 0.5, one * 0, one)
+    nodes = {"w": nir.Affine(np.ones((5, 3)), one), "n": cuba}
     vars(nodes[node]).update(values)
     return between_ends(3, 5, **nodes)
 
@@ -437,16 +416,15 @@ def test_a_parameter_that_differs_is_one_of_each_neuron_whatever_the_metadata_sa
     assert not never(torch.ones(2, 3)).any()
 
 
-@pytest.mark.parametrize(
-    ("package", "load", "give"), [("nir", from_nir, to_nir), ("snntorch", from_snntorch, to_snntorch)]
-)
+BOTH = [("nir", from_nir, to_nir), ("snntorch", from_snntorch, to_snntorch)]
+
+
+@pytest.mark.parametrize(("package", "load", "give"), BOTH)
 def test_the_package_and_the_number_of_steps_are_asked_for(package, load, give, monkeypatch):
     """No form knows the steps, and a stack that holds samples for another number of them would do so in silence."""
     with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'T'"):
         load(TutorialNet())
     monkeypatch.setitem(sys.modules, package, None)
     for convert in (functools.partial(load, T=STEPS), give):
-        with pytest.raises(
-            ImportError, match=rf"needs the package {package}; pip install 'g2gnet\[interop\]' installs"
-        ):
+        with pytest.raises(ImportError, match=rf"needs the package {package}; pip install 'g2gnet\[interop\]' inst"):
             convert(small_net(reset="zero"))

@@ -26,8 +26,8 @@ def joined(into, out, seed, block_size=2, bias=True):
     return G2GLinear(mask, bias=bias, generator=seeded(seed))
 
 
-def drawn(size, low, high, seed=5):
-    return torch.randint(low, high + 1, (size,), generator=seeded(seed))
+def drawn(size, low, high):
+    return torch.randint(low, high + 1, (size,), generator=seeded(5))
 
 
 def graph_of(*projections, **populations):
@@ -50,18 +50,14 @@ def feedback():
 
 def loops():
     """A population with three self-projections, of delays 1, 1 for each neuron, and 1 to 5, the last two saved."""
-    return SpikingNetwork(
-        {"a": LIF(**LEAK), "b": LIF(**LEAK)},
-        {
-            "into": Projection("input", "a", joined(INPUTS, 20, 1, 16)),
-            "one": Projection("a", "a", joined(20, 20, 2, 16), delay=1),
-            "ones": Projection("a", "a", joined(20, 20, 3, bias=False), delay=torch.ones(20, dtype=torch.int64)),
-            "many": Projection("a", "a", joined(20, 20, 4, bias=False), delay=drawn(20, 1, 5), max_delay=9),
-            "out": Projection("a", "b", joined(20, 8, 5)),
-        },
-        "b",
-        STEPS,
-    )
+    projections = {
+        "into": Projection("input", "a", joined(INPUTS, 20, 1, 16)),
+        "one": Projection("a", "a", joined(20, 20, 2, 16), delay=1),
+        "ones": Projection("a", "a", joined(20, 20, 3, bias=False), delay=torch.ones(20, dtype=torch.int64)),
+        "many": Projection("a", "a", joined(20, 20, 4, bias=False), delay=drawn(20, 1, 5), max_delay=9),
+        "out": Projection("a", "b", joined(20, 8, 5)),
+    }
+    return SpikingNetwork({"a": LIF(**LEAK), "b": LIF(**LEAK)}, projections, "b", STEPS)
 
 
 def learned():
@@ -233,14 +229,8 @@ def linear(out, into, bias=None):
 
 def two_areas(edges=(), remove=(), **nodes):
     """input → w1 → a → w2 → b → output, with more nodes and edges and without some."""
-    every = {
-        "in": nir.Input(input_type={"input": np.array([INPUTS])}),
-        "out": nir.Output(output_type={"output": np.array([6])}),
-        "a": lif(8),
-        "b": lif(6),
-        "w1": linear(8, INPUTS),
-        "w2": linear(6, 8),
-    }
+    ends = nir.Input(input_type={"input": np.array([INPUTS])}), nir.Output(output_type={"output": np.array([6])})
+    every = {"in": ends[0], "out": ends[1], "a": lif(8), "b": lif(6), "w1": linear(8, INPUTS), "w2": linear(6, 8)}
     joins = [("in", "w1"), ("w1", "a"), ("a", "w2"), ("w2", "b"), ("b", "out")]
     kept = [edge for edge in joins if edge not in remove]
     return nir.NIRGraph(nodes={**every, **nodes}, edges=[*kept, *edges], type_check=False)
@@ -262,7 +252,7 @@ def test_the_forms_of_a_delay_are_one():
     expected = from_nir(delayed_by(np.full(8, 3 * DT)), T=STEPS)
     assert type(expected) is SpikingNetwork
     assert expected.delays("w2").tolist() == [3] * 8
-    assert [(route.name, route.most, route.per_neuron) for route in expected.routes()] == [
+    assert [(each.name, each.most, each.per_neuron) for each in expected.routes()] == [
         ("w1", 0, False),
         ("w2", 3, False),
     ]

@@ -1,7 +1,5 @@
 """Networks from snnTorch with its spikes and its gradients, and recurrent ones to snnTorch and NIR."""
 
-import warnings
-
 import pytest
 import snntorch
 import torch
@@ -15,8 +13,6 @@ from torch.nn.utils import prune
 from g2g_kernels import BlockMask
 from g2gnet import LIF, Synaptic
 from g2gnet.interop import from_nir, from_snntorch, to_snntorch
-
-# --- snnTorch -----------------------------------------------------------------------------------------------------
 
 STEPS, INPUTS, HIDDEN, CLASSES = 12, 15, 20, 5
 SAMPLES = torch.rand(STEPS, 4, INPUTS, generator=seeded(1), dtype=torch.float64) * 3
@@ -92,19 +88,12 @@ def assert_equal_gradients(ours, theirs):
 @pytest.mark.parametrize(
     ("kind", "reset", "parameters", "seed"),
     [
-        ("Leaky", "subtract", "layer", 0),
-        ("Leaky", "zero", "neuron", 1),
-        ("Leaky", "none", "neuron", 0),
-        ("Synaptic", "subtract", "neuron", 0),
-        ("Synaptic", "zero", "layer", 1),
-        ("Synaptic", "none", "neuron", 1),
-        ("RLeaky", "subtract", "layer", 0),
-        ("RLeaky", "none", "neuron", 1),
-        ("RSynaptic", "subtract", "neuron", 0),
-        ("RSynaptic", "zero", "layer", 1),
-        ("RSynaptic", "none", "neuron", 0),
+        ("Leaky", "subtract", "layer", 0), ("Leaky", "zero", "neuron", 1), ("Leaky", "none", "neuron", 0),
+        ("Synaptic", "subtract", "neuron", 0), ("Synaptic", "zero", "layer", 1), ("Synaptic", "none", "neuron", 1),
+        ("RLeaky", "subtract", "layer", 0), ("RLeaky", "none", "neuron", 1),
+        ("RSynaptic", "subtract", "neuron", 0), ("RSynaptic", "zero", "layer", 1), ("RSynaptic", "none", "neuron", 0),
     ],
-)
+)  # fmt: skip
 def test_neurons_of_snntorch_have_their_spikes_and_gradients(kind, reset, parameters, seed):
     options = {"learn_beta": True, "learn_threshold": True}
     if kind.endswith("Synaptic"):
@@ -134,9 +123,7 @@ def test_a_pruned_connection_or_a_mask_of_units_is_kept():
     assert torch.equal(output_spikes(ours), theirs(SAMPLES).detach())
     assert_equal_gradients(ours, theirs)
 
-    units = BlockMask.from_dense(
-        torch.eye(HIDDEN // 4, dtype=torch.bool).repeat_interleave(4, 0).repeat_interleave(4, 1), 4
-    )
+    units = BlockMask.from_dense(torch.eye(HIDDEN // 4, dtype=torch.bool).kron(torch.ones(4, 4, dtype=torch.bool)), 4)
     grouped = from_snntorch(Theirs("RLeaky"), masks={"lif1.recurrent": units}, T=STEPS)
     assert grouped.rec1.mask.block_size == 4
     assert torch.equal(grouped.rec1.mask.to_dense(), units.to_dense())
@@ -207,10 +194,8 @@ def test_a_recurrent_network_in_snntorch_stays_sparse_and_starts_anew():
         assert torch.equal(trained.get_submodule(name).dense_weight() != 0, connection.mask.to_dense())
 
 
-# --- NIR ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.skipif(snntorch.__version__.startswith("0."), reason="snnTorch before 1.0 writes no recurrent neurons")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("all_to_all", [True, False])
 @pytest.mark.parametrize("kind", ["RLeaky", "RSynaptic"])
 def test_graphs_of_snntorch_are_read(kind, all_to_all):
@@ -219,18 +204,15 @@ def test_graphs_of_snntorch_are_read(kind, all_to_all):
     own = {"linear_features": HIDDEN} if all_to_all else {"all_to_all": False, "V": torch.linspace(-2, 2, HIDDEN)}
     own |= {"alpha": 0.5} if kind == "RSynaptic" else {"reset_delay": False}
     output = snntorch.Leaky(threshold=torch.full((CLASSES,), 0.3), **{**options, "beta": torch.full((CLASSES,), 0.75)})
-    theirs = nn.Sequential(
-        nn.Linear(INPUTS, HIDDEN), getattr(snntorch, kind)(**options, **own), nn.Linear(HIDDEN, CLASSES), output
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        ours = from_nir(export_to_nir(theirs, torch.rand(INPUTS)), T=STEPS)
+    hidden = getattr(snntorch, kind)(**options, **own)
+    theirs = nn.Sequential(nn.Linear(INPUTS, HIDDEN), hidden, nn.Linear(HIDDEN, CLASSES), output)
+    ours = from_nir(export_to_nir(theirs, torch.rand(INPUTS)), T=STEPS)
     if all_to_all:
-        assert torch.equal(ours.rec1.dense_weight(), theirs[1].recurrent.weight)
-        assert torch.equal(ours.fc1.bias, theirs[0].bias + theirs[1].recurrent.bias)
+        assert torch.equal(ours.rec1.dense_weight(), hidden.recurrent.weight)
+        assert torch.equal(ours.fc1.bias, theirs[0].bias + hidden.recurrent.bias)
     else:
-        assert torch.equal(ours.rec1.dense_weight(), theirs[1].V.diag())
-    for layer in (theirs[1], output):
+        assert torch.equal(ours.rec1.dense_weight(), hidden.V.diag())
+    for layer in (hidden, output):
         layer.reset_mem()
     with torch.no_grad():
         spikes = torch.stack([theirs(x_t) for x_t in SAMPLES.float()])

@@ -177,9 +177,6 @@ def test_parametrizations_are_read_by_the_one_call(one_call):
     torch.testing.assert_close(net.fc2.parametrizations.bias.original.grad, expected.fc2.bias.grad / 2)
 
 
-# --- with the rest of a stack -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("backend", STACK_BACKENDS)
 def test_dropout_is_the_same_where_layers_are_called(backend):
     net = net_of(backend=backend, dropout=0.3)

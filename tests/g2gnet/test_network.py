@@ -201,9 +201,6 @@ def test_fewer_classes_than_groups_are_read_out_and_learned(model, num_classes):
     assert all(parameter.grad.abs().sum() > 0 for parameter in net.fc1.parameters())
 
 
-# --- dropout ------------------------------------------------------------------------------------------------------
-
-
 def test_all_neurons_are_there_in_evaluation_and_others_are_dropped_at_each_call_in_training():
     net = G2GNet(20, 24, 10, block_size=3, T=7, dropout=0.25, generator=seeded(0))
     x = torch.rand(40, 20, generator=seeded(1)) * 4

@@ -235,9 +235,6 @@ def test_another_order_of_neurons_is_refused_in_compiled_code(plain_memory):
     torch._dynamo.reset()
 
 
-# --- over time ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("change", ["threshold", "state before", "state after"])
 def test_spikes_at_the_ends_of_a_run_are_not_counted_wrongly_after_a_change(change):
     """They are compared with the threshold only when someone asks."""
@@ -267,9 +264,6 @@ def test_hooks_see_every_step_of_a_recurrent_connection():
     stack.lif2.register_forward_hook(lambda *_: None)
     with pytest.raises(TypeError, match="lif2 carries hooks, which would not be run"):
         stack.simulate(x)
-
-
-# --- networks ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("model", ["index", "random", "mixer", "dense", "small_world"])

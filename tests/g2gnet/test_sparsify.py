@@ -23,9 +23,6 @@ def linear(in_size=30, out_size=24, **options):
     return nn.Linear(in_size, out_size, **options)
 
 
-# --- one layer ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("bias", "dtype"), [(True, torch.float32), (False, torch.float64)])
 def test_a_layer_from_a_linear_one_computes_the_masked_product_and_becomes_one_again(bias, dtype):
     dense, mask = linear(bias=bias, dtype=dtype).eval(), block_mask()
@@ -125,9 +122,6 @@ def test_what_cannot_be_made_sparse_is_named_and_the_model_stays(options, messag
     assert not any(isinstance(module, G2GLinear) for module in model.modules())
 
 
-# --- what somebody gave a layer -----------------------------------------------------------------------------------
-
-
 def test_hooks_of_calls_go_on_and_their_handles_remove_them():
     model, seen = classifier(), []
     layer = model[0]
@@ -152,23 +146,17 @@ def embedded(model):
     model[0].weight = model.embedding.weight
 
 
-def on_layer_0(change):
-    """What changes the first layer of a model."""
-    return lambda model: change(model[0])
-
-
 #: what is done to layer 0 of a classifier, and what is said of it
 LEFT_ALONE = {
     "tied": (tied, "0 (shares weights with decoder); decoder (shares weights with 0)"),
     "embedded": (embedded, "0 (shares weights with embedding)"),
-    "normalised": (on_layer_0(nn.utils.parametrizations.weight_norm), "0 (parametrized, as by weight_norm)"),
-    "spectral": (on_layer_0(nn.utils.spectral_norm), "0 (with weight_orig, weight_u, weight_v of its own"),
-    "pruned": (on_layer_0(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)),
+    "normalised": (lambda model: nn.utils.parametrizations.weight_norm(model[0]), "0 (parametrized, as by weight_norm)"),
+    "spectral": (lambda model: nn.utils.spectral_norm(model[0]), "0 (with weight_orig, weight_u, weight_v of its own"),
+    "pruned": (lambda model: prune.l1_unstructured(model[0], "weight", 0.5),
                "0 (with weight_orig, weight_mask of its own; G2GLinear.from_linear keeps a pruned mask)"),
-    "hooked": (on_layer_0(lambda layer: layer.weight.register_hook(torch.neg)), "0 (with hooks on its weights)"),
-    "saved otherwise": (on_layer_0(lambda layer: layer.register_state_dict_pre_hook(lambda *_: None)),
-                        "0 (with hooks on its state_dict)"),
-    "called otherwise": (on_layer_0(lambda layer: setattr(layer, "forward", lambda x: x.new_ones(len(x), 40))),
+    "hooked": (lambda model: model[0].weight.register_hook(torch.neg), "0 (with hooks on its weights)"),
+    "saved otherwise": (lambda model: model[0].register_state_dict_pre_hook(print), "0 (with hooks on its state_dict)"),
+    "called otherwise": (lambda model: setattr(model[0], "forward", lambda x: x.new_ones(3, 40)),
                          "0 (with a custom forward)"),
     "of a class": (lambda model: model.__setitem__(0, type("Mine", (nn.Linear,), {})(30, 40)), "0 (of the class Mine)"),
 }  # fmt: skip
@@ -247,7 +235,7 @@ def recorded_correlations(model, run, monkeypatch):
     seen = []
 
     def spy(pre, post, *rest):
-        seen.append((pre.reshape(-1, pre.shape[-1]), post.reshape(-1, post.shape[-1])))
+        seen.append((pre.flatten(0, -2), post.flatten(0, -2)))
         return unit_correlation(pre, post, *rest)
 
     monkeypatch.setattr("g2gnet.dst.evidence.unit_correlation", spy)
@@ -276,16 +264,10 @@ def test_the_activity_of_a_spiking_loop_is_its_inputs_and_spikes_at_every_step(m
 
 
 def test_the_activity_of_two_batches_before_one_step_is_joined(monkeypatch):
-    model, x = stack(), torch.rand(8, 30, generator=seeded(1)) * 3
-    activities = [model.simulate(x[:4]), model.simulate(x[4:])]
-
-    def run():
-        model(x[:4])
-        model(x[4:])
-
-    (pre1, post1), (pre2, _) = recorded_correlations(model, run, monkeypatch)
-    assert torch.equal(pre1, torch.cat([x[:4].repeat(5, 1), x[4:].repeat(5, 1)]))
-    hidden = torch.cat([activity.spikes[0].dense().flatten(0, 1) for activity in activities])
+    model, parts = stack(), (torch.rand(8, 30, generator=seeded(1)) * 3).split(4)
+    hidden = torch.cat([model.simulate(part).spikes[0].dense().flatten(0, 1) for part in parts])
+    (pre1, post1), (pre2, _) = recorded_correlations(model, lambda: [*map(model, parts)], monkeypatch)
+    assert torch.equal(pre1, torch.cat([part.repeat(5, 1) for part in parts]))
     assert all(torch.equal(found, hidden) for found in (post1, pre2))
 
 
@@ -298,10 +280,6 @@ def test_the_last_layer_of_a_classifier_has_its_own_output_as_activity(monkeypat
     assert torch.equal(post3, logits)
 
 
-class Wrapped(nn.Sequential):
-    """A module around one layer."""
-
-
 @pytest.mark.parametrize(("prune_rule", "grow"), [("hebb", "hebb"), ("hebb", "gradient"), ("set", "hebb")])
 def test_a_network_is_rewired_alike_however_its_activity_is_seen(prune_rule, grow):
     """By the network, by its layers and what they did, of spikes with gradients, or of modules that are called."""
@@ -311,7 +289,7 @@ def test_a_network_is_rewired_alike_however_its_activity_is_seen(prune_rule, gro
         layers = list(net.connections().values())
         if how == "called":
             net.fc2.register_forward_hook(lambda *_: None)
-            net.fc1 = Wrapped(net.fc1)
+            net.fc1 = nn.Sequential(net.fc1)
         optimizer = torch.optim.Adam(net.parameters())
         rules = {"interval": 1, "prune": prune_rule, "grow": grow}
         dst = DSTScheduler(layers if how == "layers" else net, optimizer, **rules)

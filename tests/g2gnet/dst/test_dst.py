@@ -410,9 +410,6 @@ def test_scores_are_not_rounded_by_autocast_and_graphs_that_are_kept_hold_no_sam
         assert torch.equal(exact, found)
 
 
-# --- numbers that are not finite ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("rules", "bad"), list(zip(RULES, itertools.cycle((math.nan, math.inf, -math.inf)))))
 def test_an_update_with_a_number_that_is_not_finite_is_left_out_and_said(rules, bad, caplog):
     model, optimizer, scheduler = own_model(interval=1, fraction=0.3, prune=rules[0], grow=rules[1])
@@ -462,9 +459,6 @@ def test_of_many_costs_the_lowest_are_found_without_a_turn_for_each(equal, monke
     mean = 420 - int((cost[expected] < cost[expected].max()).sum())
     assert 0 < mean < len(border)
     assert (chosen - 200 * mean / len(border)).abs().max() < 5 * (200 * mean / len(border)) ** 0.5
-
-
-# --- parts of a model that run again in the backward pass ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -194,10 +194,10 @@ def test_results_do_not_depend_on_the_threads():
 
 def test_bfloat16_is_as_near_to_float32_as_a_loop_of_steps_is():
     stack = stack_of("cpu", unit=16, sizes=(40, 128, 96, 7), kind="index", per_neuron=False)
-    for connection in stack.connections().values():  # currents that are exact in bfloat16, so that spikes are equal
-        connection.values.data = (connection.values.data * 16).round().clamp(-8, 8) / 16
-        if connection.bias is not None:
-            connection.bias.data = (connection.bias.data * 4).round() / 4
+    for name, parameter in stack.named_parameters():  # currents that are exact in bfloat16, so that spikes are equal
+        if name.endswith(("values", "bias")):
+            scale = 16 if name.endswith("values") else 4
+            parameter.data = (parameter.data * scale).round().clamp(-8, 8) / scale
     x = inputs_of(stack, held=False).round()
     expected = run(stack, x, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -242,8 +242,7 @@ def test_spikes_at_the_ends_of_a_run_are_not_counted_wrongly_after_a_change(chan
     before = drawn_state(stack)
     with torch.no_grad():
         activity = stack.simulate(inputs_of(stack, held=False), before)
-        counted = activity.synaptic_operations()
-        assert activity.synaptic_operations() == counted
+        assert activity.synaptic_operations() == activity.synaptic_operations()
         changed = {"threshold": stack.lif1.threshold, "state before": before[0], "state after": activity.state[0]}
         changed[change].mul_(0.5)
     with pytest.raises(RuntimeError, match=r"thresholds or states of this run have changed since.*right after the run"):
@@ -268,17 +267,16 @@ def test_hooks_see_every_step_of_a_recurrent_connection():
 
 @pytest.mark.parametrize("model", ["index", "random", "mixer", "dense", "small_world"])
 def test_recurrent_connections_have_the_groups_of_their_layer(model):
-    net = G2GNet(20, 64, 5, model, block_size=8, recurrent=True, generator=seeded(1))
-    plain = G2GNet(20, 64, 5, model, block_size=8, generator=seeded(1))
+    net, plain = (G2GNet(20, 64, 5, model, block_size=8, recurrent=r, generator=seeded(1)) for r in (True, False))
     assert list(net.connections()) == ["fc1", "rec1", "fc2", "rec2", "fc3"]
     for connection, recurrent in ((net.fc1, net.rec1), (net.fc2, net.rec2)):
         for side in (recurrent.mask.rows, recurrent.mask.cols):
             assert torch.equal(side.layout.group_of, connection.mask.rows.layout.group_of)
         assert recurrent.bias is None
+        assert recurrent.mask.is_full == (model == "dense")
     for name, connection in plain.connections().items():  # the same seed gives the same layers without them
         assert connection.mask.equals(net.connections()[name].mask)
         assert torch.equal(connection.values, net.connections()[name].values)
-    assert all(recurrent.mask.is_full for recurrent in (net.rec1, net.rec2)) == (model == "dense")
 
 
 def test_density_and_gain_of_recurrent_connections_are_their_own():
@@ -298,10 +296,9 @@ def test_rewiring_sees_the_spikes_before_a_part_of_a_run(steps, readout):
     """Parts that continue one another, and single steps, record what one run does."""
     net = G2GNet(20, 64, 5, block_size=8, T=8, recurrent=True, threshold=0.3, generator=seeded(1), readout=readout)
     x = torch.rand(8, 7, 20, generator=seeded(2)) * 2
-    layers = list(net.connections().values())
 
     def recorded(inputs, run):
-        recorder, state = ActivityRecorder(net, layers), None
+        recorder, state = ActivityRecorder(net, list(net.connections().values())), None
         recorder.start()
         for each in inputs:
             state = run(each, state)
@@ -311,8 +308,8 @@ def test_rewiring_sees_the_spikes_before_a_part_of_a_run(steps, readout):
     parts = recorded(x.split(steps), lambda part, state: net.simulate(part, state).state)
     singly = recorded(x, lambda now, state: net.step(now, state)[1])
     assert dense(whole[1][0][0]).any()
-    for recorded in (parts, singly):
-        for ours, ((pre, post),) in zip(recorded, whole, strict=True):
+    for of_layers in (parts, singly):
+        for ours, ((pre, post),) in zip(of_layers, whole, strict=True):
             sent = torch.cat([dense(each).reshape(-1, 7, dense(pre).shape[-1]) for each, _ in ours])
             assert torch.equal(sent, dense(pre))
             assert torch.equal(torch.cat([dense(each) for _, each in ours]), dense(post))

@@ -150,7 +150,7 @@ def embedded(model):
 LEFT_ALONE = {
     "tied": (tied, "0 (shares weights with decoder); decoder (shares weights with 0)"),
     "embedded": (embedded, "0 (shares weights with embedding)"),
-    "normalised": (lambda model: nn.utils.parametrizations.weight_norm(model[0]), "0 (parametrized, as by weight_norm)"),
+    "normalised": (lambda model: nn.utils.parametrizations.weight_norm(model[0]), "0 (parametrized, as by weight_nor"),
     "spectral": (lambda model: nn.utils.spectral_norm(model[0]), "0 (with weight_orig, weight_u, weight_v of its own"),
     "pruned": (lambda model: prune.l1_unstructured(model[0], "weight", 0.5),
                "0 (with weight_orig, weight_mask of its own; G2GLinear.from_linear keeps a pruned mask)"),

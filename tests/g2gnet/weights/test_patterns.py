@@ -14,15 +14,7 @@ from torch import nn
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet import G2GNet, sparsify
 from g2gnet.weights.densities import erk, layer_probabilities
-from g2gnet.weights.patterns import (
-    PATTERNS,
-    Distance,
-    ErdosRenyi,
-    Plane,
-    SmallWorld,
-    mask_between,
-    pattern_mask,
-)
+from g2gnet.weights.patterns import PATTERNS, Distance, ErdosRenyi, Plane, SmallWorld, mask_between, pattern_mask
 
 DRAWS = 400
 

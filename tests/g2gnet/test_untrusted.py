@@ -7,21 +7,11 @@ import struct
 import zipfile
 from pathlib import Path
 
+import helpers
 import processes
 import pytest
 import torch
-from helpers import (
-    MASK_CASES,
-    ROOT,
-    backends_of,
-    dense_by_loop,
-    lif_layer,
-    packed_randn,
-    row_with,
-    units_of,
-    with_one,
-    with_parameter,
-)
+from helpers import MASK_CASES, backends_of, row_with, with_one
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import replaced
@@ -171,7 +161,7 @@ def test_crafted_checkpoints_are_refused_for_a_reason_within_a_gigabyte(tmp_path
     program.write_text(PROGRAM.format(small=SMALL))
     done = processes.run(program, tmp_path / "crafted", output=tmp_path / "printed")
     assert done.statuses == [0], done.stderr
-    assert not (ROOT / "ran").exists()
+    assert not (helpers.ROOT / "ran").exists()
     for name, (_, message) in CRAFTED.items():
         training, analysis = (line for line in done.stdout.splitlines() if line.startswith(f"{name} "))
         assert re.search(rf"refused: .*{message}", training), training
@@ -261,10 +251,10 @@ def test_arbitrary_masks_are_loaded_right_or_refused(data):
         assert re.search(r"mask|values|bias", str(refusal)), refusal  # noqa: PT017  (it may as well be taken)
         return
     mask = other.mask
-    for mine, theirs in zip((mask.unit_row, mask.unit_col), units_of(state["mask.wiring"]), strict=True):
+    for mine, theirs in zip((mask.unit_row, mask.unit_col), helpers.units_of(state["mask.wiring"]), strict=True):
         assert torch.equal(mine.long(), theirs)
     values = other.values.detach()
-    assert torch.equal(other.dense_weight().detach(), dense_by_loop(mask, values))
+    assert torch.equal(other.dense_weight().detach(), helpers.dense_by_loop(mask, values))
     x = torch.ones(2, mask.shape[1])
     for backend in backends_of(g2g_linear_module.operator):
         y = g2g_linear(x, values, mask, other.bias, backend=backend)
@@ -335,7 +325,7 @@ WRONG = (
 @pytest.mark.parametrize("wrong", WRONG, ids=range(len(WRONG)))
 def test_an_argument_of_a_wrong_kind_is_named(wrong, backend):
     mask, own = MASK_CASES["ten outputs"].mask(), {"beta": torch.tensor(0.9), "threshold": torch.tensor(1.0)}
-    layer, x = lif_layer(packed_randn(mask, 0), mask, torch.zeros(10), **own), torch.ones(4, 43)
+    layer, x = helpers.lif_layer(helpers.packed_randn(mask, 0), mask, torch.zeros(10), **own), torch.ones(4, 43)
     linear = {"x": x, "values": layer.values, "mask": mask, "bias": layer.bias}
     neurons = {"current": torch.zeros(3, 5), **own}
     calls = [
@@ -344,7 +334,7 @@ def test_an_argument_of_a_wrong_kind_is_named(wrong, backend):
         ("x|receives", lambda: g2g_stack(wrong, [layer], 3, backend=backend)),
     ]
     for name in ("values", "mask", "bias", *own):
-        spoiled = with_parameter(layer, name, wrong)
+        spoiled = helpers.with_parameter(layer, name, wrong)
         calls.append((name, lambda spoiled=spoiled: g2g_stack(x, [spoiled], 3, backend=backend)))
     fits = {"bias": wrong is None, "current": isinstance(wrong, torch.Tensor) and wrong.dim() > 1}
     for name, call in calls:

@@ -9,18 +9,10 @@ from helpers import Largest, saved_and_read
 from g2g_kernels import BlockMask, GroupLayout, available_backends
 from g2g_kernels.cpu import library
 from g2g_kernels.mask import sampling
-from g2gnet import LIF, DSTScheduler, G2GLinear, Projection, SpikingNetwork, keep_signs
+from g2gnet import LIF, DSTScheduler, G2GLinear, Projection, SpikingNetwork, inspect, keep_signs
 from g2gnet.data import load_dataset
 from g2gnet.dst import replacement, scores
-from g2gnet.inspect import (
-    SpikeSums,
-    coherence,
-    count_correlation,
-    cross_group_share,
-    group_density,
-    input_group_entropy,
-    temporal_synchrony,
-)
+from g2gnet.inspect import SpikeSums
 from g2gnet.programs.report import content, page
 from g2gnet.programs.report import program as report
 from g2gnet.training import Machine, TrainSettings, run_training
@@ -109,7 +101,11 @@ def test_a_recurrent_network_of_few_single_weights_forms_nothing_of_their_grid(s
         assert net.a_to_a.mask.num_units < before
         copy.deepcopy(net).load_state_dict(saved_and_read(net.state_dict()))
         mask = net.a_to_a.mask
-        group_density(mask), cross_group_share(mask), input_group_entropy(mask, net.a_to_a.values)
+        (
+            inspect.group_density(mask),
+            inspect.cross_group_share(mask),
+            inspect.input_group_entropy(mask, net.a_to_a.values),
+        )
         repr(net), mask.to_string(), mask._repr_html_(), mask.to_scipy(net.a_to_a.values)
         net.simulate(torch.rand(4, 16)).synaptic_operations()
     assert largest.numel < size * size / 20
@@ -121,6 +117,6 @@ def test_activity_is_summed_without_a_matrix_of_neurons_by_groups(kind):
     spikes = (torch.rand(3, 9, H + 1) < 0.3).float()
     with Largest() as largest:
         sums = SpikeSums.of(spikes, torch.arange(9) % 3, 3, layout)
-        count_correlation(sums), temporal_synchrony(sums), coherence(sums, sums)
+        inspect.count_correlation(sums), inspect.temporal_synchrony(sums), inspect.coherence(sums, sums)
     assert largest.numel < H * GROUPS
     assert torch.equal(sums.activity[..., 0], spikes[..., layout.group_of == 0].sum(-1).double())

@@ -1,4 +1,5 @@
-"""Weights that stand in place of a layer's own, or that something else computes: the wiring comes with them."""
+"""Weights that stand in place of a layer's own, or that something else computes: the wiring comes with them, and the
+padding of packed weights is nobody's business."""
 
 import copy
 import functools
@@ -13,6 +14,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from g2gnet import DSTScheduler
+from g2gnet.base.tensor_files import read_tensors, write_tensors
 
 X = torch.rand(6, 32, generator=seeded(9))
 HIDDEN = torch.rand(5, 40, generator=seeded(8))
@@ -108,3 +110,36 @@ def test_the_state_for_distributed_checkpoints_is_the_networks():
     assert state.keys() == net.state_dict().keys()
     set_model_state_dict(other, state)
     assert torch.equal(other(X), net(X))
+
+
+def padded(fill):
+    net = network()
+    for connection, _ in net.layers():
+        assert connection.mask.has_padding
+        connection.values.data.masked_fill_(~connection.mask.valid(), fill)
+    return net
+
+
+@pytest.mark.parametrize("fill", [5.0, torch.nan])
+def test_padding_is_zero_in_what_is_saved_and_loading_takes_anything(fill, tmp_path):
+    clean, net, again = network(), padded(fill), network(seed=1)
+    given = {name: tensor.clone() for name, tensor in net.named_parameters()}
+    write_tensors(tmp_path / "net.pth", net.state_dict())
+    torch.testing.assert_close(read_tensors(tmp_path / "net.pth"), dict(clean.state_dict()), rtol=0, atol=0)
+    again.load_state_dict({**clean.state_dict(), **given})
+    assert torch.equal(again(X), clean(X))
+    assert torch.equal(again.state_dict()["fc2.values"], clean.state_dict()["fc2.values"])
+
+
+@pytest.mark.parametrize("fill", [1e3, torch.nan])
+def test_padding_counts_in_no_score(fill):
+    results = []
+    for net in (network(), padded(fill)):
+        optimizer = torch.optim.Adam(net.parameters())
+        dst = DSTScheduler(net, optimizer, interval=1, grow="gradient")
+        net(X).square().sum().backward()
+        optimizer.step()
+        dst.step()
+        assert dst.pruned > 0
+        results.append(net.state_dict())
+    torch.testing.assert_close(*results, rtol=0, atol=0)

@@ -143,8 +143,7 @@ def test_forwards_of_subclasses_and_wrappers_are_run():
     ours, theirs = net.simulate(SAMPLES), plain.simulate(SAMPLES)
     assert all(torch.equal(a.dense(), b.dense()) for a, b in zip(ours.spikes, theirs.spikes, strict=True))
     assert not torch.equal(theirs.counts, net_of()(SAMPLES))
-    built = SpikingStack([(plain.fc1, plain.lif1), (plain.fc2, Noisy())], T=STEPS)
-    assert built(SAMPLES).shape == (5, 40)
+    assert SpikingStack([(plain.fc1, plain.lif1), (plain.fc2, Noisy())], T=STEPS)(SAMPLES).shape == (5, 40)
 
 
 def test_weights_that_are_rewritten_before_each_call_are_the_ones_used():
@@ -186,8 +185,7 @@ def test_dropout_is_the_same_where_layers_are_called(backend):
     assert_alike(run(net, dropped=dropped), expected)
     assert torch.equal(net.eval()(SAMPLES), net_of(backend=backend)(SAMPLES))
     for spikes in (False, True):  # over time have gradients if they are asked for
-        trains = [train.dense().requires_grad for train in net.simulate(SAMPLES, spikes=spikes).spikes]
-        assert trains == 3 * [spikes]
+        assert [train.dense().requires_grad for train in net.simulate(SAMPLES, spikes=spikes).spikes] == 3 * [spikes]
     with pytest.raises(ValueError, match=r"dropped of layer 0 must be bool \(5, 40\)"):
         net.train().simulate(SAMPLES, dropped=[torch.zeros(4, 40, dtype=torch.bool)] * 2)
 

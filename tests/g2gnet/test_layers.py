@@ -99,8 +99,7 @@ def test_a_scipy_matrix_is_a_layer_and_back(kind, block_size):
         BlockMask.from_dense(matrix)
     with pytest.raises(TypeError, match=r"mask is a ndarray, not a tensor; give torch\.as_tensor\(mask\)"):
         G2GLinear.from_linear(torch.nn.Linear(29, 37), matrix.toarray())
-    mask = BlockMask.from_dense((dense != 0).to_sparse(), 1)
-    assert torch.equal(mask.to_dense(), dense != 0)
+    assert torch.equal(BlockMask.from_dense((dense != 0).to_sparse(), 1).to_dense(), dense != 0)
 
 
 def test_initial_values_of_neurons_may_be_tensors_or_time_constants():
@@ -126,8 +125,7 @@ def test_adaptive_neurons_are_kept_where_they_do_not_grow_by_themselves(size):
     draw = torch.Generator().manual_seed(0)
     neurons = AdLIF(40)
     for name, count, low, high in zip(("a", "adapt_decay", "beta"), size, (-1, -0.1, -0.1), (6, 1.1, 1.1), strict=True):
-        value = low + (high - low) * torch.rand(count, generator=draw, dtype=torch.float64)
-        neurons.by_name[name].data = value
+        neurons.by_name[name].data = low + (high - low) * torch.rand(count, generator=draw, dtype=torch.float64)
 
     def growth() -> torch.Tensor:
         a, rho, beta = torch.broadcast_tensors(neurons.a, neurons.adapt_decay.clamp(0, 1), neurons.beta.clamp(0, 1))

@@ -61,14 +61,12 @@ def test_the_constructor_has_the_names_and_defaults_of_the_settings():
     ids=["defaults", "dense", "all others", "standardised"],
 )  # fmt: skip
 def test_a_network_from_settings_is_the_one_of_the_constructor(options):
-    settings = NetworkSettings(**{"hidden_dim": 40, **options})
-    ours = G2GNet.from_settings(settings, 30, 10, "torch", seeded(1))
+    ours = G2GNet.from_settings(NetworkSettings(**{"hidden_dim": 40, **options}), 30, 10, "torch", seeded(1))
     theirs = G2GNet(30, 40, 10, backend="torch", generator=seeded(1), **options)
     assert repr(ours) == repr(theirs)
     for name in ("T", "enc", "enc_scale", "enc_bias", "standardize", "dropout", "backend"):
         assert getattr(ours, name) == getattr(theirs, name), name
-    state = theirs.state_dict()
-    torch.testing.assert_close(ours.state_dict(), state, rtol=0, atol=0)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
     samples = torch.rand(5, 30)
     assert torch.equal(ours.eval()(samples, seeded(2)), theirs.eval()(samples, seeded(2)))
 
@@ -211,8 +209,7 @@ def test_all_neurons_are_there_in_evaluation_and_others_are_dropped_at_each_call
     assert not torch.equal(net(x), net(x))
     dropped = net.drop(4000, seeded(0))
     assert [(each.shape, each.dtype) for each in dropped] == [((4000, 24), torch.bool)] * 2
-    share = torch.cat(dropped, 1).double().mean(0)
-    assert (share - 0.25).abs().max() < 5 * (0.25 * 0.75 / 4000) ** 0.5
+    assert (torch.cat(dropped, 1).double().mean(0) - 0.25).abs().max() < 5 * (0.25 * 0.75 / 4000) ** 0.5
 
 
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, float("nan"), 0.999999, "0.5"])

@@ -166,8 +166,7 @@ def test_a_network_from_snntorch_counts_only_spikes_that_are_meant(caplog):
     theirs = to_snntorch(net)
     with pytest.raises(ValueError, match="lif3 has no reset and returns membranes; say what is read from them"):
         from_snntorch(theirs, T=STEPS)
-    back = from_snntorch(theirs, T=STEPS, readout="mean")
-    torch.testing.assert_close(back(X), net(X))
+    torch.testing.assert_close(from_snntorch(theirs, T=STEPS, readout="mean")(X), net(X))
     assert from_snntorch(theirs, T=STEPS, readout="counts")(X).any()
     assert not caplog.records
     theirs.lif3.output = False  # as in loops that take the membranes themselves
@@ -194,8 +193,7 @@ def test_neurons_that_integrate_have_no_spikes_and_their_membranes_by_steps(read
     membranes = membranes_in_steps(net, X)
     torch.testing.assert_close(membranes, net.simulate(X, membranes=True).membranes[-1])
     torch.testing.assert_close(READ[readout](membranes), activity.readout)
-    second = net.simulate(X[2:], net.simulate(X[:2]).state)
-    torch.testing.assert_close(second.output, READ[readout](membranes[2:]))
+    torch.testing.assert_close(net.simulate(X[2:], net.simulate(X[:2]).state).output, READ[readout](membranes[2:]))
 
 
 @pytest.mark.skipif("cpu" not in backends_of(operator), reason="the CPU kernels were not built")

@@ -293,8 +293,7 @@ def test_correlations_are_of_spikes_as_they_arrive(name, connection, given):
     arrived = torch.stack([received.arrived[connection, t] for t in range(T)]).float()
     scores = unit_correlation(arrived, spikes, layer.mask)
     present = layer.mask.present().clone()
-    count = int(0.25 * present.sum())
-    best = scores.masked_fill(present, -2).flatten().topk(count).values  # of which many are 0
+    best = scores.masked_fill(present, -2).flatten().topk(int(0.25 * present.sum())).values  # of which many are 0
     optimizer, layers = torch.optim.SGD(net.parameters(), 0.0), [*net.connections().values()]
     rules = {"interval": 1, "fraction": 0.25, "prune": "set", "grow": "hebb"}
     dst = DSTScheduler(layers if given else net, optimizer, **rules, network=net if given else None)

@@ -17,8 +17,7 @@ stack_of = three_layers
 
 
 def inputs_of(held: bool) -> torch.Tensor:
-    shape = (B, D) if held else (T, B, D)
-    return (torch.rand(shape, generator=seeded(4)) * 2).requires_grad_()
+    return (torch.rand((B, D) if held else (T, B, D), generator=seeded(4)) * 2).requires_grad_()
 
 
 def tensors_of(state) -> list[torch.Tensor]:

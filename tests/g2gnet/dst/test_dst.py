@@ -117,8 +117,7 @@ def dense_gradients(net, x):
         current = torch.nn.functional.linear(spikes, weights[-1], connection.bias)
         options = neurons.reset, neurons.surrogate, neurons.alpha
         spikes, steps = lif(current, neurons.beta, neurons.threshold, steps, *options, backend="torch"), None
-    loss = torch.nn.functional.cross_entropy(spikes.sum(0), torch.arange(len(x)))
-    return torch.autograd.grad(loss, weights)
+    return torch.autograd.grad(torch.nn.functional.cross_entropy(spikes.sum(0), torch.arange(len(x))), weights)
 
 
 def sparse_layers(net):
@@ -236,8 +235,7 @@ def test_updates_come_every_interval_steps_and_reuse_the_same_memory():
     addresses = [tensor.data_ptr() for tensor in tensors]
     for step in range(1, 8):
         assert (net.fc2.observer is not None) == (step % 3 == 0)  # gradients of absent units are formed only when due
-        activity = train_step(net, optimizer, x)
-        assert scheduler.step(x, activity) == (step % 3 == 0)
+        assert scheduler.step(x, train_step(net, optimizer, x)) == (step % 3 == 0)
     assert [tensor.data_ptr() for tensor in tensors] == addresses
 
 

@@ -312,8 +312,7 @@ def test_no_layer_loses_its_last_unit(prune):
     with pytest.raises(ValueError, match=f"is less than the {least:.4g} of one unit in each layer; raise it"):
         pruning(net, torch.optim.SGD(net.parameters()), final=0.9 * least)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
-    dst = pruning(net, optimizer, final=1.1 * least, prune=prune)
-    train(net, optimizer, dst, steps=4)
+    train(net, optimizer, pruning(net, optimizer, final=1.1 * least, prune=prune), steps=4)
     assert [layer.mask.num_units for layer in layers] == [1] * len(layers)
 
 

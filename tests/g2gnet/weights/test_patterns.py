@@ -37,8 +37,7 @@ def test_a_pattern_of_ones_own_decides_every_layer_of_a_network():
         expected = (out_group[:, None] - in_group).abs() <= 1
         assert torch.equal(connection.mask.to_dense(), expected)
         assert not connection.dense_weight()[~expected].any()
-    counts = net(torch.rand(5, 64) * 3)
-    counts.sum().backward()
+    net(torch.rand(5, 64) * 3).sum().backward()
     assert net.fc1.values.grad is not None
     model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))  # and any model's
     before = model[0].weight.detach().clone()
@@ -53,8 +52,7 @@ def test_units_drawn_from_probabilities_are_there_as_often_as_they_say_and_rows_
     probability[:, 0], probability[:, 1] = 0, 1
     found = torch.zeros_like(probability)
     for seed in range(DRAWS):
-        mask = pattern_mask(lambda *sides: probability, out.layout, into.layout, 4, seeded(seed))
-        units = mask.present()
+        units = pattern_mask(lambda *sides: probability, out.layout, into.layout, 4, seeded(seed)).present()
         assert ((units.sum(1) - probability.sum(1)).abs() < 1).all()
         found += units
     assert not found[:, 0].any()
@@ -95,8 +93,7 @@ def test_a_small_world_is_the_ring_of_watts_and_strogatz_whose_rewired_links_go_
 @pytest.mark.parametrize("p_inter", [0.0, 0.15, 0.6, 1.0])
 def test_a_small_world_has_the_units_that_its_probabilities_say(p_inter):
     layouts = GroupLayout(64, 8), GroupLayout(128, 8)
-    world = SmallWorld(0.9, p_inter)
-    masks = [pattern_mask(world, *layouts, 4, seeded(seed)) for seed in range(60)]
+    masks = [pattern_mask(SmallWorld(0.9, p_inter), *layouts, 4, seeded(seed)) for seed in range(60)]
     own = torch.arange(64)[:, None] // 8 == torch.arange(128) // 16
     dense = torch.stack([mask.to_dense() for mask in masks]).double()
     assert dense[:, own].mean() == pytest.approx(0.9, abs=0.01)
@@ -105,8 +102,7 @@ def test_a_small_world_has_the_units_that_its_probabilities_say(p_inter):
 
 def weights_of(probability, out, into):
     """The expected density of weights, not of units."""
-    dense = probability.repeat_interleave(out.lengths, 0).repeat_interleave(into.lengths, 1)
-    return dense.mean().item()
+    return probability.repeat_interleave(out.lengths, 0).repeat_interleave(into.lengths, 1).mean().item()
 
 
 @pytest.mark.parametrize("model", ["regular", "plane"])

@@ -44,8 +44,7 @@ def test_weights_alone_are_those_of_the_networks_own_units_and_averages_of_wirin
     with torch.no_grad():
         for mine, theirs in zip(expected.parameters(), net.parameters(), strict=True):
             mine.copy_(theirs)
-    given = dict(net.named_parameters())
-    assert torch.equal(functional_call(host, given, (X,)), expected(X))
+    assert torch.equal(functional_call(host, dict(net.named_parameters()), (X,)), expected(X))
     states = net.state_dict(), host.state_dict()
     with pytest.raises(ValueError, match="average of networks with different wirings"):
         functional_call(host, {name: (tensor + states[1][name]) / 2 for name, tensor in states[0].items()}, (X,))

@@ -130,8 +130,9 @@ def test_one_draw_drops_the_same_neurons_in_all_chunks_and_is_given_to_every_par
 
 
 def test_states_that_do_not_fit_are_refused_by_name():
-    stack, x = stack_of(), inputs_of(held=False)
+    stack, drops, x = stack_of(), stack_of(dropout=0.5).train(), inputs_of(held=False)
     state = stack.simulate(x).state
+    current, drawn = torch.rand(3, 7), drops.drop(B)
     for samples, other, match in (
         (B, state[:2], "state has 2 entries, this network has 3 layers"),
         (2, state, r"state of layer 0 has shape \(1, 3, 22\); expected \(1, 2, 22\)"),
@@ -142,6 +143,19 @@ def test_states_that_do_not_fit_are_refused_by_name():
     ):
         with pytest.raises(ValueError, match=match):
             stack.simulate(x[:, :samples], other)
+    for call, match in (
+        (lambda: LIF().step(current, torch.zeros(4, 7)), r"has shape \(4, 7\), the current \(3, 7\); give None"),
+        (lambda: Synaptic().step(current, current), "1 states given, synaptic neurons have synaptic_current, mem"),
+        (lambda: stack.step(x[0], state[:1]), "state has 1 entries, this network has 3 layers"),
+        *((lambda chunk=chunk: stack.simulate(x, chunk=chunk), "chunk=") for chunk in (0, 2.5, True)),
+        (lambda: stack.simulate(x, chunk=4, spikes=True), "give one of them"),
+        (
+            lambda: drops.simulate(x, dropped=drawn[:1]),
+            r"of 1 populations, but 2 can drop neurons; give what drop\(3\)",
+        ),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
     for other, match in (
         (stack.simulate(x), "state is a Activity, .* give activity.state of a run"),
         (state[0], "state is a Tensor"),
@@ -151,39 +165,18 @@ def test_states_that_do_not_fit_are_refused_by_name():
         for call in (lambda state: stack.simulate(x, state), lambda state: stack.step(x[0], state)):
             with pytest.raises(TypeError, match=match):
                 call(other)
-    for module, given, match in (
-        (LIF(), torch.zeros(4, 7), r"membrane has shape \(4, 7\), the current \(3, 7\); give None"),
-        (Synaptic(), torch.zeros(3, 7), "1 states given, synaptic neurons have synaptic_current, mem"),
-        (stack, state[:1], "state has 1 entries, this network has 3 layers"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            module.step(x[0] if module is stack else torch.rand(3, 7), given)
-    for chunk in (0, 2.5, True):
-        with pytest.raises(ValueError, match="chunk="):
-            stack.simulate(x, chunk=chunk)
-    with pytest.raises(ValueError, match="give one of them"):
-        stack.simulate(x, chunk=4, spikes=True)
-    drops = stack_of(dropout=0.5).train()
-    with pytest.raises(ValueError, match=r"dropped is of 1 populations, but 2 can drop neurons; give what drop\(3\)"):
-        drops.simulate(x, dropped=drops.drop(B)[:1])
 
 
-def test_a_layer_without_a_state_begins_with_zeros():
+def test_a_layer_without_a_state_begins_with_zeros_and_a_stack_that_calls_its_layers_has_none():
     stack, x = stack_of(), inputs_of(held=False)
     state = stack.simulate(x).state
     one = stack.simulate(x[:1], (state[0], None, state[2]))
     zeros = tuple(map(torch.zeros_like, state[1]))
     assert torch.equal(one.counts, stack.simulate(x[:1], (state[0], zeros, state[2])).counts)
     assert torch.equal(one.counts, stack.step(x[0], (state[0], None, state[2]))[0])
-
-
-def test_a_stack_that_calls_its_layers_says_that_it_has_no_state():
-    stack, x = stack_of(), inputs_of(held=False)
-    state = stack.simulate(x).state
     stack.fc1.register_forward_hook(lambda *_: None)
-    activity = stack.simulate(x)
     with pytest.raises(RuntimeError, match="step"):
-        _ = activity.state
+        _ = stack.simulate(x).state
     for given in ({"state": state}, {"chunk": 4}):
         with pytest.raises(ValueError, match="fc1 carries hooks"):
             stack.simulate(x, **given)

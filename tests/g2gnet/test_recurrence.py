@@ -13,6 +13,7 @@ from g2gnet.recording import ActivityRecorder, dense
 
 B, SIZES = 5, (13, 38, 26, 7)
 COMPILED = [name for name in ("cpu", "triton") if name in available_backends()]
+SLOW = {"triton"} if interpreted() else set()
 
 
 def interpreter_sizes(unit: int = 4) -> tuple[int, ...]:
@@ -150,9 +151,6 @@ CASES = {
 
 #: those for Triton's interpreter, which is slow; others are beside the kernels
 INTERPRETED = ("zero", "events from a state", "synaptic", "adaptive, zero, held", "single weights")
-
-
-SLOW = {"triton"} if interpreted() else set()
 
 
 @pytest.mark.parametrize(

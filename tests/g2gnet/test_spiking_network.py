@@ -19,6 +19,7 @@ from g2gnet.interop import to_snntorch
 T, B, D = 11, 3, 10
 SIZES = {"input": D, "a": 9, "b": 13, "c": 6, "out": 5}
 BACKENDS = [name for name in ("torch", "cpu") if name in available_backends()]
+COLUMNS = "pre", "post", "weight", "delay", "sizes"
 
 
 def joined(source: str, target: str, draw: torch.Generator, unit: int = 1, bias: bool = True) -> G2GLinear:
@@ -47,6 +48,8 @@ GRAPHS = {
 
 #: of layers in a chain, as a stack
 STACKS = {"stack": False, "recurrent stack": True}
+#: those whose states hold what delays need, and chains
+CONTINUED = ["chain", "chain with delays", "skips", "self-loops", "ring", "learned on a cycle", *STACKS]
 
 
 def network(name: str, backend: str | None = None, unit: int = 1, seed: int = 0, **options) -> SpikingNetwork:
@@ -96,10 +99,6 @@ def test_spikes_and_gradients_are_those_of_the_definition(backend, name, held, d
         error = rms(parameter.grad.double() - gradients[each])
         # one number for all neurons is a sum of a thousand terms of both signs
         assert error <= (2e-4 if parameter.numel() == 1 else 2e-5) * rms(gradients[each]) + 1e-7, each
-
-
-#: those whose states hold what delays need, and chains
-CONTINUED = ["chain", "chain with delays", "skips", "self-loops", "ring", "learned on a cycle", *STACKS]
 
 
 def tensors_of(state) -> list[torch.Tensor]:
@@ -374,9 +373,6 @@ def test_edges_become_projections_one_for_each_delay():
         assert np.allclose(each.connection.weight.detach().numpy(), dense, atol=1e-6)
     (same,) = Projection.from_edges("a", "b", torch.tensor(pre), post.tolist(), weight, 4, sizes=(30, 20))
     assert same.delay == 4
-
-
-COLUMNS = "pre", "post", "weight", "delay", "sizes"
 
 
 @pytest.mark.parametrize(

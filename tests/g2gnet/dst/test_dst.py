@@ -50,6 +50,7 @@ ORACLES = {
 RULES = list(itertools.product(ORACLES["prune"], ORACLES["grow"]))
 #: each rule at least once
 EACH_RULE = list(itertools.zip_longest(PRUNE_RULES, GROW_RULES, fillvalue="random"))
+LISTS = pytest.param("lists", marks=pytest.mark.skipif("cpu" not in backends_of(operator), reason="not compiled"))
 
 
 @pytest.mark.parametrize(("kind", "rules"), [("prune", PRUNE_RULES), ("grow", GROW_RULES)])
@@ -242,9 +243,6 @@ def test_updates_come_every_interval_steps_and_reuse_the_same_memory():
 # --- the gradient of absent units ---------------------------------------------------------------------------------
 
 
-LISTS = pytest.param("lists", marks=pytest.mark.skipif("cpu" not in backends_of(operator), reason="not compiled"))
-
-
 @pytest.mark.parametrize("backend", [*backends_of(operator), LISTS])
 @pytest.mark.parametrize(("dropout", "chunk"), [(0.0, None), (0.4, 3)])
 def test_gradients_of_units_are_those_of_the_network_with_every_unit(backend, dropout, chunk, monkeypatch):
@@ -340,10 +338,9 @@ def penalizes_the_dense_weight(model, x):
     (model(x).square().sum() + (model[0].weight @ model[0].weight.T).square().sum()).backward()
 
 
-STEPS = [reuses_a_buffer, changes_a_gradient, wants_gradients_of_inputs_first, penalizes_the_dense_weight]
-
-
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize(
+    "step", [reuses_a_buffer, changes_a_gradient, wants_gradients_of_inputs_first, penalizes_the_dense_weight]
+)
 def test_the_gradient_by_which_units_grow_is_the_one_that_trains(step):
     model, _, _ = own_model(interval=1, grow="gradient")
     x = torch.rand(16, model[0].in_features, generator=seeded(3))

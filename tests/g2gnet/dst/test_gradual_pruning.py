@@ -19,6 +19,7 @@ from g2gnet import DSTScheduler, G2GLinear
 from g2gnet.training import SettingsError
 
 PRUNED = {"sparsity_mode": "dynamic", "dst_interval": 2, "dst_fraction": 0.0, "dst_stop": 0.75, "final_density": 0.1}
+MISMATCH = r"has \w+ of shape \[\d+, 3, 4\] for weights of shape \[\d+, 3, 4\].*load both"
 
 
 def weights_of(net):
@@ -190,9 +191,6 @@ def test_tensors_that_stand_in_for_the_weights_keep_their_units():
         dst.step()
         assert torch.equal(torch.func.functional_call(net, tensors, (inputs,)), before)
         train(net, optimizer)
-
-
-MISMATCH = r"has \w+ of shape \[\d+, 3, 4\] for weights of shape \[\d+, 3, 4\].*load both"
 
 
 @pytest.mark.parametrize("fewer", [True, False])

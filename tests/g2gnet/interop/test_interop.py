@@ -23,6 +23,7 @@ from g2gnet.interop import from_nir, from_snntorch, to_nir, to_snntorch
 
 STEPS = 12
 SAMPLES = torch.rand(STEPS, 6, 30, generator=seeded(1)) * 3
+LEAKY = snntorch.Leaky(beta=0.9)
 
 small_net = functools.partial(networks.small_net, T=STEPS)
 
@@ -139,9 +140,6 @@ def changed(name, attribute, value):
     value = nn.Parameter(value, requires_grad=False) if attribute == "weight" else value
     setattr(model.get_submodule(name), attribute, value)
     return model
-
-
-LEAKY = snntorch.Leaky(beta=0.9)
 
 
 def constant_derivative(x):
@@ -406,10 +404,9 @@ def test_a_parameter_that_differs_is_one_of_each_neuron_whatever_the_metadata_sa
     assert not never(torch.ones(2, 3)).any()
 
 
-BOTH = [("nir", from_nir, to_nir), ("snntorch", from_snntorch, to_snntorch)]
-
-
-@pytest.mark.parametrize(("package", "load", "give"), BOTH)
+@pytest.mark.parametrize(
+    ("package", "load", "give"), [("nir", from_nir, to_nir), ("snntorch", from_snntorch, to_snntorch)]
+)
 def test_the_package_and_the_number_of_steps_are_asked_for(package, load, give, monkeypatch):
     """No form knows the steps, and a stack that holds samples for another number of them would do so in silence."""
 

@@ -19,6 +19,7 @@ STEPS, INPUTS = 16, 18
 SAMPLES = torch.rand(STEPS, 3, INPUTS, generator=seeded(1)) * 3
 #: no float32 changes it on the way through a time constant: 1 − (1 − 0.75) is 0.75
 LEAK = {"beta": 0.75, "threshold": 0.5, "reset": "zero"}
+DT = 1e-4
 
 
 def joined(into, out, seed, block_size=2, bias=True):
@@ -211,11 +212,6 @@ def test_synaptic_neurons_and_neurons_without_leak_may_be_in_one_graph(tmp_path,
     back = from_nir(nir.read(tmp_path / "net.nir"), T=STEPS)
     assert "a: after a spike NIR's CubaLIF charges from zero" in caplog.text
     assert all(map(torch.equal, spikes_of(back), spikes_of(net)))
-
-
-# --- graphs of other tools ----------------------------------------------------------------------------------------
-
-DT = 1e-4
 
 
 def lif(size):

@@ -23,18 +23,9 @@ def interpreter_sizes(unit: int = 4) -> tuple[int, ...]:
 
 
 def stack_of(
-    backend: str,
-    unit: int = 4,
-    groups: int = 3,
-    kind: str = "random",
-    sizes: tuple[int, ...] = SIZES,
-    T: int = 6,  # noqa: N803
-    neurons: type = LIF,
-    per_neuron: bool = True,
-    dropout: float = 0.0,
-    recurrent: bool = True,
-    **options,
-) -> SpikingStack:
+    backend, unit=4, groups=3, kind="random", sizes=SIZES, T=6, neurons=LIF, per_neuron=True, dropout=0.0,  # noqa: N803
+    recurrent=True, **options,
+) -> SpikingStack:  # fmt: skip
     """Two recurrent layers and one without, or three without."""
     draw, of_layers = seeded(3), []
     for size in sizes[1:]:

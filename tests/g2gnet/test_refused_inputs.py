@@ -4,6 +4,7 @@ import logging
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from torch import nn
 from training_runs import run
@@ -36,10 +37,7 @@ def layer(out=4, into=3, **options):
     return G2GLinear(BlockMask.full(GroupLayout(out, 1), GroupLayout(into, 1)), **options)
 
 
-def stack(*layers):
-    return SpikingStack([*layers])
-
-
+MATRIX = scipy.sparse.coo_matrix(np.eye(4))
 BETA, WHOLE = torch.tensor([0.1, 0.2, 0.3]), "T=.* must be a whole number of"
 WRONG_VALUES = [
     # of networks
@@ -69,10 +67,12 @@ WRONG_VALUES = [
     (lambda: NetworkSettings(recurrent=True, model="dense", p_rec_inter=0.1), "no effect with model=dense; give `mod"),
     (lambda: NetworkSettings(recurrent=True, density="erk", p_rec_inter=0.1), "no effect with density=erk; give `dens"),
     # of stacks
-    (lambda: stack(), "layers is empty"),
-    (lambda: stack((layer(), LIF()), (layer(), LIF())), "fc2 has 3 inputs, but lif1 has 4 neurons for fc1"),
-    (lambda: stack((layer(), LIF(), layer(4, 5, bias=False))), "rec1 has 5 inputs, but lif1 has 4 neurons"),
-    (lambda: stack((layer(), LIF(), layer(4, 4))), "rec1 has a bias"),
+    (lambda: SpikingStack([]), "layers is empty"),
+    (lambda: SpikingStack([(layer(), LIF()), (layer(), LIF())]), "fc2 has 3 inputs, but lif1 has 4 neurons for fc1"),
+    (lambda: SpikingStack([(layer(), LIF(), layer(4, 5, bias=False))]), "rec1 has 5 inputs, but lif1 has 4 neurons"),
+    (lambda: SpikingStack([(layer(), LIF(), layer(4, 4))]), "rec1 has a bias"),
+    (lambda: G2GLinear.from_scipy(MATRIX.astype(complex)), "complex"),
+    (lambda: G2GLinear.from_scipy(MATRIX, bias=torch.zeros(3)), r"bias has shape \[3\], the layer 4 outputs"),
     # of neurons
     (lambda: LIF(beta=BETA), r"beta is a tensor \[3\]; give one number, or give the number of neurons first"),
     (lambda: LIF(4, beta=BETA), r"beta is a tensor \[3\]; give \[4\]"),
@@ -84,13 +84,16 @@ WRONG_VALUES = [
 WRONG_TYPES = [
     (lambda: net_of(syn_decay=0.5), "syn_decay: unknown to lif neurons, which have beta, threshold"),
     (lambda: LIF(tau_syn=5.0, dt=1.0), "tau_syn: unknown to lif"),
+    (lambda: G2GLinear.from_scipy(torch.ones(4, 4)), "Tensor"),
+    (lambda: BlockMask.from_dense(MATRIX), r"mask is a coo_matrix, not a tensor; .* G2GLinear\.from_scipy"),
+    (lambda: G2GLinear.from_linear(nn.Linear(4, 4), np.ones((4, 4))), "mask is a ndarray, not a tensor; give torch"),
     (lambda: LIF(tau=20.0), "needs dt"),
     (lambda: LIF(tau=20.0, dt=1.0, beta=0.9), "the same parameter"),
-    (lambda: stack((nn.Conv2d(1, 8, 3), LIF())), "fc1 is a Conv2d; a network joins G2GLinear layers"),
+    (lambda: SpikingStack([(nn.Conv2d(1, 8, 3), LIF())]), "fc1 is a Conv2d; a network joins G2GLinear layers"),
     (lambda: SpikingStack(layer()), "layers is a G2GLinear; give a list of"),
     (lambda: SpikingStack((layer(), LIF())), "layer 1 is a G2GLinear; give"),
-    (lambda: stack((layer(), LIF(), nn.Linear(4, 4))), "rec1 is Linear; give one G2GLinear"),
-    (lambda: stack((layer(), LIF(), *(layer(4, 4, bias=False) for _ in range(2)))), "rec1 is G2GLinear and G2GLinear"),
+    (lambda: SpikingStack([(layer(), LIF(), nn.Linear(4, 4))]), "rec1 is Linear; give one G2GLinear"),
+    (lambda: SpikingStack([(layer(), LIF(), layer(4, 4), layer(4, 4))]), "rec1 is G2GLinear and G2GLinear"),
 ]
 
 
@@ -103,20 +106,21 @@ def test_what_nothing_can_be_made_of_is_named(error, make, message):
         make()
 
 
-def save(path, images, labels):
+def save(path, images):
+    labels = np.arange(len(images)) % 3
     np.savez(path, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     return dataset_name(str(path))
 
 
 def test_images_in_float64_become_float32(tmp_path):
-    images, labels = np.linspace(0, 1, 24).reshape(6, 4), np.arange(6) % 3
-    data = load_dataset(save(tmp_path / "own.npz", images, labels))
+    images = np.linspace(0, 1, 24).reshape(6, 4)
+    data = load_dataset(save(tmp_path / "own.npz", images))
     assert data.train_images.dtype == torch.float32
     np.testing.assert_array_equal(data.train_images, images.astype(np.float32))
     with pytest.raises(DataError, match=r"float16 \[6, 4\], not uint8, float32 or float64 \[N, ...\]"):
-        load_dataset(save(tmp_path / "half.npz", images.astype(np.float16), labels))
+        load_dataset(save(tmp_path / "half.npz", images.astype(np.float16)))
     with pytest.raises(DataError, match="not finite everywhere"):
-        load_dataset(save(tmp_path / "large.npz", images * 1e300, labels))
+        load_dataset(save(tmp_path / "large.npz", images * 1e300))
 
 
 @pytest.mark.parametrize(("scale", "warned"), [(1.0, False), (2.0, True)])

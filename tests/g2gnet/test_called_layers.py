@@ -44,8 +44,7 @@ def assert_alike(one, other):
 @pytest.fixture
 def one_call(monkeypatch):
     """Counts the calls of the operator of a whole stack."""
-    calls = []
-    inner = spiking_network.g2g_stack
+    calls, inner = [], spiking_network.g2g_stack
     monkeypatch.setattr(spiking_network, "g2g_stack", lambda *args: calls.append(1) or inner(*args))
     return calls
 

@@ -35,11 +35,10 @@ def through_state(net):
     return other
 
 
-@pytest.mark.parametrize(
-    "duplicate",
-    [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), lambda net: saved_and_read(net, False), through_state],
-    ids=["deepcopy", "pickle", "torch.save", "state_dict"],
-)
+DUPLICATES = copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), lambda net: saved_and_read(net, False)
+
+
+@pytest.mark.parametrize("duplicate", [*DUPLICATES, through_state])
 def test_duplicates_of_a_network_in_use_are_equal_and_apart(duplicate):
     net = small_net()
     net(SAMPLES).sum().backward()  # whatever a first run leaves behind goes along

@@ -12,10 +12,10 @@ from g2g_kernels import BlockMask, GroupLayout, adlif, g2g_linear, lif, synaptic
 from g2gnet import LIF, AdLIF, G2GLinear, Synaptic
 
 
-def sample_mask(out_size=50, in_size=98, block_size=8, seed=0, **kwargs):
-    generator = torch.Generator().manual_seed(seed)
+def sample_mask(out_size=50, in_size=98, block_size=8, **options):
+    generator = torch.Generator().manual_seed(0)
     layouts = (GroupLayout(size, 8, "random", generator) for size in (out_size, in_size))
-    return BlockMask.sample(*layouts, block_size=block_size, generator=generator, **kwargs)
+    return BlockMask.sample(*layouts, block_size=block_size, generator=generator, **options)
 
 
 def test_initial_weights_are_uniform_within_the_bound_of_each_neurons_active_fan_in():

@@ -223,10 +223,7 @@ def test_what_cannot_be_read_is_refused_by_name():
         (lambda: to_nir(net), "readout='mean' cannot be written to NIR"),
         (lambda: DSTScheduler(net, optimizer, prune="set", grow="hebb"), "a correlation needs output spikes"),
         (lambda: of_layers.step(X, activity), "a correlation needs output spikes, and this activity is a readout"),
-        (
-            lambda: SpikingStack([recurrent], 5, readout="last"),
-            "'last' is of neurons that do not spike, but rec1 sends",
-        ),
+        (lambda: SpikingStack([recurrent], 5, readout="last"), "'last' is of neurons that do not spike, but rec1"),
         (lambda: SpikingStack([foreign], 5, readout="last"), "and lif1 is a ReLU"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):

@@ -82,9 +82,6 @@ def assert_same(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor], 
             assert rms(found[name] - expected) <= tolerance * rms(expected), name
 
 
-# --- the formula --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("reset", "surrogate", "dropout"),
     [("subtract", "atan", 0.5), ("zero", "triangle", 0.0), ("none", "sigmoid", 0.0), ("zero", "atan", 0.5)],
@@ -108,8 +105,6 @@ def test_spikes_and_gradients_are_those_of_the_definition(reset, surrogate, drop
     found = {name: parameter.grad for name, parameter in stack.named_parameters()}
     torch.testing.assert_close(found, gradients, rtol=1e-9, atol=1e-11)
 
-
-# --- compiled kernels -----------------------------------------------------------------------------------------------
 
 #: every unit size, model, reset and surrogate, parameters per layer and per neuron, states, dropped neurons
 CASES = {

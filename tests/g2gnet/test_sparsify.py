@@ -64,9 +64,6 @@ def test_the_mask_is_dense_or_that_of_a_pruned_layer_or_all():
     assert torch.equal(layer.dense_weight(), dense.weight_orig * kept)
 
 
-# --- a whole model ------------------------------------------------------------------------------------------------
-
-
 def classifier():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(30, 40), nn.ReLU(), nn.Sequential(nn.Linear(40, 40), nn.ReLU()), nn.Linear(40, 10))

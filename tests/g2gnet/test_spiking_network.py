@@ -373,6 +373,11 @@ def test_edges_become_projections_one_for_each_delay():
         assert np.allclose(each.connection.weight.detach().numpy(), dense, atol=1e-6)
     (same,) = Projection.from_edges("a", "b", torch.tensor(pre), post.tolist(), weight, 4, sizes=(30, 20))
     assert same.delay == 4
+    assert Projection.from_edges("a", "b", [], [], [], sizes=(3, 3)) == []
+    bfloat = torch.full((2,), 100.0, dtype=torch.bfloat16, requires_grad=True)
+    for hundreds in (np.array([100, 100], np.int8), np.array([100, 100], ">f4"), bfloat):  # are added without overflow
+        (made,) = Projection.from_edges("a", "b", [0, 0], [1, 1], hundreds, sizes=(3, 3))
+        assert made.connection.values.flatten().tolist() == [200.0]
 
 
 @pytest.mark.parametrize(
@@ -395,12 +400,3 @@ def test_edges_become_projections_one_for_each_delay():
 def test_edges_that_are_none_are_refused(columns, why):
     with pytest.raises(ValueError, match=why):
         Projection.from_edges("a", "b", **{"sizes": (30, 20), **dict(zip(COLUMNS, columns, strict=False))})
-
-
-@pytest.mark.parametrize("numbers", [np.int8, ">f4", torch.bfloat16])
-def test_weights_of_any_numbers_are_added_without_overflow(numbers):
-    of_torch = isinstance(numbers, torch.dtype)
-    weight = torch.full((2,), 100.0, dtype=numbers, requires_grad=True) if of_torch else np.array([100, 100], numbers)
-    (made,) = Projection.from_edges("a", "b", [0, 0], [1, 1], weight, sizes=(3, 3))
-    assert made.connection.values.flatten().tolist() == [200.0]
-    assert Projection.from_edges("a", "b", [], [], [], sizes=(3, 3)) == []

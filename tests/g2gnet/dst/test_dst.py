@@ -240,9 +240,6 @@ def test_updates_come_every_interval_steps_and_reuse_the_same_memory():
     assert [tensor.data_ptr() for tensor in tensors] == addresses
 
 
-# --- the gradient of absent units ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("backend", [*backends_of(operator), LISTS])
 @pytest.mark.parametrize(("dropout", "chunk"), [(0.0, None), (0.4, 3)])
 def test_gradients_of_units_are_those_of_the_network_with_every_unit(backend, dropout, chunk, monkeypatch):
@@ -471,9 +468,6 @@ def test_a_checkpointed_model_is_rewired_as_any_other(prune, grow, use_reentrant
             scheduler.step()
         wired.append([units_of(model[place].mask) for place in (0, 2)])
     assert wired[0] == wired[1]
-
-
-# --- schedules ----------------------------------------------------------------------------------------------------
 
 
 def test_the_share_falls_as_a_cosine_up_to_the_last_update():

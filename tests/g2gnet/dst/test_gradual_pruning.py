@@ -280,11 +280,6 @@ def test_nothing_to_prune_is_refused_in_the_first_step():
     assert done.pruned == 9
 
 
-def adapted_by_hand(size):
-    """size² over the sum of squares of the units at least as large."""
-    return [x * x / sum(y * y for y in size if y >= x) for x in size]
-
-
 @pytest.mark.parametrize("prune", ["set", "random"])
 def test_layers_keep_as_many_as_stand_out_in_them_whatever_their_scale(prune):
     kept = []
@@ -292,7 +287,9 @@ def test_layers_keep_as_many_as_stand_out_in_them_whatever_their_scale(prune):
         net, _ = trained("dense", sizes=(20, 24, 10), block_size=1)
         net.fc2.values.data *= scale
         layers = list(net.connections().values())
-        scores = [adapted_by_hand(layer.values.detach().abs().flatten().tolist()) for layer in layers]
+        sizes = [layer.values.detach().abs().flatten().tolist() for layer in layers]
+        # size² over the sum of squares of the units at least as large
+        scores = [[x * x / sum(y * y for y in of_layer if y >= x) for x in of_layer] for of_layer in sizes]
         pruning(net, torch.optim.SGD(net.parameters()), final=0.1, prune=prune).step()
         least = sorted(itertools.chain(*scores), reverse=True)[weights_of(net) - 1]
         assert [layer.mask.num_units for layer in layers] == [sum(x >= least for x in of_layer) for of_layer in scores]

@@ -130,10 +130,6 @@ def test_what_the_other_library_lacks_is_refused():
             convert()
 
 
-class SynapticDelay(nn.Module):
-    """In place of the module of snnTorch's repository, of which no release has it."""
-
-
 def changed(name, attribute, value):
     """The tutorial's network, of whose layer ``name`` an attribute is another one."""
     model = TutorialNet()
@@ -163,7 +159,8 @@ WRONG_MODELS = [
     (lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
      "1 is a Linear, but snn.Leaky, snn.RLeaky, snn.Synaptic or snn.RSynaptic should come next"),
     (lambda: nn.Sequential(nn.Linear(3, 3)), "the model has 1 nn.Linear and 0 snn.Leaky, snn.RLeaky, snn.S"),
-    (lambda: nn.Sequential(nn.Linear(3, 3), SynapticDelay(), LEAKY), "1 is a SynapticDelay; from_snntorch takes net"),
+    (lambda: nn.Sequential(nn.Linear(3, 3), type("SynapticDelay", (nn.Module,), {})(), LEAKY),  # no release has it
+     "1 is a SynapticDelay; from_snntorch takes networks"),
     (lambda: nn.Sequential(nn.Linear(3, 4), LEAKY, nn.Linear(3, 3), LEAKY), "the model has 2 nn.Linear and 1 snn.L"),
     (lambda: nn.Sequential(nn.Linear(3, 3), snntorch.Synaptic(0.9, 0.9, reset_mechanism="zero", reset_delay=False)),
      "1: our Synaptic has no reset_delay=False; only"),
@@ -254,11 +251,6 @@ def spikes_of(theirs):
     return torch.stack(trains)
 
 
-def until_the_first(spikes):
-    """A train with nothing after each neuron's first spike."""
-    return spikes * (spikes.cumsum(0) == 1)
-
-
 @pytest.mark.filterwarnings("ignore")  # norse's own
 @pytest.mark.parametrize("reader", ["snntorch", "norse"])
 def test_importers_of_snntorch_and_norse_run_the_graph_to_the_same_spikes(reader, capsys):
@@ -274,7 +266,8 @@ def test_importers_of_snntorch_and_norse_run_the_graph_to_the_same_spikes(reader
         assert torch.equal(spikes_of(read(to_nir(stack))), output_spikes(stack))
     stack = one_layer()
     stack.lif1.threshold.data.fill_(0.75)  # one for all, as snnTorch's importer demands
-    assert torch.equal(until_the_first(spikes_of(read(to_nir(stack)))), until_the_first(output_spikes(stack)))
+    trains = output_spikes(stack), spikes_of(read(to_nir(stack)))
+    assert torch.equal(*(spikes * (spikes.cumsum(0) == 1) for spikes in trains))
     capsys.readouterr()  # snnTorch prints that it scales the threshold
 
 

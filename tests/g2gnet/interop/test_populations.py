@@ -19,16 +19,12 @@ STEPS, INPUTS = 16, 18
 SAMPLES = torch.rand(STEPS, 3, INPUTS, generator=seeded(1)) * 3
 #: no float32 changes it on the way through a time constant: 1 − (1 − 0.75) is 0.75
 LEAK = {"beta": 0.75, "threshold": 0.5, "reset": "zero"}
-DT = 1e-4
+DT, IN = 1e-4, nir.Input(input_type={"input": np.array([8])})
 
 
 def joined(into, out, seed, block_size=2, bias=True):
     mask = BlockMask.sample(GroupLayout(out, 4), GroupLayout(into, 4), 1.0, 0.4, block_size, seeded(seed))
     return G2GLinear(mask, bias=bias, generator=seeded(seed))
-
-
-def drawn(size, low, high):
-    return torch.randint(low, high + 1, (size,), generator=seeded(5))
 
 
 def graph_of(*projections, **populations):
@@ -39,7 +35,7 @@ def graph_of(*projections, **populations):
 def feedback():
     """Two areas and their feedback, a skip from the input to the output, and two projections of one pair."""
     return graph_of(
-        Projection("input", "v1", joined(INPUTS, 24, 1), delay=drawn(INPUTS, 0, 3)),
+        Projection("input", "v1", joined(INPUTS, 24, 1), delay=torch.randint(4, (INPUTS,), generator=seeded(5))),
         Projection("v1", "lm", joined(24, 20, 2), delay=2),
         Projection("lm", "v1", joined(20, 24, 3, bias=False), delay=3),
         Projection("lm", "output", joined(20, 7, 4)),
@@ -51,11 +47,12 @@ def feedback():
 
 def loops():
     """A population with three self-projections, of delays 1, 1 for each neuron, and 1 to 5, the last two saved."""
+    many = torch.randint(1, 6, (20,), generator=seeded(5))
     projections = {
         "into": Projection("input", "a", joined(INPUTS, 20, 1, 16)),
         "one": Projection("a", "a", joined(20, 20, 2, 16), delay=1),
         "ones": Projection("a", "a", joined(20, 20, 3, bias=False), delay=torch.ones(20, dtype=torch.int64)),
-        "many": Projection("a", "a", joined(20, 20, 4, bias=False), delay=drawn(20, 1, 5), max_delay=9),
+        "many": Projection("a", "a", joined(20, 20, 4, bias=False), delay=many, max_delay=9),
         "out": Projection("a", "b", joined(20, 8, 5)),
     }
     return SpikingNetwork({"a": LIF(**LEAK), "b": LIF(**LEAK)}, projections, "b", STEPS)
@@ -239,11 +236,6 @@ def delayed_by(delay, bias=None, behind=False, **more):
     return two_areas([way[:2], way[1:]], [removed], w2=w2, d=nir.Delay(np.asarray(delay)), **more)
 
 
-def graph_with_two_inputs():
-    ends = {name: nir.Input(input_type={"input": np.array([8])}) for name in ("one", "other")}
-    return nir.NIRGraph({**ends, "lif": lif(8)}, [("one", "lif"), ("other", "lif")], type_check=False)
-
-
 def test_the_forms_of_a_delay_are_one():
     expected = from_nir(delayed_by(np.full(8, 3 * DT)), T=STEPS)
     assert type(expected) is SpikingNetwork
@@ -340,7 +332,8 @@ def test_masks_are_given_by_the_names_of_nodes_and_dots_become_modules():
          "node w2: metadata: g2g_name is a ndarray, not a str; mend or delete 'g2g_name'"),
         (two_areas([("a", "w"), ("w", "b")], w=linear(6, 7)), "w has 7 inputs, but a has 8 neurons"),
         (two_areas([("a", "forward"), ("forward", "b")], forward=linear(6, 8)), "'forward' is already an attribute"),
-        (two_areas(a=graph_with_two_inputs()), "the graph a has 2 inputs; a network takes graphs with one"),
+        (two_areas(a=nir.NIRGraph({"x": IN, "y": IN, "lif": lif(8)}, [("x", "lif"), ("y", "lif")], type_check=False)),
+         "the graph a has 2 inputs; a network takes graphs with one"),
     ],
 )  # fmt: skip
 def test_graphs_that_no_network_has_are_refused_by_name(graph, message):

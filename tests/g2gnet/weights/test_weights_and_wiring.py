@@ -405,8 +405,8 @@ def walk_by_hand() -> None:
     for rule_of, *arguments in (
         (machine.copy_a_network, 0), (machine.rewire, True), (machine.rewire, False),
         (machine.copy_parameters_and_buffers, 0, 3), (machine.average, 1), (machine.average, 1),
-        (machine.load_half, 4, 3, "a unit twice"), (machine.load_another, 4, 0),
-        (machine.rewire, False),
+        (machine.load_half, 4, 3, "a unit twice"), (machine.load_half, 4, 3, "mask.wiring"),
+        (machine.load_another, 4, 0), (machine.rewire, False),
     ):  # fmt: skip
         rule_of(*arguments)
         machine.networks_are_their_twins()

@@ -184,8 +184,6 @@ class Networks(RuleBasedStateMachine):
         self.pick(which).net.to(dtype).float()
         self.forget_kept_states(self.pick(which))
 
-    # --- files --------------------------------------------------------------------------------------------------
-
     @rule(which=WHICH, how=st.sampled_from(["kept", "written", "another order"]))
     def save(self, which, how):
         twins = self.pick(which)
@@ -232,8 +230,6 @@ class Networks(RuleBasedStateMachine):
             twins.net.load_state_dict(state)
         twins.layers[0] = twins.layers[0]._replace(bias=layers[0].bias)
         self.loaded(twins, layers, [1])
-
-    # --- copies, ties and what is written into buffers --------------------------------------------------------------
 
     @precondition(lambda self: len(self.nets) < 4)
     @rule(which=WHICH)

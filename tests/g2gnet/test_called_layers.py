@@ -12,22 +12,19 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
 from g2g_kernels.ops.g2g_stack import operator
-from g2gnet import LIF, DSTScheduler, G2GLinear, SpikingStack, called_layers, spiking_network
+from g2gnet import LIF, G2GLinear, SpikingStack, called_layers, spiking_network
 
 STACK_BACKENDS = backends_of(operator)
 STEPS = 6
 SAMPLES = torch.rand(5, 30, generator=seeded(1)) * 3
-LABELS = torch.arange(5)
-
-
 net_of = functools.partial(small_net, T=STEPS, threshold=0.5)
 
 
-def run(net, x=SAMPLES, dropped=None, spikes=False):
+def run(net, x=SAMPLES, dropped=None):
     """Spikes of every layer, and the gradients of x and every parameter for a loss on counts and rates."""
     net.zero_grad()
     x = x.clone().requires_grad_()
-    activity = net.simulate(x, dropped=dropped, spikes=spikes)
+    activity = net.simulate(x, dropped=dropped)
     (activity.counts.square().sum() + 10 * activity.rates[0].sum()).backward()
     gradients = {name: parameter.grad.clone() for name, parameter in net.named_parameters()}
     return [train.dense().detach() for train in activity.spikes], {"x": x.grad, **gradients}
@@ -47,8 +44,7 @@ def assert_alike(one, other):
 @pytest.fixture
 def one_call(monkeypatch):
     """Counts the calls of the operator of a whole stack."""
-    calls = []
-    inner = spiking_network.g2g_stack
+    calls, inner = [], spiking_network.g2g_stack
     monkeypatch.setattr(spiking_network, "g2g_stack", lambda *args: calls.append(1) or inner(*args))
     return calls
 
@@ -80,7 +76,7 @@ def test_what_only_observes_a_layer_changes_no_spike_and_no_gradient(what, backe
 
 @pytest.mark.parametrize("held", [True, False])
 def test_hooks_see_what_passes_every_layer(held):
-    net, seen = net_of(), {}
+    net, seen, order = net_of(), {}, []
     x = SAMPLES if held else SAMPLES.expand(STEPS, 5, 30)
     expected = net.simulate(x)
 
@@ -88,19 +84,22 @@ def test_hooks_see_what_passes_every_layer(held):
         return lambda module, args, output: seen.update({name: (args[0], output)})
 
     handles = [module.register_forward_hook(see(name)) for name, module in net.named_children()]
-    net(x)
+    handles.append(register_module_forward_hook(lambda module, args, output: order.append(module)))
+    try:
+        net(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert order == [*net.children(), net]
     received = x
     for number, (connection, neurons) in enumerate(net.layers(), 1):
-        taken, current = seen[f"fc{number}"]
+        taken, current = seen.pop(f"fc{number}")
         assert torch.equal(taken, received)
         torch.testing.assert_close(current, nn.functional.linear(received, connection.weight, connection.bias))
-        assert torch.equal(seen[f"lif{number}"][0], current.expand(STEPS, *current.shape[-2:]))
-        received = seen[f"lif{number}"][1]
+        currents, received = seen.pop(f"lif{number}")
+        assert torch.equal(currents, current.expand(STEPS, *current.shape[-2:]))
         assert torch.equal(received, expected.spikes[number - 1].dense())
-        assert torch.equal(received, neurons(current.expand(STEPS, *current.shape[-2:])))
-    seen.clear()
-    for handle in handles:
-        handle.remove()
+        assert torch.equal(received, neurons(currents))
     net(x)
     assert not seen
 
@@ -114,22 +113,8 @@ def test_backward_hooks_see_the_gradients_of_a_layer():
     # ∂L/∂b sums the gradient of the current over steps and samples
     torch.testing.assert_close(to_current.sum((0, 1)), net.fc2.bias.grad, rtol=1e-4, atol=1e-4)
     assert to_current.any()
-
-
-def test_a_hook_for_every_module_sees_every_layer():
-    net, seen = net_of(), []
-    handle = register_module_forward_hook(lambda module, args, output: seen.append(module))
-    try:
-        net(SAMPLES)
-    finally:
-        handle.remove()
-    assert seen == [*net.children(), net]
-
-
-def test_what_a_hook_returns_goes_on():
-    net = net_of()
     assert net(SAMPLES).sum() > 0
-    net.lif2.register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+    net.lif2.register_forward_hook(lambda module, args, output: torch.zeros_like(output))  # what it returns goes on
     net.fc3.bias.data.zero_()
     assert net(SAMPLES).sum() == 0
 
@@ -146,71 +131,48 @@ class Twice(G2GLinear):
         return 2 * super().forward(x)
 
 
-class Wrapped(nn.Module):
-    def __init__(self, inner):
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x):
-        return self.inner(x)
-
-
 def test_forwards_of_subclasses_and_wrappers_are_run():
     net, plain = net_of(), net_of()
-    net.lif2 = Noisy(threshold=0.5)
-    net.fc3.__class__ = Twice
-    net.lif1 = Wrapped(net.lif1)
-    net.fc1 = Wrapped(net.fc1)
+    net.lif2, net.fc3.__class__ = Noisy(threshold=0.5), Twice
+    net.lif1, net.fc1 = nn.Sequential(net.lif1), nn.Sequential(net.fc1)
     with torch.no_grad():  # the same by other means
         plain.fc2.bias += 0.25
         plain.fc3.bias *= 2
         plain.fc3.values *= 2
     ours, theirs = net.simulate(SAMPLES), plain.simulate(SAMPLES)
-    for one, other in zip(ours.spikes, theirs.spikes, strict=True):
-        assert torch.equal(one.dense(), other.dense())
+    assert all(torch.equal(a.dense(), b.dense()) for a, b in zip(ours.spikes, theirs.spikes, strict=True))
     assert not torch.equal(theirs.counts, net_of()(SAMPLES))
-    built = SpikingStack([(plain.fc1, plain.lif1), (plain.fc2, Noisy())], T=STEPS)
-    assert built(SAMPLES).shape == (5, 40)
+    assert SpikingStack([(plain.fc1, plain.lif1), (plain.fc2, Noisy())], T=STEPS)(SAMPLES).shape == (5, 40)
 
 
 def test_weights_that_are_rewritten_before_each_call_are_the_ones_used():
     """As the old ``weight_norm`` and ``spectral_norm`` do it; the new ones are parametrizations."""
-    net, expected = net_of(), net_of()
-    scale = nn.Parameter(torch.tensor(1.0))
+    net, expected, scale = net_of(), net_of(), nn.Parameter(torch.tensor(1.0))
     weights = net.fc2.bias.detach().clone()
     del net.fc2._parameters["bias"]
     net.fc2.register_forward_pre_hook(lambda module, args: setattr(module, "bias", scale * weights + 0.1))
     for factor in (1.0, 2.0):
         scale.data.fill_(factor)
         expected.fc2.bias.data.copy_(factor * weights + 0.1)
-        counts = net(SAMPLES)
-        assert torch.equal(counts, expected(SAMPLES))
+        counts, theirs = net(SAMPLES), expected(SAMPLES)
+        assert torch.equal(counts, theirs)
         (gradient,) = torch.autograd.grad(counts.square().sum(), scale)
-        expected.zero_grad()
-        expected(SAMPLES).square().sum().backward()
-        torch.testing.assert_close(gradient, (expected.fc2.bias.grad * weights).sum(), rtol=1e-3, atol=1e-3)
-
-
-class Halved(nn.Module):
-    def forward(self, x):
-        return x / 2
+        (of_bias,) = torch.autograd.grad(theirs.square().sum(), expected.fc2.bias)
+        torch.testing.assert_close(gradient, (of_bias * weights).sum(), rtol=1e-3, atol=1e-3)
 
 
 def test_parametrizations_are_read_by_the_one_call(one_call):
-    net, expected = net_of(), net_of()
-    expected.fc2.bias.data /= 2
-    expected.lif1.threshold.data /= 2
-    parametrize.register_parametrization(net.fc2, "bias", Halved())
-    parametrize.register_parametrization(net.lif1, "threshold", Halved())
+    net, expected, half = net_of(), net_of(), nn.Module()
+    half.forward = lambda x: x / 2
+    for each, name in (("fc2", "bias"), ("lif1", "threshold")):
+        expected.get_submodule(each).get_parameter(name).data /= 2
+        parametrize.register_parametrization(net.get_submodule(each), name, half)
     assert torch.equal(net(SAMPLES), expected(SAMPLES))
     assert not torch.equal(net(SAMPLES), net_of()(SAMPLES))
     assert len(one_call) == 4
     net(SAMPLES).square().sum().backward()
     expected(SAMPLES).square().sum().backward()
     torch.testing.assert_close(net.fc2.parametrizations.bias.original.grad, expected.fc2.bias.grad / 2)
-
-
-# --- with the rest of a stack -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", STACK_BACKENDS)
@@ -220,44 +182,11 @@ def test_dropout_is_the_same_where_layers_are_called(backend):
     expected = run(net, dropped=dropped)
     net.fc2.register_forward_hook(nothing)
     assert_alike(run(net, dropped=dropped), expected)
-    whole = net.eval()(SAMPLES)
-    assert torch.equal(whole, net_of(backend=backend)(SAMPLES))
+    assert torch.equal(net.eval()(SAMPLES), net_of(backend=backend)(SAMPLES))
+    for spikes in (False, True):  # over time have gradients if they are asked for
+        assert [train.dense().requires_grad for train in net.simulate(SAMPLES, spikes=spikes).spikes] == 3 * [spikes]
     with pytest.raises(ValueError, match=r"dropped of layer 0 must be bool \(5, 40\)"):
         net.train().simulate(SAMPLES, dropped=[torch.zeros(4, 40, dtype=torch.bool)] * 2)
-
-
-def test_spikes_over_time_have_gradients_where_layers_are_called():
-    net = net_of()
-    net.fc2.register_forward_hook(nothing)
-    activity = net.simulate(SAMPLES, spikes=True)
-    assert all(spikes.dense().requires_grad for spikes in activity.spikes)
-    assert not any(spikes.dense().requires_grad for spikes in net.simulate(SAMPLES).spikes)
-
-
-@pytest.mark.parametrize("prune_rule", ["set", "hebb"])
-@pytest.mark.parametrize("grow", ["hebb", "gradient"])
-def test_units_are_rewired_as_without_hooks(prune_rule, grow):
-    states = []
-    for hook in (False, True):
-        net = net_of(backend="torch")
-        if hook:
-            net.fc2.register_forward_hook(nothing)
-            net.fc1 = Wrapped(net.fc1)  # its layer is recorded, too
-        dst = DSTScheduler(net, torch.optim.SGD(net.parameters(), lr=0.1), interval=1, prune=prune_rule, grow=grow)
-        nn.functional.cross_entropy(net(SAMPLES), LABELS).backward()
-        assert dst.step()
-        states.append({name.replace("inner.", ""): tensor for name, tensor in net.state_dict().items()})
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0] if "unit" in name)
-    assert not torch.equal(states[0]["fc2.mask.wiring"], net_of().state_dict()["fc2.mask.wiring"])
-
-
-def test_activity_hooks_are_called_once():
-    net, seen = net_of(), []
-    net.register_activity_hook(lambda inputs, activity, state: seen.append(activity))
-    net.lif3.register_forward_hook(nothing)
-    counts = net(SAMPLES)
-    assert len(seen) == 1
-    assert torch.equal(seen[0].counts, counts)
 
 
 @compiles_whole
@@ -271,14 +200,16 @@ def test_a_stack_with_hooks_compiles_to_equal_results(plain_memory):
     assert stack_of_two(SAMPLES).sum() > 0
 
 
-def test_it_is_said_once_which_layers_are_called(caplog):
+def test_it_is_said_once_which_layers_are_called_and_activity_hooks_are_called_once(caplog):
     called_layers._say_that_layers_are_called.cache_clear()
-    net = net_of()
+    net, seen = net_of(), []
     net(SAMPLES)
     assert not caplog.text
+    net.register_activity_hook(lambda inputs, activity, state: seen.append(activity.counts))
     net.lif2.register_forward_hook(nothing)
-    for _ in range(2):
-        net(SAMPLES)
+    counts = [net(SAMPLES) for _ in range(2)]
+    assert all(map(torch.equal, seen, counts))
+    assert len(seen) == 2
     said = "calls its modules in turn, which is slower than one call for all: lif2 carries hooks"
     assert caplog.text.count(said) == 1
 
@@ -295,8 +226,8 @@ def test_steps_follow_hooks_on_connections_and_say_what_they_cannot_follow(caplo
     net.lif2 = Noisy()
     with pytest.raises(TypeError, match=r"lif2 \(Noisy\) has a forward of its own, but not a step that follows it"):
         net.step(SAMPLES)
-    net.lif2 = Wrapped(LIF())
-    with pytest.raises(TypeError, match=r"lif2 \(Wrapped\) has no step"):
+    net.lif2 = nn.Sequential(LIF())
+    with pytest.raises(TypeError, match=r"lif2 \(Sequential\) has no step"):
         net.step(SAMPLES)
 
 

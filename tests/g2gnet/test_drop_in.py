@@ -9,70 +9,24 @@ import torch
 from helpers import backends_of, compiles_whole, saved_and_read, seeded
 from networks import small_net
 
-from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.ops.g2g_stack import operator
-from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack, Synaptic
+from g2gnet import LIF, G2GNet
 
 STACK_BACKENDS = backends_of(operator)
 SAMPLES = torch.rand(5, 30, generator=seeded(1)) * 3
 
 
-def small_layer(out_size=40, in_size=30, **options):
-    mask = BlockMask.sample(GroupLayout(out_size), GroupLayout(in_size), block_size=4, generator=seeded(2))
-    return G2GLinear(mask, generator=seeded(3), **options)
-
-
-# --- step by step -------------------------------------------------------------------------------------------------
-
-
+@torch.no_grad()
 def test_steps_without_gradients_and_in_half_precision_give_the_same_spikes():
     neurons = LIF(neurons=7)
     current = torch.randn(9, 4, 7, generator=seeded(0)) * 1.5
     for dtype in (torch.float32, torch.bfloat16):
         state, spikes = None, []
-        with torch.no_grad():
-            for current_t in current.to(dtype):
-                s, state = neurons.step(current_t, state)
-                spikes.append(s)
-        assert state.dtype == torch.float32
-        assert spikes[0].dtype == dtype
+        for current_t in current.to(dtype):
+            s, state = neurons.step(current_t, state)
+            spikes.append(s)
+        assert (state.dtype, spikes[0].dtype) == (torch.float32, dtype)
         assert torch.equal(torch.stack(spikes), neurons(current.to(dtype)))
-
-
-@pytest.mark.parametrize(
-    ("module", "x", "state", "message"),
-    [
-        (LIF(), torch.rand(3, 7), torch.zeros(4, 7), r"membrane has shape \(4, 7\), the current \(3, 7\); give None"),
-        (
-            Synaptic(),
-            torch.rand(3, 7),
-            torch.zeros(3, 7),
-            "1 states given, synaptic neurons have synaptic_current, mem",
-        ),
-        (small_net(), SAMPLES, (torch.zeros(5, 40),), "state has 1 entries, this network has 3 layers"),
-    ],
-)
-def test_wrong_states_are_named(module, x, state, message):
-    with pytest.raises(ValueError, match=message):
-        module.step(x, state)
-
-
-# --- beside other modules -----------------------------------------------------------------------------------------
-
-
-def test_stacks_that_cannot_be_are_named():
-    pair = (small_layer(), LIF())
-    with pytest.raises(ValueError, match="fc2 has 30 inputs, but lif1 has 40 neurons for fc1"):
-        SpikingStack([pair, pair])
-    with pytest.raises(ValueError, match="layers is empty"):
-        SpikingStack([])
-    for layers, message in ((pair[0], "layers is a G2GLinear; give a list of"), (pair, "layer 1 is a G2GLinear; give")):
-        with pytest.raises(TypeError, match=message):
-            SpikingStack(layers)
-    assert SpikingStack(each for each in [pair]).depth == 1
-
-
-# --- copied, cast, frozen, compiled, exported ---------------------------------------------------------------------
 
 
 def through_state(net):
@@ -81,11 +35,10 @@ def through_state(net):
     return other
 
 
-@pytest.mark.parametrize(
-    "duplicate",
-    [copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), lambda net: saved_and_read(net, False), through_state],
-    ids=["deepcopy", "pickle", "torch.save", "state_dict"],
-)
+DUPLICATES = copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net)), lambda net: saved_and_read(net, False)
+
+
+@pytest.mark.parametrize("duplicate", [*DUPLICATES, through_state])
 def test_duplicates_of_a_network_in_use_are_equal_and_apart(duplicate):
     net = small_net()
     net(SAMPLES).sum().backward()  # whatever a first run leaves behind goes along
@@ -116,13 +69,11 @@ def test_a_cast_network_computes_in_its_type(dtype):
 
 
 def test_frozen_networks_and_layers_get_no_gradients():
-    net = small_net().requires_grad_(False)
+    net, x = small_net().requires_grad_(False), SAMPLES.clone().requires_grad_()
     assert not net(SAMPLES).requires_grad
-    x = SAMPLES.clone().requires_grad_()
     net(x).sum().backward()
     assert x.grad.abs().sum() > 0
     assert all(parameter.grad is None for parameter in net.parameters())
-
     net.requires_grad_(True)
     net.fc2.requires_grad_(False)
     net(SAMPLES).sum().backward()
@@ -153,15 +104,20 @@ def test_a_compiled_network_is_one_graph_with_equal_results(backend, plain_memor
 
 @compiles_whole
 @dynamo
-def test_compiled_steps_are_one_graph_with_equal_results(plain_memory):
+def test_compiled_runs_and_steps_take_and_give_states_in_one_graph(plain_memory):
     net = small_net(backend="torch")
-    compiled = torch.compile(net.step, backend="eager", fullgraph=True)
+
+    def run(x, state):
+        activity = net.simulate(x, state)
+        return activity.counts, activity.state
+
     with torch.no_grad():
         state = net.step(SAMPLES)[1]
-        spikes, after = compiled(SAMPLES, state)
-        expected, expected_after = net.step(SAMPLES, state)
-    assert torch.equal(spikes, expected)
-    assert all(map(torch.equal, after, expected_after))
+        for function in (net.step, run):
+            counts, after = torch.compile(function, backend="eager", fullgraph=True)(SAMPLES, state)
+            expected, expected_after = function(SAMPLES, state)
+            assert torch.equal(counts, expected)
+            assert all(map(torch.equal, after, expected_after))
 
 
 def exports(test):

@@ -38,13 +38,10 @@ def test_a_part_of_the_samples_is_drawn_as_in_the_whole_batch(part, dtype):
 
 
 def test_the_schedule_waits_for_the_warm_up_and_ends_at_its_final_values():
-    assert [rate_target(epoch, 20, 10).strength for epoch in (1, 10)] == [0.0, 0.0]
-    middle = rate_target(15, 20, 10)
-    assert middle.strength == pytest.approx(1e-4 + 0.5 * (1e-2 - 1e-4))
-    assert middle.rate == pytest.approx(0.17)
-    last = rate_target(20, 20, 10)
-    assert last.strength == pytest.approx(1e-2)
-    assert last.rate == pytest.approx(0.09)
+    first, last_of_it, middle, last = (rate_target(epoch, 20, 10) for epoch in (1, 10, 15, 20))
+    assert first.strength == last_of_it.strength == 0
+    assert (middle.strength, middle.rate) == pytest.approx((1e-4 + 0.5 * (1e-2 - 1e-4), 0.17))
+    assert (last.strength, last.rate) == pytest.approx((1e-2, 0.09))
 
 
 def test_the_penalty_sums_squares_over_layers_and_neurons_and_is_differentiable():

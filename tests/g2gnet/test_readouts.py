@@ -1,9 +1,10 @@
-"""Readouts of output neurons that do not spike: their last, mean or largest membrane, on every backend."""
+"""Spikes and membranes over time with their gradient, and readouts of output neurons that do not spike: their last,
+mean or largest membrane, on every backend."""
 
 import pytest
 import torch
 from helpers import backends_of, seeded
-from networks import small_net
+from networks import Reference, small_net
 from torch import nn
 from torch.nn import functional as F
 from training_runs import SMALL, load, run
@@ -26,8 +27,90 @@ READ = {"last": lambda membranes: membranes[-1], "mean": lambda membranes: membr
 READ["max"] = lambda membranes: membranes.max(0).values
 
 
-def net_of(readout, **options):
+def net_of(readout="counts", **options):
     return small_net(sizes=(12, 16, 5), readout=readout, **{"T": STEPS, "threshold": 0.4, **options})
+
+
+def loss_of(membranes):
+    """Cross-entropy on the membranes of the output at every step, as in snnTorch's fifth tutorial; all layers count."""
+    *hidden, last = membranes
+    steps = torch.arange(1.0, len(last) + 1, dtype=last.dtype)[:, None, None]
+    return sum(F.cross_entropy(each, LABELS) for each in last) + sum((steps * each.square()).mean() for each in hidden)
+
+
+def lateness(trains):
+    """Of spikes [T, B, N] of each layer: their steps, squared, so that each step counts differently."""
+    steps = torch.arange(1.0, STEPS + 1)[:, None, None]
+    return sum((steps**2 * spikes).mean() for spikes in trains)
+
+
+@pytest.mark.parametrize("backend", backends_of(operator))
+@pytest.mark.parametrize(
+    ("x", "options"),
+    [
+        (X, {}),
+        (X[0], {"neuron": "synaptic", "reset": "zero", "per_neuron": True}),
+        (X, {"neuron": "adlif", "recurrent": True, "rec_gain": 1.0}),
+    ],
+    ids=["lif", "synaptic, held", "adlif, recurrent"],
+)
+def test_spikes_and_membranes_over_time_and_their_gradients_are_those_of_float64(backend, x, options):
+    net = net_of(backend=backend, **options)
+    reference, x64 = Reference(net), x.double().expand(STEPS, 4, 12)
+    expected = reference.run(x64)
+    activity = net.simulate(x, membranes=True, spikes=True)
+    trains = [spikes.dense() for spikes in activity.spikes]
+    for number, (of_steps, train) in enumerate(zip(reference.membranes.values(), expected.values(), strict=True)):
+        torch.testing.assert_close(activity.membranes[number].double(), of_steps, rtol=1e-5, atol=1e-5)
+        assert torch.equal(trains[number].double(), train)
+        assert train.sum() > 0
+        assert torch.equal(activity.membranes[number][-1], activity.states[number][-1])
+    assert torch.equal(activity.counts, net.simulate(x).counts)
+    references = reference.gradients(loss_of(reference.membranes.values()) + lateness(expected.values()), expected, x64)
+    (loss_of(activity.membranes) + lateness(trains)).backward()
+    for name, parameter in net.named_parameters():
+        # float32 against float64, through 5 steps and 3 layers
+        torch.testing.assert_close(parameter.grad.double(), references[name], rtol=1e-3, atol=1e-5)
+        assert parameter.grad.abs().sum() > 0 or name == "lif3.b"
+
+
+@pytest.mark.parametrize("backend", backends_of(operator))
+def test_counts_rates_and_their_gradients_are_the_same_with_and_without_spikes_over_time(backend):
+    results = []
+    for spikes in (False, True):
+        net = net_of(backend=backend, dropout=0.3)
+        activity = net.simulate(X, dropped=net.drop(4, seeded(2)), spikes=spikes)
+        (activity.counts.square().sum() + 10 * activity.rates[0].sum()).backward()
+        results.append([activity.counts.detach(), *activity.rates, *(parameter.grad for parameter in net.parameters())])
+        assert activity.spikes[0].dense().requires_grad == spikes
+    # float32 sums in two orders, through 5 steps and 3 layers
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+def test_membranes_of_dropped_neurons_are_zero_and_parts_are_the_whole():
+    net = net_of(dropout=0.5)
+    dropped = net.drop(4, seeded(2))
+    whole = net.simulate(X, dropped=dropped, membranes=True)
+    for membranes, of_layer in zip(whole.membranes, dropped, strict=False):
+        assert not membranes[:, of_layer].any()
+        assert membranes[:, ~of_layer].all()
+    first = net.simulate(X[:2], dropped=dropped, membranes=True)
+    second = net.simulate(X[2:], first.state, dropped=dropped, membranes=True)
+    joined = tuple(map(torch.cat, zip(first.membranes, second.membranes, strict=True)))
+    torch.testing.assert_close(joined, tuple(whole.membranes))
+
+
+def test_membranes_of_half_precision_are_float32_and_are_kept_where_they_are_wanted_and_can_be_had():
+    net = net_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        membranes = net.simulate(X, membranes=True).membranes
+    assert {each.dtype for each in membranes} == {torch.float32}
+    assert net.simulate(X).membranes is net.simulate(X, chunk=2).membranes is None
+    with pytest.raises(ValueError, match=r"chunk=2 does not keep the membranes that a layer is to give; leave it out"):
+        net.simulate(X, chunk=2, membranes=True)
+    net.lif2.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match="membranes=True was given to a network whose modules are called in turn"):
+        net.simulate(X, membranes=True)
 
 
 def membranes_in_steps(net, x):
@@ -83,8 +166,7 @@ def test_a_network_from_snntorch_counts_only_spikes_that_are_meant(caplog):
     theirs = to_snntorch(net)
     with pytest.raises(ValueError, match="lif3 has no reset and returns membranes; say what is read from them"):
         from_snntorch(theirs, T=STEPS)
-    back = from_snntorch(theirs, T=STEPS, readout="mean")
-    torch.testing.assert_close(back(X), net(X))
+    torch.testing.assert_close(from_snntorch(theirs, T=STEPS, readout="mean")(X), net(X))
     assert from_snntorch(theirs, T=STEPS, readout="counts")(X).any()
     assert not caplog.records
     theirs.lif3.output = False  # as in loops that take the membranes themselves
@@ -111,8 +193,7 @@ def test_neurons_that_integrate_have_no_spikes_and_their_membranes_by_steps(read
     membranes = membranes_in_steps(net, X)
     torch.testing.assert_close(membranes, net.simulate(X, membranes=True).membranes[-1])
     torch.testing.assert_close(READ[readout](membranes), activity.readout)
-    second = net.simulate(X[2:], net.simulate(X[:2]).state)
-    torch.testing.assert_close(second.output, READ[readout](membranes[2:]))
+    torch.testing.assert_close(net.simulate(X[2:], net.simulate(X[:2]).state).output, READ[readout](membranes[2:]))
 
 
 @pytest.mark.skipif("cpu" not in backends_of(operator), reason="the CPU kernels were not built")
@@ -129,15 +210,6 @@ def test_in_bfloat16_the_cpu_kernels_take_the_currents_of_single_steps():
     torch.testing.assert_close(*outcomes)
 
 
-def test_the_last_membrane_in_chunks_has_the_same_gradients():
-    gradients = []
-    for chunk in (None, 2):
-        net = net_of("last")
-        F.cross_entropy(net.simulate(X, chunk=chunk).output, LABELS).backward()
-        gradients.append([parameter.grad for parameter in net.parameters()])
-    torch.testing.assert_close(*gradients)
-
-
 def test_what_cannot_be_read_is_refused_by_name():
     net = net_of("mean")
     optimizer, activity = torch.optim.Adam(net.parameters()), net.simulate(X)
@@ -151,10 +223,7 @@ def test_what_cannot_be_read_is_refused_by_name():
         (lambda: to_nir(net), "readout='mean' cannot be written to NIR"),
         (lambda: DSTScheduler(net, optimizer, prune="set", grow="hebb"), "a correlation needs output spikes"),
         (lambda: of_layers.step(X, activity), "a correlation needs output spikes, and this activity is a readout"),
-        (
-            lambda: SpikingStack([recurrent], 5, readout="last"),
-            "'last' is of neurons that do not spike, but rec1 sends",
-        ),
+        (lambda: SpikingStack([recurrent], 5, readout="last"), "'last' is of neurons that do not spike, but rec1"),
         (lambda: SpikingStack([foreign], 5, readout="last"), "and lif1 is a ReLU"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):

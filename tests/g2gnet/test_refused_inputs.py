@@ -4,12 +4,15 @@ import logging
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from torch import nn
 from training_runs import run
 
-from g2gnet import LIF, G2GNet, SpikingStack
+from g2g_kernels import BlockMask, GroupLayout
+from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack
 from g2gnet.data import DataError, as_samples, dataset_name, load_dataset
+from g2gnet.settings import NetworkSettings
 
 
 @pytest.mark.parametrize(
@@ -21,44 +24,103 @@ def test_samples_that_are_not_floats_are_refused_with_what_makes_them_so(options
     with pytest.raises(TypeError, match=rf"samples are {dtype}, not floats; g2gnet.data.as_samples"):
         net(images.reshape(2, -1).to(dtype))
     assert net(as_samples(images)).shape == (2, 10)
-
-
-def test_inputs_that_are_no_tensors_are_refused():
-    net = G2GNet(784, 32, 10, T=3, block_size=8)
     for x, call in ((None, net), ([[0.5] * 784], net.encode), (np.zeros((2, 784), np.float32), net.simulate)):
         with pytest.raises(TypeError, match=rf"the input is a {type(x).__name__}, not a tensor"):
             call(x)
 
 
-def test_what_a_network_cannot_be_made_of_is_named():
-    with pytest.raises(ValueError, match="hidden_dim=0 must be a whole number from 1 to"):
-        G2GNet(784, [256, 0], 10)
-    with pytest.raises(TypeError, match="fc1 is a Conv2d; a network joins G2GLinear layers"):
-        SpikingStack([(nn.Conv2d(1, 8, 3), LIF())])
+def net_of(**options):
+    return G2GNet(**{"input_dim": 30, "hidden_dim": 40, "num_classes": 10, "block_size": 4, **options})
+
+
+def layer(out=4, into=3, **options):
+    return G2GLinear(BlockMask.full(GroupLayout(out, 1), GroupLayout(into, 1)), **options)
+
+
+MATRIX = scipy.sparse.coo_matrix(np.eye(4))
+BETA, WHOLE = torch.tensor([0.1, 0.2, 0.3]), "T=.* must be a whole number of"
+WRONG_VALUES = [
+    # of networks
+    (lambda: net_of(model="ring"), "model='ring' is unknown; choose one of dense, index, random, mixer"),
+    (lambda: net_of(neuron="if"), "neuron='if' is unknown; choose one of lif, synaptic, adlif"),
+    (lambda: net_of(enc="latency"), "enc='latency' is unknown; choose one of current, rate"),
+    (lambda: net_of(p_inter=1.5), "p_inter=1.5 must be a number from 0 to 1"),
+    *((lambda steps=steps: net_of(T=steps), WHOLE) for steps in (-1, 2.5, np.float64(2), True, "3", 10**26)),
+    (lambda: net_of(init_gain=1e-310), "init_gain=1e-310 must be"),  # numbers that no kernel can hold
+    (lambda: net_of(enc_scale=1e300), r"enc_scale=1e\+300 must be a finite number"),
+    (lambda: net_of(beta=float("nan")), "beta=nan must be a number"),
+    (lambda: net_of(num_groups=10**26), "num_groups=1000.* must be a whole number"),
+    (lambda: net_of(block_size=10**26), "block_size=1000.* must be a whole number"),
+    (lambda: net_of(hidden_dim=10**12), r"hidden_dim=1000.* must be a whole number from 1 to 2147483647"),
+    (lambda: net_of(hidden_dim=[256, 0]), "hidden_dim=0 must be a whole number from 1 to"),
+    (lambda: net_of(hidden_dim=[]), "is empty; give at least one number"),
+    (lambda: net_of(hidden_dim=[16], feedback=True), "feedback joins a hidden layer to the one below it"),
+    (lambda: net_of(recurrent=[3]), "there are 2 hidden layers"),
+    (lambda: net_of(recurrent=[1, 1]), "names a layer twice"),
+    (lambda: net_of(recurrent="no"), "recurrent='no' must be True or False"),
+    (lambda: net_of(standardize=1), "standardize=1 must be True or False"),
+    (lambda: net_of(per_neuron=None), "per_neuron=None must be True or False"),
+    (lambda: net_of(learn_beta="no"), "learn_beta='no' must be True or False"),
+    (lambda: net_of(learn_delay=True), "learn_delay=True has no effect with delay=0"),
+    (lambda: NetworkSettings(p_rec_inter=0.1), "p_rec_inter=0.1 has no effect without recurrent; give `recurrent`, or"),
+    (lambda: NetworkSettings(rec_gain=0.5), "rec_gain=0.5 has no effect without recurrent; give `recurrent`, or leave"),
+    (lambda: NetworkSettings(recurrent=True, model="dense", p_rec_inter=0.1), "no effect with model=dense; give `mod"),
+    (lambda: NetworkSettings(recurrent=True, density="erk", p_rec_inter=0.1), "no effect with density=erk; give `dens"),
+    # of stacks
+    (lambda: SpikingStack([]), "layers is empty"),
+    (lambda: SpikingStack([(layer(), LIF()), (layer(), LIF())]), "fc2 has 3 inputs, but lif1 has 4 neurons for fc1"),
+    (lambda: SpikingStack([(layer(), LIF(), layer(4, 5, bias=False))]), "rec1 has 5 inputs, but lif1 has 4 neurons"),
+    (lambda: SpikingStack([(layer(), LIF(), layer(4, 4))]), "rec1 has a bias"),
+    (lambda: G2GLinear.from_scipy(MATRIX.astype(complex)), "complex"),
+    (lambda: G2GLinear.from_scipy(MATRIX, bias=torch.zeros(3)), r"bias has shape \[3\], the layer 4 outputs"),
+    # of neurons
+    (lambda: LIF(beta=BETA), r"beta is a tensor \[3\]; give one number, or give the number of neurons first"),
+    (lambda: LIF(4, beta=BETA), r"beta is a tensor \[3\]; give \[4\]"),
+    (lambda: LIF(2, beta=torch.tensor([0.5, float("nan")])), "beta=nan must be a number"),
+    (lambda: LIF(tau=0.0, dt=1.0), "tau=0.0 must be a number above 0"),
+    (lambda: LIF(tau=BETA, dt=1.0), r"tau is a tensor \[3\]; give one number"),
+    (lambda: LIF(tau=20.0, dt=-1.0), "dt=-1.0 must be"),
+]  # fmt: skip
+WRONG_TYPES = [
+    (lambda: net_of(syn_decay=0.5), "syn_decay: unknown to lif neurons, which have beta, threshold"),
+    (lambda: LIF(tau_syn=5.0, dt=1.0), "tau_syn: unknown to lif"),
+    (lambda: G2GLinear.from_scipy(torch.ones(4, 4)), "Tensor"),
+    (lambda: BlockMask.from_dense(MATRIX), r"mask is a coo_matrix, not a tensor; .* G2GLinear\.from_scipy"),
+    (lambda: G2GLinear.from_linear(nn.Linear(4, 4), np.ones((4, 4))), "mask is a ndarray, not a tensor; give torch"),
+    (lambda: LIF(tau=20.0), "needs dt"),
+    (lambda: LIF(tau=20.0, dt=1.0, beta=0.9), "the same parameter"),
+    (lambda: SpikingStack([(nn.Conv2d(1, 8, 3), LIF())]), "fc1 is a Conv2d; a network joins G2GLinear layers"),
+    (lambda: SpikingStack(layer()), "layers is a G2GLinear; give a list of"),
+    (lambda: SpikingStack((layer(), LIF())), "layer 1 is a G2GLinear; give"),
+    (lambda: SpikingStack([(layer(), LIF(), nn.Linear(4, 4))]), "rec1 is Linear; give one G2GLinear"),
+    (lambda: SpikingStack([(layer(), LIF(), layer(4, 4), layer(4, 4))]), "rec1 is G2GLinear and G2GLinear"),
+]
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("recurrent", "no"), ("standardize", 1), ("per_neuron", None), ("learn_beta", "no")]
+    ("error", "make", "message"),
+    [*((ValueError, *each) for each in WRONG_VALUES), *((TypeError, *each) for each in WRONG_TYPES)],
 )
-def test_a_flag_that_is_neither_true_nor_false_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name}={value!r} must be True or False"):
-        G2GNet(784, 32, 10, block_size=8, **{name: value})
+def test_what_nothing_can_be_made_of_is_named(error, make, message):
+    with pytest.raises(error, match=message):
+        make()
 
 
-def save(path, images, labels):
+def save(path, images):
+    labels = np.arange(len(images)) % 3
     np.savez(path, train_images=images, train_labels=labels, test_images=images, test_labels=labels)
     return dataset_name(str(path))
 
 
 def test_images_in_float64_become_float32(tmp_path):
-    images, labels = np.linspace(0, 1, 24).reshape(6, 4), np.arange(6) % 3
-    data = load_dataset(save(tmp_path / "own.npz", images, labels))
+    images = np.linspace(0, 1, 24).reshape(6, 4)
+    data = load_dataset(save(tmp_path / "own.npz", images))
     assert data.train_images.dtype == torch.float32
     np.testing.assert_array_equal(data.train_images, images.astype(np.float32))
     with pytest.raises(DataError, match=r"float16 \[6, 4\], not uint8, float32 or float64 \[N, ...\]"):
-        load_dataset(save(tmp_path / "half.npz", images.astype(np.float16), labels))
+        load_dataset(save(tmp_path / "half.npz", images.astype(np.float16)))
     with pytest.raises(DataError, match="not finite everywhere"):
-        load_dataset(save(tmp_path / "large.npz", images * 1e300, labels))
+        load_dataset(save(tmp_path / "large.npz", images * 1e300))
 
 
 @pytest.mark.parametrize(("scale", "warned"), [(1.0, False), (2.0, True)])

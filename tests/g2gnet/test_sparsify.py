@@ -23,61 +23,46 @@ def linear(in_size=30, out_size=24, **options):
     return nn.Linear(in_size, out_size, **options)
 
 
-# --- one layer ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_layer_from_a_linear_one_computes_the_masked_product(bias, dtype):
-    dense, mask = linear(bias=bias, dtype=dtype), block_mask()
+@pytest.mark.parametrize(("bias", "dtype"), [(True, torch.float32), (False, torch.float64)])
+def test_a_layer_from_a_linear_one_computes_the_masked_product_and_becomes_one_again(bias, dtype):
+    dense, mask = linear(bias=bias, dtype=dtype).eval(), block_mask()
+    dense.weight.requires_grad_(False)
+    draws = torch.get_rng_state()
     layer = G2GLinear.from_linear(dense, mask)
-    masked = dense.weight * mask.to_dense()
+    masked, x = dense.weight * mask.to_dense(), torch.randn(5, 30, generator=seeded(1), dtype=dtype)
     assert torch.equal(layer.dense_weight(), masked)
-    x = torch.randn(5, 30, generator=seeded(1), dtype=dtype)
-    torch.testing.assert_close(layer(x), nn.functional.linear(x, masked, dense.bias))
     assert layer.values.dtype == dtype
     assert layer.mask is not mask, "rewiring the layer must not rewire the caller's mask"
+    again = layer.to_linear()
+    assert type(again) is nn.Linear
+    assert torch.equal(again.weight, masked)
+    for each, weight in ((layer, layer.values), (again, again.weight)):
+        torch.testing.assert_close(each(x), nn.functional.linear(x, masked, dense.bias))
+        assert not weight.requires_grad
+        assert each.bias.requires_grad if bias else each.bias is None
+        assert not each.training
+    assert torch.equal(torch.get_rng_state(), draws)
+    for parameter in again.parameters():
+        parameter.data.zero_()
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, masked, dense.bias))
 
 
-def test_a_dense_mask_is_taken_as_single_weights_and_no_mask_as_all():
-    dense = linear()
-    kept = torch.rand(24, 30, generator=seeded(1)) < 0.3
+def test_the_mask_is_dense_or_that_of_a_pruned_layer_or_all():
+    dense, kept = linear(), torch.rand(24, 30, generator=seeded(1)) < 0.3
     layer = G2GLinear.from_linear(dense, kept)
     assert layer.mask.block_size == 1
     assert torch.equal(layer.dense_weight(), dense.weight * kept)
     full = G2GLinear.from_linear(dense)
     assert full.mask.is_full
     assert torch.equal(full.dense_weight(), dense.weight)
-
-
-def test_the_mask_of_a_pruned_layer_is_found_and_later_training_too():
-    dense = linear()
-    kept = (torch.rand(24, 30, generator=seeded(1)) < 0.3).float()
+    with pytest.raises(ValueError, match=r"mask describes \(24, 31\) weights, the linear layer has \(24, 30\)"):
+        G2GLinear.from_linear(dense, block_mask(24, 31))
     prune.custom_from_mask(dense, "weight", kept)
     with torch.no_grad():
         dense.weight_orig += 1  # as an optimizer step would; dense.weight follows at the next forward pass
     layer = G2GLinear.from_linear(dense)
-    assert torch.equal(layer.mask.to_dense(), kept.bool())
+    assert torch.equal(layer.mask.to_dense(), kept)
     assert torch.equal(layer.dense_weight(), dense.weight_orig * kept)
-
-
-def test_frozen_stays_frozen_and_random_numbers_are_not_used_up():
-    dense = linear()
-    dense.weight.requires_grad_(False)
-    before = torch.get_rng_state()
-    layer = G2GLinear.from_linear(dense.eval(), block_mask())
-    assert torch.equal(torch.get_rng_state(), before)
-    assert not layer.values.requires_grad
-    assert layer.bias.requires_grad
-    assert not layer.training
-
-
-def test_a_mask_of_another_shape_is_named():
-    with pytest.raises(ValueError, match=r"mask describes \(24, 31\) weights, the linear layer has \(24, 30\)"):
-        G2GLinear.from_linear(linear(), block_mask(24, 31))
-
-
-# --- a whole model ------------------------------------------------------------------------------------------------
 
 
 def classifier():
@@ -89,12 +74,10 @@ def test_linear_layers_anywhere_are_replaced_and_their_weights_kept():
     model, before = classifier(), classifier()
     assert sparsify(model, 0.2, "mixer", block_size=4, generator=seeded(0)) is model
     layers = [model[0], model[2][0], model[3]]
-    kinds = [layer.mask.rows.layout.kind for layer in layers]
-    assert kinds == ["index", "interleaved", "index"]
+    assert [layer.mask.rows.layout.kind for layer in layers] == ["index", "interleaved", "index"]
     for layer, dense in zip(layers, (before[0], before[2][0], before[3]), strict=True):
         assert 0.2 < layer.mask.density < 0.45
-        with torch.no_grad():
-            dense.weight *= layer.mask.to_dense()
+        dense.weight.data *= layer.mask.to_dense()
     x = torch.randn(6, 30, generator=seeded(1))
     torch.testing.assert_close(model(x), before(x))
 
@@ -112,6 +95,11 @@ def test_skipped_and_foreign_layers_stay_and_shared_ones_stay_shared():
     assert isinstance(sparsify(linear(), num_groups=4), G2GLinear)
 
 
+def tied(model):
+    model.decoder = nn.Linear(30, 40)
+    model.decoder.weight = model[0].weight
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -120,16 +108,16 @@ def test_skipped_and_foreign_layers_stay_and_shared_ones_stay_shared():
         ({"num_groups": 0}, "num_groups=0 must be a whole number of at least 1"),
         ({"skip": ["head"]}, "skip names head; the linear layers are 0, 2.0, 3"),
         ({"skip": ["0", "2.0", "3"]}, "model has no nn.Linear to replace"),
+        ({"skip": ["2.0", "3"], "prepare": tied},
+         r"no nn.Linear to replace; these stay dense: 0 \(shares weights with decoder\); decoder"),
     ],
-)
+)  # fmt: skip
 def test_what_cannot_be_made_sparse_is_named_and_the_model_stays(options, message):
-    model = classifier()
+    options, model = dict(options), classifier()
+    options.pop("prepare", lambda model: None)(model)
     with pytest.raises(ValueError, match=message):
         sparsify(model, **options)
     assert not any(isinstance(module, G2GLinear) for module in model.modules())
-
-
-# --- what somebody gave a layer -----------------------------------------------------------------------------------
 
 
 def test_hooks_of_calls_go_on_and_their_handles_remove_them():
@@ -151,42 +139,25 @@ def test_hooks_of_calls_go_on_and_their_handles_remove_them():
     assert len(seen) == 3
 
 
-def tied(model):
-    model.decoder = nn.Linear(30, 40)
-    model.decoder.weight = model[0].weight
-
-
 def embedded(model):
     model.embedding = nn.Embedding(40, 30)
     model[0].weight = model.embedding.weight
-
-
-def on_layer_0(change):
-    """What changes the first layer of a model."""
-    return lambda model: change(model[0])
 
 
 #: what is done to layer 0 of a classifier, and what is said of it
 LEFT_ALONE = {
     "tied": (tied, "0 (shares weights with decoder); decoder (shares weights with 0)"),
     "embedded": (embedded, "0 (shares weights with embedding)"),
-    "normalised": (on_layer_0(nn.utils.parametrizations.weight_norm), "0 (parametrized, as by weight_norm)"),
-    "spectral": (on_layer_0(nn.utils.spectral_norm), "0 (with weight_orig, weight_u, weight_v of its own"),
-    "pruned": (
-        on_layer_0(lambda layer: prune.l1_unstructured(layer, "weight", 0.5)),
-        "0 (with weight_orig, weight_mask of its own; G2GLinear.from_linear keeps a pruned mask)",
-    ),
-    "hooked": (on_layer_0(lambda layer: layer.weight.register_hook(torch.neg)), "0 (with hooks on its weights)"),
-    "saved otherwise": (
-        on_layer_0(lambda layer: layer.register_state_dict_pre_hook(lambda *_: None)),
-        "0 (with hooks on its state_dict)",
-    ),
-    "called otherwise": (
-        on_layer_0(lambda layer: setattr(layer, "forward", lambda x: x.new_ones(len(x), 40))),
-        "0 (with a custom forward)",
-    ),
+    "normalised": (lambda model: nn.utils.parametrizations.weight_norm(model[0]), "0 (parametrized, as by weight_nor"),
+    "spectral": (lambda model: nn.utils.spectral_norm(model[0]), "0 (with weight_orig, weight_u, weight_v of its own"),
+    "pruned": (lambda model: prune.l1_unstructured(model[0], "weight", 0.5),
+               "0 (with weight_orig, weight_mask of its own; G2GLinear.from_linear keeps a pruned mask)"),
+    "hooked": (lambda model: model[0].weight.register_hook(torch.neg), "0 (with hooks on its weights)"),
+    "saved otherwise": (lambda model: model[0].register_state_dict_pre_hook(print), "0 (with hooks on its state_dict)"),
+    "called otherwise": (lambda model: setattr(model[0], "forward", lambda x: x.new_ones(3, 40)),
+                         "0 (with a custom forward)"),
     "of a class": (lambda model: model.__setitem__(0, type("Mine", (nn.Linear,), {})(30, 40)), "0 (of the class Mine)"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("prepare", "said"), LEFT_ALONE.values(), ids=LEFT_ALONE)
@@ -204,18 +175,7 @@ def test_layers_that_would_lose_what_they_were_given_stay_and_are_named(prepare,
     assert isinstance(model[3], G2GLinear)
 
 
-def test_a_model_of_nothing_but_such_layers_is_refused_with_their_names():
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-    model[2].weight = model[0].weight
-    with pytest.raises(ValueError, match=r"no nn.Linear to replace; these stay dense: 0 \(shares weights with 2\); 2"):
-        sparsify(model)
-
-
 # --- rewiring in anyone's loop ------------------------------------------------------------------------------------
-
-
-def units_of(layer):
-    return set(zip(layer.mask.unit_row.tolist(), layer.mask.unit_col.tolist(), strict=True))
 
 
 class SpikingLoop(nn.Module):
@@ -223,10 +183,8 @@ class SpikingLoop(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.fc1 = nn.Linear(30, 40)
-        self.lif1 = snntorch.Leaky(beta=0.9)
-        self.fc2 = nn.Linear(40, 10)
-        self.lif2 = snntorch.Leaky(beta=0.9)
+        self.fc1, self.lif1 = nn.Linear(30, 40), snntorch.Leaky(beta=0.9)
+        self.fc2, self.lif2 = nn.Linear(40, 10), snntorch.Leaky(beta=0.9)
 
     def forward(self, x):
         mem1, mem2, spikes = self.lif1.reset_mem(), self.lif2.reset_mem(), []
@@ -255,20 +213,17 @@ def test_three_lines_rewire_any_model_in_its_own_loop(name):
     model = MODELS[name]()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     dst = DSTScheduler(model, optimizer, interval=2, fraction=0.25)
-
-    before = [units_of(layer) for layer in dst.layers]
+    before = [set(layer.mask.flat_unit().tolist()) for layer in dst.layers]
     x, labels = torch.rand(8, 30, generator=seeded(1)) * 3, torch.arange(8)
-    updates = []
-    for _ in range(4):
-        loss = nn.functional.cross_entropy(model(x), labels)
+    for due in (False, True, False, True):
         optimizer.zero_grad()
-        loss.backward()
+        nn.functional.cross_entropy(model(x), labels).backward()
         optimizer.step()
-        updates.append(dst.step())
-    assert updates == [False, True, False, True]
+        assert dst.step() == due
     for layer, units in zip(dst.layers, before, strict=True):
-        assert len(units_of(layer)) == len(units)
-        assert units_of(layer) != units
+        now = set(layer.mask.flat_unit().tolist())
+        assert len(now) == len(units)
+        assert now != units
     assert dst.pruned == dst.grown > 0
     assert not any(module._forward_hooks for module in model.modules()), "hooks stay only where they are needed"
 
@@ -278,7 +233,7 @@ def recorded_correlations(model, run, monkeypatch):
     seen = []
 
     def spy(pre, post, *rest):
-        seen.append((pre.reshape(-1, pre.shape[-1]), post.reshape(-1, post.shape[-1])))
+        seen.append((pre.flatten(0, -2), post.flatten(0, -2)))
         return unit_correlation(pre, post, *rest)
 
     monkeypatch.setattr("g2gnet.dst.evidence.unit_correlation", spy)
@@ -290,35 +245,27 @@ def recorded_correlations(model, run, monkeypatch):
 
 def test_the_activity_of_a_spiking_loop_is_its_inputs_and_spikes_at_every_step(monkeypatch):
     model, x = sparsify(SpikingLoop(), block_size=4), torch.rand(8, 30, generator=seeded(1)) * 3
-    spikes = {"lif1": [], "lif2": []}
-    for name, train in spikes.items():
-        model.get_submodule(name).register_forward_hook(lambda _, __, out, train=train: train.append(out[0].detach()))
+    trains = [], []
+    for cells, train in zip((model.lif1, model.lif2), trains, strict=True):
+        cells.register_forward_hook(lambda _, __, out, train=train: train.append(out[0].detach()))
 
     def run():
-        model.eval()
-        model(x * 2)  # an evaluation between the steps does not count
-        model.train()
-        for train in spikes.values():
+        model.eval()(x * 2)  # an evaluation between the steps does not count
+        for train in trains:
             train.clear()
-        model(x)
+        model.train()(x)
 
     (pre1, post1), (pre2, post2) = recorded_correlations(model, run, monkeypatch)
-    hidden, output = (torch.cat(train) for train in spikes.values())
+    hidden, output = map(torch.cat, trains)
     assert all(map(torch.equal, (pre1, post1, pre2, post2), (x.repeat(5, 1), hidden, hidden, output)))
     assert hidden.any()
 
 
 def test_the_activity_of_two_batches_before_one_step_is_joined(monkeypatch):
-    model, x = stack(), torch.rand(8, 30, generator=seeded(1)) * 3
-    activities = [model.simulate(x[:4]), model.simulate(x[4:])]
-
-    def run():
-        model(x[:4])
-        model(x[4:])
-
-    (pre1, post1), (pre2, _) = recorded_correlations(model, run, monkeypatch)
-    assert torch.equal(pre1, torch.cat([x[:4].repeat(5, 1), x[4:].repeat(5, 1)]))
-    hidden = torch.cat([activity.spikes[0].dense().flatten(0, 1) for activity in activities])
+    model, parts = stack(), (torch.rand(8, 30, generator=seeded(1)) * 3).split(4)
+    hidden = torch.cat([model.simulate(part).spikes[0].dense().flatten(0, 1) for part in parts])
+    (pre1, post1), (pre2, _) = recorded_correlations(model, lambda: [*map(model, parts)], monkeypatch)
+    assert torch.equal(pre1, torch.cat([part.repeat(5, 1) for part in parts]))
     assert all(torch.equal(found, hidden) for found in (post1, pre2))
 
 
@@ -331,31 +278,27 @@ def test_the_last_layer_of_a_classifier_has_its_own_output_as_activity(monkeypat
     assert torch.equal(post3, logits)
 
 
-def test_a_model_and_its_layers_are_rewired_alike():
-    """Given the network or its layers with their activity, the scheduler does the same."""
+@pytest.mark.parametrize(("prune_rule", "grow"), [("hebb", "hebb"), ("hebb", "gradient"), ("set", "hebb")])
+def test_a_network_is_rewired_alike_however_its_activity_is_seen(prune_rule, grow):
+    """By the network, by its layers and what they did, of spikes with gradients, or of modules that are called."""
     states = []
-    for by_layers in (True, False):
-        net = small_net(block_size=3, T=5)
+    for how in ("network", "layers", "spikes", "called"):
+        net = small_net(block_size=3, T=5, backend="torch")
+        layers = list(net.connections().values())
+        if how == "called":
+            net.fc2.register_forward_hook(lambda *_: None)
+            net.fc1 = nn.Sequential(net.fc1)
         optimizer = torch.optim.Adam(net.parameters())
-        dst = DSTScheduler([net.fc1, net.fc2, net.fc3] if by_layers else net, optimizer, interval=1, prune="hebb")
+        rules = {"interval": 1, "prune": prune_rule, "grow": grow}
+        dst = DSTScheduler(layers if how == "layers" else net, optimizer, **rules)
         x = torch.rand(6, 30, generator=seeded(1)) * 3
         for _ in range(2):
-            activity = net.simulate(x)
+            activity = net.simulate(x, spikes=how == "spikes")
             activity.counts.square().sum().backward()
             optimizer.step()
-            dst.step(*((x, activity) if by_layers else ()))
-        states.append(net.state_dict())
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-
-
-def test_what_cannot_be_rewired_is_named():
-    model = classifier()
-    stale = torch.optim.Adam(model.parameters())
-    with pytest.raises(ValueError, match=r"no G2GLinear layer to rewire; g2gnet.sparsify\(model\) creates them"):
-        DSTScheduler(model, stale)
-    sparsify(model)
-    with pytest.raises(ValueError, match="optimizer does not hold the weights of layer 0, 40 × 30"):
-        DSTScheduler(model, stale)
-    dst = DSTScheduler(model, torch.optim.Adam(model.parameters()), interval=1)
-    with pytest.raises(RuntimeError, match="no activity of layer 0 was recorded in this step"):
-        dst.step()
+            dst.step(*((x, activity) if how == "layers" else ()))
+        assert dst.pruned > 0
+        states.append({name.replace("fc1.0.", "fc1."): tensor for name, tensor in net.state_dict().items()})
+    for state in states[1:]:
+        torch.testing.assert_close(state, states[0], rtol=1e-3, atol=1e-3)
+        assert all(torch.equal(state[name], states[0][name]) for name in state if name.endswith("wiring"))

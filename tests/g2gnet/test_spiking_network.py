@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -20,6 +19,7 @@ from g2gnet.interop import to_snntorch
 T, B, D = 11, 3, 10
 SIZES = {"input": D, "a": 9, "b": 13, "c": 6, "out": 5}
 BACKENDS = [name for name in ("torch", "cpu") if name in available_backends()]
+COLUMNS = "pre", "post", "weight", "delay", "sizes"
 
 
 def joined(source: str, target: str, draw: torch.Generator, unit: int = 1, bias: bool = True) -> G2GLinear:
@@ -48,6 +48,8 @@ GRAPHS = {
 
 #: of layers in a chain, as a stack
 STACKS = {"stack": False, "recurrent stack": True}
+#: those whose states hold what delays need, and chains
+CONTINUED = ["chain", "chain with delays", "skips", "self-loops", "ring", "learned on a cycle", *STACKS]
 
 
 def network(name: str, backend: str | None = None, unit: int = 1, seed: int = 0, **options) -> SpikingNetwork:
@@ -76,14 +78,15 @@ def loss_of(spikes: Iterable[torch.Tensor]) -> torch.Tensor:
     return sum((each * torch.randn(each.shape, generator=draw, dtype=torch.float64).to(each)).sum() for each in spikes)
 
 
-@every_pair(name=GRAPHS, backend=BACKENDS, held=(False, True))
-def test_spikes_and_gradients_are_those_of_the_definition(backend, name, held):
-    net = network(name, backend, unit={"skips": 4, "feedback": 16}.get(name, 1))
+@every_pair(name=GRAPHS, backend=BACKENDS, held=(False, True), dropout=(0.0, 0.25))
+def test_spikes_and_gradients_are_those_of_the_definition(backend, name, held, dropout):
+    """Dropped neurons are silent, and the others send more."""
+    net = network(name, backend, unit={"skips": 4, "feedback": 16}.get(name, 1), dropout=dropout).train()
     x = torch.rand((B, D) if held else (T, B, D), generator=seeded(4)) * 2
     x64 = (x.expand(T, B, D) if held else x).double().requires_grad_()
-    reference = Reference(net)
-    expected = reference.run(x64)
-    activity = net.simulate(x.requires_grad_(), spikes=True)
+    reference, dropped = Reference(net), net.drop(B, seeded(3)) if dropout else None
+    expected = reference.run(x64, dict(zip(net.populations, dropped or (), strict=False)), 1 / (1 - dropout))
+    activity = net.simulate(x.requires_grad_(), dropped=dropped, spikes=True)
     ours = {each: train.dense() for each, train in activity.spikes.items()}
     assert sum(each.sum() for each in ours.values()) > 50
     for each in net.populations:
@@ -96,10 +99,6 @@ def test_spikes_and_gradients_are_those_of_the_definition(backend, name, held):
         error = rms(parameter.grad.double() - gradients[each])
         # one number for all neurons is a sum of a thousand terms of both signs
         assert error <= (2e-4 if parameter.numel() == 1 else 2e-5) * rms(gradients[each]) + 1e-7, each
-
-
-#: those whose states hold what delays need, and chains
-CONTINUED = ["chain", "chain with delays", "skips", "self-loops", "ring", "learned on a cycle", *STACKS]
 
 
 def tensors_of(state) -> list[torch.Tensor]:
@@ -184,18 +183,6 @@ def test_what_began_under_autocast_goes_on_without_and_again_under_it(backend, n
         assert torch.equal(net.simulate(x, state).counts, net.simulate(x, wide).counts)
 
 
-@pytest.mark.parametrize("name", ["chain with delays", "skips", "feedback", "self-loops"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_dropped_neurons_are_silent_and_the_others_send_more(backend, name):
-    net = network(name, backend, dropout=0.25).train()
-    x = torch.rand(T, B, D, generator=seeded(4)) * 2
-    dropped = net.drop(B, seeded(3))
-    expected = Reference(net).run(x.double(), dict(zip(net.populations, dropped, strict=False)), 1 / 0.75)
-    activity = net.simulate(x, dropped=dropped)
-    for each in net.populations:
-        assert torch.equal(activity.spikes[each].dense().double(), expected[each])
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_membranes_and_readouts(backend):
     net = network("feedback", backend, readout="mean")
@@ -223,26 +210,19 @@ def test_synaptic_operations_count_what_arrives(backend, name, held):
         assert sum(operations[each][:2]) == expected, each
 
 
-def test_a_loaded_network_has_the_delays_of_the_other():
-    ours, theirs = network("chain with delays", seed=1), network("chain with delays")
-    missing = ours.load_state_dict(theirs.state_dict())
-    assert not missing.missing_keys
-    x = torch.rand(B, D, generator=seeded(4)) * 2
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_loaded_network_has_the_delays_of_the_other_and_those_out_of_bounds_are_refused(backend):
+    ours, theirs = network("chain with delays", backend, seed=1), network("chain with delays", backend)
+    state, x = theirs.state_dict(), torch.rand(B, D, generator=seeded(4)) * 2
+    ours.load_state_dict(state)
     assert torch.equal(ours(x), theirs(x))
     assert torch.equal(ours.a_to_b_delay, theirs.a_to_b_delay)
-    state = theirs.state_dict()
-    state["a_to_b_delay"] = state["a_to_b_delay"] + 4
     with pytest.raises(RuntimeError, match=r"a_to_b_delay is from 4 to \d; this network has room for 0 to 4"):
-        network("chain with delays").load_state_dict(state)
-
-
-@pytest.mark.parametrize("wrong", [-1, 5])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_delays_that_were_written_out_of_their_bounds_are_refused(backend, wrong):
-    net = network("chain with delays", backend)
-    net.a_to_b_delay[2] = wrong
-    with pytest.raises((ValueError, RuntimeError), match=r"were from 0 to 4 when they were checked|out of bounds"):
-        net(torch.rand(B, D))
+        ours.load_state_dict({**state, "a_to_b_delay": state["a_to_b_delay"] + 4})
+    for wrong in (-1, 5):  # written into the buffer
+        ours.a_to_b_delay[2] = wrong
+        with pytest.raises((ValueError, RuntimeError), match=r"were from 0 to 4 when they were checked|out of bounds"):
+            ours(x)
 
 
 def test_the_graph_has_delays():
@@ -282,53 +262,46 @@ def test_arguments_that_cannot_be_are_refused_by_name():
     ):
         with pytest.raises(ValueError, match=message):
             Projection("a", "b", connection, **options)
-    with pytest.raises(ValueError, match="'step' is already an attribute of the network"):
-        SpikingNetwork({"step": LIF()}, [Projection("input", "step", connection)], "step")
-    for name in ("a.b", "", "_routes"):
-        with pytest.raises(ValueError, match="is no name of a module"):
+    no_name = "is no name of a module"
+    for name, message in (("step", "'step' is already an"), ("a.b", no_name), ("", no_name), ("_routes", no_name)):
+        with pytest.raises(ValueError, match=message):
             SpikingNetwork({name: LIF()}, [Projection("input", name, connection)], name)
+    with pytest.raises(TypeError, match="tuple is no Projection"):
+        SpikingNetwork({"b": LIF()}, [("input", "b", connection)], "b")
+    with pytest.raises(ValueError, match=r"chunk=4 does not know the spikes after a chunk, .*; leave it out"):
+        network("learned").simulate(torch.rand(T, B, D), chunk=4)
     late = Projection("input", "b", connection, 2, max_delay=5)
     for delays in (late, dataclasses.replace(late, delay=torch.full((9,), 2, dtype=torch.int32))):
         net = SpikingNetwork({"b": LIF()}, [delays], "b", T=3)
         assert net.delays("input_to_b").tolist() == [2] * 9
         assert net(torch.rand(2, 9)).shape == (2, 13)
-    with pytest.raises(TypeError, match="tuple is no Projection"):
-        SpikingNetwork({"b": LIF()}, [("input", "b", connection)], "b")
 
 
-def test_correlations_are_of_spikes_as_they_arrive():
-    net = network("chain with delays").train()
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("name", "connection"), [("chain with delays", "a_to_b"), ("recurrent stack", "rec1")])
+def test_correlations_are_of_spikes_as_they_arrive(name, connection, given):
+    """Those that the network records, and those of an activity that its layers are given."""
+    net = network(name).train()
     x = torch.rand(T, B, D, generator=seeded(4)) * 2
-    layer = net.a_to_b
-    received = Reference(net)
-    received.run(x.double())
-    arrived = torch.stack([received.arrived["a_to_b", t] for t in range(T)]).float()
-    spikes = net.simulate(x).spikes["b"].dense()
+    received, layer = Reference(net), net.get_submodule(connection)
+    spikes = [*received.run(x.double()).values()][next(r.target for r in net.routes() if r.name == connection)].float()
+    arrived = torch.stack([received.arrived[connection, t] for t in range(T)]).float()
     scores = unit_correlation(arrived, spikes, layer.mask)
-    present = layer.mask.present()
-    count = int(0.25 * present.sum())
-    best = scores.masked_fill(present, -2).flatten().topk(count).values  # of which many are 0
-    optimizer = torch.optim.SGD(net.parameters(), 0.0)
-    dst = DSTScheduler(net, optimizer, interval=1, fraction=0.25, prune="set", grow="hebb")
-    net.simulate(x).counts.sum().backward()
-    dst.step()
+    present = layer.mask.present().clone()
+    best = scores.masked_fill(present, -2).flatten().topk(int(0.25 * present.sum())).values  # of which many are 0
+    optimizer, layers = torch.optim.SGD(net.parameters(), 0.0), [*net.connections().values()]
+    rules = {"interval": 1, "fraction": 0.25, "prune": "set", "grow": "hebb"}
+    dst = DSTScheduler(layers if given else net, optimizer, **rules, network=net if given else None)
+    activity = net.simulate(x)
+    activity.counts.sum().backward()
+    dst.step(*((x, activity) if given else ()))
     assert best[0] > 0
     assert torch.equal(scores[layer.mask.present() & ~present].sort(descending=True).values, best)
-
-
-@pytest.mark.parametrize(("prune", "grow"), [("set", "random"), ("hebb", "gradient"), ("set", "hebb")])
-def test_every_rule_rewires_a_graph(prune, grow):
-    net = network("ring").train()
-    optimizer = torch.optim.Adam(net.parameters())
-    dst = DSTScheduler(net, optimizer, interval=1, fraction=0.3, prune=prune, grow=grow)
-    before = {name: layer.mask.num_units for name, layer in net.connections().items()}
-    for _ in range(2):
-        optimizer.zero_grad()
-        net.simulate(torch.rand(T, B, D, generator=seeded(4)) * 2).counts.square().sum().backward()
-        optimizer.step()
-        dst.step()
-    assert {name: layer.mask.num_units for name, layer in net.connections().items()} == before
-    assert dst.pruned == dst.grown > 0
+    if given:
+        with pytest.raises(
+            ValueError, match=r"of layers of \[.*\] neurons, .* DSTScheduler\(layers, optimizer, network="
+        ):
+            DSTScheduler(layers[::-1], optimizer, interval=1).step(x, activity)
 
 
 def test_a_net_of_settings_has_layers_feedback_and_delays():
@@ -350,77 +323,61 @@ def test_a_net_of_settings_has_layers_feedback_and_delays():
     assert list(G2GNet(D, [16], 5, block_size=4).connections()) == ["fc1", "fc2"]
     plain, same = (G2GNet(D, size, 5, block_size=4, generator=seeded(0)) for size in (16, [16, 16]))
     assert torch.equal(plain.fc2.values, same.fc2.values)
-    for options, message in (
-        ({"recurrent": [3]}, "there are 2 hidden layers"),
-        ({"recurrent": [1, 1]}, "names a layer twice"),
-        ({"learn_delay": True}, "learn_delay=True has no effect with delay=0"),
-        ({"hidden_dim": [16], "feedback": True}, "feedback joins a hidden layer to the one below it"),
-        ({"hidden_dim": []}, "is empty; give at least one number"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            G2GNet(D, **{"hidden_dim": 16, "num_classes": 5, **options})
 
 
 @pytest.mark.parametrize(
-    ("net", "message"),
+    ("make", "message"),
     [
-        ({"delay": 3}, "has no form for fc1, with delays up to 3 steps"),
-        ({"feedback": True}, "has no form for fb1, with delays up to 1 steps from population 2 to 1"),
-        (None, "takes a SpikingStack or a G2GNet, not a SpikingNetwork"),
+        (lambda: G2GNet(D, 16, 5, delay=3), "has no form for fc1, with delays up to 3 steps"),
+        (lambda: G2GNet(D, 16, 5, feedback=True), "for fb1, with delays up to 1 steps from population 2 to 1"),
+        (lambda: network("chain"), "takes a SpikingStack or a G2GNet, not a SpikingNetwork"),
     ],
 )
-def test_what_snntorch_cannot_express_is_refused_by_name(net, message):
-    ours = network("chain") if net is None else G2GNet(D, 16, 5, block_size=4, reset="zero", **net)
-    with pytest.raises(ValueError, match=f"to_snntorch {message}"):
-        to_snntorch(ours)
-
-
-def test_chunks_of_learned_delays_of_no_step_are_refused():
-    with pytest.raises(ValueError, match=r"chunk=4 does not know the spikes after a chunk, .*; leave it out"):
-        network("learned").simulate(torch.rand(T, B, D), chunk=4)
+def test_what_snntorch_cannot_express_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=f"to_snntorch .*{message}"):
+        to_snntorch(make())
 
 
 def test_learned_delays_follow_their_gradient():
     """The loss is least where a spike meets the step that it is wanted at: the delays that lead there are learned."""
-    mask = BlockMask.full(GroupLayout(6, 1), GroupLayout(6, 1), block_size=1)
-    connection = G2GLinear(mask, bias=False)
+    connection = G2GLinear(BlockMask.full(GroupLayout(6, 1), GroupLayout(6, 1), block_size=1), bias=False)
     connection.values.data = torch.eye(6).flatten()[:, None, None] * 2
-    wanted = torch.tensor([3, 4, 5, 7, 8, 9])
+    connection.values.requires_grad_(False)
     learned = Projection("input", "out", connection, torch.full((6,), 6.0), learn_delay=True, max_delay=12)
     net = SpikingNetwork({"out": LIF(beta=0.0, learn_beta=False)}, [learned], "out")
-    connection.values.requires_grad_(False)
     kernel = torch.exp(-(torch.arange(-20, 21) / 4.0).square())[None, None]  # spikes near the wanted step count, too
-    x = torch.zeros(18, 1, 6)
+    wanted, (x, target) = torch.tensor([3, 4, 5, 7, 8, 9]), torch.zeros(2, 18, 1, 6)
     x[1] = 1
-    target = torch.zeros(18, 1, 6)
     target[1 + wanted, 0, torch.arange(6)] = 1
-    smooth = lambda of: torch.nn.functional.conv1d(of[:, 0].T[:, None], kernel, padding=20)  # noqa: E731
     optimizer = torch.optim.Adam([net.input_to_out_delay], lr=0.2)
     for _ in range(60):
         optimizer.zero_grad()
-        spikes = net.simulate(x, spikes=True).spikes["out"].dense()
-        (smooth(spikes) - smooth(target)).square().sum().backward()
+        late = net.simulate(x, spikes=True).spikes["out"].dense() - target
+        torch.nn.functional.conv1d(late[:, 0].T[:, None], kernel, padding=20).square().sum().backward()
         optimizer.step()
     assert torch.equal(net.delays("input_to_out"), wanted)
 
 
 def test_edges_become_projections_one_for_each_delay():
     draw = np.random.default_rng(0)
-    pre, post, delay = draw.integers(0, 30, 200), draw.integers(0, 20, 200), draw.integers(0, 3, 200)
+    pre, post, delay = (draw.integers(0, high, 200) for high in (30, 20, 3))
     weight = draw.normal(size=200)
     weight[7] = 0.0  # a weight that exists
     made = Projection.from_edges("a", "b", pre, post, weight, delay, sizes=(30, 20))
     assert [each.delay for each in made] == [0, 1, 2]
     for each in made:
-        of_delay = delay == each.delay
-        dense = np.zeros((20, 30))
+        (of_delay,), dense, exists = np.nonzero(delay == each.delay), np.zeros((20, 30)), np.zeros((20, 30), bool)
         np.add.at(dense, (post[of_delay], pre[of_delay]), weight[of_delay])  # weights of a pair are added
-        exists = np.zeros((20, 30), bool)
         exists[post[of_delay], pre[of_delay]] = True
         assert np.array_equal(each.connection.mask.to_dense().numpy(), exists)
         assert np.allclose(each.connection.weight.detach().numpy(), dense, atol=1e-6)
     (same,) = Projection.from_edges("a", "b", torch.tensor(pre), post.tolist(), weight, 4, sizes=(30, 20))
     assert same.delay == 4
+    assert Projection.from_edges("a", "b", [], [], [], sizes=(3, 3)) == []
+    bfloat = torch.full((2,), 100.0, dtype=torch.bfloat16, requires_grad=True)
+    for hundreds in (np.array([100, 100], np.int8), np.array([100, 100], ">f4"), bfloat):  # are added without overflow
+        (made,) = Projection.from_edges("a", "b", [0, 0], [1, 1], hundreds, sizes=(3, 3))
+        assert made.connection.values.flatten().tolist() == [200.0]
 
 
 @pytest.mark.parametrize(
@@ -437,28 +394,9 @@ def test_edges_become_projections_one_for_each_delay():
         ((0, 0, 1.0), "pre of the edges a → b is int64"),
         (([0, 0], [0, 0], [3e38, 3e38]), "not finite, or that a float32 does not hold"),
         ((np.ma.array([0, 1], mask=[0, 1]), [0, 1], [1.0, 2.0]), "masked entries"),
+        *((([0], [0], [1.0], 0, sizes), "sizes") for sizes in (None, 3, (3,), (3, 3, 3), (3.0, 3), (0, 3))),
     ],
 )
 def test_edges_that_are_none_are_refused(columns, why):
     with pytest.raises(ValueError, match=why):
-        Projection.from_edges("a", "b", *columns, sizes=(30, 20))
-
-
-@pytest.mark.parametrize("sizes", [None, 3, (3,), (3, 3, 3), (3.0, 3), (0, 3)])
-def test_edges_need_both_sizes(sizes):
-    with pytest.raises(ValueError, match="sizes"):
-        Projection.from_edges("a", "b", [0], [0], [1.0], sizes=sizes)
-
-
-@pytest.mark.parametrize(
-    "weight",
-    [
-        np.array([100, 100], np.int8),
-        torch.tensor([100.0, 100.0], dtype=torch.bfloat16, requires_grad=True),
-        np.array([100, 100], ">f4"),
-    ],
-)
-def test_weights_of_any_numbers_are_added_without_overflow(weight):
-    (made,) = Projection.from_edges("a", "b", [0, 0], [1, 1], weight, sizes=(3, 3))
-    assert made.connection.values.flatten().tolist() == [200.0]
-    assert Projection.from_edges("a", "b", [], [], [], sizes=(3, 3)) == []
+        Projection.from_edges("a", "b", **{"sizes": (30, 20), **dict(zip(COLUMNS, columns, strict=False))})

@@ -1,6 +1,5 @@
 """Synaptic operations against a count by loops over every weight, and where they are reported."""
 
-import functools
 import itertools
 import pickle
 
@@ -10,101 +9,76 @@ from helpers import backends_of, compiles_whole, seeded
 from networks import small_net
 
 from g2g_kernels.ops.g2g_stack import operator
-from g2gnet import DSTScheduler, G2GNet
+from g2gnet import DSTScheduler
 from g2gnet.inspect import Batch, analyze_network
 from g2gnet.inspect.summaries import headline, layers_table
 
 B, T = 3, 5
 
 
-network = functools.partial(small_net, sizes=(14, 18, 5), p_inter=0.3, block_size=2, num_groups=4, T=T, enc_scale=4.0)
+def network(*model, **options):
+    """A network whose padding holds numbers, which are no weights."""
+    options = {"p_inter": 0.3, "block_size": 2, "num_groups": 4, "T": T, "enc_scale": 4.0, **options}
+    net = small_net(*model, sizes=(14, 18, 5), **options)
+    for connection, _ in net.layers():
+        connection.values.data.masked_fill_(~connection.mask.valid(), 9.0)
+    return net
 
 
 def by_loops(net, x, activity):
     """(additions, multiplications, dense) of each layer: every weight meets every input of its neuron, one by one."""
     counted, received = [], x
     for number, (connection, _) in enumerate(net.layers()):
-        vectors = received.reshape(-1, received.shape[-1]).tolist()
-        weights = connection.dense_weight().tolist()
-        operations = sum(
-            1
-            for vector, row in itertools.product(vectors, weights)
-            for value, weight in zip(vector, row, strict=True)
-            if value != 0 and weight != 0
-        )
-        spikes = all(value in (-1, 0, 1) for vector in vectors for value in vector)
+        vectors, weights = received.reshape(-1, received.shape[-1]), connection.dense_weight()
+        operations = sum(int(((vector != 0) & (row != 0)).sum()) for vector, row in itertools.product(vectors, weights))
         dense = len(vectors) * connection.in_features * connection.out_features
+        spikes = set(vectors.unique().tolist()) <= {-1, 0, 1}
         counted.append((operations, 0, dense) if spikes else (0, operations, dense))
         received = activity.spikes[number].dense()
     return counted
 
 
+OVER_TIME = torch.rand(T, B, 14, generator=seeded(1))
 INPUTS = {
-    "held": lambda: torch.rand(B, 14, generator=seeded(1)) * (torch.rand(B, 14, generator=seeded(2)) < 0.7),
-    "over time": lambda: torch.rand(T, B, 14, generator=seeded(1)),
-    "spikes": lambda: (torch.rand(T, B, 14, generator=seeded(1)) < 0.4).float(),
-    "signed spikes": lambda: torch.randint(-1, 2, (T, B, 14), generator=seeded(1)).float(),
-    "nothing": lambda: torch.zeros(T, B, 14),
+    "held": ("dense", torch.rand(B, 14, generator=seeded(1)) * (torch.rand(B, 14, generator=seeded(2)) < 0.7) * 3),
+    "over time": ("index", OVER_TIME * 3),
+    "spikes": ("mixer", (OVER_TIME < 0.4).float()),
+    "signed spikes": ("mixer", torch.randint(-1, 2, (T, B, 14), generator=seeded(1)).float()),
+    "nothing": ("dense", torch.zeros(T, B, 14)),
 }
 
 
 @pytest.mark.parametrize("backend", backends_of(operator))
-@pytest.mark.parametrize(
-    ("inputs", "model"),
-    list(zip(INPUTS.values(), ("dense", "index", "mixer", "mixer", "dense"), strict=True)),
-    ids=INPUTS,
-)
-def test_operations_are_those_of_every_weight_and_every_input(model, inputs, backend):
-    net, x = network(model, backend=backend).eval(), 3 * inputs()
-    if x.abs().max() == 3:
-        x /= 3
+@pytest.mark.parametrize(("model", "x"), INPUTS.values(), ids=INPUTS)
+def test_operations_are_those_of_every_weight_and_every_input(model, x, backend):
+    net = network(model, backend=backend).eval()
     activity = net.simulate(x)
     counted = activity.synaptic_operations()
     assert [tuple(layer) for layer in counted] == by_loops(net, x, activity)
     assert counted[1].accumulates > 0 or not x.any()
 
 
-def test_differentiable_spikes_and_dropout_are_counted_as_they_are():
-    net, x = network(dropout=0.5), INPUTS["over time"]() * 4
-    for spikes in (False, True):
-        activity = net.simulate(x, spikes=spikes)
-        assert [tuple(layer) for layer in activity.synaptic_operations()] == by_loops(net, x, activity)
-
-
-def test_weights_that_are_zero_and_units_that_absent_gradients_add_do_nothing():
-    net, x = network(), INPUTS["over time"]() * 4
+@pytest.mark.parametrize("spikes", [False, True])
+def test_differentiable_spikes_dropout_and_weights_of_zero_are_counted_as_they_are(spikes):
+    net, x = network(dropout=0.5), OVER_TIME * 4
     net.fc2.values.data[::2] = 0
+    # which adds the gradient of absent units, and nothing to the operations
     dst = DSTScheduler(net, torch.optim.Adam(net.parameters()), interval=1, grow="gradient")
-    activity = net.simulate(x)
+    activity = net.simulate(x, spikes=spikes)
     assert [tuple(layer) for layer in activity.synaptic_operations()] == by_loops(net, x, activity)
     assert dst.forms_gradient
-
-
-def test_padding_is_no_weight():
-    net = G2GNet(14, 18, 5, block_size=4, num_groups=4, T=T, generator=seeded(0))
-    for connection, _ in net.layers():
-        assert connection.mask.has_padding
-        connection.values.data.masked_fill_(~connection.mask.valid(), 7.0)
-    x = INPUTS["over time"]() * 9
-    activity = net.simulate(x)
-    assert [tuple(layer) for layer in activity.synaptic_operations()] == by_loops(net, x, activity)
+    assert any(connection.mask.has_padding for connection, _ in net.layers())
 
 
 @pytest.mark.parametrize("change", ["weights", "graph", "inputs"])
 def test_what_changed_after_the_run_is_not_counted_wrongly(change):
-    net, x = network(), INPUTS["over time"]()
+    net, x = network(), OVER_TIME.clone()
     optimizer = torch.optim.Adam(net.parameters())
     dst = DSTScheduler(net, optimizer, interval=1, grow="random")
     activity = net.simulate(x)
     activity.counts.sum().backward()
-    before = activity.synaptic_operations()
-    assert activity.synaptic_operations() == before
-    if change == "weights":
-        optimizer.step()
-    elif change == "graph":
-        dst.step()
-    else:
-        x.mul_(2)
+    assert activity.synaptic_operations() == activity.synaptic_operations()
+    {"weights": optimizer.step, "graph": dst.step, "inputs": lambda: x.mul_(2)}[change]()
     with pytest.raises(RuntimeError, match=r"have changed since.*right after the run"):
         activity.synaptic_operations()
 
@@ -133,7 +107,7 @@ def test_a_compiled_run_says_that_it_does_not_know():
     net = network().eval()
     run = torch.compile(lambda x: net.simulate(x), backend="eager", fullgraph=True)
     with pytest.raises(RuntimeError, match=r"was compiled or traced.* run it uncompiled"):
-        run(INPUTS["over time"]()).synaptic_operations()
+        run(OVER_TIME).synaptic_operations()
 
 
 def test_the_analysis_has_them_per_sample_over_all_batches():

@@ -1,5 +1,6 @@
 """Nobody let in: crafted files are refused within bounds of memory, and arbitrary ones never crash the process."""
 
+import functools
 import io
 import pickle
 import re
@@ -7,21 +8,11 @@ import struct
 import zipfile
 from pathlib import Path
 
+import helpers
 import processes
 import pytest
 import torch
-from helpers import (
-    MASK_CASES,
-    ROOT,
-    backends_of,
-    dense_by_loop,
-    lif_layer,
-    packed_randn,
-    row_with,
-    units_of,
-    with_one,
-    with_parameter,
-)
+from helpers import MASK_CASES, backends_of, row_with, with_one
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import replaced
@@ -32,7 +23,7 @@ from g2g_kernels.ops import g2g_linear as g2g_linear_module
 from g2gnet.base.tensor_files import TensorFileError, parse_tensors, with_digest
 from g2gnet.data import load_dataset
 from g2gnet.layers import G2GLinear
-from g2gnet.training import Machine, Trainer, TrainSettings
+from g2gnet.training import CheckpointError, Machine, Trainer, TrainSettings, read_run
 from g2gnet.training.saved_state import UNFIT
 
 
@@ -43,17 +34,11 @@ def saved(content):
     return with_digest(file.getvalue())
 
 
-# --- crafted files ------------------------------------------------------------------------------------------------
-
-
 class Command:
     """Unpickled, it would make a file."""
 
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return Path.touch, (self.path,)
+        return Path.touch, (Path("ran"),)
 
 
 def put(name, value):
@@ -93,8 +78,8 @@ many = torch.zeros(1).expand(10**12)
 VALUES, WIRING, MOMENTS = "model/fc2.values", "model/fc2.mask.wiring", "optimizer/state/0"
 #: what is made of a state (bytes: the file itself), and what is said of it
 CRAFTED = {
-    "a command": (lambda state: {**state, "settings": Command(Path("ran"))}, "cannot be read"),
-    "a bare pickle": (lambda state: with_digest(pickle.dumps(Command(Path("ran")))), "cannot be read"),
+    "a command": (lambda state: {**state, "settings": Command()}, "cannot be read"),
+    "a bare pickle": (lambda state: with_digest(pickle.dumps(Command())), "cannot be read"),
     "a compressed archive": (
         lambda state: repacked(saved({**state, "zeros": torch.zeros(10**7)}), bytes, zipfile.ZIP_DEFLATED),
         "its records are compressed",
@@ -102,14 +87,10 @@ CRAFTED = {
     "a terabyte claimed": (lambda state: claiming_a_terabyte(), "cannot be read"),
     "weights of 10^12": (put(VALUES, huge), r"values has shape \(1000000, 1000, 1000\), but not as many values"),
     "10^12 units": (put(WIRING, many), "fc2.mask.wiring has"),
-    "an index out of range": (
-        wired(unit_row=with_one(0, 10**6)), r"fc2\.mask: unit_row must lie in 0 … 7, not 0 … 1000000",
-    ),
-    "a negative index": (wired(unit_col=with_one(0, -1)), r"fc2\.mask: unit_col must lie in 0 … 7, not -1"),
-    "units that overlap": (
-        wired(unit_row=torch.zeros_like, unit_col=torch.zeros_like), "fc2.mask: the mask names a unit twice",
-    ),
-    "a block size of 0": (wired(block_size=lambda size: 0), "block_size=0 must be a whole number from 1"),
+    "an index out of range": (wired(unit_row=with_one(0, 10**6)),
+     r"fc2\.mask: unit_row must lie in 0 … 7, not 0 … 1000000"),
+    "units that overlap": (wired(unit_row=torch.zeros_like, unit_col=torch.zeros_like),
+     "fc2.mask: the mask names a unit twice"),
     "a number of the wiring changed": (put(WIRING, with_one(100, 3.0)), "wiring and its checksum do not match"),
     "NaN weights": (put(VALUES, with_one((0, 0, 0), torch.nan)), r"fc2\.values holds values that are not finite"),
     "too few weights": (put(VALUES, lambda values: values[1:].clone()), r"size mismatch for fc2\.values"),
@@ -117,25 +98,20 @@ CRAFTED = {
     "whole weights": (put(VALUES, torch.Tensor.long), r"fc2\.values is torch\.int64, not torch\.float32"),
     "half a decay": (put("model/lif1.beta", torch.Tensor.half), r"lif1\.beta is torch\.float16, not torch\.float32"),
     "a wiring of halves": (put(WIRING, torch.Tensor.half), r"fc2\.mask\.wiring is torch\.float16"),
-    "a number for a setting's name": (
-        put("settings", lambda settings: {**settings, 3: 1}), "is not a checkpoint of this version",
-    ),
-    "None for a setting's name": (
-        put("settings", lambda settings: {**settings, None: 1}), "settings has a key that is a NoneType",
-    ),
+    "a number for a setting's name": (put("settings", lambda settings: {**settings, 3: 1}),
+     "is not a checkpoint of this version"),
+    "None for a setting's name": (put("settings", lambda settings: {**settings, None: 1}),
+     "settings has a key that is a NoneType"),
     "a loss beyond float32": (
         put("history", lambda history: [{**old, "train_loss": 1.7e308} for old in history]),
         r"train_loss=1\.7e\+308 is not a number of at least 0",
     ),
-    "moments of another shape": (
-        put(f"{MOMENTS}/exp_avg", torch.zeros(3)), r"optimizer state 0/exp_avg is torch.float32 \(3,\)",
-    ),
-    "moments below 0": (
-        put(f"{MOMENTS}/exp_avg_sq", with_one((0, 0, 0), -0.5)), r"state 0/exp_avg_sq has -0\.5, which is below 0",
-    ),
-    "moments of a step below 0": (
-        put(f"{MOMENTS}/step", torch.tensor(-5.0)), "optimizer state 0/step is -5, after 12 steps",
-    ),
+    "moments of another shape": (put(f"{MOMENTS}/exp_avg", torch.zeros(3)),
+     r"optimizer state 0/exp_avg is torch.float32 \(3,\)"),
+    "moments below 0": (put(f"{MOMENTS}/exp_avg_sq", with_one((0, 0, 0), -0.5)),
+     r"state 0/exp_avg_sq has -0\.5, which is below 0"),
+    "moments of a step below 0": (put(f"{MOMENTS}/step", torch.tensor(-5.0)),
+     "optimizer state 0/step is -5, after 12 steps"),
     "moments of another network": (put("optimizer/state", {}), "the optimizer's state is of other parameters"),
     "a step from nowhere": (put("step", 10**12), "epoch=3 and step=1000000000000 are at odds"),
     "a tensor for a step": (put("epoch", torch.tensor(3)), r"epoch=tensor\(3\) is not a whole"),
@@ -181,20 +157,13 @@ def test_crafted_checkpoints_are_refused_for_a_reason_within_a_gigabyte(tmp_path
     program.write_text(PROGRAM.format(small=SMALL))
     done = processes.run(program, tmp_path / "crafted", output=tmp_path / "printed")
     assert done.statuses == [0], done.stderr
-    assert not (ROOT / "ran").exists()
+    assert not (helpers.ROOT / "ran").exists()
     for name, (_, message) in CRAFTED.items():
         training, analysis = (line for line in done.stdout.splitlines() if line.startswith(f"{name} "))
         assert re.search(rf"refused: .*{message}", training), training
         # what only training needs is not looked at by those who read the network alone
         if not any(word in name for word in ("moments", "step", "history")):
             assert re.search(r"refused: .*", analysis), analysis
-
-
-def test_a_network_larger_than_its_file_is_not_built(tmp_path):
-    from g2gnet.training import CheckpointError, read_run
-
-    files = run(tmp_path)
-    state = load(files)
     files.checkpoint.write_bytes(saved(replaced(state, "settings/hidden_dim", 10**9)))
     with pytest.raises(CheckpointError, match="hidden_dim is 1000000000, the network has 64"):
         read_run(files.checkpoint)
@@ -205,9 +174,6 @@ def test_containers_that_hold_one_another_a_billion_times_are_read_at_once():
     for _ in range(60):
         nested = [nested, nested]
     assert len(parse_tensors(saved(nested))) == 2
-
-
-# --- drawn at random ----------------------------------------------------------------------------------------------
 
 
 ARCHIVE = saved({"mask": MASK_CASES["ten outputs"].mask().state_dict(), "epoch": 1, "history": [{"loss": 0.5}]})
@@ -278,10 +244,10 @@ def test_arbitrary_masks_are_loaded_right_or_refused(data):
         assert re.search(r"mask|values|bias", str(refusal)), refusal  # noqa: PT017  (it may as well be taken)
         return
     mask = other.mask
-    for mine, theirs in zip((mask.unit_row, mask.unit_col), units_of(state["mask.wiring"]), strict=True):
+    for mine, theirs in zip((mask.unit_row, mask.unit_col), helpers.units_of(state["mask.wiring"]), strict=True):
         assert torch.equal(mine.long(), theirs)
     values = other.values.detach()
-    assert torch.equal(other.dense_weight().detach(), dense_by_loop(mask, values))
+    assert torch.equal(other.dense_weight().detach(), helpers.dense_by_loop(mask, values))
     x = torch.ones(2, mask.shape[1])
     for backend in backends_of(g2g_linear_module.operator):
         y = g2g_linear(x, values, mask, other.bias, backend=backend)
@@ -295,10 +261,12 @@ TRAINER = TrainSettings(
 
 @pytest.fixture(scope="module")
 def trained():
+    """What makes a trainer, and the state of one after an epoch."""
     data = load_dataset(TRAINER.dataset)
-    trainer = Trainer(TRAINER, data, Machine(torch.device("cpu")))
+    new = functools.partial(Trainer, TRAINER, data, Machine(torch.device("cpu")))
+    trainer = new()
     trainer.train_epoch()
-    return data, torch.load(io.BytesIO(saved(trainer.state_dict())), weights_only=True)
+    return new, torch.load(io.BytesIO(saved(trainer.state_dict())), weights_only=True)
 
 
 @pytest.mark.parametrize(
@@ -313,27 +281,21 @@ def trained():
     ],
 )
 def test_a_resume_believes_no_count_and_no_scale_of_a_file(trained, name, value, message):
-    images, state = trained
-    trainer = Trainer(TRAINER, images, Machine(torch.device("cpu")))
+    new, state = trained
+    trainer = new()
     inside = {**state, "epoch": 0, "progress": trainer._no_progress()}  # after the only step of the first epoch
-    trainer.load_state_dict(inside)
+    rounded = state["model"]["input_deviation"].nextafter(torch.tensor(9.0))  # by other threads
+    trainer.load_state_dict(replaced(inside, "model/input_deviation", rounded))
+    assert torch.equal(trainer.net.input_deviation, rounded)
     with pytest.raises(ValueError, match=message):
         trainer.load_state_dict(replaced(inside, name, value))
-
-
-def test_a_resume_on_other_threads_keeps_the_scales_of_the_file(trained):
-    images, state = trained
-    trainer = Trainer(TRAINER, images, Machine(torch.device("cpu")))
-    rounded = state["model"]["input_deviation"].nextafter(torch.tensor(9.0))
-    trainer.load_state_dict(replaced(state, "model/input_deviation", rounded))
-    assert torch.equal(trainer.net.input_deviation, rounded)
 
 
 @settings(max_examples=30)
 @given(st.data())
 def test_arbitrary_checkpoints_are_gone_on_from_or_refused(trained, data):
-    images, state = trained
-    trainer = Trainer(TRAINER, images, Machine(torch.device("cpu")))
+    new, state = trained
+    trainer = new()
     try:
         trainer.load_state_dict(parse_tensors(saved(data.draw(spoiled(state)))))
     except (TensorFileError, *UNFIT):
@@ -352,7 +314,7 @@ WRONG = (
 @pytest.mark.parametrize("wrong", WRONG, ids=range(len(WRONG)))
 def test_an_argument_of_a_wrong_kind_is_named(wrong, backend):
     mask, own = MASK_CASES["ten outputs"].mask(), {"beta": torch.tensor(0.9), "threshold": torch.tensor(1.0)}
-    layer, x = lif_layer(packed_randn(mask, 0), mask, torch.zeros(10), **own), torch.ones(4, 43)
+    layer, x = helpers.lif_layer(helpers.packed_randn(mask, 0), mask, torch.zeros(10), **own), torch.ones(4, 43)
     linear = {"x": x, "values": layer.values, "mask": mask, "bias": layer.bias}
     neurons = {"current": torch.zeros(3, 5), **own}
     calls = [
@@ -361,7 +323,7 @@ def test_an_argument_of_a_wrong_kind_is_named(wrong, backend):
         ("x|receives", lambda: g2g_stack(wrong, [layer], 3, backend=backend)),
     ]
     for name in ("values", "mask", "bias", *own):
-        spoiled = with_parameter(layer, name, wrong)
+        spoiled = helpers.with_parameter(layer, name, wrong)
         calls.append((name, lambda spoiled=spoiled: g2g_stack(x, [spoiled], 3, backend=backend)))
     fits = {"bias": wrong is None, "current": isinstance(wrong, torch.Tensor) and wrong.dim() > 1}
     for name, call in calls:

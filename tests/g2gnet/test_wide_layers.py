@@ -9,18 +9,9 @@ from helpers import Largest, saved_and_read
 from g2g_kernels import BlockMask, GroupLayout, available_backends
 from g2g_kernels.cpu import library
 from g2g_kernels.mask import sampling
-from g2gnet import LIF, DSTScheduler, G2GLinear, G2GNet, Projection, SpikingNetwork, keep_signs
+from g2gnet import LIF, DSTScheduler, G2GLinear, Projection, SpikingNetwork, inspect, keep_signs
 from g2gnet.data import load_dataset
 from g2gnet.dst import replacement, scores
-from g2gnet.inspect import (
-    SpikeSums,
-    coherence,
-    count_correlation,
-    cross_group_share,
-    group_density,
-    input_group_entropy,
-    temporal_synchrony,
-)
 from g2gnet.programs.report import content, page
 from g2gnet.programs.report import program as report
 from g2gnet.training import Machine, TrainSettings, run_training
@@ -58,17 +49,6 @@ def test_training_rewiring_analysis_and_resuming_form_no_dense_weights(prune, gr
     assert largest.numel < H * H
 
 
-def test_what_shows_and_keeps_a_network_forms_no_dense_weights():
-    net = G2GNet(64, num_classes=10, **WIDE)
-    with Largest() as largest:
-        copy.deepcopy(net).load_state_dict(saved_and_read(net.state_dict()))
-        for mask in (net.fc1.mask, net.fc2.mask):
-            assert len(mask.to_string().splitlines()) == 64
-            assert mask._repr_html_()
-        net.fc2.mask.edges(net.fc2.values)
-    assert largest.numel < H * H
-
-
 @pytest.mark.skipif("cpu" not in available_backends(), reason="needs the compiled kernels")
 @pytest.mark.parametrize(("prune", "grow"), [("set", "random"), ("hebb", "hebb"), ("set", "gradient")])
 @pytest.mark.parametrize("size", [1200, pytest.param(22400, marks=pytest.mark.long)])  # of a million weights
@@ -93,8 +73,7 @@ def test_a_recurrent_network_of_few_single_weights_forms_nothing_of_their_grid(s
         optimizer = torch.optim.Adam(net.parameters())
         signs = keep_signs(net, optimizer, {"a": torch.where(torch.arange(size) % 5 == 4, -1, 1)})
         average = torch.optim.swa_utils.AveragedModel(net)
-        options = {"prune": prune, "grow": grow, "averages": [average], "interval": 1, "fraction": 0.2}
-        scheduler = DSTScheduler(net, optimizer, **options)
+        scheduler = DSTScheduler(net, optimizer, 1, 0.2, prune, grow, averages=[average])
         layer, before = net.a_to_a, net.a_to_a.mask.num_units
         for _ in range(3):
             net(3 * torch.rand(4, 16, generator=draw)).sum().backward()
@@ -112,16 +91,16 @@ def test_a_recurrent_network_of_few_single_weights_forms_nothing_of_their_grid(s
         assert scheduler.grown == scheduler.pruned >= 3 * (before // 5)
         weight = layer.mask.edges(layer.values)
         assert (weight.weight * signs.signs["a"].numpy()[weight.source] >= 0).all()
-        gradual = {"final_density": 0.001, "total_steps": 2, "grow": "random", "interval": 1}
-        pruning = DSTScheduler(net, optimizer, averages=[average], **gradual)
+        gradual = {"final_density": 0.001, "total_steps": 2, "averages": [average]}
+        pruning = DSTScheduler(net, optimizer, 1, grow="random", **gradual)
         net(3 * torch.rand(4, 16, generator=draw)).sum().backward()
         optimizer.step()
         pruning.step()
         assert net.a_to_a.mask.num_units < before
         copy.deepcopy(net).load_state_dict(saved_and_read(net.state_dict()))
-        mask = net.a_to_a.mask
-        group_density(mask), cross_group_share(mask), input_group_entropy(mask, net.a_to_a.values)
-        repr(net), mask.to_string(), mask._repr_html_(), mask.to_scipy(net.a_to_a.values)
+        mask, values = net.a_to_a.mask, net.a_to_a.values
+        inspect.group_density(mask), inspect.cross_group_share(mask), inspect.input_group_entropy(mask, values)
+        repr(net), mask.to_string(), mask._repr_html_(), mask.to_scipy(values)
         net.simulate(torch.rand(4, 16)).synaptic_operations()
     assert largest.numel < size * size / 20
 
@@ -131,7 +110,7 @@ def test_activity_is_summed_without_a_matrix_of_neurons_by_groups(kind):
     layout = GroupLayout(H + 1, GROUPS, kind)  # one group is larger than the others
     spikes = (torch.rand(3, 9, H + 1) < 0.3).float()
     with Largest() as largest:
-        sums = SpikeSums.of(spikes, torch.arange(9) % 3, 3, layout)
-        count_correlation(sums), temporal_synchrony(sums), coherence(sums, sums)
+        sums = inspect.SpikeSums.of(spikes, torch.arange(9) % 3, 3, layout)
+        inspect.count_correlation(sums), inspect.temporal_synchrony(sums), inspect.coherence(sums, sums)
     assert largest.numel < H * GROUPS
     assert torch.equal(sums.activity[..., 0], spikes[..., layout.group_of == 0].sum(-1).double())

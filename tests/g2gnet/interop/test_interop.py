@@ -4,7 +4,6 @@ import functools
 import itertools
 import re
 import sys
-import warnings
 
 import networks
 import nir
@@ -24,7 +23,7 @@ from g2gnet.interop import from_nir, from_snntorch, to_nir, to_snntorch
 
 STEPS = 12
 SAMPLES = torch.rand(STEPS, 6, 30, generator=seeded(1)) * 3
-
+LEAKY = snntorch.Leaky(beta=0.9)
 
 small_net = functools.partial(networks.small_net, T=STEPS)
 
@@ -52,10 +51,7 @@ def options_of(stack):
 
 
 def assert_equal_states(one, other):
-    state, expected = one.state_dict(), other.state_dict()
-    assert set(state) == set(expected)
-    for name, tensor in expected.items():
-        assert torch.equal(state[name], tensor), name
+    torch.testing.assert_close(dict(one.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
 
 
 # --- snnTorch -----------------------------------------------------------------------------------------------------
@@ -82,6 +78,7 @@ class TutorialNet(nn.Module):
         {"neuron": "synaptic", "per_neuron": True, "reset": "zero", "learn_syn_decay": False, "surrogate": "triangle"},
         {"recurrent": True, "per_neuron": True, "learn_beta": False, "threshold": 0.6},
         {"recurrent": True, "neuron": "synaptic", "reset": "zero"},
+        {"recurrent": [2], "threshold": 0.6},
         {"recurrent": True, "reset": "zero"},
     ],
 )
@@ -90,8 +87,7 @@ def test_there_and_back_again_is_the_same_network(options, caplog):
     list(net.connections().values())[1].requires_grad_(False)
     theirs = to_snntorch(net)
     assert torch.equal(torch.get_rng_state(), draws)
-    spikes = torch.stack([theirs(x_t) for x_t in SAMPLES])
-    assert torch.equal(spikes, output_spikes(net))
+    assert torch.equal(torch.stack([theirs(x_t) for x_t in SAMPLES]), output_spikes(net))
     only_spikes = options == {"recurrent": True, "reset": "zero"}
     assert ("gives our spikes, but not our gradients" in caplog.text) == only_spikes
 
@@ -113,71 +109,75 @@ def test_there_and_back_again_is_the_same_network(options, caplog):
 def test_every_surrogate_is_told_by_its_derivative(name, alpha):
     stack = SpikingStack([(G2GLinear.from_linear(nn.Linear(4, 3)), LIF(surrogate=name, alpha=alpha))])
     assert options_of(from_snntorch(to_snntorch(stack), T=STEPS)) == [("subtract", name, alpha)]
-
-
-def test_surrogates_and_resets_of_snntorch_are_ours_and_a_constant_derivative_is_no_wide_boxcar():
     model = TutorialNet(reset_mechanism="zero", spike_grad=surrogate.fast_sigmoid(slope=5))
     assert options_of(from_snntorch(model, T=STEPS)) == [("zero", "fast_sigmoid", 5.0)] * 2
-    theirs = to_snntorch(SpikingStack([(G2GLinear.from_linear(nn.Linear(4, 3)), LIF())]))
-    theirs.lif1.spike_grad = lambda x: (x > 0).float() + 0.25 * (x - x.detach())
-    with pytest.raises(ValueError, match="lif1: spike_grad is not one of g2g's surrogates"):
-        from_snntorch(theirs, T=STEPS)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"inhibition": True}, "lif1: our LIF has no inhibition"),
-        ({"reset_delay": False}, "lif1: our LIF has no reset_delay=False; only snn.Leaky with reset_delay=True"),
-        ({"graded_spikes_factor": 2.0}, "lif1: our LIF has no graded_spikes_factor; only snn.Leaky with .*=1"),
-        ({"state_quant": lambda x: x}, "lif1: our LIF has no state_quant"),
-        ({"spike_grad": surrogate.triangular()}, "lif1: spike_grad is not one of g2g's surrogates"),
-    ],
-)
-def test_neurons_that_the_stack_lacks_are_refused(options, message):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # snnTorch's own, of inhibition
-        model = TutorialNet(**options)
-    with pytest.raises(ValueError, match=message):
-        from_snntorch(model, T=STEPS)
-
-
-def test_neurons_that_the_other_library_lacks_are_refused():
-    with pytest.raises(ValueError, match="lif1: snnTorch has no 'adlif' neurons; only lif, synaptic convert"):
-        to_snntorch(small_net(neuron="adlif"))
-    with pytest.raises(ValueError, match="lif1: NIR has no 'adlif' neurons; only lif, synaptic convert"):
-        to_nir(small_net(neuron="adlif"))
-
-
-class SynapticDelay(nn.Module):
-    """In place of the module of snnTorch's repository, of which no release has it."""
-
-
-def test_models_of_another_form_are_refused():
-    leaky = snntorch.Leaky(beta=0.9)
-    for model, message in (
-        (nn.Sequential(nn.Conv2d(1, 1, 3), leaky), "0 is a Conv2d; from_snntorch takes networks of nn.Linear and"),
-        (
-            nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
-            "1 is a Linear, but snn.Leaky, snn.RLeaky, snn.Synaptic or snn.RSynaptic should come next",
-        ),
-        (nn.Sequential(nn.Linear(3, 3)), "the model has 1 nn.Linear and 0 snn.Leaky, snn.RLeaky, snn.S"),
-        (
-            nn.Sequential(nn.Linear(3, 3), SynapticDelay(), leaky),
-            "1 is a SynapticDelay; from_snntorch takes networks of",
-        ),
-        (nn.Sequential(nn.Linear(3, 4), leaky, nn.Linear(3, 3), leaky), "the model has 2 nn.Linear and 1 snn.Leaky, "),
-    ):
+def test_what_the_other_library_lacks_is_refused():
+    resetting, mixed = small_net(reset="zero"), small_net(reset="zero", per_neuron=True)
+    mixed.lif2.beta.data[3:5] = 1.2
+    for convert, message in (
+        (lambda: to_snntorch(small_net(neuron="adlif")), "lif1: snnTorch has no 'adlif' neurons; only lif, synaptic"),
+        (lambda: to_nir(small_net(neuron="adlif")), "lif1: NIR has no 'adlif' neurons; only lif, synaptic convert"),
+        (lambda: to_nir(small_net()), "reset='subtract' cannot be written to NIR, .*; train the .* with reset='zero'"),
+        (lambda: to_nir(mixed),
+         r"lif2 has beta=1, no decay, in 2 of 40 neurons: .*learn_beta=False.*net\.lif2\.beta\.data\.clamp_"),
+        (lambda: to_nir(small_net(neuron="synaptic", reset="zero", syn_decay=1.0)),
+         "lif1 has syn_decay=1, no decay, in 40 of 40 neurons"),
+        (lambda: to_nir(resetting, dt=0), "dt=0 must be a number above 0"),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            from_snntorch(model, T=STEPS)
-    with pytest.raises(ValueError, match="masks names fc9; the linear layers are fc1, fc2"):
-        from_snntorch(TutorialNet(), masks={"fc9": torch.ones(1, 1)}, T=STEPS)
-    for reset in ("subtract", "zero"):
-        at_once = nn.Sequential(
-            nn.Linear(3, 3), snntorch.Synaptic(alpha=0.9, beta=0.9, reset_mechanism=reset, reset_delay=False)
-        )
-        with pytest.raises(ValueError, match="1: our Synaptic has no reset_delay=False; only"):
-            from_snntorch(at_once, T=STEPS)
+            convert()
+
+
+def changed(name, attribute, value):
+    """The tutorial's network, of whose layer ``name`` an attribute is another one."""
+    model = TutorialNet()
+    value = nn.Parameter(value, requires_grad=False) if attribute == "weight" else value
+    setattr(model.get_submodule(name), attribute, value)
+    return model
+
+
+def constant_derivative(x):
+    return (x > 0).float() + 0.25 * (x - x.detach())
+
+
+WRONG_MODELS = [
+    (lambda: TutorialNet(inhibition=True), "lif1: our LIF has no inhibition"),
+    (lambda: TutorialNet(reset_delay=False), "our LIF has no reset_delay=False; only snn.Leaky with reset_delay=True"),
+    (lambda: TutorialNet(graded_spikes_factor=2.0), "our LIF has no graded_spikes_factor; only snn.Leaky with .*=1"),
+    (lambda: TutorialNet(state_quant=lambda x: x), "lif1: our LIF has no state_quant"),
+    (lambda: TutorialNet(spike_grad=surrogate.triangular()), "lif1: spike_grad is not one of g2g's surrogates"),
+    (lambda: TutorialNet(spike_grad=constant_derivative), "lif1: spike_grad is not one of g2g's surrogates"),
+    (lambda: changed("fc1", "weight", torch.full((40, 30), torch.nan)), "fc1: weight=nan must be a finite number"),
+    (lambda: changed("fc1", "weight", torch.ones(40, 30).char()), "weight of fc1 must be a floating-point tensor"),
+    (lambda: changed("fc1", "weight", torch.ones(40, 30, 2)), r"fc1: weight has shape \[40, 30, 2\]; give a matrix"),
+    (lambda: changed("lif1", "threshold", torch.tensor(torch.nan)), "lif1: threshold=nan must be a number that"),
+    (lambda: changed("lif1", "threshold", torch.tensor(1j)), "lif1: threshold is a tensor of torch.complex64"),
+    (lambda: changed("lif1", "beta", torch.ones(3)), r"lif1: beta has 3 numbers, of shape \[3\]; give one, or 40"),
+    (lambda: nn.Sequential(nn.Conv2d(1, 1, 3), LEAKY), "0 is a Conv2d; from_snntorch takes networks of nn.Linear"),
+    (lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
+     "1 is a Linear, but snn.Leaky, snn.RLeaky, snn.Synaptic or snn.RSynaptic should come next"),
+    (lambda: nn.Sequential(nn.Linear(3, 3)), "the model has 1 nn.Linear and 0 snn.Leaky, snn.RLeaky, snn.S"),
+    (lambda: nn.Sequential(nn.Linear(3, 3), type("SynapticDelay", (nn.Module,), {})(), LEAKY),  # no release has it
+     "1 is a SynapticDelay; from_snntorch takes networks"),
+    (lambda: nn.Sequential(nn.Linear(3, 4), LEAKY, nn.Linear(3, 3), LEAKY), "the model has 2 nn.Linear and 1 snn.L"),
+    (lambda: nn.Sequential(nn.Linear(3, 3), snntorch.Synaptic(0.9, 0.9, reset_mechanism="zero", reset_delay=False)),
+     "1: our Synaptic has no reset_delay=False; only"),
+    (lambda: nn.Sequential(nn.Linear(3, 3), snntorch.Synaptic(0.9, 0.9, reset_delay=False)),
+     "1: our Synaptic has no reset_delay=False; only"),
+    (lambda: nn.Sequential(nn.Linear(9, 9), snntorch.RLeaky(beta=0.9, conv2d_channels=1, kernel_size=3)),
+     r"1.recurrent is a Conv2d; from_snntorch takes snn.RLeaky with linear_features"),
+    (lambda: nn.Sequential(nn.Linear(9, 9), snntorch.RLeaky(beta=0.9, linear_features=8)),
+     r"1.recurrent joins 8 to 8 neurons, but the layer has 9; give linear_features=9"),
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # snnTorch's own, of inhibition
+@pytest.mark.parametrize(("make", "message"), WRONG_MODELS)
+def test_models_that_no_network_of_ours_is_are_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        from_snntorch(make(), T=STEPS)
 
 
 # --- NIR ----------------------------------------------------------------------------------------------------------
@@ -192,12 +192,24 @@ def test_models_of_another_form_are_refused():
         {"neuron": "synaptic", "syn_decay": 0.6, "per_neuron": True, "learn_syn_decay": False},
         {"recurrent": True, "per_neuron": True, "learn_threshold": False},
         {"recurrent": True, "neuron": "synaptic", "syn_decay": 0.5, "surrogate": "boxcar"},
+        {"leaks": False},
+        {"leaks": False, "per_neuron": True, "learn_beta": False},
+        {"leaks": False, "recurrent": True},
     ],
 )
 def test_a_file_of_nir_gives_the_same_network_back(options, tmp_path):
-    net = trained_net(reset="zero", **options)
-    nir.write(tmp_path / "net.nir", to_nir(net))
-    back = from_nir(nir.read(tmp_path / "net.nir"), T=STEPS)
+    """Neurons that do not leak are NIR's integrate-and-fire ones."""
+    options = dict(options)
+    leaks = options.pop("leaks", True)
+    net, dt = trained_net(reset="zero", **options), 1e-4 if leaks else 1e-3
+    if not leaks:
+        net.lif1.beta.data.fill_(1)
+    nir.write(tmp_path / "net.nir", to_nir(net, dt))
+    graph = nir.read(tmp_path / "net.nir")
+    node = graph.nodes["lif1"]
+    node = node.nodes["lif"] if "recurrent" in options else node
+    assert isinstance(node, nir.IF) != leaks
+    back = from_nir(graph, dt, T=STEPS)
     assert_equal_states(back, net)
     assert options_of(back) == options_of(net)
     assert [name for name, _ in back.named_parameters()] == [name for name, _ in net.named_parameters()]
@@ -205,45 +217,11 @@ def test_a_file_of_nir_gives_the_same_network_back(options, tmp_path):
     assert net(SAMPLES).sum() > 0
 
 
-@pytest.mark.parametrize("options", [{}, {"per_neuron": True, "learn_beta": False}, {"recurrent": True}])
-def test_neurons_that_do_not_leak_are_nirs_integrate_and_fire(options, tmp_path):
-    net = small_net(reset="zero", threshold=2.5, **options)
-    net.lif1.beta.data.fill_(1)
-    nir.write(tmp_path / "net.nir", to_nir(net, dt=1e-3))
-    graph = nir.read(tmp_path / "net.nir")
-    node = graph.nodes["lif1"]
-    node = node.nodes["lif"] if "recurrent" in options else node
-    assert isinstance(node, nir.IF)
-    back = from_nir(graph, dt=1e-3, T=STEPS)
-    assert_equal_states(back, net)
-    assert [name for name, _ in back.named_parameters()] == [name for name, _ in net.named_parameters()]
-    assert torch.equal(back(SAMPLES), net(SAMPLES))
-
-
-def test_an_integrate_and_fire_node_runs_as_its_differential_equation_and_in_norse():
+def one_layer():
     torch.manual_seed(0)
-    stack = SpikingStack([(G2GLinear.from_linear(nn.Linear(30, 40)), LIF(40, beta=1.0, reset="zero"))], T=STEPS)
-    stack.lif1.threshold.data.uniform_(0.5, 2)
-    dt, nodes = 1e-4, to_nir(stack).nodes
-    v, spikes = np.zeros((6, 40)), []
-    for x in SAMPLES.double().numpy():
-        v = v + dt * nodes["lif1"].r * (x @ nodes["fc1"].weight.T + nodes["fc1"].bias)
-        fired = v > nodes["lif1"].v_threshold
-        v = np.where(fired, nodes["lif1"].v_reset, v)
-        spikes.append(torch.from_numpy(fired).float())
-    assert torch.equal(torch.stack(spikes), output_spikes(stack))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        norse = pytest.importorskip("norse.torch")
-        theirs = norse.from_nir(to_nir(stack), dt=1e-4, ignore_warnings=True)
-        assert torch.equal(spikes_of(theirs), output_spikes(stack))
-
-
-def one_layer(**options):
-    torch.manual_seed(0)
-    neurons = Synaptic(neurons=40, syn_decay=0.6, beta=0.8, reset="zero", **options)
-    neurons.syn_decay.data.uniform_(0.3, 0.9)
-    neurons.beta.data.uniform_(0.3, 0.9)
+    neurons = Synaptic(neurons=40, syn_decay=0.6, beta=0.8, reset="zero")
+    for decay in (neurons.syn_decay, neurons.beta):
+        decay.data.uniform_(0.3, 0.9)
     return SpikingStack([(G2GLinear.from_linear(nn.Linear(30, 40)), neurons)], T=STEPS)
 
 
@@ -273,27 +251,35 @@ def spikes_of(theirs):
     return torch.stack(trains)
 
 
-def until_the_first(spikes):
-    """A train with nothing after each neuron's first spike."""
-    return spikes * (spikes.cumsum(0) == 1)
-
-
-def test_snntorchs_and_norses_importers_run_synaptic_neurons_to_the_same_first_spikes(capsys):
+@pytest.mark.filterwarnings("ignore")  # norse's own
+@pytest.mark.parametrize("reader", ["snntorch", "norse"])
+def test_importers_of_snntorch_and_norse_run_the_graph_to_the_same_spikes(reader, capsys):
+    """Of synaptic neurons, which reset a step later there, to the same first ones."""
+    if reader == "norse":
+        norse = pytest.importorskip("norse.torch")
+        read = functools.partial(norse.from_nir, dt=1e-4, ignore_warnings=True)
+        stacks = [trained_net(reset="zero", per_neuron=True) for _ in range(2)]
+        stacks[1].lif1.beta.data.fill_(1)  # an integrate-and-fire node
+    else:
+        read, stacks = import_from_nir, [trained_net(reset="zero")]
+    for stack in stacks:
+        assert torch.equal(spikes_of(read(to_nir(stack))), output_spikes(stack))
     stack = one_layer()
     stack.lif1.threshold.data.fill_(0.75)  # one for all, as snnTorch's importer demands
-    expected = until_the_first(output_spikes(stack))
-    assert torch.equal(until_the_first(spikes_of(import_from_nir(to_nir(stack)))), expected)
-    capsys.readouterr()  # it prints that it scales the threshold
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        norse = pytest.importorskip("norse.torch")
-        assert torch.equal(until_the_first(spikes_of(norse.from_nir(to_nir(stack), dt=1e-4))), expected)
+    trains = output_spikes(stack), spikes_of(read(to_nir(stack)))
+    assert torch.equal(*(spikes * (spikes.cumsum(0) == 1) for spikes in trains))
+    capsys.readouterr()  # snnTorch prints that it scales the threshold
 
 
 def graph_of(nodes):
     """A chain of nodes, as tools without input and output nodes write it, its edges in no order."""
-    edges = list(itertools.pairwise(nodes))
-    return nir.NIRGraph(nodes=nodes, edges=edges[::-1], type_check=False)
+    return nir.NIRGraph(nodes=nodes, edges=list(itertools.pairwise(nodes))[::-1], type_check=False)
+
+
+def between_ends(inputs, outputs, **nodes):
+    """Such a chain between an input and an output node."""
+    ends = nir.Input(input_type={"input": np.array([inputs])}), nir.Output(output_type={"output": np.array([outputs])})
+    return graph_of({"input": ends[0], **nodes, "output": ends[1]})
 
 
 def test_graphs_of_pytorchs_tensors_without_ends_and_within_graphs_are_read():
@@ -301,13 +287,9 @@ def test_graphs_of_pytorchs_tensors_without_ends_and_within_graphs_are_read():
     torch.manual_seed(0)
     weight, bias, zero, one = torch.randn(40, 30), torch.randn(40), torch.tensor(0.0), torch.tensor(1.0)
     lif = nir.LIF(tau=torch.tensor(20.0), r=one, v_leak=zero, v_threshold=torch.tensor(0.1))
-    inner = {
-        "input": nir.Input(input_type={"input": np.array([40])}),
-        "w": nir.Linear(weight=torch.randn(10, 40, requires_grad=True)),
-        "if": nir.IF(r=torch.full((10,), 2.0), v_threshold=torch.linspace(0.2, 2, 10)),
-        "output": nir.Output(output_type={"output": np.array([10])}),
-    }
-    stack = from_nir(graph_of({"0": nir.Affine(weight, bias), "1": lif, "rest": graph_of(inner)}), dt=1.0, T=STEPS)
+    fires = nir.IF(r=torch.full((10,), 2.0), v_threshold=torch.linspace(0.2, 2, 10))
+    inner = between_ends(40, 10, w=nir.Linear(weight=torch.randn(10, 40, requires_grad=True)), n=fires)
+    stack = from_nir(graph_of({"0": nir.Affine(weight, bias), "1": lif, "rest": inner}), dt=1.0, T=STEPS)
     assert torch.equal(stack.fc1.dense_weight(), weight)
     assert torch.equal(stack.fc1.bias, bias)
     assert stack.lif1.beta.item() == pytest.approx(0.95)  # 1 − Δt/τ
@@ -317,26 +299,6 @@ def test_graphs_of_pytorchs_tensors_without_ends_and_within_graphs_are_read():
     assert not isinstance(stack.lif2.beta, nn.Parameter)
     torch.testing.assert_close(stack.lif2.threshold.detach(), torch.linspace(0.1, 1, 10))
     assert output_spikes(stack).shape == (STEPS, 6, 10)
-
-
-def test_an_older_nir_is_refused_with_the_remedy(monkeypatch):
-    monkeypatch.setattr("importlib.metadata.version", {"nir": "1.0.4"}.__getitem__)
-    for call in (lambda: to_nir(small_net(reset="zero")), lambda: from_nir(None, T=STEPS)):
-        with pytest.raises(ImportError, match=r"nir 1.0.7 or newer, not 1.0.4; pip install 'nir>=1.0.7'"):
-            call()
-    monkeypatch.setattr("importlib.metadata.version", {"nir": "1.1.dev3+g1234"}.__getitem__)
-    assert to_nir(small_net(reset="zero"))
-
-
-def test_importers_of_snntorch_and_norse_run_the_graph_to_the_same_spikes(capsys):
-    net = trained_net(reset="zero")
-    assert torch.equal(spikes_of(import_from_nir(to_nir(net))), output_spikes(net))
-    capsys.readouterr()  # it prints that it scales the threshold
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        norse = pytest.importorskip("norse.torch")
-        net = trained_net(reset="zero", per_neuron=True)
-        assert torch.equal(spikes_of(norse.from_nir(to_nir(net), dt=1e-4)), output_spikes(net))
 
 
 @pytest.mark.parametrize("synaptic", [False, True])
@@ -349,13 +311,7 @@ def test_a_graph_of_another_tool_is_read_with_its_own_strengths_and_time_step(sy
         node = nir.CubaLIF(tau_syn=tau_syn, tau_mem=tau, r=gain / w_in * tau_syn * tau / dt**2, w_in=w_in, **ends)
     else:
         node = nir.LIF(tau=tau, r=gain * tau / dt, **ends)
-    nodes = {
-        "input": nir.Input(input_type={"input": np.array([30])}),
-        "w": nir.Linear(weight=weight),
-        "n": node,
-        "output": nir.Output(output_type={"output": np.array([5])}),
-    }
-    graph = nir.NIRGraph(nodes=nodes, edges=[("input", "w"), ("w", "n"), ("n", "output")])
+    graph = between_ends(30, 5, w=nir.Linear(weight=weight), n=node)
     stack = from_nir(graph, dt, masks={"w": BlockMask.full(GroupLayout(5, 1), GroupLayout(30, 1), 8)}, T=STEPS)
     torch.testing.assert_close(stack.lif1.beta.detach(), torch.from_numpy(beta).float())
     torch.testing.assert_close(stack.lif1.threshold.detach().expand(5), torch.full((5,), threshold / gain))
@@ -369,22 +325,6 @@ def test_a_graph_of_another_tool_is_read_with_its_own_strengths_and_time_step(sy
         from_nir(graph, 0.1, T=STEPS)
 
 
-def test_what_nir_cannot_carry_is_refused():
-    with pytest.raises(
-        ValueError, match=r"reset='subtract' cannot be written to NIR, .*; train the network with reset='zero'"
-    ):
-        to_nir(small_net())
-    mixed = small_net(reset="zero", per_neuron=True)
-    mixed.lif2.beta.data[3:5] = 1.2
-    message = r"lif2 has beta=1, no decay, in 2 of 40 neurons: .*learn_beta=False.*net\.lif2\.beta\.data\.clamp_"
-    with pytest.raises(ValueError, match=message):
-        to_nir(mixed)
-    with pytest.raises(ValueError, match="lif1 has syn_decay=1, no decay, in 40 of 40 neurons"):
-        to_nir(small_net(neuron="synaptic", reset="zero", syn_decay=1.0))
-    with pytest.raises(ValueError, match="dt=0 must be a number above 0"):
-        to_nir(small_net(reset="zero"), dt=0)
-
-
 def test_graphs_of_another_form_are_refused():
     graph = to_nir(small_net(reset="zero"))
     node = graph.nodes["lif1"]
@@ -393,29 +333,19 @@ def test_graphs_of_another_form_are_refused():
         ({"lif1": nir.LIF(node.tau, node.r, node.v_leak + 1, node.v_threshold, node.v_reset)}, "lif1 has v_leak other"),
         ({"lif1": nir.LIF(node.tau, node.r, node.v_leak, node.v_threshold, node.v_reset + 1)}, "has v_reset other"),
         ({"fc2": nir.Affine(np.ones((40, 40)), np.ones(40), metadata=graph.nodes["fc2"].metadata)}, "calls absent"),
+        ({"lif1": None}, "lif1 is empty: the tool that wrote the graph could not express it"),  # norse's recurrent cell
     ):
         with pytest.raises(ValueError, match=message):
-            from_nir(nir.NIRGraph(nodes={**graph.nodes, **changes}, edges=graph.edges), T=STEPS)
-    nodes = {**graph.nodes, "lif1": None}  # as norse writes a recurrent cell
-    with pytest.raises(ValueError, match="node lif1 is empty: the tool that wrote the graph could not express it"):
-        from_nir(nir.NIRGraph(nodes=nodes, edges=graph.edges, type_check=False), T=STEPS)
-    with pytest.raises(ValueError, match="node fc3 receives from lif2, lif1; a connection joins one population to one"):
-        from_nir(nir.NIRGraph(nodes=graph.nodes, edges=[*graph.edges, ("lif1", "fc3")], type_check=False), T=STEPS)
-    with pytest.raises(ValueError, match="masks names fc9"):
-        from_nir(graph, masks={"fc9": torch.ones(1, 1)}, T=STEPS)
+            from_nir(nir.NIRGraph(nodes={**graph.nodes, **changes}, edges=graph.edges, type_check=False), T=STEPS)
 
 
 def graph_with(node, **values):
     """A graph of 3 inputs and 5 neurons, CubaLIF, of whose node ``w`` or ``n`` these values are set unchecked."""
     one = np.ones(5)
-    nodes = {
-        "w": nir.Affine(np.ones((5, 3)), one),
-        "n": nir.CubaLIF(one * 1e-3, one * 1e-3, one, one * 0, one * 0.5, one * 0, one),
-    }
+    cuba = nir.CubaLIF(one * 1e-3, one * 1e-3, one, one * 0, one * 0.5, one * 0, one)
+    nodes = {"w": nir.Affine(np.ones((5, 3)), one), "n": cuba}
     vars(nodes[node]).update(values)
-    ends = nir.Input(input_type={"input": np.array([3])}), nir.Output(output_type={"output": np.array([5])})
-    edges = [("input", "w"), ("w", "n"), ("n", "output")]
-    return nir.NIRGraph(nodes={"input": ends[0], **nodes, "output": ends[1]}, edges=edges, type_check=False)
+    return between_ends(3, 5, **nodes)
 
 
 POSITIVE, ANY = ("tau_syn", "tau_mem", "r", "w_in"), ("v_leak", "v_reset", "weight", "bias")
@@ -468,44 +398,22 @@ def test_a_parameter_that_differs_is_one_of_each_neuron_whatever_the_metadata_sa
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("fc1", {"weight": torch.full((40, 30), torch.nan)}, "fc1: weight=nan must be a finite number"),
-        ("fc1", {"weight": torch.ones(40, 30).to(torch.int8)}, "weight of fc1 must be a floating-point tensor, not"),
-        ("fc1", {"weight": torch.ones(40, 30, 2)}, r"fc1: weight has shape \[40, 30, 2\]; give a matrix"),
-        ("lif1", {"threshold": torch.tensor(torch.nan)}, "lif1: threshold=nan must be a number that a float32 holds"),
-        ("lif1", {"threshold": torch.tensor(1 + 1j)}, "lif1: threshold is a tensor of torch.complex64; give an array"),
-        ("lif1", {"beta": torch.full((3,), 0.9)}, r"lif1: beta has 3 numbers, of shape \[3\]; give one, or 40"),
-    ],
+    ("package", "load", "give"), [("nir", from_nir, to_nir), ("snntorch", from_snntorch, to_snntorch)]
 )
-def test_numbers_of_snntorch_that_no_network_has_are_refused_by_name(name, change, message):
-    model = TutorialNet()
-    ((option, value),) = change.items()
-    layer = getattr(model, name)
-    if isinstance(layer, nn.Linear):
-        value = nn.Parameter(value, requires_grad=False)
-    setattr(layer, option, value)
-    with pytest.raises(ValueError, match=message):
-        from_snntorch(model, T=STEPS)
+def test_the_package_and_the_number_of_steps_are_asked_for(package, load, give, monkeypatch):
+    """No form knows the steps, and a stack that holds samples for another number of them would do so in silence."""
 
+    def refused(message):
+        for convert in (functools.partial(load, T=STEPS), give):
+            with pytest.raises(ImportError, match=message):
+                convert(small_net(reset="zero"))
 
-CONVERSIONS = [
-    ("nir", functools.partial(from_nir, T=STEPS)),
-    ("nir", to_nir),
-    ("snntorch", functools.partial(from_snntorch, T=STEPS)),
-    ("snntorch", to_snntorch),
-]
-
-
-@pytest.mark.parametrize(("package", "convert"), CONVERSIONS)
-def test_without_the_package_the_error_names_the_extra(package, convert, monkeypatch):
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'T'"):
+        load(TutorialNet())
+    if package == "nir":
+        monkeypatch.setattr("importlib.metadata.version", {"nir": "1.1.dev3+g1234"}.__getitem__)
+        assert to_nir(small_net(reset="zero"))
+        monkeypatch.setattr("importlib.metadata.version", {"nir": "1.0.4"}.__getitem__)
+        refused(r"nir 1.0.7 or newer, not 1.0.4; pip install 'nir>=1.0.7'")
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf"needs the package {package}; pip install 'g2gnet\[interop\]' installs it"):
-        convert(small_net(reset="zero"))
-
-
-def test_the_number_of_steps_of_a_held_sample_must_be_said():
-    """Neither form knows it, and a stack that holds samples for another number of steps would do so in silence."""
-    for convert in (from_snntorch, from_nir):
-        with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'T'"):
-            convert(TutorialNet())
+    refused(rf"needs the package {package}; pip install 'g2gnet\[interop\]' installs it")

@@ -1,31 +1,21 @@
 """Networks from snnTorch with its spikes and its gradients, and recurrent ones to snnTorch and NIR."""
 
-import warnings
-
-import nir
-import numpy as np
 import pytest
 import snntorch
 import torch
 from helpers import seeded
+from networks import small_net
 from snntorch import utils
 from snntorch.export_nir import export_to_nir
 from torch import nn
 from torch.nn.utils import prune
 
 from g2g_kernels import BlockMask
-from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack, Synaptic
-from g2gnet.interop import from_nir, from_snntorch, to_nir, to_snntorch
-
-# --- snnTorch -----------------------------------------------------------------------------------------------------
+from g2gnet import LIF, Synaptic
+from g2gnet.interop import from_nir, from_snntorch, to_snntorch
 
 STEPS, INPUTS, HIDDEN, CLASSES = 12, 15, 20, 5
 SAMPLES = torch.rand(STEPS, 4, INPUTS, generator=seeded(1), dtype=torch.float64) * 3
-
-#: marks a test in which snnTorch itself writes or reads recurrent neurons
-writes_recurrent = pytest.mark.skipif(
-    snntorch.__version__.startswith("0."), reason="snnTorch before 1.0 knows no recurrent neurons of NIR"
-)
 
 
 def fast_sigmoid(x):
@@ -95,34 +85,23 @@ def assert_equal_gradients(ours, theirs):
         torch.testing.assert_close(one.grad.view_as(other), other.grad, rtol=1e-9, atol=1e-9)
 
 
-def per_neuron(low, high):
-    return torch.linspace(low, high, HIDDEN)
-
-
 @pytest.mark.parametrize(
     ("kind", "reset", "parameters", "seed"),
     [
-        ("Leaky", "subtract", "layer", 0),
-        ("Leaky", "zero", "neuron", 1),
-        ("Leaky", "none", "neuron", 0),
-        ("Synaptic", "subtract", "neuron", 0),
-        ("Synaptic", "zero", "layer", 1),
-        ("Synaptic", "none", "neuron", 1),
-        ("RLeaky", "subtract", "layer", 0),
-        ("RLeaky", "none", "neuron", 1),
-        ("RSynaptic", "subtract", "neuron", 0),
-        ("RSynaptic", "zero", "layer", 1),
-        ("RSynaptic", "none", "neuron", 0),
+        ("Leaky", "subtract", "layer", 0), ("Leaky", "zero", "neuron", 1), ("Leaky", "none", "neuron", 0),
+        ("Synaptic", "subtract", "neuron", 0), ("Synaptic", "zero", "layer", 1), ("Synaptic", "none", "neuron", 1),
+        ("RLeaky", "subtract", "layer", 0), ("RLeaky", "none", "neuron", 1),
+        ("RSynaptic", "subtract", "neuron", 0), ("RSynaptic", "zero", "layer", 1), ("RSynaptic", "none", "neuron", 0),
     ],
-)
+)  # fmt: skip
 def test_neurons_of_snntorch_have_their_spikes_and_gradients(kind, reset, parameters, seed):
     options = {"learn_beta": True, "learn_threshold": True}
     if kind.endswith("Synaptic"):
         options["learn_alpha"] = True
     if parameters == "neuron":
-        options |= {"beta": per_neuron(0.4, 0.9), "threshold": per_neuron(1.2, 0.7)}
+        options |= {"beta": torch.linspace(0.4, 0.9, HIDDEN), "threshold": torch.linspace(1.2, 0.7, HIDDEN)}
         if kind.endswith("Synaptic"):
-            options["alpha"] = per_neuron(0.1, 0.7)
+            options["alpha"] = torch.linspace(0.1, 0.7, HIDDEN)
     theirs = Theirs(kind, seed, bias=seed == 0, reset_mechanism=reset, **options)
     ours = from_snntorch(theirs, T=STEPS)
     assert torch.equal(output_spikes(ours), theirs(SAMPLES).detach())
@@ -144,9 +123,7 @@ def test_a_pruned_connection_or_a_mask_of_units_is_kept():
     assert torch.equal(output_spikes(ours), theirs(SAMPLES).detach())
     assert_equal_gradients(ours, theirs)
 
-    units = BlockMask.from_dense(
-        torch.eye(HIDDEN // 4, dtype=torch.bool).repeat_interleave(4, 0).repeat_interleave(4, 1), 4
-    )
+    units = BlockMask.from_dense(torch.eye(HIDDEN // 4, dtype=torch.bool).kron(torch.ones(4, 4, dtype=torch.bool)), 4)
     grouped = from_snntorch(Theirs("RLeaky"), masks={"lif1.recurrent": units}, T=STEPS)
     assert grouped.rec1.mask.block_size == 4
     assert torch.equal(grouped.rec1.mask.to_dense(), units.to_dense())
@@ -156,7 +133,7 @@ def test_a_pruned_connection_or_a_mask_of_units_is_kept():
 
 @pytest.mark.parametrize("kind", ["RLeaky", "RSynaptic"])
 def test_one_weight_per_neuron_is_a_diagonal(kind):
-    theirs = Theirs(kind, all_to_all=False, V=per_neuron(-0.4, 0.4))
+    theirs = Theirs(kind, all_to_all=False, V=torch.linspace(-0.4, 0.4, HIDDEN))
     ours = from_snntorch(theirs, T=STEPS)
     assert torch.equal(ours.rec1.mask.to_dense(), torch.eye(HIDDEN, dtype=torch.bool))
     expected = theirs(SAMPLES)
@@ -168,21 +145,19 @@ def test_one_weight_per_neuron_is_a_diagonal(kind):
     torch.testing.assert_close(ours.fc1.bias.grad, theirs.fc1.bias.grad, rtol=1e-9, atol=1e-9)
 
 
-def test_one_weight_of_all_neurons_is_a_diagonal_if_it_is_not_learned():
+def test_what_is_not_learned_there_is_not_learned_here():
+    """One weight of all neurons is a diagonal then, too."""
     theirs = Theirs("RLeaky", all_to_all=False, V=0.5, learn_recurrent=False)
     ours = from_snntorch(theirs, T=STEPS)
     assert torch.equal(ours.rec1.dense_weight(), 0.5 * torch.eye(HIDDEN, dtype=torch.float64))
     assert not ours.rec1.values.requires_grad
     assert torch.equal(output_spikes(ours), theirs(SAMPLES).detach())
-    with pytest.raises(
-        ValueError, match=r"lif1: V is one learnable weight for 20 neurons.*V=torch.full\(\(20,\), 1.5\)"
+    for weight, message in (
+        (0.5, r"lif1: V is one learnable weight for 20 neurons.*V=torch.full\(\(20,\), 1.5\)"),
+        (torch.rand(3), r"lif1: V has 3 numbers, of shape \[3\]; give one, or 20"),
     ):
-        from_snntorch(Theirs("RLeaky", all_to_all=False, V=0.5), T=STEPS)
-    with pytest.raises(ValueError, match=r"lif1: V has 3 numbers, of shape \[3\]; give one, or 20"):
-        from_snntorch(Theirs("RLeaky", all_to_all=False, V=torch.rand(3)), T=STEPS)
-
-
-def test_what_is_not_learned_there_is_not_learned_here():
+        with pytest.raises(ValueError, match=message):
+            from_snntorch(Theirs("RLeaky", all_to_all=False, V=weight), T=STEPS)
     theirs = Theirs("RSynaptic", learn_recurrent=False)
     theirs.fc1.bias.requires_grad_(False)
     ours = from_snntorch(theirs, T=STEPS)
@@ -197,33 +172,13 @@ def test_a_reset_to_zero_without_delay_has_our_spikes(caplog):
     theirs = Theirs("RLeaky", reset_mechanism="zero", reset_delay=False)
     assert torch.equal(output_spikes(from_snntorch(theirs, T=STEPS)), theirs(SAMPLES).detach())
     assert "lif1: snnTorch's reset to zero without delay (reset_delay=False) gives our spikes, but not" in caplog.text
-    with pytest.raises(
-        ValueError, match=r"lif1: snn.RLeaky with reset_mechanism='zero' stays at zero .*reset_delay=False"
-    ):
+    with pytest.raises(ValueError, match=r"snn.RLeaky with reset_mechanism='zero' stays at zero .*reset_delay=False"):
         from_snntorch(Theirs("RLeaky", reset_mechanism="zero"), T=STEPS)
 
 
-def test_recurrent_connections_of_another_form_are_refused():
-    images = nn.Sequential(nn.Linear(9, 9), snntorch.RLeaky(beta=0.9, conv2d_channels=1, kernel_size=3))
-    with pytest.raises(
-        ValueError, match=r"1.recurrent is a Conv2d; from_snntorch takes snn.RLeaky with linear_features"
-    ):
-        from_snntorch(images, T=STEPS)
-    of_another_size = nn.Sequential(nn.Linear(9, 9), snntorch.RLeaky(beta=0.9, linear_features=8))
-    with pytest.raises(
-        ValueError, match=r"1.recurrent joins 8 to 8 neurons, but the layer has 9; give linear_features=9"
-    ):
-        from_snntorch(of_another_size, T=STEPS)
-
-
-def recurrent_net(**options):
-    return G2GNet(
-        INPUTS, HIDDEN, CLASSES, "mixer", recurrent=True, block_size=2, T=STEPS, generator=seeded(0), **options
-    )
-
-
 def test_a_recurrent_network_in_snntorch_stays_sparse_and_starts_anew():
-    net = recurrent_net(neuron="synaptic", threshold=0.5)
+    options = {"recurrent": True, "neuron": "synaptic", "threshold": 0.5}
+    net = small_net("mixer", sizes=(INPUTS, HIDDEN, CLASSES), block_size=2, T=STEPS, **options)
     theirs = to_snntorch(net)
     optimizer = torch.optim.SGD(theirs.parameters(), lr=0.1)
     first = [theirs(x_t) for x_t in SAMPLES.float()]
@@ -239,29 +194,8 @@ def test_a_recurrent_network_in_snntorch_stays_sparse_and_starts_anew():
         assert torch.equal(trained.get_submodule(name).dense_weight() != 0, connection.mask.to_dense())
 
 
-def test_a_stack_whose_layers_are_not_all_recurrent():
-    torch.manual_seed(0)
-    layers = recurrent_net(threshold=0.6)
-    stack = SpikingStack(
-        [(layers.fc1, layers.lif1), (layers.fc2, layers.lif2, layers.rec2), (layers.fc3, layers.lif3)], T=STEPS
-    )
-    theirs = to_snntorch(stack)
-    assert [type(layer).__name__ for layer in theirs] == ["Linear", "Leaky", "Linear", "RLeaky", "Linear", "Leaky"]
-    with torch.no_grad():
-        assert torch.equal(torch.stack([theirs(x_t) for x_t in SAMPLES.float()]), output_spikes(stack))
-    assert [recurrent is None for recurrent in from_snntorch(theirs, T=STEPS).recurrents()] == [True, False, True]
-    assert isinstance(from_snntorch(theirs, T=STEPS).rec2, G2GLinear)
-
-
-# --- NIR ----------------------------------------------------------------------------------------------------------
-
-
-def resetting_net(**options):
-    """With decays that no float32 changes on the way through a time constant: 1 − (1 − 0.75) is 0.75."""
-    return recurrent_net(reset="zero", threshold=0.5, **{"beta": 0.75, **options})
-
-
-@writes_recurrent
+@pytest.mark.skipif(snntorch.__version__.startswith("0."), reason="snnTorch before 1.0 writes no recurrent neurons")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("all_to_all", [True, False])
 @pytest.mark.parametrize("kind", ["RLeaky", "RSynaptic"])
 def test_graphs_of_snntorch_are_read(kind, all_to_all):
@@ -270,77 +204,16 @@ def test_graphs_of_snntorch_are_read(kind, all_to_all):
     own = {"linear_features": HIDDEN} if all_to_all else {"all_to_all": False, "V": torch.linspace(-2, 2, HIDDEN)}
     own |= {"alpha": 0.5} if kind == "RSynaptic" else {"reset_delay": False}
     output = snntorch.Leaky(threshold=torch.full((CLASSES,), 0.3), **{**options, "beta": torch.full((CLASSES,), 0.75)})
-    theirs = nn.Sequential(
-        nn.Linear(INPUTS, HIDDEN), getattr(snntorch, kind)(**options, **own), nn.Linear(HIDDEN, CLASSES), output
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        ours = from_nir(export_to_nir(theirs, torch.rand(INPUTS)), T=STEPS)
+    hidden = getattr(snntorch, kind)(**options, **own)
+    theirs = nn.Sequential(nn.Linear(INPUTS, HIDDEN), hidden, nn.Linear(HIDDEN, CLASSES), output)
+    ours = from_nir(export_to_nir(theirs, torch.rand(INPUTS)), T=STEPS)
     if all_to_all:
-        assert torch.equal(ours.rec1.dense_weight(), theirs[1].recurrent.weight)
-        assert torch.equal(ours.fc1.bias, theirs[0].bias + theirs[1].recurrent.bias)
+        assert torch.equal(ours.rec1.dense_weight(), hidden.recurrent.weight)
+        assert torch.equal(ours.fc1.bias, theirs[0].bias + hidden.recurrent.bias)
     else:
-        assert torch.equal(ours.rec1.dense_weight(), theirs[1].V.diag())
-    for layer in (theirs[1], output):
+        assert torch.equal(ours.rec1.dense_weight(), hidden.V.diag())
+    for layer in (hidden, output):
         layer.reset_mem()
     with torch.no_grad():
         spikes = torch.stack([theirs(x_t) for x_t in SAMPLES.float()])
     assert torch.equal(output_spikes(ours), spikes)
-
-
-def lif_of(size=HIDDEN):
-    return nir.LIF(tau=np.full(size, 4e-4), r=np.full(size, 4.0), v_leak=np.zeros(size), v_threshold=np.full(size, 0.5))
-
-
-def weights(out=HIDDEN, into=HIDDEN, seed=3):
-    return torch.randn(out, into, generator=seeded(seed)).numpy()
-
-
-def flat_graph(edges, **nodes):
-    """A graph input → fc → lif → output with more nodes and edges."""
-    chain = {
-        "input": nir.Input(input_type={"input": np.array([INPUTS])}),
-        "fc": nir.Linear(weight=weights(HIDDEN, INPUTS)),
-        "lif": lif_of(),
-        "output": nir.Output(output_type={"output": np.array([HIDDEN])}),
-    }
-    edges = [("input", "fc"), ("fc", "lif"), ("lif", "output"), *edges]
-    return nir.NIRGraph(nodes={**chain, **nodes}, edges=edges, type_check=False)
-
-
-LOOP = [("lif", "w"), ("w", "lif")]
-
-
-def test_the_forms_of_a_recurrent_edge_are_one():
-    expected = output_spikes(from_nir(flat_graph(LOOP, w=nir.Linear(weight=weights())), T=STEPS))
-    for bias in (np.zeros(HIDDEN), np.linspace(-1, 1, HIDDEN)):
-        graph = flat_graph([*LOOP, ("lif", "w")], w=nir.Affine(weight=weights(), bias=bias))  # an edge twice
-        stack = from_nir(graph, T=STEPS)
-        assert stack.rec1.bias is None
-        assert (stack.fc1.bias is None) == (not bias.any())
-        if bias.any():
-            assert torch.equal(stack.fc1.bias, torch.from_numpy(bias).float())
-        else:
-            assert torch.equal(output_spikes(stack), expected)
-    # the loop around a graph, and with shapes that are changed on the way
-    cell = nir.NIRGraph.from_list(lif_of())
-    nodes = {"lif": cell, "w": nir.Linear(weight=weights()), "flat": nir.Flatten({"input": np.array([HIDDEN])}, 0)}
-    stack = from_nir(flat_graph([("lif", "flat"), ("flat", "w"), ("w", "lif")], **nodes), T=STEPS)
-    assert torch.equal(output_spikes(stack), expected)
-
-
-def test_a_mask_of_a_recurrent_node_is_given_by_its_name():
-    graph = to_nir(resetting_net())
-    kept = torch.rand(HIDDEN, HIDDEN, generator=seeded(2)) < 0.3
-    stack = from_nir(graph, masks={"lif1.w_rec": kept}, T=STEPS)
-    assert torch.equal(stack.rec1.mask.to_dense(), kept)
-    assert torch.equal(stack.rec2.mask.to_dense(), from_nir(graph, T=STEPS).rec2.mask.to_dense())
-    with pytest.raises(ValueError, match=r"masks names rec1, the graph fc1, fc2, fc3, lif1.w_rec, lif2.w_rec"):
-        from_nir(graph, masks={"rec1": kept}, T=STEPS)
-
-
-def test_a_graph_inside_of_a_graph_has_one_input():
-    ends = {name: nir.Input(input_type={"input": np.array([HIDDEN])}) for name in ("one", "other")}
-    inner = nir.NIRGraph(nodes={**ends, "lif": lif_of()}, edges=[("one", "lif"), ("other", "lif")], type_check=False)
-    with pytest.raises(ValueError, match="the graph lif has 2 inputs; a network takes graphs with one"):
-        from_nir(flat_graph([], lif=inner), T=STEPS)

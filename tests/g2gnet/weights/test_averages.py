@@ -134,21 +134,19 @@ def test_a_scheduler_is_copied_and_pickled_with_its_averages():
 
 def test_ties_are_refused_between_networks_that_do_not_correspond():
     net, average = network(), network()
-    for tie, one, other, error, message in (
-        (tie_wiring, net, nn.Sequential(average), ValueError, "same names"),
-        (sync_wiring, net, net, ValueError, "must be two"),
-        (sync_wiring, net, network(block_size=4), ValueError, r"fc1.*packed weights"),
-        (tie_wiring, net, [average], TypeError, "a list is no module"),
-        (tie_wiring, average, net, ValueError, "untie_wiring"),
+    optimizer = torch.optim.SGD(net.parameters())
+    for call, error, message in (
+        (lambda: tie_wiring(net, nn.Sequential(average)), ValueError, "same names"),
+        (lambda: sync_wiring(net, net), ValueError, "must be two"),
+        (lambda: sync_wiring(net, network(block_size=4)), ValueError, r"fc1.*packed weights"),
+        (lambda: tie_wiring(net, [average]), TypeError, "a list is no module"),
+        (lambda: tie_wiring(average, net), ValueError, "untie_wiring"),
+        (lambda: DSTScheduler([net.fc1], optimizer, averages=[average]), ValueError, "averages= needs the model"),
+        (lambda: DSTScheduler(net, optimizer, averages=average), TypeError, r"averages=\[average\]"),
     ):
         with pytest.raises(error, match=message):
-            tie(one, other)
+            call()
         tie_wiring(net, average)
-    optimizer = torch.optim.SGD(net.parameters())
-    with pytest.raises(ValueError, match="averages= needs the model"):
-        DSTScheduler([net.fc1], optimizer, averages=[average])
-    with pytest.raises(TypeError, match=r"averages=\[average\]"):
-        DSTScheduler(net, optimizer, averages=average)
 
 
 def tensors(net):

@@ -19,20 +19,18 @@ def layer():
     return G2GLinear(BlockMask.sample(*layouts, block_size=4, generator=seeded(0)), generator=seeded(2))
 
 
-def gradients(module, y):
-    module.zero_grad()
-    y.square().sum().backward()
-    return [parameter.grad for parameter in module.parameters()]
-
-
 def test_the_dense_product_with_the_weight_is_the_layers_own():
     sparse = layer()
     y = F.linear(X, sparse.weight, sparse.bias)
     torch.testing.assert_close(y, sparse(X))
     assert type(y) is torch.Tensor
-    torch.testing.assert_close(gradients(sparse, y), gradients(sparse, sparse(X)))
+    gradients = [torch.autograd.grad(each.square().sum(), [*sparse.parameters()]) for each in (y, sparse(X))]
+    torch.testing.assert_close(*gradients)
     assert torch.equal(sparse.weight, sparse.dense_weight())
     assert "weight" not in sparse.state_dict()
+    compiled = torch.compile(lambda x: F.linear(x, sparse.weight, sparse.bias), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(X), y)
+    torch.testing.assert_close(torch.vmap(lambda x: F.linear(x, sparse.weight, sparse.bias))(X), y)
 
 
 @pytest.mark.parametrize("no_grad", [False, True])
@@ -85,28 +83,3 @@ def test_what_comes_of_the_weight_is_an_ordinary_tensor():
     loaded = saved_and_read({"weight": sparse.weight.detach()})["weight"]
     assert type(loaded) is torch.Tensor
     assert torch.equal(loaded, sparse.weight)
-
-
-def test_a_layer_as_a_linear_one_computes_the_same_and_shares_nothing():
-    sparse = layer().double().eval()
-    sparse.bias.requires_grad_(False)
-    draws = torch.get_rng_state()
-    linear = sparse.to_linear()
-    assert torch.equal(torch.get_rng_state(), draws)
-    assert type(linear) is nn.Linear
-    torch.testing.assert_close(linear(X.double()), sparse(X.double()))
-    assert (linear.weight.requires_grad, linear.bias.requires_grad, linear.training) == (True, False, False)
-    before = sparse.dense_weight().clone()
-    linear.weight.data.zero_()
-    assert torch.equal(sparse.dense_weight(), before)
-    again = G2GLinear.from_linear(layer().to_linear(), layer().mask)
-    assert torch.equal(again.values[again.mask.valid()], layer().values[layer().mask.valid()])
-    assert G2GLinear(layer().mask, bias=False).to_linear().bias is None
-
-
-def test_the_weight_can_be_compiled_and_batched():
-    sparse = layer()
-    compiled = torch.compile(lambda x: F.linear(x, sparse.weight), backend="aot_eager", fullgraph=True)
-    expected = F.linear(X, sparse.weight)
-    torch.testing.assert_close(compiled(X), expected)
-    torch.testing.assert_close(torch.vmap(lambda x: F.linear(x, sparse.weight))(X), expected)

@@ -1,4 +1,5 @@
-"""Weights that stand in place of a layer's own, or that something else computes: the wiring comes with them."""
+"""Weights that stand in place of a layer's own, or that something else computes: the wiring comes with them, and the
+padding of packed weights is nobody's business."""
 
 import copy
 import functools
@@ -8,20 +9,18 @@ import torch
 from helpers import saved_and_read, seeded
 from networks import small_net
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from g2gnet import DSTScheduler
+from g2gnet.base.tensor_files import read_tensors, write_tensors
 
 X = torch.rand(6, 32, generator=seeded(9))
 HIDDEN = torch.rand(5, 40, generator=seeded(8))
 
 
 network = functools.partial(small_net, sizes=(32, 40, 10), p_inter=1 / 7, block_size=3, T=4, enc_scale=3.0)
-
-
-def parameters_and_buffers(net):
-    return {**dict(net.named_parameters()), **dict(net.named_buffers())}
 
 
 @pytest.mark.parametrize(("device", "options"), [("cpu", {}), ("meta", {}), ("cpu", {"p_inter": 0.15, "T": 6})])
@@ -45,49 +44,23 @@ def test_weights_alone_are_those_of_the_networks_own_units_and_averages_of_wirin
     with torch.no_grad():
         for mine, theirs in zip(expected.parameters(), net.parameters(), strict=True):
             mine.copy_(theirs)
-    given = dict(net.named_parameters())
-    assert torch.equal(functional_call(host, given, (X,)), expected(X))
-    both = parameters_and_buffers(net), parameters_and_buffers(host)
+    assert torch.equal(functional_call(host, dict(net.named_parameters()), (X,)), expected(X))
+    states = net.state_dict(), host.state_dict()
     with pytest.raises(ValueError, match="average of networks with different wirings"):
-        functional_call(host, {name: (tensor + both[1][name]) / 2 for name, tensor in both[0].items()}, (X,))
-
-
-def test_a_target_of_tensors_follows_if_buffers_are_copied_with_the_parameters():
-    """As torchrl's: clones of parameters and buffers, averaged in each step, copied after an update of the graph."""
-    net = network()
-    target = {name: tensor.detach().clone() for name, tensor in parameters_and_buffers(net).items()}
-    twin = copy.deepcopy(net)
-    dst = DSTScheduler(net, torch.optim.Adam(net.parameters(), lr=1e-2), interval=3, fraction=0.3, grow="random")
-    for _ in range(8):
-        counts = functional_call(net, target, (X,))
-        assert torch.equal(counts, twin(X))
-        (net(X) - counts - 1).square().sum().backward()
-        dst.optimizer.step()
-        share = 1.0 if dst.step() else 0.1
-        if share == 1.0:
-            twin.load_state_dict(net.state_dict())
-        with torch.no_grad():
-            for name, tensor in parameters_and_buffers(net).items():
-                target[name].lerp_(tensor, share)
-            for mine, theirs in zip(twin.parameters(), net.parameters(), strict=True):
-                mine.lerp_(theirs, share)
-    assert dst.pruned > 0
+        functional_call(host, {name: (tensor + states[1][name]) / 2 for name, tensor in states[0].items()}, (X,))
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_assigned_weights_come_with_their_wiring_and_device(device):
+def test_assigned_weights_come_with_their_wiring_and_device_and_numbers_that_are_not_there_are_refused(device):
     net = network()
     other = network(seed=1).to(device)
+    if device == "meta":
+        with pytest.raises(RuntimeError, match=r"fc1\.values is on the device meta"):
+            net.load_state_dict(other.state_dict())
+        assert torch.equal(net.fc2.mask.to_dense(), network().fc2.mask.to_dense())
     other.load_state_dict(net.state_dict(), assign=True)
     assert torch.equal(other(X), net(X))
     assert torch.equal(other.fc2.mask.to_dense(), net.fc2.mask.to_dense())
-
-
-def test_numbers_that_are_not_there_are_not_loaded():
-    net = network()
-    with pytest.raises(RuntimeError, match=r"fc1\.values is on the device meta"):
-        net.load_state_dict(network(seed=1).to("meta").state_dict())
-    assert torch.equal(net.fc2.mask.to_dense(), network().fc2.mask.to_dense())
 
 
 class Half(nn.Module):
@@ -131,10 +104,41 @@ def test_weights_that_something_computes_are_saved_and_loaded_with_the_same_wiri
 
 
 def test_the_state_for_distributed_checkpoints_is_the_networks():
-    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-
     net, other = network(), network(seed=1)
     state = get_model_state_dict(net)
     assert state.keys() == net.state_dict().keys()
     set_model_state_dict(other, state)
     assert torch.equal(other(X), net(X))
+
+
+def padded(fill):
+    net = network()
+    for connection, _ in net.layers():
+        assert connection.mask.has_padding
+        connection.values.data.masked_fill_(~connection.mask.valid(), fill)
+    return net
+
+
+@pytest.mark.parametrize("fill", [5.0, torch.nan])
+def test_padding_is_zero_in_what_is_saved_and_loading_takes_anything(fill, tmp_path):
+    clean, net, again = network(), padded(fill), network(seed=1)
+    given = {name: tensor.clone() for name, tensor in net.named_parameters()}
+    write_tensors(tmp_path / "net.pth", net.state_dict())
+    torch.testing.assert_close(read_tensors(tmp_path / "net.pth"), dict(clean.state_dict()), rtol=0, atol=0)
+    again.load_state_dict({**clean.state_dict(), **given})
+    assert torch.equal(again(X), clean(X))
+    assert torch.equal(again.state_dict()["fc2.values"], clean.state_dict()["fc2.values"])
+
+
+@pytest.mark.parametrize("fill", [1e3, torch.nan])
+def test_padding_counts_in_no_score(fill):
+    results = []
+    for net in (network(), padded(fill)):
+        optimizer = torch.optim.Adam(net.parameters())
+        dst = DSTScheduler(net, optimizer, interval=1, grow="gradient")
+        net(X).square().sum().backward()
+        optimizer.step()
+        dst.step()
+        assert dst.pruned > 0
+        results.append(net.state_dict())
+    torch.testing.assert_close(*results, rtol=0, atol=0)

@@ -84,7 +84,7 @@ def test_what_changed_after_the_run_is_not_counted_wrongly(change):
 
 
 def test_what_is_not_counted_may_change_and_hooked_runs_are_read_where_delays_are():
-    net, x = network(), INPUTS["over time"]()
+    net, x = network(), OVER_TIME * 3
     _scheduler = DSTScheduler(net, torch.optim.Adam(net.parameters()), interval=1, grow="gradient")
     activity = net.simulate(x)
     before = activity.synaptic_operations()

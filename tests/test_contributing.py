@@ -136,7 +136,7 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
         ),
     },
     "grouping": {
-        "g2gnet/weights/groupings.py": replace(r"(\nGROUPINGS = {\n)", r'\1    "toy": ("random", "interleaved"),\n'),
+        "g2gnet/weights/groupings.py": replace(r"(\nGROUPINGS = {\n)", r'\1    "toy": ("random", "interleaved"),\n')
     },
     "sparsity pattern": {
         "g2gnet/weights/patterns.py": replace(

@@ -33,13 +33,6 @@ def test_the_library_says_what_is_mirrored():
     assert _reason() is None
 
 
-def _declare(monkeypatch, old: str, new: str) -> None:
-    """Declares the structures otherwise than the library that is installed."""
-    text = interface.declarations()
-    assert text.count(old) == 1
-    monkeypatch.setattr(library, "declarations", lambda: text.replace(old, new))
-
-
 @pytest.mark.parametrize(
     ("old", "new", "difference"),
     [
@@ -51,7 +44,9 @@ def _declare(monkeypatch, old: str, new: str) -> None:
     ],
 )
 def test_a_library_with_other_fields_is_refused_by_the_name_of_the_first(old, new, difference, monkeypatch):
-    _declare(monkeypatch, old, new)
+    text = interface.declarations()
+    assert text.count(old) == 1
+    monkeypatch.setattr(library, "declarations", lambda: text.replace(old, new))
     assert re.search(rf"was built from another version of g2g \({difference}", _reason())
 
 
@@ -81,18 +76,16 @@ def test_the_structures_lie_in_memory_as_the_compiler_lays_them_out(tmp_path):
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if not compiler:
         pytest.skip("needs a C++ compiler")
-    asserted = []
+    lines = ["#include <cstddef>", '#include "structures.h"']
     for name, structure in vars(structures).items():
-        asserted.append(f"sizeof(g2g::{name}) == {ctypes.sizeof(structure)}")
+        lines.append(f"static_assert(sizeof(g2g::{name}) == {ctypes.sizeof(structure)});")
         for field, *_ in structure._fields_:
             place = getattr(structure, field)
-            asserted.append(f"offsetof(g2g::{name}, {field}) == {place.offset}")
-            asserted.append(f"sizeof(g2g::{name}::{field}) == {place.size}")
-    assert len(asserted) > 100
+            lines.append(f"static_assert(offsetof(g2g::{name}, {field}) == {place.offset});")
+            lines.append(f"static_assert(sizeof(g2g::{name}::{field}) == {place.size});")
+    assert len(lines) > 100
     program = tmp_path / "layout.cpp"
-    program.write_text(
-        '#include <cstddef>\n#include "structures.h"\n' + "\n".join(f"static_assert({each});" for each in asserted)
-    )
+    program.write_text("\n".join(lines))
     command = [compiler, "-std=c++17", "-fsyntax-only", "-I", str(ROOT / "g2g_kernels" / "csrc"), str(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -103,8 +96,8 @@ def test_the_structures_lie_in_memory_as_the_compiler_lays_them_out(tmp_path):
 @pytest.mark.parametrize("kernel", ["g2g_neurons_backward", "g2g_stack_backward"])
 def test_a_number_that_no_option_has_is_refused(option, number, kernel):
     """Both kernels choose by all three options. The number stops a call before it reads anything."""
-    values = [torch.ones(1) for _ in range(2)]
-    neurons = neuron_arguments(Neurons("lif", tuple(values)))
+    values = torch.ones(1), torch.ones(1)
+    neurons = neuron_arguments(Neurons("lif", values))
     setattr(neurons, option, number)
     if kernel == "g2g_neurons_backward":
         tensor = torch.zeros(2, 1)

@@ -8,7 +8,7 @@ QUICK = [
     "test_readme.py::test_the_python_example_runs",
     "test_readme.py::test_the_flag_tables_are_those_of_the_parsers",
     "g2g_kernels/mask/test_sampling.py::test_every_unit_is_as_likely_as_its_probability",
-    "g2g_kernels/mask/test_block_mask.py::test_pickle_gives_the_mask_back",
+    "g2g_kernels/mask/test_block_mask.py::test_a_mask_saves_its_wiring_alone_moves_every_index_and_comes_back_from_pickle",
     "g2g_kernels/mask/test_conversions.py::test_edges_are_the_entries_of_the_dense_matrix_row_by_row",
     "g2g_kernels/test_device.py::test_directml_then_cuda_then_cpu",
     "g2g_kernels/test_dispatch.py::test_backends_are_preferred_in_the_order_triton_cpu_torch",

@@ -40,8 +40,3 @@ def test_every_unit_is_as_likely_as_its_probability():
 def test_a_density_is_that_of_all_units(density):
     mask = BlockMask.sample(GroupLayout(40), GroupLayout(30), density=density, block_size=1, generator=seeded(0))
     assert mask.density == pytest.approx(density, abs=1 / 30)
-
-
-def test_a_density_out_of_range_is_refused():
-    with pytest.raises(ValueError, match=r"density=1\.5 must be"):
-        BlockMask.sample(GroupLayout(40), GroupLayout(30), density=1.5)

@@ -4,11 +4,10 @@ import itertools
 from collections.abc import Callable
 
 import pytest
-import snntorch
 import torch
 from covering import every_pair, of_today
 from helpers import ErrorRatios, device_of, rms, seeded
-from neuron_cases import BACKENDS, SNNTORCH, currents, every_backend, every_reset, output_weights
+from neuron_cases import BACKENDS, SNNTORCH, by_snntorch, currents, every_backend, every_reset, output_weights
 from stack_cases import Stack, loss, results, stacks_on
 
 from g2g_kernels import Neurons, adlif_step, g2g_stack, lif_step, neurons, synaptic_step
@@ -130,25 +129,8 @@ def test_gradients_equal_those_of_a_plain_loop_in_float64(model, reset, surrogat
 def test_synaptic_gradients_equal_snntorch_in_float64(reset, surrogate, held, per_neuron):
     """Spikes identical; everything else is float64 in snnTorch too, so only float64 rounding separates the two."""
     tensors = drawn("synaptic", per_neuron, held, False)
-    expected = outcome(by_snntorch(reset, SNNTORCH[surrogate](2.0)), tensors)
+    expected = outcome(by_snntorch(reset, SNNTORCH[surrogate](2.0), T if held else None), tensors)
     assert_near(outcome(on("torch", "synaptic", reset, surrogate), tensors), expected, 1e-11)
-
-
-def by_snntorch(reset: str, spike_grad) -> Callable:
-    """The loop over time that snnTorch's users write."""
-
-    def run(current, syn_decay, beta, threshold, state=None):
-        neuron = snntorch.Synaptic(
-            alpha=syn_decay, beta=beta, threshold=threshold, spike_grad=spike_grad, reset_mechanism=reset
-        )
-        states = torch.zeros(2, B, N, dtype=current.dtype).unbind()
-        spikes = []
-        for t in range(T):
-            spike, *states = neuron(current if current.dim() == 2 else current[t], *states)
-            spikes.append(spike)
-        return torch.stack(spikes).to(current.dtype), torch.stack(states)
-
-    return run
 
 
 @every_reset
@@ -156,7 +138,7 @@ def by_snntorch(reset: str, spike_grad) -> Callable:
 def test_synaptic_spikes_equal_snntorch_in_float32(backend, reset):
     """To the last bit: the same operations in the same order."""
     tensors = [tensor.float() for tensor in drawn("synaptic", True, False, False, seed=3).values()]
-    assert torch.equal(on(backend, "synaptic", reset, "atan")(*tensors)[0], by_snntorch(reset, None)(*tensors)[0])
+    assert torch.equal(on(backend, "synaptic", reset, "atan")(*tensors)[0], by_snntorch(reset)(*tensors)[0])
 
 
 @every_pair(model=MODELS, reset=RESETS, surrogate=SURROGATES, per_neuron=BOTH, from_state=BOTH)
@@ -218,10 +200,11 @@ def test_the_spike_before_a_run_without_a_state_is_a_constant(backend):
     assert grads == [0, -0.5 * 0.25]
 
 
-@every_pair(model=SEVERAL, backend=BACKENDS)
+@every_pair(model=MODELS, backend=BACKENDS)
 def test_decays_are_clamped_and_the_other_parameters_are_free(model, backend):
     tensors = {name: tensor.float() for name, tensor in drawn(model, True, False, False).items()}
-    decays = dict(zip(PARAMETERS[model], ([-0.3, 0.2, 1.2, 0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, -0.3, 0.2, 1.2, 0.5])))  # noqa: B905
+    ranges = [-0.3, 0.2, 1.2, 0.0, 1.0, 0.5, 0.5], [0.5, 0.5, 0.5, -0.3, 0.2, 1.2, 0.5]
+    decays = dict(zip(MODELS[model].decays, ranges, strict=False))
     free = {"a": [0.1, -0.1, 0.0, 0.2, 0.1, 0.3, -0.2], "b": [-0.5, 2.0, 0.0, 0.2, 0.1, 0.3, -0.2]}
     free = {name: value for name, value in free.items() if name in tensors}
     tensors |= {name: torch.tensor(value) for name, value in {**decays, **free}.items()}

@@ -17,6 +17,9 @@ from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton.runtime import interpreted, recorded
 from g2g_kernels.triton.runtime import unavailable as triton_unavailable
 
+if triton_unavailable() is None:
+    from g2g_kernels.ops.neurons import triton
+
 pytestmark = pytest.mark.skipif(triton_unavailable() is not None, reason=str(triton_unavailable()))
 
 every_reset = pytest.mark.parametrize("reset", RESETS)
@@ -108,8 +111,6 @@ def test_thresholds_at_and_below_zero(reset):
 
 def test_counts_rates_and_their_gradients():
     """uint8 spikes and counts of several tiles; gradients through counts and rates, alone and beside ∂L/∂S."""
-    from g2g_kernels.ops.neurons.triton import Run, Upstream, checkpoint_shape, launch_backward, launch_forward
-
     ratios = ErrorRatios()
     for shape, held in itertools.product([(13, 70, 9), (4, 5, 130)], [False, True]):
         steps, batch, neurons = shape
@@ -121,10 +122,10 @@ def test_counts_rates_and_their_gradients():
 
         current, *own = (tensor.to(DEVICE) for tensor in tensors)
         spikes = torch.full(shape, 77, dtype=torch.uint8, device=DEVICE)
-        checkpoints = torch.empty(checkpoint_shape(MODELS["lif"], *shape), device=DEVICE)
+        checkpoints = torch.empty(triton.checkpoint_shape(MODELS["lif"], *shape), device=DEVICE)
         counts = torch.empty(shape[1:], device=DEVICE)
-        here = Run(current, Neurons("lif", tuple(own)), steps)
-        launch_forward(here, spikes, checkpoints, counts)
+        here = triton.Run(current, Neurons("lif", tuple(own)), steps)
+        triton.launch_forward(here, spikes, checkpoints, counts)
         assert torch.equal(spikes.cpu(), expected.to(torch.uint8))
         assert torch.equal(counts.cpu(), expected.sum(0))
 
@@ -135,8 +136,8 @@ def test_counts_rates_and_their_gradients():
             assert torch.equal(exact["spikes"].float(), expected)
             to_current = torch.empty_like(current)
             reaching = (to_spikes if through_spikes else None), to_counts, to_rates
-            upstream = Upstream(*(None if grad is None else grad.float().to(DEVICE) for grad in reaching))
-            *sums, bias = launch_backward(here, checkpoints, upstream, to_current)
+            upstream = triton.Upstream(*(None if grad is None else grad.float().to(DEVICE) for grad in reaching))
+            *sums, bias = triton.launch_backward(here, checkpoints, upstream, to_current)
             dims = 0 if held else (0, 1)  # of a held current the gradient is summed over time
             torch.testing.assert_close(bias, to_current.sum(dims), rtol=1e-5, atol=1e-5)  # float32 rounding
             for name, grad in zip(GRADIENTS, (to_current, *sums), strict=True):
@@ -147,25 +148,23 @@ def test_counts_rates_and_their_gradients():
 @every_reset
 def test_margins_give_the_gradients_of_currents(reset):
     """What the backward pass of a fused layer keeps; of one step, of full segments and of others."""
-    from g2g_kernels.ops.neurons.triton import Run, Upstream, checkpoint_shape, launch_backward, launch_forward
-
     for number, shape in enumerate([(1, 5, 9), (10, 9, 5), (3, 70, 9), (11, 3, 131)]):
         steps, batch, neurons = shape
         current, *own = (
             tensor.to(DEVICE) for tensor in (currents(*shape, seed=7, dtype=torch.float32), *parameters(neurons))
         )
         first = torch.randn(1, batch, neurons, device=DEVICE) if number % 2 else None
-        run = Run(current, Neurons("lif", tuple(own), reset), steps, first)
-        checkpoints = torch.empty(checkpoint_shape(MODELS["lif"], *shape), device=DEVICE)
+        run = triton.Run(current, Neurons("lif", tuple(own), reset), steps, first)
+        checkpoints = torch.empty(triton.checkpoint_shape(MODELS["lif"], *shape), device=DEVICE)
         membranes, spikes = torch.empty_like(current), torch.empty_like(current)
-        last = launch_forward(run, spikes, checkpoints, membranes=membranes)
+        last = triton.launch_forward(run, spikes, checkpoints, membranes=membranes)
         assert torch.equal(membranes[-1], last[0])
         assert torch.equal(membranes > own[1], spikes > 0)
-        upstream = Upstream(output_weights(*shape).float().to(DEVICE), last=torch.randn_like(last))
+        upstream = triton.Upstream(output_weights(*shape).float().to(DEVICE), last=torch.randn_like(last))
         found = []
         for kept in (run, run._replace(current=membranes - own[1], margins=True)):
             to_current, to_first = torch.empty_like(current), torch.empty_like(last)
-            sums = launch_backward(kept, checkpoints, upstream, to_current, None if first is None else to_first)
+            sums = triton.launch_backward(kept, checkpoints, upstream, to_current, None if first is None else to_first)
             found.append((to_current, sums, *(() if first is None else (to_first,))))
         for ours, theirs in zip(*found, strict=True):  # a margin and its threshold round once more
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -174,8 +173,6 @@ def test_margins_give_the_gradients_of_currents(reset):
 @pytest.mark.skipif(not interpreted(), reason="a compiled kernel calls no Python")
 def test_partial_sums_are_apart_by_64_bits(monkeypatch):
     """Programs × neurons × parameters may reach 2³¹ where neurons × samples do not."""
-    from g2g_kernels.ops.neurons import triton
-
     formats, store = [], triton.store_partials
 
     def seen(here, apart, *others):
@@ -189,8 +186,6 @@ def test_partial_sums_are_apart_by_64_bits(monkeypatch):
 
 def test_more_tiles_of_neurons_than_the_second_axis_of_a_grid_has(monkeypatch):
     """CUDA's have 65,535 programs along it, of 8,388,480 neurons; a third axis has the others, in whole multiples."""
-    from g2g_kernels.ops.neurons import triton
-
     current = torch.empty(2, 9, 3 << 22, device="meta")
     run = triton.Run(current, Neurons("lif", (torch.empty(1, device="meta"),) * 2), 2)
     with recorded() as launches:
@@ -208,22 +203,20 @@ def test_more_tiles_of_neurons_than_the_second_axis_of_a_grid_has(monkeypatch):
 
 def test_checkpoints_are_the_membranes_between_segments():
     """No more than a state every tenth step is kept, or two every fifth; none without gradients."""
-    from g2g_kernels.ops.neurons.triton import FORWARD, checkpoint_shape
-
     lif_model, synaptic_model = MODELS["lif"], MODELS["synaptic"]
-    lengths = [checkpoint_shape(lif_model, steps, 2, 3)[0] for steps in (1, 10, 11, 20, 25, 50)]
+    lengths = [triton.checkpoint_shape(lif_model, steps, 2, 3)[0] for steps in (1, 10, 11, 20, 25, 50)]
     assert lengths == [0, 0, 1, 1, 2, 4]
-    assert checkpoint_shape(synaptic_model, 50, 2, 3) == (9, 2, 2, 3)  # every fifth step, of two states
+    assert triton.checkpoint_shape(synaptic_model, 50, 2, 3) == (9, 2, 2, 3)  # every fifth step, of two states
     current = currents(25, 4, 3, dtype=torch.float32).to(DEVICE)
     beta, threshold = torch.tensor(0.9, device=DEVICE), torch.tensor(100.0, device=DEVICE)  # never fires
     call = NeuronsCall(current, Neurons("lif", (beta, threshold)), 0)
-    spikes, _, kept = FORWARD.function(call, True)
+    spikes, _, kept = triton.FORWARD.function(call, True)
     membrane, membranes = torch.zeros_like(current[0]), []
     for current_t in current:
         membrane = beta * membrane + current_t
         membranes.append(membrane)
     assert torch.equal(kept[:, 0], torch.stack([membranes[8], membranes[17]]))  # three segments of 9 steps
-    without, _, nothing = FORWARD(call)
+    without, _, nothing = triton.FORWARD(call)
     assert torch.equal(without, spikes)
     assert nothing.numel() == 0
 
@@ -260,19 +253,19 @@ def test_results_are_reproducible():
 @pytest.mark.parametrize(("model", "steps"), [("lif", None), ("adlif", 11)])
 def test_opcheck(model, steps, plain_memory):
     """Schema, fake implementations, autograd registration and use under torch.compile, as torch checks them."""
-    from g2g_kernels.ops.neurons.triton import BACKWARD, FORWARD
-
     current = currents(*((4, 3) if steps else (11, 4, 3)), dtype=torch.float32).to(DEVICE)
     own = [torch.full((3,), 0.5, device=DEVICE) for _ in MODELS[model].parameters]
     plain = NeuronsCall.of(current, Neurons(model, tuple(own)), steps)
-    FORWARD.opcheck(plain, False)
+    triton.FORWARD.opcheck(plain, False)
     for tensor in (current, *own):
         tensor.requires_grad_()
-    FORWARD.opcheck(NeuronsCall.of(current, Neurons(model, tuple(own)), steps), True)
+    triton.FORWARD.opcheck(NeuronsCall.of(current, Neurons(model, tuple(own)), steps), True)
     with torch.no_grad():
-        spikes, _, kept = FORWARD.function(plain, True)
+        spikes, _, kept = triton.FORWARD.function(plain, True)
         detached = NeuronsCall.of(current.detach(), Neurons(model, tuple(tensor.detach() for tensor in own)), steps)
-        BACKWARD.opcheck(Backward.of(detached, [kept], [torch.ones_like(spikes), None], (True,) * len(own) + (False,)))
+        triton.BACKWARD.opcheck(
+            Backward.of(detached, [kept], [torch.ones_like(spikes), None], (True,) * len(own) + (False,))
+        )
 
 
 @pytest.mark.parametrize(

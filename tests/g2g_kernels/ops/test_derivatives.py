@@ -164,8 +164,7 @@ def test_derivatives_of_neurons_are_those_of_steps(backend, name):
     (first,) = torch.autograd.grad(loss(x), x, create_graph=True)
     (second,) = torch.autograd.grad(first.square().sum(), x)
     exact = x.detach().double().requires_grad_()
-    of_steps = steps_of(name)
-    (expected_first,) = torch.autograd.grad(loss(exact, of_steps), exact, create_graph=True)
+    (expected_first,) = torch.autograd.grad(loss(exact, steps_of(name)), exact, create_graph=True)
     (expected,) = torch.autograd.grad(expected_first.square().sum(), exact)
     torch.testing.assert_close(first.double(), expected_first, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(second.double(), expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
@@ -191,12 +190,12 @@ def test_derivatives_of_neurons_are_those_of_steps(backend, name):
     torch.testing.assert_close(dual, along)
 
 
-def test_the_remedy_differentiates_twice_and_in_forward_mode():
+def test_steps_are_differentiable_twice_and_in_forward_mode():
     beta, theta = (torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (0.8, 0.5))
     current = torch.rand(4, 3, generator=seeded(0), dtype=torch.float64).requires_grad_()
 
     def smooth(current, beta, theta):
-        """The membranes, which are smooth between spikes, and the spikes, by their surrogates' values."""
+        """Of each step the membrane where it spikes, which is smooth between spikes."""
         membrane, total = None, 0.0
         for current_t in current:
             spikes, membrane = lif_step(current_t, membrane, beta, theta, "none")
@@ -204,16 +203,12 @@ def test_the_remedy_differentiates_twice_and_in_forward_mode():
         return total
 
     assert torch.autograd.gradgradcheck(smooth, (current, beta, theta))
-
-    def spikes(current):
-        return lif_step(current, None, beta, theta)[0]
-
-    (gradient,) = torch.autograd.grad(spikes(current[0]).sum(), current, create_graph=True)
+    first = current[0].detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(lif_step(first, None, beta, theta)[0].sum(), first, create_graph=True)
     assert gradient.square().sum().requires_grad
-    tangent = torch.ones(3, dtype=torch.float64)
     with torch.no_grad():
-        forward = torch.func.jvp(spikes, (current[0].detach(),), (tangent,))[1]
-    torch.testing.assert_close(forward, gradient[0].detach())
+        forward = torch.func.jvp(lambda x: lif_step(x, None, beta, theta)[0], (first,), (torch.ones_like(first),))[1]
+    torch.testing.assert_close(forward, gradient.detach())
 
 
 def test_inside_what_is_compiled_a_tangent_is_right(plain_memory):
@@ -223,12 +218,10 @@ def test_inside_what_is_compiled_a_tangent_is_right(plain_memory):
     def linear(x):
         return g2g_linear(x, values, mask, bias)
 
-    expected = torch.func.jvp(linear, (x,), (x,))[1]
-    compiled = torch.compile(lambda x: torch.func.jvp(linear, (x,), (x,))[1], backend="aot_eager")
-    torch.testing.assert_close(compiled(x), expected)
-    of_neurons = operator_of("lif", None)
-    compiled = torch.compile(lambda x: torch.func.jvp(of_neurons, (x,), (x,))[1], backend="aot_eager")
-    torch.testing.assert_close(compiled(x), torch.func.jvp(of_neurons, (x,), (x,))[1])
+    for run in (linear, operator_of("lif", None)):
+        expected = torch.func.jvp(run, (x,), (x,))[1]
+        compiled = torch.compile(lambda x, run=run: torch.func.jvp(run, (x,), (x,))[1], backend="aot_eager")
+        torch.testing.assert_close(compiled(x), expected)
 
 
 @pytest.mark.parametrize("backend", backends_of(linear_module.operator))

@@ -259,18 +259,16 @@ def with_models(stack: Stack, models: tuple[str, ...], seed: int, states: bool) 
 
 
 def run_stack(
-    stack: Stack, models: tuple[str, ...], dtype: torch.dtype, backend: str, first: str = "subtract",
-    chunk: int | None = None,
-) -> Tensors:  # fmt: skip
+    stack: Stack, models: tuple[str, ...], dtype: torch.dtype, backend: str, first: str = "subtract", chunk=None
+) -> Tensors:
     """Results of a stack whose layers have resets, from the first one on, and surrogates of their own."""
     leaves = stack.leaves(dtype, device_of(backend))
     layers = stack.layers(leaves)
     for k, model in enumerate(models):
         own = tuple(leaves[f"{name}{k}"] for name in MODELS[model].parameters)
         reset, surrogate = RESETS[(RESETS.index(first) + k) % 3], ("triangle", "atan", "fast_sigmoid")[k]
-        layers[k] = layers[k]._replace(
-            population=Neurons(model, own, reset, surrogate, 1.5), state=leaves.get(f"state{k}")
-        )
+        population = Neurons(model, own, reset, surrogate, 1.5)
+        layers[k] = layers[k]._replace(population=population, state=leaves.get(f"state{k}"))
     activity = g2g_stack(leaves["x"], layers, stack.steps, backend=backend, chunk=chunk)
     states = sum((state * torch.randn(state.shape, generator=seeded(4)).to(state)).sum() for state in activity.states)
     (loss(activity.counts, activity.rates) + states).backward()

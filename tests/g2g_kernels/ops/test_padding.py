@@ -76,10 +76,3 @@ def test_a_stack_and_its_gradients(cases, way, backend, monkeypatch):
     assert any(mask.has_padding for mask in stack.masks)
     torch.testing.assert_close(stack.run(torch.float32, backend), clean, rtol=0, atol=0)
     assert clean["spikes2"].any()
-
-
-def test_packing_and_unpacking():
-    mask = MASKS["units of 16"].mask()
-    values = torch.randn(mask.num_units, *mask.unit_shape, generator=seeded(0))
-    assert torch.equal(mask.unpack(with_nan_in_padding(values, mask)), mask.unpack(values))
-    assert not mask.pack(torch.ones(mask.shape))[~mask.valid()].any()

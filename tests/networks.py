@@ -81,7 +81,7 @@ class Reference:
         sent = {name: [] for name in net.populations} | {"input": list(x)}
         states, membranes = dict.fromkeys(net.populations), {name: [] for name in net.populations}
         self.arrived = {}
-        order = [each for part in self.parts() for each in part]
+        order = self.order()
         names = [*net.populations, "input"]
         weights = {
             name: (c.mask.unpack(t64[f"{name}.values"]), t64.get(f"{name}.bias"))
@@ -93,11 +93,9 @@ class Reference:
                 for route in net.routes():
                     if names[route.target] != name:
                         continue
-                    source, delays = names[route.source], net.delays(route.name)
-                    rows = []
-                    for j, d in enumerate(delays.tolist()):
-                        rows.append(sent[source][t - d][:, j] if t >= d else torch.zeros(x.shape[1], dtype=x.dtype))
-                    received = torch.stack(rows, 1)
+                    source, silent = names[route.source], torch.zeros(x.shape[1], dtype=x.dtype)
+                    delays = enumerate(net.delays(route.name).tolist())
+                    received = torch.stack([sent[source][t - d][:, j] if t >= d else silent for j, d in delays], 1)
                     if not received.requires_grad:  # nothing has arrived yet, but its gradient says what would
                         received.requires_grad_()
                     self.arrived[route.name, t] = received
@@ -105,9 +103,8 @@ class Reference:
                     current = current + (received * (scale if source != "input" else 1)) @ weight.T
                     current = current if bias is None else current + bias
                 module = net.neurons()[name]
-                population = module.population._replace(
-                    parameters=tuple(t64[f"{name}.{each}"] for each in type(module).model.parameters)
-                )
+                own = tuple(t64[f"{name}.{each}"] for each in type(module).model.parameters)
+                population = module.population.with_parameters(own)
                 spikes, states[name] = neurons_step(current, states[name], population)
                 membranes[name].append(states[name][-1])
                 if dropped and name in dropped:
@@ -116,20 +113,13 @@ class Reference:
         self.membranes = {name: torch.stack(of_steps) for name, of_steps in membranes.items()}
         return {name: torch.stack(sent[name]) for name in net.populations}
 
-    def parts(self):
+    def order(self) -> list[str]:
         """The populations so that those with a delay of 0 between them are in order."""
-        left, done = list(self.net.populations), []
-        names = [*self.net.populations, "input"]
-        while left:
-            for name in left:
-                instant = {names[r.source] for r in self.net.routes() if names[r.target] == name and r.least == 0}
-                if not instant & set(left) - {name} and name not in instant:
-                    left.remove(name)
-                    done.append(name)
-                    break
-            else:
-                raise AssertionError("a cycle without delay")
-        return [done]
+        names, done = [*self.net.populations, "input"], []
+        at_once = [(names[route.source], names[route.target]) for route in self.net.routes() if route.least == 0]
+        while left := [name for name in self.net.populations if name not in done]:
+            done.append(next(name for name in left if not {a for a, b in at_once if b == name} & set(left)))
+        return done
 
     def gradients(
         self, loss: torch.Tensor, spikes: dict[str, torch.Tensor], x: torch.Tensor

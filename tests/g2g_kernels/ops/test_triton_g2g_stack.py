@@ -10,7 +10,7 @@ import pytest
 import stack_cases
 import torch
 from helpers import ErrorRatios, MaskCase, device_of, lif_layer, rms, seeded
-from stack_cases import STACKS, Stack, clear_of_thresholds, clear_stack, clear_stacks, loss, results, rounded
+from stack_cases import MIXER, SIZES, STACKS, Stack, chain, clear_of_thresholds, clear_stack, loss, results, rounded
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
 from g2g_kernels.ops.g2g_stack.call import StackCall
@@ -27,15 +27,9 @@ if runtime.unavailable() is None:
 
 pytestmark = pytest.mark.skipif(runtime.unavailable() is not None, reason=str(runtime.unavailable()))
 
-STACKS_OF_UNITS = [
-    (MaskCase(38, 21, 2, "index", "index", 16), MaskCase(26, 38, 2, "interleaved", "interleaved", 16),
-     MaskCase(10, 26, 2, "index", "index", 16)),
-    STACKS["one unit a group"],
-    # in order and whole, which is what can be fused
-    (MaskCase(32, 21, 2, "index", "index", 16), MaskCase(48, 32, 1, "index", "index", 16),
-     MaskCase(32, 48, 1, "index", "index", 16)),
-]  # fmt: skip
-IN_ORDER = STACKS_OF_UNITS[2]
+#: in order and whole, which is what can be fused
+IN_ORDER = (*chain((21, 32), 2, 16, "index index"), *chain((32, 48, 32), 1, 16, "index index"))
+STACKS_OF_UNITS = [chain(SIZES, 2, 16, *MIXER), STACKS["one unit a group"], IN_ORDER]
 
 
 def stacks_of(way: str) -> list[tuple[MaskCase, ...]]:
@@ -169,8 +163,7 @@ def test_from_no_neuron_that_passes_a_gradient_on_to_all(surrogate, alpha, steps
 
 
 #: units of 64, groups of 98 inputs and 2 outputs: what the kernels of the default network are compiled for
-DEFAULT = (MaskCase(128, 196, 2, "index", "index", 64), MaskCase(128, 128, 2, "index", "index", 64),
-           MaskCase(4, 128, 2, "index", "index", 64))  # fmt: skip
+DEFAULT = chain((196, 128, 128, 4), 2, 64, "index index")
 
 
 @pytest.mark.passes
@@ -215,7 +208,7 @@ def test_numbers_of_steps(steps):
 def test_other_stacks(steps, options):
     """A tile of a product has 128 samples, one of a fused layer 64."""
     ratios = ErrorRatios()
-    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], steps, **options), FEW):
+    for stack in itertools.islice(stack_cases.clear_stacks(STACKS_OF_UNITS[0], steps, **options), FEW):
         assert options.get("bias", True) == any(name.startswith("bias") for name in stack.tensors)
         compare(ratios, stack)
     ratios.check(cases=FEW, at_most=AT_MOST)
@@ -225,7 +218,7 @@ def test_single_weights():
     """Dense products with stored zeros, as pairs."""
     ratios = ErrorRatios()
     with tiles.choose(dense=True):
-        for stack in itertools.islice(clear_stacks(STACKS["random single weights"], SHORT), FEW):
+        for stack in itertools.islice(stack_cases.clear_stacks(STACKS["random single weights"], SHORT), FEW):
             compare(ratios, stack)
     ratios.check(cases=FEW, at_most=AT_MOST)
 
@@ -488,7 +481,7 @@ def test_membranes_and_spikes_over_time_take_no_steps_in_turn(launched):
 @pytest.mark.driver
 def test_operator_registration(plain_memory):
     device = device_of("triton")
-    stack = Stack((MaskCase(16, 9, 1, "index", "index", 16), MaskCase(9, 16, 2, "index", "index", 16)), 2, batch=2)
+    stack = Stack(chain((9, 16, 9), 1, 16, "index index"), 2, batch=2)
     leaves = stack.leaves(torch.float32, device)
     layers = stack.layers(leaves)
     triton.FORWARD.opcheck(StackCall.of(leaves["x"], layers, 2, torch.float32), True)

@@ -5,7 +5,7 @@ QUICK = [
     "test_lint.py::test_nothing_is_found",
     "test_docs.py::test_a_notebook_runs_and_shows_pictures",
     "test_docs.py::test_the_code_of_a_page_prints_what_the_page_says[docs/tutorial.md]",
-    "test_readme.py::test_the_python_example_runs",
+    "test_readme.py::test_the_python_example_runs_and_the_readme_is_short",
     "test_readme.py::test_the_flag_tables_are_those_of_the_parsers",
     "g2g_kernels/mask/test_sampling.py::test_every_unit_is_as_likely_as_its_probability",
     "g2g_kernels/mask/test_block_mask.py::test_a_mask_saves_its_wiring_alone_moves_every_index_and_comes_back_from_pickle",

@@ -1,4 +1,4 @@
-"""Every command of the documentation and every extra are run by something, and the quick lane is there.
+"""Every command of the documentation is run by something, and the quick lane is there.
 
 Commands of ``train.py``, ``crossval.py`` and ``g2g-pretrain`` are run by ``test_readme.py``, blocks of Python by
 ``test_docs.py``.
@@ -6,7 +6,6 @@ Commands of ``train.py``, ``crossval.py`` and ``g2g-pretrain`` are run by ``test
 
 import re
 
-import pytest
 from helpers import ROOT
 from quick import QUICK
 
@@ -34,19 +33,6 @@ RUN_BY = {
     r"tests/(versions|clients|execute_kernels)\.sh|python tests/golden_bits": "by hand",
     r"py -3\.12|g2g-environment|pip install -e \"\.\[directml\]\"": "by hand",
 }
-EXTRAS = {
-    "test": ".ci/run",
-    "dev": ".ci/run",
-    "events": "tests/g2gnet/data/test_recordings.py",
-    "interop": "tests/g2gnet/interop/test_interop.py",
-    "plots": "tests/g2gnet/programs/test_report.py",
-    "tensorboard": "tests/g2gnet/training/test_logging.py",
-    "bench": "tests/test_commands.py",
-    "docs": "tests/test_docs.py",
-    "triton": "tests/g2g_kernels/ops/test_triton_lif.py",
-    "clients": "by hand",
-    "directml": "by hand",
-}
 
 
 def commands():
@@ -65,14 +51,6 @@ def test_every_documented_command_is_run_by_something():
         assert runners[0] == "by hand" or (ROOT / runners[0]).is_file()
     for begin in RUN_BY:
         assert any(re.match(begin, command) for _, command in found), f"no page has {begin}"
-
-
-def test_every_extra_is_used_by_something():
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 has it")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert set(project["optional-dependencies"]) == set(EXTRAS)
-    for runner in EXTRAS.values():
-        assert runner == "by hand" or (ROOT / runner).is_file()
 
 
 def test_the_quick_lane_lists_tests_that_there_are():

@@ -16,7 +16,7 @@ from helpers import ErrorRatios, MaskCase, device_of
 from kernel_execution import CAPABILITY, compile_and_parse_once
 from linear_cases import backend_result, dense_result, inputs
 from neuron_cases import clear_of_threshold, currents, gradients, lif_on, output_weights
-from stack_cases import Stack, rounded
+from stack_cases import MIXER, SIZES, Stack, chain, rounded
 from ttsem import sanitize
 
 from g2g_kernels.ops.g2g_stack import triton as stacks
@@ -25,17 +25,11 @@ PAGE = Path(__file__).parents[1] / "g2g_kernels/triton/CHECKS.md"
 T, B = 50, 256
 #: units of one, two and four tiles of 16
 LINEAR = (
-    MaskCase(16, 16, 1, "index", "index", 16),
-    MaskCase(108, 140, 3, "index", "random", 32),
+    MaskCase(16, 16, 1, "index", "index", 16), MaskCase(108, 140, 3, "index", "random", 32),
     MaskCase(150, 290, 2, "random", "interleaved", 64),
-)
-#: ragged units in several groups; one unit a layer
-STACKS = (
-    (MaskCase(38, 21, 2, "index", "index", 16), MaskCase(26, 38, 2, "interleaved", "interleaved", 16),
-     MaskCase(10, 26, 2, "index", "index", 16)),
-    (MaskCase(16, 16, 1, "index", "index", 16), MaskCase(16, 16, 1, "index", "index", 16),
-     MaskCase(10, 16, 1, "index", "index", 16)),
 )  # fmt: skip
+#: ragged units in several groups; one unit a layer
+STACKS = chain(SIZES, 2, 16, *MIXER), chain((16, 16, 16, 10), 1, 16, "index index")
 #: draws of parameters: more where they are single numbers, whose errors scatter
 DRAWS = {"per neuron": 4, "per layer": 16}
 

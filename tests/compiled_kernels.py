@@ -1,30 +1,15 @@
-"""The compiled CPU kernels as another compiler makes them, on another instruction set, or from another file.
-
-Each library is loaded into this process beside the installed one, so that no other interpreter has to be started.
-"""
+"""The compiled CPU kernels on another instruction set, or from another file: loaded beside the installed ones, so that
+no other interpreter has to be started."""
 
 import functools
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
 
 from g2g_kernels.cpu import library, plans
-
-
-def build(file: Path, compiler: str) -> Path:
-    """The library ``file``, built by that compiler; unoptimised, as that takes a quarter of the time."""
-    environment = {**os.environ, "CXX": compiler, "G2G_CXXFLAGS": "-O0"}
-    command = [sys.executable, ROOT / "tests/build_kernels.py", file]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return file
 
 
 @contextmanager

@@ -114,22 +114,30 @@ def test_a_subclass_gets_the_same_counts(backend):
     assert torch.equal(found.as_subclass(torch.Tensor), expected)
 
 
-@pytest.mark.parametrize("backend", COMPILED)
-@pytest.mark.parametrize("change", ["relabel_", "load_state_dict", "values"])
-def test_what_a_stack_saved_must_not_have_changed(backend, change):
+WATCHED = [
+    *itertools.product(available_backends(), ("relabel_", "load_state_dict")),
+    *((b, "values") for b in COMPILED),
+]
+
+
+@pytest.mark.parametrize(("backend", "change"), WATCHED)
+@pytest.mark.parametrize("operator", ["stack", "linear"])
+def test_what_changed_since_the_forward_pass_is_refused(operator, change, backend):
     stack = Stack(STACKS["one unit a group"], None)
-    leaves = stack.leaves(torch.float32)
-    counts = g2g_stack(leaves["x"], stack.layers(leaves), backend=backend).counts
-    mask = stack.masks[1]
+    leaves, mask = stack.leaves(torch.float32), stack.masks[0]
+    if operator == "stack":
+        output = g2g_stack(leaves["x"], stack.layers(leaves), backend=backend).counts
+    else:
+        output = g2g_linear(leaves["x"], leaves["values0"], mask, leaves["bias0"], backend=backend)
     if change == "relabel_":
         mask.relabel_(torch.tensor([0]), mask.unit_row[1:2].clone(), mask.unit_col[:1].clone())
     elif change == "load_state_dict":
         mask.load_state_dict({"wiring": row_with(mask, unit_row=lambda t: t.flip(0), unit_col=lambda t: t.flip(0))})
     else:
         with torch.no_grad():
-            leaves["values1"].mul_(2)
+            leaves["values0"].mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        counts.sum().backward()
+        output.sum().backward()
 
 
 @pytest.mark.parametrize("backend", COMPILED)

@@ -1,4 +1,4 @@
-"""When the CPU kernels are compiled; those of clang: ``tests/clang.sh``, of another processor: ``test_packaging.py``."""
+"""When the CPU kernels are compiled; those of clang: ``tests/clang.sh``; of another processor: test_packaging.py."""
 
 import os
 import subprocess

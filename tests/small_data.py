@@ -55,8 +55,7 @@ def cifar_files(monkeypatch, name, train, test):
     reader = cifar.READERS[name]
     batches = {}
     for names, count in ((reader.train_list, train), (reader.test_list, test)):
-        labels = labels_of(count, classes)
-        for (batch, _), part in zip(names, np.split(labels, len(names)), strict=True):
+        for (batch, _), part in zip(names, np.split(labels_of(count, classes), len(names)), strict=True):
             # as published: rows of 1,024 red, 1,024 green and 1,024 blue values, each channel row by row
             batches[batch] = {
                 "batch_label": f"part of {name}",
@@ -112,8 +111,7 @@ def write(folder, files, compress=False):
 
 def write_cifar(monkeypatch, data_dir, name, train=50, test=20):
     """Writes a small CIFAR in torchvision's layout."""
-    files = cifar_files(monkeypatch, name, train, test)
-    write(data_dir / cifar.READERS[name].base_folder, files)
+    write(data_dir / cifar.READERS[name].base_folder, cifar_files(monkeypatch, name, train, test))
 
 
 @functools.cache
@@ -142,8 +140,7 @@ def publish_resnet(monkeypatch, hub, name):
     """Puts weights into PyTorch's hub directory ``hub`` as if they were the published ones for ``name``."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
     path = write_resnet(hub / "checkpoints" / "new.pt", name)
-    digest = pretrained_weights.weights_digest(name, path)
-    published = path.with_name(f"{name}_resnet32-{digest}.pt")
+    published = path.with_name(f"{name}_resnet32-{pretrained_weights.weights_digest(name, path)}.pt")
     path.rename(published)
     release = pretrained_weights.RELEASES[name]._replace(url=NOBODY_LISTENS + published.name)
     monkeypatch.setitem(pretrained_weights.RELEASES, name, release)

@@ -56,6 +56,5 @@ def test_every_documented_command_is_run_by_something():
 def test_the_quick_lane_lists_tests_that_there_are():
     for name in QUICK:
         file, _, test = name.partition("::")
-        text = (ROOT / "tests" / file).read_text(encoding="utf-8")
-        assert f"def {test.partition('[')[0]}(" in text, name
+        assert f"def {test.partition('[')[0]}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
     assert len(set(QUICK)) == len(QUICK)

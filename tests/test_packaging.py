@@ -110,8 +110,7 @@ def install(folder, *what, **variables):
     venv.create(folder, with_pip=False, symlinks=os.name != "nt")
     programs = folder / ("Scripts" if os.name == "nt" else "bin")
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = run(programs / "python", "-c", query).strip()
-    Path(packages, "others.pth").write_text("\n".join(site.getsitepackages()))
+    Path(run(programs / "python", "-c", query).strip(), "others.pth").write_text("\n".join(site.getsitepackages()))
     pip("--python", programs / "python", "install", "--ignore-installed", *OFFLINE, *what, **variables)
     return programs
 
@@ -132,8 +131,7 @@ def test_the_source_distribution_is_the_repository(repository, source):
         held = {name.removeprefix(f"{NAME}/") for name in archive.getnames() if archive.getmember(name).isfile()}
     files = {path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file()}
     made = {name for name in held if name.startswith("g2gnet.egg-info/") or name in ("PKG-INFO", "setup.cfg")}
-    expected = {name for name in files if not name.startswith((".", "g2gnet.egg-info/"))}
-    assert held - made == expected
+    assert held - made == {name for name in files if not name.startswith((".", "g2gnet.egg-info/"))}
     assert "g2g_kernels/csrc/kernels.cpp" in held
     assert "tests/test_packaging.py" in held
 

@@ -110,8 +110,7 @@ class SampleFirst(nn.Module):
 def test_captums_methods_for_layers():
     net, x = net_of(), INPUTS[0]
     train = net.simulate(x, spikes=True).spikes[1].dense()
-    activation = LayerActivation(net, net.lif2).attribute(x)
-    assert torch.equal(activation, train)
+    assert torch.equal(LayerActivation(net, net.lif2).attribute(x), train)
     product = LayerGradientXActivation(net, net.lif2).attribute(x, target=3)
     activity = net.simulate(x, spikes=True)
     train = activity.spikes[1].dense()

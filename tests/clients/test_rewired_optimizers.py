@@ -93,8 +93,7 @@ def test_wrappers_with_a_state_of_their_own_are_given_with_what_they_wrap(make, 
 )
 def test_states_that_nobody_knows_are_refused_and_left_if_the_user_says_so(make, names):
     """Small weights have plain states in torchao's."""
-    draw = torch.Generator().manual_seed(0)
-    net = G2GNet(256, 256, 16, block_size=16, T=4, enc_scale=3.0, generator=draw)
+    net = G2GNet(256, 256, 16, block_size=16, T=4, enc_scale=3.0, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optimizer = make(net.parameters())

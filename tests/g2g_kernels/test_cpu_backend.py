@@ -559,8 +559,7 @@ def test_graphs_that_outlive_one_another():
 
 
 def test_without_gradients_neurons_alone_keep_nothing():
-    population = Neurons("lif", (torch.tensor(0.9), torch.rand(10)), "zero")
-    call = NeuronsCall(torch.rand(12, 3, 10), population, 0)
+    call = NeuronsCall(torch.rand(12, 3, 10), Neurons("lif", (torch.tensor(0.9), torch.rand(10)), "zero"), 0)
     both = [neurons_alone.FORWARD.function(call, keep) for keep in (True, False)]
     assert torch.equal(both[0][0], both[1][0])
     assert [kept.shape for *_, kept in both] == [(2, 1, 3, 10), (0,)]
@@ -898,8 +897,7 @@ def test_a_child_that_is_forked_while_another_thread_holds_a_lock(lock_of, monke
 def test_a_plan_is_added_while_other_threads_use_theirs(monkeypatch):
     """Those move to the end of the order in the midst of a count of all."""
     mask = BlockMask.full(GroupLayout(32, 2), GroupLayout(32, 2), 16)
-    values = torch.zeros(mask.num_units, *mask.unit_shape)
-    plan = plans.plan_for(mask.tensors(), values)
+    plan = plans.plan_for(mask.tensors(), torch.zeros(mask.num_units, *mask.unit_shape))
     key = next(key for key, kept in plans._plans.items() if kept is plan)
 
     class Counted:

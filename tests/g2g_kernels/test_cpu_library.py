@@ -104,8 +104,7 @@ def test_a_number_that_no_option_has_is_refused(option, number, kernel):
         arguments = structures.NeuronLoop(neurons=neurons, samples=1, size=1, steps=2, threads=1, every=5)
         arguments.current = arguments.grad_spikes = arguments.grad_current = tensor.data_ptr()
     else:
-        mask = BlockMask.full(GroupLayout(1, 1), GroupLayout(1, 1), 1)
-        plan = plan_for(mask.tensors(), torch.ones(1, 1, 1))
+        plan = plan_for(BlockMask.full(GroupLayout(1, 1), GroupLayout(1, 1), 1).tensors(), torch.ones(1, 1, 1))
         layer = structures.Layer(neurons=neurons, plan=plan.address)
         arguments = structures.Stack(layers=ctypes.addressof(layer), count=1, batch=1, steps=2, threads=1)
     with pytest.raises(ValueError, match="lack this neuron model, reset or surrogate; rebuild them"):

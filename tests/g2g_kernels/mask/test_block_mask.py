@@ -92,8 +92,7 @@ def test_places_within_a_row_are_uniform_and_independent():
     together = (drawn & drawn.roll(1, dims=1)).sum(0)
     assert (together - rows * pair).abs().max() < 5 * math.sqrt(rows * pair * (1 - pair))
     # neighbouring rows are drawn apart: as many places in common as two independent draws share
-    common = (drawn[1:] & drawn[:-1]).sum().item()
-    assert abs(common - (rows - 1) * 20 * p * p) < 5 * math.sqrt(rows * 20 * p * p)
+    assert abs((drawn[1:] & drawn[:-1]).sum().item() - (rows - 1) * 20 * p * p) < 5 * math.sqrt(rows * 20 * p * p)
 
 
 def test_defaults_are_p_intra_1_p_inter_015_and_units_of_64():

@@ -94,8 +94,7 @@ def test_sizes_may_be_integers_of_numpy_or_tensors(whole):
     assert repr(layout) == "GroupLayout(10, num_groups=5, kind='index')"
     assert (type(layout.size), type(layout.num_groups)) == (int, int)
     assert torch.equal(layout.group_of, GroupLayout(10, 5).group_of)
-    mask = BlockMask.full(layout, layout, whole(2))
-    assert type(mask.block_size) is int
+    assert type(BlockMask.full(layout, layout, whole(2)).block_size) is int
 
 
 @pytest.mark.parametrize(

@@ -153,8 +153,7 @@ def test_saved_tensors_may_be_moved_away_in_between(backend):
         return [leaf.grad for leaf in leaves.values()]
 
     expected = gradients(lambda tensor: tensor, lambda tensor: tensor)
-    found = gradients(lambda tensor: tensor.clone(), lambda tensor: tensor.clone())
-    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, gradients(lambda tensor: tensor.clone(), lambda tensor: tensor.clone()), expected))
 
 
 #: how a tensor is not in memory, as its negative or as zeros that are only noted, and the same in memory

@@ -483,8 +483,7 @@ def test_operator_registration(plain_memory):
     device = device_of("triton")
     stack = Stack(chain((9, 16, 9), 1, 16, "index index"), 2, batch=2)
     leaves = stack.leaves(torch.float32, device)
-    layers = stack.layers(leaves)
-    triton.FORWARD.opcheck(StackCall.of(leaves["x"], layers, 2, torch.float32), True)
+    triton.FORWARD.opcheck(StackCall.of(leaves["x"], stack.layers(leaves), 2, torch.float32), True)
     with torch.no_grad():
         constants = {name: leaf.detach() for name, leaf in leaves.items()}
         call = StackCall.of(constants["x"], stack.layers(constants), 2, torch.float32)

@@ -87,8 +87,7 @@ def test_the_decay_is_rounded_before_the_current_is_added():
     beta, threshold = torch.tensor([0.9]), torch.ones(1)
     first = torch.linspace(4, 6, 2001)
     second = threshold - beta * first  # exact in float32, and so is the sum: 1
-    fused = (beta.double() * first.double() + second.double()).float()
-    assert (fused > threshold).float().mean() > 0.2
+    assert ((beta.double() * first.double() + second.double()).float() > threshold).float().mean() > 0.2
     spikes = lif_on("triton", reset="none")(torch.stack([first, second]), beta, threshold)
     assert spikes[0].all()
     assert not spikes[1].any()

@@ -1,4 +1,5 @@
-"""The contributor's table is true: options that are added in exactly the files that it names work everywhere."""
+"""The contributor's table is true: options that are added in exactly the files that it names work everywhere; style,
+types and the quick lane."""
 
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from quick import QUICK
 
 from g2g_kernels import available_backends
 
@@ -284,3 +286,26 @@ def test_what_is_added_by_the_table_works_on_every_backend_and_from_the_command_
     assert done.returncode == 0, done.stdout + done.stderr
     assert '"toy_gain": 3.0' in (tree / "run.json").read_text(encoding="utf-8")
     assert '"toy": 8' in (tree / "run.json").read_text(encoding="utf-8")
+
+
+def test_every_file_that_a_documented_command_names_is_there():
+    """What the commands of programs do, ``test_readme.py`` tests, and ``test_docs.py`` the blocks of Python."""
+    named = set()
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")):
+        for block in re.findall(r"^```(?:sh|bat)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+            named |= set(re.findall(r"(?<![\w/.-])(?:\./)?((?:\.ci|tests|docs|benchmarks|examples)/[\w./-]*\w)", block))
+    assert {".ci/run", "tests/sanitize.sh", "tests/golden_bits.py"} <= named
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_quick_lane_lists_tests_that_there_are():
+    for name in QUICK:
+        file, _, test = name.partition("::")
+        assert f"def {test.partition('[')[0]}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
+    assert len(set(QUICK)) == len(QUICK)
+
+
+@pytest.mark.parametrize("tool", ["ruff check .", "ruff format --check .", pytest.param("mypy", marks=pytest.mark.ci)])
+def test_style_and_types(tool):
+    result = subprocess.run([sys.executable, "-m", *tool.split()], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -77,24 +77,6 @@ def test_units_stop_at_group_edges():
             assert side.group_of_unit.tolist() == [int(side.layout.group_of[neurons[0]]) for neurons in ranges]
 
 
-def test_places_within_a_row_are_uniform_and_independent():
-    """3 of 20 places in each of 4,000 rows: every place, and every pair of neighbours, as often as chance has it.
-
-    A place is drawn with probability 3/20, a pair with 3·2/(20·19). Counts of 4,000 rows must lie within 5 σ.
-    """
-    rows, draw = 4000, seeded(2)
-    mask = BlockMask.sample(GroupLayout(rows, 2), GroupLayout(40, 2), 0.0, 0.15, 1, draw)
-    dense = mask.to_dense()
-    drawn = torch.cat([dense[: rows // 2, 20:], dense[rows // 2 :, :20]])
-    assert drawn.sum(1).tolist() == [3] * rows
-    p, pair = 3 / 20, 6 / 380
-    assert (drawn.sum(0) - rows * p).abs().max() < 5 * math.sqrt(rows * p * (1 - p))
-    together = (drawn & drawn.roll(1, dims=1)).sum(0)
-    assert (together - rows * pair).abs().max() < 5 * math.sqrt(rows * pair * (1 - pair))
-    # neighbouring rows are drawn apart: as many places in common as two independent draws share
-    assert abs((drawn[1:] & drawn[:-1]).sum().item() - (rows - 1) * 20 * p * p) < 5 * math.sqrt(rows * 20 * p * p)
-
-
 def test_defaults_are_p_intra_1_p_inter_015_and_units_of_64():
     mask = BlockMask.sample(GroupLayout(2048), GroupLayout(784), generator=seeded(0))
     assert (mask.block_size, mask.grid) == (64, (32, 16))

@@ -214,15 +214,6 @@ def test_other_stacks(steps, options):
     ratios.check(cases=FEW, at_most=AT_MOST)
 
 
-def test_single_weights():
-    """Dense products with stored zeros, as pairs."""
-    ratios = ErrorRatios()
-    with tiles.choose(dense=True):
-        for stack in itertools.islice(stack_cases.clear_stacks(STACKS["random single weights"], SHORT), FEW):
-            compare(ratios, stack)
-    ratios.check(cases=FEW, at_most=AT_MOST)
-
-
 def beside_plain(dtype: torch.dtype, run: Callable[[torch.dtype, str], dict]) -> list[dict[str, torch.Tensor]]:
     """What a run gives in float64, under autocast in plain PyTorch, and under autocast with fused layers."""
     with triton.choose(fused=True):

@@ -87,11 +87,8 @@ def test_spikingjellys_monitors_record_every_layer():
     activity = net.simulate(INPUTS)
     trains = [train.dense() for train in activity.spikes]
     assert spikes.monitored_layers == ["lif1", "lif2", "lif3"]
-    for recorded, received, train, pre in zip(
-        spikes.records[:3], inputs.records[:3], trains, [INPUTS, *trains], strict=False
-    ):
-        assert torch.equal(recorded, train)
-        assert torch.equal(received, pre)
+    assert all(map(torch.equal, spikes.records[:3], trains))
+    assert all(map(torch.equal, inputs.records[:3], [INPUTS, *trains[:2]]))
     assert [gradient.shape[-1] for gradient in gradients.records] == [10, 40, 40]
     assert torch.equal(gradients.records[0], (2 * activity.counts).expand(STEPS, 12, 10))
 

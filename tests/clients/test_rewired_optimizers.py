@@ -67,15 +67,11 @@ def test_accelerates_wrapper():
 
 
 @pytest.mark.parametrize(
-    ("make", "inner"),
-    [
-        (lambda p: Lookahead(torch.optim.AdamW(p)), "_base_optimizer"),
-        (lambda p: pytorch_optimizer.Lookahead(torch.optim.AdamW(p)), "optimizer"),
-    ],
+    ("kind", "inner"), [(Lookahead, "_base_optimizer"), (pytorch_optimizer.Lookahead, "optimizer")]
 )
-def test_wrappers_with_a_state_of_their_own_are_given_with_what_they_wrap(make, inner):
+def test_wrappers_with_a_state_of_their_own_are_given_with_what_they_wrap(kind, inner):
     net = network()
-    optimizer = make(net.parameters())
+    optimizer = kind(torch.optim.AdamW(net.parameters()))
     with pytest.raises(ValueError, match=rf"wraps AdamW, .* give .* both: \[optimizer, optimizer\.{inner}\]"):
         DSTScheduler(net, optimizer)
     DSTScheduler(net, [optimizer, getattr(optimizer, inner)])

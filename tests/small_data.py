@@ -54,21 +54,16 @@ def cifar_files(monkeypatch, name, train, test):
     classes = 10 if name == "cifar10" else 100
     reader = cifar.READERS[name]
     batches = {}
-    for names, count in ((reader.train_list, train), (reader.test_list, test)):
-        for (batch, _), part in zip(names, np.split(labels_of(count, classes), len(names)), strict=True):
+    for listed, count in ((reader.train_list, train), (reader.test_list, test)):
+        for (batch, _), part in zip(listed, np.split(labels_of(count, classes), len(listed)), strict=True):
             # as published: rows of 1,024 red, 1,024 green and 1,024 blue values, each channel row by row
-            batches[batch] = {
-                "batch_label": f"part of {name}",
-                "data": generator.integers(0, 256, (len(part), 3072), dtype=np.uint8),
-                "filenames": [f"image_{number}.png" for number in range(len(part))],
-            }
-            if name == "cifar10":
-                batches[batch]["labels"] = part.tolist()
-            else:
-                batches[batch] |= {"fine_labels": part.tolist(), "coarse_labels": (part // 5).tolist()}
-    meta = {reader.meta["key"]: [f"class {number}" for number in range(classes)]}
-    contents = {**batches, reader.meta["filename"]: meta}
-    files = {file: pickle.dumps(content, protocol=2) for file, content in contents.items()}
+            data = generator.integers(0, 256, (len(part), 3072), dtype=np.uint8)
+            names = [f"image_{number}.png" for number in range(len(part))]
+            batches[batch] = {"batch_label": f"part of {name}", "data": data, "filenames": names}
+            fine, coarse = part.tolist(), (part // 5).tolist()
+            batches[batch] |= {"labels": fine} if classes == 10 else {"fine_labels": fine, "coarse_labels": coarse}
+    batches[reader.meta["filename"]] = {reader.meta["key"]: [f"class {number}" for number in range(classes)]}
+    files = {file: pickle.dumps(content, protocol=2) for file, content in batches.items()}
     expect_files(monkeypatch, name, files)
     return files
 
@@ -77,7 +72,6 @@ def expect_files(monkeypatch, name, files):
     """Makes the checksums of ``files`` those that the reader of ``name`` expects."""
     reader = cifar.READERS[name]
     md5 = {file: hashlib.md5(content).hexdigest() for file, content in files.items()}
-
     expected = {
         "url": NOBODY_LISTENS + reader.filename,
         "tgz_md5": hashlib.md5(cifar_archive(name, files)).hexdigest(),
@@ -103,10 +97,7 @@ def write(folder, files, compress=False):
     """Writes files, given as bytes by name, gzipped if asked to."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        if compress:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
-        else:
-            (folder / name).write_bytes(content)
+        (folder / f"{name}{'.gz' if compress else ''}").write_bytes(gzip.compress(content) if compress else content)
 
 
 def write_cifar(monkeypatch, data_dir, name, train=50, test=20):

@@ -35,9 +35,6 @@ def backend_result(mask: BlockMask, x, values, bias, grad_output, backend: str |
     return {name: tensor.cpu() for name, tensor in results.items()}
 
 
-# --- what both the parity tests and those of Triton's interpreter check ---------------------------------------------
-
-
 def check_one_gradient_alone(mask: BlockMask, needed: str, backend: str) -> None:
     device = device_of(backend)
     x, values, bias = inputs(mask, 11)

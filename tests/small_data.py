@@ -151,9 +151,6 @@ def write_own(path, *shape, dtype=np.float32):
     return path
 
 
-# --- recordings ---------------------------------------------------------------------------------------------------
-
-
 def write_heidelberg(folder, name, classes=20, train=40, test=20):
     """The files of a small SHD or SSC; by part, the seconds, channels and labels of its samples."""
     import h5py

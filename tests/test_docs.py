@@ -34,8 +34,6 @@ PACKAGES = ("g2g_kernels", "g2gnet", "g2gnet.interop", "g2gnet.data", "g2gnet.da
 PACKAGES += ("g2gnet.inspect", "g2gnet.programs.sweep")
 
 
-# --- code ---------------------------------------------------------------------------------------------------------
-
 #: the page that users begin with; the others run with ``pytest -m ci``
 FIRST = "docs/tutorial.md"
 
@@ -82,8 +80,6 @@ def test_the_pictures_can_be_drawn_again(name, tmp_path):
             assert all(abs(a - b) < 30 for a, b in zip(picture.size, committed.size, strict=True)), path.name
 
 
-# --- examples -----------------------------------------------------------------------------------------------------
-
 #: packages of which each public class and function has an example
 WITH_EXAMPLES = (*PACKAGES, "g2gnet.inspect.figures", "g2gnet.inspect.population_graph")
 WITH_EXAMPLES += ("g2gnet.weights.densities", "g2gnet.weights.patterns")
@@ -128,8 +124,6 @@ def test_each_public_class_and_function_has_an_example_that_is_true(package, tra
         assert result.failed == 0, capsys.readouterr().out
 
 
-# --- notebooks ----------------------------------------------------------------------------------------------------
-
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
@@ -150,9 +144,6 @@ def test_a_notebook_is_kept_without_outputs_which_could_be_stale(notebook):
     assert notebook.stem in PAGES["docs/index.md"].read_text(encoding="utf-8")
     for cell in cells(notebook):
         assert (cell["outputs"], cell["execution_count"]) == ([], None)
-
-
-# --- the site -----------------------------------------------------------------------------------------------------
 
 
 class Links(HTMLParser):

@@ -30,9 +30,6 @@ def benchmark(model, metrics, inputs):
     return Benchmark(model, batches, [], [], [[], metrics]).run(quiet=True)
 
 
-# --- NeuroBench ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("recurrent", [False, True])
 def test_neurobench_counts_our_operations_of_a_network_in_snntorchs_form(recurrent):
     net = net_of(recurrent=recurrent)
@@ -76,9 +73,6 @@ def test_neurobench_alone_sees_the_activity_of_a_network_that_is_no_model_of_its
     assert list(results["ActivationSparsityByLayer"].values()) == pytest.approx(expected)
 
 
-# --- SpikingJelly and captum --------------------------------------------------------------------------------------
-
-
 def test_spikingjellys_monitors_record_every_layer():
     net = net_of()
     spikes, inputs = monitor.OutputMonitor(net, LIF), monitor.InputMonitor(net, G2GLinear)
@@ -119,9 +113,6 @@ def test_captums_methods_for_layers():
     assert conductance.shape == (12, STEPS, 40)
     alone = LayerConductance(net, net.lif2.spikes).attribute(x[2:3], target=3, n_steps=4)
     torch.testing.assert_close(conductance[2:3], alone, rtol=1e-3, atol=1e-5)
-
-
-# --- weights that are rewritten before each call ------------------------------------------------------------------
 
 
 def packed_name(layer):

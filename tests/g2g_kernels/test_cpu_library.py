@@ -21,9 +21,6 @@ from g2g_kernels.ops.neurons.surrogates import SURROGATES
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
 
 
-# --- what is compared at load ---------------------------------------------------------------------------------------
-
-
 def _reason() -> str | None:
     """Why a library loaded now would be refused."""
     return library._load.__wrapped__()[1]

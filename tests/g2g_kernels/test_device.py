@@ -37,9 +37,6 @@ def mps_and_xpu(monkeypatch, devices: int) -> None:
     monkeypatch.setattr(torch.xpu, "device_count", lambda: devices)
 
 
-# --- the picker ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("package", "adapter", "devices", "expected"),
     [
@@ -84,8 +81,6 @@ def test_devices_that_are_unknown_or_not_there_are_refused(monkeypatch, devices,
         with pytest.raises(ValueError, match=f"^device='{name}' ?{words}"):
             select_device(name)
 
-
-# --- the operators that a training step needs -----------------------------------------------------------------------
 
 # torch-directml 0.2.5 is built for torch 2.4. An operator it lacks runs on the CPU, with a copy there and back at each
 # call and a warning, or fails (as aten::_foreach_* and aten::_thnn_fused_lstm_cell do, microsoft/DirectML issues 604

@@ -31,9 +31,6 @@ def double() -> Operator:
     return operator
 
 
-# --- the choice ---------------------------------------------------------------------------------------------------
-
-
 def test_backends_are_preferred_in_the_order_triton_cpu_torch(monkeypatch, available, double):
     assert double(3) == ("triton", 6)
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # an interpreter serves only calls that ask for it by name
@@ -71,9 +68,6 @@ def test_the_argument_or_else_the_environment_forces_a_backend(
     assert (forced_backend(argument) is None) == (argument != expected != environment)
 
 
-# --- errors -------------------------------------------------------------------------------------------------------
-
-
 def test_unknown_names_are_refused_and_say_where_they_come_from(monkeypatch, double):
     with pytest.raises(ValueError, match="backend='cuda' is not a backend; choose one of auto, triton, cpu, torch"):
         double(3, backend="cuda")
@@ -105,9 +99,6 @@ def test_when_nobody_serves_every_reason_is_listed(monkeypatch, available):
     reasons = "triton: no GPU here; cpu: has no half; torch: 5 is odd"
     with pytest.raises(BackendError, match=f"^no backend serves this call of half: {reasons}$"):
         operator(5)
-
-
-# --- status -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -153,9 +144,6 @@ def test_require_backend(monkeypatch, available):
         require_backend(None)
     with pytest.raises(ValueError, match="backend='gpu' is not a backend"):
         require_backend("gpu")
-
-
-# --- the log ------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -36,8 +36,6 @@ def test_a_number_of_another_kind_is_named_with_the_one_wanted(kind, good, bad, 
         assert str(error.value).startswith(f"x={value!r:.40} must be")
 
 
-# --- the C interface ------------------------------------------------------------------------------------------------
-
 #: of each C type, numbers that it holds, and numbers that it would cut off or make infinite
 HELD = {
     ctypes.c_int32: ((-(2**31), 2**31 - 1), (2**31, -(2**31) - 1, MANY)),
@@ -107,9 +105,6 @@ def test_a_matrix_of_too_many_blocks_or_places_is_refused_by_their_number(monkey
     whole = BlockMask.full(GroupLayout(8, 1), GroupLayout(8, 1), 4)
     with pytest.raises(BackendError, match="serves at most 63 weights in a layer, not 64"):
         g2g_linear(torch.ones(1, 8), torch.ones(4, 4, 4), whole, backend="cpu")
-
-
-# --- arguments ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

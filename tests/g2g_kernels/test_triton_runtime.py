@@ -117,9 +117,6 @@ def test_tensors_on_a_gpu_that_is_too_old_are_refused_beside_a_newer_one(machine
     assert runtime.refuses(older) == runtime.refuses(newer, None, older) == reason
 
 
-# --- the precision of products ------------------------------------------------------------------------------------
-
-
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="an older PyTorch")
 @pytest.mark.parametrize(
     ("old", "parent", "own", "expected"),
@@ -143,9 +140,6 @@ def test_products_follow_the_settings_of_cuda_s_products_new_and_old(old, parent
     finally:
         torch.set_float32_matmul_precision("highest")
         give("none", "none")
-
-
-# --- compiling ----------------------------------------------------------------------------------------------------
 
 
 class Kernel:

@@ -102,9 +102,6 @@ def test_a_pass_keeps_the_units_that_it_ran_with_where_a_mask_gets_another_numbe
     assert torch.equal(torch.autograd.grad(y.sum(), values)[0], expected)
 
 
-# --- neurons ------------------------------------------------------------------------------------------------------
-
-
 STACK_MASK = MASK_CASES["ten outputs"].mask()
 STACK_VALUES = packed_randn(STACK_MASK, 0)
 PARAMETERS = {"lif": (0.9, 0.3), "synaptic": (0.5, 0.9, 0.3), "adlif": (0.9, 0.9, 0.1, 0.1, 0.3)}

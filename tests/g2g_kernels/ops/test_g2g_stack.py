@@ -44,9 +44,6 @@ def assert_lively(named: dict[str, torch.Tensor]) -> None:
             assert tensor.any(), name
 
 
-# --- the parts ----------------------------------------------------------------------------------------------------
-
-
 @every_pair(
     cases=STACKS, steps=HELD_OR_NOT, reset=RESETS, surrogate=SURROGATES, alpha=(2.0, 1.3), per_neuron=(False, True),
     bias=(False, True), dropout=(0.0, 0.3),
@@ -80,9 +77,6 @@ def test_counts_and_rates_have_gradients_where_these_are_wanted(backend):
     assert not without.counts.requires_grad
     assert torch.equal(without.counts, activity.counts)
     assert all(map(torch.equal, *([spikes.dense() for spikes in of.spikes] for of in (without, activity))))
-
-
-# --- every backend ------------------------------------------------------------------------------------------------
 
 
 @every_backend
@@ -185,9 +179,6 @@ def test_autocast_to_bfloat16(backend):
             assert tensor.isfinite().all(), name
     # weights rounded to 8 bits move some membranes across θ, but not many: most spikes are those of float32
     assert (named["spikes0"].float() == stack.run(torch.float32, backend)["spikes0"]).float().mean() > 0.97
-
-
-# --- errors -------------------------------------------------------------------------------------------------------
 
 
 def test_a_call_that_was_right_keeps_nothing_alive_and_lets_nothing_else_pass():

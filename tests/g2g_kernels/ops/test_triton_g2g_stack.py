@@ -113,22 +113,26 @@ def test_16_bits(way, steps, dropout, dtype):
     ratios.check(cases=len(stacks_of(way)))
 
 
+def beside_plain(dtype: torch.dtype, run: Callable[[torch.dtype, str], dict]) -> list[dict[str, torch.Tensor]]:
+    """What a run gives in float64, and under autocast in plain PyTorch and in Triton."""
+    found = [run(torch.float64, "torch")]
+    for backend in ("torch", "triton"):
+        with torch.autocast(device_of(backend), dtype):
+            found.append(run(torch.float32, backend))
+    return found
+
+
 @every_half
 def test_autocast(way, dtype):
     """float32 parameters get float32 gradients; counts and rates are float32."""
     ratios = ErrorRatios()
     for cases, steps in itertools.product(stacks_of(way), (None, T)):
-        stack = exact_in(dtype, cases, steps)
-        exact = stack.run(torch.float64, "torch")
-        results = {}
-        for name in ("torch", "triton"):
-            with torch.autocast(device_of(name), dtype):
-                results[name] = stack.run(torch.float32, name)
-        for name, actual in results["triton"].items():
+        exact, plain, found = beside_plain(dtype, exact_in(dtype, cases, steps).run)
+        for name, actual in found.items():
             if name.startswith(("spikes", "counts")):
                 assert torch.equal(actual.double(), exact[name]), name
             else:
-                ratios.add(name, actual, results["torch"][name], exact[name])
+                ratios.add(name, actual, plain[name], exact[name])
     ratios.check(cases=2 * len(stacks_of(way)))
 
 
@@ -171,13 +175,9 @@ DEFAULT = chain((196, 128, 128, 4), 2, 64, "index index")
 def test_the_kernels_of_a_default_step(way):
     """Two segments of ten steps; tiles of samples that are not full."""
     draws = (rounded(Stack(DEFAULT, 20, per_neuron=False, seed=k, batch=48), torch.bfloat16) for k in range(20))
-    stack, exact, _ = first_alike(draws)
-    results = {}
-    for name in ("torch", "triton"):
-        with torch.autocast(device_of(name), torch.bfloat16):
-            results[name] = stack.run(torch.float32, name)
+    exact, *found = beside_plain(torch.bfloat16, first_alike(draws)[0].run)
     for name, expected in exact.items():
-        actual, plain = (results[backend][name] for backend in ("triton", "torch"))
+        plain, actual = (each[name] for each in found)
         if name.startswith(("spikes", "counts")):
             assert torch.equal(actual.double(), expected), name
             assert expected.any(), name
@@ -214,20 +214,21 @@ def test_other_stacks(steps, options):
     ratios.check(cases=FEW, at_most=AT_MOST)
 
 
-def beside_plain(dtype: torch.dtype, run: Callable[[torch.dtype, str], dict]) -> list[dict[str, torch.Tensor]]:
-    """What a run gives in float64, under autocast in plain PyTorch, and under autocast with fused layers."""
+def check_fused(dtype: torch.dtype, run: Callable[[torch.dtype, str], dict]) -> None:
+    ratios = ErrorRatios()
     with triton.choose(fused=True):
-        exact, found = run(torch.float64, "torch"), []
-        for backend in ("torch", "triton"):
-            with torch.autocast(device_of(backend), dtype):
-                found.append(run(torch.float32, backend))
-    return [exact, *found]
+        exact, *found = beside_plain(dtype, run)
+    for name, expected in exact.items():
+        assert rms(expected) > 0
+        plain, actual = (each[name].to(dtype) for each in found)
+        ratios.add(name, actual, plain, expected)
+    ratios.check(cases=1)
 
 
 @every_half
 def test_a_fused_layer_of_infinite_threshold(dtype):
     """The gradient of its last states is that of an integrator, whose membrane 16 bits of U − θ could not have."""
-    stack, ratios = rounded(Stack(IN_ORDER, None, batch=3), dtype), ErrorRatios()
+    stack = rounded(Stack(IN_ORDER, None, batch=3), dtype)
     stack.tensors["threshold1"] = torch.full((48,), math.inf)
 
     def run(of: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
@@ -236,12 +237,7 @@ def test_a_fused_layer_of_infinite_threshold(dtype):
         (last * torch.randn(last.shape, generator=seeded(3)).to(last)).sum().backward()
         return {name: leaves[name].grad.cpu() for name in ("x", "values1", "bias1", "beta1")}
 
-    exact, *found = beside_plain(dtype, run)
-    for name, expected in exact.items():
-        assert rms(expected) > 0
-        plain, actual = (each[name].to(dtype) for each in found)
-        ratios.add(name, actual, plain, expected)
-    ratios.check(cases=1)
+    check_fused(dtype, run)
 
 
 @every_half
@@ -251,7 +247,7 @@ def test_a_fused_layer_near_a_large_threshold(dtype, threshold):
     mask, draw = BlockMask.full(GroupLayout(16, 1), GroupLayout(16, 1), 16), seeded(0)
     x = (torch.rand(3, 4, 16, generator=draw) > 0.5).float()
     first, second = (torch.randn(2, 1, 16, 16, generator=draw) * 16).round() / 128
-    near, ratios = threshold + torch.linspace(-1, 1, 64).view(1, 4, 16), ErrorRatios()
+    near = threshold + torch.linspace(-1, 1, 64).view(1, 4, 16)
 
     def run(of: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
         def move(tensor: torch.Tensor) -> torch.Tensor:
@@ -268,11 +264,7 @@ def test_a_fused_layer_near_a_large_threshold(dtype, threshold):
         (counts * torch.arange(16).to(counts)).sum().backward()
         return {name: each.grad.cpu() for name, each in leaves.items()}
 
-    exact, *found = beside_plain(dtype, run)
-    for name, expected in exact.items():
-        plain, actual = (each[name].to(dtype) for each in found)
-        ratios.add(name, actual, plain, expected)
-    ratios.check(cases=1)
+    check_fused(dtype, run)
 
 
 @every_half
@@ -292,7 +284,8 @@ def test_rounding_takes_no_membrane_across_its_threshold(dtype):
         counts.sum().backward()
         return {"counts": counts.detach().cpu().double(), "threshold": own.grad.cpu().double()}
 
-    exact, _, found = beside_plain(dtype, run)
+    with triton.choose(fused=True):
+        exact, _, found = beside_plain(dtype, run)
     assert exact["counts"][0, :2].tolist() == [2, 0]
     assert torch.equal(found["counts"], exact["counts"])
     torch.testing.assert_close(found["threshold"], exact["threshold"], rtol=0.01, atol=0)  # of 16 bits; R is a tenth

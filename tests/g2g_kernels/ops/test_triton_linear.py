@@ -151,9 +151,6 @@ def test_spikes_in_bytes_are_those_in_floats(case):
     assert rms(as_bytes - as_floats) <= 1e-6 * rms(as_floats)
 
 
-# --- float32 by parts in bfloat16 -----------------------------------------------------------------------------------
-
-
 def test_long_sums_of_spikes(as_on_a_card):
     """A neuron with 2048 inputs, of which 5 % fire: tensor cores would draw one sum over all of them towards zero."""
     first_half = torch.zeros(32, dtype=torch.int64), torch.arange(32)

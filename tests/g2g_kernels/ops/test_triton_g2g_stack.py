@@ -12,7 +12,7 @@ import torch
 from helpers import ErrorRatios, MaskCase, device_of, lif_layer, rms, seeded
 from stack_cases import MIXER, SIZES, STACKS, Stack, chain, clear_of_thresholds, clear_stack, loss, results, rounded
 
-from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
+from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack, lif
 from g2g_kernels.ops.g2g_stack.call import StackCall
 from g2g_kernels.ops.g2g_stack.layer import Recurrent
 from g2g_kernels.ops.neurons import MODELS, RESETS
@@ -482,11 +482,16 @@ def test_a_network_compiles_with_a_full_graph():
     x = torch.rand(3, 20, generator=seeded(1)).to(device)
     net = G2GNet(20, 32, 10, "mixer", 0.3, 16, T=3, num_groups=2, backend="triton", generator=seeded(0)).to(device)
     results = []
-    for run in (net.simulate, torch.compile(net.simulate, fullgraph=True, backend="aot_eager")):
+
+    def outputs(x):
+        activity = net.simulate(x)  # and a product and neurons alone
+        return activity.counts, *activity.rates, lif(net.fc1(x), 0.9, 0.3, steps=3, backend="triton")
+
+    for run in (outputs, torch.compile(outputs, fullgraph=True, backend="aot_eager")):
         net.zero_grad()
-        activity = run(x)
-        loss(activity.counts, activity.rates).backward()
-        results.append((activity.counts, *activity.rates, *(parameter.grad for parameter in net.parameters())))
+        counts, *others = run(x)
+        loss(counts, others).backward()
+        results.append((counts, *others, *(parameter.grad for parameter in net.parameters())))
     assert all(torch.equal(eager, graph) for eager, graph in zip(*results, strict=True))
 
 

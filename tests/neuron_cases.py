@@ -33,11 +33,13 @@ def currents(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> 
     return (torch.randn(*shape, generator=seeded(seed), dtype=torch.float64) * 0.8 + 0.25).to(dtype)
 
 
-def parameters(per_neuron: bool, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+def parameters(
+    per_neuron: bool, dtype: torch.dtype = torch.float64, size: int = N
+) -> tuple[torch.Tensor, torch.Tensor]:
     """β and θ, per neuron or per layer."""
     if not per_neuron:
         return torch.tensor([0.9], dtype=dtype), torch.tensor([0.7], dtype=dtype)
-    drawn = torch.rand(2, N, generator=seeded(9), dtype=torch.float64)
+    drawn = torch.rand(2, size, generator=seeded(9), dtype=torch.float64)
     return (0.5 + 0.5 * drawn[0]).to(dtype), (0.5 + drawn[1]).to(dtype)
 
 

@@ -453,9 +453,8 @@ def test_each_chunk_of_the_batch_chooses(bf16, monkeypatch):
 @pytest.mark.parametrize("unit", [1, 16, 64])
 def test_chunks_that_no_gradient_reaches(unit):
     """Nothing reaches the first 70 of 210 samples, of which a chunk has 61."""
-    assert_as_by_the_product(
-        "input gradients where needed", compact("index", unit, (13, 210), alpha=10.0).in_parts(silent=70)
-    )
+    network = compact("index", unit, (13, 210), alpha=10.0).in_parts(silent=70)
+    assert_as_by_the_product("input gradients where needed", network)
 
 
 @pytest.mark.parametrize(("unit", "neuron"), [(1, 0), (1, 191), (16, 95), (16, 0), (64, 95), (64, 191)])
@@ -613,15 +612,12 @@ def test_lif_alone_has_the_very_bits_of_plain_pytorch(shape, steps):
 def compare_lif(shape: tuple[int, ...], steps: int | None) -> None:
     """The forward pass rounds as PyTorch does, so spikes are equal; gradients of ∂L/∂I too, up to the surrogate."""
     draw = seeded(0)
-    tensors = (
-        torch.randn(shape, generator=draw),
-        torch.rand(shape[-1], generator=draw) * 1.6 - 0.3,
-        torch.rand(shape[-1], generator=draw) + 0.2,
-    )
+    beta, threshold = torch.rand(2, shape[-1], generator=draw)
+    tensors = torch.randn(shape, generator=draw), beta * 1.6 - 0.3, threshold + 0.2
 
     def outcome(backend: str, reset: str, threads: int, shared: bool) -> tuple[torch.Tensor, ...]:
-        leaves = [tensor[..., :1] if shared and tensor.dim() == 1 else tensor for tensor in tensors]
-        leaves = [tensor.clone().requires_grad_() for tensor in leaves]
+        given = [tensors[0], *(tensor[:1] if shared else tensor for tensor in tensors[1:])]
+        leaves = [tensor.clone().requires_grad_() for tensor in given]
         with pytorch_threads(threads):
             spikes = lif(*leaves, steps=steps, reset=reset, backend=backend)
             spikes.backward(torch.randn(spikes.shape, generator=seeded(1)))
@@ -647,15 +643,17 @@ def test_opcheck_of_a_stack_and_of_a_product():
     layers = [of_model(layer, model) for layer, model in zip(network.layers(leaves), MODELS, strict=True)]
     layers[1] = layers[1]._replace(bias=None)
     stack.FORWARD.opcheck(StackCall.of(leaves["x"], layers, 3, torch.float32), True)
-    call = detached(StackCall.of(leaves["x"], layers, 3, torch.float32))
-    counts, rates, _, _, spikes, kept = stack.FORWARD.function(call, True)
-    stack.BACKWARD.opcheck(Backward.of(call, [spikes, kept], [counts, rates, [None] * len(layers)]))
-    stack.UNPACK.opcheck(stack.PackedWords(spikes[0], call.layers[0].values, call.layers[0].mask))
+    with torch.no_grad():
+        call = StackCall.of(leaves["x"], layers, 3, torch.float32)
+        counts, rates, _, _, spikes, kept = stack.FORWARD.function(call, True)
+        stack.BACKWARD.opcheck(Backward.of(call, [spikes, kept], [counts, rates, [None] * len(layers)]))
+        stack.UNPACK.opcheck(stack.PackedWords(spikes[0], call.layers[0].values, call.layers[0].mask))
     of_product = leaves["x"], leaves["values0"], network.masks[0].tensors(), leaves["bias0"]
     for dtype in (torch.float32, torch.bfloat16):
         linear.FORWARD.opcheck(LinearCall(*of_product, dtype), True)
-    call = detached(LinearCall(*of_product, torch.float32))
-    linear.BACKWARD.opcheck(Backward.of(call, (), [torch.randn(2, 200)], (True, True, False, False)))
+    with torch.no_grad():
+        call = LinearCall(*of_product, torch.float32)
+        linear.BACKWARD.opcheck(Backward.of(call, (), [torch.randn(2, 200)], (True, True, False, False)))
 
 
 @pytest.mark.ci
@@ -665,35 +663,25 @@ def test_opcheck_of_neurons(model):
     *others, _ = MODELS[model].parameters
     shared = [torch.tensor(0.5, requires_grad=True) for _ in others]
     population = Neurons(model, (*shared, torch.rand(10, requires_grad=True)), "zero", "sigmoid")
-    neurons_alone.FORWARD.opcheck(NeuronsCall.of(current, population, None), True)
-    call = detached(NeuronsCall.of(current, population, None))
-    spikes, _, kept = neurons_alone.FORWARD.function(call, True)
-    neurons_alone.BACKWARD.opcheck(Backward.of(call, [kept], [torch.ones_like(spikes), None]))
-
-
-def detached(value):
-    """A record, or a tuple, with all tensors in it detached."""
-    if isinstance(value, torch.Tensor):
-        return value.detach()
-    if isinstance(value, tuple):
-        values = map(detached, value)
-        return type(value)(*values) if hasattr(value, "_fields") else tuple(values)
-    return value
+    call = NeuronsCall.of(current, population, None)
+    neurons_alone.FORWARD.opcheck(call, True)
+    with torch.no_grad():
+        spikes, _, kept = neurons_alone.FORWARD.function(call, True)
+        neurons_alone.BACKWARD.opcheck(Backward.of(call, [kept], [torch.ones_like(spikes), None]))
 
 
 def test_operators_refuse_what_would_read_out_of_bounds():
     """Called directly, past the checks of the public functions, with wrong sizes and wrong indices."""
     network = Network("index", 16, (3, 2))
     good = StackCall.of(network.tensors["x"], network.layers(network.tensors), 3, torch.float32)
+    first, *others = good.layers
 
-    def call(**changes):
+    def call(x=good.x, **changes):
         """With another x, or with changes of the first layer."""
-        x = changes.pop("x", good.x)
-        changed = good._replace(x=x, layers=(good.layers[0]._replace(**changes), *good.layers[1:]))
+        changed = good._replace(x=x, layers=(first._replace(**changes), *others))
         stack.FORWARD.overload(*arguments(*opened(changed)), True)
 
     call()
-    first = good.layers[0]
     for index, wrong in (
         ("unit_row", 1000), ("unit_col", -1), ("row_order", -5), ("row_order", 200), ("row_bounds", 7),
         ("col_order", 400), ("col_bounds", -3),
@@ -704,8 +692,8 @@ def test_operators_refuse_what_would_read_out_of_bounds():
         ("receives", {"x": good.x[:, :50].contiguous()}),
         ("values", {"values": first.values[:-1].contiguous()}),
         ("bias", {"bias": first.bias[:5]}),
-        ("beta", {"population": first.population._replace(parameters=(torch.rand(3), torch.rand(1)))}),
-        ("threshold", {"population": first.population._replace(parameters=(torch.rand(1), torch.rand(3)))}),
+        ("beta", {"population": first.population.with_parameters((torch.rand(3), torch.rand(1)))}),
+        ("threshold", {"population": first.population.with_parameters((torch.rand(1), torch.rand(3)))}),
         ("float32", {"x": good.x.double()}),
     ):
         with pytest.raises(ValueError, match=name):

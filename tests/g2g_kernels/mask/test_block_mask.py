@@ -53,9 +53,6 @@ def shuffled(mask: BlockMask, seed: int = 0) -> BlockMask:
     return BlockMask(mask.rows.layout, mask.cols.layout, mask.unit_row[order], mask.unit_col[order], mask.block_size)
 
 
-# --- sampling -----------------------------------------------------------------------------------------------------
-
-
 @every_case
 def test_probabilities_0_and_1_give_all_units_of_that_kind_and_no_other(case):
     masks = {each: case.mask(*each) for each in itertools.product((0.0, 1.0), repeat=2)}
@@ -103,9 +100,6 @@ def test_a_group_of_the_coarser_side_belongs_with_several_of_the_finer(out_group
     heard = [[h in own[g] for h in layouts[1].group_of.tolist()] for g in layouts[0].group_of.tolist()]
     assert torch.equal(mask.to_dense(), torch.tensor(heard))
     assert mask.to_dense().any(0).all()
-
-
-# --- construction from indices and from a dense mask ---------------------------------------------------------------
 
 
 def test_units_stand_where_their_coordinates_say():
@@ -172,9 +166,6 @@ def test_what_makes_no_mask_or_does_not_fit_one_is_refused(call, message):
         call()
 
 
-# --- what a mask says about itself --------------------------------------------------------------------------------
-
-
 def test_pictures_and_repr():
     layout = GroupLayout(8, 2)
     mask = BlockMask(layout, GroupLayout(6, 2), torch.tensor([0, 1, 3, 2]), torch.tensor([0, 3, 1, 2]), 2)
@@ -195,9 +186,6 @@ def test_picture_of_a_large_mask_is_limited():
     assert BlockMask.from_dense(present).to_string(max_cells=2) == "█▒\n▓░"
     large = MaskCase(300, 700, 2, "index", "index", 1).mask().to_string().splitlines()
     assert [len(line) for line in large] == [64] * 64
-
-
-# --- packed and dense weights -------------------------------------------------------------------------------------
 
 
 @given(
@@ -244,9 +232,6 @@ def test_gradients_of_pack_and_unpack(case):
         assert torch.autograd.gradgradcheck(lambda t, f=function: f(t**3), (tensor,))
 
 
-# --- relabelling --------------------------------------------------------------------------------------------------
-
-
 def test_relabel_moves_slots_in_place(mask):
     mask = shuffled(mask)
     expected = mask.present()
@@ -269,9 +254,6 @@ def test_relabel_moves_slots_in_place(mask):
     before = [getattr(mask, name).clone() for name in BUFFERS]
     mask.relabel_(slots[:0], grown[:0, 0], grown[:0, 1])  # of nothing
     assert all(torch.equal(getattr(mask, name), old) for name, old in zip(BUFFERS, before, strict=True))
-
-
-# --- moving, copying, saving --------------------------------------------------------------------------------------
 
 
 def test_a_mask_saves_its_wiring_alone_moves_every_index_and_comes_back_from_pickle(mask):

@@ -186,11 +186,7 @@ def test_a_call_that_was_right_keeps_nothing_alive_and_lets_nothing_else_pass():
     layers = stack.layers(stack.tensors)
     x = stack.tensors["x"]
 
-    class Observer:
-        def __call__(self, x, y):
-            return y
-
-    observer = Observer()
+    observer = type("Observer", (), {"__call__": lambda self, x, y: y})()
     g2g_stack(x, [layers[0]._replace(observers=(observer, None)), *layers[1:]], backend="torch")
     kept = weakref.ref(observer)
     del observer
@@ -199,9 +195,9 @@ def test_a_call_that_was_right_keeps_nothing_alive_and_lets_nothing_else_pass():
     right = layers[0]._replace(population=layers[0].population._replace(alpha=np.float32(1.0)))
     g2g_stack(x, [right, *layers[1:]], backend="torch")
     for wrong in (np.float32(-1.0), True, float("nan")):
-        population = right.population._replace(alpha=wrong)
+        wrong = right._replace(population=right.population._replace(alpha=wrong))
         with pytest.raises(ValueError, match="alpha"):
-            g2g_stack(x, [right._replace(population=population), *layers[1:]], backend="torch")
+            g2g_stack(x, [wrong, *layers[1:]], backend="torch")
     steps = torch.tensor(1)
     for given in (1, steps):
         g2g_stack(x[0], layers, given, backend="torch")
@@ -209,8 +205,8 @@ def test_a_call_that_was_right_keeps_nothing_alive_and_lets_nothing_else_pass():
     for wrong in (True, steps):
         with pytest.raises(ValueError, match="steps="):
             g2g_stack(x[0], layers, wrong, backend="torch")
-    counts = g2g_stack(x[0], (layer for layer in layers), 1, backend="torch").counts
-    assert torch.equal(counts, g2g_stack(x[0], layers, 1, backend="torch").counts)
+    of_iterator, of_list = (g2g_stack(x[0], each, 1, backend="torch").counts for each in (iter(layers), layers))
+    assert torch.equal(of_iterator, of_list)
     for nothing in (iter(()), [], None):
         with pytest.raises(ValueError, match="layers is empty"):
             g2g_stack(x[0], nothing, 1, backend="torch")

@@ -82,15 +82,12 @@ class Case:
                 bias = leaves[f"bias{number}"] if number % 2 else None
                 reaching.append(Connection(leaves[f"values{number}"], self.masks[number], place[source], delay, bias))
             first, *more = reaching
-            parameters = tuple([leaves[f"{name}.{parameter}"] for parameter in MODELS[self.model].parameters])
-            layers.append(
-                SpikingLayer(
-                    first.values, first.mask, first.bias, Neurons(self.model, parameters, **options),
-                    self.silent[name] if self.dropped and name != "out" else None,
-                    leaves.get(f"{name}.state"), source=first.source, delay=first.delay, more=tuple(more),
-                    sent=leaves.get(f"{name}.sent"),
-                )
-            )  # fmt: skip
+            own = tuple([leaves[f"{name}.{parameter}"] for parameter in MODELS[self.model].parameters])
+            weights = first.values, first.mask, first.bias, Neurons(self.model, own, **options)
+            dropped = self.silent[name] if self.dropped and name != "out" else None
+            kept = {"state": leaves.get(f"{name}.state"), "sent": leaves.get(f"{name}.sent")}
+            rest = {"source": first.source, "delay": first.delay, "more": tuple(more)}
+            layers.append(SpikingLayer(*weights, dropped, **kept, **rest))
         return layers
 
 

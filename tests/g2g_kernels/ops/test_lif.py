@@ -20,9 +20,6 @@ every_backend = pytest.mark.parametrize("backend", backends_of(operator))
 every_reset = neuron_cases.every_reset
 
 
-# --- snnTorch is the judge ----------------------------------------------------------------------------------------
-
-
 def check_against_snntorch(current, beta, threshold, reset, surrogate="atan", alpha=2.0):
     """Compares spikes and gradients; returns ours."""
     tensors, snn = (
@@ -88,9 +85,6 @@ def test_beta_is_clamped_without_a_gradient_outside_0_to_1_and_thresholds_may_be
     check_against_snntorch(current - 0.3, torch.tensor([0.9], dtype=torch.float64), threshold, reset)
 
 
-# --- surrogates ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("alpha", [0.5, 2.0, 7.0])
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_derivative_is_that_of_the_primitive(surrogate, alpha):
@@ -117,9 +111,6 @@ def test_derivatives_at_alpha_2_by_hand():
         actual = SURROGATES[surrogate].derivative(torch.tensor([-0.5, 0.0, 0.5], dtype=torch.float64), 2.0)
         expected = torch.tensor([at_a_half, peak, at_a_half], dtype=torch.float64)
         torch.testing.assert_close(actual, expected, rtol=1e-14, atol=0)
-
-
-# --- every backend ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (6, 3), (3, 1, 9), (1, 4, 6), (9, 2, 3, 5)], ids=str)
@@ -187,9 +178,6 @@ def test_gradients_asked_for_alone_are_the_same(backend, steps):
     neuron_cases.check_gradients_alone(lif_on(backend, steps=steps), tensors, neuron_cases.output_weights(T, B, N))
 
 
-# --- half precision -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("steps", [None, T], ids=["varying", "held"])
 def test_half_precision_currents_have_float32_membranes(dtype, steps):
@@ -227,9 +215,6 @@ def test_half_precision_on_every_backend(backend, dtype):
         for name in GRADIENTS:
             ratios.add(name, actual[name], plain[name], exact[name])
     ratios.check(cases=12)
-
-
-# --- memory -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -289,9 +274,6 @@ def test_memory_starts_as_nan():
     assert torch.empty_like(torch.zeros(2, 2)).isnan().all()
     assert torch.zeros(1).new_empty(4).isnan().all()
     assert torch.empty(2, dtype=torch.int32).tolist() == [-(2**31)] * 2
-
-
-# --- properties and errors ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

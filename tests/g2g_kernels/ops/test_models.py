@@ -43,18 +43,10 @@ def drawn(model: str, per_neuron: bool, held: bool, from_state: bool, seed: int 
     return {name: tensor.float().double() for name, tensor in tensors.items()}
 
 
-class Spike(torch.autograd.Function):
+def spike(x: torch.Tensor, surrogate: str, alpha: float) -> torch.Tensor:
     """1[x > 0], whose derivative is the surrogate's."""
-
-    @staticmethod
-    def forward(ctx, x, surrogate, alpha):
-        ctx.save_for_backward(x)
-        ctx.derivative, ctx.alpha = SURROGATES[surrogate].derivative, alpha
-        return (x > 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.derivative(ctx.saved_tensors[0], ctx.alpha), None, None
+    smooth = SURROGATES[surrogate].primitive(x, alpha)
+    return (x > 0).to(x.dtype) + (smooth - smooth.detach())
 
 
 def by_loop(model: str, reset: str, surrogate: str, alpha: float) -> Callable:
@@ -65,7 +57,7 @@ def by_loop(model: str, reset: str, surrogate: str, alpha: float) -> Callable:
         beta, threshold = own["beta"], own["threshold"]
         zeros = torch.zeros(len(MODELS[model].states), B, N, dtype=current.dtype)
         *other, membrane = zeros if state is None else state
-        spiked = zeros[-1] if state is None else Spike.apply(membrane - threshold, surrogate, alpha)
+        spiked = zeros[-1] if state is None else spike(membrane - threshold, surrogate, alpha)
         spikes = []
         for t in range(T):
             now, fired = current if current.dim() == 2 else current[t], (spiked > 0.5).to(current.dtype)
@@ -80,7 +72,7 @@ def by_loop(model: str, reset: str, surrogate: str, alpha: float) -> Callable:
                 membrane = beta * kept * membrane + now
             if reset == "subtract":
                 membrane = membrane - threshold * fired
-            spiked = Spike.apply(membrane - threshold, surrogate, alpha)
+            spiked = spike(membrane - threshold, surrogate, alpha)
             spikes.append(spiked)
         return torch.stack(spikes), torch.stack([*other, membrane])
 
@@ -113,9 +105,6 @@ def assert_near(actual: Tensors, expected: Tensors, bound: float) -> None:
     for name, exact in expected.items():
         assert exact.any(), name
         assert rms(actual[name] - exact) <= bound * rms(exact), name
-
-
-# --- the formulas -------------------------------------------------------------------------------------------------
 
 
 @every_pair(**KINDS, **OPTIONS)
@@ -216,9 +205,6 @@ def test_decays_are_clamped_and_the_other_parameters_are_free(model, backend):
     assert torch.equal(found["spikes"], outcome(on(backend, model, "subtract", "atan"), inside)["spikes"])
 
 
-# --- every backend ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
 @pytest.mark.parametrize("model", MODELS)
 def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(model, backend):
@@ -242,13 +228,9 @@ def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(model, backend):
     ratios.check(len(cases))
 
 
-# --- in stacks ----------------------------------------------------------------------------------------------------
-
-
 def with_models(stack: Stack, models: tuple[str, ...], seed: int, states: bool) -> Stack:
     """The stack with the parameters, and states, of layers of these models."""
-    draw = seeded(seed)
-    least = {"syn_decay": 0.3, "adapt_decay": 0.6, "a": 0.0, "b": 0.05}
+    draw, least = seeded(seed), {"syn_decay": 0.3, "adapt_decay": 0.6, "a": 0.0, "b": 0.05}
     for k, model in enumerate(models):
         size = stack.masks[k].shape[0]
         for name in set(MODELS[model].parameters) & set(least):

@@ -26,14 +26,10 @@ every_reset = pytest.mark.parametrize("reset", RESETS)
 DEVICE = device_of("triton")
 
 
-def parameters(neurons: int | None, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
+def parameters(neurons: int | None) -> tuple[torch.Tensor, torch.Tensor]:
     """β and θ, one a neuron or (None) one a layer."""
-    if neurons is None:
-        return torch.tensor([0.9], dtype=dtype), torch.tensor([0.7], dtype=dtype)
-    return torch.linspace(0.5, 1, neurons).to(dtype), torch.linspace(1.25, 0.5, neurons).to(dtype)
+    return neuron_cases.parameters(neurons is not None, torch.float32, neurons or 1)
 
-
-# --- the 1.5× rule ------------------------------------------------------------------------------------------------
 
 #: T, B, N: segments that T does and does not fill, tiles that B and N do and do not fill
 SIZES = ((2, 9, 5), (7, 1, 33), (10, 5, 7), (11, 9, 13), (12, 70, 9), (21, 3, 131))
@@ -68,9 +64,6 @@ def test_one_step_by_hand(reset):
     neuron_cases.check_one_step_by_hand("triton", reset)
 
 
-# --- snnTorch -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("per_neuron", [False, True], ids=["scalar", "per neuron"])
 @every_reset
 def test_spikes_equal_snntorch_to_the_last_bit(reset, per_neuron):
@@ -103,9 +96,6 @@ def test_thresholds_at_and_below_zero(reset):
     assert torch.equal(ours["spikes"], theirs["spikes"])
     for name in GRADIENTS:  # float32 rounding over 11 steps
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
-
-
-# --- what the stack asks of the launchers -------------------------------------------------------------------------
 
 
 def test_counts_rates_and_their_gradients():
@@ -218,9 +208,6 @@ def test_checkpoints_are_the_membranes_between_segments():
     without, _, nothing = triton.FORWARD(call)
     assert torch.equal(without, spikes)
     assert nothing.numel() == 0
-
-
-# --- as any other backend -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(4, 1), (3, 1, 9), (9, 2, 3, 5)], ids=str)

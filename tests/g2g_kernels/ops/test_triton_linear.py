@@ -3,6 +3,7 @@
 bfloat16 is tested on a GPU only: the interpreter's bfloat16 arithmetic is wrong.
 """
 
+import contextlib
 import types
 
 import linear_cases
@@ -19,6 +20,8 @@ from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton import runtime
 
 if runtime.unavailable() is None:
+    import triton_interpreter
+
     from g2g_kernels.ops.g2g_linear import tiles, triton
 
 pytestmark = pytest.mark.skipif(runtime.unavailable() is not None, reason=str(runtime.unavailable()))
@@ -111,12 +114,7 @@ def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(dtype, kind):
 @pytest.fixture
 def as_on_a_card():
     """Products as a card adds them, in the interpreter too."""
-    if runtime.interpreted():
-        from triton_interpreter import tensor_core_products
-
-        with tensor_core_products():
-            yield
-    else:
+    with triton_interpreter.tensor_core_products() if runtime.interpreted() else contextlib.nullcontext():
         yield
 
 

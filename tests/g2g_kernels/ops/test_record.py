@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import row_with, seeded
-from stack_cases import STACKS, Stack, loss
+from stack_cases import STACKS, Stack
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,18 +18,19 @@ from g2g_kernels.ops.record import Differentiable, RecordOperator
 COMPILED = [backend for backend in available_backends() if backend != "torch"]
 
 
-def passes(backend: str) -> list[torch.Tensor]:
-    """Results and gradients of every operator."""
+def passes(backend: str, form=torch.Tensor.clone) -> list[torch.Tensor]:
+    """Results and gradients of every operator, of tensors in some form."""
     stack = Stack(STACKS["one unit a group"], None)
-    leaves = stack.leaves(torch.float32)
+    leaves = {name: form(leaf.detach()).requires_grad_() for name, leaf in stack.leaves(torch.float32).items()}
     activity = g2g_stack(leaves["x"], stack.layers(leaves), backend=backend)
-    loss(activity.counts, activity.rates).backward()
-    results = [activity.counts, *activity.rates, *activity.states, *(leaf.grad for leaf in leaves.values())]
-    x, values, bias = (leaves[name].detach().requires_grad_() for name in ("x", "values0", "bias0"))
+    outputs = activity.counts, *activity.rates, *activity.states
+    upstream = [form(torch.randn(each.shape, generator=seeded(5))) for each in outputs]
+    grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
+    x, values, bias, beta = (leaves[name] for name in ("x", "values0", "bias0", "beta0"))
     current = g2g_linear(x, values, stack.masks[0], bias, backend=backend)
-    spikes = lif(current, leaves["beta0"], 1.0, backend=backend)
-    (spikes * torch.randn(spikes.shape, generator=seeded(5))).sum().backward()
-    return [*results, current, spikes, x.grad, values.grad, bias.grad, leaves["beta0"].grad]
+    spikes = lif(current, beta, 1.0, backend=backend)
+    upstream = [form(torch.randn(spikes.shape, generator=seeded(number))) for number in range(2)]
+    return [*outputs, *grads, *torch.autograd.grad((current, spikes), (x, values, bias, beta), upstream)]
 
 
 def name_of(function) -> str:
@@ -99,21 +100,6 @@ def test_where_nobody_looks_nothing_is_dispatched(backend, monkeypatch):
     assert len(called) == 6
 
 
-class Plain(torch.Tensor):
-    """A subclass, whose ``__torch_function__`` may look at every operator."""
-
-
-@pytest.mark.parametrize("backend", COMPILED)
-def test_a_subclass_gets_the_same_counts(backend):
-    stack = Stack(STACKS["one unit a group"], None)
-    leaves = stack.leaves(torch.float32)
-    found, expected = (
-        g2g_stack(x, stack.layers(leaves), backend=backend).counts
-        for x in (leaves["x"].detach().as_subclass(Plain), leaves["x"])
-    )
-    assert torch.equal(found.as_subclass(torch.Tensor), expected)
-
-
 WATCHED = [
     *itertools.product(available_backends(), ("relabel_", "load_state_dict")),
     *((b, "values") for b in COMPILED),
@@ -156,27 +142,19 @@ def test_saved_tensors_may_be_moved_away_in_between(backend):
     assert all(map(torch.equal, gradients(lambda tensor: tensor.clone(), lambda tensor: tensor.clone()), expected))
 
 
-#: how a tensor is not in memory, as its negative or as zeros that are only noted, and the same in memory
-LAZY = {
-    "negated": (lambda tensor: torch._neg_view(-tensor.detach()), torch.Tensor.clone),
+class Plain(torch.Tensor):
+    """A subclass, whose ``__torch_function__`` may look at every operator."""
+
+
+#: forms of a tensor, the first two not in memory as they are read, and the same in memory
+FORMS = {
+    "negated": (lambda tensor: torch._neg_view(-tensor), torch.Tensor.clone),
     "zeros": (lambda tensor: torch._efficientzerotensor(tensor.shape), torch.zeros_like),
+    "subclass": (lambda tensor: tensor.clone().as_subclass(Plain), torch.Tensor.clone),
 }
 
 
 @pytest.mark.parametrize("backend", COMPILED)
-@pytest.mark.parametrize(("lazy", "plain"), LAZY.values(), ids=LAZY)
-def test_what_is_not_in_memory_as_it_is_read(backend, lazy, plain):
-    def outcome(form):
-        stack = Stack(STACKS["one unit a group"], None)
-        leaves = {name: form(leaf).requires_grad_() for name, leaf in stack.leaves(torch.float32).items()}
-        activity = g2g_stack(leaves["x"], stack.layers(leaves), backend=backend)
-        counts = torch.autograd.grad(activity.counts, list(leaves.values()), form(activity.counts), allow_unused=True)
-        x, values, bias, beta = (leaves[name] for name in ("x", "values0", "bias0", "beta0"))
-        current = g2g_linear(x, values, stack.masks[0], bias, backend=backend)
-        spikes = lif(current, beta, 1.0, backend=backend)
-        upstream = form(torch.randn(spikes.shape, generator=seeded(5)))
-        of_current = torch.autograd.grad(current, (x, values, bias), upstream, retain_graph=True)
-        of_spikes = torch.autograd.grad(spikes, (x, beta), upstream)
-        return [activity.counts, *counts, current, spikes, *of_current, *of_spikes]
-
-    assert all(map(torch.equal, outcome(lazy), outcome(plain)))
+@pytest.mark.parametrize(("form", "plain"), FORMS.values(), ids=FORMS)
+def test_a_tensor_in_another_form_is_what_it_says(backend, form, plain):
+    assert all(map(torch.equal, passes(backend, form), passes(backend, plain)))

@@ -123,11 +123,10 @@ class Reference:
     def gradients(
         self, loss: torch.Tensor, spikes: dict[str, torch.Tensor], x: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        named = {n: v for n, v in self.tensors.items() if not n.endswith("_delay")}
-        arrived = {key: value for key, value in self.arrived.items() if value.requires_grad}
-        grads = torch.autograd.grad(loss, [*named.values(), *arrived.values()], allow_unused=True)
-        result = {n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(named.items(), grads, strict=False)}
-        of_arrived = dict(zip(arrived, grads[len(named) :], strict=True))
+        wanted = {n: v for n, v in self.tensors.items() if not n.endswith("_delay")}
+        wanted |= {key: value for key, value in self.arrived.items() if value.requires_grad}
+        grads = dict(zip(wanted, torch.autograd.grad(loss, [*wanted.values()], allow_unused=True), strict=True))
+        result = {n: torch.zeros_like(wanted[n]) if g is None else g for n, g in grads.items() if isinstance(n, str)}
         names = [*self.net.populations, "input"]
         for route in self.net.routes():
             if f"{route.name}_delay" not in self.tensors:
@@ -137,7 +136,7 @@ class Reference:
             grad = torch.zeros(source.shape[-1], dtype=x.dtype)
             for j, d in enumerate(self.net.delays(route.name).tolist()):
                 for t in range(len(source)):
-                    g = of_arrived.get((route.name, t))
+                    g = grads.get((route.name, t))
                     if g is not None:
                         grad[j] -= 0.5 * (g[:, j] * (at(t - d + 1, j) - at(t - d - 1, j))).sum()
             result[f"{route.name}_delay"] = grad

@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from helpers import MASK_CASES, backends_of, packed_randn, seeded, skip_where_refused
+from helpers import MASK_CASES, MaskCase, backends_of, packed_randn, seeded, skip_where_refused
+from linear_cases import inputs
 from torch.autograd import forward_ad
 
 from g2g_kernels import Neurons, SpikingLayer, g2g_linear, g2g_stack, lif_step, neurons, neurons_step
@@ -25,11 +26,16 @@ def linear_case(case, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:Please use `torch.vmap`:FutureWarning")  # gradcheck's own, PyTorch 2.6
-def test_the_oracle_is_differentiable_twice_and_in_forward_mode():
-    mask, tensors = linear_case("single weights", torch.float64)
+@pytest.mark.parametrize(
+    "case", [(6, 4, 2, "index", "index", 2), (5, 7, 3, "random", "interleaved", 2), (4, 3, 1, "index", "index", 1)]
+)
+def test_the_oracle_is_differentiable_twice_and_in_forward_mode(case):
+    """Of whole and clipped units, and of single weights."""
+    mask = MaskCase(*case).mask()
+    tensors = [tensor.double().requires_grad_() for tensor in inputs(mask, 3)]
 
     def function(x, values, bias):
-        return g2g_linear(x, values, mask, bias, backend="torch")
+        return g2g_linear(x, values, mask, bias)
 
     assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(function, tensors, check_fwd_over_rev=True)

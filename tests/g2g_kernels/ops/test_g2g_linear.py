@@ -1,7 +1,5 @@
 """g2g_linear on every backend against the dense product in float64."""
 
-import functools
-
 import helpers
 import linear_cases
 import pytest
@@ -134,22 +132,6 @@ def test_a_mask_is_read_at_each_call(backend):
 @every_backend
 def test_autocast_to_bfloat16(backend):
     linear_cases.check_autocast([case.mask() for case in MASK_CASES.values()], 37, torch.bfloat16, backend)
-
-
-@pytest.mark.parametrize(
-    "case",
-    [(6, 4, 2, "index", "index", 2), (5, 7, 3, "random", "interleaved", 2), (4, 3, 1, "index", "index", 1)],
-    ids=["whole units", "clipped units", "single weights"],
-)
-def test_gradcheck(case):
-    mask = MaskCase(*case).mask()
-    tensors = [tensor.double().requires_grad_() for tensor in inputs(mask, 3)]
-
-    def function(x, values, bias, backend=None):
-        return g2g_linear(x, values, mask, bias, backend=backend)
-
-    assert torch.autograd.gradcheck(function, tensors)
-    assert torch.autograd.gradgradcheck(functools.partial(function, backend="torch"), tensors)
 
 
 @pytest.mark.parametrize(

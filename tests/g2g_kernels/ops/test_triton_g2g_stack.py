@@ -312,9 +312,6 @@ def test_results_are_reproducible(way):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# --- weights on chip ----------------------------------------------------------------------------------------------
-
-
 def test_weights_on_chip_are_those_read_anew(monkeypatch):
     """In rows of units with fewer weights than fit, with as many, and with more, which read theirs in each step."""
     layout = GroupLayout(48, 1)
@@ -338,9 +335,6 @@ def test_weights_on_chip_are_those_read_anew(monkeypatch):
         results.append([activity.counts, *(leaf.grad for layer in leaves for leaf in layer)])
     assert results[0][0].any()
     assert all(map(torch.equal, *results))
-
-
-# --- recurrent layers, membranes, spikes over time ----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -457,9 +451,6 @@ def test_membranes_and_spikes_over_time_take_no_steps_in_turn(launched):
         counted.append(dict(launched))
     assert counted[0] == counted[1]
     assert sum(number for kernel, number in counted[1].items() if kernel.endswith("uint8")) >= 4
-
-
-# --- operators ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.driver

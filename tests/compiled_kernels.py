@@ -14,10 +14,8 @@ from g2g_kernels.cpu import library, plans
 
 @contextmanager
 def loaded(file: Path, **environment: str) -> Iterator[None]:
-    """Inside, the compiled kernels are those of ``file``, loaded in that environment.
-
-    A file that is loaded already stays as it is: to have it read its environment again, give a copy.
-    """
+    """Inside, the compiled kernels are those of ``file``, loaded in that environment. A file that is loaded already
+    stays as it is: to have it read its environment again, give a copy."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"G2G_CPU_LIBRARY": str(file), **environment}.items():
             patch.setenv(name, value)
@@ -28,10 +26,8 @@ def loaded(file: Path, **environment: str) -> Iterator[None]:
 
 @contextmanager
 def instruction_set(name: str, folder: Path) -> Iterator[None]:
-    """Inside, the compiled kernels are those of that instruction set, from a copy of their file in ``folder``.
-
-    Skips the test where this CPU does not have the instruction set.
-    """
+    """Inside, the compiled kernels are those of that instruction set, from a copy of their file in ``folder``. Skips
+    the test where this CPU does not have the instruction set."""
     copy = shutil.copy(library.library()._name, folder / f"{name}.so")
     with loaded(copy, G2G_CPU_ISA=name):
         reason = library.unavailable()

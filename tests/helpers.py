@@ -28,10 +28,8 @@ compiles_whole = pytest.mark.skipif(
 
 
 def backends_of(operator: Operator) -> list[str]:
-    """Every backend of an operator that can be used on this machine; the parity tests run on each.
-
-    Triton's interpreter is too slow for them: it has tests of its own, ``test_triton_*.py``.
-    """
+    """Every backend of an operator that can be used on this machine; the parity tests run on each. Triton's interpreter
+    is too slow for them: it has tests of its own, ``test_triton_*.py``."""
     names = [name for name in available_backends() if name in operator._implementations]
     return [name for name in names if name != "triton" or not interpreted()]
 
@@ -224,12 +222,10 @@ def as_near(actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, boun
 
 
 class ErrorRatios:
-    """The rule for kernels: an error against float64 of at most 1.5 times that of plain PyTorch in the same dtype.
-
-    A tensor of a few elements is nearer to or farther from the exact result by luck (single ratios run from 0.2 to 5),
-    so the rule is applied to the geometric mean over many cases, tensor by tensor. An error below half a unit in the
-    last place counts as that: no result can be expected to be nearer, while plain PyTorch may happen upon exact values.
-    """
+    """The rule for kernels: an error against float64 of at most 1.5 times that of plain PyTorch in the same dtype. A
+    tensor of a few elements is nearer to or farther from the exact result by luck (single ratios run from 0.2 to 5), so
+    the rule is applied to the geometric mean over many cases, tensor by tensor. An error below half a unit in the last
+    place counts as that: no result can be expected to be nearer, while plain PyTorch may happen upon exact values."""
 
     def __init__(self) -> None:
         self._logarithms: dict[str, list[float]] = {}

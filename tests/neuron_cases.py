@@ -106,11 +106,9 @@ def check_gradients_alone(run, tensors, grad_spikes) -> None:
 
 
 def clear_of_threshold(current, beta, threshold, reset: str, by: float = 1e-4) -> torch.Tensor:
-    """bool [..., N], the neurons whose float64 membrane keeps clear of θ at all steps.
-
-    A float32 membrane of about 1 is wrong by some 1e-6 after T steps; nearer to θ than that the spike may differ, and
-    with it the rest of that neuron's history.
-    """
+    """bool [..., N], the neurons whose float64 membrane keeps clear of θ at all steps. A float32 membrane of about 1 is
+    wrong by some 1e-6 after T steps; nearer to θ than that the spike may differ, and with it the rest of that neuron's
+    history."""
     tensors = current.double(), beta.double(), threshold.double()
     _, membranes = lif_by_autograd(*tensors, reset, SURROGATES["atan"].primitive, 2.0)
     clear = ((membranes - threshold).abs() > by).all(0)

@@ -1,7 +1,5 @@
-"""Programs in processes of their own without another import of PyTorch, alone or as ``torchrun`` starts several.
-
-They are forks of a server that has imported what they need, so that each begins within milliseconds.
-"""
+"""Programs in processes of their own without another import of PyTorch, alone or as ``torchrun`` starts several. They
+are forks of a server that has imported what they need, so that each begins within milliseconds."""
 
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
-"""Small data sets in the exact format of the published files, for the real reading code.
-
-Where that code knows the size or the checksum of the published files, it is told those of the small ones.
-"""
+"""Small data sets in the exact format of the published files, for the real reading code. Where that code knows the size
+or the checksum of the published files, it is told those of the small ones."""
 
 import functools
 import gzip

@@ -165,10 +165,8 @@ SHARES = {2e5: 0.0, 20.0: 0.05, 2.0: 0.25, 0.01: 0.99}
 
 
 def check_compact(backend: str, cases, surrogate: str, alpha: float, steps: int | None, batch: int) -> None:
-    """Gradients are those of float64 whether no neuron passes one on or all do.
-
-    One β per layer, so that the CPU kernels take events where these are few; few units, so that rows of them are empty.
-    """
+    """Gradients are those of float64 whether no neuron passes one on or all do. One β per layer, so that the CPU
+    kernels take events where these are few; few units, so that rows of them are empty."""
     options = {"per_neuron": False, "batch": batch, "p_intra": 0.4, "p_inter": 0.04}
     stack = clear_stack(cases, steps, edge=1 / alpha, **options)
     assert any((mask.to_dense().sum(1) == 0).any() for mask in stack.masks)

@@ -1,7 +1,5 @@
-"""The source distribution and the wheel: what is in them, and that what they install works far from the repository.
-
-No step asks the network: this environment's setuptools builds, and what g2g depends on is this environment's.
-"""
+"""The source distribution and the wheel: what is in them, and that what they install works far from the repository. No
+step asks the network: this environment's setuptools builds, and what g2g depends on is this environment's."""
 
 import itertools
 import json

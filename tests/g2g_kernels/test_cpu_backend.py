@@ -228,8 +228,7 @@ class Way(NamedTuple):
 
 def tried(options: dict) -> bool:
     """Whether gradients of neurons with several states, to which spikes feed back, stay finite. 600 steps, which plain
-    PyTorch takes one by one, are of one kind of network.
-    """
+    PyTorch takes one by one, are of one kind of network."""
     steps = options.get("shape", (1,))[0]
     if steps == 600:
         return options.items() <= {**options, "kind": "index", "x": "spikes", "per_neuron": True}.items()

@@ -1,7 +1,5 @@
-"""select_device's order of preference and errors, and what a training step would ask of DirectML, MPS and XPU.
-
-DirectML needs Windows and the package ``torch-directml``; a module of that name stands in for it here.
-"""
+"""select_device's order of preference and errors, and what a training step would ask of DirectML, MPS and XPU. DirectML
+needs Windows and the package ``torch-directml``; a module of that name stands in for it here."""
 
 import sys
 from types import SimpleNamespace
@@ -147,10 +145,8 @@ CASES = {
 
 
 def test_a_training_step_uses_plain_operators_only(monkeypatch, plain_memory):
-    """Forward, cross-entropy on the counts, a rate penalty, backward and Adam.
-
-    MPS and XPU devices run the same plain backend, and so are held to the same list.
-    """
+    """Forward, cross-entropy on the counts, a rate penalty, backward and Adam. MPS and XPU devices run the same plain
+    backend, and so are held to the same list."""
     directml(monkeypatch, torch.device("cpu"))
     device = select_device("directml")
     used: dict[str, set[str]] = {"step": set(), "adam": set()}

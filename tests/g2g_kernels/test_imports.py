@@ -1,7 +1,5 @@
-"""Modules import downwards only, in the order of :data:`LAYERS`, and never in a circle.
-
-Imports inside functions count, those for type checkers do not.
-"""
+"""Modules import downwards only, in the order of :data:`LAYERS`, and never in a circle. Imports inside functions count,
+those for type checkers do not."""
 
 import ast
 import functools

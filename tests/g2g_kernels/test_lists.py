@@ -1,6 +1,5 @@
 """Weights in lists: the values of both kernels against float64, when they are chosen, and that nothing of N × N is
-formed.
-"""
+formed."""
 
 import functools
 import itertools

@@ -29,10 +29,8 @@ def test_each_row_has_its_share_of_units_inside_and_between_groups(groups, proba
 
 
 def test_places_within_a_row_are_uniform_and_independent():
-    """3 of 20 places in each of 4,000 rows: every place, and every pair of neighbours, as often as chance has it.
-
-    A place is drawn with probability 3/20, a pair with 3·2/(20·19). Counts of 4,000 rows must lie within 5 σ.
-    """
+    """3 of 20 places in each of 4,000 rows: every place, and every pair of neighbours, as often as chance has it. A
+    place is drawn with probability 3/20, a pair with 3·2/(20·19). Counts of 4,000 rows must lie within 5 σ."""
     rows, draw = 4000, seeded(2)
     mask = BlockMask.sample(GroupLayout(rows, 2), GroupLayout(40, 2), 0.0, 0.15, 1, draw)
     dense = mask.to_dense()

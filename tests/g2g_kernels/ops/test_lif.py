@@ -41,10 +41,8 @@ def check_against_snntorch(current, beta, threshold, reset, surrogate="atan", al
     reset=RESETS, of=(("atan", 2.0), ("atan", 5.0), ("fast_sigmoid", 3.0), ("sigmoid", 4.0)), per_neuron=(False, True)
 )
 def test_gradients_equal_snntorch_in_float64(reset, of, per_neuron):
-    """Everything but the spikes, 0 or 1, is float64 in snnTorch too, so only float64 rounding separates the two.
-
-    (Its sigmoid multiplies the spikes' float32 gradient by the slope, which is exact for a slope of 4.)
-    """
+    """Everything but the spikes, 0 or 1, is float64 in snnTorch too, so only float64 rounding separates the two. (Its
+    sigmoid multiplies the spikes' float32 gradient by the slope, which is exact for a slope of 4.)"""
     ours = check_against_snntorch(currents(T, B, N), *parameters(per_neuron), reset, *of)
     assert 0.1 < ours["spikes"].mean() < 0.7
     assert all(ours[name].abs().min() > 0 for name in GRADIENTS)
@@ -62,10 +60,8 @@ def test_spikes_equal_snntorch_in_float32(reset, per_neuron):
 
 @every_reset
 def test_a_membrane_exactly_at_the_threshold_does_not_fire(reset):
-    """The comparison is strict, in the spike as in the reset (β = 1/2, so that every value is exact).
-
-    U = 1, 1, 1, 1.5, then by reset −1.25, 1.375, 1.1875 or −1, 1.5, 1.5 or −0.25, 1.875, 2.4375.
-    """
+    """The comparison is strict, in the spike as in the reset (β = 1/2, so that every value is exact). U = 1, 1, 1, 1.5,
+    then by reset −1.25, 1.375, 1.1875 or −1, 1.5, 1.5 or −0.25, 1.875, 2.4375."""
     tensors = torch.tensor([[1.0], [0.5], [0.5], [1.0], [-1.0], [2.0], [1.5]]), torch.tensor([0.5]), torch.tensor([1.0])
     spikes = lif(*tensors, reset=reset, backend="torch")
     assert spikes.flatten().tolist() == [0, 0, 0, 1, 0, 1, 1]
@@ -88,10 +84,8 @@ def test_beta_is_clamped_without_a_gradient_outside_0_to_1_and_thresholds_may_be
 @pytest.mark.parametrize("alpha", [0.5, 2.0, 7.0])
 @pytest.mark.parametrize("surrogate", SURROGATES)
 def test_derivative_is_that_of_the_primitive(surrogate, alpha):
-    """Central differences with h = 1e-6: their own error is h²·|f'''|/6 + ε/h < 1e-8 for these functions.
-
-    The points keep clear of the kinks at 0 (fast sigmoid, triangle) and ±1/α (triangle, boxcar).
-    """
+    """Central differences with h = 1e-6: their own error is h²·|f'''|/6 + ε/h < 1e-8 for these functions. The points
+    keep clear of the kinks at 0 (fast sigmoid, triangle) and ±1/α (triangle, boxcar)."""
     x = torch.linspace(-3, 3, 1001, dtype=torch.float64)
     x = x[(x.abs() > 1e-3) & ((x.abs() - 1 / alpha).abs() > 1e-3)]
     derivative, primitive, _ = SURROGATES[surrogate]

@@ -1,7 +1,5 @@
 """g2g_linear's Triton kernels: on a GPU where there is one, else small sizes in Triton's interpreter on the CPU.
-
-bfloat16 is tested on a GPU only: the interpreter's bfloat16 arithmetic is wrong.
-"""
+bfloat16 is tested on a GPU only: the interpreter's bfloat16 arithmetic is wrong."""
 
 import contextlib
 import types

@@ -17,15 +17,9 @@ BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", flags=r
 
 
 def run_blocks(page: Path, smaller: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Runs the blocks of a page in order; raises AssertionError if one prints something else than the page says.
-
-    Args:
-        page: a Markdown file. ``...`` in what it says a block prints stands for anything.
-        smaller: what is replaced in the code, by what, to have it run in seconds.
-
-    Returns:
-        The names that the blocks defined.
-    """
+    """Runs the blocks of a page in order, and returns the names that they define; raises AssertionError if one prints
+    something else than the page says, in which ``...`` stands for anything. ``smaller`` says what is replaced in the
+    code, by what, to have it run in seconds."""
     names: dict[str, Any] = {"__name__": "__main__"}
     text = page.read_text(encoding="utf-8")
     for block in BLOCK.finditer(text):
@@ -48,11 +42,8 @@ def cells(notebook: Path) -> list[dict[str, Any]]:
 
 
 def run_cells(notebook: Path, smaller: Mapping[str, str]) -> list[Any]:
-    """Runs the cells of a notebook in order; lines that begin with % are Jupyter's.
-
-    Returns:
-        What each cell shows: the value of its last line, if that is an expression.
-    """
+    """Runs the cells of a notebook in order, but for lines that begin with %, which are Jupyter's; returns what each
+    shows: the value of its last line, if that is an expression."""
     names, shown = {"__name__": "__main__"}, []
     for number, cell in enumerate(cells(notebook), 1):
         code = "".join(line for line in cell["source"] if not line.startswith("%"))

@@ -57,9 +57,6 @@ def saved_and_read(content: Any, weights_only: bool = True) -> Any:
     return torch.load(io.BytesIO(file.getvalue()), weights_only=weights_only)
 
 
-# --- memory -------------------------------------------------------------------------------------------------------
-
-
 class Largest(TorchDispatchMode):
     """``with Largest() as largest``: ``largest.numel`` elements has the largest tensor that is made."""
 
@@ -72,9 +69,6 @@ class Largest(TorchDispatchMode):
                 stored = tensor.untyped_storage().nbytes() // tensor.element_size()
                 self.numel = max(self.numel, min(tensor.numel(), stored))
         return made
-
-
-# --- masks --------------------------------------------------------------------------------------------------------
 
 
 class MaskCase(NamedTuple):
@@ -162,9 +156,6 @@ def units_of(row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     out_size, in_size = row[:2].int().tolist()
     unit_row, unit_col = row[3 + out_size + in_size : -2].long().view(2, -1)
     return unit_row, unit_col
-
-
-# --- neurons ------------------------------------------------------------------------------------------------------
 
 
 def lif_by_autograd(

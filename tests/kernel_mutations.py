@@ -82,7 +82,7 @@ MUTATIONS = (
              "tl.minimum((part + 1) * samples_of_part, samples), BLOCK_S)", "samples, BLOCK_S)"),
     Mutation("U ≥ θ instead of U > θ", NEURON, ("lif", "rounded_before"),
              "return membrane > theta", "return membrane >= theta"),
-    Mutation("decay and current contracted to one rounding", NEURON, ("lif", "rounded_before or to_the_last_bit"),
+    Mutation("decay and current contracted to one rounding", NEURON, ("lif", "rounded_before"),
              'EXACT = {"enable_fp_fusion": False}', 'EXACT = {"enable_fp_fusion": True}'),
     Mutation("offsets in 32 bits", LINEAR, PADDING,
              "// (num_n * TILES_N)).to(tl.int64) * BLOCK_M", "// (num_n * TILES_N)) * BLOCK_M"),

@@ -13,33 +13,18 @@ from g2g_kernels.ops.neurons.step import neurons_step
 from g2gnet import LIF, G2GLinear, G2GNet, SpikingNetwork, SpikingStack, Synaptic
 
 
-def small_net(
-    model: str = "mixer", seed: int = 0, sizes: tuple[int, int, int] = (30, 40, 10), **options: Any
-) -> G2GNet:
+def small_net(model: str = "mixer", seed: int = 0, sizes: Sequence[int] = (30, 40, 10), **options: Any) -> G2GNet:
     """A network with units of 4 and six steps, unless the options say otherwise."""
     return G2GNet(*sizes, model, generator=seeded(seed), **{"block_size": 4, "T": 6, **options})
 
 
 def sparse_stack(
-    sizes: Sequence[int],
-    neurons: Sequence[nn.Module],
-    steps: int,
-    backend: str | None = None,
-    *,
-    recurrent: bool = False,
-    gain: float = 1.0,
-    unit: int = 4,
-    groups: int = 3,
-    kinds: tuple[str, str] = ("random", "index"),
-    seed: int = 3,
-    **options: Any,
-) -> SpikingStack:
-    """Sparse layers between populations of these sizes, all but the last recurrent if ``recurrent``.
-
-    Args:
-        gain: factor on all weights.
-        kinds: of the groups of each layer's outputs and inputs.
-    """
+    sizes: Sequence[int], neurons: Sequence[nn.Module], steps: int, backend: str | None = None, *,
+    recurrent: bool = False, gain: float = 1.0, unit: int = 4, groups: int = 3,
+    kinds: tuple[str, str] = ("random", "index"), seed: int = 3, **options: Any,
+) -> SpikingStack:  # fmt: skip
+    """Sparse layers between populations of these sizes, all but the last recurrent if ``recurrent``; ``gain`` is a
+    factor on all weights, ``kinds`` those of the groups of each layer's outputs and inputs."""
     draw, layers = seeded(seed), []
     for (below, size), of_layer in zip(itertools.pairwise(sizes), neurons, strict=True):
         out, into = GroupLayout(size, groups, kinds[0], draw), GroupLayout(below, groups, kinds[1])

@@ -84,12 +84,9 @@ class Network(Stack):
     """Three layers, and inputs that keep every membrane clear of its threshold.
 
     A membrane within rounding of the threshold may spike in one precision and not in another, and everything after it
-    differs; so seeds are tried until, in float64, none comes nearer than `margin`, nor to where a boxcar ends.
-
-    Args:
-        shape: steps and samples.
-        dropped: of each layer the neurons that are, or the share of all.
-        model: of the neurons; others than ``"lif"`` for `margin` 0.
+    differs; so seeds are tried until, in float64, none comes nearer than `margin`, nor to where a boxcar ends. `shape`:
+    steps and samples; `dropped`: of each layer the neurons that are, or the share of all; `model`: of the neurons,
+    others than ``"lif"`` for `margin` 0.
     """
 
     def __init__(
@@ -213,13 +210,9 @@ def check(ratios: ErrorRatios) -> None:
 
 
 class Way(NamedTuple):
-    """A way to multiply.
-
-    Attributes:
-        cost: the setting that decides whether stacks take it, and its values at which they do where they can, or never.
-        options: of networks, every pair of which is compared with float64.
-        others: of networks of which two ways must give the same.
-    """
+    """A way to multiply: the setting that decides whether stacks take it, and its values at which they do where they
+    can, or never; options of networks, every pair of which is compared with float64; and others, of networks of which
+    two ways must give the same."""
 
     cost: tuple[str, float, float]
     options: dict[str, Iterable]

@@ -64,17 +64,6 @@ def test_one_step_by_hand(reset):
     neuron_cases.check_one_step_by_hand("triton", reset)
 
 
-@pytest.mark.parametrize("per_neuron", [False, True], ids=["scalar", "per neuron"])
-@every_reset
-def test_spikes_equal_snntorch_to_the_last_bit(reset, per_neuron):
-    """The same roundings in the same order: 20,000 float32 membranes, many of them close to θ."""
-    current = currents(50, 25, 16, seed=3, dtype=torch.float32)
-    beta, threshold = parameters(16 if per_neuron else None)
-    spikes = lif_on("triton", reset=reset)(current, beta, threshold)
-    assert torch.equal(spikes, by_snntorch(reset)(current, beta, threshold)[0])
-    assert 0.05 < spikes.mean() < 0.8
-
-
 def test_the_decay_is_rounded_before_the_current_is_added():
     """A fused multiply-add rounds once, and fires where snnTorch's two roundings leave the membrane at θ exactly."""
     beta, threshold = torch.tensor([0.9]), torch.ones(1)

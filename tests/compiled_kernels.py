@@ -1,38 +1,21 @@
-"""The compiled CPU kernels as another compiler makes them, on another instruction set, or from another file.
-
-Each library is loaded into this process beside the installed one, so that no other interpreter has to be started.
-"""
+"""The compiled CPU kernels on another instruction set, or from another file: loaded beside the installed ones, so that
+no other interpreter has to be started."""
 
 import functools
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
 
 from g2g_kernels.cpu import library, plans
 
 
-def build(file: Path, compiler: str) -> Path:
-    """The library ``file``, built by that compiler; unoptimised, as that takes a quarter of the time."""
-    environment = {**os.environ, "CXX": compiler, "G2G_CXXFLAGS": "-O0"}
-    command = [sys.executable, ROOT / "tests/build_kernels.py", file]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return file
-
-
 @contextmanager
 def loaded(file: Path, **environment: str) -> Iterator[None]:
-    """Inside, the compiled kernels are those of ``file``, loaded in that environment.
-
-    A file that is loaded already stays as it is: to have it read its environment again, give a copy.
-    """
+    """Inside, the compiled kernels are those of ``file``, loaded in that environment. A file that is loaded already
+    stays as it is: to have it read its environment again, give a copy."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"G2G_CPU_LIBRARY": str(file), **environment}.items():
             patch.setenv(name, value)
@@ -43,10 +26,8 @@ def loaded(file: Path, **environment: str) -> Iterator[None]:
 
 @contextmanager
 def instruction_set(name: str, folder: Path) -> Iterator[None]:
-    """Inside, the compiled kernels are those of that instruction set, from a copy of their file in ``folder``.
-
-    Skips the test where this CPU does not have the instruction set.
-    """
+    """Inside, the compiled kernels are those of that instruction set, from a copy of their file in ``folder``. Skips
+    the test where this CPU does not have the instruction set."""
     copy = shutil.copy(library.library()._name, folder / f"{name}.so")
     with loaded(copy, G2G_CPU_ISA=name):
         reason = library.unavailable()

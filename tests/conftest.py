@@ -9,35 +9,18 @@ from quick import QUICK
 
 #: files whose tests take longest: they begin first, so that no process works long after the others have ended
 SLOWEST = [
-    "g2gnet/training/test_distributed.py",
-    "benchmarks/test_benchmarks.py",
-    "g2g_kernels/ops/test_triton_g2g_stack.py",
-    "g2g_kernels/test_cpu_backend.py",
-    "g2gnet/training/test_reliability.py",
-    "g2gnet/programs/test_report.py",
-    "g2g_kernels/ops/test_triton_lif.py",
-    "g2gnet/test_recurrence.py",
-    "g2gnet/test_drop_in.py",
-    "test_docs.py",
-    "g2g_kernels/ops/test_models.py",
-    "g2g_kernels/ops/test_triton_linear.py",
-    "g2gnet/test_untrusted.py",
-    "g2gnet/dst/test_dst.py",
-    "benchmarks/test_aot.py",
-    "g2gnet/data/test_recordings.py",
-    "g2gnet/test_spiking_network.py",
-    "g2gnet/programs/test_progress.py",
-    "benchmarks/test_studies.py",
-    "g2gnet/programs/test_sweep.py",
-    "g2gnet/training/test_compiled_training.py",
-    "g2gnet/training/test_training.py",
-    "g2gnet/test_wide_layers.py",
-    "g2gnet/weights/test_weights_and_wiring.py",
-]
+    "g2gnet/training/test_distributed.py", "benchmarks/test_benchmarks.py", "g2g_kernels/ops/test_triton_g2g_stack.py",
+    "g2g_kernels/test_cpu_backend.py", "g2gnet/training/test_reliability.py", "g2gnet/programs/test_report.py",
+    "g2g_kernels/ops/test_triton_lif.py", "g2gnet/test_recurrence.py", "g2gnet/test_drop_in.py", "test_docs.py",
+    "g2g_kernels/ops/test_models.py", "g2g_kernels/ops/test_triton_linear.py", "g2gnet/test_untrusted.py",
+    "g2gnet/dst/test_dst.py", "benchmarks/test_aot.py", "g2gnet/data/test_recordings.py",
+    "g2gnet/test_spiking_network.py", "g2gnet/programs/test_progress.py", "benchmarks/test_studies.py",
+    "g2gnet/programs/test_sweep.py", "g2gnet/training/test_compiled_training.py", "g2gnet/training/test_training.py",
+    "g2gnet/test_wide_layers.py", "g2gnet/weights/test_weights_and_wiring.py",
+]  # fmt: skip
 TESTS = Path(__file__).parent
-os.environ.setdefault(
-    "G2G_CASES", f"{datetime.date.today()}"
-)  # which cases covering.py gives, the same in every process
+#: which cases covering.py gives, the same in every process
+os.environ.setdefault("G2G_CASES", f"{datetime.date.today()}")
 collect_ignore = ["clients"]  # they need other libraries, in an environment of their own: tests/clients.sh
 
 

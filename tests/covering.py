@@ -18,12 +18,8 @@ Case = dict[str, Any]
 def covering(
     options: Mapping[str, Iterable[Any]], draw: random.Random, possible: Callable[[Case], bool] = lambda case: True
 ) -> dict[str, Case]:
-    """A few cases, by name, in which every pair of options that is possible occurs.
-
-    Args:
-        options: the values of each argument.
-        possible: whether values go together; it is also asked for two alone.
-    """
+    """A few cases, by name, in which every pair of the arguments' values occurs that is possible; ``possible`` says
+    whether values go together, and is also asked for two alone."""
     values = {argument: list(each) for argument, each in options.items()}
     places = [[(argument, number) for number in range(len(each))] for argument, each in values.items()]
     pairs = [pair for one, other in itertools.combinations(places, 2) for pair in itertools.product(one, other)]
@@ -38,9 +34,7 @@ def covering(
         best: tuple[Any, ...] = ()
         gain: set[Any] = set()
         for _ in range(50):
-            drawn = tuple(
-                (argument, wanted.get(argument, draw.randrange(len(each)))) for argument, each in values.items()
-            )
+            drawn = tuple((name, wanted.get(name, draw.randrange(len(each)))) for name, each in values.items())
             new = missing.keys() & set(itertools.combinations(drawn, 2))
             if len(new) > len(gain) and possible(case(drawn)):
                 best, gain = drawn, new

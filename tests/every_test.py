@@ -1,7 +1,5 @@
 """What holds for every test: poisoned memory, the same examples from hypothesis, one thread, nothing left behind.
-
-``conftest.py`` loads this in each process that runs tests.
-"""
+``conftest.py`` loads this in each process that runs tests."""
 
 import functools
 import gc
@@ -88,11 +86,9 @@ def _poisoned(allocate):
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(request, monkeypatch):
-    """Outputs start as NaN: an element that a kernel forgets to write cannot pass for a zero.
-
-    A test that counts or lists operators asks for ``plain_memory`` instead, since each poisoning is one more; so does
-    one that compiles, since PyTorch 2.4 cannot trace into it.
-    """
+    """Outputs start as NaN: an element that a kernel forgets to write cannot pass for a zero. A test that counts or
+    lists operators asks for ``plain_memory`` instead, since each poisoning is one more; so does one that compiles,
+    since PyTorch 2.4 cannot trace into it."""
     if "plain_memory" not in request.fixturenames:
         monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
         monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))

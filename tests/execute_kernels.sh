@@ -13,8 +13,9 @@ if [ ! -e "$environment/complete" ]; then
         hypothesis pytest pytest-xdist scikit-learn snntorch tqdm
     touch "$environment/complete"
 fi
-export PYTHONPATH="$PWD:$PWD/tests" TRITON_CACHE_DIR="$scratch/triton" OMP_NUM_THREADS=1
+export PYTHONPATH="$PWD:$PWD/tests" TRITON_CACHE_DIR="$scratch/triton" OMP_NUM_THREADS=1 G2G_CPU_LIBRARY=none
 if [ $# -eq 0 ]; then
-    set -- -n 2 --dist load tests/g2g_kernels/ops/test_triton_*.py tests/g2g_kernels/ops/test_models.py -k triton
+    set -- -n 2 --dist load tests/g2g_kernels/ops/test_triton_*.py tests/g2g_kernels/ops/test_models.py \
+        tests/g2g_kernels/ops/test_extreme_values.py -k "triton or extreme"
 fi
 "$environment/bin/python" -m pytest -q -p kernel_execution -p no:cacheprovider -m "not driver" "$@"

@@ -25,13 +25,9 @@ def write_mini(full: ImageData, path: Path = MINI_FILE) -> None:
     """Writes the subset of ``full`` that the package has."""
     train = balanced_subset(full.train_labels, TRAIN, SEED)
     test = balanced_subset(full.test_labels, TEST, SEED)
-    np.savez_compressed(
-        path,
-        train_images=full.train_images[train].numpy(),
-        train_labels=full.train_labels[train].to(torch.uint8).numpy(),
-        test_images=full.test_images[test].numpy(),
-        test_labels=full.test_labels[test].to(torch.uint8).numpy(),
-    )
+    parts = {"train_images": full.train_images[train], "train_labels": full.train_labels[train].to(torch.uint8)}
+    parts |= {"test_images": full.test_images[test], "test_labels": full.test_labels[test].to(torch.uint8)}
+    np.savez_compressed(path, **{name: tensor.numpy() for name, tensor in parts.items()})
 
 
 if __name__ == "__main__":

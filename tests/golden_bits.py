@@ -79,11 +79,10 @@ class Training:
         draw = torch.Generator().manual_seed(0 if states is None else 1)
         options = {name: of[name] for name in OF_THE_NETWORK}
         self.net = G2GNet(96, 256, 10, num_groups=4, p_inter=0.3, T=7, enc_scale=2.0, generator=draw, **options)
-        if states is not None:
-            self.net.load_state_dict(states[0])
         ema = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
         self.average = torch.optim.swa_utils.AveragedModel(self.net, multi_avg_fn=ema)
         if states is not None:
+            self.net.load_state_dict(states[0])
             self.average.load_state_dict(states[1])
         tie_wiring(self.net, self.average.module)
         name = of["optimizer"]
@@ -205,9 +204,8 @@ def check_out(commit: str, tree: Path) -> Path:
         shutil.copy(built, tree / "g2g_kernels/cpu")
     else:
         print(f"building the CPU kernels of {commit}", flush=True)
-        subprocess.run(
-            [sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tree, check=True, capture_output=True
-        )
+        build = [sys.executable, "setup.py", "build_ext", "--inplace"]
+        subprocess.run(build, cwd=tree, check=True, capture_output=True)
     return tree
 
 
@@ -225,12 +223,9 @@ def main() -> int:
         results = []
         for side, commit in (("old", options.old), ("new", options.new)):
             tree = ROOT if commit is None else check_out(commit, Path(scratch, side))
+            environment = os.environ | {"PYTHONPATH": f"{tree}:{ROOT / 'tests'}", "PYTHONSAFEPATH": "1"}
             # on a busy machine, threads that spin while they wait take minutes from one another
-            environment = os.environ | {
-                "PYTHONPATH": f"{tree}:{ROOT / 'tests'}",
-                "PYTHONSAFEPATH": "1",
-                "OMP_WAIT_POLICY": "PASSIVE",
-            }
+            environment["OMP_WAIT_POLICY"] = "PASSIVE"
             file = Path(scratch, f"{side}.pt")
             command = [sys.executable, __file__, options.old, "-k", options.k, "--into", str(file)]
             subprocess.run(command, env=environment, cwd=scratch, check=True)

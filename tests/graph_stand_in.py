@@ -136,18 +136,12 @@ def install(monkeypatch) -> None:
     """Two CUDA devices of which 0 is current, for the rest of a test; tensors remain on the CPU."""
     Graph.captured.clear()
     Stream.current = Stream(torch.device("cuda:0"))
-    for name, stand_in in {
-        "is_available": lambda: True,
-        "current_device": lambda: Device.current,
-        "device": Device,
-        "Stream": Stream,
-        "current_stream": lambda: Stream.current,
-        "stream": use,
-        "get_sync_debug_mode": lambda: SyncDebug.mode,
-        "set_sync_debug_mode": SyncDebug.set,
-        "CUDAGraph": Graph,
-        "graph": capture,
-    }.items():
+    stand_ins = {
+        "is_available": lambda: True, "current_device": lambda: Device.current, "device": Device, "Stream": Stream,
+        "current_stream": lambda: Stream.current, "stream": use, "get_sync_debug_mode": lambda: SyncDebug.mode,
+        "set_sync_debug_mode": SyncDebug.set, "CUDAGraph": Graph, "graph": capture,
+    }  # fmt: skip
+    for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):  # new and old PyTorch
         if hasattr(torch.optim.Optimizer, name):

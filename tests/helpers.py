@@ -21,7 +21,6 @@ from g2g_kernels.triton.runtime import interpreted
 #: the repository
 ROOT = Path(__file__).parents[1]
 
-
 #: marks a test that compiles a whole network or layer
 compiles_whole = pytest.mark.skipif(
     not hasattr(torch.compiler, "set_stance"), reason="PyTorch 2.4 and 2.5 do not compile it whole"
@@ -29,10 +28,8 @@ compiles_whole = pytest.mark.skipif(
 
 
 def backends_of(operator: Operator) -> list[str]:
-    """Every backend of an operator that can be used on this machine; the parity tests run on each.
-
-    Triton's interpreter is too slow for them: it has tests of its own, ``test_triton_*.py``.
-    """
+    """Every backend of an operator that can be used on this machine; the parity tests run on each. Triton's interpreter
+    is too slow for them: it has tests of its own, ``test_triton_*.py``."""
     names = [name for name in available_backends() if name in operator._implementations]
     return [name for name in names if name != "triton" or not interpreted()]
 
@@ -60,9 +57,6 @@ def saved_and_read(content: Any, weights_only: bool = True) -> Any:
     return torch.load(io.BytesIO(file.getvalue()), weights_only=weights_only)
 
 
-# --- memory -------------------------------------------------------------------------------------------------------
-
-
 class Largest(TorchDispatchMode):
     """``with Largest() as largest``: ``largest.numel`` elements has the largest tensor that is made."""
 
@@ -75,9 +69,6 @@ class Largest(TorchDispatchMode):
                 stored = tensor.untyped_storage().nbytes() // tensor.element_size()
                 self.numel = max(self.numel, min(tensor.numel(), stored))
         return made
-
-
-# --- masks --------------------------------------------------------------------------------------------------------
 
 
 class MaskCase(NamedTuple):
@@ -141,9 +132,9 @@ def packed_randn(mask: BlockMask, seed: int, dtype: torch.dtype = torch.float32)
 
 def row_with(mask: BlockMask, **changes: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """The row that describes a mask, with some parts changed by functions and with the right checksums."""
-    layouts = {"out_group_of": mask.rows.layout.group_of, "in_group_of": mask.cols.layout.group_of}
-    parts = {"block_size": mask.block_size, **layouts, "unit_row": mask.unit_row, "unit_col": mask.unit_col}
-    parts = {name: part.clone() if isinstance(part, torch.Tensor) else part for name, part in parts.items()}
+    parts = {"block_size": mask.block_size, "out_group_of": mask.rows.layout.group_of.clone()}
+    parts |= {"in_group_of": mask.cols.layout.group_of.clone()}
+    parts |= {"unit_row": mask.unit_row.clone(), "unit_col": mask.unit_col.clone()}
     parts |= {name: change(parts[name]) for name, change in changes.items()}
     sizes = torch.tensor([len(parts["out_group_of"]), len(parts["in_group_of"]), parts.pop("block_size")])
     return as_row(torch.cat([sizes, *(part.long() for part in parts.values())]))
@@ -167,16 +158,8 @@ def units_of(row: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return unit_row, unit_col
 
 
-# --- neurons ------------------------------------------------------------------------------------------------------
-
-
 def lif_by_autograd(
-    current: torch.Tensor,
-    beta: torch.Tensor,
-    threshold: torch.Tensor,
-    reset: str,
-    primitive: Callable[[torch.Tensor, float], torch.Tensor],
-    alpha: float,
+    current: torch.Tensor, beta: torch.Tensor, threshold: torch.Tensor, reset: str, primitive: Callable, alpha: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Spikes and membranes of the formula, differentiated by autograd through the surrogate's primitive."""
     membrane = torch.zeros_like(current[0])
@@ -201,15 +184,7 @@ def clamps_alike(beta: torch.Tensor) -> torch.Tensor:
     return (leaf.grad == 1) == ((beta >= 0) & (beta <= 1))
 
 
-def lif_layer(
-    values: torch.Tensor,
-    mask: BlockMask,
-    bias: torch.Tensor | None,
-    beta: torch.Tensor,
-    threshold: torch.Tensor,
-    dropped: torch.Tensor | None = None,
-    **options,
-) -> SpikingLayer:
+def lif_layer(values, mask: BlockMask, bias, beta, threshold, dropped=None, **options) -> SpikingLayer:
     """A layer of LIF neurons."""
     return SpikingLayer(values, mask, bias, Neurons("lif", (beta, threshold), **options), dropped)
 
@@ -218,9 +193,9 @@ def with_parameter(layer: SpikingLayer, name: str, value: object) -> SpikingLaye
     """``layer`` with another tensor in the place of the one of that name: values, mask, bias, beta or threshold."""
     if name in layer._fields:
         return layer._replace(**{name: value})
-    names = MODELS[layer.population.model].parameters
-    parameters = (value if n == name else p for n, p in zip(names, layer.population.parameters, strict=True))
-    return layer._replace(population=layer.population._replace(parameters=tuple(parameters)))
+    pairs = zip(MODELS[layer.population.model].parameters, layer.population.parameters, strict=True)
+    own = tuple(value if each == name else parameter for each, parameter in pairs)
+    return layer._replace(population=layer.population.with_parameters(own))
 
 
 # --- the rule -----------------------------------------------------------------------------------------------------
@@ -238,12 +213,10 @@ def as_near(actual: torch.Tensor, plain: torch.Tensor, exact: torch.Tensor, boun
 
 
 class ErrorRatios:
-    """The rule for kernels: an error against float64 of at most 1.5 times that of plain PyTorch in the same dtype.
-
-    A tensor of a few elements is nearer to or farther from the exact result by luck (single ratios run from 0.2 to 5),
-    so the rule is applied to the geometric mean over many cases, tensor by tensor. An error below half a unit in the
-    last place counts as that: no result can be expected to be nearer, while plain PyTorch may happen upon exact values.
-    """
+    """The rule for kernels: an error against float64 of at most 1.5 times that of plain PyTorch in the same dtype. A
+    tensor of a few elements is nearer to or farther from the exact result by luck (single ratios run from 0.2 to 5), so
+    the rule is applied to the geometric mean over many cases, tensor by tensor. An error below half a unit in the last
+    place counts as that: no result can be expected to be nearer, while plain PyTorch may happen upon exact values."""
 
     def __init__(self) -> None:
         self._logarithms: dict[str, list[float]] = {}

@@ -42,16 +42,8 @@ def _identity(record: harness.LaunchRecord, capability: int) -> str:
 
 #: the location of an operation of an inlined function, at the end of a line: first its own, then its callers'
 INLINED = re.compile(r'(?m)^(?!\s*\^)(.*)loc\((?:"[^"]*"\()?(?:callsite\()+(?:"[^"]*"\()?("[^"]+":\d+:\d+).*$')
-
-
 #: where a store is in the source
 STORE = re.compile(r'(?m)"tt\.(?:store|atomic_rmw)".*loc\("(?:[^"]*/)?([^"/]+)":(\d+):\d+\)$')
-
-
-@functools.lru_cache(maxsize=256)
-def _stores(text: str) -> frozenset[str]:
-    """The lines of a kernel that store, as FILE:LINE."""
-    return frozenset(f"{file}:{line}" for file, line in STORE.findall(text))
 
 
 def _first_ir(record: harness.LaunchRecord, capability: int) -> str:
@@ -96,7 +88,7 @@ class Execution:
 
         def noted_ir(record, stage, target):
             text = ir_for_launch(record, stage, target)
-            self.stores.setdefault(record.fn_name, set()).update(_stores(text))
+            self.stores.setdefault(record.fn_name, set()).update(f"{file}:{line}" for file, line in STORE.findall(text))
             return text
 
         def run(kernel, *args, grid, warmup, **kwargs):

@@ -27,16 +27,9 @@ from g2gnet.training.checkpoints import RunFiles
 from tests.training_runs import SMALL, assert_equal
 
 SETTINGS = TrainSettings(
-    **{**SMALL, "limit_train": 96, "batch_size": 32, "limit_test": 32, "epochs": 2},
-    sparsity_mode="dynamic",
-    dst_interval=2,
-    cp="hebb",
-    chunk=2,
-    sequence="permuted",
-    sequence_step=98,  # so T is 8
-    validation=0.25,
-    patience=1,
-)
+    **{**SMALL, "limit_train": 96, "batch_size": 32, "limit_test": 32, "epochs": 2}, sparsity_mode="dynamic",
+    dst_interval=2, cp="hebb", chunk=2, sequence="permuted", sequence_step=98, validation=0.25, patience=1,  # T is 8
+)  # fmt: skip
 PHASES = {
     "step": (Trainer, "_train_step"),
     "units update": (DSTScheduler, "_update"),

@@ -1,7 +1,7 @@
 """Inputs of g2g_linear, and its results by formula and by backend."""
 
 import torch
-from helpers import dense_by_loop, device_of, packed_randn, rms, seeded
+from helpers import ErrorRatios, dense_by_loop, device_of, packed_randn, rms, seeded
 
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
 
@@ -35,9 +35,6 @@ def backend_result(mask: BlockMask, x, values, bias, grad_output, backend: str |
     return {name: tensor.cpu() for name, tensor in results.items()}
 
 
-# --- what both the parity tests and those of Triton's interpreter check ---------------------------------------------
-
-
 def check_one_gradient_alone(mask: BlockMask, needed: str, backend: str) -> None:
     device = device_of(backend)
     x, values, bias = inputs(mask, 11)
@@ -65,6 +62,26 @@ def check_rows_and_columns_without_units(block_size: int, backend: str) -> None:
             assert torch.equal(results[empty][:, of], expected[:, of])
     for name, actual in results.items():
         assert rms(actual - exact[name]) <= 1e-6 * rms(exact[name]), name  # float32 rounding
+
+
+def check_autocast(masks: list[BlockMask], samples: int, dtype: torch.dtype, backend: str) -> None:
+    """Weights stay float32 and get float32 gradients; the product has the dtype, and its operands are rounded to it."""
+    ratios = ErrorRatios()
+    for mask in masks:
+        # operands that the dtype holds exactly, so that the float64 result needs no rounding of its own
+        grad_output = torch.randn(samples, mask.shape[0], generator=seeded(4))
+        tensors = [tensor.to(dtype).float() for tensor in (*inputs(mask, samples), grad_output)]
+        exact, results = dense_result(mask, *tensors), {}
+        for name in ("torch", backend):
+            with torch.autocast(device_of(name), dtype):
+                results[name] = backend_result(mask, *tensors, name)
+        assert results[backend]["output"].dtype == dtype
+        assert results[backend]["values.grad"].dtype == torch.float32
+        for name, actual in results[backend].items():
+            ratios.add(name, actual, results["torch"][name], exact[name])
+            # one rounding of a result
+            assert rms(actual - exact[name]) <= torch.finfo(dtype).eps * rms(exact[name]), name
+    ratios.check(cases=len(masks))
 
 
 def check_a_mask_without_any_unit(mask: BlockMask, backend: str) -> None:

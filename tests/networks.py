@@ -13,33 +13,18 @@ from g2g_kernels.ops.neurons.step import neurons_step
 from g2gnet import LIF, G2GLinear, G2GNet, SpikingNetwork, SpikingStack, Synaptic
 
 
-def small_net(
-    model: str = "mixer", seed: int = 0, sizes: tuple[int, int, int] = (30, 40, 10), **options: Any
-) -> G2GNet:
+def small_net(model: str = "mixer", seed: int = 0, sizes: Sequence[int] = (30, 40, 10), **options: Any) -> G2GNet:
     """A network with units of 4 and six steps, unless the options say otherwise."""
     return G2GNet(*sizes, model, generator=seeded(seed), **{"block_size": 4, "T": 6, **options})
 
 
 def sparse_stack(
-    sizes: Sequence[int],
-    neurons: Sequence[nn.Module],
-    steps: int,
-    backend: str | None = None,
-    *,
-    recurrent: bool = False,
-    gain: float = 1.0,
-    unit: int = 4,
-    groups: int = 3,
-    kinds: tuple[str, str] = ("random", "index"),
-    seed: int = 3,
-    **options: Any,
-) -> SpikingStack:
-    """Sparse layers between populations of these sizes, all but the last recurrent if ``recurrent``.
-
-    Args:
-        gain: factor on all weights.
-        kinds: of the groups of each layer's outputs and inputs.
-    """
+    sizes: Sequence[int], neurons: Sequence[nn.Module], steps: int, backend: str | None = None, *,
+    recurrent: bool = False, gain: float = 1.0, unit: int = 4, groups: int = 3,
+    kinds: tuple[str, str] = ("random", "index"), seed: int = 3, **options: Any,
+) -> SpikingStack:  # fmt: skip
+    """Sparse layers between populations of these sizes, all but the last recurrent if ``recurrent``; ``gain`` is a
+    factor on all weights, ``kinds`` those of the groups of each layer's outputs and inputs."""
     draw, layers = seeded(seed), []
     for (below, size), of_layer in zip(itertools.pairwise(sizes), neurons, strict=True):
         out, into = GroupLayout(size, groups, kinds[0], draw), GroupLayout(below, groups, kinds[1])
@@ -81,7 +66,7 @@ class Reference:
         sent = {name: [] for name in net.populations} | {"input": list(x)}
         states, membranes = dict.fromkeys(net.populations), {name: [] for name in net.populations}
         self.arrived = {}
-        order = [each for part in self.parts() for each in part]
+        order = self.order()
         names = [*net.populations, "input"]
         weights = {
             name: (c.mask.unpack(t64[f"{name}.values"]), t64.get(f"{name}.bias"))
@@ -93,11 +78,9 @@ class Reference:
                 for route in net.routes():
                     if names[route.target] != name:
                         continue
-                    source, delays = names[route.source], net.delays(route.name)
-                    rows = []
-                    for j, d in enumerate(delays.tolist()):
-                        rows.append(sent[source][t - d][:, j] if t >= d else torch.zeros(x.shape[1], dtype=x.dtype))
-                    received = torch.stack(rows, 1)
+                    source, silent = names[route.source], torch.zeros(x.shape[1], dtype=x.dtype)
+                    delays = enumerate(net.delays(route.name).tolist())
+                    received = torch.stack([sent[source][t - d][:, j] if t >= d else silent for j, d in delays], 1)
                     if not received.requires_grad:  # nothing has arrived yet, but its gradient says what would
                         received.requires_grad_()
                     self.arrived[route.name, t] = received
@@ -105,10 +88,8 @@ class Reference:
                     current = current + (received * (scale if source != "input" else 1)) @ weight.T
                     current = current if bias is None else current + bias
                 module = net.neurons()[name]
-                population = module.population._replace(
-                    parameters=tuple(t64[f"{name}.{each}"] for each in type(module).model.parameters)
-                )
-                spikes, states[name] = neurons_step(current, states[name], population)
+                own = tuple(t64[f"{name}.{each}"] for each in type(module).model.parameters)
+                spikes, states[name] = neurons_step(current, states[name], module.population.with_parameters(own))
                 membranes[name].append(states[name][-1])
                 if dropped and name in dropped:
                     spikes = spikes.masked_fill(dropped[name], 0)
@@ -116,29 +97,21 @@ class Reference:
         self.membranes = {name: torch.stack(of_steps) for name, of_steps in membranes.items()}
         return {name: torch.stack(sent[name]) for name in net.populations}
 
-    def parts(self):
+    def order(self) -> list[str]:
         """The populations so that those with a delay of 0 between them are in order."""
-        left, done = list(self.net.populations), []
-        names = [*self.net.populations, "input"]
-        while left:
-            for name in left:
-                instant = {names[r.source] for r in self.net.routes() if names[r.target] == name and r.least == 0}
-                if not instant & set(left) - {name} and name not in instant:
-                    left.remove(name)
-                    done.append(name)
-                    break
-            else:
-                raise AssertionError("a cycle without delay")
-        return [done]
+        names, done = [*self.net.populations, "input"], []
+        at_once = [(names[route.source], names[route.target]) for route in self.net.routes() if route.least == 0]
+        while left := [name for name in self.net.populations if name not in done]:
+            done.append(next(name for name in left if not {a for a, b in at_once if b == name} & set(left)))
+        return done
 
     def gradients(
         self, loss: torch.Tensor, spikes: dict[str, torch.Tensor], x: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        named = {n: v for n, v in self.tensors.items() if not n.endswith("_delay")}
-        arrived = {key: value for key, value in self.arrived.items() if value.requires_grad}
-        grads = torch.autograd.grad(loss, [*named.values(), *arrived.values()], allow_unused=True)
-        result = {n: torch.zeros_like(v) if g is None else g for (n, v), g in zip(named.items(), grads, strict=False)}
-        of_arrived = dict(zip(arrived, grads[len(named) :], strict=True))
+        wanted = {n: v for n, v in self.tensors.items() if not n.endswith("_delay")}
+        wanted |= {key: value for key, value in self.arrived.items() if value.requires_grad}
+        grads = dict(zip(wanted, torch.autograd.grad(loss, [*wanted.values()], allow_unused=True), strict=True))
+        result = {n: torch.zeros_like(wanted[n]) if g is None else g for n, g in grads.items() if isinstance(n, str)}
         names = [*self.net.populations, "input"]
         for route in self.net.routes():
             if f"{route.name}_delay" not in self.tensors:
@@ -148,7 +121,7 @@ class Reference:
             grad = torch.zeros(source.shape[-1], dtype=x.dtype)
             for j, d in enumerate(self.net.delays(route.name).tolist()):
                 for t in range(len(source)):
-                    g = of_arrived.get((route.name, t))
+                    g = grads.get((route.name, t))
                     if g is not None:
                         grad[j] -= 0.5 * (g[:, j] * (at(t - d + 1, j) - at(t - d - 1, j))).sum()
             result[f"{route.name}_delay"] = grad

@@ -16,6 +16,8 @@ from g2g_kernels.triton.runtime import interpreted, unavailable
 #: snnTorch's surrogates that have the same formula, α being their slope
 SNNTORCH = {"atan": snn_surrogate.atan, "fast_sigmoid": snn_surrogate.fast_sigmoid, "sigmoid": snn_surrogate.sigmoid}
 
+SYNAPTIC = ("alpha", "beta", "threshold")  # snnTorch's names
+
 #: the backends that run neurons alone, Triton's interpreter included
 BACKENDS = [*backends_of(operator), *(["triton"] if interpreted() and unavailable() is None else [])]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -31,14 +33,14 @@ def currents(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> 
     return (torch.randn(*shape, generator=seeded(seed), dtype=torch.float64) * 0.8 + 0.25).to(dtype)
 
 
-def parameters(per_neuron: bool, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+def parameters(
+    per_neuron: bool, dtype: torch.dtype = torch.float64, size: int = N
+) -> tuple[torch.Tensor, torch.Tensor]:
     """β and θ, per neuron or per layer."""
     if not per_neuron:
         return torch.tensor([0.9], dtype=dtype), torch.tensor([0.7], dtype=dtype)
-    draw = seeded(9)
-    beta = 0.5 + 0.5 * torch.rand(N, generator=draw, dtype=torch.float64)
-    threshold = 0.5 + torch.rand(N, generator=draw, dtype=torch.float64)
-    return beta.to(dtype), threshold.to(dtype)
+    drawn = torch.rand(2, size, generator=seeded(9), dtype=torch.float64)
+    return (0.5 + 0.5 * drawn[0]).to(dtype), (0.5 + drawn[1]).to(dtype)
 
 
 def output_weights(*shape: int) -> torch.Tensor:
@@ -54,18 +56,23 @@ def gradients(run, current, beta, threshold, grad_spikes) -> dict[str, torch.Ten
     return {"spikes": spikes.detach()} | {name: leaf.grad for name, leaf in zip(GRADIENTS, leaves, strict=True)}
 
 
-def by_snntorch(current, beta, threshold, reset: str, spike_grad) -> torch.Tensor:
-    """The loop over time that snnTorch's users write."""
-    neuron = snntorch.Leaky(beta=beta, threshold=threshold, spike_grad=spike_grad, reset_mechanism=reset)
-    # registered as buffers above, so that the caller's own leaves receive the gradients
-    assert neuron.beta is beta
-    assert neuron.threshold is threshold
-    membrane = torch.zeros_like(current[0])
-    spikes = []
-    for current_t in current:
-        spike, membrane = neuron(current_t, membrane)
-        spikes.append(spike)
-    return torch.stack(spikes).to(current.dtype)
+def by_snntorch(reset: str, spike_grad=None, steps: int | None = None):
+    """The loop over time that snnTorch's users write, of LIF or of synaptic neurons: spikes and the last states."""
+
+    def run(current, *own, state=None):
+        kind, names = (snntorch.Leaky, ("beta", "threshold")) if len(own) == 2 else (snntorch.Synaptic, SYNAPTIC)
+        neuron = kind(**dict(zip(names, own, strict=True)), spike_grad=spike_grad, reset_mechanism=reset)
+        # registered as buffers above, so that the caller's own leaves receive the gradients
+        assert neuron.beta is own[-2]
+        assert neuron.threshold is own[-1]
+        over_time = current if steps is None else current.expand(steps, *current.shape)
+        states, spikes = [torch.zeros_like(over_time[0]) for _ in own[1:]], []
+        for current_t in over_time:
+            spike, *states = neuron(current_t, *states)
+            spikes.append(spike)
+        return torch.stack(spikes).to(current.dtype), torch.stack(states)
+
+    return run
 
 
 def lif_on(backend: str | None, **options):
@@ -99,14 +106,11 @@ def check_gradients_alone(run, tensors, grad_spikes) -> None:
 
 
 def clear_of_threshold(current, beta, threshold, reset: str, by: float = 1e-4) -> torch.Tensor:
-    """bool [..., N], the neurons whose float64 membrane keeps clear of θ at all steps.
-
-    A float32 membrane of about 1 is wrong by some 1e-6 after T steps; nearer to θ than that the spike may differ, and
-    with it the rest of that neuron's history.
-    """
-    _, membranes = lif_by_autograd(
-        current.double(), beta.double(), threshold.double(), reset, SURROGATES["atan"].primitive, 2.0
-    )
+    """bool [..., N], the neurons whose float64 membrane keeps clear of θ at all steps. A float32 membrane of about 1 is
+    wrong by some 1e-6 after T steps; nearer to θ than that the spike may differ, and with it the rest of that neuron's
+    history."""
+    tensors = current.double(), beta.double(), threshold.double()
+    _, membranes = lif_by_autograd(*tensors, reset, SURROGATES["atan"].primitive, 2.0)
     clear = ((membranes - threshold).abs() > by).all(0)
     assert clear.float().mean() > 0.9
     return clear

@@ -1,7 +1,5 @@
-"""Programs in processes of their own without another import of PyTorch, alone or as ``torchrun`` starts several.
-
-They are forks of a server that has imported what they need, so that each begins within milliseconds.
-"""
+"""Programs in processes of their own without another import of PyTorch, alone or as ``torchrun`` starts several. They
+are forks of a server that has imported what they need, so that each begins within milliseconds."""
 
 import multiprocessing
 import os
@@ -26,15 +24,9 @@ from benchmarks import harness, machine
 LIMIT = 200
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
-    [
-        "pytest",
-        "torch._dynamo",
-        "torch.nn.parallel.distributed",
-        "sklearn.model_selection",
-        "g2gnet.programs.train",
-        "g2gnet.programs.crossval",
-    ]
-)
+    ["pytest", "torch._dynamo", "torch.nn.parallel.distributed", "sklearn.model_selection", "g2gnet.programs.train",
+     "g2gnet.programs.crossval"]
+)  # fmt: skip
 
 
 class Ended(NamedTuple):
@@ -98,13 +90,9 @@ def launch(processes: int, program: Path | str, *arguments: object, folder: Path
     # as torchrun does, this process answers for their meeting point: no port has to be free later on
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=300))
     common = {
-        "WORLD_SIZE": str(size or processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "OMP_NUM_THREADS": "1",
-    }
+        "WORLD_SIZE": str(size or processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
     started = [
         start(program, *arguments, output=folder / str(rank), **common, RANK=str(rank), LOCAL_RANK=str(rank))
         for rank in range(processes)

@@ -2,13 +2,13 @@
 
 #: tests by file and name; of those with several cases the first, or the one in brackets
 QUICK = [
-    "test_lint.py::test_nothing_is_found",
+    "test_contributing.py::test_style_and_types",
     "test_docs.py::test_a_notebook_runs_and_shows_pictures",
     "test_docs.py::test_the_code_of_a_page_prints_what_the_page_says[docs/tutorial.md]",
-    "test_readme.py::test_the_python_example_runs",
+    "test_readme.py::test_the_python_example_runs_and_the_readme_is_short",
     "test_readme.py::test_the_flag_tables_are_those_of_the_parsers",
-    "g2g_kernels/mask/test_sampling.py::test_every_unit_is_as_likely_as_its_probability",
-    "g2g_kernels/mask/test_block_mask.py::test_pickle_gives_the_mask_back",
+    "g2g_kernels/mask/test_sampling.py::test_each_row_has_its_share_of_units_inside_and_between_groups",
+    "g2g_kernels/mask/test_block_mask.py::test_a_mask_saves_its_wiring_alone_moves_every_index_and_comes_back_from_pickle",
     "g2g_kernels/mask/test_conversions.py::test_edges_are_the_entries_of_the_dense_matrix_row_by_row",
     "g2g_kernels/test_device.py::test_directml_then_cuda_then_cpu",
     "g2g_kernels/test_dispatch.py::test_backends_are_preferred_in_the_order_triton_cpu_torch",

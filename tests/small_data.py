@@ -1,7 +1,5 @@
-"""Small data sets in the exact format of the published files, for the real reading code.
-
-Where that code knows the size or the checksum of the published files, it is told those of the small ones.
-"""
+"""Small data sets in the exact format of the published files, for the real reading code. Where that code knows the size
+or the checksum of the published files, it is told those of the small ones."""
 
 import functools
 import gzip
@@ -54,22 +52,16 @@ def cifar_files(monkeypatch, name, train, test):
     classes = 10 if name == "cifar10" else 100
     reader = cifar.READERS[name]
     batches = {}
-    for names, count in ((reader.train_list, train), (reader.test_list, test)):
-        labels = labels_of(count, classes)
-        for (batch, _), part in zip(names, np.split(labels, len(names)), strict=True):
+    for listed, count in ((reader.train_list, train), (reader.test_list, test)):
+        for (batch, _), part in zip(listed, np.split(labels_of(count, classes), len(listed)), strict=True):
             # as published: rows of 1,024 red, 1,024 green and 1,024 blue values, each channel row by row
-            batches[batch] = {
-                "batch_label": f"part of {name}",
-                "data": generator.integers(0, 256, (len(part), 3072), dtype=np.uint8),
-                "filenames": [f"image_{number}.png" for number in range(len(part))],
-            }
-            if name == "cifar10":
-                batches[batch]["labels"] = part.tolist()
-            else:
-                batches[batch] |= {"fine_labels": part.tolist(), "coarse_labels": (part // 5).tolist()}
-    meta = {reader.meta["key"]: [f"class {number}" for number in range(classes)]}
-    contents = {**batches, reader.meta["filename"]: meta}
-    files = {file: pickle.dumps(content, protocol=2) for file, content in contents.items()}
+            data = generator.integers(0, 256, (len(part), 3072), dtype=np.uint8)
+            names = [f"image_{number}.png" for number in range(len(part))]
+            batches[batch] = {"batch_label": f"part of {name}", "data": data, "filenames": names}
+            fine, coarse = part.tolist(), (part // 5).tolist()
+            batches[batch] |= {"labels": fine} if classes == 10 else {"fine_labels": fine, "coarse_labels": coarse}
+    batches[reader.meta["filename"]] = {reader.meta["key"]: [f"class {number}" for number in range(classes)]}
+    files = {file: pickle.dumps(content, protocol=2) for file, content in batches.items()}
     expect_files(monkeypatch, name, files)
     return files
 
@@ -78,7 +70,6 @@ def expect_files(monkeypatch, name, files):
     """Makes the checksums of ``files`` those that the reader of ``name`` expects."""
     reader = cifar.READERS[name]
     md5 = {file: hashlib.md5(content).hexdigest() for file, content in files.items()}
-
     expected = {
         "url": NOBODY_LISTENS + reader.filename,
         "tgz_md5": hashlib.md5(cifar_archive(name, files)).hexdigest(),
@@ -104,16 +95,12 @@ def write(folder, files, compress=False):
     """Writes files, given as bytes by name, gzipped if asked to."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        if compress:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
-        else:
-            (folder / name).write_bytes(content)
+        (folder / f"{name}{'.gz' if compress else ''}").write_bytes(gzip.compress(content) if compress else content)
 
 
 def write_cifar(monkeypatch, data_dir, name, train=50, test=20):
     """Writes a small CIFAR in torchvision's layout."""
-    files = cifar_files(monkeypatch, name, train, test)
-    write(data_dir / cifar.READERS[name].base_folder, files)
+    write(data_dir / cifar.READERS[name].base_folder, cifar_files(monkeypatch, name, train, test))
 
 
 @functools.cache
@@ -142,8 +129,7 @@ def publish_resnet(monkeypatch, hub, name):
     """Puts weights into PyTorch's hub directory ``hub`` as if they were the published ones for ``name``."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
     path = write_resnet(hub / "checkpoints" / "new.pt", name)
-    digest = pretrained_weights.weights_digest(name, path)
-    published = path.with_name(f"{name}_resnet32-{digest}.pt")
+    published = path.with_name(f"{name}_resnet32-{pretrained_weights.weights_digest(name, path)}.pt")
     path.rename(published)
     release = pretrained_weights.RELEASES[name]._replace(url=NOBODY_LISTENS + published.name)
     monkeypatch.setitem(pretrained_weights.RELEASES, name, release)
@@ -161,9 +147,6 @@ def write_own(path, *shape, dtype=np.float32):
     arrays = {f"{name}_images": images[part] for name, part in parts.items()}
     np.savez(path, **arrays, **{f"{name}_labels": OWN_LABELS[part] for name, part in parts.items()})
     return path
-
-
-# --- recordings ---------------------------------------------------------------------------------------------------
 
 
 def write_heidelberg(folder, name, classes=20, train=40, test=20):

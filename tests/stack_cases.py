@@ -14,29 +14,28 @@ from g2g_kernels.triton.runtime import interpreted
 T, B = 9, 5
 
 
-SIZES = (21, 38, 26, 10)
+def chain(sizes: tuple[int, ...], groups: int, block_size: int, *kinds: str) -> tuple[MaskCase, ...]:
+    """Layers between populations of these sizes; of each layer the kinds of its outputs' and its inputs' groups."""
+    of = [kind.split() for kind in kinds] * (len(sizes) - len(kinds))
+    return tuple(
+        MaskCase(out, into, groups, *each, block_size)
+        for (into, out), each in zip(itertools.pairwise(sizes), of, strict=True)
+    )
 
 
+SIZES, MIXER = (21, 38, 26, 10), ("index index", "interleaved interleaved", "index index")
 #: whole and clipped units, single weights, and block size 64 where no group is that large
 STACKS = {
-    "ragged index": (MaskCase(38, 21, 4, "index", "index", 4), MaskCase(26, 38, 4, "index", "index", 4),
-                     MaskCase(10, 26, 4, "index", "index", 4)),
-    "mixer": (MaskCase(38, 21, 4, "index", "index", 3), MaskCase(26, 38, 4, "interleaved", "interleaved", 3),
-              MaskCase(10, 26, 4, "index", "index", 3)),
-    "random single weights": (MaskCase(38, 21, 8, "random", "random", 1), MaskCase(26, 38, 8, "random", "random", 1),
-                              MaskCase(10, 26, 8, "random", "random", 1)),
-    "one unit a group": (MaskCase(38, 21, 2, "random", "index", 64), MaskCase(26, 38, 2, "interleaved", "random", 64),
-                         MaskCase(10, 26, 2, "index", "random", 64)),
-}  # fmt: skip
-
-
+    "ragged index": chain(SIZES, 4, 4, "index index"),
+    "mixer": chain(SIZES, 4, 3, *MIXER),
+    "random single weights": chain(SIZES, 8, 1, "random random"),
+    "one unit a group": chain(SIZES, 2, 64, "random index", "interleaved random", "index random"),
+}
 #: for Triton's interpreter, to which every unit is a call
 SMALL_STACKS = {
-    "ragged index": (MaskCase(14, 9, 2, "index", "index", 4), MaskCase(10, 14, 2, "index", "index", 4),
-                     MaskCase(6, 10, 2, "index", "index", 4)),
-    "random single weights": (MaskCase(14, 9, 3, "random", "random", 1), MaskCase(10, 14, 3, "random", "random", 1),
-                              MaskCase(6, 10, 3, "random", "random", 1)),
-}  # fmt: skip
+    "ragged index": chain((9, 14, 10, 6), 2, 4, "index index"),
+    "random single weights": chain((9, 14, 10, 6), 3, 1, "random random"),
+}
 
 
 def stacks_on(backend: str) -> dict[str, tuple[MaskCase, ...]]:
@@ -47,47 +46,32 @@ class Stack:
     """Tensors of a stack of layers, by name, that can be run in any dtype on any backend."""
 
     def __init__(
-        self,
-        cases,
-        steps: int | None,
-        per_neuron: bool = True,
-        bias: bool = True,
-        seed: int = 0,
-        batch: int = B,
-        dropout: float = 0.0,
-        **density: float,
-    ) -> None:
+        self, cases, steps: int | None, per_neuron: bool = True, bias: bool = True, seed: int = 0, batch: int = B,
+        dropout: float = 0.0, **density: float,
+    ) -> None:  # fmt: skip
         draw = seeded(seed + 100)
         self.steps = steps
-        self.dropped = [
-            torch.rand(batch, case.out_size, generator=seeded(seed + 200)) < dropout if dropout else None
-            for case in cases
-        ]
+        drawn = [torch.rand(batch, case.out_size, generator=seeded(seed + 200)) < dropout for case in cases]
+        self.dropped = drawn if dropout else [None] * len(cases)
         self.masks = [case.mask(seed=seed + number, **density) for number, case in enumerate(cases)]
         shape = (batch, cases[0].in_size) if steps else (T, batch, cases[0].in_size)
         self.tensors = {"x": torch.rand(shape, generator=draw) * 2}
         for number, mask in enumerate(self.masks):
-            neurons = mask.shape[0]
             self.tensors[f"values{number}"] = packed_randn(mask, seed + 10 + number) * 2
             if bias:
-                self.tensors[f"bias{number}"] = torch.rand(neurons, generator=draw) * 0.3 + 0.1
-            self.tensors[f"beta{number}"] = 0.7 + 0.25 * torch.rand(neurons if per_neuron else 1, generator=draw)
-            self.tensors[f"threshold{number}"] = 0.6 + 0.5 * torch.rand(neurons if per_neuron else 1, generator=draw)
+                self.tensors[f"bias{number}"] = torch.rand(mask.shape[0], generator=draw) * 0.3 + 0.1
+            of_neurons = mask.shape[0] if per_neuron else 1
+            self.tensors[f"beta{number}"] = 0.7 + 0.25 * torch.rand(of_neurons, generator=draw)
+            self.tensors[f"threshold{number}"] = 0.6 + 0.5 * torch.rand(of_neurons, generator=draw)
 
     def layers(self, tensors: dict[str, torch.Tensor], **options) -> list[SpikingLayer]:
         """The layers of these tensors, the masks moved to where they are."""
-        return [
-            lif_layer(
-                tensors[f"values{k}"],
-                mask.to(tensors["x"].device),
-                tensors.get(f"bias{k}"),
-                tensors[f"beta{k}"],
-                tensors[f"threshold{k}"],
-                None if dropped is None else dropped.to(tensors["x"].device),
-                **options,
-            )
-            for k, (mask, dropped) in enumerate(zip(self.masks, self.dropped, strict=True))
-        ]
+        layers, device = [], tensors["x"].device
+        for k, (mask, dropped) in enumerate(zip(self.masks, self.dropped, strict=True)):
+            own = (tensors.get(f"{name}{k}") for name in ("bias", "beta", "threshold"))
+            out = None if dropped is None else dropped.to(device)
+            layers.append(lif_layer(tensors[f"values{k}"], mask.to(device), *own, out, **options))
+        return layers
 
     def leaves(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:
         return {name: tensor.to(device, dtype).clone().requires_grad_() for name, tensor in self.tensors.items()}
@@ -138,11 +122,10 @@ def loss(counts: torch.Tensor, rates) -> torch.Tensor:
 
 
 def results(counts, rates, spikes, leaves) -> dict[str, torch.Tensor]:
-    named = {"counts": counts.detach()}
-    named |= {f"rates{k}": rate.detach() for k, rate in enumerate(rates)}
+    named = {"counts": counts, **{f"rates{k}": rate for k, rate in enumerate(rates)}}
     named |= {f"spikes{k}": spike for k, spike in enumerate(spikes)}
     named |= {f"{name}.grad": leaf.grad for name, leaf in leaves.items()}
-    return {name: tensor.cpu() for name, tensor in named.items()}
+    return {name: tensor.detach().cpu() for name, tensor in named.items()}
 
 
 def check_one_output(cases, used: str, backend: str) -> None:
@@ -161,8 +144,8 @@ def check_one_output(cases, used: str, backend: str) -> None:
 
 
 def clear_of_thresholds(stack: Stack, reset: str, edge: float = 0.0) -> bool:
-    """True if no float64 membrane of the stack comes within 1e-5 of its threshold (float32 ones are wrong by 1e-6), or
-    of ``edge`` above or below it, where a surrogate's support ends."""
+    """Whether no float64 membrane comes within 1e-5 of its threshold, or of ``edge`` above or below it, where a
+    surrogate's support ends; float32 membranes are wrong by 1e-6."""
     return stack.margin(reset, edge) >= 1e-5
 
 
@@ -182,10 +165,8 @@ SHARES = {2e5: 0.0, 20.0: 0.05, 2.0: 0.25, 0.01: 0.99}
 
 
 def check_compact(backend: str, cases, surrogate: str, alpha: float, steps: int | None, batch: int) -> None:
-    """Gradients are those of float64 whether no neuron passes one on or all do.
-
-    One β per layer, so that the CPU kernels take events where these are few; few units, so that rows of them are empty.
-    """
+    """Gradients are those of float64 whether no neuron passes one on or all do. One β per layer, so that the CPU
+    kernels take events where these are few; few units, so that rows of them are empty."""
     options = {"per_neuron": False, "batch": batch, "p_intra": 0.4, "p_inter": 0.04}
     stack = clear_stack(cases, steps, edge=1 / alpha, **options)
     assert any((mask.to_dense().sum(1) == 0).any() for mask in stack.masks)

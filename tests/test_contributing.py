@@ -1,4 +1,5 @@
-"""The contributor's table is true: options that are added in exactly the files that it names work everywhere."""
+"""The contributor's table is true: options that are added in exactly the files that it names work everywhere; style,
+types and the quick lane."""
 
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from quick import QUICK
 
 from g2g_kernels import available_backends
 
@@ -25,118 +27,99 @@ def append(addition: str) -> Callable[[str], str]:
     return lambda text: f"{text}\n\n{addition}\n"
 
 
-def replace(pattern: str, replacement: str) -> Callable[[str], str]:
+def replace(*edits: str) -> Callable[[str], str]:
+    """Patterns, each of which is there once, and what takes their places, in turn."""
+
     def edit(text: str) -> str:
-        edited, times = re.subn(pattern, replacement, text)
-        assert times == 1, f"{pattern} is {times} times in it"
-        return edited
+        for pattern, replacement in zip(edits[::2], edits[1::2], strict=True):
+            text, times = re.subn(pattern, replacement, text)
+            assert times == 1, f"{pattern} is {times} times in it"
+        return text
 
     return edit
-
-
-def both(first: Callable[[str], str], second: Callable[[str], str]) -> Callable[[str], str]:
-    return lambda text: second(first(text))
 
 
 #: for each row of the table, what is written into which file. The toy surrogate is (α/2) / (1 + α|x|)²; the toy neuron
 #: is LIF with twice the current.
 TOYS: dict[str, dict[str, Callable[[str], str]]] = {
     "surrogate": {
-        "g2g_kernels/ops/neurons/surrogates.py": append(
-            'SURROGATES["toy"] = Surrogate(\n'
-            "    lambda x, alpha: alpha / 2 / (1 + alpha * x.abs()) ** 2,\n"
-            "    lambda x, alpha: 0.5 + alpha * x / 2 / (1 + alpha * x.abs()),\n"
-            ")"
-        ),
-        "g2g_kernels/triton/neuron.py": replace(
-            '    if SURROGATE == "atan":\n',
-            '    if SURROGATE == "toy":\n'
-            "        root = 1 + alpha * tl.abs(x)\n"
-            "        return alpha * 0.5 / (root * root)\n"
-            '    elif SURROGATE == "atan":\n',
-        ),
-        "g2g_kernels/csrc/neurons.h": both(
-            replace(
-                r"(// All options, )",
-                "struct ToySurrogate {\n"
-                '    static constexpr const char* name = "toy";\n'
-                "    static G2G_INLINE Vec derivative(Vec x, float alpha) {\n"
-                "        const Vec root = all(1.0f) + all(alpha) * absolute(x);\n"
-                "        return all(alpha / 2) / (root * root);\n"
-                "    }\n"
-                "};\n"
-                r"\1",
-            ),
-            replace(r"(using Surrogates = Types<.*)>;", r"\1, ToySurrogate>;"),
-        ),
+        "g2g_kernels/ops/neurons/surrogates.py": append("""\
+SURROGATES["toy"] = Surrogate(
+    lambda x, alpha: alpha / 2 / (1 + alpha * x.abs()) ** 2,
+    lambda x, alpha: 0.5 + alpha * x / 2 / (1 + alpha * x.abs()),
+)"""),
+        "g2g_kernels/triton/neuron.py": replace('    if SURROGATE == "atan":\n', """    if SURROGATE == "toy":
+        root = 1 + alpha * tl.abs(x)
+        return alpha * 0.5 / (root * root)
+    elif SURROGATE == "atan":
+"""),
+        "g2g_kernels/csrc/neurons.h": replace(r"(// All options, )", r"""struct ToySurrogate {
+    static constexpr const char* name = "toy";
+    static G2G_INLINE Vec derivative(Vec x, float alpha) {
+        const Vec root = all(1.0f) + all(alpha) * absolute(x);
+        return all(alpha / 2) / (root * root);
+    }
+};
+\1""", r"(using Surrogates = Types<.*)>;", r"\1, ToySurrogate>;"),
     },
     "neuron": {
-        "g2g_kernels/ops/neurons/models.py": append(
-            "def _toy_charge(states, fired, spike, current, parameters, reset):\n"
-            "    return _lif_charge(states, fired, spike, 2 * current, parameters, reset)\n\n\n"
-            "def _toy_charge_backward(*arguments):\n"
-            "    current, *rest = _lif_charge_backward(*arguments)\n"
-            "    return 2 * current, *rest\n\n\n"
-            'MODELS["toy"] = NeuronModel(\n'
-            '    "toy", ("leak", "threshold"), ("leak",), ("potential",), _toy_charge, _toy_charge_backward\n'
-            ")"
-        ),
-        "g2g_kernels/triton/neuron.py": both(
-            replace(
-                r"(\n\n@triton.jit\ndef charge\(.*\n)",
-                "\n\n@triton.jit\n"
-                "def _toy_charge_backward(grads, sums, states, fired, parameters, RESET: tl.constexpr):\n"
-                "    current, before, sums = _lif_charge_backward(grads, sums, states, fired, parameters, RESET)\n"
-                "    return 2 * current, before, sums\n"
-                r"\1"
-                '    if MODEL == "toy":\n'
-                "        return _lif_charge(states, fired, 2 * current, parameters, RESET)\n",
-            ),
-            replace(
-                r"(\ndef charge_backward\([^)]*\):\n)",
-                r"\1"
-                '    if MODEL == "toy":\n'
-                "        return _toy_charge_backward(grads, sums, states, fired, parameters, RESET)\n",
-            ),
-        ),
-        "g2g_kernels/csrc/neurons.h": both(
-            replace(
-                r"(// A surrogate is )",
-                "struct Toy {\n"
-                '    static constexpr ModelInfo info = {"toy", 1, 2, {"potential"}, {"leak", "threshold"}, {true}};\n'
-                "    template <int R>\n"
-                "    static G2G_INLINE void charge(Vec (&state)[1], Vec current, const Vec (&p)[2]) {\n"
-                "        Lif::charge<R>(state, current + current, p);\n"
-                "    }\n"
-                "    template <int R, class Slope>\n"
-                "    static G2G_INLINE Vec charge_backward(Vec through, const Slope& slope, const Vec (&before)[1],\n"
-                "                                          const Vec (&p)[2], Vec (&g)[1], Vec (&grad)[2]) {\n"
-                "        return all(2.0f) * Lif::charge_backward<R>(through, slope, before, p, g, grad);\n"
-                "    }\n"
-                "};\n"
-                r"\1",
-            ),
-            replace(r"(using Models = Types<.*)>;", r"\1, Toy>;"),
-        ),
-        "g2gnet/neurons.py": append(
-            "class Toy(SpikingNeurons):\n"
-            '    model = MODELS["toy"]\n'
-            '    initial = {"leak": 0.9, "threshold": 1.0}\n\n\n'
-            'NEURONS["toy"] = Toy'
-        ),
+        "g2g_kernels/ops/neurons/models.py": append("""\
+def _toy_charge(states, fired, spike, current, parameters, reset):
+    return _lif_charge(states, fired, spike, 2 * current, parameters, reset)
+
+
+def _toy_charge_backward(*arguments):
+    current, *rest = _lif_charge_backward(*arguments)
+    return 2 * current, *rest
+
+
+MODELS["toy"] = NeuronModel(
+    "toy", ("leak", "threshold"), ("leak",), ("potential",), _toy_charge, _toy_charge_backward
+)"""),
+        "g2g_kernels/triton/neuron.py": replace(r"(\n\n@triton.jit\ndef charge\(.*\n)", r"""
+
+@triton.jit
+def _toy_charge_backward(grads, sums, states, fired, parameters, RESET: tl.constexpr):
+    current, before, sums = _lif_charge_backward(grads, sums, states, fired, parameters, RESET)
+    return 2 * current, before, sums
+\1    if MODEL == "toy":
+        return _lif_charge(states, fired, 2 * current, parameters, RESET)
+""", r"(\ndef charge_backward\([^)]*\):\n)", r"""\1    if MODEL == "toy":
+        return _toy_charge_backward(grads, sums, states, fired, parameters, RESET)
+"""),
+        "g2g_kernels/csrc/neurons.h": replace(r"(// A surrogate is )", r"""struct Toy {
+    static constexpr ModelInfo info = {"toy", 1, 2, {"potential"}, {"leak", "threshold"}, {true}};
+    template <int R>
+    static G2G_INLINE void charge(Vec (&state)[1], Vec current, const Vec (&p)[2]) {
+        Lif::charge<R>(state, current + current, p);
+    }
+    template <int R, class Slope>
+    static G2G_INLINE Vec charge_backward(Vec through, const Slope& slope, const Vec (&before)[1],
+                                          const Vec (&p)[2], Vec (&g)[1], Vec (&grad)[2]) {
+        return all(2.0f) * Lif::charge_backward<R>(through, slope, before, p, g, grad);
+    }
+};
+\1""", r"(using Models = Types<.*)>;", r"\1, Toy>;"),
+        "g2gnet/neurons.py": append("""class Toy(SpikingNeurons):
+    model = MODELS["toy"]
+    initial = {"leak": 0.9, "threshold": 1.0}
+
+
+NEURONS["toy"] = Toy"""),
     },
     "data set": {
         "g2gnet/data/catalog.py": append('DATASETS["toy"] = Dataset((3, 4), 3, "toy")'),
-        "g2gnet/data/toy.py": append(
-            "import torch\n\n"
-            "from g2gnet.data.image_data import ImageData\n\n\n"
-            "def load(name, data_dir):\n"
-            "    images, labels = torch.arange(720).remainder(251).to(torch.uint8).view(60, 12), torch.arange(60) % 3\n"
-            "    return ImageData(name, images, labels, images[:9], labels[:9], 3)"
-        ),
+        "g2gnet/data/toy.py": append("""import torch
+
+from g2gnet.data.image_data import ImageData
+
+
+def load(name, data_dir):
+    images, labels = torch.arange(720).remainder(251).to(torch.uint8).view(60, 12), torch.arange(60) % 3
+    return ImageData(name, images, labels, images[:9], labels[:9], 3)"""),
     },
     "grouping": {
-        "g2gnet/weights/groupings.py": replace(r"(\nGROUPINGS = {\n)", r'\1    "toy": ("random", "interleaved"),\n'),
+        "g2gnet/weights/groupings.py": replace(r"(\nGROUPINGS = {\n)", r'\1    "toy": ("random", "interleaved"),\n')
     },
     "sparsity pattern": {
         "g2gnet/weights/patterns.py": replace(
@@ -148,9 +131,9 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
         "g2gnet/settings.py": replace(
             r"(\n    init_gain: float = )", r'\n    toy_gain: float = setting(1.0, "model", "a toy", low=0)\1'
         ),
-        "g2gnet/network.py": both(
-            replace(r"(\n        init_gain: float = .*)", r"\1\n        toy_gain: float = NetworkSettings.toy_gain,"),
-            replace(r"(\n        self.enc = settings.enc\n)", r"\1        self.toy_gain = settings.toy_gain\n"),
+        "g2gnet/network.py": replace(
+            r"(\n        init_gain: float = .*)", r"\1\n        toy_gain: float = NetworkSettings.toy_gain,",
+            r"(\n        self.enc = settings.enc\n)", r"\1        self.toy_gain = settings.toy_gain\n",
         ),
     },
     "prune or grow rule": {
@@ -173,7 +156,7 @@ TOYS: dict[str, dict[str, Callable[[str], str]]] = {
             r"\1    current = current if layer.toy_gain is None else current * layer.toy_gain\n",
         ),
     },
-}
+}  # fmt: skip
 
 #: what is tried with the toys; both passes of the toy neuron are LIF's with twice the current
 TRIED = """
@@ -285,16 +268,11 @@ def run(folder: Path, *arguments: str, **variables: str) -> subprocess.Completed
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("row", TOYS)
-def test_the_table_names_the_files_that_the_toy_needs(row):
+def test_the_table_names_the_files_that_a_toy_needs_and_everything_that_it_names_exists():
     """A new module has no link: the row says what it lies beside."""
-    assert {name for name in links_of(row) if not name.endswith(".md")} == {
-        name for name in TOYS[row] if (ROOT / name).exists()
-    }
-
-
-def test_everything_that_the_table_names_exists():
-    assert set(TOYS) < set(ROWS)
+    for row, files in TOYS.items():
+        named = {name for name in links_of(row) if not name.endswith(".md")}
+        assert named == {name for name in files if (ROOT / name).exists()}, row
     for row in ROWS:
         assert links_of(row)
         for name in links_of(row):
@@ -308,3 +286,26 @@ def test_what_is_added_by_the_table_works_on_every_backend_and_from_the_command_
     assert done.returncode == 0, done.stdout + done.stderr
     assert '"toy_gain": 3.0' in (tree / "run.json").read_text(encoding="utf-8")
     assert '"toy": 8' in (tree / "run.json").read_text(encoding="utf-8")
+
+
+def test_every_file_that_a_documented_command_names_is_there():
+    """What the commands of programs do, ``test_readme.py`` tests, and ``test_docs.py`` the blocks of Python."""
+    named = set()
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")):
+        for block in re.findall(r"^```(?:sh|bat)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+            named |= set(re.findall(r"(?<![\w/.-])(?:\./)?((?:\.ci|tests|docs|benchmarks|examples)/[\w./-]*\w)", block))
+    assert {".ci/run", "tests/sanitize.sh", "tests/golden_bits.py"} <= named
+    assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_the_quick_lane_lists_tests_that_there_are():
+    for name in QUICK:
+        file, _, test = name.partition("::")
+        assert f"def {test.partition('[')[0]}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), name
+    assert len(set(QUICK)) == len(QUICK)
+
+
+@pytest.mark.parametrize("tool", ["ruff check .", "ruff format --check .", pytest.param("mypy", marks=pytest.mark.ci)])
+def test_style_and_types(tool):
+    result = subprocess.run([sys.executable, "-m", *tool.split()], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -29,8 +29,7 @@ def test_a_day_has_cases_of_its_own():
 
 
 def test_a_test_gets_values_names_and_marks():
-    mark = every_pair(a=(1,), b=("x", pytest.param(2, id="two", marks=pytest.mark.ci))).mark
-    names, cases = mark.args
+    names, cases = every_pair(a=(1,), b=("x", pytest.param(2, id="two", marks=pytest.mark.ci))).mark.args
     assert names == ["a", "b"]
     found = sorted((case.id, case.values, [each.name for each in case.marks]) for case in cases)
     assert found == [("a=1 two", (1, 2), ["ci"]), ("a=1 x", (1, "x"), [])]

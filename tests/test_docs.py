@@ -12,9 +12,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
-from code_blocks import BLOCK, run_blocks
+from code_blocks import BLOCK, cells, run_blocks, run_cells
 from helpers import ROOT
-from notebooks import cells, run_cells
 from PIL import Image
 
 import g2gnet.inspect
@@ -33,9 +32,6 @@ WITH_CODE = [name for name, page in PAGES.items() if BLOCK.search(page.read_text
 #: packages whose every public name has an entry in the reference
 PACKAGES = ("g2g_kernels", "g2gnet", "g2gnet.interop", "g2gnet.data", "g2gnet.data.features", "g2gnet.training")
 PACKAGES += ("g2gnet.inspect", "g2gnet.programs.sweep")
-
-
-# --- code ---------------------------------------------------------------------------------------------------------
 
 
 #: the page that users begin with; the others run with ``pytest -m ci``
@@ -84,24 +80,15 @@ def test_the_pictures_can_be_drawn_again(name, tmp_path):
             assert all(abs(a - b) < 30 for a, b in zip(picture.size, committed.size, strict=True)), path.name
 
 
-# --- examples -----------------------------------------------------------------------------------------------------
-
 #: packages of which each public class and function has an example
-WITH_EXAMPLES = (
-    *PACKAGES,
-    "g2gnet.inspect.figures",
-    "g2gnet.inspect.population_graph",
-    "g2gnet.weights.densities",
-    "g2gnet.weights.patterns",
-)
+WITH_EXAMPLES = (*PACKAGES, "g2gnet.inspect.figures", "g2gnet.inspect.population_graph")
+WITH_EXAMPLES += ("g2gnet.weights.densities", "g2gnet.weights.patterns")
 
 
 def public(package):
     """The public classes and functions of a package by name, but for errors."""
     module = importlib.import_module(package)
-    own = [
-        name for name, value in vars(module).items() if name[0] != "_" and getattr(value, "__module__", "") == package
-    ]
+    own = [name for name, each in vars(module).items() if name[0] != "_" and getattr(each, "__module__", "") == package]
     for name in getattr(module, "__all__", own):
         value = getattr(module, name)
         if inspect.isfunction(value) or (inspect.isclass(value) and not issubclass(value, BaseException)):
@@ -137,8 +124,6 @@ def test_each_public_class_and_function_has_an_example_that_is_true(package, tra
         assert result.failed == 0, capsys.readouterr().out
 
 
-# --- notebooks ----------------------------------------------------------------------------------------------------
-
 NOTEBOOKS = sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))
 
 
@@ -149,10 +134,8 @@ def test_a_notebook_runs_and_shows_pictures(notebook):
     if notebook.stem == "from-snntorch":
         pytest.importorskip("snntorch")
     matplotlib.use("Agg")
-    _, shown = run_cells(notebook, {"range(1, 4)": "range(1, 2)", "epochs=2": "epochs=1"})
-    kinds = [type(value).__name__ for value in shown]
-    assert "Figure" in kinds
-    assert "BlockMask" in kinds
+    shown = run_cells(notebook, {"range(1, 4)": "range(1, 2)", "epochs=2": "epochs=1"})
+    assert {"Figure", "BlockMask"} <= {type(value).__name__ for value in shown}
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
@@ -161,9 +144,6 @@ def test_a_notebook_is_kept_without_outputs_which_could_be_stale(notebook):
     assert notebook.stem in PAGES["docs/index.md"].read_text(encoding="utf-8")
     for cell in cells(notebook):
         assert (cell["outputs"], cell["execution_count"]) == ([], None)
-
-
-# --- the site -----------------------------------------------------------------------------------------------------
 
 
 class Links(HTMLParser):
@@ -194,12 +174,8 @@ def site(tmp_path_factory):
     command = "sphinx-build -W -c docs . build/docs"
     assert command in PAGES["README.md"].read_text(encoding="utf-8")
     arguments = command.replace("build/docs", str(folder / "site")).split()[1:]
-    result = subprocess.run(
-        [sys.executable, "-m", "sphinx", "-q", "-d", str(folder / "read"), *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    build = [sys.executable, "-m", "sphinx", "-q", "-d", str(folder / "read"), *arguments]
+    result = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return folder / "site"
 
@@ -210,7 +186,7 @@ def pages(site):
 
 
 @pytest.mark.long
-def test_the_site_has_every_page_every_public_name_and_executed_notebooks(site, pages):
+def test_the_site_has_every_page_every_public_name_executed_notebooks_and_a_search(site, pages):
     for name in PAGES:
         assert (site / name).with_suffix(".html").exists(), name
     reference = site / "docs" / "api"
@@ -224,23 +200,19 @@ def test_the_site_has_every_page_every_public_name_and_executed_notebooks(site, 
     for notebook in NOTEBOOKS:
         page = (site / notebook.relative_to(ROOT)).with_suffix(".html")
         assert any("_images" in address for address in pages[page].loaded), notebook.name
+    # the search has the function whose results are shortened
+    few, search = ((site / "_static" / f"{name}.js").read_text("utf-8") for name in ("few-results", "searchtools"))
+    assert "_performSearch" in few
+    assert "[docname, title, anchor, descr, score, filename" in search
+    assert "Search._performSearch(" in search
 
 
 @pytest.mark.long
-def test_the_site_loads_nothing_from_elsewhere(site, pages):
+def test_the_site_loads_nothing_from_elsewhere_and_its_links_lead_somewhere(site, pages):
     assert len(pages) > len(PAGES)
     for page, links in pages.items():
         for address in links.loaded:
             assert not urlsplit(address).netloc, f"{page.name} loads {address}"
-    for sheet in site.rglob("*.css"):
-        text = sheet.read_text(encoding="utf-8")
-        assert "@import" not in text
-        assert "url(http" not in text.replace('"', "").replace("'", "")
-
-
-@pytest.mark.long
-def test_every_link_inside_of_the_site_leads_somewhere(pages):
-    for page, links in pages.items():
         for address in {*links.loaded, *links.followed}:
             parts = urlsplit(address)
             if parts.scheme or parts.netloc:
@@ -249,10 +221,7 @@ def test_every_link_inside_of_the_site_leads_somewhere(pages):
             assert target.is_file(), f"{page.name} refers to {address}"
             if parts.fragment and target in pages:
                 assert unquote(parts.fragment) in pages[target].places, f"{page.name} refers to {address}"
-
-
-@pytest.mark.long
-def test_the_search_has_the_function_whose_results_are_shortened(site):
-    assert "_performSearch" in (site / "_static" / "few-results.js").read_text(encoding="utf-8")
-    assert "[docname, title, anchor, descr, score, filename" in (site / "_static" / "searchtools.js").read_text()
-    assert "Search._performSearch(" in (site / "_static" / "searchtools.js").read_text(encoding="utf-8")
+    for sheet in site.rglob("*.css"):
+        text = sheet.read_text(encoding="utf-8")
+        assert "@import" not in text
+        assert "url(http" not in text.replace('"', "").replace("'", "")

@@ -14,9 +14,7 @@ def test_the_fault_fits_the_kernels_and_is_in_the_table(mutation):
 
 
 def test_what_a_lane_reports_in_words():
-    fault = (
-        "E   ttsem.sanitize.KernelFault: kernel `product_kernel`, launch 3: `triton.py:220: tl.store(y, total)`: writes"
-    )
+    fault = "E  ttsem.sanitize.KernelFault: kernel `product_kernel`, launch 3: `triton.py:220: tl.store(y, x)`: writes"
     section = "stores of this test's kernels\nproduct_kernel: triton.py:220\nlif: triton.py:9, triton.py:12\n"
     failed = "FAILED tests/test_triton_linear.py::test_padding[x] - AssertionError\n1 failed\n"
     assert finding("1 passed\n\nexit 0") == "—"

@@ -1,8 +1,7 @@
-"""The source distribution and the wheel: what is in them, and that what they install works far from the repository.
+"""The source distribution and the wheel: what is in them, and that what they install works far from the repository. No
+step asks the network: this environment's setuptools builds, and what g2g depends on is this environment's."""
 
-No step asks the network: this environment's setuptools builds, and what g2g depends on is this environment's.
-"""
-
+import itertools
 import json
 import os
 import shlex
@@ -35,26 +34,24 @@ def test_every_dependency_names_the_oldest_version_that_is_tested():
     from oldest import oldest
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    extras = ("events", "interop", "plots", "tensorboard")
-    listed = [*project["dependencies"], *(name for extra in extras for name in project["optional-dependencies"][extra])]
-    bounds = dict(name.split(">=") for name in listed)
-    pinned = dict(line.split("==") for line in oldest(list(extras)))
-    assert pinned == bounds
+    extras = ["events", "interop", "plots", "tensorboard"]
+    listed = sum((project["optional-dependencies"][extra] for extra in extras), project["dependencies"])
+    pinned = dict(line.split("==") for line in oldest(extras))
+    assert pinned == dict(name.split(">=") for name in listed)
     assert {"numpy", "scikit-learn", "scipy", "torch", "torchvision", "tqdm"} <= set(pinned)
 
 
-def run(*command, **options):
+def run(*command, cwd=None, **variables):
     """Standard output of a program that knows nothing of the paths and settings of this one."""
     foreign = ("PYTHONPATH", "PYTHONHOME", "TRITON_INTERPRET", "G2G_BACKEND")
-    environment = {name: value for name, value in os.environ.items() if name not in foreign}
-    environment |= options.pop("variables", {})
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, **options)
+    environment = {name: value for name, value in os.environ.items() if name not in foreign} | variables
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def pip(*arguments, **variables):
-    return run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, variables=variables)
+    return run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, **variables)
 
 
 @pytest.fixture(scope="module")
@@ -111,21 +108,19 @@ def install(folder, *what, **variables):
     venv.create(folder, with_pip=False, symlinks=os.name != "nt")
     programs = folder / ("Scripts" if os.name == "nt" else "bin")
     query = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    packages = run(programs / "python", "-c", query).strip()
-    Path(packages, "others.pth").write_text("\n".join(site.getsitepackages()))
+    Path(run(programs / "python", "-c", query).strip(), "others.pth").write_text("\n".join(site.getsitepackages()))
     pip("--python", programs / "python", "install", "--ignore-installed", *OFFLINE, *what, **variables)
     return programs
 
 
 def where(programs, cwd):
     """In which folder each package is found, None where there is none."""
-    names = ("g2gnet", "g2g_kernels", "g2g_benchmarks", "benchmarks", "tests")
-    query = (
-        "import json, importlib.util, pathlib;"
-        "found = {name: importlib.util.find_spec(name) for name in %r};"
-        "print(json.dumps({name: spec and str(pathlib.Path(spec.origin).parent) for name, spec in found.items()}))"
-    )
-    return json.loads(run(programs / "python", "-c", query % (names,), cwd=cwd))
+    query = """
+import json, importlib.util, pathlib
+found = {name: importlib.util.find_spec(name) for name in "g2gnet g2g_kernels g2g_benchmarks benchmarks tests".split()}
+print(json.dumps({name: spec and str(pathlib.Path(spec.origin).parent) for name, spec in found.items()}))
+"""
+    return json.loads(run(programs / "python", "-c", query, cwd=cwd))
 
 
 @pytest.mark.long
@@ -134,8 +129,7 @@ def test_the_source_distribution_is_the_repository(repository, source):
         held = {name.removeprefix(f"{NAME}/") for name in archive.getnames() if archive.getmember(name).isfile()}
     files = {path.relative_to(repository).as_posix() for path in repository.rglob("*") if path.is_file()}
     made = {name for name in held if name.startswith("g2gnet.egg-info/") or name in ("PKG-INFO", "setup.cfg")}
-    expected = {name for name in files if not name.startswith((".", "g2gnet.egg-info/"))}
-    assert held - made == expected
+    assert held - made == {name for name in files if not name.startswith((".", "g2gnet.egg-info/"))}
     assert "g2g_kernels/csrc/kernels.cpp" in held
     assert "tests/test_packaging.py" in held
 
@@ -145,15 +139,11 @@ def test_the_wheel_holds_the_packages_and_serves_every_python(repository, wheel)
     assert wheel.name.startswith(f"{NAME}-py3-none-")
     with zipfile.ZipFile(wheel) as archive:
         held = set(archive.namelist())
-    assert {name.split("/")[0] for name in held} == {
-        "g2gnet", "g2g_kernels", "g2g_benchmarks", f"{NAME}.dist-info",
-    }  # fmt: skip
-    modules = {
-        path.relative_to(repository).as_posix().replace("benchmarks/", "g2g_benchmarks/")
-        for package in ("g2gnet", "g2g_kernels", "benchmarks")
-        for path in (repository / package).rglob("*.py")
-    }
-    assert {name for name in held if name.endswith(".py")} == modules
+    packages = ("g2gnet", "g2g_kernels", "benchmarks")
+    assert {name.split("/")[0] for name in held} == {*packages[:2], "g2g_benchmarks", f"{NAME}.dist-info"}
+    modules = [path.relative_to(repository).as_posix() for of in packages for path in (repository / of).rglob("*.py")]
+    named = {name.replace("benchmarks/", "g2g_benchmarks/") for name in modules}
+    assert {name for name in held if name.endswith(".py")} == named
     data = {"g2gnet/py.typed", "g2g_kernels/py.typed", "g2gnet/data/fashion_mnist_mini.npz"}
     licences = {f"{NAME}.dist-info/licenses/{name}" for name in ("LICENSE", "g2gnet/data/LICENSE-fashion-mnist")}
     assert data | licences <= held
@@ -172,9 +162,7 @@ def test_the_installed_wheel_works_far_from_the_repository(wheel, tmp_path):
     assert told["result"]["epoch"] == 1
     assert (tmp_path / told["files"]["marker"]).is_file()
     flags = shlex.split(f"{SIZES} --block_size 4 --train_steps 1 --kernel forward --contenders g2g-torch --repeats 2")
-    record = json.loads(
-        run(programs / "g2g-bench", *flags, "--json", cwd=tmp_path, variables={"TMPDIR": str(tmp_path)})
-    )
+    record = json.loads(run(programs / "g2g-bench", *flags, "--json", cwd=tmp_path, TMPDIR=str(tmp_path)))
     assert [row["status"] for row in record["contenders"]] == ["timed"]
     assert record["machine"]["commit"] is None
 
@@ -204,12 +192,11 @@ def test_the_wheel_of_a_cross_compiler_is_of_its_processor_and_computes_the_same
     }
     chosen = " or ".join(f"({name})" for name in OF_KERNELS)
     command = shlex.split(f"-m pytest -n 0 -p remote_kernels -p no:cacheprovider -k '{chosen}'")
-    told = run(sys.executable, *command, "tests/g2g_kernels/test_cpu_backend.py", cwd=ROOT, variables=variables)
+    told = run(sys.executable, *command, "tests/g2g_kernels/test_cpu_backend.py", cwd=ROOT, **variables)
     assert "skipped" not in told
     calls = json.loads(told.rpartition("calls of kernels: ")[2])
-    assert {f"g2g_{kernel}_{way}" for kernel in ("stack", "linear", "neurons") for way in ("forward", "backward")} <= {
-        name for name, count in calls.items() if count > 1
-    }
+    for kernel, way in itertools.product(("stack", "linear", "neurons"), ("forward", "backward")):
+        assert calls[f"g2g_{kernel}_{way}"] > 1
 
 
 @pytest.mark.long
@@ -225,9 +212,7 @@ def test_the_source_distribution_installs_without_a_compiler(source, tmp_path):
 @pytest.mark.long
 def test_an_editable_installation_is_the_repository(repository, tmp_path):
     programs = install(tmp_path / "environment", "--editable", repository, G2G_BUILD_CPU="0")
-    names = ("g2gnet", "g2g_kernels", "benchmarks")
-    packages = where(programs, tmp_path)
-    assert [packages[name] for name in ("g2gnet", "g2g_kernels", "g2g_benchmarks", "benchmarks")] == [
-        *(str(repository / name) for name in names), None,
-    ]  # fmt: skip
+    expected = {"g2gnet": "g2gnet", "g2g_kernels": "g2g_kernels", "g2g_benchmarks": "benchmarks"}
+    expected = {name: str(repository / folder) for name, folder in expected.items()} | {"benchmarks": None}
+    assert expected.items() <= where(programs, tmp_path).items()
     assert run(programs / "g2g-bench", "--help", cwd=tmp_path).startswith("usage: g2g-bench ")

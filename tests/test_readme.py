@@ -28,12 +28,9 @@ PAGES = [README, *(page.read_text() for page in sorted((ROOT / "docs").glob("*.m
 #: what is in pages and in the programs' help, each command on one line
 TEXT = re.sub(r"\\\n *", "", "\n".join([*PAGES, train.EXAMPLES, crossval.EXAMPLES]))
 #: every command there
-COMMANDS = [
-    *dict.fromkeys(
-        re.findall(r"python ((?:-m (?!tests|build|mpi4py|venv))?[\w.]+(?![\w./])(?: [^`\n]*)?)", TEXT)
-        + re.findall(r"(?:^|`)(g2g-(?:analyze|pretrain|report|sweep) [^`\n]+)", TEXT, re.MULTILINE)
-    )
-]
+COMMANDS = re.findall(r"python ((?:-m (?!tests|build|mpi4py|venv))?[\w.]+(?![\w./])(?: [^`\n]*)?)", TEXT)
+COMMANDS += re.findall(r"(?:^|`)(g2g-(?:analyze|pretrain|report|sweep) [^`\n]+)", TEXT, re.MULTILINE)
+COMMANDS = [*dict.fromkeys(COMMANDS)]
 
 #: what a user sees first, the README and the programs' help; the other examples run with ``pytest -m ci``
 FIRST = re.sub(r"\\\n *", "", "\n".join([README, train.EXAMPLES, crossval.EXAMPLES]))
@@ -88,13 +85,11 @@ def run(program, arguments):
     return settings_from(parser.parse_args(arguments), kind)
 
 
+OF_PROGRAMS = [command for command in COMMANDS if split(command)[0] in PROGRAMS]
+
+
 @pytest.mark.parametrize(
-    "command",
-    [
-        pytest.param(command, marks=[] if command in FIRST else pytest.mark.ci)
-        for command in COMMANDS
-        if split(command)[0] in PROGRAMS
-    ],
+    "command", [pytest.param(each, marks=[] if each in FIRST else pytest.mark.ci) for each in OF_PROGRAMS]
 )
 def test_each_example_runs(workplace, command):
     program, arguments = split(command)
@@ -124,9 +119,7 @@ def test_each_example_runs(workplace, command):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize(
-    "command", [command for command in COMMANDS if command.endswith(".pth") and "*" not in command]
-)
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each.endswith(".pth") and "*" not in each])
 def test_each_example_with_checkpoints_runs_after_those_that_make_them(workplace, command):
     program, arguments = split(command)
     makers = {stem_of(arguments): arguments for name, arguments in map(split, COMMANDS) if name == "train.py"}
@@ -141,7 +134,7 @@ def stem_of(arguments):
     return TrainSettings(**{name: asked[name] for name in TrainSettings().flag_values()}).stem
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if split(command)[0] not in PROGRAMS])
+@pytest.mark.parametrize("command", [each for each in COMMANDS if each not in OF_PROGRAMS])
 def test_other_commands_are_of_programs_that_have_these_flags(capsys, command):
     """Benchmarks run in tests of their own."""
     program, arguments = split(command)
@@ -197,10 +190,7 @@ def test_the_flag_tables_are_those_of_the_parsers():
     assert "| `--k_folds N` | `5` |" in text
 
 
-def test_the_python_example_runs():
+def test_the_python_example_runs_and_the_readme_is_short():
     net = run_blocks(ROOT / "README.md", {"2048": "256", "T=50": "T=5"})["net"]
     assert repr(net.fc2.mask).startswith("BlockMask(256×256, 8 groups (interleaved)")
-
-
-def test_the_readme_is_short():
     assert len(README.splitlines()) <= 110

@@ -249,11 +249,9 @@ def _find_builtins_once() -> None:
 @contextlib.contextmanager
 def tensor_core_products() -> Iterator[None]:
     """Inside, sums of float32 products are those of a GPU's tensor cores: 16 products at a time are added exactly to
-    what there is, and the bits beyond float32 are cut off (Fasi et al. 2021), which draws long sums towards zero.
-
-    The interpreter itself takes a product of two tiles from NumPy and adds it as a whole: sums of many samples come out
-    more exact than on any card.
-    """
+    what there is, and the bits beyond float32 are cut off (Fasi et al. 2021), which draws long sums towards zero. The
+    interpreter itself takes a product of two tiles from NumPy and adds it as a whole: sums of many samples come out
+    more exact than on any card."""
     builder = type(interpreter.interpreter_builder)
     original = builder.create_dot
 

@@ -44,32 +44,24 @@ def test_norses_integrate_and_fire_boxes(nested):
     assert_the_same_spikes(stack, torch.stack(train))
 
 
-def test_norses_neurons_with_a_synaptic_current_are_read():
+def test_norses_neurons_with_a_synaptic_current_are_read_and_recurrent_cells_without_a_form_in_nir_are_named():
     network = norse.SequentialState(nn.Linear(30, 40), norse.LIFCell())
     stack = from_nir(norse.to_nir(network, X[0, :1]), dt=1e-6, T=STEPS)
     assert stack.lif1.beta.item() == pytest.approx(0.9)  # 1 − 1 ms/10 ms
     assert stack.lif1.syn_decay.item() == pytest.approx(0.8)  # 1 − 1 ms/5 ms
-
-
-def test_norses_recurrent_cells_which_nir_has_no_form_of_are_named():
     network = norse.SequentialState(nn.Linear(30, 40), norse.LIFRecurrentCell(40, 40))
     with pytest.raises(ValueError, match="node 1 is empty: the tool that wrote the graph could not express it in NIR"):
         from_nir(norse.to_nir(network, X[0, :1]), dt=1e-6, T=STEPS)
 
 
-def per_neuron(size, value):
-    return torch.full((size,), value)
-
-
 @pytest.mark.parametrize("kind", ["Leaky", "Synaptic"])
 def test_snntorchs_neurons(kind):
     first, second = linears()
-    options = {"init_hidden": True, "reset_mechanism": "zero"}
-    decays = [{"beta": per_neuron(size, 0.9), "threshold": per_neuron(size, 0.5)} for size in (40, 10)]
-    if kind == "Synaptic":
-        for size, of_layer in zip((40, 10), decays, strict=True):
-            of_layer["alpha"] = per_neuron(size, 0.7)
-    neurons = [getattr(snntorch, kind)(**options, **of_layer) for of_layer in decays]
+    own = {"beta": 0.9, "threshold": 0.5} | ({"alpha": 0.7} if kind == "Synaptic" else {})
+    neurons = []
+    for size in (40, 10):
+        per_neuron = {name: torch.full((size,), value) for name, value in own.items()}
+        neurons.append(getattr(snntorch, kind)(init_hidden=True, reset_mechanism="zero", **per_neuron))
     network = nn.Sequential(first, neurons[0], second, neurons[1])
     stack = from_nir(export_to_nir(network, torch.rand(30)), T=STEPS)
     for layer in neurons:

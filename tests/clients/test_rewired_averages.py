@@ -24,16 +24,13 @@ def network():
 @pytest.fixture(scope="module")
 def data():
     mini = load_dataset("fashionmnist-mini")
-    return [
-        (images.flatten(1).float() / images.max(), labels)
-        for images, labels in ((mini.train_images, mini.train_labels), (mini.test_images, mini.test_labels))
-    ]
+    parts = (mini.train_images, mini.train_labels), (mini.test_images, mini.test_labels)
+    return [(images.flatten(1).float() / images.max(), labels) for images, labels in parts]
 
 
 @torch.no_grad()
 def accuracy(model, test):
-    images, labels = test
-    return 100 * (model(images).argmax(1) == labels).float().mean().item()
+    return 100 * (model(test[0]).argmax(1) == test[1]).float().mean().item()
 
 
 def dense_weights(model):
@@ -41,9 +38,8 @@ def dense_weights(model):
 
 
 def same_wiring(one, other):
-    return all(
-        mine.mask.equals(theirs.mask) for (mine, _), (theirs, _) in zip(one.layers(), other.layers(), strict=True)
-    )
+    pairs = zip(one.layers(), other.layers(), strict=True)
+    return all(mine.mask.equals(theirs.mask) for (mine, _), (theirs, _) in pairs)
 
 
 def train(net, data, after_step, averages=()):
@@ -134,11 +130,8 @@ def test_lightnings_average_is_validated_and_saved(data):
     module, callback = Module(), EMAWeightAveraging(decay=DECAY)
     silent = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     trainer = L.Trainer(max_steps=STEPS, accelerator="cpu", devices=1, callbacks=[callback], **silent)
-    trainer.fit(
-        module,
-        DataLoader(train_data, 64, shuffle=True, generator=torch.Generator().manual_seed(0)),
-        DataLoader(test_data, len(test_data)),
-    )
+    batches = DataLoader(train_data, 64, shuffle=True, generator=torch.Generator().manual_seed(0))
+    trainer.fit(module, batches, DataLoader(test_data, len(test_data)))
     assert module.dst.pruned > 0
     trainer.save_checkpoint("last.ckpt")
     again = Module()

@@ -67,15 +67,11 @@ def test_accelerates_wrapper():
 
 
 @pytest.mark.parametrize(
-    ("make", "inner"),
-    [
-        (lambda p: Lookahead(torch.optim.AdamW(p)), "_base_optimizer"),
-        (lambda p: pytorch_optimizer.Lookahead(torch.optim.AdamW(p)), "optimizer"),
-    ],
+    ("kind", "inner"), [(Lookahead, "_base_optimizer"), (pytorch_optimizer.Lookahead, "optimizer")]
 )
-def test_wrappers_with_a_state_of_their_own_are_given_with_what_they_wrap(make, inner):
+def test_wrappers_with_a_state_of_their_own_are_given_with_what_they_wrap(kind, inner):
     net = network()
-    optimizer = make(net.parameters())
+    optimizer = kind(torch.optim.AdamW(net.parameters()))
     with pytest.raises(ValueError, match=rf"wraps AdamW, .* give .* both: \[optimizer, optimizer\.{inner}\]"):
         DSTScheduler(net, optimizer)
     DSTScheduler(net, [optimizer, getattr(optimizer, inner)])
@@ -93,8 +89,7 @@ def test_wrappers_with_a_state_of_their_own_are_given_with_what_they_wrap(make, 
 )
 def test_states_that_nobody_knows_are_refused_and_left_if_the_user_says_so(make, names):
     """Small weights have plain states in torchao's."""
-    draw = torch.Generator().manual_seed(0)
-    net = G2GNet(256, 256, 16, block_size=16, T=4, enc_scale=3.0, generator=draw)
+    net = G2GNet(256, 256, 16, block_size=16, T=4, enc_scale=3.0, generator=torch.Generator().manual_seed(0))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optimizer = make(net.parameters())

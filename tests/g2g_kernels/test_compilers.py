@@ -1,14 +1,10 @@
-"""When the CPU kernels are compiled, and how the cross compiler of another processor makes them; those of clang:
-``tests/clang.sh``.
-"""
+"""When the CPU kernels are compiled; those of clang: ``tests/clang.sh``; of another processor: test_packaging.py."""
 
 import os
-import shutil
 import subprocess
 import sys
 
 import pytest
-from compiled_kernels import build
 from helpers import ROOT
 
 from setup import INSTRUCTION_SETS, PLAIN, SOURCES, build_library
@@ -59,15 +55,6 @@ def test_nothing_is_compiled_where_the_library_was_made_from_the_same(tmp_path, 
         change()
         assert compiles() == every
         assert compiles() == 0
-
-
-@pytest.mark.ci
-@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="aarch64-linux-gnu-g++ is not installed")
-def test_the_library_of_another_processor_links(tmp_path):
-    library = build(tmp_path / "libg2g_cpu.so", "aarch64-linux-gnu-g++")
-    header = library.read_bytes()[:20]
-    assert header[:4] == b"\x7fELF"
-    assert int.from_bytes(header[18:20], "little") == 183  # EM_AARCH64
 
 
 @pytest.mark.ci

@@ -21,9 +21,6 @@ from g2g_kernels.ops.neurons.surrogates import SURROGATES
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
 
 
-# --- what is compared at load ---------------------------------------------------------------------------------------
-
-
 def _reason() -> str | None:
     """Why a library loaded now would be refused."""
     return library._load.__wrapped__()[1]
@@ -31,13 +28,6 @@ def _reason() -> str | None:
 
 def test_the_library_says_what_is_mirrored():
     assert _reason() is None
-
-
-def _declare(monkeypatch, old: str, new: str) -> None:
-    """Declares the structures otherwise than the library that is installed."""
-    text = interface.declarations()
-    assert text.count(old) == 1
-    monkeypatch.setattr(library, "declarations", lambda: text.replace(old, new))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +41,9 @@ def _declare(monkeypatch, old: str, new: str) -> None:
     ],
 )
 def test_a_library_with_other_fields_is_refused_by_the_name_of_the_first(old, new, difference, monkeypatch):
-    _declare(monkeypatch, old, new)
+    text = interface.declarations()
+    assert text.count(old) == 1
+    monkeypatch.setattr(library, "declarations", lambda: text.replace(old, new))
     assert re.search(rf"was built from another version of g2g \({difference}", _reason())
 
 
@@ -81,18 +73,16 @@ def test_the_structures_lie_in_memory_as_the_compiler_lays_them_out(tmp_path):
     compiler = shutil.which(os.environ.get("CXX", "c++"))
     if not compiler:
         pytest.skip("needs a C++ compiler")
-    asserted = []
+    lines = ["#include <cstddef>", '#include "structures.h"']
     for name, structure in vars(structures).items():
-        asserted.append(f"sizeof(g2g::{name}) == {ctypes.sizeof(structure)}")
+        lines.append(f"static_assert(sizeof(g2g::{name}) == {ctypes.sizeof(structure)});")
         for field, *_ in structure._fields_:
             place = getattr(structure, field)
-            asserted.append(f"offsetof(g2g::{name}, {field}) == {place.offset}")
-            asserted.append(f"sizeof(g2g::{name}::{field}) == {place.size}")
-    assert len(asserted) > 100
+            lines.append(f"static_assert(offsetof(g2g::{name}, {field}) == {place.offset});")
+            lines.append(f"static_assert(sizeof(g2g::{name}::{field}) == {place.size});")
+    assert len(lines) > 100
     program = tmp_path / "layout.cpp"
-    program.write_text(
-        '#include <cstddef>\n#include "structures.h"\n' + "\n".join(f"static_assert({each});" for each in asserted)
-    )
+    program.write_text("\n".join(lines))
     command = [compiler, "-std=c++17", "-fsyntax-only", "-I", str(ROOT / "g2g_kernels" / "csrc"), str(program)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -103,16 +93,15 @@ def test_the_structures_lie_in_memory_as_the_compiler_lays_them_out(tmp_path):
 @pytest.mark.parametrize("kernel", ["g2g_neurons_backward", "g2g_stack_backward"])
 def test_a_number_that_no_option_has_is_refused(option, number, kernel):
     """Both kernels choose by all three options. The number stops a call before it reads anything."""
-    values = [torch.ones(1) for _ in range(2)]
-    neurons = neuron_arguments(Neurons("lif", tuple(values)))
+    values = torch.ones(1), torch.ones(1)
+    neurons = neuron_arguments(Neurons("lif", values))
     setattr(neurons, option, number)
     if kernel == "g2g_neurons_backward":
         tensor = torch.zeros(2, 1)
         arguments = structures.NeuronLoop(neurons=neurons, samples=1, size=1, steps=2, threads=1, every=5)
         arguments.current = arguments.grad_spikes = arguments.grad_current = tensor.data_ptr()
     else:
-        mask = BlockMask.full(GroupLayout(1, 1), GroupLayout(1, 1), 1)
-        plan = plan_for(mask.tensors(), torch.ones(1, 1, 1))
+        plan = plan_for(BlockMask.full(GroupLayout(1, 1), GroupLayout(1, 1), 1).tensors(), torch.ones(1, 1, 1))
         layer = structures.Layer(neurons=neurons, plan=plan.address)
         arguments = structures.Stack(layers=ctypes.addressof(layer), count=1, batch=1, steps=2, threads=1)
     with pytest.raises(ValueError, match="lack this neuron model, reset or surrogate; rebuild them"):

@@ -1,7 +1,5 @@
-"""select_device's order of preference and errors, and what a training step would ask of DirectML, MPS and XPU.
-
-DirectML needs Windows and the package ``torch-directml``; a module of that name stands in for it here.
-"""
+"""select_device's order of preference and errors, and what a training step would ask of DirectML, MPS and XPU. DirectML
+needs Windows and the package ``torch-directml``; a module of that name stands in for it here."""
 
 import sys
 from types import SimpleNamespace
@@ -37,73 +35,50 @@ def mps_and_xpu(monkeypatch, devices: int) -> None:
     monkeypatch.setattr(torch.xpu, "device_count", lambda: devices)
 
 
-# --- the picker ---------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("package", "adapter", "cuda_devices", "expected"),
+    ("package", "adapter", "devices", "expected"),
     [
         *((True, True, devices, DML) for devices in (1, 0)),
         *((package, False, 1, torch.device("cuda")) for package in (True, False)),
         *((package, False, 0, torch.device("cpu")) for package in (True, False)),
     ],
 )
-def test_directml_then_cuda_then_cpu(monkeypatch, package, adapter, cuda_devices, expected):
+def test_directml_then_cuda_then_cpu(monkeypatch, package, adapter, devices, expected):
     directml(monkeypatch, DML if package else None, adapter)
-    cuda(monkeypatch, cuda_devices)
+    cuda(monkeypatch, devices)
     mps_and_xpu(monkeypatch, 2)  # which have to be named
-    assert select_device() == expected
-    assert select_device("auto") == expected
+    assert select_device() == select_device("auto") == expected
+    if not adapter:
+        with pytest.raises(ValueError, match=r"device='directml' needs the package torch-directml \(pip install"):
+            select_device("directml")
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:0", "cuda:1", "mps", "xpu", "xpu:1", "directml"])
+def test_a_named_device_is_that_device(monkeypatch, name):
+    directml(monkeypatch)
+    cuda(monkeypatch, 2)
+    mps_and_xpu(monkeypatch, 2)
+    assert select_device(name) == (DML if name == "directml" else torch.device(name))
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"),
+    ("devices", "names", "message"),
     [
-        *((name, torch.device(name)) for name in ("cpu", "cuda", "cuda:0", "cuda:1", "mps", "xpu", "xpu:1")),
-        ("directml", DML),
+        (1, "tpu, gpu, , cpu:x, hpu, meta", "is .*; give auto, cpu, cuda, cuda:N, directml, mps"),
+        (0, "cuda, cuda:0, mps, xpu, xpu:0", ": PyTorch .* finds no {kind} device here; give cpu or auto"),
+        (2, "cuda:2, xpu:2", ": this machine has {kind} devices 0 … 1"),
+        (2, "mps:1", ": this machine has {kind} devices 0 … 0"),
     ],
 )
-def test_a_named_device_is_that_device(monkeypatch, name, expected):
+def test_devices_that_are_unknown_or_not_there_are_refused(monkeypatch, devices, names, message):
     directml(monkeypatch)
-    cuda(monkeypatch, 2)
-    mps_and_xpu(monkeypatch, 2)
-    assert select_device(name) == expected
+    cuda(monkeypatch, devices)
+    mps_and_xpu(monkeypatch, devices)
+    for name in names.split(", "):
+        words = message.format(kind=name.partition(":")[0].upper())
+        with pytest.raises(ValueError, match=f"^device='{name}' ?{words}"):
+            select_device(name)
 
-
-@pytest.mark.parametrize("name", ["tpu", "gpu", "", "cpu:x", "hpu", "meta"])
-def test_unknown_devices_are_refused(monkeypatch, name):
-    directml(monkeypatch)
-    cuda(monkeypatch, 1)
-    with pytest.raises(ValueError, match=f"device='{name}' is .*; give auto, cpu, cuda, cuda:N, directml, mps"):
-        select_device(name)
-
-
-@pytest.mark.parametrize("name", ["cuda", "cuda:0", "mps", "xpu", "xpu:0"])
-def test_devices_that_are_not_there(monkeypatch, name):
-    cuda(monkeypatch, 0)
-    mps_and_xpu(monkeypatch, 0)
-    kind = name.partition(":")[0].upper()
-    with pytest.raises(ValueError, match=f"device='{name}': PyTorch .* finds no {kind} device here; give cpu or auto"):
-        select_device(name)
-
-
-@pytest.mark.parametrize("name", ["cuda:2", "xpu:2", "mps:1"])
-def test_devices_beyond_the_last(monkeypatch, name):
-    cuda(monkeypatch, 2)
-    mps_and_xpu(monkeypatch, 2)
-    kind, last = name.partition(":")[0].upper(), 0 if name == "mps:1" else 1
-    with pytest.raises(ValueError, match=f"device='{name}': this machine has {kind} devices 0 … {last}"):
-        select_device(name)
-
-
-@pytest.mark.parametrize(("package", "adapter"), [(False, False), (True, False)], ids=["no package", "no adapter"])
-def test_directml_where_there_is_none(monkeypatch, package, adapter):
-    directml(monkeypatch, DML if package else None, adapter)
-    with pytest.raises(ValueError, match=r"device='directml' needs the package torch-directml \(pip install"):
-        select_device("directml")
-
-
-# --- the operators that a training step needs -----------------------------------------------------------------------
 
 # torch-directml 0.2.5 is built for torch 2.4. An operator it lacks runs on the CPU, with a copy there and back at each
 # call and a warning, or fails (as aten::_foreach_* and aten::_thnn_fused_lstm_cell do, microsoft/DirectML issues 604
@@ -170,10 +145,8 @@ CASES = {
 
 
 def test_a_training_step_uses_plain_operators_only(monkeypatch, plain_memory):
-    """Forward, cross-entropy on the counts, a rate penalty, backward and Adam.
-
-    MPS and XPU devices run the same plain backend, and so are held to the same list.
-    """
+    """Forward, cross-entropy on the counts, a rate penalty, backward and Adam. MPS and XPU devices run the same plain
+    backend, and so are held to the same list."""
     directml(monkeypatch, torch.device("cpu"))
     device = select_device("directml")
     used: dict[str, set[str]] = {"step": set(), "adam": set()}
@@ -191,13 +164,12 @@ def test_a_training_step_uses_plain_operators_only(monkeypatch, plain_memory):
                 torch.full(neurons, 0.9),
                 torch.ones(neurons),
             )
-            values, bias, beta, threshold = (torch.nn.Parameter(tensor.to(device)) for tensor in drawn)
-            connections.append((values, mask, bias, (beta, threshold)))
-            learned += [values, bias, beta, threshold]
-        samples = 6
-        shape = (samples, cases[0].in_size) if steps else (4, samples, cases[0].in_size)
+            values, bias, *own = (torch.nn.Parameter(tensor.to(device)) for tensor in drawn)
+            connections.append((values, mask, bias, tuple(own)))
+            learned += [values, bias, *own]
+        shape = (6, cases[0].in_size) if steps else (4, 6, cases[0].in_size)
         x = (3 * torch.rand(shape, generator=seeded(1))).to(device)
-        labels = torch.randint(cases[1].out_size, (samples,), generator=seeded(2)).to(device)
+        labels = torch.randint(cases[1].out_size, (6,), generator=seeded(2)).to(device)
         optimizer = torch.optim.Adam(learned, lr=1e-3, weight_decay=1e-4, foreach=False)
         before = [tensor.detach().clone() for tensor in learned]
         with Recorder() as step:
@@ -217,11 +189,6 @@ def test_a_training_step_uses_plain_operators_only(monkeypatch, plain_memory):
     # the recorder was at work
     assert {"mm.default", "index_copy_.default", "sigmoid.default"} <= used["step"]
     assert {"lerp_.Scalar", "addcdiv_.default"} <= used["adam"]
-
-
-def test_the_lists_hold_nothing_that_directml_lacks():
-    """No scatter with a reduction, no sparse or custom operator, no multi-tensor update."""
-    for name in FORWARD_AND_BACKWARD | ADAM:
-        assert "::" not in name
-        for word in ("scatter", "index_add", "index_put", "sparse", "foreach", "fused", "embedding", "sort", "cumsum"):
-            assert word not in name, name
+    # no scatter with a reduction, no sparse or custom operator, no multi-tensor update
+    lacking = ("::", "scatter", "index_add", "index_put", "sparse", "foreach", "fused", "embedding", "sort", "cumsum")
+    assert not [name for name in FORWARD_AND_BACKWARD | ADAM if any(word in name for word in lacking)]

@@ -1,7 +1,5 @@
-"""Modules import downwards only, in the order of :data:`LAYERS`, and never in a circle.
-
-Imports inside functions count, those for type checkers do not.
-"""
+"""Modules import downwards only, in the order of :data:`LAYERS`, and never in a circle. Imports inside functions count,
+those for type checkers do not."""
 
 import ast
 import functools
@@ -93,50 +91,32 @@ def circle(imports: dict[str, set[str]]) -> list[str]:
 
 
 @pytest.mark.parametrize("package", LAYERS)
-def test_no_module_imports_itself_by_others(package):
-    assert circle(imports_of(package)) == []
-
-
-@pytest.mark.parametrize("package", LAYERS)
-def test_no_folder_imports_itself_by_others(package):
-    folders: dict[str, set[str]] = {}
-    for module, others in imports_of(package).items():
+def test_no_module_or_folder_imports_itself_by_others_and_all_import_from_lower_layers_only(package):
+    imports, folders = imports_of(package), {}
+    assert set().union(*LAYERS[package]) <= imports.keys() | {""}
+    assert circle(imports) == []
+    for module, others in imports.items():
         folder = module.partition(".")[0]
         folders.setdefault(folder, set()).update({other.partition(".")[0] for other in others} - {folder})
     assert circle(folders) == []
-
-
-@pytest.mark.parametrize("package", LAYERS)
-def test_modules_import_from_lower_layers_only(package):
-    imports = imports_of(package).items()
-    pairs = [(module, other) for module, others in imports for other in others]
+    pairs = [(module, other) for module, others in imports.items() for other in others]
     assert [f"{a} → {b}" for a, b in pairs if layer_of(package, b) > layer_of(package, a)] == []
 
 
-@pytest.mark.parametrize("part", ["stack", "network"])
-def test_networks_know_nothing_of_data_sets(part):
-    networks = imports_of("g2gnet")
-    found, pending = set(), {part}
+def test_networks_know_nothing_of_data_sets():
+    networks, found, pending = imports_of("g2gnet"), set(), {"stack", "network"}
     while pending:
         found |= pending
         pending = set().union(*(networks[module] for module in pending)) - found
     assert not [module for module in found if f"{module}.".startswith("data.")]
 
 
-def test_imports_are_found():
+def test_imports_layers_and_circles_are_found():
     imports = imports_of("g2g_kernels")
     assert {"cpu.library", "mask.unit_grid", "ops.record"} <= imports["ops.g2g_stack.cpu"]
     assert "ops.neurons.triton" in imports["ops.neurons"], "imported inside a function"
     layers = [layer_of("g2g_kernels", module) for module in ("ops.neurons.models", "ops.g2g_stack.call", "")]
     assert layers == sorted(set(layers))
-
-
-def test_every_named_module_exists():
-    for package, layers in LAYERS.items():
-        assert set().union(*layers) <= imports_of(package).keys() | {""}
-
-
-def test_a_circle_is_found():
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
 
 

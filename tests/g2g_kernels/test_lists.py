@@ -1,7 +1,7 @@
 """Weights in lists: the values of both kernels against float64, when they are chosen, and that nothing of N × N is
-formed.
-"""
+formed."""
 
+import functools
 import itertools
 
 import pytest
@@ -155,45 +155,35 @@ def test_a_loop_of_many_neurons_is_that_of_float64(model, reset, surrogate, size
     check_loop(x, *pairs, neurons, None, None, 4 if held else None, threads)
 
 
+def losses(x, model: str, parameters, size: int, chunk=None, parts: int | None = None, density=(0.1, 0.3)):
+    """Counts and gradients of a recurrent layer, in one run, in chunks or in parts."""
+    mask, values = weights(size, size, 1, density[0], scale=density[1])
+    inputs, of_inputs = weights(size, 20, 1, 0.4, seed=5)
+    leaves = [each.clone().requires_grad_() for each in (values, of_inputs)]
+    population = Neurons(model, tuple(torch.tensor([each]) for each in parameters))
+    layer = SpikingLayer(leaves[1], inputs, None, population, recurrent=Recurrent(leaves[0], mask))
+    total, state = 0, None
+    for part in x.split(parts or len(x)):
+        activity = g2g_stack(part, [layer._replace(state=state)], None, backend="cpu", chunk=chunk)
+        total, (state,) = total + activity.counts, activity.states
+    (total * torch.arange(float(size))).sum().backward()
+    return [total.detach(), *[each.grad for each in leaves]]
+
+
 def test_results_are_the_same_for_any_number_of_threads_and_ranges(monkeypatch):
-    mask, values = weights(300, 300, 1, 0.1, scale=0.3)
-    inputs, of_inputs = weights(300, 20, 1, 0.4, seed=5)
-    population = Neurons("lif", (torch.tensor([0.9]), torch.tensor([1.0])))
-    x = torch.rand(3, 20, generator=seeded(1))
-
-    def run():
-        leaves = [each.clone().requires_grad_() for each in (values, of_inputs)]
-        layer = SpikingLayer(leaves[1], inputs, None, population, recurrent=Recurrent(leaves[0], mask))
-        activity = g2g_stack(x, [layer], 12, backend="cpu")
-        (activity.counts * torch.arange(300.0)).sum().backward()
-        return [activity.counts.detach(), *[each.grad for each in leaves]]
-
-    expected = run()
+    call = functools.partial(losses, torch.rand(12, 3, 20, generator=seeded(1)), "lif", (0.9, 1.0), 300)
+    expected = call()
     for threads, length in itertools.product((1, 3), (64, 1000)):
         monkeypatch.setattr(loop, "RANGE", length)
         with pytorch_threads(threads):
-            torch.testing.assert_close(run(), expected, rtol=0, atol=0)
+            torch.testing.assert_close(call(), expected, rtol=0, atol=0)
 
 
 def test_a_run_in_parts_and_in_chunks_is_the_whole_run():
-    mask, values = weights(90, 90, 1, 0.2, scale=0.4)
-    inputs, of_inputs = weights(90, 20, 1, 0.4, seed=5)
-    x = torch.randn(10, 4, 20, generator=seeded(1))
-
-    def run(chunk, parts):
-        leaves = [each.clone().requires_grad_() for each in (values, of_inputs)]
-        population = Neurons("adlif", tuple(torch.tensor([each]) for each in (0.9, 0.8, 0.1, 0.2, 0.9)))
-        layer = SpikingLayer(leaves[1], inputs, None, population, recurrent=Recurrent(leaves[0], mask))
-        total, state = 0, None
-        for part in x.split(parts):
-            activity = g2g_stack(part, [layer._replace(state=state)], None, backend="cpu", chunk=chunk)
-            total, (state,) = total + activity.counts, activity.states
-        (total * torch.arange(90.0)).sum().backward()
-        return total.detach(), [each.grad for each in leaves]
-
-    counts, grads = run(None, 10)
+    of = torch.randn(10, 4, 20, generator=seeded(1)), "adlif", (0.9, 0.8, 0.1, 0.2, 0.9), 90
+    counts, *grads = losses(*of, density=(0.2, 0.4))
     for chunk, parts in ((3, 10), (None, 4), (1, 10)):
-        found, of_parts = run(chunk, parts)
+        found, *of_parts = losses(*of, chunk, parts, density=(0.2, 0.4))
         assert torch.equal(found, counts)
         for mine, theirs in zip(of_parts, grads, strict=True):
             assert_close(mine, theirs.double())
@@ -262,8 +252,7 @@ def test_a_wide_layer_takes_memory_by_its_weights_alone(monkeypatch):
     inputs = BlockMask(GroupLayout(size, 1), GroupLayout(size, 1), each, each, block_size=1)
     population = Neurons("lif", (torch.tensor([0.9]), torch.tensor([1.0])))
     layer = SpikingLayer(torch.ones(size, 1, 1), inputs, None, population, recurrent=Recurrent(values, mask))
-    activity = g2g_stack(torch.rand(2, size, generator=draw), [layer], 4, backend="cpu")
-    activity.counts.sum().backward()
+    g2g_stack(torch.rand(2, size, generator=draw), [layer], 4, backend="cpu").counts.sum().backward()
     assert values.grad.abs().sum() > 0
     assert max(taken) < 50e6  # a bit for each of the N² weights would be 800 MB
     assert len(mask.to_string().splitlines()) == 64

@@ -24,17 +24,9 @@ def machine(monkeypatch, tmp_path):
     """Describes a machine: a GPU at hand, Triton installed, a CUDA build of PyTorch, unless changed."""
 
     def describe(
-        installed=True,
-        platform="linux",
-        cuda="12.8",
-        hip=None,
-        capabilities=((9, 0),),
-        triton="3.3.1",
-        compilers=("gcc",),
-        named=None,
-        include=tmp_path,
-        cache=tmp_path / "new" / "cache",
-    ) -> None:
+        installed=True, platform="linux", cuda="12.8", hip=None, capabilities=((9, 0),), triton="3.3.1",
+        compilers=("gcc",), named=None, include=tmp_path, cache=tmp_path / "new" / "cache",
+    ) -> None:  # fmt: skip
         monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=triton))
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
         monkeypatch.setattr(sys, "platform", platform)
@@ -52,11 +44,13 @@ def machine(monkeypatch, tmp_path):
         if named:
             monkeypatch.setenv("CC", named)
 
-    for cached in (runtime._unavailable, runtime._old_device):
-        cached.cache_clear()
+    def forget() -> None:
+        runtime._unavailable.cache_clear()
+        runtime._old_device.cache_clear()
+
+    forget()
     yield describe
-    for cached in (runtime._unavailable, runtime._old_device):
-        cached.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize(
@@ -74,10 +68,7 @@ def machine(monkeypatch, tmp_path):
         ({"compilers": ()}, "a C compiler for its launcher, and there is none (apt install gcc, or name one by CC=…)"),
         ({"compilers": ("clang",)}, None),
         ({"compilers": (), "named": "/opt/cc"}, None),
-        (
-            {"include": "/nowhere"},
-            "headers for its launcher, and there is no /nowhere/Python.h (apt install python3-dev)",
-        ),
+        ({"include": "/nowhere"}, "for its launcher, and there is no /nowhere/Python.h (apt install python3-dev)"),
         ({"cache": "/proc/of/triton"}, "what it compiles to /proc/of/triton (name a folder by TRITON_CACHE_DIR=…)"),
         ({"cuda": None, "hip": "6.2", "capabilities": ((9, 4),)}, None),
     ],
@@ -89,12 +80,10 @@ def test_the_reason_says_what_to_do(machine, change, reason):
     assert answer is None if reason is None else answer.endswith(reason)
 
 
-def test_the_interpreter_needs_no_gpu(machine):
+def test_the_interpreter_needs_the_same_version_and_no_gpu(machine):
     machine(cuda=None, capabilities=())
     assert runtime._unavailable(interpreter=True) is None
-
-
-def test_the_interpreter_needs_the_same_version(machine):
+    runtime._unavailable.cache_clear()
     machine(triton="3.0.0")
     assert runtime._unavailable(interpreter=True).startswith("the kernels need Triton 3.3 or newer, not 3.0.0")
 
@@ -128,47 +117,29 @@ def test_tensors_on_a_gpu_that_is_too_old_are_refused_beside_a_newer_one(machine
     assert runtime.refuses(older) == runtime.refuses(newer, None, older) == reason
 
 
-# --- the precision of products ------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def precisions():
-    """Settings of PyTorch as at the start of a process, before and after."""
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        pytest.skip("this PyTorch has the old setting only")
-
-    def reset():
-        torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
-
-    reset()
-    yield
-    torch.set_float32_matmul_precision("highest")
-    reset()
-
-
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="an older PyTorch")
 @pytest.mark.parametrize(
-    ("own", "parent", "expected"),
+    ("old", "parent", "own", "expected"),
     [
-        ("none", "none", "ieee"),
-        ("tf32", "none", "tf32"),
-        ("none", "tf32", "tf32"),
-        ("ieee", "tf32", "ieee"),
-        ("tf32", "ieee", "tf32"),
+        (None, "none", "none", "ieee"),
+        (None, "none", "tf32", "tf32"),
+        (None, "tf32", "none", "tf32"),
+        (None, "tf32", "ieee", "ieee"),
+        (None, "ieee", "tf32", "tf32"),
+        *(("highest", None, None, "ieee"), ("high", None, None, "tf32"), ("medium", None, None, "tf32")),
     ],
 )
-def test_products_follow_the_setting_of_cuda_s_products_and_its_parent(precisions, own, parent, expected):
-    torch.backends.fp32_precision = parent
-    torch.backends.cuda.matmul.fp32_precision = own
-    assert runtime.input_precision() == expected
+def test_products_follow_the_settings_of_cuda_s_products_new_and_old(old, parent, own, expected):
+    def give(parent, own):
+        torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision = parent, own
 
-
-@pytest.mark.parametrize(("precision", "expected"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
-def test_products_follow_the_old_setting_too(precisions, precision, expected):
-    torch.set_float32_matmul_precision(precision)
-    assert runtime.input_precision() == expected
-
-
-# --- compiling ----------------------------------------------------------------------------------------------------
+    give("none", "none")  # as at the start of a process, and again at the end
+    try:
+        torch.set_float32_matmul_precision(old) if old else give(parent, own)
+        assert runtime.input_precision() == expected
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        give("none", "none")
 
 
 class Kernel:

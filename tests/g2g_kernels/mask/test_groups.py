@@ -42,18 +42,13 @@ def test_groups_are_balanced_and_the_first_are_the_larger(size, num_groups, kind
     assert layout.sizes.tolist() == counted
 
 
-def test_random_groups_follow_the_generator():
-    drawn = GroupLayout(100, 8, "random", seeded(1)).group_of
-    assert torch.equal(drawn, GroupLayout(100, 8, "random", seeded(1)).group_of)
-    assert not torch.equal(drawn, GroupLayout(100, 8, "random", seeded(2)).group_of)
+def test_random_groups_follow_the_generator_or_else_the_global_seed():
+    drawn, again, other = (GroupLayout(100, 8, "random", seeded(seed)).group_of for seed in (1, 1, 2))
+    assert torch.equal(drawn, again)
+    assert not torch.equal(drawn, other)
     assert not torch.equal(drawn, GroupLayout(100, 8, "index").group_of)
-
-
-def test_random_groups_without_a_generator_follow_the_global_seed():
-    torch.manual_seed(5)
-    first = GroupLayout(50, 4, "random").group_of
-    torch.manual_seed(5)
-    assert torch.equal(first, GroupLayout(50, 4, "random").group_of)
+    torch.manual_seed(1)
+    assert torch.equal(drawn, GroupLayout(100, 8, "random").group_of)
 
 
 def test_random_assignment_is_uniform():
@@ -64,27 +59,15 @@ def test_random_assignment_is_uniform():
 
 
 @given(size=st.integers(1, 60), num_groups=st.integers(1, 9), kind=st.sampled_from(("index", "interleaved", "random")))
-def test_from_assignment_gives_back_the_layout(size, num_groups, kind):
+def test_from_assignment_gives_back_the_layout_from_a_copy(size, num_groups, kind):
     layout = GroupLayout(size, min(size, num_groups), kind, seeded(3))
-    again = GroupLayout.from_assignment(layout.group_of)
+    given = layout.group_of.clone()
+    again = GroupLayout.from_assignment(given)
+    given.zero_()
     assert torch.equal(again.group_of, layout.group_of)
     assert (again.size, again.num_groups) == (layout.size, layout.num_groups)
-
-
-@pytest.mark.parametrize("kind", ["index", "interleaved", "random"])
-def test_from_assignment_recognises_the_kind(kind):
-    assert GroupLayout.from_assignment(GroupLayout(30, 4, kind, seeded(0)).group_of).kind == kind
-
-
-def test_from_assignment_keeps_a_copy():
-    group_of = torch.tensor([1, 0, 1, 0])
-    layout = GroupLayout.from_assignment(group_of)
-    group_of.zero_()
-    assert layout.group_of.tolist() == [1, 0, 1, 0]
-
-
-def test_repr_names_size_groups_and_kind():
-    assert repr(GroupLayout(10, 5, "interleaved")) == "GroupLayout(10, num_groups=5, kind='interleaved')"
+    if size > 20 and num_groups > 1:
+        assert again.kind == kind
 
 
 @pytest.mark.parametrize(
@@ -108,10 +91,10 @@ def test_impossible_layouts_are_refused(arguments, message):
 def test_sizes_may_be_integers_of_numpy_or_tensors(whole):
     """``labels.max() + 1`` is one."""
     layout = GroupLayout(whole(10), whole(5))
+    assert repr(layout) == "GroupLayout(10, num_groups=5, kind='index')"
     assert (type(layout.size), type(layout.num_groups)) == (int, int)
     assert torch.equal(layout.group_of, GroupLayout(10, 5).group_of)
-    mask = BlockMask.full(layout, layout, whole(2))
-    assert type(mask.block_size) is int
+    assert type(BlockMask.full(layout, layout, whole(2)).block_size) is int
 
 
 @pytest.mark.parametrize(
@@ -122,19 +105,11 @@ def test_what_is_no_whole_number_is_no_size(value):
         GroupLayout(value)
 
 
-@pytest.mark.parametrize(
-    "group_of",
-    [
-        [0, 2, 0, 2],  # nobody in group 1
-        [0, 5, 0, 1],  # more groups than neurons
-        [0, -1, 1],  # below 0
-        [],
-        [[0, 1], [0, 1]],
-    ],
-)
-def test_malformed_assignments_are_refused(group_of):
-    with pytest.raises(ValueError, match="group"):
-        GroupLayout.from_assignment(torch.tensor(group_of, dtype=torch.int64))
+def test_malformed_assignments_are_refused():
+    """Nobody in group 1; more groups than neurons; one below 0; no neurons; a matrix."""
+    for group_of in ([0, 2, 0, 2], [0, 5, 0, 1], [0, -1, 1], [], [[0, 1], [0, 1]]):
+        with pytest.raises(ValueError, match="group"):
+            GroupLayout.from_assignment(torch.tensor(group_of, dtype=torch.int64))
 
 
 def test_groups_of_unequal_sizes_are_contiguous_and_saved_with_a_layer():

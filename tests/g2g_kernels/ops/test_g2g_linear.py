@@ -1,23 +1,11 @@
 """g2g_linear on every backend against the dense product in float64."""
 
-import functools
-
+import helpers
 import linear_cases
 import pytest
 import torch
 from covering import of_today
-from helpers import (
-    MASK_CASES,
-    ErrorRatios,
-    MaskCase,
-    as_near,
-    backends_of,
-    dense_by_loop,
-    device_of,
-    rms,
-    seeded,
-    skip_where_refused,
-)
+from helpers import MASK_CASES, ErrorRatios, MaskCase, as_near, backends_of, dense_by_loop, device_of, rms, seeded
 from linear_cases import backend_result, dense_result, inputs
 
 from g2g_kernels import g2g_linear
@@ -77,7 +65,7 @@ def test_spikes_in_bytes_are_those_in_floats(backend):
 def test_no_samples(backend):
     mask = MASK_CASES["ten outputs"].mask()
     x, values, bias = inputs(mask, 0)
-    with skip_where_refused():
+    with helpers.skip_where_refused():
         results = backend_result(mask, x, values, bias, torch.zeros(0, mask.shape[0]), backend)
     assert results["output"].shape == (0, mask.shape[0])
     assert results["values.grad"].shape == values.shape
@@ -143,42 +131,7 @@ def test_a_mask_is_read_at_each_call(backend):
 
 @every_backend
 def test_autocast_to_bfloat16(backend):
-    """Weights stay float32 and get float32 gradients; the product is bfloat16, of operands rounded to bfloat16."""
-    ratios = ErrorRatios()
-    for case in MASK_CASES.values():
-        mask = case.mask()
-        x, values, bias = inputs(mask, 37)
-        # operands that bfloat16 holds exactly, so that the float64 result needs no rounding of its own
-        x, values, bias = (tensor.bfloat16().float() for tensor in (x, values, bias))
-        grad_output = torch.randn(37, mask.shape[0], generator=seeded(4)).bfloat16().float()
-        exact = dense_result(mask, x, values, bias, grad_output)
-        results = {}
-        for name in ("torch", backend):
-            with torch.autocast(device_of(name), torch.bfloat16):
-                results[name] = backend_result(mask, x, values, bias, grad_output, name)
-        assert results[backend]["output"].dtype == torch.bfloat16
-        assert results[backend]["values.grad"].dtype == torch.float32
-        for name, actual in results[backend].items():
-            ratios.add(name, actual, results["torch"][name], exact[name])
-            # bfloat16 keeps 8 bits: 2⁻⁹ relative for each rounding of a result
-            assert rms(actual - exact[name]) <= 2**-8 * rms(exact[name]), name
-    ratios.check(cases=len(MASK_CASES))
-
-
-@pytest.mark.parametrize(
-    "case",
-    [(6, 4, 2, "index", "index", 2), (5, 7, 3, "random", "interleaved", 2), (4, 3, 1, "index", "index", 1)],
-    ids=["whole units", "clipped units", "single weights"],
-)
-def test_gradcheck(case):
-    mask = MaskCase(*case).mask()
-    tensors = [tensor.double().requires_grad_() for tensor in inputs(mask, 3)]
-
-    def function(x, values, bias, backend=None):
-        return g2g_linear(x, values, mask, bias, backend=backend)
-
-    assert torch.autograd.gradcheck(function, tensors)
-    assert torch.autograd.gradgradcheck(functools.partial(function, backend="torch"), tensors)
+    linear_cases.check_autocast([case.mask() for case in MASK_CASES.values()], 37, torch.bfloat16, backend)
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,7 @@ MOST = 4  # of learned delays
 class Case:
     """The tensors of a graph, and its layers of them."""
 
-    def __init__(
-        self, name: str, kinds: tuple[str, ...], block_size: int, model: str, dropped: bool, started: bool, samples=5
-    ) -> None:
+    def __init__(self, name, kinds, block_size: int, model: str, dropped: bool, started: bool, samples=5) -> None:
         draw, self.leaves = seeded(3), {}
         self.connections = GRAPHS[name]
         self.model, self.dropped, self.started = model, dropped, started
@@ -38,10 +36,8 @@ class Case:
         for (population, size), kind in zip(SIZES.items(), kinds, strict=True):
             layouts[population] = GroupLayout(size, 3, kind=kind, generator=draw)
             for number, parameter in enumerate(MODELS[model].parameters):
-                low = 0.7 if parameter in MODELS[model].decays else 0.3
-                self.leaves[f"{population}.{parameter}"] = (
-                    low + torch.rand(size if number % 2 else 1, generator=draw) / 4
-                )
+                drawn = torch.rand(size if number % 2 else 1, generator=draw) / 4
+                self.leaves[f"{population}.{parameter}"] = drawn + (0.7 if parameter in MODELS[model].decays else 0.3)
             if started:
                 states = len(MODELS[model].states)
                 self.leaves[f"{population}.state"] = torch.randn(states, samples, size, generator=draw) / 2
@@ -49,16 +45,13 @@ class Case:
         for number, (source, target, delay) in enumerate(self.connections):
             # other groups than those of the source's own connections, as in a layer of a Mixer network
             cols = GroupLayout(layouts[source].size, 2, "interleaved") if number % 3 == 2 else layouts[source]
-            self.masks.append(
-                BlockMask.sample(layouts[target], cols, p_inter=0.4, block_size=block_size, generator=draw)
-            )
-            self.leaves[f"values{number}"] = packed_randn(self.masks[-1], number) * 0.5
-            self.leaves[f"bias{number}"] = torch.rand(layouts[target].size, generator=draw) / 10
-            size = layouts[source].size
-            if delay == 0:
-                self.delays.append(None)
-            elif isinstance(delay, int):
-                self.delays.append(Delay(delay, delay))
+            mask = BlockMask.sample(layouts[target], cols, p_inter=0.4, block_size=block_size, generator=draw)
+            self.masks.append(mask)
+            self.leaves[f"values{number}"] = packed_randn(mask, number) * 0.5
+            self.leaves[f"bias{number}"] = torch.rand(mask.shape[0], generator=draw) / 10
+            size = mask.shape[1]
+            if isinstance(delay, int):
+                self.delays.append(Delay(delay, delay) if delay else None)
             elif delay[0] == "learned":
                 self.leaves[f"learned{number}"] = torch.rand(size, generator=draw) * (MOST + 2) - 1
                 self.delays.append(Delay(delay[1], MOST))
@@ -69,10 +62,9 @@ class Case:
         self.leaves["x"] = torch.rand(T, samples, INPUTS, generator=draw) * 2
         self.leaves["before"] = torch.rand(reach, samples, INPUTS, generator=draw)
         self.silent = {name: torch.rand(samples, size, generator=draw) < 0.2 for name, size in SIZES.items()}
-        for name, size in SIZES.items():
-            if started:
-                sent = (torch.rand(reach, samples, size, generator=draw) < 0.3).float()
-                self.leaves[f"{name}.sent"] = sent * ~self.silent[name] if dropped else sent
+        for name, size in SIZES.items() if started else ():
+            sent = (torch.rand(reach, samples, size, generator=draw) < 0.3).float()
+            self.leaves[f"{name}.sent"] = sent * ~self.silent[name] if dropped else sent
 
     def layers(self, leaves: dict[str, torch.Tensor], **options: str) -> list[SpikingLayer]:
         names = list(SIZES)
@@ -90,15 +82,12 @@ class Case:
                 bias = leaves[f"bias{number}"] if number % 2 else None
                 reaching.append(Connection(leaves[f"values{number}"], self.masks[number], place[source], delay, bias))
             first, *more = reaching
-            parameters = tuple([leaves[f"{name}.{parameter}"] for parameter in MODELS[self.model].parameters])
-            layers.append(
-                SpikingLayer(
-                    first.values, first.mask, first.bias, Neurons(self.model, parameters, **options),
-                    self.silent[name] if self.dropped and name != "out" else None,
-                    leaves.get(f"{name}.state"), source=first.source, delay=first.delay, more=tuple(more),
-                    sent=leaves.get(f"{name}.sent"),
-                )
-            )  # fmt: skip
+            own = tuple([leaves[f"{name}.{parameter}"] for parameter in MODELS[self.model].parameters])
+            weights = first.values, first.mask, first.bias, Neurons(self.model, own, **options)
+            dropped = self.silent[name] if self.dropped and name != "out" else None
+            kept = {"state": leaves.get(f"{name}.state"), "sent": leaves.get(f"{name}.sent")}
+            rest = {"source": first.source, "delay": first.delay, "more": tuple(more)}
+            layers.append(SpikingLayer(*weights, dropped, **kept, **rest))
         return layers
 
 
@@ -131,9 +120,8 @@ def compare(case: Case, held: bool, threads: int, **options: str) -> dict[str, t
     assert 0.01 < found["torch"]["spikes of 0"].mean() < 0.9
     assert found["cpu"].keys() == found["torch"].keys()
     for key, expected in found["torch"].items():
-        torch.testing.assert_close(
-            found["cpu"][key].double(), expected.double(), rtol=1e-4, atol=2e-5 * float(expected.abs().max()), msg=key
-        )
+        near = {"rtol": 1e-4, "atol": 2e-5 * float(expected.abs().max())}
+        torch.testing.assert_close(found["cpu"][key].double(), expected.double(), **near, msg=key)
     return found["cpu"]
 
 
@@ -143,19 +131,17 @@ def compare(case: Case, held: bool, threads: int, **options: str) -> dict[str, t
     dropped=(False, True), started=(False, True), held=(False, True), threads=(1, 2),
 )  # fmt: skip
 def test_graphs_of_any_kind(
-    name, kinds, block_size, model, reset, surrogate, dropped, started, held, threads, poisoned, monkeypatch
+    name, kinds, block_size, model, reset, surrogate, dropped, started, held, threads, poisoned
 ):
-    case = Case(name, kinds, block_size, model, dropped, started)
-    compare(case, held, threads, reset=reset, surrogate=surrogate)
+    compare(Case(name, kinds, block_size, model, dropped, started), held, threads, reset=reset, surrogate=surrogate)
 
 
 @pytest.mark.parametrize("name", ["skips", "learned", "fast feedback"])
 def test_threads_with_samples_of_their_own_change_no_bit(name, poisoned):
     """130 samples are two chunks: two threads have one each, three share both. Forward, 16 of a block are a task."""
     case = Case(name, ("index",) * 3, 16, "lif", True, True, 130)
-    first, *others = [compare(case, False, threads) for threads in (1, 2, 3)]
-    for found in others:
-        torch.testing.assert_close(found, first, rtol=0, atol=0)
+    first, *others = (compare(case, False, threads) for threads in (1, 2, 3))
+    torch.testing.assert_close(others, [first] * 2, rtol=0, atol=0)
 
 
 def test_autocast_computes_what_float32_does():
@@ -173,9 +159,8 @@ def test_autocast_computes_what_float32_does():
     assert torch.equal(found[1]["counts"], found[0]["counts"])
     assert found[0]["counts"].any()
     for name, expected in found[0].items():
-        torch.testing.assert_close(
-            found[1][name], expected, rtol=0.02, atol=0.02 * float(expected.abs().max()), msg=name
-        )
+        near = {"rtol": 0.02, "atol": 0.02 * float(expected.abs().max())}
+        torch.testing.assert_close(found[1][name], expected, **near, msg=name)
 
 
 @pytest.fixture

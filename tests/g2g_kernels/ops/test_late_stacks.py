@@ -43,22 +43,16 @@ def late_chain(groups: tuple[str, str], block_size: int, most: int, recurrent: b
     def layers_of(leaves, dtype):
         layers = []
         for number, mask in enumerate(masks):
-            delay = None
+            learned, hidden = leaves.get(f"delay{number}"), number < 2
+            population = Neurons("lif", (torch.tensor([0.9], dtype=dtype), leaves[f"theta{number}"]))
+            layer = SpikingLayer(leaves[f"values{number}"], mask, None, population, state=leaves.get(f"state{number}"))
             if number:
-                learned = leaves[f"delay{number}"]
-                delay = Delay(0, most, learned.detach().clamp(0, most).round().long(), learned)
-            hidden = number < 2
-            layers.append(
-                SpikingLayer(
-                    leaves[f"values{number}"], mask, None,
-                    Neurons("lif", (torch.tensor([0.9], dtype=dtype), leaves[f"theta{number}"])),
-                    silent[number] if dropped and hidden else None,
-                    leaves.get(f"state{number}"),
-                    Recurrent(leaves["recurrent"], own) if recurrent and not number else None,
-                    delay=delay,
-                    sent=before[number].to(dtype) if started and hidden else None,
-                )
-            )  # fmt: skip
+                layer = layer._replace(delay=Delay(0, most, learned.detach().clamp(0, most).round().long(), learned))
+            elif recurrent:
+                layer = layer._replace(recurrent=Recurrent(leaves["recurrent"], own))
+            if started and hidden:
+                layer = layer._replace(sent=before[number].to(dtype))
+            layers.append(layer._replace(dropped=silent[number]) if dropped and hidden else layer)
         return layers
 
     return leaves, layers_of
@@ -85,6 +79,5 @@ def test_learned_delays_of_the_fused_kernels(groups, block_size, most, recurrent
         found[backend] |= {"counts": activity.counts.detach(), "spikes": activity.spikes[1].dense()}
     assert any(found["torch"][name].any() for name in ("delay1", "delay2"))
     for name, expected in found["torch"].items():
-        torch.testing.assert_close(
-            found["cpu"][name].double(), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()), msg=name
-        )
+        near = {"rtol": 1e-4, "atol": 1e-5 * float(expected.abs().max())}
+        torch.testing.assert_close(found["cpu"][name].double(), expected, **near, msg=name)

@@ -4,11 +4,10 @@ import itertools
 from collections.abc import Callable
 
 import pytest
-import snntorch
 import torch
 from covering import every_pair, of_today
 from helpers import ErrorRatios, device_of, rms, seeded
-from neuron_cases import BACKENDS, SNNTORCH, currents, every_backend, every_reset, output_weights
+from neuron_cases import BACKENDS, SNNTORCH, by_snntorch, currents, every_backend, every_reset, output_weights
 from stack_cases import Stack, loss, results, stacks_on
 
 from g2g_kernels import Neurons, adlif_step, g2g_stack, lif_step, neurons, synaptic_step
@@ -44,18 +43,10 @@ def drawn(model: str, per_neuron: bool, held: bool, from_state: bool, seed: int 
     return {name: tensor.float().double() for name, tensor in tensors.items()}
 
 
-class Spike(torch.autograd.Function):
+def spike(x: torch.Tensor, surrogate: str, alpha: float) -> torch.Tensor:
     """1[x > 0], whose derivative is the surrogate's."""
-
-    @staticmethod
-    def forward(ctx, x, surrogate, alpha):
-        ctx.save_for_backward(x)
-        ctx.derivative, ctx.alpha = SURROGATES[surrogate].derivative, alpha
-        return (x > 0).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad * ctx.derivative(ctx.saved_tensors[0], ctx.alpha), None, None
+    smooth = SURROGATES[surrogate].primitive(x, alpha)
+    return (x > 0).to(x.dtype) + (smooth - smooth.detach())
 
 
 def by_loop(model: str, reset: str, surrogate: str, alpha: float) -> Callable:
@@ -66,7 +57,7 @@ def by_loop(model: str, reset: str, surrogate: str, alpha: float) -> Callable:
         beta, threshold = own["beta"], own["threshold"]
         zeros = torch.zeros(len(MODELS[model].states), B, N, dtype=current.dtype)
         *other, membrane = zeros if state is None else state
-        spiked = zeros[-1] if state is None else Spike.apply(membrane - threshold, surrogate, alpha)
+        spiked = zeros[-1] if state is None else spike(membrane - threshold, surrogate, alpha)
         spikes = []
         for t in range(T):
             now, fired = current if current.dim() == 2 else current[t], (spiked > 0.5).to(current.dtype)
@@ -81,7 +72,7 @@ def by_loop(model: str, reset: str, surrogate: str, alpha: float) -> Callable:
                 membrane = beta * kept * membrane + now
             if reset == "subtract":
                 membrane = membrane - threshold * fired
-            spiked = Spike.apply(membrane - threshold, surrogate, alpha)
+            spiked = spike(membrane - threshold, surrogate, alpha)
             spikes.append(spiked)
         return torch.stack(spikes), torch.stack([*other, membrane])
 
@@ -116,9 +107,6 @@ def assert_near(actual: Tensors, expected: Tensors, bound: float) -> None:
         assert rms(actual[name] - exact) <= bound * rms(exact), name
 
 
-# --- the formulas -------------------------------------------------------------------------------------------------
-
-
 @every_pair(**KINDS, **OPTIONS)
 def test_gradients_equal_those_of_a_plain_loop_in_float64(model, reset, surrogate, per_neuron, held, from_state):
     tensors = drawn(model, per_neuron, held, from_state)
@@ -130,25 +118,8 @@ def test_gradients_equal_those_of_a_plain_loop_in_float64(model, reset, surrogat
 def test_synaptic_gradients_equal_snntorch_in_float64(reset, surrogate, held, per_neuron):
     """Spikes identical; everything else is float64 in snnTorch too, so only float64 rounding separates the two."""
     tensors = drawn("synaptic", per_neuron, held, False)
-    expected = outcome(by_snntorch(reset, SNNTORCH[surrogate](2.0)), tensors)
+    expected = outcome(by_snntorch(reset, SNNTORCH[surrogate](2.0), T if held else None), tensors)
     assert_near(outcome(on("torch", "synaptic", reset, surrogate), tensors), expected, 1e-11)
-
-
-def by_snntorch(reset: str, spike_grad) -> Callable:
-    """The loop over time that snnTorch's users write."""
-
-    def run(current, syn_decay, beta, threshold, state=None):
-        neuron = snntorch.Synaptic(
-            alpha=syn_decay, beta=beta, threshold=threshold, spike_grad=spike_grad, reset_mechanism=reset
-        )
-        states = torch.zeros(2, B, N, dtype=current.dtype).unbind()
-        spikes = []
-        for t in range(T):
-            spike, *states = neuron(current if current.dim() == 2 else current[t], *states)
-            spikes.append(spike)
-        return torch.stack(spikes).to(current.dtype), torch.stack(states)
-
-    return run
 
 
 @every_reset
@@ -156,7 +127,7 @@ def by_snntorch(reset: str, spike_grad) -> Callable:
 def test_synaptic_spikes_equal_snntorch_in_float32(backend, reset):
     """To the last bit: the same operations in the same order."""
     tensors = [tensor.float() for tensor in drawn("synaptic", True, False, False, seed=3).values()]
-    assert torch.equal(on(backend, "synaptic", reset, "atan")(*tensors)[0], by_snntorch(reset, None)(*tensors)[0])
+    assert torch.equal(on(backend, "synaptic", reset, "atan")(*tensors)[0], by_snntorch(reset)(*tensors)[0])
 
 
 @every_pair(model=MODELS, reset=RESETS, surrogate=SURROGATES, per_neuron=BOTH, from_state=BOTH)
@@ -218,10 +189,11 @@ def test_the_spike_before_a_run_without_a_state_is_a_constant(backend):
     assert grads == [0, -0.5 * 0.25]
 
 
-@every_pair(model=SEVERAL, backend=BACKENDS)
+@every_pair(model=MODELS, backend=BACKENDS)
 def test_decays_are_clamped_and_the_other_parameters_are_free(model, backend):
     tensors = {name: tensor.float() for name, tensor in drawn(model, True, False, False).items()}
-    decays = dict(zip(PARAMETERS[model], ([-0.3, 0.2, 1.2, 0.5, 0.5, 0.5, 0.5], [0.5, 0.5, 0.5, -0.3, 0.2, 1.2, 0.5])))  # noqa: B905
+    ranges = [-0.3, 0.2, 1.2, 0.0, 1.0, 0.5, 0.5], [0.5, 0.5, 0.5, -0.3, 0.2, 1.2, 0.5]
+    decays = dict(zip(MODELS[model].decays, ranges, strict=False))
     free = {"a": [0.1, -0.1, 0.0, 0.2, 0.1, 0.3, -0.2], "b": [-0.5, 2.0, 0.0, 0.2, 0.1, 0.3, -0.2]}
     free = {name: value for name, value in free.items() if name in tensors}
     tensors |= {name: torch.tensor(value) for name, value in {**decays, **free}.items()}
@@ -231,9 +203,6 @@ def test_decays_are_clamped_and_the_other_parameters_are_free(model, backend):
     assert all(found[name].all() for name in free)
     inside = tensors | {name: tensors[name].clamp(0, 1) for name in decays}
     assert torch.equal(found["spikes"], outcome(on(backend, model, "subtract", "atan"), inside)["spikes"])
-
-
-# --- every backend ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
@@ -259,13 +228,9 @@ def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(model, backend):
     ratios.check(len(cases))
 
 
-# --- in stacks ----------------------------------------------------------------------------------------------------
-
-
 def with_models(stack: Stack, models: tuple[str, ...], seed: int, states: bool) -> Stack:
     """The stack with the parameters, and states, of layers of these models."""
-    draw = seeded(seed)
-    least = {"syn_decay": 0.3, "adapt_decay": 0.6, "a": 0.0, "b": 0.05}
+    draw, least = seeded(seed), {"syn_decay": 0.3, "adapt_decay": 0.6, "a": 0.0, "b": 0.05}
     for k, model in enumerate(models):
         size = stack.masks[k].shape[0]
         for name in set(MODELS[model].parameters) & set(least):
@@ -276,18 +241,16 @@ def with_models(stack: Stack, models: tuple[str, ...], seed: int, states: bool) 
 
 
 def run_stack(
-    stack: Stack, models: tuple[str, ...], dtype: torch.dtype, backend: str, first: str = "subtract",
-    chunk: int | None = None,
-) -> Tensors:  # fmt: skip
+    stack: Stack, models: tuple[str, ...], dtype: torch.dtype, backend: str, first: str = "subtract", chunk=None
+) -> Tensors:
     """Results of a stack whose layers have resets, from the first one on, and surrogates of their own."""
     leaves = stack.leaves(dtype, device_of(backend))
     layers = stack.layers(leaves)
     for k, model in enumerate(models):
         own = tuple(leaves[f"{name}{k}"] for name in MODELS[model].parameters)
         reset, surrogate = RESETS[(RESETS.index(first) + k) % 3], ("triangle", "atan", "fast_sigmoid")[k]
-        layers[k] = layers[k]._replace(
-            population=Neurons(model, own, reset, surrogate, 1.5), state=leaves.get(f"state{k}")
-        )
+        population = Neurons(model, own, reset, surrogate, 1.5)
+        layers[k] = layers[k]._replace(population=population, state=leaves.get(f"state{k}"))
     activity = g2g_stack(leaves["x"], layers, stack.steps, backend=backend, chunk=chunk)
     states = sum((state * torch.randn(state.shape, generator=seeded(4)).to(state)).sum() for state in activity.states)
     (loss(activity.counts, activity.rates) + states).backward()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import MaskCase, device_of, seeded
 from linear_cases import backend_result, inputs
-from stack_cases import SMALL_STACKS, Stack
+from stack_cases import MIXER, SIZES, SMALL_STACKS, Stack, chain
 
 from g2g_kernels import available_backends, g2g_linear
 
@@ -14,11 +14,7 @@ MASKS = {
     "units of 16": MaskCase(37, 45, 2, "interleaved", "index", 16),
     "ten outputs": MaskCase(10, 23, 4, "index", "index", 3),
 }
-STACKS_OF_UNITS = {
-    "units of 16": (MaskCase(38, 21, 2, "index", "index", 16), MaskCase(26, 38, 2, "interleaved", "interleaved", 16),
-                    MaskCase(10, 26, 2, "index", "index", 16)),
-    "units of 4": SMALL_STACKS["ragged index"],
-}  # fmt: skip
+STACKS_OF_UNITS = {"units of 16": chain(SIZES, 2, 16, *MIXER), "units of 4": SMALL_STACKS["ragged index"]}
 
 
 def with_nan_in_padding(values, mask):
@@ -76,10 +72,3 @@ def test_a_stack_and_its_gradients(cases, way, backend, monkeypatch):
     assert any(mask.has_padding for mask in stack.masks)
     torch.testing.assert_close(stack.run(torch.float32, backend), clean, rtol=0, atol=0)
     assert clean["spikes2"].any()
-
-
-def test_packing_and_unpacking():
-    mask = MASKS["units of 16"].mask()
-    values = torch.randn(mask.num_units, *mask.unit_shape, generator=seeded(0))
-    assert torch.equal(mask.unpack(with_nan_in_padding(values, mask)), mask.unpack(values))
-    assert not mask.pack(torch.ones(mask.shape))[~mask.valid()].any()

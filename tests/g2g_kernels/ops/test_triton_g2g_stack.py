@@ -7,23 +7,12 @@ import math
 from collections.abc import Callable, Iterator
 
 import pytest
+import stack_cases
 import torch
 from helpers import ErrorRatios, MaskCase, device_of, lif_layer, rms, seeded
-from stack_cases import (
-    STACKS,
-    Stack,
-    check_compact,
-    check_one_output,
-    clear_of_thresholds,
-    clear_stack,
-    clear_stacks,
-    loss,
-    results,
-    rounded,
-    stacks_on,
-)
+from stack_cases import MIXER, SIZES, STACKS, Stack, chain, clear_of_thresholds, clear_stack, loss, results, rounded
 
-from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
+from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack, lif
 from g2g_kernels.ops.g2g_stack.call import StackCall
 from g2g_kernels.ops.g2g_stack.layer import Recurrent
 from g2g_kernels.ops.neurons import MODELS, RESETS
@@ -32,17 +21,15 @@ from g2g_kernels.ops.record import Backward, opened
 from g2g_kernels.triton import runtime
 from g2gnet import G2GNet
 
+if runtime.unavailable() is None:
+    from g2g_kernels.ops.g2g_linear import tiles
+    from g2g_kernels.ops.g2g_stack import triton
+
 pytestmark = pytest.mark.skipif(runtime.unavailable() is not None, reason=str(runtime.unavailable()))
 
-STACKS_OF_UNITS = [
-    (MaskCase(38, 21, 2, "index", "index", 16), MaskCase(26, 38, 2, "interleaved", "interleaved", 16),
-     MaskCase(10, 26, 2, "index", "index", 16)),
-    STACKS["one unit a group"],
-    # in order and whole, which is what can be fused
-    (MaskCase(32, 21, 2, "index", "index", 16), MaskCase(48, 32, 1, "index", "index", 16),
-     MaskCase(32, 48, 1, "index", "index", 16)),
-]  # fmt: skip
-IN_ORDER = STACKS_OF_UNITS[2]
+#: in order and whole, which is what can be fused
+IN_ORDER = (*chain((21, 32), 2, 16, "index index"), *chain((32, 48, 32), 1, 16, "index index"))
+STACKS_OF_UNITS = [chain(SIZES, 2, 16, *MIXER), STACKS["one unit a group"], IN_ORDER]
 
 
 def stacks_of(way: str) -> list[tuple[MaskCase, ...]]:
@@ -60,9 +47,6 @@ FEW, AT_MOST = 4, 2
 @pytest.fixture(autouse=True)
 def pairs() -> Iterator[None]:
     """Runs products by units, and every layer as a pair of kernels unless told otherwise."""
-    from g2g_kernels.ops.g2g_linear import tiles
-    from g2g_kernels.ops.g2g_stack import triton
-
     with triton.choose(fused=False), tiles.choose(dense=False):
         yield
 
@@ -70,8 +54,6 @@ def pairs() -> Iterator[None]:
 @pytest.fixture(params=["pair", "fused"])
 def way(request) -> Iterator[str]:
     """Runs what can be fused as a pair of kernels, or fused into one."""
-    from g2g_kernels.ops.g2g_stack import triton
-
     with triton.choose(request.param == "fused"):
         yield request.param
 
@@ -110,8 +92,8 @@ def first_alike(draws: Iterator[Stack]) -> tuple[Stack, dict[str, torch.Tensor],
     return stack, exact, plain
 
 
-def exact_in(dtype: torch.dtype, cases, steps: int | None) -> Stack:
-    draws = (rounded(Stack(cases, steps, seed=1000 * k), dtype) for k in range(20))
+def exact_in(dtype: torch.dtype, cases, steps: int | None, dropout: float = 0.0) -> Stack:
+    draws = (rounded(Stack(cases, steps, dropout=dropout, seed=1000 * k), dtype) for k in range(20))
     return next(stack for stack in draws if clear_of_thresholds(stack, "subtract"))
 
 
@@ -121,12 +103,23 @@ every_half = pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype)
 
 
 @every_half
-@pytest.mark.parametrize("steps", [None, T], ids=["varying", "held"])
-def test_16_bits(way, steps, dtype):
+@pytest.mark.parametrize(
+    ("steps", "dropout"), [(None, 0.0), (T, 0.0), (None, 0.3)], ids=["varying", "held", "dropped neurons"]
+)
+def test_16_bits(way, steps, dropout, dtype):
     ratios = ErrorRatios()
     for cases in stacks_of(way):
-        compare(ratios, exact_in(dtype, cases, steps), dtype)
+        compare(ratios, exact_in(dtype, cases, steps, dropout), dtype)
     ratios.check(cases=len(stacks_of(way)))
+
+
+def beside_plain(dtype: torch.dtype, run: Callable[[torch.dtype, str], dict]) -> list[dict[str, torch.Tensor]]:
+    """What a run gives in float64, and under autocast in plain PyTorch and in Triton."""
+    found = [run(torch.float64, "torch")]
+    for backend in ("torch", "triton"):
+        with torch.autocast(device_of(backend), dtype):
+            found.append(run(torch.float32, backend))
+    return found
 
 
 @every_half
@@ -134,17 +127,12 @@ def test_autocast(way, dtype):
     """float32 parameters get float32 gradients; counts and rates are float32."""
     ratios = ErrorRatios()
     for cases, steps in itertools.product(stacks_of(way), (None, T)):
-        stack = exact_in(dtype, cases, steps)
-        exact = stack.run(torch.float64, "torch")
-        results = {}
-        for name in ("torch", "triton"):
-            with torch.autocast(device_of(name), dtype):
-                results[name] = stack.run(torch.float32, name)
-        for name, actual in results["triton"].items():
+        exact, plain, found = beside_plain(dtype, exact_in(dtype, cases, steps).run)
+        for name, actual in found.items():
             if name.startswith(("spikes", "counts")):
                 assert torch.equal(actual.double(), exact[name]), name
             else:
-                ratios.add(name, actual, results["torch"][name], exact[name])
+                ratios.add(name, actual, plain[name], exact[name])
     ratios.check(cases=2 * len(stacks_of(way)))
 
 
@@ -159,8 +147,6 @@ def between(stack: Stack) -> Stack:
 @every_half
 def test_a_fused_layer_with_every_reset_and_surrogate(dtype):
     """Of segments that are full or not, and of more samples than a tile."""
-    from g2g_kernels.ops.g2g_stack import triton
-
     ratios = ErrorRatios()
     sizes, resets = itertools.cycle([(2, 5), (3, 67), (11, 3)]), itertools.cycle(RESETS)
     with triton.choose(fused=True):
@@ -177,12 +163,11 @@ def test_a_fused_layer_with_every_reset_and_surrogate(dtype):
     [("triangle", 2e5, None, 5), ("boxcar", 0.01, None, 5), ("triangle", 2.0, 1, 3)],
 )
 def test_from_no_neuron_that_passes_a_gradient_on_to_all(surrogate, alpha, steps, batch):
-    check_compact("triton", stacks_on("triton")["ragged index"], surrogate, alpha, steps, batch)
+    stack_cases.check_compact("triton", stack_cases.stacks_on("triton")["ragged index"], surrogate, alpha, steps, batch)
 
 
 #: units of 64, groups of 98 inputs and 2 outputs: what the kernels of the default network are compiled for
-DEFAULT = (MaskCase(128, 196, 2, "index", "index", 64), MaskCase(128, 128, 2, "index", "index", 64),
-           MaskCase(4, 128, 2, "index", "index", 64))  # fmt: skip
+DEFAULT = chain((196, 128, 128, 4), 2, 64, "index index")
 
 
 @pytest.mark.passes
@@ -190,13 +175,9 @@ DEFAULT = (MaskCase(128, 196, 2, "index", "index", 64), MaskCase(128, 128, 2, "i
 def test_the_kernels_of_a_default_step(way):
     """Two segments of ten steps; tiles of samples that are not full."""
     draws = (rounded(Stack(DEFAULT, 20, per_neuron=False, seed=k, batch=48), torch.bfloat16) for k in range(20))
-    stack, exact, _ = first_alike(draws)
-    results = {}
-    for name in ("torch", "triton"):
-        with torch.autocast(device_of(name), torch.bfloat16):
-            results[name] = stack.run(torch.float32, name)
+    exact, *found = beside_plain(torch.bfloat16, first_alike(draws)[0].run)
     for name, expected in exact.items():
-        actual, plain = (results[backend][name] for backend in ("triton", "torch"))
+        plain, actual = (each[name] for each in found)
         if name.startswith(("spikes", "counts")):
             assert torch.equal(actual.double(), expected), name
             assert expected.any(), name
@@ -227,58 +208,16 @@ def test_numbers_of_steps(steps):
 def test_other_stacks(steps, options):
     """A tile of a product has 128 samples, one of a fused layer 64."""
     ratios = ErrorRatios()
-    for stack in itertools.islice(clear_stacks(STACKS_OF_UNITS[0], steps, **options), FEW):
+    for stack in itertools.islice(stack_cases.clear_stacks(STACKS_OF_UNITS[0], steps, **options), FEW):
         assert options.get("bias", True) == any(name.startswith("bias") for name in stack.tensors)
         compare(ratios, stack)
     ratios.check(cases=FEW, at_most=AT_MOST)
 
 
-def test_single_weights():
-    """Dense products with stored zeros, as pairs."""
-    from g2g_kernels.ops.g2g_linear import tiles
-
+def check_fused(dtype: torch.dtype, run: Callable[[torch.dtype, str], dict]) -> None:
     ratios = ErrorRatios()
-    with tiles.choose(dense=True):
-        for stack in itertools.islice(clear_stacks(STACKS["random single weights"], SHORT), FEW):
-            compare(ratios, stack)
-    ratios.check(cases=FEW, at_most=AT_MOST)
-
-
-@every_half
-def test_dropped_neurons_in_16_bits(way, dtype):
-    ratios = ErrorRatios()
-    for cases in stacks_of(way):
-        draws = (rounded(Stack(cases, None, dropout=0.3, seed=1000 * k), dtype) for k in range(20))
-        stack = next(stack for stack in draws if clear_of_thresholds(stack, "subtract"))
-        compare(ratios, stack, dtype)
-    ratios.check(cases=len(stacks_of(way)))
-
-
-def beside_plain(dtype: torch.dtype, run: Callable[[torch.dtype, str], dict]) -> list[dict[str, torch.Tensor]]:
-    """What a run gives in float64, under autocast in plain PyTorch, and under autocast with fused layers."""
-    from g2g_kernels.ops.g2g_stack import triton
-
     with triton.choose(fused=True):
-        exact, found = run(torch.float64, "torch"), []
-        for backend in ("torch", "triton"):
-            with torch.autocast(device_of(backend), dtype):
-                found.append(run(torch.float32, backend))
-    return [exact, *found]
-
-
-@every_half
-def test_a_fused_layer_of_infinite_threshold(dtype):
-    """The gradient of its last states is that of an integrator, whose membrane 16 bits of U − θ could not have."""
-    stack, ratios = rounded(Stack(IN_ORDER, None, batch=3), dtype), ErrorRatios()
-    stack.tensors["threshold1"] = torch.full((48,), math.inf)
-
-    def run(of: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
-        leaves = stack.leaves(of, device_of(backend))
-        last = g2g_stack(leaves["x"], stack.layers(leaves), backend=backend).states[1]
-        (last * torch.randn(last.shape, generator=seeded(3)).to(last)).sum().backward()
-        return {name: leaves[name].grad.cpu() for name in ("x", "values1", "bias1", "beta1")}
-
-    exact, *found = beside_plain(dtype, run)
+        exact, *found = beside_plain(dtype, run)
     for name, expected in exact.items():
         assert rms(expected) > 0
         plain, actual = (each[name].to(dtype) for each in found)
@@ -287,27 +226,35 @@ def test_a_fused_layer_of_infinite_threshold(dtype):
 
 
 @every_half
+def test_a_fused_layer_of_infinite_threshold(dtype):
+    """The gradient of its last states is that of an integrator, whose membrane 16 bits of U − θ could not have."""
+    stack = rounded(Stack(IN_ORDER, None, batch=3), dtype)
+    stack.tensors["threshold1"] = torch.full((48,), math.inf)
+
+    def run(of: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
+        leaves = stack.leaves(of, device_of(backend))
+        last = g2g_stack(leaves["x"], stack.layers(leaves), backend=backend).states[1]
+        (last * torch.randn(last.shape, generator=seeded(3)).to(last)).sum().backward()
+        return {name: leaves[name].grad.cpu() for name in ("x", "values1", "bias1", "beta1")}
+
+    check_fused(dtype, run)
+
+
+@every_half
 @pytest.mark.parametrize("threshold", [10.0, 100.0])
 def test_a_fused_layer_near_a_large_threshold(dtype, threshold):
     """σ'(U − θ) is as exact as for θ = 1: 16 bits of U would not have U − θ."""
     mask, draw = BlockMask.full(GroupLayout(16, 1), GroupLayout(16, 1), 16), seeded(0)
     x = (torch.rand(3, 4, 16, generator=draw) > 0.5).float()
-    weights = ((torch.randn(2, 1, 16, 16, generator=draw) * 16).round() / 128) * torch.tensor([10.0, 1.0]).view(
-        2, 1, 1, 1
-    )
-    near, ratios = threshold + torch.linspace(-1, 1, 64).view(1, 4, 16), ErrorRatios()
+    first, second = (torch.randn(2, 1, 16, 16, generator=draw) * 16).round() / 128
+    near = threshold + torch.linspace(-1, 1, 64).view(1, 4, 16)
 
     def run(of: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device_of(backend), of, copy=True)
 
-        leaves = {
-            "first": weights[0],
-            "second": weights[1],
-            "beta": torch.ones(1),
-            "threshold": torch.tensor([threshold]),
-        }
-        leaves = {name: move(each).requires_grad_() for name, each in leaves.items()}
+        given = {"first": 10 * first, "second": second, "beta": torch.ones(1), "threshold": torch.tensor([threshold])}
+        leaves = {name: move(each).requires_grad_() for name, each in given.items()}
         own = mask.to(leaves["first"].device)
         layers = [
             lif_layer(leaves["first"], own, None, move(torch.tensor([0.5])), move(torch.tensor([0.5]))),
@@ -317,11 +264,7 @@ def test_a_fused_layer_near_a_large_threshold(dtype, threshold):
         (counts * torch.arange(16).to(counts)).sum().backward()
         return {name: each.grad.cpu() for name, each in leaves.items()}
 
-    exact, *found = beside_plain(dtype, run)
-    for name, expected in exact.items():
-        plain, actual = (each[name].to(dtype) for each in found)
-        ratios.add(name, actual, plain, expected)
-    ratios.check(cases=1)
+    check_fused(dtype, run)
 
 
 @every_half
@@ -341,7 +284,8 @@ def test_rounding_takes_no_membrane_across_its_threshold(dtype):
         counts.sum().backward()
         return {"counts": counts.detach().cpu().double(), "threshold": own.grad.cpu().double()}
 
-    exact, _, found = beside_plain(dtype, run)
+    with triton.choose(fused=True):
+        exact, _, found = beside_plain(dtype, run)
     assert exact["counts"][0, :2].tolist() == [2, 0]
     assert torch.equal(found["counts"], exact["counts"])
     torch.testing.assert_close(found["threshold"], exact["threshold"], rtol=0.01, atol=0)  # of 16 bits; R is a tenth
@@ -349,16 +293,13 @@ def test_rounding_takes_no_membrane_across_its_threshold(dtype):
 
 @pytest.mark.parametrize("used", ["counts", "rates0"])
 def test_one_output_alone(used):
-    check_one_output(STACKS_OF_UNITS[0], used, "triton")
+    stack_cases.check_one_output(STACKS_OF_UNITS[0], used, "triton")
 
 
 def test_nothing_is_kept_without_gradients():
-    device = device_of("triton")
     stack = Stack(STACKS_OF_UNITS[0], T)
     with_gradients = stack.run(torch.float32, "triton")
-    leaves = stack.leaves(torch.float32, device)
-    for mask in stack.masks:
-        mask.to(device)
+    leaves = stack.leaves(torch.float32, device_of("triton"))
     with torch.no_grad():
         activity = g2g_stack(leaves["x"], stack.layers(leaves), T, backend="triton")
     found = results(activity.counts, activity.rates, [spikes.dense() for spikes in activity.spikes], {})
@@ -371,13 +312,8 @@ def test_results_are_reproducible(way):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# --- weights on chip ----------------------------------------------------------------------------------------------
-
-
 def test_weights_on_chip_are_those_read_anew(monkeypatch):
     """In rows of units with fewer weights than fit, with as many, and with more, which read theirs in each step."""
-    from g2g_kernels.ops.g2g_stack import triton
-
     layout = GroupLayout(48, 1)
     rows, cols = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([0, 1, 2, 2, 0])  # none in the third
     draw = seeded(3)
@@ -399,9 +335,6 @@ def test_weights_on_chip_are_those_read_anew(monkeypatch):
         results.append([activity.counts, *(leaf.grad for layer in leaves for leaf in layer)])
     assert results[0][0].any()
     assert all(map(torch.equal, *results))
-
-
-# --- recurrent layers, membranes, spikes over time ----------------------------------------------------------------
 
 
 @pytest.fixture
@@ -507,10 +440,8 @@ def test_membranes_and_spikes_over_time_take_no_steps_in_turn(launched):
     for asked in (False, True):
         stack = Stack(STACKS_OF_UNITS[0], T)
         leaves = stack.leaves(torch.float32, device)
-        layers = [
-            layer._replace(mask=layer.mask.to(device), membranes=asked and number == 2)
-            for number, layer in enumerate(stack.layers(leaves))
-        ]
+        *layers, last = stack.layers(leaves)
+        layers.append(last._replace(membranes=asked))
         launched.clear()
         activity = g2g_stack(leaves["x"], layers, T, backend="triton", spikes=asked)
         total = activity.counts.sum()
@@ -522,20 +453,12 @@ def test_membranes_and_spikes_over_time_take_no_steps_in_turn(launched):
     assert sum(number for kernel, number in counted[1].items() if kernel.endswith("uint8")) >= 4
 
 
-# --- operators ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.driver
 def test_operator_registration(plain_memory):
-    from g2g_kernels.ops.g2g_stack import triton
-
     device = device_of("triton")
-    stack = Stack((MaskCase(16, 9, 1, "index", "index", 16), MaskCase(9, 16, 2, "index", "index", 16)), 2, batch=2)
+    stack = Stack(chain((9, 16, 9), 1, 16, "index index"), 2, batch=2)
     leaves = stack.leaves(torch.float32, device)
-    layers = stack.layers(leaves)
-    for mask in stack.masks:
-        mask.to(device)
-    triton.FORWARD.opcheck(StackCall.of(leaves["x"], layers, 2, torch.float32), True)
+    triton.FORWARD.opcheck(StackCall.of(leaves["x"], stack.layers(leaves), 2, torch.float32), True)
     with torch.no_grad():
         constants = {name: leaf.detach() for name, leaf in leaves.items()}
         call = StackCall.of(constants["x"], stack.layers(constants), 2, torch.float32)
@@ -550,39 +473,31 @@ def test_a_network_compiles_with_a_full_graph():
     x = torch.rand(3, 20, generator=seeded(1)).to(device)
     net = G2GNet(20, 32, 10, "mixer", 0.3, 16, T=3, num_groups=2, backend="triton", generator=seeded(0)).to(device)
     results = []
-    for run in (net.simulate, torch.compile(net.simulate, fullgraph=True, backend="aot_eager")):
+
+    def outputs(x):
+        activity = net.simulate(x)  # and a product and neurons alone
+        return activity.counts, *activity.rates, lif(net.fc1(x), 0.9, 0.3, steps=3, backend="triton")
+
+    for run in (outputs, torch.compile(outputs, fullgraph=True, backend="aot_eager")):
         net.zero_grad()
-        activity = run(x)
-        loss(activity.counts, activity.rates).backward()
-        results.append((activity.counts, *activity.rates, *(parameter.grad for parameter in net.parameters())))
+        counts, *others = run(x)
+        loss(counts, others).backward()
+        results.append((counts, *others, *(parameter.grad for parameter in net.parameters())))
     assert all(torch.equal(eager, graph) for eager, graph in zip(*results, strict=True))
 
 
 def test_what_the_kernels_cannot_serve_is_refused_with_the_reason():
-    device = device_of("triton")
-    stack = Stack(STACKS_OF_UNITS[0], T)
-    tensors = {name: tensor.to(device) for name, tensor in stack.tensors.items()}
-    for mask in stack.masks:
-        mask.to(device)
-    for x, reason in (
-        (tensors["x"].half(), r"needs x and values of one dtype \(or autocast\), not torch.float16, torch.float32"),
-        (tensors["x"][:0], "needs a batch that is not empty"),
-        (tensors["x"].double(), "needs float32, float16 or bfloat16 tensors, not torch.float64"),
+    """More elements than 32 bits count, too. Memory is not needed for that: the batch is one sample, seen often."""
+    stack = Stack(IN_ORDER, T)
+    tensors = {name: tensor.to(device_of("triton")) for name, tensor in stack.tensors.items()}
+    layers, x = stack.layers(tensors), tensors["x"]
+    most = 2**31 // 48  # of the widest layer's neurons
+    assert triton.refuses(x[:1].expand(most - 128, 21), layers, None) is None
+    for given, reason in (
+        (x.half(), r"needs x and values of one dtype \(or autocast\), not torch.float16, torch.float32"),
+        (x[:0], "needs a batch that is not empty"),
+        (x.double(), "needs float32, float16 or bfloat16 tensors, not torch.float64"),
+        (x[:1].expand(most + 1, 21), "serves fewer than 2³¹ neurons × samples per step, 128 samples at least"),
     ):
         with pytest.raises(BackendError, match=f"cannot serve this call of g2g_stack: triton: {reason}"):
-            g2g_stack(x, stack.layers(tensors), T, backend="triton")
-
-
-def test_more_elements_than_32_bits_count_are_refused():
-    """Memory is not needed for that: the batch is one sample, seen often."""
-    from g2g_kernels.ops.g2g_stack import triton
-
-    device = device_of("triton")
-    mask = BlockMask.full(GroupLayout(8, 1), GroupLayout(8, 1)).to(device)
-    beta, threshold = (torch.tensor([value], device=device) for value in (0.9, 1.0))
-    layer = lif_layer(torch.zeros(1, 8, 8, device=device), mask, None, beta, threshold)
-    x = torch.zeros(1, 1, 8, device=device)
-    assert triton.refuses(x.expand(1, 2**28 - 1, 8), [layer], None) is None
-    reason = "triton: serves fewer than 2³¹ neurons × samples per step, 128 samples at least"
-    with pytest.raises(BackendError, match=f"cannot serve this call of g2g_stack: {reason}"):
-        g2g_stack(x.expand(1, 2**28, 8), [layer], backend="triton")
+            g2g_stack(given, layers, T, backend="triton")

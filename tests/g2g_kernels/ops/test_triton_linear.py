@@ -1,8 +1,7 @@
 """g2g_linear's Triton kernels: on a GPU where there is one, else small sizes in Triton's interpreter on the CPU.
+bfloat16 is tested on a GPU only: the interpreter's bfloat16 arithmetic is wrong."""
 
-bfloat16 is tested on a GPU only: the interpreter's bfloat16 arithmetic is wrong.
-"""
-
+import contextlib
 import types
 
 import linear_cases
@@ -17,6 +16,11 @@ from g2g_kernels.mask.sides import Side
 from g2g_kernels.ops.g2g_linear.call import LinearCall
 from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton import runtime
+
+if runtime.unavailable() is None:
+    import triton_interpreter
+
+    from g2g_kernels.ops.g2g_linear import tiles, triton
 
 pytestmark = pytest.mark.skipif(runtime.unavailable() is not None, reason=str(runtime.unavailable()))
 
@@ -45,8 +49,6 @@ def sparse_mask(case: MaskCase, seed: int = 0) -> BlockMask:
 @pytest.fixture(autouse=True)
 def by_units(monkeypatch):
     """Dense weights for single weights; units for all others, whose products are too small to say what is faster."""
-    from g2g_kernels.ops.g2g_linear import triton
-
     monkeypatch.setattr(triton.Units, "dense_pays", lambda units, *_: units.rows.width == units.cols.width == 1)
 
 
@@ -60,8 +62,6 @@ def test_the_cases_are_what_they_should_be():
 @pytest.mark.parametrize("name", ["single weights", "units of 16, ragged"])
 def test_a_wider_output_than_factors_is_not_rounded_to_them(name):
     """That of a held current, by dense weights and by units: a rounding error would add up over the steps."""
-    from g2g_kernels.ops.g2g_linear import triton
-
     device = device_of("triton")
     mask = sparse_mask(CASES[name]).to(device)
     x, values, bias = (tensor.to(device) for tensor in inputs(mask, 7))
@@ -81,8 +81,6 @@ class NeverSorting(TorchDispatchMode):
 
 @every_case
 def test_the_dense_weight_is_that_of_the_mask_and_sorts_nothing(case):
-    from g2g_kernels.ops.g2g_linear import triton
-
     mask = sparse_mask(case).to(device_of("triton"))
     values = packed_randn(mask, 3).to(device_of("triton"))
     units = triton.units_of(mask.tensors(), values)
@@ -104,28 +102,23 @@ def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(dtype, kind):
         grad_output = torch.randn(samples, mask.shape[0], generator=seeded(4)).to(dtype)
         exact = dense_result(mask, x, values, bias, grad_output)
         plain = backend_result(mask, x, values, bias, grad_output, "torch")
-        for name, actual in backend_result(mask, x, values, bias, grad_output, "triton").items():
-            ratios.add(name, actual, plain[name], exact[name])
+        actual = backend_result(mask, x, values, bias, grad_output, "triton")
+        for name, tensor in actual.items():
+            ratios.add(name, tensor, plain[name], exact[name])
+        assert not actual["values.grad"][~mask.valid()].any(), "padding got a gradient"
     ratios.check(cases=len(CASES))
 
 
 @pytest.fixture
 def as_on_a_card():
     """Products as a card adds them, in the interpreter too."""
-    if runtime.interpreted():
-        from triton_interpreter import tensor_core_products
-
-        with tensor_core_products():
-            yield
-    else:
+    with triton_interpreter.tensor_core_products() if runtime.interpreted() else contextlib.nullcontext():
         yield
 
 
 @pytest.mark.parametrize(("samples", "parts", "rate"), [(2200, 2, None), (6400, 1, 0.1)])
 def test_sums_over_many_samples(samples, parts, rate, as_on_a_card, monkeypatch):
     """Parts of a weight gradient are added by a second launch; no chain of additions is as long as a part."""
-    from g2g_kernels.ops.g2g_linear import tiles
-
     monkeypatch.setattr(tiles, "_PROGRAMS", parts)
     mask, ratios = one_unit(), ErrorRatios()
     x, values, bias = inputs(mask, samples)
@@ -152,9 +145,6 @@ def test_spikes_in_bytes_are_those_in_floats(case):
     as_bytes, as_floats = (g2g_linear(each, values, mask, bias, backend="triton") for each in both)
     # tiles of bytes are deeper than those of floats, so sums are rounded elsewhere
     assert rms(as_bytes - as_floats) <= 1e-6 * rms(as_floats)
-
-
-# --- float32 by parts in bfloat16 -----------------------------------------------------------------------------------
 
 
 def test_long_sums_of_spikes(as_on_a_card):
@@ -226,15 +216,6 @@ def test_one_gradient_alone(needed):
     linear_cases.check_one_gradient_alone(sparse_mask(CASES["units of 32, ragged"]), needed, "triton")
 
 
-@every_case
-def test_the_padding_of_clipped_units_gets_no_gradient(case):
-    mask = sparse_mask(case)
-    x, values, bias = inputs(mask, 9)
-    results = backend_result(mask, x.abs(), values, bias, torch.ones(9, mask.shape[0]), "triton")
-    assert not results["values.grad"][~mask.valid()].any()
-    assert results["values.grad"][mask.valid()].all()
-
-
 @pytest.mark.parametrize("block_size", [2, 16])
 def test_rows_and_columns_without_units(block_size):
     linear_cases.check_rows_and_columns_without_units(block_size, "triton")
@@ -274,23 +255,7 @@ def test_units_relabelled_in_place_are_seen():
 
 
 def test_autocast_to_float16():
-    """Weights stay float32 and get float32 gradients; the product is float16, of operands rounded to float16."""
-    ratios = ErrorRatios()
-    for case in CASES.values():
-        mask = sparse_mask(case)
-        # operands that float16 holds exactly, so that the float64 result needs no rounding of its own
-        x, values, bias = (tensor.half().float() for tensor in inputs(mask, 9))
-        grad_output = torch.randn(9, mask.shape[0], generator=seeded(4)).half().float()
-        exact = dense_result(mask, x, values, bias, grad_output)
-        results = {}
-        for name in ("torch", "triton"):
-            with torch.autocast(device_of(name), torch.float16):
-                results[name] = backend_result(mask, x, values, bias, grad_output, name)
-        assert results["triton"]["output"].dtype == torch.float16
-        assert results["triton"]["values.grad"].dtype == torch.float32
-        for name, actual in results["triton"].items():
-            ratios.add(name, actual, results["torch"][name], exact[name])
-    ratios.check(cases=len(CASES))
+    linear_cases.check_autocast([sparse_mask(case) for case in CASES.values()], 9, torch.float16, "triton")
 
 
 @pytest.mark.parametrize(
@@ -311,8 +276,6 @@ def test_what_the_kernels_cannot_serve_is_refused_with_the_reason(to, reason):
 
 
 def test_what_offsets_of_32_bits_and_grids_do_not_reach_is_refused():
-    from g2g_kernels.ops.g2g_linear import triton
-
     x, small = torch.zeros(1, device=device_of("triton")), (1, 64, 64)
     for rows, cols, reason in (
         (((1 << 18) - 1, 64, 1 << 24), small, None),
@@ -328,8 +291,6 @@ def test_what_offsets_of_32_bits_and_grids_do_not_reach_is_refused():
 @pytest.mark.driver
 @pytest.mark.parametrize("case", [MaskCase(18, 21, 2, "interleaved", "index", 16), CASES["single weights"]], ids=str)
 def test_operator_registration(case, plain_memory):
-    from g2g_kernels.ops.g2g_linear import triton
-
     device = device_of("triton")
     mask = case.mask(p_inter=0.15, p_intra=1.0).to(device)
     x, values, bias = (tensor.to(device).requires_grad_() for tensor in inputs(mask, 3))
@@ -337,32 +298,3 @@ def test_operator_registration(case, plain_memory):
     grad_y = torch.randn(3, mask.shape[0], generator=seeded(4)).to(device)
     call = LinearCall(x.detach(), values.detach(), mask.tensors(), None, torch.float32)
     triton.BACKWARD.opcheck(Backward.of(call, (), [grad_y]))
-
-
-@pytest.mark.driver
-def test_compiled_with_a_full_graph():
-    device = device_of("triton")
-    mask = sparse_mask(CASES["units of 16, ragged"]).to(device)
-    x, values, bias = (tensor.to(device).requires_grad_() for tensor in inputs(mask, 3))
-
-    def function(x, values, bias):
-        return g2g_linear(x, values, mask, bias, backend="triton")
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    results = []
-    for run in (function, compiled):
-        output = run(x, values, bias)
-        results.append((output, *torch.autograd.grad(output.square().sum(), (x, values, bias))))
-    assert all(torch.equal(eager, graph) for eager, graph in zip(*results, strict=True))
-
-
-def test_padding_is_never_read():
-    """What stands in the padding of clipped units and beyond the last sample has no influence."""
-    device = device_of("triton")
-    mask = sparse_mask(CASES["units of 64, ragged"]).to(device)
-    values = packed_randn(mask.to("cpu"), 2)
-    x = torch.full((40, mask.shape[1]), float("nan"))
-    x[:19] = torch.randn(19, mask.shape[1], generator=seeded(1))
-    y = g2g_linear(x[:19].to(device), values.to(device), mask.to(device), backend="triton").cpu()
-    expected = x[:19].double() @ dense_by_loop(mask.to("cpu"), values).double().T
-    assert rms(y - expected) <= 1e-6 * rms(expected)  # float32 rounding

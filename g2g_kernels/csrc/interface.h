@@ -53,9 +53,6 @@ struct Options {
     int32_t surrogate_count;
 };
 
-// What Python must agree with, a line each: the structures, and the names of all options in their order.
-const char* interface_table(const Options& options);
-
 // One instruction set. Every function with an Arena returns early, after taking what it needs, if `base` is null.
 struct Kernels {
     const char* name;

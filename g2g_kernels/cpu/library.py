@@ -126,7 +126,7 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         "g2g_lists_match": (c_int32, [*[c_void_p] * 5, _Int32]),
         "g2g_unpack": (None, [c_void_p, c_void_p, _Int32, _Int32, _Int32, c_void_p]),
     }
-    for kernel in ("stack", "graph", "linear", "list_linear", "list_loop", "neurons"):
+    for kernel in ("stack", "graph", "linear", "list_loop", "neurons"):
         for way in ("forward", "backward"):
             signatures[f"g2g_{kernel}_{way}"] = (c_int64, [c_void_p] * 2)
     for name, (result, arguments) in signatures.items():

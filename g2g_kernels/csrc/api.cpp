@@ -57,8 +57,9 @@ int64_t size(const Stack& s) {
 }
 // Of the loops of a block, after each of which the threads wait for one another: about four.
 int64_t size(const Graph& g) { return 4 * size(g.stack) / std::max(1, g.block_count); }
-int64_t size(const Linear& a) { return a.rows * (a.plan->rows.size + a.plan->cols.size); }
-int64_t size(const ListLinear& a) { return a.rows * (int64_t{a.lists->owners} + a.lists->others); }
+int64_t size(const Linear& a) {
+    return a.rows * (a.lists ? int64_t{a.lists->owners} + a.lists->others : a.plan->rows.size + a.plan->cols.size);
+}
 int64_t size(const ListLoop& a) { return int64_t{a.samples} * a.size * a.steps; }
 int64_t size(const NeuronLoop& a) { return a.samples * a.size * a.steps; }
 
@@ -188,8 +189,6 @@ G2G_EXPORT int64_t g2g_graph_forward(Graph* a, void* scratch) { return call(kern
 G2G_EXPORT int64_t g2g_graph_backward(Graph* a, void* scratch) { return call(kernels().graph_backward, a, scratch); }
 G2G_EXPORT int64_t g2g_linear_forward(Linear* a, void* scratch) { return call(kernels().linear_forward, a, scratch); }
 G2G_EXPORT int64_t g2g_linear_backward(Linear* a, void* scratch) { return call(kernels().linear_backward, a, scratch); }
-G2G_EXPORT int64_t g2g_list_linear_forward(ListLinear* a, void* scratch) { return call(kernels().list_linear_forward, a, scratch); }
-G2G_EXPORT int64_t g2g_list_linear_backward(ListLinear* a, void* scratch) { return call(kernels().list_linear_backward, a, scratch); }
 G2G_EXPORT int64_t g2g_list_loop_forward(ListLoop* a, void* scratch) { return call(kernels().list_loop_forward, a, scratch); }
 G2G_EXPORT int64_t g2g_list_loop_backward(ListLoop* a, void* scratch) { return call(kernels().list_loop_backward, a, scratch); }
 G2G_EXPORT int64_t g2g_neurons_forward(NeuronLoop* a, void* scratch) { return call(kernels().neurons_forward, a, scratch); }

@@ -64,8 +64,6 @@ struct Kernels {
     void (*graph_backward)(Graph&, Arena&);
     void (*linear_forward)(Linear&, Arena&);
     void (*linear_backward)(Linear&, Arena&);
-    void (*list_linear_forward)(ListLinear&, Arena&);
-    void (*list_linear_backward)(ListLinear&, Arena&);
     void (*list_loop_forward)(ListLoop&, Arena&);
     void (*list_loop_backward)(ListLoop&, Arena&);
     void (*neurons_forward)(NeuronLoop&, Arena&);

@@ -4,7 +4,6 @@
 #include "interface.h"
 #include "layout.h"
 #include "linear.h"
-#include "list_linear.h"
 #include "list_loop.h"
 #include "neuron_loop.h"
 #include "stack_backward.h"
@@ -18,7 +17,7 @@ namespace g2g::G2G_ISA {
 extern const Kernels kernels;
 const Kernels kernels = {
     G2G_TEXT(G2G_ISA), kBf16,          kOptions,        stack_forward,    stack_backward,
-    graph_forward, graph_backward, linear_forward,    linear_backward, list_linear_forward, list_linear_backward, list_loop_forward, list_loop_backward,
+    graph_forward, graph_backward, linear_forward,    linear_backward, list_loop_forward, list_loop_backward,
     neurons_forward, neurons_backward, unpack,
 };
 

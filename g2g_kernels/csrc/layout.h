@@ -1,6 +1,8 @@
 // Copies between the user's layouts (neuron order, packed units) and the kernels' (lanes, tiles, spike words).
 #pragma once
 
+#include <type_traits>
+
 #include "parallel.h"
 #include "plan.h"
 #include "vec.h"
@@ -101,6 +103,13 @@ inline void store_block(const Axis& axis, int64_t block, const float* panel, con
             for (int i = 0; i < kLanes; ++i)
                 if (neuron[i] >= 0) put(target + neuron[i], panel[i]);
     }
+}
+
+// call(pointer to element begin), with x as bfloat16 if `half`, else as float.
+template <class Void, class F>
+inline void with_elements(Void* x, int32_t half, int64_t begin, const F& call) {
+    if (half) return call(static_cast<std::conditional_t<std::is_const_v<Void>, const uint16_t, uint16_t>*>(x) + begin);
+    call(static_cast<std::conditional_t<std::is_const_v<Void>, const float, float>*>(x) + begin);
 }
 
 constexpr int64_t kNoSpikes = -1;  // in place of the number of ones: some value is neither 0 nor 1

@@ -9,23 +9,11 @@
 #include "input_gradient.h"
 #include "interface.h"
 #include "layout.h"
+#include "list_linear.h"
 #include "panel.h"
 #include "product.h"
 
 namespace g2g::G2G_ISA {
-
-// call(pointer to element begin), with x as bfloat16 if `half`, else as float.
-template <class F>
-inline void with_elements(const void* x, int32_t half, int64_t begin, const F& call) {
-    if (half) return call(static_cast<const uint16_t*>(x) + begin);
-    call(static_cast<const float*>(x) + begin);
-}
-
-template <class F>
-inline void with_elements(void* x, int32_t half, int64_t begin, const F& call) {
-    if (half) return call(static_cast<uint16_t*>(x) + begin);
-    call(static_cast<float*>(x) + begin);
-}
 
 struct LinearInput {
     DualPanel panel;
@@ -63,6 +51,7 @@ struct LinearInput {
 };
 
 inline void linear_forward(Linear& a, Arena& arena) {
+    if (a.lists) return list_linear_forward(a, arena);
     const Plan& plan = *a.plan;
     const Axis& axis = plan.rows;
     const int64_t chunk = least(kChunkRows, most(1, a.rows)), group = 2 * kGroupRows;
@@ -102,6 +91,7 @@ inline void linear_forward(Linear& a, Arena& arena) {
 }
 
 inline void linear_backward(Linear& a, Arena& arena) {
+    if (a.lists) return list_linear_backward(a, arena);
     const Plan& plan = *a.plan;
     const int64_t chunk = least(kChunkRows, most(1, a.rows)), R = plan.rows.blocks;
     const int64_t lanes = R * kLanes;

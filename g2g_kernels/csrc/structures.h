@@ -121,25 +121,15 @@ struct Graph {
 
 struct Linear {
     const Plan* plan;
-    const float *values, *bias;
-    const void *x, *grad_y;
-    void *y, *grad_x;
-    float *grad_values, *grad_bias;
-    int64_t rows;
-    int32_t threads, bf16;  // bf16: factors of products are rounded to bfloat16
-    int32_t x_half, y_half;  // x and grad_x, or y and grad_y, are bfloat16, not float
-    float event_limit;
-};
-
-// The same with its weights in lists.
-struct ListLinear {
-    const Lists* lists;     // by row forward, by column backward
+    const Lists* lists;     // in place of a plan: by row forward, by column backward
     const float *values, *bias;
     const void *x, *grad_y;
     void *y, *grad_x;
     float *grad_values, *grad_bias;  // out, null: not wanted
     int64_t rows, weights;  // weights: of the packed values, with their padding
-    int32_t threads, x_half, y_half;
+    int32_t threads, bf16;  // bf16: factors of products are rounded to bfloat16; not those of lists
+    int32_t x_half, y_half;  // x and grad_x, or y and grad_y, are bfloat16, not float
+    float event_limit;      // of a plan
 };
 
 // Neurons that are joined to one another by weights in lists, which carry the spikes of each step into the next.

@@ -67,19 +67,15 @@ class _Arguments:
             "y_half": dtype == torch.bfloat16,
         }
         lib = library()
-        self.structure: Structure
         if in_lists(mask.grid, values.shape, "linear"):
-            kernels = lib.g2g_list_linear_forward, lib.g2g_list_linear_backward
             self.plan = lists_for(mask, values, "cols" if backward else "rows")
-            self.structure = structures.ListLinear(lists=self.plan.address, weights=values.numel(), **given)
+            given |= {"lists": self.plan.address, "weights": values.numel()}
         else:
-            kernels = lib.g2g_linear_forward, lib.g2g_linear_backward
             self.plan = plan_for(mask, values)
             bf16 = dtype == torch.bfloat16 and lib.g2g_has_bf16()
-            self.structure = structures.Linear(
-                plan=self.plan.address, bf16=bf16, event_limit=event_limit(bf16, backward), **given
-            )
-        self.kernel = kernels[backward]
+            given |= {"plan": self.plan.address, "bf16": bf16, "event_limit": event_limit(bf16, backward)}
+        self.kernel = lib.g2g_linear_backward if backward else lib.g2g_linear_forward
+        self.structure: Structure = structures.Linear(**given)
 
 
 def _forward(call: LinearCall, keep: bool) -> torch.Tensor:

@@ -366,7 +366,7 @@ struct MemberBackward {
     KeptStates kept;
     float* current;         // [row blocks][B][64], as are those of the parameters: sums over the steps
     float* sums[kMostParameters] = {};
-    BackwardSweep<Upstream> sweep;
+    BackwardSweep sweep;
     BackwardSteps steps;
     bool last;              // of the graph
 
@@ -376,7 +376,7 @@ struct MemberBackward {
           model(model_info(layer.neurons)),
           parameters(layer, arena),
           kept(g, l),
-          sweep(backward_sweep<Upstream>(layer.neurons)),
+          sweep(backward_sweep(layer.neurons)),
           steps(layer.neurons),
           last(l + 1 == g.stack.count) {
         const int64_t R = axis().blocks;

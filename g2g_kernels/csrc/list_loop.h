@@ -196,9 +196,7 @@ inline void list_loop_forward(ListLoop& a, Arena& arena) {
     if (!arena.base) return;
 
     in_lists(lists, a.values, a.threads, weights);
-    const auto step = with_model(a.neurons, [&](auto model) {
-        return with_reset(a.neurons, [](auto reset) { return &loop_step<decltype(model), decltype(reset)::value>; });
-    });
+    const auto step = with_step(a.neurons, [](auto model, auto reset) { return &loop_step<decltype(model), decltype(reset)::value>; });
     for (int64_t range = 0; range < ranges.count; ++range)
         for (Active* each : active) each[range].neurons = noted + (each == active[1]) * a.size + ranges.first(range);
     zero(current, groups.padded * sizeof(float));
@@ -319,12 +317,8 @@ inline void list_loop_backward(ListLoop& a, Arena& arena) {
     in_lists(lists, a.values, a.threads, weights);
     if (a.grad_values) zero_floats(grad, lists.entries(), a.threads);
     for (int k = 0; k < model.parameters; ++k) zero(totals[k], a.size * sizeof(double));
-    const auto step = with_model(a.neurons, [&](auto m) {
-        return with_reset(a.neurons, [&](auto reset) {
-            return with_surrogate(a.neurons, [](auto surrogate) {
-                return &loop_step_backward<decltype(m), decltype(reset)::value, decltype(surrogate)>;
-            });
-        });
+    const auto step = with_gradient(a.neurons, [](auto m, auto reset, auto surrogate) {
+        return &loop_step_backward<decltype(m), decltype(reset)::value, decltype(surrogate)>;
     });
 
     for (int64_t group = 0; group < groups.count; ++group) {

@@ -150,19 +150,13 @@ void forward_span(const NeuronLoop& a, const Spans& spans, const ParameterRows& 
         __builtin_memcpy(a.last + s * row + place, states + s * spans.span, width * sizeof(float));
 }
 
-using ForwardSpan = void (*)(const NeuronLoop&, const Spans&, const ParameterRows&, int64_t, int64_t, float*);
-
 inline void neurons_forward(NeuronLoop& a, Arena& arena) {
     const Spans spans(a);
     const LoopParameters parameters(a, spans.span, arena);
     const int64_t scratch_size = model_info(a.neurons).states * spans.span;
     float* scratch = arena.take<float>(scratch_size * a.threads);
     if (!arena.base) return;
-    const auto run = with_model(a.neurons, [&](auto model) {
-        return with_reset(a.neurons, [](auto reset) -> ForwardSpan {
-            return forward_span<decltype(model), decltype(reset)::value>;
-        });
-    });
+    const auto run = with_step(a.neurons, [](auto m, auto reset) { return &forward_span<decltype(m), decltype(reset)::value>; });
     for_each_span(a, spans, [&](int64_t place, int64_t width, int worker) {
         run(a, spans, parameters.of(place), place, width, scratch + worker * scratch_size);
     });
@@ -258,9 +252,6 @@ void backward_span(const NeuronLoop& a, const Spans& spans, const ParameterRows&
         });
 }
 
-using BackwardSpan = void (*)(const NeuronLoop&, const Spans&, const ParameterRows&, int64_t, int64_t, float*,
-                              const LaneSums&);
-
 inline void neurons_backward(NeuronLoop& a, Arena& arena) {
     const Spans spans(a);
     const ModelInfo& model = model_info(a.neurons);
@@ -273,12 +264,8 @@ inline void neurons_backward(NeuronLoop& a, Arena& arena) {
     float* scratch = arena.take<float>(scratch_size * a.threads);
     if (!arena.base) return;
 
-    const auto run = with_model(a.neurons, [&](auto m) {
-        return with_reset(a.neurons, [&](auto reset) {
-            return with_surrogate(a.neurons, [](auto surrogate) -> BackwardSpan {
-                return backward_span<decltype(m), decltype(reset)::value, decltype(surrogate)>;
-            });
-        });
+    const auto run = with_gradient(a.neurons, [](auto m, auto reset, auto surrogate) {
+        return &backward_span<decltype(m), decltype(reset)::value, decltype(surrogate)>;
     });
     for_each_span(a, spans, [&](int64_t place, int64_t width, int worker) {
         float* mine = scratch + worker * scratch_size;

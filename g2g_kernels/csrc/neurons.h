@@ -226,17 +226,22 @@ auto choose(Types<First, Rest...>, int32_t number, const F& call) {
     return call(First{});
 }
 
+// call(model, reset), call(surrogate), and call(model, reset, surrogate).
 template <class F>
-auto with_model(const Neurons& neurons, const F& call) {
-    return choose(Models{}, neurons.model, call);
-}
-template <class F>
-auto with_reset(const Neurons& neurons, const F& call) {
-    return choose(Resets{}, neurons.reset, call);
+auto with_step(const Neurons& neurons, const F& call) {
+    return choose(Models{}, neurons.model, [&](auto model) {
+        return choose(Resets{}, neurons.reset, [&](auto reset) { return call(model, reset); });
+    });
 }
 template <class F>
 auto with_surrogate(const Neurons& neurons, const F& call) {
     return choose(Surrogates{}, neurons.surrogate, call);
+}
+template <class F>
+auto with_gradient(const Neurons& neurons, const F& call) {
+    return with_step(neurons, [&](auto model, auto reset) {
+        return with_surrogate(neurons, [&](auto surrogate) { return call(model, reset, surrogate); });
+    });
 }
 
 }  // namespace g2g::G2G_ISA

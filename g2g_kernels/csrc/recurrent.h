@@ -70,9 +70,7 @@ void step_forward(const BlockParameters& parameters, int64_t samples, const Forw
 
 // The step of these neurons.
 inline auto forward_step(const Neurons& neurons) {
-    return with_model(neurons, [&](auto model) {
-        return with_reset(neurons, [](auto reset) { return &step_forward<decltype(model), decltype(reset)::value>; });
-    });
+    return with_step(neurons, [](auto model, auto reset) { return &step_forward<decltype(model), decltype(reset)::value>; });
 }
 
 // The currents of a block from the spikes of a step, on top of `start`.
@@ -264,17 +262,9 @@ struct BackwardSteps {
     void (*begin)(const BlockParameters&, float, const float*, const float*, float*, float*);
 
     explicit BackwardSteps(const Neurons& neurons) {
-        with_model(neurons, [&](auto model) {
-            with_reset(neurons, [&](auto reset) {
-                with_surrogate(neurons, [&](auto surrogate) {
-                    using M = decltype(model);
-                    step = step_backward<M, decltype(reset)::value, decltype(surrogate)>;
-                    begin = spikes_backward<M, decltype(surrogate)>;
-                    return 0;
-                });
-                return 0;
-            });
-            return 0;
+        with_gradient(neurons, [&](auto model, auto reset, auto surrogate) {
+            step = step_backward<decltype(model), decltype(reset)::value, decltype(surrogate)>;
+            begin = spikes_backward<decltype(model), decltype(surrogate)>;
         });
     }
 };

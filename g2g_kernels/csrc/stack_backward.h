@@ -211,7 +211,7 @@ struct BackwardLayer {
     LayerParameters parameters;
     WeightGradient weights;
     Arrival arrival = Arrival::kConstant;
-    BackwardSweep<Upstream> sweep;
+    BackwardSweep sweep;
     DualPanel grad;                               // ∂L/∂I: rows of the chunk; for a held input, one row per sample
     std::optional<InputGradient> input_gradient;  // if the layer below or the input needs it
     float event_limit = 0;                        // share of events up to which it is computed by events
@@ -238,7 +238,7 @@ struct BackwardLayer {
           model(model_info(layer.neurons)),
           parameters(layer, arena),
           weights(s, layer, input_kind(s, l, false), arena),
-          sweep(backward_sweep<Upstream>(layer.neurons)),
+          sweep(backward_sweep(layer.neurons)),
           last(l + 1 == s.count) {
         const bool below = l > 0 || s.grad_x;
         const bool held = weights.kind == Input::kHeld;

@@ -73,10 +73,8 @@ using ForwardSweep = void (*)(const Current&, int64_t, const BlockParameters&, c
 
 template <class Current>
 ForwardSweep<Current> forward_sweep(const Neurons& neurons) {
-    return with_model(neurons, [&](auto model) {
-        return with_reset(neurons, [](auto reset) -> ForwardSweep<Current> {
-            return sweep_forward<decltype(model), decltype(reset)::value, Current>;
-        });
+    return with_step(neurons, [](auto model, auto reset) -> ForwardSweep<Current> {
+        return sweep_forward<decltype(model), decltype(reset)::value, Current>;
     });
 }
 
@@ -109,8 +107,8 @@ struct BlockGradient {
 };
 
 // upstream(t, g) fills g[kVecs] with ∂L/∂S_t; `states` [T][states][64] as the forward sweep left them.
-template <class M, int R, class Surrogate, class Up>
-void sweep_backward(const Up& upstream, const float* states, int64_t steps, const BlockParameters& parameters,
+template <class M, int R, class Surrogate>
+void sweep_backward(const Upstream& upstream, const float* states, int64_t steps, const BlockParameters& parameters,
                     float alpha, const BlockGradient& out) {
     constexpr int S = M::info.states, P = M::info.parameters;
     float* const rows = out.rows;
@@ -166,17 +164,11 @@ void sweep_backward(const Up& upstream, const float* states, int64_t steps, cons
 }
 
 // The backward sweep of these neurons.
-template <class Up>
-using BackwardSweep = void (*)(const Up&, const float*, int64_t, const BlockParameters&, float, const BlockGradient&);
+using BackwardSweep = void (*)(const Upstream&, const float*, int64_t, const BlockParameters&, float, const BlockGradient&);
 
-template <class Up>
-BackwardSweep<Up> backward_sweep(const Neurons& neurons) {
-    return with_model(neurons, [&](auto model) {
-        return with_reset(neurons, [&](auto reset) {
-            return with_surrogate(neurons, [](auto surrogate) -> BackwardSweep<Up> {
-                return sweep_backward<decltype(model), decltype(reset)::value, decltype(surrogate), Up>;
-            });
-        });
+inline BackwardSweep backward_sweep(const Neurons& neurons) {
+    return with_gradient(neurons, [](auto model, auto reset, auto surrogate) -> BackwardSweep {
+        return sweep_backward<decltype(model), decltype(reset)::value, decltype(surrogate)>;
     });
 }
 

@@ -65,7 +65,7 @@ struct MergedEvents {
     const int64_t* begin;   // [samples][T] where the events of a step begin
     const uint16_t* first;  // [samples][T][granules + 1] the first event of each granule
 
-    // X of column block `block` for one sample of the chunk, out[T][64]; `tiles` as backward_tiles() gives them. `row`
+    // X of column block `block` for one sample of the chunk, out[T][64]; `tiles` as load_tiles<kByCol>() gives them. `row`
     // and `factor` have room for the events of a step, and W more.
     void input_gradient(const Plan& plan, const float* tiles, float decay, int64_t block, int64_t sample, uint16_t* row,
                         float* factor, float* out) const {

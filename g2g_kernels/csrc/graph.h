@@ -170,7 +170,7 @@ struct GraphForward {
         }
         for (size_t i = 0; i < inner.size(); ++i) {
             const Passage& x = inner[i];
-            forward_tiles(x.plan, x.of.values, s.threads, tiles[i]);
+            load_tiles<kByRow>(x.plan, x.of.values, s.threads, tiles[i]);
             if (x.straight) continue;
             parallel(s.threads, s.batch, 1, [&](int64_t b, int) {
                 begin_words(x.source.plan->rows, x.plan.cols, b, s.batch, s.steps, x.of.delays,
@@ -513,7 +513,7 @@ struct PassageBackward : Passage {
         product = gradient.product(s.threads);
         if (!straight) reorder_words(source.plan->rows, plan.cols, source.spikes, s.batch, s.steps, s.threads, of.delays,
                       {source.sent, source.sent_steps}, inputs);
-        parallel(s.threads, plan.tiles, 8, [&](int64_t tile, int) { zero(tiles + tile * kTile, kTile * sizeof(float)); });
+        zero_floats(tiles, int64_t{plan.tiles} * kTile, s.threads);
         if (learned) zero_floats(learned, int64_t{s.batch} * plan.cols.blocks * kLanes, s.threads);
     }
 

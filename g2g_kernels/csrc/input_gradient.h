@@ -48,9 +48,9 @@ class InputGradient {
     // Whether there are sparse tiles; the product then needs ∂L/∂(current) in bands too.
     bool sparse() const { return !plan->sparse.empty(); }
 
-    // Tiles for events, as backward_tiles() gives them.
+    // Tiles for events, as load_tiles<kByCol>() gives them.
     const float* event_tiles(int threads) {
-        if (!tiles_loaded) backward_tiles(*plan, values, threads, tiles);
+        if (!tiles_loaded) load_tiles<kByCol>(*plan, values, threads, tiles);
         tiles_loaded = true;
         return tiles;
     }
@@ -59,7 +59,7 @@ class InputGradient {
     InputProduct product(int threads, const uint64_t* reached = nullptr) {
         if (!product_loaded) {
             const bool dense = !plan->backward.list.empty();  // else single weights are all that there is
-            if (dense && pairs) bf16_tiles(*plan, values, false, threads, pairs);
+            if (dense && pairs) load_tiles<kByCol>(*plan, values, threads, pairs);
             if (dense && !pairs) event_tiles(threads);
             load_taps(plan->sparse, values, threads, taps);
         }

@@ -24,32 +24,17 @@ inline void for_each_weight(const Plan& plan, int64_t tile, const F& f) {
     }
 }
 
-// Wᵀ: [tile][source lane][output lane], for products that give row blocks.
-inline void forward_tiles(const Plan& plan, const float* values, int threads, float* tiles) {
-    parallel(threads, plan.tiles, 4, [&](int64_t tile, int) {
-        float* t = tiles + tile * kTile;
-        zero(t, kTile * 4);
-        for_each_weight(plan, tile, [&](int64_t i, int32_t row, int32_t col) { t[col * kLanes + row] = values[i]; });
-    });
-}
-
-// W: [tile][output lane][source lane], for products that give column blocks; tiles lie in the order of `col_tile`.
-inline void backward_tiles(const Plan& plan, const float* values, int threads, float* tiles) {
+// Weights by tile, [tile][k][64 outputs]; in bfloat16 two k side by side, [tile][k / 2][64][2]. By row, for products that give
+// row blocks, k is the source lane; by column the output lane, and tiles lie in the order of `col_tile`.
+constexpr bool kByRow = true, kByCol = false;
+template <bool by_row, class E>
+void load_tiles(const Plan& plan, const float* values, int threads, E* tiles) {
     parallel(threads, plan.tiles, 4, [&](int64_t place, int) {
-        float* t = tiles + place * kTile;
-        zero(t, kTile * 4);
-        for_each_weight(plan, plan.col_tile[place], [&](int64_t i, int32_t row, int32_t col) { t[row * kLanes + col] = values[i]; });
-    });
-}
-
-// The same in bfloat16, two k side by side: [tile][k / 2][64][2]; k is the source lane if `forward`, else the output lane.
-inline void bf16_tiles(const Plan& plan, const float* values, bool forward, int threads, uint16_t* pairs) {
-    parallel(threads, plan.tiles, 4, [&](int64_t place, int) {
-        uint16_t* t = pairs + place * kTile;
-        zero(t, kTile * 2);
-        for_each_weight(plan, forward ? place : plan.col_tile[place], [&](int64_t i, int32_t row, int32_t col) {
-            const int32_t k = forward ? col : row, out = forward ? row : col;
-            t[(k / 2) * 2 * kLanes + out * 2 + k % 2] = to_bf16(values[i]);
+        E* t = tiles + place * kTile;
+        zero(t, kTile * sizeof(E));
+        for_each_weight(plan, by_row ? place : plan.col_tile[place], [&](int64_t i, int32_t row, int32_t col) {
+            const int32_t k = by_row ? col : row, out = by_row ? row : col;
+            put(t + (sizeof(E) == 2 ? (k / 2 * kLanes + out) * 2 + k % 2 : k * kLanes + out), values[i]);
         });
     });
 }

@@ -64,8 +64,8 @@ inline void linear_forward(Linear& a, Arena& arena) {
 
     for (int64_t i = 0; i < axis.blocks * kLanes; ++i)
         bias[i] = a.bias && axis.neuron[i] >= 0 ? a.bias[axis.neuron[i]] : 0.0f;
-    forward_tiles(plan, a.values, a.threads, tiles);
-    if (a.bf16) bf16_tiles(plan, a.values, true, a.threads, pairs);
+    load_tiles<kByRow>(plan, a.values, a.threads, tiles);
+    if (a.bf16) load_tiles<kByRow>(plan, a.values, a.threads, pairs);
     const Weights weights{&plan.forward, plan.rows.strip, tiles, pairs, kForwardPartial};
     for (int64_t begin = 0; begin < a.rows; begin += chunk) {
         const int64_t rows = least(chunk, a.rows - begin), groups = divide_up(rows, group);
@@ -111,8 +111,7 @@ inline void linear_backward(Linear& a, Arena& arena) {
     zero(bias, lanes * sizeof(double));
     std::optional<InputProduct> product;
     if (down) product = down->product(a.threads);
-    if (a.grad_values)
-        parallel(a.threads, plan.tiles, 8, [&](int64_t tile, int) { zero(grad_tiles + tile * kTile, kTile * 4); });
+    if (a.grad_values) zero_floats(grad_tiles, int64_t{plan.tiles} * kTile, a.threads);
     for (int64_t begin = 0; begin < a.rows; begin += chunk) {
         const int64_t rows = least(chunk, a.rows - begin);
         parallel(a.threads, R, 1, [&](int64_t r, int) {

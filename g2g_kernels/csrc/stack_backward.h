@@ -173,7 +173,7 @@ struct WeightGradient {
 
     void begin(int threads) const {
         if (by_batch) return zero_gradient(plan(), threads, layer.grad_values);
-        parallel(threads, plan().tiles, 8, [&](int64_t tile, int) { zero(tiles + tile * kTile, kTile * 4); });
+        zero_floats(tiles, int64_t{plan().tiles} * kTile, threads);
     }
 
     void finish(int threads) const {

@@ -266,15 +266,15 @@ inline void stack_forward(Stack& s, Arena& arena) {
         if (by_batch)
             load_taps(plan.by_row, layer.values, s.threads, weights.taps);
         else if (kind == Input::kEvents || subsets || !s.bf16)
-            forward_tiles(plan, layer.values, s.threads, weights.tiles);
+            load_tiles<kByRow>(plan, layer.values, s.threads, weights.tiles);
         else
-            bf16_tiles(plan, layer.values, true, s.threads, weights.pairs);
+            load_tiles<kByRow>(plan, layer.values, s.threads, weights.pairs);
         const ForwardLayer forward{s,     layer,  kind,     parameters, weights,      panel,  bands,
                                    groups, by_batch, subsets, counts, scratch, scratch_size, states, currents};
         if (layer.recurrent) {
             const bool events = kind == Input::kEvents && !by_batch && !subsets;  // which each step visits itself
             if (!events) forward.run();
-            forward_tiles(*layer.recurrent, layer.recurrent_values, s.threads, recurrent_tiles);
+            load_tiles<kByRow>(*layer.recurrent, layer.recurrent_values, s.threads, recurrent_tiles);
             const SpikeCurrents below(plan, weights.tiles);
             const FromBelow from{events ? &below : nullptr, currents};
             ForwardSteps{s, layer, parameters, {*layer.recurrent, recurrent_tiles}, from, states, counts, begin}.run();

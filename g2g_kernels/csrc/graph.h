@@ -238,14 +238,10 @@ struct GraphForward {
             fill_current(block, first + i, r, current + i * kLanes);
             if (!block.first) load_states(s, layer, layer.state, first + i, r, edge + i * size);
         }
-        if (!layer.dropped) step(parameters[block.layer].block(r), samples, all);
-        for (int64_t i = 0; i < samples; ++i) {
-            if (layer.dropped) {
-                const SampleParameters own(parameters[block.layer], layer, first + i, r);
-                step(own.block, 1, all.from(i));
-            }
-            finish_block(block, first + i, r, all.now + i * all.now_stride);
-        }
+        each_sample(parameters[block.layer], layer, first, samples, r, [&](const BlockParameters& own, int64_t i, int64_t count) {
+            step(own, count, all.from(i));
+        });
+        for (int64_t i = 0; i < samples; ++i) finish_block(block, first + i, r, all.now + i * all.now_stride);
     }
 
     float* edge_of(int64_t l, int64_t b, int64_t r) const {
@@ -420,7 +416,7 @@ struct MemberBackward {
     // The neurons of block r of sample b of a chunk, backwards over some steps; `out` [steps][64] gets ∂L/∂I, too.
     void run(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int64_t b, int64_t r, const GraphBlock& block,
              float* out) const {
-        const int64_t sample = chunk.first + b, size = model.states * kLanes, at = (r * s.batch + sample) * kLanes;
+        const int64_t sample = chunk.first + b, at = (r * s.batch + sample) * kLanes;
         const int64_t begin = block.first, count = block.steps();
         alignas(64) float first[kMostStates * kLanes], sum[(1 + kMostParameters) * kLanes];
         const float* const states = kept.at(sample, r, begin);
@@ -461,12 +457,8 @@ struct MemberBackward {
         for (int k = 0; k < model.parameters; ++k) step.parameters[k] = sums[k] + at;
         step.row = x.rows.at(r, b * s.steps + t), step.row_stride = int64_t{s.steps} * kLanes;
         step.compact = out, step.held = current + at;
-        if (!layer.dropped) steps.step(parameters.block(r), layer.neurons.alpha, samples, step);
+        steps.run(parameters, layer, first, samples, r, step);
         for (int64_t i = 0; i < samples; ++i) {
-            if (layer.dropped) {
-                const SampleParameters own(parameters, layer, first + i, r);
-                steps.step(own.block, layer.neurons.alpha, 1, step.from(i, model.states));
-            }
             zero(tile + i * step.tile_stride, kLanes * sizeof(float));
             if (outer.grad_current && !outer.held)
                 store_block(axis(), r, out + i * kLanes, Rows{first + i, 1, s.batch, axis().size}, 1,

@@ -197,6 +197,14 @@ struct BackwardSteps {
             begin = spikes_backward<decltype(model), decltype(surrogate)>;
         });
     }
+
+    // Of block r of samples first ….
+    void run(const LayerParameters& parameters, const Layer& layer, int64_t first, int64_t samples, int64_t r,
+             const BackwardStep& all) const {
+        each_sample(parameters, layer, first, samples, r, [&](const BlockParameters& own, int64_t i, int64_t count) {
+            step(own, layer.neurons.alpha, count, all.from(i, model_info(layer.neurons).states));
+        });
+    }
 };
 
 // X += Σ over the events of a step (rows of weights times factors) for one block of columns and one sample. `words` and

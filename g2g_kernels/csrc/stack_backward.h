@@ -686,11 +686,7 @@ struct BackwardPass {
         if (held) step.held = x.grad.floats.at(r, first + b);
         step.values = v.values[i] + at * kLanes;
         if (x.lists_events || v.event_limit > 0) step.words = v.words[i] + at;
-        if (!x.layer.dropped) v.steps.step(x.parameters.block(r), x.layer.neurons.alpha, samples, step);
-        for (int64_t j = 0; x.layer.dropped && j < samples; ++j) {
-            const SampleParameters own(x.parameters, x.layer, first + b + j, r);
-            v.steps.step(own.block, x.layer.neurons.alpha, 1, step.from(j, x.model.states));
-        }
+        v.steps.run(x.parameters, x.layer, first + b, samples, r, step);
         for (int64_t j = 0; x.lists_events && j < samples; ++j) {
             const BlockEvents list = event_lists.of(r, b + j);
             const int64_t count = __builtin_popcountll(step.words[j]);

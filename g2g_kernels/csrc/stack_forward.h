@@ -262,14 +262,9 @@ struct ForwardLayer {
         }
         const float* before = t ? now - stack.batch * size : initial;
         const ForwardStep all{current, before, size, now, size, layer.spikes + (first * R + r) * T + t, R * T};
-        if (!layer.dropped) {
-            step(parameters.block(r), samples, all);
-        } else {
-            for (int64_t i = 0; i < samples; ++i) {
-                const SampleParameters own(parameters, layer, first + i, r);
-                step(own.block, 1, all.from(i));
-            }
-        }
+        each_sample(parameters, layer, first, samples, r, [&](const BlockParameters& own, int64_t i, int64_t count) {
+            step(own, count, all.from(i));
+        });
         for (int64_t i = 0; t + 1 == T && layer.last && i < samples; ++i)
             store_states(stack, layer, now + i * size, first + i, r, layer.last);
     }

@@ -88,7 +88,7 @@ template <int L>
 void subset_gradient(const Plan& plan, int64_t strip, const RowBits& spikes, const float* grad, int64_t rows, float* tiles) {
     constexpr int N = L / W, strips = kLanes / L;
     constexpr int lanes_at_once = W == 16 ? 16 / N : W == 8 ? 8 / N : 1;  // whose sums fit into registers
-    constexpr int rows_at_once = 1024 / L, quarters = rows_at_once / kGranule;
+    constexpr int rows_at_once = 1024 / L;
     static_assert(rows_at_once % kGranule == 0);
     alignas(64) float tables[rows_at_once / kQuad * kSums * L];
     const int64_t lane_row = strip % strips * L;

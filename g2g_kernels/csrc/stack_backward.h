@@ -20,13 +20,6 @@
 
 namespace g2g::G2G_ISA {
 
-// How ∂L/∂S of a layer reaches its sweep, except the part that does not depend on t.
-enum class Arrival {
-    kConstant,  // the last layer: there is no other part
-    kTiles,     // the input gradient of the layer above, whole samples of one block at a time, each swept at once
-    kPanel,     // the same, but first stored in a panel: it comes in bands of 64 rows, or in another order of lanes
-};
-
 // A panel of ∂L/∂S in the order of the columns above, which reorder() brings into a layer's own, in place.
 struct ArrivalPanel {
     Panel<float> panel;
@@ -210,7 +203,7 @@ struct BackwardLayer {
     const ModelInfo& model;
     LayerParameters parameters;
     WeightGradient weights;
-    Arrival arrival = Arrival::kConstant;
+    bool panel = false;  // ∂L/∂S is stored before the sweep: it comes in bands of 64 rows, or in another order of lanes
     BackwardSweep sweep;
     DualPanel grad;                               // ∂L/∂I: rows of the chunk; for a held input, one row per sample
     std::optional<InputGradient> input_gradient;  // if the layer below or the input needs it
@@ -263,10 +256,9 @@ struct BackwardLayer {
         for (int k = 0; k < model.parameters; ++k) parameter_sums[k] = arena.take<float>(lanes() * parts);
         if (last) return;
         const Plan& above = *s.layers[l + 1].plan;
-        const bool whole = same_order(plan.rows, above.cols) && above.sparse.empty() && !recurrent;
-        arrival = whole ? Arrival::kTiles : Arrival::kPanel;
+        panel = !same_order(plan.rows, above.cols) || !above.sparse.empty() || recurrent;
         late = Late(layer, s.layers[l + 1], s.batch, arena);
-        if (arrival == Arrival::kPanel) arrivals = ArrivalPanel(plan.rows, above.cols, chunks.rows(), arena);
+        if (panel) arrivals = ArrivalPanel(plan.rows, above.cols, chunks.rows(), arena);
     }
 
     int64_t lanes() const { return static_cast<int64_t>(plan.rows.blocks) * kLanes; }
@@ -507,53 +499,45 @@ struct BackwardPass {
             if (x.recurrent_weights->by_batch) bands = fill_bands(rows, x.lanes(), samples * s.steps);
             return weight_gradient(*x.recurrent_weights, {rows, bands, x.reached_in(first, samples)}, first, samples, s.steps);
         }
-        if (above.needed) return sweep_needed(x, above, first, samples);
-        switch (x.arrival) {
-            case Arrival::kConstant: return sweep_constant(x, first, samples);
-            case Arrival::kTiles: return sweep_tiles(x, above, first, samples);
-            case Arrival::kPanel:
-                if (above.events && x.arrivals.aligned) return sweep_tiles(x, above, first, samples);
-                return sweep_panel(x, above, first, samples);
-        }
+        if (x.panel && !above.needed && !(above.events && x.arrivals.aligned)) return sweep_panel(x, above, first, samples);
+        sweep_tiles(x, above, first, samples);
     }
 
-    void sweep_constant(const BackwardLayer& x, int64_t first, int64_t samples) const {
-        parallel(s.threads, x.plan.rows.blocks * samples, 4, [&](int64_t task, int worker) {
-            const int64_t r = task / samples, b = task % samples;
-            sweep_block(x, first, b, r, nullptr, scratch + worker * scratch_size);
-        });
-    }
-
+    // Blocks of some samples at once: where the layer above needs it, all blocks of a group, whose ∂L/∂I above stays in L2. The last
+    // layer has no part of ∂L/∂S that depends on t.
     void sweep_tiles(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) const {
-        const int64_t T = s.steps, groups = divide_up(samples, chunks.group);
-        parallel(s.threads, x.plan.rows.blocks * groups, 2, [&](int64_t task, int worker) {
-            const int64_t r = task / groups, b = task % groups * chunks.group, count = least(chunks.group, samples - b);
+        const int64_t T = s.steps, R = x.plan.rows.blocks, group = above.needed ? most(1, kNeededRows / T) : x.last ? 1 : chunks.group;
+        const int64_t groups = divide_up(samples, group);
+        parallel(s.threads, R * groups, x.last ? 4 : 2, [&](int64_t task, int worker) {
+            const int64_t r = above.needed ? task % R : task / groups, b = (above.needed ? task / R : task % groups) * group;
+            const int64_t count = least(group, samples - b);
             float *const room = scratch + worker * scratch_size, *const tile = room + states_size;
-            input_gradient(above, r, b * T, count * T, tile, worker);
+            const float* states[kNeededRows];
+            if (above.needed)
+                needed_tile(x, above, first, b, count, r, room, states);
+            else if (!x.last)
+                input_gradient(above, r, b * T, count * T, tile, worker);
             for (int64_t i = 0; i < count; ++i) {
-                if (x.late.lanes) x.late.shift(s, first + b + i, r, tile + i * T * kLanes);
-                sweep_block(x, first, b + i, r, tile + i * T * kLanes, room);
+                float* const arrived = x.last ? nullptr : tile + i * T * kLanes;
+                if (x.late.lanes) x.late.shift(s, first + b + i, r, arrived);
+                sweep_block(x, first, b + i, r, arrived, room, above.needed ? states[i] : nullptr);
             }
         });
     }
 
-    // All blocks of some samples, whose ∂L/∂I above stays in L2.
-    void sweep_needed(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) const {
-        const int64_t T = s.steps, R = x.plan.rows.blocks, group = most(1, kNeededRows / T);
-        parallel(s.threads, divide_up(samples, group) * R, 2, [&](int64_t task, int worker) {
-            const int64_t r = task % R, b = task / R * group, count = least(group, samples - b);
-            float *const room = scratch + worker * scratch_size, *const tile = room + states_size;
-            auto* const words = reinterpret_cast<uint64_t*>(tile + tile_size);
-            const float* states[kNeededRows];
-            for (int64_t i = 0; i < count; ++i) {
-                const SampleParameters own(x.parameters, x.layer, first + b + i, r);
-                states[i] = states_of(x, first + b + i, r, own.block, room + i * T * x.model.states * kLanes);
-                needed_words(x.layer.neurons)(states[i], x.model.states, T, x.threshold(own.block), x.layer.neurons.alpha,
-                                              words + i * T);
-            }
-            above.needed->run(r, above.layer->grad.floats.at(0, b * T), words, count * T, tile);
-            for (int64_t i = 0; i < count; ++i) sweep_block(x, first, b + i, r, tile + i * T * kLanes, room, states[i]);
-        });
+    // ∂L/∂S of block r of some samples where their neurons need it, and the states that tell where.
+    void needed_tile(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t b, int64_t count, int64_t r,
+                     float* room, const float** states) const {
+        const int64_t T = s.steps;
+        float* const tile = room + states_size;
+        auto* const words = reinterpret_cast<uint64_t*>(tile + tile_size);
+        for (int64_t i = 0; i < count; ++i) {
+            const SampleParameters own(x.parameters, x.layer, first + b + i, r);
+            states[i] = states_of(x, first + b + i, r, own.block, room + i * T * x.model.states * kLanes);
+            needed_words(x.layer.neurons)(states[i], x.model.states, T, x.threshold(own.block), x.layer.neurons.alpha,
+                                          words + i * T);
+        }
+        above.needed->run(r, above.layer->grad.floats.at(0, b * T), words, count * T, tile);
     }
 
     // The input gradient of the layer above in the panel of a layer, in the order of the columns above.
@@ -580,23 +564,22 @@ struct BackwardPass {
 
     void sweep_panel(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) const {
         const Panel<float>& panel = x.arrivals.panel;
-        const int64_t R = x.plan.rows.blocks, T = s.steps, rows = samples * T;
-        store_arrivals(x, above, samples);
-        const auto reorder = [&](int64_t row, int worker) {
-            if (!x.arrivals.aligned) x.arrivals.reorder(row, scratch + worker * scratch_size);
-        };
-        const auto sweep_row_block = [&](int64_t b, int64_t r, int worker) {
-            if (x.late.lanes) x.late.shift(s, first + b, r, panel.at(r, b * T));
-            sweep_block(x, first, b, r, panel.at(r, b * T), scratch + worker * scratch_size);
-        };
-        if (samples >= s.threads)  // one sample's panel (400 KB) stays in L2
-            return parallel(s.threads, samples, 1, [&](int64_t b, int worker) {
-                for (int64_t t = 0; t < T; ++t) reorder(b * T + t, worker);
-                for (int64_t r = 0; r < R; ++r) sweep_row_block(b, r, worker);
+        const int64_t R = x.plan.rows.blocks, T = s.steps;
+        if (samples < s.threads) {
+            fill_arrivals(x, above, first, samples);
+            return parallel(s.threads, samples * R, 4, [&](int64_t task, int worker) {
+                const int64_t b = task / R, r = task % R;
+                sweep_block(x, first, b, r, panel.at(r, b * T), scratch + worker * scratch_size);
             });
-        if (!x.arrivals.aligned) parallel(s.threads, rows, 8, reorder);
-        parallel(s.threads, samples * R, 4, [&](int64_t task, int worker) {
-            sweep_row_block(task / R, task % R, worker);
+        }
+        store_arrivals(x, above, samples);
+        parallel(s.threads, samples, 1, [&](int64_t b, int worker) {  // one sample's panel (400 KB) stays in L2
+            float* const room = scratch + worker * scratch_size;
+            for (int64_t t = 0; !x.arrivals.aligned && t < T; ++t) x.arrivals.reorder(b * T + t, room);
+            for (int64_t r = 0; r < R; ++r) {
+                if (x.late.lanes) x.late.shift(s, first + b, r, panel.at(r, b * T));
+                sweep_block(x, first, b, r, panel.at(r, b * T), room);
+            }
         });
     }
 
@@ -746,35 +729,24 @@ struct BackwardPass {
     // [T][64], or null. `states` are those of states_of(); null: they are found in `room`.
     void sweep_block(const BackwardLayer& x, int64_t first, int64_t b, int64_t r, const float* arrived, float* room,
                      const float* states = nullptr) const {
-        const int64_t sample = first + b;
+        const int64_t sample = first + b, T = s.steps;
+        const bool held = x.weights.kind == Input::kHeld;
         BlockGradient out = x.block_gradient(sample, r);
         alignas(64) float first_states[kMostStates * kLanes], edge[kMostStates * kLanes];
         if (x.layer.state) load_states(s, x.layer, x.layer.state, sample, r, first_states), out.first = first_states;
         if (x.layer.grad_last || x.layer.grad_state) load_states(s, x.layer, x.layer.grad_last, sample, r, edge), out.edge = edge;
-        sweep_states(x, b, sample, r, arrived, out, room, states);
-        if (x.layer.grad_state) store_states(s, x.layer, edge, sample, r, x.layer.grad_state);
-    }
-
-    // The same, with everything that the sweep reads and writes.
-    void sweep_states(const BackwardLayer& x, int64_t b, int64_t sample, int64_t r, const float* arrived, BlockGradient& out,
-                      float* room, const float* states) const {
-        const int64_t T = s.steps;
         const SampleParameters own(x.parameters, x.layer, sample, r);
         if (!states) states = states_of(x, sample, r, own.block, room);
-        const Upstream upstream{arrived, x.constant_of(sample, r)};
-        if (x.weights.kind == Input::kHeld) {
-            x.sweep(upstream, states, T, own.block, x.layer.neurons.alpha, out);
-            for (int v = 0; v < kVecs; ++v) {
-                const Vec g = load(out.current + v * W);
-                store(x.grad.floats.at(r, sample) + v * W, g);
-                if (x.grad.halves.data) store(x.grad.halves.at(r, sample) + v * W, g);
-            }
-            return;
+        if (!held) out.rows = x.grad.floats.at(r, b * T);
+        if (!held && x.wants_halves()) out.halves = x.grad.halves.at(r, b * T);
+        if (!held && x.lists_events) out.events = event_lists.of(r, b);
+        x.sweep({arrived, x.constant_of(sample, r)}, states, T, own.block, x.layer.neurons.alpha, out);
+        for (int v = 0; held && v < kVecs; ++v) {
+            const Vec g = load(out.current + v * W);
+            store(x.grad.floats.at(r, sample) + v * W, g);
+            if (x.grad.halves.data) store(x.grad.halves.at(r, sample) + v * W, g);
         }
-        out.rows = x.grad.floats.at(r, b * T);
-        if (x.wants_halves()) out.halves = x.grad.halves.at(r, b * T);
-        if (x.lists_events) out.events = event_lists.of(r, b);
-        x.sweep(upstream, states, T, own.block, x.layer.neurons.alpha, out);
+        if (x.layer.grad_state) store_states(s, x.layer, edge, sample, r, x.layer.grad_state);
     }
 
     // From ∂L/∂I of layer l: ∂L/∂W, how to compute ∂L/∂(input) and, in the first layer, ∂L/∂x.

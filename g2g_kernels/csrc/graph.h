@@ -354,49 +354,25 @@ struct GraphChunk {
 };
 
 // A layer in the backward pass.
-struct MemberBackward {
-    const Layer& layer;
+struct MemberBackward : LayerBackward {
     const Outer& outer;
-    const ModelInfo& model;
-    LayerParameters parameters;
     KeptStates kept;
-    float* current;         // [row blocks][B][64], as are those of the parameters: sums over the steps
-    float* sums[kMostParameters] = {};
-    BackwardSweep sweep;
     BackwardSteps steps;
-    bool last;              // of the graph
 
     MemberBackward(const Graph& g, int64_t l, Arena& arena)
-        : layer(g.stack.layers[l]),
-          outer(g.outer[l]),
-          model(model_info(layer.neurons)),
-          parameters(layer, arena),
-          kept(g, l),
-          sweep(backward_sweep(layer.neurons)),
-          steps(layer.neurons),
-          last(l + 1 == g.stack.count) {
-        const int64_t R = axis().blocks;
-        current = arena.take<float>(R * g.stack.batch * kLanes);
-        for (int k = 0; k < model.parameters; ++k) sums[k] = arena.take<float>(R * g.stack.batch * kLanes);
+        : LayerBackward(g.stack, l, arena), outer(g.outer[l]), kept(g, l), steps(layer.neurons) {
+        take_sums(g.stack.batch, arena);
     }
 
-    const Axis& axis() const { return layer.plan->rows; }
+    const Axis& axis() const { return plan.rows; }
 
-    // Before the last step: what reaches the layer from outside. rates[n] is the mean over T·B spikes, counts[b][n] the sum
-    // over T.
+    // Before the last step: what reaches the layer from outside.
     void begin(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int threads) const {
         const int64_t T = s.steps, B = s.batch, size = axis().size, tail = outer.tail_steps, first = chunk.first;
-        const float share = 1.0f / (static_cast<float>(B) * static_cast<float>(T));
         parallel(threads, axis().blocks * chunk.samples, 1, [&](int64_t task, int) {
-            const int64_t r = task / chunk.samples, b = task % chunk.samples, at = (r * B + first + b) * kLanes;
+            const int64_t r = task / chunk.samples, b = task % chunk.samples;
             alignas(64) float end[kLanes];
-            float* const own = x.constant_at(r, b);
-            for (int lane = 0; lane < kLanes; ++lane) {
-                const int32_t n = axis().neuron[r * kLanes + lane];
-                float grad = n >= 0 && layer.grad_rates ? layer.grad_rates[n] * share : 0.0f;
-                if (last && n >= 0 && s.grad_counts) grad += s.grad_counts[(first + b) * size + n];
-                own[lane] = grad;
-            }
+            constant_part(s, first + b, r, x.constant_at(r, b));
             float* const tile = x.arrived_at(r, b);
             zero(tile - x.before * kLanes, (chunk.used ? x.before : x.before + T) * kLanes * sizeof(float));
             for (int64_t t = 0; outer.grad_tail && t < tail; ++t) {
@@ -404,8 +380,7 @@ struct MemberBackward {
                 add(end, tile + (T - tail + t) * kLanes);
             }
             load_states(s, layer, layer.grad_last, first + b, r, x.edge_at(r, b, model.states));
-            zero(current + at, kLanes * sizeof(float));
-            for (int k = 0; k < model.parameters; ++k) zero(sums[k] + at, kLanes * sizeof(float));
+            clear(first + b, r);
         });
     }
 
@@ -478,10 +453,7 @@ struct MemberBackward {
     }
 
     void finish(const Stack& s, double* totals) const {
-        const int64_t lanes = static_cast<int64_t>(axis().blocks) * kLanes;
-        for (int k = 0; k < model.parameters; ++k)
-            parameter_gradient(layer.neurons.parameters[k], model.decays[k], {sums[k], s.batch, kLanes, lanes, s.batch * kLanes},
-                               [&](int64_t i) { return axis().neuron[i]; }, axis().size, s.threads, totals);
+        LayerBackward::finish(s, totals);
         for (int64_t r = 0; outer.grad_current && outer.held && r < axis().blocks; ++r)
             store_block(axis(), r, current + r * s.batch * kLanes, Rows{0, 1, s.batch, axis().size}, s.batch, outer.grad_current);
     }
@@ -553,11 +525,7 @@ struct PassageBackward : Passage {
 
     void finish(const Stack& s, double* totals) const {
         unpack_gradient(plan, tiles, s.threads, of.grad_values);
-        if (!learned) return;
-        const Axis& axis = plan.cols;
-        const int64_t lanes = static_cast<int64_t>(axis.blocks) * kLanes;
-        parameter_gradient({nullptr, of.grad_delays, true}, false, {learned, s.batch, kLanes, lanes, s.batch * kLanes},
-                           [&](int64_t i) { return axis.neuron[i]; }, axis.size, s.threads, totals);
+        if (learned) lane_gradient({nullptr, of.grad_delays, true}, false, plan.cols, learned, s.batch, s.threads, totals);
     }
 };
 

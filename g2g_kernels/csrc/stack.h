@@ -70,6 +70,72 @@ void each_sample(const LayerParameters& parameters, const Layer& layer, int64_t 
     for (int64_t i = 0; i < samples; ++i) step(SampleParameters(parameters, layer, first + i, r).block, i, int64_t{1});
 }
 
+// The gradient of a parameter from what parts give to each lane, data[blocks][parts][64].
+inline void lane_gradient(const Parameter& parameter, bool decay, const Axis& axis, const float* data, int64_t parts, int threads,
+                          double* totals) {
+    parameter_gradient(parameter, decay, {data, parts, kLanes, static_cast<int64_t>(axis.blocks) * kLanes, parts * kLanes},
+                       [&](int64_t i) { return axis.neuron[i]; }, axis.size, threads, totals);
+}
+
+// What every layer has in a backward pass.
+struct LayerBackward {
+    Layer& layer;
+    const Plan& plan;
+    const ModelInfo& model;
+    LayerParameters parameters;
+    BackwardSweep sweep;
+    bool last;         // of the stack
+    int64_t parts = 0;  // of the sums over t: one of each sample, or of the samples of a task
+    float* current = nullptr;  // [row blocks][parts][64] Σ ∂L/∂I_t, as are those of the parameters
+    float* sums[kMostParameters] = {};
+
+    LayerBackward(const Stack& s, int64_t l, Arena& arena)
+        : layer(s.layers[l]),
+          plan(*layer.plan),
+          model(model_info(layer.neurons)),
+          parameters(layer, arena),
+          sweep(backward_sweep(layer.neurons)),
+          last(l + 1 == s.count) {}
+
+    int64_t lanes() const { return static_cast<int64_t>(plan.rows.blocks) * kLanes; }
+
+    void take_sums(int64_t count, Arena& arena) {
+        parts = count;
+        current = arena.take<float>(lanes() * parts);
+        for (int k = 0; k < model.parameters; ++k) sums[k] = arena.take<float>(lanes() * parts);
+    }
+
+    // Of block r and a part: where its sums lie; zeros.
+    BlockGradient block_gradient(int64_t part, int64_t r) const {
+        const int64_t at = (r * parts + part) * kLanes;
+        BlockGradient result{nullptr, nullptr, {}, current + at, {}, nullptr, nullptr, nullptr};
+        for (int k = 0; k < model.parameters; ++k) result.parameters[k] = sums[k] + at;
+        return result;
+    }
+    void clear(int64_t part, int64_t r) const {
+        const BlockGradient block = block_gradient(part, r);
+        zero(block.current, kLanes * sizeof(float));
+        for (int k = 0; k < model.parameters; ++k) zero(block.parameters[k], kLanes * sizeof(float));
+    }
+
+    // The part of ∂L/∂S of block r of sample b that is the same at every step: rates[n] is the mean over T·B spikes, counts[b][n]
+    // the sum over T.
+    void constant_part(const Stack& s, int64_t b, int64_t r, float* out) const {
+        const float share = 1.0f / (static_cast<float>(s.batch) * s.steps);
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int32_t n = plan.rows.neuron[r * kLanes + lane];
+            out[lane] = n >= 0 && layer.grad_rates ? layer.grad_rates[n] * share : 0.0f;
+            if (last && n >= 0 && s.grad_counts) out[lane] += s.grad_counts[b * plan.rows.size + n];
+        }
+    }
+
+    void finish(const Stack& s, double* totals) const {
+        lane_gradient({layer.bias, layer.grad_bias, true}, false, plan.rows, current, parts, s.threads, totals);
+        for (int k = 0; k < model.parameters; ++k)
+            lane_gradient(layer.neurons.parameters[k], model.decays[k], plan.rows, sums[k], parts, s.threads, totals);
+    }
+};
+
 enum class Input { kHeld, kDense, kEvents, kDenseSpikes };
 
 // The samples of a chunk at least.

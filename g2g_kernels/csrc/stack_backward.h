@@ -197,14 +197,9 @@ inline Layer recurrent_layer(const Stack& s, int l, uint64_t* inputs) {
 }
 
 // The state of one layer's backward pass across chunks.
-struct BackwardLayer {
-    Layer& layer;
-    const Plan& plan;
-    const ModelInfo& model;
-    LayerParameters parameters;
+struct BackwardLayer : LayerBackward {
     WeightGradient weights;
     bool panel = false;  // ∂L/∂S is stored before the sweep: it comes in bands of 64 rows, or in another order of lanes
-    BackwardSweep sweep;
     DualPanel grad;                               // ∂L/∂I: rows of the chunk; for a held input, one row per sample
     std::optional<InputGradient> input_gradient;  // if the layer below or the input needs it
     float event_limit = 0;                        // share of events up to which it is computed by events
@@ -217,22 +212,12 @@ struct BackwardLayer {
     Late late;                                    // what its spikes are
     std::optional<RecurrentBackward> recurrent;
     std::optional<WeightGradient> recurrent_weights;
-    bool last;                                    // of the stack
     uint64_t* reached;                            // [B][row blocks] bit i: ∂I of lane i is not 0 at some step
     uint64_t* reached_in_chunk;                   // [row blocks] the same of any sample of the chunk
     float* constant;                              // ∂L/∂S for all t, [row blocks][64]; in the last layer one per sample
-    int64_t parts;                                // of the sums over t: one of each sample, or of the samples of a task
-    float* current_sum;                           // [row blocks][parts][64], as are those of the parameters
-    float* parameter_sums[kMostParameters] = {};
 
     BackwardLayer(const Stack& s, int l, const Chunks& chunks, Arena& arena)
-        : layer(s.layers[l]),
-          plan(*layer.plan),
-          model(model_info(layer.neurons)),
-          parameters(layer, arena),
-          weights(s, layer, input_kind(s, l, false), arena),
-          sweep(backward_sweep(layer.neurons)),
-          last(l + 1 == s.count) {
+        : LayerBackward(s, l, arena), weights(s, layer, input_kind(s, l, false), arena) {
         const bool below = l > 0 || s.grad_x;
         const bool held = weights.kind == Input::kHeld;
         const int64_t rows = held ? s.batch : chunks.rows();
@@ -251,17 +236,13 @@ struct BackwardLayer {
         reached = arena.take<uint64_t>(static_cast<size_t>(plan.rows.blocks) * s.batch);
         reached_in_chunk = arena.take<uint64_t>(plan.rows.blocks);
         constant = arena.take<float>(last ? lanes() * s.batch : lanes());
-        parts = recurrent ? recurrent->sums(s.batch) : s.batch;
-        current_sum = arena.take<float>(lanes() * parts);
-        for (int k = 0; k < model.parameters; ++k) parameter_sums[k] = arena.take<float>(lanes() * parts);
+        take_sums(recurrent ? recurrent->sums(s.batch) : s.batch, arena);
         if (last) return;
         const Plan& above = *s.layers[l + 1].plan;
         panel = !same_order(plan.rows, above.cols) || !above.sparse.empty() || recurrent;
         late = Late(layer, s.layers[l + 1], s.batch, arena);
         if (panel) arrivals = ArrivalPanel(plan.rows, above.cols, chunks.rows(), arena);
     }
-
-    int64_t lanes() const { return static_cast<int64_t>(plan.rows.blocks) * kLanes; }
 
     float* constant_of(int64_t sample, int64_t r) const { return constant + (last ? sample * lanes() : 0) + r * kLanes; }
 
@@ -291,14 +272,6 @@ struct BackwardLayer {
             reached_in_chunk[r] = lanes;
         }
         return reached_in_chunk;
-    }
-
-    // Of block r and a part of the sums.
-    BlockGradient block_gradient(int64_t part, int64_t r) const {
-        const int64_t at = (r * parts + part) * kLanes;
-        BlockGradient result{nullptr, nullptr, {}, current_sum + at, {}, reached + part * plan.rows.blocks + r, nullptr, nullptr};
-        for (int k = 0; k < model.parameters; ++k) result.parameters[k] = parameter_sums[k] + at;
-        return result;
     }
 };
 
@@ -412,8 +385,6 @@ struct BackwardPass {
         for (const BackwardLayer& x : layers) finish(x);
     }
 
-    // Zeroes the sums, and computes the part of ∂L/∂S that is the same at every step: rates[n] is the mean over T·B
-    // spikes, counts[b][n] the sum over T.
     void begin(size_t l) const {
         const BackwardLayer& x = layers[l];
         const Axis& axis = x.plan.rows;
@@ -422,14 +393,8 @@ struct BackwardPass {
             x.recurrent_weights->begin(s.threads);
             x.recurrent->shift(s, x.layer, x.parameters);
         }
-        const float share = 1.0f / (static_cast<float>(s.batch) * s.steps);
         for (int64_t b = 0; b < (x.last ? s.batch : 1); ++b)
-            for (int64_t i = 0; i < x.lanes(); ++i) {
-                const int32_t n = axis.neuron[i];
-                float g = n >= 0 && x.layer.grad_rates ? x.layer.grad_rates[n] * share : 0.0f;
-                if (x.last && n >= 0 && s.grad_counts) g += s.grad_counts[b * axis.size + n];
-                x.constant_of(b, 0)[i] = g;
-            }
+            for (int64_t r = 0; r < axis.blocks; ++r) x.constant_part(s, b, r, x.constant_of(b, r));
         if (!x.arrivals.aligned) x.arrivals.find_offsets(axis, layers[l + 1].plan.cols);
         if (x.late.lanes) x.late.find(s.steps);
     }
@@ -634,11 +599,7 @@ struct BackwardPass {
             load_states(s, x.layer, x.layer.grad_last, first + b, r, v.states + (r * v.samples + b) * size);
             if (x.weights.kind == Input::kHeld) zero(x.grad.floats.at(r, first + b), kLanes * sizeof(float));
         }
-        for (int64_t b = 0; b < samples; b += v.group()) {
-            const BlockGradient sums = x.block_gradient(v.sum_of(first, b), r);
-            zero(sums.current, kLanes * sizeof(float));
-            for (int k = 0; k < x.model.parameters; ++k) zero(sums.parameters[k], kLanes * sizeof(float));
-        }
+        for (int64_t b = 0; b < samples; b += v.group()) x.clear(v.sum_of(first, b), r);
     }
 
     // One step of block r of `samples` samples of the chunk, from sample b on.
@@ -732,6 +693,7 @@ struct BackwardPass {
         const int64_t sample = first + b, T = s.steps;
         const bool held = x.weights.kind == Input::kHeld;
         BlockGradient out = x.block_gradient(sample, r);
+        out.reached = x.reached + sample * x.plan.rows.blocks + r;
         alignas(64) float first_states[kMostStates * kLanes], edge[kMostStates * kLanes];
         if (x.layer.state) load_states(s, x.layer, x.layer.state, sample, r, first_states), out.first = first_states;
         if (x.layer.grad_last || x.layer.grad_state) load_states(s, x.layer, x.layer.grad_last, sample, r, edge), out.edge = edge;
@@ -846,23 +808,13 @@ struct BackwardPass {
 
     // Turns the sums over all chunks into the gradients of weights and parameters.
     void finish(const BackwardLayer& x) const {
-        const Axis& axis = x.plan.rows;
-        const auto neuron = [&](int64_t i) { return axis.neuron[i]; };
-        const auto gradient = [&](const Parameter& parameter, bool decay, const float* sums) {
-            parameter_gradient(parameter, decay, {sums, x.parts, kLanes, x.lanes(), x.parts * kLanes}, neuron, axis.size,
-                               s.threads, totals);
-        };
         if (x.event_rows)
-            x.layer.gradient_event_rate = static_cast<double>(x.events) / static_cast<double>(x.event_rows * axis.size);
+            x.layer.gradient_event_rate = static_cast<double>(x.events) / static_cast<double>(x.event_rows * x.plan.rows.size);
         x.weights.finish(s.threads);
         if (x.recurrent) x.recurrent_weights->finish(s.threads);
-        gradient({x.layer.bias, x.layer.grad_bias, true}, false, x.current_sum);
         if (x.late.learned)
-            parameter_gradient({nullptr, x.late.above->grad_delays, true}, false,
-                               {x.late.learned, s.batch, kLanes, x.lanes(), s.batch * kLanes}, neuron, axis.size, s.threads,
-                               totals);
-        for (int k = 0; k < x.model.parameters; ++k)
-            gradient(x.layer.neurons.parameters[k], x.model.decays[k], x.parameter_sums[k]);
+            lane_gradient({nullptr, x.late.above->grad_delays, true}, false, x.plan.rows, x.late.learned, s.batch, s.threads, totals);
+        x.LayerBackward::finish(s, totals);
     }
 };
 

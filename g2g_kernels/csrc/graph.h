@@ -24,21 +24,13 @@
 
 namespace g2g::G2G_ISA {
 
-// The steps of a layer in one block.
-struct GraphBlock {
-    int32_t layer, first, last;
-    int64_t steps() const { return last - first; }
-};
-
-inline const GraphBlock& block_of(const Graph& g, int64_t i) { return reinterpret_cast<const GraphBlock*>(g.blocks)[i]; }
+inline int64_t steps_of(const GraphBlock& block) { return block.last - block.first; }
 
 // The steps of the longest block of each layer.
 inline std::vector<int64_t> longest_blocks(const Graph& g) {
     std::vector<int64_t> longest(g.stack.count);
-    for (int64_t i = 0; i < g.block_count; ++i) {
-        const GraphBlock& block = block_of(g, i);
-        longest[block.layer] = most(longest[block.layer], block.steps());
-    }
+    for (const GraphBlock* block = g.blocks; block < g.blocks + g.block_count; ++block)
+        longest[block->layer] = most(longest[block->layer], steps_of(*block));
     return longest;
 }
 
@@ -50,20 +42,18 @@ struct KeptStates {
     std::vector<const GraphBlock*> blocks;  // [T], the one that has a step
 
     KeptStates(const Graph& g, int64_t l) : s(g.stack), layer(s.layers[l]), blocks(s.steps) {
-        for (int64_t i = 0; i < g.block_count; ++i) {
-            const GraphBlock& block = block_of(g, i);
-            for (int32_t t = block.first; block.layer == l && t < block.last; ++t) blocks[t] = &block;
-        }
+        for (const GraphBlock* block = g.blocks; block < g.blocks + g.block_count; ++block)
+            for (int32_t t = block->first; block->layer == l && t < block->last; ++t) blocks[t] = block;
     }
 
     // Floats from one sample to the next.
-    int64_t stride(int64_t t) const { return blocks[t]->steps() * model_info(layer.neurons).states * kLanes; }
+    int64_t stride(int64_t t) const { return steps_of(*blocks[t]) * model_info(layer.neurons).states * kLanes; }
 
     // Null if none are kept.
     float* at(int64_t b, int64_t r, int64_t t) const {
         if (!layer.states) return nullptr;
         const int64_t before = blocks[t]->first * int64_t{layer.plan->rows.blocks} * s.batch;
-        const int64_t own = (r * s.batch + b) * blocks[t]->steps() + t - blocks[t]->first;
+        const int64_t own = (r * s.batch + b) * steps_of(*blocks[t]) + t - blocks[t]->first;
         return layer.states + (before + own) * model_info(layer.neurons).states * kLanes;
     }
 };
@@ -187,7 +177,7 @@ struct GraphForward {
     // All blocks of some samples; `first_worker` is the number of the first of these threads.
     void run_blocks(int64_t begin, int64_t count, int threads, int first_worker) const {
         for (int64_t i = 0; i < g.block_count; ++i) {
-            const GraphBlock& block = block_of(g, i);
+            const GraphBlock& block = g.blocks[i];
             const int64_t R = s.layers[block.layer].plan->rows.blocks, groups = divide_up(count, kStepSamples);
             const Neurons& neurons = s.layers[block.layer].neurons;
             const auto sweep = forward_sweep<StoredCurrent>(neurons);
@@ -218,7 +208,7 @@ struct GraphForward {
         fill_current(block, b, r, current);
         if (!block.first) load_states(s, layer, layer.state, b, r, edge);
         const SampleParameters own(parameters[block.layer], layer, b, r);
-        sweep({current, kLanes}, block.steps(), own.block,
+        sweep({current, kLanes}, steps_of(block), own.block,
               {words_of(block, b, r), kept, nullptr, edge});
         finish_block(block, b, r, edge);
     }
@@ -256,7 +246,7 @@ struct GraphForward {
     // The currents of the steps of a block, [steps][64].
     void fill_current(const GraphBlock& block, int64_t b, int64_t r, float* current) const {
         const Axis& axis = s.layers[block.layer].plan->rows;
-        const int64_t B = s.batch, count = block.steps();
+        const int64_t B = s.batch, count = steps_of(block);
         const float* start = held[block.layer] ? held[block.layer] + (r * B + b) * kLanes : nullptr;  // null: in their places
         if (!start)
             load_block(axis, r, g.outer[block.layer].current + block.first * B * axis.size, Rows{b, count, B, axis.size}, count,
@@ -285,7 +275,7 @@ struct GraphForward {
         if (block.last == s.steps) store_states(s, layer, states, b, r, layer.last);
         for (const Passage& x : inner)
             if (x.of.source == block.layer && x.aligned && !x.straight)
-                x.send(r, words_of(block, b, r), block.first, block.steps(), s.steps, x.words(s, b));
+                x.send(r, words_of(block, b, r), block.first, steps_of(block), s.steps, x.words(s, b));
     }
 
     // Rates, counts, and the last spikes.
@@ -392,7 +382,7 @@ struct MemberBackward : LayerBackward {
     void run(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int64_t b, int64_t r, const GraphBlock& block,
              float* out) const {
         const int64_t sample = chunk.first + b, at = (r * s.batch + sample) * kLanes;
-        const int64_t begin = block.first, count = block.steps();
+        const int64_t begin = block.first, count = steps_of(block);
         alignas(64) float first[kMostStates * kLanes], sum[(1 + kMostParameters) * kLanes];
         const float* const states = kept.at(sample, r, begin);
         uint64_t reached;
@@ -549,7 +539,7 @@ struct GraphBackward {
         for (int64_t i = 0; i < g.inner_count; ++i)
             blocks = most(blocks, inner.emplace_back(g, g.inner[i], arena).plan.cols.blocks);
         for (int64_t i = 0; i < g.block_count; ++i)
-            most_rows = most(most_rows, samples_of(block_of(g, i), chunks.samples) * block_of(g, i).steps());
+            most_rows = most(most_rows, samples_of(g.blocks[i], chunks.samples) * steps_of(g.blocks[i]));
         for (GraphChunk& chunk : at_once) {
             for (const MemberBackward& x : members) chunk.members.emplace_back(x.layer, chunks, arena);
             chunk.rows = DualPanel(blocks, most_rows, false, arena);
@@ -577,7 +567,7 @@ struct GraphBackward {
 
     // Samples whose rows of a block stay in cache.
     static int64_t samples_of(const GraphBlock& block, int64_t samples) {
-        return least(samples, most(1, kChunkRows / block.steps()));
+        return least(samples, most(1, kChunkRows / steps_of(block)));
     }
 
     void run() {
@@ -600,7 +590,7 @@ struct GraphBackward {
         for (size_t l = 0; l < members.size(); ++l) members[l].begin(s, chunk, chunk.members[l], threads);
         chunk.used = true;
         for (int64_t i = g.block_count; i-- > 0;) {
-            const GraphBlock& block = block_of(g, i);
+            const GraphBlock& block = g.blocks[i];
             const int64_t most_samples = samples_of(block, chunk.samples);
             for (int64_t b = 0; b < chunk.samples; b += most_samples)
                 run_block(chunk, block, b, least(most_samples, chunk.samples - b), threads);
@@ -612,7 +602,7 @@ struct GraphBackward {
     void run_block(GraphChunk& chunk, const GraphBlock& block, int64_t b, int64_t samples, int threads) const {
         const MemberBackward& x = members[block.layer];
         const MemberChunk& own = chunk.members[block.layer];
-        const int64_t steps = block.steps();
+        const int64_t steps = steps_of(block);
         const int64_t group = steps == 1 ? kGradientSamples : 1, groups = divide_up(samples, group);
         parallel(threads, x.axis().blocks * groups, steps == 1 ? 1 : 4, [&](int64_t task, int) {
             const int64_t r = task / groups, i = task % groups * group;
@@ -629,7 +619,7 @@ struct GraphBackward {
     void hand_down(const PassageBackward& x, GraphChunk& chunk, const GraphBlock& block, int64_t b, int64_t samples,
                    int threads) const {
         const MemberChunk& source = chunk.members[x.of.source];
-        const int64_t steps = block.steps(), count = samples * steps;
+        const int64_t steps = steps_of(block), count = samples * steps;
         const bool banded = x.gradient.sparse();
         Bands& bands = chunk.bands;
         bands.lanes = static_cast<int64_t>(x.plan.rows.blocks) * kLanes;

@@ -109,13 +109,18 @@ struct Outer {
     int32_t held, tail_steps;
 };
 
+// Some steps of a layer of a graph.
+struct GraphBlock {
+    int32_t layer, first, last;  // last: after the last
+};
+
 // Layers that may reach one another (graph.h): a stack without `values`, `bias`, `inputs`, `recurrent` and `x`. Of a plan in
 // its layers the rows are read.
 struct Graph {
     Stack stack;
     const Outer* outer;     // of each layer
     const Inner* inner;
-    const int32_t* blocks;  // [block_count][3]: layer, first step, step after the last
+    const GraphBlock* blocks;
     int32_t inner_count, block_count;
 };
 

@@ -50,7 +50,7 @@ struct ForwardStep {
 };
 
 template <class M, int R>
-void step_forward(const BlockParameters& parameters, int64_t samples, const ForwardStep& step) {
+void step_forward(const LaneParameters& parameters, int64_t samples, const ForwardStep& step) {
     constexpr int S = M::info.states, P = M::info.parameters;
     Vec p[kVecs][P];
     for (int v = 0; v < kVecs; ++v)
@@ -129,7 +129,7 @@ struct BackwardStep {
 };
 
 template <class M, int R, class Surrogate>
-void step_backward(const BlockParameters& parameters, float alpha, int64_t samples, const BackwardStep& step) {
+void step_backward(const LaneParameters& parameters, float alpha, int64_t samples, const BackwardStep& step) {
     constexpr int S = M::info.states, P = M::info.parameters;
     Vec sum[kVecs] = {}, grad[kVecs][P] = {};
     for (int64_t b = 0; b < samples; ++b) {
@@ -177,7 +177,7 @@ void step_backward(const BlockParameters& parameters, float alpha, int64_t sampl
 
 // What reaches the membranes [64] of a run's first state through its spikes, σ'(U − θ)·∂L/∂S.
 template <class M, class Surrogate>
-void spikes_backward(const BlockParameters& parameters, float alpha, const float* membrane, const float* spike_grad,
+void spikes_backward(const LaneParameters& parameters, float alpha, const float* membrane, const float* spike_grad,
                      float* grad_membrane, float* grad_threshold) {
     for (int v = 0; v < kVecs; ++v) {
         const Vec theta = load(parameters.lanes[M::info.parameters - 1] + v * W);
@@ -188,8 +188,8 @@ void spikes_backward(const BlockParameters& parameters, float alpha, const float
 }
 
 struct BackwardSteps {
-    void (*step)(const BlockParameters&, float, int64_t, const BackwardStep&);
-    void (*begin)(const BlockParameters&, float, const float*, const float*, float*, float*);
+    void (*step)(const LaneParameters&, float, int64_t, const BackwardStep&);
+    void (*begin)(const LaneParameters&, float, const float*, const float*, float*, float*);
 
     explicit BackwardSteps(const Neurons& neurons) {
         with_gradient(neurons, [&](auto model, auto reset, auto surrogate) {
@@ -201,7 +201,7 @@ struct BackwardSteps {
     // Of block r of samples first ….
     void run(const LayerParameters& parameters, const Layer& layer, int64_t first, int64_t samples, int64_t r,
              const BackwardStep& all) const {
-        each_sample(parameters, layer, first, samples, r, [&](const BlockParameters& own, int64_t i, int64_t count) {
+        each_sample(parameters, layer, first, samples, r, [&](const LaneParameters& own, int64_t i, int64_t count) {
             step(own, layer.neurons.alpha, count, all.from(i, model_info(layer.neurons).states));
         });
     }

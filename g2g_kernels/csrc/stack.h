@@ -13,43 +13,30 @@
 namespace g2g::G2G_ISA {
 
 // The parameters of a layer's neurons and its bias, one float per lane.
-struct LayerParameters {
-    float* lanes[kMostParameters] = {};
+struct LayerParameters : LaneParameters {
     float* bias;
 
     LayerParameters(const Layer& layer, Arena& arena) {
         const Axis& axis = layer.plan->rows;
-        const ModelInfo& model = model_info(layer.neurons);
         const int64_t count = static_cast<int64_t>(axis.blocks) * kLanes;
-        for (int k = 0; k < model.parameters; ++k) lanes[k] = arena.take<float>(count);
+        const auto neuron = [&](int64_t i) { return axis.neuron[i]; };
+        static_cast<LaneParameters&>(*this) = lane_parameters(layer.neurons, count, neuron, arena);
         bias = arena.take<float>(count);
         if (!arena.base) return;
-        const auto neuron = [&](int64_t i) { return axis.neuron[i]; };
-        for (int k = 0; k < model.parameters; ++k) {
-            const bool threshold = k + 1 == model.parameters;
-            spread(layer.neurons.parameters[k], model.decays[k], threshold ? __builtin_inff() : 0.0f, count, neuron,
-                   lanes[k]);
-        }
         if (layer.bias)
             spread({layer.bias, nullptr, true}, false, 0.0f, count, neuron, bias);
         else
             zero(bias, count * sizeof(float));
     }
-
-    BlockParameters block(int64_t r) const {
-        BlockParameters result{};
-        for (int k = 0; k < kMostParameters; ++k) result.lanes[k] = lanes[k] ? lanes[k] + r * kLanes : nullptr;
-        return result;
-    }
 };
 
 // The parameters of block r of sample b. A dropped neuron never fires: its threshold is infinite, as that of padding.
 struct SampleParameters {
-    BlockParameters block;
+    LaneParameters block;
     alignas(64) float threshold[kLanes];
 
     SampleParameters(const LayerParameters& parameters, const Layer& layer, int64_t b, int64_t r)
-        : block(parameters.block(r)) {
+        : block(parameters.from(r * kLanes)) {
         if (!layer.dropped) return;
         const Axis& axis = layer.plan->rows;
         const float*& lanes = block.lanes[model_info(layer.neurons).parameters - 1];
@@ -66,7 +53,7 @@ struct SampleParameters {
 // step(parameters, i, count) for samples first + i … of block r: for all at once, unless each has dropped neurons of its own.
 template <class F>
 void each_sample(const LayerParameters& parameters, const Layer& layer, int64_t first, int64_t samples, int64_t r, const F& step) {
-    if (!layer.dropped) return step(parameters.block(r), int64_t{0}, samples);
+    if (!layer.dropped) return step(parameters.from(r * kLanes), int64_t{0}, samples);
     for (int64_t i = 0; i < samples; ++i) step(SampleParameters(parameters, layer, first + i, r).block, i, int64_t{1});
 }
 

@@ -246,7 +246,7 @@ struct BackwardLayer : LayerBackward {
 
     float* constant_of(int64_t sample, int64_t r) const { return constant + (last ? sample * lanes() : 0) + r * kLanes; }
 
-    const float* threshold(const BlockParameters& block) const { return block.lanes[model.parameters - 1]; }
+    const float* threshold(const LaneParameters& block) const { return block.lanes[model.parameters - 1]; }
 
     int64_t any_lane() const { return plan.rows.lane[0]; }
 
@@ -658,7 +658,7 @@ struct BackwardPass {
     }
 
     // The states of block r of a sample at all steps. Those of a layer whose input is held are computed anew, in `room`.
-    const float* states_of(const BackwardLayer& x, int64_t sample, int64_t r, const BlockParameters& own, float* room) const {
+    const float* states_of(const BackwardLayer& x, int64_t sample, int64_t r, const LaneParameters& own, float* room) const {
         if (x.weights.kind != Input::kHeld) return kept_states(s, x.layer, sample, r);
         const StoredCurrent current{kept_currents(s, x.layer, sample, r), 0};
         alignas(64) float states[kMostStates * kLanes];

@@ -262,7 +262,7 @@ struct ForwardLayer {
         }
         const float* before = t ? now - stack.batch * size : initial;
         const ForwardStep all{current, before, size, now, size, layer.spikes + (first * R + r) * T + t, R * T};
-        each_sample(parameters, layer, first, samples, r, [&](const BlockParameters& own, int64_t i, int64_t count) {
+        each_sample(parameters, layer, first, samples, r, [&](const LaneParameters& own, int64_t i, int64_t count) {
             step(own, count, all.from(i));
         });
         for (int64_t i = 0; t + 1 == T && layer.last && i < samples; ++i)

@@ -11,7 +11,7 @@
 #pragma once
 
 #include "events.h"
-#include "panel.h"
+#include "layout.h"
 
 namespace g2g::G2G_ISA {
 

@@ -15,9 +15,9 @@
 #include <vector>
 
 #include "batch.h"
-#include "chunks.h"
 #include "events.h"
 #include "input_gradient.h"
+#include "parallel.h"
 #include "recurrent.h"
 #include "stack.h"
 #include "sweep.h"

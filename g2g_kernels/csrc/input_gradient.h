@@ -2,7 +2,7 @@
 #pragma once
 
 #include "batch.h"
-#include "panel.h"
+#include "layout.h"
 #include "product.h"
 
 namespace g2g::G2G_ISA {

@@ -4,13 +4,12 @@
 
 #include <optional>
 
-#include "chunks.h"
 #include "events.h"
 #include "input_gradient.h"
 #include "interface.h"
 #include "layout.h"
 #include "list_linear.h"
-#include "panel.h"
+#include "parallel.h"
 #include "product.h"
 
 namespace g2g::G2G_ISA {

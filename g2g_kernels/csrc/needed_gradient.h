@@ -12,8 +12,8 @@
 #pragma once
 
 #include "events.h"
+#include "layout.h"
 #include "neurons.h"
-#include "panel.h"
 #include "parallel.h"
 
 namespace g2g::G2G_ISA {

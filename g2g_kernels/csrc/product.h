@@ -9,7 +9,7 @@
 // multiply-add units are the limit; weights stream from L2 at 256 B per 24 multiply-adds (11 B per cycle).
 #pragma once
 
-#include "panel.h"
+#include "layout.h"
 #include "plan.h"
 #include "vec.h"
 

@@ -2,10 +2,9 @@
 #pragma once
 
 #include "batch.h"
-#include "chunks.h"
 #include "interface.h"
 #include "layout.h"
-#include "panel.h"
+#include "parallel.h"
 #include "parameters.h"
 #include "subset_sums.h"
 #include "sweep.h"

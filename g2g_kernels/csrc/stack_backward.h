@@ -9,11 +9,11 @@
 #include <vector>
 
 #include "batch.h"
-#include "chunks.h"
 #include "events.h"
 #include "gradient_events.h"
 #include "input_gradient.h"
 #include "needed_gradient.h"
+#include "parallel.h"
 #include "product.h"
 #include "recurrent.h"
 #include "stack.h"

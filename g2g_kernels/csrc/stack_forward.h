@@ -3,8 +3,8 @@
 #pragma once
 
 #include "batch.h"
-#include "chunks.h"
 #include "events.h"
+#include "parallel.h"
 #include "product.h"
 #include "recurrent.h"
 #include "stack.h"

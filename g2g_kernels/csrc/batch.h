@@ -4,10 +4,8 @@
 //   spikes   Y[o][m] = Σ_k W[k] where bit m of S[lane k] is set, one masked addition
 //   outer    G[k] += Σ_m X[lane k][m]·E[o][m]       and the same with bits for X
 //
-// k runs over the list of weights of output lane o (WeightList). The cost is that of the weights that exist, whatever the
-// rate of spikes. Dense sides lie in bands of 64 rows, [band][lane][64]: those of 2048 neurons take 512 KB, which stay in
-// L2 while all sums over them are formed, and 256 B of a lane are read for each weight (L2's 32 to 64 B per cycle are the
-// limit). Spikes of 16 samples and some steps take 2 B per lane and step and stay in L1.
+// k runs over the list of weights of output lane o (WeightList). Dense sides lie in bands of 64 rows, [band][lane][64], which stay
+// in L2 while all sums over them are formed. Spikes of 16 samples and some steps take 2 B per lane and step and stay in L1.
 #pragma once
 
 #include "events.h"

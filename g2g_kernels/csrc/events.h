@@ -5,11 +5,9 @@
 //
 // (StripCurrent and strip_gradient: the same on the strips of 16 or 32 lanes that a unit really has.)
 //
-// First the set bits of several words become one list of events, without a branch per word: a loop over the bits of a
-// word ends in a mispredicted branch, which costs more than its few events. Then each event costs 64 additions on
-// 256 B. Forward, it adds weights into sums that stay in registers over a whole block row. For the gradient, it adds dI
-// into one row of the gradient tile that stays in registers over all events of its source neuron (a chunk's dI for one
-// block, 200 KB, is in L2, from where 256 B take about 8 cycles).
+// First the set bits of several words become one list of events. Then each event costs 64 additions: forward of weights, into
+// sums that stay in registers over a whole block row; for the gradient of dI, from L2, into one row of the gradient tile that
+// stays in registers over all events of its source neuron.
 #pragma once
 
 #include "interface.h"

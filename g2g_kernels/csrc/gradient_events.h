@@ -2,13 +2,9 @@
 //
 //   X_t = ∂L/∂x_t = Wᵀ·∂I_t = Wᵀ·e_t + β·X_{t+1},   e_t = σ'(U_t − θ)·∂L/∂S_t
 //
-// since ∂I_t = e_t + β·∂I_{t+1}. Where the surrogate has compact support few e_t are not zero, and Wᵀ·e_t is the forward
-// product by events in reverse, with weights scaled by e instead of added. An event costs 64 multiply-adds on 256 B of
-// weights, which come from L2 (about 5 cycles); X stays in registers over all T.
-//
-// Sweeps list e for each block of rows (sweep.h). Once per chunk those lists are merged into one for each step of each
-// sample, in the order of lanes. Each block of columns copies from it the parts that have weights there: a list per
-// tile would end in a mispredicted branch after a few events.
+// since ∂I_t = e_t + β·∂I_{t+1}: the forward product by events in reverse, with weights scaled by e; X stays in registers over
+// all T. Sweeps list e for each block of rows (sweep.h). Once per chunk those lists are merged into one for each step of each
+// sample, in the order of lanes, from which each block of columns copies the parts that have weights there.
 #pragma once
 
 #include <optional>

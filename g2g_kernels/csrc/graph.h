@@ -1,9 +1,6 @@
 // Layers that may reach one another, I_t = current_t + Σ W·S_{t−d}: in blocks of time steps, in an order in which all that a
 // block reads is known (ops/g2g_stack/schedule.py).
 //
-// Each thread has samples of its own and runs all blocks of these, wherever a batch has enough for all threads: what one
-// has written another would fetch from its cache in every block. With fewer samples all threads share each block.
-//
 // A block is some steps of one layer. Forward, a task computes the currents of 64 lanes of some samples at these steps, by
 // events, and runs their neurons, whose spikes go to where and when they arrive. Backward, in the reverse order and for some
 // samples at a time: the neurons, then for each connection to them the input gradient, which is added to ∂L/∂S of the source

@@ -3,12 +3,9 @@
 //
 //   X_t[j] = Σ over the patches of lane j's strip:  W[·][j]·∂I_t[·]
 //
-// A patch is the weights between 16 lanes of the columns and 16 of the rows, so that a dot product costs a multiply-add of 16
-// lanes per patch. Those of a lane over up to 64 rows (samples and steps) follow one another, and four share a load of weights,
-// which lie in that order: [strip of 16 lanes][lane][patch][16 rows]. ∂I of these rows stays in L2, and its part for a strip in
-// L1. Patches whose rows no gradient reaches in a chunk are left out: neurons that never come near their threshold, or that
-// feed nothing. There is no list of events, no condition on the neurons of the layer itself, and what is not needed is not
-// computed.
+// A patch is the weights between 16 lanes of the columns and 16 of the rows. The dot products of a lane over up to 64 rows
+// (samples and steps) follow one another, and four share a load of weights, which lie in that order:
+// [strip of 16 lanes][lane][patch][16 rows]. Patches whose rows no gradient reaches in a chunk are left out.
 #pragma once
 
 #include "events.h"

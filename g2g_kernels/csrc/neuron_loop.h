@@ -1,10 +1,6 @@
 // Neurons alone: currents [T][L] → spikes [T][L], where a lane is one neuron of one sample and L = samples · N.
 //
-// Memory-bound: what counts is how often and in what order memory is visited. Forward reads the currents, writes
-// the spikes and keeps the states of every few steps. Backward recomputes the states of those few steps from the
-// currents and the kept ones, reads ∂L/∂S and writes ∂L/∂I. These are five passes over [T, L]; the two that write
-// bypass the caches.
-//
+// Bound by memory: forward keeps the states of every few steps, backward recomputes those between. Stores bypass the caches.
 // A task is a span of lanes over all T. It visits `every` steps of one bundle of the span's vectors before it goes on to
 // the next: meanwhile the states and sums stay in registers, and the rows of those steps, often a power of two apart,
 // are no more than the ways of one set of the L1 cache.

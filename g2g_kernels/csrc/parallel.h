@@ -63,8 +63,7 @@ struct Chunks {
 constexpr int64_t kPartRows = 64;
 
 // Blocks of `steps` steps, each of which needs all of the one before: f(first sample, samples, threads, number of the first of
-// these threads). Each thread has samples of its own, since what it has written another would fetch from its cache in the
-// next block; or, where that is too little work, all threads have all samples.
+// these threads). Each thread has samples of its own; or, where that is too little work, all threads have all samples.
 template <class F>
 void each_part_of_batch(int64_t batch, int64_t steps, int threads, const F& f) {
     const int64_t part = divide_up(batch, threads);

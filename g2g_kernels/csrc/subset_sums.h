@@ -4,9 +4,8 @@
 //   forward    I_t[·] = b + Σ over quads q of source lanes:  (sums of the weights of q)[S_t of q][·]
 //   gradient   G[j][·] += Σ over quads q of rows (b, t):     (sums of the ∂I of q)[S of lane j at q][·]
 //
-// An addition of 16 or 32 lanes serves four spikes, whatever their rate, and there is no list of events and no branch that
-// depends on the data. Tables of 16 × L floats stay in L1: those of a strip's inputs for some samples, or those of 32 or 64
-// rows for all units of a strip. Forming one takes 11 additions and 16 stores per vector, 30 cycles, so it must serve many.
+// Tables of 16 × L floats stay in L1: those of a strip's inputs for some samples, or those of 32 or 64 rows for all units of a
+// strip. Forming one takes 11 additions and 16 stores per vector, 30 cycles, so it must serve many.
 #pragma once
 
 #include "batch.h"

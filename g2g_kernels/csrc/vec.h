@@ -213,8 +213,7 @@ G2G_INLINE Vec load_chosen(Vec x, const float* p, uint32_t bits) {
 #endif
 }
 
-// 32 bits, from which add_chosen() takes W at a time. Comparing a broadcast with powers of two is twice as fast as
-// loading mask registers (Zen 4: 1.2 against 2 cycles for a masked addition).
+// 32 bits, from which add_chosen() takes W at a time: compared with powers of two, faster than loading mask registers.
 struct SpikeBits {
     IntVec word;
     explicit SpikeBits(const uint16_t* bits) {

@@ -31,11 +31,7 @@ void for_each_weight(const Side& rows, const Side& cols, const int32_t* unit_row
 
 Lists* build_lists(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units,
                    int32_t by_rows, int32_t length) {
-    if (length < 1 || !valid(rows) || !valid(cols) || int64_t{units} * rows.width * cols.width > INT32_MAX) return nullptr;
-    for (int32_t slot = 0; slot < units; ++slot) {
-        if (unit_row[slot] < 0 || unit_row[slot] >= rows.num_units) return nullptr;
-        if (unit_col[slot] < 0 || unit_col[slot] >= cols.num_units) return nullptr;
-    }
+    if (length < 1 || !valid(rows, cols, unit_row, unit_col, units)) return nullptr;
     Lists made;
     made.by_rows = by_rows;
     made.owners = by_rows ? rows.size : cols.size;

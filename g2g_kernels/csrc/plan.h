@@ -101,7 +101,7 @@ struct Plan {
     std::vector<int32_t> row_first;             // [row blocks + 1]: tiles of a row block
     std::vector<int32_t> col_first, col_tile;   // [column blocks + 1], [tiles]: tiles of a column block, by row
     std::vector<Piece> pieces;                  // by tile
-    std::vector<int64_t> piece_first;           // [tiles + 1]
+    std::vector<int32_t> piece_first;           // [tiles + 1]
     Segments forward, backward;                 // products that give row strips, and column strips
     Granules granules;                          // of strips narrower than a block
     WeightList sparse;                          // by column lane: weights of tiles with few, for the input gradient
@@ -114,8 +114,9 @@ struct Plan {
     std::vector<int32_t> unit_row, unit_col;    // the coordinates this was built from
 };
 
-// Whether the ranges of a side divide its neurons, each of which stands in its order once.
-bool valid(const Side& side);
+// Whether these describe a mask: the ranges of a side divide its neurons, each of which stands in its order once, and units lie
+// between them, with weights that 32 bits number.
+bool valid(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units);
 
 // Returns nullptr if an index is out of range.
 Plan* build_plan(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col,

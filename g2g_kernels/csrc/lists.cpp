@@ -33,11 +33,8 @@ Lists* build_lists(const Side& rows, const Side& cols, const int32_t* unit_row, 
                    int32_t by_rows, int32_t length) {
     if (length < 1 || !valid(rows, cols, unit_row, unit_col, units)) return nullptr;
     Lists made;
-    made.by_rows = by_rows;
     made.owners = by_rows ? rows.size : cols.size;
     made.others = by_rows ? cols.size : rows.size;
-    made.height = rows.width;
-    made.width = cols.width;
     made.length = length;
     made.ranges = (made.others - 1) / length + 1;
     const auto list = [&](int32_t owner, int32_t other) { return int64_t{other / length} * made.owners + owner; };

@@ -207,7 +207,6 @@ struct BackwardLayer : LayerBackward {
     bool by_need = false;                         // whether it is computed so
     bool lists_events = false;                    // in the current chunk
     bool by_events = false;                       // whether the last chunk's was, which its sweep expects of the next one
-    int64_t events = 0, event_rows = 0;           // listed so far, and the rows that they are in
     ArrivalPanel arrivals;
     Late late;                                    // what its spikes are
     std::optional<RecurrentBackward> recurrent;
@@ -368,7 +367,6 @@ struct BackwardPass {
             BackwardLayer& x = layers[l];
             const double listed = x.needed && x.lists_events ? needed_share(x) : 1;
             x.by_need = x.needed && by_need(s, static_cast<int>(l), needed_share(layers[l - 1]), listed);
-            x.layer.gradient_needed = x.by_need;
             if (!x.by_need) continue;
             x.lists_events = false;
             x.needed->load(x.layer.values, s.threads);
@@ -414,12 +412,10 @@ struct BackwardPass {
             const int64_t limit = x.most_events(rows);
             auto [events, merged] = event_merger.merge(event_lists, R, samples, limit, s.threads);
             result.events = merged;
-            x.events += events, x.event_rows += rows;
             x.lists_events = events <= 2 * limit;
         }
         x.by_events = result.events.has_value();
         if (x.by_events) {
-            ++x.layer.gradient_event_chunks;
             result.event_tiles = x.input_gradient->event_tiles(s.threads);
         } else {
             result.product = x.input_gradient->product(s.threads, x.recurrent ? nullptr : reached);
@@ -808,8 +804,6 @@ struct BackwardPass {
 
     // Turns the sums over all chunks into the gradients of weights and parameters.
     void finish(const BackwardLayer& x) const {
-        if (x.event_rows)
-            x.layer.gradient_event_rate = static_cast<double>(x.events) / static_cast<double>(x.event_rows * x.plan.rows.size);
         x.weights.finish(s.threads);
         if (x.recurrent) x.recurrent_weights->finish(s.threads);
         if (x.late.learned)

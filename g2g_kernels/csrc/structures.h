@@ -69,9 +69,6 @@ struct Layer {
     const float* grad_last;  // null: zeros
     float* grad_state;      // out, null: not wanted
     float gradient_event_limit;  // 0: its input gradient takes the product; else see gradient_events.h
-    int32_t gradient_event_chunks;  // out: chunks of the batch whose input gradient was computed by events
-    int32_t gradient_needed;  // out: its input gradient was computed where the layer below needs it (needed_gradient.h)
-    double gradient_event_rate;  // out: share of events where they were listed
     const Plan* recurrent;  // V, its lanes on both sides those of the plan's rows; null: none
     const float* recurrent_values;
     float* grad_recurrent;  // out: of its values

@@ -186,33 +186,22 @@ struct Boxcar {
 
 // All options, in the order in which Python numbers them.
 template <class... Each>
-struct Types {};
+struct Types {
+    static constexpr int32_t count = sizeof...(Each);
+    static constexpr ModelInfo infos[sizeof...(Each)] = {Each::info...};  // of models
+    static constexpr const char* names[sizeof...(Each)] = {Each::name...};  // of surrogates
+};
 using Models = Types<Lif, Synaptic, AdLif>;
 using Resets = Types<Constant<kSubtract>, Constant<kZero>, Constant<kNone>>;
 using Surrogates = Types<Atan, FastSigmoid, Sigmoid, Triangle, Boxcar>;
 
-template <class T, int N>
-struct Table {
-    T each[N];
-    static constexpr int count = N;
-};
-template <class... M>
-constexpr Table<ModelInfo, sizeof...(M)> infos(Types<M...>) {
-    return {M::info...};
-}
-template <class... S>
-constexpr Table<const char*, sizeof...(S)> names(Types<S...>) {
-    return {S::name...};
-}
-constexpr auto kModels = infos(Models{});
-constexpr auto kSurrogateNames = names(Surrogates{});
-constexpr Options kOptions = {kModels.each, kModels.count, kSurrogateNames.each, kSurrogateNames.count};
+constexpr Options kOptions = {Models::infos, Models::count, Surrogates::names, Surrogates::count};
 
 [[noreturn]] inline void unknown_option() { throw std::out_of_range("an option of neurons has an unknown number"); }
 
 inline const ModelInfo& model_info(const Neurons& neurons) {
     if (neurons.model < 0 || neurons.model >= kOptions.model_count) unknown_option();
-    return kModels.each[neurons.model];
+    return Models::infos[neurons.model];
 }
 
 // call(T{}) with the numbered type, to turn an option of a call into a template argument.

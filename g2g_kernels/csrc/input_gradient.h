@@ -23,7 +23,7 @@ struct InputProduct {
         const bool dense = segments[0] < segments[strips], single = !plan->sparse.empty() && first[0] < first[kLanes];
         if (dense || !single)
             product({&plan->backward, plan->cols.strip, tiles, pairs, kBackwardPartial}, block, grad.floats, grad.halves, row,
-                    rows, nothing(), out);
+                    rows, {kZeros, 0}, out);
         if (!single) return;
         alignas(64) float sum[kTile], turned[kTile];
         for (int lane = 0; lane < kLanes; ++lane)

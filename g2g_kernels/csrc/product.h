@@ -60,11 +60,6 @@ struct Start {
     Start from(int64_t row, int64_t lane) const { return {lanes + row * stride + lane, stride}; }
 };
 
-inline Start nothing() {
-    alignas(64) static constexpr float zeros[kLanes] = {};
-    return {zeros, 0};
-}
-
 template <int R, int N>
 inline void put(const Vec (&sum)[R][N], Start start, float* out) {
     for (int r = 0; r < R; ++r)

@@ -245,7 +245,7 @@ inline bool by_subsets(const Stack& s, const Layer& layer, Input kind, bool forw
 // the batch: if its units are too small to fill a vector, the batch fills one, and it is the cheapest way.
 inline bool by_batch(const Stack& s, const Layer& layer, Input kind, bool forward) {
     const Plan& plan = *layer.plan;
-    if (plan.by_row.empty() || s.batch < kSamples) return false;
+    if (plan.by_row.empty() || s.batch < kSamples || (forward && kind == Input::kDense)) return false;
     const bool spikes = are_spikes(kind);
     if (!spikes && s.bf16) return false;  // the product has twice the rate
     const PassRows rows(s, kind, forward);
@@ -255,14 +255,6 @@ inline bool by_batch(const Stack& s, const Layer& layer, Input kind, bool forwar
     cycles += forward ? rows.all * plan.rows.blocks * kStoreCycles
                       : rows.chunks * weights * kTotalCycles + rows.filled * plan.rows.blocks * kBandCycles;
     return s.batch_cost * cycles < plain_cycles(s, layer, kind, forward);
-}
-
-inline bool forward_by_batch(const Stack& s, const Layer& layer, Input kind) {
-    return kind != Input::kDense && by_batch(s, layer, kind, true);
-}
-
-inline bool outer_by_batch(const Stack& s, const Layer& layer, Input kind) {
-    return layer.grad_values && by_batch(s, layer, kind, false);
 }
 
 // The same for input gradients, by the product (`gradient_rows` of a plan) and where they are needed.
@@ -329,19 +321,14 @@ inline void load_states(const Stack& s, const Layer& layer, const float* states,
     const Axis& axis = layer.plan->rows;
     const int64_t count = model_info(layer.neurons).states;
     if (!states) return zero(block, count * kLanes * sizeof(float));
-    for (int64_t i = 0; i < count * kLanes; ++i) {
-        const int32_t neuron = axis.neuron[r * kLanes + i % kLanes];
-        block[i] = neuron >= 0 ? states[(i / kLanes * s.batch + b) * axis.size + neuron] : 0.0f;
-    }
+    for (int64_t i = 0; i < count; ++i)
+        load_block(axis, r, states + i * s.batch * axis.size, Rows{b, 1, s.batch, axis.size}, 1, block + i * kLanes);
 }
 
 inline void store_states(const Stack& s, const Layer& layer, const float* block, int64_t b, int64_t r, float* states) {
     const Axis& axis = layer.plan->rows;
-    const int64_t count = model_info(layer.neurons).states;
-    for (int64_t i = 0; i < count * kLanes; ++i) {
-        const int32_t neuron = axis.neuron[r * kLanes + i % kLanes];
-        if (neuron >= 0) states[(i / kLanes * s.batch + b) * axis.size + neuron] = block[i];
-    }
+    for (int64_t i = 0; i < model_info(layer.neurons).states; ++i)
+        store_block(axis, r, block + i * kLanes, Rows{b, 1, s.batch, axis.size}, 1, states + i * s.batch * axis.size);
 }
 
 // The spikes of the state before the first step, one word of a block; 0 if the run begins without one.

@@ -155,7 +155,7 @@ struct WeightGradient {
     WeightGradient(const Stack& s, const Layer& of, Input input, Arena& arena)
         : layer(of),
           kind(input),
-          by_batch(outer_by_batch(s, of, input)),
+          by_batch(g2g::G2G_ISA::by_batch(s, of, input, false)),
           by_subsets(!by_batch && g2g::G2G_ISA::by_subsets(s, of, input, false)) {
         if (!by_batch) tiles = arena.take<float>(static_cast<size_t>(plan().tiles) * kTile);
     }
@@ -170,7 +170,7 @@ struct WeightGradient {
     }
 
     void finish(int threads) const {
-        if (layer.grad_values && !by_batch) unpack_gradient(plan(), tiles, threads, layer.grad_values);
+        if (!by_batch) unpack_gradient(plan(), tiles, threads, layer.grad_values);
     }
 };
 

@@ -90,7 +90,7 @@ struct ForwardLayer {
                           {lower->sent, lower->sent_steps}, layer.inputs);
         layer.input_rate = rate;
         kind = input_kind(stack, l, true);
-        by_batch = forward_by_batch(stack, layer, kind);
+        by_batch = g2g::G2G_ISA::by_batch(stack, layer, kind, true);
         by_subsets = !by_batch && g2g::G2G_ISA::by_subsets(stack, layer, kind, true);
         if (by_batch)
             load_taps(plan.by_row, layer.values, stack.threads, taps);

@@ -451,7 +451,6 @@ struct PassageBackward : Passage {
     float* tiles;               // of the weight gradient
     float* learned = nullptr;   // [column blocks][B][64], what each sample adds to the gradients of the delays
     InputGradient gradient;
-    InputProduct product{};
 
     PassageBackward(const Graph& g, const Inner& inner, Arena& arena)
         : Passage(g, inner, arena),
@@ -461,7 +460,7 @@ struct PassageBackward : Passage {
     }
 
     void begin(const Stack& s) {
-        product = gradient.product(s.threads);
+        gradient.load_product(s.threads);
         if (!straight) reorder_words(source.plan->rows, plan.cols, source.spikes, s.batch, s.steps, s.threads, of.delays,
                       {source.sent, source.sent_steps}, inputs);
         zero_floats(tiles, int64_t{plan.tiles} * kTile, s.threads);
@@ -630,7 +629,7 @@ struct GraphBackward {
         while (most_rows < kGradientSamples || most_rows % 6) most_rows += steps;
         x.gradient.each_task(count, banded ? kLanes : most_rows, banded, threads, 1,
                              [&](int64_t column, int64_t row, int64_t height, int) {
-                                 x.product.run(column, chunk.rows, bands, row, height, chunk.inputs.at(column, row));
+                                 x.gradient.run(column, chunk.rows, bands, row, height, chunk.inputs.at(column, row));
                                  for (int64_t i = row / steps; !banded && i * steps < row + height; ++i) arrive(column, i);
                              });
         if (banded)

@@ -108,8 +108,7 @@ inline void linear_backward(Linear& a, Arena& arena) {
     if (!arena.base) return;
 
     zero(bias, lanes * sizeof(double));
-    std::optional<InputProduct> product;
-    if (down) product = down->product(a.threads);
+    if (down) down->load_product(a.threads);
     if (a.grad_values) zero_floats(grad_tiles, int64_t{plan.tiles} * kTile, a.threads);
     for (int64_t begin = 0; begin < a.rows; begin += chunk) {
         const int64_t rows = least(chunk, a.rows - begin);
@@ -138,11 +137,11 @@ inline void linear_backward(Linear& a, Arena& arena) {
                     outer(input.panel.floats.at(col, 0), dy, rows, grad_tiles + tile * kTile);
             });
         }
-        if (!product) continue;
+        if (!down) continue;
         if (down->sparse()) bands.fill(grad.floats, rows, a.threads);
         down->each_task(rows, kLanes, down->sparse(), a.threads, 1, [&](int64_t block, int64_t row, int64_t height, int worker) {
             float* out = scratch + worker * kTile;
-            product->run(block, grad, bands, row, height, out);
+            down->run(block, grad, bands, row, height, out);
             with_elements(a.grad_x, a.x_half, (begin + row) * plan.cols.size, [&](auto* grad_x) {
                 store_block(plan.cols, block, out, Rows{0, 1, a.rows, plan.cols.size}, height, grad_x);
             });

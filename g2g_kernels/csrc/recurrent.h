@@ -314,8 +314,8 @@ struct RecurrentBackward {
         return static_cast<double>(events) <= static_cast<double>(event_limit) * static_cast<double>(count * plan.rows.size);
     }
 
-    // The product of ∂I_{t+1}, which lies in `grad` too, the steps of a sample one after the other.
-    InputProduct product(const Panel<float>& grad, int64_t count, int64_t t, int64_t T, int threads) {
+    // What the product reads of ∂I_{t+1}, which lies in `grad` too, the steps of a sample one after the other.
+    void load_product(const Panel<float>& grad, int64_t count, int64_t t, int64_t T, int threads) {
         if (!has_current) {
             parallel(threads, plan.rows.blocks, 1, [&](int64_t r, int) {
                 for (int64_t b = 0; b < count; ++b)
@@ -324,7 +324,7 @@ struct RecurrentBackward {
             current.convert(plan.rows.blocks, samples, threads);
         }
         if (gradient.sparse()) bands.fill(current.floats, count, threads);
-        return gradient.product(threads);
+        gradient.load_product(threads);
     }
 };
 

@@ -288,7 +288,7 @@ struct ChunkInputGradient {
     const NeededGradient* needed;
     std::optional<MergedEvents> events;
     const float* event_tiles;
-    std::optional<InputProduct> product;
+    bool by_product;
     Bands bands;  // of ∂L/∂I, where the product reads them
 };
 
@@ -402,7 +402,7 @@ struct BackwardPass {
     ChunkInputGradient choose(BackwardLayer& x, const uint64_t* reached, int64_t samples, int64_t steps) {
         const int64_t rows = samples * steps, R = x.plan.rows.blocks;
         const bool had_halves = x.wants_halves();
-        ChunkInputGradient result{&x, nullptr, {}, nullptr, {}, {}};
+        ChunkInputGradient result{&x, nullptr, {}, nullptr, false, {}};
         if (x.by_need) {
             x.needed->choose(reached, x.grad.floats.rows);
             result.needed = &*x.needed;
@@ -418,7 +418,7 @@ struct BackwardPass {
         if (x.by_events) {
             result.event_tiles = x.input_gradient->event_tiles(s.threads);
         } else {
-            result.product = x.input_gradient->product(s.threads, x.recurrent ? nullptr : reached);
+            result.by_product = true, x.input_gradient->load_product(s.threads, x.recurrent ? nullptr : reached);
             if (!had_halves) x.grad.convert(R, rows, s.threads);
         }
         return result;
@@ -435,13 +435,13 @@ struct BackwardPass {
     template <class F>
     void each_input_gradient(const ChunkInputGradient& x, int64_t rows, int64_t grain, const F& call) const {
         const InputGradient& gradient = *x.layer->input_gradient;
-        const bool banded = x.product && gradient.sparse();
+        const bool banded = x.by_product && gradient.sparse();
         gradient.each_task(rows, banded ? kLanes : chunks.group * s.steps, banded, s.threads, grain, call);
     }
 
     // Rows row … of an input gradient, for block c of its columns.
     void input_gradient(const ChunkInputGradient& x, int64_t c, int64_t row, int64_t rows, float* out, int worker) const {
-        if (x.product) return x.product->run(c, x.layer->grad, x.bands, row, rows, out);
+        if (x.by_product) return x.layer->input_gradient->run(c, x.layer->grad, x.bands, row, rows, out);
         float* factor = scratch + worker * scratch_size + states_size + tile_size;
         const float decay = x.layer->parameters.lanes[0][x.layer->any_lane()];
         for (int64_t i = 0; i < rows; i += s.steps)
@@ -557,17 +557,16 @@ struct BackwardPass {
             const int after = (t + 1) & 1;
             const bool later = t + 1 < T;
             const float* event_tiles = nullptr;
-            std::optional<InputProduct> product;
             if (later) {
                 by_events = v.by_events(v.words[after], samples);
                 if (by_events)
                     event_tiles = v.gradient.event_tiles(s.threads);
                 else
-                    product = v.product(rows, samples, t, T, s.threads);
+                    v.load_product(rows, samples, t, T, s.threads);
             }
             parallel(s.threads, R * groups, 1, [&](int64_t task, int) {
                 const int64_t r = task / groups, b = task % groups * group, count = least(group, samples - b);
-                if (product) product->run(r, v.current, v.bands, b, count, v.x.at(r, b));
+                if (later && !by_events) v.gradient.run(r, v.current, v.bands, b, count, v.x.at(r, b));
                 for (int64_t i = b; event_tiles && i < b + count; ++i) {
                     Vec sum[kVecs];
                     float* const lanes = v.x.at(r, i);
@@ -714,7 +713,7 @@ struct BackwardPass {
         ChunkInputGradient result{};
         CurrentGradient grad{x.grad.floats, {}, x.reached_in(first, samples)};
         if (x.input_gradient) result = choose(x, grad.reached, samples, steps);
-        if ((result.product && x.input_gradient->sparse()) || x.weights.by_batch || (recurrent && x.recurrent_weights->by_batch))
+        if ((result.by_product && x.input_gradient->sparse()) || x.weights.by_batch || (recurrent && x.recurrent_weights->by_batch))
             grad.bands = fill_bands(grad.rows, x.lanes(), samples * steps);
         result.bands = grad.bands;
         weight_gradient(x.weights, grad, first, samples, steps);

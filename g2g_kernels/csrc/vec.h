@@ -343,16 +343,18 @@ inline Vec load(const uint16_t* p) {
     return reinterpret_cast<Vec>(__builtin_convertvector(h, IntVec) << 16);
 }
 
-// Products of bfloat16 factors, two k at a time.
+// Factors of products: W numbers, the same number W times, and a·b + c. Of bfloat16 two k at a time.
+inline Vec load_factors(const float* p) { return load(p); }
+inline Vec all_factors(const float* p) { return all(*p); }
+inline Vec add_product(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 #if defined(__AVX512BF16__)
-typedef __m512bh Pairs;
-inline Pairs load_pairs(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
-inline Pairs all_pairs(const uint16_t* p) {
+inline __m512bh load_factors(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+inline __m512bh all_factors(const uint16_t* p) {
     int pair;
     __builtin_memcpy(&pair, p, 4);
     return (__m512bh)_mm512_set1_epi32(pair);
 }
-inline Vec dot(Pairs a, Pairs b, Vec c) { return _mm512_dpbf16_ps(c, a, b); }
+inline Vec add_product(__m512bh a, __m512bh b, Vec c) { return _mm512_dpbf16_ps(c, a, b); }
 #endif
 
 // One number of either kind of matrix.

@@ -121,7 +121,7 @@ struct EventsByLane {
     // Block c from `samples` runs of `steps` words; run b starts at words + b · stride and is rows b·steps …. Each word is that
     // of an event `late` steps later.
     void load(int64_t c, const uint64_t* words, int64_t samples, int64_t steps, int64_t stride, uint64_t* scratch,
-              int64_t late = 0) {
+              int64_t late = 0) const {
         const int64_t stretches = (steps + 63) / 64;  // 64 steps at once: their bits transposed give a word per lane
         for (int64_t p = 0; p < samples * stretches; ++p) {
             const int64_t b = p / stretches, t = p % stretches * 64, count = steps - t < 64 ? steps - t : 64;

@@ -644,8 +644,7 @@ struct GraphBackward {
         parallel(s.threads, count * C, 1, [&](int64_t task, int worker) {
             const GraphChunk& chunk = at_once[task / C];
             const int64_t column = task % C;
-            EventsByLane events = *chunk.events;
-            events.load(column, x.sent(s, chunk.first) + column * T, chunk.samples, T, C * T, bits + worker * bits_size, x.late());
+            chunk.events->load(column, x.sent(s, chunk.first) + column * T, chunk.samples, T, C * T, bits + worker * bits_size, x.late());
         });
         // a row block is one task, so that its ∂L/∂I come from other threads' caches once
         parallel(s.threads, plan.rows.blocks, 1, [&](int64_t r, int) {

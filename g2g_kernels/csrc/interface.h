@@ -34,15 +34,6 @@ struct Arena {
         used += (count * sizeof(T) + 63) / 64 * 64;
         return base ? reinterpret_cast<T*>(p) : nullptr;
     }
-
-    // Functions that take memory which is needed at different times: each from the same place on.
-    template <class... F>
-    void overlay(const F&... take) {
-        const size_t begin = used;
-        size_t end = begin;
-        ((used = begin, take(), end = used > end ? used : end), ...);
-        used = end;
-    }
 };
 
 // The options of neurons, each numbered by its place.

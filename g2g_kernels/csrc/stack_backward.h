@@ -151,6 +151,11 @@ struct WeightGradient {
     bool by_batch;           // weight by weight
     bool by_subsets;         // by sums of subsets
     float* tiles = nullptr;  // unless by_batch: [tile][source lane][output lane]
+    Panel<float> panel;      // of dense inputs
+    Bands bands;             // the same, by_batch
+    RowBits row_bits;        // of spikes, where they are read as bits
+    std::optional<EventsByLane> events;  // of other spikes
+    uint64_t* bits = nullptr;
 
     WeightGradient(const Stack& s, const Layer& of, Input input, Arena& arena)
         : layer(of),
@@ -162,7 +167,20 @@ struct WeightGradient {
 
     const Plan& plan() const { return *layer.plan; }
     bool spikes() const { return are_spikes(kind); }
-    bool reads_bits() const { return by_subsets || (by_batch && spikes()); }
+
+    // Memory for inputs, of at most so many rows of a chunk.
+    void take(const Chunks& chunks, int64_t rows, int threads, Arena& arena) {
+        const int64_t C = plan().cols.blocks;
+        if (by_subsets || (by_batch && spikes())) {
+            row_bits.bits = arena.take<uint16_t>(RowBits::size(C * kLanes, rows));
+        } else if (kind == Input::kEvents) {
+            events.emplace(C, rows, arena);
+            bits = arena.take<uint64_t>(EventsByLane::scratch_words(chunks.samples, chunks.steps) * threads);
+        } else {
+            panel = {arena.take<float>(C * rows * kLanes), rows};
+            if (by_batch) bands = {arena.take<float>(Bands::size(C * kLanes, rows)), C * kLanes};
+        }
+    }
 
     void begin(int threads) const {
         if (by_batch) return zero_gradient(plan(), threads, layer.grad_values);
@@ -296,11 +314,7 @@ struct BackwardPass {
     const Stack& s;
     Chunks chunks;
     std::vector<BackwardLayer> layers;
-    float* panel_memory;                // of dense inputs
-    std::optional<EventsByLane> events; // of inputs that are spikes
-    uint64_t* bits;
-    float *band_memory, *input_band_memory;  // of ∂L/∂I of the layer that was swept last; of dense inputs
-    RowBits row_bits;                   // inputs that are spikes, for the same
+    float* band_memory;                 // of ∂L/∂I of the layer that was swept last
     double* totals;
     EventLists event_lists;             // of the layer that is being swept
     EventMerger event_merger;           // of the same, and then for the sweep of the layer below
@@ -310,54 +324,43 @@ struct BackwardPass {
     float* scratch;
 
     BackwardPass(const Stack& stack, Arena& arena) : s(stack), chunks(s.batch, s.steps, least_chunk(s)) {
-        int64_t panel_rows = 0, event_blocks = 0, lanes = 0, states = 0, listed_blocks = 0, listed = 0, band_rows = 0;
-        size_t grad_bands = 0, dense_bands = 0, spike_bits = 0;
+        int64_t lanes = 0, states = 0, listed_blocks = 0, listed = 0, most_rows = 0, grad_bands = 0;
         layers.reserve(s.count);
         for (int l = 0; l < s.count; ++l) {
             const BackwardLayer& x = layers.emplace_back(s, l, chunks, arena);
-            const int64_t own_rows = x.weights.kind == Input::kHeld ? s.batch : chunks.rows();
-            const auto measure = [&](const WeightGradient& w, int64_t rows) {
-                const int64_t blocks = w.plan().cols.blocks;
-                if (w.by_batch) band_rows = most(band_rows, divide_up(rows, kLanes) * kLanes);
-                if (w.by_batch && !w.spikes()) dense_bands = most(dense_bands, Bands::size(blocks * kLanes, rows));
-                if (w.reads_bits())
-                    spike_bits = most(spike_bits, RowBits::size(blocks * kLanes, rows));
-                else if (w.kind == Input::kEvents)
-                    event_blocks = most(event_blocks, blocks);
-                else
-                    panel_rows = most(panel_rows, blocks * rows);
-            };
-            measure(x.weights, own_rows);
-            if (x.recurrent) measure(*x.recurrent_weights, chunks.rows());
-            if (x.needs_bands())
-                grad_bands = most(grad_bands, Bands::size(x.lanes(), x.recurrent ? most(own_rows, chunks.rows()) : own_rows));
+            const int64_t rows = x.recurrent ? most(x.grad.floats.rows, chunks.rows()) : x.grad.floats.rows;
+            if (x.needs_bands()) grad_bands = most(grad_bands, Bands::size(x.lanes(), rows));
+            most_rows = most(most_rows, divide_up(rows, kLanes) * kLanes);
             lanes = most(lanes, x.lanes());
             states = most(states, x.model.states);
             if (!x.lists_events) continue;
             listed_blocks = most(listed_blocks, x.plan.rows.blocks);
             listed = most(listed, x.most_events(chunks.rows()));
         }
-        // The weight gradient of a layer begins after its lists were merged: it is given what choose() returns.
-        arena.overlay(
-            [&] {
-                if (listed_blocks) event_lists = EventLists(listed_blocks, chunks.samples, s.steps, arena);
-            },
-            [&] {
-                panel_memory = arena.take<float>(panel_rows * kLanes);
-                events.emplace(event_blocks, chunks.rows(), arena);
-                bits = arena.take<uint64_t>(EventsByLane::scratch_words(chunks.samples, s.steps) * s.threads);
-            });
+        // Memory that is needed at different times: the weight gradient of a layer begins after its lists were merged, and is given
+        // what choose() returns.
+        const size_t shared = arena.used;
+        if (listed_blocks) event_lists = EventLists(listed_blocks, chunks.samples, s.steps, arena);
+        size_t end = arena.used;
+        const auto take = [&](WeightGradient& x, int64_t rows) {
+            arena.used = shared;
+            x.take(chunks, rows, s.threads, arena);
+            end = most(end, arena.used);
+        };
+        for (BackwardLayer& x : layers) {
+            take(x.weights, x.grad.floats.rows);
+            if (x.recurrent) take(*x.recurrent_weights, chunks.rows());
+        }
+        arena.used = end;
         if (listed_blocks) {
             event_merger = EventMerger(listed_blocks, chunks.samples, s.steps, listed, arena);
             event_list = listed_blocks * kLanes + EventLists::kSlack;
         }
         band_memory = arena.take<float>(grad_bands);
-        input_band_memory = arena.take<float>(dense_bands);
-        row_bits.bits = arena.take<uint16_t>(spike_bits);
         totals = arena.take<double>(lanes);
         states_size = most(kNeededRows, s.steps) * states * kLanes;
         tile_size = most(kLanes, chunks.group * s.steps) * kLanes;
-        scratch_size = most(most(states_size + tile_size + 2 * most(event_list, most(kNeededRows, s.steps)), lanes), band_rows);
+        scratch_size = most(most(states_size + tile_size + 2 * most(event_list, most(kNeededRows, s.steps)), lanes), most_rows);
         scratch = arena.take<float>(scratch_size * s.threads);
     }
 
@@ -723,56 +726,53 @@ struct BackwardPass {
     }
 
     // Adds what the samples of a chunk give, of whose currents `of` is the gradient.
-    void weight_gradient(const WeightGradient& x, const CurrentGradient& of, int64_t first, int64_t samples, int64_t steps) {
+    void weight_gradient(WeightGradient& x, const CurrentGradient& of, int64_t first, int64_t samples, int64_t steps) const {
         const Panel<float>& grad = of.rows;
         if (x.by_batch) return weight_gradient_by_batch(x, of, first, samples, steps);
         const Plan& plan = x.plan();
         const int64_t C = plan.cols.blocks;
         if (x.by_subsets) {
-            row_bits.load(x.layer.inputs + first * C * steps, C, samples, steps, s.threads);
+            x.row_bits.load(x.layer.inputs + first * C * steps, C, samples, steps, s.threads);
             const int strips = kLanes / plan.rows.strip;
             return parallel(s.threads, plan.rows.blocks * strips, 1, [&](int64_t strip, int) {
                 const uint64_t lanes = (uint64_t{1} << plan.rows.strip) - 1;
                 if (!(of.reached[strip / strips] >> (strip % strips * plan.rows.strip) & lanes)) return;
                 (plan.rows.strip == 16 ? subset_gradient<16> : subset_gradient<32>)(
-                    plan, strip, row_bits, grad.at(strip / strips, 0), samples * steps, x.tiles);
+                    plan, strip, x.row_bits, grad.at(strip / strips, 0), samples * steps, x.tiles);
             });
         }
-        const Panel<float> panel{panel_memory, grad.rows};
         const bool by_events = x.kind == Input::kEvents;
         if (by_events)
             parallel(s.threads, C, 1, [&](int64_t c, int worker) {
-                events->load(c, x.layer.inputs + (first * C + c) * steps, samples, steps, C * steps,
-                             bits + worker * EventsByLane::scratch_words(chunks.samples, steps));
+                x.events->load(c, x.layer.inputs + (first * C + c) * steps, samples, steps, C * steps,
+                             x.bits + worker * EventsByLane::scratch_words(chunks.samples, steps));
             });
         else
-            fill_panel(s, x.layer, x.kind, first, samples, panel);
+            fill_panel(s, x.layer, x.kind, first, samples, x.panel);
         const bool strips = by_events && events_by_strip(s, x.layer, false);
         parallel(s.threads, plan.tiles, 2, [&](int64_t tile, int) {
             const int64_t row = plan.tile_row[tile], col = plan.tile_col[tile];
             if (!of.reached[row]) return;
             float* const sum = x.tiles + tile * kTile;
             if (strips)
-                (plan.rows.strip == 16 ? strip_gradient<16> : strip_gradient<32>)(*events, plan, tile, grad.at(row, 0), sum);
+                (plan.rows.strip == 16 ? strip_gradient<16> : strip_gradient<32>)(*x.events, plan, tile, grad.at(row, 0), sum);
             else if (by_events)
-                event_gradient(*events, col, plan.tile_sources[tile], grad.at(row, 0), sum);
+                event_gradient(*x.events, col, plan.tile_sources[tile], grad.at(row, 0), sum);
             else
-                outer(panel.at(col, 0), grad.at(row, 0), samples * steps, sum);
+                outer(x.panel.at(col, 0), grad.at(row, 0), samples * steps, sum);
         });
     }
 
-    void weight_gradient_by_batch(const WeightGradient& x, const CurrentGradient& grad, int64_t first, int64_t samples,
-                                  int64_t steps) {
+    void weight_gradient_by_batch(WeightGradient& x, const CurrentGradient& grad, int64_t first, int64_t samples,
+                                  int64_t steps) const {
         const int64_t C = x.plan().cols.blocks, rows = samples * steps, count = divide_up(rows, kLanes);
         const int64_t lanes = static_cast<int64_t>(x.plan().rows.blocks) * kLanes;
         const bool spikes = x.spikes();
-        const Bands input_bands{input_band_memory, C * kLanes};
         if (spikes) {
-            row_bits.load(x.layer.inputs + first * C * steps, C, samples, steps, s.threads);
+            x.row_bits.load(x.layer.inputs + first * C * steps, C, samples, steps, s.threads);
         } else {
-            const Panel<float> panel{panel_memory, grad.rows.rows};
-            fill_panel(s, x.layer, x.kind, first, samples, panel);
-            input_bands.fill(panel, rows, s.threads);
+            fill_panel(s, x.layer, x.kind, first, samples, x.panel);
+            x.bands.fill(x.panel, rows, s.threads);
         }
         const WeightList& list = x.plan().by_row;
         parallel(s.threads, lanes, 16, [&](int64_t lane, int worker) {
@@ -781,9 +781,9 @@ struct BackwardPass {
             for (int64_t band = 0; band < count; ++band)
                 __builtin_memcpy(e + band * kLanes, grad.bands.at(band, lane), kLanes * sizeof(float));
             if (spikes)
-                spike_outer(list, lane, row_bits, e, x.layer.grad_values);
+                spike_outer(list, lane, x.row_bits, e, x.layer.grad_values);
             else
-                dense_outer(list, lane, input_bands, count, e, x.layer.grad_values);
+                dense_outer(list, lane, x.bands, count, e, x.layer.grad_values);
         });
     }
 

@@ -225,8 +225,8 @@ struct GraphForward {
             fill_current(block, first + i, r, current + i * kLanes);
             if (!block.first) load_states(s, layer, layer.state, first + i, r, edge + i * size);
         }
-        each_sample(parameters[block.layer], layer, first, samples, r, [&](const LaneParameters& own, int64_t i, int64_t count) {
-            step(own, count, all.from(i));
+        each_sample(parameters[block.layer], layer, first, samples, r, [&](const LaneParameters& own, int64_t begin, int64_t end) {
+            step(own, begin, end, all);
         });
         for (int64_t i = 0; i < samples; ++i) finish_block(block, first + i, r, all.now + i * all.now_stride);
     }

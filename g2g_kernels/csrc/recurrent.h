@@ -41,21 +41,15 @@ struct ForwardStep {
     int64_t now_stride;
     uint64_t* words;       // out, one per sample, `stride` apart
     int64_t stride;
-
-    // From the sample b places on.
-    ForwardStep from(int64_t b) const {
-        return {current + b * kLanes, before + b * before_stride, before_stride, now + b * now_stride, now_stride,
-                words + b * stride, stride};
-    }
 };
 
 template <class M, int R>
-void step_forward(const LaneParameters& parameters, int64_t samples, const ForwardStep& step) {
+void step_forward(const LaneParameters& parameters, int64_t first, int64_t last, const ForwardStep& step) {
     constexpr int S = M::info.states, P = M::info.parameters;
     Vec p[kVecs][P];
     for (int v = 0; v < kVecs; ++v)
         for (int k = 0; k < P; ++k) p[v][k] = load(parameters.lanes[k] + v * W);
-    for (int64_t b = 0; b < samples; ++b) {
+    for (int64_t b = first; b < last; ++b) {
         uint64_t word = 0;
         each_vec([&](auto v) {
             Vec state[S];
@@ -113,26 +107,13 @@ struct BackwardStep {
     float* held;                   // [samples][64] += ∂I_t, may be null
     uint64_t* words;               // out, may be null: bit i: lane i has σ'(U_t − θ)·∂L/∂S_t other than 0
     float* values;                 // out: [samples][64] those, one after the other
-
-    // From the sample b places on.
-    BackwardStep from(int64_t b, int64_t states_of_model) const {
-        const auto after = [&](auto* p, int64_t stride) { return p ? p + b * stride : p; };
-        BackwardStep r = *this;
-        r.tile = after(tile, tile_stride), r.constant = after(constant, constant_stride), r.later = after(later, kLanes);
-        r.now = after(now, now_stride), r.before = after(before, before_stride);
-        r.states = after(states, states_of_model * kLanes);
-        r.row = after(row, row_stride), r.half_row = after(half_row, row_stride);
-        r.compact = after(compact, kLanes), r.half = after(half, kLanes), r.held = after(held, kLanes);
-        r.words = after(words, 1), r.values = after(values, kLanes);
-        return r;
-    }
 };
 
 template <class M, int R, class Surrogate>
-void step_backward(const LaneParameters& parameters, float alpha, int64_t samples, const BackwardStep& step) {
+void step_backward(const LaneParameters& parameters, float alpha, int64_t first, int64_t last, const BackwardStep& step) {
     constexpr int S = M::info.states, P = M::info.parameters;
     Vec sum[kVecs] = {}, grad[kVecs][P] = {};
-    for (int64_t b = 0; b < samples; ++b) {
+    for (int64_t b = first; b < last; ++b) {
         const float* const tile = step.tile ? step.tile + b * step.tile_stride : nullptr;
         float* const row = step.row + b * step.row_stride;
         if (tile) fetch_block(tile + kSamplesAhead * step.tile_stride);
@@ -188,7 +169,7 @@ void spikes_backward(const LaneParameters& parameters, float alpha, const float*
 }
 
 struct BackwardSteps {
-    void (*step)(const LaneParameters&, float, int64_t, const BackwardStep&);
+    void (*step)(const LaneParameters&, float, int64_t, int64_t, const BackwardStep&);
     void (*begin)(const LaneParameters&, float, const float*, const float*, float*, float*);
 
     explicit BackwardSteps(const Neurons& neurons) {
@@ -201,8 +182,8 @@ struct BackwardSteps {
     // Of block r of samples first ….
     void run(const LayerParameters& parameters, const Layer& layer, int64_t first, int64_t samples, int64_t r,
              const BackwardStep& all) const {
-        each_sample(parameters, layer, first, samples, r, [&](const LaneParameters& own, int64_t i, int64_t count) {
-            step(own, layer.neurons.alpha, count, all.from(i, model_info(layer.neurons).states));
+        each_sample(parameters, layer, first, samples, r, [&](const LaneParameters& own, int64_t begin, int64_t end) {
+            step(own, layer.neurons.alpha, begin, end, all);
         });
     }
 };

@@ -49,11 +49,11 @@ struct SampleParameters {
     SampleParameters(const SampleParameters&) = delete;
 };
 
-// step(parameters, i, count) for samples first + i … of block r: for all at once, unless each has dropped neurons of its own.
+// step(parameters, begin, end) for samples first + begin … of block r: for all at once, unless each has dropped neurons of its own.
 template <class F>
 void each_sample(const LayerParameters& parameters, const Layer& layer, int64_t first, int64_t samples, int64_t r, const F& step) {
     if (!layer.dropped) return step(parameters.from(r * kLanes), int64_t{0}, samples);
-    for (int64_t i = 0; i < samples; ++i) step(SampleParameters(parameters, layer, first + i, r).block, i, int64_t{1});
+    for (int64_t i = 0; i < samples; ++i) step(SampleParameters(parameters, layer, first + i, r).block, i, i + 1);
 }
 
 // The gradient of a parameter from what parts give to each lane, data[blocks][parts][64].

@@ -262,8 +262,8 @@ struct ForwardLayer {
         }
         const float* before = t ? now - stack.batch * size : initial;
         const ForwardStep all{current, before, size, now, size, layer.spikes + (first * R + r) * T + t, R * T};
-        each_sample(parameters, layer, first, samples, r, [&](const LaneParameters& own, int64_t i, int64_t count) {
-            step(own, count, all.from(i));
+        each_sample(parameters, layer, first, samples, r, [&](const LaneParameters& own, int64_t begin, int64_t end) {
+            step(own, begin, end, all);
         });
         for (int64_t i = 0; t + 1 == T && layer.last && i < samples; ++i)
             store_states(stack, layer, now + i * size, first + i, r, layer.last);

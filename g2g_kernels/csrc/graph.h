@@ -160,8 +160,7 @@ struct GraphForward {
             load_tiles<kByRow>(x.plan, x.of.values, s.threads, tiles[i]);
             if (x.straight) continue;
             parallel(s.threads, s.batch, 1, [&](int64_t b, int) {
-                begin_words(x.source.plan->rows, x.plan.cols, b, s.batch, s.steps, x.of.delays,
-                            {x.source.sent, x.source.sent_steps}, x.words(s, b));
+                begin_words(s, x.source, x.plan.cols, b, x.of.delays, x.words(s, b));
             });
         }
         each_part_of_batch(s.batch, *std::min_element(longest.begin(), longest.end()), s.threads,
@@ -188,11 +187,8 @@ struct GraphForward {
             });
             for (const Passage& x : inner) {
                 if (x.of.source != block.layer || x.aligned) continue;
-                const Axis& axis = x.source.plan->rows;  // blocks of one order would write into the same words of another
-                parallel(threads, count, 1, [&](int64_t task, int) {
-                    const int64_t b = begin + task;
-                    move_words(axis, x.plan.cols, x.source.spikes + b * axis.blocks * s.steps, block.first, block.last, s.steps,
-                               x.of.delays, x.words(s, b));
+                parallel(threads, count, 1, [&](int64_t b, int) {  // blocks of one order would write into the same words of another
+                    move_words(s, x.source, x.plan.cols, begin + b, block.first, block.last, x.of.delays, x.words(s, begin + b));
                 });
             }
         }
@@ -461,8 +457,7 @@ struct PassageBackward : Passage {
 
     void begin(const Stack& s) {
         gradient.load_product(s.threads);
-        if (!straight) reorder_words(source.plan->rows, plan.cols, source.spikes, s.batch, s.steps, s.threads, of.delays,
-                      {source.sent, source.sent_steps}, inputs);
+        if (!straight) reorder_words(s, source, plan.cols, of.delays, inputs);
         zero_floats(tiles, int64_t{plan.tiles} * kTile, s.threads);
         if (learned) zero_floats(learned, int64_t{s.batch} * plan.cols.blocks * kLanes, s.threads);
     }

@@ -177,33 +177,30 @@ inline bool same_order(const Axis& a, const Axis& b) {
     return __builtin_memcmp(a.neuron.data(), b.neuron.data(), a.neuron.size() * 4) == 0;
 }
 
-// Spikes that were sent before the first step, [steps][B][N]; null: none.
-struct Sent {
-    const float* spikes;
-    int64_t steps;
-};
-
-// The words of sample b before anything is sent, out[blocks][steps]: what was sent before the first step, and arrives by
+// The words of sample b before a layer of a stack sends anything, out[blocks][T]: what it sent before the first step, and arrives by
 // `delays` (null: none).
-inline void begin_words(const Axis& from, const Axis& to, int64_t b, int64_t batch, int64_t steps, const int64_t* delays,
-                        const Sent& before, uint64_t* out) {
-    zero(out, to.blocks * steps * 8);
-    for (int64_t i = 0; delays && before.spikes && i < before.steps; ++i)
-        for (int64_t n = 0; n < from.size; ++n) {
-            const int64_t t = delays[n] + i - before.steps;
-            if (t < 0 || t >= steps || !before.spikes[(i * batch + b) * from.size + n]) continue;
-            out[to.lane[n] / kLanes * steps + t] |= uint64_t{1} << (to.lane[n] % kLanes);
+inline void begin_words(const Stack& s, const Layer& from, const Axis& to, int64_t b, const int64_t* delays, uint64_t* out) {
+    const int64_t N = from.plan->rows.size;
+    zero(out, to.blocks * s.steps * sizeof(uint64_t));
+    for (int64_t i = 0; delays && from.sent && i < from.sent_steps; ++i)
+        for (int64_t n = 0; n < N; ++n) {
+            const int64_t t = delays[n] + i - from.sent_steps;
+            if (t < 0 || t >= s.steps || !from.sent[(i * s.batch + b) * N + n]) continue;
+            out[to.lane[n] / kLanes * s.steps + t] |= uint64_t{1} << (to.lane[n] % kLanes);
         }
 }
 
-// The words of a sample at some steps in another order of lanes, in[blocks][steps] to out[blocks][steps]: every set bit moves
-// to its neuron's other lane, and by `delays` to a later step (null: none).
-inline void move_words(const Axis& from, const Axis& to, const uint64_t* in, int64_t first, int64_t last, int64_t steps,
+// The words of sample b of a layer at some steps in another order of lanes, out[blocks][T]: every set bit moves to its neuron's
+// other lane, and by `delays` to a later step (null: none).
+inline void move_words(const Stack& s, const Layer& from, const Axis& to, int64_t b, int64_t first, int64_t last,
                        const int64_t* delays, uint64_t* out) {
-    for (int64_t block = 0; block < from.blocks; ++block) {
-        const int32_t* neuron = from.neuron.data() + block * kLanes;
+    const Axis& axis = from.plan->rows;
+    const int64_t steps = s.steps;
+    for (int64_t block = 0; block < axis.blocks; ++block) {
+        const int32_t* neuron = axis.neuron.data() + block * kLanes;
+        const uint64_t* const in = from.spikes + (b * axis.blocks + block) * steps;
         for (int64_t t = first; t < last; ++t)
-            for (uint64_t word = in[block * steps + t]; word; word &= word - 1) {
+            for (uint64_t word = in[t]; word; word &= word - 1) {
                 const int32_t n = neuron[__builtin_ctzll(word)], lane = to.lane[n];
                 const int64_t late = delays ? t + delays[n] : t;
                 if (late < steps) out[(lane / kLanes) * steps + late] |= uint64_t{1} << (lane % kLanes);
@@ -211,13 +208,12 @@ inline void move_words(const Axis& from, const Axis& to, const uint64_t* in, int
     }
 }
 
-// Spike words in another order of lanes, and where and when they arrive; what was sent before arrives, too.
-inline void reorder_words(const Axis& from, const Axis& to, const uint64_t* source, int64_t batch, int64_t steps,
-                          int threads, const int64_t* delays, const Sent& before, uint64_t* target) {
-    parallel(threads, batch, 1, [&](int64_t b, int) {
-        uint64_t* out = target + b * to.blocks * steps;
-        begin_words(from, to, b, batch, steps, delays, before, out);
-        move_words(from, to, source + b * from.blocks * steps, 0, steps, steps, delays, out);
+// A layer's spike words in another order of lanes, and where and when they arrive; what was sent before arrives, too.
+inline void reorder_words(const Stack& s, const Layer& from, const Axis& to, const int64_t* delays, uint64_t* target) {
+    parallel(s.threads, s.batch, 1, [&](int64_t b, int) {
+        uint64_t* out = target + b * to.blocks * s.steps;
+        begin_words(s, from, to, b, delays, out);
+        move_words(s, from, to, b, 0, s.steps, delays, out);
     });
 }
 

@@ -86,8 +86,7 @@ struct ForwardLayer {
     // Returns the share of ones among its spikes, from that among its inputs.
     double run(int l, double rate) {
         if (lower && layer.inputs != lower->spikes)
-            reorder_words(lower->plan->rows, plan.cols, lower->spikes, stack.batch, stack.steps, stack.threads, layer.delays,
-                          {lower->sent, lower->sent_steps}, layer.inputs);
+            reorder_words(stack, *lower, plan.cols, layer.delays, layer.inputs);
         layer.input_rate = rate;
         kind = input_kind(stack, l, true);
         by_batch = g2g::G2G_ISA::by_batch(stack, layer, kind, true);

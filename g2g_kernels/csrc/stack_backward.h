@@ -304,7 +304,7 @@ struct CurrentGradient {
 struct ChunkInputGradient {
     const BackwardLayer* layer;
     const NeededGradient* needed;
-    std::optional<MergedEvents> events;
+    const MergedEvents* events;
     const float* event_tiles;
     bool by_product;
     Bands bands;  // of ∂L/∂I, where the product reads them
@@ -317,7 +317,7 @@ struct BackwardPass {
     float* band_memory;                 // of ∂L/∂I of the layer that was swept last
     double* totals;
     EventLists event_lists;             // of the layer that is being swept
-    EventMerger event_merger;           // of the same, and then for the sweep of the layer below
+    MergedEvents merged_events;         // of the same, and then for the sweep of the layer below
     int64_t states_size, tile_size, scratch_size;  // of a worker: states of a block of some samples, a tile, then events of a
                                                    // step, or what is needed of all rows
     int64_t event_list = 0;
@@ -353,7 +353,7 @@ struct BackwardPass {
         }
         arena.used = end;
         if (listed_blocks) {
-            event_merger = EventMerger(listed_blocks, chunks.samples, s.steps, listed, arena);
+            merged_events = MergedEvents(listed_blocks, chunks.samples, s.steps, listed, arena);
             event_list = listed_blocks * kLanes + EventLists::kSlack;
         }
         band_memory = arena.take<float>(grad_bands);
@@ -405,7 +405,7 @@ struct BackwardPass {
     ChunkInputGradient choose(BackwardLayer& x, const uint64_t* reached, int64_t samples, int64_t steps) {
         const int64_t rows = samples * steps, R = x.plan.rows.blocks;
         const bool had_halves = x.wants_halves();
-        ChunkInputGradient result{&x, nullptr, {}, nullptr, false, {}};
+        ChunkInputGradient result{&x, nullptr, nullptr, nullptr, false, {}};
         if (x.by_need) {
             x.needed->choose(reached, x.grad.floats.rows);
             result.needed = &*x.needed;
@@ -413,11 +413,11 @@ struct BackwardPass {
         }
         if (x.lists_events) {
             const int64_t limit = x.most_events(rows);
-            auto [events, merged] = event_merger.merge(event_lists, R, samples, limit, s.threads);
-            result.events = merged;
+            const int64_t events = merged_events.merge(event_lists, R, samples, limit, s.threads);
+            if (events <= limit) result.events = &merged_events;
             x.lists_events = events <= 2 * limit;
         }
-        x.by_events = result.events.has_value();
+        x.by_events = result.events;
         if (x.by_events) {
             result.event_tiles = x.input_gradient->event_tiles(s.threads);
         } else {

@@ -87,7 +87,6 @@ Segments segments(const Plan& plan, bool by_row, const std::vector<char>& skip) 
     const Axis& out = by_row ? plan.rows : plan.cols;
     const int32_t strips = kLanes / out.strip;
     Segments result;
-    result.first.push_back(0);
     for (int32_t block = 0; block < out.blocks; ++block) {
         const int32_t begin = (by_row ? plan.row_first : plan.col_first)[block];
         const int32_t end = (by_row ? plan.row_first : plan.col_first)[block + 1];
@@ -117,7 +116,7 @@ Segments segments(const Plan& plan, bool by_row, const std::vector<char>& skip) 
         }
         for (const auto& strip : runs) {
             result.list.insert(result.list.end(), strip.begin(), strip.end());
-            result.first.push_back(static_cast<int32_t>(result.list.size()));
+            result.end_strip();
         }
     }
     return result;
@@ -176,7 +175,6 @@ WeightList list_weights(const Plan& plan, const std::vector<char>& chosen, bool 
 Granules granules(const Plan& plan) {
     Granules result;
     if (plan.rows.strip == kLanes) return result;
-    result.first.push_back(0);
     for (size_t strip = 0; strip + 1 < plan.forward.first.size(); ++strip) {
         const size_t begin = result.list.size();
         for (int32_t i = plan.forward.first[strip]; i < plan.forward.first[strip + 1]; ++i) {
@@ -185,7 +183,7 @@ Granules granules(const Plan& plan) {
                 if (result.list.size() == begin || result.list.back().tile != segment.place || result.list.back().part < part)
                     result.list.push_back({segment.place, part});
         }
-        result.first.push_back(static_cast<int32_t>(result.list.size()));
+        result.end_strip();
     }
     return result;
 }
@@ -235,7 +233,6 @@ EventRuns event_runs(const Plan& plan, int32_t width) {
     const int32_t strips = kLanes / width;
     double lists = plan.cols.blocks * strips * kStripCost;
     result.width = width;
-    result.first.push_back(0);
     for (int32_t strip = 0; strip < plan.cols.blocks * strips; ++strip) {
         const int32_t block = strip / strips, lane = strip % strips * width;
         const size_t begin = result.list.size();
@@ -260,7 +257,7 @@ EventRuns event_runs(const Plan& plan, int32_t width) {
                     result.list.push_back(run);
             }
         }
-        result.first.push_back(static_cast<int32_t>(result.list.size()));
+        result.end_strip();
     }
     constexpr double least = 0.05;  // a few events are always fewer than the product
     if (result.rows > 0) result.ratio = std::max(least, (plan.gradient_rows - lists) / result.rows);

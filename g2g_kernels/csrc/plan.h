@@ -41,11 +41,16 @@ struct Segment {
     int32_t place, block, lane, count;
 };
 
-// What every output strip of a product sums over; strip s covers lanes s·strip … of its axis.
-struct Segments {
-    std::vector<int32_t> first;  // [strips + 1]
-    std::vector<Segment> list;
+// What every strip of an axis has; strip s covers lanes s·strip ….
+template <class T>
+struct ByStrip {
+    std::vector<int32_t> first{0};  // [strips + 1]
+    std::vector<T> list;
+    void end_strip() { first.push_back(static_cast<int32_t>(list.size())); }
 };
+
+// What every output strip of a product sums over.
+using Segments = ByStrip<Segment>;
 
 // Weights one by one, by the lane of the sums that they belong to, for products whose vectors are rows of data (batch.h).
 struct WeightList {
@@ -64,10 +69,7 @@ struct Granule {
 };
 
 // The granules that have weights in each strip of the rows.
-struct Granules {
-    std::vector<int32_t> first;  // [strips + 1]
-    std::vector<Granule> list;
-};
+using Granules = ByStrip<Granule>;
 
 // The 16 × 16 weights between granules of the two sides, where some exist (needed_gradient.h).
 struct Patches {
@@ -84,10 +86,8 @@ struct EventRun {
 };
 
 // The rows with weights in each strip of the columns, for the input gradient by events.
-struct EventRuns {
-    int32_t width = kLanes;      // lanes of a strip: fewer than a block's where few rows have weights in all of a block
-    std::vector<int32_t> first;  // [column strips + 1]
-    std::vector<EventRun> list;
+struct EventRuns : ByStrip<EventRun> {
+    int32_t width = kLanes;  // lanes of a strip: fewer than a block's where few rows have weights in all of a block
     double rows = 0;   // of 64 weights that events may have to multiply
     double ratio = 1;  // cost of the product, in rows of 64 weights, per row that events may have to multiply
 };

@@ -347,19 +347,17 @@ struct MemberBackward : LayerBackward {
         take_sums(g.stack.batch, arena);
     }
 
-    const Axis& axis() const { return plan.rows; }
-
     // Before the last step: what reaches the layer from outside.
     void begin(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int threads) const {
-        const int64_t T = s.steps, B = s.batch, size = axis().size, tail = outer.tail_steps, first = chunk.first;
-        parallel(threads, axis().blocks * chunk.samples, 1, [&](int64_t task, int) {
+        const int64_t T = s.steps, B = s.batch, size = plan.rows.size, tail = outer.tail_steps, first = chunk.first;
+        parallel(threads, plan.rows.blocks * chunk.samples, 1, [&](int64_t task, int) {
             const int64_t r = task / chunk.samples, b = task % chunk.samples;
             alignas(64) float end[kLanes];
             constant_part(s, first + b, r, x.constant_at(r, b));
             float* const tile = x.arrived_at(r, b);
             zero(tile - x.before * kLanes, (chunk.used ? x.before : x.before + T) * kLanes * sizeof(float));
             for (int64_t t = 0; outer.grad_tail && t < tail; ++t) {
-                load_block(axis(), r, outer.grad_tail + t * B * size, Rows{first + b, 1, B, size}, 1, end);
+                load_block(plan.rows, r, outer.grad_tail + t * B * size, Rows{first + b, 1, B, size}, 1, end);
                 add(end, tile + (T - tail + t) * kLanes);
             }
             load_states(s, layer, layer.grad_last, first + b, r, x.edge_at(r, b, model.states));
@@ -391,8 +389,8 @@ struct MemberBackward : LayerBackward {
         add(sum, current + at);
         for (int k = 0; k < model.parameters; ++k) add(grads.parameters[k], sums[k] + at);
         if (outer.grad_current && !outer.held)
-            store_block(axis(), r, out, Rows{sample, count, s.batch, axis().size}, count,
-                        outer.grad_current + begin * s.batch * axis().size);
+            store_block(plan.rows, r, out, Rows{sample, count, s.batch, plan.rows.size}, count,
+                        outer.grad_current + begin * s.batch * plan.rows.size);
         if (!begin && layer.grad_state) store_states(s, layer, grads.edge, sample, r, layer.grad_state);
     }
 
@@ -419,8 +417,8 @@ struct MemberBackward : LayerBackward {
         for (int64_t i = 0; i < samples; ++i) {
             zero(tile + i * step.tile_stride, kLanes * sizeof(float));
             if (outer.grad_current && !outer.held)
-                store_block(axis(), r, out + i * kLanes, Rows{first + i, 1, s.batch, axis().size}, 1,
-                            outer.grad_current + t * s.batch * axis().size);
+                store_block(plan.rows, r, out + i * kLanes, Rows{first + i, 1, s.batch, plan.rows.size}, 1,
+                            outer.grad_current + t * s.batch * plan.rows.size);
             if (!t && layer.grad_state) store_states(s, layer, step.states + i * size, first + i, r, layer.grad_state);
         }
     }
@@ -428,17 +426,17 @@ struct MemberBackward : LayerBackward {
     // After the first step: what reaches the spikes that were sent before it.
     void end(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int threads) const {
         if (!outer.grad_sent) return;
-        parallel(threads, axis().blocks * chunk.samples, 1, [&](int64_t task, int) {
+        parallel(threads, plan.rows.blocks * chunk.samples, 1, [&](int64_t task, int) {
             const int64_t r = task / chunk.samples, b = task % chunk.samples;
-            store_block(axis(), r, x.arrived_at(r, b) - x.before * kLanes, Rows{chunk.first + b, x.before, s.batch, axis().size},
+            store_block(plan.rows, r, x.arrived_at(r, b) - x.before * kLanes, Rows{chunk.first + b, x.before, s.batch, plan.rows.size},
                         x.before, outer.grad_sent);
         });
     }
 
     void finish(const Stack& s, double* totals) const {
         LayerBackward::finish(s, totals);
-        for (int64_t r = 0; outer.grad_current && outer.held && r < axis().blocks; ++r)
-            store_block(axis(), r, current + r * s.batch * kLanes, Rows{0, 1, s.batch, axis().size}, s.batch, outer.grad_current);
+        for (int64_t r = 0; outer.grad_current && outer.held && r < plan.rows.blocks; ++r)
+            store_block(plan.rows, r, current + r * s.batch * kLanes, Rows{0, 1, s.batch, plan.rows.size}, s.batch, outer.grad_current);
     }
 };
 
@@ -526,7 +524,7 @@ struct GraphBackward {
           bits_size(EventsByLane::scratch_words(chunks.samples, s.steps)) {
         int64_t blocks = 0, most_rows = 0;
         members.reserve(s.count), inner.reserve(g.inner_count);
-        for (int64_t l = 0; l < s.count; ++l) blocks = most(blocks, members.emplace_back(g, l, arena).axis().blocks);
+        for (int64_t l = 0; l < s.count; ++l) blocks = most(blocks, members.emplace_back(g, l, arena).plan.rows.blocks);
         for (int64_t i = 0; i < g.inner_count; ++i)
             blocks = most(blocks, inner.emplace_back(g, g.inner[i], arena).plan.cols.blocks);
         for (int64_t i = 0; i < g.block_count; ++i)
@@ -595,7 +593,7 @@ struct GraphBackward {
         const MemberChunk& own = chunk.members[block.layer];
         const int64_t steps = steps_of(block);
         const int64_t group = steps == 1 ? kGradientSamples : 1, groups = divide_up(samples, group);
-        parallel(threads, x.axis().blocks * groups, steps == 1 ? 1 : 4, [&](int64_t task, int) {
+        parallel(threads, x.plan.rows.blocks * groups, steps == 1 ? 1 : 4, [&](int64_t task, int) {
             const int64_t r = task / groups, i = task % groups * group;
             float* const out = chunk.rows.floats.at(r, i * steps);
             if (steps == 1)
@@ -618,7 +616,7 @@ struct GraphBackward {
         const auto arrive = [&](int64_t column, int64_t i) {
             const float* const arrived = chunk.inputs.at(column, i * steps);
             if (x.learned) x.learn(s, chunk.first + b + i, column, arrived, block);
-            x.arrive(members[x.of.source].axis(), source, b + i, column, arrived, block);
+            x.arrive(members[x.of.source].plan.rows, source, b + i, column, arrived, block);
         };
         int64_t most_rows = steps;  // whole samples, and whole register tiles of the product
         while (most_rows < kGradientSamples || most_rows % 6) most_rows += steps;

@@ -35,10 +35,7 @@ struct ArrivalPanel {
         if (aligned) return;
         if (above.blocks * (rows + 1) * kLanes > INT32_MAX) throw std::length_error("offsets have 32 bits");
         offset = arena.take<int32_t>(blocks * kLanes);
-    }
-
-    void find_offsets(const Axis& own, const Axis& above) const {
-        for (int64_t i = 0; i < blocks * kLanes; ++i) {
+        for (int64_t i = 0; arena.base && i < blocks * kLanes; ++i) {
             const int32_t lane = own.neuron[i] < 0 ? 0 : above.lane[own.neuron[i]];  // any finite value does in padding
             offset[i] = static_cast<int32_t>(lane / kLanes * panel.rows * kLanes + lane % kLanes);
         }
@@ -73,20 +70,17 @@ struct Late {
     const Layer *own = nullptr, *above = nullptr;
 
     Late() = default;
-    Late(const Layer& own, const Layer& above, int64_t samples, Arena& arena) : own(&own), above(&above) {
-        if (!above.delays) return;
-        const int64_t blocks = own.plan->rows.blocks;
-        lanes = arena.take<Lanes>(blocks * kLanes);
-        if (above.grad_delays) learned = arena.take<float>(blocks * samples * kLanes);
-    }
-
-    void find(int64_t steps) const {
-        const Axis& axis = own->plan->rows;
-        for (int64_t first = 0; first < static_cast<int64_t>(axis.blocks) * kLanes; first += W) {
+    Late(const Stack& s, const Layer& of, const Layer& to, Arena& arena) : own(&of), above(&to) {
+        if (!to.delays) return;
+        const Axis& axis = of.plan->rows;
+        const int64_t count = int64_t{axis.blocks} * kLanes;
+        lanes = arena.take<Lanes>(count);
+        if (to.grad_delays) learned = arena.take<float>(count * s.batch);
+        for (int64_t first = 0; arena.base && first < count; first += W) {
             int32_t delay[W], last = -1;
             for (int i = 0; i < W; ++i) {
                 const int32_t n = axis.neuron[first + i];
-                delay[i] = n < 0 ? 0 : static_cast<int32_t>(most(0, least(above->delays[n], steps)));
+                delay[i] = n < 0 ? 0 : static_cast<int32_t>(most(0, least(to.delays[n], s.steps)));
             }
             for (Lanes* of = lanes + first; of < lanes + first + W; ++of) {
                 *of = {INT32_MAX, 0};
@@ -257,7 +251,7 @@ struct BackwardLayer : LayerBackward {
         if (last) return;
         const Plan& above = *s.layers[l + 1].plan;
         panel = !same_order(plan.rows, above.cols) || !above.sparse.empty() || recurrent;
-        late = Late(layer, s.layers[l + 1], s.batch, arena);
+        late = Late(s, layer, s.layers[l + 1], arena);
         if (panel) arrivals = ArrivalPanel(plan.rows, above.cols, chunks.rows(), arena);
     }
 
@@ -365,7 +359,7 @@ struct BackwardPass {
     }
 
     void run() {
-        for (size_t l = 0; l < layers.size(); ++l) begin(l);
+        for (const BackwardLayer& x : layers) begin(x);
         for (size_t l = 1; l < layers.size(); ++l) {
             BackwardLayer& x = layers[l];
             const double listed = x.needed && x.lists_events ? needed_share(x) : 1;
@@ -386,18 +380,14 @@ struct BackwardPass {
         for (const BackwardLayer& x : layers) finish(x);
     }
 
-    void begin(size_t l) const {
-        const BackwardLayer& x = layers[l];
-        const Axis& axis = x.plan.rows;
+    void begin(const BackwardLayer& x) const {
         x.weights.begin(s.threads);
         if (x.recurrent) {
             x.recurrent_weights->begin(s.threads);
             x.recurrent->shift(s, x.layer, x.parameters);
         }
         for (int64_t b = 0; b < (x.last ? s.batch : 1); ++b)
-            for (int64_t r = 0; r < axis.blocks; ++r) x.constant_part(s, b, r, x.constant_of(b, r));
-        if (!x.arrivals.aligned) x.arrivals.find_offsets(axis, layers[l + 1].plan.cols);
-        if (x.late.lanes) x.late.find(s.steps);
+            for (int64_t r = 0; r < x.plan.rows.blocks; ++r) x.constant_part(s, b, r, x.constant_of(b, r));
     }
 
     // How to compute the input gradient of a layer in a chunk, after its sweep: by events or by the product. The sweep

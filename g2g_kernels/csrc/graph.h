@@ -384,14 +384,20 @@ struct MemberBackward : LayerBackward {
         const SampleParameters own(parameters, layer, sample, r);
         float* const tile = x.arrived_at(r, b) + begin * kLanes;
         sweep({tile, x.constant_at(r, b)}, states, count, own.block, layer.neurons.alpha, grads);
-        zero(tile, count * kLanes * sizeof(float));
         __builtin_memcpy(x.rows.at(r, b * s.steps + begin), out, count * kLanes * sizeof(float));
         add(sum, current + at);
         for (int k = 0; k < model.parameters; ++k) add(grads.parameters[k], sums[k] + at);
+        pass_on(s, sample, r, begin, count, out, tile, grads.edge);
+    }
+
+    // After some steps of a block of a sample: ∂L/∂I and what reaches the first states go on; ∂L/∂S has been used.
+    void pass_on(const Stack& s, int64_t sample, int64_t r, int64_t begin, int64_t count, const float* out, float* tile,
+                 const float* edge) const {
+        zero(tile, count * kLanes * sizeof(float));
         if (outer.grad_current && !outer.held)
             store_block(plan.rows, r, out, Rows{sample, count, s.batch, plan.rows.size}, count,
                         outer.grad_current + begin * s.batch * plan.rows.size);
-        if (!begin && layer.grad_state) store_states(s, layer, grads.edge, sample, r, layer.grad_state);
+        if (!begin && layer.grad_state) store_states(s, layer, edge, sample, r, layer.grad_state);
     }
 
     // The same of a block of one step, for some samples at once; `out` [samples][64].
@@ -414,13 +420,8 @@ struct MemberBackward : LayerBackward {
         step.row = x.rows.at(r, b * s.steps + t), step.row_stride = int64_t{s.steps} * kLanes;
         step.compact = out, step.held = current + at;
         steps.run(parameters, layer, first, samples, r, step);
-        for (int64_t i = 0; i < samples; ++i) {
-            zero(tile + i * step.tile_stride, kLanes * sizeof(float));
-            if (outer.grad_current && !outer.held)
-                store_block(plan.rows, r, out + i * kLanes, Rows{first + i, 1, s.batch, plan.rows.size}, 1,
-                            outer.grad_current + t * s.batch * plan.rows.size);
-            if (!t && layer.grad_state) store_states(s, layer, step.states + i * size, first + i, r, layer.grad_state);
-        }
+        for (int64_t i = 0; i < samples; ++i)
+            pass_on(s, first + i, r, t, 1, out + i * kLanes, tile + i * step.tile_stride, step.states + i * size);
     }
 
     // After the first step: what reaches the spikes that were sent before it.

@@ -65,6 +65,7 @@ inline void linear_forward(Linear& a, Arena& arena) {
         bias[i] = a.bias && axis.neuron[i] >= 0 ? a.bias[axis.neuron[i]] : 0.0f;
     load_tiles<kByRow>(plan, a.values, a.threads, tiles);
     if (a.bf16) load_tiles<kByRow>(plan, a.values, a.threads, pairs);
+    const SpikeCurrents spikes(plan, tiles);
     const Weights weights{&plan.forward, plan.rows.strip, tiles, pairs, kForwardPartial};
     for (int64_t begin = 0; begin < a.rows; begin += chunk) {
         const int64_t rows = least(chunk, a.rows - begin), groups = divide_up(rows, group);
@@ -72,16 +73,10 @@ inline void linear_forward(Linear& a, Arena& arena) {
         parallel(a.threads, axis.blocks * groups, 2, [&](int64_t task, int worker) {
             const int64_t r = task / groups, first = task % groups * group, count = least(group, rows - first);
             float* out = scratch + worker * group * kLanes;
-            if (input.events) {
-                const EventCurrent current{{&plan, r, input.words + first, chunk, tiles, bias + r * kLanes}};
-                for (int64_t i = 0; i < count; ++i) {
-                    Vec y[kVecs];
-                    current(i, y);
-                    for (int v = 0; v < kVecs; ++v) store(out + i * kLanes + v * W, y[v]);
-                }
-            } else {
+            if (!input.events)
                 product(weights, r, input.panel.floats, input.panel.halves, first, count, {bias + r * kLanes, 0}, out);
-            }
+            for (int64_t i = 0; input.events && i < count; ++i)
+                SpikeCurrents::add<EventCurrent>(spikes, r, input.words + first, chunk, i, bias + r * kLanes, out + i * kLanes);
             with_elements(a.y, a.y_half, (begin + first) * axis.size, [&](auto* y) {
                 store_block(axis, r, out, Rows{0, 1, a.rows, axis.size}, count, y);
             });

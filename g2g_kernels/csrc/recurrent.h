@@ -67,25 +67,6 @@ inline auto forward_step(const Neurons& neurons) {
     return with_step(neurons, [](auto model, auto reset) { return &step_forward<decltype(model), decltype(reset)::value>; });
 }
 
-// The currents of a block from the spikes of a step, on top of `start`.
-struct SpikeCurrents {
-    const Plan* plan;
-    const float* tiles;
-    void (*sum)(const SpikeCurrents&, int64_t r, const uint64_t* words, int64_t stride, int64_t t, const float* start, float* out);
-
-    template <class Current>
-    static void add(const SpikeCurrents& of, int64_t r, const uint64_t* words, int64_t stride, int64_t t, const float* start,
-                    float* out) {
-        Vec sum[kVecs];
-        Current{{of.plan, r, words, stride, of.tiles, start}}(t, sum);
-        for (int v = 0; v < kVecs; ++v) store(out + v * W, sum[v]);
-    }
-
-    SpikeCurrents(const Plan& p, const float* weights) : plan(&p), tiles(weights) {
-        sum = p.rows.strip == kLanes ? add<EventCurrent> : p.rows.strip == 16 ? add<StripCurrent<16>> : add<StripCurrent<32>>;
-    }
-};
-
 // --- backward ---------------------------------------------------------------------------------------------------
 
 // One step backwards of a block of some samples: pointers to the first one's [64], and the floats from one to the next.

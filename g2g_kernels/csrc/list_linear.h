@@ -109,8 +109,9 @@ struct WeightedRows {
             const Vec of_x = load(x + at);
             unrolled<N>([&](auto k) { dot[k] = fma(of_x, load(panel + other[e + k] * chunk + at), dot[k]); });
         }
-        const Sums<4> sums = sums_of(dot);
-        for (int k = 0; k < N; ++k) grad[place[e + k]] += sums.of[k];
+        float sums[4];
+        sums_of(dot, sums);
+        for (int k = 0; k < N; ++k) grad[place[e + k]] += sums[k];
     }
 
     // The same for all weights.

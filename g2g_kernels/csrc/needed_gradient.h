@@ -126,8 +126,9 @@ class NeededGradient {
                     const Vec x = G2G_ISA::load(w + patch->weights + v);
                     unrolled<at_once>([&](auto k) { sum[k] = fma(x, G2G_ISA::load(g[k] + patch->rows + v), sum[k]); });
                 }
-            const Sums<at_once> sums = sums_of(sum);
-            unrolled<at_once>([&](auto k) { out[row[i + k] * kLanes] = sums.of[k]; });
+            float sums[at_once];
+            sums_of(sum, sums);
+            unrolled<at_once>([&](auto k) { out[row[i + k] * kLanes] = sums[k]; });
         }
     }
 

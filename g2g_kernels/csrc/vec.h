@@ -248,24 +248,18 @@ inline float sum_of(Vec x) {
 #endif
 }
 
-// Σ x[k][i] for each of four vectors.
-template <int N>
-struct Sums {
-    float of[N];
-};
-inline Sums<4> sums_of(const Vec (&x)[4]) {
-    Sums<4> result;
+// sums[k] = Σ x[k][i] for each of four vectors.
+inline void sums_of(const Vec (&x)[4], float* sums) {
 #if defined(__AVX512F__)
     const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
     const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
     const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
     const __m512 e = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
     const __m256 f = _mm256_add_ps(_mm512_castps512_ps256(e), _mm512_extractf32x8_ps(e, 1));
-    _mm_storeu_ps(result.of, _mm_add_ps(_mm256_castps256_ps128(f), _mm256_extractf128_ps(f, 1)));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(f), _mm256_extractf128_ps(f, 1)));
 #else
-    for (int k = 0; k < 4; ++k) result.of[k] = sum_of(x[k]);
+    for (int k = 0; k < 4; ++k) sums[k] = sum_of(x[k]);
 #endif
-    return result;
 }
 
 // to[c][r] = from[r][c] of 16 × 16 floats; rows are `step` and `to_step` apart.

@@ -516,13 +516,10 @@ struct GraphBackward {
     std::vector<MemberBackward> members;
     std::vector<PassageBackward> inner;
     std::vector<GraphChunk> at_once;  // chunks whose blocks run at the same time
-    uint64_t* bits;
-    int64_t bits_size;
     double* totals;
 
     GraphBackward(const Graph& graph, Arena& arena)
-        : g(graph), s(graph.stack), chunks(s.batch, s.steps, least_samples(graph)), at_once(count_at_once()),
-          bits_size(EventsByLane::scratch_words(chunks.samples, s.steps)) {
+        : g(graph), s(graph.stack), chunks(s.batch, s.steps, least_samples(graph)), at_once(count_at_once()) {
         int64_t blocks = 0, most_rows = 0;
         members.reserve(s.count), inner.reserve(g.inner_count);
         for (int64_t l = 0; l < s.count; ++l) blocks = most(blocks, members.emplace_back(g, l, arena).plan.rows.blocks);
@@ -534,10 +531,9 @@ struct GraphBackward {
             for (const MemberBackward& x : members) chunk.members.emplace_back(x.layer, chunks, arena);
             chunk.rows = DualPanel(blocks, most_rows, false, arena);
             chunk.inputs = {arena.take<float>(blocks * most_rows * kLanes), most_rows};
-            chunk.events.emplace(blocks, chunks.rows(), arena);
+            chunk.events.emplace(blocks, chunks.samples, s.steps, s.threads, arena);
             chunk.bands.data = arena.take<float>(Bands::size(blocks * kLanes, most_rows));
         }
-        bits = arena.take<uint64_t>(bits_size * s.threads);
         totals = arena.take<double>(blocks * kLanes);
     }
 
@@ -638,7 +634,7 @@ struct GraphBackward {
         parallel(s.threads, count * C, 1, [&](int64_t task, int worker) {
             const GraphChunk& chunk = at_once[task / C];
             const int64_t column = task % C;
-            chunk.events->load(column, x.sent(s, chunk.first) + column * T, chunk.samples, T, C * T, bits + worker * bits_size, x.late());
+            chunk.events->load(column, x.sent(s, chunk.first) + column * T, chunk.samples, T, C * T, worker, x.late());
         });
         // a row block is one task, so that its ∂L/∂I come from other threads' caches once
         parallel(s.threads, plan.rows.blocks, 1, [&](int64_t r, int) {

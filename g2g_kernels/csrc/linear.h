@@ -97,8 +97,7 @@ inline void linear_backward(Linear& a, Arena& arena) {
     if (down && down->sparse()) bands.data = arena.take<float>(Bands::size(lanes, chunk));
     float* grad_tiles = a.grad_values ? arena.take<float>(static_cast<size_t>(plan.tiles) * kTile) : nullptr;
     LinearInput input(plan, chunk, false, arena);
-    EventsByLane events(plan.cols.blocks, chunk, arena);
-    uint64_t* bits = arena.take<uint64_t>(EventsByLane::scratch_words(1, chunk) * a.threads);
+    const EventsByLane events(plan.cols.blocks, 1, chunk, a.threads, arena);
     float* scratch = arena.take<float>(kTile * a.threads);
     if (!arena.base) return;
 
@@ -120,8 +119,7 @@ inline void linear_backward(Linear& a, Arena& arena) {
             input.load(a, begin, rows);
             if (input.events)
                 parallel(a.threads, plan.cols.blocks, 1, [&](int64_t c, int worker) {
-                    events.load(c, input.words + c * chunk, 1, rows, chunk,
-                                bits + worker * EventsByLane::scratch_words(1, chunk));
+                    events.load(c, input.words + c * chunk, 1, rows, chunk, worker);
                 });
             parallel(a.threads, plan.tiles, 2, [&](int64_t tile, int) {
                 const float* dy = grad.floats.at(plan.tile_row[tile], 0);

@@ -149,7 +149,6 @@ struct WeightGradient {
     Bands bands;             // the same, by_batch
     RowBits row_bits;        // of spikes, where they are read as bits
     std::optional<EventsByLane> events;  // of other spikes
-    uint64_t* bits = nullptr;
 
     WeightGradient(const Stack& s, const Layer& of, Input input, Arena& arena)
         : layer(of),
@@ -168,8 +167,7 @@ struct WeightGradient {
         if (by_subsets || (by_batch && spikes())) {
             row_bits.bits = arena.take<uint16_t>(RowBits::size(C * kLanes, rows));
         } else if (kind == Input::kEvents) {
-            events.emplace(C, rows, arena);
-            bits = arena.take<uint64_t>(EventsByLane::scratch_words(chunks.samples, chunks.steps) * threads);
+            events.emplace(C, chunks.samples, chunks.steps, threads, arena);
         } else {
             panel = {arena.take<float>(C * rows * kLanes), rows};
             if (by_batch) bands = {arena.take<float>(Bands::size(C * kLanes, rows)), C * kLanes};
@@ -734,8 +732,7 @@ struct BackwardPass {
         const bool by_events = x.kind == Input::kEvents;
         if (by_events)
             parallel(s.threads, C, 1, [&](int64_t c, int worker) {
-                x.events->load(c, x.layer.inputs + (first * C + c) * steps, samples, steps, C * steps,
-                             x.bits + worker * EventsByLane::scratch_words(chunks.samples, steps));
+                x.events->load(c, x.layer.inputs + (first * C + c) * steps, samples, steps, C * steps, worker);
             });
         else
             fill_panel(s, x.layer, x.kind, first, samples, x.panel);

@@ -176,7 +176,7 @@ struct ForwardLayer {
     void run_spikes_by_batch() const {
         groups.load(layer.inputs, stack.batch, stack.threads);
         each_group(0, stack.batch, kSamples, false, 1, [&](int64_t r, int64_t b, int64_t, float* room) {
-            spike_currents(plan.by_row, taps, r, groups.group(b / kSamples), parameters.bias + r * kLanes,
+            spike_currents(plan.by_row, taps, r, groups.from(b / kSamples), parameters.bias + r * kLanes,
                            room + kSamples * stack.steps * kLanes, room);
             return room;
         });

@@ -38,9 +38,9 @@ struct ForwardLayer {
     const Plan& plan;
     Layer* lower;             // the layer below, or null
     bool held;                // its input is
-    float* scratch;           // currents, `scratch_size` floats per worker
-    int64_t scratch_size;
     LayerParameters parameters;
+    int64_t scratch_size;
+    float* scratch;           // currents, `scratch_size` floats per worker
     float* counts;            // spikes over all steps, [B][row blocks][64]
     double* totals;
     float* tiles;             // the weights, in the form that the input needs
@@ -55,19 +55,22 @@ struct ForwardLayer {
     Input kind{};
     bool by_batch = false, by_subsets = false;
 
-    ForwardLayer(const Stack& s, int l, float* room, int64_t room_size, Arena& arena)
+    ForwardLayer(const Stack& s, int l, Arena& arena)
         : stack(s),
           layer(s.layers[l]),
           plan(*layer.plan),
           lower(l ? &s.layers[l - 1] : nullptr),
           held(!l && s.held),
-          scratch(room),
-          scratch_size(room_size),
           parameters(layer, arena),
+          scratch_size(most(kTile, Chunks(s.batch, s.steps).group * s.steps * kLanes)),
           panel(plan.cols.blocks, held ? s.batch : Chunks(s.batch, s.steps).rows(), s.bf16, arena),
           states(layer.states) {
         const int64_t blocks = static_cast<int64_t>(s.batch) * plan.rows.blocks, lanes = plan.cols.blocks * int64_t{kLanes};
         const bool small = !plan.by_row.empty() && s.batch >= kSamples;
+        if (small) scratch_size = most(scratch_size, 2 * kSamples * s.steps * kLanes);
+        if (!plan.granules.list.empty())
+            scratch_size = most(scratch_size, subset_samples(s.batch, s.steps) * s.steps * kLanes);
+        scratch = arena.take<float>(scratch_size * s.threads);
         counts = arena.take<float>(blocks * kLanes);
         totals = arena.take<double>(static_cast<size_t>(plan.rows.blocks) * kLanes);
         tiles = arena.take<float>(static_cast<size_t>(plan.tiles) * kTile);
@@ -271,20 +274,12 @@ struct ForwardLayer {
 
 inline void stack_forward(Stack& s, Arena& arena) {
     int64_t* ones = arena.take<int64_t>(s.layers[0].plan->cols.blocks * int64_t{16});
-    int64_t scratch_size = most(kTile, Chunks(s.batch, s.steps).group * s.steps * kLanes);
-    for (int l = 0; l < s.count; ++l) {
-        if (!s.layers[l].plan->by_row.empty() && s.batch >= kSamples)
-            scratch_size = most(scratch_size, 2 * kSamples * s.steps * kLanes);
-        if (!s.layers[l].plan->granules.list.empty())
-            scratch_size = most(scratch_size, subset_samples(s.batch, s.steps) * s.steps * kLanes);
-    }
-    float* scratch = arena.take<float>(scratch_size * s.threads);
     double rate = arena.base && !s.held ? pack_input(s, ones) : 0;
     const size_t kept = arena.used;
     size_t needed = kept;
     for (int l = 0; l < s.count; ++l) {
         arena.used = kept;  // one layer after the other, in the same memory
-        ForwardLayer layer(s, l, scratch, scratch_size, arena);
+        ForwardLayer layer(s, l, arena);
         needed = most(needed, arena.used);
         if (!arena.base) continue;
         rate = layer.run(l, rate);

@@ -1,5 +1,9 @@
 // All kernels for one instruction set: compiled once for each, with -DG2G_ISA=<name> and that set's flags. Everything
 // lives in namespace g2g::<name>, so that no function compiled for one CPU can be linked in for another.
+#if !defined(G2G_ISA)
+#error "compile with -DG2G_ISA=<namespace of this instruction set>"
+#endif
+
 #include "graph.h"
 #include "interface.h"
 #include "layout.h"

@@ -6,10 +6,6 @@
 
 #include "pool.h"
 
-#if !defined(G2G_ISA)
-#error "compile with -DG2G_ISA=<namespace of this instruction set>"
-#endif
-
 namespace g2g::G2G_ISA {
 
 // f(task, worker) for every task; see parallel_run().

@@ -12,10 +12,6 @@
 #include <immintrin.h>
 #endif
 
-#if !defined(G2G_ISA)
-#error "compile with -DG2G_ISA=<namespace of this instruction set>"
-#endif
-
 namespace g2g::G2G_ISA {
 
 #if defined(__AVX512F__)

@@ -197,7 +197,7 @@ G2G_EXPORT int64_t g2g_neurons_backward(NeuronLoop* a, void* scratch) { return c
 G2G_EXPORT void g2g_unpack(const Plan* plan, const uint64_t* words, int32_t batch, int32_t steps, int32_t threads,
                            float* spikes) {
     with_team_for(int64_t{batch} * steps * plan->rows.size, threads,
-                  [&] { kernels().unpack(*plan, words, batch, steps, threads, spikes); });
+                  [&] { kernels().unpack(*plan, words, steps, batch, steps, threads, spikes); });
 }
 
 }  // namespace g2g

@@ -277,17 +277,12 @@ struct GraphForward {
         const Outer& outer = g.outer[l];
         const Axis& axis = layer.plan->rows;
         const int64_t R = axis.blocks, B = s.batch, T = s.steps, tail = outer.tail_steps;
-        parallel(s.threads, B * R, 16, [&](int64_t block, int worker) {
-            const uint64_t* const words = layer.spikes + block * T;
-            const Rows one{block / R, 1, B, axis.size};
-            count_spikes(words, T, counts + block * kLanes);
-            if (l + 1 == s.count) store_block(axis, block % R, counts + block * kLanes, one, 1, s.counts);
-            float* const spikes = scratch + worker * scratch_size;
-            for (int64_t t = 0; outer.tail && t < tail; ++t) {
-                expand_words(words + T - tail + t, 1, spikes);
-                store_block(axis, block % R, spikes, one, 1, outer.tail + t * B * axis.size);
-            }
+        parallel(s.threads, B * R, 16, [&](int64_t block, int) {
+            float* const own = counts + block * kLanes;
+            count_spikes(layer.spikes + block * T, T, own);
+            if (l + 1 == s.count) store_block(axis, block % R, own, Rows{block / R, 1, B, axis.size}, 1, s.counts);
         });
+        if (outer.tail) unpack(*layer.plan, layer.spikes + T - tail, T, s.batch, outer.tail_steps, s.threads, outer.tail);
         sum_rates(s, layer, counts, totals);
     }
 };

@@ -59,7 +59,7 @@ struct Kernels {
     void (*list_loop_backward)(ListLoop&, Arena&);
     void (*neurons_forward)(NeuronLoop&, Arena&);
     void (*neurons_backward)(NeuronLoop&, Arena&);
-    void (*unpack)(const Plan&, const uint64_t* words, int32_t batch, int32_t steps, int32_t threads, float* spikes);
+    void (*unpack)(const Plan&, const uint64_t* words, int64_t stride, int32_t batch, int32_t steps, int32_t threads, float* spikes);
 };
 
 }  // namespace g2g

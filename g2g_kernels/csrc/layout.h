@@ -228,15 +228,15 @@ inline void count_spikes(const uint64_t* words, int64_t steps, float* count) {
     for (int v = 0; v < kVecs; ++v) store(count + v * W, sum[v]);
 }
 
-// spikes[t][b][n], 0 or 1, of packed words.
-inline void unpack(const Plan& plan, const uint64_t* words, int32_t batch, int32_t steps, int32_t threads,
+// spikes[t][b][n], 0 or 1, of some steps of packed words; those of a block begin `stride` after those of the one before.
+inline void unpack(const Plan& plan, const uint64_t* words, int64_t stride, int32_t batch, int32_t steps, int32_t threads,
                    float* spikes) {
     const Axis& axis = plan.rows;
     parallel(threads, batch, 1, [&](int64_t b, int) {
         float panel[kLanes];
         for (int64_t t = 0; t < steps; ++t)
             for (int64_t block = 0; block < axis.blocks; ++block) {
-                expand_words(words + (b * axis.blocks + block) * steps + t, 1, panel);
+                expand_words(words + (b * axis.blocks + block) * stride + t, 1, panel);
                 store_block(axis, block, panel, Rows{0, 1, batch, axis.size}, 1, spikes + (t * batch + b) * axis.size);
             }
     });

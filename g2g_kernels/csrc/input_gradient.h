@@ -22,11 +22,11 @@ class InputGradient {
     // Whether there are sparse tiles; the product then needs ∂L/∂(current) in bands too.
     bool sparse() const { return !plan->sparse.empty(); }
 
-    // Tiles for events, as load_tiles<kByCol>() gives them.
-    const float* event_tiles(int threads) {
-        if (!tiles_loaded) load_tiles<kByCol>(*plan, values, threads, tiles);
+    float* tiles = nullptr;  // for events: of load_tiles<kByCol>(), as load_tiles() has written them
+
+    void load_tiles(int threads) {
+        if (!tiles_loaded) G2G_ISA::load_tiles<kByCol>(*plan, values, threads, tiles);
         tiles_loaded = true;
-        return tiles;
     }
 
     // What run() reads. Single weights of rows that no gradient reaches are left out: reached[row block] bit i, of lane i. Null: it is
@@ -34,8 +34,8 @@ class InputGradient {
     void load_product(int threads, const uint64_t* reached = nullptr) {
         if (!product_loaded) {
             const bool dense = !plan->backward.list.empty();  // else single weights are all that there is
-            if (dense && pairs) load_tiles<kByCol>(*plan, values, threads, pairs);
-            if (dense && !pairs) event_tiles(threads);
+            if (dense && pairs) G2G_ISA::load_tiles<kByCol>(*plan, values, threads, pairs);
+            if (dense && !pairs) load_tiles(threads);
             load_taps(plan->sparse, values, threads, taps);
         }
         product_loaded = true;
@@ -90,7 +90,6 @@ class InputGradient {
 
     const Plan* plan;
     const float* values;
-    float* tiles = nullptr;
     uint16_t* pairs = nullptr;
     Tap* taps = nullptr;
     Tap* chosen_taps = nullptr;  // those of a chunk, in the places of all of them

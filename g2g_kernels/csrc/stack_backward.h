@@ -206,6 +206,9 @@ inline Layer recurrent_layer(const Stack& s, int l, uint64_t* inputs) {
     return result;
 }
 
+// How ∂L/∂(input) of a layer is computed for the samples of a chunk: by the product, by events, or where it is needed.
+enum class Way { kProduct, kEvents, kNeeded };
+
 // The state of one layer's backward pass across chunks.
 struct BackwardLayer : LayerBackward {
     WeightGradient weights;
@@ -214,9 +217,9 @@ struct BackwardLayer : LayerBackward {
     std::optional<InputGradient> input_gradient;  // if the layer below or the input needs it
     float event_limit = 0;                        // share of events up to which it is computed by events
     std::optional<NeededGradient> needed;         // if the layer below may need only a part of it
-    bool by_need = false;                         // whether it is computed so
     bool lists_events = false;                    // in the current chunk
-    bool by_events = false;                       // whether the last chunk's was, which its sweep expects of the next one
+    Way way = Way::kProduct;                      // of the last chunk, which its sweep expects of the next one
+    Bands bands;                                  // of ∂L/∂I, where the product reads them
     ArrivalPanel arrivals;
     Late late;                                    // what its spikes are
     std::optional<RecurrentBackward> recurrent;
@@ -271,7 +274,7 @@ struct BackwardLayer : LayerBackward {
     }
 
     // True if its sweep should write ∂L/∂I in bfloat16 too.
-    bool wants_halves() const { return grad.halves.data && !by_events && !by_need; }
+    bool wants_halves() const { return grad.halves.data && way == Way::kProduct; }
 
     // The lanes of each block that a gradient reaches in some samples. Of a recurrent layer it is not known.
     const uint64_t* reached_in(int64_t first, int64_t samples) const {
@@ -289,17 +292,6 @@ struct CurrentGradient {
     Panel<float> rows;
     Bands bands;              // the same, unless nothing reads them
     const uint64_t* reached;  // [row blocks] bit i: not all of lane i is 0
-};
-
-// ∂L/∂(input) of a layer for the samples of a chunk, ready to be computed block by block: where it is needed, by events, or
-// by the product.
-struct ChunkInputGradient {
-    const BackwardLayer* layer;
-    const NeededGradient* needed;
-    const MergedEvents* events;
-    const float* event_tiles;
-    bool by_product;
-    Bands bands;  // of ∂L/∂I, where the product reads them
 };
 
 struct BackwardPass {
@@ -360,18 +352,17 @@ struct BackwardPass {
         for (const BackwardLayer& x : layers) begin(x);
         for (size_t l = 1; l < layers.size(); ++l) {
             BackwardLayer& x = layers[l];
-            const double listed = x.needed && x.lists_events ? needed_share(x) : 1;
-            x.by_need = x.needed && by_need(s, static_cast<int>(l), needed_share(layers[l - 1]), listed);
-            if (!x.by_need) continue;
-            x.lists_events = false;
+            if (!x.needed) continue;
+            const double listed = x.lists_events ? needed_share(x) : 1;
+            if (!by_need(s, static_cast<int>(l), needed_share(layers[l - 1]), listed)) continue;
+            x.way = Way::kNeeded, x.lists_events = false;
             x.needed->load(x.layer.values, s.threads);
         }
         for (int64_t first = 0; first < s.batch; first += chunks.samples) {
             const int64_t samples = least(chunks.samples, s.batch - first);
-            ChunkInputGradient above{};  // of the layer above
             for (size_t l = layers.size(); l-- > 0;) {
-                sweep(layers[l], above, first, samples);
-                if (layers[l].weights.kind != Input::kHeld) above = hand_down(l, first, samples, s.steps);
+                sweep(layers[l], layers[layers[l].last ? l : l + 1], first, samples);
+                if (layers[l].weights.kind != Input::kHeld) hand_down(l, first, samples, s.steps);
             }
         }
         if (layers[0].weights.kind == Input::kHeld) hand_down(0, 0, s.batch, 1);  // one row per sample: all at once
@@ -390,29 +381,20 @@ struct BackwardPass {
 
     // How to compute the input gradient of a layer in a chunk, after its sweep: by events or by the product. The sweep
     // writes only what the choice in the chunk before suggests.
-    ChunkInputGradient choose(BackwardLayer& x, const uint64_t* reached, int64_t samples, int64_t steps) {
+    void choose(BackwardLayer& x, const uint64_t* reached, int64_t samples, int64_t steps) {
         const int64_t rows = samples * steps, R = x.plan.rows.blocks;
         const bool had_halves = x.wants_halves();
-        ChunkInputGradient result{&x, nullptr, nullptr, nullptr, false, {}};
-        if (x.by_need) {
-            x.needed->choose(reached, x.grad.floats.rows);
-            result.needed = &*x.needed;
-            return result;
-        }
+        if (x.way == Way::kNeeded) return x.needed->choose(reached, x.grad.floats.rows);
+        x.way = Way::kProduct;
         if (x.lists_events) {
             const int64_t limit = x.most_events(rows);
             const int64_t events = merged_events.merge(event_lists, R, samples, limit, s.threads);
-            if (events <= limit) result.events = &merged_events;
+            if (events <= limit) x.way = Way::kEvents;
             x.lists_events = events <= 2 * limit;
         }
-        x.by_events = result.events;
-        if (x.by_events) {
-            result.event_tiles = x.input_gradient->event_tiles(s.threads);
-        } else {
-            result.by_product = true, x.input_gradient->load_product(s.threads, x.recurrent ? nullptr : reached);
-            if (!had_halves) x.grad.convert(R, rows, s.threads);
-        }
-        return result;
+        if (x.way == Way::kEvents) return x.input_gradient->load_tiles(s.threads);
+        x.input_gradient->load_product(s.threads, x.recurrent ? nullptr : reached);
+        if (!had_halves) x.grad.convert(R, rows, s.threads);
     }
 
     // ∂L/∂I of a layer in bands.
@@ -424,24 +406,23 @@ struct BackwardPass {
 
     // call(block, row, rows, worker) for all of an input gradient; see input_gradient().
     template <class F>
-    void each_input_gradient(const ChunkInputGradient& x, int64_t rows, int64_t grain, const F& call) const {
-        const InputGradient& gradient = *x.layer->input_gradient;
-        const bool banded = x.by_product && gradient.sparse();
-        gradient.each_task(rows, banded ? kLanes : chunks.group * s.steps, banded, s.threads, grain, call);
+    void each_input_gradient(const BackwardLayer& x, int64_t rows, int64_t grain, const F& call) const {
+        const bool banded = x.way == Way::kProduct && x.input_gradient->sparse();
+        x.input_gradient->each_task(rows, banded ? kLanes : chunks.group * s.steps, banded, s.threads, grain, call);
     }
 
     // Rows row … of an input gradient, for block c of its columns.
-    void input_gradient(const ChunkInputGradient& x, int64_t c, int64_t row, int64_t rows, float* out, int worker) const {
-        if (x.by_product) return x.layer->input_gradient->run(c, x.layer->grad, x.bands, row, rows, out);
+    void input_gradient(const BackwardLayer& x, int64_t c, int64_t row, int64_t rows, float* out, int worker) const {
+        if (x.way == Way::kProduct) return x.input_gradient->run(c, x.grad, x.bands, row, rows, out);
         float* factor = scratch + worker * scratch_size + states_size + tile_size;
-        const float decay = x.layer->parameters.lanes[0][x.layer->any_lane()];
+        const float decay = x.parameters.lanes[0][x.any_lane()];
         for (int64_t i = 0; i < rows; i += s.steps)
-            x.events->input_gradient(x.layer->plan, x.event_tiles, decay, c, (row + i) / s.steps,
-                                     reinterpret_cast<uint16_t*>(factor + event_list), factor, out + i * kLanes);
+            merged_events.input_gradient(x.plan, x.input_gradient->tiles, decay, c, (row + i) / s.steps,
+                                         reinterpret_cast<uint16_t*>(factor + event_list), factor, out + i * kLanes);
     }
 
     // ∂L/∂S of a layer, its neurons backwards, and with that ∂L/∂I, for the samples of a chunk.
-    void sweep(BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) {
+    void sweep(BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) {
         if (x.recurrent) {
             if (!x.last) fill_arrivals(x, above, first, samples);
             sweep_steps(x, first, samples);
@@ -451,34 +432,35 @@ struct BackwardPass {
             if (x.recurrent_weights->by_batch) bands = fill_bands(rows, x.lanes(), samples * s.steps);
             return weight_gradient(*x.recurrent_weights, {rows, bands, x.reached_in(first, samples)}, first, samples, s.steps);
         }
-        if (x.panel && !above.needed && !(above.events && x.arrivals.aligned)) return sweep_panel(x, above, first, samples);
+        if (x.panel && above.way != Way::kNeeded && !(above.way == Way::kEvents && x.arrivals.aligned)) return sweep_panel(x, above, first, samples);
         sweep_tiles(x, above, first, samples);
     }
 
     // Blocks of some samples at once: where the layer above needs it, all blocks of a group, whose ∂L/∂I above stays in L2. The last
     // layer has no part of ∂L/∂S that depends on t.
-    void sweep_tiles(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) const {
-        const int64_t T = s.steps, R = x.plan.rows.blocks, group = above.needed ? most(1, kNeededRows / T) : x.last ? 1 : chunks.group;
+    void sweep_tiles(const BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) const {
+        const bool needed = !x.last && above.way == Way::kNeeded;
+        const int64_t T = s.steps, R = x.plan.rows.blocks, group = needed ? most(1, kNeededRows / T) : x.last ? 1 : chunks.group;
         const int64_t groups = divide_up(samples, group);
         parallel(s.threads, R * groups, x.last ? 4 : 2, [&](int64_t task, int worker) {
-            const int64_t r = above.needed ? task % R : task / groups, b = (above.needed ? task / R : task % groups) * group;
+            const int64_t r = needed ? task % R : task / groups, b = (needed ? task / R : task % groups) * group;
             const int64_t count = least(group, samples - b);
             float *const room = scratch + worker * scratch_size, *const tile = room + states_size;
             const float* states[kNeededRows];
-            if (above.needed)
+            if (needed)
                 needed_tile(x, above, first, b, count, r, room, states);
             else if (!x.last)
                 input_gradient(above, r, b * T, count * T, tile, worker);
             for (int64_t i = 0; i < count; ++i) {
                 float* const arrived = x.last ? nullptr : tile + i * T * kLanes;
                 if (x.late.lanes) x.late.shift(s, first + b + i, r, arrived);
-                sweep_block(x, first, b + i, r, arrived, room, above.needed ? states[i] : nullptr);
+                sweep_block(x, first, b + i, r, arrived, room, needed ? states[i] : nullptr);
             }
         });
     }
 
     // ∂L/∂S of block r of some samples where their neurons need it, and the states that tell where.
-    void needed_tile(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t b, int64_t count, int64_t r,
+    void needed_tile(const BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t b, int64_t count, int64_t r,
                      float* room, const float** states) const {
         const int64_t T = s.steps;
         float* const tile = room + states_size;
@@ -489,18 +471,18 @@ struct BackwardPass {
             needed_words(x.layer.neurons)(states[i], x.model.states, T, x.threshold(own.block), x.layer.neurons.alpha,
                                           words + i * T);
         }
-        above.needed->run(r, above.layer->grad.floats.at(0, b * T), words, count * T, tile);
+        above.needed->run(r, above.grad.floats.at(0, b * T), words, count * T, tile);
     }
 
     // The input gradient of the layer above in the panel of a layer, in the order of the columns above.
-    void store_arrivals(const BackwardLayer& x, const ChunkInputGradient& above, int64_t samples) const {
+    void store_arrivals(const BackwardLayer& x, const BackwardLayer& above, int64_t samples) const {
         each_input_gradient(above, samples * s.steps, 2, [&](int64_t c, int64_t row, int64_t height, int worker) {
             input_gradient(above, c, row, height, x.arrivals.panel.at(c, row), worker);
         });
     }
 
     // The same, in the layer's own order.
-    void fill_arrivals(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) const {
+    void fill_arrivals(const BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) const {
         const int64_t T = s.steps;
         store_arrivals(x, above, samples);
         if (!x.arrivals.aligned)
@@ -514,7 +496,7 @@ struct BackwardPass {
             });
     }
 
-    void sweep_panel(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) const {
+    void sweep_panel(const BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) const {
         const Panel<float>& panel = x.arrivals.panel;
         const int64_t R = x.plan.rows.blocks, T = s.steps;
         if (samples < s.threads) {
@@ -547,22 +529,21 @@ struct BackwardPass {
         for (int64_t t = T - 1; t >= (x.layer.state ? -1 : 0); --t) {
             const int after = (t + 1) & 1;
             const bool later = t + 1 < T;
-            const float* event_tiles = nullptr;
             if (later) {
                 by_events = v.by_events(v.words[after], samples);
                 if (by_events)
-                    event_tiles = v.gradient.event_tiles(s.threads);
+                    v.gradient.load_tiles(s.threads);
                 else
                     v.load_product(rows, samples, t, T, s.threads);
             }
             parallel(s.threads, R * groups, 1, [&](int64_t task, int) {
                 const int64_t r = task / groups, b = task % groups * group, count = least(group, samples - b);
                 if (later && !by_events) v.gradient.run(r, v.current, v.bands, b, count, v.x.at(r, b));
-                for (int64_t i = b; event_tiles && i < b + count; ++i) {
+                for (int64_t i = b; later && by_events && i < b + count; ++i) {
                     Vec sum[kVecs];
                     float* const lanes = v.x.at(r, i);
                     for (int k = 0; k < kVecs; ++k) sum[k] = all(beta) * load(lanes + k * W);
-                    add_events(v.plan, event_tiles, r, v.words[after] + i, v.values[after] + i * kLanes, v.samples, sum);
+                    add_events(v.plan, v.gradient.tiles, r, v.words[after] + i, v.values[after] + i * kLanes, v.samples, sum);
                     for (int k = 0; k < kVecs; ++k) store(lanes + k * W, sum[k]);
                 }
                 if (t < 0)
@@ -698,19 +679,18 @@ struct BackwardPass {
     }
 
     // From ∂L/∂I of layer l: ∂L/∂W, how to compute ∂L/∂(input) and, in the first layer, ∂L/∂x.
-    ChunkInputGradient hand_down(size_t l, int64_t first, int64_t samples, int64_t steps) {
+    void hand_down(size_t l, int64_t first, int64_t samples, int64_t steps) {
         BackwardLayer& x = layers[l];
         const bool recurrent = x.recurrent && x.weights.kind != Input::kHeld;
-        ChunkInputGradient result{};
         CurrentGradient grad{x.grad.floats, {}, x.reached_in(first, samples)};
-        if (x.input_gradient) result = choose(x, grad.reached, samples, steps);
-        if ((result.by_product && x.input_gradient->sparse()) || x.weights.by_batch || (recurrent && x.recurrent_weights->by_batch))
+        if (x.input_gradient) choose(x, grad.reached, samples, steps);
+        const bool banded = x.input_gradient && x.way == Way::kProduct && x.input_gradient->sparse();
+        if (banded || x.weights.by_batch || (recurrent && x.recurrent_weights->by_batch))
             grad.bands = fill_bands(grad.rows, x.lanes(), samples * steps);
-        result.bands = grad.bands;
+        x.bands = grad.bands;
         weight_gradient(x.weights, grad, first, samples, steps);
         if (recurrent) weight_gradient(*x.recurrent_weights, grad, first, samples, steps);
-        if (l == 0 && s.grad_x) store_input_gradient(result, first, samples, steps);
-        return result;
+        if (l == 0 && s.grad_x) store_input_gradient(x, first, samples, steps);
     }
 
     // Adds what the samples of a chunk give, of whose currents `of` is the gradient.
@@ -775,8 +755,8 @@ struct BackwardPass {
     }
 
     // ∂L/∂x of rows of the first layer, to the user's matrix.
-    void store_input_gradient(const ChunkInputGradient& x, int64_t first, int64_t samples, int64_t steps) const {
-        const Axis& axis = x.layer->plan.cols;
+    void store_input_gradient(const BackwardLayer& x, int64_t first, int64_t samples, int64_t steps) const {
+        const Axis& axis = x.plan.cols;
         each_input_gradient(x, samples * steps, 1, [&](int64_t block, int64_t row, int64_t height, int worker) {
             float* out = scratch + worker * scratch_size + states_size;
             input_gradient(x, block, row, height, out, worker);

@@ -1,5 +1,5 @@
 // The structures that Python fills for a call. This is the only list of their fields: Python reads it here and makes its
-// ctypes structures from it (cpu/structures.py), and the library carries its text, so that a library that was compiled
+// ctypes structures from it (cpu/interface.py), and the library carries its text, so that a library that was compiled
 // from another list is refused. A new field is one line here; Python then fills it by its name, and what it does not
 // fill is 0 or null.
 //

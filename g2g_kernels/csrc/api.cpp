@@ -122,7 +122,7 @@ std::string interface_table(const Options& options) {
 
 #define G2G_EXPORT extern "C" __attribute__((visibility("default")))
 
-G2G_EXPORT int32_t g2g_abi() { return 7; }
+G2G_EXPORT int32_t g2g_abi() { return 8; }
 // The table that Python compares with what it knows; nullptr if memory runs out.
 G2G_EXPORT const char* g2g_interface() try {
     static const std::string text = interface_table(kernels().options);
@@ -183,16 +183,12 @@ G2G_EXPORT int32_t g2g_lists_match(const Lists* lists, const Side* rows, const S
     return lists->fingerprint == fingerprint(*rows, *cols, unit_row, unit_col, units);
 }
 
-G2G_EXPORT int64_t g2g_stack_forward(Stack* a, void* scratch) { return call(kernels().stack_forward, a, scratch); }
-G2G_EXPORT int64_t g2g_stack_backward(Stack* a, void* scratch) { return call(kernels().stack_backward, a, scratch); }
-G2G_EXPORT int64_t g2g_graph_forward(Graph* a, void* scratch) { return call(kernels().graph_forward, a, scratch); }
-G2G_EXPORT int64_t g2g_graph_backward(Graph* a, void* scratch) { return call(kernels().graph_backward, a, scratch); }
-G2G_EXPORT int64_t g2g_linear_forward(Linear* a, void* scratch) { return call(kernels().linear_forward, a, scratch); }
-G2G_EXPORT int64_t g2g_linear_backward(Linear* a, void* scratch) { return call(kernels().linear_backward, a, scratch); }
-G2G_EXPORT int64_t g2g_list_loop_forward(ListLoop* a, void* scratch) { return call(kernels().list_loop_forward, a, scratch); }
-G2G_EXPORT int64_t g2g_list_loop_backward(ListLoop* a, void* scratch) { return call(kernels().list_loop_backward, a, scratch); }
-G2G_EXPORT int64_t g2g_neurons_forward(NeuronLoop* a, void* scratch) { return call(kernels().neurons_forward, a, scratch); }
-G2G_EXPORT int64_t g2g_neurons_backward(NeuronLoop* a, void* scratch) { return call(kernels().neurons_backward, a, scratch); }
+// A pass: the forward one, or backward = 1.
+G2G_EXPORT int64_t g2g_stack(Stack* a, int32_t backward, void* scratch) { return call(kernels().stack[backward], a, scratch); }
+G2G_EXPORT int64_t g2g_graph(Graph* a, int32_t backward, void* scratch) { return call(kernels().graph[backward], a, scratch); }
+G2G_EXPORT int64_t g2g_linear(Linear* a, int32_t backward, void* scratch) { return call(kernels().linear[backward], a, scratch); }
+G2G_EXPORT int64_t g2g_list_loop(ListLoop* a, int32_t backward, void* scratch) { return call(kernels().list_loop[backward], a, scratch); }
+G2G_EXPORT int64_t g2g_neurons(NeuronLoop* a, int32_t backward, void* scratch) { return call(kernels().neurons[backward], a, scratch); }
 
 G2G_EXPORT void g2g_unpack(const Plan* plan, const uint64_t* words, int32_t batch, int32_t steps, int32_t threads,
                            float* spikes) {

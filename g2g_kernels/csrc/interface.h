@@ -49,16 +49,12 @@ struct Kernels {
     const char* name;
     bool bf16;
     Options options;
-    void (*stack_forward)(Stack&, Arena&);
-    void (*stack_backward)(Stack&, Arena&);
-    void (*graph_forward)(Graph&, Arena&);
-    void (*graph_backward)(Graph&, Arena&);
-    void (*linear_forward)(Linear&, Arena&);
-    void (*linear_backward)(Linear&, Arena&);
-    void (*list_loop_forward)(ListLoop&, Arena&);
-    void (*list_loop_backward)(ListLoop&, Arena&);
-    void (*neurons_forward)(NeuronLoop&, Arena&);
-    void (*neurons_backward)(NeuronLoop&, Arena&);
+    // Of each, the forward and the backward pass.
+    void (*stack[2])(Stack&, Arena&);
+    void (*graph[2])(Graph&, Arena&);
+    void (*linear[2])(Linear&, Arena&);
+    void (*list_loop[2])(ListLoop&, Arena&);
+    void (*neurons[2])(NeuronLoop&, Arena&);
     void (*unpack)(const Plan&, const uint64_t* words, int64_t stride, int32_t batch, int32_t steps, int32_t threads, float* spikes);
 };
 

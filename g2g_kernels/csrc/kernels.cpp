@@ -20,9 +20,8 @@ namespace g2g::G2G_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    G2G_TEXT(G2G_ISA), kBf16,          kOptions,        stack_forward,    stack_backward,
-    graph_forward, graph_backward, linear_forward,    linear_backward, list_loop_forward, list_loop_backward,
-    neurons_forward, neurons_backward, unpack,
+    G2G_TEXT(G2G_ISA), kBf16, kOptions, {stack_forward, stack_backward}, {graph_forward, graph_backward},
+    {linear_forward, linear_backward}, {list_loop_forward, list_loop_backward}, {neurons_forward, neurons_backward}, unpack,
 };
 
 }  // namespace g2g::G2G_ISA

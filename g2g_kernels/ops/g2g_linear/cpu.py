@@ -66,15 +66,13 @@ class _Arguments:
             "x_half": x.dtype == torch.bfloat16,
             "y_half": dtype == torch.bfloat16,
         }
-        lib = library()
         if in_lists(mask.grid, values.shape, "linear"):
             self.plan = lists_for(mask, values, "cols" if backward else "rows")
             given |= {"lists": self.plan.address, "weights": values.numel()}
         else:
             self.plan = plan_for(mask, values)
-            bf16 = dtype == torch.bfloat16 and lib.g2g_has_bf16()
+            bf16 = dtype == torch.bfloat16 and library().g2g_has_bf16()
             given |= {"plan": self.plan.address, "bf16": bf16, "event_limit": event_limit(bf16, backward)}
-        self.kernel = lib.g2g_linear_backward if backward else lib.g2g_linear_forward
         self.structure: Structure = structures.Linear(**given)
 
 
@@ -82,7 +80,7 @@ def _forward(call: LinearCall, keep: bool) -> torch.Tensor:
     arguments = _Arguments(call, backward=False)
     y = workspace.empty((len(call.x), call.mask.shape[0]), call.dtype)
     arguments.structure.y = y.data_ptr()
-    run(arguments.kernel, arguments.structure)
+    run(library().g2g_linear, arguments.structure)
     return y
 
 
@@ -97,7 +95,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     sums = call.values.new_empty(out_size) if to.bias is None else to.bias  # the kernel of tiles always writes them
     filled.grad_y = grad_y.data_ptr()
     filled.grad_x, filled.grad_values, filled.grad_bias = pointer(to.x), pointer(to.values), sums.data_ptr()
-    run(arguments.kernel, filled)
+    run(library().g2g_linear, filled, backward=True)
     return grads
 
 

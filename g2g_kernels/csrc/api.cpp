@@ -183,12 +183,12 @@ G2G_EXPORT int32_t g2g_lists_match(const Lists* lists, const Side* rows, const S
     return lists->fingerprint == fingerprint(*rows, *cols, unit_row, unit_col, units);
 }
 
-// A pass: the forward one, or backward = 1.
-G2G_EXPORT int64_t g2g_stack(Stack* a, int32_t backward, void* scratch) { return call(kernels().stack[backward], a, scratch); }
-G2G_EXPORT int64_t g2g_graph(Graph* a, int32_t backward, void* scratch) { return call(kernels().graph[backward], a, scratch); }
-G2G_EXPORT int64_t g2g_linear(Linear* a, int32_t backward, void* scratch) { return call(kernels().linear[backward], a, scratch); }
-G2G_EXPORT int64_t g2g_list_loop(ListLoop* a, int32_t backward, void* scratch) { return call(kernels().list_loop[backward], a, scratch); }
-G2G_EXPORT int64_t g2g_neurons(NeuronLoop* a, int32_t backward, void* scratch) { return call(kernels().neurons[backward], a, scratch); }
+// pass: 0 forward, 1 backward.
+G2G_EXPORT int64_t g2g_stack(Stack* a, int32_t pass, void* scratch) { return call(kernels().stack[pass], a, scratch); }
+G2G_EXPORT int64_t g2g_graph(Graph* a, int32_t pass, void* scratch) { return call(kernels().graph[pass], a, scratch); }
+G2G_EXPORT int64_t g2g_linear(Linear* a, int32_t pass, void* scratch) { return call(kernels().linear[pass], a, scratch); }
+G2G_EXPORT int64_t g2g_list_loop(ListLoop* a, int32_t pass, void* scratch) { return call(kernels().list_loop[pass], a, scratch); }
+G2G_EXPORT int64_t g2g_neurons(NeuronLoop* a, int32_t pass, void* scratch) { return call(kernels().neurons[pass], a, scratch); }
 
 G2G_EXPORT void g2g_unpack(const Plan* plan, const uint64_t* words, int32_t batch, int32_t steps, int32_t threads,
                            float* spikes) {

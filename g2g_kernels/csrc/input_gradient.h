@@ -7,7 +7,7 @@
 
 namespace g2g::G2G_ISA {
 
-// ∂L/∂(input) of a connection by the product, and the weights for it. They are brought into place once, when they are first asked for.
+// ∂L/∂(input) of a connection by the product, and the weights for it, which are brought into place when they are first needed.
 class InputGradient {
   public:
     // `events`: it may also be computed by events (gradient_events.h), which need float32 tiles.
@@ -29,8 +29,8 @@ class InputGradient {
         tiles_loaded = true;
     }
 
-    // What run() reads. Single weights of rows that no gradient reaches are left out: reached[row block] bit i, of lane i. Null: it is
-    // unknown.
+    // What run() reads. Single weights of rows that no gradient reaches are left out: reached[row block] bit i, of lane i (null: it
+    // is unknown).
     void load_product(int threads, const uint64_t* reached = nullptr) {
         if (!product_loaded) {
             const bool dense = !plan->backward.list.empty();  // else single weights are all that there is

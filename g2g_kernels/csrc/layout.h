@@ -177,8 +177,8 @@ inline bool same_order(const Axis& a, const Axis& b) {
     return __builtin_memcmp(a.neuron.data(), b.neuron.data(), a.neuron.size() * 4) == 0;
 }
 
-// The words of sample b before a layer of a stack sends anything, out[blocks][T]: what it sent before the first step, and arrives by
-// `delays` (null: none).
+// The words of sample b before a layer sends anything, out[blocks][T]: what it sent before the first step, and arrives by `delays`
+// (null: none).
 inline void begin_words(const Stack& s, const Layer& from, const Axis& to, int64_t b, const int64_t* delays, uint64_t* out) {
     const int64_t N = from.plan->rows.size;
     zero(out, to.blocks * s.steps * sizeof(uint64_t));

@@ -432,12 +432,13 @@ struct BackwardPass {
             if (x.recurrent_weights->by_batch) bands = fill_bands(rows, x.lanes(), samples * s.steps);
             return weight_gradient(*x.recurrent_weights, {rows, bands, x.reached_in(first, samples)}, first, samples, s.steps);
         }
-        if (x.panel && above.way != Way::kNeeded && !(above.way == Way::kEvents && x.arrivals.aligned)) return sweep_panel(x, above, first, samples);
+        const bool in_place = above.way == Way::kNeeded || (above.way == Way::kEvents && x.arrivals.aligned);
+        if (x.panel && !in_place) return sweep_panel(x, above, first, samples);
         sweep_tiles(x, above, first, samples);
     }
 
-    // Blocks of some samples at once: where the layer above needs it, all blocks of a group, whose ∂L/∂I above stays in L2. The last
-    // layer has no part of ∂L/∂S that depends on t.
+    // Blocks of some samples at once; where ∂L/∂S is computed as needed, all blocks of a group, whose ∂L/∂I above stays in L2. The
+    // last layer has no part of ∂L/∂S that depends on t.
     void sweep_tiles(const BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) const {
         const bool needed = !x.last && above.way == Way::kNeeded;
         const int64_t T = s.steps, R = x.plan.rows.blocks, group = needed ? most(1, kNeededRows / T) : x.last ? 1 : chunks.group;

@@ -57,7 +57,7 @@ class _Arguments:
                 tensor.dtype in dtypes and tensor.is_contiguous() and tensor.device.type == "cpu"
             ):
                 raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU; x may be bfloat16")
-        given = {
+        given: dict[str, Any] = {
             "values": pointer(values),
             "bias": pointer(bias),
             "x": x.data_ptr(),

@@ -25,7 +25,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = Path("g2g_kernels/csrc")
 LIBRARY = Path("g2g_kernels/cpu/libg2g_cpu.so")
-PLAIN = ("api", "interface", "lists", "plan", "pool")  # compiled once, for any CPU
+PLAIN = ("api", "lists", "plan", "pool")  # compiled once, for any CPU
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 INSTRUCTION_SETS = {
     "baseline": [],

@@ -35,9 +35,8 @@ FUNCTIONS = {
     "g2g_plans_aligned": ("plan plan", "int"),
     "g2g_plans_join": ("plan plan", "int"),
     "g2g_unpack": ("plan const* number number number *", "int"),
-    **{f"g2g_{name}_{way}": (f"{kind}* scratch", "long")
-       for name, kind in (("stack", "Stack"), ("linear", "Linear"), ("neurons", "NeuronLoop"))
-       for way in ("forward", "backward")},
+    **{f"g2g_{name}": (f"{kind}* number scratch", "long")
+       for name, kind in (("stack", "Stack"), ("linear", "Linear"), ("neurons", "NeuronLoop"))},
 }  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """The source distribution and the wheel: what is in them, and that what they install works far from the repository. No
 step asks the network: this environment's setuptools builds, and what g2g depends on is this environment's."""
 
-import itertools
 import json
 import os
 import shlex
@@ -195,8 +194,7 @@ def test_the_wheel_of_a_cross_compiler_is_of_its_processor_and_computes_the_same
     told = run(sys.executable, *command, "tests/g2g_kernels/test_cpu_backend.py", cwd=ROOT, **variables)
     assert "skipped" not in told
     calls = json.loads(told.rpartition("calls of kernels: ")[2])
-    for kernel, way in itertools.product(("stack", "linear", "neurons"), ("forward", "backward")):
-        assert calls[f"g2g_{kernel}_{way}"] > 1
+    assert {"g2g_stack", "g2g_linear", "g2g_neurons"} <= {name for name, count in calls.items() if count > 1}
 
 
 @pytest.mark.long

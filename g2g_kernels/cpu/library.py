@@ -23,7 +23,7 @@ from g2g_kernels.tracing import constant_when_traced
 
 logger = logging.getLogger("g2g_kernels")
 
-ABI = 7
+ABI = 8
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 #: the names of the options of neurons, which both sides number in their order (``g2g_kernels.ops.neurons.cpu``)
@@ -126,9 +126,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         "g2g_lists_match": (c_int32, [*[c_void_p] * 5, _Int32]),
         "g2g_unpack": (None, [c_void_p, c_void_p, _Int32, _Int32, _Int32, c_void_p]),
     }
-    for kernel in ("stack", "graph", "linear", "list_linear", "list_loop", "neurons"):
-        for way in ("forward", "backward"):
-            signatures[f"g2g_{kernel}_{way}"] = (c_int64, [c_void_p] * 2)
+    for kernel in ("stack", "graph", "linear", "list_loop", "neurons"):
+        signatures[f"g2g_{kernel}"] = (c_int64, [c_void_p, c_int32, c_void_p])
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
@@ -172,18 +171,18 @@ def instruction_set() -> str:
     return library().g2g_isa().decode()
 
 
-def run(kernel: Callable[..., int], arguments: Structure) -> None:
-    """Calls a kernel with scratch memory. Raises ValueError for what it cannot number, MemoryError without memory."""
+def run(kernel: Callable[..., int], arguments: Structure, backward: bool = False) -> None:
+    """Calls a pass of a kernel. Raises ValueError for what it cannot number, MemoryError without scratch memory."""
     address = ctypes.addressof(arguments)
-    size = _checked(kernel(address, None))
+    size = _checked(kernel(address, backward, None))
     if size < SMALL:
         size = max(size, 1)
         scratch = workspace.bytes(size) if workspace.poison else torch.empty(size, dtype=torch.uint8)
-        _checked(kernel(address, scratch.data_ptr()))
+        _checked(kernel(address, backward, scratch.data_ptr()))
         return
     memory = workspace.borrow(size)
     try:
-        _checked(kernel(address, address_of(memory)))
+        _checked(kernel(address, backward, address_of(memory)))
     finally:
         workspace.give_back(memory)
 

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <exception>
 #include <stdexcept>
+#include <string>
 
 #include "interface.h"
 #include "lists.h"
@@ -14,19 +15,11 @@
 
 namespace g2g {
 
-namespace baseline {
-extern const Kernels kernels;
-}
+namespace baseline { extern const Kernels kernels; }
 #if defined(G2G_X86)
-namespace avx2 {
-extern const Kernels kernels;
-}
-namespace avx512 {
-extern const Kernels kernels;
-}
-namespace avx512_bf16 {
-extern const Kernels kernels;
-}
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+namespace avx512_bf16 { extern const Kernels kernels; }
 #endif
 
 namespace {
@@ -64,8 +57,9 @@ int64_t size(const Stack& s) {
 }
 // Of the loops of a block, after each of which the threads wait for one another: about four.
 int64_t size(const Graph& g) { return 4 * size(g.stack) / std::max(1, g.block_count); }
-int64_t size(const Linear& a) { return a.rows * (a.plan->rows.size + a.plan->cols.size); }
-int64_t size(const ListLinear& a) { return a.rows * (int64_t{a.lists->owners} + a.lists->others); }
+int64_t size(const Linear& a) {
+    return a.rows * (a.lists ? int64_t{a.lists->owners} + a.lists->others : a.plan->rows.size + a.plan->cols.size);
+}
 int64_t size(const ListLoop& a) { return int64_t{a.samples} * a.size * a.steps; }
 int64_t size(const NeuronLoop& a) { return a.samples * a.size * a.steps; }
 
@@ -100,37 +94,60 @@ int64_t call(void (*kernel)(Arguments&, Arena&), Arguments* arguments, void* scr
     return failure ? failure : static_cast<int64_t>(arena.used);
 }
 
+// A line "name: a b c" of the names whose `wanted` is true (null: all of them).
+std::string line(const std::string& name, const char* const* names, int32_t count, const bool* wanted = nullptr) {
+    std::string text = name + ":";
+    for (int32_t i = 0; i < count; ++i)
+        if (!wanted || wanted[i]) text += std::string(" ") + names[i];
+    return text + "\n";
+}
+
+// What Python must agree with, a line each: the structures, and the names of all options in their order.
+std::string interface_table(const Options& options) {
+    std::string text = std::string("structures: ") + kStructures + "\n", models;
+    text += line("resets", kResetNames, sizeof kResetNames / sizeof *kResetNames);
+    text += line("surrogates", options.surrogate_names, options.surrogate_count);
+    for (int32_t i = 0; i < options.model_count; ++i) {
+        const ModelInfo& model = options.models[i];
+        const std::string name = model.name;
+        models += " " + name;
+        text += line(name + ".states", model.state_names, model.states);
+        text += line(name + ".parameters", model.parameter_names, model.parameters);
+        text += line(name + ".decays", model.parameter_names, model.parameters, model.decays);
+    }
+    return text + "models:" + models + "\n";
+}
+
 }  // namespace
-}  // namespace g2g
 
 #define G2G_EXPORT extern "C" __attribute__((visibility("default")))
 
-G2G_EXPORT int32_t g2g_abi() { return 7; }
+G2G_EXPORT int32_t g2g_abi() { return 8; }
 // The table that Python compares with what it knows; nullptr if memory runs out.
 G2G_EXPORT const char* g2g_interface() try {
-    return g2g::interface_table(g2g::kernels().options);
+    static const std::string text = interface_table(kernels().options);
+    return text.c_str();
 } catch (const std::exception&) {
     return nullptr;
 }
-G2G_EXPORT const char* g2g_isa() { return g2g::kernels().name; }
+G2G_EXPORT const char* g2g_isa() { return kernels().name; }
 // The address of GOMP_parallel in the OpenMP runtime to run on, or null; see use_openmp().
-G2G_EXPORT void g2g_use_openmp(g2g::GompParallel parallel, double share) { g2g::use_openmp(parallel, share); }
-G2G_EXPORT int32_t g2g_has_bf16() { return g2g::kernels().bf16; }
+G2G_EXPORT void g2g_use_openmp(GompParallel parallel, double share) { use_openmp(parallel, share); }
+G2G_EXPORT int32_t g2g_has_bf16() { return kernels().bf16; }
 
 // nullptr if an index is out of range or memory runs out.
-G2G_EXPORT g2g::Plan* g2g_plan_new(const g2g::Side* rows, const g2g::Side* cols, const int32_t* unit_row,
-                                   const int32_t* unit_col, int32_t units) try {
-    return g2g::build_plan(*rows, *cols, unit_row, unit_col, units);
+G2G_EXPORT Plan* g2g_plan_new(const Side* rows, const Side* cols, const int32_t* unit_row, const int32_t* unit_col,
+                              int32_t units) try {
+    return build_plan(*rows, *cols, unit_row, unit_col, units);
 } catch (const std::exception&) {
     return nullptr;
 }
 
-G2G_EXPORT void g2g_plan_free(g2g::Plan* plan) { delete plan; }
+G2G_EXPORT void g2g_plan_free(Plan* plan) { delete plan; }
 
 // 1 if the plan was built from these coordinates and sides (a mask's buffers change in place).
-G2G_EXPORT int32_t g2g_plan_matches(const g2g::Plan* plan, const int32_t* unit_row, const int32_t* unit_col,
-                                    const int64_t* row_order, const int32_t* row_bounds, const int64_t* col_order,
-                                    const int32_t* col_bounds) {
+G2G_EXPORT int32_t g2g_plan_matches(const Plan* plan, const int32_t* unit_row, const int32_t* unit_col, const int64_t* row_order,
+                                    const int32_t* row_bounds, const int64_t* col_order, const int32_t* col_bounds) {
     const auto same = [](const auto& built_from, const auto* now) {
         return std::equal(built_from.begin(), built_from.end(), now);
     };
@@ -138,73 +155,45 @@ G2G_EXPORT int32_t g2g_plan_matches(const g2g::Plan* plan, const int32_t* unit_r
            same(plan->rows.bounds, row_bounds) && same(plan->cols.order, col_order) && same(plan->cols.bounds, col_bounds);
 }
 
-G2G_EXPORT int32_t g2g_plan_row_blocks(const g2g::Plan* plan) { return plan->rows.blocks; }
+G2G_EXPORT int32_t g2g_plan_row_blocks(const Plan* plan) { return plan->rows.blocks; }
 
 // 1 if the spike words of `lower`'s outputs are in the order that `upper` reads.
-G2G_EXPORT int32_t g2g_plans_aligned(const g2g::Plan* lower, const g2g::Plan* upper) {
+G2G_EXPORT int32_t g2g_plans_aligned(const Plan* lower, const Plan* upper) {
     return lower->rows.neuron == upper->cols.neuron;
 }
 
 // 1 if the outputs of both are in the same order.
-G2G_EXPORT int32_t g2g_plans_same_rows(const g2g::Plan* one, const g2g::Plan* other) {
+G2G_EXPORT int32_t g2g_plans_same_rows(const Plan* one, const Plan* other) {
     return one->rows.neuron == other->rows.neuron;
 }
 
 // nullptr if an index is out of range or memory runs out.
-G2G_EXPORT g2g::Lists* g2g_lists_new(const g2g::Side* rows, const g2g::Side* cols, const int32_t* unit_row,
-                                     const int32_t* unit_col, int32_t units, int32_t by_rows, int32_t length) try {
-    return g2g::build_lists(*rows, *cols, unit_row, unit_col, units, by_rows, length);
+G2G_EXPORT Lists* g2g_lists_new(const Side* rows, const Side* cols, const int32_t* unit_row, const int32_t* unit_col,
+                                int32_t units, int32_t by_rows, int32_t length) try {
+    return build_lists(*rows, *cols, unit_row, unit_col, units, by_rows, length);
 } catch (const std::exception&) {
     return nullptr;
 }
 
-G2G_EXPORT void g2g_lists_free(g2g::Lists* lists) { delete lists; }
+G2G_EXPORT void g2g_lists_free(Lists* lists) { delete lists; }
 
 // 1 if the lists were built from these coordinates and sides.
-G2G_EXPORT int32_t g2g_lists_match(const g2g::Lists* lists, const g2g::Side* rows, const g2g::Side* cols,
-                                   const int32_t* unit_row, const int32_t* unit_col, int32_t units) {
-    return lists->fingerprint == g2g::fingerprint(*rows, *cols, unit_row, unit_col, units);
+G2G_EXPORT int32_t g2g_lists_match(const Lists* lists, const Side* rows, const Side* cols, const int32_t* unit_row,
+                                   const int32_t* unit_col, int32_t units) {
+    return lists->fingerprint == fingerprint(*rows, *cols, unit_row, unit_col, units);
 }
 
-G2G_EXPORT int64_t g2g_stack_forward(g2g::Stack* s, void* scratch) {
-    return g2g::call(g2g::kernels().stack_forward, s, scratch);
-}
-G2G_EXPORT int64_t g2g_stack_backward(g2g::Stack* s, void* scratch) {
-    return g2g::call(g2g::kernels().stack_backward, s, scratch);
-}
-G2G_EXPORT int64_t g2g_graph_forward(g2g::Graph* graph, void* scratch) {
-    return g2g::call(g2g::kernels().graph_forward, graph, scratch);
-}
-G2G_EXPORT int64_t g2g_graph_backward(g2g::Graph* graph, void* scratch) {
-    return g2g::call(g2g::kernels().graph_backward, graph, scratch);
-}
-G2G_EXPORT int64_t g2g_linear_forward(g2g::Linear* a, void* scratch) {
-    return g2g::call(g2g::kernels().linear_forward, a, scratch);
-}
-G2G_EXPORT int64_t g2g_linear_backward(g2g::Linear* a, void* scratch) {
-    return g2g::call(g2g::kernels().linear_backward, a, scratch);
-}
-G2G_EXPORT int64_t g2g_list_linear_forward(g2g::ListLinear* a, void* scratch) {
-    return g2g::call(g2g::kernels().list_linear_forward, a, scratch);
-}
-G2G_EXPORT int64_t g2g_list_linear_backward(g2g::ListLinear* a, void* scratch) {
-    return g2g::call(g2g::kernels().list_linear_backward, a, scratch);
-}
-G2G_EXPORT int64_t g2g_list_loop_forward(g2g::ListLoop* a, void* scratch) {
-    return g2g::call(g2g::kernels().list_loop_forward, a, scratch);
-}
-G2G_EXPORT int64_t g2g_list_loop_backward(g2g::ListLoop* a, void* scratch) {
-    return g2g::call(g2g::kernels().list_loop_backward, a, scratch);
-}
-G2G_EXPORT int64_t g2g_neurons_forward(g2g::NeuronLoop* a, void* scratch) {
-    return g2g::call(g2g::kernels().neurons_forward, a, scratch);
-}
-G2G_EXPORT int64_t g2g_neurons_backward(g2g::NeuronLoop* a, void* scratch) {
-    return g2g::call(g2g::kernels().neurons_backward, a, scratch);
-}
+// pass: 0 forward, 1 backward.
+G2G_EXPORT int64_t g2g_stack(Stack* a, int32_t pass, void* scratch) { return call(kernels().stack[pass], a, scratch); }
+G2G_EXPORT int64_t g2g_graph(Graph* a, int32_t pass, void* scratch) { return call(kernels().graph[pass], a, scratch); }
+G2G_EXPORT int64_t g2g_linear(Linear* a, int32_t pass, void* scratch) { return call(kernels().linear[pass], a, scratch); }
+G2G_EXPORT int64_t g2g_list_loop(ListLoop* a, int32_t pass, void* scratch) { return call(kernels().list_loop[pass], a, scratch); }
+G2G_EXPORT int64_t g2g_neurons(NeuronLoop* a, int32_t pass, void* scratch) { return call(kernels().neurons[pass], a, scratch); }
 
-G2G_EXPORT void g2g_unpack(const g2g::Plan* plan, const uint64_t* words, int32_t batch, int32_t steps, int32_t threads,
+G2G_EXPORT void g2g_unpack(const Plan* plan, const uint64_t* words, int32_t batch, int32_t steps, int32_t threads,
                            float* spikes) {
-    g2g::with_team_for(int64_t{batch} * steps * plan->rows.size, threads,
-                       [&] { g2g::kernels().unpack(*plan, words, batch, steps, threads, spikes); });
+    with_team_for(int64_t{batch} * steps * plan->rows.size, threads,
+                  [&] { kernels().unpack(*plan, words, steps, batch, steps, threads, spikes); });
 }
+
+}  // namespace g2g

@@ -4,14 +4,12 @@
 //   spikes   Y[o][m] = Σ_k W[k] where bit m of S[lane k] is set, one masked addition
 //   outer    G[k] += Σ_m X[lane k][m]·E[o][m]       and the same with bits for X
 //
-// k runs over the list of weights of output lane o (WeightList). The cost is that of the weights that exist, whatever the
-// rate of spikes. Dense sides lie in bands of 64 rows, [band][lane][64]: those of 2048 neurons take 512 KB, which stay in
-// L2 while all sums over them are formed, and 256 B of a lane are read for each weight (L2's 32 to 64 B per cycle are the
-// limit). Spikes of 16 samples and some steps take 2 B per lane and step and stay in L1.
+// k runs over the list of weights of output lane o (WeightList). Dense sides lie in bands of 64 rows, [band][lane][64], which stay
+// in L2 while all sums over them are formed. Spikes of 16 samples and some steps take 2 B per lane and step and stay in L1.
 #pragma once
 
 #include "events.h"
-#include "panel.h"
+#include "layout.h"
 
 namespace g2g::G2G_ISA {
 
@@ -96,19 +94,8 @@ inline void dense_sum(const Tap* tap, const Tap* end, const float* band, float s
     }
 }
 
-// The spikes of 16 samples by lane, in pieces of nearly equal numbers of steps, even but for the last:
-// [pieces][lanes][steps of the piece].
-struct SpikeGroup {
-    const uint16_t* bits;
-    int64_t lanes, steps;
-
-    static int64_t pieces(int64_t steps) { return divide_up(steps, kStepsAtOnce); }
-    static int64_t first_step(int64_t steps, int64_t piece) {
-        return least(steps, divide_up(steps, 2) * piece / pieces(steps) * 2);
-    }
-};
-
-// The spikes of all groups of a batch from words [B][blocks][T].
+// The spikes of groups of 16 samples by lane, in pieces of nearly equal numbers of steps, even but for the last:
+// [groups][pieces][lanes][steps of the piece], from words [B][blocks][T].
 struct SpikeGroups {
     uint16_t* bits = nullptr;
     int64_t lanes = 0, steps = 0;
@@ -117,16 +104,17 @@ struct SpikeGroups {
     static size_t size(int64_t batch, int64_t lanes, int64_t steps) {
         return divide_up(batch, kSamples) * lanes * steps + 1;
     }
-    SpikeGroup group(int64_t g) const { return {bits + g * lanes * steps, lanes, steps}; }
+    int64_t pieces() const { return divide_up(steps, kStepsAtOnce); }
+    int64_t first_step(int64_t piece) const { return least(steps, divide_up(steps, 2) * piece / pieces() * 2); }
+    SpikeGroups from(int64_t group) const { return {bits + group * lanes * steps, lanes, steps}; }
 
     void load(const uint64_t* words, int64_t batch, int threads) const {
-        const int64_t blocks = lanes / kLanes, groups = divide_up(batch, kSamples), pieces = SpikeGroup::pieces(steps);
+        const int64_t blocks = lanes / kLanes, groups = divide_up(batch, kSamples);
         constexpr int64_t groups_at_once = 64 / kSamples;
         parallel(threads, blocks * divide_up(groups, groups_at_once), 1, [&](int64_t task, int) {
             const int64_t block = task % blocks, first = task / blocks * groups_at_once, sample = first * kSamples;
-            for (int64_t piece = 0; piece < pieces; ++piece) {
-                const int64_t begin = SpikeGroup::first_step(steps, piece);
-                const int64_t count = SpikeGroup::first_step(steps, piece + 1) - begin;
+            for (int64_t piece = 0; piece < pieces(); ++piece) {
+                const int64_t begin = first_step(piece), count = first_step(piece + 1) - begin;
                 for (int64_t i = 0; i < count; ++i) {
                     uint64_t w[64];
                     for (int64_t b = 0; b < 64; ++b)
@@ -180,12 +168,11 @@ void spike_sum(int64_t steps, const Tap* tap, const Tap* end, const uint16_t* bi
     if constexpr (N > 1) spike_sum<N - 1>(steps, tap, end, bits, start, sum);
 }
 
-// Currents of a row block for a group of samples, out[16 samples][T][64]; `room` as large.
-inline void spike_currents(const WeightList& list, const Tap* taps, int64_t block, const SpikeGroup& spikes,
+// Currents of a row block for the first group of samples, out[16 samples][T][64]; `room` as large.
+inline void spike_currents(const WeightList& list, const Tap* taps, int64_t block, const SpikeGroups& spikes,
                            const float* bias, float* room, float* out) {
-    for (int64_t piece = 0; piece < SpikeGroup::pieces(spikes.steps); ++piece) {
-        const int64_t begin = SpikeGroup::first_step(spikes.steps, piece);
-        const int64_t count = SpikeGroup::first_step(spikes.steps, piece + 1) - begin;
+    for (int64_t piece = 0; piece < spikes.pieces(); ++piece) {
+        const int64_t begin = spikes.first_step(piece), count = spikes.first_step(piece + 1) - begin;
         for (int64_t i = 0; i < kLanes; ++i) {
             const int32_t* first = list.first.data() + block * kLanes + i;
             spike_sum(count, taps + first[0], taps + first[1], spikes.bits + spikes.lanes * begin, bias[i],

@@ -5,11 +5,9 @@
 //
 // (StripCurrent and strip_gradient: the same on the strips of 16 or 32 lanes that a unit really has.)
 //
-// First the set bits of several words become one list of events, without a branch per word: a loop over the bits of a
-// word ends in a mispredicted branch, which costs more than its few events. Then each event costs 64 additions on
-// 256 B. Forward, it adds weights into sums that stay in registers over a whole block row. For the gradient, it adds dI
-// into one row of the gradient tile that stays in registers over all events of its source neuron (a chunk's dI for one
-// block, 200 KB, is in L2, from where 256 B take about 8 cycles).
+// First the set bits of several words become one list of events. Then each event costs 64 additions: forward of weights, into
+// sums that stay in registers over a whole block row; for the gradient of dI, from L2, into one row of the gradient tile that
+// stays in registers over all events of its source neuron.
 #pragma once
 
 #include "interface.h"
@@ -97,6 +95,25 @@ struct StripCurrent : BlockSpikes {
     }
 };
 
+// The currents of a block from the spikes of a step, on top of `start`.
+struct SpikeCurrents {
+    const Plan* plan;
+    const float* tiles;
+    void (*sum)(const SpikeCurrents&, int64_t r, const uint64_t* words, int64_t stride, int64_t t, const float* start, float* out);
+
+    template <class Current>
+    static void add(const SpikeCurrents& of, int64_t r, const uint64_t* words, int64_t stride, int64_t t, const float* start,
+                    float* out) {
+        Vec sum[kVecs];
+        Current{{of.plan, r, words, stride, of.tiles, start}}(t, sum);
+        for (int v = 0; v < kVecs; ++v) store(out + v * W, sum[v]);
+    }
+
+    SpikeCurrents(const Plan& p, const float* weights) : plan(&p), tiles(weights) {
+        sum = p.rows.strip == kLanes ? add<EventCurrent> : p.rows.strip == 16 ? add<StripCurrent<16>> : add<StripCurrent<32>>;
+    }
+};
+
 // w[i] bit j ↔ w[j] bit i of a 64 × 64 bit matrix.
 inline void transpose_bits(uint64_t* w) {
     uint64_t mask = 0x00000000FFFFFFFF;
@@ -113,21 +130,24 @@ inline void transpose_bits(uint64_t* w) {
 struct EventsByLane {
     uint16_t* rows;   // [column blocks][capacity]
     int32_t* first;   // [column blocks][65]
-    int64_t capacity;
+    uint64_t* scratch;  // [threads][transposed], words
+    int64_t capacity, transposed;
 
-    EventsByLane(int64_t blocks, int64_t chunk_rows, Arena& arena) : capacity(chunk_rows * kLanes + 64) {
+    EventsByLane(int64_t blocks, int64_t samples, int64_t steps, int threads, Arena& arena)
+        : capacity(samples * steps * kLanes + 64), transposed(samples * ((steps + 63) / 64) * 64) {
         rows = arena.take<uint16_t>(blocks * capacity);
         first = arena.take<int32_t>(blocks * (kLanes + 1));
+        scratch = arena.take<uint64_t>(transposed * threads);
     }
 
     // Block c from `samples` runs of `steps` words; run b starts at words + b · stride and is rows b·steps …. Each word is that
     // of an event `late` steps later.
-    void load(int64_t c, const uint64_t* words, int64_t samples, int64_t steps, int64_t stride, uint64_t* scratch,
-              int64_t late = 0) {
+    void load(int64_t c, const uint64_t* words, int64_t samples, int64_t steps, int64_t stride, int worker, int64_t late = 0) const {
+        uint64_t* const of_worker = scratch + worker * transposed;
         const int64_t stretches = (steps + 63) / 64;  // 64 steps at once: their bits transposed give a word per lane
         for (int64_t p = 0; p < samples * stretches; ++p) {
             const int64_t b = p / stretches, t = p % stretches * 64, count = steps - t < 64 ? steps - t : 64;
-            uint64_t* bits = scratch + p * 64;
+            uint64_t* bits = of_worker + p * 64;
             const uint64_t* const own = words + b * stride + t - late;
             for (int64_t i = 0; i < 64; ++i) bits[i] = i < count && t + i >= late ? own[i] : 0;
             transpose_bits(bits);
@@ -138,12 +158,10 @@ struct EventsByLane {
         for (int lane = 0; lane < kLanes; ++lane) {
             starts[lane] = size;
             for (int64_t p = 0; p < samples * stretches; ++p)
-                size += append_bits(out + size, scratch[p * 64 + lane], p / stretches * steps + p % stretches * 64);
+                size += append_bits(out + size, of_worker[p * 64 + lane], p / stretches * steps + p % stretches * 64);
         }
         starts[kLanes] = size;
     }
-
-    static size_t scratch_words(int64_t samples, int64_t steps) { return samples * ((steps + 63) / 64) * 64; }
 };
 
 // grad[j][·] += Σ over the events of lane j of dI[row][·]; meanwhile the row of the tile stays in registers.

@@ -2,13 +2,9 @@
 //
 //   X_t = ∂L/∂x_t = Wᵀ·∂I_t = Wᵀ·e_t + β·X_{t+1},   e_t = σ'(U_t − θ)·∂L/∂S_t
 //
-// since ∂I_t = e_t + β·∂I_{t+1}. Where the surrogate has compact support few e_t are not zero, and Wᵀ·e_t is the forward
-// product by events in reverse, with weights scaled by e instead of added. An event costs 64 multiply-adds on 256 B of
-// weights, which come from L2 (about 5 cycles); X stays in registers over all T.
-//
-// Sweeps list e for each block of rows (sweep.h). Once per chunk those lists are merged into one for each step of each
-// sample, in the order of lanes. Each block of columns copies from it the parts that have weights there: a list per
-// tile would end in a mispredicted branch after a few events.
+// since ∂I_t = e_t + β·∂I_{t+1}: the forward product by events in reverse, with weights scaled by e; X stays in registers over
+// all T. Sweeps list e for each block of rows (sweep.h). Once per chunk those lists are merged into one for each step of each
+// sample, in the order of lanes, from which each block of columns copies the parts that have weights there.
 #pragma once
 
 #include <optional>
@@ -57,15 +53,41 @@ struct EventLists {
     }
 };
 
-// The same as one list per step of each sample, sample by sample, the steps downwards.
-struct MergedEvents {
-    int64_t steps, blocks;
-    const uint16_t* lane;
-    const float* value;
-    const int64_t* begin;   // [samples][T] where the events of a step begin
-    const uint16_t* first;  // [samples][T][granules + 1] the first event of each granule
+// The same as one list per step of each sample, sample by sample, the steps downwards; memory for them.
+class MergedEvents {
+  public:
+    MergedEvents() = default;
+    MergedEvents(int64_t most_blocks, int64_t samples, int64_t T, int64_t most_events, Arena& arena) : steps(T) {
+        constexpr int64_t slack = EventLists::kSlack;
+        lane = arena.take<uint16_t>(most_events + samples * slack);
+        value = arena.take<float>(most_events + samples * slack);
+        begin = arena.take<int64_t>(samples * steps);
+        first = arena.take<uint16_t>(samples * steps * (most_blocks * kGranules + 1));
+        number = arena.take<int64_t>(samples);
+        next = arena.take<int64_t>(samples * most_blocks);
+    }
 
-    // X of column block `block` for one sample of the chunk, out[T][64]; `tiles` as backward_tiles() gives them. `row`
+    // Merges what the sweeps of `of_blocks` blocks listed for the first `samples` samples, unless it is more than `most` events;
+    // returns how many they are.
+    int64_t merge(const EventLists& lists, int64_t of_blocks, int64_t samples, int64_t most, int threads) {
+        blocks = of_blocks;
+        parallel(threads, samples, 1, [&](int64_t sample, int) {
+            int64_t sum = 0;
+            for (int64_t r = 0; r < of_blocks; ++r)
+                for (int64_t t = 0; t < lists.steps; ++t) sum += __builtin_popcountll(lists.of(r, sample).words[t]);
+            number[sample] = sum;
+        });
+        int64_t total = 0;
+        for (int64_t sample = 0; sample < samples; ++sample) {
+            const int64_t place = total + sample * EventLists::kSlack;
+            total += number[sample];
+            number[sample] = place;
+        }
+        if (total <= most) parallel(threads, samples, 1, [&](int64_t sample, int) { merge_sample(lists, sample); });
+        return total;
+    }
+
+    // X of column block `block` for one sample of the chunk, out[T][64]; `tiles` as load_tiles<kByCol>() gives them. `row`
     // and `factor` have room for the events of a step, and W more.
     void input_gradient(const Plan& plan, const float* tiles, float decay, int64_t block, int64_t sample, uint16_t* row,
                         float* factor, float* out) const {
@@ -119,58 +141,12 @@ struct MergedEvents {
             }
         }
     }
-};
-
-// Memory for merged lists.
-class EventMerger {
-  public:
-    EventMerger() = default;
-    EventMerger(int64_t most_blocks, int64_t samples, int64_t steps, int64_t most_events, Arena& arena) {
-        constexpr int64_t slack = EventLists::kSlack;
-        lane = arena.take<uint16_t>(most_events + samples * slack);
-        value = arena.take<float>(most_events + samples * slack);
-        begin = arena.take<int64_t>(samples * steps);
-        first = arena.take<uint16_t>(samples * steps * (most_blocks * kGranules + 1));
-        number = arena.take<int64_t>(samples);
-        place = arena.take<int64_t>(samples);
-        next = arena.take<int64_t>(samples * most_blocks);
-    }
-
-    struct Result {
-        int64_t events;
-        std::optional<MergedEvents> merged;  // unless there are too many
-    };
-
-    // Merges what the sweeps of `blocks` blocks listed for the first `samples` samples, if it is at most `most` events.
-    Result merge(const EventLists& lists, int64_t blocks, int64_t samples, int64_t most, int threads) const {
-        const int64_t events = count(lists, blocks, samples, threads);
-        if (events > most) return {events, {}};
-        parallel(threads, samples, 1, [&](int64_t sample, int) { merge_sample(lists, blocks, sample); });
-        return {events, MergedEvents{lists.steps, blocks, lane, value, begin, first}};
-    }
-
-  private:
-    int64_t count(const EventLists& lists, int64_t blocks, int64_t samples, int threads) const {
-        parallel(threads, samples, 1, [&](int64_t sample, int) {
-            int64_t sum = 0;
-            for (int64_t r = 0; r < blocks; ++r)
-                for (int64_t t = 0; t < lists.steps; ++t) sum += __builtin_popcountll(lists.of(r, sample).words[t]);
-            number[sample] = sum;
-        });
-        int64_t total = 0;
-        for (int64_t sample = 0; sample < samples; ++sample) {
-            place[sample] = total + sample * EventLists::kSlack;
-            total += number[sample];
-        }
-        return total;
-    }
-
-    void merge_sample(const EventLists& lists, int64_t blocks, int64_t sample) const {
-        int64_t at = place[sample];
+    void merge_sample(const EventLists& lists, int64_t sample) const {
+        int64_t at = number[sample];
         int64_t* const from = next + sample * blocks;
         zero(from, blocks * sizeof *from);
-        for (int64_t t = lists.steps - 1; t >= 0; --t) {
-            const int64_t row = sample * lists.steps + t;
+        for (int64_t t = steps - 1; t >= 0; --t) {
+            const int64_t row = sample * steps + t;
             uint16_t* starts = first + row * (blocks * kGranules + 1);
             int64_t size = 0;
             for (int64_t r = 0; r < blocks; ++r) {
@@ -195,12 +171,12 @@ class EventMerger {
         }
     }
 
-    uint16_t* lane = nullptr;  // as in MergedEvents
+    int64_t steps = 0, blocks = 0;
+    uint16_t* lane = nullptr;
     float* value = nullptr;
-    int64_t* begin = nullptr;
-    uint16_t* first = nullptr;
-    int64_t* number = nullptr;  // [samples] the events of a sample
-    int64_t* place = nullptr;   // [samples] where they begin
+    int64_t* begin = nullptr;   // [samples][T] where the events of a step begin
+    uint16_t* first = nullptr;  // [samples][T][granules + 1] the first event of each granule
+    int64_t* number = nullptr;  // [samples] the events of a sample, then where they begin
     int64_t* next = nullptr;    // [samples][row blocks]
 };
 

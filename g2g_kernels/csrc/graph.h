@@ -1,9 +1,6 @@
 // Layers that may reach one another, I_t = current_t + Σ W·S_{t−d}: in blocks of time steps, in an order in which all that a
 // block reads is known (ops/g2g_stack/schedule.py).
 //
-// Each thread has samples of its own and runs all blocks of these, wherever a batch has enough for all threads: what one
-// has written another would fetch from its cache in every block. With fewer samples all threads share each block.
-//
 // A block is some steps of one layer. Forward, a task computes the currents of 64 lanes of some samples at these steps, by
 // events, and runs their neurons, whose spikes go to where and when they arrive. Backward, in the reverse order and for some
 // samples at a time: the neurons, then for each connection to them the input gradient, which is added to ∂L/∂S of the source
@@ -15,30 +12,22 @@
 #include <vector>
 
 #include "batch.h"
-#include "chunks.h"
 #include "events.h"
 #include "input_gradient.h"
+#include "parallel.h"
 #include "recurrent.h"
 #include "stack.h"
 #include "sweep.h"
 
 namespace g2g::G2G_ISA {
 
-// The steps of a layer in one block.
-struct GraphBlock {
-    int32_t layer, first, last;
-    int64_t steps() const { return last - first; }
-};
-
-inline const GraphBlock& block_of(const Graph& g, int64_t i) { return reinterpret_cast<const GraphBlock*>(g.blocks)[i]; }
+inline int64_t steps_of(const GraphBlock& block) { return block.last - block.first; }
 
 // The steps of the longest block of each layer.
 inline std::vector<int64_t> longest_blocks(const Graph& g) {
     std::vector<int64_t> longest(g.stack.count);
-    for (int64_t i = 0; i < g.block_count; ++i) {
-        const GraphBlock& block = block_of(g, i);
-        longest[block.layer] = most(longest[block.layer], block.steps());
-    }
+    for (const GraphBlock* block = g.blocks; block < g.blocks + g.block_count; ++block)
+        longest[block->layer] = most(longest[block->layer], steps_of(*block));
     return longest;
 }
 
@@ -50,20 +39,18 @@ struct KeptStates {
     std::vector<const GraphBlock*> blocks;  // [T], the one that has a step
 
     KeptStates(const Graph& g, int64_t l) : s(g.stack), layer(s.layers[l]), blocks(s.steps) {
-        for (int64_t i = 0; i < g.block_count; ++i) {
-            const GraphBlock& block = block_of(g, i);
-            for (int32_t t = block.first; block.layer == l && t < block.last; ++t) blocks[t] = &block;
-        }
+        for (const GraphBlock* block = g.blocks; block < g.blocks + g.block_count; ++block)
+            for (int32_t t = block->first; block->layer == l && t < block->last; ++t) blocks[t] = block;
     }
 
     // Floats from one sample to the next.
-    int64_t stride(int64_t t) const { return blocks[t]->steps() * model_info(layer.neurons).states * kLanes; }
+    int64_t stride(int64_t t) const { return steps_of(*blocks[t]) * model_info(layer.neurons).states * kLanes; }
 
     // Null if none are kept.
     float* at(int64_t b, int64_t r, int64_t t) const {
         if (!layer.states) return nullptr;
         const int64_t before = blocks[t]->first * int64_t{layer.plan->rows.blocks} * s.batch;
-        const int64_t own = (r * s.batch + b) * blocks[t]->steps() + t - blocks[t]->first;
+        const int64_t own = (r * s.batch + b) * steps_of(*blocks[t]) + t - blocks[t]->first;
         return layer.states + (before + own) * model_info(layer.neurons).states * kLanes;
     }
 };
@@ -170,11 +157,10 @@ struct GraphForward {
         }
         for (size_t i = 0; i < inner.size(); ++i) {
             const Passage& x = inner[i];
-            forward_tiles(x.plan, x.of.values, s.threads, tiles[i]);
+            load_tiles<kByRow>(x.plan, x.of.values, s.threads, tiles[i]);
             if (x.straight) continue;
             parallel(s.threads, s.batch, 1, [&](int64_t b, int) {
-                begin_words(x.source.plan->rows, x.plan.cols, b, s.batch, s.steps, x.of.delays,
-                            {x.source.sent, x.source.sent_steps}, x.words(s, b));
+                begin_words(s, x.source, x.plan.cols, b, x.of.delays, x.words(s, b));
             });
         }
         each_part_of_batch(s.batch, *std::min_element(longest.begin(), longest.end()), s.threads,
@@ -187,7 +173,7 @@ struct GraphForward {
     // All blocks of some samples; `first_worker` is the number of the first of these threads.
     void run_blocks(int64_t begin, int64_t count, int threads, int first_worker) const {
         for (int64_t i = 0; i < g.block_count; ++i) {
-            const GraphBlock& block = block_of(g, i);
+            const GraphBlock& block = g.blocks[i];
             const int64_t R = s.layers[block.layer].plan->rows.blocks, groups = divide_up(count, kStepSamples);
             const Neurons& neurons = s.layers[block.layer].neurons;
             const auto sweep = forward_sweep<StoredCurrent>(neurons);
@@ -201,11 +187,8 @@ struct GraphForward {
             });
             for (const Passage& x : inner) {
                 if (x.of.source != block.layer || x.aligned) continue;
-                const Axis& axis = x.source.plan->rows;  // blocks of one order would write into the same words of another
-                parallel(threads, count, 1, [&](int64_t task, int) {
-                    const int64_t b = begin + task;
-                    move_words(axis, x.plan.cols, x.source.spikes + b * axis.blocks * s.steps, block.first, block.last, s.steps,
-                               x.of.delays, x.words(s, b));
+                parallel(threads, count, 1, [&](int64_t b, int) {  // blocks of one order would write into the same words of another
+                    move_words(s, x.source, x.plan.cols, begin + b, block.first, block.last, x.of.delays, x.words(s, begin + b));
                 });
             }
         }
@@ -218,7 +201,7 @@ struct GraphForward {
         fill_current(block, b, r, current);
         if (!block.first) load_states(s, layer, layer.state, b, r, edge);
         const SampleParameters own(parameters[block.layer], layer, b, r);
-        sweep({current, kLanes}, block.steps(), own.block,
+        sweep({current, kLanes}, steps_of(block), own.block,
               {words_of(block, b, r), kept, nullptr, edge});
         finish_block(block, b, r, edge);
     }
@@ -238,14 +221,10 @@ struct GraphForward {
             fill_current(block, first + i, r, current + i * kLanes);
             if (!block.first) load_states(s, layer, layer.state, first + i, r, edge + i * size);
         }
-        if (!layer.dropped) step(parameters[block.layer].block(r), samples, all);
-        for (int64_t i = 0; i < samples; ++i) {
-            if (layer.dropped) {
-                const SampleParameters own(parameters[block.layer], layer, first + i, r);
-                step(own.block, 1, all.from(i));
-            }
-            finish_block(block, first + i, r, all.now + i * all.now_stride);
-        }
+        each_sample(parameters[block.layer], layer, first, samples, r, [&](const LaneParameters& own, int64_t begin, int64_t end) {
+            step(own, begin, end, all);
+        });
+        for (int64_t i = 0; i < samples; ++i) finish_block(block, first + i, r, all.now + i * all.now_stride);
     }
 
     float* edge_of(int64_t l, int64_t b, int64_t r) const {
@@ -260,7 +239,7 @@ struct GraphForward {
     // The currents of the steps of a block, [steps][64].
     void fill_current(const GraphBlock& block, int64_t b, int64_t r, float* current) const {
         const Axis& axis = s.layers[block.layer].plan->rows;
-        const int64_t B = s.batch, count = block.steps();
+        const int64_t B = s.batch, count = steps_of(block);
         const float* start = held[block.layer] ? held[block.layer] + (r * B + b) * kLanes : nullptr;  // null: in their places
         if (!start)
             load_block(axis, r, g.outer[block.layer].current + block.first * B * axis.size, Rows{b, count, B, axis.size}, count,
@@ -289,7 +268,7 @@ struct GraphForward {
         if (block.last == s.steps) store_states(s, layer, states, b, r, layer.last);
         for (const Passage& x : inner)
             if (x.of.source == block.layer && x.aligned && !x.straight)
-                x.send(r, words_of(block, b, r), block.first, block.steps(), s.steps, x.words(s, b));
+                x.send(r, words_of(block, b, r), block.first, steps_of(block), s.steps, x.words(s, b));
     }
 
     // Rates, counts, and the last spikes.
@@ -298,17 +277,12 @@ struct GraphForward {
         const Outer& outer = g.outer[l];
         const Axis& axis = layer.plan->rows;
         const int64_t R = axis.blocks, B = s.batch, T = s.steps, tail = outer.tail_steps;
-        parallel(s.threads, B * R, 16, [&](int64_t block, int worker) {
-            const uint64_t* const words = layer.spikes + block * T;
-            const Rows one{block / R, 1, B, axis.size};
-            count_spikes(words, T, counts + block * kLanes);
-            if (l + 1 == s.count) store_block(axis, block % R, counts + block * kLanes, one, 1, s.counts);
-            float* const spikes = scratch + worker * scratch_size;
-            for (int64_t t = 0; outer.tail && t < tail; ++t) {
-                expand_words(words + T - tail + t, 1, spikes);
-                store_block(axis, block % R, spikes, one, 1, outer.tail + t * B * axis.size);
-            }
+        parallel(s.threads, B * R, 16, [&](int64_t block, int) {
+            float* const own = counts + block * kLanes;
+            count_spikes(layer.spikes + block * T, T, own);
+            if (l + 1 == s.count) store_block(axis, block % R, own, Rows{block / R, 1, B, axis.size}, 1, s.counts);
         });
+        if (outer.tail) unpack(*layer.plan, layer.spikes + T - tail, T, s.batch, outer.tail_steps, s.threads, outer.tail);
         sum_rates(s, layer, counts, totals);
     }
 };
@@ -358,58 +332,31 @@ struct GraphChunk {
 };
 
 // A layer in the backward pass.
-struct MemberBackward {
-    const Layer& layer;
+struct MemberBackward : LayerBackward {
     const Outer& outer;
-    const ModelInfo& model;
-    LayerParameters parameters;
     KeptStates kept;
-    float* current;         // [row blocks][B][64], as are those of the parameters: sums over the steps
-    float* sums[kMostParameters] = {};
-    BackwardSweep<Upstream> sweep;
     BackwardSteps steps;
-    bool last;              // of the graph
 
     MemberBackward(const Graph& g, int64_t l, Arena& arena)
-        : layer(g.stack.layers[l]),
-          outer(g.outer[l]),
-          model(model_info(layer.neurons)),
-          parameters(layer, arena),
-          kept(g, l),
-          sweep(backward_sweep<Upstream>(layer.neurons)),
-          steps(layer.neurons),
-          last(l + 1 == g.stack.count) {
-        const int64_t R = axis().blocks;
-        current = arena.take<float>(R * g.stack.batch * kLanes);
-        for (int k = 0; k < model.parameters; ++k) sums[k] = arena.take<float>(R * g.stack.batch * kLanes);
+        : LayerBackward(g.stack, l, arena), outer(g.outer[l]), kept(g, l), steps(layer.neurons) {
+        take_sums(g.stack.batch, arena);
     }
 
-    const Axis& axis() const { return layer.plan->rows; }
-
-    // Before the last step: what reaches the layer from outside. rates[n] is the mean over T·B spikes, counts[b][n] the sum
-    // over T.
+    // Before the last step: what reaches the layer from outside.
     void begin(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int threads) const {
-        const int64_t T = s.steps, B = s.batch, size = axis().size, tail = outer.tail_steps, first = chunk.first;
-        const float share = 1.0f / (static_cast<float>(B) * static_cast<float>(T));
-        parallel(threads, axis().blocks * chunk.samples, 1, [&](int64_t task, int) {
-            const int64_t r = task / chunk.samples, b = task % chunk.samples, at = (r * B + first + b) * kLanes;
+        const int64_t T = s.steps, B = s.batch, size = plan.rows.size, tail = outer.tail_steps, first = chunk.first;
+        parallel(threads, plan.rows.blocks * chunk.samples, 1, [&](int64_t task, int) {
+            const int64_t r = task / chunk.samples, b = task % chunk.samples;
             alignas(64) float end[kLanes];
-            float* const own = x.constant_at(r, b);
-            for (int lane = 0; lane < kLanes; ++lane) {
-                const int32_t n = axis().neuron[r * kLanes + lane];
-                float grad = n >= 0 && layer.grad_rates ? layer.grad_rates[n] * share : 0.0f;
-                if (last && n >= 0 && s.grad_counts) grad += s.grad_counts[(first + b) * size + n];
-                own[lane] = grad;
-            }
+            constant_part(s, first + b, r, x.constant_at(r, b));
             float* const tile = x.arrived_at(r, b);
             zero(tile - x.before * kLanes, (chunk.used ? x.before : x.before + T) * kLanes * sizeof(float));
             for (int64_t t = 0; outer.grad_tail && t < tail; ++t) {
-                load_block(axis(), r, outer.grad_tail + t * B * size, Rows{first + b, 1, B, size}, 1, end);
+                load_block(plan.rows, r, outer.grad_tail + t * B * size, Rows{first + b, 1, B, size}, 1, end);
                 add(end, tile + (T - tail + t) * kLanes);
             }
             load_states(s, layer, layer.grad_last, first + b, r, x.edge_at(r, b, model.states));
-            zero(current + at, kLanes * sizeof(float));
-            for (int k = 0; k < model.parameters; ++k) zero(sums[k] + at, kLanes * sizeof(float));
+            clear(first + b, r);
         });
     }
 
@@ -420,8 +367,8 @@ struct MemberBackward {
     // The neurons of block r of sample b of a chunk, backwards over some steps; `out` [steps][64] gets ∂L/∂I, too.
     void run(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int64_t b, int64_t r, const GraphBlock& block,
              float* out) const {
-        const int64_t sample = chunk.first + b, size = model.states * kLanes, at = (r * s.batch + sample) * kLanes;
-        const int64_t begin = block.first, count = block.steps();
+        const int64_t sample = chunk.first + b, at = (r * s.batch + sample) * kLanes;
+        const int64_t begin = block.first, count = steps_of(block);
         alignas(64) float first[kMostStates * kLanes], sum[(1 + kMostParameters) * kLanes];
         const float* const states = kept.at(sample, r, begin);
         uint64_t reached;
@@ -432,14 +379,20 @@ struct MemberBackward {
         const SampleParameters own(parameters, layer, sample, r);
         float* const tile = x.arrived_at(r, b) + begin * kLanes;
         sweep({tile, x.constant_at(r, b)}, states, count, own.block, layer.neurons.alpha, grads);
-        zero(tile, count * kLanes * sizeof(float));
         __builtin_memcpy(x.rows.at(r, b * s.steps + begin), out, count * kLanes * sizeof(float));
         add(sum, current + at);
         for (int k = 0; k < model.parameters; ++k) add(grads.parameters[k], sums[k] + at);
+        pass_on(s, sample, r, begin, count, out, tile, grads.edge);
+    }
+
+    // After some steps of a block of a sample: ∂L/∂I and what reaches the first states go on; ∂L/∂S has been used.
+    void pass_on(const Stack& s, int64_t sample, int64_t r, int64_t begin, int64_t count, const float* out, float* tile,
+                 const float* edge) const {
+        zero(tile, count * kLanes * sizeof(float));
         if (outer.grad_current && !outer.held)
-            store_block(axis(), r, out, Rows{sample, count, s.batch, axis().size}, count,
-                        outer.grad_current + begin * s.batch * axis().size);
-        if (!begin && layer.grad_state) store_states(s, layer, grads.edge, sample, r, layer.grad_state);
+            store_block(plan.rows, r, out, Rows{sample, count, s.batch, plan.rows.size}, count,
+                        outer.grad_current + begin * s.batch * plan.rows.size);
+        if (!begin && layer.grad_state) store_states(s, layer, edge, sample, r, layer.grad_state);
     }
 
     // The same of a block of one step, for some samples at once; `out` [samples][64].
@@ -461,37 +414,25 @@ struct MemberBackward {
         for (int k = 0; k < model.parameters; ++k) step.parameters[k] = sums[k] + at;
         step.row = x.rows.at(r, b * s.steps + t), step.row_stride = int64_t{s.steps} * kLanes;
         step.compact = out, step.held = current + at;
-        if (!layer.dropped) steps.step(parameters.block(r), layer.neurons.alpha, samples, step);
-        for (int64_t i = 0; i < samples; ++i) {
-            if (layer.dropped) {
-                const SampleParameters own(parameters, layer, first + i, r);
-                steps.step(own.block, layer.neurons.alpha, 1, step.from(i, model.states));
-            }
-            zero(tile + i * step.tile_stride, kLanes * sizeof(float));
-            if (outer.grad_current && !outer.held)
-                store_block(axis(), r, out + i * kLanes, Rows{first + i, 1, s.batch, axis().size}, 1,
-                            outer.grad_current + t * s.batch * axis().size);
-            if (!t && layer.grad_state) store_states(s, layer, step.states + i * size, first + i, r, layer.grad_state);
-        }
+        steps.run(parameters, layer, first, samples, r, step);
+        for (int64_t i = 0; i < samples; ++i)
+            pass_on(s, first + i, r, t, 1, out + i * kLanes, tile + i * step.tile_stride, step.states + i * size);
     }
 
     // After the first step: what reaches the spikes that were sent before it.
     void end(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int threads) const {
         if (!outer.grad_sent) return;
-        parallel(threads, axis().blocks * chunk.samples, 1, [&](int64_t task, int) {
+        parallel(threads, plan.rows.blocks * chunk.samples, 1, [&](int64_t task, int) {
             const int64_t r = task / chunk.samples, b = task % chunk.samples;
-            store_block(axis(), r, x.arrived_at(r, b) - x.before * kLanes, Rows{chunk.first + b, x.before, s.batch, axis().size},
+            store_block(plan.rows, r, x.arrived_at(r, b) - x.before * kLanes, Rows{chunk.first + b, x.before, s.batch, plan.rows.size},
                         x.before, outer.grad_sent);
         });
     }
 
     void finish(const Stack& s, double* totals) const {
-        const int64_t lanes = static_cast<int64_t>(axis().blocks) * kLanes;
-        for (int k = 0; k < model.parameters; ++k)
-            parameter_gradient(layer.neurons.parameters[k], model.decays[k], {sums[k], s.batch, kLanes, lanes, s.batch * kLanes},
-                               [&](int64_t i) { return axis().neuron[i]; }, axis().size, s.threads, totals);
-        for (int64_t r = 0; outer.grad_current && outer.held && r < axis().blocks; ++r)
-            store_block(axis(), r, current + r * s.batch * kLanes, Rows{0, 1, s.batch, axis().size}, s.batch, outer.grad_current);
+        LayerBackward::finish(s, totals);
+        for (int64_t r = 0; outer.grad_current && outer.held && r < plan.rows.blocks; ++r)
+            store_block(plan.rows, r, current + r * s.batch * kLanes, Rows{0, 1, s.batch, plan.rows.size}, s.batch, outer.grad_current);
     }
 };
 
@@ -500,7 +441,6 @@ struct PassageBackward : Passage {
     float* tiles;               // of the weight gradient
     float* learned = nullptr;   // [column blocks][B][64], what each sample adds to the gradients of the delays
     InputGradient gradient;
-    InputProduct product{};
 
     PassageBackward(const Graph& g, const Inner& inner, Arena& arena)
         : Passage(g, inner, arena),
@@ -510,10 +450,9 @@ struct PassageBackward : Passage {
     }
 
     void begin(const Stack& s) {
-        product = gradient.product(s.threads);
-        if (!straight) reorder_words(source.plan->rows, plan.cols, source.spikes, s.batch, s.steps, s.threads, of.delays,
-                      {source.sent, source.sent_steps}, inputs);
-        parallel(s.threads, plan.tiles, 8, [&](int64_t tile, int) { zero(tiles + tile * kTile, kTile * sizeof(float)); });
+        gradient.load_product(s.threads);
+        if (!straight) reorder_words(s, source, plan.cols, of.delays, inputs);
+        zero_floats(tiles, int64_t{plan.tiles} * kTile, s.threads);
         if (learned) zero_floats(learned, int64_t{s.batch} * plan.cols.blocks * kLanes, s.threads);
     }
 
@@ -561,11 +500,7 @@ struct PassageBackward : Passage {
 
     void finish(const Stack& s, double* totals) const {
         unpack_gradient(plan, tiles, s.threads, of.grad_values);
-        if (!learned) return;
-        const Axis& axis = plan.cols;
-        const int64_t lanes = static_cast<int64_t>(axis.blocks) * kLanes;
-        parameter_gradient({nullptr, of.grad_delays, true}, false, {learned, s.batch, kLanes, lanes, s.batch * kLanes},
-                           [&](int64_t i) { return axis.neuron[i]; }, axis.size, s.threads, totals);
+        if (learned) lane_gradient({nullptr, of.grad_delays, true}, false, plan.cols, learned, s.batch, s.threads, totals);
     }
 };
 
@@ -576,28 +511,24 @@ struct GraphBackward {
     std::vector<MemberBackward> members;
     std::vector<PassageBackward> inner;
     std::vector<GraphChunk> at_once;  // chunks whose blocks run at the same time
-    uint64_t* bits;
-    int64_t bits_size;
     double* totals;
 
     GraphBackward(const Graph& graph, Arena& arena)
-        : g(graph), s(graph.stack), chunks(s.batch, s.steps, least_samples(graph)), at_once(count_at_once()),
-          bits_size(EventsByLane::scratch_words(chunks.samples, s.steps)) {
+        : g(graph), s(graph.stack), chunks(s.batch, s.steps, least_samples(graph)), at_once(count_at_once()) {
         int64_t blocks = 0, most_rows = 0;
         members.reserve(s.count), inner.reserve(g.inner_count);
-        for (int64_t l = 0; l < s.count; ++l) blocks = most(blocks, members.emplace_back(g, l, arena).axis().blocks);
+        for (int64_t l = 0; l < s.count; ++l) blocks = most(blocks, members.emplace_back(g, l, arena).plan.rows.blocks);
         for (int64_t i = 0; i < g.inner_count; ++i)
             blocks = most(blocks, inner.emplace_back(g, g.inner[i], arena).plan.cols.blocks);
         for (int64_t i = 0; i < g.block_count; ++i)
-            most_rows = most(most_rows, samples_of(block_of(g, i), chunks.samples) * block_of(g, i).steps());
+            most_rows = most(most_rows, samples_of(g.blocks[i], chunks.samples) * steps_of(g.blocks[i]));
         for (GraphChunk& chunk : at_once) {
             for (const MemberBackward& x : members) chunk.members.emplace_back(x.layer, chunks, arena);
             chunk.rows = DualPanel(blocks, most_rows, false, arena);
             chunk.inputs = {arena.take<float>(blocks * most_rows * kLanes), most_rows};
-            chunk.events.emplace(blocks, chunks.rows(), arena);
+            chunk.events.emplace(blocks, chunks.samples, s.steps, s.threads, arena);
             chunk.bands.data = arena.take<float>(Bands::size(blocks * kLanes, most_rows));
         }
-        bits = arena.take<uint64_t>(bits_size * s.threads);
         totals = arena.take<double>(blocks * kLanes);
     }
 
@@ -617,7 +548,7 @@ struct GraphBackward {
 
     // Samples whose rows of a block stay in cache.
     static int64_t samples_of(const GraphBlock& block, int64_t samples) {
-        return least(samples, most(1, kChunkRows / block.steps()));
+        return least(samples, most(1, kChunkRows / steps_of(block)));
     }
 
     void run() {
@@ -640,7 +571,7 @@ struct GraphBackward {
         for (size_t l = 0; l < members.size(); ++l) members[l].begin(s, chunk, chunk.members[l], threads);
         chunk.used = true;
         for (int64_t i = g.block_count; i-- > 0;) {
-            const GraphBlock& block = block_of(g, i);
+            const GraphBlock& block = g.blocks[i];
             const int64_t most_samples = samples_of(block, chunk.samples);
             for (int64_t b = 0; b < chunk.samples; b += most_samples)
                 run_block(chunk, block, b, least(most_samples, chunk.samples - b), threads);
@@ -652,9 +583,9 @@ struct GraphBackward {
     void run_block(GraphChunk& chunk, const GraphBlock& block, int64_t b, int64_t samples, int threads) const {
         const MemberBackward& x = members[block.layer];
         const MemberChunk& own = chunk.members[block.layer];
-        const int64_t steps = block.steps();
+        const int64_t steps = steps_of(block);
         const int64_t group = steps == 1 ? kGradientSamples : 1, groups = divide_up(samples, group);
-        parallel(threads, x.axis().blocks * groups, steps == 1 ? 1 : 4, [&](int64_t task, int) {
+        parallel(threads, x.plan.rows.blocks * groups, steps == 1 ? 1 : 4, [&](int64_t task, int) {
             const int64_t r = task / groups, i = task % groups * group;
             float* const out = chunk.rows.floats.at(r, i * steps);
             if (steps == 1)
@@ -669,7 +600,7 @@ struct GraphBackward {
     void hand_down(const PassageBackward& x, GraphChunk& chunk, const GraphBlock& block, int64_t b, int64_t samples,
                    int threads) const {
         const MemberChunk& source = chunk.members[x.of.source];
-        const int64_t steps = block.steps(), count = samples * steps;
+        const int64_t steps = steps_of(block), count = samples * steps;
         const bool banded = x.gradient.sparse();
         Bands& bands = chunk.bands;
         bands.lanes = static_cast<int64_t>(x.plan.rows.blocks) * kLanes;
@@ -677,13 +608,13 @@ struct GraphBackward {
         const auto arrive = [&](int64_t column, int64_t i) {
             const float* const arrived = chunk.inputs.at(column, i * steps);
             if (x.learned) x.learn(s, chunk.first + b + i, column, arrived, block);
-            x.arrive(members[x.of.source].axis(), source, b + i, column, arrived, block);
+            x.arrive(members[x.of.source].plan.rows, source, b + i, column, arrived, block);
         };
         int64_t most_rows = steps;  // whole samples, and whole register tiles of the product
         while (most_rows < kGradientSamples || most_rows % 6) most_rows += steps;
         x.gradient.each_task(count, banded ? kLanes : most_rows, banded, threads, 1,
                              [&](int64_t column, int64_t row, int64_t height, int) {
-                                 x.product.run(column, chunk.rows, bands, row, height, chunk.inputs.at(column, row));
+                                 x.gradient.run(column, chunk.rows, bands, row, height, chunk.inputs.at(column, row));
                                  for (int64_t i = row / steps; !banded && i * steps < row + height; ++i) arrive(column, i);
                              });
         if (banded)
@@ -698,8 +629,7 @@ struct GraphBackward {
         parallel(s.threads, count * C, 1, [&](int64_t task, int worker) {
             const GraphChunk& chunk = at_once[task / C];
             const int64_t column = task % C;
-            EventsByLane events = *chunk.events;
-            events.load(column, x.sent(s, chunk.first) + column * T, chunk.samples, T, C * T, bits + worker * bits_size, x.late());
+            chunk.events->load(column, x.sent(s, chunk.first) + column * T, chunk.samples, T, C * T, worker, x.late());
         });
         // a row block is one task, so that its ∂L/∂I come from other threads' caches once
         parallel(s.threads, plan.rows.blocks, 1, [&](int64_t r, int) {

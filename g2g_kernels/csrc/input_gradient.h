@@ -2,38 +2,12 @@
 #pragma once
 
 #include "batch.h"
-#include "panel.h"
+#include "layout.h"
 #include "product.h"
 
 namespace g2g::G2G_ISA {
 
-// ∂L/∂(input) by the product, its weights in their places.
-struct InputProduct {
-    const Plan* plan;
-    const float* tiles;
-    const uint16_t* pairs;
-    const Tap* taps;           // the weights of sparse tiles
-    const int32_t* taps_end;   // [column lanes] where those of a lane end; they begin as in the plan
-
-    // out[rows][64] for column block `block`. With sparse tiles `bands` are of `grad`, `row` begins one and rows are at most 64.
-    void run(int64_t block, const DualPanel& grad, const Bands& bands, int64_t row, int64_t rows, float* out) const {
-        const int strips = kLanes / plan->cols.strip;
-        const int32_t* segments = plan->backward.first.data() + block * strips;
-        const int32_t* first = plan->sparse.first.data() + block * kLanes;
-        const bool dense = segments[0] < segments[strips], single = !plan->sparse.empty() && first[0] < first[kLanes];
-        if (dense || !single)
-            product({&plan->backward, plan->cols.strip, tiles, pairs, kBackwardPartial}, block, grad.floats, grad.halves, row,
-                    rows, nothing(), out);
-        if (!single) return;
-        alignas(64) float sum[kTile], turned[kTile];
-        for (int lane = 0; lane < kLanes; ++lane)
-            dense_sum(taps + first[lane], taps + taps_end[block * kLanes + lane], bands.at(row / kLanes, 0), 0.0f, sum + lane * kLanes);
-        transpose(sum, kLanes, turned);
-        for (int64_t i = 0; i < rows * kLanes; i += W) store(out + i, dense ? load(out + i) + load(turned + i) : load(turned + i));
-    }
-};
-
-// The weights of a connection for its input gradient. They are brought into place once, when they are first asked for.
+// ∂L/∂(input) of a connection by the product, and the weights for it, which are brought into place when they are first needed.
 class InputGradient {
   public:
     // `events`: it may also be computed by events (gradient_events.h), which need float32 tiles.
@@ -48,25 +22,42 @@ class InputGradient {
     // Whether there are sparse tiles; the product then needs ∂L/∂(current) in bands too.
     bool sparse() const { return !plan->sparse.empty(); }
 
-    // Tiles for events, as backward_tiles() gives them.
-    const float* event_tiles(int threads) {
-        if (!tiles_loaded) backward_tiles(*plan, values, threads, tiles);
+    float* tiles = nullptr;  // for events: of load_tiles<kByCol>(), as load_tiles() has written them
+
+    void load_tiles(int threads) {
+        if (!tiles_loaded) G2G_ISA::load_tiles<kByCol>(*plan, values, threads, tiles);
         tiles_loaded = true;
-        return tiles;
     }
 
-    // Single weights of rows that no gradient reaches are left out: reached[row block] bit i, of lane i. Null: it is unknown.
-    InputProduct product(int threads, const uint64_t* reached = nullptr) {
+    // What run() reads. Single weights of rows that no gradient reaches are left out: reached[row block] bit i, of lane i (null: it
+    // is unknown).
+    void load_product(int threads, const uint64_t* reached = nullptr) {
         if (!product_loaded) {
             const bool dense = !plan->backward.list.empty();  // else single weights are all that there is
-            if (dense && pairs) bf16_tiles(*plan, values, false, threads, pairs);
-            if (dense && !pairs) event_tiles(threads);
+            if (dense && pairs) G2G_ISA::load_tiles<kByCol>(*plan, values, threads, pairs);
+            if (dense && !pairs) load_tiles(threads);
             load_taps(plan->sparse, values, threads, taps);
         }
         product_loaded = true;
-        if (!reached) return {plan, tiles, pairs, taps, plan->sparse.first.data() + 1};
-        choose_taps(reached, threads);
-        return {plan, tiles, pairs, chosen_taps, taps_end};
+        used = reached ? chosen_taps : taps, used_end = reached ? taps_end : plan->sparse.first.data() + 1;
+        if (reached) choose_taps(reached, threads);
+    }
+
+    // out[rows][64] for column block `block`. With sparse tiles `bands` are of `grad`, `row` begins one and rows are at most 64.
+    void run(int64_t block, const DualPanel& grad, const Bands& bands, int64_t row, int64_t rows, float* out) const {
+        const int strips = kLanes / plan->cols.strip;
+        const int32_t* segments = plan->backward.first.data() + block * strips;
+        const int32_t* first = plan->sparse.first.data() + block * kLanes;
+        const bool dense = segments[0] < segments[strips], single = !plan->sparse.empty() && first[0] < first[kLanes];
+        if (dense || !single)
+            product({&plan->backward, plan->cols.strip, tiles, pairs, kBackwardPartial}, block, grad.floats, grad.halves, row,
+                    rows, {kZeros, 0}, out);
+        if (!single) return;
+        alignas(64) float sum[kTile], turned[kTile];
+        for (int lane = 0; lane < kLanes; ++lane)
+            dense_sum(used + first[lane], used + used_end[block * kLanes + lane], bands.at(row / kLanes, 0), 0.0f, sum + lane * kLanes);
+        transpose(sum, kLanes, turned);
+        for (int64_t i = 0; i < rows * kLanes; i += W) store(out + i, dense ? load(out + i) + load(turned + i) : load(turned + i));
     }
 
     // call(block, row, rows, worker) for all column blocks and rows, `most_rows` at a time; if `banded`, all blocks of one
@@ -99,11 +90,12 @@ class InputGradient {
 
     const Plan* plan;
     const float* values;
-    float* tiles = nullptr;
     uint16_t* pairs = nullptr;
     Tap* taps = nullptr;
     Tap* chosen_taps = nullptr;  // those of a chunk, in the places of all of them
     int32_t* taps_end = nullptr;
+    const Tap* used = nullptr;           // the weights of sparse tiles, and
+    const int32_t* used_end = nullptr;   // [column lanes] where those of a lane end; they begin as in the plan
     bool tiles_loaded = false, product_loaded = false;
 };
 

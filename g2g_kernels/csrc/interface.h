@@ -34,15 +34,6 @@ struct Arena {
         used += (count * sizeof(T) + 63) / 64 * 64;
         return base ? reinterpret_cast<T*>(p) : nullptr;
     }
-
-    // Functions that take memory which is needed at different times: each from the same place on.
-    template <class... F>
-    void overlay(const F&... take) {
-        const size_t begin = used;
-        size_t end = begin;
-        ((used = begin, take(), end = used > end ? used : end), ...);
-        used = end;
-    }
 };
 
 // The options of neurons, each numbered by its place.
@@ -53,27 +44,18 @@ struct Options {
     int32_t surrogate_count;
 };
 
-// What Python must agree with, a line each: the structures, and the names of all options in their order.
-const char* interface_table(const Options& options);
-
 // One instruction set. Every function with an Arena returns early, after taking what it needs, if `base` is null.
 struct Kernels {
     const char* name;
     bool bf16;
     Options options;
-    void (*stack_forward)(Stack&, Arena&);
-    void (*stack_backward)(Stack&, Arena&);
-    void (*graph_forward)(Graph&, Arena&);
-    void (*graph_backward)(Graph&, Arena&);
-    void (*linear_forward)(Linear&, Arena&);
-    void (*linear_backward)(Linear&, Arena&);
-    void (*list_linear_forward)(ListLinear&, Arena&);
-    void (*list_linear_backward)(ListLinear&, Arena&);
-    void (*list_loop_forward)(ListLoop&, Arena&);
-    void (*list_loop_backward)(ListLoop&, Arena&);
-    void (*neurons_forward)(NeuronLoop&, Arena&);
-    void (*neurons_backward)(NeuronLoop&, Arena&);
-    void (*unpack)(const Plan&, const uint64_t* words, int32_t batch, int32_t steps, int32_t threads, float* spikes);
+    // Of each, the forward and the backward pass.
+    void (*stack[2])(Stack&, Arena&);
+    void (*graph[2])(Graph&, Arena&);
+    void (*linear[2])(Linear&, Arena&);
+    void (*list_loop[2])(ListLoop&, Arena&);
+    void (*neurons[2])(NeuronLoop&, Arena&);
+    void (*unpack)(const Plan&, const uint64_t* words, int64_t stride, int32_t batch, int32_t steps, int32_t threads, float* spikes);
 };
 
 }  // namespace g2g

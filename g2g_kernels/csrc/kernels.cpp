@@ -1,10 +1,13 @@
 // All kernels for one instruction set: compiled once for each, with -DG2G_ISA=<name> and that set's flags. Everything
 // lives in namespace g2g::<name>, so that no function compiled for one CPU can be linked in for another.
+#if !defined(G2G_ISA)
+#error "compile with -DG2G_ISA=<namespace of this instruction set>"
+#endif
+
 #include "graph.h"
 #include "interface.h"
 #include "layout.h"
 #include "linear.h"
-#include "list_linear.h"
 #include "list_loop.h"
 #include "neuron_loop.h"
 #include "stack_backward.h"
@@ -17,9 +20,8 @@ namespace g2g::G2G_ISA {
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    G2G_TEXT(G2G_ISA), kBf16,          kOptions,        stack_forward,    stack_backward,
-    graph_forward, graph_backward, linear_forward,    linear_backward, list_linear_forward, list_linear_backward, list_loop_forward, list_loop_backward,
-    neurons_forward, neurons_backward, unpack,
+    G2G_TEXT(G2G_ISA), kBf16, kOptions, {stack_forward, stack_backward}, {graph_forward, graph_backward},
+    {linear_forward, linear_backward}, {list_loop_forward, list_loop_backward}, {neurons_forward, neurons_backward}, unpack,
 };
 
 }  // namespace g2g::G2G_ISA

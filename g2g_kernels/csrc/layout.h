@@ -1,8 +1,10 @@
 // Copies between the user's layouts (neuron order, packed units) and the kernels' (lanes, tiles, spike words).
 #pragma once
 
+#include <type_traits>
+
+#include "interface.h"
 #include "parallel.h"
-#include "plan.h"
 #include "vec.h"
 
 namespace g2g::G2G_ISA {
@@ -22,32 +24,17 @@ inline void for_each_weight(const Plan& plan, int64_t tile, const F& f) {
     }
 }
 
-// Wᵀ: [tile][source lane][output lane], for products that give row blocks.
-inline void forward_tiles(const Plan& plan, const float* values, int threads, float* tiles) {
-    parallel(threads, plan.tiles, 4, [&](int64_t tile, int) {
-        float* t = tiles + tile * kTile;
-        zero(t, kTile * 4);
-        for_each_weight(plan, tile, [&](int64_t i, int32_t row, int32_t col) { t[col * kLanes + row] = values[i]; });
-    });
-}
-
-// W: [tile][output lane][source lane], for products that give column blocks; tiles lie in the order of `col_tile`.
-inline void backward_tiles(const Plan& plan, const float* values, int threads, float* tiles) {
+// Weights by tile, [tile][k][64 outputs]; in bfloat16 two k side by side, [tile][k / 2][64][2]. By row, for products that give
+// row blocks, k is the source lane; by column the output lane, and tiles lie in the order of `col_tile`.
+constexpr bool kByRow = true, kByCol = false;
+template <bool by_row, class E>
+void load_tiles(const Plan& plan, const float* values, int threads, E* tiles) {
     parallel(threads, plan.tiles, 4, [&](int64_t place, int) {
-        float* t = tiles + place * kTile;
-        zero(t, kTile * 4);
-        for_each_weight(plan, plan.col_tile[place], [&](int64_t i, int32_t row, int32_t col) { t[row * kLanes + col] = values[i]; });
-    });
-}
-
-// The same in bfloat16, two k side by side: [tile][k / 2][64][2]; k is the source lane if `forward`, else the output lane.
-inline void bf16_tiles(const Plan& plan, const float* values, bool forward, int threads, uint16_t* pairs) {
-    parallel(threads, plan.tiles, 4, [&](int64_t place, int) {
-        uint16_t* t = pairs + place * kTile;
-        zero(t, kTile * 2);
-        for_each_weight(plan, forward ? place : plan.col_tile[place], [&](int64_t i, int32_t row, int32_t col) {
-            const int32_t k = forward ? col : row, out = forward ? row : col;
-            t[(k / 2) * 2 * kLanes + out * 2 + k % 2] = to_bf16(values[i]);
+        E* t = tiles + place * kTile;
+        zero(t, kTile * sizeof(E));
+        for_each_weight(plan, by_row ? place : plan.col_tile[place], [&](int64_t i, int32_t row, int32_t col) {
+            const int32_t k = by_row ? col : row, out = by_row ? row : col;
+            put(t + (sizeof(E) == 2 ? (k / 2 * kLanes + out) * 2 + k % 2 : k * kLanes + out), values[i]);
         });
     });
 }
@@ -103,6 +90,13 @@ inline void store_block(const Axis& axis, int64_t block, const float* panel, con
     }
 }
 
+// call(pointer to element begin), with x as bfloat16 if `half`, else as float.
+template <class Void, class F>
+inline void with_elements(Void* x, int32_t half, int64_t begin, const F& call) {
+    if (half) return call(static_cast<std::conditional_t<std::is_const_v<Void>, const uint16_t, uint16_t>*>(x) + begin);
+    call(static_cast<std::conditional_t<std::is_const_v<Void>, const float, float>*>(x) + begin);
+}
+
 constexpr int64_t kNoSpikes = -1;  // in place of the number of ones: some value is neither 0 nor 1
 
 // Packs rows into spike words and returns the number of ones; or kNoSpikes, as soon as it sees that, the words unfinished.
@@ -145,6 +139,37 @@ inline void convert_bf16(const float* from, int64_t count, uint16_t* to) {
     for (int64_t i = 0; i < count; i += W) store(to + i, load(from + i));
 }
 
+// --- panels: the dense sides of products, in lane order ---------------------------------------------------------
+
+// [blocks][rows][64], in float32 or bfloat16.
+template <class T>
+struct Panel {
+    T* data = nullptr;
+    int64_t rows = 0;
+    T* at(int64_t block, int64_t row) const { return data + (block * rows + row) * kLanes; }
+    operator Panel<const T>() const { return {data, rows}; }
+};
+
+// A panel in float32, and in bfloat16 beside it where products take that.
+struct DualPanel {
+    Panel<float> floats;
+    Panel<uint16_t> halves;
+
+    DualPanel() = default;
+    DualPanel(int64_t blocks, int64_t rows, bool bf16, Arena& arena)
+        : floats{arena.take<float>(blocks * rows * kLanes), rows} {
+        if (bf16) halves = {arena.take<uint16_t>(blocks * rows * kLanes), rows};
+    }
+
+    // Fills the bfloat16 panel, if there is one, from the first rows of the other.
+    void convert(int64_t blocks, int64_t rows, int threads) const {
+        if (!halves.data) return;
+        parallel(threads, blocks, 1, [&](int64_t block, int) {
+            convert_bf16(floats.at(block, 0), rows * kLanes, halves.at(block, 0));
+        });
+    }
+};
+
 // --- spike words ------------------------------------------------------------------------------------------------
 
 inline bool same_order(const Axis& a, const Axis& b) {
@@ -152,33 +177,30 @@ inline bool same_order(const Axis& a, const Axis& b) {
     return __builtin_memcmp(a.neuron.data(), b.neuron.data(), a.neuron.size() * 4) == 0;
 }
 
-// Spikes that were sent before the first step, [steps][B][N]; null: none.
-struct Sent {
-    const float* spikes;
-    int64_t steps;
-};
-
-// The words of sample b before anything is sent, out[blocks][steps]: what was sent before the first step, and arrives by
-// `delays` (null: none).
-inline void begin_words(const Axis& from, const Axis& to, int64_t b, int64_t batch, int64_t steps, const int64_t* delays,
-                        const Sent& before, uint64_t* out) {
-    zero(out, to.blocks * steps * 8);
-    for (int64_t i = 0; delays && before.spikes && i < before.steps; ++i)
-        for (int64_t n = 0; n < from.size; ++n) {
-            const int64_t t = delays[n] + i - before.steps;
-            if (t < 0 || t >= steps || !before.spikes[(i * batch + b) * from.size + n]) continue;
-            out[to.lane[n] / kLanes * steps + t] |= uint64_t{1} << (to.lane[n] % kLanes);
+// The words of sample b before a layer sends anything, out[blocks][T]: what it sent before the first step, and arrives by `delays`
+// (null: none).
+inline void begin_words(const Stack& s, const Layer& from, const Axis& to, int64_t b, const int64_t* delays, uint64_t* out) {
+    const int64_t N = from.plan->rows.size;
+    zero(out, to.blocks * s.steps * sizeof(uint64_t));
+    for (int64_t i = 0; delays && from.sent && i < from.sent_steps; ++i)
+        for (int64_t n = 0; n < N; ++n) {
+            const int64_t t = delays[n] + i - from.sent_steps;
+            if (t < 0 || t >= s.steps || !from.sent[(i * s.batch + b) * N + n]) continue;
+            out[to.lane[n] / kLanes * s.steps + t] |= uint64_t{1} << (to.lane[n] % kLanes);
         }
 }
 
-// The words of a sample at some steps in another order of lanes, in[blocks][steps] to out[blocks][steps]: every set bit moves
-// to its neuron's other lane, and by `delays` to a later step (null: none).
-inline void move_words(const Axis& from, const Axis& to, const uint64_t* in, int64_t first, int64_t last, int64_t steps,
+// The words of sample b of a layer at some steps in another order of lanes, out[blocks][T]: every set bit moves to its neuron's
+// other lane, and by `delays` to a later step (null: none).
+inline void move_words(const Stack& s, const Layer& from, const Axis& to, int64_t b, int64_t first, int64_t last,
                        const int64_t* delays, uint64_t* out) {
-    for (int64_t block = 0; block < from.blocks; ++block) {
-        const int32_t* neuron = from.neuron.data() + block * kLanes;
+    const Axis& axis = from.plan->rows;
+    const int64_t steps = s.steps;
+    for (int64_t block = 0; block < axis.blocks; ++block) {
+        const int32_t* neuron = axis.neuron.data() + block * kLanes;
+        const uint64_t* const in = from.spikes + (b * axis.blocks + block) * steps;
         for (int64_t t = first; t < last; ++t)
-            for (uint64_t word = in[block * steps + t]; word; word &= word - 1) {
+            for (uint64_t word = in[t]; word; word &= word - 1) {
                 const int32_t n = neuron[__builtin_ctzll(word)], lane = to.lane[n];
                 const int64_t late = delays ? t + delays[n] : t;
                 if (late < steps) out[(lane / kLanes) * steps + late] |= uint64_t{1} << (lane % kLanes);
@@ -186,13 +208,12 @@ inline void move_words(const Axis& from, const Axis& to, const uint64_t* in, int
     }
 }
 
-// Spike words in another order of lanes, and where and when they arrive; what was sent before arrives, too.
-inline void reorder_words(const Axis& from, const Axis& to, const uint64_t* source, int64_t batch, int64_t steps,
-                          int threads, const int64_t* delays, const Sent& before, uint64_t* target) {
-    parallel(threads, batch, 1, [&](int64_t b, int) {
-        uint64_t* out = target + b * to.blocks * steps;
-        begin_words(from, to, b, batch, steps, delays, before, out);
-        move_words(from, to, source + b * from.blocks * steps, 0, steps, steps, delays, out);
+// A layer's spike words in another order of lanes, and where and when they arrive; what was sent before arrives, too.
+inline void reorder_words(const Stack& s, const Layer& from, const Axis& to, const int64_t* delays, uint64_t* target) {
+    parallel(s.threads, s.batch, 1, [&](int64_t b, int) {
+        uint64_t* out = target + b * to.blocks * s.steps;
+        begin_words(s, from, to, b, delays, out);
+        move_words(s, from, to, b, 0, s.steps, delays, out);
     });
 }
 
@@ -207,15 +228,15 @@ inline void count_spikes(const uint64_t* words, int64_t steps, float* count) {
     for (int v = 0; v < kVecs; ++v) store(count + v * W, sum[v]);
 }
 
-// spikes[t][b][n], 0 or 1, of packed words.
-inline void unpack(const Plan& plan, const uint64_t* words, int32_t batch, int32_t steps, int32_t threads,
+// spikes[t][b][n], 0 or 1, of some steps of packed words; those of a block begin `stride` after those of the one before.
+inline void unpack(const Plan& plan, const uint64_t* words, int64_t stride, int32_t batch, int32_t steps, int32_t threads,
                    float* spikes) {
     const Axis& axis = plan.rows;
     parallel(threads, batch, 1, [&](int64_t b, int) {
         float panel[kLanes];
         for (int64_t t = 0; t < steps; ++t)
             for (int64_t block = 0; block < axis.blocks; ++block) {
-                expand_words(words + (b * axis.blocks + block) * steps + t, 1, panel);
+                expand_words(words + (b * axis.blocks + block) * stride + t, 1, panel);
                 store_block(axis, block, panel, Rows{0, 1, batch, axis.size}, 1, spikes + (t * batch + b) * axis.size);
             }
     });

@@ -4,28 +4,15 @@
 
 #include <optional>
 
-#include "chunks.h"
 #include "events.h"
 #include "input_gradient.h"
 #include "interface.h"
 #include "layout.h"
-#include "panel.h"
+#include "list_linear.h"
+#include "parallel.h"
 #include "product.h"
 
 namespace g2g::G2G_ISA {
-
-// call(pointer to element begin), with x as bfloat16 if `half`, else as float.
-template <class F>
-inline void with_elements(const void* x, int32_t half, int64_t begin, const F& call) {
-    if (half) return call(static_cast<const uint16_t*>(x) + begin);
-    call(static_cast<const float*>(x) + begin);
-}
-
-template <class F>
-inline void with_elements(void* x, int32_t half, int64_t begin, const F& call) {
-    if (half) return call(static_cast<uint16_t*>(x) + begin);
-    call(static_cast<float*>(x) + begin);
-}
 
 struct LinearInput {
     DualPanel panel;
@@ -63,6 +50,7 @@ struct LinearInput {
 };
 
 inline void linear_forward(Linear& a, Arena& arena) {
+    if (a.lists) return list_linear_forward(a, arena);
     const Plan& plan = *a.plan;
     const Axis& axis = plan.rows;
     const int64_t chunk = least(kChunkRows, most(1, a.rows)), group = 2 * kGroupRows;
@@ -75,8 +63,9 @@ inline void linear_forward(Linear& a, Arena& arena) {
 
     for (int64_t i = 0; i < axis.blocks * kLanes; ++i)
         bias[i] = a.bias && axis.neuron[i] >= 0 ? a.bias[axis.neuron[i]] : 0.0f;
-    forward_tiles(plan, a.values, a.threads, tiles);
-    if (a.bf16) bf16_tiles(plan, a.values, true, a.threads, pairs);
+    load_tiles<kByRow>(plan, a.values, a.threads, tiles);
+    if (a.bf16) load_tiles<kByRow>(plan, a.values, a.threads, pairs);
+    const SpikeCurrents spikes(plan, tiles);
     const Weights weights{&plan.forward, plan.rows.strip, tiles, pairs, kForwardPartial};
     for (int64_t begin = 0; begin < a.rows; begin += chunk) {
         const int64_t rows = least(chunk, a.rows - begin), groups = divide_up(rows, group);
@@ -84,16 +73,10 @@ inline void linear_forward(Linear& a, Arena& arena) {
         parallel(a.threads, axis.blocks * groups, 2, [&](int64_t task, int worker) {
             const int64_t r = task / groups, first = task % groups * group, count = least(group, rows - first);
             float* out = scratch + worker * group * kLanes;
-            if (input.events) {
-                const EventCurrent current{{&plan, r, input.words + first, chunk, tiles, bias + r * kLanes}};
-                for (int64_t i = 0; i < count; ++i) {
-                    Vec y[kVecs];
-                    current(i, y);
-                    for (int v = 0; v < kVecs; ++v) store(out + i * kLanes + v * W, y[v]);
-                }
-            } else {
+            if (!input.events)
                 product(weights, r, input.panel.floats, input.panel.halves, first, count, {bias + r * kLanes, 0}, out);
-            }
+            for (int64_t i = 0; input.events && i < count; ++i)
+                SpikeCurrents::add<EventCurrent>(spikes, r, input.words + first, chunk, i, bias + r * kLanes, out + i * kLanes);
             with_elements(a.y, a.y_half, (begin + first) * axis.size, [&](auto* y) {
                 store_block(axis, r, out, Rows{0, 1, a.rows, axis.size}, count, y);
             });
@@ -102,6 +85,7 @@ inline void linear_forward(Linear& a, Arena& arena) {
 }
 
 inline void linear_backward(Linear& a, Arena& arena) {
+    if (a.lists) return list_linear_backward(a, arena);
     const Plan& plan = *a.plan;
     const int64_t chunk = least(kChunkRows, most(1, a.rows)), R = plan.rows.blocks;
     const int64_t lanes = R * kLanes;
@@ -113,16 +97,13 @@ inline void linear_backward(Linear& a, Arena& arena) {
     if (down && down->sparse()) bands.data = arena.take<float>(Bands::size(lanes, chunk));
     float* grad_tiles = a.grad_values ? arena.take<float>(static_cast<size_t>(plan.tiles) * kTile) : nullptr;
     LinearInput input(plan, chunk, false, arena);
-    EventsByLane events(plan.cols.blocks, chunk, arena);
-    uint64_t* bits = arena.take<uint64_t>(EventsByLane::scratch_words(1, chunk) * a.threads);
+    const EventsByLane events(plan.cols.blocks, 1, chunk, a.threads, arena);
     float* scratch = arena.take<float>(kTile * a.threads);
     if (!arena.base) return;
 
     zero(bias, lanes * sizeof(double));
-    std::optional<InputProduct> product;
-    if (down) product = down->product(a.threads);
-    if (a.grad_values)
-        parallel(a.threads, plan.tiles, 8, [&](int64_t tile, int) { zero(grad_tiles + tile * kTile, kTile * 4); });
+    if (down) down->load_product(a.threads);
+    if (a.grad_values) zero_floats(grad_tiles, int64_t{plan.tiles} * kTile, a.threads);
     for (int64_t begin = 0; begin < a.rows; begin += chunk) {
         const int64_t rows = least(chunk, a.rows - begin);
         parallel(a.threads, R, 1, [&](int64_t r, int) {
@@ -138,8 +119,7 @@ inline void linear_backward(Linear& a, Arena& arena) {
             input.load(a, begin, rows);
             if (input.events)
                 parallel(a.threads, plan.cols.blocks, 1, [&](int64_t c, int worker) {
-                    events.load(c, input.words + c * chunk, 1, rows, chunk,
-                                bits + worker * EventsByLane::scratch_words(1, chunk));
+                    events.load(c, input.words + c * chunk, 1, rows, chunk, worker);
                 });
             parallel(a.threads, plan.tiles, 2, [&](int64_t tile, int) {
                 const float* dy = grad.floats.at(plan.tile_row[tile], 0);
@@ -150,11 +130,11 @@ inline void linear_backward(Linear& a, Arena& arena) {
                     outer(input.panel.floats.at(col, 0), dy, rows, grad_tiles + tile * kTile);
             });
         }
-        if (!product) continue;
+        if (!down) continue;
         if (down->sparse()) bands.fill(grad.floats, rows, a.threads);
         down->each_task(rows, kLanes, down->sparse(), a.threads, 1, [&](int64_t block, int64_t row, int64_t height, int worker) {
             float* out = scratch + worker * kTile;
-            product->run(block, grad, bands, row, height, out);
+            down->run(block, grad, bands, row, height, out);
             with_elements(a.grad_x, a.x_half, (begin + row) * plan.cols.size, [&](auto* grad_x) {
                 store_block(plan.cols, block, out, Rows{0, 1, a.rows, plan.cols.size}, height, grad_x);
             });

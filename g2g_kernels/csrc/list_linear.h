@@ -9,7 +9,6 @@
 
 #include "interface.h"
 #include "layout.h"
-#include "linear.h"
 #include "lists.h"
 #include "parallel.h"
 #include "vec.h"
@@ -23,7 +22,7 @@ constexpr int64_t kListOwners = 32;      // lists of a task
 constexpr int64_t kSquare = 16;
 
 // Rows of a chunk, a multiple of 16, whatever the threads.
-inline int64_t list_chunk(const ListLinear& a) {
+inline int64_t list_chunk(const Linear& a) {
     const int64_t widest = most(a.lists->owners, a.lists->others);
     const int64_t wanted = most(kListPanel / widest, least(kFewRows, kMostPanel / widest));
     const int64_t fitting = most(least(wanted, 512) / kSquare, 1) * kSquare;
@@ -110,8 +109,9 @@ struct WeightedRows {
             const Vec of_x = load(x + at);
             unrolled<N>([&](auto k) { dot[k] = fma(of_x, load(panel + other[e + k] * chunk + at), dot[k]); });
         }
-        const Sums<4> sums = sums_of(dot);
-        for (int k = 0; k < N; ++k) grad[place[e + k]] += sums.of[k];
+        float sums[4];
+        sums_of(dot, sums);
+        for (int k = 0; k < N; ++k) grad[place[e + k]] += sums[k];
     }
 
     // The same for all weights.
@@ -122,7 +122,7 @@ struct WeightedRows {
     }
 };
 
-inline void list_linear_forward(ListLinear& a, Arena& arena) {
+inline void list_linear_forward(Linear& a, Arena& arena) {
     const Lists& lists = *a.lists;
     const int64_t chunk = list_chunk(a), inputs = lists.others, outputs = lists.owners;
     float* x = arena.take<float>(inputs * chunk);
@@ -142,7 +142,7 @@ inline void list_linear_forward(ListLinear& a, Arena& arena) {
     }
 }
 
-inline void list_linear_backward(ListLinear& a, Arena& arena) {
+inline void list_linear_backward(Linear& a, Arena& arena) {
     const Lists& lists = *a.lists;
     const int64_t chunk = list_chunk(a), inputs = lists.owners, outputs = lists.others;
     float* x = arena.take<float>(inputs * chunk);

@@ -34,16 +34,6 @@ struct RowOf<1> {
     typedef float type;
 };
 
-// How the samples of a call are divided.
-struct Groups {
-    int64_t samples, width, count, lanes, padded;
-
-    explicit Groups(const ListLoop& a)
-        : samples(a.samples), width(a.width), count(divide_up(samples, width)), lanes(a.size * width), padded(a.padded) {}
-    int64_t first(int64_t group) const { return group * width; }
-    int64_t in(int64_t group) const { return least(width, samples - group * width); }
-};
-
 // Calls f(G) with the constant.
 template <class F>
 void with_width(int64_t width, const F& f) {
@@ -61,8 +51,6 @@ template <class E>
 struct SampleRows {
     E* data;
     int64_t size, samples, width;
-    SampleRows(E* matrix, const ListLoop& a, const Groups& groups, int64_t group)
-        : data(matrix ? matrix + groups.first(group) * a.size : nullptr), size(a.size), samples(groups.in(group)), width(groups.width) {}
 
     // f(sample, neuron, its lane) for neurons first … last − 1, the lanes from 0 on; a stretch of neurons for all samples.
     template <class F>
@@ -82,30 +70,73 @@ struct SampleRows {
     }
 };
 
-// The parameters of the neurons, a float per lane of a group.
-struct GroupParameters {
-    const float* lanes[kMostParameters];
-    GroupParameters(const ListLoop& a, const Groups& groups, Arena& arena) {
-        const ModelInfo& model = model_info(a.neurons);
-        for (int k = 0; k < model.parameters; ++k) {
-            float* own = arena.take<float>(groups.padded);
-            lanes[k] = own;
-            if (!arena.base) continue;
-            spread(a.neurons.parameters[k], model.decays[k], 0.0f, groups.padded,
-                   [&](int64_t i) { return i < groups.lanes ? i / groups.width : -1; }, own);
-        }
+// What both passes have: how a call is divided, the parameters by lane of a group, and the weights in the order of the lists.
+struct LoopCall {
+    const ListLoop& a;
+    const Lists& lists;
+    const ModelInfo& model;
+    int64_t width, groups, padded, matrix;  // samples of a group; its lanes; floats of a [B][N] matrix
+    int64_t rows;  // floats of the states of a step of a group, [states][padded]
+    LaneParameters parameters;
+    float *weights, *keep;
+
+    LoopCall(const ListLoop& call, Arena& arena)
+        : a(call),
+          lists(*a.by_cols),
+          model(model_info(a.neurons)),
+          width(a.width),
+          groups(divide_up(a.samples, width)),
+          padded(a.padded),
+          matrix(int64_t{a.samples} * a.size),
+          rows(model.states * padded),
+          parameters(lane_parameters(
+              a.neurons, padded, [&](int64_t i) { return i < a.size * width ? i / width : -1; }, arena)),
+          weights(arena.take<float>(lists.entries())),
+          keep(arena.take<float>(a.dropped ? padded : 0)) {}
+
+    // The weights in the order of the lists.
+    void load() const {
+        each_part(lists.entries(), a.threads, [&](int64_t first, int64_t last) {
+            for (int64_t e = first; e < last; ++e) weights[e] = a.values[lists.place[e]];
+        });
+    }
+
+    // f(range, first neuron, the one after its last, first lane, the one after its last) for the ranges of targets, whose tasks of a
+    // step they are: whole vectors, since a range has a multiple of 64 neurons.
+    template <class F>
+    void each_range(const F& f) const {
+        parallel(a.threads, lists.ranges, 1, [&](int64_t range, int) {
+            const int64_t first = range * lists.length, last = least(a.size, first + lists.length);
+            f(range, first, last, first * width, range + 1 == lists.ranges ? padded : last * width);
+        });
+    }
+
+    template <class E>
+    SampleRows<E> of(int64_t group, E* data) const {
+        const int64_t first = group * width;
+        return {data ? data + first * a.size : nullptr, a.size, least(width, a.samples - first), width};
+    }
+
+    // States [states][B][N] of neurons first … last − 1 (null: zeros), and back.
+    void load_states(int64_t group, const float* states, int64_t first, int64_t last, float* lanes) const {
+        for (int64_t s = 0; s < model.states; ++s)
+            of(group, states ? states + s * matrix : nullptr).load(first, last, lanes + s * padded + first * width);
+    }
+    void store_states(int64_t group, const float* lanes, int64_t first, int64_t last, float* states) const {
+        for (int64_t s = 0; s < model.states; ++s)
+            of(group, states + s * matrix).store(first, last, lanes + s * padded + first * width);
+    }
+
+    // 1 where a neuron's spikes are sent, by lane; null where all are.
+    const float* kept_lanes(int64_t group) const {
+        if (!a.dropped) return nullptr;
+        for (int64_t i = 0; i < padded; ++i) keep[i] = 1.0f;
+        of(group, a.dropped).each(0, a.size, least(width, a.samples - group * width), [&](int64_t s, int64_t n, int64_t lane) {
+            if (a.dropped[(group * width + s) * a.size + n]) keep[lane] = 0.0f;
+        });
+        return keep;
     }
 };
-
-// The targets by range, whose tasks of a step they are: whole vectors, since a range has a multiple of 64 neurons.
-struct Ranges {
-    int64_t length, count, size;
-    int64_t first(int64_t range) const { return range * length; }
-    int64_t last(int64_t range) const { return least(size, (range + 1) * length); }
-};
-
-// The states of a step of a group, [states][padded]: by their places in `kept`, or two rows in turn.
-inline int64_t state_rows(const ListLoop& a, const Groups& groups) { return model_info(a.neurons).states * groups.padded; }
 
 // --- forward ----------------------------------------------------------------------------------------------------
 
@@ -117,7 +148,7 @@ struct LoopStep {
 };
 
 template <class M, int R>
-void loop_step(const GroupParameters& parameters, int64_t first, int64_t last, const LoopStep& step) {
+void loop_step(const LaneParameters& parameters, int64_t first, int64_t last, const LoopStep& step) {
     constexpr int S = M::info.states, P = M::info.parameters;
     for (int64_t i = first; i < last; i += W) {
         Vec state[S], p[P];
@@ -162,81 +193,52 @@ void add_spikes(const Active& active, const int64_t* first, const int32_t* targe
     }
 }
 
-// 1 where a neuron's spikes are sent, by lane; null where all are.
-inline const float* kept_lanes(const ListLoop& a, const Groups& groups, int64_t group, float* lanes) {
-    if (!a.dropped) return nullptr;
-    for (int64_t i = 0; i < groups.padded; ++i) lanes[i] = 1.0f;
-    for (int64_t s = 0; s < groups.in(group); ++s)
-        for (int64_t n = 0; n < a.size; ++n)
-            if (a.dropped[(groups.first(group) + s) * a.size + n]) lanes[n * groups.width + s] = 0.0f;
-    return lanes;
-}
-
-// The weights in the order of the lists.
-inline void in_lists(const Lists& lists, const float* values, int threads, float* weights) {
-    each_part(lists.entries(), threads, [&](int64_t first, int64_t last) {
-        for (int64_t e = first; e < last; ++e) weights[e] = values[lists.place[e]];
-    });
-}
-
 inline void list_loop_forward(ListLoop& a, Arena& arena) {
-    const Lists& lists = *a.by_cols;
-    const Groups groups(a);
-    const Ranges ranges{lists.length, lists.ranges, a.size};
-    const int64_t S = model_info(a.neurons).states, rows = state_rows(a, groups), matrix = int64_t{a.samples} * a.size;
-    const GroupParameters parameters(a, groups, arena);
-    float* weights = arena.take<float>(lists.entries());
-    float* current = arena.take<float>(groups.padded);
-    float* held = arena.take<float>(a.held ? groups.padded : 0);
-    float* spikes[2] = {arena.take<float>(groups.padded), arena.take<float>(groups.padded)};
+    const LoopCall call(a, arena);
+    const Lists& lists = call.lists;
+    const int64_t rows = call.rows, padded = call.padded;
+    float* current = arena.take<float>(padded);
+    float* held = arena.take<float>(a.held ? padded : 0);
+    float* spikes[2] = {arena.take<float>(padded), arena.take<float>(padded)};
     float* own = arena.take<float>(rows * (a.kept ? 1 : 2));
     int32_t* noted = arena.take<int32_t>(2 * a.size);
-    Active* active[2] = {arena.take<Active>(ranges.count), arena.take<Active>(ranges.count)};
-    float* keep = arena.take<float>(a.dropped ? groups.padded : 0);
+    Active* active[2] = {arena.take<Active>(lists.ranges), arena.take<Active>(lists.ranges)};
     if (!arena.base) return;
 
-    in_lists(lists, a.values, a.threads, weights);
-    const auto step = with_model(a.neurons, [&](auto model) {
-        return with_reset(a.neurons, [](auto reset) { return &loop_step<decltype(model), decltype(reset)::value>; });
-    });
-    for (int64_t range = 0; range < ranges.count; ++range)
-        for (Active* each : active) each[range].neurons = noted + (each == active[1]) * a.size + ranges.first(range);
-    zero(current, groups.padded * sizeof(float));
+    call.load();
+    const auto step = with_step(a.neurons, [](auto model, auto reset) { return &loop_step<decltype(model), decltype(reset)::value>; });
+    for (int64_t range = 0; range < lists.ranges; ++range)
+        for (Active* each : active) each[range].neurons = noted + (each == active[1]) * a.size + range * lists.length;
+    zero(current, padded * sizeof(float));
 
-    for (int64_t group = 0; group < groups.count; ++group) {
-        const float* const sent = kept_lanes(a, groups, group, keep);
+    for (int64_t group = 0; group < call.groups; ++group) {
+        const float* const sent = call.kept_lanes(group);
         float* const kept = a.kept ? a.kept + group * a.steps * rows : nullptr;
-        const SampleRows before(a.sent, a, groups, group);
         zero(own, rows * (a.kept ? 1 : 2) * sizeof(float));  // the lanes of no neuron too, which are kept
-        parallel(a.threads, ranges.count, 1, [&](int64_t range, int) {
-            const int64_t first = ranges.first(range), last = ranges.last(range), at = first * groups.width;
-            for (int64_t s = 0; s < S; ++s)
-                SampleRows(a.state ? a.state + s * matrix : nullptr, a, groups, group).load(first, last, own + s * groups.padded + at);
-            before.load(first, last, spikes[1] + at);
-            active[1][range].note(spikes[1], groups.width, first, last);
-            if (a.held) SampleRows(a.current, a, groups, group).load(first, last, held + at);
+        call.each_range([&](int64_t range, int64_t first, int64_t last, int64_t at, int64_t) {
+            call.load_states(group, a.state, first, last, own);
+            call.of(group, a.sent).load(first, last, spikes[1] + at);
+            active[1][range].note(spikes[1], call.width, first, last);
+            if (a.held) call.of(group, a.current).load(first, last, held + at);
         });
         for (int64_t t = 0; t < a.steps; ++t) {
             const float* const from = t == 0 ? own : kept ? kept + (t - 1) * rows : own + t % 2 * rows;
             float* const to = kept ? kept + t * rows : own + (t + 1) % 2 * rows;
             float *const now = spikes[t % 2], *const then = spikes[(t + 1) % 2];
-            parallel(a.threads, ranges.count, 1, [&](int64_t range, int) {
-                const int64_t first = ranges.first(range), last = ranges.last(range), at = first * groups.width;
-                const int64_t end = range + 1 == ranges.count ? groups.padded : last * groups.width;
+            call.each_range([&](int64_t range, int64_t first, int64_t last, int64_t at, int64_t end) {
                 if (a.held)
-                    __builtin_memcpy(current + at, held + at, (last - first) * groups.width * sizeof(float));
+                    __builtin_memcpy(current + at, held + at, (last - first) * call.width * sizeof(float));
                 else
-                    SampleRows(a.current + t * matrix, a, groups, group).load(first, last, current + at);
-                with_width(groups.width, [&](auto g) {
-                    for (int64_t source = 0; source < ranges.count; ++source)
+                    call.of(group, a.current + t * call.matrix).load(first, last, current + at);
+                with_width(call.width, [&](auto g) {
+                    for (int64_t source = 0; source < lists.ranges; ++source)
                         add_spikes<decltype(g)::value>(active[(t + 1) % 2][source], lists.first.data() + range * a.size,
-                                                       lists.other.data(), weights, then, current);
+                                                       lists.other.data(), call.weights, then, current);
                 });
-                (*step)(parameters, at, end, {current, from, sent, to, now, groups.padded});
-                active[t % 2][range].note(now, groups.width, first, last);
-                SampleRows(a.spikes + t * matrix, a, groups, group).store(first, last, now + at);
-                for (int64_t s = 0; t + 1 == a.steps && s < S; ++s)
-                    SampleRows(a.last + s * matrix, a, groups, group).store(first, last, to + s * groups.padded + at);
+                (*step)(call.parameters, at, end, {current, from, sent, to, now, padded});
+                active[t % 2][range].note(now, call.width, first, last);
+                call.of(group, a.spikes + t * call.matrix).store(first, last, now + at);
+                if (t + 1 == a.steps) call.store_states(group, to, first, last, a.last);
             });
         }
     }
@@ -256,7 +258,7 @@ struct LoopStepBackward {
 };
 
 template <class M, int R, class Surrogate>
-void loop_step_backward(const GroupParameters& parameters, float alpha, int64_t first, int64_t last, const LoopStepBackward& step) {
+void loop_step_backward(const LaneParameters& parameters, float alpha, int64_t first, int64_t last, const LoopStepBackward& step) {
     constexpr int S = M::info.states, P = M::info.parameters;
     for (int64_t i = first; i < last; i += W) {
         Vec p[P], before[S], g[S], grad[P];
@@ -292,115 +294,98 @@ void gather(int64_t first, int64_t last, const int32_t* target, const float* wei
 }
 
 inline void list_loop_backward(ListLoop& a, Arena& arena) {
-    const Lists& lists = *a.by_cols;
-    const Groups groups(a);
-    const Ranges ranges{lists.length, lists.ranges, a.size};
-    const ModelInfo& model = model_info(a.neurons);
-    const int64_t S = model.states, rows = state_rows(a, groups), matrix = int64_t{a.samples} * a.size;
-    const GroupParameters parameters(a, groups, arena);
-    float* weights = arena.take<float>(lists.entries());
+    const LoopCall call(a, arena);
+    const Lists& lists = call.lists;
+    const ModelInfo& model = call.model;
+    const int64_t rows = call.rows, padded = call.padded, width = call.width;
     float* grad = arena.take<float>(a.grad_values ? lists.entries() : 0);
     float* own = arena.take<float>(rows);      // the states before the first step
     float* states = arena.take<float>(rows);   // what reaches the states
-    float* reaching = arena.take<float>(groups.padded);    // Vᵀ·∂I of the step after, then ∂L/∂S
-    float* to_current = arena.take<float>(groups.padded);
-    float* spikes = arena.take<float>(groups.padded);      // of the step before
-    uint32_t* bits = arena.take<uint32_t>(a.size);         // the same, by neuron
-    float* held = arena.take<float>(a.held && a.grad_current ? groups.padded : 0);
-    float* keep = arena.take<float>(a.dropped ? groups.padded : 0);
+    float* reaching = arena.take<float>(padded);    // Vᵀ·∂I of the step after, then ∂L/∂S
+    float* to_current = arena.take<float>(padded);
+    float* spikes = arena.take<float>(padded);      // of the step before
+    uint32_t* bits = arena.take<uint32_t>(a.size);  // the same, by neuron
+    float* held = a.held && a.grad_current ? arena.take<float>(padded) : nullptr;
     float* sums[kMostParameters] = {};
     double* totals[kMostParameters] = {};
     for (int k = 0; k < model.parameters; ++k) {
-        sums[k] = arena.take<float>(groups.padded);
+        sums[k] = arena.take<float>(padded);
         totals[k] = arena.take<double>(a.size);
     }
     if (!arena.base) return;
 
-    in_lists(lists, a.values, a.threads, weights);
+    call.load();
     if (a.grad_values) zero_floats(grad, lists.entries(), a.threads);
     for (int k = 0; k < model.parameters; ++k) zero(totals[k], a.size * sizeof(double));
-    const auto step = with_model(a.neurons, [&](auto m) {
-        return with_reset(a.neurons, [&](auto reset) {
-            return with_surrogate(a.neurons, [](auto surrogate) {
-                return &loop_step_backward<decltype(m), decltype(reset)::value, decltype(surrogate)>;
-            });
-        });
+    const auto step = with_gradient(a.neurons, [](auto m, auto reset, auto surrogate) {
+        return &loop_step_backward<decltype(m), decltype(reset)::value, decltype(surrogate)>;
     });
 
-    for (int64_t group = 0; group < groups.count; ++group) {
-        const float* const sent = kept_lanes(a, groups, group, keep);
+    for (int64_t group = 0; group < call.groups; ++group) {
+        const float* const sent = call.kept_lanes(group);
         const float* const kept = a.kept + group * a.steps * rows;
-        const auto rows_of = [&](auto* data) { return SampleRows(data, a, groups, group); };
-        zero(reaching, groups.padded * sizeof(float));
-        if (a.held && a.grad_current) zero(held, groups.padded * sizeof(float));
-        for (int k = 0; k < model.parameters; ++k) zero(sums[k], groups.padded * sizeof(float));
-        parallel(a.threads, ranges.count, 1, [&](int64_t range, int) {
-            const int64_t first = ranges.first(range), last = ranges.last(range), at = first * groups.width;
-            for (int64_t s = 0; s < S; ++s) {
-                rows_of(a.state ? a.state + s * matrix : nullptr).load(first, last, own + s * groups.padded + at);
-                rows_of(a.grad_last ? a.grad_last + s * matrix : nullptr).load(first, last, states + s * groups.padded + at);
-            }
+        zero(reaching, padded * sizeof(float));
+        if (held) zero(held, padded * sizeof(float));
+        for (int k = 0; k < model.parameters; ++k) zero(sums[k], padded * sizeof(float));
+        call.each_range([&](int64_t, int64_t first, int64_t last, int64_t, int64_t) {
+            call.load_states(group, a.state, first, last, own);
+            call.load_states(group, a.grad_last, first, last, states);
         });
         for (int64_t t = a.steps - 1; t >= 0; --t) {
             const float* const now = kept + t * rows;
             const float* const before = t ? now - rows : own;
-            parallel(a.threads, ranges.count, 1, [&](int64_t range, int) {
-                const int64_t first = ranges.first(range), last = ranges.last(range), at = first * groups.width;
-                const int64_t end = range + 1 == ranges.count ? groups.padded : last * groups.width;
+            call.each_range([&](int64_t, int64_t first, int64_t last, int64_t at, int64_t end) {
                 constexpr int64_t kBlock = 64;  // neurons
                 alignas(64) float outside[kBlock * kMostGroup];
                 for (int64_t n = first; a.grad_spikes && n < last; n += kBlock) {
                     const int64_t stop = least(last, n + kBlock);
-                    rows_of(a.grad_spikes + (a.grad_held ? 0 : t * matrix)).load(n, stop, outside);
-                    float* const to = reaching + n * groups.width;
-                    for (int64_t i = 0; i < (stop - n) * groups.width; ++i) to[i] += outside[i];
+                    call.of(group, a.grad_spikes + (a.grad_held ? 0 : t * call.matrix)).load(n, stop, outside);
+                    float* const to = reaching + n * width;
+                    for (int64_t i = 0; i < (stop - n) * width; ++i) to[i] += outside[i];
                 }
-                LoopStepBackward own_step{reaching, now, before, sent, states, to_current, a.held && a.grad_current ? held : nullptr,
-                                          {}, groups.padded, t == 0 && !a.state};
+                LoopStepBackward own_step{reaching, now, before, sent, states, to_current, held, {}, padded, t == 0 && !a.state};
                 for (int k = 0; k < model.parameters; ++k) own_step.parameters[k] = sums[k];
-                (*step)(parameters, a.neurons.alpha, at, end, own_step);
-                if (a.grad_current && !a.held) rows_of(a.grad_current + t * matrix).store(first, last, to_current + at);
+                (*step)(call.parameters, a.neurons.alpha, at, end, own_step);
+                if (a.grad_current && !a.held) call.of(group, a.grad_current + t * call.matrix).store(first, last, to_current + at);
                 if (t) {
-                    const float* const membrane = before + (S - 1) * groups.padded;
-                    const float* const theta = parameters.lanes[model.parameters - 1];
+                    const float* const membrane = before + (model.states - 1) * padded;
+                    const float* const theta = call.parameters.lanes[model.parameters - 1];
                     for (int64_t i = at; i < end; i += W) {
                         const Vec s = heaviside(load(membrane + i), load(theta + i));
                         store(spikes + i, sent ? s * load(sent + i) : s);
                     }
                 } else {
-                    rows_of(a.sent).load(first, last, spikes + at);
+                    call.of(group, a.sent).load(first, last, spikes + at);
                 }
                 for (int64_t n = first; a.grad_values && n < last; ++n) {
                     bits[n] = 0;
-                    for (int64_t s = 0; s < groups.width; ++s) bits[n] |= uint32_t{spikes[n * groups.width + s] != 0.0f} << s;
+                    for (int64_t s = 0; s < width; ++s) bits[n] |= uint32_t{spikes[n * width + s] != 0.0f} << s;
                 }
             });
             if (!t && !a.sent) break;
-            zero_floats(reaching, groups.padded, a.threads);
-            for (int64_t range = 0; range < ranges.count; ++range) {
+            zero_floats(reaching, padded, a.threads);
+            for (int64_t range = 0; range < lists.ranges; ++range) {
                 const int64_t* const list = lists.first.data() + range * a.size;
                 parallel(a.threads, divide_up(a.size, kSources), 1, [&](int64_t task, int) {
                     const int64_t first = task * kSources, last = least(a.size, first + kSources);
-                    with_width(groups.width, [&](auto g) {
+                    with_width(width, [&](auto g) {
                         for (int64_t j = first; j < last; ++j)
-                            gather<decltype(g)::value>(list[j], list[j + 1], lists.other.data(), weights, to_current,
-                                                       a.grad_values ? bits[j] : 0, reaching + j * groups.width, grad);
+                            gather<decltype(g)::value>(list[j], list[j + 1], lists.other.data(), call.weights, to_current,
+                                                       a.grad_values ? bits[j] : 0, reaching + j * width, grad);
                     });
                 });
             }
         }
-        parallel(a.threads, ranges.count, 1, [&](int64_t range, int) {
-            const int64_t first = ranges.first(range), last = ranges.last(range), at = first * groups.width;
-            if (a.grad_sent) rows_of(a.grad_sent).store(first, last, reaching + at);
-            if (a.held && a.grad_current) rows_of(a.grad_current).store(first, last, held + at);
-            for (int64_t s = 0; a.grad_state && s < S; ++s)
-                rows_of(a.grad_state + s * matrix).store(first, last, states + s * groups.padded + at);
+        call.each_range([&](int64_t, int64_t first, int64_t last, int64_t at, int64_t) {
+            if (a.grad_sent) call.of(group, a.grad_sent).store(first, last, reaching + at);
+            if (held) call.of(group, a.grad_current).store(first, last, held + at);
+            if (a.grad_state) call.store_states(group, states, first, last, a.grad_state);
             for (int k = 0; k < model.parameters; ++k)
                 for (int64_t n = first; n < last; ++n)
-                    for (int64_t s = 0; s < groups.width; ++s) totals[k][n] += sums[k][n * groups.width + s];
+                    for (int64_t s = 0; s < width; ++s) totals[k][n] += sums[k][n * width + s];
         });
     }
-    for (int k = 0; k < model.parameters; ++k) 
+    for (int k = 0; k < model.parameters; ++k)
         gradient_of_totals(a.neurons.parameters[k], model.decays[k], totals[k], a.size, [](int64_t n) { return n; }, a.size);
     if (!a.grad_values) return;
     zero_floats(a.grad_values, a.weights, a.threads);  // padding of units too

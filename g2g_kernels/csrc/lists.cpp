@@ -31,17 +31,10 @@ void for_each_weight(const Side& rows, const Side& cols, const int32_t* unit_row
 
 Lists* build_lists(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units,
                    int32_t by_rows, int32_t length) {
-    if (length < 1 || !valid(rows) || !valid(cols) || int64_t{units} * rows.width * cols.width > INT32_MAX) return nullptr;
-    for (int32_t slot = 0; slot < units; ++slot) {
-        if (unit_row[slot] < 0 || unit_row[slot] >= rows.num_units) return nullptr;
-        if (unit_col[slot] < 0 || unit_col[slot] >= cols.num_units) return nullptr;
-    }
+    if (length < 1 || !valid(rows, cols, unit_row, unit_col, units)) return nullptr;
     Lists made;
-    made.by_rows = by_rows;
     made.owners = by_rows ? rows.size : cols.size;
     made.others = by_rows ? cols.size : rows.size;
-    made.height = rows.width;
-    made.width = cols.width;
     made.length = length;
     made.ranges = (made.others - 1) / length + 1;
     const auto list = [&](int32_t owner, int32_t other) { return int64_t{other / length} * made.owners + owner; };

@@ -13,8 +13,6 @@ namespace g2g {
 // the other neuron, then by the neuron on this side, the *owner*, then by the other one.
 struct Lists {
     int32_t owners = 0, others = 0;
-    int32_t by_rows = 0;             // whether the owners are the neurons of the rows
-    int32_t height = 0, width = 0;   // of the packed units
     int32_t length = 0, ranges = 0;  // others of a range, and how many ranges there are
     std::vector<int64_t> first;      // [ranges · owners + 1] into the entries
     std::vector<int32_t> other;      // [entries] the neuron on the other side, ascending within a list

@@ -3,17 +3,14 @@
 //
 //   X_t[j] = Σ over the patches of lane j's strip:  W[·][j]·∂I_t[·]
 //
-// A patch is the weights between 16 lanes of the columns and 16 of the rows, so that a dot product costs a multiply-add of 16
-// lanes per patch. Those of a lane over up to 64 rows (samples and steps) follow one another, and four share a load of weights,
-// which lie in that order: [strip of 16 lanes][lane][patch][16 rows]. ∂I of these rows stays in L2, and its part for a strip in
-// L1. Patches whose rows no gradient reaches in a chunk are left out: neurons that never come near their threshold, or that
-// feed nothing. There is no list of events, no condition on the neurons of the layer itself, and what is not needed is not
-// computed.
+// A patch is the weights between 16 lanes of the columns and 16 of the rows. The dot products of a lane over up to 64 rows
+// (samples and steps) follow one another, and four share a load of weights, which lie in that order:
+// [strip of 16 lanes][lane][patch][16 rows]. Patches whose rows no gradient reaches in a chunk are left out.
 #pragma once
 
 #include "events.h"
+#include "layout.h"
 #include "neurons.h"
-#include "panel.h"
 #include "parallel.h"
 
 namespace g2g::G2G_ISA {
@@ -129,8 +126,9 @@ class NeededGradient {
                     const Vec x = G2G_ISA::load(w + patch->weights + v);
                     unrolled<at_once>([&](auto k) { sum[k] = fma(x, G2G_ISA::load(g[k] + patch->rows + v), sum[k]); });
                 }
-            const Sums<at_once> sums = sums_of(sum);
-            unrolled<at_once>([&](auto k) { out[row[i + k] * kLanes] = sums.of[k]; });
+            float sums[at_once];
+            sums_of(sum, sums);
+            unrolled<at_once>([&](auto k) { out[row[i + k] * kLanes] = sums[k]; });
         }
     }
 

@@ -1,10 +1,6 @@
 // Neurons alone: currents [T][L] → spikes [T][L], where a lane is one neuron of one sample and L = samples · N.
 //
-// Memory-bound: what counts is how often and in what order memory is visited. Forward reads the currents, writes
-// the spikes and keeps the states of every few steps. Backward recomputes the states of those few steps from the
-// currents and the kept ones, reads ∂L/∂S and writes ∂L/∂I. These are five passes over [T, L]; the two that write
-// bypass the caches.
-//
+// Bound by memory: forward keeps the states of every few steps, backward recomputes those between. Stores bypass the caches.
 // A task is a span of lanes over all T. It visits `every` steps of one bundle of the span's vectors before it goes on to
 // the next: meanwhile the states and sums stay in registers, and the rows of those steps, often a power of two apart,
 // are no more than the ways of one set of the L1 cache.
@@ -44,27 +40,10 @@ void for_each_span(const NeuronLoop& a, const Spans& spans, const F& f) {
     });
 }
 
-// One row per parameter, of lanes that follow each other.
-struct ParameterRows {
-    const float* data;
-    int64_t stride;
-    const float* row(int k) const { return data + k * stride; }
-};
-
 // The parameters of the neurons, then those of the first ones again, for spans that begin with any neuron.
-struct LoopParameters {
-    int64_t size, stride;
-    float* data;
-    LoopParameters(const NeuronLoop& a, int64_t span, Arena& arena) : size(a.size), stride(a.size + span) {
-        const ModelInfo& model = model_info(a.neurons);
-        data = arena.take<float>(model.parameters * stride);
-        if (!arena.base) return;
-        for (int k = 0; k < model.parameters; ++k)
-            spread(a.neurons.parameters[k], model.decays[k], 0.0f, stride, [&](int64_t i) { return i % size; },
-                   data + k * stride);
-    }
-    ParameterRows of(int64_t lane) const { return {data + lane % size, stride}; }
-};
+inline LaneParameters loop_parameters(const NeuronLoop& a, const Spans& spans, Arena& arena) {
+    return lane_parameters(a.neurons, a.size + spans.span, [&](int64_t i) { return i % a.size; }, arena);
+}
 
 inline void fetch(const float* p) {
     for (int i = 0; i < W; i += 16) __builtin_prefetch(p + i, 0, 2);
@@ -104,14 +83,14 @@ struct Steps {
 // Lanes from the i-th of a span on. `states` [states][span] go in and out; `kept`, whose rows are steps.stride apart,
 // receives them too, if not null.
 template <class M, int R, class L>
-void forward_bundle(const L& lanes, const Steps& steps, const ParameterRows& parameters, int64_t i, const float* current,
+void forward_bundle(const L& lanes, const Steps& steps, const LaneParameters& parameters, int64_t i, const float* current,
                     float* states, int64_t span, float* spikes, float* kept) {
     constexpr int V = L::vectors, S = M::info.states, P = M::info.parameters;
     const int64_t count = steps.count, current_stride = steps.current_stride, stride = steps.stride;
     Vec state[V][S], p[V][P];
     unrolled<V>([&](auto v) {
         for (int s = 0; s < S; ++s) state[v][s] = load(states + s * span + i + v * W);
-        for (int k = 0; k < P; ++k) p[v][k] = load(parameters.row(k) + i + v * W);
+        for (int k = 0; k < P; ++k) p[v][k] = load(parameters.lanes[k] + i + v * W);
     });
     for (int64_t t = 0; t < count; ++t, current += current_stride, spikes += stride)
         unrolled<V>([&](auto v) {
@@ -129,7 +108,7 @@ void forward_bundle(const L& lanes, const Steps& steps, const ParameterRows& par
 
 // All steps of one span. `states` [states][span] is scratch.
 template <class M, int R>
-void forward_span(const NeuronLoop& a, const Spans& spans, const ParameterRows& parameters, int64_t place, int64_t width,
+void forward_span(const NeuronLoop& a, const Spans& spans, const LaneParameters& parameters, int64_t place, int64_t width,
                   float* states) {
     constexpr int S = M::info.states;
     const int64_t row = spans.lanes, current_row = a.held ? 0 : row;
@@ -150,21 +129,15 @@ void forward_span(const NeuronLoop& a, const Spans& spans, const ParameterRows& 
         __builtin_memcpy(a.last + s * row + place, states + s * spans.span, width * sizeof(float));
 }
 
-using ForwardSpan = void (*)(const NeuronLoop&, const Spans&, const ParameterRows&, int64_t, int64_t, float*);
-
 inline void neurons_forward(NeuronLoop& a, Arena& arena) {
     const Spans spans(a);
-    const LoopParameters parameters(a, spans.span, arena);
+    const LaneParameters parameters = loop_parameters(a, spans, arena);
     const int64_t scratch_size = model_info(a.neurons).states * spans.span;
     float* scratch = arena.take<float>(scratch_size * a.threads);
     if (!arena.base) return;
-    const auto run = with_model(a.neurons, [&](auto model) {
-        return with_reset(a.neurons, [](auto reset) -> ForwardSpan {
-            return forward_span<decltype(model), decltype(reset)::value>;
-        });
-    });
+    const auto run = with_step(a.neurons, [](auto m, auto reset) { return &forward_span<decltype(m), decltype(reset)::value>; });
     for_each_span(a, spans, [&](int64_t place, int64_t width, int worker) {
-        run(a, spans, parameters.of(place), place, width, scratch + worker * scratch_size);
+        run(a, spans, parameters.from(place % a.size), place, width, scratch + worker * scratch_size);
     });
 }
 
@@ -180,13 +153,13 @@ struct LaneSums {
 // Lanes from the i-th of a span on. `states` has room for those before the first step and after each one,
 // [steps + 1][states][kBundle]. ∂L/∂I_t goes to a row of `target` each or, if that is null, into sums.current.
 template <class M, int R, class Surrogate, class L>
-void backward_bundle(const L& lanes, const Steps& steps, const ParameterRows& parameters, int64_t i,
+void backward_bundle(const L& lanes, const Steps& steps, const LaneParameters& parameters, int64_t i,
                      float alpha, const float* kept, const float* current, float* states,
                      const float* upstream, float* target, const LaneSums& sums) {
     constexpr int V = L::vectors, S = M::info.states, P = M::info.parameters;
     const int64_t count = steps.count, current_stride = steps.current_stride, stride = steps.stride;
     const float* rows[P];
-    for (int k = 0; k < P; ++k) rows[k] = parameters.row(k) + i;
+    for (int k = 0; k < P; ++k) rows[k] = parameters.lanes[k] + i;
     Vec state[V][S], g[V][S], grad[V][P], to_current[V];
     unrolled<V>([&](auto v) {
         for (int s = 0; s < S; ++s) {
@@ -233,7 +206,7 @@ void backward_bundle(const L& lanes, const Steps& steps, const ParameterRows& pa
 
 // All steps of one span, from the last to the first. `states` is scratch for backward_bundle().
 template <class M, int R, class Surrogate>
-void backward_span(const NeuronLoop& a, const Spans& spans, const ParameterRows& parameters, int64_t place, int64_t width,
+void backward_span(const NeuronLoop& a, const Spans& spans, const LaneParameters& parameters, int64_t place, int64_t width,
                    float* states, const LaneSums& sums) {
     constexpr int S = M::info.states;
     const int64_t row = spans.lanes, current_row = a.held ? 0 : row;
@@ -258,13 +231,10 @@ void backward_span(const NeuronLoop& a, const Spans& spans, const ParameterRows&
         });
 }
 
-using BackwardSpan = void (*)(const NeuronLoop&, const Spans&, const ParameterRows&, int64_t, int64_t, float*,
-                              const LaneSums&);
-
 inline void neurons_backward(NeuronLoop& a, Arena& arena) {
     const Spans spans(a);
     const ModelInfo& model = model_info(a.neurons);
-    const LoopParameters parameters(a, spans.span, arena);
+    const LaneParameters parameters = loop_parameters(a, spans, arena);
     float* parameter_sums[kMostParameters] = {};
     for (int k = 0; k < model.parameters; ++k) parameter_sums[k] = arena.take<float>(spans.padded());
     double* totals = arena.take<double>(a.size);
@@ -273,12 +243,8 @@ inline void neurons_backward(NeuronLoop& a, Arena& arena) {
     float* scratch = arena.take<float>(scratch_size * a.threads);
     if (!arena.base) return;
 
-    const auto run = with_model(a.neurons, [&](auto m) {
-        return with_reset(a.neurons, [&](auto reset) {
-            return with_surrogate(a.neurons, [](auto surrogate) -> BackwardSpan {
-                return backward_span<decltype(m), decltype(reset)::value, decltype(surrogate)>;
-            });
-        });
+    const auto run = with_gradient(a.neurons, [](auto m, auto reset, auto surrogate) {
+        return &backward_span<decltype(m), decltype(reset)::value, decltype(surrogate)>;
     });
     for_each_span(a, spans, [&](int64_t place, int64_t width, int worker) {
         float* mine = scratch + worker * scratch_size;
@@ -291,7 +257,7 @@ inline void neurons_backward(NeuronLoop& a, Arena& arena) {
             sums.parameters[k] = parameter_sums[k] + place;
             zero(sums.parameters[k], spans.span * sizeof(float));
         }
-        run(a, spans, parameters.of(place), place, width, mine + running_size, sums);
+        run(a, spans, parameters.from(place % a.size), place, width, mine + running_size, sums);
         if (a.grad_state)
             for (int s = 0; s < model.states; ++s)
                 __builtin_memcpy(a.grad_state + s * spans.lanes + place, mine + s * spans.span, width * sizeof(float));

@@ -186,33 +186,22 @@ struct Boxcar {
 
 // All options, in the order in which Python numbers them.
 template <class... Each>
-struct Types {};
+struct Types {
+    static constexpr int32_t count = sizeof...(Each);
+    static constexpr ModelInfo infos[sizeof...(Each)] = {Each::info...};  // of models
+    static constexpr const char* names[sizeof...(Each)] = {Each::name...};  // of surrogates
+};
 using Models = Types<Lif, Synaptic, AdLif>;
 using Resets = Types<Constant<kSubtract>, Constant<kZero>, Constant<kNone>>;
 using Surrogates = Types<Atan, FastSigmoid, Sigmoid, Triangle, Boxcar>;
 
-template <class T, int N>
-struct Table {
-    T each[N];
-    static constexpr int count = N;
-};
-template <class... M>
-constexpr Table<ModelInfo, sizeof...(M)> infos(Types<M...>) {
-    return {M::info...};
-}
-template <class... S>
-constexpr Table<const char*, sizeof...(S)> names(Types<S...>) {
-    return {S::name...};
-}
-constexpr auto kModels = infos(Models{});
-constexpr auto kSurrogateNames = names(Surrogates{});
-constexpr Options kOptions = {kModels.each, kModels.count, kSurrogateNames.each, kSurrogateNames.count};
+constexpr Options kOptions = {Models::infos, Models::count, Surrogates::names, Surrogates::count};
 
 [[noreturn]] inline void unknown_option() { throw std::out_of_range("an option of neurons has an unknown number"); }
 
 inline const ModelInfo& model_info(const Neurons& neurons) {
     if (neurons.model < 0 || neurons.model >= kOptions.model_count) unknown_option();
-    return kModels.each[neurons.model];
+    return Models::infos[neurons.model];
 }
 
 // call(T{}) with the numbered type, to turn an option of a call into a template argument.
@@ -226,17 +215,22 @@ auto choose(Types<First, Rest...>, int32_t number, const F& call) {
     return call(First{});
 }
 
+// call(model, reset), call(surrogate), and call(model, reset, surrogate).
 template <class F>
-auto with_model(const Neurons& neurons, const F& call) {
-    return choose(Models{}, neurons.model, call);
-}
-template <class F>
-auto with_reset(const Neurons& neurons, const F& call) {
-    return choose(Resets{}, neurons.reset, call);
+auto with_step(const Neurons& neurons, const F& call) {
+    return choose(Models{}, neurons.model, [&](auto model) {
+        return choose(Resets{}, neurons.reset, [&](auto reset) { return call(model, reset); });
+    });
 }
 template <class F>
 auto with_surrogate(const Neurons& neurons, const F& call) {
     return choose(Surrogates{}, neurons.surrogate, call);
+}
+template <class F>
+auto with_gradient(const Neurons& neurons, const F& call) {
+    return with_step(neurons, [&](auto model, auto reset) {
+        return with_surrogate(neurons, [&](auto surrogate) { return call(model, reset, surrogate); });
+    });
 }
 
 }  // namespace g2g::G2G_ISA

@@ -1,7 +1,7 @@
 // Parameters of neurons, one float per lane, and their gradients, summed over samples.
 #pragma once
 
-#include "interface.h"
+#include "neurons.h"
 #include "parallel.h"
 #include "vec.h"
 
@@ -17,6 +17,30 @@ void spread(const Parameter& parameter, bool decay, float padding, int64_t count
         const float value = n < 0 ? padding : parameter.value[parameter.per_neuron ? n : 0];
         lanes[i] = decay ? clamp_decay(value) : value;
     }
+}
+
+// The parameters of lanes that follow one another, in the order of the model; decays are clamped.
+struct LaneParameters {
+    const float* lanes[kMostParameters];
+    LaneParameters from(int64_t lane) const {
+        LaneParameters result{};
+        for (int k = 0; k < kMostParameters; ++k) result.lanes[k] = lanes[k] ? lanes[k] + lane : nullptr;
+        return result;
+    }
+};
+
+// Those of `count` lanes of neurons, as spread() takes them; padding has an infinite threshold, so that it never spikes.
+template <class Neuron>
+LaneParameters lane_parameters(const Neurons& neurons, int64_t count, const Neuron& neuron, Arena& arena) {
+    const ModelInfo& model = model_info(neurons);
+    LaneParameters result{};
+    for (int k = 0; k < model.parameters; ++k) {
+        float* const lanes = arena.take<float>(count);
+        result.lanes[k] = lanes;
+        if (!arena.base) continue;
+        spread(neurons.parameters[k], model.decays[k], k + 1 == model.parameters ? __builtin_inff() : 0.0f, count, neuron, lanes);
+    }
+    return result;
 }
 
 // What each sample gives to each lane: from data[b · sample + block · place] on, of sample b to the lanes of a block.

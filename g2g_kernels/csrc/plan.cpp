@@ -6,6 +6,8 @@
 
 namespace g2g {
 
+namespace {
+
 bool valid(const Side& side) {
     if (side.size < 1 || side.num_units < 1 || side.width < 1) return false;
     if (side.bounds[0] != 0 || side.bounds[side.num_units] != side.size) return false;
@@ -22,8 +24,6 @@ bool valid(const Side& side) {
     return true;
 }
 
-namespace {
-
 // Where unit range u of an axis of that unit width starts, in lanes.
 struct Placing {
     int32_t width;
@@ -38,7 +38,6 @@ struct Placing {
 };
 
 bool lay_out(const Side& source, Axis& axis) {
-    if (!valid(source)) return false;
     const Placing place{source.width};
     axis.size = source.size;
     if (place.blocks(source.num_units) * kLanes > INT32_MAX) return false;  // lanes are numbered in 32 bits
@@ -66,12 +65,19 @@ bool lay_out(const Side& source, Axis& axis) {
     return true;
 }
 
-// first[i] = number of entries of `key` below i.
-std::vector<int32_t> offsets(const std::vector<int32_t>& key, int32_t count) {
-    std::vector<int32_t> first(count + 1, 0);
-    for (int32_t k : key) ++first[k + 1];
-    std::partial_sum(first.begin(), first.end(), first.begin());
-    return first;
+// Numbers 0 … size − 1 in the order of their keys, stably: those of key k are order[first[k]] ….
+struct Sorted {
+    std::vector<int32_t> first, order;
+};
+
+template <class Key>
+Sorted sort_by(int32_t keys, size_t size, const Key& key) {
+    Sorted result{std::vector<int32_t>(keys + 1, 0), std::vector<int32_t>(size)};
+    for (size_t i = 0; i < size; ++i) ++result.first[key(i) + 1];
+    std::partial_sum(result.first.begin(), result.first.end(), result.first.begin());
+    std::vector<int32_t> next(result.first.begin(), result.first.end() - 1);
+    for (size_t i = 0; i < size; ++i) result.order[next[key(i)]++] = static_cast<int32_t>(i);
+    return result;
 }
 
 constexpr int32_t kGap = 4;  // shorter gaps become part of a run (zeros are stored there): cheaper than a new run
@@ -81,7 +87,6 @@ Segments segments(const Plan& plan, bool by_row, const std::vector<char>& skip) 
     const Axis& out = by_row ? plan.rows : plan.cols;
     const int32_t strips = kLanes / out.strip;
     Segments result;
-    result.first.push_back(0);
     for (int32_t block = 0; block < out.blocks; ++block) {
         const int32_t begin = (by_row ? plan.row_first : plan.col_first)[block];
         const int32_t end = (by_row ? plan.row_first : plan.col_first)[block + 1];
@@ -111,7 +116,7 @@ Segments segments(const Plan& plan, bool by_row, const std::vector<char>& skip) 
         }
         for (const auto& strip : runs) {
             result.list.insert(result.list.end(), strip.begin(), strip.end());
-            result.first.push_back(static_cast<int32_t>(result.list.size()));
+            result.end_strip();
         }
     }
     return result;
@@ -151,27 +156,17 @@ std::vector<Entry> entries(const Plan& plan, const std::vector<char>& chosen) {
     return result;
 }
 
-// In the order of `key`, one of `lanes`; those of one lane stay in the order they have. `first` as in WeightList.
-std::vector<Entry> sorted(const std::vector<Entry>& list, int32_t Entry::*key, int32_t lanes, std::vector<int32_t>& first) {
-    first.assign(lanes + 1, 0);
-    for (const Entry& entry : list) ++first[entry.*key + 1];
-    std::partial_sum(first.begin(), first.end(), first.begin());
-    std::vector<int32_t> next(first.begin(), first.end() - 1);
-    std::vector<Entry> result(list.size());
-    for (const Entry& entry : list) result[next[entry.*key]++] = entry;
-    return result;
-}
-
 WeightList list_weights(const Plan& plan, const std::vector<char>& chosen, bool by_row) {
     const int32_t rows = plan.rows.blocks * kLanes, cols = plan.cols.blocks * kLanes;
+    const std::vector<Entry> list = entries(plan, chosen);
     int32_t Entry::*const own = by_row ? &Entry::row : &Entry::col;
     int32_t Entry::*const other = by_row ? &Entry::col : &Entry::row;
-    WeightList result;
-    std::vector<Entry> list = sorted(entries(plan, chosen), other, by_row ? cols : rows, result.first);
-    list = sorted(list, own, by_row ? rows : cols, result.first);
-    for (const Entry& entry : list) {
-        result.lane.push_back(entry.*other);
-        result.source.push_back(entry.source);
+    const Sorted others = sort_by(by_row ? cols : rows, list.size(), [&](size_t i) { return list[i].*other; });
+    Sorted sorted = sort_by(by_row ? rows : cols, list.size(), [&](size_t i) { return list[others.order[i]].*own; });
+    WeightList result{std::move(sorted.first), {}, {}};
+    for (const int32_t i : sorted.order) {
+        result.lane.push_back(list[others.order[i]].*other);
+        result.source.push_back(list[others.order[i]].source);
     }
     return result;
 }
@@ -180,7 +175,6 @@ WeightList list_weights(const Plan& plan, const std::vector<char>& chosen, bool 
 Granules granules(const Plan& plan) {
     Granules result;
     if (plan.rows.strip == kLanes) return result;
-    result.first.push_back(0);
     for (size_t strip = 0; strip + 1 < plan.forward.first.size(); ++strip) {
         const size_t begin = result.list.size();
         for (int32_t i = plan.forward.first[strip]; i < plan.forward.first[strip + 1]; ++i) {
@@ -189,7 +183,7 @@ Granules granules(const Plan& plan) {
                 if (result.list.size() == begin || result.list.back().tile != segment.place || result.list.back().part < part)
                     result.list.push_back({segment.place, part});
         }
-        result.first.push_back(static_cast<int32_t>(result.list.size()));
+        result.end_strip();
     }
     return result;
 }
@@ -239,7 +233,6 @@ EventRuns event_runs(const Plan& plan, int32_t width) {
     const int32_t strips = kLanes / width;
     double lists = plan.cols.blocks * strips * kStripCost;
     result.width = width;
-    result.first.push_back(0);
     for (int32_t strip = 0; strip < plan.cols.blocks * strips; ++strip) {
         const int32_t block = strip / strips, lane = strip % strips * width;
         const size_t begin = result.list.size();
@@ -264,7 +257,7 @@ EventRuns event_runs(const Plan& plan, int32_t width) {
                     result.list.push_back(run);
             }
         }
-        result.first.push_back(static_cast<int32_t>(result.list.size()));
+        result.end_strip();
     }
     constexpr double least = 0.05;  // a few events are always fewer than the product
     if (result.rows > 0) result.ratio = std::max(least, (plan.gradient_rows - lists) / result.rows);
@@ -273,67 +266,59 @@ EventRuns event_runs(const Plan& plan, int32_t width) {
 
 }  // namespace
 
+bool valid(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units) {
+    if (!valid(rows) || !valid(cols) || int64_t{units} * rows.width * cols.width > INT32_MAX) return false;
+    for (int32_t u = 0; u < units; ++u)
+        if (unit_row[u] < 0 || unit_row[u] >= rows.num_units || unit_col[u] < 0 || unit_col[u] >= cols.num_units) return false;
+    return true;
+}
+
 Plan* build_plan(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col,
                  int32_t units) {
     Plan plan;
-    if (!lay_out(rows, plan.rows) || !lay_out(cols, plan.cols)) return nullptr;
-    if (static_cast<int64_t>(units) * rows.width * cols.width > INT32_MAX) return nullptr;
+    if (!valid(rows, cols, unit_row, unit_col, units) || !lay_out(rows, plan.rows) || !lay_out(cols, plan.cols)) return nullptr;
     if (static_cast<int64_t>(plan.rows.blocks) * plan.cols.blocks > INT32_MAX) return nullptr;
-    for (int32_t u = 0; u < units; ++u)
-        if (unit_row[u] < 0 || unit_row[u] >= rows.num_units || unit_col[u] < 0 || unit_col[u] >= cols.num_units)
-            return nullptr;
     plan.units = units;
     plan.unit_rows = rows.width;
     plan.unit_cols = cols.width;
     plan.unit_row.assign(unit_row, unit_row + units);
     plan.unit_col.assign(unit_col, unit_col + units);
 
-    // Cut the units into pieces; cell[i] is the place of piece i in the grid of blocks.
+    // Cut the units into pieces, whose tile is at first a place in the grid of blocks.
     const Placing place_row{rows.width}, place_col{cols.width};
     std::vector<Piece> pieces;
-    std::vector<int32_t> cell;
     pieces.reserve(units);
-    cell.reserve(units);
     for (int32_t u = 0; u < units; ++u) {
         const int32_t height = rows.bounds[unit_row[u] + 1] - rows.bounds[unit_row[u]];
         const int32_t breadth = cols.bounds[unit_col[u] + 1] - cols.bounds[unit_col[u]];
         const int32_t row = place_row(unit_row[u]), col = place_col(unit_col[u]);
         for (int32_t r = 0; r < height; r += kLanes)
-            for (int32_t c = 0; c < breadth; c += kLanes) {
-                cell.push_back((row + r) / kLanes * plan.cols.blocks + (col + c) / kLanes);
-                pieces.push_back({u, -1, r, c, (row + r) % kLanes, (col + c) % kLanes, std::min(height - r, kLanes),
-                                  std::min(breadth - c, kLanes)});
-            }
+            for (int32_t c = 0; c < breadth; c += kLanes)
+                pieces.push_back({u, (row + r) / kLanes * plan.cols.blocks + (col + c) / kLanes, r, c, (row + r) % kLanes,
+                                  (col + c) % kLanes, std::min(height - r, kLanes), std::min(breadth - c, kLanes)});
     }
 
     // Number the tiles that exist and sort the pieces by tile.
     std::vector<int32_t> number(static_cast<size_t>(plan.rows.blocks) * plan.cols.blocks, -1);
-    for (const int32_t place : cell) number[place] = 0;
+    for (const Piece& piece : pieces) number[piece.tile] = 0;
     for (size_t i = 0; i < number.size(); ++i) {
         if (number[i] < 0) continue;
         number[i] = plan.tiles++;
         plan.tile_row.push_back(static_cast<int32_t>(i / plan.cols.blocks));
         plan.tile_col.push_back(static_cast<int32_t>(i % plan.cols.blocks));
     }
-    plan.piece_first.assign(plan.tiles + 1, 0);
-    for (size_t i = 0; i < pieces.size(); ++i) {
-        pieces[i].tile = number[cell[i]];
-        ++plan.piece_first[pieces[i].tile + 1];
-    }
-    std::partial_sum(plan.piece_first.begin(), plan.piece_first.end(), plan.piece_first.begin());
-    std::vector<int64_t> next(plan.piece_first.begin(), plan.piece_first.end() - 1);
-    plan.pieces.resize(pieces.size());
+    for (Piece& piece : pieces) piece.tile = number[piece.tile];
+    Sorted by_tile = sort_by(plan.tiles, pieces.size(), [&](size_t i) { return pieces[i].tile; });
+    plan.pieces.reserve(pieces.size());
+    plan.piece_first = std::move(by_tile.first);
     plan.tile_sources.assign(plan.tiles, 0);
-    for (const Piece& piece : pieces) {
-        plan.pieces[next[piece.tile]++] = piece;
+    for (const int32_t i : by_tile.order) {
+        const Piece& piece = plan.pieces.emplace_back(pieces[i]);
         plan.tile_sources[piece.tile] |= ~uint64_t{0} >> (kLanes - piece.cols) << piece.lane_col;
     }
-
-    plan.row_first = offsets(plan.tile_row, plan.rows.blocks);
-    plan.col_first = offsets(plan.tile_col, plan.cols.blocks);
-    std::vector<int32_t> next_col(plan.col_first.begin(), plan.col_first.end() - 1);
-    plan.col_tile.resize(plan.tiles);
-    for (int32_t tile = 0; tile < plan.tiles; ++tile) plan.col_tile[next_col[plan.tile_col[tile]]++] = tile;
+    plan.row_first = sort_by(plan.rows.blocks, plan.tiles, [&](size_t i) { return plan.tile_row[i]; }).first;
+    Sorted by_col = sort_by(plan.cols.blocks, plan.tiles, [&](size_t i) { return plan.tile_col[i]; });
+    plan.col_first = std::move(by_col.first), plan.col_tile = std::move(by_col.order);
 
     plan.forward = segments(plan, true, std::vector<char>(plan.tiles, 0));
     const std::vector<char> sparse = sparse_tiles(plan);

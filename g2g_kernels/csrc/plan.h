@@ -41,11 +41,16 @@ struct Segment {
     int32_t place, block, lane, count;
 };
 
-// What every output strip of a product sums over; strip s covers lanes s·strip … of its axis.
-struct Segments {
-    std::vector<int32_t> first;  // [strips + 1]
-    std::vector<Segment> list;
+// What every strip of an axis has; strip s covers lanes s·strip ….
+template <class T>
+struct ByStrip {
+    std::vector<int32_t> first{0};  // [strips + 1]
+    std::vector<T> list;
+    void end_strip() { first.push_back(static_cast<int32_t>(list.size())); }
 };
+
+// What every output strip of a product sums over.
+using Segments = ByStrip<Segment>;
 
 // Weights one by one, by the lane of the sums that they belong to, for products whose vectors are rows of data (batch.h).
 struct WeightList {
@@ -64,10 +69,7 @@ struct Granule {
 };
 
 // The granules that have weights in each strip of the rows.
-struct Granules {
-    std::vector<int32_t> first;  // [strips + 1]
-    std::vector<Granule> list;
-};
+using Granules = ByStrip<Granule>;
 
 // The 16 × 16 weights between granules of the two sides, where some exist (needed_gradient.h).
 struct Patches {
@@ -84,10 +86,8 @@ struct EventRun {
 };
 
 // The rows with weights in each strip of the columns, for the input gradient by events.
-struct EventRuns {
-    int32_t width = kLanes;      // lanes of a strip: fewer than a block's where few rows have weights in all of a block
-    std::vector<int32_t> first;  // [column strips + 1]
-    std::vector<EventRun> list;
+struct EventRuns : ByStrip<EventRun> {
+    int32_t width = kLanes;  // lanes of a strip: fewer than a block's where few rows have weights in all of a block
     double rows = 0;   // of 64 weights that events may have to multiply
     double ratio = 1;  // cost of the product, in rows of 64 weights, per row that events may have to multiply
 };
@@ -101,7 +101,7 @@ struct Plan {
     std::vector<int32_t> row_first;             // [row blocks + 1]: tiles of a row block
     std::vector<int32_t> col_first, col_tile;   // [column blocks + 1], [tiles]: tiles of a column block, by row
     std::vector<Piece> pieces;                  // by tile
-    std::vector<int64_t> piece_first;           // [tiles + 1]
+    std::vector<int32_t> piece_first;           // [tiles + 1]
     Segments forward, backward;                 // products that give row strips, and column strips
     Granules granules;                          // of strips narrower than a block
     WeightList sparse;                          // by column lane: weights of tiles with few, for the input gradient
@@ -114,8 +114,9 @@ struct Plan {
     std::vector<int32_t> unit_row, unit_col;    // the coordinates this was built from
 };
 
-// Whether the ranges of a side divide its neurons, each of which stands in its order once.
-bool valid(const Side& side);
+// Whether these describe a mask: the ranges of a side divide its neurons, each of which stands in its order once, and units lie
+// between them, with weights that 32 bits number.
+bool valid(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units);
 
 // Returns nullptr if an index is out of range.
 Plan* build_plan(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col,

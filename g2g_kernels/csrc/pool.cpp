@@ -22,9 +22,7 @@ inline void pause() {
 #endif
 }
 
-// While it exists, this thread treats denormal numbers as zero. L2 penalties shrink the weights of silent neurons to
-// 1e-30, and their products with small gradients are denormal. On Intel each costs 150 cycles: after six epochs of
-// default training, a backward pass takes 17 times as long.
+// While it exists, this thread treats denormal numbers as zero (PERFORMANCE.md).
 class FlushDenormals {
 #if defined(__x86_64__)
     unsigned before = __builtin_ia32_stmxcsr();

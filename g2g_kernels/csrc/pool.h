@@ -1,14 +1,6 @@
-// The threads of the kernels: those of the OpenMP runtime that PyTorch has loaded, else a small pool of our own.
-//
-// PyTorch's OpenMP threads spin for milliseconds after each of its loops. Beside them, a pool of our own would wait for
-// the cores that they spin on. So a call borrows those very threads: one OpenMP region spans the whole call, and inside
-// it the borrowed threads take tasks of one loop after another as threads of our own would. Nothing is linked; Python
-// looks up the runtime's entry point in the process.
-//
-// The end of a region waits for all of its threads, which beside a busy program takes up to a time slice of the system:
-// hence one region for a call, not for each of its dozens of loops. Where even that took too large a share of a call, the
-// next calls run on threads of our own, for which no one waits; after 1, 2, 4, … 64 times that wait,
-// two seconds at most, OpenMP is tried again.
+// The threads of the kernels: those of the OpenMP runtime that PyTorch has loaded, else a small pool of our own (PERFORMANCE.md).
+// One OpenMP region spans a call, in which its threads take tasks of one loop after another as threads of our own would.
+// Nothing is linked; Python looks up the runtime's entry point in the process.
 #pragma once
 
 #include <cstdint>

@@ -9,7 +9,7 @@
 // multiply-add units are the limit; weights stream from L2 at 256 B per 24 multiply-adds (11 B per cycle).
 #pragma once
 
-#include "panel.h"
+#include "layout.h"
 #include "plan.h"
 #include "vec.h"
 
@@ -60,11 +60,6 @@ struct Start {
     Start from(int64_t row, int64_t lane) const { return {lanes + row * stride + lane, stride}; }
 };
 
-inline Start nothing() {
-    alignas(64) static constexpr float zeros[kLanes] = {};
-    return {zeros, 0};
-}
-
 template <int R, int N>
 inline void put(const Vec (&sum)[R][N], Start start, float* out) {
     for (int r = 0; r < R; ++r)
@@ -72,55 +67,30 @@ inline void put(const Vec (&sum)[R][N], Start start, float* out) {
             store(out + r * kLanes + v * W, load(start.lanes + r * start.stride + v * W) + sum[r][v]);
 }
 
-template <int R, int L>
-inline void product_rows(const Segment* s, const Segment* end, Panel<const float> left, int64_t row, const float* tiles,
-                         int lane, Start start, float* out) {
-    constexpr int N = L / W;
+// Factors are float32, one k at a time, or bfloat16 pairs: dot products of two k, added in float32. Twice the rate, half the bytes.
+template <int R, int L, class T>
+inline void product_rows(const Segment* s, const Segment* end, Panel<const T> left, int64_t row, const T* tiles, int lane,
+                         Start start, float* out) {
+    constexpr int N = L / W, K = sizeof(float) / sizeof(T);
     Vec sum[R][N] = {};
     for (; s < end; ++s) {
         fetch_next<R>(s, end, left, row);
-        const float* a = left.at(s->block, row) + s->lane;
-        const float* b = tiles + static_cast<int64_t>(s->place) * kTile + s->lane * kLanes + lane;
-        const float* const stop = a + s->count;
+        const int first = s->lane & ~(K - 1);  // zeros are stored beside a run, and runs lie more than two lanes apart
+        const T* a = left.at(s->block, row) + first;
+        const T* b = tiles + static_cast<int64_t>(s->place) * kTile + first * kLanes + lane * K;
+        const T* const stop = a + (s->lane - first + s->count);
         do {  // a segment is never empty; a loop that might not run makes the compiler spill the sums around it
-            Vec weight[N];
-            for (int v = 0; v < N; ++v) weight[v] = load(b + v * W);
+            decltype(load_factors(b)) weight[N];
+            for (int v = 0; v < N; ++v) weight[v] = load_factors(b + v * K * W);
             for (int r = 0; r < R; ++r) {
-                const Vec x = all(a[r * kLanes]);
-                for (int v = 0; v < N; ++v) sum[r][v] = fma(x, weight[v], sum[r][v]);
+                const auto x = all_factors(a + r * kLanes);
+                for (int v = 0; v < N; ++v) sum[r][v] = add_product(x, weight[v], sum[r][v]);
             }
-            ++a, b += kLanes;
+            a += K, b += K * kLanes;
         } while (a < stop);
     }
     put(sum, start, out);
 }
-
-#if defined(__AVX512BF16__)
-// The same with two k at a time: dot products of bfloat16 pairs, added in float32. Twice the rate, half the bytes.
-template <int R, int L>
-inline void product_rows(const Segment* s, const Segment* end, Panel<const uint16_t> left, int64_t row,
-                         const uint16_t* pairs, int lane, Start start, float* out) {
-    constexpr int N = L / W;
-    Vec sum[R][N] = {};
-    for (; s < end; ++s) {
-        fetch_next<R>(s, end, left, row);
-        const int first = s->lane & ~1;  // zeros are stored beside a run, and runs lie more than two lanes apart
-        const uint16_t* a = left.at(s->block, row) + first;
-        const uint16_t* b = pairs + static_cast<int64_t>(s->place) * kTile + first * kLanes + lane * 2;
-        const uint16_t* const stop = a + (s->lane - first + s->count);
-        do {
-            Pairs weight[N];
-            for (int v = 0; v < N; ++v) weight[v] = load_pairs(b + v * 2 * W);
-            for (int r = 0; r < R; ++r) {
-                const Pairs x = all_pairs(a + r * kLanes);
-                for (int v = 0; v < N; ++v) sum[r][v] = dot(x, weight[v], sum[r][v]);
-            }
-            a += 2, b += 2 * kLanes;
-        } while (a < stop);
-    }
-    put(sum, start, out);
-}
-#endif
 
 // Cuts `rows` rows into register tiles of nearly equal height (50 rows: 9 tiles of 5 or 6).
 template <int L, int R = rows_at_once(L), class T>

@@ -41,21 +41,15 @@ struct ForwardStep {
     int64_t now_stride;
     uint64_t* words;       // out, one per sample, `stride` apart
     int64_t stride;
-
-    // From the sample b places on.
-    ForwardStep from(int64_t b) const {
-        return {current + b * kLanes, before + b * before_stride, before_stride, now + b * now_stride, now_stride,
-                words + b * stride, stride};
-    }
 };
 
 template <class M, int R>
-void step_forward(const BlockParameters& parameters, int64_t samples, const ForwardStep& step) {
+void step_forward(const LaneParameters& parameters, int64_t first, int64_t last, const ForwardStep& step) {
     constexpr int S = M::info.states, P = M::info.parameters;
     Vec p[kVecs][P];
     for (int v = 0; v < kVecs; ++v)
         for (int k = 0; k < P; ++k) p[v][k] = load(parameters.lanes[k] + v * W);
-    for (int64_t b = 0; b < samples; ++b) {
+    for (int64_t b = first; b < last; ++b) {
         uint64_t word = 0;
         each_vec([&](auto v) {
             Vec state[S];
@@ -70,99 +64,8 @@ void step_forward(const BlockParameters& parameters, int64_t samples, const Forw
 
 // The step of these neurons.
 inline auto forward_step(const Neurons& neurons) {
-    return with_model(neurons, [&](auto model) {
-        return with_reset(neurons, [](auto reset) { return &step_forward<decltype(model), decltype(reset)::value>; });
-    });
+    return with_step(neurons, [](auto model, auto reset) { return &step_forward<decltype(model), decltype(reset)::value>; });
 }
-
-// The currents of a block from the spikes of a step, on top of `start`.
-struct SpikeCurrents {
-    const Plan* plan;
-    const float* tiles;
-    void (*sum)(const SpikeCurrents&, int64_t r, const uint64_t* words, int64_t stride, int64_t t, const float* start, float* out);
-
-    template <class Current>
-    static void add(const SpikeCurrents& of, int64_t r, const uint64_t* words, int64_t stride, int64_t t, const float* start,
-                    float* out) {
-        Vec sum[kVecs];
-        Current{{of.plan, r, words, stride, of.tiles, start}}(t, sum);
-        for (int v = 0; v < kVecs; ++v) store(out + v * W, sum[v]);
-    }
-
-    SpikeCurrents(const Plan& p, const float* weights) : plan(&p), tiles(weights) {
-        sum = p.rows.strip == kLanes ? add<EventCurrent> : p.rows.strip == 16 ? add<StripCurrent<16>> : add<StripCurrent<32>>;
-    }
-};
-
-// What the layer below gives: spikes, or currents that lie in the place of the membranes, or one current for all steps.
-struct FromBelow {
-    const SpikeCurrents* spikes;
-    const float* held;  // [row blocks][B][64]
-};
-
-struct ForwardSteps {
-    const Stack& stack;
-    const Layer& layer;
-    const LayerParameters& parameters;
-    SpikeCurrents recurrent;
-    FromBelow below;
-    float* states;
-    float* counts;    // out: [B][row blocks][64]
-    uint64_t* begin;  // room for [B][row blocks]: the spikes before the first step
-
-    void run() const {
-        const int64_t R = layer.plan->rows.blocks, B = stack.batch;
-        const auto step = forward_step(layer.neurons);
-        for (int64_t block = 0; layer.state && block < B * R; ++block)
-            begin[block] = first_word(stack, layer, parameters, block / R, block % R);
-        each_part_of_batch(B, 1, stack.threads, [&](int64_t first, int64_t samples, int threads, int) {
-            const int64_t groups = divide_up(samples, kStepSamples);
-            for (int64_t t = 0; t < stack.steps; ++t)
-                parallel(threads, R * groups, 1, [&](int64_t task, int) {
-                    const int64_t r = task / groups, b = task % groups * kStepSamples;
-                    run_step(*step, r, t, first + b, least(kStepSamples, samples - b));
-                });
-        });
-        parallel(stack.threads, B * R, 16, [&](int64_t block, int) {
-            count_spikes(layer.spikes + block * stack.steps, stack.steps, counts + block * kLanes);
-        });
-    }
-
-    void run_step(decltype(step_forward<Lif, kSubtract>)& step, int64_t r, int64_t t, int64_t first, int64_t samples) const {
-        const int64_t R = layer.plan->rows.blocks, C = layer.plan->cols.blocks, T = stack.steps;
-        const int64_t size = model_info(layer.neurons).states * kLanes;
-        alignas(64) float current[kStepSamples * kLanes], initial[kStepSamples * kMostStates * kLanes];
-        float* const now = step_states(stack, layer, states, r, t, first);
-        for (int64_t i = 0; i < samples; ++i) {
-            const int64_t b = first + i;
-            float* const own = current + i * kLanes;
-            const float* start = below.held ? below.held + (r * stack.batch + b) * kLanes : now + (i + 1) * size - kLanes;
-            if (below.spikes) {
-                below.spikes->sum(*below.spikes, r, layer.inputs + b * C * T, T, t, parameters.bias + r * kLanes, own);
-                start = own;
-            }
-            if (t)
-                recurrent.sum(recurrent, r, layer.spikes + b * R * T, T, t - 1, start, own);
-            else if (layer.state)
-                recurrent.sum(recurrent, r, begin + b * R, 1, 0, start, own);
-            else if (start != own)
-                __builtin_memcpy(own, start, kLanes * sizeof(float));
-            if (!t) load_states(stack, layer, layer.state, b, r, initial + i * size);
-        }
-        const float* before = t ? now - stack.batch * size : initial;
-        const ForwardStep all{current, before, size, now, size, layer.spikes + (first * R + r) * T + t, R * T};
-        if (!layer.dropped) {
-            step(parameters.block(r), samples, all);
-        } else {
-            for (int64_t i = 0; i < samples; ++i) {
-                const SampleParameters own(parameters, layer, first + i, r);
-                step(own.block, 1, all.from(i));
-            }
-        }
-        for (int64_t i = 0; t + 1 == T && layer.last && i < samples; ++i)
-            store_states(stack, layer, now + i * size, first + i, r, layer.last);
-    }
-};
 
 // --- backward ---------------------------------------------------------------------------------------------------
 
@@ -185,26 +88,13 @@ struct BackwardStep {
     float* held;                   // [samples][64] += ∂I_t, may be null
     uint64_t* words;               // out, may be null: bit i: lane i has σ'(U_t − θ)·∂L/∂S_t other than 0
     float* values;                 // out: [samples][64] those, one after the other
-
-    // From the sample b places on.
-    BackwardStep from(int64_t b, int64_t states_of_model) const {
-        const auto after = [&](auto* p, int64_t stride) { return p ? p + b * stride : p; };
-        BackwardStep r = *this;
-        r.tile = after(tile, tile_stride), r.constant = after(constant, constant_stride), r.later = after(later, kLanes);
-        r.now = after(now, now_stride), r.before = after(before, before_stride);
-        r.states = after(states, states_of_model * kLanes);
-        r.row = after(row, row_stride), r.half_row = after(half_row, row_stride);
-        r.compact = after(compact, kLanes), r.half = after(half, kLanes), r.held = after(held, kLanes);
-        r.words = after(words, 1), r.values = after(values, kLanes);
-        return r;
-    }
 };
 
 template <class M, int R, class Surrogate>
-void step_backward(const BlockParameters& parameters, float alpha, int64_t samples, const BackwardStep& step) {
+void step_backward(const LaneParameters& parameters, float alpha, int64_t first, int64_t last, const BackwardStep& step) {
     constexpr int S = M::info.states, P = M::info.parameters;
     Vec sum[kVecs] = {}, grad[kVecs][P] = {};
-    for (int64_t b = 0; b < samples; ++b) {
+    for (int64_t b = first; b < last; ++b) {
         const float* const tile = step.tile ? step.tile + b * step.tile_stride : nullptr;
         float* const row = step.row + b * step.row_stride;
         if (tile) fetch_block(tile + kSamplesAhead * step.tile_stride);
@@ -249,7 +139,7 @@ void step_backward(const BlockParameters& parameters, float alpha, int64_t sampl
 
 // What reaches the membranes [64] of a run's first state through its spikes, σ'(U − θ)·∂L/∂S.
 template <class M, class Surrogate>
-void spikes_backward(const BlockParameters& parameters, float alpha, const float* membrane, const float* spike_grad,
+void spikes_backward(const LaneParameters& parameters, float alpha, const float* membrane, const float* spike_grad,
                      float* grad_membrane, float* grad_threshold) {
     for (int v = 0; v < kVecs; ++v) {
         const Vec theta = load(parameters.lanes[M::info.parameters - 1] + v * W);
@@ -260,21 +150,21 @@ void spikes_backward(const BlockParameters& parameters, float alpha, const float
 }
 
 struct BackwardSteps {
-    void (*step)(const BlockParameters&, float, int64_t, const BackwardStep&);
-    void (*begin)(const BlockParameters&, float, const float*, const float*, float*, float*);
+    void (*step)(const LaneParameters&, float, int64_t, int64_t, const BackwardStep&);
+    void (*begin)(const LaneParameters&, float, const float*, const float*, float*, float*);
 
     explicit BackwardSteps(const Neurons& neurons) {
-        with_model(neurons, [&](auto model) {
-            with_reset(neurons, [&](auto reset) {
-                with_surrogate(neurons, [&](auto surrogate) {
-                    using M = decltype(model);
-                    step = step_backward<M, decltype(reset)::value, decltype(surrogate)>;
-                    begin = spikes_backward<M, decltype(surrogate)>;
-                    return 0;
-                });
-                return 0;
-            });
-            return 0;
+        with_gradient(neurons, [&](auto model, auto reset, auto surrogate) {
+            step = step_backward<decltype(model), decltype(reset)::value, decltype(surrogate)>;
+            begin = spikes_backward<decltype(model), decltype(surrogate)>;
+        });
+    }
+
+    // Of block r of samples first ….
+    void run(const LayerParameters& parameters, const Layer& layer, int64_t first, int64_t samples, int64_t r,
+             const BackwardStep& all) const {
+        each_sample(parameters, layer, first, samples, r, [&](const LaneParameters& own, int64_t begin, int64_t end) {
+            step(own, layer.neurons.alpha, begin, end, all);
         });
     }
 };
@@ -386,8 +276,8 @@ struct RecurrentBackward {
         return static_cast<double>(events) <= static_cast<double>(event_limit) * static_cast<double>(count * plan.rows.size);
     }
 
-    // The product of ∂I_{t+1}, which lies in `grad` too, the steps of a sample one after the other.
-    InputProduct product(const Panel<float>& grad, int64_t count, int64_t t, int64_t T, int threads) {
+    // What the product reads of ∂I_{t+1}, which lies in `grad` too, the steps of a sample one after the other.
+    void load_product(const Panel<float>& grad, int64_t count, int64_t t, int64_t T, int threads) {
         if (!has_current) {
             parallel(threads, plan.rows.blocks, 1, [&](int64_t r, int) {
                 for (int64_t b = 0; b < count; ++b)
@@ -396,7 +286,7 @@ struct RecurrentBackward {
             current.convert(plan.rows.blocks, samples, threads);
         }
         if (gradient.sparse()) bands.fill(current.floats, count, threads);
-        return gradient.product(threads);
+        gradient.load_product(threads);
     }
 };
 

@@ -2,10 +2,9 @@
 #pragma once
 
 #include "batch.h"
-#include "chunks.h"
 #include "interface.h"
 #include "layout.h"
-#include "panel.h"
+#include "parallel.h"
 #include "parameters.h"
 #include "subset_sums.h"
 #include "sweep.h"
@@ -13,43 +12,30 @@
 namespace g2g::G2G_ISA {
 
 // The parameters of a layer's neurons and its bias, one float per lane.
-struct LayerParameters {
-    float* lanes[kMostParameters] = {};
+struct LayerParameters : LaneParameters {
     float* bias;
 
     LayerParameters(const Layer& layer, Arena& arena) {
         const Axis& axis = layer.plan->rows;
-        const ModelInfo& model = model_info(layer.neurons);
         const int64_t count = static_cast<int64_t>(axis.blocks) * kLanes;
-        for (int k = 0; k < model.parameters; ++k) lanes[k] = arena.take<float>(count);
+        const auto neuron = [&](int64_t i) { return axis.neuron[i]; };
+        static_cast<LaneParameters&>(*this) = lane_parameters(layer.neurons, count, neuron, arena);
         bias = arena.take<float>(count);
         if (!arena.base) return;
-        const auto neuron = [&](int64_t i) { return axis.neuron[i]; };
-        for (int k = 0; k < model.parameters; ++k) {
-            const bool threshold = k + 1 == model.parameters;
-            spread(layer.neurons.parameters[k], model.decays[k], threshold ? __builtin_inff() : 0.0f, count, neuron,
-                   lanes[k]);
-        }
         if (layer.bias)
             spread({layer.bias, nullptr, true}, false, 0.0f, count, neuron, bias);
         else
             zero(bias, count * sizeof(float));
     }
-
-    BlockParameters block(int64_t r) const {
-        BlockParameters result{};
-        for (int k = 0; k < kMostParameters; ++k) result.lanes[k] = lanes[k] ? lanes[k] + r * kLanes : nullptr;
-        return result;
-    }
 };
 
 // The parameters of block r of sample b. A dropped neuron never fires: its threshold is infinite, as that of padding.
 struct SampleParameters {
-    BlockParameters block;
+    LaneParameters block;
     alignas(64) float threshold[kLanes];
 
     SampleParameters(const LayerParameters& parameters, const Layer& layer, int64_t b, int64_t r)
-        : block(parameters.block(r)) {
+        : block(parameters.from(r * kLanes)) {
         if (!layer.dropped) return;
         const Axis& axis = layer.plan->rows;
         const float*& lanes = block.lanes[model_info(layer.neurons).parameters - 1];
@@ -61,6 +47,79 @@ struct SampleParameters {
         lanes = threshold;
     }
     SampleParameters(const SampleParameters&) = delete;
+};
+
+// step(parameters, begin, end) for samples first + begin … of block r: for all at once, unless each has dropped neurons of its own.
+template <class F>
+void each_sample(const LayerParameters& parameters, const Layer& layer, int64_t first, int64_t samples, int64_t r, const F& step) {
+    if (!layer.dropped) return step(parameters.from(r * kLanes), int64_t{0}, samples);
+    for (int64_t i = 0; i < samples; ++i) step(SampleParameters(parameters, layer, first + i, r).block, i, i + 1);
+}
+
+// The gradient of a parameter from what parts give to each lane, data[blocks][parts][64].
+inline void lane_gradient(const Parameter& parameter, bool decay, const Axis& axis, const float* data, int64_t parts, int threads,
+                          double* totals) {
+    parameter_gradient(parameter, decay, {data, parts, kLanes, static_cast<int64_t>(axis.blocks) * kLanes, parts * kLanes},
+                       [&](int64_t i) { return axis.neuron[i]; }, axis.size, threads, totals);
+}
+
+// What every layer has in a backward pass.
+struct LayerBackward {
+    Layer& layer;
+    const Plan& plan;
+    const ModelInfo& model;
+    LayerParameters parameters;
+    BackwardSweep sweep;
+    bool last;         // of the stack
+    int64_t parts = 0;  // of the sums over t: one of each sample, or of the samples of a task
+    float* current = nullptr;  // [row blocks][parts][64] Σ ∂L/∂I_t, as are those of the parameters
+    float* sums[kMostParameters] = {};
+
+    LayerBackward(const Stack& s, int64_t l, Arena& arena)
+        : layer(s.layers[l]),
+          plan(*layer.plan),
+          model(model_info(layer.neurons)),
+          parameters(layer, arena),
+          sweep(backward_sweep(layer.neurons)),
+          last(l + 1 == s.count) {}
+
+    int64_t lanes() const { return static_cast<int64_t>(plan.rows.blocks) * kLanes; }
+
+    void take_sums(int64_t count, Arena& arena) {
+        parts = count;
+        current = arena.take<float>(lanes() * parts);
+        for (int k = 0; k < model.parameters; ++k) sums[k] = arena.take<float>(lanes() * parts);
+    }
+
+    // Of block r and a part: where its sums lie; zeros.
+    BlockGradient block_gradient(int64_t part, int64_t r) const {
+        const int64_t at = (r * parts + part) * kLanes;
+        BlockGradient result{nullptr, nullptr, {}, current + at, {}, nullptr, nullptr, nullptr};
+        for (int k = 0; k < model.parameters; ++k) result.parameters[k] = sums[k] + at;
+        return result;
+    }
+    void clear(int64_t part, int64_t r) const {
+        const BlockGradient block = block_gradient(part, r);
+        zero(block.current, kLanes * sizeof(float));
+        for (int k = 0; k < model.parameters; ++k) zero(block.parameters[k], kLanes * sizeof(float));
+    }
+
+    // The part of ∂L/∂S of block r of sample b that is the same at every step: rates[n] is the mean over T·B spikes, counts[b][n]
+    // the sum over T.
+    void constant_part(const Stack& s, int64_t b, int64_t r, float* out) const {
+        const float share = 1.0f / (static_cast<float>(s.batch) * s.steps);
+        for (int lane = 0; lane < kLanes; ++lane) {
+            const int32_t n = plan.rows.neuron[r * kLanes + lane];
+            out[lane] = n >= 0 && layer.grad_rates ? layer.grad_rates[n] * share : 0.0f;
+            if (last && n >= 0 && s.grad_counts) out[lane] += s.grad_counts[b * plan.rows.size + n];
+        }
+    }
+
+    void finish(const Stack& s, double* totals) const {
+        lane_gradient({layer.bias, layer.grad_bias, true}, false, plan.rows, current, parts, s.threads, totals);
+        for (int k = 0; k < model.parameters; ++k)
+            lane_gradient(layer.neurons.parameters[k], model.decays[k], plan.rows, sums[k], parts, s.threads, totals);
+    }
 };
 
 enum class Input { kHeld, kDense, kEvents, kDenseSpikes };
@@ -186,7 +245,7 @@ inline bool by_subsets(const Stack& s, const Layer& layer, Input kind, bool forw
 // the batch: if its units are too small to fill a vector, the batch fills one, and it is the cheapest way.
 inline bool by_batch(const Stack& s, const Layer& layer, Input kind, bool forward) {
     const Plan& plan = *layer.plan;
-    if (plan.by_row.empty() || s.batch < kSamples) return false;
+    if (plan.by_row.empty() || s.batch < kSamples || (forward && kind == Input::kDense)) return false;
     const bool spikes = are_spikes(kind);
     if (!spikes && s.bf16) return false;  // the product has twice the rate
     const PassRows rows(s, kind, forward);
@@ -196,14 +255,6 @@ inline bool by_batch(const Stack& s, const Layer& layer, Input kind, bool forwar
     cycles += forward ? rows.all * plan.rows.blocks * kStoreCycles
                       : rows.chunks * weights * kTotalCycles + rows.filled * plan.rows.blocks * kBandCycles;
     return s.batch_cost * cycles < plain_cycles(s, layer, kind, forward);
-}
-
-inline bool forward_by_batch(const Stack& s, const Layer& layer, Input kind) {
-    return kind != Input::kDense && by_batch(s, layer, kind, true);
-}
-
-inline bool outer_by_batch(const Stack& s, const Layer& layer, Input kind) {
-    return layer.grad_values && by_batch(s, layer, kind, false);
 }
 
 // The same for input gradients, by the product (`gradient_rows` of a plan) and where they are needed.
@@ -270,19 +321,14 @@ inline void load_states(const Stack& s, const Layer& layer, const float* states,
     const Axis& axis = layer.plan->rows;
     const int64_t count = model_info(layer.neurons).states;
     if (!states) return zero(block, count * kLanes * sizeof(float));
-    for (int64_t i = 0; i < count * kLanes; ++i) {
-        const int32_t neuron = axis.neuron[r * kLanes + i % kLanes];
-        block[i] = neuron >= 0 ? states[(i / kLanes * s.batch + b) * axis.size + neuron] : 0.0f;
-    }
+    for (int64_t i = 0; i < count; ++i)
+        load_block(axis, r, states + i * s.batch * axis.size, Rows{b, 1, s.batch, axis.size}, 1, block + i * kLanes);
 }
 
 inline void store_states(const Stack& s, const Layer& layer, const float* block, int64_t b, int64_t r, float* states) {
     const Axis& axis = layer.plan->rows;
-    const int64_t count = model_info(layer.neurons).states;
-    for (int64_t i = 0; i < count * kLanes; ++i) {
-        const int32_t neuron = axis.neuron[r * kLanes + i % kLanes];
-        if (neuron >= 0) states[(i / kLanes * s.batch + b) * axis.size + neuron] = block[i];
-    }
+    for (int64_t i = 0; i < model_info(layer.neurons).states; ++i)
+        store_block(axis, r, block + i * kLanes, Rows{b, 1, s.batch, axis.size}, 1, states + i * s.batch * axis.size);
 }
 
 // The spikes of the state before the first step, one word of a block; 0 if the run begins without one.

@@ -9,23 +9,16 @@
 #include <vector>
 
 #include "batch.h"
-#include "chunks.h"
 #include "events.h"
 #include "gradient_events.h"
 #include "input_gradient.h"
 #include "needed_gradient.h"
+#include "parallel.h"
 #include "product.h"
 #include "recurrent.h"
 #include "stack.h"
 
 namespace g2g::G2G_ISA {
-
-// How ∂L/∂S of a layer reaches its sweep, except the part that does not depend on t.
-enum class Arrival {
-    kConstant,  // the last layer: there is no other part
-    kTiles,     // the input gradient of the layer above, whole samples of one block at a time, each swept at once
-    kPanel,     // the same, but first stored in a panel: it comes in bands of 64 rows, or in another order of lanes
-};
 
 // A panel of ∂L/∂S in the order of the columns above, which reorder() brings into a layer's own, in place.
 struct ArrivalPanel {
@@ -42,10 +35,7 @@ struct ArrivalPanel {
         if (aligned) return;
         if (above.blocks * (rows + 1) * kLanes > INT32_MAX) throw std::length_error("offsets have 32 bits");
         offset = arena.take<int32_t>(blocks * kLanes);
-    }
-
-    void find_offsets(const Axis& own, const Axis& above) const {
-        for (int64_t i = 0; i < blocks * kLanes; ++i) {
+        for (int64_t i = 0; arena.base && i < blocks * kLanes; ++i) {
             const int32_t lane = own.neuron[i] < 0 ? 0 : above.lane[own.neuron[i]];  // any finite value does in padding
             offset[i] = static_cast<int32_t>(lane / kLanes * panel.rows * kLanes + lane % kLanes);
         }
@@ -80,20 +70,17 @@ struct Late {
     const Layer *own = nullptr, *above = nullptr;
 
     Late() = default;
-    Late(const Layer& own, const Layer& above, int64_t samples, Arena& arena) : own(&own), above(&above) {
-        if (!above.delays) return;
-        const int64_t blocks = own.plan->rows.blocks;
-        lanes = arena.take<Lanes>(blocks * kLanes);
-        if (above.grad_delays) learned = arena.take<float>(blocks * samples * kLanes);
-    }
-
-    void find(int64_t steps) const {
-        const Axis& axis = own->plan->rows;
-        for (int64_t first = 0; first < static_cast<int64_t>(axis.blocks) * kLanes; first += W) {
+    Late(const Stack& s, const Layer& of, const Layer& to, Arena& arena) : own(&of), above(&to) {
+        if (!to.delays) return;
+        const Axis& axis = of.plan->rows;
+        const int64_t count = int64_t{axis.blocks} * kLanes;
+        lanes = arena.take<Lanes>(count);
+        if (to.grad_delays) learned = arena.take<float>(count * s.batch);
+        for (int64_t first = 0; arena.base && first < count; first += W) {
             int32_t delay[W], last = -1;
             for (int i = 0; i < W; ++i) {
                 const int32_t n = axis.neuron[first + i];
-                delay[i] = n < 0 ? 0 : static_cast<int32_t>(most(0, least(above->delays[n], steps)));
+                delay[i] = n < 0 ? 0 : static_cast<int32_t>(most(0, least(to.delays[n], s.steps)));
             }
             for (Lanes* of = lanes + first; of < lanes + first + W; ++of) {
                 *of = {INT32_MAX, 0};
@@ -158,26 +145,42 @@ struct WeightGradient {
     bool by_batch;           // weight by weight
     bool by_subsets;         // by sums of subsets
     float* tiles = nullptr;  // unless by_batch: [tile][source lane][output lane]
+    Panel<float> panel;      // of dense inputs
+    Bands bands;             // the same, by_batch
+    RowBits row_bits;        // of spikes, where they are read as bits
+    std::optional<EventsByLane> events;  // of other spikes
 
     WeightGradient(const Stack& s, const Layer& of, Input input, Arena& arena)
         : layer(of),
           kind(input),
-          by_batch(outer_by_batch(s, of, input)),
+          by_batch(g2g::G2G_ISA::by_batch(s, of, input, false)),
           by_subsets(!by_batch && g2g::G2G_ISA::by_subsets(s, of, input, false)) {
         if (!by_batch) tiles = arena.take<float>(static_cast<size_t>(plan().tiles) * kTile);
     }
 
     const Plan& plan() const { return *layer.plan; }
     bool spikes() const { return are_spikes(kind); }
-    bool reads_bits() const { return by_subsets || (by_batch && spikes()); }
+
+    // Memory for inputs, of at most so many rows of a chunk.
+    void take(const Chunks& chunks, int64_t rows, int threads, Arena& arena) {
+        const int64_t C = plan().cols.blocks;
+        if (by_subsets || (by_batch && spikes())) {
+            row_bits.bits = arena.take<uint16_t>(RowBits::size(C * kLanes, rows));
+        } else if (kind == Input::kEvents) {
+            events.emplace(C, chunks.samples, chunks.steps, threads, arena);
+        } else {
+            panel = {arena.take<float>(C * rows * kLanes), rows};
+            if (by_batch) bands = {arena.take<float>(Bands::size(C * kLanes, rows)), C * kLanes};
+        }
+    }
 
     void begin(int threads) const {
         if (by_batch) return zero_gradient(plan(), threads, layer.grad_values);
-        parallel(threads, plan().tiles, 8, [&](int64_t tile, int) { zero(tiles + tile * kTile, kTile * 4); });
+        zero_floats(tiles, int64_t{plan().tiles} * kTile, threads);
     }
 
     void finish(int threads) const {
-        if (layer.grad_values && !by_batch) unpack_gradient(plan(), tiles, threads, layer.grad_values);
+        if (!by_batch) unpack_gradient(plan(), tiles, threads, layer.grad_values);
     }
 };
 
@@ -203,43 +206,30 @@ inline Layer recurrent_layer(const Stack& s, int l, uint64_t* inputs) {
     return result;
 }
 
+// How ∂L/∂(input) of a layer is computed for the samples of a chunk: by the product, by events, or where it is needed.
+enum class Way { kProduct, kEvents, kNeeded };
+
 // The state of one layer's backward pass across chunks.
-struct BackwardLayer {
-    Layer& layer;
-    const Plan& plan;
-    const ModelInfo& model;
-    LayerParameters parameters;
+struct BackwardLayer : LayerBackward {
     WeightGradient weights;
-    Arrival arrival = Arrival::kConstant;
-    BackwardSweep<Upstream> sweep;
+    bool panel = false;  // ∂L/∂S is stored before the sweep: it comes in bands of 64 rows, or in another order of lanes
     DualPanel grad;                               // ∂L/∂I: rows of the chunk; for a held input, one row per sample
     std::optional<InputGradient> input_gradient;  // if the layer below or the input needs it
     float event_limit = 0;                        // share of events up to which it is computed by events
     std::optional<NeededGradient> needed;         // if the layer below may need only a part of it
-    bool by_need = false;                         // whether it is computed so
     bool lists_events = false;                    // in the current chunk
-    bool by_events = false;                       // whether the last chunk's was, which its sweep expects of the next one
-    int64_t events = 0, event_rows = 0;           // listed so far, and the rows that they are in
+    Way way = Way::kProduct;                      // of the last chunk, which its sweep expects of the next one
+    Bands bands;                                  // of ∂L/∂I, where the product reads them
     ArrivalPanel arrivals;
     Late late;                                    // what its spikes are
     std::optional<RecurrentBackward> recurrent;
     std::optional<WeightGradient> recurrent_weights;
-    bool last;                                    // of the stack
     uint64_t* reached;                            // [B][row blocks] bit i: ∂I of lane i is not 0 at some step
     uint64_t* reached_in_chunk;                   // [row blocks] the same of any sample of the chunk
     float* constant;                              // ∂L/∂S for all t, [row blocks][64]; in the last layer one per sample
-    int64_t parts;                                // of the sums over t: one of each sample, or of the samples of a task
-    float* current_sum;                           // [row blocks][parts][64], as are those of the parameters
-    float* parameter_sums[kMostParameters] = {};
 
     BackwardLayer(const Stack& s, int l, const Chunks& chunks, Arena& arena)
-        : layer(s.layers[l]),
-          plan(*layer.plan),
-          model(model_info(layer.neurons)),
-          parameters(layer, arena),
-          weights(s, layer, input_kind(s, l, false), arena),
-          sweep(backward_sweep<Upstream>(layer.neurons)),
-          last(l + 1 == s.count) {
+        : LayerBackward(s, l, arena), weights(s, layer, input_kind(s, l, false), arena) {
         const bool below = l > 0 || s.grad_x;
         const bool held = weights.kind == Input::kHeld;
         const int64_t rows = held ? s.batch : chunks.rows();
@@ -258,22 +248,17 @@ struct BackwardLayer {
         reached = arena.take<uint64_t>(static_cast<size_t>(plan.rows.blocks) * s.batch);
         reached_in_chunk = arena.take<uint64_t>(plan.rows.blocks);
         constant = arena.take<float>(last ? lanes() * s.batch : lanes());
-        parts = recurrent ? recurrent->sums(s.batch) : s.batch;
-        current_sum = arena.take<float>(lanes() * parts);
-        for (int k = 0; k < model.parameters; ++k) parameter_sums[k] = arena.take<float>(lanes() * parts);
+        take_sums(recurrent ? recurrent->sums(s.batch) : s.batch, arena);
         if (last) return;
         const Plan& above = *s.layers[l + 1].plan;
-        const bool whole = same_order(plan.rows, above.cols) && above.sparse.empty() && !recurrent;
-        arrival = whole ? Arrival::kTiles : Arrival::kPanel;
-        late = Late(layer, s.layers[l + 1], s.batch, arena);
-        if (arrival == Arrival::kPanel) arrivals = ArrivalPanel(plan.rows, above.cols, chunks.rows(), arena);
+        panel = !same_order(plan.rows, above.cols) || !above.sparse.empty() || recurrent;
+        late = Late(s, layer, s.layers[l + 1], arena);
+        if (panel) arrivals = ArrivalPanel(plan.rows, above.cols, chunks.rows(), arena);
     }
-
-    int64_t lanes() const { return static_cast<int64_t>(plan.rows.blocks) * kLanes; }
 
     float* constant_of(int64_t sample, int64_t r) const { return constant + (last ? sample * lanes() : 0) + r * kLanes; }
 
-    const float* threshold(const BlockParameters& block) const { return block.lanes[model.parameters - 1]; }
+    const float* threshold(const LaneParameters& block) const { return block.lanes[model.parameters - 1]; }
 
     int64_t any_lane() const { return plan.rows.lane[0]; }
 
@@ -289,7 +274,7 @@ struct BackwardLayer {
     }
 
     // True if its sweep should write ∂L/∂I in bfloat16 too.
-    bool wants_halves() const { return grad.halves.data && !by_events && !by_need; }
+    bool wants_halves() const { return grad.halves.data && way == Way::kProduct; }
 
     // The lanes of each block that a gradient reaches in some samples. Of a recurrent layer it is not known.
     const uint64_t* reached_in(int64_t first, int64_t samples) const {
@@ -300,14 +285,6 @@ struct BackwardLayer {
         }
         return reached_in_chunk;
     }
-
-    // Of block r and a part of the sums.
-    BlockGradient block_gradient(int64_t part, int64_t r) const {
-        const int64_t at = (r * parts + part) * kLanes;
-        BlockGradient result{nullptr, nullptr, {}, current_sum + at, {}, reached + part * plan.rows.blocks + r, nullptr, nullptr};
-        for (int k = 0; k < model.parameters; ++k) result.parameters[k] = parameter_sums[k] + at;
-        return result;
-    }
 };
 
 // ∂L/∂I of a layer for the samples of a chunk.
@@ -317,158 +294,107 @@ struct CurrentGradient {
     const uint64_t* reached;  // [row blocks] bit i: not all of lane i is 0
 };
 
-// ∂L/∂(input) of a layer for the samples of a chunk, ready to be computed block by block: where it is needed, by events, or
-// by the product.
-struct ChunkInputGradient {
-    const BackwardLayer* layer;
-    const NeededGradient* needed;
-    std::optional<MergedEvents> events;
-    const float* event_tiles;
-    std::optional<InputProduct> product;
-    Bands bands;  // of ∂L/∂I, where the product reads them
-};
-
 struct BackwardPass {
     const Stack& s;
     Chunks chunks;
     std::vector<BackwardLayer> layers;
-    float* panel_memory;                // of dense inputs
-    std::optional<EventsByLane> events; // of inputs that are spikes
-    uint64_t* bits;
-    float *band_memory, *input_band_memory;  // of ∂L/∂I of the layer that was swept last; of dense inputs
-    RowBits row_bits;                   // inputs that are spikes, for the same
+    float* band_memory;                 // of ∂L/∂I of the layer that was swept last
     double* totals;
     EventLists event_lists;             // of the layer that is being swept
-    EventMerger event_merger;           // of the same, and then for the sweep of the layer below
+    MergedEvents merged_events;         // of the same, and then for the sweep of the layer below
     int64_t states_size, tile_size, scratch_size;  // of a worker: states of a block of some samples, a tile, then events of a
                                                    // step, or what is needed of all rows
     int64_t event_list = 0;
     float* scratch;
 
     BackwardPass(const Stack& stack, Arena& arena) : s(stack), chunks(s.batch, s.steps, least_chunk(s)) {
-        int64_t panel_rows = 0, event_blocks = 0, lanes = 0, states = 0, listed_blocks = 0, listed = 0, band_rows = 0;
-        size_t grad_bands = 0, dense_bands = 0, spike_bits = 0;
+        int64_t lanes = 0, states = 0, listed_blocks = 0, listed = 0, most_rows = 0, grad_bands = 0;
         layers.reserve(s.count);
         for (int l = 0; l < s.count; ++l) {
             const BackwardLayer& x = layers.emplace_back(s, l, chunks, arena);
-            const int64_t own_rows = x.weights.kind == Input::kHeld ? s.batch : chunks.rows();
-            const auto measure = [&](const WeightGradient& w, int64_t rows) {
-                const int64_t blocks = w.plan().cols.blocks;
-                if (w.by_batch) band_rows = most(band_rows, divide_up(rows, kLanes) * kLanes);
-                if (w.by_batch && !w.spikes()) dense_bands = most(dense_bands, Bands::size(blocks * kLanes, rows));
-                if (w.reads_bits())
-                    spike_bits = most(spike_bits, RowBits::size(blocks * kLanes, rows));
-                else if (w.kind == Input::kEvents)
-                    event_blocks = most(event_blocks, blocks);
-                else
-                    panel_rows = most(panel_rows, blocks * rows);
-            };
-            measure(x.weights, own_rows);
-            if (x.recurrent) measure(*x.recurrent_weights, chunks.rows());
-            if (x.needs_bands())
-                grad_bands = most(grad_bands, Bands::size(x.lanes(), x.recurrent ? most(own_rows, chunks.rows()) : own_rows));
+            const int64_t rows = x.recurrent ? most(x.grad.floats.rows, chunks.rows()) : x.grad.floats.rows;
+            if (x.needs_bands()) grad_bands = most(grad_bands, Bands::size(x.lanes(), rows));
+            most_rows = most(most_rows, divide_up(rows, kLanes) * kLanes);
             lanes = most(lanes, x.lanes());
             states = most(states, x.model.states);
             if (!x.lists_events) continue;
             listed_blocks = most(listed_blocks, x.plan.rows.blocks);
             listed = most(listed, x.most_events(chunks.rows()));
         }
-        // The weight gradient of a layer begins after its lists were merged: it is given what choose() returns.
-        arena.overlay(
-            [&] {
-                if (listed_blocks) event_lists = EventLists(listed_blocks, chunks.samples, s.steps, arena);
-            },
-            [&] {
-                panel_memory = arena.take<float>(panel_rows * kLanes);
-                events.emplace(event_blocks, chunks.rows(), arena);
-                bits = arena.take<uint64_t>(EventsByLane::scratch_words(chunks.samples, s.steps) * s.threads);
-            });
+        // Memory that is needed at different times: the weight gradient of a layer begins after its lists were merged, and is given
+        // what choose() returns.
+        const size_t shared = arena.used;
+        if (listed_blocks) event_lists = EventLists(listed_blocks, chunks.samples, s.steps, arena);
+        size_t end = arena.used;
+        const auto take = [&](WeightGradient& x, int64_t rows) {
+            arena.used = shared;
+            x.take(chunks, rows, s.threads, arena);
+            end = most(end, arena.used);
+        };
+        for (BackwardLayer& x : layers) {
+            take(x.weights, x.grad.floats.rows);
+            if (x.recurrent) take(*x.recurrent_weights, chunks.rows());
+        }
+        arena.used = end;
         if (listed_blocks) {
-            event_merger = EventMerger(listed_blocks, chunks.samples, s.steps, listed, arena);
+            merged_events = MergedEvents(listed_blocks, chunks.samples, s.steps, listed, arena);
             event_list = listed_blocks * kLanes + EventLists::kSlack;
         }
         band_memory = arena.take<float>(grad_bands);
-        input_band_memory = arena.take<float>(dense_bands);
-        row_bits.bits = arena.take<uint16_t>(spike_bits);
         totals = arena.take<double>(lanes);
         states_size = most(kNeededRows, s.steps) * states * kLanes;
         tile_size = most(kLanes, chunks.group * s.steps) * kLanes;
-        scratch_size = most(most(states_size + tile_size + 2 * most(event_list, most(kNeededRows, s.steps)), lanes), band_rows);
+        scratch_size = most(most(states_size + tile_size + 2 * most(event_list, most(kNeededRows, s.steps)), lanes), most_rows);
         scratch = arena.take<float>(scratch_size * s.threads);
     }
 
     void run() {
-        for (size_t l = 0; l < layers.size(); ++l) begin(l);
+        for (const BackwardLayer& x : layers) begin(x);
         for (size_t l = 1; l < layers.size(); ++l) {
             BackwardLayer& x = layers[l];
-            const double listed = x.needed && x.lists_events ? needed_share(x) : 1;
-            x.by_need = x.needed && by_need(s, static_cast<int>(l), needed_share(layers[l - 1]), listed);
-            x.layer.gradient_needed = x.by_need;
-            if (!x.by_need) continue;
-            x.lists_events = false;
+            if (!x.needed) continue;
+            const double listed = x.lists_events ? needed_share(x) : 1;
+            if (!by_need(s, static_cast<int>(l), needed_share(layers[l - 1]), listed)) continue;
+            x.way = Way::kNeeded, x.lists_events = false;
             x.needed->load(x.layer.values, s.threads);
         }
         for (int64_t first = 0; first < s.batch; first += chunks.samples) {
             const int64_t samples = least(chunks.samples, s.batch - first);
-            ChunkInputGradient above{};  // of the layer above
             for (size_t l = layers.size(); l-- > 0;) {
-                sweep(layers[l], above, first, samples);
-                if (layers[l].weights.kind != Input::kHeld) above = hand_down(l, first, samples, s.steps);
+                sweep(layers[l], layers[layers[l].last ? l : l + 1], first, samples);
+                if (layers[l].weights.kind != Input::kHeld) hand_down(l, first, samples, s.steps);
             }
         }
         if (layers[0].weights.kind == Input::kHeld) hand_down(0, 0, s.batch, 1);  // one row per sample: all at once
         for (const BackwardLayer& x : layers) finish(x);
     }
 
-    // Zeroes the sums, and computes the part of ∂L/∂S that is the same at every step: rates[n] is the mean over T·B
-    // spikes, counts[b][n] the sum over T.
-    void begin(size_t l) const {
-        const BackwardLayer& x = layers[l];
-        const Axis& axis = x.plan.rows;
+    void begin(const BackwardLayer& x) const {
         x.weights.begin(s.threads);
         if (x.recurrent) {
             x.recurrent_weights->begin(s.threads);
             x.recurrent->shift(s, x.layer, x.parameters);
         }
-        const float share = 1.0f / (static_cast<float>(s.batch) * s.steps);
         for (int64_t b = 0; b < (x.last ? s.batch : 1); ++b)
-            for (int64_t i = 0; i < x.lanes(); ++i) {
-                const int32_t n = axis.neuron[i];
-                float g = n >= 0 && x.layer.grad_rates ? x.layer.grad_rates[n] * share : 0.0f;
-                if (x.last && n >= 0 && s.grad_counts) g += s.grad_counts[b * axis.size + n];
-                x.constant_of(b, 0)[i] = g;
-            }
-        if (!x.arrivals.aligned) x.arrivals.find_offsets(axis, layers[l + 1].plan.cols);
-        if (x.late.lanes) x.late.find(s.steps);
+            for (int64_t r = 0; r < x.plan.rows.blocks; ++r) x.constant_part(s, b, r, x.constant_of(b, r));
     }
 
     // How to compute the input gradient of a layer in a chunk, after its sweep: by events or by the product. The sweep
     // writes only what the choice in the chunk before suggests.
-    ChunkInputGradient choose(BackwardLayer& x, const uint64_t* reached, int64_t samples, int64_t steps) {
+    void choose(BackwardLayer& x, const uint64_t* reached, int64_t samples, int64_t steps) {
         const int64_t rows = samples * steps, R = x.plan.rows.blocks;
         const bool had_halves = x.wants_halves();
-        ChunkInputGradient result{&x, nullptr, {}, nullptr, {}, {}};
-        if (x.by_need) {
-            x.needed->choose(reached, x.grad.floats.rows);
-            result.needed = &*x.needed;
-            return result;
-        }
+        if (x.way == Way::kNeeded) return x.needed->choose(reached, x.grad.floats.rows);
+        x.way = Way::kProduct;
         if (x.lists_events) {
             const int64_t limit = x.most_events(rows);
-            auto [events, merged] = event_merger.merge(event_lists, R, samples, limit, s.threads);
-            result.events = merged;
-            x.events += events, x.event_rows += rows;
+            const int64_t events = merged_events.merge(event_lists, R, samples, limit, s.threads);
+            if (events <= limit) x.way = Way::kEvents;
             x.lists_events = events <= 2 * limit;
         }
-        x.by_events = result.events.has_value();
-        if (x.by_events) {
-            ++x.layer.gradient_event_chunks;
-            result.event_tiles = x.input_gradient->event_tiles(s.threads);
-        } else {
-            result.product = x.input_gradient->product(s.threads, x.recurrent ? nullptr : reached);
-            if (!had_halves) x.grad.convert(R, rows, s.threads);
-        }
-        return result;
+        if (x.way == Way::kEvents) return x.input_gradient->load_tiles(s.threads);
+        x.input_gradient->load_product(s.threads, x.recurrent ? nullptr : reached);
+        if (!had_halves) x.grad.convert(R, rows, s.threads);
     }
 
     // ∂L/∂I of a layer in bands.
@@ -480,24 +406,23 @@ struct BackwardPass {
 
     // call(block, row, rows, worker) for all of an input gradient; see input_gradient().
     template <class F>
-    void each_input_gradient(const ChunkInputGradient& x, int64_t rows, int64_t grain, const F& call) const {
-        const InputGradient& gradient = *x.layer->input_gradient;
-        const bool banded = x.product && gradient.sparse();
-        gradient.each_task(rows, banded ? kLanes : chunks.group * s.steps, banded, s.threads, grain, call);
+    void each_input_gradient(const BackwardLayer& x, int64_t rows, int64_t grain, const F& call) const {
+        const bool banded = x.way == Way::kProduct && x.input_gradient->sparse();
+        x.input_gradient->each_task(rows, banded ? kLanes : chunks.group * s.steps, banded, s.threads, grain, call);
     }
 
     // Rows row … of an input gradient, for block c of its columns.
-    void input_gradient(const ChunkInputGradient& x, int64_t c, int64_t row, int64_t rows, float* out, int worker) const {
-        if (x.product) return x.product->run(c, x.layer->grad, x.bands, row, rows, out);
+    void input_gradient(const BackwardLayer& x, int64_t c, int64_t row, int64_t rows, float* out, int worker) const {
+        if (x.way == Way::kProduct) return x.input_gradient->run(c, x.grad, x.bands, row, rows, out);
         float* factor = scratch + worker * scratch_size + states_size + tile_size;
-        const float decay = x.layer->parameters.lanes[0][x.layer->any_lane()];
+        const float decay = x.parameters.lanes[0][x.any_lane()];
         for (int64_t i = 0; i < rows; i += s.steps)
-            x.events->input_gradient(x.layer->plan, x.event_tiles, decay, c, (row + i) / s.steps,
-                                     reinterpret_cast<uint16_t*>(factor + event_list), factor, out + i * kLanes);
+            merged_events.input_gradient(x.plan, x.input_gradient->tiles, decay, c, (row + i) / s.steps,
+                                         reinterpret_cast<uint16_t*>(factor + event_list), factor, out + i * kLanes);
     }
 
     // ∂L/∂S of a layer, its neurons backwards, and with that ∂L/∂I, for the samples of a chunk.
-    void sweep(BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) {
+    void sweep(BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) {
         if (x.recurrent) {
             if (!x.last) fill_arrivals(x, above, first, samples);
             sweep_steps(x, first, samples);
@@ -507,64 +432,58 @@ struct BackwardPass {
             if (x.recurrent_weights->by_batch) bands = fill_bands(rows, x.lanes(), samples * s.steps);
             return weight_gradient(*x.recurrent_weights, {rows, bands, x.reached_in(first, samples)}, first, samples, s.steps);
         }
-        if (above.needed) return sweep_needed(x, above, first, samples);
-        switch (x.arrival) {
-            case Arrival::kConstant: return sweep_constant(x, first, samples);
-            case Arrival::kTiles: return sweep_tiles(x, above, first, samples);
-            case Arrival::kPanel:
-                if (above.events && x.arrivals.aligned) return sweep_tiles(x, above, first, samples);
-                return sweep_panel(x, above, first, samples);
-        }
+        const bool in_place = above.way == Way::kNeeded || (above.way == Way::kEvents && x.arrivals.aligned);
+        if (x.panel && !in_place) return sweep_panel(x, above, first, samples);
+        sweep_tiles(x, above, first, samples);
     }
 
-    void sweep_constant(const BackwardLayer& x, int64_t first, int64_t samples) const {
-        parallel(s.threads, x.plan.rows.blocks * samples, 4, [&](int64_t task, int worker) {
-            const int64_t r = task / samples, b = task % samples;
-            sweep_block(x, first, b, r, nullptr, scratch + worker * scratch_size);
-        });
-    }
-
-    void sweep_tiles(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) const {
-        const int64_t T = s.steps, groups = divide_up(samples, chunks.group);
-        parallel(s.threads, x.plan.rows.blocks * groups, 2, [&](int64_t task, int worker) {
-            const int64_t r = task / groups, b = task % groups * chunks.group, count = least(chunks.group, samples - b);
+    // Blocks of some samples at once; where ∂L/∂S is computed as needed, all blocks of a group, whose ∂L/∂I above stays in L2. The
+    // last layer has no part of ∂L/∂S that depends on t.
+    void sweep_tiles(const BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) const {
+        const bool needed = !x.last && above.way == Way::kNeeded;
+        const int64_t T = s.steps, R = x.plan.rows.blocks, group = needed ? most(1, kNeededRows / T) : x.last ? 1 : chunks.group;
+        const int64_t groups = divide_up(samples, group);
+        parallel(s.threads, R * groups, x.last ? 4 : 2, [&](int64_t task, int worker) {
+            const int64_t r = needed ? task % R : task / groups, b = (needed ? task / R : task % groups) * group;
+            const int64_t count = least(group, samples - b);
             float *const room = scratch + worker * scratch_size, *const tile = room + states_size;
-            input_gradient(above, r, b * T, count * T, tile, worker);
-            for (int64_t i = 0; i < count; ++i) {
-                if (x.late.lanes) x.late.shift(s, first + b + i, r, tile + i * T * kLanes);
-                sweep_block(x, first, b + i, r, tile + i * T * kLanes, room);
-            }
-        });
-    }
-
-    // All blocks of some samples, whose ∂L/∂I above stays in L2.
-    void sweep_needed(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) const {
-        const int64_t T = s.steps, R = x.plan.rows.blocks, group = most(1, kNeededRows / T);
-        parallel(s.threads, divide_up(samples, group) * R, 2, [&](int64_t task, int worker) {
-            const int64_t r = task % R, b = task / R * group, count = least(group, samples - b);
-            float *const room = scratch + worker * scratch_size, *const tile = room + states_size;
-            auto* const words = reinterpret_cast<uint64_t*>(tile + tile_size);
             const float* states[kNeededRows];
+            if (needed)
+                needed_tile(x, above, first, b, count, r, room, states);
+            else if (!x.last)
+                input_gradient(above, r, b * T, count * T, tile, worker);
             for (int64_t i = 0; i < count; ++i) {
-                const SampleParameters own(x.parameters, x.layer, first + b + i, r);
-                states[i] = states_of(x, first + b + i, r, own.block, room + i * T * x.model.states * kLanes);
-                needed_words(x.layer.neurons)(states[i], x.model.states, T, x.threshold(own.block), x.layer.neurons.alpha,
-                                              words + i * T);
+                float* const arrived = x.last ? nullptr : tile + i * T * kLanes;
+                if (x.late.lanes) x.late.shift(s, first + b + i, r, arrived);
+                sweep_block(x, first, b + i, r, arrived, room, needed ? states[i] : nullptr);
             }
-            above.needed->run(r, above.layer->grad.floats.at(0, b * T), words, count * T, tile);
-            for (int64_t i = 0; i < count; ++i) sweep_block(x, first, b + i, r, tile + i * T * kLanes, room, states[i]);
         });
+    }
+
+    // ∂L/∂S of block r of some samples where their neurons need it, and the states that tell where.
+    void needed_tile(const BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t b, int64_t count, int64_t r,
+                     float* room, const float** states) const {
+        const int64_t T = s.steps;
+        float* const tile = room + states_size;
+        auto* const words = reinterpret_cast<uint64_t*>(tile + tile_size);
+        for (int64_t i = 0; i < count; ++i) {
+            const SampleParameters own(x.parameters, x.layer, first + b + i, r);
+            states[i] = states_of(x, first + b + i, r, own.block, room + i * T * x.model.states * kLanes);
+            needed_words(x.layer.neurons)(states[i], x.model.states, T, x.threshold(own.block), x.layer.neurons.alpha,
+                                          words + i * T);
+        }
+        above.needed->run(r, above.grad.floats.at(0, b * T), words, count * T, tile);
     }
 
     // The input gradient of the layer above in the panel of a layer, in the order of the columns above.
-    void store_arrivals(const BackwardLayer& x, const ChunkInputGradient& above, int64_t samples) const {
+    void store_arrivals(const BackwardLayer& x, const BackwardLayer& above, int64_t samples) const {
         each_input_gradient(above, samples * s.steps, 2, [&](int64_t c, int64_t row, int64_t height, int worker) {
             input_gradient(above, c, row, height, x.arrivals.panel.at(c, row), worker);
         });
     }
 
     // The same, in the layer's own order.
-    void fill_arrivals(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) const {
+    void fill_arrivals(const BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) const {
         const int64_t T = s.steps;
         store_arrivals(x, above, samples);
         if (!x.arrivals.aligned)
@@ -578,25 +497,24 @@ struct BackwardPass {
             });
     }
 
-    void sweep_panel(const BackwardLayer& x, const ChunkInputGradient& above, int64_t first, int64_t samples) const {
+    void sweep_panel(const BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) const {
         const Panel<float>& panel = x.arrivals.panel;
-        const int64_t R = x.plan.rows.blocks, T = s.steps, rows = samples * T;
-        store_arrivals(x, above, samples);
-        const auto reorder = [&](int64_t row, int worker) {
-            if (!x.arrivals.aligned) x.arrivals.reorder(row, scratch + worker * scratch_size);
-        };
-        const auto sweep_row_block = [&](int64_t b, int64_t r, int worker) {
-            if (x.late.lanes) x.late.shift(s, first + b, r, panel.at(r, b * T));
-            sweep_block(x, first, b, r, panel.at(r, b * T), scratch + worker * scratch_size);
-        };
-        if (samples >= s.threads)  // one sample's panel (400 KB) stays in L2
-            return parallel(s.threads, samples, 1, [&](int64_t b, int worker) {
-                for (int64_t t = 0; t < T; ++t) reorder(b * T + t, worker);
-                for (int64_t r = 0; r < R; ++r) sweep_row_block(b, r, worker);
+        const int64_t R = x.plan.rows.blocks, T = s.steps;
+        if (samples < s.threads) {
+            fill_arrivals(x, above, first, samples);
+            return parallel(s.threads, samples * R, 4, [&](int64_t task, int worker) {
+                const int64_t b = task / R, r = task % R;
+                sweep_block(x, first, b, r, panel.at(r, b * T), scratch + worker * scratch_size);
             });
-        if (!x.arrivals.aligned) parallel(s.threads, rows, 8, reorder);
-        parallel(s.threads, samples * R, 4, [&](int64_t task, int worker) {
-            sweep_row_block(task / R, task % R, worker);
+        }
+        store_arrivals(x, above, samples);
+        parallel(s.threads, samples, 1, [&](int64_t b, int worker) {  // one sample's panel (400 KB) stays in L2
+            float* const room = scratch + worker * scratch_size;
+            for (int64_t t = 0; !x.arrivals.aligned && t < T; ++t) x.arrivals.reorder(b * T + t, room);
+            for (int64_t r = 0; r < R; ++r) {
+                if (x.late.lanes) x.late.shift(s, first + b, r, panel.at(r, b * T));
+                sweep_block(x, first, b, r, panel.at(r, b * T), room);
+            }
         });
     }
 
@@ -612,23 +530,21 @@ struct BackwardPass {
         for (int64_t t = T - 1; t >= (x.layer.state ? -1 : 0); --t) {
             const int after = (t + 1) & 1;
             const bool later = t + 1 < T;
-            const float* event_tiles = nullptr;
-            std::optional<InputProduct> product;
             if (later) {
                 by_events = v.by_events(v.words[after], samples);
                 if (by_events)
-                    event_tiles = v.gradient.event_tiles(s.threads);
+                    v.gradient.load_tiles(s.threads);
                 else
-                    product = v.product(rows, samples, t, T, s.threads);
+                    v.load_product(rows, samples, t, T, s.threads);
             }
             parallel(s.threads, R * groups, 1, [&](int64_t task, int) {
                 const int64_t r = task / groups, b = task % groups * group, count = least(group, samples - b);
-                if (product) product->run(r, v.current, v.bands, b, count, v.x.at(r, b));
-                for (int64_t i = b; event_tiles && i < b + count; ++i) {
+                if (later && !by_events) v.gradient.run(r, v.current, v.bands, b, count, v.x.at(r, b));
+                for (int64_t i = b; later && by_events && i < b + count; ++i) {
                     Vec sum[kVecs];
                     float* const lanes = v.x.at(r, i);
                     for (int k = 0; k < kVecs; ++k) sum[k] = all(beta) * load(lanes + k * W);
-                    add_events(v.plan, event_tiles, r, v.words[after] + i, v.values[after] + i * kLanes, v.samples, sum);
+                    add_events(v.plan, v.gradient.tiles, r, v.words[after] + i, v.values[after] + i * kLanes, v.samples, sum);
                     for (int k = 0; k < kVecs; ++k) store(lanes + k * W, sum[k]);
                 }
                 if (t < 0)
@@ -651,11 +567,7 @@ struct BackwardPass {
             load_states(s, x.layer, x.layer.grad_last, first + b, r, v.states + (r * v.samples + b) * size);
             if (x.weights.kind == Input::kHeld) zero(x.grad.floats.at(r, first + b), kLanes * sizeof(float));
         }
-        for (int64_t b = 0; b < samples; b += v.group()) {
-            const BlockGradient sums = x.block_gradient(v.sum_of(first, b), r);
-            zero(sums.current, kLanes * sizeof(float));
-            for (int k = 0; k < x.model.parameters; ++k) zero(sums.parameters[k], kLanes * sizeof(float));
-        }
+        for (int64_t b = 0; b < samples; b += v.group()) x.clear(v.sum_of(first, b), r);
     }
 
     // One step of block r of `samples` samples of the chunk, from sample b on.
@@ -686,11 +598,7 @@ struct BackwardPass {
         if (held) step.held = x.grad.floats.at(r, first + b);
         step.values = v.values[i] + at * kLanes;
         if (x.lists_events || v.event_limit > 0) step.words = v.words[i] + at;
-        if (!x.layer.dropped) v.steps.step(x.parameters.block(r), x.layer.neurons.alpha, samples, step);
-        for (int64_t j = 0; x.layer.dropped && j < samples; ++j) {
-            const SampleParameters own(x.parameters, x.layer, first + b + j, r);
-            v.steps.step(own.block, x.layer.neurons.alpha, 1, step.from(j, x.model.states));
-        }
+        v.steps.run(x.parameters, x.layer, first + b, samples, r, step);
         for (int64_t j = 0; x.lists_events && j < samples; ++j) {
             const BlockEvents list = event_lists.of(r, b + j);
             const int64_t count = __builtin_popcountll(step.words[j]);
@@ -718,7 +626,7 @@ struct BackwardPass {
     }
 
     // The states of block r of a sample at all steps. Those of a layer whose input is held are computed anew, in `room`.
-    const float* states_of(const BackwardLayer& x, int64_t sample, int64_t r, const BlockParameters& own, float* room) const {
+    const float* states_of(const BackwardLayer& x, int64_t sample, int64_t r, const LaneParameters& own, float* room) const {
         if (x.weights.kind != Input::kHeld) return kept_states(s, x.layer, sample, r);
         const StoredCurrent current{kept_currents(s, x.layer, sample, r), 0};
         alignas(64) float states[kMostStates * kLanes];
@@ -750,104 +658,89 @@ struct BackwardPass {
     // [T][64], or null. `states` are those of states_of(); null: they are found in `room`.
     void sweep_block(const BackwardLayer& x, int64_t first, int64_t b, int64_t r, const float* arrived, float* room,
                      const float* states = nullptr) const {
-        const int64_t sample = first + b;
+        const int64_t sample = first + b, T = s.steps;
+        const bool held = x.weights.kind == Input::kHeld;
         BlockGradient out = x.block_gradient(sample, r);
+        out.reached = x.reached + sample * x.plan.rows.blocks + r;
         alignas(64) float first_states[kMostStates * kLanes], edge[kMostStates * kLanes];
         if (x.layer.state) load_states(s, x.layer, x.layer.state, sample, r, first_states), out.first = first_states;
         if (x.layer.grad_last || x.layer.grad_state) load_states(s, x.layer, x.layer.grad_last, sample, r, edge), out.edge = edge;
-        sweep_states(x, b, sample, r, arrived, out, room, states);
+        const SampleParameters own(x.parameters, x.layer, sample, r);
+        if (!states) states = states_of(x, sample, r, own.block, room);
+        if (!held) out.rows = x.grad.floats.at(r, b * T);
+        if (!held && x.wants_halves()) out.halves = x.grad.halves.at(r, b * T);
+        if (!held && x.lists_events) out.events = event_lists.of(r, b);
+        x.sweep({arrived, x.constant_of(sample, r)}, states, T, own.block, x.layer.neurons.alpha, out);
+        for (int v = 0; held && v < kVecs; ++v) {
+            const Vec g = load(out.current + v * W);
+            store(x.grad.floats.at(r, sample) + v * W, g);
+            if (x.grad.halves.data) store(x.grad.halves.at(r, sample) + v * W, g);
+        }
         if (x.layer.grad_state) store_states(s, x.layer, edge, sample, r, x.layer.grad_state);
     }
 
-    // The same, with everything that the sweep reads and writes.
-    void sweep_states(const BackwardLayer& x, int64_t b, int64_t sample, int64_t r, const float* arrived, BlockGradient& out,
-                      float* room, const float* states) const {
-        const int64_t T = s.steps;
-        const SampleParameters own(x.parameters, x.layer, sample, r);
-        if (!states) states = states_of(x, sample, r, own.block, room);
-        const Upstream upstream{arrived, x.constant_of(sample, r)};
-        if (x.weights.kind == Input::kHeld) {
-            x.sweep(upstream, states, T, own.block, x.layer.neurons.alpha, out);
-            for (int v = 0; v < kVecs; ++v) {
-                const Vec g = load(out.current + v * W);
-                store(x.grad.floats.at(r, sample) + v * W, g);
-                if (x.grad.halves.data) store(x.grad.halves.at(r, sample) + v * W, g);
-            }
-            return;
-        }
-        out.rows = x.grad.floats.at(r, b * T);
-        if (x.wants_halves()) out.halves = x.grad.halves.at(r, b * T);
-        if (x.lists_events) out.events = event_lists.of(r, b);
-        x.sweep(upstream, states, T, own.block, x.layer.neurons.alpha, out);
-    }
-
     // From ∂L/∂I of layer l: ∂L/∂W, how to compute ∂L/∂(input) and, in the first layer, ∂L/∂x.
-    ChunkInputGradient hand_down(size_t l, int64_t first, int64_t samples, int64_t steps) {
+    void hand_down(size_t l, int64_t first, int64_t samples, int64_t steps) {
         BackwardLayer& x = layers[l];
         const bool recurrent = x.recurrent && x.weights.kind != Input::kHeld;
-        ChunkInputGradient result{};
         CurrentGradient grad{x.grad.floats, {}, x.reached_in(first, samples)};
-        if (x.input_gradient) result = choose(x, grad.reached, samples, steps);
-        if ((result.product && x.input_gradient->sparse()) || x.weights.by_batch || (recurrent && x.recurrent_weights->by_batch))
+        if (x.input_gradient) choose(x, grad.reached, samples, steps);
+        const bool banded = x.input_gradient && x.way == Way::kProduct && x.input_gradient->sparse();
+        if (banded || x.weights.by_batch || (recurrent && x.recurrent_weights->by_batch))
             grad.bands = fill_bands(grad.rows, x.lanes(), samples * steps);
-        result.bands = grad.bands;
+        x.bands = grad.bands;
         weight_gradient(x.weights, grad, first, samples, steps);
         if (recurrent) weight_gradient(*x.recurrent_weights, grad, first, samples, steps);
-        if (l == 0 && s.grad_x) store_input_gradient(result, first, samples, steps);
-        return result;
+        if (l == 0 && s.grad_x) store_input_gradient(x, first, samples, steps);
     }
 
     // Adds what the samples of a chunk give, of whose currents `of` is the gradient.
-    void weight_gradient(const WeightGradient& x, const CurrentGradient& of, int64_t first, int64_t samples, int64_t steps) {
+    void weight_gradient(WeightGradient& x, const CurrentGradient& of, int64_t first, int64_t samples, int64_t steps) const {
         const Panel<float>& grad = of.rows;
         if (x.by_batch) return weight_gradient_by_batch(x, of, first, samples, steps);
         const Plan& plan = x.plan();
         const int64_t C = plan.cols.blocks;
         if (x.by_subsets) {
-            row_bits.load(x.layer.inputs + first * C * steps, C, samples, steps, s.threads);
+            x.row_bits.load(x.layer.inputs + first * C * steps, C, samples, steps, s.threads);
             const int strips = kLanes / plan.rows.strip;
             return parallel(s.threads, plan.rows.blocks * strips, 1, [&](int64_t strip, int) {
                 const uint64_t lanes = (uint64_t{1} << plan.rows.strip) - 1;
                 if (!(of.reached[strip / strips] >> (strip % strips * plan.rows.strip) & lanes)) return;
                 (plan.rows.strip == 16 ? subset_gradient<16> : subset_gradient<32>)(
-                    plan, strip, row_bits, grad.at(strip / strips, 0), samples * steps, x.tiles);
+                    plan, strip, x.row_bits, grad.at(strip / strips, 0), samples * steps, x.tiles);
             });
         }
-        const Panel<float> panel{panel_memory, grad.rows};
         const bool by_events = x.kind == Input::kEvents;
         if (by_events)
             parallel(s.threads, C, 1, [&](int64_t c, int worker) {
-                events->load(c, x.layer.inputs + (first * C + c) * steps, samples, steps, C * steps,
-                             bits + worker * EventsByLane::scratch_words(chunks.samples, steps));
+                x.events->load(c, x.layer.inputs + (first * C + c) * steps, samples, steps, C * steps, worker);
             });
         else
-            fill_panel(s, x.layer, x.kind, first, samples, panel);
+            fill_panel(s, x.layer, x.kind, first, samples, x.panel);
         const bool strips = by_events && events_by_strip(s, x.layer, false);
         parallel(s.threads, plan.tiles, 2, [&](int64_t tile, int) {
             const int64_t row = plan.tile_row[tile], col = plan.tile_col[tile];
             if (!of.reached[row]) return;
             float* const sum = x.tiles + tile * kTile;
             if (strips)
-                (plan.rows.strip == 16 ? strip_gradient<16> : strip_gradient<32>)(*events, plan, tile, grad.at(row, 0), sum);
+                (plan.rows.strip == 16 ? strip_gradient<16> : strip_gradient<32>)(*x.events, plan, tile, grad.at(row, 0), sum);
             else if (by_events)
-                event_gradient(*events, col, plan.tile_sources[tile], grad.at(row, 0), sum);
+                event_gradient(*x.events, col, plan.tile_sources[tile], grad.at(row, 0), sum);
             else
-                outer(panel.at(col, 0), grad.at(row, 0), samples * steps, sum);
+                outer(x.panel.at(col, 0), grad.at(row, 0), samples * steps, sum);
         });
     }
 
-    void weight_gradient_by_batch(const WeightGradient& x, const CurrentGradient& grad, int64_t first, int64_t samples,
-                                  int64_t steps) {
+    void weight_gradient_by_batch(WeightGradient& x, const CurrentGradient& grad, int64_t first, int64_t samples,
+                                  int64_t steps) const {
         const int64_t C = x.plan().cols.blocks, rows = samples * steps, count = divide_up(rows, kLanes);
         const int64_t lanes = static_cast<int64_t>(x.plan().rows.blocks) * kLanes;
         const bool spikes = x.spikes();
-        const Bands input_bands{input_band_memory, C * kLanes};
         if (spikes) {
-            row_bits.load(x.layer.inputs + first * C * steps, C, samples, steps, s.threads);
+            x.row_bits.load(x.layer.inputs + first * C * steps, C, samples, steps, s.threads);
         } else {
-            const Panel<float> panel{panel_memory, grad.rows.rows};
-            fill_panel(s, x.layer, x.kind, first, samples, panel);
-            input_bands.fill(panel, rows, s.threads);
+            fill_panel(s, x.layer, x.kind, first, samples, x.panel);
+            x.bands.fill(x.panel, rows, s.threads);
         }
         const WeightList& list = x.plan().by_row;
         parallel(s.threads, lanes, 16, [&](int64_t lane, int worker) {
@@ -856,15 +749,15 @@ struct BackwardPass {
             for (int64_t band = 0; band < count; ++band)
                 __builtin_memcpy(e + band * kLanes, grad.bands.at(band, lane), kLanes * sizeof(float));
             if (spikes)
-                spike_outer(list, lane, row_bits, e, x.layer.grad_values);
+                spike_outer(list, lane, x.row_bits, e, x.layer.grad_values);
             else
-                dense_outer(list, lane, input_bands, count, e, x.layer.grad_values);
+                dense_outer(list, lane, x.bands, count, e, x.layer.grad_values);
         });
     }
 
     // ∂L/∂x of rows of the first layer, to the user's matrix.
-    void store_input_gradient(const ChunkInputGradient& x, int64_t first, int64_t samples, int64_t steps) const {
-        const Axis& axis = x.layer->plan.cols;
+    void store_input_gradient(const BackwardLayer& x, int64_t first, int64_t samples, int64_t steps) const {
+        const Axis& axis = x.plan.cols;
         each_input_gradient(x, samples * steps, 1, [&](int64_t block, int64_t row, int64_t height, int worker) {
             float* out = scratch + worker * scratch_size + states_size;
             input_gradient(x, block, row, height, out, worker);
@@ -878,23 +771,11 @@ struct BackwardPass {
 
     // Turns the sums over all chunks into the gradients of weights and parameters.
     void finish(const BackwardLayer& x) const {
-        const Axis& axis = x.plan.rows;
-        const auto neuron = [&](int64_t i) { return axis.neuron[i]; };
-        const auto gradient = [&](const Parameter& parameter, bool decay, const float* sums) {
-            parameter_gradient(parameter, decay, {sums, x.parts, kLanes, x.lanes(), x.parts * kLanes}, neuron, axis.size,
-                               s.threads, totals);
-        };
-        if (x.event_rows)
-            x.layer.gradient_event_rate = static_cast<double>(x.events) / static_cast<double>(x.event_rows * axis.size);
         x.weights.finish(s.threads);
         if (x.recurrent) x.recurrent_weights->finish(s.threads);
-        gradient({x.layer.bias, x.layer.grad_bias, true}, false, x.current_sum);
         if (x.late.learned)
-            parameter_gradient({nullptr, x.late.above->grad_delays, true}, false,
-                               {x.late.learned, s.batch, kLanes, x.lanes(), s.batch * kLanes}, neuron, axis.size, s.threads,
-                               totals);
-        for (int k = 0; k < x.model.parameters; ++k)
-            gradient(x.layer.neurons.parameters[k], x.model.decays[k], x.parameter_sums[k]);
+            lane_gradient({nullptr, x.late.above->grad_delays, true}, false, x.plan.rows, x.late.learned, s.batch, s.threads, totals);
+        x.LayerBackward::finish(s, totals);
     }
 };
 

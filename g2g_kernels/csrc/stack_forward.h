@@ -3,32 +3,20 @@
 #pragma once
 
 #include "batch.h"
-#include "chunks.h"
 #include "events.h"
+#include "parallel.h"
 #include "product.h"
 #include "recurrent.h"
 #include "stack.h"
 
 namespace g2g::G2G_ISA {
 
-// The weights of a layer's forward product in the form that its input needs.
-struct ForwardWeights {
-    float* tiles = nullptr;
-    uint16_t* pairs = nullptr;
-    Tap* taps = nullptr;  // one by one, if units are small
-    ForwardWeights(const Plan& plan, bool bf16, Arena& arena) {
-        tiles = arena.take<float>(static_cast<size_t>(plan.tiles) * kTile);
-        if (bf16) pairs = arena.take<uint16_t>(static_cast<size_t>(plan.tiles) * kTile);
-        taps = arena.take<Tap>(plan.by_row.source.size());
-    }
-    Weights product(const Plan& plan) const { return {&plan.forward, plan.rows.strip, tiles, pairs, kForwardPartial}; }
-};
-
-// x [T, B, in] as spike words of layer 0, if it holds nothing but 0 and 1; adds the number of ones.
-inline bool pack_input(const Stack& s, int64_t* ones, int64_t* counts) {
+// x [T, B, in] as spike words of layer 0, if it holds nothing but 0 and 1, which `x_spikes` then says; returns the share of ones.
+inline double pack_input(Stack& s, int64_t* counts) {
     const Axis& axis = s.layers[0].plan->cols;
-    bool spikes = true;
-    for (int64_t begin = 0; spikes && begin < s.batch; begin += 16) {
+    int64_t ones = 0;
+    s.x_spikes = true;
+    for (int64_t begin = 0; s.x_spikes && begin < s.batch; begin += 16) {
         const int64_t samples = least(16, s.batch - begin);
         parallel(s.threads, axis.blocks * samples, 4, [&](int64_t task, int) {
             const int64_t b = begin + task / axis.blocks, block = task % axis.blocks;
@@ -36,37 +24,94 @@ inline bool pack_input(const Stack& s, int64_t* ones, int64_t* counts) {
             counts[task] = pack_block(axis, block, s.x, Rows{b, s.steps, s.batch, axis.size}, s.steps, words);
         });
         for (int64_t task = 0; task < axis.blocks * samples; ++task) {
-            spikes = spikes && counts[task] != kNoSpikes;
-            *ones += counts[task];
+            s.x_spikes = s.x_spikes && counts[task] != kNoSpikes;
+            ones += counts[task];
         }
     }
-    return spikes;
+    return static_cast<double>(ones) / (static_cast<double>(s.batch) * s.steps * axis.size);
 }
 
-// The forward pass of one layer.
+// The forward pass of one layer, and memory for it.
 struct ForwardLayer {
     const Stack& stack;
-    const Layer& layer;
-    Input kind;
-    const LayerParameters& parameters;
-    const ForwardWeights& weights;
-    const DualPanel& panel;
-    const Bands& bands;          // of a held input, for products by batch
-    const SpikeGroups& groups;   // of spikes, for the same
-    bool by_batch, by_subsets;
-    float* counts;   // spikes over all steps, [B][row blocks][64]
-    float* scratch;  // currents, `scratch_size` floats per worker
+    Layer& layer;
+    const Plan& plan;
+    Layer* lower;             // the layer below, or null
+    bool held;                // its input is
+    LayerParameters parameters;
     int64_t scratch_size;
-    float* states;   // of a recurrent layer, by step (recurrent.h)
-    float* held;     // of a recurrent layer whose input is held: its currents, [row blocks][B][64]
+    float* scratch;           // currents, `scratch_size` floats per worker
+    float* counts;            // spikes over all steps, [B][row blocks][64]
+    double* totals;
+    float* tiles;             // the weights, in the form that the input needs
+    uint16_t* pairs = nullptr;
+    Tap* taps;                // one by one, if units are small
+    DualPanel panel;
+    Bands bands;              // of a held input, for products by batch
+    SpikeGroups groups;       // of spikes, for the same
+    float* states;            // of a recurrent layer, by step (recurrent.h)
+    float *held_current = nullptr, *recurrent_tiles = nullptr;  // of the same: where its input is held, [row blocks][B][64]
+    uint64_t* begin = nullptr;  // of the same, room for [B][row blocks]: the spikes before the first step
+    Input kind{};
+    bool by_batch = false, by_subsets = false;
 
-    const Plan& plan() const { return *layer.plan; }
+    ForwardLayer(const Stack& s, int l, Arena& arena)
+        : stack(s),
+          layer(s.layers[l]),
+          plan(*layer.plan),
+          lower(l ? &s.layers[l - 1] : nullptr),
+          held(!l && s.held),
+          parameters(layer, arena),
+          scratch_size(most(kTile, Chunks(s.batch, s.steps).group * s.steps * kLanes)),
+          panel(plan.cols.blocks, held ? s.batch : Chunks(s.batch, s.steps).rows(), s.bf16, arena),
+          states(layer.states) {
+        const int64_t blocks = static_cast<int64_t>(s.batch) * plan.rows.blocks, lanes = plan.cols.blocks * int64_t{kLanes};
+        const bool small = !plan.by_row.empty() && s.batch >= kSamples;
+        if (small) scratch_size = most(scratch_size, 2 * kSamples * s.steps * kLanes);
+        if (!plan.granules.list.empty())
+            scratch_size = most(scratch_size, subset_samples(s.batch, s.steps) * s.steps * kLanes);
+        scratch = arena.take<float>(scratch_size * s.threads);
+        counts = arena.take<float>(blocks * kLanes);
+        totals = arena.take<double>(static_cast<size_t>(plan.rows.blocks) * kLanes);
+        tiles = arena.take<float>(static_cast<size_t>(plan.tiles) * kTile);
+        if (s.bf16) pairs = arena.take<uint16_t>(static_cast<size_t>(plan.tiles) * kTile);
+        taps = arena.take<Tap>(plan.by_row.source.size());
+        bands.lanes = groups.lanes = lanes, groups.steps = s.steps;
+        if (small && held) bands.data = arena.take<float>(Bands::size(lanes, s.batch));
+        if (small && !held) groups.bits = arena.take<uint16_t>(SpikeGroups::size(s.batch, lanes, s.steps));
+        if (!layer.recurrent) return;
+        if (!states) states = arena.take<float>(blocks * s.steps * model_info(layer.neurons).states * kLanes);
+        if (held) held_current = arena.take<float>(blocks * kLanes);
+        recurrent_tiles = arena.take<float>(static_cast<size_t>(layer.recurrent->tiles) * kTile);
+        begin = arena.take<uint64_t>(blocks);
+    }
+
+    // Returns the share of ones among its spikes, from that among its inputs.
+    double run(int l, double rate) {
+        if (lower && layer.inputs != lower->spikes)
+            reorder_words(stack, *lower, plan.cols, layer.delays, layer.inputs);
+        layer.input_rate = rate;
+        kind = input_kind(stack, l, true);
+        by_batch = g2g::G2G_ISA::by_batch(stack, layer, kind, true);
+        by_subsets = !by_batch && g2g::G2G_ISA::by_subsets(stack, layer, kind, true);
+        if (by_batch)
+            load_taps(plan.by_row, layer.values, stack.threads, taps);
+        else if (kind == Input::kEvents || by_subsets || !stack.bf16)
+            load_tiles<kByRow>(plan, layer.values, stack.threads, tiles);
+        else
+            load_tiles<kByRow>(plan, layer.values, stack.threads, pairs);
+        const bool events = kind == Input::kEvents && !by_batch && !by_subsets;
+        if (!layer.recurrent || !events) multiply();
+        if (layer.recurrent) run_steps(events);
+        const double spikes = sum_rates(stack, layer, counts, totals);
+        return spikes / (static_cast<double>(stack.batch) * stack.steps * plan.rows.size);
+    }
 
     // The neurons of block r of sample b over all steps; those of a recurrent layer wait for one another (recurrent.h), so
     // that only their currents are stored.
     template <class Current>
     void neurons(ForwardSweep<Current> sweep, const Current& current, int64_t b, int64_t r) const {
-        const int64_t block = b * plan().rows.blocks + r;
+        const int64_t block = b * plan.rows.blocks + r;
         if (layer.recurrent) return store_currents(current, b, r);
         alignas(64) float edge[kMostStates * kLanes];
         load_states(stack, layer, layer.state, b, r, edge);
@@ -82,212 +127,165 @@ struct ForwardLayer {
         for (int64_t t = 0; t < (held ? 1 : stack.steps); ++t) {
             Vec input[kVecs];
             current(t, input);
-            float* out = held ? held + (r * stack.batch + b) * kLanes : step_states(stack, layer, states, r, t, b) + membrane;
+            float* out = held ? held_current + (r * stack.batch + b) * kLanes : step_states(stack, layer, states, r, t, b) + membrane;
             for (int v = 0; v < kVecs; ++v) store(out + v * W, input[v]);
         }
     }
 
-    void run() const {
-        if (by_batch) return kind == Input::kHeld ? run_held_by_batch() : run_spikes_by_batch();
-        if (by_subsets) return plan().rows.strip == 16 ? run_subsets<16>() : run_subsets<32>();
-        if (kind == Input::kEvents) return run_events();
-        if (kind == Input::kHeld) return run_held();
-        run_dense();
-    }
-
-    void run_events() const {
+    void multiply() const {
+        if (by_batch) return held ? run_held_by_batch() : run_spikes_by_batch();
+        if (by_subsets) return run_subsets();
+        if (kind != Input::kEvents) return run_product();
         if (!events_by_strip(stack, layer, true)) return run_events<EventCurrent>();
-        if (plan().rows.strip == 16) return run_events<StripCurrent<16>>();
+        if (plan.rows.strip == 16) return run_events<StripCurrent<16>>();
         run_events<StripCurrent<32>>();
     }
 
     template <class Current>
     void run_events() const {
         const auto sweep = forward_sweep<Current>(layer.neurons);
-        const int64_t C = plan().cols.blocks, T = stack.steps, B = stack.batch;
-        parallel(stack.threads, plan().rows.blocks * B, least(32, B), [&](int64_t task, int) {
+        const int64_t C = plan.cols.blocks, T = stack.steps, B = stack.batch;
+        parallel(stack.threads, plan.rows.blocks * B, least(32, B), [&](int64_t task, int) {
             const int64_t r = task / B, b = task % B;
             const uint64_t* words = layer.inputs + b * C * T;
-            neurons(sweep, Current{{&plan(), r, words, T, weights.tiles, parameters.bias + r * kLanes}}, b, r);
+            neurons(sweep, Current{{&plan, r, words, T, tiles, parameters.bias + r * kLanes}}, b, r);
         });
     }
 
-    // The currents of some samples of a block at once.
-    template <int L>
+    // The neurons of `count` samples from `first` on, whose currents(r, sample, samples, room) gives for some of them at once, of
+    // block r; `row_blocks`: one block of rows after the other, else one group of samples.
+    template <class F>
+    void each_group(int64_t first, int64_t count, int64_t group, bool row_blocks, int64_t grain, const F& currents) const {
+        const auto sweep = forward_sweep<StoredCurrent>(layer.neurons);
+        const int64_t R = plan.rows.blocks, parts = divide_up(count, group), stride = held ? 0 : kLanes;
+        parallel(stack.threads, R * parts, grain, [&](int64_t task, int worker) {
+            const int64_t r = row_blocks ? task / parts : task % R, b = (row_blocks ? task % parts : task / R) * group;
+            const int64_t samples = least(group, count - b);
+            const float* own = currents(r, b, samples, scratch + worker * scratch_size);
+            for (int64_t i = 0; i < samples; ++i, own += held ? kLanes : stack.steps * kLanes)
+                neurons(sweep, StoredCurrent{own, stride}, first + b + i, r);
+        });
+    }
+
     void run_subsets() const {
-        const auto sweep = forward_sweep<StoredCurrent>(layer.neurons);
-        const int64_t R = plan().rows.blocks, C = plan().cols.blocks, T = stack.steps;
-        const int64_t most_samples = subset_samples(stack.batch, T), groups = divide_up(stack.batch, most_samples);
-        parallel(stack.threads, R * groups, 1, [&](int64_t task, int worker) {
-            const int64_t r = task / groups, first = task % groups * most_samples;
-            const int64_t samples = least(most_samples, stack.batch - first);
-            float* currents = scratch + worker * scratch_size;
-            subset_currents<L>(plan(), r, weights.tiles, parameters.bias + r * kLanes, layer.inputs + first * C * T, samples, T,
-                               currents);
-            for (int64_t i = 0; i < samples; ++i)
-                neurons(sweep, StoredCurrent{currents + i * T * kLanes, kLanes}, first + i, r);
+        const int64_t C = plan.cols.blocks, T = stack.steps;
+        const auto sum = plan.rows.strip == 16 ? subset_currents<16> : subset_currents<32>;
+        each_group(0, stack.batch, subset_samples(stack.batch, T), true, 1, [&](int64_t r, int64_t b, int64_t samples, float* room) {
+            sum(plan, r, tiles, parameters.bias + r * kLanes, layer.inputs + b * C * T, samples, T, room);
+            return room;
         });
     }
 
-    // The currents of 16 samples of a block at once; the neurons as by events.
     void run_spikes_by_batch() const {
-        const auto sweep = forward_sweep<StoredCurrent>(layer.neurons);
-        const int64_t R = plan().rows.blocks, T = stack.steps, size = kSamples * T * kLanes;
         groups.load(layer.inputs, stack.batch, stack.threads);
-        parallel(stack.threads, R * divide_up(stack.batch, kSamples), 1, [&](int64_t task, int worker) {
-            const int64_t r = task % R, first = task / R * kSamples;
-            float* currents = scratch + worker * scratch_size;
-            spike_currents(plan().by_row, weights.taps, r, groups.group(task / R), parameters.bias + r * kLanes,
-                           currents + size, currents);
-            for (int64_t i = 0; i < least(kSamples, stack.batch - first); ++i) {
-                neurons(sweep, StoredCurrent{currents + i * T * kLanes, kLanes}, first + i, r);
-            }
-        });
-    }
-
-    // One product per sample, 64 samples of a block at once.
-    void run_held_by_batch() const {
-        const auto sweep = forward_sweep<StoredCurrent>(layer.neurons);
-        const int64_t R = plan().rows.blocks;
-        fill_panel(stack, layer, kind, 0, stack.batch, panel.floats);
-        bands.fill(panel.floats, stack.batch, stack.threads);
-        parallel(stack.threads, R * divide_up(stack.batch, kLanes), 1, [&](int64_t task, int) {
-            const int64_t r = task % R, first = task / R * kLanes;
-            const int32_t* tap = plan().by_row.first.data() + r * kLanes;
-            alignas(64) float sum[kTile], currents[kTile];
-            for (int lane = 0; lane < kLanes; ++lane)
-                dense_sum(weights.taps + tap[lane], weights.taps + tap[lane + 1], bands.at(task / R, 0),
-                          parameters.bias[r * kLanes + lane], sum + lane * kLanes);
-            transpose(sum, kLanes, currents);
-            for (int64_t i = 0; i < least(kLanes, stack.batch - first); ++i) {
-                float* own = currents + i * kLanes;
-                if (layer.currents) __builtin_memcpy(kept_currents(stack, layer, first + i, r), own, kLanes * sizeof(float));
-                neurons(sweep, StoredCurrent{own, 0}, first + i, r);
-            }
+        each_group(0, stack.batch, kSamples, false, 1, [&](int64_t r, int64_t b, int64_t, float* room) {
+            spike_currents(plan.by_row, taps, r, groups.from(b / kSamples), parameters.bias + r * kLanes,
+                           room + kSamples * stack.steps * kLanes, room);
+            return room;
         });
     }
 
     // One product per sample, independent of T.
-    void run_held() const {
-        const auto sweep = forward_sweep<StoredCurrent>(layer.neurons);
-        const Weights product_weights = weights.product(plan());
+    void run_held_by_batch() const {
         fill_panel(stack, layer, kind, 0, stack.batch, panel.floats);
-        panel.convert(plan().cols.blocks, stack.batch, stack.threads);
-        constexpr int64_t group = 2 * kGroupRows;
-        const int64_t groups = divide_up(stack.batch, group);
-        parallel(stack.threads, plan().rows.blocks * groups, 1, [&](int64_t task, int worker) {
-            const int64_t r = task / groups, first = task % groups * group;
-            const int64_t samples = least(group, stack.batch - first);
-            float* currents = layer.currents ? kept_currents(stack, layer, first, r) : scratch + worker * scratch_size;
-            product(product_weights, r, panel.floats, panel.halves, first, samples, {parameters.bias + r * kLanes, 0},
-                    currents);
-            for (int64_t i = 0; i < samples; ++i)
-                neurons(sweep, StoredCurrent{currents + i * kLanes, 0}, first + i, r);
+        bands.fill(panel.floats, stack.batch, stack.threads);
+        each_group(0, stack.batch, kLanes, false, 1, [&](int64_t r, int64_t b, int64_t samples, float* room) {
+            const int32_t* tap = plan.by_row.first.data() + r * kLanes;
+            alignas(64) float sum[kTile];
+            for (int lane = 0; lane < kLanes; ++lane)
+                dense_sum(taps + tap[lane], taps + tap[lane + 1], bands.at(b / kLanes, 0), parameters.bias[r * kLanes + lane],
+                          sum + lane * kLanes);
+            transpose(sum, kLanes, room);
+            if (layer.currents) __builtin_memcpy(kept_currents(stack, layer, b, r), room, samples * kLanes * sizeof(float));
+            return room;
         });
     }
 
-    void run_dense() const {
-        const auto sweep = forward_sweep<StoredCurrent>(layer.neurons);
-        const Weights product_weights = weights.product(plan());
-        const int64_t T = stack.steps;
-        const Chunks chunks(stack.batch, T);
-        for (int64_t begin = 0; begin < stack.batch; begin += chunks.samples) {
-            const int64_t samples = least(chunks.samples, stack.batch - begin);
-            const int64_t groups = divide_up(samples, chunks.group);
-            fill_panel(stack, layer, kind, begin, samples, panel.floats);
-            panel.convert(plan().cols.blocks, samples * T, stack.threads);
-            parallel(stack.threads, plan().rows.blocks * groups, 4, [&](int64_t task, int worker) {
-                const int64_t r = task / groups, first = task % groups * chunks.group;
-                const int64_t count = least(chunks.group, samples - first);
-                float* currents = scratch + worker * scratch_size;
-                product(product_weights, r, panel.floats, panel.halves, first * T, count * T,
-                        {parameters.bias + r * kLanes, 0}, currents);
-                for (int64_t i = 0; i < count; ++i)
-                    neurons(sweep, StoredCurrent{currents + i * T * kLanes, kLanes}, begin + first + i, r);
+    // Of a held input once per sample.
+    void run_product() const {
+        const Weights weights{&plan.forward, plan.rows.strip, tiles, pairs, kForwardPartial};
+        const int64_t B = stack.batch, steps = held ? 1 : stack.steps;
+        const Chunks chunks(B, stack.steps);
+        const int64_t most_samples = held ? B : chunks.samples, group = held ? 2 * kGroupRows : chunks.group;
+        for (int64_t first = 0; first < B; first += most_samples) {
+            const int64_t count = least(most_samples, B - first);
+            fill_panel(stack, layer, kind, first, count, panel.floats);
+            panel.convert(plan.cols.blocks, count * steps, stack.threads);
+            each_group(first, count, group, true, held ? 1 : 4, [&](int64_t r, int64_t b, int64_t samples, float* room) {
+                float* const own = layer.currents ? kept_currents(stack, layer, b, r) : room;
+                product(weights, r, panel.floats, panel.halves, b * steps, samples * steps, {parameters.bias + r * kLanes, 0}, own);
+                return own;
             });
         }
+    }
+
+    // All neurons of a recurrent layer, one step after the other; by `events`, each step visits the spikes from below, too.
+    void run_steps(bool events) const {
+        const int64_t R = plan.rows.blocks, B = stack.batch;
+        const auto step = forward_step(layer.neurons);
+        load_tiles<kByRow>(*layer.recurrent, layer.recurrent_values, stack.threads, recurrent_tiles);
+        const SpikeCurrents below(plan, tiles), own(*layer.recurrent, recurrent_tiles);
+        for (int64_t block = 0; layer.state && block < B * R; ++block)
+            begin[block] = first_word(stack, layer, parameters, block / R, block % R);
+        each_part_of_batch(B, 1, stack.threads, [&](int64_t first, int64_t samples, int threads, int) {
+            const int64_t parts = divide_up(samples, kStepSamples);
+            for (int64_t t = 0; t < stack.steps; ++t)
+                parallel(threads, R * parts, 1, [&](int64_t task, int) {
+                    const int64_t r = task / parts, b = task % parts * kStepSamples;
+                    run_step(*step, events ? &below : nullptr, own, r, t, first + b, least(kStepSamples, samples - b));
+                });
+        });
+        parallel(stack.threads, B * R, 16, [&](int64_t block, int) {
+            count_spikes(layer.spikes + block * stack.steps, stack.steps, counts + block * kLanes);
+        });
+    }
+
+    void run_step(decltype(step_forward<Lif, kSubtract>)& step, const SpikeCurrents* below, const SpikeCurrents& recurrent,
+                  int64_t r, int64_t t, int64_t first, int64_t samples) const {
+        const int64_t R = plan.rows.blocks, C = plan.cols.blocks, T = stack.steps;
+        const int64_t size = model_info(layer.neurons).states * kLanes;
+        alignas(64) float current[kStepSamples * kLanes], initial[kStepSamples * kMostStates * kLanes];
+        float* const now = step_states(stack, layer, states, r, t, first);
+        for (int64_t i = 0; i < samples; ++i) {
+            const int64_t b = first + i;
+            float* const own = current + i * kLanes;
+            const float* start = held ? held_current + (r * stack.batch + b) * kLanes : now + (i + 1) * size - kLanes;
+            if (below) {
+                below->sum(*below, r, layer.inputs + b * C * T, T, t, parameters.bias + r * kLanes, own);
+                start = own;
+            }
+            if (t)
+                recurrent.sum(recurrent, r, layer.spikes + b * R * T, T, t - 1, start, own);
+            else if (layer.state)
+                recurrent.sum(recurrent, r, begin + b * R, 1, 0, start, own);
+            else if (start != own)
+                __builtin_memcpy(own, start, kLanes * sizeof(float));
+            if (!t) load_states(stack, layer, layer.state, b, r, initial + i * size);
+        }
+        const float* before = t ? now - stack.batch * size : initial;
+        const ForwardStep all{current, before, size, now, size, layer.spikes + (first * R + r) * T + t, R * T};
+        each_sample(parameters, layer, first, samples, r, [&](const LaneParameters& own, int64_t begin, int64_t end) {
+            step(own, begin, end, all);
+        });
+        for (int64_t i = 0; t + 1 == T && layer.last && i < samples; ++i)
+            store_states(stack, layer, now + i * size, first + i, r, layer.last);
     }
 };
 
 inline void stack_forward(Stack& s, Arena& arena) {
-    const Chunks chunks(s.batch, s.steps);
-    const size_t input_blocks = s.layers[0].plan->cols.blocks;
-    int64_t* ones = arena.take<int64_t>(input_blocks * 16);
-    int64_t scratch_size = most(2 * kGroupRows, chunks.group * s.steps) * kLanes;
-    for (int l = 0; l < s.count; ++l) {
-        if (!s.layers[l].plan->by_row.empty() && s.batch >= kSamples)
-            scratch_size = most(scratch_size, 2 * kSamples * s.steps * kLanes);
-        if (!s.layers[l].plan->granules.list.empty())
-            scratch_size = most(scratch_size, subset_samples(s.batch, s.steps) * s.steps * kLanes);
-    }
-    float* scratch = arena.take<float>(scratch_size * s.threads);
-
-    double rate = 0;
-    if (arena.base && !s.held) {
-        int64_t spikes = 0;
-        s.x_spikes = pack_input(s, &spikes, ones);
-        rate = static_cast<double>(spikes) / (static_cast<double>(s.batch) * s.steps * s.layers[0].plan->cols.size);
-    }
+    int64_t* ones = arena.take<int64_t>(s.layers[0].plan->cols.blocks * int64_t{16});
+    double rate = arena.base && !s.held ? pack_input(s, ones) : 0;
     const size_t kept = arena.used;
     size_t needed = kept;
     for (int l = 0; l < s.count; ++l) {
         arena.used = kept;  // one layer after the other, in the same memory
-        Layer& layer = s.layers[l];
-        const Plan& plan = *layer.plan;
-        const LayerParameters parameters(layer, arena);
-        float* counts = arena.take<float>(static_cast<size_t>(s.batch) * plan.rows.blocks * kLanes);
-        double* totals = arena.take<double>(static_cast<size_t>(plan.rows.blocks) * kLanes);
-        const ForwardWeights weights(plan, s.bf16, arena);
-        const DualPanel panel(plan.cols.blocks, l == 0 && s.held ? s.batch : chunks.rows(), s.bf16, arena);
-        const bool held = l == 0 && s.held, small = !plan.by_row.empty() && s.batch >= kSamples;
-        const int64_t lanes = static_cast<int64_t>(plan.cols.blocks) * kLanes;
-        Bands bands{nullptr, lanes};
-        SpikeGroups groups{nullptr, lanes, s.steps};
-        if (small && held) bands.data = arena.take<float>(Bands::size(lanes, s.batch));
-        if (small && !held) groups.bits = arena.take<uint16_t>(SpikeGroups::size(s.batch, lanes, s.steps));
-        float *states = layer.states, *recurrent_tiles = nullptr, *currents = nullptr;
-        uint64_t* begin = nullptr;
-        if (layer.recurrent) {
-            const int64_t blocks = static_cast<int64_t>(s.batch) * plan.rows.blocks;
-            if (!states) states = arena.take<float>(blocks * s.steps * model_info(layer.neurons).states * kLanes);
-            if (held) currents = arena.take<float>(blocks * kLanes);
-            recurrent_tiles = arena.take<float>(static_cast<size_t>(layer.recurrent->tiles) * kTile);
-            begin = arena.take<uint64_t>(blocks);
-        }
+        ForwardLayer layer(s, l, arena);
         needed = most(needed, arena.used);
         if (!arena.base) continue;
-
-        if (l > 0 && layer.inputs != s.layers[l - 1].spikes)
-            reorder_words(s.layers[l - 1].plan->rows, plan.cols, s.layers[l - 1].spikes, s.batch, s.steps, s.threads,
-                          layer.delays, {s.layers[l - 1].sent, s.layers[l - 1].sent_steps}, layer.inputs);
-        layer.input_rate = rate;
-        const Input kind = input_kind(s, l, true);
-        const bool by_batch = forward_by_batch(s, layer, kind), subsets = !by_batch && by_subsets(s, layer, kind, true);
-        if (by_batch)
-            load_taps(plan.by_row, layer.values, s.threads, weights.taps);
-        else if (kind == Input::kEvents || subsets || !s.bf16)
-            forward_tiles(plan, layer.values, s.threads, weights.tiles);
-        else
-            bf16_tiles(plan, layer.values, true, s.threads, weights.pairs);
-        const ForwardLayer forward{s,     layer,  kind,     parameters, weights,      panel,  bands,
-                                   groups, by_batch, subsets, counts, scratch, scratch_size, states, currents};
-        if (layer.recurrent) {
-            const bool events = kind == Input::kEvents && !by_batch && !subsets;  // which each step visits itself
-            if (!events) forward.run();
-            forward_tiles(*layer.recurrent, layer.recurrent_values, s.threads, recurrent_tiles);
-            const SpikeCurrents below(plan, weights.tiles);
-            const FromBelow from{events ? &below : nullptr, currents};
-            ForwardSteps{s, layer, parameters, {*layer.recurrent, recurrent_tiles}, from, states, counts, begin}.run();
-        } else {
-            forward.run();
-        }
-        const double spikes = sum_rates(s, layer, counts, totals);
-        rate = spikes / (static_cast<double>(s.batch) * s.steps * plan.rows.size);
-        if (l + 1 == s.count)
-            for (int64_t b = 0; b < s.batch; ++b)
-                for (int64_t n = 0; n < plan.rows.size; ++n)
-                    s.counts[b * plan.rows.size + n] =
-                        counts[b * plan.rows.blocks * kLanes + plan.rows.lane[n]];
+        rate = layer.run(l, rate);
+        for (int64_t b = 0; l + 1 == s.count && b < s.batch; ++b)
+            for (int64_t n = 0; n < layer.plan.rows.size; ++n)
+                s.counts[b * layer.plan.rows.size + n] = layer.counts[b * layer.plan.rows.blocks * kLanes + layer.plan.rows.lane[n]];
     }
     arena.used = needed;
 }

@@ -1,5 +1,5 @@
 // The structures that Python fills for a call. This is the only list of their fields: Python reads it here and makes its
-// ctypes structures from it (cpu/structures.py), and the library carries its text, so that a library that was compiled
+// ctypes structures from it (cpu/interface.py), and the library carries its text, so that a library that was compiled
 // from another list is refused. A new field is one line here; Python then fills it by its name, and what it does not
 // fill is 0 or null.
 //
@@ -69,9 +69,6 @@ struct Layer {
     const float* grad_last;  // null: zeros
     float* grad_state;      // out, null: not wanted
     float gradient_event_limit;  // 0: its input gradient takes the product; else see gradient_events.h
-    int32_t gradient_event_chunks;  // out: chunks of the batch whose input gradient was computed by events
-    int32_t gradient_needed;  // out: its input gradient was computed where the layer below needs it (needed_gradient.h)
-    double gradient_event_rate;  // out: share of events where they were listed
     const Plan* recurrent;  // V, its lanes on both sides those of the plan's rows; null: none
     const float* recurrent_values;
     float* grad_recurrent;  // out: of its values
@@ -109,37 +106,32 @@ struct Outer {
     int32_t held, tail_steps;
 };
 
+// Some steps of a layer of a graph.
+struct GraphBlock {
+    int32_t layer, first, last;  // last: after the last
+};
+
 // Layers that may reach one another (graph.h): a stack without `values`, `bias`, `inputs`, `recurrent` and `x`. Of a plan in
 // its layers the rows are read.
 struct Graph {
     Stack stack;
     const Outer* outer;     // of each layer
     const Inner* inner;
-    const int32_t* blocks;  // [block_count][3]: layer, first step, step after the last
+    const GraphBlock* blocks;
     int32_t inner_count, block_count;
 };
 
 struct Linear {
     const Plan* plan;
-    const float *values, *bias;
-    const void *x, *grad_y;
-    void *y, *grad_x;
-    float *grad_values, *grad_bias;
-    int64_t rows;
-    int32_t threads, bf16;  // bf16: factors of products are rounded to bfloat16
-    int32_t x_half, y_half;  // x and grad_x, or y and grad_y, are bfloat16, not float
-    float event_limit;
-};
-
-// The same with its weights in lists.
-struct ListLinear {
-    const Lists* lists;     // by row forward, by column backward
+    const Lists* lists;     // in place of a plan: by row forward, by column backward
     const float *values, *bias;
     const void *x, *grad_y;
     void *y, *grad_x;
     float *grad_values, *grad_bias;  // out, null: not wanted
     int64_t rows, weights;  // weights: of the packed values, with their padding
-    int32_t threads, x_half, y_half;
+    int32_t threads, bf16;  // bf16: factors of products are rounded to bfloat16; not those of lists
+    int32_t x_half, y_half;  // x and grad_x, or y and grad_y, are bfloat16, not float
+    float event_limit;      // of a plan
 };
 
 // Neurons that are joined to one another by weights in lists, which carry the spikes of each step into the next.

@@ -4,9 +4,8 @@
 //   forward    I_t[·] = b + Σ over quads q of source lanes:  (sums of the weights of q)[S_t of q][·]
 //   gradient   G[j][·] += Σ over quads q of rows (b, t):     (sums of the ∂I of q)[S of lane j at q][·]
 //
-// An addition of 16 or 32 lanes serves four spikes, whatever their rate, and there is no list of events and no branch that
-// depends on the data. Tables of 16 × L floats stay in L1: those of a strip's inputs for some samples, or those of 32 or 64
-// rows for all units of a strip. Forming one takes 11 additions and 16 stores per vector, 30 cycles, so it must serve many.
+// Tables of 16 × L floats stay in L1: those of a strip's inputs for some samples, or those of 32 or 64 rows for all units of a
+// strip. Forming one takes 11 additions and 16 stores per vector, 30 cycles, so it must serve many.
 #pragma once
 
 #include "batch.h"
@@ -88,7 +87,7 @@ template <int L>
 void subset_gradient(const Plan& plan, int64_t strip, const RowBits& spikes, const float* grad, int64_t rows, float* tiles) {
     constexpr int N = L / W, strips = kLanes / L;
     constexpr int lanes_at_once = W == 16 ? 16 / N : W == 8 ? 8 / N : 1;  // whose sums fit into registers
-    constexpr int rows_at_once = 1024 / L, quarters = rows_at_once / kGranule;
+    constexpr int rows_at_once = 1024 / L;
     static_assert(rows_at_once % kGranule == 0);
     alignas(64) float tables[rows_at_once / kQuad * kSums * L];
     const int64_t lane_row = strip % strips * L;

@@ -6,14 +6,10 @@
 #pragma once
 
 #include "neurons.h"
+#include "parameters.h"
 #include "vec.h"
 
 namespace g2g::G2G_ISA {
-
-// The parameters of a block's lanes, [64] each, in the order of the model; decays are clamped.
-struct BlockParameters {
-    const float* lanes[kMostParameters];
-};
 
 // What a forward sweep writes for one block; all may be null. `edge` [states][64] holds the states before the first step
 // (null: zeros), and then those after the last.
@@ -36,7 +32,7 @@ struct StoredCurrent {
 // current(t, I) fills I[kVecs]. Small structures are passed by reference: a copy would be read in wider words than it
 // was just written in, and such a read waits until all earlier stores have left for memory.
 template <class M, int R, class Current>
-void sweep_forward(const Current& current, int64_t steps, const BlockParameters& parameters, const BlockActivity& out) {
+void sweep_forward(const Current& current, int64_t steps, const LaneParameters& parameters, const BlockActivity& out) {
     constexpr int S = M::info.states, P = M::info.parameters;
     uint64_t* const words = out.words;
     float* const states = out.states;
@@ -69,14 +65,12 @@ void sweep_forward(const Current& current, int64_t steps, const BlockParameters&
 
 // The forward sweep of these neurons.
 template <class Current>
-using ForwardSweep = void (*)(const Current&, int64_t, const BlockParameters&, const BlockActivity&);
+using ForwardSweep = void (*)(const Current&, int64_t, const LaneParameters&, const BlockActivity&);
 
 template <class Current>
 ForwardSweep<Current> forward_sweep(const Neurons& neurons) {
-    return with_model(neurons, [&](auto model) {
-        return with_reset(neurons, [](auto reset) -> ForwardSweep<Current> {
-            return sweep_forward<decltype(model), decltype(reset)::value, Current>;
-        });
+    return with_step(neurons, [](auto model, auto reset) -> ForwardSweep<Current> {
+        return sweep_forward<decltype(model), decltype(reset)::value, Current>;
     });
 }
 
@@ -109,8 +103,8 @@ struct BlockGradient {
 };
 
 // upstream(t, g) fills g[kVecs] with ∂L/∂S_t; `states` [T][states][64] as the forward sweep left them.
-template <class M, int R, class Surrogate, class Up>
-void sweep_backward(const Up& upstream, const float* states, int64_t steps, const BlockParameters& parameters,
+template <class M, int R, class Surrogate>
+void sweep_backward(const Upstream& upstream, const float* states, int64_t steps, const LaneParameters& parameters,
                     float alpha, const BlockGradient& out) {
     constexpr int S = M::info.states, P = M::info.parameters;
     float* const rows = out.rows;
@@ -166,17 +160,11 @@ void sweep_backward(const Up& upstream, const float* states, int64_t steps, cons
 }
 
 // The backward sweep of these neurons.
-template <class Up>
-using BackwardSweep = void (*)(const Up&, const float*, int64_t, const BlockParameters&, float, const BlockGradient&);
+using BackwardSweep = void (*)(const Upstream&, const float*, int64_t, const LaneParameters&, float, const BlockGradient&);
 
-template <class Up>
-BackwardSweep<Up> backward_sweep(const Neurons& neurons) {
-    return with_model(neurons, [&](auto model) {
-        return with_reset(neurons, [&](auto reset) {
-            return with_surrogate(neurons, [](auto surrogate) -> BackwardSweep<Up> {
-                return sweep_backward<decltype(model), decltype(reset)::value, decltype(surrogate), Up>;
-            });
-        });
+inline BackwardSweep backward_sweep(const Neurons& neurons) {
+    return with_gradient(neurons, [](auto model, auto reset, auto surrogate) -> BackwardSweep {
+        return sweep_backward<decltype(model), decltype(reset)::value, decltype(surrogate)>;
     });
 }
 

@@ -12,10 +12,6 @@
 #include <immintrin.h>
 #endif
 
-#if !defined(G2G_ISA)
-#error "compile with -DG2G_ISA=<namespace of this instruction set>"
-#endif
-
 namespace g2g::G2G_ISA {
 
 #if defined(__AVX512F__)
@@ -213,8 +209,7 @@ G2G_INLINE Vec load_chosen(Vec x, const float* p, uint32_t bits) {
 #endif
 }
 
-// 32 bits, from which add_chosen() takes W at a time. Comparing a broadcast with powers of two is twice as fast as
-// loading mask registers (Zen 4: 1.2 against 2 cycles for a masked addition).
+// 32 bits, from which add_chosen() takes W at a time: compared with powers of two, faster than loading mask registers.
 struct SpikeBits {
     IntVec word;
     explicit SpikeBits(const uint16_t* bits) {
@@ -249,24 +244,18 @@ inline float sum_of(Vec x) {
 #endif
 }
 
-// Σ x[k][i] for each of four vectors.
-template <int N>
-struct Sums {
-    float of[N];
-};
-inline Sums<4> sums_of(const Vec (&x)[4]) {
-    Sums<4> result;
+// sums[k] = Σ x[k][i] for each of four vectors.
+inline void sums_of(const Vec (&x)[4], float* sums) {
 #if defined(__AVX512F__)
     const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
     const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
     const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
     const __m512 e = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
     const __m256 f = _mm256_add_ps(_mm512_castps512_ps256(e), _mm512_extractf32x8_ps(e, 1));
-    _mm_storeu_ps(result.of, _mm_add_ps(_mm256_castps256_ps128(f), _mm256_extractf128_ps(f, 1)));
+    _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(f), _mm256_extractf128_ps(f, 1)));
 #else
-    for (int k = 0; k < 4; ++k) result.of[k] = sum_of(x[k]);
+    for (int k = 0; k < 4; ++k) sums[k] = sum_of(x[k]);
 #endif
-    return result;
 }
 
 // to[c][r] = from[r][c] of 16 × 16 floats; rows are `step` and `to_step` apart.
@@ -344,16 +333,18 @@ inline Vec load(const uint16_t* p) {
     return reinterpret_cast<Vec>(__builtin_convertvector(h, IntVec) << 16);
 }
 
-// Products of bfloat16 factors, two k at a time.
+// Factors of products: W numbers, the same number W times, and a·b + c. Of bfloat16 two k at a time.
+inline Vec load_factors(const float* p) { return load(p); }
+inline Vec all_factors(const float* p) { return all(*p); }
+inline Vec add_product(Vec a, Vec b, Vec c) { return fma(a, b, c); }
 #if defined(__AVX512BF16__)
-typedef __m512bh Pairs;
-inline Pairs load_pairs(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
-inline Pairs all_pairs(const uint16_t* p) {
+inline __m512bh load_factors(const uint16_t* p) { return (__m512bh)_mm512_loadu_si512(p); }
+inline __m512bh all_factors(const uint16_t* p) {
     int pair;
     __builtin_memcpy(&pair, p, 4);
     return (__m512bh)_mm512_set1_epi32(pair);
 }
-inline Vec dot(Pairs a, Pairs b, Vec c) { return _mm512_dpbf16_ps(c, a, b); }
+inline Vec add_product(__m512bh a, __m512bh b, Vec c) { return _mm512_dpbf16_ps(c, a, b); }
 #endif
 
 // One number of either kind of matrix.

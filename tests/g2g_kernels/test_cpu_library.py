@@ -90,13 +90,13 @@ def test_the_structures_lie_in_memory_as_the_compiler_lays_them_out(tmp_path):
 
 @pytest.mark.parametrize("option", ["model", "reset", "surrogate"])
 @pytest.mark.parametrize("number", [-1, 5, 2**31 - 1])
-@pytest.mark.parametrize("kernel", ["g2g_neurons_backward", "g2g_stack_backward"])
+@pytest.mark.parametrize("kernel", ["g2g_neurons", "g2g_stack"])
 def test_a_number_that_no_option_has_is_refused(option, number, kernel):
     """Both kernels choose by all three options. The number stops a call before it reads anything."""
     values = torch.ones(1), torch.ones(1)
     neurons = neuron_arguments(Neurons("lif", values))
     setattr(neurons, option, number)
-    if kernel == "g2g_neurons_backward":
+    if kernel == "g2g_neurons":
         tensor = torch.zeros(2, 1)
         arguments = structures.NeuronLoop(neurons=neurons, samples=1, size=1, steps=2, threads=1, every=5)
         arguments.current = arguments.grad_spikes = arguments.grad_current = tensor.data_ptr()
@@ -105,7 +105,7 @@ def test_a_number_that_no_option_has_is_refused(option, number, kernel):
         layer = structures.Layer(neurons=neurons, plan=plan.address)
         arguments = structures.Stack(layers=ctypes.addressof(layer), count=1, batch=1, steps=2, threads=1)
     with pytest.raises(ValueError, match="lack this neuron model, reset or surrogate; rebuild them"):
-        library.run(getattr(library.library(), kernel), arguments)
+        library.run(getattr(library.library(), kernel), arguments, backward=True)
 
 
 def test_intrinsics_are_in_one_file_and_the_map_names_every_file():

@@ -57,7 +57,7 @@ class _Arguments:
                 tensor.dtype in dtypes and tensor.is_contiguous() and tensor.device.type == "cpu"
             ):
                 raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU; x may be bfloat16")
-        given = {
+        given: dict[str, Any] = {
             "values": pointer(values),
             "bias": pointer(bias),
             "x": x.data_ptr(),
@@ -66,27 +66,21 @@ class _Arguments:
             "x_half": x.dtype == torch.bfloat16,
             "y_half": dtype == torch.bfloat16,
         }
-        lib = library()
-        self.structure: Structure
         if in_lists(mask.grid, values.shape, "linear"):
-            kernels = lib.g2g_list_linear_forward, lib.g2g_list_linear_backward
             self.plan = lists_for(mask, values, "cols" if backward else "rows")
-            self.structure = structures.ListLinear(lists=self.plan.address, weights=values.numel(), **given)
+            given |= {"lists": self.plan.address, "weights": values.numel()}
         else:
-            kernels = lib.g2g_linear_forward, lib.g2g_linear_backward
             self.plan = plan_for(mask, values)
-            bf16 = dtype == torch.bfloat16 and lib.g2g_has_bf16()
-            self.structure = structures.Linear(
-                plan=self.plan.address, bf16=bf16, event_limit=event_limit(bf16, backward), **given
-            )
-        self.kernel = kernels[backward]
+            bf16 = dtype == torch.bfloat16 and library().g2g_has_bf16()
+            given |= {"plan": self.plan.address, "bf16": bf16, "event_limit": event_limit(bf16, backward)}
+        self.structure: Structure = structures.Linear(**given)
 
 
 def _forward(call: LinearCall, keep: bool) -> torch.Tensor:
     arguments = _Arguments(call, backward=False)
     y = workspace.empty((len(call.x), call.mask.shape[0]), call.dtype)
     arguments.structure.y = y.data_ptr()
-    run(arguments.kernel, arguments.structure)
+    run(library().g2g_linear, arguments.structure)
     return y
 
 
@@ -101,7 +95,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     sums = call.values.new_empty(out_size) if to.bias is None else to.bias  # the kernel of tiles always writes them
     filled.grad_y = grad_y.data_ptr()
     filled.grad_x, filled.grad_values, filled.grad_bias = pointer(to.x), pointer(to.values), sums.data_ptr()
-    run(arguments.kernel, filled)
+    run(library().g2g_linear, filled, backward=True)
     return grads
 
 

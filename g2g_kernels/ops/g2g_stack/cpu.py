@@ -327,7 +327,7 @@ def _forward(call: StackCall, keep: bool) -> Outputs:
     for layer, of_layer, after in zip(arguments.layers, rates, last, strict=True):
         layer.rates, layer.last = of_layer.data_ptr(), after.data_ptr()
     arguments.stack.counts = counts.data_ptr()
-    run(library().g2g_stack_forward, arguments.stack)
+    run(library().g2g_stack, arguments.stack)
     if states is None:
         return counts, rates, last, [], spikes, []
     header = [arguments.stack.x_spikes, *[layer.input_rate for layer in arguments.layers]]
@@ -367,7 +367,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     stack = arguments.stack
     stack.x_spikes = int(x_spikes)
     stack.grad_counts, stack.grad_x = pointer(grad_counts), pointer(to.x)
-    run(library().g2g_stack_backward, stack)
+    run(library().g2g_stack, stack, backward=True)
     return [grad if need else None for grad, need in zip(grads, needed)]  # noqa: B905
 
 

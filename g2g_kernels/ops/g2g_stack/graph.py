@@ -303,7 +303,7 @@ def _forward(call: GraphCall, keep: bool) -> Outputs:
         layer.states = states[number].data_ptr() if keep else None
         outer.tail = next(rest).data_ptr() if call.members[number].tail else None
     arguments.graph.stack.counts = counts.data_ptr()
-    run(library().g2g_graph_forward, arguments.graph)
+    run(library().g2g_graph, arguments.graph)
     return counts, rates, last, tails, [*words, *states]
 
 
@@ -344,7 +344,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
         layer.states = states[number].data_ptr()
         outer.grad_tail = pointer(next(tails)) if call.members[number].tail else None
     arguments.graph.stack.grad_counts = pointer(grad_counts)
-    run(library().g2g_graph_backward, arguments.graph)
+    run(library().g2g_graph, arguments.graph, backward=True)
     return grads
 
 

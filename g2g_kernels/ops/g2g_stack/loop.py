@@ -168,7 +168,7 @@ def _forward(call: LoopCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor, to
     kept = workspace.empty(_kept_shape(call) if keep else (0,))
     arguments.spikes, arguments.last = spikes.data_ptr(), last.data_ptr()
     arguments.kept = kept.data_ptr() if keep else None
-    run(library().g2g_list_loop_forward, arguments)
+    run(library().g2g_list_loop, arguments)
     return spikes, last, kept
 
 
@@ -183,7 +183,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     arguments.grad_held = constant
     arguments.grad_current, arguments.grad_values = pointer(to.current), pointer(to.values)
     arguments.grad_sent, arguments.grad_state = pointer(to.sent), pointer(to.state)
-    run(library().g2g_list_loop_backward, arguments)
+    run(library().g2g_list_loop, arguments, backward=True)
     return grads
 
 

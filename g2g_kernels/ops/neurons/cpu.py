@@ -98,7 +98,7 @@ def _forward(call: NeuronsCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor,
     spikes, last = workspace.empty(call.shape), workspace.empty(call.state_shape)
     kept = workspace.empty(_kept_shape(call) if keep else (0,))
     arguments.spikes, arguments.last, arguments.kept = spikes.data_ptr(), last.data_ptr(), pointer(kept)
-    run(library().g2g_neurons_forward, arguments)
+    run(library().g2g_neurons, arguments)
     return spikes, last, kept
 
 
@@ -112,7 +112,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     arguments.grad_spikes, arguments.kept = grad_spikes.data_ptr(), pointer(kept)
     arguments.grad_current = pointer(to.current)
     arguments.grad_last, arguments.grad_state = pointer(grad_last), pointer(to.state)
-    run(library().g2g_neurons_backward, arguments)
+    run(library().g2g_neurons, arguments, backward=True)
     return grads
 
 

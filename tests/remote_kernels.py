@@ -33,7 +33,6 @@ FUNCTIONS = {
     "g2g_plan_matches": ("plan const* const* const* const* const* const*", "int"),
     "g2g_plan_row_blocks": ("plan", "int"),
     "g2g_plans_aligned": ("plan plan", "int"),
-    "g2g_plans_join": ("plan plan", "int"),
     "g2g_unpack": ("plan const* number number number *", "int"),
     **{f"g2g_{name}": (f"{kind}* number scratch", "long")
        for name, kind in (("stack", "Stack"), ("linear", "Linear"), ("neurons", "NeuronLoop"))},

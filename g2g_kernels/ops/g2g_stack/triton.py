@@ -99,11 +99,7 @@ def next_states(
     spike = tl.where(silent, 0.0, fires(membrane, threshold).to(tl.float32))
     tl.store(spikes + here + y_offset, spike.to(spikes.dtype.element_ty), mask=inside)
     if margins is not None:
-        margin = to_keep(membrane, threshold)
-        if margins.dtype.element_ty == tl.float16:
-            # a margin of −∞ would make NaN in the backward pass
-            margin = tl.clamp(margin, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(margins + here + y_offset, margin.to(margins.dtype.element_ty), mask=inside)
+        tl.store(margins + here + y_offset, to_keep(membrane, threshold, margins.dtype.element_ty), mask=inside)
     return states, count + spike
 
 

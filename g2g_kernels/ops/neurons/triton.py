@@ -143,7 +143,7 @@ def neurons_backward_kernel(
     if margins is not None:
         tl.static_assert(STATES == 1)
         end = load_steps(margins, segments * SEGMENT - 1, steps, step, offsets, sample, exists, batch, 1)
-        margin = from_kept(end[0].to(tl.float32), threshold)[1]
+        margin = from_kept(end[0], threshold)[1]
     for turn in range(segments):
         segment = segments - 1 - turn
         at = segment * SEGMENT
@@ -181,7 +181,7 @@ def neurons_backward_kernel(
                 states = history[k]
                 before = states[STATES - 1] - threshold
             else:
-                membrane, before = from_kept(history[k].to(tl.float32), threshold)
+                membrane, before = from_kept(history[k], threshold)
                 states = (tl.where(t > 0, membrane, at_first[0]),)
                 before = tl.where(t > 0, before, at_first[0] - threshold)
             begins = (t == 0) & (first is None)

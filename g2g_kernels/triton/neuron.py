@@ -193,34 +193,33 @@ def load_at_all_steps(
 
 
 @triton.jit
-def to_keep(membrane, threshold, DTYPE: tl.constexpr):
-    """θ − U in 16 bits, or U if that is nearer to 0. The lowest bit says which: 1 of θ − U, 0 of U.
+def to_keep(membrane, threshold, dtype: tl.constexpr):
+    """The margin θ − U in 16 bits, or U where that is nearer to 0. The lowest bit says which: 1 of a margin, 0 of U.
 
-    The value is rounded to the nearest number with that bit, at most the largest one if U is finite. Rounding takes no
-    membrane across θ: it keeps the sign of θ − U, which becomes 0 no more than another odd number does, and where U is
-    kept, θ is further from it than 0.
+    The value becomes the nearest number with that bit, finite if U is. No membrane crosses θ: a margin keeps its sign,
+    since 0 is even (a margin of 0 becomes positive: no spike), and U moves by less than its distance from θ.
     """
-    LARGEST: tl.constexpr = 65503.0 if DTYPE == tl.float16 else 3.3895e38  # both are rounded up to the largest number
-    gap, size = threshold - membrane, tl.abs(membrane)
+    LARGEST: tl.constexpr = 65503.0 if dtype == tl.float16 else 3.3895e38  # both are rounded up to the largest number
+    margin, size = threshold - membrane, tl.abs(membrane)
     finite = size < float("inf")
-    is_gap = (tl.abs(gap) <= size) & finite & (size > 0)
-    value = tl.where(is_gap, gap, membrane)
+    is_margin = (tl.abs(margin) <= size) & finite & (size > 0)
+    value = tl.where(is_margin, margin, membrane)
     value = tl.where(finite, tl.clamp(value, -LARGEST, LARGEST), value)
-    # one register that has both, or sm_90 runs out of them
-    word = (value.to(tl.int32, bitcast=True) & -2) | is_gap.to(tl.int32)
+    # both in one register, of which a fused layer has none to spare
+    word = (value.to(tl.int32, bitcast=True) & -2) | is_margin.to(tl.int32)
     value = word.to(tl.float32, bitcast=True)
-    nearest = value.to(DTYPE)
+    nearest = value.to(dtype)
     bits = nearest.to(tl.int16, bitcast=True)
     step = tl.where(tl.abs(value) >= tl.abs(nearest.to(tl.float32)), 1, -1)  # away from 0, or towards it; and of NaN
-    return (bits + ((bits ^ word.to(tl.int16)) & 1) * step.to(tl.int16)).to(DTYPE, bitcast=True)
+    return (bits + ((bits ^ word.to(tl.int16)) & 1) * step.to(tl.int16)).to(dtype, bitcast=True)
 
 
 @triton.jit
 def from_kept(kept, threshold):
     """U and U − θ of what :func:`to_keep` gave."""
-    is_gap, value = (kept.to(tl.int16, bitcast=True) & 1) == 1, kept.to(tl.float32)
+    is_margin, value = (kept.to(tl.int16, bitcast=True) & 1) == 1, kept.to(tl.float32)
     other = threshold - value
-    return tl.where(is_gap, other, value), -tl.where(is_gap, value, other)
+    return tl.where(is_margin, other, value), -tl.where(is_margin, value, other)
 
 
 @triton.jit

@@ -204,9 +204,9 @@ def test_margins_give_the_gradients_of_currents(reset):
         assert torch.equal(membranes[-1], last[0])
         assert torch.equal(membranes > own[1], spikes > 0)
         upstream = Upstream(output_weights(*shape).float().to(DEVICE), last=torch.randn_like(last))
-        gaps, found = own[1] - membranes, []
-        is_gap = gaps.abs() <= membranes.abs()
-        bits = torch.where(is_gap, gaps, membranes).half().view(torch.int16) & -2 | is_gap
+        margins, found = own[1] - membranes, []
+        is_margin = margins.abs() <= membranes.abs()
+        bits = torch.where(is_margin, margins, membranes).half().view(torch.int16) & -2 | is_margin
         for kept in (run, run._replace(current=bits.view(torch.half), margins=True)):
             to_current, to_first = torch.empty_like(current), torch.empty_like(last)
             sums = launch_backward(kept, checkpoints, upstream, to_current, None if first is None else to_first)

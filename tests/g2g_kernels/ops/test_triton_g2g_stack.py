@@ -281,20 +281,21 @@ def check_fused(dtype: torch.dtype, run: Callable[[torch.dtype, str], dict]) -> 
 @every_half
 @pytest.mark.parametrize("threshold", [1e-3, 0.0, 10.0, 100.0, 1e4, 1e9, -1e5, math.inf, math.nan])
 def test_a_fused_layer_far_from_its_threshold(dtype, threshold):
-    """The gradients of last states are those of an integrator, which 16 bits of U − θ would not have."""
-    draws = (rounded(Stack(IN_ORDER, None, batch=3, seed=1000 * k), dtype) for k in range(20))
-    for stack in draws:
-        stack.tensors["threshold1"] = torch.full((48,), threshold)
-        if clear_of_thresholds(stack, "none"):
-            break
+    """The gradients of last states are those of an integrator, whose membrane 16 bits of θ − U would not have."""
     options = {"reset": "none", "surrogate": "boxcar" if math.isnan(threshold) else "atan"}  # NaN in others
+
+    def drawn(number: int) -> Stack:
+        stack = rounded(Stack(IN_ORDER, None, batch=3, seed=1000 * number), dtype)
+        stack.tensors["threshold1"] = torch.full((48,), threshold)
+        return stack
+
+    stack = next(stack for stack in map(drawn, range(20)) if clear_of_thresholds(stack, "none"))
 
     def run(of: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
         leaves = stack.leaves(of, device_of(backend))
         activity = g2g_stack(leaves["x"], stack.layers(leaves, **options), backend=backend)
         last = activity.states[1]
-        (last * torch.randn(last.shape, generator=seeded(3)).to(last)).sum().backward(retain_graph=True)
-        activity.counts.sum().backward()
+        ((last * torch.randn(last.shape, generator=seeded(3)).to(last)).sum() + activity.counts.sum()).backward()
         return {name: leaf.grad.cpu() for name, leaf in leaves.items()}
 
     check_fused(dtype, run)
@@ -303,8 +304,8 @@ def test_a_fused_layer_far_from_its_threshold(dtype, threshold):
 @every_half
 @pytest.mark.parametrize(("threshold", "beta", "steps"), [(10.0, 1.0, 3), (100.0, 1.0, 3), (0.0, 0.5, 50)])
 def test_a_fused_layer_near_its_threshold(dtype, threshold, beta, steps):
-    """σ'(U − θ) is as exact as for θ = 1: 16 bits of U would not have U − θ. A neuron whose membrane comes so near to θ
-    that float16 has no number between them is reset all the same."""
+    """σ'(U − θ) is as exact as for θ = 1: 16 bits of U would not have U − θ. A membrane above θ by less than float16's
+    smallest number is reset all the same."""
     mask, draw = BlockMask.full(GroupLayout(16, 1), GroupLayout(16, 1), 16), seeded(0)
     x = torch.zeros(steps, 4, 16)
     x[:3] = (torch.rand(3, 4, 16, generator=draw) > 0.5).float()

@@ -279,7 +279,7 @@ def check_fused(dtype: torch.dtype, run: Callable[[torch.dtype, str], dict]) -> 
 
 
 @every_half
-@pytest.mark.parametrize("threshold", [1e-3, 0.0, 10.0, 100.0, 1e4, 1e9, -1e5, math.inf, math.nan])
+@pytest.mark.parametrize("threshold", [1e-3, 10.0, 100.0, 1e4, 1e9, -1e5, math.inf, math.nan])
 def test_a_fused_layer_far_from_its_threshold(dtype, threshold):
     """The gradients of last states are those of an integrator, whose membrane 16 bits of θ − U would not have."""
     options = {"reset": "none", "surrogate": "boxcar" if math.isnan(threshold) else "atan"}  # NaN in others

@@ -36,7 +36,7 @@ SMALL = 0.01
 #: names of the neurons' tensors over time, by a kernel's argument; spikes are recognised by their dtype
 KINDS = {
     "current": "currents",
-    "margins": "margins U − θ",
+    "margins": "margins θ − U",
     "checkpoints": "membranes",
     "grad_spikes": "∂L/∂S",
     "grad_current": "∂L/∂I",

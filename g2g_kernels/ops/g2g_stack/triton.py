@@ -9,14 +9,14 @@ A layer runs in one of three ways:
 
     pair       the product of ``g2g_linear``, its currents [T, B, N] in memory, then the kernel of ``neurons``. For a
                held input (the first layer under ``current`` encoding) the product is [B, N], computed once.
-    fused      one kernel for both; the currents stay in registers. For the backward pass it keeps the margins U − θ.
+    fused      one kernel for both; the currents stay in registers. For the backward pass it keeps margins θ − U.
                :func:`fused_pays` says where.
     recurrent  the product, then one launch per step for V·S_{t−1} and the neurons; backward one launch per step for
                Vᵀ·∂L/∂I_{t+1} and the neurons. The gradients of V and of W are computed once, over all steps.
 
-README.md has the bytes of each. A fused layer keeps margins rather than membranes because rounding keeps their sign, so
-every R is exact (but for float16, where margins below 3e-8 become 0), and because they are most precise where σ' is
-steep. They have the products' dtype, like the gradients of currents and spikes.
+README.md has the bytes of each. Rounding keeps a margin's sign, so every R is exact, and margins are most precise
+where σ' is steep. Far from a large θ they do not have U, which is then kept instead (``to_keep``). They have the
+products' dtype, like the gradients of currents and spikes.
 """
 
 import contextlib
@@ -99,11 +99,7 @@ def next_states(
     spike = tl.where(silent, 0.0, fires(membrane, threshold).to(tl.float32))
     tl.store(spikes + here + y_offset, spike.to(spikes.dtype.element_ty), mask=inside)
     if margins is not None:
-        margin = to_keep(membrane, threshold)
-        if margins.dtype.element_ty == tl.float16:
-            # a margin of −∞ would make NaN in the backward pass
-            margin = tl.clamp(margin, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(margins + here + y_offset, margin.to(margins.dtype.element_ty), mask=inside)
+        tl.store(margins + here + y_offset, to_keep(membrane, threshold, margins.dtype.element_ty), mask=inside)
     return states, count + spike
 
 

@@ -9,8 +9,8 @@ Gradients of parameters, and of a bias in the currents, are summed in three stag
 then over the segments, in registers, so no chain of additions is as long as T; then every program writes one partial
 sum per neuron, and PyTorch adds those. Without atomics, every run gives the same results.
 
-Of a fused layer (``g2g_stack``) the margins U_t − θ were kept instead of currents and checkpoints. The kernel then
-computes nothing again: the margin is what σ' needs, its sign is R, and with θ it is the membrane.
+Of a fused layer (``g2g_stack``) the margins θ − U_t were kept instead of currents and checkpoints. The kernel then
+computes nothing again: the margin is what σ' needs, its sign is R, and with θ it is the membrane (``from_kept``).
 """
 
 import math
@@ -143,7 +143,7 @@ def neurons_backward_kernel(
     if margins is not None:
         tl.static_assert(STATES == 1)
         end = load_steps(margins, segments * SEGMENT - 1, steps, step, offsets, sample, exists, batch, 1)
-        margin = from_kept(end[0].to(tl.float32), threshold)[1]
+        margin = from_kept(end[0], threshold)[1]
     for turn in range(segments):
         segment = segments - 1 - turn
         at = segment * SEGMENT
@@ -181,7 +181,7 @@ def neurons_backward_kernel(
                 states = history[k]
                 before = states[STATES - 1] - threshold
             else:
-                membrane, before = from_kept(history[k].to(tl.float32), threshold)
+                membrane, before = from_kept(history[k], threshold)
                 states = (tl.where(t > 0, membrane, at_first[0]),)
                 before = tl.where(t > 0, before, at_first[0] - threshold)
             begins = (t == 0) & (first is None)
@@ -213,9 +213,10 @@ def neurons_backward_kernel(
 
 class NeuronLaunch(NamedTuple):
     """Neurons over all time steps, in the form that kernels need, all contiguous and on one device: the ``current``,
-    float32, float16 or bfloat16 [T, B, N], or [B, N] held for all steps (with ``margins`` it has U_t − θ, for the
-    backward pass); the neurons, parameters float32 [1] or [N]; T; the states before the ``first`` step, float32
-    [states, B, N], or None for zeros; and ``dropped``, uint8 [B, N], 1 where spikes are taken away, or None.
+    float32, float16 or bfloat16 [T, B, N], or [B, N] held for all steps (with ``margins`` it has what
+    ``to_keep`` gives, for the backward pass); the neurons, parameters float32 [1] or [N]; T; the states before the
+    ``first`` step, float32 [states, B, N], or None for zeros; and ``dropped``, uint8 [B, N], 1 where spikes are taken
+    away, or None.
     """
 
     current: torch.Tensor

@@ -246,12 +246,12 @@ def _readme(*found: Record) -> str:
         ["A training step", f"**{seconds(ours['median'])}**",
          f"{seconds(masked['median'])}: {_MASKED}; {seconds(fastest['median'])}: {_fastest(fastest)}",
          "performance.md#a-training-step"],
-        ["Its memory", f"**{ours['peak_bytes'] / 1e6:.0f} MB**",
-         f"{masked['peak_bytes'] / 1e6:,.0f} MB; {fastest['peak_bytes'] / 1e6:.0f} MB",
+        ["Peak memory of that step", f"**{ours['peak_bytes'] / 1e6:,.0f} MB**",
+         f"{masked['peak_bytes'] / 1e6:,.0f} MB: snnTorch; {fastest['peak_bytes'] / 1e6:,.0f} MB: {_fastest(fastest)}",
          "performance.md#a-training-step"],
         [f"A step of {largest['hidden_dim']:,} neurons per layer",
          f"**{seconds(point['median'])}, {point['peak_bytes'] / 1e9:.1f} GB**",
-         f"{largest['dense_bytes'] / 1e9:.0f} GB (computed): weights, gradients and Adam's moments of a dense network",
+         f"{largest['dense_bytes'] / 1e9:.0f} GB (calculated): weights, gradients and Adam's state of a dense network",
          "performance.md#how-it-grows"],
         [f"A step of a fly's brain: {of_brain['settings']['neurons']:,} neurons, "
          f"{whole['weights'] / 1e6:.1f} million synapses",
@@ -263,16 +263,16 @@ def _readme(*found: Record) -> str:
          f"{reached(f'{BEST}, {RELU}')}: the same network with ReLU instead of spikes",
          "results.md#the-recipe"],
         ["Accuracy, 58,000 weights", f"**{reached(sparse)}**",
-         f"{reached(dense)}: a dense spiking network of as many weights",
+         f"{reached(dense)}: a dense spiking network with the same number of weights",
          "results.md#few-weights"],
     ]  # fmt: skip
     cells = [[*row, f"[command](@{PICTURES}/{page})"] for *row, page in rows]
     return (
-        f"{markdown(['', 'g2g', 'compared with', ''], cells)}\n\nTraining steps have batches of "
+        f"{markdown(['on a CPU', 'g2g', 'compared with', 'how'], cells)}\n\nTraining steps have batches of "
         f"{usual['batch_size']} samples, {usual['T']} time steps and two hidden layers of "
         f"{usual['hidden_dim']:,} neurons with {percent(usual['density'])} of the weights (third row: "
         f"{largest['T']} time steps, groups of 256 neurons; fourth: 100 time steps, 8 samples). They were measured on "
-        f"{_processor(step['machine'])}. Accuracies are those on the test images of Fashion-MNIST, after "
+        f"{_processor(step['machine'])}. Accuracies are on the test set of Fashion-MNIST, after "
         f"{best.runs[0]['epoch']} epochs (58,000 weights: {few['epochs']}), mean ± standard error over 3 seeds."
     )
 

@@ -14,20 +14,6 @@ INT32, INT64 = ((-(1 << bits - 1), (1 << bits - 1) - 1) for bits in (32, 64))
 FLOAT32 = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
 
 
-def check_parameter(name: str, value: Any, of: str = "") -> float:
-    """``value``, the parameter of neurons, as a float; ∞ is a threshold never reached. Raises ValueError, naming the
-    argument (``of`` some neurons), unless it is one number that a float32 holds, or inf."""
-    if isinstance(value, torch.SymFloat):  # of a graph with dynamic shapes, which stands for a float
-        return value  # type: ignore[return-value]
-    number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
-    if isinstance(number, numbers.Real) and not isinstance(number, bool):
-        number = math.inf if isinstance(number, int) and abs(number) > FLOAT32[1] else float(number)
-        if abs(number) <= FLOAT32[1] or (abs(number) == math.inf and not isinstance(value, int)):
-            return number
-    held = f"a number that a float32 holds, at most {FLOAT32[1]:.3g}, or inf"
-    raise ValueError(f"{name}={value!r:.40}{of} must be {held}")
-
-
 def share_of(share: float, count: int) -> int:
     """⌊share · count⌋, where a product that is whole but for its rounding is whole: 0.57 of 4,700 are 2,679.
 

@@ -1,4 +1,4 @@
-"""Layers of a stack that are called as modules, one after the other: what only a call would run is not left out."""
+"""Calls the modules of a network one after the other, where hooks or a ``forward`` of their own rule out one call."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -57,7 +57,7 @@ def _nothing(*arguments: Any) -> None:
 
 
 def why_called(modules: Mapping[str, Any], populations: Sequence[str]) -> str | None:
-    """What is left out unless modules are called, of which ``populations`` are neurons; None: nothing."""
+    """Why the modules, of which ``populations`` are neurons, must be called each by itself; None if they need not."""
     if (
         every_module._global_forward_hooks
         or every_module._global_forward_pre_hooks
@@ -125,7 +125,7 @@ def _records(
     states: Sequence[Any] | None = None,
     sent: Sequence[torch.Tensor | None] | None = None,
 ) -> list[SpikingLayer]:
-    """What of the populations is not in modules."""
+    """Records of the populations without weights and neurons, which stay in the modules."""
     records = []
     for number, (_, neurons, size, connections) in enumerate(populations):
         first, *more = [

@@ -10,9 +10,9 @@ from torch import nn
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet.encoding import check_samples, encode
 from g2gnet.layers import G2GLinear
+from g2gnet.network_settings import NetworkSettings
 from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.sequences import tapped, unfold
-from g2gnet.settings import NetworkSettings
 from g2gnet.spiking_network import Projection, SpikingNetwork, check_input
 from g2gnet.stack import SpikingStack
 from g2gnet.weights.densities import layer_probabilities

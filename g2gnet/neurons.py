@@ -9,9 +9,10 @@ from torch import nn
 
 from g2g_kernels import Neurons, neurons, neurons_step
 from g2g_kernels.choices import check_flag
-from g2g_kernels.numbers import SHARPNESS, SIZE, Number, check_parameter
+from g2g_kernels.numbers import SHARPNESS, SIZE, Number
 from g2g_kernels.ops.g2g_stack import NeuronState
 from g2g_kernels.ops.neurons import MODELS
+from g2g_kernels.ops.neurons.checks import check_parameter
 from g2g_kernels.ops.neurons.models import RESET, NeuronModel
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
 from g2g_kernels.tracing import default_device

@@ -271,7 +271,7 @@ class PopulationGraph(nn.Module):
         return Delay(route.least, route.most, steps.clamp(route.least, route.most), delays)
 
     def to_networkx(self) -> Any:
-        """The whole network as a ``networkx.MultiDiGraph`` (:func:`g2gnet.graphs.to_networkx`)."""
+        """The whole network as a ``networkx`` graph (:func:`g2gnet.graphs.to_networkx`)."""
         return graphs.to_networkx(self)
 
     def _repr_html_(self) -> str:

@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 
 from g2g_kernels.choices import check_choice
 from g2gnet.layers import G2GLinear
-from g2gnet.settings import NetworkSettings
+from g2gnet.network_settings import NetworkSettings
 from g2gnet.weights.densities import layer_probabilities
 from g2gnet.weights.patterns import SPARSE, Pattern, layer_mask
 

@@ -128,7 +128,7 @@ def load(name, data_dir):
         )
     },
     "setting of networks": {
-        "g2gnet/settings.py": replace(
+        "g2gnet/network_settings.py": replace(
             r"(\n    init_gain: float = )", r'\n    toy_gain: float = setting(1.0, "model", "a toy", low=0)\1'
         ),
         "g2gnet/network.py": replace(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from g2g_kernels.numbers import share_of
-from g2gnet.dst.lamp import layer_adapted
+from g2gnet.dst.lamp import lamp_scores
 from g2gnet.layers import G2GLinear
 
 
@@ -28,13 +28,13 @@ def layer_budgets(
 ) -> list[float]:
     """The weights that each layer may keep in an update, after which ``left`` steps follow until the last one: of all,
     F + (W − F)·(left / (left + interval))³, W being the weights that there are and F ``final`` ones. Its part is that
-    of its units that are among the best of all (:func:`g2gnet.dst.lamp.layer_adapted`); the first also gets what is
+    of its units that are among the best of all (:func:`g2gnet.dst.lamp.lamp_scores`); the first also gets what is
     over, less than a unit. ``sizes`` are the weights of each layer's units, int64 [num_units], ``scores`` their mean
     ``|w|``.
     """
     of_all = torch.cat([of_layer.cpu() for of_layer in sizes])
     weights = final + max(0.0, int(of_all.sum()) - final) * (left / (left + interval)) ** 3
-    order = torch.cat([layer_adapted(score) for score in scores]).argsort(descending=True, stable=True)
+    order = torch.cat([lamp_scores(score) for score in scores]).argsort(descending=True, stable=True)
     remain = torch.empty_like(of_all)
     remain[order] = of_all[order] * (of_all[order].cumsum(0) <= weights)
     first, *others = [float(of_layer.sum()) for of_layer in remain.split([len(of_layer) for of_layer in sizes])]

@@ -1,7 +1,7 @@
-"""What the optimizer's state begins with for new units: a table by the name of the state, whatever the optimizer.
-States of the packed weights' shape, also with dimensions before these, begin with the table's value, and codes of 8
-bits (bitsandbytes) with that of zero. Scalars are left. Any other state is refused by name: which of its numbers belong
-to a unit, and what they begin with, is unknown.
+"""Resets the optimizer's state for new units, to initial values that a table has by the state's name, whatever the
+optimizer. States of the packed weights' shape, also with dimensions before these, get the table's value, and states
+quantised to 8 bits (bitsandbytes) the code of zero. Scalars are left. Any other state is refused by name: which of its
+numbers belong to a unit, and what they begin with, is unknown.
 """
 
 import weakref

@@ -20,9 +20,9 @@ from g2g_kernels.numbers import COUNT, Number, share_of
 from g2gnet.base.distributed import World
 from g2gnet.base.schedules import SCHEDULES
 from g2gnet.base.seeding import draw_device, stream
-from g2gnet.dst.evidence import StepRecorder
 from g2gnet.dst.gradual_pruning import layer_budgets, least_density, mean_density
 from g2gnet.dst.optimizer_state import Initial, OptimizerState
+from g2gnet.dst.recorder import StepRecorder
 from g2gnet.dst.replacement import draw_candidates, replace_units
 from g2gnet.dst.rules import GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
 from g2gnet.layers import G2GLinear
@@ -83,7 +83,7 @@ class DSTScheduler:
                 F + (W₀ − F)·(1 − s/S)³
 
             weights or up to a unit fewer, W₀ being those at first and F the final ones. How many weights a layer keeps
-            is decided by comparing all units (``dst.lamp.layer_adapted``), and which by their prune score, at least one
+            is decided by comparing all units (``dst.lamp.lamp_scores``), and which by their prune score, at least one
             unit. A layer then replaces ``fraction`` (0: none) of the units that it keeps by as many weights. Weights
             and their optimizer state become new, smaller tensors: after such an update make a new
             DistributedDataParallel (a ``captured`` step notices it). None: the number of units stays.

@@ -54,8 +54,9 @@ import torch
 
 from g2g_kernels import BlockMask
 from g2g_kernels.choices import check_choice, check_flag
-from g2g_kernels.numbers import SHARPNESS, Number, check_parameter
+from g2g_kernels.numbers import SHARPNESS, Number
 from g2g_kernels.ops.neurons import MODELS
+from g2g_kernels.ops.neurons.checks import check_parameter
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
 from g2gnet.base.optional import optional_package
 from g2gnet.interop import nir_links

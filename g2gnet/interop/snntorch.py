@@ -19,8 +19,8 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from g2g_kernels.numbers import check_parameter
 from g2g_kernels.ops.checks import check_tensor
+from g2g_kernels.ops.neurons.checks import check_parameter
 from g2g_kernels.ops.neurons.surrogates import SURROGATES, Surrogate
 from g2gnet.base.optional import optional_package
 from g2gnet.interop.arrays import FINITE, Mask, numbers

@@ -25,9 +25,9 @@ from g2gnet.data import DATASETS, ImageData, MissingDataError, dataset_name, loa
 from g2gnet.data.augmentation import SHIFTS
 from g2gnet.data.features import load_features, weights_digest
 from g2gnet.inspect import ANALYSIS_SAMPLES
+from g2gnet.network_settings import SettingsError, number_of, types_of
 from g2gnet.programs.output import STDOUT
 from g2gnet.sequences import sequence_length
-from g2gnet.settings import SettingsError, number_of, types_of
 from g2gnet.training import EpochCallback, Machine, RunSettings, Trainer, TrainSettings
 from g2gnet.training.run_settings import BINNED
 from g2gnet.training.tensorboard import TensorBoardLog

@@ -17,9 +17,9 @@ from g2gnet.base.distributed import DistributedError, launched, rank
 from g2gnet.base.memory import ran_out
 from g2gnet.base.messages import OutputError, discard, reason, warn
 from g2gnet.data import DataError
+from g2gnet.network_settings import SettingsError
 from g2gnet.programs.flags import FlagError, Parser
 from g2gnet.programs.output import check_json, standard_output, write_json
-from g2gnet.settings import SettingsError
 from g2gnet.training import CheckpointError, Interrupted, TrainingError
 
 #: exit status of a program whose reader has closed the pipe, as ``head`` does: 128 + SIGPIPE, absent on Windows

@@ -1,6 +1,6 @@
 """The training engine: settings, the optimisation of one network, and a run's files."""
 
-from g2gnet.settings import NetworkSettings, Settings, SettingsError
+from g2gnet.network_settings import NetworkSettings, Settings, SettingsError
 from g2gnet.training.checkpoints import CheckpointError
 from g2gnet.training.interruption import Interrupted
 from g2gnet.training.machine import Machine

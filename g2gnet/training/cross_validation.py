@@ -13,7 +13,7 @@ import torch
 
 from g2gnet.base.distributed import ALONE
 from g2gnet.data import ImageData
-from g2gnet.settings import SettingsError, setting, with_default
+from g2gnet.network_settings import SettingsError, setting, with_default
 from g2gnet.training.machine import Machine
 from g2gnet.training.run import EpochCallback, run_training
 from g2gnet.training.run_settings import LARGEST_SEED, TrainSettings

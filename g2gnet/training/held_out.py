@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from g2gnet.base.seeding import stream
-from g2gnet.settings import SettingsError
+from g2gnet.network_settings import SettingsError
 
 
 def held_out(labels: torch.Tensor, share: float, seed: int) -> torch.Tensor:

@@ -6,8 +6,8 @@ import math
 import torch
 
 from g2gnet.base.memory import available, gigabytes
+from g2gnet.network_settings import SettingsError
 from g2gnet.neurons import NEURONS
-from g2gnet.settings import SettingsError
 from g2gnet.training.run_settings import TrainSettings
 
 #: bytes of a weight that is trained: the weight, its gradient and Adam's two moments, in float32; and of its average

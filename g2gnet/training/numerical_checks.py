@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from g2gnet.data import ImageData, as_samples
+from g2gnet.network_settings import NetworkSettings
 from g2gnet.neurons import SpikingNeurons
-from g2gnet.settings import NetworkSettings
 
 logger = logging.getLogger("g2gnet")
 

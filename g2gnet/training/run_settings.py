@@ -12,9 +12,9 @@ from g2gnet.data.augmentation import SHIFTS, shift_problem
 from g2gnet.data.binned import STEP
 from g2gnet.data.features.pretrained_weights import RELEASES
 from g2gnet.dst.rules import ACTIVITY, GROW_RULES, PRUNE_RULES, Rule, names_without
+from g2gnet.network_settings import Need, NetworkSettings, Others, Settings, of_group, with_default
 from g2gnet.neurons import NEURONS
 from g2gnet.sequences import sequence_length
-from g2gnet.settings import Need, NetworkSettings, Others, Settings, of_group, with_default
 from g2gnet.weights.patterns import SPARSE
 
 SPARSITY_MODES = ("static", "dynamic")
@@ -119,7 +119,7 @@ class TrainSettings(NetworkSettings, RunSettings):
         >>> TrainSettings(T=0)
         Traceback (most recent call last):
             ...
-        g2gnet.settings.SettingsError: T=0 must be a whole number from 1 to 65536
+        g2gnet.network_settings.SettingsError: T=0 must be a whole number from 1 to 65536
     """
 
     NEEDS: ClassVar[Mapping[str, tuple[Need, ...]]] = {

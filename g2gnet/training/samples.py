@@ -4,8 +4,8 @@ import torch
 
 from g2gnet.data import ImageData, npz
 from g2gnet.data.augmentation import shift_problem
+from g2gnet.network_settings import SettingsError
 from g2gnet.sequences import input_order
-from g2gnet.settings import SettingsError
 from g2gnet.training.run_settings import TrainSettings
 
 

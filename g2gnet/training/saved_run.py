@@ -11,7 +11,7 @@ import torch
 
 from g2g_kernels import BlockMask
 from g2gnet.network import G2GNet
-from g2gnet.settings import SettingsError
+from g2gnet.network_settings import SettingsError
 from g2gnet.training.checkpoints import CheckpointError, check_history, check_number, check_tested, read_checkpoint
 from g2gnet.training.cross_validation import FoldSettings
 from g2gnet.training.evaluation import build_network

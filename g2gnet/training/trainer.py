@@ -20,8 +20,8 @@ from g2gnet.dst.gradual_pruning import mean_density
 from g2gnet.dst.scheduler import DSTScheduler
 from g2gnet.inspect import Batch
 from g2gnet.network import G2GNet
+from g2gnet.network_settings import SettingsError
 from g2gnet.neurons import AdLIF
-from g2gnet.settings import SettingsError
 from g2gnet.training.captured_step import CapturedStep
 from g2gnet.training.checkpoints import check_number
 from g2gnet.training.epochs import EpochTrainer, StepCallback

@@ -1,5 +1,5 @@
-"""Ties: an average of a network's weights is rewired with the network, if someone says that it is one, or its next step
-would mix the weights of different connections. Any other copy is a network of its own."""
+"""Ties: an average of a network's weights (EMA, SWA) is rewired with the network if :func:`tie_wiring` says that it is
+one. Otherwise its next step would mix weights of different connections. Any other copy is a network of its own."""
 
 import logging
 import weakref

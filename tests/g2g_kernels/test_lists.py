@@ -13,7 +13,7 @@ from benchmarks.machine import pytorch_threads
 from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_linear, g2g_stack
 from g2g_kernels.cpu import library, plans
 from g2g_kernels.cpu.workspace import workspace
-from g2g_kernels.ops.g2g_stack import loop
+from g2g_kernels.ops.g2g_stack import recurrent_lists
 from g2g_kernels.ops.g2g_stack.layer import Recurrent
 from g2g_kernels.ops.neurons import MODELS, RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -174,7 +174,7 @@ def test_results_are_the_same_for_any_number_of_threads_and_ranges(monkeypatch):
     call = functools.partial(losses, torch.rand(12, 3, 20, generator=seeded(1)), "lif", (0.9, 1.0), 300)
     expected = call()
     for threads, length in itertools.product((1, 3), (64, 1000)):
-        monkeypatch.setattr(loop, "RANGE", length)
+        monkeypatch.setattr(recurrent_lists, "RANGE", length)
         with pytorch_threads(threads):
             torch.testing.assert_close(call(), expected, rtol=0, atol=0)
 
@@ -189,25 +189,27 @@ def test_a_run_in_parts_and_in_chunks_is_the_whole_run():
             assert_close(mine, theirs.double())
 
 
-def call(learned: bool) -> loop.LoopCall:
+def call(learned: bool) -> recurrent_lists.LoopCall:
     mask, values = weights(12, 12, 1, 0.3)
     current, state = torch.randn(3, 2, 12, generator=seeded(1)), torch.zeros(1, 2, 12)
     neurons = Neurons("lif", (torch.tensor([0.8]).requires_grad_(learned), torch.tensor([1.0])))
     sent, dropped = torch.ones(2, 12), torch.zeros(2, 12, dtype=torch.bool)
     leaves = [each.requires_grad_(learned) for each in (current, values, state)]
-    return loop.LoopCall(leaves[0], leaves[1], mask.tensors(), neurons, 0, sent, dropped, leaves[2])
+    return recurrent_lists.LoopCall(leaves[0], leaves[1], mask.tensors(), neurons, 0, sent, dropped, leaves[2])
 
 
 @pytest.mark.ci
 def test_operators_are_sound():
-    loop.FORWARD.opcheck(call(True), True)
-    spikes, last, kept = loop.FORWARD.function(call(False), True)
-    loop.BACKWARD.opcheck(Backward.of(call(False), (kept,), (torch.ones_like(spikes), torch.ones_like(last))))
+    recurrent_lists.FORWARD.opcheck(call(True), True)
+    spikes, last, kept = recurrent_lists.FORWARD.function(call(False), True)
+    recurrent_lists.BACKWARD.opcheck(
+        Backward.of(call(False), (kept,), (torch.ones_like(spikes), torch.ones_like(last)))
+    )
 
 
 def test_operators_have_second_derivatives():
     given = call(True)
-    spikes, last, _ = loop.FORWARD(given)
+    spikes, last, _ = recurrent_lists.FORWARD(given)
     (first,) = torch.autograd.grad(spikes.sum() + last.square().sum(), given.current, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), given.values)
     assert second.abs().sum() > 0

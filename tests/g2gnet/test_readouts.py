@@ -14,8 +14,8 @@ from g2g_kernels.ops.g2g_stack import operator
 from g2gnet import LIF, DSTScheduler, G2GLinear, SpikingStack
 from g2gnet.data import load_dataset
 from g2gnet.interop import from_snntorch, to_nir, to_snntorch
+from g2gnet.network_settings import SettingsError
 from g2gnet.programs.report.content import inspect
-from g2gnet.settings import SettingsError
 from g2gnet.spiking_network import READOUTS
 from g2gnet.training import TrainSettings, read_run
 

@@ -12,7 +12,7 @@ from training_runs import run
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack
 from g2gnet.data import DataError, as_samples, dataset_name, load_dataset
-from g2gnet.settings import NetworkSettings
+from g2gnet.network_settings import NetworkSettings
 
 
 @pytest.mark.parametrize(

@@ -236,7 +236,7 @@ def recorded_correlations(model, run, monkeypatch):
         seen.append((pre.flatten(0, -2), post.flatten(0, -2)))
         return unit_correlation(pre, post, *rest)
 
-    monkeypatch.setattr("g2gnet.dst.evidence.unit_correlation", spy)
+    monkeypatch.setattr("g2gnet.dst.recorder.unit_correlation", spy)
     dst = DSTScheduler(model, torch.optim.SGD(model.parameters(), lr=0.1), interval=1)
     run()
     dst.step()

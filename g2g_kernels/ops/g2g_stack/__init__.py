@@ -17,7 +17,7 @@ from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.checks import check_connection, check_tensor
 from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.g2g_linear import g2g_linear
-from g2g_kernels.ops.g2g_stack import cpu, graph, loop, reference
+from g2g_kernels.ops.g2g_stack import cpu, graph, recurrent_lists, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, NeuronState, Spikes, StackState
 from g2g_kernels.ops.g2g_stack.chunks import in_chunks
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train, arrived, check_delay
@@ -260,7 +260,7 @@ def _run(
     elif observed:
         linear = partial(g2g_linear, backend=backend)
         population = partial(_neurons_in_float32 if backend == "cpu" else run_neurons, backend=backend)
-        loop_of = (lambda layer: None) if plain else partial(loop.loop_of, backend=backend)
+        loop_of = (lambda layer: None) if plain else partial(recurrent_lists.loop_of, backend=backend)
         turn = reference.in_turn(x, layers, steps, linear, population, before, loop_of)
         activity = activity_of(*turn, differentiable=spikes)
     elif layers[0].delay is not None:

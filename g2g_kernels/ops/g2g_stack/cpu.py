@@ -30,7 +30,7 @@ from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train
 from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer, refuses_fields, unread
-from g2g_kernels.ops.g2g_stack.loop import loop_of
+from g2g_kernels.ops.g2g_stack.recurrent_lists import loop_of
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn, reaches
 from g2g_kernels.ops.neurons import cpu as neurons_alone
 from g2g_kernels.ops.neurons.cpu import neuron_arguments

@@ -1,16 +1,34 @@
 """What a population of neurons must be, and numbers as tensors."""
 
+import math
+import numbers
+from typing import Any
+
 import numpy as np
 import torch
 
 from g2g_kernels.choices import check_choice
-from g2g_kernels.numbers import COUNT, SHARPNESS, check_parameter
+from g2g_kernels.numbers import COUNT, FLOAT32, SHARPNESS
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons, Tensors
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
 #: what is taken for a parameter beside tensors
 NUMBERS = (int, float, np.integer, np.floating)
+
+
+def check_parameter(name: str, value: Any, of: str = "") -> float:
+    """``value``, the parameter of neurons, as a float; ∞ is a threshold never reached. Raises ValueError, naming the
+    argument (``of`` some neurons), unless it is one number that a float32 holds, or inf."""
+    if isinstance(value, torch.SymFloat):  # of a graph with dynamic shapes, which stands for a float
+        return value  # type: ignore[return-value]
+    number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
+    if isinstance(number, numbers.Real) and not isinstance(number, bool):
+        number = math.inf if isinstance(number, int) and abs(number) > FLOAT32[1] else float(number)
+        if abs(number) <= FLOAT32[1] or (abs(number) == math.inf and not isinstance(value, int)):
+            return number
+    held = f"a number that a float32 holds, at most {FLOAT32[1]:.3g}, or inf"
+    raise ValueError(f"{name}={value!r:.40}{of} must be {held}")
 
 
 def as_tensors(current: torch.Tensor, of: str = "", **parameters: torch.Tensor | float) -> tuple[torch.Tensor, ...]:

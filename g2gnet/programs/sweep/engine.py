@@ -24,12 +24,12 @@ from g2g_kernels.numbers import COUNT
 from g2gnet.base.files import locked, make_directory, open_own
 from g2gnet.base.messages import OutputError, reason
 from g2gnet.data import DataError
+from g2gnet.network_settings import SettingsError
 from g2gnet.programs import train
 from g2gnet.programs.flags import FlagError, machine_from
 from g2gnet.programs.main import memory_named
 from g2gnet.programs.sweep.grid import LOCK, LOG, Grid, Run, runs_of
 from g2gnet.programs.sweep.results import HELD_OUT, TESTED, Row, best_row, judge, rows_of, table
-from g2gnet.settings import SettingsError
 from g2gnet.training import CheckpointError, Interrupted, SavedRun, TrainingError, read_run
 from g2gnet.training.checkpoints import numbers
 from g2gnet.training.interruption import handled

@@ -16,9 +16,9 @@ import torch
 
 from g2gnet.base.files import read_file
 from g2gnet.base.messages import reason
+from g2gnet.network_settings import SettingsError, types_of
 from g2gnet.programs import train
 from g2gnet.programs.flags import settings_from
-from g2gnet.settings import SettingsError, types_of
 from g2gnet.training import TrainSettings
 from g2gnet.training.checkpoints import RunFiles
 

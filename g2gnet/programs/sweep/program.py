@@ -12,12 +12,12 @@ from typing import Any
 from g2gnet.base.files import check_own, make_directory
 from g2gnet.base.messages import OutputError, reason, say, warn
 from g2gnet.base.version import __version__
+from g2gnet.network_settings import SettingsError, types_of
 from g2gnet.programs import flags, output
 from g2gnet.programs.main import run_program
 from g2gnet.programs.sweep.engine import Sweep, run
 from g2gnet.programs.sweep.grid import LOCK, LOG, may_be_none, read_grid, runs_of, values_of
 from g2gnet.programs.sweep.results import as_csv
-from g2gnet.settings import SettingsError, types_of
 from g2gnet.training import TrainingError, TrainSettings
 from g2gnet.training.interruption import raised
 

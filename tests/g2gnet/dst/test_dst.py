@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from g2g_kernels import BlockMask, GroupLayout, lif
 from g2g_kernels.cpu import library
-from g2g_kernels.ops.g2g_stack import loop, operator
+from g2g_kernels.ops.g2g_stack import operator, recurrent_lists
 from g2gnet import DSTScheduler, G2GLinear, G2GNet, sparsify
 from g2gnet.dst import replacement
 from g2gnet.dst import scheduler as scheduler_module
@@ -243,10 +243,10 @@ def test_updates_come_every_interval_steps_and_reuse_the_same_memory():
 @pytest.mark.parametrize("backend", [*backends_of(operator), LISTS])
 @pytest.mark.parametrize(("dropout", "chunk"), [(0.0, None), (0.4, 3)])
 def test_gradients_of_units_are_those_of_the_network_with_every_unit(backend, dropout, chunk, monkeypatch):
-    in_lists, loops, run = backend == "lists", [], loop._run
+    in_lists, loops, run = backend == "lists", [], recurrent_lists._run
     if in_lists:
         monkeypatch.setattr(library, "LIST_COST", 0.0)
-        monkeypatch.setattr(loop, "_run", lambda layer, *given: (loops.append(layer), run(layer, *given))[1])
+        monkeypatch.setattr(recurrent_lists, "_run", lambda layer, *given: (loops.append(layer), run(layer, *given))[1])
         backend = "cpu"
     monkeypatch.setattr(scores_module, "BAND", 100)  # one block row at a time
     options = {"model": "random", "num_groups": 3, "block_size": 4, "T": 7, "recurrent": True, "rec_gain": 1.0}

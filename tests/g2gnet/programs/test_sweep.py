@@ -26,12 +26,12 @@ from training_runs import SMALL, assert_equal, flags_of, load, run
 
 from g2g_kernels import BackendError
 from g2gnet.base.messages import OutputError
+from g2gnet.network_settings import SettingsError
 from g2gnet.programs import sweep
 from g2gnet.programs.sweep import engine, program
 from g2gnet.programs.sweep.grid import read_grid, runs_of
 from g2gnet.programs.sweep.picture import draw
 from g2gnet.programs.sweep.results import Row, estimate
-from g2gnet.settings import SettingsError
 from g2gnet.training import TrainingError
 
 QUICK = {**SMALL, "T": 3, "limit_train": 64, "limit_test": 32, "epochs": 1}

@@ -6,7 +6,7 @@ import pytest
 from training_runs import DEFAULTS
 
 from g2gnet import LIF, Synaptic
-from g2gnet.settings import types_of
+from g2gnet.network_settings import types_of
 from g2gnet.training import SettingsError, TrainSettings
 from g2gnet.training.cross_validation import FoldSettings
 

@@ -1,4 +1,4 @@
-"""Neurons that are joined to one another by weights in lists, for all steps in one call, on the compiled CPU kernels:
+"""A recurrent layer over all time steps in one call, for weights stored as lists, on the compiled CPU kernels:
 operators ``g2g::loop_forward`` (with its autograd formula) and ``g2g::loop_backward``. The forward pass keeps the
 states of every step, float32, as ``csrc/list_loop.h`` lays them out.
 """
@@ -76,8 +76,8 @@ TYPES["LoopCall"] = LoopCall
 
 
 def loop_of(layer: SpikingLayer, backend: str | None = "cpu") -> Callable | None:
-    """What runs a layer with its recurrent connection (:class:`g2g_kernels.ops.g2g_stack.reference.Parts`), if these
-    kernels take that from lists; ``backend``: as of the call."""
+    """The function that runs a layer with its recurrent connection, as in
+    :class:`g2g_kernels.ops.g2g_stack.reference.Parts`; None if these kernels do not take that from lists."""
     if layer.recurrent is None or layer.membranes:
         return None
     if forced_backend(backend) not in (None, "cpu") or cpu_library.unavailable():

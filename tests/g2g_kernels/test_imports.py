@@ -30,7 +30,7 @@ LAYERS = {
         ("graphs", "called_layers"),
         ("projections",),
         ("spiking_network",),
-        ("stack", "settings"),
+        ("stack", "network_settings"),
         ("network", "sparsify", "recording", "interop"),
         ("dst", "inspect"),
         ("training",),

@@ -271,7 +271,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             size = argparse.Namespace(**{**vars(arguments), "weights": weights, "neurons": neurons})
             runs += [{"neurons": neurons, **run} for run in timed_runs(size, ["g2g-cpu"])]
         return {"benchmark": "brain_growth", "runs": runs}
-    names = arguments.contenders or list(CONTENDERS)
+    # PyTorch's own backward pass takes the most of a minute a step, at the size of --quick, too
+    names = arguments.contenders or [name for name in CONTENDERS if not (arguments.quick and name == "csr-autograd")]
     if unknown := [name for name in names if name not in CONTENDERS]:
         raise ValueError(f"contenders={unknown[0]!r} is unknown; choose of {', '.join(CONTENDERS)}")
     if arguments.edges:

@@ -39,7 +39,7 @@ from .study_tables import DRAWN, TEST_IMAGES, table
 
 RESUME = "run the same command again to resume with the remaining runs"
 #: what every run has with ``--quick``, whatever its row says
-QUICK = "--epochs 1 --limit_train 2000 --limit_test 1000"
+QUICK = "--epochs 1 --limit_train 2000 --limit_test 1000 --dst_interval 2"
 
 
 def run_of(study: Study, row: str, epochs: int, seed: int, root: Path, last: str = "") -> Run:

@@ -338,7 +338,12 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--edges", metavar="FILE", help="a CSV file of connections in place of drawn ones")
     text = "our step alone, with 10⁵ to 10⁸ weights, a thousandth of all pairs of neurons"
     parser.add_argument("--growth", action="store_true", help=text)
-    parser.add_argument("--contenders", type=lambda text: text.split(","), metavar="A,B,...", help="only these")
+    parser.add_argument(
+        "--contenders",
+        type=lambda text: text.split(","),
+        metavar="A,B,...",
+        help="only these (default: all; with --quick without csr-autograd)",
+    )
 
 
 PROGRAM = cli.Program(

@@ -36,7 +36,8 @@ def encode(
         >>> encode(x, "rate", steps=3).shape
         torch.Size([3, 1, 2])
     """
-    check_choice("enc", enc, ENCODINGS)
+    if enc not in ENCODINGS:
+        check_choice("enc", enc, ENCODINGS)
     check_samples(x)
     shape = x.shape[-2:]
     if part is not None:

@@ -285,11 +285,7 @@ class SpikingNetwork(PopulationGraph):
     ) -> tuple[list[SpikingLayer], torch.Tensor | None]:
         """The populations as the operator takes them, and the inputs before the run. What kept neurons send is scaled:
         the weights that it meets are."""
-        states: Any = (None,) * self.depth
-        sent: Any = (None,) * (self.depth + 1)
-        if state is not None:
-            of_neurons, sent = self._divided(state)
-            states = [as_one(each) for each in of_neurons]
+        states, sent = self._divided(state)
         records = []
         modules: dict[str, Any] = self._modules
         for number, name in enumerate(self.populations):
@@ -318,7 +314,7 @@ class SpikingNetwork(PopulationGraph):
                     first.bias,
                     population,
                     None if dropped is None else dropped[number],
-                    states[number],
+                    None if state is None else as_one(states[number]),
                     None if recurrent is None else Recurrent(recurrent.values, recurrent.mask),
                     gives,
                     (first.observer, None if recurrent is None else recurrent.observer),

@@ -14,9 +14,10 @@ export G2G_CPU_LIBRARY="$G2G_SANITIZED/libg2g_cpu.so"
 others='' every=''
 if [ -z "${EVERY_ISA:-}" ]; then
     own=baseline every=' and not instruction_set'
-    for flag in avx2 avx512f avx512_bf16; do
+    for flag in avx2 avx512f avx512_bf16; do  # as csrc/api.cpp chooses
         if grep -qsw $flag /proc/cpuinfo; then own=${flag%f}; fi
     done
+    if ! grep -qsw avx512_vbmi2 /proc/cpuinfo; then own=${own%_bf16}; fi
     for each in baseline avx2 avx512 avx512_bf16; do
         if [ $each != $own ]; then others="$others $each"; fi
     done

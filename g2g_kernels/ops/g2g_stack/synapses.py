@@ -77,14 +77,12 @@ class Synapses:
         self._x, self._steps, self._borders = x.detach(), steps, borders
         self._layers: list[list[Connection]] = []
         #: what is counted, and the numbers that differ after it has changed
-        self._counted, self._masks = [self._x], []
+        self._counted = [self._x]
         for connections in layers:
             self._layers.append([])
             for each in connections:
-                of_weights = Connection(each.values.detach(), each.mask, each.source, each.delay)
-                self._layers[-1].append(of_weights)
-                self._counted.append(of_weights.values)
-                self._masks.append(each.mask)
+                self._counted.append(each.values.detach())
+                self._layers[-1].append(Connection(self._counted[-1], each.mask, each.source, each.delay))
         for border in borders:
             if border is not None:
                 self._counted += [tensor for tensor in border if isinstance(tensor, torch.Tensor)]
@@ -106,23 +104,19 @@ class Synapses:
         for number, layer in enumerate(layers):
             connections.append(layer.connections(number))
             for each in connections[-1]:
-                source = each.source
-                if each.delay is None or borders[source] is not None:
-                    continue
-                known = sent[source] if sent else None
-                if known is not None:
-                    earlier = before if source < 0 else layers[source].sent
-                    borders[source] = Border(None if earlier is None else earlier.detach(), known)
-                    continue
-                of = layers[source]
-                state, threshold = of.state, of.population.parameters[-1].detach()
-                state = None if state is None else state.detach()[-1:]
-                borders[source] = Border(state, states[source].detach()[-1:], threshold, of.dropped)
+                if each.delay is not None and borders[each.source] is None:
+                    known = sent[each.source] if sent else None
+                    source = None if each.source < 0 else layers[each.source]
+                    if known is not None:
+                        earlier = before if source is None else source.sent
+                        borders[each.source] = Border(None if earlier is None else earlier.detach(), known)
+                    elif source is not None:
+                        borders[each.source] = _membranes(source, states[each.source])
         return cls(x, steps, connections, borders)
 
     def _now(self) -> list[int]:
-        versions = [-1 if tensor.is_inference() else tensor._version for tensor in self._counted]
-        return versions + [mask.changes for mask in self._masks]
+        versions = [tensor._version for tensor in self._counted if not tensor.is_inference()]  # which have none
+        return versions + [each.mask.changes for connections in self._layers for each in connections]
 
     def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
         """Of each layer, all connections to it included, given the firing rates of each, [N]; waits for the device.
@@ -156,6 +150,13 @@ class Synapses:
                 totals[2] += rows * mask.shape[0] * mask.shape[1]
             counted.append(SynapticOperations(*totals))
         return tuple(counted)
+
+
+def _membranes(layer: SpikingLayer, after: torch.Tensor) -> Border:
+    """The ends of a run of a layer with the states ``after`` it, of whose last spikes nothing else is known."""
+    before, threshold = layer.state, layer.population.parameters[-1].detach()
+    before = None if before is None else before.detach()[-1:]
+    return Border(before, after.detach()[-1:], threshold, layer.dropped)
 
 
 def _fan_out(values: torch.Tensor, mask: BlockMask) -> torch.Tensor:

@@ -18,8 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from g2g_kernels import Activity
-from g2g_kernels.ops.g2g_stack.layer import Connection
-from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
+from g2g_kernels.ops.g2g_stack.synapses import Received, Synapses, SynapticOperations
 from g2gnet import G2GNet
 from g2gnet.base.seeding import stream
 from g2gnet.data import ImageData, as_samples
@@ -62,8 +61,7 @@ class _Synapses(Synapses):
     """Every input that is not zero costs a multiplication, where a spike costs an addition."""
 
     def __init__(self, inputs: torch.Tensor, layers: Sequence[Any]) -> None:
-        connections = [[Connection(each.values, each.mask, number - 1)] for number, each in enumerate(layers)]
-        super().__init__(inputs, 1, connections, [None] * (len(layers) + 1))
+        super().__init__(inputs, 1, [[Received(e.values, e.mask, number - 1)] for number, e in enumerate(layers)])
 
     def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
         found = super().operations(rates)

@@ -11,9 +11,10 @@ from torch.nn.modules import module as every_module
 
 from g2g_kernels import Activity, SpikingLayer, neurons_step
 from g2g_kernels.ops.g2g_stack import Connection, Delay, NeuronState, StackState, Synapses, check_dropped
+from g2g_kernels.ops.g2g_stack.delays import LateSpikes
 from g2g_kernels.ops.g2g_stack.reference import GraphRun, Parts, activity_of, graph_of
 from g2g_kernels.ops.g2g_stack.schedule import parts_of
-from g2g_kernels.ops.g2g_stack.synapses import Border
+from g2g_kernels.ops.g2g_stack.synapses import Received
 from g2g_kernels.ops.neurons.checks import check_states
 from g2g_kernels.tracing import is_traced, replaced
 from g2gnet.layers import G2GLinear
@@ -153,18 +154,16 @@ def _synapses(
     x: torch.Tensor, populations: Sequence[Called], trains: Sequence[torch.Tensor], steps: int | None
 ) -> Synapses | None:
     """What the synaptic operations of such a run are counted from; None where they cannot be."""
-    layers: list[list[Connection]] = []
-    borders: list[Border | None] = [None] * (len(populations) + 1)
-    sources = [*trains, x if steps is None else x.expand(steps, *x.shape)]
+    layers: list[list[Received]] = []
     for population in populations:
         layers.append([])
         for _, connection, source, delay in population.connections:
             if is_traced() or not isinstance(connection, G2GLinear):
                 return None
-            layers[-1].append(Connection(*connection.weights(), source, delay))
-            if delay is not None:
-                borders[source] = Border(None, sources[source].detach())
-    return Synapses(x, steps, layers, borders)
+            sent, held = (x, steps) if source < 0 else (trains[source], None)
+            late = None if delay is None else LateSpikes(sent, delay, None, held)
+            layers[-1].append(Received(*connection.weights(), source, late))
+    return Synapses(x, steps, layers)
 
 
 def step_of_called(

@@ -20,11 +20,11 @@ from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_stack import cpu, graph, recurrent_lists, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, NeuronState, Spikes, StackState
 from g2g_kernels.ops.g2g_stack.chunks import in_chunks
-from g2g_kernels.ops.g2g_stack.delays import Delay, Train, arrived, check_delay
+from g2g_kernels.ops.g2g_stack.delays import Delay, LateSpikes, Train, arrived, check_delay
 from g2g_kernels.ops.g2g_stack.layer import Connection, Recurrent, SpikingLayer, is_chain
 from g2g_kernels.ops.g2g_stack.reference import activity_of
 from g2g_kernels.ops.g2g_stack.schedule import parts_of
-from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
+from g2g_kernels.ops.g2g_stack.synapses import Received, Synapses, SynapticOperations
 from g2g_kernels.ops.neurons import run_neurons
 from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
 from g2g_kernels.ops.record import Form, opened
@@ -108,9 +108,7 @@ def g2g_stack(
         activity = in_chunks(x, layers, steps, chunk, partial(_run, backend=backend), before)
     if torch.compiler.is_compiling():
         return activity
-    assert activity.states is not None
-    synapses = Synapses.of_run(x, layers, steps, before, activity.states, activity.sent)
-    return activity._replace(synapses=synapses)
+    return activity._replace(synapses=_synapses(x, layers, steps, before, activity.spikes))
 
 
 #: the types of what a signature keeps; that of TENSOR is the last
@@ -275,6 +273,32 @@ def _run(
         for state, layer in zip(activity.states, layers)  # noqa: B905
     ]
     return replaced(activity, states=tuple(states))
+
+
+def _synapses(
+    x: torch.Tensor,
+    layers: Sequence[SpikingLayer],
+    steps: int | None,
+    before: torch.Tensor | None,
+    spikes: Sequence[Spikes],
+) -> Synapses:
+    """What the synaptic operations of a run are counted from, in which the layers sent these spikes."""
+    received: list[list[Received]] = []
+    reach: list[int] = []
+    for number, layer in enumerate(layers):
+        received.append([])
+        for values, mask, source, delay, *_ in layer.connections(number):
+            late = None
+            if delay is not None and source < 0:
+                late = LateSpikes(x, delay, before, steps)
+            elif delay is not None:
+                reach = reach or reference.reaches(layers)
+                train = spikes[source]
+                with torch.no_grad():
+                    earlier = reference.sent_before(layers[source], reach[source], x.dtype)
+                late = LateSpikes(train.dense() if isinstance(train, DenseSpikes) else train, delay, earlier)
+            received[-1].append(Received(values, mask, source, late))
+    return Synapses(x, steps, received)
 
 
 def _silenced(layer: SpikingLayer) -> SpikingLayer:

@@ -92,7 +92,7 @@ class Activity(NamedTuple):
         By name, where rates are.
 
         For one sample, divide by the size of the batch. Waits for the device. Raises RuntimeError if inputs, weights or
-        masks (where delays are read thresholds and states, too) have changed since the run, or if the run was compiled.
+        masks have changed since the run, or if the run was compiled.
         """
         if self.synapses is None:
             raise RuntimeError(

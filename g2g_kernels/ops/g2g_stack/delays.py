@@ -104,6 +104,11 @@ class LateSpikes:
     def __init__(self, spikes: Any, delay: Delay, before: torch.Tensor | None, steps: int | None = None) -> None:
         self._spikes, self._delay, self._before, self._steps = spikes, delay, before, steps
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """Those that it reads."""
+        return [each for each in (self._spikes, self._before, self._delay.steps) if isinstance(each, torch.Tensor)]
+
     def dense(self) -> torch.Tensor:
         """[T, B, N], without gradient."""
         spikes = self._spikes if isinstance(self._spikes, torch.Tensor) else self._spikes.dense()

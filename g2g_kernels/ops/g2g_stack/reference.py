@@ -114,6 +114,17 @@ def reaches(layers: Sequence[SpikingLayer]) -> list[int]:
     return reaches_of([(each.source, each.delay) for each in connections], len(layers))
 
 
+def sent_before(layer: SpikingLayer, reach: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """[D, B, N], what a layer sent before a run, of which delays ``reach`` so many steps (see :func:`reaches`); None:
+    nothing."""
+    if reach:
+        return None if layer.sent is None else layer.sent.to(dtype)  # a run under autocast has given fewer bits
+    if layer.state is None:
+        return None
+    spikes = spikes_of(layer.state[-1], layer.population).to(dtype)
+    return (spikes if layer.dropped is None else spikes.masked_fill(layer.dropped, 0))[None]
+
+
 class GraphRun:
     """A run of layers by their ``parts``, of which those that reach one another take turns
     (:mod:`g2g_kernels.ops.g2g_stack.schedule`); of ``layers`` it reads what is not in parts."""
@@ -139,15 +150,10 @@ class GraphRun:
         self.membranes: list[list[torch.Tensor]] = [[] for _ in layers]
 
     def before(self, number: int, dtype: torch.dtype) -> torch.Tensor | None:
-        """[D, B, N], what a layer sent before the run, as far as it is read; None: nothing."""
-        layer = self.layers[number]
-        if self.reaches[number]:
-            return None if layer.sent is None else layer.sent.to(dtype)  # a run under autocast has given fewer bits
-        delayed = [each for of_layer in self.connections for each in of_layer if each.source == number and each.delay]
-        if layer.state is None or not delayed:
-            return None
-        spikes = spikes_of(layer.state[-1], layer.population).to(dtype)
-        return (spikes if layer.dropped is None else spikes.masked_fill(layer.dropped, 0))[None]
+        """:func:`sent_before` the run, where that is read."""
+        if any([each.source == number and each.delay for of_layer in self.connections for each in of_layer]):
+            return sent_before(self.layers[number], self.reaches[number], dtype)
+        return None
 
     def part(self, part: Part) -> None:
         """Runs layers that reach one another, or one that does not reach itself."""

@@ -4,13 +4,12 @@ its product is computed once. Biases and neurons count as nothing.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from g2g_kernels.mask.block_mask import BlockMask
-from g2g_kernels.ops.g2g_stack.delays import Delay
-from g2g_kernels.ops.g2g_stack.layer import Connection, SpikingLayer
+from g2g_kernels.ops.g2g_stack.delays import LateSpikes
 
 
 class SynapticOperations(NamedTuple):
@@ -27,34 +26,19 @@ class SynapticOperations(NamedTuple):
     dense: int
 
 
-class Border(NamedTuple):
-    """The ends of a run of a source that delays are read from: there, what arrives is not what it sends in the run.
+class Received(NamedTuple):
+    """A connection of a run, and what it received.
 
     Attributes:
-        before, after: [D, B, N], what was sent in the last steps before the run (None: nothing), and in its last ones,
-            which may be an object whose ``dense()`` is that. No gradients.
-        threshold: None; or they are membranes [1, B, N], and exceed it in a spike.
-        dropped: bool [B, N], the neurons that are silent; or None.
+        values, mask: its packed weights, and the units that exist.
+        source: the number of the layer whose spikes it receives; −1: the inputs.
+        late: these, where they arrive later than they are sent; else None.
     """
 
-    before: torch.Tensor | None
-    after: Any
-    threshold: torch.Tensor | None = None
-    dropped: torch.Tensor | None = None
-
-    def sent_beyond(self, delay: Delay) -> torch.Tensor:
-        """int64 [N], the spikes that arrive from before the run, less those that arrive after it, over all samples."""
-        first = 0 if self.before is None else self._late(self.before, delay)
-        return first - self._late(self.after, delay)
-
-    def _late(self, train: Any, delay: Delay) -> torch.Tensor:
-        """How many arrive after the last step of ``train``."""
-        train = train.detach() if isinstance(train, torch.Tensor) else train.dense().detach()
-        spikes = train != 0 if self.threshold is None else train > self.threshold
-        if self.dropped is not None:
-            spikes = spikes & ~self.dropped
-        left = torch.arange(len(train), 0, -1, device=train.device)[:, None]  # steps from here to the end
-        return (spikes.sum(1) * (left <= (delay.most if delay.steps is None else delay.steps))).sum(0)
+    values: torch.Tensor
+    mask: BlockMask
+    source: int
+    late: LateSpikes | None = None
 
 
 class Synapses:
@@ -64,99 +48,47 @@ class Synapses:
         x: [T, B, in], or [B, in] held at every step.
         steps: for which x is held, or None.
         layers: the connections to each layer.
-        borders: of each layer, and at the end of the inputs, where delays are read from it; else None.
     """
 
-    def __init__(
-        self,
-        x: torch.Tensor,
-        steps: int | None,
-        layers: Sequence[Sequence[Connection]],
-        borders: Sequence[Border | None],
-    ) -> None:
-        self._x, self._steps, self._borders = x.detach(), steps, borders
-        self._layers: list[list[Connection]] = []
+    def __init__(self, x: torch.Tensor, steps: int | None, layers: Sequence[Sequence[Received]]) -> None:
+        self._x, self._steps = x.detach(), steps
+        self._layers = [[each._replace(values=each.values.detach()) for each in layer] for layer in layers]
         #: what is counted, and the numbers that differ after it has changed
         self._counted = [self._x]
-        for connections in layers:
-            self._layers.append([])
-            for each in connections:
-                self._counted.append(each.values.detach())
-                self._layers[-1].append(Connection(self._counted[-1], each.mask, each.source, each.delay))
-        for border in borders:
-            if border is not None:
-                self._counted += [tensor for tensor in border if isinstance(tensor, torch.Tensor)]
+        for layer in self._layers:
+            for each in layer:
+                self._counted += [each.values, *(() if each.late is None else each.late.tensors)]
         self._then = self._now()
-
-    @classmethod
-    def of_run(
-        cls,
-        x: torch.Tensor,
-        layers: Sequence[SpikingLayer],
-        steps: int | None,
-        before: torch.Tensor | None,
-        states: Sequence[torch.Tensor],
-        sent: Sequence[Any],
-    ) -> "Synapses":
-        """Those of a run with these layers and ``before``, after which they have these states and have sent this."""
-        connections = []
-        borders: list[Border | None] = [None] * (len(layers) + 1)
-        for number, layer in enumerate(layers):
-            connections.append(layer.connections(number))
-            for each in connections[-1]:
-                if each.delay is not None and borders[each.source] is None:
-                    known = sent[each.source] if sent else None
-                    source = None if each.source < 0 else layers[each.source]
-                    if known is not None:
-                        earlier = before if source is None else source.sent
-                        borders[each.source] = Border(None if earlier is None else earlier.detach(), known)
-                    elif source is not None:
-                        borders[each.source] = _membranes(source, states[each.source])
-        return cls(x, steps, connections, borders)
 
     def _now(self) -> list[int]:
         versions = [tensor._version for tensor in self._counted if not tensor.is_inference()]  # which have none
-        return versions + [each.mask.changes for connections in self._layers for each in connections]
+        return versions + [each.mask.changes for layer in self._layers for each in layer]
 
     def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
         """Of each layer, all connections to it included, given the firing rates of each, [N]; waits for the device.
-        Exact up to 2²³ spikes per neuron. Raises RuntimeError if inputs, weights or masks have changed in the meantime,
-        or where delays are read the thresholds, states or spikes at both ends of the run.
+        Exact up to 2²³ spikes per neuron. Raises RuntimeError if inputs, weights or masks have changed in the meantime.
         """
         if self._now() != self._then:
             raise RuntimeError(
-                "the inputs, weights, thresholds or states of this run have changed since, so its synaptic operations "
-                "are unknown; call synaptic_operations() right after the run, before optimizer and scheduler step"
+                "the inputs, weights or masks of this run have changed since, so its synaptic operations are unknown; "
+                "call synaptic_operations() right after the run, before optimizer and scheduler step"
             )
         x = self._x.reshape(-1, self._x.shape[-1])
         # a held input that arrives later is another one at each step
-        of_input = 1 if self._steps is None else self._steps
-        vectors = len(x) * of_input
+        vectors = len(x) * (self._steps or 1)
         sent = [(of.detach().double() * vectors).nan_to_num().round().long() for of in rates]
         sent.append((x != 0).sum(0))
         spiking = bool(((x == 0) | (x.abs() == 1)).all())
         counted = []
-        for connections in self._layers:
+        for layer in self._layers:
             totals = [0, 0, 0]
-            for values, mask, source, delay, *_ in connections:
-                received, border, rows = sent[source], self._borders[source], vectors
-                if source < 0 and delay is None:
-                    rows = len(x)
-                elif source < 0:
-                    received = received * of_input
-                if delay is not None and border is not None:
-                    received = received + border.sent_beyond(delay)
+            for values, mask, source, late in layer:
+                received = sent[source] if late is None else (late.dense() != 0).sum((0, 1))
                 totals[int(source < 0 and not spiking)] += int((received * _fan_out(values, mask)).sum())
+                rows = len(x) if source < 0 and late is None else vectors
                 totals[2] += rows * mask.shape[0] * mask.shape[1]
             counted.append(SynapticOperations(*totals))
         return tuple(counted)
-
-
-def _membranes(layer: SpikingLayer, after: torch.Tensor) -> Border:
-    """The ends of a run of a layer with the states ``after`` it, of whose last spikes nothing else is known."""
-    before, threshold = layer.state, layer.population.parameters[-1].detach()
-    before = None if before is None else before.detach()[-1:]
-    return Border(before, after.detach()[-1:], threshold, layer.dropped)
 
 
 def _fan_out(values: torch.Tensor, mask: BlockMask) -> torch.Tensor:

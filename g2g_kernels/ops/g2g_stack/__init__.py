@@ -4,18 +4,18 @@ One operator for the whole stack lets a backend choose what passes between the l
 neurons) and how long each tensor lives.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from g2g_kernels.dispatch import Operator
+from g2g_kernels.dispatch import BACKENDS, Operator, forced_backend
 from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.checks import check_connection, check_tensor
-from g2g_kernels.ops.derivatives import has_tangent
+from g2g_kernels.ops.derivatives import Autocast, has_tangent
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_stack import cpu, graph, recurrent_lists, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, NeuronState, Spikes, StackState
@@ -89,44 +89,48 @@ def g2g_stack(
     """
     layers = tuple(layers or ())
     tensors, form = opened((x, before, *layers))
-    if is_traced():
+    plain = is_transformed() or has_tangent(tensors)
+    call = None if is_traced() else _signature(tensors, form, steps, chunk, spikes, plain, backend)
+    run = None if call is None else _runs.get(call)
+    if run is None:
+        given = [parameter for layer in layers for parameter in layer.population.parameters]
         layers = _checked(x, layers, steps, spikes, chunk, before)
-    else:
-        signature = _signature(tensors, form, steps, chunk, spikes)
-        if signature not in _passed:
-            given = [parameter for layer in layers for parameter in layer.population.parameters]
-            layers = _checked(x, layers, steps, spikes, chunk, before)
-            # numbers are made tensors each time
-            if signature is not None and all(isinstance(parameter, torch.Tensor) for parameter in given):
-                if len(_passed) > 1000:
-                    _passed.clear()
-                _passed.add(signature)
-    steps = None if steps is None else int(steps)
-    if chunk is None:
-        activity = _run(x, layers, steps, before, backend, spikes, tensors)
-    else:
-        activity = in_chunks(x, layers, steps, chunk, partial(_run, backend=backend), before)
+        steps = None if steps is None else int(steps)
+        if chunk is None:
+            run = _runner(x, layers, steps, backend, spikes, plain)
+        else:
+            run = partial(in_chunks, partial(_run_part, backend), chunk)
+        # numbers are made tensors each time
+        if call is not None and all(isinstance(parameter, torch.Tensor) for parameter in given):
+            if len(_runs) > 1000:
+                _runs.clear()
+            _runs[call] = run
+    activity = run(x, layers, steps) if before is None else run(x, layers, steps, before)
     if torch.compiler.is_compiling():
         return activity
     return activity._replace(synapses=_synapses(x, layers, steps, before, activity.spikes))
 
 
+#: (x, layers, steps, inputs before the first step, if any) -> their activity
+Run = Callable[..., Activity]
 #: the types of what a signature keeps; that of TENSOR is the last
 _PLAIN = {type(None), bool, int, float, str, tuple, object}
-#: calls that have passed :func:`_checked`, which looks at nothing but what a signature has
-_passed: set[Hashable] = set()
+#: what runs calls of a signature that have passed :func:`_checked`, which looks at nothing but what that has
+_runs: dict[Hashable, Run] = {}
 
 
 def _signature(tensors: Sequence[torch.Tensor], form: Form, *options: Any) -> Hashable:
-    """Shapes, dtypes, devices and options of a call; None if it has others than plain values, which may change."""
-    of_tensors = [(tensor.shape, tensor.dtype, tensor.device, tensor.layout) for tensor in tensors]
+    """All that a check of a call and the choice of what runs it depend on: shapes, dtypes, devices, options, autocast
+    and backends; None if there are others than plain values among them, which may change."""
+    of_tensors = [(each.shape, each.dtype, each.device, each.layout, each.requires_grad) for each in tensors]
     others = [
-        (part.shape, part.unit_shape, part.unit_row.shape) if isinstance(part, BlockMask) else part for part in form
+        (part.shape, part.grid, part.unit_shape, part.unit_row.shape) if isinstance(part, BlockMask) else part
+        for part in form
     ]
     types = [*map(type, others), *map(type, options)]  # True is 1, but no number of steps
     if not _PLAIN.issuperset(types):
         return None
-    return *of_tensors, *others, *options, *types
+    return *of_tensors, *others, *options, *types, Autocast.of(tensors[0]), *BACKENDS.values(), forced_backend(None)
 
 
 def _checked(
@@ -226,51 +230,81 @@ def _check_like(name: str, state: torch.Tensor, x: torch.Tensor) -> None:
         raise ValueError(f"{name} is {state.dtype}, those of x in {x.dtype} are {dtype}; give state.to({dtype})")
 
 
-def _run(
+def _runner(
+    x: torch.Tensor,
+    layers: Sequence[SpikingLayer],
+    steps: int | None,
+    backend: str | None,
+    spikes: bool,
+    plain: bool,
+    carried: bool = False,
+) -> Run:
+    """What runs such calls: all layers at once, or the operators in turn if something of each layer is wanted, a
+    derivative that no kernel computes (``plain``), or a graph that is no chain. ``carried``: what delays carry into the
+    run has a gradient."""
+    shown, late = spikes, False
+    for layer in layers:
+        shown, late = shown or layer.membranes, late or layer.delay is not None
+        carried = carried or (layer.sent is not None and layer.sent.requires_grad)
+    together = not is_chain(layers) or (late and (carried or _reads_states(layers)))
+    in_turn = plain or together or any([layer.observers != (None, None) for layer in layers])
+    if not in_turn and (shown or late):  # the Triton kernels show spikes and membranes, but know no delays
+        in_turn = (shown and late) or shown != operator.prefers("triton", x, layers, steps, backend=backend)
+    if together and not (plain or shown or is_traced()) and graph.serves(x, layers, steps, backend):
+        run: Run = graph.g2g_graph
+    elif in_turn:
+        run = partial(_run_in_turn, backend, spikes, plain)
+    elif layers[0].delay is not None:
+        run = partial(_run_late, backend)
+    else:
+        run = operator.choose(x, layers, steps, backend=backend)
+        run = partial(run, spikes=True) if spikes else run
+    return partial(_run_silenced, run) if any([layer.dropped is not None for layer in layers]) else run
+
+
+def _run_part(
+    backend: str | None,
     x: torch.Tensor,
     layers: Sequence[SpikingLayer],
     steps: int | None,
     before: torch.Tensor | None,
-    backend: str | None,
-    spikes: bool = False,
-    tensors: Sequence[torch.Tensor] | None = None,
 ) -> Activity:
-    """Runs a call with these ``tensors``, or (None) a part of it, where other derivatives may be wanted: all layers at
-    once, or the operators in turn if something of each layer is wanted, a derivative that no kernel computes, or a
-    graph that is no chain. The states of dropped neurons are 0."""
-    plain = is_transformed() or has_tangent(opened((x, before, *layers))[0] if tensors is None else tensors)
-    observed, shown, drops, late, carried = plain, spikes, False, False, tensors is None
-    for layer in layers:
-        shown = shown or layer.membranes
-        observed = observed or layer.observers != (None, None)
-        drops = drops or layer.dropped is not None
-        late = late or layer.delay is not None
-        carried = carried or (layer.sent is not None and layer.sent.requires_grad)
-    # what delays carry from part to part has a gradient
-    together = not is_chain(layers) or (late and (carried or _reads_states(layers)))
-    observed = observed or together
-    if not observed and (shown or late):  # the Triton kernels show spikes and membranes, but know no delays
-        observed = (shown and late) or shown != operator.prefers("triton", x, layers, steps, backend=backend)
-    if drops:
-        layers = [_silenced(layer) for layer in layers]
-    if together and not (plain or shown or is_traced()) and graph.serves(x, layers, steps, backend):
-        activity = graph.g2g_graph(before, x, layers, steps)
-    elif observed:
-        linear = partial(g2g_linear, backend=backend)
-        population = partial(_neurons_in_float32 if backend == "cpu" else run_neurons, backend=backend)
-        loop_of = (lambda layer: None) if plain else partial(recurrent_lists.loop_of, backend=backend)
-        turn = reference.in_turn(x, layers, steps, linear, population, before, loop_of)
-        activity = activity_of(*turn, differentiable=spikes)
-    elif layers[0].delay is not None:
-        activity = _late(x, layers, steps, before, backend)
-    else:
-        run = operator.choose(x, layers, steps, backend=backend)
-        activity = run(x, layers, steps, spikes=True) if spikes else run(x, layers, steps)
-    if not drops or activity.states is None:
-        return activity
+    """Runs a part of a call, where other derivatives may be wanted."""
+    plain = is_transformed() or has_tangent(opened((x, before, *layers))[0])
+    run = _runner(x, layers, steps, backend, spikes=False, plain=plain, carried=True)
+    return run(x, layers, steps) if before is None else run(x, layers, steps, before)
+
+
+def _run_in_turn(
+    backend: str | None,
+    spikes: bool,
+    plain: bool,
+    x: torch.Tensor,
+    layers: Sequence[SpikingLayer],
+    steps: int | None,
+    before: torch.Tensor | None = None,
+) -> Activity:
+    linear = partial(g2g_linear, backend=backend)
+    population = partial(_neurons_in_float32 if backend == "cpu" else run_neurons, backend=backend)
+    loop_of = (lambda layer: None) if plain else partial(recurrent_lists.loop_of, backend=backend)
+    turn = reference.in_turn(x, layers, steps, linear, population, before, loop_of)
+    return activity_of(*turn, differentiable=spikes)
+
+
+def _run_silenced(
+    run: Run, x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, *before: torch.Tensor
+) -> Activity:
+    """Runs layers some of whose neurons are dropped: their states are 0, before and after."""
+    silenced = [
+        layer
+        if layer.dropped is None or layer.state is None
+        else replaced(layer, state=layer.state.masked_fill(layer.dropped, 0))
+        for layer in layers
+    ]
+    activity = run(x, silenced, steps, *before)
     states = [
         state if layer.dropped is None else state.masked_fill(layer.dropped, 0)
-        for state, layer in zip(activity.states, layers)  # noqa: B905
+        for state, layer in zip(activity.states or (), layers)  # noqa: B905
     ]
     return replaced(activity, states=tuple(states))
 
@@ -301,25 +335,18 @@ def _synapses(
     return Synapses(x, steps, received)
 
 
-def _silenced(layer: SpikingLayer) -> SpikingLayer:
-    """The layer from states in which those of dropped neurons are 0."""
-    if layer.dropped is None or layer.state is None:
-        return layer
-    return replaced(layer, state=layer.state.masked_fill(layer.dropped, 0))
-
-
 def _reads_states(layers: Sequence[SpikingLayer]) -> bool:
     """Whether a delay of one step in a chain reads the spikes of a state: the kernels read ``sent`` alone."""
     of_layers = zip(layers, layers[1:], reference.reaches(layers))  # noqa: B905  (each but the last, with the next)
     return any([layer.state is not None and above.delay is not None and not reach for layer, above, reach in of_layers])
 
 
-def _late(
+def _run_late(
+    backend: str | None,
     x: torch.Tensor,
     layers: Sequence[SpikingLayer],
     steps: int | None,
-    before: torch.Tensor | None,
-    backend: str | None,
+    before: torch.Tensor | None = None,
 ) -> Activity:
     """A run whose inputs arrive later: the first layer is given them as they do."""
     first = layers[0]

@@ -29,11 +29,11 @@ class ChunkedSpikes:
 
 
 def in_chunks(
+    run: RunLayers,
+    chunk: int,
     x: torch.Tensor,
     layers: Sequence[SpikingLayer],
     steps: int | None,
-    chunk: int,
-    run: RunLayers,
     before: torch.Tensor | None = None,
 ) -> Activity:
     """The activity of ``run`` over all steps, ``chunk`` of them at a time (the last may be shorter)."""

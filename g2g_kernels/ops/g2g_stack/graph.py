@@ -156,7 +156,7 @@ def serves(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, b
 
 
 def g2g_graph(
-    before: torch.Tensor | None, x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None
+    x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, before: torch.Tensor | None = None
 ) -> Activity:
     """``g2g_stack`` for the layers of a graph; ``before``: as there."""
     given = GraphRun(x, layers, as_parts(layers, g2g_linear, neurons), steps, before)

@@ -12,8 +12,8 @@ from torch.nn.modules import module as every_module
 from g2g_kernels import Activity, SpikingLayer, neurons_step
 from g2g_kernels.ops.g2g_stack import Connection, Delay, NeuronState, StackState, Synapses, check_dropped
 from g2g_kernels.ops.g2g_stack.delays import LateSpikes
-from g2g_kernels.ops.g2g_stack.reference import GraphRun, Parts, activity_of, graph_of
-from g2g_kernels.ops.g2g_stack.schedule import parts_of
+from g2g_kernels.ops.g2g_stack.reference import GraphRun, LayerFunctions, activity_of, graph_of
+from g2g_kernels.ops.g2g_stack.schedule import components_of
 from g2g_kernels.ops.g2g_stack.synapses import Received
 from g2g_kernels.ops.neurons.checks import check_states
 from g2g_kernels.tracing import is_traced, replaced
@@ -99,23 +99,23 @@ def run_called(
     if not is_traced():
         _say_that_layers_are_called(reason)
     records = _records(populations, dropped)
-    stepping = {number for part in parts_of(graph_of(records)) if part.period for number in part.members}
-    parts = []
+    stepping = {number for each in components_of(graph_of(records)) if each.period for number in each.members}
+    functions = []
     for number, (population, record) in enumerate(zip(populations, records, strict=True)):
         products = [
             partial(_call, name, connection, 1.0 if source < 0 or dropped is None else scale, population.size)
             for name, connection, source, _ in population.connections
         ]
         if number not in stepping:
-            parts.append(Parts(products, partial(_call_neurons, number, population, record.dropped)))
+            functions.append(LayerFunctions(products, partial(_call_neurons, number, population, record.dropped)))
             continue
         if unrun := _why_each({population.name: population.neurons}, [population.name]):
             raise TypeError(
                 f"{unrun}, which would not be run: neurons on a cycle take steps. Put hooks on a "
                 f"connection, as {population.connections[-1][0]}, or take steps with step(x, state)"
             )
-        parts.append(Parts(products, partial(_step_neurons, population.neurons)))
-    trains = GraphRun(x, records, parts, steps).turn().spikes
+        functions.append(LayerFunctions(products, partial(_step_neurons, population.neurons)))
+    trains = GraphRun(x, records, functions, steps).turn().spikes
     activity = activity_of(trains, None, differentiable=spikes)
     return replaced(activity, synapses=_synapses(x, populations, trains, steps))
 
@@ -177,7 +177,7 @@ def step_of_called(
     it, the inputs' at the end; ``spiking``: the last neurons spike, too. Returns the output, the spikes [1, B, N] of
     each population, and the state after the step.
     """
-    parts = []
+    functions = []
     before = [(each,) if isinstance(each, torch.Tensor) else each for each in states]
     for number, (name, neurons, size, connections) in enumerate(populations, 1):
         _check_steps_of(name, neurons)
@@ -185,8 +185,10 @@ def step_of_called(
         if own is not None and isinstance(neurons, SpikingNeurons):  # a sum would broadcast
             check_states(own, neurons.population, (len(x), size))
         step = partial(_step_neurons if spiking or number < len(populations) else _step_silently, neurons)
-        parts.append(Parts([partial(_call_at_a_step, connection) for _, connection, _, _ in connections], step))
-    turn = GraphRun(x[None], _records(populations, None, before, sent), parts, None, sent[-1]).turn()
+        functions.append(
+            LayerFunctions([partial(_call_at_a_step, connection) for _, connection, _, _ in connections], step)
+        )
+    turn = GraphRun(x[None], _records(populations, None, before, sent), functions, None, sent[-1]).turn()
     after = [each[0] if isinstance(each, tuple) and len(each) == 1 else each for each in turn.states]
     output = turn.spikes[-1][0] if spiking else turn.states[-1][-1]
     return output, turn.spikes, (*after, *[each for each in turn.sent if each is not None])

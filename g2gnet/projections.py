@@ -11,7 +11,7 @@ from torch import nn
 from g2g_kernels.choices import check_flag
 from g2g_kernels.numbers import SIZE, Number
 from g2g_kernels.ops.g2g_stack import Delay
-from g2g_kernels.ops.g2g_stack.schedule import CycleError, parts_of
+from g2g_kernels.ops.g2g_stack.schedule import CycleError, components_of
 from g2gnet import graphs
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
@@ -324,8 +324,8 @@ def graph_of(routes: Sequence[Route], count: int) -> tuple[tuple[tuple[int, int]
 def checked_routes(routes: Sequence[Route], learned: Collection[str], names: Sequence[str]) -> tuple[Route, ...]:
     """The routes between populations of these names, with ``learned`` delays of at least 1 on cycles. Raises ValueError
     for a cycle without delay."""
-    together = parts_of(graph_of([route._replace(least=1) for route in routes], len(names)))
-    cycles = [{*part.members} for part in together if part.period]
+    together = components_of(graph_of([route._replace(least=1) for route in routes], len(names)))
+    cycles = [{*component.members} for component in together if component.period]
     checked = []
     for route in routes:
         if route.name in learned and any({route.source, route.target} <= cycle for cycle in cycles):
@@ -334,7 +334,7 @@ def checked_routes(routes: Sequence[Route], learned: Collection[str], names: Seq
             raise ValueError(f"{route.name} is on a cycle, and max_delay={route.most}; give at least 1")
         checked.append(route)
     try:
-        parts_of(graph_of(checked, len(names)))
+        components_of(graph_of(checked, len(names)))
     except CycleError as error:
         cycle = " → ".join(names[number] for number in (*error.cycle, error.cycle[0]))
         raise ValueError(f"{cycle} is a cycle without delay; give one of its projections one") from None
@@ -345,7 +345,7 @@ def in_order(names: list[str], projections: Collection[Projection], output: str)
     """The populations, each after those that it receives unless they are on one cycle, the output last."""
     place = {name: number for number, name in enumerate(names)} | {"input": -1}
     routes = [Route("", place[each.source], place[each.target], 1, 1, False) for each in projections]
-    order = [names[number] for part in parts_of(graph_of(routes, len(names))) for number in part.members]
+    order = [names[number] for component in components_of(graph_of(routes, len(names))) for number in component.members]
     return (*[name for name in order if name != output], output)
 
 

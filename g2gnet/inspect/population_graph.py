@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.path import Path
 
-from g2g_kernels.ops.g2g_stack.schedule import Part, parts_of
+from g2g_kernels.ops.g2g_stack.schedule import Component, components_of
 from g2gnet.projections import Route, graph_of
 from g2gnet.spiking_network import SpikingNetwork
 
@@ -57,7 +57,7 @@ def population_graph(net: SpikingNetwork) -> Figure:
         >>> net = G2GNet(784, [64, 32], 10, block_size=8, feedback=True, delay=4)
         >>> population_graph(net).savefig("populations.png")
     """
-    parts = parts_of(graph_of(net.routes(), net.depth))
+    parts = components_of(graph_of(net.routes(), net.depth))
     order = _from_the_input(net.routes(), parts, net.depth)
     arrows = _arrows(net, parts, order)
     lanes = [max([arrow.lane + 1 for arrow in arrows if arrow.side == side], default=0) for side in (-1, 1)]
@@ -81,7 +81,7 @@ def population_graph(net: SpikingNetwork) -> Figure:
     return figure
 
 
-def _from_the_input(routes: Sequence[Route], parts: Sequence[Part], depth: int) -> list[int]:
+def _from_the_input(routes: Sequence[Route], parts: Sequence[Component], depth: int) -> list[int]:
     """Populations from the top (−1: the input) as they run, in a cycle by distance from the input; the output last."""
     distance = {-1: 0}
     for step in range(1, depth + 1):
@@ -91,7 +91,7 @@ def _from_the_input(routes: Sequence[Route], parts: Sequence[Part], depth: int) 
     return [-1, *[number for number in order if number + 1 < depth], depth - 1]
 
 
-def _arrows(net: SpikingNetwork, parts: Sequence[Part], order: Sequence[int]) -> list[_Arrow]:
+def _arrows(net: SpikingNetwork, parts: Sequence[Component], order: Sequence[int]) -> list[_Arrow]:
     connections, place = net.connections(), {number: place for place, number in enumerate(order)}
     cycles = [{*part.members} for part in parts if part.period]
     arrows: list[_Arrow] = []

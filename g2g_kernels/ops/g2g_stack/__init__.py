@@ -23,7 +23,7 @@ from g2g_kernels.ops.g2g_stack.chunks import in_chunks
 from g2g_kernels.ops.g2g_stack.delays import Delay, LateSpikes, Train, arrived, check_delay
 from g2g_kernels.ops.g2g_stack.layer import Connection, Recurrent, SpikingLayer, is_chain
 from g2g_kernels.ops.g2g_stack.reference import activity_of
-from g2g_kernels.ops.g2g_stack.schedule import parts_of
+from g2g_kernels.ops.g2g_stack.schedule import components_of
 from g2g_kernels.ops.g2g_stack.synapses import Received, Synapses, SynapticOperations
 from g2g_kernels.ops.neurons import run_neurons
 from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
@@ -190,7 +190,7 @@ def _checked(
         _check_sent(f"sent{suffix}", layer.sent, x, size)
         checked.append(replaced(layer, population=population))
     _check_sent("before", before, x, x.shape[-1])
-    parts_of(reference.graph_of(checked))
+    components_of(reference.graph_of(checked))
     return checked
 
 

@@ -26,8 +26,8 @@ from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
 from g2g_kernels.ops.g2g_stack.cpu import PackedSpikes, check_tensors, delays_pointer, refuses_tensors
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train, arrived
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
-from g2g_kernels.ops.g2g_stack.reference import GraphRun, as_parts
-from g2g_kernels.ops.g2g_stack.schedule import Graph, parts_of
+from g2g_kernels.ops.g2g_stack.reference import GraphRun, functions_of
+from g2g_kernels.ops.g2g_stack.schedule import Graph, components_of
 from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.step import in_steps
@@ -159,7 +159,7 @@ def g2g_graph(
     x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, before: torch.Tensor | None = None
 ) -> Activity:
     """``g2g_stack`` for the layers of a graph; ``before``: as there."""
-    given = GraphRun(x, layers, as_parts(layers, g2g_linear, neurons), steps, before)
+    given = GraphRun(x, layers, functions_of(layers, g2g_linear, neurons), steps, before)
     members, inner = [], []
     for number, (layer, reach) in enumerate(zip(layers, given.reaches, strict=False)):  # the inputs come last
         current = given.current(number, 0, given.steps, lambda source: source < 0)
@@ -207,7 +207,9 @@ def g2g_graph(
 @functools.lru_cache(64)
 def _blocks(graph: Graph, steps: int) -> torch.Tensor:
     return torch.tensor(
-        [block for part in parts_of(graph) for block in part.blocks(steps)], dtype=torch.int32, device="cpu"
+        [block for component in components_of(graph) for block in component.blocks(steps)],
+        dtype=torch.int32,
+        device="cpu",
     )
 
 

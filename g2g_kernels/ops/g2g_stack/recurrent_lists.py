@@ -77,7 +77,7 @@ TYPES["LoopCall"] = LoopCall
 
 def loop_of(layer: SpikingLayer, backend: str | None = "cpu") -> Callable | None:
     """The function that runs a layer with its recurrent connection, as in
-    :class:`g2g_kernels.ops.g2g_stack.reference.Parts`; None if these kernels do not take that from lists."""
+    :class:`g2g_kernels.ops.g2g_stack.reference.LayerFunctions`; None if these kernels do not take that from lists."""
     if layer.recurrent is None or layer.membranes:
         return None
     if forced_backend(backend) not in (None, "cpu") or cpu_library.unavailable():

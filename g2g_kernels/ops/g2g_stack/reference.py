@@ -15,7 +15,7 @@ from g2g_kernels.ops.g2g_linear.reference import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
 from g2g_kernels.ops.g2g_stack.delays import Train, arrived, reaches_of
 from g2g_kernels.ops.g2g_stack.layer import Connection, SpikingLayer
-from g2g_kernels.ops.g2g_stack.schedule import Graph, Part, parts_of
+from g2g_kernels.ops.g2g_stack.schedule import Component, Graph, components_of
 from g2g_kernels.ops.neurons.reference import neurons
 from g2g_kernels.ops.neurons.step import spikes_of
 
@@ -33,7 +33,7 @@ def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None
     return activity_of(*in_turn(x, layers, steps, g2g_linear, neurons), differentiable=False)
 
 
-class Parts(NamedTuple):
+class LayerFunctions(NamedTuple):
     """A layer as functions, which are called one after the other.
 
     Attributes:
@@ -72,21 +72,21 @@ def in_turn(
     loop_of: Callable[[SpikingLayer], Callable | None] = lambda layer: None,
 ) -> Turn:
     """What the layers do by two operators, or where ``loop_of`` a layer gives one, by that."""
-    return GraphRun(x, layers, as_parts(layers, linear, neurons, loop_of), steps, before).turn()
+    return GraphRun(x, layers, functions_of(layers, linear, neurons, loop_of), steps, before).turn()
 
 
-def as_parts(
+def functions_of(
     layers: Sequence[SpikingLayer],
     linear: Callable,
     neurons: Callable,
     loop_of: Callable[[SpikingLayer], Callable | None] = lambda layer: None,
-) -> list[Parts]:
+) -> list[LayerFunctions]:
     """Layers as functions of these operators."""
-    parts = []
+    functions = []
     for number, layer in enumerate(layers):
         products = [partial(_product, linear, connection) for connection in layer.connections(number)]
-        parts.append(Parts(products, partial(_neurons, neurons, layer), loop_of(layer)))
-    return parts
+        functions.append(LayerFunctions(products, partial(_neurons, neurons, layer), loop_of(layer)))
+    return functions
 
 
 def _product(linear: Callable, connection: Connection, x: torch.Tensor) -> torch.Tensor:
@@ -126,18 +126,18 @@ def sent_before(layer: SpikingLayer, reach: int, dtype: torch.dtype) -> torch.Te
 
 
 class GraphRun:
-    """A run of layers by their ``parts``, of which those that reach one another take turns
-    (:mod:`g2g_kernels.ops.g2g_stack.schedule`); of ``layers`` it reads what is not in parts."""
+    """A run of layers by their ``functions``, of which those that reach one another take turns
+    (:mod:`g2g_kernels.ops.g2g_stack.schedule`); of ``layers`` it reads what is not in these."""
 
     def __init__(
         self,
         x: torch.Tensor,
         layers: Sequence[SpikingLayer],
-        parts: Sequence[Parts],
+        functions: Sequence[LayerFunctions],
         steps: int | None,
         before: torch.Tensor | None = None,
     ) -> None:
-        self.x, self.layers, self.parts, self.held = x, layers, parts, steps is not None
+        self.x, self.layers, self.functions, self.held = x, layers, functions, steps is not None
         self.steps = len(x) if steps is None else steps
         self.connections = [layer.connections(number) for number, layer in enumerate(layers)]
         self.reaches = reaches(layers)
@@ -155,17 +155,17 @@ class GraphRun:
             return sent_before(self.layers[number], self.reaches[number], dtype)
         return None
 
-    def part(self, part: Part) -> None:
+    def run(self, component: Component) -> None:
         """Runs layers that reach one another, or one that does not reach itself."""
-        if self._loop(part):
+        if self._loop(component):
             return
-        blocks, inside = list(part.blocks(self.steps)), set(part.members)
+        blocks, inside = list(component.blocks(self.steps)), set(component.members)
         pieces: dict[int, Iterator[torch.Tensor | None]] = {}
-        for number in part.members:
+        for number in component.members:
             current = self.current(number, 0, self.steps, lambda source: source not in inside)
             nothing = self.x.new_zeros(self.x.shape[-2], self.layers[number].size)
             self.trains[number] = Train(nothing, self.before(number, (nothing if current is None else current).dtype))
-            if not part.period:
+            if not component.period:
                 return self._advance(number, current, self.steps)
             sizes = [last - first for which, first, last in blocks if which == number]
             if current is None or current.dim() == 2:  # the same at all steps
@@ -180,11 +180,11 @@ class GraphRun:
                 current = current.expand(last - first, *current.shape)
             self._advance(number, current, last - first)
 
-    def _loop(self, part: Part) -> bool:
+    def _loop(self, component: Component) -> bool:
         """Runs a layer whose only way to itself is its recurrent connection, if it has an operator for that."""
-        number, loop = part.members[0], self.parts[part.members[0]].loop
+        number, loop = component.members[0], self.functions[component.members[0]].loop
         own = [each for each in self.connections[number] if each.source == number]
-        if loop is None or len(part.members) > 1 or len(own) > 1:
+        if loop is None or len(component.members) > 1 or len(own) > 1:
             return False
         current = self.current(number, 0, self.steps, lambda source: source != number)
         nothing = self.x.new_zeros(self.x.shape[-2], self.layers[number].size)
@@ -200,7 +200,7 @@ class GraphRun:
         """What the connections from the chosen sources add to the current of a layer, [n, B, N], or [B, N] if it is the
         same at all steps; None: nothing."""
         current = None
-        for connection, product in zip(self.connections[number], self.parts[number].products, strict=True):
+        for connection, product in zip(self.connections[number], self.functions[number].products, strict=True):
             source, delay = connection.source, connection.delay
             if not chosen(source):
                 continue
@@ -217,16 +217,16 @@ class GraphRun:
         return current
 
     def _advance(self, number: int, current: torch.Tensor | None, count: int) -> None:
-        layer, part = self.layers[number], self.parts[number]
+        layer, functions = self.layers[number], self.functions[number]
         if current is None:
-            current = part.products[0](self.trains[self.connections[number][0].source].nothing())
+            current = functions.products[0](self.trains[self.connections[number][0].source].nothing())
         held = count if current.dim() == 2 else None
         if not layer.membranes:
-            spikes, self.states[number] = part.neurons(current, held, self.states[number])
+            spikes, self.states[number] = functions.neurons(current, held, self.states[number])
             self._send(number, spikes)
             return
         for now in current.unbind() if held is None else itertools.repeat(current, held):
-            spikes, self.states[number] = part.neurons(now[None], None, self.states[number])
+            spikes, self.states[number] = functions.neurons(now[None], None, self.states[number])
             self._send(number, spikes)
             membrane = self.states[number][-1]
             self.membranes[number].append(membrane if layer.dropped is None else membrane.masked_fill(layer.dropped, 0))
@@ -240,8 +240,8 @@ class GraphRun:
 
     def turn(self) -> Turn:
         """Runs all layers; what they have done."""
-        for together in parts_of(graph_of(self.layers)):
-            self.part(together)
+        for together in components_of(graph_of(self.layers)):
+            self.run(together)
         return Turn(
             [each[0] if len(each) == 1 else torch.cat(each) for each in self.spikes],
             self.states,

@@ -20,7 +20,7 @@ from typing import NamedTuple
 Graph = tuple[tuple[tuple[int, int], ...], ...]
 
 
-class Part(NamedTuple):
+class Component(NamedTuple):
     """Populations that run together: their numbers, in the order in which they run; the ``period`` L, the steps of a
     block (0: all at once, since nothing leads back); and φ of each, how far it is ``ahead``."""
 
@@ -52,19 +52,19 @@ class CycleError(ValueError):
         super().__init__(f"the populations {list(cycle)} form a cycle without delay; give one of its connections one")
 
 
-def parts_of(graph: Graph) -> Sequence[Part]:
-    """The parts of a graph, each after those that it reads; CycleError for a cycle whose delays are 0."""
-    parts = []
+def components_of(graph: Graph) -> Sequence[Component]:
+    """The strongly connected components, each after those that it reads; CycleError for a cycle whose delays are 0."""
+    components = []
     for number, sources in enumerate(graph):
         own = [delay for source, delay in sources if source == number]
         if any([source > number for source, _ in sources]) or 0 in own:
-            return _parts_of_any(graph)
-        parts.append(Part((number,), min(own) if own else 0, (0,)))
-    return parts
+            return _components_of_any(graph)
+        components.append(Component((number,), min(own) if own else 0, (0,)))
+    return components
 
 
 @functools.lru_cache(256)
-def _parts_of_any(graph: Graph) -> tuple[Part, ...]:
+def _components_of_any(graph: Graph) -> tuple[Component, ...]:
     """The same for a graph whose populations are not in order."""
     import numpy as np
     from scipy.sparse.csgraph import connected_components  # (SciPy is slow to import, and changes warnings)
@@ -76,11 +76,11 @@ def _parts_of_any(graph: Graph) -> tuple[Part, ...]:
     of_components: dict[int, set[int]] = {each: set() for each in component}
     for number, sources in enumerate(inside):
         of_components[component[number]] |= {component[source] for source in sources} - {component[number]}
-    parts = []
+    components = []
     for own in TopologicalSorter(of_components).static_order():
         members = [number for number in range(len(graph)) if component[number] == own]
         if len(members) == 1 and members[0] not in inside[members[0]]:
-            parts.append(Part(tuple(members), 0, (0,)))
+            components.append(Component(tuple(members), 0, (0,)))
             continue
         try:
             order = [*TopologicalSorter({each: instant[each] & set(members) for each in members}).static_order()]
@@ -94,8 +94,8 @@ def _parts_of_any(graph: Graph) -> tuple[Part, ...]:
             if found is None:
                 break
             period, ahead = candidate, found
-        parts.append(Part(tuple(order), period, tuple(ahead)))
-    return tuple(parts)
+        components.append(Component(tuple(order), period, tuple(ahead)))
+    return tuple(components)
 
 
 def _ahead(count: int, edges: Sequence[tuple[int, int, int]], period: int) -> list[int] | None:

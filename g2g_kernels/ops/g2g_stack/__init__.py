@@ -190,6 +190,8 @@ def _checked(
         _check_sent(f"sent{suffix}", layer.sent, x, size)
         checked.append(replaced(layer, population=population))
     _check_sent("before", before, x, x.shape[-1])
+    if before is not None and not reference.reaches(checked)[-1]:
+        raise ValueError("before is given, but no delay reads inputs of earlier steps; leave it out")
     components_of(reference.graph_of(checked))
     return checked
 
@@ -250,8 +252,8 @@ def _runner(
     in_turn = plain or together or any([layer.observers != (None, None) for layer in layers])
     if not in_turn and (shown or late):  # the Triton kernels show spikes and membranes, but know no delays
         in_turn = (shown and late) or shown != operator.prefers("triton", x, layers, steps, backend=backend)
-    if together and not (plain or shown or is_traced()) and graph.serves(x, layers, steps, backend):
-        run: Run = graph.g2g_graph
+    if together and not (plain or shown or is_traced()):
+        run: Run = partial(_run_graph, backend)
     elif in_turn:
         run = partial(_run_in_turn, backend, spikes, plain)
     elif layers[0].delay is not None:
@@ -273,6 +275,19 @@ def _run_part(
     plain = is_transformed() or has_tangent(opened((x, before, *layers))[0])
     run = _runner(x, layers, steps, backend, spikes=False, plain=plain, carried=True)
     return run(x, layers, steps) if before is None else run(x, layers, steps, before)
+
+
+def _run_graph(
+    backend: str | None,
+    x: torch.Tensor,
+    layers: Sequence[SpikingLayer],
+    steps: int | None,
+    before: torch.Tensor | None = None,
+) -> Activity:
+    """Runs a graph by its kernels, if these can: that depends on the groups of its masks, which no signature has."""
+    if graph.serves(x, layers, steps, backend):
+        return graph.g2g_graph(x, layers, steps, before)
+    return _run_in_turn(backend, False, False, x, layers, steps, before)
 
 
 def _run_in_turn(

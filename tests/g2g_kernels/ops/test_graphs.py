@@ -60,7 +60,8 @@ class Case:
                 self.delays.append(Delay(low, high, torch.randint(low, high + 1, (size,), generator=draw)))
         reach = 21
         self.leaves["x"] = torch.rand(T, samples, INPUTS, generator=draw) * 2
-        self.leaves["before"] = torch.rand(reach, samples, INPUTS, generator=draw)
+        if started and any(source == "x" and delay for source, _, delay in self.connections):
+            self.leaves["before"] = torch.rand(reach, samples, INPUTS, generator=draw)
         self.silent = {name: torch.rand(samples, size, generator=draw) < 0.2 for name, size in SIZES.items()}
         for name, size in SIZES.items() if started else ():
             sent = (torch.rand(reach, samples, size, generator=draw) < 0.3).float()
@@ -106,7 +107,7 @@ def compare(case: Case, held: bool, threads: int, **options: str) -> dict[str, t
         assert backend == "torch" or graph.serves(x, layers, steps, backend)
         if backend == "cpu":
             torch.set_num_threads(threads)
-        activity = g2g_stack(x, layers, steps, backend=backend, before=own["before"] if case.started else None)
+        activity = g2g_stack(x, layers, steps, backend=backend, before=own.get("before"))
         loss = (activity.counts * torch.linspace(-1, 1, SIZES["out"], dtype=dtype)).sum()
         for number, (rates, state) in enumerate(zip(activity.rates, activity.states, strict=True), 1):
             loss = loss + rates.sum() * number + (state * torch.linspace(0, 1, state.shape[-1], dtype=dtype)).sum()
@@ -144,6 +145,21 @@ def test_threads_with_samples_of_their_own_change_no_bit(name, poisoned):
     torch.testing.assert_close(others, [first] * 2, rtol=0, atol=0)
 
 
+def test_graphs_of_the_same_shapes_run_where_their_groups_allow():
+    """A signature has no groups: the second of them has neurons in another order than the kernels take."""
+    for other in (False, True):
+        case = Case("skips", ("index",) * 3, 4, "lif", False, False)
+        if other:
+            rows = GroupLayout(SIZES["out"], 3, "random", seeded(8))
+            mask = BlockMask(rows, case.masks[-1].cols.layout, case.masks[-1].unit_row, case.masks[-1].unit_col, 4)
+            case.masks[-1] = mask
+        layers = case.layers(case.leaves)
+        assert graph.serves(case.leaves["x"], layers, None, None) != other
+        counts = {backend: g2g_stack(case.leaves["x"], layers, backend=backend).counts for backend in ("cpu", "torch")}
+        assert torch.equal(counts["cpu"], counts["torch"])
+        assert counts["cpu"].any()
+
+
 def test_autocast_computes_what_float32_does():
     """Weights and inputs are such that no product is rounded."""
     case = Case("fast feedback", ("index",) * 3, 4, "lif", False, False)
@@ -170,7 +186,7 @@ def call(monkeypatch):
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in case.leaves.items()}
     with monkeypatch.context() as patch:
         patch.setattr(graph, "FORWARD", lambda call: calls.append(call) or forward(call))
-        g2g_stack(leaves["x"], case.layers(leaves), backend="cpu", before=leaves["before"])
+        g2g_stack(leaves["x"], case.layers(leaves), backend="cpu")
     return calls[0]
 
 

@@ -159,12 +159,12 @@ G2G_EXPORT int32_t g2g_plan_row_blocks(const Plan* plan) { return plan->rows.blo
 
 // 1 if the spike words of `lower`'s outputs are in the order that `upper` reads.
 G2G_EXPORT int32_t g2g_plans_aligned(const Plan* lower, const Plan* upper) {
-    return lower->rows.neuron == upper->cols.neuron;
+    return same_order(lower->rows, upper->cols);
 }
 
 // 1 if the outputs of both are in the same order.
 G2G_EXPORT int32_t g2g_plans_same_rows(const Plan* one, const Plan* other) {
-    return one->rows.neuron == other->rows.neuron;
+    return same_order(one->rows, other->rows);
 }
 
 // nullptr if an index is out of range or memory runs out.

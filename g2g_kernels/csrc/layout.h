@@ -11,19 +11,6 @@ namespace g2g::G2G_ISA {
 
 // --- weights ----------------------------------------------------------------------------------------------------
 
-// Calls f(weight index, lane row, lane column) for every weight of a tile, in the order of the packed values.
-template <class F>
-inline void for_each_weight(const Plan& plan, int64_t tile, const F& f) {
-    for (int64_t p = plan.piece_first[tile]; p < plan.piece_first[tile + 1]; ++p) {
-        const Piece& piece = plan.pieces[p];
-        for (int32_t r = 0; r < piece.rows; ++r) {
-            const int64_t index = (static_cast<int64_t>(piece.slot) * plan.unit_rows + piece.unit_row + r) *
-                                      plan.unit_cols + piece.unit_col;
-            for (int32_t c = 0; c < piece.cols; ++c) f(index + c, piece.lane_row + r, piece.lane_col + c);
-        }
-    }
-}
-
 // Weights by tile, [tile][k][64 outputs]; in bfloat16 two k side by side, [tile][k / 2][64][2]. By row, for products that give
 // row blocks, k is the source lane; by column the output lane, and tiles lie in the order of `col_tile`.
 constexpr bool kByRow = true, kByCol = false;
@@ -171,11 +158,6 @@ struct DualPanel {
 };
 
 // --- spike words ------------------------------------------------------------------------------------------------
-
-inline bool same_order(const Axis& a, const Axis& b) {
-    if (a.blocks != b.blocks) return false;
-    return __builtin_memcmp(a.neuron.data(), b.neuron.data(), a.neuron.size() * 4) == 0;
-}
 
 // The words of sample b before a layer sends anything, out[blocks][T]: what it sent before the first step, and arrives by `delays`
 // (null: none).

@@ -631,18 +631,13 @@ struct GraphBackward {
             const int64_t column = task % C;
             chunk.events->load(column, x.sent(s, chunk.first) + column * T, chunk.samples, T, C * T, worker, x.late());
         });
+        const auto add_gradient = gradient_by_events(plan, plan.rows.strip < kLanes);
         // a row block is one task, so that its ∂L/∂I come from other threads' caches once
         parallel(s.threads, plan.rows.blocks, 1, [&](int64_t r, int) {
             for (int64_t i = 0; i < count; ++i) {
-                const EventsByLane& events = *at_once[i].events;
                 const float* const grad = at_once[i].members[x.of.target].rows.at(r, 0);
-                for (int32_t tile = plan.row_first[r]; tile < plan.row_first[r + 1]; ++tile) {
-                    float* const sum = x.tiles + tile * int64_t{kTile};
-                    if (plan.rows.strip == kLanes)
-                        event_gradient(events, plan.tile_col[tile], plan.tile_sources[tile], grad, sum);
-                    else
-                        (plan.rows.strip == 16 ? strip_gradient<16> : strip_gradient<32>)(events, plan, tile, grad, sum);
-                }
+                for (int32_t tile = plan.row_first[r]; tile < plan.row_first[r + 1]; ++tile)
+                    add_gradient(*at_once[i].events, plan, tile, grad, x.tiles + tile * int64_t{kTile});
             }
         });
     }

@@ -123,11 +123,10 @@ inline void linear_backward(Linear& a, Arena& arena) {
                 });
             parallel(a.threads, plan.tiles, 2, [&](int64_t tile, int) {
                 const float* dy = grad.floats.at(plan.tile_row[tile], 0);
-                const int64_t col = plan.tile_col[tile];
                 if (input.events)
-                    event_gradient(events, col, plan.tile_sources[tile], dy, grad_tiles + tile * kTile);
+                    event_gradient(events, plan, tile, dy, grad_tiles + tile * kTile);
                 else
-                    outer(input.panel.floats.at(col, 0), dy, rows, grad_tiles + tile * kTile);
+                    outer(input.panel.floats.at(plan.tile_col[tile], 0), dy, rows, grad_tiles + tile * kTile);
             });
         }
         if (!down) continue;

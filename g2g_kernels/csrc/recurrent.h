@@ -183,12 +183,8 @@ inline void add_events(const Plan& plan, const float* tiles, int64_t block, cons
         int size = 0;
         for (int number = 0; place < stop; ++number, ++place) {
             const int64_t at = plan.tile_row[plan.col_tile[place]] * stride;
-            const float* source = values + at * kLanes;
             const int count = append_bits(row + size, words[at], number * 64);
-            for (int i = 0; i < count; i += W) {
-                store(factor + size + i, load(source + i));
-                asm("");  // keeps this from becoming a call of memcpy, which takes longer than most of these loops
-            }
+            copy_values(values + at * kLanes, count, factor + size);
             size += count;
         }
         int e = 0;

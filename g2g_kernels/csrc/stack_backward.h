@@ -717,17 +717,15 @@ struct BackwardPass {
             });
         else
             fill_panel(s, x.layer, x.kind, first, samples, x.panel);
-        const bool strips = by_events && events_by_strip(s, x.layer, false);
+        const auto add_gradient = gradient_by_events(plan, events_by_strip(s, x.layer, false));
         parallel(s.threads, plan.tiles, 2, [&](int64_t tile, int) {
-            const int64_t row = plan.tile_row[tile], col = plan.tile_col[tile];
+            const int64_t row = plan.tile_row[tile];
             if (!of.reached[row]) return;
             float* const sum = x.tiles + tile * kTile;
-            if (strips)
-                (plan.rows.strip == 16 ? strip_gradient<16> : strip_gradient<32>)(*x.events, plan, tile, grad.at(row, 0), sum);
-            else if (by_events)
-                event_gradient(*x.events, col, plan.tile_sources[tile], grad.at(row, 0), sum);
+            if (by_events)
+                add_gradient(*x.events, plan, tile, grad.at(row, 0), sum);
             else
-                outer(x.panel.at(col, 0), grad.at(row, 0), samples * steps, sum);
+                outer(x.panel.at(plan.tile_col[tile], 0), grad.at(row, 0), samples * steps, sum);
         });
     }
 

@@ -145,7 +145,7 @@ void spike_sum(const Tap* tap, const Tap* end, const uint16_t* bits, float start
         const Vec w = all(tap.weight);
         unrolled<(N + 1) / 2>([&](auto pair) {
             constexpr int t = 2 * decltype(pair)::value;
-            const SpikeBits two(own + t);
+            const IntVec two = load_bits(own + t);
             unrolled<kQuarters>([&](auto q) {
                 constexpr int part = decltype(q)::value;
                 sums[t][part] = add_chosen<part>(sums[t][part], two, w);
@@ -226,7 +226,7 @@ inline void spike_outer(const WeightList& list, int64_t lane, const RowBits& spi
                 constexpr int N = 32 / W;
                 const float* rows = e + band * kLanes + half * 32;
                 unrolled<kWeightsAtOnce>([&](auto i) {
-                    const SpikeBits own(bits[i] + band * 4 + half * 2);
+                    const IntVec own = load_bits(bits[i] + band * 4 + half * 2);
                     unrolled<N>([&](auto v) { sum[i] = add_chosen<v>(sum[i], own, load(rows + v * W)); });
                 });
             }

@@ -514,7 +514,7 @@ struct GraphBackward {
     double* totals;
 
     GraphBackward(const Graph& graph, Arena& arena)
-        : g(graph), s(graph.stack), chunks(s.batch, s.steps, least_samples(graph)), at_once(count_at_once()) {
+        : g(graph), s(graph.stack), chunks{s.batch, s.steps, least_samples(graph)}, at_once(count_at_once()) {
         int64_t blocks = 0, most_rows = 0;
         members.reserve(s.count), inner.reserve(g.inner_count);
         for (int64_t l = 0; l < s.count; ++l) blocks = most(blocks, members.emplace_back(g, l, arena).plan.rows.blocks);

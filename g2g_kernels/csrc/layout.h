@@ -102,24 +102,17 @@ inline int64_t pack_block(const Axis& axis, int64_t block, const E* x, const Row
             source += from;
         const E* value = from < 0 ? lanes : source;
         uint64_t word = 0;
-        IntVec other = {};
+        uint64_t other = 0;
         for (int v = 0; v < kVecs; ++v) {
             const Vec s = load(value + v * W);
-            other |= (s != Vec{}) & (s != one);
+            other |= nonzero_bits(s) & nonzero_bits(s - one);
             word |= greater_bits(s, Vec{}) << (v * W);
         }
-        int32_t bad = 0;
-        for (int i = 0; i < W; ++i) bad |= other[i];
-        if (bad) return kNoSpikes;
+        if (other) return kNoSpikes;
         words[r] = word;
         count += __builtin_popcountll(word);
     }
     return count;
-}
-
-// panel[r][·] = the bits of words[r] as 0 or 1.
-inline void expand_words(const uint64_t* words, int64_t rows, float* panel) {
-    for (int64_t r = 0; r < rows; ++r) expand_bits(words[r], panel + r * kLanes);
 }
 
 inline void convert_bf16(const float* from, int64_t count, uint16_t* to) {
@@ -218,7 +211,7 @@ inline void unpack(const Plan& plan, const uint64_t* words, int64_t stride, int3
         float panel[kLanes];
         for (int64_t t = 0; t < steps; ++t)
             for (int64_t block = 0; block < axis.blocks; ++block) {
-                expand_words(words + (b * axis.blocks + block) * stride + t, 1, panel);
+                expand_bits(words[(b * axis.blocks + block) * stride + t], panel);
                 store_block(axis, block, panel, Rows{0, 1, batch, axis.size}, 1, spikes + (t * batch + b) * axis.size);
             }
     });

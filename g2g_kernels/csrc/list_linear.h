@@ -67,18 +67,13 @@ void store_by_neuron(const float* panel, int64_t rows, int64_t size, int64_t chu
 
 // A list of weights and what they multiply.
 struct WeightedRows {
-    const int32_t *other, *place;
-    int64_t count;
+    const Lists& lists;
+    int64_t owner;
     const float *values, *panel;
     int64_t chunk;
-
-    WeightedRows(const Lists& lists, int64_t owner, const float* v, const float* p, int64_t c)
-        : other(lists.other.data() + lists.first[owner]),
-          place(lists.place.data() + lists.first[owner]),
-          count(lists.first[owner + 1] - lists.first[owner]),
-          values(v),
-          panel(p),
-          chunk(c) {}
+    const int32_t* other = lists.other.data() + lists.first[owner];
+    const int32_t* place = lists.place.data() + lists.first[owner];
+    int64_t count = lists.first[owner + 1] - lists.first[owner];
 
     // out[0 … V·W − 1] = start + Σ weight · row, from column `at` on.
     template <int V>
@@ -135,7 +130,7 @@ inline void list_linear_forward(Linear& a, Arena& arena) {
         parallel(a.threads, divide_up(outputs, kListOwners), 1, [&](int64_t task, int) {
             const int64_t first = task * kListOwners, last = least(outputs, first + kListOwners);
             for (int64_t i = first; i < last; ++i)
-                WeightedRows(lists, i, a.values, x, chunk).sum_row(a.bias ? a.bias[i] : 0.0f, y + i * chunk);
+                WeightedRows{lists, i, a.values, x, chunk}.sum_row(a.bias ? a.bias[i] : 0.0f, y + i * chunk);
         });
         with_elements(a.y, a.y_half, begin * outputs,
                       [&](auto* to) { store_by_neuron(y, rows, outputs, chunk, a.threads, to); });
@@ -166,7 +161,7 @@ inline void list_linear_backward(Linear& a, Arena& arena) {
         parallel(a.threads, divide_up(inputs, kListOwners), 1, [&](int64_t task, int) {
             const int64_t first = task * kListOwners, last = least(inputs, first + kListOwners);
             for (int64_t j = first; j < last; ++j) {
-                const WeightedRows list(lists, j, a.values, grad_y, chunk);
+                const WeightedRows list{lists, j, a.values, grad_y, chunk};
                 if (a.grad_x) list.sum_row(0.0f, grad_x + j * chunk);
                 if (a.grad_values) list.products(x + j * chunk, a.grad_values);
             }

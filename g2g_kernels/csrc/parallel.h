@@ -46,12 +46,9 @@ constexpr int64_t kMostRows = 1 << 16;  // of a chunk: they are numbered in 16 b
 
 // Chunks of a batch of samples and groups of samples in them depend on T and on the kind of layers, never on the threads.
 struct Chunks {
-    int64_t batch, steps, samples, group;
-    Chunks(int64_t b, int64_t t, int64_t at_least = 1)
-        : batch(b),
-          steps(t),
-          samples(least(b, most(kChunkRows / t, most(1, least(at_least, kMostRows / t))))),
-          group(divide_up(kGroupRows, t)) {}
+    int64_t batch, steps, at_least = 1;  // so many samples of a chunk
+    int64_t samples = least(batch, most(kChunkRows / steps, most(1, least(at_least, kMostRows / steps))));
+    int64_t group = divide_up(kGroupRows, steps);
     int64_t rows() const { return samples * steps; }
 };
 

@@ -307,7 +307,7 @@ struct BackwardPass {
     int64_t event_list = 0;
     float* scratch;
 
-    BackwardPass(const Stack& stack, Arena& arena) : s(stack), chunks(s.batch, s.steps, least_chunk(s)) {
+    BackwardPass(const Stack& stack, Arena& arena) : s(stack), chunks{s.batch, s.steps, least_chunk(s)} {
         int64_t lanes = 0, states = 0, listed_blocks = 0, listed = 0, most_rows = 0, grad_bands = 0;
         layers.reserve(s.count);
         for (int l = 0; l < s.count; ++l) {

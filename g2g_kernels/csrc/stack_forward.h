@@ -62,8 +62,8 @@ struct ForwardLayer {
           lower(l ? &s.layers[l - 1] : nullptr),
           held(!l && s.held),
           parameters(layer, arena),
-          scratch_size(most(kTile, Chunks(s.batch, s.steps).group * s.steps * kLanes)),
-          panel(plan.cols.blocks, held ? s.batch : Chunks(s.batch, s.steps).rows(), s.bf16, arena),
+          scratch_size(most(kTile, Chunks{s.batch, s.steps}.group * s.steps * kLanes)),
+          panel(plan.cols.blocks, held ? s.batch : Chunks{s.batch, s.steps}.rows(), s.bf16, arena),
           states(layer.states) {
         const int64_t blocks = static_cast<int64_t>(s.batch) * plan.rows.blocks, lanes = plan.cols.blocks * int64_t{kLanes};
         const bool small = !plan.by_row.empty() && s.batch >= kSamples;
@@ -205,7 +205,7 @@ struct ForwardLayer {
     void run_product() const {
         const Weights weights{&plan.forward, plan.rows.strip, tiles, pairs, kForwardPartial};
         const int64_t B = stack.batch, steps = held ? 1 : stack.steps;
-        const Chunks chunks(B, stack.steps);
+        const Chunks chunks{B, stack.steps};
         const int64_t most_samples = held ? B : chunks.samples, group = held ? 2 * kGroupRows : chunks.group;
         for (int64_t first = 0; first < B; first += most_samples) {
             const int64_t count = least(most_samples, B - first);

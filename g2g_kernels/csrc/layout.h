@@ -63,8 +63,8 @@ inline void load_block(const Axis& axis, int64_t block, const E* x, const Rows& 
     }
 }
 
-template <class E>
-inline void store_block(const Axis& axis, int64_t block, const float* panel, const Rows& at, int64_t rows, E* x) {
+template <class Place, class E>
+inline void store_block(const Axis& axis, int64_t block, const float* panel, const Place& at, int64_t rows, E* x) {
     const int32_t from = axis.contiguous[block];
     const int32_t* neuron = axis.neuron.data() + block * kLanes;
     for (int64_t r = 0; r < rows; ++r, panel += kLanes) {

@@ -62,7 +62,6 @@ void step_forward(const LaneParameters& parameters, int64_t first, int64_t last,
     }
 }
 
-// The step of these neurons.
 inline auto forward_step(const Neurons& neurons) {
     return with_step(neurons, [](auto model, auto reset) { return &step_forward<decltype(model), decltype(reset)::value>; });
 }

@@ -46,7 +46,7 @@ struct ArrivalPanel {
         constexpr int64_t ahead = 4;
         const int64_t later = least(row + ahead, panel.rows - 1);
         for (int64_t r = 0; r < blocks; ++r) {
-            for (int i = 0; i < kLanes; i += 16) __builtin_prefetch(panel.at(r, later) + i);
+            fetch_block(panel.at(r, later));
             for (int v = 0; v < kVecs; ++v) {
                 const int64_t lane = r * kLanes + v * W;
                 store(room + lane, gather(panel.at(0, row), offset + lane));
@@ -194,18 +194,6 @@ inline double spike_rate(const Stack& s, int l) {
     return static_cast<double>(spikes) / (static_cast<double>(s.batch) * s.steps * layer.plan->rows.size);
 }
 
-// The recurrent connection of layer l as a layer, whose inputs are the layer's own spikes one step later.
-inline Layer recurrent_layer(const Stack& s, int l, uint64_t* inputs) {
-    const Layer& layer = s.layers[l];
-    Layer result = layer;
-    result.plan = layer.recurrent;
-    result.values = layer.recurrent_values;
-    result.grad_values = layer.grad_recurrent;
-    result.inputs = inputs;
-    result.input_rate = spike_rate(s, l);
-    return result;
-}
-
 // How ∂L/∂(input) of a layer is computed for the samples of a chunk: by the product, by events, or where it is needed.
 enum class Way { kProduct, kEvents, kNeeded };
 
@@ -242,7 +230,9 @@ struct BackwardLayer : LayerBackward {
         if (below) input_gradient.emplace(plan, layer.values, s.bf16, lists_events, arena);
         if (layer.recurrent) {
             recurrent.emplace(s, layer, chunks.samples, !held, arena);
-            const Layer joined = recurrent_layer(s, l, recurrent->inputs);
+            Layer joined = layer;  // the recurrent connection, whose inputs are the layer's own spikes one step later
+            joined.plan = layer.recurrent, joined.values = layer.recurrent_values, joined.grad_values = layer.grad_recurrent;
+            joined.inputs = recurrent->inputs, joined.input_rate = spike_rate(s, l);
             recurrent_weights.emplace(s, joined, spike_kind(s, joined, false), arena);
         }
         reached = arena.take<uint64_t>(static_cast<size_t>(plan.rows.blocks) * s.batch);
@@ -260,7 +250,8 @@ struct BackwardLayer : LayerBackward {
 
     const float* threshold(const LaneParameters& block) const { return block.lanes[model.parameters - 1]; }
 
-    int64_t any_lane() const { return plan.rows.lane[0]; }
+    // β, where all neurons share it.
+    float decay() const { return parameters.lanes[0][plan.rows.lane[0]]; }
 
     // The number of events in so many rows up to which the input gradient is computed by events.
     int64_t most_events(int64_t rows) const {
@@ -415,9 +406,8 @@ struct BackwardPass {
     void input_gradient(const BackwardLayer& x, int64_t c, int64_t row, int64_t rows, float* out, int worker) const {
         if (x.way == Way::kProduct) return x.input_gradient->run(c, x.grad, x.bands, row, rows, out);
         float* factor = scratch + worker * scratch_size + states_size + tile_size;
-        const float decay = x.parameters.lanes[0][x.any_lane()];
         for (int64_t i = 0; i < rows; i += s.steps)
-            merged_events.input_gradient(x.plan, x.input_gradient->tiles, decay, c, (row + i) / s.steps,
+            merged_events.input_gradient(x.plan, x.input_gradient->tiles, x.decay(), c, (row + i) / s.steps,
                                          reinterpret_cast<uint16_t*>(factor + event_list), factor, out + i * kLanes);
     }
 
@@ -523,7 +513,6 @@ struct BackwardPass {
         RecurrentBackward& v = *x.recurrent;
         const int64_t R = x.plan.rows.blocks, group = v.group(), groups = divide_up(samples, group), T = s.steps;
         const Panel<float>& rows = x.weights.kind == Input::kHeld ? v.rows : x.grad.floats;
-        const float beta = x.parameters.lanes[0][x.any_lane()];
         parallel(s.threads, R, 1, [&](int64_t r, int) { begin_steps(x, first, samples, r); });
         bool by_events = v.event_limit > 0;
         v.has_current = false;
@@ -543,7 +532,7 @@ struct BackwardPass {
                 for (int64_t i = b; later && by_events && i < b + count; ++i) {
                     Vec sum[kVecs];
                     float* const lanes = v.x.at(r, i);
-                    for (int k = 0; k < kVecs; ++k) sum[k] = all(beta) * load(lanes + k * W);
+                    for (int k = 0; k < kVecs; ++k) sum[k] = all(x.decay()) * load(lanes + k * W);
                     add_events(v.plan, v.gradient.tiles, r, v.words[after] + i, v.values[after] + i * kLanes, v.samples, sum);
                     for (int k = 0; k < kVecs; ++k) store(lanes + k * W, sum[k]);
                 }
@@ -755,15 +744,11 @@ struct BackwardPass {
 
     // ∂L/∂x of rows of the first layer, to the user's matrix.
     void store_input_gradient(const BackwardLayer& x, int64_t first, int64_t samples, int64_t steps) const {
-        const Axis& axis = x.plan.cols;
+        const Rows at{first, steps, s.batch, x.plan.cols.size};
         each_input_gradient(x, samples * steps, 1, [&](int64_t block, int64_t row, int64_t height, int worker) {
             float* out = scratch + worker * scratch_size + states_size;
             input_gradient(x, block, row, height, out, worker);
-            for (int64_t r = 0; r < height; ++r) {
-                const int64_t b = first + (row + r) / steps, t = (row + r) % steps;
-                store_block(axis, block, out + r * kLanes, Rows{0, 1, 1, axis.size}, 1,
-                            s.grad_x + (t * s.batch + b) * axis.size);
-            }
+            store_block(x.plan.cols, block, out, [&](int64_t r) { return at(row + r); }, height, s.grad_x);
         });
     }
 

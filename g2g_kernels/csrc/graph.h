@@ -178,8 +178,8 @@ struct GraphForward {
             const Neurons& neurons = s.layers[block.layer].neurons;
             const auto sweep = forward_sweep<StoredCurrent>(neurons);
             const auto step = forward_step(neurons);
-            parallel(threads, R * groups, 1, [&](int64_t task, int worker) {
-                const int64_t r = task / groups, first = begin + task % groups * kStepSamples;
+            parallel_pairs(threads, R, groups, 1, [&](int64_t r, int64_t part, int worker) {
+                const int64_t first = begin + part * kStepSamples;
                 const int64_t samples = least(kStepSamples, begin + count - first);
                 float* const room = scratch + (first_worker + worker) * scratch_size;
                 if (longest[block.layer] == 1) return run_step(*step, block, first, samples, r, room);
@@ -277,10 +277,10 @@ struct GraphForward {
         const Outer& outer = g.outer[l];
         const Axis& axis = layer.plan->rows;
         const int64_t R = axis.blocks, B = s.batch, T = s.steps, tail = outer.tail_steps;
-        parallel(s.threads, B * R, 16, [&](int64_t block, int) {
-            float* const own = counts + block * kLanes;
-            count_spikes(layer.spikes + block * T, T, own);
-            if (l + 1 == s.count) store_block(axis, block % R, own, Rows{block / R, 1, B, axis.size}, 1, s.counts);
+        parallel_pairs(s.threads, B, R, 16, [&](int64_t b, int64_t r, int) {
+            float* const own = counts + (b * R + r) * kLanes;
+            count_spikes(layer.spikes + (b * R + r) * T, T, own);
+            if (l + 1 == s.count) store_block(axis, r, own, Rows{b, 1, B, axis.size}, 1, s.counts);
         });
         if (outer.tail) unpack(*layer.plan, layer.spikes + T - tail, T, s.batch, outer.tail_steps, s.threads, outer.tail);
         sum_rates(s, layer, counts, totals);
@@ -345,8 +345,7 @@ struct MemberBackward : LayerBackward {
     // Before the last step: what reaches the layer from outside.
     void begin(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int threads) const {
         const int64_t T = s.steps, B = s.batch, size = plan.rows.size, tail = outer.tail_steps, first = chunk.first;
-        parallel(threads, plan.rows.blocks * chunk.samples, 1, [&](int64_t task, int) {
-            const int64_t r = task / chunk.samples, b = task % chunk.samples;
+        parallel_pairs(threads, plan.rows.blocks, chunk.samples, 1, [&](int64_t r, int64_t b, int) {
             alignas(64) float end[kLanes];
             constant_part(s, first + b, r, x.constant_at(r, b));
             float* const tile = x.arrived_at(r, b);
@@ -422,8 +421,7 @@ struct MemberBackward : LayerBackward {
     // After the first step: what reaches the spikes that were sent before it.
     void end(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int threads) const {
         if (!outer.grad_sent) return;
-        parallel(threads, plan.rows.blocks * chunk.samples, 1, [&](int64_t task, int) {
-            const int64_t r = task / chunk.samples, b = task % chunk.samples;
+        parallel_pairs(threads, plan.rows.blocks, chunk.samples, 1, [&](int64_t r, int64_t b, int) {
             store_block(plan.rows, r, x.arrived_at(r, b) - x.before * kLanes, Rows{chunk.first + b, x.before, s.batch, plan.rows.size},
                         x.before, outer.grad_sent);
         });
@@ -585,8 +583,8 @@ struct GraphBackward {
         const MemberChunk& own = chunk.members[block.layer];
         const int64_t steps = steps_of(block);
         const int64_t group = steps == 1 ? kGradientSamples : 1, groups = divide_up(samples, group);
-        parallel(threads, x.plan.rows.blocks * groups, steps == 1 ? 1 : 4, [&](int64_t task, int) {
-            const int64_t r = task / groups, i = task % groups * group;
+        parallel_pairs(threads, x.plan.rows.blocks, groups, steps == 1 ? 1 : 4, [&](int64_t r, int64_t part, int) {
+            const int64_t i = part * group;
             float* const out = chunk.rows.floats.at(r, i * steps);
             if (steps == 1)
                 x.run_step(s, chunk, own, b + i, least(group, samples - i), r, block.first, out);
@@ -617,18 +615,15 @@ struct GraphBackward {
                                  x.gradient.run(column, chunk.rows, bands, row, height, chunk.inputs.at(column, row));
                                  for (int64_t i = row / steps; !banded && i * steps < row + height; ++i) arrive(column, i);
                              });
-        if (banded)
-            parallel(threads, x.plan.cols.blocks * samples, 4,
-                     [&](int64_t task, int) { arrive(task / samples, task % samples); });
+        if (banded) parallel_pairs(threads, x.plan.cols.blocks, samples, 4, [&](int64_t column, int64_t i, int) { arrive(column, i); });
     }
 
     // Adds what the samples of the first chunks give.
     void weight_gradient(const PassageBackward& x, int64_t count) const {
         const Plan& plan = x.plan;
         const int64_t C = plan.cols.blocks, T = s.steps;
-        parallel(s.threads, count * C, 1, [&](int64_t task, int worker) {
-            const GraphChunk& chunk = at_once[task / C];
-            const int64_t column = task % C;
+        parallel_pairs(s.threads, count, C, 1, [&](int64_t i, int64_t column, int worker) {
+            const GraphChunk& chunk = at_once[i];
             chunk.events->load(column, x.sent(s, chunk.first) + column * T, chunk.samples, T, C * T, worker, x.late());
         });
         const auto add_gradient = gradient_by_events(plan, plan.rows.strip < kLanes);

@@ -70,8 +70,8 @@ inline void linear_forward(Linear& a, Arena& arena) {
     for (int64_t begin = 0; begin < a.rows; begin += chunk) {
         const int64_t rows = least(chunk, a.rows - begin), groups = divide_up(rows, group);
         input.load(a, begin, rows);
-        parallel(a.threads, axis.blocks * groups, 2, [&](int64_t task, int worker) {
-            const int64_t r = task / groups, first = task % groups * group, count = least(group, rows - first);
+        parallel_pairs(a.threads, axis.blocks, groups, 2, [&](int64_t r, int64_t part, int worker) {
+            const int64_t first = part * group, count = least(group, rows - first);
             float* out = scratch + worker * group * kLanes;
             if (!input.events)
                 product(weights, r, input.panel.floats, input.panel.halves, first, count, {bias + r * kLanes, 0}, out);

@@ -34,8 +34,7 @@ inline int64_t list_chunk(const Linear& a) {
 template <class F>
 void for_each_square(int64_t rows, int64_t size, int threads, const F& f) {
     constexpr int64_t kWide = 16 * kSquare;
-    parallel(threads, divide_up(size, kWide), 1, [&](int64_t task, int) {
-        const int64_t first = task * kWide, last = least(size, first + kWide);
+    each_part(size, kWide, threads, [&](int64_t first, int64_t last) {
         for (int64_t r = 0; r < rows; r += kSquare)
             for (int64_t n = first; n < last; n += kSquare) f(r, least(kSquare, rows - r), n, least(kSquare, last - n));
     });
@@ -127,8 +126,7 @@ inline void list_linear_forward(Linear& a, Arena& arena) {
         const int64_t rows = least(chunk, a.rows - begin);
         with_elements(a.x, a.x_half, begin * inputs,
                       [&](const auto* from) { load_by_neuron(from, rows, inputs, chunk, a.threads, x); });
-        parallel(a.threads, divide_up(outputs, kListOwners), 1, [&](int64_t task, int) {
-            const int64_t first = task * kListOwners, last = least(outputs, first + kListOwners);
+        each_part(outputs, kListOwners, a.threads, [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; ++i)
                 WeightedRows{lists, i, a.values, x, chunk}.sum_row(a.bias ? a.bias[i] : 0.0f, y + i * chunk);
         });
@@ -158,8 +156,7 @@ inline void list_linear_backward(Linear& a, Arena& arena) {
             parallel(a.threads, outputs, 64, [&](int64_t i, int) {
                 for (int64_t at = 0; at < chunk; at += W) bias[i] += sum_of(load(grad_y + i * chunk + at));
             });
-        parallel(a.threads, divide_up(inputs, kListOwners), 1, [&](int64_t task, int) {
-            const int64_t first = task * kListOwners, last = least(inputs, first + kListOwners);
+        each_part(inputs, kListOwners, a.threads, [&](int64_t first, int64_t last) {
             for (int64_t j = first; j < last; ++j) {
                 const WeightedRows list{lists, j, a.values, grad_y, chunk};
                 if (a.grad_x) list.sum_row(0.0f, grad_x + j * chunk);

@@ -77,7 +77,7 @@ struct LoopCall {
 
     // The weights in the order of the lists.
     void load() const {
-        each_part(lists.entries(), a.threads, [&](int64_t first, int64_t last) {
+        each_part(lists.entries(), kCopied, a.threads, [&](int64_t first, int64_t last) {
             for (int64_t e = first; e < last; ++e) weights[e] = a.values[lists.place[e]];
         });
     }
@@ -347,8 +347,7 @@ inline void list_loop_backward(ListLoop& a, Arena& arena) {
             zero_floats(reaching, padded, a.threads);
             for (int64_t range = 0; range < lists.ranges; ++range) {
                 const int64_t* const list = lists.first.data() + range * a.size;
-                parallel(a.threads, divide_up(a.size, kSources), 1, [&](int64_t task, int) {
-                    const int64_t first = task * kSources, last = least(a.size, first + kSources);
+                each_part(a.size, kSources, a.threads, [&](int64_t first, int64_t last) {
                     choose(Widths{}, __builtin_ctzll(width), [&](auto g) {
                         for (int64_t j = first; j < last; ++j)
                             gather<decltype(g)::value>(list[j], list[j + 1], lists.other.data(), call.weights, to_current,
@@ -370,7 +369,7 @@ inline void list_loop_backward(ListLoop& a, Arena& arena) {
         gradient_of_totals(a.neurons.parameters[k], model.decays[k], totals[k], a.size, [](int64_t n) { return n; }, a.size);
     if (!a.grad_values) return;
     zero_floats(a.grad_values, a.weights, a.threads);  // padding of units too
-    each_part(lists.entries(), a.threads, [&](int64_t first, int64_t last) {
+    each_part(lists.entries(), kCopied, a.threads, [&](int64_t first, int64_t last) {
         for (int64_t e = first; e < last; ++e) a.grad_values[lists.place[e]] = grad[e];
     });
 }

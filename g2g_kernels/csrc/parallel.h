@@ -23,15 +23,22 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline void zero(void* p, size_t bytes) { __builtin_memset(p, 0, bytes); }
 
+// f(i, k, worker) for all i < count and k < each, those of one i after the other.
+template <class F>
+void parallel_pairs(int threads, int64_t count, int64_t each, int64_t grain, const F& f) {
+    parallel(threads, count * each, grain, [&](int64_t task, int worker) { f(task / each, task % each, worker); });
+}
+
 // f(first, last) for parts of 0 … count − 1.
 template <class F>
-void each_part(int64_t count, int threads, const F& f) {
-    constexpr int64_t part = 1 << 16;
+void each_part(int64_t count, int64_t part, int threads, const F& f) {
     parallel(threads, divide_up(count, part), 1, [&](int64_t i, int) { f(i * part, least(count, (i + 1) * part)); });
 }
 
+constexpr int64_t kCopied = 1 << 16;  // numbers of a task that only copies or clears them
+
 inline void zero_floats(float* p, int64_t count, int threads) {
-    each_part(count, threads, [&](int64_t first, int64_t last) { zero(p + first, (last - first) * sizeof(float)); });
+    each_part(count, kCopied, threads, [&](int64_t first, int64_t last) { zero(p + first, (last - first) * sizeof(float)); });
 }
 
 // --- how the rows of a call are divided: into chunks that stay in cache, and a chunk into tasks ----------------------

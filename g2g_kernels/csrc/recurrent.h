@@ -255,10 +255,10 @@ struct RecurrentBackward {
     // The spikes of each step at the place of the next one, which they reach.
     void shift(const Stack& s, const Layer& layer, const LayerParameters& parameters) const {
         const int64_t R = plan.rows.blocks, T = s.steps;
-        parallel(s.threads, s.batch * R, 16, [&](int64_t block, int) {
-            uint64_t* out = inputs + block * T;
-            out[0] = first_word(s, layer, parameters, block / R, block % R);
-            for (int64_t t = 1; t < T; ++t) out[t] = layer.spikes[block * T + t - 1];
+        parallel_pairs(s.threads, s.batch, R, 16, [&](int64_t b, int64_t r, int) {
+            const int64_t at = (b * R + r) * T;
+            inputs[at] = first_word(s, layer, parameters, b, r);
+            for (int64_t t = 1; t < T; ++t) inputs[at + t] = layer.spikes[at + t - 1];
         });
     }
 

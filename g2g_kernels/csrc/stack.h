@@ -22,10 +22,8 @@ struct LayerParameters : LaneParameters {
         static_cast<LaneParameters&>(*this) = lane_parameters(layer.neurons, count, neuron, arena);
         bias = arena.take<float>(count);
         if (!arena.base) return;
-        if (layer.bias)
-            spread({layer.bias, nullptr, true}, false, 0.0f, count, neuron, bias);
-        else
-            zero(bias, count * sizeof(float));
+        zero(bias, count * sizeof(float));
+        if (layer.bias) spread({layer.bias, nullptr, true}, false, 0.0f, count, neuron, bias);
     }
 };
 
@@ -306,8 +304,8 @@ inline void fill_panel(const Stack& s, const Layer& layer, Input kind, int64_t f
                        const Panel<float>& panel) {
     const Axis& axis = layer.plan->cols;
     const int64_t steps = kind == Input::kHeld ? 1 : s.steps;
-    parallel(s.threads, axis.blocks * samples, 4, [&](int64_t task, int) {
-        const int64_t block = task / samples, b = task % samples, row = b * steps;
+    parallel_pairs(s.threads, axis.blocks, samples, 4, [&](int64_t block, int64_t b, int) {
+        const int64_t row = b * steps;
         if (kind == Input::kDenseSpikes)
             for (int64_t t = 0; t < steps; ++t)
                 expand_bits(layer.inputs[((first + b) * axis.blocks + block) * steps + t], panel.at(block, row + t));

@@ -481,9 +481,8 @@ struct BackwardPass {
                 x.arrivals.reorder(row, scratch + worker * scratch_size);
             });
         if (x.late.lanes)
-            parallel(s.threads, x.plan.rows.blocks * samples, 4, [&](int64_t task, int) {
-                const int64_t r = task / samples;
-                x.late.shift(s, first + task % samples, r, x.arrivals.panel.at(r, task % samples * T));
+            parallel_pairs(s.threads, x.plan.rows.blocks, samples, 4, [&](int64_t r, int64_t b, int) {
+                x.late.shift(s, first + b, r, x.arrivals.panel.at(r, b * T));
             });
     }
 
@@ -492,8 +491,7 @@ struct BackwardPass {
         const int64_t R = x.plan.rows.blocks, T = s.steps;
         if (samples < s.threads) {
             fill_arrivals(x, above, first, samples);
-            return parallel(s.threads, samples * R, 4, [&](int64_t task, int worker) {
-                const int64_t b = task / R, r = task % R;
+            return parallel_pairs(s.threads, samples, R, 4, [&](int64_t b, int64_t r, int worker) {
                 sweep_block(x, first, b, r, panel.at(r, b * T), scratch + worker * scratch_size);
             });
         }
@@ -526,8 +524,8 @@ struct BackwardPass {
                 else
                     v.load_product(rows, samples, t, T, s.threads);
             }
-            parallel(s.threads, R * groups, 1, [&](int64_t task, int) {
-                const int64_t r = task / groups, b = task % groups * group, count = least(group, samples - b);
+            parallel_pairs(s.threads, R, groups, 1, [&](int64_t r, int64_t part, int) {
+                const int64_t b = part * group, count = least(group, samples - b);
                 if (later && !by_events) v.gradient.run(r, v.current, v.bands, b, count, v.x.at(r, b));
                 for (int64_t i = b; later && by_events && i < b + count; ++i) {
                     Vec sum[kVecs];

@@ -145,8 +145,7 @@ struct ForwardLayer {
     void run_events() const {
         const auto sweep = forward_sweep<Current>(layer.neurons);
         const int64_t C = plan.cols.blocks, T = stack.steps, B = stack.batch;
-        parallel(stack.threads, plan.rows.blocks * B, least(32, B), [&](int64_t task, int) {
-            const int64_t r = task / B, b = task % B;
+        parallel_pairs(stack.threads, plan.rows.blocks, B, least(32, B), [&](int64_t r, int64_t b, int) {
             const uint64_t* words = layer.inputs + b * C * T;
             neurons(sweep, Current{{&plan, r, words, T, tiles, parameters.bias + r * kLanes}}, b, r);
         });
@@ -230,8 +229,8 @@ struct ForwardLayer {
         each_part_of_batch(B, 1, stack.threads, [&](int64_t first, int64_t samples, int threads, int) {
             const int64_t parts = divide_up(samples, kStepSamples);
             for (int64_t t = 0; t < stack.steps; ++t)
-                parallel(threads, R * parts, 1, [&](int64_t task, int) {
-                    const int64_t r = task / parts, b = task % parts * kStepSamples;
+                parallel_pairs(threads, R, parts, 1, [&](int64_t r, int64_t part, int) {
+                    const int64_t b = part * kStepSamples;
                     run_step(*step, events ? &below : nullptr, own, r, t, first + b, least(kStepSamples, samples - b));
                 });
         });

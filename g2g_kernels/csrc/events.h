@@ -231,6 +231,7 @@ void strip_gradient(const EventsByLane& events, const Plan& plan, int64_t tile, 
     }
 }
 
+// Which of both, with `strips` for those of the rows.
 inline auto gradient_by_events(const Plan& plan, bool strips) {
     return !strips ? event_gradient : plan.rows.strip == 16 ? strip_gradient<16> : strip_gradient<32>;
 }

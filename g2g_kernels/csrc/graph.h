@@ -164,9 +164,7 @@ struct GraphForward {
             });
         }
         each_part_of_batch(s.batch, *std::min_element(longest.begin(), longest.end()), s.threads,
-                           [&](int64_t first, int64_t samples, int threads, int worker) {
-                               run_blocks(first, samples, threads, worker);
-                           });
+                           [&](auto... part) { run_blocks(part...); });
         for (int64_t l = 0; l < s.count; ++l) finish(l);
     }
 
@@ -175,14 +173,12 @@ struct GraphForward {
         for (int64_t i = 0; i < g.block_count; ++i) {
             const GraphBlock& block = g.blocks[i];
             const int64_t R = s.layers[block.layer].plan->rows.blocks, groups = divide_up(count, kStepSamples);
-            const Neurons& neurons = s.layers[block.layer].neurons;
-            const auto sweep = forward_sweep<StoredCurrent>(neurons);
-            const auto step = forward_step(neurons);
+            const auto sweep = forward_sweep<StoredCurrent>(s.layers[block.layer].neurons);
             parallel_pairs(threads, R, groups, 1, [&](int64_t r, int64_t part, int worker) {
                 const int64_t first = begin + part * kStepSamples;
                 const int64_t samples = least(kStepSamples, begin + count - first);
                 float* const room = scratch + (first_worker + worker) * scratch_size;
-                if (longest[block.layer] == 1) return run_step(*step, block, first, samples, r, room);
+                if (longest[block.layer] == 1) return run_step(block, first, samples, r, room);
                 for (int64_t b = first; b < first + samples; ++b) run_block(sweep, block, b, r, room);
             });
             for (const Passage& x : inner) {
@@ -207,8 +203,7 @@ struct GraphForward {
     }
 
     // The same where all blocks have one step, for some samples at once.
-    void run_step(decltype(step_forward<Lif, kSubtract>)& step, const GraphBlock& block, int64_t first, int64_t samples,
-                  int64_t r, float* current) const {
+    void run_step(const GraphBlock& block, int64_t first, int64_t samples, int64_t r, float* current) const {
         const Layer& layer = s.layers[block.layer];
         const int64_t size = model_info(layer.neurons).states * kLanes, stride = layer.plan->rows.blocks * int64_t{s.steps};
         const KeptStates& kept = kept_of[block.layer];
@@ -221,9 +216,7 @@ struct GraphForward {
             fill_current(block, first + i, r, current + i * kLanes);
             if (!block.first) load_states(s, layer, layer.state, first + i, r, edge + i * size);
         }
-        each_sample(parameters[block.layer], layer, first, samples, r, [&](const LaneParameters& own, int64_t begin, int64_t end) {
-            step(own, begin, end, all);
-        });
+        run_forward(parameters[block.layer], layer, first, samples, r, all);
         for (int64_t i = 0; i < samples; ++i) finish_block(block, first + i, r, all.now + i * all.now_stride);
     }
 
@@ -335,10 +328,9 @@ struct GraphChunk {
 struct MemberBackward : LayerBackward {
     const Outer& outer;
     KeptStates kept;
-    BackwardSteps steps;
 
     MemberBackward(const Graph& g, int64_t l, Arena& arena)
-        : LayerBackward(g.stack, l, arena), outer(g.outer[l]), kept(g, l), steps(layer.neurons) {
+        : LayerBackward(g.stack, l, arena), outer(g.outer[l]), kept(g, l) {
         take_sums(g.stack.batch, arena);
     }
 
@@ -413,7 +405,7 @@ struct MemberBackward : LayerBackward {
         for (int k = 0; k < model.parameters; ++k) step.parameters[k] = sums[k] + at;
         step.row = x.rows.at(r, b * s.steps + t), step.row_stride = int64_t{s.steps} * kLanes;
         step.compact = out, step.held = current + at;
-        steps.run(parameters, layer, first, samples, r, step);
+        run_backward(parameters, layer, first, samples, r, step);
         for (int64_t i = 0; i < samples; ++i)
             pass_on(s, first + i, r, t, 1, out + i * kLanes, tile + i * step.tile_stride, step.states + i * size);
     }
@@ -615,7 +607,8 @@ struct GraphBackward {
                                  x.gradient.run(column, chunk.rows, bands, row, height, chunk.inputs.at(column, row));
                                  for (int64_t i = row / steps; !banded && i * steps < row + height; ++i) arrive(column, i);
                              });
-        if (banded) parallel_pairs(threads, x.plan.cols.blocks, samples, 4, [&](int64_t column, int64_t i, int) { arrive(column, i); });
+        if (banded)
+            parallel_pairs(threads, x.plan.cols.blocks, samples, 4, [&](int64_t column, int64_t i, int) { arrive(column, i); });
     }
 
     // Adds what the samples of the first chunks give.

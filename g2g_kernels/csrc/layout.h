@@ -101,8 +101,7 @@ inline int64_t pack_block(const Axis& axis, int64_t block, const E* x, const Row
         else
             source += from;
         const E* value = from < 0 ? lanes : source;
-        uint64_t word = 0;
-        uint64_t other = 0;
+        uint64_t word = 0, other = 0;
         for (int v = 0; v < kVecs; ++v) {
             const Vec s = load(value + v * W);
             other |= nonzero_bits(s) & nonzero_bits(s - one);

@@ -34,6 +34,7 @@ struct RowOf<1> {
     typedef float type;
 };
 
+// The widths of a group, each at the place of its logarithm.
 using Widths = Types<Constant<1>, Constant<2>, Constant<4>, Constant<8>, Constant<kMostGroup>>;
 
 // Where a group of a [B][N] matrix lies: rows of `samples` samples from `data` on, N floats apart. Lanes of other samples are 0.

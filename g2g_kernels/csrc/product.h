@@ -133,12 +133,11 @@ void product_block(const Weights& weights, const T* tiles, int64_t block, Panel<
 }
 
 // out[r][·] = start + Σ over the active tiles of output block `block`, for rows row … row + rows − 1 of the left side.
-inline void product(const Weights& weights, int64_t block, Panel<const float> left, Panel<const uint16_t> left_bf16,
-                    int64_t row, int64_t rows, Start start, float* out) {
+inline void product(const Weights& weights, int64_t block, Panel<const float> left,
+                    [[maybe_unused]] Panel<const uint16_t> left_bf16, int64_t row, int64_t rows, Start start, float* out) {
 #if defined(__AVX512BF16__)
     if (weights.pairs) return product_block(weights, weights.pairs, block, left_bf16, row, rows, start, out);
 #endif
-    (void)left_bf16;
     product_block(weights, weights.tiles, block, left, row, rows, start, out);
 }
 

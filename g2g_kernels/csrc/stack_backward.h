@@ -231,8 +231,11 @@ struct BackwardLayer : LayerBackward {
         if (layer.recurrent) {
             recurrent.emplace(s, layer, chunks.samples, !held, arena);
             Layer joined = layer;  // the recurrent connection, whose inputs are the layer's own spikes one step later
-            joined.plan = layer.recurrent, joined.values = layer.recurrent_values, joined.grad_values = layer.grad_recurrent;
-            joined.inputs = recurrent->inputs, joined.input_rate = spike_rate(s, l);
+            joined.plan = layer.recurrent;
+            joined.values = layer.recurrent_values;
+            joined.grad_values = layer.grad_recurrent;
+            joined.inputs = recurrent->inputs;
+            joined.input_rate = spike_rate(s, l);
             recurrent_weights.emplace(s, joined, spike_kind(s, joined, false), arena);
         }
         reached = arena.take<uint64_t>(static_cast<size_t>(plan.rows.blocks) * s.batch);
@@ -459,8 +462,7 @@ struct BackwardPass {
         for (int64_t i = 0; i < count; ++i) {
             const SampleParameters own(x.parameters, x.layer, first + b + i, r);
             states[i] = states_of(x, first + b + i, r, own.block, room + i * T * x.model.states * kLanes);
-            needed_words(x.layer.neurons)(states[i], x.model.states, T, x.threshold(own.block), x.layer.neurons.alpha,
-                                          words + i * T);
+            needed_words(x.layer.neurons, states[i], T, x.threshold(own.block), words + i * T);
         }
         above.needed->run(r, above.grad.floats.at(0, b * T), words, count * T, tile);
     }
@@ -585,7 +587,7 @@ struct BackwardPass {
         if (held) step.held = x.grad.floats.at(r, first + b);
         step.values = v.values[i] + at * kLanes;
         if (x.lists_events || v.event_limit > 0) step.words = v.words[i] + at;
-        v.steps.run(x.parameters, x.layer, first + b, samples, r, step);
+        run_backward(x.parameters, x.layer, first + b, samples, r, step);
         for (int64_t j = 0; x.lists_events && j < samples; ++j) {
             const BlockEvents list = event_lists.of(r, b + j);
             const int64_t count = __builtin_popcountll(step.words[j]);
@@ -607,8 +609,8 @@ struct BackwardPass {
         const int64_t membrane = (x.model.states - 1) * kLanes;
         const SampleParameters own(x.parameters, x.layer, first + b, r);
         if (!x.layer.sent)
-            v.steps.begin(own.block, x.layer.neurons.alpha, begin + membrane, v.x.at(r, b), grads + membrane,
-                          x.block_gradient(v.sum_of(first, b), r).parameters[x.model.parameters - 1]);
+            spikes_backward(x.layer.neurons, x.threshold(own.block), begin + membrane, v.x.at(r, b), grads + membrane,
+                            x.block_gradient(v.sum_of(first, b), r).parameters[x.model.parameters - 1]);
         if (x.layer.grad_state) store_states(s, x.layer, grads, first + b, r, x.layer.grad_state);
     }
 
@@ -635,7 +637,7 @@ struct BackwardPass {
             const SampleParameters own(x.parameters, x.layer, sample, r);
             const float* states = x.recurrent ? x.layer.states + i * s.steps * x.model.states * kLanes
                                               : states_of(x, sample, r, own.block, scratch);
-            needed_words(x.layer.neurons)(states, x.model.states, s.steps, x.threshold(own.block), x.layer.neurons.alpha, words);
+            needed_words(x.layer.neurons, states, s.steps, x.threshold(own.block), words);
             for (int64_t t = 0; t < s.steps; ++t) needed += __builtin_popcountll(words[t]);
         }
         return static_cast<double>(needed) / static_cast<double>(visited * s.steps * kLanes);

@@ -221,7 +221,7 @@ struct ForwardLayer {
     // All neurons of a recurrent layer, one step after the other; by `events`, each step visits the spikes from below, too.
     void run_steps(bool events) const {
         const int64_t R = plan.rows.blocks, B = stack.batch;
-        const auto step = forward_step(layer.neurons);
+
         load_tiles<kByRow>(*layer.recurrent, layer.recurrent_values, stack.threads, recurrent_tiles);
         const SpikeCurrents below(plan, tiles), own(*layer.recurrent, recurrent_tiles);
         for (int64_t block = 0; layer.state && block < B * R; ++block)
@@ -231,7 +231,7 @@ struct ForwardLayer {
             for (int64_t t = 0; t < stack.steps; ++t)
                 parallel_pairs(threads, R, parts, 1, [&](int64_t r, int64_t part, int) {
                     const int64_t b = part * kStepSamples;
-                    run_step(*step, events ? &below : nullptr, own, r, t, first + b, least(kStepSamples, samples - b));
+                    run_step(events ? &below : nullptr, own, r, t, first + b, least(kStepSamples, samples - b));
                 });
         });
         parallel(stack.threads, B * R, 16, [&](int64_t block, int) {
@@ -239,8 +239,8 @@ struct ForwardLayer {
         });
     }
 
-    void run_step(decltype(step_forward<Lif, kSubtract>)& step, const SpikeCurrents* below, const SpikeCurrents& recurrent,
-                  int64_t r, int64_t t, int64_t first, int64_t samples) const {
+    void run_step(const SpikeCurrents* below, const SpikeCurrents& recurrent, int64_t r, int64_t t, int64_t first,
+                  int64_t samples) const {
         const int64_t R = plan.rows.blocks, C = plan.cols.blocks, T = stack.steps;
         const int64_t size = model_info(layer.neurons).states * kLanes;
         alignas(64) float current[kStepSamples * kLanes], initial[kStepSamples * kMostStates * kLanes];
@@ -263,9 +263,7 @@ struct ForwardLayer {
         }
         const float* before = t ? now - stack.batch * size : initial;
         const ForwardStep all{current, before, size, now, size, layer.spikes + (first * R + r) * T + t, R * T};
-        each_sample(parameters, layer, first, samples, r, [&](const LaneParameters& own, int64_t begin, int64_t end) {
-            step(own, begin, end, all);
-        });
+        run_forward(parameters, layer, first, samples, r, all);
         for (int64_t i = 0; t + 1 == T && layer.last && i < samples; ++i)
             store_states(stack, layer, now + i * size, first + i, r, layer.last);
     }

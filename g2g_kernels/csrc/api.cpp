@@ -27,7 +27,7 @@ namespace {
 // The best set that the CPU has; for tests, the one named by G2G_CPU_ISA if the CPU has it.
 const Kernels& choose() {
     const char* asked = std::getenv("G2G_CPU_ISA");
-    const auto allowed = [&](const Kernels& k) { return !asked || !*asked || !std::strcmp(asked, k.name); };
+    [[maybe_unused]] const auto allowed = [&](const Kernels& k) { return !asked || !*asked || !std::strcmp(asked, k.name); };
 #if defined(G2G_X86)
     __builtin_cpu_init();
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -38,7 +38,6 @@ const Kernels& choose() {
     if (avx512 && allowed(avx512::kernels)) return avx512::kernels;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && allowed(avx2::kernels)) return avx2::kernels;
 #endif
-    (void)allowed;
     return baseline::kernels;
 }
 
@@ -105,7 +104,7 @@ std::string line(const std::string& name, const char* const* names, int32_t coun
 // What Python must agree with, a line each: the structures, and the names of all options in their order.
 std::string interface_table(const Options& options) {
     std::string text = std::string("structures: ") + kStructures + "\n", models;
-    text += line("resets", kResetNames, sizeof kResetNames / sizeof *kResetNames);
+    text += line("resets", kResetNames, std::size(kResetNames));
     text += line("surrogates", options.surrogate_names, options.surrogate_count);
     for (int32_t i = 0; i < options.model_count; ++i) {
         const ModelInfo& model = options.models[i];
@@ -159,12 +158,12 @@ G2G_EXPORT int32_t g2g_plan_row_blocks(const Plan* plan) { return plan->rows.blo
 
 // 1 if the spike words of `lower`'s outputs are in the order that `upper` reads.
 G2G_EXPORT int32_t g2g_plans_aligned(const Plan* lower, const Plan* upper) {
-    return lower->rows.neuron == upper->cols.neuron;
+    return same_order(lower->rows, upper->cols);
 }
 
 // 1 if the outputs of both are in the same order.
 G2G_EXPORT int32_t g2g_plans_same_rows(const Plan* one, const Plan* other) {
-    return one->rows.neuron == other->rows.neuron;
+    return same_order(one->rows, other->rows);
 }
 
 // nullptr if an index is out of range or memory runs out.

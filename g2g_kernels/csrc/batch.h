@@ -24,10 +24,8 @@ struct Tap {
 
 // The weights of a list with their values.
 inline void load_taps(const WeightList& list, const float* values, int threads, Tap* taps) {
-    const int64_t count = static_cast<int64_t>(list.source.size());
-    parallel(threads, divide_up(count, 4096), 1, [&](int64_t part, int) {
-        for (int64_t i = part * 4096; i < least(count, part * 4096 + 4096); ++i)
-            taps[i] = {list.lane[i], values[list.source[i]]};
+    each_part(list.source.size(), 4096, threads, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) taps[i] = {list.lane[i], values[list.source[i]]};
     });
 }
 
@@ -55,9 +53,8 @@ struct Bands {
     float* at(int64_t band, int64_t lane) const { return data + (band * lanes + lane) * kLanes; }
 
     void fill(const Panel<float>& panel, int64_t rows, int threads) const {
-        const int64_t blocks = lanes / kLanes;
-        parallel(threads, divide_up(rows, kLanes) * blocks, 4, [&](int64_t task, int) {
-            const int64_t band = task / blocks, block = task % blocks, row = band * kLanes;
+        parallel_pairs(threads, divide_up(rows, kLanes), lanes / kLanes, 4, [&](int64_t band, int64_t block, int) {
+            const int64_t row = band * kLanes;
             transpose(panel.at(block, row), least(kLanes, rows - row), at(band, block * kLanes));
         });
     }
@@ -145,7 +142,7 @@ void spike_sum(const Tap* tap, const Tap* end, const uint16_t* bits, float start
         const Vec w = all(tap.weight);
         unrolled<(N + 1) / 2>([&](auto pair) {
             constexpr int t = 2 * decltype(pair)::value;
-            const SpikeBits two(own + t);
+            const IntVec two = load_bits(own + t);
             unrolled<kQuarters>([&](auto q) {
                 constexpr int part = decltype(q)::value;
                 sums[t][part] = add_chosen<part>(sums[t][part], two, w);
@@ -226,7 +223,7 @@ inline void spike_outer(const WeightList& list, int64_t lane, const RowBits& spi
                 constexpr int N = 32 / W;
                 const float* rows = e + band * kLanes + half * 32;
                 unrolled<kWeightsAtOnce>([&](auto i) {
-                    const SpikeBits own(bits[i] + band * 4 + half * 2);
+                    const IntVec own = load_bits(bits[i] + band * 4 + half * 2);
                     unrolled<N>([&](auto v) { sum[i] = add_chosen<v>(sum[i], own, load(rows + v * W)); });
                 });
             }

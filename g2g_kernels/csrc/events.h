@@ -25,6 +25,14 @@ struct BlockSpikes {
     const float *tiles, *bias;
 };
 
+// Copies the values of events; may write up to W more.
+inline void copy_values(const float* from, int64_t count, float* to) {
+    for (int64_t i = 0; i < count; i += W) {
+        store(to + i, load(from + i));
+        asm("");  // keeps this from becoming a call of memcpy, which takes longer than most of these loops
+    }
+}
+
 // The currents of the row block.
 struct EventCurrent : BlockSpikes {
     static constexpr int kAtOnce = 64;  // tiles whose events make one list
@@ -164,14 +172,14 @@ struct EventsByLane {
     }
 };
 
-// grad[j][·] += Σ over the events of lane j of dI[row][·]; meanwhile the row of the tile stays in registers.
-inline void event_gradient(const EventsByLane& events, int64_t c, uint64_t sources, const float* grad_current,
-                           float* grad) {
+// One tile: grad[j][·] += Σ over the events of lane j of dI[row][·]; meanwhile the row of the tile stays in registers.
+inline void event_gradient(const EventsByLane& events, const Plan& plan, int64_t tile, const float* grad_current, float* grad) {
+    const int64_t c = plan.tile_col[tile];
     const uint16_t* rows = events.rows + c * events.capacity;
     const int32_t* first = events.first + c * (kLanes + 1);
     constexpr int32_t kPartial = 64;  // events of a partial sum: rounding errors grow with its length
     for (int lane = 0; lane < kLanes; ++lane) {
-        if (first[lane] == first[lane + 1] || !(sources >> lane & 1)) continue;
+        if (first[lane] == first[lane + 1] || !(plan.tile_sources[tile] >> lane & 1)) continue;
         Vec sum[kVecs] = {};
         for (int32_t begin = first[lane], end = first[lane + 1]; begin < end; begin += kPartial) {
             Vec even[kVecs] = {}, odd[kVecs] = {};
@@ -190,7 +198,7 @@ inline void event_gradient(const EventsByLane& events, int64_t c, uint64_t sourc
     }
 }
 
-// The same for one tile on the strips of L lanes that its units have.
+// The same on the strips of L lanes that its units have.
 template <int L>
 void strip_gradient(const EventsByLane& events, const Plan& plan, int64_t tile, const float* grad_current, float* grad) {
     constexpr int N = L / W, chains = 4;
@@ -221,6 +229,11 @@ void strip_gradient(const EventsByLane& events, const Plan& plan, int64_t tile, 
             unrolled<N>([&](auto v) { store(target + v * W, load(target + v * W) + total[v]); });
         }
     }
+}
+
+// Which of both, with `strips` for those of the rows.
+inline auto gradient_by_events(const Plan& plan, bool strips) {
+    return !strips ? event_gradient : plan.rows.strip == 16 ? strip_gradient<16> : strip_gradient<32>;
 }
 
 }  // namespace g2g::G2G_ISA

@@ -7,8 +7,6 @@
 // sample, in the order of lanes, from which each block of columns copies the parts that have weights there.
 #pragma once
 
-#include <optional>
-
 #include "events.h"
 #include "parallel.h"
 #include "sweep.h"
@@ -28,7 +26,7 @@ inline void copy_events(const uint16_t* lane, const float* value, int64_t count,
         numbers += shift;
         __builtin_memcpy(row + i, &numbers, sizeof numbers);
         __builtin_memcpy(to + i, value + i, at_once * sizeof(float));
-        asm("");  // keeps this from becoming a call of memcpy, which takes longer than most of these loops
+        asm("");  // as in copy_values()
         i += at_once;
     } while (i < count);
 }
@@ -158,11 +156,7 @@ class MergedEvents {
                     start += __builtin_popcountll(word >> (g * kGranule) & ((1u << kGranule) - 1));
                 }
                 const int64_t events = append_bits(lane + at + size, word, r * kLanes);
-                const float* source = list.value + from[r];
-                for (int64_t i = 0; i < events; i += W) {
-                    store(value + at + size + i, load(source + i));
-                    asm("");  // as above
-                }
+                copy_values(list.value + from[r], events, value + at + size);
                 from[r] += events, size += events;
             }
             *starts = static_cast<uint16_t>(size);

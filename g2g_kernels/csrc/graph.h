@@ -164,9 +164,7 @@ struct GraphForward {
             });
         }
         each_part_of_batch(s.batch, *std::min_element(longest.begin(), longest.end()), s.threads,
-                           [&](int64_t first, int64_t samples, int threads, int worker) {
-                               run_blocks(first, samples, threads, worker);
-                           });
+                           [&](auto... part) { run_blocks(part...); });
         for (int64_t l = 0; l < s.count; ++l) finish(l);
     }
 
@@ -175,14 +173,12 @@ struct GraphForward {
         for (int64_t i = 0; i < g.block_count; ++i) {
             const GraphBlock& block = g.blocks[i];
             const int64_t R = s.layers[block.layer].plan->rows.blocks, groups = divide_up(count, kStepSamples);
-            const Neurons& neurons = s.layers[block.layer].neurons;
-            const auto sweep = forward_sweep<StoredCurrent>(neurons);
-            const auto step = forward_step(neurons);
-            parallel(threads, R * groups, 1, [&](int64_t task, int worker) {
-                const int64_t r = task / groups, first = begin + task % groups * kStepSamples;
+            const auto sweep = forward_sweep<StoredCurrent>(s.layers[block.layer].neurons);
+            parallel_pairs(threads, R, groups, 1, [&](int64_t r, int64_t part, int worker) {
+                const int64_t first = begin + part * kStepSamples;
                 const int64_t samples = least(kStepSamples, begin + count - first);
                 float* const room = scratch + (first_worker + worker) * scratch_size;
-                if (longest[block.layer] == 1) return run_step(*step, block, first, samples, r, room);
+                if (longest[block.layer] == 1) return run_step(block, first, samples, r, room);
                 for (int64_t b = first; b < first + samples; ++b) run_block(sweep, block, b, r, room);
             });
             for (const Passage& x : inner) {
@@ -207,8 +203,7 @@ struct GraphForward {
     }
 
     // The same where all blocks have one step, for some samples at once.
-    void run_step(decltype(step_forward<Lif, kSubtract>)& step, const GraphBlock& block, int64_t first, int64_t samples,
-                  int64_t r, float* current) const {
+    void run_step(const GraphBlock& block, int64_t first, int64_t samples, int64_t r, float* current) const {
         const Layer& layer = s.layers[block.layer];
         const int64_t size = model_info(layer.neurons).states * kLanes, stride = layer.plan->rows.blocks * int64_t{s.steps};
         const KeptStates& kept = kept_of[block.layer];
@@ -221,9 +216,7 @@ struct GraphForward {
             fill_current(block, first + i, r, current + i * kLanes);
             if (!block.first) load_states(s, layer, layer.state, first + i, r, edge + i * size);
         }
-        each_sample(parameters[block.layer], layer, first, samples, r, [&](const LaneParameters& own, int64_t begin, int64_t end) {
-            step(own, begin, end, all);
-        });
+        run_forward(parameters[block.layer], layer, first, samples, r, all);
         for (int64_t i = 0; i < samples; ++i) finish_block(block, first + i, r, all.now + i * all.now_stride);
     }
 
@@ -277,10 +270,10 @@ struct GraphForward {
         const Outer& outer = g.outer[l];
         const Axis& axis = layer.plan->rows;
         const int64_t R = axis.blocks, B = s.batch, T = s.steps, tail = outer.tail_steps;
-        parallel(s.threads, B * R, 16, [&](int64_t block, int) {
-            float* const own = counts + block * kLanes;
-            count_spikes(layer.spikes + block * T, T, own);
-            if (l + 1 == s.count) store_block(axis, block % R, own, Rows{block / R, 1, B, axis.size}, 1, s.counts);
+        parallel_pairs(s.threads, B, R, 16, [&](int64_t b, int64_t r, int) {
+            float* const own = counts + (b * R + r) * kLanes;
+            count_spikes(layer.spikes + (b * R + r) * T, T, own);
+            if (l + 1 == s.count) store_block(axis, r, own, Rows{b, 1, B, axis.size}, 1, s.counts);
         });
         if (outer.tail) unpack(*layer.plan, layer.spikes + T - tail, T, s.batch, outer.tail_steps, s.threads, outer.tail);
         sum_rates(s, layer, counts, totals);
@@ -335,18 +328,16 @@ struct GraphChunk {
 struct MemberBackward : LayerBackward {
     const Outer& outer;
     KeptStates kept;
-    BackwardSteps steps;
 
     MemberBackward(const Graph& g, int64_t l, Arena& arena)
-        : LayerBackward(g.stack, l, arena), outer(g.outer[l]), kept(g, l), steps(layer.neurons) {
+        : LayerBackward(g.stack, l, arena), outer(g.outer[l]), kept(g, l) {
         take_sums(g.stack.batch, arena);
     }
 
     // Before the last step: what reaches the layer from outside.
     void begin(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int threads) const {
         const int64_t T = s.steps, B = s.batch, size = plan.rows.size, tail = outer.tail_steps, first = chunk.first;
-        parallel(threads, plan.rows.blocks * chunk.samples, 1, [&](int64_t task, int) {
-            const int64_t r = task / chunk.samples, b = task % chunk.samples;
+        parallel_pairs(threads, plan.rows.blocks, chunk.samples, 1, [&](int64_t r, int64_t b, int) {
             alignas(64) float end[kLanes];
             constant_part(s, first + b, r, x.constant_at(r, b));
             float* const tile = x.arrived_at(r, b);
@@ -414,7 +405,7 @@ struct MemberBackward : LayerBackward {
         for (int k = 0; k < model.parameters; ++k) step.parameters[k] = sums[k] + at;
         step.row = x.rows.at(r, b * s.steps + t), step.row_stride = int64_t{s.steps} * kLanes;
         step.compact = out, step.held = current + at;
-        steps.run(parameters, layer, first, samples, r, step);
+        run_backward(parameters, layer, first, samples, r, step);
         for (int64_t i = 0; i < samples; ++i)
             pass_on(s, first + i, r, t, 1, out + i * kLanes, tile + i * step.tile_stride, step.states + i * size);
     }
@@ -422,8 +413,7 @@ struct MemberBackward : LayerBackward {
     // After the first step: what reaches the spikes that were sent before it.
     void end(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int threads) const {
         if (!outer.grad_sent) return;
-        parallel(threads, plan.rows.blocks * chunk.samples, 1, [&](int64_t task, int) {
-            const int64_t r = task / chunk.samples, b = task % chunk.samples;
+        parallel_pairs(threads, plan.rows.blocks, chunk.samples, 1, [&](int64_t r, int64_t b, int) {
             store_block(plan.rows, r, x.arrived_at(r, b) - x.before * kLanes, Rows{chunk.first + b, x.before, s.batch, plan.rows.size},
                         x.before, outer.grad_sent);
         });
@@ -514,7 +504,7 @@ struct GraphBackward {
     double* totals;
 
     GraphBackward(const Graph& graph, Arena& arena)
-        : g(graph), s(graph.stack), chunks(s.batch, s.steps, least_samples(graph)), at_once(count_at_once()) {
+        : g(graph), s(graph.stack), chunks{s.batch, s.steps, least_samples(graph)}, at_once(count_at_once()) {
         int64_t blocks = 0, most_rows = 0;
         members.reserve(s.count), inner.reserve(g.inner_count);
         for (int64_t l = 0; l < s.count; ++l) blocks = most(blocks, members.emplace_back(g, l, arena).plan.rows.blocks);
@@ -585,8 +575,8 @@ struct GraphBackward {
         const MemberChunk& own = chunk.members[block.layer];
         const int64_t steps = steps_of(block);
         const int64_t group = steps == 1 ? kGradientSamples : 1, groups = divide_up(samples, group);
-        parallel(threads, x.plan.rows.blocks * groups, steps == 1 ? 1 : 4, [&](int64_t task, int) {
-            const int64_t r = task / groups, i = task % groups * group;
+        parallel_pairs(threads, x.plan.rows.blocks, groups, steps == 1 ? 1 : 4, [&](int64_t r, int64_t part, int) {
+            const int64_t i = part * group;
             float* const out = chunk.rows.floats.at(r, i * steps);
             if (steps == 1)
                 x.run_step(s, chunk, own, b + i, least(group, samples - i), r, block.first, out);
@@ -618,31 +608,24 @@ struct GraphBackward {
                                  for (int64_t i = row / steps; !banded && i * steps < row + height; ++i) arrive(column, i);
                              });
         if (banded)
-            parallel(threads, x.plan.cols.blocks * samples, 4,
-                     [&](int64_t task, int) { arrive(task / samples, task % samples); });
+            parallel_pairs(threads, x.plan.cols.blocks, samples, 4, [&](int64_t column, int64_t i, int) { arrive(column, i); });
     }
 
     // Adds what the samples of the first chunks give.
     void weight_gradient(const PassageBackward& x, int64_t count) const {
         const Plan& plan = x.plan;
         const int64_t C = plan.cols.blocks, T = s.steps;
-        parallel(s.threads, count * C, 1, [&](int64_t task, int worker) {
-            const GraphChunk& chunk = at_once[task / C];
-            const int64_t column = task % C;
+        parallel_pairs(s.threads, count, C, 1, [&](int64_t i, int64_t column, int worker) {
+            const GraphChunk& chunk = at_once[i];
             chunk.events->load(column, x.sent(s, chunk.first) + column * T, chunk.samples, T, C * T, worker, x.late());
         });
+        const auto add_gradient = gradient_by_events(plan, plan.rows.strip < kLanes);
         // a row block is one task, so that its ∂L/∂I come from other threads' caches once
         parallel(s.threads, plan.rows.blocks, 1, [&](int64_t r, int) {
             for (int64_t i = 0; i < count; ++i) {
-                const EventsByLane& events = *at_once[i].events;
                 const float* const grad = at_once[i].members[x.of.target].rows.at(r, 0);
-                for (int32_t tile = plan.row_first[r]; tile < plan.row_first[r + 1]; ++tile) {
-                    float* const sum = x.tiles + tile * int64_t{kTile};
-                    if (plan.rows.strip == kLanes)
-                        event_gradient(events, plan.tile_col[tile], plan.tile_sources[tile], grad, sum);
-                    else
-                        (plan.rows.strip == 16 ? strip_gradient<16> : strip_gradient<32>)(events, plan, tile, grad, sum);
-                }
+                for (int32_t tile = plan.row_first[r]; tile < plan.row_first[r + 1]; ++tile)
+                    add_gradient(*at_once[i].events, plan, tile, grad, x.tiles + tile * int64_t{kTile});
             }
         });
     }

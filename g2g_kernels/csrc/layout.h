@@ -11,19 +11,6 @@ namespace g2g::G2G_ISA {
 
 // --- weights ----------------------------------------------------------------------------------------------------
 
-// Calls f(weight index, lane row, lane column) for every weight of a tile, in the order of the packed values.
-template <class F>
-inline void for_each_weight(const Plan& plan, int64_t tile, const F& f) {
-    for (int64_t p = plan.piece_first[tile]; p < plan.piece_first[tile + 1]; ++p) {
-        const Piece& piece = plan.pieces[p];
-        for (int32_t r = 0; r < piece.rows; ++r) {
-            const int64_t index = (static_cast<int64_t>(piece.slot) * plan.unit_rows + piece.unit_row + r) *
-                                      plan.unit_cols + piece.unit_col;
-            for (int32_t c = 0; c < piece.cols; ++c) f(index + c, piece.lane_row + r, piece.lane_col + c);
-        }
-    }
-}
-
 // Weights by tile, [tile][k][64 outputs]; in bfloat16 two k side by side, [tile][k / 2][64][2]. By row, for products that give
 // row blocks, k is the source lane; by column the output lane, and tiles lie in the order of `col_tile`.
 constexpr bool kByRow = true, kByCol = false;
@@ -76,8 +63,8 @@ inline void load_block(const Axis& axis, int64_t block, const E* x, const Rows& 
     }
 }
 
-template <class E>
-inline void store_block(const Axis& axis, int64_t block, const float* panel, const Rows& at, int64_t rows, E* x) {
+template <class Place, class E>
+inline void store_block(const Axis& axis, int64_t block, const float* panel, const Place& at, int64_t rows, E* x) {
     const int32_t from = axis.contiguous[block];
     const int32_t* neuron = axis.neuron.data() + block * kLanes;
     for (int64_t r = 0; r < rows; ++r, panel += kLanes) {
@@ -114,25 +101,17 @@ inline int64_t pack_block(const Axis& axis, int64_t block, const E* x, const Row
         else
             source += from;
         const E* value = from < 0 ? lanes : source;
-        uint64_t word = 0;
-        IntVec other = {};
+        uint64_t word = 0, other = 0;
         for (int v = 0; v < kVecs; ++v) {
             const Vec s = load(value + v * W);
-            other |= (s != Vec{}) & (s != one);
+            other |= nonzero_bits(s) & nonzero_bits(s - one);
             word |= greater_bits(s, Vec{}) << (v * W);
         }
-        int32_t bad = 0;
-        for (int i = 0; i < W; ++i) bad |= other[i];
-        if (bad) return kNoSpikes;
+        if (other) return kNoSpikes;
         words[r] = word;
         count += __builtin_popcountll(word);
     }
     return count;
-}
-
-// panel[r][·] = the bits of words[r] as 0 or 1.
-inline void expand_words(const uint64_t* words, int64_t rows, float* panel) {
-    for (int64_t r = 0; r < rows; ++r) expand_bits(words[r], panel + r * kLanes);
 }
 
 inline void convert_bf16(const float* from, int64_t count, uint16_t* to) {
@@ -171,11 +150,6 @@ struct DualPanel {
 };
 
 // --- spike words ------------------------------------------------------------------------------------------------
-
-inline bool same_order(const Axis& a, const Axis& b) {
-    if (a.blocks != b.blocks) return false;
-    return __builtin_memcmp(a.neuron.data(), b.neuron.data(), a.neuron.size() * 4) == 0;
-}
 
 // The words of sample b before a layer sends anything, out[blocks][T]: what it sent before the first step, and arrives by `delays`
 // (null: none).
@@ -236,7 +210,7 @@ inline void unpack(const Plan& plan, const uint64_t* words, int64_t stride, int3
         float panel[kLanes];
         for (int64_t t = 0; t < steps; ++t)
             for (int64_t block = 0; block < axis.blocks; ++block) {
-                expand_words(words + (b * axis.blocks + block) * stride + t, 1, panel);
+                expand_bits(words[(b * axis.blocks + block) * stride + t], panel);
                 store_block(axis, block, panel, Rows{0, 1, batch, axis.size}, 1, spikes + (t * batch + b) * axis.size);
             }
     });

@@ -70,8 +70,8 @@ inline void linear_forward(Linear& a, Arena& arena) {
     for (int64_t begin = 0; begin < a.rows; begin += chunk) {
         const int64_t rows = least(chunk, a.rows - begin), groups = divide_up(rows, group);
         input.load(a, begin, rows);
-        parallel(a.threads, axis.blocks * groups, 2, [&](int64_t task, int worker) {
-            const int64_t r = task / groups, first = task % groups * group, count = least(group, rows - first);
+        parallel_pairs(a.threads, axis.blocks, groups, 2, [&](int64_t r, int64_t part, int worker) {
+            const int64_t first = part * group, count = least(group, rows - first);
             float* out = scratch + worker * group * kLanes;
             if (!input.events)
                 product(weights, r, input.panel.floats, input.panel.halves, first, count, {bias + r * kLanes, 0}, out);
@@ -123,11 +123,10 @@ inline void linear_backward(Linear& a, Arena& arena) {
                 });
             parallel(a.threads, plan.tiles, 2, [&](int64_t tile, int) {
                 const float* dy = grad.floats.at(plan.tile_row[tile], 0);
-                const int64_t col = plan.tile_col[tile];
                 if (input.events)
-                    event_gradient(events, col, plan.tile_sources[tile], dy, grad_tiles + tile * kTile);
+                    event_gradient(events, plan, tile, dy, grad_tiles + tile * kTile);
                 else
-                    outer(input.panel.floats.at(col, 0), dy, rows, grad_tiles + tile * kTile);
+                    outer(input.panel.floats.at(plan.tile_col[tile], 0), dy, rows, grad_tiles + tile * kTile);
             });
         }
         if (!down) continue;

@@ -34,51 +34,51 @@ inline int64_t list_chunk(const Linear& a) {
 template <class F>
 void for_each_square(int64_t rows, int64_t size, int threads, const F& f) {
     constexpr int64_t kWide = 16 * kSquare;
-    parallel(threads, divide_up(size, kWide), 1, [&](int64_t task, int) {
-        const int64_t first = task * kWide, last = least(size, first + kWide);
+    each_part(size, kWide, threads, [&](int64_t first, int64_t last) {
         for (int64_t r = 0; r < rows; r += kSquare)
             for (int64_t n = first; n < last; n += kSquare) f(r, least(kSquare, rows - r), n, least(kSquare, last - n));
     });
 }
 
-// panel[n][r] = x[r][n], 0 beyond the last row; rows of the panel are `chunk` apart.
-template <class E>
-void load_by_neuron(const E* x, int64_t rows, int64_t size, int64_t chunk, int threads, float* panel) {
-    for_each_square(chunk, size, threads, [&](int64_t r, int64_t, int64_t n, int64_t width) {
-        const int64_t height = most(0, least(kSquare, rows - r));
-        if constexpr (sizeof(E) == sizeof(float))
-            if (height == kSquare && width == kSquare) return transpose_16(x + r * size + n, size, panel + n * chunk + r, chunk);
-        for (int64_t k = 0; k < width; ++k)
-            for (int64_t i = 0; i < kSquare; ++i)
-                panel[(n + k) * chunk + r + i] = i < height ? get(x + (r + i) * size + n + k) : 0.0f;
+// panel[n][r] = x[first + r][n], 0 beyond the last row; rows of the panel are `chunk` apart.
+inline void load_by_neuron(const void* matrix, int32_t half, int64_t first, int64_t rows, int64_t size, int64_t chunk,
+                           int threads, float* panel) {
+    with_elements(matrix, half, first * size, [&](const auto* x) {
+        for_each_square(chunk, size, threads, [&](int64_t r, int64_t, int64_t n, int64_t width) {
+            const int64_t height = most(0, least(kSquare, rows - r));
+            if constexpr (sizeof *x == sizeof(float))
+                if (height == kSquare && width == kSquare)
+                    return transpose_16(x + r * size + n, size, panel + n * chunk + r, chunk);
+            for (int64_t k = 0; k < width; ++k)
+                for (int64_t i = 0; i < kSquare; ++i)
+                    panel[(n + k) * chunk + r + i] = i < height ? get(x + (r + i) * size + n + k) : 0.0f;
+        });
     });
 }
 
-// x[r][n] = panel[n][r].
-template <class E>
-void store_by_neuron(const float* panel, int64_t rows, int64_t size, int64_t chunk, int threads, E* x) {
-    for_each_square(rows, size, threads, [&](int64_t r, int64_t height, int64_t n, int64_t width) {
-        if constexpr (sizeof(E) == sizeof(float))
-            if (height == kSquare && width == kSquare) return transpose_16(panel + n * chunk + r, chunk, x + r * size + n, size);
-        for (int64_t i = 0; i < height; ++i)
-            for (int64_t k = 0; k < width; ++k) put(x + (r + i) * size + n + k, panel[(n + k) * chunk + r + i]);
+// x[first + r][n] = panel[n][r].
+inline void store_by_neuron(const float* panel, int64_t rows, int64_t size, int64_t chunk, int threads, void* matrix,
+                            int32_t half, int64_t first) {
+    with_elements(matrix, half, first * size, [&](auto* x) {
+        for_each_square(rows, size, threads, [&](int64_t r, int64_t height, int64_t n, int64_t width) {
+            if constexpr (sizeof *x == sizeof(float))
+                if (height == kSquare && width == kSquare)
+                    return transpose_16(panel + n * chunk + r, chunk, x + r * size + n, size);
+            for (int64_t i = 0; i < height; ++i)
+                for (int64_t k = 0; k < width; ++k) put(x + (r + i) * size + n + k, panel[(n + k) * chunk + r + i]);
+        });
     });
 }
 
 // A list of weights and what they multiply.
 struct WeightedRows {
-    const int32_t *other, *place;
-    int64_t count;
+    const Lists& lists;
+    int64_t owner;
     const float *values, *panel;
     int64_t chunk;
-
-    WeightedRows(const Lists& lists, int64_t owner, const float* v, const float* p, int64_t c)
-        : other(lists.other.data() + lists.first[owner]),
-          place(lists.place.data() + lists.first[owner]),
-          count(lists.first[owner + 1] - lists.first[owner]),
-          values(v),
-          panel(p),
-          chunk(c) {}
+    const int32_t* other = lists.other.data() + lists.first[owner];
+    const int32_t* place = lists.place.data() + lists.first[owner];
+    int64_t count = lists.first[owner + 1] - lists.first[owner];
 
     // out[0 … V·W − 1] = start + Σ weight · row, from column `at` on.
     template <int V>
@@ -130,15 +130,12 @@ inline void list_linear_forward(Linear& a, Arena& arena) {
     if (!arena.base) return;
     for (int64_t begin = 0; begin < a.rows; begin += chunk) {
         const int64_t rows = least(chunk, a.rows - begin);
-        with_elements(a.x, a.x_half, begin * inputs,
-                      [&](const auto* from) { load_by_neuron(from, rows, inputs, chunk, a.threads, x); });
-        parallel(a.threads, divide_up(outputs, kListOwners), 1, [&](int64_t task, int) {
-            const int64_t first = task * kListOwners, last = least(outputs, first + kListOwners);
+        load_by_neuron(a.x, a.x_half, begin, rows, inputs, chunk, a.threads, x);
+        each_part(outputs, kListOwners, a.threads, [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; ++i)
-                WeightedRows(lists, i, a.values, x, chunk).sum_row(a.bias ? a.bias[i] : 0.0f, y + i * chunk);
+                WeightedRows{lists, i, a.values, x, chunk}.sum_row(a.bias ? a.bias[i] : 0.0f, y + i * chunk);
         });
-        with_elements(a.y, a.y_half, begin * outputs,
-                      [&](auto* to) { store_by_neuron(y, rows, outputs, chunk, a.threads, to); });
+        store_by_neuron(y, rows, outputs, chunk, a.threads, a.y, a.y_half, begin);
     }
 }
 
@@ -154,26 +151,20 @@ inline void list_linear_backward(Linear& a, Arena& arena) {
     if (a.grad_values) zero_floats(a.grad_values, a.weights, a.threads);  // padding of units too
     for (int64_t begin = 0; begin < a.rows; begin += chunk) {
         const int64_t rows = least(chunk, a.rows - begin);
-        with_elements(a.grad_y, a.y_half, begin * outputs,
-                      [&](const auto* from) { load_by_neuron(from, rows, outputs, chunk, a.threads, grad_y); });
-        if (a.grad_values)
-            with_elements(a.x, a.x_half, begin * inputs,
-                          [&](const auto* from) { load_by_neuron(from, rows, inputs, chunk, a.threads, x); });
+        load_by_neuron(a.grad_y, a.y_half, begin, rows, outputs, chunk, a.threads, grad_y);
+        if (a.grad_values) load_by_neuron(a.x, a.x_half, begin, rows, inputs, chunk, a.threads, x);
         if (a.grad_bias)
             parallel(a.threads, outputs, 64, [&](int64_t i, int) {
                 for (int64_t at = 0; at < chunk; at += W) bias[i] += sum_of(load(grad_y + i * chunk + at));
             });
-        parallel(a.threads, divide_up(inputs, kListOwners), 1, [&](int64_t task, int) {
-            const int64_t first = task * kListOwners, last = least(inputs, first + kListOwners);
+        each_part(inputs, kListOwners, a.threads, [&](int64_t first, int64_t last) {
             for (int64_t j = first; j < last; ++j) {
-                const WeightedRows list(lists, j, a.values, grad_y, chunk);
+                const WeightedRows list{lists, j, a.values, grad_y, chunk};
                 if (a.grad_x) list.sum_row(0.0f, grad_x + j * chunk);
                 if (a.grad_values) list.products(x + j * chunk, a.grad_values);
             }
         });
-        if (a.grad_x)
-            with_elements(a.grad_x, a.x_half, begin * inputs,
-                          [&](auto* to) { store_by_neuron(grad_x, rows, inputs, chunk, a.threads, to); });
+        if (a.grad_x) store_by_neuron(grad_x, rows, inputs, chunk, a.threads, a.grad_x, a.x_half, begin);
     }
     for (int64_t i = 0; a.grad_bias && i < outputs; ++i) a.grad_bias[i] = static_cast<float>(bias[i]);
 }

@@ -34,17 +34,8 @@ struct RowOf<1> {
     typedef float type;
 };
 
-// Calls f(G) with the constant.
-template <class F>
-void with_width(int64_t width, const F& f) {
-    switch (width) {
-        case 1: return f(Constant<1>{});
-        case 2: return f(Constant<2>{});
-        case 4: return f(Constant<4>{});
-        case 8: return f(Constant<8>{});
-        default: return f(Constant<16>{});
-    }
-}
+// The widths of a group, each at the place of its logarithm.
+using Widths = Types<Constant<1>, Constant<2>, Constant<4>, Constant<8>, Constant<kMostGroup>>;
 
 // Where a group of a [B][N] matrix lies: rows of `samples` samples from `data` on, N floats apart. Lanes of other samples are 0.
 template <class E>
@@ -73,30 +64,21 @@ struct SampleRows {
 // What both passes have: how a call is divided, the parameters by lane of a group, and the weights in the order of the lists.
 struct LoopCall {
     const ListLoop& a;
-    const Lists& lists;
-    const ModelInfo& model;
-    int64_t width, groups, padded, matrix;  // samples of a group; its lanes; floats of a [B][N] matrix
-    int64_t rows;  // floats of the states of a step of a group, [states][padded]
-    LaneParameters parameters;
-    float *weights, *keep;
-
-    LoopCall(const ListLoop& call, Arena& arena)
-        : a(call),
-          lists(*a.by_cols),
-          model(model_info(a.neurons)),
-          width(a.width),
-          groups(divide_up(a.samples, width)),
-          padded(a.padded),
-          matrix(int64_t{a.samples} * a.size),
-          rows(model.states * padded),
-          parameters(lane_parameters(
-              a.neurons, padded, [&](int64_t i) { return i < a.size * width ? i / width : -1; }, arena)),
-          weights(arena.take<float>(lists.entries())),
-          keep(arena.take<float>(a.dropped ? padded : 0)) {}
+    Arena& arena;
+    const Lists& lists = *a.by_cols;
+    const ModelInfo& model = model_info(a.neurons);
+    int64_t width = a.width, groups = divide_up(a.samples, width);  // samples of a group
+    int64_t padded = a.padded;                                      // its lanes
+    int64_t matrix = int64_t{a.samples} * a.size;                   // floats of a [B][N] matrix
+    int64_t rows = model.states * padded;                           // and of the states of a step of a group
+    LaneParameters parameters = lane_parameters(
+        a.neurons, padded, [&](int64_t i) { return i < a.size * width ? i / width : -1; }, arena);
+    float* weights = arena.take<float>(lists.entries());
+    float* keep = arena.take<float>(a.dropped ? padded : 0);
 
     // The weights in the order of the lists.
     void load() const {
-        each_part(lists.entries(), a.threads, [&](int64_t first, int64_t last) {
+        each_part(lists.entries(), kCopied, a.threads, [&](int64_t first, int64_t last) {
             for (int64_t e = first; e < last; ++e) weights[e] = a.values[lists.place[e]];
         });
     }
@@ -194,7 +176,7 @@ void add_spikes(const Active& active, const int64_t* first, const int32_t* targe
 }
 
 inline void list_loop_forward(ListLoop& a, Arena& arena) {
-    const LoopCall call(a, arena);
+    const LoopCall call{a, arena};
     const Lists& lists = call.lists;
     const int64_t rows = call.rows, padded = call.padded;
     float* current = arena.take<float>(padded);
@@ -230,7 +212,7 @@ inline void list_loop_forward(ListLoop& a, Arena& arena) {
                     __builtin_memcpy(current + at, held + at, (last - first) * call.width * sizeof(float));
                 else
                     call.of(group, a.current + t * call.matrix).load(first, last, current + at);
-                with_width(call.width, [&](auto g) {
+                choose(Widths{}, __builtin_ctzll(call.width), [&](auto g) {
                     for (int64_t source = 0; source < lists.ranges; ++source)
                         add_spikes<decltype(g)::value>(active[(t + 1) % 2][source], lists.first.data() + range * a.size,
                                                        lists.other.data(), call.weights, then, current);
@@ -294,7 +276,7 @@ void gather(int64_t first, int64_t last, const int32_t* target, const float* wei
 }
 
 inline void list_loop_backward(ListLoop& a, Arena& arena) {
-    const LoopCall call(a, arena);
+    const LoopCall call{a, arena};
     const Lists& lists = call.lists;
     const ModelInfo& model = call.model;
     const int64_t rows = call.rows, padded = call.padded, width = call.width;
@@ -366,9 +348,8 @@ inline void list_loop_backward(ListLoop& a, Arena& arena) {
             zero_floats(reaching, padded, a.threads);
             for (int64_t range = 0; range < lists.ranges; ++range) {
                 const int64_t* const list = lists.first.data() + range * a.size;
-                parallel(a.threads, divide_up(a.size, kSources), 1, [&](int64_t task, int) {
-                    const int64_t first = task * kSources, last = least(a.size, first + kSources);
-                    with_width(width, [&](auto g) {
+                each_part(a.size, kSources, a.threads, [&](int64_t first, int64_t last) {
+                    choose(Widths{}, __builtin_ctzll(width), [&](auto g) {
                         for (int64_t j = first; j < last; ++j)
                             gather<decltype(g)::value>(list[j], list[j + 1], lists.other.data(), call.weights, to_current,
                                                        a.grad_values ? bits[j] : 0, reaching + j * width, grad);
@@ -389,7 +370,7 @@ inline void list_loop_backward(ListLoop& a, Arena& arena) {
         gradient_of_totals(a.neurons.parameters[k], model.decays[k], totals[k], a.size, [](int64_t n) { return n; }, a.size);
     if (!a.grad_values) return;
     zero_floats(a.grad_values, a.weights, a.threads);  // padding of units too
-    each_part(lists.entries(), a.threads, [&](int64_t first, int64_t last) {
+    each_part(lists.entries(), kCopied, a.threads, [&](int64_t first, int64_t last) {
         for (int64_t e = first; e < last; ++e) a.grad_values[lists.place[e]] = grad[e];
     });
 }

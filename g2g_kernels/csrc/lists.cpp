@@ -13,20 +13,6 @@ int32_t neuron(const Side& side, int32_t unit, int32_t offset) {
     return place < side.bounds[unit + 1] ? static_cast<int32_t>(side.order[place]) : -1;
 }
 
-// f(index in the packed values, row, column) of every weight, in the order of those values.
-template <class F>
-void for_each_weight(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units,
-                     const F& f) {
-    for (int32_t slot = 0; slot < units; ++slot)
-        for (int32_t r = 0; r < rows.width; ++r) {
-            const int32_t row = neuron(rows, unit_row[slot], r);
-            for (int32_t c = 0; row >= 0 && c < cols.width; ++c) {
-                const int32_t col = neuron(cols, unit_col[slot], c);
-                if (col >= 0) f((int64_t{slot} * rows.width + r) * cols.width + c, row, col);
-            }
-        }
-}
-
 }  // namespace
 
 Lists* build_lists(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units,
@@ -38,13 +24,19 @@ Lists* build_lists(const Side& rows, const Side& cols, const int32_t* unit_row, 
     made.length = length;
     made.ranges = (made.others - 1) / length + 1;
     const auto list = [&](int32_t owner, int32_t other) { return int64_t{other / length} * made.owners + owner; };
+    // f(index in the packed values, owner, other) of every weight, in the order of those values
+    const auto each = [&](const auto& f) {
+        for (int32_t slot = 0; slot < units; ++slot)
+            for (int32_t r = 0; r < rows.width; ++r) {
+                const int32_t row = neuron(rows, unit_row[slot], r);
+                for (int32_t c = 0; row >= 0 && c < cols.width; ++c) {
+                    const int32_t col = neuron(cols, unit_col[slot], c);
+                    if (col >= 0) f((slot * rows.width + r) * cols.width + c, by_rows ? row : col, by_rows ? col : row);
+                }
+            }
+    };
     // sorted by the other neuron, then stably by the list
     std::vector<int64_t> of_other(int64_t{made.others} + 1, 0), of_list(int64_t{made.ranges} * made.owners + 1, 0);
-    const auto each = [&](const auto& f) {
-        for_each_weight(rows, cols, unit_row, unit_col, units, [&](int64_t place, int32_t row, int32_t col) {
-            f(static_cast<int32_t>(place), by_rows ? row : col, by_rows ? col : row);
-        });
-    };
     each([&](int32_t, int32_t owner, int32_t other) { ++of_list[list(owner, other)], ++of_other[other]; });
     std::exclusive_scan(of_list.begin(), of_list.end(), of_list.begin(), int64_t{0});
     made.first = std::move(of_list);

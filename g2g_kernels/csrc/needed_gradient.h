@@ -19,22 +19,18 @@ constexpr int kPatch = kGranule * kGranule;  // weights
 constexpr int64_t kNeededRows = kLanes;      // at once: bits of a word
 
 // words[t] bit i: σ'(U_t − θ) of lane i is not 0. `states` [T][states][64] of a block, `theta` [64].
-using NeededWords = void (*)(const float* states, int64_t states_of_model, int64_t steps, const float* theta, float alpha,
-                             uint64_t* words);
-
-inline NeededWords needed_words(const Neurons& neurons) {
-    return with_surrogate(neurons, [](auto surrogate) -> NeededWords {
-        return [](const float* states, int64_t states_of_model, int64_t steps, const float* theta, float alpha, uint64_t* words) {
-            const float* membrane = states + (states_of_model - 1) * kLanes;
-            for (int64_t t = 0; t < steps; ++t, membrane += states_of_model * kLanes) {
-                uint64_t word = 0;
-                for (int v = 0; v < kVecs; ++v) {
-                    const Vec x = load(membrane + v * W) - load(theta + v * W);
-                    word |= nonzero_bits(decltype(surrogate)::derivative(x, alpha)) << (v * W);
-                }
-                words[t] = word;
+inline void needed_words(const Neurons& neurons, const float* states, int64_t steps, const float* theta, uint64_t* words) {
+    const int64_t size = model_info(neurons).states * kLanes;
+    with_surrogate(neurons, [&](auto surrogate) {
+        for (int64_t t = 0; t < steps; ++t) {
+            const float* membrane = states + (t + 1) * size - kLanes;
+            uint64_t word = 0;
+            for (int v = 0; v < kVecs; ++v) {
+                const Vec x = load(membrane + v * W) - load(theta + v * W);
+                word |= nonzero_bits(decltype(surrogate)::derivative(x, neurons.alpha)) << (v * W);
             }
-        };
+            words[t] = word;
+        }
     });
 }
 

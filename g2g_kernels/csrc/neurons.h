@@ -102,11 +102,7 @@ struct Synaptic {
 //   ∂ρ += h_t·w_{t−1};  ∂β += g_t·U_{t−1};  ∂a += h_t·U_{t−1};  ∂b += h_t·S_{t−1};  ∂θ −= through_t + e_t + R_t·g_t
 //   "zero": 0 in place of β·g_t + a·h_t, and of U_{t−1}, where R_t = 1
 struct AdLif {
-    static constexpr ModelInfo info = {"adlif",
-                                       2,
-                                       5,
-                                       {"adaptation", "membrane"},
-                                       {"adapt_decay", "beta", "a", "b", "threshold"},
+    static constexpr ModelInfo info = {"adlif", 2, 5, {"adaptation", "membrane"}, {"adapt_decay", "beta", "a", "b", "threshold"},
                                        {true, true, false, false, false}};
 
     template <int R>

@@ -23,15 +23,22 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline void zero(void* p, size_t bytes) { __builtin_memset(p, 0, bytes); }
 
+// f(i, k, worker) for all i < count and k < each, those of one i after the other.
+template <class F>
+void parallel_pairs(int threads, int64_t count, int64_t each, int64_t grain, const F& f) {
+    parallel(threads, count * each, grain, [&](int64_t task, int worker) { f(task / each, task % each, worker); });
+}
+
 // f(first, last) for parts of 0 … count − 1.
 template <class F>
-void each_part(int64_t count, int threads, const F& f) {
-    constexpr int64_t part = 1 << 16;
+void each_part(int64_t count, int64_t part, int threads, const F& f) {
     parallel(threads, divide_up(count, part), 1, [&](int64_t i, int) { f(i * part, least(count, (i + 1) * part)); });
 }
 
+constexpr int64_t kCopied = 1 << 16;  // numbers of a task that only copies or clears them
+
 inline void zero_floats(float* p, int64_t count, int threads) {
-    each_part(count, threads, [&](int64_t first, int64_t last) { zero(p + first, (last - first) * sizeof(float)); });
+    each_part(count, kCopied, threads, [&](int64_t first, int64_t last) { zero(p + first, (last - first) * sizeof(float)); });
 }
 
 // --- how the rows of a call are divided: into chunks that stay in cache, and a chunk into tasks ----------------------
@@ -46,12 +53,9 @@ constexpr int64_t kMostRows = 1 << 16;  // of a chunk: they are numbered in 16 b
 
 // Chunks of a batch of samples and groups of samples in them depend on T and on the kind of layers, never on the threads.
 struct Chunks {
-    int64_t batch, steps, samples, group;
-    Chunks(int64_t b, int64_t t, int64_t at_least = 1)
-        : batch(b),
-          steps(t),
-          samples(least(b, most(kChunkRows / t, most(1, least(at_least, kMostRows / t))))),
-          group(divide_up(kGroupRows, t)) {}
+    int64_t batch, steps, at_least = 1;  // so many samples of a chunk
+    int64_t samples = least(batch, most(kChunkRows / steps, most(1, least(at_least, kMostRows / steps))));
+    int64_t group = divide_up(kGroupRows, steps);
     int64_t rows() const { return samples * steps; }
 };
 

@@ -1,13 +1,13 @@
 // Parameters of neurons, one float per lane, and their gradients, summed over samples.
 #pragma once
 
+#include <algorithm>
+
 #include "neurons.h"
 #include "parallel.h"
 #include "vec.h"
 
 namespace g2g::G2G_ISA {
-
-inline float clamp_decay(float x) { return x < 0.0f ? 0.0f : x > 1.0f ? 1.0f : x; }
 
 // lanes[i] = the parameter of neuron(i), the neuron of lane i; `padding` if that is negative. Decays are clamped.
 template <class Neuron>
@@ -15,7 +15,7 @@ void spread(const Parameter& parameter, bool decay, float padding, int64_t count
     for (int64_t i = 0; i < count; ++i) {
         const int64_t n = neuron(i);
         const float value = n < 0 ? padding : parameter.value[parameter.per_neuron ? n : 0];
-        lanes[i] = decay ? clamp_decay(value) : value;
+        lanes[i] = decay ? std::clamp(value, 0.0f, 1.0f) : value;
     }
 }
 

@@ -27,14 +27,10 @@ bool valid(const Side& side) {
 // Where unit range u of an axis of that unit width starts, in lanes.
 struct Placing {
     int32_t width;
-    int32_t per_block = std::max(1, kLanes / width);                // ranges side by side in a block
-    int32_t blocks_each = (width - 1) / kLanes + 1;                   // blocks that one range spans
-    int32_t operator()(int32_t u) const {
-        return width > kLanes ? u * blocks_each * kLanes : (u / per_block) * kLanes + (u % per_block) * width;
-    }
-    int64_t blocks(int64_t units) const {
-        return width > kLanes ? units * blocks_each : (units + per_block - 1) / per_block;
-    }
+    int32_t per_block = std::max(1, kLanes / width);  // ranges side by side in a block
+    int32_t blocks_each = (width - 1) / kLanes + 1;   // blocks that one range spans
+    int32_t operator()(int32_t u) const { return u / per_block * blocks_each * kLanes + u % per_block * width; }
+    int64_t blocks(int64_t units) const { return (units + per_block - 1) / per_block * blocks_each; }
 };
 
 bool lay_out(const Side& source, Axis& axis) {
@@ -137,35 +133,25 @@ std::vector<char> sparse_tiles(const Plan& plan) {
     return sparse;
 }
 
-struct Entry {
-    int32_t row, col, source;  // lanes, and the index in the packed values
-};
-
 // The weights of the chosen tiles.
-std::vector<Entry> entries(const Plan& plan, const std::vector<char>& chosen) {
-    std::vector<Entry> result;
-    for (const Piece& piece : plan.pieces) {
-        if (!chosen[piece.tile]) continue;
-        const int32_t row = plan.tile_row[piece.tile] * kLanes + piece.lane_row;
-        const int32_t col = plan.tile_col[piece.tile] * kLanes + piece.lane_col;
-        for (int32_t r = 0; r < piece.rows; ++r)
-            for (int32_t c = 0; c < piece.cols; ++c)
-                result.push_back({row + r, col + c,
-                                  (piece.slot * plan.unit_rows + piece.unit_row + r) * plan.unit_cols + piece.unit_col + c});
-    }
-    return result;
-}
-
 WeightList list_weights(const Plan& plan, const std::vector<char>& chosen, bool by_row) {
+    struct Entry {
+        int32_t own, other, source;  // lanes, and the index in the packed values
+    };
+    std::vector<Entry> list;
+    for (int32_t tile = 0; tile < plan.tiles; ++tile) {
+        if (!chosen[tile]) continue;
+        for_each_weight(plan, tile, [&](int64_t source, int32_t lane_row, int32_t lane_col) {
+            const int32_t row = plan.tile_row[tile] * kLanes + lane_row, col = plan.tile_col[tile] * kLanes + lane_col;
+            list.push_back({by_row ? row : col, by_row ? col : row, static_cast<int32_t>(source)});
+        });
+    }
     const int32_t rows = plan.rows.blocks * kLanes, cols = plan.cols.blocks * kLanes;
-    const std::vector<Entry> list = entries(plan, chosen);
-    int32_t Entry::*const own = by_row ? &Entry::row : &Entry::col;
-    int32_t Entry::*const other = by_row ? &Entry::col : &Entry::row;
-    const Sorted others = sort_by(by_row ? cols : rows, list.size(), [&](size_t i) { return list[i].*other; });
-    Sorted sorted = sort_by(by_row ? rows : cols, list.size(), [&](size_t i) { return list[others.order[i]].*own; });
+    const Sorted others = sort_by(by_row ? cols : rows, list.size(), [&](size_t i) { return list[i].other; });
+    Sorted sorted = sort_by(by_row ? rows : cols, list.size(), [&](size_t i) { return list[others.order[i]].own; });
     WeightList result{std::move(sorted.first), {}, {}};
     for (const int32_t i : sorted.order) {
-        result.lane.push_back(list[others.order[i]].*other);
+        result.lane.push_back(list[others.order[i]].other);
         result.source.push_back(list[others.order[i]].source);
     }
     return result;
@@ -238,14 +224,11 @@ EventRuns event_runs(const Plan& plan, int32_t width) {
         const size_t begin = result.list.size();
         for (int32_t i = plan.col_first[block]; i < plan.col_first[block + 1]; ++i) {
             const int32_t tile = plan.col_tile[i], row = plan.tile_row[tile];
-            std::array<bool, kGranules> used{};
-            for (int64_t p = plan.piece_first[tile]; p < plan.piece_first[tile + 1]; ++p) {
-                const Piece& piece = plan.pieces[p];
-                if (piece.lane_col >= lane + width || piece.lane_col + piece.cols <= lane) continue;
-                for (int32_t g = piece.lane_row / kGranule; g * kGranule < piece.lane_row + piece.rows; ++g) used[g] = true;
-            }
             for (int32_t g = 0; g < kGranules; ++g) {
-                if (!used[g]) continue;
+                const int32_t* place = &plan.patches.place[(tile * kGranules + lane / kGranule) * kGranules + g];
+                bool used = false;
+                for (int32_t col = 0; col < width / kGranule; ++col) used |= place[col * kGranules] >= 0;
+                if (!used) continue;
                 const auto shift = static_cast<uint16_t>((i - plan.col_first[block] - row) * kLanes);
                 const EventRun run{row * kGranules + g, row * kGranules + g + 1, shift};
                 result.rows += kGranule * event_cost(width);
@@ -265,6 +248,8 @@ EventRuns event_runs(const Plan& plan, int32_t width) {
 }
 
 }  // namespace
+
+bool same_order(const Axis& a, const Axis& b) { return a.neuron == b.neuron; }
 
 bool valid(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units) {
     if (!valid(rows) || !valid(cols) || int64_t{units} * rows.width * cols.width > INT32_MAX) return false;

@@ -114,6 +114,22 @@ struct Plan {
     std::vector<int32_t> unit_row, unit_col;    // the coordinates this was built from
 };
 
+// Calls f(weight index, lane row, lane column) for every weight of a tile, in the order of the packed values.
+template <class F>
+inline void for_each_weight(const Plan& plan, int64_t tile, const F& f) {
+    for (int64_t p = plan.piece_first[tile]; p < plan.piece_first[tile + 1]; ++p) {
+        const Piece& piece = plan.pieces[p];
+        for (int32_t r = 0; r < piece.rows; ++r) {
+            const int64_t index = (static_cast<int64_t>(piece.slot) * plan.unit_rows + piece.unit_row + r) *
+                                      plan.unit_cols + piece.unit_col;
+            for (int32_t c = 0; c < piece.cols; ++c) f(index + c, piece.lane_row + r, piece.lane_col + c);
+        }
+    }
+}
+
+// Whether both have the same neurons in the same lanes.
+bool same_order(const Axis& a, const Axis& b);
+
 // Whether these describe a mask: the ranges of a side divide its neurons, each of which stands in its order once, and units lie
 // between them, with weights that 32 bits number.
 bool valid(const Side& rows, const Side& cols, const int32_t* unit_row, const int32_t* unit_col, int32_t units);

@@ -119,7 +119,7 @@ thread_local bool alone = false;  // its call is too small for them
 Team& the_team() {
     Team* current = team.load(std::memory_order_acquire);
     if (current) return *current;
-    static const int registered = [] {
+    [[maybe_unused]] static const int registered = [] {
         // A forked child has none of the threads, neither ours nor those of OpenMP, and perhaps a locked mutex: it starts
         // over with threads of our own.
         return pthread_atfork(nullptr, nullptr, [] {
@@ -128,7 +128,6 @@ Team& the_team() {
             leads = alone = false;
         });
     }();
-    (void)registered;
     Team* fresh = new Team;  // never freed: its threads run until the process ends
     if (team.compare_exchange_strong(current, fresh)) return *fresh;
     delete fresh;

@@ -60,13 +60,6 @@ struct Start {
     Start from(int64_t row, int64_t lane) const { return {lanes + row * stride + lane, stride}; }
 };
 
-template <int R, int N>
-inline void put(const Vec (&sum)[R][N], Start start, float* out) {
-    for (int r = 0; r < R; ++r)
-        for (int v = 0; v < N; ++v)
-            store(out + r * kLanes + v * W, load(start.lanes + r * start.stride + v * W) + sum[r][v]);
-}
-
 // Factors are float32, one k at a time, or bfloat16 pairs: dot products of two k, added in float32. Twice the rate, half the bytes.
 template <int R, int L, class T>
 inline void product_rows(const Segment* s, const Segment* end, Panel<const T> left, int64_t row, const T* tiles, int lane,
@@ -89,28 +82,27 @@ inline void product_rows(const Segment* s, const Segment* end, Panel<const T> le
             a += K, b += K * kLanes;
         } while (a < stop);
     }
-    put(sum, start, out);
+    for (int r = 0; r < R; ++r)
+        for (int v = 0; v < N; ++v)
+            store(out + r * kLanes + v * W, load(start.lanes + r * start.stride + v * W) + sum[r][v]);
+}
+
+// One register tile of `rows` rows, at most R.
+template <int L, int R = rows_at_once(L), class T>
+void product_tile(const Segment* s, const Segment* end, Panel<const T> left, int64_t row, int64_t rows, const T* tiles,
+                  int lane, Start start, float* out) {
+    if (rows == R) return product_rows<R, L>(s, end, left, row, tiles, lane, start, out);
+    if constexpr (R > 1) product_tile<L, R - 1>(s, end, left, row, rows, tiles, lane, start, out);
 }
 
 // Cuts `rows` rows into register tiles of nearly equal height (50 rows: 9 tiles of 5 or 6).
-template <int L, int R = rows_at_once(L), class T>
+template <int L, class T>
 void product_strip(const Segment* s, const Segment* end, Panel<const T> left, int64_t row, int64_t rows, const T* tiles,
                    int lane, Start start, float* out) {
-    constexpr int most = rows_at_once(L);
-    if constexpr (R == most) {
-        const int64_t count = (rows + most - 1) / most;
-        for (int64_t i = 0; i < count; ++i) {
-            const int64_t begin = rows * i / count, stop = rows * (i + 1) / count;
-            float* target = out + begin * kLanes;
-            if (stop - begin == most)
-                product_rows<most, L>(s, end, left, row + begin, tiles, lane, start.from(begin, 0), target);
-            else if constexpr (most > 1)
-                product_strip<L, R - 1>(s, end, left, row + begin, stop - begin, tiles, lane, start.from(begin, 0), target);
-        }
-    } else if (rows == R) {
-        product_rows<R, L>(s, end, left, row, tiles, lane, start, out);
-    } else if constexpr (R > 1) {
-        product_strip<L, R - 1>(s, end, left, row, rows, tiles, lane, start, out);
+    const int64_t count = divide_up(rows, rows_at_once(L));
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t begin = rows * i / count, stop = rows * (i + 1) / count;
+        product_tile<L>(s, end, left, row + begin, stop - begin, tiles, lane, start.from(begin, 0), out + begin * kLanes);
     }
 }
 
@@ -127,9 +119,9 @@ void product_block(const Weights& weights, const T* tiles, int64_t block, Panel<
             Start before = start.from(0, lane);
             do {
                 const Segment* stop = end - begin > weights.partial ? begin + weights.partial : end;
-                if (kWidest == 64 && width == 64)
+                if (width == kWidest)
                     product_strip<kWidest>(begin, stop, left, row, rows, tiles, lane, before, out + lane);
-                else if (kWidest == 64 && width == 32)
+                else if (width == kHalf)
                     product_strip<kHalf>(begin, stop, left, row, rows, tiles, lane, before, out + lane);
                 else
                     product_strip<16>(begin, stop, left, row, rows, tiles, lane, before, out + lane);
@@ -141,12 +133,11 @@ void product_block(const Weights& weights, const T* tiles, int64_t block, Panel<
 }
 
 // out[r][·] = start + Σ over the active tiles of output block `block`, for rows row … row + rows − 1 of the left side.
-inline void product(const Weights& weights, int64_t block, Panel<const float> left, Panel<const uint16_t> left_bf16,
-                    int64_t row, int64_t rows, Start start, float* out) {
+inline void product(const Weights& weights, int64_t block, Panel<const float> left,
+                    [[maybe_unused]] Panel<const uint16_t> left_bf16, int64_t row, int64_t rows, Start start, float* out) {
 #if defined(__AVX512BF16__)
     if (weights.pairs) return product_block(weights, weights.pairs, block, left_bf16, row, rows, start, out);
 #endif
-    (void)left_bf16;
     product_block(weights, weights.tiles, block, left, row, rows, start, out);
 }
 
@@ -156,7 +147,7 @@ inline void outer(const float* x, const float* y, int64_t rows, float* grad) {
     constexpr int R = kOuterRows, L = kWidest, N = L / W;
     constexpr int64_t partial = 128;
     for (int64_t begin = 0; begin < rows; begin += partial) {
-        const int64_t end = begin + partial < rows ? begin + partial : rows;
+        const int64_t end = least(rows, begin + partial);
         for (int j = 0; j < kLanes; j += R) {
             for (int i = 0; i < kLanes; i += L) {
                 Vec sum[R][N] = {};

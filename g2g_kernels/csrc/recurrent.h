@@ -62,9 +62,14 @@ void step_forward(const LaneParameters& parameters, int64_t first, int64_t last,
     }
 }
 
-// The step of these neurons.
-inline auto forward_step(const Neurons& neurons) {
-    return with_step(neurons, [](auto model, auto reset) { return &step_forward<decltype(model), decltype(reset)::value>; });
+// Of block r of samples first ….
+inline void run_forward(const LayerParameters& parameters, const Layer& layer, int64_t first, int64_t samples, int64_t r,
+                        const ForwardStep& all) {
+    const auto step = with_step(layer.neurons, [](auto model, auto reset) {
+        return &step_forward<decltype(model), decltype(reset)::value>;
+    });
+    each_sample(parameters, layer, first, samples, r,
+                [&](const LaneParameters& own, int64_t begin, int64_t end) { step(own, begin, end, all); });
 }
 
 // --- backward ---------------------------------------------------------------------------------------------------
@@ -137,37 +142,29 @@ void step_backward(const LaneParameters& parameters, float alpha, int64_t first,
     }
 }
 
-// What reaches the membranes [64] of a run's first state through its spikes, σ'(U − θ)·∂L/∂S.
-template <class M, class Surrogate>
-void spikes_backward(const LaneParameters& parameters, float alpha, const float* membrane, const float* spike_grad,
-                     float* grad_membrane, float* grad_threshold) {
-    for (int v = 0; v < kVecs; ++v) {
-        const Vec theta = load(parameters.lanes[M::info.parameters - 1] + v * W);
-        const Vec through = load(spike_grad + v * W) * Surrogate::derivative(load(membrane + v * W) - theta, alpha);
-        store(grad_membrane + v * W, load(grad_membrane + v * W) + through);
-        store(grad_threshold + v * W, load(grad_threshold + v * W) - through);
-    }
+// Of block r of samples first ….
+inline void run_backward(const LayerParameters& parameters, const Layer& layer, int64_t first, int64_t samples, int64_t r,
+                         const BackwardStep& all) {
+    const auto step = with_gradient(layer.neurons, [](auto model, auto reset, auto surrogate) {
+        return &step_backward<decltype(model), decltype(reset)::value, decltype(surrogate)>;
+    });
+    each_sample(parameters, layer, first, samples, r, [&](const LaneParameters& own, int64_t begin, int64_t end) {
+        step(own, layer.neurons.alpha, begin, end, all);
+    });
 }
 
-struct BackwardSteps {
-    void (*step)(const LaneParameters&, float, int64_t, int64_t, const BackwardStep&);
-    void (*begin)(const LaneParameters&, float, const float*, const float*, float*, float*);
-
-    explicit BackwardSteps(const Neurons& neurons) {
-        with_gradient(neurons, [&](auto model, auto reset, auto surrogate) {
-            step = step_backward<decltype(model), decltype(reset)::value, decltype(surrogate)>;
-            begin = spikes_backward<decltype(model), decltype(surrogate)>;
-        });
-    }
-
-    // Of block r of samples first ….
-    void run(const LayerParameters& parameters, const Layer& layer, int64_t first, int64_t samples, int64_t r,
-             const BackwardStep& all) const {
-        each_sample(parameters, layer, first, samples, r, [&](const LaneParameters& own, int64_t begin, int64_t end) {
-            step(own, layer.neurons.alpha, begin, end, all);
-        });
-    }
-};
+// What reaches the membranes [64] of a run's first state through its spikes, σ'(U − θ)·∂L/∂S.
+inline void spikes_backward(const Neurons& neurons, const float* theta, const float* membrane, const float* spike_grad,
+                            float* grad_membrane, float* grad_threshold) {
+    with_surrogate(neurons, [&](auto surrogate) {
+        for (int i = 0; i < kLanes; i += W) {
+            const Vec slope = decltype(surrogate)::derivative(load(membrane + i) - load(theta + i), neurons.alpha);
+            const Vec through = load(spike_grad + i) * slope;
+            store(grad_membrane + i, load(grad_membrane + i) + through);
+            store(grad_threshold + i, load(grad_threshold + i) - through);
+        }
+    });
+}
 
 // X += Σ over the events of a step (rows of weights times factors) for one block of columns and one sample. `words` and
 // `values` are those of the sample, `stride` samples apart from block to block.
@@ -183,12 +180,8 @@ inline void add_events(const Plan& plan, const float* tiles, int64_t block, cons
         int size = 0;
         for (int number = 0; place < stop; ++number, ++place) {
             const int64_t at = plan.tile_row[plan.col_tile[place]] * stride;
-            const float* source = values + at * kLanes;
             const int count = append_bits(row + size, words[at], number * 64);
-            for (int i = 0; i < count; i += W) {
-                store(factor + size + i, load(source + i));
-                asm("");  // keeps this from becoming a call of memcpy, which takes longer than most of these loops
-            }
+            copy_values(values + at * kLanes, count, factor + size);
             size += count;
         }
         int e = 0;
@@ -213,7 +206,6 @@ struct RecurrentBackward {
     const Plan& plan;
     float event_limit;       // share of neurons with events up to which X is computed by events, which visit all lanes of a tile
     InputGradient gradient;
-    BackwardSteps steps;
     int64_t samples;         // of a chunk
     Panel<float> x;          // X_{t+1}, one row per sample
     DualPanel current;       // ∂I_{t+1}, for the product, one row per sample
@@ -231,7 +223,7 @@ struct RecurrentBackward {
         : plan(*layer.recurrent),
           event_limit(static_cast<float>(layer.gradient_event_limit * plan.gradient_rows / most(1, plan.tiles * kLanes))),
           gradient(plan, layer.recurrent_values, s.bf16, event_limit > 0, arena),
-          steps(layer.neurons),
+
           samples(chunk_samples) {
         const int64_t blocks = plan.rows.blocks, count = blocks * samples;
         for (int i = 0; i < 2; ++i) {
@@ -260,10 +252,10 @@ struct RecurrentBackward {
     // The spikes of each step at the place of the next one, which they reach.
     void shift(const Stack& s, const Layer& layer, const LayerParameters& parameters) const {
         const int64_t R = plan.rows.blocks, T = s.steps;
-        parallel(s.threads, s.batch * R, 16, [&](int64_t block, int) {
-            uint64_t* out = inputs + block * T;
-            out[0] = first_word(s, layer, parameters, block / R, block % R);
-            for (int64_t t = 1; t < T; ++t) out[t] = layer.spikes[block * T + t - 1];
+        parallel_pairs(s.threads, s.batch, R, 16, [&](int64_t b, int64_t r, int) {
+            const int64_t at = (b * R + r) * T;
+            inputs[at] = first_word(s, layer, parameters, b, r);
+            for (int64_t t = 1; t < T; ++t) inputs[at + t] = layer.spikes[at + t - 1];
         });
     }
 

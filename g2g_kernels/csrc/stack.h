@@ -22,10 +22,8 @@ struct LayerParameters : LaneParameters {
         static_cast<LaneParameters&>(*this) = lane_parameters(layer.neurons, count, neuron, arena);
         bias = arena.take<float>(count);
         if (!arena.base) return;
-        if (layer.bias)
-            spread({layer.bias, nullptr, true}, false, 0.0f, count, neuron, bias);
-        else
-            zero(bias, count * sizeof(float));
+        zero(bias, count * sizeof(float));
+        if (layer.bias) spread({layer.bias, nullptr, true}, false, 0.0f, count, neuron, bias);
     }
 };
 
@@ -170,7 +168,7 @@ struct PassRows {
     PassRows(const Stack& s, Input kind, bool forward) {
         const auto fill = [](int64_t count, int64_t size) { return divide_up(count, size) * size; };
         const int64_t steps = kind == Input::kHeld ? 1 : s.steps;
-        const int64_t samples = kind == Input::kHeld ? s.batch : Chunks(s.batch, s.steps, least_chunk(s)).samples;
+        const int64_t samples = kind == Input::kHeld ? s.batch : Chunks{s.batch, s.steps, least_chunk(s)}.samples;
         all = static_cast<double>(s.batch * steps);
         chunks = static_cast<double>(divide_up(s.batch, samples));
         filled = forward ? static_cast<double>(fill(s.batch, are_spikes(kind) ? kSamples : kLanes) * steps)
@@ -306,10 +304,11 @@ inline void fill_panel(const Stack& s, const Layer& layer, Input kind, int64_t f
                        const Panel<float>& panel) {
     const Axis& axis = layer.plan->cols;
     const int64_t steps = kind == Input::kHeld ? 1 : s.steps;
-    parallel(s.threads, axis.blocks * samples, 4, [&](int64_t task, int) {
-        const int64_t block = task / samples, b = task % samples, row = b * steps;
+    parallel_pairs(s.threads, axis.blocks, samples, 4, [&](int64_t block, int64_t b, int) {
+        const int64_t row = b * steps;
         if (kind == Input::kDenseSpikes)
-            expand_words(layer.inputs + ((first + b) * axis.blocks + block) * steps, steps, panel.at(block, row));
+            for (int64_t t = 0; t < steps; ++t)
+                expand_bits(layer.inputs[((first + b) * axis.blocks + block) * steps + t], panel.at(block, row + t));
         else
             load_block(axis, block, s.x, Rows{first + b, steps, s.batch, axis.size}, steps, panel.at(block, row));
     });

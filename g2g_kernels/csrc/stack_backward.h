@@ -46,7 +46,7 @@ struct ArrivalPanel {
         constexpr int64_t ahead = 4;
         const int64_t later = least(row + ahead, panel.rows - 1);
         for (int64_t r = 0; r < blocks; ++r) {
-            for (int i = 0; i < kLanes; i += 16) __builtin_prefetch(panel.at(r, later) + i);
+            fetch_block(panel.at(r, later));
             for (int v = 0; v < kVecs; ++v) {
                 const int64_t lane = r * kLanes + v * W;
                 store(room + lane, gather(panel.at(0, row), offset + lane));
@@ -194,18 +194,6 @@ inline double spike_rate(const Stack& s, int l) {
     return static_cast<double>(spikes) / (static_cast<double>(s.batch) * s.steps * layer.plan->rows.size);
 }
 
-// The recurrent connection of layer l as a layer, whose inputs are the layer's own spikes one step later.
-inline Layer recurrent_layer(const Stack& s, int l, uint64_t* inputs) {
-    const Layer& layer = s.layers[l];
-    Layer result = layer;
-    result.plan = layer.recurrent;
-    result.values = layer.recurrent_values;
-    result.grad_values = layer.grad_recurrent;
-    result.inputs = inputs;
-    result.input_rate = spike_rate(s, l);
-    return result;
-}
-
 // How ∂L/∂(input) of a layer is computed for the samples of a chunk: by the product, by events, or where it is needed.
 enum class Way { kProduct, kEvents, kNeeded };
 
@@ -242,7 +230,12 @@ struct BackwardLayer : LayerBackward {
         if (below) input_gradient.emplace(plan, layer.values, s.bf16, lists_events, arena);
         if (layer.recurrent) {
             recurrent.emplace(s, layer, chunks.samples, !held, arena);
-            const Layer joined = recurrent_layer(s, l, recurrent->inputs);
+            Layer joined = layer;  // the recurrent connection, whose inputs are the layer's own spikes one step later
+            joined.plan = layer.recurrent;
+            joined.values = layer.recurrent_values;
+            joined.grad_values = layer.grad_recurrent;
+            joined.inputs = recurrent->inputs;
+            joined.input_rate = spike_rate(s, l);
             recurrent_weights.emplace(s, joined, spike_kind(s, joined, false), arena);
         }
         reached = arena.take<uint64_t>(static_cast<size_t>(plan.rows.blocks) * s.batch);
@@ -260,7 +253,8 @@ struct BackwardLayer : LayerBackward {
 
     const float* threshold(const LaneParameters& block) const { return block.lanes[model.parameters - 1]; }
 
-    int64_t any_lane() const { return plan.rows.lane[0]; }
+    // β, where all neurons share it.
+    float decay() const { return parameters.lanes[0][plan.rows.lane[0]]; }
 
     // The number of events in so many rows up to which the input gradient is computed by events.
     int64_t most_events(int64_t rows) const {
@@ -307,7 +301,7 @@ struct BackwardPass {
     int64_t event_list = 0;
     float* scratch;
 
-    BackwardPass(const Stack& stack, Arena& arena) : s(stack), chunks(s.batch, s.steps, least_chunk(s)) {
+    BackwardPass(const Stack& stack, Arena& arena) : s(stack), chunks{s.batch, s.steps, least_chunk(s)} {
         int64_t lanes = 0, states = 0, listed_blocks = 0, listed = 0, most_rows = 0, grad_bands = 0;
         layers.reserve(s.count);
         for (int l = 0; l < s.count; ++l) {
@@ -415,9 +409,8 @@ struct BackwardPass {
     void input_gradient(const BackwardLayer& x, int64_t c, int64_t row, int64_t rows, float* out, int worker) const {
         if (x.way == Way::kProduct) return x.input_gradient->run(c, x.grad, x.bands, row, rows, out);
         float* factor = scratch + worker * scratch_size + states_size + tile_size;
-        const float decay = x.parameters.lanes[0][x.any_lane()];
         for (int64_t i = 0; i < rows; i += s.steps)
-            merged_events.input_gradient(x.plan, x.input_gradient->tiles, decay, c, (row + i) / s.steps,
+            merged_events.input_gradient(x.plan, x.input_gradient->tiles, x.decay(), c, (row + i) / s.steps,
                                          reinterpret_cast<uint16_t*>(factor + event_list), factor, out + i * kLanes);
     }
 
@@ -469,8 +462,7 @@ struct BackwardPass {
         for (int64_t i = 0; i < count; ++i) {
             const SampleParameters own(x.parameters, x.layer, first + b + i, r);
             states[i] = states_of(x, first + b + i, r, own.block, room + i * T * x.model.states * kLanes);
-            needed_words(x.layer.neurons)(states[i], x.model.states, T, x.threshold(own.block), x.layer.neurons.alpha,
-                                          words + i * T);
+            needed_words(x.layer.neurons, states[i], T, x.threshold(own.block), words + i * T);
         }
         above.needed->run(r, above.grad.floats.at(0, b * T), words, count * T, tile);
     }
@@ -491,9 +483,8 @@ struct BackwardPass {
                 x.arrivals.reorder(row, scratch + worker * scratch_size);
             });
         if (x.late.lanes)
-            parallel(s.threads, x.plan.rows.blocks * samples, 4, [&](int64_t task, int) {
-                const int64_t r = task / samples;
-                x.late.shift(s, first + task % samples, r, x.arrivals.panel.at(r, task % samples * T));
+            parallel_pairs(s.threads, x.plan.rows.blocks, samples, 4, [&](int64_t r, int64_t b, int) {
+                x.late.shift(s, first + b, r, x.arrivals.panel.at(r, b * T));
             });
     }
 
@@ -502,8 +493,7 @@ struct BackwardPass {
         const int64_t R = x.plan.rows.blocks, T = s.steps;
         if (samples < s.threads) {
             fill_arrivals(x, above, first, samples);
-            return parallel(s.threads, samples * R, 4, [&](int64_t task, int worker) {
-                const int64_t b = task / R, r = task % R;
+            return parallel_pairs(s.threads, samples, R, 4, [&](int64_t b, int64_t r, int worker) {
                 sweep_block(x, first, b, r, panel.at(r, b * T), scratch + worker * scratch_size);
             });
         }
@@ -523,7 +513,6 @@ struct BackwardPass {
         RecurrentBackward& v = *x.recurrent;
         const int64_t R = x.plan.rows.blocks, group = v.group(), groups = divide_up(samples, group), T = s.steps;
         const Panel<float>& rows = x.weights.kind == Input::kHeld ? v.rows : x.grad.floats;
-        const float beta = x.parameters.lanes[0][x.any_lane()];
         parallel(s.threads, R, 1, [&](int64_t r, int) { begin_steps(x, first, samples, r); });
         bool by_events = v.event_limit > 0;
         v.has_current = false;
@@ -537,13 +526,13 @@ struct BackwardPass {
                 else
                     v.load_product(rows, samples, t, T, s.threads);
             }
-            parallel(s.threads, R * groups, 1, [&](int64_t task, int) {
-                const int64_t r = task / groups, b = task % groups * group, count = least(group, samples - b);
+            parallel_pairs(s.threads, R, groups, 1, [&](int64_t r, int64_t part, int) {
+                const int64_t b = part * group, count = least(group, samples - b);
                 if (later && !by_events) v.gradient.run(r, v.current, v.bands, b, count, v.x.at(r, b));
                 for (int64_t i = b; later && by_events && i < b + count; ++i) {
                     Vec sum[kVecs];
                     float* const lanes = v.x.at(r, i);
-                    for (int k = 0; k < kVecs; ++k) sum[k] = all(beta) * load(lanes + k * W);
+                    for (int k = 0; k < kVecs; ++k) sum[k] = all(x.decay()) * load(lanes + k * W);
                     add_events(v.plan, v.gradient.tiles, r, v.words[after] + i, v.values[after] + i * kLanes, v.samples, sum);
                     for (int k = 0; k < kVecs; ++k) store(lanes + k * W, sum[k]);
                 }
@@ -598,7 +587,7 @@ struct BackwardPass {
         if (held) step.held = x.grad.floats.at(r, first + b);
         step.values = v.values[i] + at * kLanes;
         if (x.lists_events || v.event_limit > 0) step.words = v.words[i] + at;
-        v.steps.run(x.parameters, x.layer, first + b, samples, r, step);
+        run_backward(x.parameters, x.layer, first + b, samples, r, step);
         for (int64_t j = 0; x.lists_events && j < samples; ++j) {
             const BlockEvents list = event_lists.of(r, b + j);
             const int64_t count = __builtin_popcountll(step.words[j]);
@@ -620,8 +609,8 @@ struct BackwardPass {
         const int64_t membrane = (x.model.states - 1) * kLanes;
         const SampleParameters own(x.parameters, x.layer, first + b, r);
         if (!x.layer.sent)
-            v.steps.begin(own.block, x.layer.neurons.alpha, begin + membrane, v.x.at(r, b), grads + membrane,
-                          x.block_gradient(v.sum_of(first, b), r).parameters[x.model.parameters - 1]);
+            spikes_backward(x.layer.neurons, x.threshold(own.block), begin + membrane, v.x.at(r, b), grads + membrane,
+                            x.block_gradient(v.sum_of(first, b), r).parameters[x.model.parameters - 1]);
         if (x.layer.grad_state) store_states(s, x.layer, grads, first + b, r, x.layer.grad_state);
     }
 
@@ -648,7 +637,7 @@ struct BackwardPass {
             const SampleParameters own(x.parameters, x.layer, sample, r);
             const float* states = x.recurrent ? x.layer.states + i * s.steps * x.model.states * kLanes
                                               : states_of(x, sample, r, own.block, scratch);
-            needed_words(x.layer.neurons)(states, x.model.states, s.steps, x.threshold(own.block), x.layer.neurons.alpha, words);
+            needed_words(x.layer.neurons, states, s.steps, x.threshold(own.block), words);
             for (int64_t t = 0; t < s.steps; ++t) needed += __builtin_popcountll(words[t]);
         }
         return static_cast<double>(needed) / static_cast<double>(visited * s.steps * kLanes);
@@ -717,17 +706,15 @@ struct BackwardPass {
             });
         else
             fill_panel(s, x.layer, x.kind, first, samples, x.panel);
-        const bool strips = by_events && events_by_strip(s, x.layer, false);
+        const auto add_gradient = gradient_by_events(plan, events_by_strip(s, x.layer, false));
         parallel(s.threads, plan.tiles, 2, [&](int64_t tile, int) {
-            const int64_t row = plan.tile_row[tile], col = plan.tile_col[tile];
+            const int64_t row = plan.tile_row[tile];
             if (!of.reached[row]) return;
             float* const sum = x.tiles + tile * kTile;
-            if (strips)
-                (plan.rows.strip == 16 ? strip_gradient<16> : strip_gradient<32>)(*x.events, plan, tile, grad.at(row, 0), sum);
-            else if (by_events)
-                event_gradient(*x.events, col, plan.tile_sources[tile], grad.at(row, 0), sum);
+            if (by_events)
+                add_gradient(*x.events, plan, tile, grad.at(row, 0), sum);
             else
-                outer(x.panel.at(col, 0), grad.at(row, 0), samples * steps, sum);
+                outer(x.panel.at(plan.tile_col[tile], 0), grad.at(row, 0), samples * steps, sum);
         });
     }
 
@@ -757,15 +744,11 @@ struct BackwardPass {
 
     // ∂L/∂x of rows of the first layer, to the user's matrix.
     void store_input_gradient(const BackwardLayer& x, int64_t first, int64_t samples, int64_t steps) const {
-        const Axis& axis = x.plan.cols;
+        const Rows at{first, steps, s.batch, x.plan.cols.size};
         each_input_gradient(x, samples * steps, 1, [&](int64_t block, int64_t row, int64_t height, int worker) {
             float* out = scratch + worker * scratch_size + states_size;
             input_gradient(x, block, row, height, out, worker);
-            for (int64_t r = 0; r < height; ++r) {
-                const int64_t b = first + (row + r) / steps, t = (row + r) % steps;
-                store_block(axis, block, out + r * kLanes, Rows{0, 1, 1, axis.size}, 1,
-                            s.grad_x + (t * s.batch + b) * axis.size);
-            }
+            store_block(x.plan.cols, block, out, [&](int64_t r) { return at(row + r); }, height, s.grad_x);
         });
     }
 

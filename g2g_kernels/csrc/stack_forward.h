@@ -62,8 +62,8 @@ struct ForwardLayer {
           lower(l ? &s.layers[l - 1] : nullptr),
           held(!l && s.held),
           parameters(layer, arena),
-          scratch_size(most(kTile, Chunks(s.batch, s.steps).group * s.steps * kLanes)),
-          panel(plan.cols.blocks, held ? s.batch : Chunks(s.batch, s.steps).rows(), s.bf16, arena),
+          scratch_size(most(kTile, Chunks{s.batch, s.steps}.group * s.steps * kLanes)),
+          panel(plan.cols.blocks, held ? s.batch : Chunks{s.batch, s.steps}.rows(), s.bf16, arena),
           states(layer.states) {
         const int64_t blocks = static_cast<int64_t>(s.batch) * plan.rows.blocks, lanes = plan.cols.blocks * int64_t{kLanes};
         const bool small = !plan.by_row.empty() && s.batch >= kSamples;
@@ -145,8 +145,7 @@ struct ForwardLayer {
     void run_events() const {
         const auto sweep = forward_sweep<Current>(layer.neurons);
         const int64_t C = plan.cols.blocks, T = stack.steps, B = stack.batch;
-        parallel(stack.threads, plan.rows.blocks * B, least(32, B), [&](int64_t task, int) {
-            const int64_t r = task / B, b = task % B;
+        parallel_pairs(stack.threads, plan.rows.blocks, B, least(32, B), [&](int64_t r, int64_t b, int) {
             const uint64_t* words = layer.inputs + b * C * T;
             neurons(sweep, Current{{&plan, r, words, T, tiles, parameters.bias + r * kLanes}}, b, r);
         });
@@ -205,7 +204,7 @@ struct ForwardLayer {
     void run_product() const {
         const Weights weights{&plan.forward, plan.rows.strip, tiles, pairs, kForwardPartial};
         const int64_t B = stack.batch, steps = held ? 1 : stack.steps;
-        const Chunks chunks(B, stack.steps);
+        const Chunks chunks{B, stack.steps};
         const int64_t most_samples = held ? B : chunks.samples, group = held ? 2 * kGroupRows : chunks.group;
         for (int64_t first = 0; first < B; first += most_samples) {
             const int64_t count = least(most_samples, B - first);
@@ -222,7 +221,7 @@ struct ForwardLayer {
     // All neurons of a recurrent layer, one step after the other; by `events`, each step visits the spikes from below, too.
     void run_steps(bool events) const {
         const int64_t R = plan.rows.blocks, B = stack.batch;
-        const auto step = forward_step(layer.neurons);
+
         load_tiles<kByRow>(*layer.recurrent, layer.recurrent_values, stack.threads, recurrent_tiles);
         const SpikeCurrents below(plan, tiles), own(*layer.recurrent, recurrent_tiles);
         for (int64_t block = 0; layer.state && block < B * R; ++block)
@@ -230,9 +229,9 @@ struct ForwardLayer {
         each_part_of_batch(B, 1, stack.threads, [&](int64_t first, int64_t samples, int threads, int) {
             const int64_t parts = divide_up(samples, kStepSamples);
             for (int64_t t = 0; t < stack.steps; ++t)
-                parallel(threads, R * parts, 1, [&](int64_t task, int) {
-                    const int64_t r = task / parts, b = task % parts * kStepSamples;
-                    run_step(*step, events ? &below : nullptr, own, r, t, first + b, least(kStepSamples, samples - b));
+                parallel_pairs(threads, R, parts, 1, [&](int64_t r, int64_t part, int) {
+                    const int64_t b = part * kStepSamples;
+                    run_step(events ? &below : nullptr, own, r, t, first + b, least(kStepSamples, samples - b));
                 });
         });
         parallel(stack.threads, B * R, 16, [&](int64_t block, int) {
@@ -240,8 +239,8 @@ struct ForwardLayer {
         });
     }
 
-    void run_step(decltype(step_forward<Lif, kSubtract>)& step, const SpikeCurrents* below, const SpikeCurrents& recurrent,
-                  int64_t r, int64_t t, int64_t first, int64_t samples) const {
+    void run_step(const SpikeCurrents* below, const SpikeCurrents& recurrent, int64_t r, int64_t t, int64_t first,
+                  int64_t samples) const {
         const int64_t R = plan.rows.blocks, C = plan.cols.blocks, T = stack.steps;
         const int64_t size = model_info(layer.neurons).states * kLanes;
         alignas(64) float current[kStepSamples * kLanes], initial[kStepSamples * kMostStates * kLanes];
@@ -264,9 +263,7 @@ struct ForwardLayer {
         }
         const float* before = t ? now - stack.batch * size : initial;
         const ForwardStep all{current, before, size, now, size, layer.spikes + (first * R + r) * T + t, R * T};
-        each_sample(parameters, layer, first, samples, r, [&](const LaneParameters& own, int64_t begin, int64_t end) {
-            step(own, begin, end, all);
-        });
+        run_forward(parameters, layer, first, samples, r, all);
         for (int64_t i = 0; t + 1 == T && layer.last && i < samples; ++i)
             store_states(stack, layer, now + i * size, first + i, r, layer.last);
     }

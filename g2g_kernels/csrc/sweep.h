@@ -63,7 +63,6 @@ void sweep_forward(const Current& current, int64_t steps, const LaneParameters& 
             for (int s = 0; s < S; ++s) store(out.edge + s * kLanes + v * W, state[v][s]);
 }
 
-// The forward sweep of these neurons.
 template <class Current>
 using ForwardSweep = void (*)(const Current&, int64_t, const LaneParameters&, const BlockActivity&);
 
@@ -159,7 +158,6 @@ void sweep_backward(const Upstream& upstream, const float* states, int64_t steps
     }
 }
 
-// The backward sweep of these neurons.
 using BackwardSweep = void (*)(const Upstream&, const float*, int64_t, const LaneParameters&, float, const BlockGradient&);
 
 inline BackwardSweep backward_sweep(const Neurons& neurons) {

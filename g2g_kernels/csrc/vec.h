@@ -161,21 +161,15 @@ inline void store_chosen(float* p, Vec x, uint64_t bits) {
 #endif
 }
 
-#if defined(__AVX512VBMI2__)
-inline __m512i counting_bytes() {
-    alignas(64) static constexpr uint8_t counting[64] = {
-        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29,
-        30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59,
-        60, 61, 62, 63};
-    return _mm512_load_si512(counting);
-}
-#endif
-
 // Writes base + i for every set bit i; returns how many. May write up to 64 entries from `out` on.
 inline int append_bits(uint16_t* out, uint64_t word, int64_t base) {
     const int count = __builtin_popcountll(word);
 #if defined(__AVX512VBMI2__)
-    const __m512i bits = _mm512_maskz_compress_epi8(word, counting_bytes());
+    alignas(64) static constexpr uint8_t counting[64] = {
+        0,  1,  2,  3,  4,  5,  6,  7,  8,  9,  10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29,
+        30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59,
+        60, 61, 62, 63};
+    const __m512i bits = _mm512_maskz_compress_epi8(word, _mm512_load_si512(counting));
     const __m512i bases = _mm512_set1_epi16(static_cast<short>(base));
     _mm512_storeu_si512(out, _mm512_add_epi16(_mm512_cvtepu8_epi16(_mm512_castsi512_si256(bits)), bases));
     if (count > 32)
@@ -210,25 +204,22 @@ G2G_INLINE Vec load_chosen(Vec x, const float* p, uint32_t bits) {
 }
 
 // 32 bits, from which add_chosen() takes W at a time: compared with powers of two, faster than loading mask registers.
-struct SpikeBits {
-    IntVec word;
-    explicit SpikeBits(const uint16_t* bits) {
-        int32_t both;
-        __builtin_memcpy(&both, bits, 4);
-        word = IntVec{} + both;
-    }
-};
+inline IntVec load_bits(const uint16_t* bits) {
+    int32_t both;
+    __builtin_memcpy(&both, bits, 4);
+    return IntVec{} + both;
+}
 
 // acc + x in those lanes whose bits, from bit W·part on, are set.
 template <int part>
-G2G_INLINE Vec add_chosen(Vec acc, const SpikeBits& bits, Vec x) {
+G2G_INLINE Vec add_chosen(Vec acc, IntVec bits, Vec x) {
     IntVec place;
     for (int i = 0; i < W; ++i) place[i] = static_cast<int32_t>(1u << (part * W + i));
 #if defined(__AVX512F__)
-    const __mmask16 chosen = _mm512_test_epi32_mask(reinterpret_cast<__m512i>(bits.word), reinterpret_cast<__m512i>(place));
+    const __mmask16 chosen = _mm512_test_epi32_mask(reinterpret_cast<__m512i>(bits), reinterpret_cast<__m512i>(place));
     return _mm512_mask_add_ps(acc, chosen, acc, x);
 #else
-    const IntVec chosen = (bits.word & place) == place;
+    const IntVec chosen = (bits & place) == place;
     return acc + reinterpret_cast<Vec>(chosen & reinterpret_cast<IntVec>(x));
 #endif
 }

@@ -6,24 +6,27 @@ import errno
 import io
 import itertools
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from g2g_kernels.numbers import Number
 from g2gnet.base import files
 from g2gnet.base.files import read_file, replace_file
 from g2gnet.base.messages import reason, warn
 from g2gnet.base.tensor_files import TensorFileError, check_plain, read_tensors, write_tensors
 from g2gnet.training.held_out import out_of_patience
 from g2gnet.training.run_settings import RunSettings
+from g2gnet.training.saved_state import UNFIT, check_history, check_tested
 
 #: version of the checkpoint's structure
 FORMAT = 5
-#: the numbers that an epoch's record must contain, and those of which it has one or both
-MEASURES, JUDGED = ("epoch", "train_loss", "train_acc", "seconds", "cpu_seconds"), ("test_acc", "val_acc")
+#: the files of a run by their endings; ``previous`` is the checkpoint before the last one, used if that is damaged, and
+#: ``best`` that of the best epoch by held-out images
+ENDINGS = {
+    "checkpoint": ".pth", "previous": ".previous.pth", "best": ".best.pth", "history": ".jsonl", "table": ".csv",
+    "analysis": ".analysis.json", "marker": ".DONE",
+}  # fmt: skip
 
 
 class CheckpointError(RuntimeError):
@@ -42,43 +45,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_number(name: str, value: Any, low: float = -math.inf, whole: bool = False) -> None:
-    """Raises ValueError unless ``value``, from a file, is a number (``whole``: a whole one) of at least ``low``."""
-    number = Number(low, whole=whole)
-    wanted = number.refuses(value) if isinstance(value, int | float) else str(number)  # a tensor is none in a file
-    if wanted:
-        raise ValueError(f"{name}={value!r:.40} is not {wanted}")
-
-
-def check_record(record: Any) -> None:
-    """Raises ValueError unless ``record``, from a file, is an epoch's."""
-    if not isinstance(record, dict):
-        raise ValueError(f"the record of an epoch is a {type(record).__name__}")
-    for name in (*MEASURES, *([name for name in JUDGED if name in record] or JUDGED[:1])):
-        if name not in record:
-            raise ValueError(f"the record of an epoch lacks {name}")
-        check_number(name, record[name], low=0, whole=name == "epoch")
-    for name, count in record.get("units", {}).items():
-        check_number(f"units/{name}", count, low=0, whole=True)
-
-
-def check_tested(tested: Any) -> None:
-    """Raises an exception unless ``tested``, from a file, is empty or what a run with held-out images ends with."""
-    if not isinstance(tested, dict):
-        raise ValueError(f"tested is a {type(tested).__name__}")
-    found = dict(numbers(tested))
-    for name in ("test_acc", "best/epoch", "best/val_acc", "best/test_acc") if tested else ():
-        check_number(name, found[name], low=0, whole=name == "best/epoch")
-
-
-def check_history(history: Any, epochs: int) -> None:
-    """Raises ValueError unless ``history``, from a file, has the record of each of so many epochs."""
-    for record in history:
-        check_record(record)
-    if [record["epoch"] for record in history] != list(range(1, epochs + 1)):
-        raise ValueError(f"history does not hold one record for each of {epochs} epochs")
-
-
 def compared(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """One line for each entry that differs."""
     return [
@@ -89,20 +55,13 @@ def compared(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 
 class RunFiles:
-    """``<directory>/<stem>`` with the endings .pth (checkpoint), .best.pth (that of the best epoch by held-out images),
-    .jsonl and .csv (history), .analysis.json, .DONE (marker), and .previous.pth, the checkpoint before the last one,
-    used if that is damaged.
-    """
+    """``<directory>/<stem>`` with the endings :data:`ENDINGS`, and the file of a lock."""
 
     def __init__(self, directory: Path | str, stem: str) -> None:
         self.directory = Path(directory)
-        self.checkpoint = self.directory / f"{stem}.pth"
-        self.previous = self.directory / f"{stem}.previous.pth"
-        self.best = self.directory / f"{stem}.best.pth"
-        self.history = self.directory / f"{stem}.jsonl"
-        self.table = self.directory / f"{stem}.csv"
-        self.analysis = self.directory / f"{stem}.analysis.json"
-        self.marker = self.directory / f"{stem}.DONE"
+        self._all = {kind: self.directory / f"{stem}{ending}" for kind, ending in ENDINGS.items()}
+        paths = self._all.values()
+        self.checkpoint, self.previous, self.best, self.history, self.table, self.analysis, self.marker = paths
         self.lock = self.directory / f".{stem}.lock"
         self._whole = False  # whether self.checkpoint is known to be intact, so it may replace self.previous
 
@@ -113,11 +72,7 @@ class RunFiles:
 
     def files(self) -> tuple[Path, ...]:
         """Every file of the run, be it there or not."""
-        return *self._all(), self.lock
-
-    def _all(self) -> tuple[Path, ...]:
-        """Every file that the run itself reads and writes."""
-        return self.checkpoint, self.previous, self.best, self.history, self.table, self.analysis, self.marker
+        return *self._all.values(), self.lock
 
     def check(self) -> None:
         """Makes the directory. Raises CheckpointError, before anything is written, if one of the files could not be."""
@@ -125,7 +80,7 @@ class RunFiles:
         try:
             files.make_directory(self.directory)
             for check in (files.check_own, files.check_writable):
-                for path in self._all():
+                for path in self._all.values():
                     check(path)
         except OSError as error:
             if error.errno == errno.EINVAL:  # of check_own
@@ -150,7 +105,7 @@ class RunFiles:
                 if isinstance(error, BlockingIOError):
                     what = f"another run of this name is using {self.checkpoint} (it holds {self.lock}); wait for it"
                 raise CheckpointError(f"{what}, or give another `checkpoint_dir` than {self.directory}") from error
-            for path in self._all():
+            for path in self._all.values():
                 for leftover in files.leftovers(path):
                     with contextlib.suppress(OSError):  # it is in nobody's way
                         leftover.unlink()
@@ -237,7 +192,7 @@ class RunFiles:
             result, tested = history[-1], state.get("tested", {})
             check_tested(tested)
             finished = result["epoch"] == settings.epochs or out_of_patience(history, settings.patience)
-        except (CheckpointError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except UNFIT as error:
             raise CheckpointError(
                 f"{reason(error)} The run is finished, but its result counts only with its checkpoint: restore that "
                 f"file, or delete {self.names()} to train it again"
@@ -255,12 +210,11 @@ class RunFiles:
             was[name] = now[name]
         # JSON has no tuples
         was, now = ({name: [*v] if isinstance(v, tuple) else v for name, v in each.items()} for each in (was, now))
-        differing = compared(was, now)
-        fewer = type(was.get("epochs")) is int and was["epochs"] < ours.epochs
-        tied = ours.tied_to_epochs()
-        if not differing or (fewer and not tied and not compared({**was, "epochs": ours.epochs}, now)):
+        differing, tied = compared(was, now), ours.tied_to_epochs()
+        longer = len(differing) == 1 and type(was.get("epochs")) is int and was["epochs"] < ours.epochs
+        if not differing or (longer and not tied):
             return
-        if fewer and tied and len(differing) == 1:
+        if longer:
             differing.append(
                 f"The run cannot go on for more epochs: with {' and '.join(tied)} each of its "
                 f"{was['epochs']} epochs depended on their number, and {ours.epochs} from the start are another run."
@@ -293,8 +247,7 @@ class RunFiles:
 
     def paths(self) -> dict[str, str]:
         """The files that exist, by kind."""
-        names = ("checkpoint", "previous", "best", "history", "table", "analysis", "marker")
-        return {name: str(getattr(self, name)) for name in names if getattr(self, name).exists()}
+        return {kind: str(path) for kind, path in self._all.items() if path.exists()}
 
     def last_checkpoint(self) -> str:
         """Where the last good checkpoint is, in a sentence."""

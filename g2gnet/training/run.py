@@ -17,14 +17,14 @@ from g2gnet.base.seeding import make_deterministic
 from g2gnet.base.tensor_files import TensorFileError
 from g2gnet.data import ImageData
 from g2gnet.inspect import ANALYSIS_SAMPLES, NetworkAnalysis, analyze_network
-from g2gnet.training.checkpoints import CheckpointError, RunFiles, check_history, compared
+from g2gnet.training.checkpoints import CheckpointError, RunFiles, compared
 from g2gnet.training.epochs import EpochTrainer
 from g2gnet.training.held_out import best_of, out_of_patience
 from g2gnet.training.interruption import Interrupted, StopSignals
 from g2gnet.training.machine import Machine
 from g2gnet.training.numerical_checks import LOWER, TrainingError
 from g2gnet.training.run_settings import RunSettings, TrainSettings
-from g2gnet.training.saved_state import UNFIT
+from g2gnet.training.saved_state import UNFIT, check_history
 from g2gnet.training.trainer import Trainer
 
 TrainerT = TypeVar("TrainerT", bound=EpochTrainer)

@@ -23,7 +23,6 @@ from g2gnet.network import G2GNet
 from g2gnet.network_settings import SettingsError
 from g2gnet.neurons import AdLIF
 from g2gnet.training.captured_step import CapturedStep
-from g2gnet.training.checkpoints import check_number
 from g2gnet.training.epochs import EpochTrainer, StepCallback
 from g2gnet.training.evaluation import autocast, build_network, run_images
 from g2gnet.training.least_memory import check_memory
@@ -32,7 +31,7 @@ from g2gnet.training.numerical_checks import LayerWatch, check_labels, check_rat
 from g2gnet.training.regularizer import RateTarget, rate_penalty, rate_target
 from g2gnet.training.run_settings import TrainSettings
 from g2gnet.training.samples import check_images, order_of
-from g2gnet.training.saved_state import check_like, load_model
+from g2gnet.training.saved_state import check_form, load_model
 from g2gnet.weights.tied_averages import tie_wiring, untie_wiring
 
 logger = logging.getLogger("g2gnet")
@@ -193,7 +192,7 @@ class Trainer(EpochTrainer):
         # what training does not change, but reads from the data, with a rounding that depends on the number of threads
         for buffer, value in self.net.named_buffers(recurse=False):
             for model in ("model", "trained") if self.tested is not self.net else ("model",):
-                if not torch.allclose(check_like(f"{model}/{buffer}", state[model][buffer], value), value):
+                if not torch.allclose(check_form(f"{model}/{buffer}", state[model][buffer], value), value):
                     raise ValueError(f"{model}/{buffer} is not that of the data")
         if self.tested is self.net:
             super().load_state_dict(state)
@@ -205,8 +204,7 @@ class Trainer(EpochTrainer):
         if self.dst:
             if state["dst"]["steps"] != state["step"]:
                 raise ValueError(f"dst/steps={state['dst']['steps']} and step={state['step']} are at odds")
-            for name in ("pruned", "grown"):
-                check_number(f"dst/{name}", state["dst"][name], low=0, whole=True)
+            check_form("dst", state["dst"], {"pruned": 0, "grown": 0}, low=0)
             self.dst.load_state_dict(state["dst"])
         self._follow_weights()
 

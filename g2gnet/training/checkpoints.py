@@ -219,13 +219,7 @@ class RunFiles:
                 f"The run cannot go on for more epochs: with {' and '.join(tied)} each of its "
                 f"{was['epochs']} epochs depended on their number, and {ours.epochs} from the start are another run."
             )
-        beside = ""
-        if hasattr(ours, "name"):
-            own = [name for name in now if name != "name" and was.get(name) != now[name]]
-            example = (
-                re.sub(r"[^\w.+=-]+", "-", "-".join(f"{name}{now[name]}" for name in own))[:64].strip("-") or "other"
-            )
-            beside = f"`name=NAME` to train another run beside it (as in `name={example or 'other'}`), "
+        beside = "`name=NAME` to train another run beside it, " if hasattr(ours, "name") else ""
         raise CheckpointError(
             f"{path} belongs to a run with different settings:\n" + "\n".join(differing) + "\n"
             f"Give the settings that it was made with, {beside}another `checkpoint_dir` than {self.directory}, "

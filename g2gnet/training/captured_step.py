@@ -10,7 +10,6 @@ training changes these in place, so the graph stays valid across its updates, un
 import collections
 import contextlib
 import enum
-import functools
 import logging
 import numbers
 import warnings
@@ -95,9 +94,8 @@ class CapturedStep:
             device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
             self._stream = torch.cuda.Stream(device)
         self._step, self._device, self._watch, self._required = step, device, tuple(watch), required
-        self._watched: list[Any] = []  # at the last call
         self._warmed: collections.deque[Any] = collections.deque(maxlen=self.PATIENCE)  # kinds of direct calls
-        # a call of this kind, while no object that is kept has another in its place
+        # the graph, the kind of its calls, and what is compared by its id, which nothing else may get
         self._replay: Any = None
         self._kind: Any = None
         self._kept: Any = None
@@ -114,13 +112,10 @@ class CapturedStep:
             return self._step(*args, **kwargs)
         with torch.cuda.device(self._device):
             watched, learned, kept = _look(self._watch, self._device)
-            if watched != self._watched:  # by the step itself, if that happens at every call
-                self.recapture()
-                self._watched = watched
             inputs, form = tree_flatten((args, kwargs))
             arguments = [_kind_of(each, self._device) for each in inputs]
             modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-            kind = form, arguments, [each.grad is None for each in learned], modes
+            kind = form, arguments, [each.grad is None for each in learned], modes, watched
             inputs += [each.grad for each in learned]
             if self._replay is None or kind != self._kind:
                 warmed = self._warmed.count(kind)
@@ -209,33 +204,26 @@ def _look(watch: Sequence[Any], device: torch.device) -> tuple[list[Any], list[t
     kept: dict[int, Any] = {}
     values = list(watch)
     for value in values:  # which grow
-        role = _role(value.__class__)
-        if role is _PLAIN:
+        if isinstance(value, _PLAIN):
             seen += type(value), value
-        elif role is tuple:
+        elif isinstance(value, tuple):
             values += value
-        elif role is not None:
+        elif isinstance(value, torch.Tensor | nn.Module | Optimizer):
             seen.append(id(value))
             if id(value) in kept:
                 continue
             kept[id(value)] = value
-            if role is torch.Tensor:
+            if isinstance(value, torch.Tensor):
                 seen += _layout(value, device)
                 learned += [value] if value.requires_grad and value.is_leaf else []
-            elif role is Optimizer:
+            elif isinstance(value, Optimizer):
                 for each in (vars(value), *value.param_groups, value.state, *value.state.values()):
                     values += (*each.get("params", ()), *each.values()) if isinstance(each, dict) else ()
             else:
                 values += value._buffers.values()
-                if role is not BlockMask:  # updates change its other numbers and tensors in place
+                if not isinstance(value, BlockMask):  # updates change its other numbers and tensors in place
                     values += *value._parameters.values(), *value._modules.values(), *vars(value).values()
     return seen, learned, kept
-
-
-@functools.lru_cache(maxsize=1000)
-def _role(kind: type) -> Any:
-    roles = (_PLAIN, tuple, torch.Tensor, BlockMask, nn.Module, Optimizer)
-    return next((role for role in roles if issubclass(kind, role)), None)
 
 
 def _layout(tensor: torch.Tensor, device: torch.device) -> tuple[Any, ...]:

@@ -17,14 +17,11 @@ class KeptSigns:
         self, groups: Mapping[str, list[G2GLinear]], signs: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
     ) -> None:
         self._groups, self.signs, self._optimizer = groups, signs, optimizer
-        self._hook: Any = optimizer.register_step_post_hook(self._after_step)
-        self.apply()
-
-    def _after_step(self, *_: Any) -> None:
+        self._hook: Any = optimizer.register_step_post_hook(self.apply)
         self.apply()
 
     @torch.no_grad()
-    def apply(self) -> None:
+    def apply(self, *_: Any) -> None:
         """Sets every weight of the wrong sign to 0, as after each step of the optimizer."""
         for name, layers in self._groups.items():
             for layer in layers:
@@ -42,7 +39,7 @@ class KeptSigns:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)  # copies of optimizers have no hooks
-        self._hook = self._optimizer.register_step_post_hook(self._after_step) if state["_hook"] else None
+        self._hook = self._optimizer.register_step_post_hook(self.apply) if state["_hook"] else None
 
 
 def keep_signs(
@@ -90,17 +87,17 @@ def keep_signs(
             if layer.values.requires_grad and id(layer.values) not in held:
                 raise ValueError(f"the optimizer does not hold the weights from {name}; give the one that trains them")
     if signs is None:
-        found = {name: _signs_of(name, layers) for name, layers in groups.items()}
-        return KeptSigns(groups, found, optimizer)
-    given = signs if isinstance(signs, Mapping) else {name: signs for name in groups}
-    if not given:
+        return KeptSigns(groups, {name: _signs_of(name, layers) for name, layers in groups.items()}, optimizer)
+    if not isinstance(signs, Mapping):
+        if len(groups) > 1:
+            raise ValueError(f"there are several sources; give signs by name, of {', '.join(groups)}")
+        signs = dict.fromkeys(groups, signs)
+    if not signs:
         raise ValueError(f"signs is empty; give those of some of {', '.join(groups)}")
-    if not isinstance(signs, Mapping) and len(groups) != 1:
-        raise ValueError(f"there are several sources; give signs by name, of {', '.join(groups)}")
-    for name, each in given.items():
+    for name, each in signs.items():
         _check_signs(name, each, groups)
-    groups = {name: groups[name] for name in given}
-    found = {name: each.detach().to(torch.int8).cpu() for name, each in given.items()}
+    groups = {name: groups[name] for name in signs}
+    found = {name: each.detach().to(torch.int8).cpu() for name, each in signs.items()}
     with torch.no_grad():
         for name, layers in groups.items():
             for layer in layers:
@@ -132,9 +129,8 @@ def _check_signs(name: str, signs: Any, groups: Mapping[str, list[G2GLinear]]) -
     if name not in groups:
         raise ValueError(f"signs of {name!r}: there is no such source, only {', '.join(groups)}")
     size = groups[name][0].in_features
-    kinds = torch.bool, torch.complex64, torch.complex128
-    if not isinstance(signs, torch.Tensor) or tuple(signs.shape) != (size,) or signs.dtype in kinds:
-        what = f"{signs.dtype} {list(signs.shape)}" if isinstance(signs, torch.Tensor) else type(signs).__name__
+    what = f"{signs.dtype} {list(signs.shape)}" if isinstance(signs, torch.Tensor) else type(signs).__name__
+    if not isinstance(signs, torch.Tensor) or tuple(signs.shape) != (size,) or signs.dtype == torch.bool:
         raise ValueError(f"the signs of {name} are {what}; give a tensor of {size} numbers 1, −1 or 0")
     if not ((signs == 1) | (signs == -1) | (signs == 0)).all():
         raise ValueError(f"the signs of {name} must be 1, −1 or 0")

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from g2g_kernels import Activity
-from g2g_kernels.numbers import share_of
 from g2g_kernels.triton import runtime
 from g2gnet.base.distributed import World
 from g2gnet.base.seeding import draw_device, stream
@@ -149,11 +148,6 @@ class Trainer(EpochTrainer):
         if settings.sparsity_mode == "dynamic":
             pruned = settings.final_density is not None
             bounded = settings.dst_schedule != "constant" or settings.dst_stop != 1 or pruned
-            if bounded and settings.dst_interval > share_of(settings.dst_stop, self._steps):
-                raise SettingsError(
-                    f"dst_interval={settings.dst_interval} leaves no update: training takes {self._steps} steps, and "
-                    f"nothing is replaced after dst_stop={settings.dst_stop} of them; lower `dst_interval`"
-                )
             connections = list(self.net.connections().values())
             density = mean_density(connections)
             if settings.final_density is not None and settings.final_density >= density:
@@ -178,7 +172,7 @@ class Trainer(EpochTrainer):
                     network=self.net,
                 )
             except ValueError as error:
-                raise SettingsError(str(error)) from error
+                raise SettingsError(f"dynamic sparse training: {error}") from error
         self._watch(settings.lr)
         self._layers = LayerWatch()
 

@@ -27,7 +27,7 @@ from g2gnet.training.evaluation import autocast, build_network, run_images
 from g2gnet.training.least_memory import check_memory
 from g2gnet.training.machine import Machine
 from g2gnet.training.numerical_checks import LayerWatch, check_labels, check_rates
-from g2gnet.training.regularizer import RateTarget, rate_penalty, rate_target
+from g2gnet.training.regularizer import rate_penalty, rate_target
 from g2gnet.training.run_settings import TrainSettings
 from g2gnet.training.samples import check_images, order_of
 from g2gnet.training.saved_state import check_form, load_model
@@ -304,9 +304,9 @@ class Trainer(EpochTrainer):
         part = self.world.part(len(index))
         inputs = self.net.encode(as_samples(images), self._stream("encode_train", self.step), part)
         labels = labels[part]
-        target = None
+        regularizer = 0.0, 0.0
         if self.settings.enforce_sparsity:
-            target = rate_target(self.epoch + 1, self.settings.epochs, self.settings.warmup_epochs)
+            regularizer = rate_target(self.epoch + 1, self.settings.epochs, self.settings.warmup_epochs)
         # a step with the gradient of absent units differs from the captured one
         differs = self.dst is not None and self.dst.forms_gradient
         learn = self._captured if self._captured and not differs else self._learn
@@ -314,8 +314,8 @@ class Trainer(EpochTrainer):
         if self.settings.dropout:
             drawn = self.net.drop(len(index), self._stream("dropout", self.step))
             dropped = [each[part].to(self.device) for each in drawn]
-        # target and share are constants of a captured step
-        results, activity = learn(inputs, labels, target, len(labels) / len(index), dropped)
+        # the regulariser and the share are constants of a captured step
+        results, activity = learn(inputs, labels, regularizer, len(labels) / len(index), dropped)
         runtime.tell_compiled()
         self._stepped()
         if self.settings.average is not None:
@@ -331,7 +331,7 @@ class Trainer(EpochTrainer):
         self,
         inputs: torch.Tensor,
         labels: torch.Tensor,
-        target: RateTarget | None,
+        regularizer: tuple[float, float],
         share: float,
         dropped: list[torch.Tensor] | None,
     ) -> tuple[torch.Tensor, Activity]:
@@ -342,9 +342,9 @@ class Trainer(EpochTrainer):
             activity = (self._parallel or self.net.simulate)(inputs, chunk=self.settings.chunk, dropped=dropped)
         loss = F.cross_entropy(activity.output, labels, label_smoothing=self.settings.label_smoothing)
         objective = share * loss
-        if target and target.strength > 0:
+        if regularizer[0] > 0:
             rates = [self._whole_batch(share * rates) for rates in activity.rates[:-1]]
-            objective = objective + rate_penalty(rates, target)
+            objective = objective + rate_penalty(rates, *regularizer)
         self.optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
         objective.backward()
         with torch.no_grad():

@@ -24,8 +24,7 @@ from g2gnet.neurons import AdLIF
 from g2gnet.training.captured_step import CapturedStep
 from g2gnet.training.epochs import EpochTrainer, StepCallback
 from g2gnet.training.evaluation import autocast, build_network, run_images
-from g2gnet.training.least_memory import check_memory
-from g2gnet.training.machine import Machine
+from g2gnet.training.machine import Machine, check_memory
 from g2gnet.training.numerical_checks import LayerWatch, check_labels, check_rates
 from g2gnet.training.regularizer import rate_penalty, rate_target
 from g2gnet.training.run_settings import TrainSettings

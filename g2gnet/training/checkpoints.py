@@ -250,20 +250,10 @@ class RunFiles:
         return "There is no checkpoint of this run."
 
     def write_history(self, records: Sequence[dict[str, Any]]) -> None:
-        """Makes the history contain exactly these records, one line of JSON each, and the same as CSV. Existing lines
-        do not change, so a program can follow the file. Raises CheckpointError if it cannot be written."""
-        self._write_lines(self.history, "".join(json.dumps(record) + "\n" for record in records))
-        self._write_lines(self.table, csv_of([dict(numbers(record)) for record in records]))
-
-    def _write_lines(self, path: Path, text: str) -> None:
-        """Makes ``text`` the content of the file, by appending where possible."""
-        with self._writing(path):
-            content, before = text.encode(), read_file(path) if path.exists() else None
-            if before is None or not content.startswith(before):
-                replace_file(path, lambda file: file.write(content))
-            else:
-                with open(path, "ab", opener=files.open_own) as file:
-                    file.write(content[len(before) :])
+        """Makes the history exactly these records, a line of JSON each, and the same as CSV. Raises CheckpointError if
+        it cannot be written."""
+        self._write_text(self.history, "".join(json.dumps(record) + "\n" for record in records))
+        self._write_text(self.table, csv_of([dict(numbers(record)) for record in records]))
 
     def _write_text(self, path: Path, text: str) -> None:
         with self._writing(path):

@@ -19,6 +19,7 @@ from g2gnet.data import ImageData
 from g2gnet.inspect import ANALYSIS_SAMPLES, NetworkAnalysis, analyze_network
 from g2gnet.training.checkpoints import CheckpointError, RunFiles, compared
 from g2gnet.training.epochs import EpochTrainer
+from g2gnet.training.evaluation import run_images
 from g2gnet.training.held_out import best_of, out_of_patience
 from g2gnet.training.interruption import Interrupted, StopSignals
 from g2gnet.training.machine import Machine
@@ -40,14 +41,11 @@ def run_training(
     show_analysis: Callable[[NetworkAnalysis, int, Path], None] | None = None,
     on_epoch: Sequence[EpochCallback[Trainer]] = (),
 ) -> dict[str, Any]:
-    """Trains a network, or resumes from the run's checkpoint, or skips a finished run, as :func:`run_epochs` does.
+    """Trains a network as :func:`run_epochs` does, from data that are loaded only if there is something to train.
 
-    The data is loaded only when there is something to train. The trained network is analysed on some of the test
-    images. The analysis is written, and ``show_analysis`` gets it, with the number of all test images and the file.
-
-    Raises:
-        Exception: as :func:`run_epochs`; DataError if the data are unavailable, SettingsError if settings do not fit
-            the data, the number of processes or the memory.
+    At the end the network is analysed on some of the test images; ``show_analysis`` gets the analysis, the number of
+    all test images and the file. Raises what :func:`run_epochs` does, DataError if the data are unavailable, and
+    SettingsError if settings do not fit the data, the number of processes or the memory.
 
     Example:
         >>> from g2gnet.data import load_dataset
@@ -60,7 +58,7 @@ def run_training(
     """
 
     def analyze(trainer: Trainer, files: RunFiles) -> None:
-        batches = trainer.run_images("test", ANALYSIS_SAMPLES)
+        batches = run_images(trainer.tested, settings, trainer.epoch, trainer.data, count=ANALYSIS_SAMPLES)
         analysis = analyze_network(trainer.tested, batches, trainer.data.num_classes)
         files.write_analysis(analysis.as_dict())
         if show_analysis:
@@ -81,25 +79,22 @@ def run_epochs(
 ) -> dict[str, Any]:
     """Trains ``settings.epochs`` epochs, or resumes from the run's checkpoint, or skips a finished run.
 
-    After each epoch the checkpoint is replaced, one line is printed and one line added to the history, as JSON and as
-    CSV. At SIGINT or SIGTERM the step is finished and a checkpoint written; the same call resumes after that step.
-    Returns the record of the last epoch.
+    After each epoch the checkpoint is replaced, a line printed and a record added to the history. At SIGINT or SIGTERM
+    the step is finished and a checkpoint written; the same call resumes after that step. Returns the last record.
 
     With ``settings.validation`` the epochs have a ``val_acc`` in place of a ``test_acc``, the checkpoint of the best
-    one is kept, and ``settings.patience`` may end training. Then the test images are used: ``test_acc`` of the result
-    is that of the last epoch's weights, and ``best`` holds ``epoch``, ``val_acc`` and ``test_acc`` of the best one's.
+    one is kept, and ``settings.patience`` may end training. The test images are used at the end: ``test_acc`` of the
+    result is that of the last weights, and ``best`` holds ``epoch``, ``val_acc`` and ``test_acc`` of the best ones.
 
     Args:
-        settings: of the run; its files store them, and are refused if they were made with others.
+        settings: the run's files store them, and are refused if they were made with others.
         make_trainer: called if there is something to train, after seeding.
         machine: where the trainer computes. The processes of its world all call this, with trainers that work
-            together. The first one has the run's files, prints, and calls ``finish`` and ``on_epoch``; what it cannot
-            read or write is an error in all.
+            together. Only the first one uses the run's files, prints, and calls ``finish`` and ``on_epoch``.
         finish: called after the last epoch, before the run is marked as finished.
 
     Raises:
-        CheckpointError: if the run's files are unusable, belong to a run on different data, or are in use by another
-            process.
+        CheckpointError: if the run's files are unusable, of other settings or data, or in use by another process.
         TrainingError: if the loss or a gradient is not finite any more.
         DistributedError: if the states of the processes diverged.
         Interrupted: after a signal, when everything is saved.
@@ -214,12 +209,11 @@ class _UnfinishedRun(Generic[TrainerT]):
                     self.history.append(record)
                 best = record is not None and self._is_best()
                 self.world.first(functools.partial(self._save, self.snapshot(), best))
-            except TensorFileError as error:  # of numbers that are not finite
-                raise TrainingError(
-                    f"no checkpoint was written after step {trainer.step}: {error}; {LOWER}. {files.last_checkpoint()}"
-                ) from error
-            except TrainingError as error:
-                raise TrainingError(f"{error}. {files.last_checkpoint()}") from error
+            except (TrainingError, TensorFileError) as error:  # of numbers that are not finite
+                what = str(error)
+                if isinstance(error, TensorFileError):
+                    what = f"no checkpoint was written after step {trainer.step}: {error}; {LOWER}"
+                raise TrainingError(f"{what}. {files.last_checkpoint()}") from error
             if record is not None:
                 self._report(record, on_epoch)
             # asked in any case: where one process ends, torchrun ends the others, and all must be written by then

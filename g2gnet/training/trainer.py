@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,6 @@ from g2gnet.base.seeding import draw_device, stream
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase, random_unit_shift
 from g2gnet.dst.gradual_pruning import mean_density
 from g2gnet.dst.scheduler import DSTScheduler
-from g2gnet.inspect import Batch
 from g2gnet.network import G2GNet
 from g2gnet.network_settings import SettingsError
 from g2gnet.neurons import AdLIF
@@ -128,8 +126,7 @@ class Trainer(EpochTrainer):
             self.net.input_mean.fill_(mean)
             self.net.input_deviation.fill_(deviation)
         check_labels(self.data, settings.limit_train is not None)
-        if settings.enc == "rate":
-            check_rates(settings, self.data)
+        check_rates(settings, self.data)
         self.tested = self.net
         if settings.average is not None:
             self.tested = copy.deepcopy(self.net).requires_grad_(False).eval()
@@ -145,14 +142,12 @@ class Trainer(EpochTrainer):
             logger.info("training steps are not replayed as a CUDA graph: %d processes communicate in them", world.size)
         self.dst: DSTScheduler | None = None
         if settings.sparsity_mode == "dynamic":
-            pruned = settings.final_density is not None
-            bounded = settings.dst_schedule != "constant" or settings.dst_stop != 1 or pruned
-            connections = list(self.net.connections().values())
-            density = mean_density(connections)
-            if settings.final_density is not None and settings.final_density >= density:
+            final, connections = settings.final_density, list(self.net.connections().values())
+            bounded = settings.dst_schedule != "constant" or settings.dst_stop != 1 or final is not None
+            if final is not None and final >= (density := mean_density(connections)):
                 raise SettingsError(
-                    f"final_density={settings.final_density} is no less than the {density:.4g} that training begins "
-                    "with; lower it, or begin with more weights, as with a higher `p_inter`"
+                    f"final_density={final} is no less than the {density:.4g} that training begins with; lower it, or "
+                    "begin with more weights, as with a higher `p_inter`"
                 )
             try:
                 self.dst = DSTScheduler(
@@ -167,7 +162,7 @@ class Trainer(EpochTrainer):
                     schedule=settings.dst_schedule,
                     stop=settings.dst_stop,
                     total_steps=self._steps if bounded else None,
-                    final_density=settings.final_density,
+                    final_density=final,
                     network=self.net,
                 )
             except ValueError as error:
@@ -390,10 +385,6 @@ class Trainer(EpochTrainer):
         if self.world.size == 1:
             return part
         return part + (self.world.sum_(part.detach().clone()) - part.detach())
-
-    def run_images(self, part: str = "test", count: int | None = None) -> Iterator[Batch]:
-        """The network's activity on the first ``count`` (None: all) of the ``"test"`` or ``"val"`` images."""
-        return run_images(self.tested, self.settings, self.epoch, self.data, part, count)
 
     def evaluate(self, part: str = "test") -> Evaluation:
         """The results on the ``"test"`` or ``"val"`` images."""

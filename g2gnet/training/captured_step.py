@@ -8,12 +8,10 @@ training changes these in place, so the graph stays valid across its updates, un
 """
 
 import collections
-import contextlib
 import enum
 import logging
 import numbers
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,8 +38,8 @@ def captured(step: Callable[..., Any], device: torch.device | str, watch: Sequen
     anything else changes that the step reads, such as the mask of a loaded checkpoint, call ``step.recapture()``.
 
     A step that cannot be captured runs directly, and a warning says why: it must not wait for the device
-    (``loss.item()``, ``tensor[mask]``), nor draw random numbers on the CPU. What it keeps for the next call is in
-    tensors that it writes in place.
+    (``loss.item()``, ``tensor[mask]``; ``torch.cuda.set_sync_debug_mode("warn")`` says where), nor draw random numbers
+    on the CPU. What it keeps for the next call is in tensors that it writes in place.
 
     Args:
         step: one training step. Tensors among its arguments (also in tuples, lists and dictionaries) are copied to
@@ -118,29 +116,25 @@ class CapturedStep:
             kind = form, arguments, [each.grad is None for each in learned], modes, watched
             inputs += [each.grad for each in learned]
             if self._replay is None or kind != self._kind:
-                warmed = self._warmed.count(kind)
-                if warmed < self.WARM_UP or not self._capture(inputs, form, learned):
+                if self._warmed.count(kind) < self.WARM_UP or not self._capture(inputs, form, learned):
                     self._warmed.append(kind)
-                    return self._directly(args, kwargs, last=warmed == self.WARM_UP - 1)
+                    return self._directly(args, kwargs)
                 self._kind, self._kept = kind, kept
             self._warmed.clear()
             self._replays += 1
             return self._replay(inputs)
 
-    def _directly(self, args: tuple[Any, ...], kwargs: dict[str, Any], last: bool) -> Any:
+    def _directly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call on the stream on which the step will be captured, as autograd needs it."""
-        waits: list[str] = []
         stream = torch.cuda.current_stream()
         self._stream.wait_stream(stream)
         try:
-            with torch.cuda.stream(self._stream), _noticing(waits) if last else contextlib.nullcontext():
+            with torch.cuda.stream(self._stream):
                 result = self._step(*args, **kwargs)
         finally:
             stream.wait_stream(self._stream)
         self._direct += 1
-        if waits:
-            self._give_up(f"it waits for the device in {waits[0]}")
-        elif self._direct == self.PATIENCE > self._replays:
+        if self._direct == self.PATIENCE > self._replays:
             logger.warning(
                 "training steps are seldom replayed as a CUDA graph, since what is compared changes between them; let "
                 "tensors be changed in place, also a learning rate, and Adam count on the device (capturable=True)"
@@ -249,18 +243,3 @@ def _kind_of(value: Any, device: torch.device) -> tuple[Any, ...]:
         f"an argument of the step is a {type(value).__name__}{where}, and a graph reads copies of tensors on {device} "
         "that need no gradient, and plain values; move or detach it, make it in the step, or give it in `watch`"
     )
-
-
-@contextlib.contextmanager
-def _noticing(waits: list[str]) -> Iterator[None]:
-    """Adds to ``waits`` where the CPU waits for the device. (After a capture that failed for such a wait, PyTorch
-    before pull request 180395 of April 2026 may end the process.) Other warnings were given in the calls before."""
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    waits += [f"{each.filename}, line {each.lineno}" for each in seen if "synchronizing CUDA" in str(each.message)]

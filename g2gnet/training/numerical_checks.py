@@ -114,8 +114,9 @@ class LayerWatch:
 def check_labels(data: ImageData, limited: bool) -> None:
     """Warns if images are tested of classes that no training image has; ``limited``: perhaps one was left out."""
     for part, labels in (("test", data.test_labels), ("validation", data.val_labels)):
-        unknown = [] if labels is None else labels[torch.isin(labels, data.train_labels, invert=True)].tolist()
-        if unknown:
+        if labels is None:
+            continue
+        if unknown := labels[torch.isin(labels, data.train_labels, invert=True)].tolist():
             classes = ", ".join(map(str, sorted(set(unknown))))
             remedy = "raise `limit_train`" if limited else "give training images of them"
             logger.warning(

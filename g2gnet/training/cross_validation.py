@@ -99,7 +99,11 @@ def cross_validate(
     folds = []
     for fold in range(1, settings.k_folds + 1)[world.rank :: world.size]:
         run = settings.of_fold(fold)
-        data = functools.partial(_fold_data, whole, settings, fold)
+
+        def data(fold: int = fold) -> ImageData:
+            _, held_out = stratified_folds(whole().train_labels, settings.k_folds, settings.seed)[fold - 1]
+            return whole().held_out(held_out)
+
         record = run_training(run, data, checkpoint_dir, alone, on_epoch=on_epoch)
         folds.append({"fold": fold, "seed": run.seed, **{name: record[name] for name in ACCURACIES}})
     apart.stage = "the end of its folds"
@@ -110,12 +114,6 @@ def cross_validate(
         "mean": {name: statistics.mean(values) for name, values in columns.items()},
         "std": {name: statistics.stdev(values) for name, values in columns.items()},
     }
-
-
-def _fold_data(whole: Callable[[], ImageData], settings: FoldSettings, fold: int) -> ImageData:
-    """The data set with part ``fold`` of its training images held back for validation."""
-    data = whole()
-    return data.held_out(stratified_folds(data.train_labels, settings.k_folds, settings.seed)[fold - 1][1])
 
 
 def stratified_folds(labels: torch.Tensor, k_folds: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -47,29 +47,12 @@ def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
 
 
 class StopSignals:
-    """While entered, the first SIGINT or SIGTERM is ``received``; the next one ends the process at once, unless it is
-    the same within :data:`GRACE` seconds. As with :func:`handled`, only in the main thread; one that is ignored, as by
-    ``nohup`` or a shell's ``&``, stays ignored.
-    """
+    """The first SIGINT or SIGTERM that is ``received`` while :func:`stop_signals` is entered."""
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._held = contextlib.ExitStack()
+    received: signal.Signals | None = None
 
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            reader, writer = map(self._held.enter_context, socket.socketpair())
-            writer.setblocking(False)
-            self._held.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer.fileno()))
-            threading.Thread(target=_end_at_next, args=(reader,), daemon=True).start()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._held.enter_context(handled(number, self._note))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._held.close()
-
-    def _note(self, number: int, frame: object) -> None:
+    def note(self, number: int, frame: object) -> None:
+        """Handles a signal."""
         if self.received is not None:
             return
         self.received = signal.Signals(number)
@@ -77,6 +60,23 @@ class StopSignals:
         with contextlib.suppress(OSError):
             text = f"\n{self.received.name}: finishing and saving this step; after {GRACE:.0f} seconds a second signal"
             os.write(2, f"{text} ends at once\n".encode())
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[StopSignals]:
+    """While entered, the first SIGINT or SIGTERM is noted; the next one ends the process at once, unless it is the same
+    within :data:`GRACE` seconds. As with :func:`handled`, only in the main thread; one that is ignored, as by ``nohup``
+    or a shell's ``&``, stays ignored."""
+    signals = StopSignals()
+    with contextlib.ExitStack() as held:
+        if threading.current_thread() is threading.main_thread():
+            reader, writer = map(held.enter_context, socket.socketpair())
+            writer.setblocking(False)
+            held.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer.fileno()))
+            threading.Thread(target=_end_at_next, args=(reader,), daemon=True).start()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                held.enter_context(handled(number, signals.note))
+        yield signals
 
 
 def _end_at_next(reader: socket.socket) -> None:

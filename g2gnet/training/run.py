@@ -21,7 +21,7 @@ from g2gnet.training.checkpoints import CheckpointError, RunFiles, compared
 from g2gnet.training.epochs import EpochTrainer
 from g2gnet.training.evaluation import run_images
 from g2gnet.training.held_out import best_of, out_of_patience
-from g2gnet.training.interruption import Interrupted, StopSignals
+from g2gnet.training.interruption import Interrupted, StopSignals, stop_signals
 from g2gnet.training.machine import Machine
 from g2gnet.training.numerical_checks import LOWER, TrainingError
 from g2gnet.training.run_settings import RunSettings, TrainSettings
@@ -129,7 +129,7 @@ def run_epochs(
             run.resume(*checkpoint)
         world.first(lambda: files.write_history(run.history))
         run.snapshot()  # not kept: it only checks that all processes start with the same network
-        with StopSignals() as signals:
+        with stop_signals() as signals:
             run.train(signals, on_epoch)
             run.end(signals, finish)
         return run.result

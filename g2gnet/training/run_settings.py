@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from g2g_kernels.numbers import Number
@@ -257,66 +257,49 @@ class TrainSettings(NetworkSettings, RunSettings):
             return None
 
     def _at_odds(self) -> list[str]:
-        problems = super()._at_odds() + self._no_sequence()
+        return [*super()._at_odds(), *self._of_samples(), *self._of_training()]
+
+    def _of_samples(self) -> Iterator[str]:
+        """Conflicts of the data set and of what is made of its samples."""
+        name, binning = self.dataset, BINNED.get(self.dataset)
+        if binning and self.sequence != "own":
+            yield f"sequence={self.sequence} is of images, but samples of {name} are sequences; leave it out"
+        elif binning:
+            bins, dt = binning.or_usual(self.bins, self.dt)
+            yield from binning.problems(name, bins, dt)
+            if far := shift_problem(self.unit_shift, name, binning.shape(self.T, bins)[1:]):
+                yield far
+        elif self.sequence == "own" and name in DATASETS and not DATASETS[name].sequences:
+            yield f"sequence=own is of data of your own, but {name} has images; give `sequence=rows` or another"
+        of_images = self.of_images() | ({} if self.sequence == "none" else {"sequence": self.sequence})
+        for setting, value in of_images.items() if self.use_resnet else ():
+            yield f"{setting}={value} needs images, but use_resnet trains on features; leave one of them out"
+
+    def _of_training(self) -> Iterator[str]:
+        """Conflicts of the way of training."""
         # a point before a letter could make it the name of another run's file, as that of x.previous.pth
         if self.name is not None and not re.fullmatch(r"([\w+=-]|\.(?=\d)){1,64}", self.name):
-            problems.append(
-                f"name={self.name!r} is no part of a file's name; give up to 64 letters, digits, _ + = -, and points "
-                "before digits"
-            )
-        if self.use_resnet:
-            of_images = self.of_images() | ({} if self.sequence == "none" else {"sequence": self.sequence})
-            problems += [
-                f"{name}={value} needs images, but use_resnet trains on features; leave one of them out"
-                for name, value in of_images.items()
-            ]
+            wanted = "up to 64 letters, digits, _ + = -, and points before digits"
+            yield f"name={self.name!r} is no part of a file's name; give {wanted}"
         if self.patience is not None and self.enforce_sparsity:
-            problems.append(
-                f"patience={self.patience} could end training before enforce_sparsity has acted; leave one of them out"
-            )
-        if self.optimizer == "adamw" and (decay := self.lr * self.weight_decay) >= 1:
-            problems.append(
-                f"lr={self.lr} times weight_decay={self.weight_decay} is the share of each weight that a step of adamw "
-                f"takes, {decay:.4g}, and must be below 1; lower one of them"
-            )
+            yield f"patience={self.patience} could end training before enforce_sparsity acts; leave one of them out"
+        if self.optimizer == "adamw" and self.lr * self.weight_decay >= 1:
+            decays = f"lr={self.lr} times weight_decay={self.weight_decay}"
+            yield f"{decays}, the share of a weight that a step of adamw takes, must be below 1; lower one of them"
         if self.chunk is not None and self.readout in ("mean", "max"):
-            problems.append(
-                f"chunk={self.chunk} does not keep the membranes of all steps that readout={self.readout} is taken "
-                "from; leave it out, or give `readout=last`"
-            )
+            read = f"the membranes of all steps that readout={self.readout} is taken from"
+            yield f"chunk={self.chunk} does not keep {read}; leave it out, or give `readout=last`"
         if self.chunk is not None and self.learn_delay:
-            problems.append(
-                f"chunk={self.chunk} does not know the spikes after a chunk, which gradients of learned delays of 0 "
-                "read; leave `chunk` or `learn_delay` out"
-            )
+            read = "the spikes after a chunk, which gradients of learned delays of 0 read"
+            yield f"chunk={self.chunk} does not know {read}; leave `chunk` or `learn_delay` out"
         for name, rules in (("cp", PRUNE_RULES), ("cg", GROW_RULES)):
             rule, acts = getattr(self, name), name not in self.idle(vars(self))
             if acts and rules[rule].needs == ACTIVITY and self.readout != "counts":
-                problems.append(
-                    f"{name}={rule}: a correlation needs output spikes, and with readout={self.readout} there are "
-                    f"none; give another `{name}`, or `readout=counts`"
-                )
+                without = f"a correlation needs output spikes, and readout={self.readout} has none"
+                yield f"{name}={rule}: {without}; give another `{name}`, or `readout=counts`"
         if self.sparsity_mode == "dynamic" and self.model == "dense" and self.final_density is None:
-            problems.append(
-                f"sparsity_mode=dynamic needs a sparse model; give `model={', '.join(SPARSE)}`, or a `final_density`"
-            )
-        return problems
-
-    def _no_sequence(self) -> list[str]:
-        if binning := BINNED.get(self.dataset):
-            if self.sequence != "own":
-                return [
-                    f"sequence={self.sequence} is of images, but samples of {self.dataset} are sequences; leave it out"
-                ]
-            bins, dt = binning.or_usual(self.bins, self.dt)
-            far = shift_problem(self.unit_shift, self.dataset, binning.shape(self.T, bins)[1:])
-            return binning.problems(self.dataset, bins, dt) + ([far] if far else [])
-        if self.sequence == "own" and self.dataset in DATASETS and not DATASETS[self.dataset].sequences:
-            return [
-                f"sequence=own is of data of your own, but {self.dataset} has images; give `sequence=rows`, "
-                "`sequence=pixels` or `sequence=permuted`"
-            ]
-        return []
+            sparse = ", ".join(SPARSE)
+            yield f"sparsity_mode=dynamic needs a sparse model; give `model={sparse}`, or a `final_density`"
 
     @property
     def shift(self) -> int | None:

@@ -102,7 +102,7 @@ def test_a_number_outside_of_its_range_is_named(interval, name):
         ({"use_resnet": True}, "use_resnet=True has no effect with dataset=fashionmnist; give `dataset=cifar10` or"),
         ({"dataset": "cifar10", "resnet_weights": "w.pt"}, "resnet_weights=w.pt has no effect without use_resnet"),
         ({"standardize": True, "enc": "rate"}, "standardize makes .* not spike probabilities .* give `enc=current`"),
-        ({"optimizer": "adamw", "weight_decay": 1000.0}, "takes, 1, and must be below 1; lower one of them"),
+        ({"optimizer": "adamw", "weight_decay": 1000.0}, "adamw takes, must be below 1; lower one of them"),
         ({"optimizer": "adamw", "weight_decay": 0.0}, "adamw has no effect with weight_decay=0.0; give `weight_decay`"),
         ({"patience": 3}, "patience=3 has no effect without validation; give `validation`, or leave it out"),
         ({"validation": 0.1, "patience": 2, "enforce_sparsity": True}, "patience=2 could end training before enforce"),

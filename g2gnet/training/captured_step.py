@@ -80,10 +80,7 @@ class CapturedStep:
 
     def __init__(self, step: Callable[..., Any], device: torch.device, watch: Any, required: bool = False) -> None:
         if not isinstance(watch, tuple | list) or not all(isinstance(each, nn.Module | Optimizer) for each in watch):
-            raise TypeError(
-                f"watch={type(watch).__name__} must be a tuple of all modules and optimizers that the step uses, as in "
-                "watch=(net, optimizer)"
-            )
+            raise TypeError(f"watch={type(watch).__name__} must be a tuple of all modules and optimizers of the step")
         self._possible = device.type == "cuda"
         if required and not self._possible:
             raise ValueError(f"a CUDA graph needs a CUDA device, not {device}; leave `cuda_graph` out")
@@ -136,8 +133,8 @@ class CapturedStep:
         self._direct += 1
         if self._direct == self.PATIENCE > self._replays:
             logger.warning(
-                "training steps are seldom replayed as a CUDA graph, since what is compared changes between them; let "
-                "tensors be changed in place, also a learning rate, and Adam count on the device (capturable=True)"
+                "training steps are seldom replayed as a CUDA graph, since what is compared changes between them; "
+                "change tensors in place, also a learning rate, and let Adam count on the device (capturable=True)"
             )
         return result
 

@@ -62,6 +62,7 @@ class RunFiles:
         self._all = {kind: self.directory / f"{stem}{ending}" for kind, ending in ENDINGS.items()}
         paths = self._all.values()
         self.checkpoint, self.previous, self.best, self.history, self.table, self.analysis, self.marker = paths
+        self.elsewhere = f"another `checkpoint_dir` than {self.directory}"  # a remedy
         self.lock = self.directory / f".{stem}.lock"
         self._whole = False  # whether self.checkpoint is known to be intact, so it may replace self.previous
 
@@ -85,7 +86,7 @@ class RunFiles:
         except OSError as error:
             if error.errno == errno.EINVAL:  # of check_own
                 what = f"{error.filename} cannot be one of the run's own files"
-                remedy = f"move it away, or {remedy} than {self.directory}"
+                remedy = f"move it away, or give {self.elsewhere}"
             elif error.errno == errno.ENAMETOOLONG:
                 remedy = f"give the data a file of a shorter name than that in {self.checkpoint.name}"
             raise CheckpointError(f"{what} ({reason(error)}); {remedy}") from error
@@ -104,7 +105,7 @@ class RunFiles:
                 what = f"cannot lock {self.lock} ({reason(error)}); delete it"
                 if isinstance(error, BlockingIOError):
                     what = f"another run of this name is using {self.checkpoint} (it holds {self.lock}); wait for it"
-                raise CheckpointError(f"{what}, or give another `checkpoint_dir` than {self.directory}") from error
+                raise CheckpointError(f"{what}, or give {self.elsewhere}") from error
             for path in self._all.values():
                 for leftover in files.leftovers(path):
                     with contextlib.suppress(OSError):  # it is in nobody's way
@@ -155,10 +156,8 @@ class RunFiles:
                 warn(f"{problems[0]} Using the previous checkpoint.")
             return path, state
         if problems:
-            raise CheckpointError(
-                f"{' '.join(problems)} Nothing was changed; move {self.names()} away to start over, or give another "
-                f"`checkpoint_dir` than {self.directory}."
-            )
+            remedy = f"move {self.names()} away to start over, or give {self.elsewhere}"
+            raise CheckpointError(f"{' '.join(problems)} Nothing was changed; {remedy}.")
         return None
 
     def mark_done(self, settings: dict[str, Any], result: dict[str, Any]) -> None:
@@ -193,10 +192,8 @@ class RunFiles:
             check_tested(tested)
             finished = result["epoch"] == settings.epochs or out_of_patience(history, settings.patience)
         except UNFIT as error:
-            raise CheckpointError(
-                f"{reason(error)} The run is finished, but its result counts only with its checkpoint: restore that "
-                f"file, or delete {self.names()} to train it again"
-            ) from error
+            remedy = f"restore that file, or delete {self.names()} to train it again"
+            raise CheckpointError(f"{reason(error)} A result counts only with its checkpoint: {remedy}") from error
         self._check_settings(self.checkpoint, state["settings"], settings)
         # killed before it was gone, a marker is of fewer epochs than the checkpoint
         finished &= made_with.get("epochs") == settings.epochs and bool(tested) == (settings.validation is not None)
@@ -215,24 +212,19 @@ class RunFiles:
         if not differing or (longer and not tied):
             return
         if longer:
-            differing.append(
-                f"The run cannot go on for more epochs: with {' and '.join(tied)} each of its "
-                f"{was['epochs']} epochs depended on their number, and {ours.epochs} from the start are another run."
-            )
+            depended = f"with {' and '.join(tied)} each of its {was['epochs']} epochs depended on their number"
+            differing.append(f"The run cannot go on for more epochs: {depended}.")
         beside = "`name=NAME` to train another run beside it, " if hasattr(ours, "name") else ""
-        raise CheckpointError(
-            f"{path} belongs to a run with different settings:\n" + "\n".join(differing) + "\n"
-            f"Give the settings that it was made with, {beside}another `checkpoint_dir` than {self.directory}, "
-            f"or delete {self.names()} to start over."
-        )
+        what = "\n".join([f"{path} belongs to a run with different settings:", *differing])
+        remedy = f"{beside}{self.elsewhere}, or delete {self.names()} to start over."
+        raise CheckpointError(f"{what}\nGive the settings that it was made with, {remedy}")
 
     def check_data(self, path: Path, theirs: str | None, fingerprint: str) -> None:
         """Raises CheckpointError unless the checkpoint is of a run on the data with this fingerprint."""
         if theirs != fingerprint:
             raise CheckpointError(
-                f"{path} belongs to a run on different data: their SHA-256 is {theirs} there, {fingerprint} "
-                "now.\nGive the directory with the original data as `data_dir`, give another `checkpoint_dir` than "
-                f"{self.directory}, or delete {self.names()} to start over."
+                f"{path} belongs to a run on different data: their SHA-256 is {theirs} there, {fingerprint} now.\n"
+                f"Give the directory of those as `data_dir`, {self.elsewhere}, or delete {self.names()} to start over."
             )
 
     def names(self) -> str:
@@ -265,10 +257,8 @@ class RunFiles:
         try:
             yield
         except OSError as error:
-            raise CheckpointError(
-                f"cannot write {path} ({reason(error)}). {self.last_checkpoint()} Free space, then run the same "
-                "command again to resume"
-            ) from error
+            remedy = f"{self.last_checkpoint()} Free space, then run the same command again to resume"
+            raise CheckpointError(f"cannot write {path} ({reason(error)}). {remedy}") from error
 
 
 def numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -89,10 +89,8 @@ def cross_validate(
     """
     world = machine.world
     if world.size > settings.k_folds:
-        raise SettingsError(
-            f"k_folds={settings.k_folds} leaves some of {world.size} processes without one; start fewer processes, "
-            "or give more folds"
-        )
+        left = f"some of {world.size} processes without one"
+        raise SettingsError(f"k_folds={settings.k_folds} leaves {left}; start fewer processes, or give more folds")
     apart = world.apart()  # nobody knows how long the others' folds take
     whole = functools.cache(lambda: load_data().limited(settings.limit_train, settings.limit_test))
     alone = machine._replace(world=ALONE)
@@ -122,10 +120,8 @@ def stratified_folds(labels: torch.Tensor, k_folds: int, seed: int) -> list[tupl
     members = labels.bincount()
     label, fewest = min(((label, count) for label, count in enumerate(members.tolist()) if count), key=lambda it: it[1])
     if fewest < k_folds:
-        raise SettingsError(
-            f"k_folds={k_folds} is out of range: class {label} has only {fewest} of the {len(labels)} training images; "
-            f"give fewer folds, or a larger `limit_train`"
-        )
+        has = f"class {label} has only {fewest} of the {len(labels)} training images"
+        raise SettingsError(f"k_folds={k_folds} is out of range: {has}; give fewer, or a larger `limit_train`")
     # scikit-learn takes seeds of 32 bits
     from sklearn.model_selection import StratifiedKFold  # takes a second to import: only where folds are made
 

@@ -179,10 +179,8 @@ class _UnfinishedRun(Generic[TrainerT]):
             unsaved = self._is_best() and state["progress"] is None and not state.get("tested")
             differing = compared(state["versions"], self.versions)
         except UNFIT as error:
-            raise CheckpointError(
-                f"{path} does not fit the network it names ({error}). It was not changed; move it away, "
-                f"or give another `checkpoint_dir` than {self.files.directory}."
-            ) from error
+            remedy = f"It was not changed; move it away, or give {self.files.elsewhere}."
+            raise CheckpointError(f"{path} does not fit the network it names ({error}). {remedy}") from error
         say(f"resuming {path} after epoch {trainer.epoch}, step {trainer.step}")
         if unsaved:
             self.world.first(lambda: self.files.save_best(state))
@@ -218,11 +216,9 @@ class _UnfinishedRun(Generic[TrainerT]):
                 self._report(record, on_epoch)
             # asked in any case: where one process ends, torchrun ends the others, and all must be written by then
             if stop := self._told_to_stop(signals):
-                raise Interrupted(
-                    f"stopped by {stop.name} after step {trainer.step}, with {trainer.epoch} of {settings.epochs} "
-                    f"epochs done; saved in {files.checkpoint}: run the same command again to resume from there",
-                    stop,
-                )
+                done = f"after step {trainer.step}, with {trainer.epoch} of {settings.epochs} epochs done"
+                saved = f"saved in {files.checkpoint}: run the same command again to resume from there"
+                raise Interrupted(f"stopped by {stop.name} {done}; {saved}", stop)
 
     def end(self, signals: StopSignals, finish: Callable[[TrainerT, RunFiles], None] | None) -> None:
         """Tests what was not tested before, calls ``finish`` and marks the run as finished."""

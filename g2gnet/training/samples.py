@@ -35,8 +35,6 @@ def order_of(settings: TrainSettings, data: ImageData) -> torch.Tensor:
     except ValueError as error:
         raise SettingsError(str(error)) from error
     if len(order) != settings.T:
-        raise SettingsError(
-            f"T={settings.T} is not the length of the sequences of {data.name} with sequence={settings.sequence}; give "
-            f"`T={len(order)}`"
-        )
+        sequences = f"the sequences of {data.name} with sequence={settings.sequence}"
+        raise SettingsError(f"T={settings.T} is not the length of {sequences}; give `T={len(order)}`")
     return order

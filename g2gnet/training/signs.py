@@ -147,10 +147,8 @@ def _signs_of(name: str, layers: list[G2GLinear]) -> torch.Tensor:
             found[torch.from_numpy(edges.source[there])] = True
     both = (positive & negative).nonzero()
     if len(both):
-        raise ValueError(
-            f"neuron {int(both[0])} of {name} has weights of both signs ({len(both)} neurons do); give signs, of which "
-            "weights then take the given one"
-        )
+        first = f"neuron {int(both[0])} of {name} has weights of both signs ({len(both)} neurons do)"
+        raise ValueError(f"{first}; give signs, which weights then take")
     return positive.to(torch.int8) - negative.to(torch.int8)
 
 

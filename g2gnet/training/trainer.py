@@ -100,10 +100,8 @@ class Trainer(EpochTrainer):
         self.world = world
         self.lr_schedule, self.lr_warmup = settings.lr_schedule, settings.lr_warmup
         if self.lr_warmup >= self._steps:
-            raise SettingsError(
-                f"lr_warmup={self.lr_warmup} leaves no step at `lr`: training takes {self._steps} steps; lower "
-                "`lr_warmup`"
-            )
+            of_all = f"training takes {self._steps} steps"
+            raise SettingsError(f"lr_warmup={self.lr_warmup} leaves no step at `lr`: {of_all}; lower `lr_warmup`")
         count = len(self.data.train_labels)
         smallest = count - (self._batches - 1) * settings.batch_size
         if smallest < world.size:
@@ -145,10 +143,8 @@ class Trainer(EpochTrainer):
             final, connections = settings.final_density, list(self.net.connections().values())
             bounded = settings.dst_schedule != "constant" or settings.dst_stop != 1 or final is not None
             if final is not None and final >= (density := mean_density(connections)):
-                raise SettingsError(
-                    f"final_density={final} is no less than the {density:.4g} that training begins with; lower it, or "
-                    "begin with more weights, as with a higher `p_inter`"
-                )
+                first = f"the {density:.4g} that training begins with"
+                raise SettingsError(f"final_density={final} is no less than {first}; lower it, or raise `p_inter`")
             try:
                 self.dst = DSTScheduler(
                     connections,

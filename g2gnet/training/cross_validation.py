@@ -75,13 +75,12 @@ def cross_validate(
     """Trains one model for each fold, from fresh masks and weights; finished folds are skipped.
 
     The images are shuffled and divided with equal shares of each class (seed s of the settings). The model of fold n is
-    drawn and trained with seed s + n − 1: the spread over the folds includes masks, initial values and the order of
-    images as well as the data. Each fold is a run of its own, with a checkpoint, a history and a marker.
+    drawn and trained with seed s + n − 1, so the spread over the folds includes masks, initial values and the order of
+    images. Each fold is a run of its own, with a checkpoint, a history and a marker. The processes of the ``world`` of
+    ``machine`` all call this with the same ``checkpoint_dir`` and share the folds.
 
-    ``load_data`` gives the whole data set. The folds are distributed over the processes of the ``world`` of
-    ``machine``, which all call this with the same ``checkpoint_dir``. Errors are those of
-    :func:`g2gnet.training.run_training`, and SettingsError for more folds than a class has images, or fewer than there
-    are processes.
+    Raises what :func:`g2gnet.training.run_training` does, and SettingsError for more folds than a class has images, or
+    fewer than there are processes.
 
     Returns:
         ``folds``: for each fold its number, seed and accuracies after the last epoch; ``mean`` and ``std`` (with k − 1)

@@ -33,9 +33,9 @@ class EpochTrainer(ABC):
         held_out: with ``settings.validation``, which training images are held out, int64 [n].
         judges: the images that each epoch is tested on, ``"val"`` and ``"test"`` or one of them.
         epoch, step: how many epochs and steps are finished.
-        progress: of a started epoch, the sums over its steps, which are saved with it, so that its record covers all of
-            them: of the loss and of correctly classified images over all images, scalars, ``seconds`` that have passed,
-            ``cpu_seconds`` of processor time, all threads together, and what the subclass adds.
+        progress: of a started epoch, sums over its steps, which are saved: of the loss and of correctly classified
+            images over all images, scalars, ``seconds`` that have passed, ``cpu_seconds`` of all threads together, and
+            what the subclass adds.
     """
 
     #: the optimizer's tensors for each parameter

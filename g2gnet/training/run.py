@@ -267,8 +267,8 @@ class _UnfinishedRun(Generic[TrainerT]):
 
     def _report(self, record: dict[str, Any], on_epoch: Sequence[EpochCallback[TrainerT]]) -> None:
         """Prints an epoch's results and its training time, and calls ``on_epoch`` in the first process."""
-        names = [name for name in ("train_acc", "val_acc", "test_acc") if name in record]
-        results = " | ".join(f"{name}={record[name]:.4f}" for name in [*names, "train_loss"])
+        names = ("train_acc", "val_acc", "test_acc", "train_loss")
+        results = " | ".join(f"{name}={record[name]:.4f}" for name in names if name in record)
         say(f"{self.settings.label}Epoch {record['epoch']:02d} | {results} | {record['seconds']:.1f} s")
         if self.world.leads:
             for callback in on_epoch:

@@ -107,10 +107,9 @@ class RunSettings(Settings):
 class TrainSettings(NetworkSettings, RunSettings):
     """The settings of one training run; two runs with equal settings on one machine give equal weights.
 
-    ``resnet_weights`` stands for the content of that file (:func:`g2gnet.data.features.weights_digest`). ``T`` is 50
-    unless it is given, of images that unfold over time their number of steps, and of recordings those of their length
-    (:class:`~g2gnet.data.binned.Binning`). Of data of your own that are sequences it must be given here; programs look
-    into the file.
+    ``resnet_weights`` stands for the content of that file (:func:`g2gnet.data.features.weights_digest`). Unless ``T``
+    is given, it is 50, or the steps of images that unfold over time, or of recordings
+    (:class:`~g2gnet.data.binned.Binning`). Of your own sequences it must be given; programs look into the file.
 
     Example:
         >>> settings = TrainSettings(dataset="fashionmnist-mini", model="mixer", T=10)

@@ -43,9 +43,9 @@ def _as_trained() -> Iterator[None]:
 class SavedRun:
     """A run as described by its checkpoint; :func:`read_run` reads it.
 
-    So many epochs and optimizer steps are finished, each epoch with a record in the history. A run that was
-    ``interrupted`` inside an epoch has the network after its last step, to which no record belongs. A finished run with
-    held-out images has ``tested``, the test accuracies of its last and of its best epoch (:func:`run_epochs`).
+    ``epoch`` and ``step`` say how many are finished; each epoch has a record in the history. A run ``interrupted``
+    inside an epoch has the network of its last step, to which no record belongs. A finished run with held-out images
+    has ``tested``, the test accuracies of its last and of its best epoch (:func:`run_epochs`).
 
     Example:
         >>> run = read_run("checkpoints/fashionmnist-mini_mixer_p0.15_T5_current.pth")
@@ -143,10 +143,10 @@ def read_run(checkpoint: Path | str) -> SavedRun:
 def load(checkpoint: Path | str, device: torch.device | str = "cpu", backend: str | None = None) -> G2GNet:
     """The network that ``train.py`` or ``crossval.py`` saved, in evaluation mode.
 
-    It is the one after the last finished epoch; of a run that was stopped inside an epoch, the one of that step, which
-    was never tested, as the logger ``g2gnet`` warns. ``net(x)`` scales, standardises and encodes samples [B, D] as the
-    run did; images of uint8 become samples by :func:`g2gnet.data.as_samples`. It computes in float32: a run with
-    ``precision="bf16"`` classified under ``torch.autocast``. Nothing in the file is executed.
+    It is that of the last finished epoch; of a run that was stopped inside an epoch, that of its last step, which was
+    never tested, as the logger ``g2gnet`` warns. ``net(x)`` scales, standardises and encodes samples [B, D] as the run
+    did; :func:`g2gnet.data.as_samples` makes samples of images. It computes in float32: a run with ``precision="bf16"``
+    classified under ``torch.autocast``. Nothing in the file is executed.
 
     Args:
         checkpoint: the ``.pth`` file, of a finished run or not.
@@ -154,8 +154,7 @@ def load(checkpoint: Path | str, device: torch.device | str = "cpu", backend: st
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
 
     Raises:
-        ValueError: for an unknown device or backend, or a device that this machine does not have.
-        BackendError: for a backend that cannot be used here.
+        ValueError, BackendError: for a device or a backend that is unknown, or cannot be used here.
         CheckpointError: if the file is missing, damaged, or not the checkpoint of a training run.
 
     Example:
@@ -167,8 +166,6 @@ def load(checkpoint: Path | str, device: torch.device | str = "cpu", backend: st
     require_backend(backend)
     run = read_run(checkpoint)
     if run.interrupted:
-        logger.warning(
-            "%s was saved %s: no accuracy in its history is that of this network; run its command again to finish the "
-            "epoch", run.path, run.position,
-        )  # fmt: skip
+        text = "%s was saved %s: no accuracy in its history is that of this network; run its command again to go on"
+        logger.warning(text, run.path, run.position)
     return run.network(device, backend).eval()

@@ -66,9 +66,8 @@ class Evaluation(NamedTuple):
 class Trainer(EpochTrainer):
     """Trains one :class:`G2GNet` on one data set, and rewires it (:class:`~g2gnet.training.epochs.EpochTrainer`).
 
-    Each process of the ``world`` of ``machine`` has such a trainer and computes its part of every batch. Together they
-    do what one process would do, except for the order of floating-point sums. The data, on any device, are moved to
-    that of ``machine``.
+    Each process of the ``world`` of ``machine`` has such a trainer and computes its part of every batch; together they
+    do what one process would, except for the order of floating-point sums.
 
     Attributes:
         net: the network that is trained. To the ``progress`` of an epoch it adds ``firing_rates``, Σ over images of the
@@ -77,8 +76,7 @@ class Trainer(EpochTrainer):
             average, which is rewired with it.
 
     Raises:
-        SettingsError: if a batch has fewer images than there are processes, training has too few steps for DST, the
-            images to be changed are vectors, or the network and a step need more memory than there is.
+        SettingsError: if the settings do not fit the data, the number of processes or of steps, or the memory.
 
     Example:
         >>> from g2gnet.data import load_dataset

@@ -5,13 +5,10 @@ import logging
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from g2g_kernels import Activity
 from g2g_kernels.triton import runtime
-from g2gnet.base.distributed import World
 from g2gnet.base.seeding import draw_device, stream
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase, random_unit_shift
 from g2gnet.dst.gradual_pruning import mean_density
@@ -36,16 +33,6 @@ logger = logging.getLogger("g2gnet")
 ONE_THREAD_UPDATE = 1_000_000
 #: squares of numbers up to this can be summed in float32
 _SQUARED = 1e15
-
-
-class _Simulation(nn.Module):
-    """``simulate`` of a network as ``forward`` of a module, as DistributedDataParallel needs it, with the network's
-    parameters alone: masks are the same in all processes, which is checked whenever they change."""
-
-    def __init__(self, net: G2GNet) -> None:
-        super().__init__()
-        self.net_parameters = nn.ParameterList(net.parameters())
-        self.forward = net.simulate
 
 
 class Evaluation(NamedTuple):
@@ -225,19 +212,6 @@ class Trainer(EpochTrainer):
             self._captured.recapture()
         parameters = sum(parameter.numel() for parameter in self.net.parameters())
         self._one_thread_updates = self.device.type == "cpu" and parameters <= ONE_THREAD_UPDATE
-        self._parallel: DistributedDataParallel | None = None  # the former one first takes its hooks off the parameters
-        if self.world.size == 1:
-            return
-        self.world.arrive()
-        self._parallel = DistributedDataParallel(
-            _Simulation(self.net),
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            process_group=self.world.group,
-            gradient_as_bucket_view=True,
-        )
-        self._parallel.broadcast_buffers = False  # they stay as they are, and each mask would be compared in each step
-        # their sum, where DistributedDataParallel itself averages them
-        self._parallel.register_comm_hook(self.world, World.sum_gradients)
 
     def _no_progress(self) -> dict[str, Any]:
         firing_rates = torch.zeros(sum(self._neurons), device=self.device)
@@ -327,7 +301,7 @@ class Trainer(EpochTrainer):
         process has a ``share`` of the batch. Returns of the whole batch the mean cross-entropy, the number of correctly
         classified images and each neuron's mean rate, layer after layer [2 + 2·H + C]; and the activity on its part."""
         with autocast(self.settings, self.device):
-            activity = (self._parallel or self.net.simulate)(inputs, chunk=self.settings.chunk, dropped=dropped)
+            activity = self.net.simulate(inputs, chunk=self.settings.chunk, dropped=dropped)
         loss = F.cross_entropy(activity.output, labels, label_smoothing=self.settings.label_smoothing)
         objective = share * loss
         if regularizer[0] > 0:
@@ -336,6 +310,7 @@ class Trainer(EpochTrainer):
         self.optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
         objective.backward()
         with torch.no_grad():
+            self._sum_gradients()
             correct = (activity.output.argmax(1) == labels).sum().to(loss.dtype)
             results = self.world.sum_(
                 torch.cat([torch.stack([share * loss, correct]), *[share * r for r in activity.rates]])
@@ -346,6 +321,14 @@ class Trainer(EpochTrainer):
         self._update()
         self.optimizer.zero_grad(set_to_none=True)  # a graph would get copies of those with which it begins
         return results, activity
+
+    def _sum_gradients(self) -> None:
+        """Makes each gradient the sum over the processes, in one message."""
+        if self.world.size > 1:
+            gradients = [each.grad for each in self.net.parameters() if each.grad is not None]
+            sums = self.world.sum_(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, each in zip(gradients, sums.split([gradient.numel() for gradient in gradients]), strict=True):
+                gradient.copy_(each.view_as(gradient))
 
     def _clip_gradient(self, largest: float) -> None:
         """Scales the gradient down to that norm, also one whose squares overflow: ``clip_grad_norm_`` makes that 0."""

@@ -72,7 +72,6 @@ def check_memory(settings: TrainSettings, input_dim: int, num_classes: int, samp
     if free is not None and needed > free:
         raise SettingsError(
             f"training takes at least {gigabytes(needed)} of memory with hidden_dim={settings.hidden_dim}, "
-            f"T={settings.T} and {samples} images per step, and there are {gigabytes(free)}; lower `hidden_dim`"
-            f"{' or `p_inter`, raise `block_size`' if settings.model != 'dense' else ''}, or lower "
-            f"{'`T`, ' if settings.sequence == 'none' else ''}`chunk` or `batch_size`"
+            f"T={settings.T} and {samples} images per step, and there are {gigabytes(free)}; lower `hidden_dim`, "
+            "`T`, `chunk` or `batch_size`"
         )

@@ -1,7 +1,6 @@
 """The optimisation of one network: steps, epochs, evaluation, and a state to resume from."""
 
 import copy
-import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -26,8 +25,6 @@ from g2gnet.training.run_settings import TrainSettings
 from g2gnet.training.samples import check_images, order_of
 from g2gnet.training.saved_state import check_form, load_model
 from g2gnet.weights.tied_averages import tie_wiring, untie_wiring
-
-logger = logging.getLogger("g2gnet")
 
 #: parameters that one thread updates in about a millisecond
 ONE_THREAD_UPDATE = 1_000_000
@@ -120,9 +117,6 @@ class Trainer(EpochTrainer):
         self._captured: CapturedStep | None = None
         if machine.captures:
             self._captured = CapturedStep(self._learn, device, (self.net, self.optimizer), bool(machine.cuda_graph))
-        self._follow_weights()
-        if machine.cuda_graph is None and device.type == "cuda" and world.size > 1:
-            logger.info("training steps are not replayed as a CUDA graph: %d processes communicate in them", world.size)
         self.dst: DSTScheduler | None = None
         if settings.sparsity_mode == "dynamic":
             final, connections = settings.final_density, list(self.net.connections().values())
@@ -175,7 +169,8 @@ class Trainer(EpochTrainer):
                 raise ValueError(f"dst/steps={state['dst']['steps']} and step={state['step']} are at odds")
             check_form("dst", state["dst"], {"pruned": 0, "grown": 0}, low=0)
             self.dst.load_state_dict(state["dst"])
-        self._follow_weights()
+        if self._captured:
+            self._captured.recapture()  # for other masks
 
     def _build_network(self, input_dim: int, num_classes: int) -> G2GNet:
         return build_network(self.settings, input_dim, num_classes, self._machine.backend)
@@ -205,13 +200,6 @@ class Trainer(EpochTrainer):
         rest: dict[str, Any] = {"weight_decay": 0.0}
         rest["params"] = [each for each in learned.values() if id(each) not in weights]
         return torch.optim.AdamW([{"params": [*weights.values()]}, rest, *groups], **options)
-
-    def _follow_weights(self) -> None:
-        """Makes what depends on the addresses of weights, on how many there are and on masks that were loaded."""
-        if self._captured:
-            self._captured.recapture()
-        parameters = sum(parameter.numel() for parameter in self.net.parameters())
-        self._one_thread_updates = self.device.type == "cpu" and parameters <= ONE_THREAD_UPDATE
 
     def _no_progress(self) -> dict[str, Any]:
         firing_rates = torch.zeros(sum(self._neurons), device=self.device)
@@ -257,14 +245,14 @@ class Trainer(EpochTrainer):
         labels = self.data.train_labels[index]
         images = self.data.train_images[index]
         if self.settings.shift is not None:
-            images = random_crop_and_flip(images, self._stream("augment", self.step), self.settings.shift)
+            images = random_crop_and_flip(images, self._stream("augment"), self.settings.shift)
         if self.settings.erase:
-            images = random_erase(images, self._stream("erase", self.step), self.settings.erase)
+            images = random_erase(images, self._stream("erase"), self.settings.erase)
         if self.settings.unit_shift:
-            images = random_unit_shift(images, self._stream("unit_shift", self.step), self.settings.unit_shift)
+            images = random_unit_shift(images, self._stream("unit_shift"), self.settings.unit_shift)
         # from the whole batch's draws, so each image gets what it would get in one process
         part = self.world.part(len(index))
-        inputs = self.net.encode(as_samples(images), self._stream("encode_train", self.step), part)
+        inputs = self.net.encode(as_samples(images), self._stream("encode_train"), part)
         labels = labels[part]
         regularizer = 0.0, 0.0
         if self.settings.enforce_sparsity:
@@ -274,7 +262,7 @@ class Trainer(EpochTrainer):
         learn = self._captured if self._captured and not differs else self._learn
         dropped: list[torch.Tensor] | None = None
         if self.settings.dropout:
-            drawn = self.net.drop(len(index), self._stream("dropout", self.step))
+            drawn = self.net.drop(len(index), self._stream("dropout"))
             dropped = [each[part].to(self.device) for each in drawn]
         # the regulariser and the share are constants of a captured step
         results, activity = learn(inputs, labels, regularizer, len(labels) / len(index), dropped)
@@ -284,8 +272,8 @@ class Trainer(EpochTrainer):
             share = 1 / min(self.step, self.settings.average)
             for average, now in zip(self.tested.parameters(), self.net.parameters(), strict=True):
                 average.data.lerp_(now.data, share)
-        if self.dst and self.dst.step(inputs, activity) and self.settings.final_density is not None:
-            self._follow_weights()
+        if self.dst and self.dst.step(inputs, activity) and self._captured and self.settings.final_density is not None:
+            self._captured.recapture()  # the graph holds the weights that were more
         loss, correct, firing_rates = results[0], results[1], results[2:]
         return {"loss": loss * len(index), "correct": correct, "firing_rates": firing_rates * len(index)}
 
@@ -346,7 +334,8 @@ class Trainer(EpochTrainer):
         """The optimizer's step, with equal bits on one thread if there are few parameters on a CPU: the fused update is
         one parallel region per parameter, which beside busy programs takes many times as long as the arithmetic."""
         threads = torch.get_num_threads()
-        if self._one_thread_updates:
+        parameters = sum(each.numel() for group in self.optimizer.param_groups for each in group["params"])
+        if one_thread := self.device.type == "cpu" and parameters <= ONE_THREAD_UPDATE:
             torch.set_num_threads(1)
         try:
             self.optimizer.step()
@@ -354,13 +343,11 @@ class Trainer(EpochTrainer):
                 if isinstance(neurons, AdLIF):
                     neurons.keep_stable_()
         finally:
-            if self._one_thread_updates:
+            if one_thread:
                 torch.set_num_threads(threads)
 
     def _whole_batch(self, part: torch.Tensor) -> torch.Tensor:
         """The sum over the processes; its gradient goes only to this process's part, since each sends its own."""
-        if self.world.size == 1:
-            return part
         return part + (self.world.sum_(part.detach().clone()) - part.detach())
 
     def evaluate(self, part: str = "test") -> Evaluation:
@@ -394,6 +381,6 @@ class Trainer(EpochTrainer):
         now = self._units()
         return {name: int(torch.isin(had, now[name]).sum()) / max(1, len(had)) for name, had in units.items()}
 
-    def _stream(self, purpose: str, *counters: int) -> torch.Generator:
-        """The run's stream of that name, on the device if it has generators."""
-        return stream(self.settings.seed, purpose, *counters, device=draw_device(self.device))
+    def _stream(self, purpose: str) -> torch.Generator:
+        """This step's stream of that name, on the device if it has generators."""
+        return stream(self.settings.seed, purpose, self.step, device=draw_device(self.device))

@@ -93,10 +93,8 @@ class RunFiles:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """While entered, no other process can enter it for these files; the lock ends with its process. Makes the
-        directory, and removes leftovers of a killed process. Raises CheckpointError as :meth:`check`, or if another run
-        has entered.
-        """
+        """While entered, no other process can enter it for these files; the lock ends with its process. Does what
+        :meth:`check` does, and removes leftovers of a killed process. Raises CheckpointError if another has entered."""
         self.check()
         with contextlib.ExitStack() as held:
             try:
@@ -113,8 +111,8 @@ class RunFiles:
             yield
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replaces the checkpoint by ``state`` (tensors, numbers, strings and containers of them). Raises
-        CheckpointError if it cannot be written (a full disk, say); the previous checkpoint is still there."""
+        """Replaces the checkpoint by ``state``: tensors, numbers, strings, containers of them. Raises CheckpointError
+        if it cannot be written; the previous checkpoint is still there."""
         keep = self.previous if self._whole else None
         with self._writing(self.checkpoint):
             write_tensors(self.checkpoint, {"format": FORMAT, **state}, keep)
@@ -139,10 +137,8 @@ class RunFiles:
         return state
 
     def load_checkpoint(self, settings: RunSettings) -> tuple[Path, dict[str, Any]] | None:
-        """The file and the content of the checkpoint, on the CPU; if it is damaged or missing, of the previous one;
-        None if there is none. Settings that it lacks have their default. Raises CheckpointError if neither is usable,
-        or it was made with different settings.
-        """
+        """The file and the content of the checkpoint, on the CPU, or of the previous one if that is damaged; None if
+        there is none. Raises CheckpointError if neither is usable, or was made with different settings."""
         problems = []
         for path in filter(Path.exists, (self.checkpoint, self.previous)):
             try:
@@ -170,10 +166,8 @@ class RunFiles:
         self._write_text(self.analysis, json.dumps(analysis) + "\n")
 
     def load_marker(self, settings: RunSettings) -> dict[str, Any] | None:
-        """The result of the finished run; None if it is not finished, or ``settings`` have it go on. The result is that
-        of the checkpoint, which has a checksum. Raises CheckpointError if marker or checkpoint is damaged, or of other
-        settings.
-        """
+        """The result of the finished run; None if it is not finished, or ``settings`` have it go on. It is that of the
+        checkpoint, which has a checksum. Raises CheckpointError if either file is damaged, or of other settings."""
         try:
             made_with = dict(json.loads(read_file(self.marker))["settings"])
             check_plain(made_with)

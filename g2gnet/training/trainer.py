@@ -154,7 +154,7 @@ class Trainer(EpochTrainer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # what training does not change, but reads from the data, with a rounding that depends on the number of threads
         for buffer, value in self.net.named_buffers(recurse=False):
-            for model in ("model", "trained") if self.tested is not self.net else ("model",):
+            for model in state.keys() & {"model", "trained"}:
                 if not torch.allclose(check_form(f"{model}/{buffer}", state[model][buffer], value), value):
                     raise ValueError(f"{model}/{buffer} is not that of the data")
         if self.tested is self.net:
@@ -213,13 +213,13 @@ class Trainer(EpochTrainer):
 
     def _measures(self, progress: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
         count = len(self.data.train_labels)
-        rates = {f"lif{i}": counts for i, counts in enumerate(progress["firing_rates"].split(self._neurons), 1)}
+        neurons = self.net.neurons()
+        rates = dict(zip(neurons, progress["firing_rates"].split(self._neurons), strict=True))
         if self.settings.readout != "counts":
             rates.popitem()  # the last layer has no spikes
         firing_rate = {name: counts.mean().item() / count for name, counts in rates.items()}
         silent = {name: (counts == 0).float().mean().item() for name, counts in rates.items()}
         if self.world.leads:
-            neurons = {f"lif{i}": lif for i, (_, lif) in enumerate(self.net.layers(), 1)}
             self._layers.check(self.epoch, firing_rate, silent, neurons)
         connections = self.net.connections()
         results = {f"{part}_acc": self.evaluate(part) for part in self.judges}

@@ -111,17 +111,16 @@ class LayerWatch:
             logger.warning("%s %s", layer, text)
 
 
-def check_labels(data: ImageData, limited: bool) -> None:
-    """Warns if images are tested of classes that no training image has; ``limited``: perhaps one was left out."""
+def check_labels(data: ImageData) -> None:
+    """Warns if images are tested of classes that no training image has."""
     for part, labels in (("test", data.test_labels), ("validation", data.val_labels)):
         if labels is None:
             continue
         if unknown := labels[torch.isin(labels, data.train_labels, invert=True)].tolist():
             classes = ", ".join(map(str, sorted(set(unknown))))
-            remedy = "raise `limit_train`" if limited else "give training images of them"
             logger.warning(
-                "%d of %d %s images are of classes without a training image (%s), which cannot be learned; %s",
-                len(unknown), len(labels), part, classes, remedy,
+                "%d of %d %s images are of classes without a training image (%s), which cannot be learned; give some, "
+                "or raise `limit_train`", len(unknown), len(labels), part, classes,
             )  # fmt: skip
 
 

@@ -115,10 +115,6 @@ class TrainSettings(NetworkSettings, RunSettings):
         >>> settings = TrainSettings(dataset="fashionmnist-mini", model="mixer", T=10)
         >>> settings.stem  # names its files
         'fashionmnist-mini_mixer_p0.15_T10_current'
-        >>> TrainSettings(T=0)
-        Traceback (most recent call last):
-            ...
-        g2gnet.network_settings.SettingsError: T=0 must be a whole number from 1 to 65536
     """
 
     NEEDS: ClassVar[Mapping[str, tuple[Need, ...]]] = {

@@ -105,7 +105,7 @@ class Trainer(EpochTrainer):
             mean, deviation = self.data.moments()
             self.net.input_mean.fill_(mean)
             self.net.input_deviation.fill_(deviation)
-        check_labels(self.data, settings.limit_train is not None)
+        check_labels(self.data)
         check_rates(settings, self.data)
         self.tested = self.net
         if settings.average is not None:

@@ -213,14 +213,6 @@ class RunFiles:
         remedy = f"{beside}{self.elsewhere}, or delete {self.names()} to start over."
         raise CheckpointError(f"{what}\nGive the settings that it was made with, {remedy}")
 
-    def check_data(self, path: Path, theirs: str | None, fingerprint: str) -> None:
-        """Raises CheckpointError unless the checkpoint is of a run on the data with this fingerprint."""
-        if theirs != fingerprint:
-            raise CheckpointError(
-                f"{path} belongs to a run on different data: their SHA-256 is {theirs} there, {fingerprint} now.\n"
-                f"Give the directory of those as `data_dir`, {self.elsewhere}, or delete {self.names()} to start over."
-            )
-
     def names(self) -> str:
         """The files that exist, in words."""
         return ", ".join(self.paths().values())

@@ -21,7 +21,7 @@ from g2gnet.training.checkpoints import CheckpointError, RunFiles, compared
 from g2gnet.training.epochs import EpochTrainer
 from g2gnet.training.evaluation import run_images
 from g2gnet.training.held_out import best_of, out_of_patience
-from g2gnet.training.interruption import Interrupted, StopSignals, stop_signals
+from g2gnet.training.interruption import Interrupted, stop_signals
 from g2gnet.training.machine import Machine
 from g2gnet.training.numerical_checks import LOWER, TrainingError
 from g2gnet.training.run_settings import RunSettings, TrainSettings
@@ -129,9 +129,9 @@ def run_epochs(
             run.resume(*checkpoint)
         world.first(lambda: files.write_history(run.history))
         run.snapshot()  # not kept: it only checks that all processes start with the same network
-        with stop_signals() as signals:
-            run.train(signals, on_epoch)
-            run.end(signals, finish)
+        with stop_signals() as received:
+            run.train(received, on_epoch)
+            run.end(received, finish)
         return run.result
 
 
@@ -169,8 +169,12 @@ class _UnfinishedRun(Generic[TrainerT]):
 
     def resume(self, path: Path, state: dict[str, Any]) -> None:
         """Goes on after the step of the checkpoint with this content."""
-        self.files.check_data(path, state.get("data"), self.data)
-        trainer = self.trainer
+        trainer, files = self.trainer, self.files
+        if (theirs := state.get("data")) != self.data:
+            raise CheckpointError(
+                f"{path} belongs to a run on different data: their SHA-256 is {theirs} there, {self.data} now.\n"
+                f"Give their directory as `data_dir`, {files.elsewhere}, or delete {files.names()} to start over."
+            )
         try:
             trainer.load_state_dict(state)
             self.history = state["history"]
@@ -179,11 +183,11 @@ class _UnfinishedRun(Generic[TrainerT]):
             unsaved = self._is_best() and state["progress"] is None and not state.get("tested")
             differing = compared(state["versions"], self.versions)
         except UNFIT as error:
-            remedy = f"It was not changed; move it away, or give {self.files.elsewhere}."
+            remedy = f"It was not changed; move it away, or give {files.elsewhere}."
             raise CheckpointError(f"{path} does not fit the network it names ({error}). {remedy}") from error
         say(f"resuming {path} after epoch {trainer.epoch}, step {trainer.step}")
         if unsaved:
-            self.world.first(lambda: self.files.save_best(state))
+            self.world.first(lambda: files.save_best(state))
         if differing and self.world.leads:
             warn("warning: the last bits of the results may change:\n" + "\n".join(differing))
 
@@ -197,12 +201,12 @@ class _UnfinishedRun(Generic[TrainerT]):
         about = {"settings": self.settings.as_dict(), "data": self.data, "versions": self.versions}
         return {**about, "history": self.history, **state}
 
-    def train(self, signals: StopSignals, on_epoch: Sequence[EpochCallback[TrainerT]]) -> None:
+    def train(self, received: Sequence[signal.Signals], on_epoch: Sequence[EpochCallback[TrainerT]]) -> None:
         """Trains the epochs that are left; after each, and when told to stop, everything is saved."""
         trainer, settings, files = self.trainer, self.settings, self.files
         while trainer.epoch < settings.epochs and not self._is_hopeless():
             try:
-                record = _epoch(trainer, settings.epochs, lambda: self._told_to_stop(signals))
+                record = _epoch(trainer, settings.epochs, lambda: self._told_to_stop(received))
                 if record is not None:
                     self.history.append(record)
                 best = record is not None and self._is_best()
@@ -215,12 +219,12 @@ class _UnfinishedRun(Generic[TrainerT]):
             if record is not None:
                 self._report(record, on_epoch)
             # asked in any case: where one process ends, torchrun ends the others, and all must be written by then
-            if stop := self._told_to_stop(signals):
+            if stop := self._told_to_stop(received):
                 done = f"after step {trainer.step}, with {trainer.epoch} of {settings.epochs} epochs done"
                 saved = f"saved in {files.checkpoint}: run the same command again to resume from there"
                 raise Interrupted(f"stopped by {stop.name} {done}; {saved}", stop)
 
-    def end(self, signals: StopSignals, finish: Callable[[TrainerT, RunFiles], None] | None) -> None:
+    def end(self, received: Sequence[signal.Signals], finish: Callable[[TrainerT, RunFiles], None] | None) -> None:
         """Tests what was not tested before, calls ``finish`` and marks the run as finished."""
         if self.settings.validation is not None:
             self._test()
@@ -228,7 +232,7 @@ class _UnfinishedRun(Generic[TrainerT]):
         if finish is not None:
             self.world.first(functools.partial(finish, self.trainer, self.files))
         self.world.first(lambda: self.files.mark_done(self.settings.as_dict(), self.result))
-        if stop := self._told_to_stop(signals):
+        if stop := self._told_to_stop(received):
             raise Interrupted(f"{stop.name} came when {self.settings.stem} was almost finished", stop)
 
     def _is_best(self) -> bool:
@@ -274,9 +278,9 @@ class _UnfinishedRun(Generic[TrainerT]):
             for callback in on_epoch:
                 callback(record, self.trainer)
 
-    def _told_to_stop(self, signals: StopSignals) -> signal.Signals | None:
+    def _told_to_stop(self, received: Sequence[signal.Signals]) -> signal.Signals | None:
         """The signal that any of the processes has received, the same in all; they wait for one another here."""
-        number = self.world.largest(signals.received or 0)
+        number = self.world.largest(received[0] if received else 0)
         return signal.Signals(number) if number else None
 
 

@@ -9,7 +9,7 @@ from g2gnet.sparsify import sparsify
 from g2gnet.spiking_network import Projection, SpikingNetwork
 from g2gnet.stack import SpikingStack
 from g2gnet.training.captured_step import captured
-from g2gnet.training.loading import load
+from g2gnet.training.saved_run import load
 from g2gnet.training.signs import keep_signs
 from g2gnet.weights.tied_averages import sync_wiring, tie_wiring, untie_wiring
 

@@ -5,7 +5,6 @@ the tensors of the captured call, wherever parameters and gradients have gone si
 """
 
 import contextlib
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -88,19 +87,6 @@ def wait() -> None:
     """What an operation does that waits for the device."""
     if Graph.capturing:
         raise RuntimeError("operation not permitted when stream is capturing")
-    if SyncDebug.mode == "warn":
-        warnings.warn("called a synchronizing CUDA operation", stacklevel=2)
-
-
-class SyncDebug:
-    """Stands in for PyTorch's mode that tells of :func:`wait`."""
-
-    mode: "int | str" = 0
-
-    @classmethod
-    def set(cls, mode: "int | str") -> None:
-        warnings.warn("Synchronization debug mode is a prototype feature and does not yet detect all", stacklevel=2)
-        cls.mode = mode
 
 
 @contextlib.contextmanager
@@ -138,8 +124,7 @@ def install(monkeypatch) -> None:
     Stream.current = Stream(torch.device("cuda:0"))
     stand_ins = {
         "is_available": lambda: True, "current_device": lambda: Device.current, "device": Device, "Stream": Stream,
-        "current_stream": lambda: Stream.current, "stream": use, "get_sync_debug_mode": lambda: SyncDebug.mode,
-        "set_sync_debug_mode": SyncDebug.set, "CUDAGraph": Graph, "graph": capture,
+        "current_stream": lambda: Stream.current, "stream": use, "CUDAGraph": Graph, "graph": capture,
     }  # fmt: skip
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)

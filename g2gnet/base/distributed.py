@@ -86,13 +86,6 @@ class World:
             self._wait(dist.all_reduce(tensor, group=self.group, async_op=True), tensor.device.type)
         return tensor
 
-    def sum_gradients(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """The sum over the processes of a bucket of gradients: a hook of DistributedDataParallel."""
-        work = dist.all_reduce(bucket.buffer(), group=self.group, async_op=True)
-        if bucket.is_last():  # this process has computed all of its gradients
-            self._wait(work, bucket.buffer().device.type)
-        return work.get_future().then(lambda future: future.value()[0])
-
     def largest(self, value: int) -> int:
         """The largest of the processes' values. Does not wait for a GPU."""
         tensor = torch.tensor(value)

@@ -8,13 +8,10 @@ training changes these in place, so the graph stays valid across its updates, un
 """
 
 import collections
-import contextlib
 import enum
-import functools
 import logging
 import numbers
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -41,8 +38,8 @@ def captured(step: Callable[..., Any], device: torch.device | str, watch: Sequen
     anything else changes that the step reads, such as the mask of a loaded checkpoint, call ``step.recapture()``.
 
     A step that cannot be captured runs directly, and a warning says why: it must not wait for the device
-    (``loss.item()``, ``tensor[mask]``), nor draw random numbers on the CPU. What it keeps for the next call is in
-    tensors that it writes in place.
+    (``loss.item()``, ``tensor[mask]``; ``torch.cuda.set_sync_debug_mode("warn")`` says where), nor draw random numbers
+    on the CPU. What it keeps for the next call is in tensors that it writes in place.
 
     Args:
         step: one training step. Tensors among its arguments (also in tuples, lists and dictionaries) are copied to
@@ -83,10 +80,7 @@ class CapturedStep:
 
     def __init__(self, step: Callable[..., Any], device: torch.device, watch: Any, required: bool = False) -> None:
         if not isinstance(watch, tuple | list) or not all(isinstance(each, nn.Module | Optimizer) for each in watch):
-            raise TypeError(
-                f"watch={type(watch).__name__} must be a tuple of all modules and optimizers that the step uses, as in "
-                "watch=(net, optimizer)"
-            )
+            raise TypeError(f"watch={type(watch).__name__} must be a tuple of all modules and optimizers of the step")
         self._possible = device.type == "cuda"
         if required and not self._possible:
             raise ValueError(f"a CUDA graph needs a CUDA device, not {device}; leave `cuda_graph` out")
@@ -95,9 +89,8 @@ class CapturedStep:
             device = device if device.index is not None else torch.device("cuda", torch.cuda.current_device())
             self._stream = torch.cuda.Stream(device)
         self._step, self._device, self._watch, self._required = step, device, tuple(watch), required
-        self._watched: list[Any] = []  # at the last call
         self._warmed: collections.deque[Any] = collections.deque(maxlen=self.PATIENCE)  # kinds of direct calls
-        # a call of this kind, while no object that is kept has another in its place
+        # the graph, the kind of its calls, and what is compared by its id, which nothing else may get
         self._replay: Any = None
         self._kind: Any = None
         self._kept: Any = None
@@ -114,41 +107,34 @@ class CapturedStep:
             return self._step(*args, **kwargs)
         with torch.cuda.device(self._device):
             watched, learned, kept = _look(self._watch, self._device)
-            if watched != self._watched:  # by the step itself, if that happens at every call
-                self.recapture()
-                self._watched = watched
             inputs, form = tree_flatten((args, kwargs))
             arguments = [_kind_of(each, self._device) for each in inputs]
             modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-            kind = form, arguments, [each.grad is None for each in learned], modes
+            kind = form, arguments, [each.grad is None for each in learned], modes, watched
             inputs += [each.grad for each in learned]
             if self._replay is None or kind != self._kind:
-                warmed = self._warmed.count(kind)
-                if warmed < self.WARM_UP or not self._capture(inputs, form, learned):
+                if self._warmed.count(kind) < self.WARM_UP or not self._capture(inputs, form, learned):
                     self._warmed.append(kind)
-                    return self._directly(args, kwargs, last=warmed == self.WARM_UP - 1)
+                    return self._directly(args, kwargs)
                 self._kind, self._kept = kind, kept
             self._warmed.clear()
             self._replays += 1
             return self._replay(inputs)
 
-    def _directly(self, args: tuple[Any, ...], kwargs: dict[str, Any], last: bool) -> Any:
+    def _directly(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call on the stream on which the step will be captured, as autograd needs it."""
-        waits: list[str] = []
         stream = torch.cuda.current_stream()
         self._stream.wait_stream(stream)
         try:
-            with torch.cuda.stream(self._stream), _noticing(waits) if last else contextlib.nullcontext():
+            with torch.cuda.stream(self._stream):
                 result = self._step(*args, **kwargs)
         finally:
             stream.wait_stream(self._stream)
         self._direct += 1
-        if waits:
-            self._give_up(f"it waits for the device in {waits[0]}")
-        elif self._direct == self.PATIENCE > self._replays:
+        if self._direct == self.PATIENCE > self._replays:
             logger.warning(
-                "training steps are seldom replayed as a CUDA graph, since what is compared changes between them; let "
-                "tensors be changed in place, also a learning rate, and Adam count on the device (capturable=True)"
+                "training steps are seldom replayed as a CUDA graph, since what is compared changes between them; "
+                "change tensors in place, also a learning rate, and let Adam count on the device (capturable=True)"
             )
         return result
 
@@ -209,33 +195,26 @@ def _look(watch: Sequence[Any], device: torch.device) -> tuple[list[Any], list[t
     kept: dict[int, Any] = {}
     values = list(watch)
     for value in values:  # which grow
-        role = _role(value.__class__)
-        if role is _PLAIN:
+        if isinstance(value, _PLAIN):
             seen += type(value), value
-        elif role is tuple:
+        elif isinstance(value, tuple):
             values += value
-        elif role is not None:
+        elif isinstance(value, torch.Tensor | nn.Module | Optimizer):
             seen.append(id(value))
             if id(value) in kept:
                 continue
             kept[id(value)] = value
-            if role is torch.Tensor:
+            if isinstance(value, torch.Tensor):
                 seen += _layout(value, device)
                 learned += [value] if value.requires_grad and value.is_leaf else []
-            elif role is Optimizer:
+            elif isinstance(value, Optimizer):
                 for each in (vars(value), *value.param_groups, value.state, *value.state.values()):
                     values += (*each.get("params", ()), *each.values()) if isinstance(each, dict) else ()
             else:
                 values += value._buffers.values()
-                if role is not BlockMask:  # updates change its other numbers and tensors in place
+                if not isinstance(value, BlockMask):  # updates change its other numbers and tensors in place
                     values += *value._parameters.values(), *value._modules.values(), *vars(value).values()
     return seen, learned, kept
-
-
-@functools.lru_cache(maxsize=1000)
-def _role(kind: type) -> Any:
-    roles = (_PLAIN, tuple, torch.Tensor, BlockMask, nn.Module, Optimizer)
-    return next((role for role in roles if issubclass(kind, role)), None)
 
 
 def _layout(tensor: torch.Tensor, device: torch.device) -> tuple[Any, ...]:
@@ -261,18 +240,3 @@ def _kind_of(value: Any, device: torch.device) -> tuple[Any, ...]:
         f"an argument of the step is a {type(value).__name__}{where}, and a graph reads copies of tensors on {device} "
         "that need no gradient, and plain values; move or detach it, make it in the step, or give it in `watch`"
     )
-
-
-@contextlib.contextmanager
-def _noticing(waits: list[str]) -> Iterator[None]:
-    """Adds to ``waits`` where the CPU waits for the device. (After a capture that failed for such a wait, PyTorch
-    before pull request 180395 of April 2026 may end the process.) Other warnings were given in the calls before."""
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    waits += [f"{each.filename}, line {each.lineno}" for each in seen if "synchronizing CUDA" in str(each.message)]

@@ -6,24 +6,27 @@ import errno
 import io
 import itertools
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from g2g_kernels.numbers import Number
 from g2gnet.base import files
 from g2gnet.base.files import read_file, replace_file
 from g2gnet.base.messages import reason, warn
 from g2gnet.base.tensor_files import TensorFileError, check_plain, read_tensors, write_tensors
 from g2gnet.training.held_out import out_of_patience
 from g2gnet.training.run_settings import RunSettings
+from g2gnet.training.saved_state import UNFIT, check_history, check_tested
 
 #: version of the checkpoint's structure
 FORMAT = 5
-#: the numbers that an epoch's record must contain, and those of which it has one or both
-MEASURES, JUDGED = ("epoch", "train_loss", "train_acc", "seconds", "cpu_seconds"), ("test_acc", "val_acc")
+#: the files of a run by their endings; ``previous`` is the checkpoint before the last one, used if that is damaged, and
+#: ``best`` that of the best epoch by held-out images
+ENDINGS = {
+    "checkpoint": ".pth", "previous": ".previous.pth", "best": ".best.pth", "history": ".jsonl", "table": ".csv",
+    "analysis": ".analysis.json", "marker": ".DONE",
+}  # fmt: skip
 
 
 class CheckpointError(RuntimeError):
@@ -42,43 +45,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def check_number(name: str, value: Any, low: float = -math.inf, whole: bool = False) -> None:
-    """Raises ValueError unless ``value``, from a file, is a number (``whole``: a whole one) of at least ``low``."""
-    number = Number(low, whole=whole)
-    wanted = number.refuses(value) if isinstance(value, int | float) else str(number)  # a tensor is none in a file
-    if wanted:
-        raise ValueError(f"{name}={value!r:.40} is not {wanted}")
-
-
-def check_record(record: Any) -> None:
-    """Raises ValueError unless ``record``, from a file, is an epoch's."""
-    if not isinstance(record, dict):
-        raise ValueError(f"the record of an epoch is a {type(record).__name__}")
-    for name in (*MEASURES, *([name for name in JUDGED if name in record] or JUDGED[:1])):
-        if name not in record:
-            raise ValueError(f"the record of an epoch lacks {name}")
-        check_number(name, record[name], low=0, whole=name == "epoch")
-    for name, count in record.get("units", {}).items():
-        check_number(f"units/{name}", count, low=0, whole=True)
-
-
-def check_tested(tested: Any) -> None:
-    """Raises an exception unless ``tested``, from a file, is empty or what a run with held-out images ends with."""
-    if not isinstance(tested, dict):
-        raise ValueError(f"tested is a {type(tested).__name__}")
-    found = dict(numbers(tested))
-    for name in ("test_acc", "best/epoch", "best/val_acc", "best/test_acc") if tested else ():
-        check_number(name, found[name], low=0, whole=name == "best/epoch")
-
-
-def check_history(history: Any, epochs: int) -> None:
-    """Raises ValueError unless ``history``, from a file, has the record of each of so many epochs."""
-    for record in history:
-        check_record(record)
-    if [record["epoch"] for record in history] != list(range(1, epochs + 1)):
-        raise ValueError(f"history does not hold one record for each of {epochs} epochs")
-
-
 def compared(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """One line for each entry that differs."""
     return [
@@ -89,20 +55,14 @@ def compared(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
 
 
 class RunFiles:
-    """``<directory>/<stem>`` with the endings .pth (checkpoint), .best.pth (that of the best epoch by held-out images),
-    .jsonl and .csv (history), .analysis.json, .DONE (marker), and .previous.pth, the checkpoint before the last one,
-    used if that is damaged.
-    """
+    """``<directory>/<stem>`` with the endings :data:`ENDINGS`, and the file of a lock."""
 
     def __init__(self, directory: Path | str, stem: str) -> None:
         self.directory = Path(directory)
-        self.checkpoint = self.directory / f"{stem}.pth"
-        self.previous = self.directory / f"{stem}.previous.pth"
-        self.best = self.directory / f"{stem}.best.pth"
-        self.history = self.directory / f"{stem}.jsonl"
-        self.table = self.directory / f"{stem}.csv"
-        self.analysis = self.directory / f"{stem}.analysis.json"
-        self.marker = self.directory / f"{stem}.DONE"
+        self._all = {kind: self.directory / f"{stem}{ending}" for kind, ending in ENDINGS.items()}
+        paths = self._all.values()
+        self.checkpoint, self.previous, self.best, self.history, self.table, self.analysis, self.marker = paths
+        self.elsewhere = f"another `checkpoint_dir` than {self.directory}"  # a remedy
         self.lock = self.directory / f".{stem}.lock"
         self._whole = False  # whether self.checkpoint is known to be intact, so it may replace self.previous
 
@@ -113,11 +73,7 @@ class RunFiles:
 
     def files(self) -> tuple[Path, ...]:
         """Every file of the run, be it there or not."""
-        return *self._all(), self.lock
-
-    def _all(self) -> tuple[Path, ...]:
-        """Every file that the run itself reads and writes."""
-        return self.checkpoint, self.previous, self.best, self.history, self.table, self.analysis, self.marker
+        return *self._all.values(), self.lock
 
     def check(self) -> None:
         """Makes the directory. Raises CheckpointError, before anything is written, if one of the files could not be."""
@@ -125,22 +81,20 @@ class RunFiles:
         try:
             files.make_directory(self.directory)
             for check in (files.check_own, files.check_writable):
-                for path in self._all():
+                for path in self._all.values():
                     check(path)
         except OSError as error:
             if error.errno == errno.EINVAL:  # of check_own
                 what = f"{error.filename} cannot be one of the run's own files"
-                remedy = f"move it away, or {remedy} than {self.directory}"
+                remedy = f"move it away, or give {self.elsewhere}"
             elif error.errno == errno.ENAMETOOLONG:
                 remedy = f"give the data a file of a shorter name than that in {self.checkpoint.name}"
             raise CheckpointError(f"{what} ({reason(error)}); {remedy}") from error
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """While entered, no other process can enter it for these files; the lock ends with its process. Makes the
-        directory, and removes leftovers of a killed process. Raises CheckpointError as :meth:`check`, or if another run
-        has entered.
-        """
+        """While entered, no other process can enter it for these files; the lock ends with its process. Does what
+        :meth:`check` does, and removes leftovers of a killed process. Raises CheckpointError if another has entered."""
         self.check()
         with contextlib.ExitStack() as held:
             try:
@@ -149,16 +103,16 @@ class RunFiles:
                 what = f"cannot lock {self.lock} ({reason(error)}); delete it"
                 if isinstance(error, BlockingIOError):
                     what = f"another run of this name is using {self.checkpoint} (it holds {self.lock}); wait for it"
-                raise CheckpointError(f"{what}, or give another `checkpoint_dir` than {self.directory}") from error
-            for path in self._all():
+                raise CheckpointError(f"{what}, or give {self.elsewhere}") from error
+            for path in self._all.values():
                 for leftover in files.leftovers(path):
                     with contextlib.suppress(OSError):  # it is in nobody's way
                         leftover.unlink()
             yield
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replaces the checkpoint by ``state`` (tensors, numbers, strings and containers of them). Raises
-        CheckpointError if it cannot be written (a full disk, say); the previous checkpoint is still there."""
+        """Replaces the checkpoint by ``state``: tensors, numbers, strings, containers of them. Raises CheckpointError
+        if it cannot be written; the previous checkpoint is still there."""
         keep = self.previous if self._whole else None
         with self._writing(self.checkpoint):
             write_tensors(self.checkpoint, {"format": FORMAT, **state}, keep)
@@ -183,10 +137,8 @@ class RunFiles:
         return state
 
     def load_checkpoint(self, settings: RunSettings) -> tuple[Path, dict[str, Any]] | None:
-        """The file and the content of the checkpoint, on the CPU; if it is damaged or missing, of the previous one;
-        None if there is none. Settings that it lacks have their default. Raises CheckpointError if neither is usable,
-        or it was made with different settings.
-        """
+        """The file and the content of the checkpoint, on the CPU, or of the previous one if that is damaged; None if
+        there is none. Raises CheckpointError if neither is usable, or was made with different settings."""
         problems = []
         for path in filter(Path.exists, (self.checkpoint, self.previous)):
             try:
@@ -200,10 +152,8 @@ class RunFiles:
                 warn(f"{problems[0]} Using the previous checkpoint.")
             return path, state
         if problems:
-            raise CheckpointError(
-                f"{' '.join(problems)} Nothing was changed; move {self.names()} away to start over, or give another "
-                f"`checkpoint_dir` than {self.directory}."
-            )
+            remedy = f"move {self.names()} away to start over, or give {self.elsewhere}"
+            raise CheckpointError(f"{' '.join(problems)} Nothing was changed; {remedy}.")
         return None
 
     def mark_done(self, settings: dict[str, Any], result: dict[str, Any]) -> None:
@@ -216,10 +166,8 @@ class RunFiles:
         self._write_text(self.analysis, json.dumps(analysis) + "\n")
 
     def load_marker(self, settings: RunSettings) -> dict[str, Any] | None:
-        """The result of the finished run; None if it is not finished, or ``settings`` have it go on. The result is that
-        of the checkpoint, which has a checksum. Raises CheckpointError if marker or checkpoint is damaged, or of other
-        settings.
-        """
+        """The result of the finished run; None if it is not finished, or ``settings`` have it go on. It is that of the
+        checkpoint, which has a checksum. Raises CheckpointError if either file is damaged, or of other settings."""
         try:
             made_with = dict(json.loads(read_file(self.marker))["settings"])
             check_plain(made_with)
@@ -237,11 +185,9 @@ class RunFiles:
             result, tested = history[-1], state.get("tested", {})
             check_tested(tested)
             finished = result["epoch"] == settings.epochs or out_of_patience(history, settings.patience)
-        except (CheckpointError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise CheckpointError(
-                f"{reason(error)} The run is finished, but its result counts only with its checkpoint: restore that "
-                f"file, or delete {self.names()} to train it again"
-            ) from error
+        except UNFIT as error:
+            remedy = f"restore that file, or delete {self.names()} to train it again"
+            raise CheckpointError(f"{reason(error)} A result counts only with its checkpoint: {remedy}") from error
         self._check_settings(self.checkpoint, state["settings"], settings)
         # killed before it was gone, a marker is of fewer epochs than the checkpoint
         finished &= made_with.get("epochs") == settings.epochs and bool(tested) == (settings.validation is not None)
@@ -255,37 +201,17 @@ class RunFiles:
             was[name] = now[name]
         # JSON has no tuples
         was, now = ({name: [*v] if isinstance(v, tuple) else v for name, v in each.items()} for each in (was, now))
-        differing = compared(was, now)
-        fewer = type(was.get("epochs")) is int and was["epochs"] < ours.epochs
-        tied = ours.tied_to_epochs()
-        if not differing or (fewer and not tied and not compared({**was, "epochs": ours.epochs}, now)):
+        differing, tied = compared(was, now), ours.tied_to_epochs()
+        longer = len(differing) == 1 and type(was.get("epochs")) is int and was["epochs"] < ours.epochs
+        if not differing or (longer and not tied):
             return
-        if fewer and tied and len(differing) == 1:
-            differing.append(
-                f"The run cannot go on for more epochs: with {' and '.join(tied)} each of its "
-                f"{was['epochs']} epochs depended on their number, and {ours.epochs} from the start are another run."
-            )
-        beside = ""
-        if hasattr(ours, "name"):
-            own = [name for name in now if name != "name" and was.get(name) != now[name]]
-            example = (
-                re.sub(r"[^\w.+=-]+", "-", "-".join(f"{name}{now[name]}" for name in own))[:64].strip("-") or "other"
-            )
-            beside = f"`name=NAME` to train another run beside it (as in `name={example or 'other'}`), "
-        raise CheckpointError(
-            f"{path} belongs to a run with different settings:\n" + "\n".join(differing) + "\n"
-            f"Give the settings that it was made with, {beside}another `checkpoint_dir` than {self.directory}, "
-            f"or delete {self.names()} to start over."
-        )
-
-    def check_data(self, path: Path, theirs: str | None, fingerprint: str) -> None:
-        """Raises CheckpointError unless the checkpoint is of a run on the data with this fingerprint."""
-        if theirs != fingerprint:
-            raise CheckpointError(
-                f"{path} belongs to a run on different data: their SHA-256 is {theirs} there, {fingerprint} "
-                "now.\nGive the directory with the original data as `data_dir`, give another `checkpoint_dir` than "
-                f"{self.directory}, or delete {self.names()} to start over."
-            )
+        if longer:
+            depended = f"with {' and '.join(tied)} each of its {was['epochs']} epochs depended on their number"
+            differing.append(f"The run cannot go on for more epochs: {depended}.")
+        beside = "`name=NAME` to train another run beside it, " if hasattr(ours, "name") else ""
+        what = "\n".join([f"{path} belongs to a run with different settings:", *differing])
+        remedy = f"{beside}{self.elsewhere}, or delete {self.names()} to start over."
+        raise CheckpointError(f"{what}\nGive the settings that it was made with, {remedy}")
 
     def names(self) -> str:
         """The files that exist, in words."""
@@ -293,8 +219,7 @@ class RunFiles:
 
     def paths(self) -> dict[str, str]:
         """The files that exist, by kind."""
-        names = ("checkpoint", "previous", "best", "history", "table", "analysis", "marker")
-        return {name: str(getattr(self, name)) for name in names if getattr(self, name).exists()}
+        return {kind: str(path) for kind, path in self._all.items() if path.exists()}
 
     def last_checkpoint(self) -> str:
         """Where the last good checkpoint is, in a sentence."""
@@ -303,20 +228,10 @@ class RunFiles:
         return "There is no checkpoint of this run."
 
     def write_history(self, records: Sequence[dict[str, Any]]) -> None:
-        """Makes the history contain exactly these records, one line of JSON each, and the same as CSV. Existing lines
-        do not change, so a program can follow the file. Raises CheckpointError if it cannot be written."""
-        self._write_lines(self.history, "".join(json.dumps(record) + "\n" for record in records))
-        self._write_lines(self.table, csv_of([dict(numbers(record)) for record in records]))
-
-    def _write_lines(self, path: Path, text: str) -> None:
-        """Makes ``text`` the content of the file, by appending where possible."""
-        with self._writing(path):
-            content, before = text.encode(), read_file(path) if path.exists() else None
-            if before is None or not content.startswith(before):
-                replace_file(path, lambda file: file.write(content))
-            else:
-                with open(path, "ab", opener=files.open_own) as file:
-                    file.write(content[len(before) :])
+        """Makes the history exactly these records, a line of JSON each, and the same as CSV. Raises CheckpointError if
+        it cannot be written."""
+        self._write_text(self.history, "".join(json.dumps(record) + "\n" for record in records))
+        self._write_text(self.table, csv_of([dict(numbers(record)) for record in records]))
 
     def _write_text(self, path: Path, text: str) -> None:
         with self._writing(path):
@@ -328,10 +243,8 @@ class RunFiles:
         try:
             yield
         except OSError as error:
-            raise CheckpointError(
-                f"cannot write {path} ({reason(error)}). {self.last_checkpoint()} Free space, then run the same "
-                "command again to resume"
-            ) from error
+            remedy = f"{self.last_checkpoint()} Free space, then run the same command again to resume"
+            raise CheckpointError(f"cannot write {path} ({reason(error)}). {remedy}") from error
 
 
 def numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

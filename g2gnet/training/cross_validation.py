@@ -75,13 +75,12 @@ def cross_validate(
     """Trains one model for each fold, from fresh masks and weights; finished folds are skipped.
 
     The images are shuffled and divided with equal shares of each class (seed s of the settings). The model of fold n is
-    drawn and trained with seed s + n − 1: the spread over the folds includes masks, initial values and the order of
-    images as well as the data. Each fold is a run of its own, with a checkpoint, a history and a marker.
+    drawn and trained with seed s + n − 1, so the spread over the folds includes masks, initial values and the order of
+    images. Each fold is a run of its own, with a checkpoint, a history and a marker. The processes of the ``world`` of
+    ``machine`` all call this with the same ``checkpoint_dir`` and share the folds.
 
-    ``load_data`` gives the whole data set. The folds are distributed over the processes of the ``world`` of
-    ``machine``, which all call this with the same ``checkpoint_dir``. Errors are those of
-    :func:`g2gnet.training.run_training`, and SettingsError for more folds than a class has images, or fewer than there
-    are processes.
+    Raises what :func:`g2gnet.training.run_training` does, and SettingsError for more folds than a class has images, or
+    fewer than there are processes.
 
     Returns:
         ``folds``: for each fold its number, seed and accuracies after the last epoch; ``mean`` and ``std`` (with k − 1)
@@ -89,17 +88,19 @@ def cross_validate(
     """
     world = machine.world
     if world.size > settings.k_folds:
-        raise SettingsError(
-            f"k_folds={settings.k_folds} leaves some of {world.size} processes without one; start fewer processes, "
-            "or give more folds"
-        )
+        left = f"some of {world.size} processes without one"
+        raise SettingsError(f"k_folds={settings.k_folds} leaves {left}; start fewer processes, or give more folds")
     apart = world.apart()  # nobody knows how long the others' folds take
     whole = functools.cache(lambda: load_data().limited(settings.limit_train, settings.limit_test))
     alone = machine._replace(world=ALONE)
     folds = []
     for fold in range(1, settings.k_folds + 1)[world.rank :: world.size]:
         run = settings.of_fold(fold)
-        data = functools.partial(_fold_data, whole, settings, fold)
+
+        def data(fold: int = fold) -> ImageData:
+            _, held_out = stratified_folds(whole().train_labels, settings.k_folds, settings.seed)[fold - 1]
+            return whole().held_out(held_out)
+
         record = run_training(run, data, checkpoint_dir, alone, on_epoch=on_epoch)
         folds.append({"fold": fold, "seed": run.seed, **{name: record[name] for name in ACCURACIES}})
     apart.stage = "the end of its folds"
@@ -112,22 +113,14 @@ def cross_validate(
     }
 
 
-def _fold_data(whole: Callable[[], ImageData], settings: FoldSettings, fold: int) -> ImageData:
-    """The data set with part ``fold`` of its training images held back for validation."""
-    data = whole()
-    return data.held_out(stratified_folds(data.train_labels, settings.k_folds, settings.seed)[fold - 1][1])
-
-
 def stratified_folds(labels: torch.Tensor, k_folds: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Training and validation indices of each fold: shuffled, with equal shares of each class; SettingsError if one has
     fewer than ``k_folds`` images."""
     members = labels.bincount()
     label, fewest = min(((label, count) for label, count in enumerate(members.tolist()) if count), key=lambda it: it[1])
     if fewest < k_folds:
-        raise SettingsError(
-            f"k_folds={k_folds} is out of range: class {label} has only {fewest} of the {len(labels)} training images; "
-            f"give fewer folds, or a larger `limit_train`"
-        )
+        has = f"class {label} has only {fewest} of the {len(labels)} training images"
+        raise SettingsError(f"k_folds={k_folds} is out of range: {has}; give fewer, or a larger `limit_train`")
     # scikit-learn takes seeds of 32 bits
     from sklearn.model_selection import StratifiedKFold  # takes a second to import: only where folds are made
 

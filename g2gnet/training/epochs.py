@@ -15,7 +15,7 @@ from g2gnet.data import ImageData
 from g2gnet.training.held_out import held_out
 from g2gnet.training.numerical_checks import CHECK_INTERVAL, FiniteWatch
 from g2gnet.training.run_settings import RunSettings
-from g2gnet.training.saved_state import check_like, check_position, check_progress, load_model, load_optimizer
+from g2gnet.training.saved_state import POSITION, check_form, load_model, load_optimizer
 
 #: called after each training step with the number of images so far in the epoch, and their mean loss and accuracy
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -33,9 +33,9 @@ class EpochTrainer(ABC):
         held_out: with ``settings.validation``, which training images are held out, int64 [n].
         judges: the images that each epoch is tested on, ``"val"`` and ``"test"`` or one of them.
         epoch, step: how many epochs and steps are finished.
-        progress: of a started epoch, the sums over its steps, which are saved with it, so that its record covers all of
-            them: of the loss and of correctly classified images over all images, scalars, ``seconds`` that have passed,
-            ``cpu_seconds`` of processor time, all threads together, and what the subclass adds.
+        progress: of a started epoch, sums over its steps, which are saved: of the loss and of correctly classified
+            images over all images, scalars, ``seconds`` that have passed, ``cpu_seconds`` of all threads together, and
+            what the subclass adds.
     """
 
     #: the optimizer's tensors for each parameter
@@ -98,17 +98,19 @@ class EpochTrainer(ABC):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes from a saved state; raises an exception in ``saved_state.UNFIT`` if it does not fit the network."""
-        check_position(state, self._batches)
+        check_form("state", state, POSITION, low=0)
+        epoch, step, progress = state["epoch"], state["step"], state["progress"]
+        inside = step - epoch * self._batches
+        if inside != 0 if progress is None else not 0 < inside <= self._batches:
+            raise ValueError(f"epoch={epoch} and step={step} are at odds: an epoch has {self._batches} steps")
         mine = self.held_out
-        if mine is not None and not torch.equal(check_like("held_out", state["held_out"], mine), mine):
+        if mine is not None and not torch.equal(check_form("held_out", state["held_out"], mine), mine):
             raise ValueError("it holds out other training images than those of its `validation_seed` here")
         load_model(self.net, state["model"])
-        load_optimizer(self.optimizer, state["optimizer"], self.optimizer_state, state["step"])
-        self.epoch, self.step = state["epoch"], state["step"]
-        self._finite.resume(self.step)
-        self.progress = None
-        if state["progress"] is not None:
-            self.progress = check_progress(state["progress"], self._no_progress())
+        load_optimizer(self.optimizer, state["optimizer"], self.optimizer_state, step)
+        self.epoch, self.step = epoch, step
+        self._finite.resume(step)
+        self.progress = None if progress is None else check_form("progress", progress, self._no_progress(), low=0)
 
     def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, Any]:
         """Trains for one epoch, or what is left of it, evaluates, and returns its record. An exception of ``on_step``

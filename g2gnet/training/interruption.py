@@ -46,37 +46,31 @@ def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
         signal.signal(number, before)
 
 
-class StopSignals:
-    """While entered, the first SIGINT or SIGTERM is ``received``; the next one ends the process at once, unless it is
-    the same within :data:`GRACE` seconds. As with :func:`handled`, only in the main thread; one that is ignored, as by
-    ``nohup`` or a shell's ``&``, stays ignored.
-    """
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[signal.Signals]]:
+    """While entered, the first SIGINT or SIGTERM comes into the list; the next one ends the process at once, unless it
+    is the same within :data:`GRACE` seconds. As with :func:`handled`, only in the main thread; one that is ignored, as
+    by ``nohup`` or a shell's ``&``, stays ignored."""
+    received: list[signal.Signals] = []
 
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._held = contextlib.ExitStack()
-
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            reader, writer = map(self._held.enter_context, socket.socketpair())
-            writer.setblocking(False)
-            self._held.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer.fileno()))
-            threading.Thread(target=_end_at_next, args=(reader,), daemon=True).start()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._held.enter_context(handled(number, self._note))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._held.close()
-
-    def _note(self, number: int, frame: object) -> None:
-        if self.received is not None:
+    def note(number: int, frame: object) -> None:
+        if received:
             return
-        self.received = signal.Signals(number)
+        received.append(signal.Signals(number))
         # not print: the signal may have interrupted one
         with contextlib.suppress(OSError):
-            text = f"\n{self.received.name}: finishing and saving this step; after {GRACE:.0f} seconds a second signal"
+            text = f"\n{received[0].name}: finishing and saving this step; after {GRACE:.0f} seconds a second signal"
             os.write(2, f"{text} ends at once\n".encode())
+
+    with contextlib.ExitStack() as held:
+        if threading.current_thread() is threading.main_thread():
+            reader, writer = map(held.enter_context, socket.socketpair())
+            writer.setblocking(False)
+            held.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer.fileno()))
+            threading.Thread(target=_end_at_next, args=(reader,), daemon=True).start()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                held.enter_context(handled(number, note))
+        yield received
 
 
 def _end_at_next(reader: socket.socket) -> None:

@@ -1,5 +1,6 @@
-"""Where a run computes; this does not change what is computed."""
+"""Where a run computes, which does not change what is computed, and whether that has memory enough."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,14 @@ from g2g_kernels import available_backends
 from g2g_kernels.cpu.library import instruction_set
 from g2g_kernels.dispatch import forced_backend
 from g2gnet.base.distributed import ALONE, World
+from g2gnet.base.memory import available, gigabytes
 from g2gnet.base.version import __version__
+from g2gnet.network_settings import SettingsError
+from g2gnet.neurons import NEURONS
+from g2gnet.training.run_settings import TrainSettings
+
+#: bytes of a weight that is trained: the weight, its gradient and Adam's two moments, in float32
+WEIGHT = 16
 
 
 class Machine(NamedTuple):
@@ -43,3 +51,27 @@ class Machine(NamedTuple):
             "backend": backend,
             "instruction set": instruction_set() if backend == "cpu" else "PyTorch's own",
         }
+
+
+def least_bytes(settings: TrainSettings, input_dim: int, num_classes: int, samples: int, device: str = "cpu") -> int:
+    """What training with ``samples`` images per step takes at least in this process, in bytes: weights, a bit for each
+    spike, and on a CPU the states of all time steps (of a chunk), which are kept for the backward pass."""
+    sizes, weights = (input_dim, *settings.hidden_sizes, num_classes), 0.0
+    for below, size in itertools.pairwise(sizes):
+        inside = 1 / min(settings.num_groups, max(below, size))
+        density = inside * settings.p_intra + (1 - inside) * settings.p_inter
+        weights += below * size * (1 if settings.model == "dense" else density)
+    spikes = settings.T * sum(-(-size // 64) * 8 for size in sizes[1:])
+    kept = 4 * len(NEURONS[settings.neuron].model.states) * sum(sizes[2:]) if device == "cpu" else 0
+    return int(weights * WEIGHT) + samples * (spikes + min(settings.T, settings.chunk or settings.T) * kept)
+
+
+def check_memory(settings: TrainSettings, input_dim: int, num_classes: int, samples: int, device: torch.device) -> None:
+    """Raises SettingsError if the device cannot hold what training needs at least (:func:`least_bytes`)."""
+    needed, free = least_bytes(settings, input_dim, num_classes, samples, device.type), available(device)
+    if free is not None and needed > free:
+        raise SettingsError(
+            f"training takes at least {gigabytes(needed)} of memory with hidden_dim={settings.hidden_dim}, "
+            f"T={settings.T} and {samples} images per step, and there are {gigabytes(free)}; lower `hidden_dim`, "
+            "`T`, `chunk` or `batch_size`"
+        )

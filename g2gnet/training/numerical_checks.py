@@ -94,20 +94,16 @@ class LayerWatch:
                 values = layer.by_name[decay]
                 low, high = values.min().item(), values.max().item()
                 if low < 0 or high > 1:
-                    learned = f"{low if low < 0 else high:.4g} in epoch {epoch}, outside 0 … 1"
-                    self._warn(
-                        name, decay, f"has learned {decay} = {learned}: it counts as {int(low >= 0)}; {DRIFTING}"
-                    )
+                    learned = f"{decay} = {low if low < 0 else high:.4g} in epoch {epoch}, outside 0 … 1"
+                    self._warn(name, decay, f"has learned {learned}: it counts as {int(low >= 0)}; {DRIFTING}")
 
     def check_classes(self, connection: str, fan_in: torch.Tensor) -> None:
         """Checks that the last connection has weights for every class: ``fan_in``, int64 [classes]."""
-        unseen = int((fan_in == 0).sum())
-        if unseen:
-            text = (
-                f"has no weights for {unseen} of {len(fan_in)} classes, whose scores therefore do not depend on the "
-                "input; lower `block_size`, or keep more weights"
+        if unseen := int((fan_in == 0).sum()):
+            unseen_of = f"{unseen} of {len(fan_in)} classes, whose scores therefore do not depend on the input"
+            self._warn(
+                connection, "classes", f"has no weights for {unseen_of}; lower `block_size`, or keep more weights"
             )
-            self._warn(connection, "classes", text)
 
     def _warn(self, layer: str, problem: str, text: str) -> None:
         if (layer, problem) not in self._warned:
@@ -115,25 +111,23 @@ class LayerWatch:
             logger.warning("%s %s", layer, text)
 
 
-def check_labels(data: ImageData, limited: bool) -> None:
-    """Warns if images are tested of classes that no training image has; ``limited``: perhaps one was left out."""
+def check_labels(data: ImageData) -> None:
+    """Warns if images are tested of classes that no training image has."""
     for part, labels in (("test", data.test_labels), ("validation", data.val_labels)):
         if labels is None:
             continue
-        unknown = labels[torch.isin(labels, data.train_labels, invert=True)].tolist()
-        if unknown:
+        if unknown := labels[torch.isin(labels, data.train_labels, invert=True)].tolist():
             classes = ", ".join(map(str, sorted(set(unknown))))
-            remedy = "raise `limit_train`" if limited else "give training images of them"
             logger.warning(
-                "%d of %d %s images are of classes without a training image (%s), which cannot be learned; %s",
-                len(unknown), len(labels), part, classes, remedy,
+                "%d of %d %s images are of classes without a training image (%s), which cannot be learned; give some, "
+                "or raise `limit_train`", len(unknown), len(labels), part, classes,
             )  # fmt: skip
 
 
 def check_rates(settings: NetworkSettings, data: ImageData) -> None:
     """Warns if training samples are no spike probabilities, which ``enc="rate"`` clips."""
     outside = 0
-    for images in data.train_images.split(1024):
+    for images in data.train_images.split(1024) if settings.enc == "rate" else ():
         rates = as_samples(images) * settings.enc_scale + settings.enc_bias
         outside += int(((rates < 0) | (rates > 1)).sum())
     if outside:

@@ -17,14 +17,15 @@ from g2gnet.base.seeding import make_deterministic
 from g2gnet.base.tensor_files import TensorFileError
 from g2gnet.data import ImageData
 from g2gnet.inspect import ANALYSIS_SAMPLES, NetworkAnalysis, analyze_network
-from g2gnet.training.checkpoints import CheckpointError, RunFiles, check_history, compared
+from g2gnet.training.checkpoints import CheckpointError, RunFiles, compared
 from g2gnet.training.epochs import EpochTrainer
+from g2gnet.training.evaluation import run_images
 from g2gnet.training.held_out import best_of, out_of_patience
-from g2gnet.training.interruption import Interrupted, StopSignals
+from g2gnet.training.interruption import Interrupted, stop_signals
 from g2gnet.training.machine import Machine
 from g2gnet.training.numerical_checks import LOWER, TrainingError
 from g2gnet.training.run_settings import RunSettings, TrainSettings
-from g2gnet.training.saved_state import UNFIT
+from g2gnet.training.saved_state import UNFIT, check_history
 from g2gnet.training.trainer import Trainer
 
 TrainerT = TypeVar("TrainerT", bound=EpochTrainer)
@@ -40,14 +41,11 @@ def run_training(
     show_analysis: Callable[[NetworkAnalysis, int, Path], None] | None = None,
     on_epoch: Sequence[EpochCallback[Trainer]] = (),
 ) -> dict[str, Any]:
-    """Trains a network, or resumes from the run's checkpoint, or skips a finished run, as :func:`run_epochs` does.
+    """Trains a network as :func:`run_epochs` does, from data that are loaded only if there is something to train.
 
-    The data is loaded only when there is something to train. The trained network is analysed on some of the test
-    images. The analysis is written, and ``show_analysis`` gets it, with the number of all test images and the file.
-
-    Raises:
-        Exception: as :func:`run_epochs`; DataError if the data are unavailable, SettingsError if settings do not fit
-            the data, the number of processes or the memory.
+    At the end the network is analysed on some of the test images; ``show_analysis`` gets the analysis, the number of
+    all test images and the file. Raises what :func:`run_epochs` does, DataError if the data are unavailable, and
+    SettingsError if settings do not fit the data, the number of processes or the memory.
 
     Example:
         >>> from g2gnet.data import load_dataset
@@ -60,7 +58,7 @@ def run_training(
     """
 
     def analyze(trainer: Trainer, files: RunFiles) -> None:
-        batches = trainer.run_images("test", ANALYSIS_SAMPLES)
+        batches = run_images(trainer.tested, settings, trainer.epoch, trainer.data, count=ANALYSIS_SAMPLES)
         analysis = analyze_network(trainer.tested, batches, trainer.data.num_classes)
         files.write_analysis(analysis.as_dict())
         if show_analysis:
@@ -81,25 +79,22 @@ def run_epochs(
 ) -> dict[str, Any]:
     """Trains ``settings.epochs`` epochs, or resumes from the run's checkpoint, or skips a finished run.
 
-    After each epoch the checkpoint is replaced, one line is printed and one line added to the history, as JSON and as
-    CSV. At SIGINT or SIGTERM the step is finished and a checkpoint written; the same call resumes after that step.
-    Returns the record of the last epoch.
+    After each epoch the checkpoint is replaced, a line printed and a record added to the history. At SIGINT or SIGTERM
+    the step is finished and a checkpoint written; the same call resumes after that step. Returns the last record.
 
     With ``settings.validation`` the epochs have a ``val_acc`` in place of a ``test_acc``, the checkpoint of the best
-    one is kept, and ``settings.patience`` may end training. Then the test images are used: ``test_acc`` of the result
-    is that of the last epoch's weights, and ``best`` holds ``epoch``, ``val_acc`` and ``test_acc`` of the best one's.
+    one is kept, and ``settings.patience`` may end training. The test images are used at the end: ``test_acc`` of the
+    result is that of the last weights, and ``best`` holds ``epoch``, ``val_acc`` and ``test_acc`` of the best ones.
 
     Args:
-        settings: of the run; its files store them, and are refused if they were made with others.
+        settings: the run's files store them, and are refused if they were made with others.
         make_trainer: called if there is something to train, after seeding.
         machine: where the trainer computes. The processes of its world all call this, with trainers that work
-            together. The first one has the run's files, prints, and calls ``finish`` and ``on_epoch``; what it cannot
-            read or write is an error in all.
+            together. Only the first one uses the run's files, prints, and calls ``finish`` and ``on_epoch``.
         finish: called after the last epoch, before the run is marked as finished.
 
     Raises:
-        CheckpointError: if the run's files are unusable, belong to a run on different data, or are in use by another
-            process.
+        CheckpointError: if the run's files are unusable, of other settings or data, or in use by another process.
         TrainingError: if the loss or a gradient is not finite any more.
         DistributedError: if the states of the processes diverged.
         Interrupted: after a signal, when everything is saved.
@@ -134,9 +129,9 @@ def run_epochs(
             run.resume(*checkpoint)
         world.first(lambda: files.write_history(run.history))
         run.snapshot()  # not kept: it only checks that all processes start with the same network
-        with StopSignals() as signals:
-            run.train(signals, on_epoch)
-            run.end(signals, finish)
+        with stop_signals() as received:
+            run.train(received, on_epoch)
+            run.end(received, finish)
         return run.result
 
 
@@ -174,8 +169,12 @@ class _UnfinishedRun(Generic[TrainerT]):
 
     def resume(self, path: Path, state: dict[str, Any]) -> None:
         """Goes on after the step of the checkpoint with this content."""
-        self.files.check_data(path, state.get("data"), self.data)
-        trainer = self.trainer
+        trainer, files = self.trainer, self.files
+        if (theirs := state.get("data")) != self.data:
+            raise CheckpointError(
+                f"{path} belongs to a run on different data: their SHA-256 is {theirs} there, {self.data} now.\n"
+                f"Give their directory as `data_dir`, {files.elsewhere}, or delete {files.names()} to start over."
+            )
         try:
             trainer.load_state_dict(state)
             self.history = state["history"]
@@ -184,13 +183,11 @@ class _UnfinishedRun(Generic[TrainerT]):
             unsaved = self._is_best() and state["progress"] is None and not state.get("tested")
             differing = compared(state["versions"], self.versions)
         except UNFIT as error:
-            raise CheckpointError(
-                f"{path} does not fit the network it names ({error}). It was not changed; move it away, "
-                f"or give another `checkpoint_dir` than {self.files.directory}."
-            ) from error
+            remedy = f"It was not changed; move it away, or give {files.elsewhere}."
+            raise CheckpointError(f"{path} does not fit the network it names ({error}). {remedy}") from error
         say(f"resuming {path} after epoch {trainer.epoch}, step {trainer.step}")
         if unsaved:
-            self.world.first(lambda: self.files.save_best(state))
+            self.world.first(lambda: files.save_best(state))
         if differing and self.world.leads:
             warn("warning: the last bits of the results may change:\n" + "\n".join(differing))
 
@@ -204,33 +201,30 @@ class _UnfinishedRun(Generic[TrainerT]):
         about = {"settings": self.settings.as_dict(), "data": self.data, "versions": self.versions}
         return {**about, "history": self.history, **state}
 
-    def train(self, signals: StopSignals, on_epoch: Sequence[EpochCallback[TrainerT]]) -> None:
+    def train(self, received: Sequence[signal.Signals], on_epoch: Sequence[EpochCallback[TrainerT]]) -> None:
         """Trains the epochs that are left; after each, and when told to stop, everything is saved."""
         trainer, settings, files = self.trainer, self.settings, self.files
         while trainer.epoch < settings.epochs and not self._is_hopeless():
             try:
-                record = _epoch(trainer, settings.epochs, lambda: self._told_to_stop(signals))
+                record = _epoch(trainer, settings.epochs, lambda: self._told_to_stop(received))
                 if record is not None:
                     self.history.append(record)
                 best = record is not None and self._is_best()
                 self.world.first(functools.partial(self._save, self.snapshot(), best))
-            except TensorFileError as error:  # of numbers that are not finite
-                raise TrainingError(
-                    f"no checkpoint was written after step {trainer.step}: {error}; {LOWER}. {files.last_checkpoint()}"
-                ) from error
-            except TrainingError as error:
-                raise TrainingError(f"{error}. {files.last_checkpoint()}") from error
+            except (TrainingError, TensorFileError) as error:  # of numbers that are not finite
+                what = str(error)
+                if isinstance(error, TensorFileError):
+                    what = f"no checkpoint was written after step {trainer.step}: {error}; {LOWER}"
+                raise TrainingError(f"{what}. {files.last_checkpoint()}") from error
             if record is not None:
                 self._report(record, on_epoch)
             # asked in any case: where one process ends, torchrun ends the others, and all must be written by then
-            if stop := self._told_to_stop(signals):
-                raise Interrupted(
-                    f"stopped by {stop.name} after step {trainer.step}, with {trainer.epoch} of {settings.epochs} "
-                    f"epochs done; saved in {files.checkpoint}: run the same command again to resume from there",
-                    stop,
-                )
+            if stop := self._told_to_stop(received):
+                done = f"after step {trainer.step}, with {trainer.epoch} of {settings.epochs} epochs done"
+                saved = f"saved in {files.checkpoint}: run the same command again to resume from there"
+                raise Interrupted(f"stopped by {stop.name} {done}; {saved}", stop)
 
-    def end(self, signals: StopSignals, finish: Callable[[TrainerT, RunFiles], None] | None) -> None:
+    def end(self, received: Sequence[signal.Signals], finish: Callable[[TrainerT, RunFiles], None] | None) -> None:
         """Tests what was not tested before, calls ``finish`` and marks the run as finished."""
         if self.settings.validation is not None:
             self._test()
@@ -238,7 +232,7 @@ class _UnfinishedRun(Generic[TrainerT]):
         if finish is not None:
             self.world.first(functools.partial(finish, self.trainer, self.files))
         self.world.first(lambda: self.files.mark_done(self.settings.as_dict(), self.result))
-        if stop := self._told_to_stop(signals):
+        if stop := self._told_to_stop(received):
             raise Interrupted(f"{stop.name} came when {self.settings.stem} was almost finished", stop)
 
     def _is_best(self) -> bool:
@@ -277,16 +271,16 @@ class _UnfinishedRun(Generic[TrainerT]):
 
     def _report(self, record: dict[str, Any], on_epoch: Sequence[EpochCallback[TrainerT]]) -> None:
         """Prints an epoch's results and its training time, and calls ``on_epoch`` in the first process."""
-        names = [name for name in ("train_acc", "val_acc", "test_acc") if name in record]
-        results = " | ".join(f"{name}={record[name]:.4f}" for name in [*names, "train_loss"])
+        names = ("train_acc", "val_acc", "test_acc", "train_loss")
+        results = " | ".join(f"{name}={record[name]:.4f}" for name in names if name in record)
         say(f"{self.settings.label}Epoch {record['epoch']:02d} | {results} | {record['seconds']:.1f} s")
         if self.world.leads:
             for callback in on_epoch:
                 callback(record, self.trainer)
 
-    def _told_to_stop(self, signals: StopSignals) -> signal.Signals | None:
+    def _told_to_stop(self, received: Sequence[signal.Signals]) -> signal.Signals | None:
         """The signal that any of the processes has received, the same in all; they wait for one another here."""
-        number = self.world.largest(signals.received or 0)
+        number = self.world.largest(received[0] if received else 0)
         return signal.Signals(number) if number else None
 
 

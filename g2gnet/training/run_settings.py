@@ -2,16 +2,16 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from g2g_kernels.numbers import FLOAT32, Number
+from g2g_kernels.numbers import Number
 from g2gnet.base.schedules import SCHEDULES
 from g2gnet.data import DATASETS, npz
 from g2gnet.data.augmentation import SHIFTS, shift_problem
 from g2gnet.data.binned import STEP
 from g2gnet.data.features.pretrained_weights import RELEASES
-from g2gnet.dst.rules import ACTIVITY, GROW_RULES, PRUNE_RULES, Rule, names_without
+from g2gnet.dst.rules import ACTIVITY, GROW_RULES, PRUNE_RULES, Rule
 from g2gnet.network_settings import Need, NetworkSettings, Others, Settings, of_group, with_default
 from g2gnet.neurons import NEURONS
 from g2gnet.sequences import sequence_length
@@ -107,28 +107,24 @@ class RunSettings(Settings):
 class TrainSettings(NetworkSettings, RunSettings):
     """The settings of one training run; two runs with equal settings on one machine give equal weights.
 
-    ``resnet_weights`` stands for the content of that file (:func:`g2gnet.data.features.weights_digest`). ``T`` is 50
-    unless it is given, of images that unfold over time their number of steps, and of recordings those of their length
-    (:class:`~g2gnet.data.binned.Binning`). Of data of your own that are sequences it must be given here; programs look
-    into the file.
+    ``resnet_weights`` stands for the content of that file (:func:`g2gnet.data.features.weights_digest`). Unless ``T``
+    is given, it is 50, or the steps of images that unfold over time, or of recordings
+    (:class:`~g2gnet.data.binned.Binning`). Of your own sequences it must be given; programs look into the file.
 
     Example:
         >>> settings = TrainSettings(dataset="fashionmnist-mini", model="mixer", T=10)
         >>> settings.stem  # names its files
         'fashionmnist-mini_mixer_p0.15_T10_current'
-        >>> TrainSettings(T=0)
-        Traceback (most recent call last):
-            ...
-        g2gnet.network_settings.SettingsError: T=0 must be a whole number from 1 to 65536
     """
 
     NEEDS: ClassVar[Mapping[str, tuple[Need, ...]]] = {
         **NetworkSettings.NEEDS,
         **RunSettings.NEEDS,
-        **dict.fromkeys(
-            ("cp", "cg", "dst_interval", "dst_fraction", "dst_schedule", "dst_stop", "final_density"), (DYNAMIC,)
-        ),
+        **dict.fromkeys(("cp", "dst_interval", "dst_fraction", "dst_stop", "final_density"), (DYNAMIC,)),
+        **dict.fromkeys(("cg", "dst_schedule"), (DYNAMIC, Need("dst_fraction", (True,)))),
+        "optimizer": (Need("weight_decay", (True,)),),
         "warmup_epochs": (Need("enforce_sparsity", (True,)),),
+        "use_resnet": (Need("dataset", tuple(RELEASES)),),
         "resnet_weights": (Need("use_resnet", (True,)),),
         "sequence_step": (Need("sequence", ("pixels", "permuted", "rows")),),
         "sequence_seed": (Need("sequence", ("permuted",)),),
@@ -256,103 +252,49 @@ class TrainSettings(NetworkSettings, RunSettings):
             return None
 
     def _at_odds(self) -> list[str]:
-        rules = {"cp": PRUNE_RULES, "cg": GROW_RULES} if self.dst_fraction else {"cp": PRUNE_RULES}
-        used = {name: getattr(self, name) for name in rules}
-        by_correlation = [f"{name}={rule}" for name, rule in used.items() if rules[name][rule].needs == ACTIVITY]
-        others = [[f"`{name}={each}`" for each in names_without(ACTIVITY, of)] for name, of in rules.items()]
-        decay = self.lr * self.weight_decay
-        problems = super()._at_odds() + self._no_sequence()
+        return [*super()._at_odds(), *self._of_samples(), *self._of_training()]
+
+    def _of_samples(self) -> Iterator[str]:
+        """Conflicts of the data set and of what is made of its samples."""
+        name, binning = self.dataset, BINNED.get(self.dataset)
+        if binning and self.sequence != "own":
+            yield f"sequence={self.sequence} is of images, but samples of {name} are sequences; leave it out"
+        elif binning:
+            bins, dt = binning.or_usual(self.bins, self.dt)
+            yield from binning.problems(name, bins, dt)
+            if far := shift_problem(self.unit_shift, name, binning.shape(self.T, bins)[1:]):
+                yield far
+        elif self.sequence == "own" and name in DATASETS and not DATASETS[name].sequences:
+            yield f"sequence=own is of data of your own, but {name} has images; give `sequence=rows` or another"
+        of_images = self.of_images() | ({} if self.sequence == "none" else {"sequence": self.sequence})
+        for setting, value in of_images.items() if self.use_resnet else ():
+            yield f"{setting}={value} needs images, but use_resnet trains on features; leave one of them out"
+
+    def _of_training(self) -> Iterator[str]:
+        """Conflicts of the way of training."""
         # a point before a letter could make it the name of another run's file, as that of x.previous.pth
         if self.name is not None and not re.fullmatch(r"([\w+=-]|\.(?=\d)){1,64}", self.name):
-            problems.append(
-                f"name={self.name!r} is no part of a file's name; give up to 64 letters, digits, _ + = -, and points "
-                "before digits"
-            )
-        if self.use_resnet and self.dataset not in RELEASES:
-            wanted = " or ".join(f"`dataset={name}`" for name in RELEASES)
-            problems.append(f"use_resnet needs {wanted}, not {self.dataset}")
-        for name, value in self.of_images().items() if self.use_resnet else ():
-            problems.append(f"{name}={value} needs images, but use_resnet trains on features; leave one of them out")
+            wanted = "up to 64 letters, digits, _ + = -, and points before digits"
+            yield f"name={self.name!r} is no part of a file's name; give {wanted}"
         if self.patience is not None and self.enforce_sparsity:
-            problems.append(
-                f"patience={self.patience} could end training before enforce_sparsity has acted; leave one of them out"
-            )
-        if self.optimizer == "adamw" and self.weight_decay == 0:
-            problems.append(
-                "optimizer=adamw has no effect with weight_decay=0; give a `weight_decay`, or leave `optimizer` out"
-            )
-        if self.optimizer == "adamw" and decay >= 1:
-            problems.append(
-                f"lr={self.lr} times weight_decay={self.weight_decay} is the share of each weight that a step of adamw "
-                f"takes, {decay:.4g}, and must be below 1; lower one of them"
-            )
+            yield f"patience={self.patience} could end training before enforce_sparsity acts; leave one of them out"
+        if self.optimizer == "adamw" and self.lr * self.weight_decay >= 1:
+            decays = f"lr={self.lr} times weight_decay={self.weight_decay}"
+            yield f"{decays}, the share of a weight that a step of adamw takes, must be below 1; lower one of them"
         if self.chunk is not None and self.readout in ("mean", "max"):
-            problems.append(
-                f"chunk={self.chunk} does not keep the membranes of all steps that readout={self.readout} is taken "
-                "from; leave it out, or give `readout=last`"
-            )
+            read = f"the membranes of all steps that readout={self.readout} is taken from"
+            yield f"chunk={self.chunk} does not keep {read}; leave it out, or give `readout=last`"
         if self.chunk is not None and self.learn_delay:
-            problems.append(
-                f"chunk={self.chunk} does not know the spikes after a chunk, which gradients of learned delays of 0 "
-                "read; leave `chunk` or `learn_delay` out"
-            )
-        if self.sparsity_mode == "dynamic" and self.readout != "counts" and by_correlation:
-            problems.append(
-                f"{' and '.join(by_correlation)}: a correlation needs output spikes, and with readout={self.readout} "
-                f"there are none; give {', and '.join(' or '.join(of) for of in others)}"
-            )
-        return problems + self._no_rewiring()
-
-    def _no_rewiring(self) -> list[str]:
-        if self.sparsity_mode == "static":
-            wrong = f"cg=gradient has no effect with sparsity_mode=static; {DYNAMIC.remedy()}, or leave it out"
-            return [wrong] if self.cg == "gradient" else []
-        if self.final_density is not None:
-            return [
-                f"{name}={getattr(self, name)} has no effect with dst_fraction={self.dst_fraction}; raise "
-                "`dst_fraction`, or leave it out"
-                for name in ("cg", "dst_schedule")
-                if self.dst_fraction == 0 and getattr(self, name) != self.defaults()[name]
-            ]
-        problems = []
-        if self.dst_fraction < FLOAT32[0]:  # which may be flushed to 0
-            problems.append(f"dst_fraction={self.dst_fraction} replaces nothing; raise it, or give a `final_density`")
-        if self.model == "dense":
-            problems.append(
-                f"sparsity_mode=dynamic needs a sparse model; give `model={', '.join(SPARSE)}`, or a `final_density`"
-            )
-        elif self.p_inter == 1 and self.p_intra == 1:
-            problems.append("sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter")
-        return problems
-
-    def _no_sequence(self) -> list[str]:
-        if self.dataset in BINNED:
-            if self.sequence != "own":
-                return [
-                    f"sequence={self.sequence} is of images, but samples of {self.dataset} are sequences; leave it out"
-                ]
-            binning = BINNED[self.dataset]
-            bins, dt = binning.or_usual(self.bins, self.dt)
-            far = shift_problem(self.unit_shift, self.dataset, binning.shape(self.T, bins)[1:])
-            return binning.problems(self.dataset, bins, dt) + ([far] if far else [])
-        if self.sequence == "none" or self._without_effect().keys() & {"sequence_step", "sequence_seed"}:
-            return []
-        if self.use_resnet:
-            return [f"sequence={self.sequence} needs images, but use_resnet trains on features; leave one of them out"]
-        if self.dataset not in DATASETS:
-            return []  # the trainer has the shape of their samples
-        if self.sequence == "own" and not DATASETS[self.dataset].sequences:
-            return [
-                f"sequence=own is of data of your own, but {self.dataset} has images; give `sequence=rows`, "
-                "`sequence=pixels` or `sequence=permuted`"
-            ]
-        try:
-            steps = sequence_length(self.sequence, DATASETS[self.dataset].shape, self.sequence_step)
-        except ValueError as error:
-            return [str(error)]
-        if steps != self.T:
-            return [f"T={self.T} is at odds with sequence={self.sequence}, which has {steps} steps; leave `T` out"]
-        return []
+            read = "the spikes after a chunk, which gradients of learned delays of 0 read"
+            yield f"chunk={self.chunk} does not know {read}; leave `chunk` or `learn_delay` out"
+        for name, rules in (("cp", PRUNE_RULES), ("cg", GROW_RULES)):
+            rule, acts = getattr(self, name), name not in self.idle(vars(self))
+            if acts and rules[rule].needs == ACTIVITY and self.readout != "counts":
+                without = f"a correlation needs output spikes, and readout={self.readout} has none"
+                yield f"{name}={rule}: {without}; give another `{name}`, or `readout=counts`"
+        if self.sparsity_mode == "dynamic" and self.model == "dense" and self.final_density is None:
+            sparse = ", ".join(SPARSE)
+            yield f"sparsity_mode=dynamic needs a sparse model; give `model={sparse}`, or a `final_density`"
 
     @property
     def shift(self) -> int | None:

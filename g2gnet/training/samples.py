@@ -2,7 +2,7 @@
 
 import torch
 
-from g2gnet.data import ImageData, npz
+from g2gnet.data import ImageData
 from g2gnet.data.augmentation import shift_problem
 from g2gnet.network_settings import SettingsError
 from g2gnet.sequences import input_order
@@ -11,16 +11,12 @@ from g2gnet.training.run_settings import TrainSettings
 
 def check_images(settings: TrainSettings, data: ImageData) -> None:
     """Raises SettingsError if samples are to be changed as images, but are none."""
-    shape, what, wanted = data.train_images.shape[1:], "vectors", "[N, ..., height, width]"
+    shape, what = data.train_images.shape[1:], "vectors"
     if settings.sequence == "own":
-        shape, what, wanted = shape[1:], "sequences of vectors", "[N, T, ..., height, width]"
-    for name, value in settings.of_images().items():
-        if len(shape) < 2:
-            others = f", or give arrays of shape {wanted}" if npz.is_name(data.name) else ""
-            raise SettingsError(
-                f"{name}={value} needs images, but those of {data.name} are {what} of {shape.numel()} values; leave "
-                f"`{name}` out{others}"
-            )
+        shape, what = shape[1:], "sequences of vectors"
+    for name, value in settings.of_images().items() if len(shape) < 2 else ():
+        are = f"those of {data.name} are {what} of {shape.numel()} values"
+        raise SettingsError(f"{name}={value} needs images, but {are}; leave `{name}` out")
     if far := shift_problem(settings.unit_shift, data.name, shape):
         raise SettingsError(far)
 
@@ -35,8 +31,6 @@ def order_of(settings: TrainSettings, data: ImageData) -> torch.Tensor:
     except ValueError as error:
         raise SettingsError(str(error)) from error
     if len(order) != settings.T:
-        raise SettingsError(
-            f"T={settings.T} is not the length of the sequences of {data.name} with sequence={settings.sequence}; give "
-            f"`T={len(order)}`"
-        )
+        sequences = f"the sequences of {data.name} with sequence={settings.sequence}"
+        raise SettingsError(f"T={settings.T} is not the length of {sequences}; give `T={len(order)}`")
     return order

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,18 +10,21 @@ from typing import Any
 
 import torch
 
-from g2g_kernels import BlockMask
+from g2g_kernels import BlockMask, select_device
+from g2g_kernels.dispatch import require_backend
 from g2gnet.network import G2GNet
 from g2gnet.network_settings import SettingsError
-from g2gnet.training.checkpoints import CheckpointError, check_history, check_number, check_tested, read_checkpoint
+from g2gnet.training.checkpoints import CheckpointError, read_checkpoint
 from g2gnet.training.cross_validation import FoldSettings
 from g2gnet.training.evaluation import build_network
 from g2gnet.training.held_out import best_of
 from g2gnet.training.run_settings import TrainSettings
-from g2gnet.training.saved_state import UNFIT, load_model
+from g2gnet.training.saved_state import POSITION, UNFIT, check_form, check_history, check_tested, load_model
 
-#: what every epoch's record must contain besides its measures: a number for each layer
-MEASURES_BY_LAYER = ("units_kept", "initial_units_kept")
+logger = logging.getLogger("g2gnet")
+
+#: what every epoch's record holds besides its measures: a number for each layer
+BY_LAYER = ("units_kept", "initial_units_kept")
 
 
 @contextlib.contextmanager
@@ -39,9 +43,9 @@ def _as_trained() -> Iterator[None]:
 class SavedRun:
     """A run as described by its checkpoint; :func:`read_run` reads it.
 
-    So many epochs and optimizer steps are finished, each epoch with a record in the history. A run that was
-    ``interrupted`` inside an epoch has the network after its last step, to which no record belongs. A finished run with
-    held-out images has ``tested``, the test accuracies of its last and of its best epoch (:func:`run_epochs`).
+    ``epoch`` and ``step`` say how many are finished; each epoch has a record in the history. A run ``interrupted``
+    inside an epoch has the network of its last step, to which no record belongs. A finished run with held-out images
+    has ``tested``, the test accuracies of its last and of its best epoch (:func:`run_epochs`).
 
     Example:
         >>> run = read_run("checkpoints/fashionmnist-mini_mixer_p0.15_T5_current.pth")
@@ -118,22 +122,50 @@ def read_run(checkpoint: Path | str) -> SavedRun:
         if later:
             raise ValueError(f"the setting {', '.join(sorted(later))} is unknown; a later version of g2g may know it")
         settings = kind.from_saved(content["settings"])
-        interrupted = content["progress"] is not None
-        epoch, step = content["epoch"], content["step"]
-        for name, number in (("epoch", epoch), ("step", step)):
-            check_number(name, number, low=0, whole=True)
-        tested = content.get("tested", {})
+        check_form("state", content, POSITION, low=0)
+        epoch, history, tested = content["epoch"], content["history"], content.get("tested", {})
+        check_history(history, epoch)
         check_tested(tested)
-        run = SavedRun(path, settings, epoch, step, interrupted, content["history"], content["model"], tested)
-        check_history(run.history, run.epoch)
-        if settings.validation is not None and run.history:
-            best_of(run.history)
-        for record in run.history:
-            for name in MEASURES_BY_LAYER:
-                for layer, value in record[name].items():
-                    check_number(f"{name}/{layer}", value, low=0)
+        if settings.validation is not None and history:
+            best_of(history)
+        for record in history:
+            for name in BY_LAYER:
+                check_form(name, record[name], dict.fromkeys(record[name], 0.0), low=0)
+        interrupted = content["progress"] is not None
+        run = SavedRun(path, settings, epoch, content["step"], interrupted, history, content["model"], tested)
         run.network()
     except (SettingsError, *UNFIT) as error:
         summary = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path} is not the checkpoint of a training run ({summary}).") from error
     return run
+
+
+def load(checkpoint: Path | str, device: torch.device | str = "cpu", backend: str | None = None) -> G2GNet:
+    """The network that ``train.py`` or ``crossval.py`` saved, in evaluation mode.
+
+    It is that of the last finished epoch; of a run that was stopped inside an epoch, that of its last step, which was
+    never tested, as the logger ``g2gnet`` warns. ``net(x)`` scales, standardises and encodes samples [B, D] as the run
+    did; :func:`g2gnet.data.as_samples` makes samples of images. It computes in float32: a run with ``precision="bf16"``
+    classified under ``torch.autocast``. Nothing in the file is executed.
+
+    Args:
+        checkpoint: the ``.pth`` file, of a finished run or not.
+        device: where the network is to be; ``"auto"`` takes the fastest.
+        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
+
+    Raises:
+        ValueError, BackendError: for a device or a backend that is unknown, or cannot be used here.
+        CheckpointError: if the file is missing, damaged, or not the checkpoint of a training run.
+
+    Example:
+        >>> net = load("checkpoints/fashionmnist-mini_mixer_p0.15_T5_current.pth")
+        >>> net(torch.rand(2, 784)).shape
+        torch.Size([2, 10])
+    """
+    device = select_device(device) if isinstance(device, str) else device
+    require_backend(backend)
+    run = read_run(checkpoint)
+    if run.interrupted:
+        text = "%s was saved %s: no accuracy in its history is that of this network; run its command again to go on"
+        logger.warning(text, run.path, run.position)
+    return run.network(device, backend).eval()

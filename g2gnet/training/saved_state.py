@@ -1,4 +1,4 @@
-"""Checks the content of a checkpoint before a trainer loads it."""
+"""The content of a checkpoint: it is checked before anything of it is used or loaded."""
 
 import math
 from collections.abc import Collection
@@ -7,47 +7,61 @@ from typing import Any
 import torch
 from torch import nn
 
-from g2gnet.training.checkpoints import check_number
+from g2g_kernels.numbers import Number
 
-#: what a trainer's ``load_state_dict`` raises for a state that does not fit
+#: what checking and loading raise for a state that does not fit
 UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+#: what every state holds beside its network
+POSITION = {"epoch": 0, "step": 0}
+#: what every epoch's record holds, beside one or both of the accuracies
+MEASURES = {"epoch": 0, "train_loss": 0.0, "train_acc": 0.0, "seconds": 0.0, "cpu_seconds": 0.0}
+JUDGED = ("test_acc", "val_acc")
+#: what a run with held-out images ends with
+TESTED = {"test_acc": 0.0, "best": {"epoch": 0, "val_acc": 0.0, "test_acc": 0.0}}
 
 
-def check_position(state: dict[str, Any], batches: int) -> None:
-    """Raises ValueError unless epochs, of ``batches`` steps, and steps fit; ``progress`` is None between two epochs."""
-    epoch, step = state["epoch"], state["step"]
-    for name in ("epoch", "step"):
-        check_number(name, state[name], low=0, whole=True)
-    inside = step - epoch * batches
-    if inside != 0 if state["progress"] is None else not 0 < inside <= batches:
-        raise ValueError(f"epoch={epoch} and step={step} are at odds: an epoch has {batches} steps")
+def check_form(place: str, saved: Any, like: Any, low: float = -math.inf) -> Any:
+    """``saved``, from a file, on the device of ``like``. Raises ValueError, naming the place, unless it has that form:
+    the entries of a dictionary, shape and dtype of a tensor (a vector of int64 may have another length), a whole number
+    for an int, any for a float; none below ``low``."""
+    if isinstance(like, dict):
+        if not isinstance(saved, dict):
+            raise ValueError(f"{place} is a {type(saved).__name__}")
+        if lacks := [name for name in like if name not in saved]:
+            raise ValueError(f"{place} lacks {lacks[0]}")
+        return {name: check_form(f"{place}/{name}", saved[name], each, low) for name, each in like.items()}
+    if isinstance(like, torch.Tensor):
+        if not isinstance(saved, torch.Tensor) or saved.dtype != like.dtype or _shape(saved) != _shape(like):
+            what = f"{saved.dtype} {tuple(saved.shape)}" if isinstance(saved, torch.Tensor) else type(saved).__name__
+            raise ValueError(f"{place} is {what}, not {like.dtype} {tuple(like.shape)}")
+        if (saved < low).any():
+            raise ValueError(f"{place} has {saved.min().item():.4g}, which is below {low}")
+        return saved.to(like.device)
+    number = Number(low, whole=isinstance(like, int))
+    wanted = number.refuses(saved) if isinstance(saved, int | float) else str(number)  # a tensor is none in a file
+    if wanted:
+        raise ValueError(f"{place}={saved!r:.40} is not {wanted}")
+    return saved
 
 
-def check_like(name: str, saved: Any, like: torch.Tensor, low: float = -math.inf) -> torch.Tensor:
-    """``saved`` on the device of ``like``; ValueError unless it is a tensor of its shape and dtype, from ``low`` on."""
-    if not isinstance(saved, torch.Tensor) or saved.shape != like.shape or saved.dtype != like.dtype:
-        what = f"{saved.dtype} {tuple(saved.shape)}" if isinstance(saved, torch.Tensor) else type(saved).__name__
-        raise ValueError(f"{name} is {what}, not {like.dtype} {tuple(like.shape)}")
-    if (saved < low).any():
-        raise ValueError(f"{name} has {saved.min().item():.4g}, which is below {low}")
-    return saved.to(like.device)
+def _shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
+    """What must be alike; None for a list of numbers, such as those of units, of which pruning may leave fewer."""
+    return None if tensor.dtype == torch.int64 and tensor.ndim == 1 else tuple(tensor.shape)
 
 
-def check_progress(saved: dict[str, Any], mine: dict[str, Any]) -> dict[str, Any]:
-    """The saved progress of an epoch, whose entries must be like ``mine``; else an exception in ``UNFIT``."""
-    found: dict[str, Any] = {}
-    for name, like in mine.items():
-        then, place = saved[name], f"progress/{name}"
-        if isinstance(like, dict):  # of units, of which gradual pruning may have left fewer
-            for key, units in like.items():
-                shape = then[key].numel() if isinstance(then[key], torch.Tensor) else len(units)
-                found.setdefault(name, {})[key] = check_like(f"{place}/{key}", then[key], units.new_empty(shape), 0)
-        elif isinstance(like, torch.Tensor):
-            found[name] = check_like(place, then, like, low=0)
-        else:
-            check_number(place, then, low=0)
-            found[name] = then
-    return found
+def check_history(history: Any, epochs: int) -> None:
+    """Raises an exception in ``UNFIT`` unless ``history``, from a file, has the record of each of so many epochs."""
+    for record in history:
+        judged = [name for name in JUDGED if name in record] or JUDGED[:1]
+        check_form("the record of an epoch", record, {**MEASURES, **dict.fromkeys(judged, 0.0)}, low=0)
+        check_form("units", units := record.get("units", {}), dict.fromkeys(units, 0), low=0)
+    if [record["epoch"] for record in history] != list(range(1, epochs + 1)):
+        raise ValueError(f"history does not hold one record for each of {epochs} epochs")
+
+
+def check_tested(tested: Any) -> None:
+    """Raises ValueError unless ``tested``, from a file, is empty or what a run with held-out images ends with."""
+    check_form("tested", tested, TESTED if tested else {}, low=0)
 
 
 def load_model(model: nn.Module, saved: dict[str, Any]) -> None:
@@ -61,19 +75,19 @@ def load_model(model: nn.Module, saved: dict[str, Any]) -> None:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: Collection[str], step: int) -> None:
     """Loads the ``state_dict()`` of an optimizer that has done ``step`` steps; its options do not change. Each
-    parameter has tensors of these ``names``, all of its shape except ``step``. Raises ValueError for any other state.
-    """
+    parameter has tensors of these ``names``, all of its shape except ``step``. Raises an exception in ``UNFIT`` for any
+    other state."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = saved["state"]
     if state.keys() != set(range(len(parameters))):
         raise ValueError(f"the optimizer's state is of other parameters than the {len(parameters)} of the network")
     for number, parameter in enumerate(parameters):
+        place = f"optimizer state {number}"
         if state[number].keys() != set(names):
-            raise ValueError(f"optimizer state {number} has {sorted(state[number])}, not {sorted(names)}")
+            raise ValueError(f"{place} has {sorted(state[number])}, not {sorted(names)}")
         for name, value in state[number].items():
             like = torch.zeros(()) if name == "step" else parameter.detach()
-            place = f"optimizer state {number}/{name}"
-            check_like(place, value, like, low=0 if name == "exp_avg_sq" else -math.inf)
+            check_form(f"{place}/{name}", value, like, low=0 if name == "exp_avg_sq" else -math.inf)
             if name == "step" and value != min(step, 1 << 24):  # a float32 counts no further
-                raise ValueError(f"{place} is {value.item():g}, after {step} steps")
+                raise ValueError(f"{place}/{name} is {value.item():g}, after {step} steps")
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -14,22 +14,17 @@ class KeptSigns:
     """What :func:`keep_signs` returns; ``signs`` by source, int8 [neurons]: 1, −1, or 0 where either is allowed."""
 
     def __init__(
-        self, groups: Mapping[str, list[G2GLinear]], signs: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
+        self, layers: list[tuple[str, G2GLinear]], signs: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
     ) -> None:
-        self._groups, self.signs, self._optimizer = groups, signs, optimizer
-        self._hook: Any = optimizer.register_step_post_hook(self._after_step)
-        self.apply()
-
-    def _after_step(self, *_: Any) -> None:
+        self._layers, self.signs, self._optimizer = layers, signs, optimizer
+        self._hook: Any = optimizer.register_step_post_hook(self.apply)
         self.apply()
 
     @torch.no_grad()
-    def apply(self) -> None:
+    def apply(self, *_: Any) -> None:
         """Sets every weight of the wrong sign to 0, as after each step of the optimizer."""
-        for name, layers in self._groups.items():
-            for layer in layers:
-                sign = _of_units(layer, self.signs[name]).to(layer.values)
-                layer.values.masked_fill_(layer.values * sign < 0, 0)
+        for source, layer in self._layers:
+            layer.values.masked_fill_(layer.values * _of_units(layer, self.signs[source]) < 0, 0)
 
     def remove(self) -> None:
         """Lets the weights have any sign again."""
@@ -42,7 +37,7 @@ class KeptSigns:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)  # copies of optimizers have no hooks
-        self._hook = self._optimizer.register_step_post_hook(self._after_step) if state["_hook"] else None
+        self._hook = self._optimizer.register_step_post_hook(self.apply) if state["_hook"] else None
 
 
 def keep_signs(
@@ -81,80 +76,71 @@ def keep_signs(
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer is a {type(optimizer).__name__}; give the torch.optim.Optimizer of the weights")
-    groups = _sources(model)
+    layers = _layers_of(model)
+    sizes = {source: layer.in_features for source, layer in layers}
     held = {id(each) for group in optimizer.param_groups for each in group["params"]}
-    for name, layers in groups.items():
-        for layer in layers:
-            if not layer.has_plain_values:
-                raise ValueError(f"the weights from {name} are computed by a parametrization; remove that")
-            if layer.values.requires_grad and id(layer.values) not in held:
-                raise ValueError(f"the optimizer does not hold the weights from {name}; give the one that trains them")
+    for source, layer in layers:
+        if not layer.has_plain_values:
+            raise ValueError(f"the weights from {source} are computed by a parametrization; remove that")
+        if layer.values.requires_grad and id(layer.values) not in held:
+            raise ValueError(f"the optimizer does not hold the weights from {source}; give the one that trains them")
     if signs is None:
-        found = {name: _signs_of(name, layers) for name, layers in groups.items()}
-        return KeptSigns(groups, found, optimizer)
-    given = signs if isinstance(signs, Mapping) else {name: signs for name in groups}
-    if not given:
-        raise ValueError(f"signs is empty; give those of some of {', '.join(groups)}")
-    if not isinstance(signs, Mapping) and len(groups) != 1:
-        raise ValueError(f"there are several sources; give signs by name, of {', '.join(groups)}")
-    for name, each in given.items():
-        _check_signs(name, each, groups)
-    groups = {name: groups[name] for name in given}
-    found = {name: each.detach().to(torch.int8).cpu() for name, each in given.items()}
+        return KeptSigns(layers, {source: _signs_of(source, layers) for source in sizes}, optimizer)
+    if not isinstance(signs, Mapping):
+        if len(sizes) > 1:
+            raise ValueError(f"there are several sources; give signs by name, of {', '.join(sizes)}")
+        signs = dict.fromkeys(sizes, signs)
+    if not signs:
+        raise ValueError(f"signs is empty; give those of some of {', '.join(sizes)}")
+    for source, each in signs.items():
+        if source not in sizes:
+            raise ValueError(f"signs of {source!r}: there is no such source, only {', '.join(sizes)}")
+        _check_signs(source, each, sizes[source])
+    layers = [(source, layer) for source, layer in layers if source in signs]
+    found = {source: each.detach().to(torch.int8).cpu() for source, each in signs.items()}
     with torch.no_grad():
-        for name, layers in groups.items():
-            for layer in layers:
-                sign = _of_units(layer, found[name]).to(layer.values)
-                layer.values.copy_(torch.where(sign == 0, layer.values, layer.values.abs() * sign))
-    return KeptSigns(groups, found, optimizer)
+        for source, layer in layers:
+            sign = _of_units(layer, found[source])
+            layer.values.copy_(torch.where(sign == 0, layer.values, layer.values.abs() * sign))
+    return KeptSigns(layers, found, optimizer)
 
 
-def _sources(model: nn.Module) -> dict[str, list[G2GLinear]]:
+def _layers_of(model: nn.Module) -> list[tuple[str, G2GLinear]]:
+    """Each layer that has signs, with the name of its source."""
     if isinstance(model, G2GLinear):
-        return {"the layer": [model]}
-    groups: dict[str, list[G2GLinear]] = {}
-    layers = [module for module in model.modules() if isinstance(module, G2GLinear)]
+        return [("the layer", model)]
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, G2GLinear)]
     networks = [module for module in model.modules() if isinstance(module, SpikingNetwork)]
     if len(networks) == 1 and len(networks[0].connections()) == len(layers):
-        connections: Mapping[str, Any] = networks[0].connections()
-        names = list(networks[0].populations)
-        for route in networks[0].routes():
-            if route.source >= 0:
-                groups.setdefault(names[route.source], []).append(connections[route.name])
-    else:
-        groups = {name: [layer] for name, layer in model.named_modules() if isinstance(layer, G2GLinear)}
-    if not groups:
+        names, connections = list(networks[0].populations), networks[0].connections()
+        routes = (route for route in networks[0].routes() if route.source >= 0)
+        layers = [(names[route.source], connections[route.name]) for route in routes]
+    if not layers:
         raise ValueError(f"{type(model).__name__} has no G2GLinear layer whose weights could have signs")
-    return groups
+    return layers
 
 
-def _check_signs(name: str, signs: Any, groups: Mapping[str, list[G2GLinear]]) -> None:
-    if name not in groups:
-        raise ValueError(f"signs of {name!r}: there is no such source, only {', '.join(groups)}")
-    size = groups[name][0].in_features
-    kinds = torch.bool, torch.complex64, torch.complex128
-    if not isinstance(signs, torch.Tensor) or tuple(signs.shape) != (size,) or signs.dtype in kinds:
-        what = f"{signs.dtype} {list(signs.shape)}" if isinstance(signs, torch.Tensor) else type(signs).__name__
-        raise ValueError(f"the signs of {name} are {what}; give a tensor of {size} numbers 1, −1 or 0")
+def _check_signs(source: str, signs: Any, size: int) -> None:
+    what = f"{signs.dtype} {list(signs.shape)}" if isinstance(signs, torch.Tensor) else type(signs).__name__
+    if not isinstance(signs, torch.Tensor) or tuple(signs.shape) != (size,) or signs.dtype == torch.bool:
+        raise ValueError(f"the signs of {source} are {what}; give a tensor of {size} numbers 1, −1 or 0")
     if not ((signs == 1) | (signs == -1) | (signs == 0)).all():
-        raise ValueError(f"the signs of {name} must be 1, −1 or 0")
+        raise ValueError(f"the signs of {source} must be 1, −1 or 0")
 
 
-def _signs_of(name: str, layers: list[G2GLinear]) -> torch.Tensor:
-    """The sign of each neuron's weights; raises ValueError for one that has both."""
-    size = layers[0].in_features
-    positive, negative = torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.bool)
-    for layer in layers:
+def _signs_of(source: str, layers: list[tuple[str, G2GLinear]]) -> torch.Tensor:
+    """The sign of the weights of each neuron of a source; raises ValueError for one that has both."""
+    own = [layer for name, layer in layers if name == source]
+    positive, negative = (torch.zeros(own[0].in_features, dtype=torch.bool) for _ in range(2))
+    for layer in own:
         edges = layer.mask.edges(layer.values)
         assert edges.weight is not None
         for found, there in ((positive, edges.weight > 0), (negative, edges.weight < 0)):
             found[torch.from_numpy(edges.source[there])] = True
     both = (positive & negative).nonzero()
     if len(both):
-        raise ValueError(
-            f"neuron {int(both[0])} of {name} has weights of both signs ({len(both)} neurons do); give signs, of which "
-            "weights then take the given one"
-        )
+        first = f"neuron {int(both[0])} of {source} has weights of both signs ({len(both)} neurons do)"
+        raise ValueError(f"{first}; give signs, which weights then take")
     return positive.to(torch.int8) - negative.to(torch.int8)
 
 
@@ -162,4 +148,4 @@ def _of_units(layer: G2GLinear, signs: torch.Tensor) -> torch.Tensor:
     """The signs of the sources of packed weights: [num_units, 1, unit_cols], 0 in padding."""
     axis = layer.mask.cols
     padded = torch.cat([signs, signs.new_zeros(1)]).to(axis.neuron_at.device)[axis.neuron_at]
-    return padded.view(axis.num_units, axis.width)[layer.mask.unit_col.long()][:, None, :]
+    return padded.view(axis.num_units, axis.width)[layer.mask.unit_col.long()][:, None, :].to(layer.values)

@@ -1,56 +1,35 @@
 """The optimisation of one network: steps, epochs, evaluation, and a state to resume from."""
 
 import copy
-import logging
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 from g2g_kernels import Activity
-from g2g_kernels.numbers import share_of
 from g2g_kernels.triton import runtime
-from g2gnet.base.distributed import World
 from g2gnet.base.seeding import draw_device, stream
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase, random_unit_shift
 from g2gnet.dst.gradual_pruning import mean_density
 from g2gnet.dst.scheduler import DSTScheduler
-from g2gnet.inspect import Batch
 from g2gnet.network import G2GNet
 from g2gnet.network_settings import SettingsError
 from g2gnet.neurons import AdLIF
 from g2gnet.training.captured_step import CapturedStep
-from g2gnet.training.checkpoints import check_number
 from g2gnet.training.epochs import EpochTrainer, StepCallback
 from g2gnet.training.evaluation import autocast, build_network, run_images
-from g2gnet.training.least_memory import check_memory
-from g2gnet.training.machine import Machine
+from g2gnet.training.machine import Machine, check_memory
 from g2gnet.training.numerical_checks import LayerWatch, check_labels, check_rates
-from g2gnet.training.regularizer import RateTarget, rate_penalty, rate_target
+from g2gnet.training.regularizer import rate_penalty, rate_target
 from g2gnet.training.run_settings import TrainSettings
 from g2gnet.training.samples import check_images, order_of
-from g2gnet.training.saved_state import check_like, load_model
+from g2gnet.training.saved_state import check_form, load_model
 from g2gnet.weights.tied_averages import tie_wiring, untie_wiring
-
-logger = logging.getLogger("g2gnet")
 
 #: parameters that one thread updates in about a millisecond
 ONE_THREAD_UPDATE = 1_000_000
 #: squares of numbers up to this can be summed in float32
 _SQUARED = 1e15
-
-
-class _Simulation(nn.Module):
-    """``simulate`` of a network as ``forward`` of a module, as DistributedDataParallel needs it, with the network's
-    parameters alone: masks are the same in all processes, which is checked whenever they change."""
-
-    def __init__(self, net: G2GNet) -> None:
-        super().__init__()
-        self.net_parameters = nn.ParameterList(net.parameters())
-        self.forward = net.simulate
 
 
 class Evaluation(NamedTuple):
@@ -71,9 +50,8 @@ class Evaluation(NamedTuple):
 class Trainer(EpochTrainer):
     """Trains one :class:`G2GNet` on one data set, and rewires it (:class:`~g2gnet.training.epochs.EpochTrainer`).
 
-    Each process of the ``world`` of ``machine`` has such a trainer and computes its part of every batch. Together they
-    do what one process would do, except for the order of floating-point sums. The data, on any device, are moved to
-    that of ``machine``.
+    Each process of the ``world`` of ``machine`` has such a trainer and computes its part of every batch; together they
+    do what one process would, except for the order of floating-point sums.
 
     Attributes:
         net: the network that is trained. To the ``progress`` of an epoch it adds ``firing_rates``, Σ over images of the
@@ -82,8 +60,7 @@ class Trainer(EpochTrainer):
             average, which is rewired with it.
 
     Raises:
-        SettingsError: if a batch has fewer images than there are processes, training has too few steps for DST, the
-            images to be changed are vectors, or the network and a step need more memory than there is.
+        SettingsError: if the settings do not fit the data, the number of processes or of steps, or the memory.
 
     Example:
         >>> from g2gnet.data import load_dataset
@@ -105,10 +82,8 @@ class Trainer(EpochTrainer):
         self.world = world
         self.lr_schedule, self.lr_warmup = settings.lr_schedule, settings.lr_warmup
         if self.lr_warmup >= self._steps:
-            raise SettingsError(
-                f"lr_warmup={self.lr_warmup} leaves no step at `lr`: training takes {self._steps} steps; lower "
-                "`lr_warmup`"
-            )
+            of_all = f"training takes {self._steps} steps"
+            raise SettingsError(f"lr_warmup={self.lr_warmup} leaves no step at `lr`: {of_all}; lower `lr_warmup`")
         count = len(self.data.train_labels)
         smallest = count - (self._batches - 1) * settings.batch_size
         if smallest < world.size:
@@ -130,9 +105,8 @@ class Trainer(EpochTrainer):
             mean, deviation = self.data.moments()
             self.net.input_mean.fill_(mean)
             self.net.input_deviation.fill_(deviation)
-        check_labels(self.data, settings.limit_train is not None)
-        if settings.enc == "rate":
-            check_rates(settings, self.data)
+        check_labels(self.data)
+        check_rates(settings, self.data)
         self.tested = self.net
         if settings.average is not None:
             self.tested = copy.deepcopy(self.net).requires_grad_(False).eval()
@@ -143,25 +117,13 @@ class Trainer(EpochTrainer):
         self._captured: CapturedStep | None = None
         if machine.captures:
             self._captured = CapturedStep(self._learn, device, (self.net, self.optimizer), bool(machine.cuda_graph))
-        self._follow_weights()
-        if machine.cuda_graph is None and device.type == "cuda" and world.size > 1:
-            logger.info("training steps are not replayed as a CUDA graph: %d processes communicate in them", world.size)
         self.dst: DSTScheduler | None = None
         if settings.sparsity_mode == "dynamic":
-            pruned = settings.final_density is not None
-            bounded = settings.dst_schedule != "constant" or settings.dst_stop != 1 or pruned
-            if bounded and settings.dst_interval > share_of(settings.dst_stop, self._steps):
-                raise SettingsError(
-                    f"dst_interval={settings.dst_interval} leaves no update: training takes {self._steps} steps, and "
-                    f"nothing is replaced after dst_stop={settings.dst_stop} of them; lower `dst_interval`"
-                )
-            connections = list(self.net.connections().values())
-            density = mean_density(connections)
-            if settings.final_density is not None and settings.final_density >= density:
-                raise SettingsError(
-                    f"final_density={settings.final_density} is no less than the {density:.4g} that training begins "
-                    "with; lower it, or begin with more weights, as with a higher `p_inter`"
-                )
+            final, connections = settings.final_density, list(self.net.connections().values())
+            bounded = settings.dst_schedule != "constant" or settings.dst_stop != 1 or final is not None
+            if final is not None and final >= (density := mean_density(connections)):
+                first = f"the {density:.4g} that training begins with"
+                raise SettingsError(f"final_density={final} is no less than {first}; lower it, or raise `p_inter`")
             try:
                 self.dst = DSTScheduler(
                     connections,
@@ -175,11 +137,11 @@ class Trainer(EpochTrainer):
                     schedule=settings.dst_schedule,
                     stop=settings.dst_stop,
                     total_steps=self._steps if bounded else None,
-                    final_density=settings.final_density,
+                    final_density=final,
                     network=self.net,
                 )
             except ValueError as error:
-                raise SettingsError(str(error)) from error
+                raise SettingsError(f"dynamic sparse training: {error}") from error
         self._watch(settings.lr)
         self._layers = LayerWatch()
 
@@ -192,8 +154,8 @@ class Trainer(EpochTrainer):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # what training does not change, but reads from the data, with a rounding that depends on the number of threads
         for buffer, value in self.net.named_buffers(recurse=False):
-            for model in ("model", "trained") if self.tested is not self.net else ("model",):
-                if not torch.allclose(check_like(f"{model}/{buffer}", state[model][buffer], value), value):
+            for model in state.keys() & {"model", "trained"}:
+                if not torch.allclose(check_form(f"{model}/{buffer}", state[model][buffer], value), value):
                     raise ValueError(f"{model}/{buffer} is not that of the data")
         if self.tested is self.net:
             super().load_state_dict(state)
@@ -205,10 +167,10 @@ class Trainer(EpochTrainer):
         if self.dst:
             if state["dst"]["steps"] != state["step"]:
                 raise ValueError(f"dst/steps={state['dst']['steps']} and step={state['step']} are at odds")
-            for name in ("pruned", "grown"):
-                check_number(f"dst/{name}", state["dst"][name], low=0, whole=True)
+            check_form("dst", state["dst"], {"pruned": 0, "grown": 0}, low=0)
             self.dst.load_state_dict(state["dst"])
-        self._follow_weights()
+        if self._captured:
+            self._captured.recapture()  # for other masks
 
     def _build_network(self, input_dim: int, num_classes: int) -> G2GNet:
         return build_network(self.settings, input_dim, num_classes, self._machine.backend)
@@ -239,26 +201,6 @@ class Trainer(EpochTrainer):
         rest["params"] = [each for each in learned.values() if id(each) not in weights]
         return torch.optim.AdamW([{"params": [*weights.values()]}, rest, *groups], **options)
 
-    def _follow_weights(self) -> None:
-        """Makes what depends on the addresses of weights, on how many there are and on masks that were loaded."""
-        if self._captured:
-            self._captured.recapture()
-        parameters = sum(parameter.numel() for parameter in self.net.parameters())
-        self._one_thread_updates = self.device.type == "cpu" and parameters <= ONE_THREAD_UPDATE
-        self._parallel: DistributedDataParallel | None = None  # the former one first takes its hooks off the parameters
-        if self.world.size == 1:
-            return
-        self.world.arrive()
-        self._parallel = DistributedDataParallel(
-            _Simulation(self.net),
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            process_group=self.world.group,
-            gradient_as_bucket_view=True,
-        )
-        self._parallel.broadcast_buffers = False  # they stay as they are, and each mask would be compared in each step
-        # their sum, where DistributedDataParallel itself averages them
-        self._parallel.register_comm_hook(self.world, World.sum_gradients)
-
     def _no_progress(self) -> dict[str, Any]:
         firing_rates = torch.zeros(sum(self._neurons), device=self.device)
         return {**super()._no_progress(), "firing_rates": firing_rates, "units": self._units()}
@@ -271,13 +213,13 @@ class Trainer(EpochTrainer):
 
     def _measures(self, progress: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
         count = len(self.data.train_labels)
-        rates = {f"lif{i}": counts for i, counts in enumerate(progress["firing_rates"].split(self._neurons), 1)}
+        neurons = self.net.neurons()
+        rates = dict(zip(neurons, progress["firing_rates"].split(self._neurons), strict=True))
         if self.settings.readout != "counts":
             rates.popitem()  # the last layer has no spikes
         firing_rate = {name: counts.mean().item() / count for name, counts in rates.items()}
         silent = {name: (counts == 0).float().mean().item() for name, counts in rates.items()}
         if self.world.leads:
-            neurons = {f"lif{i}": lif for i, (_, lif) in enumerate(self.net.layers(), 1)}
             self._layers.check(self.epoch, firing_rate, silent, neurons)
         connections = self.net.connections()
         results = {f"{part}_acc": self.evaluate(part) for part in self.judges}
@@ -303,35 +245,35 @@ class Trainer(EpochTrainer):
         labels = self.data.train_labels[index]
         images = self.data.train_images[index]
         if self.settings.shift is not None:
-            images = random_crop_and_flip(images, self._stream("augment", self.step), self.settings.shift)
+            images = random_crop_and_flip(images, self._stream("augment"), self.settings.shift)
         if self.settings.erase:
-            images = random_erase(images, self._stream("erase", self.step), self.settings.erase)
+            images = random_erase(images, self._stream("erase"), self.settings.erase)
         if self.settings.unit_shift:
-            images = random_unit_shift(images, self._stream("unit_shift", self.step), self.settings.unit_shift)
+            images = random_unit_shift(images, self._stream("unit_shift"), self.settings.unit_shift)
         # from the whole batch's draws, so each image gets what it would get in one process
         part = self.world.part(len(index))
-        inputs = self.net.encode(as_samples(images), self._stream("encode_train", self.step), part)
+        inputs = self.net.encode(as_samples(images), self._stream("encode_train"), part)
         labels = labels[part]
-        target = None
+        regularizer = 0.0, 0.0
         if self.settings.enforce_sparsity:
-            target = rate_target(self.epoch + 1, self.settings.epochs, self.settings.warmup_epochs)
+            regularizer = rate_target(self.epoch + 1, self.settings.epochs, self.settings.warmup_epochs)
         # a step with the gradient of absent units differs from the captured one
         differs = self.dst is not None and self.dst.forms_gradient
         learn = self._captured if self._captured and not differs else self._learn
         dropped: list[torch.Tensor] | None = None
         if self.settings.dropout:
-            drawn = self.net.drop(len(index), self._stream("dropout", self.step))
+            drawn = self.net.drop(len(index), self._stream("dropout"))
             dropped = [each[part].to(self.device) for each in drawn]
-        # target and share are constants of a captured step
-        results, activity = learn(inputs, labels, target, len(labels) / len(index), dropped)
+        # the regulariser and the share are constants of a captured step
+        results, activity = learn(inputs, labels, regularizer, len(labels) / len(index), dropped)
         runtime.tell_compiled()
         self._stepped()
         if self.settings.average is not None:
             share = 1 / min(self.step, self.settings.average)
             for average, now in zip(self.tested.parameters(), self.net.parameters(), strict=True):
                 average.data.lerp_(now.data, share)
-        if self.dst and self.dst.step(inputs, activity) and self.settings.final_density is not None:
-            self._follow_weights()
+        if self.dst and self.dst.step(inputs, activity) and self._captured and self.settings.final_density is not None:
+            self._captured.recapture()  # the graph holds the weights that were more
         loss, correct, firing_rates = results[0], results[1], results[2:]
         return {"loss": loss * len(index), "correct": correct, "firing_rates": firing_rates * len(index)}
 
@@ -339,7 +281,7 @@ class Trainer(EpochTrainer):
         self,
         inputs: torch.Tensor,
         labels: torch.Tensor,
-        target: RateTarget | None,
+        regularizer: tuple[float, float],
         share: float,
         dropped: list[torch.Tensor] | None,
     ) -> tuple[torch.Tensor, Activity]:
@@ -347,15 +289,16 @@ class Trainer(EpochTrainer):
         process has a ``share`` of the batch. Returns of the whole batch the mean cross-entropy, the number of correctly
         classified images and each neuron's mean rate, layer after layer [2 + 2·H + C]; and the activity on its part."""
         with autocast(self.settings, self.device):
-            activity = (self._parallel or self.net.simulate)(inputs, chunk=self.settings.chunk, dropped=dropped)
+            activity = self.net.simulate(inputs, chunk=self.settings.chunk, dropped=dropped)
         loss = F.cross_entropy(activity.output, labels, label_smoothing=self.settings.label_smoothing)
         objective = share * loss
-        if target and target.strength > 0:
+        if regularizer[0] > 0:
             rates = [self._whole_batch(share * rates) for rates in activity.rates[:-1]]
-            objective = objective + rate_penalty(rates, target)
+            objective = objective + rate_penalty(rates, *regularizer)
         self.optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
         objective.backward()
         with torch.no_grad():
+            self._sum_gradients()
             correct = (activity.output.argmax(1) == labels).sum().to(loss.dtype)
             results = self.world.sum_(
                 torch.cat([torch.stack([share * loss, correct]), *[share * r for r in activity.rates]])
@@ -366,6 +309,14 @@ class Trainer(EpochTrainer):
         self._update()
         self.optimizer.zero_grad(set_to_none=True)  # a graph would get copies of those with which it begins
         return results, activity
+
+    def _sum_gradients(self) -> None:
+        """Makes each gradient the sum over the processes, in one message."""
+        if self.world.size > 1:
+            gradients = [each.grad for each in self.net.parameters() if each.grad is not None]
+            sums = self.world.sum_(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, each in zip(gradients, sums.split([gradient.numel() for gradient in gradients]), strict=True):
+                gradient.copy_(each.view_as(gradient))
 
     def _clip_gradient(self, largest: float) -> None:
         """Scales the gradient down to that norm, also one whose squares overflow: ``clip_grad_norm_`` makes that 0."""
@@ -383,7 +334,8 @@ class Trainer(EpochTrainer):
         """The optimizer's step, with equal bits on one thread if there are few parameters on a CPU: the fused update is
         one parallel region per parameter, which beside busy programs takes many times as long as the arithmetic."""
         threads = torch.get_num_threads()
-        if self._one_thread_updates:
+        parameters = sum(each.numel() for group in self.optimizer.param_groups for each in group["params"])
+        if one_thread := self.device.type == "cpu" and parameters <= ONE_THREAD_UPDATE:
             torch.set_num_threads(1)
         try:
             self.optimizer.step()
@@ -391,18 +343,12 @@ class Trainer(EpochTrainer):
                 if isinstance(neurons, AdLIF):
                     neurons.keep_stable_()
         finally:
-            if self._one_thread_updates:
+            if one_thread:
                 torch.set_num_threads(threads)
 
     def _whole_batch(self, part: torch.Tensor) -> torch.Tensor:
         """The sum over the processes; its gradient goes only to this process's part, since each sends its own."""
-        if self.world.size == 1:
-            return part
         return part + (self.world.sum_(part.detach().clone()) - part.detach())
-
-    def run_images(self, part: str = "test", count: int | None = None) -> Iterator[Batch]:
-        """The network's activity on the first ``count`` (None: all) of the ``"test"`` or ``"val"`` images."""
-        return run_images(self.tested, self.settings, self.epoch, self.data, part, count)
 
     def evaluate(self, part: str = "test") -> Evaluation:
         """The results on the ``"test"`` or ``"val"`` images."""
@@ -435,6 +381,6 @@ class Trainer(EpochTrainer):
         now = self._units()
         return {name: int(torch.isin(had, now[name]).sum()) / max(1, len(had)) for name, had in units.items()}
 
-    def _stream(self, purpose: str, *counters: int) -> torch.Generator:
-        """The run's stream of that name, on the device if it has generators."""
-        return stream(self.settings.seed, purpose, *counters, device=draw_device(self.device))
+    def _stream(self, purpose: str) -> torch.Generator:
+        """This step's stream of that name, on the device if it has generators."""
+        return stream(self.settings.seed, purpose, self.step, device=draw_device(self.device))

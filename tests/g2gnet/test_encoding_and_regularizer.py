@@ -39,15 +39,14 @@ def test_a_part_of_the_samples_is_drawn_as_in_the_whole_batch(part, dtype):
 
 def test_the_schedule_waits_for_the_warm_up_and_ends_at_its_final_values():
     first, last_of_it, middle, last = (rate_target(epoch, 20, 10) for epoch in (1, 10, 15, 20))
-    assert first.strength == last_of_it.strength == 0
-    assert (middle.strength, middle.rate) == pytest.approx((1e-4 + 0.5 * (1e-2 - 1e-4), 0.17))
-    assert (last.strength, last.rate) == pytest.approx((1e-2, 0.09))
+    assert first == last_of_it == (0, 0.25)
+    assert middle == pytest.approx((1e-4 + 0.5 * (1e-2 - 1e-4), 0.17))
+    assert last == pytest.approx((1e-2, 0.09))
 
 
 def test_the_penalty_sums_squares_over_layers_and_neurons_and_is_differentiable():
     rates = [torch.tensor([0.1, 0.3], requires_grad=True), torch.tensor([0.2], requires_grad=True)]
-    target = rate_target(20, 20, 10)
-    penalty = rate_penalty(rates, target)
+    penalty = rate_penalty(rates, *rate_target(20, 20, 10))
     assert penalty.item() == pytest.approx(1e-2 * (0.01**2 + 0.21**2 + 0.11**2))
     penalty.backward()
     torch.testing.assert_close(rates[0].grad, 2e-2 * (rates[0].detach() - 0.09))

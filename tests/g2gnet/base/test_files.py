@@ -251,9 +251,8 @@ def test_markers_of_fewer_epochs_and_of_several_layers_are_understood(finished):
     assert finished.marker.read_text() == of_two
     for _ in range(2):  # JSON has lists in the place of their sizes
         run(finished.directory, epochs=1, model="dense", hidden_dim=(16, 8))
-    with pytest.raises(CheckpointError, match=r"hidden_dim: \[16, 8\] there, \[16, 4\] now") as error:
+    with pytest.raises(CheckpointError, match=r"hidden_dim: \[16, 8\] there, \[16, 4\] now"):
         run(finished.directory, epochs=1, model="dense", hidden_dim=(16, 4))
-    assert "`name=hidden_dim-16-4`" in str(error.value)
 
 
 def test_what_files_say_cannot_move_the_cursor(finished, capsys):

@@ -135,7 +135,7 @@ def test_a_saved_run_has_the_network_before_and_after(tmp_path):
         ("history", [{"epoch": 1}], "lacks train_loss"),
         ("history/0/test_acc", "<b>", "test_acc=.<b>. is not a number of at least 0"),
         ("tested", [0.9], "tested is a list"),
-        ("tested", {"test_acc": 0.9}, "best/epoch"),
+        ("tested", {"test_acc": 0.9}, "tested lacks best"),
         ("tested", {"test_acc": "<b>", "best": {"epoch": 1, "val_acc": 1, "test_acc": 1}}, "test_acc"),
         ("settings/validation", 0.25, "val_acc"),
         ("epoch", -1, "epoch=-1 is not a whole number of at least 0"),

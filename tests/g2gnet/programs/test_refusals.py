@@ -19,9 +19,10 @@ from g2gnet.base.files import check_writable
 from g2gnet.programs import analyze, pretrain
 from g2gnet.programs.flags import settings_from
 from g2gnet.programs.report import program as report
-from g2gnet.training import Trainer, TrainSettings, least_memory
+from g2gnet.training import Trainer, TrainSettings
 from g2gnet.training.cross_validation import FoldSettings
 from g2gnet.training.evaluation import build_network
+from g2gnet.training.machine import least_bytes
 
 MANY = 10**26
 FILES = ("log_dir", "json", "checkpoint_dir", "data_dir", "resnet_weights")
@@ -177,12 +178,10 @@ def test_a_network_larger_than_memory_is_refused_with_what_it_takes(tmp_path, ca
 def test_the_least_memory_is_that_of_the_tensors_it_counts(model):
     """A bound from below, and no worse than a third of what the tensors of a trained network take."""
     settings = TrainSettings(model=model, hidden_dim=256, block_size=16, T=4, batch_size=32)
-    net, least = build_network(settings, 20, 10), least_memory.least_bytes(settings, 20, 10, 32)
+    net, least = build_network(settings, 20, 10), least_bytes(settings, 20, 10, 32)
     weights = 4 * 4 * sum(parameter.numel() for parameter in net.parameters())
-    masks = sum(b.numel() * b.element_size() for name, b in net.state_dict().items() if "unit_" in name)
     bits_and_states = 32 * 4 * ((256 + 256 + 64) // 8 + 4 * (256 + 10))
-    drawn = 0 if model == "dense" else least_memory.DRAWN_UNIT * 16 * 16
-    assert weights * 0.85 <= least <= drawn + (weights + 2 * masks + bits_and_states) * 1.05
+    assert weights * 0.85 <= least <= (weights + bits_and_states) * 1.05
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="what a process has taken is told by Linux")

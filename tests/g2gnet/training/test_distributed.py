@@ -27,8 +27,9 @@ from g2gnet.base import distributed
 from g2gnet.base.distributed import DistributedError, World, join
 from g2gnet.data import load_dataset
 from g2gnet.training import Machine, SettingsError, Trainer, TrainSettings
-from g2gnet.training.checkpoints import JUDGED, RunFiles
+from g2gnet.training.checkpoints import RunFiles
 from g2gnet.training.cross_validation import FoldSettings, cross_validate
+from g2gnet.training.saved_state import JUDGED
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available() or os.name != "posix", reason="needs gloo and signals")
 

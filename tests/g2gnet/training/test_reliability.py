@@ -397,8 +397,6 @@ def test_classes_without_weights_are_warned_about_before_training(caplog):
 def test_classes_that_are_tested_but_not_trained_are_warned_about(caplog):
     labels = {"train_labels": torch.arange(10) % 8, "test_labels": torch.tensor([9, 1, 2, 3, 9, 8])}
     data = dataclasses.replace(load_dataset(SMALL["dataset"]).limited(10, 6), **labels)
-    for limit, remedy in ((None, "give training images of them"), (10, "raise `limit_train`")):
-        small_trainer(data, limit_train=limit, limit_test=6)
-        said = "3 of 6 test images are of classes without a training image (8, 9), which cannot be learned"
-        assert caplog.messages == [f"{said}; {remedy}"]
-        caplog.clear()
+    small_trainer(data, limit_train=None, limit_test=6)
+    said = "3 of 6 test images are of classes without a training image (8, 9), which cannot be learned"
+    assert caplog.messages == [f"{said}; give some, or raise `limit_train`"]

@@ -17,6 +17,8 @@ from g2gnet.training import CheckpointError, SettingsError, Trainer, TrainSettin
 from g2gnet.training import trainer as trainer_module
 from g2gnet.training.evaluation import build_network
 
+DYNAMIC = {"sparsity_mode": "dynamic"}
+
 
 def test_each_batch_is_augmented_with_the_draws_of_its_step():
     trainer, seen = small_trainer(augment="crop-flip", erase=0.5), []
@@ -64,11 +66,21 @@ def test_adaptive_neurons_stay_stable_in_training():
     assert (neurons.a >= -(1 - neurons.adapt_decay.clamp(0, 1)) * (1 - neurons.beta.clamp(0, 1))).all()
 
 
-def test_a_warmup_without_end_and_a_schedule_without_an_update_are_refused():
-    with pytest.raises(SettingsError, match="lr_warmup=12 leaves no step at `lr`: training takes 12 steps; lower"):
-        small_trainer(lr_warmup=12)
-    with pytest.raises(SettingsError, match="dst_interval=7 leaves no update: training takes 12 steps"):
-        small_trainer(sparsity_mode="dynamic", dst_schedule="cosine", dst_stop=0.5, dst_interval=7)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_warmup": 12}, "lr_warmup=12 leaves no step at `lr`: training takes 12 steps; lower"),
+        ({**DYNAMIC, "dst_stop": 0.5, "dst_interval": 7}, r"interval=7 leaves no update in the first 0\.5 of 12 steps"),
+        ({**DYNAMIC, "dst_fraction": 0.0}, r"dynamic sparse training: fraction=0\.0 must be a number above 0"),
+        ({**DYNAMIC, "dst_fraction": 1e-310}, "fraction=1e-310 must be a number above 0 .* that a float32 holds"),
+        ({**DYNAMIC, "p_inter": 1.0}, "every unit of every layer is present, so none can grow; lower p_inter"),
+        ({"sequence": "rows", "T": 50}, "T=50 is not the length of the sequences .* with sequence=rows; give `T=28`"),
+        ({"sequence": "pixels", "sequence_step": 5}, "sequence_step=5 does not divide the 784 pixels of an image"),
+    ],
+)
+def test_what_a_run_cannot_do_is_refused_before_its_first_step(options, message):
+    with pytest.raises(SettingsError, match=message):
+        small_trainer(**options)
 
 
 ONE_STEP = {"batch_size": 200, "epochs": 1}
@@ -352,14 +364,14 @@ def test_more_epochs_continue_a_finished_run_as_if_it_had_been_as_long_from_the_
 )
 def test_a_run_that_depends_on_the_number_of_its_epochs_is_not_continued(tmp_path, options, tied):
     run(tmp_path, **options, epochs=1)
-    message = f"with `{tied}` each of its 1 epochs depended on their number(.|\n)*as in `name=epochs2`"
+    message = f"with `{tied}` each of its 1 epochs depended on their number(.|\n)*`name=NAME`"
     with pytest.raises(CheckpointError, match=message):
         run(tmp_path, **options, epochs=2)
 
 
 def test_a_name_makes_room_for_a_run_that_differs_in_what_is_not_named(tmp_path):
     stem = run(tmp_path, epochs=1).checkpoint.stem
-    with pytest.raises(CheckpointError, match=r"`name=NAME` to train another run beside it \(as in `name=lr0.01`\)"):
+    with pytest.raises(CheckpointError, match="`name=NAME` to train another run beside it"):
         run(tmp_path, epochs=1, lr=0.01)
     second = run(tmp_path, epochs=1, lr=0.01, name="lr0.01")
     assert second.checkpoint.stem == f"{stem}_lr0.01"

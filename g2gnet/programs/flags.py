@@ -41,7 +41,7 @@ GROUPS = ("data", "model", "training", "dynamic sparse training", "cross-validat
 METAVARS = {int: "N", float: "X", str: "FILE"}
 
 
-class FlagError(ValueError):
+class FlagError(SettingsError):
     """A flag that is invalid on this machine."""
 
 

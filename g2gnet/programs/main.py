@@ -18,12 +18,15 @@ from g2gnet.base.memory import ran_out
 from g2gnet.base.messages import OutputError, discard, reason, warn
 from g2gnet.data import DataError
 from g2gnet.network_settings import SettingsError
-from g2gnet.programs.flags import FlagError, Parser
+from g2gnet.programs.flags import Parser
 from g2gnet.programs.output import check_json, standard_output, write_json
 from g2gnet.training import CheckpointError, Interrupted, TrainingError
 
 #: exit status of a program whose reader has closed the pipe, as ``head`` does: 128 + SIGPIPE, absent on Windows
 READER_LEFT = 128 + 13
+#: the errors of users whose message says everything: of what they asked for, and of what came then
+REFUSED = (SettingsError, BackendError)
+FAILED = (DataError, CheckpointError, TrainingError, DistributedError, OutputError)
 #: settings with which the memory of a training step grows
 GROWING = ("batch_size", "T", "hidden_dim")
 
@@ -57,9 +60,9 @@ def run_program(
             document = program(arguments)
         if json_file and document is not None:
             write_json(json_file, document)
-    except (SettingsError, BackendError, FlagError) as error:
+    except REFUSED as error:
         return _fail(parser, error, 2)
-    except (DataError, CheckpointError, TrainingError, DistributedError, OutputError) as error:
+    except FAILED as error:
         return _fail(parser, error, 1)
     except Interrupted as interruption:
         if rank() == 0:

@@ -5,7 +5,6 @@ import contextlib
 import logging
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.context
 import os
 import signal
 import sys
@@ -19,16 +18,14 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from g2g_kernels import BackendError
 from g2g_kernels.numbers import COUNT
 from g2gnet.base.files import locked, make_directory, open_own
 from g2gnet.base.messages import OutputError, reason
-from g2gnet.data import DataError
 from g2gnet.network_settings import SettingsError
 from g2gnet.programs import train
-from g2gnet.programs.flags import FlagError, machine_from
-from g2gnet.programs.main import memory_named
-from g2gnet.programs.sweep.grid import LOCK, LOG, Grid, Run, runs_of
+from g2gnet.programs.flags import machine_from
+from g2gnet.programs.main import FAILED, REFUSED, memory_named
+from g2gnet.programs.sweep.grid import LOCK, LOG, Grid, Run, arguments_of, runs_of
 from g2gnet.programs.sweep.results import HELD_OUT, TESTED, Row, best_row, judge, rows_of, table
 from g2gnet.training import CheckpointError, Interrupted, SavedRun, TrainingError, read_run
 from g2gnet.training.checkpoints import numbers
@@ -37,7 +34,7 @@ from g2gnet.training.interruption import handled
 logger = logging.getLogger("g2gnet")
 
 #: failures of a run whose message says everything; of others the traceback is shown too
-EXPLAINED = (BackendError, CheckpointError, DataError, OutputError, SettingsError, TrainingError)
+EXPLAINED = (*REFUSED, *FAILED)
 #: seconds between two looks at the runs' files
 INTERVAL = 0.5
 
@@ -50,8 +47,7 @@ _ended = threading.Event()
 def train_run(given: Mapping[str, Any], folder: str) -> None:
     """Trains or resumes one run in this process, which prints into ``log.txt`` in its folder. ``given`` are flags of
     ``g2g-train`` by name. If another process trains this run, it waits for that to end."""
-    arguments = train.build_parser().parse_args([])
-    vars(arguments).update(given, checkpoint_dir=folder)
+    arguments = arguments_of({**given, "checkpoint_dir": folder})
     file = Path(folder) / LOG
     with contextlib.ExitStack() as held:
         try:
@@ -94,41 +90,24 @@ def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved:
     return {**last, **seconds, "weights": weights, **more(saved)}
 
 
-class _Process(multiprocessing.context.SpawnProcess):
-    """A process that gets no Ctrl-C before :func:`_begin`: it would end with a traceback while it imports."""
-
-    def start(self) -> None:
-        if not hasattr(signal, "pthread_sigmask"):  # on Windows
-            return super().start()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            super().start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class _Spawning(multiprocessing.context.SpawnContext):
-    Process = _Process
-
-
 @contextlib.contextmanager
 def processes(jobs: int, threads: int | None = None) -> Iterator[concurrent.futures.Executor]:
     """An executor with ``jobs`` processes of ``threads`` threads; None: they share the cores. They end with this
     process, however it ends: a run then finishes its step and saves it."""
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
     reader, writer = multiprocessing.Pipe(duplex=False)
-    pool = concurrent.futures.ProcessPoolExecutor(jobs, _Spawning(), _begin, (reader, threads))
-    try:
-        yield pool
-    except BaseException:
-        writer.close()
-        raise
-    finally:
-        # the end of this process would show in those that still import as a traceback
-        with handled(signal.SIGINT, signal.SIG_IGN):
-            pool.shutdown(cancel_futures=True)
-        writer.close()
-        reader.close()
+    spawning = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, spawning, _begin, (reader, threads))
+    with reader, writer:
+        try:
+            yield pool
+        except BaseException:
+            writer.close()
+            raise
+        finally:
+            # the end of this process would show in those that still import as a traceback
+            with handled(signal.SIGINT, signal.SIG_IGN):
+                pool.shutdown(cancel_futures=True)
 
 
 def _begin(reader: multiprocessing.connection.Connection, threads: int) -> None:
@@ -137,8 +116,6 @@ def _begin(reader: multiprocessing.connection.Connection, threads: int) -> None:
     tqdm.set_lock(threading.RLock())  # the usual one is shared with other processes, and would be left behind
     # that of the terminal is not meant for these processes: the end of the pipe tells what to do
     signal.signal(signal.SIGINT, _end_if_told)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with, args=(reader,), daemon=True).start()
 
 
@@ -175,7 +152,8 @@ def train_runs(
     stream, failed = sys.stderr, {}
     total = sum(run.settings.epochs for run in runs)
     with tqdm(total=total, desc=name, unit=" epochs", leave=False, disable=None, file=stream) as bar:
-        futures = {executor.submit(train_run, {**run.given, **machine}, str(run.folder)): run for run in runs}
+        with handled(signal.SIGINT, signal.SIG_IGN):  # as in processes that start here, until _begin
+            futures = {executor.submit(train_run, {**run.given, **machine}, str(run.folder)): run for run in runs}
         waiting = set(futures)
         try:
             while waiting:
@@ -199,10 +177,9 @@ def train_runs(
                 "a process that trained was killed, as by a system without memory; what it had saved is kept. Lower "
                 "`jobs`, or do the same again to resume"
             ) from error
-        except BaseException:
+        finally:
             for future in waiting:
                 future.cancel()
-            raise
     return failed
 
 
@@ -308,7 +285,7 @@ def run(
     runs = runs_of(grid, folder)
     for line in dict.fromkeys(line for each in runs for line in each.settings.without_effect()):
         logger.warning("%s", line)
-    several = {name for each in runs for name in each.differs}
+    several = runs[0].differs
     machine = {"data_dir": str(data_dir), "device": device, "backend": backend}
     ends, failed, missing = {}, {}, []
     for each in runs:
@@ -340,22 +317,16 @@ def run(
     return Sweep(
         Path(folder),
         {name: value for name, value in runs[0].given.items() if name not in several},
-        tuple(name for name in runs[0].given if name in several and name != "seed"),
+        tuple(name for name in several if name != "seed"),
         [(each, ends[each.folder]) for each in runs if each.folder in ends],
         {each.label: failed[each.label] for each in runs if each.label in failed},
     )
 
 
 def _jobs(jobs: int | None, runs: int, machine: Mapping[str, Any]) -> int:
-    arguments = train.build_parser().parse_args([])
-    vars(arguments).update(machine)
-    cores = os.cpu_count() or 1
-    try:
-        device = machine_from(arguments).device
-    except FlagError as error:
-        raise SettingsError(str(error)) from error
+    device = machine_from(arguments_of(machine)).device
     if jobs is None:
-        jobs = cores if device.type == "cpu" else 1
+        jobs = (os.cpu_count() or 1) if device.type == "cpu" else 1
     if wanted := COUNT.refuses(jobs):
         raise SettingsError(f"jobs={jobs!r} must be {wanted}")
     return min(jobs, runs)

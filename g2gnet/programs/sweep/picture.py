@@ -1,10 +1,9 @@
 """The picture of a sweep: accuracy against one setting, one line per combination of the others."""
 
-import itertools
-import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, PercentFormatter
 
@@ -59,9 +58,8 @@ def _geometric(values: Sequence[float]) -> bool:
     """Whether ascending values are spaced more evenly by their ratios than by their differences."""
     if len(values) < 3 or values[0] <= 0:
         return False
-    pairs = list(itertools.pairwise(values))
-    ratios, differences = [math.log(b / a) for a, b in pairs], [b - a for a, b in pairs]
-    return max(ratios) / min(ratios) < max(differences) / min(differences)
+    ratios, differences = np.diff(np.log(values)), np.diff(values)
+    return bool(ratios.max() / ratios.min() < differences.max() / differences.min())
 
 
 def _numeric(values: Sequence[Any]) -> bool:

@@ -17,8 +17,8 @@ from g2gnet.programs import flags, output
 from g2gnet.programs.main import run_program
 from g2gnet.programs.sweep.engine import Sweep, run
 from g2gnet.programs.sweep.grid import LOCK, LOG, may_be_none, read_grid, runs_of, values_of
-from g2gnet.programs.sweep.results import as_csv
 from g2gnet.training import TrainingError, TrainSettings
+from g2gnet.training.checkpoints import csv_of, numbers
 from g2gnet.training.interruption import raised
 
 DESCRIPTION = """\
@@ -69,18 +69,18 @@ def build_parser() -> flags.Parser:
 
 
 def _add_settings(parser: flags.Parser) -> None:
-    kinds_of = types_of(TrainSettings)
     group = parser.add_argument_group("settings of g2g-train, each with one value or several")
     for field in dataclasses.fields(TrainSettings):
-        about, (kind, *_) = field.metadata, kinds_of[field.name]
+        about, kinds = field.metadata, types_of(TrainSettings)[field.name]
+        kind = kinds[0]
         if about["group"] is None:
             continue
         group.add_argument(
             f"--{field.name}",
             nargs="*" if kind is bool else "+",  # --standardize alone turns it on
-            type=truth if kind is bool else number_or_none(kind) if may_be_none(kinds_of[field.name]) else kind,
+            type=truth if kind is bool else number_or_none(kind) if may_be_none(kinds) else kind,
             default=field.default,
-            metavar="true|false" if kind is bool else flags.METAVARS[kind] if kind is not str else "NAME",
+            metavar={bool: "true|false", str: "NAME"}.get(kind) or flags.METAVARS[kind],
             help=parser.in_flags(about["text"]),
         )
 
@@ -97,7 +97,7 @@ def grid_from(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     grid, folder = grid_from(arguments), Path(arguments.folder)
-    runs = runs_of(grid, folder)
+    runs, values = runs_of(grid, folder), values_of(grid)
     files = {ending: folder / f"sweep.{ending}" for ending in ("csv", "json", "png")}
     own_files = [file for each in runs for file in (*each.files.files(), each.folder / LOG, each.folder / LOCK)]
     output.check_json(arguments, [files["csv"], files["png"], *own_files])
@@ -109,25 +109,16 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
         for file in files.values():
             check_own(file)
     except OSError as error:
-        raise OutputError(
-            f"cannot write {error.filename or folder} ({reason(error)}); give another --folder"
-        ) from error
+        place = error.filename or folder
+        raise OutputError(f"cannot write {place} ({reason(error)}); give another --folder") from error
     for file in files.values():
         output.check_output(file)
-    several = {name: len(values) for name, values in values_of(grid).items() if len(values) > 1}
-    shape = " × ".join(f"{several[name]} {name}" for name in sorted(several, key=lambda name: name == "seed"))
+    shape = " × ".join(f"{len(values[name])} {name}" for name in runs[0].differs)
     done = sum(os.path.exists(each.files.marker) for each in runs)
     say(f"g2g {__version__} | {len(runs)} runs{f': {shape}' if shape else ''} | {done} finished | {folder}")
+    machine = {name: getattr(arguments, name) for name in ("jobs", "data_dir", "device", "backend", "finished")}
     with raised(signal.SIGTERM, f"interrupted by SIGTERM; {RESUME}"):
-        made = run(
-            grid,
-            folder,
-            jobs=arguments.jobs,
-            data_dir=arguments.data_dir,
-            device=arguments.device,
-            backend=arguments.backend,
-            finished=arguments.finished,
-        )
+        made = run(grid, folder, **machine)
     say(made.table())
     if files:
         _write(made, files)
@@ -141,7 +132,8 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(made: Sweep, files: dict[str, Path]) -> None:
-    output.write_output(files["csv"], as_csv([(each.differs, end) for each, end in made.ends]))
+    rows = [{**each.differs, **dict(numbers(end))} for each, end in made.ends]
+    output.write_output(files["csv"], csv_of(rows))
     output.write_output(files["json"], json.dumps({"g2g": __version__, **made.as_dict()}, indent=2) + "\n")
     try:
         from g2gnet.programs.sweep.picture import draw  # needs matplotlib
@@ -149,8 +141,7 @@ def _write(made: Sweep, files: dict[str, Path]) -> None:
         del files["png"]
         warn(f'no picture: matplotlib is missing ({error}); pip install -e ".[plots]"')
     else:
-        common = ", ".join(f"{name}={value}" for name, value in made.common.items())
-        figure = draw(made.rows, common)
+        figure = draw(made.rows, ", ".join(f"{name}={value}" for name, value in made.common.items()))
         output.write_file(files["png"], lambda file: figure.savefig(file, format="png", dpi=150))
     say(f"wrote {', '.join(map(str, files.values()))}")
 

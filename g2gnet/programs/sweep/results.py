@@ -1,14 +1,14 @@
-"""Means and standard errors over the seeds of a sweep, as a table, CSV and a picture."""
+"""Means and standard errors over the seeds of a sweep, and their table."""
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from g2gnet.base.tables import markdown
 from g2gnet.training import TrainSettings
-from g2gnet.training.checkpoints import csv_of, numbers
+from g2gnet.training.checkpoints import numbers
 
 
 class Estimate(NamedTuple):
@@ -17,10 +17,10 @@ class Estimate(NamedTuple):
     mean: float
     error: float | None
 
-    def text(self, digits: int) -> str:
-        """Mean ± standard error."""
-        error = "" if self.error is None else f" ± {self.error:.{digits}f}"
-        return f"{self.mean:.{digits}f}{error}"
+    def text(self, digits: int, scale: float = 1) -> str:
+        """Mean ± standard error, times ``scale``."""
+        error = "" if self.error is None else f" ± {scale * self.error:.{digits}f}"
+        return f"{scale * self.mean:.{digits}f}{error}"
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -82,16 +82,11 @@ def table(varied: Sequence[str], rows: Sequence[Row]) -> str:
     held_out = judge(rows) is HELD_OUT
     tests = dict([HELD_OUT, ("best/test_acc", "test accuracy")] if held_out else [TESTED])
     accuracies = {**tests, "train_acc": "training accuracy"}
-
-    def percent(row: Row, name: str) -> str:
-        mean, error = row.estimate(name)
-        return Estimate(100 * mean, error and 100 * error).text(2)
-
     lines = [
         [
             *(str(value) for value in row.settings.values()),
             str(len(row.ends)),
-            *(percent(row, name) for name in accuracies),
+            *(row.estimate(name).text(2, scale=100) for name in accuracies),
             f"{row.estimate('weights').mean:,.0f}",
             row.estimate("train_seconds").text(1),
         ]
@@ -103,8 +98,3 @@ def table(varied: Sequence[str], rows: Sequence[Row]) -> str:
         how = "held-out images" if held_out else "test images, so its accuracy is too high; validation=SHARE mends that"
         notes.append(f"Best: {best_row(rows).label}, chosen on {how}.")
     return "\n".join([markdown(header, lines), *notes])
-
-
-def as_csv(runs: Sequence[tuple[Mapping[str, Any], dict[str, Any]]]) -> str:
-    """A header and one row per run: the settings that differ, and every number that it reached."""
-    return csv_of([{**differs, **dict(numbers(end))} for differs, end in runs])

@@ -92,10 +92,10 @@ RING = some_network(
 def test_the_picture_of_populations_has_their_weights_delays_and_cycles():
     (axis,) = population_graph(RING).axes
     texts = [(text.get_text(), text.get_color()) for text in axis.texts]
-    heights = {text.get_text(): text.get_position()[1] for text in axis.texts}
-    assert sorted(("input", "p1", "p0", "p2", "p3"), key=heights.__getitem__) == ["input", "p1", "p0", "p2", "p3"]
-    cycle = {"p1_to_p0": "\n1–5 steps", "p0_to_p1": "\n1 step", "p1_to_p1": "\n1 step", "p1_to_p1_2": "\n12 steps"}
-    later = {**cycle, "p0_to_p2_2": "\n3 steps"}
+    columns = {text.get_text(): text.get_position()[0] for text in axis.texts}
+    assert sorted(("input", "p1", "p0", "p2", "p3"), key=columns.__getitem__) == ["input", "p1", "p0", "p2", "p3"]
+    cycle = {"p1_to_p0": ", 1–5 steps", "p0_to_p1": ", 1 step", "p1_to_p1": ", 1 step", "p1_to_p1_2": ", 12 steps"}
+    later = {**cycle, "p0_to_p2_2": ", 3 steps"}
     expected = [
         (f"{100 * connection.mask.density:.0f} %{later.get(name, '')}", "#D55E00" if name in cycle else "#0072B2")
         for name, connection in RING.connections().items()
@@ -103,6 +103,9 @@ def test_the_picture_of_populations_has_their_weights_delays_and_cycles():
     assert sorted(expected) == sorted(text for text in texts if "%" in text[0])
     sizes = {name: texts[number + 1][0] for number, (name, _) in enumerate(texts) if name[0] in "ip"}
     assert sizes == {"input": "12", "p0": "8", "p1": "6", "p2": "10", "p3": "4"}
+    names, arrows = [*RING.populations, "input"], [each for each in axis.patches if isinstance(each, FancyArrowPatch)]
+    ends = sorted((columns[names[route.source]], columns[names[route.target]]) for route in RING.routes())
+    assert sorted(tuple(arrow._path_original.vertices[[0, -1], 0]) for arrow in arrows) == ends
 
 
 def many_joins():

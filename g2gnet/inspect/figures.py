@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.animation import FuncAnimation
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -24,9 +23,6 @@ MARKERS = "os^DvP*"
 WIDTH = 9.6  # inches, the width of the page
 #: at most this many groups of a layer are drawn, and neurons of a raster, of which more could not be told apart
 SHOWN_GROUPS, SHOWN_NEURONS = 8, 4096
-
-#: how much of a spike's light is left one step later
-FADE = 0.6
 
 History = Sequence[Mapping[str, Any]]
 
@@ -223,38 +219,6 @@ def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
     figure.align_ylabels(list(axes.flat))
     figure.suptitle(title, fontsize=10)
     return figure
-
-
-def spike_animation(rasters: Sequence[Raster], title: str = "", interval: int = 150) -> FuncAnimation:
-    """Spikes over time: each neuron is a cell, group after group, that lights up when it fires and then fades.
-
-    ``.save("spikes.gif", writer="pillow")`` writes a GIF, and ``.to_jshtml()`` gives an HTML page with buttons. A time
-    step takes ``interval`` milliseconds.
-
-    Example:
-        >>> spike_animation(rasters(net, activity), "a sample").save("spikes.gif", writer="pillow")
-    """
-    figure, axes = _figure(1, len(rasters), 3.6)
-    images, cells = [], []
-    for axis, raster in zip(axes.flat, rasters, strict=True):
-        order = torch.argsort(raster.layout.group_of, stable=True)
-        glow, shown = torch.zeros(raster.spikes.shape[1]), []
-        for spikes in raster.spikes[:, order].float():
-            glow = torch.maximum(spikes, FADE * glow)
-            shown.append(glow.reshape(input_shape(len(glow))).numpy())
-        cells.append(shown)
-        images.append(axis.imshow(shown[0], vmin=0, vmax=1, cmap="inferno", interpolation="nearest"))
-        axis.set(title=f"{raster.name} ({len(glow)} neurons)", xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-    heading = figure.suptitle(title, fontsize=10)
-
-    def show(step: int) -> list[Any]:
-        for image, shown in zip(images, cells, strict=True):
-            image.set_data(shown[step])
-        heading.set_text(f"{title}{', ' if title else ''}time step {step + 1} of {len(cells[0])}")
-        return [*images, heading]
-
-    return FuncAnimation(figure, show, frames=len(cells[0]), interval=interval)
 
 
 def confusion(matrix: torch.Tensor, classes: Sequence[str]) -> Figure:

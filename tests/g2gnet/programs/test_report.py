@@ -16,7 +16,6 @@ from helpers import MASK_CASES, Largest, seeded
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
-from PIL import Image
 from small_data import publish_resnet, write_cifar
 from tiny_checkpoints import VARIANTS, rewrite, train_tiny
 
@@ -185,21 +184,6 @@ def test_the_confusion_picture_has_names_and_shares():
     of_many = figures.confusion(torch.eye(100, dtype=torch.int64), classes)
     for each, names in ((figure, ["shirt", "shoe", "bag"]), (of_many, list(classes))):
         assert [label.get_text() for label in each.axes[0].get_yticklabels()] == names
-
-
-def test_an_animation_lights_up_the_neurons_that_fire_and_lets_them_fade(tmp_path):
-    spikes, expected = torch.zeros(3, 6), np.zeros((2, 3))
-    spikes[1, 3] = expected[1, 1] = 1  # neuron 3 is the second of group 1, at place 4 of 2 × 3 cells
-    raster = figures.Raster("lif1", spikes, GroupLayout(6, 2, "interleaved"))
-    animation = figures.spike_animation([raster], "one image")
-    for step, shown in enumerate((0 * expected, expected, figures.FADE * expected)):
-        image, heading = animation._func(step)
-        np.testing.assert_allclose(image.get_array(), shown)
-    assert heading.get_text() == "one image, time step 3 of 3"
-    animation.save(tmp_path / "spikes.gif", writer="pillow")
-    with Image.open(tmp_path / "spikes.gif") as file:
-        assert file.n_frames >= 2  # frames that are alike are one
-    assert "<img" in animation.to_jshtml()
 
 
 class Reader(html.parser.HTMLParser):

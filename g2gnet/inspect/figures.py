@@ -21,6 +21,7 @@ from g2gnet.spiking_network import SpikingNetwork
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^DvP*"
 WIDTH = 9.6  # inches, the width of the page
+SHARES: dict[str, Any] = {"vmin": 0, "vmax": 1, "cmap": "viridis"}  # of a map of shares
 #: at most this many groups of a layer are drawn, and neurons of a raster, of which more could not be told apart
 SHOWN_GROUPS, SHOWN_NEURONS = 8, 4096
 
@@ -58,14 +59,12 @@ def rasters(net: SpikingNetwork, activity: Activity, sample: int = 0) -> list[Ra
         ['lif1', 'lif2', 'lif3']
     """
     connections, trains = net.connections(), activity.spikes
-    layouts: dict[int, GroupLayout] = {}
-    for route in net.routes():
-        layouts.setdefault(route.target, connections[route.name].mask.rows.layout)
+    # of the first connection that leads to it
+    layouts = {route.target: connections[route.name].mask.rows.layout for route in reversed(net.routes())}
+    by_name = trains if isinstance(trains, dict) else dict(zip(net.populations, trains, strict=True))
     return [
         Raster(name, spikes.dense()[:, sample].detach().cpu(), layouts[number])
-        for number, (name, spikes) in enumerate(
-            zip(net.populations, trains.values() if isinstance(trains, dict) else trains, strict=True)
-        )
+        for number, (name, spikes) in enumerate(by_name.items())
     ]
 
 
@@ -96,11 +95,11 @@ def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:
             if len(seeds) > 1:
                 error = values.std(0, ddof=1) / len(seeds) ** 0.5
                 axis.fill_between(epochs, mean - error, mean + error, color=look["color"], alpha=0.2, linewidth=0)
+    _whole(accuracy.xaxis)
+    _whole(loss.xaxis)
     accuracy.set(title="Accuracy", xlabel="epoch", ylabel="classified correctly")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     loss.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy (nats)")
-    for axis in (accuracy, loss):
-        _whole(axis.xaxis)
     if several:
         figure.legend(*loss.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False)
     else:
@@ -128,7 +127,7 @@ def connection_density(masks: Mapping[str, Mapping[str, BlockMask]]) -> Figure:
             density = group_density(mask)
             outputs, inputs = density.shape
             aspect = "equal" if max(density.shape) <= 4 * min(density.shape) else "auto"
-            image = axis.imshow(density.numpy(), vmin=0, vmax=1, cmap="viridis", aspect=aspect)
+            image = axis.imshow(density.numpy(), **SHARES, aspect=aspect)
             axis.set(title=f"{name}, {state}", xlabel="input group", ylabel="output group")
             for set_ticks, groups in ((axis.set_xticks, inputs), (axis.set_yticks, outputs)):
                 ticks = range(0, groups, 1 if groups <= 16 else groups // 8)
@@ -157,23 +156,20 @@ def group_inputs(mask: BlockMask, shape: tuple[int, ...], name: str, inputs: str
     groups = min(layout.num_groups, SHOWN_GROUPS)
     columns = min(4, groups)
     rows = -(-groups // columns)
-    height, width = shape[-2], shape[-1] * (shape[0] if len(shape) == 3 else 1)
+    planes, height, width = (1, *shape)[-3:]
     cell = WIDTH / 4.6
-    figure, axes = _figure(rows, columns, rows * (cell * min(1.2, height / width) + 0.35) + 0.5)
-    for group, axis in enumerate(axes.flat):
-        if group >= groups:
-            axis.set_axis_off()
-            continue
-        share = shares[group].reshape(shape)
-        picture = torch.cat(list(share), 1) if len(shape) == 3 else share
-        image = axis.imshow(picture.numpy(), vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-        axis.set_title(f"group {group + 1}")
-        axis.set(xticks=[], yticks=[])
+    figure, axes = _figure(rows, columns, rows * (cell * min(1.2, height / (planes * width)) + 0.35) + 0.5)
+    for axis in axes.flat[groups:]:
+        axis.set_axis_off()
+    for group, axis in enumerate(axes.flat[:groups]):
+        picture = shares[group].view(planes, height, width).transpose(0, 1).flatten(1)
+        image = axis.imshow(picture.numpy(), **SHARES, interpolation="nearest")
+        axis.set(title=f"group {group + 1}", xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-        if len(shape) == 3:
-            for plane in range(1, shape[0]):
-                axis.axvline(plane * shape[-1] - 0.5, color="white", linewidth=1)
-            axis.set_xticks([(plane + 0.5) * shape[-1] for plane in range(3)], ["red", "green", "blue"])
+        for plane in range(1, planes):
+            axis.axvline(plane * width - 0.5, color="white", linewidth=1)
+        if planes == 3:
+            axis.set_xticks([(plane + 0.5) * width for plane in range(3)], ["red", "green", "blue"])
     _share_bar(figure, image, axes, "neurons that see it (%)", pad=0.02, aspect=25)
     shown = "each group" if groups == layout.num_groups else f"the first {groups} of {layout.num_groups} groups"
     figure.suptitle(f"{name}: {inputs} seen by the neurons of {shown}", fontsize=10)
@@ -195,7 +191,7 @@ def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
         order = torch.argsort(raster.layout.group_of, stable=True)[:SHOWN_NEURONS]
         neurons, sizes = len(order), torch.bincount(raster.layout.group_of[order])
         step, place = raster.spikes[:, order].nonzero(as_tuple=True)
-        shades = [COLOURS[group % 2] for group in raster.layout.group_of[order][place].tolist()]
+        shades = np.array(COLOURS[:2])[raster.layout.group_of[order][place] % 2]
         start = (step + 0.6).numpy()  # steps count from 1
         points = 72 * 2.6 * height / neurons  # of each neuron's line, in typographic points
         axis.hlines(place.numpy(), start, start + 0.8, colors=shades, linewidth=min(4.0, max(0.6, 0.8 * points)))
@@ -234,7 +230,7 @@ def confusion(matrix: torch.Tensor, classes: Sequence[str]) -> Figure:
     height = 0.85 * width if many else min(0.85 * WIDTH, 1.8 + 0.3 * count)
     figure = Figure(figsize=(width, height), layout="compressed")
     axis = figure.subplots()
-    image = axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="viridis")
+    image = axis.imshow(share.numpy(), **SHARES)
     axis.set_xticks(range(count), classes, rotation=90 if count > 5 else 0, fontsize=6 if many else None)
     axis.set_yticks(range(count), classes, fontsize=6 if many else None)
     axis.set(xlabel="classified as", ylabel="true class")
@@ -318,9 +314,7 @@ def _write_numbers(axis: Any, share: torch.Tensor, numbers: torch.Tensor) -> Non
 
 def _share_bar(figure: Figure, image: Any, axes: Any, label: str, **options: Any) -> None:
     """The bar of a map's colours, in per cent."""
-    bar = figure.colorbar(image, ax=axes, **options)
-    bar.set_label(label)
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    figure.colorbar(image, ax=axes, label=label, format=PercentFormatter(1, symbol=""), **options)
 
 
 def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, np.ndarray]:

@@ -114,28 +114,21 @@ def _begin(reader: multiprocessing.connection.Connection, threads: int) -> None:
     """What a process of the pool does first. ``reader`` ends when the process that has the other end closes it."""
     torch.set_num_threads(threads)
     tqdm.set_lock(threading.RLock())  # the usual one is shared with other processes, and would be left behind
-    # that of the terminal is not meant for these processes: the end of the pipe tells what to do
-    signal.signal(signal.SIGINT, _end_if_told)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # that of the terminal: the end of the pipe tells what to do
     threading.Thread(target=_end_with, args=(reader,), daemon=True).start()
-
-
-def _end_if_told(number: int, frame: object) -> None:
-    """Ends a run that has no step to save yet: while it trains, SIGINT has another handler."""
-    if _ended.is_set() and _training.locked():
-        raise KeyboardInterrupt
 
 
 def _end_with(reader: multiprocessing.connection.Connection) -> None:
     with contextlib.suppress(OSError):
         reader.poll(None)
     _ended.set()
-    # a run finishes its step, saves it and ends
+    # a run that trains finishes its step, saves it and ends; where none does, this ends the process
     if sys.platform == "win32":
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
     else:
-        os.kill(os.getpid(), signal.SIGINT)  # the main thread gets it, even while it waits for the system
+        os.kill(os.getpid(), signal.SIGTERM)  # the main thread gets it, even while it waits for the system
     with _training:
-        os._exit(128 + signal.SIGINT)
+        os._exit(128 + signal.SIGTERM)
 
 
 def train_runs(

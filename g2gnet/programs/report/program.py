@@ -12,8 +12,9 @@ from g2gnet.programs import flags, output
 from g2gnet.programs.main import run_program
 from g2gnet.training import CheckpointError, SavedRun, read_run
 from g2gnet.training.checkpoints import RunFiles
-from g2gnet.training.run_settings import BINNED
 
+#: the settings that decide the test images; of recordings, T as well
+DECIDING = ("dataset", "use_resnet", "resnet_weights", "limit_test", "bins", "dt", "T")
 EXAMPLE = """\
 example:
   g2g-report checkpoints/*.pth --output report.html
@@ -44,9 +45,7 @@ def make_report(arguments: argparse.Namespace) -> None:
     data: dict[tuple, ImageData] = {}
     inspected = []
     for run in tqdm(runs, desc="inspecting", unit=" runs", leave=False, disable=None):
-        about = ["dataset", "use_resnet", "resnet_weights", "limit_test", "bins", "dt"]
-        about += ["T"] if run.settings.dataset in BINNED else []
-        key = tuple(getattr(run.settings, name) for name in about)
+        key = tuple(getattr(run.settings, name) for name in DECIDING)
         if key not in data:
             data[key] = flags.load_run_data(arguments, run.settings, machine.device)
         net = run.network(machine.device, machine.backend)

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
 from g2gnet.inspect.figures import style
 from g2gnet.programs.sweep.results import Row, judge
@@ -13,36 +12,27 @@ from g2gnet.programs.sweep.results import Row, judge
 
 def draw(rows: Sequence[Row], common: str = "") -> Figure:
     """The mean accuracy by which rows are compared, with its standard error; on the x axis the setting with most
-    values, numbers first, logarithmic if they are spaced so. The title is what the rows have in ``common``, in words.
+    values, numbers first: evenly spaced, numbers in their order. The title is what the rows have in ``common``, in
+    words.
     """
     quantity, accuracy = judge(rows)
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axis = figure.subplots()
-    names = list(rows[0].settings)
-    values = {name: list(dict.fromkeys(row.settings[name] for row in rows)) for name in names}
-    across = max(names, key=lambda name: (_numeric(values[name]), len(values[name])), default="")
+    values = {name: list(dict.fromkeys(row.settings[name] for row in rows)) for name in rows[0].settings}
+    across = max(values, key=lambda name: (_numeric(values[name]), len(values[name])), default="")
+    shown = values.get(across, [""])
+    shown = sorted(shown) if _numeric(shown) else shown
     lines: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in sorted(rows, key=lambda row: shown.index(row.settings.get(across, ""))):
         label = ", ".join(f"{name} {value}" for name, value in row.settings.items() if name != across)
         lines.setdefault(label, []).append(row)
-    shown = values.get(across, [""])
-    numeric = _numeric(shown)
     for number, (label, points) in enumerate(lines.items()):
-        if numeric:
-            points.sort(key=lambda row: row.settings[across])
-        x = [row.settings.get(across, "") for row in points]
-        x = x if numeric else [shown.index(value) for value in x]
+        x = [shown.index(row.settings.get(across, "")) for row in points]
         found = [row.estimate(quantity) for row in points]
         errors = [each.error or 0 for each in found]
         axis.errorbar(x, [each.mean for each in found], errors, label=label, capsize=3, markersize=5, **style(number))
-    if numeric:
-        if _geometric(sorted(shown)):
-            axis.set_xscale("log")
-        axis.set_xticks(sorted(shown), [str(value) for value in sorted(shown)])
-        axis.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        axis.set_xticks(range(len(shown)), [str(value) for value in shown])
-        axis.margins(x=0.2)
+    axis.set_xticks(range(len(shown)), [str(value) for value in shown])
+    axis.margins(x=0.1)
     axis.set(xlabel=across, ylabel=f"{accuracy}, mean ± standard error")
     axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     axis.spines[["top", "right"]].set_visible(False)
@@ -52,14 +42,6 @@ def draw(rows: Sequence[Row], common: str = "") -> Figure:
     if common:
         axis.set_title(common, fontsize=9, wrap=True)
     return figure
-
-
-def _geometric(values: Sequence[float]) -> bool:
-    """Whether ascending values are spaced more evenly by their ratios than by their differences."""
-    if len(values) < 3 or values[0] <= 0:
-        return False
-    ratios, differences = np.diff(np.log(values)), np.diff(values)
-    return bool(ratios.max() / ratios.min() < differences.max() / differences.min())
 
 
 def _numeric(values: Sequence[Any]) -> bool:

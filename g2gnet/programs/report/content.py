@@ -8,7 +8,6 @@ import torch
 
 from g2gnet.data import DATASETS, ImageData
 from g2gnet.inspect import Batch, NetworkAnalysis, analyze_network, figures, groups_table, headline, layers_table
-from g2gnet.inspect.population_graph import population_graph
 from g2gnet.network import G2GNet
 from g2gnet.programs.report.page import contents, details, heading, page, paragraph, picture, table
 from g2gnet.programs.sweep.results import estimate
@@ -143,7 +142,7 @@ def _run(each: Inspected, alone: bool) -> list[str]:
             "Populations and their numbers of neurons. Each arrow has the share of its weights that exist and how much "
             "later spikes arrive. Connections on a cycle are orange."
         )
-        parts.append(picture(population_graph(each.net), caption))
+        parts.append(picture(figures.population_graph(each.net), caption))
     return parts + _connections(each)
 
 

@@ -24,7 +24,6 @@ from g2g_kernels import BlockMask, GroupLayout
 from g2gnet import LIF, G2GLinear, Projection, SpikingNetwork
 from g2gnet.data.catalog import DATASETS
 from g2gnet.inspect import figures, group_density
-from g2gnet.inspect.population_graph import population_graph
 from g2gnet.programs import report as package
 from g2gnet.programs.report import content, page
 from g2gnet.programs.report import program as report
@@ -89,7 +88,7 @@ RING = some_network(
 
 
 def test_the_picture_of_populations_has_their_weights_delays_and_cycles():
-    (axis,) = population_graph(RING).axes
+    (axis,) = figures.population_graph(RING).axes
     texts = [(text.get_text(), text.get_color()) for text in axis.texts]
     columns = {text.get_text(): text.get_position()[0] for text in axis.texts}
     assert sorted(("input", "p1", "p0", "p2", "p3"), key=columns.__getitem__) == ["input", "p1", "p0", "p2", "p3"]
@@ -118,7 +117,7 @@ def many_joins():
 
 @pytest.mark.parametrize("make", [lambda: RING, many_joins])
 def test_nothing_lies_on_another_thing_in_the_picture_of_populations(make):
-    figure = population_graph(make())
+    figure = figures.population_graph(make())
     (axis,) = figure.axes
     assert figure.get_figwidth() * 390 / 358 < 4.4 or len(axis.patches) > 20, "small enough for a telephone"
     renderer = FigureCanvasAgg(figure).get_renderer()

@@ -11,7 +11,6 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from g2gnet.programs import train
 from g2gnet.programs.flags import machine_from
 from g2gnet.programs.main import FAILED, REFUSED, memory_named
 from g2gnet.programs.sweep.grid import LOCK, LOG, Grid, Run, arguments_of, runs_of
-from g2gnet.programs.sweep.results import HELD_OUT, TESTED, Row, best_row, judge, rows_of, table
+from g2gnet.programs.sweep.results import HELD_OUT, TESTED, Sweep
 from g2gnet.training import CheckpointError, Interrupted, SavedRun, TrainingError, read_run
 from g2gnet.training.checkpoints import numbers
 from g2gnet.training.interruption import handled
@@ -183,55 +182,6 @@ def _log_failure(run: Run, error: Exception) -> str:
     return text
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """What a sweep reached.
-
-    Attributes:
-        common: the settings of the grid with one value.
-        varied: the names of those with several, without the seed.
-        ends: what each finished run reached (:func:`outcome`), by the run.
-        failed: the errors of the runs that failed, by the settings that differ.
-        rows: mean and standard error over the seeds, one per combination of the varied settings.
-
-    Example:
-        >>> from concurrent.futures import ThreadPoolExecutor
-        >>> small = {"hidden_dim": 32, "block_size": 8, "T": 3, "epochs": 1, "limit_train": 64}
-        >>> grid = {"dataset": "fashionmnist-mini", "model": "mixer", "seed": [1, 2], **small}
-        >>> with ThreadPoolExecutor(1) as executor:
-        ...     made = run(grid, executor=executor)
-        ...
-        >>> made.rows[0].seeds, sorted(made.as_dict())
-        ([1, 2], ['best', 'failed', 'rows', 'runs', 'settings'])
-    """
-
-    folder: Path
-    common: dict[str, Any]
-    varied: tuple[str, ...]
-    ends: list[tuple[Run, dict[str, Any]]]
-    failed: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def rows(self) -> list[Row]:
-        return rows_of(self.varied, [(run.settings, end) for run, end in self.ends])
-
-    def table(self) -> str:
-        """The rows as a Markdown table."""
-        return table(self.varied, self.rows)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, as plain numbers and strings."""
-        return {
-            "settings": self.common,
-            "rows": [row.as_dict() for row in self.rows],
-            "best": {"settings": best_row(self.rows).settings, "by": judge(self.rows)[0]},
-            "runs": [
-                {"settings": dict(run.differs), "folder": str(run.folder), "result": end} for run, end in self.ends
-            ],
-            "failed": self.failed,
-        }
-
-
 def run(
     grid: Grid,
     folder: Path | str = "sweep",
@@ -278,13 +228,12 @@ def run(
     runs = runs_of(grid, folder)
     for line in dict.fromkeys(line for each in runs for line in each.settings.without_effect()):
         logger.warning("%s", line)
-    several = runs[0].differs
     machine = {"data_dir": str(data_dir), "device": device, "backend": backend}
     ends, failed, missing = {}, {}, []
     for each in runs:
         try:
             end = outcome(each)
-        except Exception as error:
+        except FAILED as error:
             failed[each.label] = _log_failure(each, error)
             continue
         if end is None:
@@ -301,14 +250,13 @@ def run(
         return f"{each.label}: {accuracy} {dict(numbers(end))[quantity]:.4f}, {end['train_seconds']:.0f} s"
 
     if missing and not finished:
-        with contextlib.ExitStack() as held:
-            if executor is None:
-                executor = held.enter_context(processes(_jobs(jobs, len(missing), machine)))
-            failed |= train_runs(missing, executor, machine, "sweep", note)
+        own = contextlib.nullcontext(executor) if executor else processes(_jobs(jobs, len(missing), machine))
+        with own as at_work:
+            failed |= train_runs(missing, at_work, machine, "sweep", note)
     if not ends:
         raise TrainingError("\n".join([f"no run is finished in {folder}", *dict.fromkeys(failed.values())]))
+    several = runs[0].differs
     return Sweep(
-        Path(folder),
         {name: value for name, value in runs[0].given.items() if name not in several},
         tuple(name for name in several if name != "seed"),
         [(each, ends[each.folder]) for each in runs if each.folder in ends],

@@ -15,8 +15,9 @@ from g2gnet.base.version import __version__
 from g2gnet.network_settings import SettingsError, types_of
 from g2gnet.programs import flags, output
 from g2gnet.programs.main import run_program
-from g2gnet.programs.sweep.engine import Sweep, run
+from g2gnet.programs.sweep.engine import run
 from g2gnet.programs.sweep.grid import LOCK, LOG, may_be_none, read_grid, runs_of, values_of
+from g2gnet.programs.sweep.results import Sweep
 from g2gnet.training import TrainingError, TrainSettings
 from g2gnet.training.checkpoints import csv_of, numbers
 from g2gnet.training.interruption import raised

@@ -1,4 +1,4 @@
-"""Means and standard errors over the seeds of a sweep, and their table."""
+"""What a sweep reached: means and standard errors over its seeds, and their table."""
 
 import math
 import statistics
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from g2gnet.base.tables import markdown
-from g2gnet.training import TrainSettings
+from g2gnet.programs.sweep.grid import Run
 from g2gnet.training.checkpoints import numbers
 
 
@@ -52,17 +52,6 @@ class Row:
         return {"settings": self.settings, "seeds": self.seeds, "results": estimates}
 
 
-def rows_of(varied: Sequence[str], ends: Sequence[tuple[TrainSettings, dict[str, Any]]]) -> list[Row]:
-    """The runs in groups that differ in nothing but the seed."""
-    rows: dict[tuple, Row] = {}
-    for settings, end in ends:
-        values = {name: getattr(settings, name) for name in varied}
-        row = rows.setdefault(tuple(values.values()), Row(values, [], []))
-        row.seeds.append(settings.seed)
-        row.ends.append(end)
-    return list(rows.values())
-
-
 #: the accuracy by which rows are compared, in the runs' results and in words: where every run held images out, theirs
 HELD_OUT, TESTED = ("best/val_acc", "validation accuracy"), ("test_acc", "test accuracy")
 
@@ -72,29 +61,81 @@ def judge(rows: Sequence[Row]) -> tuple[str, str]:
     return HELD_OUT if all("best" in end for row in rows for end in row.ends) else TESTED
 
 
-def best_row(rows: Sequence[Row]) -> Row:
-    """The row with the highest mean of that accuracy."""
-    return max(rows, key=lambda row: row.estimate(judge(rows)[0]).mean)
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep reached.
 
+    Attributes:
+        common: the settings of the grid with one value.
+        varied: the names of those with several, without the seed.
+        ends: what each finished run reached (:func:`~g2gnet.programs.sweep.engine.outcome`), by the run.
+        failed: the errors of the runs that failed, by the settings that differ.
+        rows: mean and standard error over the seeds, one per combination of the varied settings.
 
-def table(varied: Sequence[str], rows: Sequence[Row]) -> str:
-    """One line per row: settings, number of runs, means of what they reached; then the best, and by which images."""
-    held_out = judge(rows) is HELD_OUT
-    tests = dict([HELD_OUT, ("best/test_acc", "test accuracy")] if held_out else [TESTED])
-    accuracies = {**tests, "train_acc": "training accuracy"}
-    lines = [
-        [
-            *(str(value) for value in row.settings.values()),
-            str(len(row.ends)),
-            *(row.estimate(name).text(2, scale=100) for name in accuracies),
-            f"{row.estimate('weights').mean:,.0f}",
-            row.estimate("train_seconds").text(1),
+    Example:
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> from g2gnet.programs.sweep import run
+        >>> small = {"hidden_dim": 32, "block_size": 8, "T": 3, "epochs": 1, "limit_train": 64}
+        >>> grid = {"dataset": "fashionmnist-mini", "model": "mixer", "seed": [1, 2], **small}
+        >>> with ThreadPoolExecutor(1) as executor:
+        ...     made = run(grid, executor=executor)
+        ...
+        >>> made.rows[0].seeds, sorted(made.as_dict())
+        ([1, 2], ['best', 'failed', 'rows', 'runs', 'settings'])
+    """
+
+    common: dict[str, Any]
+    varied: tuple[str, ...]
+    ends: list[tuple[Run, dict[str, Any]]]
+    failed: dict[str, str]
+
+    @property
+    def rows(self) -> list[Row]:
+        rows: dict[tuple, Row] = {}
+        for run, end in self.ends:
+            values = {name: getattr(run.settings, name) for name in self.varied}
+            row = rows.setdefault(tuple(values.values()), Row(values, [], []))
+            row.seeds.append(run.settings.seed)
+            row.ends.append(end)
+        return list(rows.values())
+
+    @property
+    def best(self) -> Row:
+        """The row with the highest mean of the accuracy by which rows are compared."""
+        quantity, _ = judge(self.rows)
+        return max(self.rows, key=lambda row: row.estimate(quantity).mean)
+
+    def table(self) -> str:
+        """One line per row: settings, number of runs, means of what they reached; then the best, and by which images it
+        was chosen."""
+        rows = self.rows
+        held_out = judge(rows) is HELD_OUT
+        tests = dict([HELD_OUT, ("best/test_acc", "test accuracy")] if held_out else [TESTED])
+        accuracies = {**tests, "train_acc": "training accuracy"}
+        lines = [
+            [
+                *(str(value) for value in row.settings.values()),
+                str(len(row.ends)),
+                *(row.estimate(name).text(2, scale=100) for name in accuracies),
+                f"{row.estimate('weights').mean:,.0f}",
+                row.estimate("train_seconds").text(1),
+            ]
+            for row in rows
         ]
-        for row in rows
-    ]
-    header = [*varied, "runs", *(f"{text}, %" for text in accuracies.values()), "weights", "seconds"]
-    notes = ["Of each run the epoch with the best validation accuracy was tested."] if held_out else []
-    if len(rows) > 1:
-        how = "held-out images" if held_out else "test images, so its accuracy is too high; validation=SHARE mends that"
-        notes.append(f"Best: {best_row(rows).label}, chosen on {how}.")
-    return "\n".join([markdown(header, lines), *notes])
+        header = [*self.varied, "runs", *(f"{text}, %" for text in accuracies.values()), "weights", "seconds"]
+        notes = ["Of each run the epoch with the best validation accuracy was tested."] if held_out else []
+        if len(rows) > 1:
+            how = "test images, so its accuracy is too high; validation=SHARE mends that"
+            notes.append(f"Best: {self.best.label}, chosen on {'held-out images' if held_out else how}.")
+        return "\n".join([markdown(header, lines), *notes])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as plain numbers and strings."""
+        runs = [{"settings": dict(run.differs), "folder": str(run.folder), "result": end} for run, end in self.ends]
+        return {
+            "settings": self.common,
+            "rows": [row.as_dict() for row in self.rows],
+            "best": {"settings": self.best.settings, "by": judge(self.rows)[0]},
+            "runs": runs,
+            "failed": self.failed,
+        }

@@ -22,12 +22,10 @@ from g2gnet.training.checkpoints import RunFiles
 #: settings of ``g2g-train`` by name, each with one value or an iterable of values
 Grid = Mapping[str, Any]
 
-#: characters of a folder's name that say what differs
-READABLE = 100
 #: in a run's folder: what it printed, and what the process that trains it holds
 LOG, LOCK = "log.txt", ".sweep.lock"
-#: hexadecimal digits of the SHA-256 of a run's settings, which end its folder's name
-DIGITS = 8
+#: of a folder's name: characters that say what differs, and hexadecimal digits of the SHA-256 of a run's settings
+READABLE, DIGITS = 100, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,12 +87,10 @@ def read_grid(path: Path | str) -> dict[str, Any]:
 
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A table of a JSON file, whose reader takes the last of equal names; that of TOML refuses them."""
-    table: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in table:
-            raise ValueError(f"it gives {name} twice")
-        table[name] = value
-    return table
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"it gives {twice[0]} twice")
+    return dict(pairs)
 
 
 def may_be_none(kinds: Collection[Any]) -> bool:

@@ -17,9 +17,9 @@ from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from g2g_kernels import Activity, BlockMask, GroupLayout
-from g2g_kernels.ops.g2g_stack.schedule import Part, parts_of
+from g2g_kernels.ops.g2g_stack.schedule import parts_of
 from g2gnet.inspect import NetworkAnalysis, group_density
-from g2gnet.projections import Route, graph_of
+from g2gnet.projections import graph_of
 from g2gnet.spiking_network import SpikingNetwork
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -295,8 +295,9 @@ def turnover(history: History) -> Figure:
 
 
 def population_graph(net: SpikingNetwork) -> Figure:
-    """Who projects to whom, and how much later: populations side by side, and below them a row for each connection: an
-    arrow with the share of its weights that exist and its delays. What is on a cycle is orange.
+    """Who projects to whom, and how much later: the input and the populations in the order in which they were given,
+    and below them a row for each connection: an arrow with the share of its weights that exist and its delays. What is
+    on a cycle is orange.
 
     Example:
         >>> net = G2GNet(784, [64, 32], 10, block_size=8, feedback=True, delay=4)
@@ -304,27 +305,25 @@ def population_graph(net: SpikingNetwork) -> Figure:
     """
     connections, parts = net.connections(), parts_of(graph_of(net.routes(), net.depth))
     cycles = [{*part.members} for part in parts if part.period]
-    order = _from_the_input(net.routes(), parts, net.depth)
-    names = {number: (*net.populations, "input")[number] for number in order}
-    shown = {number: name if len(name) <= NAME else f"{name[: NAME - 1]}…" for number, name in names.items()}
-    column = max(COLUMN, LETTER * max(map(len, shown.values())) + 0.2)
-    middle = {number: column * (place + 0.5) for place, number in enumerate(order)}
-    routes = sorted(net.routes(), key=lambda route: (middle[route.source], middle[route.target]))
-    width, height = column * len(order), HEAD + ROW * len(routes) + 0.15
+    names = [name if len(name) <= NAME else f"{name[: NAME - 1]}…" for name in ("input", *net.populations)]
+    column = max(COLUMN, LETTER * max(map(len, names)) + 0.2)
+    middle = [column * (place + 0.5) for place in range(len(names))]
+    routes = sorted(net.routes(), key=lambda route: (route.source, route.target))
+    width, height = column * len(names), HEAD + ROW * len(routes) + 0.15
 
     figure = Figure(figsize=(width, height))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set(xlim=(0, width), ylim=(height, 0))
     axis.set_axis_off()
     centred: dict[str, Any] = {"fontsize": 8.5, "ha": "center", "va": "center"}
-    for number, x in middle.items():
+    for name, size, x in zip(names, (net.sizes[-1], *net.sizes), middle, strict=False):
         axis.plot((x, x), (HEAD, height), color="0.85", zorder=0)
         box = (x - column / 2 + 0.05, 0.08), column - 0.1, HEAD - 0.12
         axis.add_patch(FancyBboxPatch(*box, boxstyle="round,pad=0,rounding_size=0.08", fc="0.93", ec="0.3"))
-        axis.text(x, HEAD / 2 - 0.05, shown[number], fontweight="bold", **centred)
-        axis.text(x, HEAD / 2 + 0.1, f"{net.sizes[number]:,}", **centred)
+        axis.text(x, HEAD / 2 - 0.05, name, fontweight="bold", **centred)
+        axis.text(x, HEAD / 2 + 0.1, f"{size:,}", **centred)
     for row, route in enumerate(routes):
-        start, end = middle[route.source], middle[route.target]
+        start, end = middle[route.source + 1], middle[route.target + 1]  # the input is number −1
         y = HEAD + ROW * (row + 0.8)
         corners = [(start, y), (end, y)]
         if start == end:  # a loop
@@ -377,16 +376,6 @@ def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Fig
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
-
-
-def _from_the_input(routes: Sequence[Route], parts: Sequence[Part], depth: int) -> list[int]:
-    """Populations from the left (−1: the input) as they run, in a cycle by distance from the input; the output last."""
-    distance = {-1: 0}
-    for step in range(1, depth + 1):
-        reached = {route.target for route in routes if route.source in distance}
-        distance.update(dict.fromkeys(reached - distance.keys(), step))
-    order = [number for part in parts for number in sorted(part.members, key=distance.__getitem__)]
-    return [-1, *[number for number in order if number + 1 < depth], depth - 1]
 
 
 def _text(density: float, delays: torch.Tensor) -> str:

@@ -91,7 +91,7 @@ def test_the_picture_of_populations_has_their_weights_delays_and_cycles():
     (axis,) = figures.population_graph(RING).axes
     texts = [(text.get_text(), text.get_color()) for text in axis.texts]
     columns = {text.get_text(): text.get_position()[0] for text in axis.texts}
-    assert sorted(("input", "p1", "p0", "p2", "p3"), key=columns.__getitem__) == ["input", "p1", "p0", "p2", "p3"]
+    assert sorted(("p3", "p2", "p1", "p0", "input"), key=columns.__getitem__) == ["input", "p0", "p1", "p2", "p3"]
     cycle = {"p1_to_p0": ", 1–5 steps", "p0_to_p1": ", 1 step", "p1_to_p1": ", 1 step", "p1_to_p1_2": ", 12 steps"}
     later = {**cycle, "p0_to_p2_2": ", 3 steps"}
     expected = [

@@ -219,9 +219,7 @@ def run(
         >>> from concurrent.futures import ThreadPoolExecutor
         >>> small = {"hidden_dim": 32, "block_size": 8, "T": 3, "epochs": 1, "limit_train": 64}
         >>> grid = {"dataset": "fashionmnist-mini", "model": ["index", "mixer"], "seed": [1, 2], **small}
-        >>> with ThreadPoolExecutor(1) as executor:
-        ...     made = run(grid, "models", executor=executor)
-        ...
+        >>> made = run(grid, "models", executor=ThreadPoolExecutor(1))
         >>> [(row.settings, row.seeds) for row in made.rows]
         [({'model': 'index'}, [1, 2]), ({'model': 'mixer'}, [1, 2])]
     """

@@ -74,12 +74,8 @@ class Sweep:
 
     Example:
         >>> from concurrent.futures import ThreadPoolExecutor
-        >>> from g2gnet.programs.sweep import run
-        >>> small = {"hidden_dim": 32, "block_size": 8, "T": 3, "epochs": 1, "limit_train": 64}
-        >>> grid = {"dataset": "fashionmnist-mini", "model": "mixer", "seed": [1, 2], **small}
-        >>> with ThreadPoolExecutor(1) as executor:
-        ...     made = run(grid, executor=executor)
-        ...
+        >>> small = {"hidden_dim": 32, "T": 3, "epochs": 1, "limit_train": 64}
+        >>> made = run({"dataset": "fashionmnist-mini", "seed": [1, 2], **small}, executor=ThreadPoolExecutor(1))
         >>> made.rows[0].seeds, sorted(made.as_dict())
         ([1, 2], ['best', 'failed', 'rows', 'runs', 'settings'])
     """

@@ -9,7 +9,7 @@ import logging
 import platform
 import re
 import typing
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,13 +125,13 @@ class _Several(argparse.Action):
         setattr(namespace, self.dest, values[0] if alone else tuple(values) or True)
 
 
-def add_settings_flags(parser: Parser, settings: type = TrainSettings, names: Collection[str] | None = None) -> None:
-    """Adds one flag for each field of ``settings`` that has a group, in these groups; with ``names`` only for these."""
+def add_settings_flags(parser: Parser, settings: type = TrainSettings) -> None:
+    """Adds one flag for each field of ``settings`` that has a group, in these groups."""
     kinds_of = types_of(settings)
-    fields = [field for field in dataclasses.fields(settings) if names is None or field.name in names]
+    fields = [field for field in dataclasses.fields(settings) if field.metadata["group"]]
     present = {field.metadata["group"] for field in fields}
     groups = {title: parser.add_argument_group(title) for title in GROUPS if title in present}
-    for field in (field for field in fields if field.metadata["group"]):
+    for field in fields:
         about, (flag_type, *_) = field.metadata, kinds_of[field.name]
         text, number = parser.in_flags(about["text"]), number_of(about, kinds_of[field.name])
         options: dict[str, Any] = {"type": flag_type, "default": field.default}

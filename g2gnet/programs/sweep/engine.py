@@ -34,7 +34,7 @@ logger = logging.getLogger("g2gnet")
 
 #: failures of a run whose message says everything; of others the traceback is shown too
 EXPLAINED = (*REFUSED, *FAILED)
-#: seconds between two looks at the runs' files
+#: seconds after which a wait is begun anew: on Windows Ctrl-C is seen in between only
 INTERVAL = 0.5
 
 #: held by the run that trains in this process: PyTorch's seeds and modes, and standard output, are the process's
@@ -142,8 +142,7 @@ def train_runs(
     TrainingError if a process of the executor was killed.
     """
     stream, failed = sys.stderr, {}
-    total = sum(run.settings.epochs for run in runs)
-    with tqdm(total=total, desc=name, unit=" epochs", leave=False, disable=None, file=stream) as bar:
+    with tqdm(total=len(runs), desc=name, unit=" runs", leave=False, disable=None, file=stream) as bar:
         with handled(signal.SIGINT, signal.SIG_IGN):  # as in processes that start here, until _begin
             futures = {executor.submit(train_run, {**run.given, **machine}, str(run.folder)): run for run in runs}
         waiting = set(futures)
@@ -162,8 +161,7 @@ def train_runs(
                             failed[run.label] = _log_failure(run, error)
                     else:
                         bar.write(line, file=stream)
-                bar.set_postfix_str(f"{len(runs) - len(waiting)} of {len(runs)} runs", refresh=False)
-                bar.update(sum(run.epochs() for run in runs) - bar.n)
+                bar.update(len(done))
         except concurrent.futures.BrokenExecutor as error:
             raise TrainingError(
                 "a process that trained was killed, as by a system without memory; what it had saved is kept. Lower "

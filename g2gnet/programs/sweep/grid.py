@@ -55,15 +55,6 @@ class Run:
         """The files that the trainer writes."""
         return RunFiles(self.folder, self.settings.stem)
 
-    def epochs(self) -> int:
-        """The number of epochs that are finished; all, if the run has ended before the last."""
-        try:
-            if self.files.marker.exists():
-                return self.settings.epochs
-            return min(read_file(self.files.history).count(b"\n"), self.settings.epochs)
-        except OSError:
-            return 0
-
 
 def read_grid(path: Path | str) -> dict[str, Any]:
     """The grid in a TOML or JSON file: settings, each one value or a list. Raises SettingsError if unreadable."""

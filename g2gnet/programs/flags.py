@@ -22,7 +22,6 @@ from g2gnet.base.distributed import LIMIT, join, launched, rank
 from g2gnet.base.messages import reason, say, warn
 from g2gnet.base.version import __version__
 from g2gnet.data import DATASETS, ImageData, MissingDataError, dataset_name, load_dataset, npz
-from g2gnet.data.augmentation import SHIFTS
 from g2gnet.data.features import load_features, weights_digest
 from g2gnet.inspect import ANALYSIS_SAMPLES
 from g2gnet.network_settings import SettingsError, number_of, types_of
@@ -199,17 +198,8 @@ def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT])
         return settings_type(**values)
     if npz.is_name(values["dataset"]):
         shape = npz.sample_shape(values["dataset"], Path(arguments.data_dir))
-        # only images can be mirrored or lose a rectangle, which states what they are; frames are images in any case
-        changed = len(shape) == 2 and (values["augment"] in SHIFTS or values["erase"] > 0)
-        unsaid = npz.holds_sequences(shape) and values["sequence"] is None
-        if unsaid and not changed:
+        if npz.holds_sequences(shape) and values["sequence"] is None:
             values["sequence"] = "own"
-        elif unsaid:
-            logger.warning(
-                "the samples of %s, of shape %s, are read as images, as augment=%s and erase=%s say; without these "
-                "they are sequences. Give sequence=none to say so in either case",
-                values["dataset"], " × ".join(map(str, shape)), values["augment"], values["erase"],
-            )  # fmt: skip
     # the first without what is compared with T, which the samples may decide
     settings, found = settings_type(**values | {"input_taps": 1}), {"input_taps": values["input_taps"]}
     if settings.sequence != "none" and settings.dataset not in BINNED:  # of recordings T is chosen

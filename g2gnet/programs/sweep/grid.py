@@ -84,11 +84,6 @@ def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def may_be_none(kinds: Collection[Any]) -> bool:
-    """Whether a setting of these types is a number or None."""
-    return type(None) in kinds and str not in kinds
-
-
 def values_of(grid: Grid) -> dict[str, list[Any]]:
     """The values of each setting of a grid, as a list: whole numbers as floats where fractions are possible, the word
     ``none`` as None for a number that may be left out. Raises SettingsError for an unknown name, a setting without a
@@ -121,7 +116,7 @@ def _plain(value: Any) -> Any:
 
 
 def _value(value: Any, kinds: Collection[Any]) -> Any:
-    if value == "none" and may_be_none(kinds):  # which neither flags nor TOML can say in another way
+    if value == "none" and type(None) in kinds and str not in kinds:  # flags and TOML cannot say it in another way
         return None
     return float(value) if float in kinds and type(value) is int else value
 

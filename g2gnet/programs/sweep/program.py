@@ -16,7 +16,7 @@ from g2gnet.network_settings import SettingsError, types_of
 from g2gnet.programs import flags, output
 from g2gnet.programs.main import run_program
 from g2gnet.programs.sweep.engine import run
-from g2gnet.programs.sweep.grid import LOCK, LOG, may_be_none, read_grid, runs_of, values_of
+from g2gnet.programs.sweep.grid import LOCK, LOG, read_grid, runs_of, values_of
 from g2gnet.programs.sweep.results import Sweep
 from g2gnet.training import TrainingError, TrainSettings
 from g2gnet.training.checkpoints import csv_of, numbers
@@ -34,20 +34,16 @@ examples:
 RESUME = "run the same command again to resume with the remaining runs"
 
 
-def truth(text: str) -> bool:
-    """The type of a setting that is on or off; raises ArgumentTypeError unless it is ``true`` or ``false``."""
-    if text not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text == "true"
-
-
-def number_or_none(kind: type) -> Callable[[str], Any]:
-    """The type of a setting that is a number or ``none``."""
+def value_of(kind: type) -> Callable[[str], Any]:
+    """What a flag of a setting of this type makes of a word. Other words stay text: ``none`` is a value of some
+    settings, and the rest is refused with the settings."""
 
     def read(text: str) -> Any:
-        return text if text == "none" else kind(text)
+        try:
+            return {"true": True, "false": False}[text] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            return text
 
-    read.__name__ = f"{kind.__name__} or none"  # which argparse names in an error
     return read
 
 
@@ -72,14 +68,13 @@ def build_parser() -> flags.Parser:
 def _add_settings(parser: flags.Parser) -> None:
     group = parser.add_argument_group("settings of g2g-train, each with one value or several")
     for field in dataclasses.fields(TrainSettings):
-        about, kinds = field.metadata, types_of(TrainSettings)[field.name]
-        kind = kinds[0]
+        about, kind = field.metadata, types_of(TrainSettings)[field.name][0]
         if about["group"] is None:
             continue
         group.add_argument(
             f"--{field.name}",
             nargs="*" if kind is bool else "+",  # --standardize alone turns it on
-            type=truth if kind is bool else number_or_none(kind) if may_be_none(kinds) else kind,
+            type=value_of(kind),
             default=field.default,
             metavar={bool: "true|false", str: "NAME"}.get(kind) or flags.METAVARS[kind],
             help=parser.in_flags(about["text"]),

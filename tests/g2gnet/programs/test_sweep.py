@@ -97,7 +97,7 @@ def test_what_is_wrong_with_a_grid_is_said_before_anything_is_trained(tmp_path):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_values_may_be_numbers_of_numpy_and_tensors_and_none(tmp_path, capsys):
+def test_values_may_be_numbers_of_numpy_and_tensors_and_none(tmp_path):
     for values in ({0, 1}, np.arange(2), torch.arange(2), [np.int64(0), torch.tensor(1)]):
         runs = runs_of({"seed": values, "T": np.array(3), "p_inter": torch.tensor(0.25)}, tmp_path)
         found = [(run.settings.seed, run.settings.T, run.settings.p_inter) for run in runs]
@@ -106,9 +106,14 @@ def test_values_may_be_numbers_of_numpy_and_tensors_and_none(tmp_path, capsys):
     grid = program.grid_from(parse(["--average", "none", "5", "--name", "none"]))
     found = [(run.settings.average, run.settings.name) for run in runs_of(grid, tmp_path)]
     assert found == [(None, "none"), (5, "none")]
-    with pytest.raises(SystemExit):
-        parse(["--average", "nil"])
-    assert "--average: invalid int or none value: 'nil'" in capsys.readouterr().err
+    for flags, message in (
+        (["--average", "nil"], r"^average='nil' must be a whole number of at least 2$"),
+        (["--lr", "fast"], r"^lr='fast' must be a number above 0$"),
+        (["--standardize", "yes"], r"^standardize='yes' must be"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            runs_of(program.grid_from(parse(flags)), tmp_path)
+    assert program.grid_from(parse(["--standardize", "true", "false"])) == {"standardize": [True, False]}
 
 
 def test_a_grid_comes_from_a_file_and_flags_replace_what_it_says(tmp_path):

@@ -132,12 +132,11 @@ def _write(made: Sweep, files: dict[str, Path]) -> None:
     output.write_output(files["csv"], csv_of(rows))
     output.write_output(files["json"], json.dumps({"g2g": __version__, **made.as_dict()}, indent=2) + "\n")
     try:
-        from g2gnet.programs.sweep.picture import draw  # needs matplotlib
+        figure = made.picture()
     except ImportError as error:
         del files["png"]
         warn(f'no picture: matplotlib is missing ({error}); pip install -e ".[plots]"')
     else:
-        figure = draw(made.rows, ", ".join(f"{name}={value}" for name, value in made.common.items()))
         output.write_file(files["png"], lambda file: figure.savefig(file, format="png", dpi=150))
     say(f"wrote {', '.join(map(str, files.values()))}")
 

@@ -1,4 +1,4 @@
-"""What a sweep reached: means and standard errors over its seeds, and their table."""
+"""What a sweep reached: means and standard errors over its seeds, their table and their picture."""
 
 import math
 import statistics
@@ -125,6 +125,43 @@ class Sweep:
             notes.append(f"Best: {self.best.label}, chosen on {'held-out images' if held_out else how}.")
         return "\n".join([markdown(header, lines), *notes])
 
+    def picture(self) -> Any:
+        """A matplotlib figure: the mean accuracy by which rows are compared, with its standard error. On the x axis is
+        the setting with most values, numbers first: evenly spaced, numbers in their order. Each combination of the
+        others is a line."""
+        from matplotlib.figure import Figure  # which is optional
+        from matplotlib.ticker import PercentFormatter
+
+        from g2gnet.inspect.figures import style
+
+        rows = self.rows
+        quantity, accuracy = judge(rows)
+        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+        axis = figure.subplots()
+        values = {name: list(dict.fromkeys(row.settings[name] for row in rows)) for name in self.varied}
+        across = max(values, key=lambda name: (_numeric(values[name]), len(values[name])), default="")
+        shown = values.get(across, [""])
+        shown = sorted(shown) if _numeric(shown) else shown
+        lines: dict[str, list[Row]] = {}
+        for row in sorted(rows, key=lambda row: shown.index(row.settings.get(across, ""))):
+            label = ", ".join(f"{name} {value}" for name, value in row.settings.items() if name != across)
+            lines.setdefault(label, []).append(row)
+        for number, (label, points) in enumerate(lines.items()):
+            x = [shown.index(row.settings.get(across, "")) for row in points]
+            found = [row.estimate(quantity) for row in points]
+            y, errors = [each.mean for each in found], [each.error or 0 for each in found]
+            axis.errorbar(x, y, errors, label=label, capsize=3, markersize=5, **style(number))
+        axis.set_xticks(range(len(shown)), [str(value) for value in shown])
+        axis.margins(x=0.1)
+        axis.set(xlabel=across, ylabel=f"{accuracy}, mean ± standard error")
+        axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="0.92")
+        if len(lines) > 1:
+            figure.legend(loc="outside lower left", ncols=2, frameon=False)
+        axis.set_title(", ".join(f"{name}={value}" for name, value in self.common.items()), fontsize=9, wrap=True)
+        return figure
+
     def as_dict(self) -> dict[str, Any]:
         """Everything, as plain numbers and strings."""
         runs = [{"settings": dict(run.differs), "folder": str(run.folder), "result": end} for run, end in self.ends]
@@ -135,3 +172,7 @@ class Sweep:
             "runs": runs,
             "failed": self.failed,
         }
+
+
+def _numeric(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)

@@ -30,8 +30,7 @@ from g2gnet.network_settings import SettingsError
 from g2gnet.programs import sweep
 from g2gnet.programs.sweep import engine, program
 from g2gnet.programs.sweep.grid import read_grid, runs_of
-from g2gnet.programs.sweep.picture import draw
-from g2gnet.programs.sweep.results import Row, estimate
+from g2gnet.programs.sweep.results import estimate
 from g2gnet.training import TrainingError
 
 QUICK = {**SMALL, "T": 3, "limit_train": 64, "limit_test": 32, "epochs": 1}
@@ -172,14 +171,16 @@ def test_a_sweep_is_decided_by_held_out_images_where_there_are_some_and_says_so(
     assert (told["by"], f"p_inter={told['settings']['p_inter']}") == ("best/val_acc", best)
     assert "validation accuracy" not in made[0].table()
     assert ", chosen on test images, so its accuracy is too high; validation=SHARE mends that." in made[0].table()
-    axis = draw(held_out.rows).axes[0]
+    axis = held_out.picture().axes[0]
     assert axis.get_ylabel() == "validation accuracy, mean ± standard error"
     assert list(axis.lines[0].get_ydata()) == [row.estimate("best/val_acc").mean for row in held_out.rows]
 
 
-def test_values_are_evenly_spaced_and_numbers_in_their_order():
-    for values in ([64, 16, 32], [0.05, 0.15, 0.3], [1e-3, 1.0], ["mixer", "index"]):
-        axis = draw([Row({"x": value}, [1], [{"test_acc": accuracy}]) for accuracy, value in enumerate(values)]).axes[0]
+def test_values_are_evenly_spaced_and_numbers_in_their_order(tmp_path):
+    for values in ([64.0, 16.0, 32.0], [0.05, 0.15, 0.3], [1e-3, 1.0], ["mixer", "index"]):
+        runs = runs_of({"model" if "mixer" in values else "lr": values, "seed": 1}, tmp_path)
+        ends = [(each, {"test_acc": accuracy}) for accuracy, each in enumerate(runs)]
+        axis = sweep.Sweep({}, tuple(runs[0].differs), ends, {}).picture().axes[0]
         shown = values if "mixer" in values else sorted(values)
         assert [label.get_text() for label in axis.get_xticklabels()] == [str(value) for value in shown]
         assert list(axis.get_xticks()) == list(axis.lines[0].get_xdata()) == list(range(len(values)))

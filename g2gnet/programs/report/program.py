@@ -1,4 +1,4 @@
-"""``g2g-report``: from checkpoints to a page."""
+"""Writes one HTML page with the settings, results, analysis and pictures of training runs."""
 
 import argparse
 from collections.abc import Sequence
@@ -22,8 +22,7 @@ example:
 
 
 def build_parser() -> flags.Parser:
-    text = "Writes one HTML page with the settings, results, analysis and pictures of training runs."
-    parser = flags.Parser(prog="g2g-report", description=text, epilog=EXAMPLE)
+    parser = flags.Parser(prog="g2g-report", description=__doc__, epilog=EXAMPLE)
     text = "the .pth files of training runs, finished or not"
     parser.add_argument("checkpoints", type=flags.file_name, nargs="+", metavar="CHECKPOINT", help=text)
     text = "the page (default: report.html)"

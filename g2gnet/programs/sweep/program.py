@@ -1,4 +1,6 @@
-"""``g2g-sweep``: a grid from flags or a file, and the results as a table, CSV, JSON and a picture."""
+"""Trains every combination of several values of settings, each with several seeds, in parallel; prints mean and
+standard error. Finished runs are skipped and stopped ones resume.
+"""
 
 import argparse
 import dataclasses
@@ -22,10 +24,6 @@ from g2gnet.training import TrainingError, TrainSettings
 from g2gnet.training.checkpoints import csv_of, numbers
 from g2gnet.training.interruption import raised
 
-DESCRIPTION = """\
-Trains every combination of several values of settings, each with several seeds, in parallel; prints mean and standard
-error. Finished runs are skipped and stopped ones resume.
-"""
 EXAMPLES = """\
 examples:
   g2g-sweep --dataset fashionmnist-mini --model mixer --epochs 5 --p_inter 0.05 0.15 0.3 --seed 1 2 3
@@ -48,7 +46,7 @@ def value_of(kind: type) -> Callable[[str], Any]:
 
 
 def build_parser() -> flags.Parser:
-    parser = flags.Parser(prog="g2g-sweep", description=DESCRIPTION, epilog=EXAMPLES)
+    parser = flags.Parser(prog="g2g-sweep", description=__doc__, epilog=EXAMPLES)
     group = parser.add_argument_group("the grid")
     text = "a TOML or JSON file: settings, each with a value or a list of values; flags replace what it says"
     group.add_argument("--grid", type=flags.file_name, metavar="FILE", help=text)

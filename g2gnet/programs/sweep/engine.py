@@ -143,7 +143,8 @@ def train_runs(
     """
     stream, failed = sys.stderr, {}
     with tqdm(total=len(runs), desc=name, unit=" runs", leave=False, disable=None, file=stream) as bar:
-        with handled(signal.SIGINT, signal.SIG_IGN):  # as in processes that start here, until _begin
+        # a process that starts inherits this: Ctrl-C would show as a traceback while it imports
+        with handled(signal.SIGINT, signal.SIG_IGN):
             futures = {executor.submit(train_run, {**run.given, **machine}, str(run.folder)): run for run in runs}
         waiting = set(futures)
         try:

@@ -247,9 +247,10 @@ def run(
         return f"{each.label}: {accuracy} {dict(numbers(end))[quantity]:.4f}, {end['train_seconds']:.0f} s"
 
     if missing and not finished:
-        own = contextlib.nullcontext(executor) if executor else processes(_jobs(jobs, len(missing), machine))
-        with own as at_work:
-            failed |= train_runs(missing, at_work, machine, "sweep", note)
+        with contextlib.ExitStack() as held:
+            if executor is None:
+                executor = held.enter_context(processes(_jobs(jobs, len(missing), machine)))
+            failed |= train_runs(missing, executor, machine, "sweep", note)
     if not ends:
         raise TrainingError("\n".join([f"no run is finished in {folder}", *dict.fromkeys(failed.values())]))
     several = runs[0].differs

@@ -22,6 +22,7 @@ from g2gnet.base.distributed import LIMIT, join, launched, rank
 from g2gnet.base.messages import reason, say, warn
 from g2gnet.base.version import __version__
 from g2gnet.data import DATASETS, ImageData, MissingDataError, dataset_name, load_dataset, npz
+from g2gnet.data.augmentation import SHIFTS
 from g2gnet.data.features import load_features, weights_digest
 from g2gnet.inspect import ANALYSIS_SAMPLES
 from g2gnet.network_settings import SettingsError, number_of, types_of
@@ -199,6 +200,11 @@ def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT])
     if npz.is_name(values["dataset"]):
         shape = npz.sample_shape(values["dataset"], Path(arguments.data_dir))
         if npz.holds_sequences(shape) and values["sequence"] is None:
+            if len(shape) == 2 and (values["augment"] in SHIFTS or values["erase"] > 0):
+                raise SettingsError(
+                    f"augment={values['augment']} and erase={values['erase']} are of images, but samples of shape "
+                    f"{' × '.join(map(str, shape))} are sequences; give `sequence=none` if they are images"
+                )
             values["sequence"] = "own"
     # the first without what is compared with T, which the samples may decide
     settings, found = settings_type(**values | {"input_taps": 1}), {"input_taps": values["input_taps"]}

@@ -14,7 +14,6 @@ def check_images(settings: TrainSettings, data: ImageData) -> None:
     shape, what, wanted = data.train_images.shape[1:], "vectors", "[N, ..., height, width]"
     if settings.sequence == "own":
         shape, what, wanted = shape[1:], "sequences of vectors", "[N, T, ..., height, width]"
-        wanted += ", or `sequence=none` if they are images"
     for name, value in settings.of_images().items():
         if len(shape) < 2:
             others = f", or give arrays of shape {wanted}" if npz.is_name(data.name) else ""

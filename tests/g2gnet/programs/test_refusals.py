@@ -113,7 +113,7 @@ def test_a_negative_number_is_a_value_and_no_flag(text):
         (
             (6, 5),
             "--erase 0.5",
-            "erase=0.5 needs images … or --sequence none if they are images",
+            "erase=0.5 are of images … of shape 6 × 5 are sequences; give --sequence none if",
         ),
         ((6, 5), "--unit_shift 5", "unit_shift=5 needs sequences of vectors with more places … is of shape [5]; lower"),
         ((6, 5), "--T 6", "T=6 cannot be chosen: with sequence=own the samples of mine-"),

@@ -19,7 +19,6 @@ from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, Projection, Spik
 from g2gnet.data import as_samples, load_dataset
 from g2gnet.dst.scores import unit_correlation
 from g2gnet.inspect import figures
-from g2gnet.inspect.population_graph import population_graph
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -284,7 +283,7 @@ def two_areas() -> tuple[SpikingNetwork, torch.Tensor]:
 
 
 def draw_populations() -> Figure:
-    return population_graph(two_areas()[0])
+    return figures.population_graph(two_areas()[0])
 
 
 def draw_lag() -> Figure:

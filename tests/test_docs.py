@@ -81,7 +81,7 @@ def test_the_pictures_can_be_drawn_again(name, tmp_path):
 
 
 #: packages of which each public class and function has an example
-WITH_EXAMPLES = (*PACKAGES, "g2gnet.inspect.figures", "g2gnet.inspect.population_graph")
+WITH_EXAMPLES = (*PACKAGES, "g2gnet.inspect.figures")
 WITH_EXAMPLES += ("g2gnet.weights.densities", "g2gnet.weights.patterns")
 
 

@@ -40,19 +40,15 @@ class LayerAnalysis:
     Attributes:
         name: ``lif1``, ``lif2`` or ``lif3``.
         group_sizes: int64 [G], neurons in each group.
-        neuron_rates: [N], spikes of each neuron per step (:func:`firing_rates`).
-        group_rates: [G], their mean in each group.
+        neuron_rates, group_rates: [N], spikes per step (:func:`firing_rates`), and [G], their mean in each group.
         synchrony: [G] (:func:`temporal_synchrony`).
         correlation: three [G, G] (:func:`count_correlation`).
-        coherence: [G, G] between the layer's groups, NaN on the diagonal (:func:`coherence`).
-        chance_coherence: [G, G], what independent neurons would give, NaN on the diagonal (:func:`chance_coherence`).
+        coherence, chance_coherence: [G, G] between the layer's groups, NaN on the diagonal (functions of these names).
         pathway_coherence: [G, G of the inputs] between the layer's groups and those of its inputs; None if these are no
             spikes.
-        density: [G, G of the inputs], output by input group (:func:`group_density`).
-        cross_group_share: [G], share of the inputs from other groups (:func:`cross_group_share`).
+        density, cross_group_share: [G, G of the inputs] and [G] (:func:`group_density`, :func:`cross_group_share`).
         input_entropy, weight_entropy: [G], by connections and by weight (:func:`input_group_entropy`).
-        accumulates, multiplies, dense_operations: synaptic operations of the connection per sample
-            (:class:`~g2g_kernels.ops.g2g_stack.SynapticOperations`).
+        accumulates, multiplies, dense_operations: :class:`~g2g_kernels.ops.g2g_stack.SynapticOperations` per sample.
 
     Example:
         >>> layer = analysis.layers[0]
@@ -108,6 +104,11 @@ class LayerAnalysis:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything except single neurons' rates as lists and numbers, None where not defined."""
+        names = (
+            "coherence", "chance_coherence", "pathway_coherence", "cross_group_coherence", "cross_group_share",
+            "coherence_by_share", "coherence_by_pathway", "density", "input_entropy", "weight_entropy",
+            "accumulates", "multiplies", "dense_operations",
+        )  # fmt: skip
         values: dict[str, Any] = {
             "neurons": len(self.neuron_rates),
             "group_sizes": self.group_sizes,
@@ -116,13 +117,8 @@ class LayerAnalysis:
             "group_firing_rate": self.group_rates,
             "temporal_synchrony": self.synchrony,
             **{f"{name}_correlation": matrix for name, matrix in self.correlation._asdict().items()},
+            **{name: getattr(self, name) for name in names},
         }
-        for name in (
-            "coherence", "chance_coherence", "pathway_coherence", "cross_group_coherence", "cross_group_share",
-            "coherence_by_share", "coherence_by_pathway", "density", "input_entropy", "weight_entropy",
-            "accumulates", "multiplies", "dense_operations",
-        ):  # fmt: skip
-            values[name] = getattr(self, name)
         return {name: _plain(value) for name, value in values.items()}
 
 
@@ -186,32 +182,32 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
             pre = activity.spikes[number]
             outputs[number].append(_sums(pre, labels, num_classes, connection.mask.rows.layout))
 
-    per_sample = (operations / sum(len(sums.labels) for sums in outputs[0])).tolist()
+    samples = sum(len(sums.labels) for sums in outputs[0])
     layers = []
     for number, connection in enumerate(connections):
-        sums = SpikeSums.join(outputs[number])
+        accumulates, multiplies, dense_operations = (operations[number] / samples).tolist()
+        sums, mask = SpikeSums.join(outputs[number]), connection.mask
         pre_sums = SpikeSums.join(inputs[number]) if len(inputs[number]) == len(outputs[number]) else None
         rates = firing_rates(sums)
-        mask = connection.mask
-        layers.append(
-            LayerAnalysis(
-                name=f"lif{number + 1}",
-                group_sizes=sums.layout.sizes,
-                neuron_rates=rates,
-                group_rates=group_means(rates, sums.layout),
-                synchrony=spike_statistics.temporal_synchrony(sums),
-                correlation=spike_statistics.count_correlation(sums),
-                coherence=spike_statistics.coherence(sums, sums).fill_diagonal_(math.nan),
-                chance_coherence=spike_statistics.chance_coherence(sums, sums).fill_diagonal_(math.nan),
-                pathway_coherence=None if pre_sums is None else spike_statistics.coherence(sums, pre_sums),
-                density=group_density(mask),
-                cross_group_share=cross_group_share(mask),
-                input_entropy=input_group_entropy(mask),
-                weight_entropy=input_group_entropy(mask, connection.values),
-                **dict(zip(("accumulates", "multiplies", "dense_operations"), per_sample[number], strict=True)),
-            )
+        layer = LayerAnalysis(
+            name=f"lif{number + 1}",
+            group_sizes=sums.layout.sizes,
+            neuron_rates=rates,
+            group_rates=group_means(rates, sums.layout),
+            synchrony=spike_statistics.temporal_synchrony(sums),
+            correlation=spike_statistics.count_correlation(sums),
+            coherence=spike_statistics.coherence(sums, sums).fill_diagonal_(math.nan),
+            chance_coherence=spike_statistics.chance_coherence(sums, sums).fill_diagonal_(math.nan),
+            pathway_coherence=None if pre_sums is None else spike_statistics.coherence(sums, pre_sums),
+            density=group_density(mask),
+            cross_group_share=cross_group_share(mask),
+            input_entropy=input_group_entropy(mask),
+            weight_entropy=input_group_entropy(mask, connection.values),
+            accumulates=accumulates,
+            multiplies=multiplies,
+            dense_operations=dense_operations,
         )
-    samples = len(sums.labels)
+        layers.append(layer)
     return NetworkAnalysis(samples, sums.steps, correct / samples, tuple(layers))
 
 

@@ -8,8 +8,9 @@ from g2g_kernels import BlockMask
 from g2g_kernels.mask.groups import partners
 
 
-def group_density(mask: BlockMask) -> torch.Tensor:
-    """The share of the weights between each pair of groups that exist: float64 [groups out, groups in], 0 to 1.
+def group_density(mask: BlockMask, values: torch.Tensor | None = None) -> torch.Tensor:
+    """The share of the weights between each pair of groups that exist: float64 [groups out, groups in], 0 to 1; with
+    packed ``values`` [num_units, unit_rows, unit_cols] their mean ``|w|``, 0 for absent weights.
 
     density_gh = weights that exist from input group h to output group g / (N_g · N_h)
 
@@ -18,20 +19,11 @@ def group_density(mask: BlockMask) -> torch.Tensor:
         tensor([[1., 0.],
                 [0., 1.]], dtype=torch.float64)
     """
-    return _mean_between_groups(mask, mask.unit_sizes)
-
-
-def group_weight(mask: BlockMask, values: torch.Tensor) -> torch.Tensor:
-    """The mean ``|w|`` of packed ``values`` between groups, 0 for absent weights: float64 [groups out, groups in]."""
-    return _mean_between_groups(mask, values.detach().abs().sum((1, 2)))
-
-
-def _mean_between_groups(mask: BlockMask, sum_of_unit: torch.Tensor) -> torch.Tensor:
-    """Sums over units, [num_units], as means over all weights between two groups, existing or absent."""
     row_group, col_group = _groups_of_units(mask)
     out_sizes, in_sizes = mask.rows.layout.sizes, mask.cols.layout.sizes
+    of_units = mask.unit_sizes if values is None else values.detach().abs().sum((1, 2))
     total = torch.zeros(len(out_sizes) * len(in_sizes), dtype=torch.float64)
-    total.index_add_(0, row_group * len(in_sizes) + col_group, sum_of_unit.cpu().double())
+    total.index_add_(0, row_group * len(in_sizes) + col_group, of_units.cpu().double())
     return total.view(len(out_sizes), len(in_sizes)) / (out_sizes[:, None] * in_sizes)
 
 

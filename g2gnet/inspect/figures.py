@@ -10,23 +10,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.animation import FuncAnimation
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from g2g_kernels import Activity, BlockMask, GroupLayout
+from g2g_kernels.ops.g2g_stack.schedule import components_of
 from g2gnet.inspect import NetworkAnalysis, group_density
+from g2gnet.projections import graph_of
 from g2gnet.spiking_network import SpikingNetwork
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^DvP*"
 WIDTH = 9.6  # inches, the width of the page
+SHARES: dict[str, Any] = {"vmin": 0, "vmax": 1, "cmap": "viridis"}  # of a map of shares
+#: of a picture of populations, in inches: the least width of each, the height of all, and that of a connection
+COLUMN, HEAD, ROW = 0.8, 0.56, 0.36
+#: and the width of a letter, and half the height of a loop; characters of a name
+LETTER, LOOP, NAME = 0.085, 0.08, 14
 #: at most this many groups of a layer are drawn, and neurons of a raster, of which more could not be told apart
 SHOWN_GROUPS, SHOWN_NEURONS = 8, 4096
-
-#: how much of a spike's light is left one step later
-FADE = 0.6
 
 History = Sequence[Mapping[str, Any]]
 
@@ -62,14 +67,12 @@ def rasters(net: SpikingNetwork, activity: Activity, sample: int = 0) -> list[Ra
         ['lif1', 'lif2', 'lif3']
     """
     connections, trains = net.connections(), activity.spikes
-    layouts: dict[int, GroupLayout] = {}
-    for route in net.routes():
-        layouts.setdefault(route.target, connections[route.name].mask.rows.layout)
+    # of the first connection that leads to it
+    layouts = {route.target: connections[route.name].mask.rows.layout for route in reversed(net.routes())}
+    by_name = trains if isinstance(trains, dict) else dict(zip(net.populations, trains, strict=True))
     return [
         Raster(name, spikes.dense()[:, sample].detach().cpu(), layouts[number])
-        for number, (name, spikes) in enumerate(
-            zip(net.populations, trains.values() if isinstance(trains, dict) else trains, strict=True)
-        )
+        for number, (name, spikes) in enumerate(by_name.items())
     ]
 
 
@@ -100,11 +103,11 @@ def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:
             if len(seeds) > 1:
                 error = values.std(0, ddof=1) / len(seeds) ** 0.5
                 axis.fill_between(epochs, mean - error, mean + error, color=look["color"], alpha=0.2, linewidth=0)
+    _whole(accuracy.xaxis)
+    _whole(loss.xaxis)
     accuracy.set(title="Accuracy", xlabel="epoch", ylabel="classified correctly")
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     loss.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy (nats)")
-    for axis in (accuracy, loss):
-        _whole(axis.xaxis)
     if several:
         figure.legend(*loss.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False)
     else:
@@ -132,7 +135,7 @@ def connection_density(masks: Mapping[str, Mapping[str, BlockMask]]) -> Figure:
             density = group_density(mask)
             outputs, inputs = density.shape
             aspect = "equal" if max(density.shape) <= 4 * min(density.shape) else "auto"
-            image = axis.imshow(density.numpy(), vmin=0, vmax=1, cmap="viridis", aspect=aspect)
+            image = axis.imshow(density.numpy(), **SHARES, aspect=aspect)
             axis.set(title=f"{name}, {state}", xlabel="input group", ylabel="output group")
             for set_ticks, groups in ((axis.set_xticks, inputs), (axis.set_yticks, outputs)):
                 ticks = range(0, groups, 1 if groups <= 16 else groups // 8)
@@ -161,23 +164,20 @@ def group_inputs(mask: BlockMask, shape: tuple[int, ...], name: str, inputs: str
     groups = min(layout.num_groups, SHOWN_GROUPS)
     columns = min(4, groups)
     rows = -(-groups // columns)
-    height, width = shape[-2], shape[-1] * (shape[0] if len(shape) == 3 else 1)
+    planes, height, width = (1, *shape)[-3:]
     cell = WIDTH / 4.6
-    figure, axes = _figure(rows, columns, rows * (cell * min(1.2, height / width) + 0.35) + 0.5)
-    for group, axis in enumerate(axes.flat):
-        if group >= groups:
-            axis.set_axis_off()
-            continue
-        share = shares[group].reshape(shape)
-        picture = torch.cat(list(share), 1) if len(shape) == 3 else share
-        image = axis.imshow(picture.numpy(), vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
-        axis.set_title(f"group {group + 1}")
-        axis.set(xticks=[], yticks=[])
+    figure, axes = _figure(rows, columns, rows * (cell * min(1.2, height / (planes * width)) + 0.35) + 0.5)
+    for axis in axes.flat[groups:]:
+        axis.set_axis_off()
+    for group, axis in enumerate(axes.flat[:groups]):
+        picture = shares[group].view(planes, height, width).transpose(0, 1).flatten(1)
+        image = axis.imshow(picture.numpy(), **SHARES, interpolation="nearest")
+        axis.set(title=f"group {group + 1}", xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-        if len(shape) == 3:
-            for plane in range(1, shape[0]):
-                axis.axvline(plane * shape[-1] - 0.5, color="white", linewidth=1)
-            axis.set_xticks([(plane + 0.5) * shape[-1] for plane in range(3)], ["red", "green", "blue"])
+        for plane in range(1, planes):
+            axis.axvline(plane * width - 0.5, color="white", linewidth=1)
+        if planes == 3:
+            axis.set_xticks([(plane + 0.5) * width for plane in range(3)], ["red", "green", "blue"])
     _share_bar(figure, image, axes, "neurons that see it (%)", pad=0.02, aspect=25)
     shown = "each group" if groups == layout.num_groups else f"the first {groups} of {layout.num_groups} groups"
     figure.suptitle(f"{name}: {inputs} seen by the neurons of {shown}", fontsize=10)
@@ -199,7 +199,7 @@ def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
         order = torch.argsort(raster.layout.group_of, stable=True)[:SHOWN_NEURONS]
         neurons, sizes = len(order), torch.bincount(raster.layout.group_of[order])
         step, place = raster.spikes[:, order].nonzero(as_tuple=True)
-        shades = [COLOURS[group % 2] for group in raster.layout.group_of[order][place].tolist()]
+        shades = np.array(COLOURS[:2])[raster.layout.group_of[order][place] % 2]
         start = (step + 0.6).numpy()  # steps count from 1
         points = 72 * 2.6 * height / neurons  # of each neuron's line, in typographic points
         axis.hlines(place.numpy(), start, start + 0.8, colors=shades, linewidth=min(4.0, max(0.6, 0.8 * points)))
@@ -225,38 +225,6 @@ def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
     return figure
 
 
-def spike_animation(rasters: Sequence[Raster], title: str = "", interval: int = 150) -> FuncAnimation:
-    """Spikes over time: each neuron is a cell, group after group, that lights up when it fires and then fades.
-
-    ``.save("spikes.gif", writer="pillow")`` writes a GIF, and ``.to_jshtml()`` gives an HTML page with buttons. A time
-    step takes ``interval`` milliseconds.
-
-    Example:
-        >>> spike_animation(rasters(net, activity), "a sample").save("spikes.gif", writer="pillow")
-    """
-    figure, axes = _figure(1, len(rasters), 3.6)
-    images, cells = [], []
-    for axis, raster in zip(axes.flat, rasters, strict=True):
-        order = torch.argsort(raster.layout.group_of, stable=True)
-        glow, shown = torch.zeros(raster.spikes.shape[1]), []
-        for spikes in raster.spikes[:, order].float():
-            glow = torch.maximum(spikes, FADE * glow)
-            shown.append(glow.reshape(input_shape(len(glow))).numpy())
-        cells.append(shown)
-        images.append(axis.imshow(shown[0], vmin=0, vmax=1, cmap="inferno", interpolation="nearest"))
-        axis.set(title=f"{raster.name} ({len(glow)} neurons)", xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
-    heading = figure.suptitle(title, fontsize=10)
-
-    def show(step: int) -> list[Any]:
-        for image, shown in zip(images, cells, strict=True):
-            image.set_data(shown[step])
-        heading.set_text(f"{title}{', ' if title else ''}time step {step + 1} of {len(cells[0])}")
-        return [*images, heading]
-
-    return FuncAnimation(figure, show, frames=len(cells[0]), interval=interval)
-
-
 def confusion(matrix: torch.Tensor, classes: Sequence[str]) -> Figure:
     """Which classes are taken for which: images, int64 [C, C] by true and found class, as shares of the true ones.
 
@@ -270,7 +238,7 @@ def confusion(matrix: torch.Tensor, classes: Sequence[str]) -> Figure:
     height = 0.85 * width if many else min(0.85 * WIDTH, 1.8 + 0.3 * count)
     figure = Figure(figsize=(width, height), layout="compressed")
     axis = figure.subplots()
-    image = axis.imshow(share.numpy(), vmin=0, vmax=1, cmap="viridis")
+    image = axis.imshow(share.numpy(), **SHARES)
     axis.set_xticks(range(count), classes, rotation=90 if count > 5 else 0, fontsize=6 if many else None)
     axis.set_yticks(range(count), classes, fontsize=6 if many else None)
     axis.set(xlabel="classified as", ylabel="true class")
@@ -326,6 +294,50 @@ def turnover(history: History) -> Figure:
     return figure
 
 
+def population_graph(net: SpikingNetwork) -> Figure:
+    """Who projects to whom, and how much later: the input and the populations in the order in which they were given,
+    and below them a row for each connection: an arrow with the share of its weights that exist and its delays. What is
+    on a cycle is orange.
+
+    Example:
+        >>> net = G2GNet(784, [64, 32], 10, block_size=8, feedback=True, delay=4)
+        >>> population_graph(net).savefig("populations.png")
+    """
+    connections, parts = net.connections(), components_of(graph_of(net.routes(), net.depth))
+    cycles = [{*part.members} for part in parts if part.period]
+    names = [name if len(name) <= NAME else f"{name[: NAME - 1]}…" for name in ("input", *net.populations)]
+    column = max(COLUMN, LETTER * max(map(len, names)) + 0.2)
+    middle = [column * (place + 0.5) for place in range(len(names))]
+    routes = sorted(net.routes(), key=lambda route: (route.source, route.target))
+    width, height = column * len(names), HEAD + ROW * len(routes) + 0.15
+
+    figure = Figure(figsize=(width, height))
+    axis = figure.add_axes((0, 0, 1, 1))
+    axis.set(xlim=(0, width), ylim=(height, 0))
+    axis.set_axis_off()
+    centred: dict[str, Any] = {"fontsize": 8.5, "ha": "center", "va": "center"}
+    for name, size, x in zip(names, (net.sizes[-1], *net.sizes), middle, strict=False):
+        axis.plot((x, x), (HEAD, height), color="0.85", zorder=0)
+        box = (x - column / 2 + 0.05, 0.08), column - 0.1, HEAD - 0.12
+        axis.add_patch(FancyBboxPatch(*box, boxstyle="round,pad=0,rounding_size=0.08", fc="0.93", ec="0.3"))
+        axis.text(x, HEAD / 2 - 0.05, name, fontweight="bold", **centred)
+        axis.text(x, HEAD / 2 + 0.1, f"{size:,}", **centred)
+    for row, route in enumerate(routes):
+        start, end = middle[route.source + 1], middle[route.target + 1]  # the input is number −1
+        y = HEAD + ROW * (row + 0.8)
+        corners = [(start, y), (end, y)]
+        if start == end:  # a loop
+            corners = [(start, y - LOOP), (start + 2 * LOOP, y - LOOP), (start + 2 * LOOP, y + LOOP), (start, y + LOOP)]
+        colour = COLOURS[1] if any({route.source, route.target} <= members for members in cycles) else COLOURS[0]
+        arrow = FancyArrowPatch(path=Path(corners), arrowstyle="-|>", mutation_scale=9, color=colour, lw=1.2)
+        axis.add_patch(arrow)
+        text = _text(connections[route.name].mask.density, net.delays(route.name))
+        room = LETTER * len(text) / 2
+        x = min(max((start + end) / 2, room), width - room)
+        axis.text(x, y - 0.15, text, color=colour, **centred).set_bbox({"fc": "white", "ec": "none", "pad": 0.5})
+    return figure
+
+
 def input_shape(size: int) -> tuple[int, ...]:
     """How ``size`` inputs are laid out: 28 × 28 and 3 × 32 × 32 images as they are, anything else roughly square.
 
@@ -354,9 +366,7 @@ def _write_numbers(axis: Any, share: torch.Tensor, numbers: torch.Tensor) -> Non
 
 def _share_bar(figure: Figure, image: Any, axes: Any, label: str, **options: Any) -> None:
     """The bar of a map's colours, in per cent."""
-    bar = figure.colorbar(image, ax=axes, **options)
-    bar.set_label(label)
-    bar.ax.yaxis.set_major_formatter(PercentFormatter(1, symbol=""))
+    figure.colorbar(image, ax=axes, label=label, format=PercentFormatter(1, symbol=""), **options)
 
 
 def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, np.ndarray]:
@@ -366,3 +376,12 @@ def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Fig
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _text(density: float, delays: torch.Tensor) -> str:
+    """The share of weights that exist, and the delays, if there are any."""
+    share = f"{100 * density:.0f} %" if density >= 0.1 else f"{100 * density:.2g} %"
+    least, most = int(delays.min()), int(delays.max())
+    if not most:
+        return share
+    return f"{share}, {f'{least}–{most}' if least < most else most} step{'s' * (most > 1)}"

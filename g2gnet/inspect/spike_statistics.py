@@ -11,7 +11,6 @@ product of the groups' sums.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -24,8 +23,7 @@ from g2g_kernels.mask.sides import UnitAxis
 ROUNDING = 1e-12
 
 
-@dataclass(frozen=True)
-class SpikeSums:
+class SpikeSums(NamedTuple):
     """Sums over the spikes of one population from which every quantity follows, on the CPU.
 
     Attributes:
@@ -54,25 +52,21 @@ class SpikeSums:
         spikes = spikes.float()
         label = F.one_hot(labels.cpu(), num_classes).to(spikes)
         sums = (spikes.sum(0), label.T @ spikes, _group_sums(spikes, layout))
-        return cls(layout, labels.cpu(), *(tensor.cpu().double() for tensor in sums))
+        return cls(layout, labels.cpu(), *[each.cpu().double() for each in sums])
 
     @classmethod
     def join(cls, parts: Sequence["SpikeSums"]) -> "SpikeSums":
         """The sums over all samples of ``parts``."""
-        labels, counts, class_sums, activity = cls._lists(parts)
-        sums = torch.cat(labels), torch.cat(counts), torch.stack(class_sums).sum(0), torch.cat(activity, 1)
-        return cls(parts[0].layout, *sums)
+        layouts, labels, counts, class_sums, activity = zip(*parts, strict=True)
+        return cls(
+            layouts[0], torch.cat(labels), torch.cat(counts), torch.stack(class_sums).sum(0), torch.cat(activity, 1)
+        )
 
     @classmethod
     def of_chunks(cls, parts: Sequence["SpikeSums"]) -> "SpikeSums":
         """The sums over all steps of ``parts``, which are of the same samples."""
-        labels, counts, class_sums, activity = cls._lists(parts)
-        return cls(parts[0].layout, labels[0], torch.stack(counts).sum(0), torch.cat(class_sums), torch.cat(activity))
-
-    @staticmethod
-    def _lists(parts: Sequence["SpikeSums"]) -> list[list[torch.Tensor]]:
-        names = ("labels", "counts", "class_sums", "activity")
-        return [[getattr(part, name) for part in parts] for name in names]
+        layouts, labels, counts, class_sums, activity = zip(*parts, strict=True)
+        return cls(layouts[0], labels[0], torch.stack(counts).sum(0), torch.cat(class_sums), torch.cat(activity))
 
     @property
     def steps(self) -> int:

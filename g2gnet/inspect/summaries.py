@@ -49,19 +49,21 @@ def summary_table(analysis: NetworkAnalysis) -> Table:
         >>> summary_table(analysis).header[:3]
         ('', 'rate', 'silent')
     """
-    layers = analysis.layers
-    columns = {
-        "": [layer.name for layer in layers],
-        "rate": [number(layer.firing_rate) for layer in layers],
-        "silent": [percent(layer.silent) for layer in layers],
-        "synchrony": [_mean(layer.synchrony) for layer in layers],
-        "signal corr.": [_mean(layer.correlation.signal.diagonal()) for layer in layers],
-        "noise corr.": [_mean(layer.correlation.noise.diagonal()) for layer in layers],
-        "coherence": [_mean(layer.cross_group_coherence) for layer in layers],
-        "other inputs": [percent(float(layer.cross_group_share.nanmean())) for layer in layers],
-        "entropy": [_mean(layer.input_entropy) for layer in layers],
-    }
-    return _of_columns(columns)
+    rows = [
+        {
+            "": layer.name,
+            "rate": number(layer.firing_rate),
+            "silent": percent(layer.silent),
+            "synchrony": _mean(layer.synchrony),
+            "signal corr.": _mean(layer.correlation.signal.diagonal()),
+            "noise corr.": _mean(layer.correlation.noise.diagonal()),
+            "coherence": _mean(layer.cross_group_coherence),
+            "other inputs": percent(float(layer.cross_group_share.nanmean())),
+            "entropy": _mean(layer.input_entropy),
+        }
+        for layer in analysis.layers
+    ]
+    return Table(tuple(rows[0]), [tuple(row.values()) for row in rows])
 
 
 def layers_table(analysis: NetworkAnalysis) -> Table:
@@ -121,10 +123,6 @@ def groups_table(layer: LayerAnalysis) -> Table:
         "entropy": _numbers(layer.input_entropy),
         "by weight": _numbers(layer.weight_entropy),
     }
-    return _of_columns(columns)
-
-
-def _of_columns(columns: dict[str, list[str]]) -> Table:
     return Table(tuple(columns), list(zip(*columns.values(), strict=True)))
 
 

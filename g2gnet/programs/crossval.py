@@ -51,10 +51,8 @@ def crossval(arguments: argparse.Namespace) -> dict[str, Any] | None:
     machine = flags.machine_from(arguments)
     file = Path(arguments.checkpoint_dir) / f"{settings.summary_stem}.json"
     output.check_json(arguments, [file, *files_of_fold(arguments, settings)])
-    with flags.join_peers(arguments, "crossval", settings, machine, torch.device("cpu")) as world:
-        machine = machine._replace(world=world)
-        if world.leads:
-            flags.announce(settings, machine)
+    with flags.joined(arguments, "crossval", settings, machine, torch.device("cpu")) as machine:
+        if machine.world.leads:
             RunFiles(arguments.checkpoint_dir, settings.of_fold(settings.k_folds).stem).check()
             output.check_output(file, arguments)
         results = cross_validate(
@@ -64,7 +62,7 @@ def crossval(arguments: argparse.Namespace) -> dict[str, Any] | None:
             machine,
             flags.log_from(arguments),
         )
-        if not world.leads:
+        if not machine.world.leads:
             return None
     say(table(results))
     document = {"settings": settings.flag_values(), **results}

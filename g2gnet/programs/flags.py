@@ -9,7 +9,7 @@ import logging
 import platform
 import re
 import typing
-from collections.abc import Collection
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from g2g_kernels import select_device
 from g2g_kernels.dispatch import BACKENDS, require_backend
 from g2g_kernels.numbers import COUNT, Number
-from g2gnet.base.distributed import LIMIT, World, join, launched, rank
+from g2gnet.base.distributed import LIMIT, join, launched, rank
 from g2gnet.base.messages import reason, say, warn
 from g2gnet.base.version import __version__
 from g2gnet.data import DATASETS, ImageData, MissingDataError, dataset_name, load_dataset, npz
@@ -41,7 +41,7 @@ GROUPS = ("data", "model", "training", "dynamic sparse training", "cross-validat
 METAVARS = {int: "N", float: "X", str: "FILE"}
 
 
-class FlagError(ValueError):
+class FlagError(SettingsError):
     """A flag that is invalid on this machine."""
 
 
@@ -125,13 +125,13 @@ class _Several(argparse.Action):
         setattr(namespace, self.dest, values[0] if alone else tuple(values) or True)
 
 
-def add_settings_flags(parser: Parser, settings: type = TrainSettings, names: Collection[str] | None = None) -> None:
-    """Adds one flag for each field of ``settings`` that has a group, in these groups; with ``names`` only for these."""
+def add_settings_flags(parser: Parser, settings: type = TrainSettings) -> None:
+    """Adds one flag for each field of ``settings`` that has a group, in these groups."""
     kinds_of = types_of(settings)
-    fields = [field for field in dataclasses.fields(settings) if names is None or field.name in names]
+    fields = [field for field in dataclasses.fields(settings) if field.metadata["group"]]
     present = {field.metadata["group"] for field in fields}
     groups = {title: parser.add_argument_group(title) for title in GROUPS if title in present}
-    for field in (field for field in fields if field.metadata["group"]):
+    for field in fields:
         about, (flag_type, *_) = field.metadata, kinds_of[field.name]
         text, number = parser.in_flags(about["text"]), number_of(about, kinds_of[field.name])
         options: dict[str, Any] = {"type": flag_type, "default": field.default}
@@ -193,23 +193,19 @@ def add_inspection_flags(parser: argparse.ArgumentParser) -> Any:
 def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT]) -> SettingsT:
     """The settings that the flags gave, with the content of a file of weights or of data in place of its name. Raises
     SettingsError if they are out of range or in conflict, and DataError if the file cannot be read."""
-    fields = dataclasses.fields(settings_type)
-    values = {field.name: getattr(arguments, field.name) for field in fields if field.metadata["group"]}
+    values = {name: getattr(arguments, name) for name in settings_type().flag_values()}
     values["dataset"] = dataset_name(values["dataset"])
     if not issubclass(settings_type, TrainSettings):
         return settings_type(**values)
     if npz.is_name(values["dataset"]):
         shape = npz.sample_shape(values["dataset"], Path(arguments.data_dir))
-        # only images can be mirrored or lose a rectangle, which states what they are; frames are images in any case
-        changed = len(shape) == 2 and (values["augment"] in SHIFTS or values["erase"] > 0)
-        if npz.holds_sequences(shape) and values["sequence"] is None and not changed:
+        if npz.holds_sequences(shape) and values["sequence"] is None:
+            if len(shape) == 2 and (values["augment"] in SHIFTS or values["erase"] > 0):
+                raise SettingsError(
+                    f"augment={values['augment']} and erase={values['erase']} are of images, but samples of shape "
+                    f"{' × '.join(map(str, shape))} are sequences; give `sequence=none` if they are images"
+                )
             values["sequence"] = "own"
-        elif npz.holds_sequences(shape) and values["sequence"] is None:
-            logger.warning(
-                "the samples of %s, of shape %s, are read as images, as augment=%s and erase=%s say; without these "
-                "they are sequences. Give sequence=none to say so in either case",
-                values["dataset"], " × ".join(map(str, shape)), values["augment"], values["erase"],
-            )  # fmt: skip
     # the first without what is compared with T, which the samples may decide
     settings, found = settings_type(**values | {"input_taps": 1}), {"input_taps": values["input_taps"]}
     if settings.sequence != "none" and settings.dataset not in BINNED:  # of recordings T is chosen
@@ -240,8 +236,8 @@ def _length(settings: TrainSettings, shape: tuple[int, ...], arguments: argparse
 def machine_from(arguments: argparse.Namespace) -> Machine:
     """The device and the backend that the flags ask for; the process works alone until it joins others. Raises
     FlagError for a device that this machine does not have, and BackendError for a backend that cannot be used here."""
-    backend = getattr(arguments, "backend", "auto")
-    backend = None if backend == "auto" else backend
+    given = getattr(arguments, "backend", "auto")
+    backend = None if given == "auto" else given
     try:
         require_backend(backend)
         device = select_device(arguments.device)
@@ -277,17 +273,23 @@ def training_parser(description: str, examples: str, settings: type[TrainSetting
     return parser
 
 
-def join_peers(
-    arguments: argparse.Namespace, program: str, settings: RunSettings, machine: Machine, device: torch.device
-) -> contextlib.AbstractContextManager[World]:
-    """The processes of a run (:func:`g2gnet.base.distributed.join`), which must have the same settings and versions.
-    Raises FlagError if they are to wait for one another less than some moments, or more than a year."""
+@contextlib.contextmanager
+def joined(
+    arguments: argparse.Namespace, program: str, settings: TrainSettings, machine: Machine, device: torch.device
+) -> Iterator[Machine]:
+    """``machine`` with the processes of a run (:func:`g2gnet.base.distributed.join`), which must have the same settings
+    and versions; the first prints what is trained. Raises FlagError if they are to wait for one another less than some
+    moments, or more than a year."""
     if wanted := Number(0.01, 365 * 24 * 60).refuses(arguments.peer_timeout):
         raise FlagError(f"peer_timeout={arguments.peer_timeout} must be {wanted}")
     same = {"program": program, "python": platform.python_version(), **machine.versions()}
     if machine.device.type == "cpu":
         same["PyTorch's instruction set"] = torch.backends.cpu.get_cpu_capability()
-    return join(device, {**same, **settings.as_dict()}, datetime.timedelta(minutes=arguments.peer_timeout))
+    with join(device, {**same, **settings.as_dict()}, datetime.timedelta(minutes=arguments.peer_timeout)) as world:
+        machine = machine._replace(world=world)
+        if world.leads:
+            announce(settings, machine)
+        yield machine
 
 
 def log_from(arguments: argparse.Namespace) -> list[EpochCallback[Trainer]]:

@@ -18,12 +18,15 @@ from g2gnet.base.memory import ran_out
 from g2gnet.base.messages import OutputError, discard, reason, warn
 from g2gnet.data import DataError
 from g2gnet.network_settings import SettingsError
-from g2gnet.programs.flags import FlagError, Parser
-from g2gnet.programs.output import check_json, standard_output, write_json
+from g2gnet.programs.flags import Parser
+from g2gnet.programs.output import STDOUT, check_json, write_json
 from g2gnet.training import CheckpointError, Interrupted, TrainingError
 
 #: exit status of a program whose reader has closed the pipe, as ``head`` does: 128 + SIGPIPE, absent on Windows
 READER_LEFT = 128 + 13
+#: the errors of users whose message says everything: of what they asked for, and of what came then
+REFUSED = (SettingsError, BackendError)
+FAILED = (DataError, CheckpointError, TrainingError, DistributedError, OutputError)
 #: settings with which the memory of a training step grows
 GROWING = ("batch_size", "T", "hidden_dim")
 
@@ -53,13 +56,15 @@ def run_program(
         if rank() == 0:
             logging.getLogger("g2g_kernels").setLevel(logging.INFO)
         check_json(arguments)
-        with standard_output(json_file), memory_named(arguments):
+        # all of standard output is the document's, if it goes there
+        apart = contextlib.redirect_stdout(sys.stderr) if json_file == STDOUT else contextlib.nullcontext()
+        with apart, memory_named(arguments):
             document = program(arguments)
         if json_file and document is not None:
             write_json(json_file, document)
-    except (SettingsError, BackendError, FlagError) as error:
+    except REFUSED as error:
         return _fail(parser, error, 2)
-    except (DataError, CheckpointError, TrainingError, DistributedError, OutputError) as error:
+    except FAILED as error:
         return _fail(parser, error, 1)
     except Interrupted as interruption:
         if rank() == 0:
@@ -89,10 +94,9 @@ def memory_named(arguments: argparse.Namespace) -> Iterator[None]:
             raise
         flags = vars(arguments)
         fixed = "T" if flags.get("sequence") not in (None, "none") else ""  # samples have as many steps as they have
-        growing = {name: flags.get(name, "") for name in GROWING if name != fixed}
-        lower = [
-            f"--{name}{f' (now {now})' if now else ''}" for name, now in growing.items() if isinstance(now, int | None)
-        ]
+        given = {name: flags[name] for name in GROWING if name in flags and name != fixed}
+        growing = {name: now for name, now in given.items() if isinstance(now, int | None)}
+        lower = [f"--{name}{f' (now {now})' if now else ''}" for name, now in growing.items()]
         remedies = [f"lower {' or '.join(lower)}"] if lower else []
         if "chunk" in flags and flags["chunk"] is None:
             remedies.append("give --chunk, so that a step keeps less for each of many time steps")

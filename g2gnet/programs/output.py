@@ -1,9 +1,7 @@
 """What programs write: ``--json``, and files that are checked before there is anything to write."""
 
 import argparse
-import contextlib
 import json
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -39,14 +37,13 @@ def check_output(path: Path | str, arguments: argparse.Namespace | None = None, 
 def _what_is_lost(path: Path, arguments: argparse.Namespace | None, own_files: Iterable[Path]) -> str | None:
     """What the file at ``path`` is, in words, if output must not replace it."""
     flags = {} if arguments is None else vars(arguments)
-    checkpoints = [name for name in (flags.get("checkpoint"), *flags.get("checkpoints", ())) if name]
-    inputs = [*checkpoints, *filter(None, [flags.get("resnet_weights")])]
-    if str(flags.get("dataset")).endswith(DATA_SUFFIX):
-        inputs.append(flags["dataset"])
-    if any(same_file(path, Path(name)) for name in inputs):
+    checkpoints = [Path(name) for name in (flags.get("checkpoint"), *flags.get("checkpoints", ())) if name]
+    data = str(flags.get("dataset"))
+    inputs = filter(None, [flags.get("resnet_weights"), data if data.endswith(DATA_SUFFIX) else None])
+    if any(same_file(path, file) for file in [*checkpoints, *map(Path, inputs)]):
         return "a file that this program reads"
-    runs = (RunFiles.of(Path(name)) for name in checkpoints)
-    if any(same_file(path, file) for file in [*own_files, *(file for run in runs for file in run.files())]):
+    of_runs = [file for checkpoint in checkpoints for file in RunFiles.of(checkpoint).files()]
+    if any(same_file(path, file) for file in [*own_files, *of_runs]):
         return "one of the run's own files"
     target = path.resolve()
     if target.is_file() and (target.suffix.lower() in KEPT or has_digest(target)):
@@ -59,11 +56,6 @@ def check_json(arguments: argparse.Namespace, own_files: Iterable[Path] = ()) ->
     json_file = getattr(arguments, "json", None)
     if json_file not in (None, STDOUT):
         check_output(json_file, arguments, own_files)
-
-
-def standard_output(json_file: str | None) -> contextlib.AbstractContextManager[Any]:
-    """While entered, output goes to standard error if ``--json`` needs standard output for itself."""
-    return contextlib.redirect_stdout(sys.stderr) if json_file == STDOUT else contextlib.nullcontext()
 
 
 def write_json(json_file: str, document: dict[str, Any]) -> None:

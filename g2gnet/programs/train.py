@@ -35,19 +35,16 @@ def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
     machine = flags.machine_from(arguments)
     if machine.cuda_graph and launched():
         raise flags.FlagError("--cuda_graph is of one process; leave it out, or start one without torchrun")
-    with flags.join_peers(arguments, "train", settings, machine, machine.device) as world:
-        machine = machine._replace(world=world)
-        if world.leads:
-            flags.announce(settings, machine)
+    with flags.joined(arguments, "train", settings, machine, machine.device) as machine:
         result = run_training(
             settings,
             lambda: flags.load_data(arguments, settings, machine.device),
             arguments.checkpoint_dir,
             machine,
             show_analysis,
-            flags.log_from(arguments) if world.leads else (),
+            flags.log_from(arguments) if machine.world.leads else (),
         )
-        if not world.leads:
+        if not machine.world.leads:
             return None
     return {"settings": settings.flag_values(), "result": result, "files": files.paths()}
 

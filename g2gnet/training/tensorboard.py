@@ -5,7 +5,7 @@ from typing import Any
 
 from g2gnet.base.files import make_directory
 from g2gnet.base.messages import reason, warn
-from g2gnet.inspect.connections import group_weight
+from g2gnet.inspect import group_density
 from g2gnet.training.checkpoints import numbers
 from g2gnet.training.trainer import Trainer
 
@@ -52,7 +52,7 @@ class TensorBoardLog:
             for connection_name, connection in trainer.net.connections().items():
                 weights = connection.values.detach()[connection.mask.valid()].float().cpu()
                 writer.add_histogram(f"weights/{connection_name}", weights, epoch)
-                heat = group_weight(connection.mask, connection.values)
+                heat = group_density(connection.mask, connection.values)
                 image = (heat / heat.max().clamp(min=1e-12)).float()
                 pixels = image.repeat_interleave(CELL, 0).repeat_interleave(CELL, 1)
                 writer.add_image(f"weight between groups/{connection_name}", pixels[None], epoch)

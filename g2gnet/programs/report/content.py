@@ -8,7 +8,6 @@ import torch
 
 from g2gnet.data import DATASETS, ImageData
 from g2gnet.inspect import Batch, NetworkAnalysis, analyze_network, figures, groups_table, headline, layers_table
-from g2gnet.inspect.population_graph import population_graph
 from g2gnet.network import G2GNet
 from g2gnet.programs.report.page import contents, details, heading, page, paragraph, picture, table
 from g2gnet.programs.sweep.results import estimate
@@ -34,27 +33,28 @@ class Inspected:
 
 def inspect(run: SavedRun, net: G2GNet, data: ImageData, samples: int) -> Inspected:
     """Runs ``net``, the network of ``run``, on the first ``samples`` test images; all on one device."""
+    count = data.num_classes
     seen: list[Batch] = []
-    confusion = torch.zeros(data.num_classes, data.num_classes, dtype=torch.int64)
+    confusion = torch.zeros(count * count, dtype=torch.int64)
 
     def watched() -> Iterator[Batch]:
         for batch in run_images(net, run.settings, run.epoch, data, count=samples):
             if not seen:
                 seen.append(batch)
-            pairs = torch.stack((batch.labels, batch.activity.output.argmax(1))).cpu()
-            confusion.index_put_(tuple(pairs), torch.ones((), dtype=torch.int64), accumulate=True)
+            pairs = count * batch.labels + batch.activity.output.argmax(1)
+            confusion.add_(torch.bincount(pairs.cpu(), minlength=len(confusion)))
             yield batch
 
-    analysis = analyze_network(net, watched(), data.num_classes)
+    analysis = analyze_network(net, watched(), count)
     first = seen[0]
     output = first.activity.output
     right = (output.argmax(1) == first.labels) & output.any(1)
     shown = int(right.long().argmax())  # the first that is classified correctly, or the first of all
     rasters = figures.rasters(net, first.activity, shown)
-    classes = _classes(run, data.num_classes)
+    classes = _classes(run, count)
     true, found = classes[int(first.labels[shown])], classes[int(output[shown].argmax())]
     example = f"test image {shown + 1} (class {true}, classified as {found})"
-    return Inspected(run, net, analysis, rasters, example, confusion, len(data.test_labels))
+    return Inspected(run, net, analysis, rasters, example, confusion.view(count, count), len(data.test_labels))
 
 
 def _classes(run: SavedRun, count: int) -> Sequence[str]:
@@ -81,9 +81,9 @@ def _run(each: Inspected, alone: bool) -> list[str]:
     """The section of a run; what the comparison shows of several is left out of each."""
     run, analysis = each.run, each.analysis
     defaults = type(run.settings)(neuron=run.settings.neuron).as_dict()
-    settings = run.settings.as_dict()
-    changed = {name: value for name, value in settings.items() if value != defaults[name]}
-    rest = {name: value for name, value in settings.items() if name not in changed}
+    pairs = run.settings.as_dict().items()
+    changed = [(name, str(value)) for name, value in pairs if value != defaults[name]]
+    rest = [(name, str(value)) for name, value in pairs if value == defaults[name]]
     results = _results(each)
     parts = [paragraph(f"{run.path}: {_describe(run)}, {run.position}.")]
     if alone:
@@ -96,16 +96,25 @@ def _run(each: Inspected, alone: bool) -> list[str]:
                 "the epoch.",
             ),
         ]
+    own = ""
+    if analysis.samples < each.images and "test_acc" in run.result:
+        when = f" after epoch {run.epoch}" if run.interrupted else ""
+        own = f" (the run's own accuracy{when}, on all {each.images:,}: {run.result['test_acc']:.4f})"
+    if run.interrupted:
+        text = (
+            f"The run was stopped {run.position}. Accuracies, loss and seconds are those up to epoch {run.epoch}; "
+            "weights, density, firing rate, synaptic operations and all pictures of the network are of that step."
+        )
+        parts.append(paragraph(text))
     parts += [
-        *([paragraph(_interrupted(run))] if run.interrupted else []),
         heading(3, "Settings"),
         paragraph("Settings that differ from the defaults:" if changed else "All settings are the defaults."),
-        *([_pairs(changed)] if changed else []),
-        details("Settings left at the default", [_pairs(rest)]),
+        *([table(("setting", "value"), changed)] if changed else []),
+        details("Settings left at the default", [table(("setting", "value"), rest)]),
         heading(3, "What its neurons do"),
         paragraph(
-            f"{headline(analysis, each.images)}"
-            f"{_own(each)}. – means not defined: no pairs, no spikes, one group or a constant input."
+            f"{headline(analysis, each.images)}{own}. – means not defined: no pairs, no spikes, one group or a "
+            "constant input."
             + " The output neurons do not spike: their membranes are read."
             * (run.settings.readout != "counts")
         ),
@@ -133,32 +142,13 @@ def _run(each: Inspected, alone: bool) -> list[str]:
             "Populations and their numbers of neurons. Each arrow has the share of its weights that exist and how much "
             "later spikes arrive. Connections on a cycle are orange."
         )
-        parts.append(picture(population_graph(each.net), caption))
+        parts.append(picture(figures.population_graph(each.net), caption))
     return parts + _connections(each)
-
-
-def _own(each: Inspected) -> str:
-    if each.images <= each.analysis.samples or "test_acc" not in each.run.result:
-        return ""
-    when = f" after epoch {each.run.epoch}" if each.run.interrupted else ""
-    return f" (the run's own accuracy{when}, on all {each.images:,}: {each.run.result['test_acc']:.4f})"
 
 
 def _judges(run: SavedRun) -> str:
     """The images by which a run's epochs are compared."""
     return "test" if "test_acc" in run.history[-1] else "held-out"
-
-
-def _pairs(settings: Mapping[str, object]) -> str:
-    return table(("setting", "value"), [(name, str(value)) for name, value in settings.items()])
-
-
-def _interrupted(run: SavedRun) -> str:
-    """Which of a run's numbers are of which network."""
-    return (
-        f"The run was stopped {run.position}. Accuracies, loss and seconds are those up to epoch {run.epoch}; weights, "
-        "density, firing rate, synaptic operations and all pictures of the network are of that step."
-    )
 
 
 def _connections(each: Inspected) -> list[str]:
@@ -214,26 +204,24 @@ def _comparison(inspected: Mapping[str, Inspected]) -> list[str]:
     results = {label: _results(each) for label, each in inspected.items()}
     header = ["run", *next(iter(results.values()))]
     groups = _groups(inspected)
-    means = []
+    parts = []
     if len(groups) < len(inspected):
-        tested = all("test_acc" in each.run.result for each in inspected.values())
         quantities: dict[str, tuple[int, Callable[[Inspected], Any]]] = {
-            **({"test accuracy (%)": (2, lambda each: 100 * each.run.result["test_acc"])} if tested else {}),
+            "test accuracy (%)": (2, lambda each: 100 * each.run.result["test_acc"]),
             "training accuracy (%)": (2, lambda each: 100 * each.run.history[-1]["train_acc"]),
             "firing rate": (4, lambda each: each.analysis.firing_rate),
             "synaptic operations per image": (0, lambda each: each.analysis.synaptic_operations),
         }
+        if not all("test_acc" in each.run.result for each in inspected.values()):
+            del quantities["test accuracy (%)"]
         rows = []
         for label, runs in groups.items():
             cells = (estimate([value(each) for each in runs]).text(digits) for digits, value in quantities.values())
             rows.append((label, ", ".join(str(each.run.settings.seed) for each in runs), *cells))
-        means = [
-            heading(3, "Mean ± standard error over seeds"),
-            table(("settings", "seeds", *quantities), rows),
-            heading(3, "Each run"),
-        ]
+        parts += [heading(3, "Mean ± standard error over seeds"), table(("settings", "seeds", *quantities), rows)]
+        parts.append(heading(3, "Each run"))
     return [
-        *means,
+        *parts,
         table(header, [(label, *result.values()) for label, result in results.items()]),
         heading(3, "Settings that differ"),
         table(
@@ -300,16 +288,16 @@ def _differing(runs: Sequence[SavedRun]) -> list[str]:
     return sorted(differing, key=lambda name: name == "seed")
 
 
+def _apart(run: SavedRun, names: Sequence[str], **instead: object) -> str:
+    """A run by the settings of these names that it has."""
+    settings = {**run.settings.as_dict(), **instead}
+    return ", ".join(f"{name}={settings[name]}" for name in names if name in settings) or _describe(run)
+
+
 def _labels(runs: Sequence[SavedRun]) -> list[str]:
     """A different name for each run, by the settings that differ."""
     names = _differing(runs)
-    described = [
-        ", ".join(f"{name}={getattr(run.settings, name)}" for name in names if hasattr(run.settings, name))
-        for run in runs
-    ]
-    return [
-        f"{number}: {text or _describe(run)}" for number, (text, run) in enumerate(zip(described, runs, strict=True), 1)
-    ]
+    return [f"{number}: {_apart(run, names)}" for number, run in enumerate(runs, 1)]
 
 
 def _groups(inspected: Mapping[str, Inspected]) -> dict[str, list[Inspected]]:
@@ -317,10 +305,10 @@ def _groups(inspected: Mapping[str, Inspected]) -> dict[str, list[Inspected]]:
     shown = [name for name in _differing([each.run for each in inspected.values()]) if name not in ("seed", "name")]
     groups: dict[str, list[Inspected]] = {}
     for each in inspected.values():
-        settings = {**each.run.settings.as_dict(), "epochs": each.run.epoch}
-        text = ", ".join(f"{name}={settings.get(name, '–')}" for name in shown) or _describe(each.run)
-        going_on = "epochs" not in shown and each.run.epoch != each.run.settings.epochs and not each.run.tested
-        if each.run.interrupted or going_on:
-            text += f", {each.run.position}"
+        run = each.run
+        text = _apart(run, shown, epochs=run.epoch)
+        going_on = "epochs" not in shown and run.epoch != run.settings.epochs and not run.tested
+        if run.interrupted or going_on:
+            text += f", {run.position}"
         groups.setdefault(text, []).append(each)
     return groups

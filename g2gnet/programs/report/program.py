@@ -1,4 +1,4 @@
-"""``g2g-report``: from checkpoints to a page."""
+"""Writes one HTML page with the settings, results, analysis and pictures of training runs."""
 
 import argparse
 from collections.abc import Sequence
@@ -12,8 +12,9 @@ from g2gnet.programs import flags, output
 from g2gnet.programs.main import run_program
 from g2gnet.training import CheckpointError, SavedRun, read_run
 from g2gnet.training.checkpoints import RunFiles
-from g2gnet.training.run_settings import BINNED
 
+#: the settings that decide the test images; of recordings, T as well
+DECIDING = ("dataset", "use_resnet", "resnet_weights", "limit_test", "bins", "dt", "T")
 EXAMPLE = """\
 example:
   g2g-report checkpoints/*.pth --output report.html
@@ -21,8 +22,7 @@ example:
 
 
 def build_parser() -> flags.Parser:
-    text = "Writes one HTML page with the settings, results, analysis and pictures of training runs."
-    parser = flags.Parser(prog="g2g-report", description=text, epilog=EXAMPLE)
+    parser = flags.Parser(prog="g2g-report", description=__doc__, epilog=EXAMPLE)
     text = "the .pth files of training runs, finished or not"
     parser.add_argument("checkpoints", type=flags.file_name, nargs="+", metavar="CHECKPOINT", help=text)
     text = "the page (default: report.html)"
@@ -44,9 +44,7 @@ def make_report(arguments: argparse.Namespace) -> None:
     data: dict[tuple, ImageData] = {}
     inspected = []
     for run in tqdm(runs, desc="inspecting", unit=" runs", leave=False, disable=None):
-        about = ["dataset", "use_resnet", "resnet_weights", "limit_test", "bins", "dt"]
-        about += ["T"] if run.settings.dataset in BINNED else []
-        key = tuple(getattr(run.settings, name) for name in about)
+        key = tuple(getattr(run.settings, name) for name in DECIDING)
         if key not in data:
             data[key] = flags.load_run_data(arguments, run.settings, machine.device)
         net = run.network(machine.device, machine.backend)

@@ -5,31 +5,27 @@ import contextlib
 import logging
 import multiprocessing
 import multiprocessing.connection
-import multiprocessing.context
 import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from g2g_kernels import BackendError
 from g2g_kernels.numbers import COUNT
 from g2gnet.base.files import locked, make_directory, open_own
 from g2gnet.base.messages import OutputError, reason
-from g2gnet.data import DataError
 from g2gnet.network_settings import SettingsError
 from g2gnet.programs import train
-from g2gnet.programs.flags import FlagError, machine_from
-from g2gnet.programs.main import memory_named
-from g2gnet.programs.sweep.grid import LOCK, LOG, Grid, Run, runs_of
-from g2gnet.programs.sweep.results import HELD_OUT, TESTED, Row, best_row, judge, rows_of, table
+from g2gnet.programs.flags import machine_from
+from g2gnet.programs.main import FAILED, REFUSED, memory_named
+from g2gnet.programs.sweep.grid import LOCK, LOG, Grid, Run, arguments_of, runs_of
+from g2gnet.programs.sweep.results import HELD_OUT, TESTED, Sweep
 from g2gnet.training import CheckpointError, Interrupted, SavedRun, TrainingError, read_run
 from g2gnet.training.checkpoints import numbers
 from g2gnet.training.interruption import handled
@@ -37,8 +33,8 @@ from g2gnet.training.interruption import handled
 logger = logging.getLogger("g2gnet")
 
 #: failures of a run whose message says everything; of others the traceback is shown too
-EXPLAINED = (BackendError, CheckpointError, DataError, OutputError, SettingsError, TrainingError)
-#: seconds between two looks at the runs' files
+EXPLAINED = (*REFUSED, *FAILED)
+#: seconds after which a wait is begun anew: on Windows Ctrl-C is seen in between only
 INTERVAL = 0.5
 
 #: held by the run that trains in this process: PyTorch's seeds and modes, and standard output, are the process's
@@ -50,8 +46,7 @@ _ended = threading.Event()
 def train_run(given: Mapping[str, Any], folder: str) -> None:
     """Trains or resumes one run in this process, which prints into ``log.txt`` in its folder. ``given`` are flags of
     ``g2g-train`` by name. If another process trains this run, it waits for that to end."""
-    arguments = train.build_parser().parse_args([])
-    vars(arguments).update(given, checkpoint_dir=folder)
+    arguments = arguments_of({**given, "checkpoint_dir": folder})
     file = Path(folder) / LOG
     with contextlib.ExitStack() as held:
         try:
@@ -94,71 +89,45 @@ def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved:
     return {**last, **seconds, "weights": weights, **more(saved)}
 
 
-class _Process(multiprocessing.context.SpawnProcess):
-    """A process that gets no Ctrl-C before :func:`_begin`: it would end with a traceback while it imports."""
-
-    def start(self) -> None:
-        if not hasattr(signal, "pthread_sigmask"):  # on Windows
-            return super().start()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            super().start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-class _Spawning(multiprocessing.context.SpawnContext):
-    Process = _Process
-
-
 @contextlib.contextmanager
 def processes(jobs: int, threads: int | None = None) -> Iterator[concurrent.futures.Executor]:
     """An executor with ``jobs`` processes of ``threads`` threads; None: they share the cores. They end with this
     process, however it ends: a run then finishes its step and saves it."""
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
     reader, writer = multiprocessing.Pipe(duplex=False)
-    pool = concurrent.futures.ProcessPoolExecutor(jobs, _Spawning(), _begin, (reader, threads))
-    try:
-        yield pool
-    except BaseException:
-        writer.close()
-        raise
-    finally:
-        # the end of this process would show in those that still import as a traceback
-        with handled(signal.SIGINT, signal.SIG_IGN):
-            pool.shutdown(cancel_futures=True)
-        writer.close()
-        reader.close()
+    spawning = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, spawning, _begin, (reader, threads))
+    with reader, writer:
+        try:
+            yield pool
+        except BaseException:
+            writer.close()
+            raise
+        finally:
+            # the end of this process would show in those that still import as a traceback
+            with handled(signal.SIGINT, signal.SIG_IGN):
+                pool.shutdown(cancel_futures=True)
 
 
 def _begin(reader: multiprocessing.connection.Connection, threads: int) -> None:
     """What a process of the pool does first. ``reader`` ends when the process that has the other end closes it."""
     torch.set_num_threads(threads)
     tqdm.set_lock(threading.RLock())  # the usual one is shared with other processes, and would be left behind
-    # that of the terminal is not meant for these processes: the end of the pipe tells what to do
-    signal.signal(signal.SIGINT, _end_if_told)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # that of the terminal: the end of the pipe tells what to do
     threading.Thread(target=_end_with, args=(reader,), daemon=True).start()
-
-
-def _end_if_told(number: int, frame: object) -> None:
-    """Ends a run that has no step to save yet: while it trains, SIGINT has another handler."""
-    if _ended.is_set() and _training.locked():
-        raise KeyboardInterrupt
 
 
 def _end_with(reader: multiprocessing.connection.Connection) -> None:
     with contextlib.suppress(OSError):
         reader.poll(None)
     _ended.set()
-    # a run finishes its step, saves it and ends
+    # a run that trains finishes its step, saves it and ends; where none does, this ends the process
     if sys.platform == "win32":
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
     else:
-        os.kill(os.getpid(), signal.SIGINT)  # the main thread gets it, even while it waits for the system
+        os.kill(os.getpid(), signal.SIGTERM)  # the main thread gets it, even while it waits for the system
     with _training:
-        os._exit(128 + signal.SIGINT)
+        os._exit(128 + signal.SIGTERM)
 
 
 def train_runs(
@@ -173,9 +142,10 @@ def train_runs(
     TrainingError if a process of the executor was killed.
     """
     stream, failed = sys.stderr, {}
-    total = sum(run.settings.epochs for run in runs)
-    with tqdm(total=total, desc=name, unit=" epochs", leave=False, disable=None, file=stream) as bar:
-        futures = {executor.submit(train_run, {**run.given, **machine}, str(run.folder)): run for run in runs}
+    with tqdm(total=len(runs), desc=name, unit=" runs", leave=False, disable=None, file=stream) as bar:
+        # a process that starts inherits this: Ctrl-C would show as a traceback while it imports
+        with handled(signal.SIGINT, signal.SIG_IGN):
+            futures = {executor.submit(train_run, {**run.given, **machine}, str(run.folder)): run for run in runs}
         waiting = set(futures)
         try:
             while waiting:
@@ -192,17 +162,15 @@ def train_runs(
                             failed[run.label] = _log_failure(run, error)
                     else:
                         bar.write(line, file=stream)
-                bar.set_postfix_str(f"{len(runs) - len(waiting)} of {len(runs)} runs", refresh=False)
-                bar.update(sum(run.epochs() for run in runs) - bar.n)
+                bar.update(len(done))
         except concurrent.futures.BrokenExecutor as error:
             raise TrainingError(
                 "a process that trained was killed, as by a system without memory; what it had saved is kept. Lower "
                 "`jobs`, or do the same again to resume"
             ) from error
-        except BaseException:
+        finally:
             for future in waiting:
                 future.cancel()
-            raise
     return failed
 
 
@@ -211,55 +179,6 @@ def _log_failure(run: Run, error: Exception) -> str:
     text = str(error) if known else f"{type(error).__name__}: {reason(error)}"
     logger.error("%s: failed: %s", run.label, text, exc_info=None if known else error)
     return text
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """What a sweep reached.
-
-    Attributes:
-        common: the settings of the grid with one value.
-        varied: the names of those with several, without the seed.
-        ends: what each finished run reached (:func:`outcome`), by the run.
-        failed: the errors of the runs that failed, by the settings that differ.
-        rows: mean and standard error over the seeds, one per combination of the varied settings.
-
-    Example:
-        >>> from concurrent.futures import ThreadPoolExecutor
-        >>> small = {"hidden_dim": 32, "block_size": 8, "T": 3, "epochs": 1, "limit_train": 64}
-        >>> grid = {"dataset": "fashionmnist-mini", "model": "mixer", "seed": [1, 2], **small}
-        >>> with ThreadPoolExecutor(1) as executor:
-        ...     made = run(grid, executor=executor)
-        ...
-        >>> made.rows[0].seeds, sorted(made.as_dict())
-        ([1, 2], ['best', 'failed', 'rows', 'runs', 'settings'])
-    """
-
-    folder: Path
-    common: dict[str, Any]
-    varied: tuple[str, ...]
-    ends: list[tuple[Run, dict[str, Any]]]
-    failed: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def rows(self) -> list[Row]:
-        return rows_of(self.varied, [(run.settings, end) for run, end in self.ends])
-
-    def table(self) -> str:
-        """The rows as a Markdown table."""
-        return table(self.varied, self.rows)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, as plain numbers and strings."""
-        return {
-            "settings": self.common,
-            "rows": [row.as_dict() for row in self.rows],
-            "best": {"settings": best_row(self.rows).settings, "by": judge(self.rows)[0]},
-            "runs": [
-                {"settings": dict(run.differs), "folder": str(run.folder), "result": end} for run, end in self.ends
-            ],
-            "failed": self.failed,
-        }
 
 
 def run(
@@ -299,22 +218,19 @@ def run(
         >>> from concurrent.futures import ThreadPoolExecutor
         >>> small = {"hidden_dim": 32, "block_size": 8, "T": 3, "epochs": 1, "limit_train": 64}
         >>> grid = {"dataset": "fashionmnist-mini", "model": ["index", "mixer"], "seed": [1, 2], **small}
-        >>> with ThreadPoolExecutor(1) as executor:
-        ...     made = run(grid, "models", executor=executor)
-        ...
+        >>> made = run(grid, "models", executor=ThreadPoolExecutor(1))
         >>> [(row.settings, row.seeds) for row in made.rows]
         [({'model': 'index'}, [1, 2]), ({'model': 'mixer'}, [1, 2])]
     """
     runs = runs_of(grid, folder)
     for line in dict.fromkeys(line for each in runs for line in each.settings.without_effect()):
         logger.warning("%s", line)
-    several = {name for each in runs for name in each.differs}
     machine = {"data_dir": str(data_dir), "device": device, "backend": backend}
     ends, failed, missing = {}, {}, []
     for each in runs:
         try:
             end = outcome(each)
-        except Exception as error:
+        except FAILED as error:
             failed[each.label] = _log_failure(each, error)
             continue
         if end is None:
@@ -337,25 +253,19 @@ def run(
             failed |= train_runs(missing, executor, machine, "sweep", note)
     if not ends:
         raise TrainingError("\n".join([f"no run is finished in {folder}", *dict.fromkeys(failed.values())]))
+    several = runs[0].differs
     return Sweep(
-        Path(folder),
         {name: value for name, value in runs[0].given.items() if name not in several},
-        tuple(name for name in runs[0].given if name in several and name != "seed"),
+        tuple(name for name in several if name != "seed"),
         [(each, ends[each.folder]) for each in runs if each.folder in ends],
         {each.label: failed[each.label] for each in runs if each.label in failed},
     )
 
 
 def _jobs(jobs: int | None, runs: int, machine: Mapping[str, Any]) -> int:
-    arguments = train.build_parser().parse_args([])
-    vars(arguments).update(machine)
-    cores = os.cpu_count() or 1
-    try:
-        device = machine_from(arguments).device
-    except FlagError as error:
-        raise SettingsError(str(error)) from error
+    device = machine_from(arguments_of(machine)).device
     if jobs is None:
-        jobs = cores if device.type == "cpu" else 1
+        jobs = (os.cpu_count() or 1) if device.type == "cpu" else 1
     if wanted := COUNT.refuses(jobs):
         raise SettingsError(f"jobs={jobs!r} must be {wanted}")
     return min(jobs, runs)

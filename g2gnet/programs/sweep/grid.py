@@ -11,9 +11,6 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from g2gnet.base.files import read_file
 from g2gnet.base.messages import reason
 from g2gnet.network_settings import SettingsError, types_of
@@ -25,15 +22,10 @@ from g2gnet.training.checkpoints import RunFiles
 #: settings of ``g2g-train`` by name, each with one value or an iterable of values
 Grid = Mapping[str, Any]
 
-#: whose numbers become Python's
-ARRAYS = (np.generic, np.ndarray, torch.Tensor)
-
-#: characters of a folder's name that say what differs
-READABLE = 100
 #: in a run's folder: what it printed, and what the process that trains it holds
 LOG, LOCK = "log.txt", ".sweep.lock"
-#: hexadecimal digits of the SHA-256 of a run's settings, which end its folder's name
-DIGITS = 8
+#: of a folder's name: characters that say what differs, and hexadecimal digits of the SHA-256 of a run's settings
+READABLE, DIGITS = 100, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +55,6 @@ class Run:
         """The files that the trainer writes."""
         return RunFiles(self.folder, self.settings.stem)
 
-    def epochs(self) -> int:
-        """The number of epochs that are finished; all, if the run has ended before the last."""
-        try:
-            if self.files.marker.exists():
-                return self.settings.epochs
-            return min(read_file(self.files.history).count(b"\n"), self.settings.epochs)
-        except OSError:
-            return 0
-
 
 def read_grid(path: Path | str) -> dict[str, Any]:
     """The grid in a TOML or JSON file: settings, each one value or a list. Raises SettingsError if unreadable."""
@@ -95,17 +78,10 @@ def read_grid(path: Path | str) -> dict[str, Any]:
 
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A table of a JSON file, whose reader takes the last of equal names; that of TOML refuses them."""
-    table: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in table:
-            raise ValueError(f"it gives {name} twice")
-        table[name] = value
-    return table
-
-
-def may_be_none(kinds: Collection[Any]) -> bool:
-    """Whether a setting of these types is a number or None."""
-    return type(None) in kinds and str not in kinds
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"it gives {twice[0]} twice")
+    return dict(pairs)
 
 
 def values_of(grid: Grid) -> dict[str, list[Any]]:
@@ -113,8 +89,7 @@ def values_of(grid: Grid) -> dict[str, list[Any]]:
     ``none`` as None for a number that may be left out. Raises SettingsError for an unknown name, a setting without a
     value, or a value that is listed twice.
     """
-    kinds_of = types_of(TrainSettings)
-    known = [field.name for field in dataclasses.fields(TrainSettings) if field.metadata["group"]]
+    kinds_of, known = types_of(TrainSettings), list(TrainSettings().flag_values())
     found: dict[str, list[Any]] = {}
     problems = []
     for name, given in grid.items():
@@ -124,21 +99,31 @@ def values_of(grid: Grid) -> dict[str, list[Any]]:
                 f"{name} is not a setting; {f'did you mean {near[0]}?' if near else 'see g2g-train --help'}"
             )
             continue
-        given = given.tolist() if isinstance(given, ARRAYS) else given
-        values = list(given) if isinstance(given, Iterable) and not isinstance(given, str | Mapping) else [given]
-        for place, value in enumerate(values):
-            if isinstance(value, ARRAYS):
-                value = value.tolist()
-            if value == "none" and may_be_none(kinds_of[name]):  # which neither flags nor TOML can say in another way
-                value = None
-            values[place] = float(value) if float in kinds_of[name] and type(value) is int else value
+        given = _plain(given)
+        several = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
+        found[name] = values = [_value(_plain(value), kinds_of[name]) for value in (given if several else [given])]
         if not values:
             problems.append(f"{name} has no value; give one, or leave it out")
         problems += [f"{name}={value} is given twice" for n, value in enumerate(values) if value in values[:n]]
-        found[name] = values
     if problems:
         raise SettingsError("\n".join(problems))
     return found
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, their numbers and tensors as Python's lists and numbers."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _value(value: Any, kinds: Collection[Any]) -> Any:
+    if value == "none" and type(None) in kinds and str not in kinds:  # flags and TOML cannot say it in another way
+        return None
+    return float(value) if float in kinds and type(value) is int else value
+
+
+def arguments_of(given: Mapping[str, Any]) -> argparse.Namespace:
+    """What ``g2g-train`` reads from these flags, by name; the others have their defaults."""
+    return argparse.Namespace(**{**vars(train.build_parser().parse_args([])), **given})
 
 
 def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
@@ -148,35 +133,31 @@ def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
     weights cannot be read.
     """
     values = values_of(grid)
-    runs, problems = [], []
-    by_digest: dict[str, Mapping[str, Any]] = {}
+    runs: dict[str, Run] = {}
+    problems = []
     order = sorted(values, key=lambda name: name != "seed")
     for combination in itertools.product(*(values[name] for name in order)):
         chosen = dict(zip(order, combination, strict=True))
         given = {name: chosen[name] for name in sorted(values, key=lambda name: name == "seed")}
         differs = {name: value for name, value in given.items() if len(values[name]) > 1}
-        arguments = argparse.Namespace(**{**vars(train.build_parser().parse_args([])), **given})
         try:
-            settings = settings_from(arguments, TrainSettings)
+            settings = settings_from(arguments_of(given), TrainSettings)
         except SettingsError as error:
             problems += str(error).splitlines()
             continue
         digest = _digest(settings)
-        alike = by_digest.setdefault(digest, differs)
-        if alike is not differs:  # as a number and its default, which would count as two runs in a mean
-            both = [
-                f"{name}={alike[name]} and {name}={differs[name]}" for name in differs if alike[name] != differs[name]
-            ]
-            problems.append(f"{', '.join(both)} make the same run; leave one of them out")
         words = "-".join(f"{name}{value}" for name, value in differs.items()) or "run"
-        words = re.sub(r"[^A-Za-z0-9._]+", "-", words)[:READABLE]
-        existing = sorted(Path(folder).glob(f"*-{digest}"))
+        path = Path(folder) / f"{re.sub(r'[^A-Za-z0-9._]+', '-', words)[:READABLE]}-{digest}"
+        existing = sorted(Path(folder).glob(f"*-{digest}")) or [path]
         if len(existing) > 1:
             problems.append(f"{' and '.join(map(str, existing))} are of the same run; move all but one out of {folder}")
-        runs.append(Run(given, settings, differs, existing[0] if existing else Path(folder) / f"{words}-{digest}"))
+        run = Run(given, settings, differs, existing[0])
+        alike = runs.setdefault(digest, run)
+        if alike is not run:  # as a number and its default, which would count as two runs in a mean
+            problems.append(f"{alike.label} and {run.label} make the same run; leave one of them out")
     if problems:
         raise SettingsError("\n".join(dict.fromkeys(problems)))
-    return runs
+    return list(runs.values())
 
 
 def _digest(settings: TrainSettings) -> str:

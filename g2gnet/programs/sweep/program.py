@@ -1,4 +1,6 @@
-"""``g2g-sweep``: a grid from flags or a file, and the results as a table, CSV, JSON and a picture."""
+"""Trains every combination of several values of settings, each with several seeds, in parallel; prints mean and
+standard error. Finished runs are skipped and stopped ones resume.
+"""
 
 import argparse
 import dataclasses
@@ -15,16 +17,13 @@ from g2gnet.base.version import __version__
 from g2gnet.network_settings import SettingsError, types_of
 from g2gnet.programs import flags, output
 from g2gnet.programs.main import run_program
-from g2gnet.programs.sweep.engine import Sweep, run
-from g2gnet.programs.sweep.grid import LOCK, LOG, may_be_none, read_grid, runs_of, values_of
-from g2gnet.programs.sweep.results import as_csv
+from g2gnet.programs.sweep.engine import run
+from g2gnet.programs.sweep.grid import LOCK, LOG, read_grid, runs_of, values_of
+from g2gnet.programs.sweep.results import Sweep
 from g2gnet.training import TrainingError, TrainSettings
+from g2gnet.training.checkpoints import csv_of, numbers
 from g2gnet.training.interruption import raised
 
-DESCRIPTION = """\
-Trains every combination of several values of settings, each with several seeds, in parallel; prints mean and standard
-error. Finished runs are skipped and stopped ones resume.
-"""
 EXAMPLES = """\
 examples:
   g2g-sweep --dataset fashionmnist-mini --model mixer --epochs 5 --p_inter 0.05 0.15 0.3 --seed 1 2 3
@@ -33,25 +32,21 @@ examples:
 RESUME = "run the same command again to resume with the remaining runs"
 
 
-def truth(text: str) -> bool:
-    """The type of a setting that is on or off; raises ArgumentTypeError unless it is ``true`` or ``false``."""
-    if text not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text == "true"
-
-
-def number_or_none(kind: type) -> Callable[[str], Any]:
-    """The type of a setting that is a number or ``none``."""
+def value_of(kind: type) -> Callable[[str], Any]:
+    """What a flag of a setting of this type makes of a word. Other words stay text: ``none`` is a value of some
+    settings, and the rest is refused with the settings."""
 
     def read(text: str) -> Any:
-        return text if text == "none" else kind(text)
+        try:
+            return {"true": True, "false": False}[text] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            return text
 
-    read.__name__ = f"{kind.__name__} or none"  # which argparse names in an error
     return read
 
 
 def build_parser() -> flags.Parser:
-    parser = flags.Parser(prog="g2g-sweep", description=DESCRIPTION, epilog=EXAMPLES)
+    parser = flags.Parser(prog="g2g-sweep", description=__doc__, epilog=EXAMPLES)
     group = parser.add_argument_group("the grid")
     text = "a TOML or JSON file: settings, each with a value or a list of values; flags replace what it says"
     group.add_argument("--grid", type=flags.file_name, metavar="FILE", help=text)
@@ -69,18 +64,17 @@ def build_parser() -> flags.Parser:
 
 
 def _add_settings(parser: flags.Parser) -> None:
-    kinds_of = types_of(TrainSettings)
     group = parser.add_argument_group("settings of g2g-train, each with one value or several")
     for field in dataclasses.fields(TrainSettings):
-        about, (kind, *_) = field.metadata, kinds_of[field.name]
+        about, kind = field.metadata, types_of(TrainSettings)[field.name][0]
         if about["group"] is None:
             continue
         group.add_argument(
             f"--{field.name}",
             nargs="*" if kind is bool else "+",  # --standardize alone turns it on
-            type=truth if kind is bool else number_or_none(kind) if may_be_none(kinds_of[field.name]) else kind,
+            type=value_of(kind),
             default=field.default,
-            metavar="true|false" if kind is bool else flags.METAVARS[kind] if kind is not str else "NAME",
+            metavar={bool: "true|false", str: "NAME"}.get(kind) or flags.METAVARS[kind],
             help=parser.in_flags(about["text"]),
         )
 
@@ -97,7 +91,7 @@ def grid_from(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     grid, folder = grid_from(arguments), Path(arguments.folder)
-    runs = runs_of(grid, folder)
+    runs, values = runs_of(grid, folder), values_of(grid)
     files = {ending: folder / f"sweep.{ending}" for ending in ("csv", "json", "png")}
     own_files = [file for each in runs for file in (*each.files.files(), each.folder / LOG, each.folder / LOCK)]
     output.check_json(arguments, [files["csv"], files["png"], *own_files])
@@ -109,25 +103,16 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
         for file in files.values():
             check_own(file)
     except OSError as error:
-        raise OutputError(
-            f"cannot write {error.filename or folder} ({reason(error)}); give another --folder"
-        ) from error
+        place = error.filename or folder
+        raise OutputError(f"cannot write {place} ({reason(error)}); give another --folder") from error
     for file in files.values():
         output.check_output(file)
-    several = {name: len(values) for name, values in values_of(grid).items() if len(values) > 1}
-    shape = " × ".join(f"{several[name]} {name}" for name in sorted(several, key=lambda name: name == "seed"))
+    shape = " × ".join(f"{len(values[name])} {name}" for name in runs[0].differs)
     done = sum(os.path.exists(each.files.marker) for each in runs)
     say(f"g2g {__version__} | {len(runs)} runs{f': {shape}' if shape else ''} | {done} finished | {folder}")
+    machine = {name: getattr(arguments, name) for name in ("jobs", "data_dir", "device", "backend", "finished")}
     with raised(signal.SIGTERM, f"interrupted by SIGTERM; {RESUME}"):
-        made = run(
-            grid,
-            folder,
-            jobs=arguments.jobs,
-            data_dir=arguments.data_dir,
-            device=arguments.device,
-            backend=arguments.backend,
-            finished=arguments.finished,
-        )
+        made = run(grid, folder, **machine)
     say(made.table())
     if files:
         _write(made, files)
@@ -141,16 +126,15 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _write(made: Sweep, files: dict[str, Path]) -> None:
-    output.write_output(files["csv"], as_csv([(each.differs, end) for each, end in made.ends]))
+    rows = [{**each.differs, **dict(numbers(end))} for each, end in made.ends]
+    output.write_output(files["csv"], csv_of(rows))
     output.write_output(files["json"], json.dumps({"g2g": __version__, **made.as_dict()}, indent=2) + "\n")
     try:
-        from g2gnet.programs.sweep.picture import draw  # needs matplotlib
+        figure = made.picture()
     except ImportError as error:
         del files["png"]
         warn(f'no picture: matplotlib is missing ({error}); pip install -e ".[plots]"')
     else:
-        common = ", ".join(f"{name}={value}" for name, value in made.common.items())
-        figure = draw(made.rows, common)
         output.write_file(files["png"], lambda file: figure.savefig(file, format="png", dpi=150))
     say(f"wrote {', '.join(map(str, files.values()))}")
 

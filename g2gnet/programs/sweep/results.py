@@ -1,14 +1,14 @@
-"""Means and standard errors over the seeds of a sweep, as a table, CSV and a picture."""
+"""What a sweep reached: means and standard errors over its seeds, their table and their picture."""
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from g2gnet.base.tables import markdown
-from g2gnet.training import TrainSettings
-from g2gnet.training.checkpoints import csv_of, numbers
+from g2gnet.programs.sweep.grid import Run
+from g2gnet.training.checkpoints import numbers
 
 
 class Estimate(NamedTuple):
@@ -17,10 +17,10 @@ class Estimate(NamedTuple):
     mean: float
     error: float | None
 
-    def text(self, digits: int) -> str:
-        """Mean ± standard error."""
-        error = "" if self.error is None else f" ± {self.error:.{digits}f}"
-        return f"{self.mean:.{digits}f}{error}"
+    def text(self, digits: int, scale: float = 1) -> str:
+        """Mean ± standard error, times ``scale``."""
+        error = "" if self.error is None else f" ± {scale * self.error:.{digits}f}"
+        return f"{scale * self.mean:.{digits}f}{error}"
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -52,17 +52,6 @@ class Row:
         return {"settings": self.settings, "seeds": self.seeds, "results": estimates}
 
 
-def rows_of(varied: Sequence[str], ends: Sequence[tuple[TrainSettings, dict[str, Any]]]) -> list[Row]:
-    """The runs in groups that differ in nothing but the seed."""
-    rows: dict[tuple, Row] = {}
-    for settings, end in ends:
-        values = {name: getattr(settings, name) for name in varied}
-        row = rows.setdefault(tuple(values.values()), Row(values, [], []))
-        row.seeds.append(settings.seed)
-        row.ends.append(end)
-    return list(rows.values())
-
-
 #: the accuracy by which rows are compared, in the runs' results and in words: where every run held images out, theirs
 HELD_OUT, TESTED = ("best/val_acc", "validation accuracy"), ("test_acc", "test accuracy")
 
@@ -72,39 +61,118 @@ def judge(rows: Sequence[Row]) -> tuple[str, str]:
     return HELD_OUT if all("best" in end for row in rows for end in row.ends) else TESTED
 
 
-def best_row(rows: Sequence[Row]) -> Row:
-    """The row with the highest mean of that accuracy."""
-    return max(rows, key=lambda row: row.estimate(judge(rows)[0]).mean)
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep reached.
 
+    Attributes:
+        common: the settings of the grid with one value.
+        varied: the names of those with several, without the seed.
+        ends: what each finished run reached (:func:`~g2gnet.programs.sweep.engine.outcome`), by the run.
+        failed: the errors of the runs that failed, by the settings that differ.
+        rows: mean and standard error over the seeds, one per combination of the varied settings.
 
-def table(varied: Sequence[str], rows: Sequence[Row]) -> str:
-    """One line per row: settings, number of runs, means of what they reached; then the best, and by which images."""
-    held_out = judge(rows) is HELD_OUT
-    tests = dict([HELD_OUT, ("best/test_acc", "test accuracy")] if held_out else [TESTED])
-    accuracies = {**tests, "train_acc": "training accuracy"}
+    Example:
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> small = {"hidden_dim": 32, "T": 3, "epochs": 1, "limit_train": 64}
+        >>> made = run({"dataset": "fashionmnist-mini", "seed": [1, 2], **small}, executor=ThreadPoolExecutor(1))
+        >>> made.rows[0].seeds, sorted(made.as_dict())
+        ([1, 2], ['best', 'failed', 'rows', 'runs', 'settings'])
+    """
 
-    def percent(row: Row, name: str) -> str:
-        mean, error = row.estimate(name)
-        return Estimate(100 * mean, error and 100 * error).text(2)
+    common: dict[str, Any]
+    varied: tuple[str, ...]
+    ends: list[tuple[Run, dict[str, Any]]]
+    failed: dict[str, str]
 
-    lines = [
-        [
-            *(str(value) for value in row.settings.values()),
-            str(len(row.ends)),
-            *(percent(row, name) for name in accuracies),
-            f"{row.estimate('weights').mean:,.0f}",
-            row.estimate("train_seconds").text(1),
+    @property
+    def rows(self) -> list[Row]:
+        rows: dict[tuple, Row] = {}
+        for run, end in self.ends:
+            values = {name: getattr(run.settings, name) for name in self.varied}
+            row = rows.setdefault(tuple(values.values()), Row(values, [], []))
+            row.seeds.append(run.settings.seed)
+            row.ends.append(end)
+        return list(rows.values())
+
+    @property
+    def best(self) -> Row:
+        """The row with the highest mean of the accuracy by which rows are compared."""
+        quantity, _ = judge(self.rows)
+        return max(self.rows, key=lambda row: row.estimate(quantity).mean)
+
+    def table(self) -> str:
+        """One line per row: settings, number of runs, means of what they reached; then the best, and by which images it
+        was chosen."""
+        rows = self.rows
+        held_out = judge(rows) is HELD_OUT
+        tests = dict([HELD_OUT, ("best/test_acc", "test accuracy")] if held_out else [TESTED])
+        accuracies = {**tests, "train_acc": "training accuracy"}
+        lines = [
+            [
+                *(str(value) for value in row.settings.values()),
+                str(len(row.ends)),
+                *(row.estimate(name).text(2, scale=100) for name in accuracies),
+                f"{row.estimate('weights').mean:,.0f}",
+                row.estimate("train_seconds").text(1),
+            ]
+            for row in rows
         ]
-        for row in rows
-    ]
-    header = [*varied, "runs", *(f"{text}, %" for text in accuracies.values()), "weights", "seconds"]
-    notes = ["Of each run the epoch with the best validation accuracy was tested."] if held_out else []
-    if len(rows) > 1:
-        how = "held-out images" if held_out else "test images, so its accuracy is too high; validation=SHARE mends that"
-        notes.append(f"Best: {best_row(rows).label}, chosen on {how}.")
-    return "\n".join([markdown(header, lines), *notes])
+        header = [*self.varied, "runs", *(f"{text}, %" for text in accuracies.values()), "weights", "seconds"]
+        notes = ["Of each run the epoch with the best validation accuracy was tested."] if held_out else []
+        if len(rows) > 1:
+            how = "test images, so its accuracy is too high; validation=SHARE mends that"
+            notes.append(f"Best: {self.best.label}, chosen on {'held-out images' if held_out else how}.")
+        return "\n".join([markdown(header, lines), *notes])
+
+    def picture(self) -> Any:
+        """A matplotlib figure: the mean accuracy by which rows are compared, with its standard error. On the x axis is
+        the setting with most values, numbers first: evenly spaced, numbers in their order. Each combination of the
+        others is a line."""
+        from matplotlib.figure import Figure  # which is optional
+        from matplotlib.ticker import PercentFormatter
+
+        from g2gnet.inspect.figures import style
+
+        rows = self.rows
+        quantity, accuracy = judge(rows)
+        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+        axis = figure.subplots()
+        values = {name: list(dict.fromkeys(row.settings[name] for row in rows)) for name in self.varied}
+        across = max(values, key=lambda name: (_numeric(values[name]), len(values[name])), default="")
+        shown = values.get(across, [""])
+        shown = sorted(shown) if _numeric(shown) else shown
+        lines: dict[str, list[Row]] = {}
+        for row in sorted(rows, key=lambda row: shown.index(row.settings.get(across, ""))):
+            label = ", ".join(f"{name} {value}" for name, value in row.settings.items() if name != across)
+            lines.setdefault(label, []).append(row)
+        for number, (label, points) in enumerate(lines.items()):
+            x = [shown.index(row.settings.get(across, "")) for row in points]
+            found = [row.estimate(quantity) for row in points]
+            y, errors = [each.mean for each in found], [each.error or 0 for each in found]
+            axis.errorbar(x, y, errors, label=label, capsize=3, markersize=5, **style(number))
+        axis.set_xticks(range(len(shown)), [str(value) for value in shown])
+        axis.margins(x=0.1)
+        axis.set(xlabel=across, ylabel=f"{accuracy}, mean ± standard error")
+        axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="0.92")
+        if len(lines) > 1:
+            figure.legend(loc="outside lower left", ncols=2, frameon=False)
+        axis.set_title(", ".join(f"{name}={value}" for name, value in self.common.items()), fontsize=9, wrap=True)
+        return figure
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as plain numbers and strings."""
+        runs = [{"settings": dict(run.differs), "folder": str(run.folder), "result": end} for run, end in self.ends]
+        return {
+            "settings": self.common,
+            "rows": [row.as_dict() for row in self.rows],
+            "best": {"settings": self.best.settings, "by": judge(self.rows)[0]},
+            "runs": runs,
+            "failed": self.failed,
+        }
 
 
-def as_csv(runs: Sequence[tuple[Mapping[str, Any], dict[str, Any]]]) -> str:
-    """A header and one row per run: the settings that differ, and every number that it reached."""
-    return csv_of([{**differs, **dict(numbers(end))} for differs, end in runs])
+def _numeric(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)

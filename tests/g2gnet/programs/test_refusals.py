@@ -111,6 +111,11 @@ def test_a_negative_number_is_a_value_and_no_flag(text):
         ((20,), "--augment shift-flip", "augment=shift-flip needs images … are vectors of 20 values; leave --augment"),
         ((20,), "--erase 0.5", "erase=0.5 needs images, but those of mine- … are vectors of 20 values; leave --erase"),
         ((3, 20), "--sequence own --augment flip", "augment=flip needs images … are sequences of vectors of 20 values"),
+        (
+            (6, 5),
+            "--erase 0.5",
+            "erase=0.5 are of images … of shape 6 × 5 are sequences; give --sequence none if",
+        ),
         ((6, 5), "--unit_shift 5", "unit_shift=5 needs sequences of vectors with more places … is of shape [5]; lower"),
         ((6, 5), "--T 6", "T=6 cannot be chosen: with sequence=own the samples of mine-"),
         ((6, 5), "--T 3", "have 6 steps; leave --T out, or give --sequence none if they are images of 6 × 5"),

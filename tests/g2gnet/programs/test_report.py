@@ -16,7 +16,6 @@ from helpers import MASK_CASES, Largest, seeded
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
-from PIL import Image
 from small_data import publish_resnet, write_cifar
 from tiny_checkpoints import VARIANTS, rewrite, train_tiny
 
@@ -25,7 +24,6 @@ from g2g_kernels import BlockMask, GroupLayout
 from g2gnet import LIF, G2GLinear, Projection, SpikingNetwork
 from g2gnet.data.catalog import DATASETS
 from g2gnet.inspect import figures, group_density
-from g2gnet.inspect.population_graph import population_graph
 from g2gnet.programs import report as package
 from g2gnet.programs.report import content, page
 from g2gnet.programs.report import program as report
@@ -90,12 +88,12 @@ RING = some_network(
 
 
 def test_the_picture_of_populations_has_their_weights_delays_and_cycles():
-    (axis,) = population_graph(RING).axes
+    (axis,) = figures.population_graph(RING).axes
     texts = [(text.get_text(), text.get_color()) for text in axis.texts]
-    heights = {text.get_text(): text.get_position()[1] for text in axis.texts}
-    assert sorted(("input", "p1", "p0", "p2", "p3"), key=heights.__getitem__) == ["input", "p1", "p0", "p2", "p3"]
-    cycle = {"p1_to_p0": "\n1–5 steps", "p0_to_p1": "\n1 step", "p1_to_p1": "\n1 step", "p1_to_p1_2": "\n12 steps"}
-    later = {**cycle, "p0_to_p2_2": "\n3 steps"}
+    columns = {text.get_text(): text.get_position()[0] for text in axis.texts}
+    assert sorted(("p3", "p2", "p1", "p0", "input"), key=columns.__getitem__) == ["input", "p0", "p1", "p2", "p3"]
+    cycle = {"p1_to_p0": ", 1–5 steps", "p0_to_p1": ", 1 step", "p1_to_p1": ", 1 step", "p1_to_p1_2": ", 12 steps"}
+    later = {**cycle, "p0_to_p2_2": ", 3 steps"}
     expected = [
         (f"{100 * connection.mask.density:.0f} %{later.get(name, '')}", "#D55E00" if name in cycle else "#0072B2")
         for name, connection in RING.connections().items()
@@ -103,6 +101,9 @@ def test_the_picture_of_populations_has_their_weights_delays_and_cycles():
     assert sorted(expected) == sorted(text for text in texts if "%" in text[0])
     sizes = {name: texts[number + 1][0] for number, (name, _) in enumerate(texts) if name[0] in "ip"}
     assert sizes == {"input": "12", "p0": "8", "p1": "6", "p2": "10", "p3": "4"}
+    names, arrows = [*RING.populations, "input"], [each for each in axis.patches if isinstance(each, FancyArrowPatch)]
+    ends = sorted((columns[names[route.source]], columns[names[route.target]]) for route in RING.routes())
+    assert sorted(tuple(arrow._path_original.vertices[[0, -1], 0]) for arrow in arrows) == ends
 
 
 def many_joins():
@@ -116,7 +117,7 @@ def many_joins():
 
 @pytest.mark.parametrize("make", [lambda: RING, many_joins])
 def test_nothing_lies_on_another_thing_in_the_picture_of_populations(make):
-    figure = population_graph(make())
+    figure = figures.population_graph(make())
     (axis,) = figure.axes
     assert figure.get_figwidth() * 390 / 358 < 4.4 or len(axis.patches) > 20, "small enough for a telephone"
     renderer = FigureCanvasAgg(figure).get_renderer()
@@ -182,21 +183,6 @@ def test_the_confusion_picture_has_names_and_shares():
     of_many = figures.confusion(torch.eye(100, dtype=torch.int64), classes)
     for each, names in ((figure, ["shirt", "shoe", "bag"]), (of_many, list(classes))):
         assert [label.get_text() for label in each.axes[0].get_yticklabels()] == names
-
-
-def test_an_animation_lights_up_the_neurons_that_fire_and_lets_them_fade(tmp_path):
-    spikes, expected = torch.zeros(3, 6), np.zeros((2, 3))
-    spikes[1, 3] = expected[1, 1] = 1  # neuron 3 is the second of group 1, at place 4 of 2 × 3 cells
-    raster = figures.Raster("lif1", spikes, GroupLayout(6, 2, "interleaved"))
-    animation = figures.spike_animation([raster], "one image")
-    for step, shown in enumerate((0 * expected, expected, figures.FADE * expected)):
-        image, heading = animation._func(step)
-        np.testing.assert_allclose(image.get_array(), shown)
-    assert heading.get_text() == "one image, time step 3 of 3"
-    animation.save(tmp_path / "spikes.gif", writer="pillow")
-    with Image.open(tmp_path / "spikes.gif") as file:
-        assert file.n_frames >= 2  # frames that are alike are one
-    assert "<img" in animation.to_jshtml()
 
 
 class Reader(html.parser.HTMLParser):

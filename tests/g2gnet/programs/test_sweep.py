@@ -30,8 +30,7 @@ from g2gnet.network_settings import SettingsError
 from g2gnet.programs import sweep
 from g2gnet.programs.sweep import engine, program
 from g2gnet.programs.sweep.grid import read_grid, runs_of
-from g2gnet.programs.sweep.picture import draw
-from g2gnet.programs.sweep.results import Row, estimate
+from g2gnet.programs.sweep.results import estimate
 from g2gnet.training import TrainingError
 
 QUICK = {**SMALL, "T": 3, "limit_train": 64, "limit_test": 32, "epochs": 1}
@@ -75,7 +74,8 @@ def test_two_folders_of_one_run_are_refused_and_so_is_one_run_of_two_values(tmp_
         folder.mkdir()
     with pytest.raises(SettingsError, match=f"^{copy} and {run.folder} are of the same run; move all but one out of"):
         runs_of(QUICK, tmp_path)
-    with pytest.raises(SettingsError, match=r"^threshold=None and threshold=1.0 make the same run; leave one of them"):
+    same = r"^threshold=None, seed=1 and threshold=1.0, seed=1 make the same run; leave one of them"
+    with pytest.raises(SettingsError, match=same):
         runs_of({**QUICK, "threshold": [None, 1.0], "seed": [1, 2]}, tmp_path / "other")
 
 
@@ -96,7 +96,7 @@ def test_what_is_wrong_with_a_grid_is_said_before_anything_is_trained(tmp_path):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_values_may_be_numbers_of_numpy_and_tensors_and_none(tmp_path, capsys):
+def test_values_may_be_numbers_of_numpy_and_tensors_and_none(tmp_path):
     for values in ({0, 1}, np.arange(2), torch.arange(2), [np.int64(0), torch.tensor(1)]):
         runs = runs_of({"seed": values, "T": np.array(3), "p_inter": torch.tensor(0.25)}, tmp_path)
         found = [(run.settings.seed, run.settings.T, run.settings.p_inter) for run in runs]
@@ -105,9 +105,14 @@ def test_values_may_be_numbers_of_numpy_and_tensors_and_none(tmp_path, capsys):
     grid = program.grid_from(parse(["--average", "none", "5", "--name", "none"]))
     found = [(run.settings.average, run.settings.name) for run in runs_of(grid, tmp_path)]
     assert found == [(None, "none"), (5, "none")]
-    with pytest.raises(SystemExit):
-        parse(["--average", "nil"])
-    assert "--average: invalid int or none value: 'nil'" in capsys.readouterr().err
+    for flags, message in (
+        (["--average", "nil"], r"^average='nil' must be a whole number of at least 2$"),
+        (["--lr", "fast"], r"^lr='fast' must be a number above 0$"),
+        (["--standardize", "yes"], r"^standardize='yes' must be"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            runs_of(program.grid_from(parse(flags)), tmp_path)
+    assert program.grid_from(parse(["--standardize", "true", "false"])) == {"standardize": [True, False]}
 
 
 def test_a_grid_comes_from_a_file_and_flags_replace_what_it_says(tmp_path):
@@ -166,18 +171,20 @@ def test_a_sweep_is_decided_by_held_out_images_where_there_are_some_and_says_so(
     assert (told["by"], f"p_inter={told['settings']['p_inter']}") == ("best/val_acc", best)
     assert "validation accuracy" not in made[0].table()
     assert ", chosen on test images, so its accuracy is too high; validation=SHARE mends that." in made[0].table()
-    axis = draw(held_out.rows).axes[0]
+    axis = held_out.picture().axes[0]
     assert axis.get_ylabel() == "validation accuracy, mean ± standard error"
     assert list(axis.lines[0].get_ydata()) == [row.estimate("best/val_acc").mean for row in held_out.rows]
 
 
-def test_axes_are_logarithmic_where_values_are_spaced_so():
-    logarithmic = [1e-3, 3e-3, 1e-2], [64, 16, 32], [0.5, 1.0, 2.0]
-    linear = [0.05, 0.15, 0.3], [1, 10, 20, 30, 40], [0, 1, 10], [1, 100]
-    for values in (*logarithmic, *linear):
-        axis = draw([Row({"lr": value}, [1], [{"test_acc": 0.5}]) for value in values]).axes[0]
-        assert axis.get_xscale() == ("log" if values in logarithmic else "linear"), values
-        assert [label.get_text() for label in axis.get_xticklabels()] == [str(value) for value in sorted(values)]
+def test_values_are_evenly_spaced_and_numbers_in_their_order(tmp_path):
+    for values in ([64.0, 16.0, 32.0], [0.05, 0.15, 0.3], [1e-3, 1.0], ["mixer", "index"]):
+        runs = runs_of({"model" if "mixer" in values else "lr": values, "seed": 1}, tmp_path)
+        ends = [(each, {"test_acc": accuracy}) for accuracy, each in enumerate(runs)]
+        axis = sweep.Sweep({}, tuple(runs[0].differs), ends, {}).picture().axes[0]
+        shown = values if "mixer" in values else sorted(values)
+        assert [label.get_text() for label in axis.get_xticklabels()] == [str(value) for value in shown]
+        assert list(axis.get_xticks()) == list(axis.lines[0].get_xdata()) == list(range(len(values)))
+        assert list(axis.lines[0].get_ydata()) == [values.index(value) for value in shown]
 
 
 @posix
@@ -291,16 +298,14 @@ def loses_its_sweep_while_it_loads(folder):
     reader, writer = multiprocessing.Pipe(duplex=False)
     engine.train.train = lambda arguments: writer.close() or time.sleep(60)
     engine._begin(reader, 1)
-    with contextlib.suppress(KeyboardInterrupt):
-        engine.train_run(QUICK, folder)
-    time.sleep(60)  # the pool's process waits for its next run
+    engine.train_run(QUICK, folder)
 
 
 def test_a_process_whose_sweep_ends_before_its_first_step_ends_too(tmp_path):
     process = SERVER.Process(target=loses_its_sweep_while_it_loads, args=(str(tmp_path / "run"),))
     process.start()
     process.join(50)
-    assert process.exitcode == 130
+    assert process.exitcode == -signal.SIGTERM
 
 
 def test_sigterm_ends_a_sweep_as_ctrl_c_does(tmp_path, capsys, monkeypatch):

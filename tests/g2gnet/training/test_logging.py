@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet.data import load_dataset
-from g2gnet.inspect.connections import group_weight
+from g2gnet.inspect import group_density
 from g2gnet.training import Machine, TrainSettings, run_training
 from g2gnet.training.checkpoints import RunFiles
 from g2gnet.training.tensorboard import TensorBoardLog
@@ -42,7 +42,7 @@ def test_group_weights_are_the_mean_of_the_dense_matrix_between_groups():
     values = packed_randn(mask, 1)
     dense, (rows, cols) = mask.unpack(values).abs().double(), (layout.group_of for layout in layouts)
     expected = torch.stack([torch.stack([dense[rows == g][:, cols == h].mean() for h in range(4)]) for g in range(4)])
-    torch.testing.assert_close(group_weight(mask, values), expected)
+    torch.testing.assert_close(group_density(mask, values), expected)
 
 
 def test_the_history_is_kept_as_lines_of_json_and_as_csv_and_given_to_callbacks_after_the_checkpoint(tmp_path):
@@ -101,7 +101,7 @@ def test_tensorboard_shows_the_record_the_weights_and_the_groups(tmp_path):
     image = events.Images("weight between groups/fc2")[-1]
     assert (image.height, image.width) == (128, 128)  # 8 × 8 groups, 16 pixels each
     picture = Image.open(io.BytesIO(image.encoded_image_string)).convert("L")
-    pixels, heat = torch.from_numpy(np.array(picture))[8::16, 8::16], group_weight(mask, values)
+    pixels, heat = torch.from_numpy(np.array(picture))[8::16, 8::16], group_density(mask, values)
     assert (pixels / 255 - heat / heat.max()).abs().max() < 0.005  # 8 bits
 
 

@@ -68,20 +68,6 @@ def make_directory(path: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
 
 
-@contextlib.contextmanager
-def directory(path: Path) -> Iterator[None]:
-    """Makes a directory as :func:`make_directory`; after an error inside, empty ones that it made are removed."""
-    missing = [each for each in (path, *path.parents) if not each.exists()]
-    try:
-        make_directory(path)
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):  # from the first that is not empty on
-            for each in missing:
-                each.rmdir()
-        raise
-
-
 def same_file(one: Path, other: Path) -> bool:
     """Whether two names are of one file, be it there or not yet: by ``..``, links, or letters' case."""
     try:

@@ -2,18 +2,15 @@
 
 import gzip
 import hashlib
-import tempfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 from torchvision.datasets import FashionMNIST
-from torchvision.datasets.utils import extract_archive
 
-from g2gnet.base.files import directory, one_at_a_time, open_file
+from g2gnet.base.files import one_at_a_time, open_file
 from g2gnet.base.messages import reason
-from g2gnet.data.download import download
 from g2gnet.data.image_data import DataError, ImageData, MissingDataError
 
 #: where the Debian package dataset-fashion-mnist puts its files
@@ -47,8 +44,8 @@ def load(name: str, data_dir: Path) -> ImageData:
     try:
         with one_at_a_time(raw):
             if not _complete(raw):  # otherwise another process downloaded it in the meantime
-                _fetch(raw)
-    except OSError as error:
+                FashionMNIST(str(data_dir), download=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no mirror has a file with its checksum
         raise MissingDataError(
             f"Fashion-MNIST is neither in {data_dir} nor in {SYSTEM_DIR}, and could not be downloaded ({error}). "
             "Do one of these:\n"
@@ -58,17 +55,6 @@ def load(name: str, data_dir: Path) -> ImageData:
             "or give their folder as `data_dir`."
         ) from error
     return _read(raw)
-
-
-def _fetch(folder: Path) -> None:
-    """Downloads the four files and, when all are there, puts them into ``folder`` as torchvision would."""
-    with directory(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
-        for name, md5 in FashionMNIST.resources:
-            archive = Path(scratch, name)
-            download([f"{mirror}{name}" for mirror in FashionMNIST.mirrors], archive, md5)
-            extract_archive(str(archive), scratch)
-        for file in Path(scratch).iterdir():
-            file.replace(folder / file.name)
 
 
 def _complete(folder: Path) -> bool:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from g2gnet.base.files import directory, read_file
+from g2gnet.base.files import read_file
 from g2gnet.base.messages import reason
 from g2gnet.base.tensor_files import check_plain
 from g2gnet.data import DATASETS, DataError
@@ -103,10 +103,9 @@ def _published(dataset: str) -> Path:
     path = folder / release.url.rpartition("/")[2]
     if not path.exists():
         try:
-            with directory(folder):
-                torch.hub.load_state_dict_from_url(
-                    release.url, check_hash=True, weights_only=True, progress=sys.stderr.isatty()
-                )
+            torch.hub.load_state_dict_from_url(
+                release.url, check_hash=True, weights_only=True, progress=sys.stderr.isatty()
+            )
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
             raise DataError(
                 f"the published ResNet-32 for {dataset} is not at {path} and could not be downloaded ({error}). "

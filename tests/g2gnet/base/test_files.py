@@ -31,26 +31,6 @@ def program(first, *arguments, output):
     return processes.run(output.with_suffix(".py"), *arguments, output=output)
 
 
-def test_a_directory_for_what_could_not_be_had_is_not_left_behind(tmp_path):
-    def interrupted(file):
-        if file:
-            file.touch()
-        raise KeyboardInterrupt
-
-    (tmp_path / "a").mkdir()
-    for path, made in (("a/b/c", None), ("d/e", None), ("a/kept", "file")):
-        with pytest.raises(KeyboardInterrupt), files.directory(tmp_path / path):
-            interrupted(made and tmp_path / path / made)
-    left = sorted(str(each.relative_to(tmp_path)) for each in tmp_path.rglob("*"))
-    assert left == ["a", "a/kept", "a/kept/file"]  # what was there before, and what holds something
-    with files.directory(tmp_path / "d/e"):
-        pass
-    assert (tmp_path / "d/e").is_dir()
-    with pytest.raises(NotADirectoryError), files.directory(tmp_path / "a/kept/file"):
-        pytest.fail("entered")
-    assert (tmp_path / "a/kept/file").is_file()
-
-
 def test_a_fifo_and_a_device_are_written_into_and_stay_what_they_are(tmp_path):
     fifo, link, read = tmp_path / "fifo", tmp_path / "null", []
     os.mkfifo(fifo)

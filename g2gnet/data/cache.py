@@ -19,30 +19,19 @@ def made_once(file: Path, names: Sequence[str], what: str, make: Callable[[], Na
     a file that cannot be written is a warning.
     """
     with one_at_a_time(file):
-        parts = _read(file, names, what)
-        if parts is None:
-            parts = make()
-            _keep(file, parts, what)
+        if file.exists():
+            try:
+                content = read_tensors(file)
+                parts = {name: content[name] for name in names}
+            except (OSError, TensorFileError, KeyError, TypeError) as error:
+                warn(f"{file} is damaged ({reason(error)}) and will be rewritten")
+            else:
+                say(f"reading {what} from {file}")
+                return parts
+        parts = make()
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(file, parts)
+        except OSError as error:
+            warn(f"{what} cannot be cached in {file} ({reason(error)}): the next run computes them again")
     return parts
-
-
-def _read(file: Path, names: Sequence[str], what: str) -> NamedTensors | None:
-    """The content of the file, or None if it is missing or unreadable."""
-    if not file.exists():
-        return None
-    try:
-        content = read_tensors(file)
-        parts = {name: content[name] for name in names}
-    except (OSError, TensorFileError, KeyError, TypeError) as error:
-        warn(f"{file} is damaged ({reason(error)}) and will be rewritten")
-        return None
-    say(f"reading {what} from {file}")
-    return parts
-
-
-def _keep(file: Path, parts: NamedTensors, what: str) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(file, parts)
-    except OSError as error:
-        warn(f"{what} cannot be cached in {file} ({reason(error)}): the next run computes them again")

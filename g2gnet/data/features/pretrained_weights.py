@@ -3,6 +3,7 @@
 import hashlib
 import io
 import sys
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,58 +69,46 @@ def load_resnet(dataset: str, file: Path | str | None = None) -> ResNet32:
         >>> net = load_resnet("cifar10")  # doctest: +SKIP
     """
     path = _published(dataset) if file is None else Path(file)
-    network = new_resnet(dataset)
-    content = _read(path)
+    content, network = _read(path), new_resnet(dataset)
+    # PyTorch's hub checks what it downloads, not what it finds
+    if file is None and _digest(content) != RELEASES[dataset].digest:
+        raise DataError(
+            f"{path} is damaged: its SHA-256 begins with {_digest(content)}, not {RELEASES[dataset].digest}; delete it "
+            "and run this again"
+        )
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         check_plain(state)
         network.load_state_dict(state)
-        _check_loaded(network, state)
+        for name, tensor in network.state_dict().items():
+            cast = torch.can_cast(state[name].dtype, tensor.dtype) and tensor.isfinite().all()
+            if not cast or (name.endswith("running_var") and (tensor < 0).any()):
+                raise ValueError(f"{name}, {state[name].dtype}, has numbers that such a network cannot have")
     except Exception as error:  # a damaged file can make torch.load raise anything
         raise DataError(
-            f"{path} does not hold the weights of a CIFAR ResNet-32 for {dataset}: {_summary(error)}\n"
+            f"{path} does not hold the weights of a CIFAR ResNet-32 for {dataset}: "
+            f"{textwrap.shorten(str(error), 300, placeholder=' …')}\n"
             f"Give another file as `resnet_weights`, or none to use the published weights; g2g-pretrain "
             f"--dataset {dataset} makes one."
         ) from error
     return network.eval().requires_grad_(False)
 
 
-def _check_loaded(network: ResNet32, state: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError for tensors that loading has changed, or with which the features would be no numbers."""
-    for name, tensor in network.state_dict().items():
-        given = state[name].dtype
-        if not torch.can_cast(given, tensor.dtype):
-            raise ValueError(f"{name} is {given}, not {tensor.dtype}")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} holds numbers that are too large for {tensor.dtype}")
-        if name.endswith("running_var") and (tensor < 0).any():
-            raise ValueError(f"{name}, a variance, is below 0")
-
-
 def _published(dataset: str) -> Path:
-    """The path of the published weights, once downloaded and verified."""
-    release = RELEASES[dataset]
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / release.url.rpartition("/")[2]
+    """The path of the published weights, once they are there."""
+    url = RELEASES[dataset].url
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
     if not path.exists():
         try:
-            torch.hub.load_state_dict_from_url(
-                release.url, check_hash=True, weights_only=True, progress=sys.stderr.isatty()
-            )
+            torch.hub.load_state_dict_from_url(url, check_hash=True, weights_only=True, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:  # RuntimeError: the hash differs
             raise DataError(
                 f"the published ResNet-32 for {dataset} is not at {path} and could not be downloaded ({error}). "
                 "Do one of these:\n"
                 "  1. connect to the internet and run this again;\n"
-                f"  2. download {release.url} elsewhere and give it as `resnet_weights`;\n"
+                f"  2. download {url} elsewhere and give it as `resnet_weights`;\n"
                 f"  3. train one (g2g-pretrain --dataset {dataset}) and give it as `resnet_weights`."
             ) from error
-    # PyTorch's hub checks what it downloads, not what it finds
-    digest = _digest(_read(path))
-    if digest != release.digest:
-        raise DataError(
-            f"{path} is damaged: its SHA-256 begins with {digest}, not {release.digest}; delete it and run this again"
-        )
     return path
 
 
@@ -132,7 +121,3 @@ def _read(path: Path) -> bytes:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:DIGITS]
-
-
-def _summary(error: Exception) -> str:
-    return "\n".join(line.strip() for line in str(error).splitlines()[:4]) or type(error).__name__

@@ -112,9 +112,9 @@ def scaled(path, name, factor):
     [
         (lambda path: write_resnet(path, "cifar100"), r"size mismatch for fc\.weight"),
         (lambda path: torch.save({}, path), r"Missing key\(s\) in state_dict"),
-        (lambda path: scaled(path, "bn1.running_var", -1), r"bn1\.running_var, a variance, is below 0"),
-        (lambda path: scaled(path, "conv1.weight", 1j), r"conv1\.weight is torch\.complex\d+, not torch\.float32"),
-        (lambda path: scaled(path, "conv1.weight", 1e300), r"conv1\.weight holds numbers that are too large for"),
+        (lambda path: scaled(path, "bn1.running_var", -1), r"bn1\.running_var, torch\.float\d+, has numbers that such"),
+        (lambda path: scaled(path, "conv1.weight", 1j), r"conv1\.weight, torch\.complex\d+, has numbers"),
+        (lambda path: scaled(path, "conv1.weight", 1e300), r"conv1\.weight, torch\.float64, has numbers that such a"),
         (lambda path: path.write_bytes(path.read_bytes()[:1000]), "PytorchStreamReader failed"),
     ],
     ids=["of another data set", "empty", "variance", "complex", "large", "truncated"],

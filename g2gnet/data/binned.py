@@ -29,6 +29,8 @@ logger = logging.getLogger("g2gnet")
 
 #: what counts are kept as: the first that holds them
 COUNTED = (torch.int8, torch.int16, torch.int32)
+#: microseconds, from which on a time is none
+LATEST = 1e12
 #: milliseconds of a step
 STEP = Number(0.1, 60_000)
 
@@ -73,12 +75,8 @@ class Binning(NamedTuple):
         if bins > self.units:
             problems.append(f"bins={bins} are more than the {self.units} {what} of {name}; give fewer")
         elif not self.bands and self.units % bins:
-            divisors = [each for each in range(1, self.units + 1) if self.units % each == 0]
-            near = max(each for each in divisors if each < bins), min(each for each in divisors if each > bins)
-            problems.append(
-                f"bins={bins} does not divide the {self.units} {what} of {name}; give `bins={near[0]}` or "
-                f"`bins={near[1]}`"
-            )
+            divisors = ", ".join(str(each) for each in range(1, self.units + 1) if self.units % each == 0)
+            problems.append(f"bins={bins} does not divide the {self.units} {what} of {name}; give one of {divisors}")
         if abs(dt / self.resolution - round(dt / self.resolution)) > 1e-6:
             problems.append(f"dt={dt} is no multiple of {self.resolution:g} ms, in which {name} is sampled; give one")
         return problems
@@ -92,13 +90,17 @@ class Grid:
         self.shape, self.dt, self.bins = shape, dt, shape[-1]
         self.events = self.late = 0
 
-    def count(self, microseconds: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """How many events fall into each cell; events are whole microseconds and places in a step, both int64 [n]."""
-        steps = microseconds // round(1000 * self.dt)
+    def count(self, microseconds: np.ndarray, *places: np.ndarray) -> np.ndarray:
+        """How many events fall into each cell, by their whole microseconds and their places on each axis of a step,
+        [n] each. Raises ValueError for an event that comes before 0, or is at no place."""
+        for values, size in zip((microseconds, *places), (LATEST, *self.shape[1:]), strict=True):
+            if not ((values >= 0) & (values < size)).all():
+                raise ValueError("an event is at no time from 0 on, or at no place of the sensor")
+        steps = microseconds.astype(np.int64) // round(1000 * self.dt)
         inside = steps < self.shape[0]
         self.events += len(steps)
         self.late += len(steps) - int(inside.sum())
-        cells = steps[inside] * math.prod(self.shape[1:]) + places[inside]
+        cells = np.ravel_multi_index([each[inside].astype(np.int64) for each in (steps, *places)], self.shape)
         return np.bincount(cells, minlength=math.prod(self.shape)).reshape(self.shape)
 
 
@@ -184,17 +186,22 @@ def _read(name: str, parts: Mapping[str, Recordings], binning: Binning, grid: Gr
     return tensors
 
 
+def numbered(files: Sequence[Path], names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
+    """The numbers of the classes that files are of by these names, int64 [N]; DataError for a file of none."""
+    for file, name in zip(files, names, strict=True):
+        if name not in classes:
+            raise DataError(f"{file} is of none of the classes {classes[0]} … {classes[-1]}; move it away")
+    return np.array([classes.index(name) for name in names], dtype=np.int64)
+
+
 def folder_of(name: str, data_dir: Path, places: Sequence[str], wanted: Sequence[str], remedy: str) -> Path:
     """The first of ``places`` below ``data_dir`` with all of ``wanted``; MissingDataError with the ``remedy``."""
     folders = [data_dir / place for place in places]
-    missing = [[each for each in wanted if not (folder / each).exists()] for folder in folders]
-    least = min(range(len(folders)), key=lambda number: len(missing[number]))
-    if not missing[least]:
-        return folders[least]
-    looked = "" if len(missing[least]) < len(wanted) else f" (nor in {', '.join(map(str, folders[1:]))})"
+    for folder in folders:
+        if all((folder / each).exists() for each in wanted):
+            return folder
     raise MissingDataError(
-        f"{name} is not in {data_dir}: {', '.join(missing[least])} {'is' if len(missing[least]) == 1 else 'are'} not "
-        f"in {folders[least]}{looked}. Do one of these:\n"
+        f"{name} is not in {data_dir}: neither {' nor '.join(map(str, folders))} has {', '.join(wanted)}. Do one of:\n"
         f"  1. {remedy};\n"
         "  2. give the directory that has it as `data_dir`."
     )

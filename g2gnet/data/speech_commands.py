@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 from scipy.io import wavfile
 
-from g2gnet.base.files import open_file
+from g2gnet.base.files import open_file, read_file
 from g2gnet.base.messages import reason
-from g2gnet.data.binned import Grid, Recordings, folder_of
+from g2gnet.data.binned import Grid, Recordings, folder_of, numbered
 from g2gnet.data.catalog import DATASETS
 from g2gnet.data.image_data import DataError
 
@@ -52,33 +52,23 @@ def parts(name: str, data_dir: Path) -> dict[str, Recordings]:
     for part, members in {"train": others, **listed}.items():
         # by speakers, in an order in which words take turns
         files = sorted(members, key=lambda file: (file.name, file.parent.name))
-        found[part] = Recordings(
-            files, np.array([_word(file) for file in files], dtype=np.int64), partial(_samples, files)
-        )
+        labels = numbered(files, [file.parent.name for file in files], WORDS)
+        found[part] = Recordings(files, labels, partial(_samples, files))
     return found
 
 
 def _listed(root: Path, file: str, among: Set[Path]) -> set[Path]:
     """The recordings that a list names, which must be ``among`` these."""
     try:
-        with open_file(root / file) as content:
-            files = {root / line.strip() for line in content.read().decode().splitlines() if line.strip()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{root / file} cannot be read ({reason(error)}); unpack it again") from error
-    if missing := files - among:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise DataError(
-            f"{root / file} names {min(missing)}{more}, which is missing or in another list; unpack it again"
-        )
-    if not files:
-        raise DataError(f"{root / file} is empty; unpack it again")
+        files = {root / line.strip() for line in read_file(root / file).decode().splitlines() if line.strip()}
+        if not files:
+            raise ValueError("it is empty")
+        if missing := files - among:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise ValueError(f"it names {min(missing)}{more}, which is missing or in another list")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{root / file} is damaged: {reason(error)}; unpack it again") from error
     return files
-
-
-def _word(file: Path) -> int:
-    if file.parent.name not in WORDS:
-        raise DataError(f"{file} is of none of the {len(WORDS)} words; move {file.parent} away")
-    return WORDS.index(file.parent.name)
 
 
 def _samples(files: Sequence[Path], grid: Grid) -> Iterator[np.ndarray]:

@@ -52,19 +52,13 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _labels(path: Path) -> np.ndarray:
     """The labels, if there are as many lists of times and of units."""
-    import h5py
-
     with _opened(path) as file:
         labels = file["labels"]
         if labels.dtype.kind not in "iu" or labels.ndim != 1 or not len(labels):
             raise ValueError(f"labels is {labels.dtype} {list(labels.shape)}, not integers [N]")
-        for name, kinds in (("spikes/times", "fiu"), ("spikes/units", "iu")):
-            lists = file[name]
-            of = h5py.check_vlen_dtype(lists.dtype)
-            if of is None or np.dtype(of).kind not in kinds or lists.shape != labels.shape:
-                held = f"{lists.dtype if of is None else f'lists of {np.dtype(of)}'} {list(lists.shape)}"
-                wanted = "numbers" if "f" in kinds else "integers"
-                raise ValueError(f"{name} is {held}, not {len(labels)} lists of {wanted}")
+        times, units = len(file["spikes/times"]), len(file["spikes/units"])
+        if not times == units == len(labels):
+            raise ValueError(f"it has {len(labels)} labels, and times of {times} and units of {units} samples")
         return labels[()].astype(np.int64)
 
 

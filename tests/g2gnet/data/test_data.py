@@ -139,8 +139,8 @@ def test_data_of_ones_own_are_read_and_named_by_their_content(tmp_path, save, dt
 def test_other_arrays_are_refused_by_name(tmp_path):
     for changes, message in (
         ({"train_labels": np.arange(29) % 3}, "train_images are 30, train_labels 29"),
-        ({"train_labels": np.arange(30) - 1}, "train_labels are negative"),
-        ({"train_labels": np.full(30, 10**9)}, "train_labels go up to 1000000000"),
+        ({"train_labels": np.arange(30) - 1}, "train_labels are from -1 to 28, with 30 images"),
+        ({"train_labels": np.full(30, 10**9)}, "train_labels are from 1000000000 to 1000000000"),
         ({"test_images": np.zeros((9, 4, 5), np.uint8)}, "differ in shape"),
         ({"test_images": np.zeros((0, 5, 4), np.uint8)}, r"test_images is uint8 \[0, 5, 4\]"),
         ({"train_images": np.full((30, 5, 4), np.nan, np.float32)}, "differ in shape or dtype"),
@@ -180,7 +180,7 @@ def test_a_long_header_is_refused_before_it_is_read(tmp_path, monkeypatch):
         archive.writestr("test_labels.npy", b"\x93NUMPY\2\0" + claimed.to_bytes(4, "little") + b" " * claimed)
     read = zipfile.ZipExtFile.read
     monkeypatch.setattr(zipfile.ZipExtFile, "read", lambda self, n=-1: sizes.append(n) or read(self, n))
-    with pytest.raises(DataError, match=r"mine\.npz cannot be used .*: test_labels claims a header of 16777216 bytes"):
+    with pytest.raises(DataError, match=r"mine\.npz cannot be used .*: EOF: reading array header"):
         load_dataset(dataset_name(tmp_path / "mine.npz"), tmp_path)
     assert 0 < min(sizes) <= max(sizes) < 1 << 20
 

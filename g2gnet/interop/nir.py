@@ -25,9 +25,8 @@ demands. The resets differ slightly: in the step after a spike NIR's membrane ch
 ``Synaptic`` stays at zero, as in snnTorch. A warning says so.
 
 Edges into a node add up, and Delay(τ) is y(t) = x(t − τ). A projection of delay d is source → Delay(d·Δt) → linear →
-target, with τ in seconds, one for each neuron of the source. What is read has to be whole steps. A Delay behind a
-linear node without a bias does the same, if it is one for all neurons. Learned delays are written as they act, in whole
-steps.
+target, with τ in seconds, one for each neuron of the source. What is read has to be whole steps. Learned delays are
+written as they act, in whole steps.
 
 A recurrent connection V is a loop of two nodes, neurons → linear → neurons. Where it has no Delay, its spikes take one
 time step, the least that can be, as in all tools that run NIR step by step. A Delay says all of its delay: Δt is one
@@ -260,7 +259,7 @@ def from_nir(
                 "input" if link.source is None else modules[link.source],
                 modules[link.target],
                 connection(link, link.bias),
-                *link.later,
+                *link[5:],
             )
             for link in links
         }

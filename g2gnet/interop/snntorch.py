@@ -5,7 +5,7 @@ spikes are equal. A PyTorch mask is that of ``torch.nn.utils.prune``, which has 
 ``masks`` restores groups and larger units.
 
 The recurrent neurons of snnTorch contain their connection V, with a bias that acts at every step: it is part of our b.
-With ``all_to_all=False`` V is diagonal. The reset to zero of ``RLeaky`` holds the membrane at zero for a step; that
+The reset to zero of ``RLeaky`` holds the membrane at zero for a step; that
 without delay (``reset_delay=False``) is ours, but for the gradient, which snnTorch lets pass through the reset.
 """
 
@@ -94,7 +94,7 @@ def from_snntorch(
             )
     if not linears or len(linears) != len(neurons):
         raise ValueError(f"the model has {len(linears)} nn.Linear and {len(neurons)} {_KINDS}; each needs the other")
-    recurrents = {f"{name}.recurrent": of for name, theirs in neurons.items() if (of := _all_to_all(name, theirs))}
+    recurrents = [f"{name}.recurrent" for name, theirs in neurons.items() if hasattr(theirs, "recurrent")]
     masks = masks or {}
     if unknown := set(masks) - set(linears) - set(recurrents):
         known = ", ".join([*linears, *recurrents])
@@ -187,40 +187,15 @@ def _readout_of(name: str, theirs: Any, readout: str | None) -> str:
     return "counts" if readout is None else readout
 
 
-def _all_to_all(name: str, theirs: Any) -> nn.Linear | None:
-    """The linear layer inside of recurrent neurons; None: there is none, or V is one weight per neuron."""
-    recurrent = getattr(theirs, "recurrent", None)
-    if recurrent is None or isinstance(recurrent, nn.Linear):
-        return recurrent
-    if not theirs.all_to_all and isinstance(getattr(recurrent, "V", None), torch.Tensor):
-        return None
-    raise ValueError(
-        f"{name}.recurrent is a {type(recurrent).__name__}; from_snntorch takes snn.{type(theirs).__name__} with "
-        "linear_features, or with all_to_all=False"
-    )
-
-
 def _recurrent_from(name: str, theirs: Any, connection: G2GLinear, mask: Mask | None) -> G2GLinear | None:
     """The recurrent connection of neurons behind ``connection``, whose bias theirs is added to; None: there is none."""
     if not hasattr(theirs, "recurrent"):
         return None
-    size, linear = connection.out_features, _all_to_all(name, theirs)
-    if linear is None:
-        weight = theirs.recurrent.V
-        if weight.numel() == 1 < size and weight.requires_grad:
-            raise ValueError(
-                f"{name}: V is one learnable weight for {size} neurons, ours has one for each; give "
-                f"V=torch.full(({size},), {weight.item():g}), or learn_recurrent=False"
-            )
-        numbers(f"{name}: V", weight, size)
-        linear = nn.utils.skip_init(nn.Linear, size, size, bias=False)
-        linear.weight.data = torch.diag(weight.detach().float().flatten().expand(size)).to(connection.values)
-        linear.weight.requires_grad_(weight.requires_grad)
-        mask = torch.eye(size, dtype=torch.bool, device=connection.values.device)
-    if (linear.in_features, linear.out_features) != (size, size):
+    size, linear = connection.out_features, theirs.recurrent
+    if not isinstance(linear, nn.Linear) or (linear.in_features, linear.out_features) != (size, size):
         raise ValueError(
-            f"{name}.recurrent joins {linear.in_features} to {linear.out_features} neurons, but the layer has {size}; "
-            f"give linear_features={size}"
+            f"{name}.recurrent is {type(linear).__name__}({linear.extra_repr()}); from_snntorch takes "
+            f"snn.{type(theirs).__name__} with linear_features={size}"
         )
     recurrent = _connection_from(f"{name}.recurrent", linear, mask, connection.backend)
     if recurrent.bias is not None:

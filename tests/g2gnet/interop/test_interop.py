@@ -167,9 +167,11 @@ WRONG_MODELS = [
     (lambda: nn.Sequential(nn.Linear(3, 3), snntorch.Synaptic(0.9, 0.9, reset_delay=False)),
      "1: our Synaptic has no reset_delay=False; only"),
     (lambda: nn.Sequential(nn.Linear(9, 9), snntorch.RLeaky(beta=0.9, conv2d_channels=1, kernel_size=3)),
-     r"1.recurrent is a Conv2d; from_snntorch takes snn.RLeaky with linear_features"),
+     r"1.recurrent is Conv2d\(.*\); from_snntorch takes snn.RLeaky with linear_features=9"),
+    (lambda: nn.Sequential(nn.Linear(9, 9), snntorch.RLeaky(beta=0.9, all_to_all=False, V=torch.ones(9))),
+     r"1.recurrent is RecurrentOneToOne\(.*\); from_snntorch takes snn.RLeaky with linear_features=9"),
     (lambda: nn.Sequential(nn.Linear(9, 9), snntorch.RLeaky(beta=0.9, linear_features=8)),
-     r"1.recurrent joins 8 to 8 neurons, but the layer has 9; give linear_features=9"),
+     r"1.recurrent is Linear\(in_features=8, .*; from_snntorch takes snn.RLeaky with linear_features=9"),
 ]  # fmt: skip
 
 

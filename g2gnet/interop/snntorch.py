@@ -10,12 +10,12 @@ without delay (``reset_delay=False``) is ours, but for the gradient, which snnTo
 """
 
 import logging
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from scipy.optimize import brentq
 from torch import nn
 from torch.nn.utils import prune
 
@@ -60,8 +60,7 @@ def from_snntorch(
             :meth:`G2GLinear.from_linear`. Other layers have the mask of ``torch.nn.utils.prune``, or every weight.
         T, backend: of the stack; a model does not say for how many steps inputs [B, D] are held.
         readout: of the stack, which a model does not say: ``"counts"``, or what is read from the membranes of the last
-            neurons, which need ``reset_mechanism="none"``. None: counts, refused for neurons without a reset that
-            return membranes (``output=True``, as :func:`to_snntorch` writes a readout).
+            neurons, which need ``reset_mechanism="none"``. None: counts, refused for neurons without a reset.
 
     Raises:
         ValueError: for layers or options of neurons that the stack does not support, or another readout than theirs.
@@ -172,13 +171,9 @@ def _readout_of(name: str, theirs: Any, readout: str | None) -> str:
     """The readout of a stack that ends with these neurons; their membranes can be read if nothing resets them."""
     integrates = theirs.reset_mechanism == "none"
     if readout is None and integrates:
-        membranes = "readout='last', 'mean' or 'max'"
-        if theirs.output:
-            raise ValueError(
-                f"{name} has no reset and returns membranes; say what is read from them, {membranes}, or "
-                "readout='counts' to count its spikes"
-            )
-        logger.warning("%s has no reset: its spikes are counted; to read its membranes, give %s", name, membranes)
+        raise ValueError(
+            f"{name} has no reset; say what is read: readout='last', 'mean' or 'max' of its membranes, or 'counts'"
+        )
     if readout not in (None, "counts") and not integrates:
         raise ValueError(
             f"readout={readout!r} is of membranes that are not reset, but {name} has "
@@ -285,14 +280,12 @@ def _alpha_of(surrogate: Surrogate, derivative: Callable[[float], float]) -> flo
         return surrogate.derivative(torch.tensor(x, dtype=torch.float64), alpha).item()
 
     x = 0.0 if at(0.0, 1.0) != at(0.0, 2.0) else 1.0
-    value, low, high = derivative(x), 1e-30, 1e30
-    if not min(at(x, low), at(x, high)) < value < max(at(x, low), at(x, high)):
+    value = derivative(x)
+    try:
+        exponent = brentq(lambda exponent: at(x, 10**exponent) - value, -30, 30)
+    except ValueError:  # it is larger, or smaller, for every α
         return None
-    grows = at(x, low) < at(x, high)
-    while high / low > 1 + 1e-9:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if (at(x, middle) < value) == grows else (low, middle)
-    return float(f"{low:.6g}")
+    return float(f"{10**exponent:.6g}")
 
 
 def _surrogate_of(name: str, spike_grad: Callable[[torch.Tensor], torch.Tensor]) -> tuple[str, float]:
@@ -306,7 +299,7 @@ def _surrogate_of(name: str, spike_grad: Callable[[torch.Tensor], torch.Tensor])
     derivative = derivative.nan_to_num(nan=0.0)  # of a sigmoid, whose exponential overflows far out
     for surrogate, ours in SURROGATES.items():
         alpha = _alpha_of(ours, lambda point: derivative[int((x - point).abs().argmin())].item())
-        if alpha and torch.allclose(ours.derivative(x, alpha), derivative, rtol=1e-4, atol=1e-9):
+        if alpha is not None and torch.allclose(ours.derivative(x, alpha), derivative, rtol=1e-4, atol=1e-9):
             return surrogate, alpha
     raise ValueError(
         f"{name}: spike_grad is not one of g2g's surrogates ({', '.join(SURROGATES)}); give it one of them before, "

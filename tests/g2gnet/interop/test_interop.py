@@ -153,7 +153,7 @@ WRONG_MODELS = [
     (lambda: changed("fc1", "weight", torch.ones(40, 30).char()), "weight of fc1 must be a floating-point tensor"),
     (lambda: changed("fc1", "weight", torch.ones(40, 30, 2)), r"fc1: weight has shape \[40, 30, 2\]; give a matrix"),
     (lambda: changed("lif1", "threshold", torch.tensor(torch.nan)), "lif1: threshold=nan must be a number that"),
-    (lambda: changed("lif1", "threshold", torch.tensor(1j)), "lif1: threshold is a tensor of torch.complex64"),
+    (lambda: changed("lif1", "threshold", torch.tensor(1j)), r"lif1: threshold is a Tensor \(of complex64\)"),
     (lambda: changed("lif1", "beta", torch.ones(3)), r"lif1: beta has 3 numbers, of shape \[3\]; give one, or 40"),
     (lambda: nn.Sequential(nn.Conv2d(1, 1, 3), LEAKY), "0 is a Conv2d; from_snntorch takes networks of nn.Linear"),
     (lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
@@ -364,7 +364,7 @@ def test_numbers_that_no_network_has_are_refused_by_node_and_name(name, number):
     node, shape = ("w", (5, 3)) if name == "weight" else ("w" if name == "bias" else "n", (5,))
     values = np.full(shape, 1e-3 if name in POSITIVE else 0.0, type(number))
     values.flat[2] = number
-    shown = " is complex128" if isinstance(number, complex) else f"={number}"
+    shown = r" is a ndarray (of complex128)" if isinstance(number, complex) else f"={number}"
     with pytest.raises(ValueError, match=f"node {node}: {name}{re.escape(shown)}.*(give an array of real|must be) "):
         from_nir(graph_with(node, **{name: values}), T=STEPS)
 
@@ -373,11 +373,11 @@ def test_numbers_that_no_network_has_are_refused_by_node_and_name(name, number):
     ("node", "values", "message"),
     [
         ("w", {"weight": np.ones((1, 5, 3))}, r"node w: weight has shape \[1, 5, 3\]; give a matrix"),
-        ("w", {"weight": torch.ones(5, 3).to_sparse()}, "node w: weight is a tensor of .*sparse_coo; give an array"),
+        ("w", {"weight": torch.ones(5, 3).to_sparse()}, "node w: weight is a Tensor .*[Ss]parse.*; give an array"),
         ("w", {"bias": np.ones(4)}, r"node w: bias has 4 numbers, of shape \[4\]; give one, or 5"),
-        ("w", {"metadata": {"wiring": "x"}}, "node w: metadata: wiring is a str; give .*; mend or delete 'wiring'"),
+        ("w", {"metadata": {"wiring": "x"}}, "node w: metadata: wiring is a str .*; give .*; mend or delete 'wiring'"),
         ("w", {"metadata": {"wiring": np.ones(7)}}, "node w: metadata: wiring and its checksum do not match"),
-        ("n", {"tau_mem": "1 ms"}, "node n: tau_mem is a str; give an array of real numbers"),
+        ("n", {"tau_mem": "1 ms"}, "node n: tau_mem is a str .*; give an array of real numbers"),
         ("n", {"r": np.full(5, 1e-30), "w_in": np.full(5, 1e-30)}, "node n: gain g=1.*e-62 must be a number above"),
         ("n", {"metadata": None}, "node n: metadata is a NoneType; give a dict"),
         ("n", {"metadata": {"alpha": [1, 2]}}, r"node n: metadata: alpha=\[1, 2\] must be .*; mend or delete 'alpha'"),

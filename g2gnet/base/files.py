@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from g2gnet.base.messages import warn
+from g2gnet.base.messages import reason, warn
 
 #: ending of the second name of a file that is being replaced
 KEEP = ".keep"
@@ -197,24 +197,15 @@ else:
 
 @contextlib.contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """While entered, the user's other processes on this machine wait to enter it for the same ``path``."""
+    """While entered, the user's other processes on this machine wait to enter it for the same ``path``. There is a
+    warning if the user's cache, where the locks are, cannot be written to."""
     # the lock's file stays, and the directory of path may be a read-only one
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
-    with locked(_own_directory() / f"{name[:16]}.lock", wait=True):
-        yield
-
-
-def _own_directory() -> Path:
-    """A directory for locks that nobody else can write to: in the user's cache, or else a new one."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "g2g", "locks")
-    with contextlib.suppress(OSError):
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(cache, os.W_OK):
-            return cache
-    # a home that cannot be written to: one among the temporary files, if it is this user's own
-    own = Path(tempfile.gettempdir(), f"g2g-{getattr(os, 'getuid', int)()}")
-    own.mkdir(mode=0o700, exist_ok=True)
-    about = own.lstat()
-    if hasattr(os, "getuid") and (about.st_uid != os.getuid() or about.st_mode & 0o077 or not own.is_dir()):
-        raise PermissionError(errno.EACCES, f"{own} is open to other users; delete it", str(own))
-    return own
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+    with contextlib.ExitStack() as held:
+        try:
+            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+            held.enter_context(locked(cache / f"{name[:16]}.lock", wait=True))
+        except OSError as error:
+            warn(f"warning: no lock in {cache} ({reason(error)}): make sure that no other process makes {path}")
+        yield

@@ -93,20 +93,11 @@ def check_writable(path: Path) -> None:
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return
-    with contextlib.suppress(FileNotFoundError):
-        _check_replaceable(path.stat(), path.resolve().parent.stat())  # links to one another have no status
     target = Path(os.path.realpath(path))
     # named as the file that replace_file() writes first and _keep() links, so too long a name is found too
     descriptor, name = tempfile.mkstemp(KEEP, f".{target.name}.", target.parent)
     os.close(descriptor)
     Path(name).unlink(missing_ok=True)  # a run that begins here removes what killed ones left
-
-
-def _check_replaceable(file: os.stat_result, directory: os.stat_result) -> None:
-    """Raises PermissionError if the directory lets nobody but a file's owner replace it, as /tmp does."""
-    user = getattr(os, "geteuid", int)()
-    if directory.st_mode & stat.S_ISVTX and user not in (0, file.st_uid, directory.st_uid):
-        raise PermissionError(errno.EPERM, "it belongs to another user, in a directory where only they can replace it")
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:

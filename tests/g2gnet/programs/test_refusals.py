@@ -1,7 +1,5 @@
 """What would fail late, or without a word of its cause: refused before the first step, by name."""
 
-import errno
-import os
 import re
 import shlex
 from unittest.mock import Mock
@@ -13,7 +11,6 @@ from tiny_checkpoints import TINY, train_tiny
 import crossval
 import train
 from g2gnet.base import memory
-from g2gnet.base.files import check_writable
 from g2gnet.programs import analyze, pretrain
 from g2gnet.programs.flags import settings_from
 from g2gnet.programs.report import program as report
@@ -145,19 +142,6 @@ def test_results_that_cannot_be_written_are_found_before_training(tmp_path, caps
         printed = refused(program, capsys, "--dataset", long, "--T", 3, "--checkpoint_dir", tmp_path / "c", status=1)
         assert "File name too long" in printed
         assert "give the data a file of a shorter name" in printed
-
-
-@pytest.mark.skipif(os.name != "posix", reason="the sticky bit is that of POSIX")
-def test_a_file_that_only_its_owner_can_replace_is_found_beforehand(tmp_path, monkeypatch):
-    file = tmp_path / "other's"
-    file.write_text("")
-    tmp_path.chmod(0o1777)
-    check_writable(file)
-    monkeypatch.setattr(os, "geteuid", lambda: 54321)
-    with pytest.raises(PermissionError, match="belongs to another user") as error:
-        check_writable(file)
-    assert error.value.errno == errno.EPERM
-    check_writable(tmp_path / "new")
 
 
 def test_a_network_larger_than_memory_is_refused_with_what_it_takes(tmp_path, capsys, no_step, monkeypatch):

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -38,47 +39,39 @@ def load(name: str, data_dir: Path) -> ImageData:
     if name == "fashionmnist-mini":
         return load_mini()
     raw = data_dir / "FashionMNIST" / "raw"
-    for folder in (raw, data_dir, SYSTEM_DIR):
-        if _complete(folder):
-            return _read(folder)
-    try:
-        with one_at_a_time(raw):
-            if not _complete(raw):  # otherwise another process downloaded it in the meantime
-                FashionMNIST(str(data_dir), download=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: no mirror has a file with its checksum
-        raise MissingDataError(
-            f"Fashion-MNIST is neither in {data_dir} nor in {SYSTEM_DIR}, and could not be downloaded ({error}). "
-            "Do one of these:\n"
-            "  1. connect to the internet and run this again;\n"
-            "  2. on Debian or Ubuntu: apt-get install dataset-fashion-mnist;\n"
-            f"  3. put the files {', '.join(name + '.gz' for name in DIGESTS)} into {data_dir}, "
-            "or give their folder as `data_dir`."
-        ) from error
-    return _read(raw)
-
-
-def _complete(folder: Path) -> bool:
-    return all(_find(folder, name) for name in DIGESTS)
-
-
-def _find(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
-
-
-def _read(folder: Path) -> ImageData:
+    files = _found(raw) or _found(data_dir) or _found(SYSTEM_DIR)
+    if not files:
+        try:
+            with one_at_a_time(raw):
+                FashionMNIST(str(data_dir), download=True)  # unless another process did it in the meantime
+        except (OSError, RuntimeError) as error:  # RuntimeError: no mirror has a file with its checksum
+            raise MissingDataError(
+                f"Fashion-MNIST is neither in {data_dir} nor in {SYSTEM_DIR}, and could not be downloaded ({error}). "
+                "Do one of these:\n"
+                "  1. connect to the internet and run this again;\n"
+                "  2. on Debian or Ubuntu: apt-get install dataset-fashion-mnist;\n"
+                f"  3. put the files {', '.join(name + '.gz' for name in DIGESTS)} into {data_dir}, "
+                "or give their folder as `data_dir`."
+            ) from error
+        files = _found(raw)
     parts = {}
-    for part, file in (("train", "train"), ("test", "t10k")):
-        count = COUNTS[file]
-        pixels = _content(folder, f"{file}-images-idx3-ubyte", 16, count * SIDE * SIDE)
+    for part, name in (("train", "train"), ("test", "t10k")):
+        count = COUNTS[name]
+        pixels = _content(files, f"{name}-images-idx3-ubyte", 16, count * SIDE * SIDE)
         parts[f"{part}_images"] = torch.from_numpy(pixels).view(count, SIDE, SIDE)
-        parts[f"{part}_labels"] = torch.from_numpy(_content(folder, f"{file}-labels-idx1-ubyte", 8, count)).long()
+        parts[f"{part}_labels"] = torch.from_numpy(_content(files, f"{name}-labels-idx1-ubyte", 8, count)).long()
     return ImageData(name="fashionmnist", num_classes=10, **parts)
 
 
-def _content(folder: Path, name: str, header: int, size: int) -> np.ndarray:
+def _found(folder: Path) -> dict[str, Path]:
+    """The four files of a folder by name, gzipped or not; empty if some are missing."""
+    found = {name: path for name in DIGESTS for path in (folder / f"{name}.gz", folder / name) if path.is_file()}
+    return found if len(found) == len(DIGESTS) else {}
+
+
+def _content(files: Mapping[str, Path], name: str, header: int, size: int) -> np.ndarray:
     """The ``size`` values of a file, once verified to be the published one; no more is unpacked."""
-    path = _find(folder, name)
-    assert path is not None  # the callers made sure
+    path = files[name]
     try:
         with open_file(path) as file, gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file as plain:
             content = plain.read(header + size + 1)

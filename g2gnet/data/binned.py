@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from g2g_kernels.numbers import COUNT, Number
 from g2gnet.base.memory import available, gigabytes
-from g2gnet.base.messages import say
+from g2gnet.base.messages import reason, say
 from g2gnet.data.cache import NamedTensors, made_once
 from g2gnet.data.image_data import DataError, ImageData, MissingDataError
 
@@ -83,11 +83,11 @@ class Binning(NamedTuple):
 
 
 class Grid:
-    """The cells of a sample, time steps × places, in which ``events`` are counted; ``late`` ones came after the last
-    step."""
+    """The cells of a sample, time steps × places of ``width`` units of the sensor, in which ``events`` are counted;
+    ``late`` ones came after the last step."""
 
-    def __init__(self, shape: tuple[int, ...], dt: float) -> None:
-        self.shape, self.dt, self.bins = shape, dt, shape[-1]
+    def __init__(self, shape: tuple[int, ...], dt: float, width: int) -> None:
+        self.shape, self.dt, self.bins, self.width = shape, dt, shape[-1], width
         self.events = self.late = 0
 
     def count(self, microseconds: np.ndarray, *places: np.ndarray) -> np.ndarray:
@@ -151,8 +151,9 @@ def load(
     about = [(str(file.relative_to(data_dir)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((module.FORM, shape, dt, about)).encode()).hexdigest()
     kept = data_dir / "binned" / f"{name}_bins{bins}_dt{dt:g}_T{shape[0]}_{key[:16]}.pt"
+    grid = Grid(shape, dt, binning.units // bins)
     names = [f"{part}_{what}" for part in parts for what in ("images", "labels")]
-    tensors = made_once(kept, names, f"the sequences of {name}", lambda: _read(name, parts, binning, Grid(shape, dt)))
+    tensors = made_once(kept, names, f"the sequences of {name}", lambda: _read(name, parts, binning, grid))
     return ImageData(name=name, num_classes=classes, **tensors)
 
 
@@ -186,12 +187,25 @@ def _read(name: str, parts: Mapping[str, Recordings], binning: Binning, grid: Gr
     return tensors
 
 
-def numbered(files: Sequence[Path], names: Sequence[str], classes: Sequence[str]) -> np.ndarray:
-    """The numbers of the classes that files are of by these names, int64 [N]; DataError for a file of none."""
+def of_files(
+    files: Sequence[Path], names: Sequence[str], classes: Sequence[str], read: Callable[[Path, Grid], np.ndarray]
+) -> Recordings:
+    """Recordings of one file each, with the name of its class. Raises DataError for a file of none."""
     for file, name in zip(files, names, strict=True):
         if name not in classes:
             raise DataError(f"{file} is of none of the classes {classes[0]} … {classes[-1]}; move it away")
-    return np.array([classes.index(name) for name in names], dtype=np.int64)
+
+    def samples(grid: Grid) -> Iterator[np.ndarray]:
+        for file in files:
+            try:
+                sample = read(file, grid)
+            except Exception as error:  # NumPy's and SciPy's readers can raise anything at a damaged file
+                raise DataError(
+                    f"{file} is damaged, or not a file of these data ({reason(error)}); unpack or download it again"
+                ) from error
+            yield sample
+
+    return Recordings(files, np.array([classes.index(name) for name in names], dtype=np.int64), samples)
 
 
 def folder_of(name: str, data_dir: Path, places: Sequence[str], wanted: Sequence[str], remedy: str) -> Path:

@@ -7,23 +7,19 @@ DVS-Gesture is tonic's: recordings cut into one file for each gesture, ``ibmGest
 ``ibmGestureTest``, with an array [n, 4] of x, y, polarity and milliseconds. The begin of a cut is its time 0.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from g2gnet.base.files import open_file, read_file
-from g2gnet.base.messages import reason
-from g2gnet.data.binned import Grid, Recordings, folder_of, numbered
+from g2gnet.data.binned import Grid, Recordings, folder_of, of_files
+from g2gnet.data.catalog import DATASETS
 from g2gnet.data.image_data import DataError
 
 FORM = "events per cell, times of gestures from the first event"
 COUNTS = {"nmnist": {"train": 60000, "test": 10000}, "dvsgesture": {"train": 1077, "test": 264}}
-#: of a side
-PIXELS = {"nmnist": 34, "dvsgesture": 128}
-#: names of folders, or of files
-CLASSES = {"nmnist": [*map(str, range(10))], "dvsgesture": [*map(str, range(11))]}
 EVENT_BYTES = 5
 OVERFLOW_ROW, OVERFLOW = 240, 1 << 13
 
@@ -34,38 +30,29 @@ Events = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 def parts(name: str, data_dir: Path) -> dict[str, Recordings]:
     """The folders of ``"nmnist"`` or ``"dvsgesture"``, in ``data_dir`` or where tonic puts them."""
     if name == "nmnist":
-        folders, own, pattern, read = ("Train", "Test"), "NMNIST", "*/*.bin", read_nmnist
+        folders, own, pattern, read = ("Train", "Test"), "NMNIST", "*/[!.]*.bin", read_nmnist
         remedy = f"put Train.zip and Test.zip of N-MNIST, unpacked, into {data_dir}, as tonic.datasets.NMNIST does"
     else:
-        folders, own, pattern, read = ("ibmGestureTrain", "ibmGestureTest"), "DVSGesture", "*/*.npy", read_gesture
+        folders, own, pattern, read = ("ibmGestureTrain", "ibmGestureTest"), "DVSGesture", "*/[!.]*.npy", read_gesture
         remedy = f"let tonic.datasets.DVSGesture({str(data_dir)!r}) download it"
     root = folder_of(name, data_dir, (own, "."), folders, remedy)
+    classes = [*map(str, range(DATASETS[name].num_classes))]
     found = {}
     for part, folder in zip(("train", "test"), folders, strict=True):
-        seen = [file for file in (root / folder).glob(pattern) if file.name[0] != "."]  # macOS leaves hidden ones
-        # in an order in which classes take turns: MNIST's own, or user by user
-        files = sorted(seen, key=lambda file: (name == "nmnist" or file.parent, file.name))
+        # in an order in which classes take turns: MNIST's own, or user by user; macOS leaves hidden files
+        files = sorted((root / folder).glob(pattern), key=lambda file: (name == "nmnist" or file.parent, file.name))
         if not files:
             raise DataError(f"{root / folder} holds no files {pattern}; {remedy}")
         names = [file.parent.name if name == "nmnist" else file.stem for file in files]
-        labels = numbered(files, names, CLASSES[name])
-        found[part] = Recordings(files, labels, partial(_samples, files, PIXELS[name], read))
+        found[part] = of_files(files, names, classes, partial(_frames, read))
     return found
 
 
-def _samples(files: Sequence[Path], side: int, read: Callable[[Path], Events], grid: Grid) -> Iterator[np.ndarray]:
-    pixels = side // grid.bins
-    for file in files:
-        try:
-            x, y, polarity, microseconds = read(file)
-            if not len(x):
-                raise ValueError("it has no event")
-            sample = grid.count(microseconds, polarity, y // pixels, x // pixels)
-        except Exception as error:  # NumPy's reader can raise anything at a damaged file
-            raise DataError(
-                f"{file} is damaged, or not a file of these data ({reason(error)}); unpack or download it again"
-            ) from error
-        yield sample
+def _frames(read: Callable[[Path], Events], file: Path, grid: Grid) -> np.ndarray:
+    x, y, polarity, microseconds = read(file)
+    if not len(x):
+        raise ValueError("it has no event")
+    return grid.count(microseconds, polarity, y // grid.width, x // grid.width)
 
 
 def read_nmnist(file: Path) -> Events:

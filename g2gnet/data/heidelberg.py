@@ -17,7 +17,6 @@ from g2gnet.data.image_data import DataError
 
 FORM = "events per cell"
 COUNTS = {"shd": {"train": 8156, "test": 2264}, "ssc": {"train": 75466, "val": 9981, "test": 20382}}
-CHANNELS = 700
 #: samples that are read at once
 READ = 256
 
@@ -71,4 +70,4 @@ def _samples(path: Path, grid: Grid) -> Iterator[np.ndarray]:
                 if len(seconds) != len(channels):
                     raise ValueError(f"a sample has {len(seconds)} times and {len(channels)} units")
                 microseconds = np.rint(seconds.astype(np.float64) * 1e6)  # of float16
-                yield grid.count(microseconds, channels // (CHANNELS // grid.bins))
+                yield grid.count(microseconds, channels // grid.width)

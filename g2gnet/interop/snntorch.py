@@ -5,11 +5,9 @@ spikes are equal. A PyTorch mask is that of ``torch.nn.utils.prune``, which has 
 ``masks`` restores groups and larger units.
 
 The recurrent neurons of snnTorch contain their connection V, with a bias that acts at every step: it is part of our b.
-The reset to zero of ``RLeaky`` holds the membrane at zero for a step; that
-without delay (``reset_delay=False``) is ours, but for the gradient, which snnTorch lets pass through the reset.
+The reset to zero of ``RLeaky`` is not ours: it is refused on both sides.
 """
 
-import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -28,9 +26,6 @@ from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.stack import Pair, RecurrentLayer, SpikingStack, plain_layers
 
-logger = logging.getLogger("g2gnet")
-
-
 #: snnTorch's class of a model, which begins with an R for the recurrent one, and its name for each of our parameters
 _COUNTERPARTS = {
     "lif": ("Leaky", {"beta": "beta", "threshold": "threshold"}),
@@ -38,6 +33,10 @@ _COUNTERPARTS = {
 }
 #: our model of each class
 _MODELS = {prefix + kind: model for model, (kind, _) in _COUNTERPARTS.items() for prefix in ("", "R")}
+_OTHER_RESET = (
+    "snn.RLeaky with reset to zero holds the membrane at zero for a step or, with reset_delay=False, passes gradients "
+    "through the reset, our LIF does neither; train with reset by subtraction, or convert by NIR"
+)
 _KINDS = " or ".join(", ".join(f"snn.{kind}" for kind in _MODELS).rsplit(", ", 1))
 
 
@@ -131,15 +130,15 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
         torch.Size([2, 10])
     """
     snn = optional_package("snntorch", "interop")
-    layers = plain_layers(stack, "to_snntorch")
-    for number, (_, neurons, _) in enumerate(layers, 1):
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, (connection, neurons, recurrent) in enumerate(plain_layers(stack, "to_snntorch"), 1):
         model = neurons.model.name
         if model not in _COUNTERPARTS:
             raise ValueError(f"lif{number}: snnTorch has no {model!r} neurons; only {', '.join(_COUNTERPARTS)} convert")
-    modules: OrderedDict[str, nn.Module] = OrderedDict()
-    for number, (connection, neurons, recurrent) in enumerate(layers, 1):
+        kind, names = _COUNTERPARTS[model]
+        if recurrent is not None and (f"R{kind}", neurons.reset) == ("RLeaky", "zero"):
+            raise ValueError(f"lif{number}: {_OTHER_RESET}")
         modules[f"fc{number}"] = _linear_from_connection(connection)
-        kind, names = _COUNTERPARTS[neurons.model.name]
         values = {names[name]: value for name, value in neurons.by_name.items()}
         options: dict[str, Any] = {
             "reset_mechanism": neurons.reset,
@@ -155,9 +154,6 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
             theirs = getattr(snn, kind)(**options)
         else:
             options["learn_recurrent"] = recurrent.values.requires_grad
-            if (f"R{kind}", neurons.reset) == _HOLDS:
-                options["reset_delay"] = False
-                _warn_of_the_reset(f"lif{number}")
             with torch.random.fork_rng(devices=[]):  # of weights that are replaced at once
                 theirs = getattr(snn, f"R{kind}")(**options, linear_features=connection.out_features)
             theirs.recurrent = _linear_from_connection(recurrent)
@@ -212,36 +208,17 @@ def _connection_from(name: str, linear: nn.Linear, mask: Mask | None, backend: s
     return G2GLinear.from_linear(linear, mask, backend)
 
 
-#: the reset that holds a membrane at zero for a step where that of our neurons decays from zero
-_HOLDS = ("RLeaky", "zero")
-
-
-def _warn_of_the_reset(name: str) -> None:
-    logger.warning(
-        "%s: snnTorch's reset to zero without delay (reset_delay=False) gives our spikes, but not our gradients: there "
-        "they pass through the reset",
-        name,
-    )
-
-
 def _neurons_from(name: str, theirs: Any, connection: G2GLinear, backend: str | None) -> SpikingNeurons:
     snn = optional_package("snntorch", "interop")
     kind = next(kind for kind in _MODELS if isinstance(theirs, getattr(snn, kind)))
     model = _MODELS[kind]
     ours = NEURONS[model].__name__
-    # Reset to zero at once is that of our LIF, whose membrane decays from there. That of our synaptic neurons is
-    # snnTorch's delayed one: the membrane stays at zero for a step.
-    delayed = ("subtract",) if model == "lif" else ("subtract", "zero")
-    if (kind, theirs.reset_mechanism) == _HOLDS and theirs.reset_delay:
-        raise ValueError(
-            f"{name}: snn.{kind} with reset_mechanism='zero' stays at zero for the step after a spike, our {ours} is "
-            "charged from zero in it; give it reset_delay=False, with which they are equal, or "
-            "reset_mechanism='subtract'"
-        )
+    if (kind, theirs.reset_mechanism) == ("RLeaky", "zero"):
+        raise ValueError(f"{name}: {_OTHER_RESET}")
     for option, value, remedy in (
         ("inhibition", theirs.inhibition, "False"),
         ("state_quant", theirs.state_quant, "False"),
-        ("reset_delay=False", not theirs.reset_delay and theirs.reset_mechanism in delayed, "True"),
+        ("reset_delay=False", not theirs.reset_delay and theirs.reset_mechanism != "none", "True"),
         ("graded_spikes_factor", bool((theirs.graded_spikes_factor != 1).any()), "1"),
         ("surrogate_disable", theirs.surrogate_disable, "False"),
     ):
@@ -249,8 +226,6 @@ def _neurons_from(name: str, theirs: Any, connection: G2GLinear, backend: str | 
             raise ValueError(
                 f"{name}: our {ours} has no {option}; only snn.{kind} with {option.split('=')[0]}={remedy}"
             )
-    if theirs.reset_mechanism == "zero" and not theirs.reset_delay:
-        _warn_of_the_reset(name)
     surrogate, alpha = _surrogate_of(name, theirs.spike_grad)
     values = {parameter: getattr(theirs, their) for parameter, their in _COUNTERPARTS[model][1].items()}
     learned = {f"learn_{parameter}": isinstance(value, nn.Parameter) for parameter, value in values.items()}

@@ -141,13 +141,11 @@ def test_what_is_not_learned_there_is_not_learned_here():
     assert from_snntorch(theirs, T=STEPS).fc1.bias.requires_grad
 
 
-def test_a_reset_to_zero_without_delay_has_our_spikes(caplog):
-    """``RLeaky`` with delay holds the membrane at zero, where ``Leaky`` and our LIF let it charge."""
-    theirs = Theirs("RLeaky", reset_mechanism="zero", reset_delay=False)
-    assert torch.equal(output_spikes(from_snntorch(theirs, T=STEPS)), theirs(SAMPLES).detach())
-    assert "lif1: snnTorch's reset to zero without delay (reset_delay=False) gives our spikes, but not" in caplog.text
-    with pytest.raises(ValueError, match=r"snn.RLeaky with reset_mechanism='zero' stays at zero .*reset_delay=False"):
-        from_snntorch(Theirs("RLeaky", reset_mechanism="zero"), T=STEPS)
+@pytest.mark.parametrize("delay", [True, False])
+def test_a_reset_to_zero_of_recurrent_neurons_is_refused(delay):
+    """``RLeaky`` with delay holds the membrane at zero, where our LIF lets it charge; without, its gradients differ."""
+    with pytest.raises(ValueError, match=r"lif1: snn.RLeaky with reset to zero holds .* or convert by NIR"):
+        from_snntorch(Theirs("RLeaky", reset_mechanism="zero", reset_delay=delay), T=STEPS)
 
 
 def test_a_recurrent_network_in_snntorch_stays_sparse_and_starts_anew():

@@ -84,8 +84,6 @@ _FORMS = {
 }
 #: of each node that is read: our model, and NIR's time constant for each of its decays that is not 1
 _READ = {**{form.node: (model, form.time_constants) for model, form in _FORMS.items()}, "IF": ("lif", {})}
-#: the first version with a reset value of neurons
-_LEAST_NIR = (1, 0, 7)
 #: what time constants and input strengths are
 _POSITIVE = Number(0, open_low=True)
 #: the time step of snnTorch's and most other NIR converters, in seconds
@@ -101,7 +99,7 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
 
     Raises:
         ValueError: for anything that NIR cannot express.
-        ImportError: if the package ``nir``, 1.0.7 or newer, is not installed.
+        ImportError: if the package ``nir`` is not installed; the extra ``interop`` has a version that fits.
 
     Example:
         >>> from g2gnet import G2GNet
@@ -112,7 +110,7 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
         >>> graph.edges[:3], graph.nodes["fc1_delay"].delay.shape
         ([('input', 'fc1_delay'), ('fc1_delay', 'fc1'), ('fc1', 'lif1')], (64,))
     """
-    nir = optional_package("nir", "interop", _LEAST_NIR)
+    nir = optional_package("nir", "interop")
     if not isinstance(net, SpikingNetwork):
         raise ValueError(f"to_nir takes a SpikingNetwork, a SpikingStack or a G2GNet, not a {type(net).__name__}")
     _check_written(net)
@@ -210,7 +208,7 @@ def from_nir(
         ValueError: for a graph of another form, neurons that the network does not have, delays that are no whole number
             of steps, a cycle of several populations without delay, or numbers that no network has (NaN, infinite or
             complex; a time constant or input strength that is not above 0; a threshold or a delay below 0).
-        ImportError: if the package ``nir``, 1.0.7 or newer, is not installed.
+        ImportError: if the package ``nir`` is not installed; the extra ``interop`` has a version that fits.
 
     Example:
         >>> from g2gnet import G2GNet
@@ -218,7 +216,7 @@ def from_nir(
         >>> from_nir(graph, T=25)(torch.rand(2, 64)).shape
         torch.Size([2, 10])
     """
-    nir = optional_package("nir", "interop", _LEAST_NIR)
+    nir = optional_package("nir", "interop")
     _POSITIVE.check("dt", dt)
     if not isinstance(graph, nir.NIRGraph):
         raise ValueError(f"the graph is a {type(graph).__name__}; give a nir.NIRGraph, as nir.read(file) returns it")

@@ -16,7 +16,9 @@ from torch.nn import functional as F
 import train
 from g2gnet.data import DataError, features, load_dataset
 from g2gnet.data.features import load_features, load_resnet, new_resnet, weights_digest
-from g2gnet.data.resnet import FEATURES
+
+#: values in the features of one image
+FEATURES = 512
 
 FLAGS = shlex.split("--dataset cifar10 --use_resnet --hidden_dim 16 --T 3 --epochs 1 --batch_size 16")
 

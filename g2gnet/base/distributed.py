@@ -142,7 +142,8 @@ class World:
             if len(ranks) > 1:
                 lines.append(f"  {name}: {', '.join(f'{text} in {of}' for text, of in ranks.items())}\n")
         if lines:
-            self.arrive()  # whoever ends first lets torchrun stop the others
+            with contextlib.suppress(RuntimeError):  # whoever ends first lets torchrun stop the others
+                self.arrive()
             raise DistributedError(
                 f"the processes do not match:\n{''.join(lines)}"
                 "Start all with the same program, flags and versions (G2G_CPU_ISA sets the instruction set)."

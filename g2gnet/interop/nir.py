@@ -30,11 +30,10 @@ written as they act, in whole steps.
 
 A recurrent connection V is a loop of two nodes, neurons → linear → neurons. Where it has no Delay, its spikes take one
 time step, the least that can be, as in all tools that run NIR step by step. A Delay says all of its delay: Δt is one
-step, and nothing is added, as NIR's time is continuous. (The executor of nirtorch adds a step to the Delay of a cycle.)
-In a longer cycle without any Delay NIR leaves open which edge takes the step: it is refused. :func:`to_nir` writes a
-population with a connection of one step to itself as a graph inside of the graph, with the nodes ``input``, ``lif``,
-``w_rec``, ``output``; snnTorch writes the same nodes without that graph. In a chain, a bias in the loop is a constant
-current: it is read as part of b.
+step, and nothing is added, as NIR's time is continuous. In a longer cycle without any Delay NIR leaves open which edge
+takes the step: it is refused. :func:`to_nir` writes a population with a connection of one step to itself as a graph
+inside of the graph, with the nodes ``input``, ``lif``, ``w_rec``, ``output``; snnTorch writes the same nodes without
+that graph. In a chain, a bias in the loop is a constant current: it is read as part of b.
 
 NIR cannot carry adaptive neurons; the reset by subtraction, since its neurons only reset to a value; decays of 1 beside
 others in one population, or of synaptic neurons; the encoding of samples. Surrogates, learnability, groups and units go
@@ -156,14 +155,11 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
 
 
 def _check_written(net: SpikingNetwork) -> None:
-    for kind, modules in ((G2GLinear, net.connections()), (SpikingNeurons, net.neurons())):
-        for name, module in modules.items():
-            if not isinstance(module, kind):
-                raise ValueError(
-                    f"{name} is a {type(module).__name__}; only G2GLinear and the neurons of g2gnet convert"
-                )
-            if "/" in name:
-                raise ValueError(f"{name!r} cannot be a name in NIR's files, where / joins names; choose another")
+    for name, module in (*net.connections().items(), *net.neurons().items()):
+        if not isinstance(module, G2GLinear | SpikingNeurons):
+            raise ValueError(f"{name} is a {type(module).__name__}; only G2GLinear and the neurons of g2gnet convert")
+        if "/" in name:
+            raise ValueError(f"{name!r} cannot be a name in NIR's files, where / joins names; choose another")
     for number, name in enumerate(net.populations[:-1]):
         if not any(route.source == number != route.target for route in net.routes()):
             raise ValueError(f"{name} sends to no other population, and NIR takes it for an output; leave it out")
@@ -172,10 +168,9 @@ def _check_written(net: SpikingNetwork) -> None:
             f"readout={net.readout!r} cannot be written to NIR, whose LIF nodes spike; train the network with "
             "readout='counts' (train.py --readout counts)"
         )
-    for name, neurons in net.neurons().items():  # no reset makes them fit
+    for name, neurons in net.neurons().items():
         if neurons.model.name not in _FORMS:
             raise ValueError(f"{name}: NIR has no {neurons.model.name!r} neurons; only {', '.join(_FORMS)} convert")
-    for neurons in net.neurons().values():
         if neurons.reset != "zero":
             raise ValueError(
                 f"reset={neurons.reset!r} cannot be written to NIR, whose neurons reset to a value; train the network "
@@ -220,8 +215,6 @@ def from_nir(
     _POSITIVE.check("dt", dt)
     if not isinstance(graph, nir.NIRGraph):
         raise ValueError(f"the graph is a {type(graph).__name__}; give a nir.NIRGraph, as nir.read(file) returns it")
-    if not isinstance(masks or {}, Mapping):
-        raise ValueError(f"masks is a {type(masks).__name__}; give a dict of masks by the name of their node")
     masks = masks or {}
     nodes, edges = nir_links.flattened(graph, nir)
     kinds = nir.Input, nir.Output, nir.Delay, *nir_links.linear_kinds(nir), *nir_links.neuron_kinds(nir)

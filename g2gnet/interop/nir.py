@@ -40,7 +40,6 @@ others in one population, or of synaptic neurons; the encoding of samples. Surro
 into the nodes' metadata, which other tools do not read, and so do the names of networks that are no such chain.
 """
 
-import functools
 import itertools
 import logging
 import math
@@ -51,7 +50,7 @@ import numpy as np
 import torch
 
 from g2g_kernels import BlockMask
-from g2g_kernels.choices import check_choice, check_flag
+from g2g_kernels.choices import check_choice
 from g2g_kernels.numbers import SHARPNESS, Number
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.checks import check_parameter
@@ -238,7 +237,10 @@ def from_nir(
         if link.target not in ours:
             ours[link.target] = _neurons(link.target, nodes[link.target], link.shape[0], dt, backend)
     _warn_of_the_hold([name for name in ours if isinstance(nodes[name], nir.CubaLIF)])
-    names = {name: nir_links.metadata_entry(name, nodes[name], "g2g_name", "", _text) for name in (*ours, *known)}
+    names = {}
+    for name in (*ours, *known):
+        with nir_links.metadata_of(name, nodes[name]) as told:
+            names[name] = _text("g2g_name", told.get("g2g_name", ""))
     chain = None if any(names.values()) else nir_links.chain_of(links, output)
     if chain is None:
         modules = {name: of or name.replace(".", "_") for name, of in names.items()}
@@ -308,16 +310,12 @@ def _connection(name: str, node: Any, bias: np.ndarray | None, mask: Mask | None
     if bias is not None:
         linear.bias.data.copy_(torch.tensor(bias))
 
-    def read(key: str, row: Any) -> BlockMask | None:
-        if row is None:
-            return None
-        wiring = torch.from_numpy(numbers(key, row, np.size(row)))
-        return BlockMask.from_state({"wiring": wiring}, (weight.shape[0], weight.shape[1]))
-
-    if mask is None:
-        mask = nir_links.metadata_entry(name, node, "wiring", None, read)
-        if mask is not None and weight[~mask.to_dense().numpy()].any():
-            raise ValueError(f"node {name} has weights that its metadata calls absent; give masks={{{name!r}: ...}}")
+    with nir_links.metadata_of(name, node) as told:
+        if mask is None and (row := told.get("wiring")) is not None:
+            wiring = torch.from_numpy(numbers("wiring", row, np.size(row)))
+            mask = BlockMask.from_state({"wiring": wiring}, (weight.shape[0], weight.shape[1]))
+            if weight[~mask.to_dense().numpy()].any():
+                raise ValueError(f"wiring calls weights absent that are not 0; give masks={{{name!r}: ...}}")
     return G2GLinear.from_linear(linear, mask, backend)
 
 
@@ -375,22 +373,20 @@ def _neurons(name: str, node: Any, size: int, dt: float, backend: str | None) ->
     gain = numbers(f"node {name}: gain g", gain, size, _POSITIVE.check)
     threshold = of_node("v_threshold", 1.0, _threshold)
     values["threshold"] = numbers(f"node {name}: v_threshold/g", threshold / gain, size, check_parameter)
-    read = functools.partial(nir_links.metadata_entry, name, node)
-    learned = {  # no leak stays none: NIR cannot express a decay next to 1
-        f"learn_{parameter}": read(f"learn_{parameter}", parameter in ("threshold", *time_constants), check_flag)
-        for parameter in values
-    }
-    neurons = NEURONS[model](
-        reset="zero",
-        surrogate=read("surrogate", SURROGATE, lambda key, value: check_choice(key, value, SURROGATES)),
-        alpha=float(read("alpha", ALPHA, SHARPNESS.check)),
-        backend=backend,
-        **learned,
-    )
+    learned = {f"learn_{parameter}": parameter in ("threshold", *time_constants) for parameter in values}
+    with nir_links.metadata_of(name, node) as told:
+        neurons = NEURONS[model](
+            reset="zero",
+            surrogate=check_choice("surrogate", told.get("surrogate", SURROGATE), SURROGATES),
+            alpha=float(SHARPNESS.check("alpha", told.get("alpha", ALPHA))),
+            backend=backend,
+            # no leak stays none: NIR cannot express a decay next to 1
+            **{flag: told.get(flag, otherwise) for flag, otherwise in learned.items()},
+        )
     for parameter, value in values.items():
         tensor = torch.from_numpy(value).float()
         differ = bool((tensor != tensor[0]).any())
-        per_neuron = read(f"{parameter}_per_neuron", differ, check_flag) or differ
+        per_neuron = differ or told.get(f"{parameter}_per_neuron", False)
         neurons.by_name[parameter].data = tensor.expand(size).clone() if per_neuron else tensor[:1]
     return neurons
 

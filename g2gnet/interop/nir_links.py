@@ -1,17 +1,15 @@
 """The connections of a NIR graph: from neurons, perhaps by a Delay node, by one linear node to neurons."""
 
-import functools
+import contextlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from g2g_kernels.choices import check_flag
 from g2g_kernels.numbers import Number
 from g2gnet.interop.arrays import numbers
-from g2gnet.projections import DELAY
 
 #: the nodes of neurons that are read
 NEURON_NODES = ("LIF", "CubaLIF", "IF")
@@ -104,10 +102,10 @@ def _delay(name: str, node: Any, size: int, dt: float) -> tuple[int | torch.Tens
             "of steps: round them, or give the dt that the graph was made for"
         )
     delay = torch.from_numpy(whole.clip(max=2**62)).long()
-    read = functools.partial(metadata_entry, name, node)
-    most = read("max_delay", None, lambda key, of: of if of is None else DELAY.check(key, of))
-    alone = bool((delay == delay[0]).all()) and most is None
-    return int(delay[0]) if alone else delay.expand(size).clone(), read("learn_delay", False, check_flag), most
+    with metadata_of(name, node) as told:
+        most = told.get("max_delay")
+        alone = bool((delay == delay[0]).all()) and most is None
+        return int(delay[0]) if alone else delay.expand(size).clone(), told.get("learn_delay", False), most
 
 
 def chain_of(links: Sequence[Link], output: str) -> list[tuple[Link, Link | None]] | None:
@@ -189,12 +187,12 @@ def _bias(name: str, node: Any, size: int) -> np.ndarray | None:
     return None if bias is None else np.broadcast_to(numbers(f"node {name}: bias", bias, size), size)
 
 
-def metadata_entry(name: str, node: Any, key: str, otherwise: Any, read: Callable[[str, Any], Any]) -> Any:
-    """What ``read`` makes of an entry of a node's metadata, as :func:`to_nir` writes it."""
+@contextlib.contextmanager
+def metadata_of(name: str, node: Any) -> Iterator[dict[str, Any]]:
+    """The metadata of a node, as :func:`to_nir` writes them; a ValueError of what reads them gets the node's name."""
     if not isinstance(node.metadata, Mapping):
         raise ValueError(f"node {name}: metadata is a {type(node.metadata).__name__}; give a dict, or {{}}")
-    value = node.metadata.get(key, otherwise)
-    try:
-        return read(key, value.item() if getattr(value, "shape", None) == () else value)  # files give NumPy's numbers
+    try:  # files give NumPy's numbers
+        yield {key: of.item() if getattr(of, "shape", None) == () else of for key, of in node.metadata.items()}
     except ValueError as error:
-        raise ValueError(f"node {name}: metadata: {error}; mend or delete {key!r}") from error
+        raise ValueError(f"node {name}: metadata: {error}; mend or delete it") from error

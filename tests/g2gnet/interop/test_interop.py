@@ -332,7 +332,10 @@ def test_graphs_of_another_form_are_refused():
         ({"lif1": nir.LI(node.tau, node.r, node.v_leak)}, "node lif1 is a LI; a network takes .* LIF, CubaLIF and IF"),
         ({"lif1": nir.LIF(node.tau, node.r, node.v_leak + 1, node.v_threshold, node.v_reset)}, "lif1 has v_leak other"),
         ({"lif1": nir.LIF(node.tau, node.r, node.v_leak, node.v_threshold, node.v_reset + 1)}, "has v_reset other"),
-        ({"fc2": nir.Affine(np.ones((40, 40)), np.ones(40), metadata=graph.nodes["fc2"].metadata)}, "calls absent"),
+        (
+            {"fc2": nir.Affine(np.ones((40, 40)), np.ones(40), metadata=graph.nodes["fc2"].metadata)},
+            "calls weights absent",
+        ),
         ({"lif1": None}, "lif1 is empty: the tool that wrote the graph could not express it"),  # norse's recurrent cell
     ):
         with pytest.raises(ValueError, match=message):
@@ -373,12 +376,12 @@ def test_numbers_that_no_network_has_are_refused_by_node_and_name(name, number):
         ("w", {"weight": np.ones((1, 5, 3))}, r"node w: weight has shape \[1, 5, 3\]; give a matrix"),
         ("w", {"weight": torch.ones(5, 3).to_sparse()}, "node w: weight is a Tensor .*[Ss]parse.*; give an array"),
         ("w", {"bias": np.ones(4)}, r"node w: bias has 4 numbers, of shape \[4\]; give one, or 5"),
-        ("w", {"metadata": {"wiring": "x"}}, "node w: metadata: wiring is a str .*; give .*; mend or delete 'wiring'"),
+        ("w", {"metadata": {"wiring": "x"}}, "node w: metadata: wiring is a str .*; give .*; mend or delete it"),
         ("w", {"metadata": {"wiring": np.ones(7)}}, "node w: metadata: wiring and its checksum do not match"),
         ("n", {"tau_mem": "1 ms"}, "node n: tau_mem is a str .*; give an array of real numbers"),
         ("n", {"r": np.full(5, 1e-30), "w_in": np.full(5, 1e-30)}, "node n: gain g=1.*e-62 must be a number above"),
         ("n", {"metadata": None}, "node n: metadata is a NoneType; give a dict"),
-        ("n", {"metadata": {"alpha": [1, 2]}}, r"node n: metadata: alpha=\[1, 2\] must be .*; mend or delete 'alpha'"),
+        ("n", {"metadata": {"alpha": [1, 2]}}, r"node n: metadata: alpha=\[1, 2\] must be .*; mend or delete it"),
         ("n", {"metadata": {"learn_beta": "no"}}, "node n: metadata: learn_beta='no' must be True or False"),
     ],
 )  # fmt: skip

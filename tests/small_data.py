@@ -33,7 +33,6 @@ def labels_of(count, classes):
 
 def fashion_mnist_files(monkeypatch, train, test):
     """The four files of a small Fashion-MNIST as bytes by name, of random pixels."""
-    monkeypatch.setattr(fashion_mnist, "COUNTS", {"train": train, "t10k": test})
     monkeypatch.setattr(fashion_mnist, "SYSTEM_DIR", Path("/nonexistent"))
     monkeypatch.setattr(FashionMNIST, "mirrors", [NOBODY_LISTENS])
     generator = np.random.default_rng(0)

@@ -5,9 +5,9 @@ import contextlib
 import datetime
 import gc
 import hashlib
+import itertools
 import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 LIMIT = datetime.timedelta(minutes=30)
 NO_LIMIT = datetime.timedelta(days=3650)
 #: seconds after which a process says what it waits for
-PATIENCE = 10.0
+PATIENCE = 10
 
 ResultT = TypeVar("ResultT")
 
@@ -154,16 +154,14 @@ class World:
         # kept as long as the group: gloo's thread, if it were the last to hold it, would need the interpreter's lock to
         # release it, and PyTorch 2.6 keeps that lock while it waits for the thread to end
         self._work = work
-        begin, said = time.monotonic(), False
-        while device == "cpu" and not work.is_completed():  # the group has a limit
+        for second in itertools.count(1) if device == "cpu" else ():  # the group has a limit
             with contextlib.suppress(RuntimeError):  # this second is over, or the operation has failed
                 work.wait(datetime.timedelta(seconds=1))
-            if not said and not work.is_completed() and time.monotonic() - begin > PATIENCE:
-                said = True
-                logger.warning(
-                    "after %.0f seconds, rank %d of %d still waits for another process, at %s",
-                    PATIENCE, self.rank, self.size, self.stage,
-                )  # fmt: skip
+            if work.is_completed():
+                break
+            if second == PATIENCE:
+                text = "after %d seconds, rank %d of %d still waits for another process, at %s"
+                logger.warning(text, second, self.rank, self.size, self.stage)
         work.wait()
 
 

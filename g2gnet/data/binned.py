@@ -152,8 +152,7 @@ def load(
     key = hashlib.sha256(repr((module.FORM, shape, dt, about)).encode()).hexdigest()
     kept = data_dir / "binned" / f"{name}_bins{bins}_dt{dt:g}_T{shape[0]}_{key[:16]}.pt"
     grid = Grid(shape, dt, binning.units // bins)
-    names = [f"{part}_{what}" for part in parts for what in ("images", "labels")]
-    tensors = made_once(kept, names, f"the sequences of {name}", lambda: _read(name, parts, binning, grid))
+    tensors = made_once(kept, f"the sequences of {name}", lambda: _read(name, parts, binning, grid))
     return ImageData(name=name, num_classes=classes, **tensors)
 
 

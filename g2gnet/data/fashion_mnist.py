@@ -18,15 +18,14 @@ from g2gnet.data.image_data import DataError, ImageData, MissingDataError
 SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")
 MINI_FILE = Path(__file__).with_name("fashion_mnist_mini.npz")
 
-#: images in each part, and the SHA-256 of the four IDX files once they are unpacked (they are gzipped in several ways)
-COUNTS = {"train": 60000, "t10k": 10000}
+#: the SHA-256 of the four IDX files once they are unpacked (they are gzipped in several ways), and the largest's bytes
 DIGESTS = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-SIDE = 28  # pixels
+LARGEST = 16 + 60_000 * 28 * 28
 
 
 def load(name: str, data_dir: Path) -> ImageData:
@@ -56,10 +55,8 @@ def load(name: str, data_dir: Path) -> ImageData:
         files = _found(raw)
     parts = {}
     for part, name in (("train", "train"), ("test", "t10k")):
-        count = COUNTS[name]
-        pixels = _content(files, f"{name}-images-idx3-ubyte", 16, count * SIDE * SIDE)
-        parts[f"{part}_images"] = torch.from_numpy(pixels).view(count, SIDE, SIDE)
-        parts[f"{part}_labels"] = torch.from_numpy(_content(files, f"{name}-labels-idx1-ubyte", 8, count)).long()
+        parts[f"{part}_images"] = _content(files, f"{name}-images-idx3-ubyte", header=16).view(-1, 28, 28)
+        parts[f"{part}_labels"] = _content(files, f"{name}-labels-idx1-ubyte", header=8).long()
     return ImageData(name="fashionmnist", num_classes=10, **parts)
 
 
@@ -69,12 +66,12 @@ def _found(folder: Path) -> dict[str, Path]:
     return found if len(found) == len(DIGESTS) else {}
 
 
-def _content(files: Mapping[str, Path], name: str, header: int, size: int) -> np.ndarray:
-    """The ``size`` values of a file, once verified to be the published one; no more is unpacked."""
+def _content(files: Mapping[str, Path], name: str, header: int) -> torch.Tensor:
+    """The values of a file behind its header, once verified to be the published one; no more is unpacked."""
     path = files[name]
     try:
         with open_file(path) as file, gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file as plain:
-            content = plain.read(header + size + 1)
+            content = plain.read(LARGEST + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is damaged ({reason(error)}); delete it and download it again") from error
     if hashlib.sha256(content).hexdigest() != DIGESTS[name]:
@@ -83,7 +80,7 @@ def _content(files: Mapping[str, Path], name: str, header: int, size: int) -> np
             "download it again, or give another folder as `data_dir`. Data of your own go into a file for "
             "`dataset=FILE.npz`"
         )
-    return np.frombuffer(content, np.uint8, size, header).copy()
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).copy())
 
 
 def load_mini() -> ImageData:

@@ -133,7 +133,7 @@ def load_features(
         say(f"computing the ResNet-32 features of {dataset}")
         return _compute(network, images, device)
 
-    parts = made_once(file, PARTS, "the ResNet-32 features", make)
+    parts = made_once(file, "the ResNet-32 features", make)
     return ImageData(name=dataset, num_classes=DATASETS[dataset].num_classes, **parts)
 
 

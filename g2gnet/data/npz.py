@@ -23,7 +23,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from g2gnet.base.files import open_file
+from g2gnet.base.files import open_file, read_file
 from g2gnet.base.memory import available, gigabytes
 from g2gnet.base.messages import reason
 from g2gnet.data.image_data import DataError, ImageData
@@ -53,13 +53,10 @@ def name_of(path: Path | str, remedy: str = "give the name of a file") -> str:
     """The name by which :func:`load` finds a file's data. Raises DataError, with the ``remedy``, if unreadable."""
     path = Path(path)
     try:
-        with open_file(path) as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
+        digest = hashlib.sha256(read_file(path)).hexdigest()
     except OSError as error:
         raise DataError(f"dataset={path} cannot be read ({reason(error)}); {remedy}") from error
-    name = f"{path.stem}-{digest.hexdigest()[:DIGITS]}"
+    name = f"{path.stem}-{digest[:DIGITS]}"
     _paths[name] = path
     return name
 

@@ -47,7 +47,7 @@ from g2gnet.data import DataError
 from g2gnet.training import Trainer
 name, *flags = sys.argv.pop(1).split("|")[int(os.environ["RANK"])].split()
 name, _, fault = name.partition(":")
-distributed.PATIENCE = 0.5
+distributed.PATIENCE = 1
 train_step, stream, number = Trainer._train_step, scheduler.stream, Path(sys.argv[0] + ".id")
 def wait_until_the_first_says(text):
     while text not in sorted(number.parent.glob("printed */0.err"))[-1].read_text():
@@ -365,7 +365,7 @@ def test_folds_are_dealt_out(tmp_path, several):
         results = json.loads((tmp_path / "two" / f"{settings.summary_stem}.json").read_text())
         assert results.items() >= expected.items()
         assert done.stdout.count("| mean |") == 1
-        waits = "after 0 seconds, rank 0 of 2 still waits for another process, at the end of its folds\n"
+        waits = "after 1 seconds, rank 0 of 2 still waits for another process, at the end of its folds\n"
         assert (waits in done.stderr) is not again
         trained = re.findall(r"^Fold (\d)/3, seed (\d+) \| Epoch 01 ", done.stdout, re.M)
         assert sorted(trained) == ([] if again else [("1", "42"), ("2", "43"), ("3", "44")])

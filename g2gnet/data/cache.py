@@ -14,9 +14,8 @@ NamedTensors = dict[str, torch.Tensor]
 
 
 def made_once(file: Path, what: str, make: Callable[[], NamedTensors]) -> NamedTensors:
-    """The content of ``file``, whose name identifies it; or if it is missing or damaged, what ``make`` returns, which is
-    then kept there. Messages call it ``what``. Other processes wait; a file that cannot be written is a warning.
-    """
+    """The content of ``file``, whose name identifies it; or if it is missing or damaged, what ``make`` returns, which
+    is then kept there. Messages call it ``what``. Other processes wait; a file that cannot be written is a warning."""
     with one_at_a_time(file):
         if file.exists():
             try:

@@ -95,7 +95,7 @@ class World:
         return values
 
     def first(self, function: Callable[[], ResultT]) -> ResultT:
-        """What ``function`` returns in the first process, the only one that calls it; :func:`join` tells its error."""
+        """What ``function`` returns in the first process, the only one that calls it."""
         result: Any = [function() if self.leads else None]
         if self.group is not None:
             self.arrive()
@@ -119,12 +119,9 @@ class World:
             self._wait(dist.barrier(self.group, async_op=True))
 
     def assemble(self) -> None:
-        """Waits for the others; raises DistributedError if some do not come, which the first process names."""
-        if self.group is None or "gloo" not in dist.get_backend_config(self.group):  # the next operation waits anyway
-            return
-        limit = self.group._get_backend(torch.device("cpu")).options._timeout  # unless told, it waits for half an hour
+        """Waits for the others; raises DistributedError if some do not come within the group's limit."""
         try:
-            dist.monitored_barrier(self.group, limit, wait_all_ranks=True)
+            self.arrive()
         except RuntimeError as error:
             raise DistributedError(
                 f"some processes did not come to {self.stage}: all must make the same calls, after the same optimizer "

@@ -94,7 +94,7 @@ def check_writable(path: Path) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return
     target = Path(os.path.realpath(path))
-    # named as the file that replace_file() writes first and _keep() links, so too long a name is found too
+    # named as the file that replace_file() writes first and links, so too long a name is found too
     descriptor, name = tempfile.mkstemp(KEEP, f".{target.name}.", target.parent)
     os.close(descriptor)
     Path(name).unlink(missing_ok=True)  # a run that begins here removes what killed ones left
@@ -121,7 +121,11 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None
         os.umask(umask)
         os.chmod(name, 0o666 & ~umask)  # a temporary file is readable by its owner only
         if keep is not None:
-            _keep(path, keep, second)
+            try:  # a link never replaces a file
+                os.link(path, second)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, second)
+            os.replace(second, keep)
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
@@ -133,15 +137,6 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None
             os.fsync(directory)
         finally:
             os.close(directory)
-
-
-def _keep(path: Path, keep: Path, scratch: Path) -> None:
-    """Gives the file at ``path`` the second name ``keep``, through ``scratch``: a link never replaces a file."""
-    try:
-        os.link(path, scratch)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, scratch)
-    os.replace(scratch, keep)
 
 
 def leftovers(path: Path) -> list[Path]:

@@ -115,21 +115,13 @@ class Recordings(NamedTuple):
 
 
 def load(
-    name: str,
-    data_dir: Path,
-    module: Any,
-    classes: int,
-    binning: Binning,
-    bins: int | None = None,
-    dt: float | None = None,
-    steps: int | None = None,
+    name: str, data_dir: Path, module: Any, classes: int, binning: Binning, bins: int, dt: float, steps: int | None
 ) -> ImageData:
-    """The data set ``name`` as sequences of ``steps`` steps of ``dt`` milliseconds (None: as ``binning`` says), from
+    """The data set ``name`` as sequences of ``steps`` steps (None: as ``binning`` says) of ``dt`` milliseconds, from
     files below ``data_dir`` or from ``binned`` there, where they are kept. Counts are integers other than uint8,
     features float16. Raises ValueError for settings that do not fit the data set, DataError if files are missing or
     damaged.
     """
-    bins, dt = binning.or_usual(bins, dt)
     bins, dt = COUNT.check("bins", bins), STEP.check("dt", dt)
     if problems := binning.problems(name, bins, dt):
         raise ValueError("; ".join(problems))

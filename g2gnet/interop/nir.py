@@ -199,9 +199,7 @@ def from_nir(
         T, backend: of the network; a graph does not say for how many steps inputs [B, D] are held.
 
     Raises:
-        ValueError: for a graph of another form, neurons that the network does not have, delays that are no whole number
-            of steps, a cycle of several populations without delay, or numbers that no network has (NaN, infinite or
-            complex; a time constant or input strength that is not above 0; a threshold or a delay below 0).
+        ValueError: for a graph of another form, or numbers that no network has; it names the node.
         ImportError: if the package ``nir`` is not installed; the extra ``interop`` has a version that fits.
 
     Example:

@@ -71,7 +71,9 @@ def links_of(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: flo
             later, source = source, only(source, before, "receives from", (nir.Input, *neurons))
             used.add((source, later))
             delay = _delay(later, nodes[later], shape[1], dt)
-        bias = _bias(name, nodes[name], shape[0])
+        bias = getattr(nodes[name], "bias", None)
+        if bias is not None:
+            bias = np.broadcast_to(numbers(f"node {name}: bias", bias, shape[0]), shape[0])
         links.append(Link(name, None if source == start else source, target, shape, bias, *delay))
     if isinstance(nodes[end], nir.Output):
         if len(before[end]) != 1 or not isinstance(nodes[before[end][0]], neurons):
@@ -180,11 +182,6 @@ def flattened(graph: Any, nir: Any, prefix: str = "") -> tuple[dict[str, Any], l
             after = [target for source, target in edges if source == name and target != name]
             edges = [edge for edge in edges if name not in edge] + list(itertools.product(before, after))
     return nodes, list(dict.fromkeys(edges))
-
-
-def _bias(name: str, node: Any, size: int) -> np.ndarray | None:
-    bias = getattr(node, "bias", None)
-    return None if bias is None else np.broadcast_to(numbers(f"node {name}: bias", bias, size), size)
 
 
 @contextlib.contextmanager

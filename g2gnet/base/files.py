@@ -5,10 +5,10 @@ import errno
 import glob
 import hashlib
 import os
+import secrets
 import shutil
 import stat
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,11 +27,8 @@ def open_file(path: Path | str) -> BinaryIO:
     writer, a device may not end."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
 
@@ -93,11 +90,9 @@ def check_writable(path: Path) -> None:
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return
-    target = Path(os.path.realpath(path))
-    # named as the file that replace_file() writes first and links, so too long a name is found too
-    descriptor, name = tempfile.mkstemp(KEEP, f".{target.name}.", target.parent)
-    os.close(descriptor)
-    Path(name).unlink(missing_ok=True)  # a run that begins here removes what killed ones left
+    _, trial = _temporary(path)  # the longer of its two names
+    trial.touch(exist_ok=False)
+    trial.unlink(missing_ok=True)  # a run that begins here removes what killed ones left
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
@@ -110,25 +105,21 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None
             write(file)
         return
     path = Path(os.path.realpath(path))
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    second = Path(f"{name}{KEEP}")
+    first, second = _temporary(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with first.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)  # the only way to read it
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # a temporary file is readable by its owner only
         if keep is not None:
             try:  # a link never replaces a file
                 os.link(path, second)
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, second)
             os.replace(second, keep)
-        os.replace(name, path)
+        os.replace(first, path)
     except BaseException:
-        os.unlink(name)
+        first.unlink(missing_ok=True)
         second.unlink(missing_ok=True)
         raise
     if os.name == "posix":  # the rename itself is only safe once the directory is on the disk
@@ -137,6 +128,13 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None
             os.fsync(directory)
         finally:
             os.close(directory)
+
+
+def _temporary(path: Path) -> tuple[Path, Path]:
+    """New names beside the file at ``path``, links followed: of what replaces it, and of its second name."""
+    target = Path(os.path.realpath(path))
+    first = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    return first, Path(f"{first}{KEEP}")
 
 
 def leftovers(path: Path) -> list[Path]:

@@ -62,8 +62,7 @@ def _listed(root: Path, file: str, among: Set[Path]) -> set[Path]:
         if not files:
             raise ValueError("it is empty")
         if missing := files - among:
-            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise ValueError(f"it names {min(missing)}{more}, which is missing or in another list")
+            raise ValueError(f"it names {min(missing)}, which is missing or in another list")
     except (OSError, ValueError) as error:
         raise DataError(f"{root / file} is damaged: {reason(error)}; unpack it again") from error
     return files

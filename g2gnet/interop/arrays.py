@@ -19,15 +19,12 @@ FINITE = Number().check
 def numbers(
     name: str, values: Any, entries: int | None = None, check: Callable[[str, float], Any] = FINITE
 ) -> np.ndarray:
-    """``values``, an array, a tensor on any device, a number or nested lists of them, as float64.
+    """``values``, an array, a tensor on any device, a number or nested lists of them, as float64; ValueError, with
+    ``name``, for anything else.
 
-    Args:
-        entries: how many neurons the values are of: one for all, or one each, whatever their shape. The result is [1]
-            or [entries]. None: a matrix, which has a number at least.
-        check: raises ValueError, naming its first argument, unless the second one is in an interval.
-
-    Raises:
-        ValueError: with ``name``, for anything else.
+    They are of so many neurons, ``entries``: one for all, or one each, whatever their shape; the result is [1] or
+    [entries]. None: a matrix, which has a number at least. ``check`` raises ValueError, naming its first argument,
+    unless the second one is in an interval.
 
     Example:
         >>> numbers("node lif1: tau", np.full((4, 1), 0.5), entries=4)

@@ -238,7 +238,7 @@ def from_nir(
     names = {}
     for name in (*ours, *known):
         with nir_links.metadata_of(name, nodes[name]) as told:
-            names[name] = _text("g2g_name", told.get("g2g_name", ""))
+            names[name] = str(told.get("g2g_name", ""))
     chain = None if any(names.values()) else nir_links.chain_of(links, output)
     if chain is None:
         modules = {name: of or name.replace(".", "_") for name, of in names.items()}
@@ -272,12 +272,6 @@ def _threshold(name: str, value: float) -> None:
     """Raises ValueError for a threshold that a membrane of 0 is above."""
     if check_parameter(name, value) < 0:
         raise ValueError(f"{name}={value} must be at least 0: below it neurons spike at every step without any input")
-
-
-def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{key} is a {type(value).__name__}, not a str")
-    return value
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

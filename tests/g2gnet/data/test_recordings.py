@@ -279,7 +279,7 @@ def test_a_damaged_file_is_named(tmp_path, name, damage, message):
         # by this name it would be a recording for training, too
         ("gsc", lambda root: (root / LIST).write_text("cat/../bed/00000001_nohash_0.wav"), f"{LIST} is .*{OTHER}"),
         ("gsc", lambda root: (root / LIST).write_text((root / "validation_list.txt").read_text()),
-         rf"{LIST} .* names .*bed/00000000_nohash_0.wav \(and 11 more\){OTHER}"),
+         rf"{LIST} .* names .*bed/00000000_nohash_0.wav{OTHER}"),
     ],
 )  # fmt: skip
 def test_files_that_do_not_belong_there_are_named(tmp_path, name, put, message):

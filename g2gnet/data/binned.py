@@ -129,15 +129,11 @@ def load(
     parts: Mapping[str, Recordings] = module.parts(name, data_dir)
     for part, (files, labels, _) in parts.items():
         if labels.min() < 0 or labels.max() >= classes:
-            raise DataError(
-                f"{files[0]}: labels are from {labels.min()} to {labels.max()}, and those of {name} from 0 to "
-                f"{classes - 1}; download it again"
-            )
+            found = f"labels are from {labels.min()} to {labels.max()}, not from 0 to {classes - 1}"
+            raise DataError(f"{files[0]}: {found}; download it again")
         if len(labels) != (published := module.COUNTS[name][part]):
-            logger.warning(
-                "%s has %d samples for %s, and %d were published: some may be missing in %s",
-                name, len(labels), part, published, data_dir,
-            )  # fmt: skip
+            text = "%s has %d samples for %s, and %d were published: some may be missing in %s"
+            logger.warning(text, name, len(labels), part, published, data_dir)
     files = [file for part in parts.values() for file in part.files]
     # what identifies files without reading them
     about = [(str(file.relative_to(data_dir)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]

@@ -20,7 +20,6 @@ from g2gnet.data.image_data import DataError
 
 FORM = "events per cell, times of gestures from the first event"
 COUNTS = {"nmnist": {"train": 60000, "test": 10000}, "dvsgesture": {"train": 1077, "test": 264}}
-EVENT_BYTES = 5
 OVERFLOW_ROW, OVERFLOW = 240, 1 << 13
 
 #: x, y, polarity and whole microseconds of the events of a file, [n] each
@@ -57,7 +56,7 @@ def _frames(read: Callable[[Path], Events], file: Path, grid: Grid) -> np.ndarra
 
 def read_nmnist(file: Path) -> Events:
     """The events of a file of N-MNIST."""
-    x, y, first, second, third = np.frombuffer(read_file(file), np.uint8).reshape(-1, EVENT_BYTES).astype(np.int64).T
+    x, y, first, second, third = np.frombuffer(read_file(file), np.uint8).reshape(-1, 5).astype(np.int64).T
     overflows = y == OVERFLOW_ROW
     microseconds = ((first & 127) << 16 | second << 8 | third) + OVERFLOW * overflows.cumsum()
     events = ~overflows

@@ -214,14 +214,6 @@ def from_nir(
         raise ValueError(f"the graph is a {type(graph).__name__}; give a nir.NIRGraph, as nir.read(file) returns it")
     masks = masks or {}
     nodes, edges = nir_links.flattened(graph, nir)
-    kinds = nir.Input, nir.Output, nir.Delay, *nir_links.linear_kinds(nir), *nir_links.neuron_kinds(nir)
-    for name, node in nodes.items():
-        if node is None:
-            raise ValueError(f"node {name} is empty: the tool that wrote the graph could not express it in NIR")
-        if not isinstance(node, kinds):
-            raise ValueError(
-                f"node {name} is a {type(node).__name__}; a network takes Affine, Linear, Delay, LIF, CubaLIF and IF"
-            )
     links, output = nir_links.links_of(nodes, edges, dt, nir)
     known = sorted(link.name for link in links)
     if unknown := set(masks) - set(known):

@@ -11,9 +11,6 @@ import torch
 from g2g_kernels.numbers import Number
 from g2gnet.interop.arrays import numbers
 
-#: the nodes of neurons that are read
-NEURON_NODES = ("LIF", "CubaLIF", "IF")
-
 
 class Link(NamedTuple):
     """A linear node, the neurons before it (None: the input) and behind it; last what :class:`Projection` takes."""
@@ -33,22 +30,28 @@ class Link(NamedTuple):
 
 
 def links_of(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: float, nir: Any) -> tuple[list[Link], str]:
-    """All linear nodes in the order of the edges, and the neurons that lead to the output. Raises ValueError for edges
-    that are on no way from neurons, or the input, by one of them to neurons."""
+    """All linear nodes in the order of the edges, and the neurons that lead to the output. Raises ValueError for other
+    nodes, and for edges that are on no way from neurons, or the input, by a linear node to neurons."""
+    linear, neurons = (nir.Affine, nir.Linear), (nir.LIF, nir.CubaLIF, nir.IF)
+    for name, node in nodes.items():
+        if node is None:
+            raise ValueError(f"node {name} is empty: the tool that wrote the graph could not express it in NIR")
+        if not isinstance(node, (nir.Input, nir.Output, nir.Delay, *linear, *neurons)):
+            raise ValueError(
+                f"node {name} is a {type(node).__name__}; a network takes Affine, Linear, Delay, LIF, CubaLIF and IF"
+            )
     start, end = (_end_of("the graph", nodes, edges, kind) for kind in (nir.Input, nir.Output))
-    edges = list(edges)
     if not isinstance(nodes[start], nir.Input):  # tools that write no ends
         nodes, edges, start = {**nodes, "": end_node(nir.Input, 1)}, [("", start), *edges], ""
     before = {name: [one for one, other in edges if other == name] for name in nodes}
     behind = {name: [other for one, other in edges if one == name] for name in nodes}
-    neurons = neuron_kinds(nir)
 
     def only(name: str, joined: Mapping[str, list[str]], verb: str, kinds: tuple[type, ...]) -> str:
         """The one node, of these kinds, that a node is joined to in that direction."""
         if len(joined[name]) != 1:
             raise ValueError(
-                f"node {name} {verb} {', '.join(joined[name]) or 'nothing'}; a connection joins one population to one, "
-                "so give each pair a linear node of its own"
+                f"node {name} {verb} {', '.join(joined[name]) or 'nothing'}, where one node is needed; give each pair "
+                "of populations a linear node of its own"
             )
         (other,) = joined[name]
         if not isinstance(nodes[other], kinds):
@@ -60,7 +63,7 @@ def links_of(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: flo
 
     used, links = set(), []
     for name in dict.fromkeys([*itertools.chain(*edges), *nodes]):
-        if not isinstance(nodes[name], linear_kinds(nir)):
+        if not isinstance(nodes[name], linear):
             continue
         target = only(name, behind, "leads to", neurons)
         source = only(name, before, "receives from", (nir.Delay, nir.Input, *neurons))
@@ -76,11 +79,9 @@ def links_of(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: flo
             bias = np.broadcast_to(numbers(f"node {name}: bias", bias, shape[0]), shape[0])
         links.append(Link(name, None if source == start else source, target, shape, bias, *delay))
     if isinstance(nodes[end], nir.Output):
-        if len(before[end]) != 1 or not isinstance(nodes[before[end][0]], neurons):
-            others = ", ".join(f"{name} ({type(nodes[name]).__name__})" for name in before[end]) or "nothing"
-            raise ValueError(f"the output receives from {others}; it takes the spikes of one population")
-        used.add((before[end][0], end))
-        end = before[end][0]
+        output = only(end, before, "receives from", neurons)
+        used.add((output, end))
+        end = output
     for one, other in edges:
         if (one, other) not in used:
             raise ValueError(
@@ -131,14 +132,6 @@ def end_node(kind: Any, size: int) -> Any:
     """An input or output node."""
     name = kind.__name__.lower()
     return kind(**{f"{name}_type": {name: np.array([size])}})
-
-
-def linear_kinds(nir: Any) -> tuple[type, ...]:
-    return nir.Affine, nir.Linear
-
-
-def neuron_kinds(nir: Any) -> tuple[type, ...]:
-    return tuple(getattr(nir, kind) for kind in NEURON_NODES)
 
 
 def _end_of(what: str, nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], kind: Any) -> str:

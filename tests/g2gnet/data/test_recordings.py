@@ -233,7 +233,7 @@ LIST, OTHER = "testing_list.txt", ", which is missing or in another list"
         ("shd", rewritten("labels", lambda labels: None), "labels' doesn't exist"),
         ("shd", rewritten("labels", lambda labels: labels[:-1]), "it has 19 labels, and times of 20 and units of 20"),
         ("shd", rewritten("labels", lambda labels: labels[:] * 0.5), r"float\d+ \[20\], not integers \[N\]"),
-        ("shd", rewritten("labels", lambda labels: labels[:] + 1), "from 1 to 20, and those of shd from 0 to 19"),
+        ("shd", rewritten("labels", lambda labels: labels[:] + 1), "labels are from 1 to 20, not from 0 to 19"),
         ("shd", rewritten("spikes/units", lambda units: np.ones((20, 5))), r"a sample has \d+ times and 5 units"),
         ("shd", changed("spikes/times", 1, [-0.5]), "a sample has 1 times and 0 units"),
         ("shd", spike(np.nan, 3), NOWHERE),

@@ -106,8 +106,9 @@ class Prepared:
 
     def network(self, backend: str | None = None) -> G2GNet:
         """The network, on the CPU, with its trained weights."""
-        sizes, draw = DATASETS[self.workload.dataset], torch.Generator().manual_seed(0)
-        net = G2GNet.from_settings(self.workload.settings(), sizes.input_dim, sizes.num_classes, backend, draw)
+        dataset, draw = DATASETS[self.workload.dataset], torch.Generator().manual_seed(0)
+        sizes = math.prod(dataset.shape), dataset.num_classes
+        net = G2GNet.from_settings(self.workload.settings(), *sizes, backend, draw)
         net.load_state_dict(self.state)
         return net
 

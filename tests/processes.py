@@ -91,7 +91,8 @@ def launch(processes: int, program: Path | str, *arguments: object, folder: Path
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=300))
     common = {
         "WORLD_SIZE": str(size or processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1",
+        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     started = [
         start(program, *arguments, output=folder / str(rank), **common, RANK=str(rank), LOCAL_RANK=str(rank))

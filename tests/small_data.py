@@ -16,7 +16,7 @@ import torch
 from torchvision.datasets import FashionMNIST
 
 from g2gnet.data import cifar, fashion_mnist
-from g2gnet.data.features import new_resnet, pretrained_weights
+from g2gnet.data.features import RELEASES, new_resnet, weights_digest
 
 NOBODY_LISTENS = "http://127.0.0.1:9/"  # refused at once
 
@@ -33,7 +33,6 @@ def labels_of(count, classes):
 
 def fashion_mnist_files(monkeypatch, train, test):
     """The four files of a small Fashion-MNIST as bytes by name, of random pixels."""
-    monkeypatch.setattr(fashion_mnist, "COUNTS", {"train": train, "t10k": test})
     monkeypatch.setattr(fashion_mnist, "SYSTEM_DIR", Path("/nonexistent"))
     monkeypatch.setattr(FashionMNIST, "mirrors", [NOBODY_LISTENS])
     generator = np.random.default_rng(0)
@@ -129,10 +128,10 @@ def publish_resnet(monkeypatch, hub, name):
     """Puts weights into PyTorch's hub directory ``hub`` as if they were the published ones for ``name``."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(hub))
     path = write_resnet(hub / "checkpoints" / "new.pt", name)
-    published = path.with_name(f"{name}_resnet32-{pretrained_weights.weights_digest(name, path)}.pt")
+    published = path.with_name(f"{name}_resnet32-{weights_digest(name, path)}.pt")
     path.rename(published)
-    release = pretrained_weights.RELEASES[name]._replace(url=NOBODY_LISTENS + published.name)
-    monkeypatch.setitem(pretrained_weights.RELEASES, name, release)
+    release = RELEASES[name]._replace(url=NOBODY_LISTENS + published.name)
+    monkeypatch.setitem(RELEASES, name, release)
     return published
 
 

@@ -5,16 +5,16 @@ import errno
 import glob
 import hashlib
 import os
+import secrets
 import shutil
 import stat
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from g2gnet.base.messages import warn
+from g2gnet.base.messages import reason, warn
 
 #: ending of the second name of a file that is being replaced
 KEEP = ".keep"
@@ -27,11 +27,8 @@ def open_file(path: Path | str) -> BinaryIO:
     writer, a device may not end."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
-    mode = os.fstat(descriptor).st_mode
-    if not stat.S_ISREG(mode):
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
 
@@ -68,20 +65,6 @@ def make_directory(path: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from error
 
 
-@contextlib.contextmanager
-def directory(path: Path) -> Iterator[None]:
-    """Makes a directory as :func:`make_directory`; after an error inside, empty ones that it made are removed."""
-    missing = [each for each in (path, *path.parents) if not each.exists()]
-    try:
-        make_directory(path)
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):  # from the first that is not empty on
-            for each in missing:
-                each.rmdir()
-        raise
-
-
 def same_file(one: Path, other: Path) -> bool:
     """Whether two names are of one file, be it there or not yet: by ``..``, links, or letters' case."""
     try:
@@ -107,20 +90,9 @@ def check_writable(path: Path) -> None:
         if not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return
-    with contextlib.suppress(FileNotFoundError):
-        _check_replaceable(path.stat(), path.resolve().parent.stat())  # links to one another have no status
-    target = Path(os.path.realpath(path))
-    # named as the file that replace_file() writes first and _keep() links, so too long a name is found too
-    descriptor, name = tempfile.mkstemp(KEEP, f".{target.name}.", target.parent)
-    os.close(descriptor)
-    Path(name).unlink(missing_ok=True)  # a run that begins here removes what killed ones left
-
-
-def _check_replaceable(file: os.stat_result, directory: os.stat_result) -> None:
-    """Raises PermissionError if the directory lets nobody but a file's owner replace it, as /tmp does."""
-    user = getattr(os, "geteuid", int)()
-    if directory.st_mode & stat.S_ISVTX and user not in (0, file.st_uid, directory.st_uid):
-        raise PermissionError(errno.EPERM, "it belongs to another user, in a directory where only they can replace it")
+    _, trial = _temporary(path)  # the longer of its two names
+    trial.touch(exist_ok=False)
+    trial.unlink(missing_ok=True)  # a run that begins here removes what killed ones left
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
@@ -133,21 +105,21 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None
             write(file)
         return
     path = Path(os.path.realpath(path))
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    second = Path(f"{name}{KEEP}")
+    first, second = _temporary(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with first.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        umask = os.umask(0)  # the only way to read it
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # a temporary file is readable by its owner only
         if keep is not None:
-            _keep(path, keep, second)
-        os.replace(name, path)
+            try:  # a link never replaces a file
+                os.link(path, second)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, second)
+            os.replace(second, keep)
+        os.replace(first, path)
     except BaseException:
-        os.unlink(name)
+        first.unlink(missing_ok=True)
         second.unlink(missing_ok=True)
         raise
     if os.name == "posix":  # the rename itself is only safe once the directory is on the disk
@@ -158,13 +130,11 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None
             os.close(directory)
 
 
-def _keep(path: Path, keep: Path, scratch: Path) -> None:
-    """Gives the file at ``path`` the second name ``keep``, through ``scratch``: a link never replaces a file."""
-    try:
-        os.link(path, scratch)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(path, scratch)
-    os.replace(scratch, keep)
+def _temporary(path: Path) -> tuple[Path, Path]:
+    """New names beside the file at ``path``, links followed: of what replaces it, and of its second name."""
+    target = Path(os.path.realpath(path))
+    first = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    return first, Path(f"{first}{KEEP}")
 
 
 def leftovers(path: Path) -> list[Path]:
@@ -211,24 +181,15 @@ else:
 
 @contextlib.contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """While entered, the user's other processes on this machine wait to enter it for the same ``path``."""
+    """While entered, the user's other processes on this machine wait to enter it for the same ``path``. There is a
+    warning if the user's cache, where the locks are, cannot be written to."""
     # the lock's file stays, and the directory of path may be a read-only one
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
-    with locked(_own_directory() / f"{name[:16]}.lock", wait=True):
-        yield
-
-
-def _own_directory() -> Path:
-    """A directory for locks that nobody else can write to: in the user's cache, or else a new one."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "g2g", "locks")
-    with contextlib.suppress(OSError):
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if os.access(cache, os.W_OK):
-            return cache
-    # a home that cannot be written to: one among the temporary files, if it is this user's own
-    own = Path(tempfile.gettempdir(), f"g2g-{getattr(os, 'getuid', int)()}")
-    own.mkdir(mode=0o700, exist_ok=True)
-    about = own.lstat()
-    if hasattr(os, "getuid") and (about.st_uid != os.getuid() or about.st_mode & 0o077 or not own.is_dir()):
-        raise PermissionError(errno.EACCES, f"{own} is open to other users; delete it", str(own))
-    return own
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
+    with contextlib.ExitStack() as held:
+        try:
+            cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+            held.enter_context(locked(cache / f"{name[:16]}.lock", wait=True))
+        except OSError as error:
+            warn(f"warning: no lock in {cache} ({reason(error)}): make sure that no other process makes {path}")
+        yield

@@ -13,20 +13,9 @@ def available(device: torch.device | str = "cpu") -> int | None:
     if device.type != "cpu":
         return None
     try:
-        pages, page = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError):  # Windows
         return None
-    import resource  # Unix only
-
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # of ulimit -v
-    if limit == resource.RLIM_INFINITY:
-        return pages * page
-    try:
-        with open("/proc/self/statm") as file:  # Linux: its first number counts pages of address space
-            limit -= int(file.read().split()[0]) * page
-    except OSError:
-        pass
-    return min(pages * page, max(0, limit))
 
 
 def gigabytes(size: float) -> str:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from g2g_kernels.numbers import COUNT, Number
 from g2gnet.base.memory import available, gigabytes
-from g2gnet.base.messages import say
+from g2gnet.base.messages import reason, say
 from g2gnet.data.cache import NamedTensors, made_once
 from g2gnet.data.image_data import DataError, ImageData, MissingDataError
 
@@ -29,6 +29,8 @@ logger = logging.getLogger("g2gnet")
 
 #: what counts are kept as: the first that holds them
 COUNTED = (torch.int8, torch.int16, torch.int32)
+#: microseconds, from which on a time is none
+LATEST = 1e12
 #: milliseconds of a step
 STEP = Number(0.1, 60_000)
 
@@ -73,32 +75,32 @@ class Binning(NamedTuple):
         if bins > self.units:
             problems.append(f"bins={bins} are more than the {self.units} {what} of {name}; give fewer")
         elif not self.bands and self.units % bins:
-            divisors = [each for each in range(1, self.units + 1) if self.units % each == 0]
-            near = max(each for each in divisors if each < bins), min(each for each in divisors if each > bins)
-            problems.append(
-                f"bins={bins} does not divide the {self.units} {what} of {name}; give `bins={near[0]}` or "
-                f"`bins={near[1]}`"
-            )
+            divisors = ", ".join(str(each) for each in range(1, self.units + 1) if self.units % each == 0)
+            problems.append(f"bins={bins} does not divide the {self.units} {what} of {name}; give one of {divisors}")
         if abs(dt / self.resolution - round(dt / self.resolution)) > 1e-6:
             problems.append(f"dt={dt} is no multiple of {self.resolution:g} ms, in which {name} is sampled; give one")
         return problems
 
 
 class Grid:
-    """The cells of a sample, time steps × places, in which ``events`` are counted; ``late`` ones came after the last
-    step."""
+    """The cells of a sample, time steps × places of ``width`` units of the sensor, in which ``events`` are counted;
+    ``late`` ones came after the last step."""
 
-    def __init__(self, shape: tuple[int, ...], dt: float) -> None:
-        self.shape, self.dt, self.bins = shape, dt, shape[-1]
+    def __init__(self, shape: tuple[int, ...], dt: float, width: int) -> None:
+        self.shape, self.dt, self.bins, self.width = shape, dt, shape[-1], width
         self.events = self.late = 0
 
-    def count(self, microseconds: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """How many events fall into each cell; events are whole microseconds and places in a step, both int64 [n]."""
-        steps = microseconds // round(1000 * self.dt)
+    def count(self, microseconds: np.ndarray, *places: np.ndarray) -> np.ndarray:
+        """How many events fall into each cell, by their whole microseconds and their places on each axis of a step,
+        [n] each. Raises ValueError for an event that comes before 0, or is at no place."""
+        for values, size in zip((microseconds, *places), (LATEST, *self.shape[1:]), strict=True):
+            if not ((values >= 0) & (values < size)).all():
+                raise ValueError("an event is at no time from 0 on, or at no place of the sensor")
+        steps = microseconds.astype(np.int64) // round(1000 * self.dt)
         inside = steps < self.shape[0]
         self.events += len(steps)
         self.late += len(steps) - int(inside.sum())
-        cells = steps[inside] * math.prod(self.shape[1:]) + places[inside]
+        cells = np.ravel_multi_index([each[inside].astype(np.int64) for each in (steps, *places)], self.shape)
         return np.bincount(cells, minlength=math.prod(self.shape)).reshape(self.shape)
 
 
@@ -113,21 +115,13 @@ class Recordings(NamedTuple):
 
 
 def load(
-    name: str,
-    data_dir: Path,
-    module: Any,
-    classes: int,
-    binning: Binning,
-    bins: int | None = None,
-    dt: float | None = None,
-    steps: int | None = None,
+    name: str, data_dir: Path, module: Any, classes: int, binning: Binning, bins: int, dt: float, steps: int | None
 ) -> ImageData:
-    """The data set ``name`` as sequences of ``steps`` steps of ``dt`` milliseconds (None: as ``binning`` says), from
+    """The data set ``name`` as sequences of ``steps`` steps (None: as ``binning`` says) of ``dt`` milliseconds, from
     files below ``data_dir`` or from ``binned`` there, where they are kept. Counts are integers other than uint8,
     features float16. Raises ValueError for settings that do not fit the data set, DataError if files are missing or
     damaged.
     """
-    bins, dt = binning.or_usual(bins, dt)
     bins, dt = COUNT.check("bins", bins), STEP.check("dt", dt)
     if problems := binning.problems(name, bins, dt):
         raise ValueError("; ".join(problems))
@@ -135,22 +129,18 @@ def load(
     parts: Mapping[str, Recordings] = module.parts(name, data_dir)
     for part, (files, labels, _) in parts.items():
         if labels.min() < 0 or labels.max() >= classes:
-            raise DataError(
-                f"{files[0]}: labels are from {labels.min()} to {labels.max()}, and those of {name} from 0 to "
-                f"{classes - 1}; download it again"
-            )
+            found = f"labels are from {labels.min()} to {labels.max()}, not from 0 to {classes - 1}"
+            raise DataError(f"{files[0]}: {found}; download it again")
         if len(labels) != (published := module.COUNTS[name][part]):
-            logger.warning(
-                "%s has %d samples for %s, and %d were published: some may be missing in %s",
-                name, len(labels), part, published, data_dir,
-            )  # fmt: skip
+            text = "%s has %d samples for %s, and %d were published: some may be missing in %s"
+            logger.warning(text, name, len(labels), part, published, data_dir)
     files = [file for part in parts.values() for file in part.files]
     # what identifies files without reading them
     about = [(str(file.relative_to(data_dir)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((module.FORM, shape, dt, about)).encode()).hexdigest()
     kept = data_dir / "binned" / f"{name}_bins{bins}_dt{dt:g}_T{shape[0]}_{key[:16]}.pt"
-    names = [f"{part}_{what}" for part in parts for what in ("images", "labels")]
-    tensors = made_once(kept, names, f"the sequences of {name}", lambda: _read(name, parts, binning, Grid(shape, dt)))
+    grid = Grid(shape, dt, binning.units // bins)
+    tensors = made_once(kept, f"the sequences of {name}", lambda: _read(name, parts, binning, grid))
     return ImageData(name=name, num_classes=classes, **tensors)
 
 
@@ -184,17 +174,35 @@ def _read(name: str, parts: Mapping[str, Recordings], binning: Binning, grid: Gr
     return tensors
 
 
+def of_files(
+    files: Sequence[Path], names: Sequence[str], classes: Sequence[str], read: Callable[[Path, Grid], np.ndarray]
+) -> Recordings:
+    """Recordings of one file each, with the name of its class. Raises DataError for a file of none."""
+    for file, name in zip(files, names, strict=True):
+        if name not in classes:
+            raise DataError(f"{file} is of none of the classes {classes[0]} … {classes[-1]}; move it away")
+
+    def samples(grid: Grid) -> Iterator[np.ndarray]:
+        for file in files:
+            try:
+                sample = read(file, grid)
+            except Exception as error:  # NumPy's and SciPy's readers can raise anything at a damaged file
+                raise DataError(
+                    f"{file} is damaged, or not a file of these data ({reason(error)}); unpack or download it again"
+                ) from error
+            yield sample
+
+    return Recordings(files, np.array([classes.index(name) for name in names], dtype=np.int64), samples)
+
+
 def folder_of(name: str, data_dir: Path, places: Sequence[str], wanted: Sequence[str], remedy: str) -> Path:
     """The first of ``places`` below ``data_dir`` with all of ``wanted``; MissingDataError with the ``remedy``."""
     folders = [data_dir / place for place in places]
-    missing = [[each for each in wanted if not (folder / each).exists()] for folder in folders]
-    least = min(range(len(folders)), key=lambda number: len(missing[number]))
-    if not missing[least]:
-        return folders[least]
-    looked = "" if len(missing[least]) < len(wanted) else f" (nor in {', '.join(map(str, folders[1:]))})"
+    for folder in folders:
+        if all((folder / each).exists() for each in wanted):
+            return folder
     raise MissingDataError(
-        f"{name} is not in {data_dir}: {', '.join(missing[least])} {'is' if len(missing[least]) == 1 else 'are'} not "
-        f"in {folders[least]}{looked}. Do one of these:\n"
+        f"{name} is not in {data_dir}: neither {' nor '.join(map(str, folders))} has {', '.join(wanted)}. Do one of:\n"
         f"  1. {remedy};\n"
         "  2. give the directory that has it as `data_dir`."
     )

@@ -1,6 +1,6 @@
 """What is computed from a data set once, and kept in a file."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,36 +13,22 @@ from g2gnet.base.tensor_files import TensorFileError, read_tensors, write_tensor
 NamedTensors = dict[str, torch.Tensor]
 
 
-def made_once(file: Path, names: Sequence[str], what: str, make: Callable[[], NamedTensors]) -> NamedTensors:
-    """The content of ``file``, with these ``names`` of tensors; or if it is missing or damaged, what ``make`` returns,
-    which is then kept there. Its name identifies it; ``what`` it is, messages say. Other processes wait meanwhile, and
-    a file that cannot be written is a warning.
-    """
+def made_once(file: Path, what: str, make: Callable[[], NamedTensors]) -> NamedTensors:
+    """The content of ``file``, whose name identifies it; or if it is missing or damaged, what ``make`` returns, which
+    is then kept there. Messages call it ``what``. Other processes wait; a file that cannot be written is a warning."""
     with one_at_a_time(file):
-        parts = _read(file, names, what)
-        if parts is None:
-            parts = make()
-            _keep(file, parts, what)
+        if file.exists():
+            try:
+                parts = read_tensors(file)
+            except (OSError, TensorFileError) as error:
+                warn(f"{file} is damaged ({reason(error)}) and will be rewritten")
+            else:
+                say(f"reading {what} from {file}")
+                return parts
+        parts = make()
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_tensors(file, parts)
+        except OSError as error:
+            warn(f"{what} cannot be cached in {file} ({reason(error)}): the next run computes them again")
     return parts
-
-
-def _read(file: Path, names: Sequence[str], what: str) -> NamedTensors | None:
-    """The content of the file, or None if it is missing or unreadable."""
-    if not file.exists():
-        return None
-    try:
-        content = read_tensors(file)
-        parts = {name: content[name] for name in names}
-    except (OSError, TensorFileError, KeyError, TypeError) as error:
-        warn(f"{file} is damaged ({reason(error)}) and will be rewritten")
-        return None
-    say(f"reading {what} from {file}")
-    return parts
-
-
-def _keep(file: Path, parts: NamedTensors, what: str) -> None:
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(file, parts)
-    except OSError as error:
-        warn(f"{what} cannot be cached in {file} ({reason(error)}): the next run computes them again")

@@ -7,91 +7,56 @@ DVS-Gesture is tonic's: recordings cut into one file for each gesture, ``ibmGest
 ``ibmGestureTest``, with an array [n, 4] of x, y, polarity and milliseconds. The begin of a cut is its time 0.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from g2gnet.base.files import open_file, read_file
-from g2gnet.base.messages import reason
-from g2gnet.data.binned import Grid, Recordings, folder_of
+from g2gnet.data.binned import Grid, Recordings, folder_of, of_files
+from g2gnet.data.catalog import DATASETS
 from g2gnet.data.image_data import DataError
 
 FORM = "events per cell, times of gestures from the first event"
 COUNTS = {"nmnist": {"train": 60000, "test": 10000}, "dvsgesture": {"train": 1077, "test": 264}}
-#: of a side
-PIXELS = {"nmnist": 34, "dvsgesture": 128}
-EVENT_BYTES = 5
 OVERFLOW_ROW, OVERFLOW = 240, 1 << 13
-GESTURES = 11
 
-#: x, y, polarity and whole microseconds of the events of a file, int64 [n] each
+#: x, y, polarity and whole microseconds of the events of a file, [n] each
 Events = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def parts(name: str, data_dir: Path) -> dict[str, Recordings]:
     """The folders of ``"nmnist"`` or ``"dvsgesture"``, in ``data_dir`` or where tonic puts them."""
     if name == "nmnist":
-        folders, own, pattern, class_of, read = ("Train", "Test"), "NMNIST", "*/*.bin", _digit, read_nmnist
+        folders, own, pattern, read = ("Train", "Test"), "NMNIST", "*/[!.]*.bin", read_nmnist
         remedy = f"put Train.zip and Test.zip of N-MNIST, unpacked, into {data_dir}, as tonic.datasets.NMNIST does"
     else:
-        folders, own, pattern, class_of, read = (
-            ("ibmGestureTrain", "ibmGestureTest"), "DVSGesture", "*/*.npy", _gesture, read_gesture
-        )  # fmt: skip
+        folders, own, pattern, read = ("ibmGestureTrain", "ibmGestureTest"), "DVSGesture", "*/[!.]*.npy", read_gesture
         remedy = f"let tonic.datasets.DVSGesture({str(data_dir)!r}) download it"
     root = folder_of(name, data_dir, (own, "."), folders, remedy)
+    classes = [*map(str, range(DATASETS[name].num_classes))]
     found = {}
     for part, folder in zip(("train", "test"), folders, strict=True):
-        seen = [file for file in (root / folder).glob(pattern) if file.name[0] != "."]  # macOS leaves hidden ones
-        # in an order in which classes take turns: MNIST's own, or user by user
-        files = sorted(seen, key=lambda file: (name == "nmnist" or file.parent, file.name))
+        # in an order in which classes take turns: MNIST's own, or user by user; macOS leaves hidden files
+        files = sorted((root / folder).glob(pattern), key=lambda file: (name == "nmnist" or file.parent, file.name))
         if not files:
             raise DataError(f"{root / folder} holds no files {pattern}; {remedy}")
-        labels = np.array([class_of(file) for file in files], dtype=np.int64)
-        found[part] = Recordings(files, labels, partial(_samples, files, PIXELS[name], read))
+        names = [file.parent.name if name == "nmnist" else file.stem for file in files]
+        found[part] = of_files(files, names, classes, partial(_frames, read))
     return found
 
 
-def _samples(files: Sequence[Path], side: int, read: Callable[[Path], Events], grid: Grid) -> Iterator[np.ndarray]:
-    pixels = side // grid.bins
-    for file in files:
-        try:
-            x, y, polarity, microseconds = read(file)
-            if not len(x):
-                raise ValueError("it has no event")
-            for what, values, most in (("x", x, side), ("y", y, side), ("polarity", polarity, 2)):
-                if values.min() < 0 or values.max() >= most:
-                    raise ValueError(f"{what} is from {values.min()} to {values.max()}, not from 0 to {most - 1}")
-            if microseconds.min() < 0:
-                raise ValueError("times are negative")
-        except Exception as error:  # NumPy's reader can raise anything at a damaged file
-            raise DataError(
-                f"{file} is damaged, or not a file of these data ({reason(error)}); unpack or download it again"
-            ) from error
-        yield grid.count(microseconds, (polarity * grid.bins + y // pixels) * grid.bins + x // pixels)
-
-
-def _digit(file: Path) -> int:
-    if file.parent.name not in map(str, range(10)):
-        raise DataError(f"{file} is in no folder 0 … 9 of a digit; move {file.parent} away")
-    size = file.stat().st_size
-    if size == 0 or size % EVENT_BYTES:
-        raise DataError(
-            f"{file} is damaged: it has {size} bytes, not {EVENT_BYTES} for each event; unpack or download it again"
-        )
-    return int(file.parent.name)
-
-
-def _gesture(file: Path) -> int:
-    if file.stem not in map(str, range(GESTURES)):
-        raise DataError(f"{file} is not named by a class, 0.npy … {GESTURES - 1}.npy; move it away")
-    return int(file.stem)
+def _frames(read: Callable[[Path], Events], file: Path, grid: Grid) -> np.ndarray:
+    x, y, polarity, microseconds = read(file)
+    if not len(x):
+        raise ValueError("it has no event")
+    return grid.count(microseconds, polarity, y // grid.width, x // grid.width)
 
 
 def read_nmnist(file: Path) -> Events:
     """The events of a file of N-MNIST."""
-    x, y, first, second, third = np.frombuffer(read_file(file), np.uint8).reshape(-1, EVENT_BYTES).astype(np.int64).T
+    x, y, first, second, third = np.frombuffer(read_file(file), np.uint8).reshape(-1, 5).astype(np.int64).T
     overflows = y == OVERFLOW_ROW
     microseconds = ((first & 127) << 16 | second << 8 | third) + OVERFLOW * overflows.cumsum()
     events = ~overflows
@@ -104,9 +69,5 @@ def read_gesture(file: Path) -> Events:
         events = np.load(content, allow_pickle=False)
     if events.dtype.kind not in "iufb" or events.ndim != 2 or events.shape[1] != 4:
         raise ValueError(f"it is {events.dtype} {list(events.shape)}, not numbers [n, 4]: x, y, polarity, milliseconds")
-    events = events.astype(np.float64)
-    if not (np.abs(events) <= 1e12).all():
-        raise ValueError("its numbers are not finite, or too large")
-    x, y, polarity, milliseconds = events.T
-    microseconds = np.rint(1000 * (milliseconds - milliseconds.min(initial=np.inf))).astype(np.int64)
-    return x.astype(np.int64), y.astype(np.int64), polarity.astype(np.int64), microseconds
+    x, y, polarity, milliseconds = events.astype(np.float64).T
+    return x, y, polarity, np.rint(1000 * (milliseconds - milliseconds.min(initial=np.inf)))

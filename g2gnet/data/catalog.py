@@ -1,7 +1,6 @@
 """The data sets by name. A new one is an entry here and a module that reads it."""
 
 import importlib
-import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,11 +31,6 @@ class Dataset(NamedTuple):
     classes: tuple[str, ...] = ()
     sequences: bool = False
     binning: Binning | None = None
-
-    @property
-    def input_dim(self) -> int:
-        """Values in a sample."""
-        return math.prod(self.shape)
 
 
 def _recordings(module: str, binning: Binning, classes: tuple[str, ...]) -> Dataset:
@@ -131,4 +125,5 @@ def load_dataset(
     module = importlib.import_module(f"{__package__}.{dataset.module}")
     if dataset.binning is None:
         return module.load(name, Path(data_dir))
-    return binned.load(name, Path(data_dir), module, dataset.num_classes, dataset.binning, bins, dt, steps)
+    usual = dataset.binning.or_usual(bins, dt)
+    return binned.load(name, Path(data_dir), module, dataset.num_classes, dataset.binning, *usual, steps)

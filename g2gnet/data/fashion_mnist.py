@@ -2,33 +2,30 @@
 
 import gzip
 import hashlib
-import tempfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 from torchvision.datasets import FashionMNIST
-from torchvision.datasets.utils import extract_archive
 
-from g2gnet.base.files import directory, one_at_a_time, open_file
+from g2gnet.base.files import one_at_a_time, open_file
 from g2gnet.base.messages import reason
-from g2gnet.data.download import download
 from g2gnet.data.image_data import DataError, ImageData, MissingDataError
 
 #: where the Debian package dataset-fashion-mnist puts its files
 SYSTEM_DIR = Path("/usr/share/datasets/fashion-mnist")
 MINI_FILE = Path(__file__).with_name("fashion_mnist_mini.npz")
 
-#: images in each part, and the SHA-256 of the four IDX files once they are unpacked (they are gzipped in several ways)
-COUNTS = {"train": 60000, "t10k": 10000}
+#: the SHA-256 of the four IDX files once they are unpacked (they are gzipped in several ways), and the largest's bytes
 DIGESTS = {
     "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
     "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
-SIDE = 28  # pixels
+LARGEST = 16 + 60_000 * 28 * 28
 
 
 def load(name: str, data_dir: Path) -> ImageData:
@@ -41,61 +38,40 @@ def load(name: str, data_dir: Path) -> ImageData:
     if name == "fashionmnist-mini":
         return load_mini()
     raw = data_dir / "FashionMNIST" / "raw"
-    for folder in (raw, data_dir, SYSTEM_DIR):
-        if _complete(folder):
-            return _read(folder)
-    try:
-        with one_at_a_time(raw):
-            if not _complete(raw):  # otherwise another process downloaded it in the meantime
-                _fetch(raw)
-    except OSError as error:
-        raise MissingDataError(
-            f"Fashion-MNIST is neither in {data_dir} nor in {SYSTEM_DIR}, and could not be downloaded ({error}). "
-            "Do one of these:\n"
-            "  1. connect to the internet and run this again;\n"
-            "  2. on Debian or Ubuntu: apt-get install dataset-fashion-mnist;\n"
-            f"  3. put the files {', '.join(name + '.gz' for name in DIGESTS)} into {data_dir}, "
-            "or give their folder as `data_dir`."
-        ) from error
-    return _read(raw)
-
-
-def _fetch(folder: Path) -> None:
-    """Downloads the four files and, when all are there, puts them into ``folder`` as torchvision would."""
-    with directory(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as scratch:
-        for name, md5 in FashionMNIST.resources:
-            archive = Path(scratch, name)
-            download([f"{mirror}{name}" for mirror in FashionMNIST.mirrors], archive, md5)
-            extract_archive(str(archive), scratch)
-        for file in Path(scratch).iterdir():
-            file.replace(folder / file.name)
-
-
-def _complete(folder: Path) -> bool:
-    return all(_find(folder, name) for name in DIGESTS)
-
-
-def _find(folder: Path, name: str) -> Path | None:
-    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
-
-
-def _read(folder: Path) -> ImageData:
+    files = _found(raw) or _found(data_dir) or _found(SYSTEM_DIR)
+    if not files:
+        try:
+            with one_at_a_time(raw):
+                FashionMNIST(str(data_dir), download=True)  # unless another process did it in the meantime
+        except (OSError, RuntimeError) as error:  # RuntimeError: no mirror has a file with its checksum
+            raise MissingDataError(
+                f"Fashion-MNIST is neither in {data_dir} nor in {SYSTEM_DIR}, and could not be downloaded ({error}). "
+                "Do one of these:\n"
+                "  1. connect to the internet and run this again;\n"
+                "  2. on Debian or Ubuntu: apt-get install dataset-fashion-mnist;\n"
+                f"  3. put the files {', '.join(name + '.gz' for name in DIGESTS)} into {data_dir}, "
+                "or give their folder as `data_dir`."
+            ) from error
+        files = _found(raw)
     parts = {}
-    for part, file in (("train", "train"), ("test", "t10k")):
-        count = COUNTS[file]
-        pixels = _content(folder, f"{file}-images-idx3-ubyte", 16, count * SIDE * SIDE)
-        parts[f"{part}_images"] = torch.from_numpy(pixels).view(count, SIDE, SIDE)
-        parts[f"{part}_labels"] = torch.from_numpy(_content(folder, f"{file}-labels-idx1-ubyte", 8, count)).long()
+    for part, name in (("train", "train"), ("test", "t10k")):
+        parts[f"{part}_images"] = _content(files, f"{name}-images-idx3-ubyte", header=16).view(-1, 28, 28)
+        parts[f"{part}_labels"] = _content(files, f"{name}-labels-idx1-ubyte", header=8).long()
     return ImageData(name="fashionmnist", num_classes=10, **parts)
 
 
-def _content(folder: Path, name: str, header: int, size: int) -> np.ndarray:
-    """The ``size`` values of a file, once verified to be the published one; no more is unpacked."""
-    path = _find(folder, name)
-    assert path is not None  # the callers made sure
+def _found(folder: Path) -> dict[str, Path]:
+    """The four files of a folder by name, gzipped or not; empty if some are missing."""
+    found = {name: path for name in DIGESTS for path in (folder / f"{name}.gz", folder / name) if path.is_file()}
+    return found if len(found) == len(DIGESTS) else {}
+
+
+def _content(files: Mapping[str, Path], name: str, header: int) -> torch.Tensor:
+    """The values of a file behind its header, once verified to be the published one; no more is unpacked."""
+    path = files[name]
     try:
         with open_file(path) as file, gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file as plain:
-            content = plain.read(header + size + 1)
+            content = plain.read(LARGEST + 1)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is damaged ({reason(error)}); delete it and download it again") from error
     if hashlib.sha256(content).hexdigest() != DIGESTS[name]:
@@ -104,7 +80,7 @@ def _content(folder: Path, name: str, header: int, size: int) -> np.ndarray:
             "download it again, or give another folder as `data_dir`. Data of your own go into a file for "
             "`dataset=FILE.npz`"
         )
-    return np.frombuffer(content, np.uint8, size, header).copy()
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).copy())
 
 
 def load_mini() -> ImageData:

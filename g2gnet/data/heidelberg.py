@@ -17,11 +17,8 @@ from g2gnet.data.image_data import DataError
 
 FORM = "events per cell"
 COUNTS = {"shd": {"train": 8156, "test": 2264}, "ssc": {"train": 75466, "val": 9981, "test": 20382}}
-CHANNELS = 700
 #: samples that are read at once
 READ = 256
-#: seconds, beyond which a time is none
-LATEST = 1e6
 
 
 def parts(name: str, data_dir: Path) -> dict[str, Recordings]:
@@ -54,19 +51,13 @@ def _opened(path: Path) -> Iterator[Any]:
 
 def _labels(path: Path) -> np.ndarray:
     """The labels, if there are as many lists of times and of units."""
-    import h5py
-
     with _opened(path) as file:
         labels = file["labels"]
         if labels.dtype.kind not in "iu" or labels.ndim != 1 or not len(labels):
             raise ValueError(f"labels is {labels.dtype} {list(labels.shape)}, not integers [N]")
-        for name, kinds in (("spikes/times", "fiu"), ("spikes/units", "iu")):
-            lists = file[name]
-            of = h5py.check_vlen_dtype(lists.dtype)
-            if of is None or np.dtype(of).kind not in kinds or lists.shape != labels.shape:
-                held = f"{lists.dtype if of is None else f'lists of {np.dtype(of)}'} {list(lists.shape)}"
-                wanted = "numbers" if "f" in kinds else "integers"
-                raise ValueError(f"{name} is {held}, not {len(labels)} lists of {wanted}")
+        times, units = len(file["spikes/times"]), len(file["spikes/units"])
+        if not times == units == len(labels):
+            raise ValueError(f"it has {len(labels)} labels, and times of {times} and units of {units} samples")
         return labels[()].astype(np.int64)
 
 
@@ -75,13 +66,8 @@ def _samples(path: Path, grid: Grid) -> Iterator[np.ndarray]:
         times, units = file["spikes/times"], file["spikes/units"]
         for begin in range(0, len(times), READ):
             block = slice(begin, begin + READ)
-            for number, (seconds, channels) in enumerate(zip(times[block], units[block], strict=True), begin):
+            for seconds, channels in zip(times[block], units[block], strict=True):
                 if len(seconds) != len(channels):
-                    raise ValueError(f"sample {number} has {len(seconds)} times and {len(channels)} units")
-                seconds = seconds.astype(np.float64)  # of float16
-                if not ((seconds >= 0) & (seconds < LATEST)).all():
-                    raise ValueError(f"sample {number} has times that are no seconds from 0 on")
-                if not ((channels >= 0) & (channels < CHANNELS)).all():
-                    raise ValueError(f"sample {number} has units that are not from 0 to {CHANNELS - 1}")
-                microseconds = np.rint(seconds * 1e6).astype(np.int64)
-                yield grid.count(microseconds, channels.astype(np.int64) // (CHANNELS // grid.bins))
+                    raise ValueError(f"a sample has {len(seconds)} times and {len(channels)} units")
+                microseconds = np.rint(seconds.astype(np.float64) * 1e6)  # of float16
+                yield grid.count(microseconds, channels // grid.width)

@@ -49,16 +49,17 @@ class ImageData:
     def fingerprint(self) -> str:
         """The SHA-256 of shapes, dtypes and values of all tensors, which identifies the content."""
         digest = hashlib.sha256()
-        for name, value in vars(self).items():
-            if isinstance(value, torch.Tensor):
-                digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                digest.update(value.cpu().contiguous().numpy().data)
+        for name, value in self._tensors().items():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def to(self, device: torch.device | str) -> "ImageData":
         """The same data on ``device``."""
-        tensors: Any = {name: each.to(device) for name, each in vars(self).items() if isinstance(each, torch.Tensor)}
-        return replace(self, **tensors)
+        return replace(self, **{name: each.to(device) for name, each in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Any]:
+        return {name: each for name, each in vars(self).items() if isinstance(each, torch.Tensor)}
 
     def moments(self) -> tuple[float, float]:
         """Mean and standard deviation of all training samples (:func:`as_samples`), exact; DataError if equal."""
@@ -76,10 +77,8 @@ class ImageData:
 
     def limited(self, train: int | None, test: int | None) -> "ImageData":
         """The first ``train`` training images, as many validation and ``test`` test images (None: all of them)."""
-        tensors = {name: each for name, each in vars(self).items() if isinstance(each, torch.Tensor)}
         limits = {"train": train, "val": train, "test": test}
-        first: Any = {name: each[: limits[name.partition("_")[0]]] for name, each in tensors.items()}
-        return replace(self, **first)
+        return replace(self, **{name: each[: limits[name.partition("_")[0]]] for name, each in self._tensors().items()})
 
     def part(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Images and labels of the ``"train"``, ``"val"`` or ``"test"`` images."""

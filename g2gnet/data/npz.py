@@ -12,6 +12,7 @@ is executed, and its sizes are checked before it is read.
 """
 
 import hashlib
+import io
 import math
 import re
 import zipfile
@@ -22,7 +23,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from g2gnet.base.files import open_file
+from g2gnet.base.files import open_file, read_file
 from g2gnet.base.memory import available, gigabytes
 from g2gnet.base.messages import reason
 from g2gnet.data.image_data import DataError, ImageData
@@ -33,10 +34,11 @@ SUFFIX = ".npz"
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 #: hexadecimal digits of the SHA-256 that end a name
 DIGITS = 8
-#: what the header of an array may take; NumPy parses no longer ones
-HEADER_BYTES = 10_000
+#: what the header of an array may take; NumPy parses none of more than 10,000 characters
+HEADER_BYTES = 10_100
 #: dimensions of arrays of samples, N included; and of those that are sequences, unless a run states something else
 DIMENSIONS, SEQUENCE_DIMENSIONS = (2, 3, 4, 5), (3, 5)
+SAMPLES = "uint8 or floats: vectors [N, D], images [N, channels, height, width], or sequences [N, T, …] of either"
 
 #: the data files given to this process, by name
 _paths: dict[str, Path] = {}
@@ -51,13 +53,10 @@ def name_of(path: Path | str, remedy: str = "give the name of a file") -> str:
     """The name by which :func:`load` finds a file's data. Raises DataError, with the ``remedy``, if unreadable."""
     path = Path(path)
     try:
-        with open_file(path) as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
+        digest = hashlib.sha256(read_file(path)).hexdigest()
     except OSError as error:
         raise DataError(f"dataset={path} cannot be read ({reason(error)}); {remedy}") from error
-    name = f"{path.stem}-{digest.hexdigest()[:DIGITS]}"
+    name = f"{path.stem}-{digest[:DIGITS]}"
     _paths[name] = path
     return name
 
@@ -109,15 +108,12 @@ def _headers(archive: zipfile.ZipFile) -> dict[str, tuple[tuple[int, ...], np.dt
         )
     headers = {name: _header(archive, name) for name in ARRAYS}
     for name, (shape, dtype) in headers.items():
-        kinds = "uint8, float32 or float64" if name.endswith("images") else "integers"
-        fits = dtype in (np.uint8, np.float32, np.float64) if name.endswith("images") else dtype.kind in "iu"
-        if not fits or not shape or 0 in shape or (len(shape) == 1) != name.endswith("labels"):
-            raise ValueError(f"{name} is {dtype} {list(shape)}, not {kinds} [N{', ...' * (kinds != 'integers')}]")
-        if name.endswith("images") and len(shape) not in DIMENSIONS:
-            raise ValueError(
-                f"{name} is {list(shape)}, of {len(shape)} dimensions; give vectors [N, D], images [N, channels, "
-                "height, width], or sequences [N, T, D] or [N, T, channels, height, width]"
-            )
+        if name.endswith("labels"):
+            fits, wanted = dtype.kind in "iu" and len(shape) == 1, "integers [N]"
+        else:
+            fits, wanted = dtype in (np.uint8, np.float32, np.float64) and len(shape) in DIMENSIONS, SAMPLES
+        if not fits or 0 in shape:
+            raise ValueError(f"{name} is {dtype} {list(shape)}; give {wanted}")
     for split in ("train", "test"):
         count, labels = headers[f"{split}_images"][0][0], headers[f"{split}_labels"][0][0]
         if count != labels:
@@ -136,36 +132,30 @@ def _arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     if free is not None and needed > free:
         raise ValueError(f"its arrays take {gigabytes(needed)} of memory, and there are {gigabytes(free)}")
     arrays = {}
-    for name in ARRAYS:
+    for name, (shape, _) in headers.items():
         with archive.open(f"{name}.npy") as member:
-            arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
-        if arrays[name].dtype == np.float64:
+            array = np.lib.format.read_array(member, allow_pickle=False)
+        if name.endswith("labels"):
+            if array.min() < 0 or array.max() >= shape[0]:
+                raise ValueError(f"{name} are from {array.min()} to {array.max()}, with {shape[0]} images")
+            array = array.astype(np.int64)
+        elif array.dtype == np.float64:
             with np.errstate(over="ignore"):  # infinities are refused below
-                arrays[name] = arrays[name].astype(np.float32)
-        if name.endswith("images"):
-            if not np.isfinite(arrays[name]).all():
-                raise ValueError(f"{name} are not finite everywhere")
-            continue
-        if arrays[name].min() < 0:
-            raise ValueError(f"{name} are negative")
-        if arrays[name].max() >= headers[name][0][0]:
-            raise ValueError(f"{name} go up to {arrays[name].max()}, with {headers[name][0][0]} images")
-        arrays[name] = arrays[name].astype(np.int64)
+                array = array.astype(np.float32)
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} are not finite everywhere")
+        arrays[name] = array
     return arrays
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
     """The declared shape and dtype of an array, if they match the size of the archive's member."""
     with archive.open(f"{name}.npy") as member:
-        version = np.lib.format.read_magic(member)
-        # NumPy reads a header of any length before it refuses a long one
-        length = int.from_bytes(member.read(2 if version == (1, 0) else 4), "little")
-        if length > HEADER_BYTES:
-            raise ValueError(f"{name} claims a header of {length} bytes; those of arrays have at most {HEADER_BYTES}")
-        member.seek(np.lib.format.MAGIC_LEN)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(member)
-        size = member.tell() + math.prod(shape) * dtype.itemsize
+        head = io.BytesIO(member.read(HEADER_BYTES))  # of a longer header NumPy would read all before it refuses it
+    version = np.lib.format.read_magic(head)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(head)
+    size = head.tell() + math.prod(shape) * dtype.itemsize
     if dtype.hasobject or size != archive.getinfo(f"{name}.npy").file_size:
         raise ValueError(f"{name} does not have the size that it claims")
     return shape, dtype

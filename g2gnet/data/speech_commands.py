@@ -11,16 +11,15 @@ so that silence is 0. The mel scale is 2595·log₁₀(1 + f/700 Hz). Test and v
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence, Set
-from functools import partial
+from collections.abc import Set
 from pathlib import Path
 
 import numpy as np
 from scipy.io import wavfile
 
-from g2gnet.base.files import open_file
+from g2gnet.base.files import open_file, read_file
 from g2gnet.base.messages import reason
-from g2gnet.data.binned import Grid, Recordings, folder_of
+from g2gnet.data.binned import Grid, Recordings, folder_of, of_files
 from g2gnet.data.catalog import DATASETS
 from g2gnet.data.image_data import DataError
 
@@ -52,48 +51,31 @@ def parts(name: str, data_dir: Path) -> dict[str, Recordings]:
     for part, members in {"train": others, **listed}.items():
         # by speakers, in an order in which words take turns
         files = sorted(members, key=lambda file: (file.name, file.parent.name))
-        found[part] = Recordings(
-            files, np.array([_word(file) for file in files], dtype=np.int64), partial(_samples, files)
-        )
+        found[part] = of_files(files, [file.parent.name for file in files], WORDS, _bands)
     return found
 
 
 def _listed(root: Path, file: str, among: Set[Path]) -> set[Path]:
     """The recordings that a list names, which must be ``among`` these."""
     try:
-        with open_file(root / file) as content:
-            files = {root / line.strip() for line in content.read().decode().splitlines() if line.strip()}
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{root / file} cannot be read ({reason(error)}); unpack it again") from error
-    if missing := files - among:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise DataError(
-            f"{root / file} names {min(missing)}{more}, which is missing or in another list; unpack it again"
-        )
-    if not files:
-        raise DataError(f"{root / file} is empty; unpack it again")
+        files = {root / line.strip() for line in read_file(root / file).decode().splitlines() if line.strip()}
+        if not files:
+            raise ValueError("it is empty")
+        if missing := files - among:
+            raise ValueError(f"it names {min(missing)}, which is missing or in another list")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{root / file} is damaged: {reason(error)}; unpack it again") from error
     return files
 
 
-def _word(file: Path) -> int:
-    if file.parent.name not in WORDS:
-        raise DataError(f"{file} is of none of the {len(WORDS)} words; move {file.parent} away")
-    return WORDS.index(file.parent.name)
-
-
-def _samples(files: Sequence[Path], grid: Grid) -> Iterator[np.ndarray]:
-    filters, hop = mel_filters(grid.bins), round(RATE / 1000 * grid.dt)
-    for file in files:
-        try:
-            with open_file(file) as content, warnings.catch_warnings():
-                warnings.simplefilter("error", wavfile.WavFileWarning)  # of a file that ends too early
-                warnings.filterwarnings("ignore", "Chunk", wavfile.WavFileWarning)  # of one that holds no samples
-                rate, samples = wavfile.read(content)
-            if rate != RATE or samples.dtype != np.int16 or samples.ndim != 1 or not len(samples):
-                raise ValueError(f"it has {samples.dtype} {list(samples.shape)} at {rate} Hz, not int16 [n] at {RATE}")
-        except Exception as error:  # SciPy's reader can raise anything at a damaged file
-            raise DataError(f"{file} is damaged ({reason(error)}); unpack it again") from error
-        yield mel_bands(samples / 2**15, filters, grid.shape[0], hop)
+def _bands(file: Path, grid: Grid) -> np.ndarray:
+    with open_file(file) as content, warnings.catch_warnings():
+        warnings.simplefilter("error", wavfile.WavFileWarning)  # of a file that ends too early
+        warnings.filterwarnings("ignore", "Chunk", wavfile.WavFileWarning)  # of one that holds no samples
+        rate, samples = wavfile.read(content)
+    if rate != RATE or samples.dtype != np.int16 or samples.ndim != 1 or not len(samples):
+        raise ValueError(f"it has {samples.dtype} {list(samples.shape)} at {rate} Hz, not int16 [n] at {RATE}")
+    return mel_bands(samples / 2**15, mel_filters(grid.bins), grid.shape[0], round(RATE / 1000 * grid.dt))
 
 
 def mel_bands(samples: np.ndarray, filters: np.ndarray, steps: int, hop: int) -> np.ndarray:

@@ -8,6 +8,7 @@ import torch
 
 from g2g_kernels import BlockMask
 from g2g_kernels.numbers import Number
+from g2gnet.base.messages import reason
 
 #: the weights of a layer that exist, as :meth:`G2GLinear.from_linear` takes them
 Mask = BlockMask | torch.Tensor
@@ -18,33 +19,27 @@ FINITE = Number().check
 def numbers(
     name: str, values: Any, entries: int | None = None, check: Callable[[str, float], Any] = FINITE
 ) -> np.ndarray:
-    """``values``, an array, a tensor on any device, a number or nested lists of them, as float64.
+    """``values``, an array, a tensor on any device, a number or nested lists of them, as float64; ValueError, with
+    ``name``, for anything else.
 
-    Args:
-        entries: how many neurons the values are of: one for all, or one each, whatever their shape. The result is [1]
-            or [entries]. None: a matrix, which has a number at least.
-        check: raises ValueError, naming its first argument, unless the second one is in an interval.
-
-    Raises:
-        ValueError: with ``name``, for anything else.
+    They are of so many neurons, ``entries``: one for all, or one each, whatever their shape; the result is [1] or
+    [entries]. None: a matrix, which has a number at least. ``check`` raises ValueError, naming its first argument,
+    unless the second one is in an interval.
 
     Example:
         >>> numbers("node lif1: tau", np.full((4, 1), 0.5), entries=4)
         array([0.5, 0.5, 0.5, 0.5])
     """
-    if isinstance(values, torch.Tensor):
-        plain = values.layout == torch.strided and not (values.is_meta or values.is_quantized or values.is_complex())
-        array = values.detach().cpu().double().numpy() if plain else np.array(str(values.dtype))
-        what = f"a tensor of {values.dtype}{'' if values.layout == torch.strided else f' and {values.layout}'}"
-        what += " without numbers" if values.is_meta else ""
-    else:
-        try:
-            array = np.asarray(values)
-        except ValueError:  # lists of different lengths
-            array = np.array("")
-        what = f"{array.dtype} {list(array.shape)}" if isinstance(values, np.ndarray) else f"a {type(values).__name__}"
-    if array.dtype.kind not in "biuf":
-        raise ValueError(f"{name} is {what}; give an array of real numbers")
+    try:
+        if isinstance(values, torch.Tensor):
+            values = values.detach().cpu()
+            values = values if values.is_complex() else values.double()
+        array = np.asarray(values)
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"of {array.dtype}")
+    except (ValueError, TypeError, RuntimeError) as error:  # lists of different lengths; a tensor that is not plain
+        kind = type(values).__name__
+        raise ValueError(f"{name} is a {kind} ({reason(error)}); give an array of real numbers") from error
     array = array.astype(np.float64)
     if entries is not None and array.size not in (1, entries):
         raise ValueError(f"{name} has {array.size} numbers, of shape {list(array.shape)}; give one, or {entries}")

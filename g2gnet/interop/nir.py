@@ -25,24 +25,21 @@ demands. The resets differ slightly: in the step after a spike NIR's membrane ch
 ``Synaptic`` stays at zero, as in snnTorch. A warning says so.
 
 Edges into a node add up, and Delay(τ) is y(t) = x(t − τ). A projection of delay d is source → Delay(d·Δt) → linear →
-target, with τ in seconds, one for each neuron of the source. What is read has to be whole steps. A Delay behind a
-linear node without a bias does the same, if it is one for all neurons. Learned delays are written as they act, in whole
-steps.
+target, with τ in seconds, one for each neuron of the source. What is read has to be whole steps. Learned delays are
+written as they act, in whole steps.
 
 A recurrent connection V is a loop of two nodes, neurons → linear → neurons. Where it has no Delay, its spikes take one
 time step, the least that can be, as in all tools that run NIR step by step. A Delay says all of its delay: Δt is one
-step, and nothing is added, as NIR's time is continuous. (The executor of nirtorch adds a step to the Delay of a cycle.)
-In a longer cycle without any Delay NIR leaves open which edge takes the step: it is refused. :func:`to_nir` writes a
-population with a connection of one step to itself as a graph inside of the graph, with the nodes ``input``, ``lif``,
-``w_rec``, ``output``; snnTorch writes the same nodes without that graph. In a chain, a bias in the loop is a constant
-current: it is read as part of b.
+step, and nothing is added, as NIR's time is continuous. In a longer cycle without any Delay NIR leaves open which edge
+takes the step: it is refused. :func:`to_nir` writes a population with a connection of one step to itself as a graph
+inside of the graph, with the nodes ``input``, ``lif``, ``w_rec``, ``output``; snnTorch writes the same nodes without
+that graph. In a chain, a bias in the loop is a constant current: it is read as part of b.
 
 NIR cannot carry adaptive neurons; the reset by subtraction, since its neurons only reset to a value; decays of 1 beside
 others in one population, or of synaptic neurons; the encoding of samples. Surrogates, learnability, groups and units go
 into the nodes' metadata, which other tools do not read, and so do the names of networks that are no such chain.
 """
 
-import functools
 import itertools
 import logging
 import math
@@ -53,7 +50,7 @@ import numpy as np
 import torch
 
 from g2g_kernels import BlockMask
-from g2g_kernels.choices import check_choice, check_flag
+from g2g_kernels.choices import check_choice
 from g2g_kernels.numbers import SHARPNESS, Number
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.checks import check_parameter
@@ -85,8 +82,6 @@ _FORMS = {
 }
 #: of each node that is read: our model, and NIR's time constant for each of its decays that is not 1
 _READ = {**{form.node: (model, form.time_constants) for model, form in _FORMS.items()}, "IF": ("lif", {})}
-#: the first version with a reset value of neurons
-_LEAST_NIR = (1, 0, 7)
 #: what time constants and input strengths are
 _POSITIVE = Number(0, open_low=True)
 #: the time step of snnTorch's and most other NIR converters, in seconds
@@ -102,7 +97,7 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
 
     Raises:
         ValueError: for anything that NIR cannot express.
-        ImportError: if the package ``nir``, 1.0.7 or newer, is not installed.
+        ImportError: if the package ``nir`` is not installed; the extra ``interop`` has a version that fits.
 
     Example:
         >>> from g2gnet import G2GNet
@@ -113,7 +108,7 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
         >>> graph.edges[:3], graph.nodes["fc1_delay"].delay.shape
         ([('input', 'fc1_delay'), ('fc1_delay', 'fc1'), ('fc1', 'lif1')], (64,))
     """
-    nir = optional_package("nir", "interop", _LEAST_NIR)
+    nir = optional_package("nir", "interop")
     if not isinstance(net, SpikingNetwork):
         raise ValueError(f"to_nir takes a SpikingNetwork, a SpikingStack or a G2GNet, not a {type(net).__name__}")
     _check_written(net)
@@ -159,14 +154,11 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
 
 
 def _check_written(net: SpikingNetwork) -> None:
-    for kind, modules in ((G2GLinear, net.connections()), (SpikingNeurons, net.neurons())):
-        for name, module in modules.items():
-            if not isinstance(module, kind):
-                raise ValueError(
-                    f"{name} is a {type(module).__name__}; only G2GLinear and the neurons of g2gnet convert"
-                )
-            if "/" in name:
-                raise ValueError(f"{name!r} cannot be a name in NIR's files, where / joins names; choose another")
+    for name, module in (*net.connections().items(), *net.neurons().items()):
+        if not isinstance(module, G2GLinear | SpikingNeurons):
+            raise ValueError(f"{name} is a {type(module).__name__}; only G2GLinear and the neurons of g2gnet convert")
+        if "/" in name:
+            raise ValueError(f"{name!r} cannot be a name in NIR's files, where / joins names; choose another")
     for number, name in enumerate(net.populations[:-1]):
         if not any(route.source == number != route.target for route in net.routes()):
             raise ValueError(f"{name} sends to no other population, and NIR takes it for an output; leave it out")
@@ -175,10 +167,9 @@ def _check_written(net: SpikingNetwork) -> None:
             f"readout={net.readout!r} cannot be written to NIR, whose LIF nodes spike; train the network with "
             "readout='counts' (train.py --readout counts)"
         )
-    for name, neurons in net.neurons().items():  # no reset makes them fit
+    for name, neurons in net.neurons().items():
         if neurons.model.name not in _FORMS:
             raise ValueError(f"{name}: NIR has no {neurons.model.name!r} neurons; only {', '.join(_FORMS)} convert")
-    for neurons in net.neurons().values():
         if neurons.reset != "zero":
             raise ValueError(
                 f"reset={neurons.reset!r} cannot be written to NIR, whose neurons reset to a value; train the network "
@@ -208,10 +199,8 @@ def from_nir(
         T, backend: of the network; a graph does not say for how many steps inputs [B, D] are held.
 
     Raises:
-        ValueError: for a graph of another form, neurons that the network does not have, delays that are no whole number
-            of steps, a cycle of several populations without delay, or numbers that no network has (NaN, infinite or
-            complex; a time constant or input strength that is not above 0; a threshold or a delay below 0).
-        ImportError: if the package ``nir``, 1.0.7 or newer, is not installed.
+        ValueError: for a graph of another form, or numbers that no network has; it names the node.
+        ImportError: if the package ``nir`` is not installed; the extra ``interop`` has a version that fits.
 
     Example:
         >>> from g2gnet import G2GNet
@@ -219,22 +208,12 @@ def from_nir(
         >>> from_nir(graph, T=25)(torch.rand(2, 64)).shape
         torch.Size([2, 10])
     """
-    nir = optional_package("nir", "interop", _LEAST_NIR)
+    nir = optional_package("nir", "interop")
     _POSITIVE.check("dt", dt)
     if not isinstance(graph, nir.NIRGraph):
         raise ValueError(f"the graph is a {type(graph).__name__}; give a nir.NIRGraph, as nir.read(file) returns it")
-    if not isinstance(masks or {}, Mapping):
-        raise ValueError(f"masks is a {type(masks).__name__}; give a dict of masks by the name of their node")
     masks = masks or {}
     nodes, edges = nir_links.flattened(graph, nir)
-    kinds = nir.Input, nir.Output, nir.Delay, *nir_links.linear_kinds(nir), *nir_links.neuron_kinds(nir)
-    for name, node in nodes.items():
-        if node is None:
-            raise ValueError(f"node {name} is empty: the tool that wrote the graph could not express it in NIR")
-        if not isinstance(node, kinds):
-            raise ValueError(
-                f"node {name} is a {type(node).__name__}; a network takes Affine, Linear, Delay, LIF, CubaLIF and IF"
-            )
     links, output = nir_links.links_of(nodes, edges, dt, nir)
     known = sorted(link.name for link in links)
     if unknown := set(masks) - set(known):
@@ -248,7 +227,10 @@ def from_nir(
         if link.target not in ours:
             ours[link.target] = _neurons(link.target, nodes[link.target], link.shape[0], dt, backend)
     _warn_of_the_hold([name for name in ours if isinstance(nodes[name], nir.CubaLIF)])
-    names = {name: nir_links.metadata_entry(name, nodes[name], "g2g_name", "", _text) for name in (*ours, *known)}
+    names = {}
+    for name in (*ours, *known):
+        with nir_links.metadata_of(name, nodes[name]) as told:
+            names[name] = str(told.get("g2g_name", ""))
     chain = None if any(names.values()) else nir_links.chain_of(links, output)
     if chain is None:
         modules = {name: of or name.replace(".", "_") for name, of in names.items()}
@@ -260,7 +242,7 @@ def from_nir(
                 "input" if link.source is None else modules[link.source],
                 modules[link.target],
                 connection(link, link.bias),
-                *link.later,
+                *link[5:],
             )
             for link in links
         }
@@ -282,12 +264,6 @@ def _threshold(name: str, value: float) -> None:
     """Raises ValueError for a threshold that a membrane of 0 is above."""
     if check_parameter(name, value) < 0:
         raise ValueError(f"{name}={value} must be at least 0: below it neurons spike at every step without any input")
-
-
-def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{key} is a {type(value).__name__}, not a str")
-    return value
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:
@@ -318,16 +294,12 @@ def _connection(name: str, node: Any, bias: np.ndarray | None, mask: Mask | None
     if bias is not None:
         linear.bias.data.copy_(torch.tensor(bias))
 
-    def read(key: str, row: Any) -> BlockMask | None:
-        if row is None:
-            return None
-        wiring = torch.from_numpy(numbers(key, row, np.size(row)))
-        return BlockMask.from_state({"wiring": wiring}, (weight.shape[0], weight.shape[1]))
-
-    if mask is None:
-        mask = nir_links.metadata_entry(name, node, "wiring", None, read)
-        if mask is not None and weight[~mask.to_dense().numpy()].any():
-            raise ValueError(f"node {name} has weights that its metadata calls absent; give masks={{{name!r}: ...}}")
+    with nir_links.metadata_of(name, node) as told:
+        if mask is None and (row := told.get("wiring")) is not None:
+            wiring = torch.from_numpy(numbers("wiring", row, np.size(row)))
+            mask = BlockMask.from_state({"wiring": wiring}, (weight.shape[0], weight.shape[1]))
+            if weight[~mask.to_dense().numpy()].any():
+                raise ValueError(f"wiring calls weights absent that are not 0; give masks={{{name!r}: ...}}")
     return G2GLinear.from_linear(linear, mask, backend)
 
 
@@ -385,22 +357,20 @@ def _neurons(name: str, node: Any, size: int, dt: float, backend: str | None) ->
     gain = numbers(f"node {name}: gain g", gain, size, _POSITIVE.check)
     threshold = of_node("v_threshold", 1.0, _threshold)
     values["threshold"] = numbers(f"node {name}: v_threshold/g", threshold / gain, size, check_parameter)
-    read = functools.partial(nir_links.metadata_entry, name, node)
-    learned = {  # no leak stays none: NIR cannot express a decay next to 1
-        f"learn_{parameter}": read(f"learn_{parameter}", parameter in ("threshold", *time_constants), check_flag)
-        for parameter in values
-    }
-    neurons = NEURONS[model](
-        reset="zero",
-        surrogate=read("surrogate", SURROGATE, lambda key, value: check_choice(key, value, SURROGATES)),
-        alpha=float(read("alpha", ALPHA, SHARPNESS.check)),
-        backend=backend,
-        **learned,
-    )
+    learned = {f"learn_{parameter}": parameter in ("threshold", *time_constants) for parameter in values}
+    with nir_links.metadata_of(name, node) as told:
+        neurons = NEURONS[model](
+            reset="zero",
+            surrogate=check_choice("surrogate", told.get("surrogate", SURROGATE), SURROGATES),
+            alpha=float(SHARPNESS.check("alpha", told.get("alpha", ALPHA))),
+            backend=backend,
+            # no leak stays none: NIR cannot express a decay next to 1
+            **{flag: told.get(flag, otherwise) for flag, otherwise in learned.items()},
+        )
     for parameter, value in values.items():
         tensor = torch.from_numpy(value).float()
         differ = bool((tensor != tensor[0]).any())
-        per_neuron = read(f"{parameter}_per_neuron", differ, check_flag) or differ
+        per_neuron = differ or told.get(f"{parameter}_per_neuron", False)
         neurons.by_name[parameter].data = tensor.expand(size).clone() if per_neuron else tensor[:1]
     return neurons
 

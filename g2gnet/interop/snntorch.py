@@ -5,17 +5,15 @@ spikes are equal. A PyTorch mask is that of ``torch.nn.utils.prune``, which has 
 ``masks`` restores groups and larger units.
 
 The recurrent neurons of snnTorch contain their connection V, with a bias that acts at every step: it is part of our b.
-With ``all_to_all=False`` V is diagonal. The reset to zero of ``RLeaky`` holds the membrane at zero for a step; that
-without delay (``reset_delay=False``) is ours, but for the gradient, which snnTorch lets pass through the reset.
+The reset to zero of ``RLeaky`` is not ours: it is refused on both sides.
 """
 
-import logging
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from scipy.optimize import brentq
 from torch import nn
 from torch.nn.utils import prune
 
@@ -28,9 +26,6 @@ from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.stack import Pair, RecurrentLayer, SpikingStack, plain_layers
 
-logger = logging.getLogger("g2gnet")
-
-
 #: snnTorch's class of a model, which begins with an R for the recurrent one, and its name for each of our parameters
 _COUNTERPARTS = {
     "lif": ("Leaky", {"beta": "beta", "threshold": "threshold"}),
@@ -38,6 +33,10 @@ _COUNTERPARTS = {
 }
 #: our model of each class
 _MODELS = {prefix + kind: model for model, (kind, _) in _COUNTERPARTS.items() for prefix in ("", "R")}
+_OTHER_RESET = (
+    "snn.RLeaky with reset to zero holds the membrane at zero for a step or, with reset_delay=False, passes gradients "
+    "through the reset, our LIF does neither; train with reset by subtraction, or convert by NIR"
+)
 _KINDS = " or ".join(", ".join(f"snn.{kind}" for kind in _MODELS).rsplit(", ", 1))
 
 
@@ -60,8 +59,7 @@ def from_snntorch(
             :meth:`G2GLinear.from_linear`. Other layers have the mask of ``torch.nn.utils.prune``, or every weight.
         T, backend: of the stack; a model does not say for how many steps inputs [B, D] are held.
         readout: of the stack, which a model does not say: ``"counts"``, or what is read from the membranes of the last
-            neurons, which need ``reset_mechanism="none"``. None: counts, refused for neurons without a reset that
-            return membranes (``output=True``, as :func:`to_snntorch` writes a readout).
+            neurons, which need ``reset_mechanism="none"``. None: counts, refused for neurons without a reset.
 
     Raises:
         ValueError: for layers or options of neurons that the stack does not support, or another readout than theirs.
@@ -94,7 +92,7 @@ def from_snntorch(
             )
     if not linears or len(linears) != len(neurons):
         raise ValueError(f"the model has {len(linears)} nn.Linear and {len(neurons)} {_KINDS}; each needs the other")
-    recurrents = {f"{name}.recurrent": of for name, theirs in neurons.items() if (of := _all_to_all(name, theirs))}
+    recurrents = [f"{name}.recurrent" for name, theirs in neurons.items() if hasattr(theirs, "recurrent")]
     masks = masks or {}
     if unknown := set(masks) - set(linears) - set(recurrents):
         known = ", ".join([*linears, *recurrents])
@@ -132,15 +130,15 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
         torch.Size([2, 10])
     """
     snn = optional_package("snntorch", "interop")
-    layers = plain_layers(stack, "to_snntorch")
-    for number, (_, neurons, _) in enumerate(layers, 1):
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
+    for number, (connection, neurons, recurrent) in enumerate(plain_layers(stack, "to_snntorch"), 1):
         model = neurons.model.name
         if model not in _COUNTERPARTS:
             raise ValueError(f"lif{number}: snnTorch has no {model!r} neurons; only {', '.join(_COUNTERPARTS)} convert")
-    modules: OrderedDict[str, nn.Module] = OrderedDict()
-    for number, (connection, neurons, recurrent) in enumerate(layers, 1):
+        kind, names = _COUNTERPARTS[model]
+        if recurrent is not None and (f"R{kind}", neurons.reset) == ("RLeaky", "zero"):
+            raise ValueError(f"lif{number}: {_OTHER_RESET}")
         modules[f"fc{number}"] = _linear_from_connection(connection)
-        kind, names = _COUNTERPARTS[neurons.model.name]
         values = {names[name]: value for name, value in neurons.by_name.items()}
         options: dict[str, Any] = {
             "reset_mechanism": neurons.reset,
@@ -156,9 +154,6 @@ def to_snntorch(stack: SpikingStack) -> nn.Sequential:
             theirs = getattr(snn, kind)(**options)
         else:
             options["learn_recurrent"] = recurrent.values.requires_grad
-            if (f"R{kind}", neurons.reset) == _HOLDS:
-                options["reset_delay"] = False
-                _warn_of_the_reset(f"lif{number}")
             with torch.random.fork_rng(devices=[]):  # of weights that are replaced at once
                 theirs = getattr(snn, f"R{kind}")(**options, linear_features=connection.out_features)
             theirs.recurrent = _linear_from_connection(recurrent)
@@ -172,13 +167,9 @@ def _readout_of(name: str, theirs: Any, readout: str | None) -> str:
     """The readout of a stack that ends with these neurons; their membranes can be read if nothing resets them."""
     integrates = theirs.reset_mechanism == "none"
     if readout is None and integrates:
-        membranes = "readout='last', 'mean' or 'max'"
-        if theirs.output:
-            raise ValueError(
-                f"{name} has no reset and returns membranes; say what is read from them, {membranes}, or "
-                "readout='counts' to count its spikes"
-            )
-        logger.warning("%s has no reset: its spikes are counted; to read its membranes, give %s", name, membranes)
+        raise ValueError(
+            f"{name} has no reset; say what is read: readout='last', 'mean' or 'max' of its membranes, or 'counts'"
+        )
     if readout not in (None, "counts") and not integrates:
         raise ValueError(
             f"readout={readout!r} is of membranes that are not reset, but {name} has "
@@ -187,40 +178,15 @@ def _readout_of(name: str, theirs: Any, readout: str | None) -> str:
     return "counts" if readout is None else readout
 
 
-def _all_to_all(name: str, theirs: Any) -> nn.Linear | None:
-    """The linear layer inside of recurrent neurons; None: there is none, or V is one weight per neuron."""
-    recurrent = getattr(theirs, "recurrent", None)
-    if recurrent is None or isinstance(recurrent, nn.Linear):
-        return recurrent
-    if not theirs.all_to_all and isinstance(getattr(recurrent, "V", None), torch.Tensor):
-        return None
-    raise ValueError(
-        f"{name}.recurrent is a {type(recurrent).__name__}; from_snntorch takes snn.{type(theirs).__name__} with "
-        "linear_features, or with all_to_all=False"
-    )
-
-
 def _recurrent_from(name: str, theirs: Any, connection: G2GLinear, mask: Mask | None) -> G2GLinear | None:
     """The recurrent connection of neurons behind ``connection``, whose bias theirs is added to; None: there is none."""
     if not hasattr(theirs, "recurrent"):
         return None
-    size, linear = connection.out_features, _all_to_all(name, theirs)
-    if linear is None:
-        weight = theirs.recurrent.V
-        if weight.numel() == 1 < size and weight.requires_grad:
-            raise ValueError(
-                f"{name}: V is one learnable weight for {size} neurons, ours has one for each; give "
-                f"V=torch.full(({size},), {weight.item():g}), or learn_recurrent=False"
-            )
-        numbers(f"{name}: V", weight, size)
-        linear = nn.utils.skip_init(nn.Linear, size, size, bias=False)
-        linear.weight.data = torch.diag(weight.detach().float().flatten().expand(size)).to(connection.values)
-        linear.weight.requires_grad_(weight.requires_grad)
-        mask = torch.eye(size, dtype=torch.bool, device=connection.values.device)
-    if (linear.in_features, linear.out_features) != (size, size):
+    size, linear = connection.out_features, theirs.recurrent
+    if not isinstance(linear, nn.Linear) or (linear.in_features, linear.out_features) != (size, size):
         raise ValueError(
-            f"{name}.recurrent joins {linear.in_features} to {linear.out_features} neurons, but the layer has {size}; "
-            f"give linear_features={size}"
+            f"{name}.recurrent is {type(linear).__name__}({linear.extra_repr()}); from_snntorch takes "
+            f"snn.{type(theirs).__name__} with linear_features={size}"
         )
     recurrent = _connection_from(f"{name}.recurrent", linear, mask, connection.backend)
     if recurrent.bias is not None:
@@ -242,36 +208,17 @@ def _connection_from(name: str, linear: nn.Linear, mask: Mask | None, backend: s
     return G2GLinear.from_linear(linear, mask, backend)
 
 
-#: the reset that holds a membrane at zero for a step where that of our neurons decays from zero
-_HOLDS = ("RLeaky", "zero")
-
-
-def _warn_of_the_reset(name: str) -> None:
-    logger.warning(
-        "%s: snnTorch's reset to zero without delay (reset_delay=False) gives our spikes, but not our gradients: there "
-        "they pass through the reset",
-        name,
-    )
-
-
 def _neurons_from(name: str, theirs: Any, connection: G2GLinear, backend: str | None) -> SpikingNeurons:
     snn = optional_package("snntorch", "interop")
     kind = next(kind for kind in _MODELS if isinstance(theirs, getattr(snn, kind)))
     model = _MODELS[kind]
     ours = NEURONS[model].__name__
-    # Reset to zero at once is that of our LIF, whose membrane decays from there. That of our synaptic neurons is
-    # snnTorch's delayed one: the membrane stays at zero for a step.
-    delayed = ("subtract",) if model == "lif" else ("subtract", "zero")
-    if (kind, theirs.reset_mechanism) == _HOLDS and theirs.reset_delay:
-        raise ValueError(
-            f"{name}: snn.{kind} with reset_mechanism='zero' stays at zero for the step after a spike, our {ours} is "
-            "charged from zero in it; give it reset_delay=False, with which they are equal, or "
-            "reset_mechanism='subtract'"
-        )
+    if (kind, theirs.reset_mechanism) == ("RLeaky", "zero"):
+        raise ValueError(f"{name}: {_OTHER_RESET}")
     for option, value, remedy in (
         ("inhibition", theirs.inhibition, "False"),
         ("state_quant", theirs.state_quant, "False"),
-        ("reset_delay=False", not theirs.reset_delay and theirs.reset_mechanism in delayed, "True"),
+        ("reset_delay=False", not theirs.reset_delay and theirs.reset_mechanism != "none", "True"),
         ("graded_spikes_factor", bool((theirs.graded_spikes_factor != 1).any()), "1"),
         ("surrogate_disable", theirs.surrogate_disable, "False"),
     ):
@@ -279,8 +226,6 @@ def _neurons_from(name: str, theirs: Any, connection: G2GLinear, backend: str | 
             raise ValueError(
                 f"{name}: our {ours} has no {option}; only snn.{kind} with {option.split('=')[0]}={remedy}"
             )
-    if theirs.reset_mechanism == "zero" and not theirs.reset_delay:
-        _warn_of_the_reset(name)
     surrogate, alpha = _surrogate_of(name, theirs.spike_grad)
     values = {parameter: getattr(theirs, their) for parameter, their in _COUNTERPARTS[model][1].items()}
     learned = {f"learn_{parameter}": isinstance(value, nn.Parameter) for parameter, value in values.items()}
@@ -310,14 +255,12 @@ def _alpha_of(surrogate: Surrogate, derivative: Callable[[float], float]) -> flo
         return surrogate.derivative(torch.tensor(x, dtype=torch.float64), alpha).item()
 
     x = 0.0 if at(0.0, 1.0) != at(0.0, 2.0) else 1.0
-    value, low, high = derivative(x), 1e-30, 1e30
-    if not min(at(x, low), at(x, high)) < value < max(at(x, low), at(x, high)):
+    value = derivative(x)
+    try:
+        exponent = brentq(lambda exponent: at(x, 10**exponent) - value, -30, 30)
+    except ValueError:  # it is larger, or smaller, for every α
         return None
-    grows = at(x, low) < at(x, high)
-    while high / low > 1 + 1e-9:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if (at(x, middle) < value) == grows else (low, middle)
-    return float(f"{low:.6g}")
+    return float(f"{10**exponent:.6g}")
 
 
 def _surrogate_of(name: str, spike_grad: Callable[[torch.Tensor], torch.Tensor]) -> tuple[str, float]:
@@ -331,7 +274,7 @@ def _surrogate_of(name: str, spike_grad: Callable[[torch.Tensor], torch.Tensor])
     derivative = derivative.nan_to_num(nan=0.0)  # of a sigmoid, whose exponential overflows far out
     for surrogate, ours in SURROGATES.items():
         alpha = _alpha_of(ours, lambda point: derivative[int((x - point).abs().argmin())].item())
-        if alpha and torch.allclose(ours.derivative(x, alpha), derivative, rtol=1e-4, atol=1e-9):
+        if alpha is not None and torch.allclose(ours.derivative(x, alpha), derivative, rtol=1e-4, atol=1e-9):
             return surrogate, alpha
     raise ValueError(
         f"{name}: spike_grad is not one of g2g's surrogates ({', '.join(SURROGATES)}); give it one of them before, "

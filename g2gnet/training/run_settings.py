@@ -10,7 +10,7 @@ from g2gnet.base.schedules import SCHEDULES
 from g2gnet.data import DATASETS, npz
 from g2gnet.data.augmentation import SHIFTS, shift_problem
 from g2gnet.data.binned import STEP
-from g2gnet.data.features.pretrained_weights import RELEASES
+from g2gnet.data.features import RELEASES
 from g2gnet.dst.rules import ACTIVITY, GROW_RULES, PRUNE_RULES, Rule
 from g2gnet.network_settings import Need, NetworkSettings, Others, Settings, of_group, with_default
 from g2gnet.neurons import NEURONS

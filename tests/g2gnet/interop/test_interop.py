@@ -79,17 +79,14 @@ class TutorialNet(nn.Module):
         {"recurrent": True, "per_neuron": True, "learn_beta": False, "threshold": 0.6},
         {"recurrent": True, "neuron": "synaptic", "reset": "zero"},
         {"recurrent": [2], "threshold": 0.6},
-        {"recurrent": True, "reset": "zero"},
     ],
 )
-def test_there_and_back_again_is_the_same_network(options, caplog):
+def test_there_and_back_again_is_the_same_network(options):
     net, draws = small_net(**options), torch.get_rng_state()
     list(net.connections().values())[1].requires_grad_(False)
     theirs = to_snntorch(net)
     assert torch.equal(torch.get_rng_state(), draws)
     assert torch.equal(torch.stack([theirs(x_t) for x_t in SAMPLES]), output_spikes(net))
-    only_spikes = options == {"recurrent": True, "reset": "zero"}
-    assert ("gives our spikes, but not our gradients" in caplog.text) == only_spikes
 
     names = {name: name.replace("rec", "lif") + ".recurrent" * (name[0] == "r") for name in net.connections()}
     masks = {names[name]: connection.mask for name, connection in net.connections().items()}
@@ -118,6 +115,7 @@ def test_what_the_other_library_lacks_is_refused():
     mixed.lif2.beta.data[3:5] = 1.2
     for convert, message in (
         (lambda: to_snntorch(small_net(neuron="adlif")), "lif1: snnTorch has no 'adlif' neurons; only lif, synaptic"),
+        (lambda: to_snntorch(small_net(recurrent=True, reset="zero")), "lif1: snn.RLeaky with reset to zero holds"),
         (lambda: to_nir(small_net(neuron="adlif")), "lif1: NIR has no 'adlif' neurons; only lif, synaptic convert"),
         (lambda: to_nir(small_net()), "reset='subtract' cannot be written to NIR, .*; train the .* with reset='zero'"),
         (lambda: to_nir(mixed),
@@ -153,7 +151,7 @@ WRONG_MODELS = [
     (lambda: changed("fc1", "weight", torch.ones(40, 30).char()), "weight of fc1 must be a floating-point tensor"),
     (lambda: changed("fc1", "weight", torch.ones(40, 30, 2)), r"fc1: weight has shape \[40, 30, 2\]; give a matrix"),
     (lambda: changed("lif1", "threshold", torch.tensor(torch.nan)), "lif1: threshold=nan must be a number that"),
-    (lambda: changed("lif1", "threshold", torch.tensor(1j)), "lif1: threshold is a tensor of torch.complex64"),
+    (lambda: changed("lif1", "threshold", torch.tensor(1j)), r"lif1: threshold is a Tensor \(of complex64\)"),
     (lambda: changed("lif1", "beta", torch.ones(3)), r"lif1: beta has 3 numbers, of shape \[3\]; give one, or 40"),
     (lambda: nn.Sequential(nn.Conv2d(1, 1, 3), LEAKY), "0 is a Conv2d; from_snntorch takes networks of nn.Linear"),
     (lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)),
@@ -167,9 +165,11 @@ WRONG_MODELS = [
     (lambda: nn.Sequential(nn.Linear(3, 3), snntorch.Synaptic(0.9, 0.9, reset_delay=False)),
      "1: our Synaptic has no reset_delay=False; only"),
     (lambda: nn.Sequential(nn.Linear(9, 9), snntorch.RLeaky(beta=0.9, conv2d_channels=1, kernel_size=3)),
-     r"1.recurrent is a Conv2d; from_snntorch takes snn.RLeaky with linear_features"),
+     r"1.recurrent is Conv2d\(.*\); from_snntorch takes snn.RLeaky with linear_features=9"),
+    (lambda: nn.Sequential(nn.Linear(9, 9), snntorch.RLeaky(beta=0.9, all_to_all=False, V=torch.ones(9))),
+     r"1.recurrent is RecurrentOneToOne\(.*\); from_snntorch takes snn.RLeaky with linear_features=9"),
     (lambda: nn.Sequential(nn.Linear(9, 9), snntorch.RLeaky(beta=0.9, linear_features=8)),
-     r"1.recurrent joins 8 to 8 neurons, but the layer has 9; give linear_features=9"),
+     r"1.recurrent is Linear\(in_features=8, .*; from_snntorch takes snn.RLeaky with linear_features=9"),
 ]  # fmt: skip
 
 
@@ -332,7 +332,10 @@ def test_graphs_of_another_form_are_refused():
         ({"lif1": nir.LI(node.tau, node.r, node.v_leak)}, "node lif1 is a LI; a network takes .* LIF, CubaLIF and IF"),
         ({"lif1": nir.LIF(node.tau, node.r, node.v_leak + 1, node.v_threshold, node.v_reset)}, "lif1 has v_leak other"),
         ({"lif1": nir.LIF(node.tau, node.r, node.v_leak, node.v_threshold, node.v_reset + 1)}, "has v_reset other"),
-        ({"fc2": nir.Affine(np.ones((40, 40)), np.ones(40), metadata=graph.nodes["fc2"].metadata)}, "calls absent"),
+        (
+            {"fc2": nir.Affine(np.ones((40, 40)), np.ones(40), metadata=graph.nodes["fc2"].metadata)},
+            "calls weights absent",
+        ),
         ({"lif1": None}, "lif1 is empty: the tool that wrote the graph could not express it"),  # norse's recurrent cell
     ):
         with pytest.raises(ValueError, match=message):
@@ -362,7 +365,7 @@ def test_numbers_that_no_network_has_are_refused_by_node_and_name(name, number):
     node, shape = ("w", (5, 3)) if name == "weight" else ("w" if name == "bias" else "n", (5,))
     values = np.full(shape, 1e-3 if name in POSITIVE else 0.0, type(number))
     values.flat[2] = number
-    shown = " is complex128" if isinstance(number, complex) else f"={number}"
+    shown = r" is a ndarray (of complex128)" if isinstance(number, complex) else f"={number}"
     with pytest.raises(ValueError, match=f"node {node}: {name}{re.escape(shown)}.*(give an array of real|must be) "):
         from_nir(graph_with(node, **{name: values}), T=STEPS)
 
@@ -371,14 +374,14 @@ def test_numbers_that_no_network_has_are_refused_by_node_and_name(name, number):
     ("node", "values", "message"),
     [
         ("w", {"weight": np.ones((1, 5, 3))}, r"node w: weight has shape \[1, 5, 3\]; give a matrix"),
-        ("w", {"weight": torch.ones(5, 3).to_sparse()}, "node w: weight is a tensor of .*sparse_coo; give an array"),
+        ("w", {"weight": torch.ones(5, 3).to_sparse()}, "node w: weight is a Tensor .*[Ss]parse.*; give an array"),
         ("w", {"bias": np.ones(4)}, r"node w: bias has 4 numbers, of shape \[4\]; give one, or 5"),
-        ("w", {"metadata": {"wiring": "x"}}, "node w: metadata: wiring is a str; give .*; mend or delete 'wiring'"),
+        ("w", {"metadata": {"wiring": "x"}}, "node w: metadata: wiring is a str .*; give .*; mend or delete it"),
         ("w", {"metadata": {"wiring": np.ones(7)}}, "node w: metadata: wiring and its checksum do not match"),
-        ("n", {"tau_mem": "1 ms"}, "node n: tau_mem is a str; give an array of real numbers"),
+        ("n", {"tau_mem": "1 ms"}, "node n: tau_mem is a str .*; give an array of real numbers"),
         ("n", {"r": np.full(5, 1e-30), "w_in": np.full(5, 1e-30)}, "node n: gain g=1.*e-62 must be a number above"),
         ("n", {"metadata": None}, "node n: metadata is a NoneType; give a dict"),
-        ("n", {"metadata": {"alpha": [1, 2]}}, r"node n: metadata: alpha=\[1, 2\] must be .*; mend or delete 'alpha'"),
+        ("n", {"metadata": {"alpha": [1, 2]}}, r"node n: metadata: alpha=\[1, 2\] must be .*; mend or delete it"),
         ("n", {"metadata": {"learn_beta": "no"}}, "node n: metadata: learn_beta='no' must be True or False"),
     ],
 )  # fmt: skip
@@ -403,17 +406,11 @@ def test_a_parameter_that_differs_is_one_of_each_neuron_whatever_the_metadata_sa
 def test_the_package_and_the_number_of_steps_are_asked_for(package, load, give, monkeypatch):
     """No form knows the steps, and a stack that holds samples for another number of them would do so in silence."""
 
-    def refused(message):
-        for convert in (functools.partial(load, T=STEPS), give):
-            with pytest.raises(ImportError, match=message):
-                convert(small_net(reset="zero"))
-
     with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'T'"):
         load(TutorialNet())
-    if package == "nir":
-        monkeypatch.setattr("importlib.metadata.version", {"nir": "1.1.dev3+g1234"}.__getitem__)
-        assert to_nir(small_net(reset="zero"))
-        monkeypatch.setattr("importlib.metadata.version", {"nir": "1.0.4"}.__getitem__)
-        refused(r"nir 1.0.7 or newer, not 1.0.4; pip install 'nir>=1.0.7'")
     monkeypatch.setitem(sys.modules, package, None)
-    refused(rf"needs the package {package}; pip install 'g2gnet\[interop\]' installs it")
+    for convert in (functools.partial(load, T=STEPS), give):
+        with pytest.raises(
+            ImportError, match=rf"needs the package {package}; pip install 'g2gnet\[interop\]' installs it"
+        ):
+            convert(small_net(reset="zero"))

@@ -33,7 +33,7 @@ class Theirs(nn.Module):
         if kind.endswith("Synaptic"):
             options = {"alpha": 0.4, **options}
         self.recurrent = kind.startswith("R")
-        if self.recurrent and options.get("all_to_all", True):
+        if self.recurrent:
             options["linear_features"] = HIDDEN
         self.fc1 = nn.Linear(INPUTS, HIDDEN, bias=bias)
         self.lif1 = getattr(snntorch, kind)(**{"beta": 0.8, "spike_grad": fast_sigmoid, **options})
@@ -131,33 +131,7 @@ def test_a_pruned_connection_or_a_mask_of_units_is_kept():
         from_snntorch(theirs, masks={"lif1": units}, T=STEPS)
 
 
-@pytest.mark.parametrize("kind", ["RLeaky", "RSynaptic"])
-def test_one_weight_per_neuron_is_a_diagonal(kind):
-    theirs = Theirs(kind, all_to_all=False, V=torch.linspace(-0.4, 0.4, HIDDEN))
-    ours = from_snntorch(theirs, T=STEPS)
-    assert torch.equal(ours.rec1.mask.to_dense(), torch.eye(HIDDEN, dtype=torch.bool))
-    expected = theirs(SAMPLES)
-    assert torch.equal(output_spikes(ours), expected.detach())
-    expected.sum(0).square().sum().backward()
-    ours(SAMPLES).square().sum().backward()
-    gradient = ours.rec1.mask.unpack(ours.rec1.values.grad).diag()
-    torch.testing.assert_close(gradient, theirs.lif1.V.grad, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(ours.fc1.bias.grad, theirs.fc1.bias.grad, rtol=1e-9, atol=1e-9)
-
-
 def test_what_is_not_learned_there_is_not_learned_here():
-    """One weight of all neurons is a diagonal then, too."""
-    theirs = Theirs("RLeaky", all_to_all=False, V=0.5, learn_recurrent=False)
-    ours = from_snntorch(theirs, T=STEPS)
-    assert torch.equal(ours.rec1.dense_weight(), 0.5 * torch.eye(HIDDEN, dtype=torch.float64))
-    assert not ours.rec1.values.requires_grad
-    assert torch.equal(output_spikes(ours), theirs(SAMPLES).detach())
-    for weight, message in (
-        (0.5, r"lif1: V is one learnable weight for 20 neurons.*V=torch.full\(\(20,\), 1.5\)"),
-        (torch.rand(3), r"lif1: V has 3 numbers, of shape \[3\]; give one, or 20"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            from_snntorch(Theirs("RLeaky", all_to_all=False, V=weight), T=STEPS)
     theirs = Theirs("RSynaptic", learn_recurrent=False)
     theirs.fc1.bias.requires_grad_(False)
     ours = from_snntorch(theirs, T=STEPS)
@@ -167,13 +141,11 @@ def test_what_is_not_learned_there_is_not_learned_here():
     assert from_snntorch(theirs, T=STEPS).fc1.bias.requires_grad
 
 
-def test_a_reset_to_zero_without_delay_has_our_spikes(caplog):
-    """``RLeaky`` with delay holds the membrane at zero, where ``Leaky`` and our LIF let it charge."""
-    theirs = Theirs("RLeaky", reset_mechanism="zero", reset_delay=False)
-    assert torch.equal(output_spikes(from_snntorch(theirs, T=STEPS)), theirs(SAMPLES).detach())
-    assert "lif1: snnTorch's reset to zero without delay (reset_delay=False) gives our spikes, but not" in caplog.text
-    with pytest.raises(ValueError, match=r"snn.RLeaky with reset_mechanism='zero' stays at zero .*reset_delay=False"):
-        from_snntorch(Theirs("RLeaky", reset_mechanism="zero"), T=STEPS)
+@pytest.mark.parametrize("delay", [True, False])
+def test_a_reset_to_zero_of_recurrent_neurons_is_refused(delay):
+    """``RLeaky`` with delay holds the membrane at zero, where our LIF lets it charge; without, its gradients differ."""
+    with pytest.raises(ValueError, match=r"lif1: snn.RLeaky with reset to zero holds .* or convert by NIR"):
+        from_snntorch(Theirs("RLeaky", reset_mechanism="zero", reset_delay=delay), T=STEPS)
 
 
 def test_a_recurrent_network_in_snntorch_stays_sparse_and_starts_anew():

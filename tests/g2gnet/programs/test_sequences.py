@@ -97,7 +97,7 @@ def test_recordings_are_trained_on_and_inspected_as_the_checkpoint_says(tmp_path
     assert "dt: 20.0 there, 10.0 now" in capsys.readouterr().err
     Path("data/shd_train.h5").unlink()
     assert analyze.main([checkpoint]) == 1
-    assert "shd is not in data: shd_train.h5 is not in data" in capsys.readouterr().err
+    assert "shd is not in data: neither data nor data/SHD has shd_train.h5" in capsys.readouterr().err
 
 
 def test_recordings_with_a_part_for_validation_and_folds_of_them(tmp_path):

@@ -113,7 +113,7 @@ def test_a_number_outside_of_its_range_is_named(interval, name):
         ({"input_taps": 4}, "input_taps=4 has no effect with sequence=none; give `sequence=rows`"),
         ({"sequence": "rows", "input_taps": 29}, "input_taps=29 is more than the T=28 steps of a sequence; lower it"),
         ({"bins": 140}, "bins=140 has no effect with dataset=fashionmnist; give `dataset=shd`, .* or `dataset=dvsges"),
-        ({"dataset": "shd", "bins": 128}, "bins=128 does not divide the 700 channels of shd; give `bins=100` or"),
+        ({"dataset": "shd", "bins": 128}, "bins=128 does not divide the 700 channels of shd; give one of 1, 2, 4"),
         ({"dataset": "shd", "dt": 0.0}, "dt=0.0 must be a number from 0.1 to 60000"),
         ({"dataset": "nmnist", "sequence": "rows"}, "sequence=rows is of images, but samples of nmnist are sequences"),
         ({"dataset": "shd", "sequence": "none"}, "sequence=none is of images, but samples of shd are sequences; leave"),

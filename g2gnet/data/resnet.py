@@ -9,34 +9,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-#: values in the features of one image, 32 channels of 4×4
-FEATURES = 512
-
-
-class BasicBlock(nn.Module):
-    """Two 3×3 convolutions with batch normalisation beside a shortcut, which is projected where the shape changes."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample: nn.Sequential | None = None
-        if stride != 1 or in_channels != channels:
-            projection = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
-            self.downsample = nn.Sequential(projection, nn.BatchNorm2d(channels))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        shortcut = x if self.downsample is None else self.downsample(x)
-        x = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(x)) + shortcut)
-
 
 def _stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
-    """Five blocks, the first of which changes the shape."""
-    first = BasicBlock(in_channels, channels, stride)
-    return nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(4)))
+    """Five blocks, the first of which changes the shape, for which its shortcut is projected."""
+    from torchvision.models.resnet import BasicBlock  # importing torchvision takes a second
+
+    shortcut = None
+    if stride != 1:
+        projection = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+        shortcut = nn.Sequential(projection, nn.BatchNorm2d(channels))
+    first = BasicBlock(in_channels, channels, stride, shortcut)
+    return nn.Sequential(first, *(BasicBlock(channels, channels) for _ in range(4)))
 
 
 class ResNet32(nn.Module):

@@ -46,18 +46,18 @@ class OptimizerState:
         reset: Mapping[str, Initial] | None = None,
         fewer: bool = False,
     ) -> None:
-        optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-        self.__setstate__((optimizers, dict(reset or {}), fewer))
+        self.optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        self._reset, self._fewer = dict(reset or {}), fewer
+        self._watch()
 
-    def __getstate__(self) -> tuple[list[torch.optim.Optimizer], dict[str, Initial], bool]:
-        return self.optimizers, self._reset, self._fewer
-
-    def __setstate__(self, state: tuple[list[torch.optim.Optimizer], dict[str, Initial], bool]) -> None:
-        self.optimizers, self._reset, self._fewer = state
+    def _watch(self) -> None:
         for optimizer in self.optimizers:
             if "_optimizer_step_pre_hooks" in vars(optimizer):  # wrappers may have none
-                hook = optimizer.register_step_pre_hook(_refuse_states_of_other_weights)
-                weakref.finalize(self, hook.remove)
+                weakref.finalize(self, optimizer.register_step_pre_hook(_refuse_states_of_other_weights).remove)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._watch()
 
     def check(self, parameter: torch.nn.Parameter) -> None:
         """Raises ValueError, with its name, for a state of these weights that cannot be reset."""
@@ -70,16 +70,14 @@ class OptimizerState:
                         f"{kind} wraps {type(inner).__name__}, which has a state of its own; give the scheduler both: "
                         f"[optimizer, optimizer.{name}]"
                     )
-            unknown = sorted(self._unknown(optimizer, parameter), key=str)
-            if unknown:
-                names = ", ".join(map(str, unknown))
+            if unknown := sorted(self._unknown(optimizer, parameter), key=str):
                 values = ", ".join(f"{name!r}: value" for name in unknown)
                 raise ValueError(
-                    f"{kind} keeps {names} in a form other than plain tensors of the weights' shape, "
-                    f"{list(parameter.shape)}, or by an unknown name, so what new units have there is unknown; pass "
-                    f"reset_state={{{values}}}: for a plain tensor with {len(parameter)} rows a number, or a function "
-                    f"of the new units' weights{'' if self._fewer else '; for others None, which leaves them'}; or use "
-                    "an optimizer whose states have the weights' shape (SGD, Adam, ...)"
+                    f"{kind} keeps {', '.join(map(str, unknown))} in a form other than plain tensors of the weights' "
+                    f"shape, {list(parameter.shape)}, or by an unknown name, so what new units have there is unknown; "
+                    f"pass reset_state={{{values}}}: for a plain tensor with {len(parameter)} rows a number, or a "
+                    f"function of the new units' weights{'' if self._fewer else '; for others None, which leaves them'}"
+                    "; or use an optimizer whose states have the weights' shape (SGD, Adam, ...)"
                 )
 
     def _unknown(self, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> Iterator[Any]:
@@ -109,15 +107,12 @@ class OptimizerState:
             if name in self._reset:
                 initial = self._reset[name] if of_weights or tensor.shape[:1] == parameter.shape[:1] else None
             elif of_weights and tensor.is_floating_point():
-                initial = 0.0 if name in ZERO else self._option(optimizer, parameter, name)
+                of_group = (group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+                initial = 0.0 if name in ZERO else next(of_group, {}).get(OPTION.get(name, ""))
             elif of_weights and name in CODES and not self._fewer:
                 initial = state[CODES[name]].abs().argmin()
             if initial is not None:
                 yield name, tensor, tensor.dim() - parameter.dim() if of_weights else 0, initial
-
-    def _option(self, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, name: str) -> Any:
-        groups = (group for group in optimizer.param_groups if any(each is parameter for each in group["params"]))
-        return next(groups, {}).get(OPTION.get(name, ""))
 
     def keep_(self, parameter: torch.nn.Parameter, kept: torch.Tensor) -> Callable[[], None]:
         """Keeps the state of slots that are ``kept``, bool [num_units], before weights follow; returns its undoing."""

@@ -1,5 +1,6 @@
 """Evidence for the rules: what the layers do in the training step before an update, recorded or given by the caller."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,8 +22,8 @@ _OTHERS = "give " + ", and ".join(f"{name}={' or '.join(map(repr, of))}" for nam
 
 class StepRecorder:
     """Records in one training step, from :meth:`start` to :meth:`stop`, what the rules need: the activity of ``model``,
-    or as given (:meth:`give`); ``grow`` is None if nothing grows. Raises ValueError for a model whose output does not
-    spike, or that is compiled and cannot run uncompiled.
+    or as given (:meth:`give`); ``grow`` is None if nothing grows. Raises ValueError for a network whose output does not
+    spike, or a model that is compiled and cannot run uncompiled.
     """
 
     def __init__(
@@ -37,12 +38,12 @@ class StepRecorder:
         self.needs = {rule.needs for rule in (prune, grow) if rule and rule.needs}
         self._prunes_by_evidence = prune.needs is not None
         self._rules = f"prune={prune.name!r} with grow={grow.name if grow else 'random'!r}"
-        for module in model.modules() if model is not None and ACTIVITY in self.needs else ():
+        self._model = model if ACTIVITY in self.needs else None
+        for module in () if self._model is None else self._model.modules():
             if isinstance(module, SpikingNetwork) and module.readout != "counts":
                 raise ValueError(f"a correlation needs output spikes; readout={module.readout!r} has none; {_OTHERS}")
         if model is not None and self.needs:
             check_compiled(model, " and ".join(sorted(self.needs)))
-        self._model = model if ACTIVITY in self.needs else None
         self._activity: ActivityRecorder | None = None  # while it records
         self._recordings: list[Recording] | None = None
         self._gradients: dict[G2GLinear, UnitGradients] = {}
@@ -85,12 +86,14 @@ class StepRecorder:
     def check(self, activity: Activity) -> None:
         """Raises ValueError for an activity without the spikes that a rule needs."""
         net = self._network
+        if ACTIVITY not in self.needs or activity.readout is None:
+            return
         if net is None:
             last_is_mine = len(self._layers) >= len(activity.spikes)
         else:
             to_output = [net.connections()[route.name] for route in net.routes() if route.target + 1 == net.depth]
             last_is_mine = any(layer in self._layers for layer in to_output)
-        if ACTIVITY in self.needs and activity.readout is not None and last_is_mine:
+        if last_is_mine:
             raise ValueError(
                 f"a correlation needs output spikes, and this activity is a readout of membranes; {_OTHERS}"
             )
@@ -112,13 +115,14 @@ class StepRecorder:
 
     def evidence(
         self, layers: Sequence[tuple[int, G2GLinear]], world: World, candidates: Mapping[int, torch.Tensor | None]
-    ) -> Iterator[tuple[int, Evidence]]:
-        """What is known of each layer and its ``candidates``, with its number; RuntimeError if it was not recorded."""
+    ) -> Iterator[tuple[Evidence, Evidence]]:
+        """What is known of each layer's units, and of those that may grow: the ``candidates`` by the layer's number,
+        int64 counted row by row, or None for the whole grid. RuntimeError if it was not recorded."""
         unpacked: dict[int, torch.Tensor] = {}  # by the train's id; a layer's spikes are the next one's inputs
         for number, layer in layers:
-            correlation = gradient = units = None
-            if (may_grow := candidates[number]) is not None:
-                units = torch.cat([layer.mask.flat_unit(), may_grow]) if self._prunes_by_evidence else may_grow
+            mask, drawn = layer.mask, candidates[number]
+            exist = mask.flat_unit()[: mask.num_units if self._prunes_by_evidence else 0]
+            units, known = None if drawn is None else torch.cat([exist, drawn]), {}
             if ACTIVITY in self.needs:
                 if not self._recordings or not self._recordings[number]:
                     raise RuntimeError(self._nothing_seen("activity", number))
@@ -126,14 +130,19 @@ class StepRecorder:
                 trains = {id(train): train for pair in pairs for train in pair}
                 unpacked = {key: unpacked[key] if key in unpacked else dense(train) for key, train in trains.items()}
                 samples = _samples([(unpacked[id(pre)], unpacked[id(post)]) for pre, post in pairs])
-                correlation = unit_correlation(*samples, layer.mask, world, units).flatten()
+                known["correlation"] = unit_correlation(*samples, mask, world, units).flatten()
             if GRADIENT in self.needs:
                 gradients = self._gradients.get(layer)
                 if gradients is None or not gradients.has_seen:
                     raise RuntimeError(self._nothing_seen("gradient", number))
-                gradient = gradients.root_mean_squares(layer.mask, world, units)
+                known["gradient"] = gradients.root_mean_squares(mask, world, units)
                 gradients.close()
-            yield number, Evidence(layer, correlation, gradient, may_grow)
+            parts: tuple[Any, slice] = exist, slice(None)
+            if drawn is not None:
+                parts = slice(len(exist)), slice(len(exist), None)
+            of_slots, of_grid = ({name: scores[part] for name, scores in known.items()} for part in parts)
+            may_grow = math.prod(mask.grid) if drawn is None else len(drawn)
+            yield Evidence(layer, mask.num_units, **of_slots), Evidence(layer, may_grow, **of_grid)
 
     def _nothing_seen(self, what: str, number: int) -> str:
         if what == GRADIENT and self._overtaken:

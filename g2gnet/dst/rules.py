@@ -3,13 +3,11 @@
 score to compare it with.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
 
-from g2g_kernels import BlockMask
 from g2gnet.layers import G2GLinear
 
 #: what a rule may need from the step before an update
@@ -17,37 +15,20 @@ ACTIVITY, GRADIENT = "activity", "gradient"
 
 
 class Evidence(NamedTuple):
-    """What is known about a layer when its units are scored.
+    """What is known about units of a layer when they are scored: those of its slots, to prune, or those of the grid
+    among which some grow.
 
     Attributes:
         layer: the layer.
-        correlation: if a rule needs it, the mean pre/post correlation of each unit [units].
-        gradient: if a rule needs it, the root mean square of ∂L/∂W over each unit [units].
-        candidates: int64, the absent units that may grow, counted row by row; ``units`` are then these, and before them
-            those of the slots, if pruning needs them. None: any may grow, and ``units`` are those of the whole grid.
+        number: how many units these are.
+        correlation: if a rule needs it, the mean pre/post correlation of each [number].
+        gradient: if a rule needs it, the root mean square of ∂L/∂W over each [number].
     """
 
     layer: G2GLinear
+    number: int
     correlation: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
-    candidates: torch.Tensor | None = None
-
-    @property
-    def mask(self) -> BlockMask:
-        return self.layer.mask
-
-    def of_slots(self, scores: torch.Tensor) -> torch.Tensor:
-        """The scores of the existing units, by slot, from ``scores`` [units]."""
-        return scores[self.mask.flat_unit()] if self.candidates is None else scores[: self.mask.num_units]
-
-    def of_candidates(self, scores: torch.Tensor) -> torch.Tensor:
-        """The scores of the units that may grow, from ``scores`` [units]."""
-        return scores if self.candidates is None else scores[len(scores) - len(self.candidates) :]
-
-    @property
-    def num_candidates(self) -> int:
-        """How many scores a grow rule gives."""
-        return math.prod(self.mask.grid) if self.candidates is None else len(self.candidates)
 
 
 class Rule(NamedTuple):
@@ -56,8 +37,8 @@ class Rule(NamedTuple):
     Attributes:
         name: as in ``prune=``, ``grow=`` and the flags.
         text: what it selects, in a few words.
-        score: a number per unit. Prune rules score each slot, and the lowest are pruned; grow rules score each
-            candidate (:class:`Evidence`), and the highest are grown. Ties are broken at random.
+        score: a number per unit. The units of lowest score are pruned, or those of highest score are grown. Ties are
+            broken at random.
         needs: what must be recorded: :data:`ACTIVITY`, :data:`GRADIENT`, or None.
     """
 
@@ -68,9 +49,9 @@ class Rule(NamedTuple):
 
 
 def _weight(seen: Evidence) -> torch.Tensor:
-    size = seen.layer.values.abs()
-    size = torch.where(seen.mask.valid(), size, 0) if seen.mask.has_padding else size  # padding holds no weights
-    return size.sum((1, 2)) / seen.mask.unit_sizes
+    size, mask = seen.layer.values.abs(), seen.layer.mask
+    size = torch.where(mask.valid(), size, 0) if mask.has_padding else size  # padding holds no weights
+    return size.sum((1, 2)) / mask.unit_sizes
 
 
 def _correlation(seen: Evidence) -> torch.Tensor:
@@ -83,9 +64,8 @@ def _gradient(seen: Evidence) -> torch.Tensor:
     return seen.gradient
 
 
-def _chance(number: Callable[[Evidence], int]) -> Callable[[Evidence], torch.Tensor]:
-    """Equal scores for that many units, so ties are broken at random."""
-    return lambda seen: torch.zeros(number(seen), device=seen.layer.values.device)
+def _chance(seen: Evidence) -> torch.Tensor:
+    return torch.zeros(seen.number, device=seen.layer.values.device)  # ties, which are broken at random
 
 
 def _by_name(*rules: Rule) -> dict[str, Rule]:
@@ -99,11 +79,11 @@ def names_without(need: str, rules: Mapping[str, Rule]) -> list[str]:
 
 PRUNE_RULES = _by_name(
     Rule("set", "smallest weights", _weight),
-    Rule("random", "random", _chance(lambda seen: seen.mask.num_units)),
-    Rule("hebb", "least correlated", lambda seen: seen.of_slots(_correlation(seen)), ACTIVITY),
+    Rule("random", "random", _chance),
+    Rule("hebb", "least correlated", _correlation, ACTIVITY),
 )
 GROW_RULES = _by_name(
-    Rule("hebb", "most correlated", lambda seen: seen.of_candidates(_correlation(seen)), ACTIVITY),
-    Rule("random", "random", _chance(lambda seen: seen.num_candidates)),
-    Rule("gradient", "largest gradient", lambda seen: seen.of_candidates(_gradient(seen)), GRADIENT),
+    Rule("hebb", "most correlated", _correlation, ACTIVITY),
+    Rule("random", "random", _chance),
+    Rule("gradient", "largest gradient", _gradient, GRADIENT),
 )

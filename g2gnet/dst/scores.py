@@ -39,7 +39,7 @@ def unit_correlation(
     post, pre = post.reshape(-1, post.shape[-1]), pre.reshape(-1, pre.shape[-1])
     if units is not None:
         sums = _packed(post * _inverse(norm_post), pre * _inverse(norm_pre), mask, units).sum((1, 2))
-        return world.sum_(sums) / _sizes(mask, units)
+        return world.sum_(sums) / sizes_of(units, mask)
     sums = _unit_sums(post, norm_post, mask.rows).T @ _unit_sums(pre, norm_pre, mask.cols)
     return world.sum_(sums) / (mask.rows.lengths[:, None] * mask.cols.lengths[None, :])
 
@@ -56,8 +56,8 @@ def _packed(g: torch.Tensor, x: torch.Tensor, mask: BlockMask, units: torch.Tens
     return torch.autograd.grad(y, values, g)[0]
 
 
-def _sizes(mask: BlockMask, units: torch.Tensor) -> torch.Tensor:
-    """The number of weights of each of ``units``."""
+def sizes_of(units: torch.Tensor, mask: BlockMask) -> torch.Tensor:
+    """The number of weights of each of ``units``, counted row by row."""
     return mask.rows.lengths[units // mask.grid[1]] * mask.cols.lengths[units % mask.grid[1]]
 
 
@@ -208,21 +208,12 @@ class UnitGradients:
         seen = [(x.reshape(-1, cols.size).float(), g.reshape(-1, rows.size).float()) for x, g in self.pairs]
         # that of a dense weight is its product with the identity
         seen += [(torch.eye(cols.size, device=weight.device), weight.T.float()) for weight in self.dense]
-        x, g = (torch.cat(of_side) if len(of_side) > 1 else of_side[0] for of_side in zip(*seen, strict=True))
+        x, g = map(torch.cat, zip(*seen, strict=True))
         if units is not None:
             sums = world.sum_(_packed(g, x, mask, units)).square().sum((1, 2))
-            return (sums / _sizes(mask, units)).sqrt()
+            return (sums / sizes_of(units, mask)).sqrt()
         x, g = _padded(x, cols), _padded(g, rows)
         block_rows = max(1, BAND // (x.shape[1] * rows.width))  # at a time
-        squares = [_by_unit(world.sum_(band.T @ x).square_(), mask) for band in g.split(block_rows * rows.width, 1)]
-        sums = torch.cat(squares) if len(squares) > 1 else squares[0]
-        if mask.unit_shape != (1, 1):
-            sums /= rows.lengths[:, None] * cols.lengths
-        return sums.sqrt_().flatten()
-
-
-def _by_unit(padded: torch.Tensor, mask: BlockMask) -> torch.Tensor:
-    """The sums over units of some block rows of a padded matrix: [block rows, block columns]."""
-    if mask.unit_shape == (1, 1):
-        return padded
-    return padded.view(-1, mask.rows.width, mask.cols.num_units, mask.cols.width).sum((1, 3))
+        squares = (world.sum_(band.T @ x).square_() for band in g.split(block_rows * rows.width, 1))
+        sums = torch.cat([band.view(-1, rows.width, cols.num_units, cols.width).sum((1, 3)) for band in squares])
+        return sums.div_(rows.lengths[:, None] * cols.lengths).sqrt_().flatten()

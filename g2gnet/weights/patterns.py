@@ -17,13 +17,17 @@ from g2g_kernels.mask.sides import UnitAxis
 from g2g_kernels.numbers import COUNT, PROBABILITY, SIZE, Number, share_of
 from g2g_kernels.ops.checks import DTYPES
 from g2g_kernels.tracing import on_cpu
-from g2gnet.weights.densities import mean_probability, share_inside
-from g2gnet.weights.groupings import GROUPINGS, group_layouts
+from g2gnet.weights.densities import mean_density
 
+#: of each grouping, the kinds of groups (:class:`GroupLayout`) of the first, second, third … layer, over and over.
+#: ``"mixer"`` takes turns between contiguous ranges (spatial mixing) and interleaved groups (feature mixing).
+GROUPINGS = {
+    "index": ("index",),
+    "random": ("random",),
+    "mixer": ("index", "interleaved"),
+}
 #: from the output and the input side of a layer, and a source of randomness, to its units
 Pattern = Callable[[UnitAxis, UnitAxis, torch.Generator | None], torch.Tensor]
-#: a share of a side
-SCALE = Number(0, open_low=True)
 
 
 @dataclass(frozen=True)
@@ -134,7 +138,7 @@ class Distance:
 
     def __post_init__(self) -> None:
         PROBABILITY.check("density", self.density)
-        SCALE.check("scale", self.scale)
+        Number(0, open_low=True).check("scale", self.scale)
 
     def __call__(self, out: UnitAxis, into: UnitAxis, generator: torch.Generator | None = None) -> torch.Tensor:
         sizes = out.lengths[:, None] * into.lengths.double()
@@ -259,18 +263,17 @@ def _name(pattern: Pattern) -> str:
 
 
 def _check_units(pattern: Pattern, units: object, shape: tuple[int, int]) -> None:
-    what = f"of type {type(units).__name__}"
+    what, fits = f"of type {type(units).__name__}", False
     if isinstance(units, torch.Tensor):
-        what = f"{units.dtype} {list(units.shape)}"
-        if units.layout != torch.strided or units.is_meta:
-            what += f" of layout {units.layout} on {units.device}"
-        elif tuple(units.shape) == shape and units.dtype in (torch.bool, *DTYPES):
-            if units.dtype == torch.bool or bool(((units >= 0) & (units <= 1)).all()):
-                return
-            what += " with numbers that are not from 0 to 1"
+        dense = units.layout == torch.strided and not units.is_meta
+        what = f"{units.dtype} {list(units.shape)}{'' if dense else f' of layout {units.layout} on {units.device}'}"
+        fits = dense and tuple(units.shape) == shape and units.dtype in (torch.bool, *DTYPES)
+        if fits and (units.dtype == torch.bool or bool(((units >= 0) & (units <= 1)).all())):
+            return
     raise ValueError(
-        f"the pattern {_name(pattern)} returned {what}; it must return a dense tensor [{shape[0]}, {shape[1]}], bool "
-        "(which units exist) or float (with which probability, from 0 to 1)"
+        f"the pattern {_name(pattern)} returned {what}{' with numbers that are not from 0 to 1' if fits else ''}; it "
+        f"must return a dense tensor [{shape[0]}, {shape[1]}], bool (which units exist) or float (with which "
+        "probability, from 0 to 1)"
     )
 
 
@@ -294,17 +297,19 @@ def layer_mask(
 ) -> BlockMask:
     """Draws the units of layer ``number`` (from 0), whose weight has ``shape`` (out, in).
 
-    ``pattern`` is a name in ``SPARSE``, or a function, whose groups are then contiguous and which knows its own
-    ``probabilities`` of a unit inside and between groups (:func:`~g2gnet.weights.densities.layer_probabilities`).
+    ``pattern`` is a name in ``SPARSE``, or a function, whose groups are contiguous and which knows its own
+    ``probabilities`` of a unit inside and between groups (:func:`~g2gnet.weights.densities.layer_probabilities`). On a
+    side with fewer neurons than ``num_groups`` each is a group.
 
     Example:
         >>> draw = torch.Generator().manual_seed(0)
         >>> layer_mask("mixer", 1, (64, 64), (1.0, 0.15), num_groups=8, block_size=4, generator=draw)  # of fc2
         BlockMask(64×64, 8 groups (interleaved), block_size=4, 66 of 256 units, density=0.2578, device=cpu)
     """
-    grouping = pattern if isinstance(pattern, str) and pattern in GROUPINGS else "index"
-    layouts = group_layouts(grouping, number, shape, num_groups, generator)
-    return mask_between(pattern, *layouts, probabilities, block_size, generator)
+    kinds = GROUPINGS.get(pattern, ("index",)) if isinstance(pattern, str) else ("index",)
+    num_groups = COUNT.check("num_groups", num_groups)
+    out, into = (GroupLayout(size, min(num_groups, size), kinds[number % len(kinds)], generator) for size in shape)
+    return mask_between(pattern, out, into, probabilities, block_size, generator)
 
 
 def mask_between(
@@ -333,5 +338,5 @@ def mask_between(
         return pattern_mask(model, *layouts, block_size, generator)
     if model in GROUPINGS:
         return BlockMask.sample(*layouts, *probabilities, block_size, generator)
-    density = mean_probability(share_inside(*layouts), *probabilities)
+    density = mean_density(*layouts, *probabilities)
     return pattern_mask(PATTERNS[model](*probabilities, density), *layouts, block_size, generator)

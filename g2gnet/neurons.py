@@ -65,17 +65,20 @@ class SpikingNeurons(nn.Module):
         SHARPNESS.check("alpha", alpha)
         self.alpha = alpha
         self.backend = backend
-        # FSDP2 shards no parameter without dimensions
-        shape = (1,) if neurons is None else (SIZE.check("neurons", neurons),)
-        parameters = {
-            name: torch.as_tensor(value) if isinstance(value, np.ndarray | list | tuple) else value
-            for name, value in parameters.items()
-        }
+        size = None if neurons is None else SIZE.check("neurons", neurons)
+        for name, value in parameters.items():
+            if isinstance(value, np.ndarray | list | tuple):
+                parameters[name] = value = torch.as_tensor(value)
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape != (size,):
+                wanted = "one number, or give the number of neurons first," if size is None else f"[{size}]"
+                raise ValueError(f"{name} is a tensor {list(value.shape)}; give {wanted} as LIF({size or 'N'}, …)")
         for name, decay in TIME_CONSTANTS.items():
             if decay in self.model.parameters and name in parameters:
-                parameters = _with_decay(parameters, name, decay, dt, neurons)
+                if decay in parameters:
+                    raise TypeError(f"{name} and {decay} are the same parameter; give one of them")
+                parameters[decay] = _decay(name, parameters.pop(name), dt)
         for name in self.model.parameters:
-            tensor = _initial(name, parameters.pop(name, self.initial[name]), shape, neurons)
+            tensor = _initial(name, parameters.pop(name, self.initial[name]), size)
             if check_flag(f"learn_{name}", parameters.pop(f"learn_{name}", True)):
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
@@ -133,33 +136,22 @@ _POSITIVE = Number(0, open_low=True)
 TIME_CONSTANTS = {"tau": "beta", "tau_syn": "syn_decay", "tau_adapt": "adapt_decay"}
 
 
-def _with_decay(
-    parameters: dict[str, float | torch.Tensor], name: str, decay: str, dt: float | None, neurons: int | None
-) -> dict[str, float | torch.Tensor]:
-    """The parameters with a decay in place of the time constant ``name``."""
-    others = {each: value for each, value in parameters.items() if each != name}
-    if decay in others:
-        raise TypeError(f"{name} and {decay} are the same parameter; give one of them")
+def _decay(name: str, constant: Any, dt: float | None) -> float | torch.Tensor:
+    """The decay in a step of a time constant, or of one for each neuron."""
     if dt is None:
-        raise TypeError(f"{name}={parameters[name]!r:.40} needs dt, a step in the same unit, as {name}=20.0, dt=1.0")
+        raise TypeError(f"{name}={constant!r:.40} needs dt, a step in the same unit, as {name}=20.0, dt=1.0")
     _POSITIVE.check("dt", dt)
-    given = parameters[name]
-    if not isinstance(given, torch.Tensor) or not given.dim():
-        return {**others, decay: math.exp(-dt / _POSITIVE.check(name, given))}
-    constants = given.detach().double()
-    if neurons is None or tuple(given.shape) != (neurons,):
-        raise ValueError(f"{name} is a tensor {list(given.shape)}; give one number, or [{neurons or 'N'}] as LIF(N, …)")
-    if not ((constants > 0) & constants.isfinite()).all():
-        raise ValueError(f"{name} must be above 0 and finite")
-    return {**others, decay: torch.exp(-dt / constants)}
+    if not isinstance(constant, torch.Tensor) or not constant.dim():
+        return math.exp(-dt / _POSITIVE.check(name, constant))
+    for each in constant.detach().unique().tolist():
+        _POSITIVE.check(name, each)
+    return torch.exp(-dt / constant.detach().double())
 
 
-def _initial(name: str, value: Any, shape: tuple[int, ...], neurons: int | None) -> torch.Tensor:
+def _initial(name: str, value: Any, size: int | None) -> torch.Tensor:
     if not isinstance(value, torch.Tensor) or not value.dim():
-        return torch.full(shape, check_parameter(name, value))
-    if neurons is None or tuple(value.shape) != shape:
-        wanted = "one number, or give the number of neurons first, as LIF(N, …)" if neurons is None else f"[{neurons}]"
-        raise ValueError(f"{name} is a tensor {list(value.shape)}; give {wanted}")
+        # FSDP2 shards no parameter without dimensions
+        return torch.full((size or 1,), check_parameter(name, value))
     for each in value.detach().unique().tolist():
         check_parameter(name, each)
     return value.detach().to(default_device(), torch.float32).clone()

@@ -84,19 +84,19 @@ def sparsify(
         raise ValueError(
             f"skip names {', '.join(sorted(unknown))}; the linear layers are {', '.join(places) or 'none'}"
         )
-    holders = _holders(model)
-    seen: set[nn.Module] = {places[name] for name in skip}
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(parameter, []).append(name)
     chosen: list[nn.Linear] = []
     dense: dict[str, list[str]] = {}
-    for name, linear in places.items():
-        if linear in seen:
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or any(module is places[skipped] for skipped in skip):
             continue
-        seen.add(linear)
-        reason = _reason_to_stay(name, linear, holders)
-        if reason:
+        if reason := _reason_to_stay(name, module, holders):
             dense.setdefault(reason, []).append(name)
-            continue
-        chosen.append(linear)
+        else:
+            chosen.append(module)
     stay = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in dense.items())
     if not chosen:
         raise ValueError("model has no nn.Linear to replace" + (f"; these stay dense: {stay}" if stay else ""))
@@ -121,22 +121,13 @@ def sparsify(
     return model
 
 
-def _holders(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    holders: dict[nn.Parameter, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            holders.setdefault(parameter, []).append(name)
-    return holders
-
-
 def _reason_to_stay(name: str, linear: nn.Linear, holders: dict[nn.Parameter, list[str]]) -> str | None:
     if parametrize.is_parametrized(linear):
         return "parametrized, as by weight_norm"
     if type(linear) is not nn.Linear:
         return f"of the class {type(linear).__name__}"
-    names = [*linear._parameters, *linear._buffers, *linear._modules]
-    more = [each for each in names if each not in ("weight", "bias")]
-    if more:
+    own = (*linear._parameters, *linear._buffers, *linear._modules)
+    if more := [each for each in own if each not in ("weight", "bias")]:
         return f"with {', '.join(more)} of its own; G2GLinear.from_linear keeps a pruned mask"
     for parameter in linear.parameters():
         others = [holder for holder in holders[parameter] if holder != name]

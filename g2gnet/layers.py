@@ -1,6 +1,7 @@
 """A sparse linear layer over a :class:`BlockMask`."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,8 +12,41 @@ from g2g_kernels import BlockMask, GroupLayout, g2g_linear
 from g2g_kernels.numbers import FLOAT32
 from g2g_kernels.ops.g2g_stack.layer import ProductObserver
 from g2g_kernels.tracing import default_device, is_traced
-from g2gnet.weights.dense_weight import NOT_WRITABLE, DerivedWeight
 from g2gnet.weights.packed_weights import PackedWeights
+
+#: why the dense weight cannot be written to, and what to do instead
+_NOT_WRITABLE = (
+    "of a G2GLinear is computed from its packed values at every access. Change layer.values "
+    "(layer.values.data.copy_(layer.mask.pack(weight)), layer.reset_parameters(), layer.values.requires_grad_(False)), "
+    "or create a new layer: G2GLinear.from_linear(linear, mask)"
+)
+
+
+class _DerivedWeight(torch.Tensor):
+    """The dense weight of a :class:`~g2gnet.G2GLinear`, for reading only, as is all that shares its memory (views,
+    ``detach()``, ``.data``). Copies, and results computed from it, are ordinary tensors."""
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else next(iter(kwargs.values()), None)  # functions of nn.init name their tensor
+        name = function.__name__
+        in_place = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
+        if (in_place and isinstance(first, cls)) or isinstance(kwargs.get("out"), cls):
+            raise RuntimeError(f"{name} would change a copy: the dense weight {_NOT_WRITABLE}")
+        with torch._C.DisableTorchFunctionSubclass():
+            if name in ("__deepcopy__", "__reduce_ex__"):
+                return function(args[0].as_subclass(torch.Tensor), *args[1:])
+            result = function(*args, **kwargs)
+            if isinstance(result, torch.Tensor) and isinstance(first, cls) and _same_memory(result, first):
+                return result.as_subclass(cls)
+        return result
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.layout != torch.strided or one.is_nested:  # sparse and mkldnn tensors have no such memory
+        return False
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 class StepObserver(Protocol):
@@ -182,13 +216,12 @@ class G2GLinear(PackedWeights):
         fan_in = self.mask.fan_in()
         # all neurons of a block row have the same fan-in: read that of the first
         first_neuron = self.mask.rows.order[self.mask.rows.bounds[:-1].long()]
-        bound = fan_in[first_neuron].clamp(min=1).rsqrt()[self.mask.unit_row.long(), None, None]
-        uniform = torch.rand(self.values.shape, generator=generator, device="cpu").to(self.values.device) * 2 - 1
-        self.values.copy_(uniform * bound * self.mask.valid())
-        if self.bias is not None:
-            bound = fan_in.float().mean().clamp(min=1).rsqrt()
-            uniform = torch.rand(self.bias.shape, generator=generator, device="cpu").to(self.bias.device) * 2 - 1
-            self.bias.copy_(uniform * bound)
+        of_units = fan_in[first_neuron].clamp(min=1).rsqrt()[self.mask.unit_row.long(), None, None] * self.mask.valid()
+        of_bias = fan_in.float().mean().clamp(min=1).rsqrt()
+        for tensor, bound in ((self.values, of_units), (self.bias, of_bias)):
+            if tensor is not None:
+                uniform = torch.rand(tensor.shape, generator=generator, device="cpu").to(tensor.device) * 2 - 1
+                tensor.copy_(uniform * bound)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] → [..., out]."""
@@ -219,15 +252,15 @@ class G2GLinear(PackedWeights):
         weight = self.dense_weight()
         if is_traced() or type(weight) is not torch.Tensor:  # traced, or a stand-in
             return weight
-        return weight.as_subclass(DerivedWeight)
+        return weight.as_subclass(_DerivedWeight)
 
     @weight.setter
     def weight(self, value: object) -> None:
-        raise AttributeError(f"weight cannot be assigned: that {NOT_WRITABLE}")
+        raise AttributeError(f"weight cannot be assigned: that {_NOT_WRITABLE}")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight":  # where nn.Module puts an assigned Parameter
-            raise AttributeError(f"weight cannot be assigned: that {NOT_WRITABLE}")
+            raise AttributeError(f"weight cannot be assigned: that {_NOT_WRITABLE}")
         super().register_parameter(name, param)
 
     def _repr_html_(self) -> str:

@@ -26,7 +26,7 @@ from g2gnet.dst.replacement import draw_candidates, replace_units
 from g2gnet.dst.rules import GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
 from g2gnet.layers import G2GLinear
 from g2gnet.spiking_network import SpikingNetwork
-from g2gnet.weights.tied_averages import has_unknown_copies, rewire_averages, tie_wiring
+from g2gnet.weights.tied_averages import rewire_averages, tie_wiring
 
 logger = logging.getLogger("g2gnet")
 
@@ -398,10 +398,11 @@ class DSTScheduler:
                 pruned, grown = pruned + gone, grown + new
             undo.pop_all()
         for _, layer in layers:
-            layer.kin.end_tie("it was rewired by itself")
+            layer.ties.end("it was rewired by itself")
             rewire_averages(layer)
         self._outcomes.append((self.steps, [number for number, _ in layers], finite, pruned, grown))
-        if not self._told_of_copies and any(has_unknown_copies(layer) for layer in self.layers):
+        copies = (copy for layer in self.layers for copy in layer.ties.copies)
+        if not self._told_of_copies and not all(copy.ties.declared for copy in copies):
             self._told_of_copies = True
             logger.warning(
                 "the network was rewired, and a copy of it keeps the units that it has. If it is an average, give "

@@ -24,7 +24,7 @@ from g2g_kernels.mask.sides import deep_copied
 from g2g_kernels.mask.wiring import DRIFT, read_row, unwrapped, version
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.tracing import is_traced
-from g2gnet.weights.tied_averages import Kin, after_other_units
+from g2gnet.weights.tied_averages import Ties, after_other_units
 
 
 class PackedWeights(nn.Module):
@@ -41,7 +41,7 @@ class PackedWeights(nn.Module):
     def __init__(self, mask: BlockMask, values: nn.Parameter) -> None:
         super().__init__()
         #: its averages and copies; a copy begins with its own
-        self.kin = Kin()
+        self.ties = Ties()
         self._modules["mask"] = mask  # the class has a property of that name
         self.values = values
 
@@ -50,7 +50,7 @@ class PackedWeights(nn.Module):
         """The units that exist, as the buffer ``mask.wiring`` has them or, of a tied average, the tie. Raises
         ValueError if something was written into the buffer that describes no mask of these weights."""
         mask = self._own_mask
-        if not is_traced() and mask.writes and self.kin.source is None:
+        if not is_traced() and mask.writes and self.ties.source is None:
             self._read_wiring()
         return mask
 
@@ -81,7 +81,7 @@ class PackedWeights(nn.Module):
 
     def settle(self) -> None:
         """Has mask and buffer agree, before something reads both."""
-        if self.kin.source is None:
+        if self.ties.source is None:
             _ = self.mask
         elif self._own_mask.writes:
             self._own_mask.write_wiring()
@@ -91,7 +91,7 @@ class PackedWeights(nn.Module):
         mask: Any = self._modules["mask"]
         if is_traced():
             return self.values, mask
-        if version(mask.own_wiring) != mask.written and self.kin.source is None:
+        if version(mask.own_wiring) != mask.written and self.ties.source is None:
             self._read_wiring()
         if mask.wiring is mask.own_wiring:
             return self.values, mask
@@ -151,16 +151,16 @@ class PackedWeights(nn.Module):
         twin = memo[id(self)] = type(self).__new__(type(self))
         # torch.nn.utils.parametrize replaces __getstate__ of the object's class by a refusal
         twin.__setstate__(deep_copied(PackedWeights.__getstate__(self), memo))
-        self.kin.copies.add(twin)
+        self.ties.copies.add(twin)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
-        return {**self.__dict__, "kin": None}
+        return {**self.__dict__, "ties": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.kin = Kin()
+        self.ties = Ties()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "PackedWeights":
         self.settle()

@@ -10,7 +10,7 @@ from g2g_kernels.mask.sampling import LARGEST_GRID, distinct
 from g2g_kernels.numbers import INT32, INT64, share_of
 from g2gnet.dst.gradual_pruning import units_within
 from g2gnet.dst.optimizer_state import OptimizerState
-from g2gnet.dst.scores import sizes_of
+from g2gnet.dst.rules import sizes_of
 from g2gnet.layers import G2GLinear
 
 #: Of more scores than this those that are too low are left out first, as one in so many tells: a prime number, which

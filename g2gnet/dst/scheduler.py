@@ -337,7 +337,7 @@ class DSTScheduler:
         return due
 
     def _wiring(self) -> list[torch.Tensor]:
-        return [units for layer in self.layers for units in (layer.mask.unit_row, layer.mask.unit_col)]
+        return [units for mask in [layer.mask for layer in self.layers] for units in (mask.unit_row, mask.unit_col)]
 
     def _network(self) -> Iterator[torch.Tensor]:
         """What must be the same in all processes: the wiring, and the parameters of the model, or of the layers."""

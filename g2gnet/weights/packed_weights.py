@@ -49,8 +49,8 @@ class PackedWeights(nn.Module):
     def mask(self) -> BlockMask:
         """The units that exist, as the buffer ``mask.wiring`` has them or, of a tied average, the tie. Raises
         ValueError if something was written into the buffer that describes no mask of these weights."""
-        mask = self._own_mask
-        if not is_traced() and mask.writes and self.ties.source is None:
+        mask: Any = self._modules["mask"]
+        if not is_traced() and version(mask.own_wiring) != mask.written and self.ties.source is None:
             self._read_wiring()
         return mask
 
@@ -112,9 +112,10 @@ class PackedWeights(nn.Module):
         Nothing changes if ``apply``, a bool scalar, is false: ``units`` are then those of the slots now. Returns what
         takes it back; after an error nothing has changed.
         """
+        mask = self.mask
         with torch.no_grad(), contextlib.ExitStack() as undo:
-            undo.callback(self.mask.relabel_, slots, self.mask.unit_row[slots], self.mask.unit_col[slots])
-            self.mask.relabel_(slots, units // self.mask.grid[1], units % self.mask.grid[1])
+            undo.callback(mask.relabel_, slots, mask.unit_row[slots], mask.unit_col[slots])
+            mask.relabel_(slots, units // mask.grid[1], units % mask.grid[1])
             for tensor in (self.values, self.values.grad):
                 if tensor is not None:
                     rows = tensor[slots].detach()
@@ -124,13 +125,13 @@ class PackedWeights(nn.Module):
 
     def keep_(self, kept: torch.Tensor) -> Callable[[], None]:
         """Keeps the units of the slots where ``kept``, bool [num_units], is true; returns as :meth:`rewire_`."""
-        before, values, gradient = copy.deepcopy(self.mask), self.values.data, self.values.grad
-        wiring, fewer = self.mask.own_wiring, values[kept]
-        self.mask.keep_(kept)
-        self.write_(fewer, None if gradient is None else gradient[kept])
+        mask, values, gradient = self.mask, self.values.data, self.values.grad
+        before, wiring = copy.deepcopy(mask), mask.own_wiring
+        mask.keep_(kept)
+        self.write_(values[kept], None if gradient is None else gradient[kept])
 
         def undo() -> None:
-            self.mask.replace_by_(before, wiring)
+            mask.replace_by_(before, wiring)
             self.write_(values, gradient)
 
         return undo

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet import LIF, DSTScheduler, G2GLinear, SpikingStack, sparsify
-from g2gnet.dst.scores import unit_correlation
+from g2gnet.dst.rules import unit_correlation
 
 
 def block_mask(out_size=24, in_size=30, seed=0):
@@ -236,7 +236,7 @@ def recorded_correlations(model, run, monkeypatch):
         seen.append((pre.flatten(0, -2), post.flatten(0, -2)))
         return unit_correlation(pre, post, *rest)
 
-    monkeypatch.setattr("g2gnet.dst.recorder.unit_correlation", spy)
+    monkeypatch.setattr("g2gnet.dst.rules.unit_correlation", spy)
     dst = DSTScheduler(model, torch.optim.SGD(model.parameters(), lr=0.1), interval=1)
     run()
     dst.step()

@@ -81,8 +81,9 @@ class StepRecorder:
             self._uncompiled.end()
             self._uncompiled = None
 
-    def forget(self) -> None:
-        """Forgets the step, also what graphs refer to."""
+    def drop(self) -> None:
+        """Stops recording, and forgets the step, also what graphs refer to."""
+        self.stop()
         for gradients in self._gradients.values():
             gradients.close()
         self._gradients, self._recordings = {}, None
@@ -150,15 +151,11 @@ class StepRecorder:
 
     def _nothing_seen(self, what: str, number: int) -> str:
         if what == GRADIENT and self._overtaken:
-            return (
-                f"another DSTScheduler with grow='gradient' has taken over layer {number}; a layer has one scheduler: "
-                "call step() of the last one only"
-            )
+            return f"another DSTScheduler with grow='gradient' has taken over layer {number}; step the last one only"
         return (
-            f"no {what} of layer {number} was recorded in this step, but {self._rules} needs it. Pass the inputs and "
-            "the activity to step(); or create the scheduler with the model, and run the model forward and backward in "
-            "training mode before each step(), not as a CUDA graph while next_is_due; or use prune='set' or 'random' "
-            "with grow='random'"
+            f"no {what} of layer {number} was recorded in this step, but {self._rules} needs it. Run the model forward "
+            "and backward in training mode before each step(), not as a CUDA graph while next_is_due; or pass the "
+            "inputs and the activity to step(); or use prune='set' or 'random' with grow='random'"
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from g2g_kernels import Activity
 from g2g_kernels.choices import check_choice
-from g2g_kernels.numbers import COUNT, Number, share_of
+from g2g_kernels.numbers import COUNT, PROBABILITY, Number, share_of
 from g2gnet.base.distributed import World
 from g2gnet.base.schedules import SCHEDULES
 from g2gnet.base.seeding import draw_device, stream
@@ -29,8 +29,6 @@ from g2gnet.spiking_network import SpikingNetwork
 from g2gnet.weights.tied_averages import rewire_averages, tie_wiring
 
 logger = logging.getLogger("g2gnet")
-
-_SHARE = Number(0, 1, open_low=True)
 
 
 class DSTScheduler:
@@ -128,33 +126,28 @@ class DSTScheduler:
         check_choice("schedule", schedule, SCHEDULES)
         if isinstance(process_group, str) and process_group != "world":
             raise ValueError(f"process_group={process_group!r} is unknown; give 'world', a process group or None")
+        share = Number(0, 1, open_low=True)
         COUNT.check("interval", interval)
         Number(0, whole=True).check("seed", seed)
-        Number(0, 1, open_low=final_density is None).check("fraction", fraction)
-        _SHARE.check("stop", stop)
+        (share if final_density is None else PROBABILITY).check("fraction", fraction)
+        share.check("stop", stop)
         if final_density is not None:
-            _SHARE.check("final_density", final_density)
+            share.check("final_density", final_density)
         self._last: int | None = None  # the step of the last update
         if total_steps is not None:
-            COUNT.check("total_steps", total_steps)
-            self._last = share_of(stop, total_steps) // interval * interval
+            self._last = share_of(stop, COUNT.check("total_steps", total_steps)) // interval * interval
             if self._last == 0:
                 raise ValueError(
                     f"interval={interval} leaves no update in the first {stop:.4g} of {total_steps} steps; lower it"
                 )
         elif schedule != "constant" or stop != 1.0 or final_density is not None:
-            raise ValueError(
-                f"schedule={schedule!r}, stop={stop} and final_density={final_density} need total_steps, the steps of "
-                "the whole training"
-            )
+            raise ValueError(f"{schedule=}, {stop=} and {final_density=} need total_steps, those of the whole training")
         named = dict(model.named_modules() if isinstance(model, nn.Module) else enumerate(model))
         self._model = model if isinstance(model, nn.Module) else None
         self.layers = [module for module in named.values() if isinstance(module, G2GLinear)]
         if self._model is None and len(self.layers) < len(named):
             other = next(each for each in named.values() if not isinstance(each, G2GLinear))
-            raise TypeError(
-                f"{type(other).__name__} is among the layers, which must be G2GLinear; give the model instead"
-            )
+            raise TypeError(f"{type(other).__name__} is among the layers, which must be G2GLinear; give the model")
         if isinstance(averages, nn.Module):
             raise TypeError("averages is a module; give a list of them, averages=[average]")
         self._averages = list(averages)
@@ -173,8 +166,8 @@ class DSTScheduler:
         if final_density is not None:
             if any(isinstance(each, DistributedDataParallel) for each in named.values()):
                 raise ValueError(
-                    "final_density= makes weights fewer, but DistributedDataParallel keeps buffers of their first "
-                    "number; give the layers in place of the model, and wrap the model anew after each update"
+                    "final_density= makes weights fewer, and DistributedDataParallel keeps buffers of their first "
+                    "number; give the layers in place of the model, and wrap it anew after each update"
                 )
             self._check_enough_is_left(final_density)
         self.final_density = final_density
@@ -223,8 +216,7 @@ class DSTScheduler:
             if id(layer.values) not in held:
                 raise ValueError(
                     f"the optimizer does not hold the weights of layer {number}, {layer.out_features} × "
-                    f"{layer.in_features}, so grown units would stay zero; create the optimizer after the layers, from "
-                    "model.parameters(), or add a layer that was thawed by optimizer.add_param_group"
+                    f"{layer.in_features}; create it after the layers, or add them by optimizer.add_param_group"
                 )
             self._state.check(layer.values)
         return changing
@@ -273,8 +265,7 @@ class DSTScheduler:
         return {"steps": self.steps, "pruned": self.pruned, "grown": self.grown}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._recorder.stop()
-        self._recorder.forget()
+        self._recorder.drop()
         self.steps, self._outcomes = state["steps"], []
         self._pruned, self._grown = state["pruned"], state["grown"]
         self._record_if_due()
@@ -301,14 +292,13 @@ class DSTScheduler:
         """
         if getattr(getattr(self._model, "_join_config", None), "enable", False):
             raise RuntimeError(
-                "DSTScheduler does not work inside model.join(): a process without further batches takes no part in "
-                "the updates; give all processes equally many batches (DistributedSampler, drop_last=True)"
+                "DSTScheduler does not work inside model.join(), where processes without batches take no part in "
+                "updates; give all equally many batches (DistributedSampler, drop_last=True)"
             )
         if activity is not None:
             self._recorder.check(activity)
         if self.final_density is not None and self.steps == 0 and self.final_density >= mean_density(self.layers):
-            self._recorder.stop()
-            self._recorder.forget()
+            self._recorder.drop()
             raise ValueError(
                 f"final_density={self.final_density} is no less than the {mean_density(self.layers):.4g} that training "
                 "begins with; lower it, leave it out, or load the state of the scheduler that pruned to it"
@@ -332,7 +322,7 @@ class DSTScheduler:
                     self._update(self._checked_layers(), world)
                 world.check_same(f"the wiring after step {self.steps}", None, self._wiring())
         finally:  # whoever catches an error can go on
-            self._recorder.forget()
+            self._recorder.drop()
             self._record_if_due()
         return due
 
@@ -359,15 +349,13 @@ class DSTScheduler:
             if not layer.has_plain_values:
                 raise ValueError(
                     f"the weights of layer {number}, {layer.out_features} × {layer.in_features}, are computed by a "
-                    "parametrization, pruning or a norm, so their units cannot be replaced; remove that, or give "
-                    "DSTScheduler the other layers in place of the model"
+                    "parametrization, pruning or a norm; remove that, or give DSTScheduler the other layers"
                 )
             values, packed = layer.values, (layer.mask.num_units, *layer.mask.unit_shape)
             if type(values.data) is not torch.Tensor or values.shape != packed:
                 raise ValueError(
-                    f"the weights of layer {number} are a {type(values.data).__name__} of shape {tuple(values.shape)}, "
-                    f"not a tensor of {packed}: they are sharded, as FSDP does; DSTScheduler needs whole layers, as "
-                    "with DistributedDataParallel"
+                    f"the weights of layer {number} are a {type(values.data).__name__} {list(values.shape)}, not a "
+                    f"tensor {list(packed)}: they are sharded, as FSDP does; use DistributedDataParallel"
                 )
 
     def _update(self, layers: list[tuple[int, G2GLinear]], world: World) -> None:
@@ -405,9 +393,8 @@ class DSTScheduler:
         if not self._told_of_copies and not all(copy.ties.declared for copy in copies):
             self._told_of_copies = True
             logger.warning(
-                "the network was rewired, and a copy of it keeps the units that it has. If it is an average, give "
-                "DSTScheduler(averages=[average]) or call g2gnet.tie_wiring(network, average); if it is a network of "
-                "its own, g2gnet.untie_wiring(copy)"
+                "the network was rewired, and a copy keeps its units. If that is an average, give DSTScheduler("
+                "averages=[average]) or call g2gnet.tie_wiring(network, average), else g2gnet.untie_wiring(copy)"
             )
 
     def _budgets(self, layers: list[G2GLinear], final_density: float) -> list[float]:

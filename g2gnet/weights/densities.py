@@ -18,8 +18,8 @@ def layer_probabilities(
 
     With ``density="uniform"`` they are ``p_intra`` and ``p_inter`` in every layer. With ``"erk"`` a layer's density is
     proportional to (in + out) / (in · out), at most 1 (Evci et al. 2020, after Mocanu et al. 2018): small layers keep
-    more. All layers together have as many weights as otherwise. A layer gets its density by another ``p_inter``, and by
-    another ``p_intra`` where that does not suffice.
+    more, and all together as many weights. A layer's ``p_inter`` changes for it, and ``p_intra`` where that does not
+    suffice.
 
     Example:
         >>> layer_probabilities([(64, 784), (64, 64), (10, 64)], p_intra=1.0, p_inter=0.15, num_groups=8)[0]

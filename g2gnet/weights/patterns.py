@@ -35,9 +35,7 @@ class ErdosRenyi:
     """Each unit exists with the same probability, independently of all others (Erdős and Rényi 1959): no modules.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, model=ErdosRenyi(density=0.25), block_size=4)
-        >>> 0.1 < net.fc2.mask.density < 0.4
+        >>> 0.1 < pattern_mask(ErdosRenyi(density=0.25), GroupLayout(64), GroupLayout(64), block_size=4).density < 0.4
         True
     """
 
@@ -55,9 +53,7 @@ class Regular(ErdosRenyi):
     """Each unit exists with the same probability, and each row has equally many, rounded: no modules, equal fan-in.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, model=Regular(density=0.25), block_size=4)
-        >>> net.fc2.mask.to_dense().sum(1).unique()
+        >>> pattern_mask(Regular(density=0.25), GroupLayout(64), GroupLayout(64), block_size=4).fan_in().unique()
         tensor([16])
     """
 
@@ -69,10 +65,10 @@ class Regular(ErdosRenyi):
 class SmallWorld:
     """A small world of groups (Watts and Strogatz 1998): each is linked to its neighbours on a ring, and to few others.
 
-    Each group of outputs is linked to the ``neighbours`` nearest of the other groups of inputs (as many more as
-    ``p_inter`` needs, and at most all), nearer ones first. Each link goes, with probability ``rewire``, to a group
-    drawn from those without one. Units exist with probability ``p_intra`` inside groups, between linked groups with
-    one, so that ``p_inter`` is the mean over all other groups, and between others never.
+    Each group of outputs is linked to the ``neighbours`` nearest of the other groups of inputs, or as many more as
+    ``p_inter`` needs. Each link goes, with probability ``rewire``, to a group drawn from those without one. Units exist
+    with probability ``p_intra`` inside groups, with one between linked groups, so that ``p_inter`` is the mean over all
+    other groups, and never between others.
 
     Example:
         >>> world = SmallWorld(p_intra=1.0, p_inter=0.2, neighbours=2, rewire=0.0)
@@ -124,12 +120,10 @@ class Distance:
     """Units are the rarer the farther their two sides lie apart: with probability min(1, c·exp(−d / ``scale``)).
 
     The ranges of neurons of each side lie on a ring of length 1, in the order of the groups; d is the shorter way
-    between them, at most 1/2. The constant c makes the mean probability of a weight ``density``.
+    between them. The constant c makes the mean probability of a weight ``density``.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, model=Distance(density=0.3, scale=0.15), block_size=4)
-        >>> 0.2 < net.fc2.mask.density < 0.4
+        >>> 0.2 < pattern_mask(Distance(density=0.3, scale=0.15), GroupLayout(64), GroupLayout(64), 4).density < 0.4
         True
     """
 
@@ -150,16 +144,13 @@ class Distance:
 
 @dataclass(frozen=True)
 class Plane(Distance):
-    """The same with distances on the plane of an image, in sides of the image.
-
-    The neurons of each side, in the order of the groups, fill a square row by row, as pixels fill a square image. A
-    range of neurons lies at their mean place.
+    """The same with distances on the plane of an image, in its sides: the neurons of each side of the layer, in the
+    order of the groups, fill a square row by row, as pixels do. A range of neurons lies at their mean place.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, model=Plane(density=0.1, scale=0.1), block_size=1)
+        >>> mask = pattern_mask(Plane(density=0.1, scale=0.1), GroupLayout(64), GroupLayout(64), block_size=1)
         >>> place = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0))
-        >>> torch.cdist(place, place)[net.fc1.mask.to_dense()].mean() < 3  # pixels; 4.1 between any two
+        >>> torch.cdist(place, place)[mask.to_dense()].mean() < 3  # pixels; 4.1 between any two
         tensor(True)
     """
 
@@ -245,8 +236,8 @@ def pattern_mask(
     rows, cols = (UnitAxis(layout, SIZE.check("block_size", block_size)) for layout in (out_layout, in_layout))
     if (total := rows.num_units * cols.num_units) > LARGEST_GRID:
         raise ValueError(
-            f"the pattern {_name(pattern)} would form a number for each of {total:,} units, and at most "
-            f"{LARGEST_GRID:,} are formed; give a larger block_size, model='index', whose units are drawn one by one "
+            f"the pattern {_name(pattern)} would form a number for each of {total:,} units, more than "
+            f"{LARGEST_GRID:,}; give a larger block_size, model='index', whose units are drawn one by one "
             "(BlockMask.sample), or connections of your own (Projection.from_edges)"
         )
     units = pattern(rows, cols, generator)
@@ -320,8 +311,8 @@ def mask_between(
     block_size: int,
     generator: torch.Generator | None,
 ) -> BlockMask:
-    """Draws the units of a pattern, or all if it is ``"dense"``, between groups that are there already: recurrent
-    connections have those of their layer.
+    """Draws the units of a pattern, or all if it is ``"dense"``, between groups that are there already, as those of a
+    layer for its recurrent connections.
 
     Example:
         >>> groups = GroupLayout(8, 2)

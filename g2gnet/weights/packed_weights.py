@@ -28,15 +28,7 @@ from g2gnet.weights.tied_averages import Ties, after_other_units
 
 
 class PackedWeights(nn.Module):
-    """The packed weights [num_units, unit_rows, unit_cols] of the units of a mask, which the module owns from now on.
-
-    Example:
-        >>> from g2g_kernels import BlockMask, GroupLayout
-        >>> layer = G2GLinear(BlockMask.full(GroupLayout(8), GroupLayout(8), block_size=1))
-        >>> values, mask = layer.weights()  # that a kernel takes
-        >>> mask.unpack(values).shape
-        torch.Size([8, 8])
-    """
+    """The packed weights [num_units, unit_rows, unit_cols] of the units of a mask, both of which the module owns."""
 
     def __init__(self, mask: BlockMask, values: nn.Parameter) -> None:
         super().__init__()
@@ -73,7 +65,7 @@ class PackedWeights(nn.Module):
         arrived = _mask_of(wiring, mask.shape, "mask.wiring was written to, and")
         if (arrived.num_units, *arrived.unit_shape) != self.values.shape:
             raise ValueError(
-                f"mask.wiring was written to and has units {(arrived.num_units, *arrived.unit_shape)}, but values "
+                f"mask.wiring was written to and has {arrived.num_units} units of {arrived.unit_shape}, but values "
                 f"have shape {tuple(self.values.shape)}; load the state of one network, which has both"
             )
         mask.become_(arrived.to(mask.unit_row.device))
@@ -246,8 +238,8 @@ def _mask_to_load(layer: PackedWeights, state: Mapping[str, Any], prefix: str) -
     if plain and (wiring is None) != (values is None):
         there, lacks = ("values", "mask.wiring") if wiring is None else ("mask.wiring", "values")
         raise ValueError(
-            f"{prefix}values and its mask are loaded together or not at all, and the state has {prefix}{there} but "
-            f"lacks {prefix}{lacks}; save the whole state_dict() of the layer"
+            f"{prefix}{there} is in the state, but {prefix}{lacks} is not, and they are loaded together or not at all; "
+            "save the whole state_dict() of the layer"
         )
     if wiring is None:
         return None
@@ -263,7 +255,7 @@ def _mask_to_load(layer: PackedWeights, state: Mapping[str, Any], prefix: str) -
             return None
         raise ValueError(
             f"{prefix}mask differs from the layer's, whose weights a parametrization (or pruning, or a norm) computes; "
-            "load the state into a layer of the same wiring, or before that was registered"
+            "load the state before that is registered"
         )
     check_tensor(f"{prefix}values", values)
     packed = (mask.num_units, *mask.unit_shape)

@@ -134,21 +134,21 @@ def _pairs(source: nn.Module, target: nn.Module) -> "list[tuple[PackedWeights, P
     theirs, mine = _layers(source), _layers(target)
     if not theirs or theirs.keys() != mine.keys():
         raise ValueError(
-            f"the sparse layers of the two networks ({', '.join(theirs) or 'none'} and {', '.join(mine) or 'none'}) "
-            "must have the same names; pass modules that correspond, for example average.module.net"
+            f"the sparse layers, {', '.join(theirs) or 'none'} and {', '.join(mine) or 'none'}, must have the same "
+            "names; pass modules that correspond, for example average.module.net"
         )
     for name, layer in theirs.items():
         if not (layer.has_plain_values and mine[name].has_plain_values):
             raise ValueError(
-                f"the weights of layer {name!r} are computed by a parametrization, pruning or a norm, and belong to "
-                "its own wiring; tie or synchronise the networks before that is registered"
+                f"the weights of layer {name!r} are computed by a parametrization, pruning or a norm; tie or "
+                "synchronise the networks before that is registered"
             )
         if layer is mine[name]:
             raise ValueError(f"layer {name!r} is in both networks, which must be two")
         if layer.values.shape != mine[name].values.shape or layer.mask.shape != mine[name].mask.shape:
             raise ValueError(
-                f"layer {name!r} has packed weights {tuple(layer.values.shape)} of {layer.mask.shape} in one network "
-                f"and {tuple(mine[name].values.shape)} of {mine[name].mask.shape} in the other; build both alike"
+                f"layer {name!r} has packed weights {list(layer.values.shape)} of {layer.mask.shape} and "
+                f"{list(mine[name].values.shape)} of {mine[name].mask.shape}; build both networks alike"
             )
     return [(layer, mine[name]) for name, layer in theirs.items()]
 
@@ -158,11 +158,8 @@ def sync_wiring(source: nn.Module, target: nn.Module) -> None:
 
     A unit that target has already keeps its weights; the others get the source's. For networks whose parameters are
     then copied or averaged one by one and that are not tied: call it before, and after each update of source's graph.
-    Both may be in wrappers (``AveragedModel``, DistributedDataParallel).
-
-    Raises:
-        TypeError: if one is no module.
-        ValueError: if layers differ in name or size.
+    Both may be in wrappers (``AveragedModel``, DistributedDataParallel). Raises TypeError if one is no module, and
+    ValueError if layers differ in name or size.
 
     Example:
         >>> net, other = (G2GNet(64, 64, 10, block_size=8) for _ in range(2))
@@ -183,15 +180,11 @@ def sync_wiring(source: nn.Module, target: nn.Module) -> None:
 def tie_wiring(source: nn.Module, average: nn.Module) -> None:
     """Says that ``average`` is an average of ``source``: from now on it is rewired whenever source is.
 
-    It begins with :func:`sync_wiring`. When DST gives slots to other units, those that stay keep their averaged
-    weights, and new ones get the source's. A state of the same units in another order, loaded into either, is brought
-    into the order of the source; a state of other units ends the tie, with a warning. The average's ``mask.wiring`` is
-    written by the tie and not read. Copies, pickles and files do not have the tie. The average may be in a wrapper
-    (``torch.optim.swa_utils.AveragedModel``, timm's ``ModelEmaV3``).
-
-    Raises:
-        TypeError: if one is no module.
-        ValueError: if layers differ in name or size, or source is itself an average of ``average``.
+    It begins with :func:`sync_wiring`, which tells the errors, too. When DST gives slots to other units, those that
+    stay keep their averaged weights, and new ones get the source's. A state of the same units in another order, loaded
+    into either, is brought into the order of the source; a state of other units ends the tie, with a warning. The
+    average's ``mask.wiring`` is written by the tie and not read. Copies, pickles and files do not have the tie. The
+    average may be in a wrapper (``torch.optim.swa_utils.AveragedModel``, timm's ``ModelEmaV3``).
 
     Example:
         >>> from torch.optim.swa_utils import AveragedModel
@@ -214,14 +207,13 @@ def tie_wiring(source: nn.Module, average: nn.Module) -> None:
 
 
 def untie_wiring(model: nn.Module) -> None:
-    """Says that ``model`` is a network of its own, rewired with no other, as is every copy which nobody tied. Said of a
-    copy, it is not reported when the network is rewired.
+    """Says that ``model`` is a network of its own, rewired with no other, as is every copy which nobody tied. A copy of
+    which that is said is not reported when the network is rewired.
 
     Example:
         >>> import copy
         >>> net = G2GNet(64, 64, 10, block_size=8)
-        >>> start = copy.deepcopy(net)
-        >>> untie_wiring(start)  # no average of net: no warning when net is rewired
+        >>> untie_wiring(copy.deepcopy(net))  # no average of net: no warning when net is rewired
     """
     for layer in _layers(model).values():
         layer.ties.end()

@@ -62,11 +62,9 @@ class StepObserver(Protocol):
 class G2GLinear(PackedWeights):
     """y = x·Wᵀ + b with a weight of which only the units of ``mask`` exist.
 
-    A ``copy.deepcopy`` of a layer is a layer of its own. An average of a network (EMA, SWA) is rewired with it if it is
-    tied to it (:func:`g2gnet.tie_wiring`).
-
-    Initial values: the active weights of output neuron i are uniform in ±1/√k_i, where k_i is its active fan-in
-    (Kaiming-uniform with a = √5, rescaled to the active fan-in). The bias is uniform in ±1/√(mean k).
+    A ``copy.deepcopy`` of a layer is a layer of its own; an average of a network (EMA, SWA) is rewired with it if it is
+    tied to it (:func:`g2gnet.tie_wiring`). Initially the active weights of output neuron i are uniform in ±1/√k_i, k_i
+    being its active fan-in (Kaiming-uniform with a = √5, rescaled to it), and the bias is in ±1/√(mean k).
 
     Args:
         mask: the units that exist; the layer owns it from now on (``.to``, ``state_dict`` and DST act on it).
@@ -80,13 +78,9 @@ class G2GLinear(PackedWeights):
 
     Example:
         >>> from g2g_kernels import BlockMask, GroupLayout
-        >>> draw = torch.Generator().manual_seed(0)
-        >>> mask = BlockMask.sample(GroupLayout(32), GroupLayout(64), p_inter=0.15, block_size=4, generator=draw)
-        >>> layer = G2GLinear(mask, generator=draw)
-        >>> layer.values.shape  # the weights that exist, unit by unit
-        torch.Size([32, 4, 4])
-        >>> layer(torch.rand(5, 64)).shape
-        torch.Size([5, 32])
+        >>> layer = G2GLinear(BlockMask.sample(GroupLayout(32), GroupLayout(64), p_inter=1 / 7, block_size=4))
+        >>> layer.values.shape, layer(torch.rand(5, 64)).shape  # the weights that exist, unit by unit
+        (torch.Size([32, 4, 4]), torch.Size([5, 32]))
     """
 
     def __init__(
@@ -106,30 +100,24 @@ class G2GLinear(PackedWeights):
     def from_linear(
         cls, linear: nn.Linear, mask: BlockMask | torch.Tensor | None = None, backend: str | None = None
     ) -> "G2GLinear":
-        """Creates the layer that computes ``linear`` with its weight times ``mask``, with its device and dtype.
+        """The layer that computes ``linear`` with its weight times ``mask``, of its device and dtype; both are copied.
 
-        Args:
-            linear: provides the bias and the weights that exist; both are copied.
-            mask: a :class:`BlockMask`, copied too, or bool [out, in], read as units of single weights. None: the
-                mask that ``torch.nn.utils.prune`` put on the layer, or every weight if it put none.
-            backend: as for the layer.
-
-        Raises:
-            ValueError: if the shapes of mask and weight differ.
+        ``mask`` is a :class:`BlockMask`, or bool [out, in], read as units of single weights. None: the mask that
+        ``torch.nn.utils.prune`` put on the layer, or every weight if it put none. Raises ValueError if the shapes of
+        mask and weight differ.
         """
         pruned: torch.Tensor | None = getattr(linear, "weight_mask", None)
         # under pruning linear.weight is a product of the last forward pass
         weight: torch.Tensor = linear.weight if pruned is None else linear.get_parameter("weight_orig")
-        if mask is None:
-            if pruned is None:
-                mask = BlockMask.full(GroupLayout(weight.shape[0], 1), GroupLayout(weight.shape[1], 1))
-            else:
-                mask = BlockMask.from_dense(pruned != 0)
+        if mask is None and pruned is None:
+            mask = BlockMask.full(GroupLayout(weight.shape[0], 1), GroupLayout(weight.shape[1], 1))
+        elif isinstance(mask, BlockMask):
+            mask = copy.deepcopy(mask)
         else:
-            mask = copy.deepcopy(mask) if isinstance(mask, BlockMask) else BlockMask.from_dense(mask)
+            mask = BlockMask.from_dense(pruned != 0 if mask is None else mask)
         if mask.shape != tuple(weight.shape):
             raise ValueError(f"mask describes {mask.shape} weights, the linear layer has {tuple(weight.shape)}")
-        # the initial values are replaced at once: draw them without changing the global generator
+        # initial values, which are replaced at once, are drawn without changing the global generator
         layer = cls(mask, bias=linear.bias is not None, backend=backend, generator=torch.Generator())
         layer.to(weight.device, weight.dtype).train(linear.training)
         layer.values.data.copy_(layer.mask.pack(weight.detach()))
@@ -143,10 +131,10 @@ class G2GLinear(PackedWeights):
     def from_scipy(
         cls, matrix: Any, block_size: int = 1, bias: torch.Tensor | None = None, backend: str | None = None
     ) -> "G2GLinear":
-        """Creates the layer with the weights [out, in] that a SciPy sparse matrix (or array) stores, zeros among them.
+        """The layer with the weights [out, in] that a SciPy sparse matrix (or array) of any format stores, zeros too.
 
         Args:
-            matrix: in any format; entries that it has twice are added.
+            matrix: entries that it has twice are added.
             block_size: side of a unit. Weights of a unit that are not stored are 0.
             bias: [out]; None: the layer has none.
             backend: as for the layer.

@@ -19,9 +19,8 @@ from g2g_kernels.tracing import default_device
 
 
 class SpikingNeurons(nn.Module):
-    """A population of neurons, run over all time steps at once (:func:`g2g_kernels.neurons`).
-
-    Base of one class per model, which gives the initial values of its parameters.
+    """A population of neurons, run over all time steps at once (:func:`g2g_kernels.neurons`): base of one class per
+    model, which gives the initial values of its parameters.
 
     Args:
         neurons: None for one value of each parameter, [1], shared by the layer; a number N for one per neuron.
@@ -38,10 +37,8 @@ class SpikingNeurons(nn.Module):
 
     Example:
         >>> from g2gnet import LIF, Synaptic
-        >>> [neurons.model.name for neurons in (LIF(), Synaptic())]
-        ['lif', 'synaptic']
-        >>> [name for name, _ in Synaptic().named_parameters()]
-        ['syn_decay', 'beta', 'threshold']
+        >>> Synaptic().model.name, [name for name, _ in LIF().named_parameters()]
+        ('synaptic', ['beta', 'threshold'])
     """
 
     model: ClassVar[NeuronModel]
@@ -107,15 +104,8 @@ class SpikingNeurons(nn.Module):
         return neurons(current, self.population, steps, self.backend)
 
     def step(self, current: torch.Tensor, state: NeuronState | None = None) -> tuple[torch.Tensor, NeuronState]:
-        """One time step (:func:`g2g_kernels.neurons_step`), for online input and recurrent networks.
-
-        Args:
-            current: [..., N].
-            state: what the last step returned; None at the first.
-
-        Returns:
-            spikes [..., N] and the state.
-        """
+        """One time step (:func:`g2g_kernels.neurons_step`), for online input and recurrent networks: from a current
+        [..., N] and what the last step returned (None at the first) to spikes [..., N] and the state."""
         states = (state,) if isinstance(state, torch.Tensor) else state
         spikes, states = neurons_step(current, states, self.population)
         return spikes, states[0] if len(states) == 1 else states
@@ -174,9 +164,7 @@ class LIF(SpikingNeurons):
 
 class Synaptic(SpikingNeurons):
     """LIF neurons with a synaptic current (:func:`g2g_kernels.synaptic`), snnTorch's ``Synaptic``: ``syn_decay``,
-    ``beta`` and ``threshold``.
-
-    Initially the current lasts half as long as the membrane: 1/(1 − γ) = 5 steps at γ = 0.8, 1/(1 − β) = 10 at β = 0.9.
+    ``beta`` and ``threshold``. Initially the current lasts 1/(1 − γ) = 5 steps (γ = 0.8), half as long as the membrane.
 
     Example:
         >>> neurons = Synaptic(64, syn_decay=0.8)  # a decay, a leak and a threshold for each of 64 neurons
@@ -193,9 +181,7 @@ class Synaptic(SpikingNeurons):
 
 class AdLIF(SpikingNeurons):
     """Adaptive LIF neurons (:func:`g2g_kernels.adlif`): ``adapt_decay``, ``beta``, ``a``, ``b`` and ``threshold``.
-
-    Initially the adaptation lasts twice as long as the membrane: 1/(1 − ρ) = 20 steps at ρ = 0.95, 1/(1 − β) = 10 at
-    β = 0.9.
+    Initially the adaptation lasts 1/(1 − ρ) = 20 steps (ρ = 0.95), twice as long as the membrane.
 
     Example:
         >>> neurons = AdLIF(64, b=0.3)  # a spike makes the next one of the same neuron harder
@@ -213,12 +199,11 @@ class AdLIF(SpikingNeurons):
 
     @torch.no_grad()
     def keep_stable_(self) -> None:
-        """Moves a learned ``a`` to where silent neurons do not grow by themselves.
+        """Moves a learned ``a`` to where silent neurons stay silent: −(1 − ρ)(1 − β) ≤ a ≤ (1 + ρ)(1 + β).
 
-        The bounds are −(1 − ρ)(1 − β) ≤ a ≤ (1 + ρ)(1 + β). Without spikes and currents a step
-        multiplies (w, U) by a matrix of determinant ρβ and trace ρ + β − a, whose eigenvalues are at most 1 in absolute
-        value within them (Jury 1964). Beyond them membranes and gradients grow exponentially with T.
-        :mod:`g2gnet.training` calls this after each update.
+        Without spikes and currents a step multiplies (w, U) by a matrix of determinant ρβ and trace ρ + β − a, whose
+        eigenvalues are at most 1 in absolute value within these bounds (Jury 1964). Beyond them membranes and gradients
+        grow exponentially with T. :mod:`g2gnet.training` calls this after each update.
         """
         if not isinstance(self.a, nn.Parameter):
             return

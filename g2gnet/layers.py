@@ -109,12 +109,12 @@ class G2GLinear(PackedWeights):
         pruned: torch.Tensor | None = getattr(linear, "weight_mask", None)
         # under pruning linear.weight is a product of the last forward pass
         weight: torch.Tensor = linear.weight if pruned is None else linear.get_parameter("weight_orig")
-        if mask is None and pruned is None:
+        if mask is None and pruned is not None:
+            mask = pruned.bool()
+        if mask is None:
             mask = BlockMask.full(GroupLayout(weight.shape[0], 1), GroupLayout(weight.shape[1], 1))
-        elif isinstance(mask, BlockMask):
-            mask = copy.deepcopy(mask)
         else:
-            mask = BlockMask.from_dense(pruned != 0 if mask is None else mask)
+            mask = copy.deepcopy(mask) if isinstance(mask, BlockMask) else BlockMask.from_dense(mask)
         if mask.shape != tuple(weight.shape):
             raise ValueError(f"mask describes {mask.shape} weights, the linear layer has {tuple(weight.shape)}")
         # initial values, which are replaced at once, are drawn without changing the global generator

@@ -36,14 +36,13 @@ class DSTScheduler:
 
     As with a learning-rate scheduler, call :meth:`step` after each ``optimizer.step()``. In an update, each layer loses
     the ``fraction`` of its units with the lowest prune score and gains as many, with the highest grow score, among
-    those that were inactive before. A unit's score is taken over its weights. Grown weights start at zero, here and in
-    averages of the model, and their optimizer state as for any new weight. Frozen layers do not change, nor do full
-    ones, in which nothing can grow, without ``final_density``; the logger ``g2gnet`` names them at construction, and
-    updates that were skipped because their scores are not finite, when ``pruned`` or the state is next read. A
-    scheduler can be copied and pickled together with its model and optimizer, after any :meth:`step`.
+    those that were inactive before. Grown weights start at zero, here and in averages of the model, and their optimizer
+    state as for any new weight. Frozen layers do not change, nor do full ones without ``final_density``. The logger
+    ``g2gnet`` names them at construction, and updates that were skipped because scores were not finite, when ``pruned``
+    or the state is next read. A scheduler can be copied and pickled together with its model and optimizer.
 
     Args:
-        model: a model: all its :class:`G2GLinear` layers are rewired, and its activity is recorded if a rule needs it
+        model: all its :class:`G2GLinear` layers are rewired, and its activity is recorded if a rule needs it
             (:class:`ActivityRecorder`). Or the layers, from input to output; :meth:`step` then takes their activity.
         optimizer: holds the layers' ``values``, and in its ``state`` what it keeps of them. Several in a list, if each
             holds some layers, or one wraps another and each has a state.
@@ -53,32 +52,28 @@ class DSTScheduler:
         grow: a name in ``g2gnet.dst.GROW_RULES``. ``"gradient"`` is the largest root mean square of ∂L/∂W over the
             unit, in the step of the update (Evci et al. 2020, for units). That step costs a dense layer's gradient, a
             part of it at a time in memory, and takes no ``create_graph=True`` and no batches of gradients (``vmap``).
-            With a rule that reads spikes or gradients, compiled code runs uncompiled in the step before an update.
+            Before an update with a rule that reads spikes or gradients, compiled code runs uncompiled.
         seed: of the draws that break ties and drive the random rules.
         process_group: the processes of data-parallel training, each with a scheduler like this one, whole layers, and a
-            part of the samples. They check that they have the same network before an update, and the same units after
-            it. ``"world"``: all processes of ``torch.distributed``, if it is initialised. None: this process alone.
+            part of the samples. They check that their networks are equal before and after an update. ``"world"``: all
+            processes of ``torch.distributed``, if it is initialised. None: this process alone.
         schedule: ``"constant"``, or ``"cosine"``: in step s the fraction is multiplied by ½(1 + cos πs/S), S being the
             step of the last update.
         stop: the share of training, above 0 and at most 1, after which no unit is replaced.
         total_steps: the optimizer steps of the whole training, which ``"cosine"``, ``stop`` and ``final_density`` need.
-        final_density: the share of all weights, those of frozen layers among them, above 0 and at most 1, that is left
-            by the last update: gradual pruning (Zhu and Gupta 2017). After the update in step s there are
-
-                F + (W₀ − F)·(1 − s/S)³
-
-            weights or up to a unit fewer, W₀ being those at first and F the final ones. How many of them a layer keeps
-            is decided by the LAMP scores of all units, and which by their prune score; at least one unit stays. A layer
-            then replaces ``fraction`` (0: none) of the units that it keeps by as many weights. Weights and their
-            optimizer state become new, smaller tensors: after such an update make a new DistributedDataParallel (a
-            ``captured`` step notices it). None: the number of units stays.
-        averages: averages of the model (EMA, SWA), which are rewired with it: :func:`tie_wiring` is called for each. A
-            copy that nobody tied stays as it is; if one lives in an update, the logger ``g2gnet`` warns once.
+        final_density: the share of all weights, above 0 and at most 1, that is left by the last update: gradual pruning
+            (Zhu and Gupta 2017). Of W₀ weights at first and F in the end, F + (W₀ − F)·(1 − s/S)³ or up to a unit fewer
+            are left after the update in step s. How many of them a layer keeps is decided by the LAMP scores of all
+            units, and which by their prune score; at least one unit stays. A layer then replaces ``fraction`` (0: none)
+            of the units that it keeps by as many weights. Weights and their optimizer state become new, smaller
+            tensors: after such an update make a new DistributedDataParallel. None: the number of units stays.
+        averages: averages of the model (EMA, SWA), which are rewired with it (:func:`tie_wiring`). A copy that nobody
+            tied stays as it is; if one lives in an update, the logger ``g2gnet`` warns once.
         network: if layers are given, the network that they are in, which knows what reaches each of them, and how much
             later. None: each layer's outputs are the next one's inputs.
-        reset_state: by the name of a state of the optimizer, what it begins with for new units, where
-            :mod:`g2gnet.dst.optimizer_state` does not know the name, or knows another value: a number; a function of
-            the new units' weights [n, unit_rows, unit_cols] that returns their state; or None to leave it as it is.
+        reset_state: by the name of a state of the optimizer that :mod:`g2gnet.dst.optimizer_state` does not know, or
+            knows otherwise, what it begins with for new units: a number; a function of the new units' weights [n,
+            unit_rows, unit_cols] that returns their state; or None to leave it as it is.
 
     Attributes:
         pruned, grown: units pruned and grown so far, over all layers.
@@ -277,16 +272,13 @@ class DSTScheduler:
         Args:
             inputs: what the first layer received in this step, [B, in] or [T, B, in].
             activity: what the stack of these layers did in this step; its spikes are the samples of the correlation.
-                Recurrent connections received nothing before its first step.
                 Omit both if the scheduler was created with a model, which it then observes itself.
 
         Raises:
             RuntimeError: if a rule needs what was neither given nor recorded, or cannot be formed.
-            ValueError: if there are no more weights than ``final_density`` at first, or too few in layers that are not
-                frozen; for the activity of other layers, or without the spikes that a rule needs; for an optimizer that
-                does not hold a layer, or has a state that cannot be reset.
-            DistributedError: if the processes of the group do not all make this update, have different networks before
-                it, or different units after it.
+            ValueError: for what the constructor refuses, if it has become so since; if there are no more weights than
+                ``final_density`` at first; for the activity of other layers, or without the spikes that a rule needs.
+            DistributedError: if the processes do not all make this update, or their networks differ before or after it.
 
         After any error but the last, also one in ``reset_state``, nothing has changed in any layer or state.
         """

@@ -139,7 +139,7 @@ def load(name, data_dir):
     "prune or grow rule": {
         "g2gnet/dst/rules.py": append(
             'PRUNE_RULES["toy"] = Rule("toy", "least of the toy", lambda seen: -_weight(seen))\n'
-            'GROW_RULES["toy"] = Rule("toy", "a unit of the toy", _gradient, GRADIENT)'
+            'GROW_RULES["toy"] = Rule("toy", "a unit of the toy", attrgetter("gradient"), GRADIENT)'
         )
     },
     "flag": {

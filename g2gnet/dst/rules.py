@@ -4,6 +4,7 @@ and messages follow, and a test asks for a slow score to compare it with.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -64,22 +65,8 @@ def _weight(seen: Evidence) -> torch.Tensor:
     return size.sum((1, 2)) / mask.unit_sizes
 
 
-def _correlation(seen: Evidence) -> torch.Tensor:
-    assert seen.correlation is not None
-    return seen.correlation
-
-
-def _gradient(seen: Evidence) -> torch.Tensor:
-    assert seen.gradient is not None
-    return seen.gradient
-
-
 def _chance(seen: Evidence) -> torch.Tensor:
     return torch.zeros(seen.number, device=seen.layer.values.device)  # ties, which are broken at random
-
-
-def _by_name(*rules: Rule) -> dict[str, Rule]:
-    return {rule.name: rule for rule in rules}
 
 
 def names_without(need: str, rules: Mapping[str, Rule]) -> list[str]:
@@ -87,15 +74,19 @@ def names_without(need: str, rules: Mapping[str, Rule]) -> list[str]:
     return [name for name, rule in rules.items() if rule.needs != need]
 
 
+def _by_name(*rules: Rule) -> dict[str, Rule]:
+    return {rule.name: rule for rule in rules}
+
+
 PRUNE_RULES = _by_name(
     Rule("set", "smallest weights", _weight),
     Rule("random", "random", _chance),
-    Rule("hebb", "least correlated", _correlation, ACTIVITY),
+    Rule("hebb", "least correlated", attrgetter("correlation"), ACTIVITY),
 )
 GROW_RULES = _by_name(
-    Rule("hebb", "most correlated", _correlation, ACTIVITY),
+    Rule("hebb", "most correlated", attrgetter("correlation"), ACTIVITY),
     Rule("random", "random", _chance),
-    Rule("gradient", "largest gradient", _gradient, GRADIENT),
+    Rule("gradient", "largest gradient", attrgetter("gradient"), GRADIENT),
 )
 
 

@@ -324,10 +324,8 @@ class DSTScheduler:
     def _network(self) -> Iterator[torch.Tensor]:
         """What must be the same in all processes: the wiring, and the parameters of the model, or of the layers."""
         yield from self._wiring()
-        for layer in self.layers:
-            values = layer.values.detach()
-            # the padding is no weight
-            yield values.masked_fill(~layer.mask.valid(), 0) if layer.mask.has_padding else values
+        for layer in self.layers:  # whose padding is no weight
+            yield torch.where(layer.mask.valid(), layer.values.detach(), 0)
         of_layers = {id(layer.values) for layer in self.layers}
         for module in [*self.layers] if self._model is None else [self._model]:
             ignored = getattr(module, "parameters_to_ignore", ())  # by DistributedDataParallel

@@ -160,7 +160,7 @@ def _inverse(norm: torch.Tensor) -> torch.Tensor:
 
 def _padded(samples: torch.Tensor, axis: UnitAxis) -> torch.Tensor:
     """Samples [M, size] in the order of the axis' places, 0 at those without a neuron: [M, num_units · width]."""
-    if axis.trivial:
+    if axis.in_order:
         return samples
     if axis.ragged:
         samples = torch.cat([samples, samples.new_zeros(len(samples), 1)], 1)

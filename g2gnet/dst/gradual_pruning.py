@@ -44,9 +44,8 @@ def layer_budgets(
 ) -> list[float]:
     """The weights that each layer may keep in an update, after which ``left`` steps follow until the last one: of all,
     F + (W − F)·(left / (left + interval))³, W being the weights that there are and F ``final`` ones. Its part is that
-    of its units that are among the best of all (:func:`lamp_scores`); the first also gets what is
-    over, less than a unit. ``sizes`` are the weights of each layer's units, int64 [num_units], ``scores`` their mean
-    ``|w|``.
+    of its units that are among the best of all (:func:`lamp_scores`); the first also gets what is over, less than a
+    unit. ``sizes`` are the weights of each layer's units, int64 [num_units], ``scores`` their mean ``|w|``.
     """
     of_all = torch.cat([of_layer.cpu() for of_layer in sizes])
     weights = final + max(0.0, int(of_all.sum()) - final) * (left / (left + interval)) ** 3

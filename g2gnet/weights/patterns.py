@@ -135,8 +135,15 @@ class Distance:
         Number(0, open_low=True).check("scale", self.scale)
 
     def __call__(self, out: UnitAxis, into: UnitAxis, generator: torch.Generator | None = None) -> torch.Tensor:
+        nearness = (-self._distance(out, into) / self.scale).exp().clamp(min=1e-300)
+        # the k nearest have probability 1, where c from the others' share is the first that none of them exceeds
+        nearest, order = nearness.flatten().sort(descending=True)
         sizes = out.lengths[:, None] * into.lengths.double()
-        return _falling(self._distance(out, into), sizes / sizes.mean(), self.density, self.scale)
+        of_sorted = (sizes / sizes.mean()).flatten()[order]
+        rest = (of_sorted * nearest).flip(0).cumsum(0).flip(0)
+        factors = (self.density * len(order) - (of_sorted.cumsum(0) - of_sorted)) / rest
+        (fits,) = (factors * nearest <= 1).nonzero(as_tuple=True)
+        return (nearness * factors[fits[0] if len(fits) else -1]).clamp(0, 1)
 
     def _distance(self, out: UnitAxis, into: UnitAxis) -> torch.Tensor:
         return ring_distance(*((side.bounds[1:] + side.bounds[:-1]).double() / (2 * side.size) for side in (out, into)))
@@ -167,18 +174,6 @@ def _plane_places(side: UnitAxis) -> torch.Tensor:
     bounds = side.bounds.long()
     sums = torch.cat([torch.zeros(1, 2, dtype=torch.float64), places.cumsum(0)])[bounds]
     return sums.diff(dim=0) / bounds.diff()[:, None]
-
-
-def _falling(distance: torch.Tensor, sizes: torch.Tensor, density: float, scale: float) -> torch.Tensor:
-    """min(1, c·exp(−distance / scale)), c so that units of relative ``sizes`` have this ``density`` of weights."""
-    nearness = (-distance / scale).exp().clamp(min=1e-300)
-    # the k nearest have probability 1, where c from the others' share is the first that none of them exceeds
-    nearest, order = nearness.flatten().sort(descending=True)
-    of_sorted = sizes.flatten()[order]
-    rest = (of_sorted * nearest).flip(0).cumsum(0).flip(0)
-    factors = (density * len(order) - (of_sorted.cumsum(0) - of_sorted)) / rest
-    (fits,) = (factors * nearest <= 1).nonzero(as_tuple=True)
-    return (nearness * factors[fits[0] if len(fits) else -1]).clamp(0, 1)
 
 
 def ring_distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

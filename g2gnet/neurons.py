@@ -1,5 +1,6 @@
 """Populations of spiking neurons as modules. The model declares the parameters and states of each."""
 
+import math
 from typing import Any, ClassVar
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import nn
 
 from g2g_kernels import Neurons, neurons, neurons_step
 from g2g_kernels.choices import check_flag
-from g2g_kernels.numbers import SHARPNESS, SIZE
+from g2g_kernels.numbers import SHARPNESS, SIZE, Number
 from g2g_kernels.ops.g2g_stack import NeuronState
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.checks import check_parameter
@@ -24,13 +25,15 @@ class SpikingNeurons(nn.Module):
     Args:
         neurons: None for one value of each parameter, [1], shared by the layer; a number N for one per neuron.
         reset, surrogate, alpha, backend: as for :func:`g2g_kernels.lif`.
+        dt: the length of a step, in the unit of the time constants.
         parameters: by name, the initial values of the model's parameters (``beta=0.95``; a tensor [N] with N
-            ``neurons``), and whether they are learned (``learn_beta=False`` makes it a buffer). A time constant τ is
-            the decay exp(−dt/τ), dt being the length of a step.
+            ``neurons``), and whether they are learned (``learn_beta=False`` makes it a buffer). In place of a decay a
+            time constant above 0, with ``dt``: ``tau`` for ``beta``, ``tau_syn`` for ``syn_decay`` and ``tau_adapt``
+            for ``adapt_decay``. The decay is exp(−dt/τ).
 
     Raises:
         ValueError: for a number that a float32 cannot hold, a tensor of another shape, or an α that is not above 0.
-        TypeError: for an unknown parameter.
+        TypeError: for an unknown parameter, or a time constant without ``dt``.
 
     Example:
         >>> from g2gnet import LIF, Synaptic
@@ -50,6 +53,7 @@ class SpikingNeurons(nn.Module):
         surrogate: str = SURROGATE,
         alpha: float = ALPHA,
         backend: str | None = None,
+        dt: float | None = None,
         **parameters: float | torch.Tensor,
     ) -> None:
         super().__init__()
@@ -59,6 +63,17 @@ class SpikingNeurons(nn.Module):
         self.alpha = alpha
         self.backend = backend
         size = None if neurons is None else SIZE.check("neurons", neurons)
+        for name, value in parameters.items():
+            if isinstance(value, np.ndarray | list | tuple):
+                parameters[name] = value = torch.as_tensor(value)
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape != (size,):
+                wanted = "one number, or give the number of neurons first," if size is None else f"[{size}]"
+                raise ValueError(f"{name} is a tensor {list(value.shape)}; give {wanted} as LIF({size or 'N'}, …)")
+        for name, decay in TIME_CONSTANTS.items():
+            if decay in self.model.parameters and name in parameters:
+                if decay in parameters:
+                    raise TypeError(f"{name} and {decay} are the same parameter; give one of them")
+                parameters[decay] = _decay(name, parameters.pop(name), dt)
         for name in self.model.parameters:
             tensor = _initial(name, parameters.pop(name, self.initial[name]), size)
             if check_flag(f"learn_{name}", parameters.pop(f"learn_{name}", True)):
@@ -106,14 +121,27 @@ class SpikingNeurons(nn.Module):
         return f"reset={self.reset!r}, surrogate={self.surrogate!r}, alpha={self.alpha}"
 
 
+_POSITIVE = Number(0, open_low=True)
+#: the time constants that may be given in place of decays
+TIME_CONSTANTS = {"tau": "beta", "tau_syn": "syn_decay", "tau_adapt": "adapt_decay"}
+
+
+def _decay(name: str, constant: Any, dt: float | None) -> float | torch.Tensor:
+    """The decay in a step of a time constant, or of one for each neuron."""
+    if dt is None:
+        raise TypeError(f"{name}={constant!r:.40} needs dt, a step in the same unit, as {name}=20.0, dt=1.0")
+    _POSITIVE.check("dt", dt)
+    if not isinstance(constant, torch.Tensor) or not constant.dim():
+        return math.exp(-dt / _POSITIVE.check(name, constant))
+    for each in constant.detach().unique().tolist():
+        _POSITIVE.check(name, each)
+    return torch.exp(-dt / constant.detach().double())
+
+
 def _initial(name: str, value: Any, size: int | None) -> torch.Tensor:
-    value = torch.as_tensor(value) if isinstance(value, np.ndarray | list | tuple) else value
     if not isinstance(value, torch.Tensor) or not value.dim():
         # FSDP2 shards no parameter without dimensions
         return torch.full((size or 1,), check_parameter(name, value))
-    if value.shape != (size,):
-        wanted = "one number, or give the number of neurons first," if size is None else f"[{size}]"
-        raise ValueError(f"{name} is a tensor {list(value.shape)}; give {wanted} as LIF({size or 'N'}, …)")
     for each in value.detach().unique().tolist():
         check_parameter(name, each)
     return value.detach().to(default_device(), torch.float32).clone()

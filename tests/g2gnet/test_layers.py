@@ -1,6 +1,7 @@
 """G2GLinear, LIF and Synaptic as modules: initial values, saving, and life inside other modules."""
 
 import functools
+import math
 
 import pytest
 import scipy.sparse
@@ -92,7 +93,7 @@ def test_a_scipy_matrix_is_a_layer_and_back(kind, block_size):
     assert torch.equal(BlockMask.from_dense((dense != 0).to_sparse(), 1).to_dense(), dense != 0)
 
 
-def test_initial_values_of_neurons_may_be_tensors():
+def test_initial_values_of_neurons_may_be_tensors_or_time_constants():
     beta = torch.tensor([0.1, 0.2, 0.3])
     neurons = LIF(3, beta=beta, threshold=torch.tensor(0.5), learn_beta=False)
     assert torch.equal(neurons.beta, beta)
@@ -100,6 +101,13 @@ def test_initial_values_of_neurons_may_be_tensors():
     assert torch.equal(neurons.threshold.detach(), torch.full((3,), 0.5))
     for given in (beta.double().numpy(), beta.tolist()):
         assert torch.equal(LIF(3, beta=given, learn_beta=False).beta, beta)
+    tau = torch.tensor([10.0, 20.0, 40.0])
+    for given in (tau, tau.numpy()):
+        assert torch.equal(LIF(3, tau=given, dt=2.0).beta, torch.exp(-2.0 / tau.double()).float())
+    neurons = Synaptic(tau=20.0, tau_syn=5.0, dt=0.5)
+    assert neurons.beta.item() == pytest.approx(math.exp(-0.025))
+    assert neurons.syn_decay.item() == pytest.approx(math.exp(-0.1))
+    assert AdLIF(tau_adapt=100.0, dt=1.0, learn_adapt_decay=False).adapt_decay.item() == pytest.approx(math.exp(-0.01))
 
 
 @pytest.mark.parametrize("size", [(40, 40, 40), (1, 40, 40), (40, 1, 1), (1, 1, 1)])

@@ -77,12 +77,18 @@ WRONG_VALUES = [
     (lambda: LIF(beta=BETA), r"beta is a tensor \[3\]; give one number, or give the number of neurons first"),
     (lambda: LIF(4, beta=BETA), r"beta is a tensor \[3\]; give \[4\]"),
     (lambda: LIF(2, beta=torch.tensor([0.5, float("nan")])), "beta=nan must be a number"),
+    (lambda: LIF(tau=0.0, dt=1.0), "tau=0.0 must be a number above 0"),
+    (lambda: LIF(tau=BETA, dt=1.0), r"tau is a tensor \[3\]; give one number"),
+    (lambda: LIF(tau=20.0, dt=-1.0), "dt=-1.0 must be"),
 ]  # fmt: skip
 WRONG_TYPES = [
     (lambda: net_of(syn_decay=0.5), "syn_decay: unknown to lif neurons, which have beta, threshold"),
+    (lambda: LIF(tau_syn=5.0, dt=1.0), "tau_syn: unknown to lif"),
     (lambda: G2GLinear.from_scipy(torch.ones(4, 4)), "Tensor"),
     (lambda: BlockMask.from_dense(MATRIX), r"mask is a coo_matrix, not a tensor; .* G2GLinear\.from_scipy"),
     (lambda: G2GLinear.from_linear(nn.Linear(4, 4), np.ones((4, 4))), "mask is a ndarray, not a tensor; give torch"),
+    (lambda: LIF(tau=20.0), "needs dt"),
+    (lambda: LIF(tau=20.0, dt=1.0, beta=0.9), "the same parameter"),
     (lambda: SpikingStack([(nn.Conv2d(1, 8, 3), LIF())]), "fc1 is a Conv2d; a network joins G2GLinear layers"),
     (lambda: SpikingStack(layer()), "layers is a G2GLinear; give a list of"),
     (lambda: SpikingStack((layer(), LIF())), "layer 1 is a G2GLinear; give"),

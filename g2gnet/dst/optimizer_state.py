@@ -1,6 +1,7 @@
 """Resets the optimizer's state for new units, to initial values that a table has by the state's name, whatever the
-optimizer. States of the packed weights' shape, also with dimensions before these, get the table's value. Scalars are
-left. Any other state, as codes of 8 bits, is refused by name: what its numbers begin with is unknown.
+optimizer. States of the packed weights' shape, also with dimensions before these, get the table's value, and states
+quantised to 8 bits (bitsandbytes) the code of zero. Scalars are left. Any other state is refused by name: which of its
+numbers belong to a unit, and what they begin with, is unknown.
 """
 
 import weakref
@@ -25,13 +26,19 @@ ZERO = {
 }  # fmt: skip
 #: those that begin with an option of the weights' group
 OPTION = {"sum": "initial_accumulator_value", "step_size": "lr"}
+#: codes of 8 bits, with the table of the numbers that they stand for
+CODES = {"state1": "qmap1", "state2": "qmap2"}
+#: what is kept beside them: these tables, and scales of whole blocks of codes
+BESIDE_CODES = {
+    *CODES.values(), "absmax1", "absmax2", "max1", "max2", "new_max1", "new_max2", "gnorm_vec", "unorm_vec",
+}  # fmt: skip
 #: one state of all parameters together, which is kept as the first one's
 OF_ALL = {"prev_flat_grad"}
 
 
 class OptimizerState:
     """The state of optimizers for the weights of rewired layers. ``reset`` has initial values that the table lacks or
-    has otherwise; ``fewer``: units will be removed (:meth:`keep_`), which only the states of units can follow."""
+    has otherwise; ``fewer``: units will be removed (:meth:`keep_`), which codes cannot follow."""
 
     def __init__(
         self,
@@ -75,6 +82,8 @@ class OptimizerState:
     def _unknown(self, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> Iterator[Any]:
         mine = optimizer.state.get(parameter)
         known = {name for state, name, *_ in self._states(parameter) if state is mine}
+        if known & CODES.keys():
+            known |= BESIDE_CODES
         if not self._fewer:
             known |= {name for name, value in self._reset.items() if value is None}
         for key, state in optimizer.state.items():
@@ -100,6 +109,8 @@ class OptimizerState:
                 elif of_weights and tensor.is_floating_point():
                     groups = (each for each in optimizer.param_groups if any(p is parameter for p in each["params"]))
                     initial = 0.0 if name in ZERO else next(groups, {}).get(OPTION.get(name, ""))
+                elif of_weights and name in CODES and not self._fewer:
+                    initial = state[CODES[name]].abs().argmin()
                 if initial is not None:
                     yield state, name, tensor, tensor.dim() - parameter.dim() if of_weights else 0, initial
 

@@ -25,6 +25,12 @@ def keeping(parameters, keep):
     return optimizer
 
 
+def codes(weights):
+    """As bitsandbytes keeps moments: 127 of 255 codes stands for zero."""
+    state = torch.full_like(weights, 27, dtype=torch.uint8)
+    return {"state1": state, "qmap1": torch.arange(-127, 128) / 127, "absmax1": torch.ones(3)}
+
+
 def train(net, optimizer):
     optimizer.zero_grad()
     loss = (net(X) - 3).square().sum()
@@ -60,6 +66,7 @@ def rewired(net, optimizers, **options):
         (functools.partial(torch.optim.Rprop, lr=0.003), {"prev": 0, "step_size": 0.003}),
         (functools.partial(torch.optim.Adagrad, initial_accumulator_value=0.5), {"sum": 0.5}),
         (lambda p: keeping(p, lambda each: {"exp_avg": torch.ones(2, *each.shape)}), {"exp_avg": 0}),
+        (lambda p: keeping(p, codes), {"state1": 127}),
     ],
 )  # fmt: skip
 def test_a_state_begins_as_its_name_says(make, begins):
@@ -105,7 +112,7 @@ UNKNOWN = {
     "an array": (lambda p: {"kept": p.numpy()}, "kept"),
     "a subclass": (lambda p: {"exp_avg": p.clone().as_subclass(Quantised)}, "exp_avg"),
     "another shape": (lambda p: {"exp_avg": p.flatten()}, "exp_avg"),
-    "codes": (lambda p: {"state1": p.to(torch.uint8)}, "state1"),
+    "codes without a table": (lambda p: {"exp_avg": p.to(torch.uint8)}, "exp_avg"),
     "one layer": (lambda p: {"kept" if p.shape[1:] == (2, 3) else "exp_avg": p.clone()}, "kept"),  # that is fc3
 }
 

@@ -1,6 +1,10 @@
-"""A network of spiking layers as one graph."""
+"""A network of spiking layers as one graph, and as a table with pictures for notebooks."""
 
+import html
 from typing import TYPE_CHECKING, Any
+
+from g2g_kernels.mask.conversions import picture
+from g2gnet.layers import G2GLinear
 
 if TYPE_CHECKING:
     from g2gnet.projections import PopulationGraph
@@ -37,3 +41,44 @@ def to_networkx(net: "PopulationGraph") -> Any:
             for pre, post, data in part.edges(data=True)
         )
     return graph
+
+
+def to_html(net: "PopulationGraph") -> str:
+    """One row per connection: its groups, the units that exist, the neurons that it leads to, and when.
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> "<img" in to_html(G2GNet(64, 64, 10, block_size=8))
+        True
+    """
+    connections, neurons = net.connections(), [*net.neurons().items()]
+    rows, seen = [], set()
+    for route in net.routes():
+        name, module = neurons[route.target]
+        later = ""
+        if route.most:
+            delays = net.delays(route.name)
+            least, most = int(delays.min()), int(delays.max())
+            steps = "one step" if most == 1 else f"{most} steps"
+            later = f", {least} to {most} steps later" if least < most else f", {steps} later"
+        label, text = (route.name, name) if route.target in seen else (f"{route.name}, {name}", repr(module))
+        seen.add(route.target)
+        rows.append(_row(label, connections[route.name], text + later))
+    names = ("layer", "neurons", "groups", "units", "density", "model", "units that exist")
+    header = "".join(f"<th>{name}</th>" for name in names)
+    return f"<table><tr>{header}</tr>{''.join(rows)}</table>"
+
+
+def _row(name: str, connection: G2GLinear, neurons: str) -> str:
+    mask = connection.mask
+    kinds = " ← ".join(dict.fromkeys((mask.rows.layout.kind, mask.cols.layout.kind)))
+    cells = (
+        name,
+        f"{mask.shape[1]} → {mask.shape[0]}",
+        f"{mask.rows.layout.num_groups} ({kinds})",
+        f"{mask.num_units} of {mask.grid[0] * mask.grid[1]}",
+        f"{100 * mask.density:.1f} %",
+        neurons,
+    )
+    text = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+    return f"<tr>{text}<td>{picture(mask)}</td></tr>"

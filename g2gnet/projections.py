@@ -274,6 +274,9 @@ class PopulationGraph(nn.Module):
         """The whole network as a ``networkx`` graph (:func:`g2gnet.graphs.to_networkx`)."""
         return graphs.to_networkx(self)
 
+    def _repr_html_(self) -> str:
+        return graphs.to_html(self)
+
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         *_, error_msgs = rest
         for route in self._routes:

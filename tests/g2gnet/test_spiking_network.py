@@ -230,6 +230,7 @@ def test_the_graph_has_delays():
     graph = net.to_networkx()
     assert graph.is_multigraph()
     assert sorted({data.get("delay", 0) for *_, data in graph.edges(data=True)}) == [0, 2]
+    assert "2 steps later" in net._repr_html_()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from torch import nn
 
 from g2g_kernels import lif, synaptic
 from g2gnet import DSTScheduler, G2GLinear, G2GNet
-from g2gnet.dst.scores import unit_correlation
+from g2gnet.dst.rules import unit_correlation
 from g2gnet.training.captured_step import CapturedStep
 
 from .contender import (

@@ -17,7 +17,7 @@ from g2g_kernels import BlockMask, GroupLayout, lif_step
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, Projection, SpikingNetwork
 from g2gnet.data import as_samples, load_dataset
-from g2gnet.dst.scores import unit_correlation
+from g2gnet.dst.rules import unit_correlation
 from g2gnet.inspect import figures
 
 matplotlib.use("Agg")

@@ -20,21 +20,9 @@ def encode(
 
     ``"current"``: x' itself, [B, D] held at every step, or [steps, B, D]. ``"rate"``: spikes [steps, B, D], Bernoulli
     with probability clamp(x', 0, 1), drawn at each step from ``generator`` (PyTorch's global one if None; its device
-    may differ from x's).
-
-    With ``part``, only these samples are encoded, as they would be in the whole batch: the generator skips the
-    random numbers of the others.
-
-    Raises:
-        ValueError: for an unknown encoding.
-        TypeError: for samples that are not floats: images of uint8 would be currents of up to 255.
-
-    Example:
-        >>> x = torch.tensor([[0.0, 1.0]])
-        >>> encode(x, "current", steps=3, scale=2.0)
-        tensor([[0., 2.]])
-        >>> encode(x, "rate", steps=3).shape
-        torch.Size([3, 1, 2])
+    may differ from x's). With ``part``, only these samples are encoded, as they would be in the whole batch: the
+    generator skips the random numbers of the others. Raises ValueError for an unknown encoding, TypeError for samples
+    that are not floats: images of uint8 would be currents of up to 255.
     """
     if enc not in ENCODINGS:
         check_choice("enc", enc, ENCODINGS)

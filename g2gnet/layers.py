@@ -1,6 +1,7 @@
 """A sparse linear layer over a :class:`BlockMask`."""
 
 import copy
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,8 +12,41 @@ from g2g_kernels import BlockMask, GroupLayout, g2g_linear
 from g2g_kernels.numbers import FLOAT32
 from g2g_kernels.ops.g2g_stack.layer import ProductObserver
 from g2g_kernels.tracing import default_device, is_traced
-from g2gnet.weights.dense_weight import NOT_WRITABLE, DerivedWeight
 from g2gnet.weights.packed_weights import PackedWeights
+
+#: why the dense weight cannot be written to, and what to do instead
+_NOT_WRITABLE = (
+    "of a G2GLinear is computed from its packed values at every access. Change layer.values "
+    "(layer.values.data.copy_(layer.mask.pack(weight)), layer.reset_parameters(), layer.values.requires_grad_(False)), "
+    "or create a new layer: G2GLinear.from_linear(linear, mask)"
+)
+
+
+class _DerivedWeight(torch.Tensor):
+    """The dense weight of a :class:`~g2gnet.G2GLinear`, for reading only, as is all that shares its memory (views,
+    ``detach()``, ``.data``). Copies, and results computed from it, are ordinary tensors."""
+
+    @classmethod
+    def __torch_function__(cls, function: Callable, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else next(iter(kwargs.values()), None)  # functions of nn.init name their tensor
+        name = function.__name__
+        in_place = name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__"))
+        if (in_place and isinstance(first, cls)) or isinstance(kwargs.get("out"), cls):
+            raise RuntimeError(f"{name} would change a copy: the dense weight {_NOT_WRITABLE}")
+        with torch._C.DisableTorchFunctionSubclass():
+            if name in ("__deepcopy__", "__reduce_ex__"):
+                return function(args[0].as_subclass(torch.Tensor), *args[1:])
+            result = function(*args, **kwargs)
+            if isinstance(result, torch.Tensor) and isinstance(first, cls) and _same_memory(result, first):
+                return result.as_subclass(cls)
+        return result
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.layout != torch.strided or one.is_nested:  # sparse and mkldnn tensors have no such memory
+        return False
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata
 
 
 class StepObserver(Protocol):
@@ -28,11 +62,9 @@ class StepObserver(Protocol):
 class G2GLinear(PackedWeights):
     """y = x·Wᵀ + b with a weight of which only the units of ``mask`` exist.
 
-    A ``copy.deepcopy`` of a layer is a layer of its own. An average of a network (EMA, SWA) is rewired with it if it is
-    tied to it (:func:`g2gnet.tie_wiring`).
-
-    Initial values: the active weights of output neuron i are uniform in ±1/√k_i, where k_i is its active fan-in
-    (Kaiming-uniform with a = √5, rescaled to the active fan-in). The bias is uniform in ±1/√(mean k).
+    A ``copy.deepcopy`` of a layer is a layer of its own; an average of a network (EMA, SWA) is rewired with it if it is
+    tied to it (:func:`g2gnet.tie_wiring`). Initially the active weights of output neuron i are uniform in ±1/√k_i, k_i
+    being its active fan-in (Kaiming-uniform with a = √5, rescaled to it), and the bias is in ±1/√(mean k).
 
     Args:
         mask: the units that exist; the layer owns it from now on (``.to``, ``state_dict`` and DST act on it).
@@ -46,13 +78,9 @@ class G2GLinear(PackedWeights):
 
     Example:
         >>> from g2g_kernels import BlockMask, GroupLayout
-        >>> draw = torch.Generator().manual_seed(0)
-        >>> mask = BlockMask.sample(GroupLayout(32), GroupLayout(64), p_inter=0.15, block_size=4, generator=draw)
-        >>> layer = G2GLinear(mask, generator=draw)
-        >>> layer.values.shape  # the weights that exist, unit by unit
-        torch.Size([32, 4, 4])
-        >>> layer(torch.rand(5, 64)).shape
-        torch.Size([5, 32])
+        >>> layer = G2GLinear(BlockMask.sample(GroupLayout(32), GroupLayout(64), p_inter=1 / 7, block_size=4))
+        >>> layer.values.shape, layer(torch.rand(5, 64)).shape  # the weights that exist, unit by unit
+        (torch.Size([32, 4, 4]), torch.Size([5, 32]))
     """
 
     def __init__(
@@ -72,30 +100,24 @@ class G2GLinear(PackedWeights):
     def from_linear(
         cls, linear: nn.Linear, mask: BlockMask | torch.Tensor | None = None, backend: str | None = None
     ) -> "G2GLinear":
-        """Creates the layer that computes ``linear`` with its weight times ``mask``, with its device and dtype.
+        """The layer that computes ``linear`` with its weight times ``mask``, of its device and dtype; both are copied.
 
-        Args:
-            linear: provides the bias and the weights that exist; both are copied.
-            mask: a :class:`BlockMask`, copied too, or bool [out, in], read as units of single weights. None: the
-                mask that ``torch.nn.utils.prune`` put on the layer, or every weight if it put none.
-            backend: as for the layer.
-
-        Raises:
-            ValueError: if the shapes of mask and weight differ.
+        ``mask`` is a :class:`BlockMask`, or bool [out, in], read as units of single weights. None: the mask that
+        ``torch.nn.utils.prune`` put on the layer, or every weight if it put none. Raises ValueError if the shapes of
+        mask and weight differ.
         """
         pruned: torch.Tensor | None = getattr(linear, "weight_mask", None)
         # under pruning linear.weight is a product of the last forward pass
         weight: torch.Tensor = linear.weight if pruned is None else linear.get_parameter("weight_orig")
+        if mask is None and pruned is not None:
+            mask = pruned.bool()
         if mask is None:
-            if pruned is None:
-                mask = BlockMask.full(GroupLayout(weight.shape[0], 1), GroupLayout(weight.shape[1], 1))
-            else:
-                mask = BlockMask.from_dense(pruned != 0)
+            mask = BlockMask.full(GroupLayout(weight.shape[0], 1), GroupLayout(weight.shape[1], 1))
         else:
             mask = copy.deepcopy(mask) if isinstance(mask, BlockMask) else BlockMask.from_dense(mask)
         if mask.shape != tuple(weight.shape):
             raise ValueError(f"mask describes {mask.shape} weights, the linear layer has {tuple(weight.shape)}")
-        # the initial values are replaced at once: draw them without changing the global generator
+        # initial values, which are replaced at once, are drawn without changing the global generator
         layer = cls(mask, bias=linear.bias is not None, backend=backend, generator=torch.Generator())
         layer.to(weight.device, weight.dtype).train(linear.training)
         layer.values.data.copy_(layer.mask.pack(weight.detach()))
@@ -109,10 +131,10 @@ class G2GLinear(PackedWeights):
     def from_scipy(
         cls, matrix: Any, block_size: int = 1, bias: torch.Tensor | None = None, backend: str | None = None
     ) -> "G2GLinear":
-        """Creates the layer with the weights [out, in] that a SciPy sparse matrix (or array) stores, zeros among them.
+        """The layer with the weights [out, in] that a SciPy sparse matrix (or array) of any format stores, zeros too.
 
         Args:
-            matrix: in any format; entries that it has twice are added.
+            matrix: entries that it has twice are added.
             block_size: side of a unit. Weights of a unit that are not stored are 0.
             bias: [out]; None: the layer has none.
             backend: as for the layer.
@@ -182,13 +204,12 @@ class G2GLinear(PackedWeights):
         fan_in = self.mask.fan_in()
         # all neurons of a block row have the same fan-in: read that of the first
         first_neuron = self.mask.rows.order[self.mask.rows.bounds[:-1].long()]
-        bound = fan_in[first_neuron].clamp(min=1).rsqrt()[self.mask.unit_row.long(), None, None]
-        uniform = torch.rand(self.values.shape, generator=generator, device="cpu").to(self.values.device) * 2 - 1
-        self.values.copy_(uniform * bound * self.mask.valid())
-        if self.bias is not None:
-            bound = fan_in.float().mean().clamp(min=1).rsqrt()
-            uniform = torch.rand(self.bias.shape, generator=generator, device="cpu").to(self.bias.device) * 2 - 1
-            self.bias.copy_(uniform * bound)
+        of_units = fan_in[first_neuron].clamp(min=1).rsqrt()[self.mask.unit_row.long(), None, None] * self.mask.valid()
+        of_bias = fan_in.float().mean().clamp(min=1).rsqrt()
+        for tensor, bound in ((self.values, of_units), (self.bias, of_bias)):
+            if tensor is not None:
+                uniform = torch.rand(tensor.shape, generator=generator, device="cpu").to(tensor.device) * 2 - 1
+                tensor.copy_(uniform * bound)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] → [..., out]."""
@@ -219,15 +240,15 @@ class G2GLinear(PackedWeights):
         weight = self.dense_weight()
         if is_traced() or type(weight) is not torch.Tensor:  # traced, or a stand-in
             return weight
-        return weight.as_subclass(DerivedWeight)
+        return weight.as_subclass(_DerivedWeight)
 
     @weight.setter
     def weight(self, value: object) -> None:
-        raise AttributeError(f"weight cannot be assigned: that {NOT_WRITABLE}")
+        raise AttributeError(f"weight cannot be assigned: that {_NOT_WRITABLE}")
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         if name == "weight":  # where nn.Module puts an assigned Parameter
-            raise AttributeError(f"weight cannot be assigned: that {NOT_WRITABLE}")
+            raise AttributeError(f"weight cannot be assigned: that {_NOT_WRITABLE}")
         super().register_parameter(name, param)
 
     def _repr_html_(self) -> str:

@@ -29,13 +29,7 @@ class SettingsError(ValueError):
 
 
 class Need(NamedTuple):
-    """What a setting needs to have an effect: that the setting ``name`` has one of some values.
-
-    Example:
-        >>> need = Need("sparsity_mode", ("dynamic",))
-        >>> need.unmet({"sparsity_mode": "static"}), need.remedy()
-        ('with sparsity_mode=static', 'give `sparsity_mode=dynamic`')
-    """
+    """What a setting needs to have an effect: that the setting ``name`` has one of some values."""
 
     name: str
     values: tuple[Any, ...]
@@ -85,12 +79,14 @@ def setting(
     """A field with its description, and for numbers their range: ``low`` and ``high`` count unless they are open.
 
     Whole numbers fit an int64, others a float32 (:class:`g2g_kernels.numbers.Number`). Programs make a flag of each
-    field, in the help's ``group``; None: it has no flag. ``metavar`` stands for its value there. With ``several`` it
-    may also be a tuple of whole numbers in that range, or a list, as files have it.
+    field, in the help's ``group``, with ``metavar`` for its value; None: it has no flag. With ``several`` the value may
+    also be a tuple of whole numbers in that range, or a list, as files have it.
     """
     number = Number(-math.inf if low is None else low, math.inf if high is None else high, open_low, open_high)
-    metadata: dict[str, Any] = {"group": group, "text": text, "choices": choices, "others": others, "number": number}
-    metadata |= {"metavar": metavar, "several": several}
+    metadata = {
+        "group": group, "text": text, "choices": choices, "others": others, "number": number, "metavar": metavar,
+        "several": several,
+    }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -165,9 +161,8 @@ class Settings:
 
     def _at_odds(self) -> list[str]:
         """Conflicts between values that are each in range."""
-        values = vars(self)
         return [
-            f"{name}={values[name]} has no effect {need.unmet(values)}; {need.remedy()}, or leave it out"
+            f"{name}={getattr(self, name)} has no effect {need.unmet(vars(self))}; {need.remedy()}, or leave it out"
             for name, need in self._without_effect().items()
             if name not in self.WARNED
         ]
@@ -185,9 +180,8 @@ class Settings:
 
     def without_effect(self) -> list[str]:
         """What of these settings differs from the default and changes nothing, each with the reason."""
-        values = vars(self)
         return [
-            f"`{name}={values[name]}` has no effect {need.unmet(values, '`')}"
+            f"`{name}={getattr(self, name)}` has no effect {need.unmet(vars(self), '`')}"
             for name, need in self._without_effect().items()
         ]
 
@@ -204,11 +198,8 @@ class Settings:
 
     @classmethod
     def from_saved(cls: type[SettingsT], saved: Mapping[str, Any]) -> SettingsT:
-        """The settings that ``as_dict`` gave, perhaps in an earlier version.
-
-        Later settings have their default. So have those that are refused without effect, and have none: their default
-        was another one. Raises SettingsError if they are no settings of ours.
-        """
+        """The settings that ``as_dict`` gave, perhaps in an earlier version: later ones have their default, as have
+        those that are refused without effect, and have none. SettingsError if they are no settings of ours."""
         idle = cls.idle({**cls.defaults(), **saved}).keys() - set(cls.WARNED)
         return cls(**{name: value for name, value in saved.items() if name not in idle})
 
@@ -234,14 +225,13 @@ def _several(name: str, values: Sequence[Any], number: Number) -> tuple[int, ...
 PARAMETERS = ("syn_decay", "adapt_decay", "beta", "a", "b", "threshold")
 
 
-def owners(parameter: str) -> list[str]:
-    """The neuron models that have a parameter of this name."""
-    return [name for name, kind in NEURONS.items() if parameter in kind.initial]
+#: the models of neurons that have each
+_OWNERS = {name: [model for model, kind in NEURONS.items() if name in kind.initial] for name in PARAMETERS}
 
 
 def _initial(parameter: str, text: str) -> str:
     """The meaning of the initial value of a parameter, with the models that have it and its default."""
-    models = owners(parameter)
+    models = _OWNERS[parameter]
     default = " or ".join(dict.fromkeys(str(NEURONS[name].initial[parameter]) for name in models))
     only = "" if len(models) == len(NEURONS) else f", for `neuron={' or '.join(models)}`"
     return f"initial {text}{only} (default: {default})"
@@ -268,7 +258,7 @@ class NetworkSettings(Settings):
     """
 
     NEEDS: ClassVar[Mapping[str, tuple[Need, ...]]] = {
-        **{name: (Need("neuron", tuple(owners(name))),) for name in PARAMETERS},
+        **{name: (Need("neuron", tuple(models)),) for name, models in _OWNERS.items()},
         **dict.fromkeys(("num_groups", "p_inter", "p_intra", "density"), (SPARSE_MODEL,)),
         "p_rec_inter": (RECURRENT, SPARSE_MODEL, Need("density", ("uniform",))),
         "rec_gain": (RECURRENT,),

@@ -19,9 +19,8 @@ from g2g_kernels.tracing import default_device
 
 
 class SpikingNeurons(nn.Module):
-    """A population of neurons, run over all time steps at once (:func:`g2g_kernels.neurons`).
-
-    Base of one class per model, which gives the initial values of its parameters.
+    """A population of neurons, run over all time steps at once (:func:`g2g_kernels.neurons`): base of one class per
+    model, which gives the initial values of its parameters.
 
     Args:
         neurons: None for one value of each parameter, [1], shared by the layer; a number N for one per neuron.
@@ -38,10 +37,8 @@ class SpikingNeurons(nn.Module):
 
     Example:
         >>> from g2gnet import LIF, Synaptic
-        >>> [neurons.model.name for neurons in (LIF(), Synaptic())]
-        ['lif', 'synaptic']
-        >>> [name for name, _ in Synaptic().named_parameters()]
-        ['syn_decay', 'beta', 'threshold']
+        >>> Synaptic().model.name, [name for name, _ in LIF().named_parameters()]
+        ('synaptic', ['beta', 'threshold'])
     """
 
     model: ClassVar[NeuronModel]
@@ -65,17 +62,20 @@ class SpikingNeurons(nn.Module):
         SHARPNESS.check("alpha", alpha)
         self.alpha = alpha
         self.backend = backend
-        # FSDP2 shards no parameter without dimensions
-        shape = (1,) if neurons is None else (SIZE.check("neurons", neurons),)
-        parameters = {
-            name: torch.as_tensor(value) if isinstance(value, np.ndarray | list | tuple) else value
-            for name, value in parameters.items()
-        }
+        size = None if neurons is None else SIZE.check("neurons", neurons)
+        for name, value in parameters.items():
+            if isinstance(value, np.ndarray | list | tuple):
+                parameters[name] = value = torch.as_tensor(value)
+            if isinstance(value, torch.Tensor) and value.dim() and value.shape != (size,):
+                wanted = "one number, or give the number of neurons first," if size is None else f"[{size}]"
+                raise ValueError(f"{name} is a tensor {list(value.shape)}; give {wanted} as LIF({size or 'N'}, …)")
         for name, decay in TIME_CONSTANTS.items():
             if decay in self.model.parameters and name in parameters:
-                parameters = _with_decay(parameters, name, decay, dt, neurons)
+                if decay in parameters:
+                    raise TypeError(f"{name} and {decay} are the same parameter; give one of them")
+                parameters[decay] = _decay(name, parameters.pop(name), dt)
         for name in self.model.parameters:
-            tensor = _initial(name, parameters.pop(name, self.initial[name]), shape, neurons)
+            tensor = _initial(name, parameters.pop(name, self.initial[name]), size)
             if check_flag(f"learn_{name}", parameters.pop(f"learn_{name}", True)):
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
@@ -104,15 +104,8 @@ class SpikingNeurons(nn.Module):
         return neurons(current, self.population, steps, self.backend)
 
     def step(self, current: torch.Tensor, state: NeuronState | None = None) -> tuple[torch.Tensor, NeuronState]:
-        """One time step (:func:`g2g_kernels.neurons_step`), for online input and recurrent networks.
-
-        Args:
-            current: [..., N].
-            state: what the last step returned; None at the first.
-
-        Returns:
-            spikes [..., N] and the state.
-        """
+        """One time step (:func:`g2g_kernels.neurons_step`), for online input and recurrent networks: from a current
+        [..., N] and what the last step returned (None at the first) to spikes [..., N] and the state."""
         states = (state,) if isinstance(state, torch.Tensor) else state
         spikes, states = neurons_step(current, states, self.population)
         return spikes, states[0] if len(states) == 1 else states
@@ -133,33 +126,22 @@ _POSITIVE = Number(0, open_low=True)
 TIME_CONSTANTS = {"tau": "beta", "tau_syn": "syn_decay", "tau_adapt": "adapt_decay"}
 
 
-def _with_decay(
-    parameters: dict[str, float | torch.Tensor], name: str, decay: str, dt: float | None, neurons: int | None
-) -> dict[str, float | torch.Tensor]:
-    """The parameters with a decay in place of the time constant ``name``."""
-    others = {each: value for each, value in parameters.items() if each != name}
-    if decay in others:
-        raise TypeError(f"{name} and {decay} are the same parameter; give one of them")
+def _decay(name: str, constant: Any, dt: float | None) -> float | torch.Tensor:
+    """The decay in a step of a time constant, or of one for each neuron."""
     if dt is None:
-        raise TypeError(f"{name}={parameters[name]!r:.40} needs dt, a step in the same unit, as {name}=20.0, dt=1.0")
+        raise TypeError(f"{name}={constant!r:.40} needs dt, a step in the same unit, as {name}=20.0, dt=1.0")
     _POSITIVE.check("dt", dt)
-    given = parameters[name]
-    if not isinstance(given, torch.Tensor) or not given.dim():
-        return {**others, decay: math.exp(-dt / _POSITIVE.check(name, given))}
-    constants = given.detach().double()
-    if neurons is None or tuple(given.shape) != (neurons,):
-        raise ValueError(f"{name} is a tensor {list(given.shape)}; give one number, or [{neurons or 'N'}] as LIF(N, …)")
-    if not ((constants > 0) & constants.isfinite()).all():
-        raise ValueError(f"{name} must be above 0 and finite")
-    return {**others, decay: torch.exp(-dt / constants)}
+    if not isinstance(constant, torch.Tensor) or not constant.dim():
+        return math.exp(-dt / _POSITIVE.check(name, constant))
+    for each in constant.detach().unique().tolist():
+        _POSITIVE.check(name, each)
+    return torch.exp(-dt / constant.detach().double())
 
 
-def _initial(name: str, value: Any, shape: tuple[int, ...], neurons: int | None) -> torch.Tensor:
+def _initial(name: str, value: Any, size: int | None) -> torch.Tensor:
     if not isinstance(value, torch.Tensor) or not value.dim():
-        return torch.full(shape, check_parameter(name, value))
-    if neurons is None or tuple(value.shape) != shape:
-        wanted = "one number, or give the number of neurons first, as LIF(N, …)" if neurons is None else f"[{neurons}]"
-        raise ValueError(f"{name} is a tensor {list(value.shape)}; give {wanted}")
+        # FSDP2 shards no parameter without dimensions
+        return torch.full((size or 1,), check_parameter(name, value))
     for each in value.detach().unique().tolist():
         check_parameter(name, each)
     return value.detach().to(default_device(), torch.float32).clone()
@@ -182,9 +164,7 @@ class LIF(SpikingNeurons):
 
 class Synaptic(SpikingNeurons):
     """LIF neurons with a synaptic current (:func:`g2g_kernels.synaptic`), snnTorch's ``Synaptic``: ``syn_decay``,
-    ``beta`` and ``threshold``.
-
-    Initially the current lasts half as long as the membrane: 1/(1 − γ) = 5 steps at γ = 0.8, 1/(1 − β) = 10 at β = 0.9.
+    ``beta`` and ``threshold``. Initially the current lasts 1/(1 − γ) = 5 steps (γ = 0.8), half as long as the membrane.
 
     Example:
         >>> neurons = Synaptic(64, syn_decay=0.8)  # a decay, a leak and a threshold for each of 64 neurons
@@ -201,9 +181,7 @@ class Synaptic(SpikingNeurons):
 
 class AdLIF(SpikingNeurons):
     """Adaptive LIF neurons (:func:`g2g_kernels.adlif`): ``adapt_decay``, ``beta``, ``a``, ``b`` and ``threshold``.
-
-    Initially the adaptation lasts twice as long as the membrane: 1/(1 − ρ) = 20 steps at ρ = 0.95, 1/(1 − β) = 10 at
-    β = 0.9.
+    Initially the adaptation lasts 1/(1 − ρ) = 20 steps (ρ = 0.95), twice as long as the membrane.
 
     Example:
         >>> neurons = AdLIF(64, b=0.3)  # a spike makes the next one of the same neuron harder
@@ -221,12 +199,11 @@ class AdLIF(SpikingNeurons):
 
     @torch.no_grad()
     def keep_stable_(self) -> None:
-        """Moves a learned ``a`` to where silent neurons do not grow by themselves.
+        """Moves a learned ``a`` to where silent neurons stay silent: −(1 − ρ)(1 − β) ≤ a ≤ (1 + ρ)(1 + β).
 
-        The bounds are −(1 − ρ)(1 − β) ≤ a ≤ (1 + ρ)(1 + β). Without spikes and currents a step
-        multiplies (w, U) by a matrix of determinant ρβ and trace ρ + β − a, whose eigenvalues are at most 1 in absolute
-        value within them (Jury 1964). Beyond them membranes and gradients grow exponentially with T.
-        :mod:`g2gnet.training` calls this after each update.
+        Without spikes and currents a step multiplies (w, U) by a matrix of determinant ρβ and trace ρ + β − a, whose
+        eigenvalues are at most 1 in absolute value within these bounds (Jury 1964). Beyond them membranes and gradients
+        grow exponentially with T. :mod:`g2gnet.training` calls this after each update.
         """
         if not isinstance(self.a, nn.Parameter):
             return

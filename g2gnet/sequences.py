@@ -19,15 +19,11 @@ SEQUENCES = {
 
 
 def sequence_length(sequence: str, shape: Sequence[int], values: int = 1) -> int:
-    """The time steps of a sample, at least 1.
+    """The time steps of a sample, at least 1, by a name in :data:`SEQUENCES` other than ``"none"``.
 
-    Args:
-        sequence: a name in :data:`SEQUENCES` other than ``"none"``.
-        shape: of a sample: (height, width) or (channels, height, width) of an image, or (T, ...) of a sequence.
-        values: rows or pixels in a step.
-
-    Raises:
-        ValueError: if such samples have no rows and pixels, or their number is no multiple of ``values``.
+    ``shape`` is that of a sample: (height, width) or (channels, height, width) of an image, or (T, ...) of a sequence.
+    A step has so many ``values``: rows or pixels. Raises ValueError if such samples have no rows and pixels, or their
+    number is no multiple of ``values``.
     """
     sizes = ", ".join(map(str, shape))
     if sequence == "own":
@@ -48,16 +44,9 @@ def sequence_length(sequence: str, shape: Sequence[int], values: int = 1) -> int
 
 
 def input_order(sequence: str, shape: Sequence[int], values: int = 1, seed: int = 0) -> torch.Tensor:
-    """Where the inputs of each step lie in a flattened sample: int64 [T, D].
-
-    A step of a colour image has all channels, one after the other.
-
-    Args:
-        sequence, shape, values: as for :func:`sequence_length`.
-        seed: of the order of ``"permuted"``, which is the same for all channels.
-
-    Raises:
-        ValueError: as :func:`sequence_length` does.
+    """Where the inputs of each step lie in a flattened sample: int64 [T, D], with arguments and errors as of
+    :func:`sequence_length`. A step of a colour image has all channels, one after the other. ``seed`` is that of the
+    order of ``"permuted"``, which is the same for all channels.
     """
     steps, total = sequence_length(sequence, shape, values), math.prod(shape)
     if sequence == "own":

@@ -15,16 +15,6 @@ from g2gnet.weights.patterns import SPARSE, Pattern, layer_mask
 
 logger = logging.getLogger("g2gnet")
 
-#: hooks of a module's calls, which a module of another class can run too
-CALL_HOOKS = (
-    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
-)  # fmt: skip
-#: hooks of saving and loading, which expect a dense weight
-STATE_HOOKS = (
-    "_state_dict_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-)  # fmt: skip
-
 
 def sparsify(
     model: nn.Module,
@@ -41,12 +31,12 @@ def sparsify(
     """Replaces each ``nn.Linear`` in ``model``, in place, by a :class:`G2GLinear` with the weights that its mask keeps.
 
     The remaining weights do not change (``layer.reset_parameters()`` draws new ones, for the smaller fan-in). Make
-    the optimizer afterwards. Call hooks of a layer are kept, and their handles still remove them. Code that reads a
-    layer's ``weight`` gets the dense one (:attr:`G2GLinear.weight`).
+    the optimizer, and register hooks, afterwards. Code that reads a layer's ``weight`` gets the dense one
+    (:attr:`G2GLinear.weight`).
 
     A layer stays dense, and the logger ``g2gnet`` says which and why, if a sparse layer would lose something: shared
-    (tied) weights, weight or spectral normalisation, pruning (``G2GLinear.from_linear`` keeps that), hooks on its
-    weights or its ``state_dict``, a custom ``forward`` or class (as in ``nn.MultiheadAttention``).
+    (tied) weights, weight or spectral normalisation, pruning (``G2GLinear.from_linear`` keeps that), hooks, a custom
+    ``forward`` or class (as in ``nn.MultiheadAttention``).
 
     Args:
         p_inter, p_intra: the probability of a unit between and inside groups; a pattern of your own has its own.
@@ -84,19 +74,19 @@ def sparsify(
         raise ValueError(
             f"skip names {', '.join(sorted(unknown))}; the linear layers are {', '.join(places) or 'none'}"
         )
-    holders = _holders(model)
-    seen: set[nn.Module] = {places[name] for name in skip}
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(parameter, []).append(name)
     chosen: list[nn.Linear] = []
     dense: dict[str, list[str]] = {}
-    for name, linear in places.items():
-        if linear in seen:
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or any(module is places[skipped] for skipped in skip):
             continue
-        seen.add(linear)
-        reason = _reason_to_stay(name, linear, holders)
-        if reason:
+        if reason := _reason_to_stay(name, module, holders):
             dense.setdefault(reason, []).append(name)
-            continue
-        chosen.append(linear)
+        else:
+            chosen.append(module)
     stay = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in dense.items())
     if not chosen:
         raise ValueError("model has no nn.Linear to replace" + (f"; these stay dense: {stay}" if stay else ""))
@@ -108,9 +98,6 @@ def sparsify(
         sparse[linear] = G2GLinear.from_linear(linear, mask)
     if stay:
         logger.warning("sparsify: these stay dense: %s", stay)
-    for replaced, layer in sparse.items():
-        for hooks in CALL_HOOKS:  # the same dictionaries, since handles refer to them
-            setattr(layer, hooks, getattr(replaced, hooks))
     for name, linear in places.items():
         if linear not in sparse:
             continue
@@ -121,22 +108,13 @@ def sparsify(
     return model
 
 
-def _holders(model: nn.Module) -> dict[nn.Parameter, list[str]]:
-    holders: dict[nn.Parameter, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            holders.setdefault(parameter, []).append(name)
-    return holders
-
-
 def _reason_to_stay(name: str, linear: nn.Linear, holders: dict[nn.Parameter, list[str]]) -> str | None:
     if parametrize.is_parametrized(linear):
         return "parametrized, as by weight_norm"
     if type(linear) is not nn.Linear:
         return f"of the class {type(linear).__name__}"
-    names = [*linear._parameters, *linear._buffers, *linear._modules]
-    more = [each for each in names if each not in ("weight", "bias")]
-    if more:
+    own = (*linear._parameters, *linear._buffers, *linear._modules)
+    if more := [each for each in own if each not in ("weight", "bias")]:
         return f"with {', '.join(more)} of its own; G2GLinear.from_linear keeps a pruned mask"
     for parameter in linear.parameters():
         others = [holder for holder in holders[parameter] if holder != name]
@@ -144,8 +122,8 @@ def _reason_to_stay(name: str, linear: nn.Linear, holders: dict[nn.Parameter, li
             return f"shares weights with {', '.join(others)}"
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             return "with hooks on its weights"
-    if any(getattr(linear, hooks) for hooks in STATE_HOOKS):
-        return "with hooks on its state_dict"
+    if any(hooks for name, hooks in vars(linear).items() if name.endswith("_hooks")):
+        return "with hooks; register them afterwards"
     if "forward" in vars(linear):
         return "with a custom forward"
     return None

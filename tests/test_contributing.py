@@ -119,7 +119,7 @@ def load(name, data_dir):
     return ImageData(name, images, labels, images[:9], labels[:9], 3)"""),
     },
     "grouping": {
-        "g2gnet/weights/groupings.py": replace(r"(\nGROUPINGS = {\n)", r'\1    "toy": ("random", "interleaved"),\n')
+        "g2gnet/weights/patterns.py": replace(r"(\nGROUPINGS = {\n)", r'\1    "toy": ("random", "interleaved"),\n')
     },
     "sparsity pattern": {
         "g2gnet/weights/patterns.py": replace(
@@ -139,7 +139,7 @@ def load(name, data_dir):
     "prune or grow rule": {
         "g2gnet/dst/rules.py": append(
             'PRUNE_RULES["toy"] = Rule("toy", "least of the toy", lambda seen: -_weight(seen))\n'
-            'GROW_RULES["toy"] = Rule("toy", "a unit of the toy", _gradient, GRADIENT)'
+            'GROW_RULES["toy"] = Rule("toy", "a unit of the toy", attrgetter("gradient"), GRADIENT)'
         )
     },
     "flag": {

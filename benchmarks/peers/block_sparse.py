@@ -73,9 +73,11 @@ class _BlockSparseLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows, cols = self.mask.rows, self.mask.cols
         columns = x.reshape(-1, x.shape[-1]).T
-        columns = columns.contiguous() if cols.trivial else F.pad(columns, (0, 0, 0, 1)).index_select(0, cols.neuron_at)
+        if not cols.in_order:
+            columns = F.pad(columns, (0, 0, 0, 1)).index_select(0, cols.neuron_at)
+        columns = columns.contiguous()
         y = _Product.apply(columns, self.values, self.mask)
-        y = y.T if rows.trivial else y.index_select(0, rows.place_of).T
+        y = y.T if rows.in_order else y.index_select(0, rows.place_of).T
         return (y + self.bias).view(*x.shape[:-1], -1)
 
 

@@ -32,7 +32,7 @@ class _Layer:
 
     def unit_means(self, matrix: torch.Tensor) -> torch.Tensor:
         blocks = self.blocks
-        if blocks.rows.trivial and blocks.cols.trivial:
+        if blocks.rows.in_order and blocks.cols.in_order:
             (rows, cols), (height, width) = blocks.grid, blocks.unit_shape
             return matrix.view(rows, height, cols, width).mean((1, 3))
         by_row = matrix.new_zeros(blocks.grid[0], matrix.shape[1]).index_add_(0, self.row_of, matrix)

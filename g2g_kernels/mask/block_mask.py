@@ -176,7 +176,7 @@ class BlockMask(UnitGrid):
             [*mask.tensors()[:6], *(getattr(axis, name) for axis in (mask.rows, mask.cols) for name in axis.INDICES)]
             for mask in (self, other)
         )
-        alike = self.block_size == other.block_size and all(axis.trivial == new.trivial for axis, new in sides)
+        alike = self.block_size == other.block_size and all(axis.in_order == new.in_order for axis, new in sides)
         if alike and all(a.shape == b.shape for a, b in zip(mine, theirs, strict=True)):
             for a, b in zip(mine, theirs, strict=True):
                 a.copy_(b)

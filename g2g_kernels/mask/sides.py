@@ -102,8 +102,8 @@ class UnitAxis(Indices):
             groups += [group] * pieces
         self.num_units = len(lengths)
         self.width = max(lengths)
-        #: every range is full and neurons already stand in group order, so no permutation or padding is needed
-        self.trivial = min(lengths) == self.width and layout.kind == "index"
+        #: every range is full and neurons stand in group order: place p holds neuron p, nothing is permuted or padded
+        self.in_order = min(lengths) == self.width and layout.kind == "index"
 
         order = torch.argsort(layout.group_of, stable=True)
         length = torch.tensor(lengths)
@@ -131,7 +131,7 @@ class UnitAxis(Indices):
     @property
     def side(self) -> Side:
         """Where its neurons are."""
-        neuron_at, place_of = (None, None) if self.trivial else (self.neuron_at, self.place_of)
+        neuron_at, place_of = (None, None) if self.in_order else (self.neuron_at, self.place_of)
         return Side(self.num_units, self.width, self.size, neuron_at, place_of, self.bounds if self.ragged else None)
 
     @property
@@ -140,7 +140,7 @@ class UnitAxis(Indices):
         return self.size < self.num_units * self.width
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What operators take: ``order``, ``bounds``, ``neuron_at`` and ``place_of``, the last two empty if trivial."""
+        """What operators take: ``order``, ``bounds``, ``neuron_at``, ``place_of``, the last two empty if in order."""
         nothing = self.order[:0]
-        neuron_at, place_of = (nothing, nothing) if self.trivial else (self.neuron_at, self.place_of)
+        neuron_at, place_of = (nothing, nothing) if self.in_order else (self.neuron_at, self.place_of)
         return self.order, self.bounds, neuron_at, place_of

@@ -46,18 +46,18 @@ class OptimizerState:
         reset: Mapping[str, Initial] | None = None,
         fewer: bool = False,
     ) -> None:
-        optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
-        self.__setstate__((optimizers, dict(reset or {}), fewer))
+        self.optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        self._reset, self._fewer = dict(reset or {}), fewer
+        self._watch()
 
-    def __getstate__(self) -> tuple[list[torch.optim.Optimizer], dict[str, Initial], bool]:
-        return self.optimizers, self._reset, self._fewer
-
-    def __setstate__(self, state: tuple[list[torch.optim.Optimizer], dict[str, Initial], bool]) -> None:
-        self.optimizers, self._reset, self._fewer = state
+    def _watch(self) -> None:
         for optimizer in self.optimizers:
             if "_optimizer_step_pre_hooks" in vars(optimizer):  # wrappers may have none
-                hook = optimizer.register_step_pre_hook(_refuse_states_of_other_weights)
-                weakref.finalize(self, hook.remove)
+                weakref.finalize(self, optimizer.register_step_pre_hook(_refuse_states_of_other_weights).remove)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._watch()
 
     def check(self, parameter: torch.nn.Parameter) -> None:
         """Raises ValueError, with its name, for a state of these weights that cannot be reset."""
@@ -70,20 +70,18 @@ class OptimizerState:
                         f"{kind} wraps {type(inner).__name__}, which has a state of its own; give the scheduler both: "
                         f"[optimizer, optimizer.{name}]"
                     )
-            unknown = sorted(self._unknown(optimizer, parameter), key=str)
-            if unknown:
-                names = ", ".join(map(str, unknown))
+            if unknown := sorted(self._unknown(optimizer, parameter), key=str):
                 values = ", ".join(f"{name!r}: value" for name in unknown)
                 raise ValueError(
-                    f"{kind} keeps {names} in a form other than plain tensors of the weights' shape, "
-                    f"{list(parameter.shape)}, or by an unknown name, so what new units have there is unknown; pass "
-                    f"reset_state={{{values}}}: for a plain tensor with {len(parameter)} rows a number, or a function "
-                    f"of the new units' weights{'' if self._fewer else '; for others None, which leaves them'}; or use "
-                    "an optimizer whose states have the weights' shape (SGD, Adam, ...)"
+                    f"{kind} keeps {', '.join(map(str, unknown))} in a form other than plain tensors of the weights' "
+                    f"shape, {list(parameter.shape)}, or by an unknown name; pass reset_state={{{values}}}: for plain "
+                    f"tensors with {len(parameter)} rows a number, or a function of the new units' weights"
+                    f"{'' if self._fewer else '; for others None, which leaves them'}; or use another optimizer"
                 )
 
     def _unknown(self, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> Iterator[Any]:
-        known = {name for name, *_ in self._states(optimizer, parameter)}
+        mine = optimizer.state.get(parameter)
+        known = {name for state, name, *_ in self._states(parameter) if state is mine}
         if known & CODES.keys():
             known |= BESIDE_CODES
         if not self._fewer:
@@ -96,50 +94,44 @@ class OptimizerState:
             else:
                 yield from OF_ALL & state.keys() - known
 
-    def _states(
-        self, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter
-    ) -> Iterator[tuple[str, torch.Tensor, int, Any]]:
-        """The states of units: name, tensor, which of its dimensions is that of the units, and initial value."""
-        state = optimizer.state.get(parameter, {})
-        for name, tensor in state.items():
-            if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # quantised or sharded, it may not be indexed
-                continue
-            of_weights = tensor.shape[-parameter.dim() :] == parameter.shape
-            initial: Any = None
-            if name in self._reset:
-                initial = self._reset[name] if of_weights or tensor.shape[:1] == parameter.shape[:1] else None
-            elif of_weights and tensor.is_floating_point():
-                initial = 0.0 if name in ZERO else self._option(optimizer, parameter, name)
-            elif of_weights and name in CODES and not self._fewer:
-                initial = state[CODES[name]].abs().argmin()
-            if initial is not None:
-                yield name, tensor, tensor.dim() - parameter.dim() if of_weights else 0, initial
-
-    def _option(self, optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, name: str) -> Any:
-        groups = (group for group in optimizer.param_groups if any(each is parameter for each in group["params"]))
-        return next(groups, {}).get(OPTION.get(name, ""))
+    def _states(self, parameter: torch.nn.Parameter) -> Iterator[tuple[dict[str, Any], str, torch.Tensor, int, Any]]:
+        """The states of units, by their dict and name: the tensor, which of its dimensions is that of the units, and
+        the initial value."""
+        for optimizer in self.optimizers:
+            state = optimizer.state.get(parameter, {})
+            for name, tensor in list(state.items()):
+                if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # quantised or sharded, maybe not indexed
+                    continue
+                of_weights = tensor.shape[-parameter.dim() :] == parameter.shape
+                initial: Any = None
+                if name in self._reset:
+                    initial = self._reset[name] if of_weights or tensor.shape[:1] == parameter.shape[:1] else None
+                elif of_weights and tensor.is_floating_point():
+                    groups = (each for each in optimizer.param_groups if any(p is parameter for p in each["params"]))
+                    initial = 0.0 if name in ZERO else next(groups, {}).get(OPTION.get(name, ""))
+                elif of_weights and name in CODES and not self._fewer:
+                    initial = state[CODES[name]].abs().argmin()
+                if initial is not None:
+                    yield state, name, tensor, tensor.dim() - parameter.dim() if of_weights else 0, initial
 
     def keep_(self, parameter: torch.nn.Parameter, kept: torch.Tensor) -> Callable[[], None]:
         """Keeps the state of slots that are ``kept``, bool [num_units], before weights follow; returns its undoing."""
         with ExitStack() as undo:
-            for optimizer in self.optimizers:
-                for name, tensor, dim, _ in list(self._states(optimizer, parameter)):
-                    state = optimizer.state[parameter]
-                    undo.callback(state.__setitem__, name, tensor)
-                    state[name] = tensor.index_select(dim, kept.nonzero()[:, 0].to(tensor.device))
+            for state, name, tensor, dim, _ in self._states(parameter):
+                undo.callback(state.__setitem__, name, tensor)
+                state[name] = tensor.index_select(dim, kept.nonzero()[:, 0].to(tensor.device))
             return undo.pop_all().close
 
     def reset_(self, parameter: torch.nn.Parameter, slots: torch.Tensor, apply: torch.Tensor) -> Callable[[], None]:
         """Resets the state of some slots if ``apply``, a bool scalar, is true; does not wait for the device. Returns as
         :meth:`keep_`; if an error is raised, nothing has changed."""
         with ExitStack() as undo:
-            for optimizer in self.optimizers:
-                for _, tensor, dim, initial in self._states(optimizer, parameter):
-                    units, place = tensor.movedim(dim, 0), slots.to(tensor.device)
-                    now = units[place]
-                    value = initial(parameter.detach()[slots]) if callable(initial) else initial
-                    undo.callback(units.__setitem__, place, now)
-                    units[place] = torch.where(apply.to(units.device), value, now).to(units.dtype)
+            for _, _, tensor, dim, initial in self._states(parameter):
+                units, place = tensor.movedim(dim, 0), slots.to(tensor.device)
+                now = units[place]
+                value = initial(parameter.detach()[slots]) if callable(initial) else initial
+                undo.callback(units.__setitem__, place, now)
+                units[place] = torch.where(apply.to(units.device), value, now).to(units.dtype)
             return undo.pop_all().close
 
 
@@ -163,6 +155,5 @@ def _refuse_states_of_other_weights(optimizer: torch.optim.Optimizer, args: Any,
                 if isinstance(state, torch.Tensor) and state.dim() == 3 and state.shape != weights.shape:
                     raise ValueError(
                         f"{type(optimizer).__name__} has {name} of shape {list(state.shape)} for weights of shape "
-                        f"{list(weights.shape)}: one was loaded without the other, or both at different steps; load "
-                        "both (state_dict), or make a new optimizer"
+                        f"{list(weights.shape)}; load both from one state_dict, or make a new optimizer"
                     )

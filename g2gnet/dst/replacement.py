@@ -10,6 +10,7 @@ from g2g_kernels.mask.sampling import LARGEST_GRID, distinct
 from g2g_kernels.numbers import INT32, INT64, share_of
 from g2gnet.dst.gradual_pruning import units_within
 from g2gnet.dst.optimizer_state import OptimizerState
+from g2gnet.dst.rules import sizes_of
 from g2gnet.layers import G2GLinear
 
 #: Of more scores than this those that are too low are left out first, as one in so many tells: a prime number, which
@@ -32,22 +33,21 @@ def replace_units(
     """Keeps units of highest ``prune`` score [num_units], and replaces a ``fraction`` of these: the lowest give their
     slots to absent units of highest ``grow`` score, which is of ``candidates`` (:class:`g2gnet.dst.rules.Evidence`).
     All together have ``budget`` weights or up to a unit fewer; None: their number stays. Nothing changes if ``apply``,
-    a bool scalar, is false. Closing ``undo`` takes it back. Returns the units pruned and grown, and what is left of the
-    budget.
+    a bool scalar, is false. Closing ``undo`` takes it back. Returns how many were pruned and grown, and what is left of
+    the budget.
     """
     mask, spare = layer.mask, budget or 0.0
     exist, absent = None, len(grow)
     if candidates is None:
         exist, absent = mask.present().flatten(), len(grow) - mask.num_units
-    if budget is None or not mask.num_units:
-        lost = new = min(share_of(fraction, mask.num_units), absent)
-        weakest, best = highest(-prune, lost, draw), highest(grow, new, draw, last=exist)
-    else:
-        weakest, best = highest(-prune, mask.num_units, draw), highest(grow, absent, draw, last=exist)
+    lost = new = min(share_of(fraction, mask.num_units), absent)
+    if budget is not None and mask.num_units:  # all are ranked
+        lost, new = mask.num_units, absent
+    weakest, best = highest(-prune, lost, draw), highest(grow, new, draw, last=exist)
     best = best if candidates is None else candidates[best]
     if budget is not None and mask.num_units:
-        sizes = mask.rows.lengths[best // mask.grid[1]] * mask.cols.lengths[best % mask.grid[1]]
-        stay, new, spare = units_within(budget, mask.unit_sizes[weakest.flip(0)], sizes, fraction)
+        sizes = mask.unit_sizes[weakest.flip(0)], sizes_of(best, mask)
+        stay, new, spare = units_within(budget, *sizes, fraction)
         lost = mask.num_units - stay
     removed = lost - new
     slots = weakest[removed:lost]

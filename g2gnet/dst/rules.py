@@ -1,53 +1,45 @@
-"""The rules of dynamic sparse training: the scores by which units are pruned and grown. To add one, add it to
-:data:`PRUNE_RULES` or :data:`GROW_RULES`; flags, checks, recording and messages follow, and a test asks for a slow
-score to compare it with.
+"""The rules of dynamic sparse training: the scores by which units are pruned and grown, one number per unit; no dense
+[out, in] matrix is formed. To add a rule, add it to :data:`PRUNE_RULES` or :data:`GROW_RULES`; flags, checks, recording
+and messages follow, and a test asks for a slow score to compare it with.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 
-from g2g_kernels import BlockMask
+from g2g_kernels import BlockMask, g2g_linear
+from g2g_kernels.mask.sides import UnitAxis
+from g2gnet.base.distributed import ALONE, World
 from g2gnet.layers import G2GLinear
 
 #: what a rule may need from the step before an update
 ACTIVITY, GRADIENT = "activity", "gradient"
+#: what a layer received and the gradient of what it gave, [..., in] and [..., out]
+Pair = tuple[torch.Tensor, torch.Tensor]
+#: units of at least this many neurons on a side are summed by a matrix product: one pass over the samples, where
+#: scaling, padding and reordering take several; but not of more units, whose product takes longer than that
+PRODUCT_WIDTH, PRODUCT_UNITS = 4, 256
+#: elements of the gradient that are formed at a time (at least a block row): a product of this size runs at full speed
+BAND = 1 << 24
 
 
 class Evidence(NamedTuple):
-    """What is known about a layer when its units are scored.
+    """What is known about units of a layer when they are scored: those of its slots, to prune, or those of the grid
+    among which some grow.
 
     Attributes:
         layer: the layer.
-        correlation: if a rule needs it, the mean pre/post correlation of each unit [units].
-        gradient: if a rule needs it, the root mean square of ∂L/∂W over each unit [units].
-        candidates: int64, the absent units that may grow, counted row by row; ``units`` are then these, and before them
-            those of the slots, if pruning needs them. None: any may grow, and ``units`` are those of the whole grid.
+        number: how many units these are.
+        correlation: if a rule needs it, the mean pre/post correlation of each [number].
+        gradient: if a rule needs it, the root mean square of ∂L/∂W over each [number].
     """
 
     layer: G2GLinear
+    number: int
     correlation: torch.Tensor | None = None
     gradient: torch.Tensor | None = None
-    candidates: torch.Tensor | None = None
-
-    @property
-    def mask(self) -> BlockMask:
-        return self.layer.mask
-
-    def of_slots(self, scores: torch.Tensor) -> torch.Tensor:
-        """The scores of the existing units, by slot, from ``scores`` [units]."""
-        return scores[self.mask.flat_unit()] if self.candidates is None else scores[: self.mask.num_units]
-
-    def of_candidates(self, scores: torch.Tensor) -> torch.Tensor:
-        """The scores of the units that may grow, from ``scores`` [units]."""
-        return scores if self.candidates is None else scores[len(scores) - len(self.candidates) :]
-
-    @property
-    def num_candidates(self) -> int:
-        """How many scores a grow rule gives."""
-        return math.prod(self.mask.grid) if self.candidates is None else len(self.candidates)
 
 
 class Rule(NamedTuple):
@@ -56,8 +48,8 @@ class Rule(NamedTuple):
     Attributes:
         name: as in ``prune=``, ``grow=`` and the flags.
         text: what it selects, in a few words.
-        score: a number per unit. Prune rules score each slot, and the lowest are pruned; grow rules score each
-            candidate (:class:`Evidence`), and the highest are grown. Ties are broken at random.
+        score: a number per unit. The units of lowest score are pruned, or those of highest score are grown. Ties are
+            broken at random.
         needs: what must be recorded: :data:`ACTIVITY`, :data:`GRADIENT`, or None.
     """
 
@@ -68,28 +60,13 @@ class Rule(NamedTuple):
 
 
 def _weight(seen: Evidence) -> torch.Tensor:
-    size = seen.layer.values.abs()
-    size = torch.where(seen.mask.valid(), size, 0) if seen.mask.has_padding else size  # padding holds no weights
-    return size.sum((1, 2)) / seen.mask.unit_sizes
+    size, mask = seen.layer.values.abs(), seen.layer.mask
+    size = torch.where(mask.valid(), size, 0) if mask.has_padding else size  # padding holds no weights
+    return size.sum((1, 2)) / mask.unit_sizes
 
 
-def _correlation(seen: Evidence) -> torch.Tensor:
-    assert seen.correlation is not None
-    return seen.correlation
-
-
-def _gradient(seen: Evidence) -> torch.Tensor:
-    assert seen.gradient is not None
-    return seen.gradient
-
-
-def _chance(number: Callable[[Evidence], int]) -> Callable[[Evidence], torch.Tensor]:
-    """Equal scores for that many units, so ties are broken at random."""
-    return lambda seen: torch.zeros(number(seen), device=seen.layer.values.device)
-
-
-def _by_name(*rules: Rule) -> dict[str, Rule]:
-    return {rule.name: rule for rule in rules}
+def _chance(seen: Evidence) -> torch.Tensor:
+    return torch.zeros(seen.number, device=seen.layer.values.device)  # ties, which are broken at random
 
 
 def names_without(need: str, rules: Mapping[str, Rule]) -> list[str]:
@@ -97,13 +74,114 @@ def names_without(need: str, rules: Mapping[str, Rule]) -> list[str]:
     return [name for name, rule in rules.items() if rule.needs != need]
 
 
+def _by_name(*rules: Rule) -> dict[str, Rule]:
+    return {rule.name: rule for rule in rules}
+
+
 PRUNE_RULES = _by_name(
     Rule("set", "smallest weights", _weight),
-    Rule("random", "random", _chance(lambda seen: seen.mask.num_units)),
-    Rule("hebb", "least correlated", lambda seen: seen.of_slots(_correlation(seen)), ACTIVITY),
+    Rule("random", "random", _chance),
+    Rule("hebb", "least correlated", attrgetter("correlation"), ACTIVITY),
 )
 GROW_RULES = _by_name(
-    Rule("hebb", "most correlated", lambda seen: seen.of_candidates(_correlation(seen)), ACTIVITY),
-    Rule("random", "random", _chance(lambda seen: seen.num_candidates)),
-    Rule("gradient", "largest gradient", lambda seen: seen.of_candidates(_gradient(seen)), GRADIENT),
+    Rule("hebb", "most correlated", attrgetter("correlation"), ACTIVITY),
+    Rule("random", "random", _chance),
+    Rule("gradient", "largest gradient", attrgetter("gradient"), GRADIENT),
 )
+
+
+def unit_correlation(
+    pre: torch.Tensor, post: torch.Tensor, mask: BlockMask, world: World = ALONE, units: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The mean pre/post correlation of ``units``, counted row by row, between −1 and 1: [units]; None: of every unit of
+    the grid, [block rows, block columns].
+
+    The correlation of input j and output i is the uncentred cosine Σ post_i·pre_j / (‖post_i‖·‖pre_j‖) over all T·B
+    samples, 0 where either is silent. Its mean over a unit separates into sums over the unit's normalised outputs and
+    inputs::
+
+        mean over unit (r, c) = Σ_samples (Σ_{i∈r} post_i/‖post_i‖) · (Σ_{j∈c} pre_j/‖pre_j‖) / (|r|·|c|)
+
+    Inputs are [T, B, in], or [B, in] held at every step, output spikes [T, B, out]. Each process of the ``world`` has
+    some of the samples; all get the correlation over all of them.
+    """
+    pre, post = pre.float(), post.float()
+    norm_post = world.sum_(_squares(post)).sqrt()
+    norm_pre = world.sum_(_squares(pre)).sqrt()
+    if pre.dim() == 2:
+        norm_pre = norm_pre * len(post) ** 0.5
+        post = post.sum(0)
+    post, pre = post.reshape(-1, post.shape[-1]), pre.reshape(-1, pre.shape[-1])
+    if units is not None:
+        sums = _packed(post * _inverse(norm_post), pre * _inverse(norm_pre), mask, units).sum((1, 2))
+        return world.sum_(sums) / sizes_of(units, mask)
+    sums = _unit_sums(post, norm_post, mask.rows).T @ _unit_sums(pre, norm_pre, mask.cols)
+    return world.sum_(sums) / (mask.rows.lengths[:, None] * mask.cols.lengths[None, :])
+
+
+def _packed(g: torch.Tensor, x: torch.Tensor, mask: BlockMask, units: torch.Tensor) -> torch.Tensor:
+    """Σ over the samples of g·xᵀ, g [M, out] and x [M, in], in each of ``units``: [units, unit_rows, unit_cols]. It is
+    the gradient of a layer that has these units, and takes as much time and memory."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x, g = (train.clone() if train.is_inference() else train for train in (x, g))
+        row, col = units // mask.grid[1], units % mask.grid[1]
+        asked = BlockMask(mask.rows.layout, mask.cols.layout, row, col, mask.block_size).to(x.device)
+        values = x.new_zeros(len(units), *mask.unit_shape, requires_grad=True)
+        y = g2g_linear(x, values, asked)
+    return torch.autograd.grad(y, values, g)[0]
+
+
+def sizes_of(units: torch.Tensor, mask: BlockMask) -> torch.Tensor:
+    """The number of weights of each of ``units``, counted row by row."""
+    return mask.rows.lengths[units // mask.grid[1]] * mask.cols.lengths[units % mask.grid[1]]
+
+
+def _squares(train: torch.Tensor) -> torch.Tensor:
+    """Σ x² over the samples of a train [..., N], for each neuron: [N]; exact for spikes."""
+    total = train.new_zeros(train.shape[-1])
+    for samples in train.reshape(-1, train.shape[-1]).split(512):  # their squares fit into the cache
+        total += samples.square().sum(0)
+    return total
+
+
+def _unit_sums(samples: torch.Tensor, norm: torch.Tensor, axis: UnitAxis) -> torch.Tensor:
+    """Σ over the neurons of each unit range of samples/norm (0 for silent neurons): [M, size] → [M, num_units]."""
+    scale = _inverse(norm)
+    if axis.width < PRODUCT_WIDTH or axis.num_units > PRODUCT_UNITS:
+        return _padded(samples * scale, axis).view(len(samples), axis.num_units, axis.width).sum(2)
+    membership = scale.new_zeros(axis.size, axis.num_units)
+    membership[torch.arange(axis.size, device=scale.device), axis.unit_of] = scale
+    return samples @ membership
+
+
+def _inverse(norm: torch.Tensor) -> torch.Tensor:
+    return torch.where(norm > 0, 1 / norm, 0.0)
+
+
+def _padded(samples: torch.Tensor, axis: UnitAxis) -> torch.Tensor:
+    """Samples [M, size] in the order of the axis' places, 0 at those without a neuron: [M, num_units · width]."""
+    if axis.in_order:
+        return samples
+    if axis.ragged:
+        samples = torch.cat([samples, samples.new_zeros(len(samples), 1)], 1)
+    return samples.index_select(1, axis.neuron_at)
+
+
+def unit_gradient(
+    pairs: Sequence[Pair], mask: BlockMask, world: World = ALONE, units: torch.Tensor | None = None
+) -> torch.Tensor:
+    """√ of the mean of (∂L/∂W)² over each of ``units``, counted row by row: float32 [units]; None: over each unit of
+    the grid. ∂L/∂W is the sum over ``pairs`` x [..., in] and g [..., out], and their samples, of g·xᵀ. Each process of
+    the ``world`` has some of the samples.
+    """
+    rows, cols = mask.rows, mask.cols
+    flat = ((x.reshape(-1, cols.size).float(), g.reshape(-1, rows.size).float()) for x, g in pairs)
+    x, g = map(torch.cat, zip(*flat, strict=True))
+    if units is not None:
+        sums = world.sum_(_packed(g, x, mask, units)).square().sum((1, 2))
+        return (sums / sizes_of(units, mask)).sqrt()
+    x, g = _padded(x, cols), _padded(g, rows)
+    block_rows = max(1, BAND // (x.shape[1] * rows.width))  # at a time
+    squares = (world.sum_(band.T @ x).square_() for band in g.split(block_rows * rows.width, 1))
+    sums = torch.cat([band.view(-1, rows.width, cols.num_units, cols.width).sum((1, 3)) for band in squares])
+    return sums.div_(rows.lengths[:, None] * cols.lengths).sqrt_().flatten()

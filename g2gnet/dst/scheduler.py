@@ -4,10 +4,9 @@
 import contextlib
 import copy
 import logging
-import math
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,32 +15,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from g2g_kernels import Activity
 from g2g_kernels.choices import check_choice
-from g2g_kernels.numbers import COUNT, Number, share_of
+from g2g_kernels.numbers import COUNT, PROBABILITY, Number, share_of
 from g2gnet.base.distributed import World
 from g2gnet.base.schedules import SCHEDULES
 from g2gnet.base.seeding import draw_device, stream
-from g2gnet.dst.gradual_pruning import layer_budgets, least_density, mean_density
+from g2gnet.dst.gradual_pruning import layer_budgets, least_density, mean_density, possible_weights
 from g2gnet.dst.optimizer_state import Initial, OptimizerState
 from g2gnet.dst.recorder import StepRecorder
 from g2gnet.dst.replacement import draw_candidates, replace_units
 from g2gnet.dst.rules import GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
 from g2gnet.layers import G2GLinear
 from g2gnet.spiking_network import SpikingNetwork
-from g2gnet.weights.tied_averages import has_unknown_copies, rewire_averages, tie_wiring
+from g2gnet.weights.tied_averages import rewire_averages, tie_wiring
 
 logger = logging.getLogger("g2gnet")
-
-_SHARE = Number(0, 1, open_low=True)
-
-
-class _Outcome(NamedTuple):
-    """The result of an update; it stays on the device until it is read."""
-
-    step: int
-    layers: list[int]
-    finite: torch.Tensor  # bool [2 · layers]: for the prune and grow scores of each layer
-    pruned: int  # units, if all scores are finite
-    grown: int
 
 
 class DSTScheduler:
@@ -49,15 +36,13 @@ class DSTScheduler:
 
     As with a learning-rate scheduler, call :meth:`step` after each ``optimizer.step()``. In an update, each layer loses
     the ``fraction`` of its units with the lowest prune score and gains as many, with the highest grow score, among
-    those that were inactive before. A unit's score is taken over its weights. Grown weights start at zero, here and in
-    averages of the model, and their optimizer state as for any new weight. Frozen layers do not change, nor do full
-    ones, in which nothing can grow, without ``final_density``; the logger ``g2gnet`` names them at construction. An
-    update whose scores are not finite is skipped; the logger reports it when ``pruned`` or the state is next read. A
-    scheduler can be copied and pickled together with its model and optimizer, after any :meth:`step`; what it has
-    recorded of the next one is not copied.
+    those that were inactive before. Grown weights start at zero, here and in averages of the model, and their optimizer
+    state as for any new weight. Frozen layers do not change, nor do full ones without ``final_density``. The logger
+    ``g2gnet`` names them at construction, and updates that were skipped because scores were not finite, when ``pruned``
+    or the state is next read. A scheduler can be copied and pickled together with its model and optimizer.
 
     Args:
-        model: a model: all its :class:`G2GLinear` layers are rewired, and its activity is recorded if a rule needs it
+        model: all its :class:`G2GLinear` layers are rewired, and its activity is recorded if a rule needs it
             (:class:`ActivityRecorder`). Or the layers, from input to output; :meth:`step` then takes their activity.
         optimizer: holds the layers' ``values``, and in its ``state`` what it keeps of them. Several in a list, if each
             holds some layers, or one wraps another and each has a state.
@@ -67,33 +52,28 @@ class DSTScheduler:
         grow: a name in ``g2gnet.dst.GROW_RULES``. ``"gradient"`` is the largest root mean square of ∂L/∂W over the
             unit, in the step of the update (Evci et al. 2020, for units). That step costs a dense layer's gradient, a
             part of it at a time in memory, and takes no ``create_graph=True`` and no batches of gradients (``vmap``).
-            With a rule that reads spikes or gradients, compiled code runs uncompiled in the step before an update.
+            Before an update with a rule that reads spikes or gradients, compiled code runs uncompiled.
         seed: of the draws that break ties and drive the random rules.
         process_group: the processes of data-parallel training, each with a scheduler like this one, whole layers, and a
-            part of the samples. They check that they have the same network before an update, and the same units after
-            it. ``"world"``: all processes of ``torch.distributed``, if it is initialised. None: this process alone.
+            part of the samples. They check that their networks are equal before and after an update. ``"world"``: all
+            processes of ``torch.distributed``, if it is initialised. None: this process alone.
         schedule: ``"constant"``, or ``"cosine"``: in step s the fraction is multiplied by ½(1 + cos πs/S), S being the
             step of the last update.
         stop: the share of training, above 0 and at most 1, after which no unit is replaced.
-        total_steps: the optimizer steps of the whole training, which ``"cosine"``, ``stop`` and ``final_density`` refer
-            to.
-        final_density: the share of all weights, those of frozen layers among them, above 0 and at most 1, that is left
-            by the last update, in step S: gradual pruning (Zhu and Gupta 2017). After the update in step s there are
-
-                F + (W₀ − F)·(1 − s/S)³
-
-            weights or up to a unit fewer, W₀ being those at first and F the final ones. How many weights a layer keeps
-            is decided by comparing all units (``dst.lamp.lamp_scores``), and which by their prune score, at least one
-            unit. A layer then replaces ``fraction`` (0: none) of the units that it keeps by as many weights. Weights
-            and their optimizer state become new, smaller tensors: after such an update make a new
-            DistributedDataParallel (a ``captured`` step notices it). None: the number of units stays.
-        averages: averages of the model (EMA, SWA), which are rewired with it: :func:`tie_wiring` is called for each. A
-            copy that nobody tied stays as it is; if one lives in an update, the logger ``g2gnet`` warns once.
+        total_steps: the optimizer steps of the whole training, which ``"cosine"``, ``stop`` and ``final_density`` need.
+        final_density: the share of all weights, above 0 and at most 1, that is left by the last update: gradual pruning
+            (Zhu and Gupta 2017). Of W₀ weights at first and F in the end, F + (W₀ − F)·(1 − s/S)³ or up to a unit fewer
+            are left after the update in step s. How many of them a layer keeps is decided by the LAMP scores of all
+            units, and which by their prune score; at least one unit stays. A layer then replaces ``fraction`` (0: none)
+            of the units that it keeps by as many weights. Weights and their optimizer state become new, smaller
+            tensors: after such an update make a new DistributedDataParallel. None: the number of units stays.
+        averages: averages of the model (EMA, SWA), which are rewired with it (:func:`tie_wiring`). A copy that nobody
+            tied stays as it is; if one lives in an update, the logger ``g2gnet`` warns once.
         network: if layers are given, the network that they are in, which knows what reaches each of them, and how much
             later. None: each layer's outputs are the next one's inputs.
-        reset_state: by the name of a state of the optimizer, what it begins with for new units, where
-            :mod:`g2gnet.dst.optimizer_state` does not know the name, or knows another value: a number; a function of
-            the new units' weights [n, unit_rows, unit_cols] that returns their state; or None to leave it as it is.
+        reset_state: by the name of a state of the optimizer that :mod:`g2gnet.dst.optimizer_state` does not know, or
+            knows otherwise, what it begins with for new units: a number; a function of the new units' weights [n,
+            unit_rows, unit_cols] that returns their state; or None to leave it as it is.
 
     Attributes:
         pruned, grown: units pruned and grown so far, over all layers.
@@ -115,15 +95,6 @@ class DSTScheduler:
         ...
         >>> rewired, dst.pruned == dst.grown > 0
         (True, True)
-        >>> options = {"fraction": 0.0, "final_density": 0.1, "total_steps": 40, "stop": 0.75}
-        >>> pruning = DSTScheduler(net, optimizer, interval=10, **options)  # gradual, in three updates
-        >>> for _ in range(40):
-        ...     net(torch.rand(8, 64)).sum().backward()
-        ...     optimizer.step()
-        ...     pruned = pruning.step()
-        ...
-        >>> pruning.pruned > 0, pruning.grown
-        (True, 0)
     """
 
     def __init__(
@@ -150,37 +121,32 @@ class DSTScheduler:
         check_choice("schedule", schedule, SCHEDULES)
         if isinstance(process_group, str) and process_group != "world":
             raise ValueError(f"process_group={process_group!r} is unknown; give 'world', a process group or None")
+        share = Number(0, 1, open_low=True)
         COUNT.check("interval", interval)
         Number(0, whole=True).check("seed", seed)
-        Number(0, 1, open_low=final_density is None).check("fraction", fraction)
-        _SHARE.check("stop", stop)
+        (share if final_density is None else PROBABILITY).check("fraction", fraction)
+        share.check("stop", stop)
         if final_density is not None:
-            _SHARE.check("final_density", final_density)
+            share.check("final_density", final_density)
         self._last: int | None = None  # the step of the last update
         if total_steps is not None:
-            COUNT.check("total_steps", total_steps)
-            self._last = share_of(stop, total_steps) // interval * interval
+            self._last = share_of(stop, COUNT.check("total_steps", total_steps)) // interval * interval
             if self._last == 0:
                 raise ValueError(
                     f"interval={interval} leaves no update in the first {stop:.4g} of {total_steps} steps; lower it"
                 )
         elif schedule != "constant" or stop != 1.0 or final_density is not None:
-            raise ValueError(
-                f"schedule={schedule!r}, stop={stop} and final_density={final_density} need total_steps, the steps of "
-                "the whole training"
-            )
+            raise ValueError(f"{schedule=}, {stop=} and {final_density=} need total_steps, those of the whole training")
         named = dict(model.named_modules() if isinstance(model, nn.Module) else enumerate(model))
-        modules = list(named.values())
-        self.layers = [module for module in modules if isinstance(module, G2GLinear)]
-        if not isinstance(model, nn.Module) and len(self.layers) < len(modules):
-            other = next(each for each in modules if not isinstance(each, G2GLinear))
-            raise TypeError(
-                f"{type(other).__name__} is among the layers, which must be G2GLinear; give the model instead"
-            )
+        self._model = model if isinstance(model, nn.Module) else None
+        self.layers = [module for module in named.values() if isinstance(module, G2GLinear)]
+        if self._model is None and len(self.layers) < len(named):
+            other = next(each for each in named.values() if not isinstance(each, G2GLinear))
+            raise TypeError(f"{type(other).__name__} is among the layers, which must be G2GLinear; give the model")
         if isinstance(averages, nn.Module):
             raise TypeError("averages is a module; give a list of them, averages=[average]")
         self._averages = list(averages)
-        if self._averages and not isinstance(model, nn.Module):
+        if self._averages and self._model is None:
             raise ValueError("averages= needs the model, not its layers; give it, or call tie_wiring(model, average)")
         if not self.layers:
             raise ValueError("there is no G2GLinear layer to rewire; g2gnet.sparsify(model) creates them")
@@ -193,34 +159,32 @@ class DSTScheduler:
         self.prune, self.grow = PRUNE_RULES[prune], GROW_RULES[grow]
         self._process_group = process_group
         if final_density is not None:
-            if any(isinstance(each, DistributedDataParallel) for each in modules):
+            if any(isinstance(each, DistributedDataParallel) for each in named.values()):
                 raise ValueError(
-                    "final_density= makes weights fewer, but DistributedDataParallel keeps buffers of their first "
-                    "number; give the layers in place of the model, and wrap the model anew after each update"
+                    "final_density= makes weights fewer, and DistributedDataParallel keeps buffers of their first "
+                    "number; give the layers in place of the model, and wrap it anew after each update"
                 )
             self._check_enough_is_left(final_density)
-        for _, layer in self._trained_layers():
-            self._state.check(layer.values)
-        self.steps = 0
         self.final_density = final_density
+        self._checked_layers()
         for name, layer in named.items():
-            if isinstance(layer, G2GLinear) and not (layer.values.requires_grad and self._can_change(layer)):
+            if isinstance(layer, G2GLinear) and not self._changes(layer):
                 why = "all of its units exist, so none can grow" if layer.values.requires_grad else "it is frozen"
                 shape = f"{layer.out_features} × {layer.in_features}"
                 logger.warning("layer %s, %s, is left out of dynamic sparse training: %s", name, shape, why)
-        self._pruned = self._grown = 0
-        self._outcomes: list[_Outcome] = []  # not yet counted there
-        self._model = model if isinstance(model, nn.Module) else None
-        grows = self.grow if fraction else None
-        self._recorder = StepRecorder(self._model, self.layers, network, self.prune, grows)
-        self._tie_averages()
+        self.steps = self._pruned = self._grown = 0
+        #: of updates that are not yet counted there: the step, the numbers of the layers, for the prune and the grow
+        #: scores of each whether they are finite (on the device), and the units pruned and grown if all are
+        self._outcomes: list[tuple[int, list[int], torch.Tensor, int, int]] = []
+        self._recorder = StepRecorder(self._model, self.layers, network, self.prune, self.grow if fraction else None)
         self._told_of_copies = False
-        self._record_if_due()
+        self._begin()
 
-    def _tie_averages(self) -> None:
+    def _begin(self) -> None:
         for average in self._averages:
             assert self._model is not None
             tie_wiring(self._model, average)
+        self._record_if_due()
 
     @property
     def next_is_due(self) -> bool:
@@ -233,19 +197,24 @@ class DSTScheduler:
         """Whether the training step before the next :meth:`step` has to form the gradient of absent units."""
         return GRADIENT in self._recorder.needs and self.next_is_due
 
-    def _trained_layers(self) -> list[tuple[int, G2GLinear]]:
-        """The layers that are not frozen, with their numbers; the optimizer has to hold them."""
+    def _changes(self, layer: G2GLinear) -> bool:
+        """Whether an update prunes or grows units of the layer."""
+        return layer.values.requires_grad and (self.final_density is not None or not layer.mask.is_full)
+
+    def _checked_layers(self) -> list[tuple[int, G2GLinear]]:
+        """The layers that an update changes, with their numbers; ValueError for weights that no optimizer holds, or
+        states of them that cannot be reset."""
         groups = [group for optimizer in self._state.optimizers for group in optimizer.param_groups]
         held = {id(parameter) for group in groups for parameter in group["params"]}
-        trained = [(number, layer) for number, layer in enumerate(self.layers) if layer.values.requires_grad]
-        for number, layer in trained:
+        changing = [(number, layer) for number, layer in enumerate(self.layers) if self._changes(layer)]
+        for number, layer in changing:
             if id(layer.values) not in held:
                 raise ValueError(
                     f"the optimizer does not hold the weights of layer {number}, {layer.out_features} × "
-                    f"{layer.in_features}, so grown units would stay zero; create the optimizer after the layers, from "
-                    "model.parameters(), or add a layer that was thawed by optimizer.add_param_group"
+                    f"{layer.in_features}; create it after the layers, or add them by optimizer.add_param_group"
                 )
-        return trained
+            self._state.check(layer.values)
+        return changing
 
     def _check_enough_is_left(self, final_density: float) -> None:
         """Raises ValueError if pruning to this share of all weights would leave less than a unit in a layer."""
@@ -261,23 +230,21 @@ class DSTScheduler:
 
     def _record_if_due(self) -> None:
         if self.next_is_due:
-            self._recorder.start([each for each in self.layers if each.values.requires_grad and self._can_change(each)])
+            self._recorder.start([layer for layer in self.layers if self._changes(layer)])
 
     def _count(self) -> tuple[int, int]:
         """Units pruned and grown so far; waits for the device, and logs the updates that were skipped."""
         outcomes, self._outcomes = self._outcomes, []
-        for outcome in outcomes:
-            finite = outcome.finite.tolist()
+        for step, numbers, are_finite, pruned, grown in outcomes:
+            finite = are_finite.tolist()
             if all(finite):
-                self._pruned += outcome.pruned
-                self._grown += outcome.grown
+                self._pruned += pruned
+                self._grown += grown
                 continue
             bad = finite.index(False)
-            kind, rule = (("prune", self.prune), ("grow", self.grow))[bad % 2]
-            logger.warning(
-                "step %d: no unit was replaced, because scores of %s=%r in layer %d are not finite",
-                outcome.step, kind, rule.name, outcome.layers[bad // 2],
-            )  # fmt: skip
+            rule = f"grow={self.grow.name!r}" if bad % 2 else f"prune={self.prune.name!r}"
+            message = "step %d: no unit was replaced, because scores of %s in layer %d are not finite"
+            logger.warning(message, step, rule, numbers[bad // 2])
         return self._pruned, self._grown
 
     @property
@@ -293,8 +260,7 @@ class DSTScheduler:
         return {"steps": self.steps, "pruned": self.pruned, "grown": self.grown}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._recorder.stop()
-        self._recorder.forget()
+        self._recorder.drop()
         self.steps, self._outcomes = state["steps"], []
         self._pruned, self._grown = state["pruned"], state["grown"]
         self._record_if_due()
@@ -306,29 +272,25 @@ class DSTScheduler:
         Args:
             inputs: what the first layer received in this step, [B, in] or [T, B, in].
             activity: what the stack of these layers did in this step; its spikes are the samples of the correlation.
-                Recurrent connections received nothing before its first step.
                 Omit both if the scheduler was created with a model, which it then observes itself.
 
         Raises:
             RuntimeError: if a rule needs what was neither given nor recorded, or cannot be formed.
-            ValueError: if there are no more weights than ``final_density`` at first, or too few in layers that are not
-                frozen; for the activity of other layers, or without the spikes that a rule needs; for an optimizer that
-                does not hold a layer, or has a state that cannot be reset.
-            DistributedError: if the processes of the group do not all make this update, have different networks before
-                it, or different units after it.
+            ValueError: for what the constructor refuses, if it has become so since; if there are no more weights than
+                ``final_density`` at first; for the activity of other layers, or without the spikes that a rule needs.
+            DistributedError: if the processes do not all make this update, or their networks differ before or after it.
 
         After any error but the last, also one in ``reset_state``, nothing has changed in any layer or state.
         """
         if getattr(getattr(self._model, "_join_config", None), "enable", False):
             raise RuntimeError(
-                "DSTScheduler does not work inside model.join(): a process without further batches takes no part in "
-                "the updates; give all processes equally many batches (DistributedSampler, drop_last=True)"
+                "DSTScheduler does not work inside model.join(), where processes without batches take no part in "
+                "updates; give all equally many batches (DistributedSampler, drop_last=True)"
             )
         if activity is not None:
             self._recorder.check(activity)
         if self.final_density is not None and self.steps == 0 and self.final_density >= mean_density(self.layers):
-            self._recorder.stop()
-            self._recorder.forget()
+            self._recorder.drop()
             raise ValueError(
                 f"final_density={self.final_density} is no less than the {mean_density(self.layers):.4g} that training "
                 "begins with; lower it, leave it out, or load the state of the scheduler that pruned to it"
@@ -341,35 +303,29 @@ class DSTScheduler:
                 if inputs is not None and activity is not None:
                     self._recorder.give(inputs, activity)
                 self._check_whole()
-                if self.final_density is not None and len(self._trained_layers()) < len(self.layers):
+                if self.final_density is not None and not all(layer.values.requires_grad for layer in self.layers):
                     self._check_enough_is_left(self.final_density)  # some may have been frozen since
                 world = World(self._process_group)
                 world.stage = f"the update of the units after step {self.steps}"
                 world.assemble()
                 world.check_same(f"the count of steps at {world.stage}", self.steps)
                 world.check_same(f"the network after step {self.steps}", None, self._network())
-                changing = [(number, layer) for number, layer in self._trained_layers() if self._can_change(layer)]
-                for _, layer in changing:
-                    self._state.check(layer.values)
                 with torch.autocast(self.layers[0].values.device.type, enabled=False):  # it would round the scores
-                    candidates = {number: draw_candidates(layer.mask, self._draw(number)) for number, layer in changing}
-                    self._update(list(self._recorder.evidence(changing, world, candidates)))
+                    self._update(self._checked_layers(), world)
                 world.check_same(f"the wiring after step {self.steps}", None, self._wiring())
         finally:  # whoever catches an error can go on
-            self._recorder.forget()
+            self._recorder.drop()
             self._record_if_due()
         return due
 
     def _wiring(self) -> list[torch.Tensor]:
-        return [units for layer in self.layers for units in (layer.mask.unit_row, layer.mask.unit_col)]
+        return [units for mask in [layer.mask for layer in self.layers] for units in (mask.unit_row, mask.unit_col)]
 
     def _network(self) -> Iterator[torch.Tensor]:
         """What must be the same in all processes: the wiring, and the parameters of the model, or of the layers."""
         yield from self._wiring()
-        for layer in self.layers:
-            values = layer.values.detach()
-            # the padding is no weight
-            yield values.masked_fill(~layer.mask.valid(), 0) if layer.mask.has_padding else values
+        for layer in self.layers:  # whose padding is no weight
+            yield torch.where(layer.mask.valid(), layer.values.detach(), 0)
         of_layers = {id(layer.values) for layer in self.layers}
         for module in [*self.layers] if self._model is None else [self._model]:
             ignored = getattr(module, "parameters_to_ignore", ())  # by DistributedDataParallel
@@ -383,89 +339,76 @@ class DSTScheduler:
             if not layer.has_plain_values:
                 raise ValueError(
                     f"the weights of layer {number}, {layer.out_features} × {layer.in_features}, are computed by a "
-                    "parametrization, pruning or a norm, so their units cannot be replaced; remove that, or give "
-                    "DSTScheduler the other layers in place of the model"
+                    "parametrization, pruning or a norm; remove that, or give DSTScheduler the other layers"
                 )
             values, packed = layer.values, (layer.mask.num_units, *layer.mask.unit_shape)
             if type(values.data) is not torch.Tensor or values.shape != packed:
                 raise ValueError(
-                    f"the weights of layer {number} are a {type(values.data).__name__} of shape {tuple(values.shape)}, "
-                    f"not a tensor of {packed}: they are sharded, as FSDP does; DSTScheduler needs whole layers, as "
-                    "with DistributedDataParallel"
+                    f"the weights of layer {number} are a {type(values.data).__name__} {list(values.shape)}, not a "
+                    f"tensor {list(packed)}: they are sharded, as FSDP does; use DistributedDataParallel"
                 )
 
-    def _update(self, evidence: list[tuple[int, Evidence]]) -> None:
+    def _update(self, layers: list[tuple[int, G2GLinear]], world: World) -> None:
         """Prunes and grows in all layers, or in none if a score is not finite. While the number of units stays, nothing
         waits for the device: a unit that must stay is replaced by itself."""
-        if not evidence:  # every layer is frozen, or full
+        if not layers:  # every layer is frozen, or full
             return
+        streams = ((number, layer, stream(self.seed, "candidates", self.steps, number)) for number, layer in layers)
+        candidates = {number: draw_candidates(layer.mask, of_candidates) for number, layer, of_candidates in streams}
         grow = self.grow if self.fraction else GROW_RULES["random"]  # which needs nothing, and none are taken
-        scores = [(self.prune.score(seen), grow.score(seen)) for _, seen in evidence]
+        evidence = self._recorder.evidence(layers, world, candidates)
+        scores = [(self.prune.score(of_slots), grow.score(of_grid)) for of_slots, of_grid in evidence]
         finite = torch.stack([_is_finite(score) for pair in scores for score in pair])
-        budgets: Sequence[float | None] = [None] * len(evidence)  # their number of units stays
-        if self.final_density is not None and finite.all():
-            budgets = self._budgets([seen for _, seen in evidence], self.final_density)
+        apply = finite.all()
+        budgets: Sequence[float | None] = [None] * len(layers)  # their number of units stays
+        if self.final_density is not None and apply:
+            budgets = self._budgets([layer for _, layer in layers], self.final_density)
         share = self.steps / self._last if self._last else 0.0
         fraction, pruned, grown, spare = self.fraction * SCHEDULES[self.schedule](share), 0, 0, 0.0
         with contextlib.ExitStack() as undo:
             # an error in one layer takes back what was done before it, and no average follows
-            for (number, seen), score, budget in zip(evidence, scores, budgets, strict=True):
-                draw = self._draw(number, score[0].device)
+            for (number, layer), score, budget in zip(layers, scores, budgets, strict=True):
+                draw = stream(self.seed, "dst", self.steps, number, device=draw_device(score[0].device))
                 room = None if budget is None else budget + spare
                 gone, new, spare = replace_units(
-                    seen.layer, room, fraction, *score, seen.candidates, finite.all(), draw, self._state, undo
+                    layer, room, fraction, *score, candidates[number], apply, draw, self._state, undo
                 )
                 pruned, grown = pruned + gone, grown + new
             undo.pop_all()
-        for _, seen in evidence:
-            seen.layer.kin.end_tie("it was rewired by itself")
-            rewire_averages(seen.layer)
-        numbers = [number for number, _ in evidence]
-        self._outcomes.append(_Outcome(self.steps, numbers, finite, pruned, grown))
-        if not self._told_of_copies and any(has_unknown_copies(layer) for layer in self.layers):
+        for _, layer in layers:
+            layer.ties.end("it was rewired by itself")
+            rewire_averages(layer)
+        self._outcomes.append((self.steps, [number for number, _ in layers], finite, pruned, grown))
+        copies = (copy for layer in self.layers for copy in layer.ties.copies)
+        if not self._told_of_copies and not all(copy.ties.declared for copy in copies):
             self._told_of_copies = True
             logger.warning(
-                "the network was rewired, and a copy of it keeps the units that it has. If it is an average, give "
-                "DSTScheduler(averages=[average]) or call g2gnet.tie_wiring(network, average); if it is a network of "
-                "its own, g2gnet.untie_wiring(copy)"
+                "the network was rewired, and a copy keeps its units. If that is an average, give DSTScheduler("
+                "averages=[average]) or call g2gnet.tie_wiring(network, average), else g2gnet.untie_wiring(copy)"
             )
 
-    def _draw(self, number: int, device: torch.device | None = None) -> torch.Generator:
-        """The stream of this update and layer; None: that of the candidates, on the CPU."""
-        if device is None:
-            return stream(self.seed, "candidates", self.steps, number)
-        return stream(self.seed, "dst", self.steps, number, device=draw_device(device))
-
-    def _budgets(self, evidence: list[Evidence], final_density: float) -> list[float]:
+    def _budgets(self, layers: list[G2GLinear], final_density: float) -> list[float]:
         """The weights that each layer may keep; waits for the device."""
         assert self._last is not None
-        sizes = [seen.mask.unit_sizes for seen in evidence]
-        frozen = sum(layer.mask.num_weights for layer in self.layers) - sum(int(each.sum()) for each in sizes)
-        final = final_density * sum(math.prod(layer.mask.shape) for layer in self.layers) - frozen
-        scores = [PRUNE_RULES["set"].score(seen) for seen in evidence]
-        return layer_budgets(sizes, scores, final, self._last - self.steps, self.interval)
-
-    def _can_change(self, layer: G2GLinear) -> bool:
-        """Whether an update prunes or grows units of the layer."""
-        return self.final_density is not None or not layer.mask.is_full
+        sizes = [layer.mask.unit_sizes for layer in layers]
+        frozen = sum(layer.mask.num_weights for layer in self.layers if layer not in layers)
+        final = final_density * possible_weights(self.layers) - frozen
+        magnitudes = [PRUNE_RULES["set"].score(Evidence(layer, layer.mask.num_units)) for layer in layers]
+        return layer_budgets(sizes, magnitudes, final, self._last - self.steps, self.interval)
 
     def __del__(self) -> None:
         # removes what it set up in the model; if its constructor raised, that is nothing
         if "_recorder" in self.__dict__ and not sys.is_finalizing():
             self._recorder.stop()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "prune": self.prune.name, "grow": self.grow.name}
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, prune=PRUNE_RULES[state["prune"]], grow=GROW_RULES[state["grow"]])
-        self._tie_averages()
-        self._record_if_due()
+        self.__dict__.update(state)
+        self._begin()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DSTScheduler":
         twin = memo[id(self)] = type(self).__new__(type(self))
         memo[id(self._process_group)] = self._process_group  # processes are not copied
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        twin.__setstate__(copy.deepcopy(self.__dict__, memo))
         twin._recorder.run_compiled()  # a copy that is never used must not keep compiled code from running
         return twin
 

@@ -98,7 +98,7 @@ def group_means(values: torch.Tensor, layout: GroupLayout) -> torch.Tensor:
 def _group_sums(values: torch.Tensor, layout: GroupLayout) -> torch.Tensor:
     """The sum of ``values`` [..., N] over the neurons of each group, [..., G]; no neurons × groups matrix is formed."""
     axis = UnitAxis(layout, layout.size)  # a range for each group
-    if not axis.trivial:
+    if not axis.in_order:
         values = F.pad(values, (0, 1)).index_select(-1, axis.neuron_at.to(values.device))
     return values.unflatten(-1, (axis.num_units, axis.width)).sum(-1)
 

@@ -18,8 +18,8 @@ def layer_probabilities(
 
     With ``density="uniform"`` they are ``p_intra`` and ``p_inter`` in every layer. With ``"erk"`` a layer's density is
     proportional to (in + out) / (in · out), at most 1 (Evci et al. 2020, after Mocanu et al. 2018): small layers keep
-    more. All layers together have as many weights as otherwise. A layer gets its density by another ``p_inter``, and by
-    another ``p_intra`` where that does not suffice.
+    more, and all together as many weights. A layer's ``p_inter`` changes for it, and ``p_intra`` where that does not
+    suffice.
 
     Example:
         >>> layer_probabilities([(64, 784), (64, 64), (10, 64)], p_intra=1.0, p_inter=0.15, num_groups=8)[0]
@@ -31,12 +31,10 @@ def layer_probabilities(
     num_groups = COUNT.check("num_groups", num_groups)
     for name, value in (("p_intra", p_intra), ("p_inter", p_inter)):
         PROBABILITY.check(name, value)
-    inside = [share_inside(*(GroupLayout(size, min(num_groups, size)) for size in shape)) for shape in shapes]
-    weights = [
-        mean_probability(of_layer, p_intra, p_inter) * out * into
-        for of_layer, (out, into) in zip(inside, shapes, strict=True)
-    ]
-    return [_inside_and_between(*of_layer, p_intra) for of_layer in zip(erk(shapes, sum(weights)), inside, strict=True)]
+    layouts = [[GroupLayout(size, min(num_groups, size)) for size in shape] for shape in shapes]
+    weights = sum(mean_density(out, into, p_intra, p_inter) * out.size * into.size for out, into in layouts)
+    inside = [_share_inside(out, into) for out, into in layouts]
+    return [_inside_and_between(*of_layer, p_intra) for of_layer in zip(erk(shapes, weights), inside, strict=True)]
 
 
 def erk(shapes: Sequence[tuple[int, int]], weights: float) -> list[float]:
@@ -59,25 +57,21 @@ def erk(shapes: Sequence[tuple[int, int]], weights: float) -> list[float]:
         full |= above
 
 
-def share_inside(out: GroupLayout, into: GroupLayout) -> float:
-    """The share of the weights of a layer that lie inside groups.
+def mean_density(out: GroupLayout, into: GroupLayout, p_intra: float, p_inter: float) -> float:
+    """The expected density of a layer with these probabilities of a unit inside and between groups.
 
     Example:
-        >>> share_inside(GroupLayout(64, 8), GroupLayout(784, 8))
-        0.125
-    """
-    weights = out.sizes[:, None] * into.sizes.double()
-    return (weights * partners(out.num_groups, into.num_groups)).sum().item() / weights.sum().item()
-
-
-def mean_probability(inside: float, p_intra: float, p_inter: float) -> float:
-    """The expected density of a layer with a share ``inside`` of its weights inside groups.
-
-    Example:
-        >>> mean_probability(0.125, p_intra=1.0, p_inter=0.15)
+        >>> mean_density(GroupLayout(64, 8), GroupLayout(784, 8), p_intra=1.0, p_inter=0.15)
         0.25625
     """
+    inside = _share_inside(out, into)
     return inside * p_intra + (1 - inside) * p_inter
+
+
+def _share_inside(out: GroupLayout, into: GroupLayout) -> float:
+    """The share of the weights of a layer that lie inside groups."""
+    weights = out.sizes[:, None] * into.sizes.double()
+    return (weights * partners(out.num_groups, into.num_groups)).sum().item() / weights.sum().item()
 
 
 def _inside_and_between(density: float, inside: float, p_intra: float) -> tuple[float, float]:

@@ -24,24 +24,16 @@ from g2g_kernels.mask.sides import deep_copied
 from g2g_kernels.mask.wiring import DRIFT, read_row, unwrapped, version
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.tracing import is_traced
-from g2gnet.weights.tied_averages import Kin, after_other_units
+from g2gnet.weights.tied_averages import Ties, after_other_units
 
 
 class PackedWeights(nn.Module):
-    """The packed weights [num_units, unit_rows, unit_cols] of the units of a mask, which the module owns from now on.
-
-    Example:
-        >>> from g2g_kernels import BlockMask, GroupLayout
-        >>> layer = G2GLinear(BlockMask.full(GroupLayout(8), GroupLayout(8), block_size=1))
-        >>> values, mask = layer.weights()  # that a kernel takes
-        >>> mask.unpack(values).shape
-        torch.Size([8, 8])
-    """
+    """The packed weights [num_units, unit_rows, unit_cols] of the units of a mask, both of which the module owns."""
 
     def __init__(self, mask: BlockMask, values: nn.Parameter) -> None:
         super().__init__()
         #: its averages and copies; a copy begins with its own
-        self.kin = Kin()
+        self.ties = Ties()
         self._modules["mask"] = mask  # the class has a property of that name
         self.values = values
 
@@ -49,8 +41,8 @@ class PackedWeights(nn.Module):
     def mask(self) -> BlockMask:
         """The units that exist, as the buffer ``mask.wiring`` has them or, of a tied average, the tie. Raises
         ValueError if something was written into the buffer that describes no mask of these weights."""
-        mask = self._own_mask
-        if not is_traced() and mask.writes and self.kin.source is None:
+        mask: Any = self._modules["mask"]
+        if not is_traced() and version(mask.own_wiring) != mask.written and self.ties.source is None:
             self._read_wiring()
         return mask
 
@@ -73,7 +65,7 @@ class PackedWeights(nn.Module):
         arrived = _mask_of(wiring, mask.shape, "mask.wiring was written to, and")
         if (arrived.num_units, *arrived.unit_shape) != self.values.shape:
             raise ValueError(
-                f"mask.wiring was written to and has units {(arrived.num_units, *arrived.unit_shape)}, but values "
+                f"mask.wiring was written to and has {arrived.num_units} units of {arrived.unit_shape}, but values "
                 f"have shape {tuple(self.values.shape)}; load the state of one network, which has both"
             )
         mask.become_(arrived.to(mask.unit_row.device))
@@ -81,7 +73,7 @@ class PackedWeights(nn.Module):
 
     def settle(self) -> None:
         """Has mask and buffer agree, before something reads both."""
-        if self.kin.source is None:
+        if self.ties.source is None:
             _ = self.mask
         elif self._own_mask.writes:
             self._own_mask.write_wiring()
@@ -91,7 +83,7 @@ class PackedWeights(nn.Module):
         mask: Any = self._modules["mask"]
         if is_traced():
             return self.values, mask
-        if version(mask.own_wiring) != mask.written and self.kin.source is None:
+        if version(mask.own_wiring) != mask.written and self.ties.source is None:
             self._read_wiring()
         if mask.wiring is mask.own_wiring:
             return self.values, mask
@@ -112,9 +104,10 @@ class PackedWeights(nn.Module):
         Nothing changes if ``apply``, a bool scalar, is false: ``units`` are then those of the slots now. Returns what
         takes it back; after an error nothing has changed.
         """
+        mask = self.mask
         with torch.no_grad(), contextlib.ExitStack() as undo:
-            undo.callback(self.mask.relabel_, slots, self.mask.unit_row[slots], self.mask.unit_col[slots])
-            self.mask.relabel_(slots, units // self.mask.grid[1], units % self.mask.grid[1])
+            undo.callback(mask.relabel_, slots, mask.unit_row[slots], mask.unit_col[slots])
+            mask.relabel_(slots, units // mask.grid[1], units % mask.grid[1])
             for tensor in (self.values, self.values.grad):
                 if tensor is not None:
                     rows = tensor[slots].detach()
@@ -124,13 +117,13 @@ class PackedWeights(nn.Module):
 
     def keep_(self, kept: torch.Tensor) -> Callable[[], None]:
         """Keeps the units of the slots where ``kept``, bool [num_units], is true; returns as :meth:`rewire_`."""
-        before, values, gradient = copy.deepcopy(self.mask), self.values.data, self.values.grad
-        wiring, fewer = self.mask.own_wiring, values[kept]
-        self.mask.keep_(kept)
-        self.write_(fewer, None if gradient is None else gradient[kept])
+        mask, values, gradient = self.mask, self.values.data, self.values.grad
+        before, wiring = copy.deepcopy(mask), mask.own_wiring
+        mask.keep_(kept)
+        self.write_(values[kept], None if gradient is None else gradient[kept])
 
         def undo() -> None:
-            self.mask.replace_by_(before, wiring)
+            mask.replace_by_(before, wiring)
             self.write_(values, gradient)
 
         return undo
@@ -151,16 +144,16 @@ class PackedWeights(nn.Module):
         twin = memo[id(self)] = type(self).__new__(type(self))
         # torch.nn.utils.parametrize replaces __getstate__ of the object's class by a refusal
         twin.__setstate__(deep_copied(PackedWeights.__getstate__(self), memo))
-        self.kin.copies.add(twin)
+        self.ties.copies.add(twin)
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
-        return {**self.__dict__, "kin": None}
+        return {**self.__dict__, "ties": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.kin = Kin()
+        self.ties = Ties()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "PackedWeights":
         self.settle()
@@ -245,8 +238,8 @@ def _mask_to_load(layer: PackedWeights, state: Mapping[str, Any], prefix: str) -
     if plain and (wiring is None) != (values is None):
         there, lacks = ("values", "mask.wiring") if wiring is None else ("mask.wiring", "values")
         raise ValueError(
-            f"{prefix}values and its mask are loaded together or not at all, and the state has {prefix}{there} but "
-            f"lacks {prefix}{lacks}; save the whole state_dict() of the layer"
+            f"{prefix}{there} is in the state, but {prefix}{lacks} is not, and they are loaded together or not at all; "
+            "save the whole state_dict() of the layer"
         )
     if wiring is None:
         return None
@@ -262,7 +255,7 @@ def _mask_to_load(layer: PackedWeights, state: Mapping[str, Any], prefix: str) -
             return None
         raise ValueError(
             f"{prefix}mask differs from the layer's, whose weights a parametrization (or pruning, or a norm) computes; "
-            "load the state into a layer of the same wiring, or before that was registered"
+            "load the state before that is registered"
         )
     check_tensor(f"{prefix}values", values)
     packed = (mask.num_units, *mask.unit_shape)

@@ -17,13 +17,17 @@ from g2g_kernels.mask.sides import UnitAxis
 from g2g_kernels.numbers import COUNT, PROBABILITY, SIZE, Number, share_of
 from g2g_kernels.ops.checks import DTYPES
 from g2g_kernels.tracing import on_cpu
-from g2gnet.weights.densities import mean_probability, share_inside
-from g2gnet.weights.groupings import GROUPINGS, group_layouts
+from g2gnet.weights.densities import mean_density
 
+#: of each grouping, the kinds of groups (:class:`GroupLayout`) of the first, second, third … layer, over and over.
+#: ``"mixer"`` takes turns between contiguous ranges (spatial mixing) and interleaved groups (feature mixing).
+GROUPINGS = {
+    "index": ("index",),
+    "random": ("random",),
+    "mixer": ("index", "interleaved"),
+}
 #: from the output and the input side of a layer, and a source of randomness, to its units
 Pattern = Callable[[UnitAxis, UnitAxis, torch.Generator | None], torch.Tensor]
-#: a share of a side
-SCALE = Number(0, open_low=True)
 
 
 @dataclass(frozen=True)
@@ -31,9 +35,7 @@ class ErdosRenyi:
     """Each unit exists with the same probability, independently of all others (Erdős and Rényi 1959): no modules.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, model=ErdosRenyi(density=0.25), block_size=4)
-        >>> 0.1 < net.fc2.mask.density < 0.4
+        >>> 0.1 < pattern_mask(ErdosRenyi(density=0.25), GroupLayout(64), GroupLayout(64), block_size=4).density < 0.4
         True
     """
 
@@ -51,9 +53,7 @@ class Regular(ErdosRenyi):
     """Each unit exists with the same probability, and each row has equally many, rounded: no modules, equal fan-in.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, model=Regular(density=0.25), block_size=4)
-        >>> net.fc2.mask.to_dense().sum(1).unique()
+        >>> pattern_mask(Regular(density=0.25), GroupLayout(64), GroupLayout(64), block_size=4).fan_in().unique()
         tensor([16])
     """
 
@@ -65,10 +65,10 @@ class Regular(ErdosRenyi):
 class SmallWorld:
     """A small world of groups (Watts and Strogatz 1998): each is linked to its neighbours on a ring, and to few others.
 
-    Each group of outputs is linked to the ``neighbours`` nearest of the other groups of inputs (as many more as
-    ``p_inter`` needs, and at most all), nearer ones first. Each link goes, with probability ``rewire``, to a group
-    drawn from those without one. Units exist with probability ``p_intra`` inside groups, between linked groups with
-    one, so that ``p_inter`` is the mean over all other groups, and between others never.
+    Each group of outputs is linked to the ``neighbours`` nearest of the other groups of inputs, or as many more as
+    ``p_inter`` needs. Each link goes, with probability ``rewire``, to a group drawn from those without one. Units exist
+    with probability ``p_intra`` inside groups, with one between linked groups, so that ``p_inter`` is the mean over all
+    other groups, and never between others.
 
     Example:
         >>> world = SmallWorld(p_intra=1.0, p_inter=0.2, neighbours=2, rewire=0.0)
@@ -120,12 +120,10 @@ class Distance:
     """Units are the rarer the farther their two sides lie apart: with probability min(1, c·exp(−d / ``scale``)).
 
     The ranges of neurons of each side lie on a ring of length 1, in the order of the groups; d is the shorter way
-    between them, at most 1/2. The constant c makes the mean probability of a weight ``density``.
+    between them. The constant c makes the mean probability of a weight ``density``.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, model=Distance(density=0.3, scale=0.15), block_size=4)
-        >>> 0.2 < net.fc2.mask.density < 0.4
+        >>> 0.2 < pattern_mask(Distance(density=0.3, scale=0.15), GroupLayout(64), GroupLayout(64), 4).density < 0.4
         True
     """
 
@@ -134,11 +132,18 @@ class Distance:
 
     def __post_init__(self) -> None:
         PROBABILITY.check("density", self.density)
-        SCALE.check("scale", self.scale)
+        Number(0, open_low=True).check("scale", self.scale)
 
     def __call__(self, out: UnitAxis, into: UnitAxis, generator: torch.Generator | None = None) -> torch.Tensor:
+        nearness = (-self._distance(out, into) / self.scale).exp().clamp(min=1e-300)
+        # the k nearest have probability 1, where c from the others' share is the first that none of them exceeds
+        nearest, order = nearness.flatten().sort(descending=True)
         sizes = out.lengths[:, None] * into.lengths.double()
-        return _falling(self._distance(out, into), sizes / sizes.mean(), self.density, self.scale)
+        of_sorted = (sizes / sizes.mean()).flatten()[order]
+        rest = (of_sorted * nearest).flip(0).cumsum(0).flip(0)
+        factors = (self.density * len(order) - (of_sorted.cumsum(0) - of_sorted)) / rest
+        (fits,) = (factors * nearest <= 1).nonzero(as_tuple=True)
+        return (nearness * factors[fits[0] if len(fits) else -1]).clamp(0, 1)
 
     def _distance(self, out: UnitAxis, into: UnitAxis) -> torch.Tensor:
         return ring_distance(*((side.bounds[1:] + side.bounds[:-1]).double() / (2 * side.size) for side in (out, into)))
@@ -146,16 +151,13 @@ class Distance:
 
 @dataclass(frozen=True)
 class Plane(Distance):
-    """The same with distances on the plane of an image, in sides of the image.
-
-    The neurons of each side, in the order of the groups, fill a square row by row, as pixels fill a square image. A
-    range of neurons lies at their mean place.
+    """The same with distances on the plane of an image, in its sides: the neurons of each side of the layer, in the
+    order of the groups, fill a square row by row, as pixels do. A range of neurons lies at their mean place.
 
     Example:
-        >>> from g2gnet import G2GNet
-        >>> net = G2GNet(64, 64, 10, model=Plane(density=0.1, scale=0.1), block_size=1)
+        >>> mask = pattern_mask(Plane(density=0.1, scale=0.1), GroupLayout(64), GroupLayout(64), block_size=1)
         >>> place = torch.cartesian_prod(torch.arange(8.0), torch.arange(8.0))
-        >>> torch.cdist(place, place)[net.fc1.mask.to_dense()].mean() < 3  # pixels; 4.1 between any two
+        >>> torch.cdist(place, place)[mask.to_dense()].mean() < 3  # pixels; 4.1 between any two
         tensor(True)
     """
 
@@ -172,18 +174,6 @@ def _plane_places(side: UnitAxis) -> torch.Tensor:
     bounds = side.bounds.long()
     sums = torch.cat([torch.zeros(1, 2, dtype=torch.float64), places.cumsum(0)])[bounds]
     return sums.diff(dim=0) / bounds.diff()[:, None]
-
-
-def _falling(distance: torch.Tensor, sizes: torch.Tensor, density: float, scale: float) -> torch.Tensor:
-    """min(1, c·exp(−distance / scale)), c so that units of relative ``sizes`` have this ``density`` of weights."""
-    nearness = (-distance / scale).exp().clamp(min=1e-300)
-    # the k nearest have probability 1, where c from the others' share is the first that none of them exceeds
-    nearest, order = nearness.flatten().sort(descending=True)
-    of_sorted = sizes.flatten()[order]
-    rest = (of_sorted * nearest).flip(0).cumsum(0).flip(0)
-    factors = (density * len(order) - (of_sorted.cumsum(0) - of_sorted)) / rest
-    (fits,) = (factors * nearest <= 1).nonzero(as_tuple=True)
-    return (nearness * factors[fits[0] if len(fits) else -1]).clamp(0, 1)
 
 
 def ring_distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
@@ -241,8 +231,8 @@ def pattern_mask(
     rows, cols = (UnitAxis(layout, SIZE.check("block_size", block_size)) for layout in (out_layout, in_layout))
     if (total := rows.num_units * cols.num_units) > LARGEST_GRID:
         raise ValueError(
-            f"the pattern {_name(pattern)} would form a number for each of {total:,} units, and at most "
-            f"{LARGEST_GRID:,} are formed; give a larger block_size, model='index', whose units are drawn one by one "
+            f"the pattern {_name(pattern)} would form a number for each of {total:,} units, more than "
+            f"{LARGEST_GRID:,}; give a larger block_size, model='index', whose units are drawn one by one "
             "(BlockMask.sample), or connections of your own (Projection.from_edges)"
         )
     units = pattern(rows, cols, generator)
@@ -259,18 +249,17 @@ def _name(pattern: Pattern) -> str:
 
 
 def _check_units(pattern: Pattern, units: object, shape: tuple[int, int]) -> None:
-    what = f"of type {type(units).__name__}"
+    what, fits = f"of type {type(units).__name__}", False
     if isinstance(units, torch.Tensor):
-        what = f"{units.dtype} {list(units.shape)}"
-        if units.layout != torch.strided or units.is_meta:
-            what += f" of layout {units.layout} on {units.device}"
-        elif tuple(units.shape) == shape and units.dtype in (torch.bool, *DTYPES):
-            if units.dtype == torch.bool or bool(((units >= 0) & (units <= 1)).all()):
-                return
-            what += " with numbers that are not from 0 to 1"
+        dense = units.layout == torch.strided and not units.is_meta
+        what = f"{units.dtype} {list(units.shape)}{'' if dense else f' of layout {units.layout} on {units.device}'}"
+        fits = dense and tuple(units.shape) == shape and units.dtype in (torch.bool, *DTYPES)
+        if fits and (units.dtype == torch.bool or bool(((units >= 0) & (units <= 1)).all())):
+            return
     raise ValueError(
-        f"the pattern {_name(pattern)} returned {what}; it must return a dense tensor [{shape[0]}, {shape[1]}], bool "
-        "(which units exist) or float (with which probability, from 0 to 1)"
+        f"the pattern {_name(pattern)} returned {what}{' with numbers that are not from 0 to 1' if fits else ''}; it "
+        f"must return a dense tensor [{shape[0]}, {shape[1]}], bool (which units exist) or float (with which "
+        "probability, from 0 to 1)"
     )
 
 
@@ -294,17 +283,19 @@ def layer_mask(
 ) -> BlockMask:
     """Draws the units of layer ``number`` (from 0), whose weight has ``shape`` (out, in).
 
-    ``pattern`` is a name in ``SPARSE``, or a function, whose groups are then contiguous and which knows its own
-    ``probabilities`` of a unit inside and between groups (:func:`~g2gnet.weights.densities.layer_probabilities`).
+    ``pattern`` is a name in ``SPARSE``, or a function, whose groups are contiguous and which knows its own
+    ``probabilities`` of a unit inside and between groups (:func:`~g2gnet.weights.densities.layer_probabilities`). On a
+    side with fewer neurons than ``num_groups`` each is a group.
 
     Example:
         >>> draw = torch.Generator().manual_seed(0)
         >>> layer_mask("mixer", 1, (64, 64), (1.0, 0.15), num_groups=8, block_size=4, generator=draw)  # of fc2
         BlockMask(64×64, 8 groups (interleaved), block_size=4, 66 of 256 units, density=0.2578, device=cpu)
     """
-    grouping = pattern if isinstance(pattern, str) and pattern in GROUPINGS else "index"
-    layouts = group_layouts(grouping, number, shape, num_groups, generator)
-    return mask_between(pattern, *layouts, probabilities, block_size, generator)
+    kinds = GROUPINGS.get(pattern, ("index",)) if isinstance(pattern, str) else ("index",)
+    num_groups = COUNT.check("num_groups", num_groups)
+    out, into = (GroupLayout(size, min(num_groups, size), kinds[number % len(kinds)], generator) for size in shape)
+    return mask_between(pattern, out, into, probabilities, block_size, generator)
 
 
 def mask_between(
@@ -315,8 +306,8 @@ def mask_between(
     block_size: int,
     generator: torch.Generator | None,
 ) -> BlockMask:
-    """Draws the units of a pattern, or all if it is ``"dense"``, between groups that are there already: recurrent
-    connections have those of their layer.
+    """Draws the units of a pattern, or all if it is ``"dense"``, between groups that are there already, as those of a
+    layer for its recurrent connections.
 
     Example:
         >>> groups = GroupLayout(8, 2)
@@ -333,5 +324,5 @@ def mask_between(
         return pattern_mask(model, *layouts, block_size, generator)
     if model in GROUPINGS:
         return BlockMask.sample(*layouts, *probabilities, block_size, generator)
-    density = mean_probability(share_inside(*layouts), *probabilities)
+    density = mean_density(*layouts, *probabilities)
     return pattern_mask(PATTERNS[model](*probabilities, density), *layouts, block_size, generator)

@@ -3,7 +3,6 @@ one. Otherwise its next step would mix weights of different connections. Any oth
 
 import logging
 import weakref
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -19,67 +18,68 @@ logger = logging.getLogger("g2gnet")
 WRAPPERS = {"module", "_orig_mod"}
 
 
-class Kin:
+class Ties:
     """The layers that a layer has to do with: its averages, the layer that it is an average of, and its copies."""
 
     def __init__(self) -> None:
+        #: the averages that are rewired with the layer
         self.averages: weakref.WeakSet[PackedWeights] = weakref.WeakSet()
         self.copies: weakref.WeakSet[PackedWeights] = weakref.WeakSet()
         #: of a copy: whether someone said what it is
         self.declared = False
         #: of an average: the layer that it is one of, and all averages whose tie ends with its own
-        self.tie: tuple[weakref.ref[PackedWeights], weakref.WeakSet[PackedWeights]] | None = None
+        self._tie: tuple[weakref.ref[PackedWeights], weakref.WeakSet[PackedWeights]] | None = None
 
     @property
     def source(self) -> "PackedWeights | None":
         """The layer that this one is an average of."""
-        return None if self.tie is None else self.tie[0]()
+        return None if self._tie is None else self._tie[0]()
 
-    def end_tie(self, why: str | None = None) -> None:
+    @staticmethod
+    def begin(pairs: "list[tuple[PackedWeights, PackedWeights]]") -> None:
+        """Ties the second layer of each pair to the first; their ties end together."""
+        together = weakref.WeakSet(average for _, average in pairs)
+        for source, average in pairs:
+            source.ties.averages.add(average)
+            average.ties.declared, average.ties._tie = True, (weakref.ref(source), together)
+
+    def end(self, why: str | None = None) -> None:
         """Ends the tie of two networks, in all layers, with a warning if there is a reason."""
-        averages = [] if self.tie is None else list(self.tie[1])
+        averages = [] if self._tie is None else list(self._tie[1])
         for average in averages:
             average.settle()  # from now on its buffer is read, whatever was averaged there
         for average in averages:
-            average.kin.tie = None
+            if (source := average.ties.source) is not None:
+                source.ties.averages.discard(average)
+            average.ties._tie = None
         if averages and why is not None:
             logger.warning("an average is no longer rewired with its network: %s; call tie_wiring again", why)
 
 
-def averages_of(layer: "PackedWeights") -> "Iterator[PackedWeights]":
-    """The averages of a layer that live and are still tied to it."""
-    return (average for average in list(layer.kin.averages) if average.kin.source is layer)
-
-
-def has_unknown_copies(layer: "PackedWeights") -> bool:
-    """Whether a copy of the layer lives of which nobody said whether it is an average."""
-    return any(not copy.kin.declared for copy in layer.kin.copies)
-
-
 def rewire_averages(layer: "PackedWeights") -> None:
     """Gives the averages of a layer its present units."""
-    for average in averages_of(layer):
-        if not average.has_plain_values:
-            average.kin.end_tie("something computes its weights now")
-            continue
-        take_wiring(layer, average)
-        rewire_averages(average)
+    for average in list(layer.ties.averages):
+        if average.has_plain_values:
+            take_wiring(layer, average)
+            rewire_averages(average)
+        else:
+            average.ties.end("something computes its weights now")
 
 
 def after_other_units(layer: "PackedWeights") -> None:
     """Sees to the ties of a layer that was given a mask from outside: equal units get equal slots, others end a tie."""
-    source = layer.kin.source
+    source = layer.ties.source
     if source is not None and not layer.mask.equals(source.mask):
         if _same_units(layer.mask, source.mask):
             take_wiring(source, layer)
         else:
-            layer.kin.end_tie("a state of other units was loaded into it")
-    for average in averages_of(layer):
+            layer.ties.end("a state of other units was loaded into it")
+    for average in list(layer.ties.averages):
         if _same_units(layer.mask, average.mask):
             take_wiring(layer, average)
             rewire_averages(average)
         else:
-            average.kin.end_tie("a state of other units was loaded into the network")
+            average.ties.end("a state of other units was loaded into the network")
 
 
 def _same_places(one: "BlockMask", other: "BlockMask") -> torch.Tensor:
@@ -102,11 +102,11 @@ def take_wiring(source: "PackedWeights", target: "PackedWeights") -> None:
     device = target.values.device
     now = theirs.flat_unit().to(device)
     slots = torch.full_like(now, -1)
-    if mine.grid == theirs.grid:
-        before, slot_of = mine.sorted_units(), mine.row_slot.long()
-        place = torch.searchsorted(before, now).clamp(max=max(len(before) - 1, 0))
-        had = before[place] == now if len(before) else torch.zeros_like(now, dtype=torch.bool)
-        slots = torch.where(_same_places(mine, theirs) & had, slot_of[place] if len(before) else slots, slots)
+    if mine.grid == theirs.grid and mine.num_units:
+        before = mine.sorted_units()
+        place = torch.searchsorted(before, now).clamp(max=len(before) - 1)
+        had = (before[place] == now) & _same_places(mine, theirs)
+        slots = torch.where(had, mine.row_slot.long()[place], slots)
     new = (slots < 0)[:, None, None]
     values = torch.where(new, source.values.to(target.values), target.values[slots])
     gradient = target.values.grad
@@ -119,7 +119,7 @@ def _layers(model: nn.Module) -> "dict[str, PackedWeights]":
     """The packed layers of a model, by their names without the wrappers around the network."""
     found: dict[str, PackedWeights] = {}
     for path, module in model.named_modules():
-        if isinstance(getattr(module, "kin", None), Kin):
+        if isinstance(getattr(module, "ties", None), Ties):
             name = ".".join(part for part in path.split(".") if part not in WRAPPERS)
             if name in found:
                 raise ValueError(f"two sparse layers are called {name!r}; pass modules that correspond")
@@ -134,21 +134,21 @@ def _pairs(source: nn.Module, target: nn.Module) -> "list[tuple[PackedWeights, P
     theirs, mine = _layers(source), _layers(target)
     if not theirs or theirs.keys() != mine.keys():
         raise ValueError(
-            f"the sparse layers of the two networks ({', '.join(theirs) or 'none'} and {', '.join(mine) or 'none'}) "
-            "must have the same names; pass modules that correspond, for example average.module.net"
+            f"the sparse layers, {', '.join(theirs) or 'none'} and {', '.join(mine) or 'none'}, must have the same "
+            "names; pass modules that correspond, for example average.module.net"
         )
     for name, layer in theirs.items():
         if not (layer.has_plain_values and mine[name].has_plain_values):
             raise ValueError(
-                f"the weights of layer {name!r} are computed by a parametrization, pruning or a norm, and belong to "
-                "its own wiring; tie or synchronise the networks before that is registered"
+                f"the weights of layer {name!r} are computed by a parametrization, pruning or a norm; tie or "
+                "synchronise the networks before that is registered"
             )
         if layer is mine[name]:
             raise ValueError(f"layer {name!r} is in both networks, which must be two")
         if layer.values.shape != mine[name].values.shape or layer.mask.shape != mine[name].mask.shape:
             raise ValueError(
-                f"layer {name!r} has packed weights {tuple(layer.values.shape)} of {layer.mask.shape} in one network "
-                f"and {tuple(mine[name].values.shape)} of {mine[name].mask.shape} in the other; build both alike"
+                f"layer {name!r} has packed weights {list(layer.values.shape)} of {layer.mask.shape} and "
+                f"{list(mine[name].values.shape)} of {mine[name].mask.shape}; build both networks alike"
             )
     return [(layer, mine[name]) for name, layer in theirs.items()]
 
@@ -158,11 +158,8 @@ def sync_wiring(source: nn.Module, target: nn.Module) -> None:
 
     A unit that target has already keeps its weights; the others get the source's. For networks whose parameters are
     then copied or averaged one by one and that are not tied: call it before, and after each update of source's graph.
-    Both may be in wrappers (``AveragedModel``, DistributedDataParallel).
-
-    Raises:
-        TypeError: if one is no module.
-        ValueError: if layers differ in name or size.
+    Both may be in wrappers (``AveragedModel``, DistributedDataParallel). Raises TypeError if one is no module, and
+    ValueError if layers differ in name or size.
 
     Example:
         >>> net, other = (G2GNet(64, 64, 10, block_size=8) for _ in range(2))
@@ -173,25 +170,21 @@ def sync_wiring(source: nn.Module, target: nn.Module) -> None:
         True
     """
     for theirs, mine in _pairs(source, target):
-        if mine.kin.source is not theirs:
-            mine.kin.end_tie("it was given the wiring of another network")
+        if mine.ties.source is not theirs:
+            mine.ties.end("it was given the wiring of another network")
         take_wiring(theirs, mine)
-        mine.kin.declared = True
+        mine.ties.declared = True
         rewire_averages(mine)
 
 
 def tie_wiring(source: nn.Module, average: nn.Module) -> None:
     """Says that ``average`` is an average of ``source``: from now on it is rewired whenever source is.
 
-    It begins with :func:`sync_wiring`. When DST gives slots to other units, those that stay keep their averaged
-    weights, and new ones get the source's. A state of the same units in another order, loaded into either, is brought
-    into the order of the source; a state of other units ends the tie, with a warning. The average's ``mask.wiring`` is
-    written by the tie and not read. Copies, pickles and files do not have the tie. The average may be in a wrapper
-    (``torch.optim.swa_utils.AveragedModel``, timm's ``ModelEmaV3``).
-
-    Raises:
-        TypeError: if one is no module.
-        ValueError: if layers differ in name or size, or source is itself an average of ``average``.
+    It begins with :func:`sync_wiring`, which tells the errors, too. When DST gives slots to other units, those that
+    stay keep their averaged weights, and new ones get the source's. A state of the same units in another order, loaded
+    into either, is brought into the order of the source; a state of other units ends the tie, with a warning. The
+    average's ``mask.wiring`` is written by the tie and not read. Copies, pickles and files do not have the tie. The
+    average may be in a wrapper (``torch.optim.swa_utils.AveragedModel``, timm's ``ModelEmaV3``).
 
     Example:
         >>> from torch.optim.swa_utils import AveragedModel
@@ -205,27 +198,23 @@ def tie_wiring(source: nn.Module, average: nn.Module) -> None:
         while above is not None:
             if above is mine:
                 raise ValueError("the source is tied to this average; untie_wiring(source) first")
-            above = above.kin.source
-    tied: weakref.WeakSet[PackedWeights] = weakref.WeakSet()
+            above = above.ties.source
     for theirs, mine in pairs:
-        mine.kin.end_tie()
+        mine.ties.end()
         take_wiring(theirs, mine)
-        tied.add(mine)
-        theirs.kin.averages.add(mine)
-        mine.kin.declared, mine.kin.tie = True, (weakref.ref(theirs), tied)
         rewire_averages(mine)
+    Ties.begin(pairs)
 
 
 def untie_wiring(model: nn.Module) -> None:
-    """Says that ``model`` is a network of its own, rewired with no other, as is every copy which nobody tied. Said of a
-    copy, it is not reported when the network is rewired.
+    """Says that ``model`` is a network of its own, rewired with no other, as is every copy which nobody tied. A copy of
+    which that is said is not reported when the network is rewired.
 
     Example:
         >>> import copy
         >>> net = G2GNet(64, 64, 10, block_size=8)
-        >>> start = copy.deepcopy(net)
-        >>> untie_wiring(start)  # no average of net: no warning when net is rewired
+        >>> untie_wiring(copy.deepcopy(net))  # no average of net: no warning when net is rewired
     """
     for layer in _layers(model).values():
-        layer.kin.end_tie()
-        layer.kin.declared = True
+        layer.ties.end()
+        layer.ties.declared = True

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet import LIF, DSTScheduler, G2GLinear, SpikingStack, sparsify
-from g2gnet.dst.scores import unit_correlation
+from g2gnet.dst.rules import unit_correlation
 
 
 def block_mask(out_size=24, in_size=30, seed=0):
@@ -120,25 +120,6 @@ def test_what_cannot_be_made_sparse_is_named_and_the_model_stays(options, messag
     assert not any(isinstance(module, G2GLinear) for module in model.modules())
 
 
-def test_hooks_of_calls_go_on_and_their_handles_remove_them():
-    model, seen = classifier(), []
-    layer = model[0]
-    handles = [
-        layer.register_forward_hook(lambda module, args, output: seen.append(("forward", module)) or output * 2),
-        layer.register_forward_pre_hook(lambda module, *_: seen.append(("before", module)), with_kwargs=True),
-        layer.register_full_backward_hook(lambda module, *_: seen.append(("backward", module))),
-    ]
-    sparsify(model, block_size=4)
-    x = torch.randn(3, 30, generator=seeded(1)).requires_grad_()
-    y = model(x)
-    y.sum().backward()
-    assert seen == [("before", model[0]), ("forward", model[0]), ("backward", model[0])]
-    for handle in handles:
-        handle.remove()
-    assert not torch.equal(model(x), y), "the hook doubled what the layer gave"
-    assert len(seen) == 3
-
-
 def embedded(model):
     model.embedding = nn.Embedding(40, 30)
     model[0].weight = model.embedding.weight
@@ -153,7 +134,9 @@ LEFT_ALONE = {
     "pruned": (lambda model: prune.l1_unstructured(model[0], "weight", 0.5),
                "0 (with weight_orig, weight_mask of its own; G2GLinear.from_linear keeps a pruned mask)"),
     "hooked": (lambda model: model[0].weight.register_hook(torch.neg), "0 (with hooks on its weights)"),
-    "saved otherwise": (lambda model: model[0].register_state_dict_pre_hook(print), "0 (with hooks on its state_dict)"),
+    "saved otherwise": (lambda model: model[0].register_state_dict_pre_hook(print), "0 (with hooks; register"),
+    "hooked calls": (lambda model: model[0].register_forward_hook(lambda *_: None), "0 (with hooks; register them aft"),
+    "hooked backwards": (lambda model: model[0].register_full_backward_pre_hook(print), "0 (with hooks; register them"),
     "called otherwise": (lambda model: setattr(model[0], "forward", lambda x: x.new_ones(3, 40)),
                          "0 (with a custom forward)"),
     "of a class": (lambda model: model.__setitem__(0, type("Mine", (nn.Linear,), {})(30, 40)), "0 (of the class Mine)"),
@@ -236,7 +219,7 @@ def recorded_correlations(model, run, monkeypatch):
         seen.append((pre.flatten(0, -2), post.flatten(0, -2)))
         return unit_correlation(pre, post, *rest)
 
-    monkeypatch.setattr("g2gnet.dst.recorder.unit_correlation", spy)
+    monkeypatch.setattr("g2gnet.dst.rules.unit_correlation", spy)
     dst = DSTScheduler(model, torch.optim.SGD(model.parameters(), lr=0.1), interval=1)
     run()
     dst.step()

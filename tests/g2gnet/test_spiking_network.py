@@ -13,7 +13,7 @@ from networks import Reference, three_layers
 
 from g2g_kernels import BlockMask, GroupLayout, available_backends
 from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, Projection, SpikingNetwork, Synaptic
-from g2gnet.dst.scores import unit_correlation
+from g2gnet.dst.rules import unit_correlation
 from g2gnet.interop import to_snntorch
 
 T, B, D = 11, 3, 10

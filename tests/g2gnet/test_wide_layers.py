@@ -11,7 +11,7 @@ from g2g_kernels.cpu import library
 from g2g_kernels.mask import sampling
 from g2gnet import LIF, DSTScheduler, G2GLinear, Projection, SpikingNetwork, inspect, keep_signs
 from g2gnet.data import load_dataset
-from g2gnet.dst import replacement, scores
+from g2gnet.dst import replacement, rules
 from g2gnet.programs.report import content, page
 from g2gnet.programs.report import program as report
 from g2gnet.training import Machine, TrainSettings, run_training
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(available_backends() == ["torch"], reason="needs
 
 @pytest.mark.parametrize(("prune", "grow"), [("set", "gradient"), ("hebb", "hebb")])
 def test_training_rewiring_analysis_and_resuming_form_no_dense_weights(prune, grow, tmp_path, monkeypatch):
-    monkeypatch.setattr(scores, "BAND", 1)  # one block row of the gradient at a time
+    monkeypatch.setattr(rules, "BAND", 1)  # one block row of the gradient at a time
     monkeypatch.setattr(content, "picture", lambda figure, caption: page.paragraph(caption))  # drawn, and not written
     data = load_dataset("fashionmnist-mini").limited(64, 32)
     monkeypatch.setattr(report.flags, "load_run_data", lambda *_: data)  # the images are of more numbers
@@ -56,7 +56,7 @@ def test_a_recurrent_network_of_few_single_weights_forms_nothing_of_their_grid(s
     monkeypatch.setattr(library, "LIST_COST", 0.0)
     monkeypatch.setattr(sampling, "LARGEST_GRID", 1 << 16)
     monkeypatch.setattr(replacement, "LARGEST_GRID", 1 << 16)
-    monkeypatch.setattr(scores, "BAND", 1 << 12)
+    monkeypatch.setattr(rules, "BAND", 1 << 12)
     draw = torch.Generator().manual_seed(0)
 
     def joined(out: int, into: int, density: float, **options) -> G2GLinear:

@@ -559,7 +559,7 @@ def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None
     counts, rates, last, shown, of_layers, _ = FORWARD(call)
     given = iter(shown)
     membranes = tuple([next(given) if layer.membranes else None for layer in layers])
-    readers = [None if layer.mask.cols.trivial else layer.mask.cols.place_of for layer in layers[1:]]
+    readers = [None if layer.mask.cols.in_order else layer.mask.cols.place_of for layer in layers[1:]]
     trains = map(DenseSpikes, given) if spikes else map(ByteSpikes, of_layers, [*readers, None])
     known = membranes if any(layer.membranes for layer in layers) else None
     return Activity(counts, tuple(rates), tuple(trains), states=tuple(last), membranes=known)

@@ -18,11 +18,11 @@ from g2g_kernels.cpu import library
 from g2g_kernels.ops.g2g_stack import operator, recurrent_lists
 from g2gnet import DSTScheduler, G2GLinear, G2GNet, sparsify
 from g2gnet.dst import replacement
+from g2gnet.dst import rules as rules_module
 from g2gnet.dst import scheduler as scheduler_module
-from g2gnet.dst import scores as scores_module
+from g2gnet.dst.recorder import UnitGradients
 from g2gnet.dst.replacement import highest
-from g2gnet.dst.rules import GROW_RULES, PRUNE_RULES
-from g2gnet.dst.scores import UnitGradients, unit_correlation
+from g2gnet.dst.rules import GROW_RULES, PRUNE_RULES, unit_correlation, unit_gradient
 
 
 class Dense(NamedTuple):
@@ -248,7 +248,7 @@ def test_gradients_of_units_are_those_of_the_network_with_every_unit(backend, dr
         monkeypatch.setattr(library, "LIST_COST", 0.0)
         monkeypatch.setattr(recurrent_lists, "_run", lambda layer, *given: (loops.append(layer), run(layer, *given))[1])
         backend = "cpu"
-    monkeypatch.setattr(scores_module, "BAND", 100)  # one block row at a time
+    monkeypatch.setattr(rules_module, "BAND", 100)  # one block row at a time
     options = {"model": "random", "num_groups": 3, "block_size": 4, "T": 7, "recurrent": True, "rec_gain": 1.0}
     net = G2GNet(20, 26, 7, p_inter=0.3, backend=backend, dropout=dropout, generator=seeded(1), **options)
     dense = copy.deepcopy(net).double()
@@ -275,17 +275,17 @@ def test_gradients_of_units_are_those_of_the_network_with_every_unit(backend, dr
         gradient = dense.connections()[name].mask.unpack(dense.connections()[name].values.grad)
         expected = mean_by_unit(gradient.square(), layer.mask).sqrt().flatten()
         assert expected.max() > 0
-        found = layer.observer.root_mean_squares(layer.mask).double()
+        found = unit_gradient(layer.observer.seen(), layer.mask).double()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
         some = torch.arange(0, len(expected), 3)
         with torch.inference_mode():
-            found = layer.observer.root_mean_squares(layer.mask, units=some).double()
+            found = unit_gradient(layer.observer.seen(), layer.mask, units=some).double()
         torch.testing.assert_close(found, expected[some], rtol=1e-4, atol=1e-5 * float(expected.max()))
         layer.observer = UnitGradients()
     with torch.no_grad():  # neither without gradients nor in evaluation
         net.simulate(x)
     net.eval().simulate(x.requires_grad_()).counts.sum().backward()
-    assert not any(layer.observer.has_seen for layer in net.connections().values())
+    assert not any(layer.observer.seen() for layer in net.connections().values())
 
 
 def own_model(**options):
@@ -348,7 +348,7 @@ def test_the_gradient_by_which_units_grow_is_the_one_that_trains(step):
     step(dense, x.double())
     for place in (0, 2):
         expected = mean_by_unit(dense[place].weight.grad.square(), model[place].mask).sqrt().flatten()
-        found = model[place].observer.root_mean_squares(model[place].mask).double()
+        found = unit_gradient(model[place].observer.seen(), model[place].mask).double()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 
 
@@ -396,7 +396,7 @@ def test_scores_are_not_rounded_by_autocast_and_graphs_that_are_kept_hold_no_sam
             assert twin[0].observer is None  # a copy takes no part in the step
         with torch.autocast("cpu", torch.bfloat16, autocast):
             scheduler.step()
-        assert not observer.has_seen
+        assert not observer.seen()
         assert not observer._inputs
     for exact, found in zip(scores[:2], scores[2:], strict=True):
         assert torch.equal(exact, found)

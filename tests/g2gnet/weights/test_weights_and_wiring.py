@@ -370,7 +370,7 @@ def forgets_to_undo(self, slots, units, apply):
 
 
 def rewires_its_averages_only(layer):
-    for average in tied_averages.averages_of(layer):
+    for average in list(layer.ties.averages):
         tied_averages.take_wiring(layer, average)
 
 

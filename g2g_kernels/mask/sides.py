@@ -33,6 +33,15 @@ class Side(NamedTuple):
     holes: bool = False
 
 
+def side_of(order: torch.Tensor, bounds: torch.Tensor, neuron_at: torch.Tensor, place_of: torch.Tensor) -> Side:
+    """The side with these :meth:`UnitAxis.tensors`."""
+    size, num_units = order.shape[0], bounds.shape[0] - 1
+    if not neuron_at.shape[0]:
+        return Side(num_units, size // num_units, size)
+    width = neuron_at.shape[0] // num_units
+    return Side(num_units, width, size, neuron_at, place_of, bounds if size < num_units * width else None)
+
+
 def deep_copied(attributes: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
     """``copy.deepcopy`` of a module's attributes, of which a dozen are empty dicts of hooks."""
     return {
@@ -127,12 +136,6 @@ class UnitAxis(Indices):
     def unit_of(self) -> torch.Tensor:
         """int64 [size], the range that each neuron belongs to."""
         return self.place_of // self.width
-
-    @property
-    def side(self) -> Side:
-        """Where its neurons are."""
-        neuron_at, place_of = (None, None) if self.trivial else (self.neuron_at, self.place_of)
-        return Side(self.num_units, self.width, self.size, neuron_at, place_of, self.bounds if self.ragged else None)
 
     @property
     def ragged(self) -> bool:

@@ -6,7 +6,7 @@ import torch
 
 from g2g_kernels.mask import packing
 from g2g_kernels.mask.groups import check_integers
-from g2g_kernels.mask.sides import Indices, Side, UnitAxis
+from g2g_kernels.mask.sides import Indices, UnitAxis, side_of
 from g2g_kernels.numbers import INT32
 from g2g_kernels.tracing import is_traced
 
@@ -47,14 +47,14 @@ class MaskTensors(_MaskTensors):
         """(block rows, block columns) of the unit grid."""
         return self.row_bounds.shape[0] - 1, self.col_bounds.shape[0] - 1
 
+    @property
+    def units(self) -> packing.Units:
+        """The same by side."""
+        return packing.Units(*self[:6], side_of(*self[6:10]), side_of(*self[10:]))
+
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """The dense [out, in] weight of packed ``values``, as :meth:`BlockMask.unpack` has it."""
-        places = (self.row_neuron_at, self.col_neuron_at), (self.row_place_of, self.col_place_of)
-        rows, cols = (
-            Side(num_units, width, size, at if at.numel() else None, place if place.numel() else None)
-            for num_units, width, size, at, place in zip(self.grid, values.shape[1:], self.shape, *places, strict=True)
-        )
-        return packing.unpack(values, packing.View(self.unit_row, self.unit_col, rows, cols))
+        return packing.unpack(values, self.units)
 
 
 class UnitGrid(Indices):
@@ -172,12 +172,12 @@ class UnitGrid(Indices):
         """The present units of a dense [out, in] weight: [num_units, unit_rows, unit_cols]; differentiable."""
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, this mask describes {self.shape}")
-        return packing.pack(weight, self._view())
+        return packing.pack(weight, self._as_tensors().units)
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """The dense [out, in] weight of packed ``values``, zero where there is no unit; differentiable."""
         self.check_values(values)
-        return packing.unpack(values, self._view())
+        return packing.unpack(values, self._as_tensors().units)
 
     def check_values(self, values: torch.Tensor) -> None:
         """Raises ValueError unless ``values`` has this mask's packed shape."""
@@ -192,7 +192,7 @@ class UnitGrid(Indices):
 
     def flat_unit(self) -> torch.Tensor:
         """int64 [num_units], the number of each slot's unit when the grid is counted row by row."""
-        return packing.flat_unit(self._view())
+        return self.unit_row.long() * self.grid[1] + self.unit_col.long()
 
     def sorted_units(self) -> torch.Tensor:
         """The same numbers in rising order, in which ``row_slot`` has the slots."""
@@ -217,6 +217,3 @@ class UnitGrid(Indices):
     def _as_tensors(self) -> MaskTensors:
         index = self.unit_row, self.unit_col, self.row_ptr, self.row_slot, self.col_ptr, self.col_slot
         return MaskTensors(*index, *self.rows.tensors(), *self.cols.tensors())
-
-    def _view(self) -> packing.View:
-        return packing.View(self.unit_row, self.unit_col, self.rows.side, self.cols.side)

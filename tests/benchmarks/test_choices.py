@@ -104,7 +104,7 @@ def test_the_dense_product_is_taken_where_it_is_predicted_to_be_faster(layer, na
                             recorded = product_step(connection, samples, dtype, wanted)
                         phase = "forward" if way == "forward" else "backward"
                         times[dense] = microseconds([each for each in recorded if each.phase == phase], card)
-                    chosen = units.dense_pays(x, outer, dtype, precision)
+                    chosen = tiles.dense_pays(units, x, outer, dtype, precision)
                     assert times[chosen] <= SLACK * min(times.values()), (card, samples, way, times)
 
 
@@ -160,7 +160,7 @@ def test_a_card_for_graphics_is_no_small_h100(monkeypatch):
         card = runtime._card_of.__wrapped__(0)
         assert card == runtime.Card(architecture, 7, 9)
         monkeypatch.setattr(runtime, "card_of", lambda device, card=card: card)
-        dense = units.dense_pays(x, units.rows, torch.bfloat16, "ieee")
+        dense = tiles.dense_pays(units, x, units.rows, torch.bfloat16, "ieee")
         found[architecture] = precision_of(torch.float32, META), dense
     graphics = dict.fromkeys(("sm_86", "sm_89", "sm_120"), ("ieee", False))
     assert found == {"sm_80": ("parts", False), "sm_90": ("parts", True), **graphics}

@@ -11,14 +11,21 @@ from collections.abc import Iterator
 
 import torch
 
+from g2g_kernels.mask.packing import Units
+from g2g_kernels.mask.sides import Side
 from g2g_kernels.triton import runtime
 
 # --- tiles --------------------------------------------------------------------------------------------------------
 
 
-def side_of(width: int) -> int:
-    """The side of a tile that covers a range of that width, or a part of one wider than 64: 16, 32 or 64."""
-    return 16 if width <= 16 else 32 if width <= 32 else 64
+def tile_of(side: Side) -> int:
+    """The side of a tile that covers a range, or a part of one wider than 64: 16, 32 or 64."""
+    return 16 if side.width <= 16 else 32 if side.width <= 32 else 64
+
+
+def tiles_of(side: Side) -> int:
+    """The number of tiles that cover a range."""
+    return runtime.cdiv(side.width, tile_of(side))
 
 
 def product_tiles(samples: int, width: int, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
@@ -105,27 +112,22 @@ def groups_and_parts(units: int, rows: int, tiles: int, samples: int, group: int
 # --- units or dense -----------------------------------------------------------------------------------------------
 
 
-def dense_pays(
-    padded: int, inputs: int, outputs: int, x: torch.Tensor, side: int, products: torch.dtype, precision: str
-) -> bool:
-    """True where the dense product is expected to be faster; a rule, not measured.
+def dense_pays(units: Units, x: torch.Tensor, outer: Side, products: torch.dtype, precision: str) -> bool:
+    """True where the dense product of x [M, …] is expected to be faster; a rule, not measured. ``outer`` is what is not
+    summed over: of ``units`` the rows, in the input gradient the columns.
 
     It counts FLOP of a dense product per sample. A weight of a tile takes ``times`` as long as one of the dense matrix:
     cuBLAS reaches 0.8 of a card's rate, our products 0.6 on tensor cores and 0.45 on the ordinary ones, a twelfth as
-    fast, unless L2 is slower, which gives a tile of 128 × ``side`` its factors. A byte of memory takes twice as long as
-    one of L2; cuBLAS multiplies no spikes as bytes. Assembling the dense matrix takes as long as a thousand samples,
-    and its launches ten microseconds.
+    fast, unless L2 is slower, which gives a tile of 128 × ``tile_of(outer)`` its factors. A byte of memory takes twice
+    as long as one of L2; cuBLAS multiplies no spikes as bytes. Assembling the dense matrix takes as long as a thousand
+    samples, and its launches ten microseconds.
     ``tests/benchmarks/test_choices.py`` compares the rule with the model of :mod:`benchmarks.costs`.
-
-    Args:
-        padded: the weights that the tiles of all units have.
-        inputs, outputs: of the product.
-        x: [M, …], what is multiplied, spikes in uint8.
-        side: of the tiles of what is not summed over: outputs, or inputs in the input gradient.
-        products, precision: how factors are multiplied.
     """
     if _chosen is not None:
         return _chosen
+    rows, cols = units.rows, units.cols
+    padded = units.unit_row.shape[0] * tiles_of(rows) * tile_of(rows) * tiles_of(cols) * tile_of(cols)
+    inputs, outputs = (cols.size, rows.size) if outer is rows else (rows.size, cols.size)
     rate: float = runtime.card_of(x.device).flop_per_byte
     size, x_size, times, weight_size = products.itemsize, x.dtype.itemsize, 4 / 3, products.itemsize
     if precision == "tf32":
@@ -134,7 +136,7 @@ def dense_pays(
         rate, times = rate / 12, 16 / 9
         if precision == "parts":
             times, weight_size = 4 / 3 * (3 if x_size == 1 else 6) / 12, 6
-    times = max(times, rate * (x_size / side + weight_size / 128) / 2)
+    times = max(times, rate * (x_size / tile_of(outer) + weight_size / 128) / 2)
     by_units = max(2 * times * padded, 2 * rate * (x_size * inputs + size * outputs))
     dense = max(2 * inputs * outputs, 2 * rate * size * (inputs + outputs))
     if x.dtype != products:

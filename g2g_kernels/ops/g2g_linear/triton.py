@@ -18,7 +18,7 @@ the padded group order of a :class:`BlockMask` (*places*); these kernels transla
 separate pass.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -26,7 +26,7 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from g2g_kernels.mask.block_mask import BlockMask
-from g2g_kernels.mask.packing import assembled, no_tiles, packed
+from g2g_kernels.mask.packing import Units, assembled, no_tiles, packed
 from g2g_kernels.mask.sides import Side
 from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.g2g_linear.call import LinearCall, operators
@@ -36,7 +36,8 @@ from g2g_kernels.ops.g2g_linear.tiles import (
     fitted,
     groups_and_parts,
     product_tiles,
-    side_of,
+    tile_of,
+    tiles_of,
     weight_gradient_tiles,
 )
 from g2g_kernels.ops.record import Backward
@@ -52,16 +53,6 @@ from g2g_kernels.triton.products import (
 from g2g_kernels.triton.runtime import cdiv, launch, next_power_of_2
 
 # --- the graph as kernels read it -------------------------------------------------------------------------------
-
-
-def tile_of(side: Side) -> int:
-    """The side of a tile that covers a range, or a part of one wider than 64: 16, 32 or 64."""
-    return side_of(side.width)
-
-
-def tiles_of(side: Side) -> int:
-    """The number of tiles that cover a range."""
-    return cdiv(side.width, tile_of(side))
 
 
 def in_order(side: Side) -> Side:
@@ -97,63 +88,32 @@ def read_by(side: Side, readers: Side) -> Side:
     )
 
 
-class Units(NamedTuple):
-    """The units of a layer: the index buffers of its :class:`BlockMask`, and its two sides."""
-
-    unit_row: torch.Tensor
-    unit_col: torch.Tensor
-    row_ptr: torch.Tensor
-    row_slot: torch.Tensor
-    col_ptr: torch.Tensor
-    col_slot: torch.Tensor
-    rows: Side
-    cols: Side
-
-    def dense_pays(self, x: torch.Tensor, outer: Side, products: torch.dtype, precision: str) -> bool:
-        """Whether a product of x, for the neurons ``outer`` or the weights to them, is expected to be faster dense."""
-        tiles = [tiles_of(side) * tile_of(side) for side in (self.rows, self.cols)]
-        padded = self.unit_row.shape[0] * tiles[0] * tiles[1]  # len() of a tensor takes a microsecond more
-        inner = self.cols if outer is self.rows else self.rows
-        return dense_pays(padded, inner.size, outer.size, x, tile_of(outer), products, precision)
-
-    def arguments(self, by_rows: bool) -> dict[str, Any]:
-        """Those of kernels that go through the units of each row; or of each column, the transposed way."""
-        inner, outer = (self.cols, self.rows) if by_rows else (self.rows, self.cols)
-        return {
-            "x_column": inner.neuron_at,
-            "x_bounds": inner.bounds,
-            "ptr": self.row_ptr if by_rows else self.col_ptr,
-            "slots": self.row_slot if by_rows else self.col_slot,
-            "others": self.unit_col if by_rows else self.unit_row,
-            "y_column": outer.neuron_at,
-            "num_n": outer.num_units,
-            "x_size": inner.size,
-            "y_size": outer.size,
-            "K": inner.width,
-            "N": outer.width,
-        }
+def arguments(units: Units, by_rows: bool) -> dict[str, Any]:
+    """Those of kernels that go through the units of each row; or of each column, the transposed way."""
+    inner, outer = (units.cols, units.rows) if by_rows else (units.rows, units.cols)
+    return {
+        "x_column": inner.neuron_at,
+        "x_bounds": inner.bounds,
+        "ptr": units.row_ptr if by_rows else units.col_ptr,
+        "slots": units.row_slot if by_rows else units.col_slot,
+        "others": units.unit_col if by_rows else units.unit_row,
+        "y_column": outer.neuron_at,
+        "num_n": outer.num_units,
+        "x_size": inner.size,
+        "y_size": outer.size,
+        "K": inner.width,
+        "N": outer.width,
+    }
 
 
 def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
     """The units of a mask with packed weights ``values``. Raises ValueError for values that are not the mask's."""
     known = vars(mask)
-    if known.get("packed") != values.shape:
-        known["units"] = _units_of(mask, values)
-        known["packed"] = values.shape
-    return known["units"]
-
-
-def _units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
-    if values.dim() != 3 or len(values) != len(mask.unit_row):
-        raise ValueError(f"values of shape {tuple(values.shape)} do not fit a mask of {len(mask.unit_row)} units")
-    sides: list[Side] = []
-    for (order, bounds, neuron_at, place_of), width in ((mask[6:10], values.shape[1]), (mask[10:], values.shape[2])):
-        num_units = len(bounds) - 1
-        if len(neuron_at) not in (0, num_units * width):
-            raise ValueError(f"values of shape {tuple(values.shape)} do not fit {len(neuron_at)} places")
-        side = Side(num_units, width, len(order), bounds=bounds if len(order) < num_units * width else None)
-        sides.append(side._replace(neuron_at=neuron_at, place_of=place_of) if len(neuron_at) else side)
-    return Units(*mask[:6], *sides)
+    units: Units = known.get("units") or known.setdefault("units", mask.units)
+    packed_shape = units.unit_row.shape[0], units.rows.width, units.cols.width
+    if values.shape != packed_shape:
+        raise ValueError(f"values have shape {tuple(values.shape)}, this mask's packed weights {packed_shape}")
+    return units
 
 
 # --- forward and input gradient ---------------------------------------------------------------------------------
@@ -282,7 +242,7 @@ def _launch_product(
         BY_ROWS=by_rows,
         PRECISION=precision,
         BLOCK_N=tile_of(outer),
-        **units.arguments(by_rows),
+        **arguments(units, by_rows),
         **options,
     )
 
@@ -292,7 +252,7 @@ def product(
 ) -> torch.Tensor:
     """y [M, out] of ``dtype``: x [M, in] (floats, or spikes in uint8), ``bias`` [out] in the order of y's columns."""
     precision = precision_of(values.dtype, x.device)
-    if units.dense_pays(x, units.rows, values.dtype, precision):  # cuBLAS, with the zeros stored
+    if dense_pays(units, x, units.rows, values.dtype, precision):  # cuBLAS, with the zeros stored
         weight, x = dense_weight(values, units), x.to(values.dtype)
         if dtype.itemsize > values.dtype.itemsize:  # a held current: factors are rounded, their sum is not
             weight, x = weight.to(dtype), x.to(dtype)
@@ -308,7 +268,7 @@ def product(
 def input_gradient(grad_y: torch.Tensor, values: torch.Tensor, units: Units, dtype: torch.dtype) -> torch.Tensor:
     """dx [M, in] of ``dtype``, from dy [M, out] of the dtype of ``values``."""
     precision = precision_of(values.dtype, grad_y.device)
-    if units.dense_pays(grad_y, units.cols, values.dtype, precision):
+    if dense_pays(units, grad_y, units.cols, values.dtype, precision):
         return (grad_y @ dense_weight(values, units)).to(dtype)
     grad_x = torch.empty((grad_y.shape[0], units.cols.size), dtype=dtype, device=grad_y.device)
     if grad_x.numel():
@@ -437,7 +397,7 @@ def weight_gradient(grad_y: torch.Tensor, x: torch.Tensor, units: Units, dtype: 
     rows, cols = units.rows, units.cols
     num_units, samples = units.unit_row.shape[0], x.shape[0]
     precision = precision_of(grad_y.dtype, x.device)
-    if units.dense_pays(x, units.rows, grad_y.dtype, precision):
+    if dense_pays(units, x, units.rows, grad_y.dtype, precision):
         return packed(grad_y.T @ x.to(grad_y.dtype), units).to(dtype)
     # on the ordinary cores, with fully unrolled loops, RDNA has registers for a depth of 8
     deepest = 8 if grad_y.dtype == torch.float32 else 32

@@ -27,17 +27,17 @@ import torch
 import triton
 import triton.language as tl
 
+from g2g_kernels.mask.packing import Units
 from g2g_kernels.mask.sides import Side
-from g2g_kernels.ops.g2g_linear.tiles import STAGES, fitted, product_tiles, side_of
+from g2g_kernels.ops.g2g_linear.tiles import STAGES, fitted, product_tiles, tile_of
 from g2g_kernels.ops.g2g_linear.triton import (
-    Units,
+    arguments,
     columns,
     in_order,
     input_gradient,
     plus_units,
     product,
     read_by,
-    tile_of,
     too_large,
     units_of,
     weight_gradient,
@@ -270,7 +270,7 @@ def units_on_chip(units: Units, x: torch.dtype, products: torch.dtype) -> int:
     if cols.neuron_at is not None or rows.neuron_at is not None or max(rows.width, cols.width) > 64:
         return 0
     number = cdiv(units.unit_row.shape[0], rows.num_units)
-    fits = number <= MOST_ON_CHIP and on_chip_bytes(number, side_of(rows.width), side_of(cols.width)) <= card.shared
+    fits = number <= MOST_ON_CHIP and on_chip_bytes(number, tile_of(rows), tile_of(cols)) <= card.shared
     return number if fits else 0
 
 
@@ -435,7 +435,7 @@ def _launch(
         batch=batch,
         ON_CHIP=on_chip,
         STAGES=STAGES,
-        **units.arguments(by_rows=True),
+        **arguments(units, by_rows=True),
         **{name: others.get(name) for name in ("bias", "currents", "margins", "counts", "states_before")},
         **model_options(layer.population),
         **tiles,
@@ -500,7 +500,7 @@ def _recur_backward(
             grad_counts=upstream.counts,
             grad_rates=upstream.rates,
             **{name: None if grad is None else grad[t] for name, grad in over_time.items()},
-            **units.arguments(by_rows=False),
+            **arguments(units, by_rows=False),
             **model_options(population),
             **tiles,
         )

@@ -77,7 +77,8 @@ def layers_of(state: dict[str, torch.Tensor]) -> list[Layer]:
     layers = []
     for number in (0, 1):
         mask = network(0)[number].mask  # the grid of all of them
-        units = packing.View(*units_of(state[f"{number}.mask.wiring"]), mask.rows.side, mask.cols.side)
+        unit_row, unit_col = units_of(state[f"{number}.mask.wiring"])
+        units = mask.tensors().units._replace(unit_row=unit_row, unit_col=unit_col)
         values, bias = state[f"{number}.values"].detach(), state[f"{number}.bias"].detach().clone()
         present = packing.unpacked(torch.ones_like(values), units) > 0
         layers.append(Layer(packing.unpacked(values, units), present, bias, packing.flat_unit(units)))
@@ -309,7 +310,7 @@ class Networks(RuleBasedStateMachine):
         for each in getattr(self, "nets", ()):
             for layer, should in zip(each.net, each.layers, strict=True):
                 values, mask = layer.weights()
-                compare(packing.unpacked(values.detach(), mask._view()), mask.flat_unit(), should)
+                compare(packing.unpacked(values.detach(), mask.tensors().units), mask.flat_unit(), should)
 
     def teardown(self):
         for number, each in enumerate(getattr(self, "nets", ())):

@@ -14,9 +14,9 @@ from g2g_kernels.mask.groups import GroupLayout
 from g2g_kernels.mask.sampling import sample_units
 from g2g_kernels.mask.sides import UnitAxis
 from g2g_kernels.mask.unit_grid import UnitGrid
-from g2g_kernels.mask.wiring import as_row, numbers_of, read_row, version
+from g2g_kernels.mask.wiring import decode, encode
 from g2g_kernels.numbers import PROBABILITY, SIZE
-from g2g_kernels.tracing import on_cpu
+from g2g_kernels.tracing import on_cpu, version
 
 #: the coordinates of no unit
 _NONE = torch.zeros(0, dtype=torch.int64, device="cpu")
@@ -43,7 +43,7 @@ class BlockMask(UnitGrid):
         changes: the number of changes of units so far.
         own_wiring: the buffer of this mask itself. Inside ``torch.func.functional_call`` another one may stand in its
             place, as ``wiring``.
-        written: its version (``g2g_kernels.mask.wiring.version``) when the mask wrote it last.
+        written: its version (``g2g_kernels.tracing.version``) when the mask wrote it last.
         unit_row, unit_col: int32 [num_units], the coordinates of the unit in each slot.
         row_ptr, row_slot: int32 [rows.num_units + 1], int32 [num_units]: the slots of block row r, by column, are
             ``row_slot[row_ptr[r] : row_ptr[r + 1]]``.
@@ -200,7 +200,7 @@ class BlockMask(UnitGrid):
 
     def equals(self, other: "BlockMask") -> bool:
         """Whether both have the same units in the same slots, and the same groups. Waits for the device."""
-        return self.describes(as_row(numbers_of(other)))
+        return self.describes(encode(other))
 
     @property
     def writes(self) -> int:
@@ -215,7 +215,7 @@ class BlockMask(UnitGrid):
     def write_wiring(self) -> None:
         """Has the buffer describe the mask."""
         with torch.no_grad():
-            self.own_wiring.copy_(as_row(numbers_of(self)))
+            self.own_wiring.copy_(encode(self))
         self.note_wiring()
 
     def note_wiring(self) -> None:
@@ -223,7 +223,7 @@ class BlockMask(UnitGrid):
         self.written = version(self.own_wiring)
 
     def _publish(self) -> None:
-        self.register_buffer("wiring", as_row(numbers_of(self)))
+        self.register_buffer("wiring", encode(self))
         self._own_wiring()
 
     def _own_wiring(self) -> None:
@@ -271,7 +271,7 @@ class BlockMask(UnitGrid):
     @on_cpu
     def from_state(cls, state: Mapping[str, torch.Tensor], shape: tuple[int, int] | None = None) -> "BlockMask":
         """The mask of that ``state_dict`` (``wiring``), on the CPU; ValueError for none, or another shape (out, in)."""
-        return cls(*read_row(state["wiring"], shape))
+        return cls(*decode(state["wiring"], shape))
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         *_, missing_keys, _, error_msgs = rest
@@ -292,9 +292,9 @@ class BlockMask(UnitGrid):
     def describes(self, wiring: torch.Tensor, rounding: float = 0.0) -> bool:
         """Whether a row says what this mask is, but for its checksums, which count, too, with a ``rounding`` relative
         to the numbers; false where it has no numbers (``meta``)."""
-        own = numbers_of(self)
-        if own.is_meta or wiring.is_meta or (len(own) + 2,) != wiring.shape:
+        own = encode(self)
+        if own.is_meta or wiring.is_meta or own.shape != wiring.shape:
             return False
         own, given = own.cpu(), wiring.detach().cpu()
-        exact, own = (own == given[:-2]).all(), as_row(own)
+        exact = (own.long() == given)[:-2].all()
         return bool(exact or ((given - own).abs() <= rounding * own).all())

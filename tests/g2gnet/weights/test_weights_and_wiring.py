@@ -23,7 +23,7 @@ from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.mask import packing
-from g2g_kernels.mask.wiring import as_row
+from g2g_kernels.mask.wiring import with_checksums
 from g2gnet import DSTScheduler, G2GLinear, sync_wiring, tie_wiring, untie_wiring
 from g2gnet.dst import scheduler as scheduler_module
 from g2gnet.weights import packed_weights, tied_averages
@@ -320,7 +320,7 @@ class Networks(RuleBasedStateMachine):
             for found, should in zip(layers_of(state), layers, strict=True):
                 compare(found.weight, found.slots, should)
             for wiring in (state["0.mask.wiring"], state["1.mask.wiring"]):
-                assert torch.equal(as_row(wiring[:-2].long()), wiring)  # its checksums are right
+                assert torch.equal(with_checksums(wiring[:-2].long()), wiring)  # its checksums are right
 
 
 def compare(weight: torch.Tensor, slots: torch.Tensor, should: Layer) -> None:

@@ -253,9 +253,6 @@ class BlockMask(UnitGrid):
     def _repr_html_(self) -> str:
         return conversions.to_html(self)
 
-    def _repr_png_(self) -> bytes:
-        return conversions.to_png(self)
-
     def __repr__(self) -> str:
         kinds = self.rows.layout.kind
         if self.cols.layout.kind != kinds:

@@ -138,7 +138,7 @@ class BlockMask(UnitGrid):
             raise ValueError(f"mask must be a matrix [out, in], not of shape {tuple(mask.shape)}")
         dense = mask.detach().to("cpu", torch.bool).to_dense()
         result = cls(GroupLayout(dense.shape[0], 1), GroupLayout(dense.shape[1], 1), _NONE, _NONE, block_size)
-        active = packing.tiles(dense.float(), result.tensors().units).sum((2, 3))
+        active = packing.tiles(dense.float(), result._units()).sum((2, 3))
         size = result.rows.lengths[:, None] * result.cols.lengths[None, :]
         partial = ((active > 0) & (active < size)).nonzero()
         if len(partial):

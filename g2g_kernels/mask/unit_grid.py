@@ -172,12 +172,12 @@ class UnitGrid(Indices):
         """The present units of a dense [out, in] weight: [num_units, unit_rows, unit_cols]; differentiable."""
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, this mask describes {self.shape}")
-        return packing.pack(weight, self._as_tensors().units)
+        return packing.pack(weight, self._units())
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """The dense [out, in] weight of packed ``values``, zero where there is no unit; differentiable."""
         self.check_values(values)
-        return packing.unpack(values, self._as_tensors().units)
+        return packing.unpack(values, self._units())
 
     def check_values(self, values: torch.Tensor) -> None:
         """Raises ValueError unless ``values`` has this mask's packed shape."""
@@ -215,5 +215,9 @@ class UnitGrid(Indices):
         return self._tensors
 
     def _as_tensors(self) -> MaskTensors:
-        index = self.unit_row, self.unit_col, self.row_ptr, self.row_slot, self.col_ptr, self.col_slot
+        index = [getattr(self, name) for name in self.INDICES]
         return MaskTensors(*index, *self.rows.tensors(), *self.cols.tensors())
+
+    def _units(self) -> packing.Units:  # not by MaskTensors, whose properties torch.compile of PyTorch 2.6 cannot trace
+        index = [getattr(self, name) for name in self.INDICES]
+        return packing.Units(*index, side_of(*self.rows.tensors()), side_of(*self.cols.tensors()))

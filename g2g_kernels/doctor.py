@@ -35,6 +35,7 @@ from g2g_kernels.ops.g2g_stack import Recurrent, SpikingLayer, g2g_stack
 from g2g_kernels.ops.neurons import MODELS, Neurons, neurons
 from g2g_kernels.ops.neurons.models import RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.triton import runtime
 
 #: the largest root-mean-square error relative to the reference, in either precision
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -81,9 +82,7 @@ class Check:
         }
         with contextlib.ExitStack() as chosen:
             if backend == "triton":  # layers fused or as pairs, whatever the cost model says of so small ones
-                from g2g_kernels.ops.g2g_stack import triton  # imports Triton, which is optional
-
-                chosen.enter_context(triton.choose(self.fused))
+                chosen.enter_context(runtime.assuming(fused=self.fused))
             with torch.autocast(device.type, dtype) if low else torch.enable_grad():
                 outputs = self.run(leaves, backend)
             draw = torch.Generator().manual_seed(1)

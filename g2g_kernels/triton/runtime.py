@@ -170,24 +170,36 @@ CARDS = {
         Card("gfx1100", 96, 64 << 10),
     )
 }
-_assumed = "sm_90"
+
+
+class Assumptions(NamedTuple):
+    """What holds inside :func:`assuming`: tensors on no GPU are on the card of that ``architecture``, a key of
+    :data:`CARDS`; whatever the rules say, products are ``dense`` or none is, and layers that can be ``fused`` are or
+    none is (None: the rules decide)."""
+
+    architecture: str = "sm_90"
+    dense: bool | None = None
+    fused: bool | None = None
+
+
+assumed = Assumptions()
 
 
 @contextlib.contextmanager
-def assumed(architecture: str) -> Iterator[None]:
-    """Inside, tensors on no GPU are taken to be on the card of that architecture, a key of :data:`CARDS`."""
-    global _assumed
-    before, _assumed = _assumed, architecture
+def assuming(**what: Any) -> Iterator[None]:
+    """Inside, these :class:`Assumptions` hold beside those outside: to compare, and to compile for other cards."""
+    global assumed
+    before, assumed = assumed, assumed._replace(**what)
     try:
         yield
     finally:
-        _assumed = before
+        assumed = before
 
 
 @constant_when_traced
 def card_of(device: torch.device) -> Card:
-    """The card of a device; an H100 if it is no GPU, unless :func:`assumed` says otherwise."""
-    return _card_of(device.index or 0) if device.type == "cuda" else CARDS[_assumed]
+    """The card of a device; an assumed one if it is no GPU."""
+    return _card_of(device.index or 0) if device.type == "cuda" else CARDS[assumed.architecture]
 
 
 @functools.cache
@@ -221,7 +233,7 @@ _recorded: list[Launch] | None = None
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Inside, launches are recorded instead of run, so tensors on the ``meta`` device suffice: ``benchmarks/aot.py``
-    compiles them for other GPUs, which are :func:`assumed` meanwhile."""
+    compiles them for other GPUs, which are assumed meanwhile."""
     global _recorded
     launches: list[Launch] = []
     _recorded = launches

@@ -6,9 +6,6 @@ density a mask of single weights has no empty 16 × 16 block at all. In float32 
 cores, cuBLAS's do not. :func:`dense_pays` decides for each product of a layer by itself.
 """
 
-import contextlib
-from collections.abc import Iterator
-
 import torch
 
 from g2g_kernels.mask.packing import Units
@@ -123,8 +120,8 @@ def dense_pays(units: Units, x: torch.Tensor, outer: Side, products: torch.dtype
     samples, and its launches ten microseconds.
     ``tests/benchmarks/test_choices.py`` compares the rule with the model of :mod:`benchmarks.costs`.
     """
-    if _chosen is not None:
-        return _chosen
+    if runtime.assumed.dense is not None:
+        return runtime.assumed.dense
     rows, cols = units.rows, units.cols
     padded = units.unit_row.shape[0] * tiles_of(rows) * tile_of(rows) * tiles_of(cols) * tile_of(cols)
     inputs, outputs = (cols.size, rows.size) if outer is rows else (rows.size, cols.size)
@@ -142,17 +139,3 @@ def dense_pays(units: Units, x: torch.Tensor, outer: Side, products: torch.dtype
     if x.dtype != products:
         dense += 2 * rate * (x_size + size) * inputs
     return by_units * len(x) > dense * len(x) + 2000 * inputs * outputs + 4e7 * rate
-
-
-_chosen: bool | None = None
-
-
-@contextlib.contextmanager
-def choose(dense: bool) -> Iterator[None]:
-    """Inside, every product is dense, or none is, whatever :func:`dense_pays` says; to compare the two."""
-    global _chosen
-    before, _chosen = _chosen, dense
-    try:
-        yield
-    finally:
-        _chosen = before

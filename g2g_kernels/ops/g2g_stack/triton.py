@@ -19,8 +19,7 @@ where σ' is steep. Far from a large θ they do not have U, which is then kept i
 products' dtype, like the gradients of currents and spikes.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -294,24 +293,10 @@ def fused_pays(units: Units, population: Neurons, batch: int, x: torch.dtype, pr
     """
     if len(MODELS[population.model].states) > 1 or not units_on_chip(units, x, products):
         return False
-    if _chosen is not None:
-        return _chosen
+    if runtime.assumed.fused is not None:
+        return runtime.assumed.fused
     programs, most = units.rows.num_units * cdiv(int(batch), 64), runtime.card_of(units.row_ptr.device).multiprocessors
     return 4 * programs >= 3 * most * cdiv(programs, most)
-
-
-_chosen: bool | None = None
-
-
-@contextlib.contextmanager
-def choose(fused: bool) -> Iterator[None]:
-    """Inside, every layer that can be fused is, or none is, whatever :func:`fused_pays` says; to compare the two."""
-    global _chosen
-    _chosen = fused
-    try:
-        yield
-    finally:
-        _chosen = None
 
 
 # --- one layer in memory ----------------------------------------------------------------------------------------

@@ -215,9 +215,9 @@ class UnitGrid(Indices):
         return self._tensors
 
     def _as_tensors(self) -> MaskTensors:
-        index = [getattr(self, name) for name in self.INDICES]
+        index = self.unit_row, self.unit_col, self.row_ptr, self.row_slot, self.col_ptr, self.col_slot
         return MaskTensors(*index, *self.rows.tensors(), *self.cols.tensors())
 
     def _units(self) -> packing.Units:  # not by MaskTensors, whose properties torch.compile of PyTorch 2.6 cannot trace
-        index = [getattr(self, name) for name in self.INDICES]
+        index = self.unit_row, self.unit_col, self.row_ptr, self.row_slot, self.col_ptr, self.col_slot
         return packing.Units(*index, side_of(*self.rows.tensors()), side_of(*self.cols.tensors()))

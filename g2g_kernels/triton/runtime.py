@@ -13,7 +13,6 @@ import os
 import shutil
 import sys
 import sysconfig
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -243,39 +242,6 @@ def recorded() -> Iterator[list[Launch]]:
         _recorded = None
 
 
-class Compiled(NamedTuple):
-    """Kernels that were compiled, or loaded from Triton's cache on disk, and how long that took."""
-
-    kernels: int = 0
-    seconds: float = 0.0
-
-    def __sub__(self, earlier: "Compiled") -> "Compiled":
-        return Compiled(self.kernels - earlier.kernels, self.seconds - earlier.seconds)
-
-    def __str__(self) -> str:
-        return f"{self.kernels} Triton kernel{'' if self.kernels == 1 else 's'} in {self.seconds:.0f} s"
-
-
-_compiled = Compiled()
-
-
-def compiled() -> Compiled:
-    """What this process has compiled so far."""
-    return _compiled
-
-
-_seen = _told = _compiled
-
-
-def tell_compiled() -> None:
-    """Logs what was compiled, in one line, at the first call before which nothing more was; called after each step."""
-    global _seen, _told
-    if _compiled == _seen != _told:
-        logger.info("compiled %s", _compiled - _told)
-        _told = _compiled
-    _seen = _compiled
-
-
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """Runs ``kernel[grid](**arguments)`` on the device of its first tensor. Multiplications and additions may be
     contracted to fused multiply-adds unless ``enable_fp_fusion`` says otherwise."""
@@ -287,17 +253,11 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     if device.type != "cuda":
         kernel[grid](**arguments)
         return
+    _say_what_takes_long()
     with torch.cuda.device(device):
-        _launch_counted(kernel, grid, arguments)
+        kernel[grid](**arguments)
 
 
-def _launch_counted(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-    """Launches a kernel on the current device; says before the first compilation of a process what it waits for."""
-    global _compiled
-    known, *_ = kernel.device_caches[torch.cuda.current_device()]
-    before, start = len(known), time.perf_counter()
-    if not before and not _compiled.kernels:
-        logger.info("compiling Triton kernels, which the next run on this machine finds in Triton's cache")
-    kernel[grid](**arguments)
-    if len(known) > before:
-        _compiled = Compiled(_compiled.kernels + 1, _compiled.seconds + time.perf_counter() - start)
+@functools.cache
+def _say_what_takes_long() -> None:
+    logger.info("Triton compiles each kernel at its first launch; the next run finds it in Triton's cache")

@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from g2g_kernels import Activity
 from g2g_kernels.numbers import share_of
-from g2g_kernels.triton import runtime
 from g2gnet.base.distributed import World
 from g2gnet.base.seeding import draw_device, stream
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase, random_unit_shift
@@ -324,7 +323,6 @@ class Trainer(EpochTrainer):
             dropped = [each[part].to(self.device) for each in drawn]
         # target and share are constants of a captured step
         results, activity = learn(inputs, labels, target, len(labels) / len(index), dropped)
-        runtime.tell_compiled()
         self._stepped()
         if self.settings.average is not None:
             share = 1 / min(self.step, self.settings.average)

@@ -15,16 +15,12 @@ import torch
 from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.record import RecordOperator, of_arguments
 
-_formulas: dict[torch._ops.OpOverload, Callable[..., int]] = {}
+_formulas: dict[torch._ops.OpOverload, Callable[[Any], int]] = {}
 
 
-def count_flops(operator: RecordOperator, formula: Callable[..., int]) -> None:
+def count_flops(operator: RecordOperator, formula: Callable[[Any], int]) -> None:
     """Names ``formula(record)`` as the FLOPs of a call of ``operator`` with that record."""
-
-    def count(*arguments: Any, out_val: object = None, **_: object) -> int:
-        return formula(of_arguments(*arguments[:5]))
-
-    _formulas[operator.overload] = count
+    _formulas[operator.overload] = formula
 
 
 def register_flop_formulas() -> None:
@@ -47,7 +43,7 @@ def register_flop_formulas() -> None:
 
     for overload, formula in _formulas.items():
         # what register_flop_formula does, but for that of PyTorch 2.4: it registers overloads, which nobody looks up
-        flop_registry[overload.overloadpacket] = formula
+        flop_registry[overload.overloadpacket] = lambda *given, of=formula, **_: of(of_arguments(*given[:5]))
 
 
 def product_flops(samples: int, values: torch.Tensor, mask: MaskTensors) -> int:

@@ -48,15 +48,6 @@ def parts_of(tile, part_ty: tl.constexpr):
 
 
 @triton.jit
-def transposed(tiles):
-    """The transposes of some tiles."""
-    if len(tiles) == 1:
-        return (tl.trans(tiles[0]),)
-    else:
-        return tl.trans(tiles[0]), tl.trans(tiles[1]), tl.trans(tiles[2])
-
-
-@triton.jit
 def plus_product_of_parts(total, a, b):
     """total + A·B, of the parts of A and B."""
     if len(a) == 1 and len(b) == 1:
@@ -99,7 +90,7 @@ def plus_product(total, x, factors, PRECISION: tl.constexpr):
 def plus_product_over_rows(total, a, b, products: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr):
     """total + Aᵀ·B, of tiles whose rows are summed over, multiplied in the dtype ``products``."""
     if PRECISION == "parts":
-        return plus_product_of_parts(total, transposed(parts_of(a, PART)), parts_of(b, PART))
+        return plus_product_of_parts(total, parts_of(tl.trans(a), PART), parts_of(b, PART))
     else:
         return tl.dot(tl.trans(a.to(products)), b.to(products), total, input_precision=PRECISION)
 

@@ -44,10 +44,10 @@ from g2g_kernels.ops.g2g_linear.triton import (
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer, refuses_fields, unread
+from g2g_kernels.ops.neurons.call import NeuronsCall
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.ops.neurons.triton import (
-    NeuronLaunch,
     Upstream,
     checkpoint_shape,
     launch_backward,
@@ -507,10 +507,10 @@ def _neurons_backward(
     layer: _Layer, state: torch.Tensor, checkpoints: torch.Tensor, upstream: Upstream, steps: int
 ) -> _Through:
     """The backward pass of the neurons of a layer whose currents or margins are in memory."""
-    run = NeuronLaunch(state, layer.population, steps, layer.first, layer.dropped, layer.fused)
+    call = NeuronsCall(state, layer.population, steps if layer.held else 0, layer.first)
     grad_current = torch.empty_like(state, dtype=layer.values.dtype)
     grad_first = None if layer.first is None else torch.empty_like(layer.first)
-    sums = launch_backward(run, checkpoints, upstream, grad_current, grad_first)
+    sums = launch_backward(call, checkpoints, upstream, grad_current, grad_first, layer.dropped, layer.fused)
     return _Through(grad_current, sums, grad_first)
 
 
@@ -593,8 +593,8 @@ def _forward(call: StackCall, keep: bool) -> Outputs:
             current = current.view(shape[1:] if layer.held else shape)
             if layer.recurrent is None:
                 state = current
-                run = NeuronLaunch(current, layer.population, steps, layer.first, layer.dropped)
-                last = launch_forward(run, spikes, checkpoints, counts, membranes)
+                of_neurons = NeuronsCall(current, layer.population, steps if layer.held else 0, layer.first)
+                last = launch_forward(of_neurons, spikes, checkpoints, counts, membranes, layer.dropped)
             else:
                 state = layer.allocate(*(of_state if keep or layer.membranes else (2, *of_state[1:])))
                 last = _recur(layer, current, spikes, state)

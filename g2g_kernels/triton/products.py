@@ -107,7 +107,7 @@ def parts_kernel(values, parts, count, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 def in_memory(values: torch.Tensor) -> torch.Tensor:
     """Packed weights [units, rows, columns] as they are, float32 ones as parts, bfloat16 [units, 3, rows, columns]."""
-    if precision_of(values.dtype, values.device) != "parts":
+    if runtime.precision_of(values.dtype, values.device) != "parts":
         return values
     units, rows, cols = values.shape
     dtype = torch.float32 if _as_floats(values.device) else torch.bfloat16
@@ -134,13 +134,3 @@ def part_ty(device: torch.device) -> tl.dtype:
 def _as_floats(device: torch.device) -> bool:
     """Whether parts are float32, which are the same numbers: in Triton's interpreter products of bfloat16 are wrong."""
     return device.type == "cpu" and runtime.interpreted()
-
-
-def precision_of(products: torch.dtype, device: torch.device) -> str:
-    """How factors of a dtype are multiplied on a device: ``"parts"`` (float32 in full precision where bfloat16 is much
-    faster), ``"tf32"``, or ``"ieee"``, as they are."""
-    if products != torch.float32:
-        return "ieee"
-    precision = runtime.input_precision()
-    parts = precision == "ieee" and runtime.card_of(device).architecture in runtime.DATA_CENTER
-    return "parts" if parts else precision

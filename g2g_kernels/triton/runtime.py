@@ -208,6 +208,16 @@ def _card_of(index: int) -> Card:
     return Card(architecture, of.multi_processor_count, getattr(of, "shared_memory_per_block_optin", 64 << 10))
 
 
+def precision_of(products: torch.dtype, device: torch.device) -> str:
+    """How factors of a dtype are multiplied on a device: ``"parts"`` (float32 in full precision where bfloat16 is much
+    faster), ``"tf32"``, or ``"ieee"``, as they are."""
+    if products != torch.float32:
+        return "ieee"
+    precision = input_precision()
+    parts = precision == "ieee" and card_of(device).architecture in DATA_CENTER
+    return "parts" if parts else precision
+
+
 def cdiv(a: int, b: int) -> int:
     """⌈a / b⌉. (Triton's own is made for kernels, and takes 5 µs on the host, as the next function does.)"""
     return -(-a // b)

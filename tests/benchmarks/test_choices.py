@@ -16,7 +16,7 @@ from g2g_kernels.ops.g2g_linear import tiles
 from g2g_kernels.ops.g2g_linear.triton import units_of
 from g2g_kernels.ops.g2g_stack import triton as stack
 from g2g_kernels.triton import runtime
-from g2g_kernels.triton.products import precision_of
+from g2g_kernels.triton.runtime import precision_of
 from g2gnet import G2GNet
 
 META = torch.device("meta")
@@ -96,7 +96,6 @@ def test_the_dense_product_is_taken_where_it_is_predicted_to_be_faster(layer, na
         for samples in (400, 12_800):
             x = torch.empty(samples, 2048, dtype=dtype, device="meta")
             with runtime.assuming(architecture=costs.CARDS[card].architecture):
-                precision = precision_of(dtype, META)
                 for way, outer in (("forward", units.rows), ("to x", units.cols), ("to weights", units.rows)):
                     wanted, times = (way == "to x", way == "to weights", False), {}
                     for dense in (False, True):
@@ -104,7 +103,7 @@ def test_the_dense_product_is_taken_where_it_is_predicted_to_be_faster(layer, na
                             recorded = product_step(connection, samples, dtype, wanted)
                         phase = "forward" if way == "forward" else "backward"
                         times[dense] = microseconds([each for each in recorded if each.phase == phase], card)
-                    chosen = tiles.dense_pays(units, x, outer, dtype, precision)
+                    chosen = tiles.dense_pays(units, x, outer, dtype)
                     assert times[chosen] <= SLACK * min(times.values()), (card, samples, way, times)
 
 
@@ -160,7 +159,7 @@ def test_a_card_for_graphics_is_no_small_h100(monkeypatch):
         card = runtime._card_of.__wrapped__(0)
         assert card == runtime.Card(architecture, 7, 9)
         monkeypatch.setattr(runtime, "card_of", lambda device, card=card: card)
-        dense = tiles.dense_pays(units, x, units.rows, torch.bfloat16, "ieee")
+        dense = tiles.dense_pays(units, x, units.rows, torch.bfloat16)
         found[architecture] = precision_of(torch.float32, META), dense
     graphics = dict.fromkeys(("sm_86", "sm_89", "sm_120"), ("ieee", False))
     assert found == {"sm_80": ("parts", False), "sm_90": ("parts", True), **graphics}

@@ -109,7 +109,7 @@ def groups_and_parts(units: int, rows: int, tiles: int, samples: int, group: int
 # --- units or dense -----------------------------------------------------------------------------------------------
 
 
-def dense_pays(units: Units, x: torch.Tensor, outer: Side, products: torch.dtype, precision: str) -> bool:
+def dense_pays(units: Units, x: torch.Tensor, outer: Side, products: torch.dtype) -> bool:
     """True where the dense product of x [M, …] is expected to be faster; a rule, not measured. ``outer`` is what is not
     summed over: of ``units`` the rows, in the input gradient the columns.
 
@@ -126,6 +126,7 @@ def dense_pays(units: Units, x: torch.Tensor, outer: Side, products: torch.dtype
     padded = units.unit_row.shape[0] * tiles_of(rows) * tile_of(rows) * tiles_of(cols) * tile_of(cols)
     inputs, outputs = (cols.size, rows.size) if outer is rows else (rows.size, cols.size)
     rate: float = runtime.card_of(x.device).flop_per_byte
+    precision = runtime.precision_of(products, x.device)
     size, x_size, times, weight_size = products.itemsize, x.dtype.itemsize, 4 / 3, products.itemsize
     if precision == "tf32":
         rate /= 2

@@ -9,13 +9,9 @@ With M samples (T·B in training), U units of R × C weights, and per block row 
                                                                       the same packed values, read the other way round
     dW[i][j] =        Σ_m dy[m][i]·x[m][j]                            weight_gradient_kernel
 
-Each of the three takes 2·M·U·R·C FLOPs. A ``wgmma`` of sm_90 is four warps' and has 64 rows in its left factor. These
-are samples; in the weight gradient, which sums over samples, they are a unit's 64 outputs or the inputs of several
-units. Warps beyond 64 rows would multiply the same again: eight of them need 128.
-
-Neurons are read and written at their columns in memory: neuron n of a :class:`Side` is column n. A side translates from
-the padded group order of a :class:`BlockMask` (*places*); these kernels translate in their loads and stores, without a
-separate pass.
+Each of the three takes 2·M·U·R·C FLOPs. A ``wgmma`` of sm_90 is four warps' and has 64 rows in its left factor, so
+eight warps need 128. Neurons are read and written at their columns in memory: neuron n of a :class:`Side` is column n,
+which loads and stores translate from the padded group order of a mask (*places*), without a separate pass.
 """
 
 from typing import Any
@@ -48,9 +44,8 @@ from g2g_kernels.triton.products import (
     part_ty,
     plus_product,
     plus_product_over_rows,
-    precision_of,
 )
-from g2g_kernels.triton.runtime import cdiv, launch, next_power_of_2
+from g2g_kernels.triton.runtime import cdiv, launch, next_power_of_2, precision_of
 
 # --- the graph as kernels read it -------------------------------------------------------------------------------
 
@@ -120,8 +115,7 @@ def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
 #
 # One program computes BLOCK_M samples × one tile of BLOCK_N outputs; it loops over the units of its block row, each a
 # [BLOCK_M, BLOCK_K] tile of x times a [BLOCK_K, BLOCK_N] tile of weights. Programs of one sample tile are neighbours in
-# the grid, so its x is read from memory once, then from L2: 2·M·K + 2·U·R·C + 2·M·N bytes of memory in 16 bits
-# (M·K for spikes in uint8), and U·R·C/64·(2·M/64 + …) from L2.
+# the grid, so its x is read from memory once, then from L2: 2·M·K + 2·U·R·C + 2·M·N bytes in 16 bits (M·K for spikes).
 #
 # A tile is found through row_slot and unit_col. If a turn of the loop followed this chain for its own tile, the chain
 # would take up the stages of the compiler's pipeline: one buffer for x, and a wait for all loads before each product.
@@ -152,12 +146,8 @@ def length(bounds, unit, width):
 def tile_at(
     i, end, slots, others, x_column, x_bounds, x_size, K: tl.constexpr, TILES_K: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Where tile ``i`` of the units of a row is, counted over all rows; ``end`` is the row's last position plus one.
-
-    Returns:
-        The unit's slot; of each of the tile's BLOCK_K places whether it holds weights, its column of x, and whether
-        there is one. From the row's end on, those of slot 0.
-    """
+    """Of tile ``i`` of the units of a row, counted over all rows: its unit's slot; of its BLOCK_K places whether they
+    hold weights, their columns of x, and whether there is one. From the row's ``end`` on, those of slot 0."""
     exists = i < end * TILES_K
     slot = tl.load(slots + i // TILES_K, mask=exists, other=0)
     other = tl.load(others + slot, mask=exists, other=0)
@@ -219,16 +209,12 @@ def product_kernel(
 
 
 def _launch_product(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    by_rows: bool,
-    units: Units,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    precision: str,
+    x: torch.Tensor, values: torch.Tensor, units: Units, bias: torch.Tensor | None, y: torch.Tensor, by_rows: bool
 ) -> None:
+    if not y.numel():
+        return
     inner, outer = (units.cols, units.rows) if by_rows else (units.rows, units.cols)
-    samples = x.shape[0]
+    samples, precision = x.shape[0], precision_of(values.dtype, x.device)
     options = fitted(product_tiles(samples, tile_of(inner), x.dtype, values.dtype, precision), x.device)
     launch(
         product_kernel,
@@ -251,8 +237,7 @@ def product(
     x: torch.Tensor, values: torch.Tensor, units: Units, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """y [M, out] of ``dtype``: x [M, in] (floats, or spikes in uint8), ``bias`` [out] in the order of y's columns."""
-    precision = precision_of(values.dtype, x.device)
-    if dense_pays(units, x, units.rows, values.dtype, precision):  # cuBLAS, with the zeros stored
+    if dense_pays(units, x, units.rows, values.dtype):  # cuBLAS, with the zeros stored
         weight, x = dense_weight(values, units), x.to(values.dtype)
         if dtype.itemsize > values.dtype.itemsize:  # a held current: factors are rounded, their sum is not
             weight, x = weight.to(dtype), x.to(dtype)
@@ -260,26 +245,23 @@ def product(
     # nothing is stored to columns without a neuron
     allocate = torch.zeros if units.rows.holes else torch.empty
     y = allocate((x.shape[0], units.rows.size), dtype=dtype, device=x.device)
-    if y.numel():
-        _launch_product(x, values, True, units, bias, y, precision)
+    _launch_product(x, values, units, bias, y, by_rows=True)
     return y
 
 
 def input_gradient(grad_y: torch.Tensor, values: torch.Tensor, units: Units, dtype: torch.dtype) -> torch.Tensor:
     """dx [M, in] of ``dtype``, from dy [M, out] of the dtype of ``values``."""
-    precision = precision_of(values.dtype, grad_y.device)
-    if dense_pays(units, grad_y, units.cols, values.dtype, precision):
+    if dense_pays(units, grad_y, units.cols, values.dtype):
         return (grad_y @ dense_weight(values, units)).to(dtype)
     grad_x = torch.empty((grad_y.shape[0], units.cols.size), dtype=dtype, device=grad_y.device)
-    if grad_x.numel():
-        _launch_product(grad_y, values, False, units, None, grad_x, precision)
+    _launch_product(grad_y, values, units, None, grad_x, by_rows=False)
     return grad_x
 
 
 # --- the dense weight -------------------------------------------------------------------------------------------
 #
-# What PyTorch would do by index_copy_, which under deterministic algorithms sorts its indices at every call: a million
-# keys for single weights. No two slots hold the same unit, so a plain store is deterministic.
+# PyTorch's index_copy_ sorts its indices at every call under deterministic algorithms: a million keys for single
+# weights. No two slots hold the same unit, so a plain store is deterministic.
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -319,11 +301,9 @@ def dense_weight(values: torch.Tensor, units: Units) -> torch.Tensor:
 # parts go to memory in float32 and are added by a second launch, always in the same order: no atomics. Bytes from L2
 # for 16-bit dy and uint8 x: U·M·(2·R/GROUP + C); memory: 2·4·PARTS·U·R·C for the parts.
 #
-# In float32 a chain of additions can be too long: with one product after another, as on the ordinary cores, 12,800
-# samples gave weight gradients 5.2 times PyTorch's error; with one tile of parts after another 2.3 times, with tensor
-# cores emulated. So each chain of CHAIN samples is added to a total, and the next begins at zero (0.8; 1.0 times). This
-# needs another accumulator but no extra bytes. The rounding of 16-bit and tf32 factors outweighs that of the sums: they
-# use one chain.
+# In float32 one chain of additions can be too long: over 12,800 samples weight gradients had 5.2 times PyTorch's error
+# on the ordinary cores, 2.3 times with parts (emulated). So each chain of CHAIN samples is added to a total, and the
+# next begins at zero (0.8; 1.0 times). The rounding of 16-bit and tf32 factors outweighs that of the sums: one chain.
 #
 # Rows have different numbers of units, which dynamic sparse training changes on the device. The grid is therefore sized
 # for an upper bound on the number of groups. Each program finds its own row; programs without work return at once.
@@ -396,9 +376,9 @@ def weight_gradient(grad_y: torch.Tensor, x: torch.Tensor, units: Units, dtype: 
     """dW, packed, of ``dtype``, from ``grad_y`` [M, out] and ``x`` [M, in], floats or spikes in uint8."""
     rows, cols = units.rows, units.cols
     num_units, samples = units.unit_row.shape[0], x.shape[0]
-    precision = precision_of(grad_y.dtype, x.device)
-    if dense_pays(units, x, units.rows, grad_y.dtype, precision):
+    if dense_pays(units, x, units.rows, grad_y.dtype):
         return packed(grad_y.T @ x.to(grad_y.dtype), units).to(dtype)
+    precision = precision_of(grad_y.dtype, x.device)
     # on the ordinary cores, with fully unrolled loops, RDNA has registers for a depth of 8
     deepest = 8 if grad_y.dtype == torch.float32 else 32
     options = fitted(weight_gradient_tiles(tile_of(cols), x.dtype, grad_y.dtype, precision), x.device, deepest)

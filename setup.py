@@ -108,13 +108,12 @@ def build_library(target: Path, scratch: Path, force: bool | None = False) -> No
     def run(command: list[str]) -> None:
         subprocess.run(command, check=True, capture_output=True, text=True)
 
+    commands = [
+        [*compiler, *flags, *options, "-c", str(source), "-o", str(scratch / f"{name}.o")]
+        for name, (source, options) in objects.items()
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        jobs = [
-            workers.submit(run, [*compiler, *flags, *options, "-c", str(source), "-o", str(scratch / f"{name}.o")])
-            for name, (source, options) in objects.items()
-        ]
-    for job in jobs:
-        job.result()
+        list(workers.map(run, commands))  # which raises what a job has raised
     run([*compiler, *flags, "-shared", "-o", str(target), *(str(scratch / f"{name}.o") for name in objects)])
 
 

@@ -81,15 +81,13 @@ class UnitGrid(Indices):
     def _set_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
         """Checks and stores the coordinates and rebuilds both indices (shapes may change)."""
         device = self.rows.order.device
-        check_integers("unit_row", unit_row)
-        check_integers("unit_col", unit_col)
+        unit_row, unit_col = check_integers("unit_row", unit_row), check_integers("unit_col", unit_col)
         if unit_row.shape != unit_col.shape or unit_row.dim() != 1:
             raise ValueError(f"unit_row {tuple(unit_row.shape)} and unit_col {tuple(unit_col.shape)} must match, 1-D")
         grid = self.rows.num_units, self.cols.num_units
         if unit_row.numel() > grid[0] * grid[1]:
             raise ValueError(f"unit_row names {unit_row.numel()} units, but there are only {grid} in the grid")
-        unit_row = unit_row.detach().to(device, torch.int64)
-        unit_col = unit_col.detach().to(device, torch.int64)
+        unit_row, unit_col = (each.detach().to(device, torch.int64) for each in (unit_row, unit_col))
         for name, coordinate, limit in (("unit_row", unit_row, grid[0]), ("unit_col", unit_col, grid[1])):
             if coordinate.numel() and (coordinate.min() < 0 or coordinate.max() >= limit):
                 raise ValueError(f"{name} must lie in 0 … {limit - 1}, not {coordinate.min()} … {coordinate.max()}")

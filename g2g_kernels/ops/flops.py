@@ -3,8 +3,8 @@ multiplication and one addition per existing weight and sample, once forward, on
 once for that of the weights. Event-driven kernels do less, depending on the spikes. Neurons count as nothing, like all
 pointwise operations there; of backend ``torch`` PyTorch counts dense products.
 
-Importing g2g does not register the formulas: it would import the counter, and with it Triton where that is installed
-(0.12 to 0.16 s beside the 0.07 s of ``import g2gnet``, PyTorch 2.15); where it is not, the counter prints a warning.
+Importing g2g does not register the formulas: it would import the counter, and with it Triton, for 0.12 to 0.16 s beside
+the 0.07 s of ``import g2gnet``; where Triton is not installed, the counter prints a warning.
 """
 
 from collections.abc import Callable

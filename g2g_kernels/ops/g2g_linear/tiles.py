@@ -1,9 +1,8 @@
 """Tile sizes of the Triton kernels of products, and which way a product takes: by units, or dense.
 
 A dense product is cuBLAS's, at a larger share of the card's rate than ours, but multiplies what does not exist. It
-pays for nearly full masks, and for units below 16, whose tiles (at least 16 × 16) are mostly padding: at the default
-density a mask of single weights has no empty 16 × 16 block at all. In float32 our products go by parts to tensor
-cores, cuBLAS's do not. :func:`dense_pays` decides for each product of a layer by itself.
+pays for nearly full masks, and for units below 16, whose tiles (at least 16 × 16) are mostly padding. In float32 our
+products go by parts to tensor cores, cuBLAS's do not. :func:`dense_pays` decides for each product by itself.
 """
 
 import torch
@@ -28,14 +27,12 @@ def tiles_of(side: Side) -> int:
 def product_tiles(samples: int, width: int, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
     """Rows and depth of a tile for units ``width`` deep, and the number of loads in flight.
 
-    128 rows are two ``wgmma`` of 64, and reuse each weight tile for 128 FLOPs per byte; for one step of a batch 64 make
-    twice the programs, and for few samples 16 rows are enough, the minimum of a tensor core. Three stages of 16 KB of x
-    and 8 KB of weights leave room for other programs on an SM, and fit the 99 KB of consumer cards. float32 samples
-    take twice the registers, whatever they are converted to: half the rows, half the depth; by parts a quarter of it,
-    or one program of 8 warps fits an SM. float32 weights alone, and units 16 deep: half the rows. ``ieee`` products run
-    on the ordinary cores, with fully unrolled loops: a depth of 16. Parts, of which there are three for a tile of
-    weights, are shared by 128 rows and two sums by 8 warps: read for 64 rows they would come from L2 more slowly than
-    they are multiplied. With these numbers no kernel uses the stack (``benchmarks/results/aot.md``).
+    128 rows are two ``wgmma`` of 64; 64 make twice the programs for one step of a batch, and 16, the minimum of a
+    tensor core, are enough for few samples. Three stages of 16 KB of x and 8 KB of weights fit the 99 KB of consumer
+    cards. float32 samples take twice the registers: half the rows, half the depth; by parts a quarter of it. float32
+    weights alone, and units 16 deep: half the rows. ``ieee`` products run on the ordinary cores, with fully unrolled
+    loops: a depth of 16. The three parts of a tile of weights are shared by 128 rows and two sums by 8 warps: for 64
+    rows L2 would be too slow. With these numbers no kernel uses the stack (``benchmarks/results/aot.md``).
     """
     wide = (precision == "parts" or torch.float32 not in (x, products)) and samples > 1024
     block_m = 16 if samples <= 32 else 128 if wide and width > 16 else 64
@@ -56,12 +53,9 @@ def _on_ordinary_cores(products: torch.dtype, precision: str) -> bool:
 def fitted(tiles: dict[str, int], device: torch.device, deepest: int = 32) -> dict[str, int]:
     """The tiles of a matrix-product kernel, adjusted to ``device``.
 
-    On AMD's cards loads travel in registers, and the 64 KB of shared memory hold two programs of two stages: one stage
-    is in shared memory while the other is loaded.
-
-    RDNA: 8 warps, and no tile deeper than ``deepest``. Its warps are 32 threads wide like NVIDIA's, but its ``wmma``
-    needs each factor twice in a warp's registers. With the tiles of other cards, 16-bit kernels spilled up to 292 bytes
-    per thread to the stack, a float32 kernel 2,764.
+    On AMD's cards loads travel in registers: one of two stages is in shared memory while the other is loaded. RDNA: 8
+    warps, and no tile deeper than ``deepest``, since its ``wmma`` needs each factor twice in a warp's registers. With
+    the tiles of other cards, 16-bit kernels spilled up to 292 bytes per thread, a float32 kernel 2,764.
     """
     card = runtime.card_of(device)
     if not card.amd:
@@ -85,11 +79,10 @@ _PROGRAMS = 528
 def weight_gradient_tiles(width: int, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
     """The number of units ``width`` wide that share a tile of dy, of samples per step, and of loads in flight.
 
-    128 columns of x, as wide as a ``wgmma`` or two of them deep: with 256, most rows of the default mask (8 or 9 units
-    of 64) would leave a last group almost empty. 64 samples per step are four ``wgmma`` deep; three stages take 72 KB
-    at most. In float32, half of both, as in :func:`product_tiles`, and for floats by parts a quarter of the samples;
-    spikes beside parts are narrow enough for all 128 columns. Beside spikes, float32 sums take
-    8 warps: with 4 they spill on the ordinary cores of sm_89. CHAIN is 0 where one chain is as good as several.
+    128 columns of x: with 256, most rows of the default mask (8 or 9 units of 64) would leave a last group almost
+    empty. 64 samples per step are four ``wgmma`` deep. In float32 half of both, and for floats by parts a quarter of
+    the samples; spikes beside parts are narrow enough for all 128 columns. Beside spikes, float32 sums take 8 warps:
+    with 4 they spill on the ordinary cores of sm_89. CHAIN is 0 where one chain is as good as several.
     """
     floats = torch.float32 in (x, products)
     by_parts, spikes = precision == "parts", x == torch.uint8

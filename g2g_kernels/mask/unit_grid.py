@@ -65,18 +65,6 @@ class UnitGrid(Indices):
     rows: UnitAxis
     cols: UnitAxis
     block_size: int
-    unit_row: torch.Tensor
-    unit_col: torch.Tensor
-    row_ptr: torch.Tensor
-    row_slot: torch.Tensor
-    col_ptr: torch.Tensor
-    col_slot: torch.Tensor
-    #: (out, in) of the weight matrix
-    shape: tuple[int, int]
-    #: (block rows, block columns) of the unit grid
-    grid: tuple[int, int]
-    #: (rows, columns) of a packed tile, the sides of the largest unit
-    unit_shape: tuple[int, int]
 
     def _set_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
         """Checks and stores the coordinates and rebuilds both indices (shapes may change)."""
@@ -97,9 +85,9 @@ class UnitGrid(Indices):
             raise ValueError("the mask names a unit twice")
 
     def _register_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
-        self.shape = self.rows.size, self.cols.size
-        self.grid = self.rows.num_units, self.cols.num_units
-        self.unit_shape = self.rows.width, self.cols.width
+        self.shape = self.rows.size, self.cols.size  #: (out, in) of the weight matrix
+        self.grid = self.rows.num_units, self.cols.num_units  #: (block rows, block columns) of the unit grid
+        self.unit_shape = self.rows.width, self.cols.width  #: of a packed tile, the sides of the largest unit
         self._tensors = None
         self.unit_row, self.unit_col = unit_row.to(torch.int32), unit_col.to(torch.int32)
         self.row_ptr, self.col_ptr = (unit_row.new_zeros(n + 1, dtype=torch.int32) for n in self.grid)

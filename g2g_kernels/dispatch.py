@@ -1,9 +1,8 @@
 """Which backend serves a call.
 
-Every operator (``g2g_kernels/ops/*``) registers one implementation per backend, with a function that says *why* it
-cannot serve a given call. A call goes to the first backend in :data:`BACKENDS` that serves it, or to the one forced by
-the ``backend`` argument or the environment variable ``G2G_BACKEND``. The log names each backend once; the operators
-and what was passed over are at debug level.
+Every operator registers one implementation per backend, with a function that says *why* it cannot serve a call. A call
+goes to the first backend in :data:`BACKENDS` that serves it, or to the one forced by the ``backend`` argument or the
+environment variable ``G2G_BACKEND``. The log names each backend once; operators are at debug level.
 """
 
 import functools

@@ -26,14 +26,12 @@ class BlockMask(UnitGrid):
     """The units (blocks of weights) that a sparse [out, in] weight matrix has.
 
     A unit is a block of at most ``block_size`` × ``block_size`` weights in group-sorted order that never crosses a
-    group's edge: each group is cut into as few ranges as possible, of nearly equal length (:class:`UnitAxis`). Each
-    present unit has a *slot*, its place in the packed values [num_units, unit_rows, unit_cols]. A unit that is one
-    neuron shorter than others is padded; the padding is ignored.
+    group's edge (:class:`UnitAxis`). Each present unit has a *slot*, its place in the packed values [num_units,
+    unit_rows, unit_cols]. A unit that is one neuron shorter than others is padded; the padding is ignored.
 
-    The mask is an ``nn.Module``, so it moves, copies, pickles and saves with the layer that owns it. Its indices are
-    not buffers, so weight averages leave them alone. Its one buffer, and all of its ``state_dict``, is ``wiring``,
-    which describes the mask in floats (``mask/wiring.py``) and so travels wherever parameters do. The mask writes that
-    buffer and never reads it; what arrives there is for its owner to find (as ``g2gnet`` does).
+    The mask is an ``nn.Module``, so it moves, copies, pickles and saves with the layer that owns it. Its one buffer,
+    and all of its ``state_dict``, is ``wiring``, which describes the mask in floats (``mask/wiring.py``). The mask
+    writes that buffer and never reads it; what arrives there is for its owner to find (as ``g2gnet`` does).
 
     It is made of the groups of the output and input neurons, the coordinates of each slot's unit, integer [num_units],
     and ``block_size``, the longest side of a unit in weights.
@@ -101,17 +99,14 @@ class BlockMask(UnitGrid):
         *,
         density: float | None = None,
     ) -> "BlockMask":
-        """Draws a random graph: units inside a group with probability ``p_intra``, between groups ``p_inter``, or
-        everywhere with probability ``density``, which then takes the place of both.
-
-        Rows have equal work (``mask/sampling.py``).
+        """Draws a random graph, whose rows have equal work: units inside a group with probability ``p_intra``, between
+        groups ``p_inter``, or everywhere with probability ``density``, which then takes the place of both.
         ``g2g_kernels.mask.groups.partners`` defines which groups of the two sides count as one.
         """
         if density is not None:
-            PROBABILITY.check("density", density)
-            p_intra = p_inter = density
-        for name, p in (("p_intra", p_intra), ("p_inter", p_inter)):
-            PROBABILITY.check(name, p)
+            p_intra = p_inter = PROBABILITY.check("density", density)
+        PROBABILITY.check("p_intra", p_intra)
+        PROBABILITY.check("p_inter", p_inter)
         mask = cls(out_layout, in_layout, _NONE, _NONE, block_size)
         mask._set_units(*sample_units(mask.rows, mask.cols, p_intra, p_inter, generator))
         return mask

@@ -83,8 +83,7 @@ class UnitAxis(Indices):
     """One side of a weight matrix, sorted by group and cut into ranges of at most ``block_size`` neurons.
 
     A group of n neurons is cut into ⌈n / block_size⌉ ranges whose lengths differ by at most one, the longer ones
-    first: 98 neurons by 16 are seven ranges of 14. With a short last range DST would drift towards its small units, and
-    a layer would lose weights. All tensors are derived from the layout.
+    first: 98 neurons by 16 are seven ranges of 14. With a short last range DST would drift towards its small units.
 
     Attributes:
         order: int64 [size], the neuron at each place of the group-sorted order.

@@ -10,7 +10,7 @@ from g2g_kernels.dispatch import Operator
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.neurons import cpu, reference
-from g2g_kernels.ops.neurons.checks import as_tensors, check_neurons, check_state, check_steps
+from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
 from g2g_kernels.ops.neurons.models import MODELS, RESET, RESETS, Neurons
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
@@ -75,8 +75,7 @@ def lif(
         >>> lif(torch.full((1, 1), 0.6), beta=0.9, threshold=1.0, steps=4).flatten()  # held
         tensor([0., 1., 0., 1.])
     """
-    population = Neurons("lif", as_tensors(current, beta=beta, threshold=threshold), reset, surrogate, alpha)
-    return neurons(current, population, steps, backend)
+    return neurons(current, Neurons("lif", (beta, threshold), reset, surrogate, alpha), steps, backend)
 
 
 def synaptic(
@@ -111,8 +110,7 @@ def synaptic(
         >>> synaptic(torch.full((1, 1), 0.4), syn_decay=0.8, beta=0.9, threshold=1.0, steps=4).flatten()
         tensor([0., 1., 0., 1.])
     """
-    parameters = as_tensors(current, syn_decay=syn_decay, beta=beta, threshold=threshold)
-    population = Neurons("synaptic", parameters, reset, surrogate, alpha)
+    population = Neurons("synaptic", (syn_decay, beta, threshold), reset, surrogate, alpha)
     return neurons(current, population, steps, backend)
 
 
@@ -153,8 +151,7 @@ def adlif(
         >>> adlif(torch.full((1, 1), 0.6), **adaptive, steps=8).flatten()
         tensor([0., 1., 0., 0., 0., 0., 0., 1.])
     """
-    parameters = as_tensors(current, adapt_decay=adapt_decay, beta=beta, a=a, b=b, threshold=threshold)
-    population = Neurons("adlif", parameters, reset, surrogate, alpha)
+    population = Neurons("adlif", (adapt_decay, beta, a, b, threshold), reset, surrogate, alpha)
     return neurons(current, population, steps, backend)
 
 

@@ -4,7 +4,7 @@ declared here.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -179,7 +179,7 @@ class Neurons(NamedTuple):
 
     Attributes:
         model: ``"lif"``, ``"synaptic"`` or ``"adlif"``, a name in ``MODELS``.
-        parameters: in the model's order, each a scalar or [N].
+        parameters: in the model's order, each a number, or a tensor of one entry or [N].
         reset: ``"subtract"``, ``"zero"`` or ``"none"``.
         surrogate: the stand-in for dS/dU, a name in ``SURROGATES``.
         alpha: the sharpness α of the surrogate, above 0.
@@ -191,12 +191,12 @@ class Neurons(NamedTuple):
     """
 
     model: str
-    parameters: Tensors
+    parameters: tuple[Any, ...]
     reset: str = RESET
     surrogate: str = SURROGATE
     alpha: float = ALPHA
 
-    def with_parameters(self, parameters: Tensors) -> "Neurons":
+    def with_parameters(self, parameters: tuple[Any, ...]) -> "Neurons":
         """The population with other parameters. (``_replace`` takes four times as long.)"""
         return Neurons(self.model, parameters, self.reset, self.surrogate, self.alpha)
 

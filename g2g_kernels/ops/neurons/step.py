@@ -10,7 +10,7 @@ import torch
 
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.derivatives import has_tangent
-from g2g_kernels.ops.neurons.checks import as_tensors, check_neurons, check_states
+from g2g_kernels.ops.neurons.checks import check_neurons, check_states
 from g2g_kernels.ops.neurons.models import MODELS, RESET, Neurons, Tensors
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
 from g2g_kernels.tracing import is_scripted
@@ -48,7 +48,7 @@ def lif_step(
         1.0
         0.0
     """
-    population = Neurons("lif", as_tensors(current, beta=beta, threshold=threshold), reset, surrogate, alpha)
+    population = Neurons("lif", (beta, threshold), reset, surrogate, alpha)
     spikes, (membrane,) = neurons_step(current, None if membrane is None else (membrane,), population)
     return spikes, membrane
 
@@ -78,8 +78,8 @@ def synaptic_step(
         1.0
         0.0
     """
-    parameters = as_tensors(current, syn_decay=syn_decay, beta=beta, threshold=threshold)
-    return neurons_step(current, states, Neurons("synaptic", parameters, reset, surrogate, alpha))
+    population = Neurons("synaptic", (syn_decay, beta, threshold), reset, surrogate, alpha)
+    return neurons_step(current, states, population)
 
 
 def adlif_step(
@@ -106,8 +106,8 @@ def adlif_step(
         >>> len(states)  # the adaptation and the membrane
         2
     """
-    parameters = as_tensors(current, adapt_decay=adapt_decay, beta=beta, a=a, b=b, threshold=threshold)
-    return neurons_step(current, states, Neurons("adlif", parameters, reset, surrogate, alpha))
+    population = Neurons("adlif", (adapt_decay, beta, a, b, threshold), reset, surrogate, alpha)
+    return neurons_step(current, states, population)
 
 
 def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neurons) -> tuple[torch.Tensor, Tensors]:

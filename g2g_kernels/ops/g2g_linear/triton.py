@@ -451,15 +451,14 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     grad_y: Any
     call, _, (grad_y,), (want_x, want_values, _, *want_bias) = given
     units = units_of(call.mask, call.values)
-    to_x, to_values, to_bias = None, None, None
+    x = values = bias = None
     if want_x:
-        to_x = input_gradient(grad_y, call.values.to(grad_y.dtype), units, call.x.dtype)
+        x = input_gradient(grad_y, call.values.to(grad_y.dtype), units, call.x.dtype)
     if want_values:
-        to_values = weight_gradient(grad_y, call.x, units, call.values.dtype)
+        values = weight_gradient(grad_y, call.x, units, call.values.dtype)
     if any(want_bias):
-        to_bias = grad_y.sum(0, dtype=torch.float32)
-    bias = () if call.bias is None else (None if to_bias is None else to_bias.to(call.bias.dtype),)
-    return [to_x, to_values, None, *bias]
+        bias = grad_y.sum(0, dtype=torch.float32).to(call.bias.dtype)
+    return given.aligned(call._replace(x=x, values=values, bias=bias))
 
 
 FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _backward)  # CPU: Triton's interpreter

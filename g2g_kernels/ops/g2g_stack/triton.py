@@ -442,8 +442,9 @@ def _recur_backward(
     tiles = fused_tiles(batch, units, units.cols, weights.dtype, weights.dtype)
     rows, of_col = cdiv(batch, tiles["BLOCK_M"]), cdiv(units.cols.width, tiles["BLOCK_N"])
     partials = spikes.new_zeros((len(population.parameters) + 1, rows, size), dtype=torch.float32)
-    over_time = {name: upstream.arguments()[name] for name in ("grad_spikes", "grad_membranes")}
+    of_steps = upstream.spikes, upstream.membranes
     for t in range(steps - 1, -1, -1):
+        to_spikes, to_membranes = (None if grad is None else grad[t] for grad in of_steps)
         launch(
             recurrent_backward_kernel,
             (units.cols.num_units * of_col * rows,),
@@ -460,9 +461,7 @@ def _recur_backward(
             alpha=float(population.alpha),
             rate_scale=1 / (steps * batch),
             SURROGATE=population.surrogate,
-            grad_counts=upstream.counts,
-            grad_rates=upstream.rates,
-            **{name: None if grad is None else grad[t] for name, grad in over_time.items()},
+            **upstream._replace(spikes=to_spikes, membranes=to_membranes).arguments(),
             **arguments(units, by_rows=False),
             **model_options(population),
             **tiles,

@@ -356,7 +356,7 @@ def refuses(
         return "needs currents that are not empty"
     if math.prod(current.shape[0 if steps else 1 :]) >= 1 << 31:
         return "serves fewer than 2³¹ neurons × samples per step"
-    return runtime.refuses(current, *population.parameters, *(() if state is None else (state,)))
+    return runtime.refuses(current, *population.parameters, state)
 
 
 def neurons(
@@ -385,8 +385,6 @@ def _forward(call: NeuronsCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor,
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, (kept,), (grad_spikes, last), _ = given
     check_backward(given, _kept_shape(call))
-    if grad_spikes is None:
-        grad_spikes = call.current.new_zeros(call.shape)
     to_current = torch.empty_like(call.current) if given.needed[0] else None
     to_state = None if call.state is None else torch.empty_like(call.state)
     sums = launch_backward(_as_launched(call), kept, Upstream(grad_spikes, last=last), to_current, to_state)

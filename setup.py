@@ -4,9 +4,8 @@ One shared library with a C interface, loaded by ctypes: it needs neither PyTorc
 compiled once for each instruction set and chosen at run time. Without a C++ compiler, or with ``G2G_BUILD_CPU=0``, the
 package installs without them and runs on its other backends.
 
-A library says what it was made from: the sources, the commands and the compiler's version, as their SHA-256. Where the
-target already says the same, as when an editable installation is repeated with other extras, nothing is compiled;
-``build_ext --force`` compiles in any case.
+A library says what it was made from: the SHA-256 of the sources, the commands and the compiler's version. Where the
+target already says the same, nothing is compiled; ``build_ext --force`` compiles in any case.
 """
 
 import contextlib

@@ -119,14 +119,11 @@ class Operator:
 
     def register_module(self, backend: str, load: Callable[[], ModuleType]) -> None:
         """Adds a module, imported by ``load`` at the first call: a function of the operator's name, and ``refuses``."""
-
-        def function(*args: Any, **kwargs: Any) -> Any:
-            return getattr(load(), self.name)(*args, **kwargs)
-
-        def refuses(*args: Any) -> str | None:
-            return load().refuses(*args)
-
-        self.register(backend, function, refuses)
+        self.register(
+            backend,
+            lambda *args, **kwargs: getattr(load(), self.name)(*args, **kwargs),
+            lambda *args: load().refuses(*args),
+        )
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         return self.choose(*args, backend=backend)(*args)

@@ -33,10 +33,15 @@ class Side(NamedTuple):
     holes: bool = False
 
 
-def side_of(order: torch.Tensor, bounds: torch.Tensor, neuron_at: torch.Tensor, place_of: torch.Tensor) -> Side:
+def side_of(
+    order: torch.Tensor,
+    bounds: torch.Tensor,
+    neuron_at: torch.Tensor | None = None,
+    place_of: torch.Tensor | None = None,
+) -> Side:
     """The side with these :meth:`UnitAxis.tensors`."""
     size, num_units = order.shape[0], bounds.shape[0] - 1
-    if not neuron_at.shape[0]:
+    if neuron_at is None or not neuron_at.shape[0]:
         return Side(num_units, size // num_units, size)
     width = neuron_at.shape[0] // num_units
     return Side(num_units, width, size, neuron_at, place_of, bounds if size < num_units * width else None)
@@ -135,6 +140,11 @@ class UnitAxis(Indices):
     def unit_of(self) -> torch.Tensor:
         """int64 [size], the range that each neuron belongs to."""
         return self.place_of // self.width
+
+    @property
+    def side(self) -> Side:
+        """Where its neurons are."""
+        return side_of(self.order, self.bounds, *(() if self.trivial else (self.neuron_at, self.place_of)))
 
     @property
     def ragged(self) -> bool:

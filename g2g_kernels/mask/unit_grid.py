@@ -206,4 +206,4 @@ class UnitGrid(Indices):
 
     def _units(self) -> packing.Units:  # not by MaskTensors, whose properties torch.compile of PyTorch 2.6 cannot trace
         index = self.unit_row, self.unit_col, self.row_ptr, self.row_slot, self.col_ptr, self.col_slot
-        return packing.Units(*index, side_of(*self.rows.tensors()), side_of(*self.cols.tensors()))
+        return packing.Units(*index, self.rows.side, self.cols.side)

@@ -4,9 +4,8 @@ One shared library with a C interface, loaded by ctypes: it needs neither PyTorc
 compiled once for each instruction set and chosen at run time. Without a C++ compiler, or with ``G2G_BUILD_CPU=0``, the
 package installs without them and runs on its other backends.
 
-A library says what it was made from: the sources, the commands and the compiler's version, as their SHA-256. Where the
-target already says the same, as when an editable installation is repeated with other extras, nothing is compiled;
-``build_ext --force`` compiles in any case.
+A library says what it was made from: the SHA-256 of the sources, the commands and the compiler's version. Where the
+target already says the same, nothing is compiled; ``build_ext --force`` compiles in any case.
 """
 
 import contextlib
@@ -108,13 +107,12 @@ def build_library(target: Path, scratch: Path, force: bool | None = False) -> No
     def run(command: list[str]) -> None:
         subprocess.run(command, check=True, capture_output=True, text=True)
 
+    commands = [
+        [*compiler, *flags, *options, "-c", str(source), "-o", str(scratch / f"{name}.o")]
+        for name, (source, options) in objects.items()
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        jobs = [
-            workers.submit(run, [*compiler, *flags, *options, "-c", str(source), "-o", str(scratch / f"{name}.o")])
-            for name, (source, options) in objects.items()
-        ]
-    for job in jobs:
-        job.result()
+        list(workers.map(run, commands))  # which raises what a job has raised
     run([*compiler, *flags, "-shared", "-o", str(target), *(str(scratch / f"{name}.o") for name in objects)])
 
 

@@ -80,8 +80,6 @@ class Case:
 
         Single weights run as they are chosen, dense; neurons out of order as pairs.
         """
-        from g2g_kernels.ops.g2g_linear import tiles
-        from g2g_kernels.ops.g2g_stack import triton as stack
 
         before, operations = torch.get_float32_matmul_precision(), []
         torch.set_float32_matmul_precision(self.precision)
@@ -90,7 +88,7 @@ class Case:
             options: dict[str, Any] = {"neuron": self.neuron, "recurrent": self.recurrent, "T": steps}
             net = G2GNet(784, 2048, 10, self.model, block_size=self.block_size, **options, generator=draw)
             for fused in (True, False) if self.model == "index" else (False,):
-                with runtime.assumed(target.name), stack.choose(fused), tiles.choose(self.block_size == 1):
+                with runtime.assuming(architecture=target.name, fused=fused, dense=self.block_size == 1):
                     operations += training_step(net, self.batch, 784, self.dtype)
         finally:
             torch.set_float32_matmul_precision(before)

@@ -23,7 +23,7 @@ from g2g_kernels.ops.g2g_stack.call import StackCall
 from g2g_kernels.ops.g2g_stack.layer import Recurrent
 from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton import products
-from g2g_kernels.triton.runtime import Launch, recorded
+from g2g_kernels.triton.runtime import Launch, assuming, recorded
 from g2gnet import G2GLinear, G2GNet
 
 from . import costs
@@ -190,10 +190,9 @@ def training_step(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -
 
 def layer_step(layer: SpikingLayer, steps: int, batch: int, dtype: torch.dtype, fused: bool) -> list[Operation]:
     """One layer, forward and backward, fused or as a pair; its inputs are the spikes of a layer before it, as bytes."""
-    from g2g_kernels.ops.g2g_stack import triton as stack
 
     x = torch.empty(steps, batch, layer.mask.shape[1], dtype=torch.uint8, device="meta")
-    with stack.choose(fused):
+    with assuming(fused=fused):
         return _stack_step(StackCall.of(x, [layer], None, dtype), inputs=True)
 
 

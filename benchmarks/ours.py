@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from g2g_kernels import lif, synaptic
+from g2g_kernels.triton import runtime
 from g2gnet import DSTScheduler, G2GLinear, G2GNet
 from g2gnet.dst.rules import unit_correlation
 from g2gnet.training.captured_step import CapturedStep
@@ -88,9 +89,7 @@ class Pair(Captured):
     """:class:`Captured`, each layer by a pair of kernels, where a fused one would be chosen, too."""
 
     def make(self, prepared: Prepared) -> None:
-        from g2g_kernels.ops.g2g_stack import triton as stack
-
-        self._choice = stack.choose(False)
+        self._choice = runtime.assuming(fused=False)
         self._choice.__enter__()  # as long as its process lives, which has no other contender
         super().make(prepared)
 

@@ -117,7 +117,7 @@ def roofline(arguments: argparse.Namespace) -> str:
     masks = [connection.mask for connection, _ in net.layers()]
     weights = sum(mask.num_weights for mask in masks)
     density = weights / sum(math.prod(mask.shape) for mask in masks)
-    with runtime.assumed(card.architecture):
+    with runtime.assuming(architecture=card.architecture):
         operations = training_step(net, workload.batch_size, INPUT_DIM, FORMATS[arguments.precision])
     operations.append(adam(net))
     total = sum(seconds(operation, card) for operation in operations)

@@ -1,9 +1,8 @@
 """Which backend serves a call.
 
-Every operator (``g2g_kernels/ops/*``) registers one implementation per backend, with a function that says *why* it
-cannot serve a given call. A call goes to the first backend in :data:`BACKENDS` that serves it, or to the one forced by
-the ``backend`` argument or the environment variable ``G2G_BACKEND``. The log names each backend once; the operators
-and what was passed over are at debug level.
+Every operator registers one implementation per backend, with a function that says *why* it cannot serve a call. A call
+goes to the first backend in :data:`BACKENDS` that serves it, or to the one forced by the ``backend`` argument or the
+environment variable ``G2G_BACKEND``. The log names each backend once; operators are at debug level.
 """
 
 import functools
@@ -116,47 +115,41 @@ class Operator:
 
     def register(self, backend: str, function: Callable, refuses: Callable[..., str | None] | None = None) -> None:
         """Adds an implementation; ``refuses`` takes the same arguments and says why it cannot serve them, or None."""
-        self._implementations[backend] = (function, refuses or (lambda *args, **kwargs: None))
+        self._implementations[backend] = (function, refuses or (lambda *args: None))
 
     def register_module(self, backend: str, load: Callable[[], ModuleType]) -> None:
         """Adds a module, imported by ``load`` at the first call: a function of the operator's name, and ``refuses``."""
+        self.register(
+            backend,
+            lambda *args, **kwargs: getattr(load(), self.name)(*args, **kwargs),
+            lambda *args: load().refuses(*args),
+        )
 
-        def function(*args: Any, **kwargs: Any) -> Any:
-            return getattr(load(), self.name)(*args, **kwargs)
-
-        def refuses(*args: Any, **kwargs: Any) -> str | None:
-            return load().refuses(*args, **kwargs)
-
-        self.register(backend, function, refuses)
-
-    def __call__(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        return self.choose(*args, backend=backend, **kwargs)(*args, **kwargs)
+    def __call__(self, *args: Any, backend: str | None = None) -> Any:
+        return self.choose(*args, backend=backend)(*args)
 
     def prefers(self, name: str, *args: Any, backend: str | None = None) -> bool:
         """Whether a call goes to the backend ``name``, which is asked first, or is forced to."""
-        forced, (_, refuses) = forced_backend(backend), self._implementations[name]
-        if forced:
-            return forced == name
-        return not (BACKENDS[name].unavailable() or BACKENDS[name].only_by_name() or refuses(*args))
+        forced = forced_backend(backend)
+        return forced == name if forced else self._refuses(name, args, forced) is None
 
-    def choose(self, *args: Any, backend: str | None = None, **kwargs: Any) -> Callable:
+    def _refuses(self, name: str, args: tuple[Any, ...], forced: str | None) -> str | None:
+        """Why a backend does not serve a call, or None."""
+        reason = BACKENDS[name].unavailable() or (None if forced else BACKENDS[name].only_by_name())
+        if reason:
+            return reason
+        return self._implementations[name][1](*args) if name in self._implementations else f"has no {self.name}"
+
+    def choose(self, *args: Any, backend: str | None = None) -> Callable:
         """The implementation of the forced or the first backend that serves; BackendError with every reason."""
         forced = forced_backend(backend)
         reasons: dict[str, str] = {}
         for name in (forced,) if forced else BACKENDS:
-            reason = BACKENDS[name].unavailable()
-            if reason is None and not forced:
-                reason = BACKENDS[name].only_by_name()
+            reason = self._refuses(name, args, forced)
             if reason is None:
-                if name in self._implementations:
-                    function, refuses = self._implementations[name]
-                    reason = refuses(*args, **kwargs)
-                    if reason is None:
-                        if not is_traced():
-                            _log_choice(self.name, name, tuple(reasons.items()))
-                        return function
-                else:
-                    reason = f"has no {self.name}"
+                if not is_traced():
+                    _log_choice(self.name, name, tuple(reasons.items()))
+                return self._implementations[name][0]
             reasons[name] = reason
         listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
         asked = f"backend {forced!r}" if forced else "no backend"

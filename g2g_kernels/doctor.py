@@ -35,6 +35,7 @@ from g2g_kernels.ops.g2g_stack import Recurrent, SpikingLayer, g2g_stack
 from g2g_kernels.ops.neurons import MODELS, Neurons, neurons
 from g2g_kernels.ops.neurons.models import RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.triton import runtime
 
 #: the largest root-mean-square error relative to the reference, in either precision
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
@@ -64,11 +65,9 @@ class Check:
         """The error of every output and gradient, relative to its size; infinite for an output that wrongly differs."""
         errors = {}
         for name, actual in self._results(backend, device, dtype).items():
-            expected = self.reference[name]
-            difference, size = _rms(actual - expected), _rms(expected)
-            if name in EXACT:
-                size = float(difference == 0)  # then 0 of 1
-            errors[name] = difference / size if math.isfinite(difference) and size else math.inf
+            difference, size = _rms(actual - self.reference[name]), _rms(self.reference[name])
+            possible = math.isfinite(difference) and size and not (name in EXACT and difference)
+            errors[name] = difference / size if possible else math.inf
         return errors
 
     def _results(self, backend: str, device: torch.device, dtype: torch.dtype) -> Tensors:
@@ -79,22 +78,15 @@ class Check:
             name: leaf.to(torch.float32 if low else dtype, copy=True).to(device).requires_grad_()
             for name, leaf in self.leaves.items()
         }
-        with contextlib.ExitStack() as chosen:
-            if backend == "triton":  # layers fused or as pairs, whatever the cost model says of so small ones
-                from g2g_kernels.ops.g2g_stack import triton  # imports Triton, which is optional
-
-                chosen.enter_context(triton.choose(self.fused))
+        draw = torch.Generator().manual_seed(1)
+        with runtime.assuming(fused=self.fused):  # whatever the cost model says of so small layers
             with torch.autocast(device.type, dtype) if low else torch.enable_grad():
-                outputs = self.run(leaves, backend)
-            draw = torch.Generator().manual_seed(1)
-            results = list(outputs.values())
-            weights = [torch.randint(-8, 9, result.shape, generator=draw) / 8 for result in results]
-            torch.autograd.backward(results, [weight.to(y) for weight, y in zip(weights, results, strict=True)])
-        gradients = {f"∂{name}": leaf.grad for name, leaf in leaves.items()}
-        return {
-            name: torch.full((1,), math.nan) if tensor is None else tensor.detach().cpu().double()
-            for name, tensor in {**outputs, **gradients}.items()
-        }
+                results = self.run(leaves, backend)
+            weights = [torch.randint(-8, 9, y.shape, generator=draw).to(y) / 8 for y in results.values()]
+            torch.autograd.backward(list(results.values()), weights)
+        missing = torch.full((1,), math.nan)
+        found = {**results, **{f"∂{name}": leaf.grad for name, leaf in leaves.items()}}
+        return {name: (missing if y is None else y).detach().cpu().double() for name, y in found.items()}
 
 
 def _rms(tensor: torch.Tensor) -> float:
@@ -120,9 +112,7 @@ def checks() -> Iterator[Check]:
         yield Check("g2g_linear", case, {"x": x, **weights}, functools.partial(_linear, [mask]))
         parameters = {"beta": multiples(0.5, 1, 1, 1), "threshold": multiples(0.25, 3, 5, SIZE)}
         held = {"x": multiples(0.5, 0, 2, BATCH, SIZE), **weights, **parameters}
-        run = functools.partial(_stack, [mask, mask], None, True)  # of the same weights
-        yield Check("g2g_stack", case, held, run)
-        yield Check("fused stack", case, held, run, fused=True)
+        yield from _pair_and_fused(case, held, [mask, mask], True)  # of the same weights
         # so few that gradients do not grow from step to step, and their rounding with them
         own_draw = torch.Generator().manual_seed(block_size)
         own = BlockMask.sample(layouts[0], layouts[0], 0.2, 0.05, block_size, own_draw)
@@ -154,9 +144,13 @@ def _default_step(draw: torch.Generator, multiples: Callable[..., torch.Tensor])
         leaves[f"bias {number}"] = multiples(0.25, -1, 2, outputs)
         leaves[f"beta {number}"] = multiples(0.5, 1, 1, 1)
         leaves[f"threshold {number}"] = multiples(0.25, 3, 5, 1)
-    run = functools.partial(_stack, masks, None, False)  # the default loss is one of counts
-    yield Check("g2g_stack", "a default step", leaves, run)
-    yield Check("fused stack", "a default step", leaves, run, fused=True)
+    yield from _pair_and_fused("a default step", leaves, masks, False)  # the default loss is one of counts
+
+
+def _pair_and_fused(case: str, leaves: Tensors, masks: Sequence[BlockMask], with_rates: bool) -> Iterator[Check]:
+    run = functools.partial(_stack, masks, None, with_rates)
+    yield Check("g2g_stack", case, leaves, run)
+    yield Check("fused stack", case, leaves, run, fused=True)
 
 
 def _on_device(mask: BlockMask, like: torch.Tensor) -> BlockMask:
@@ -230,22 +224,18 @@ def describe() -> str:
 
 def examine(device: torch.device) -> Iterator[tuple[str, list[str]]]:
     """Runs every check on ``device``; for each backend, operator and precision a line of the table and its findings."""
-    known = list(checks())
+    by_operator: dict[str, list[Check]] = {}
+    for check in checks():
+        by_operator.setdefault(check.operator, []).append(check)
+    precisions = [dtype for dtype in ALLOWED if dtype == torch.float32 or device.type in ("cpu", "cuda")]  # autocast
     for backend in available_backends():
-        if BACKENDS[backend].device_type not in (None, device.type) or BACKENDS[backend].only_by_name():
-            continue
-        served = [check for check in known if backend == "triton" or not check.fused]
-        for operator in dict.fromkeys(check.operator for check in served):
-            for dtype, allowed in ALLOWED.items():
-                if dtype != torch.float32 and device.type not in ("cpu", "cuda"):
-                    continue  # no autocast there
-                cases = [check for check in served if check.operator == operator]
-                yield _line(cases, backend, device, dtype, allowed)
+        if BACKENDS[backend].device_type in (None, device.type) and not BACKENDS[backend].only_by_name():
+            for cases, dtype in itertools.product(by_operator.values(), precisions):
+                if backend == "triton" or not cases[0].fused:
+                    yield _line(cases, backend, device, dtype)
 
 
-def _line(
-    cases: list[Check], backend: str, device: torch.device, dtype: torch.dtype, allowed: float
-) -> tuple[str, list[str]]:
+def _line(cases: list[Check], backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, list[str]]:
     precision = str(dtype).removeprefix("torch.")
     start = f"{device!s:<9}{backend:<9}{cases[0].operator:<12}{precision:<10}"
     wrong, largest = [], 0.0
@@ -262,12 +252,12 @@ def _line(
         worse = [
             f"{name} differs" if name in EXACT else f"{name} by {error:.1e}"
             for name, error in errors.items()
-            if error > allowed
+            if error > ALLOWED[dtype]
         ]
         if worse:
             wrong.append(f"{check.case}: {', '.join(worse)}")
     verdict = "WRONG" if wrong else "right"
-    return f"{start}{len(cases):>5}{largest:>15.1e}{allowed:>10.0e}  {verdict}", wrong
+    return f"{start}{len(cases):>5}{largest:>15.1e}{ALLOWED[dtype]:>10.0e}  {verdict}", wrong
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -45,12 +45,9 @@ class Number(NamedTuple):
         """The range in words; empty for any number."""
         if math.isfinite(self.low) and math.isfinite(self.high) and not (self.open_low or self.open_high):
             return f"from {self.low} to {self.high}"
-        words = []
-        if self.low > -math.inf:
-            words.append(f"{'above' if self.open_low else 'at least'} {self.low}")
-        if self.high < math.inf:
-            words.append(f"{'below' if self.open_high else 'at most'} {self.high}")
-        return " and ".join(words)
+        low = "" if self.low == -math.inf else f"{'above' if self.open_low else 'at least'} {self.low}"
+        high = "" if self.high == math.inf else f"{'below' if self.open_high else 'at most'} {self.high}"
+        return " and ".join(filter(None, (low, high)))
 
     def __str__(self) -> str:
         if not self.range:

@@ -62,6 +62,22 @@ def is_observed(tensors: Sequence[torch.Tensor | None]) -> bool:
 _PLAIN = {torch.Tensor, nn.Parameter, type(None)}
 
 
+def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor inside the wrappers of ``torch.func``; a dimension of ``vmap`` comes first."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        batched = functorch.is_batchedtensor(tensor)
+        place = functorch.maybe_get_bdim(tensor) if batched else 0
+        tensor = functorch.get_unwrapped(tensor)
+        tensor = tensor.movedim(place, 0) if batched else tensor
+    return tensor
+
+
+def version(tensor: torch.Tensor) -> int:
+    """A number that grows whenever the tensor is written to; −1 for one created in inference mode, which has none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def default_device() -> torch.device:
     """Where tensors are created, in a ``torch.device`` context too (``torch.get_default_device`` of 2.4 knows none)."""
     return torch.zeros(0).device

@@ -48,7 +48,7 @@ def to_html(net: "PopulationGraph") -> str:
 
     Example:
         >>> from g2gnet import G2GNet
-        >>> "<img" in to_html(G2GNet(64, 64, 10, block_size=8))
+        >>> "█" in to_html(G2GNet(64, 64, 10, block_size=8))
         True
     """
     connections, neurons = net.connections(), [*net.neurons().items()]

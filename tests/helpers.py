@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLayer, available_backends, dispatch
 from g2g_kernels.dispatch import Operator
-from g2g_kernels.mask.wiring import as_row
+from g2g_kernels.mask.wiring import with_checksums
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.triton.runtime import interpreted
 
@@ -137,7 +137,7 @@ def row_with(mask: BlockMask, **changes: Callable[[torch.Tensor], torch.Tensor])
     parts |= {"unit_row": mask.unit_row.clone(), "unit_col": mask.unit_col.clone()}
     parts |= {name: change(parts[name]) for name, change in changes.items()}
     sizes = torch.tensor([len(parts["out_group_of"]), len(parts["in_group_of"]), parts.pop("block_size")])
-    return as_row(torch.cat([sizes, *(part.long() for part in parts.values())]))
+    return with_checksums(torch.cat([sizes, *(part.long() for part in parts.values())]))
 
 
 def with_one(index: int | tuple[int, ...], value: float) -> Callable[[torch.Tensor], torch.Tensor]:

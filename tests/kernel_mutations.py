@@ -68,7 +68,7 @@ MUTATIONS = (
     Mutation("programs that add to one tile without atomics", NEURONS, BY_LIF,
              "here = partials + tl.program_id(0) * neurons + neuron", "here = partials + neuron",
              "DECAYS, PER_NEURON, False)", "DECAYS, PER_NEURON, True)",
-             "run.current.new_empty(shape, dtype=torch.float32)", "run.current.new_zeros(shape, dtype=torch.float32)"),
+             "current.new_empty(shape, dtype=torch.float32)", "current.new_zeros(shape, dtype=torch.float32)"),
     Mutation("programs that store to one tile", STACK, BY_RECURRENCE,
              "here = partials + row_of_partials * y_size + column", "here = partials + column"),
     Mutation("an accumulator in memory that nobody wrote", LINEAR, PADDING,

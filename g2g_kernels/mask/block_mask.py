@@ -14,9 +14,9 @@ from g2g_kernels.mask.groups import GroupLayout
 from g2g_kernels.mask.sampling import sample_units
 from g2g_kernels.mask.sides import UnitAxis
 from g2g_kernels.mask.unit_grid import UnitGrid
-from g2g_kernels.mask.wiring import as_row, numbers_of, read_row, version
+from g2g_kernels.mask.wiring import decode, encode
 from g2g_kernels.numbers import PROBABILITY, SIZE
-from g2g_kernels.tracing import on_cpu
+from g2g_kernels.tracing import on_cpu, version
 
 #: the coordinates of no unit
 _NONE = torch.zeros(0, dtype=torch.int64, device="cpu")
@@ -26,14 +26,12 @@ class BlockMask(UnitGrid):
     """The units (blocks of weights) that a sparse [out, in] weight matrix has.
 
     A unit is a block of at most ``block_size`` × ``block_size`` weights in group-sorted order that never crosses a
-    group's edge: each group is cut into as few ranges as possible, of nearly equal length (:class:`UnitAxis`). Each
-    present unit has a *slot*, its place in the packed values [num_units, unit_rows, unit_cols]. A unit that is one
-    neuron shorter than others is padded; the padding is ignored.
+    group's edge (:class:`UnitAxis`). Each present unit has a *slot*, its place in the packed values [num_units,
+    unit_rows, unit_cols]. A unit that is one neuron shorter than others is padded; the padding is ignored.
 
-    The mask is an ``nn.Module``, so it moves, copies, pickles and saves with the layer that owns it. Its indices are
-    not buffers, so weight averages leave them alone. Its one buffer, and all of its ``state_dict``, is ``wiring``,
-    which describes the mask in floats (``mask/wiring.py``) and so travels wherever parameters do. The mask writes that
-    buffer and never reads it; what arrives there is for its owner to find (as ``g2gnet`` does).
+    The mask is an ``nn.Module``, so it moves, copies, pickles and saves with the layer that owns it. Its one buffer,
+    and all of its ``state_dict``, is ``wiring``, which describes the mask in floats (``mask/wiring.py``). The mask
+    writes that buffer and never reads it; what arrives there is for its owner to find (as ``g2gnet`` does).
 
     It is made of the groups of the output and input neurons, the coordinates of each slot's unit, integer [num_units],
     and ``block_size``, the longest side of a unit in weights.
@@ -43,7 +41,7 @@ class BlockMask(UnitGrid):
         changes: the number of changes of units so far.
         own_wiring: the buffer of this mask itself. Inside ``torch.func.functional_call`` another one may stand in its
             place, as ``wiring``.
-        written: its version (``g2g_kernels.mask.wiring.version``) when the mask wrote it last.
+        written: its version (``g2g_kernels.tracing.version``) when the mask wrote it last.
         unit_row, unit_col: int32 [num_units], the coordinates of the unit in each slot.
         row_ptr, row_slot: int32 [rows.num_units + 1], int32 [num_units]: the slots of block row r, by column, are
             ``row_slot[row_ptr[r] : row_ptr[r + 1]]``.
@@ -101,17 +99,14 @@ class BlockMask(UnitGrid):
         *,
         density: float | None = None,
     ) -> "BlockMask":
-        """Draws a random graph: units inside a group with probability ``p_intra``, between groups ``p_inter``, or
-        everywhere with probability ``density``, which then takes the place of both.
-
-        Rows have equal work (``mask/sampling.py``).
+        """Draws a random graph, whose rows have equal work: units inside a group with probability ``p_intra``, between
+        groups ``p_inter``, or everywhere with probability ``density``, which then takes the place of both.
         ``g2g_kernels.mask.groups.partners`` defines which groups of the two sides count as one.
         """
         if density is not None:
-            PROBABILITY.check("density", density)
-            p_intra = p_inter = density
-        for name, p in (("p_intra", p_intra), ("p_inter", p_inter)):
-            PROBABILITY.check(name, p)
+            p_intra = p_inter = PROBABILITY.check("density", density)
+        PROBABILITY.check("p_intra", p_intra)
+        PROBABILITY.check("p_inter", p_inter)
         mask = cls(out_layout, in_layout, _NONE, _NONE, block_size)
         mask._set_units(*sample_units(mask.rows, mask.cols, p_intra, p_inter, generator))
         return mask
@@ -138,7 +133,7 @@ class BlockMask(UnitGrid):
             raise ValueError(f"mask must be a matrix [out, in], not of shape {tuple(mask.shape)}")
         dense = mask.detach().to("cpu", torch.bool).to_dense()
         result = cls(GroupLayout(dense.shape[0], 1), GroupLayout(dense.shape[1], 1), _NONE, _NONE, block_size)
-        active = packing.tiles(dense.float(), result._view()).sum((2, 3))
+        active = packing.tiles(dense.float(), result._units()).sum((2, 3))
         size = result.rows.lengths[:, None] * result.cols.lengths[None, :]
         partial = ((active > 0) & (active < size)).nonzero()
         if len(partial):
@@ -200,7 +195,7 @@ class BlockMask(UnitGrid):
 
     def equals(self, other: "BlockMask") -> bool:
         """Whether both have the same units in the same slots, and the same groups. Waits for the device."""
-        return self.describes(as_row(numbers_of(other)))
+        return self.describes(encode(other))
 
     @property
     def writes(self) -> int:
@@ -215,7 +210,7 @@ class BlockMask(UnitGrid):
     def write_wiring(self) -> None:
         """Has the buffer describe the mask."""
         with torch.no_grad():
-            self.own_wiring.copy_(as_row(numbers_of(self)))
+            self.own_wiring.copy_(encode(self))
         self.note_wiring()
 
     def note_wiring(self) -> None:
@@ -223,7 +218,7 @@ class BlockMask(UnitGrid):
         self.written = version(self.own_wiring)
 
     def _publish(self) -> None:
-        self.register_buffer("wiring", as_row(numbers_of(self)))
+        self.register_buffer("wiring", encode(self))
         self._own_wiring()
 
     def _own_wiring(self) -> None:
@@ -253,9 +248,6 @@ class BlockMask(UnitGrid):
     def _repr_html_(self) -> str:
         return conversions.to_html(self)
 
-    def _repr_png_(self) -> bytes:
-        return conversions.to_png(self)
-
     def __repr__(self) -> str:
         kinds = self.rows.layout.kind
         if self.cols.layout.kind != kinds:
@@ -271,7 +263,7 @@ class BlockMask(UnitGrid):
     @on_cpu
     def from_state(cls, state: Mapping[str, torch.Tensor], shape: tuple[int, int] | None = None) -> "BlockMask":
         """The mask of that ``state_dict`` (``wiring``), on the CPU; ValueError for none, or another shape (out, in)."""
-        return cls(*read_row(state["wiring"], shape))
+        return cls(*decode(state["wiring"], shape))
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         *_, missing_keys, _, error_msgs = rest
@@ -292,9 +284,9 @@ class BlockMask(UnitGrid):
     def describes(self, wiring: torch.Tensor, rounding: float = 0.0) -> bool:
         """Whether a row says what this mask is, but for its checksums, which count, too, with a ``rounding`` relative
         to the numbers; false where it has no numbers (``meta``)."""
-        own = numbers_of(self)
-        if own.is_meta or wiring.is_meta or (len(own) + 2,) != wiring.shape:
+        own = encode(self)
+        if own.is_meta or wiring.is_meta or own.shape != wiring.shape:
             return False
         own, given = own.cpu(), wiring.detach().cpu()
-        exact, own = (own == given[:-2]).all(), as_row(own)
+        exact = (own.long() == given)[:-2].all()
         return bool(exact or ((given - own).abs() <= rounding * own).all())

@@ -3,20 +3,14 @@
 Rows are output neurons (targets), columns input neurons (sources), both in neuron order, as in ``mask.to_dense()``.
 """
 
-import base64
 import html
 import importlib
-import struct
-import zlib
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from g2g_kernels.mask.unit_grid import UnitGrid
-
-#: pixels of the longer side of a picture; a larger grid of units is averaged
-PICTURE = 256
 
 
 class Edges(NamedTuple):
@@ -161,42 +155,20 @@ def to_string(mask: UnitGrid, max_cells: int = 64) -> str:
     return "\n".join("".join(map(character, line)) for line in grid.tolist())
 
 
-def to_png(mask: UnitGrid) -> bytes:
-    """A picture of the unit grid as a PNG file: dark where units exist, in group order, outputs from top to bottom.
-
-    Example:
-        >>> from g2g_kernels import BlockMask, GroupLayout
-        >>> to_png(BlockMask.sample(GroupLayout(16), GroupLayout(16), block_size=2))[:4]
-        b'\x89PNG'
-    """
-    longest = max(mask.grid)
-    grid = _averaged(mask, *(max(1, round(side * min(1, PICTURE / longest))) for side in mask.grid))
-    scale = max(1, PICTURE // longest)
-    grey = (240 - 200 * grid).round().to(torch.uint8).repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-    lines = b"".join(b"\0" + line.numpy().tobytes() for line in grey)  # no filter
-    header = struct.pack(">IIBBBBB", grey.shape[1], grey.shape[0], 8, 0, 0, 0, 0)  # 8 bits of grey
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
-    )
-
-
 def to_html(mask: UnitGrid) -> str:
     """The mask for a notebook: what ``repr`` says, and its picture.
 
     Example:
         >>> from g2g_kernels import BlockMask, GroupLayout
-        >>> "<img" in to_html(BlockMask.sample(GroupLayout(16), GroupLayout(16), block_size=2))
+        >>> "█" in to_html(BlockMask.sample(GroupLayout(16), GroupLayout(16), block_size=2))
         True
     """
-    return f"<div><code>{html.escape(repr(mask))}</code><br>{picture(mask)}</div>"
+    return f"<div><code>{html.escape(repr(mask))}</code>{picture(mask)}</div>"
 
 
 def picture(mask: UnitGrid) -> str:
-    """The picture of a mask as an HTML element."""
-    data = base64.b64encode(to_png(mask)).decode()
-    rows, cols = mask.grid
-    return f'<img src="data:image/png;base64,{data}" alt="{rows} × {cols} units" title="{rows} × {cols} units">'
+    """The picture of :func:`to_string` as an HTML element."""
+    return f'<pre style="line-height: 1">{to_string(mask)}</pre>'
 
 
 def _averaged(mask: UnitGrid, height: int, width: int) -> torch.Tensor:

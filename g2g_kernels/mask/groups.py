@@ -13,21 +13,7 @@ from g2g_kernels.tracing import on_cpu
 ROUNDING = 2.0**-18
 
 
-def _contiguous(size: int, num_groups: int, generator: torch.Generator | None) -> torch.Tensor:
-    sizes = size // num_groups + (torch.arange(num_groups) < size % num_groups).long()
-    return torch.repeat_interleave(torch.arange(num_groups), sizes)
-
-
-def _interleaved(size: int, num_groups: int, generator: torch.Generator | None) -> torch.Tensor:
-    return torch.arange(size) % num_groups
-
-
-def _random(size: int, num_groups: int, generator: torch.Generator | None) -> torch.Tensor:
-    return _contiguous(size, num_groups, generator)[torch.randperm(size, generator=generator)]
-
-
-#: for each kind, the function that gives the group of each neuron, int64 [size]
-GROUP_KINDS = {"index": _contiguous, "interleaved": _interleaved, "random": _random}
+GROUP_KINDS = ("index", "interleaved", "random")
 
 
 class GroupLayout:
@@ -67,22 +53,27 @@ class GroupLayout:
     ) -> None:
         if kind not in GROUP_KINDS:
             raise ValueError(f"kind={kind!r} is not a group layout; choose one of {', '.join(GROUP_KINDS)}")
+        self.kind = kind
         if sizes is not None:
             if not isinstance(sizes, list | tuple) or not sizes:
                 raise ValueError(f"sizes={sizes!r:.60} must be a list of the neurons of each group, at least one")
             if size is not None or kind != "index":
                 raise ValueError(f"sizes={sizes!r:.60} are of contiguous groups; give neither size nor kind with them")
             counts = [SIZE.check(f"sizes[{group}]", each) for group, each in enumerate(sizes)]
-            self.size, self.num_groups, self.kind = SIZE.check("the sum of sizes", sum(counts)), len(counts), kind
-            self.group_of = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-            return
-        size, num_groups = SIZE.check("size", size), SIZE.check("num_groups", num_groups)
-        if size < num_groups:
-            raise ValueError(f"{size} neurons cannot fill num_groups={num_groups} groups; use at most {size} groups")
-        self.size = size
-        self.num_groups = num_groups
-        self.kind = kind
-        self.group_of = GROUP_KINDS[kind](size, num_groups, generator)
+            self.size, self.num_groups = SIZE.check("the sum of sizes", sum(counts)), len(counts)
+        else:
+            self.size, self.num_groups = SIZE.check("size", size), SIZE.check("num_groups", num_groups)
+            least, larger = divmod(self.size, self.num_groups)
+            if not least:
+                raise ValueError(
+                    f"{size} neurons cannot fill num_groups={num_groups} groups; use at most {size} groups"
+                )
+            counts = [least + 1] * larger + [least] * (self.num_groups - larger)
+        self.group_of = torch.repeat_interleave(torch.arange(self.num_groups), torch.tensor(counts))
+        if kind == "interleaved":
+            self.group_of = torch.arange(self.size) % self.num_groups
+        elif kind == "random":
+            self.group_of = self.group_of[torch.randperm(self.size, generator=generator)]
 
     @classmethod
     @on_cpu

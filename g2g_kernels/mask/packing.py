@@ -1,8 +1,7 @@
 """Dense weights to packed units and back, with derivatives; no other module knows how both lie in memory. A unit's tile
 is the rectangle of places (:class:`Side`) of one range of rows and one of columns."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 
@@ -10,50 +9,50 @@ from g2g_kernels.mask.sides import Side
 from g2g_kernels.tracing import is_traced
 
 
-class HasUnits(Protocol):
-    """The units that exist: their coordinates, int32 [num_units], and the two sides."""
+class Units(NamedTuple):
+    """The units that exist: the index tensors of a :class:`BlockMask`, and its two sides."""
 
-    @property
-    def unit_row(self) -> torch.Tensor: ...
-    @property
-    def unit_col(self) -> torch.Tensor: ...
-    @property
-    def rows(self) -> Side: ...
-    @property
-    def cols(self) -> Side: ...
+    unit_row: torch.Tensor
+    unit_col: torch.Tensor
+    row_ptr: torch.Tensor
+    row_slot: torch.Tensor
+    col_ptr: torch.Tensor
+    col_slot: torch.Tensor
+    rows: Side
+    cols: Side
 
 
-def flat_unit(units: HasUnits) -> torch.Tensor:
+def flat_unit(units: Units) -> torch.Tensor:
     """int64 [num_units], the number of each slot's unit when the grid is counted row by row."""
     return units.unit_row.long() * units.cols.num_units + units.unit_col.long()
 
 
-def tiles(weight: torch.Tensor, units: HasUnits) -> torch.Tensor:
+def tiles(weight: torch.Tensor, units: Units) -> torch.Tensor:
     """A dense matrix cut into tiles [grid rows, grid columns, unit rows, unit columns], zero in the padding."""
     rows, cols = units.rows, units.cols
     weight = _gathered(_gathered(weight, 0, rows.neuron_at), 1, cols.neuron_at)
     return weight.reshape(rows.num_units, rows.width, cols.num_units, cols.width).permute(0, 2, 1, 3)
 
 
-def packed(weight: torch.Tensor, units: HasUnits) -> torch.Tensor:
+def packed(weight: torch.Tensor, units: Units) -> torch.Tensor:
     """The tiles of a dense matrix that exist: [num_units, unit rows, unit columns]."""
     grid = tiles(weight, units).reshape(-1, units.rows.width, units.cols.width)
     return grid.index_select(0, flat_unit(units))
 
 
-def unpacked(values: torch.Tensor, units: HasUnits) -> torch.Tensor:
+def unpacked(values: torch.Tensor, units: Units) -> torch.Tensor:
     """The dense matrix of packed values, zero where there is no unit: the inverse of :func:`packed`."""
     grid = no_tiles(values, units)
     grid.index_copy_(0, flat_unit(units), values)
     return assembled(grid, units)
 
 
-def no_tiles(values: torch.Tensor, units: HasUnits) -> torch.Tensor:
+def no_tiles(values: torch.Tensor, units: Units) -> torch.Tensor:
     """Zeros for the tiles of the whole grid: [grid rows · grid columns, unit rows, unit columns]."""
     return values.new_zeros(units.rows.num_units * units.cols.num_units, units.rows.width, units.cols.width)
 
 
-def assembled(grid: torch.Tensor, units: HasUnits) -> torch.Tensor:
+def assembled(grid: torch.Tensor, units: Units) -> torch.Tensor:
     """The dense matrix of the tiles of the whole grid, in the form of :func:`no_tiles`."""
     rows, cols = units.rows, units.cols
     weight = grid.view(rows.num_units, cols.num_units, rows.width, cols.width).permute(0, 2, 1, 3)
@@ -71,53 +70,38 @@ def _gathered(matrix: torch.Tensor, dim: int, index: torch.Tensor | None, past_t
     return matrix.index_select(dim, index)
 
 
-@dataclass(frozen=True, eq=False)
-class View:
-    """What one pass uses of a mask: its own tensors, saved for the backward pass, so that PyTorch refuses the gradient
-    if the mask has changed in the meantime, which would be one of other weights."""
-
-    unit_row: torch.Tensor
-    unit_col: torch.Tensor
-    rows: Side
-    cols: Side
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        sides = self.rows.neuron_at, self.rows.place_of, self.cols.neuron_at, self.cols.place_of
-        return [self.unit_row, self.unit_col, *(tensor for tensor in sides if tensor is not None)]
-
-
 class _Convert(torch.autograd.Function):
     """Packs, or unpacks: each is the other's adjoint and its own derivative."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(tensor, view, packs):
-        return packed(tensor, view) if packs else unpacked(tensor, view)
+    def forward(tensor, units, packs):
+        return packed(tensor, units) if packs else unpacked(tensor, units)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.view, ctx.packs = inputs
-        ctx.save_for_backward(*ctx.view.tensors)
-        ctx.save_for_forward(*ctx.view.tensors)  # the same, as a forward mode under vmap asks for
+        _, ctx.units, ctx.packs = inputs
+        # the index that changes whenever another does; PyTorch then refuses the gradient, which is one of other weights
+        ctx.save_for_backward(ctx.units.unit_row)
+        ctx.save_for_forward(ctx.units.unit_row)  # the same, as a forward mode under vmap asks for
 
     @staticmethod
     def backward(ctx, gradient):
-        _ = ctx.saved_tensors  # raises if one of them has changed
-        return _Convert.apply(gradient, ctx.view, not ctx.packs), None, None
+        _ = ctx.saved_tensors  # raises if it has changed
+        return _Convert.apply(gradient, ctx.units, not ctx.packs), None, None
 
     @staticmethod
     def jvp(ctx, tangent, *_):
-        return _Convert.apply(tangent, ctx.view, ctx.packs)
+        return _Convert.apply(tangent, ctx.units, ctx.packs)
 
 
-def pack(weight: torch.Tensor, view: View) -> torch.Tensor:
+def pack(weight: torch.Tensor, units: Units) -> torch.Tensor:
     """:func:`packed`, differentiable."""
     # torch.compile does not trace a Function that has a forward mode; it derives gradients of the operations themselves
-    return packed(weight, view) if is_traced() else _Convert.apply(weight, view, True)
+    return packed(weight, units) if is_traced() else _Convert.apply(weight, units, True)
 
 
-def unpack(values: torch.Tensor, view: View) -> torch.Tensor:
+def unpack(values: torch.Tensor, units: Units) -> torch.Tensor:
     """:func:`unpacked`, differentiable."""
-    return unpacked(values, view) if is_traced() else _Convert.apply(values, view, False)
+    return unpacked(values, units) if is_traced() else _Convert.apply(values, units, False)

@@ -33,6 +33,20 @@ class Side(NamedTuple):
     holes: bool = False
 
 
+def side_of(
+    order: torch.Tensor,
+    bounds: torch.Tensor,
+    neuron_at: torch.Tensor | None = None,
+    place_of: torch.Tensor | None = None,
+) -> Side:
+    """The side with these :meth:`UnitAxis.tensors`."""
+    size, num_units = order.shape[0], bounds.shape[0] - 1
+    if neuron_at is None or not neuron_at.shape[0]:
+        return Side(num_units, size // num_units, size)
+    width = neuron_at.shape[0] // num_units
+    return Side(num_units, width, size, neuron_at, place_of, bounds if size < num_units * width else None)
+
+
 def deep_copied(attributes: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
     """``copy.deepcopy`` of a module's attributes, of which a dozen are empty dicts of hooks."""
     return {
@@ -74,8 +88,7 @@ class UnitAxis(Indices):
     """One side of a weight matrix, sorted by group and cut into ranges of at most ``block_size`` neurons.
 
     A group of n neurons is cut into ⌈n / block_size⌉ ranges whose lengths differ by at most one, the longer ones
-    first: 98 neurons by 16 are seven ranges of 14. With a short last range DST would drift towards its small units, and
-    a layer would lose weights. All tensors are derived from the layout.
+    first: 98 neurons by 16 are seven ranges of 14. With a short last range DST would drift towards its small units.
 
     Attributes:
         order: int64 [size], the neuron at each place of the group-sorted order.
@@ -131,8 +144,7 @@ class UnitAxis(Indices):
     @property
     def side(self) -> Side:
         """Where its neurons are."""
-        neuron_at, place_of = (None, None) if self.in_order else (self.neuron_at, self.place_of)
-        return Side(self.num_units, self.width, self.size, neuron_at, place_of, self.bounds if self.ragged else None)
+        return side_of(self.order, self.bounds, *(() if self.in_order else (self.neuron_at, self.place_of)))
 
     @property
     def ragged(self) -> bool:

@@ -6,7 +6,7 @@ import torch
 
 from g2g_kernels.mask import packing
 from g2g_kernels.mask.groups import check_integers
-from g2g_kernels.mask.sides import Indices, Side, UnitAxis
+from g2g_kernels.mask.sides import Indices, UnitAxis, side_of
 from g2g_kernels.numbers import INT32
 from g2g_kernels.tracing import is_traced
 
@@ -47,14 +47,14 @@ class MaskTensors(_MaskTensors):
         """(block rows, block columns) of the unit grid."""
         return self.row_bounds.shape[0] - 1, self.col_bounds.shape[0] - 1
 
+    @property
+    def units(self) -> packing.Units:
+        """The same by side."""
+        return packing.Units(*self[:6], side_of(*self[6:10]), side_of(*self[10:]))
+
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """The dense [out, in] weight of packed ``values``, as :meth:`BlockMask.unpack` has it."""
-        places = (self.row_neuron_at, self.col_neuron_at), (self.row_place_of, self.col_place_of)
-        rows, cols = (
-            Side(num_units, width, size, at if at.numel() else None, place if place.numel() else None)
-            for num_units, width, size, at, place in zip(self.grid, values.shape[1:], self.shape, *places, strict=True)
-        )
-        return packing.unpack(values, packing.View(self.unit_row, self.unit_col, rows, cols))
+        return packing.unpack(values, self.units)
 
 
 class UnitGrid(Indices):
@@ -65,31 +65,17 @@ class UnitGrid(Indices):
     rows: UnitAxis
     cols: UnitAxis
     block_size: int
-    unit_row: torch.Tensor
-    unit_col: torch.Tensor
-    row_ptr: torch.Tensor
-    row_slot: torch.Tensor
-    col_ptr: torch.Tensor
-    col_slot: torch.Tensor
-    #: (out, in) of the weight matrix
-    shape: tuple[int, int]
-    #: (block rows, block columns) of the unit grid
-    grid: tuple[int, int]
-    #: (rows, columns) of a packed tile, the sides of the largest unit
-    unit_shape: tuple[int, int]
 
     def _set_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
         """Checks and stores the coordinates and rebuilds both indices (shapes may change)."""
         device = self.rows.order.device
-        check_integers("unit_row", unit_row)
-        check_integers("unit_col", unit_col)
+        unit_row, unit_col = check_integers("unit_row", unit_row), check_integers("unit_col", unit_col)
         if unit_row.shape != unit_col.shape or unit_row.dim() != 1:
             raise ValueError(f"unit_row {tuple(unit_row.shape)} and unit_col {tuple(unit_col.shape)} must match, 1-D")
         grid = self.rows.num_units, self.cols.num_units
         if unit_row.numel() > grid[0] * grid[1]:
             raise ValueError(f"unit_row names {unit_row.numel()} units, but there are only {grid} in the grid")
-        unit_row = unit_row.detach().to(device, torch.int64)
-        unit_col = unit_col.detach().to(device, torch.int64)
+        unit_row, unit_col = (each.detach().to(device, torch.int64) for each in (unit_row, unit_col))
         for name, coordinate, limit in (("unit_row", unit_row, grid[0]), ("unit_col", unit_col, grid[1])):
             if coordinate.numel() and (coordinate.min() < 0 or coordinate.max() >= limit):
                 raise ValueError(f"{name} must lie in 0 … {limit - 1}, not {coordinate.min()} … {coordinate.max()}")
@@ -99,9 +85,9 @@ class UnitGrid(Indices):
             raise ValueError("the mask names a unit twice")
 
     def _register_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
-        self.shape = self.rows.size, self.cols.size
-        self.grid = self.rows.num_units, self.cols.num_units
-        self.unit_shape = self.rows.width, self.cols.width
+        self.shape = self.rows.size, self.cols.size  #: (out, in) of the weight matrix
+        self.grid = self.rows.num_units, self.cols.num_units  #: (block rows, block columns) of the unit grid
+        self.unit_shape = self.rows.width, self.cols.width  #: of a packed tile, the sides of the largest unit
         self._tensors = None
         self.unit_row, self.unit_col = unit_row.to(torch.int32), unit_col.to(torch.int32)
         self.row_ptr, self.col_ptr = (unit_row.new_zeros(n + 1, dtype=torch.int32) for n in self.grid)
@@ -172,12 +158,12 @@ class UnitGrid(Indices):
         """The present units of a dense [out, in] weight: [num_units, unit_rows, unit_cols]; differentiable."""
         if tuple(weight.shape) != self.shape:
             raise ValueError(f"weight has shape {tuple(weight.shape)}, this mask describes {self.shape}")
-        return packing.pack(weight, self._view())
+        return packing.pack(weight, self._units())
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
         """The dense [out, in] weight of packed ``values``, zero where there is no unit; differentiable."""
         self.check_values(values)
-        return packing.unpack(values, self._view())
+        return packing.unpack(values, self._units())
 
     def check_values(self, values: torch.Tensor) -> None:
         """Raises ValueError unless ``values`` has this mask's packed shape."""
@@ -192,7 +178,7 @@ class UnitGrid(Indices):
 
     def flat_unit(self) -> torch.Tensor:
         """int64 [num_units], the number of each slot's unit when the grid is counted row by row."""
-        return packing.flat_unit(self._view())
+        return self.unit_row.long() * self.grid[1] + self.unit_col.long()
 
     def sorted_units(self) -> torch.Tensor:
         """The same numbers in rising order, in which ``row_slot`` has the slots."""
@@ -218,5 +204,6 @@ class UnitGrid(Indices):
         index = self.unit_row, self.unit_col, self.row_ptr, self.row_slot, self.col_ptr, self.col_slot
         return MaskTensors(*index, *self.rows.tensors(), *self.cols.tensors())
 
-    def _view(self) -> packing.View:
-        return packing.View(self.unit_row, self.unit_col, self.rows.side, self.cols.side)
+    def _units(self) -> packing.Units:  # not by MaskTensors, whose properties torch.compile of PyTorch 2.6 cannot trace
+        index = self.unit_row, self.unit_col, self.row_ptr, self.row_slot, self.col_ptr, self.col_slot
+        return packing.Units(*index, self.rows.side, self.cols.side)

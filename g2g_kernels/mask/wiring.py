@@ -1,8 +1,6 @@
 """A mask as a row of float32, which is saved of it and travels wherever parameters do: the sizes of both sides, the
 block size, the group of each neuron, ``unit_row``, ``unit_col``, and two checksums, so an average of two is none."""
 
-from typing import NamedTuple
-
 import torch
 
 from g2g_kernels.mask.groups import ROUNDING, GroupLayout
@@ -13,33 +11,27 @@ from g2g_kernels.mask.unit_grid import UnitGrid
 DRIFT = 2.0**-22
 
 
-class Wiring(NamedTuple):
-    """What a mask is made of (the arguments of :class:`BlockMask`)."""
-
-    out_layout: GroupLayout
-    in_layout: GroupLayout
-    unit_row: torch.Tensor
-    unit_col: torch.Tensor
-    block_size: int
+#: the arguments of :class:`BlockMask`
+Wiring = tuple[GroupLayout, GroupLayout, torch.Tensor, torch.Tensor, int]
 
 
-def numbers_of(units: UnitGrid) -> torch.Tensor:
-    """int64, the row that describes some units without its checksums."""
+def encode(units: UnitGrid) -> torch.Tensor:
+    """The row that describes some units."""
     # clamp: between to_empty and loading a state, indices are arbitrary
     out_group_of, in_group_of = (
         axis.group_of_unit[axis.unit_of.clamp(0, axis.num_units - 1)] for axis in (units.rows, units.cols)
     )
     sizes = out_group_of.new_tensor([len(out_group_of), len(in_group_of), units.block_size])
-    return torch.cat([sizes, out_group_of, in_group_of, units.unit_row.long(), units.unit_col.long()])
+    return with_checksums(torch.cat([sizes, out_group_of, in_group_of, units.unit_row.long(), units.unit_col.long()]))
 
 
-def as_row(numbers: torch.Tensor) -> torch.Tensor:
+def with_checksums(numbers: torch.Tensor) -> torch.Tensor:
     """The row of these numbers, of which none is checked."""
     return torch.cat([numbers, _checksums(numbers)]).to(torch.float32)
 
 
-def read_row(row: torch.Tensor, shape: tuple[int, int] | None = None) -> Wiring:
-    """What a row (:func:`as_row`) says, on the CPU. Raises ValueError for no row of a mask, or one of another shape."""
+def decode(row: torch.Tensor, shape: tuple[int, int] | None = None) -> Wiring:
+    """What a row says, on the CPU. Raises ValueError for no row of a mask, or one of another shape."""
     if not isinstance(row, torch.Tensor):
         raise ValueError(f"wiring must be a tensor, not {type(row).__name__}")
     if row.dim() != 1 or row.is_complex() or len(row) < 5:
@@ -63,8 +55,8 @@ def read_row(row: torch.Tensor, shape: tuple[int, int] | None = None) -> Wiring:
     if min(out_size, in_size, units) < 0 or odd:
         raise ValueError(f"wiring of {out_size} × {in_size} weights has {len(row)} numbers")
     out_group_of, in_group_of, unit_row, unit_col = lists.split([out_size, in_size, units, units])
-    layouts = GroupLayout.from_assignment(out_group_of), GroupLayout.from_assignment(in_group_of)
-    return Wiring(*layouts, unit_row, unit_col, block_size)
+    out_layout, in_layout = map(GroupLayout.from_assignment, (out_group_of, in_group_of))
+    return out_layout, in_layout, unit_row, unit_col, block_size
 
 
 def _checksums(numbers: torch.Tensor) -> torch.Tensor:
@@ -73,19 +65,3 @@ def _checksums(numbers: torch.Tensor) -> torch.Tensor:
     of_places = of_places.repeat(len(numbers) // 10007 + 1)[: len(numbers)]
     total = (numbers + 1).mul_(of_places).remainder_(65521).square_().sum()
     return torch.stack([total % 4096, total // 4096 % 4096])
-
-
-def unwrapped(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor inside the wrappers of ``torch.func``; a dimension of ``vmap`` comes first."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        batched = functorch.is_batchedtensor(tensor)
-        place = functorch.maybe_get_bdim(tensor) if batched else 0
-        tensor = functorch.get_unwrapped(tensor)
-        tensor = tensor.movedim(place, 0) if batched else tensor
-    return tensor
-
-
-def version(tensor: torch.Tensor) -> int:
-    """A number that grows whenever the tensor is written to; −1 for one created in inference mode, which has none."""
-    return -1 if tensor.is_inference() else tensor._version

@@ -6,8 +6,9 @@ a batch of gradients, they run in place of the kernels: forward once more, and b
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch.autograd import forward_ad
@@ -33,26 +34,14 @@ def needs_plain_operations(grads: Iterable[Any]) -> bool:
     )
 
 
-class Autocast(NamedTuple):
-    """The autocast of a forward pass, for what runs it again."""
-
-    device: str
-    dtype: torch.dtype
-    enabled: bool
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> "Autocast":
-        """What is in force where ``tensor`` is."""
-        device = tensor.device.type
-        if not torch.amp.is_autocast_available(device):
-            return cls(device, torch.float32, False)
-        return cls(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-
-    def again(self) -> contextlib.AbstractContextManager:
-        """The context in which it is in force."""
-        if not torch.amp.is_autocast_available(self.device):
-            return contextlib.nullcontext()
-        return torch.autocast(self.device, self.dtype, self.enabled)
+def autocast_of(tensor: torch.Tensor) -> Callable[[], contextlib.AbstractContextManager]:
+    """Makes the autocast that is in force where ``tensor`` is, for what runs a forward pass again."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext
+    return functools.partial(
+        torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    )
 
 
 def gradients_of(
@@ -60,12 +49,13 @@ def gradients_of(
     tensors: Sequence[torch.Tensor | None],
     grads: Sequence[torch.Tensor | None],
     needed: Sequence[bool],
-    autocast: Autocast,
+    autocast: Callable[[], contextlib.AbstractContextManager],
 ) -> list[torch.Tensor | None]:
-    """The gradients of the ``needed`` of ``tensors`` by running ``function`` of them again, under the forward pass's
-    ``autocast``; its results have the gradients ``grads``. Differentiable where gradients are enabled."""
+    """The gradients of the ``needed`` of ``tensors`` by running ``function`` of them again, under the
+    ``autocast`` of the forward pass; its results have the gradients ``grads``. Differentiable where gradients are
+    enabled."""
     again = torch.is_grad_enabled()
-    with torch.enable_grad(), autocast.again():
+    with torch.enable_grad(), autocast():
         # the gradient of each argument by itself, even if one of them was computed from another
         inputs = [
             tensor if tensor is None else tensor.view_as(tensor) if need else tensor.detach()

@@ -3,8 +3,8 @@ multiplication and one addition per existing weight and sample, once forward, on
 once for that of the weights. Event-driven kernels do less, depending on the spikes. Neurons count as nothing, like all
 pointwise operations there; of backend ``torch`` PyTorch counts dense products.
 
-Importing g2g does not register the formulas: it would import the counter, and with it Triton where that is installed
-(0.12 to 0.16 s beside the 0.07 s of ``import g2gnet``, PyTorch 2.15); where it is not, the counter prints a warning.
+Importing g2g does not register the formulas: it would import the counter, and with it Triton, for 0.12 to 0.16 s beside
+the 0.07 s of ``import g2gnet``; where Triton is not installed, the counter prints a warning.
 """
 
 from collections.abc import Callable
@@ -15,16 +15,12 @@ import torch
 from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.record import RecordOperator, of_arguments
 
-_formulas: dict[torch._ops.OpOverload, Callable[..., int]] = {}
+_formulas: dict[torch._ops.OpOverload, Callable[[Any], int]] = {}
 
 
-def count_flops(operator: RecordOperator, formula: Callable[..., int]) -> None:
+def count_flops(operator: RecordOperator, formula: Callable[[Any], int]) -> None:
     """Names ``formula(record)`` as the FLOPs of a call of ``operator`` with that record."""
-
-    def count(*arguments: Any, out_val: object = None, **_: object) -> int:
-        return formula(of_arguments(*arguments[:5]))
-
-    _formulas[operator.overload] = count
+    _formulas[operator.overload] = formula
 
 
 def register_flop_formulas() -> None:
@@ -47,7 +43,7 @@ def register_flop_formulas() -> None:
 
     for overload, formula in _formulas.items():
         # what register_flop_formula does, but for that of PyTorch 2.4: it registers overloads, which nobody looks up
-        flop_registry[overload.overloadpacket] = formula
+        flop_registry[overload.overloadpacket] = lambda *given, of=formula, **_: of(of_arguments(*given[:5]))
 
 
 def product_flops(samples: int, values: torch.Tensor, mask: MaskTensors) -> int:

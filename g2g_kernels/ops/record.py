@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from g2g_kernels.mask.unit_grid import MaskTensors
-from g2g_kernels.ops.derivatives import Autocast, gradients_of, needs_plain_operations, refuse_backward
+from g2g_kernels.ops.derivatives import autocast_of, gradients_of, needs_plain_operations, refuse_backward
 from g2g_kernels.tracing import is_observed
 
 _library = torch.library.Library("g2g", "FRAGMENT")
@@ -317,7 +317,7 @@ class Differentiable(RecordOperator):
         kept = () if isinstance(made, torch.Tensor) else _each(made[self._outputs :])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *kept)
-        ctx.form, ctx.count, ctx.autocast = form, len(tensors), Autocast.of(tensors[0])
+        ctx.form, ctx.count, ctx.autocast = form, len(tensors), autocast_of(tensors[0])
 
     def _gradients(self, ctx: Any, grads: Sequence[Any], needed: Sequence[bool]) -> list[torch.Tensor | None]:
         """Those of the record's tensors, from those of all results, the tensors of lists one by one."""

@@ -6,12 +6,10 @@ float32 exactly. A tensor core multiplies bfloat16 exactly and adds in float32, 
     x·w = x·(w₁ + w₂ + w₃)                              three products for a spike x, 0 or 1, exact in bfloat16
     x·w ≈ x₁w₁ + x₁w₂ + x₂w₁ + x₁w₃ + x₂w₂ + x₃w₁       six for any x; at most 2⁻²²·x·w is left out
 
-at 16 times (A100) or 15 times (H100) the rate of float32 on the ordinary cores, but only 2 to 4 times on cards for
-graphics, which multiply float32 as it is.
-
-Tensor cores cut sums off where others round, always towards zero, so long sums would drift (Ootomo and Yokota 2022):
-emulated, one sum over 2048 inputs of which 5 % fire has 19 times the error of plain float32, a sum per tile 1.2 times.
-The sum of a tile is therefore begun at zero, its smallest terms first, and added to the total outside of them, rounded.
+at 16 times (A100) or 15 times (H100) the rate of float32 on the ordinary cores. (Cards for graphics, 2 to 4 times as
+fast, multiply float32 as it is.) Tensor cores cut sums off where others round, so long sums would drift (Ootomo and
+Yokota 2022). The sum of a tile therefore begins at zero, its smallest terms first, and is added to the total outside of
+them, rounded: emulated over 2048 inputs of which 5 % fire, that has 1.2 times the error of plain float32, not 19.
 
 A factor that is not finite gives what float32 gives: its first part holds it, the others are 0. Parts below 1e-38 are
 subnormal: a card that takes these as 0 loses the last bits of numbers below 1e-33.
@@ -45,15 +43,6 @@ def parts_of(tile, part_ty: tl.constexpr):
         return first.to(part_ty), second.to(part_ty), (rest - second).to(part_ty)
     else:
         return (tile.to(part_ty),)
-
-
-@triton.jit
-def transposed(tiles):
-    """The transposes of some tiles."""
-    if len(tiles) == 1:
-        return (tl.trans(tiles[0]),)
-    else:
-        return tl.trans(tiles[0]), tl.trans(tiles[1]), tl.trans(tiles[2])
 
 
 @triton.jit
@@ -99,7 +88,7 @@ def plus_product(total, x, factors, PRECISION: tl.constexpr):
 def plus_product_over_rows(total, a, b, products: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr):
     """total + Aᵀ·B, of tiles whose rows are summed over, multiplied in the dtype ``products``."""
     if PRECISION == "parts":
-        return plus_product_of_parts(total, transposed(parts_of(a, PART)), parts_of(b, PART))
+        return plus_product_of_parts(total, parts_of(tl.trans(a), PART), parts_of(b, PART))
     else:
         return tl.dot(tl.trans(a.to(products)), b.to(products), total, input_precision=PRECISION)
 
@@ -116,7 +105,7 @@ def parts_kernel(values, parts, count, SIZE: tl.constexpr, BLOCK: tl.constexpr):
 
 def in_memory(values: torch.Tensor) -> torch.Tensor:
     """Packed weights [units, rows, columns] as they are, float32 ones as parts, bfloat16 [units, 3, rows, columns]."""
-    if precision_of(values.dtype, values.device) != "parts":
+    if runtime.precision_of(values.dtype, values.device) != "parts":
         return values
     units, rows, cols = values.shape
     dtype = torch.float32 if _as_floats(values.device) else torch.bfloat16
@@ -143,13 +132,3 @@ def part_ty(device: torch.device) -> tl.dtype:
 def _as_floats(device: torch.device) -> bool:
     """Whether parts are float32, which are the same numbers: in Triton's interpreter products of bfloat16 are wrong."""
     return device.type == "cpu" and runtime.interpreted()
-
-
-def precision_of(products: torch.dtype, device: torch.device) -> str:
-    """How factors of a dtype are multiplied on a device: ``"parts"`` (float32 in full precision where bfloat16 is much
-    faster), ``"tf32"``, or ``"ieee"``, as they are."""
-    if products != torch.float32:
-        return "ieee"
-    precision = runtime.input_precision()
-    parts = precision == "ieee" and runtime.card_of(device).architecture in runtime.DATA_CENTER
-    return "parts" if parts else precision

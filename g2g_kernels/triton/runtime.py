@@ -13,7 +13,6 @@ import os
 import shutil
 import sys
 import sysconfig
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,24 +169,36 @@ CARDS = {
         Card("gfx1100", 96, 64 << 10),
     )
 }
-_assumed = "sm_90"
+
+
+class Assumptions(NamedTuple):
+    """What holds inside :func:`assuming`: tensors on no GPU are on the card of that ``architecture``, a key of
+    :data:`CARDS`; whatever the rules say, products are ``dense`` or none is, and layers that can be ``fused`` are or
+    none is (None: the rules decide)."""
+
+    architecture: str = "sm_90"
+    dense: bool | None = None
+    fused: bool | None = None
+
+
+assumed = Assumptions()
 
 
 @contextlib.contextmanager
-def assumed(architecture: str) -> Iterator[None]:
-    """Inside, tensors on no GPU are taken to be on the card of that architecture, a key of :data:`CARDS`."""
-    global _assumed
-    before, _assumed = _assumed, architecture
+def assuming(**what: Any) -> Iterator[None]:
+    """Inside, these :class:`Assumptions` hold beside those outside: to compare, and to compile for other cards."""
+    global assumed
+    before, assumed = assumed, assumed._replace(**what)
     try:
         yield
     finally:
-        _assumed = before
+        assumed = before
 
 
 @constant_when_traced
 def card_of(device: torch.device) -> Card:
-    """The card of a device; an H100 if it is no GPU, unless :func:`assumed` says otherwise."""
-    return _card_of(device.index or 0) if device.type == "cuda" else CARDS[_assumed]
+    """The card of a device; an assumed one if it is no GPU."""
+    return _card_of(device.index or 0) if device.type == "cuda" else CARDS[assumed.architecture]
 
 
 @functools.cache
@@ -195,6 +206,16 @@ def _card_of(index: int) -> Card:
     of = torch.cuda.get_device_properties(index)
     architecture = f"sm_{of.major}{of.minor}" if torch.version.hip is None else of.gcnArchName.partition(":")[0]
     return Card(architecture, of.multi_processor_count, getattr(of, "shared_memory_per_block_optin", 64 << 10))
+
+
+def precision_of(products: torch.dtype, device: torch.device) -> str:
+    """How factors of a dtype are multiplied on a device: ``"parts"`` (float32 in full precision where bfloat16 is much
+    faster), ``"tf32"``, or ``"ieee"``, as they are."""
+    if products != torch.float32:
+        return "ieee"
+    precision = input_precision()
+    parts = precision == "ieee" and card_of(device).architecture in DATA_CENTER
+    return "parts" if parts else precision
 
 
 def cdiv(a: int, b: int) -> int:
@@ -221,7 +242,7 @@ _recorded: list[Launch] | None = None
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Inside, launches are recorded instead of run, so tensors on the ``meta`` device suffice: ``benchmarks/aot.py``
-    compiles them for other GPUs, which are :func:`assumed` meanwhile."""
+    compiles them for other GPUs, which are assumed meanwhile."""
     global _recorded
     launches: list[Launch] = []
     _recorded = launches
@@ -229,39 +250,6 @@ def recorded() -> Iterator[list[Launch]]:
         yield launches
     finally:
         _recorded = None
-
-
-class Compiled(NamedTuple):
-    """Kernels that were compiled, or loaded from Triton's cache on disk, and how long that took."""
-
-    kernels: int = 0
-    seconds: float = 0.0
-
-    def __sub__(self, earlier: "Compiled") -> "Compiled":
-        return Compiled(self.kernels - earlier.kernels, self.seconds - earlier.seconds)
-
-    def __str__(self) -> str:
-        return f"{self.kernels} Triton kernel{'' if self.kernels == 1 else 's'} in {self.seconds:.0f} s"
-
-
-_compiled = Compiled()
-
-
-def compiled() -> Compiled:
-    """What this process has compiled so far."""
-    return _compiled
-
-
-_seen = _told = _compiled
-
-
-def tell_compiled() -> None:
-    """Logs what was compiled, in one line, at the first call before which nothing more was; called after each step."""
-    global _seen, _told
-    if _compiled == _seen != _told:
-        logger.info("compiled %s", _compiled - _told)
-        _told = _compiled
-    _seen = _compiled
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -275,17 +263,11 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     if device.type != "cuda":
         kernel[grid](**arguments)
         return
+    _say_what_takes_long()
     with torch.cuda.device(device):
-        _launch_counted(kernel, grid, arguments)
+        kernel[grid](**arguments)
 
 
-def _launch_counted(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-    """Launches a kernel on the current device; says before the first compilation of a process what it waits for."""
-    global _compiled
-    known, *_ = kernel.device_caches[torch.cuda.current_device()]
-    before, start = len(known), time.perf_counter()
-    if not before and not _compiled.kernels:
-        logger.info("compiling Triton kernels, which the next run on this machine finds in Triton's cache")
-    kernel[grid](**arguments)
-    if len(known) > before:
-        _compiled = Compiled(_compiled.kernels + 1, _compiled.seconds + time.perf_counter() - start)
+@functools.cache
+def _say_what_takes_long() -> None:
+    logger.info("Triton compiles each kernel at its first launch; the next run finds it in Triton's cache")

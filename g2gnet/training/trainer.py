@@ -7,7 +7,6 @@ import torch
 from torch.nn import functional as F
 
 from g2g_kernels import Activity
-from g2g_kernels.triton import runtime
 from g2gnet.base.seeding import draw_device, stream
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase, random_unit_shift
 from g2gnet.dst.gradual_pruning import mean_density
@@ -266,7 +265,6 @@ class Trainer(EpochTrainer):
             dropped = [each[part].to(self.device) for each in drawn]
         # the regulariser and the share are constants of a captured step
         results, activity = learn(inputs, labels, regularizer, len(labels) / len(index), dropped)
-        runtime.tell_compiled()
         self._stepped()
         if self.settings.average is not None:
             share = 1 / min(self.step, self.settings.average)

@@ -21,9 +21,9 @@ from torch import nn
 
 from g2g_kernels import BlockMask
 from g2g_kernels.mask.sides import deep_copied
-from g2g_kernels.mask.wiring import DRIFT, read_row, unwrapped, version
+from g2g_kernels.mask.wiring import DRIFT
 from g2g_kernels.ops.checks import check_tensor
-from g2g_kernels.tracing import is_traced
+from g2g_kernels.tracing import is_traced, unwrapped, version
 from g2gnet.weights.tied_averages import Ties, after_other_units
 
 
@@ -208,7 +208,7 @@ class _Parametrizations(nn.ModuleDict):
 def _mask_of(wiring: torch.Tensor, shape: tuple[int, int], where: str) -> BlockMask:
     """The mask that a buffer describes; raises ValueError, which begins with ``where``, if that is none."""
     try:
-        return BlockMask(*read_row(wiring, shape))
+        return BlockMask.from_state({"wiring": wiring}, shape)
     except ValueError as error:
         raise ValueError(
             f"{where} describes no mask of this layer ({error}); give parameters and buffers of one network, and tie "

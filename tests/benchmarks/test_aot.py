@@ -140,7 +140,7 @@ from g2gnet import G2GNet
 
 def fused(hidden, side, card):
     net = G2GNet(784, hidden, 10, "dense", block_size=side, T=50)
-    with runtime.assumed(card), stack.choose(True), tiles.choose(False):
+    with runtime.assuming(architecture=card, fused=True, dense=False):
         operations = training_step(net, 256, 784, torch.bfloat16)
     launches = [operation.launch for operation in operations if operation.launch]
     return [each for each in launches if each.kernel.__name__ == "fused_forward_kernel"]
@@ -170,7 +170,7 @@ for dtype in (torch.bfloat16, torch.float32):
             check._results("triton", torch.device("cpu"), dtype)
         checked |= of(launches)
     for fused in (True, False):
-        with stack.choose(fused):
+        with runtime.assuming(fused=fused):
             step = of(dataclasses.replace(CASES["default step, bf16"], dtype=dtype).launches(sm_90))
         print(len(step), *sorted(source.ast.name for source in step - checked))
 """

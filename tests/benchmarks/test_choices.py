@@ -16,7 +16,7 @@ from g2g_kernels.ops.g2g_linear import tiles
 from g2g_kernels.ops.g2g_linear.triton import units_of
 from g2g_kernels.ops.g2g_stack import triton as stack
 from g2g_kernels.triton import runtime
-from g2g_kernels.triton.products import precision_of
+from g2g_kernels.triton.runtime import precision_of
 from g2gnet import G2GNet
 
 META = torch.device("meta")
@@ -28,7 +28,7 @@ T, B, IN, H, OUT = 3, 5, 32, 64, 4
 
 def units_in_pairs(net: G2GNet, batch: int, inputs: int, dtype: torch.dtype) -> list[Operation]:
     """A training step in one way of many, whichever is faster on a card; other ways pay at larger sizes."""
-    with stack.choose(fused=False), tiles.choose(dense=False):
+    with runtime.assuming(fused=False, dense=False):
         return training_step(net, batch, inputs, dtype)
 
 
@@ -95,16 +95,15 @@ def test_the_dense_product_is_taken_where_it_is_predicted_to_be_faster(layer, na
     for card in costs.CARDS:
         for samples in (400, 12_800):
             x = torch.empty(samples, 2048, dtype=dtype, device="meta")
-            with runtime.assumed(costs.CARDS[card].architecture):
-                precision = precision_of(dtype, META)
+            with runtime.assuming(architecture=costs.CARDS[card].architecture):
                 for way, outer in (("forward", units.rows), ("to x", units.cols), ("to weights", units.rows)):
                     wanted, times = (way == "to x", way == "to weights", False), {}
                     for dense in (False, True):
-                        with tiles.choose(dense):
+                        with runtime.assuming(dense=dense):
                             recorded = product_step(connection, samples, dtype, wanted)
                         phase = "forward" if way == "forward" else "backward"
                         times[dense] = microseconds([each for each in recorded if each.phase == phase], card)
-                    chosen = units.dense_pays(x, outer, dtype, precision)
+                    chosen = tiles.dense_pays(units, x, outer, dtype)
                     assert times[chosen] <= SLACK * min(times.values()), (card, samples, way, times)
 
 
@@ -112,10 +111,10 @@ def test_the_dense_product_is_taken_where_it_is_predicted_to_be_faster(layer, na
 def test_layers_are_fused_where_that_is_predicted_to_be_faster(layer):
     _, spiking, units = layer_and_units(layer)
     for card in costs.CARDS:
-        with runtime.assumed(costs.CARDS[card].architecture):
+        with runtime.assuming(architecture=costs.CARDS[card].architecture):
             for batch in (128, 256, 512, 1024):
                 given = units, spiking.population, batch, torch.uint8, torch.bfloat16
-                with stack.choose(True):
+                with runtime.assuming(fused=True):
                     can = stack.fused_pays(*given)
                 if can:
                     ways = {way: layer_step(spiking, 50, batch, torch.bfloat16, way) for way in (True, False)}
@@ -136,14 +135,14 @@ def test_what_is_never_fused_and_what_stays_on_chip():
     _, _, units = layer_and_units("units of 64")
     spikes, bf16, fp32 = torch.uint8, torch.bfloat16, torch.float32
     assert stack.fused_pays(units, Neurons("lif", ()), 256, spikes, bf16)
-    with stack.choose(True):
+    with runtime.assuming(fused=True):
         for model, x, products in (("synaptic", spikes, bf16), ("lif", bf16, bf16), ("lif", spikes, fp32)):
             assert not stack.fused_pays(units, Neurons(model, ()), 256, x, products)
     on_chip = [stack.units_on_chip(units, *factors) for factors in ((spikes, bf16), (spikes, fp32), (bf16, bf16))]
     assert on_chip == [9, 0, 0]
     assert stack.units_on_chip(layer_and_units("full")[2], spikes, bf16) == 0
     for architecture in ("sm_80", "sm_89", "gfx942"):
-        with runtime.assumed(architecture):
+        with runtime.assuming(architecture=architecture):
             assert stack.units_on_chip(units, spikes, bf16) == 0
 
 
@@ -160,7 +159,7 @@ def test_a_card_for_graphics_is_no_small_h100(monkeypatch):
         card = runtime._card_of.__wrapped__(0)
         assert card == runtime.Card(architecture, 7, 9)
         monkeypatch.setattr(runtime, "card_of", lambda device, card=card: card)
-        dense = units.dense_pays(x, units.rows, torch.bfloat16, "ieee")
+        dense = tiles.dense_pays(units, x, units.rows, torch.bfloat16)
         found[architecture] = precision_of(torch.float32, META), dense
     graphics = dict.fromkeys(("sm_86", "sm_89", "sm_120"), ("ieee", False))
     assert found == {"sm_80": ("parts", False), "sm_90": ("parts", True), **graphics}

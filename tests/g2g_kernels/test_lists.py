@@ -258,4 +258,4 @@ def test_a_wide_layer_takes_memory_by_its_weights_alone(monkeypatch):
     assert values.grad.abs().sum() > 0
     assert max(taken) < 50e6  # a bit for each of the N² weights would be 800 MB
     assert len(mask.to_string().splitlines()) == 64
-    assert mask._repr_png_()
+    assert mask._repr_html_()

@@ -14,7 +14,7 @@ import torch
 from g2g_kernels.cpu import plans
 from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import bf16_wanted, event_limit, library, pointer, run
-from g2g_kernels.cpu.plans import in_lists, lists_for, plan_for
+from g2g_kernels.cpu.plans import Plan, in_lists, lists_for, plan_for
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.ops.g2g_linear.call import LinearCall, operators, product
@@ -46,56 +46,55 @@ def g2g_linear(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: tor
     return product(FORWARD, read, values, mask, bias, dtype)
 
 
-class _Arguments:
+def _arguments(call: LinearCall, backward: bool) -> tuple[Structure, Plan]:
     """The arguments of a kernel, and the plan that must outlive it."""
-
-    def __init__(self, call: LinearCall, backward: bool) -> None:
-        x, values, mask, bias, dtype = call
-        floats = (torch.float32, torch.bfloat16)
-        for tensor, dtypes in ((x, floats), (values, floats[:1]), (bias, floats[:1])):
-            if tensor is not None and not (
-                tensor.dtype in dtypes and tensor.is_contiguous() and tensor.device.type == "cpu"
-            ):
-                raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU; x may be bfloat16")
-        given: dict[str, Any] = {
-            "values": pointer(values),
-            "bias": pointer(bias),
-            "x": x.data_ptr(),
-            "rows": len(x),
-            "threads": torch.get_num_threads(),
-            "x_half": x.dtype == torch.bfloat16,
-            "y_half": dtype == torch.bfloat16,
-        }
-        if in_lists(mask.grid, values.shape, "linear"):
-            self.plan = lists_for(mask, values, "cols" if backward else "rows")
-            given |= {"lists": self.plan.address, "weights": values.numel()}
-        else:
-            self.plan = plan_for(mask, values)
-            bf16 = dtype == torch.bfloat16 and library().g2g_has_bf16()
-            given |= {"plan": self.plan.address, "bf16": bf16, "event_limit": event_limit(bf16, backward)}
-        self.structure: Structure = structures.Linear(**given)
+    x, values, mask, bias, dtype = call
+    floats = (torch.float32, torch.bfloat16)
+    for tensor, dtypes in ((x, floats), (values, floats[:1]), (bias, floats[:1])):
+        if tensor is not None and not (
+            tensor.dtype in dtypes and tensor.is_contiguous() and tensor.device.type == "cpu"
+        ):
+            raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU; x may be bfloat16")
+    if in_lists(mask.grid, values.shape, "linear"):
+        plan = lists_for(mask, values, "cols" if backward else "rows")
+        given: dict[str, Any] = {"lists": plan.address, "weights": values.numel()}
+    else:
+        plan = plan_for(mask, values)
+        bf16 = dtype == torch.bfloat16 and library().g2g_has_bf16()
+        given = {"plan": plan.address, "bf16": bf16, "event_limit": event_limit(bf16, backward)}
+    structure = structures.Linear(
+        values=pointer(values),
+        bias=pointer(bias),
+        x=x.data_ptr(),
+        rows=len(x),
+        threads=torch.get_num_threads(),
+        x_half=x.dtype == torch.bfloat16,
+        y_half=dtype == torch.bfloat16,
+        **given,
+    )
+    return structure, plan
 
 
 def _forward(call: LinearCall, keep: bool) -> torch.Tensor:
-    arguments = _Arguments(call, backward=False)
+    arguments, _plan = _arguments(call, backward=False)
     y = workspace.empty((len(call.x), call.mask.shape[0]), call.dtype)
-    arguments.structure.y = y.data_ptr()
-    run(library().g2g_linear, arguments.structure)
+    arguments.y = y.data_ptr()
+    run(library().g2g_linear, arguments)
     return y
 
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     grad_y: Any
     call, _, (grad_y,), _ = given
-    arguments = _Arguments(call, backward=True)
+    arguments, _plan = _arguments(call, backward=True)
     out_size = call.mask.shape[0]
     if grad_y.shape != (len(call.x), out_size) or grad_y.dtype != call.dtype or not grad_y.is_contiguous():
         raise ValueError("grad_y must be contiguous and of the output's shape and dtype")
-    (grads, to), filled = given.made(workspace.alike), arguments.structure
+    grads, to = given.made(workspace.alike)
     sums = call.values.new_empty(out_size) if to.bias is None else to.bias  # the kernel of tiles always writes them
-    filled.grad_y = grad_y.data_ptr()
-    filled.grad_x, filled.grad_values, filled.grad_bias = pointer(to.x), pointer(to.values), sums.data_ptr()
-    run(library().g2g_linear, filled, backward=True)
+    arguments.grad_y, arguments.grad_x = grad_y.data_ptr(), pointer(to.x)
+    arguments.grad_values, arguments.grad_bias = pointer(to.values), sums.data_ptr()
+    run(library().g2g_linear, arguments, backward=True)
     return grads
 
 

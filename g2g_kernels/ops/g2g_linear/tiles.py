@@ -1,37 +1,38 @@
 """Tile sizes of the Triton kernels of products, and which way a product takes: by units, or dense.
 
 A dense product is cuBLAS's, at a larger share of the card's rate than ours, but multiplies what does not exist. It
-pays for nearly full masks, and for units below 16, whose tiles (at least 16 × 16) are mostly padding: at the default
-density a mask of single weights has no empty 16 × 16 block at all. In float32 our products go by parts to tensor
-cores, cuBLAS's do not. :func:`dense_pays` decides for each product of a layer by itself.
+pays for nearly full masks, and for units below 16, whose tiles (at least 16 × 16) are mostly padding. In float32 our
+products go by parts to tensor cores, cuBLAS's do not. :func:`dense_pays` decides for each product by itself.
 """
-
-import contextlib
-from collections.abc import Iterator
 
 import torch
 
+from g2g_kernels.mask.packing import Units
+from g2g_kernels.mask.sides import Side
 from g2g_kernels.triton import runtime
 
 # --- tiles --------------------------------------------------------------------------------------------------------
 
 
-def side_of(width: int) -> int:
-    """The side of a tile that covers a range of that width, or a part of one wider than 64: 16, 32 or 64."""
-    return 16 if width <= 16 else 32 if width <= 32 else 64
+def tile_of(side: Side) -> int:
+    """The side of a tile that covers a range, or a part of one wider than 64: 16, 32 or 64."""
+    return 16 if side.width <= 16 else 32 if side.width <= 32 else 64
+
+
+def tiles_of(side: Side) -> int:
+    """The number of tiles that cover a range."""
+    return runtime.cdiv(side.width, tile_of(side))
 
 
 def product_tiles(samples: int, width: int, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
     """Rows and depth of a tile for units ``width`` deep, and the number of loads in flight.
 
-    128 rows are two ``wgmma`` of 64, and reuse each weight tile for 128 FLOPs per byte; for one step of a batch 64 make
-    twice the programs, and for few samples 16 rows are enough, the minimum of a tensor core. Three stages of 16 KB of x
-    and 8 KB of weights leave room for other programs on an SM, and fit the 99 KB of consumer cards. float32 samples
-    take twice the registers, whatever they are converted to: half the rows, half the depth; by parts a quarter of it,
-    or one program of 8 warps fits an SM. float32 weights alone, and units 16 deep: half the rows. ``ieee`` products run
-    on the ordinary cores, with fully unrolled loops: a depth of 16. Parts, of which there are three for a tile of
-    weights, are shared by 128 rows and two sums by 8 warps: read for 64 rows they would come from L2 more slowly than
-    they are multiplied. With these numbers no kernel uses the stack (``benchmarks/results/aot.md``).
+    128 rows are two ``wgmma`` of 64; 64 make twice the programs for one step of a batch, and 16, the minimum of a
+    tensor core, are enough for few samples. Three stages of 16 KB of x and 8 KB of weights fit the 99 KB of consumer
+    cards. float32 samples take twice the registers: half the rows, half the depth; by parts a quarter of it. float32
+    weights alone, and units 16 deep: half the rows. ``ieee`` products run on the ordinary cores, with fully unrolled
+    loops: a depth of 16. The three parts of a tile of weights are shared by 128 rows and two sums by 8 warps: for 64
+    rows L2 would be too slow. With these numbers no kernel uses the stack (``benchmarks/results/aot.md``).
     """
     wide = (precision == "parts" or torch.float32 not in (x, products)) and samples > 1024
     block_m = 16 if samples <= 32 else 128 if wide and width > 16 else 64
@@ -52,12 +53,9 @@ def _on_ordinary_cores(products: torch.dtype, precision: str) -> bool:
 def fitted(tiles: dict[str, int], device: torch.device, deepest: int = 32) -> dict[str, int]:
     """The tiles of a matrix-product kernel, adjusted to ``device``.
 
-    On AMD's cards loads travel in registers, and the 64 KB of shared memory hold two programs of two stages: one stage
-    is in shared memory while the other is loaded.
-
-    RDNA: 8 warps, and no tile deeper than ``deepest``. Its warps are 32 threads wide like NVIDIA's, but its ``wmma``
-    needs each factor twice in a warp's registers. With the tiles of other cards, 16-bit kernels spilled up to 292 bytes
-    per thread to the stack, a float32 kernel 2,764.
+    On AMD's cards loads travel in registers: one of two stages is in shared memory while the other is loaded. RDNA: 8
+    warps, and no tile deeper than ``deepest``, since its ``wmma`` needs each factor twice in a warp's registers. With
+    the tiles of other cards, 16-bit kernels spilled up to 292 bytes per thread, a float32 kernel 2,764.
     """
     card = runtime.card_of(device)
     if not card.amd:
@@ -81,11 +79,10 @@ _PROGRAMS = 528
 def weight_gradient_tiles(width: int, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
     """The number of units ``width`` wide that share a tile of dy, of samples per step, and of loads in flight.
 
-    128 columns of x, as wide as a ``wgmma`` or two of them deep: with 256, most rows of the default mask (8 or 9 units
-    of 64) would leave a last group almost empty. 64 samples per step are four ``wgmma`` deep; three stages take 72 KB
-    at most. In float32, half of both, as in :func:`product_tiles`, and for floats by parts a quarter of the samples;
-    spikes beside parts are narrow enough for all 128 columns. Beside spikes, float32 sums take
-    8 warps: with 4 they spill on the ordinary cores of sm_89. CHAIN is 0 where one chain is as good as several.
+    128 columns of x: with 256, most rows of the default mask (8 or 9 units of 64) would leave a last group almost
+    empty. 64 samples per step are four ``wgmma`` deep. In float32 half of both, and for floats by parts a quarter of
+    the samples; spikes beside parts are narrow enough for all 128 columns. Beside spikes, float32 sums take 8 warps:
+    with 4 they spill on the ordinary cores of sm_89. CHAIN is 0 where one chain is as good as several.
     """
     floats = torch.float32 in (x, products)
     by_parts, spikes = precision == "parts", x == torch.uint8
@@ -105,28 +102,24 @@ def groups_and_parts(units: int, rows: int, tiles: int, samples: int, group: int
 # --- units or dense -----------------------------------------------------------------------------------------------
 
 
-def dense_pays(
-    padded: int, inputs: int, outputs: int, x: torch.Tensor, side: int, products: torch.dtype, precision: str
-) -> bool:
-    """True where the dense product is expected to be faster; a rule, not measured.
+def dense_pays(units: Units, x: torch.Tensor, outer: Side, products: torch.dtype) -> bool:
+    """True where the dense product of x [M, …] is expected to be faster; a rule, not measured. ``outer`` is what is not
+    summed over: of ``units`` the rows, in the input gradient the columns.
 
     It counts FLOP of a dense product per sample. A weight of a tile takes ``times`` as long as one of the dense matrix:
     cuBLAS reaches 0.8 of a card's rate, our products 0.6 on tensor cores and 0.45 on the ordinary ones, a twelfth as
-    fast, unless L2 is slower, which gives a tile of 128 × ``side`` its factors. A byte of memory takes twice as long as
-    one of L2; cuBLAS multiplies no spikes as bytes. Assembling the dense matrix takes as long as a thousand samples,
-    and its launches ten microseconds.
+    fast, unless L2 is slower, which gives a tile of 128 × ``tile_of(outer)`` its factors. A byte of memory takes twice
+    as long as one of L2; cuBLAS multiplies no spikes as bytes. Assembling the dense matrix takes as long as a thousand
+    samples, and its launches ten microseconds.
     ``tests/benchmarks/test_choices.py`` compares the rule with the model of :mod:`benchmarks.costs`.
-
-    Args:
-        padded: the weights that the tiles of all units have.
-        inputs, outputs: of the product.
-        x: [M, …], what is multiplied, spikes in uint8.
-        side: of the tiles of what is not summed over: outputs, or inputs in the input gradient.
-        products, precision: how factors are multiplied.
     """
-    if _chosen is not None:
-        return _chosen
+    if runtime.assumed.dense is not None:
+        return runtime.assumed.dense
+    rows, cols = units.rows, units.cols
+    padded = units.unit_row.shape[0] * tiles_of(rows) * tile_of(rows) * tiles_of(cols) * tile_of(cols)
+    inputs, outputs = (cols.size, rows.size) if outer is rows else (rows.size, cols.size)
     rate: float = runtime.card_of(x.device).flop_per_byte
+    precision = runtime.precision_of(products, x.device)
     size, x_size, times, weight_size = products.itemsize, x.dtype.itemsize, 4 / 3, products.itemsize
     if precision == "tf32":
         rate /= 2
@@ -134,23 +127,9 @@ def dense_pays(
         rate, times = rate / 12, 16 / 9
         if precision == "parts":
             times, weight_size = 4 / 3 * (3 if x_size == 1 else 6) / 12, 6
-    times = max(times, rate * (x_size / side + weight_size / 128) / 2)
+    times = max(times, rate * (x_size / tile_of(outer) + weight_size / 128) / 2)
     by_units = max(2 * times * padded, 2 * rate * (x_size * inputs + size * outputs))
     dense = max(2 * inputs * outputs, 2 * rate * size * (inputs + outputs))
     if x.dtype != products:
         dense += 2 * rate * (x_size + size) * inputs
     return by_units * len(x) > dense * len(x) + 2000 * inputs * outputs + 4e7 * rate
-
-
-_chosen: bool | None = None
-
-
-@contextlib.contextmanager
-def choose(dense: bool) -> Iterator[None]:
-    """Inside, every product is dense, or none is, whatever :func:`dense_pays` says; to compare the two."""
-    global _chosen
-    before, _chosen = _chosen, dense
-    try:
-        yield
-    finally:
-        _chosen = before

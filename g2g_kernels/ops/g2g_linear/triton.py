@@ -9,16 +9,12 @@ With M samples (T·B in training), U units of R × C weights, and per block row 
                                                                       the same packed values, read the other way round
     dW[i][j] =        Σ_m dy[m][i]·x[m][j]                            weight_gradient_kernel
 
-Each of the three takes 2·M·U·R·C FLOPs. A ``wgmma`` of sm_90 is four warps' and has 64 rows in its left factor. These
-are samples; in the weight gradient, which sums over samples, they are a unit's 64 outputs or the inputs of several
-units. Warps beyond 64 rows would multiply the same again: eight of them need 128.
-
-Neurons are read and written at their columns in memory: neuron n of a :class:`Side` is column n. A side translates from
-the padded group order of a :class:`BlockMask` (*places*); these kernels translate in their loads and stores, without a
-separate pass.
+Each of the three takes 2·M·U·R·C FLOPs. A ``wgmma`` of sm_90 is four warps' and has 64 rows in its left factor, so
+eight warps need 128. Neurons are read and written at their columns in memory: neuron n of a :class:`Side` is column n,
+which loads and stores translate from the padded group order of a mask (*places*), without a separate pass.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -26,7 +22,7 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from g2g_kernels.mask.block_mask import BlockMask
-from g2g_kernels.mask.packing import assembled, no_tiles, packed
+from g2g_kernels.mask.packing import Units, assembled, no_tiles, packed
 from g2g_kernels.mask.sides import Side
 from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.g2g_linear.call import LinearCall, operators
@@ -36,7 +32,8 @@ from g2g_kernels.ops.g2g_linear.tiles import (
     fitted,
     groups_and_parts,
     product_tiles,
-    side_of,
+    tile_of,
+    tiles_of,
     weight_gradient_tiles,
 )
 from g2g_kernels.ops.record import Backward
@@ -47,21 +44,10 @@ from g2g_kernels.triton.products import (
     part_ty,
     plus_product,
     plus_product_over_rows,
-    precision_of,
 )
-from g2g_kernels.triton.runtime import cdiv, launch, next_power_of_2
+from g2g_kernels.triton.runtime import cdiv, launch, next_power_of_2, precision_of
 
 # --- the graph as kernels read it -------------------------------------------------------------------------------
-
-
-def tile_of(side: Side) -> int:
-    """The side of a tile that covers a range, or a part of one wider than 64: 16, 32 or 64."""
-    return side_of(side.width)
-
-
-def tiles_of(side: Side) -> int:
-    """The number of tiles that cover a range."""
-    return cdiv(side.width, tile_of(side))
 
 
 def in_order(side: Side) -> Side:
@@ -97,71 +83,39 @@ def read_by(side: Side, readers: Side) -> Side:
     )
 
 
-class Units(NamedTuple):
-    """The units of a layer: the index buffers of its :class:`BlockMask`, and its two sides."""
-
-    unit_row: torch.Tensor
-    unit_col: torch.Tensor
-    row_ptr: torch.Tensor
-    row_slot: torch.Tensor
-    col_ptr: torch.Tensor
-    col_slot: torch.Tensor
-    rows: Side
-    cols: Side
-
-    def dense_pays(self, x: torch.Tensor, outer: Side, products: torch.dtype, precision: str) -> bool:
-        """Whether a product of x, for the neurons ``outer`` or the weights to them, is expected to be faster dense."""
-        tiles = [tiles_of(side) * tile_of(side) for side in (self.rows, self.cols)]
-        padded = self.unit_row.shape[0] * tiles[0] * tiles[1]  # len() of a tensor takes a microsecond more
-        inner = self.cols if outer is self.rows else self.rows
-        return dense_pays(padded, inner.size, outer.size, x, tile_of(outer), products, precision)
-
-    def arguments(self, by_rows: bool) -> dict[str, Any]:
-        """Those of kernels that go through the units of each row; or of each column, the transposed way."""
-        inner, outer = (self.cols, self.rows) if by_rows else (self.rows, self.cols)
-        return {
-            "x_column": inner.neuron_at,
-            "x_bounds": inner.bounds,
-            "ptr": self.row_ptr if by_rows else self.col_ptr,
-            "slots": self.row_slot if by_rows else self.col_slot,
-            "others": self.unit_col if by_rows else self.unit_row,
-            "y_column": outer.neuron_at,
-            "num_n": outer.num_units,
-            "x_size": inner.size,
-            "y_size": outer.size,
-            "K": inner.width,
-            "N": outer.width,
-        }
+def arguments(units: Units, by_rows: bool) -> dict[str, Any]:
+    """Those of kernels that go through the units of each row; or of each column, the transposed way."""
+    inner, outer = (units.cols, units.rows) if by_rows else (units.rows, units.cols)
+    return {
+        "x_column": inner.neuron_at,
+        "x_bounds": inner.bounds,
+        "ptr": units.row_ptr if by_rows else units.col_ptr,
+        "slots": units.row_slot if by_rows else units.col_slot,
+        "others": units.unit_col if by_rows else units.unit_row,
+        "y_column": outer.neuron_at,
+        "num_n": outer.num_units,
+        "x_size": inner.size,
+        "y_size": outer.size,
+        "K": inner.width,
+        "N": outer.width,
+    }
 
 
 def units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
     """The units of a mask with packed weights ``values``. Raises ValueError for values that are not the mask's."""
     known = vars(mask)
-    if known.get("packed") != values.shape:
-        known["units"] = _units_of(mask, values)
-        known["packed"] = values.shape
-    return known["units"]
-
-
-def _units_of(mask: MaskTensors, values: torch.Tensor) -> Units:
-    if values.dim() != 3 or len(values) != len(mask.unit_row):
-        raise ValueError(f"values of shape {tuple(values.shape)} do not fit a mask of {len(mask.unit_row)} units")
-    sides: list[Side] = []
-    for (order, bounds, neuron_at, place_of), width in ((mask[6:10], values.shape[1]), (mask[10:], values.shape[2])):
-        num_units = len(bounds) - 1
-        if len(neuron_at) not in (0, num_units * width):
-            raise ValueError(f"values of shape {tuple(values.shape)} do not fit {len(neuron_at)} places")
-        side = Side(num_units, width, len(order), bounds=bounds if len(order) < num_units * width else None)
-        sides.append(side._replace(neuron_at=neuron_at, place_of=place_of) if len(neuron_at) else side)
-    return Units(*mask[:6], *sides)
+    units: Units = known.get("units") or known.setdefault("units", mask.units)
+    packed_shape = units.unit_row.shape[0], units.rows.width, units.cols.width
+    if values.shape != packed_shape:
+        raise ValueError(f"values have shape {tuple(values.shape)}, this mask's packed weights {packed_shape}")
+    return units
 
 
 # --- forward and input gradient ---------------------------------------------------------------------------------
 #
 # One program computes BLOCK_M samples × one tile of BLOCK_N outputs; it loops over the units of its block row, each a
 # [BLOCK_M, BLOCK_K] tile of x times a [BLOCK_K, BLOCK_N] tile of weights. Programs of one sample tile are neighbours in
-# the grid, so its x is read from memory once, then from L2: 2·M·K + 2·U·R·C + 2·M·N bytes of memory in 16 bits
-# (M·K for spikes in uint8), and U·R·C/64·(2·M/64 + …) from L2.
+# the grid, so its x is read from memory once, then from L2: 2·M·K + 2·U·R·C + 2·M·N bytes in 16 bits (M·K for spikes).
 #
 # A tile is found through row_slot and unit_col. If a turn of the loop followed this chain for its own tile, the chain
 # would take up the stages of the compiler's pipeline: one buffer for x, and a wait for all loads before each product.
@@ -192,12 +146,8 @@ def length(bounds, unit, width):
 def tile_at(
     i, end, slots, others, x_column, x_bounds, x_size, K: tl.constexpr, TILES_K: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Where tile ``i`` of the units of a row is, counted over all rows; ``end`` is the row's last position plus one.
-
-    Returns:
-        The unit's slot; of each of the tile's BLOCK_K places whether it holds weights, its column of x, and whether
-        there is one. From the row's end on, those of slot 0.
-    """
+    """Of tile ``i`` of the units of a row, counted over all rows: its unit's slot; of its BLOCK_K places whether they
+    hold weights, their columns of x, and whether there is one. From the row's ``end`` on, those of slot 0."""
     exists = i < end * TILES_K
     slot = tl.load(slots + i // TILES_K, mask=exists, other=0)
     other = tl.load(others + slot, mask=exists, other=0)
@@ -259,16 +209,12 @@ def product_kernel(
 
 
 def _launch_product(
-    x: torch.Tensor,
-    values: torch.Tensor,
-    by_rows: bool,
-    units: Units,
-    bias: torch.Tensor | None,
-    y: torch.Tensor,
-    precision: str,
+    x: torch.Tensor, values: torch.Tensor, units: Units, bias: torch.Tensor | None, y: torch.Tensor, by_rows: bool
 ) -> None:
+    if not y.numel():
+        return
     inner, outer = (units.cols, units.rows) if by_rows else (units.rows, units.cols)
-    samples = x.shape[0]
+    samples, precision = x.shape[0], precision_of(values.dtype, x.device)
     options = fitted(product_tiles(samples, tile_of(inner), x.dtype, values.dtype, precision), x.device)
     launch(
         product_kernel,
@@ -282,7 +228,7 @@ def _launch_product(
         BY_ROWS=by_rows,
         PRECISION=precision,
         BLOCK_N=tile_of(outer),
-        **units.arguments(by_rows),
+        **arguments(units, by_rows),
         **options,
     )
 
@@ -291,8 +237,7 @@ def product(
     x: torch.Tensor, values: torch.Tensor, units: Units, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
     """y [M, out] of ``dtype``: x [M, in] (floats, or spikes in uint8), ``bias`` [out] in the order of y's columns."""
-    precision = precision_of(values.dtype, x.device)
-    if units.dense_pays(x, units.rows, values.dtype, precision):  # cuBLAS, with the zeros stored
+    if dense_pays(units, x, units.rows, values.dtype):  # cuBLAS, with the zeros stored
         weight, x = dense_weight(values, units), x.to(values.dtype)
         if dtype.itemsize > values.dtype.itemsize:  # a held current: factors are rounded, their sum is not
             weight, x = weight.to(dtype), x.to(dtype)
@@ -300,26 +245,23 @@ def product(
     # nothing is stored to columns without a neuron
     allocate = torch.zeros if units.rows.holes else torch.empty
     y = allocate((x.shape[0], units.rows.size), dtype=dtype, device=x.device)
-    if y.numel():
-        _launch_product(x, values, True, units, bias, y, precision)
+    _launch_product(x, values, units, bias, y, by_rows=True)
     return y
 
 
 def input_gradient(grad_y: torch.Tensor, values: torch.Tensor, units: Units, dtype: torch.dtype) -> torch.Tensor:
     """dx [M, in] of ``dtype``, from dy [M, out] of the dtype of ``values``."""
-    precision = precision_of(values.dtype, grad_y.device)
-    if units.dense_pays(grad_y, units.cols, values.dtype, precision):
+    if dense_pays(units, grad_y, units.cols, values.dtype):
         return (grad_y @ dense_weight(values, units)).to(dtype)
     grad_x = torch.empty((grad_y.shape[0], units.cols.size), dtype=dtype, device=grad_y.device)
-    if grad_x.numel():
-        _launch_product(grad_y, values, False, units, None, grad_x, precision)
+    _launch_product(grad_y, values, units, None, grad_x, by_rows=False)
     return grad_x
 
 
 # --- the dense weight -------------------------------------------------------------------------------------------
 #
-# What PyTorch would do by index_copy_, which under deterministic algorithms sorts its indices at every call: a million
-# keys for single weights. No two slots hold the same unit, so a plain store is deterministic.
+# PyTorch's index_copy_ sorts its indices at every call under deterministic algorithms: a million keys for single
+# weights. No two slots hold the same unit, so a plain store is deterministic.
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -359,11 +301,9 @@ def dense_weight(values: torch.Tensor, units: Units) -> torch.Tensor:
 # parts go to memory in float32 and are added by a second launch, always in the same order: no atomics. Bytes from L2
 # for 16-bit dy and uint8 x: U·M·(2·R/GROUP + C); memory: 2·4·PARTS·U·R·C for the parts.
 #
-# In float32 a chain of additions can be too long: with one product after another, as on the ordinary cores, 12,800
-# samples gave weight gradients 5.2 times PyTorch's error; with one tile of parts after another 2.3 times, with tensor
-# cores emulated. So each chain of CHAIN samples is added to a total, and the next begins at zero (0.8; 1.0 times). This
-# needs another accumulator but no extra bytes. The rounding of 16-bit and tf32 factors outweighs that of the sums: they
-# use one chain.
+# In float32 one chain of additions can be too long: over 12,800 samples weight gradients had 5.2 times PyTorch's error
+# on the ordinary cores, 2.3 times with parts (emulated). So each chain of CHAIN samples is added to a total, and the
+# next begins at zero (0.8; 1.0 times). The rounding of 16-bit and tf32 factors outweighs that of the sums: one chain.
 #
 # Rows have different numbers of units, which dynamic sparse training changes on the device. The grid is therefore sized
 # for an upper bound on the number of groups. Each program finds its own row; programs without work return at once.
@@ -436,9 +376,9 @@ def weight_gradient(grad_y: torch.Tensor, x: torch.Tensor, units: Units, dtype: 
     """dW, packed, of ``dtype``, from ``grad_y`` [M, out] and ``x`` [M, in], floats or spikes in uint8."""
     rows, cols = units.rows, units.cols
     num_units, samples = units.unit_row.shape[0], x.shape[0]
-    precision = precision_of(grad_y.dtype, x.device)
-    if units.dense_pays(x, units.rows, grad_y.dtype, precision):
+    if dense_pays(units, x, units.rows, grad_y.dtype):
         return packed(grad_y.T @ x.to(grad_y.dtype), units).to(dtype)
+    precision = precision_of(grad_y.dtype, x.device)
     # on the ordinary cores, with fully unrolled loops, RDNA has registers for a depth of 8
     deepest = 8 if grad_y.dtype == torch.float32 else 32
     options = fitted(weight_gradient_tiles(tile_of(cols), x.dtype, grad_y.dtype, precision), x.device, deepest)
@@ -511,15 +451,14 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     grad_y: Any
     call, _, (grad_y,), (want_x, want_values, _, *want_bias) = given
     units = units_of(call.mask, call.values)
-    to_x, to_values, to_bias = None, None, None
+    x = values = bias = None
     if want_x:
-        to_x = input_gradient(grad_y, call.values.to(grad_y.dtype), units, call.x.dtype)
+        x = input_gradient(grad_y, call.values.to(grad_y.dtype), units, call.x.dtype)
     if want_values:
-        to_values = weight_gradient(grad_y, call.x, units, call.values.dtype)
+        values = weight_gradient(grad_y, call.x, units, call.values.dtype)
     if any(want_bias):
-        to_bias = grad_y.sum(0, dtype=torch.float32)
-    bias = () if call.bias is None else (None if to_bias is None else to_bias.to(call.bias.dtype),)
-    return [to_x, to_values, None, *bias]
+        bias = grad_y.sum(0, dtype=torch.float32).to(call.bias.dtype)
+    return given.aligned(call._replace(x=x, values=values, bias=bias))
 
 
 FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _backward)  # CPU: Triton's interpreter

@@ -15,7 +15,7 @@ from g2g_kernels.dispatch import BACKENDS, Operator, forced_backend
 from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.checks import check_connection, check_tensor
-from g2g_kernels.ops.derivatives import Autocast, has_tangent
+from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_stack import cpu, graph, recurrent_lists, reference
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, NeuronState, Spikes, StackState
@@ -128,9 +128,12 @@ def _signature(tensors: Sequence[torch.Tensor], form: Form, *options: Any) -> Ha
         for part in form
     ]
     types = [*map(type, others), *map(type, options)]  # True is 1, but no number of steps
-    if not _PLAIN.issuperset(types):
+    if not tensors or not _PLAIN.issuperset(types):
         return None
-    return *of_tensors, *others, *options, *types, Autocast.of(tensors[0]), *BACKENDS.values(), forced_backend(None)
+    device = tensors[0].device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    around = autocast and torch.get_autocast_dtype(device), *BACKENDS.values(), forced_backend(None)
+    return *of_tensors, *others, *options, *types, *around
 
 
 def _checked(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from g2g_kernels.ops.derivatives import Autocast, gradients_of, has_tangent
+from g2g_kernels.ops.derivatives import autocast_of, gradients_of, has_tangent
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Spikes
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
 from g2g_kernels.ops.record import Form, built, opened
@@ -103,7 +103,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, function, more, *tensors):
-        ctx.function, ctx.count, ctx.autocast = function, len(tensors), Autocast.of(tensors[0])
+        ctx.function, ctx.count, ctx.autocast = function, len(tensors), autocast_of(tensors[0])
         ctx.save_for_backward(*tensors, *more)
         ctx.set_materialize_grads(False)
         return tuple(function(*tensors))

@@ -1,43 +1,29 @@
 """``g2g_stack`` in Triton: the whole stack of layers. Operators ``g2g::triton_stack_forward`` (with its autograd
 formula) and ``g2g::triton_stack_backward``.
 
-Spikes travel from layer to layer as bytes, in the order of places in which the next layer reads them (see
-``read_by``); so do its currents and their gradients. Only counts, rates and gradients of parameters are put back
-into the order of neurons: at most B·N numbers each.
-
-A layer runs in one of three ways:
-
-    pair       the product of ``g2g_linear``, its currents [T, B, N] in memory, then the kernel of ``neurons``. For a
-               held input (the first layer under ``current`` encoding) the product is [B, N], computed once.
-    fused      one kernel for both; the currents stay in registers. For the backward pass it keeps margins θ − U.
-               :func:`fused_pays` says where.
-    recurrent  the product, then one launch per step for V·S_{t−1} and the neurons; backward one launch per step for
-               Vᵀ·∂L/∂I_{t+1} and the neurons. The gradients of V and of W are computed once, over all steps.
-
-README.md has the bytes of each. Rounding keeps a margin's sign, so every R is exact, and margins are most precise
-where σ' is steep. Far from a large θ they do not have U, which is then kept instead (``to_keep``). They have the
-products' dtype, like the gradients of currents and spikes.
+README.md has the three ways of a layer (pair, fused, recurrent), what is kept and the bytes of each. Spikes travel
+from layer to layer as bytes, in the order of places in which the next layer reads them (``read_by``); so do its
+currents and their gradients. Only counts, rates and gradients of parameters return to the order of neurons.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from g2g_kernels.mask.packing import Units
 from g2g_kernels.mask.sides import Side
-from g2g_kernels.ops.g2g_linear.tiles import STAGES, fitted, product_tiles, side_of
+from g2g_kernels.ops.g2g_linear.tiles import STAGES, fitted, product_tiles, tile_of
 from g2g_kernels.ops.g2g_linear.triton import (
-    Units,
+    arguments,
     columns,
     in_order,
     input_gradient,
     plus_units,
     product,
     read_by,
-    tile_of,
     too_large,
     units_of,
     weight_gradient,
@@ -45,10 +31,10 @@ from g2g_kernels.ops.g2g_linear.triton import (
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
 from g2g_kernels.ops.g2g_stack.layer import SpikingLayer, refuses_fields, unread
+from g2g_kernels.ops.neurons.call import NeuronsCall
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.ops.neurons.triton import (
-    NeuronLaunch,
     Upstream,
     checkpoint_shape,
     launch_backward,
@@ -73,18 +59,15 @@ from g2g_kernels.triton.neuron import (
     to_keep,
     zeros,
 )
-from g2g_kernels.triton.products import in_memory, precision_of
-from g2g_kernels.triton.runtime import cdiv, launch
+from g2g_kernels.triton.products import in_memory
+from g2g_kernels.triton.runtime import cdiv, launch, precision_of
 
 # --- neurons and their product in one kernel --------------------------------------------------------------------
 #
 # One program computes BLOCK_M samples × one tile of BLOCK_N neurons, membranes in registers: all T steps of a fused
-# layer, one step of a recurrent one. 2·T·B·U·R·C FLOPs.
-#
-# The weights of a fused layer's block row (67 KB by default) fit into shared memory beside two steps of spikes. They
-# are read once and stay for all T: the loop runs over t and is unrolled over ON_CHIP units, so each step's loads are in
-# flight during the step before. Rows with fewer units multiply zeros; those with more, which dynamic sparse training
-# may make, read their weights anew in each step.
+# layer, one step of a recurrent one. 2·T·B·U·R·C FLOPs. The weights of a fused layer's block row stay in shared memory
+# for all T: the loop is unrolled over ON_CHIP units, so each step's loads are in flight during the step before. Rows
+# with fewer units multiply zeros; those with more, which dynamic sparse training may make, read them in each step.
 
 
 @triton.jit
@@ -238,9 +221,9 @@ def recurrent_backward_kernel(
 
 
 def fused_tiles(batch: int, units: Units, outer: Side, x: torch.dtype, products: torch.dtype) -> dict[str, Any]:
-    """As for the product of ``units`` for the neurons ``outer``, with 64 samples at most: two row tiles of a batch of
-    256 times 32 block rows would leave half of an H100's 132 SMs without work. Four warps, since eight would multiply
-    64 samples twice. Parts need a second sum: half the neurons, with which two programs fit an SM."""
+    """As for the product of ``units`` for the neurons ``outer``, with 64 samples at most: 128 would leave half of an
+    H100 without work. Four warps, since eight would multiply 64 samples twice. Parts need a second sum: half the
+    neurons, with which two programs fit an SM."""
     device = units.row_ptr.device
     precision = precision_of(products, device)
     inner = units.cols if outer is units.rows else units.rows
@@ -257,12 +240,10 @@ ON_CHIP_CARDS = "sm_90", "sm_100", "sm_103"
 
 
 def units_on_chip(units: Units, x: torch.dtype, products: torch.dtype) -> int:
-    """The units of a block row whose weights stay on chip: as many as rows have on average, rounded up, or 0.
-
-    0 where they do not fit into shared memory (:func:`on_chip_bytes`), and where the loop is not made for it:
-    for weights of 32 bits, inputs that are no spikes or not in the order of places, and units wider than a tile. Nor
-    where registers would spill to the stack: for neurons out of order, whose addresses take 32 per thread, and on cards
-    that are not :data:`ON_CHIP_CARDS`.
+    """The units of a block row whose weights stay on chip: as many as rows have on average, rounded up. 0 where they do
+    not fit into shared memory, where the loop is not made for it (32 bits, inputs that are no spikes or not in the
+    order of places, units wider than a tile), and where registers would spill: for neurons out of order, whose
+    addresses take 32 per thread, and on cards that are not :data:`ON_CHIP_CARDS`.
     """
     rows, cols, card = units.rows, units.cols, runtime.card_of(units.row_ptr.device)
     if x != torch.uint8 or products.itemsize != 2 or card.architecture not in ON_CHIP_CARDS or cols.bounds is not None:
@@ -270,48 +251,30 @@ def units_on_chip(units: Units, x: torch.dtype, products: torch.dtype) -> int:
     if cols.neuron_at is not None or rows.neuron_at is not None or max(rows.width, cols.width) > 64:
         return 0
     number = cdiv(units.unit_row.shape[0], rows.num_units)
-    fits = number <= MOST_ON_CHIP and on_chip_bytes(number, side_of(rows.width), side_of(cols.width)) <= card.shared
+    fits = number <= MOST_ON_CHIP and on_chip_bytes(number, tile_of(rows), tile_of(cols)) <= card.shared
     return number if fits else 0
 
 
 def on_chip_bytes(number: int, height: int, width: int) -> int:
-    """The shared memory of the fused kernel with the weights of ``number`` units, 16 bits each, on chip, at most:
-    beside them the spikes of two steps, 64 samples of 8 bits for each unit, and of one unit in 16 bits; and 1 KiB that
-    Triton 3.4 adds.
-    """
-    samples = 64
-    return number * width * (2 * height + 2 * samples) + 2 * width * samples + 1024
+    """The shared memory of the fused kernel with the weights of ``number`` units on chip, at most: these in 16 bits,
+    the spikes of two steps, 64 samples of 8 bits for each unit, and of one unit in 16; 1 KiB that Triton 3.4 adds."""
+    return number * width * 2 * (height + 64) + 2 * width * 64 + 1024
 
 
 def fused_pays(units: Units, population: Neurons, batch: int, x: torch.dtype, products: torch.dtype) -> bool:
     """True where one kernel for product and neurons is expected to be faster than the pair; a rule, not measured.
 
-    Fusing saves 2.6 bytes per element of [T, B, N] in 16 bits. But its programs loop over time and cannot be split over
-    it: there are B/64 of them per block row, one on each multiprocessor, which are to be busy for three quarters of the
-    time. Where weights do not stay on chip, they would be read from L2 in each step. Only for models whose one state is
-    the membrane: the backward pass can recover only that from the margins. ``x`` is the dtype of the layer's inputs,
-    uint8 for spikes, ``products`` that of the factors.
+    Fusing saves 2.6 bytes per element of [T, B, N] in 16 bits. But its programs cannot be split over time: there are
+    B/64 per block row, one on each multiprocessor, which are to be busy for three quarters of the time. Only for models
+    whose one state is the membrane, since the backward pass recovers no other from the margins. ``x`` is the dtype of
+    the layer's inputs, uint8 for spikes, ``products`` that of the factors.
     """
     if len(MODELS[population.model].states) > 1 or not units_on_chip(units, x, products):
         return False
-    if _chosen is not None:
-        return _chosen
+    if runtime.assumed.fused is not None:
+        return runtime.assumed.fused
     programs, most = units.rows.num_units * cdiv(int(batch), 64), runtime.card_of(units.row_ptr.device).multiprocessors
     return 4 * programs >= 3 * most * cdiv(programs, most)
-
-
-_chosen: bool | None = None
-
-
-@contextlib.contextmanager
-def choose(fused: bool) -> Iterator[None]:
-    """Inside, every layer that can be fused is, or none is, whatever :func:`fused_pays` says; to compare the two."""
-    global _chosen
-    _chosen = fused
-    try:
-        yield
-    finally:
-        _chosen = None
 
 
 # --- one layer in memory ----------------------------------------------------------------------------------------
@@ -435,7 +398,7 @@ def _launch(
         batch=batch,
         ON_CHIP=on_chip,
         STAGES=STAGES,
-        **units.arguments(by_rows=True),
+        **arguments(units, by_rows=True),
         **{name: others.get(name) for name in ("bias", "currents", "margins", "counts", "states_before")},
         **model_options(layer.population),
         **tiles,
@@ -444,8 +407,8 @@ def _launch(
 
 
 def _recur(layer: _Layer, current: torch.Tensor, spikes: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-    """Runs a recurrent layer step by step; writes spikes [T, B, N'], and the states of the last steps, as many as
-    there is memory for. Returns those of the last, float32 [states, B, N']."""
+    """Runs a recurrent layer step by step; writes spikes [T, B, N'] and the last ``states``, as many as there is memory
+    for. Returns those of the last step, float32 [states, B, N']."""
     assert layer.recurrent is not None
     values, units = in_memory(layer.recurrent[0]), layer.recurrent[1]
     sent, before = layer.sent_before(spikes.shape[1]), layer.first
@@ -479,8 +442,9 @@ def _recur_backward(
     tiles = fused_tiles(batch, units, units.cols, weights.dtype, weights.dtype)
     rows, of_col = cdiv(batch, tiles["BLOCK_M"]), cdiv(units.cols.width, tiles["BLOCK_N"])
     partials = spikes.new_zeros((len(population.parameters) + 1, rows, size), dtype=torch.float32)
-    over_time = {name: upstream.arguments()[name] for name in ("grad_spikes", "grad_membranes")}
+    of_steps = upstream.spikes, upstream.membranes
     for t in range(steps - 1, -1, -1):
+        to_spikes, to_membranes = (None if grad is None else grad[t] for grad in of_steps)
         launch(
             recurrent_backward_kernel,
             (units.cols.num_units * of_col * rows,),
@@ -497,10 +461,8 @@ def _recur_backward(
             alpha=float(population.alpha),
             rate_scale=1 / (steps * batch),
             SURROGATE=population.surrogate,
-            grad_counts=upstream.counts,
-            grad_rates=upstream.rates,
-            **{name: None if grad is None else grad[t] for name, grad in over_time.items()},
-            **units.arguments(by_rows=False),
+            **upstream._replace(spikes=to_spikes, membranes=to_membranes).arguments(),
+            **arguments(units, by_rows=False),
             **model_options(population),
             **tiles,
         )
@@ -522,10 +484,10 @@ def _neurons_backward(
     layer: _Layer, state: torch.Tensor, checkpoints: torch.Tensor, upstream: Upstream, steps: int
 ) -> _Through:
     """The backward pass of the neurons of a layer whose currents or margins are in memory."""
-    run = NeuronLaunch(state, layer.population, steps, layer.first, layer.dropped, layer.fused)
+    call = NeuronsCall(state, layer.population, steps if layer.held else 0, layer.first)
     grad_current = torch.empty_like(state, dtype=layer.values.dtype)
     grad_first = None if layer.first is None else torch.empty_like(layer.first)
-    sums = launch_backward(run, checkpoints, upstream, grad_current, grad_first)
+    sums = launch_backward(call, checkpoints, upstream, grad_current, grad_first, layer.dropped, layer.fused)
     return _Through(grad_current, sums, grad_first)
 
 
@@ -608,8 +570,8 @@ def _forward(call: StackCall, keep: bool) -> Outputs:
             current = current.view(shape[1:] if layer.held else shape)
             if layer.recurrent is None:
                 state = current
-                run = NeuronLaunch(current, layer.population, steps, layer.first, layer.dropped)
-                last = launch_forward(run, spikes, checkpoints, counts, membranes)
+                of_neurons = NeuronsCall(current, layer.population, steps if layer.held else 0, layer.first)
+                last = launch_forward(of_neurons, spikes, checkpoints, counts, membranes, layer.dropped)
             else:
                 state = layer.allocate(*(of_state if keep or layer.membranes else (2, *of_state[1:])))
                 last = _recur(layer, current, spikes, state)

@@ -9,9 +9,10 @@ import torch
 from g2g_kernels.dispatch import Operator
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.derivatives import has_tangent
-from g2g_kernels.ops.neurons import cpu, reference, step
-from g2g_kernels.ops.neurons.checks import as_tensors, check_neurons, check_state, check_steps
+from g2g_kernels.ops.neurons import cpu, reference
+from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
 from g2g_kernels.ops.neurons.models import MODELS, RESET, RESETS, Neurons
+from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
 from g2g_kernels.tracing import is_transformed
 
@@ -53,14 +54,11 @@ def lif(
     This is snnTorch's ``Leaky`` (Eshraghian et al. 2023) with its ``reset_delay``; no gradient passes through R.
 
     Args:
-        current: input currents [T, ..., N]; with ``steps`` given, one current [..., N] held for all steps.
-        beta: membrane decay per step, a scalar or [N].
-        threshold: firing threshold θ, a scalar or [N].
-        steps: the number of time steps T of a held current; None if ``current`` has a time dimension.
+        current: [T, ..., N]; with ``steps``, the number T of time steps, one [..., N] that is held for all of them.
+        beta, threshold: the membrane's decay per step and θ, each a scalar or [N].
         reset: ``"subtract"``, ``"zero"`` or ``"none"``.
-        surrogate: the stand-in for dS/dU: ``"atan"``, ``"fast_sigmoid"``, ``"sigmoid"``, ``"triangle"`` or
-            ``"boxcar"``.
-        alpha: the sharpness α of the surrogate, above 0.
+        surrogate, alpha: the stand-in for dS/dU, ``"atan"``, ``"fast_sigmoid"``, ``"sigmoid"``, ``"triangle"`` or
+            ``"boxcar"``, and its sharpness, above 0.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
 
     Returns:
@@ -77,8 +75,7 @@ def lif(
         >>> lif(torch.full((1, 1), 0.6), beta=0.9, threshold=1.0, steps=4).flatten()  # held
         tensor([0., 1., 0., 1.])
     """
-    population = Neurons("lif", as_tensors(current, beta=beta, threshold=threshold), reset, surrogate, alpha)
-    return neurons(current, population, steps, backend)
+    return neurons(current, Neurons("lif", (beta, threshold), reset, surrogate, alpha), steps, backend)
 
 
 def synaptic(
@@ -113,8 +110,7 @@ def synaptic(
         >>> synaptic(torch.full((1, 1), 0.4), syn_decay=0.8, beta=0.9, threshold=1.0, steps=4).flatten()
         tensor([0., 1., 0., 1.])
     """
-    parameters = as_tensors(current, syn_decay=syn_decay, beta=beta, threshold=threshold)
-    population = Neurons("synaptic", parameters, reset, surrogate, alpha)
+    population = Neurons("synaptic", (syn_decay, beta, threshold), reset, surrogate, alpha)
     return neurons(current, population, steps, backend)
 
 
@@ -146,8 +142,7 @@ def adlif(
 
     Args:
         adapt_decay: decay ρ of the adaptation w per step, a scalar or [N].
-        a: what the membrane adds to the adaptation, a scalar or [N], of either sign.
-        b: what a spike adds to the adaptation, a scalar or [N], of either sign.
+        a, b: what the membrane and a spike add to the adaptation, each a scalar or [N], of either sign.
         current, beta, threshold, steps, reset, surrogate, alpha, backend: as for :func:`lif`, and so are the spikes
             that are returned, [T, ..., N], and the errors.
 
@@ -156,8 +151,7 @@ def adlif(
         >>> adlif(torch.full((1, 1), 0.6), **adaptive, steps=8).flatten()
         tensor([0., 1., 0., 0., 0., 0., 0., 1.])
     """
-    parameters = as_tensors(current, adapt_decay=adapt_decay, beta=beta, a=a, b=b, threshold=threshold)
-    population = Neurons("adlif", parameters, reset, surrogate, alpha)
+    population = Neurons("adlif", (adapt_decay, beta, a, b, threshold), reset, surrogate, alpha)
     return neurons(current, population, steps, backend)
 
 
@@ -197,16 +191,9 @@ def run_neurons(
     if state is not None:
         check_state("", state, population, current.shape if steps is not None else current.shape[1:])
     if is_transformed() or has_tangent((current, state, *population.parameters)):
+        _say_that_it_takes_steps()
         return in_steps(current, population, steps, state)
     return operator(current, population, steps, state, backend=backend)
-
-
-def in_steps(
-    current: torch.Tensor, population: Neurons, steps: int | None, state: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`run_neurons` in plain operations, one step after the other."""
-    _say_that_it_takes_steps()
-    return step.in_steps(current, population, steps, state)
 
 
 @functools.cache

@@ -31,19 +31,6 @@ def check_parameter(name: str, value: Any, of: str = "") -> float:
     raise ValueError(f"{name}={value!r:.40}{of} must be {held}")
 
 
-def as_tensors(current: torch.Tensor, of: str = "", **parameters: torch.Tensor | float) -> tuple[torch.Tensor, ...]:
-    """Parameters by name (``of`` some neurons) as tensors where ``current`` is; ValueError for no number of float32."""
-    check_tensor("current", current)
-    dtype = torch.promote_types(current.dtype, torch.float32)
-    tensors = []
-    for name, value in parameters.items():
-        if isinstance(value, NUMBERS):
-            value = check_parameter(name, value, of)
-            value = torch.tensor(value, dtype=dtype, device=current.device)
-        tensors.append(value)
-    return tuple(tensors)
-
-
 def check_steps(steps: int | None) -> int | None:
     """``steps`` as an int, or None. Raises ValueError for anything but None and a number of time steps."""
     return None if steps is None else COUNT.check("steps", steps)
@@ -62,7 +49,11 @@ def check_neurons(suffix: str, population: Neurons, size: int, like: torch.Tenso
     if len(parameters) != len(names):
         raise ValueError(f"{model} neurons{suffix} have {len(parameters)} parameters; expected {', '.join(names)}")
     if any([isinstance(parameter, NUMBERS) for parameter in parameters]):
-        parameters = as_tensors(like, suffix, **dict(zip(names, parameters, strict=True)))
+        options: Any = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+        parameters = tuple(
+            torch.tensor(check_parameter(name, each, suffix), **options) if isinstance(each, NUMBERS) else each
+            for name, each in zip(names, parameters, strict=True)
+        )
         population = population.with_parameters(parameters)
     for name, parameter in zip(names, parameters):  # noqa: B905
         check_tensor(name, parameter, of=suffix)

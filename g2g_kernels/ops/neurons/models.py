@@ -4,7 +4,7 @@ declared here.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,8 +18,6 @@ RESET = "subtract"
 Tensors = tuple[torch.Tensor, ...]
 #: of a membrane: its spike, or the surrogate's derivative there
 OfMembrane = Callable[[torch.Tensor], torch.Tensor]
-
-
 #: of the current, the states before the step, and the parameters
 StepGradients = tuple[torch.Tensor, Tensors, tuple[torch.Tensor | None, ...]]
 
@@ -34,13 +32,12 @@ class NeuronModel(NamedTuple):
         states: the names of its state variables, initially 0. The last is the membrane, which is compared with the
             threshold.
         charge: ``(states, fired, spike, current, parameters, reset) -> states`` after one more step. ``fired`` is R_t,
-            bool: whether the membrane was above the threshold; decays among ``parameters`` are already clamped.
-            ``spike(U)`` is S = 1[U > θ] as a number, with the surrogate's gradient, for a model whose step depends on
-            S_{t−1} by more than the reset.
-        charge_backward: ``(grads, states, fired, slope, parameters, reset) -> (current, states, parameters)``: maps the
-            gradients of the states after the step to those of the current, of the ``states`` before it, and this step's
-            contribution to those of the parameters (None: nothing). No gradient passes through R. ``slope(U)`` is
-            σ'(U − θ): what reaches S_{t−1} goes on to U_{t−1}, and negated to θ, times ``slope(U_{t−1})``.
+            bool; decays among ``parameters`` are already clamped. ``spike(U)`` is S = 1[U > θ] as a number, with the
+            surrogate's gradient, for a model whose step depends on S_{t−1} by more than the reset.
+        charge_backward: ``(grads, states, fired, slope, parameters, reset) -> (current, states, parameters)``: from the
+            gradients of the states after the step those of the current, of the ``states`` before it, and this step's
+            part of those of the parameters (None: nothing). No gradient passes through R. ``slope(U)`` is σ'(U − θ):
+            what reaches S_{t−1} goes on to U_{t−1}, and negated to θ, times ``slope(U_{t−1})``.
         by_spikes: the names of parameters that only multiply spikes.
         event_gradients: whether ∂L/∂I_t = σ'(U_t − θ)·∂L/∂S_t + p·∂L/∂I_{t+1}, p the first parameter, but for reset
             ``"zero"``; the input gradient may then be computed by events.
@@ -182,7 +179,7 @@ class Neurons(NamedTuple):
 
     Attributes:
         model: ``"lif"``, ``"synaptic"`` or ``"adlif"``, a name in ``MODELS``.
-        parameters: in the model's order, each a scalar or [N].
+        parameters: in the model's order, each a number, or a tensor of one entry or [N].
         reset: ``"subtract"``, ``"zero"`` or ``"none"``.
         surrogate: the stand-in for dS/dU, a name in ``SURROGATES``.
         alpha: the sharpness α of the surrogate, above 0.
@@ -194,12 +191,12 @@ class Neurons(NamedTuple):
     """
 
     model: str
-    parameters: Tensors
+    parameters: tuple[Any, ...]
     reset: str = RESET
     surrogate: str = SURROGATE
     alpha: float = ALPHA
 
-    def with_parameters(self, parameters: Tensors) -> "Neurons":
+    def with_parameters(self, parameters: tuple[Any, ...]) -> "Neurons":
         """The population with other parameters. (``_replace`` takes four times as long.)"""
         return Neurons(self.model, parameters, self.reset, self.surrogate, self.alpha)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from g2g_kernels.ops.derivatives import Autocast, gradients_of, needs_plain_operations
+from g2g_kernels.ops.derivatives import autocast_of, gradients_of, needs_plain_operations
 from g2g_kernels.ops.neurons.models import MODELS, Neurons, Tensors
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -166,7 +166,7 @@ def _again(ctx, edge, state, kept, parameters, grads):
 
     need_current, need_state, _, _, _, *need_parameters = ctx.needs_input_grad
     needed = need_current, need_state, *need_parameters
-    found = gradients_of(run, (edge, state, *parameters), grads, needed, Autocast.of(edge))
+    found = gradients_of(run, (edge, state, *parameters), grads, needed, autocast_of(edge))
     return *found[:2], None, None, None, *found[2:]
 
 

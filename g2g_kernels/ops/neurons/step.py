@@ -10,7 +10,7 @@ import torch
 
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.derivatives import has_tangent
-from g2g_kernels.ops.neurons.checks import as_tensors, check_neurons, check_states
+from g2g_kernels.ops.neurons.checks import check_neurons, check_states
 from g2g_kernels.ops.neurons.models import MODELS, RESET, Neurons, Tensors
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
 from g2g_kernels.tracing import is_scripted
@@ -30,16 +30,13 @@ def lif_step(
     Steps from t = 1 to T give the spikes of ``lif`` over all T to the last bit, and its gradients.
 
     Args:
-        current: input currents I_t [..., N].
+        current: I_t [..., N].
         membrane: U_{t−1} [..., N] as the last step returned it; None at the first step, where it is 0.
-        beta, threshold, reset, surrogate, alpha: as for :func:`g2g_kernels.lif`.
+        beta, threshold, reset, surrogate, alpha: as for :func:`g2g_kernels.lif`, and so are the errors.
 
     Returns:
         spikes S_t [..., N], 0 or 1 in the dtype of ``current``, and the membrane U_t [..., N], float32 for
         half-precision currents.
-
-    Raises:
-        ValueError: for an option or a shape out of range.
 
     Example:
         >>> membrane = None
@@ -51,7 +48,7 @@ def lif_step(
         1.0
         0.0
     """
-    population = Neurons("lif", as_tensors(current, beta=beta, threshold=threshold), reset, surrogate, alpha)
+    population = Neurons("lif", (beta, threshold), reset, surrogate, alpha)
     spikes, (membrane,) = neurons_step(current, None if membrane is None else (membrane,), population)
     return spikes, membrane
 
@@ -68,13 +65,8 @@ def synaptic_step(
 ) -> tuple[torch.Tensor, Tensors]:
     """Advances synaptic neurons by one step; differentiable in everything that is a tensor.
 
-    Args:
-        current: input currents I_t [..., N].
-        states: (C_{t−1}, U_{t−1}), each [..., N], as the last step returned them; None at the first step.
-        syn_decay, beta, threshold, reset, surrogate, alpha: as for :func:`g2g_kernels.synaptic`.
-
-    Returns:
-        spikes S_t [..., N] and the states (C_t, U_t). Errors are those of :func:`lif_step`.
+    ``states`` are (C_{t−1}, U_{t−1}), each [..., N], as the last step returned them, and None at the first. The other
+    arguments are those of :func:`lif_step` and :func:`g2g_kernels.synaptic`. Returns spikes S_t and (C_t, U_t).
 
     Example:
         >>> states = None
@@ -86,8 +78,7 @@ def synaptic_step(
         1.0
         0.0
     """
-    parameters = as_tensors(current, syn_decay=syn_decay, beta=beta, threshold=threshold)
-    population = Neurons("synaptic", parameters, reset, surrogate, alpha)
+    population = Neurons("synaptic", (syn_decay, beta, threshold), reset, surrogate, alpha)
     return neurons_step(current, states, population)
 
 
@@ -105,14 +96,9 @@ def adlif_step(
 ) -> tuple[torch.Tensor, Tensors]:
     """Advances adaptive LIF neurons by one step; differentiable in everything that is a tensor.
 
-    Args:
-        current: input currents I_t [..., N].
-        states: (w_{t−1}, U_{t−1}), each [..., N], as the last step returned them; None at the first step. The spike
-            S_{t−1} = 1[U_{t−1} > θ] of given states has the surrogate's gradient.
-        adapt_decay, beta, a, b, threshold, reset, surrogate, alpha: as for :func:`g2g_kernels.adlif`.
-
-    Returns:
-        spikes S_t [..., N] and the states (w_t, U_t). Errors are those of :func:`lif_step`.
+    ``states`` are (w_{t−1}, U_{t−1}), each [..., N], as the last step returned them, and None at the first; the spike
+    S_{t−1} = 1[U_{t−1} > θ] of given ones has the surrogate's gradient. The other arguments are those of
+    :func:`lif_step` and :func:`g2g_kernels.adlif`. Returns spikes S_t and (w_t, U_t).
 
     Example:
         >>> adaptive = {"adapt_decay": 0.9, "beta": 0.9, "a": 0.0, "b": 0.5, "threshold": 1.0}
@@ -120,23 +106,15 @@ def adlif_step(
         >>> len(states)  # the adaptation and the membrane
         2
     """
-    parameters = as_tensors(current, adapt_decay=adapt_decay, beta=beta, a=a, b=b, threshold=threshold)
-    return neurons_step(current, states, Neurons("adlif", parameters, reset, surrogate, alpha))
+    population = Neurons("adlif", (adapt_decay, beta, a, b, threshold), reset, surrogate, alpha)
+    return neurons_step(current, states, population)
 
 
 def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neurons) -> tuple[torch.Tensor, Tensors]:
     """Advances neurons of any model by one step; differentiable in the current, the states and the parameters.
 
-    Args:
-        current: input currents I_t [..., N].
-        states: the model's states, each [..., N], as the last step returned them; None at the first step: all 0.
-        population: the model, its parameters, reset and surrogate.
-
-    Returns:
-        spikes S_t [..., N], 0 or 1 in the dtype of ``current``, and the states, float32 for half-precision currents.
-
-    Raises:
-        ValueError: for an option or a shape out of range.
+    ``states`` are the model's, each [..., N], as the last step returned them, and None at the first: all 0. Returns
+    spikes S_t [..., N], 0 or 1 in the dtype of ``current``, and the states, float32 for half-precision currents.
 
     Example:
         >>> population = Neurons("synaptic", (torch.tensor([0.8]), torch.tensor([0.9]), torch.tensor([1.0])))
@@ -207,8 +185,8 @@ def in_steps(
     state: torch.Tensor | None,
     known: Sequence[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``run`` as such steps, for what understands only plain operations: torch.func transforms, torch.jit.trace. Where
-    only derivatives are wanted, the values [T, ..., N] of each state are ``known``."""
+    """:func:`g2g_kernels.ops.neurons.run_neurons` as such steps, for what understands only plain operations. Where only
+    derivatives are wanted, the values [T, ..., N] of each state are ``known``."""
     states: Tensors | None = None if state is None else state.unbind()
     spikes = []
     for t, current_t in enumerate(current.unbind() if steps is None else itertools.repeat(current, steps)):

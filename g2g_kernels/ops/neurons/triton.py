@@ -211,60 +211,6 @@ def neurons_backward_kernel(
 # --- launchers ----------------------------------------------------------------------------------------------------
 
 
-class NeuronLaunch(NamedTuple):
-    """Neurons over all time steps, in the form that kernels need, all contiguous and on one device: the ``current``,
-    float32, float16 or bfloat16 [T, B, N], or [B, N] held for all steps (with ``margins`` it has what
-    ``to_keep`` gives, for the backward pass); the neurons, parameters float32 [1] or [N]; T; the states before the
-    ``first`` step, float32 [states, B, N], or None for zeros; and ``dropped``, uint8 [B, N], 1 where spikes are taken
-    away, or None.
-    """
-
-    current: torch.Tensor
-    population: Neurons
-    steps: int
-    first: torch.Tensor | None = None
-    dropped: torch.Tensor | None = None
-    margins: bool = False
-
-    @property
-    def held(self) -> bool:
-        """Whether the current is the same at all steps."""
-        return self.current.dim() == 2
-
-    @property
-    def state_shape(self) -> tuple[int, ...]:
-        """[states, B, N]."""
-        return len(self.model.states), *self.current.shape[-2:]
-
-    @property
-    def model(self) -> NeuronModel:
-        return MODELS[self.population.model]
-
-    def launch(self, kernel: Any, **arguments: Any) -> None:
-        """Launches one of the two kernels with its own arguments and those of both."""
-        batch, neurons = self.current.shape[-2:]
-        block_n = min(128, next_power_of_2(neurons))
-        arguments |= {
-            "current": None if self.margins else self.current,
-            "first": self.first,
-            "dropped": self.dropped,
-            "parameters": self.population.parameters,
-            "steps": self.steps,
-            "batch": batch,
-            "neurons": neurons,
-            "HELD": self.held,
-            "SEGMENT": segment_of(self.model, self.steps),
-            "BLOCK_B": TILE // block_n,
-            "BLOCK_N": block_n,
-            # rows that do not fill whole tiles need a mask per element: two per thread, or sm_80 runs out of registers
-            "num_warps": NUM_WARPS * len(self.model.states) * (1 if neurons % block_n == 0 else 2),
-            **model_options(self.population),
-            **EXACT,
-        }
-        tiles, most = cdiv(neurons, block_n), 1 << 15  # CUDA's grids have 65,535 programs along the second axis
-        launch(kernel, (cdiv(batch, TILE // block_n), min(tiles, most), cdiv(tiles, most)), **arguments)
-
-
 class Upstream(NamedTuple):
     """Gradients that reach the spikes, ∂L/∂S [T, B, N] of any floating-point dtype; their ``counts`` [B, N], added to
     every step; their ``rates`` [N], of which 1/(T·B) is; the ``last`` states, float32 [states, B, N]; and the
@@ -309,51 +255,83 @@ def checkpoint_shape(model: NeuronModel, steps: int, batch: int, neurons: int) -
     return segments_of(model, steps) - 1, len(model.states), batch, neurons
 
 
+def _launch(kernel: Any, call: NeuronsCall, **arguments: Any) -> None:
+    """Launches one of the two kernels with its own arguments and those of both."""
+    steps, batch, neurons = call.flat_shape
+    block_n = min(128, next_power_of_2(neurons))
+    arguments |= {
+        "first": call.state,
+        "parameters": call.population.parameters,
+        "steps": steps,
+        "batch": batch,
+        "neurons": neurons,
+        "HELD": call.held,
+        "SEGMENT": segment_of(call.model, steps),
+        "BLOCK_B": TILE // block_n,
+        "BLOCK_N": block_n,
+        # rows that do not fill whole tiles need a mask per element: two per thread, or sm_80 runs out of registers
+        "num_warps": NUM_WARPS * len(call.model.states) * (1 if neurons % block_n == 0 else 2),
+        **model_options(call.population),
+        **EXACT,
+    }
+    tiles, most = cdiv(neurons, block_n), 1 << 15  # CUDA's grids have 65,535 programs along the second axis
+    launch(kernel, (cdiv(batch, TILE // block_n), min(tiles, most), cdiv(tiles, most)), **arguments)
+
+
 def launch_forward(
-    run: NeuronLaunch,
+    call: NeuronsCall,
     spikes: torch.Tensor,
     checkpoints: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
     membranes: torch.Tensor | None = None,
+    dropped: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Runs the neurons over all steps, and returns the states after the last, float32 [states, B, N]. It writes what is
-    given of spikes [T, B, N] of any dtype (uint8 is the smallest), checkpoints, float32 of :func:`checkpoint_shape`,
-    for the backward pass, counts, float32 [B, N], and membranes, float32 [T, B, N].
+    """Runs neurons over all steps, and returns the states after the last. All tensors are contiguous and on one device;
+    parameters of ``call`` are float32, [1] or [N]; ``dropped`` is uint8 [B, N], 1 where spikes are taken away. It
+    writes what is given of spikes [T, B, N] of any dtype (uint8 is the smallest), checkpoints, float32 of
+    :func:`checkpoint_shape`, for the backward pass, counts, float32 [B, N], and membranes, float32 [T, B, N].
     """
-    last = run.current.new_empty(run.state_shape, dtype=torch.float32)
-    run.launch(
-        neurons_forward_kernel, spikes=spikes, checkpoints=checkpoints, membranes=membranes, counts=counts, last=last
-    )
+    last = call.current.new_empty(call.state_shape, dtype=torch.float32)
+    _launch(
+        neurons_forward_kernel, call, spikes=spikes, checkpoints=checkpoints, membranes=membranes, counts=counts,
+        last=last, current=call.current, dropped=dropped,
+    )  # fmt: skip
     return last
 
 
 def launch_backward(
-    run: NeuronLaunch,
+    call: NeuronsCall,
     checkpoints: torch.Tensor | None,
     upstream: Upstream,
     grad_current: torch.Tensor | None,
     grad_first: torch.Tensor | None = None,
+    dropped: torch.Tensor | None = None,
+    margins: bool = False,
 ) -> torch.Tensor:
     """Writes the gradients that are given: of the currents, of their shape (summed over time if they are held) and any
     dtype, and of the states before the first step, float32. Returns float32 [parameters + 1, N], those of the
-    parameters and of a bias. ``run`` and ``checkpoints`` are those of the forward pass (margins have none).
+    parameters and of a bias. ``call`` and ``checkpoints`` are those of the forward pass; with ``margins``, in place of
+    currents and of checkpoints, ``call`` has what ``to_keep`` gave.
     """
-    batch, neurons = run.current.shape[-2:]
+    steps, batch, neurons = call.flat_shape
     rows = cdiv(batch, TILE // min(128, next_power_of_2(neurons)))
-    shape = (len(run.population.parameters) + 1, rows, neurons)
-    partials = run.current.new_empty(shape, dtype=torch.float32)
-    run.launch(
+    shape = (len(call.population.parameters) + 1, rows, neurons)
+    partials = call.current.new_empty(shape, dtype=torch.float32)
+    _launch(
         neurons_backward_kernel,
+        call,
         checkpoints=checkpoints,
-        margins=run.current if run.margins else None,
+        margins=call.current if margins else None,
         grad_current=grad_current,
         partials=partials,
         grad_last=upstream.last,
         grad_first=grad_first,
-        alpha=float(run.population.alpha),
-        rate_scale=1 / (run.steps * batch),
-        SURROGATE=run.population.surrogate,
+        dropped=dropped,
+        alpha=float(call.population.alpha),
+        rate_scale=1 / (steps * batch),
+        SURROGATE=call.population.surrogate,
         **upstream.arguments(),
+        current=None if margins else call.current,
     )
     return partials.sum(1)
 
@@ -378,7 +356,7 @@ def refuses(
         return "needs currents that are not empty"
     if math.prod(current.shape[0 if steps else 1 :]) >= 1 << 31:
         return "serves fewer than 2³¹ neurons × samples per step"
-    return runtime.refuses(current, *population.parameters, *(() if state is None else (state,)))
+    return runtime.refuses(current, *population.parameters, state)
 
 
 def neurons(
@@ -387,13 +365,10 @@ def neurons(
     return FORWARD(NeuronsCall.of(current, population, steps, state))[:2]
 
 
-def _run(call: NeuronsCall) -> NeuronLaunch:
+def _as_launched(call: NeuronsCall) -> NeuronsCall:
     call.check()
     parameters = tuple(parameter.reshape(-1).to(torch.float32) for parameter in call.population.parameters)
-    steps, batch, size = call.flat_shape
-    current = call.current.view((batch, size) if call.held else (steps, batch, size))
-    first = None if call.state is None else call.state.view(-1, batch, size)
-    return NeuronLaunch(current, call.population._replace(parameters=parameters), steps, first)
+    return call._replace(population=call.population._replace(parameters=parameters))
 
 
 def _kept_shape(call: NeuronsCall) -> tuple[int, ...]:
@@ -403,22 +378,16 @@ def _kept_shape(call: NeuronsCall) -> tuple[int, ...]:
 def _forward(call: NeuronsCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     spikes = call.current.new_empty(call.shape)
     checkpoints = call.current.new_empty(_kept_shape(call) if keep else 0, dtype=torch.float32)
-    last = launch_forward(_run(call), spikes.view(call.flat_shape), checkpoints if keep else None)
-    return spikes, last.view(call.state_shape), checkpoints
+    last = launch_forward(_as_launched(call), spikes, checkpoints if keep else None)
+    return spikes, last, checkpoints
 
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, (kept,), (grad_spikes, last), _ = given
     check_backward(given, _kept_shape(call))
-    if grad_spikes is None:
-        grad_spikes = call.current.new_zeros(call.shape)
     to_current = torch.empty_like(call.current) if given.needed[0] else None
     to_state = None if call.state is None else torch.empty_like(call.state)
-    run = _run(call)
-    upstream = Upstream(grad_spikes.view(call.flat_shape), last=None if last is None else last.view(run.state_shape))
-    sums = launch_backward(
-        run, kept, upstream, to_current, None if to_state is None else to_state.view(run.state_shape)
-    )
+    sums = launch_backward(_as_launched(call), kept, Upstream(grad_spikes, last=last), to_current, to_state)
     population = call.population._replace(parameters=parameter_gradients(call.population, sums))
     return given.aligned(call._replace(current=to_current, population=population, state=to_state))
 

@@ -7,6 +7,7 @@ from linear_cases import backend_result, inputs
 from stack_cases import MIXER, SIZES, SMALL_STACKS, Stack, chain
 
 from g2g_kernels import available_backends, g2g_linear
+from g2g_kernels.triton import runtime
 
 every_backend = pytest.mark.parametrize("backend", available_backends())
 #: units that get kernels of their own on every backend, and units below 16, for which Triton takes a dense product
@@ -59,12 +60,7 @@ def test_derivatives_in_forward_mode_and_of_second_order(case, backend):
     [(name, way) for name in available_backends() for way in ("pair", "fused")[: 1 + (name == "triton")]],
 )
 def test_a_stack_and_its_gradients(cases, way, backend, monkeypatch):
-    if backend == "triton":
-        from g2g_kernels.ops.g2g_linear import tiles
-        from g2g_kernels.ops.g2g_stack import triton
-
-        monkeypatch.setattr(triton, "_chosen", way == "fused")
-        monkeypatch.setattr(tiles, "_chosen", False)
+    monkeypatch.setattr(runtime, "assumed", runtime.Assumptions(dense=False, fused=way == "fused"))
     stack = Stack(STACKS_OF_UNITS[cases], steps=2, batch=2)
     clean = stack.run(torch.float32, backend)
     for number, mask in enumerate(stack.masks):

@@ -22,7 +22,6 @@ from g2g_kernels.triton import runtime
 from g2gnet import G2GNet
 
 if runtime.unavailable() is None:
-    from g2g_kernels.ops.g2g_linear import tiles
     from g2g_kernels.ops.g2g_stack import triton
 
 pytestmark = pytest.mark.skipif(runtime.unavailable() is not None, reason=str(runtime.unavailable()))
@@ -47,14 +46,14 @@ FEW, AT_MOST = 4, 2
 @pytest.fixture(autouse=True)
 def pairs() -> Iterator[None]:
     """Runs products by units, and every layer as a pair of kernels unless told otherwise."""
-    with triton.choose(fused=False), tiles.choose(dense=False):
+    with runtime.assuming(fused=False, dense=False):
         yield
 
 
 @pytest.fixture(params=["pair", "fused"])
 def way(request) -> Iterator[str]:
     """Runs what can be fused as a pair of kernels, or fused into one."""
-    with triton.choose(request.param == "fused"):
+    with runtime.assuming(fused=request.param == "fused"):
         yield request.param
 
 
@@ -149,7 +148,7 @@ def test_a_fused_layer_with_every_reset_and_surrogate(dtype):
     """Of segments that are full or not, and of more samples than a tile."""
     ratios = ErrorRatios()
     sizes, resets = itertools.cycle([(2, 5), (3, 67), (11, 3)]), itertools.cycle(RESETS)
-    with triton.choose(fused=True):
+    with runtime.assuming(fused=True):
         for surrogate in [*SURROGATES, *SURROGATES]:
             (steps, batch), reset = next(sizes), next(resets)
             draws = (between(rounded(Stack(IN_ORDER, steps, seed=1000 * k, batch=batch), dtype)) for k in range(50))
@@ -216,7 +215,7 @@ def test_other_stacks(steps, options):
 
 def check_fused(dtype: torch.dtype, run: Callable[[torch.dtype, str], dict]) -> None:
     ratios = ErrorRatios()
-    with triton.choose(fused=True):
+    with runtime.assuming(fused=True):
         exact, *found = beside_plain(dtype, run)
     for name, expected in exact.items():
         plain, actual = (each[name].to(dtype) for each in found)
@@ -297,7 +296,7 @@ def test_rounding_takes_no_membrane_across_its_threshold(dtype):
         counts.sum().backward()
         return {"counts": counts.detach().cpu().double(), "threshold": own.grad.cpu().double()}
 
-    with triton.choose(fused=True):
+    with runtime.assuming(fused=True):
         exact, _, found = beside_plain(dtype, run)
     assert exact["counts"][0, :2].tolist() == [2, 0]
     assert torch.equal(found["counts"], exact["counts"])
@@ -342,7 +341,7 @@ def test_weights_on_chip_are_those_read_anew(monkeypatch):
         device = device_of("triton")
         leaves = [[tensor.to(device).requires_grad_() for tensor in (v, *rest)] for v, _, *rest in layers]
         stack = [lif_layer(v, mask.to(device), *rest) for (v, *rest), (_, mask, *_) in zip(leaves, layers, strict=True)]
-        with triton.choose(fused=True):
+        with runtime.assuming(fused=True):
             activity = g2g_stack(x.to(device), stack, backend="triton")
             activity.counts.sum().backward()
         results.append([activity.counts, *(leaf.grad for layer in leaves for leaf in layer)])

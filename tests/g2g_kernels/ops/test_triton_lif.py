@@ -102,7 +102,7 @@ def test_counts_rates_and_their_gradients():
         spikes = torch.full(shape, 77, dtype=torch.uint8, device=DEVICE)
         checkpoints = torch.empty(triton.checkpoint_shape(MODELS["lif"], *shape), device=DEVICE)
         counts = torch.empty(shape[1:], device=DEVICE)
-        here = triton.NeuronLaunch(current, Neurons("lif", tuple(own)), steps)
+        here = NeuronsCall(current, Neurons("lif", tuple(own)), steps if held else 0)
         triton.launch_forward(here, spikes, checkpoints, counts)
         assert torch.equal(spikes.cpu(), expected.to(torch.uint8))
         assert torch.equal(counts.cpu(), expected.sum(0))
@@ -127,12 +127,12 @@ def test_counts_rates_and_their_gradients():
 def test_margins_give_the_gradients_of_currents(reset):
     """What the backward pass of a fused layer keeps; of one step, of full segments and of others."""
     for number, shape in enumerate([(1, 5, 9), (10, 9, 5), (3, 70, 9), (11, 3, 131)]):
-        steps, batch, neurons = shape
+        _, batch, neurons = shape
         current, *own = (
             tensor.to(DEVICE) for tensor in (currents(*shape, seed=7, dtype=torch.float32), *parameters(neurons))
         )
         first = torch.randn(1, batch, neurons, device=DEVICE) if number % 2 else None
-        run = triton.NeuronLaunch(current, Neurons("lif", tuple(own), reset), steps, first)
+        run = NeuronsCall(current, Neurons("lif", tuple(own), reset), 0, first)
         checkpoints = torch.empty(triton.checkpoint_shape(MODELS["lif"], *shape), device=DEVICE)
         membranes, spikes = torch.empty_like(current), torch.empty_like(current)
         last = triton.launch_forward(run, spikes, checkpoints, membranes=membranes)
@@ -142,9 +142,11 @@ def test_margins_give_the_gradients_of_currents(reset):
         margins, found = own[1] - membranes, []
         is_margin = margins.abs() <= membranes.abs()
         bits = torch.where(is_margin, margins, membranes).half().view(torch.int16) & -2 | is_margin
-        for kept in (run, run._replace(current=bits.view(torch.half), margins=True)):
+        for kept in (current, bits.view(torch.half)):
             to_current, to_first = torch.empty_like(current), torch.empty_like(last)
-            sums = triton.launch_backward(kept, checkpoints, upstream, to_current, None if first is None else to_first)
+            to_given, of_margins = None if first is None else to_first, kept is not current
+            of_kept = run._replace(current=kept)
+            sums = triton.launch_backward(of_kept, checkpoints, upstream, to_current, to_given, margins=of_margins)
             found.append((to_current, sums, *(() if first is None else (to_first,))))
         for theirs, ours in zip(*found, strict=True):  # eleven bits, the last of which is no digit
             assert rms(ours - theirs) <= 1e-3 * rms(theirs)
@@ -167,7 +169,7 @@ def test_partial_sums_are_apart_by_64_bits(monkeypatch):
 def test_more_tiles_of_neurons_than_the_second_axis_of_a_grid_has(monkeypatch):
     """CUDA's have 65,535 programs along it, of 8,388,480 neurons; a third axis has the others, in whole multiples."""
     current = torch.empty(2, 9, 3 << 22, device="meta")
-    run = triton.NeuronLaunch(current, Neurons("lif", (torch.empty(1, device="meta"),) * 2), 2)
+    run = NeuronsCall(current, Neurons("lif", (torch.empty(1, device="meta"),) * 2), 0)
     with recorded() as launches:
         triton.launch_forward(run, current)
         triton.launch_backward(run, None, triton.Upstream(current), current)

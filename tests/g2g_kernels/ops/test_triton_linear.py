@@ -49,7 +49,7 @@ def sparse_mask(case: MaskCase, seed: int = 0) -> BlockMask:
 @pytest.fixture(autouse=True)
 def by_units(monkeypatch):
     """Dense weights for single weights; units for all others, whose products are too small to say what is faster."""
-    monkeypatch.setattr(triton.Units, "dense_pays", lambda units, *_: units.rows.width == units.cols.width == 1)
+    monkeypatch.setattr(triton, "dense_pays", lambda units, *_: units.rows.width == units.cols.width == 1)
 
 
 def test_the_cases_are_what_they_should_be():

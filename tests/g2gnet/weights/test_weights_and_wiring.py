@@ -23,7 +23,7 @@ from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.mask import packing
-from g2g_kernels.mask.wiring import as_row
+from g2g_kernels.mask.wiring import with_checksums
 from g2gnet import DSTScheduler, G2GLinear, sync_wiring, tie_wiring, untie_wiring
 from g2gnet.dst import scheduler as scheduler_module
 from g2gnet.weights import packed_weights, tied_averages
@@ -77,7 +77,8 @@ def layers_of(state: dict[str, torch.Tensor]) -> list[Layer]:
     layers = []
     for number in (0, 1):
         mask = network(0)[number].mask  # the grid of all of them
-        units = packing.View(*units_of(state[f"{number}.mask.wiring"]), mask.rows.side, mask.cols.side)
+        unit_row, unit_col = units_of(state[f"{number}.mask.wiring"])
+        units = mask.tensors().units._replace(unit_row=unit_row, unit_col=unit_col)
         values, bias = state[f"{number}.values"].detach(), state[f"{number}.bias"].detach().clone()
         present = packing.unpacked(torch.ones_like(values), units) > 0
         layers.append(Layer(packing.unpacked(values, units), present, bias, packing.flat_unit(units)))
@@ -309,7 +310,7 @@ class Networks(RuleBasedStateMachine):
         for each in getattr(self, "nets", ()):
             for layer, should in zip(each.net, each.layers, strict=True):
                 values, mask = layer.weights()
-                compare(packing.unpacked(values.detach(), mask._view()), mask.flat_unit(), should)
+                compare(packing.unpacked(values.detach(), mask.tensors().units), mask.flat_unit(), should)
 
     def teardown(self):
         for number, each in enumerate(getattr(self, "nets", ())):
@@ -319,7 +320,7 @@ class Networks(RuleBasedStateMachine):
             for found, should in zip(layers_of(state), layers, strict=True):
                 compare(found.weight, found.slots, should)
             for wiring in (state["0.mask.wiring"], state["1.mask.wiring"]):
-                assert torch.equal(as_row(wiring[:-2].long()), wiring)  # its checksums are right
+                assert torch.equal(with_checksums(wiring[:-2].long()), wiring)  # its checksums are right
 
 
 def compare(weight: torch.Tensor, slots: torch.Tensor, should: Layer) -> None:

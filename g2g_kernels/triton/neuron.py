@@ -194,15 +194,18 @@ def load_at_all_steps(
 
 @triton.jit
 def to_keep(membrane, threshold, dtype: tl.constexpr):
-    """The margin θ − U in 16 bits, or U where that is nearer to 0. The lowest bit says which: 1 of a margin, 0 of U.
+    """The margin θ − U in 16 bits, or U where that is nearer to 0, or is a number of 16 bits with that bit: the lowest
+    one says which, 1 of a margin, 0 of U.
 
-    The value becomes the nearest number with that bit, finite if U is. No membrane crosses θ: a margin keeps its sign,
+    The value becomes a number next to it with that bit, finite if U is. No membrane crosses θ: a margin keeps its sign,
     since 0 is even (a margin of 0 becomes positive: no spike), and U moves by less than its distance from θ.
     """
     LARGEST: tl.constexpr = 65503.0 if dtype == tl.float16 else 3.3895e38  # both are rounded up to the largest number
     margin, size = threshold - membrane, tl.abs(membrane)
     finite = size < float("inf")
-    is_margin = (tl.abs(margin) <= size) & finite & (size > 0)
+    narrow = membrane.to(dtype)
+    exact = (narrow.to(tl.float32) == membrane) & ((narrow.to(tl.int16, bitcast=True) & 1) == 0)
+    is_margin = (tl.abs(margin) <= size) & finite & ~exact
     value = tl.where(is_margin, margin, membrane)
     value = tl.where(finite, tl.clamp(value, -LARGEST, LARGEST), value)
     # both in one register, of which a fused layer has none to spare

@@ -357,8 +357,9 @@ def _layers(call: StackCall) -> list[_Layer]:
             if readers is not None:
                 joined = joined._replace(rows=read_by(joined.rows, readers), cols=read_by(joined.cols, readers))
             layer = layer._replace(recurrent=(values.to(call.dtype), joined))
-        # a column without a neuron gets one that never fires
         *decays, threshold = (parameter.float() for parameter in population.parameters)
+        if rows.holes:  # a column without a neuron never fires, whatever the others' threshold
+            threshold = threshold.expand(own.size)
         parameters = *map(layer.to_columns, decays), layer.to_columns(threshold, 1.0)
         layers.append(
             layer._replace(
@@ -487,7 +488,8 @@ def _neurons_backward(
     call = NeuronsCall(state, layer.population, steps if layer.held else 0, layer.first)
     grad_current = torch.empty_like(state, dtype=layer.values.dtype)
     grad_first = None if layer.first is None else torch.empty_like(layer.first)
-    sums = launch_backward(call, checkpoints, upstream, grad_current, grad_first, layer.dropped, layer.fused)
+    fused = checkpoints.dim() == 1  # by what was kept, and not by what would be chosen now
+    sums = launch_backward(call, checkpoints, upstream, grad_current, grad_first, layer.dropped, fused)
     return _Through(grad_current, sums, grad_first)
 
 

@@ -170,7 +170,6 @@ def neurons_backward_kernel(
         grad_sum = tl.zeros([BLOCK_B, BLOCK_N], tl.float32)
         for k in tl.static_range(SEGMENT - 1, -1, -1):
             t = at + k
-            # steps after the last have gradients of 0, which change no sum
             grad_spike = tl.where(t < steps, at_all_steps, 0.0)
             if grad_spikes is not None:
                 grad_spike += upstream[k].to(tl.float32)
@@ -188,7 +187,8 @@ def neurons_backward_kernel(
             to_current, moved, added = step_backward(
                 grads, sums, states, before > 0, margin, grad_spike, begins, values, alpha, MODEL, RESET, SURROGATE
             )
-            if grad_last is not None:  # which does not reach steps after the last
+            # steps after the last have no spikes' gradients, but last states', and 0 times an infinite one would be NaN
+            if grad_last is not None or margins is None:
                 to_current = tl.where(t < steps, to_current, 0.0)
                 moved, added = select(t < steps, moved, grads), select(t < steps, added, sums)
             grads, sums = moved, added

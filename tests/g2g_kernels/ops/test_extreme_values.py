@@ -99,6 +99,21 @@ def test_a_decay_that_is_no_number_reaches_every_gradient(surrogate):
         assert to_beta.isnan().all(), backend
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_an_infinite_current_of_the_last_step_spoils_no_parameter(model):
+    """Eleven steps fill no two segments of the kernels."""
+    current = torch.rand(11, 2, 3, generator=seeded(0))
+    current[-1, 0, 1] = INF
+    found = {}
+    for backend in BACKENDS:
+        own = tuple(parameters(model))
+        spikes_of(backend, current, Neurons(model, own, "none")).sum().backward()
+        found[backend] = torch.cat([each.grad for each in own])
+    assert found["torch"].isfinite().all()
+    for backend, grads in found.items():
+        assert torch.allclose(grads, found["torch"], rtol=1e-4), backend
+
+
 def test_an_infinite_current_is_discharged_by_a_reset_to_zero():
     for backend in BACKENDS:
         current = torch.zeros(4, 1, 1)

@@ -280,6 +280,46 @@ def test_a_fused_layer_near_its_threshold(dtype, threshold, beta, steps):
 
 
 @every_half
+def test_membranes_of_few_bits_are_kept_as_they_are(dtype):
+    """Of quarters: one bit more or less in each would not average out. And margins are read as such by the backward
+    pass even where layers would not be fused any more."""
+    mask, draw = BlockMask.full(GroupLayout(16, 1), GroupLayout(16, 1), 16), seeded(1)
+    x, quarters = torch.rand(4, 8, 16, generator=draw) < 0.3, torch.randint(-1, 3, (1, 16, 16), generator=draw) / 4
+
+    def run(of: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
+        own = [torch.ones(1, dtype=of, device=device_of(backend), requires_grad=True) for _ in range(2)]
+        ready = SpikingLayer(torch.eye(16)[None].to(own[0]), mask.to(own[0].device), None, Neurons("lif", (0.0, 0.5)))
+        layer = ready._replace(values=quarters.to(own[0]), population=Neurons("lif", tuple(own), "none"))
+        counts = g2g_stack(x.to(own[0]), [ready, layer], backend=backend).counts
+        with runtime.assuming(fused=False):
+            counts.sum().backward()
+        return {name: each.grad.cpu() for name, each in zip(("beta", "threshold"), own, strict=True)}
+
+    with runtime.assuming(fused=True):
+        exact, _, found = beside_plain(dtype, run)
+    for name, expected in exact.items():  # sums of 512 in float32, rounded to 16 bits at last
+        torch.testing.assert_close(found[name].double(), expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+def test_a_negative_threshold_lets_no_padding_fire(way):
+    """Units of 15 and 14 neurons: the last place has none, but its padding is multiplied all the same."""
+    masks = [BlockMask.full(GroupLayout(out, 1), GroupLayout(into, 1), 16) for out, into in ((29, 8), (16, 29))]
+    device = device_of("triton")
+    values = [torch.rand(len(mask.unit_row), *mask.unit_shape, generator=seeded(2)) - 0.4 for mask in masks]
+    population = Neurons("lif", (torch.tensor([0.9], device=device), torch.tensor([-1.0], device=device)))
+    leaves = [each.to(device).requires_grad_() for each in values]
+    layers = [SpikingLayer(own, mask.to(device), None, population) for own, mask in zip(leaves, masks, strict=True)]
+    x = torch.rand(4, 3, 8, generator=seeded(3)).to(device)
+    expected = g2g_stack(x, layers, backend="torch").counts
+    found = g2g_stack(x, layers, backend="triton").counts
+    assert torch.equal(found, expected)
+    (found * torch.arange(16, device=device)).sum().backward()
+    padding = ~masks[1].valid().to(device)
+    assert padding.any()
+    assert not leaves[1].grad[padding].any()
+
+
+@every_half
 def test_rounding_takes_no_membrane_across_its_threshold(dtype):
     """Of two neurons the first fires and the second does not, with membranes that 16 bits round to the other side."""
     mask, small = BlockMask.full(GroupLayout(16, 1), GroupLayout(16, 1), 16), 2.0**-14

@@ -128,6 +128,10 @@ class Operator:
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         return self.choose(*args, backend=backend)(*args)
 
+    def candidates(self) -> tuple[Any, ...]:
+        """What a choice depends on besides the call: all backends, their implementations, and the one in force."""
+        return *BACKENDS.values(), *self._implementations.items(), _environment()
+
     def prefers(self, name: str, *args: Any, backend: str | None = None) -> bool:
         """Whether a call goes to the backend ``name``, which is asked first, or is forced to."""
         forced = forced_backend(backend)

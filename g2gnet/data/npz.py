@@ -38,7 +38,7 @@ DIGITS = 8
 HEADER_BYTES = 10_100
 #: dimensions of arrays of samples, N included; and of those that are sequences, unless a run states something else
 DIMENSIONS, SEQUENCE_DIMENSIONS = (2, 3, 4, 5), (3, 5)
-SAMPLES = "uint8 or floats: vectors [N, D], images [N, channels, height, width], or sequences [N, T, …] of either"
+SAMPLES = "uint8, float32 or float64: [N, D], images [N, channels, height, width], or sequences [N, T, …] of either"
 
 #: the data files given to this process, by name
 _paths: dict[str, Path] = {}

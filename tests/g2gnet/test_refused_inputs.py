@@ -117,7 +117,7 @@ def test_images_in_float64_become_float32(tmp_path):
     data = load_dataset(save(tmp_path / "own.npz", images))
     assert data.train_images.dtype == torch.float32
     np.testing.assert_array_equal(data.train_images, images.astype(np.float32))
-    with pytest.raises(DataError, match=r"float16 \[6, 4\], not uint8, float32 or float64 \[N, ...\]"):
+    with pytest.raises(DataError, match=r"float16 \[6, 4\]; give uint8, float32 or float64: \[N, D\]"):
         load_dataset(save(tmp_path / "half.npz", images.astype(np.float16)))
     with pytest.raises(DataError, match="not finite everywhere"):
         load_dataset(save(tmp_path / "large.npz", images * 1e300))

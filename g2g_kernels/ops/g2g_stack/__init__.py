@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from g2g_kernels.dispatch import BACKENDS, Operator, forced_backend
+from g2g_kernels.dispatch import Operator
 from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.checks import check_connection, check_tensor
@@ -132,7 +132,7 @@ def _signature(tensors: Sequence[torch.Tensor], form: Form, *options: Any) -> Ha
         return None
     device = tensors[0].device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    around = autocast and torch.get_autocast_dtype(device), *BACKENDS.values(), forced_backend(None)
+    around = autocast and torch.get_autocast_dtype(device), *operator.candidates()
     return *of_tensors, *others, *options, *types, *around
 
 

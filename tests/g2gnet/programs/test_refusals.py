@@ -120,7 +120,7 @@ def test_a_negative_number_is_a_value_and_no_flag(text):
         ((20,), "--sequence rows", "sequence=rows needs images [N, height, width] or [N, channels, height, width]"),
         ((20,), "--sequence own", "sequence=own needs sequences [N, T, ...], but samples are [20]"),
         ((6, 2, 3, 4), "--sequence rows", "but samples are [6, 2, 3, 4]; leave it out"),
-        ((2,) * 5, "", "train_images is float32 [40, 2, 2, 2, 2, 2]; give uint8 or floats: vectors [N, D], images"),
+        ((2,) * 5, "", "train_images is float32 [40, 2, 2, 2, 2, 2]; give uint8, float32 or float64: [N, D], images"),
     ],
 )
 def test_what_samples_of_ones_own_cannot_be_is_refused(tmp_path, capsys, no_step, shape, flags, message):

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from g2g_kernels import Activity
-from g2g_kernels.ops.g2g_stack.synapses import Received, Synapses, SynapticOperations
+from g2g_kernels.ops.g2g_stack.synaptic_operations import Received, Synapses, SynapticOperations
 from g2gnet import G2GNet
 from g2gnet.base.seeding import stream
 from g2gnet.data import ImageData, as_samples

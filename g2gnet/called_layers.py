@@ -14,7 +14,7 @@ from g2g_kernels.ops.g2g_stack import Connection, Delay, NeuronState, StackState
 from g2g_kernels.ops.g2g_stack.delays import LateSpikes
 from g2g_kernels.ops.g2g_stack.reference import GraphRun, LayerFunctions, activity_of, graph_of
 from g2g_kernels.ops.g2g_stack.schedule import components_of
-from g2g_kernels.ops.g2g_stack.synapses import Received
+from g2g_kernels.ops.g2g_stack.synaptic_operations import Received
 from g2g_kernels.ops.neurons.checks import check_states
 from g2g_kernels.tracing import is_traced, replaced
 from g2gnet.layers import G2GLinear

@@ -18,14 +18,8 @@ from g2g_kernels.numbers import COUNT, PROBABILITY, SIZE, Number, share_of
 from g2g_kernels.ops.checks import DTYPES
 from g2g_kernels.tracing import on_cpu
 from g2gnet.weights.densities import mean_density
+from g2gnet.weights.groupings import GROUPINGS
 
-#: of each grouping, the kinds of groups (:class:`GroupLayout`) of the first, second, third … layer, over and over.
-#: ``"mixer"`` takes turns between contiguous ranges (spatial mixing) and interleaved groups (feature mixing).
-GROUPINGS = {
-    "index": ("index",),
-    "random": ("random",),
-    "mixer": ("index", "interleaved"),
-}
 #: from the output and the input side of a layer, and a source of randomness, to its units
 Pattern = Callable[[UnitAxis, UnitAxis, torch.Generator | None], torch.Tensor]
 

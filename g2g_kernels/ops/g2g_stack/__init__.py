@@ -24,7 +24,7 @@ from g2g_kernels.ops.g2g_stack.delays import Delay, LateSpikes, Train, arrived, 
 from g2g_kernels.ops.g2g_stack.layer import Connection, Recurrent, SpikingLayer, is_chain
 from g2g_kernels.ops.g2g_stack.reference import activity_of
 from g2g_kernels.ops.g2g_stack.schedule import components_of
-from g2g_kernels.ops.g2g_stack.synapses import Received, Synapses, SynapticOperations
+from g2g_kernels.ops.g2g_stack.synaptic_operations import Received, Synapses, SynapticOperations
 from g2g_kernels.ops.neurons import run_neurons
 from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
 from g2g_kernels.ops.record import Form, opened

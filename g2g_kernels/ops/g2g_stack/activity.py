@@ -4,7 +4,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from g2g_kernels.ops.g2g_stack.synapses import Synapses, SynapticOperations
+from g2g_kernels.ops.g2g_stack.synaptic_operations import Synapses, SynapticOperations
 
 #: of a layer's neurons: the membrane [B, N] of a model with no other state, else its states in order, the membrane last
 NeuronState = torch.Tensor | tuple[torch.Tensor, ...]

@@ -19,7 +19,7 @@ from g2gnet.spiking_network import SpikingNetwork, Train
 
 #: what to do without spikes
 _OTHERS = "give " + ", and ".join(
-    f"{name}={' or '.join(map(repr, rules.names_without(ACTIVITY, of)))}"
+    f"{name}={' or '.join(repr(rule.name) for rule in of.values() if rule.needs != ACTIVITY)}"
     for name, of in (("prune", rules.PRUNE_RULES), ("grow", rules.GROW_RULES))
 )
 

@@ -3,7 +3,7 @@
 and messages follow, and a test asks for a slow score to compare it with.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -67,11 +67,6 @@ def _weight(seen: Evidence) -> torch.Tensor:
 
 def _chance(seen: Evidence) -> torch.Tensor:
     return torch.zeros(seen.number, device=seen.layer.values.device)  # ties, which are broken at random
-
-
-def names_without(need: str, rules: Mapping[str, Rule]) -> list[str]:
-    """The rules that do not need this to be recorded."""
-    return [name for name, rule in rules.items() if rule.needs != need]
 
 
 def _by_name(*rules: Rule) -> dict[str, Rule]:

@@ -50,7 +50,7 @@ import numpy as np
 import torch
 
 from g2g_kernels import BlockMask
-from g2g_kernels.choices import check_choice
+from g2g_kernels.choices import check_choice, check_flag
 from g2g_kernels.numbers import SHARPNESS, Number
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.checks import check_parameter
@@ -212,7 +212,9 @@ def from_nir(
     _POSITIVE.check("dt", dt)
     if not isinstance(graph, nir.NIRGraph):
         raise ValueError(f"the graph is a {type(graph).__name__}; give a nir.NIRGraph, as nir.read(file) returns it")
-    masks = masks or {}
+    masks = {} if masks is None else masks
+    if not isinstance(masks, Mapping):
+        raise ValueError(f"masks is a {type(masks).__name__}; give a dict of masks by the name of their node")
     nodes, edges = nir_links.flattened(graph, nir)
     links, output = nir_links.links_of(nodes, edges, dt, nir)
     known = sorted(link.name for link in links)
@@ -367,11 +369,11 @@ def _neurons(name: str, node: Any, size: int, dt: float, backend: str | None) ->
             # no leak stays none: NIR cannot express a decay next to 1
             **{flag: told.get(flag, otherwise) for flag, otherwise in learned.items()},
         )
+        own = {each: check_flag(f"{each}_per_neuron", told.get(f"{each}_per_neuron", False)) for each in values}
     for parameter, value in values.items():
         tensor = torch.from_numpy(value).float()
         differ = bool((tensor != tensor[0]).any())
-        per_neuron = differ or told.get(f"{parameter}_per_neuron", False)
-        neurons.by_name[parameter].data = tensor.expand(size).clone() if per_neuron else tensor[:1]
+        neurons.by_name[parameter].data = tensor.expand(size).clone() if differ or own[parameter] else tensor[:1]
     return neurons
 
 

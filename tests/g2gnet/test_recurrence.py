@@ -211,6 +211,20 @@ def test_another_order_of_neurons_runs_step_by_step_and_says_so(caplog):
     assert_same(found, expected, 2e-5)
 
 
+def test_another_order_of_neurons_runs_under_autocast():
+    x, found = inputs_of(in_another_order("torch"), held=True), {}
+    for backend in ("torch", "cpu"):
+        stack = in_another_order(backend)
+        with torch.autocast("cpu", torch.bfloat16):
+            counts = stack(x)
+        counts.sum().backward()
+        assert all(parameter.grad.isfinite().all() for parameter in stack.parameters() if parameter.grad is not None)
+        found[backend] = counts.detach()
+    assert found["torch"].any()
+    assert found["cpu"].dtype == found["torch"].dtype
+    assert rms(found["cpu"] - found["torch"]) < 0.1 * rms(found["torch"])  # products are rounded otherwise
+
+
 @compiles_whole
 def test_another_order_of_neurons_is_refused_in_compiled_code(plain_memory):
     stack = in_another_order("cpu")

@@ -91,7 +91,10 @@ def g2g_stack(
     tensors, form = opened((x, before, *layers))
     plain = is_transformed() or has_tangent(tensors)
     call = None if is_traced() else _signature(tensors, form, steps, chunk, spikes, plain, backend)
-    run = None if call is None else _runs.get(call)
+    try:
+        run = None if call is None else _runs.get(call)
+    except TypeError:  # sizes that are symbols have no hash
+        run = call = None
     if run is None:
         given = [parameter for layer in layers for parameter in layer.population.parameters]
         layers = _checked(x, layers, steps, spikes, chunk, before)
@@ -378,7 +381,8 @@ def _run_late(
     layers = (replaced(first, delay=None), *layers[1:])
     activity = operator.choose(received, layers, None, backend=backend)(received, layers, None)
     *of_layers, _ = activity.sent or (None,) * (len(layers) + 1)
-    of_inputs = DenseSpikes(train.window(total - first.delay.reach, total))
+    reach = first.delay.reach
+    of_inputs = DenseSpikes(train.window(total - reach, total)) if reach else None
     return replaced(activity, sent=(*of_layers, of_inputs))
 
 

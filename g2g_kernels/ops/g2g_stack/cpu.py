@@ -83,7 +83,7 @@ def refuses_tensors(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
     if _takes_turns(layers):
-        turn = in_turn(x, layers, steps, g2g_linear, neurons_alone.neurons, loop_of=loop_of)
+        turn = in_turn(x, layers, steps, g2g_linear, _neurons, loop_of=loop_of)
         return activity_of(*turn, differentiable=False)
     call = StackCall.of(x, layers, steps, torch.bfloat16 if bf16_wanted() else torch.float32)
     counts, rates, last, _, words, _ = FORWARD(call)
@@ -126,6 +126,12 @@ class _WithoutGradient(torch.autograd.Function):
             "backend cpu computes no gradient through spikes that delays carry from one run into the next; detach the "
             "state, give `chunk`, or backend='torch'"
         )
+
+
+def _neurons(current: torch.Tensor, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The neurons alone; under autocast their currents have fewer bits, and so do their spikes."""
+    spikes, state = neurons_alone.neurons(current.float(), *arguments, **options)
+    return spikes.to(current.dtype), state
 
 
 def _takes_turns(layers: Sequence[SpikingLayer]) -> bool:

@@ -9,6 +9,7 @@ import torch
 from covering import every_pair, of_today
 from helpers import ErrorRatios, as_near, backends_of, device_of, rms, with_parameter
 from stack_cases import SHARES, STACKS, B, Stack, T, check_compact, check_one_output, clear_stack, loss, results
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from g2g_kernels import Activity, g2g_linear, g2g_stack, lif
 from g2g_kernels.ops.g2g_stack import operator
@@ -179,6 +180,14 @@ def test_autocast_to_bfloat16(backend):
             assert tensor.isfinite().all(), name
     # weights rounded to 8 bits move some membranes across θ, but not many: most spikes are those of float32
     assert (named["spikes0"].float() == stack.run(torch.float32, backend)["spikes0"]).float().mean() > 0.97
+
+
+def test_sizes_may_be_symbols():
+    stack = Stack(STACKS["one unit a group"], None)
+    layers, x = stack.layers(stack.tensors), stack.tensors["x"]
+    options = {"tracing_mode": "symbolic", "_allow_non_fake_inputs": True}
+    traced = make_fx(lambda x: g2g_stack(x, layers).counts, **options)(x)
+    assert torch.equal(traced(x), g2g_stack(x, layers).counts)
 
 
 def test_a_call_that_was_right_keeps_nothing_alive_and_lets_nothing_else_pass():

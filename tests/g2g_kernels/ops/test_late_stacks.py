@@ -2,6 +2,7 @@
 
 import itertools
 
+import pytest
 import torch
 from covering import every_pair
 from helpers import packed_randn, seeded
@@ -81,3 +82,16 @@ def test_learned_delays_of_the_fused_kernels(groups, block_size, most, recurrent
     for name, expected in found["torch"].items():
         near = {"rtol": 1e-4, "atol": 1e-5 * float(expected.abs().max())}
         torch.testing.assert_close(found["cpu"][name].double(), expected, **near, msg=name)
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_inputs_with_a_delay_of_no_step_are_the_inputs(backend, held):
+    mask = BlockMask.full(GroupLayout(9, 1), GroupLayout(20, 1), block_size=4)
+    layer = SpikingLayer(packed_randn(mask, 1), mask, None, Neurons("lif", (torch.tensor(0.9), torch.tensor(1.0))))
+    x = torch.rand(T, B, 20, generator=seeded(2))
+    x, steps = (x[0], T) if held else (x, None)
+    counts = g2g_stack(x, [layer], steps, backend=backend).counts
+    assert counts.any()
+    for delay in (Delay(0, 0), Delay(0, 0, torch.zeros(20, dtype=torch.int64))):
+        assert torch.equal(g2g_stack(x, [layer._replace(delay=delay)], steps, backend=backend).counts, counts)

@@ -383,6 +383,7 @@ def test_numbers_that_no_network_has_are_refused_by_node_and_name(name, number):
         ("n", {"metadata": None}, "node n: metadata is a NoneType; give a dict"),
         ("n", {"metadata": {"alpha": [1, 2]}}, r"node n: metadata: alpha=\[1, 2\] must be .*; mend or delete it"),
         ("n", {"metadata": {"learn_beta": "no"}}, "node n: metadata: learn_beta='no' must be True or False"),
+        ("n", {"metadata": {"beta_per_neuron": "no"}}, "node n: metadata: beta_per_neuron='no' must be True or False"),
     ],
 )  # fmt: skip
 def test_arrays_and_metadata_of_another_form_are_refused_by_node_and_name(node, values, message):

@@ -289,6 +289,8 @@ def test_masks_are_given_by_the_names_of_nodes_and_dots_become_modules():
     assert torch.equal(net.w3.mask.to_dense(), kept)
     with pytest.raises(ValueError, match="masks names w4, the graph w1, w2, w3"):
         from_nir(graph, masks={"w4": kept}, T=STEPS)
+    with pytest.raises(ValueError, match="masks is a list; give a dict of masks by the name of their node"):
+        from_nir(graph, masks=[kept], T=STEPS)
     with pytest.raises(ValueError, match=r"nodes a\.lif and another are both called 'a_lif' here; rename one"):
         from_nir(two_areas([("in", "a_lif"), ("a_lif", "b")], a=inner, a_lif=linear(6, INPUTS)), T=STEPS)
     of_stack, kept = to_nir(recurrent()), torch.rand(20, 20, generator=seeded(2)) < 0.3

@@ -1,6 +1,7 @@
 """The optimisation of one network: steps, epochs, evaluation, and a state to resume from."""
 
 import copy
+import re
 from typing import Any, NamedTuple
 
 import torch
@@ -140,7 +141,8 @@ class Trainer(EpochTrainer):
                     network=self.net,
                 )
             except ValueError as error:
-                raise SettingsError(f"dynamic sparse training: {error}") from error
+                text = re.sub(r"^(fraction|interval)=", r"dst_\1=", str(error))  # the names that settings have
+                raise SettingsError(f"dynamic sparse training: {text}") from error
         self._watch(settings.lr)
         self._layers = LayerWatch()
 

@@ -38,7 +38,7 @@ def value_of(kind: type) -> Callable[[str], Any]:
 
     def read(text: str) -> Any:
         try:
-            return {"true": True, "false": False}[text] if kind is bool else kind(text)
+            return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
         except (KeyError, ValueError):
             return text
 

@@ -112,7 +112,7 @@ def test_values_may_be_numbers_of_numpy_and_tensors_and_none(tmp_path):
     ):
         with pytest.raises(SettingsError, match=message):
             runs_of(program.grid_from(parse(flags)), tmp_path)
-    assert program.grid_from(parse(["--standardize", "true", "false"])) == {"standardize": [True, False]}
+    assert program.grid_from(parse(["--standardize", "True", "false"])) == {"standardize": [True, False]}
 
 
 def test_a_grid_comes_from_a_file_and_flags_replace_what_it_says(tmp_path):

@@ -53,10 +53,13 @@ def name_of(path: Path | str, remedy: str = "give the name of a file") -> str:
     """The name by which :func:`load` finds a file's data. Raises DataError, with the ``remedy``, if unreadable."""
     path = Path(path)
     try:
-        digest = hashlib.sha256(read_file(path)).hexdigest()
+        with open_file(path) as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
     except OSError as error:
         raise DataError(f"dataset={path} cannot be read ({reason(error)}); {remedy}") from error
-    name = f"{path.stem}-{digest[:DIGITS]}"
+    name = f"{path.stem}-{digest.hexdigest()[:DIGITS]}"
     _paths[name] = path
     return name
 

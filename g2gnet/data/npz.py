@@ -23,7 +23,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from g2gnet.base.files import open_file, read_file
+from g2gnet.base.files import open_file
 from g2gnet.base.memory import available, gigabytes
 from g2gnet.base.messages import reason
 from g2gnet.data.image_data import DataError, ImageData

@@ -38,9 +38,8 @@ def stacks_of(way: str) -> list[tuple[MaskCase, ...]]:
 T = 9
 #: steps of a test of something else: the first layer's input is held, that of the others varies
 SHORT = 3
-#: stacks that differ by their seed alone, and the limit for the mean ratio of so few errors of one number (one β a
-#: layer) or ten, which scatters by a quarter; the rule itself is applied to more cases
-FEW, AT_MOST = 4, 2
+#: stacks that differ by their seed alone: errors of one number (one β a layer) scatter, and so does the mean of four
+FEW = 8
 
 
 @pytest.fixture(autouse=True)
@@ -210,7 +209,7 @@ def test_other_stacks(steps, options):
     for stack in itertools.islice(stack_cases.clear_stacks(STACKS_OF_UNITS[0], steps, **options), FEW):
         assert options.get("bias", True) == any(name.startswith("bias") for name in stack.tensors)
         compare(ratios, stack)
-    ratios.check(cases=FEW, at_most=AT_MOST)
+    ratios.check(cases=FEW)
 
 
 def check_fused(dtype: torch.dtype, run: Callable[[torch.dtype, str], dict]) -> None:

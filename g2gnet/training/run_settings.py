@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-from g2g_kernels.numbers import Number
+from g2g_kernels.numbers import FLOAT32, Number
 from g2gnet.base.schedules import SCHEDULES
 from g2gnet.data import DATASETS, npz
 from g2gnet.data.augmentation import SHIFTS, shift_problem
@@ -292,7 +292,12 @@ class TrainSettings(NetworkSettings, RunSettings):
             if acts and rules[rule].needs == ACTIVITY and self.readout != "counts":
                 without = f"a correlation needs output spikes, and readout={self.readout} has none"
                 yield f"{name}={rule}: {without}; give another `{name}`, or `readout=counts`"
-        if self.sparsity_mode == "dynamic" and self.model == "dense" and self.final_density is None:
+        replaces = self.sparsity_mode == "dynamic" and self.final_density is None
+        if replaces and self.dst_fraction < FLOAT32[0]:  # which may be flushed to 0
+            yield f"dst_fraction={self.dst_fraction} replaces nothing; raise it, or give a `final_density`"
+        if replaces and self.model != "dense" and self.p_inter == self.p_intra == 1:
+            yield "sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter"
+        if replaces and self.model == "dense":
             sparse = ", ".join(SPARSE)
             yield f"sparsity_mode=dynamic needs a sparse model; give `model={sparse}`, or a `final_density`"
 

@@ -124,6 +124,9 @@ def test_a_number_outside_of_its_range_is_named(interval, name):
         ({"dst_schedule": "cosine", "model": "index"}, "dst_schedule=cosine has no effect with sparsity_mode=static"),
         ({"dst_stop": 0.5}, "dst_stop=0.5 has no effect with sparsity_mode=static; give `sparsity_mode=dynamic`"),
         ({"final_density": 0.1}, "final_density=0.1 has no effect with sparsity_mode=static; give `sparsity_mode=dyn"),
+        (DYNAMIC | {"dst_fraction": 0.0}, "dst_fraction=0.0 replaces nothing"),
+        (DYNAMIC | {"dst_fraction": 1e-310}, "dst_fraction=1e-310 replaces nothing"),
+        (DYNAMIC | {"p_inter": 1.0}, "nothing to grow at p_inter=1"),
         (DYNAMIC | {"dst_fraction": 0.0, "dst_schedule": "cosine"}, "cosine has no effect with dst_fraction=0.0; give"),
     ],
 )

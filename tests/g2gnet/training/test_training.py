@@ -71,9 +71,6 @@ def test_adaptive_neurons_stay_stable_in_training():
     [
         ({"lr_warmup": 12}, "lr_warmup=12 leaves no step at `lr`: training takes 12 steps; lower"),
         ({**DYNAMIC, "dst_stop": 0.5, "dst_interval": 7}, r": dst_interval=7 leaves no update in the first 0\.5 of 12"),
-        ({**DYNAMIC, "dst_fraction": 0.0}, r"dynamic sparse training: dst_fraction=0\.0 must be a number above 0"),
-        ({**DYNAMIC, "dst_fraction": 1e-310}, "dst_fraction=1e-310 must be a number above 0 .* that a float32 holds"),
-        ({**DYNAMIC, "p_inter": 1.0}, "every unit of every layer is present, so none can grow; lower p_inter"),
         ({"sequence": "rows", "T": 50}, "T=50 is not the length of the sequences .* with sequence=rows; give `T=28`"),
         ({"sequence": "pixels", "sequence_step": 5}, "sequence_step=5 does not divide the 784 pixels of an image"),
     ],

@@ -306,7 +306,8 @@ def _run_in_turn(
     before: torch.Tensor | None = None,
 ) -> Activity:
     linear = partial(g2g_linear, backend=backend)
-    population = partial(_neurons_in_float32 if backend == "cpu" else run_neurons, backend=backend)
+    population = partial(run_neurons, backend=backend)
+    population = partial(cpu.in_float32, population) if backend == "cpu" else population
     loop_of = (lambda layer: None) if plain else partial(recurrent_lists.loop_of, backend=backend)
     turn = reference.in_turn(x, layers, steps, linear, population, before, loop_of)
     return activity_of(*turn, differentiable=spikes)
@@ -384,12 +385,6 @@ def _run_late(
     reach = first.delay.reach
     of_inputs = DenseSpikes(train.window(total - reach, total)) if reach else None
     return replaced(activity, sent=(*of_layers, of_inputs))
-
-
-def _neurons_in_float32(current: torch.Tensor, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Neurons on currents of fewer bits, which the CPU kernels do not take alone: they keep their states in float32."""
-    spikes, state = run_neurons(current.to(torch.promote_types(current.dtype, torch.float32)), *arguments, **options)
-    return spikes.to(current.dtype), state
 
 
 def check_dropped(suffix: str, dropped: torch.Tensor, shape: tuple[int, ...]) -> None:

@@ -13,7 +13,7 @@ backward pass:
 import ctypes
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,8 +32,7 @@ from g2g_kernels.ops.g2g_stack.delays import Delay, Train
 from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer, refuses_fields, unread
 from g2g_kernels.ops.g2g_stack.recurrent_lists import loop_of
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn, reaches
-from g2g_kernels.ops.neurons import cpu as neurons_alone
-from g2g_kernels.ops.neurons.cpu import neuron_arguments
+from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.ops.record import TYPES, Backward, RecordOperator, opened
@@ -83,7 +82,7 @@ def refuses_tensors(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
     if _takes_turns(layers):
-        turn = in_turn(x, layers, steps, g2g_linear, _neurons, loop_of=loop_of)
+        turn = in_turn(x, layers, steps, g2g_linear, functools.partial(in_float32, neurons), loop_of=loop_of)
         return activity_of(*turn, differentiable=False)
     call = StackCall.of(x, layers, steps, torch.bfloat16 if bf16_wanted() else torch.float32)
     counts, rates, last, _, words, _ = FORWARD(call)
@@ -128,9 +127,12 @@ class _WithoutGradient(torch.autograd.Function):
         )
 
 
-def _neurons(current: torch.Tensor, *arguments: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The neurons alone; under autocast their currents have fewer bits, and so do their spikes."""
-    spikes, state = neurons_alone.neurons(current.float(), *arguments, **options)
+def in_float32(
+    operator: Callable, current: torch.Tensor, *arguments: Any, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """An operator of neurons alone, whose kernels take no currents of fewer bits, as under autocast; their spikes have
+    as many as these."""
+    spikes, state = operator(current.to(torch.promote_types(current.dtype, torch.float32)), *arguments, **options)
     return spikes.to(current.dtype), state
 
 

@@ -122,7 +122,7 @@ def draw_readouts() -> Figure:
         bars.tick_params(labelsize=8, labelbottom=classes == 10)
         bars.spines[["top", "right"]].set_visible(False)
     axes[0, 0].set_title(f"weights from {hidden} hidden neurons in 8 groups", fontsize=10)
-    axes[0, 1].set_title("share that a class hears,\nand the mean field", fontsize=10)
+    axes[0, 1].set_title("share of hidden neurons wired\nto each class, and its mean", fontsize=10)
     return figure
 
 
@@ -306,7 +306,6 @@ PICTURES = {
 
 def draw(folder: Path) -> None:
     for name, picture in PICTURES.items():
-        figure = picture()
         figure = picture()
         figure.savefig(folder / name, dpi=110)
         plt.close(figure)

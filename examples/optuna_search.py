@@ -1,4 +1,4 @@
-"""Optuna looks for the grouping, density, decay and learning rate of a G2GNet."""
+"""Optuna searches for the grouping, density, decay and learning rate of a G2GNet, judged by held-out images."""
 
 import optuna
 import torch
@@ -7,7 +7,9 @@ from g2gnet import G2GNet
 from g2gnet.data import as_samples, load_dataset
 
 data = load_dataset("fashionmnist-mini")
-x, labels = as_samples(data.train_images), data.train_labels
+images, labels = as_samples(data.train_images), data.train_labels
+order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+train, held_out = order[1000:], order[:1000]
 
 
 def accuracy(trial):
@@ -19,13 +21,13 @@ def accuracy(trial):
     }
     net = G2GNet(784, 256, 10, block_size=16, T=10, **options)
     optimizer = torch.optim.Adam(net.parameters(), lr=trial.suggest_float("lr", 1e-4, 1e-2, log=True))
-    for batch in torch.randperm(len(x)).split(100):
+    for batch in train[torch.randperm(len(train))].split(100):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(net(x[batch]), labels[batch]).backward()
+        torch.nn.functional.cross_entropy(net(images[batch]), labels[batch]).backward()
         optimizer.step()
     with torch.no_grad():
-        predicted = net.eval()(as_samples(data.test_images)).argmax(1)
-    return (predicted == data.test_labels).float().mean().item()
+        predicted = net.eval()(images[held_out]).argmax(1)
+    return (predicted == labels[held_out]).float().mean().item()
 
 
 study = optuna.create_study(direction="maximize")

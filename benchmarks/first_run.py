@@ -56,7 +56,7 @@ TESTS = {
     "tests-stack": ("test_triton_g2g_stack.py test_g2g_stack.py", "single_weights"),
 }
 #: of throughput, by stage: flags, contenders (``g2g`` is ours on the device's backend)
-BF16, FP32 = "g2g-bf16,g2g-graph-bf16,g2g-pair-bf16", "g2g,g2g-graph"  # float32 is never fused
+BF16, FP32 = "g2g-bf16,g2g-pair-bf16", "g2g"  # float32 is never fused
 BOTH = f"{BF16},{FP32},dense-lif-bf16"
 TIMES = {
     "step": ("--kernel step", f"{BOTH},g2g-compiled-bf16,g2g-compiled,dense-lif,snntorch-masked"),

@@ -10,7 +10,6 @@ from g2g_kernels import lif, synaptic
 from g2g_kernels.triton import runtime
 from g2gnet import DSTScheduler, G2GLinear, G2GNet
 from g2gnet.dst.rules import unit_correlation
-from g2gnet.training.captured_step import CapturedStep
 
 from .contender import (
     CompiledContender,
@@ -55,38 +54,8 @@ class Compiled(CompiledContender, Network):
     """:class:`Network` through ``torch.compile``."""
 
 
-class Captured(Network):
-    """:class:`Network`, its step replayed as one CUDA graph, as ``train.py`` does."""
-
-    apart = True
-
-    def make(self, prepared: Prepared) -> None:
-        super().make(prepared)
-        for group in self.optimizer.param_groups:
-            group["capturable"] = True
-        self._captured = CapturedStep(self._learn, self.device, (self.net, self.optimizer), required=True)
-
-    def _learn(self, images: torch.Tensor, labels: torch.Tensor, _: None) -> tuple[torch.Tensor, torch.Tensor]:
-        self.images, self.labels = images, labels  # those that the graph reads
-        loss, counts = super()._backward()
-        self.optimizer.step()
-        return loss, counts
-
-    def _call(self) -> tuple[torch.Tensor, torch.Tensor]:
-        self.optimizer.zero_grad(set_to_none=True)  # a graph would get copies of those with which it begins
-        return self._captured(self.images, self.labels, None)
-
-    def step(self) -> None:
-        self._call()
-
-    def _backward(self, kept: Kept | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        for _ in range(CapturedStep.WARM_UP + 1):  # the last of which is a replay
-            loss, counts = self._call()
-        return loss, counts
-
-
-class Pair(Captured):
-    """:class:`Captured`, each layer by a pair of kernels, where a fused one would be chosen, too."""
+class Pair(Network):
+    """:class:`Network`, each layer by a pair of kernels, where a fused one would be chosen, too."""
 
     def make(self, prepared: Prepared) -> None:
         self._choice = runtime.assuming(fused=False)

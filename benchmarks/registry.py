@@ -9,8 +9,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from g2g_kernels import available_backends, backend_status
 from g2g_kernels.dispatch import BACKENDS
 
@@ -118,12 +116,7 @@ def entries(kernel: str) -> dict[str, Entry]:
         found += [
             *(replace(entry, label=f"{entry.label}-triangle", workload=COMPACT) for entry in found),
             *(_variant(entry, "compiled", "Compiled", _missing((COMPILER,))) for entry in found),
-            *(_variant(entry, "graph", "Captured", _no_graph(entry.backend)) for entry in found),
-            *(
-                _variant(entry, "pair", "Pair", _no_graph(entry.backend))
-                for entry in found
-                if entry.backend == "triton"
-            ),
+            *(_variant(entry, "pair", "Pair", None) for entry in found if entry.backend == "triton"),
         ]
     found_peers = [
         Entry(
@@ -144,13 +137,6 @@ def _variant(entry: Entry, name: str, ours: str, lacks: str | None) -> Entry:
     label, target, unavailable = f"{entry.label}-{name}", f"{__package__}.ours:{ours}", entry.unavailable or lacks
     compiles = name == "compiled"
     return replace(entry, label=label, target=target, unavailable=unavailable, compiles=compiles, by_name=True)
-
-
-def _no_graph(backend: str | None) -> str | None:
-    """Why a step on ``backend`` cannot be a CUDA graph, or None."""
-    if backend != "triton":
-        return "a CUDA graph needs the Triton kernels"
-    return None if torch.cuda.is_available() else "a CUDA graph needs a CUDA device, and PyTorch finds none"
 
 
 def _missing(needs: tuple[str, ...]) -> str | None:

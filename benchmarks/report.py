@@ -53,7 +53,7 @@ def line(record: dict[str, Any], runs: Sequence[dict[str, Any]]) -> Line | None:
 
 
 _WAYS = {"": "", "-triangle": ", hidden triangle α = 4", "-compiled": ", under torch.compile",
-         "-graph": ", a step as one CUDA graph", "-pair": ", as one CUDA graph, no fused layers"}  # fmt: skip
+         "-pair": ", no fused layers"}  # fmt: skip
 _KERNELS = {"triton": "Triton kernels", "cpu": "compiled CPU kernels", "torch": "plain PyTorch"}
 TITLES = {
     **{f"g2g-{name}{way}": f"g2g, {of}{how}" for name, of in _KERNELS.items() for way, how in _WAYS.items()},

@@ -61,7 +61,7 @@ class Number(NamedTuple):
 
     def refuses(self, value: Any) -> str | None:
         """What must be given instead of ``value``, in words; None if it is of this kind."""
-        if isinstance(value, torch.SymInt):  # of a graph with dynamic shapes, which stands for an int
+        if isinstance(value, torch.SymInt):  # of a program with dynamic shapes, which stands for an int
             return None
         value = self._number(value)
         if value is None or not self._holds(value):

@@ -8,13 +8,12 @@ from g2gnet.neurons import LIF, AdLIF, SpikingNeurons, Synaptic
 from g2gnet.sparsify import sparsify
 from g2gnet.spiking_network import Projection, SpikingNetwork
 from g2gnet.stack import SpikingStack
-from g2gnet.training.captured_step import captured
 from g2gnet.training.saved_run import load
 from g2gnet.training.signs import keep_signs
 from g2gnet.weights.tied_averages import sync_wiring, tie_wiring, untie_wiring
 
 __all__ = [
     "LIF", "AdLIF", "DSTScheduler", "G2GLinear", "G2GNet", "Projection", "SpikingNetwork", "SpikingNeurons",
-    "SpikingStack", "Synaptic", "captured", "keep_signs", "load", "sparsify", "sync_wiring", "tie_wiring",
+    "SpikingStack", "Synaptic", "keep_signs", "load", "sparsify", "sync_wiring", "tie_wiring",
     "untie_wiring",
 ]  # fmt: skip

@@ -41,7 +41,6 @@ QUICK = [
     "g2gnet/test_graphs.py::test_the_graph_of_a_network_is_the_chain_of_its_layers",
     "g2gnet/test_transforms.py::test_gradients_of_every_sample_are_those_of_samples_alone",
     "g2gnet/test_synaptic_operations.py::test_operations_are_those_of_every_weight_and_every_input",
-    "g2gnet/training/test_captured_step.py::test_a_loop_of_ones_own_trains_as_without_a_graph",
     "g2gnet/programs/test_analyze_program.py::test_a_loaded_network_classifies_as_the_run_did",
     "g2gnet/interop/test_recurrent.py::test_neurons_of_snntorch_have_their_spikes_and_gradients",
     "g2gnet/interop/test_interop.py::test_a_file_of_nir_gives_the_same_network_back",

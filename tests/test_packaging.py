@@ -37,7 +37,7 @@ def test_every_dependency_names_the_oldest_version_that_is_tested():
     listed = sum((project["optional-dependencies"][extra] for extra in extras), project["dependencies"])
     pinned = dict(line.split("==") for line in oldest(extras))
     assert pinned == dict(name.split(">=") for name in listed)
-    assert {"numpy", "scikit-learn", "scipy", "torch", "torchvision", "tqdm"} <= set(pinned)
+    assert {"filelock", "numpy", "scikit-learn", "scipy", "torch", "torchvision", "tqdm"} <= set(pinned)
 
 
 def run(*command, cwd=None, **variables):

@@ -29,7 +29,7 @@ DEFAULTS = {
 DERIVED = {"T": None, "sequence": None}
 MACHINE_FLAGS = {
     "data_dir": "data", "checkpoint_dir": "checkpoints", "peer_timeout": 30.0, "device": "auto", "backend": "auto",
-    "cuda_graph": None, "log_dir": None, "json": None,
+    "log_dir": None, "json": None,
 }  # fmt: skip
 SMALL = {
     "dataset": "fashionmnist-mini", "model": "mixer", "hidden_dim": 64, "block_size": 8, "T": 8,

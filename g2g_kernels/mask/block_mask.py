@@ -1,4 +1,4 @@
-"""Which blocks of weights exist: the one description of a sparse layer's graph, for kernels, dynamic sparse training,
+"""Which blocks of weights exist: the one description of a sparse layer's wiring, for kernels, dynamic sparse training,
 plots and checkpoints. A :class:`BlockMask` holds indices only; the weights themselves are *packed*, one [unit_rows,
 unit_cols] tile per present unit, in a tensor that the caller owns.
 """
@@ -99,7 +99,7 @@ class BlockMask(UnitGrid):
         *,
         density: float | None = None,
     ) -> "BlockMask":
-        """Draws a random graph, whose rows have equal work: units inside a group with probability ``p_intra``, between
+        """Draws random units, whose rows have equal work: units inside a group with probability ``p_intra``, between
         groups ``p_inter``, or everywhere with probability ``density``, which then takes the place of both.
         ``g2g_kernels.mask.groups.partners`` defines which groups of the two sides count as one.
         """
@@ -163,8 +163,8 @@ class BlockMask(UnitGrid):
 
     def become_(self, other: "BlockMask") -> None:
         """Takes over the units of another mask of the same ``shape``, and their slots: in place if both have the same
-        numbers of units and ranges, and operators read the same tensors of both, so that a captured graph sees the new
-        units. The buffer stays if the shape of packed weights does.
+        numbers of units and ranges, and operators read the same tensors of both. The buffer stays if the shape
+        of packed weights does.
         """
         sides = (self.rows, other.rows), (self.cols, other.cols)
         mine, theirs = (

@@ -1,4 +1,4 @@
-"""The graph of a :class:`BlockMask` in other forms: lists of edges, matrices of SciPy and PyTorch, networkx, pictures.
+"""A :class:`BlockMask` in other forms: lists of edges, matrices of SciPy and PyTorch, networkx, pictures.
 
 Rows are output neurons (targets), columns input neurons (sources), both in neuron order, as in ``mask.to_dense()``.
 """

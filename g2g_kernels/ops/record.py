@@ -284,7 +284,7 @@ class Differentiable(RecordOperator):
             self.overload.name(), self._formula, setup_context=self._setup_context, lib=_library
         )
         torch.library.register_autograd(backward.overload.name(), refuse_backward, lib=_library)
-        # the name is that of the node in the graph
+        # the name is that of autograd's node
         methods = {"forward": staticmethod(self._forward), "backward": staticmethod(self._gradients_of_all)}
         function_of_autograd: Any = type(name, (torch.autograd.Function,), methods)
         self.apply = function_of_autograd.apply

@@ -8,11 +8,11 @@ import os
 import secrets
 import shutil
 import stat
-import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import filelock
 
 from g2gnet.base.messages import reason, warn
 
@@ -145,38 +145,21 @@ def leftovers(path: Path) -> list[Path]:
 @contextlib.contextmanager
 def locked(path: Path, wait: bool) -> Iterator[None]:
     """While entered, no other process can enter it for the lock file ``path``; the lock ends with its process, the file
-    stays. Without locks on its file system there is a warning. Raises BlockingIOError if another has entered it and
-    ``wait`` is false, OSError if the file cannot be opened, or is a symbolic link or no regular file.
+    stays. Without locks on its file system there is a warning. Raises ``filelock.Timeout`` if another has entered it
+    and ``wait`` is false, another OSError if the file cannot be opened, or is a symbolic link or no regular file.
     """
-    descriptor = open_own(path, os.O_RDWR | os.O_CREAT)
+    check_own(path)
+    lock = filelock.FileLock(path, timeout=-1 if wait else 0)
     try:
-        try:
-            _lock(descriptor, wait)
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-            warn(f"warning: {path} cannot be locked ({error.strerror}): make sure that no other process does the same")
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:  # the latter from filelock 3, for ENOSYS
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        warn(f"warning: {path} cannot be locked ({reason(error)}): make sure that no other process does the same")
+    try:
         yield
     finally:
-        os.close(descriptor)
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(descriptor: int, wait: bool) -> None:
-        while True:
-            try:
-                return msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-            except PermissionError as error:
-                if not wait:
-                    raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
-            time.sleep(0.1)
-else:
-    import fcntl
-
-    def _lock(descriptor: int, wait: bool) -> None:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        lock.release()
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ class StepRecorder:
             self._uncompiled = None
 
     def drop(self) -> None:
-        """Stops recording, and forgets the step, also what graphs refer to."""
+        """Stops recording, and forgets the step, also what autograd still refers to."""
         self.stop()
         for gradients in self._gradients.values():
             gradients.close()
@@ -154,8 +154,8 @@ class StepRecorder:
             return f"another DSTScheduler with grow='gradient' has taken over layer {number}; step the last one only"
         return (
             f"no {what} of layer {number} was recorded in this step, but {self._rules} needs it. Run the model forward "
-            "and backward in training mode before each step(), not as a CUDA graph while next_is_due; or pass the "
-            "inputs and the activity to step(); or use prune='set' or 'random' with grow='random'"
+            "and backward in training mode before each step(); or pass the inputs and the activity to step(); or use "
+            "prune='set' or 'random' with grow='random'"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -202,14 +202,14 @@ class UnitGradients:
         self.close()
 
     def close(self) -> None:
-        """Forgets everything, also what graphs of this step refer to."""
+        """Forgets everything, also what autograd still refers to."""
         #: of products; each adds Σ over samples of g·xᵀ to ∂L/∂W
         self.pairs: list[Pair] = []
         #: of reads of the dense weight, whose gradient is its product with the identity
         self.dense: list[Pair] = []
         #: what the step had of which the gradient is not seen
         self.unseen: str | None = None
-        #: inputs by the number of their product. Graphs that someone keeps refer to them through this object
+        #: inputs by the number of their product. Results that someone keeps refer to them through this object
         self._inputs: dict[int, torch.Tensor] = {}
 
     def of_call(self, values: torch.Tensor) -> tuple[torch.Tensor, ProductObserver]:

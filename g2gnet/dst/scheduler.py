@@ -23,7 +23,7 @@ from g2gnet.dst.gradual_pruning import layer_budgets, least_density, mean_densit
 from g2gnet.dst.optimizer_state import Initial, OptimizerState
 from g2gnet.dst.recorder import StepRecorder
 from g2gnet.dst.replacement import draw_candidates, replace_units
-from g2gnet.dst.rules import GRADIENT, GROW_RULES, PRUNE_RULES, Evidence
+from g2gnet.dst.rules import GROW_RULES, PRUNE_RULES, Evidence
 from g2gnet.layers import G2GLinear
 from g2gnet.spiking_network import SpikingNetwork
 from g2gnet.weights.tied_averages import rewire_averages, tie_wiring
@@ -191,11 +191,6 @@ class DSTScheduler:
         """Whether the next :meth:`step` is to be an update."""
         step = self.steps + 1
         return step % self.interval == 0 and (self._last is None or step <= self._last)
-
-    @property
-    def forms_gradient(self) -> bool:
-        """Whether the training step before the next :meth:`step` has to form the gradient of absent units."""
-        return GRADIENT in self._recorder.needs and self.next_is_due
 
     def _changes(self, layer: G2GLinear) -> bool:
         """Whether an update prunes or grows units of the layer."""

@@ -249,10 +249,7 @@ def machine_from(arguments: argparse.Namespace) -> Machine:
         raise FlagError(str(error)) from error
     if device.type not in ("cpu", "cuda") and getattr(arguments, "precision", "fp32") == "bf16":
         raise FlagError(f"precision=bf16 needs a CPU or CUDA device, not {arguments.device}; give --precision fp32")
-    cuda_graph = getattr(arguments, "cuda_graph", None)
-    if cuda_graph and device.type != "cuda":
-        raise FlagError(f"--cuda_graph needs a CUDA device, not {device}; leave it out, or give --device cuda")
-    return Machine(device, backend, cuda_graph=cuda_graph)
+    return Machine(device, backend)
 
 
 def training_parser(description: str, examples: str, settings: type[TrainSettings], document: str) -> Parser:
@@ -262,10 +259,6 @@ def training_parser(description: str, examples: str, settings: type[TrainSetting
     group = add_machine_flags(parser)
     text = "minutes that processes started by torchrun wait for one another (default: 30)"
     group.add_argument("--peer_timeout", type=float, default=LIMIT.total_seconds() / 60, metavar="MINUTES", help=text)
-    text = "replay each training step as a CUDA graph (default: on a CUDA device, in one process); not run on a GPU yet"
-    group.add_argument("--cuda_graph", action="store_true", default=None, help=text)
-    text = "launch each kernel of a training step by itself"
-    group.add_argument("--no_cuda_graph", action="store_false", dest="cuda_graph", default=None, help=text)
     text = "write scalars, histograms and heat maps for TensorBoard to DIR (default: none)"
     group.add_argument("--log_dir", type=file_name, metavar="DIR", help=text)
     add_json_flag(group, document)

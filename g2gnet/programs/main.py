@@ -102,8 +102,6 @@ def memory_named(arguments: argparse.Namespace) -> Iterator[None]:
             remedies.append("give --chunk, so that a step keeps less for each of many time steps")
         if flags.get("precision") == "fp32":
             remedies.append("give --precision bf16, which halves what a step keeps")
-        if "cuda_graph" in flags and flags["cuda_graph"] is not False:
-            remedies.append("give --no_cuda_graph, since a graph keeps its memory between steps")
         raise TrainingError("; ".join([f"out of memory: {reason(error)}", *remedies])) from error
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from g2gnet.base.distributed import launched
 from g2gnet.base.messages import say
 from g2gnet.inspect import NetworkAnalysis, headline, summary_table
 from g2gnet.programs import flags, output
@@ -33,8 +32,6 @@ def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
     files = RunFiles(arguments.checkpoint_dir, settings.stem)
     output.check_json(arguments, files.files())
     machine = flags.machine_from(arguments)
-    if machine.cuda_graph and launched():
-        raise flags.FlagError("--cuda_graph is of one process; leave it out, or start one without torchrun")
     with flags.joined(arguments, "train", settings, machine, machine.device) as machine:
         result = run_training(
             settings,

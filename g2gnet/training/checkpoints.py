@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import filelock
+
 from g2gnet.base import files
 from g2gnet.base.files import read_file, replace_file
 from g2gnet.base.messages import reason, warn
@@ -101,7 +103,7 @@ class RunFiles:
                 held.enter_context(files.locked(self.lock, wait=False))
             except OSError as error:
                 what = f"cannot lock {self.lock} ({reason(error)}); delete it"
-                if isinstance(error, BlockingIOError):
+                if isinstance(error, filelock.Timeout):
                     what = f"another run of this name is using {self.checkpoint} (it holds {self.lock}); wait for it"
                 raise CheckpointError(f"{what}, or give {self.elsewhere}") from error
             for path in self._all.values():

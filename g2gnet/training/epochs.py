@@ -163,8 +163,4 @@ class EpochTrainer(ABC):
             share = (self.step - self.lr_warmup) / (self._steps - self.lr_warmup)
             lr = self._lr * SCHEDULES[self.lr_schedule](share)
         for group in self.optimizer.param_groups:
-            of_group = lr * group.get("lr_factor", 1)
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(of_group)
-            else:
-                group["lr"] = of_group
+            group["lr"] = lr * group.get("lr_factor", 1)

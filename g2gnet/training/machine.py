@@ -20,23 +20,16 @@ WEIGHT = 16
 
 
 class Machine(NamedTuple):
-    """The device of this process, the backend (None lets the device decide), the processes that make the same calls,
-    and whether training steps are replayed as a CUDA graph (None: where that is possible).
+    """The device of this process, the backend (None lets the device decide) and the processes that make the same calls.
 
     Example:
-        >>> Machine(torch.device("cpu"), backend="torch").captures
-        False
+        >>> Machine(torch.device("cpu"), backend="torch").versions()["backend"]
+        'torch'
     """
 
     device: torch.device
     backend: str | None = None
     world: World = ALONE
-    cuda_graph: bool | None = None
-
-    @property
-    def captures(self) -> bool:
-        """Whether training steps are replayed as a CUDA graph."""
-        return self.device.type == "cuda" and self.world.size == 1 if self.cuda_graph is None else self.cuda_graph
 
     def versions(self) -> dict[str, str]:
         """What the last bits of a result depend on besides the settings, in words."""

@@ -34,8 +34,7 @@ class TrainingError(RuntimeError):
 
 class FiniteWatch:
     """Records on the device the first step in which the loss and each gradient of a module were not finite, in one pass
-    over the gradients. The step's number is there too, and all is written in place, so :meth:`note` can be part of a
-    captured step; only :meth:`check` waits.
+    over the gradients. The step's number is on the device too: :meth:`note` does not wait for it, :meth:`check` does.
     """
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:

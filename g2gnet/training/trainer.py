@@ -15,7 +15,6 @@ from g2gnet.dst.scheduler import DSTScheduler
 from g2gnet.network import G2GNet
 from g2gnet.network_settings import SettingsError
 from g2gnet.neurons import AdLIF
-from g2gnet.training.captured_step import CapturedStep
 from g2gnet.training.epochs import EpochTrainer, StepCallback
 from g2gnet.training.evaluation import autocast, build_network, run_images
 from g2gnet.training.machine import Machine, check_memory
@@ -114,9 +113,6 @@ class Trainer(EpochTrainer):
         self._neurons = [connection.out_features for connection, _ in self.net.layers()]
         self._initial_units = self._units()
         self.optimizer = self._make_optimizer()
-        self._captured: CapturedStep | None = None
-        if machine.captures:
-            self._captured = CapturedStep(self._learn, device, (self.net, self.optimizer), bool(machine.cuda_graph))
         self.dst: DSTScheduler | None = None
         if settings.sparsity_mode == "dynamic":
             final, connections = settings.final_density, list(self.net.connections().values())
@@ -170,23 +166,18 @@ class Trainer(EpochTrainer):
                 raise ValueError(f"dst/steps={state['dst']['steps']} and step={state['step']} are at odds")
             check_form("dst", state["dst"], {"pruned": 0, "grown": 0}, low=0)
             self.dst.load_state_dict(state["dst"])
-        if self._captured:
-            self._captured.recapture()  # for other masks
 
     def _build_network(self, input_dim: int, num_classes: int) -> G2GNet:
         return build_network(self.settings, input_dim, num_classes, self._machine.backend)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        settings, machine, device = self.settings, self._machine, self.device
-        varies = settings.lr_schedule != "constant" or settings.lr_warmup > 0
+        settings, device = self.settings, self.device
         options: dict[str, Any] = {
-            # a captured step reads it from a tensor
-            "lr": torch.tensor(settings.lr, device=device) if machine.captures and varies else settings.lr,
+            "lr": settings.lr,
             "weight_decay": settings.weight_decay,
             # PyTorch's fused update supports CPU and CUDA; other devices take the plain loop
             "fused": device.type in ("cpu", "cuda"),
             "foreach": False,
-            "capturable": machine.captures,
         }
         learned = {name: each for name, each in self.net.named_parameters() if each.requires_grad}
         delays = [learned.pop(name) for name in [*learned] if name.endswith("_delay")]
@@ -258,22 +249,18 @@ class Trainer(EpochTrainer):
         regularizer = 0.0, 0.0
         if self.settings.enforce_sparsity:
             regularizer = rate_target(self.epoch + 1, self.settings.epochs, self.settings.warmup_epochs)
-        # a step with the gradient of absent units differs from the captured one
-        differs = self.dst is not None and self.dst.forms_gradient
-        learn = self._captured if self._captured and not differs else self._learn
         dropped: list[torch.Tensor] | None = None
         if self.settings.dropout:
             drawn = self.net.drop(len(index), self._stream("dropout"))
             dropped = [each[part].to(self.device) for each in drawn]
-        # the regulariser and the share are constants of a captured step
-        results, activity = learn(inputs, labels, regularizer, len(labels) / len(index), dropped)
+        results, activity = self._learn(inputs, labels, regularizer, len(labels) / len(index), dropped)
         self._stepped()
         if self.settings.average is not None:
             share = 1 / min(self.step, self.settings.average)
             for average, now in zip(self.tested.parameters(), self.net.parameters(), strict=True):
                 average.data.lerp_(now.data, share)
-        if self.dst and self.dst.step(inputs, activity) and self._captured and self.settings.final_density is not None:
-            self._captured.recapture()  # the graph holds the weights that were more
+        if self.dst:
+            self.dst.step(inputs, activity)
         loss, correct, firing_rates = results[0], results[1], results[2:]
         return {"loss": loss * len(index), "correct": correct, "firing_rates": firing_rates * len(index)}
 
@@ -285,9 +272,9 @@ class Trainer(EpochTrainer):
         share: float,
         dropped: list[torch.Tensor] | None,
     ) -> tuple[torch.Tensor, Activity]:
-        """Forward pass, loss, backward pass, update, without waiting for the device, so it can be captured. This
-        process has a ``share`` of the batch. Returns of the whole batch the mean cross-entropy, the number of correctly
-        classified images and each neuron's mean rate, layer after layer [2 + 2·H + C]; and the activity on its part."""
+        """Forward pass, loss, backward pass, update, without waiting for the device. This process has a ``share`` of
+        the batch. Returns of the whole batch the mean cross-entropy, the number of correctly classified images and each
+        neuron's mean rate, layer after layer [2 + 2·H + C]; and the activity on its part."""
         with autocast(self.settings, self.device):
             activity = self.net.simulate(inputs, chunk=self.settings.chunk, dropped=dropped)
         loss = F.cross_entropy(activity.output, labels, label_smoothing=self.settings.label_smoothing)
@@ -307,7 +294,7 @@ class Trainer(EpochTrainer):
             if self.settings.clip_grad_norm is not None:
                 self._clip_gradient(self.settings.clip_grad_norm)
         self._update()
-        self.optimizer.zero_grad(set_to_none=True)  # a graph would get copies of those with which it begins
+        self.optimizer.zero_grad(set_to_none=True)  # their memory serves the next forward pass
         return results, activity
 
     def _sum_gradients(self) -> None:

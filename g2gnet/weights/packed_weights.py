@@ -134,8 +134,8 @@ class PackedWeights(nn.Module):
             self.values.data.copy_(values)
         else:
             self.values.grad = None
-            # a graph that someone keeps has the node that accumulates gradients of the old shape; PyTorch makes another
-            # one only for another dtype
+            # a result that someone keeps has the node that accumulates gradients of the old shape; another is made
+            # only for another dtype
             self.values.data = values.new_empty(0, dtype=torch.float if values.dtype == torch.half else torch.half)
             self.values.data = values
         self.values.grad = gradient

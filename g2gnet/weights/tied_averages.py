@@ -157,7 +157,7 @@ def sync_wiring(source: nn.Module, target: nn.Module) -> None:
     """Gives the sparse layers of ``target`` the units that those of ``source`` have now, in the same slots.
 
     A unit that target has already keeps its weights; the others get the source's. For networks whose parameters are
-    then copied or averaged one by one and that are not tied: call it before, and after each update of source's graph.
+    then copied or averaged one by one and that are not tied: call it before, and after each update of source's masks.
     Both may be in wrappers (``AveragedModel``, DistributedDataParallel). Raises TypeError if one is no module, and
     ValueError if layers differ in name or size.
 

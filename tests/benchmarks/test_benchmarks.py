@@ -412,7 +412,7 @@ def test_a_workload_is_prepared_once_and_its_work_counts_active_weights():
 def test_contenders_are_chosen_by_backend_and_precision_and_say_what_they_lack(monkeypatch):
     default = {entry.label for entry in choose("step")}
     assert default >= {"g2g-torch", "g2g-triton", "snntorch-masked", "dense-lif", "compiled-masked", "bsr-lif"}
-    assert not default & {"snntorch-masked-bf16", "g2g-triton-graph", "g2g-triton-pair", "g2g-cpu-compiled"}
+    assert not default & {"snntorch-masked-bf16", "g2g-triton-pair", "g2g-cpu-compiled"}
     labels = [entry.label for entry in choose("linear", backends="torch", precision="bf16")]
     assert labels == ["g2g-torch-bf16", "masked-bf16", "bsr-bf16", "dense-bf16", "sparselab-bf16"]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "snntorch" else object())

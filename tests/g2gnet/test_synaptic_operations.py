@@ -66,7 +66,7 @@ def test_differentiable_spikes_dropout_and_weights_of_zero_are_counted_as_they_a
     dst = DSTScheduler(net, torch.optim.Adam(net.parameters()), interval=1, grow="gradient")
     activity = net.simulate(x, spikes=spikes)
     assert [tuple(layer) for layer in activity.synaptic_operations()] == by_loops(net, x, activity)
-    assert dst.forms_gradient
+    assert dst.next_is_due
     assert any(connection.mask.has_padding for connection, _ in net.layers())
 
 

@@ -47,7 +47,7 @@ from g2g_kernels.triton.products import (
 )
 from g2g_kernels.triton.runtime import cdiv, launch, next_power_of_2, precision_of
 
-# --- the graph as kernels read it -------------------------------------------------------------------------------
+# --- the mask as kernels read it --------------------------------------------------------------------------------
 
 
 def in_order(side: Side) -> Side:

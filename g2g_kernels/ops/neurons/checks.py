@@ -20,7 +20,7 @@ NUMBERS = (int, float, np.integer, np.floating)
 def check_parameter(name: str, value: Any, of: str = "") -> float:
     """``value``, the parameter of neurons, as a float; ∞ is a threshold never reached. Raises ValueError, naming the
     argument (``of`` some neurons), unless it is one number that a float32 holds, or inf."""
-    if isinstance(value, torch.SymFloat):  # of a graph with dynamic shapes, which stands for a float
+    if isinstance(value, torch.SymFloat):  # of a program with dynamic shapes, which stands for a float
         return value  # type: ignore[return-value]
     number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
     if isinstance(number, numbers.Real) and not isinstance(number, bool):

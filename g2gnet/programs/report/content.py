@@ -156,7 +156,7 @@ def _connections(each: Inspected) -> list[str]:
     pruned = run.settings.final_density is not None
     if run.settings.model == "dense" and not pruned:
         return [paragraph("Every neuron is connected to every neuron of the next layer: there are no groups to draw.")]
-    nets, note = {"now": net}, "The graph never changes."
+    nets, note = {"now": net}, "The mask never changes."
     if run.settings.sparsity_mode == "dynamic":
         nets = {"before training": run.initial_network(), "now": net}
         effect = "prunes more units than it grows" if pruned else "keeps the number of units"

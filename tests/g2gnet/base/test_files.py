@@ -9,6 +9,7 @@ import stat
 import threading
 from unittest.mock import Mock
 
+import filelock
 import processes
 import pytest
 from training_runs import SMALL, flags_of, load, run
@@ -144,7 +145,7 @@ def test_locks_lie_in_a_directory_of_ones_own(tmp_path, monkeypatch, capsys):
     with one_at_a_time(tmp_path / "data"):
         (lock,) = (tmp_path / "cache/g2g/locks").iterdir()
         assert lock.parent.stat().st_mode & 0o777 == 0o700
-        with pytest.raises(BlockingIOError), locked(lock, wait=False):
+        with pytest.raises(filelock.Timeout), locked(lock, wait=False):
             pass
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     with one_at_a_time(tmp_path / "data"):

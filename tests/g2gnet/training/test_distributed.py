@@ -317,7 +317,6 @@ def test_a_network_interface_that_is_none_is_named(tmp_path, several):
     [
         ("--device cuda:0", 2, "device=cuda:0 would serve all processes; give cuda, so that each takes its own"),
         ("--device cuda", 1, "device='cuda:1': this machine has CUDA devices 0 … 0"),
-        ("--device cuda --cuda_graph", 2, "--cuda_graph is of one process; leave it out, or start one without"),
     ],
 )
 def test_flags_of_one_process_are_refused(tmp_path, monkeypatch, capsys, as_rank_1_of_2, flags, devices, message):

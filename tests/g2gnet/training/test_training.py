@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import SMALL, VARIANTS, assert_equal, load, run, small_trainer
 
 from benchmarks.machine import pytorch_threads
@@ -13,7 +14,7 @@ from g2gnet import SpikingStack
 from g2gnet.base.seeding import stream
 from g2gnet.base.tensor_files import write_tensors
 from g2gnet.data import DataError, as_samples, load_dataset, random_crop_and_flip, random_erase
-from g2gnet.training import CheckpointError, SettingsError, Trainer, TrainSettings, read_run
+from g2gnet.training import CheckpointError, Machine, SettingsError, Trainer, TrainSettings, read_run
 from g2gnet.training import trainer as trainer_module
 from g2gnet.training.evaluation import build_network
 
@@ -377,3 +378,35 @@ def test_a_name_makes_room_for_a_run_that_differs_in_what_is_not_named(tmp_path)
     for name in ("", "a/b", "..\\a", "a b", "x" * 65, "x.previous", "x.pth", "x."):
         with pytest.raises(SettingsError, match="is no part of a file's name"):
             TrainSettings(name=name)
+
+
+#: operations whose result the CPU has to know before it can go on, or whose result's shape depends on numbers
+WAITING = {
+    "_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "_unique", "_unique2", "unique_dim",
+    "unique_consecutive", "repeat_interleave.Tensor", "bincount", "_assert_async",
+}  # fmt: skip
+
+
+class NeverWaiting(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("aten::")
+        indices = args[1] if name.startswith(("index.", "index_put")) else ()
+        by_mask = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
+        if by_mask or name in WAITING or name.split(".")[0] in WAITING:
+            raise AssertionError(f"{name} would wait for the device")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("variant", ["rate, bf16", "permuted pixels, chunks", "regularised", "all schedules"])
+def test_no_step_and_no_update_of_the_masks_waits_for_the_device(variant):
+    settings = TrainSettings(**{**SMALL, **VARIANTS[variant]})
+    trainer = Trainer(settings, load_dataset(settings.dataset), Machine(torch.device("cpu"), "torch"))
+    trainer.epoch = settings.epochs
+    for wait in (torch.Tensor.item, lambda one: one[one > 0]):
+        with NeverWaiting(), pytest.raises(AssertionError, match="would wait for the device"):
+            wait(torch.ones(1))
+    for images in torch.arange(128).split(64):
+        with NeverWaiting():
+            trainer._train_step(images)
+    assert trainer.step == 2
+    assert trainer.dst is None or trainer.dst.grown > 0

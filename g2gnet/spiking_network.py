@@ -226,9 +226,9 @@ class SpikingNetwork(PopulationGraph):
         else:
             asked = {"membranes=True": membranes, f"readout={self._readout!r}": self._readout != "counts"}
             asked |= {"a state": state is not None, f"chunk={chunk}": chunk is not None}
-            if what := next((what for what, is_asked in asked.items() if is_asked), None):
+            if wrong := [what for what, is_asked in asked.items() if is_asked]:
                 raise ValueError(
-                    f"{what} was given to a network whose modules are called in turn, and they return spikes only "
+                    f"{wrong[0]} was given to a network whose modules are called in turn, and they return spikes only "
                     f"({reason}); take single steps with step(x, state)"
                 )
             self.calls_layers = True

@@ -1,7 +1,7 @@
 """How the tests are dealt out to processes; what holds for each of them is in ``every_test.py``."""
 
-import datetime
 import os
+import secrets
 from pathlib import Path
 
 import pytest
@@ -19,8 +19,6 @@ SLOWEST = [
     "g2gnet/test_wide_layers.py", "g2gnet/weights/test_weights_and_wiring.py",
 ]  # fmt: skip
 TESTS = Path(__file__).parent
-#: which cases covering.py gives, the same in every process
-os.environ.setdefault("G2G_CASES", f"{datetime.date.today()}")
 collect_ignore = ["clients"]  # they need other libraries, in an environment of their own: tests/clients.sh
 
 
@@ -40,7 +38,11 @@ def pytest_ignore_collect(collection_path, config):
     return None
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.option.markexpr == "long":  # files that draw cases are tried with others
+        for item in items:
+            if "drawn_cases" in vars(item.module) or "every_pair" in vars(item.module):
+                item.add_marker(pytest.mark.long)
     quick = set(QUICK)
     for item in items:
         place = item.path.relative_to(TESTS).as_posix() if TESTS in item.path.parents else ""
@@ -52,10 +54,14 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_configure(config):
-    """The process that only deals the tests out does without PyTorch, and begins so much earlier."""
+    """The process that only deals the tests out does without PyTorch, and begins so much earlier; the others have its
+    variables."""
+    if config.option.markexpr == "long":
+        os.environ.setdefault("G2G_CASES", secrets.token_hex(4))
     if config.option.dist == "no" or config.option.collectonly:
         config.pluginmanager.import_plugin("every_test")
 
 
 def pytest_terminal_summary(terminalreporter):
-    terminalreporter.write_line(f"G2G_CASES={os.environ['G2G_CASES']} pytest runs the same cases on any day")
+    if seed := os.environ.get("G2G_CASES"):
+        terminalreporter.write_line(f"G2G_CASES={seed} pytest runs the same cases again")

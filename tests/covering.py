@@ -1,7 +1,8 @@
-"""Cases in which every pair of options occurs, in place of their product: other ones every day.
+"""Cases in which every pair of options occurs, in place of their product.
 
 ``@every_pair(reset=RESETS, surrogate=SURROGATES, held=(False, True))`` stands for three ``pytest.mark.parametrize``.
-pytest ends with the day whose cases it ran; ``G2G_CASES=2026-11-29 pytest ...`` runs those of that day again.
+The cases are always the same ones, except with ``-m long``, which draws others each time and ends with their seed:
+``G2G_CASES=SEED pytest ...`` runs them again.
 """
 
 import itertools
@@ -49,11 +50,11 @@ def name_of(case: Case) -> str:
     return " ".join(name if isinstance(name, str) else f"{argument}={name}" for argument, name in names)
 
 
-def of_today(
+def drawn_cases(
     options: Mapping[str, Iterable[Any]], possible: Callable[[Case], bool] = lambda case: True
 ) -> dict[str, Case]:
-    """The covering cases of the day that ``G2G_CASES`` names; ``conftest.py`` names today."""
-    return covering(options, random.Random(os.environ["G2G_CASES"]), possible)
+    """The covering cases of the seed that ``G2G_CASES`` names, or of the usual one."""
+    return covering(options, random.Random(os.environ.get("G2G_CASES", "0")), possible)
 
 
 def every_pair(
@@ -61,7 +62,7 @@ def every_pair(
 ) -> pytest.MarkDecorator:
     """Parametrizes a test by covering cases of these arguments, whose values may be ``pytest.param`` with marks."""
     cases = []
-    for name, case in of_today(options, possible).items():
+    for name, case in drawn_cases(options, possible).items():
         each = [value if isinstance(value, type(pytest.param())) else pytest.param(value) for value in case.values()]
         marks = [mark for value in each for mark in value.marks]
         cases.append(pytest.param(*(value for of in each for value in of.values), id=name, marks=marks))

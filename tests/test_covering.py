@@ -4,7 +4,7 @@ import itertools
 import random
 
 import pytest
-from covering import covering, every_pair
+from covering import covering, drawn_cases, every_pair
 
 OPTIONS = {"a": (1, 2, 3), "b": "wxyz", "c": (False, True), "d": range(5)}
 
@@ -14,8 +14,8 @@ def possible(case):
 
 
 def test_every_pair_that_is_possible_occurs_and_no_other():
-    for day in range(20):
-        cases = covering(OPTIONS, random.Random(day), possible).values()
+    for seed in range(20):
+        cases = covering(OPTIONS, random.Random(seed), possible).values()
         found = {pair for case in cases for pair in itertools.combinations(case.items(), 2)}
         names = itertools.combinations(OPTIONS, 2)
         every = {((a, x), (b, y)) for a, b in names for x in OPTIONS[a] for y in OPTIONS[b]}
@@ -23,9 +23,14 @@ def test_every_pair_that_is_possible_occurs_and_no_other():
         assert 20 <= len(cases) <= 27  # of 100
 
 
-def test_a_day_has_cases_of_its_own():
-    first, again, other = (list(covering(OPTIONS, random.Random(day))) for day in ("1", "1", "2"))
-    assert first == again != other
+def test_cases_are_those_of_a_seed_and_the_same_ones_unless_it_is_given(monkeypatch):
+    found = []
+    for seed in (None, "0", "1"):
+        monkeypatch.delenv("G2G_CASES", raising=False)
+        if seed:
+            monkeypatch.setenv("G2G_CASES", seed)
+        found.append(list(drawn_cases(OPTIONS)))
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_test_gets_values_names_and_marks():

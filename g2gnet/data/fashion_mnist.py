@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torchvision.datasets import FashionMNIST
+from torchvision.datasets.utils import download_and_extract_archive
 
 from g2gnet.base.files import one_at_a_time, open_file
 from g2gnet.base.messages import reason
@@ -42,8 +43,9 @@ def load(name: str, data_dir: Path) -> ImageData:
     if not files:
         try:
             with one_at_a_time(raw):
-                FashionMNIST(str(data_dir), download=True)  # unless another process did it in the meantime
-        except (OSError, RuntimeError) as error:  # RuntimeError: no mirror has a file with its checksum
+                if not _found(raw):  # unless another process did it in the meantime
+                    _download(raw)
+        except OSError as error:
             raise MissingDataError(
                 f"Fashion-MNIST is neither in {data_dir} nor in {SYSTEM_DIR}, and could not be downloaded ({error}). "
                 "Do one of these:\n"
@@ -58,6 +60,20 @@ def load(name: str, data_dir: Path) -> ImageData:
         parts[f"{part}_images"] = _content(files, f"{name}-images-idx3-ubyte", header=16).view(-1, 28, 28)
         parts[f"{part}_labels"] = _content(files, f"{name}-labels-idx1-ubyte", header=8).long()
     return ImageData(name="fashionmnist", num_classes=10, **parts)
+
+
+def _download(folder: Path) -> None:
+    """Downloads and unpacks the four archives, each from the first mirror that has it with its checksum."""
+    for name, checksum in FashionMNIST.resources:
+        errors = []
+        for mirror in FashionMNIST.mirrors:
+            try:
+                download_and_extract_archive(f"{mirror}{name}", str(folder), filename=name, md5=checksum)
+                break
+            except (OSError, RuntimeError) as error:  # RuntimeError: another checksum
+                errors.append(f"{mirror}{name}: {error}")
+        else:
+            raise OSError("\n".join(errors))
 
 
 def _found(folder: Path) -> dict[str, Path]:

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from compiled_kernels import instruction_set, loaded
-from covering import of_today
+from covering import drawn_cases
 from helpers import MASK_CASES, ErrorRatios, MaskCase, as_near, lif_layer, packed_randn, rms, seeded, with_one
 from linear_cases import backend_result, dense_result, inputs
 from stack_cases import Stack, loss
@@ -292,7 +292,7 @@ def by(way: str, never: bool = False) -> Iterator[None]:
 def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(way):
     ratios = ErrorRatios()
     with by(way):
-        for name, options in of_today(WAYS[way].options, tried).items():
+        for name, options in drawn_cases(WAYS[way].options, tried).items():
             print(name)
             compare(drawn(**options), ratios)
     check(ratios)
@@ -301,7 +301,7 @@ def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(way):
 @pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way].others])
 def test_input_gradients_differ_by_rounding_from_those_of_the_product(way):
     """From a support that hardly a membrane enters to one that none leaves; after the same forward pass."""
-    for name, options in of_today(WAYS[way].others, tried).items():
+    for name, options in drawn_cases(WAYS[way].others, tried).items():
         print(name)
         assert_as_by_the_product(way, drawn(**options))
 
@@ -319,7 +319,7 @@ def assert_as_by_the_product(way: str, network: Network) -> None:
 @every_way
 def test_bits_do_not_depend_on_the_threads(way):
     options = WAYS[way].options
-    cases = of_today({name: options[name] for name in ("kind", "unit", "x")})
+    cases = drawn_cases({name: options[name] for name in ("kind", "unit", "x")})
     for name, case in itertools.islice(cases.items(), 2):
         print(name)
         surrogate = "triangle" if WAYS[way].others else "atan"
@@ -339,7 +339,7 @@ def test_every_instruction_set_multiplies_every_way(isa, tmp_path):
         for way in WAYS:
             options = WAYS[way].options
             sizes = ((5, 4, 7, 6), *options.get("sizes", (RAGGED,)))
-            for name, case in itertools.islice(of_today({**options, "sizes": sizes}, tried).items(), 4):
+            for name, case in itertools.islice(drawn_cases({**options, "sizes": sizes}, tried).items(), 4):
                 print(way, name)
                 with by(way):
                     compare(drawn(**case), ErrorRatios())
@@ -546,12 +546,12 @@ def test_without_gradients_neurons_alone_keep_nothing():
 
 def test_linear_alone():
     options = {"x": ("dense", "spikes", "many spikes"), "rows": ((1,), (7, 130), (1700,)), "unit": UNITS}
-    compare_linear(options).check(len(of_today(options)))
+    compare_linear(options).check(len(drawn_cases(options)))
 
 
 def compare_linear(options: dict[str, Iterable]) -> ErrorRatios:
     ratios = ErrorRatios()
-    for name, (x, rows, unit) in ((name, case.values()) for name, case in of_today(options).items()):
+    for name, (x, rows, unit) in ((name, case.values()) for name, case in drawn_cases(options).items()):
         print(name)
         mask = MaskCase(150, 131, 4, "random", "interleaved", unit).mask(p_inter=0.3, seed=unit)
         drawn, values, bias = inputs(mask, *rows)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from covering import of_today
+from covering import drawn_cases
 from helpers import MaskCase, packed_randn, seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -151,7 +151,7 @@ def test_a_training_step_uses_plain_operators_only(monkeypatch, plain_memory):
     device = select_device("directml")
     used: dict[str, set[str]] = {"step": set(), "adam": set()}
     options = {"cases": CASES, "steps": (None, 4), "per_neuron": (False, True)}
-    for name, case in of_today(options | {"reset": RESETS, "surrogate": SURROGATES}).items():
+    for name, case in drawn_cases(options | {"reset": RESETS, "surrogate": SURROGATES}).items():
         print(name)
         cases, steps, per_neuron, *of_neurons = case.values()
         cases, learned, connections = CASES[cases], [], []

@@ -163,7 +163,8 @@ class GraphRun:
         pieces: dict[int, Iterator[torch.Tensor | None]] = {}
         for number in component.members:
             current = self.current(number, 0, self.steps, lambda source: source not in inside)
-            nothing = self.x.new_zeros(self.x.shape[-2], self.layers[number].size)
+            # the compiler of PyTorch 2.8 does not know the property size of a named tuple
+            nothing = self.x.new_zeros(self.x.shape[-2], self.layers[number].mask.shape[0])
             self.trains[number] = Train(nothing, self.before(number, (nothing if current is None else current).dtype))
             if not component.period:
                 return self._advance(number, current, self.steps)
@@ -187,7 +188,7 @@ class GraphRun:
         if loop is None or len(component.members) > 1 or len(own) > 1:
             return False
         current = self.current(number, 0, self.steps, lambda source: source != number)
-        nothing = self.x.new_zeros(self.x.shape[-2], self.layers[number].size)
+        nothing = self.x.new_zeros(self.x.shape[-2], self.layers[number].mask.shape[0])
         current = nothing if current is None else current
         before = self.before(number, current.dtype)
         self.trains[number] = Train(nothing, before)

@@ -513,8 +513,9 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
             reason = f"needs x and values of one dtype (or autocast), not {', '.join(sorted(map(str, dtypes)))}"
     if reason is None and x.numel() == 0:
         reason = "needs a batch that is not empty"
-    masks = [mask for layer in layers for _, mask, *_ in layer.connections(0)]
-    return reason or next(filter(None, [too_large(mask, x.shape[-2]) for mask in masks]), None)
+    for mask in [mask for layer in layers for _, mask, *_ in layer.connections(0)]:
+        reason = reason or too_large(mask, x.shape[-2])
+    return reason
 
 
 def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, spikes: bool = False) -> Activity:

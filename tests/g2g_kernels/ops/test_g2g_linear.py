@@ -4,7 +4,7 @@ import helpers
 import linear_cases
 import pytest
 import torch
-from covering import of_today
+from covering import drawn_cases
 from helpers import MASK_CASES, ErrorRatios, MaskCase, as_near, backends_of, dense_by_loop, device_of, rms, seeded
 from linear_cases import backend_result, dense_result, inputs
 
@@ -18,7 +18,7 @@ every_backend = pytest.mark.parametrize("backend", backends_of(operator))
 def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(backend):
     """And small. 6,000 samples are summed in a weight gradient, as T·B of them are in training."""
     ratios = ErrorRatios()
-    cases = of_today({"mask": MASK_CASES, "samples": (37, 6000), "kind": ("dense", "spikes"), "seed": (0, 1)})
+    cases = drawn_cases({"mask": MASK_CASES, "samples": (37, 6000), "kind": ("dense", "spikes"), "seed": (0, 1)})
     for case, (of, samples, kind, seed) in ((name, case.values()) for name, case in cases.items()):
         print(case)
         mask = MASK_CASES[of].mask(seed=seed)

@@ -6,7 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from covering import every_pair, of_today
+from covering import drawn_cases, every_pair
 from helpers import ErrorRatios, as_near, backends_of, device_of, rms, with_parameter
 from stack_cases import SHARES, STACKS, B, Stack, T, check_compact, check_one_output, clear_stack, loss, results
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -85,7 +85,7 @@ def test_backend_against_float64(backend):
     """Errors are small, and at most 1.5 times those of plain PyTorch. Of 60 samples, sums over T·B have 540 terms."""
     ratios = ErrorRatios()
     options = {"cases": STACKS, "reset": RESETS, "surrogate": SURROGATES, "dropout": (0.0, 0.3), "batch": (5, 60)}
-    cases = of_today(options | {"steps": HELD_OR_NOT})
+    cases = drawn_cases(options | {"steps": HELD_OR_NOT})
     for name, case in cases.items():
         print(name)
         options = {"reset": case["reset"], "surrogate": case.pop("surrogate")}

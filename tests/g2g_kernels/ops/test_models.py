@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from covering import every_pair, of_today
+from covering import drawn_cases, every_pair
 from helpers import ErrorRatios, device_of, rms, seeded
 from neuron_cases import BACKENDS, SNNTORCH, by_snntorch, currents, every_backend, every_reset, output_weights
 from stack_cases import Stack, loss, results, stacks_on
@@ -210,7 +210,7 @@ def test_decays_are_clamped_and_the_other_parameters_are_free(model, backend):
 def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(model, backend):
     """Spikes and states are equal to the last bit."""
     ratios = ErrorRatios()
-    cases = of_today(KINDS | OPTIONS | {"model": (model,)})
+    cases = drawn_cases(KINDS | OPTIONS | {"model": (model,)})
     for number, (name, case) in enumerate(cases.items()):
         print(name)
         options = model, case.pop("reset"), case.pop("surrogate"), 1 + number % 5 / 4

@@ -227,9 +227,12 @@ def _step_neurons(
     return torch.stack(spikes), state
 
 
-def _step_silently(neurons: SpikingNeurons, current: torch.Tensor, steps: None, state: Any) -> tuple[torch.Tensor, Any]:
-    _, states = neurons_step(current[0], state, neurons.population.integrating())
-    return torch.zeros_like(current), states
+def _step_silently(
+    neurons: SpikingNeurons, current: torch.Tensor, steps: int | None, state: Any
+) -> tuple[torch.Tensor, Any]:
+    current = current[0] if steps is None else current  # a current that is held has no axis of time
+    spikes, states = neurons_step(current, state, neurons.population.integrating())
+    return torch.zeros_like(spikes)[None], states
 
 
 def _has_hooks(module: nn.Module) -> bool:

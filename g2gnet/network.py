@@ -40,7 +40,7 @@ class G2GNet(SpikingStack):
         standardize: before that, subtract ``input_mean`` from samples and divide them by ``input_deviation``: two
             scalar buffers, 0 and 1 until they are set, saved with the network. For ``"current"`` only.
         sequence: a name in :data:`g2gnet.sequences.SEQUENCES`. Other than ``"none"``, samples [B, T·D] unfold over T
-            steps as the buffer ``input_order``, int64 [T, D], says: where the D = ``input_dim`` inputs of a step lie in
+            steps as the buffer ``input_order`` [T, D] says: where the D = ``input_dim`` inputs of a step lie in
             a sample. It is 0, 1, 2, … until it is set (:func:`g2gnet.sequences.input_order`), saved with the network.
         recurrent: whether the neurons of each hidden layer are joined to one another, by ``rec1``, ``rec2``, …: spikes
             reach them one step later. Or a list of hidden layers, numbered from 1. The groups are those of the layer's
@@ -49,7 +49,7 @@ class G2GNet(SpikingStack):
         input_taps: N: of samples that unfold, fc1 receives at each step the inputs of N steps, from a tapped delay line
             (:func:`g2gnet.sequences.tapped`). Then ``input_dim`` is N·D.
         delay: N: what each neuron sends arrives later by a whole number of steps, drawn once for each projection and
-            each neuron of its source from 0 to N, from 1 for ``rec`` and ``fb``. They are buffers ``fc1_delay``, ….
+            each neuron of its source from 0 to N, from 1 for ``rec`` and ``fb`` (:meth:`delays`).
         learn_delay: whether these are parameters, which stay from 0 to N (:class:`Projection`).
         p_rec_inter: the probability of a recurrent unit between groups; None: ``p_inter``.
         rec_gain: factor on the initial recurrent (and feedback) weights, above 0.
@@ -148,7 +148,7 @@ class G2GNet(SpikingStack):
             )
         if self.sequence != "none":
             at_once = input_dim // self.input_taps
-            self.register_buffer("input_order", torch.arange(self.T * at_once).view(self.T, at_once))
+            self.register_whole("input_order", torch.arange(self.T * at_once).view(self.T, at_once))
 
     @classmethod
     def from_settings(
@@ -178,7 +178,8 @@ class G2GNet(SpikingStack):
             check_samples(x)  # which would be floats
             x = (x - self.input_mean) / self.input_deviation
         if self.sequence != "none":
-            x = unfold(x, self.input_order)
+            self.settle()
+            x = unfold(x, self.whole("input_order"))
         x = encode(x, self.enc, self.T, self.enc_scale, self.enc_bias, generator, part)
         return x if self.input_taps == 1 else tapped(x, self.input_taps)
 
@@ -186,15 +187,16 @@ class G2GNet(SpikingStack):
         """Samples [B, D], or inputs over time [T, B, D] → logits [B, C]: the output's spike counts, or its readout."""
         return super().forward(self.encode(x, generator))
 
+    def fitted(self, name: str, given: torch.Tensor, where: str) -> torch.Tensor:
+        numbers = super().fitted(name, given, where)
+        if name == "input_order" and given.shape == self.input_order.shape:  # others are refused by PyTorch
+            values = numbers.flatten().sort().values
+            if not torch.equal(values, torch.arange(len(values), dtype=values.dtype, device=values.device)):
+                raise ValueError(f"{where} does not have each value of a sample once")
+        return numbers
+
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         *_, error_msgs = rest
-        # what a file says is used as an index
-        name = f"{prefix}input_order"
-        order = state_dict.get(name)
-        if isinstance(order, torch.Tensor) and self.sequence != "none" and order.shape == self.input_order.shape:
-            values = order.flatten().sort().values
-            if not torch.equal(values, torch.arange(len(values), device=values.device)):
-                error_msgs.append(f"{name} does not have each value of a sample once")
         deviation = state_dict.get(f"{prefix}input_deviation")
         if isinstance(deviation, torch.Tensor) and self.standardize and not (deviation > 0).all():
             error_msgs.append(f"{prefix}input_deviation is not above 0")

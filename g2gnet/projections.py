@@ -12,9 +12,11 @@ from g2g_kernels.choices import check_flag
 from g2g_kernels.numbers import SIZE, Number
 from g2g_kernels.ops.g2g_stack import Delay
 from g2g_kernels.ops.g2g_stack.schedule import CycleError, components_of
+from g2g_kernels.tracing import default_device, is_traced
 from g2gnet import graphs
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
+from g2gnet.weights.whole_buffers import WholeBuffers
 
 #: steps of a delay
 DELAY = Number(0, (1 << 16) - 1, whole=True)
@@ -28,10 +30,12 @@ class Projection:
         source: the name of a population, or ``"input"``.
         target: the name of a population.
         connection: from the source's neurons to the target's.
-        delay: whole steps, one for all or int64 [N_src], one for each neuron of the source.
+        delay: whole steps, one for all or [N_src], one for each neuron of the source: numbers of Python or NumPy, an
+            array, a tensor or a list. Kept as a number, or as int64 (float32 if learned) on the CPU.
         learn_delay: whether the delays are learned: d = round(clamp(d̂, 0, max_delay)) of a float parameter d̂ [N_src],
             for which ``delay`` is the initial value. On a cycle the clamp begins at 1.
-        max_delay: the largest delay that can be learned, or loaded; None: the largest in ``delay``.
+        max_delay: the largest delay that can be learned, or loaded; None: the largest in ``delay``. A state does not
+            hold it: learned delays act by the ``max_delay`` of the network that they are loaded into.
 
     Raises:
         ValueError: for delays out of range, or of another number of neurons; if delays are learned without max_delay.
@@ -46,7 +50,7 @@ class Projection:
     source: str
     target: str
     connection: nn.Module
-    delay: int | float | torch.Tensor = 0
+    delay: Any = 0
     learn_delay: bool = False
     max_delay: int | None = None
 
@@ -57,24 +61,23 @@ class Projection:
             DELAY.check("max_delay", self.max_delay)
         elif self.learn_delay:
             raise ValueError(f"the delays of {name} are learned: give max_delay, the largest that they may become")
-        if isinstance(self.delay, bool) or not isinstance(self.delay, int | float | torch.Tensor):
-            raise ValueError(f"the delays of {name} are {self.delay!r:.40}; give a number of steps, or int64 [N_src]")
-        delays = torch.as_tensor(self.delay, device="cpu")
-        neurons = getattr(self.connection, "in_features", None)
-        if delays.dim() and tuple(delays.shape) != (neurons,):
+        delays, neurons = _column(self.delay), getattr(self.connection, "in_features", None)
+        if delays.dtype.kind not in ("iuf" if self.learn_delay else "iu"):
+            raise ValueError(
+                f"the delays of {name} are {self.delay!r:.40}; give whole numbers of steps, one or [N_src], or with "
+                "`learn_delay` floats"
+            )
+        if delays.ndim and delays.shape != (neurons,):
             raise ValueError(
                 f"the delays of {name} have shape {list(delays.shape)}; give one number, or one for each of the "
                 f"{neurons} neurons of the source"
             )
-        if (
-            delays.dtype.is_complex
-            or delays.dtype == torch.bool
-            or (delays.dtype.is_floating_point and not self.learn_delay)
-        ):
-            raise ValueError(f"the delays of {name} are {delays.dtype}; give whole numbers of steps, int64")
         most = DELAY.high if self.max_delay is None else self.max_delay
         if not ((delays >= 0) & (delays <= most)).all():
-            raise ValueError(f"the delays of {name} must be from 0 to {most:g} steps; these are {_extremes(delays)}")
+            found = delays.item() if not delays.ndim else f"from {delays.min():g} to {delays.max():g}"
+            raise ValueError(f"the delays of {name} must be from 0 to {most:g} steps; these are {found}")
+        steps = delays.astype(np.float32 if delays.dtype.kind == "f" else np.int64)
+        object.__setattr__(self, "delay", torch.from_numpy(steps) if steps.ndim else steps.item())
 
     @classmethod
     def from_edges(
@@ -158,10 +161,6 @@ def _column(values: Any) -> np.ndarray:
     return np.asarray(values)
 
 
-def _extremes(delays: torch.Tensor) -> str:
-    return f"{delays.item():g}" if not delays.dim() else f"from {delays.min():g} to {delays.max():g}"
-
-
 class Route(NamedTuple):
     """A projection inside a network: the names of its modules, and the numbers of its populations.
 
@@ -169,7 +168,7 @@ class Route(NamedTuple):
         name: of the connection.
         source, target: the numbers of populations; −1: the input.
         least, most: the bounds of its delays; both 0: none.
-        per_neuron: whether ``{name}_delay`` has a delay for each neuron of the source.
+        per_neuron: whether ``{name}_delay`` has a delay for each neuron of the source, and not one for all.
     """
 
     name: str
@@ -180,8 +179,10 @@ class Route(NamedTuple):
     per_neuron: bool
 
 
-class PopulationGraph(nn.Module):
+class PopulationGraph(WholeBuffers):
     """The modules of a network: populations, the connections between them and their delays, and what is saved of them.
+    Each projection has its delays in float32 as ``{name}_delay``, [] or [N_src]: a buffer, or if they are learned a
+    parameter. They act rounded half to even; what is written, averaged or loaded there has to fit the projection.
     :class:`g2gnet.SpikingNetwork` runs it, and says what its arguments are."""
 
     def __init__(
@@ -213,7 +214,8 @@ class PopulationGraph(nn.Module):
     def _add(self, name: str, module: nn.Module) -> None:
         if not isinstance(name, str) or not name or "." in name or name.startswith("_"):
             raise ValueError(f"{name!r} is no name of a module; give one without dots, which begins with no underscore")
-        if hasattr(self, name):
+        # of the class: properties of it have no value yet
+        if hasattr(type(self), name) or hasattr(self, name):
             raise ValueError(f"{name!r} is already an attribute of the network; choose another name")
         self.add_module(name, module)
 
@@ -222,17 +224,20 @@ class PopulationGraph(nn.Module):
         delays, connection = torch.as_tensor(projection.delay, device="cpu"), projection.connection
         neurons: Any = connection.in_features
         per_neuron = bool(delays.dim()) or projection.max_delay is not None
+        given = delays.expand(neurons) if per_neuron else delays
+        if hasattr(self, f"{name}_delay"):
+            raise ValueError(f"'{name}_delay' is the name of the delays of {name}; choose another one for the module")
         if projection.learn_delay:
-            start = delays.float().expand(neurons).clone()
-            self.register_parameter(f"{name}_delay", nn.Parameter(start))
-        elif per_neuron:
-            self.register_buffer(f"{name}_delay", delays.long().expand(neurons).clone())
+            self.register_parameter(f"{name}_delay", nn.Parameter(given.to(default_device(), torch.float32).clone()))
+        else:
+            self.register_whole(f"{name}_delay", given, newer=not per_neuron)
         least = 0 if projection.learn_delay else int(delays.min())
         return Route(name, place[projection.source], place[projection.target], least, projection.most, per_neuron)
 
     def _set_routes(self, routes: list[Route]) -> None:
-        learned = [each.name for each in routes if isinstance(getattr(self, f"{each.name}_delay", None), nn.Parameter)]
-        self._routes = checked_routes(routes, learned, self.populations)
+        self._cyclic = on_cycles(routes, self.depth)
+        learned = {each.name for each in routes if f"{each.name}_delay" not in self._whole}
+        self._routes = checked_routes(routes, self._cyclic & learned, self.populations)
         self._to = [[route for route in self._routes if route.target == number] for number in range(self.depth)]
 
     def connections(self) -> dict[str, G2GLinear]:
@@ -251,24 +256,66 @@ class PopulationGraph(nn.Module):
 
     def delays(self, name: str) -> torch.Tensor:
         """The delays of the connection ``name`` as they act, int64 [N_src]."""
-        (route,) = [route for route in self._routes if route.name == name]
+        self.settle()
+        route = {route.name: route for route in self._routes}.get(name)
+        if route is None:
+            raise ValueError(f"{name!r} is none of the connections {', '.join(each.name for each in self._routes)}")
         delay = self._delay(route)
         if delay is not None and delay.steps is not None:
             return delay.steps
         return torch.full((self.sizes[route.source],), route.most)
 
     def _delay(self, route: Route) -> Delay | None:
-        """The delays of a projection as operators take them; None: none."""
+        """The delays of a projection as operators take them, as they were settled; None: none."""
         if not route.most:
             return None
         if not route.per_neuron:
             return Delay(route.least, route.most)
-        delays: torch.Tensor = getattr(self, f"{route.name}_delay")
-        if not delays.dtype.is_floating_point:
-            return Delay(route.least, route.most, delays)
-        steps = delays.detach().clamp(route.least, route.most).round().long()
+        name = f"{route.name}_delay"
+        if name in self._whole:
+            steps = self.whole(name)
+            return Delay(route.least, route.most, steps.clamp(route.least, route.most) if is_traced() else steps)
+        learned: torch.Tensor = getattr(self, name)
+        steps = learned.detach().clamp(route.least, route.most).round().long()
         # what is not a number has some delay
-        return Delay(route.least, route.most, steps.clamp(route.least, route.most), delays)
+        return Delay(route.least, route.most, steps.clamp(route.least, route.most), learned)
+
+    def checked(self) -> Collection[str]:
+        return {*super().checked(), *[f"{route.name}_delay" for route in self._routes]}
+
+    def fitted(self, name: str, given: torch.Tensor, where: str) -> torch.Tensor:
+        route = next((route for route in self._routes if f"{route.name}_delay" == name), None)
+        if route is None:
+            return super().fitted(name, given, where)
+        size = self.sizes[route.source]
+        if route.per_neuron and not given.dim():
+            given = given.expand(size).clone()
+        if given.dim() and tuple(given.shape) != (size,):
+            raise ValueError(f"{where} has shape {list(given.shape)}; give [{size}], or one for all")
+        is_learned = name not in self._whole
+        if is_learned and given.is_floating_point() and (given.dtype.itemsize < 4 or (given != given.round()).any()):
+            return given  # which learning moves out of the bounds that it acts in
+        steps = super().fitted(name, given, where)
+        if not route.per_neuron:
+            if not (steps == route.most).all():
+                raise ValueError(
+                    f"{where} is {_extremes(given)}; this network's is {route.most}: give its projection the delays "
+                    "of the network that was saved"
+                )
+            return steps.flatten()[0]
+        # 0 is a fixed delay; what only rounds to it on a cycle has acted as 1
+        acts = (steps >= 0) & (steps <= route.most) & ~((steps == 0) & (given != 0) & (route.name in self._cyclic))
+        if not acts.all():
+            learned = "" if torch.equal(steps, given.to(steps)) else f"; learned ones act as net.delays({route.name!r})"
+            raise ValueError(f"{where} is {_extremes(given)}; this network has room for 0 to {route.most}{learned}")
+        return given if is_learned and given.is_floating_point() else steps
+
+    def agree(self, fitted: Mapping[str, torch.Tensor]) -> None:
+        routes = []
+        for route in self._routes:
+            delays = None if f"{route.name}_delay" not in self._whole else fitted.get(f"{route.name}_delay")
+            routes.append(route if delays is None else route._replace(least=int(delays.min())))
+        self._set_routes(routes)
 
     def to_networkx(self) -> Any:
         """The whole network as a ``networkx`` graph (:func:`g2gnet.graphs.to_networkx`)."""
@@ -277,29 +324,10 @@ class PopulationGraph(nn.Module):
     def _repr_html_(self) -> str:
         return graphs.to_html(self)
 
-    def _load_from_state_dict(self, state_dict, prefix, *rest):
-        *_, error_msgs = rest
-        for route in self._routes:
-            check_saved(state_dict, f"{prefix}{route.name}_delay", route, error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        if not error_msgs:
-            self._set_routes([self._as_loaded(route) for route in self._routes])
 
-    def _as_loaded(self, route: Route) -> Route:
-        """A route whose least delay is that of the delays that it has now."""
-        delays = getattr(self, f"{route.name}_delay", None)
-        if delays is None or delays.dtype.is_floating_point or delays.is_meta:
-            return route
-        return route._replace(least=int(delays.min()))
-
-
-def check_saved(state_dict: Mapping[str, Any], key: str, route: Route, error_msgs: list[str]) -> None:
-    """Notes what is wrong with saved delays, which are used as indices."""
-    saved = state_dict.get(key)
-    if not isinstance(saved, torch.Tensor) or saved.is_meta or saved.dtype.is_floating_point or not saved.numel():
-        return
-    if int(saved.min()) < 0 or int(saved.max()) > route.most:
-        error_msgs.append(f"{key} is from {saved.min()} to {saved.max()}; this network has room for 0 to {route.most}")
+def _extremes(delays: torch.Tensor) -> str:
+    least, most = float(delays.min()), float(delays.max())
+    return f"{least:g}" if least == most else f"from {least:g} to {most:g}"
 
 
 def named_projections(projections: Sequence[Projection]) -> dict[str, Projection]:
@@ -321,17 +349,22 @@ def graph_of(routes: Sequence[Route], count: int) -> tuple[tuple[tuple[int, int]
     return tuple([tuple([(each.source, each.least) for each in routes if each.target == n]) for n in range(count)])
 
 
-def checked_routes(routes: Sequence[Route], learned: Collection[str], names: Sequence[str]) -> tuple[Route, ...]:
-    """The routes between populations of these names, with ``learned`` delays of at least 1 on cycles. Raises ValueError
-    for a cycle without delay."""
-    together = components_of(graph_of([route._replace(least=1) for route in routes], len(names)))
+def on_cycles(routes: Sequence[Route], count: int) -> set[str]:
+    """The names of the routes that are on cycles of ``count`` populations."""
+    together = components_of(graph_of([route._replace(least=1) for route in routes], count))
     cycles = [{*component.members} for component in together if component.period]
+    return {route.name for route in routes if any({route.source, route.target} <= cycle for cycle in cycles)}
+
+
+def checked_routes(routes: Sequence[Route], later: Collection[str], names: Sequence[str]) -> tuple[Route, ...]:
+    """The routes between populations of these names, the delays of ``later`` ones, which are learned on cycles, at
+    least 1. Raises ValueError for a cycle without delay."""
     checked = []
     for route in routes:
-        if route.name in learned and any({route.source, route.target} <= cycle for cycle in cycles):
+        if route.name in later:
             route = route._replace(least=1)
-        if route.least > route.most:
-            raise ValueError(f"{route.name} is on a cycle, and max_delay={route.most}; give at least 1")
+            if route.most < 1:
+                raise ValueError(f"{route.name} is on a cycle, and max_delay={route.most}; give at least 1")
         checked.append(route)
     try:
         components_of(graph_of(checked, len(names)))
@@ -353,6 +386,8 @@ def sizes_of(
     populations: Mapping[str, nn.Module], projections: Mapping[str, Projection], output: str, readout: str
 ) -> dict[str, int]:
     """The number of neurons of each population, and of inputs; raises unless these are the parts of a network."""
+    if not isinstance(populations, Mapping):
+        raise TypeError(f"populations is a {type(populations).__name__}; give a dict of the neurons by name")
     if not populations:
         raise ValueError("populations is empty; give the neurons of at least one by name")
     if "input" in populations:

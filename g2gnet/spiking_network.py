@@ -50,8 +50,8 @@ class SpikingNetwork(PopulationGraph):
     Args:
         populations: their neurons by name. Sizes follow from the projections.
         projections: between them; two may join the same pair. The connection from a to b is the module ``a_to_b``, the
-            next one of the same pair ``a_to_b_2``; delays of single neurons are ``a_to_b_delay``, int64 [N_src], saved
-            with the network, or a float parameter if they are learned. Or a dict, whose keys name the connections.
+            next one of the same pair ``a_to_b_2``; its delays are ``a_to_b_delay``, a buffer, or a parameter if they
+            are learned (:meth:`delays`). Or a dict, whose keys name the connections.
         output: the name of the population whose counts or readout are the answer.
         T: number of time steps for which inputs [B, D] are held.
         dropout: probability with which a neuron (but of the output) is dropped in a sample, in training mode: it stays
@@ -210,6 +210,7 @@ class SpikingNetwork(PopulationGraph):
                 chunk, membranes or a readout is asked of a network that calls its modules.
         """
         check_input(inputs)
+        self.settle()
         of_layers = self._of_layers(inputs, state, dropped) if self.training and self._dropout else None
         if chunk is not None and self._readout in ("mean", "max"):
             raise ValueError(
@@ -219,7 +220,7 @@ class SpikingNetwork(PopulationGraph):
         steps = self.T if inputs.dim() == 2 else None
         reason = why_called(self._modules, self.populations)
         if reason is None:
-            layers, before = self._records(of_layers, state, membranes)
+            layers, before = self._records(of_layers, state, membranes, inputs.shape[-2:-1])
             activity = g2g_stack(inputs, layers, steps, self.backend, spikes, chunk, before)
             if self._readout != "counts":
                 activity = self._read(activity, len(inputs) if steps is None else steps, membranes)
@@ -281,11 +282,15 @@ class SpikingNetwork(PopulationGraph):
         ]
 
     def _records(
-        self, dropped: Sequence[torch.Tensor | None] | None, state: StackState | None, membranes: bool
+        self,
+        dropped: Sequence[torch.Tensor | None] | None,
+        state: StackState | None,
+        membranes: bool,
+        batch: Sequence[int],
     ) -> tuple[list[SpikingLayer], torch.Tensor | None]:
         """The populations as the operator takes them, and the inputs before the run. What kept neurons send is scaled:
         the weights that it meets are."""
-        states, sent = self._divided(state)
+        states, sent = self._divided(state, batch)
         records = []
         modules: dict[str, Any] = self._modules
         for number, name in enumerate(self.populations):
@@ -326,12 +331,15 @@ class SpikingNetwork(PopulationGraph):
             )
         return records, sent[-1]
 
-    def _divided(self, state: StackState | None) -> tuple[Sequence[NeuronState | None], list[torch.Tensor | None]]:
-        """The states of the neurons; and what each population, and at the end the input, sent before."""
+    def _divided(
+        self, state: StackState | None, batch: Sequence[int]
+    ) -> tuple[Sequence[NeuronState | None], list[torch.Tensor | None]]:
+        """The states of the neurons; and what each population, and at the end the input, sent before; batch: (B,)."""
         if state is None:
             return (None,) * self.depth, [None] * (self.depth + 1)
         reaches = self._reaches()
-        check_state_form(state, self.depth, sum(map(bool, reaches)))
+        senders = zip((*self.populations, "the input"), reaches, self.sizes, strict=True)
+        check_state_form(state, self.depth, {name: (reach, *batch, size) for name, reach, size in senders if reach})
         rest = iter(state[self.depth :])
         return state[: self.depth], [next(rest) if reach else None for reach in reaches]  # type: ignore[misc]
 
@@ -346,7 +354,7 @@ class SpikingNetwork(PopulationGraph):
         leads to."""
         trains: Any = activity.spikes.values() if isinstance(activity.spikes, dict) else activity.spikes
         spikes: list[Any] = [*trains, inputs.detach()]
-        states, sent = self._divided(state)
+        states, sent = self._divided(state, inputs.shape[-2:-1])
         modules: dict[str, Any] = self._modules
         received = []
         for route in self._routes:
@@ -400,7 +408,9 @@ class SpikingNetwork(PopulationGraph):
         Returns:
             output spikes of this step [B, C], or the membranes that the readout is taken from; and the state.
         """
-        states, sent = self._divided(state)
+        check_input(x)
+        self.settle()
+        states, sent = self._divided(state, x.shape[-2:-1])
         recorders = [hook for hook in self._activity_hooks.values() if isinstance(hook, OwnHook)]
         self.calls_layers = bool(recorders)  # what they do is recorded here
         try:

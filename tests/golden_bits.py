@@ -233,7 +233,7 @@ def main() -> int:
     differ = 0
     for name, old in results[0].items():
         new = results[1][name]
-        found = [(part, difference(old.get(part), new.get(part))) for part in old | new]
+        found = [(part, difference(each, new.get(part))) for part, each in old.items()]  # a state may come to hold more
         lines = [f"    {part}: {what}" for part, what in found if what is not None]
         lines += [f"    both raise {old['error']}"] if "error" in old and not lines else []
         differ += bool(lines)

@@ -186,10 +186,18 @@ def test_what_began_under_autocast_goes_on_without_and_again_under_it(backend, n
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_membranes_and_readouts(backend):
     net = network("feedback", backend, readout="mean")
-    activity = net.simulate(torch.rand(B, D, generator=seeded(4)), membranes=True)
+    x = torch.rand(B, D, generator=seeded(4))
+    activity = net.simulate(x, membranes=True)
     assert torch.allclose(activity.readout, activity.membranes["out"].mean(0))
     assert not activity.spikes["out"].dense().any()
     assert torch.equal(activity.spikes["a"].dense(), (activity.membranes["a"] > net.a.threshold).float())
+    late = Projection("input", "out", joined("input", "out", seeded(0), bias=False), 2)  # nothing arrives at first
+    net, state, outputs = SpikingNetwork({"out": LIF()}, [late], "out", T, readout="last", backend=backend), None, []
+    for _ in range(T):
+        output, state = net.step(x, state)
+        outputs.append(output)
+    torch.testing.assert_close(torch.stack(outputs), net.simulate(x, membranes=True).membranes["out"])
+    assert outputs[0].shape == (B, 5)
 
 
 @every_pair(name=("skips", "self-loops", "ring", "chain with delays", "learned"), backend=BACKENDS, held=(False, True))
@@ -214,15 +222,127 @@ def test_synaptic_operations_count_what_arrives(backend, name, held):
 def test_a_loaded_network_has_the_delays_of_the_other_and_those_out_of_bounds_are_refused(backend):
     ours, theirs = network("chain with delays", backend, seed=1), network("chain with delays", backend)
     state, x = theirs.state_dict(), torch.rand(B, D, generator=seeded(4)) * 2
-    ours.load_state_dict(state)
-    assert torch.equal(ours(x), theirs(x))
-    assert torch.equal(ours.a_to_b_delay, theirs.a_to_b_delay)
-    with pytest.raises(RuntimeError, match=r"a_to_b_delay is from 4 to \d; this network has room for 0 to 4"):
-        ours.load_state_dict({**state, "a_to_b_delay": state["a_to_b_delay"] + 4})
-    for wrong in (-1, 5):  # written into the buffer
+    before = {name: tensor for name, tensor in state.items() if name not in ("input_to_a_delay", "b_to_out_delay")}
+    integers = state | {"a_to_b_delay": state["a_to_b_delay"].long()}
+    for saved, assign in ((state, False), (before, False), (integers, True)):
+        ours.load_state_dict(saved, assign=assign)  # also as it was saved before, integers and none for all neurons
+        assert torch.equal(ours(x), theirs(x))
+        assert torch.equal(ours.delays("a_to_b"), theirs.delays("a_to_b"))
+    expected = theirs(x)
+    for wrong in (-1, 5, torch.nan):  # written into the buffer
         ours.a_to_b_delay[2] = wrong
-        with pytest.raises((ValueError, RuntimeError), match=r"were from 0 to 4 when they were checked|out of bounds"):
+        with pytest.raises(ValueError, match=r"a_to_b_delay was written to, and is .*; .* has room for 0 to 4"):
             ours(x)
+    with torch.no_grad():
+        for mine, other in zip(ours.buffers(), theirs.buffers(), strict=True):
+            mine.copy_(other)
+    assert torch.equal(ours(x), expected)
+    assert torch.equal(torch.func.functional_call(network("chain with delays", backend, seed=1), state, (x,)), expected)
+    assert torch.equal(ours.bfloat16().float().delays("a_to_b"), theirs.delays("a_to_b"))
+
+
+def ring(delay, back=2, **options) -> SpikingNetwork:
+    """Two populations that reach one another; the delays of the first way are given."""
+    joins = [("input", "a", 0), ("a", "b", delay), ("b", "a", back), ("b", "out", 0)]
+    parts = [Projection(s, t, joined(s, t, seeded(0)), d, **(options if d is delay else {})) for s, t, d in joins]
+    return SpikingNetwork({"a": LIF(), "b": LIF(), "out": LIF()}, parts, "out", T)
+
+
+LEARNED, NINE = {"learn_delay": True, "max_delay": 4}, np.full(9, 1)
+#: what is saved, into what it is loaded, and the delays then, or what refuses them
+LOADS = {
+    "learned into fixed, half to even": (ring(1.7, **LEARNED), ring(1, max_delay=4), 2),
+    "half of it": (ring(2.5, **LEARNED), ring(NINE, max_delay=4), 2),
+    "learned into fixed, no room": (ring(2.6, **LEARNED), ring(NINE, max_delay=2), "2.6; .* has room for 0 to 2"),
+    "a bound of learned ones": (ring(0.4, **LEARNED), ring(1, max_delay=4), "learned ones act as net.delays('a_to_b')"),
+    "fixed into learned": (ring(3, max_delay=9), ring(0, **LEARNED), 3),
+    "fixed into learned, no room": (ring(8), ring(0, **LEARNED), "is 8; this network has room for 0 to 4"),
+    "one for all into another": (ring(3), ring(1), "a_to_b_delay is 3; this network's is 1"),
+    "one for all into each": (ring(3), ring(4 * NINE), 3),
+    "each into one for all": (ring(3 * NINE), ring(3), 3),
+    "others into one for all": (ring(np.arange(9)), ring(3), "a_to_b_delay is from 0 to 8; this network's is 3"),
+    "a cycle without delay": (ring(0), ring(NINE, 0), "a → b → a is a cycle without delay"),
+    "more neurons": (torch.zeros(10), ring(NINE), r"a_to_b_delay has shape \[10\]; give \[9\]"),
+    "rounded": (torch.full((9,), 300.0).bfloat16(), ring(NINE, max_delay=500), "that torch.bfloat16 has rounded"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("saved", "into", "then"), LOADS.values(), ids=LOADS)
+def test_delays_are_loaded_as_they_act_or_refused_by_name(saved, into, then):
+    state = into.state_dict()
+    key, before = "a_to_b_delay", into.delays("a_to_b")
+    state[key] = saved if isinstance(saved, torch.Tensor) else saved.state_dict()[key]
+    if isinstance(then, int):
+        into.load_state_dict(state)
+        assert into.delays("a_to_b").tolist() == [then] * 9
+        assert isinstance(saved, torch.Tensor) or torch.equal(saved.delays("a_to_b"), into.delays("a_to_b"))
+        return
+    with pytest.raises(RuntimeError, match=then.replace("(", r"\(").replace(")", r"\)")) as error:
+        into.load_state_dict(state)
+    assert "Missing" not in str(error.value)
+    assert torch.equal(into.delays("a_to_b"), before)
+
+
+class AverageOfEverything(torch.optim.swa_utils.AveragedModel):
+    """As timm's ModelEmaV2, of every tensor of the state."""
+
+    def update_parameters(self, model):
+        for average, now in zip(self.module.state_dict().values(), model.state_dict().values(), strict=True):
+            average.copy_(0.999 * average + 0.001 * now)
+
+
+@pytest.mark.parametrize("kind", ["buffers", "state"])
+def test_averages_of_all_buffers_keep_fixed_delays_and_the_order_of_inputs(kind):
+    net = G2GNet(64, 16, 5, block_size=4, T=20, sequence="rows", delay=90, recurrent=True, generator=seeded(0))
+    net.input_order.copy_(torch.randperm(20 * 64, generator=seeded(1)).view(20, 64))
+    ema = torch.optim.swa_utils.get_ema_multi_avg_fn(0.9)
+    average = {
+        "buffers": torch.optim.swa_utils.AveragedModel(net, multi_avg_fn=ema, use_buffers=True),
+        "state": AverageOfEverything(net),
+    }[kind]
+    for _ in range(60):
+        average.update_parameters(net)
+    x = torch.rand(3, 20 * 64, generator=seeded(2)) * 3
+    assert all(torch.equal(average.module.delays(name), net.delays(name)) for name in net.connections())
+    assert torch.equal(average.module.encode(x), net.encode(x))
+    net.load_state_dict(average.module.state_dict())
+    net.input_order[0] = 5
+    with pytest.raises(ValueError, match="input_order was written to, and does not have each value of a sample once"):
+        net(x)
+
+
+def test_a_state_of_other_delays_or_samples_is_refused_by_name():
+    net, x = ring(4), torch.rand(T, B, D, generator=seeded(4))
+    state = net.simulate(x).state
+    for other in (ring(3).simulate(x).state, (*state[:3], state[3][1:], *state[4:]), net.simulate(x[:, :2]).state):
+        for call in (lambda given: net.simulate(x, given), lambda given: net.step(x[0], given)):
+            with pytest.raises(
+                ValueError, match=r"of what a sent, but delays of this network read \[4, 3, 9\], its last 4"
+            ):
+                call(other)
+    net.simulate(x, (*state[:3], None, *state[4:]))
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore:.torch.jit:FutureWarning", "ignore::torch.jit.TracerWarning"
+)
+def test_learned_delays_run_without_gradients_under_transforms_and_are_refused_with_them():
+    net, x = network("learned"), torch.rand(B, D, generator=seeded(4)) * 2
+    calls = {
+        "vmap": lambda: torch.vmap(lambda x: net(x[None])[0])(x),
+        "grad": lambda: torch.func.grad(lambda x: net(x).sum())(x),
+        "trace": lambda: torch.jit.trace(net, (x,), check_trace=False)(x),
+    }
+    for call in calls.values():
+        with pytest.raises(NotImplementedError, match=r"learned delays have no gradient in torch.func"):
+            call()
+    with torch.no_grad():
+        assert torch.equal(calls["vmap"](), net(x))
+        assert torch.equal(calls["trace"](), net(x))
+    for name in ("input_to_a", "a_to_b"):
+        net.get_parameter(f"{name}_delay").requires_grad_(False)
+    x.requires_grad_()
+    torch.testing.assert_close(calls["grad"](), torch.autograd.grad(net(x).sum(), x)[0], rtol=1e-3, atol=1e-4)
 
 
 def test_the_graph_has_delays():
@@ -254,24 +374,42 @@ def test_arguments_that_cannot_be_are_refused_by_name():
     connection = joined("a", "b", seeded(0))
     for options, message in (
         ({"delay": torch.zeros(4, dtype=torch.int64)}, r"have shape \[4\]; give one number, or one for each of the 9"),
-        ({"delay": 1.5}, "whole numbers of steps"),
-        ({"delay": "3"}, "the delays of a → b are '3'; give a number of steps"),
+        ({"delay": 1.5}, "the delays of a → b are 1.5; give whole numbers of steps"),
+        ({"delay": "3"}, "the delays of a → b are '3'; give whole numbers of steps"),
         ({"delay": True}, "the delays of a → b are True"),
+        ({"delay": [1, None]}, r"the delays of a → b are \[1, None\]"),
+        ({"delay": np.full(9, 70000, np.uint32)}, "from 0 to 65535 steps; these are from 70000 to 70000"),
         ({"delay": 1.5, "learn_delay": True}, "give max_delay"),
         ({"delay": 9, "learn_delay": True, "max_delay": 8}, "from 0 to 8 steps; these are 9"),
     ):
         with pytest.raises(ValueError, match=message):
             Projection("a", "b", connection, **options)
     no_name = "is no name of a module"
-    for name, message in (("step", "'step' is already an"), ("a.b", no_name), ("", no_name), ("_routes", no_name)):
+    taken = [(name, f"'{name}' is already an") for name in ("step", "readout", "dropout", "steps", "T", "depth")]
+    for name, message in (*taken, ("a.b", no_name), ("", no_name), ("_routes", no_name)):
         with pytest.raises(ValueError, match=message):
             SpikingNetwork({name: LIF()}, [Projection("input", name, connection)], name)
+    into, loop = Projection("input", "b", connection), joined("b", "b", seeded(0))
+    with pytest.raises(ValueError, match="'b_delay' is the name of the delays of b"):
+        SpikingNetwork(
+            {"b_delay": LIF()},
+            {"c": Projection("input", "b_delay", connection), "b": Projection("b_delay", "b_delay", loop)},
+            "b_delay",
+        )
+    with pytest.raises(TypeError, match="populations is a list; give a dict of the neurons by name"):
+        SpikingNetwork([LIF()], [into], "b")
+    with pytest.raises(ValueError, match="'typo' is none of the connections input_to_b"):
+        SpikingNetwork({"b": LIF()}, [into], "b").delays("typo")
     with pytest.raises(TypeError, match="tuple is no Projection"):
         SpikingNetwork({"b": LIF()}, [("input", "b", connection)], "b")
     with pytest.raises(ValueError, match=r"chunk=4 does not know the spikes after a chunk, .*; leave it out"):
         network("learned").simulate(torch.rand(T, B, D), chunk=4)
     late = Projection("input", "b", connection, 2, max_delay=5)
-    for delays in (late, dataclasses.replace(late, delay=torch.full((9,), 2, dtype=torch.int32))):
+    kinds = [
+        torch.full((9,), 2, dtype=getattr(torch, f"{kind}")) for kind in ("int8", "uint8", "int16", "uint16", "int32")
+    ]
+    for delay in (2, np.int64(2), np.full(9, 2), [2] * 9, *kinds):
+        delays = dataclasses.replace(late, delay=delay)
         net = SpikingNetwork({"b": LIF()}, [delays], "b", T=3)
         assert net.delays("input_to_b").tolist() == [2] * 9
         assert net(torch.rand(2, 9)).shape == (2, 13)

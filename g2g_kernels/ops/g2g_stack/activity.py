@@ -1,5 +1,6 @@
 """The activity of a stack of spiking layers: counts, rates, spikes in a backend's own form, synaptic operations."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -105,20 +106,27 @@ class Activity(NamedTuple):
         return self.synapses.operations(self.rates)
 
 
-def check_state_form(state: Any, depth: int, sent: int) -> None:
-    """Raises unless there is one entry per population, each a tensor, several or None, and one for each source that
-    delays are read from."""
+def check_state_form(state: Any, depth: int, sent: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises unless there is one entry per population, each a tensor, several or None, and one of its shape [D, B, N]
+    for each source that delays are read from (``sent``, by name), or None."""
     if type(state) not in (tuple, list):
         raise TypeError(
             f"state is a {type(state).__name__}, not a tuple; give activity.state of a run, or what step() returned"
         )
-    if len(state) != depth + sent:
-        behind = f", and {sent} entries of what delays need" if sent else ""
+    if len(state) != depth + len(sent):
+        behind = f", and {len(sent)} entries of what delays need" if sent else ""
         raise ValueError(f"state has {len(state)} entries, this network has {depth} layers{behind}")
     for number, before in enumerate(state):
         tensors = before if type(before) in (tuple, list) else (before,)
         if before is not None and not all(isinstance(each, torch.Tensor) for each in tensors):
             raise TypeError(f"state of layer {number} is a {type(before).__name__}, not a tensor or several")
+    for (name, shape), before in zip(sent.items(), state[depth:]):  # noqa: B905  (checked above)
+        if before is not None and (not isinstance(before, torch.Tensor) or tuple(before.shape) != shape):
+            found = list(before.shape) if isinstance(before, torch.Tensor) else type(before).__name__
+            raise ValueError(
+                f"the state has {found} of what {name} sent, but delays of this network read {list(shape)}, its last "
+                f"{shape[0]} steps; give a state of this network and of as many samples"
+            )
 
 
 def as_one(state: NeuronState | None) -> torch.Tensor | None:

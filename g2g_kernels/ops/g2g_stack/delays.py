@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from g2g_kernels.ops.record import TYPES
+from g2g_kernels.tracing import is_transformed
 
 
 class Delay(NamedTuple):
@@ -129,8 +130,13 @@ def arrived(train: Train, delay: Delay | None, first: int, last: int) -> torch.T
     if delay.steps is None:
         return train.window(first - delay.least, last - delay.least)
     window = train.window(first - delay.most, last - delay.least)
-    if delay.learned is None:
+    if delay.learned is None or not (torch.is_grad_enabled() and delay.learned.requires_grad):
         return _gathered(window, delay.steps, delay.most, last - first)
+    if is_transformed():
+        raise NotImplementedError(
+            "learned delays have no gradient in torch.func (vmap, grad, …) and torch.jit.trace; call under "
+            "torch.no_grad(), or after requires_grad_(False) of these delays"
+        )
     return _Learned.apply(window, delay.learned, delay, train, first, last)
 
 

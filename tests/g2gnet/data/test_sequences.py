@@ -111,6 +111,6 @@ def test_the_order_is_saved_with_the_network_and_checked():
     other.load_state_dict(net.state_dict())
     assert torch.equal(net(images(24)), other(images(24)))
     for value in (-1, 24, 5):
-        order = net.input_order.clone().index_fill_(0, torch.tensor(0), value)
+        order = net.input_order.clone().index_fill_(0, torch.tensor(0), value).long()  # as it was saved before
         with pytest.raises(RuntimeError, match="input_order does not have each value of a sample once"):
             other.load_state_dict({**net.state_dict(), "input_order": order})

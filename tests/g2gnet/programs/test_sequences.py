@@ -64,7 +64,7 @@ def test_the_checkpoint_has_the_order_of_permuted_pixels(tmp_path, monkeypatch):
     checkpoint = trained(train, tmp_path, *flags)["files"]["checkpoint"]
     run, order = read_run(checkpoint), input_order("permuted", (28, 28), 98, 5)
     other = trained(train, tmp_path, *flags, "--seed", "7", "--name", "other")["files"]["checkpoint"]
-    assert all(torch.equal(each.network().input_order, order) for each in (run, read_run(other)))  # of any seed
+    assert all(torch.equal(each.network().input_order.long(), order) for each in (run, read_run(other)))  # of any seed
     assert analyze.main([checkpoint, "--json", str(tmp_path / "again.json")]) == 0
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["accuracy"] == run.history[-1]["test_acc"]

@@ -85,7 +85,8 @@ class Number(NamedTuple):
             if type(value) in (float, torch.SymFloat):
                 return value
             # NumPy compares a number of few bits with few bits
-            return float(value) if isinstance(value, numbers.Real) else None
+            of_tensor = isinstance(value, torch.Tensor) and not value.dim() and not value.is_complex()
+            return float(value) if of_tensor or isinstance(value, numbers.Real) else None
         try:
             return operator.index(value)
         except TypeError:

@@ -1,6 +1,5 @@
 """A sparse linear layer over a :class:`BlockMask`."""
 
-import copy
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -9,6 +8,7 @@ import torch
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
+from g2g_kernels.choices import check_flag
 from g2g_kernels.numbers import FLOAT32
 from g2g_kernels.ops.g2g_stack.layer import ProductObserver
 from g2g_kernels.tracing import default_device, is_traced
@@ -67,7 +67,7 @@ class G2GLinear(PackedWeights):
     being its active fan-in (Kaiming-uniform with a = √5, rescaled to it), and the bias is in ±1/√(mean k).
 
     Args:
-        mask: the units that exist; the layer owns it from now on (``.to``, ``state_dict`` and DST act on it).
+        mask: the units that exist. The layer has a copy, ``layer.mask``, which ``.to``, ``state_dict`` and DST act on.
         bias: whether to add a learnable bias.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
         generator: source of randomness for the initial values (PyTorch's global one if None), on the CPU.
@@ -91,7 +91,7 @@ class G2GLinear(PackedWeights):
         self.backend = backend
         #: while this is set, it is told of every training step
         self.observer: StepObserver | None = None
-        self.bias = nn.Parameter(torch.empty(mask.shape[0], device=device)) if bias else None
+        self.bias = nn.Parameter(torch.empty(mask.shape[0], device=device)) if check_flag("bias", bias) else None
         self.reset_parameters(generator)
         if default_device().type != "cpu":  # where masks are created all the same
             self.to(default_device())
@@ -113,8 +113,8 @@ class G2GLinear(PackedWeights):
             mask = pruned.bool()
         if mask is None:
             mask = BlockMask.full(GroupLayout(weight.shape[0], 1), GroupLayout(weight.shape[1], 1))
-        else:
-            mask = copy.deepcopy(mask) if isinstance(mask, BlockMask) else BlockMask.from_dense(mask)
+        elif not isinstance(mask, BlockMask):
+            mask = BlockMask.from_dense(mask)
         if mask.shape != tuple(weight.shape):
             raise ValueError(f"mask describes {mask.shape} weights, the linear layer has {tuple(weight.shape)}")
         # initial values, which are replaced at once, are drawn without changing the global generator
@@ -128,20 +128,19 @@ class G2GLinear(PackedWeights):
         return layer
 
     @classmethod
-    def from_scipy(
-        cls, matrix: Any, block_size: int = 1, bias: torch.Tensor | None = None, backend: str | None = None
-    ) -> "G2GLinear":
+    def from_scipy(cls, matrix: Any, block_size: int = 1, bias: Any = None, backend: str | None = None) -> "G2GLinear":
         """The layer with the weights [out, in] that a SciPy sparse matrix (or array) of any format stores, zeros too.
 
         Args:
             matrix: entries that it has twice are added.
             block_size: side of a unit. Weights of a unit that are not stored are 0.
-            bias: [out]; None: the layer has none.
+            bias: [out], a tensor, an array or a list; None: the layer has none.
             backend: as for the layer.
 
         Raises:
             TypeError: for what is no SciPy sparse matrix.
-            ValueError: for a bias of another size, or numbers that are not real, or that a float32 does not hold.
+            ValueError: for a bias of another size, or numbers that are not real, not finite, or that a float32 does not
+                hold.
 
         Example:
             >>> import scipy.sparse
@@ -155,25 +154,33 @@ class G2GLinear(PackedWeights):
             raise TypeError(f"matrix is a {type(matrix).__name__}; give a SciPy sparse one, scipy.sparse.coo_matrix(…)")
         if matrix.dtype.kind not in "fiub" or len(matrix.shape) != 2:
             raise ValueError(f"matrix is of {matrix.dtype} {list(matrix.shape)}; give real numbers [out, in]")
-        stored = sparse.coo_matrix(matrix).astype(np.float64)  # whose sums do not overflow
+        if bias is not None:
+            bias = torch.as_tensor(bias, device="cpu").detach()
+            if tuple(bias.shape) != matrix.shape[:1]:
+                raise ValueError(f"bias has shape {list(bias.shape)}, the layer {matrix.shape[0]} outputs")
+            if bias.is_complex() or not (bias.abs() <= FLOAT32[1]).all():
+                raise ValueError("bias has numbers that are not real, not finite, or that a float32 does not hold")
+        layouts = GroupLayout(matrix.shape[0], 1), GroupLayout(matrix.shape[1], 1)
+        grid = BlockMask(*layouts, *torch.zeros(2, 0, dtype=torch.int64), block_size)
+        return cls._from_entries(matrix, grid, bias, backend)
+
+    @classmethod
+    def _from_entries(cls, matrix: Any, grid: BlockMask, bias: Any = None, backend: str | None = None) -> "G2GLinear":
+        """:meth:`from_scipy` of real numbers, in units of the ``grid``, a mask of their shape."""
+        stored = matrix.tocoo().astype(np.float64)  # whose sums do not overflow
         stored.sum_duplicates()
         if not (np.abs(stored.data) <= FLOAT32[1]).all():
             raise ValueError("matrix has weights that are not finite, or that a float32 does not hold")
         row, col = (torch.as_tensor(each, dtype=torch.int64) for each in (stored.row, stored.col))
-        layouts = GroupLayout(stored.shape[0], 1), GroupLayout(stored.shape[1], 1)
-        none = torch.zeros(0, dtype=torch.int64)
-        grid = BlockMask(*layouts, none, none, block_size)
         (height, width), units_in_row = grid.unit_shape, grid.grid[1]
         row, col = grid.rows.place_of[row], grid.cols.place_of[col]  # unit after unit
         units, slot = (row // height * units_in_row + col // width).unique(return_inverse=True)
-        mask = BlockMask(*layouts, units // units_in_row, units % units_in_row, block_size)
+        mask = grid.with_units(units // units_in_row, units % units_in_row)
         layer = cls(mask, bias is not None, backend, torch.Generator())
         with torch.no_grad():
             layer.values.zero_()
             layer.values[slot, row % height, col % width] = torch.as_tensor(stored.data, dtype=torch.float32)
-            if layer.bias is not None and bias is not None:
-                if bias.shape != layer.bias.shape:
-                    raise ValueError(f"bias has shape {list(bias.shape)}, the layer {stored.shape[0]} outputs")
+            if layer.bias is not None:
                 layer.bias.copy_(bias)
         return layer
 

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from g2g_kernels import Neurons, neurons, neurons_step
-from g2g_kernels.choices import check_flag
+from g2g_kernels.choices import check_choice, check_flag
 from g2g_kernels.numbers import SHARPNESS, SIZE, Number
 from g2g_kernels.ops.g2g_stack import NeuronState
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.checks import check_parameter
-from g2g_kernels.ops.neurons.models import RESET, NeuronModel
-from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
+from g2g_kernels.ops.neurons.models import RESET, RESETS, NeuronModel
+from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
 from g2g_kernels.tracing import default_device
 
 
@@ -32,8 +32,9 @@ class SpikingNeurons(nn.Module):
             for ``adapt_decay``. The decay is exp(−dt/τ).
 
     Raises:
-        ValueError: for a number that a float32 cannot hold, a tensor of another shape, or an α that is not above 0.
-        TypeError: for an unknown parameter, or a time constant without ``dt``.
+        ValueError: for a number that a float32 cannot hold, a tensor of another shape, an α that is not above 0, or an
+            unknown reset or surrogate.
+        TypeError: for an unknown parameter, a time constant without ``dt``, or ``dt`` without one.
 
     Example:
         >>> from g2gnet import LIF, Synaptic
@@ -57,8 +58,8 @@ class SpikingNeurons(nn.Module):
         **parameters: float | torch.Tensor,
     ) -> None:
         super().__init__()
-        self.reset = reset
-        self.surrogate = surrogate
+        self.reset = check_choice("reset", reset, RESETS)
+        self.surrogate = check_choice("surrogate", surrogate, SURROGATES)
         SHARPNESS.check("alpha", alpha)
         self.alpha = alpha
         self.backend = backend
@@ -69,6 +70,8 @@ class SpikingNeurons(nn.Module):
             if isinstance(value, torch.Tensor) and value.dim() and value.shape != (size,):
                 wanted = "one number, or give the number of neurons first," if size is None else f"[{size}]"
                 raise ValueError(f"{name} is a tensor {list(value.shape)}; give {wanted} as LIF({size or 'N'}, …)")
+        if dt is not None and not parameters.keys() & TIME_CONSTANTS:
+            raise TypeError(f"dt={dt!r:.40} is the step of {', '.join(TIME_CONSTANTS)}; give one of these, or no dt")
         for name, decay in TIME_CONSTANTS.items():
             if decay in self.model.parameters and name in parameters:
                 if decay in parameters:
@@ -130,7 +133,7 @@ def _decay(name: str, constant: Any, dt: float | None) -> float | torch.Tensor:
     """The decay in a step of a time constant, or of one for each neuron."""
     if dt is None:
         raise TypeError(f"{name}={constant!r:.40} needs dt, a step in the same unit, as {name}=20.0, dt=1.0")
-    _POSITIVE.check("dt", dt)
+    dt = _POSITIVE.check("dt", dt)
     if not isinstance(constant, torch.Tensor) or not constant.dim():
         return math.exp(-dt / _POSITIVE.check(name, constant))
     for each in constant.detach().unique().tolist():

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.choices import check_flag
-from g2g_kernels.numbers import SIZE, Number
+from g2g_kernels.numbers import FLOAT32, SIZE, Number
 from g2g_kernels.ops.g2g_stack import Delay
 from g2g_kernels.ops.g2g_stack.schedule import CycleError, components_of
 from g2g_kernels.tracing import default_device, is_traced
@@ -116,9 +117,10 @@ class Projection:
         if not isinstance(sizes, tuple | list) or len(sizes) != 2:
             raise ValueError(f"the edges {name} need sizes=(neurons of {source}, neurons of {target})")
         sizes = SIZE.check(f"sizes[0] of {name}", sizes[0]), SIZE.check(f"sizes[1] of {name}", sizes[1])
-        columns = {"pre": _column(pre), "post": _column(post), "weight": _column(weight)}
-        delays = _column(0 if delay is None else delay)
-        columns["delay"] = np.full(columns["pre"].shape, delays) if not delays.ndim else delays
+        given = {"pre": pre, "post": post, "weight": weight, "delay": 0 if delay is None else delay}
+        columns = {column: _column(values, column, name) for column, values in given.items()}
+        if not columns["delay"].ndim:
+            columns["delay"] = np.full(columns["pre"].shape, columns["delay"])
         for column, values in columns.items():
             kinds = "fiu" if column == "weight" or not values.size else "iu"
             if values.shape != (columns["pre"].size,) or values.dtype.kind not in kinds:
@@ -127,22 +129,26 @@ class Projection:
                     f"{column} of the edges {name} is {values.dtype} {list(values.shape)}; give {kind}, one for each "
                     f"of {columns['pre'].size} edges"
                 )
-        for column, size in (("pre", sizes[0]), ("post", sizes[1])):
-            outside = np.flatnonzero((columns[column] < 0) | (columns[column] >= size))
+        weights, of_steps = columns["weight"].astype(np.float64), f"delays are from 0 to {DELAY.high} steps"
+        for column, least, most, remedy in (
+            ("pre", 0, sizes[0] - 1, f"there are {sizes[0]} neurons, numbered from 0"),
+            ("post", 0, sizes[1] - 1, f"there are {sizes[1]} neurons, numbered from 0"),
+            ("weight", -FLOAT32[1], FLOAT32[1], "give a finite number that a float32 holds"),
+            ("delay", 0, DELAY.high, of_steps),
+        ):
+            values = weights if column == "weight" else columns[column]
+            outside = np.flatnonzero(~((values >= least) & (values <= most)))
             if len(outside):
-                raise ValueError(
-                    f"{column}[{outside[0]}] of the edges {name} is {columns[column][outside[0]]}; there are {size} "
-                    "neurons, numbered from 0"
-                )
-        weights = columns["weight"].astype(np.float64)
-        if len(outside := np.flatnonzero(~np.isfinite(weights))):
-            raise ValueError(f"weight[{outside[0]}] of the edges {name} is {weights[outside[0]]}")
+                raise ValueError(f"{column}[{outside[0]}] of the edges {name} is {values[outside[0]]}; {remedy}")
+        by_delay = np.argsort(columns["delay"], kind="stable")
+        delays, starts = np.unique(columns["delay"][by_delay], return_index=True)
+        target_layout, source_layout = GroupLayout(sizes[1], 1), GroupLayout(sizes[0], 1)
+        grid = BlockMask(target_layout, source_layout, *torch.zeros(2, 0, dtype=torch.int64), block_size=1)
         made = []
-        for each in np.unique(columns["delay"]).tolist():
-            chosen = columns["delay"] == each
+        for each, chosen in zip(delays.tolist(), np.split(by_delay, starts[1:]), strict=True):
             places = columns["post"][chosen].astype(np.int64), columns["pre"][chosen].astype(np.int64)
             matrix = sparse.coo_matrix((weights[chosen], places), shape=(sizes[1], sizes[0]))
-            made.append(cls(source, target, G2GLinear.from_scipy(matrix), delay=each))
+            made.append(cls(source, target, G2GLinear._from_entries(matrix, grid), delay=each))
         return made
 
     @property
@@ -151,13 +157,14 @@ class Projection:
         return int(torch.as_tensor(self.delay, device="cpu").max()) if self.max_delay is None else self.max_delay
 
 
-def _column(values: Any) -> np.ndarray:
-    """A column of a table as an array; ValueError if entries of it are masked."""
+def _column(values: Any, column: str, edges: str) -> np.ndarray:
+    """A column of a table as an array; ValueError if an entry of it is missing."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-    if np.ma.is_masked(values):
-        raise ValueError("a column of the edges has masked entries; leave these edges out")
+    missing = np.flatnonzero(values.isna() if hasattr(values, "isna") else np.ma.getmaskarray(values))
+    if len(missing):
+        raise ValueError(f"{column}[{missing[0]}] of the edges {edges} is missing; leave this edge out")
     return np.asarray(values)
 
 
@@ -420,6 +427,13 @@ def sizes_of(
         if name not in reached:
             raise ValueError(f"no projections lead from the input to {name!r}; give some, or leave the population out")
     found = {name: size for name, (_, size) in sizes.items()}
+    for name, neurons in populations.items():
+        for parameter, tensor in neurons.by_name.items() if isinstance(neurons, SpikingNeurons) else ():
+            if tensor.numel() not in (1, found[name]):
+                raise ValueError(
+                    f"{name} has {tensor.numel()} numbers {parameter}, but {found[name]} neurons for {sizes[name][0]}; "
+                    f"give {type(neurons).__name__}({found[name]}, …), or one number"
+                )
     if readout == "counts":
         return found
     if sender := next((name for name, each in projections.items() if each.source == output), None):

@@ -145,6 +145,12 @@ class BlockMask(UnitGrid):
         result._set_units(*(active > 0).nonzero(as_tuple=True))
         return result
 
+    def with_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> "BlockMask":
+        """A new mask of these sides with the units of these coordinates; it raises as the constructor."""
+        mask = copy.deepcopy(self)
+        mask._set_units(unit_row, unit_col)
+        return mask
+
     def _register_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
         super()._register_units(unit_row, unit_col)
         self._publish()

@@ -19,11 +19,12 @@ from g2g_kernels.numbers import COUNT, PROBABILITY, Number, share_of
 from g2gnet.base.distributed import World
 from g2gnet.base.schedules import SCHEDULES
 from g2gnet.base.seeding import draw_device, stream
-from g2gnet.dst.gradual_pruning import layer_budgets, least_density, mean_density, possible_weights
+from g2gnet.dst.gradual_pruning import least_density, mean_density, possible_weights, weights_after
+from g2gnet.dst.lamp import layer_budgets
 from g2gnet.dst.optimizer_state import Initial, OptimizerState
-from g2gnet.dst.recorder import StepRecorder
-from g2gnet.dst.replacement import draw_candidates, replace_units
+from g2gnet.dst.replacement import Scores, draw_candidates, plan_of_equal_number, plan_within, replace_units
 from g2gnet.dst.rules import GROW_RULES, PRUNE_RULES, Evidence
+from g2gnet.dst.step_evidence import StepEvidence
 from g2gnet.layers import G2GLinear
 from g2gnet.spiking_network import SpikingNetwork
 from g2gnet.weights.tied_averages import rewire_averages, tie_wiring
@@ -176,7 +177,7 @@ class DSTScheduler:
         #: of updates that are not yet counted there: the step, the numbers of the layers, for the prune and the grow
         #: scores of each whether they are finite (on the device), and the units pruned and grown if all are
         self._outcomes: list[tuple[int, list[int], torch.Tensor, int, int]] = []
-        self._recorder = StepRecorder(self._model, self.layers, network, self.prune, self.grow if fraction else None)
+        self._evidence = StepEvidence(self._model, self.layers, network, self.prune, self.grow if fraction else None)
         self._told_of_copies = False
         self._begin()
 
@@ -225,7 +226,7 @@ class DSTScheduler:
 
     def _record_if_due(self) -> None:
         if self.next_is_due:
-            self._recorder.start([layer for layer in self.layers if self._changes(layer)])
+            self._evidence.start([layer for layer in self.layers if self._changes(layer)])
 
     def _count(self) -> tuple[int, int]:
         """Units pruned and grown so far; waits for the device, and logs the updates that were skipped."""
@@ -255,7 +256,7 @@ class DSTScheduler:
         return {"steps": self.steps, "pruned": self.pruned, "grown": self.grown}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._recorder.drop()
+        self._evidence.drop()
         self.steps, self._outcomes = state["steps"], []
         self._pruned, self._grown = state["pruned"], state["grown"]
         self._record_if_due()
@@ -283,20 +284,20 @@ class DSTScheduler:
                 "updates; give all equally many batches (DistributedSampler, drop_last=True)"
             )
         if activity is not None:
-            self._recorder.check(activity)
+            self._evidence.check(activity)
         if self.final_density is not None and self.steps == 0 and self.final_density >= mean_density(self.layers):
-            self._recorder.drop()
+            self._evidence.drop()
             raise ValueError(
                 f"final_density={self.final_density} is no less than the {mean_density(self.layers):.4g} that training "
                 "begins with; lower it, leave it out, or load the state of the scheduler that pruned to it"
             )
         due = self.next_is_due
         self.steps += 1
-        self._recorder.stop()
+        self._evidence.stop()
         try:
             if due:
                 if inputs is not None and activity is not None:
-                    self._recorder.give(inputs, activity)
+                    self._evidence.give(inputs, activity)
                 self._check_whole()
                 if self.final_density is not None and not all(layer.values.requires_grad for layer in self.layers):
                     self._check_enough_is_left(self.final_density)  # some may have been frozen since
@@ -309,7 +310,7 @@ class DSTScheduler:
                     self._update(self._checked_layers(), world)
                 world.check_same(f"the wiring after step {self.steps}", None, self._wiring())
         finally:  # whoever catches an error can go on
-            self._recorder.drop()
+            self._evidence.drop()
             self._record_if_due()
         return due
 
@@ -351,7 +352,7 @@ class DSTScheduler:
         streams = ((number, layer, stream(self.seed, "candidates", self.steps, number)) for number, layer in layers)
         candidates = {number: draw_candidates(layer.mask, of_candidates) for number, layer, of_candidates in streams}
         grow = self.grow if self.fraction else GROW_RULES["random"]  # which needs nothing, and none are taken
-        evidence = self._recorder.evidence(layers, world, candidates)
+        evidence = self._evidence.of_units(layers, world, candidates)
         scores = [(self.prune.score(of_slots), grow.score(of_grid)) for of_slots, of_grid in evidence]
         finite = torch.stack([_is_finite(score) for pair in scores for score in pair])
         apply = finite.all()
@@ -362,13 +363,12 @@ class DSTScheduler:
         fraction, pruned, grown, spare = self.fraction * SCHEDULES[self.schedule](share), 0, 0, 0.0
         with contextlib.ExitStack() as undo:
             # an error in one layer takes back what was done before it, and no average follows
-            for (number, layer), score, budget in zip(layers, scores, budgets, strict=True):
-                draw = stream(self.seed, "dst", self.steps, number, device=draw_device(score[0].device))
-                room = None if budget is None else budget + spare
-                gone, new, spare = replace_units(
-                    layer, room, fraction, *score, candidates[number], apply, draw, self._state, undo
-                )
-                pruned, grown = pruned + gone, grown + new
+            for (number, layer), pair, budget in zip(layers, scores, budgets, strict=True):
+                draw = stream(self.seed, "dst", self.steps, number, device=draw_device(pair[0].device))
+                of_layer = layer.mask, Scores(*pair, candidates[number]), fraction, draw
+                plan = plan_of_equal_number(*of_layer) if budget is None else plan_within(budget + spare, *of_layer)
+                undo.callback(replace_units(layer, plan, apply, self._state))
+                pruned, grown, spare = pruned + len(plan.pruned), grown + len(plan.grown), plan.spare
             undo.pop_all()
         for _, layer in layers:
             layer.ties.end("it was rewired by itself")
@@ -389,12 +389,13 @@ class DSTScheduler:
         frozen = sum(layer.mask.num_weights for layer in self.layers if layer not in layers)
         final = final_density * possible_weights(self.layers) - frozen
         magnitudes = [PRUNE_RULES["set"].score(Evidence(layer, layer.mask.num_units)) for layer in layers]
-        return layer_budgets(sizes, magnitudes, final, self._last - self.steps, self.interval)
+        now = sum(int(of_layer.sum()) for of_layer in sizes)
+        return layer_budgets(sizes, magnitudes, weights_after(now, final, self._last - self.steps, self.interval))
 
     def __del__(self) -> None:
         # removes what it set up in the model; if its constructor raised, that is nothing
-        if "_recorder" in self.__dict__ and not sys.is_finalizing():
-            self._recorder.stop()
+        if "_evidence" in self.__dict__ and not sys.is_finalizing():
+            self._evidence.stop()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -404,7 +405,7 @@ class DSTScheduler:
         twin = memo[id(self)] = type(self).__new__(type(self))
         memo[id(self._process_group)] = self._process_group  # processes are not copied
         twin.__setstate__(copy.deepcopy(self.__dict__, memo))
-        twin._recorder.run_compiled()  # a copy that is never used must not keep compiled code from running
+        twin._evidence.run_compiled()  # a copy that is never used must not keep compiled code from running
         return twin
 
 

@@ -10,11 +10,11 @@ import torch
 from g2g_kernels import Activity, GroupLayout
 from g2g_kernels.mask.groups import partners
 from g2g_kernels.ops.g2g_stack.chunks import ChunkedSpikes
+from g2gnet.activity_recorder import Train, dense
 from g2gnet.inspect import spike_statistics
 from g2gnet.inspect.connections import cross_group_share, group_density, input_group_entropy
 from g2gnet.inspect.spike_statistics import CountCorrelation, SpikeSums, firing_rates, group_means, pearson
 from g2gnet.network import G2GNet
-from g2gnet.recording import Train, dense
 
 #: default number of test images to analyse
 ANALYSIS_SAMPLES = 1000

@@ -1,7 +1,8 @@
 """Dale's law: all weights from one neuron have one sign."""
 
+import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -11,11 +12,15 @@ from g2gnet.spiking_network import SpikingNetwork
 
 
 class KeptSigns:
-    """What :func:`keep_signs` returns; ``signs`` by source, int8 [neurons]: 1, −1, or 0 where either is allowed."""
+    """What :func:`keep_signs` returns; ``signs`` by source, int8 [neurons]: 1, −1, or 0 where either is allowed.
+    A layer obeys the last call alone."""
+
+    _there: ClassVar["weakref.WeakSet[KeptSigns]"] = weakref.WeakSet()
 
     def __init__(
         self, layers: list[tuple[str, G2GLinear]], signs: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer
     ) -> None:
+        KeptSigns._there.add(self)
         self._layers, self.signs, self._optimizer = layers, signs, optimizer
         self._hook: Any = optimizer.register_step_post_hook(self.apply)
         self.apply()
@@ -25,6 +30,15 @@ class KeptSigns:
         """Sets every weight of the wrong sign to 0, as after each step of the optimizer."""
         for source, layer in self._layers:
             layer.values.masked_fill_(layer.values * _of_units(layer, self.signs[source]) < 0, 0)
+
+    @staticmethod
+    def release(layers: list[tuple[str, G2GLinear]]) -> None:
+        """Lets the weights of some layers have any sign again, whatever earlier calls said of them."""
+        released = {layer for _, layer in layers}
+        for earlier in KeptSigns._there:
+            earlier._layers = [pair for pair in earlier._layers if pair[1] not in released]
+            if not earlier._layers:
+                earlier.remove()
 
     def remove(self) -> None:
         """Lets the weights have any sign again."""
@@ -37,18 +51,20 @@ class KeptSigns:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)  # copies of optimizers have no hooks
+        KeptSigns._there.add(self)
         self._hook = self._optimizer.register_step_post_hook(self.apply) if state["_hook"] else None
 
 
 def keep_signs(
     model: nn.Module, optimizer: torch.optim.Optimizer, signs: torch.Tensor | Mapping[str, torch.Tensor] | None = None
 ) -> KeptSigns:
-    """Has weights keep the sign of the neuron that they come from (Dale's law), from now on.
+    """Constrains each weight to the sign of its source neuron (Dale's law) from now on.
 
     After each ``optimizer.step()`` a weight that has the other sign becomes 0; it exists still, and may grow again.
     Weights that dynamic sparse training grows begin at 0 and take their neuron's sign. Averages of weights have their
-    signs. A checkpoint holds weights, not signs: give these again after loading. PyTorch copies optimizers without what
-    follows their steps: copy or pickle the returned object together with network and optimizer.
+    signs. A checkpoint holds weights, not signs: call this again after loading. A later call replaces what an
+    earlier one said of the model's layers. PyTorch copies optimizers without what follows their steps: copy or pickle
+    the returned object together with network and optimizer.
 
     Args:
         model: a :class:`G2GLinear`; a :class:`SpikingNetwork`, or a module around one, whose populations are the
@@ -85,7 +101,9 @@ def keep_signs(
         if layer.values.requires_grad and id(layer.values) not in held:
             raise ValueError(f"the optimizer does not hold the weights from {source}; give the one that trains them")
     if signs is None:
-        return KeptSigns(layers, {source: _signs_of(source, layers) for source in sizes}, optimizer)
+        found = {source: _signs_of(source, layers) for source in sizes}
+        KeptSigns.release(layers)
+        return KeptSigns(layers, found, optimizer)
     if not isinstance(signs, Mapping):
         if len(sizes) > 1:
             raise ValueError(f"there are several sources; give signs by name, of {', '.join(sizes)}")
@@ -96,6 +114,7 @@ def keep_signs(
         if source not in sizes:
             raise ValueError(f"signs of {source!r}: there is no such source, only {', '.join(sizes)}")
         _check_signs(source, each, sizes[source])
+    KeptSigns.release(layers)
     layers = [(source, layer) for source, layer in layers if source in signs]
     found = {source: each.detach().to(torch.int8).cpu() for source, each in signs.items()}
     with torch.no_grad():

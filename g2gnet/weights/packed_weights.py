@@ -31,10 +31,11 @@ class PackedWeights(nn.Module):
     """The packed weights [num_units, unit_rows, unit_cols] of the units of a mask, both of which the module owns."""
 
     def __init__(self, mask: BlockMask, values: nn.Parameter) -> None:
+        """Takes a copy of the mask: two layers with one would rewire one another."""
         super().__init__()
         #: its averages and copies; a copy begins with its own
         self.ties = Ties()
-        self._modules["mask"] = mask  # the class has a property of that name
+        self._modules["mask"] = copy.deepcopy(mask)  # the class has a property of that name
         self.values = values
 
     @property

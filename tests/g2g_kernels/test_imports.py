@@ -31,7 +31,7 @@ LAYERS = {
         ("projections",),
         ("spiking_network",),
         ("stack", "network_settings"),
-        ("network", "sparsify", "recording", "interop"),
+        ("network", "sparsify", "activity_recorder", "interop"),
         ("dst", "inspect"),
         ("training",),
         ("programs",),

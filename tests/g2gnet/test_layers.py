@@ -82,7 +82,7 @@ def test_a_scipy_matrix_is_a_layer_and_back(kind, block_size):
     matrix = scipy.sparse.random(37, 29, density=0.1, random_state=1, format="coo")
     matrix.data[:5] = 0  # stored zeros are connections
     dense = torch.as_tensor(matrix.toarray(), dtype=torch.float32)
-    layer = G2GLinear.from_scipy(matrix.asformat(kind), block_size, bias=torch.arange(37.0))
+    layer = G2GLinear.from_scipy(matrix.asformat(kind), block_size, bias=[*range(37)])
     assert torch.equal(layer.dense_weight(), dense)
     x = torch.rand(3, 29)
     assert torch.allclose(layer(x), x @ dense.T + torch.arange(37.0), atol=1e-6)
@@ -102,6 +102,7 @@ def test_initial_values_of_neurons_may_be_tensors_or_time_constants():
     for given in (beta.double().numpy(), beta.tolist()):
         assert torch.equal(LIF(3, beta=given, learn_beta=False).beta, beta)
     tau = torch.tensor([10.0, 20.0, 40.0])
+    assert LIF(tau=tau[0], dt=torch.tensor(2.0)).beta.item() == pytest.approx(math.exp(-0.2))
     for given in (tau, tau.numpy()):
         assert torch.equal(LIF(3, tau=given, dt=2.0).beta, torch.exp(-2.0 / tau.double()).float())
     neurons = Synaptic(tau=20.0, tau_syn=5.0, dt=0.5)

@@ -9,7 +9,7 @@ from benchmarks.machine import pytorch_threads
 from g2g_kernels import BlockMask, GroupLayout, available_backends
 from g2g_kernels.triton.runtime import interpreted
 from g2gnet import LIF, AdLIF, G2GLinear, G2GNet, SpikingStack, Synaptic
-from g2gnet.recording import ActivityRecorder, dense
+from g2gnet.activity_recorder import ActivityRecorder, dense
 
 B, SIZES = 5, (13, 38, 26, 7)
 COMPILED = [name for name in ("cpu", "triton") if name in available_backends()]

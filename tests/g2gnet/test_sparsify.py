@@ -32,7 +32,7 @@ def test_a_layer_from_a_linear_one_computes_the_masked_product_and_becomes_one_a
     masked, x = dense.weight * mask.to_dense(), torch.randn(5, 30, generator=seeded(1), dtype=dtype)
     assert torch.equal(layer.dense_weight(), masked)
     assert layer.values.dtype == dtype
-    assert layer.mask is not mask, "rewiring the layer must not rewire the caller's mask"
+    assert layer.mask is not mask, "a layer's mask is its own"
     again = layer.to_linear()
     assert type(again) is nn.Linear
     assert torch.equal(again.weight, masked)

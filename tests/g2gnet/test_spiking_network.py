@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterable
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from covering import every_pair
@@ -526,12 +527,14 @@ def test_edges_become_projections_one_for_each_delay():
         (([0.5], [0], [1.0]), "pre of the edges a → b is float64"),
         (([0, 1], [0], [1.0]), "give whole numbers, one for each of 2 edges"),
         (([0], [0], [np.nan]), r"weight\[0\] of the edges a → b is nan"),
-        (([0], [0], [1.0], [-1]), "must be from 0 to"),
+        (([0, 1], [0, 1], [1.0, 1e39]), r"weight\[1\] of the edges a → b is 1e\+39"),
+        (([0, 1], [0, 1], [1.0, 1.0], [0, -1]), r"delay\[1\] of the edges a → b is -1; delays are from 0 to 65535"),
         (([0], [0], [1.0], [0.5]), "delay of the edges a → b is float64"),
         (([0], [0], [1.0], [[1, 1]]), "delay of the edges a → b is int64"),
         ((0, 0, 1.0), "pre of the edges a → b is int64"),
         (([0, 0], [0, 0], [3e38, 3e38]), "not finite, or that a float32 does not hold"),
-        ((np.ma.array([0, 1], mask=[0, 1]), [0, 1], [1.0, 2.0]), "masked entries"),
+        ((np.ma.array([0, 1], mask=[0, 1]), [0, 1], [1.0, 2.0]), r"pre\[1\] of the edges a → b is missing"),
+        (([0, 1], pandas.Series([1, None], dtype="Int64"), [1.0, 2.0]), r"post\[1\] of the edges a → b is missing"),
         *((([0], [0], [1.0], 0, sizes), "sizes") for sizes in (None, 3, (3,), (3, 3, 3), (3.0, 3), (0, 3))),
     ],
 )

@@ -20,9 +20,9 @@ from g2gnet import DSTScheduler, G2GLinear, G2GNet, sparsify
 from g2gnet.dst import replacement
 from g2gnet.dst import rules as rules_module
 from g2gnet.dst import scheduler as scheduler_module
-from g2gnet.dst.recorder import UnitGradients
 from g2gnet.dst.replacement import highest
 from g2gnet.dst.rules import GROW_RULES, PRUNE_RULES, unit_correlation, unit_gradient
+from g2gnet.dst.unit_gradients import UnitGradients
 
 
 class Dense(NamedTuple):
@@ -397,7 +397,7 @@ def test_scores_are_not_rounded_by_autocast_and_graphs_that_are_kept_hold_no_sam
         with torch.autocast("cpu", torch.bfloat16, autocast):
             scheduler.step()
         assert not observer.seen()
-        assert not observer._inputs
+        assert not observer.inputs
     for exact, found in zip(scores[:2], scores[2:], strict=True):
         assert torch.equal(exact, found)
 

@@ -139,7 +139,7 @@ def test_a_share_of_steps_and_of_units_is_that_of_the_decimal_number():
     layer = G2GLinear(mask)
     dst = DSTScheduler([layer], torch.optim.SGD(layer.parameters(), lr=0.1), 1, **options)
     assert dst.step()
-    assert (mask.num_units, dst.grown) == (100, 29)
+    assert (layer.mask.num_units, dst.grown) == (100, 29)
     steps = {"batch_size": 20, "epochs": 10, "dst_interval": 57, "dst_stop": 0.57}  # of 100, which are 57 too
     assert small_trainer(sparsity_mode="dynamic", **steps).dst is not None
 

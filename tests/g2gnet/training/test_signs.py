@@ -76,15 +76,20 @@ def test_signs_are_those_of_loaded_weights_and_given_ones_turn_weights():
     sizes = {name: each.weight.abs() for name, each in net.connections().items()}
     with pytest.raises(ValueError, match=r"neuron 0 of a has weights of both signs .*give signs"):
         keep_signs(net, optimizer)
-    handle = keep_signs(net, optimizer, {"a": SIGNS})
+    keep_signs(net, optimizer, {"a": SIGNS})
     assert all(torch.equal(each.weight.abs(), sizes[name]) for name, each in net.connections().items())
     loaded.load_state_dict(net.state_dict())
     found = keep_signs(loaded, torch.optim.SGD(loaded.parameters(), lr=0.1)).signs["a"]
     present = sum(each.abs().sum(0) for name, each in sizes.items() if name != "input_to_a") > 0
     assert torch.equal(found[present].long(), SIGNS[present])
-    handle.remove()
-    train(net, torch.optim.SGD(net.parameters(), lr=5.0), 3)
-    assert not kept(net)
+    keep_signs(net, optimizer, {"a": -SIGNS})  # as of another state: the first signs hold no more
+    train(net, optimizer, 3)
+    assert kept(net, -SIGNS)
+    assert all((net.get_submodule(name).weight != 0).any() for name in ("a_to_a", "a_to_out"))
+    keep_signs(net.a_to_a, optimizer, 0 * SIGNS)
+    train(net, optimizer, 9)
+    assert (net.a_to_out.weight * SIGNS <= 0).all()
+    assert not (net.a_to_a.weight * SIGNS <= 0).all()
 
 
 def test_a_neuron_of_sign_0_is_free_also_in_a_network_inside_of_a_module():

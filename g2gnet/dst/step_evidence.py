@@ -1,6 +1,7 @@
 """Evidence for the rules: what the layers do in the training step before an update, recorded or given by the caller."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -8,13 +9,12 @@ import torch
 from torch import nn
 
 from g2g_kernels import Activity
-from g2g_kernels.ops.g2g_stack.layer import ProductObserver
-from g2g_kernels.tracing import is_transformed
+from g2gnet.activity_recorder import ActivityRecorder, Recording, Uncompiled, check_compiled, dense
 from g2gnet.base.distributed import World
 from g2gnet.dst import rules
-from g2gnet.dst.rules import ACTIVITY, GRADIENT, Evidence, Pair, Rule
+from g2gnet.dst.rules import ACTIVITY, GRADIENT, Evidence, Rule
+from g2gnet.dst.unit_gradients import UnitGradients
 from g2gnet.layers import G2GLinear
-from g2gnet.recording import ActivityRecorder, Recording, Uncompiled, check_compiled, dense
 from g2gnet.spiking_network import SpikingNetwork, Train
 
 #: what to do without spikes
@@ -24,10 +24,10 @@ _OTHERS = "give " + ", and ".join(
 )
 
 
-class StepRecorder:
-    """Records in one training step, from :meth:`start` to :meth:`stop`, what the rules need: the activity of ``model``,
-    or as given (:meth:`give`); ``grow`` is None if nothing grows. Raises ValueError for a network whose output does not
-    spike, or a model that is compiled and cannot run uncompiled.
+class StepEvidence:
+    """Collects in one training step, from :meth:`start` to :meth:`stop`, what the rules need: the activity of
+    ``model``, or as given (:meth:`give`); ``grow`` is None if nothing grows. Raises ValueError for a network whose output
+    does not spike, or a model that is compiled and cannot run uncompiled.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class StepRecorder:
                 self._gradients[layer] = layer.observer = UnitGradients()
 
     def stop(self) -> None:
-        """Stops recording, if it was started; what was recorded stays until :meth:`forget`."""
+        """Stops recording, if it was started; what was recorded stays until :meth:`drop`."""
         self.run_compiled()
         mine = [layer for layer, gradients in self._gradients.items() if layer.observer is gradients]
         self._overtaken = len(mine) < len(self._gradients)
@@ -106,7 +106,9 @@ class StepRecorder:
     def give(self, inputs: torch.Tensor, activity: Activity) -> None:
         """Takes what the first layer received and what the stack did; ValueError for the activity of other layers."""
         if self._network is not None:
-            received = {layer: [(pre, post)] for layer, pre, post in self._network.received(inputs, activity)}
+            received: dict[nn.Module, Recording] = defaultdict(list)
+            for layer, pre, post in self._network.received(inputs, activity):
+                received[layer].append((pre, post))  # several of a connection in several projections
             self._recordings = [received[layer] for layer in self._layers]
             return
         mine, theirs = [layer.out_features for layer in self._layers], [len(rates) for rates in activity.rates]
@@ -118,7 +120,7 @@ class StepRecorder:
         pres: list[Train] = [inputs.detach(), *activity.spikes]
         self._recordings = [[(pres[number], pres[number + 1])] for number in range(len(mine))]
 
-    def evidence(
+    def of_units(
         self, layers: Sequence[tuple[int, G2GLinear]], world: World, candidates: Mapping[int, torch.Tensor | None]
     ) -> Iterator[tuple[Evidence, Evidence]]:
         """What is known of each layer's units, and of those that may grow: the ``candidates`` by the layer's number,
@@ -172,106 +174,3 @@ def _samples(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tens
     trains = zip(*pairs, strict=True)
     pre, post = (torch.cat([each.reshape(-1, each.shape[-1]) for each in of_side])[None] for of_side in trains)
     return pre, post
-
-
-#: the number of the backward pass that runs now; −1 outside of them
-_backward_pass = torch._C._current_graph_task_id
-
-
-def _is_batch(gradient: torch.Tensor) -> bool:
-    """Whether it stands for several gradients."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(gradient):
-        if functorch.is_batchedtensor(gradient):
-            return True
-        gradient = functorch.get_unwrapped(gradient)
-    return functorch.is_legacy_batchedtensor(gradient)
-
-
-_BATCHES = "gradients in batches (torch.func.vmap, is_grads_batched, jacobian(vectorize=True))"
-_TWICE = "the gradient of a gradient (create_graph=True)"
-
-
-class UnitGradients:
-    """The size of ∂L/∂W in every unit of a layer: the observer of a layer that is trained by several backward passes.
-    Of what the layer received and the gradient of what it gave, ∂L/∂W = Σ over samples of g·xᵀ. They count where a
-    backward pass forms the gradient of the layer's weights, not one for the inputs alone.
-    """
-
-    def __init__(self) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Forgets everything, also what autograd still refers to."""
-        #: of products; each adds Σ over samples of g·xᵀ to ∂L/∂W
-        self.pairs: list[Pair] = []
-        #: of reads of the dense weight, whose gradient is its product with the identity
-        self.dense: list[Pair] = []
-        #: what the step had of which the gradient is not seen
-        self.unseen: str | None = None
-        #: inputs by the number of their product. Results that someone keeps refer to them through this object
-        self._inputs: dict[int, torch.Tensor] = {}
-
-    def of_call(self, values: torch.Tensor) -> tuple[torch.Tensor, ProductObserver]:
-        """The packed weights for the products of one call, and what these products are told to."""
-        if not values.requires_grad:
-            return values, lambda _, y: y
-        called_in = _backward_pass()
-        #: by product, with the backward pass, which may not go on to the weights
-        reached: dict[int, tuple[int, Pair]] = {}
-
-        def count(of_weights: torch.Tensor) -> None:
-            this = _backward_pass()
-            if _is_batch(of_weights):
-                reached.clear()
-                self.unseen = _BATCHES
-            self.pairs.extend(pair for of, pair in reached.values() if of == this)
-            reached.clear()
-
-        def observe(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            if not y.requires_grad:  # in the forward pass of chunks
-                return y
-            number = len(self._inputs)
-            self._inputs[number] = x.detach().clone()  # the caller may use the memory for the next samples
-            recomputed_in = _backward_pass()
-
-            def reach(gradients: tuple[torch.Tensor | None, ...]) -> None:
-                received, (gradient,) = self._inputs.get(number), gradients
-                if received is None or gradient is None or _is_batch(gradient):
-                    return
-                # a chunk is computed again, and its gradients are formed, in a pass within that to the weights
-                this = _backward_pass() if recomputed_in == called_in else recomputed_in
-                reached[number] = this, (received, gradient.detach())
-                if torch.is_grad_enabled() and not is_transformed():
-                    self.unseen = _TWICE
-
-            # a node of its own has the gradient after all hooks on y, also if y is changed in place
-            y = y.clone()
-            assert y.grad_fn is not None
-            y.grad_fn.register_prehook(reach)
-            return y
-
-        values = values.view_as(values)
-        values.register_hook(count)
-        return values, observe
-
-    def of_dense(self, weight: torch.Tensor) -> None:
-        """Counts the gradient of a dense weight [out, in] that was read."""
-        if weight.requires_grad:
-            weight.register_hook(self._count_dense)
-
-    def _count_dense(self, gradient: torch.Tensor) -> None:
-        if _is_batch(gradient):
-            self.unseen = _BATCHES
-        else:
-            self.dense.append((torch.eye(gradient.shape[1], device=gradient.device), gradient.detach().T))
-
-    def __reduce__(self) -> tuple:
-        return type(None), ()  # a copy of the layer takes no part in the step
-
-    def seen(self) -> list[Pair]:
-        """What :func:`~g2gnet.dst.rules.unit_gradient` takes. Raises RuntimeError if gradients of the weights were
-        formed in batches, or one that has a gradient itself: that of the weights has more parts then."""
-        if self.unseen is not None:
-            raise RuntimeError(f"grow='gradient' does not see {self.unseen} of this step; use grow='random' or 'hebb'")
-        return self.pairs + self.dense

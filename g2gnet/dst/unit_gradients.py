@@ -1,0 +1,122 @@
+"""The gradients of all units of a layer in a training step, also of those that do not exist, for the grow rule
+``gradient``."""
+
+import functools
+
+import torch
+
+from g2g_kernels.ops.g2g_stack.layer import ProductObserver
+from g2g_kernels.tracing import is_transformed
+from g2gnet.dst.rules import Pair
+
+#: the number of the backward pass that runs now; −1 outside of them
+_backward_pass = torch._C._current_graph_task_id
+
+_BATCHES = "gradients in batches (torch.func.vmap, is_grads_batched, jacobian(vectorize=True))"
+_TWICE = "the gradient of a gradient (create_graph=True)"
+
+
+def _is_batch(gradient: torch.Tensor) -> bool:
+    """Whether it stands for several gradients."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(gradient):
+        if functorch.is_batchedtensor(gradient):
+            return True
+        gradient = functorch.get_unwrapped(gradient)
+    return functorch.is_legacy_batchedtensor(gradient)
+
+
+class UnitGradients:
+    """The size of ∂L/∂W in every unit of a layer: the observer of a layer that is trained by several backward passes.
+    With what the layer received and the gradient of what it gave, ∂L/∂W = Σ over samples of g·xᵀ. They count where a
+    backward pass forms the gradient of the layer's weights, not where it forms that of the inputs alone.
+    """
+
+    def __init__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Forgets everything, also what autograd still refers to."""
+        #: of products; each adds Σ over samples of g·xᵀ to ∂L/∂W
+        self.pairs: list[Pair] = []
+        #: of reads of the dense weight, whose gradient is its product with the identity
+        self.dense: list[Pair] = []
+        #: what the step had whose gradient is not seen
+        self.unseen: str | None = None
+        #: inputs by the number of their product. Graphs that someone keeps refer to them through this object
+        self.inputs: dict[int, torch.Tensor] = {}
+
+    def of_call(self, values: torch.Tensor) -> tuple[torch.Tensor, ProductObserver]:
+        """The packed weights for the products of one call, and what these products are told to."""
+        if not values.requires_grad:
+            return values, lambda _, y: y
+        call = _Call(self)
+        values = values.view_as(values)
+        values.register_hook(call.reach_weights)
+        return values, call.observe
+
+    def of_dense(self, weight: torch.Tensor) -> None:
+        """Counts the gradient of a dense weight [out, in] that was read."""
+        if weight.requires_grad:
+            weight.register_hook(self._count_dense)
+
+    def _count_dense(self, gradient: torch.Tensor) -> None:
+        if _is_batch(gradient):
+            self.unseen = _BATCHES
+        else:
+            self.dense.append((torch.eye(gradient.shape[1], device=gradient.device), gradient.detach().T))
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # a copy of the layer takes no part in the step
+
+    def seen(self) -> list[Pair]:
+        """What :func:`~g2gnet.dst.rules.unit_gradient` takes. Raises RuntimeError if gradients of the weights were
+        formed in batches, or one that has a gradient itself: that of the weights has more parts then."""
+        if self.unseen is not None:
+            raise RuntimeError(f"grow='gradient' does not see {self.unseen} of this step; use grow='random' or 'hebb'")
+        return self.pairs + self.dense
+
+
+class _Call:
+    """The products of one call of a layer. A backward pass reaches their outputs first (:meth:`_reach_output`) and
+    then, if it forms the gradient of the weights, these (:meth:`reach_weights`): only then the pairs of that pass
+    count.
+    """
+
+    def __init__(self, gradients: UnitGradients) -> None:
+        self._gradients = gradients
+        self._called_in = _backward_pass()
+        #: by product: the backward pass that may go on to the weights, and the pair
+        self._reached: dict[int, tuple[int, Pair]] = {}
+
+    def observe(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """Notes the input of a product, and returns its output, whose gradient will be noted."""
+        if not y.requires_grad:  # in the forward pass of chunks
+            return y
+        product = len(self._gradients.inputs)
+        self._gradients.inputs[product] = x.detach().clone()  # the caller may use the memory for the next samples
+        # a node of its own has the gradient after all hooks on y, also if y is changed in place
+        y = y.clone()
+        assert y.grad_fn is not None
+        y.grad_fn.register_prehook(functools.partial(self._reach_output, product, _backward_pass()))
+        return y
+
+    def _reach_output(self, product: int, computed_in: int, gradients: tuple[torch.Tensor | None, ...]) -> None:
+        received, (gradient,) = self._gradients.inputs.get(product), gradients
+        if received is None or gradient is None or _is_batch(gradient):
+            return
+        # a chunk is computed again, and its gradients are formed, in a pass within that to the weights
+        recomputed = computed_in != self._called_in
+        to_weights = computed_in if recomputed else _backward_pass()
+        self._reached[product] = to_weights, (received, gradient.detach())
+        if torch.is_grad_enabled() and not is_transformed():
+            self._gradients.unseen = _TWICE
+
+    def reach_weights(self, gradient: torch.Tensor) -> None:
+        """Counts the products whose outputs this backward pass has reached."""
+        this = _backward_pass()
+        if _is_batch(gradient):
+            self._reached.clear()
+            self._gradients.unseen = _BATCHES
+        self._gradients.pairs.extend(pair for to_weights, pair in self._reached.values() if to_weights == this)
+        self._reached.clear()

@@ -1,10 +1,38 @@
 """From real-valued samples to the first layer's input at each time step."""
 
+import numpy as np
 import torch
 
 from g2g_kernels.choices import check_choice
+from g2g_kernels.tracing import is_traced
 
 ENCODINGS = ("current", "rate")
+#: the dtypes of samples before they are floats; int64 could be images or counts
+DTYPES = ("uint8", "int8", "int16", "int32", "float16", "bfloat16", "float32", "float64")
+
+
+def as_samples(images: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """uint8 images [B, ...] as float32 samples [B, D] from 0 to 1; floats, and counts of events in int8, int16 or
+    int32, as they are. Raises TypeError for anything else (:func:`check_images`).
+
+    Example:
+        >>> as_samples(torch.tensor([[[0, 255], [51, 102]]], dtype=torch.uint8))
+        tensor([[0.0000, 1.0000, 0.2000, 0.4000]])
+    """
+    check_images(images)
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(np.ascontiguousarray(images, images.dtype.newbyteorder("=")))
+    samples = images.reshape(len(images), -1)
+    return samples.float() / 255 if samples.dtype == torch.uint8 else samples.float()
+
+
+def check_images(images: object) -> None:
+    """Raises TypeError for what :func:`as_samples` makes no samples of."""
+    if not isinstance(images, torch.Tensor | np.ndarray):
+        raise TypeError(f"samples are a {type(images).__name__}; give an array or a tensor")
+    dtype = images.dtype.name if isinstance(images, np.ndarray) else str(images.dtype).removeprefix("torch.")
+    if dtype not in DTYPES:
+        raise TypeError(f"samples are {dtype}; give uint8 images, floats, or counts of events in int8, int16 or int32")
 
 
 def encode(
@@ -37,14 +65,13 @@ def encode(
     if x.dim() == 2:
         x = x.expand(steps, *x.shape)
     device = generator.device if generator is not None else x.device
-    if device.type == x.device.type == "cpu":
+    if device.type == x.device.type == "cpu" and not is_traced():
         # the numbers of one step fit in the caches; drawn step by step, they are the same
         spikes, draws = x.new_empty(x.shape), x.new_empty(shape)
         for spikes_t, x_t in zip(spikes, x, strict=True):
-            torch.rand(shape, generator=generator, out=draws)
-            torch.lt(draws[part], x_t, out=spikes_t)
+            torch.lt(draws.uniform_(generator=generator)[part], x_t, out=spikes_t)
         return spikes
-    draws = torch.rand((len(x), *shape), generator=generator, device=device, dtype=x.dtype)
+    draws = torch.empty((len(x), *shape), device=device, dtype=x.dtype).uniform_(generator=generator)
     return (draws[:, part].to(x.device) < x).to(x.dtype)
 
 

@@ -1,14 +1,17 @@
 """G2GNet: layers of spiking neurons joined by dense or group-sparse connections, with recurrence and delays."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout
-from g2gnet.encoding import check_samples, encode
+from g2g_kernels.numbers import COUNT
+from g2gnet.encoding import as_samples, check_images, check_samples, encode
 from g2gnet.layers import G2GLinear
 from g2gnet.network_settings import NetworkSettings
 from g2gnet.neurons import NEURONS, SpikingNeurons
@@ -17,6 +20,23 @@ from g2gnet.spiking_network import Projection, SpikingNetwork, check_input
 from g2gnet.stack import SpikingStack
 from g2gnet.weights.densities import layer_probabilities
 from g2gnet.weights.patterns import Pattern, layer_mask, mask_between
+
+
+class Prediction(NamedTuple):
+    """What :meth:`G2GNet.predict` returns, on the samples' device.
+
+    Attributes:
+        classes: of each sample, int64 [N]; of equal logits the first.
+        logits: [N, C], as ``net(x)`` returns them.
+
+    Example:
+        >>> found = G2GNet(64, 32, 10, T=5).predict(torch.rand(3, 8, 8))
+        >>> found.classes.shape, found.logits.shape
+        (torch.Size([3]), torch.Size([3, 10]))
+    """
+
+    classes: torch.Tensor
+    logits: torch.Tensor
 
 
 class G2GNet(SpikingStack):
@@ -183,9 +203,74 @@ class G2GNet(SpikingStack):
         x = encode(x, self.enc, self.T, self.enc_scale, self.enc_bias, generator, part)
         return x if self.input_taps == 1 else tapped(x, self.input_taps)
 
-    def forward(self, x: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Samples [B, D], or inputs over time [T, B, D] → logits [B, C]: the output's spike counts, or its readout."""
-        return super().forward(self.encode(x, generator))
+    def forward(
+        self, x: torch.Tensor, generator: torch.Generator | None = None, *, batch_first: bool | None = None
+    ) -> torch.Tensor:
+        """Samples [B, D], or inputs over time [T, B, D] → logits [B, C]: the output's spike counts, or its readout.
+
+        Inputs over time go to fc1 as they are, neither standardised nor encoded; ``batch_first`` as for
+        :meth:`simulate`. :meth:`predict` takes samples of any shape.
+        """
+        return super().forward(self.encode(self._time_first(x, batch_first), generator), batch_first=False)
+
+    def predict(
+        self, samples: torch.Tensor | np.ndarray, batch_size: int = 256, generator: torch.Generator | None = None
+    ) -> Prediction:
+        """Classifies samples as a file of data has them: scales, standardises and encodes them as training does.
+
+        Runs in evaluation mode and without gradients; afterwards each module has the mode that it had.
+
+        Args:
+            samples: an array or a tensor, on any device, of uint8, floats, or counts of events in int8, int16 or int32
+                (:func:`g2gnet.data.as_samples`). Vectors [N, D], images [N, height, width] or [N, channels, height,
+                width], or sequences [N, T, …] of either; those of one sample lie as in training.
+            batch_size: how many samples are computed at a time.
+            generator: of the spikes of ``enc="rate"``, drawn batch by batch (PyTorch's global one if None).
+
+        Raises:
+            TypeError: for samples of another type or dtype.
+            ValueError: for none, for another shape, and for a number that is not finite.
+
+        Example:
+            >>> net = G2GNet(28, 64, 10, T=28, sequence="rows")
+            >>> net.predict(torch.randint(256, (5, 28, 28), dtype=torch.uint8)).logits.shape
+            torch.Size([5, 10])
+        """
+        batch_size = COUNT.check("batch_size", batch_size)
+        check_images(samples)
+        self._check_shape(tuple(samples.shape))
+        like, logits = next(self.parameters()), []
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            for first in range(0, len(samples), batch_size):
+                x = as_samples(samples[first : first + batch_size])
+                if not (finite := x.isfinite().all(1)).all():
+                    raise ValueError(f"sample {first + int(finite.long().argmin())} is not finite everywhere")
+                with torch.no_grad():
+                    logits.append(self(x.to(like.device, like.dtype), generator).to(x.device))
+        finally:
+            for module, training in modes:
+                module.training = training
+        of_all = torch.cat(logits)
+        return Prediction(of_all.argmax(1), of_all)
+
+    def _check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raises ValueError unless samples of this shape are as the network takes them."""
+        steps, values = self._fixed_steps(), self.sizes[-1] // self.input_taps
+        total = values * (steps or 1)
+        takes = f"[N, …] with {total} values each"
+        fits = len(shape) > 1 and shape[0] > 0 and math.prod(shape[1:]) == total
+        if self.sequence == "own":
+            takes = f"[N, {steps}, …] with {values} values at each of {steps} steps"
+            fits = fits and (len(shape) == 2 or shape[1] == steps)
+        if not fits:
+            one = " (one sample is samples[None])" if math.prod(shape) == total else ""
+            raise ValueError(f"samples are {list(shape)}; this network takes {takes}{one}")
+
+    def _fixed_steps(self) -> int | None:
+        order = self._buffers.get("input_order")
+        return None if order is None else len(order)
 
     def fitted(self, name: str, given: torch.Tensor, where: str) -> torch.Tensor:
         numbers = super().fitted(name, given, where)

@@ -93,7 +93,6 @@ class SpikingNetwork(PopulationGraph):
     #: whether :meth:`simulate` or :meth:`step` is calling the modules at the moment
     calls_layers = False
     # what no population or connection may be called
-    T: int = 50
     backend: str | None = None
 
     def __init__(
@@ -109,9 +108,28 @@ class SpikingNetwork(PopulationGraph):
         check_choice("readout", readout, READOUTS)
         steps = COUNT.check("T", T)
         super().__init__(populations, projections, output, readout)
-        self.T, self.backend, self.dropout = steps, backend, dropout
+        self._T, self.backend, self.dropout = steps, backend, dropout
         self._readout = readout
         self._activity_hooks: OrderedDict[int, ActivityHook] = OrderedDict()
+
+    @property
+    def T(self) -> int:  # noqa: N802
+        """The time steps for which inputs [B, D] are held; it may be changed, unless samples unfold over time."""
+        return self._T
+
+    @T.setter
+    def T(self, value: int) -> None:  # noqa: N802
+        steps, fixed = COUNT.check("T", value), self._fixed_steps()
+        if fixed is not None and steps != fixed:
+            raise ValueError(
+                f"T={steps} would change nothing: samples of this network unfold over {fixed} steps (input_order); "
+                f"make a network with T={steps}"
+            )
+        self._T = steps
+
+    def _fixed_steps(self) -> int | None:
+        """The time steps that every sample has; None if they may differ."""
+        return None
 
     @property
     def steps(self) -> torch.Tensor:
@@ -120,7 +138,7 @@ class SpikingNetwork(PopulationGraph):
 
     @steps.setter
     def steps(self, value: torch.Tensor) -> None:
-        self.T = COUNT.check("T", int(as_integers("steps", value)))
+        self.T = int(as_integers("steps", value))
 
     @property
     def readout(self) -> str:
@@ -178,14 +196,15 @@ class SpikingNetwork(PopulationGraph):
         dropped: Sequence[torch.Tensor] | None = None,
         spikes: bool = False,
         membranes: bool = False,
+        batch_first: bool | None = None,
     ) -> Activity:
         """Runs the network on inputs [B, D] held for T steps, or [T, B, D].
 
         A run may start from a state and gives the last one, in the form of :meth:`step`: two halves in turn are the
         whole, with gradients through the state. If that is detached, this is truncated backpropagation.
 
-        Time comes first, and the length of a sequence may differ from the network's ``T``. Of inputs [B, T, D], which
-        need ``transpose(0, 1)``, each sample would be a step: the output would have T rows, not B.
+        Time comes first, unless ``batch_first`` says otherwise, and the length of a sequence may differ from the
+        network's ``T``. What the activity has over time is [T, B, N] in any case.
 
         Args:
             inputs: of all samples.
@@ -199,17 +218,19 @@ class SpikingNetwork(PopulationGraph):
             membranes: whether ``activity.membranes`` has the membranes over time [T, B, N] of every population, with a
                 gradient. All neurons then take one step after the other, which is slower, and currents, spikes and
                 membranes of all are in memory.
+            batch_first: whether inputs over time are [B, T, D]. None: they are [T, B, D]; where all samples have T steps
+                (``sequence`` of a :class:`G2GNet`), inputs whose second dimension alone is T are refused.
 
         Returns:
             Activity: differentiable ``output`` [B, C], spike counts of the output or its readout, and firing rates; and
             the spikes. ``spikes``, ``rates`` and ``membranes`` are dicts by the populations' names.
 
         Raises:
-            ValueError: if the inputs have another shape; if the state is not one of this network and these samples; if
+            ValueError: if the inputs have another shape, or seem to have time second; if the state is not one of this network and these samples; if
                 a chunk is given and spikes or membranes are wanted, or the readout is that of all steps; if a state, a
                 chunk, membranes or a readout is asked of a network that calls its modules.
         """
-        check_input(inputs)
+        inputs = self._time_first(inputs, batch_first if state is None else bool(batch_first))
         self.settle()
         of_layers = self._of_layers(inputs, state, dropped) if self.training and self._dropout else None
         if chunk is not None and self._readout in ("mean", "max"):
@@ -241,6 +262,20 @@ class SpikingNetwork(PopulationGraph):
             for hook in list(self._activity_hooks.values()):
                 hook(inputs, activity, state)
         return self._by_name(activity)
+
+    def _time_first(self, inputs: torch.Tensor, batch_first: bool | None) -> torch.Tensor:
+        """Inputs [B, D] or [T, B, D], as :meth:`simulate` takes them."""
+        check_input(inputs)
+        if inputs.dim() != 3 or batch_first:
+            return inputs.transpose(0, 1) if inputs.dim() == 3 else inputs
+        steps, (first, second, _) = self._fixed_steps(), inputs.shape
+        if batch_first is None and steps is not None and first != steps == second:
+            raise ValueError(
+                f"the input is {list(inputs.shape)}, of {first} steps if time is first, and samples of this network "
+                f"have {steps}; give batch_first=True if time is second, batch_first=False if it is first, or call "
+                "predict(samples), which standardises and encodes them, too"
+            )
+        return inputs
 
     def _by_name(self, activity: Activity) -> Activity:
         """The activity with dicts by the populations' names."""
@@ -421,9 +456,10 @@ class SpikingNetwork(PopulationGraph):
             hook(x[None], activity_of(trains, None, differentiable=False), state)
         return output, after
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs [B, D] held for T steps, or [T, B, D] → logits [B, C]: the output's spike counts, or its readout."""
-        activity = self.simulate(x)  # not its property: torch.export of PyTorch 2.6 leaves that out of its graph
+    def forward(self, x: torch.Tensor, *, batch_first: bool | None = None) -> torch.Tensor:
+        """Inputs [B, D] held for T steps, or [T, B, D] → logits [B, C]: the output's spike counts, or its readout.
+        ``batch_first`` as for :meth:`simulate`."""
+        activity = self.simulate(x, batch_first=batch_first)  # not its property: torch.export of PyTorch 2.6 leaves that out of its graph
         return activity.counts if activity.readout is None else activity.readout
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

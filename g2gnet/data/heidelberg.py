@@ -66,8 +66,13 @@ def _samples(path: Path, grid: Grid) -> Iterator[np.ndarray]:
         times, units = file["spikes/times"], file["spikes/units"]
         for begin in range(0, len(times), READ):
             block = slice(begin, begin + READ)
-            for seconds, channels in zip(times[block], units[block], strict=True):
+            for number, (seconds, channels) in enumerate(zip(times[block], units[block], strict=True), begin):
                 if len(seconds) != len(channels):
-                    raise ValueError(f"a sample has {len(seconds)} times and {len(channels)} units")
+                    raise ValueError(f"sample {number} has {len(seconds)} times and {len(channels)} units")
                 microseconds = np.rint(seconds.astype(np.float64) * 1e6)  # of float16
-                yield grid.count(microseconds, channels // grid.width)
+                try:
+                    counts = grid.count(microseconds, channels // grid.width)
+                except ValueError as error:
+                    has = f"units {channels.min()} … {channels.max()} and times {seconds.min():g} … {seconds.max():g} s"
+                    raise ValueError(f"sample {number}, of {has}: {error}") from error
+                yield counts

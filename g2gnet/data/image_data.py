@@ -62,7 +62,7 @@ class ImageData:
         return {name: each for name, each in vars(self).items() if isinstance(each, torch.Tensor)}
 
     def moments(self) -> tuple[float, float]:
-        """Mean and standard deviation of all training samples (:func:`as_samples`), exact; DataError if equal."""
+        """Mean and standard deviation of all training samples (:func:`~g2gnet.data.as_samples`), exact; DataError if equal."""
         total = square = 0.0
         for images in self.train_images.split(1024):
             values = images.cpu().double()
@@ -97,14 +97,3 @@ class ImageData:
         trains = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, index, False)
         held: Any = {"val_images": images[index], "val_labels": labels[index]}
         return replace(self, train_images=images[trains], train_labels=labels[trains], **held)
-
-
-def as_samples(images: torch.Tensor) -> torch.Tensor:
-    """uint8 images [B, ...] as float32 samples [B, D] from 0 to 1; features and counts of events as they are.
-
-    Example:
-        >>> as_samples(torch.tensor([[[0, 255], [51, 102]]], dtype=torch.uint8))
-        tensor([[0.0000, 1.0000, 0.2000, 0.4000]])
-    """
-    samples = images.reshape(len(images), -1)
-    return samples.float() / 255 if samples.dtype == torch.uint8 else samples.float()

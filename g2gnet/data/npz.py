@@ -5,7 +5,7 @@
         [N, channels, height, width]                        images
         [N, T, D], [N, T, channels, height, width]          sequences (:data:`SEQUENCE_DIMENSIONS`), unless a run
                                                             states something else
-    train_labels, test_labels   integers [N], 0 … C − 1
+    train_labels, test_labels   integers [N]: together each of 0 … C − 1 at least once
 
 A run names such data by the file's name and the first digits of its SHA-256, as in ``name-1a2b3c4d``. Nothing in a file
 is executed, and its sizes are checked before it is read.
@@ -86,6 +86,11 @@ def sample_shape(name: str, data_dir: Path) -> tuple[int, ...]:
     return _read_archive(_path(name, data_dir), _headers)["train_images"][0][1:]
 
 
+def directory_of(name: str) -> Path | None:
+    """The directory of the file of that name that was given to this process; None if none was."""
+    return _paths[name].parent if name in _paths else None
+
+
 def _path(name: str, data_dir: Path) -> Path:
     return _paths.get(name, data_dir / f"{name[: -DIGITS - 1]}{SUFFIX}")
 
@@ -148,6 +153,13 @@ def _arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
         if not np.isfinite(array).all():
             raise ValueError(f"{name} are not finite everywhere")
         arrays[name] = array
+    found = np.union1d(arrays["train_labels"], arrays["test_labels"])
+    if len(found) <= found[-1]:
+        lacking = int(np.setdiff1d(np.arange(len(found) + 1), found)[0])
+        raise ValueError(
+            f"train_labels and test_labels are up to {found[-1]}, and no image is of class {lacking}; number the classes "
+            "from 0 without gaps, as np.unique(labels, return_inverse=True) does"
+        )
     return arrays
 
 
@@ -158,7 +170,11 @@ def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dt
     version = np.lib.format.read_magic(head)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(head)
+    if dtype.hasobject:
+        raise ValueError(
+            f"{name} holds Python objects, as NumPy makes them of arrays of different shapes; give one array of numbers"
+        )
     size = head.tell() + math.prod(shape) * dtype.itemsize
-    if dtype.hasobject or size != archive.getinfo(f"{name}.npy").file_size:
+    if size != archive.getinfo(f"{name}.npy").file_size:
         raise ValueError(f"{name} does not have the size that it claims")
     return shape, dtype

@@ -8,6 +8,7 @@ import difflib
 import logging
 import platform
 import re
+import shlex
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -321,6 +322,13 @@ def load_run_data(arguments: argparse.Namespace, settings: TrainSettings, device
                 "run's weights by --resnet_weights"
             )
     return load_data(arguments, settings, device).limited(settings.limit_train, settings.limit_test).to(device)
+
+
+def run_data_flags(settings: TrainSettings, data_dir: str, resnet_weights: str | None) -> str:
+    """The flags by which the programs with :func:`add_inspection_flags` find the data of a run, each after a space."""
+    given = {"data_dir": npz.directory_of(settings.dataset) or Path(data_dir), "resnet_weights": resnet_weights}
+    usual = {"data_dir": Path("data"), "resnet_weights": None}
+    return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given.items() if value != usual[name])
 
 
 def announce(settings: TrainSettings, machine: Machine) -> None:

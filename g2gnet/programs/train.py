@@ -1,6 +1,7 @@
 """Trains a spiking network: the Dense baseline or a G2GNet, statically sparse or with dynamic sparse training."""
 
 import argparse
+import functools
 import shlex
 import sys
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
     settings = flags.settings_from(arguments, TrainSettings)
     files = RunFiles(arguments.checkpoint_dir, settings.stem)
     output.check_json(arguments, files.files())
+    checkpoint = files.checkpoint if settings.validation is None else files.best
+    more = flags.run_data_flags(settings, arguments.data_dir, arguments.resnet_weights)
     machine = flags.machine_from(arguments)
     with flags.joined(arguments, "train", settings, machine, machine.device) as machine:
         result = run_training(
@@ -38,7 +41,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
             lambda: flags.load_data(arguments, settings, machine.device),
             arguments.checkpoint_dir,
             machine,
-            show_analysis,
+            functools.partial(show_analysis, checkpoint, more),
             flags.log_from(arguments) if machine.world.leads else (),
         )
         if not machine.world.leads:
@@ -46,13 +49,13 @@ def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
     return {"settings": settings.flag_values(), "result": result, "files": files.paths()}
 
 
-def show_analysis(analysis: NetworkAnalysis, images: int, path: Path) -> None:
-    checkpoint = shlex.quote(str(path).removesuffix(".analysis.json") + ".pth")
+def show_analysis(checkpoint: Path, more: str, analysis: NetworkAnalysis, images: int, path: Path) -> None:
+    """Prints the analysis of the network of a checkpoint, and the command with ``more`` flags that draws it."""
     say(
         f"{headline(analysis, images)}\n{summary_table(analysis)}\n"
         "rate: spikes per neuron and step; synchrony, corr., coherence: 0 at chance; other inputs: share of inputs "
         "from other\ngroups; entropy: 1 if all groups feed a neuron alike (docs/analysis.md).\nIn full: "
-        f"{path}\nWith pictures: g2g-report {checkpoint}"
+        f"{path}\nWith pictures: g2g-report {shlex.quote(str(checkpoint))}{more}"
     )
 
 

@@ -109,6 +109,8 @@ class EpochTrainer(ABC):
         load_model(self.net, state["model"])
         load_optimizer(self.optimizer, state["optimizer"], self.optimizer_state, step)
         self.epoch, self.step = epoch, step
+        if step:
+            self._set_lr(step - 1)  # it is saved with the optimizer, and a finished run takes no other step
         self._finite.resume(step)
         self.progress = None if progress is None else check_form("progress", progress, self._no_progress(), low=0)
 
@@ -124,8 +126,7 @@ class EpochTrainer(ABC):
         for first in range((self.step - self.epoch * self._batches) * size, count, size):
             start, cpu_start = time.perf_counter(), time.process_time()
             index = order[first : first + size]
-            if self.lr_schedule != "constant" or self.lr_warmup:
-                self._set_lr()
+            self._set_lr(self.step)
             for name, added in self._train_step(index).items():
                 progress[name] += added
             progress["seconds"] += time.perf_counter() - start
@@ -157,10 +158,13 @@ class EpochTrainer(ABC):
         if self.step % CHECK_INTERVAL == 0:
             self._finite.check()
 
-    def _set_lr(self) -> None:
-        lr = self._lr * ((self.step + 1) / (self.lr_warmup + 1))
-        if self.step >= self.lr_warmup:
-            share = (self.step - self.lr_warmup) / (self._steps - self.lr_warmup)
+    def _set_lr(self, step: int) -> None:
+        """Sets the learning rate of step ``step``, from 0."""
+        if self.lr_schedule == "constant" and not self.lr_warmup:
+            return
+        lr = self._lr * ((step + 1) / (self.lr_warmup + 1))
+        if step >= self.lr_warmup:
+            share = (step - self.lr_warmup) / (self._steps - self.lr_warmup)
             lr = self._lr * SCHEDULES[self.lr_schedule](share)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1)

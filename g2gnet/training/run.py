@@ -17,7 +17,7 @@ from g2gnet.base.seeding import make_deterministic
 from g2gnet.base.tensor_files import TensorFileError
 from g2gnet.data import ImageData
 from g2gnet.inspect import ANALYSIS_SAMPLES, NetworkAnalysis, analyze_network
-from g2gnet.training.checkpoints import CheckpointError, RunFiles, compared
+from g2gnet.training.checkpoints import CheckpointError, RunFiles, compared, read_checkpoint
 from g2gnet.training.epochs import EpochTrainer
 from g2gnet.training.evaluation import run_images
 from g2gnet.training.held_out import best_of, out_of_patience
@@ -43,9 +43,10 @@ def run_training(
 ) -> dict[str, Any]:
     """Trains a network as :func:`run_epochs` does, from data that are loaded only if there is something to train.
 
-    At the end the network is analysed on some of the test images; ``show_analysis`` gets the analysis, the number of
-    all test images and the file. Raises what :func:`run_epochs` does, DataError if the data are unavailable, and
-    SettingsError if settings do not fit the data, the number of processes or the memory.
+    At the end the network, with ``settings.validation`` that of the best epoch, is analysed on some of the test images;
+    ``show_analysis`` gets the analysis, the number of all test images and the file. Raises what :func:`run_epochs`
+    does, DataError if the data are unavailable, and SettingsError if settings do not fit the data, the number of
+    processes or the memory.
 
     Example:
         >>> from g2gnet.data import load_dataset
@@ -58,8 +59,12 @@ def run_training(
     """
 
     def analyze(trainer: Trainer, files: RunFiles) -> None:
-        batches = run_images(trainer.tested, settings, trainer.epoch, trainer.data, count=ANALYSIS_SAMPLES)
-        analysis = analyze_network(trainer.tested, batches, trainer.data.num_classes)
+        net, epoch = trainer.tested, trainer.epoch
+        if settings.validation is not None:
+            best = read_checkpoint(files.best)
+            net, epoch = trainer.network_of(best), best["epoch"]
+        batches = run_images(net, settings, epoch, trainer.data, count=ANALYSIS_SAMPLES)
+        analysis = analyze_network(net, batches, trainer.data.num_classes)
         files.write_analysis(analysis.as_dict())
         if show_analysis:
             show_analysis(analysis, len(trainer.data.test_labels), files.analysis)
@@ -252,6 +257,7 @@ class _UnfinishedRun(Generic[TrainerT]):
         trainer, files = self.trainer, self.files
         self.world.stage = "the test"
         state, best = self.snapshot(), best_of(self.history)
+        saved = state
         tested = {"epoch": best["epoch"], "val_acc": best["val_acc"], "test_acc": trainer.test(state)}
         self.tested = {"test_acc": tested["test_acc"], "best": tested}
         if not self._is_best():
@@ -261,6 +267,8 @@ class _UnfinishedRun(Generic[TrainerT]):
             except UNFIT as error:
                 raise CheckpointError(f"{files.best} does not fit the network it names ({error})") from error
         self.world.first(lambda: files.save_checkpoint({**state, "tested": self.tested}))
+        of_best = {"test_acc": tested["test_acc"], "best": tested}
+        self.world.first(lambda: files.save_best({**saved, "tested": of_best}))
         say(f"{self.settings.label}Test | {_tests_of(self.tested)}")
 
     def _save(self, state: dict[str, Any], best: bool) -> None:

@@ -342,9 +342,13 @@ class Trainer(EpochTrainer):
         return self._evaluate(self.tested, self.epoch, part)
 
     def test(self, state: dict[str, Any]) -> float:
+        return self._evaluate(self.network_of(state), state["epoch"], "test").accuracy
+
+    def network_of(self, state: dict[str, Any]) -> G2GNet:
+        """The network of a saved state; raises an exception in ``saved_state.UNFIT`` if there is none that fits."""
         net = self._build_network(*self._sizes)
         load_model(net, state["model"])
-        return self._evaluate(net.to(self.device), state["epoch"], "test").accuracy
+        return net.to(self.device)
 
     def _evaluate(self, net: G2GNet, epoch: int, part: str) -> Evaluation:
         layers = [f"fc{number}" for number in range(1, self.net.depth + 1)]

@@ -5,6 +5,7 @@ import functools
 import inspect
 
 import networks
+import numpy as np
 import pytest
 import torch
 from covering import every_pair
@@ -166,6 +167,60 @@ def test_time_comes_first_whatever_the_number_of_samples(samples, caplog):
     torch.testing.assert_close(first.output + second.output, each)
     torch.testing.assert_close(net(x), each)
     assert not caplog.text
+
+
+@pytest.mark.parametrize("options", [{}, {"sequence": "own"}, {"recurrent": True, "feedback": True}], ids=str)
+def test_batch_first_is_the_same_run_and_says_what_a_shape_does_not(options):
+    net, x = small_net(**options), torch.rand(12, 5, 30, generator=seeded(1)) * 3
+    expected, given = net.simulate(x, spikes=True), x.transpose(0, 1).contiguous()
+    for counts in (net(given, batch_first=True), net.simulate(given, batch_first=True).counts, net(x)):
+        assert torch.equal(counts, expected.counts)
+    held = torch.rand(5, 30)
+    stack = SpikingStack(list(small_net().layers()), T=12)
+    assert torch.equal(stack(held, batch_first=True), stack(held))
+    assert torch.equal(stack(given, batch_first=True), stack(x))
+    # the first half of a run, of as many samples as there are steps
+    square = torch.rand(7, 12, 30, generator=seeded(2)) * 3
+    first = net.simulate(square, batch_first=False)
+    assert first.counts.shape == (12, 10)
+    again = torch.cat([net.simulate(square[:, [n]]).counts for n in range(12)])
+    assert torch.equal(first.counts, again)
+    assert torch.equal(net.simulate(square, first.state).counts, net.simulate(square, first.state, batch_first=False).counts)
+
+
+@pytest.mark.parametrize("kind", [np.asarray, torch.as_tensor])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "options"),
+    [
+        ((5, 6), np.uint8, {"standardize": True}), ((30,), np.float64, {}), ((2, 15), ">f4", {"dropout": 0.5}),
+        ((6, 5), np.uint8, {"sequence": "rows", "T": 6, "standardize": True}), ((4, 5), np.int16, {"sequence": "own", "T": 4}),
+        ((4, 5), np.float16, {"sequence": "own", "T": 4, "input_taps": 2, "readout": "last"}),
+        ((30,), np.float32, {"enc": "rate"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_predictions_are_those_of_the_encoded_samples_and_leave_the_mode(kind, shape, dtype, options):
+    inputs = 5 * options.get("input_taps", 1) if "sequence" in options else 30
+    net = small_net(sizes=(inputs, 40, 10), threshold=0.5, **options).double()
+    net.lif2.eval()
+    if net.standardize:
+        net.input_mean.fill_(0.4)
+        net.input_deviation.fill_(0.3)
+    if "sequence" in options:
+        net.input_order.copy_(net.input_order.flip(0))
+    samples = (np.random.default_rng(0).random((23, *shape)) * (200 if np.dtype(dtype).kind in "iu" else 1)).astype(dtype)
+    if dtype == ">f4" and kind is torch.as_tensor:
+        samples = samples.astype(np.float32)
+    found = net.predict(kind(samples), 10, seeded(3))
+    assert [module.training for module in net.modules()].count(False) == 1
+    assert not net.lif2.training
+    flat = torch.from_numpy(samples.astype(np.float32)).flatten(1).div(255 if dtype == np.uint8 else 1).double()
+    draw = seeded(3)
+    expected = torch.cat([net.eval()(part, draw) for part in flat.split(10)])
+    assert expected.unique().numel() > 2
+    assert torch.equal(found.logits, expected)
+    assert torch.equal(found.classes, expected.argmax(1))
+    assert not found.logits.requires_grad
 
 
 def test_a_state_of_another_number_of_time_steps_is_refused_by_name():

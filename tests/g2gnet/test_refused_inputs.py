@@ -1,5 +1,6 @@
 """What a network or a run does not take is named, with the reason and a remedy, before any work is done."""
 
+import functools
 import logging
 
 import numpy as np
@@ -38,6 +39,7 @@ def layer(out=4, into=3, **options):
 
 
 MATRIX = scipy.sparse.coo_matrix(np.eye(4))
+OWN = functools.partial(net_of, T=4, sequence="own")
 BETA, WHOLE = torch.tensor([0.1, 0.2, 0.3]), "T=.* must be a whole number of"
 WRONG_VALUES = [
     # of networks
@@ -66,6 +68,19 @@ WRONG_VALUES = [
     (lambda: NetworkSettings(rec_gain=0.5), "rec_gain=0.5 has no effect without recurrent; give `recurrent`, or leave"),
     (lambda: NetworkSettings(recurrent=True, model="dense", p_rec_inter=0.1), "no effect with model=dense; give `mod"),
     (lambda: NetworkSettings(recurrent=True, density="erk", p_rec_inter=0.1), "no effect with density=erk; give `dens"),
+    (lambda: setattr(net_of(), "T", 0), WHOLE),
+    (lambda: setattr(net_of(T=4, sequence="rows"), "T", 3), "T=3 would change nothing: .* over 4 steps"),
+    # of samples
+    (lambda: net_of().predict(torch.rand(3, 20)), r"are \[3, 20\]; this network takes \[N, …\] with 30 values each$"),
+    (lambda: net_of().predict(np.zeros((5, 6))), r"\[5, 6\]; .* 30 values each \(one sample is samples\[None\]\)"),
+    (lambda: net_of().predict(torch.rand(0, 30)), r"samples are \[0, 30\]"),
+    (lambda: net_of().predict(torch.tensor(1.0)), r"samples are \[\]"),
+    (lambda: net_of().predict(torch.rand(5, 30).index_fill_(0, torch.tensor([3]), torch.nan), 2), "sample 3 is not fin"),
+    (lambda: net_of().predict(torch.rand(5, 30), batch_size=0), "batch_size=0 must be a whole number of at least 1"),
+    *((lambda shape=shape: OWN().predict(torch.rand(shape)), r"takes \[N, 4, …\] with 30 values at each of 4 steps")
+      for shape in ((7, 30, 4), (4, 7, 30), (7, 2, 60))),
+    (lambda: OWN()(torch.rand(7, 4, 30)), r"\[7, 4, 30\], of 7 steps if time is first, .* have 4; give batch_first=True"),
+    (lambda: OWN().simulate(torch.rand(7, 4, 30)), r"or call predict\(samples\), which standardises"),
     # of stacks
     (lambda: SpikingStack([]), "layers is empty"),
     (lambda: SpikingStack([(layer(), LIF()), (layer(), LIF())]), "fc2 has 3 inputs, but lif1 has 4 neurons for fc1"),
@@ -89,6 +104,10 @@ WRONG_VALUES = [
 ]  # fmt: skip
 WRONG_TYPES = [
     (lambda: net_of(syn_decay=0.5), "syn_decay: unknown to lif neurons, which have beta, threshold"),
+    (lambda: net_of().predict([[0.5] * 30]), "samples are a list; give an array or a tensor"),
+    (lambda: net_of().predict(np.zeros((3, 30), int)), "samples are int64; give uint8 images, floats, or counts of ev"),
+    (lambda: net_of().predict(torch.zeros(3, 30).bool()), "samples are bool"),
+    (lambda: as_samples(np.array([[print]])), "samples are object"),
     (lambda: LIF(tau_syn=5.0, dt=1.0), "tau_syn: unknown to lif"),
     (lambda: G2GLinear.from_scipy(torch.ones(4, 4)), "Tensor"),
     (lambda: BlockMask.from_dense(MATRIX), r"mask is a coo_matrix, not a tensor; .* G2GLinear\.from_scipy"),

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from g2gnet.network_settings import SettingsError, types_of
 from g2gnet.programs import flags, output
 from g2gnet.programs.main import run_program
 from g2gnet.programs.sweep.engine import run
-from g2gnet.programs.sweep.grid import LOCK, LOG, read_grid, runs_of, values_of
+from g2gnet.programs.sweep.grid import LOCK, LOG, Run, read_grid, runs_of, values_of
 from g2gnet.programs.sweep.results import Sweep
 from g2gnet.training import TrainingError, TrainSettings
 from g2gnet.training.checkpoints import csv_of, numbers
@@ -118,7 +119,14 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
         _write(made, files)
     else:
         say(f"wrote no files: {folder} is read-only")
-    say(f"with pictures: g2g-report {folder}/*/*.pth")
+    of_data: dict[str, list[Run]] = {}
+    for each, _ in made.ends:
+        more = flags.run_data_flags(each.settings, arguments.data_dir, each.given.get("resnet_weights"))
+        of_data.setdefault(more, []).append(each)
+    for more, found in of_data.items():
+        files_of = "*.pth" if any(each.settings.validation is None for each in found) else "*.best.pth"
+        folders = [f"{shlex.quote(str(folder))}/*"] if len(of_data) == 1 else [str(each.folder) for each in found]
+        say(f"with pictures: g2g-report {' '.join(f'{each}/{files_of}' for each in folders)}{more}")
     if made.failed:
         failed = "\n".join(f"{label}: {error}" for label, error in made.failed.items())
         raise TrainingError(f"{len(made.failed)} of {len(runs)} runs failed:\n{failed}")

@@ -91,7 +91,8 @@ def test_the_best_epoch_is_kept_patience_ends_the_run_and_the_end_is_tested(tmp_
     assert last.tested == {"test_acc": accuracy_of(files.checkpoint), "best": tested}
     assert last.tested["test_acc"] != tested["test_acc"]
     assert json.loads(files.marker.read_text())["result"] == last.result == {**records[-1], **last.tested}
-    assert "test_acc" not in best.result
+    assert best.tested == {"test_acc": tested["test_acc"], "best": tested}
+    assert json.loads(files.analysis.read_text())["accuracy"] == pytest.approx(tested["test_acc"])
     printed = capsys.readouterr().out
     assert "ended after epoch 4: none was better than val_acc=0.7000 of epoch 2 since" in printed
     said = f"test_acc={last.tested['test_acc']:.4f}; best epoch 2: val_acc=0.7000, test_acc={tested['test_acc']:.4f}"
@@ -110,7 +111,7 @@ def test_of_a_network_that_is_pruned_only_epochs_with_the_fewest_units_can_be_th
 
 def test_stopped_before_or_after_either_file_of_the_best_epoch_the_run_ends_the_same(tmp_path, monkeypatch):
     scripted(monkeypatch, [0.9, 0.5, 0.5])
-    options = {**QUARTER, "patience": 2, "sparsity_mode": "dynamic", "dst_interval": 2}
+    options = {**QUARTER, "patience": 2, "sparsity_mode": "dynamic", "dst_interval": 2, "lr_schedule": "cosine"}
     whole = run(tmp_path / "whole", **options)
     assert read_run(whole.best).epoch == 1
 
@@ -121,8 +122,8 @@ def test_stopped_before_or_after_either_file_of_the_best_epoch_the_run_ends_the_
         return result
 
     killed = Mock(side_effect=KeyboardInterrupt)
-    stops = (RunFiles, "save_best", killed), (RunFiles, "save_checkpoint", killed), (Trainer, "_train_step", signalled)
-    for owner, name, stop in stops:
+    stops = [(RunFiles, "save_best", killed), (RunFiles, "save_checkpoint", killed), (Trainer, "test", killed)]
+    for owner, name, stop in [*stops, (Trainer, "_train_step", signalled)]:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, stop)
             with pytest.raises((KeyboardInterrupt, Interrupted)):

@@ -62,7 +62,7 @@ class Projection:
             DELAY.check("max_delay", self.max_delay)
         elif self.learn_delay:
             raise ValueError(f"the delays of {name} are learned: give max_delay, the largest that they may become")
-        delays, neurons = _column(self.delay), getattr(self.connection, "in_features", None)
+        delays, neurons = _column(self.delay, "delay", name), getattr(self.connection, "in_features", None)
         if delays.dtype.kind not in ("iuf" if self.learn_delay else "iu"):
             raise ValueError(
                 f"the delays of {name} are {self.delay!r:.40}; give whole numbers of steps, one or [N_src], or with "
@@ -118,7 +118,7 @@ class Projection:
             raise ValueError(f"the edges {name} need sizes=(neurons of {source}, neurons of {target})")
         sizes = SIZE.check(f"sizes[0] of {name}", sizes[0]), SIZE.check(f"sizes[1] of {name}", sizes[1])
         given = {"pre": pre, "post": post, "weight": weight, "delay": 0 if delay is None else delay}
-        columns = {column: _column(values, column, name) for column, values in given.items()}
+        columns = {column: _column(values, column, f"the edges {name}") for column, values in given.items()}
         if not columns["delay"].ndim:
             columns["delay"] = np.full(columns["pre"].shape, columns["delay"])
         for column, values in columns.items():
@@ -145,7 +145,7 @@ class Projection:
         target_layout, source_layout = GroupLayout(sizes[1], 1), GroupLayout(sizes[0], 1)
         grid = BlockMask(target_layout, source_layout, *torch.zeros(2, 0, dtype=torch.int64), block_size=1)
         made = []
-        for each, chosen in zip(delays.tolist(), np.split(by_delay, starts[1:]), strict=True):
+        for each, chosen in zip(delays.tolist(), np.split(by_delay, starts)[1:], strict=True):
             places = columns["post"][chosen].astype(np.int64), columns["pre"][chosen].astype(np.int64)
             matrix = sparse.coo_matrix((weights[chosen], places), shape=(sizes[1], sizes[0]))
             made.append(cls(source, target, G2GLinear._from_entries(matrix, grid), delay=each))
@@ -157,14 +157,14 @@ class Projection:
         return int(torch.as_tensor(self.delay, device="cpu").max()) if self.max_delay is None else self.max_delay
 
 
-def _column(values: Any, column: str, edges: str) -> np.ndarray:
+def _column(values: Any, name: str, of: str) -> np.ndarray:
     """A column of a table as an array; ValueError if an entry of it is missing."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
     missing = np.flatnonzero(values.isna() if hasattr(values, "isna") else np.ma.getmaskarray(values))
     if len(missing):
-        raise ValueError(f"{column}[{missing[0]}] of the edges {edges} is missing; leave this edge out")
+        raise ValueError(f"{name}[{missing[0]}] of {of} is missing; leave this edge out")
     return np.asarray(values)
 
 

@@ -26,8 +26,8 @@ _OTHERS = "give " + ", and ".join(
 
 class StepEvidence:
     """Collects in one training step, from :meth:`start` to :meth:`stop`, what the rules need: the activity of
-    ``model``, or as given (:meth:`give`); ``grow`` is None if nothing grows. Raises ValueError for a network whose output
-    does not spike, or a model that is compiled and cannot run uncompiled.
+    ``model``, or as given (:meth:`give`); ``grow`` is None if nothing grows. Raises ValueError for a network whose
+    output does not spike, or a model that is compiled and cannot run uncompiled.
     """
 
     def __init__(

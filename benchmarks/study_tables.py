@@ -6,8 +6,7 @@ from typing import Any, NamedTuple
 
 from scipy import stats
 
-from g2gnet.base.tables import markdown
-from g2gnet.programs.sweep.results import estimate
+from g2gnet.base.tables import estimate, markdown
 
 from .report import by_column
 from .studies import CONTROL, DELAYS, GRAPHS, GROWTH, RELU, STUDIES

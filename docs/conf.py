@@ -81,7 +81,7 @@ toc_object_entries_show_parents = "hide"
 nitpicky = True
 # other projects' names, which only a connection could look up; and names without a page: type variables, and what
 # layers and their observers exchange
-_WITHOUT_PAGE = r"TrainerT|ResultT|SettingsT|ValueT|CapturedStep|layers\.Observer|graphs\.Network"
+_WITHOUT_PAGE = r"TrainerT|ResultT|SettingsT|ValueT|layers\.Observer|graphs\.Network"
 nitpick_ignore_regex = [("py:.*", rf"(?!g2g)\w+\..*|.*\.({_WITHOUT_PAGE})")]
 
 html_theme = "furo"

@@ -275,7 +275,7 @@ class NetworkSettings(Settings):
     )
     hidden_dim: int | tuple[int, ...] = _model(
         2048,
-        "neurons in each of the two hidden layers; several numbers: in each of so many",
+        "neurons in each of the two hidden layers, or a list with one number per hidden layer",
         low=1,
         high=SIZE.high,
         several=True,
@@ -306,8 +306,7 @@ class NetworkSettings(Settings):
     neuron: str = _model("lif", "neuron model", choices=tuple(NEURONS))
     recurrent: bool | tuple[int, ...] = _model(
         False,
-        "recurrent connections in each hidden layer, or in those with these numbers, from 1; spikes arrive one step "
-        "later",
+        "recurrent connections in each hidden layer, or a list of layers, from 1; spikes arrive one step later",
         low=1,
         several=True,
     )

@@ -1,6 +1,9 @@
-"""Tables of text: in columns for a terminal, in Markdown for a page."""
+"""Tables of text: in columns for a terminal, in Markdown for a page; means with their errors."""
 
+import math
+import statistics
 from collections.abc import Collection, Iterable, Sequence
+from typing import NamedTuple
 
 #: a bar inside of a cell
 BAR = r"\|"
@@ -34,3 +37,21 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], right: Collec
 def markdown_row(cells: Sequence[str]) -> str:
     """One row of such a table, where it is written row by row."""
     return f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |"
+
+
+class Estimate(NamedTuple):
+    """The mean of independent values, and its standard error, which is unknown (None) for one value."""
+
+    mean: float
+    error: float | None
+
+    def text(self, digits: int, scale: float = 1) -> str:
+        """Mean ± standard error, times ``scale``."""
+        error = "" if self.error is None else f" ± {scale * self.error:.{digits}f}"
+        return f"{scale * self.mean:.{digits}f}{error}"
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    """The mean of some values, and its standard error."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Estimate(statistics.mean(values), error)

@@ -40,6 +40,8 @@ SettingsT = typing.TypeVar("SettingsT", bound=RunSettings)
 GROUPS = ("data", "model", "training", "dynamic sparse training", "cross-validation")
 #: what stands for a flag's value in the help
 METAVARS = {int: "N", float: "X", str: "FILE"}
+#: and for a number or a list of numbers
+LIST = "N[,N…]"
 
 
 class FlagError(SettingsError):
@@ -118,12 +120,13 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {' or '.join(f'--{each}' for each in near)}?" if near else "; --help lists the flags"
 
 
-class _Several(argparse.Action):
-    """Takes one number as it is, several as a tuple, and none as True."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
-        alone = len(values) == 1 and self.nargs == "+"
-        setattr(namespace, self.dest, values[0] if alone else tuple(values) or True)
+def whole_numbers(text: str) -> int | tuple[int, ...]:
+    """The type of a flag that takes a whole number, or a list of them with commas between."""
+    try:
+        values = tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; give one, or a list as 64,48") from None
+    return values if "," in text else values[0]
 
 
 def add_settings_flags(parser: Parser, settings: type = TrainSettings) -> None:
@@ -138,8 +141,8 @@ def add_settings_flags(parser: Parser, settings: type = TrainSettings) -> None:
         options: dict[str, Any] = {"type": flag_type, "default": field.default}
         options["metavar"] = about["metavar"] or METAVARS.get(flag_type)
         if about["several"]:
-            some = "*" if flag_type is bool else "+"
-            options |= {"type": int, "nargs": some, "metavar": "N", "action": _Several}
+            options |= {"type": whole_numbers, "metavar": LIST}
+            options |= {"nargs": "?", "const": True} if flag_type is bool else {}
         elif flag_type is bool:
             options = {"action": "store_true"}
         elif about["others"]:

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from g2gnet.base.tables import estimate
 from g2gnet.data import DATASETS, ImageData
 from g2gnet.inspect import Batch, NetworkAnalysis, analyze_network, figures, groups_table, headline, layers_table
 from g2gnet.network import G2GNet
 from g2gnet.programs.report.page import contents, details, heading, page, paragraph, picture, table
-from g2gnet.programs.sweep.results import estimate
 from g2gnet.stack import is_plain
 from g2gnet.training import SavedRun
 from g2gnet.training.evaluation import run_images

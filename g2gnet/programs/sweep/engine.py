@@ -20,6 +20,7 @@ from tqdm import tqdm
 from g2g_kernels.numbers import COUNT
 from g2gnet.base.files import locked, make_directory, open_own
 from g2gnet.base.messages import OutputError, reason
+from g2gnet.base.optional import optional_package
 from g2gnet.network_settings import SettingsError
 from g2gnet.programs import train
 from g2gnet.programs.flags import machine_from
@@ -122,10 +123,7 @@ def _end_with(reader: multiprocessing.connection.Connection) -> None:
         reader.poll(None)
     _ended.set()
     # a run that trains finishes its step, saves it and ends; where none does, this ends the process
-    if sys.platform == "win32":
-        signal.raise_signal(signal.SIGTERM)
-    else:
-        os.kill(os.getpid(), signal.SIGTERM)  # the main thread gets it, even while it waits for the system
+    signal.raise_signal(signal.SIGTERM)
     with _training:
         os._exit(128 + signal.SIGTERM)
 
@@ -210,6 +208,7 @@ def run(
         SettingsError: for invalid settings, a device that this machine does not have, or ``jobs`` out of range, before
             anything is trained.
         TrainingError: if no run is finished, or a process was killed.
+        ImportError: without pandas, which the extra ``sweeps`` has, before anything is trained.
         DataError: if a file of data that the grid names cannot be read.
 
     A script that calls this without an executor needs ``if __name__ == "__main__":``, since its processes import it.
@@ -222,6 +221,7 @@ def run(
         >>> [(row.settings, row.seeds) for row in made.rows]
         [({'model': 'index'}, [1, 2]), ({'model': 'mixer'}, [1, 2])]
     """
+    optional_package("pandas", "sweeps")
     runs = runs_of(grid, folder)
     for line in dict.fromkeys(line for each in runs for line in each.settings.without_effect()):
         logger.warning("%s", line)

@@ -118,6 +118,8 @@ def _plain(value: Any) -> Any:
 def _value(value: Any, kinds: Collection[Any]) -> Any:
     if value == "none" and type(None) in kinds and str not in kinds:  # flags and TOML cannot say it in another way
         return None
+    if isinstance(value, list):
+        return tuple(value)
     return float(value) if float in kinds and type(value) is int else value
 
 

@@ -33,14 +33,17 @@ examples:
 RESUME = "run the same command again to resume with the remaining runs"
 
 
-def value_of(kind: type) -> Callable[[str], Any]:
-    """What a flag of a setting of this type makes of a word. Other words stay text: ``none`` is a value of some
-    settings, and the rest is refused with the settings."""
+def value_of(kind: type, several: bool) -> Callable[[str], Any]:
+    """What a flag of a setting of this type, which may be ``several`` numbers, makes of a word. Other words stay text:
+    ``none`` is a value of some settings, and the rest is refused with the settings."""
+    words = {"true": True, "false": False} if kind is bool else {}
 
     def read(text: str) -> Any:
+        if text.lower() in words:
+            return words[text.lower()]
         try:
-            return {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
-        except (KeyError, ValueError):
+            return flags.whole_numbers(text) if several else text if words else kind(text)
+        except (argparse.ArgumentTypeError, ValueError):
             return text
 
     return read
@@ -65,7 +68,7 @@ def build_parser() -> flags.Parser:
 
 
 def _add_settings(parser: flags.Parser) -> None:
-    group = parser.add_argument_group("settings of g2g-train, each with one value or several")
+    group = parser.add_argument_group("settings of g2g-train, each with one value or several, with spaces between")
     for field in dataclasses.fields(TrainSettings):
         about, kind = field.metadata, types_of(TrainSettings)[field.name][0]
         if about["group"] is None:
@@ -73,9 +76,11 @@ def _add_settings(parser: flags.Parser) -> None:
         group.add_argument(
             f"--{field.name}",
             nargs="*" if kind is bool else "+",  # --standardize alone turns it on
-            type=value_of(kind),
+            type=value_of(kind, about["several"]),
             default=field.default,
-            metavar={bool: "true|false", str: "NAME"}.get(kind) or flags.METAVARS[kind],
+            metavar=flags.LIST
+            if about["several"]
+            else {bool: "true|false", str: "NAME"}.get(kind) or flags.METAVARS[kind],
             help=parser.in_flags(about["text"]),
         )
 
@@ -113,7 +118,10 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     say(f"g2g {__version__} | {len(runs)} runs{f': {shape}' if shape else ''} | {done} finished | {folder}")
     machine = {name: getattr(arguments, name) for name in ("jobs", "data_dir", "device", "backend", "finished")}
     with raised(signal.SIGTERM, f"interrupted by SIGTERM; {RESUME}"):
-        made = run(grid, folder, **machine)
+        try:
+            made = run(grid, folder, **machine)
+        except ImportError as error:
+            raise flags.FlagError(reason(error)) from error
     say(made.table())
     if files:
         _write(made, files)

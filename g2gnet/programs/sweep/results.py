@@ -1,64 +1,38 @@
 """What a sweep reached: means and standard errors over its seeds, their table and their picture."""
 
 import math
-import statistics
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from g2gnet.base.tables import markdown
+from g2gnet.base.optional import optional_package
+from g2gnet.base.tables import Estimate, markdown
 from g2gnet.programs.sweep.grid import Run
 from g2gnet.training.checkpoints import numbers
-
-
-class Estimate(NamedTuple):
-    """The mean of independent values, and its standard error, which is unknown (None) for one value."""
-
-    mean: float
-    error: float | None
-
-    def text(self, digits: int, scale: float = 1) -> str:
-        """Mean ± standard error, times ``scale``."""
-        error = "" if self.error is None else f" ± {scale * self.error:.{digits}f}"
-        return f"{scale * self.mean:.{digits}f}{error}"
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of some values, and its standard error."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Estimate(statistics.mean(values), error)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One combination of the varied settings, the seeds of its finished runs, and what each of these reached."""
-
-    settings: dict[str, Any]
-    seeds: list[int]
-    ends: list[dict[str, Any]]
-
-    @property
-    def label(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.settings.items())
-
-    def estimate(self, quantity: str) -> Estimate:
-        """Mean and error over the seeds of a number in the runs' results, as ``"test_acc"`` or ``"best/val_acc"``."""
-        return estimate([dict(numbers(end))[quantity] for end in self.ends])
-
-    def as_dict(self) -> dict[str, Any]:
-        quantities = [dict(numbers(end)) for end in self.ends]
-        shared = [name for name in quantities[0] if all(name in each for each in quantities)]
-        estimates = {name: estimate([each[name] for each in quantities])._asdict() for name in shared}
-        return {"settings": self.settings, "seeds": self.seeds, "results": estimates}
-
 
 #: the accuracy by which rows are compared, in the runs' results and in words: where every run held images out, theirs
 HELD_OUT, TESTED = ("best/val_acc", "validation accuracy"), ("test_acc", "test accuracy")
 
 
-def judge(rows: Sequence[Row]) -> tuple[str, str]:
-    """By which accuracy these rows are compared: :data:`HELD_OUT` or :data:`TESTED`."""
-    return HELD_OUT if all("best" in end for row in rows for end in row.ends) else TESTED
+class Row(NamedTuple):
+    """One combination of the varied settings, the seeds of its finished runs, and of each number that all of these
+    reached the mean and the standard error: a pandas DataFrame with the rows ``mean`` and ``sem`` (NaN for one run)."""
+
+    settings: dict[str, Any]
+    seeds: list[int]
+    results: Any
+
+    def estimate(self, quantity: str) -> Estimate:
+        """Mean and error of a number in the runs' results, as ``"test_acc"`` or ``"best/val_acc"``."""
+        mean, error = map(float, self.results[quantity])
+        return Estimate(mean, None if math.isnan(error) else error)
+
+    @property
+    def label(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.settings.items())
+
+    def as_dict(self) -> dict[str, Any]:
+        results = {name: self.estimate(name)._asdict() for name in self.results}
+        return {"settings": self.settings, "seeds": self.seeds, "results": results}
 
 
 @dataclass(frozen=True)
@@ -87,31 +61,36 @@ class Sweep:
 
     @property
     def rows(self) -> list[Row]:
-        rows: dict[tuple, Row] = {}
-        for run, end in self.ends:
-            values = {name: getattr(run.settings, name) for name in self.varied}
-            row = rows.setdefault(tuple(values.values()), Row(values, [], []))
-            row.seeds.append(run.settings.seed)
-            row.ends.append(end)
-        return list(rows.values())
+        found = optional_package("pandas", "sweeps").DataFrame([dict(numbers(end)) for _, end in self.ends])
+        settings = [{name: getattr(run.settings, name) for name in self.varied} for run, _ in self.ends]
+        rows = []
+        for number, each in enumerate(settings):
+            if each not in settings[:number]:
+                same = [place for place, other in enumerate(settings) if other == each]
+                results = found.iloc[same].dropna(axis=1).agg(["mean", "sem"])
+                rows.append(Row(each, [self.ends[place][0].settings.seed for place in same], results))
+        return rows
+
+    @property
+    def judge(self) -> tuple[str, str]:
+        """The accuracy by which rows are compared: :data:`HELD_OUT` or :data:`TESTED`."""
+        return HELD_OUT if all("best" in end for _, end in self.ends) else TESTED
 
     @property
     def best(self) -> Row:
         """The row with the highest mean of the accuracy by which rows are compared."""
-        quantity, _ = judge(self.rows)
-        return max(self.rows, key=lambda row: row.estimate(quantity).mean)
+        return max(self.rows, key=lambda row: row.estimate(self.judge[0]).mean)
 
     def table(self) -> str:
         """One line per row: settings, number of runs, means of what they reached; then the best, and by which images it
         was chosen."""
-        rows = self.rows
-        held_out = judge(rows) is HELD_OUT
+        rows, held_out = self.rows, self.judge is HELD_OUT
         tests = dict([HELD_OUT, ("best/test_acc", "test accuracy")] if held_out else [TESTED])
         accuracies = {**tests, "train_acc": "training accuracy"}
         lines = [
             [
                 *(str(value) for value in row.settings.values()),
-                str(len(row.ends)),
+                str(len(row.seeds)),
                 *(row.estimate(name).text(2, scale=100) for name in accuracies),
                 f"{row.estimate('weights').mean:,.0f}",
                 row.estimate("train_seconds").text(1),
@@ -134,21 +113,20 @@ class Sweep:
 
         from g2gnet.inspect.figures import style
 
-        rows = self.rows
-        quantity, accuracy = judge(rows)
-        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-        axis = figure.subplots()
+        (quantity, accuracy), rows = self.judge, self.rows
         values = {name: list(dict.fromkeys(row.settings[name] for row in rows)) for name in self.varied}
         across = max(values, key=lambda name: (_numeric(values[name]), len(values[name])), default="")
         shown = values.get(across, [""])
         shown = sorted(shown) if _numeric(shown) else shown
-        lines: dict[str, list[Row]] = {}
-        for row in sorted(rows, key=lambda row: shown.index(row.settings.get(across, ""))):
+        lines: dict[str, list[tuple[int, Estimate]]] = {}
+        for row in rows:
             label = ", ".join(f"{name} {value}" for name, value in row.settings.items() if name != across)
-            lines.setdefault(label, []).append(row)
+            point = shown.index(row.settings.get(across, "")), row.estimate(quantity)
+            lines.setdefault(label, []).append(point)
+        figure = Figure(figsize=(7.2, 4.4), layout="constrained")
+        axis = figure.subplots()
         for number, (label, points) in enumerate(lines.items()):
-            x = [shown.index(row.settings.get(across, "")) for row in points]
-            found = [row.estimate(quantity) for row in points]
+            x, found = zip(*sorted(points), strict=True)
             y, errors = [each.mean for each in found], [each.error or 0 for each in found]
             axis.errorbar(x, y, errors, label=label, capsize=3, markersize=5, **style(number))
         axis.set_xticks(range(len(shown)), [str(value) for value in shown])
@@ -168,11 +146,11 @@ class Sweep:
         return {
             "settings": self.common,
             "rows": [row.as_dict() for row in self.rows],
-            "best": {"settings": self.best.settings, "by": judge(self.rows)[0]},
+            "best": {"settings": self.best.settings, "by": self.judge[0]},
             "runs": runs,
             "failed": self.failed,
         }
 
 
-def _numeric(values: Sequence[Any]) -> bool:
+def _numeric(values: list[Any]) -> bool:
     return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)

@@ -26,11 +26,11 @@ from training_runs import SMALL, assert_equal, flags_of, load, run
 
 from g2g_kernels import BackendError
 from g2gnet.base.messages import OutputError
+from g2gnet.base.tables import estimate
 from g2gnet.network_settings import SettingsError
-from g2gnet.programs import sweep
+from g2gnet.programs import sweep, train
 from g2gnet.programs.sweep import engine, program
 from g2gnet.programs.sweep.grid import read_grid, runs_of
-from g2gnet.programs.sweep.results import estimate
 from g2gnet.training import TrainingError
 
 QUICK = {**SMALL, "T": 3, "limit_train": 64, "limit_test": 32, "epochs": 1}
@@ -85,7 +85,7 @@ def test_what_is_wrong_with_a_grid_is_said_before_anything_is_trained(tmp_path):
         ({"seed": [1, 2, 1]}, "seed=1 is given twice"),
         ({"seed": []}, "seed has no value"),
         ({3: 1}, "3 is not a setting"),
-        ({"seed": np.ones((2, 2), int)}, "seed=[1, 1] is given twice"),
+        ({"seed": np.ones((2, 2), int)}, "seed=(1, 1) is given twice"),
         ({"seed": "none"}, "seed='none' must be a whole number"),
         ({"model": ["index", "ring"], "T": [0, 3]}, "model='ring' is unknown; choose one of", "T=0 must be"),
         ({"model": ["dense", "index"], "sparsity_mode": "dynamic"}, "needs a sparse model"),
@@ -113,6 +113,25 @@ def test_values_may_be_numbers_of_numpy_and_tensors_and_none(tmp_path):
         with pytest.raises(SettingsError, match=message):
             runs_of(program.grid_from(parse(flags)), tmp_path)
     assert program.grid_from(parse(["--standardize", "True", "false"])) == {"standardize": [True, False]}
+
+
+def test_a_list_has_one_spelling_in_flags_and_one_in_files(tmp_path):
+    flags = ["--hidden_dim", "64,48", "32,32,32", "16", "--recurrent", "true", "1,2"]
+    grid = program.grid_from(program.build_parser().parse_args(flags))
+    (tmp_path / "grid.json").write_text('{"hidden_dim": [[64, 48], [32, 32, 32], 16], "recurrent": [true, [1, 2]]}')
+    for runs in (runs_of(grid, tmp_path), runs_of(read_grid(tmp_path / "grid.json"), tmp_path)):
+        found = [(run.settings.hidden_dim, run.settings.recurrent) for run in runs]
+        assert found == [*itertools.product(((64, 48), (32, 32, 32), 16), (True, (1, 2)))]
+    (one,) = runs_of({"hidden_dim": [[64, 48]]}, tmp_path)
+    parsed = train.build_parser().parse_args(["--hidden_dim", "64,48", "--recurrent"])
+    assert (one.settings.hidden_dim, parsed.hidden_dim, parsed.recurrent) == ((64, 48), (64, 48), True)
+
+
+def test_without_pandas_a_sweep_is_refused_before_anything_is_trained(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    assert program.main([*flags_of(QUICK), "--folder", str(tmp_path / "sweep")]) == 2
+    assert "this needs the package pandas; pip install 'g2gnet[sweeps]' installs it" in capsys.readouterr().err
+    assert not [*tmp_path.glob("sweep/*")]
 
 
 def test_a_grid_comes_from_a_file_and_flags_replace_what_it_says(tmp_path):
@@ -148,7 +167,8 @@ def test_means_have_standard_errors_over_seeds(made):
     assert estimate([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3)))
     assert estimate([4.0]) == (4.0, None)
     for row in made[0].rows:
-        one, other = (100 * end["test_acc"] for end in row.ends)
+        of = [end for each, end in made[0].ends if each.settings.p_inter == row.settings["p_inter"]]
+        one, other = (100 * end["test_acc"] for end in of)
         assert row.seeds == [1, 2]
         mean, error = (one + other) / 2, abs(one - other) / 2  # √(2·(difference/2)²/1/2)
         assert f"| {row.settings['p_inter']} | 2 | {mean:.2f} ± {error:.2f} |" in made[0].table()
@@ -160,8 +180,8 @@ def test_a_sweep_is_decided_by_held_out_images_where_there_are_some_and_says_so(
     held_out, means = sweep.run(grid, tmp_path, executor=thread), {}
     table = held_out.table()
     for row in held_out.rows:
-        assert row.ends == [end for each, end in held_out.ends if each.settings.p_inter == row.settings["p_inter"]]
-        shown = [statistics.mean(end["best"][name] for end in row.ends) for name in ("val_acc", "test_acc")]
+        ends = [end for each, end in held_out.ends if each.settings.p_inter == row.settings["p_inter"]]
+        shown = [statistics.mean(end["best"][name] for end in ends) for name in ("val_acc", "test_acc")]
         assert row.estimate("best/val_acc").mean == pytest.approx(shown[0])
         assert re.search(rf"\| 2 \| {100 * shown[0]:.2f} ± [\d.]+ \| {100 * shown[1]:.2f} ± ", table)
         means[row.label] = shown[0]

@@ -145,7 +145,8 @@ class Projection:
         target_layout, source_layout = GroupLayout(sizes[1], 1), GroupLayout(sizes[0], 1)
         grid = BlockMask(target_layout, source_layout, *torch.zeros(2, 0, dtype=torch.int64), block_size=1)
         made = []
-        for each, chosen in zip(delays.tolist(), np.split(by_delay, starts[1:]), strict=True):
+        for each, start, end in zip(delays.tolist(), starts, [*starts[1:], len(by_delay)], strict=False):
+            chosen = by_delay[start:end]
             places = columns["post"][chosen].astype(np.int64), columns["pre"][chosen].astype(np.int64)
             matrix = sparse.coo_matrix((weights[chosen], places), shape=(sizes[1], sizes[0]))
             made.append(cls(source, target, G2GLinear._from_entries(matrix, grid), delay=each))

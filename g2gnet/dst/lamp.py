@@ -8,8 +8,8 @@ import torch
 
 def lamp_scores(magnitude: torch.Tensor) -> torch.Tensor:
     """LAMP scores of a layer's units, float64 [num_units] on the CPU: m² / Σ m² over the unit itself and all larger
-    ones of its layer, where the ``magnitude`` m is the mean ``|w|``. Layers of small weights keep their part, and no layer
-    loses its last unit while others have several. The largest unit has 1 even if all are 0.
+    ones of its layer, where the ``magnitude`` m is the mean ``|w|``. Layers of small weights keep their part, and no
+    layer loses its last unit while others have several. The largest unit has 1 even if all are 0.
     """
     squares, order = magnitude.cpu().double().square().sort(descending=True)
     adapted = torch.empty_like(squares)

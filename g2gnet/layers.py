@@ -158,11 +158,11 @@ class G2GLinear(PackedWeights):
             bias = torch.as_tensor(bias, device="cpu").detach()
             if tuple(bias.shape) != matrix.shape[:1]:
                 raise ValueError(f"bias has shape {list(bias.shape)}, the layer {matrix.shape[0]} outputs")
-            if bias.is_complex() or not (bias.abs() <= FLOAT32[1]).all():
+            if bias.is_complex() or not (bias.double().abs() <= FLOAT32[1]).all():
                 raise ValueError("bias has numbers that are not real, not finite, or that a float32 does not hold")
         layouts = GroupLayout(matrix.shape[0], 1), GroupLayout(matrix.shape[1], 1)
-        grid = BlockMask(*layouts, *torch.zeros(2, 0, dtype=torch.int64), block_size)
-        return cls._from_entries(matrix, grid, bias, backend)
+        none = torch.zeros(0, dtype=torch.int64)
+        return cls._from_entries(matrix, BlockMask(*layouts, none, none, block_size), bias, backend)
 
     @classmethod
     def _from_entries(cls, matrix: Any, grid: BlockMask, bias: Any = None, backend: str | None = None) -> "G2GLinear":

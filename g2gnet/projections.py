@@ -129,12 +129,12 @@ class Projection:
                     f"{column} of the edges {name} is {values.dtype} {list(values.shape)}; give {kind}, one for each "
                     f"of {columns['pre'].size} edges"
                 )
-        weights, of_steps = columns["weight"].astype(np.float64), f"delays are from 0 to {DELAY.high} steps"
+        weights = columns["weight"].astype(np.float64)
         for column, least, most, remedy in (
             ("pre", 0, sizes[0] - 1, f"there are {sizes[0]} neurons, numbered from 0"),
             ("post", 0, sizes[1] - 1, f"there are {sizes[1]} neurons, numbered from 0"),
             ("weight", -FLOAT32[1], FLOAT32[1], "give a finite number that a float32 holds"),
-            ("delay", 0, DELAY.high, of_steps),
+            ("delay", 0, DELAY.high, f"delays are from 0 to {DELAY.high} steps"),
         ):
             values = weights if column == "weight" else columns[column]
             outside = np.flatnonzero(~((values >= least) & (values <= most)))
@@ -142,8 +142,8 @@ class Projection:
                 raise ValueError(f"{column}[{outside[0]}] of the edges {name} is {values[outside[0]]}; {remedy}")
         by_delay = np.argsort(columns["delay"], kind="stable")
         delays, starts = np.unique(columns["delay"][by_delay], return_index=True)
-        target_layout, source_layout = GroupLayout(sizes[1], 1), GroupLayout(sizes[0], 1)
-        grid = BlockMask(target_layout, source_layout, *torch.zeros(2, 0, dtype=torch.int64), block_size=1)
+        none = torch.zeros(0, dtype=torch.int64)
+        grid = BlockMask(GroupLayout(sizes[1], 1), GroupLayout(sizes[0], 1), none, none, block_size=1)
         made = []
         for each, chosen in zip(delays.tolist(), np.split(by_delay, starts)[1:], strict=True):
             places = columns["post"][chosen].astype(np.int64), columns["pre"][chosen].astype(np.int64)
@@ -157,14 +157,14 @@ class Projection:
         return int(torch.as_tensor(self.delay, device="cpu").max()) if self.max_delay is None else self.max_delay
 
 
-def _column(values: Any, name: str, of: str) -> np.ndarray:
-    """A column of a table as an array; ValueError if an entry of it is missing."""
+def _column(values: Any, column: str, of: str) -> np.ndarray:
+    """A column of a table as an array; ValueError, naming it (``of`` something), if an entry is missing."""
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
     missing = np.flatnonzero(values.isna() if hasattr(values, "isna") else np.ma.getmaskarray(values))
     if len(missing):
-        raise ValueError(f"{name}[{missing[0]}] of {of} is missing; leave this edge out")
+        raise ValueError(f"{column}[{missing[0]}] of {of} is missing; give a number, or leave it out")
     return np.asarray(values)
 
 

@@ -46,7 +46,7 @@ class OptimizerState:
         reset: Mapping[str, Initial] | None = None,
         fewer: bool = False,
     ) -> None:
-        self.optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        self.optimizers = list(dict.fromkeys(optimizer)) if isinstance(optimizer, Sequence) else [optimizer]
         self._reset, self._fewer = dict(reset or {}), fewer
         self._watch()
 
@@ -145,14 +145,15 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _refuse_states_of_other_weights(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Raises ValueError if a fused optimizer has states of another number of units than its weights: it compares no
-    shapes, and would write past the end of the smaller tensor. All others say so themselves."""
+    """Raises ValueError if an optimizer has states of another number of units than its weights. A fused one compares no
+    shapes, and would write past the end of the smaller tensor."""
     for group in optimizer.param_groups:
-        for weights in group["params"] if group.get("fused") else ():
+        for weights in group["params"]:
             if weights.dim() != 3 or not weights.requires_grad:  # packed weights are [num_units, unit_rows, unit_cols]
                 continue
             for name, state in optimizer.state.get(weights, {}).items():
-                if isinstance(state, torch.Tensor) and state.dim() == 3 and state.shape != weights.shape:
+                known = isinstance(state, torch.Tensor) and state.dim() >= 3 and (name in ZERO or name in OPTION)
+                if known and state.shape[-3:] != weights.shape:
                     raise ValueError(
                         f"{type(optimizer).__name__} has {name} of shape {list(state.shape)} for weights of shape "
                         f"{list(weights.shape)}; load both from one state_dict, or make a new optimizer"

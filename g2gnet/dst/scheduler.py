@@ -144,6 +144,14 @@ class DSTScheduler:
         if self._model is None and len(self.layers) < len(named):
             other = next(each for each in named.values() if not isinstance(each, G2GLinear))
             raise TypeError(f"{type(other).__name__} is among the layers, which must be G2GLinear; give the model")
+        numbers: dict[int, int] = {}
+        for number, layer in enumerate(self.layers):
+            first = numbers.setdefault(id(layer.values), number) if layer.has_plain_values else number
+            if first != number:
+                raise ValueError(
+                    f"layers {first} and {number} have the same weights, which would be rewired twice; give each layer "
+                    "once, and use one layer in both places"
+                )
         if isinstance(averages, nn.Module):
             raise TypeError("averages is a module; give a list of them, averages=[average]")
         self._averages = list(averages)

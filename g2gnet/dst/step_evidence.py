@@ -82,7 +82,7 @@ class StepEvidence:
             self._uncompiled = None
 
     def drop(self) -> None:
-        """Stops recording, and forgets the step, also what autograd still refers to."""
+        """Stops recording, and forgets the step, also what graphs refer to."""
         self.stop()
         for gradients in self._gradients.values():
             gradients.close()
@@ -156,8 +156,8 @@ class StepEvidence:
             return f"another DSTScheduler with grow='gradient' has taken over layer {number}; step the last one only"
         return (
             f"no {what} of layer {number} was recorded in this step, but {self._rules} needs it. Run the model forward "
-            "and backward in training mode before each step(); or pass the inputs and the activity to step(); or use "
-            "prune='set' or 'random' with grow='random'"
+            "and backward in training mode before each step(), not as a CUDA graph while next_is_due; or pass the "
+            "inputs and the activity to step(); or use prune='set' or 'random' with grow='random'"
         )
 
     def __getstate__(self) -> dict[str, Any]:

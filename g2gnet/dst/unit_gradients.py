@@ -36,7 +36,7 @@ class UnitGradients:
         self.close()
 
     def close(self) -> None:
-        """Forgets everything, also what autograd still refers to."""
+        """Forgets everything, also what graphs of this step refer to."""
         #: of products; each adds Σ over samples of g·xᵀ to ∂L/∂W
         self.pairs: list[Pair] = []
         #: of reads of the dense weight, whose gradient is its product with the identity
@@ -79,8 +79,7 @@ class UnitGradients:
 
 class _Call:
     """The products of one call of a layer. A backward pass reaches their outputs first (:meth:`_reach_output`) and
-    then, if it forms the gradient of the weights, these (:meth:`reach_weights`): only then the pairs of that pass
-    count.
+    then, if it forms the gradient of the weights, these (:meth:`reach_weights`): its pairs count then.
     """
 
     def __init__(self, gradients: UnitGradients) -> None:

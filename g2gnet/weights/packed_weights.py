@@ -9,10 +9,13 @@ They are called, copied, moved, saved, loaded and rewired together, or not at al
 - Weights in place of the layer's own (``torch.func.functional_call``) come with their ``mask.wiring``, or have the
   layer's.
 - A ``state_dict`` refers to the weights and the buffer themselves; both are written in place, or neither is.
+- Other units have no gradient yet. What an optimizer keeps (momentum) is of the units before: its state is loaded with
+  the network's.
 """
 
 import contextlib
 import copy
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +28,8 @@ from g2g_kernels.mask.wiring import DRIFT
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.tracing import is_traced, unwrapped, version
 from g2gnet.weights.tied_averages import Ties, after_other_units
+
+logger = logging.getLogger("g2gnet")
 
 
 class PackedWeights(nn.Module):
@@ -70,7 +75,17 @@ class PackedWeights(nn.Module):
                 f"have shape {tuple(self.values.shape)}; load the state of one network, which has both"
             )
         mask.become_(arrived.to(mask.unit_row.device))
+        self._drop_gradient()
         after_other_units(self)
+
+    def _drop_gradient(self) -> None:
+        """Drops the gradient, which is of other units, and warns that optimizers keep more of these."""
+        if self.values.grad is not None:
+            self.values.grad = None
+            logger.warning(
+                "a layer in training was given other units. An optimizer's momentum is of the units before: load its "
+                "state_dict, too, or make a new optimizer"
+            )
 
     def settle(self) -> None:
         """Has mask and buffer agree, before something reads both."""
@@ -96,6 +111,11 @@ class PackedWeights(nn.Module):
         return "values" in self._parameters
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "mask":
+            raise AttributeError(
+                "mask cannot be assigned: it belongs to the weights. Create a layer, G2GLinear(mask), or give this one "
+                "the units of another network: g2gnet.sync_wiring(source, target)"
+            )
         if name == "parametrizations":  # torch.nn.utils.parametrize puts it there, empty
             value = _Parametrizations()
         super().__setattr__(name, value)
@@ -185,6 +205,8 @@ class PackedWeights(nn.Module):
         missing: list[str] = []
         if mask is not None:
             values = state_dict[key]
+            if not mine.equals(mask):
+                self._drop_gradient()
             if local_metadata.get("assign_to_params_buffers", False):
                 mine.replace_by_(mask.to(values.device), state_dict[place].to(values.device))
             elif not self.values.is_meta:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from g2g_kernels import BlockMask, GroupLayout, lif
 from g2g_kernels.cpu import library
 from g2g_kernels.ops.g2g_stack import operator, recurrent_lists
-from g2gnet import DSTScheduler, G2GLinear, G2GNet, sparsify
+from g2gnet import LIF, DSTScheduler, G2GLinear, G2GNet, Projection, SpikingNetwork, sparsify
 from g2gnet.dst import replacement
 from g2gnet.dst import rules as rules_module
 from g2gnet.dst import scheduler as scheduler_module
@@ -513,6 +513,10 @@ def test_a_nearly_full_layer_grows_no_more_than_there_is_room_for():
         ({"model": torch.nn.Linear(3, 4)}, r"no G2GLinear layer to rewire; g2gnet.sparsify\(model\) creates them"),
         ({"model": G2GNet(30, 40, 10, "dense")}, "none can grow"),
         ({"model": G2GNet(30, 40, 10)}, "optimizer does not hold the weights of layer 0, 40 × 30"),
+        (
+            {"model": 2 * [G2GLinear(BlockMask.full(GroupLayout(9), GroupLayout(9)))]},
+            "0 and 1 have the same weights",
+        ),
         ({"model": [torch.nn.Linear(3, 4)]}, "Linear is among the layers, which must be G2GLinear; give the model"),
     ],
 )
@@ -520,6 +524,29 @@ def test_options_out_of_range_are_named(options, message):
     net, optimizer, _, _ = trained_net()
     with pytest.raises((ValueError, TypeError), match=message):
         DSTScheduler(**{"model": sparse_layers(net), "optimizer": optimizer, **options})
+
+
+def test_a_connection_of_two_projections_is_judged_by_what_both_carry():
+    masks = {
+        name: BlockMask.sample(GroupLayout(16, 2), GroupLayout(16, 2), 0.6, 0.3, 1, seeded(place))
+        for place, name in enumerate(("in", "twice", "out"))
+    }
+    layers = {name: G2GLinear(mask, bias=False, generator=seeded(0)) for name, mask in masks.items()}
+    ends = ("input", "a", "in"), ("a", "b", "twice"), ("b", "b", "twice"), ("b", "out", "out")
+    edges = [Projection(source, target, layers[name], delay=int(source == target)) for source, target, name in ends]
+    net = SpikingNetwork({name: LIF(threshold=0.3) for name in ("a", "b", "out")}, edges, "out", T=5)
+    rewired, x = [], 3 * torch.rand(4, 16, generator=seeded(1))
+    for by_hand in (False, True):
+        twin = copy.deepcopy(net)
+        optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+        connections = [*dict.fromkeys(twin.connections().values())]
+        given, options = (connections, {"network": twin}) if by_hand else (twin, {})
+        dst = DSTScheduler(given, optimizer, 1, 0.3, "hebb", "hebb", **options)
+        activity = twin.simulate(x, spikes=True)
+        activity.counts.sum().backward()
+        dst.step(*((x, activity) if by_hand else ()))
+        rewired.append(twin.a_to_b.mask.flat_unit())
+    assert torch.equal(*rewired)
 
 
 def test_layers_that_no_update_changes_are_named_at_construction(caplog):

@@ -193,11 +193,11 @@ def test_tensors_that_stand_in_for_the_weights_keep_their_units():
         train(net, optimizer)
 
 
-@pytest.mark.parametrize("fewer", [True, False])
-def test_states_of_other_weights_are_refused_before_a_step(fewer):
+@pytest.mark.parametrize(("fewer", "fused"), [(True, True), (False, True), (True, False)])
+def test_states_of_other_weights_are_refused_before_a_step(fewer, fused):
     """Fused optimizers would write past the end of their states, or step some units with those of others."""
     kind = torch.optim.Adam if fewer else functools.partial(torch.optim.SGD, momentum=0.9)
-    make = functools.partial(kind, lr=1e-2, fused=True)
+    make = functools.partial(kind, lr=1e-2, fused=fused)
     states, net = [], small_net("mixer")
     optimizer = make(net.parameters())
     dst = pruning(net, optimizer)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from g2gnet import DSTScheduler, sync_wiring, tie_wiring, untie_wiring
+from g2gnet import DSTScheduler, G2GLinear, sync_wiring, tie_wiring, untie_wiring
 
 DECAY = 0.8
 MIXED = r"average of networks with different wirings.*averages=\[average\]"
@@ -174,6 +174,34 @@ def test_what_is_written_into_buffers_is_read_at_the_next_call(training):
         mine.data.copy_(theirs)  # which is not counted, as in torch.distributed.broadcast
     other.load_state_dict(other.state_dict())
     assert torch.equal(other(X), net(X))
+
+
+def test_one_mask_in_two_layers_is_two_masks():
+    mask, other = (network(seed=seed).fc2.mask for seed in range(2))
+    net = nn.Sequential(*(G2GLinear(mask, generator=seeded(seed)) for seed in range(2)))
+    units = mask.flat_unit().clone()
+    assert DSTScheduler([net[0]], torch.optim.SGD(net.parameters()), 1, 0.5, "random", "random").step()
+    assert not torch.equal(net[0].mask.flat_unit(), units)
+    for each in (net[1].mask, mask):
+        assert torch.equal(each.flat_unit(), units)
+    net[0].load_state_dict(G2GLinear(other).state_dict())  # two wirings, which one state has
+    again = nn.Sequential(G2GLinear(mask), G2GLinear(mask))
+    again.load_state_dict(net.state_dict())
+    for mine, theirs in zip(again, net, strict=True):
+        assert torch.equal(mine.dense_weight(), theirs.dense_weight())
+    with pytest.raises(AttributeError, match="mask cannot be assigned: it belongs to the weights"):
+        net[0].mask = mask
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_load_of_other_units_in_training_drops_their_gradient_and_warns_of_momentum(seed, caplog):
+    net = network()
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.0)
+    net.load_state_dict(network(seed=1).state_dict())  # before training
+    net(X).sum().backward()
+    optimizer.step()
+    net.load_state_dict(network(seed=seed).state_dict())
+    assert (net.fc2.values.grad is None) == (seed == 0) == ("load its state_dict, too" in caplog.text)
 
 
 @pytest.mark.parametrize("decay", [0.99, 0.99999])

@@ -25,9 +25,7 @@ def accuracy(trial):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(net(images[batch]), labels[batch]).backward()
         optimizer.step()
-    with torch.no_grad():
-        predicted = net.eval()(images[held_out]).argmax(1)
-    return (predicted == labels[held_out]).float().mean().item()
+    return (net.predict(images[held_out]).classes == labels[held_out]).float().mean().item()
 
 
 study = optuna.create_study(direction="maximize")

@@ -76,5 +76,7 @@ def unfold(samples: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
             f"samples are {list(samples.shape)}, not [B, {order.numel()}]: {steps} steps of {inputs} inputs each; "
             f"sequences that are made already are [{steps}, B, input_dim]"
         )
-    ordered = samples.index_select(1, order.flatten()).unflatten(1, order.shape)  # `len` would fix the batch of an export
+    ordered = samples.index_select(1, order.flatten()).unflatten(
+        1, order.shape
+    )  # `len` would fix the batch of an export
     return ordered.transpose(0, 1).contiguous()

@@ -218,17 +218,18 @@ class SpikingNetwork(PopulationGraph):
             membranes: whether ``activity.membranes`` has the membranes over time [T, B, N] of every population, with a
                 gradient. All neurons then take one step after the other, which is slower, and currents, spikes and
                 membranes of all are in memory.
-            batch_first: whether inputs over time are [B, T, D]. None: they are [T, B, D]; where all samples have T steps
-                (``sequence`` of a :class:`G2GNet`), inputs whose second dimension alone is T are refused.
+            batch_first: whether inputs over time are [B, T, D]. None: they are [T, B, D]; where all samples have T
+                steps (``sequence`` of a :class:`G2GNet`), inputs whose second dimension alone is T are refused.
 
         Returns:
             Activity: differentiable ``output`` [B, C], spike counts of the output or its readout, and firing rates; and
             the spikes. ``spikes``, ``rates`` and ``membranes`` are dicts by the populations' names.
 
         Raises:
-            ValueError: if the inputs have another shape, or seem to have time second; if the state is not one of this network and these samples; if
-                a chunk is given and spikes or membranes are wanted, or the readout is that of all steps; if a state, a
-                chunk, membranes or a readout is asked of a network that calls its modules.
+            ValueError: if the inputs have another shape, or seem to have time second; if the state is not one of this
+                network and these samples; if a chunk is given and spikes or membranes are wanted, or the readout is
+                that of all steps; if a state, a chunk, membranes or a readout is asked of a network that calls its
+                modules.
         """
         inputs = self._time_first(inputs, batch_first if state is None else bool(batch_first))
         self.settle()
@@ -459,7 +460,9 @@ class SpikingNetwork(PopulationGraph):
     def forward(self, x: torch.Tensor, *, batch_first: bool | None = None) -> torch.Tensor:
         """Inputs [B, D] held for T steps, or [T, B, D] → logits [B, C]: the output's spike counts, or its readout.
         ``batch_first`` as for :meth:`simulate`."""
-        activity = self.simulate(x, batch_first=batch_first)  # not its property: torch.export of PyTorch 2.6 leaves that out of its graph
+        activity = self.simulate(
+            x, batch_first=batch_first
+        )  # not its property: torch.export of PyTorch 2.6 leaves that out of its graph
         return activity.counts if activity.readout is None else activity.readout
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

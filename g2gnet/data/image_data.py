@@ -62,7 +62,8 @@ class ImageData:
         return {name: each for name, each in vars(self).items() if isinstance(each, torch.Tensor)}
 
     def moments(self) -> tuple[float, float]:
-        """Mean and standard deviation of all training samples (:func:`~g2gnet.data.as_samples`), exact; DataError if equal."""
+        """Mean and standard deviation of all training samples (:func:`~g2gnet.data.as_samples`), exact; DataError
+        if all are equal."""
         total = square = 0.0
         for images in self.train_images.split(1024):
             values = images.cpu().double()

@@ -157,7 +157,7 @@ def _arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
     if len(found) <= found[-1]:
         lacking = int(np.setdiff1d(np.arange(len(found) + 1), found)[0])
         raise ValueError(
-            f"train_labels and test_labels are up to {found[-1]}, and no image is of class {lacking}; number the classes "
+            f"train_labels and test_labels are up to {found[-1]}, and no image is of class {lacking}; number classes "
             "from 0 without gaps, as np.unique(labels, return_inverse=True) does"
         )
     return arrays

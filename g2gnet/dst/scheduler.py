@@ -274,7 +274,7 @@ class DSTScheduler:
         """Counts an optimizer step and, every ``interval`` of them, updates the layers; returns whether it did.
 
         Args:
-            inputs: what the first layer received in this step, [B, in] or [T, B, in].
+            inputs: what the first layer received in this step, [B, in] or, time first, [T, B, in].
             activity: what the stack of these layers did in this step; its spikes are the samples of the correlation.
                 Omit both if the scheduler was created with a model, which it then observes itself.
 

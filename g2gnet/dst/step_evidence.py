@@ -104,7 +104,13 @@ class StepEvidence:
             )
 
     def give(self, inputs: torch.Tensor, activity: Activity) -> None:
-        """Takes what the first layer received and what the stack did; ValueError for the activity of other layers."""
+        """Takes what the first layer received and what the stack did; ValueError for the activity of other layers, or
+        inputs of other samples."""
+        if inputs.shape[-2] != len(activity.counts):
+            raise ValueError(
+                f"inputs are {list(inputs.shape)}, and the activity is of {len(activity.counts)} samples; give what "
+                "the first layer received, [B, in] or, time first, [T, B, in]"
+            )
         if self._network is not None:
             received: dict[nn.Module, Recording] = defaultdict(list)
             for layer, pre, post in self._network.received(inputs, activity):

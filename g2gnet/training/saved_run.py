@@ -144,9 +144,9 @@ def load(checkpoint: Path | str, device: torch.device | str = "cpu", backend: st
     """The network that ``train.py`` or ``crossval.py`` saved, in evaluation mode.
 
     It is that of the last finished epoch; of a run that was stopped inside an epoch, that of its last step, which was
-    never tested, as the logger ``g2gnet`` warns. ``net(x)`` scales, standardises and encodes samples [B, D] as the run
-    did; :func:`g2gnet.data.as_samples` makes samples of images. It computes in float32: a run with ``precision="bf16"``
-    classified under ``torch.autocast``. Nothing in the file is executed.
+    never tested, as the logger ``g2gnet`` warns. :meth:`~g2gnet.G2GNet.predict` scales, standardises and encodes
+    samples as the run did. It computes in float32: a run with ``precision="bf16"`` classified under
+    ``torch.autocast``. Nothing in the file is executed.
 
     Args:
         checkpoint: the ``.pth`` file, of a finished run or not.
@@ -159,8 +159,8 @@ def load(checkpoint: Path | str, device: torch.device | str = "cpu", backend: st
 
     Example:
         >>> net = load("checkpoints/fashionmnist-mini_mixer_p0.15_T5_current.pth")
-        >>> net(torch.rand(2, 784)).shape
-        torch.Size([2, 10])
+        >>> net.predict(torch.randint(256, (2, 28, 28), dtype=torch.uint8)).classes.shape
+        torch.Size([2])
     """
     device = select_device(device) if isinstance(device, str) else device
     require_backend(backend)

@@ -130,7 +130,9 @@ def exports(test):
 @exports
 @pytest.mark.parametrize("backend", STACK_BACKENDS)
 @pytest.mark.parametrize(
-    "options", [{}, {"sequence": "own", "standardize": True}, {"sequence": "own", "input_taps": 2, "enc": "rate"}], ids=str
+    "options",
+    [{}, {"sequence": "own", "standardize": True}, {"sequence": "own", "input_taps": 2, "enc": "rate"}],
+    ids=str,
 )
 def test_an_exported_network_is_saved_and_takes_other_batches(backend, options, plain_memory):
     inputs = 15 * options.get("input_taps", 1) if options else 30

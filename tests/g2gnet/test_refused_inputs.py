@@ -75,11 +75,11 @@ WRONG_VALUES = [
     (lambda: net_of().predict(np.zeros((5, 6))), r"\[5, 6\]; .* 30 values each \(one sample is samples\[None\]\)"),
     (lambda: net_of().predict(torch.rand(0, 30)), r"samples are \[0, 30\]"),
     (lambda: net_of().predict(torch.tensor(1.0)), r"samples are \[\]"),
-    (lambda: net_of().predict(torch.rand(5, 30).index_fill_(0, torch.tensor([3]), torch.nan), 2), "sample 3 is not fin"),
+    (lambda: net_of().predict(torch.tensor([1, 1, 1, torch.nan, 1])[:, None].expand(5, 30), 2), "sample 3 is not fin"),
     (lambda: net_of().predict(torch.rand(5, 30), batch_size=0), "batch_size=0 must be a whole number of at least 1"),
     *((lambda shape=shape: OWN().predict(torch.rand(shape)), r"takes \[N, 4, …\] with 30 values at each of 4 steps")
       for shape in ((7, 30, 4), (4, 7, 30), (7, 2, 60))),
-    (lambda: OWN()(torch.rand(7, 4, 30)), r"\[7, 4, 30\], of 7 steps if time is first, .* have 4; give batch_first=True"),
+    (lambda: OWN()(torch.rand(7, 4, 30)), r"is \[7, 4, 30\], of 7 steps if time is .* have 4; give batch_first=True"),
     (lambda: OWN().simulate(torch.rand(7, 4, 30)), r"or call predict\(samples\), which standardises"),
     # of stacks
     (lambda: SpikingStack([]), "layers is empty"),

@@ -144,9 +144,18 @@ def test_other_arrays_are_refused_by_name(tmp_path):
         ({"test_images": np.zeros((9, 4, 5), np.uint8)}, "differ in shape"),
         ({"test_images": np.zeros((0, 5, 4), np.uint8)}, r"test_images is uint8 \[0, 5, 4\]"),
         ({"train_images": np.full((30, 5, 4), np.nan, np.float32)}, "differ in shape or dtype"),
-        ({"train_images": np.array([print] * 30)}, "train_images holds Python objects, as .* give one array of numbers"),
-        ({name: np.arange(n) % 3 + 1 for name, n in (("train_labels", 30), ("test_labels", 9))}, "up to 3, .* of class 0;"),
-        ({"train_labels": np.arange(30) % 2 * 4}, "labels and test_labels are up to 4, and no image is of class 3; numb"),
+        (
+            {"train_images": np.array([print] * 30)},
+            "train_images holds Python objects, as .* give one array of numbers",
+        ),
+        (
+            {name: np.arange(n) % 3 + 1 for name, n in (("train_labels", 30), ("test_labels", 9))},
+            "up to 3, .* of class 0;",
+        ),
+        (
+            {"train_labels": np.arange(30) % 2 * 4},
+            "labels and test_labels are up to 4, and no image is of class 3; numb",
+        ),
         ({"val_images": np.zeros((5, 5, 4)), "val_labels": np.zeros(5, int)}, "it has val_images, val_labels beside"),
     ):
         np.savez(tmp_path / "mine.npz", **own_arrays(**changes))

@@ -202,6 +202,19 @@ def unit_mask(mask, units):
     return BlockMask(mask.rows.layout, mask.cols.layout, row, col, mask.block_size).to_dense()
 
 
+@pytest.mark.parametrize("network", [True, False])
+def test_inputs_of_other_samples_than_the_activitys_are_refused_and_change_nothing(network):
+    """As those of ``simulate(x, batch_first=True)``, in which time is second."""
+    net, x = G2GNet(30, 40, 10, block_size=4, T=6), torch.rand(5, 6, 30)
+    activity, before = net.simulate(x, batch_first=True), units_of(net.fc2.mask)
+    optimizer = torch.optim.SGD(net.parameters())
+    scheduler = DSTScheduler(sparse_layers(net), optimizer, 1, network=net if network else None)
+    with pytest.raises(ValueError, match=r"inputs are \[5, 6, 30\], and the activity is of 5 samples; .* \[T, B, in\]"):
+        scheduler.step(x, activity)
+    assert units_of(net.fc2.mask) == before
+    assert scheduler.step(x.transpose(0, 1), activity)
+
+
 def test_ties_are_broken_by_a_uniform_seeded_draw():
     """With all weights equal every unit is pruned equally often, and the same seed prunes the same units."""
     mask = BlockMask.sample(GroupLayout(16, 2), GroupLayout(16, 2), p_inter=0.5, block_size=4)

@@ -1,6 +1,9 @@
 """Programs on sequences: data of one's own, and images that unfold over time, from flags to reports."""
 
+import glob
 import json
+import re
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +16,12 @@ import crossval
 import train
 from g2gnet import load
 from g2gnet.base.seeding import stream
-from g2gnet.data import as_samples, dataset_name, load_dataset, random_unit_shift
+from g2gnet.data import as_samples, dataset_name, load_dataset, npz, random_unit_shift
 from g2gnet.programs import analyze
 from g2gnet.programs.report import program as report
+from g2gnet.programs.sweep import program as sweep
 from g2gnet.sequences import input_order
-from g2gnet.training import read_run
+from g2gnet.training import Trainer, read_run
 
 SMALL = ["--hidden_dim", "16", "--batch_size", "20", "--block_size", "4", "--epochs", "1", "--model", "mixer"]
 
@@ -32,7 +36,7 @@ def trained(program, folder, *flags):
     ("shape", "dtype", "flags", "sequence", "steps", "inputs"),
     [
         ((6, 5), np.float32, "", "own", 6, 5),
-        ((6, 5), np.uint8, "", "own", 6, 5),
+        ((6, 5), np.uint8, "--standardize", "own", 6, 5),
         ((6, 2, 3, 4), np.uint8, "", "own", 6, 24),
         ((6, 2, 3, 4), np.float32, "--augment flip --erase 0.5", "own", 6, 24),  # frames that are changed stay frames
         ((6, 5), np.float32, "--T 3 --sequence none", "none", 3, 30),
@@ -47,15 +51,59 @@ def test_shape_and_flags_say_what_samples_are(tmp_path, shape, dtype, flags, seq
     assert (settings["T"], settings["sequence"]) == (steps, sequence)
     net = load(checkpoint)
     assert (net.T, net.fc1.in_features) == (steps, inputs)
+    with np.load(data) as file:
+        found = net.predict(file["test_images"], batch_size=7)
+    assert float((found.classes == torch.from_numpy(OWN_LABELS[40:])).double().mean()) == document["result"]["test_acc"]
     samples = as_samples(load_dataset(settings["dataset"]).test_images)
-    accuracy = (net(samples).argmax(1) == torch.from_numpy(OWN_LABELS[40:])).double().mean()
-    assert float(accuracy) == document["result"]["test_acc"]
-    if sequence == "own":
+    assert torch.equal(net(samples), found.logits)
+    if sequence == "own" and not net.standardize:
         assert "_own_mixer_p0.15_T6_current" in checkpoint
         assert torch.equal(net.encode(samples), samples.view(20, 6, inputs).transpose(0, 1))
         layers = json.loads(Path(document["files"]["analysis"]).read_text())["layers"]
         assert layers["lif1"]["pathway_coherence"] is None  # its inputs are no spikes
         assert layers["lif2"]["pathway_coherence"] is not None
+
+
+@pytest.mark.parametrize("where", ["waves", "data"])
+def test_the_commands_that_programs_print_find_data_of_ones_own(tmp_path, monkeypatch, capsys, where):
+    """Beside the program, and in a folder of its own; with held-out images they draw the best network."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("g2gnet.programs.report.content.picture", lambda figure, caption: caption)
+    Path(where).mkdir()
+    data = write_own(Path(where, "my waves.npz"), 6, 5)
+    monkeypatch.setattr(Trainer, "_evaluate", falling(Trainer._evaluate))
+    flags = [*SMALL, "--dataset", str(data), "--epochs", "3", "--validation", "0.25"]
+    assert train.main([*flags, "--json", "out.json"]) == 0
+    assert sweep.main([*flags, "--seed", "1", "2"]) == 0
+    printed = re.findall("(?:W|w)ith pictures: g2g-report (.*)", capsys.readouterr().out)
+    assert len(printed) == 2
+    document = json.loads(Path("out.json").read_text())
+    npz._paths.clear()  # as in a process of their own
+    for command in printed:
+        assert ("--data_dir waves" in command) == (where == "waves")
+        words = [word for given in shlex.split(command) for word in sorted(glob.glob(given)) or [given]]
+        assert [word for word in words if word.endswith(".pth")] == [
+            word for word in words if word.endswith(".best.pth")
+        ]
+        assert report.main(words) == 0
+    best = shlex.split(printed[0])
+    assert report.main(best) == 0
+    assert analyze.main([*best, "--json", "again.json"]) == 0
+    again = json.loads(Path("again.json").read_text())
+    assert again["epoch"] == document["result"]["best"]["epoch"] == 1
+    saved = json.loads(Path(document["files"]["analysis"]).read_text())
+    assert {name: again[name] for name in saved} == saved
+    assert f"{100 * document['result']['best']['test_acc']:.2f} % test" in Path("report.html").read_text()
+
+
+def falling(evaluate):
+    """The first epoch is the best on held-out images."""
+
+    def scripted(self, net, epoch, part):
+        result = evaluate(self, net, epoch, part)
+        return result._replace(accuracy=0.9 - epoch / 10) if part == "val" else result
+
+    return scripted
 
 
 def test_the_checkpoint_has_the_order_of_permuted_pixels(tmp_path, monkeypatch):

@@ -136,7 +136,7 @@ def test_every_contender_passes_the_gate(kernel, label):
         for _ in range(2 if kernel == "dst" else 1):  # a turn begins where the one before it began
             verdict = judged(contender, judge(kernel, **changes), chosen.precision)
             assert not verdict.objection
-    assert verdict.errors.keys() >= RESULTS[kernel]
+    assert verdict.errors.keys() >= {name for name in RESULTS[kernel] if name.split()[0] not in contender.omits}
     if kernel.startswith("linear"):
         (rate,) = contender.firing_rates({})
         assert rate == 1.0 if kernel == "linear-dense" else rate < 0.5

@@ -68,7 +68,7 @@ class WholeBuffers(nn.Module):
         fitted, read = {}, {}
         for name in names:
             buffer, own = self.get_buffer(name), self._whole[name][2]
-            rows = unwrapped(buffer).detach().reshape(-1, *own.shape)  # several under vmap
+            rows = unwrapped(buffer).detach().reshape(-1, *buffer.shape)  # several under vmap
             numbers = rows[0].round().long()
             if not buffer.is_meta:
                 if len(rows) > 1 and not (rows == rows[:1]).all():

@@ -69,9 +69,11 @@ def encode(
         # the numbers of one step fit in the caches; drawn step by step, they are the same
         spikes, draws = x.new_empty(x.shape), x.new_empty(shape)
         for spikes_t, x_t in zip(spikes, x, strict=True):
-            torch.lt(draws.uniform_(generator=generator)[part], x_t, out=spikes_t)
+            torch.rand(shape, generator=generator, out=draws)
+            torch.lt(draws[part], x_t, out=spikes_t)
         return spikes
-    draws = torch.empty((len(x), *shape), device=device, dtype=x.dtype).uniform_(generator=generator)
+    source = {} if generator is None else {"generator": generator}  # torch.export knows only the form without one
+    draws = torch.rand((len(x), *shape), **source, device=device, dtype=x.dtype)
     return (draws[:, part].to(x.device) < x).to(x.dtype)
 
 

@@ -1,5 +1,7 @@
 """From real-valued samples to the first layer's input at each time step."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -72,7 +74,9 @@ def encode(
             torch.rand(shape, generator=generator, out=draws)
             torch.lt(draws[part], x_t, out=spikes_t)
         return spikes
-    source = {} if generator is None else {"generator": generator}  # torch.export knows only the form without one
+    source: dict[str, Any] = (
+        {} if generator is None else {"generator": generator}
+    )  # torch.export knows only the form without one
     draws = torch.rand((len(x), *shape), **source, device=device, dtype=x.dtype)
     return (draws[:, part].to(x.device) < x).to(x.dtype)
 

@@ -22,13 +22,15 @@ from unittest import mock
 import torch
 from tqdm import tqdm
 
+from g2g_kernels import SpikingLayer
+from g2g_kernels.ops.g2g_stack.call import StackCall
+from g2g_kernels.ops.g2g_stack.layer import Recurrent
+from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.runtime import Launch
 from g2gnet import G2GNet
 from g2gnet.base.tables import markdown, markdown_row
 from g2gnet.programs.flags import Parser
-
-from .launches import training_step
 
 
 class Target(NamedTuple):
@@ -63,6 +65,28 @@ TARGETS = {
 }
 
 
+def training_step(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -> list[Launch]:
+    """The Triton launches of the forward and backward pass of ``net``, in order, for a batch held over time.
+
+    They are recorded on ``meta`` tensors, which have shapes but no memory; masks, tile sizes and the choice between
+    kernels are those of a real step. ``net`` moves to that device; ``dtype`` is that of the matrix products (bfloat16
+    under autocast, else float32).
+    """
+    from g2g_kernels.ops.g2g_stack import triton as stack  # imports Triton, which is optional
+
+    layers = []
+    for (connection, neurons), joined in zip(net.to("meta").layers(), net.recurrents(), strict=True):
+        recurrent = None if joined is None else Recurrent(joined.values, joined.mask)
+        layer = connection.values, connection.mask, connection.bias, neurons.population
+        layers.append(SpikingLayer(*layer, recurrent=recurrent))
+    call = StackCall.of(torch.empty(batch, input_dim, device="meta"), layers, net.T, dtype)
+    with torch.no_grad(), runtime.recorded() as launches:
+        counts, _, _, *made = stack._forward(call, True)
+        given = Backward.of(call, made, [torch.empty_like(counts), *[None] * (2 * len(layers))])
+        stack._backward(given._replace(needed=(False, *given.needed[1:])))
+    return launches
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A network's training step on samples held over time: T = 50, hidden sizes 2048."""
@@ -81,7 +105,7 @@ class Case:
         Single weights run as they are chosen, dense; neurons out of order as pairs.
         """
 
-        before, operations = torch.get_float32_matmul_precision(), []
+        before, launches = torch.get_float32_matmul_precision(), []
         torch.set_float32_matmul_precision(self.precision)
         try:
             draw, steps = torch.Generator().manual_seed(0), 3 if self.recurrent else 50
@@ -89,10 +113,10 @@ class Case:
             net = G2GNet(784, 2048, 10, self.model, block_size=self.block_size, **options, generator=draw)
             for fused in (True, False) if self.model == "index" else (False,):
                 with runtime.assuming(architecture=target.name, fused=fused, dense=self.block_size == 1):
-                    operations += training_step(net, self.batch, 784, self.dtype)
+                    launches += training_step(net, self.batch, 784, self.dtype)
         finally:
             torch.set_float32_matmul_precision(before)
-        return [operation.launch for operation in operations if operation.launch]
+        return launches
 
 
 CASES = {

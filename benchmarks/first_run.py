@@ -1,7 +1,7 @@
 """A GPU's first hour: ``python -m benchmarks.first_run --device cuda``.
 
 Tests and measures a GPU on which nothing has run yet, in stages of at most eight minutes: are the results correct, how
-long does each part take, how far is that from the prediction. Each stage is a separate program. It writes its record to
+long does each part take. Each stage is a separate program. It writes its record to
 the folder of the run, and the page is redrawn. Run the same command again to resume: finished stages are skipped, and
 stages that failed or took too long are repeated, faster, since compiled kernels are kept. ``--device cpu`` rehearses
 everything at tiny sizes, so that mistakes show before there is a GPU; its times mean nothing.
@@ -31,17 +31,12 @@ from g2gnet.programs.flags import FlagError, Parser
 from g2gnet.programs.main import run_program
 
 from . import records
-from .costs import CARDS
 from .machine import describe
 from .report import seconds
 from .throughput import QUANTITIES
 
-#: what was predicted before anything had run on a GPU; it is not written again once something has
-RECORD = records.RESULTS / "predictions.jsonl"
 #: time limit of a stage, in seconds
 LIMIT = 480
-#: times that differ from the prediction by more than this factor are worth another try
-OFF = 1.5
 PAGE = "first-run.md"
 #: what the stages import besides PyTorch and Triton, by module
 PACKAGES = ("pytest", "xdist", "hypothesis", "snntorch")
@@ -104,7 +99,6 @@ def stages(device: str) -> Iterator[Stage]:
         yield Stage(name, ["pytest", "-p", "no:cacheprovider", *how, *paths], False)
     for name, of_stage in TIMES.items():
         yield throughput(name, *of_stage)
-    yield Stage("kernels", shlex.split(f"{__package__}.kernel_times {sizes}"))
     for quantity, values in GROWING.items():
         grows = f"--quantity {quantity} --values {values[tiny]}"
         yield throughput(f"scaling-{quantity}-bf16", grows, BF16)
@@ -173,24 +167,11 @@ def measured(record: Mapping[str, Any] | None) -> dict[str, float]:
     return found
 
 
-def comparison(predicted: Sequence[Mapping[str, Any]], nexts: Mapping[str, str], made: Outcomes) -> str:
-    """The table: everything predicted or measured, with the roofline, and what to try if the prediction is off."""
+def times_table(made: Outcomes) -> str:
+    """Everything measured, by stage."""
     times = {name: measured(stage["record"]) for name, stage in made.items()}
-    rows = []
-    for row in predicted:
-        found, ratio, then = times.get(row["stage"], {}).pop(row["what"], None), "–", row["decides"]
-        if found is not None:
-            off = found / row["predicted"]
-            then = nexts[then] if off > OFF else "correct the model" if off < 1 / OFF else ""
-            ratio = f"{off:.2f}"
-        cells = ("–" if each is None else seconds(each) for each in (row["floor"], row["predicted"], found))
-        rows.append([row["stage"], row["what"], *cells, ratio, then])
-    for name, left in times.items():
-        # the profiler sees hundreds of kernels
-        least = 0.01 * max(left.values(), default=0.0) if name == "kernels" else 0.0
-        rows += [[name, what, "–", "–", seconds(t), "–", ""] for what, t in left.items() if t >= least]
-    last = "what to try next" if any(times.values()) else "what decides it"
-    return markdown(["stage", "", "roofline", "predicted", "measured", "measured / predicted", last], rows)
+    rows = [[name, what, seconds(found)] for name, of_stage in times.items() for what, found in of_stage.items()]
+    return markdown(["stage", "", "measured"], rows)
 
 
 def status_table(made: Outcomes, planned: Sequence[str]) -> str:
@@ -208,18 +189,12 @@ def status_table(made: Outcomes, planned: Sequence[str]) -> str:
 
 
 def page(made: Outcomes, planned: Sequence[str], device: str, machine: Mapping[str, Any]) -> str:
-    """The page of a run, compared with the predictions of its card, or of the H100 if there are none."""
-    predictions, gpu = records.read(RECORD), machine["gpu"]
-    card = next((card for card in CARDS if gpu and card in gpu.lower()), "h100")
-    about = f"{gpu}, compared with the predictions for the {card.upper()} of {predictions['written']}."
-    predicted = [row for row in predictions["runs"] if row["card"] == card]
-    if device == "cpu":
-        about = "A rehearsal on the CPU at tiny sizes: its times mean nothing and have no predictions."
-        predicted = []
+    """The page of a run."""
+    note = "" if device != "cpu" else "A rehearsal on the CPU at tiny sizes: its times mean nothing. "
     return (
-        f"# First run on {gpu or machine['cpu']}\n\n{about} PyTorch {machine['versions']['torch']}, Triton "
+        f"# First run on {machine['gpu'] or machine['cpu']}\n\n{note}PyTorch {machine['versions']['torch']}, Triton "
         f"{machine['versions']['triton']}, commit {machine['commit']}.\n\n{status_table(made, planned)}\n\n"
-        f"{comparison(predicted, predictions['next'], made)}\n"
+        f"{times_table(made)}\n"
     )
 
 
@@ -241,8 +216,10 @@ def first_run(arguments: argparse.Namespace) -> None:
     device, folder = arguments.device, arguments.folder
     if device != "cpu" and (not device.startswith("cuda") or not torch.cuda.is_available()):
         raise FlagError(f"device={device!r}: no such GPU was found; --device cpu runs a rehearsal")
-    if not RECORD.exists():
-        raise FlagError(f"{RECORD} is missing: run this from a checkout of the repository, which has it and the tests")
+    if not records.RESULTS.exists():
+        raise FlagError(
+            f"{records.RESULTS} is missing: run this from a checkout of the repository, as it has the tests"
+        )
     absent = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if absent:
         raise FlagError(f"the stages need {', '.join(absent)}, not installed here: pip install -e '.[dev]'")

@@ -21,7 +21,6 @@ from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
 
 from . import brain, chunks, cpu_choices, delays, host_time, records, report, study_tables
-from .first_run import comparison
 from .records import RESULTS
 from .registry import KERNELS
 from .report import network, percent, plain, seconds, title
@@ -338,18 +337,6 @@ def _chunks(record: Record) -> str:
     )
 
 
-def _predictions(record: Record) -> str:
-    content = record.content
-    predicted = [row for row in content["runs"] if row["card"] == "h100"]
-    rows = [[f"`{name}`", text] for name, text in content["next"].items()]
-    assumed = [[name, f"{value:g}"] for name, value in content["assumed"].items()]
-    return (
-        f"Written down on {content['written']} for an H100; those for H200 and A100 "
-        f"are in the [record](@{record.path}).\n\n{_in_words(comparison(predicted, {}, {}))}\n\n"
-        f"{markdown(['what decides', 'what to try next'], rows)}\n\n{markdown(['assumed', ''], assumed)}"
-    )
-
-
 #: benchmarks whose tables need no words
 OTHERS = {each.PROGRAM.name: each.PROGRAM for each in (brain, delays, host_time, cpu_choices)}
 OTHERS |= {"brain_growth": brain.PROGRAM}
@@ -358,7 +345,6 @@ WHOLE: dict[str, Callable[[Record], str]] = {
     "throughput": _throughput,
     "chunks": _chunks,
     **dict.fromkeys(OTHERS, _other),
-    "predictions": _predictions,
     **dict.fromkeys(STUDIES, _study),
 }
 #: the parts that a page may contain: what draws them, of the newest records of which names
@@ -386,7 +372,6 @@ PARTS: dict[str, tuple[Any, ...]] = {
     "structure_study, in short": (functools.partial(_study, shown=slice(-1, None)), "structure-study"),
     "sequence_study": (_sequences, *(f"sequence-study-{kind}" for kind in SEQUENCES)),
     "delayed_study": (functools.partial(_study, table=study_tables.delays), "delayed-study"),
-    "predictions": (_predictions, "predictions"),
 }  # fmt: skip
 
 

@@ -5,6 +5,8 @@ link to one another and to source files relatively, so that all of it reads as w
 ``-W`` make a failure of every link that leads nowhere, in docstrings too.
 """
 
+import functools
+import importlib
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from docutils.transforms import Transform
 from sphinx.addnodes import desc_signature, pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.pycode import ModuleAnalyzer
 from sphinx.util.nodes import make_refnode
 
 ROOT = Path(__file__).parents[1]
@@ -41,7 +44,6 @@ OUTSIDE_THE_MENU = (
     "g2g_kernels/triton/CHECKS",
     "docs/first-run",
     "benchmarks/results/aot",
-    "benchmarks/results/roofline",
 )
 exclude_patterns = [".*", "build", "data"]  # folders that need not be searched
 extensions = [
@@ -69,8 +71,29 @@ copybutton_selector = ", ".join(
 copybutton_prompt_text = r">>> |\.\.\. "
 copybutton_prompt_is_regexp = True
 
-# a page of its own for each class and function, in docs/api/objects
+
+def names_of(module: str) -> list[str]:
+    """The classes and functions of a module's page: those of its ``__all__``, or all that it defines, except those on
+    the page of the library's top."""
+    top = module.partition(".")[0]
+    shown = {} if module == top else dict.fromkeys(sys.modules[top].__all__)
+    offered = vars(importlib.import_module(module))
+    names = offered.get("__all__") or [
+        name for name, each in offered.items() if getattr(each, "__module__", None) == module and name[0] != "_"
+    ]
+    return [name for name in names if hasattr(offered[name], "__qualname__") and name not in shown]
+
+
+def data_of(module: str) -> list[str]:
+    """The constants that it defines with a comment and that ``__all__`` of it or of its package names."""
+    named = {name for of in (module, module.rpartition(".")[0]) for name in getattr(sys.modules.get(of), "__all__", ())}
+    return [name for space, name in ModuleAnalyzer.for_module(module).find_attr_docs() if not space and name in named]
+
+
+# a page of its own for each module, class and function, in docs/api/objects
 autosummary_generate = ["docs/api/g2g_kernels.rst", "docs/api/g2gnet.rst"]
+autosummary_context = {"names_of": names_of, "data_of": data_of}
+suppress_warnings = ["config.cache"]  # of these functions
 templates_path = [str(ROOT / "docs" / "site" / "templates")]  # autosummary looks for another path elsewhere
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
@@ -79,10 +102,8 @@ python_maximum_signature_line_length = 100
 add_module_names = False
 toc_object_entries_show_parents = "hide"
 nitpicky = True
-# other projects' names, which only a connection could look up; and names without a page: type variables, and what
-# layers and their observers exchange
-_WITHOUT_PAGE = r"TrainerT|ResultT|SettingsT|ValueT|layers\.Observer|graphs\.Network"
-nitpick_ignore_regex = [("py:.*", rf"(?!g2g)\w+\..*|.*\.({_WITHOUT_PAGE})")]
+# other projects' names, which only a connection could look up
+nitpick_ignore_regex = [("py:.*", r"(?!g2g)\w+\..*")]
 
 html_theme = "furo"
 html_title = f"g2g {version}"
@@ -109,7 +130,7 @@ class FoldersAsText(Transform):
 def find_by_last_name(
     app: Sphinx, env: BuildEnvironment, link: pending_xref, text: nodes.Element
 ) -> nodes.Element | None:
-    """Resolves a name to the one documented object that ends with it.
+    """Resolves a name to the one documented object that ends with it; one of ours without a page stays text.
 
     A class is documented under its package (``g2g_kernels.BlockMask``), while annotations have the module in which it
     is defined, and docstrings its bare name.
@@ -125,8 +146,16 @@ def find_by_last_name(
         if name.rpartition(".")[2] == last and entry.objtype in kinds and not entry.aliased
     ]
     if len(found) != 1:
-        return None
+        return text if last in _names() else None
     return make_refnode(app.builder, link["refdoc"], found[0].docname, found[0].node_id, [text])
+
+
+@functools.cache
+def _names() -> set[str]:
+    """Every name in our modules, and in their classes."""
+    spaces = [vars(module) for name, module in sys.modules.items() if name.startswith(("g2g_kernels", "g2gnet"))]
+    spaces += [vars(each) for space in spaces for each in space.values() if isinstance(each, type)]
+    return set().union(*spaces)
 
 
 def add_names_under_modules(app: Sphinx, doctree: nodes.document) -> None:

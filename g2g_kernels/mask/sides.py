@@ -115,7 +115,7 @@ class UnitAxis(Indices):
             groups += [group] * pieces
         self.num_units = len(lengths)
         self.width = max(lengths)
-        #: every range is full and neurons stand in group order: place p holds neuron p, nothing is permuted or padded
+        #: whether place p holds neuron p, since every range is full and neurons stand in group order
         self.in_order = min(lengths) == self.width and layout.kind == "index"
 
         order = torch.argsort(layout.group_of, stable=True)

@@ -25,7 +25,7 @@ class Ties:
         #: the averages that are rewired with the layer
         self.averages: weakref.WeakSet[PackedWeights] = weakref.WeakSet()
         self.copies: weakref.WeakSet[PackedWeights] = weakref.WeakSet()
-        #: of a copy: whether someone said what it is
+        #: whether someone said what this copy is
         self.declared = False
         #: of an average: the layer that it is one of, and all averages whose tie ends with its own
         self._tie: tuple[weakref.ref[PackedWeights], weakref.WeakSet[PackedWeights]] | None = None

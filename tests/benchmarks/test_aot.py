@@ -130,8 +130,7 @@ def test_the_record_is_of_every_target_and_has_nothing_on_the_stack():
 
 COMPILED = """
 import dataclasses, torch
-from benchmarks.aot import CASES, TARGETS, resources, source_of
-from benchmarks.launches import training_step
+from benchmarks.aot import CASES, TARGETS, resources, source_of, training_step
 from g2g_kernels import doctor
 from g2g_kernels.ops.g2g_linear import tiles
 from g2g_kernels.ops.g2g_stack import triton as stack
@@ -141,8 +140,7 @@ from g2gnet import G2GNet
 def fused(hidden, side, card):
     net = G2GNet(784, hidden, 10, "dense", block_size=side, T=50)
     with runtime.assuming(architecture=card, fused=True, dense=False):
-        operations = training_step(net, 256, 784, torch.bfloat16)
-    launches = [operation.launch for operation in operations if operation.launch]
+        launches = training_step(net, 256, 784, torch.bfloat16)
     return [each for each in launches if each.kernel.__name__ == "fused_forward_kernel"]
 
 print(*[launch.arguments["ON_CHIP"] for units in (13, 14) for launch in fused(64 * units, 64, "sm_90")])

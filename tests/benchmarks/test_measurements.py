@@ -12,6 +12,7 @@ from benchmarks.first_run import Stage, stages
 from benchmarks.host_time import CASES, Case, Contender, PlainLoop, tiny
 from benchmarks.registry import choose
 from g2g_kernels.cpu import library
+from g2gnet import G2GNet
 
 needs_triton = pytest.mark.usefixtures("triton")
 needs_kernels = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
@@ -111,12 +112,12 @@ def test_every_network_and_the_loop_count_the_same_spikes(capsys, monkeypatch, r
 @needs_triton
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_the_small_network_launches_what_the_default_one_does(precision):
-    from benchmarks.launches import training_step
-    from benchmarks.roofline import FORMATS, network
+    from benchmarks.aot import training_step
+    from benchmarks.contender import FORMATS
 
     (contender := Contender(Case("default", "triton", precision))).turn(1)
-    launched = [launch.kernel.fn.__name__ for launch in contender.launches]
-    assert launched == [each.name for each in training_step(network(), 256, 784, FORMATS[precision]) if each.launch]
+    default = training_step(G2GNet(784, 2048, 10, "index", T=50), 256, 784, FORMATS[precision])
+    assert [each.kernel.fn.__name__ for each in contender.launches] == [each.kernel.fn.__name__ for each in default]
 
 
 def test_the_plain_loop_is_the_same_network():
@@ -230,20 +231,10 @@ def test_every_stage_is_a_program_that_takes_its_flags(device, monkeypatch):
         if stage.measures:
             arguments = importlib.import_module(stage.command[0]).build_parser().parse_args(stage.command[1:])
             assert name != "throughput" or choose(arguments.kernel, arguments.contenders)
-    few = {"doctor", "step", "kernels", "lif", "dst", "step-units-1", "scaling-B-bf16", "processes"}
+    few = {"doctor", "step", "lif", "dst", "step-units-1", "scaling-B-bf16", "processes"}
     assert few <= {stage.name for stage in stages(device)}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "processes" not in {stage.name for stage in stages("cuda")}
-
-
-def test_everything_that_is_predicted_is_measured_by_a_stage():
-    commands = {stage.name: " ".join(stage.command).replace(" ", ",") for stage in stages("cuda")}
-    record = records.read(first_run.RECORD)
-    for row in record["runs"]:
-        label = "benchmarks.kernel_times" if row["stage"] == "kernels" else row["what"].partition(",")[0]
-        assert f"{label}," in commands[row["stage"]], row
-        assert 0 < row["floor"] < row["predicted"] < 1
-        assert row["decides"] in record["next"]
 
 
 @pytest.fixture
@@ -269,7 +260,7 @@ def test_a_run_is_interrupted_and_resumed(tmp_path, staged):
     assert status == 130
     assert "interrupted; run the same command again to resume with the remaining stages" in said
     assert not (tmp_path / "run/stopped.json").exists()
-    for row in ("first | done", "failing | failed", "stopped | to come", "first | first | – | – | 2 ms | –"):
+    for row in ("first | done", "failing | failed", "stopped | to come", "first | first | 2 ms"):
         assert f"| {row} |" in page
     assert "a reason \\| in words |" in page
     status, said, page = staged(**all_)

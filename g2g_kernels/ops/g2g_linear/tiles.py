@@ -111,7 +111,6 @@ def dense_pays(units: Units, x: torch.Tensor, outer: Side, products: torch.dtype
     fast, unless L2 is slower, which gives a tile of 128 × ``tile_of(outer)`` its factors. A byte of memory takes twice
     as long as one of L2; cuBLAS multiplies no spikes as bytes. Assembling the dense matrix takes as long as a thousand
     samples, and its launches ten microseconds.
-    ``tests/benchmarks/test_choices.py`` compares the rule with the model of :mod:`benchmarks.costs`.
     """
     if runtime.assumed.dense is not None:
         return runtime.assumed.dense

@@ -112,7 +112,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             activity: Any = nets[name].simulate(x)
         equal = _equal(nets[name], call, x)
         about: dict[str, Any] = {"name": name, "compared_with": compared[name], "equal": equal}
-        about["rates"] = [round(float(rate.mean()), 4) for rate in activity.rates.values()]
+        about["rates"] = [round(float(rate.mean()), 4) for rate in activity.rates]
         runs.append({**about, "status": "ok" if equal >= LEAST_EQUAL else "wrong"})
     with cli.bar((arguments.repeats + 1) * len(calls)) as bar:
         steps = {name: functools.partial(step, call, x) for name, call in calls.items()}

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.triton import runtime
-from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack
+from g2gnet import LIF, G2GLinear, G2GNet, SpikingNetwork, SpikingStack
 from g2gnet.base.tables import markdown
 from g2gnet.programs.flags import Parser
 
@@ -57,7 +57,7 @@ CASES = (
 class PlainLoop(nn.Module):
     """The layers of a stack as dense ones, in a loop over time as one writes it."""
 
-    def __init__(self, stack: SpikingStack) -> None:
+    def __init__(self, stack: SpikingNetwork) -> None:
         super().__init__()
         self.T = stack.T
         self.linears = nn.ModuleList(connection.to_linear() for connection, _ in stack.layers())

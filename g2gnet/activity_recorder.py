@@ -11,13 +11,13 @@ from g2g_kernels import Activity
 from g2g_kernels.ops.g2g_stack import StackState
 from g2gnet.called_layers import OwnHook
 from g2gnet.layers import G2GLinear
-from g2gnet.spiking_network import SpikingNetwork, Train
+from g2gnet.spiking_network import SpikeTrain, SpikingNetwork
 
 #: pairs (pre, post) of one layer, one per call; pre without the time dimension of post was held at every step
-Recording = list[tuple[Train, Train]]
+Recording = list[tuple[SpikeTrain, SpikeTrain]]
 
 
-def dense(train: Train) -> torch.Tensor:
+def dense(train: SpikeTrain) -> torch.Tensor:
     """The activity as a tensor [..., N]."""
     return train if isinstance(train, torch.Tensor) else train.dense()
 

@@ -273,4 +273,4 @@ def _say_that_layers_are_called(reason: str) -> None:
 
 @cache
 def _say_that_steps_pass_by(name: str) -> None:
-    logger.warning("hooks on %s are not run by SpikingStack.step, which calls its step; simulate runs them", name)
+    logger.warning("hooks on %s are not run by a network's step, which calls its step; simulate runs them", name)

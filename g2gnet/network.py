@@ -17,7 +17,6 @@ from g2gnet.network_settings import NetworkSettings
 from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.sequences import tapped, unfold
 from g2gnet.spiking_network import Projection, SpikingNetwork, check_input
-from g2gnet.stack import SpikingStack
 from g2gnet.weights.densities import layer_probabilities
 from g2gnet.weights.patterns import Pattern, layer_mask, mask_between
 
@@ -39,7 +38,7 @@ class Prediction(NamedTuple):
     logits: torch.Tensor
 
 
-class G2GNet(SpikingStack):
+class G2GNet(SpikingNetwork):
     """Input → hidden 1 → hidden 2 → output, each connection a :class:`G2GLinear`, each population of one model.
 
     Args:
@@ -81,9 +80,9 @@ class G2GNet(SpikingStack):
             its few neurons must always get a gradient.
         parameters: the initial values of the neurons' parameters and whether they are learned, as for
             :class:`SpikingNeurons`: ``beta=0.95``, ``learn_threshold=False``.
-        dropout: of hidden neurons, in training mode (:class:`SpikingStack`).
+        dropout: of hidden neurons, in training mode (:class:`SpikingNetwork`).
         readout: the output: spike ``"counts"``, or the ``"last"``, ``"mean"`` or ``"max"`` membrane of output neurons
-            that do not spike (:class:`SpikingStack`). Their threshold then has no effect and is not learned, nor are
+            that do not spike (:class:`SpikingNetwork`). Their threshold then has no effect and is not learned, nor are
             they reset; of ``"adlif"``, b is 0.
         init_gain: factor on the initial weights of fc2 and fc3, above 0. Above 1, fewer neurons are silent at first.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
@@ -149,9 +148,9 @@ class G2GNet(SpikingStack):
         given = locals()  # whose names are those of the settings
         settings = NetworkSettings(**{name: given[name] for name in NetworkSettings.defaults() if name in given})
         sizes = (input_dim, *settings.hidden_sizes, num_classes)
-        parts = _projections(settings, sizes, backend, generator, parameters)
+        populations, projections = _projections(settings, sizes, backend, generator, parameters)
         output = f"lif{len(sizes) - 1}"
-        SpikingNetwork.__init__(self, *parts, output, settings.T, settings.dropout, settings.readout, backend)
+        super().__init__(populations, projections, output, settings.T, settings.dropout, settings.readout, backend)
         self.model = settings.model
         self.enc = settings.enc
         self.enc_scale = settings.enc_scale

@@ -1,7 +1,7 @@
 """Projections between populations: connections with delays, and the graph of modules that a set of them makes."""
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
 from g2gnet.weights.whole_buffers import WholeBuffers
 
+Pair = tuple[G2GLinear, SpikingNeurons]
 #: steps of a delay
 DELAY = Number(0, (1 << 16) - 1, whole=True)
 
@@ -256,6 +257,19 @@ class PopulationGraph(WholeBuffers):
         """The neurons of each population by name, the output last."""
         modules: dict[str, Any] = self._modules
         return {name: modules[name] for name in self.populations}
+
+    def layers(self) -> Iterator[Pair]:
+        """The pairs (connection, neurons), from input to output: of a network that is no chain, each population's first
+        connection from another one."""
+        modules: dict[str, Any] = self._modules
+        for number, name in enumerate(self.populations):
+            yield next(modules[each.name] for each in self._to[number] if each.source != number), modules[name]
+
+    def recurrents(self) -> list[G2GLinear | None]:
+        """The connection of each population to itself (of several the first), or None."""
+        modules: dict[str, Any] = self._modules
+        to_itself = [[each.name for each in self._to[number] if each.source == number] for number in range(self.depth)]
+        return [modules[names[0]] if names else None for names in to_itself]
 
     def routes(self) -> list[Route]:
         """The projections, as numbers of populations and bounds of delays."""

@@ -12,8 +12,8 @@ from g2g_kernels import Activity, SpikingLayer, g2g_stack
 from g2g_kernels.choices import check_choice
 from g2g_kernels.mask.groups import as_integers
 from g2g_kernels.numbers import COUNT, Number
-from g2g_kernels.ops.g2g_stack import Connection, Recurrent, activity_of
-from g2g_kernels.ops.g2g_stack.activity import DenseSpikes, NeuronState, Spikes, StackState, as_one, check_state_form
+from g2g_kernels.ops.g2g_stack import Connection, DenseSpikes, NeuronState, Recurrent, Spikes, StackState, activity_of
+from g2g_kernels.ops.g2g_stack.activity import as_one, check_state_form, named
 from g2g_kernels.ops.g2g_stack.delays import LateSpikes, reaches_of
 from g2g_kernels.ops.g2g_stack.layer import ONE_STEP, ProductObserver
 from g2g_kernels.tracing import is_transformed, replaced
@@ -29,8 +29,8 @@ DROPOUT = Number(0, 1 - 1 / DRAWS)
 READOUTS = ("counts", "last", "mean", "max")
 #: called with the inputs and the activity of a run over all time steps, and with the state that it continues
 ActivityHook = Callable[[torch.Tensor, Activity, StackState | None], None]
-#: the activity of one population over some steps and samples, [..., N], or spikes whose ``dense()`` gives that
-Train = torch.Tensor | Spikes
+#: what one population (or the input) sent over some steps and samples, [..., N], or spikes whose ``dense()`` gives that
+SpikeTrain = torch.Tensor | Spikes
 
 
 class SpikingNetwork(PopulationGraph):
@@ -223,7 +223,7 @@ class SpikingNetwork(PopulationGraph):
 
         Returns:
             Activity: differentiable ``output`` [B, C], spike counts of the output or its readout, and firing rates; and
-            the spikes. ``spikes``, ``rates`` and ``membranes`` are dicts by the populations' names.
+            the spikes. ``spikes``, ``rates`` and ``membranes`` take numbers and names (:class:`PerPopulation`).
 
         Raises:
             ValueError: if the inputs have another shape, or seem to have time second; if the state is not one of this
@@ -259,10 +259,11 @@ class SpikingNetwork(PopulationGraph):
                 activity = run_called(inputs, self._called(), of_layers, self._scale, steps, reason, spikes)
             finally:
                 self.calls_layers = False
+        activity = named(activity, self.populations)
         if self._activity_hooks:
             for hook in list(self._activity_hooks.values()):
                 hook(inputs, activity, state)
-        return self._by_name(activity)
+        return activity
 
     def _time_first(self, inputs: torch.Tensor, batch_first: bool | None) -> torch.Tensor:
         """Inputs [B, D] or [T, B, D], as :meth:`simulate` takes them."""
@@ -277,15 +278,6 @@ class SpikingNetwork(PopulationGraph):
                 "predict(samples), which standardises and encodes them, too"
             )
         return inputs
-
-    def _by_name(self, activity: Activity) -> Activity:
-        """The activity with dicts by the populations' names."""
-        fields = {"spikes": activity.spikes, "rates": activity.rates, "membranes": activity.membranes}
-        by_name = {
-            field: None if value is None else dict(zip(self.populations, value, strict=True))
-            for field, value in fields.items()
-        }
-        return replaced(activity, **by_name)
 
     def _of_layers(
         self, inputs: torch.Tensor, state: StackState | None, dropped: Sequence[torch.Tensor] | None
@@ -385,11 +377,10 @@ class SpikingNetwork(PopulationGraph):
 
     def received(
         self, inputs: torch.Tensor, activity: Activity, state: StackState | None = None
-    ) -> list[tuple[nn.Module, Train, Train]]:
+    ) -> list[tuple[nn.Module, SpikeTrain, SpikeTrain]]:
         """Each connection, what it received in a run that continued ``state``, and the spikes of the neurons that it
         leads to."""
-        trains: Any = activity.spikes.values() if isinstance(activity.spikes, dict) else activity.spikes
-        spikes: list[Any] = [*trains, inputs.detach()]
+        spikes: list[Any] = [*activity.spikes, inputs.detach()]
         states, sent = self._divided(state, inputs.shape[-2:-1])
         modules: dict[str, Any] = self._modules
         received = []

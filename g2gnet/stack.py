@@ -1,17 +1,15 @@
 """A stack of spiking layers, each a connection and its neurons: a chain of populations."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from g2g_kernels import Activity
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
-from g2gnet.projections import Route
+from g2gnet.projections import Pair, Route
 from g2gnet.spiking_network import Projection, SpikingNetwork
 
-Pair = tuple[G2GLinear, SpikingNeurons]
 RecurrentLayer = tuple[G2GLinear, SpikingNeurons, G2GLinear]
 
 
@@ -53,31 +51,18 @@ class SpikingStack(SpikingNetwork):
         populations, projections = chain(layers)
         super().__init__(populations, projections, f"lif{len(populations)}", T, dropout, readout, backend)
 
-    def layers(self) -> Iterator[Pair]:
-        """The pairs (connection, neurons), from input to output."""
-        modules: dict[str, Any] = self._modules
-        for number in range(1, self.depth + 1):
-            yield modules[f"fc{number}"], modules[f"lif{number}"]
-
-    def recurrents(self) -> list[G2GLinear | None]:
-        """The recurrent connection of each layer, or None."""
-        modules: dict[str, Any] = self._modules
-        return [modules.get(f"rec{number}") for number in range(1, self.depth + 1)]
-
-    def _by_name(self, activity: Activity) -> Activity:
-        return activity  # by number
-
 
 def is_plain(net: SpikingNetwork) -> bool:
-    """Whether a network has layers in a chain, recurrent or not, and no other delays."""
-    return isinstance(net, SpikingStack) and not _other_routes(net)
+    """Whether a network is what a :class:`SpikingStack` is: layers in a chain, recurrent or not, by its names."""
+    names = {f"{kind}{number + 1}" for number in range(net.depth) for kind in ("fc", "rec", "lif")}
+    return not _other_routes(net) and names.issuperset([*net.connections(), *net.populations])
 
 
 def plain_layers(net: nn.Module, where: str) -> list[tuple[G2GLinear, SpikingNeurons, G2GLinear | None]]:
     """(connection, neurons, recurrent connection or None) of each layer, for what knows no other (``where``), of which
     a ValueError names the first."""
-    if not isinstance(net, SpikingStack):
-        raise ValueError(f"{where} takes a SpikingStack or a G2GNet, not a {type(net).__name__}")
+    if not isinstance(net, SpikingNetwork):
+        raise ValueError(f"{where} takes a SpikingStack, a G2GNet or a SpikingNetwork, not a {type(net).__name__}")
     for route in _other_routes(net):
         raise ValueError(
             f"{where} has no form for {route.name}, with delays up to {route.most} steps from population "
@@ -86,14 +71,17 @@ def plain_layers(net: nn.Module, where: str) -> list[tuple[G2GLinear, SpikingNeu
     return [(*pair, recurrent) for pair, recurrent in zip(net.layers(), net.recurrents(), strict=True)]
 
 
-def _other_routes(net: SpikingStack) -> list[Route]:
-    """The connections that are neither ``fc`` without delay nor ``rec`` one step later."""
-    return [
-        route
-        for route in net.routes()
-        if route.per_neuron
-        or (route.source, route.most) != ((route.target - 1, 0) if route.name.startswith("fc") else (route.target, 1))
-    ]
+def _other_routes(net: SpikingNetwork) -> list[Route]:
+    """The connections that are not a population's only one from the population before it, without delay, nor its only
+    one to itself, one step later."""
+    plain = {form for number in range(net.depth) for form in ((number - 1, number, 0), (number, number, 1))}
+    others = []
+    for route in net.routes():
+        form = route.source, route.target, route.most
+        if route.per_neuron or form not in plain:
+            others.append(route)
+        plain.discard(form)
+    return others
 
 
 def chain(layers: Iterable[Pair | RecurrentLayer]) -> tuple[dict[str, nn.Module], dict[str, Projection]]:

@@ -15,7 +15,7 @@ from g2gnet.dst import rules
 from g2gnet.dst.rules import ACTIVITY, GRADIENT, Evidence, Rule
 from g2gnet.dst.unit_gradients import UnitGradients
 from g2gnet.layers import G2GLinear
-from g2gnet.spiking_network import SpikingNetwork, Train
+from g2gnet.spiking_network import SpikeTrain, SpikingNetwork
 
 #: what to do without spikes
 _OTHERS = "give " + ", and ".join(
@@ -123,7 +123,7 @@ class StepEvidence:
                 f"the activity is of layers of {theirs} neurons, those of the scheduler have {mine}; give it the "
                 "layers of the stack from its input on, or DSTScheduler(layers, optimizer, network=net)"
             )
-        pres: list[Train] = [inputs.detach(), *activity.spikes]
+        pres: list[SpikeTrain] = [inputs.detach(), *activity.spikes]
         self._recordings = [[(pres[number], pres[number + 1])] for number in range(len(mine))]
 
     def of_units(

@@ -10,7 +10,7 @@ import torch
 from g2g_kernels import Activity, GroupLayout
 from g2g_kernels.mask.groups import partners
 from g2g_kernels.ops.g2g_stack.chunks import ChunkedSpikes
-from g2gnet.activity_recorder import Train, dense
+from g2gnet.activity_recorder import SpikeTrain, dense
 from g2gnet.inspect import spike_statistics
 from g2gnet.inspect.connections import cross_group_share, group_density, input_group_entropy
 from g2gnet.inspect.spike_statistics import CountCorrelation, SpikeSums, firing_rates, group_means, pearson
@@ -173,7 +173,7 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
     operations = torch.zeros(len(connections), 3, dtype=torch.float64)
     for received, activity, labels in batches:
         over_time = received.dim() == 3 and bool(((received == 0) | (received == 1)).all())
-        pre: Train | None = received if over_time else None
+        pre: SpikeTrain | None = received if over_time else None
         correct += int((activity.output.argmax(1) == labels).sum())
         operations += torch.tensor(activity.synaptic_operations())
         for number, connection in enumerate(connections):
@@ -211,7 +211,7 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
     return NetworkAnalysis(samples, sums.steps, correct / samples, tuple(layers))
 
 
-def _sums(train: Train, labels: torch.Tensor, num_classes: int, layout: GroupLayout) -> SpikeSums:
+def _sums(train: SpikeTrain, labels: torch.Tensor, num_classes: int, layout: GroupLayout) -> SpikeSums:
     """The sums over spikes. Of a long sequence, which came in chunks, one chunk is a float tensor at a time."""
     if isinstance(train, ChunkedSpikes):
         return SpikeSums.of_chunks([_sums(part, labels, num_classes, layout) for part in train.chunks])

@@ -66,13 +66,12 @@ def rasters(net: SpikingNetwork, activity: Activity, sample: int = 0) -> list[Ra
         >>> [raster.name for raster in rasters(net, net.simulate(torch.rand(3, 64)), sample=2)]
         ['lif1', 'lif2', 'lif3']
     """
-    connections, trains = net.connections(), activity.spikes
+    connections = net.connections()
     # of the first connection that leads to it
     layouts = {route.target: connections[route.name].mask.rows.layout for route in reversed(net.routes())}
-    by_name = trains if isinstance(trains, dict) else dict(zip(net.populations, trains, strict=True))
     return [
         Raster(name, spikes.dense()[:, sample].detach().cpu(), layouts[number])
-        for number, (name, spikes) in enumerate(by_name.items())
+        for number, (name, spikes) in enumerate(zip(net.populations, activity.spikes, strict=True))
     ]
 
 

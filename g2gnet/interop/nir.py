@@ -60,9 +60,9 @@ from g2gnet.interop import nir_links
 from g2gnet.interop.arrays import FINITE, Mask, numbers
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
-from g2gnet.projections import Projection, Route
+from g2gnet.projections import Pair, Projection, Route
 from g2gnet.spiking_network import SpikingNetwork
-from g2gnet.stack import Pair, RecurrentLayer, SpikingStack, is_plain
+from g2gnet.stack import RecurrentLayer, SpikingStack, is_plain
 
 logger = logging.getLogger("g2gnet")
 

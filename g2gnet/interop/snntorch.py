@@ -24,7 +24,9 @@ from g2gnet.base.optional import optional_package
 from g2gnet.interop.arrays import FINITE, Mask, numbers
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
-from g2gnet.stack import Pair, RecurrentLayer, SpikingStack, plain_layers
+from g2gnet.projections import Pair
+from g2gnet.spiking_network import SpikingNetwork
+from g2gnet.stack import RecurrentLayer, SpikingStack, plain_layers
 
 #: snnTorch's class of a model, which begins with an R for the recurrent one, and its name for each of our parameters
 _COUNTERPARTS = {
@@ -107,8 +109,8 @@ def from_snntorch(
     return SpikingStack(layers, T, backend, readout=readout).train(model.training)
 
 
-def to_snntorch(stack: SpikingStack) -> nn.Sequential:
-    """snnTorch's form of a stack: ``nn.Linear`` and ``snn.Leaky`` or ``snn.Synaptic`` with the stack's names, one time
+def to_snntorch(stack: SpikingNetwork) -> nn.Sequential:
+    """snnTorch's form of a chain: ``nn.Linear`` and ``snn.Leaky`` or ``snn.Synaptic``, ``fc1``, ``lif1``, …, one time
     step per call. Neurons with a recurrent connection are ``snn.RLeaky`` or ``snn.RSynaptic``.
 
     ``snntorch.utils.reset(model)`` resets the states that the neurons keep between calls (``init_hidden=True``), but

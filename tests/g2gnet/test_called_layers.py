@@ -222,7 +222,7 @@ def test_steps_follow_hooks_on_connections_and_say_what_they_cannot_follow(caplo
     called_layers._say_that_steps_pass_by.cache_clear()
     net.lif2.register_forward_hook(nothing)
     net.step(SAMPLES)
-    assert "hooks on lif2 are not run by SpikingStack.step" in caplog.text
+    assert "hooks on lif2 are not run by a network's step" in caplog.text
     net.lif2 = Noisy()
     with pytest.raises(TypeError, match=r"lif2 \(Noisy\) has a forward of its own, but not a step that follows it"):
         net.step(SAMPLES)

@@ -1,7 +1,9 @@
 """Populations and projections with delays, against a float64 loop over steps that keeps every spike."""
 
+import copy
 import dataclasses
 import itertools
+import pickle
 from collections.abc import Iterable
 
 import numpy as np
@@ -11,11 +13,13 @@ import torch
 from covering import every_pair
 from helpers import rms, seeded
 from networks import Reference, three_layers
+from torch.func import vmap
+from torch.utils import _pytree
 
 from g2g_kernels import BlockMask, GroupLayout, available_backends
-from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, Projection, SpikingNetwork, Synaptic
+from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, Projection, SpikingNetwork, SpikingStack, Synaptic
 from g2gnet.dst.rules import unit_correlation
-from g2gnet.interop import to_snntorch
+from g2gnet.interop import from_snntorch, to_snntorch
 
 T, B, D = 11, 3, 10
 SIZES = {"input": D, "a": 9, "b": 13, "c": 6, "out": 5}
@@ -106,11 +110,6 @@ def tensors_of(state) -> list[torch.Tensor]:
     return [tensor for each in state for tensor in ((each,) if isinstance(each, torch.Tensor) else each)]
 
 
-def values_of(by_name) -> list:
-    """Of populations, by name or, in a stack, in order."""
-    return [*(by_name.values() if isinstance(by_name, dict) else by_name)]
-
-
 def run_in_parts(net: SpikingNetwork, x: torch.Tensor, borders: tuple[int, ...]):
     """Spikes [T, B, N] of each population, the last state and the additions, of runs that continue one another."""
     state, parts, additions = None, [], 0
@@ -118,8 +117,8 @@ def run_in_parts(net: SpikingNetwork, x: torch.Tensor, borders: tuple[int, ...])
         net.T = last - first  # for which held inputs are
         activity = net.simulate(x[first:last] if x.dim() == 3 else x, state, spikes=True)
         state = activity.state
-        parts.append([train.dense() for train in values_of(activity.spikes)])
-        additions += np.array([each.accumulates for each in values_of(activity.synaptic_operations())])
+        parts.append([train.dense() for train in activity.spikes])
+        additions += np.array([each.accumulates for each in activity.synaptic_operations()])
     net.T = T
     return [torch.cat(of_parts) for of_parts in zip(*parts, strict=True)], state, additions
 
@@ -157,11 +156,11 @@ def test_chunks_change_no_spike_and_no_gradient(backend, name, chunk, held):
     for size in (None, chunk):
         runs.append(net.simulate(x, chunk=size))
         # on CPU kernels what delays hand on has no gradient
-        summed = [*values_of(runs[-1].rates), *(tensors_of(runs[-1].state) if name in STACKS else ())]
+        summed = [*runs[-1].rates, *(tensors_of(runs[-1].state) if name in STACKS else ())]
         loss = runs[-1].counts.square().sum() + sum(each.square().sum() for each in summed)
         gradients.append(torch.autograd.grad(loss, [x, *net.parameters()], allow_unused=True))
     whole, chunked = runs
-    for ours, theirs in zip(values_of(chunked.spikes), values_of(whole.spikes), strict=True):
+    for ours, theirs in zip(chunked.spikes, whole.spikes, strict=True):
         assert torch.equal(ours.dense(), theirs.dense())
     assert torch.equal(chunked.counts, whole.counts)
     torch.testing.assert_close((chunked.state, chunked.rates), (whole.state, whole.rates))
@@ -199,6 +198,65 @@ def test_membranes_and_readouts(backend):
         outputs.append(output)
     torch.testing.assert_close(torch.stack(outputs), net.simulate(x, membranes=True).membranes["out"])
     assert outputs[0].shape == (B, 5)
+
+
+def of_kind(kind: str) -> tuple[SpikingNetwork, tuple[str, ...]]:
+    """A network of each class, and the names of its populations."""
+    if kind == "stack":
+        layers = [(joined("input", "a", seeded(0)), LIF()), (joined("a", "out", seeded(1)), LIF())]
+        return SpikingStack(layers, T), ("lif1", "lif2")
+    if kind == "settings":
+        return G2GNet(D, [8, 6], 5, block_size=2, T=T, feedback=True, generator=seeded(0)), ("lif1", "lif2", "lif3")
+    return network("ring"), ("a", "b", "c", "out")
+
+
+@pytest.mark.parametrize("kind", ["stack", "settings", "graph"])
+def test_every_network_gives_its_activity_by_number_and_by_name(kind):
+    net, names = of_kind(kind)
+    seen = []
+    net.register_activity_hook(lambda x, activity, state: seen.append(activity.rates.keys()))
+    activity = net.simulate(torch.rand(B, D, generator=seeded(4)) * 2, membranes=True)
+    assert seen == [names]
+    for values in (activity.spikes, activity.rates, activity.membranes, activity.synaptic_operations()):
+        assert isinstance(values, tuple)
+        assert len(values) == len(names) == net.depth
+        assert values.keys() == names == tuple(dict(values))
+        for number, (name, value) in enumerate(values.items()):
+            assert value is values[name] is values[number] is values[number - net.depth] is values.values()[number]
+        assert [*map(id, values)] == [id(values[name]) for name in names]
+        assert [*map(id, values[1:])] == [id(values[name]) for name in names[1:]]
+        with pytest.raises(KeyError, match=f"no population is called 'x'; there are {', '.join(names)}"):
+            _ = values["x"]
+    for twin in (pickle.loads(pickle.dumps(activity.spikes)), copy.deepcopy(activity.spikes)):
+        assert twin.keys() == names
+        assert torch.equal(twin["lif1" if kind != "graph" else "a"].dense(), activity.spikes[0].dense())
+    leaves, spec = _pytree.tree_flatten(activity.membranes)
+    assert all(map(torch.equal, leaves, activity.membranes))
+    assert _pytree.tree_unflatten(leaves, spec).keys() == names
+    assert _pytree.treespec_loads(_pytree.treespec_dumps(spec)) == spec
+
+
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="older versions compile no subclass of tuple: no names there")
+def test_activity_by_name_passes_transforms_compilers_and_exports():
+    net, names = of_kind("stack")
+    x = torch.rand(4, D, generator=seeded(4)) * 2
+    expected = net.simulate(x).rates
+    of_samples = vmap(lambda sample: net.simulate(sample[None]).rates)(x)
+    torch.testing.assert_close(of_samples["lif1"].mean(0), expected["lif1"])
+
+    class Rates(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, x: torch.Tensor) -> tuple:
+            return self.net.simulate(x).rates
+
+    exported = torch.export.export(Rates(), (x,)).module()
+    compiled = torch.compile(lambda x: net.simulate(x).rates, backend="eager", fullgraph=True)
+    for run in (exported, compiled):
+        assert run(x).keys() == names
+        assert all(map(torch.equal, run(x), expected))
 
 
 @every_pair(name=("skips", "self-loops", "ring", "chain with delays", "learned"), backend=BACKENDS, held=(False, True))
@@ -469,12 +527,25 @@ def test_a_net_of_settings_has_layers_feedback_and_delays():
     [
         (lambda: G2GNet(D, 16, 5, delay=3), "has no form for fc1, with delays up to 3 steps"),
         (lambda: G2GNet(D, 16, 5, feedback=True), "for fb1, with delays up to 1 steps from population 2 to 1"),
-        (lambda: network("chain"), "takes a SpikingStack or a G2GNet, not a SpikingNetwork"),
+        (lambda: network("chain with delays"), r"has no form for \w+, with delays up to \d steps"),
+        (lambda: torch.nn.Linear(2, 2), "takes a SpikingStack, a G2GNet or a SpikingNetwork, not a Linear"),
     ],
 )
 def test_what_snntorch_cannot_express_is_refused_by_name(make, message):
     with pytest.raises(ValueError, match=f"to_snntorch .*{message}"):
         to_snntorch(make())
+
+
+def test_a_chain_with_names_of_its_own_is_one_for_snntorch():
+    loop = Projection("a", "a", joined("a", "a", seeded(2), bias=False), delay=1)
+    ends = [
+        Projection("input", "a", joined("input", "a", seeded(0))),
+        Projection("a", "out", joined("a", "out", seeded(1))),
+    ]
+    net = SpikingNetwork({"a": LIF(threshold=0.5), "out": LIF(threshold=0.5)}, [loop, *ends], "out", T)
+    x = torch.rand(T, B, D, generator=seeded(4)) * 2
+    assert net(x).sum() > 0
+    assert torch.equal(from_snntorch(to_snntorch(net), T=T)(x), net(x))
 
 
 def test_learned_delays_follow_their_gradient():

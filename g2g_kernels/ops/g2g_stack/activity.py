@@ -1,11 +1,13 @@
-"""The activity of a stack of spiking layers: counts, rates, spikes in a backend's own form, synaptic operations."""
+"""The activity of spiking populations: counts, rates, spikes in a backend's own form, synaptic operations."""
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
+from torch.utils import _pytree as pytree
 
 from g2g_kernels.ops.g2g_stack.synaptic_operations import Synapses, SynapticOperations
+from g2g_kernels.tracing import replaced
 
 #: of a layer's neurons: the membrane [B, N] of a model with no other state, else its states in order, the membrane last
 NeuronState = torch.Tensor | tuple[torch.Tensor, ...]
@@ -32,12 +34,72 @@ class DenseSpikes:
         return self._spikes
 
 
+_Value = TypeVar("_Value")
+
+
+class PerPopulation(tuple[_Value, ...]):
+    """One value per population of a network, by number or by name: ``rates[0]``, ``rates[-1]``, ``rates["lif1"]``.
+
+    A tuple in all else: it iterates over values, ``rates[:-1]`` are those of the hidden populations, and it is a node
+    of PyTorch's pytrees. Raises KeyError for an unknown name.
+
+    Example:
+        >>> rates = PerPopulation((0.1, 0.3), ("lif1", "lif2"))
+        >>> rates["lif2"], rates[:-1], dict(rates.items())
+        (0.3, (0.1,), {'lif1': 0.1, 'lif2': 0.3})
+    """
+
+    _names: tuple[str, ...]
+
+    def __new__(cls, values: Iterable[_Value], names: Iterable[str]) -> "PerPopulation[_Value]":
+        self = super().__new__(cls, values)
+        self._names = tuple(names)
+        return self
+
+    def __getitem__(self, key: Any) -> Any:
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        if key not in self._names:
+            raise KeyError(f"no population is called {key!r}; there are {', '.join(self._names)}")
+        return super().__getitem__(self._names.index(key))
+
+    def keys(self) -> tuple[str, ...]:
+        """The names of the populations, the output's last."""
+        return self._names
+
+    def values(self) -> tuple[_Value, ...]:
+        """The values alone."""
+        return tuple(self)
+
+    def items(self) -> tuple[tuple[str, _Value], ...]:
+        """(name, value) of each population."""
+        return tuple(zip(self._names, self, strict=True))
+
+    def __getnewargs__(self) -> tuple[Any, ...]:
+        return tuple(self), self._names
+
+
+pytree.register_pytree_node(
+    PerPopulation,
+    lambda each: (list(each), each.keys()),
+    PerPopulation,
+    serialized_type_name="g2g_kernels.PerPopulation",
+    to_dumpable_context=list,
+    from_dumpable_context=tuple,
+    flatten_with_keys_fn=lambda each: ([(pytree.MappingKey(k), v) for k, v in each.items()], each.keys()),
+)
+#: torch.compile of older versions cannot make an object of a subclass of tuple
+_CAN_BE_COMPILED = torch.__version__ >= "2.8"
+
+
 class Activity(NamedTuple):
-    """The activity of a stack of spiking layers.
+    """The activity of spiking populations: the layers of a stack from input to output, or those of a network.
+
+    Of a network, ``rates``, ``spikes`` and ``membranes`` also take names (:class:`PerPopulation`).
 
     Attributes:
-        counts: [B, N] of the last layer, spikes per neuron over all steps; differentiable.
-        rates: one [N] per layer, spikes per neuron, step and sample (0 to 1); differentiable.
+        counts: [B, N] of the last population, spikes per neuron over all steps; differentiable.
+        rates: one [N] per population, spikes per neuron, step and sample (0 to 1); differentiable.
         spikes: one object per layer, whose ``dense()`` gives the spikes [T, B, N], with a gradient only if the call
             requested ``spikes``.
         synapses: what :meth:`synaptic_operations` counts; None if they are unknown.
@@ -82,15 +144,15 @@ class Activity(NamedTuple):
         """
         if self.states is None:
             raise RuntimeError(
-                "the state of this run is unknown: the stack called its modules (hooks, or a forward of their own), "
-                "which return only spikes; take steps with SpikingStack.step"
+                "the state of this run is unknown: the network called its modules (hooks, or a forward of their own), "
+                "which return only spikes; take steps with net.step"
             )
         of_neurons = [each[0] if len(each) == 1 else each.unbind() for each in self.states]
         return (*of_neurons, *(each.dense() for each in self.sent if each is not None))
 
     def synaptic_operations(self) -> tuple[SynapticOperations, ...]:
-        """The additions and multiplications that spikes (and inputs) caused in each layer, over all steps and samples.
-        By name, where rates are.
+        """The additions and multiplications that spikes (and inputs) caused in each layer, over all steps and samples;
+        of a network, a :class:`PerPopulation`.
 
         For one sample, divide by the size of the batch. Waits for the device. Raises RuntimeError if inputs, weights or
         masks have changed since the run, or if the run was compiled.
@@ -100,10 +162,17 @@ class Activity(NamedTuple):
                 "this run does not keep what its synaptic operations are counted from: it was compiled or traced, or a "
                 "connection is no G2GLinear; run it uncompiled"
             )
-        if isinstance(self.rates, dict):
-            found = self.synapses.operations([*self.rates.values()])
-            return dict(zip(self.rates, found, strict=True))
-        return self.synapses.operations(self.rates)
+        found = self.synapses.operations(self.rates)
+        return PerPopulation(found, self.rates.keys()) if isinstance(self.rates, PerPopulation) else found
+
+
+def named(activity: Activity, names: Iterable[str]) -> Activity:
+    """The activity, whose spikes, rates and membranes also take the populations' names."""
+    if torch.compiler.is_compiling() and not _CAN_BE_COMPILED:
+        return activity
+    fields = {"spikes": activity.spikes, "rates": activity.rates, "membranes": activity.membranes}
+    known = {field: PerPopulation(values, names) for field, values in fields.items() if values is not None}
+    return replaced(activity, **known)
 
 
 def check_state_form(state: Any, depth: int, sent: Mapping[str, tuple[int, ...]]) -> None:

@@ -92,9 +92,7 @@ NETWORKS = {
 
 
 def spikes_of(net, samples=SAMPLES):
-    activity = net.simulate(samples)
-    trains = activity.spikes.values() if isinstance(activity.spikes, dict) else activity.spikes
-    trains = [train.dense() for train in trains]
+    trains = [train.dense() for train in net.simulate(samples).spikes]
     assert all(0 < train.sum() < train.numel() for train in trains)
     return trains
 

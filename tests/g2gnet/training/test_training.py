@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_runs import SMALL, VARIANTS, assert_equal, load, run, small_trainer
 
 from benchmarks.machine import pytorch_threads
-from g2gnet import SpikingStack
+from g2gnet import SpikingNetwork
 from g2gnet.base.seeding import stream
 from g2gnet.base.tensor_files import write_tensors
 from g2gnet.data import DataError, as_samples, load_dataset, random_crop_and_flip, random_erase
@@ -283,11 +283,11 @@ def test_settings_without_effect_may_differ_from_those_of_a_checkpoint(tmp_path)
 def test_evaluation_and_analysis_compute_as_many_steps_at_a_time_as_training(tmp_path, monkeypatch):
     chunks = []
 
-    def noted(self, *arguments, chunk=None, simulate=SpikingStack.simulate, **options):
+    def noted(self, *arguments, chunk=None, simulate=SpikingNetwork.simulate, **options):
         chunks.append(chunk)
         return simulate(self, *arguments, chunk=chunk, **options)
 
-    monkeypatch.setattr(SpikingStack, "simulate", noted)
+    monkeypatch.setattr(SpikingNetwork, "simulate", noted)
     run(tmp_path, epochs=1, limit_train=100, chunk=2)
     assert len(chunks) > 3
     assert set(chunks) == {2}

@@ -30,7 +30,7 @@ from .throughput import QUANTITIES
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs"
-DOCS = ("index", "performance", "results", "first-run", "populations", "connectome")
+DOCS = ("index", "performance", "results", "populations", "connectome")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 #: the record whose picture is on a page
 PICTURED = "scaling-p_inter"

@@ -112,9 +112,9 @@ def test_tensors_on_a_gpu_that_is_too_old_are_refused_beside_a_newer_one(machine
     assert runtime._unavailable(interpreter=False) is None
     with FakeTensorMode():
         older, newer = (torch.empty(3, device=f"cuda:{index}") for index in range(2))
-    assert runtime.refuses(newer) is None
+    assert runtime.refuses("neurons", newer) is None
     reason = "the kernels need a GPU of compute capability 8.0 or more, cuda:0 has 7.5"
-    assert runtime.refuses(older) == runtime.refuses(newer, None, older) == reason
+    assert runtime.refuses("neurons", older) == runtime.refuses("neurons", newer, None, older) == reason
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="an older PyTorch")

@@ -1,4 +1,4 @@
-"""The doctor finds what is wrong, and says what it could not look at; so does the check of kernels at their first use."""
+"""The doctor finds what is wrong, and says what it could not look at; so does the check at first use."""
 
 import logging
 

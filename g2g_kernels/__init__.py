@@ -1,5 +1,6 @@
 """Sparse group-to-group ("g2g") linear layers and fused loops over spiking neurons for PyTorch."""
 
+from g2g_kernels import first_use as first_use  # puts its check where Triton kernels ask for it
 from g2g_kernels.device import select_device
 from g2g_kernels.dispatch import BackendError, available_backends, backend_status
 from g2g_kernels.mask.block_mask import BlockMask

@@ -79,7 +79,7 @@ class Check:
             for name, leaf in self.leaves.items()
         }
         draw = torch.Generator().manual_seed(1)
-        with runtime.assuming(fused=self.fused):  # whatever the cost model says of so small layers
+        with runtime.assuming(fused=self.fused, right=True):  # whatever the cost model says of so small layers
             with torch.autocast(device.type, dtype) if low else torch.enable_grad():
                 results = self.run(leaves, backend)
             weights = [torch.randint(-8, 9, y.shape, generator=draw).to(y) / 8 for y in results.values()]
@@ -233,6 +233,22 @@ def examine(device: torch.device) -> Iterator[tuple[str, list[str]]]:
             for cases, dtype in itertools.product(by_operator.values(), precisions):
                 if backend == "triton" or not cases[0].fused:
                     yield _line(cases, backend, device, dtype)
+
+
+#: the checks of an operator by name, where they have other names
+CHECKED = {"neurons": tuple(MODELS), "g2g_stack": ("g2g_stack", "fused stack", "recurrent")}
+
+
+def first_finding(operator: str, device: torch.device) -> str:
+    """The first thing that is wrong with the Triton kernels of an operator, or ""."""
+    precisions = ALLOWED if device.type == "cuda" else (torch.float32,)  # all that the interpreter computes
+    for check in checks():
+        if check.operator in CHECKED.get(operator, (operator,)):
+            for dtype in precisions:
+                _, wrong = _line([check], "triton", device, dtype)
+                if wrong:
+                    return f"{check.operator}, {str(dtype).removeprefix('torch.')}, {wrong[0]}"
+    return ""
 
 
 def _line(cases: list[Check], backend: str, device: torch.device, dtype: torch.dtype) -> tuple[str, list[str]]:

@@ -178,10 +178,10 @@ def lif_by_autograd(
 
 
 def clamps_alike(beta: torch.Tensor) -> torch.Tensor:
-    """Where torch.clamp(β, 0, 1) has the slope that our neurons give it (in PyTorch 2.15 it has none at 0 and 1)."""
+    """Where torch.clamp(β, 0, 1) has the slope that our neurons give it (before PyTorch 2.15 it has one at 0 and 1)."""
     leaf = beta.detach().clone().requires_grad_()
     leaf.clamp(0, 1).sum().backward()
-    return (leaf.grad == 1) == ((beta >= 0) & (beta <= 1))
+    return (leaf.grad == 1) == ((beta > 0) & (beta < 1))
 
 
 def lif_layer(values, mask: BlockMask, bias, beta, threshold, dropped=None, **options) -> SpikingLayer:

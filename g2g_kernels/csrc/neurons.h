@@ -177,7 +177,10 @@ struct Triangle {
 
 struct Boxcar {
     static constexpr const char* name = "boxcar";
-    static G2G_INLINE Vec derivative(Vec x, float alpha) { return all(alpha) * absolute(x) < all(1.0f) ? all(alpha / 2) : Vec{}; }
+    static G2G_INLINE Vec derivative(Vec x, float alpha) {
+        const Vec z = all(alpha) * absolute(x);
+        return z < all(1.0f) ? all(alpha / 2) : (z >= all(1.0f) ? Vec{} : z);  // NaN stays NaN
+    }
 };
 
 // All options, in the order in which Python numbers them.

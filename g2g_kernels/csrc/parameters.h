@@ -62,7 +62,7 @@ inline void sum_over_samples(const LaneParts& parts, int threads, double* totals
 }
 
 // The gradient of a parameter of `size` neurons from the totals of its lanes.
-// It is zero where clamp(decay, 0, 1) is flat.
+// It is zero where clamp(decay, 0, 1) is flat, and at 0 and 1 themselves.
 template <class Neuron>
 void gradient_of_totals(const Parameter& parameter, bool decay, const double* totals, int64_t lanes, const Neuron& neuron,
                         int64_t size) {
@@ -76,7 +76,7 @@ void gradient_of_totals(const Parameter& parameter, bool decay, const double* to
     }
     if (!parameter.per_neuron) parameter.grad[0] = static_cast<float>(total);
     for (int64_t n = 0; decay && n < (parameter.per_neuron ? size : 1); ++n)
-        if (parameter.value[n] < 0.0f || parameter.value[n] > 1.0f) parameter.grad[n] = 0.0f;
+        if (parameter.value[n] <= 0.0f || parameter.value[n] >= 1.0f) parameter.grad[n] = 0.0f;
 }
 
 // The same from the parts of its lanes.

@@ -244,9 +244,9 @@ def store_partials(
             total = tl.sum(tl.where(inside, sums[i], 0.0), 0)
         else:
             total = tl.sum(tl.where(inside, grad_current, 0.0), 0)
-        if i < DECAYS:  # the clamp's own derivative
+        if i < DECAYS:  # the clamp's own derivative, 0 at its bounds
             decay = tl.load(parameters[i] + neuron * ((PER_NEURON >> i) & 1), mask=exists, other=0.0)
-            total = tl.where((decay < 0) | (decay > 1), 0.0, total)
+            total = tl.where((decay <= 0) | (decay >= 1), 0.0, total)
         if ADD:
             total += tl.load(here + i * apart, mask=exists, other=0.0)
         tl.store(here + i * apart, total, mask=exists)
@@ -329,4 +329,5 @@ def surrogate_derivative(x, alpha, SURROGATE: tl.constexpr):
         return alpha * tl.maximum(1 - alpha * tl.abs(x), 0.0, propagate_nan=tl.PropagateNan.ALL)
     else:
         tl.static_assert(SURROGATE == "boxcar")
-        return tl.where(alpha * tl.abs(x) < 1, alpha * 0.5, 0.0)
+        scaled = alpha * tl.abs(x)
+        return tl.where(scaled < 1, alpha * 0.5, tl.where(scaled >= 1, 0.0, scaled))  # NaN stays NaN

@@ -100,8 +100,18 @@ def only_by_name() -> str | None:
     return "its interpreter is for checking values; ask for it by name" if interpreted() else None
 
 
-def refuses(*tensors: torch.Tensor | None) -> str | None:
-    """Why kernels cannot serve these tensors, or None: a wrong device or number format."""
+def _unchecked(operator: str, index: int | None) -> str | None:
+    return None
+
+
+#: of an operator and the number of a GPU (None: the interpreter): why its kernels are not to be used there, or None;
+#: ``g2g_kernels/first_use.py`` puts its check here
+first_use = _unchecked
+
+
+def refuses(operator: str, *tensors: torch.Tensor | None) -> str | None:
+    """Why kernels of an operator cannot serve these tensors, or None: a wrong device or number format, or kernels that
+    are wrong on this card."""
     device_type = "cpu" if interpreted() else "cuda"
     for device, dtype in dict.fromkeys([(tensor.device, tensor.dtype) for tensor in tensors if tensor is not None]):
         if device.type != device_type:
@@ -110,7 +120,7 @@ def refuses(*tensors: torch.Tensor | None) -> str | None:
             return reason
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"needs float32, float16 or bfloat16 tensors, not {dtype}"
-    return None
+    return None if assumed.right or _recorded is not None else first_use(operator, device.index)
 
 
 def input_precision() -> str:
@@ -174,11 +184,12 @@ CARDS = {
 class Assumptions(NamedTuple):
     """What holds inside :func:`assuming`: tensors on no GPU are on the card of that ``architecture``, a key of
     :data:`CARDS`; whatever the rules say, products are ``dense`` or none is, and layers that can be ``fused`` are or
-    none is (None: the rules decide)."""
+    none is (None: the rules decide); kernels are ``right``, so that they are not checked at their first use."""
 
     architecture: str = "sm_90"
     dense: bool | None = None
     fused: bool | None = None
+    right: bool = False
 
 
 assumed = Assumptions()

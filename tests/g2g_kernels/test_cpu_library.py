@@ -15,7 +15,7 @@ from g2g_kernels.cpu import interface, library
 from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.plans import plan_for
 from g2g_kernels.ops.neurons.cpu import neuron_arguments
-from g2g_kernels.ops.neurons.models import MODELS, Neurons
+from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
@@ -50,8 +50,8 @@ def test_a_library_with_other_fields_is_refused_by_the_name_of_the_first(old, ne
 @pytest.mark.parametrize(
     ("name", "names", "difference"),
     [
-        ("resets", ("zero", "subtract"), "resets is 'subtract zero none' there and 'zero subtract' here"),
-        ("surrogates", (*SURROGATES, "more"), "surrogates is 'atan fast_sigmoid sigmoid triangle boxcar' there and"),
+        ("resets", ("zero", "subtract"), f"resets is '{' '.join(RESETS)}' there and 'zero subtract' here"),
+        ("surrogates", (*SURROGATES, "more"), f"surrogates is '{' '.join(SURROGATES)}' there and"),
         ("models", (*MODELS, "more"), "models is 'lif synaptic.*' there and 'lif synaptic.* more' here"),
         ("lif.parameters", ("threshold", "beta"), "lif.parameters is 'beta threshold' there and 'threshold beta' here"),
         ("lif.decays", (), "lif.decays is 'beta' there and '' here"),
@@ -88,8 +88,14 @@ def test_the_structures_lie_in_memory_as_the_compiler_lays_them_out(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("option", ["model", "reset", "surrogate"])
-@pytest.mark.parametrize("number", [-1, 5, 2**31 - 1])
+@pytest.mark.parametrize(
+    ("option", "number"),
+    [
+        (option, number)
+        for option, names in (("model", MODELS), ("reset", RESETS), ("surrogate", SURROGATES))
+        for number in (-1, len(names), 2**31 - 1)
+    ],
+)
 @pytest.mark.parametrize("kernel", ["g2g_neurons", "g2g_stack"])
 def test_a_number_that_no_option_has_is_refused(option, number, kernel):
     """Both kernels choose by all three options. The number stops a call before it reads anything."""

@@ -1,13 +1,16 @@
-"""The doctor finds what is wrong, and says what it could not look at."""
+"""The doctor finds what is wrong, and says what it could not look at; so does the check at first use."""
+
+import logging
 
 import pytest
 import torch
 
-from g2g_kernels import BackendError, backend_status, doctor
+from g2g_kernels import BackendError, backend_status, dispatch, doctor, first_use, lif
 from g2g_kernels.ops import neurons as neurons_package
 from g2g_kernels.ops.g2g_stack import operator as g2g_stack_operator
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons import operator as neurons_operator
+from g2g_kernels.triton import runtime
 
 CPU = torch.device("cpu")
 EVERY = list(doctor.checks())  # whose references are computed once
@@ -139,3 +142,111 @@ def test_what_a_backend_declines_is_told_and_is_no_failure(monkeypatch, capsys, 
     assert "bfloat16  not served: only in float32" in capsys.readouterr().out
     with pytest.raises(BackendError):
         neurons_package.lif(torch.zeros(2, 3, dtype=torch.float16), 0.9, 1.0, backend="cpu")
+
+
+INTERPRETED = runtime.interpreted() and runtime.unavailable() is None
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
+if INTERPRETED:
+    import triton
+    from triton import language as tl
+
+    from g2g_kernels.triton import neuron
+
+    right_derivative = neuron.surrogate_derivative
+
+    @triton.jit
+    def twice_the_derivative(x, alpha, SURROGATE: tl.constexpr):  # noqa: N803
+        return 2 * right_derivative(x, alpha, SURROGATE)
+
+
+@pytest.fixture
+def new_process(monkeypatch, tmp_path, caplog):
+    """Makes this process one that has used no Triton kernel and takes them by default: ``lif`` of ones on them."""
+    monkeypatch.setenv("G2G_CHECK", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(doctor, "checks", lambda: iter([check for check in CHECKS if check.operator == "lif"][:1]))
+    by_default = dispatch.BACKENDS["triton"]._replace(only_by_name=lambda: None)
+    monkeypatch.setitem(dispatch.BACKENDS, "triton", by_default)
+    caplog.set_level(logging.INFO, logger="g2g_kernels")
+
+    def run() -> tuple[bool, list[str]]:
+        """Whether they served the call, and what the log says of them."""
+        monkeypatch.setattr(first_use, "_found", {})
+        caplog.clear()
+        current, own = torch.ones(2, 1, 1), neurons_package.Neurons("lif", (torch.ones(1), torch.ones(1)))
+        chosen = neurons_operator.choose(current, own, None)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            assert lif(current, 1.0, 1.5).flatten().tolist() == [0, 1]
+        return (chosen is neurons_operator._implementations["triton"][0], [
+            message for message in caplog.messages if message.startswith(("Triton kernels", "What an earlier"))
+        ])  # fmt: skip
+
+    return run
+
+
+@needs_interpreter
+def test_kernels_are_compared_before_their_first_use_once_for_a_card_its_versions_and_sources(
+    new_process, monkeypatch, tmp_path
+):
+    served, said = new_process()
+    assert served
+    assert len(said) == 1
+    assert "Triton kernels of neurons compared with plain PyTorch on Triton's interpreter, PyTorch 2." in said[0]
+    assert f" s; kept in {tmp_path}" in said[0]
+    assert new_process() == (True, [])  # the next process reads that
+    for name in ("sources", "card"):
+        with monkeypatch.context() as other:
+            other.setattr(first_use, name, lambda *_: "another")
+            assert len(new_process()[1]) == 1
+            assert new_process() == (True, [])
+    monkeypatch.setenv("G2G_CHECK", "0")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    assert new_process() == (True, [])
+    monkeypatch.setenv("G2G_CHECK", "1")
+
+
+@needs_interpreter
+def test_kernels_that_are_wrong_are_not_used_and_a_warning_says_which(new_process, monkeypatch, caplog):
+    with monkeypatch.context() as faulty:
+        faulty.setattr(neuron, "surrogate_derivative", twice_the_derivative)  # a fault in a kernel
+        served, said = new_process()
+    assert not served
+    assert [record.levelname for record in caplog.records if record.message in said] == ["INFO", "WARNING"]
+    finding = "lif, float32, reset subtract, surrogate atan: ∂current by 1.0e+00"
+    assert "neurons are not used, because they are wrong on Triton's interpreter" in said[1]
+    assert finding in said[1]
+    assert "report this line with the output of `python -m g2g_kernels.doctor`" in said[1]
+    with pytest.raises(BackendError, match=r"triton: its kernels failed the check at their first use \(lif, float32"):
+        lif(torch.ones(2, 1, 1), 1.0, 1.5, backend="triton")
+    assert first_use.refuses("g2g_linear", None) is None  # the others are still used
+    served, said = new_process()  # the next process knows
+    assert not served
+    assert len(said) == 1
+    monkeypatch.setenv("G2G_CHECK", "0")
+    assert new_process() == (True, [])
+
+
+@needs_interpreter
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"operator": "g2g_stack", "found": ""}', b"\xff", None], ids=str)
+def test_a_finding_that_cannot_be_read_or_kept_stops_nothing(content, new_process, monkeypatch, tmp_path):
+    if content is None:
+        (tmp_path / "g2g").write_text("no folder")
+    else:
+        path = first_use._kept(("neurons", first_use.card(None)))
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    served, said = new_process()
+    assert served
+    assert said[0].startswith("What an earlier check of the Triton kernels found cannot be read (")
+    assert ("this cannot be kept for the next process: " if content is None else "kept in") in said[1]
+    assert len(new_process()[1]) == (2 if content is None else 0)
+
+
+@needs_interpreter
+def test_no_check_runs_while_calls_are_traced(new_process, monkeypatch):
+    monkeypatch.setattr(first_use, "_check", lambda *_: pytest.fail("a check began"))
+    x, compiled = torch.ones(2, 1, 1), torch.compile(lambda x: lif(x, 1.0, 1.5), backend="eager")
+    with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+        assert first_use.refuses("neurons", None) is None
+    monkeypatch.setattr(first_use, "_found", {})
+    assert compiled(x).flatten().tolist() == [0, 1]

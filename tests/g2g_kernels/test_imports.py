@@ -21,7 +21,7 @@ LAYERS = {
         ("ops.derivatives", "ops.checks", "ops.record", "ops.flops"),
         ("ops.neurons", "ops.g2g_linear"),
         ("ops.g2g_stack",),
-        ("ops", "doctor", ""),
+        ("ops", "doctor", "first_use", ""),
     ),
     "g2gnet": (
         ("base",),

@@ -107,14 +107,15 @@ def test_the_interpreter_is_asked_for_by_the_environment(monkeypatch, value, exp
 def test_tensors_on_a_gpu_that_is_too_old_are_refused_beside_a_newer_one(machine, monkeypatch):
     machine(capabilities=((7, 5), (8, 6)))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("G2G_CHECK", "0")  # the mocked machine has no driver to name its card
     # PyTorch 2.8 asks for the driver there
     monkeypatch.setattr("torch._subclasses.fake_tensor.init_gpu_context", lambda *_: None, raising=False)
     assert runtime._unavailable(interpreter=False) is None
     with FakeTensorMode():
         older, newer = (torch.empty(3, device=f"cuda:{index}") for index in range(2))
-    assert runtime.refuses(newer) is None
+    assert runtime.refuses("neurons", newer) is None
     reason = "the kernels need a GPU of compute capability 8.0 or more, cuda:0 has 7.5"
-    assert runtime.refuses(older) == runtime.refuses(newer, None, older) == reason
+    assert runtime.refuses("neurons", older) == runtime.refuses("neurons", newer, None, older) == reason
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="an older PyTorch")

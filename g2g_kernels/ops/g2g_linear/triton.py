@@ -421,7 +421,7 @@ def weight_gradient(grad_y: torch.Tensor, x: torch.Tensor, units: Units, dtype: 
 
 def refuses(x: torch.Tensor, values: torch.Tensor, mask: BlockMask, bias: torch.Tensor | None) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    reason = runtime.refuses(None if x.dtype == torch.uint8 else x, values, bias)
+    reason = runtime.refuses("g2g_linear", None if x.dtype == torch.uint8 else x, values, bias)
     if reason is None and runtime.autocast_dtype(x.device.type) is None and x.dtype not in (values.dtype, torch.uint8):
         reason = f"needs x and values of one dtype (or autocast), not {x.dtype} and {values.dtype}"
     return reason or too_large(mask)

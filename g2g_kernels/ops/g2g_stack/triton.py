@@ -506,7 +506,7 @@ def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) 
     tensors, _ = opened((x, *layers))
     if UNREAD and (unread_field := refuses_fields(UNREAD, layers)):
         return unread_field
-    reason = runtime.refuses(*[tensor for tensor in tensors if tensor.is_floating_point()])
+    reason = runtime.refuses("g2g_stack", *[tensor for tensor in tensors if tensor.is_floating_point()])
     if reason is None and runtime.autocast_dtype(x.device.type) is None:
         dtypes = {x.dtype, *(values.dtype for layer in layers for values, *_ in layer.connections(0))}
         if len(dtypes) > 1:

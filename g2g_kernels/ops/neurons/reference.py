@@ -174,5 +174,5 @@ def _as_parameter(total: torch.Tensor, parameter: torch.Tensor, clamped: bool) -
     """The gradient of a scalar or per-neuron parameter from each neuron's and sample's contribution."""
     grad = total.sum_to_size((total.shape[-1],) if parameter.numel() > 1 else (1,))
     if clamped:
-        grad = grad.masked_fill((parameter < 0) | (parameter > 1), 0)  # the clamp's own derivative
+        grad = grad.masked_fill((parameter <= 0) | (parameter >= 1), 0)  # the clamp's own derivative, 0 at its bounds
     return grad.reshape(parameter.shape).to(parameter.dtype)

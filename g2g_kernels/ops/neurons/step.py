@@ -198,5 +198,5 @@ def in_steps(
 
 
 def _clamped(decay: torch.Tensor) -> torch.Tensor:
-    """clamp(decay, 0, 1) with a slope at 0 and 1 themselves, whatever torch.clamp has there (PyTorch 2.15 has none)."""
-    return torch.where((decay < 0) | (decay > 1), decay.detach().clamp(0, 1), decay)
+    """clamp(decay, 0, 1), without a slope at 0 and 1 themselves, where torch.clamp has one before PyTorch 2.15."""
+    return torch.where((decay <= 0) | (decay >= 1), decay.detach().clamp(0, 1), decay)

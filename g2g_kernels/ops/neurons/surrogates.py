@@ -1,5 +1,6 @@
 """Surrogate derivatives of the spike S = 1[U > θ], as functions of x = U − θ and the sharpness α: of smooth steps from
-0 to 1, the *primitives*. At the default α = 2 all have unit area, so they are interchangeable."""
+0 to 1, the *primitives*. At the default α = 2 all have unit area, so they are interchangeable. All are 0 at ±∞, and NaN
+at NaN."""
 
 import math
 from collections.abc import Callable
@@ -26,8 +27,8 @@ def _sigmoid_derivative(x: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def _clamp(x: torch.Tensor, most: float) -> torch.Tensor:
-    """x from −most to most, with slope 1 in between, at both ends, and at NaN."""
-    return torch.where(x.abs() > most, x.detach().clamp(-most, most), x)
+    """x from −most to most, with slope 1 in between and at NaN, and 0 at both ends."""
+    return torch.where(x.abs() >= most, x.detach().clamp(-most, most), x)
 
 
 def _fast_sigmoid_primitive(x: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -41,9 +42,8 @@ def _triangle_primitive(x: torch.Tensor, alpha: float) -> torch.Tensor:
 
 
 def _boxcar_primitive(x: torch.Tensor, alpha: float) -> torch.Tensor:
-    # clamp(α·x/2, −1/2, 1/2) + 1/2, whose slope at |x| = 1/α itself is 0 whatever torch.clamp has there
-    z = alpha * x
-    return torch.where(z.abs() < 1, z / 2, z.detach().clamp(-1, 1) / 2) + 0.5
+    z = _clamp(alpha * x, 1)
+    return z / 2 + 0 * z * z + 0.5  # the slope at NaN is NaN
 
 
 SURROGATES: dict[str, Surrogate] = {
@@ -62,6 +62,6 @@ SURROGATES: dict[str, Surrogate] = {
     ),
     # α/2 where |x| < 1/α: Wu et al. 2018
     "boxcar": Surrogate(
-        lambda x, alpha: (alpha / 2) * (alpha * x.abs() < 1).to(x.dtype), _boxcar_primitive, compact=True
+        lambda x, alpha: (alpha / 2 + 0 * x).masked_fill(alpha * x.abs() >= 1, 0), _boxcar_primitive, compact=True
     ),
 }

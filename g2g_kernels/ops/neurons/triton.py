@@ -356,7 +356,7 @@ def refuses(
         return "needs currents that are not empty"
     if math.prod(current.shape[0 if steps else 1 :]) >= 1 << 31:
         return "serves fewer than 2³¹ neurons × samples per step"
-    return runtime.refuses(current, *population.parameters, state)
+    return runtime.refuses("neurons", current, *population.parameters, state)
 
 
 def neurons(

@@ -226,10 +226,9 @@ def check_fused(dtype: torch.dtype, run: Callable[[torch.dtype, str], dict]) -> 
 
 
 @every_half
-@pytest.mark.parametrize("threshold", [1e-3, 10.0, 100.0, 1e4, 1e9, -1e5, math.inf, math.nan])
+@pytest.mark.parametrize("threshold", [1e-3, 10.0, 100.0, 1e4, 1e9, -1e5, math.inf])
 def test_a_fused_layer_far_from_its_threshold(dtype, threshold):
     """The gradients of last states are those of an integrator, whose membrane 16 bits of θ − U would not have."""
-    options = {"reset": "none", "surrogate": "boxcar" if math.isnan(threshold) else "atan"}  # NaN in others
 
     def drawn(number: int) -> Stack:
         stack = rounded(Stack(IN_ORDER, None, batch=3, seed=1000 * number), dtype)
@@ -240,7 +239,7 @@ def test_a_fused_layer_far_from_its_threshold(dtype, threshold):
 
     def run(of: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
         leaves = stack.leaves(of, device_of(backend))
-        activity = g2g_stack(leaves["x"], stack.layers(leaves, **options), backend=backend)
+        activity = g2g_stack(leaves["x"], stack.layers(leaves, reset="none"), backend=backend)
         last = activity.states[1]
         ((last * torch.randn(last.shape, generator=seeded(3)).to(last)).sum() + activity.counts.sum()).backward()
         return {name: leaf.grad.cpu() for name, leaf in leaves.items()}

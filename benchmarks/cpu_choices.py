@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 
-from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
+from g2g_kernels import BlockMask, Connection, GroupLayout, Neurons, Population, g2g_stack
 from g2g_kernels.cpu import library
 from g2g_kernels.ops.g2g_stack import cpu as stack
 
@@ -110,11 +110,11 @@ class Layers:
         # the spread of the currents is that of the threshold, so that some membranes are near it and some spike
         spread = (size * point.density * point.rate) ** -0.5
         self.layers = []
-        for _ in range(of.layers):
+        for number in range(of.layers):
             options = {"p_intra": point.density, "p_inter": point.density, "block_size": point.unit}
             mask = BlockMask.sample(layout, layout, **options, generator=draw)  # type: ignore[arg-type]
             values = mask.pack(spread * torch.randn(size, size, generator=draw)).requires_grad_()
-            self.layers.append(SpikingLayer(values, mask, None, neurons))
+            self.layers.append(Population(neurons, (Connection("linear", values, mask, number - 1),)))
         self.x = (torch.rand(point.T, point.B, size, generator=draw) < point.rate).float()
 
     @torch.no_grad()
@@ -126,7 +126,7 @@ class Layers:
     def backward(self, inputs: bool) -> Run:
         """The gradient of the weights, and that of the inputs, too."""
         counts = g2g_stack(self.x.requires_grad_(inputs), self.layers, backend="cpu").counts
-        wanted = [*(layer.values for layer in reversed(self.layers)), *([self.x] if inputs else [])]
+        wanted = [*(layer.connections[0].values for layer in reversed(self.layers)), *([self.x] if inputs else [])]
         grad = torch.randn(counts.shape, generator=torch.Generator().manual_seed(1))
         return lambda: torch.autograd.grad(counts, wanted, grad, retain_graph=True)[-1]
 

@@ -1,14 +1,17 @@
 """Which backend serves a call.
 
-Every operator registers one implementation per backend, with a function that says *why* it cannot serve a call. A call
-goes to the first backend in :data:`BACKENDS` that serves it, or to the one forced by the ``backend`` argument or the
-environment variable ``G2G_BACKEND``. The log names each backend once; operators are at debug level.
+Every operator has a table of ways to compute it, one or several for each backend, each with a function that says *why*
+it cannot serve a call. A call goes to the first way that serves it, in the order of :data:`BACKENDS`, or of those of the
+backend forced by the ``backend`` argument or the environment variable ``G2G_BACKEND``. The log names each backend once;
+operators are at debug level, and at info level where a faster way was refused.
 """
 
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from operator import itemgetter
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -106,69 +109,127 @@ def require_backend(backend: str | None) -> None:
         )
 
 
+class Way(NamedTuple):
+    """One way to compute an operator.
+
+    Attributes:
+        name: what logs and errors call it.
+        run: takes the arguments of a call.
+        refuses: takes the same, and says why this way cannot serve them, or None.
+    """
+
+    name: str
+    run: Callable
+    refuses: Callable[..., str | None]
+
+
+class Choice(NamedTuple):
+    """Which way serves a call of an operator, and why none of those before it does.
+
+    Attributes:
+        operator: its name.
+        way: the one that serves.
+        reasons: of each way before it, or of a whole backend, by name.
+    """
+
+    operator: str
+    way: Way
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        passed_over = [f"  not {each}" for each in listed(self.reasons)]
+        return "\n".join([f"{self.operator} runs by {self.way.name}", *passed_over])
+
+
+def listed(reasons: Mapping[str, str]) -> list[str]:
+    """``names: reason`` of each reason, those of neighbours that are equal together."""
+    of_names = [([name for name, _ in same], reason) for reason, same in groupby(reasons.items(), key=itemgetter(1))]
+    return [f"{', '.join(names)}: {reason}" for names, reason in of_names]
+
+
+#: the key of ways that call operators of any backend, or of the forced one; they come before those of plain PyTorch
+ANY = "any"
+
+
 class Operator:
-    """The implementations of one operator, one per backend."""
+    """The table of the ways to compute one operator: those of each backend, in order of preference."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self._implementations: dict[str, tuple[Callable, Callable[..., str | None]]] = {}
+        self.ways: dict[str, tuple[Way, ...]] = {}
 
-    def register(self, backend: str, function: Callable, refuses: Callable[..., str | None] | None = None) -> None:
-        """Adds an implementation; ``refuses`` takes the same arguments and says why it cannot serve them, or None."""
-        self._implementations[backend] = (function, refuses or (lambda *args: None))
+    def register(
+        self, backend: str, function: Callable, refuses: Callable[..., str | None] | None = None, way: str = ""
+    ) -> None:
+        """Adds a way behind the others of a backend, or replaces the one of that name (the backend's, if empty);
+        ``refuses`` takes the same arguments as the function and says why it cannot serve them, or None."""
+        added = Way(way or backend, function, refuses or (lambda *args: None))
+        own = {each.name: each for each in self.ways.get(backend, ())} | {added.name: added}
+        self.ways[backend] = tuple(own.values())
 
-    def register_module(self, backend: str, load: Callable[[], ModuleType]) -> None:
+    def register_module(self, backend: str, load: Callable[[], ModuleType], way: str = "") -> None:
         """Adds a module, imported by ``load`` at the first call: a function of the operator's name, and ``refuses``."""
         self.register(
             backend,
             lambda *args, **kwargs: getattr(load(), self.name)(*args, **kwargs),
             lambda *args: load().refuses(*args),
+            way,
         )
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
-        return self.choose(*args, backend=backend)(*args)
+        return self.choose(*args, backend=backend).way.run(*args)
 
     def candidates(self) -> tuple[Any, ...]:
-        """What a choice depends on besides the call: all backends, their implementations, and the one in force."""
-        return *BACKENDS.values(), *self._implementations.items(), _environment()
+        """What a choice depends on besides the call: all backends, their ways, and the one in force."""
+        return *BACKENDS.values(), *self.ways.values(), _environment()
 
-    def prefers(self, name: str, *args: Any, backend: str | None = None) -> bool:
-        """Whether a call goes to the backend ``name``, which is asked first, or is forced to."""
-        forced = forced_backend(backend)
-        return forced == name if forced else self._refuses(name, args, forced) is None
+    def in_order(self, forced: str | None = None) -> list[str]:
+        """The backends that are asked, :data:`ANY` among them."""
+        names = [forced] if forced else [*BACKENDS]
+        if ANY not in self.ways:
+            return names
+        compiled = [name for name in names if BACKENDS[name].preference > 0]
+        return [*compiled, ANY, *names[len(compiled) :]]
 
-    def _refuses(self, name: str, args: tuple[Any, ...], forced: str | None) -> str | None:
-        """Why a backend does not serve a call, or None."""
-        reason = BACKENDS[name].unavailable() or (None if forced else BACKENDS[name].only_by_name())
-        if reason:
-            return reason
-        return self._implementations[name][1](*args) if name in self._implementations else f"has no {self.name}"
-
-    def choose(self, *args: Any, backend: str | None = None) -> Callable:
-        """The implementation of the forced or the first backend that serves; BackendError with every reason."""
+    def find(self, *args: Any, backend: str | None = None) -> tuple[str | None, Way | None, dict[str, str]]:
+        """The first way, of the forced backend if there is one, that serves, and that backend; None: no way does. And
+        the reasons of those before it."""
         forced = forced_backend(backend)
         reasons: dict[str, str] = {}
-        for name in (forced,) if forced else BACKENDS:
-            reason = self._refuses(name, args, forced)
-            if reason is None:
-                if not is_traced():
-                    _log_choice(self.name, name, tuple(reasons.items()))
-                return self._implementations[name][0]
-            reasons[name] = reason
-        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        asked = f"backend {forced!r}" if forced else "no backend"
-        raise BackendError(f"{asked} {'cannot serve' if forced else 'serves'} this call of {self.name}: {listed}")
+        for name in self.in_order(forced):
+            if name != ANY:
+                reason = BACKENDS[name].unavailable() or (None if forced else BACKENDS[name].only_by_name())
+                if reason or name not in self.ways:
+                    reasons[name] = reason or f"has no {self.name}"
+                    continue
+            for way in self.ways[name]:
+                reason = way.refuses(*args)
+                if reason is None:
+                    return name, way, reasons
+                reasons[way.name] = reason
+        return None, None, reasons
+
+    def choose(self, *args: Any, backend: str | None = None) -> Choice:
+        """What :meth:`find` finds; BackendError with every reason if it finds none. The log says so once."""
+        name, way, reasons = self.find(*args, backend=backend)
+        if name is None or way is None:
+            forced = forced_backend(backend)
+            asked = f"backend {forced!r} cannot serve" if forced else "no backend serves"
+            raise BackendError(f"{asked} this call of {self.name}: {'; '.join(listed(reasons))}")
+        if not is_traced():
+            _log_choice(self.name, name, way.name, tuple(reasons.items()))
+        return Choice(self.name, way, reasons)
 
 
 @functools.cache
-def _log_choice(operator: str, backend: str, reasons: tuple[tuple[str, str], ...]) -> None:
-    passed_over = "; ".join(f"{name}: {reason}" for name, reason in reasons)
-    logger.debug("%s runs on backend %s%s", operator, backend, f" ({passed_over})" if reasons else "")
-    chosen = BACKENDS[backend]
-    if reasons and not chosen.preference:  # nothing faster is left, which the reader may be able to mend
-        logger.info("Backend of %s: %s, which is slower (%s)", operator, chosen.title or backend, passed_over)
-    else:
-        _name_backend(chosen.title or backend)
+def _log_choice(operator: str, backend: str, way: str, reasons: tuple[tuple[str, str], ...]) -> None:
+    passed_over = "; ".join(listed(dict(reasons)))
+    logger.debug("%s runs by %s%s", operator, way, f" ({passed_over})" if reasons else "")
+    title = way if backend == ANY else BACKENDS[backend].title or backend
+    if reasons and (backend == ANY or not BACKENDS[backend].preference):  # the reader may be able to change that
+        logger.info("Backend of %s: %s, which is slower (%s)", operator, title, passed_over)
+    elif backend != ANY:
+        _name_backend(title)
 
 
 @functools.cache

@@ -27,11 +27,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from g2g_kernels.device import select_device
-from g2g_kernels.dispatch import BACKENDS, BackendError, available_backends, backend_status
+from g2g_kernels.dispatch import ANY, BACKENDS, BackendError, available_backends, backend_status
 from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.mask.groups import GroupLayout
 from g2g_kernels.ops.g2g_linear import g2g_linear
-from g2g_kernels.ops.g2g_stack import Recurrent, SpikingLayer, g2g_stack
+from g2g_kernels.ops.g2g_stack import WAYS, Connection, Delay, Population, g2g_stack
 from g2g_kernels.ops.neurons import MODELS, Neurons, neurons
 from g2g_kernels.ops.neurons.models import RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -172,16 +172,18 @@ def _neurons(model: str, reset: str, surrogate: str, leaves: Tensors, backend: s
 def _stack(
     masks: Sequence[BlockMask], own: BlockMask | None, with_rates: bool, leaves: Tensors, backend: str
 ) -> Tensors:
-    """Layers of these masks, each with weights of its own if there are as many; ``own``: of the recurrent ones."""
+    """A chain of these masks, each with weights of its own if there are as many; ``own``: of recurrent connections."""
     rest = list(leaves.values())
-    recurrent = None if own is None else Recurrent(rest.pop(0), _on_device(own, rest[0]))
+    joined = None if own is None else rest.pop(0)
     x = rest.pop(0)
     weights = itertools.cycle(zip(*[iter(rest)] * 4, strict=True))
-    layers = [
-        SpikingLayer(values, _on_device(mask, x), bias, Neurons("lif", (beta, threshold)), recurrent=recurrent)
-        for mask, (values, bias, beta, threshold) in zip(masks, weights, strict=False)
-    ]
-    activity = g2g_stack(x, layers, STEPS, backend=backend)
+    populations = []
+    for number, (mask, (values, bias, beta, threshold)) in enumerate(zip(masks, weights, strict=False)):
+        connections = [Connection("linear", values, _on_device(mask, x), number - 1, bias=bias)]
+        if own is not None:
+            connections.append(Connection("linear", joined, _on_device(own, x), number, Delay(1, 1)))
+        populations.append(Population(Neurons("lif", (beta, threshold)), tuple(connections)))
+    activity = g2g_stack(x, populations, STEPS, backend=backend)
     rates = {f"rates {i}": rates for i, rates in enumerate(activity.rates, 1)}
     return {"counts": activity.counts, **(rates if with_rates else {})}
 
@@ -218,6 +220,10 @@ def describe() -> str:
     for name, reason in backend_status().items():
         detail = None if reason else BACKENDS[name].detail()
         lines.append(f"  {name:<9} {f'no: {reason}' if reason else f'yes ({detail})' if detail else 'yes'}")
+    lines += ["", "ways to run a network, the first that does not refuse (net.explain(x) says which)"]
+    for backend in WAYS.in_order():
+        reason = None if backend == ANY else backend_status()[backend]
+        lines += [f"  {way.name:<18} {f'no: {reason}' if reason else 'yes'}" for way in WAYS.ways.get(backend, ())]
     forced = os.environ.get("G2G_BACKEND")
     return "\n".join([*lines, *([f"  G2G_BACKEND={forced} forces one"] if forced else []), ""])
 

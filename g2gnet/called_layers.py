@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from torch.nn.modules import module as every_module
 
-from g2g_kernels import Activity, SpikingLayer, neurons_step
-from g2g_kernels.ops.g2g_stack import Connection, Delay, NeuronState, StackState, Synapses, check_dropped
+from g2g_kernels import Activity, neurons_step
+from g2g_kernels.dispatch import ANY
+from g2g_kernels.ops.g2g_stack import WAYS, Call, StackState, Synapses, check_dropped
 from g2g_kernels.ops.g2g_stack.delays import LateSpikes
-from g2g_kernels.ops.g2g_stack.reference import GraphRun, LayerFunctions, activity_of, graph_of
+from g2g_kernels.ops.g2g_stack.reference import GraphRun, PopulationFunctions, activity_of, graph_of
 from g2g_kernels.ops.g2g_stack.schedule import components_of
 from g2g_kernels.ops.g2g_stack.synaptic_operations import Received
 from g2g_kernels.ops.neurons.checks import check_states
@@ -23,20 +24,13 @@ from g2gnet.neurons import SpikingNeurons
 logger = logging.getLogger("g2gnet")
 
 
-class Called(NamedTuple):
-    """A population as modules: the name, module and size of its neurons, and (name, module, number of the source, delay
-    or None) of each connection to them."""
+class ModulesOf(NamedTuple):
+    """The modules of a population: the name, module and size of its neurons, and (name, module) of each connection."""
 
     name: str
     neurons: Any
     size: int
-    connections: list[tuple[str, Any, int, Delay | None]]
-
-
-class _Sizes(NamedTuple):
-    """Stands for a mask where modules have the weights."""
-
-    shape: tuple[int, int]
+    connections: list[tuple[str, Any]]
 
 
 class OwnHook:
@@ -82,113 +76,80 @@ def _why_each(modules: Mapping[str, Any], populations: Sequence[str]) -> str | N
     return None
 
 
-def run_called(
-    x: torch.Tensor,
-    populations: Sequence[Called],
-    dropped: Sequence[torch.Tensor | None] | None,
-    scale: float,
-    steps: int | None,
-    reason: str,
-    spikes: bool,
-) -> Activity:
-    """The activity of populations by calls of their modules; those on a cycle are called at every step. ``dropped`` are
-    the neurons that each drops, whose others send ``scale`` times as much; ``reason`` is logged once; ``spikes``:
-    whether spikes over time have a gradient. Raises TypeError if a hook on neurons that take steps, or a forward of
-    their own, would be left out.
+class CalledModules:
+    """Calls the modules of a network in turn; those on a cycle at every step.
+
+    Args:
+        why: what only a call of a module runs.
+        modules: of each population.
+        scale: what the output of neurons that are not dropped is multiplied by.
     """
-    if not is_traced():
-        _say_that_layers_are_called(reason)
-    records = _records(populations, dropped)
-    stepping = {number for each in components_of(graph_of(records)) if each.period for number in each.members}
-    functions = []
-    for number, (population, record) in enumerate(zip(populations, records, strict=True)):
-        products = [
-            partial(_call, name, connection, 1.0 if source < 0 or dropped is None else scale, population.size)
-            for name, connection, source, _ in population.connections
-        ]
-        if number not in stepping:
-            functions.append(LayerFunctions(products, partial(_call_neurons, number, population, record.dropped)))
-            continue
-        if unrun := _why_each({population.name: population.neurons}, [population.name]):
-            raise TypeError(
-                f"{unrun}, which would not be run: neurons on a cycle take steps. Put hooks on a "
-                f"connection, as {population.connections[-1][0]}, or take steps with step(x, state)"
-            )
-        functions.append(LayerFunctions(products, partial(_step_neurons, population.neurons)))
-    trains = GraphRun(x, records, functions, steps).turn().spikes
-    activity = activity_of(trains, None, differentiable=spikes)
-    return replaced(activity, synapses=_synapses(x, populations, trains, steps))
+
+    def __init__(self, why: str, modules: Sequence[ModulesOf], scale: float) -> None:
+        self.why, self._modules, self._scale = why, modules, scale
+
+    def run(self, call: Call) -> Activity:
+        """The activity; TypeError if a hook on neurons that take steps, or a forward of their own, would be left
+        out."""
+        graph = graph_of(call.populations)
+        stepping = {number for each in components_of(graph) if each.period for number in each.members}
+        functions = []
+        for number, (modules, population) in enumerate(zip(self._modules, call.populations, strict=True)):
+            products = [
+                partial(_call, name, module, 1.0 if each.source < 0 else self._scale, modules.size)
+                for (name, module), each in zip(modules.connections, population.connections, strict=True)
+            ]
+            if number not in stepping:
+                neurons: Any = partial(_call_neurons, number, modules, population.dropped)
+            elif unrun := _why_each({modules.name: modules.neurons}, [modules.name]):
+                raise TypeError(
+                    f"{unrun}, which would not be run: neurons on a cycle take steps. Put hooks on a "
+                    f"connection, as {modules.connections[-1][0]}, or take steps with step(x, state)"
+                )
+            else:
+                neurons = partial(_step_neurons, modules.neurons)
+            functions.append(PopulationFunctions(modules.size, products, neurons))
+        trains = GraphRun(call, functions).turn().spikes
+        activity = activity_of(trains, None, differentiable=call.spikes)
+        return replaced(activity, synapses=self._synapses(call, trains))
+
+    def _synapses(self, call: Call, trains: Sequence[torch.Tensor]) -> Synapses | None:
+        """What the synaptic operations of such a run are counted from; None where they cannot be."""
+        received: list[list[Received]] = []
+        for modules, population in zip(self._modules, call.populations, strict=True):
+            received.append([])
+            for (_, module), each in zip(modules.connections, population.connections, strict=True):
+                if is_traced() or not isinstance(module, G2GLinear):
+                    return None
+                sent, held = (call.x, call.steps) if each.source < 0 else (trains[each.source], None)
+                late = None if each.delay is None else LateSpikes(sent, each.delay, None, held)
+                received[-1].append(Received(*module.weights(), each.source, late))
+        return Synapses(call.x, call.steps, received)
 
 
-def _records(
-    populations: Sequence[Called],
-    dropped: Sequence[torch.Tensor | None] | None,
-    states: Sequence[Any] | None = None,
-    sent: Sequence[torch.Tensor | None] | None = None,
-) -> list[SpikingLayer]:
-    """Records of the populations without weights and neurons, which stay in the modules."""
-    records = []
-    for number, (_, neurons, size, connections) in enumerate(populations):
-        first, *more = [
-            Connection(None, _Sizes((size, 0)), source, delay, getattr(module, "bias", True))  # type: ignore[arg-type]
-            for _, module, source, delay in connections
-        ]
-        records.append(
-            SpikingLayer(
-                None,  # type: ignore[arg-type]  # in the modules
-                first.mask,
-                first.bias,
-                getattr(neurons, "population", None),  # type: ignore[arg-type]  # of other modules
-                None if dropped is None else dropped[number],
-                None if states is None else states[number],
-                source=first.source,
-                delay=first.delay,
-                more=tuple(more),
-                sent=None if sent is None else sent[number],
-            )
-        )
-    return records
+def _refuses_modules(call: Call) -> str | None:
+    return "no module has to be called" if call.modules is None else None
 
 
-def _synapses(
-    x: torch.Tensor, populations: Sequence[Called], trains: Sequence[torch.Tensor], steps: int | None
-) -> Synapses | None:
-    """What the synaptic operations of such a run are counted from; None where they cannot be."""
-    layers: list[list[Received]] = []
-    for population in populations:
-        layers.append([])
-        for _, connection, source, delay in population.connections:
-            if is_traced() or not isinstance(connection, G2GLinear):
-                return None
-            sent, held = (x, steps) if source < 0 else (trains[source], None)
-            late = None if delay is None else LateSpikes(sent, delay, None, held)
-            layers[-1].append(Received(*connection.weights(), source, late))
-    return Synapses(x, steps, layers)
+WAYS.register(ANY, lambda call: call.modules.run(call), _refuses_modules, "modules in turn")
 
 
 def step_of_called(
-    x: torch.Tensor,
-    populations: Sequence[Called],
-    states: Sequence[NeuronState | None],
-    sent: Sequence[torch.Tensor | None],
-    spiking: bool,
+    call: Call, populations: Sequence[ModulesOf], spiking: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor], StackState]:
-    """One step from ``x`` [B, D] by calls of connections and steps of neurons. ``states`` and ``sent`` are those before
-    it, the inputs' at the end; ``spiking``: the last neurons spike, too. Returns the output, the spikes [1, B, N] of
-    each population, and the state after the step.
+    """One step, x [1, B, D], by calls of connections and steps of neurons; ``spiking``: the last neurons spike, too.
+    Returns the output, the spikes [1, B, N] of each population, and the state after the step.
     """
     functions = []
-    before = [(each,) if isinstance(each, torch.Tensor) else each for each in states]
     for number, (name, neurons, size, connections) in enumerate(populations, 1):
         _check_steps_of(name, neurons)
-        own = before[number - 1]
+        own: Any = call.populations[number - 1].state
         if own is not None and isinstance(neurons, SpikingNeurons):  # a sum would broadcast
-            check_states(own, neurons.population, (len(x), size))
+            check_states(own, neurons.population, (call.x.shape[1], size))
         step = partial(_step_neurons if spiking or number < len(populations) else _step_silently, neurons)
-        functions.append(
-            LayerFunctions([partial(_call_at_a_step, connection) for _, connection, _, _ in connections], step)
-        )
-    turn = GraphRun(x[None], _records(populations, None, before, sent), functions, None, sent[-1]).turn()
+        products = [partial(_call_at_a_step, module) for _, module in connections]
+        functions.append(PopulationFunctions(size, products, step))
+    turn = GraphRun(call, functions).turn()
     after = [each[0] if isinstance(each, tuple) and len(each) == 1 else each for each in turn.states]
     output = turn.spikes[-1][0] if spiking else turn.states[-1][-1]
     return output, turn.spikes, (*after, *[each for each in turn.sent if each is not None])
@@ -205,7 +166,7 @@ def _call(name: str, connection: nn.Module, scale: float, size: int, x: torch.Te
 
 
 def _call_neurons(
-    number: int, called: Called, silent: torch.Tensor | None, current: torch.Tensor, steps: int | None, state: None
+    number: int, called: ModulesOf, silent: torch.Tensor | None, current: torch.Tensor, steps: int | None, state: None
 ) -> tuple[torch.Tensor, None]:
     if steps is not None:
         current = current.expand(steps, *current.shape)
@@ -264,11 +225,6 @@ def _output_of(name: str, module: nn.Module, x: torch.Tensor, shape: Sequence[in
     what = f"a tensor {list(output.shape)}" if is_tensor else f"a {type(output).__name__}"
     wanted = f"a tensor {list(shape)}"
     raise TypeError(f"{name} ({type(module).__name__}) returned {what}; in a stack it must return {wanted}")
-
-
-@cache
-def _say_that_layers_are_called(reason: str) -> None:
-    logger.warning("a network calls its modules in turn, which is slower than one call for all: %s", reason)
 
 
 @cache

@@ -8,16 +8,17 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from g2g_kernels import Activity, SpikingLayer, g2g_stack
+from g2g_kernels import Activity, Connection, Population
 from g2g_kernels.choices import check_choice
+from g2g_kernels.dispatch import Choice
 from g2g_kernels.mask.groups import as_integers
 from g2g_kernels.numbers import COUNT, Number
-from g2g_kernels.ops.g2g_stack import Connection, DenseSpikes, NeuronState, Recurrent, Spikes, StackState, activity_of
+from g2g_kernels.ops.g2g_stack import Call, DenseSpikes, NeuronState, Spikes, StackState, activity_of, choose, run
 from g2g_kernels.ops.g2g_stack.activity import as_one, check_state_form, named
 from g2g_kernels.ops.g2g_stack.delays import LateSpikes, reaches_of
-from g2g_kernels.ops.g2g_stack.layer import ONE_STEP, ProductObserver
+from g2g_kernels.ops.g2g_stack.population import ProductObserver
 from g2g_kernels.tracing import is_transformed, replaced
-from g2gnet.called_layers import Called, OwnHook, run_called, step_of_called, why_called
+from g2gnet.called_layers import CalledModules, ModulesOf, OwnHook, step_of_called, why_called
 from g2gnet.projections import PopulationGraph, Projection
 
 #: a dropped neuron is drawn by 16 random bits
@@ -231,39 +232,119 @@ class SpikingNetwork(PopulationGraph):
                 that of all steps; if a state, a chunk, membranes or a readout is asked of a network that calls its
                 modules.
         """
-        inputs = self._time_first(inputs, batch_first if state is None else bool(batch_first))
-        self.settle()
-        of_layers = self._of_layers(inputs, state, dropped) if self.training and self._dropout else None
-        if chunk is not None and self._readout in ("mean", "max"):
-            raise ValueError(
-                f"chunk={chunk} does not keep the membranes of all steps that readout={self.readout!r} is taken from; "
-                "leave it out, or make the network with readout='last'"
-            )
-        steps = self.T if inputs.dim() == 2 else None
-        reason = why_called(self._modules, self.populations)
-        if reason is None:
-            layers, before = self._records(of_layers, state, membranes, inputs.shape[-2:-1])
-            activity = g2g_stack(inputs, layers, steps, self.backend, spikes, chunk, before)
-            if self._readout != "counts":
-                activity = self._read(activity, len(inputs) if steps is None else steps, membranes)
-        else:
-            asked = {"membranes=True": membranes, f"readout={self._readout!r}": self._readout != "counts"}
-            asked |= {"a state": state is not None, f"chunk={chunk}": chunk is not None}
-            if wrong := [what for what, is_asked in asked.items() if is_asked]:
-                raise ValueError(
-                    f"{wrong[0]} was given to a network whose modules are called in turn, and they return spikes only "
-                    f"({reason}); take single steps with step(x, state)"
-                )
-            self.calls_layers = True
-            try:
-                activity = run_called(inputs, self._called(), of_layers, self._scale, steps, reason, spikes)
-            finally:
-                self.calls_layers = False
+        call = self._call(inputs, state, chunk, dropped, spikes, membranes, batch_first)
+        self.calls_layers = call.modules is not None
+        try:
+            activity = run(call, chunk)
+        finally:
+            self.calls_layers = False
+        inputs = call.x
+        if self._readout != "counts":
+            activity = self._read(activity, len(inputs) if call.steps is None else call.steps, membranes)
         activity = named(activity, self.populations)
         if self._activity_hooks:
             for hook in list(self._activity_hooks.values()):
                 hook(inputs, activity, state)
         return activity
+
+    def explain(
+        self,
+        inputs: torch.Tensor,
+        state: StackState | None = None,
+        chunk: int | None = None,
+        *,
+        dropped: Sequence[torch.Tensor] | None = None,
+        spikes: bool = False,
+        membranes: bool = False,
+        batch_first: bool | None = None,
+    ) -> Choice:
+        """Which way :meth:`simulate` would run these arguments, and why none before it in the table of ways does; it
+        may be printed, and runs nothing.
+
+        Example:
+            >>> from g2gnet import G2GNet
+            >>> print(G2GNet(64, 64, 10, block_size=8, backend="torch").explain(torch.rand(3, 64)))
+            g2g_stack runs by reference
+              not operators in turn: those of backend torch are the reference
+        """
+        if self.training and self._dropout and dropped is None:  # draws nothing
+            dropped = [torch.zeros(inputs.shape[-2], size, dtype=torch.bool) for size in self.sizes[: self.depth - 1]]
+        return choose(self._call(inputs, state, chunk, dropped, spikes, membranes, batch_first), chunk)
+
+    def _call(
+        self,
+        inputs: torch.Tensor,
+        state: StackState | None,
+        chunk: int | None,
+        dropped: Sequence[torch.Tensor] | None,
+        spikes: bool,
+        membranes: bool,
+        batch_first: bool | None,
+    ) -> Call:
+        """A run as the operator takes it. What kept neurons send is scaled: the weights that it meets are."""
+        inputs = self._time_first(inputs, batch_first if state is None else bool(batch_first))
+        self.settle()
+        of_populations = self._of_layers(inputs, state, dropped) if self.training and self._dropout else None
+        if chunk is not None and self._readout in ("mean", "max"):
+            raise ValueError(
+                f"chunk={chunk} does not keep the membranes of all steps that readout={self.readout!r} is taken from; "
+                "leave it out, or make the network with readout='last'"
+            )
+        scale = 1.0 if of_populations is None else self._scale
+        why = why_called(self._modules, self.populations)
+        if why is not None:
+            asked = {"membranes=True": membranes, f"readout={self._readout!r}": self._readout != "counts"}
+            asked |= {"a state": state is not None, f"chunk={chunk}": chunk is not None}
+            if wrong := [what for what, is_asked in asked.items() if is_asked]:
+                raise ValueError(
+                    f"{wrong[0]} was given to a network whose modules are called in turn, and they return spikes only "
+                    f"({why}); take single steps with step(x, state)"
+                )
+        states, sent = self._divided(state, inputs.shape[-2:-1])
+        drops: Sequence[torch.Tensor | None] = of_populations or (None,) * self.depth
+        modules: dict[str, Any] = self._modules
+        populations = []
+        for number, name in enumerate(self.populations):
+            if why is not None:
+                neurons, connections = getattr(modules[name], "population", None), self._as_modules(number)
+            else:
+                neurons, connections = modules[name].population, ()
+            for route in self._to[number] if why is None else ():
+                module = modules[route.name]
+                (values, mask), observer = module.observed_weights()
+                if scale != 1 and route.source >= 0:
+                    values, observer = values * scale, observer and _of_scaled(observer, scale)
+                delay = self._delay(route) if route.most else None
+                each = Connection("linear", values, mask, route.source, delay, module.bias, observer)
+                connections = (*connections, each)
+            gives = membranes
+            if self._readout != "counts" and number + 1 == self.depth:
+                neurons, gives = neurons.integrating(), membranes or self._readout != "last"
+            before = None if state is None else as_one(states[number])
+            populations.append(Population(neurons, connections, drops[number], before, sent[number], gives))
+        steps = self.T if inputs.dim() == 2 else None
+        called = None if why is None else CalledModules(why, self._called(), scale)
+        return Call(inputs, tuple(populations), steps, sent[-1], self.backend, spikes, modules=called)
+
+    def _as_modules(self, number: int) -> tuple[Connection, ...]:
+        """The same where modules are called, which have the weights."""
+        modules: dict[str, Any] = self._modules
+        return tuple(
+            [
+                Connection(
+                    "module", None, None, route.source, self._delay(route), getattr(modules[route.name], "bias", True)
+                )
+                for route in self._to[number]
+            ]
+        )
+
+    def _called(self) -> list[ModulesOf]:
+        """The modules of each population."""
+        modules: dict[str, Any] = self._modules
+        return [
+            ModulesOf(name, modules[name], size, [(route.name, modules[route.name]) for route in routes])
+            for name, size, routes in zip(self.populations, self.sizes, self._to)  # noqa: B905  (sizes has the input's)
+        ]
 
     def _time_first(self, inputs: torch.Tensor, batch_first: bool | None) -> torch.Tensor:
         """Inputs [B, D] or [T, B, D], as :meth:`simulate` takes them."""
@@ -295,69 +376,6 @@ class SpikingNetwork(PopulationGraph):
                 f"drop({inputs.shape[-2]}) returns"
             )
         return of_layers
-
-    def _called(self) -> list[Called]:
-        """The populations and their connections as modules."""
-        modules: dict[str, Any] = self._modules
-        return [
-            Called(
-                name,
-                modules[name],
-                size,
-                [(route.name, modules[route.name], route.source, self._delay(route)) for route in routes],
-            )
-            for name, size, routes in zip(self.populations, self.sizes, self._to)  # noqa: B905  (sizes has the input's)
-        ]
-
-    def _records(
-        self,
-        dropped: Sequence[torch.Tensor | None] | None,
-        state: StackState | None,
-        membranes: bool,
-        batch: Sequence[int],
-    ) -> tuple[list[SpikingLayer], torch.Tensor | None]:
-        """The populations as the operator takes them, and the inputs before the run. What kept neurons send is scaled:
-        the weights that it meets are."""
-        states, sent = self._divided(state, batch)
-        records = []
-        modules: dict[str, Any] = self._modules
-        for number, name in enumerate(self.populations):
-            first, recurrent, more = None, None, []
-            for route in self._to[number]:
-                connection = modules[route.name]
-                (values, mask), observer = connection.observed_weights()
-                if dropped is not None and route.source >= 0:
-                    values, observer = values * self._scale, observer and _of_scaled(observer, self._scale)
-                delay = self._delay(route) if route.most else None
-                each = Connection(values, mask, route.source, delay, connection.bias, observer)
-                if first is None:
-                    first = each
-                elif recurrent is None and each.source == number and each.delay == ONE_STEP and each.bias is None:
-                    recurrent = each
-                else:
-                    more.append(each)
-            assert first is not None
-            population, gives = modules[name].population, membranes
-            if self._readout != "counts" and number + 1 == self.depth:
-                population, gives = population.integrating(), membranes or self._readout != "last"
-            records.append(
-                SpikingLayer(
-                    first.values,
-                    first.mask,
-                    first.bias,
-                    population,
-                    None if dropped is None else dropped[number],
-                    None if state is None else as_one(states[number]),
-                    None if recurrent is None else Recurrent(recurrent.values, recurrent.mask),
-                    gives,
-                    (first.observer, None if recurrent is None else recurrent.observer),
-                    source=first.source,
-                    delay=first.delay,
-                    more=tuple(more),
-                    sent=sent[number],
-                )
-            )
-        return records, sent[-1]
 
     def _divided(
         self, state: StackState | None, batch: Sequence[int]
@@ -441,7 +459,18 @@ class SpikingNetwork(PopulationGraph):
         recorders = [hook for hook in self._activity_hooks.values() if isinstance(hook, OwnHook)]
         self.calls_layers = bool(recorders)  # what they do is recorded here
         try:
-            output, trains, after = step_of_called(x, self._called(), states, sent, self._readout == "counts")
+            own = zip(range(self.depth), self.neurons().values(), states, sent)  # noqa: B905  (the input comes last)
+            populations = [
+                Population(
+                    getattr(neurons, "population", None),
+                    self._as_modules(number),
+                    state=(before,) if isinstance(before, torch.Tensor) else before,
+                    sent=earlier,
+                )
+                for number, neurons, before, earlier in own
+            ]
+            call = Call(x[None], tuple(populations), before=sent[-1])
+            output, trains, after = step_of_called(call, self._called(), self._readout == "counts")
         finally:
             self.calls_layers = False
         for hook in recorders:

@@ -12,9 +12,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLayer, available_backends, dispatch
+from g2g_kernels import (
+    BackendError,
+    BlockMask,
+    Connection,
+    GroupLayout,
+    Neurons,
+    Population,
+    available_backends,
+    dispatch,
+)
 from g2g_kernels.dispatch import Operator
 from g2g_kernels.mask.wiring import with_checksums
+from g2g_kernels.ops.g2g_stack.population import ONE_STEP
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.triton.runtime import interpreted
 
@@ -30,7 +40,7 @@ compiles_whole = pytest.mark.skipif(
 def backends_of(operator: Operator) -> list[str]:
     """Every backend of an operator that can be used on this machine; the parity tests run on each. Triton's interpreter
     is too slow for them: it has tests of its own, ``test_triton_*.py``."""
-    names = [name for name in available_backends() if name in operator._implementations]
+    names = [name for name in available_backends() if name in operator.ways]
     return [name for name in names if name != "triton" or not interpreted()]
 
 
@@ -184,18 +194,36 @@ def clamps_alike(beta: torch.Tensor) -> torch.Tensor:
     return (leaf.grad == 1) == ((beta > 0) & (beta < 1))
 
 
-def lif_layer(values, mask: BlockMask, bias, beta, threshold, dropped=None, **options) -> SpikingLayer:
-    """A layer of LIF neurons."""
-    return SpikingLayer(values, mask, bias, Neurons("lif", (beta, threshold), **options), dropped)
+def chained(number: int, values, mask: BlockMask, bias, neurons: Neurons, recurrent=None, **fields) -> Population:
+    """Population ``number`` of a chain; ``recurrent``: values and mask of that connection, or None."""
+    connections = [Connection("linear", values, mask, number - 1, fields.pop("delay", None), bias)]
+    if recurrent is not None:
+        connections.append(Connection("linear", *recurrent, number, ONE_STEP))
+    return Population(neurons, tuple(connections), **fields)
 
 
-def with_parameter(layer: SpikingLayer, name: str, value: object) -> SpikingLayer:
-    """``layer`` with another tensor in the place of the one of that name: values, mask, bias, beta or threshold."""
-    if name in layer._fields:
-        return layer._replace(**{name: value})
-    pairs = zip(MODELS[layer.population.model].parameters, layer.population.parameters, strict=True)
-    own = tuple(value if each == name else parameter for each, parameter in pairs)
-    return layer._replace(population=layer.population.with_parameters(own))
+def lif_layer(values, mask: BlockMask, bias, beta, threshold, dropped=None, number: int = 0, **options) -> Population:
+    """Population ``number`` of a chain, of LIF neurons."""
+    return chained(number, values, mask, bias, Neurons("lif", (beta, threshold), **options), dropped=dropped)
+
+
+def changed(population: Population, **fields: object) -> Population:
+    """A population with other fields: its own, those of its first connection, or of its neurons (or a parameter)."""
+    first, *rest = population.connections
+    neurons = population.neurons
+    for name, value in fields.items():
+        if name in population._fields:
+            population = population._replace(**{name: value})
+        elif name in first._fields:
+            first = first._replace(**{name: value})
+        elif name in neurons._fields:
+            neurons = neurons._replace(**{name: value})
+        else:
+            pairs = zip(MODELS[neurons.model].parameters, neurons.parameters, strict=True)
+            neurons = neurons.with_parameters(tuple(value if each == name else own for each, own in pairs))
+    if "neurons" not in fields:
+        population = population._replace(neurons=neurons)
+    return population if "connections" in fields else population._replace(connections=(first, *rest))
 
 
 # --- the rule -----------------------------------------------------------------------------------------------------

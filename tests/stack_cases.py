@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from helpers import MaskCase, device_of, lif_by_autograd, lif_layer, packed_randn, rms, seeded
 
-from g2g_kernels import SpikingLayer, g2g_stack
+from g2g_kernels import Population, g2g_stack
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.triton.runtime import interpreted
 
@@ -64,13 +64,13 @@ class Stack:
             self.tensors[f"beta{number}"] = 0.7 + 0.25 * torch.rand(of_neurons, generator=draw)
             self.tensors[f"threshold{number}"] = 0.6 + 0.5 * torch.rand(of_neurons, generator=draw)
 
-    def layers(self, tensors: dict[str, torch.Tensor], **options) -> list[SpikingLayer]:
-        """The layers of these tensors, the masks moved to where they are."""
+    def layers(self, tensors: dict[str, torch.Tensor], **options) -> list[Population]:
+        """The populations of these tensors, the masks moved to where they are."""
         layers, device = [], tensors["x"].device
         for k, (mask, dropped) in enumerate(zip(self.masks, self.dropped, strict=True)):
             own = (tensors.get(f"{name}{k}") for name in ("bias", "beta", "threshold"))
             out = None if dropped is None else dropped.to(device)
-            layers.append(lif_layer(tensors[f"values{k}"], mask.to(device), *own, out, **options))
+            layers.append(lif_layer(tensors[f"values{k}"], mask.to(device), *own, out, k, **options))
         return layers
 
     def leaves(self, dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:
@@ -81,8 +81,9 @@ class Stack:
         tensors, least = {name: tensor.double() for name, tensor in self.tensors.items()}, math.inf
         x = tensors["x"] if self.steps is None else tensors["x"].expand(self.steps, -1, -1)
         for layer in self.layers(tensors):
-            current = x @ layer.mask.unpack(layer.values).T + (0 if layer.bias is None else layer.bias)
-            beta, threshold = layer.population.parameters
+            (feed,) = layer.connections
+            current = x @ feed.mask.unpack(feed.values).T + (0 if feed.bias is None else feed.bias)
+            beta, threshold = layer.neurons.parameters
             x, membranes = lif_by_autograd(current, beta, threshold, reset, SURROGATES["atan"].primitive, 2.0)
             distance = (membranes - threshold).abs()
             if layer.dropped is not None:

@@ -147,13 +147,17 @@ def load(name, data_dir):
             r"(\n    precision: str = )", r'\n    toy: int = _training(7, "a toy", low=0)\1'
         )
     },
-    "field of a layer": {
-        "g2g_kernels/ops/g2g_stack/layer.py": replace(
-            r"(\n    observers: .* = \(None, None\)\n)", r"\1    toy_gain: torch.Tensor | None = None\n"
+    "field of a connection": {
+        "g2g_kernels/ops/g2g_stack/population.py": replace(
+            r"(\n    onto: str \| None = None\n)", r"\1    toy_gain: torch.Tensor | None = None\n"
         ),
         "g2g_kernels/ops/g2g_stack/reference.py": replace(
-            r"(\ndef _neurons\(.*\n)",
-            r"\1    current = current if layer.toy_gain is None else current * layer.toy_gain\n",
+            r"(\n    y = linear\(.*\n)", r"\1    y = y if connection.toy_gain is None else y * connection.toy_gain\n"
+        ),
+    },
+    "way of running a network": {
+        "g2g_kernels/ops/g2g_stack/ways.py": append(
+            'WAYS.register(ANY, reference.g2g_stack, lambda call: None if len(call.x) == 7 else "needs 7 steps", "toy way")'
         ),
     },
 }  # fmt: skip
@@ -164,7 +168,7 @@ import sys
 
 import torch
 
-from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack, neurons
+from g2g_kernels import BackendError, BlockMask, GroupLayout, Connection, Neurons, Population, explain, g2g_stack, neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet.neurons import NEURONS
 from g2gnet.network import G2GNet
@@ -179,8 +183,8 @@ def alone(x, population, backend):
 
 
 def stacked(x, population, backend):
-    layer = SpikingLayer(torch.eye(5).unsqueeze(0), mask, None, population)
-    return g2g_stack(x, [layer], backend=backend).counts.expand(6, 3, 5)
+    of_input = Connection("linear", torch.eye(5).unsqueeze(0), mask, -1)
+    return g2g_stack(x, [Population(population, (of_input,))], backend=backend).counts.expand(6, 3, 5)
 
 
 def run(operator, model, scale, surrogate, backend):
@@ -197,22 +201,29 @@ for operator in (alone, stacked):
             torch.testing.assert_close(ours, wanted)
 
 weights = torch.eye(5).unsqueeze(0)
-layer = SpikingLayer(weights, mask, None, Neurons("lif", (0.9, 0.5)))
+of_input = Connection("linear", weights, mask, -1)
+
+
+def one(**fields):
+    return [Population(Neurons("lif", (0.9, 0.5)), (of_input._replace(**fields),))]
+
+
 gain = torch.full((5,), 1.5, requires_grad=True)
-scaled = layer._replace(values=(weights * 1.5).requires_grad_())
-with_gain, without = (g2g_stack(x, [each], backend="torch").counts for each in (layer._replace(toy_gain=gain), scaled))
+scaled = (weights * 1.5).requires_grad_()
+with_gain, without = (g2g_stack(x, each, backend="torch").counts for each in (one(toy_gain=gain), one(values=scaled)))
 assert torch.equal(with_gain, without)
 (of_gain,) = torch.autograd.grad((with_gain * upstream[0]).sum(), gain)
-(of_values,) = torch.autograd.grad((without * upstream[0]).sum(), scaled.values)
+(of_values,) = torch.autograd.grad((without * upstream[0]).sum(), scaled)
 torch.testing.assert_close(of_gain, (of_values[0] * torch.eye(5)).sum(1))
-assert torch.equal(g2g_stack(x, [layer._replace(toy_gain=gain)]).counts, with_gain)  # of the one that reads it
-for backend in sys.argv[2:]:
-    try:
-        g2g_stack(x, [layer._replace(toy_gain=gain)], backend=backend)
-    except BackendError as error:
-        assert "does not read 'toy_gain' of a layer" in str(error), error
-    else:
-        raise AssertionError(backend)
+assert torch.equal(g2g_stack(x, one(toy_gain=gain)).counts, with_gain)  # of those that read it
+reasons = explain(x, one(toy_gain=gain)).reasons
+for way in ("cpu chain", "cpu graph") if "cpu" in sys.argv else ():
+    assert reasons[way] == "does not read 'toy_gain' of a connection", reasons
+
+chosen = explain(torch.randn(7, 3, 5, generator=draw), one(), backend="torch")
+assert chosen.way.name == "toy way", chosen
+chosen = explain(x, one(), backend="torch")
+assert (chosen.way.name, chosen.reasons["toy way"]) == ("reference", "needs 7 steps"), chosen
 
 first = torch.linspace(-1, 1, 9).unsqueeze(0)
 for backend in sys.argv[1:]:

@@ -45,7 +45,7 @@ FIRST = "docs/tutorial.md"
 def test_the_code_of_a_page_prints_what_the_page_says(name, tmp_path, monkeypatch, plain_memory):
     # backends that a page registers are gone afterwards
     monkeypatch.setattr(dispatch, "BACKENDS", dict(dispatch.BACKENDS))
-    monkeypatch.setattr(operator, "_implementations", dict(operator._implementations))
+    monkeypatch.setattr(operator, "ways", dict(operator.ways))
     monkeypatch.chdir(tmp_path)
     run_blocks(PAGES[name])
 

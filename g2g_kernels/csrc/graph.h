@@ -56,8 +56,8 @@ struct KeptStates {
 };
 
 // A connection and its source.
-struct Passage {
-    const Inner& of;
+struct ConnectionForward {
+    const Connection& of;
     const Plan& plan;
     const Layer& source;
     bool aligned = false;  // both have the same order of lanes
@@ -66,8 +66,8 @@ struct Passage {
     int32_t* delays;       // [column blocks][64], at most as many steps as are known
     uint64_t* inputs;      // [B][column blocks][T], the words that arrive
 
-    Passage(const Graph& g, const Inner& inner, Arena& arena)
-        : of(inner), plan(*inner.plan), source(g.stack.layers[inner.source]) {
+    ConnectionForward(const Graph& g, const Connection& connection, Arena& arena)
+        : of(connection), plan(*connection.plan), source(g.stack.layers[connection.source]) {
         const int64_t lanes = static_cast<int64_t>(plan.cols.blocks) * kLanes, T = g.stack.steps;
         delays = arena.take<int32_t>(lanes);
         inputs = arena.take<uint64_t>(int64_t{g.stack.batch} * plan.cols.blocks * T);
@@ -119,7 +119,7 @@ struct GraphForward {
     std::vector<float*> edges;    // of each layer its states after the last step so far, [row blocks][B][states][64]
     std::vector<KeptStates> kept_of;
     std::vector<float*> held;     // of each layer its held current, [row blocks][B][64], may be null
-    std::vector<Passage> inner;
+    std::vector<ConnectionForward> connections;
     std::vector<float*> tiles;    // of each connection
     std::vector<SpikeCurrents> currents;
     float *counts, *scratch;
@@ -138,10 +138,10 @@ struct GraphForward {
             held.push_back(g.outer[l].held ? arena.take<float>(s.batch * layer.plan->rows.blocks * kLanes) : nullptr);
             blocks = most(blocks, layer.plan->rows.blocks);
         }
-        for (int64_t i = 0; i < g.inner_count; ++i) {
-            inner.emplace_back(g, g.inner[i], arena);
-            tiles.push_back(arena.take<float>(static_cast<size_t>(inner[i].plan.tiles) * kTile));
-            currents.emplace_back(inner[i].plan, tiles[i]);
+        for (int64_t i = 0; i < g.connection_count; ++i) {
+            connections.emplace_back(g, g.connections[i], arena);
+            tiles.push_back(arena.take<float>(static_cast<size_t>(connections[i].plan.tiles) * kTile));
+            currents.emplace_back(connections[i].plan, tiles[i]);
         }
         counts = arena.take<float>(s.batch * blocks * kLanes);
         totals = arena.take<double>(blocks * kLanes);
@@ -155,8 +155,8 @@ struct GraphForward {
                 load_block(axis, r, g.outer[l].current, Rows{0, 1, s.batch, axis.size}, s.batch, held[l] + r * s.batch * kLanes);
             });
         }
-        for (size_t i = 0; i < inner.size(); ++i) {
-            const Passage& x = inner[i];
+        for (size_t i = 0; i < connections.size(); ++i) {
+            const ConnectionForward& x = connections[i];
             load_tiles<kByRow>(x.plan, x.of.values, s.threads, tiles[i]);
             if (x.straight) continue;
             parallel(s.threads, s.batch, 1, [&](int64_t b, int) {
@@ -181,7 +181,7 @@ struct GraphForward {
                 if (longest[block.layer] == 1) return run_step(block, first, samples, r, room);
                 for (int64_t b = first; b < first + samples; ++b) run_block(sweep, block, b, r, room);
             });
-            for (const Passage& x : inner) {
+            for (const ConnectionForward& x : connections) {
                 if (x.of.source != block.layer || x.aligned) continue;
                 parallel(threads, count, 1, [&](int64_t b, int) {  // blocks of one order would write into the same words of another
                     move_words(s, x.source, x.plan.cols, begin + b, block.first, block.last, x.of.delays, x.words(s, begin + b));
@@ -240,8 +240,8 @@ struct GraphForward {
         const auto copy = [&](int64_t end) {
             for (int64_t t = 0; start && t < end; ++t) __builtin_memcpy(current + t * kLanes, start, kLanes * sizeof(float));
         };
-        for (size_t i = 0; i < inner.size(); ++i) {
-            const Passage& x = inner[i];
+        for (size_t i = 0; i < connections.size(); ++i) {
+            const ConnectionForward& x = connections[i];
             if (x.of.target != block.layer) continue;
             const uint64_t* const words = x.sent(s, b);
             const int64_t late = x.late(), first = least(count, most(0, late - block.first));
@@ -259,7 +259,7 @@ struct GraphForward {
     void finish_block(const GraphBlock& block, int64_t b, int64_t r, const float* states) const {
         const Layer& layer = s.layers[block.layer];
         if (block.last == s.steps) store_states(s, layer, states, b, r, layer.last);
-        for (const Passage& x : inner)
+        for (const ConnectionForward& x : connections)
             if (x.of.source == block.layer && x.aligned && !x.straight)
                 x.send(r, words_of(block, b, r), block.first, steps_of(block), s.steps, x.words(s, b));
     }
@@ -290,7 +290,7 @@ inline void graph_forward(Graph& g, Arena& arena) {
 alignas(64) constexpr float kNothing[kGradientSamples * kLanes] = {};
 
 // What a layer needs for a chunk of samples.
-struct MemberChunk {
+struct PopulationChunk {
     int64_t before, steps;  // before the first: those in which the layer sent something; of the call
     Panel<float> rows;      // ∂L/∂I at all steps, [row blocks][samples · T][64]
     Panel<float> arrived;   // ∂L/∂S at all steps, [row blocks][samples · (before + T)][64]; 0 again once it is used
@@ -298,7 +298,7 @@ struct MemberChunk {
     float* edges;           // [row blocks][samples][states][64], what reaches the states before the last step so far
     int64_t samples;        // there is room for
 
-    MemberChunk(const Layer& layer, const Chunks& chunks, Arena& arena)
+    PopulationChunk(const Layer& layer, const Chunks& chunks, Arena& arena)
         : before(layer.sent ? layer.sent_steps : 0), steps(chunks.steps), samples(chunks.samples) {
         const int64_t R = layer.plan->rows.blocks, all = samples * (before + steps);
         rows = {arena.take<float>(R * chunks.rows() * kLanes), chunks.rows()};
@@ -317,7 +317,7 @@ struct MemberChunk {
 struct GraphChunk {
     int64_t first = 0, samples = 0;
     bool used = false;  // before
-    std::vector<MemberChunk> members;
+    std::vector<PopulationChunk> populations;
     DualPanel rows;       // ∂L/∂I of a block and some samples, [row blocks][samples · steps][64]
     Panel<float> inputs;  // ∂L/∂S̃ of a connection at these steps
     Bands bands{nullptr, 0};
@@ -325,17 +325,17 @@ struct GraphChunk {
 };
 
 // A layer in the backward pass.
-struct MemberBackward : LayerBackward {
+struct PopulationBackward : LayerBackward {
     const Outer& outer;
     KeptStates kept;
 
-    MemberBackward(const Graph& g, int64_t l, Arena& arena)
+    PopulationBackward(const Graph& g, int64_t l, Arena& arena)
         : LayerBackward(g.stack, l, arena), outer(g.outer[l]), kept(g, l) {
         take_sums(g.stack.batch, arena);
     }
 
     // Before the last step: what reaches the layer from outside.
-    void begin(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int threads) const {
+    void begin(const Stack& s, const GraphChunk& chunk, const PopulationChunk& x, int threads) const {
         const int64_t T = s.steps, B = s.batch, size = plan.rows.size, tail = outer.tail_steps, first = chunk.first;
         parallel_pairs(threads, plan.rows.blocks, chunk.samples, 1, [&](int64_t r, int64_t b, int) {
             alignas(64) float end[kLanes];
@@ -356,7 +356,7 @@ struct MemberBackward : LayerBackward {
     }
 
     // The neurons of block r of sample b of a chunk, backwards over some steps; `out` [steps][64] gets ∂L/∂I, too.
-    void run(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int64_t b, int64_t r, const GraphBlock& block,
+    void run(const Stack& s, const GraphChunk& chunk, const PopulationChunk& x, int64_t b, int64_t r, const GraphBlock& block,
              float* out) const {
         const int64_t sample = chunk.first + b, at = (r * s.batch + sample) * kLanes;
         const int64_t begin = block.first, count = steps_of(block);
@@ -387,7 +387,7 @@ struct MemberBackward : LayerBackward {
     }
 
     // The same of a block of one step, for some samples at once; `out` [samples][64].
-    void run_step(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int64_t b, int64_t samples, int64_t r, int64_t t,
+    void run_step(const Stack& s, const GraphChunk& chunk, const PopulationChunk& x, int64_t b, int64_t samples, int64_t r, int64_t t,
                   float* out) const {
         const int64_t size = model.states * kLanes, first = chunk.first + b, at = (r * s.batch + first) * kLanes;
         alignas(64) float begin[kGradientSamples * kMostStates * kLanes], unused[kLanes] = {};
@@ -411,7 +411,7 @@ struct MemberBackward : LayerBackward {
     }
 
     // After the first step: what reaches the spikes that were sent before it.
-    void end(const Stack& s, const GraphChunk& chunk, const MemberChunk& x, int threads) const {
+    void end(const Stack& s, const GraphChunk& chunk, const PopulationChunk& x, int threads) const {
         if (!outer.grad_sent) return;
         parallel_pairs(threads, plan.rows.blocks, chunk.samples, 1, [&](int64_t r, int64_t b, int) {
             store_block(plan.rows, r, x.arrived_at(r, b) - x.before * kLanes, Rows{chunk.first + b, x.before, s.batch, plan.rows.size},
@@ -427,16 +427,16 @@ struct MemberBackward : LayerBackward {
 };
 
 // A connection in the backward pass.
-struct PassageBackward : Passage {
+struct ConnectionBackward : ConnectionForward {
     float* tiles;               // of the weight gradient
     float* learned = nullptr;   // [column blocks][B][64], what each sample adds to the gradients of the delays
     InputGradient gradient;
 
-    PassageBackward(const Graph& g, const Inner& inner, Arena& arena)
-        : Passage(g, inner, arena),
+    ConnectionBackward(const Graph& g, const Connection& connection, Arena& arena)
+        : ConnectionForward(g, connection, arena),
           tiles(arena.take<float>(static_cast<size_t>(plan.tiles) * kTile)),
-          gradient(plan, inner.values, false, false, arena) {
-        if (inner.grad_delays) learned = arena.take<float>(int64_t{g.stack.batch} * plan.cols.blocks * kLanes);
+          gradient(plan, connection.values, false, false, arena) {
+        if (connection.grad_delays) learned = arena.take<float>(int64_t{g.stack.batch} * plan.cols.blocks * kLanes);
     }
 
     void begin(const Stack& s) {
@@ -447,12 +447,12 @@ struct PassageBackward : Passage {
     }
 
     // Adds ∂L/∂S̃ of some steps, x [steps][64] of a column block of sample b of a chunk, to ∂L/∂S of the source.
-    void arrive(const Axis& axis, const MemberChunk& to, int64_t b, int64_t column, const float* x, const GraphBlock& block) const {
+    void arrive(const Axis& axis, const PopulationChunk& to, int64_t b, int64_t column, const float* x, const GraphBlock& block) const {
         const int32_t* const late = delays + column * kLanes;
         float* const own = aligned ? to.arrived_at(column, b) : nullptr;
         for (int64_t t = block.first; aligned && t < block.last; ++t, x += kLanes) {
             if (uniform) {
-                if (t - late[0] >= -to.before) MemberBackward::add(x, own + (t - late[0]) * kLanes);
+                if (t - late[0] >= -to.before) PopulationBackward::add(x, own + (t - late[0]) * kLanes);
                 continue;
             }
             for (int lane = 0; lane < kLanes; ++lane)
@@ -498,22 +498,22 @@ struct GraphBackward {
     const Graph& g;
     const Stack& s;
     Chunks chunks;
-    std::vector<MemberBackward> members;
-    std::vector<PassageBackward> inner;
+    std::vector<PopulationBackward> populations;
+    std::vector<ConnectionBackward> connections;
     std::vector<GraphChunk> at_once;  // chunks whose blocks run at the same time
     double* totals;
 
     GraphBackward(const Graph& graph, Arena& arena)
         : g(graph), s(graph.stack), chunks{s.batch, s.steps, least_samples(graph)}, at_once(count_at_once()) {
         int64_t blocks = 0, most_rows = 0;
-        members.reserve(s.count), inner.reserve(g.inner_count);
-        for (int64_t l = 0; l < s.count; ++l) blocks = most(blocks, members.emplace_back(g, l, arena).plan.rows.blocks);
-        for (int64_t i = 0; i < g.inner_count; ++i)
-            blocks = most(blocks, inner.emplace_back(g, g.inner[i], arena).plan.cols.blocks);
+        populations.reserve(s.count), connections.reserve(g.connection_count);
+        for (int64_t l = 0; l < s.count; ++l) blocks = most(blocks, populations.emplace_back(g, l, arena).plan.rows.blocks);
+        for (int64_t i = 0; i < g.connection_count; ++i)
+            blocks = most(blocks, connections.emplace_back(g, g.connections[i], arena).plan.cols.blocks);
         for (int64_t i = 0; i < g.block_count; ++i)
             most_rows = most(most_rows, samples_of(g.blocks[i], chunks.samples) * steps_of(g.blocks[i]));
         for (GraphChunk& chunk : at_once) {
-            for (const MemberBackward& x : members) chunk.members.emplace_back(x.layer, chunks, arena);
+            for (const PopulationBackward& x : populations) chunk.populations.emplace_back(x.layer, chunks, arena);
             chunk.rows = DualPanel(blocks, most_rows, false, arena);
             chunk.inputs = {arena.take<float>(blocks * most_rows * kLanes), most_rows};
             chunk.events.emplace(blocks, chunks.samples, s.steps, s.threads, arena);
@@ -542,7 +542,7 @@ struct GraphBackward {
     }
 
     void run() {
-        for (PassageBackward& x : inner) x.begin(s);
+        for (ConnectionBackward& x : connections) x.begin(s);
         const int64_t most_chunks = at_once.size();
         for (int64_t first = 0; first < s.batch; first += most_chunks * chunks.samples) {
             const int64_t count = least(most_chunks, divide_up(s.batch - first, chunks.samples));
@@ -551,14 +551,14 @@ struct GraphBackward {
                 chunk.first = first + i * chunks.samples, chunk.samples = least(chunks.samples, s.batch - chunk.first);
                 run_chunk(chunk, most_chunks > 1 ? 1 : s.threads);
             });
-            for (const PassageBackward& x : inner) weight_gradient(x, count);
+            for (const ConnectionBackward& x : connections) weight_gradient(x, count);
         }
-        for (const MemberBackward& x : members) x.finish(s, totals);
-        for (const PassageBackward& x : inner) x.finish(s, totals);
+        for (const PopulationBackward& x : populations) x.finish(s, totals);
+        for (const ConnectionBackward& x : connections) x.finish(s, totals);
     }
 
     void run_chunk(GraphChunk& chunk, int threads) const {
-        for (size_t l = 0; l < members.size(); ++l) members[l].begin(s, chunk, chunk.members[l], threads);
+        for (size_t l = 0; l < populations.size(); ++l) populations[l].begin(s, chunk, chunk.populations[l], threads);
         chunk.used = true;
         for (int64_t i = g.block_count; i-- > 0;) {
             const GraphBlock& block = g.blocks[i];
@@ -566,13 +566,13 @@ struct GraphBackward {
             for (int64_t b = 0; b < chunk.samples; b += most_samples)
                 run_block(chunk, block, b, least(most_samples, chunk.samples - b), threads);
         }
-        for (size_t l = 0; l < members.size(); ++l) members[l].end(s, chunk, chunk.members[l], threads);
+        for (size_t l = 0; l < populations.size(); ++l) populations[l].end(s, chunk, chunk.populations[l], threads);
     }
 
     // Of some samples of a chunk, from sample b on: the neurons, then what their sources get.
     void run_block(GraphChunk& chunk, const GraphBlock& block, int64_t b, int64_t samples, int threads) const {
-        const MemberBackward& x = members[block.layer];
-        const MemberChunk& own = chunk.members[block.layer];
+        const PopulationBackward& x = populations[block.layer];
+        const PopulationChunk& own = chunk.populations[block.layer];
         const int64_t steps = steps_of(block);
         const int64_t group = steps == 1 ? kGradientSamples : 1, groups = divide_up(samples, group);
         parallel_pairs(threads, x.plan.rows.blocks, groups, steps == 1 ? 1 : 4, [&](int64_t r, int64_t part, int) {
@@ -583,13 +583,13 @@ struct GraphBackward {
             else
                 x.run(s, chunk, own, b + i, r, block, out);
         });
-        for (const PassageBackward& each : inner)
+        for (const ConnectionBackward& each : connections)
             if (each.of.target == block.layer) hand_down(each, chunk, block, b, samples, threads);
     }
 
-    void hand_down(const PassageBackward& x, GraphChunk& chunk, const GraphBlock& block, int64_t b, int64_t samples,
+    void hand_down(const ConnectionBackward& x, GraphChunk& chunk, const GraphBlock& block, int64_t b, int64_t samples,
                    int threads) const {
-        const MemberChunk& source = chunk.members[x.of.source];
+        const PopulationChunk& source = chunk.populations[x.of.source];
         const int64_t steps = steps_of(block), count = samples * steps;
         const bool banded = x.gradient.sparse();
         Bands& bands = chunk.bands;
@@ -598,7 +598,7 @@ struct GraphBackward {
         const auto arrive = [&](int64_t column, int64_t i) {
             const float* const arrived = chunk.inputs.at(column, i * steps);
             if (x.learned) x.learn(s, chunk.first + b + i, column, arrived, block);
-            x.arrive(members[x.of.source].plan.rows, source, b + i, column, arrived, block);
+            x.arrive(populations[x.of.source].plan.rows, source, b + i, column, arrived, block);
         };
         int64_t most_rows = steps;  // whole samples, and whole register tiles of the product
         while (most_rows < kGradientSamples || most_rows % 6) most_rows += steps;
@@ -612,7 +612,7 @@ struct GraphBackward {
     }
 
     // Adds what the samples of the first chunks give.
-    void weight_gradient(const PassageBackward& x, int64_t count) const {
+    void weight_gradient(const ConnectionBackward& x, int64_t count) const {
         const Plan& plan = x.plan;
         const int64_t C = plan.cols.blocks, T = s.steps;
         parallel_pairs(s.threads, count, C, 1, [&](int64_t i, int64_t column, int worker) {
@@ -623,7 +623,7 @@ struct GraphBackward {
         // a row block is one task, so that its ∂L/∂I come from other threads' caches once
         parallel(s.threads, plan.rows.blocks, 1, [&](int64_t r, int) {
             for (int64_t i = 0; i < count; ++i) {
-                const float* const grad = at_once[i].members[x.of.target].rows.at(r, 0);
+                const float* const grad = at_once[i].populations[x.of.target].rows.at(r, 0);
                 for (int32_t tile = plan.row_first[r]; tile < plan.row_first[r + 1]; ++tile)
                     add_gradient(*at_once[i].events, plan, tile, grad, x.tiles + tile * int64_t{kTile});
             }

@@ -88,7 +88,7 @@ struct Stack {
 };
 
 // A connection between layers of a graph.
-struct Inner {
+struct Connection {
     const Plan* plan;       // its row lanes are those of the target
     const float* values;
     float* grad_values;     // out
@@ -116,9 +116,9 @@ struct GraphBlock {
 struct Graph {
     Stack stack;
     const Outer* outer;     // of each layer
-    const Inner* inner;
+    const Connection* connections;
     const GraphBlock* blocks;
-    int32_t inner_count, block_count;
+    int32_t connection_count, block_count;
 };
 
 struct Linear {

@@ -38,7 +38,7 @@ class BlockMask(UnitGrid):
 
     Attributes:
         rows, cols: :class:`UnitAxis` of the output and the input side.
-        changes: the number of changes of units so far.
+        changes: another object whenever units change, or the mask is copied.
         own_wiring: the buffer of this mask itself. Inside ``torch.func.functional_call`` another one may stand in its
             place, as ``wiring``.
         written: its version (``g2g_kernels.tracing.version``) when the mask wrote it last.
@@ -83,7 +83,7 @@ class BlockMask(UnitGrid):
         self.block_size = SIZE.check("block_size", block_size)
         self.rows = UnitAxis(out_layout, self.block_size)
         self.cols = UnitAxis(in_layout, self.block_size)
-        self.changes = 0
+        self.changes = object()
         self._set_units(unit_row, unit_col)
 
     @classmethod
@@ -165,7 +165,7 @@ class BlockMask(UnitGrid):
     def keep_(self, kept: torch.Tensor) -> None:
         """Keeps the units of slots that are ``kept``, bool [num_units], in their order; all indices are new."""
         self._register_units(self.unit_row[kept], self.unit_col[kept])
-        self.changes += 1
+        self.changes = object()
 
     def become_(self, other: "BlockMask") -> None:
         """Takes over the units of another mask of the same ``shape``, and their slots: in place if both have the same
@@ -193,7 +193,7 @@ class BlockMask(UnitGrid):
         buffer is ``wiring`` from now on, which is written; None: a new one."""
         self.block_size, self.rows, self.cols = other.block_size, other.rows, other.cols
         self._register_units(other.unit_row, other.unit_col)
-        self.changes += 1
+        self.changes = object()
         if wiring is not None:
             self.wiring = wiring
             self._own_wiring()
@@ -209,7 +209,7 @@ class BlockMask(UnitGrid):
         return version(self.own_wiring) - self.written
 
     def _changed(self) -> None:
-        self.changes += 1
+        self.changes = object()
         self._tensors = None
         self.write_wiring()
 

@@ -28,7 +28,7 @@ import pytest
 import torch
 from compiled_kernels import instruction_set, loaded
 from covering import drawn_cases
-from helpers import MASK_CASES, ErrorRatios, MaskCase, as_near, lif_layer, packed_randn, rms, seeded, with_one
+from helpers import MASK_CASES, ErrorRatios, MaskCase, as_near, changed, lif_layer, packed_randn, rms, seeded, with_one
 from linear_cases import backend_result, dense_result, inputs
 from stack_cases import Stack, loss
 
@@ -38,7 +38,7 @@ from g2g_kernels import (
     BlockMask,
     GroupLayout,
     Neurons,
-    SpikingLayer,
+    Population,
     backend_status,
     g2g_linear,
     g2g_stack,
@@ -50,6 +50,7 @@ from g2g_kernels.ops.g2g_linear import cpu as linear
 from g2g_kernels.ops.g2g_linear.call import LinearCall
 from g2g_kernels.ops.g2g_stack import cpu as stack
 from g2g_kernels.ops.g2g_stack.call import StackCall
+from g2g_kernels.ops.g2g_stack.population import Call
 from g2g_kernels.ops.neurons import MODELS, RESETS
 from g2g_kernels.ops.neurons import cpu as neurons_alone
 from g2g_kernels.ops.neurons.call import NeuronsCall
@@ -134,7 +135,7 @@ class Network(Stack):
                 f"threshold{k}": 0.5 + 0.5 * torch.rand(size, generator=draw),
             }
 
-    def layers(self, tensors) -> list[SpikingLayer]:
+    def layers(self, tensors) -> list[Population]:
         layers = super().layers(tensors, **self.options)
         return layers if self.model == "lif" else [of_model(layer, self.model) for layer in layers]
 
@@ -159,11 +160,11 @@ class Network(Stack):
         return self.run(torch.float64, "torch")
 
 
-def of_model(layer: SpikingLayer, model: str) -> SpikingLayer:
-    """The layer of LIF neurons with neurons of another model."""
-    own = dict(zip(MODELS["lif"].parameters, layer.population.parameters, strict=True))
+def of_model(population: Population, model: str) -> Population:
+    """The population of LIF neurons with neurons of another model."""
+    own = dict(zip(MODELS["lif"].parameters, population.neurons.parameters, strict=True))
     parameters = tuple(own.get(name, torch.tensor(0.5, requires_grad=True)) for name in MODELS[model].parameters)
-    return layer._replace(population=layer.population._replace(model=model, parameters=parameters))
+    return changed(population, model=model, parameters=parameters)
 
 
 #: a network that no test changes, drawn and computed by plain PyTorch once
@@ -633,13 +634,13 @@ def test_opcheck_of_a_stack_and_of_a_product():
     network = Network("mixer", 16, (3, 2))
     leaves = network.leaves(torch.float32)
     layers = [of_model(layer, model) for layer, model in zip(network.layers(leaves), MODELS, strict=True)]
-    layers[1] = layers[1]._replace(bias=None)
-    stack.FORWARD.opcheck(StackCall.of(leaves["x"], layers, 3, torch.float32), True)
+    layers[1] = changed(layers[1], bias=None)
+    stack.FORWARD.opcheck(StackCall.of(Call(leaves["x"], tuple(layers), 3), torch.float32), True)
     with torch.no_grad():
-        call = StackCall.of(leaves["x"], layers, 3, torch.float32)
+        call = StackCall.of(Call(leaves["x"], tuple(layers), 3), torch.float32)
         counts, rates, _, _, spikes, kept = stack.FORWARD.function(call, True)
         stack.BACKWARD.opcheck(Backward.of(call, [spikes, kept], [counts, rates, [None] * len(layers)]))
-        stack.UNPACK.opcheck(stack.PackedWords(spikes[0], call.layers[0].values, call.layers[0].mask))
+        stack.UNPACK.opcheck(stack.PackedWords(spikes[0], call.chain[0][0].values, call.chain[0][0].mask))
     of_product = leaves["x"], leaves["values0"], network.masks[0].tensors(), leaves["bias0"]
     for dtype in (torch.float32, torch.bfloat16):
         linear.FORWARD.opcheck(LinearCall(*of_product, dtype), True)
@@ -665,13 +666,14 @@ def test_opcheck_of_neurons(model):
 def test_operators_refuse_what_would_read_out_of_bounds():
     """Called directly, past the checks of the public functions, with wrong sizes and wrong indices."""
     network = Network("index", 16, (3, 2))
-    good = StackCall.of(network.tensors["x"], network.layers(network.tensors), 3, torch.float32)
-    first, *others = good.layers
+    good = StackCall.of(Call(network.tensors["x"], tuple(network.layers(network.tensors)), 3), torch.float32)
+    first, *others = good.populations
+    feed = first.connections[0]
 
     def call(x=good.x, **changes):
-        """With another x, or with changes of the first layer."""
-        changed = good._replace(x=x, layers=(first._replace(**changes), *others))
-        stack.FORWARD.overload(*arguments(*opened(changed)), True)
+        """With another x, or with changes of the first population."""
+        wrong = good._replace(x=x, populations=(changed(first, **changes), *others))
+        stack.FORWARD.overload(*arguments(*opened(wrong)), True)
 
     call()
     for index, wrong in (
@@ -679,13 +681,13 @@ def test_operators_refuse_what_would_read_out_of_bounds():
         ("col_order", 400), ("col_bounds", -3),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="mask"):
-            call(mask=first.mask._replace(**{index: with_one(1, wrong)(getattr(first.mask, index))}))
+            call(mask=feed.mask._replace(**{index: with_one(1, wrong)(getattr(feed.mask, index))}))
     for name, changes in (
         ("receives", {"x": good.x[:, :50].contiguous()}),
-        ("values", {"values": first.values[:-1].contiguous()}),
-        ("bias", {"bias": first.bias[:5]}),
-        ("beta", {"population": first.population.with_parameters((torch.rand(3), torch.rand(1)))}),
-        ("threshold", {"population": first.population.with_parameters((torch.rand(1), torch.rand(3)))}),
+        ("values", {"values": feed.values[:-1].contiguous()}),
+        ("bias", {"bias": feed.bias[:5]}),
+        ("beta", {"parameters": (torch.rand(3), torch.rand(1))}),
+        ("threshold", {"parameters": (torch.rand(1), torch.rand(3))}),
         ("float32", {"x": good.x.double()}),
     ):
         with pytest.raises(ValueError, match=name):

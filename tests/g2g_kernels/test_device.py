@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from covering import drawn_cases
-from helpers import MaskCase, packed_randn, seeded
+from helpers import MaskCase, chained, packed_randn, seeded
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from g2g_kernels import Neurons, SpikingLayer, g2g_stack, select_device
+from g2g_kernels import Neurons, g2g_stack, select_device
 from g2g_kernels.ops.neurons import RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
@@ -173,7 +173,8 @@ def test_a_training_step_uses_plain_operators_only(monkeypatch, plain_memory):
         optimizer = torch.optim.Adam(learned, lr=1e-3, weight_decay=1e-4, foreach=False)
         before = [tensor.detach().clone() for tensor in learned]
         with Recorder() as step:
-            layers = [SpikingLayer(*of, Neurons("lif", parameters, *of_neurons)) for *of, parameters in connections]
+            numbered = enumerate(connections)
+            layers = [chained(k, *of, Neurons("lif", own, *of_neurons)) for k, (*of, own) in numbered]
             activity = g2g_stack(x, layers, steps, backend="torch")
             loss = torch.nn.functional.cross_entropy(activity.counts, labels)
             loss = loss + 1e-2 * (activity.rates[0] - 0.1).square().sum(0)

@@ -167,7 +167,7 @@ def test_a_choice_is_logged_once_and_why_it_is_slow_only_where_nothing_is_compil
     for x in range(5):
         double(x)
     assert log() == ["Backend: compiled CPU kernels"]
-    assert log(logging.DEBUG) == ["double runs on backend cpu (triton: no GPU here)"]
+    assert log(logging.DEBUG) == ["double runs by cpu (triton: no GPU here)"]
     unavailable(monkeypatch, triton="no GPU here", cpu="no compiler")
     for x in range(5):
         double(x)
@@ -183,5 +183,5 @@ def test_each_operator_and_each_change_of_choice_is_logged(monkeypatch, availabl
     double(1, backend="torch")
     double(2)
     assert log() == ["Backend: compiled Triton kernels", "Backend: compiled CPU kernels", "Backend: plain PyTorch"]
-    chosen = ["double runs on backend triton", "other runs on backend cpu (triton: has no other)"]
-    assert log(logging.DEBUG) == [*chosen, "double runs on backend torch"]
+    chosen = ["double runs by triton", "other runs by cpu (triton: has no other)"]
+    assert log(logging.DEBUG) == [*chosen, "double runs by torch"]

@@ -7,7 +7,8 @@ import torch
 
 from g2g_kernels import BackendError, backend_status, dispatch, doctor, first_use, lif
 from g2g_kernels.ops import neurons as neurons_package
-from g2g_kernels.ops.g2g_stack import operator as g2g_stack_operator
+from g2g_kernels.dispatch import Way
+from g2g_kernels.ops.g2g_stack import WAYS
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons import operator as neurons_operator
 from g2g_kernels.triton import runtime
@@ -35,7 +36,7 @@ def only_lif(monkeypatch):
 
 
 def replace_lif(monkeypatch, function):
-    monkeypatch.setitem(neurons_operator._implementations, "cpu", (function, lambda *args: None))
+    monkeypatch.setitem(neurons_operator.ways, "cpu", (Way("cpu", function, lambda *args: None),))
 
 
 @by_size
@@ -126,7 +127,7 @@ def test_a_backend_that_raises_is_a_finding_and_the_others_are_still_checked(mon
     cases = [check for check in CHECKS if check.operator in ("g2g_stack", "lif")]
     monkeypatch.setattr(doctor, "checks", lambda: iter(cases))
     monkeypatch.setattr(doctor, "available_backends", lambda: ["torch"])
-    monkeypatch.setitem(g2g_stack_operator._implementations, "torch", (raises, lambda *args: None))
+    monkeypatch.setitem(WAYS.ways, "torch", (Way("reference", raises, lambda *args: None),))
     assert doctor.main(["--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "units of 64, index groups: RuntimeError: out of registers" in out
@@ -137,7 +138,7 @@ def test_what_a_backend_declines_is_told_and_is_no_failure(monkeypatch, capsys, 
     def refuses(current, *rest):
         return "only in float32" if current.dtype != torch.float32 else None
 
-    monkeypatch.setitem(neurons_operator._implementations, "cpu", (neurons_package.reference.neurons, refuses))
+    monkeypatch.setitem(neurons_operator.ways, "cpu", (Way("cpu", neurons_package.reference.neurons, refuses),))
     assert doctor.main(["--device", "cpu"]) == 0
     assert "bfloat16  not served: only in float32" in capsys.readouterr().out
     with pytest.raises(BackendError):

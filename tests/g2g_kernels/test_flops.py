@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from helpers import seeded
+from helpers import chained, seeded
 from networks import small_net
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import flop_counter
 from torch.utils.flop_counter import FlopCounterMode
 
-from g2g_kernels import BlockMask, GroupLayout, SpikingLayer, available_backends, g2g_linear, g2g_stack
+from g2g_kernels import BlockMask, GroupLayout, available_backends, g2g_linear, g2g_stack
 from g2g_kernels import register_flop_formulas as register
 from g2gnet import G2GLinear, sparsify
 
@@ -44,7 +44,8 @@ def test_a_layer_counts_its_weights_forward_and_in_both_gradients():
 
 def in_one_call(net):
     """The network without its modules, which are called where something counts each of them, as the counter does."""
-    layers = [SpikingLayer(layer.values, layer.mask, layer.bias, neurons.population) for layer, neurons in net.layers()]
+    of = enumerate(net.layers())
+    layers = [chained(k, each.values, each.mask, each.bias, neurons.population) for k, (each, neurons) in of]
     return lambda x: g2g_stack(x, layers, STEPS if x.dim() == 2 else None).counts
 
 

@@ -7,14 +7,13 @@ import itertools
 import pytest
 import torch
 from covering import every_pair
-from helpers import seeded
+from helpers import chained, seeded
 
 from benchmarks.machine import pytorch_threads
-from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_linear, g2g_stack
+from g2g_kernels import BlockMask, GroupLayout, Neurons, g2g_linear, g2g_stack
 from g2g_kernels.cpu import library, plans
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.g2g_stack import recurrent_lists
-from g2g_kernels.ops.g2g_stack.layer import Recurrent
 from g2g_kernels.ops.neurons import MODELS, RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.ops.record import Backward
@@ -114,7 +113,8 @@ def check_loop(x, recurrent, inputs, neurons, first, silent, steps, threads, sum
             for each in (x, values, of_inputs, first, *neurons.parameters)
         ]
         population = neurons.with_parameters(tuple(leaves[4:]))
-        layer = SpikingLayer(leaves[2], in_mask, None, population, silent, leaves[3], Recurrent(leaves[1], mask))
+        own = {"recurrent": (leaves[1], mask), "dropped": silent, "state": leaves[3]}
+        layer = chained(0, leaves[2], in_mask, None, population, **own)
         activity = g2g_stack(leaves[0], [layer], steps, backend=backend)
         last = activity.states[0]  # the gradient of a plain sum is one number in memory
         loss = (activity.counts * of_counts.to(dtype)).sum() + (last if summed else last * of_last.to(dtype)).sum()
@@ -161,7 +161,7 @@ def losses(x, model: str, parameters, size: int, chunk=None, parts: int | None =
     inputs, of_inputs = weights(size, 20, 1, 0.4, seed=5)
     leaves = [each.clone().requires_grad_() for each in (values, of_inputs)]
     population = Neurons(model, tuple(torch.tensor([each]) for each in parameters))
-    layer = SpikingLayer(leaves[1], inputs, None, population, recurrent=Recurrent(leaves[0], mask))
+    layer = chained(0, leaves[1], inputs, None, population, (leaves[0], mask))
     total, state = 0, None
     for part in x.split(parts or len(x)):
         activity = g2g_stack(part, [layer._replace(state=state)], None, backend="cpu", chunk=chunk)
@@ -253,7 +253,7 @@ def test_a_wide_layer_takes_memory_by_its_weights_alone(monkeypatch):
     each = torch.arange(size)
     inputs = BlockMask(GroupLayout(size, 1), GroupLayout(size, 1), each, each, block_size=1)
     population = Neurons("lif", (torch.tensor([0.9]), torch.tensor([1.0])))
-    layer = SpikingLayer(torch.ones(size, 1, 1), inputs, None, population, recurrent=Recurrent(values, mask))
+    layer = chained(0, torch.ones(size, 1, 1), inputs, None, population, (values, mask))
     g2g_stack(torch.rand(2, size, generator=draw), [layer], 4, backend="cpu").counts.sum().backward()
     assert values.grad.abs().sum() > 0
     assert max(taken) < 50e6  # a bit for each of the N² weights would be 800 MB

@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
-from g2g_kernels.ops.g2g_stack import operator
+from g2g_kernels import dispatch
+from g2g_kernels.ops.g2g_stack import WAYS
 from g2gnet import LIF, G2GLinear, SpikingStack, called_layers, spiking_network
 
-STACK_BACKENDS = backends_of(operator)
+STACK_BACKENDS = backends_of(WAYS)
 STEPS = 6
 SAMPLES = torch.rand(5, 30, generator=seeded(1)) * 3
 net_of = functools.partial(small_net, T=STEPS, threshold=0.5)
@@ -44,8 +45,10 @@ def assert_alike(one, other):
 @pytest.fixture
 def one_call(monkeypatch):
     """Counts the calls of the operator of a whole stack."""
-    calls, inner = [], spiking_network.g2g_stack
-    monkeypatch.setattr(spiking_network, "g2g_stack", lambda *args: calls.append(1) or inner(*args))
+    calls, inner = [], spiking_network.run
+    monkeypatch.setattr(
+        spiking_network, "run", lambda call, chunk: (call.modules or calls.append(1), inner(call, chunk))[1]
+    )
     return calls
 
 
@@ -201,16 +204,18 @@ def test_a_stack_with_hooks_compiles_to_equal_results(plain_memory):
 
 
 def test_it_is_said_once_which_layers_are_called_and_activity_hooks_are_called_once(caplog):
-    called_layers._say_that_layers_are_called.cache_clear()
+    dispatch._log_choice.cache_clear()
+    caplog.set_level("INFO", "g2g_kernels")
     net, seen = net_of(), []
     net(SAMPLES)
-    assert not caplog.text
+    assert "in turn" not in caplog.text
     net.register_activity_hook(lambda inputs, activity, state: seen.append(activity.counts))
     net.lif2.register_forward_hook(nothing)
     counts = [net(SAMPLES) for _ in range(2)]
     assert all(map(torch.equal, seen, counts))
     assert len(seen) == 2
-    said = "calls its modules in turn, which is slower than one call for all: lif2 carries hooks"
+    said = "Backend of g2g_stack: modules in turn, which is slower ("
+    assert "operators in turn: lif2 carries hooks)" in caplog.text
     assert caplog.text.count(said) == 1
 
 

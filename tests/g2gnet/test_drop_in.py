@@ -9,10 +9,10 @@ import torch
 from helpers import backends_of, compiles_whole, saved_and_read, seeded
 from networks import small_net
 
-from g2g_kernels.ops.g2g_stack import operator
+from g2g_kernels.ops.g2g_stack import WAYS
 from g2gnet import LIF, G2GNet
 
-STACK_BACKENDS = backends_of(operator)
+STACK_BACKENDS = backends_of(WAYS)
 SAMPLES = torch.rand(5, 30, generator=seeded(1)) * 3
 
 

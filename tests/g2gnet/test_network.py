@@ -11,7 +11,8 @@ import torch
 from covering import every_pair
 from helpers import seeded
 
-from g2g_kernels import BackendError, g2g_stack
+from g2g_kernels import BackendError
+from g2g_kernels.ops import g2g_stack
 from g2gnet import G2GNet, SpikingStack, Synaptic, spiking_network
 from g2gnet.interop import to_snntorch
 from g2gnet.network_settings import PARAMETERS, NetworkSettings
@@ -131,11 +132,11 @@ def test_the_neurons_parameters_begin_where_one_says():
 def test_samples_are_encoded_and_reach_the_first_layer_once_if_they_are_currents(monkeypatch):
     shapes, x, over_time = [], torch.rand(5, 30), torch.rand(3, 5, 30)
 
-    def spy(x, *args, **kwargs):
-        shapes.append(tuple(x.shape))
-        return g2g_stack(x, *args, **kwargs)
+    def spy(call, chunk):
+        shapes.append(tuple(call.x.shape))
+        return g2g_stack.run(call, chunk)
 
-    monkeypatch.setattr("g2gnet.spiking_network.g2g_stack", spy)
+    monkeypatch.setattr("g2gnet.spiking_network.run", spy)
     net = small_net(enc_scale=2.0, enc_bias=0.5)
     for given in (x, over_time):
         assert net(given).shape == (5, 10)
@@ -285,12 +286,10 @@ def test_what_the_kept_neurons_send_makes_up_for_those_that_are_dropped(dropout)
     net = G2GNet(20, 24, 10, block_size=3, dropout=dropout)
     bits = torch.arange(1 << 16, dtype=torch.int32)
     kept = 1 - ((bits - (1 << 15)) < round(dropout * (1 << 16)) - (1 << 15)).double().mean().item()
-    seen, run = [], spiking_network.g2g_stack
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spiking_network, "g2g_stack", lambda x, of, *rest: seen.extend(of) or run(x, of, *rest))
-        net.simulate(torch.rand(4, 20))
+    x = torch.rand(4, 20)
+    call = net._call(x, None, None, net.drop(4), False, False, None)
     values = dict(net.named_parameters())["fc2.values"]
-    torch.testing.assert_close(seen[1].values * kept, values, rtol=1e-5, atol=0)
+    torch.testing.assert_close(call.populations[1].connections[0].values * kept, values, rtol=1e-5, atol=0)
     if dropout > 0.9999:
         dropped = torch.cat(net.drop(20000, seeded(0)), 1)
         assert 0 < (~dropped).sum() < 40

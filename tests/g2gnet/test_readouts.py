@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from training_runs import SMALL, load, run
 
 from g2g_kernels import BlockMask, GroupLayout
-from g2g_kernels.ops.g2g_stack import operator
+from g2g_kernels.ops.g2g_stack import WAYS
 from g2gnet import LIF, DSTScheduler, G2GLinear, SpikingStack
 from g2gnet.data import load_dataset
 from g2gnet.interop import from_snntorch, to_nir, to_snntorch
@@ -44,7 +44,7 @@ def lateness(trains):
     return sum((steps**2 * spikes).mean() for spikes in trains)
 
 
-@pytest.mark.parametrize("backend", backends_of(operator))
+@pytest.mark.parametrize("backend", backends_of(WAYS))
 @pytest.mark.parametrize(
     ("x", "options"),
     [
@@ -74,7 +74,7 @@ def test_spikes_and_membranes_over_time_and_their_gradients_are_those_of_float64
         assert parameter.grad.abs().sum() > 0 or name == "lif3.b"
 
 
-@pytest.mark.parametrize("backend", backends_of(operator))
+@pytest.mark.parametrize("backend", backends_of(WAYS))
 def test_counts_rates_and_their_gradients_are_the_same_with_and_without_spikes_over_time(backend):
     results = []
     for spikes in (False, True):
@@ -122,7 +122,7 @@ def membranes_in_steps(net, x):
     return torch.stack(membranes)
 
 
-@pytest.mark.parametrize("backend", backends_of(operator))
+@pytest.mark.parametrize("backend", backends_of(WAYS))
 @pytest.mark.parametrize(
     ("x", "options"),
     [(X, {"per_neuron": True}), (X[0], {"neuron": "synaptic", "reset": "zero"}), (X, {"neuron": "adlif", "b": 0.3})],
@@ -192,7 +192,7 @@ def test_neurons_that_integrate_have_no_spikes_and_their_membranes_by_steps(read
     torch.testing.assert_close(net.simulate(X[2:], net.simulate(X[:2]).state).output, READ[readout](membranes[2:]))
 
 
-@pytest.mark.skipif("cpu" not in backends_of(operator), reason="the CPU kernels were not built")
+@pytest.mark.skipif("cpu" not in backends_of(WAYS), reason="the CPU kernels were not built")
 def test_in_bfloat16_the_cpu_kernels_take_the_currents_of_single_steps():
     outcomes = []
     for backend in (None, "cpu"):  # alone, neurons run on PyTorch's operations

@@ -203,11 +203,13 @@ def in_another_order(backend: str) -> SpikingStack:
     return SpikingStack(layers, stack.T, backend)
 
 
-def test_another_order_of_neurons_runs_step_by_step_and_says_so(caplog):
+def test_another_order_of_neurons_runs_step_by_step_and_says_so():
     x = inputs_of(in_another_order("torch"), held=True)
     expected = run(in_another_order("torch"), x, torch.float64)
     found = run(in_another_order("cpu"), x, torch.float32)
-    assert "runs step by step" in caplog.text
+    said = in_another_order("cpu").explain(x)
+    assert said.way.name == "operators in turn"
+    assert "population 0 has other groups" in said.reasons["cpu chain"]
     assert_same(found, expected, 2e-5)
 
 

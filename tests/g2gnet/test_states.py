@@ -6,11 +6,11 @@ from covering import every_pair
 from helpers import backends_of, rms, seeded
 from networks import three_layers
 
-from g2g_kernels.ops.g2g_stack import operator
+from g2g_kernels.ops.g2g_stack import WAYS
 from g2gnet import LIF, Synaptic
 
 T, B, D = 10, 3, 12
-BACKENDS = backends_of(operator)
+BACKENDS = backends_of(WAYS)
 stack_of = three_layers
 
 

@@ -8,7 +8,7 @@ import torch
 from helpers import backends_of, compiles_whole, seeded
 from networks import small_net
 
-from g2g_kernels.ops.g2g_stack import operator
+from g2g_kernels.ops.g2g_stack import WAYS
 from g2gnet import DSTScheduler
 from g2gnet.inspect import Batch, analyze_network
 from g2gnet.inspect.summaries import headline, layers_table
@@ -48,7 +48,7 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("backend", backends_of(operator))
+@pytest.mark.parametrize("backend", backends_of(WAYS))
 @pytest.mark.parametrize(("model", "x"), INPUTS.values(), ids=INPUTS)
 def test_operations_are_those_of_every_weight_and_every_input(model, x, backend):
     net = network(model, backend=backend).eval()

@@ -14,10 +14,10 @@ from torch.func import functional_call, grad, stack_module_state, vmap
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.ops import neurons as neurons_module
-from g2g_kernels.ops.g2g_stack import operator
+from g2g_kernels.ops.g2g_stack import WAYS
 from g2gnet import LIF, G2GLinear, Synaptic
 
-STACK_BACKENDS = backends_of(operator)
+STACK_BACKENDS = backends_of(WAYS)
 STEPS = 6
 SAMPLES = torch.rand(5, 30, generator=seeded(1)) * 3
 pytestmark = [

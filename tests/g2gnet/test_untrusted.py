@@ -241,7 +241,8 @@ WRONG = (
 def test_an_argument_of_a_wrong_kind_is_named(wrong, backend):
     mask, own = MASK_CASES["ten outputs"].mask(), {"beta": torch.tensor(0.9), "threshold": torch.tensor(1.0)}
     layer, x = helpers.lif_layer(helpers.packed_randn(mask, 0), mask, torch.zeros(10), **own), torch.ones(4, 43)
-    linear = {"x": x, "values": layer.values, "mask": mask, "bias": layer.bias}
+    (feed,) = layer.connections
+    linear = {"x": x, "values": feed.values, "mask": mask, "bias": feed.bias}
     neurons = {"current": torch.zeros(3, 5), **own}
     calls = [
         *((name, lambda name=name: g2g_linear(**{**linear, name: wrong}, backend=backend)) for name in linear),
@@ -249,7 +250,7 @@ def test_an_argument_of_a_wrong_kind_is_named(wrong, backend):
         ("x|receives", lambda: g2g_stack(wrong, [layer], 3, backend=backend)),
     ]
     for name in ("values", "mask", "bias", *own):
-        spoiled = helpers.with_parameter(layer, name, wrong)
+        spoiled = helpers.changed(layer, **{name: wrong})
         calls.append((name, lambda spoiled=spoiled: g2g_stack(x, [spoiled], 3, backend=backend)))
     fits = {"bias": wrong is None, "current": isinstance(wrong, torch.Tensor) and wrong.dim() > 1}
     for name, call in calls:

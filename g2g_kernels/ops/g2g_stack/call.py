@@ -7,9 +7,9 @@ import torch
 
 from g2g_kernels.ops.flops import count_flops, product_flops
 from g2g_kernels.ops.g2g_linear import reference as linear
-from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer
+from g2g_kernels.ops.g2g_stack.population import Call, Chain, Connection, Population, chain_of, size_of, total_steps
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
-from g2g_kernels.ops.neurons.models import MODELS, Neurons
+from g2g_kernels.ops.neurons.models import MODELS
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator
 
@@ -22,47 +22,50 @@ Outputs = tuple[torch.Tensor, _Each, _Each, _Each, _Each, _Each]
 
 class StackCall(NamedTuple):
     """What the forward pass takes: x, contiguous [T, B, in], or [B, in] held for ``steps`` steps (otherwise 0); the
-    layers from input to output, their tensors contiguous, masks as tensors; the ``dtype`` of the factors of products,
-    bfloat16 or float16 under autocast; and whether ``spikes`` over time need a gradient.
+    populations of a chain from input to output, each with the connection from the one before it and, behind that, its
+    recurrent one, tensors contiguous, masks as tensors; the ``dtype`` of the factors of products, bfloat16 or float16
+    under autocast; and whether ``spikes`` over time need a gradient.
     """
 
     x: torch.Tensor
-    layers: tuple[SpikingLayer, ...]
+    populations: tuple[Population, ...]
     steps: int
     dtype: torch.dtype
     spikes: bool = False
 
     @classmethod
-    def of(
-        cls,
-        x: torch.Tensor,
-        layers: Sequence[SpikingLayer],
-        steps: int | None,
-        dtype: torch.dtype,
-        spikes: bool = False,
-    ) -> "StackCall":
-        """The call with these arguments of the public function."""
-        called = []
-        for layer in layers:
-            population, recurrent, sent = layer.population, layer.recurrent, layer.sent
-            if (steps or x.shape[0]) == 1 and layer.state is None and sent is None:
-                recurrent = None  # of one step without spikes before it: its weights have no gradient
-            flat = [p.contiguous() if p.dim() == 1 else p.reshape(-1) for p in population.parameters]
+    def of(cls, call: Call, dtype: torch.dtype) -> "StackCall":
+        """The call of the public function, whose populations are a chain."""
+        called, device = [], call.x.device
+        for (feed, recurrent), population in zip(_chain(call.populations), call.populations):  # noqa: B905
+            neurons, dropped, state, sent = population.neurons, population.dropped, population.state, population.sent
+            delay = None if feed.delay is None else feed.delay.of_each(feed.mask.shape[1], device)
+            bias = None if feed.bias is None else feed.bias.contiguous()
+            connections = [
+                Connection("linear", feed.values.contiguous(), feed.mask.tensors(), feed.source, delay, bias)
+            ]
+            # of one step without spikes before it the weights have no gradient
+            if recurrent is not None and (total_steps(call) > 1 or state is not None or sent is not None):
+                own = recurrent.values.contiguous(), recurrent.mask.tensors(), recurrent.source, recurrent.delay
+                connections.append(Connection("linear", *own))
+            flat = [each.contiguous() if each.dim() == 1 else each.reshape(-1) for each in neurons.parameters]
             called.append(
-                SpikingLayer(
-                    layer.values.contiguous(),
-                    layer.mask.tensors(),
-                    None if layer.bias is None else layer.bias.contiguous(),
-                    Neurons(population.model, tuple(flat), population.reset, population.surrogate, population.alpha),
-                    None if layer.dropped is None else layer.dropped.contiguous(),
-                    None if layer.state is None else layer.state.float().contiguous(),
-                    None if recurrent is None else Recurrent(recurrent[0].contiguous(), recurrent[1].tensors()),
-                    layer.membranes,
-                    delay=None if layer.delay is None else layer.delay.of_each(layer.mask.shape[1], x.device),
-                    sent=None if sent is None else sent.float().contiguous(),
+                Population(
+                    neurons.with_parameters(tuple(flat)),
+                    tuple(connections),
+                    None if dropped is None else dropped.contiguous(),
+                    None if state is None else state.float().contiguous(),
+                    None if sent is None else sent.float().contiguous(),
+                    population.membranes,
                 )
             )
-        return cls(x.contiguous(), tuple(called), steps or 0, dtype, spikes)
+        return cls(call.x.contiguous(), tuple(called), call.steps or 0, dtype, call.spikes)
+
+    @property
+    def chain(self) -> Chain:
+        """Of each population the connection from the one before it, and its recurrent one, or None."""
+        every = [population.connections for population in self.populations]
+        return [(each[0], each[1] if len(each) > 1 else None) for each in every]
 
     @property
     def held(self) -> bool:
@@ -79,32 +82,40 @@ class StackCall(NamedTuple):
         """B."""
         return self.x.shape[-2]
 
-    def state_shape(self, layer: SpikingLayer) -> tuple[int, int, int]:
+    def state_shape(self, population: Population) -> tuple[int, int, int]:
         """[states, B, N]."""
-        return len(MODELS[layer.population.model].states), self.batch, layer.size
+        return len(MODELS[population.neurons.model].states), self.batch, size_of(population)
 
     def check(self) -> None:
-        """Raises ValueError unless the sizes of layers, biases and parameters match."""
+        """Raises ValueError unless the sizes of populations, biases and parameters match."""
+        _chain(self.populations)
         width = self.x.shape[-1]
-        for number, layer in enumerate(self.layers):
-            size, inputs = layer.mask.shape
+        for number, ((feed, recurrent), population) in enumerate(zip(self.chain, self.populations, strict=True)):
+            size, inputs = feed.mask.shape
             if inputs != width:
-                raise ValueError(f"layer {number} has {inputs} inputs but receives {width}")
+                raise ValueError(f"population {number} has {inputs} inputs but receives {width}")
             width = size
-            if layer.bias is not None and layer.bias.numel() != size:
-                raise ValueError(f"bias of layer {number} has {layer.bias.numel()} entries, expected {size}")
-            if layer.dropped is not None and layer.dropped.shape != (self.batch, size):
-                raise ValueError(f"dropped of layer {number} has shape {tuple(layer.dropped.shape)}")
-            if layer.recurrent is not None and tuple(layer.recurrent.mask.shape) != (size, size):
-                raise ValueError(f"the recurrent connection of layer {number} is {tuple(layer.recurrent.mask.shape)}")
-            delays = None if layer.delay is None else layer.delay.steps
+            if feed.bias is not None and feed.bias.numel() != size:
+                raise ValueError(f"bias to population {number} has {feed.bias.numel()} entries, expected {size}")
+            if population.dropped is not None and population.dropped.shape != (self.batch, size):
+                raise ValueError(f"dropped of population {number} has shape {tuple(population.dropped.shape)}")
+            if recurrent is not None and tuple(recurrent.mask.shape) != (size, size):
+                raise ValueError(f"the recurrent connection of population {number} is {tuple(recurrent.mask.shape)}")
+            delays = None if feed.delay is None else feed.delay.steps
             if delays is not None and tuple(delays.shape) != (inputs,):
-                raise ValueError(f"delays of layer {number} have shape {tuple(delays.shape)}")
-            if layer.sent is not None and tuple(layer.sent.shape[1:]) != (self.batch, size):
-                raise ValueError(f"sent of layer {number} has shape {tuple(layer.sent.shape)}")
-            if layer.state is not None and tuple(layer.state.shape) != self.state_shape(layer):
-                raise ValueError(f"state of layer {number} has shape {tuple(layer.state.shape)}")
-            layer.population.check_entries(size, f" of layer {number}")
+                raise ValueError(f"delays to population {number} have shape {tuple(delays.shape)}")
+            if population.sent is not None and tuple(population.sent.shape[1:]) != (self.batch, size):
+                raise ValueError(f"sent of population {number} has shape {tuple(population.sent.shape)}")
+            if population.state is not None and tuple(population.state.shape) != self.state_shape(population):
+                raise ValueError(f"state of population {number} has shape {tuple(population.state.shape)}")
+            population.neurons.check_entries(size, f" of population {number}")
+
+
+def _chain(populations: Sequence[Population]) -> Chain:
+    chain = chain_of(populations)
+    if isinstance(chain, str):
+        raise ValueError(chain)
+    return chain
 
 
 TYPES["StackCall"] = StackCall
@@ -138,7 +149,7 @@ def operators(
 
 def _plain(call: StackCall) -> list[torch.Tensor]:
     """Counts, rates, last states, membranes and spikes by plain operations."""
-    turn = in_turn(call.x, call.layers, call.steps or None, linear.g2g_linear, in_steps)
+    turn = in_turn(Call(call.x, call.populations, call.steps or None), linear.g2g_linear, in_steps)
     activity = activity_of(*turn, differentiable=True)
     assert activity.states is not None
     membranes = [each for each in activity.membranes or () if each is not None]
@@ -147,14 +158,14 @@ def _plain(call: StackCall) -> list[torch.Tensor]:
 
 
 def _flops(call: StackCall) -> list[int]:
-    """Of the product of each layer, the first of which is computed once where x is held."""
-    samples = [call.batch * (1 if call.held and number == 0 else call.num_steps) for number in range(len(call.layers))]
-    return [product_flops(count, layer.values, layer.mask) for count, layer in zip(samples, call.layers, strict=True)]
+    """Of the product that feeds each population, the first of which is computed once where x is held."""
+    samples = [call.batch * (1 if call.held and number == 0 else call.num_steps) for number in range(len(call.chain))]
+    return [product_flops(count, feed.values, feed.mask) for count, (feed, _) in zip(samples, call.chain, strict=True)]
 
 
 def _recurrent_flops(call: StackCall) -> int:
     samples = call.batch * (call.num_steps - 1)  # before the first step there are no spikes
-    return sum(product_flops(samples, *layer.recurrent) for layer in call.layers if layer.recurrent)
+    return sum(product_flops(samples, own.values, own.mask) for _, own in call.chain if own is not None)
 
 
 def _backward_flops(given: Backward) -> int:

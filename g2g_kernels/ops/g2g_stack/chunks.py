@@ -7,18 +7,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from g2g_kernels.ops.derivatives import autocast_of, gradients_of, has_tangent
+from g2g_kernels.ops.derivatives import autocast_of, gradients_of
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Spikes
-from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.g2g_stack.population import Call, total_steps
 from g2g_kernels.ops.record import Form, built, opened
-from g2g_kernels.tracing import is_transformed, replaced
-
-#: (x, layers, steps, inputs before the first step) -> their activity
-RunLayers = Callable[[torch.Tensor, Sequence[SpikingLayer], int | None, torch.Tensor | None], Activity]
+from g2g_kernels.tracing import replaced
 
 
 class ChunkedSpikes:
-    """Spikes of one layer, chunk after chunk (``chunks``)."""
+    """Spikes of one population, chunk after chunk (``chunks``)."""
 
     def __init__(self, chunks: Sequence[Spikes]) -> None:
         self.chunks = chunks
@@ -28,57 +25,50 @@ class ChunkedSpikes:
         return torch.cat([chunk.dense() for chunk in self.chunks])
 
 
-def in_chunks(
-    run: RunLayers,
-    chunk: int,
-    x: torch.Tensor,
-    layers: Sequence[SpikingLayer],
-    steps: int | None,
-    before: torch.Tensor | None = None,
-) -> Activity:
+def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call) -> Activity:
     """The activity of ``run`` over all steps, ``chunk`` of them at a time (the last may be shorter)."""
-    total = len(x) if steps is None else steps
-    plain = torch.compiler.is_compiling() or is_transformed() or has_tangent(opened((x, before, tuple(layers)))[0])
     done: list[tuple[int, Activity]] = []
-    for first in range(0, total, chunk):
-        size = min(chunk, total - first)
-        part, held = (x[first : first + size], None) if steps is None else (x, size)
-        activity = run(part, layers, held, before) if plain else _recomputed(part, layers, held, before, run)
+    populations, before = call.populations, call.before
+    for first in range(0, total_steps(call), chunk):
+        size = min(chunk, total_steps(call) - first)
+        part, held = (call.x[first : first + size], None) if call.steps is None else (call.x, size)
+        of_part = replaced(call, x=part, populations=populations, steps=held, before=before, carried=True)
+        activity = run(of_part) if call.plain or torch.compiler.is_compiling() else _recomputed(of_part, run)
         assert activity.states is not None
-        *sent, of_inputs = activity.sent or (None,) * (len(layers) + 1)
+        *sent, of_inputs = activity.sent or (None,) * (len(populations) + 1)
         before = None if of_inputs is None else of_inputs.dense()
-        layers = [
-            replaced(layer, state=state, sent=of_layer and of_layer.dense())
-            for layer, state, of_layer in zip(layers, activity.states, sent)  # noqa: B905
-        ]
+        populations = tuple(
+            [
+                replaced(population, state=state, sent=of_population and of_population.dense())
+                for population, state, of_population in zip(populations, activity.states, sent)  # noqa: B905
+            ]
+        )
         done.append((size, activity))
-    shares = [size / total for size, _ in done]
+    shares = [size / total_steps(call) for size, _ in done]
     activities = [activity for _, activity in done]
     return Activity(
         counts=torch.stack([activity.counts for activity in activities]).sum(0),
         rates=tuple(
-            torch.stack([share * rates for share, rates in zip(shares, of_layer)]).sum(0)  # noqa: B905
-            for of_layer in zip(*(activity.rates for activity in activities))  # noqa: B905
+            torch.stack([share * rates for share, rates in zip(shares, of_population)]).sum(0)  # noqa: B905
+            for of_population in zip(*(activity.rates for activity in activities))  # noqa: B905
         ),
-        spikes=tuple(ChunkedSpikes(of_layer) for of_layer in zip(*(each.spikes for each in activities))),  # noqa: B905
+        spikes=tuple(ChunkedSpikes(of_population) for of_population in zip(*(each.spikes for each in activities))),  # noqa: B905
         states=activities[-1].states,
         sent=activities[-1].sent,
     )
 
 
-def _recomputed(
-    x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, before: torch.Tensor | None, run: RunLayers
-) -> Activity:
-    """``run(x, layers, steps, before)``, nothing of which is kept for the backward pass."""
-    tensors, form = opened((x, before, tuple(layers)))
+def _recomputed(call: Call, run: Callable[[Call], Activity]) -> Activity:
+    """``run(call)``, nothing of which is kept for the backward pass."""
+    tensors, form = opened((call.x, call.before, call.populations))
     if not (torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])):
-        return run(x, layers, steps, before)
+        return run(call)
     spikes: list[Spikes] = []
     of_results: Form = []
 
     def again(*given: torch.Tensor) -> list[torch.Tensor]:
-        x, before, layers = built(form, given)
-        activity = run(x, layers, steps, before)
+        x, before, populations = built(form, given)
+        activity = run(replaced(call, x=x, before=before, populations=populations))
         sent = [each and each.dense() for each in activity.sent]
         spikes[:] = activity.spikes
         results, of_results[:] = opened((activity.counts, activity.rates, activity.states, sent))
@@ -87,8 +77,8 @@ def _recomputed(
     # what has no gradient, too: PyTorch then refuses the others' if it has changed in place in the meantime
     indices = [
         index
-        for number, layer in enumerate(layers)
-        for connection in layer.connections(number)
+        for population in call.populations
+        for connection in population.connections
         for index in connection.mask.tensors()
     ]
     counts, rates, states, sent = built(of_results, _Recomputed.apply(again, indices, *tensors))

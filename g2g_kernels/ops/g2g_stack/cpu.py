@@ -25,18 +25,25 @@ from g2g_kernels.cpu.library import bf16_wanted, library, pointer, run, too_larg
 from g2g_kernels.cpu.plans import Plan, blocks, plan_for
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.mask.unit_grid import MaskTensors
-from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
+from g2g_kernels.ops.derivatives import autocast_of, gradients_of
 from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train
-from g2g_kernels.ops.g2g_stack.layer import Recurrent, SpikingLayer, refuses_fields, unread
-from g2g_kernels.ops.g2g_stack.recurrent_lists import loop_of
-from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn, reaches
-from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
+from g2g_kernels.ops.g2g_stack.population import (
+    Call,
+    Connection,
+    Population,
+    chain_of,
+    refuses_kernels,
+    total_steps,
+    unread,
+)
+from g2g_kernels.ops.g2g_stack.reference import reaches
+from g2g_kernels.ops.neurons.cpu import neuron_arguments
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2g_kernels.ops.record import TYPES, Backward, RecordOperator, opened
-from g2g_kernels.tracing import is_traced
+from g2g_kernels.ops.record import TYPES, Backward, RecordOperator, built, opened
+from g2g_kernels.tracing import is_traced, replaced
 
 logger = logging.getLogger("g2g_kernels")
 
@@ -48,83 +55,114 @@ MOST_STEPS = 1 << 16
 #: kernels scale it by how many (``EventRuns.ratio``).
 GRADIENT_EVENT_LIMIT = {False: 0.35, True: 0.23}
 
-#: fields of a layer that the kernels have under the same name, and those that they do not read
-READ = [name for name in SpikingLayer._fields if hasattr(structures.Layer, name) and name != "recurrent"]
-UNREAD = unread([*READ, "mask", "population", "recurrent", "membranes", "observers", "source", "delay"])
+#: fields that the kernels' structure of a layer has under the same name
+OF_POPULATION = [name for name in Population._fields if hasattr(structures.Layer, name) and name != "neurons"]
+OF_CONNECTION = [name for name in Connection._fields if hasattr(structures.Layer, name)]
+#: fields that they do not read
+UNREAD = unread(
+    [*OF_POPULATION, "neurons", "connections", *OF_CONNECTION, "kind", "mask", "source", "delay"],
+)
 
 Tensors = Sequence[torch.Tensor]
 
 
-def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
+def refuses(call: Call) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    if (reason := refuses_tensors(x, layers, steps)) or (UNREAD and (reason := refuses_fields(UNREAD, layers))):
+    if reason := refuses_kernels(call, UNREAD) or refuses_tensors(call):
         return reason
-    for layer in layers:
-        reason = plans.refuses(layer.mask, layer.values, "stack")
-        if reason is None and layer.recurrent is not None:
-            reason = plans.refuses(layer.recurrent.mask, layer.recurrent.values, "recurrent")
-        if reason is not None:
-            return reason
-    return too_large(samples=x.shape[-2])
+    if call.spikes:
+        return "gives spikes over time no gradient"
+    chain = chain_of(call.populations)
+    if isinstance(chain, str):
+        return chain
+    reach = reaches(call.populations)
+    for number, (feed, recurrent) in enumerate(chain):
+        for each, use in ((feed, "stack"), (recurrent, "recurrent")):
+            if each is None:
+                continue
+            if plans.in_lists(each.mask.grid, each.values.shape, use):
+                return f"the weights to population {number} lie in lists"
+            if reason := plans.refuses(each.mask, each.values, use):
+                return reason
+        if recurrent is not None and _in_other_order(feed, recurrent):
+            return (
+                f"the recurrent connection of population {number} has other groups, or other sizes of units, than the "
+                "connection to it; give BlockMask.sample(layout, layout, …) that one's mask.rows.layout and block_size"
+            )
+        if feed.delay is not None and number:
+            sends = call.populations[number - 1]
+            of_state = sends.state is not None and not reach[number - 1]
+            if of_state or call.carried or (sends.sent is not None and sends.sent.requires_grad):
+                return f"the delayed spikes to population {number} that come from a state have no gradient"
+    return too_large(samples=call.x.shape[-2])
 
 
-def refuses_tensors(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
-    """Why no kernel for several layers can take these tensors, or None."""
-    for tensor in opened((x, *layers))[0]:
+def refuses_tensors(call: Call) -> str | None:
+    """Why no kernel for several populations can take the tensors of a call, or None."""
+    for tensor in opened((call.x, call.populations))[0]:
         if not tensor.is_cpu:
             return f"needs tensors on the CPU, not on {tensor.device}"
         if tensor.dtype not in (torch.float32, torch.bool, torch.int64):  # (delays; x is floating point)
             return f"needs float32 tensors, not {tensor.dtype}"
-    if (steps or len(x)) > MOST_STEPS:
+    if total_steps(call) > MOST_STEPS:
         return f"serves at most {MOST_STEPS} time steps"
-    return "needs a batch that is not empty" if x.numel() == 0 else None
+    return "needs a batch that is not empty" if call.x.numel() == 0 else None
 
 
-def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
-    if _takes_turns(layers):
-        turn = in_turn(x, layers, steps, g2g_linear, functools.partial(in_float32, neurons), loop_of=loop_of)
-        return activity_of(*turn, differentiable=False)
-    call = StackCall.of(x, layers, steps, torch.bfloat16 if bf16_wanted() else torch.float32)
-    counts, rates, last, _, words, _ = FORWARD(call)
-    spikes = [PackedSpikes(each, layer.values.detach(), layer.mask) for each, layer in zip(words, call.layers)]  # noqa: B905
+def g2g_stack(call: Call) -> Activity:
+    of_kernels = StackCall.of(call, torch.bfloat16 if bf16_wanted() else torch.float32)
+    counts, rates, last, _, words, _ = FORWARD(of_kernels)
+    feeds = [population.connections[0] for population in of_kernels.populations]
+    spikes = [PackedSpikes(each, feed.values.detach(), feed.mask) for each, feed in zip(words, feeds)]  # noqa: B905
     activity = Activity(counts, tuple(rates), tuple(spikes), states=tuple(last))
-    if all([layer.delay is None for layer in layers]):
+    if all([feed.delay is None for feed in feeds]):
         return activity
+    from g2g_kernels.ops.g2g_stack.graph import g2g_graph  # which imports this module
+
     sent = [
-        LastSpikes(train, reach, layer.sent, counts) if reach else None
-        for train, reach, layer in zip(spikes, reaches(layers), layers)  # noqa: B905  (the inputs come last)
+        LastSpikes(train, reach, number, call, g2g_graph) if reach else None
+        for number, (train, reach) in enumerate(zip(spikes, reaches(call.populations)))  # noqa: B905
     ]
     return activity._replace(sent=(*sent, None))
 
 
 class LastSpikes:
-    """What a layer sent in the last ``steps`` of a run with these ``spikes``, and ``before`` it, [D, B, N], or None.
-    ``counts`` is a result of the run, which has a gradient if its spikes have one."""
+    """What population ``number`` sent in the last ``steps`` of the run of a call with these ``spikes``, and before it.
+    ``graph`` runs the call again for the gradient, which the chain's kernels do not compute."""
 
-    def __init__(self, spikes: "PackedSpikes", steps: int, before: torch.Tensor | None, counts: torch.Tensor) -> None:
-        self._spikes, self._steps, self._before, self._counts = spikes, steps, before, counts
+    def __init__(self, spikes: "PackedSpikes", steps: int, number: int, call: Call, graph: Callable) -> None:
+        self._spikes, self._steps, self._number, self._call, self._graph = spikes, steps, number, call, graph
 
     def dense(self) -> torch.Tensor:
-        """[D, B, N], whose gradient these kernels do not compute."""
-        spikes = self._spikes.dense(self._steps)
-        train = Train(spikes[0], self._before)
+        """[D, B, N]; differentiable."""
+        spikes, before = self._spikes.dense(self._steps), self._call.populations[self._number].sent
+        train = Train(spikes[0], None if before is None else before.detach())
         train.append(spikes)
-        return _WithoutGradient.apply(train.window(len(spikes) - self._steps, len(spikes)), self._counts)
+        sent = train.window(len(spikes) - self._steps, len(spikes))
+        tensors, form = opened((self._call.x, self._call.before, self._call.populations))
+        if is_traced() or not (torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])):
+            return sent
+
+        def again(*given: torch.Tensor) -> list[torch.Tensor]:
+            x, before, populations = built(form, given)
+            activity = self._graph(replaced(self._call, x=x, before=before, populations=populations))
+            return [activity.sent[self._number].dense()]
+
+        return _Again.apply(again, sent, *tensors)
 
 
-class _WithoutGradient(torch.autograd.Function):
-    """The last spikes of a run, which have a gradient that these kernels do not compute."""
+class _Again(torch.autograd.Function):
+    """A tensor whose gradient is that of a function of other tensors, which only the backward pass runs."""
 
     @staticmethod
-    def forward(ctx: Any, sent: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        return sent.view_as(sent)
+    def forward(ctx: Any, function: Callable, value: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+        ctx.function, ctx.autocast = function, autocast_of(tensors[0])
+        ctx.save_for_backward(*tensors)
+        return value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        raise RuntimeError(
-            "backend cpu computes no gradient through spikes that delays carry from one run into the next; detach the "
-            "state, give `chunk`, or backend='torch'"
-        )
+        return None, None, *gradients_of(ctx.function, ctx.saved_tensors, [grad], ctx.needs_input_grad[2:], ctx.autocast)
 
 
 def in_float32(
@@ -136,43 +174,18 @@ def in_float32(
     return spikes.to(current.dtype), state
 
 
-def _takes_turns(layers: Sequence[SpikingLayer]) -> bool:
-    """Whether the operators of all layers are called one after the other."""
-    for layer in layers:
-        values, mask, recurrent = layer.values, layer.mask, layer.recurrent
-        if plans.in_lists(mask.grid, values.shape, "stack"):
-            return True
-        if recurrent is None:
-            continue
-        if plans.in_lists(recurrent.mask.grid, recurrent.values.shape, "recurrent"):
-            return True
-        if _in_other_order(values, mask, recurrent):
-            _say_that_it_takes_steps()
-            return True
-    return False
-
-
-def _in_other_order(values: torch.Tensor, mask: Any, recurrent: Recurrent) -> bool:
-    """Whether a recurrent connection orders the neurons otherwise than the layer: other groups, or other units."""
-    own_values, own = recurrent
+def _in_other_order(feed: Connection, recurrent: Connection) -> bool:
+    """Whether a recurrent connection orders the neurons otherwise than what feeds them: other groups, or other units."""
+    mask, own = feed.mask, recurrent.mask
     if is_traced() or type(mask.unit_row) is not torch.Tensor:
         return False  # the operator itself refuses it
-    return not _joins(plan_for(mask.tensors(), values), plan_for(own.tensors(), own_values))
+    return not _joins(plan_for(mask.tensors(), feed.values), plan_for(own.tensors(), recurrent.values))
 
 
-def _joins(layer: Plan, recurrent: Plan) -> bool:
-    """Whether both sides of a recurrent connection have the lanes of the layer's neurons."""
-    lib, of_layer, own = library(), layer.address, recurrent.address
-    return bool(lib.g2g_plans_same_rows(of_layer, own) and lib.g2g_plans_aligned(of_layer, own))
-
-
-@functools.cache
-def _say_that_it_takes_steps() -> None:
-    logger.warning(
-        "a recurrent layer runs step by step, which is slower: its recurrent connection has other groups, or other "
-        "sizes of units, than the connection to the layer; give BlockMask.sample(layout, layout, …) that one's "
-        "mask.rows.layout and block_size"
-    )
+def _joins(feed: Plan, recurrent: Plan) -> bool:
+    """Whether both sides of a recurrent connection have the lanes of its neurons."""
+    lib, of_feed, own = library(), feed.address, recurrent.address
+    return bool(lib.g2g_plans_same_rows(of_feed, own) and lib.g2g_plans_aligned(of_feed, own))
 
 
 class PackedSpikes:
@@ -212,10 +225,10 @@ def _shapes(call: StackCall) -> _Shapes:
     shapes = _Shapes([], [], [], [], [])
     x, call_held = call.x, call.steps > 0
     batch, steps = x.shape[-2], call.steps or x.shape[0]
-    for number, (values, mask, _, population, _, _, recurrent, *_) in enumerate(call.layers):
-        rows, cols = blocks(mask.grid, values.shape)
+    for number, ((feed, recurrent), population) in enumerate(zip(call.chain, call.populations)):  # noqa: B905
+        rows, cols = blocks(feed.mask.grid, feed.values.shape)
         held = call_held and number == 0
-        size, states = mask.row_order.shape[0], len(MODELS[population.model].states)
+        size, states = feed.mask.row_order.shape[0], len(MODELS[population.neurons.model].states)
         shapes.rates.append((size,))
         shapes.last.append((states, batch, size))
         shapes.spikes.append((batch, rows, steps))
@@ -247,37 +260,40 @@ class _Arguments:
     def __init__(self, call: StackCall, memory: _Memory, to: StackCall | None = None) -> None:
         self.plans: list[Plan] = []
         below: Plan | None = None
-        self.layers = (structures.Layer * len(call.layers))()
+        count = len(call.populations)
+        self.layers = (structures.Layer * count)()
         lib, held = library(), call.held
-        for number, layer in enumerate(call.layers):
-            plan = plan_for(layer.mask, layer.values)
+        for number, ((feed, recurrent), population) in enumerate(zip(call.chain, call.populations)):  # noqa: B905
+            plan = plan_for(feed.mask, feed.values)
             self.plans.append(plan)
-            grads = None if to is None else to.layers[number]
+            grads = None if to is None else to.populations[number]
             own = structures.Layer(
                 plan=plan.address,
-                neurons=neuron_arguments(layer.population, () if grads is None else grads.population.parameters),
+                neurons=neuron_arguments(population.neurons, () if grads is None else grads.neurons.parameters),
                 spikes=memory.spikes[number].data_ptr(),
                 inputs=memory.inputs[number].data_ptr(),
             )
-            for name in READ:
-                if (tensor := getattr(layer, name)) is not None:
-                    setattr(own, name, tensor.data_ptr())
-                if grads is not None and name != "sent" and (grad := getattr(grads, name)) is not None:
-                    setattr(own, f"grad_{name}", grad.data_ptr())
-            if layer.sent is not None:
-                own.sent_steps = len(layer.sent)
-            if layer.delay is not None and layer.delay.steps is not None:
-                own.delays = delays_pointer(number, layer.delay, layer.delay.steps)
-                if grads is not None and grads.delay is not None:
-                    own.grad_delays = pointer(grads.delay.learned)
+            to_feed = None if grads is None else grads.connections[0]
+            for record, to_record, names in ((feed, to_feed, OF_CONNECTION), (population, grads, OF_POPULATION)):
+                for name in names:
+                    if (tensor := getattr(record, name)) is not None:
+                        setattr(own, name, tensor.data_ptr())
+                    if to_record is not None and name != "sent" and (grad := getattr(to_record, name)) is not None:
+                        setattr(own, f"grad_{name}", grad.data_ptr())
+            if population.sent is not None:
+                own.sent_steps = len(population.sent)
+            if feed.delay is not None and feed.delay.steps is not None:
+                own.delays = delays_pointer(number, feed.delay, feed.delay.steps)
+                if to_feed is not None and to_feed.delay is not None:
+                    own.grad_delays = pointer(to_feed.delay.learned)
             if memory.states:
-                kept = "currents" if held and number == 0 and layer.recurrent is None else "states"
+                kept = "currents" if held and number == 0 and recurrent is None else "states"
                 setattr(own, kept, memory.states[number].data_ptr())
-            if layer.recurrent is not None:
-                self._join(own, number, layer.recurrent, plan)
-                if grads is not None and grads.recurrent is not None:
-                    own.grad_recurrent = pointer(grads.recurrent.values)
-            if below is not None and layer.delay is None and lib.g2g_plans_aligned(below.address, plan.address):
+            if recurrent is not None:
+                self._join(own, number, recurrent, plan)
+                if grads is not None:
+                    own.grad_recurrent = pointer(grads.connections[1].values)
+            if below is not None and feed.delay is None and lib.g2g_plans_aligned(below.address, plan.address):
                 own.inputs = memory.spikes[number - 1].data_ptr()
             self.layers[number] = own
             below = plan
@@ -285,29 +301,29 @@ class _Arguments:
         costs = {"event_cost": cpu_library.EVENT_COST, "batch_cost": cpu_library.BATCH_COST}
         costs |= {"subset_cost": cpu_library.SUBSET_COST, "needed_cost": cpu_library.NEEDED_COST}
         batch, _, steps = memory.spikes[0].shape
-        sizes = {"count": len(call.layers), "batch": batch, "steps": steps, "held": held}
+        sizes = {"count": count, "batch": batch, "steps": steps, "held": held}
         options = _options(**sizes, **costs, threads=torch.get_num_threads(), bf16=bf16)
         self.stack = structures.Stack.from_buffer_copy(options)
         self.stack.layers, self.stack.x = ctypes.addressof(self.layers), call.x.data_ptr()
 
-    def _join(self, own: ctypes.Structure, number: int, recurrent: Recurrent, plan: Plan) -> None:
+    def _join(self, own: ctypes.Structure, number: int, recurrent: Connection, plan: Plan) -> None:
         joined = plan_for(recurrent.mask, recurrent.values)
         self.plans.append(joined)
         if not _joins(plan, joined):
             raise ValueError(
-                f"the recurrent connection of layer {number} has other groups, or other sizes of units, than the "
-                "connection to the layer, which compiled code cannot run on backend cpu; give `backend='torch'`, or "
+                f"the recurrent connection of population {number} has other groups, or other sizes of units, than the "
+                "connection to it, which compiled code cannot run on backend cpu; give `backend='torch'`, or "
                 "BlockMask.sample(layout, layout, …) that one's mask.rows.layout and block_size"
             )
         own.recurrent, own.recurrent_values = joined.address, recurrent.values.data_ptr()
 
 
 def delays_pointer(number: int, delay: Delay, steps: torch.Tensor) -> int:
-    """The address of delays to layer ``number``; ValueError if they have left their bounds, since it was written to."""
+    """The address of delays to population ``number``; ValueError if they have left their bounds, since it was written to."""
     least, most = (int(each) for each in steps.aminmax())
     if least < delay.least or most > delay.most:
         raise ValueError(
-            f"the delays to layer {number} are from {least} to {most}, and were from {delay.least} to {delay.most} when"
+            f"the delays to population {number} are from {least} to {most}, and were from {delay.least} to {delay.most} when"
             " they were checked; load others with load_state_dict"
         )
     return steps.data_ptr()
@@ -347,7 +363,7 @@ def _forward_fake(call: StackCall, keep: bool) -> Outputs:
     kept = []
     if keep:
         kept = [
-            x.new_empty(1 + len(call.layers), dtype=torch.float64),
+            x.new_empty(1 + len(call.populations), dtype=torch.float64),
             *(x.new_empty(shape, dtype=torch.int64) for shape in shapes.inputs),
             *(x.new_empty(shape) for shape in shapes.states),
         ]
@@ -358,7 +374,7 @@ def _forward_fake(call: StackCall, keep: bool) -> Outputs:
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, kept, (grad_counts, *grads_of_layers), needed = given
-    shapes, count = _shapes(call), len(call.layers)
+    shapes, count = _shapes(call), len(call.populations)
     spikes, header, inputs, states = kept[:count], kept[count], kept[count + 1 : 2 * count + 1], kept[2 * count + 1 :]
     for tensors, expected in ((spikes, shapes.spikes), (inputs, shapes.inputs), (states, shapes.states)):
         if [tuple(tensor.shape) for tensor in tensors] != expected:
@@ -370,7 +386,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
         grad_rates, grad_last = grads_of_layers[number], grads_of_layers[count + number]
         layer.input_rate = input_rates[number]
         if grad_last is None:  # which reaches the currents through no event
-            layer.gradient_event_limit = _gradient_event_limit(call.layers[number].population, arguments.stack.bf16)
+            layer.gradient_event_limit = _gradient_event_limit(call.populations[number].neurons, arguments.stack.bf16)
         layer.grad_last, layer.grad_rates = pointer(grad_last), pointer(grad_rates)
     stack = arguments.stack
     stack.x_spikes = int(x_spikes)
@@ -384,9 +400,9 @@ def _gradients(tensors: Tensors, needed: Sequence[bool]) -> list[torch.Tensor | 
     return workspace.alike(tensors, [needed[0], *[tensor.is_floating_point() for tensor in tensors[1:]]])
 
 
-def _gradient_event_limit(population: Neurons, bf16: bool) -> float:
+def _gradient_event_limit(neurons: Neurons, bf16: bool) -> float:
     """The share of events up to which these neurons' input gradient is computed by events; 0: never (logged)."""
-    model, parameters, reset, surrogate, _ = population
+    model, parameters, reset, surrogate, _ = neurons
     reason = _why_product(model, reset, surrogate, parameters[0].numel() > 1)
     return 0.0 if reason else GRADIENT_EVENT_LIMIT[bool(bf16)]
 

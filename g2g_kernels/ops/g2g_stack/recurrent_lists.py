@@ -1,4 +1,4 @@
-"""A recurrent layer over all time steps in one call, for weights stored as lists, on the compiled CPU kernels:
+"""A recurrent population over all time steps in one call, for weights stored as lists, on the compiled CPU kernels:
 operators ``g2g::loop_forward`` (with its autograd formula) and ``g2g::loop_backward``. The forward pass keeps the
 states of every step, float32, as ``csrc/list_loop.h`` lays them out.
 """
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from g2g_kernels.cpu import library as cpu_library
+from g2g_kernels.cpu import plans
 from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import library, pointer, run
 from g2g_kernels.cpu.plans import Plan, in_lists, lists_for
@@ -18,9 +19,14 @@ from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.dispatch import forced_backend
 from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.g2g_linear import reference as linear
-from g2g_kernels.ops.g2g_stack.layer import SpikingLayer
+from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
+from g2g_kernels.ops.g2g_stack.activity import Activity
+from g2g_kernels.ops.g2g_stack.cpu import in_float32, refuses_tensors
+from g2g_kernels.ops.g2g_stack.population import Call, Connection, Population, recurrent_of, refuses_kernels
+from g2g_kernels.ops.g2g_stack.reference import activity_of, graph_of, in_turn
+from g2g_kernels.ops.g2g_stack.schedule import components_of
 from g2g_kernels.ops.neurons.call import check_backward
-from g2g_kernels.ops.neurons.cpu import neuron_arguments
+from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator, opened
@@ -42,7 +48,7 @@ class LoopCall(NamedTuple):
     current: torch.Tensor
     values: torch.Tensor
     mask: Any
-    population: Neurons
+    neurons: Neurons
     steps: int
     sent: torch.Tensor | None
     dropped: torch.Tensor | None
@@ -56,7 +62,7 @@ class LoopCall(NamedTuple):
     @property
     def state_shape(self) -> tuple[int, ...]:
         """Of the states: [states, B, N]."""
-        return len(MODELS[self.population.model].states), *self.shape[1:]
+        return len(MODELS[self.neurons.model].states), *self.shape[1:]
 
     def check(self) -> None:
         """Raises ValueError unless sizes match."""
@@ -69,49 +75,55 @@ class LoopCall(NamedTuple):
         for name, tensor, shape in (*shapes, ("state", self.state, self.state_shape)):
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
-        self.population.check_entries(size)
+        self.neurons.check_entries(size)
 
 
 TYPES["LoopCall"] = LoopCall
 
 
-def loop_of(layer: SpikingLayer, backend: str | None = "cpu") -> Callable | None:
-    """The function that runs a layer with its recurrent connection, as in
-    :class:`g2g_kernels.ops.g2g_stack.reference.LayerFunctions`; None if these kernels do not take that from lists."""
-    if layer.recurrent is None or layer.membranes:
+def loop_of(number: int, population: Population, backend: str | None = "cpu") -> Callable | None:
+    """The function that runs population ``number`` with its recurrent connection, as in
+    :class:`g2g_kernels.ops.g2g_stack.reference.PopulationFunctions`; None if these kernels do not take that from
+    lists."""
+    recurrent = recurrent_of(number, population)
+    if recurrent is None or population.membranes:
         return None
     if forced_backend(backend) not in (None, "cpu") or cpu_library.unavailable():
         return None
-    tensors, _ = opened((layer.recurrent, layer.population.parameters, layer.state))
+    tensors, _ = opened((recurrent, population.neurons.parameters, population.state))
     if any([(tensor.is_floating_point() and tensor.dtype != torch.float32) or not tensor.is_cpu for tensor in tensors]):
         return None
-    lists = in_lists(layer.recurrent.mask.grid, layer.recurrent.values.shape, "recurrent")
-    return partial(_run, layer) if lists else None
+    lists = in_lists(recurrent.mask.grid, recurrent.values.shape, "recurrent")
+    return partial(_run, population, recurrent) if lists else None
 
 
 def _run(
-    layer: SpikingLayer, current: torch.Tensor, steps: int | None, state: torch.Tensor | None, sent: torch.Tensor | None
+    population: Population,
+    recurrent: Connection,
+    current: torch.Tensor,
+    steps: int | None,
+    state: torch.Tensor | None,
+    sent: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    assert layer.recurrent is not None
-    if layer.observers[1] is not None and torch.is_grad_enabled():
+    if recurrent.observer is not None and torch.is_grad_enabled():
         # its product is inside the operator, but has the gradient of the current: before that is formed, a first run
         # tells what the connection receives
         with torch.no_grad():
-            spikes, _ = _run(layer, current, steps, state, sent)
+            spikes, _ = _run(population, recurrent, current, steps, state, sent)
         before = torch.zeros_like(spikes[:1]) if sent is None else sent[None]
         current, steps = current.expand(spikes.shape), None
         current = current if current.requires_grad else current.detach().requires_grad_()
-        current = layer.observers[1](torch.cat([before, spikes[:-1]]), current)
-    (values, mask), population = layer.recurrent, layer.population
-    population = population.with_parameters(tuple([each.reshape(-1).contiguous() for each in population.parameters]))
+        current = recurrent.observer(torch.cat([before, spikes[:-1]]), current)
+    mask, own = recurrent.mask, population.neurons
+    own = own.with_parameters(tuple([each.reshape(-1).contiguous() for each in own.parameters]))
     call = LoopCall(
         current.float().contiguous(),
-        values.contiguous(),
+        recurrent.values.contiguous(),
         mask if isinstance(mask, MaskTensors) else mask.tensors(),
-        population,
+        own,
         steps or 0,
         None if sent is None else sent.float().contiguous(),
-        None if layer.dropped is None else layer.dropped.contiguous(),
+        None if population.dropped is None else population.dropped.contiguous(),
         None if state is None else state.float().contiguous(),
     )
     spikes, last, _ = FORWARD(call)
@@ -129,7 +141,7 @@ def _group(call: LoopCall) -> tuple[int, int]:
 def _kept_shape(call: LoopCall) -> tuple[int, ...]:
     steps, samples, _ = call.shape
     width, padded = _group(call)
-    return -(-samples // width), steps, len(MODELS[call.population.model].states), padded
+    return -(-samples // width), steps, len(MODELS[call.neurons.model].states), padded
 
 
 def _arguments(call: LoopCall, grads: Sequence[torch.Tensor | None] = ()) -> tuple[Structure, Plan]:
@@ -143,7 +155,7 @@ def _arguments(call: LoopCall, grads: Sequence[torch.Tensor | None] = ()) -> tup
     lists = lists_for(call.mask, call.values, "cols", -(-size // (ranges * _STRETCH)) * _STRETCH)
     width, padded = _group(call)
     arguments = structures.ListLoop(
-        neurons=neuron_arguments(call.population, grads),
+        neurons=neuron_arguments(call.neurons, grads),
         by_cols=lists.address,
         values=pointer(call.values),
         weights=call.values.numel(),
@@ -178,7 +190,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     check_backward(given, _kept_shape(call), torch.float32)
     grads, to = given.made(workspace.alike)
     grad_last = grad_last if grad_last is None else grad_last.contiguous()
-    arguments, _lists = _arguments(call, to.population.parameters)
+    arguments, _lists = _arguments(call, to.neurons.parameters)
     arguments.kept, arguments.grad_spikes, arguments.grad_last = pointer(kept), pointer(grad_spikes), pointer(grad_last)
     arguments.grad_held = constant
     arguments.grad_current, arguments.grad_values = pointer(to.current), pointer(to.values)
@@ -198,7 +210,7 @@ def _plain(call: LoopCall) -> tuple[torch.Tensor, torch.Tensor]:
         current = call.current if call.steps else call.current[t]
         if sent is not None:
             current = current + linear.g2g_linear(sent, call.values, call.mask, None)
-        now, state = in_steps(current[None], call.population, None, state)
+        now, state = in_steps(current[None], call.neurons, None, state)
         sent = now[0] if call.dropped is None else now[0].masked_fill(call.dropped, 0)
         spikes.append(sent)
     assert state is not None
@@ -213,3 +225,41 @@ def _prepared(grad: torch.Tensor) -> torch.Tensor:
 BACKWARD = RecordOperator("loop_backward", "Tensor[]", _backward, Backward.empty)
 RESULTS = "(Tensor spikes, Tensor last, Tensor kept)"
 FORWARD = Differentiable("loop_forward", RESULTS, 2, _forward, _fake, BACKWARD, _plain, prepared=_prepared)
+
+
+# --- populations of which some weights lie in lists -------------------------------------------------------------
+
+#: fields that these kernels do not read
+UNREAD = ("membranes", "onto")
+
+
+def refuses(call: Call) -> str | None:
+    """Why the CPU's kernels cannot serve a call population by population, each over all steps, or None."""
+    if reason := refuses_kernels(call, UNREAD) or refuses_tensors(call):
+        return reason
+    if call.spikes:
+        return "gives spikes over time no gradient"
+    lists = False
+    for population in call.populations:
+        for each in population.connections:
+            lists = lists or in_lists(each.mask.grid, each.values.shape, "stack")
+            lists = lists or in_lists(each.mask.grid, each.values.shape, "recurrent")
+            if reason := plans.refuses(each.mask, each.values, "linear"):
+                return reason
+    if not lists:
+        return "no weights lie in lists"
+    for component in components_of(graph_of(call.populations)):
+        number = component.members[0]
+        if component.period and (len(component.members) > 1 or loop_of(number, call.populations[number]) is None):
+            names = " and ".join(map(str, sorted(component.members)))
+            return (
+                f"what population {names} sends comes back, but not by one recurrent connection in lists with a delay "
+                f"of one step: {component.period} steps at a time take turns"
+            )
+    return None
+
+
+def g2g_lists(call: Call) -> Activity:
+    """``g2g_stack`` population by population."""
+    turn = in_turn(call, g2g_linear, partial(in_float32, neurons), loop_of)
+    return activity_of(*turn, differentiable=False)

@@ -1,6 +1,6 @@
-"""Plain PyTorch ``g2g_stack``: two operators, layer by layer. The oracle for every backend. Layers that reach one
-another take turns, as many steps at a time as their delays allow: a recurrent layer takes one step after the other, its
-product with the inputs excepted. So do the neurons of a layer whose membranes are wanted.
+"""Plain PyTorch ``g2g_stack``: two operators, population by population. The oracle for every backend. Populations that
+reach one another take turns, as many steps at a time as their delays allow: a recurrent one takes one step after the
+other, its product with the inputs excepted. So do the neurons of a population whose membranes are wanted.
 """
 
 import itertools
@@ -14,46 +14,50 @@ from g2g_kernels.ops.checks import mixed_dtypes
 from g2g_kernels.ops.g2g_linear.reference import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
 from g2g_kernels.ops.g2g_stack.delays import Train, arrived, reaches_of
-from g2g_kernels.ops.g2g_stack.layer import Connection, SpikingLayer
+from g2g_kernels.ops.g2g_stack.population import Call, Connection, Population, refuses_fields, size_of, total_steps
 from g2g_kernels.ops.g2g_stack.schedule import Component, Graph, components_of
 from g2g_kernels.ops.neurons.reference import neurons
 from g2g_kernels.ops.neurons.step import spikes_of
 
+#: fields that these operations do not read
+UNREAD = ("onto",)
 
-def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
-    """Why these operations cannot serve a call, or None."""
-    for layer in layers:
-        for connection in layer.connections(0):
-            if reason := mixed_dtypes(x, connection.values, connection.bias):
+
+def refuses(call: Call) -> str | None:
+    """Why even these operations cannot serve a call, or None."""
+    for population in call.populations:
+        for each in population.connections:
+            if reason := mixed_dtypes(call.x, each.values, each.bias):
                 return reason
-    return None
+    return refuses_fields(UNREAD, call.populations)
 
 
-def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> Activity:
-    return activity_of(*in_turn(x, layers, steps, g2g_linear, neurons), differentiable=False)
+def g2g_stack(call: Call) -> Activity:
+    return activity_of(*in_turn(call, g2g_linear, neurons), differentiable=call.spikes)
 
 
-class LayerFunctions(NamedTuple):
-    """A layer as functions, which are called one after the other.
+class PopulationFunctions(NamedTuple):
+    """A population of ``size`` neurons as functions, which are called one after the other.
 
     Attributes:
-        products: of each connection in the order of :meth:`SpikingLayer.connections`: of what it receives [..., in],
-            gives what it adds to the current [..., N], its bias included.
+        products: of each connection in order: of what it receives [..., in], gives what it adds to the current
+            [..., N], its bias included.
         neurons: of the current [T, B, N], or [B, N] held for a number of steps, that number or None, and the states
             before, gives spikes [T, B, N] and the states after.
         loop: the same with the recurrent connection, of whose spikes before the first step it also takes [B, N], or
             None; None where there is nothing but ``neurons``.
     """
 
+    size: int
     products: Sequence[Callable[[torch.Tensor], torch.Tensor]]
     neurons: Callable[[torch.Tensor, int | None, Any], tuple[torch.Tensor, Any]]
     loop: Callable[[torch.Tensor, int | None, Any, torch.Tensor | None], tuple[torch.Tensor, Any]] | None = None
 
 
 class Turn(NamedTuple):
-    """What layers did one after the other: of each the spikes [T, B, N], the last states, the membranes [T, B, N] if it
-    is to give them, and ``sent`` [D, B, N], what each, and at the end the inputs, sent in the last D steps; None where
-    no delay reads it.
+    """What populations did one after the other: of each the spikes [T, B, N], the last states, the membranes [T, B, N]
+    if it is to give them, and ``sent`` [D, B, N], what each, and at the end the inputs, sent in the last D steps; None
+    where no delay reads it.
     """
 
     spikes: list[torch.Tensor]
@@ -63,29 +67,29 @@ class Turn(NamedTuple):
 
 
 def in_turn(
-    x: torch.Tensor,
-    layers: Sequence[SpikingLayer],
-    steps: int | None,
+    call: Call,
     linear: Callable,
     neurons: Callable,
-    before: torch.Tensor | None = None,
-    loop_of: Callable[[SpikingLayer], Callable | None] = lambda layer: None,
+    loop_of: Callable[[int, Population], Callable | None] = lambda number, population: None,
 ) -> Turn:
-    """What the layers do by two operators, or where ``loop_of`` a layer gives one, by that."""
-    return GraphRun(x, layers, functions_of(layers, linear, neurons, loop_of), steps, before).turn()
+    """What the populations do by two operators, or where ``loop_of`` one gives another, by that."""
+    return GraphRun(call, functions_of(call.populations, linear, neurons, loop_of)).turn()
 
 
 def functions_of(
-    layers: Sequence[SpikingLayer],
+    populations: Sequence[Population],
     linear: Callable,
     neurons: Callable,
-    loop_of: Callable[[SpikingLayer], Callable | None] = lambda layer: None,
-) -> list[LayerFunctions]:
-    """Layers as functions of these operators."""
+    loop_of: Callable[[int, Population], Callable | None] = lambda number, population: None,
+) -> list[PopulationFunctions]:
+    """Populations as functions of these operators."""
     functions = []
-    for number, layer in enumerate(layers):
-        products = [partial(_product, linear, connection) for connection in layer.connections(number)]
-        functions.append(LayerFunctions(products, partial(_neurons, neurons, layer), loop_of(layer)))
+    for number, population in enumerate(populations):
+        products = [partial(_product, linear, connection) for connection in population.connections]
+        loop = loop_of(number, population)
+        functions.append(
+            PopulationFunctions(size_of(population), products, partial(_neurons, neurons, population), loop)
+        )
     return functions
 
 
@@ -94,77 +98,69 @@ def _product(linear: Callable, connection: Connection, x: torch.Tensor) -> torch
     return y if connection.observer is None else connection.observer(x, y)
 
 
-def _neurons(neurons: Callable, layer: SpikingLayer, current: torch.Tensor, steps: int | None, state: Any) -> Any:
-    return neurons(current, layer.population, steps, state=state)
+def _neurons(neurons: Callable, population: Population, current: torch.Tensor, steps: int | None, state: Any) -> Any:
+    return neurons(current, population.neurons, steps, state=state)
 
 
-def graph_of(layers: Sequence[SpikingLayer]) -> Graph:
-    """The connections of layers, and the least delay of each."""
+def graph_of(populations: Sequence[Population]) -> Graph:
+    """The connections to populations, and the least delay of each."""
     return tuple(
         [
-            tuple([(each.source, 0 if each.delay is None else each.delay.least) for each in layer.connections(number)])
-            for number, layer in enumerate(layers)
+            tuple([(each.source, 0 if each.delay is None else each.delay.least) for each in population.connections])
+            for population in populations
         ]
     )
 
 
-def reaches(layers: Sequence[SpikingLayer]) -> list[int]:
-    """:func:`g2g_kernels.ops.g2g_stack.delays.reaches_of` these layers."""
-    connections = [each for number, layer in enumerate(layers) for each in layer.connections(number)]
-    return reaches_of([(each.source, each.delay) for each in connections], len(layers))
+def reaches(populations: Sequence[Population]) -> list[int]:
+    """:func:`g2g_kernels.ops.g2g_stack.delays.reaches_of` these populations."""
+    connections = [(each.source, each.delay) for population in populations for each in population.connections]
+    return reaches_of(connections, len(populations))
 
 
-def sent_before(layer: SpikingLayer, reach: int, dtype: torch.dtype) -> torch.Tensor | None:
-    """[D, B, N], what a layer sent before a run, of which delays ``reach`` so many steps (see :func:`reaches`); None:
-    nothing."""
-    if reach:
-        return None if layer.sent is None else layer.sent.to(dtype)  # a run under autocast has given fewer bits
-    if layer.state is None:
+def sent_before(population: Population, reach: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """[D, B, N], what a population sent before a run, of which delays ``reach`` so many steps (see :func:`reaches`);
+    None: nothing."""
+    if reach:  # a run under autocast has given fewer bits
+        return None if population.sent is None else population.sent.to(dtype)
+    if population.state is None:
         return None
-    spikes = spikes_of(layer.state[-1], layer.population).to(dtype)
-    return (spikes if layer.dropped is None else spikes.masked_fill(layer.dropped, 0))[None]
+    spikes = spikes_of(population.state[-1], population.neurons).to(dtype)
+    return (spikes if population.dropped is None else spikes.masked_fill(population.dropped, 0))[None]
 
 
 class GraphRun:
-    """A run of layers by their ``functions``, of which those that reach one another take turns
-    (:mod:`g2g_kernels.ops.g2g_stack.schedule`); of ``layers`` it reads what is not in these."""
+    """A run of populations by their ``functions``; those that reach one another take turns
+    (:mod:`g2g_kernels.ops.g2g_stack.schedule`). It reads of a call what is not in these."""
 
-    def __init__(
-        self,
-        x: torch.Tensor,
-        layers: Sequence[SpikingLayer],
-        functions: Sequence[LayerFunctions],
-        steps: int | None,
-        before: torch.Tensor | None = None,
-    ) -> None:
-        self.x, self.layers, self.functions, self.held = x, layers, functions, steps is not None
-        self.steps = len(x) if steps is None else steps
-        self.connections = [layer.connections(number) for number, layer in enumerate(layers)]
-        self.reaches = reaches(layers)
-        inputs = Train(x if self.held else x[0], before)
+    def __init__(self, call: Call, functions: Sequence[PopulationFunctions]) -> None:
+        x, populations = call.x, call.populations
+        self.x, self.populations, self.functions, self.held = x, populations, functions, call.steps is not None
+        self.steps = total_steps(call)
+        self.reaches = reaches(populations)
+        inputs = Train(x if self.held else x[0], call.before)
         inputs.append(x.expand(self.steps, *x.shape) if self.held else x)
-        #: what each layer sends, and at the end the inputs
-        self.trains: list[Any] = [*[None] * len(layers), inputs]
-        self.spikes: list[list[torch.Tensor]] = [[] for _ in layers]
-        self.states: list[Any] = [layer.state for layer in layers]
-        self.membranes: list[list[torch.Tensor]] = [[] for _ in layers]
+        #: what each population sends, and at the end the inputs
+        self.trains: list[Any] = [*[None] * len(populations), inputs]
+        self.spikes: list[list[torch.Tensor]] = [[] for _ in populations]
+        self.states: list[Any] = [population.state for population in populations]
+        self.membranes: list[list[torch.Tensor]] = [[] for _ in populations]
 
     def before(self, number: int, dtype: torch.dtype) -> torch.Tensor | None:
         """:func:`sent_before` the run, where that is read."""
-        if any([each.source == number and each.delay for of_layer in self.connections for each in of_layer]):
-            return sent_before(self.layers[number], self.reaches[number], dtype)
+        if any([each.source == number and each.delay for of in self.populations for each in of.connections]):
+            return sent_before(self.populations[number], self.reaches[number], dtype)
         return None
 
     def run(self, component: Component) -> None:
-        """Runs layers that reach one another, or one that does not reach itself."""
+        """Runs populations that reach one another, or one that does not reach itself."""
         if self._loop(component):
             return
         blocks, inside = list(component.blocks(self.steps)), set(component.members)
         pieces: dict[int, Iterator[torch.Tensor | None]] = {}
         for number in component.members:
             current = self.current(number, 0, self.steps, lambda source: source not in inside)
-            # the compiler of PyTorch 2.8 does not know the property size of a named tuple
-            nothing = self.x.new_zeros(self.x.shape[-2], self.layers[number].mask.shape[0])
+            nothing = self.x.new_zeros(self.x.shape[-2], self.functions[number].size)
             self.trains[number] = Train(nothing, self.before(number, (nothing if current is None else current).dtype))
             if not component.period:
                 return self._advance(number, current, self.steps)
@@ -182,13 +178,12 @@ class GraphRun:
             self._advance(number, current, last - first)
 
     def _loop(self, component: Component) -> bool:
-        """Runs a layer whose only way to itself is its recurrent connection, if it has an operator for that."""
+        """Runs a population whose only way to itself is its recurrent connection, if it has an operator for that."""
         number, loop = component.members[0], self.functions[component.members[0]].loop
-        own = [each for each in self.connections[number] if each.source == number]
-        if loop is None or len(component.members) > 1 or len(own) > 1:
+        if loop is None or len(component.members) > 1:
             return False
         current = self.current(number, 0, self.steps, lambda source: source != number)
-        nothing = self.x.new_zeros(self.x.shape[-2], self.layers[number].mask.shape[0])
+        nothing = self.x.new_zeros(self.x.shape[-2], self.functions[number].size)
         current = nothing if current is None else current
         before = self.before(number, current.dtype)
         self.trains[number] = Train(nothing, before)
@@ -198,17 +193,17 @@ class GraphRun:
         return True
 
     def current(self, number: int, first: int, last: int, chosen: Callable[[int], bool]) -> torch.Tensor | None:
-        """What the connections from the chosen sources add to the current of a layer, [n, B, N], or [B, N] if it is the
+        """What the connections from the chosen sources add to the current of a population, [n, B, N], or [B, N] if it is the
         same at all steps; None: nothing."""
-        current = None
-        for connection, product in zip(self.connections[number], self.functions[number].products, strict=True):
+        current, connections = None, self.populations[number].connections
+        for connection, product in zip(connections, self.functions[number].products, strict=True):
             source, delay = connection.source, connection.delay
             if not chosen(source):
                 continue
             if source < 0 and self.held and delay is None:
                 added = product(self.x)
             elif (received := arrived(self.trains[source], delay, first, last)) is not None:
-                # where layers take single steps, what they receive has no time axis
+                # where populations take single steps, what they receive has no time axis
                 added = product(received) if delay is None or len(received) > 1 else product(received[0])[None]
             elif connection.bias is not None:
                 added = product(self.trains[source].nothing())
@@ -218,11 +213,11 @@ class GraphRun:
         return current
 
     def _advance(self, number: int, current: torch.Tensor | None, count: int) -> None:
-        layer, functions = self.layers[number], self.functions[number]
+        population, functions = self.populations[number], self.functions[number]
         if current is None:
-            current = functions.products[0](self.trains[self.connections[number][0].source].nothing())
+            current = functions.products[0](self.trains[population.connections[0].source].nothing())
         held = count if current.dim() == 2 else None
-        if not layer.membranes:
+        if not population.membranes:
             spikes, self.states[number] = functions.neurons(current, held, self.states[number])
             self._send(number, spikes)
             return
@@ -230,18 +225,19 @@ class GraphRun:
             spikes, self.states[number] = functions.neurons(now[None], None, self.states[number])
             self._send(number, spikes)
             membrane = self.states[number][-1]
-            self.membranes[number].append(membrane if layer.dropped is None else membrane.masked_fill(layer.dropped, 0))
+            dropped = population.dropped
+            self.membranes[number].append(membrane if dropped is None else membrane.masked_fill(dropped, 0))
 
     def _send(self, number: int, spikes: torch.Tensor) -> None:
-        dropped = self.layers[number].dropped
+        dropped = self.populations[number].dropped
         if dropped is not None:
             spikes = spikes.masked_fill(dropped, 0)
         self.trains[number].append(spikes)
         self.spikes[number].append(spikes)
 
     def turn(self) -> Turn:
-        """Runs all layers; what they have done."""
-        for together in components_of(graph_of(self.layers)):
+        """Runs all populations; what they have done."""
+        for together in components_of(graph_of(self.populations)):
             self.run(together)
         return Turn(
             [each[0] if len(each) == 1 else torch.cat(each) for each in self.spikes],

@@ -60,8 +60,10 @@ class Synapses:
                 self._counted += [each.values, *(() if each.late is None else each.late.tensors)]
         self._then = self._now()
 
-    def _now(self) -> list[int]:
-        versions = [tensor._version for tensor in self._counted if not tensor.is_inference()]  # which have none
+    def _now(self) -> list[object]:
+        versions: list[object] = [
+            tensor._version for tensor in self._counted if not tensor.is_inference()
+        ]  # which have none
         return versions + [each.mask.changes for layer in self._layers for each in layer]
 
     def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:

@@ -6,7 +6,6 @@ from layer to layer as bytes, in the order of places in which the next layer rea
 currents and their gradients. Only counts, rates and gradients of parameters return to the order of neurons.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +29,7 @@ from g2g_kernels.ops.g2g_linear.triton import (
 )
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
-from g2g_kernels.ops.g2g_stack.layer import SpikingLayer, refuses_fields, unread
+from g2g_kernels.ops.g2g_stack.population import Call, chain_of, refuses_kernels, size_of, unread
 from g2g_kernels.ops.neurons.call import NeuronsCall
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -332,11 +331,11 @@ class _Layer(NamedTuple):
 
 
 def _layers(call: StackCall) -> list[_Layer]:
-    graphs = [units_of(layer.mask, layer.values) for layer in call.layers]
+    graphs = [units_of(feed.mask, feed.values) for feed, _ in call.chain]
     layers = []
-    for i, (graph, own) in enumerate(zip(graphs, call.layers, strict=True)):
+    for i, (graph, (feed, recurrent), own) in enumerate(zip(graphs, call.chain, call.populations, strict=True)):
         neuron = column = readers = None
-        rows, cols, population = graph.rows, graph.cols, own.population
+        rows, cols, population = graph.rows, graph.cols, own.neurons
         if i + 1 < len(graphs):
             readers = graphs[i + 1].cols
             rows, neuron, column = read_by(rows, readers), readers.neuron_at, readers.place_of
@@ -346,24 +345,23 @@ def _layers(call: StackCall) -> list[_Layer]:
         held = call.held and i == 0
         fused = (
             not held
-            and own.recurrent is None
+            and recurrent is None
             and not own.membranes
             and fused_pays(units, population, call.batch, torch.uint8 if i else call.x.dtype, call.dtype)
         )
-        layer = _Layer(own.values.to(call.dtype), units, None, population, neuron, column, held, fused, own.membranes)
-        if own.recurrent is not None:
-            values, mask = own.recurrent
-            joined = units_of(mask, values)
+        layer = _Layer(feed.values.to(call.dtype), units, None, population, neuron, column, held, fused, own.membranes)
+        if recurrent is not None:
+            joined = units_of(recurrent.mask, recurrent.values)
             if readers is not None:
                 joined = joined._replace(rows=read_by(joined.rows, readers), cols=read_by(joined.cols, readers))
-            layer = layer._replace(recurrent=(values.to(call.dtype), joined))
+            layer = layer._replace(recurrent=(recurrent.values.to(call.dtype), joined))
         *decays, threshold = (parameter.float() for parameter in population.parameters)
         if rows.holes:  # a column without a neuron never fires, whatever the others' threshold
-            threshold = threshold.expand(own.size)
+            threshold = threshold.expand(size_of(own))
         parameters = *map(layer.to_columns, decays), layer.to_columns(threshold, 1.0)
         layers.append(
             layer._replace(
-                bias=None if own.bias is None else layer.to_columns(own.bias),
+                bias=None if feed.bias is None else layer.to_columns(feed.bias),
                 population=population._replace(parameters=parameters),
                 dropped=None if own.dropped is None else layer.to_columns(own.dropped.to(torch.uint8)),
                 first=None if own.state is None else layer.to_columns(own.state).contiguous(),
@@ -493,40 +491,47 @@ def _neurons_backward(
     return _Through(grad_current, sums, grad_first)
 
 
-#: fields of a layer that the kernels do not read
-READ = "values", "mask", "bias", "population", "dropped", "state", "recurrent", "membranes", "observers", "source"
-UNREAD = unread([*READ, "delay", "sent"])  # (with delays the operators run in turn)
+#: fields that the kernels do not read
+UNREAD = unread(
+    ["neurons", "connections", "dropped", "state", "membranes", "kind", "values", "mask", "source", "delay", "bias"]
+)
 
 
 # --- operators --------------------------------------------------------------------------------------------------
 
 
-def refuses(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None) -> str | None:
+def refuses(call: Call) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    tensors, _ = opened((x, *layers))
-    if UNREAD and (unread_field := refuses_fields(UNREAD, layers)):
-        return unread_field
+    if reason := refuses_kernels(call, UNREAD):
+        return reason
+    chain = chain_of(call.populations)
+    if isinstance(chain, str):
+        return chain
+    if any(feed.delay is not None for feed, _ in chain):
+        return "knows no delays"
+    tensors, _ = opened((call.x, call.populations))
     reason = runtime.refuses("g2g_stack", *[tensor for tensor in tensors if tensor.is_floating_point()])
-    if reason is None and runtime.autocast_dtype(x.device.type) is None:
-        dtypes = {x.dtype, *(values.dtype for layer in layers for values, *_ in layer.connections(0))}
+    connections = [each for population in call.populations for each in population.connections]
+    if reason is None and runtime.autocast_dtype(call.x.device.type) is None:
+        dtypes = {call.x.dtype, *(each.values.dtype for each in connections)}
         if len(dtypes) > 1:
             reason = f"needs x and values of one dtype (or autocast), not {', '.join(sorted(map(str, dtypes)))}"
-    if reason is None and x.numel() == 0:
+    if reason is None and call.x.numel() == 0:
         reason = "needs a batch that is not empty"
-    for mask in [mask for layer in layers for _, mask, *_ in layer.connections(0)]:
-        reason = reason or too_large(mask, x.shape[-2])
+    for each in connections:
+        reason = reason or too_large(each.mask, call.x.shape[-2])
     return reason
 
 
-def g2g_stack(x: torch.Tensor, layers: Sequence[SpikingLayer], steps: int | None, spikes: bool = False) -> Activity:
-    """As the public function; ``spikes``: whether those over time need a gradient."""
-    call = StackCall.of(x, layers, steps, runtime.autocast_dtype(x.device.type) or x.dtype, spikes)
-    counts, rates, last, shown, of_layers, _ = FORWARD(call)
+def g2g_stack(call: Call) -> Activity:
+    of_kernels = StackCall.of(call, runtime.autocast_dtype(call.x.device.type) or call.x.dtype)
+    counts, rates, last, shown, of_layers, _ = FORWARD(of_kernels)
     given = iter(shown)
-    membranes = tuple([next(given) if layer.membranes else None for layer in layers])
-    readers = [None if layer.mask.cols.in_order else layer.mask.cols.place_of for layer in layers[1:]]
-    trains = map(DenseSpikes, given) if spikes else map(ByteSpikes, of_layers, [*readers, None])
-    known = membranes if any(layer.membranes for layer in layers) else None
+    membranes = tuple([next(given) if population.membranes else None for population in call.populations])
+    sides = [feed.mask.cols for feed, *_ in (population.connections for population in of_kernels.populations[1:])]
+    readers = [None if cols.in_order else cols.place_of for cols in sides]
+    trains = map(DenseSpikes, given) if call.spikes else map(ByteSpikes, of_layers, [*readers, None])
+    known = membranes if any(population.membranes for population in call.populations) else None
     return Activity(counts, tuple(rates), tuple(trains), states=tuple(last), membranes=known)
 
 
@@ -597,23 +602,23 @@ def _forward(call: StackCall, keep: bool) -> Outputs:
 
 def _forward_fake(call: StackCall, keep: bool) -> Outputs:
     new, layers, kept = call.x.new_empty, _layers(call), []
-    over_time = [(call.num_steps, call.batch, layer.size) for layer in call.layers]
-    shown = [new(shape, dtype=torch.float32) for shape, own in zip(over_time, call.layers) if own.membranes]  # noqa: B905
+    over_time = [(call.num_steps, call.batch, size_of(own)) for own in call.populations]
+    shown = [new(shape, dtype=torch.float32) for shape, own in zip(over_time, call.populations) if own.membranes]  # noqa: B905
     shown += [new(shape) for shape in over_time if call.spikes]
     spikes = [new((call.num_steps, call.batch, layer.units.rows.size), dtype=torch.uint8) for layer in layers]
     for layer in layers if keep else ():
         state, checkpoints = layer.kept_shapes(call.num_steps, call.batch)
         dtype = torch.float32 if layer.recurrent is not None else layer.current_dtype()
         kept += [new(state, dtype=dtype), new(checkpoints, dtype=torch.float32)]
-    counts = new((call.batch, call.layers[-1].size), dtype=torch.float32)
-    rates = [new(layer.size, dtype=torch.float32) for layer in call.layers]
-    last = [new(call.state_shape(layer), dtype=torch.float32) for layer in call.layers]
+    counts = new((call.batch, size_of(call.populations[-1])), dtype=torch.float32)
+    rates = [new(layer.size, dtype=torch.float32) for layer in call.populations]
+    last = [new(call.state_shape(layer), dtype=torch.float32) for layer in call.populations]
     return counts, rates, last, shown, spikes, kept
 
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, kept, (grad_counts, *grads), (grad_x_needed, *_) = given
-    layers, count = _layers(call), len(call.layers)
+    layers, count = _layers(call), len(call.populations)
     all_spikes, kept = kept[:count], kept[count:]
     to_shown = iter(grads[2 * count :])
     to_membranes = [next(to_shown) if layer.membranes else None for layer in layers]
@@ -621,7 +626,13 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     grad_x, grad_spikes = None, None
     found = []  # the gradients of the layers, the last one first
     for i in reversed(range(count)):
-        layer, own, (state, checkpoints), spikes = layers[i], call.layers[i], kept[2 * i : 2 * i + 2], all_spikes[i]
+        layer, own, (state, checkpoints), spikes = (
+            layers[i],
+            call.populations[i],
+            kept[2 * i : 2 * i + 2],
+            all_spikes[i],
+        )
+        feed, recurrent = call.chain[i]
         rates, last, membranes, shown = (
             None if grad is None else layer.to_columns(grad).contiguous()
             for grad in (grads[i], grads[count + i], to_membranes[i], to_spikes[i])
@@ -629,23 +640,30 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
         if shown is not None:
             grad_spikes = shown if grad_spikes is None else grad_spikes + shown
         upstream = Upstream(grad_spikes, grad_counts, rates, last, membranes)
-        if own.recurrent is None:
+        if recurrent is None:
             through = _neurons_backward(layer, state, checkpoints, upstream, call.num_steps)
         else:
-            through = _recur_backward(layer, spikes, state, upstream, own.recurrent.values.dtype)
+            through = _recur_backward(layer, spikes, state, upstream, recurrent.values.dtype)
             if layer.held:
                 through = through._replace(current=through.current.sum(0))
         grad_current = through.current.view(-1, through.current.shape[-1])
         received = (all_spikes[i - 1] if i else call.x).view(-1, layer.units.cols.size)
         sums = layer.to_neurons(through.sums)
-        parameters = parameter_gradients(own.population, sums)
+        parameters = parameter_gradients(own.neurons, sums)
+        to_values = weight_gradient(grad_current, received, layer.units, feed.values.dtype)
+        to_bias = None if feed.bias is None else sums[-1].to(feed.bias.dtype, copy=True)
         found.append(
             own._replace(
-                values=weight_gradient(grad_current, received, layer.units, own.values.dtype),
-                bias=None if own.bias is None else sums[-1].to(own.bias.dtype, copy=True),
-                population=own.population._replace(parameters=parameters),
+                neurons=own.neurons._replace(parameters=parameters),
+                connections=tuple(
+                    [
+                        each._replace(values=to_values, bias=to_bias)
+                        if each is feed
+                        else each._replace(values=through.recurrent)
+                        for each in own.connections
+                    ]
+                ),
                 state=None if through.first is None else layer.to_neurons(through.first),
-                recurrent=own.recurrent and own.recurrent._replace(values=through.recurrent),
             )
         )
         grad_counts = None
@@ -654,7 +672,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
             grad_x = input_gradient(grad_current, layer.values, layer.units, dtype)
             grad_x = grad_x.view(all_spikes[i - 1].shape if i else call.x.shape)
             grad_spikes = grad_x
-    return given.aligned(call._replace(x=grad_x if grad_x_needed else None, layers=tuple(found[::-1])))
+    return given.aligned(call._replace(x=grad_x if grad_x_needed else None, populations=tuple(found[::-1])))
 
 
 FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _forward_fake, _backward)  # CPU: the interpreter

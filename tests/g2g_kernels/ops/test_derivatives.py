@@ -4,11 +4,11 @@ import warnings
 
 import pytest
 import torch
-from helpers import MASK_CASES, MaskCase, backends_of, packed_randn, seeded, skip_where_refused
+from helpers import MASK_CASES, MaskCase, backends_of, chained, packed_randn, seeded, skip_where_refused
 from linear_cases import inputs
 from torch.autograd import forward_ad
 
-from g2g_kernels import Neurons, SpikingLayer, g2g_linear, g2g_stack, lif_step, neurons, neurons_step
+from g2g_kernels import Neurons, g2g_linear, g2g_stack, lif_step, neurons, neurons_step
 from g2g_kernels.ops import g2g_linear as linear_module
 from g2g_kernels.ops import neurons as neurons_module
 
@@ -116,7 +116,7 @@ PARAMETERS = {"lif": (0.9, 0.3), "synaptic": (0.5, 0.9, 0.3), "adlif": (0.9, 0.9
 def operator_of(name, backend):
     """x → spikes, or the counts of a stack."""
     if name == "g2g_stack":
-        layer = SpikingLayer(STACK_VALUES.clone().requires_grad_(), STACK_MASK, None, Neurons("lif", PARAMETERS["lif"]))
+        layer = chained(0, STACK_VALUES.clone().requires_grad_(), STACK_MASK, None, Neurons("lif", PARAMETERS["lif"]))
         return lambda x: g2g_stack(x, [layer], backend=backend).counts
     decay, *others = PARAMETERS[name]
     return lambda x: neurons(x, Neurons(name, (torch.tensor(decay, requires_grad=True), *others)), backend=backend)

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 from covering import every_pair
-from helpers import backends_of, device_of, seeded
+from helpers import backends_of, chained, device_of, seeded
 from neuron_cases import BACKENDS as OF_NEURONS
 
-from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack, neurons, neurons_step
+from g2g_kernels import BlockMask, GroupLayout, Neurons, g2g_stack, neurons, neurons_step
 from g2g_kernels.ops import g2g_stack as g2g_stack_module
 from g2g_kernels.ops.neurons.models import MODELS, RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -122,10 +122,12 @@ def test_a_stack_whose_last_layer_never_fires_gives_zeros_and_finite_gradients(r
     draw = seeded(0)
     mask = BlockMask.full(GroupLayout(6, 2), GroupLayout(6, 2), 3)
     x = torch.rand(T, B, 6, generator=draw)
-    for backend in backends_of(g2g_stack_module.operator):
+    for backend in backends_of(g2g_stack_module.WAYS):
         leaves = [mask.pack(torch.randn(6, 6, generator=seeded(number))).requires_grad_() for number in range(2)]
         own = (Neurons("lif", tuple(parameters("lif", threshold=theta)), reset, surrogate) for theta in (0.5, INF))
-        layers = [SpikingLayer(values, mask, None, each) for values, each in zip(leaves, own, strict=True)]
+        layers = [
+            chained(k, *of, None, each) for k, (*of, each) in enumerate(zip(leaves, [mask] * 2, own, strict=True))
+        ]
         activity = g2g_stack(x, layers, backend=backend)
         assert torch.equal(activity.counts, torch.zeros(B, 6))
         assert 0 < activity.spikes[0].dense().mean() < 1

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 from covering import drawn_cases, every_pair
-from helpers import ErrorRatios, as_near, backends_of, device_of, rms, with_parameter
+from helpers import ErrorRatios, as_near, backends_of, changed, device_of, rms
 from stack_cases import SHARES, STACKS, B, Stack, T, check_compact, check_one_output, clear_stack, loss, results
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from g2g_kernels import Activity, g2g_linear, g2g_stack, lif
-from g2g_kernels.ops.g2g_stack import operator
+from g2g_kernels.ops.g2g_stack import WAYS
 from g2g_kernels.ops.neurons import RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 
-every_backend = pytest.mark.parametrize("backend", backends_of(operator))
+every_backend = pytest.mark.parametrize("backend", backends_of(WAYS))
 HELD_OR_NOT = (None, 9)
 
 
@@ -25,8 +25,9 @@ def composed(stack: Stack, dtype: torch.dtype, **options) -> dict[str, torch.Ten
     leaves = stack.leaves(dtype)
     x, steps, spikes = leaves["x"], stack.steps, []
     for layer in stack.layers(leaves):
-        current = g2g_linear(x, layer.values, layer.mask, layer.bias, backend="torch")
-        x = lif(current, *layer.population.parameters, steps, backend="torch", **options)
+        (feed,) = layer.connections
+        current = g2g_linear(x, feed.values, feed.mask, feed.bias, backend="torch")
+        x = lif(current, *layer.neurons.parameters, steps, backend="torch", **options)
         if layer.dropped is not None:
             x = x * ~layer.dropped
         spikes.append(x)
@@ -106,7 +107,7 @@ def test_backend_against_float64(backend):
 
 
 @every_pair(
-    backend=backends_of(operator), surrogate=("triangle", "boxcar"), alpha=SHARES, shape=((None, 5), (9, 1), (1, 3))
+    backend=backends_of(WAYS), surrogate=("triangle", "boxcar"), alpha=SHARES, shape=((None, 5), (9, 1), (1, 3))
 )
 def test_from_no_neuron_that_passes_a_gradient_on_to_all(backend, surrogate, alpha, shape):
     check_compact(backend, STACKS["random single weights"], surrogate, alpha, *shape)
@@ -196,15 +197,15 @@ def test_a_call_that_was_right_keeps_nothing_alive_and_lets_nothing_else_pass():
     x = stack.tensors["x"]
 
     observer = type("Observer", (), {"__call__": lambda self, x, y: y})()
-    g2g_stack(x, [layers[0]._replace(observers=(observer, None)), *layers[1:]], backend="torch")
+    g2g_stack(x, [changed(layers[0], observer=observer), *layers[1:]], backend="torch")
     kept = weakref.ref(observer)
     del observer
     gc.collect()
     assert kept() is None
-    right = layers[0]._replace(population=layers[0].population._replace(alpha=np.float32(1.0)))
+    right = changed(layers[0], alpha=np.float32(1.0))
     g2g_stack(x, [right, *layers[1:]], backend="torch")
     for wrong in (np.float32(-1.0), True, float("nan")):
-        wrong = right._replace(population=right.population._replace(alpha=wrong))
+        wrong = changed(right, alpha=wrong)
         with pytest.raises(ValueError, match="alpha"):
             g2g_stack(x, [wrong, *layers[1:]], backend="torch")
     steps = torch.tensor(1)
@@ -217,29 +218,34 @@ def test_a_call_that_was_right_keeps_nothing_alive_and_lets_nothing_else_pass():
     of_iterator, of_list = (g2g_stack(x[0], each, 1, backend="torch").counts for each in (iter(layers), layers))
     assert torch.equal(of_iterator, of_list)
     for nothing in (iter(()), [], None):
-        with pytest.raises(ValueError, match="layers is empty"):
+        with pytest.raises(ValueError, match="populations is empty"):
             g2g_stack(x[0], nothing, 1, backend="torch")
 
 
-DROPPED = r"dropped of layer 1 must be bool \(5, 26\), one entry per sample and neuron"
+DROPPED = r"dropped of population 1 must be bool \(5, 26\), one entry per sample and neuron"
 
 
 @pytest.mark.parametrize(
     ("number", "name", "value", "message"),
     [
         (0, "values", torch.zeros(1, 4, 4), r"values have shape \(1, 4, 4\)"),
-        (1, "bias", torch.zeros(38), r"bias of layer 1 has shape \(38,\), the mask has 26 outputs"),
-        (2, "beta", torch.zeros(9), r"beta of layer 2 has shape \(9,\); expected a scalar or \[10\]"),
-        (0, "threshold", torch.zeros(2, 38), r"threshold of layer 0 has shape \(2, 38\)"),
+        (
+            1,
+            "bias",
+            torch.zeros(38),
+            r"bias of a connection to population 1 has shape \(38,\), the mask has 26 outputs",
+        ),
+        (2, "beta", torch.zeros(9), r"beta of population 2 has shape \(9,\); expected a scalar or \[10\]"),
+        (0, "threshold", torch.zeros(2, 38), r"threshold of population 0 has shape \(2, 38\)"),
         *((1, "dropped", torch.zeros(*shape, dtype=torch.bool), DROPPED) for shape in ((B, 25), (26,))),
         *((1, "dropped", value, DROPPED) for value in (torch.zeros(B, 26), 0.2)),
-        (1, None, None, "layer 1 has 26 inputs but receives 38"),
+        (1, None, None, "a connection to population 1 has 26 inputs but receives 38"),
     ],
 )
 def test_layers_that_do_not_fit_are_refused(number, name, value, message):
     stack = Stack(STACKS["ragged index"], T)
     layers = stack.layers(stack.tensors)
-    layers[number] = with_parameter(layers[number], name, value) if name else layers[2]  # of other inputs
+    layers[number] = changed(layers[number], **{name: value}) if name else changed(layers[2], source=0)  # other inputs
     with pytest.raises(ValueError, match=message):
         g2g_stack(stack.tensors["x"], layers, T)
 
@@ -249,10 +255,10 @@ def test_layers_that_do_not_fit_are_refused(number, name, value, message):
     [
         ((T, B, 21), T, {}, r"x has shape \(9, 5, 21\); expected \[T, B, in\], or \[B, in\] with steps"),
         ((B, 21), None, {}, r"x has shape \(5, 21\); expected"),
-        ((B, 20), T, {}, "layer 0 has 21 inputs but receives 20"),
+        ((B, 20), T, {}, "a connection to population 0 has 21 inputs but receives 20"),
         ((B, 21), 0, {}, "steps=0 must be a whole number of at least 1"),
-        ((B, 21), T, {"reset": "soft"}, "reset='soft' of layer 0 is unknown"),
-        ((B, 21), T, {"alpha": 0}, "alpha=0 of layer 0 must be a number above 0"),
+        ((B, 21), T, {"reset": "soft"}, "reset='soft' of population 0 is unknown"),
+        ((B, 21), T, {"alpha": 0}, "alpha=0 of population 0 must be a number above 0"),
     ],
 )
 def test_options_out_of_range_are_refused(shape, steps, options, message):

@@ -5,7 +5,7 @@ import torch
 from covering import every_pair
 from helpers import packed_randn, seeded
 
-from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
+from g2g_kernels import BlockMask, GroupLayout, Neurons, Population, explain, g2g_stack
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.g2g_stack import Connection, graph
 from g2g_kernels.ops.g2g_stack.delays import Delay
@@ -67,7 +67,7 @@ class Case:
             sent = (torch.rand(reach, samples, size, generator=draw) < 0.3).float()
             self.leaves[f"{name}.sent"] = sent * ~self.silent[name] if dropped else sent
 
-    def layers(self, leaves: dict[str, torch.Tensor], **options: str) -> list[SpikingLayer]:
+    def layers(self, leaves: dict[str, torch.Tensor], **options: str) -> list[Population]:
         names = list(SIZES)
         place = {"x": -1} | {name: number for number, name in enumerate(names)}
         layers = []
@@ -81,14 +81,12 @@ class Case:
                     steps = learned.detach().clamp(delay.least, delay.most).round().long()
                     delay = delay._replace(steps=steps, learned=learned)
                 bias = leaves[f"bias{number}"] if number % 2 else None
-                reaching.append(Connection(leaves[f"values{number}"], self.masks[number], place[source], delay, bias))
-            first, *more = reaching
+                values, mask = leaves[f"values{number}"], self.masks[number]
+                reaching.append(Connection("linear", values, mask, place[source], delay, bias))
             own = tuple([leaves[f"{name}.{parameter}"] for parameter in MODELS[self.model].parameters])
-            weights = first.values, first.mask, first.bias, Neurons(self.model, own, **options)
             dropped = self.silent[name] if self.dropped and name != "out" else None
             kept = {"state": leaves.get(f"{name}.state"), "sent": leaves.get(f"{name}.sent")}
-            rest = {"source": first.source, "delay": first.delay, "more": tuple(more)}
-            layers.append(SpikingLayer(*weights, dropped, **kept, **rest))
+            layers.append(Population(Neurons(self.model, own, **options), tuple(reaching), dropped, **kept))
         return layers
 
 
@@ -104,7 +102,7 @@ def compare(case: Case, held: bool, threads: int, **options: str) -> dict[str, t
         own = {name: tensor.to(dtype, copy=True).requires_grad_() for name, tensor in case.leaves.items()}
         layers = case.layers(own, **options)
         x, steps = (own["x"][0], T) if held else (own["x"], None)
-        assert backend == "torch" or graph.serves(x, layers, steps, backend)
+        assert backend == "torch" or "graph" in explain(x, layers, steps, backend).way.name or chain_of(layers)
         if backend == "cpu":
             torch.set_num_threads(threads)
         activity = g2g_stack(x, layers, steps, backend=backend, before=own.get("before"))
@@ -154,7 +152,7 @@ def test_graphs_of_the_same_shapes_run_where_their_groups_allow():
             mask = BlockMask(rows, case.masks[-1].cols.layout, case.masks[-1].unit_row, case.masks[-1].unit_col, 4)
             case.masks[-1] = mask
         layers = case.layers(case.leaves)
-        assert graph.serves(case.leaves["x"], layers, None, None) != other
+        assert (explain(case.leaves["x"], layers).way.name == "cpu graph") != other
         counts = {backend: g2g_stack(case.leaves["x"], layers, backend=backend).counts for backend in ("cpu", "torch")}
         assert torch.equal(counts["cpu"], counts["torch"])
         assert counts["cpu"].any()
@@ -200,10 +198,13 @@ def test_operators_are_registered_rightly(call):
 
 
 def test_delays_before_the_step_itself_are_refused(call):
-    first, *rest = call.inner
+    target, first = call.inner[0]
     early = first._replace(delay=Delay(-1, -1, torch.full((first.mask.shape[1],), -1)))
-    with pytest.raises(ValueError, match="connection 0 has delays from -1"):
-        graph.FORWARD.overload(*arguments(*opened(call._replace(inner=(early, *rest)))), False)
+    own = call.populations[target]
+    own = own._replace(connections=tuple(early if each is first else each for each in own.connections))
+    populations = (*call.populations[:target], own, *call.populations[target + 1 :])
+    with pytest.raises(ValueError, match=f"connection from {first.source} to {target} has delays from -1"):
+        graph.FORWARD.overload(*arguments(*opened(call._replace(populations=populations))), False)
 
 
 def test_delays_that_left_their_bounds_are_refused():

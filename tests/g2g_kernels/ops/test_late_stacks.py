@@ -5,10 +5,9 @@ import itertools
 import pytest
 import torch
 from covering import every_pair
-from helpers import packed_randn, seeded
+from helpers import chained, changed, lif_layer, packed_randn, seeded
 
-from g2g_kernels import BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack
-from g2g_kernels.ops.g2g_stack import Recurrent
+from g2g_kernels import BlockMask, GroupLayout, Neurons, g2g_stack
 from g2g_kernels.ops.g2g_stack.delays import Delay
 
 T, B, SIZES = 12, 5, (20, 96, 80, 9)
@@ -46,11 +45,10 @@ def late_chain(groups: tuple[str, str], block_size: int, most: int, recurrent: b
         for number, mask in enumerate(masks):
             learned, hidden = leaves.get(f"delay{number}"), number < 2
             population = Neurons("lif", (torch.tensor([0.9], dtype=dtype), leaves[f"theta{number}"]))
-            layer = SpikingLayer(leaves[f"values{number}"], mask, None, population, state=leaves.get(f"state{number}"))
-            if number:
-                layer = layer._replace(delay=Delay(0, most, learned.detach().clamp(0, most).round().long(), learned))
-            elif recurrent:
-                layer = layer._replace(recurrent=Recurrent(leaves["recurrent"], own))
+            late = {"delay": Delay(0, most, learned.detach().clamp(0, most).round().long(), learned)} if number else {}
+            joined = (leaves["recurrent"], own) if recurrent and not number else None
+            state = leaves.get(f"state{number}")
+            layer = chained(number, leaves[f"values{number}"], mask, None, population, joined, state=state, **late)
             if started and hidden:
                 layer = layer._replace(sent=before[number].to(dtype))
             layers.append(layer._replace(dropped=silent[number]) if dropped and hidden else layer)
@@ -70,7 +68,7 @@ def test_learned_delays_of_the_fused_kernels(groups, block_size, most, recurrent
     for backend, dtype in (("torch", torch.float64), ("cpu", torch.float32)):
         own = {name: tensor.to(dtype).requires_grad_() for name, tensor in leaves.items()}
         layers = layers_of(own, dtype)
-        layers = [each._replace(population=each.population._replace(surrogate=surrogate)) for each in layers]
+        layers = [changed(each, surrogate=surrogate) for each in layers]
         if backend == "cpu":
             torch.set_num_threads(threads)
         activity = g2g_stack(own["x"], layers, backend=backend)
@@ -88,10 +86,10 @@ def test_learned_delays_of_the_fused_kernels(groups, block_size, most, recurrent
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
 def test_inputs_with_a_delay_of_no_step_are_the_inputs(backend, held):
     mask = BlockMask.full(GroupLayout(9, 1), GroupLayout(20, 1), block_size=4)
-    layer = SpikingLayer(packed_randn(mask, 1), mask, None, Neurons("lif", (torch.tensor(0.9), torch.tensor(1.0))))
+    layer = lif_layer(packed_randn(mask, 1), mask, None, torch.tensor(0.9), torch.tensor(1.0))
     x = torch.rand(T, B, 20, generator=seeded(2))
     x, steps = (x[0], T) if held else (x, None)
     counts = g2g_stack(x, [layer], steps, backend=backend).counts
     assert counts.any()
     for delay in (Delay(0, 0), Delay(0, 0, torch.zeros(20, dtype=torch.int64))):
-        assert torch.equal(g2g_stack(x, [layer._replace(delay=delay)], steps, backend=backend).counts, counts)
+        assert torch.equal(g2g_stack(x, [changed(layer, delay=delay)], steps, backend=backend).counts, counts)

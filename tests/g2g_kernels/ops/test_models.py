@@ -250,7 +250,7 @@ def run_stack(
         own = tuple(leaves[f"{name}{k}"] for name in MODELS[model].parameters)
         reset, surrogate = RESETS[(RESETS.index(first) + k) % 3], ("triangle", "atan", "fast_sigmoid")[k]
         population = Neurons(model, own, reset, surrogate, 1.5)
-        layers[k] = layers[k]._replace(population=population, state=leaves.get(f"state{k}"))
+        layers[k] = layers[k]._replace(neurons=population, state=leaves.get(f"state{k}"))
     activity = g2g_stack(leaves["x"], layers, stack.steps, backend=backend, chunk=chunk)
     states = sum((state * torch.randn(state.shape, generator=seeded(4)).to(state)).sum() for state in activity.states)
     (loss(activity.counts, activity.rates) + states).backward()

@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import stack_cases
 import torch
-from helpers import ErrorRatios, MaskCase, device_of, lif_layer, rms, seeded
+from helpers import ErrorRatios, MaskCase, chained, changed, device_of, lif_layer, rms, seeded
 from stack_cases import MIXER, SIZES, STACKS, Stack, chain, clear_of_thresholds, clear_stack, loss, results, rounded
 
-from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, SpikingLayer, g2g_stack, lif
+from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, Population, g2g_stack, lif
 from g2g_kernels.ops.g2g_stack.call import StackCall
-from g2g_kernels.ops.g2g_stack.layer import Recurrent
+from g2g_kernels.ops.g2g_stack.population import Call
 from g2g_kernels.ops.neurons import MODELS, RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.ops.record import Backward, opened
@@ -268,7 +268,9 @@ def test_a_fused_layer_near_its_threshold(dtype, threshold, beta, steps):
         own = mask.to(leaves["first"].device)
         layers = [
             lif_layer(leaves["first"], own, None, move(torch.tensor([0.5])), move(torch.tensor([0.5]))),
-            lif_layer(leaves["second"], own, None, leaves["beta"], leaves["threshold"])._replace(state=move(near)),
+            lif_layer(leaves["second"], own, None, leaves["beta"], leaves["threshold"], number=1)._replace(
+                state=move(near)
+            ),
         ]
         counts = g2g_stack(move(x), layers, backend=backend).counts
         (counts * torch.arange(16).to(counts)).sum().backward()
@@ -286,8 +288,8 @@ def test_membranes_of_few_bits_are_kept_as_they_are(dtype):
 
     def run(of: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
         own = [torch.ones(1, dtype=of, device=device_of(backend), requires_grad=True) for _ in range(2)]
-        ready = SpikingLayer(torch.eye(16)[None].to(own[0]), mask.to(own[0].device), None, Neurons("lif", (0.0, 0.5)))
-        layer = ready._replace(values=quarters.to(own[0]), population=Neurons("lif", tuple(own), "none"))
+        ready = lif_layer(torch.eye(16)[None].to(own[0]), mask.to(own[0].device), None, 0.0, 0.5)
+        layer = changed(ready, source=0, values=quarters.to(own[0]), neurons=Neurons("lif", tuple(own), "none"))
         counts = g2g_stack(x.to(own[0]), [ready, layer], backend=backend).counts
         with runtime.assuming(fused=False):
             counts.sum().backward()
@@ -306,7 +308,8 @@ def test_a_negative_threshold_lets_no_padding_fire(way):
     values = [torch.rand(len(mask.unit_row), *mask.unit_shape, generator=seeded(2)) - 0.4 for mask in masks]
     population = Neurons("lif", (torch.tensor([0.9], device=device), torch.tensor([-1.0], device=device)))
     leaves = [each.to(device).requires_grad_() for each in values]
-    layers = [SpikingLayer(own, mask.to(device), None, population) for own, mask in zip(leaves, masks, strict=True)]
+    of = zip(range(2), leaves, masks, strict=True)
+    layers = [chained(number, own, mask.to(device), None, population) for number, own, mask in of]
     x = torch.rand(4, 3, 8, generator=seeded(3)).to(device)
     expected = g2g_stack(x, layers, backend="torch").counts
     found = g2g_stack(x, layers, backend="triton").counts
@@ -329,7 +332,7 @@ def test_rounding_takes_no_membrane_across_its_threshold(dtype):
     def run(of: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
         own = threshold.to(device_of(backend), of, copy=True).requires_grad_()
         beta, *values = (each.to(own) for each in (torch.zeros(1), always, near))
-        layers = [lif_layer(each, mask.to(own.device), None, beta, own) for each in values]
+        layers = [lif_layer(each, mask.to(own.device), None, beta, own, number=k) for k, each in enumerate(values)]
         counts = g2g_stack(torch.ones(4, 2, 16).to(own), layers, backend=backend).counts
         counts.sum().backward()
         return {"counts": counts.detach().cpu().double(), "threshold": own.grad.cpu().double()}
@@ -407,7 +410,7 @@ STEPS, BATCH = 3, 5
 
 def joined(
     dtype: torch.dtype, device: str, model: str, kind: str, held: bool, state: bool, dropout: bool, membranes: bool
-) -> tuple[torch.Tensor, list[SpikingLayer]]:
+) -> tuple[torch.Tensor, list[Population]]:
     """The input and the layers of a recurrent stack, the second layer of another order of neurons in V than in W."""
     draw = seeded(3)
 
@@ -426,10 +429,9 @@ def joined(
         states = leaf(len(MODELS[model].states), BATCH, size, low=-1.0, scale=2.0) if state else None
         dropped = (torch.rand(BATCH, size, generator=draw) < 0.3).to(device) if dropout else None
         of_weights, of_joined = (mask.to(device) for mask in masks)
-        recurrent = Recurrent(of_recurrent, of_joined)
-        population = Neurons(model, tuple(own))
-        bias = leaf(size)
-        layers.append(SpikingLayer(values, of_weights, bias, population, dropped, states, recurrent, membranes))
+        rest = {"dropped": dropped, "state": states, "membranes": membranes}
+        weights = values, of_weights, leaf(size)
+        layers.append(chained(number, *weights, Neurons(model, tuple(own)), (of_recurrent, of_joined), **rest))
         before = layout
     return x, layers
 
@@ -508,10 +510,10 @@ def test_operator_registration(plain_memory):
     device = device_of("triton")
     stack = Stack(chain((9, 16, 9), 1, 16, "index index"), 2, batch=2)
     leaves = stack.leaves(torch.float32, device)
-    triton.FORWARD.opcheck(StackCall.of(leaves["x"], stack.layers(leaves), 2, torch.float32), True)
+    triton.FORWARD.opcheck(StackCall.of(Call(leaves["x"], tuple(stack.layers(leaves)), 2), torch.float32), True)
     with torch.no_grad():
         constants = {name: leaf.detach() for name, leaf in leaves.items()}
-        call = StackCall.of(constants["x"], stack.layers(constants), 2, torch.float32)
+        call = StackCall.of(Call(constants["x"], tuple(stack.layers(constants)), 2), torch.float32)
         counts, rates, _, *made = triton.FORWARD.function(call, True)
         grads = torch.ones_like(counts), list(map(torch.ones_like, rates)), [None] * len(rates)
         triton.BACKWARD.opcheck(Backward.of(call, made, grads))
@@ -542,12 +544,12 @@ def test_what_the_kernels_cannot_serve_is_refused_with_the_reason():
     tensors = {name: tensor.to(device_of("triton")) for name, tensor in stack.tensors.items()}
     layers, x = stack.layers(tensors), tensors["x"]
     most = 2**31 // 48  # of the widest layer's neurons
-    assert triton.refuses(x[:1].expand(most - 128, 21), layers, None) is None
+    assert triton.refuses(Call(x[:1].expand(most - 128, 21), tuple(layers), T)) is None
     for given, reason in (
         (x.half(), r"needs x and values of one dtype \(or autocast\), not torch.float16, torch.float32"),
         (x[:0], "needs a batch that is not empty"),
         (x.double(), "needs float32, float16 or bfloat16 tensors, not torch.float64"),
         (x[:1].expand(most + 1, 21), "serves fewer than 2³¹ neurons × samples per step, 128 samples at least"),
     ):
-        with pytest.raises(BackendError, match=f"cannot serve this call of g2g_stack: triton: {reason}"):
+        with pytest.raises(BackendError, match=f"cannot serve this call of g2g_stack: triton chain: {reason}"):
             g2g_stack(given, layers, T, backend="triton")

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from g2g_kernels import BlockMask, GroupLayout, lif
 from g2g_kernels.cpu import library
-from g2g_kernels.ops.g2g_stack import operator, recurrent_lists
+from g2g_kernels.ops.g2g_stack import WAYS, recurrent_lists
 from g2gnet import LIF, DSTScheduler, G2GLinear, G2GNet, Projection, SpikingNetwork, sparsify
 from g2gnet.dst import replacement
 from g2gnet.dst import rules as rules_module
@@ -50,7 +50,7 @@ ORACLES = {
 RULES = list(itertools.product(ORACLES["prune"], ORACLES["grow"]))
 #: each rule at least once
 EACH_RULE = list(itertools.zip_longest(PRUNE_RULES, GROW_RULES, fillvalue="random"))
-LISTS = pytest.param("lists", marks=pytest.mark.skipif("cpu" not in backends_of(operator), reason="not compiled"))
+LISTS = pytest.param("lists", marks=pytest.mark.skipif("cpu" not in backends_of(WAYS), reason="not compiled"))
 
 
 @pytest.mark.parametrize(("kind", "rules"), [("prune", PRUNE_RULES), ("grow", GROW_RULES)])
@@ -253,7 +253,7 @@ def test_updates_come_every_interval_steps_and_reuse_the_same_memory():
     assert [tensor.data_ptr() for tensor in tensors] == addresses
 
 
-@pytest.mark.parametrize("backend", [*backends_of(operator), LISTS])
+@pytest.mark.parametrize("backend", [*backends_of(WAYS), LISTS])
 @pytest.mark.parametrize(("dropout", "chunk"), [(0.0, None), (0.4, 3)])
 def test_gradients_of_units_are_those_of_the_network_with_every_unit(backend, dropout, chunk, monkeypatch):
     in_lists, loops, run = backend == "lists", [], recurrent_lists._run

@@ -1,0 +1,119 @@
+"""Checks of calls of ``g2g_stack``: every error names the population, before any work. Of tensors they read no values."""
+
+from collections.abc import Sequence
+
+import torch
+
+from g2g_kernels.choices import check_choice
+from g2g_kernels.numbers import COUNT
+from g2g_kernels.ops.checks import check_connection, check_tensor
+from g2g_kernels.ops.g2g_stack.delays import check_delay
+from g2g_kernels.ops.g2g_stack.population import Call, Connection, Population, size_of
+from g2g_kernels.ops.g2g_stack.reference import graph_of, reaches
+from g2g_kernels.ops.g2g_stack.schedule import components_of
+from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
+from g2g_kernels.tracing import replaced
+
+#: what a connection may be
+KINDS = ("linear",)
+
+
+def checked(call: Call) -> Call:
+    """The call with numbers as tensors; raises ValueError for one that does not match."""
+    if call.modules is not None:
+        return call
+    x, populations = call.x, call.populations
+    steps = check_steps(call.steps)
+    check_tensor("x", x)
+    if not populations:
+        raise ValueError("populations is empty; give at least one Population")
+    expected = 2 if steps is not None else 3
+    if x.dim() != expected:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [T, B, in], or [B, in] with steps")
+    if steps is None and len(x) == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}: there must be at least one time step")
+    for number, population in enumerate(populations):
+        if not isinstance(population, Population) or not population.connections:
+            what = f"a {type(population).__name__}" if not isinstance(population, Population) else "without connections"
+            raise ValueError(f"population {number} is {what}; give a Population with at least one Connection")
+        for each in population.connections:
+            check_choice(f"kind of a connection to population {number}", each.kind, KINDS)
+            check_connection(f" of a connection to population {number}", each.values, each.mask, each.bias)
+    sizes = [*(size_of(population) for population in populations), x.shape[-1]]
+    with_tensors = []
+    for number, population in enumerate(populations):
+        suffix, size = f" of population {number}", sizes[number]
+        if population.dropped is not None:
+            check_dropped(suffix, population.dropped, (x.shape[-2], size))
+        neurons = check_neurons(suffix, population.neurons, size, x)
+        if population.state is not None:
+            check_state(suffix, population.state, neurons, (x.shape[-2], size))
+            _check_like(f"state{suffix}", population.state, x)
+        for connection in population.connections:
+            _check_ends(number, connection, sizes)
+        _check_sent(f"sent{suffix}", population.sent, x, size)
+        with_tensors.append(replaced(population, neurons=neurons))
+    _check_sent("before", call.before, x, x.shape[-1])
+    if call.before is not None and not reaches(with_tensors)[-1]:
+        raise ValueError("before is given, but no delay reads inputs of earlier steps; leave it out")
+    components_of(graph_of(with_tensors))
+    return replaced(call, populations=tuple(with_tensors), steps=None if steps is None else int(steps))
+
+
+def check_chunk(chunk: int, call: Call) -> None:
+    """Raises ValueError unless a call can run so many steps at a time."""
+    COUNT.check("chunk", chunk)
+    if call.spikes:
+        raise ValueError(
+            f"chunk={chunk} does not keep the spikes over time that spikes=True gives a gradient; give one of them"
+        )
+    if any(population.membranes for population in call.populations):
+        raise ValueError(f"chunk={chunk} does not keep the membranes that a population is to give; leave it out")
+    delays = [each.delay for population in call.populations for each in population.connections]
+    if any(delay is not None and delay.learned is not None and not delay.least for delay in delays):
+        raise ValueError(
+            f"chunk={chunk} does not know the spikes after a chunk, which the gradient of a learned delay of 0 "
+            "reads; leave it out, or fix the delays"
+        )
+
+
+def _check_ends(number: int, connection: Connection, sizes: Sequence[int]) -> None:
+    """Raises ValueError unless a connection joins its source to population ``number``; sizes: the inputs' last."""
+    source, (outputs, inputs), suffix = connection.source, connection.mask.shape, f" to population {number}"
+    if isinstance(source, bool) or not isinstance(source, int) or not -1 <= source < len(sizes) - 1:
+        raise ValueError(
+            f"a connection{suffix} has the source {source}; give a population's number below {len(sizes) - 1}, or −1 "
+            "for the inputs"
+        )
+    if outputs != sizes[number]:
+        raise ValueError(f"a connection{suffix} has {outputs} outputs, but there are {sizes[number]} neurons")
+    if inputs != sizes[source]:
+        raise ValueError(f"a connection{suffix} has {inputs} inputs but receives {sizes[source]}")
+    if connection.delay is not None:
+        check_delay(suffix, connection.delay, sizes[source])
+
+
+def _check_sent(name: str, sent: torch.Tensor | None, x: torch.Tensor, size: int) -> None:
+    """Raises ValueError unless ``sent`` is [D, B, N], or None."""
+    if sent is None:
+        return
+    check_tensor(name, sent)
+    if sent.dim() != 3 or tuple(sent.shape[1:]) != (x.shape[-2], size):
+        raise ValueError(f"{name} has shape {tuple(sent.shape)}; expected [D, {x.shape[-2]}, {size}]")
+    _check_like(name, sent, x)
+
+
+def _check_like(name: str, state: torch.Tensor, x: torch.Tensor) -> None:
+    """Raises ValueError for a state on another device than x, or of more bits than this run's states."""
+    if state.device != x.device:
+        raise ValueError(f"{name} is on {state.device}, x on {x.device}; give state.to(x.device)")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if torch.promote_types(state.dtype, dtype) != dtype:
+        raise ValueError(f"{name} is {state.dtype}, those of x in {x.dtype} are {dtype}; give state.to({dtype})")
+
+
+def check_dropped(suffix: str, dropped: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless ``dropped`` is bool [B, N], which is ``shape``."""
+    if not isinstance(dropped, torch.Tensor) or dropped.dtype != torch.bool or tuple(dropped.shape) != shape:
+        what = f"{dropped.dtype} {tuple(dropped.shape)}" if isinstance(dropped, torch.Tensor) else repr(dropped)
+        raise ValueError(f"dropped{suffix} must be bool {shape}, one entry per sample and neuron, not {what}")

@@ -1,0 +1,179 @@
+"""Populations, the connections to them, and a call that runs them: what modules, operators and backends know."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from g2g_kernels.ops.g2g_stack.delays import Delay
+from g2g_kernels.ops.neurons.models import Neurons
+from g2g_kernels.ops.record import TYPES
+
+#: called with the inputs of a product and what it gives; returns that
+ProductObserver = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Connection(NamedTuple):
+    """What joins a source to the neurons of a population.
+
+    A backend refuses a field that it does not read.
+
+    Attributes:
+        kind: ``"linear"``.
+        values: packed weights [num_units, unit_rows, unit_cols].
+        mask: the units that exist; inside operators its tensors.
+        source: the number of the population whose spikes it receives, which may be a later one or the target itself;
+            −1: it receives the inputs of the whole network.
+        delay: by how many steps they arrive later; None: in the same step.
+        bias: [N], which acts at every step; or None.
+        observer: called with x and W·x + b, in each step where populations take steps; returns the latter, perhaps by a
+            node that finds its gradient; or None. The operators then run one after the other; in chunks, what is called
+            in the backward pass is what has gradients.
+        onto: the name of the state that it adds to; None: to the current.
+    """
+
+    kind: str
+    values: torch.Tensor
+    mask: Any
+    source: int
+    delay: Delay | None = None
+    bias: torch.Tensor | None = None
+    observer: ProductObserver | None = None
+    onto: str | None = None
+
+
+class Population(NamedTuple):
+    """Neurons, and all that reaches them.
+
+    This record and :class:`Connection` are the only list of what a network has. Operators take them
+    (``ops/record.py``), the structures of the C interface are filled from the fields of the same names, and a backend
+    refuses a field that it does not read.
+
+    Attributes:
+        neurons: with their own model, reset, surrogate and α.
+        connections: to them, at least one. What is between one and its neighbours follows from ``source`` and
+            ``delay``: a recurrent connection has its own population as the source, and a delay of one step.
+        dropped: bool [B, N], or None: neurons that stay silent in a sample, so that nothing comes from them and no
+            gradient goes through them.
+        state: float [states, B, N], the neurons' states before the first step, in the model's order; None: all 0.
+        sent: float [D, B, N], what the neurons sent in the D steps before the first, if a delay of more than one step
+            reads it; None: nothing. (The spikes of one step before follow from ``state``.)
+        membranes: whether the run gives the membranes over time. The neurons then take steps in turn, but on
+            ``triton``.
+
+    Example:
+        >>> mask = BlockMask.full(GroupLayout(4, 1), GroupLayout(8, 1), block_size=4)
+        >>> of_input = Connection("linear", mask.pack(torch.ones(4, 8)), mask, source=-1)
+        >>> population = Population(Neurons("lif", (torch.tensor([0.9]), torch.tensor([1.0]))), (of_input,))
+        >>> g2g_stack(torch.rand(2, 8), [population], steps=5).counts.shape
+        torch.Size([2, 4])
+    """
+
+    neurons: Neurons
+    connections: tuple[Connection, ...]
+    dropped: torch.Tensor | None = None
+    state: torch.Tensor | None = None
+    sent: torch.Tensor | None = None
+    membranes: bool = False
+
+
+class Call(NamedTuple):
+    """A call of ``g2g_stack``, as each way to run it takes it.
+
+    Attributes:
+        x: [T, B, in], or with ``steps`` given [B, in], held for that many steps.
+        populations: from input to output.
+        steps: for which x is held, or None.
+        before: [D, B, in], the inputs of the D steps before the first; None: nothing.
+        backend: the one that is asked for by name, or None.
+        spikes: whether spikes over time need a gradient.
+        plain: whether derivatives are wanted that only plain operations have.
+        carried: whether what delays carry into the run has a gradient.
+        modules: what calls the modules of a network instead, ``run(call)``, and ``why`` that is needed; None: nothing.
+    """
+
+    x: torch.Tensor
+    populations: tuple[Population, ...]
+    steps: int | None = None
+    before: torch.Tensor | None = None
+    backend: str | None = None
+    spikes: bool = False
+    plain: bool = False
+    carried: bool = False
+    modules: Any = None
+
+
+# not properties: the compiler of PyTorch 2.8 does not know those of a named tuple
+
+
+def size_of(population: Population) -> int:
+    """The number of its neurons."""
+    return population.connections[0].mask.shape[0]
+
+
+def total_steps(call: Call) -> int:
+    """T."""
+    return len(call.x) if call.steps is None else call.steps
+
+
+#: the delay of a recurrent connection
+ONE_STEP = Delay(1, 1)
+
+
+def recurrent_of(number: int, population: Population) -> Connection | None:
+    """The only connection of population ``number`` from itself, if it is a recurrent one without a bias."""
+    own = [each for each in population.connections if each.source == number]
+    return own[0] if len(own) == 1 and own[0].delay == ONE_STEP and own[0].bias is None else None
+
+
+#: of each population the connection from the one before it, or from the inputs, and its recurrent one, or None
+Chain = list[tuple[Connection, Connection | None]]
+
+
+def chain_of(populations: Sequence[Population]) -> Chain | str:
+    """Populations as a chain, in which each receives the spikes of the one before it, and nothing else but its own of
+    the last step; or why they are none."""
+    chain: Chain = []
+    for number, population in enumerate(populations):
+        feed = recurrent = None
+        for each in population.connections:
+            if each.source == number - 1 and feed is None:
+                feed = each
+            elif each.source == number and each.delay == ONE_STEP and each.bias is None and recurrent is None:
+                recurrent = each
+            else:
+                come_from = "the inputs" if each.source < 0 else f"population {each.source}"
+                late = "" if each.delay is None else f", up to {each.delay.most} steps later"
+                return f"the populations are no chain: population {number} also receives {come_from}{late}"
+        if feed is None:
+            return f"the populations are no chain: population {number} does not receive the one before it"
+        chain.append((feed, recurrent))
+    return chain
+
+
+def refuses_kernels(call: Call, unread_fields: Sequence[str]) -> str | None:
+    """Why no kernel for several populations that does not read these fields can serve a call, or None."""
+    if call.modules is not None:
+        return call.modules.why
+    if call.plain:
+        return "has no plain operations, which transforms of torch.func, tangents and torch.jit.trace need"
+    return refuses_fields(unread_fields, call.populations)
+
+
+def unread(read: Collection[str]) -> list[str]:
+    """The fields of populations and connections that a backend which reads only these refuses where they are given."""
+    return [name for name in (*Population._fields, *Connection._fields) if name not in read]
+
+
+def refuses_fields(names: Sequence[str], populations: Sequence[Population]) -> str | None:
+    """Why a backend that does not read the fields ``names`` cannot serve a call, or None."""
+    for name in names:
+        of_population = name in Population._fields
+        default = (Population if of_population else Connection)._field_defaults.get(name)
+        records = populations if of_population else [each for of in populations for each in of.connections]
+        if any([getattr(each, name) is not default for each in records]):
+            return f"does not read {name!r} of a {'population' if of_population else 'connection'}"
+    return None
+
+
+TYPES |= {"Population": Population, "Connection": Connection}

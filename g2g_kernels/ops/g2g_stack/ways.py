@@ -1,0 +1,219 @@
+"""The table of ways to run a network, and the choice among them.
+
+In order of preference: Triton's chain; the CPU's chain, graph and lists; operators in turn on the network's backend;
+``g2gnet`` adds its modules in turn; and the reference. What is true before any way is made so before the choice
+(:func:`normalised`): dropped populations have state 0, and inputs that arrive later are inputs of now.
+"""
+
+from collections.abc import Hashable, Sequence
+from functools import partial
+from types import ModuleType
+
+import torch
+
+from g2g_kernels.dispatch import ANY, Choice, Operator, Way, forced_backend
+from g2g_kernels.mask.block_mask import BlockMask
+from g2g_kernels.ops.derivatives import has_tangent
+from g2g_kernels.ops.g2g_linear import g2g_linear
+from g2g_kernels.ops.g2g_linear import operator as linear_operator
+from g2g_kernels.ops.g2g_stack import cpu, graph, recurrent_lists, reference
+from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Spikes
+from g2g_kernels.ops.g2g_stack.checks import check_chunk, checked
+from g2g_kernels.ops.g2g_stack.chunks import in_chunks
+from g2g_kernels.ops.g2g_stack.delays import LateSpikes, Train, arrived
+from g2g_kernels.ops.g2g_stack.population import Call, Population, refuses_fields, size_of, total_steps
+from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
+from g2g_kernels.ops.g2g_stack.synaptic_operations import Received, Synapses
+from g2g_kernels.ops.neurons import operator as neurons_operator
+from g2g_kernels.ops.neurons import run_neurons
+from g2g_kernels.ops.record import Form, opened
+from g2g_kernels.tracing import is_traced, is_transformed, replaced
+
+
+def _triton() -> ModuleType:
+    from g2g_kernels.ops.g2g_stack import triton  # imports Triton, which is optional
+
+    return triton
+
+
+# --- operators in turn ------------------------------------------------------------------------------------------
+
+
+def refuses_operators(call: Call) -> str | None:
+    """Why the operators cannot serve a call on its backend, or None: where a transform is at work they can."""
+    if call.modules is not None:
+        return call.modules.why
+    if reason := refuses_fields(reference.UNREAD, call.populations):
+        return reason
+    forced = forced_backend(call.backend)
+    if forced == "torch":
+        return "those of backend torch are the reference"
+    if call.plain:
+        return None
+    x, serving = call.x, set()
+    for population in call.populations:
+        for each in population.connections:
+            received = x if each.source < 0 else x.new_empty(()).expand(*x.shape[:-1], each.mask.shape[1])
+            name, _, reasons = linear_operator.find(received, each.values, each.mask, each.bias, backend=forced)
+            if name is None:
+                return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            serving.add(name)
+        if forced:
+            current = x.new_empty(()).expand(total_steps(call), x.shape[-2], size_of(population))
+            name, _, reasons = neurons_operator.find(
+                current, population.neurons, None, population.state, backend=forced
+            )
+            if name is None:
+                return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return f"no other backend serves them ({next(iter(reasons.values()))})" if serving == {"torch"} else None
+
+
+def run_operators(call: Call) -> Activity:
+    """Population by population, by operators that find their own backends."""
+    backend = call.backend
+    linear, neurons = partial(g2g_linear, backend=backend), partial(run_neurons, backend=backend)
+    neurons = partial(cpu.in_float32, neurons) if backend == "cpu" else neurons
+    loop_of = _no_loop if call.plain else partial(recurrent_lists.loop_of, backend=backend)
+    return activity_of(*in_turn(call, linear, neurons, loop_of), differentiable=call.spikes)
+
+
+def _no_loop(number: int, population: Population) -> None:
+    return None
+
+
+# --- the table --------------------------------------------------------------------------------------------------
+
+#: the ways to run a network; each takes a :class:`Call`
+WAYS = Operator("g2g_stack")
+WAYS.register_module("triton", _triton, "triton chain")
+WAYS.register("cpu", cpu.g2g_stack, cpu.refuses, "cpu chain")
+WAYS.register("cpu", graph.g2g_graph, graph.refuses, "cpu graph")
+WAYS.register("cpu", recurrent_lists.g2g_lists, recurrent_lists.refuses, "cpu lists")
+WAYS.register(ANY, run_operators, refuses_operators, "operators in turn")
+WAYS.register("torch", reference.g2g_stack, reference.refuses, "reference")
+
+
+def choose(call: Call, chunk: int | None = None) -> Choice:
+    """Which way runs a call, ``chunk`` steps at a time, and why none before it."""
+    if chunk is not None:
+        check_chunk(chunk, call)
+    plain = is_transformed() or has_tangent(opened(call)[0])
+    now = normalised(checked(replaced(call, plain=plain, carried=chunk is not None)))
+    return WAYS.choose(now, backend=call.backend)
+
+
+def run(call: Call, chunk: int | None = None) -> Activity:
+    """The activity of a call by the first way that does not refuse it, ``chunk`` steps at a time (None: all)."""
+    tensors, form = opened(call)
+    if is_transformed() or has_tangent(tensors):
+        call = replaced(call, plain=True)
+    if chunk is not None:
+        check_chunk(chunk, call)
+        return in_chunks(run, chunk, checked(call))
+    key = None if is_traced() else _signature(call, tensors, form)
+    try:
+        way = None if key is None else _chosen.get(key)
+    except TypeError:  # sizes that are symbols have no hash
+        way = key = None
+    if way is None:
+        of_numbers = any([not isinstance(p, torch.Tensor) for of in call.populations for p in of.neurons.parameters])
+        call = checked(call)
+    now = normalised(call)
+    if way is None:
+        way = WAYS.choose(now, backend=call.backend).way
+        if key is not None and not of_numbers:  # which are made tensors each time
+            if len(_chosen) > 1000:
+                _chosen.clear()
+            _chosen[key] = way
+    return _finished(call, now, way.run(now))
+
+
+#: what runs calls of a signature that have been checked
+_chosen: dict[Hashable, Way] = {}
+#: the types of what a signature keeps
+_PLAIN = {type(None), bool, int, float, str, tuple, object}
+
+
+def _signature(call: Call, tensors: Sequence[torch.Tensor], form: Form) -> Hashable:
+    """All of a call but the values of its tensors, which no check and no choice reads (a test holds that), and the
+    backends; None if there are others than plain values among it, which may change."""
+    of_tensors = [(each.shape, each.dtype, each.device, each.layout, each.requires_grad) for each in tensors]
+    others = [part.changes if isinstance(part, BlockMask) else part for part in form]
+    types = list(map(type, others))  # True is 1, but no number of steps
+    if not isinstance(call.x, torch.Tensor) or isinstance(call.steps, torch.Tensor) or not _PLAIN.issuperset(types):
+        return None
+    device = call.x.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return *of_tensors, *others, *types, call.plain, autocast and torch.get_autocast_dtype(device), *WAYS.candidates()
+
+
+# --- what is true before any way --------------------------------------------------------------------------------
+
+
+def normalised(call: Call) -> Call:
+    """The call with states of dropped neurons that are 0, and, where one connection receives the inputs, with inputs
+    that arrive at once. Modules are given what their network was given."""
+    populations, late = [*call.populations], []
+    for number, population in enumerate(call.populations):
+        for place, each in enumerate(population.connections):
+            if each.source < 0:
+                late.append((number, place, each))
+        if population.dropped is not None and population.state is not None:
+            populations[number] = replaced(population, state=population.state.masked_fill(population.dropped, 0))
+    if call.modules is not None:
+        return call
+    number, place, each = late[0] if len(late) == 1 else (0, 0, None)
+    if each is None or each.delay is None:
+        return replaced(call, populations=tuple(populations))
+    train = _inputs(call)
+    received = arrived(train, each.delay, 0, total_steps(call))
+    if received is None:
+        received = train.nothing().expand(total_steps(call), *call.x.shape[-2:])
+    connections = [*populations[number].connections]
+    connections[place] = replaced(each, delay=None)
+    populations[number] = replaced(populations[number], connections=tuple(connections))
+    return replaced(call, x=received, populations=tuple(populations), steps=None, before=None)
+
+
+def _inputs(call: Call) -> Train:
+    held = call.steps is not None
+    train = Train(call.x if held else call.x[0], call.before)
+    train.append(call.x.expand(total_steps(call), *call.x.shape) if held else call.x)
+    return train
+
+
+def _finished(call: Call, now: Call, activity: Activity) -> Activity:
+    """The activity of ``now`` as that of the call."""
+    states, sent = activity.states, activity.sent
+    for number, population in enumerate(call.populations):
+        if states is not None and population.dropped is not None:
+            silent = states[number].masked_fill(population.dropped, 0)
+            states = (*states[:number], silent, *states[number + 1 :])
+    if now.x is not call.x:
+        total, reach = total_steps(call), reference.reaches(call.populations)[-1]
+        of_inputs = DenseSpikes(_inputs(call).window(total - reach, total)) if reach else None
+        sent = (*(sent[:-1] or (None,) * len(call.populations)), of_inputs)
+    synapses = activity.synapses
+    if call.modules is None and not torch.compiler.is_compiling():
+        synapses = _synapses(call, activity.spikes)
+    return replaced(activity, states=states, sent=sent, synapses=synapses)
+
+
+def _synapses(call: Call, spikes: Sequence[Spikes]) -> Synapses:
+    """What the synaptic operations of a run are counted from, in which the populations sent these spikes."""
+    received: list[list[Received]] = []
+    reach: list[int] = []
+    for population in call.populations:
+        received.append([])
+        for _, values, mask, source, delay, *_ in population.connections:
+            late = None
+            if delay is not None and source < 0:
+                late = LateSpikes(call.x, delay, call.before, call.steps)
+            elif delay is not None:
+                reach = reach or reference.reaches(call.populations)
+                train = spikes[source]
+                with torch.no_grad():
+                    earlier = reference.sent_before(call.populations[source], reach[source], call.x.dtype)
+                late = LateSpikes(train.dense() if isinstance(train, DenseSpikes) else train, delay, earlier)
+            received[-1].append(Received(values, mask, source, late))
+    return Synapses(call.x, call.steps, received)

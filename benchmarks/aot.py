@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from g2g_kernels.ops.g2g_stack.layer import Recurrent
 from tqdm import tqdm
 
 from g2g_kernels import SpikingLayer
 from g2g_kernels.ops.g2g_stack.call import StackCall
-from g2g_kernels.ops.g2g_stack.layer import Recurrent
 from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.runtime import Launch

@@ -5,12 +5,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from g2g_kernels.ops.g2g_stack.population import ProductObserver
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
 from g2g_kernels.choices import check_flag
 from g2g_kernels.numbers import FLOAT32
+from g2g_kernels.ops.g2g_stack.population import ProductObserver
 from g2g_kernels.tracing import default_device, is_traced
 from g2gnet.weights.packed_weights import PackedWeights
 

@@ -4,8 +4,8 @@
 import functools
 
 import torch
-from g2g_kernels.ops.g2g_stack.population import ProductObserver
 
+from g2g_kernels.ops.g2g_stack.population import ProductObserver
 from g2g_kernels.tracing import is_transformed
 from g2gnet.dst.rules import Pair
 

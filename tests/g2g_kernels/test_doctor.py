@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from g2g_kernels import BackendError, backend_status, dispatch, doctor, first_use, lif
-from g2g_kernels.ops import neurons as neurons_package
 from g2g_kernels.dispatch import Way
+from g2g_kernels.ops import neurons as neurons_package
 from g2g_kernels.ops.g2g_stack import WAYS
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons import operator as neurons_operator
@@ -178,7 +178,7 @@ def new_process(monkeypatch, tmp_path, caplog):
         chosen = neurons_operator.choose(current, own, None)
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
             assert lif(current, 1.0, 1.5).flatten().tolist() == [0, 1]
-        return (chosen is neurons_operator._implementations["triton"][0], [
+        return (chosen.way is neurons_operator.ways["triton"][0], [
             message for message in caplog.messages if message.startswith(("Triton kernels", "What an earlier"))
         ])  # fmt: skip
 

@@ -13,7 +13,7 @@ from helpers import seeded
 
 from g2g_kernels import BackendError
 from g2g_kernels.ops import g2g_stack
-from g2gnet import G2GNet, SpikingStack, Synaptic, spiking_network
+from g2gnet import G2GNet, SpikingStack, Synaptic
 from g2gnet.interop import to_snntorch
 from g2gnet.network_settings import PARAMETERS, NetworkSettings
 from g2gnet.weights.patterns import MODELS

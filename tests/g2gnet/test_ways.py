@@ -16,7 +16,9 @@ from g2gnet import LIF, G2GLinear, Projection, SpikingNetwork
 pytestmark = pytest.mark.skipif("cpu" not in available_backends(), reason="the CPU kernels were not built")
 X = torch.rand(5, 30, generator=seeded(1)) * 3
 NO_LISTS = {"cpu lists": "no weights lie in lists"}
-TURNS = "comes back, but not by one recurrent connection in lists with a delay of one step: {} steps at a time take turns"
+TURNS = (
+    "comes back, but not by one recurrent connection in lists with a delay of one step: {} steps at a time take turns"
+)
 
 
 def graph(delay: int = 1, feedback: int = 0, lists: bool = False) -> SpikingNetwork:
@@ -138,7 +140,9 @@ def test_the_way_that_runs_and_the_reason_of_each_before_it(case, autocast, requ
 def test_a_forced_backend_keeps_its_ways_and_an_error_lists_the_reason_of_each():
     net = small_net(backend="cpu").double()
     needs = "needs float32 tensors, not torch.float64"
-    with pytest.raises(BackendError, match=f"cpu chain, cpu graph, cpu lists: {needs}; operators in turn: cpu: {needs}"):
+    with pytest.raises(
+        BackendError, match=f"cpu chain, cpu graph, cpu lists: {needs}; operators in turn: cpu: {needs}"
+    ):
         net(X.double())
 
 
@@ -147,7 +151,9 @@ def test_a_slow_way_is_said_once(few_lists, caplog):
     caplog.set_level(logging.INFO, "g2g_kernels")
     for _ in range(2):
         graph(delay=18, lists=True)(X)
-    said = [each for each in caplog.messages if each.startswith("Backend of g2g_stack: operators in turn, which is slower")]
+    said = [
+        each for each in caplog.messages if each.startswith("Backend of g2g_stack: operators in turn, which is slower")
+    ]
     assert len(said) == 1
     assert TURNS.format(18) in said[0]
 

@@ -1,4 +1,4 @@
-"""Checks of calls of ``g2g_stack``: every error names the population, before any work. Of tensors they read no values."""
+"""Checks of calls of ``g2g_stack``: every error names the population, before any work. They read no tensor's values."""
 
 from collections.abc import Sequence
 

@@ -162,7 +162,11 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return None, None, *gradients_of(ctx.function, ctx.saved_tensors, [grad], ctx.needs_input_grad[2:], ctx.autocast)
+        return (
+            None,
+            None,
+            *gradients_of(ctx.function, ctx.saved_tensors, [grad], ctx.needs_input_grad[2:], ctx.autocast),
+        )
 
 
 def in_float32(
@@ -175,7 +179,7 @@ def in_float32(
 
 
 def _in_other_order(feed: Connection, recurrent: Connection) -> bool:
-    """Whether a recurrent connection orders the neurons otherwise than what feeds them: other groups, or other units."""
+    """Whether a recurrent connection orders neurons otherwise than what feeds them: other groups, or other units."""
     mask, own = feed.mask, recurrent.mask
     if is_traced() or type(mask.unit_row) is not torch.Tensor:
         return False  # the operator itself refuses it

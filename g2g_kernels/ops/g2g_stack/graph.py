@@ -2,8 +2,8 @@
 ``g2g::graph_forward`` (with its autograd formula) and ``g2g::graph_backward``.
 
 Products with the inputs are computed before. What the forward pass keeps for the backward pass is of each population
-its spikes as words, int64 [B, row blocks, T], and its states of every step, float32 [B, row blocks, T, states, 64] in the
-order of ``KeptStates`` (``csrc/graph.h``).
+its spikes as words, int64 [B, row blocks, T], and its states of every step, float32 [B, row blocks, T, states, 64] in
+the order of ``KeptStates`` (``csrc/graph.h``).
 """
 
 import functools

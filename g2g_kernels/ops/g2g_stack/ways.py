@@ -45,11 +45,11 @@ def refuses_operators(call: Call) -> str | None:
         return call.modules.why
     if reason := refuses_fields(reference.UNREAD, call.populations):
         return reason
+    if call.plain:
+        return None
     forced = forced_backend(call.backend)
     if forced == "torch":
         return "those of backend torch are the reference"
-    if call.plain:
-        return None
     x, serving = call.x, set()
     for population in call.populations:
         for each in population.connections:
@@ -116,12 +116,14 @@ def run(call: Call, chunk: int | None = None) -> Activity:
     except TypeError:  # sizes that are symbols have no hash
         way = key = None
     if way is None:
-        of_numbers = any([not isinstance(p, torch.Tensor) for of in call.populations for p in of.neurons.parameters])
+        given = call
         call = checked(call)
     now = normalised(call)
     if way is None:
         way = WAYS.choose(now, backend=call.backend).way
-        if key is not None and not of_numbers:  # which are made tensors each time
+        # numbers are made tensors each time
+        of = [p for each in given.populations for p in each.neurons.parameters] if key is not None else ()
+        if key is not None and all([isinstance(parameter, torch.Tensor) for parameter in of]):
             if len(_chosen) > 1000:
                 _chosen.clear()
             _chosen[key] = way

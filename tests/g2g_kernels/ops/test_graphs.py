@@ -102,7 +102,7 @@ def compare(case: Case, held: bool, threads: int, **options: str) -> dict[str, t
         own = {name: tensor.to(dtype, copy=True).requires_grad_() for name, tensor in case.leaves.items()}
         layers = case.layers(own, **options)
         x, steps = (own["x"][0], T) if held else (own["x"], None)
-        assert backend == "torch" or "graph" in explain(x, layers, steps, backend).way.name or chain_of(layers)
+        assert backend == "torch" or explain(x, layers, steps, backend).way.name in ("cpu graph", "cpu chain")
         if backend == "cpu":
             torch.set_num_threads(threads)
         activity = g2g_stack(x, layers, steps, backend=backend, before=own.get("before"))

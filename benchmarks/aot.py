@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from g2g_kernels.ops.g2g_stack.layer import Recurrent
 from tqdm import tqdm
 
-from g2g_kernels import SpikingLayer
+from g2g_kernels import Connection, Population
 from g2g_kernels.ops.g2g_stack.call import StackCall
+from g2g_kernels.ops.g2g_stack.population import ONE_STEP, Call
 from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.runtime import Launch
@@ -74,15 +74,17 @@ def training_step(net: G2GNet, batch: int, input_dim: int, dtype: torch.dtype) -
     """
     from g2g_kernels.ops.g2g_stack import triton as stack  # imports Triton, which is optional
 
-    layers = []
-    for (connection, neurons), joined in zip(net.to("meta").layers(), net.recurrents(), strict=True):
-        recurrent = None if joined is None else Recurrent(joined.values, joined.mask)
-        layer = connection.values, connection.mask, connection.bias, neurons.population
-        layers.append(SpikingLayer(*layer, recurrent=recurrent))
-    call = StackCall.of(torch.empty(batch, input_dim, device="meta"), layers, net.T, dtype)
+    populations: list[Population] = []
+    for (feed, neurons), joined in zip(net.to("meta").layers(), net.recurrents(), strict=True):
+        number = len(populations)
+        connections = [Connection("linear", feed.values, feed.mask, number - 1, bias=feed.bias)]
+        if joined is not None:
+            connections.append(Connection("linear", joined.values, joined.mask, number, ONE_STEP))
+        populations.append(Population(neurons.population, tuple(connections)))
+    call = StackCall.of(Call(torch.empty(batch, input_dim, device="meta"), tuple(populations), net.T), dtype)
     with torch.no_grad(), runtime.recorded() as launches:
         counts, _, _, *made = stack._forward(call, True)
-        given = Backward.of(call, made, [torch.empty_like(counts), *[None] * (2 * len(layers))])
+        given = Backward.of(call, made, [torch.empty_like(counts), *[None] * (2 * len(populations))])
         stack._backward(given._replace(needed=(False, *given.needed[1:])))
     return launches
 

@@ -152,12 +152,13 @@ def load(name, data_dir):
             r"(\n    onto: str \| None = None\n)", r"\1    toy_gain: torch.Tensor | None = None\n"
         ),
         "g2g_kernels/ops/g2g_stack/reference.py": replace(
-            r"(\n    y = linear\(.*\n)", r"\1    y = y if connection.toy_gain is None else y * connection.toy_gain\n"
+            r"(\n    y = linear\(.*\n)",
+            r"\1    y = y if connection.toy_gain is None else y * connection.toy_gain\n",
         ),
     },
     "way of running a network": {
         "g2g_kernels/ops/g2g_stack/ways.py": append(
-            'WAYS.register(ANY, reference.g2g_stack, lambda call: None if len(call.x) == 7 else "needs 7 steps", "toy way")'
+            "WAYS.register(ANY, reference.g2g_stack, lambda call: None if len(call.x) == 7 else 'needs 7 steps', 'toy')"
         ),
     },
 }  # fmt: skip
@@ -168,7 +169,7 @@ import sys
 
 import torch
 
-from g2g_kernels import BackendError, BlockMask, GroupLayout, Connection, Neurons, Population, explain, g2g_stack, neurons
+from g2g_kernels import BlockMask, GroupLayout, Connection, Neurons, Population, explain, g2g_stack, neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet.neurons import NEURONS
 from g2gnet.network import G2GNet
@@ -221,9 +222,9 @@ for way in ("cpu chain", "cpu graph") if "cpu" in sys.argv else ():
     assert reasons[way] == "does not read 'toy_gain' of a connection", reasons
 
 chosen = explain(torch.randn(7, 3, 5, generator=draw), one(), backend="torch")
-assert chosen.way.name == "toy way", chosen
+assert chosen.way.name == "toy", chosen
 chosen = explain(x, one(), backend="torch")
-assert (chosen.way.name, chosen.reasons["toy way"]) == ("reference", "needs 7 steps"), chosen
+assert (chosen.way.name, chosen.reasons["toy"]) == ("reference", "needs 7 steps"), chosen
 
 first = torch.linspace(-1, 1, 9).unsqueeze(0)
 for backend in sys.argv[1:]:

@@ -15,14 +15,13 @@ from g2gnet import LIF, G2GLinear, Projection, SpikingNetwork
 
 pytestmark = pytest.mark.skipif("cpu" not in available_backends(), reason="the CPU kernels were not built")
 X = torch.rand(5, 30, generator=seeded(1)) * 3
-NO_LISTS = {"cpu lists": "no weights lie in lists"}
 TURNS = (
     "comes back, but not by one recurrent connection in lists with a delay of one step: {} steps at a time take turns"
 )
 
 
 def graph(delay: int = 1, feedback: int = 0, lists: bool = False) -> SpikingNetwork:
-    """Populations a and out; a reaches itself after ``delay`` steps, out reaches a after ``feedback`` (0: it does not)."""
+    """Populations a and out; a reaches itself after ``delay`` steps, out reaches a after ``feedback`` (0: never)."""
 
     def joined(into: int, out: int, **options) -> G2GLinear:
         layouts = GroupLayout(out, 1), GroupLayout(into, 1)
@@ -47,11 +46,12 @@ def continued(net, **options):
 
 
 NO_GRADIENT, NO_MEMBRANES = "gives spikes over time no gradient", "does not read 'membranes' of a population"
+NO_MODULE = "no module has to be called"
 HOOKS, IN_LISTS = "lif1 carries hooks", "the weights to population 0 lie in lists"
 CARRIED = "the delayed spikes to population 1 that come from a state have no gradient"
 KERNELS = ("cpu chain", "cpu graph", "cpu lists")
 LATE = "the populations are no chain: population 0 also receives population {}, up to {} steps later"
-#: (network, or network and arguments), the way that runs, and why none before it (of those of ``cpu`` and of any backend)
+#: (network, or network and arguments), the way that runs, and why none before it but Triton's
 CASES = {
     "chain": (lambda: small_net(), "cpu chain", {}),
     "recurrent": (lambda: small_net(recurrent=True), "cpu chain", {}),
@@ -67,7 +67,7 @@ CASES = {
         {
             "cpu chain": LATE.format(0, 18),
             "cpu graph": IN_LISTS,
-            "cpu lists": f"what population 0 sends {TURNS.format(18)}",
+            "cpu lists": f"what population 0 sends comes back, but not {TURNS.format(18)}",
         },
     ),
     "dropout": (lambda: small_net(dropout=0.3).train(), "cpu chain", {}),
@@ -87,7 +87,7 @@ CASES = {
     "torch": (
         lambda: small_net(backend="torch"),
         "reference",
-        {"operators in turn": "those of backend torch are the reference", "modules in turn": "no module has to be called"},
+        {"operators in turn": "those of backend torch are the reference", "modules in turn": NO_MODULE},
     ),
     "float64": (
         lambda: small_net().double(),
@@ -95,7 +95,7 @@ CASES = {
         {
             **dict.fromkeys(KERNELS, "needs float32 tensors, not torch.float64"),
             "operators in turn": "no other backend serves them",
-            "modules in turn": "no module has to be called",
+            "modules in turn": NO_MODULE,
         },
     ),
 }  # fmt: skip

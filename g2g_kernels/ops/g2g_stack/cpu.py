@@ -323,12 +323,12 @@ class _Arguments:
 
 
 def delays_pointer(number: int, delay: Delay, steps: torch.Tensor) -> int:
-    """The address of delays to population ``number``; ValueError if they have left their bounds, since it was written to."""
+    """The address of delays to population ``number``; ValueError if they were written to and have left their bounds."""
     least, most = (int(each) for each in steps.aminmax())
     if least < delay.least or most > delay.most:
         raise ValueError(
-            f"the delays to population {number} are from {least} to {most}, and were from {delay.least} to {delay.most} when"
-            " they were checked; load others with load_state_dict"
+            f"the delays to population {number} are from {least} to {most}, and were from {delay.least} to {delay.most}"
+            " when they were checked; load others with load_state_dict"
         )
     return steps.data_ptr()
 

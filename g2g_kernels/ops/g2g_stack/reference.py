@@ -193,8 +193,8 @@ class GraphRun:
         return True
 
     def current(self, number: int, first: int, last: int, chosen: Callable[[int], bool]) -> torch.Tensor | None:
-        """What the connections from the chosen sources add to the current of a population, [n, B, N], or [B, N] if it is the
-        same at all steps; None: nothing."""
+        """What the connections from the chosen sources add to the current of a population, [n, B, N], or [B, N] if
+        it is the same at all steps; None: nothing."""
         current, connections = None, self.populations[number].connections
         for connection, product in zip(connections, self.functions[number].products, strict=True):
             source, delay = connection.source, connection.delay

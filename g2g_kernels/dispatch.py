@@ -2,8 +2,8 @@
 
 Every operator has a table of ways to compute it, one or several for each backend, each with a function that says
 *why* it cannot serve a call. A call goes to the first way that serves it, in the order of :data:`BACKENDS`, or of
-those of the backend forced by the ``backend`` argument or the environment variable ``G2G_BACKEND``. The log names each backend
-once; operators are at debug level, and at info level where a faster way was refused.
+those of the backend forced by the ``backend`` argument or the environment variable ``G2G_BACKEND``. The log names each
+backend once; operators are at debug level, and at info level where a faster way was refused.
 """
 
 import functools

@@ -113,7 +113,7 @@ def test_states_that_do_not_fit_are_refused_by_name():
         (2, state, r"state of population 0 has shape \(1, 3, 22\); expected \(1, 2, 22\)"),
         (B, (state[0], state[1][0], state[2]), "synaptic_current, membrane"),
         (B, (state[0] > 0, *state[1:]), "state of population 0 must be a floating-point tensor"),
-        (B, (state[0].double(), *state[1:]), r"state of population 0 is torch.float64, .* give state.to\(torch.float32\)"),
+        (B, (state[0].double(), *state[1:]), r"state of population 0 is torch.float64.* state.to\(torch.float32\)"),
         (B, (*state[:2], state[2].to("meta")), "state of population 2 is on meta, x on cpu"),
     ):
         with pytest.raises(ValueError, match=match):

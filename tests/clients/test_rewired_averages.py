@@ -15,6 +15,7 @@ from g2gnet import DSTScheduler, G2GNet, tie_wiring
 from g2gnet.data import load_dataset
 
 DECAY, STEPS = 0.9, 80
+MIXED = r"average of networks with different wirings.*averages=\[average\]"
 
 
 def network():
@@ -85,6 +86,20 @@ def test_an_average_is_rewired_with_the_network(make, data):
     assert accuracy(again, data[1]) == accuracy(average.module, data[1])
 
 
+@pytest.mark.parametrize("make", AVERAGES.values(), ids=AVERAGES)
+def test_an_average_that_nobody_tied_is_reported_and_refused_once_wirings_mix(make, data, caplog):
+    net = network()
+    average = make(net, decay=DECAY)
+    if make is AVERAGES["one by one, without buffers"]:  # timm then copies buffers: the weights alone are averaged
+        train(net, data, lambda: average.update(net))
+        average.update(net)
+        assert same_wiring(average.module, net)
+    else:
+        with pytest.raises(ValueError, match=MIXED):
+            train(net, data, lambda: average.update(net))
+    assert caplog.text.count("averages=[average]") == 1
+
+
 def test_a_list_of_averages_has_the_wiring_of_whom_it_is_copied_to(data):
     net = network()
     average = ExponentialMovingAverage(net.parameters(), decay=DECAY)
@@ -103,9 +118,9 @@ def test_a_list_of_averages_has_the_wiring_of_whom_it_is_copied_to(data):
 
 
 class Module(L.LightningModule):
-    def __init__(self):
+    def __init__(self, tied=True):
         super().__init__()
-        self.net = network()
+        self.net, self.tied = network(), tied
 
     def configure_optimizers(self):
         optimizer = torch.optim.Adam(self.net.parameters(), lr=3e-3)
@@ -116,7 +131,8 @@ class Module(L.LightningModule):
         return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def on_fit_start(self):
-        tie_wiring(self.net, self.trainer.callbacks[0]._average_model.module.net)
+        if self.tied:
+            tie_wiring(self.net, self.trainer.callbacks[0]._average_model.module.net)
 
     def on_train_batch_end(self, *_):
         self.dst.step()
@@ -125,14 +141,20 @@ class Module(L.LightningModule):
         self.log("accuracy", 100 * (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
 
 
-def test_lightnings_average_is_validated_and_saved(data):
+@pytest.mark.parametrize("tied", [True, False])
+def test_lightnings_average_is_validated_and_saved_if_it_is_tied(tied, data, caplog):
     train_data, test_data = (TensorDataset(images, labels) for images, labels in data)
-    module, callback = Module(), EMAWeightAveraging(decay=DECAY)
+    module, callback = Module(tied), EMAWeightAveraging(decay=DECAY)
     silent = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     trainer = L.Trainer(max_steps=STEPS, accelerator="cpu", devices=1, callbacks=[callback], **silent)
     batches = DataLoader(train_data, 64, shuffle=True, generator=torch.Generator().manual_seed(0))
     trainer.fit(module, batches, DataLoader(test_data, len(test_data)))
     assert module.dst.pruned > 0
+    assert caplog.text.count("averages=[average]") == (not tied)
+    if not tied:
+        with pytest.raises(ValueError, match=MIXED):
+            trainer.save_checkpoint("last.ckpt")
+        return
     trainer.save_checkpoint("last.ckpt")
     again = Module()
     again.load_state_dict(torch.load("last.ckpt", weights_only=False)["state_dict"])

@@ -74,6 +74,27 @@ def test_an_average_is_that_of_the_units_that_the_network_has(make):
         assert torch.equal(twin(X), average(X))
 
 
+@pytest.mark.parametrize("make", AVERAGES.values(), ids=AVERAGES)
+def test_an_average_that_nobody_tied_is_reported_and_refused_once_wirings_mix(make, caplog):
+    net, alone = network(), network()
+    wrapper = make(net)
+
+    def three_updates():
+        trained(net, after_step=lambda: wrapper.update_parameters(net))
+        wrapper.module(X)
+
+    if make is EMA:  # PyTorch then copies buffers: the weights alone are averaged
+        three_updates()
+        wrapper.update_parameters(net)
+        assert same_wiring(wrapper.module, net)
+        trained(alone)
+        assert torch.equal(net(X), alone(X))
+    else:
+        with pytest.raises(ValueError, match=MIXED):
+            three_updates()
+    assert caplog.text.count("averages=[average]") == 1
+
+
 def rewired(net, **options):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     DSTScheduler(net, optimizer, interval=1, fraction=0.3, grow="random", **options).step()

@@ -86,7 +86,7 @@ def _no_loop(number: int, population: Population) -> None:
 #: the ways to run a network; each takes a :class:`Call`
 WAYS = Operator("g2g_stack")
 WAYS.register_module("triton", _triton, "triton chain")
-WAYS.register("cpu", cpu.g2g_stack, cpu.refuses, "cpu chain")
+WAYS.register("cpu", partial(cpu.g2g_stack, again=graph.g2g_graph), cpu.refuses, "cpu chain")
 WAYS.register("cpu", graph.g2g_graph, graph.refuses, "cpu graph")
 WAYS.register("cpu", recurrent_lists.g2g_lists, recurrent_lists.refuses, "cpu lists")
 WAYS.register(ANY, run_operators, refuses_operators, "operators in turn")

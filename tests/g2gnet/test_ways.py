@@ -67,7 +67,7 @@ CASES = {
         {
             "cpu chain": LATE.format(0, 18),
             "cpu graph": IN_LISTS,
-            "cpu lists": f"what population 0 sends comes back, but not {TURNS.format(18)}",
+            "cpu lists": f"what population 0 sends {TURNS.format(18)}",
         },
     ),
     "dropout": (lambda: small_net(dropout=0.3).train(), "cpu chain", {}),

@@ -109,7 +109,8 @@ def refuses_tensors(call: Call) -> str | None:
     return "needs a batch that is not empty" if call.x.numel() == 0 else None
 
 
-def g2g_stack(call: Call) -> Activity:
+def g2g_stack(call: Call, again: Callable[[Call], Activity]) -> Activity:
+    """Runs a chain; ``again`` runs it once more where what delays carry out of it has a gradient."""
     of_kernels = StackCall.of(call, torch.bfloat16 if bf16_wanted() else torch.float32)
     counts, rates, last, _, words, _ = FORWARD(of_kernels)
     feeds = [population.connections[0] for population in of_kernels.populations]
@@ -117,10 +118,8 @@ def g2g_stack(call: Call) -> Activity:
     activity = Activity(counts, tuple(rates), tuple(spikes), states=tuple(last))
     if all([feed.delay is None for feed in feeds]):
         return activity
-    from g2g_kernels.ops.g2g_stack.graph import g2g_graph  # which imports this module
-
     sent = [
-        LastSpikes(train, reach, number, call, g2g_graph) if reach else None
+        LastSpikes(train, reach, number, call, again) if reach else None
         for number, (train, reach) in enumerate(zip(spikes, reaches(call.populations)))  # noqa: B905
     ]
     return activity._replace(sent=(*sent, None))

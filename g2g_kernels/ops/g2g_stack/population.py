@@ -33,7 +33,7 @@ class Connection(NamedTuple):
     """
 
     kind: str
-    values: torch.Tensor
+    values: Any  # None where a module has the weights
     mask: Any
     source: int
     delay: Delay | None = None

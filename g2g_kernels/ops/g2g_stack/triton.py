@@ -611,7 +611,7 @@ def _forward_fake(call: StackCall, keep: bool) -> Outputs:
         dtype = torch.float32 if layer.recurrent is not None else layer.current_dtype()
         kept += [new(state, dtype=dtype), new(checkpoints, dtype=torch.float32)]
     counts = new((call.batch, size_of(call.populations[-1])), dtype=torch.float32)
-    rates = [new(layer.size, dtype=torch.float32) for layer in call.populations]
+    rates = [new(size_of(own), dtype=torch.float32) for own in call.populations]
     last = [new(call.state_shape(layer), dtype=torch.float32) for layer in call.populations]
     return counts, rates, last, shown, spikes, kept
 

@@ -86,7 +86,7 @@ def _no_loop(number: int, population: Population) -> None:
 #: the ways to run a network; each takes a :class:`Call`
 WAYS = Operator("g2g_stack")
 WAYS.register_module("triton", _triton, "triton chain")
-WAYS.register("cpu", cpu.g2g_stack, cpu.refuses, "cpu chain")
+WAYS.register("cpu", partial(cpu.g2g_stack, again=graph.g2g_graph), cpu.refuses, "cpu chain")
 WAYS.register("cpu", graph.g2g_graph, graph.refuses, "cpu graph")
 WAYS.register("cpu", recurrent_lists.g2g_lists, recurrent_lists.refuses, "cpu lists")
 WAYS.register(ANY, run_operators, refuses_operators, "operators in turn")
@@ -109,7 +109,9 @@ def run(call: Call, chunk: int | None = None) -> Activity:
         call = replaced(call, plain=True)
     if chunk is not None:
         check_chunk(chunk, call)
-        return in_chunks(run, chunk, checked(call))
+        call = checked(call)
+        activity = in_chunks(run, chunk, call)
+        return replaced(activity, synapses=_synapses(call, activity.spikes))
     key = None if is_traced() else _signature(call, tensors, form)
     try:
         way = None if key is None else _chosen.get(key)
@@ -195,14 +197,15 @@ def _finished(call: Call, now: Call, activity: Activity) -> Activity:
         total, reach = total_steps(call), reference.reaches(call.populations)[-1]
         of_inputs = DenseSpikes(_inputs(call).window(total - reach, total)) if reach else None
         sent = (*(sent[:-1] or (None,) * len(call.populations)), of_inputs)
-    synapses = activity.synapses
-    if call.modules is None and not torch.compiler.is_compiling():
-        synapses = _synapses(call, activity.spikes)
+    synapses = _synapses(call, activity.spikes) if call.modules is None else activity.synapses
     return replaced(activity, states=states, sent=sent, synapses=synapses)
 
 
-def _synapses(call: Call, spikes: Sequence[Spikes]) -> Synapses:
-    """What the synaptic operations of a run are counted from, in which the populations sent these spikes."""
+def _synapses(call: Call, spikes: Sequence[Spikes]) -> Synapses | None:
+    """What the synaptic operations of a run are counted from, in which the populations sent these spikes; None where
+    it is compiled."""
+    if torch.compiler.is_compiling():
+        return None
     received: list[list[Received]] = []
     reach: list[int] = []
     for population in call.populations:

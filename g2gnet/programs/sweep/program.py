@@ -37,13 +37,13 @@ RESUME = "run the same command again to resume with the remaining runs"
 def value_of(kind: type, several: bool) -> Callable[[str], Any]:
     """What a flag of a setting of this type, which may be ``several`` numbers, makes of a word. Other words stay text:
     ``none`` is a value of some settings, and the rest is refused with the settings."""
+    made: Callable[[str], Any] = str if kind is bool else kind
+    if several:
+        made = flags.number_list if kind is bool else flags.whole_numbers
 
     def read(text: str) -> Any:
         if kind is bool and text.lower() in ("true", "false"):
             return text.lower() == "true"
-        made = (
-            (flags.number_list if kind is bool else flags.whole_numbers) if several else str if kind is bool else kind
-        )
         with contextlib.suppress(argparse.ArgumentTypeError, ValueError):
             return made(text)
         return text

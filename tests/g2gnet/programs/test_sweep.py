@@ -117,9 +117,8 @@ def test_values_may_be_numbers_of_numpy_and_tensors_and_none(tmp_path):
 def test_a_list_has_one_spelling_in_flags_and_one_in_files(tmp_path):
     flags = ["--hidden_dim", "64,48", "32,32,32", "16", "--recurrent", "true", "2", "1,2"]
     grid = program.grid_from(program.build_parser().parse_args(flags))
-    (tmp_path / "grid.json").write_text(
-        '{"hidden_dim": [[64, 48], [32, 32, 32], 16], "recurrent": [true, [2], [1, 2]]}'
-    )
+    told = {"hidden_dim": [[64, 48], [32, 32, 32], 16], "recurrent": [True, [2], [1, 2]]}
+    (tmp_path / "grid.json").write_text(json.dumps(told))
     for runs in (runs_of(grid, tmp_path), runs_of(read_grid(tmp_path / "grid.json"), tmp_path)):
         found = [(run.settings.hidden_dim, run.settings.recurrent) for run in runs]
         assert found == [*itertools.product(((64, 48), (32, 32, 32), 16), (True, (2,), (1, 2)))]

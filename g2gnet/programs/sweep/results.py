@@ -125,7 +125,8 @@ class Sweep:
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         axis = figure.subplots()
         for number, (label, points) in enumerate(lines.items()):
-            axis.errorbar(*zip(*sorted(points), strict=True), label=label, capsize=3, markersize=5, **style(number))
+            x, means, errors = zip(*sorted(points), strict=True)
+            axis.errorbar(x, means, errors, label=label, capsize=3, markersize=5, **style(number))
         axis.set_xticks(range(len(shown)), [str(value) for value in shown])
         axis.margins(x=0.1)
         axis.set(xlabel=across, ylabel=f"{accuracy}, mean ± standard error")

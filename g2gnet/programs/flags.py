@@ -5,10 +5,12 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import itertools
 import logging
 import platform
 import re
 import shlex
+import sys
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -79,6 +81,12 @@ class Parser(argparse.ArgumentParser):
         flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
         if flags:
             self.error(f"unknown flag {flags[0]}{self._suggestion(flags[0])}")
+        words = list(sys.argv[1:] if args is None else args)
+        for place, flag in enumerate(words if unknown else ()):
+            given = list(itertools.takewhile(lambda word: not word.startswith("-"), words[place + 1 :]))
+            action = self._option_string_actions.get(flag)
+            if action is not None and action.type in (number_list, whole_numbers) and len(given) > 1:
+                self.error(f"{flag} {' '.join(given)} is not one list; give {flag} {','.join(given)}")
         if unknown:
             self.error(f"unknown arguments {' '.join(unknown)}; --help lists what this program takes")
         return arguments
@@ -120,13 +128,18 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {' or '.join(f'--{each}' for each in near)}?" if near else "; --help lists the flags"
 
 
-def whole_numbers(text: str) -> int | tuple[int, ...]:
-    """The type of a flag that takes a whole number, or a list of them with commas between."""
+def number_list(text: str) -> tuple[int, ...]:
+    """The type of a flag that takes whole numbers with commas between."""
     try:
-        values = tuple(map(int, text.split(",")))
+        return tuple(map(int, text.split(",")))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number; give one, or a list as 64,48") from None
-    return values if "," in text else values[0]
+
+
+def whole_numbers(text: str) -> int | tuple[int, ...]:
+    """The type of a flag that takes a whole number, or a list of them."""
+    values = number_list(text)
+    return values if len(values) > 1 else values[0]
 
 
 def add_settings_flags(parser: Parser, settings: type = TrainSettings) -> None:
@@ -141,7 +154,7 @@ def add_settings_flags(parser: Parser, settings: type = TrainSettings) -> None:
         options: dict[str, Any] = {"type": flag_type, "default": field.default}
         options["metavar"] = about["metavar"] or METAVARS.get(flag_type)
         if about["several"]:
-            options |= {"type": whole_numbers, "metavar": LIST}
+            options |= {"type": number_list if flag_type is bool else whole_numbers, "metavar": LIST}
             options |= {"nargs": "?", "const": True} if flag_type is bool else {}
         elif flag_type is bool:
             options = {"action": "store_true"}

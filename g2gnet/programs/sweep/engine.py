@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import logging
 import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import sys
@@ -33,48 +32,41 @@ from g2gnet.training.interruption import handled
 
 logger = logging.getLogger("g2gnet")
 
-#: failures of a run whose message says everything; of others the traceback is shown too
+#: failures of a run whose message says everything
 EXPLAINED = (*REFUSED, *FAILED)
 #: seconds after which a wait is begun anew: on Windows Ctrl-C is seen in between only
 INTERVAL = 0.5
-
 #: held by the run that trains in this process: PyTorch's seeds and modes, and standard output, are the process's
 _training = threading.Lock()
-#: set when this process is to train no more
-_ended = threading.Event()
 
 
 def train_run(given: Mapping[str, Any], folder: str) -> None:
     """Trains or resumes one run in this process, which prints into ``log.txt`` in its folder. ``given`` are flags of
     ``g2g-train`` by name. If another process trains this run, it waits for that to end."""
-    arguments = arguments_of({**given, "checkpoint_dir": folder})
-    file = Path(folder) / LOG
+    arguments, log = arguments_of({**given, "checkpoint_dir": folder}), Path(folder) / LOG
     with contextlib.ExitStack() as held:
         try:
-            make_directory(Path(folder))
-            held.enter_context(locked(Path(folder) / LOCK, wait=True))
-            log = held.enter_context(open(file, "a", encoding="utf-8", opener=open_own))
+            make_directory(log.parent)
+            held.enter_context(locked(log.with_name(LOCK), wait=True))
+            file = held.enter_context(open(log, "a", encoding="utf-8", opener=open_own))
         except OSError as error:
-            raise OutputError(
-                f"cannot write {error.filename or folder} ({reason(error)}); move it away, or give another folder"
-            ) from error
+            remedy = "move it away, or give another folder"
+            raise OutputError(f"cannot write {error.filename or folder} ({reason(error)}); {remedy}") from error
         held.enter_context(_training)
-        if _ended.is_set():
-            raise KeyboardInterrupt
         try:
-            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log), memory_named(arguments):
+            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), memory_named(arguments):
                 train.train(arguments)
-        except Interrupted:
-            raise KeyboardInterrupt from None
+        except Interrupted as stopped:  # the run is saved: the signal now does what it does without one
+            signal.raise_signal(stopped.signal)
         except OutputError as error:  # which names standard output
             why = reason(error.__cause__ or error)
-            raise OutputError(f"cannot write {file} ({why}); free space, then do the same again to resume") from error
+            raise OutputError(f"cannot write {log} ({why}); free space, then do the same again to resume") from error
         except EXPLAINED:
             raise
         except Exception as error:  # as text: not every exception can be sent to another process
             with contextlib.suppress(OSError):
-                traceback.print_exc(file=log)
-            raise TrainingError(f"{type(error).__name__}: {reason(error)}; {file} has the traceback") from None
+                traceback.print_exc(file=file)
+            raise TrainingError(f"{type(error).__name__}: {reason(error)}; {log} has the traceback") from None
 
 
 def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved: {}) -> dict[str, Any] | None:
@@ -92,40 +84,33 @@ def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved:
 
 @contextlib.contextmanager
 def processes(jobs: int, threads: int | None = None) -> Iterator[concurrent.futures.Executor]:
-    """An executor with ``jobs`` processes of ``threads`` threads; None: they share the cores. They end with this
-    process, however it ends: a run then finishes its step and saves it."""
+    """An executor with ``jobs`` processes of ``threads`` threads; None: they share the cores. After an exception, as
+    that of Ctrl-C, each run finishes its step and saves it; if this process is killed, its processes end at once."""
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
-    reader, writer = multiprocessing.Pipe(duplex=False)
-    spawning = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(jobs, spawning, _begin, (reader, threads))
-    with reader, writer:
-        try:
-            yield pool
-        except BaseException:
-            writer.close()
-            raise
-        finally:
-            # the end of this process would show in those that still import as a traceback
-            with handled(signal.SIGINT, signal.SIG_IGN):
-                pool.shutdown(cancel_futures=True)
+    others = set(multiprocessing.active_children())
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (threads,))
+    try:
+        yield pool
+    except BaseException:
+        for process in {*multiprocessing.active_children()} - others:
+            process.terminate()
+        raise
+    finally:
+        with handled(signal.SIGINT, signal.SIG_IGN):  # until the last step is saved
+            pool.shutdown(cancel_futures=True)
 
 
-def _begin(reader: multiprocessing.connection.Connection, threads: int) -> None:
-    """What a process of the pool does first. ``reader`` ends when the process that has the other end closes it."""
+def _begin(threads: int) -> None:
+    """What a process of the pool does first."""
     torch.set_num_threads(threads)
     tqdm.set_lock(threading.RLock())  # the usual one is shared with other processes, and would be left behind
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # that of the terminal: the end of the pipe tells what to do
-    threading.Thread(target=_end_with, args=(reader,), daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent passes it on
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def _end_with(reader: multiprocessing.connection.Connection) -> None:
-    with contextlib.suppress(OSError):
-        reader.poll(None)
-    _ended.set()
-    # a run that trains finishes its step, saves it and ends; where none does, this ends the process
-    signal.raise_signal(signal.SIGTERM)
-    with _training:
-        os._exit(128 + signal.SIGTERM)
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]
+    os._exit(1)
 
 
 def train_runs(
@@ -139,12 +124,12 @@ def train_runs(
     ``on_end`` for each that is finished. A run that fails does not stop others; returns errors by label. Raises
     TrainingError if a process of the executor was killed.
     """
-    stream, failed = sys.stderr, {}
-    with tqdm(total=len(runs), desc=name, unit=" runs", leave=False, disable=None, file=stream) as bar:
-        # a process that starts inherits this: Ctrl-C would show as a traceback while it imports
-        with handled(signal.SIGINT, signal.SIG_IGN):
-            futures = {executor.submit(train_run, {**run.given, **machine}, str(run.folder)): run for run in runs}
-        waiting = set(futures)
+    failed: dict[str, str] = {}
+    # a process that starts inherits this: Ctrl-C would show as a traceback while it imports
+    with handled(signal.SIGINT, signal.SIG_IGN):
+        futures = {executor.submit(train_run, {**run.given, **machine}, str(run.folder)): run for run in runs}
+    waiting = set(futures)
+    with tqdm(total=len(runs), desc=name, unit=" runs", leave=False, disable=None, file=sys.stderr) as bar:
         try:
             while waiting:
                 done, waiting = concurrent.futures.wait(waiting, INTERVAL, concurrent.futures.FIRST_COMPLETED)
@@ -152,20 +137,15 @@ def train_runs(
                     run = futures[future]
                     try:
                         future.result()
-                        line = on_end(run)
-                    except concurrent.futures.BrokenExecutor:
-                        raise
+                        bar.write(on_end(run), file=sys.stderr)
+                    except concurrent.futures.BrokenExecutor as error:
+                        what = "a process that trained was killed, as by a system without memory"
+                        remedy = "what it had saved is kept. Lower `jobs`, or do the same again to resume"
+                        raise TrainingError(f"{what}; {remedy}") from error
                     except Exception as error:
-                        with bar.external_write_mode(file=stream):
+                        with bar.external_write_mode(file=sys.stderr):
                             failed[run.label] = _log_failure(run, error)
-                    else:
-                        bar.write(line, file=stream)
                 bar.update(len(done))
-        except concurrent.futures.BrokenExecutor as error:
-            raise TrainingError(
-                "a process that trained was killed, as by a system without memory; what it had saved is kept. Lower "
-                "`jobs`, or do the same again to resume"
-            ) from error
         finally:
             for future in waiting:
                 future.cancel()
@@ -226,40 +206,33 @@ def run(
     for line in dict.fromkeys(line for each in runs for line in each.settings.without_effect()):
         logger.warning("%s", line)
     machine = {"data_dir": str(data_dir), "device": device, "backend": backend}
-    ends, failed, missing = {}, {}, []
+    ends: dict[Path, dict[str, Any] | None] = {}
+    failed: dict[str, str] = {}
     for each in runs:
         try:
-            end = outcome(each)
-        except FAILED as error:
+            ends[each.folder] = outcome(each)
+        except FAILED as error:  # noqa: PERF203  (of this run alone)
             failed[each.label] = _log_failure(each, error)
-            continue
-        if end is None:
-            missing.append(each)
-        else:
-            ends[each.folder] = end
+    missing = [each for each in runs if not finished and ends.get(each.folder, each) is None]
 
     def note(each: Run) -> str:
-        end = outcome(each)
+        end = ends[each.folder] = outcome(each)
         if end is None:
             raise CheckpointError(f"{each.files.marker} is gone; do the same again to make it")
-        ends[each.folder] = end
         quantity, accuracy = HELD_OUT if "best" in end else TESTED
         return f"{each.label}: {accuracy} {dict(numbers(end))[quantity]:.4f}, {end['train_seconds']:.0f} s"
 
-    if missing and not finished:
-        with contextlib.ExitStack() as held:
-            if executor is None:
-                executor = held.enter_context(processes(_jobs(jobs, len(missing), machine)))
-            failed |= train_runs(missing, executor, machine, "sweep", note)
-    if not ends:
+    if missing:
+        own = processes(_jobs(jobs, len(missing), machine)) if executor is None else contextlib.nullcontext(executor)
+        with own as pool:
+            failed |= train_runs(missing, pool, machine, "sweep", note)
+    done = [(each, end) for each in runs if (end := ends.get(each.folder)) is not None]
+    if not done:
         raise TrainingError("\n".join([f"no run is finished in {folder}", *dict.fromkeys(failed.values())]))
     several = runs[0].differs
-    return Sweep(
-        {name: value for name, value in runs[0].given.items() if name not in several},
-        tuple(name for name in several if name != "seed"),
-        [(each, ends[each.folder]) for each in runs if each.folder in ends],
-        {each.label: failed[each.label] for each in runs if each.label in failed},
-    )
+    common = {name: value for name, value in runs[0].given.items() if name not in several}
+    varied = tuple(name for name in several if name != "seed")
+    return Sweep(common, varied, done, {each.label: failed[each.label] for each in runs if each.label in failed})
 
 
 def _jobs(jobs: int | None, runs: int, machine: Mapping[str, Any]) -> int:

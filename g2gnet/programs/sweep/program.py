@@ -3,6 +3,7 @@ standard error. Finished runs are skipped and stopped ones resume.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,7 +20,7 @@ from g2gnet.network_settings import SettingsError, types_of
 from g2gnet.programs import flags, output
 from g2gnet.programs.main import run_program
 from g2gnet.programs.sweep.engine import run
-from g2gnet.programs.sweep.grid import LOCK, LOG, Run, read_grid, runs_of, values_of
+from g2gnet.programs.sweep.grid import LOCK, LOG, Run, read_grid, runs_of
 from g2gnet.programs.sweep.results import Sweep
 from g2gnet.training import TrainingError, TrainSettings
 from g2gnet.training.checkpoints import csv_of, numbers
@@ -36,15 +37,16 @@ RESUME = "run the same command again to resume with the remaining runs"
 def value_of(kind: type, several: bool) -> Callable[[str], Any]:
     """What a flag of a setting of this type, which may be ``several`` numbers, makes of a word. Other words stay text:
     ``none`` is a value of some settings, and the rest is refused with the settings."""
-    words = {"true": True, "false": False} if kind is bool else {}
+    made: Callable[[str], Any] = str if kind is bool else kind
+    if several:
+        made = flags.number_list if kind is bool else flags.whole_numbers
 
     def read(text: str) -> Any:
-        if text.lower() in words:
-            return words[text.lower()]
-        try:
-            return flags.whole_numbers(text) if several else text if words else kind(text)
-        except (argparse.ArgumentTypeError, ValueError):
-            return text
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
+        with contextlib.suppress(argparse.ArgumentTypeError, ValueError):
+            return made(text)
+        return text
 
     return read
 
@@ -54,7 +56,19 @@ def build_parser() -> flags.Parser:
     group = parser.add_argument_group("the grid")
     text = "a TOML or JSON file: settings, each with a value or a list of values; flags replace what it says"
     group.add_argument("--grid", type=flags.file_name, metavar="FILE", help=text)
-    _add_settings(parser)
+    settings = parser.add_argument_group("settings of g2g-train, each with one value or several, with spaces between")
+    for field in dataclasses.fields(TrainSettings):
+        about, kind = field.metadata, types_of(TrainSettings)[field.name][0]
+        if about["group"] is not None:
+            metavar = {bool: "true|false", str: "NAME"}.get(kind) or flags.METAVARS[kind]
+            settings.add_argument(
+                f"--{field.name}",
+                nargs="*" if kind is bool else "+",  # --standardize alone turns it on
+                type=value_of(kind, about["several"]),
+                default=field.default,
+                metavar=flags.LIST if about["several"] else metavar,
+                help=parser.in_flags(about["text"]),
+            )
     group = flags.add_machine_flags(parser, results=False)
     text = "folder of the runs and the results (default: sweep)"
     group.add_argument("--folder", type=flags.file_name, default="sweep", metavar="DIR", help=text)
@@ -65,24 +79,6 @@ def build_parser() -> flags.Parser:
     flags.add_json_flag(group, "the results of all runs, and their means and errors")
     parser.add_argument("--version", action="version", version=f"g2g {__version__}")
     return parser
-
-
-def _add_settings(parser: flags.Parser) -> None:
-    group = parser.add_argument_group("settings of g2g-train, each with one value or several, with spaces between")
-    for field in dataclasses.fields(TrainSettings):
-        about, kind = field.metadata, types_of(TrainSettings)[field.name][0]
-        if about["group"] is None:
-            continue
-        group.add_argument(
-            f"--{field.name}",
-            nargs="*" if kind is bool else "+",  # --standardize alone turns it on
-            type=value_of(kind, about["several"]),
-            default=field.default,
-            metavar=flags.LIST
-            if about["several"]
-            else {bool: "true|false", str: "NAME"}.get(kind) or flags.METAVARS[kind],
-            help=parser.in_flags(about["text"]),
-        )
 
 
 def grid_from(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -97,7 +93,7 @@ def grid_from(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     grid, folder = grid_from(arguments), Path(arguments.folder)
-    runs, values = runs_of(grid, folder), values_of(grid)
+    runs = runs_of(grid, folder)
     files = {ending: folder / f"sweep.{ending}" for ending in ("csv", "json", "png")}
     own_files = [file for each in runs for file in (*each.files.files(), each.folder / LOG, each.folder / LOCK)]
     output.check_json(arguments, [files["csv"], files["png"], *own_files])
@@ -113,7 +109,7 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
         raise OutputError(f"cannot write {place} ({reason(error)}); give another --folder") from error
     for file in files.values():
         output.check_output(file)
-    shape = " × ".join(f"{len(values[name])} {name}" for name in runs[0].differs)
+    shape = " × ".join(f"{len({each.differs[name] for each in runs})} {name}" for name in runs[0].differs)
     done = sum(os.path.exists(each.files.marker) for each in runs)
     say(f"g2g {__version__} | {len(runs)} runs{f': {shape}' if shape else ''} | {done} finished | {folder}")
     machine = {name: getattr(arguments, name) for name in ("jobs", "data_dir", "device", "backend", "finished")}
@@ -127,18 +123,23 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
         _write(made, files)
     else:
         say(f"wrote no files: {folder} is read-only")
+    _say_reports(made, folder, arguments.data_dir)
+    if made.failed:
+        failed = "\n".join(f"{label}: {error}" for label, error in made.failed.items())
+        raise TrainingError(f"{len(made.failed)} of {len(runs)} runs failed:\n{failed}")
+    return made.as_dict()
+
+
+def _say_reports(made: Sweep, folder: Path, data_dir: str) -> None:
+    """Prints the command that draws the runs, one for the runs on the same data."""
     of_data: dict[str, list[Run]] = {}
     for each, _ in made.ends:
-        more = flags.run_data_flags(each.settings, arguments.data_dir, each.given.get("resnet_weights"))
+        more = flags.run_data_flags(each.settings, data_dir, each.given.get("resnet_weights"))
         of_data.setdefault(more, []).append(each)
     for more, found in of_data.items():
         files_of = "*.pth" if any(each.settings.validation is None for each in found) else "*.best.pth"
         folders = [f"{shlex.quote(str(folder))}/*"] if len(of_data) == 1 else [str(each.folder) for each in found]
         say(f"with pictures: g2g-report {' '.join(f'{each}/{files_of}' for each in folders)}{more}")
-    if made.failed:
-        failed = "\n".join(f"{label}: {error}" for label, error in made.failed.items())
-        raise TrainingError(f"{len(made.failed)} of {len(runs)} runs failed:\n{failed}")
-    return made.as_dict()
 
 
 def _write(made: Sweep, files: dict[str, Path]) -> None:

@@ -30,10 +30,6 @@ class Row(NamedTuple):
     def label(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.settings.items())
 
-    def as_dict(self) -> dict[str, Any]:
-        results = {name: self.estimate(name)._asdict() for name in self.results}
-        return {"settings": self.settings, "seeds": self.seeds, "results": results}
-
 
 @dataclass(frozen=True)
 class Sweep:
@@ -62,14 +58,17 @@ class Sweep:
     @property
     def rows(self) -> list[Row]:
         found = optional_package("pandas", "sweeps").DataFrame([dict(numbers(end)) for _, end in self.ends])
-        settings = [{name: getattr(run.settings, name) for name in self.varied} for run, _ in self.ends]
-        rows = []
-        for number, each in enumerate(settings):
-            if each not in settings[:number]:
-                same = [place for place, other in enumerate(settings) if other == each]
-                results = found.iloc[same].dropna(axis=1).agg(["mean", "sem"])
-                rows.append(Row(each, [self.ends[place][0].settings.seed for place in same], results))
-        return rows
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for place, (run, _) in enumerate(self.ends):
+            alike.setdefault(tuple(getattr(run.settings, name) for name in self.varied), []).append(place)
+        return [
+            Row(
+                dict(zip(self.varied, values, strict=True)),
+                [self.ends[place][0].settings.seed for place in places],
+                found.iloc[places].dropna(axis=1).agg(["mean", "sem"]),
+            )
+            for values, places in alike.items()
+        ]
 
     @property
     def judge(self) -> tuple[str, str]:
@@ -89,7 +88,7 @@ class Sweep:
         accuracies = {**tests, "train_acc": "training accuracy"}
         lines = [
             [
-                *(str(value) for value in row.settings.values()),
+                *map(str, row.settings.values()),
                 str(len(row.seeds)),
                 *(row.estimate(name).text(2, scale=100) for name in accuracies),
                 f"{row.estimate('weights').mean:,.0f}",
@@ -100,7 +99,7 @@ class Sweep:
         header = [*self.varied, "runs", *(f"{text}, %" for text in accuracies.values()), "weights", "seconds"]
         notes = ["Of each run the epoch with the best validation accuracy was tested."] if held_out else []
         if len(rows) > 1:
-            how = "test images, so its accuracy is too high; validation=SHARE mends that"
+            how = "test images, so its accuracy is too high; validation=SHARE fixes that"
             notes.append(f"Best: {self.best.label}, chosen on {'held-out images' if held_out else how}.")
         return "\n".join([markdown(header, lines), *notes])
 
@@ -118,23 +117,20 @@ class Sweep:
         across = max(values, key=lambda name: (_numeric(values[name]), len(values[name])), default="")
         shown = values.get(across, [""])
         shown = sorted(shown) if _numeric(shown) else shown
-        lines: dict[str, list[tuple[int, Estimate]]] = {}
+        lines: dict[str, list[tuple[int, float, float]]] = {}
         for row in rows:
             label = ", ".join(f"{name} {value}" for name, value in row.settings.items() if name != across)
-            point = shown.index(row.settings.get(across, "")), row.estimate(quantity)
-            lines.setdefault(label, []).append(point)
+            mean, error = row.estimate(quantity)
+            lines.setdefault(label, []).append((shown.index(row.settings.get(across, "")), mean, error or 0))
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         axis = figure.subplots()
         for number, (label, points) in enumerate(lines.items()):
-            x, found = zip(*sorted(points), strict=True)
-            y, errors = [each.mean for each in found], [each.error or 0 for each in found]
-            axis.errorbar(x, y, errors, label=label, capsize=3, markersize=5, **style(number))
+            x, means, errors = zip(*sorted(points), strict=True)
+            axis.errorbar(x, means, errors, label=label, capsize=3, markersize=5, **style(number))
         axis.set_xticks(range(len(shown)), [str(value) for value in shown])
         axis.margins(x=0.1)
         axis.set(xlabel=across, ylabel=f"{accuracy}, mean ± standard error")
         axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", color="0.92")
         if len(lines) > 1:
             figure.legend(loc="outside lower left", ncols=2, frameon=False)
         axis.set_title(", ".join(f"{name}={value}" for name, value in self.common.items()), fontsize=9, wrap=True)
@@ -142,14 +138,13 @@ class Sweep:
 
     def as_dict(self) -> dict[str, Any]:
         """Everything, as plain numbers and strings."""
+        rows = [
+            {**row._asdict(), "results": {name: row.estimate(name)._asdict() for name in row.results}}
+            for row in self.rows
+        ]
         runs = [{"settings": dict(run.differs), "folder": str(run.folder), "result": end} for run, end in self.ends]
-        return {
-            "settings": self.common,
-            "rows": [row.as_dict() for row in self.rows],
-            "best": {"settings": self.best.settings, "by": self.judge[0]},
-            "runs": runs,
-            "failed": self.failed,
-        }
+        best = {"settings": self.best.settings, "by": self.judge[0]}
+        return {"settings": self.common, "rows": rows, "best": best, "runs": runs, "failed": self.failed}
 
 
 def _numeric(values: list[Any]) -> bool:

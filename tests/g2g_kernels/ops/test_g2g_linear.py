@@ -5,10 +5,23 @@ import linear_cases
 import pytest
 import torch
 from covering import drawn_cases
-from helpers import MASK_CASES, ErrorRatios, MaskCase, as_near, backends_of, dense_by_loop, device_of, rms, seeded
+from helpers import (
+    MASK_CASES,
+    ErrorRatios,
+    MaskCase,
+    as_near,
+    backends_of,
+    changed,
+    dense_by_loop,
+    device_of,
+    lif_layer,
+    packed_randn,
+    rms,
+    seeded,
+)
 from linear_cases import backend_result, dense_result, inputs
 
-from g2g_kernels import g2g_linear
+from g2g_kernels import BackendError, g2g_linear, g2g_stack, lif
 from g2g_kernels.ops.g2g_linear import operator
 
 every_backend = pytest.mark.parametrize("backend", backends_of(operator))
@@ -150,3 +163,32 @@ def test_what_does_not_fit_is_refused(change, message):
     x, values, bias = inputs(mask, 4)
     with pytest.raises(ValueError, match=message):
         g2g_linear(**{"x": x, "values": values, "mask": mask, "bias": bias} | change)
+
+
+WRONG = (
+    torch.zeros(3, 3, 3, 13), torch.zeros(0), torch.zeros(2, 11), torch.zeros(4).long(), torch.zeros(4).cfloat(),
+    torch.zeros(4).to_sparse(), torch.zeros(1).expand(10**12), None, "text", [1.0, 2.0],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", backends_of(operator))
+@pytest.mark.parametrize("wrong", WRONG, ids=range(len(WRONG)))
+def test_an_argument_of_a_wrong_kind_is_named(wrong, backend):
+    mask, own = MASK_CASES["ten outputs"].mask(), {"beta": torch.tensor(0.9), "threshold": torch.tensor(1.0)}
+    layer, x = lif_layer(packed_randn(mask, 0), mask, torch.zeros(10), **own), torch.ones(4, 43)
+    (feed,) = layer.connections
+    linear = {"x": x, "values": feed.values, "mask": mask, "bias": feed.bias}
+    neurons = {"current": torch.zeros(3, 5), **own}
+    calls = [
+        *((name, lambda name=name: g2g_linear(**{**linear, name: wrong}, backend=backend)) for name in linear),
+        *((name, lambda name=name: lif(**{**neurons, name: wrong}, backend=backend)) for name in neurons),
+        ("x|receives", lambda: g2g_stack(wrong, [layer], 3, backend=backend)),
+    ]
+    for name in ("values", "mask", "bias", *own):
+        spoiled = changed(layer, **{name: wrong})
+        calls.append((name, lambda spoiled=spoiled: g2g_stack(x, [spoiled], 3, backend=backend)))
+    fits = {"bias": wrong is None, "current": isinstance(wrong, torch.Tensor) and wrong.dim() > 1}
+    for name, call in calls:
+        if not fits.get(name):
+            with pytest.raises((ValueError, BackendError), match=rf"\b({name})\b"):
+                call()

@@ -101,6 +101,8 @@ def test_no_module_below_the_programs_names_a_flag():
         ("--colour red", "unknown flag --colour; --help lists the flags"),
         ("--epochs ten", "--epochs 'ten' is not a whole number; --help says what it takes"),
         ("index", "unknown arguments index; --help lists what this program takes"),
+        ("--T 48 --hidden_dim 64 48", "--hidden_dim 64 48 is not one list; give --hidden_dim 64,48"),
+        ("--recurrent 1 2 --T 3", "--recurrent 1 2 is not one list; give --recurrent 1,2"),
     ],
 )
 def test_an_unknown_flag_is_refused_in_one_line_with_the_one_that_was_meant(capsys, flag, answer):

@@ -5,7 +5,6 @@ import errno
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -21,7 +21,6 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT
-from processes import SERVER
 from training_runs import SMALL, assert_equal, flags_of, load, run
 
 from g2g_kernels import BackendError
@@ -116,12 +115,13 @@ def test_values_may_be_numbers_of_numpy_and_tensors_and_none(tmp_path):
 
 
 def test_a_list_has_one_spelling_in_flags_and_one_in_files(tmp_path):
-    flags = ["--hidden_dim", "64,48", "32,32,32", "16", "--recurrent", "true", "1,2"]
+    flags = ["--hidden_dim", "64,48", "32,32,32", "16", "--recurrent", "true", "2", "1,2"]
     grid = program.grid_from(program.build_parser().parse_args(flags))
-    (tmp_path / "grid.json").write_text('{"hidden_dim": [[64, 48], [32, 32, 32], 16], "recurrent": [true, [1, 2]]}')
+    told = {"hidden_dim": [[64, 48], [32, 32, 32], 16], "recurrent": [True, [2], [1, 2]]}
+    (tmp_path / "grid.json").write_text(json.dumps(told))
     for runs in (runs_of(grid, tmp_path), runs_of(read_grid(tmp_path / "grid.json"), tmp_path)):
         found = [(run.settings.hidden_dim, run.settings.recurrent) for run in runs]
-        assert found == [*itertools.product(((64, 48), (32, 32, 32), 16), (True, (1, 2)))]
+        assert found == [*itertools.product(((64, 48), (32, 32, 32), 16), (True, (2,), (1, 2)))]
     (one,) = runs_of({"hidden_dim": [[64, 48]]}, tmp_path)
     parsed = train.build_parser().parse_args(["--hidden_dim", "64,48", "--recurrent"])
     assert (one.settings.hidden_dim, parsed.hidden_dim, parsed.recurrent) == ((64, 48), (64, 48), True)
@@ -166,13 +166,13 @@ def test_each_run_is_that_of_train_and_a_finished_one_is_not_trained_again(made,
 def test_means_have_standard_errors_over_seeds(made):
     assert estimate([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt((4 + 1 + 9) / 2 / 3)))
     assert estimate([4.0]) == (4.0, None)
-    for row in made[0].rows:
+    for row, told in zip(made[0].rows, made[0].as_dict()["rows"], strict=True):
         of = [end for each, end in made[0].ends if each.settings.p_inter == row.settings["p_inter"]]
         one, other = (100 * end["test_acc"] for end in of)
         assert row.seeds == [1, 2]
         mean, error = (one + other) / 2, abs(one - other) / 2  # √(2·(difference/2)²/1/2)
         assert f"| {row.settings['p_inter']} | 2 | {mean:.2f} ± {error:.2f} |" in made[0].table()
-        assert row.as_dict()["results"]["test_acc"]["mean"] == pytest.approx(mean / 100)
+        assert told["results"]["test_acc"]["mean"] == pytest.approx(mean / 100)
 
 
 def test_a_sweep_is_decided_by_held_out_images_where_there_are_some_and_says_so(made, tmp_path, thread):
@@ -190,7 +190,7 @@ def test_a_sweep_is_decided_by_held_out_images_where_there_are_some_and_says_so(
     assert table.endswith(f"was tested.\nBest: {best}, chosen on held-out images.")
     assert (told["by"], f"p_inter={told['settings']['p_inter']}") == ("best/val_acc", best)
     assert "validation accuracy" not in made[0].table()
-    assert ", chosen on test images, so its accuracy is too high; validation=SHARE mends that." in made[0].table()
+    assert ", chosen on test images, so its accuracy is too high; validation=SHARE fixes that." in made[0].table()
     axis = held_out.picture().axes[0]
     assert axis.get_ylabel() == "validation accuracy, mean ± standard error"
     assert list(axis.lines[0].get_ydata()) == [row.estimate("best/val_acc").mean for row in held_out.rows]
@@ -288,19 +288,28 @@ def test_a_sweep_that_is_killed_and_interrupted_resumes_and_ends_as_if_it_had_no
     def epochs():
         return sum(path.read_text().count("\n") for path in folder.glob("*/*.jsonl"))
 
+    def until(number, ended=lambda: None):
+        while epochs() < number and ended() is None:
+            time.sleep(0.01)
+
     for number in (signal.SIGKILL, signal.SIGINT):
         before, pipes = epochs(), {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = subprocess.Popen([*command, "--folder", str(folder)], cwd=ROOT, **pipes)
-        while epochs() < before + 2 and process.poll() is None:
-            time.sleep(0.01)
+        until(before + 2, process.poll)
         process.send_signal(number)
-        _, said = process.communicate()
+        _, said = process.communicate()  # which ends when its processes have ended
         assert process.returncode == (130 if number == signal.SIGINT else -number), said
     assert "run the same command again to resume" in said
     assert "Traceback" not in said
     assert len(list(folder.glob("*/*.DONE"))) < 3
-    assert epochs() < 24
     grid = {**once, "seed": [1, 2, 3]}
+    with engine.processes(1) as pool:
+        before, worker = epochs(), pool.submit(os.getpid).result()
+        killer = threading.Thread(target=lambda: until(before + 2) or os.kill(worker, signal.SIGKILL), daemon=True)
+        killer.start()
+        with pytest.raises(TrainingError, match="a process that trained was killed"):
+            engine.train_runs(runs_of(grid, folder), pool, {}, "sweep", lambda run: run.label)
+    assert epochs() < 24
     resumed, whole = (sweep.run(grid, place, executor=thread) for place in (folder, tmp_path / "whole"))
     assert any("resuming" in path.read_text() for path in folder.glob("*/log.txt"))
     for (one, _), (other, _) in zip(resumed.ends, whole.ends, strict=True):
@@ -311,21 +320,6 @@ def test_runs_that_are_alike_since_a_setting_has_no_effect_are_told(tmp_path, th
     sweep.run({**QUICK, "model": "dense", "p_inter": [0.15, 0.3]}, tmp_path, executor=thread)
     told = [message for message in caplog.messages if "has no effect" in message]
     assert told[0] == "`p_inter=0.3` has no effect with `model=dense`"
-
-
-def loses_its_sweep_while_it_loads(folder):
-    """What a process of a sweep does that ends before the first step."""
-    reader, writer = multiprocessing.Pipe(duplex=False)
-    engine.train.train = lambda arguments: writer.close() or time.sleep(60)
-    engine._begin(reader, 1)
-    engine.train_run(QUICK, folder)
-
-
-def test_a_process_whose_sweep_ends_before_its_first_step_ends_too(tmp_path):
-    process = SERVER.Process(target=loses_its_sweep_while_it_loads, args=(str(tmp_path / "run"),))
-    process.start()
-    process.join(50)
-    assert process.exitcode == -signal.SIGTERM
 
 
 def test_sigterm_ends_a_sweep_as_ctrl_c_does(tmp_path, capsys, monkeypatch):

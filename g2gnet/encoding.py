@@ -1,6 +1,6 @@
 """From real-valued samples to the first layer's input at each time step."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -9,32 +9,80 @@ from g2g_kernels.choices import check_choice
 from g2g_kernels.tracing import is_traced
 
 ENCODINGS = ("current", "rate")
-#: the dtypes of samples before they are floats; int64 could be images or counts
-DTYPES = ("uint8", "int8", "int16", "int32", "float16", "bfloat16", "float32", "float64")
+#: the kinds of samples before they are floats, by dtype; int64 could be images or counts
+KINDS = {
+    "uint8": "uint8", **dict.fromkeys(("int16", "int8", "int32"), "counts"),
+    **dict.fromkeys(("float32", "float16", "bfloat16", "float64"), "floats"),
+}  # fmt: skip
+#: what samples of each kind are
+CONTENT = {"uint8": "numbers from 0 to 255", "counts": "counts of events", "floats": "floats scaled as those"}
+
+
+class SampleForm(NamedTuple):
+    """What the samples of a data set are.
+
+    Attributes:
+        shape: of one sample.
+        kind: ``"uint8"``, ``"counts"`` (int8, int16, int32) or ``"floats"`` of any dtype.
+
+    Example:
+        >>> SampleForm.of(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))
+        SampleForm(shape=(3, 8, 8), kind='uint8')
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+
+    @classmethod
+    def of(cls, samples: torch.Tensor | np.ndarray) -> "SampleForm":
+        """That of samples [N, …]. Raises TypeError for what :func:`as_samples` makes no samples of."""
+        kind = KINDS[_dtype_of(samples)]
+        return cls(tuple(samples.shape[1:]), kind)
+
+    def check(self, samples: torch.Tensor | np.ndarray) -> None:
+        """Raises TypeError for samples of another kind, ValueError for those of another shape that are no vectors; axes
+        of size 1 may be there or not."""
+        given, dtype = SampleForm.of(samples), _dtype_of(samples)
+        if given.kind != self.kind:
+            least, most = float(samples.min()), float(samples.max())
+            wanted = next(name for name, kind in KINDS.items() if kind == self.kind)
+            how = f"x.to(torch.{wanted})" if isinstance(samples, torch.Tensor) else f"x.astype(np.{wanted})"
+            raise TypeError(
+                f"samples are {dtype} from {least:g} to {most:g}; the network was trained on {self.kind} "
+                f"{list(self.shape)}: give {CONTENT[self.kind]}, by {how}"
+            )
+        sizes, own = ([size for size in shape if size != 1] for shape in (given.shape, self.shape))
+        if len(given.shape) > 1 and sizes != own:
+            wanted = ", ".join(map(str, self.shape))
+            raise ValueError(
+                f"samples are {list(samples.shape)}; the network was trained on [N, {wanted}]: give that shape, or "
+                "flatten samples of it"
+            )
 
 
 def as_samples(images: torch.Tensor | np.ndarray) -> torch.Tensor:
     """uint8 images [B, ...] as float32 samples [B, D] from 0 to 1; floats, and counts of events in int8, int16 or
-    int32, as they are. Raises TypeError for anything else (:func:`check_images`).
+    int32, as they are. Raises TypeError for anything else.
 
     Example:
         >>> as_samples(torch.tensor([[[0, 255], [51, 102]]], dtype=torch.uint8))
         tensor([[0.0000, 1.0000, 0.2000, 0.4000]])
     """
-    check_images(images)
+    _dtype_of(images)
     if isinstance(images, np.ndarray):
         images = torch.from_numpy(np.ascontiguousarray(images, images.dtype.newbyteorder("=")))
     samples = images.reshape(len(images), -1)
     return samples.float() / 255 if samples.dtype == torch.uint8 else samples.float()
 
 
-def check_images(images: object) -> None:
-    """Raises TypeError for what :func:`as_samples` makes no samples of."""
+def _dtype_of(images: Any) -> str:
+    """The name in :data:`KINDS` of the dtype of samples; TypeError for anything else."""
     if not isinstance(images, torch.Tensor | np.ndarray):
         raise TypeError(f"samples are a {type(images).__name__}; give an array or a tensor")
     dtype = images.dtype.name if isinstance(images, np.ndarray) else str(images.dtype).removeprefix("torch.")
-    if dtype not in DTYPES:
+    if dtype not in KINDS:
         raise TypeError(f"samples are {dtype}; give uint8 images, floats, or counts of events in int8, int16 or int32")
+    return dtype
 
 
 def encode(

@@ -11,7 +11,7 @@ from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.numbers import COUNT
-from g2gnet.encoding import as_samples, check_images, check_samples, encode
+from g2gnet.encoding import SampleForm, as_samples, check_samples, encode
 from g2gnet.layers import G2GLinear
 from g2gnet.network_settings import NetworkSettings
 from g2gnet.neurons import NEURONS, SpikingNeurons
@@ -61,6 +61,7 @@ class G2GNet(SpikingNetwork):
         sequence: a name in :data:`g2gnet.sequences.SEQUENCES`. Other than ``"none"``, samples [B, T·D] unfold over T
             steps as the buffer ``input_order`` [T, D] says: where the D = ``input_dim`` inputs of a step lie in
             a sample. It is 0, 1, 2, … until it is set (:func:`g2gnet.sequences.input_order`), saved with the network.
+            The network does not know the shape of an image: any image with T·D values fits.
         recurrent: whether the neurons of each hidden layer are joined to one another, by ``rec1``, ``rec2``, …: spikes
             reach them one step later. Or a list of hidden layers, numbered from 1. The groups are those of the layer's
             neurons.
@@ -107,6 +108,8 @@ class G2GNet(SpikingNetwork):
     input_mean: torch.Tensor
     input_deviation: torch.Tensor
     input_order: torch.Tensor
+    #: what the samples were that it was trained on, if that is known: :func:`g2gnet.load` and the trainer say it
+    trained_on: SampleForm | None = None
 
     def __init__(
         self,
@@ -222,9 +225,12 @@ class G2GNet(SpikingNetwork):
         Args:
             samples: an array or a tensor, on any device, of uint8, floats, or counts of events in int8, int16 or int32
                 (:func:`g2gnet.data.as_samples`). Vectors [N, D], images [N, height, width] or [N, channels, height,
-                width], or sequences [N, T, …] of either; those of one sample lie as in training.
+                width], or sequences [N, T, …] of either; those of one sample lie as in training. Where
+                ``self.trained_on`` (:class:`~g2gnet.encoding.SampleForm`) says what training samples were, it has to be
+                that shape and kind of dtype, or flattened from it; otherwise only the number of values is checked.
             batch_size: how many samples are computed at a time.
-            generator: of the spikes of ``enc="rate"``, drawn batch by batch (PyTorch's global one if None).
+            generator: of the spikes of ``enc="rate"``, drawn batch by batch (PyTorch's global one if None), so that
+                they depend on ``batch_size``.
 
         Raises:
             TypeError: for samples of another type or dtype.
@@ -236,9 +242,11 @@ class G2GNet(SpikingNetwork):
             torch.Size([5, 10])
         """
         batch_size = COUNT.check("batch_size", batch_size)
-        check_images(samples)
+        SampleForm.of(samples)  # whose errors name type and dtype
         self._check_shape(tuple(samples.shape))
-        like, logits = next(self.parameters()), []
+        if self.trained_on is not None:
+            self.trained_on.check(samples)
+        like, logits = self.fc1.values, []
         modes = [(module, module.training) for module in self.modules()]
         self.eval()
         try:
@@ -258,7 +266,7 @@ class G2GNet(SpikingNetwork):
         """Raises ValueError unless samples of this shape are as the network takes them."""
         steps, values = self._fixed_steps(), self.sizes[-1] // self.input_taps
         total = values * (steps or 1)
-        takes = f"[N, …] with {total} values each"
+        takes = f"[N, …] with {total} values each" + (f", {values} at each of T={steps} steps" if steps else "")
         fits = len(shape) > 1 and shape[0] > 0 and math.prod(shape[1:]) == total
         if self.sequence == "own":
             takes = f"[N, {steps}, …] with {values} values at each of {steps} steps"

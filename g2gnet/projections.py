@@ -98,7 +98,8 @@ class Projection:
             source, target: as of a projection.
             pre, post: the number of the source's and of the target's neuron of each connection: whole numbers in an
                 array, a tensor, a list or a column of a data frame.
-            weight: of each connection; 0 is a weight that exists. Weights of one pair with one delay are added.
+            weight: of each connection, or one for all; 0 is a weight that exists. Weights of one pair with one delay
+                are added.
             delay: of each connection, or one for all, whole steps; None: 0.
             sizes: the numbers of neurons of both, (N_src, N_target).
 
@@ -120,15 +121,22 @@ class Projection:
         sizes = SIZE.check(f"sizes[0] of {name}", sizes[0]), SIZE.check(f"sizes[1] of {name}", sizes[1])
         given = {"pre": pre, "post": post, "weight": weight, "delay": 0 if delay is None else delay}
         columns = {column: _column(values, column, f"the edges {name}") for column, values in given.items()}
-        if not columns["delay"].ndim:
-            columns["delay"] = np.full(columns["pre"].shape, columns["delay"])
+        for column in ("weight", "delay"):
+            if not columns[column].ndim:
+                columns[column] = np.full(columns["pre"].shape, columns[column])
         for column, values in columns.items():
             kinds = "fiu" if column == "weight" or not values.size else "iu"
             if values.shape != (columns["pre"].size,) or values.dtype.kind not in kinds:
-                kind = "numbers" if column == "weight" else "whole numbers"
+                kind, found, remedy = "whole numbers", values.dtype.kind, ""
+                if column == "weight":
+                    kind = "numbers"
+                elif found == "f":
+                    remedy = "; .astype(int) converts whole ones"
+                elif found in "OSU" and column != "delay":
+                    remedy = "; pandas.factorize numbers names, those of pre and post together"
                 raise ValueError(
                     f"{column} of the edges {name} is {values.dtype} {list(values.shape)}; give {kind}, one for each "
-                    f"of {columns['pre'].size} edges"
+                    f"of {columns['pre'].size} edges{remedy}"
                 )
         weights = columns["weight"].astype(np.float64)
         for column, least, most, remedy in (

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from g2g_kernels import BlockMask, select_device
+from g2g_kernels.choices import check_choice
 from g2g_kernels.dispatch import require_backend
+from g2gnet.encoding import CONTENT, SampleForm
 from g2gnet.network import G2GNet
 from g2gnet.network_settings import SettingsError
 from g2gnet.training.checkpoints import CheckpointError, read_checkpoint
@@ -45,7 +47,8 @@ class SavedRun:
 
     ``epoch`` and ``step`` say how many are finished; each epoch has a record in the history. A run ``interrupted``
     inside an epoch has the network of its last step, to which no record belongs. A finished run with held-out images
-    has ``tested``, the test accuracies of its last and of its best epoch (:func:`run_epochs`).
+    has ``tested``, the test accuracies of its last and of its best epoch (:func:`run_epochs`). ``samples`` says what
+    its samples were; None in files of earlier versions.
 
     Example:
         >>> run = read_run("checkpoints/fashionmnist-mini_mixer_p0.15_T5_current.pth")
@@ -65,6 +68,7 @@ class SavedRun:
     history: list[dict[str, Any]]
     state: dict[str, Any]
     tested: dict[str, Any]
+    samples: SampleForm | None
 
     @property
     def result(self) -> dict[str, Any]:
@@ -92,6 +96,7 @@ class SavedRun:
         with _as_trained():
             net = self.initial_network(backend)
             load_model(net, self.state)
+            net.trained_on = self.samples
         return net.to(device)
 
     @_as_trained()
@@ -132,8 +137,13 @@ def read_run(checkpoint: Path | str) -> SavedRun:
             for name in BY_LAYER:
                 check_form(name, record[name], dict.fromkeys(record[name], 0.0), low=0)
         interrupted = content["progress"] is not None
-        run = SavedRun(path, settings, epoch, content["step"], interrupted, history, content["model"], tested)
-        run.network()
+        saved = content.get("samples")
+        samples = None if saved is None else SampleForm(tuple(saved["shape"]), saved["kind"])
+        run = SavedRun(path, settings, epoch, content["step"], interrupted, history, content["model"], tested, samples)
+        net = run.network()
+        if samples is not None:
+            net._check_shape((1, *samples.shape))
+            check_choice("samples/kind", samples.kind, tuple(CONTENT))
     except (SettingsError, *UNFIT) as error:
         summary = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(f"{path} is not the checkpoint of a training run ({summary}).") from error
@@ -145,8 +155,9 @@ def load(checkpoint: Path | str, device: torch.device | str = "cpu", backend: st
 
     It is that of the last finished epoch; of a run that was stopped inside an epoch, that of its last step, which was
     never tested, as the logger ``g2gnet`` warns. :meth:`~g2gnet.G2GNet.predict` scales, standardises and encodes
-    samples as the run did. It computes in float32: a run with ``precision="bf16"`` classified under
-    ``torch.autocast``. Nothing in the file is executed.
+    samples as the run did, and refuses those that are not of the shape and dtype of its data (``net.trained_on``). It
+    computes in float32: a run with ``precision="bf16"`` classified under ``torch.autocast``. Nothing in the file is
+    executed.
 
     Args:
         checkpoint: the ``.pth`` file, of a finished run or not.

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from g2g_kernels.numbers import Number
+from g2gnet.weights.whole_buffers import WholeBuffers
 
 #: what checking and loading raise for a state that does not fit
 UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
@@ -65,10 +66,13 @@ def check_tested(tested: Any) -> None:
 
 
 def load_model(model: nn.Module, saved: dict[str, Any]) -> None:
-    """Loads the state of ``model``, dtypes included, which PyTorch would convert; else an exception in ``UNFIT``."""
+    """Loads the state of ``model``, dtypes included, which PyTorch would convert; else an exception in ``UNFIT``. What
+    modules check on loading (:class:`WholeBuffers`) they take as older versions saved it, too."""
+    modules = [(path, module) for path, module in model.named_modules() if isinstance(module, WholeBuffers)]
+    checked = {f"{path}.{name}".removeprefix(".") for path, module in modules for name in module.checked()}
     for name, like in model.state_dict().items():
         tensor = saved.get(name)
-        if isinstance(tensor, torch.Tensor) and tensor.dtype != like.dtype:
+        if isinstance(tensor, torch.Tensor) and tensor.dtype != like.dtype and name not in checked:
             raise ValueError(f"{name} is {tensor.dtype}, not {like.dtype}")
     model.load_state_dict(saved)
 

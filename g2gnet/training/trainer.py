@@ -12,6 +12,7 @@ from g2gnet.base.seeding import draw_device, stream
 from g2gnet.data import ImageData, as_samples, random_crop_and_flip, random_erase, random_unit_shift
 from g2gnet.dst.gradual_pruning import mean_density
 from g2gnet.dst.scheduler import DSTScheduler
+from g2gnet.encoding import SampleForm
 from g2gnet.network import G2GNet
 from g2gnet.network_settings import SettingsError
 from g2gnet.neurons import AdLIF
@@ -143,17 +144,14 @@ class Trainer(EpochTrainer):
         self._layers = LayerWatch()
 
     def state_dict(self) -> dict[str, Any]:
-        state = {**super().state_dict(), "dst": self.dst.state_dict() if self.dst else None}
+        samples = SampleForm.of(self.data.train_images)._asdict()
+        state = {**super().state_dict(), "samples": samples, "dst": self.dst.state_dict() if self.dst else None}
         if self.tested is not self.net:
             state |= {"model": self.tested.state_dict(), "trained": state["model"]}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # what training does not change, but reads from the data, with a rounding that depends on the number of threads
-        for buffer, value in self.net.named_buffers(recurse=False):
-            for model in state.keys() & {"model", "trained"}:
-                if not torch.allclose(check_form(f"{model}/{buffer}", state[model][buffer], value), value):
-                    raise ValueError(f"{model}/{buffer} is not that of the data")
+        before = {name: buffer.clone() for name, buffer in self.net.named_buffers(recurse=False)}
         if self.tested is self.net:
             super().load_state_dict(state)
         else:
@@ -161,6 +159,11 @@ class Trainer(EpochTrainer):
             super().load_state_dict({**state, "model": state["trained"]})
             load_model(self.tested, state["model"])
             tie_wiring(self.net, self.tested)
+        # what training does not change, but reads from the data, with a rounding that depends on the number of threads
+        for net in (self.net, self.tested):
+            for name, buffer in net.named_buffers(recurse=False):
+                if not torch.allclose(buffer, before[name]):
+                    raise ValueError(f"{name} is not that of the data")
         if self.dst:
             if state["dst"]["steps"] != state["step"]:
                 raise ValueError(f"dst/steps={state['dst']['steps']} and step={state['step']} are at odds")
@@ -168,7 +171,9 @@ class Trainer(EpochTrainer):
             self.dst.load_state_dict(state["dst"])
 
     def _build_network(self, input_dim: int, num_classes: int) -> G2GNet:
-        return build_network(self.settings, input_dim, num_classes, self._machine.backend)
+        net = build_network(self.settings, input_dim, num_classes, self._machine.backend)
+        net.trained_on = SampleForm.of(self.data.train_images)
+        return net
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         settings, device = self.settings, self.device

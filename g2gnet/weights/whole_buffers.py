@@ -2,7 +2,7 @@
 
 ``AveragedModel(use_buffers=True)`` and others multiply a buffer of integers by their decay, add and cut off: 3 becomes
 2. Numbers in floating point they only round. So whole numbers are kept in float32, whatever the dtype of weights, and
-are rounded where they are read.
+are rounded where they are read. Parameters that are checked on loading keep their dtype, too.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -84,13 +84,15 @@ class WholeBuffers(nn.Module):
         self._whole |= read
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "WholeBuffers":
-        before = {name: self._buffers[name] for name in self._whole}
-        super()._apply(fn, recurse)
-        for name, own in before.items():
-            now = self._buffers[name]
-            if own is not None and now is not None and now.dtype != own.dtype:
-                self._buffers[name] = own.to(now.device)
-        return self
+        mine = {**self._buffers, **self._parameters}
+        kept = [mine[name] for name in self.checked() if mine.get(name) is not None]
+        exact = {id(each) for tensor in kept for each in (tensor, tensor.grad)}  # type: ignore[union-attr]
+
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            to = fn(tensor)
+            return tensor.to(to.device) if id(tensor) in exact and to.dtype != tensor.dtype else to
+
+        return super()._apply(moved, recurse)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -14,6 +14,7 @@ from helpers import seeded
 from g2g_kernels import BackendError
 from g2g_kernels.ops import g2g_stack
 from g2gnet import G2GNet, SpikingStack, Synaptic
+from g2gnet.encoding import SampleForm
 from g2gnet.interop import to_snntorch
 from g2gnet.network_settings import PARAMETERS, NetworkSettings
 from g2gnet.weights.patterns import MODELS
@@ -213,7 +214,9 @@ def test_predictions_are_those_of_the_encoded_samples_and_leave_the_mode(kind, s
     samples = (scale * np.random.default_rng(0).random((23, *shape))).astype(dtype)
     if dtype == ">f4" and kind is torch.as_tensor:
         samples = samples.astype(np.float32)
-    found = net.predict(kind(samples), 10, seeded(3))
+    net.trained_on = SampleForm.of(samples.reshape(23, 1, *shape))  # an axis of size 1 may be left out
+    found, of_flat = (net.predict(kind(each), 10, seeded(3)) for each in (samples, samples.reshape(23, -1)))
+    assert torch.equal(found.logits, of_flat.logits)
     assert [module.training for module in net.modules()].count(False) == 1
     assert not net.lif2.training
     flat = torch.from_numpy(samples.astype(np.float32)).flatten(1).div(255 if dtype == np.uint8 else 1).double()

@@ -13,6 +13,7 @@ from training_runs import run
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet import LIF, G2GLinear, G2GNet, SpikingStack
 from g2gnet.data import DataError, as_samples, dataset_name, load_dataset
+from g2gnet.encoding import SampleForm
 from g2gnet.network_settings import NetworkSettings
 
 
@@ -40,6 +41,15 @@ def layer(out=4, into=3, **options):
 
 MATRIX = scipy.sparse.coo_matrix(np.eye(4))
 OWN = functools.partial(net_of, T=4, sequence="own")
+
+
+def predict(samples, shape=(3, 2, 5), kind="uint8"):
+    """Of a network that was trained on other samples."""
+    net = net_of()
+    net.trained_on = SampleForm(shape, kind)
+    return net.predict(samples)
+
+
 BETA, WHOLE = torch.tensor([0.1, 0.2, 0.3]), "T=.* must be a whole number of"
 WRONG_VALUES = [
     # of networks
@@ -77,6 +87,9 @@ WRONG_VALUES = [
     (lambda: net_of().predict(torch.tensor(1.0)), r"samples are \[\]"),
     (lambda: net_of().predict(torch.tensor([1, 1, 1, torch.nan, 1])[:, None].expand(5, 30), 2), "sample 3 is not fin"),
     (lambda: net_of().predict(torch.rand(5, 30), batch_size=0), "batch_size=0 must be a whole number of at least 1"),
+    (lambda: net_of(T=27, sequence="rows").predict(torch.rand(2, 28, 30)), "810 values each, 30 at each of T=27 "),
+    (lambda: predict(torch.zeros(4, 2, 5, 3).byte()), r"\[4, 2, 5, 3\]; the network was trained on \[N, 3, 2, 5\]"),
+    (lambda: predict(torch.zeros(4, 5, 6), (30,), "floats"), r"\[4, 5, 6\]; the network was trained on \[N, 30\]"),
     *((lambda shape=shape: OWN().predict(torch.rand(shape)), r"takes \[N, 4, …\] with 30 values at each of 4 steps")
       for shape in ((7, 30, 4), (4, 7, 30), (7, 2, 60))),
     (lambda: OWN()(torch.rand(7, 4, 30)), r"is \[7, 4, 30\], of 7 steps if time is .* have 4; give batch_first=True"),
@@ -107,6 +120,10 @@ WRONG_TYPES = [
     (lambda: net_of().predict([[0.5] * 30]), "samples are a list; give an array or a tensor"),
     (lambda: net_of().predict(np.zeros((3, 30), int)), "samples are int64; give uint8 images, floats, or counts of ev"),
     (lambda: net_of().predict(torch.zeros(3, 30).bool()), "samples are bool"),
+    (lambda: predict(np.float32([range(30)])), r"from 0 to 29; .* uint8 \[3, 2, 5\]: give .*x.astype\(np.uint8"),
+    (lambda: predict(torch.ones(2, 30).short()), r"int16 from 1 to 1; .* from 0 to 255, by x.to\(torch.uint8"),
+    (lambda: predict(torch.ones(2, 30).byte(), (30,), "floats"), "floats scaled as those, by .*float32"),
+    (lambda: predict(np.ones((2, 30)), (3, 10), "counts"), r"float64 .* counts of events, by x.astype\(np.int16"),
     (lambda: as_samples(np.array([[print]])), "samples are object"),
     (lambda: LIF(tau_syn=5.0, dt=1.0), "tau_syn: unknown to lif"),
     (lambda: G2GLinear.from_scipy(torch.ones(4, 4)), "Tensor"),

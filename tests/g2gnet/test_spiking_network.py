@@ -300,6 +300,24 @@ def test_a_loaded_network_has_the_delays_of_the_other_and_those_out_of_bounds_ar
     assert torch.equal(ours.bfloat16().float().delays("a_to_b"), theirs.delays("a_to_b"))
 
 
+def test_learned_delays_stay_float32_in_a_network_of_bfloat16():
+    net = G2GNet(D, 16, 5, T=T, block_size=4, delay=400, learn_delay=True, generator=seeded(0), backend="torch")
+    with torch.no_grad():
+        net.fc3_delay.fill_(301.0)
+        net.fc2_delay.fill_(1.0)
+    net(torch.rand(B, D)).sum().backward()
+    net.bfloat16()
+    assert (net.fc2.values.dtype, net.fc2_delay.dtype) == (torch.bfloat16, torch.float32)
+    assert net.fc2.values.grad.dtype == torch.bfloat16
+    assert net.delays("fc3").tolist() == [301] * 16
+    net.predict(torch.rand(B, D))
+    net(torch.rand(B, D).bfloat16()).sum().backward()
+    assert net.fc2_delay.grad.dtype == torch.float32
+    net.fc3_delay.grad.fill_(1.0)
+    torch.optim.SGD([net.fc3_delay], lr=0.1).step()
+    assert net.fc3_delay.tolist() == pytest.approx([300.9] * 16)
+
+
 def ring(delay, back=2, **options) -> SpikingNetwork:
     """Two populations that reach one another; the delays of the first way are given."""
     joins = [("input", "a", 0), ("a", "b", delay), ("b", "a", back), ("b", "out", 0)]
@@ -583,6 +601,8 @@ def test_edges_become_projections_one_for_each_delay():
         assert np.allclose(each.connection.weight.detach().numpy(), dense, atol=1e-6)
     (same,) = Projection.from_edges("a", "b", torch.tensor(pre), post.tolist(), weight, 4, sizes=(30, 20))
     assert same.delay == 4
+    (one,) = Projection.from_edges("a", "b", [2, 2], [1, 0], 0.5, sizes=(3, 2))
+    assert one.connection.weight[:, 2].tolist() == [0.5, 0.5]
     assert Projection.from_edges("a", "b", [], [], [], sizes=(3, 3)) == []
     bfloat = torch.full((2,), 100.0, dtype=torch.bfloat16, requires_grad=True)
     for hundreds in (np.array([100, 100], np.int8), np.array([100, 100], ">f4"), bfloat):  # are added without overflow
@@ -595,7 +615,9 @@ def test_edges_become_projections_one_for_each_delay():
     [
         (([30], [0], [1.0]), r"pre\[0\] of the edges a → b is 30; there are 30"),
         (([0], [-1], [1.0]), r"post\[0\] of the edges a → b is -1"),
-        (([0.5], [0], [1.0]), "pre of the edges a → b is float64"),
+        (([0.5], [0], [1.0]), r"pre of the edges a → b is float64 .*; .astype\(int\) converts whole"),
+        (([0], ["n7"], [1.0]), "post of the edges a → b is <U2 .*; pandas.factorize numbers names"),
+        ((pandas.Series(["n7"]), [0], [1.0]), "pre of the edges a → b is .*; pandas.factorize"),
         (([0, 1], [0], [1.0]), "give whole numbers, one for each of 2 edges"),
         (([0], [0], [np.nan]), r"weight\[0\] of the edges a → b is nan"),
         (([0, 1], [0, 1], [1.0, 1e39]), r"weight\[1\] of the edges a → b is 1e\+39"),

@@ -177,7 +177,7 @@ def trained():
     [
         ("dst/pruned", -7, "dst/pruned=-7 is not a whole number"),
         ("dst/grown", "x", "dst/grown='x' is not a whole number"),
-        ("model/input_deviation", torch.zeros(()), "model/input_deviation is not that of the data"),
+        ("model/input_deviation", torch.tensor(0.9), "input_deviation is not that of the data"),
         ("progress/correct", torch.tensor(-1.0), "progress/correct has -1, which is below 0"),
         ("progress/seconds", -1.0, "progress/seconds=-1.0 is not a number of at least 0"),
         ("progress/units/fc1", torch.ones(2, 2).long(), r"progress/units/fc1 is torch.int64 \(2, 2\), not"),

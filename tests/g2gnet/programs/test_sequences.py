@@ -51,6 +51,7 @@ def test_shape_and_flags_say_what_samples_are(tmp_path, shape, dtype, flags, seq
     assert (settings["T"], settings["sequence"]) == (steps, sequence)
     net = load(checkpoint)
     assert (net.T, net.fc1.in_features) == (steps, inputs)
+    assert net.trained_on == (shape, "uint8" if dtype == np.uint8 else "floats")
     with np.load(data) as file:
         found = net.predict(file["test_images"], batch_size=7)
     assert float((found.classes == torch.from_numpy(OWN_LABELS[40:])).double().mean()) == document["result"]["test_acc"]

@@ -79,6 +79,35 @@ def test_a_signal_inside_an_epoch_loses_no_step(tmp_path, monkeypatch, capsys, v
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+OLDER = {
+    "average": {"recurrent": True, "average": 3},
+    "rows": {"sequence": "rows", "T": 28, "neuron": "adlif", "sparsity_mode": "dynamic", "dst_interval": 2},
+    "fixed delays": {"delay": 2, "average": 3, "limit_train": 280, "validation": 0.25},
+    "learned delays": {"delay": 2, "learn_delay": True},
+}
+
+
+@pytest.mark.parametrize("options", OLDER.values(), ids=OLDER)
+def test_a_run_of_an_older_version_resumes_to_the_same_bits(tmp_path, monkeypatch, options):
+    """Its states had no delay for all neurons and whole numbers as integers, and it kept nothing of its samples."""
+    whole = run(tmp_path / "whole", **options)
+    files = stop_at(tmp_path / "parts", 6, monkeypatch, **options)
+    for path in filter(os.path.exists, (files.checkpoint, files.previous, files.best)):
+        now, before = g2gnet.load(path), read_tensors(path)
+        assert now.trained_on == ((28, 28), before.pop("samples")["kind"])
+        for state in (before[name] for name in {"model", "trained"} & before.keys()):
+            for name in [name for name in state if name.endswith("_delay") or name == "input_order"]:
+                each = state.pop(name)
+                if each.dim():
+                    state[name] = each if "learn_delay" in options else each.long()
+        write_tensors(path, before)
+        then = g2gnet.load(path)
+        assert_equal(dict(then.state_dict()), dict(now.state_dict()))
+        assert then.trained_on is None
+    assert_equal(load(whole), load(run(tmp_path / "parts", **options)))
+    assert not files.best.exists() or g2gnet.load(files.best).trained_on
+
+
 def test_a_signal_between_epochs_or_after_the_last_loses_nothing(whole, tmp_path, monkeypatch):
     for epoch in (1, 3):
 

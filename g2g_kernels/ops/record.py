@@ -297,21 +297,23 @@ class Differentiable(RecordOperator):
         if not keep:
             with torch._C._AutoDispatchBelowAutograd():
                 return self.function(record, False)
-        results = self.apply(record, form, *tensors)
-        if isinstance(results, torch.Tensor):
+        made: list[Any] = []
+        results = self.apply(record, form, made, *tensors)
+        if not made:
             return results
-        *results, made = results
         given = iter(results)
         of = [[*islice(given, len(each))] if isinstance(each, list) else next(given) for each in made[: self._outputs]]
         return *of, *made[self._outputs :]
 
-    def _forward(self, ctx: Any, record: Any, form: Form, *tensors: torch.Tensor) -> Any:
-        """The results, the tensors of lists one by one; then all outputs as the implementation gave them, if they are
-        several."""
+    def _forward(self, ctx: Any, record: Any, form: Form, made: list[Any], *tensors: torch.Tensor) -> Any:
+        """The results, the tensors of lists one by one. Of several outputs, ``made`` gets all, lists as lists."""
         with torch._C._AutoDispatchBelowAutograd():
-            made = self.function(record, True)
-        self._save(ctx, tensors, form, made)
-        return made if isinstance(made, torch.Tensor) else (*_each(made[: self._outputs]), made)
+            outputs = self.function(record, True)
+        self._save(ctx, tensors, form, outputs)
+        if isinstance(outputs, torch.Tensor):
+            return outputs
+        made += outputs
+        return tuple(_each(outputs[: self._outputs]))
 
     def _save(self, ctx: Any, tensors: Sequence[torch.Tensor], form: Form, made: Any) -> None:
         kept = () if isinstance(made, torch.Tensor) else _each(made[self._outputs :])
@@ -332,7 +334,7 @@ class Differentiable(RecordOperator):
         return [grad if need else None for grad, need in zip(found, needed)]  # noqa: B905
 
     def _gradients_of_all(self, ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
-        return None, None, *self._gradients(ctx, grads if len(grads) == 1 else grads[:-1], ctx.needs_input_grad[2:])
+        return None, None, None, *self._gradients(ctx, grads, ctx.needs_input_grad[3:])
 
     def _setup_context(self, ctx: Any, inputs: Any, output: Any) -> None:
         tensors, masks, *others = inputs

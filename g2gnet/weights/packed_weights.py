@@ -45,12 +45,9 @@ class PackedWeights(nn.Module):
 
     @property
     def mask(self) -> BlockMask:
-        """The units that exist, as the buffer ``mask.wiring`` has them or, of a tied average, the tie. Raises
-        ValueError if something was written into the buffer that describes no mask of these weights."""
-        mask: Any = self._modules["mask"]
-        if not is_traced() and version(mask.own_wiring) != mask.written and self.ties.source is None:
-            self._read_wiring()
-        return mask
+        """The units that exist. What was written into the buffer ``mask.wiring`` is read first (:meth:`settle`)."""
+        self._read_wiring()
+        return self._own_mask
 
     @property
     def _own_mask(self) -> BlockMask:
@@ -59,8 +56,11 @@ class PackedWeights(nn.Module):
         return mask
 
     def _read_wiring(self) -> None:
-        """Has the mask become what was written into its buffer."""
+        """Makes the mask what was written into its buffer since it was read last; that of a tied average is the tie's.
+        Raises ValueError for what describes no mask of these weights."""
         mask = self._own_mask
+        if is_traced() or not mask.writes or self.ties.source is not None:
+            return
         wiring = mask.own_wiring
         if wiring.is_meta or mask.describes(wiring):
             mask.note_wiring()
@@ -88,22 +88,21 @@ class PackedWeights(nn.Module):
             )
 
     def settle(self) -> None:
-        """Has mask and buffer agree, before something reads both."""
+        """Synchronises mask and buffer before both are read: the one that was not written follows the other."""
         if self.ties.source is None:
-            _ = self.mask
+            self._read_wiring()
         elif self._own_mask.writes:
             self._own_mask.write_wiring()
 
     def weights(self) -> tuple[torch.Tensor, BlockMask]:
         """The packed weights and their mask for kernels; in ``torch.func.functional_call`` maybe another layer's."""
         mask: Any = self._modules["mask"]
-        if is_traced():
-            return self.values, mask
-        if version(mask.own_wiring) != mask.written and self.ties.source is None:
-            self._read_wiring()
-        if mask.wiring is mask.own_wiring:
-            return self.values, mask
-        return self.values, _mask_in_place_of(mask)
+        if not is_traced():
+            if version(mask.own_wiring) != mask.written:
+                self._read_wiring()
+            if mask.wiring is not mask.own_wiring:
+                mask = _mask_in_place_of(mask)
+        return self.values, mask
 
     @property
     def has_plain_values(self) -> bool:

@@ -222,7 +222,7 @@ def test_every_network_gives_its_activity_by_number_and_by_name(kind):
         assert len(values) == len(names) == net.depth
         assert values.keys() == names == tuple(dict(values))
         for number, (name, value) in enumerate(values.items()):
-            assert value is values[name] is values[number] is values[number - net.depth] is values.values()[number]
+            assert value is values[name] is values[number] is values[number - net.depth]
         assert [*map(id, values)] == [id(values[name]) for name in names]
         assert [*map(id, values[1:])] == [id(values[name]) for name in names[1:]]
         with pytest.raises(KeyError, match=f"no population is called 'x'; there are {', '.join(names)}"):
@@ -252,6 +252,12 @@ def test_activity_by_name_passes_transforms_compilers_and_exports():
         def forward(self, x: torch.Tensor) -> tuple:
             return self.net.simulate(x).rates
 
+    class Sum(torch.nn.Module):
+        def forward(self, rates: tuple) -> torch.Tensor:
+            return rates["lif1"].sum() + rates[-1].sum()
+
+    summed = torch.export.export(Sum(), (expected,)).module()(expected)
+    assert summed == sum(each.sum() for each in expected)
     exported = torch.export.export(Rates(), (x,)).module()
     compiled = torch.compile(lambda x: net.simulate(x).rates, backend="eager", fullgraph=True)
     for run in (exported, compiled):

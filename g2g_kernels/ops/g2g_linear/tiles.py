@@ -102,33 +102,43 @@ def groups_and_parts(units: int, rows: int, tiles: int, samples: int, group: int
 # --- units or dense -----------------------------------------------------------------------------------------------
 
 
+#: of a multiplication, in cuBLAS's: it reaches 0.8 of a card's rate, we 0.6 on tensor cores, 0.45 on ordinary ones
+_TENSOR_CORE_TIME, _ORDINARY_CORE_TIME = 4 / 3, 16 / 9
+#: how many times as long as on tensor cores in 16 bits a product takes in TF32, and on ordinary cores in float32
+_TF32, _FLOAT32 = 2, 12
+#: a float32 weight in 16-bit parts: its bytes, and their products with a spike, and with the parts of a float
+_BYTES_IN_PARTS, _PARTS_OF_SPIKES, _PARTS_OF_FLOATS = 6, 3, 6
+#: rows of a tile; and the speed of L2, in that of memory
+_TILE_ROWS, _L2 = 128, 2
+#: assembling the dense matrix takes as long as so many samples, its launches (ten microseconds) as so many bytes
+_ASSEMBLY_SAMPLES, _ASSEMBLY_BYTES = 1000, 2e7
+
+
 def dense_pays(units: Units, x: torch.Tensor, outer: Side, products: torch.dtype) -> bool:
     """True where the dense product of x [M, …] is expected to be faster; a rule, not measured. ``outer`` is what is not
     summed over: of ``units`` the rows, in the input gradient the columns.
 
-    It counts FLOP of a dense product per sample. A weight of a tile takes ``times`` as long as one of the dense matrix:
-    cuBLAS reaches 0.8 of a card's rate, our products 0.6 on tensor cores and 0.45 on the ordinary ones, a twelfth as
-    fast, unless L2 is slower, which gives a tile of 128 × ``tile_of(outer)`` its factors. A byte of memory takes twice
-    as long as one of L2; cuBLAS multiplies no spikes as bytes. Assembling the dense matrix takes as long as a thousand
-    samples, and its launches ten microseconds.
+    Times are in multiplications of cuBLAS, per sample. A weight of a tile waits for our cores or, if that is slower,
+    for L2, which gives a tile of ``_TILE_ROWS`` × ``tile_of(outer)`` its factors. cuBLAS multiplies no spikes as bytes.
     """
     if runtime.assumed.dense is not None:
         return runtime.assumed.dense
     rows, cols = units.rows, units.cols
-    padded = units.unit_row.shape[0] * tiles_of(rows) * tile_of(rows) * tiles_of(cols) * tile_of(cols)
+    weights_in_tiles = units.unit_row.shape[0] * tiles_of(rows) * tile_of(rows) * tiles_of(cols) * tile_of(cols)
     inputs, outputs = (cols.size, rows.size) if outer is rows else (rows.size, cols.size)
-    rate: float = runtime.card_of(x.device).flop_per_byte
-    precision = runtime.precision_of(products, x.device)
-    size, x_size, times, weight_size = products.itemsize, x.dtype.itemsize, 4 / 3, products.itemsize
+    precision, byte = runtime.precision_of(products, x.device), float(runtime.card_of(x.device).flop_per_byte)
+    size, x_size, weight_size, ours = products.itemsize, x.dtype.itemsize, products.itemsize, _TENSOR_CORE_TIME
     if precision == "tf32":
-        rate /= 2
+        byte /= _TF32
     elif products == torch.float32:
-        rate, times = rate / 12, 16 / 9
+        byte, ours = byte / _FLOAT32, _ORDINARY_CORE_TIME
         if precision == "parts":
-            times, weight_size = 4 / 3 * (3 if x_size == 1 else 6) / 12, 6
-    times = max(times, rate * (x_size / tile_of(outer) + weight_size / 128) / 2)
-    by_units = max(2 * times * padded, 2 * rate * (x_size * inputs + size * outputs))
-    dense = max(2 * inputs * outputs, 2 * rate * size * (inputs + outputs))
+            parts = _PARTS_OF_SPIKES if x_size == 1 else _PARTS_OF_FLOATS
+            ours, weight_size = _TENSOR_CORE_TIME * parts / _FLOAT32, _BYTES_IN_PARTS
+    of_a_weight = max(ours, byte / _L2 * (x_size / tile_of(outer) + weight_size / _TILE_ROWS))
+    by_units = max(of_a_weight * weights_in_tiles, byte * (x_size * inputs + size * outputs))
+    dense = max(inputs * outputs, byte * size * (inputs + outputs))
     if x.dtype != products:
-        dense += 2 * rate * (x_size + size) * inputs
-    return by_units * len(x) > dense * len(x) + 2000 * inputs * outputs + 4e7 * rate
+        dense += byte * (x_size + size) * inputs
+    assembly = _ASSEMBLY_SAMPLES * inputs * outputs + byte * _ASSEMBLY_BYTES
+    return by_units * len(x) > dense * len(x) + assembly

@@ -1,7 +1,7 @@
 """The activity of spiking populations: counts, rates, spikes in a backend's own form, synaptic operations."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
@@ -34,10 +34,7 @@ class DenseSpikes:
         return self._spikes
 
 
-_Value = TypeVar("_Value")
-
-
-class PerPopulation(tuple[_Value, ...]):
+class PerPopulation(tuple[Any, ...]):
     """One value per population of a network, by number or by name: ``rates[0]``, ``rates[-1]``, ``rates["lif1"]``.
 
     A tuple in all else: it iterates over values, ``rates[:-1]`` are those of the hidden populations, and it is a node
@@ -51,27 +48,23 @@ class PerPopulation(tuple[_Value, ...]):
 
     _names: tuple[str, ...]
 
-    def __new__(cls, values: Iterable[_Value], names: Iterable[str]) -> "PerPopulation[_Value]":
+    def __new__(cls, values: Iterable[Any], names: Iterable[str]) -> "PerPopulation":
         self = super().__new__(cls, values)
         self._names = tuple(names)
         return self
 
     def __getitem__(self, key: Any) -> Any:
-        if not isinstance(key, str):
-            return super().__getitem__(key)
-        if key not in self._names:
-            raise KeyError(f"no population is called {key!r}; there are {', '.join(self._names)}")
-        return super().__getitem__(self._names.index(key))
+        if isinstance(key, str):
+            if key not in self._names:
+                raise KeyError(f"no population is called {key!r}; there are {', '.join(self._names)}")
+            key = self._names.index(key)
+        return super().__getitem__(key)
 
     def keys(self) -> tuple[str, ...]:
         """The names of the populations, the output's last."""
         return self._names
 
-    def values(self) -> tuple[_Value, ...]:
-        """The values alone."""
-        return tuple(self)
-
-    def items(self) -> tuple[tuple[str, _Value], ...]:
+    def items(self) -> tuple[tuple[str, Any], ...]:
         """(name, value) of each population."""
         return tuple(zip(self._names, self, strict=True))
 
@@ -86,7 +79,7 @@ pytree.register_pytree_node(
     serialized_type_name="g2g_kernels.PerPopulation",
     to_dumpable_context=list,
     from_dumpable_context=tuple,
-    flatten_with_keys_fn=lambda each: ([(pytree.MappingKey(k), v) for k, v in each.items()], each.keys()),
+    flatten_with_keys_fn=lambda each: ([(pytree.MappingKey(name), of) for name, of in each.items()], each.keys()),
 )
 #: torch.compile of older versions cannot make an object of a subclass of tuple
 _CAN_BE_COMPILED = torch.__version__ >= "2.8"

@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
-from g2g_kernels import dispatch
 from g2g_kernels.ops.g2g_stack import WAYS
 from g2gnet import LIF, G2GLinear, SpikingStack, called_layers, spiking_network
 

@@ -212,8 +212,9 @@ class PackedSpikes:
         packed, mask = self._packed, self._packed.mask
         if last is not None:
             packed = packed._replace(words=packed.words[..., -last:])
-        same = is_traced() or torch.equal(self._order, mask.row_order) and torch.equal(self._bounds, mask.row_bounds)
-        if not same:  # in compiled code nothing is loaded between a run and this
+        # in compiled code nothing is loaded between a run and this
+        same = is_traced() or (torch.equal(self._order, mask.row_order) and torch.equal(self._bounds, mask.row_bounds))
+        if not same:
             packed = packed._replace(mask=mask._replace(row_order=self._order, row_bounds=self._bounds))
         return UNPACK(packed)
 

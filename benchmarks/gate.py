@@ -8,10 +8,12 @@ smaller, and both have one thread, so that other programs change little. No test
 
 import sys
 import time
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from .contender import NetworkContender
 from .correctness import Judge
 from .harness import in_turn
 from .machine import pytorch_threads, timed
@@ -39,20 +41,21 @@ def main() -> int:
     for gate in GATES:
         prepared = load(prepare(gate.workload))
         judge = Judge(prepared, "step")
-        racers = {"g2g": Network(prepared, cpu, "fp32", backend="cpu"), "peer": gate.peer(prepared, cpu, "fp32")}
+        ours, theirs = Network(prepared, cpu, "fp32", backend="cpu"), gate.peer(prepared, cpu, "fp32")
+        racers: dict[str, NetworkContender] = {"g2g": ours, "peer": theirs}
         wrong = [f"{name} is wrong: {of}" for name, racer in racers.items() if (of := objection(judge, racer))]
         with pytorch_threads(1):  # threads that wait for one another are slowed down by other programs most of all
-            taken = in_turn({name: lambda of=racer: timed(of.step, cpu) for name, racer in racers.items()}, ROUNDS)
-        ours, theirs = (min(taken[name]) for name in racers)  # the least, since other programs share the machine
-        failed, factor = bool(wrong) or theirs / ours < gate.least, theirs / ours
+            taken = in_turn({name: partial(timed, racer.step, cpu) for name, racer in racers.items()}, ROUNDS)
+        least, other = (min(taken[name]) for name in racers)  # the least, since other programs share the machine
+        failed, factor = bool(wrong) or other / least < gate.least, other / least
         status |= failed
-        took = f"{ours * 1e3:.0f} and {theirs * 1e3:.0f} ms, {time.perf_counter() - began:.0f} s"
+        took = f"{least * 1e3:.0f} and {other * 1e3:.0f} ms, {time.perf_counter() - began:.0f} s"
         verdict = f"{'FAILED' if failed else 'passed'}: {factor:.1f} times as fast as the {gate.name}"
         print(f"{verdict} (at least {gate.least:g}; {took})", *wrong, sep="; ")
     return status
 
 
-def objection(judge: Judge, racer: Network | MaskedLoop) -> str:
+def objection(judge: Judge, racer: NetworkContender) -> str:
     """What is wrong about the results of a step, or ""."""
     return judge.verdict(racer.results("step"), racer.reset, racer.precision, racer.masked, racer.omits).objection
 

@@ -91,6 +91,8 @@ class CalledModules:
     def run(self, call: Call) -> Activity:
         """The activity; TypeError if a hook on neurons that take steps, or a forward of their own, would be left
         out."""
+        if not is_traced():
+            _say_that_modules_are_called(self.why)
         graph = graph_of(call.populations)
         stepping = {number for each in components_of(graph) if each.period for number in each.members}
         functions = []
@@ -123,7 +125,8 @@ class CalledModules:
                     return None
                 sent, held = (call.x, call.steps) if each.source < 0 else (trains[each.source], None)
                 late = None if each.delay is None else LateSpikes(sent, each.delay, None, held)
-                received[-1].append(Received(*module.weights(), each.source, late))
+                values, mask = module.weights()
+                received[-1].append(Received(values.detach(), mask, each.source, late))
         return Synapses(call.x, call.steps, received)
 
 
@@ -225,6 +228,11 @@ def _output_of(name: str, module: nn.Module, x: torch.Tensor, shape: Sequence[in
     what = f"a tensor {list(output.shape)}" if is_tensor else f"a {type(output).__name__}"
     wanted = f"a tensor {list(shape)}"
     raise TypeError(f"{name} ({type(module).__name__}) returned {what}; in a stack it must return {wanted}")
+
+
+@cache
+def _say_that_modules_are_called(why: str) -> None:
+    logger.warning("a network calls its modules in turn, which is slower than one call for all: %s", why)
 
 
 @cache

@@ -106,7 +106,7 @@ def test_membranes_of_half_precision_are_float32_and_are_kept_where_they_are_wan
         membranes = net.simulate(X, membranes=True).membranes
     assert {each.dtype for each in membranes} == {torch.float32}
     assert net.simulate(X).membranes is net.simulate(X, chunk=2).membranes is None
-    with pytest.raises(ValueError, match=r"chunk=2 does not keep the membranes that a layer is to give; leave it out"):
+    with pytest.raises(ValueError, match=r"chunk=2 does not keep the membranes that a population is to give"):
         net.simulate(X, chunk=2, membranes=True)
     net.lif2.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="membranes=True was given to a network whose modules are called in turn"):

@@ -11,7 +11,7 @@ import pandas
 import pytest
 import torch
 from covering import every_pair
-from helpers import rms, seeded
+from helpers import compiles_whole, rms, seeded
 from networks import Reference, three_layers
 from torch.func import vmap
 from torch.utils import _pytree
@@ -148,6 +148,28 @@ def test_parts_and_single_steps_that_continue_one_another_are_the_whole(name, ba
             assert rms(ours - theirs) <= 2e-5 * rms(theirs) + 1e-7, each
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU kernels were not built")
+@compiles_whole
+def test_spikes_that_a_state_carries_into_a_chain_have_the_gradient_of_plain_pytorch_and_none_when_compiled():
+    x, gradients = torch.rand(T, B, D, generator=seeded(4)) * 2, []
+    for backend in ("torch", "cpu"):
+        net = network("chain with delays", backend)
+        assert net.explain(x).way.name == {"torch": "reference", "cpu": "cpu chain"}[backend]
+        first = net.simulate(x[:9])
+        rest = net.simulate(x[9:], first.state)
+        # of the carried spikes alone: what comes after them, and what they are
+        loss = rest.counts.square().sum() + loss_of(rest.state[net.depth :]) + loss_of(first.state[net.depth :])
+        gradients.append(torch.autograd.grad(loss, [*net.parameters()], allow_unused=True))
+    for (name, _), theirs, ours in zip(net.named_parameters(), *gradients, strict=True):
+        assert (ours is None) == (theirs is None), name
+        assert theirs is None or rms(ours - theirs) <= 2e-5 * rms(theirs) + 1e-7, name
+    run = torch.compile(lambda x: net.simulate(x).state, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="no gradient through spikes that delays carry"):  # Dynamo's, or ours
+        run(x)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), net.simulate(x).state)
+
+
 @every_pair(name=CONTINUED, backend=BACKENDS, chunk=(1, 4, 50), held=(False, True))
 def test_chunks_change_no_spike_and_no_gradient(backend, name, chunk, held):
     net = network(name, backend)
@@ -155,8 +177,7 @@ def test_chunks_change_no_spike_and_no_gradient(backend, name, chunk, held):
     runs, gradients = [], []
     for size in (None, chunk):
         runs.append(net.simulate(x, chunk=size))
-        # on CPU kernels what delays hand on has no gradient
-        summed = [*runs[-1].rates, *(tensors_of(runs[-1].state) if name in STACKS else ())]
+        summed = [*runs[-1].rates, *tensors_of(runs[-1].state)]
         loss = runs[-1].counts.square().sum() + sum(each.square().sum() for each in summed)
         gradients.append(torch.autograd.grad(loss, [x, *net.parameters()], allow_unused=True))
     whole, chunked = runs

@@ -37,7 +37,7 @@ class StackCall(NamedTuple):
     def of(cls, call: Call, dtype: torch.dtype) -> "StackCall":
         """The call of the public function, whose populations are a chain."""
         called, device = [], call.x.device
-        for (feed, recurrent), population in zip(_chain(call.populations), call.populations):  # noqa: B905
+        for (feed, recurrent), population in zip(chain(call.populations), call.populations):  # noqa: B905
             neurons, dropped, state, sent = population.neurons, population.dropped, population.state, population.sent
             delay = None if feed.delay is None else feed.delay.of_each(feed.mask.shape[1], device)
             bias = None if feed.bias is None else feed.bias.contiguous()
@@ -88,7 +88,7 @@ class StackCall(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError unless the sizes of populations, biases and parameters match."""
-        _chain(self.populations)
+        chain(self.populations)
         width = self.x.shape[-1]
         for number, ((feed, recurrent), population) in enumerate(zip(self.chain, self.populations, strict=True)):
             size, inputs = feed.mask.shape
@@ -111,11 +111,12 @@ class StackCall(NamedTuple):
             population.neurons.check_entries(size, f" of population {number}")
 
 
-def _chain(populations: Sequence[Population]) -> Chain:
-    chain = chain_of(populations)
-    if isinstance(chain, str):
-        raise ValueError(chain)
-    return chain
+def chain(populations: Sequence[Population]) -> Chain:
+    """:func:`chain_of` populations; ValueError if they are none."""
+    found = chain_of(populations)
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
 
 
 TYPES["StackCall"] = StackCall

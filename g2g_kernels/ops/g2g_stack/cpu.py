@@ -134,12 +134,18 @@ class LastSpikes:
 
     def dense(self) -> torch.Tensor:
         """[D, B, N]; differentiable."""
+        tensors, form = opened((self._call.x, self._call.before, self._call.populations))
+        differentiable = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
+        if differentiable and is_traced():
+            raise RuntimeError(
+                "compiled code has no gradient through spikes that delays carry from one run of the CPU's chain into "
+                "the next; read the state outside of it or under torch.no_grad(), or give backend='torch'"
+            )
         spikes, before = self._spikes.dense(self._steps), self._call.populations[self._number].sent
         train = Train(spikes[0], None if before is None else before.detach())
         train.append(spikes)
         sent = train.window(len(spikes) - self._steps, len(spikes))
-        tensors, form = opened((self._call.x, self._call.before, self._call.populations))
-        if is_traced() or not (torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])):
+        if not differentiable:
             return sent
 
         def again(*given: torch.Tensor) -> list[torch.Tensor]:
@@ -206,7 +212,9 @@ class PackedSpikes:
         packed, mask = self._packed, self._packed.mask
         if last is not None:
             packed = packed._replace(words=packed.words[..., -last:])
-        if not (torch.equal(self._order, mask.row_order) and torch.equal(self._bounds, mask.row_bounds)):
+        # in compiled code nothing is loaded between a run and this
+        same = is_traced() or (torch.equal(self._order, mask.row_order) and torch.equal(self._bounds, mask.row_bounds))
+        if not same:
             packed = packed._replace(mask=mask._replace(row_order=self._order, row_bounds=self._bounds))
         return UNPACK(packed)
 

@@ -81,6 +81,7 @@ class GraphCall(NamedTuple):
             raise ValueError(f"{len(self.currents)} currents and {len(self.tails)} tails of {len(sizes)} populations")
         for number, population in enumerate(self.populations):
             shape, sent = (self.steps, self.batch, sizes[number]), population.sent
+            wanted: list[tuple[str, torch.Tensor | None, tuple[tuple[int, ...], ...]]]
             wanted = [("current", self.currents[number], (shape, shape[1:]))]
             wanted += [("dropped", population.dropped, (shape[1:],))]
             wanted += [("state", population.state, (self.state_shape(number),))]

@@ -30,7 +30,7 @@ class Received(NamedTuple):
     """A connection of a run, and what it received.
 
     Attributes:
-        values, mask: its packed weights, and the units that exist.
+        values, mask: its packed weights, detached, and the units that exist.
         source: the number of the layer whose spikes it receives; −1: the inputs.
         late: these, where they arrive later than they are sent; else None.
     """
@@ -51,20 +51,18 @@ class Synapses:
     """
 
     def __init__(self, x: torch.Tensor, steps: int | None, layers: Sequence[Sequence[Received]]) -> None:
-        self._x, self._steps = x.detach(), steps
-        self._layers = [[each._replace(values=each.values.detach()) for each in layer] for layer in layers]
-        #: what is counted, and the numbers that differ after it has changed
-        self._counted = [self._x]
-        for layer in self._layers:
-            for each in layer:
-                self._counted += [each.values, *(() if each.late is None else each.late.tensors)]
+        self._x, self._steps, self._layers = x.detach(), steps, layers
         self._then = self._now()
 
     def _now(self) -> list[object]:
-        versions: list[object] = [
-            tensor._version for tensor in self._counted if not tensor.is_inference()
-        ]  # which have none
-        return versions + [each.mask.changes for layer in self._layers for each in layer]
+        """What differs after something that is counted has changed."""
+        tensors, masks = [self._x], []
+        for layer in self._layers:
+            for each in layer:
+                tensors += [each.values] if each.late is None else [each.values, *each.late.tensors]
+                masks.append(each.mask.changes)
+        # those of inference mode have no version
+        return [*masks, *[tensor._version for tensor in tensors if not tensor.is_inference()]]
 
     def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
         """Of each layer, all connections to it included, given the firing rates of each, [N]; waits for the device.

@@ -28,7 +28,7 @@ from g2g_kernels.ops.g2g_linear.triton import (
     weight_gradient,
 )
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
-from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
+from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, chain, operators
 from g2g_kernels.ops.g2g_stack.population import Call, chain_of, refuses_kernels, size_of, unread
 from g2g_kernels.ops.neurons.call import NeuronsCall
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
@@ -504,10 +504,10 @@ def refuses(call: Call) -> str | None:
     """Why these kernels cannot serve a call, or None."""
     if reason := refuses_kernels(call, UNREAD):
         return reason
-    chain = chain_of(call.populations)
-    if isinstance(chain, str):
-        return chain
-    if any(feed.delay is not None for feed, _ in chain):
+    feeds = chain_of(call.populations)
+    if isinstance(feeds, str):
+        return feeds
+    if any(feed.delay is not None for feed, _ in feeds):
         return "knows no delays"
     tensors, _ = opened((call.x, call.populations))
     reason = runtime.refuses("g2g_stack", *[tensor for tensor in tensors if tensor.is_floating_point()])
@@ -528,8 +528,8 @@ def g2g_stack(call: Call) -> Activity:
     counts, rates, last, shown, of_layers, _ = FORWARD(of_kernels)
     given = iter(shown)
     membranes = tuple([next(given) if population.membranes else None for population in call.populations])
-    sides = [feed.mask.cols for feed, *_ in (population.connections for population in of_kernels.populations[1:])]
-    readers = [None if cols.in_order else cols.place_of for cols in sides]
+    feeds = [feed for feed, _ in chain(call.populations)]
+    readers = [None if feed.mask.cols.in_order else feed.mask.cols.place_of for feed in feeds[1:]]
     trains = map(DenseSpikes, given) if call.spikes else map(ByteSpikes, of_layers, [*readers, None])
     known = membranes if any(population.membranes for population in call.populations) else None
     return Activity(counts, tuple(rates), tuple(trains), states=tuple(last), membranes=known)
@@ -626,13 +626,8 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     grad_x, grad_spikes = None, None
     found = []  # the gradients of the layers, the last one first
     for i in reversed(range(count)):
-        layer, own, (state, checkpoints), spikes = (
-            layers[i],
-            call.populations[i],
-            kept[2 * i : 2 * i + 2],
-            all_spikes[i],
-        )
-        feed, recurrent = call.chain[i]
+        layer, own, (feed, recurrent) = layers[i], call.populations[i], call.chain[i]
+        (state, checkpoints), spikes = kept[2 * i : 2 * i + 2], all_spikes[i]
         rates, last, membranes, shown = (
             None if grad is None else layer.to_columns(grad).contiguous()
             for grad in (grads[i], grads[count + i], to_membranes[i], to_spikes[i])
@@ -652,17 +647,11 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
         parameters = parameter_gradients(own.neurons, sums)
         to_values = weight_gradient(grad_current, received, layer.units, feed.values.dtype)
         to_bias = None if feed.bias is None else sums[-1].to(feed.bias.dtype, copy=True)
+        to_recurrent = () if recurrent is None else (recurrent._replace(values=through.recurrent),)
         found.append(
             own._replace(
                 neurons=own.neurons._replace(parameters=parameters),
-                connections=tuple(
-                    [
-                        each._replace(values=to_values, bias=to_bias)
-                        if each is feed
-                        else each._replace(values=through.recurrent)
-                        for each in own.connections
-                    ]
-                ),
+                connections=(feed._replace(values=to_values, bias=to_bias), *to_recurrent),
                 state=None if through.first is None else layer.to_neurons(through.first),
             )
         )

@@ -110,8 +110,7 @@ def run(call: Call, chunk: int | None = None) -> Activity:
     if chunk is not None:
         check_chunk(chunk, call)
         call = checked(call)
-        activity = in_chunks(run, chunk, call)
-        return replaced(activity, synapses=_synapses(call, activity.spikes))
+        return _finished(call, call, in_chunks(run, chunk, call))
     key = None if is_traced() else _signature(call, tensors, form)
     try:
         way = None if key is None else _chosen.get(key)
@@ -220,5 +219,5 @@ def _synapses(call: Call, spikes: Sequence[Spikes]) -> Synapses | None:
                 with torch.no_grad():
                     earlier = reference.sent_before(call.populations[source], reach[source], call.x.dtype)
                 late = LateSpikes(train.dense() if isinstance(train, DenseSpikes) else train, delay, earlier)
-            received[-1].append(Received(values, mask, source, late))
+            received[-1].append(Received(values.detach(), mask, source, late))
     return Synapses(call.x, call.steps, received)

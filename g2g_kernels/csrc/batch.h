@@ -181,7 +181,7 @@ inline void spike_currents(const WeightList& list, const Tap* taps, int64_t bloc
             transpose_16(room + (t * kLanes + i) * kSamples, kSamples, out + t * kLanes + i, spikes.steps * kLanes);
 }
 
-// Bits of rows by lane, [lanes][bands]: bit m of band n is row 64·n + m. From words [samples][blocks][T] of a chunk, whose
+// Bits of rows by lane, [lanes][bands]: bit m of band n is row 64·n + m. From words [samples][blocks][T] of a slice, whose
 // rows are (sample, t).
 struct RowBits {
     uint16_t* bits = nullptr;  // [lanes][bands · 4]

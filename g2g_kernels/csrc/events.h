@@ -134,7 +134,7 @@ inline void transpose_bits(uint64_t* w) {
             }
 }
 
-// The events of a chunk of rows sorted by source lane: rows of lane j of block c are rows[c][first[c][j] … ].
+// The events of a slice of rows sorted by source lane: rows of lane j of block c are rows[c][first[c][j] … ].
 struct EventsByLane {
     uint16_t* rows;   // [column blocks][capacity]
     int32_t* first;   // [column blocks][65]

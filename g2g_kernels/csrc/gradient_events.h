@@ -3,13 +3,13 @@
 //   X_t = ∂L/∂x_t = Wᵀ·∂I_t = Wᵀ·e_t + β·X_{t+1},   e_t = σ'(U_t − θ)·∂L/∂S_t
 //
 // since ∂I_t = e_t + β·∂I_{t+1}: the forward product by events in reverse, with weights scaled by e; X stays in registers over
-// all T. Sweeps list e for each block of rows (sweep.h). Once per chunk those lists are merged into one for each step of each
+// all T. Scans list e for each block of rows (scan.h). Once per slice those lists are merged into one for each step of each
 // sample, in the order of lanes, from which each block of columns copies the parts that have weights there.
 #pragma once
 
 #include "events.h"
 #include "parallel.h"
-#include "sweep.h"
+#include "scan.h"
 
 namespace g2g::G2G_ISA {
 
@@ -31,7 +31,7 @@ inline void copy_events(const uint16_t* lane, const float* value, int64_t count,
     } while (i < count);
 }
 
-// What the sweeps of a layer list, for the samples of a chunk.
+// What the scans of a layer list, for the samples of a slice.
 struct EventLists {
     int64_t samples = 0, steps = 0;
     float* value = nullptr;     // [row blocks][samples][T · 64]
@@ -40,7 +40,7 @@ struct EventLists {
     static constexpr int64_t kSlack = 64;  // entries that are written beyond a list
 
     EventLists() = default;
-    EventLists(int64_t most_blocks, int64_t chunk_samples, int64_t T, Arena& arena) : samples(chunk_samples), steps(T) {
+    EventLists(int64_t most_blocks, int64_t slice_samples, int64_t T, Arena& arena) : samples(slice_samples), steps(T) {
         value = arena.take<float>(most_blocks * samples * steps * kLanes + kSlack);
         words = arena.take<uint64_t>(most_blocks * samples * steps);
     }
@@ -65,7 +65,7 @@ class MergedEvents {
         next = arena.take<int64_t>(samples * most_blocks);
     }
 
-    // Merges what the sweeps of `of_blocks` blocks listed for the first `samples` samples, unless it is more than `most` events;
+    // Merges what the scans of `of_blocks` blocks listed for the first `samples` samples, unless it is more than `most` events;
     // returns how many they are.
     int64_t merge(const EventLists& lists, int64_t of_blocks, int64_t samples, int64_t most, int threads) {
         blocks = of_blocks;
@@ -85,7 +85,7 @@ class MergedEvents {
         return total;
     }
 
-    // X of column block `block` for one sample of the chunk, out[T][64]; `tiles` as load_tiles<kByCol>() gives them. `row`
+    // X of column block `block` for one sample of the slice, out[T][64]; `tiles` as load_tiles<kByCol>() gives them. `row`
     // and `factor` have room for the events of a step, and W more.
     void input_gradient(const Plan& plan, const float* tiles, float decay, int64_t block, int64_t sample, uint16_t* row,
                         float* factor, float* out) const {

@@ -17,7 +17,7 @@
 #include "parallel.h"
 #include "recurrent.h"
 #include "stack.h"
-#include "sweep.h"
+#include "scan.h"
 
 namespace g2g::G2G_ISA {
 
@@ -173,13 +173,13 @@ struct GraphForward {
         for (int64_t i = 0; i < g.block_count; ++i) {
             const GraphBlock& block = g.blocks[i];
             const int64_t R = s.layers[block.layer].plan->rows.blocks, groups = divide_up(count, kStepSamples);
-            const auto sweep = forward_sweep<StoredCurrent>(s.layers[block.layer].neurons);
+            const auto scan = forward_scan<StoredCurrent>(s.layers[block.layer].neurons);
             parallel_pairs(threads, R, groups, 1, [&](int64_t r, int64_t part, int worker) {
                 const int64_t first = begin + part * kStepSamples;
                 const int64_t samples = least(kStepSamples, begin + count - first);
                 float* const room = scratch + (first_worker + worker) * scratch_size;
                 if (longest[block.layer] == 1) return run_step(block, first, samples, r, room);
-                for (int64_t b = first; b < first + samples; ++b) run_block(sweep, block, b, r, room);
+                for (int64_t b = first; b < first + samples; ++b) run_block(scan, block, b, r, room);
             });
             for (const ConnectionForward& x : connections) {
                 if (x.of.source != block.layer || x.aligned) continue;
@@ -191,13 +191,13 @@ struct GraphForward {
     }
 
     // Block r of sample b; `current` is room for its steps.
-    void run_block(ForwardSweep<StoredCurrent> sweep, const GraphBlock& block, int64_t b, int64_t r, float* current) const {
+    void run_block(ForwardScan<StoredCurrent> scan, const GraphBlock& block, int64_t b, int64_t r, float* current) const {
         const Layer& layer = s.layers[block.layer];
         float *const edge = edge_of(block.layer, b, r), *const kept = kept_of[block.layer].at(b, r, block.first);
         fill_current(block, b, r, current);
         if (!block.first) load_states(s, layer, layer.state, b, r, edge);
         const SampleParameters own(parameters[block.layer], layer, b, r);
-        sweep({current, kLanes}, steps_of(block), own.block,
+        scan({current, kLanes}, steps_of(block), own.block,
               {words_of(block, b, r), kept, nullptr, edge});
         finish_block(block, b, r, edge);
     }
@@ -289,8 +289,8 @@ inline void graph_forward(Graph& g, Arena& arena) {
 
 alignas(64) constexpr float kNothing[kGradientSamples * kLanes] = {};
 
-// What a layer needs for a chunk of samples.
-struct PopulationChunk {
+// What a layer needs for a slice of samples.
+struct PopulationSlice {
     int64_t before, steps;  // before the first: those in which the layer sent something; of the call
     Panel<float> rows;      // ∂L/∂I at all steps, [row blocks][samples · T][64]
     Panel<float> arrived;   // ∂L/∂S at all steps, [row blocks][samples · (before + T)][64]; 0 again once it is used
@@ -298,26 +298,26 @@ struct PopulationChunk {
     float* edges;           // [row blocks][samples][states][64], what reaches the states before the last step so far
     int64_t samples;        // there is room for
 
-    PopulationChunk(const Layer& layer, const Chunks& chunks, Arena& arena)
-        : before(layer.sent ? layer.sent_steps : 0), steps(chunks.steps), samples(chunks.samples) {
+    PopulationSlice(const Layer& layer, const Slices& slices, Arena& arena)
+        : before(layer.sent ? layer.sent_steps : 0), steps(slices.steps), samples(slices.samples) {
         const int64_t R = layer.plan->rows.blocks, all = samples * (before + steps);
-        rows = {arena.take<float>(R * chunks.rows() * kLanes), chunks.rows()};
+        rows = {arena.take<float>(R * slices.rows() * kLanes), slices.rows()};
         arrived = {arena.take<float>(R * all * kLanes), all};
         constant = arena.take<float>(R * samples * kLanes);
         edges = arena.take<float>(R * samples * model_info(layer.neurons).states * kLanes);
     }
 
-    // ∂L/∂S of a sample of the chunk, from the first step on.
+    // ∂L/∂S of a sample of the slice, from the first step on.
     float* arrived_at(int64_t r, int64_t b) const { return arrived.at(r, b * (before + steps) + before); }
     float* constant_at(int64_t r, int64_t b) const { return constant + (r * samples + b) * kLanes; }
     float* edge_at(int64_t r, int64_t b, int64_t states) const { return edges + (r * samples + b) * states * kLanes; }
 };
 
-// A chunk of samples, and memory for it: a thread has its own, or all threads work on the only one.
-struct GraphChunk {
+// A slice of samples, and memory for it: a thread has its own, or all threads work on the only one.
+struct GraphSlice {
     int64_t first = 0, samples = 0;
     bool used = false;  // before
-    std::vector<PopulationChunk> populations;
+    std::vector<PopulationSlice> populations;
     DualPanel rows;       // ∂L/∂I of a block and some samples, [row blocks][samples · steps][64]
     Panel<float> inputs;  // ∂L/∂S̃ of a connection at these steps
     Bands bands{nullptr, 0};
@@ -335,13 +335,13 @@ struct PopulationBackward : LayerBackward {
     }
 
     // Before the last step: what reaches the layer from outside.
-    void begin(const Stack& s, const GraphChunk& chunk, const PopulationChunk& x, int threads) const {
-        const int64_t T = s.steps, B = s.batch, size = plan.rows.size, tail = outer.tail_steps, first = chunk.first;
-        parallel_pairs(threads, plan.rows.blocks, chunk.samples, 1, [&](int64_t r, int64_t b, int) {
+    void begin(const Stack& s, const GraphSlice& slice, const PopulationSlice& x, int threads) const {
+        const int64_t T = s.steps, B = s.batch, size = plan.rows.size, tail = outer.tail_steps, first = slice.first;
+        parallel_pairs(threads, plan.rows.blocks, slice.samples, 1, [&](int64_t r, int64_t b, int) {
             alignas(64) float end[kLanes];
             constant_part(s, first + b, r, x.constant_at(r, b));
             float* const tile = x.arrived_at(r, b);
-            zero(tile - x.before * kLanes, (chunk.used ? x.before : x.before + T) * kLanes * sizeof(float));
+            zero(tile - x.before * kLanes, (slice.used ? x.before : x.before + T) * kLanes * sizeof(float));
             for (int64_t t = 0; outer.grad_tail && t < tail; ++t) {
                 load_block(plan.rows, r, outer.grad_tail + t * B * size, Rows{first + b, 1, B, size}, 1, end);
                 add(end, tile + (T - tail + t) * kLanes);
@@ -355,10 +355,10 @@ struct PopulationBackward : LayerBackward {
         for (int v = 0; v < kVecs; ++v) store(total + v * W, load(total + v * W) + load(part + v * W));
     }
 
-    // The neurons of block r of sample b of a chunk, backwards over some steps; `out` [steps][64] gets ∂L/∂I, too.
-    void run(const Stack& s, const GraphChunk& chunk, const PopulationChunk& x, int64_t b, int64_t r, const GraphBlock& block,
+    // The neurons of block r of sample b of a slice, backwards over some steps; `out` [steps][64] gets ∂L/∂I, too.
+    void run(const Stack& s, const GraphSlice& slice, const PopulationSlice& x, int64_t b, int64_t r, const GraphBlock& block,
              float* out) const {
-        const int64_t sample = chunk.first + b, at = (r * s.batch + sample) * kLanes;
+        const int64_t sample = slice.first + b, at = (r * s.batch + sample) * kLanes;
         const int64_t begin = block.first, count = steps_of(block);
         alignas(64) float first[kMostStates * kLanes], sum[(1 + kMostParameters) * kLanes];
         const float* const states = kept.at(sample, r, begin);
@@ -369,7 +369,7 @@ struct PopulationBackward : LayerBackward {
         if (!begin && layer.state) load_states(s, layer, layer.state, sample, r, first), grads.first = first;
         const SampleParameters own(parameters, layer, sample, r);
         float* const tile = x.arrived_at(r, b) + begin * kLanes;
-        sweep({tile, x.constant_at(r, b)}, states, count, own.block, layer.neurons.alpha, grads);
+        scan({tile, x.constant_at(r, b)}, states, count, own.block, layer.neurons.alpha, grads);
         __builtin_memcpy(x.rows.at(r, b * s.steps + begin), out, count * kLanes * sizeof(float));
         add(sum, current + at);
         for (int k = 0; k < model.parameters; ++k) add(grads.parameters[k], sums[k] + at);
@@ -387,9 +387,9 @@ struct PopulationBackward : LayerBackward {
     }
 
     // The same of a block of one step, for some samples at once; `out` [samples][64].
-    void run_step(const Stack& s, const GraphChunk& chunk, const PopulationChunk& x, int64_t b, int64_t samples, int64_t r, int64_t t,
+    void run_step(const Stack& s, const GraphSlice& slice, const PopulationSlice& x, int64_t b, int64_t samples, int64_t r, int64_t t,
                   float* out) const {
-        const int64_t size = model.states * kLanes, first = chunk.first + b, at = (r * s.batch + first) * kLanes;
+        const int64_t size = model.states * kLanes, first = slice.first + b, at = (r * s.batch + first) * kLanes;
         alignas(64) float begin[kGradientSamples * kMostStates * kLanes], unused[kLanes] = {};
         for (int64_t i = 0; !t && i < samples; ++i) load_states(s, layer, layer.state, first + i, r, begin + i * size);
         BackwardStep step{};
@@ -411,10 +411,10 @@ struct PopulationBackward : LayerBackward {
     }
 
     // After the first step: what reaches the spikes that were sent before it.
-    void end(const Stack& s, const GraphChunk& chunk, const PopulationChunk& x, int threads) const {
+    void end(const Stack& s, const GraphSlice& slice, const PopulationSlice& x, int threads) const {
         if (!outer.grad_sent) return;
-        parallel_pairs(threads, plan.rows.blocks, chunk.samples, 1, [&](int64_t r, int64_t b, int) {
-            store_block(plan.rows, r, x.arrived_at(r, b) - x.before * kLanes, Rows{chunk.first + b, x.before, s.batch, plan.rows.size},
+        parallel_pairs(threads, plan.rows.blocks, slice.samples, 1, [&](int64_t r, int64_t b, int) {
+            store_block(plan.rows, r, x.arrived_at(r, b) - x.before * kLanes, Rows{slice.first + b, x.before, s.batch, plan.rows.size},
                         x.before, outer.grad_sent);
         });
     }
@@ -446,8 +446,8 @@ struct ConnectionBackward : ConnectionForward {
         if (learned) zero_floats(learned, int64_t{s.batch} * plan.cols.blocks * kLanes, s.threads);
     }
 
-    // Adds ∂L/∂S̃ of some steps, x [steps][64] of a column block of sample b of a chunk, to ∂L/∂S of the source.
-    void arrive(const Axis& axis, const PopulationChunk& to, int64_t b, int64_t column, const float* x, const GraphBlock& block) const {
+    // Adds ∂L/∂S̃ of some steps, x [steps][64] of a column block of sample b of a slice, to ∂L/∂S of the source.
+    void arrive(const Axis& axis, const PopulationSlice& to, int64_t b, int64_t column, const float* x, const GraphBlock& block) const {
         const int32_t* const late = delays + column * kLanes;
         float* const own = aligned ? to.arrived_at(column, b) : nullptr;
         for (int64_t t = block.first; aligned && t < block.last; ++t, x += kLanes) {
@@ -497,59 +497,59 @@ struct ConnectionBackward : ConnectionForward {
 struct GraphBackward {
     const Graph& g;
     const Stack& s;
-    Chunks chunks;
+    Slices slices;
     std::vector<PopulationBackward> populations;
     std::vector<ConnectionBackward> connections;
-    std::vector<GraphChunk> at_once;  // chunks whose blocks run at the same time
+    std::vector<GraphSlice> at_once;  // slices whose blocks run at the same time
     double* totals;
 
     GraphBackward(const Graph& graph, Arena& arena)
-        : g(graph), s(graph.stack), chunks{s.batch, s.steps, least_samples(graph)}, at_once(count_at_once()) {
+        : g(graph), s(graph.stack), slices{s.batch, s.steps, least_samples(graph)}, at_once(count_at_once()) {
         int64_t blocks = 0, most_rows = 0;
         populations.reserve(s.count), connections.reserve(g.connection_count);
         for (int64_t l = 0; l < s.count; ++l) blocks = most(blocks, populations.emplace_back(g, l, arena).plan.rows.blocks);
         for (int64_t i = 0; i < g.connection_count; ++i)
             blocks = most(blocks, connections.emplace_back(g, g.connections[i], arena).plan.cols.blocks);
         for (int64_t i = 0; i < g.block_count; ++i)
-            most_rows = most(most_rows, samples_of(g.blocks[i], chunks.samples) * steps_of(g.blocks[i]));
-        for (GraphChunk& chunk : at_once) {
-            for (const PopulationBackward& x : populations) chunk.populations.emplace_back(x.layer, chunks, arena);
-            chunk.rows = DualPanel(blocks, most_rows, false, arena);
-            chunk.inputs = {arena.take<float>(blocks * most_rows * kLanes), most_rows};
-            chunk.events.emplace(blocks, chunks.samples, s.steps, s.threads, arena);
-            chunk.bands.data = arena.take<float>(Bands::size(blocks * kLanes, most_rows));
+            most_rows = most(most_rows, samples_of(g.blocks[i], slices.samples) * steps_of(g.blocks[i]));
+        for (GraphSlice& slice : at_once) {
+            for (const PopulationBackward& x : populations) slice.populations.emplace_back(x.layer, slices, arena);
+            slice.rows = DualPanel(blocks, most_rows, false, arena);
+            slice.inputs = {arena.take<float>(blocks * most_rows * kLanes), most_rows};
+            slice.events.emplace(blocks, slices.samples, s.steps, s.threads, arena);
+            slice.bands.data = arena.take<float>(Bands::size(blocks * kLanes, most_rows));
         }
         totals = arena.take<double>(blocks * kLanes);
     }
 
-    // Samples of a chunk at least, all of equally many: the fewest rows that read all weights at once are those of a block.
+    // Samples of a slice at least, all of equally many: the fewest rows that read all weights at once are those of a block.
     static int64_t least_samples(const Graph& graph) {
         const std::vector<int64_t> longest = longest_blocks(graph);
         const int64_t steps = *std::min_element(longest.begin(), longest.end()), batch = graph.stack.batch;
-        const int64_t samples = divide_up(kCycleChunk, most(1, least(kCycleChunk, steps)));
+        const int64_t samples = divide_up(kCycleSlice, most(1, least(kCycleSlice, steps)));
         return divide_up(batch, divide_up(batch, samples));
     }
 
     // One for each thread, unless too many would wait for the last ones.
     int64_t count_at_once() const {
-        const int64_t count = divide_up(s.batch, chunks.samples), turns = divide_up(count, s.threads);
-        return 8 * s.batch >= 7 * turns * s.threads * chunks.samples ? divide_up(count, turns) : 1;
+        const int64_t count = divide_up(s.batch, slices.samples), turns = divide_up(count, s.threads);
+        return 8 * s.batch >= 7 * turns * s.threads * slices.samples ? divide_up(count, turns) : 1;
     }
 
     // Samples whose rows of a block stay in cache.
     static int64_t samples_of(const GraphBlock& block, int64_t samples) {
-        return least(samples, most(1, kChunkRows / steps_of(block)));
+        return least(samples, most(1, kSliceRows / steps_of(block)));
     }
 
     void run() {
         for (ConnectionBackward& x : connections) x.begin(s);
-        const int64_t most_chunks = at_once.size();
-        for (int64_t first = 0; first < s.batch; first += most_chunks * chunks.samples) {
-            const int64_t count = least(most_chunks, divide_up(s.batch - first, chunks.samples));
-            parallel(most_chunks > 1 ? s.threads : 1, count, 1, [&](int64_t i, int) {
-                GraphChunk& chunk = at_once[i];
-                chunk.first = first + i * chunks.samples, chunk.samples = least(chunks.samples, s.batch - chunk.first);
-                run_chunk(chunk, most_chunks > 1 ? 1 : s.threads);
+        const int64_t most_slices = at_once.size();
+        for (int64_t first = 0; first < s.batch; first += most_slices * slices.samples) {
+            const int64_t count = least(most_slices, divide_up(s.batch - first, slices.samples));
+            parallel(most_slices > 1 ? s.threads : 1, count, 1, [&](int64_t i, int) {
+                GraphSlice& slice = at_once[i];
+                slice.first = first + i * slices.samples, slice.samples = least(slices.samples, s.batch - slice.first);
+                run_slice(slice, most_slices > 1 ? 1 : s.threads);
             });
             for (const ConnectionBackward& x : connections) weight_gradient(x, count);
         }
@@ -557,67 +557,67 @@ struct GraphBackward {
         for (const ConnectionBackward& x : connections) x.finish(s, totals);
     }
 
-    void run_chunk(GraphChunk& chunk, int threads) const {
-        for (size_t l = 0; l < populations.size(); ++l) populations[l].begin(s, chunk, chunk.populations[l], threads);
-        chunk.used = true;
+    void run_slice(GraphSlice& slice, int threads) const {
+        for (size_t l = 0; l < populations.size(); ++l) populations[l].begin(s, slice, slice.populations[l], threads);
+        slice.used = true;
         for (int64_t i = g.block_count; i-- > 0;) {
             const GraphBlock& block = g.blocks[i];
-            const int64_t most_samples = samples_of(block, chunk.samples);
-            for (int64_t b = 0; b < chunk.samples; b += most_samples)
-                run_block(chunk, block, b, least(most_samples, chunk.samples - b), threads);
+            const int64_t most_samples = samples_of(block, slice.samples);
+            for (int64_t b = 0; b < slice.samples; b += most_samples)
+                run_block(slice, block, b, least(most_samples, slice.samples - b), threads);
         }
-        for (size_t l = 0; l < populations.size(); ++l) populations[l].end(s, chunk, chunk.populations[l], threads);
+        for (size_t l = 0; l < populations.size(); ++l) populations[l].end(s, slice, slice.populations[l], threads);
     }
 
-    // Of some samples of a chunk, from sample b on: the neurons, then what their sources get.
-    void run_block(GraphChunk& chunk, const GraphBlock& block, int64_t b, int64_t samples, int threads) const {
+    // Of some samples of a slice, from sample b on: the neurons, then what their sources get.
+    void run_block(GraphSlice& slice, const GraphBlock& block, int64_t b, int64_t samples, int threads) const {
         const PopulationBackward& x = populations[block.layer];
-        const PopulationChunk& own = chunk.populations[block.layer];
+        const PopulationSlice& own = slice.populations[block.layer];
         const int64_t steps = steps_of(block);
         const int64_t group = steps == 1 ? kGradientSamples : 1, groups = divide_up(samples, group);
         parallel_pairs(threads, x.plan.rows.blocks, groups, steps == 1 ? 1 : 4, [&](int64_t r, int64_t part, int) {
             const int64_t i = part * group;
-            float* const out = chunk.rows.floats.at(r, i * steps);
+            float* const out = slice.rows.floats.at(r, i * steps);
             if (steps == 1)
-                x.run_step(s, chunk, own, b + i, least(group, samples - i), r, block.first, out);
+                x.run_step(s, slice, own, b + i, least(group, samples - i), r, block.first, out);
             else
-                x.run(s, chunk, own, b + i, r, block, out);
+                x.run(s, slice, own, b + i, r, block, out);
         });
         for (const ConnectionBackward& each : connections)
-            if (each.of.target == block.layer) hand_down(each, chunk, block, b, samples, threads);
+            if (each.of.target == block.layer) hand_down(each, slice, block, b, samples, threads);
     }
 
-    void hand_down(const ConnectionBackward& x, GraphChunk& chunk, const GraphBlock& block, int64_t b, int64_t samples,
+    void hand_down(const ConnectionBackward& x, GraphSlice& slice, const GraphBlock& block, int64_t b, int64_t samples,
                    int threads) const {
-        const PopulationChunk& source = chunk.populations[x.of.source];
+        const PopulationSlice& source = slice.populations[x.of.source];
         const int64_t steps = steps_of(block), count = samples * steps;
         const bool banded = x.gradient.sparse();
-        Bands& bands = chunk.bands;
+        Bands& bands = slice.bands;
         bands.lanes = static_cast<int64_t>(x.plan.rows.blocks) * kLanes;
-        if (banded) bands.fill(chunk.rows.floats, count, threads);
+        if (banded) bands.fill(slice.rows.floats, count, threads);
         const auto arrive = [&](int64_t column, int64_t i) {
-            const float* const arrived = chunk.inputs.at(column, i * steps);
-            if (x.learned) x.learn(s, chunk.first + b + i, column, arrived, block);
+            const float* const arrived = slice.inputs.at(column, i * steps);
+            if (x.learned) x.learn(s, slice.first + b + i, column, arrived, block);
             x.arrive(populations[x.of.source].plan.rows, source, b + i, column, arrived, block);
         };
         int64_t most_rows = steps;  // whole samples, and whole register tiles of the product
         while (most_rows < kGradientSamples || most_rows % 6) most_rows += steps;
         x.gradient.each_task(count, banded ? kLanes : most_rows, banded, threads, 1,
                              [&](int64_t column, int64_t row, int64_t height, int) {
-                                 x.gradient.run(column, chunk.rows, bands, row, height, chunk.inputs.at(column, row));
+                                 x.gradient.run(column, slice.rows, bands, row, height, slice.inputs.at(column, row));
                                  for (int64_t i = row / steps; !banded && i * steps < row + height; ++i) arrive(column, i);
                              });
         if (banded)
             parallel_pairs(threads, x.plan.cols.blocks, samples, 4, [&](int64_t column, int64_t i, int) { arrive(column, i); });
     }
 
-    // Adds what the samples of the first chunks give.
+    // Adds what the samples of the first slices give.
     void weight_gradient(const ConnectionBackward& x, int64_t count) const {
         const Plan& plan = x.plan;
         const int64_t C = plan.cols.blocks, T = s.steps;
         parallel_pairs(s.threads, count, C, 1, [&](int64_t i, int64_t column, int worker) {
-            const GraphChunk& chunk = at_once[i];
-            chunk.events->load(column, x.sent(s, chunk.first) + column * T, chunk.samples, T, C * T, worker, x.late());
+            const GraphSlice& slice = at_once[i];
+            slice.events->load(column, x.sent(s, slice.first) + column * T, slice.samples, T, C * T, worker, x.late());
         });
         const auto add_gradient = gradient_by_events(plan, plan.rows.strip < kLanes);
         // a row block is one task, so that its ∂L/∂I come from other threads' caches once

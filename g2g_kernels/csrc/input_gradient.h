@@ -92,7 +92,7 @@ class InputGradient {
     const float* values;
     uint16_t* pairs = nullptr;
     Tap* taps = nullptr;
-    Tap* chosen_taps = nullptr;  // those of a chunk, in the places of all of them
+    Tap* chosen_taps = nullptr;  // those of a slice, in the places of all of them
     int32_t* taps_end = nullptr;
     const Tap* used = nullptr;           // the weights of sparse tiles, and
     const int32_t* used_end = nullptr;   // [column lanes] where those of a lane end; they begin as in the plan

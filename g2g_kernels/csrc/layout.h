@@ -42,9 +42,9 @@ inline void unpack_gradient(const Plan& plan, const float* tiles, int threads, f
 
 // --- dense rows -------------------------------------------------------------------------------------------------
 
-// Where row r of a chunk lies in a user's matrix: rows are samples, or (sample, t) pairs of a [T, B, N] tensor.
+// Where row r of a slice lies in a user's matrix: rows are samples, or (sample, t) pairs of a [T, B, N] tensor.
 struct Rows {
-    int64_t first, steps, batch, size;  // first sample of the chunk; steps = 1 for plain rows; size = N
+    int64_t first, steps, batch, size;  // first sample of the slice; steps = 1 for plain rows; size = N
     int64_t operator()(int64_t r) const { return ((r % steps) * batch + first + r / steps) * size; }
 };
 

@@ -1,4 +1,4 @@
-// One linear layer alone: y = x·Wᵀ + b on rows in neuron order, in chunks of 800 rows that stay in cache. Rows that turn
+// One linear layer alone: y = x·Wᵀ + b on rows in neuron order, in slices of 800 rows that stay in cache. Rows that turn
 // out to be spikes (0 and 1 only, at a low rate) take the event-driven products.
 #pragma once
 
@@ -18,7 +18,7 @@ struct LinearInput {
     DualPanel panel;
     uint64_t* words;  // [column blocks][rows]
     int64_t* ones;    // [column blocks]
-    bool events;      // of the chunk loaded last
+    bool events;      // of the slice loaded last
 
     LinearInput(const Plan& plan, int64_t rows, bool bf16, Arena& arena)
         : panel(plan.cols.blocks, rows, bf16, arena),
@@ -53,11 +53,11 @@ inline void linear_forward(Linear& a, Arena& arena) {
     if (a.lists) return list_linear_forward(a, arena);
     const Plan& plan = *a.plan;
     const Axis& axis = plan.rows;
-    const int64_t chunk = least(kChunkRows, most(1, a.rows)), group = 2 * kGroupRows;
+    const int64_t slice = least(kSliceRows, most(1, a.rows)), group = 2 * kGroupRows;
     float* bias = arena.take<float>(static_cast<size_t>(axis.blocks) * kLanes);
     float* tiles = arena.take<float>(static_cast<size_t>(plan.tiles) * kTile);
     uint16_t* pairs = a.bf16 ? arena.take<uint16_t>(static_cast<size_t>(plan.tiles) * kTile) : nullptr;
-    LinearInput input(plan, chunk, a.bf16, arena);
+    LinearInput input(plan, slice, a.bf16, arena);
     float* scratch = arena.take<float>(group * kLanes * a.threads);
     if (!arena.base) return;
 
@@ -67,8 +67,8 @@ inline void linear_forward(Linear& a, Arena& arena) {
     if (a.bf16) load_tiles<kByRow>(plan, a.values, a.threads, pairs);
     const SpikeCurrents spikes(plan, tiles);
     const Weights weights{&plan.forward, plan.rows.strip, tiles, pairs, kForwardPartial};
-    for (int64_t begin = 0; begin < a.rows; begin += chunk) {
-        const int64_t rows = least(chunk, a.rows - begin), groups = divide_up(rows, group);
+    for (int64_t begin = 0; begin < a.rows; begin += slice) {
+        const int64_t rows = least(slice, a.rows - begin), groups = divide_up(rows, group);
         input.load(a, begin, rows);
         parallel_pairs(a.threads, axis.blocks, groups, 2, [&](int64_t r, int64_t part, int worker) {
             const int64_t first = part * group, count = least(group, rows - first);
@@ -76,7 +76,7 @@ inline void linear_forward(Linear& a, Arena& arena) {
             if (!input.events)
                 product(weights, r, input.panel.floats, input.panel.halves, first, count, {bias + r * kLanes, 0}, out);
             for (int64_t i = 0; input.events && i < count; ++i)
-                SpikeCurrents::add<EventCurrent>(spikes, r, input.words + first, chunk, i, bias + r * kLanes, out + i * kLanes);
+                SpikeCurrents::add<EventCurrent>(spikes, r, input.words + first, slice, i, bias + r * kLanes, out + i * kLanes);
             with_elements(a.y, a.y_half, (begin + first) * axis.size, [&](auto* y) {
                 store_block(axis, r, out, Rows{0, 1, a.rows, axis.size}, count, y);
             });
@@ -87,25 +87,25 @@ inline void linear_forward(Linear& a, Arena& arena) {
 inline void linear_backward(Linear& a, Arena& arena) {
     if (a.lists) return list_linear_backward(a, arena);
     const Plan& plan = *a.plan;
-    const int64_t chunk = least(kChunkRows, most(1, a.rows)), R = plan.rows.blocks;
+    const int64_t slice = least(kSliceRows, most(1, a.rows)), R = plan.rows.blocks;
     const int64_t lanes = R * kLanes;
-    const DualPanel grad(R, chunk, a.bf16 && a.grad_x, arena);
+    const DualPanel grad(R, slice, a.bf16 && a.grad_x, arena);
     double* bias = arena.take<double>(lanes);
     std::optional<InputGradient> down;
     if (a.grad_x) down.emplace(plan, a.values, a.bf16, false, arena);
     Bands bands{nullptr, lanes};
-    if (down && down->sparse()) bands.data = arena.take<float>(Bands::size(lanes, chunk));
+    if (down && down->sparse()) bands.data = arena.take<float>(Bands::size(lanes, slice));
     float* grad_tiles = a.grad_values ? arena.take<float>(static_cast<size_t>(plan.tiles) * kTile) : nullptr;
-    LinearInput input(plan, chunk, false, arena);
-    const EventsByLane events(plan.cols.blocks, 1, chunk, a.threads, arena);
+    LinearInput input(plan, slice, false, arena);
+    const EventsByLane events(plan.cols.blocks, 1, slice, a.threads, arena);
     float* scratch = arena.take<float>(kTile * a.threads);
     if (!arena.base) return;
 
     zero(bias, lanes * sizeof(double));
     if (down) down->load_product(a.threads);
     if (a.grad_values) zero_floats(grad_tiles, int64_t{plan.tiles} * kTile, a.threads);
-    for (int64_t begin = 0; begin < a.rows; begin += chunk) {
-        const int64_t rows = least(chunk, a.rows - begin);
+    for (int64_t begin = 0; begin < a.rows; begin += slice) {
+        const int64_t rows = least(slice, a.rows - begin);
         parallel(a.threads, R, 1, [&](int64_t r, int) {
             float* panel = grad.floats.at(r, 0);
             with_elements(a.grad_y, a.y_half, begin * plan.rows.size, [&](const auto* grad_y) {
@@ -119,7 +119,7 @@ inline void linear_backward(Linear& a, Arena& arena) {
             input.load(a, begin, rows);
             if (input.events)
                 parallel(a.threads, plan.cols.blocks, 1, [&](int64_t c, int worker) {
-                    events.load(c, input.words + c * chunk, 1, rows, chunk, worker);
+                    events.load(c, input.words + c * slice, 1, rows, slice, worker);
                 });
             parallel(a.threads, plan.tiles, 2, [&](int64_t tile, int) {
                 const float* dy = grad.floats.at(plan.tile_row[tile], 0);

@@ -1,6 +1,6 @@
 // One linear layer with its weights in lists (lists.h): y = x·Wᵀ + b.
 //
-// Matrices lie by neuron, [neurons][rows of a chunk], so that a weight is one multiply-add of all rows:
+// Matrices lie by neuron, [neurons][rows of a slice], so that a weight is one multiply-add of all rows:
 //
 //   y_i = b_i + Σ w_ij·x_j,   ∂x_j = Σ w_ij·∂y_i,   ∂w_ij = x_j·∂y_i
 //
@@ -15,14 +15,14 @@
 
 namespace g2g::G2G_ISA {
 
-constexpr int64_t kListPanel = 1 << 18;  // floats of a chunk of the larger side: 1 MB, the size of an L2 cache;
-constexpr int64_t kMostPanel = 1 << 22;  // up to 16 MB, which L3 holds, for chunks of
+constexpr int64_t kListPanel = 1 << 18;  // floats of a slice of the larger side: 1 MB, the size of an L2 cache;
+constexpr int64_t kMostPanel = 1 << 22;  // up to 16 MB, which L3 holds, for slices of
 constexpr int64_t kFewRows = 64;         // rows: a weight should be read for several vectors
 constexpr int64_t kListOwners = 32;      // lists of a task
 constexpr int64_t kSquare = 16;
 
-// Rows of a chunk, a multiple of 16, whatever the threads.
-inline int64_t list_chunk(const Linear& a) {
+// Rows of a slice, a multiple of 16, whatever the threads.
+inline int64_t list_slice(const Linear& a) {
     const int64_t widest = most(a.lists->owners, a.lists->others);
     const int64_t wanted = most(kListPanel / widest, least(kFewRows, kMostPanel / widest));
     const int64_t fitting = most(least(wanted, 512) / kSquare, 1) * kSquare;
@@ -40,32 +40,32 @@ void for_each_square(int64_t rows, int64_t size, int threads, const F& f) {
     });
 }
 
-// panel[n][r] = x[first + r][n], 0 beyond the last row; rows of the panel are `chunk` apart.
-inline void load_by_neuron(const void* matrix, int32_t half, int64_t first, int64_t rows, int64_t size, int64_t chunk,
+// panel[n][r] = x[first + r][n], 0 beyond the last row; rows of the panel are `slice` apart.
+inline void load_by_neuron(const void* matrix, int32_t half, int64_t first, int64_t rows, int64_t size, int64_t slice,
                            int threads, float* panel) {
     with_elements(matrix, half, first * size, [&](const auto* x) {
-        for_each_square(chunk, size, threads, [&](int64_t r, int64_t, int64_t n, int64_t width) {
+        for_each_square(slice, size, threads, [&](int64_t r, int64_t, int64_t n, int64_t width) {
             const int64_t height = most(0, least(kSquare, rows - r));
             if constexpr (sizeof *x == sizeof(float))
                 if (height == kSquare && width == kSquare)
-                    return transpose_16(x + r * size + n, size, panel + n * chunk + r, chunk);
+                    return transpose_16(x + r * size + n, size, panel + n * slice + r, slice);
             for (int64_t k = 0; k < width; ++k)
                 for (int64_t i = 0; i < kSquare; ++i)
-                    panel[(n + k) * chunk + r + i] = i < height ? get(x + (r + i) * size + n + k) : 0.0f;
+                    panel[(n + k) * slice + r + i] = i < height ? get(x + (r + i) * size + n + k) : 0.0f;
         });
     });
 }
 
 // x[first + r][n] = panel[n][r].
-inline void store_by_neuron(const float* panel, int64_t rows, int64_t size, int64_t chunk, int threads, void* matrix,
+inline void store_by_neuron(const float* panel, int64_t rows, int64_t size, int64_t slice, int threads, void* matrix,
                             int32_t half, int64_t first) {
     with_elements(matrix, half, first * size, [&](auto* x) {
         for_each_square(rows, size, threads, [&](int64_t r, int64_t height, int64_t n, int64_t width) {
             if constexpr (sizeof *x == sizeof(float))
                 if (height == kSquare && width == kSquare)
-                    return transpose_16(panel + n * chunk + r, chunk, x + r * size + n, size);
+                    return transpose_16(panel + n * slice + r, slice, x + r * size + n, size);
             for (int64_t i = 0; i < height; ++i)
-                for (int64_t k = 0; k < width; ++k) put(x + (r + i) * size + n + k, panel[(n + k) * chunk + r + i]);
+                for (int64_t k = 0; k < width; ++k) put(x + (r + i) * size + n + k, panel[(n + k) * slice + r + i]);
         });
     });
 }
@@ -75,7 +75,7 @@ struct WeightedRows {
     const Lists& lists;
     int64_t owner;
     const float *values, *panel;
-    int64_t chunk;
+    int64_t slice;
     const int32_t* other = lists.other.data() + lists.first[owner];
     const int32_t* place = lists.place.data() + lists.first[owner];
     int64_t count = lists.first[owner + 1] - lists.first[owner];
@@ -87,7 +87,7 @@ struct WeightedRows {
         unrolled<V>([&](auto v) { acc[v] = all(start); });
         for (int64_t e = 0; e < count; ++e) {
             const Vec weight = all(values[place[e]]);
-            const float* row = panel + other[e] * chunk + at;
+            const float* row = panel + other[e] * slice + at;
             unrolled<V>([&](auto v) { acc[v] = fma(weight, load(row + v * W), acc[v]); });
         }
         unrolled<V>([&](auto v) { store(out + at + v * W, acc[v]); });
@@ -96,18 +96,18 @@ struct WeightedRows {
     // The same for a whole row.
     void sum_row(float start, float* out) const {
         int64_t at = 0;
-        for (; at + 8 * W <= chunk; at += 8 * W) sum<8>(start, at, out);
-        if (at + 4 * W <= chunk) sum<4>(start, at, out), at += 4 * W;
-        for (; at < chunk; at += W) sum<1>(start, at, out);
+        for (; at + 8 * W <= slice; at += 8 * W) sum<8>(start, at, out);
+        if (at + 4 * W <= slice) sum<4>(start, at, out), at += 4 * W;
+        for (; at < slice; at += W) sum<1>(start, at, out);
     }
 
     // grad[place] += x · row, for N weights from entry e on.
     template <int N>
     void dot_products(const float* x, int64_t e, float* grad) const {
         Vec dot[4] = {};
-        for (int64_t at = 0; at < chunk; at += W) {
+        for (int64_t at = 0; at < slice; at += W) {
             const Vec of_x = load(x + at);
-            unrolled<N>([&](auto k) { dot[k] = fma(of_x, load(panel + other[e + k] * chunk + at), dot[k]); });
+            unrolled<N>([&](auto k) { dot[k] = fma(of_x, load(panel + other[e + k] * slice + at), dot[k]); });
         }
         float sums[4];
         sums_of(dot, sums);
@@ -124,47 +124,47 @@ struct WeightedRows {
 
 inline void list_linear_forward(Linear& a, Arena& arena) {
     const Lists& lists = *a.lists;
-    const int64_t chunk = list_chunk(a), inputs = lists.others, outputs = lists.owners;
-    float* x = arena.take<float>(inputs * chunk);
-    float* y = arena.take<float>(outputs * chunk);
+    const int64_t slice = list_slice(a), inputs = lists.others, outputs = lists.owners;
+    float* x = arena.take<float>(inputs * slice);
+    float* y = arena.take<float>(outputs * slice);
     if (!arena.base) return;
-    for (int64_t begin = 0; begin < a.rows; begin += chunk) {
-        const int64_t rows = least(chunk, a.rows - begin);
-        load_by_neuron(a.x, a.x_half, begin, rows, inputs, chunk, a.threads, x);
+    for (int64_t begin = 0; begin < a.rows; begin += slice) {
+        const int64_t rows = least(slice, a.rows - begin);
+        load_by_neuron(a.x, a.x_half, begin, rows, inputs, slice, a.threads, x);
         each_part(outputs, kListOwners, a.threads, [&](int64_t first, int64_t last) {
             for (int64_t i = first; i < last; ++i)
-                WeightedRows{lists, i, a.values, x, chunk}.sum_row(a.bias ? a.bias[i] : 0.0f, y + i * chunk);
+                WeightedRows{lists, i, a.values, x, slice}.sum_row(a.bias ? a.bias[i] : 0.0f, y + i * slice);
         });
-        store_by_neuron(y, rows, outputs, chunk, a.threads, a.y, a.y_half, begin);
+        store_by_neuron(y, rows, outputs, slice, a.threads, a.y, a.y_half, begin);
     }
 }
 
 inline void list_linear_backward(Linear& a, Arena& arena) {
     const Lists& lists = *a.lists;
-    const int64_t chunk = list_chunk(a), inputs = lists.owners, outputs = lists.others;
-    float* x = arena.take<float>(inputs * chunk);
-    float* grad_y = arena.take<float>(outputs * chunk);
-    float* grad_x = arena.take<float>(a.grad_x ? inputs * chunk : 0);
+    const int64_t slice = list_slice(a), inputs = lists.owners, outputs = lists.others;
+    float* x = arena.take<float>(inputs * slice);
+    float* grad_y = arena.take<float>(outputs * slice);
+    float* grad_x = arena.take<float>(a.grad_x ? inputs * slice : 0);
     double* bias = arena.take<double>(outputs);
     if (!arena.base) return;
     zero(bias, outputs * sizeof(double));
     if (a.grad_values) zero_floats(a.grad_values, a.weights, a.threads);  // padding of units too
-    for (int64_t begin = 0; begin < a.rows; begin += chunk) {
-        const int64_t rows = least(chunk, a.rows - begin);
-        load_by_neuron(a.grad_y, a.y_half, begin, rows, outputs, chunk, a.threads, grad_y);
-        if (a.grad_values) load_by_neuron(a.x, a.x_half, begin, rows, inputs, chunk, a.threads, x);
+    for (int64_t begin = 0; begin < a.rows; begin += slice) {
+        const int64_t rows = least(slice, a.rows - begin);
+        load_by_neuron(a.grad_y, a.y_half, begin, rows, outputs, slice, a.threads, grad_y);
+        if (a.grad_values) load_by_neuron(a.x, a.x_half, begin, rows, inputs, slice, a.threads, x);
         if (a.grad_bias)
             parallel(a.threads, outputs, 64, [&](int64_t i, int) {
-                for (int64_t at = 0; at < chunk; at += W) bias[i] += sum_of(load(grad_y + i * chunk + at));
+                for (int64_t at = 0; at < slice; at += W) bias[i] += sum_of(load(grad_y + i * slice + at));
             });
         each_part(inputs, kListOwners, a.threads, [&](int64_t first, int64_t last) {
             for (int64_t j = first; j < last; ++j) {
-                const WeightedRows list{lists, j, a.values, grad_y, chunk};
-                if (a.grad_x) list.sum_row(0.0f, grad_x + j * chunk);
-                if (a.grad_values) list.products(x + j * chunk, a.grad_values);
+                const WeightedRows list{lists, j, a.values, grad_y, slice};
+                if (a.grad_x) list.sum_row(0.0f, grad_x + j * slice);
+                if (a.grad_values) list.products(x + j * slice, a.grad_values);
             }
         });
-        if (a.grad_x) store_by_neuron(grad_x, rows, inputs, chunk, a.threads, a.grad_x, a.x_half, begin);
+        if (a.grad_x) store_by_neuron(grad_x, rows, inputs, slice, a.threads, a.grad_x, a.x_half, begin);
     }
     for (int64_t i = 0; a.grad_bias && i < outputs; ++i) a.grad_bias[i] = static_cast<float>(bias[i]);
 }

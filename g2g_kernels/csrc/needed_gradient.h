@@ -5,7 +5,7 @@
 //
 // A patch is the weights between 16 lanes of the columns and 16 of the rows. The dot products of a lane over up to 64 rows
 // (samples and steps) follow one another, and four share a load of weights, which lie in that order:
-// [strip of 16 lanes][lane][patch][16 rows]. Patches whose rows no gradient reaches in a chunk are left out.
+// [strip of 16 lanes][lane][patch][16 rows]. Patches whose rows no gradient reaches in a slice are left out.
 #pragma once
 
 #include "events.h"
@@ -60,7 +60,7 @@ class NeededGradient {
         });
     }
 
-    // For a chunk whose ∂L/∂I is in a panel of so many rows. reached[row block] bit i: not all of lane i is 0.
+    // For a slice whose ∂L/∂I is in a panel of so many rows. reached[row block] bit i: not all of lane i is 0.
     void choose(const uint64_t* reached, int64_t panel_rows) const {
         const Patches& patches = plan->patches;
         int32_t count = 0;
@@ -90,7 +90,7 @@ class NeededGradient {
     }
 
   private:
-    // A patch of the chunk: where its weights are among those of a lane, and in a panel its row lanes.
+    // A patch of the slice: where its weights are among those of a lane, and in a panel its row lanes.
     struct Chosen {
         int64_t weights, rows;
     };

@@ -41,20 +41,20 @@ inline void zero_floats(float* p, int64_t count, int threads) {
     each_part(count, kCopied, threads, [&](int64_t first, int64_t last) { zero(p + first, (last - first) * sizeof(float)); });
 }
 
-// --- how the rows of a call are divided: into chunks that stay in cache, and a chunk into tasks ----------------------
+// --- how the rows of a call are divided: into slices that stay in cache, and a slice into tasks ----------------------
 
-constexpr int64_t kChunkRows = 800;  // (sample, t) rows of a chunk: 2048 neurons × 800 rows × 4 B = 6.5 MB, L3-sized
+constexpr int64_t kSliceRows = 800;  // (sample, t) rows of a slice: 2048 neurons × 800 rows × 4 B = 6.5 MB, L3-sized
 constexpr int64_t kGroupRows = 24;   // samples are grouped to at least so many rows: four full register tiles
 
-// Samples of a chunk at least, of a recurrent layer and of layers in a cycle, which run a few steps at a time: each time all
+// Samples of a slice at least, of a recurrent layer and of layers in a cycle, which run a few steps at a time: each time all
 // their weights are read.
-constexpr int64_t kStepChunk = 36, kCycleChunk = 72;
-constexpr int64_t kMostRows = 1 << 16;  // of a chunk: they are numbered in 16 bits
+constexpr int64_t kStepSlice = 36, kCycleSlice = 72;
+constexpr int64_t kMostRows = 1 << 16;  // of a slice: they are numbered in 16 bits
 
-// Chunks of a batch of samples and groups of samples in them depend on T and on the kind of layers, never on the threads.
-struct Chunks {
-    int64_t batch, steps, at_least = 1;  // so many samples of a chunk
-    int64_t samples = least(batch, most(kChunkRows / steps, most(1, least(at_least, kMostRows / steps))));
+// Slices of a batch of samples and groups of samples in them depend on T and on the kind of layers, never on the threads.
+struct Slices {
+    int64_t batch, steps, at_least = 1;  // so many samples of a slice
+    int64_t samples = least(batch, most(kSliceRows / steps, most(1, least(at_least, kMostRows / steps))));
     int64_t group = divide_up(kGroupRows, steps);
     int64_t rows() const { return samples * steps; }
 };

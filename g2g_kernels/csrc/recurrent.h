@@ -13,7 +13,7 @@
 #include "events.h"
 #include "input_gradient.h"
 #include "stack.h"
-#include "sweep.h"
+#include "scan.h"
 
 namespace g2g::G2G_ISA {
 
@@ -201,12 +201,12 @@ inline void add_events(const Plan& plan, const float* tiles, int64_t block, cons
     each_vec([&](auto v) { x[v] += odd[v]; });
 }
 
-// A recurrent connection in the backward pass: what a step hands to the step before it, for the samples of a chunk.
+// A recurrent connection in the backward pass: what a step hands to the step before it, for the samples of a slice.
 struct RecurrentBackward {
     const Plan& plan;
     float event_limit;       // share of neurons with events up to which X is computed by events, which visit all lanes of a tile
     InputGradient gradient;
-    int64_t samples;         // of a chunk
+    int64_t samples;         // of a slice
     Panel<float> x;          // X_{t+1}, one row per sample
     DualPanel current;       // ∂I_{t+1}, for the product, one row per sample
     bool has_current = false;
@@ -219,12 +219,12 @@ struct RecurrentBackward {
     Panel<float> rows;       // ∂I of all steps, if the layer does not keep them
     DualPanel next;          // ∂I_t, for the product of the step before
 
-    RecurrentBackward(const Stack& s, const Layer& layer, int64_t chunk_samples, bool keeps_rows, Arena& arena)
+    RecurrentBackward(const Stack& s, const Layer& layer, int64_t slice_samples, bool keeps_rows, Arena& arena)
         : plan(*layer.recurrent),
           event_limit(static_cast<float>(layer.gradient_event_limit * plan.gradient_rows / most(1, plan.tiles * kLanes))),
           gradient(plan, layer.recurrent_values, s.bf16, event_limit > 0, arena),
 
-          samples(chunk_samples) {
+          samples(slice_samples) {
         const int64_t blocks = plan.rows.blocks, count = blocks * samples;
         for (int i = 0; i < 2; ++i) {
             words[i] = arena.take<uint64_t>(count);
@@ -244,7 +244,7 @@ struct RecurrentBackward {
     // Samples of a task.
     int64_t group() const { return gradient.sparse() ? kLanes : kGradientSamples; }
 
-    // Sums over t and the samples of a task: which of them is that of sample b of the chunk that begins with sample `first`;
+    // Sums over t and the samples of a task: which of them is that of sample b of the slice that begins with sample `first`;
     // and how many there are of `batch` samples.
     int64_t sum_of(int64_t first, int64_t b) const { return first / samples * divide_up(samples, group()) + b / group(); }
     int64_t sums(int64_t batch) const { return sum_of(batch, 0) + divide_up(batch % samples, group()); }

@@ -7,7 +7,7 @@
 #include "parallel.h"
 #include "parameters.h"
 #include "subset_sums.h"
-#include "sweep.h"
+#include "scan.h"
 
 namespace g2g::G2G_ISA {
 
@@ -67,7 +67,7 @@ struct LayerBackward {
     const Plan& plan;
     const ModelInfo& model;
     LayerParameters parameters;
-    BackwardSweep sweep;
+    BackwardScan scan;
     bool last;         // of the stack
     int64_t parts = 0;  // of the sums over t: one of each sample, or of the samples of a task
     float* current = nullptr;  // [row blocks][parts][64] Σ ∂L/∂I_t, as are those of the parameters
@@ -78,7 +78,7 @@ struct LayerBackward {
           plan(*layer.plan),
           model(model_info(layer.neurons)),
           parameters(layer, arena),
-          sweep(backward_sweep(layer.neurons)),
+          scan(backward_scan(layer.neurons)),
           last(l + 1 == s.count) {}
 
     int64_t lanes() const { return static_cast<int64_t>(plan.rows.blocks) * kLanes; }
@@ -122,10 +122,10 @@ struct LayerBackward {
 
 enum class Input { kHeld, kDense, kEvents, kDenseSpikes };
 
-// The samples of a chunk at least.
-inline int64_t least_chunk(const Stack& s) {
+// The samples of a slice at least.
+inline int64_t least_slice(const Stack& s) {
     for (int l = 0; l < s.count; ++l)
-        if (s.layers[l].recurrent) return kStepChunk;
+        if (s.layers[l].recurrent) return kStepSlice;
     return 1;
 }
 
@@ -144,7 +144,7 @@ constexpr double kWordCycles = 4;             // forward: a tile or a segment wh
 constexpr double kSumCycles = 1.7;            // a sum of a subset, of 16 lanes
 constexpr double kSpikeWeightCycles = 0.052;  // a weight by batch.h, its input being spikes
 constexpr double kDenseWeightCycles = 0.15;   // the same for a dense input
-constexpr double kTotalCycles = 13;           // gradient: the lanes of a weight's sum that are added up, once a chunk
+constexpr double kTotalCycles = 13;           // gradient: the lanes of a weight's sum that are added up, once a slice
 constexpr double kBandCycles = 60;            // gradient: a block of ∂I that is brought into bands
 #elif defined(__AVX2__)
 constexpr double kProductCycles = 0.078, kExpandCycles = 130, kEventCycles = 10, kStripEventCycles = 5, kStripGradientCycles = 3.4;
@@ -161,18 +161,18 @@ constexpr double kBitsCycles = 60;    // a block of spikes that is brought into 
 constexpr double kStoreCycles = 45;   // forward: a block of currents that its neurons do not take from registers
 constexpr double kPieceCycles = 13;   // a piece of a unit that is brought into a tile, once a pass
 
-// The rows of a pass over a layer: all; those that fill vectors of spikes or floats, of which some do not exist; and the chunks
+// The rows of a pass over a layer: all; those that fill vectors of spikes or floats, of which some do not exist; and the slices
 // that a weight gradient is summed in.
 struct PassRows {
-    double all, filled, chunks;
+    double all, filled, slices;
     PassRows(const Stack& s, Input kind, bool forward) {
         const auto fill = [](int64_t count, int64_t size) { return divide_up(count, size) * size; };
         const int64_t steps = kind == Input::kHeld ? 1 : s.steps;
-        const int64_t samples = kind == Input::kHeld ? s.batch : Chunks{s.batch, s.steps, least_chunk(s)}.samples;
+        const int64_t samples = kind == Input::kHeld ? s.batch : Slices{s.batch, s.steps, least_slice(s)}.samples;
         all = static_cast<double>(s.batch * steps);
-        chunks = static_cast<double>(divide_up(s.batch, samples));
+        slices = static_cast<double>(divide_up(s.batch, samples));
         filled = forward ? static_cast<double>(fill(s.batch, are_spikes(kind) ? kSamples : kLanes) * steps)
-                         : chunks * static_cast<double>(fill(samples * steps, kLanes));
+                         : slices * static_cast<double>(fill(samples * steps, kLanes));
     }
 };
 
@@ -251,7 +251,7 @@ inline bool by_batch(const Stack& s, const Layer& layer, Input kind, bool forwar
     double cycles = rows.filled * weights * (spikes ? kSpikeWeightCycles : kDenseWeightCycles);
     if (spikes) cycles += rows.filled * plan.cols.blocks * kBitsCycles;
     cycles += forward ? rows.all * plan.rows.blocks * kStoreCycles
-                      : rows.chunks * weights * kTotalCycles + rows.filled * plan.rows.blocks * kBandCycles;
+                      : rows.slices * weights * kTotalCycles + rows.filled * plan.rows.blocks * kBandCycles;
     return s.batch_cost * cycles < plain_cycles(s, layer, kind, forward);
 }
 
@@ -299,7 +299,7 @@ inline bool by_need(const Stack& s, int l, double share, double listed) {
     return s.needed_cost * needed < rows * kRowCycles / (s.bf16 ? 2 : 1);
 }
 
-// Fills the input panel of a chunk: held rows, dense rows, or spikes as floats.
+// Fills the input panel of a slice: held rows, dense rows, or spikes as floats.
 inline void fill_panel(const Stack& s, const Layer& layer, Input kind, int64_t first, int64_t samples,
                        const Panel<float>& panel) {
     const Axis& axis = layer.plan->cols;

@@ -1,4 +1,4 @@
-// The backward pass of a stack, in chunks of the batch that stay in cache: for each chunk the layers from the last to the
+// The backward pass of a stack, in slices of the batch that stay in cache: for each slice the layers from the last to the
 // first, for each layer its neurons backwards over time, then its weight gradient. Every output element is summed by one
 // task in a fixed order, so results do not depend on the threads.
 #pragma once
@@ -161,13 +161,13 @@ struct WeightGradient {
     const Plan& plan() const { return *layer.plan; }
     bool spikes() const { return are_spikes(kind); }
 
-    // Memory for inputs, of at most so many rows of a chunk.
-    void take(const Chunks& chunks, int64_t rows, int threads, Arena& arena) {
+    // Memory for inputs, of at most so many rows of a slice.
+    void take(const Slices& slices, int64_t rows, int threads, Arena& arena) {
         const int64_t C = plan().cols.blocks;
         if (by_subsets || (by_batch && spikes())) {
             row_bits.bits = arena.take<uint16_t>(RowBits::size(C * kLanes, rows));
         } else if (kind == Input::kEvents) {
-            events.emplace(C, chunks.samples, chunks.steps, threads, arena);
+            events.emplace(C, slices.samples, slices.steps, threads, arena);
         } else {
             panel = {arena.take<float>(C * rows * kLanes), rows};
             if (by_batch) bands = {arena.take<float>(Bands::size(C * kLanes, rows)), C * kLanes};
@@ -194,33 +194,33 @@ inline double spike_rate(const Stack& s, int l) {
     return static_cast<double>(spikes) / (static_cast<double>(s.batch) * s.steps * layer.plan->rows.size);
 }
 
-// How ∂L/∂(input) of a layer is computed for the samples of a chunk: by the product, by events, or where it is needed.
+// How ∂L/∂(input) of a layer is computed for the samples of a slice: by the product, by events, or where it is needed.
 enum class Way { kProduct, kEvents, kNeeded };
 
-// The state of one layer's backward pass across chunks.
+// The state of one layer's backward pass across slices.
 struct BackwardLayer : LayerBackward {
     WeightGradient weights;
-    bool panel = false;  // ∂L/∂S is stored before the sweep: it comes in bands of 64 rows, or in another order of lanes
-    DualPanel grad;                               // ∂L/∂I: rows of the chunk; for a held input, one row per sample
+    bool panel = false;  // ∂L/∂S is stored before the scan: it comes in bands of 64 rows, or in another order of lanes
+    DualPanel grad;                               // ∂L/∂I: rows of the slice; for a held input, one row per sample
     std::optional<InputGradient> input_gradient;  // if the layer below or the input needs it
     float event_limit = 0;                        // share of events up to which it is computed by events
     std::optional<NeededGradient> needed;         // if the layer below may need only a part of it
-    bool lists_events = false;                    // in the current chunk
-    Way way = Way::kProduct;                      // of the last chunk, which its sweep expects of the next one
+    bool lists_events = false;                    // in the current slice
+    Way way = Way::kProduct;                      // of the last slice, which its scan expects of the next one
     Bands bands;                                  // of ∂L/∂I, where the product reads them
     ArrivalPanel arrivals;
     Late late;                                    // what its spikes are
     std::optional<RecurrentBackward> recurrent;
     std::optional<WeightGradient> recurrent_weights;
     uint64_t* reached;                            // [B][row blocks] bit i: ∂I of lane i is not 0 at some step
-    uint64_t* reached_in_chunk;                   // [row blocks] the same of any sample of the chunk
+    uint64_t* reached_in_slice;                   // [row blocks] the same of any sample of the slice
     float* constant;                              // ∂L/∂S for all t, [row blocks][64]; in the last layer one per sample
 
-    BackwardLayer(const Stack& s, int l, const Chunks& chunks, Arena& arena)
+    BackwardLayer(const Stack& s, int l, const Slices& slices, Arena& arena)
         : LayerBackward(s, l, arena), weights(s, layer, input_kind(s, l, false), arena) {
         const bool below = l > 0 || s.grad_x;
         const bool held = weights.kind == Input::kHeld;
-        const int64_t rows = held ? s.batch : chunks.rows();
+        const int64_t rows = held ? s.batch : slices.rows();
         grad = DualPanel(plan.rows.blocks, rows, s.bf16 && below, arena);
         if (below && !held && plan.rows.blocks <= kMostEventBlocks)
             event_limit = static_cast<float>(layer.gradient_event_limit * plan.event_runs.ratio);
@@ -229,7 +229,7 @@ struct BackwardLayer : LayerBackward {
             needed.emplace(plan, arena);
         if (below) input_gradient.emplace(plan, layer.values, s.bf16, lists_events, arena);
         if (layer.recurrent) {
-            recurrent.emplace(s, layer, chunks.samples, !held, arena);
+            recurrent.emplace(s, layer, slices.samples, !held, arena);
             Layer joined = layer;  // the recurrent connection, whose inputs are the layer's own spikes one step later
             joined.plan = layer.recurrent;
             joined.values = layer.recurrent_values;
@@ -239,14 +239,14 @@ struct BackwardLayer : LayerBackward {
             recurrent_weights.emplace(s, joined, spike_kind(s, joined, false), arena);
         }
         reached = arena.take<uint64_t>(static_cast<size_t>(plan.rows.blocks) * s.batch);
-        reached_in_chunk = arena.take<uint64_t>(plan.rows.blocks);
+        reached_in_slice = arena.take<uint64_t>(plan.rows.blocks);
         constant = arena.take<float>(last ? lanes() * s.batch : lanes());
         take_sums(recurrent ? recurrent->sums(s.batch) : s.batch, arena);
         if (last) return;
         const Plan& above = *s.layers[l + 1].plan;
         panel = !same_order(plan.rows, above.cols) || !above.sparse.empty() || recurrent;
         late = Late(s, layer, s.layers[l + 1], arena);
-        if (panel) arrivals = ArrivalPanel(plan.rows, above.cols, chunks.rows(), arena);
+        if (panel) arrivals = ArrivalPanel(plan.rows, above.cols, slices.rows(), arena);
     }
 
     float* constant_of(int64_t sample, int64_t r) const { return constant + (last ? sample * lanes() : 0) + r * kLanes; }
@@ -267,7 +267,7 @@ struct BackwardLayer : LayerBackward {
                (input_gradient && input_gradient->sparse());
     }
 
-    // True if its sweep should write ∂L/∂I in bfloat16 too.
+    // True if its scan should write ∂L/∂I in bfloat16 too.
     bool wants_halves() const { return grad.halves.data && way == Way::kProduct; }
 
     // The lanes of each block that a gradient reaches in some samples. Of a recurrent layer it is not known.
@@ -275,13 +275,13 @@ struct BackwardLayer : LayerBackward {
         for (int64_t r = 0; r < plan.rows.blocks; ++r) {
             uint64_t lanes = recurrent ? ~uint64_t{0} : 0;
             for (int64_t b = first; !recurrent && b < first + samples; ++b) lanes |= reached[b * plan.rows.blocks + r];
-            reached_in_chunk[r] = lanes;
+            reached_in_slice[r] = lanes;
         }
-        return reached_in_chunk;
+        return reached_in_slice;
     }
 };
 
-// ∂L/∂I of a layer for the samples of a chunk.
+// ∂L/∂I of a layer for the samples of a slice.
 struct CurrentGradient {
     Panel<float> rows;
     Bands bands;              // the same, unless nothing reads them
@@ -290,54 +290,54 @@ struct CurrentGradient {
 
 struct BackwardPass {
     const Stack& s;
-    Chunks chunks;
+    Slices slices;
     std::vector<BackwardLayer> layers;
     float* band_memory;                 // of ∂L/∂I of the layer that was swept last
     double* totals;
     EventLists event_lists;             // of the layer that is being swept
-    MergedEvents merged_events;         // of the same, and then for the sweep of the layer below
+    MergedEvents merged_events;         // of the same, and then for the scan of the layer below
     int64_t states_size, tile_size, scratch_size;  // of a worker: states of a block of some samples, a tile, then events of a
                                                    // step, or what is needed of all rows
     int64_t event_list = 0;
     float* scratch;
 
-    BackwardPass(const Stack& stack, Arena& arena) : s(stack), chunks{s.batch, s.steps, least_chunk(s)} {
+    BackwardPass(const Stack& stack, Arena& arena) : s(stack), slices{s.batch, s.steps, least_slice(s)} {
         int64_t lanes = 0, states = 0, listed_blocks = 0, listed = 0, most_rows = 0, grad_bands = 0;
         layers.reserve(s.count);
         for (int l = 0; l < s.count; ++l) {
-            const BackwardLayer& x = layers.emplace_back(s, l, chunks, arena);
-            const int64_t rows = x.recurrent ? most(x.grad.floats.rows, chunks.rows()) : x.grad.floats.rows;
+            const BackwardLayer& x = layers.emplace_back(s, l, slices, arena);
+            const int64_t rows = x.recurrent ? most(x.grad.floats.rows, slices.rows()) : x.grad.floats.rows;
             if (x.needs_bands()) grad_bands = most(grad_bands, Bands::size(x.lanes(), rows));
             most_rows = most(most_rows, divide_up(rows, kLanes) * kLanes);
             lanes = most(lanes, x.lanes());
             states = most(states, x.model.states);
             if (!x.lists_events) continue;
             listed_blocks = most(listed_blocks, x.plan.rows.blocks);
-            listed = most(listed, x.most_events(chunks.rows()));
+            listed = most(listed, x.most_events(slices.rows()));
         }
         // Memory that is needed at different times: the weight gradient of a layer begins after its lists were merged, and is given
         // what choose() returns.
         const size_t shared = arena.used;
-        if (listed_blocks) event_lists = EventLists(listed_blocks, chunks.samples, s.steps, arena);
+        if (listed_blocks) event_lists = EventLists(listed_blocks, slices.samples, s.steps, arena);
         size_t end = arena.used;
         const auto take = [&](WeightGradient& x, int64_t rows) {
             arena.used = shared;
-            x.take(chunks, rows, s.threads, arena);
+            x.take(slices, rows, s.threads, arena);
             end = most(end, arena.used);
         };
         for (BackwardLayer& x : layers) {
             take(x.weights, x.grad.floats.rows);
-            if (x.recurrent) take(*x.recurrent_weights, chunks.rows());
+            if (x.recurrent) take(*x.recurrent_weights, slices.rows());
         }
         arena.used = end;
         if (listed_blocks) {
-            merged_events = MergedEvents(listed_blocks, chunks.samples, s.steps, listed, arena);
+            merged_events = MergedEvents(listed_blocks, slices.samples, s.steps, listed, arena);
             event_list = listed_blocks * kLanes + EventLists::kSlack;
         }
         band_memory = arena.take<float>(grad_bands);
         totals = arena.take<double>(lanes);
         states_size = most(kNeededRows, s.steps) * states * kLanes;
-        tile_size = most(kLanes, chunks.group * s.steps) * kLanes;
+        tile_size = most(kLanes, slices.group * s.steps) * kLanes;
         scratch_size = most(most(states_size + tile_size + 2 * most(event_list, most(kNeededRows, s.steps)), lanes), most_rows);
         scratch = arena.take<float>(scratch_size * s.threads);
     }
@@ -352,10 +352,10 @@ struct BackwardPass {
             x.way = Way::kNeeded, x.lists_events = false;
             x.needed->load(x.layer.values, s.threads);
         }
-        for (int64_t first = 0; first < s.batch; first += chunks.samples) {
-            const int64_t samples = least(chunks.samples, s.batch - first);
+        for (int64_t first = 0; first < s.batch; first += slices.samples) {
+            const int64_t samples = least(slices.samples, s.batch - first);
             for (size_t l = layers.size(); l-- > 0;) {
-                sweep(layers[l], layers[layers[l].last ? l : l + 1], first, samples);
+                scan(layers[l], layers[layers[l].last ? l : l + 1], first, samples);
                 if (layers[l].weights.kind != Input::kHeld) hand_down(l, first, samples, s.steps);
             }
         }
@@ -373,8 +373,8 @@ struct BackwardPass {
             for (int64_t r = 0; r < x.plan.rows.blocks; ++r) x.constant_part(s, b, r, x.constant_of(b, r));
     }
 
-    // How to compute the input gradient of a layer in a chunk, after its sweep: by events or by the product. The sweep
-    // writes only what the choice in the chunk before suggests.
+    // How to compute the input gradient of a layer in a slice, after its scan: by events or by the product. The scan
+    // writes only what the choice in the slice before suggests.
     void choose(BackwardLayer& x, const uint64_t* reached, int64_t samples, int64_t steps) {
         const int64_t rows = samples * steps, R = x.plan.rows.blocks;
         const bool had_halves = x.wants_halves();
@@ -402,7 +402,7 @@ struct BackwardPass {
     template <class F>
     void each_input_gradient(const BackwardLayer& x, int64_t rows, int64_t grain, const F& call) const {
         const bool banded = x.way == Way::kProduct && x.input_gradient->sparse();
-        x.input_gradient->each_task(rows, banded ? kLanes : chunks.group * s.steps, banded, s.threads, grain, call);
+        x.input_gradient->each_task(rows, banded ? kLanes : slices.group * s.steps, banded, s.threads, grain, call);
     }
 
     // Rows row … of an input gradient, for block c of its columns.
@@ -414,11 +414,11 @@ struct BackwardPass {
                                          reinterpret_cast<uint16_t*>(factor + event_list), factor, out + i * kLanes);
     }
 
-    // ∂L/∂S of a layer, its neurons backwards, and with that ∂L/∂I, for the samples of a chunk.
-    void sweep(BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) {
+    // ∂L/∂S of a layer, its neurons backwards, and with that ∂L/∂I, for the samples of a slice.
+    void scan(BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) {
         if (x.recurrent) {
             if (!x.last) fill_arrivals(x, above, first, samples);
-            sweep_steps(x, first, samples);
+            scan_steps(x, first, samples);
             if (x.weights.kind != Input::kHeld) return;
             const Panel<float>& rows = x.recurrent->rows;
             Bands bands;
@@ -426,15 +426,15 @@ struct BackwardPass {
             return weight_gradient(*x.recurrent_weights, {rows, bands, x.reached_in(first, samples)}, first, samples, s.steps);
         }
         const bool in_place = above.way == Way::kNeeded || (above.way == Way::kEvents && x.arrivals.aligned);
-        if (x.panel && !in_place) return sweep_panel(x, above, first, samples);
-        sweep_tiles(x, above, first, samples);
+        if (x.panel && !in_place) return scan_panel(x, above, first, samples);
+        scan_tiles(x, above, first, samples);
     }
 
     // Blocks of some samples at once; where ∂L/∂S is computed as needed, all blocks of a group, whose ∂L/∂I above stays in L2. The
     // last layer has no part of ∂L/∂S that depends on t.
-    void sweep_tiles(const BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) const {
+    void scan_tiles(const BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) const {
         const bool needed = !x.last && above.way == Way::kNeeded;
-        const int64_t T = s.steps, R = x.plan.rows.blocks, group = needed ? most(1, kNeededRows / T) : x.last ? 1 : chunks.group;
+        const int64_t T = s.steps, R = x.plan.rows.blocks, group = needed ? most(1, kNeededRows / T) : x.last ? 1 : slices.group;
         const int64_t groups = divide_up(samples, group);
         parallel(s.threads, R * groups, x.last ? 4 : 2, [&](int64_t task, int worker) {
             const int64_t r = needed ? task % R : task / groups, b = (needed ? task / R : task % groups) * group;
@@ -448,7 +448,7 @@ struct BackwardPass {
             for (int64_t i = 0; i < count; ++i) {
                 float* const arrived = x.last ? nullptr : tile + i * T * kLanes;
                 if (x.late.lanes) x.late.shift(s, first + b + i, r, arrived);
-                sweep_block(x, first, b + i, r, arrived, room, needed ? states[i] : nullptr);
+                scan_block(x, first, b + i, r, arrived, room, needed ? states[i] : nullptr);
             }
         });
     }
@@ -488,13 +488,13 @@ struct BackwardPass {
             });
     }
 
-    void sweep_panel(const BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) const {
+    void scan_panel(const BackwardLayer& x, const BackwardLayer& above, int64_t first, int64_t samples) const {
         const Panel<float>& panel = x.arrivals.panel;
         const int64_t R = x.plan.rows.blocks, T = s.steps;
         if (samples < s.threads) {
             fill_arrivals(x, above, first, samples);
             return parallel_pairs(s.threads, samples, R, 4, [&](int64_t b, int64_t r, int worker) {
-                sweep_block(x, first, b, r, panel.at(r, b * T), scratch + worker * scratch_size);
+                scan_block(x, first, b, r, panel.at(r, b * T), scratch + worker * scratch_size);
             });
         }
         store_arrivals(x, above, samples);
@@ -503,13 +503,13 @@ struct BackwardPass {
             for (int64_t t = 0; !x.arrivals.aligned && t < T; ++t) x.arrivals.reorder(b * T + t, room);
             for (int64_t r = 0; r < R; ++r) {
                 if (x.late.lanes) x.late.shift(s, first + b, r, panel.at(r, b * T));
-                sweep_block(x, first, b, r, panel.at(r, b * T), room);
+                scan_block(x, first, b, r, panel.at(r, b * T), room);
             }
         });
     }
 
     // All neurons of a recurrent layer, one step after the other (recurrent.h).
-    void sweep_steps(BackwardLayer& x, int64_t first, int64_t samples) const {
+    void scan_steps(BackwardLayer& x, int64_t first, int64_t samples) const {
         RecurrentBackward& v = *x.recurrent;
         const int64_t R = x.plan.rows.blocks, group = v.group(), groups = divide_up(samples, group), T = s.steps;
         const Panel<float>& rows = x.weights.kind == Input::kHeld ? v.rows : x.grad.floats;
@@ -559,7 +559,7 @@ struct BackwardPass {
         for (int64_t b = 0; b < samples; b += v.group()) x.clear(v.sum_of(first, b), r);
     }
 
-    // One step of block r of `samples` samples of the chunk, from sample b on.
+    // One step of block r of `samples` samples of the slice, from sample b on.
     void step_blocks(const BackwardLayer& x, int64_t first, int64_t b, int64_t samples, int64_t r, int64_t t,
                      bool compact) const {
         const RecurrentBackward& v = *x.recurrent;
@@ -620,7 +620,7 @@ struct BackwardPass {
         const StoredCurrent current{kept_currents(s, x.layer, sample, r), 0};
         alignas(64) float states[kMostStates * kLanes];
         load_states(s, x.layer, x.layer.state, sample, r, states);
-        forward_sweep<StoredCurrent>(x.layer.neurons)(current, s.steps, own, {nullptr, room, nullptr, states});
+        forward_scan<StoredCurrent>(x.layer.neurons)(current, s.steps, own, {nullptr, room, nullptr, states});
         return room;
     }
 
@@ -643,9 +643,9 @@ struct BackwardPass {
         return static_cast<double>(needed) / static_cast<double>(visited * s.steps * kLanes);
     }
 
-    // Block r of sample b of the chunk that begins with sample `first`. `arrived` is the part of ∂L/∂S that depends on t,
+    // Block r of sample b of the slice that begins with sample `first`. `arrived` is the part of ∂L/∂S that depends on t,
     // [T][64], or null. `states` are those of states_of(); null: they are found in `room`.
-    void sweep_block(const BackwardLayer& x, int64_t first, int64_t b, int64_t r, const float* arrived, float* room,
+    void scan_block(const BackwardLayer& x, int64_t first, int64_t b, int64_t r, const float* arrived, float* room,
                      const float* states = nullptr) const {
         const int64_t sample = first + b, T = s.steps;
         const bool held = x.weights.kind == Input::kHeld;
@@ -659,7 +659,7 @@ struct BackwardPass {
         if (!held) out.rows = x.grad.floats.at(r, b * T);
         if (!held && x.wants_halves()) out.halves = x.grad.halves.at(r, b * T);
         if (!held && x.lists_events) out.events = event_lists.of(r, b);
-        x.sweep({arrived, x.constant_of(sample, r)}, states, T, own.block, x.layer.neurons.alpha, out);
+        x.scan({arrived, x.constant_of(sample, r)}, states, T, own.block, x.layer.neurons.alpha, out);
         for (int v = 0; held && v < kVecs; ++v) {
             const Vec g = load(out.current + v * W);
             store(x.grad.floats.at(r, sample) + v * W, g);
@@ -683,7 +683,7 @@ struct BackwardPass {
         if (l == 0 && s.grad_x) store_input_gradient(x, first, samples, steps);
     }
 
-    // Adds what the samples of a chunk give, of whose currents `of` is the gradient.
+    // Adds what the samples of a slice give, of whose currents `of` is the gradient.
     void weight_gradient(WeightGradient& x, const CurrentGradient& of, int64_t first, int64_t samples, int64_t steps) const {
         const Panel<float>& grad = of.rows;
         if (x.by_batch) return weight_gradient_by_batch(x, of, first, samples, steps);
@@ -752,7 +752,7 @@ struct BackwardPass {
         });
     }
 
-    // Turns the sums over all chunks into the gradients of weights and parameters.
+    // Turns the sums over all slices into the gradients of weights and parameters.
     void finish(const BackwardLayer& x) const {
         x.weights.finish(s.threads);
         if (x.recurrent) x.recurrent_weights->finish(s.threads);

@@ -62,8 +62,8 @@ struct ForwardLayer {
           lower(l ? &s.layers[l - 1] : nullptr),
           held(!l && s.held),
           parameters(layer, arena),
-          scratch_size(most(kTile, Chunks{s.batch, s.steps}.group * s.steps * kLanes)),
-          panel(plan.cols.blocks, held ? s.batch : Chunks{s.batch, s.steps}.rows(), s.bf16, arena),
+          scratch_size(most(kTile, Slices{s.batch, s.steps}.group * s.steps * kLanes)),
+          panel(plan.cols.blocks, held ? s.batch : Slices{s.batch, s.steps}.rows(), s.bf16, arena),
           states(layer.states) {
         const int64_t blocks = static_cast<int64_t>(s.batch) * plan.rows.blocks, lanes = plan.cols.blocks * int64_t{kLanes};
         const bool small = !plan.by_row.empty() && s.batch >= kSamples;
@@ -110,13 +110,13 @@ struct ForwardLayer {
     // The neurons of block r of sample b over all steps; those of a recurrent layer wait for one another (recurrent.h), so
     // that only their currents are stored.
     template <class Current>
-    void neurons(ForwardSweep<Current> sweep, const Current& current, int64_t b, int64_t r) const {
+    void neurons(ForwardScan<Current> scan, const Current& current, int64_t b, int64_t r) const {
         const int64_t block = b * plan.rows.blocks + r;
         if (layer.recurrent) return store_currents(current, b, r);
         alignas(64) float edge[kMostStates * kLanes];
         load_states(stack, layer, layer.state, b, r, edge);
         const SampleParameters own(parameters, layer, b, r);
-        sweep(current, stack.steps, own.block,
+        scan(current, stack.steps, own.block,
               {layer.spikes + block * stack.steps, kept_states(stack, layer, b, r), counts + block * kLanes, edge});
         if (layer.last) store_states(stack, layer, edge, b, r, layer.last);
     }
@@ -143,11 +143,11 @@ struct ForwardLayer {
 
     template <class Current>
     void run_events() const {
-        const auto sweep = forward_sweep<Current>(layer.neurons);
+        const auto scan = forward_scan<Current>(layer.neurons);
         const int64_t C = plan.cols.blocks, T = stack.steps, B = stack.batch;
         parallel_pairs(stack.threads, plan.rows.blocks, B, least(32, B), [&](int64_t r, int64_t b, int) {
             const uint64_t* words = layer.inputs + b * C * T;
-            neurons(sweep, Current{{&plan, r, words, T, tiles, parameters.bias + r * kLanes}}, b, r);
+            neurons(scan, Current{{&plan, r, words, T, tiles, parameters.bias + r * kLanes}}, b, r);
         });
     }
 
@@ -155,14 +155,14 @@ struct ForwardLayer {
     // block r; `row_blocks`: one block of rows after the other, else one group of samples.
     template <class F>
     void each_group(int64_t first, int64_t count, int64_t group, bool row_blocks, int64_t grain, const F& currents) const {
-        const auto sweep = forward_sweep<StoredCurrent>(layer.neurons);
+        const auto scan = forward_scan<StoredCurrent>(layer.neurons);
         const int64_t R = plan.rows.blocks, parts = divide_up(count, group), stride = held ? 0 : kLanes;
         parallel(stack.threads, R * parts, grain, [&](int64_t task, int worker) {
             const int64_t r = row_blocks ? task / parts : task % R, b = (row_blocks ? task % parts : task / R) * group;
             const int64_t samples = least(group, count - b);
             const float* own = currents(r, b, samples, scratch + worker * scratch_size);
             for (int64_t i = 0; i < samples; ++i, own += held ? kLanes : stack.steps * kLanes)
-                neurons(sweep, StoredCurrent{own, stride}, first + b + i, r);
+                neurons(scan, StoredCurrent{own, stride}, first + b + i, r);
         });
     }
 
@@ -204,8 +204,8 @@ struct ForwardLayer {
     void run_product() const {
         const Weights weights{&plan.forward, plan.rows.strip, tiles, pairs, kForwardPartial};
         const int64_t B = stack.batch, steps = held ? 1 : stack.steps;
-        const Chunks chunks{B, stack.steps};
-        const int64_t most_samples = held ? B : chunks.samples, group = held ? 2 * kGroupRows : chunks.group;
+        const Slices slices{B, stack.steps};
+        const int64_t most_samples = held ? B : slices.samples, group = held ? 2 * kGroupRows : slices.group;
         for (int64_t first = 0; first < B; first += most_samples) {
             const int64_t count = least(most_samples, B - first);
             fill_panel(stack, layer, kind, first, count, panel.floats);

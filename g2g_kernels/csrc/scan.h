@@ -1,7 +1,7 @@
-// Sweeps over time for one block of 64 lanes of one sample, forward and backward.
+// Scans over time for one block of 64 lanes of one sample, forward and backward.
 //
-// States, their gradients and the running sums stay in registers over all T. For LIF neurons the forward sweep writes
-// 8 B of spike word per step (and 256 B of membranes if they are kept); the backward sweep reads 256 B of membranes and
+// States, their gradients and the running sums stay in registers over all T. For LIF neurons the forward scan writes
+// 8 B of spike word per step (and 256 B of membranes if they are kept); the backward scan reads 256 B of membranes and
 // 256 B of ∂L/∂S and writes 256 B of ∂I.
 #pragma once
 
@@ -11,7 +11,7 @@
 
 namespace g2g::G2G_ISA {
 
-// What a forward sweep writes for one block; all may be null. `edge` [states][64] holds the states before the first step
+// What a forward scan writes for one block; all may be null. `edge` [states][64] holds the states before the first step
 // (null: zeros), and then those after the last.
 struct BlockActivity {
     uint64_t* words;  // [T]
@@ -32,7 +32,7 @@ struct StoredCurrent {
 // current(t, I) fills I[kVecs]. Small structures are passed by reference: a copy would be read in wider words than it
 // was just written in, and such a read waits until all earlier stores have left for memory.
 template <class M, int R, class Current>
-void sweep_forward(const Current& current, int64_t steps, const LaneParameters& parameters, const BlockActivity& out) {
+void scan_forward(const Current& current, int64_t steps, const LaneParameters& parameters, const BlockActivity& out) {
     constexpr int S = M::info.states, P = M::info.parameters;
     uint64_t* const words = out.words;
     float* const states = out.states;
@@ -64,12 +64,12 @@ void sweep_forward(const Current& current, int64_t steps, const LaneParameters& 
 }
 
 template <class Current>
-using ForwardSweep = void (*)(const Current&, int64_t, const LaneParameters&, const BlockActivity&);
+using ForwardScan = void (*)(const Current&, int64_t, const LaneParameters&, const BlockActivity&);
 
 template <class Current>
-ForwardSweep<Current> forward_sweep(const Neurons& neurons) {
-    return with_step(neurons, [](auto model, auto reset) -> ForwardSweep<Current> {
-        return sweep_forward<decltype(model), decltype(reset)::value, Current>;
+ForwardScan<Current> forward_scan(const Neurons& neurons) {
+    return with_step(neurons, [](auto model, auto reset) -> ForwardScan<Current> {
+        return scan_forward<decltype(model), decltype(reset)::value, Current>;
     });
 }
 
@@ -82,14 +82,14 @@ struct Upstream {
     }
 };
 
-// Where a backward sweep lists what reaches membranes through their own spikes, σ'(U_t − θ)·∂L/∂S_t, wherever that is not
+// Where a backward scan lists what reaches membranes through their own spikes, σ'(U_t − θ)·∂L/∂S_t, wherever that is not
 // zero; null: not wanted.
 struct BlockEvents {
     float* value;     // [T · 64] at most, the steps downwards
     uint64_t* words;  // [T] bit i: lane i is listed
 };
 
-// What a backward sweep writes for one block, float [64] for sums over t.
+// What a backward scan writes for one block, float [64] for sums over t.
 struct BlockGradient {
     float* rows;       // ∂L/∂I_t, [T][64], may be null
     uint16_t* halves;  // the same in bfloat16, may be null
@@ -101,9 +101,9 @@ struct BlockGradient {
     float* edge;         // [states][64]: ∂L/∂(states after the last step), and then ∂L/∂first; null: zeros, not wanted
 };
 
-// upstream(t, g) fills g[kVecs] with ∂L/∂S_t; `states` [T][states][64] as the forward sweep left them.
+// upstream(t, g) fills g[kVecs] with ∂L/∂S_t; `states` [T][states][64] as the forward scan left them.
 template <class M, int R, class Surrogate>
-void sweep_backward(const Upstream& upstream, const float* states, int64_t steps, const LaneParameters& parameters,
+void scan_backward(const Upstream& upstream, const float* states, int64_t steps, const LaneParameters& parameters,
                     float alpha, const BlockGradient& out) {
     constexpr int S = M::info.states, P = M::info.parameters;
     float* const rows = out.rows;
@@ -158,11 +158,11 @@ void sweep_backward(const Upstream& upstream, const float* states, int64_t steps
     }
 }
 
-using BackwardSweep = void (*)(const Upstream&, const float*, int64_t, const LaneParameters&, float, const BlockGradient&);
+using BackwardScan = void (*)(const Upstream&, const float*, int64_t, const LaneParameters&, float, const BlockGradient&);
 
-inline BackwardSweep backward_sweep(const Neurons& neurons) {
-    return with_gradient(neurons, [](auto model, auto reset, auto surrogate) -> BackwardSweep {
-        return sweep_backward<decltype(model), decltype(reset)::value, decltype(surrogate)>;
+inline BackwardScan backward_scan(const Neurons& neurons) {
+    return with_gradient(neurons, [](auto model, auto reset, auto surrogate) -> BackwardScan {
+        return scan_backward<decltype(model), decltype(reset)::value, decltype(surrogate)>;
     });
 }
 

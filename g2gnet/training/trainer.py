@@ -101,6 +101,7 @@ class Trainer(EpochTrainer):
         self.net = self._build_network(*self._sizes).to(device)
         if order is not None:
             self.net.input_order.copy_(order)
+            self.net.settle()  # steps do not wait for the device to read it
         if settings.standardize:
             mean, deviation = self.data.moments()
             self.net.input_mean.fill_(mean)

@@ -300,7 +300,10 @@ class SpikingNetwork(PopulationGraph):
                     f"{wrong[0]} was given to a network whose modules are called in turn, and they return spikes only "
                     f"({why}); take single steps with step(x, state)"
                 )
-        states, sent = self._divided(state, inputs.shape[-2:-1])
+        states: Sequence[NeuronState | None] = (None,) * self.depth
+        sent: Sequence[torch.Tensor | None] = (None,) * (self.depth + 1)
+        if state is not None:
+            states, sent = self._divided(state, inputs.shape[-2:-1])
         drops: Sequence[torch.Tensor | None] = of_populations or (None,) * self.depth
         modules: dict[str, Any] = self._modules
         populations = []
@@ -322,7 +325,7 @@ class SpikingNetwork(PopulationGraph):
                 neurons, gives = neurons.integrating(), membranes or self._readout != "last"
             before = None if state is None else as_one(states[number])
             populations.append(Population(neurons, connections, drops[number], before, sent[number], gives))
-        steps = self.T if inputs.dim() == 2 else None
+        steps = self._T if inputs.dim() == 2 else None
         called = None if why is None else CalledModules(why, self._called(), scale)
         return Call(inputs, tuple(populations), steps, sent[-1], self.backend, spikes, modules=called)
 
@@ -348,9 +351,12 @@ class SpikingNetwork(PopulationGraph):
 
     def _time_first(self, inputs: torch.Tensor, batch_first: bool | None) -> torch.Tensor:
         """Inputs [B, D] or [T, B, D], as :meth:`simulate` takes them."""
-        check_input(inputs)
-        if inputs.dim() != 3 or batch_first:
-            return inputs.transpose(0, 1) if inputs.dim() == 3 else inputs
+        if not isinstance(inputs, torch.Tensor):
+            check_input(inputs)
+        if inputs.dim() != 3:
+            return inputs
+        if batch_first:
+            return inputs.transpose(0, 1)
         steps, (first, second, _) = self._fixed_steps(), inputs.shape
         if batch_first is None and steps is not None and first != steps == second:
             raise ValueError(
@@ -480,10 +486,7 @@ class SpikingNetwork(PopulationGraph):
     def forward(self, x: torch.Tensor, *, batch_first: bool | None = None) -> torch.Tensor:
         """Inputs [B, D] held for T steps, or [T, B, D] → logits [B, C]: the output's spike counts, or its readout.
         ``batch_first`` as for :meth:`simulate`."""
-        activity = self.simulate(
-            x, batch_first=batch_first
-        )  # not its property: torch.export of PyTorch 2.6 leaves that out of its graph
-        return activity.counts if activity.readout is None else activity.readout
+        return answer(self.simulate(x, batch_first=batch_first))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -506,6 +509,11 @@ class SpikingNetwork(PopulationGraph):
                 f"{key}: saved by a network with {saved} time steps, this one has {self.T}; load it into one with "
                 f"T={saved}, whose T can be changed afterwards, or remove {key!r} from the state"
             )
+
+
+def answer(activity: Activity) -> torch.Tensor:
+    """Its output. (By no property: torch.export of PyTorch 2.6 leaves that out of its graph.)"""
+    return activity.counts if activity.readout is None else activity.readout
 
 
 def check_input(x: object) -> None:

@@ -179,10 +179,6 @@ class Operator:
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         return self.choose(*args, backend=backend).way.run(*args)
 
-    def candidates(self) -> tuple[Any, ...]:
-        """What a choice depends on besides the call: all backends, their ways, and the one in force."""
-        return *BACKENDS.values(), *self.ways.values(), _environment()
-
     def in_order(self, forced: str | None = None) -> list[str]:
         """The backends that are asked, :data:`ANY` among them."""
         names = [forced] if forced else [*BACKENDS]

@@ -180,7 +180,7 @@ def _stack(
     populations = []
     for number, (mask, (values, bias, beta, threshold)) in enumerate(zip(masks, weights, strict=False)):
         connections = [Connection("linear", values, _on_device(mask, x), number - 1, bias=bias)]
-        if own is not None:
+        if own is not None and joined is not None:
             connections.append(Connection("linear", joined, _on_device(own, x), number, Delay(1, 1)))
         populations.append(Population(Neurons("lif", (beta, threshold)), tuple(connections)))
     activity = g2g_stack(x, populations, STEPS, backend=backend)

@@ -104,7 +104,8 @@ def encode(
     """
     if enc not in ENCODINGS:
         check_choice("enc", enc, ENCODINGS)
-    check_samples(x)
+    if not x.is_floating_point():
+        check_samples(x)
     shape = x.shape[-2:]
     if part is not None:
         x = x[..., part, :]

@@ -16,7 +16,7 @@ from g2gnet.layers import G2GLinear
 from g2gnet.network_settings import NetworkSettings
 from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.sequences import tapped, unfold
-from g2gnet.spiking_network import Projection, SpikingNetwork, check_input
+from g2gnet.spiking_network import Projection, SpikingNetwork, answer, check_input
 from g2gnet.weights.densities import layer_probabilities
 from g2gnet.weights.patterns import Pattern, layer_mask, mask_between
 
@@ -193,7 +193,8 @@ class G2GNet(SpikingNetwork):
         [T, B, D]; x [T, B, D] as it is. With ``part``, only these samples are encoded, as they would be in the whole
         batch.
         """
-        check_input(x)
+        if not isinstance(x, torch.Tensor):
+            check_input(x)
         if x.dim() == 3:
             return x if part is None else x[:, part]
         if self.standardize:
@@ -202,7 +203,7 @@ class G2GNet(SpikingNetwork):
         if self.sequence != "none":
             self.settle()
             x = unfold(x, self.whole("input_order"))
-        x = encode(x, self.enc, self.T, self.enc_scale, self.enc_bias, generator, part)
+        x = encode(x, self.enc, self._T, self.enc_scale, self.enc_bias, generator, part)
         return x if self.input_taps == 1 else tapped(x, self.input_taps)
 
     def forward(
@@ -213,7 +214,7 @@ class G2GNet(SpikingNetwork):
         Inputs over time go to fc1 as they are, neither standardised nor encoded; ``batch_first`` as for
         :meth:`simulate`. :meth:`predict` takes samples of any shape.
         """
-        return super().forward(self.encode(self._time_first(x, batch_first), generator), batch_first=False)
+        return answer(self.simulate(self.encode(self._time_first(x, batch_first), generator), batch_first=False))
 
     def predict(
         self, samples: torch.Tensor | np.ndarray, batch_size: int = 256, generator: torch.Generator | None = None

@@ -41,12 +41,10 @@ class SpikingNetwork(PopulationGraph):
     first step S is 0, or what the state continues; the input is 0 before it. Biases act at every step. Gradients pass
     through spikes by the surrogate.
 
-    Populations that form a chain (each receives the one before, and its own spikes one step later) run in one call
-    (:func:`g2g_kernels.g2g_stack`), which reads their weights and parameters. What only a call of a module would run
-    (hooks on one of them, which also rewrite its weights; a ``forward`` of its own; another module in its place) is not
-    left out: modules are then called in turn, on their own ``backend``. That is slower, gives the same results, and is
-    logged once. Other graphs run population by population over all steps; populations on a cycle together, as many
-    steps at a time as the delays of the cycle allow.
+    One call (:func:`g2g_kernels.g2g_stack`) reads all weights and parameters; :meth:`explain` says which way it runs.
+    What only a call of a module would run (hooks on one of them, which also rewrite its weights; a ``forward`` of its
+    own; another module in its place) is not left out: modules are then called in turn, on their own ``backend``. That
+    is slower, gives the same results, and is logged once.
 
     Args:
         populations: their neurons by name. Sizes follow from the projections.
@@ -248,18 +246,10 @@ class SpikingNetwork(PopulationGraph):
         return activity
 
     def explain(
-        self,
-        inputs: torch.Tensor,
-        state: StackState | None = None,
-        chunk: int | None = None,
-        *,
-        dropped: Sequence[torch.Tensor] | None = None,
-        spikes: bool = False,
-        membranes: bool = False,
-        batch_first: bool | None = None,
+        self, inputs: torch.Tensor, state: StackState | None = None, chunk: int | None = None, **options: Any
     ) -> Choice:
-        """Which way :meth:`simulate` would run these arguments, and why none before it in the table of ways does; it
-        may be printed, and runs nothing.
+        """Which way :meth:`simulate` would run with these arguments, which are its own, and why none before it in the
+        table of ways does; it may be printed, and runs nothing.
 
         Example:
             >>> from g2gnet import G2GNet
@@ -267,19 +257,20 @@ class SpikingNetwork(PopulationGraph):
             g2g_stack runs by reference
               not operators in turn: those of backend torch are the reference
         """
-        if self.training and self._dropout and dropped is None:  # draws nothing
-            dropped = [torch.zeros(inputs.shape[-2], size, dtype=torch.bool) for size in self.sizes[: self.depth - 1]]
-        return choose(self._call(inputs, state, chunk, dropped, spikes, membranes, batch_first), chunk)
+        if self.training and self._dropout and options.get("dropped") is None:  # draws nothing
+            shapes = [(inputs.shape[-2], size) for size in self.sizes[: self.depth - 1]]
+            options["dropped"] = [torch.zeros(shape, dtype=torch.bool) for shape in shapes]
+        return choose(self._call(inputs, state, chunk, **options), chunk)
 
     def _call(
         self,
         inputs: torch.Tensor,
         state: StackState | None,
         chunk: int | None,
-        dropped: Sequence[torch.Tensor] | None,
-        spikes: bool,
-        membranes: bool,
-        batch_first: bool | None,
+        dropped: Sequence[torch.Tensor] | None = None,
+        spikes: bool = False,
+        membranes: bool = False,
+        batch_first: bool | None = None,
     ) -> Call:
         """A run as the operator takes it. What kept neurons send is scaled: the weights that it meets are."""
         inputs = self._time_first(inputs, batch_first if state is None else bool(batch_first))
@@ -300,15 +291,17 @@ class SpikingNetwork(PopulationGraph):
                     f"{wrong[0]} was given to a network whose modules are called in turn, and they return spikes only "
                     f"({why}); take single steps with step(x, state)"
                 )
-        states, sent = self._divided(state, inputs.shape[-2:-1])
+        states: Sequence[NeuronState | None] = (None,) * self.depth
+        sent: Sequence[torch.Tensor | None] = (None,) * (self.depth + 1)
+        if state is not None:
+            states, sent = self._divided(state, inputs.shape[-2:-1])
         drops: Sequence[torch.Tensor | None] = of_populations or (None,) * self.depth
         modules: dict[str, Any] = self._modules
         populations = []
         for number, name in enumerate(self.populations):
-            if why is not None:
-                neurons, connections = getattr(modules[name], "population", None), self._as_modules(number)
-            else:
-                neurons, connections = modules[name].population, ()
+            # neurons of other people's have no record
+            neurons: Any = modules[name].population if why is None else getattr(modules[name], "population", None)
+            connections = () if why is None else self._as_modules(number)
             for route in self._to[number] if why is None else ():
                 module = modules[route.name]
                 (values, mask), observer = module.observed_weights()
@@ -322,21 +315,19 @@ class SpikingNetwork(PopulationGraph):
                 neurons, gives = neurons.integrating(), membranes or self._readout != "last"
             before = None if state is None else as_one(states[number])
             populations.append(Population(neurons, connections, drops[number], before, sent[number], gives))
-        steps = self.T if inputs.dim() == 2 else None
+        steps = self._T if inputs.dim() == 2 else None
         called = None if why is None else CalledModules(why, self._called(), scale)
         return Call(inputs, tuple(populations), steps, sent[-1], self.backend, spikes, modules=called)
 
     def _as_modules(self, number: int) -> tuple[Connection, ...]:
         """The same where modules are called, which have the weights."""
-        modules: dict[str, Any] = self._modules
-        return tuple(
-            [
-                Connection(
-                    "module", None, None, route.source, self._delay(route), getattr(modules[route.name], "bias", True)
-                )
-                for route in self._to[number]
-            ]
-        )
+        connections: tuple[Connection, ...] = ()
+        for route in self._to[number]:
+            bias: Any = getattr(self._modules[route.name], "bias", True)
+            weights: Any = None
+            each = Connection("module", weights, None, route.source, self._delay(route), bias)
+            connections = (*connections, each)
+        return connections
 
     def _called(self) -> list[ModulesOf]:
         """The modules of each population."""
@@ -348,9 +339,12 @@ class SpikingNetwork(PopulationGraph):
 
     def _time_first(self, inputs: torch.Tensor, batch_first: bool | None) -> torch.Tensor:
         """Inputs [B, D] or [T, B, D], as :meth:`simulate` takes them."""
-        check_input(inputs)
-        if inputs.dim() != 3 or batch_first:
-            return inputs.transpose(0, 1) if inputs.dim() == 3 else inputs
+        if not isinstance(inputs, torch.Tensor):
+            check_input(inputs)
+        if inputs.dim() != 3:
+            return inputs
+        if batch_first:
+            return inputs.transpose(0, 1)
         steps, (first, second, _) = self._fixed_steps(), inputs.shape
         if batch_first is None and steps is not None and first != steps == second:
             raise ValueError(
@@ -459,16 +453,12 @@ class SpikingNetwork(PopulationGraph):
         recorders = [hook for hook in self._activity_hooks.values() if isinstance(hook, OwnHook)]
         self.calls_layers = bool(recorders)  # what they do is recorded here
         try:
-            own = zip(range(self.depth), self.neurons().values(), states, sent)  # noqa: B905  (the input comes last)
-            populations = [
-                Population(
-                    getattr(neurons, "population", None),
-                    self._as_modules(number),
-                    state=(before,) if isinstance(before, torch.Tensor) else before,
-                    sent=earlier,
-                )
-                for number, neurons, before, earlier in own
-            ]
+            populations = []
+            for number, module in enumerate(self.neurons().values()):
+                record: Any = getattr(module, "population", None)
+                before: Any = states[number]
+                before = (before,) if isinstance(before, torch.Tensor) else before
+                populations.append(Population(record, self._as_modules(number), None, before, sent[number]))
             call = Call(x[None], tuple(populations), before=sent[-1])
             output, trains, after = step_of_called(call, self._called(), self._readout == "counts")
         finally:
@@ -480,10 +470,7 @@ class SpikingNetwork(PopulationGraph):
     def forward(self, x: torch.Tensor, *, batch_first: bool | None = None) -> torch.Tensor:
         """Inputs [B, D] held for T steps, or [T, B, D] → logits [B, C]: the output's spike counts, or its readout.
         ``batch_first`` as for :meth:`simulate`."""
-        activity = self.simulate(
-            x, batch_first=batch_first
-        )  # not its property: torch.export of PyTorch 2.6 leaves that out of its graph
-        return activity.counts if activity.readout is None else activity.readout
+        return answer(self.simulate(x, batch_first=batch_first))
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -506,6 +493,11 @@ class SpikingNetwork(PopulationGraph):
                 f"{key}: saved by a network with {saved} time steps, this one has {self.T}; load it into one with "
                 f"T={saved}, whose T can be changed afterwards, or remove {key!r} from the state"
             )
+
+
+def answer(activity: Activity) -> torch.Tensor:
+    """Its output. (By no property: torch.export of PyTorch 2.6 leaves that out of its graph.)"""
+    return activity.counts if activity.readout is None else activity.readout
 
 
 def check_input(x: object) -> None:

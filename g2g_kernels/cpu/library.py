@@ -174,31 +174,33 @@ def instruction_set() -> str:
 def run(kernel: Callable[..., int], arguments: Structure, backward: bool = False) -> None:
     """Calls a pass of a kernel. Raises ValueError for what it cannot number, MemoryError without scratch memory."""
     address = ctypes.addressof(arguments)
-    size = _checked(kernel(address, backward, None))
+    size = kernel(address, backward, None)
+    if size < 0:
+        raise _failure(size)
     if size < SMALL:
         size = max(size, 1)
         scratch = workspace.bytes(size) if workspace.poison else torch.empty(size, dtype=torch.uint8)
-        _checked(kernel(address, backward, scratch.data_ptr()))
+        if (answer := kernel(address, backward, scratch.data_ptr())) < 0:
+            raise _failure(answer)
         return
     memory = workspace.borrow(size)
     try:
-        _checked(kernel(address, backward, address_of(memory)))
+        if (answer := kernel(address, backward, address_of(memory))) < 0:
+            raise _failure(answer)
     finally:
         workspace.give_back(memory)
 
 
-def _checked(answer: int) -> int:
-    """A kernel's answer, unless it says that the kernel failed."""
+def _failure(answer: int) -> Exception:
+    """What a kernel's answer below 0 says."""
     if answer == TOO_LARGE:
-        raise ValueError(
+        return ValueError(
             "the compiled CPU kernels number the neurons of a layer times the time steps in 32 bits, and these are "
             "more; give fewer of them, or backend='torch'"
         )
     if answer == UNKNOWN_OPTION:
-        raise ValueError("the compiled CPU kernels lack this neuron model, reset or surrogate; rebuild them")
-    if answer < 0:
-        raise MemoryError("the compiled CPU kernels ran out of memory")
-    return answer
+        return ValueError("the compiled CPU kernels lack this neuron model, reset or surrogate; rebuild them")
+    return MemoryError("the compiled CPU kernels ran out of memory")
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

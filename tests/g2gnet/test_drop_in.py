@@ -87,9 +87,15 @@ dynamo = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Depreca
 
 @compiles_whole
 @dynamo
+@pytest.mark.filterwarnings("error:.*lru_cache")
 @pytest.mark.parametrize("backend", STACK_BACKENDS)
-def test_a_compiled_network_is_one_graph_with_equal_results(backend, plain_memory):
-    net, plain = (small_net(sizes=(30, [16], 10), backend=backend, T=2, threshold=0.3) for _ in range(2))
+@pytest.mark.parametrize("options", [{}, {"delay": 1}, {"feedback": True}], ids=str)
+def test_a_compiled_network_is_one_graph_with_equal_results(backend, options, plain_memory):
+    if options and backend == "triton":
+        pytest.skip("its chain alone is compiled")
+    torch.compiler.reset()  # what it has compiled of other networks counts, too
+    sizes = 30, [16, 12] if options else [16], 10
+    net, plain = (small_net(sizes=sizes, backend=backend, T=2 + len(options), threshold=0.3, **options) for _ in "ab")
     # the graph and its gradients without the minutes of generating code for it
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     counts, expected = compiled(SAMPLES), plain(SAMPLES)

@@ -5,6 +5,7 @@ of neurons) and how long each tensor lives.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -70,11 +71,11 @@ def explain(
     populations: Sequence[Population],
     steps: int | None = None,
     backend: str | None = None,
-    spikes: bool = False,
     chunk: int | None = None,
-    before: torch.Tensor | None = None,
+    **options: Any,
 ) -> Choice:
-    """Which way :func:`g2g_stack` runs such a call, and why none before it in the table does; may be printed.
+    """Which way :func:`g2g_stack` runs with these arguments, which are its own, and why none before it in the table
+    does; it may be printed, and runs nothing.
 
     Example:
         >>> mask = BlockMask.full(GroupLayout(4, 1), GroupLayout(8, 1), block_size=4)
@@ -86,4 +87,4 @@ def explain(
           not cpu graph: gives spikes over time no gradient
           not cpu lists: gives spikes over time no gradient
     """
-    return choose(Call(x, tuple(populations or ()), steps, before, backend, spikes), chunk)
+    return choose(Call(x, tuple(populations or ()), steps, backend=backend, **options), chunk)

@@ -163,9 +163,13 @@ def named(activity: Activity, names: Iterable[str]) -> Activity:
     """The activity, whose spikes, rates and membranes also take the populations' names."""
     if torch.compiler.is_compiling() and not _CAN_BE_COMPILED:
         return activity
-    fields = {"spikes": activity.spikes, "rates": activity.rates, "membranes": activity.membranes}
-    known = {field: PerPopulation(values, names) for field, values in fields.items() if values is not None}
-    return replaced(activity, **known)
+    spikes, rates, membranes = activity.spikes, activity.rates, activity.membranes
+    return replaced(
+        activity,
+        spikes=PerPopulation(spikes, names),
+        rates=PerPopulation(rates, names),
+        membranes=None if membranes is None else PerPopulation(membranes, names),
+    )
 
 
 def check_state_form(state: Any, depth: int, sent: Mapping[str, tuple[int, ...]]) -> None:

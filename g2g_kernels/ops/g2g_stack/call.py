@@ -48,10 +48,12 @@ class StackCall(NamedTuple):
             if recurrent is not None and (total_steps(call) > 1 or state is not None or sent is not None):
                 own = recurrent.values.contiguous(), recurrent.mask.tensors(), recurrent.source, recurrent.delay
                 connections.append(Connection("linear", *own))
-            flat = [each.contiguous() if each.dim() == 1 else each.reshape(-1) for each in neurons.parameters]
+            flat: tuple[torch.Tensor, ...] = ()
+            for each in neurons.parameters:
+                flat = *flat, each.contiguous() if each.dim() == 1 else each.reshape(-1)
             called.append(
                 Population(
-                    neurons.with_parameters(tuple(flat)),
+                    neurons.with_parameters(flat),
                     tuple(connections),
                     None if dropped is None else dropped.contiguous(),
                     None if state is None else state.float().contiguous(),
@@ -64,8 +66,11 @@ class StackCall(NamedTuple):
     @property
     def chain(self) -> Chain:
         """Of each population the connection from the one before it, and its recurrent one, or None."""
-        every = [population.connections for population in self.populations]
-        return [(each[0], each[1] if len(each) > 1 else None) for each in every]
+        chain: Chain = []
+        for population in self.populations:
+            feed, *own = population.connections
+            chain.append((feed, own[0] if own else None))
+        return chain
 
     @property
     def held(self) -> bool:

@@ -273,7 +273,7 @@ class _Arguments:
         below: Plan | None = None
         count = len(call.populations)
         self.layers = (structures.Layer * count)()
-        lib, held = library(), call.held
+        lib, held = library(), call.steps > 0
         for number, ((feed, recurrent), population) in enumerate(zip(call.chain, call.populations)):  # noqa: B905
             plan = plan_for(feed.mask, feed.values)
             self.plans.append(plan)

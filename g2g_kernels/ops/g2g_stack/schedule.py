@@ -16,6 +16,8 @@ from collections.abc import Iterator, Sequence
 from graphlib import TopologicalSorter
 from typing import NamedTuple
 
+from g2g_kernels.tracing import constant_when_traced
+
 #: for each population the connections to it, as (source, least delay); the source −1 is the input
 Graph = tuple[tuple[tuple[int, int], ...], ...]
 
@@ -52,6 +54,7 @@ class CycleError(ValueError):
         super().__init__(f"the populations {list(cycle)} form a cycle without delay; give one of its connections one")
 
 
+@constant_when_traced  # it knows neither SciPy nor caches
 def components_of(graph: Graph) -> Sequence[Component]:
     """The strongly connected components, each after those that it reads; CycleError for a cycle whose delays are 0."""
     components = []

@@ -5,13 +5,14 @@ In order of preference: Triton's chain; the CPU's chain, graph and lists; operat
 (:func:`normalised`): dropped populations have state 0, and inputs that arrive later are inputs of now.
 """
 
+import os
 from collections.abc import Hashable, Sequence
 from functools import partial
 from types import ModuleType
 
 import torch
 
-from g2g_kernels.dispatch import ANY, Choice, Operator, Way, forced_backend
+from g2g_kernels.dispatch import ANY, BACKENDS, Choice, Operator, Way, forced_backend
 from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.g2g_linear import g2g_linear
@@ -147,7 +148,8 @@ def _signature(call: Call, tensors: Sequence[torch.Tensor], form: Form) -> Hasha
         return None
     device = call.x.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return *of_tensors, *others, *types, call.plain, autocast and torch.get_autocast_dtype(device), *WAYS.candidates()
+    backends = *BACKENDS.values(), *WAYS.ways.values(), os.environ.get("G2G_BACKEND")
+    return *of_tensors, *others, *types, call.plain, autocast and torch.get_autocast_dtype(device), *backends
 
 
 # --- what is true before any way --------------------------------------------------------------------------------
@@ -156,18 +158,20 @@ def _signature(call: Call, tensors: Sequence[torch.Tensor], form: Form) -> Hasha
 def normalised(call: Call) -> Call:
     """The call with states of dropped neurons that are 0, and, where one connection receives the inputs, with inputs
     that arrive at once. Modules are given what their network was given."""
-    populations, late = [*call.populations], []
+    if call.modules is not None:
+        return call
+    populations, of_inputs = [*call.populations], []
     for number, population in enumerate(call.populations):
         for place, each in enumerate(population.connections):
             if each.source < 0:
-                late.append((number, place, each))
+                of_inputs.append((number, place, each))
         if population.dropped is not None and population.state is not None:
-            populations[number] = replaced(population, state=population.state.masked_fill(population.dropped, 0))
-    if call.modules is not None:
+            silent = population.state.masked_fill(population.dropped, 0)
+            populations[number] = replaced(population, state=silent)
+            call = replaced(call, populations=tuple(populations))
+    if len(of_inputs) != 1 or of_inputs[0][2].delay is None:
         return call
-    number, place, each = late[0] if len(late) == 1 else (0, 0, None)
-    if each is None or each.delay is None:
-        return replaced(call, populations=tuple(populations))
+    ((number, place, each),) = of_inputs
     train = _inputs(call)
     received = arrived(train, each.delay, 0, total_steps(call))
     if received is None:

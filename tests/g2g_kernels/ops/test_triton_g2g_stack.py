@@ -381,7 +381,10 @@ def test_weights_on_chip_are_those_read_anew(monkeypatch):
         monkeypatch.setattr(triton, "units_on_chip", lambda units, x, *_, n=on_chip: n if x == torch.uint8 else 0)
         device = device_of("triton")
         leaves = [[tensor.to(device).requires_grad_() for tensor in (v, *rest)] for v, _, *rest in layers]
-        stack = [lif_layer(v, mask.to(device), *rest) for (v, *rest), (_, mask, *_) in zip(leaves, layers, strict=True)]
+        stack = [
+            lif_layer(v, mask.to(device), *rest, number=number)
+            for number, ((v, *rest), (_, mask, *_)) in enumerate(zip(leaves, layers, strict=True))
+        ]
         with runtime.assuming(fused=True):
             activity = g2g_stack(x.to(device), stack, backend="triton")
             activity.counts.sum().backward()

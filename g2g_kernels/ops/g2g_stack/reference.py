@@ -70,7 +70,7 @@ def in_turn(
     call: Call,
     linear: Callable,
     neurons: Callable,
-    loop_of: Callable[[int, Population], Callable | None] = lambda number, population: None,
+    loop_of: Callable[[int, Population], Callable | None] | None = None,
 ) -> Turn:
     """What the populations do by two operators, or where ``loop_of`` one gives another, by that."""
     return GraphRun(call, functions_of(call.populations, linear, neurons, loop_of)).turn()
@@ -80,13 +80,13 @@ def functions_of(
     populations: Sequence[Population],
     linear: Callable,
     neurons: Callable,
-    loop_of: Callable[[int, Population], Callable | None] = lambda number, population: None,
+    loop_of: Callable[[int, Population], Callable | None] | None = None,
 ) -> list[PopulationFunctions]:
     """Populations as functions of these operators."""
     functions = []
     for number, population in enumerate(populations):
         products = [partial(_product, linear, connection) for connection in population.connections]
-        loop = loop_of(number, population)
+        loop = None if loop_of is None else loop_of(number, population)
         functions.append(
             PopulationFunctions(size_of(population), products, partial(_neurons, neurons, population), loop)
         )

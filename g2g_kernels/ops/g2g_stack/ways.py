@@ -22,7 +22,7 @@ from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Spikes
 from g2g_kernels.ops.g2g_stack.checks import check_chunk, checked
 from g2g_kernels.ops.g2g_stack.chunks import in_chunks
 from g2g_kernels.ops.g2g_stack.delays import LateSpikes, Train, arrived
-from g2g_kernels.ops.g2g_stack.population import Call, Population, refuses_fields, size_of, total_steps
+from g2g_kernels.ops.g2g_stack.population import Call, refuses_fields, size_of, total_steps
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
 from g2g_kernels.ops.g2g_stack.synaptic_operations import Received, Synapses
 from g2g_kernels.ops.neurons import operator as neurons_operator
@@ -74,12 +74,8 @@ def run_operators(call: Call) -> Activity:
     backend = call.backend
     linear, neurons = partial(g2g_linear, backend=backend), partial(run_neurons, backend=backend)
     neurons = partial(cpu.in_float32, neurons) if backend == "cpu" else neurons
-    loop_of = _no_loop if call.plain else partial(recurrent_lists.loop_of, backend=backend)
+    loop_of = None if call.plain else partial(recurrent_lists.loop_of, backend=backend)
     return activity_of(*in_turn(call, linear, neurons, loop_of), differentiable=call.spikes)
-
-
-def _no_loop(number: int, population: Population) -> None:
-    return None
 
 
 # --- the table --------------------------------------------------------------------------------------------------

@@ -231,11 +231,14 @@ class SpikingNetwork(PopulationGraph):
                 modules.
         """
         call = self._call(inputs, state, chunk, dropped, spikes, membranes, batch_first)
-        self.calls_layers = call.modules is not None
-        try:
+        if call.modules is None:
             activity = run(call, chunk)
-        finally:
-            self.calls_layers = False
+        else:
+            self.calls_layers = True
+            try:
+                activity = run(call, chunk)
+            finally:
+                self.calls_layers = False
         inputs = call.x
         if self._readout != "counts":
             activity = self._read(activity, len(inputs) if call.steps is None else call.steps, membranes)
@@ -256,6 +259,7 @@ class SpikingNetwork(PopulationGraph):
             >>> print(G2GNet(64, 64, 10, block_size=8, backend="torch").explain(torch.rand(3, 64)))
             g2g_stack runs by reference
               not operators in turn: those of backend torch are the reference
+              not modules in turn: no module has to be called
         """
         if self.training and self._dropout and options.get("dropped") is None:  # draws nothing
             shapes = [(inputs.shape[-2], size) for size in self.sizes[: self.depth - 1]]

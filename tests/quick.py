@@ -60,5 +60,5 @@ QUICK = [
     "g2gnet/programs/test_examples.py::test_events_become_counts_in_equal_windows",
     "benchmarks/test_benchmarks.py::test_every_contender_passes_the_gate",
     "benchmarks/test_studies.py::test_every_row_is_a_run_that_train_takes",
-    "benchmarks/test_choices.py::test_products_by_hand",
+    "benchmarks/test_choices.py::test_what_is_never_fused_and_what_stays_on_chip",
 ]

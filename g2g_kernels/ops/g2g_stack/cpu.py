@@ -94,7 +94,7 @@ def refuses(call: Call) -> str | None:
             of_state = sends.state is not None and not reach[number - 1]
             if of_state or call.carried or (sends.sent is not None and sends.sent.requires_grad):
                 return f"the delayed spikes to population {number} that come from a state have no gradient"
-    return too_large(samples=call.x.shape[-2])
+    return None
 
 
 def refuses_tensors(call: Call) -> str | None:
@@ -106,7 +106,7 @@ def refuses_tensors(call: Call) -> str | None:
             return f"needs float32 tensors, not {tensor.dtype}"
     if total_steps(call) > MOST_STEPS:
         return f"serves at most {MOST_STEPS} time steps"
-    return "needs a batch that is not empty" if call.x.numel() == 0 else None
+    return "needs a batch that is not empty" if call.x.numel() == 0 else too_large(samples=call.x.shape[-2])
 
 
 def g2g_stack(call: Call, again: Callable[[Call], Activity]) -> Activity:
@@ -122,7 +122,7 @@ def g2g_stack(call: Call, again: Callable[[Call], Activity]) -> Activity:
         LastSpikes(train, reach, number, call, again) if reach else None
         for number, (train, reach) in enumerate(zip(spikes, reaches(call.populations)))  # noqa: B905
     ]
-    return activity._replace(sent=(*sent, None))
+    return replaced(activity, sent=(*sent, None))
 
 
 class LastSpikes:

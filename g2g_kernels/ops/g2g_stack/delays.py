@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from g2g_kernels.ops.record import TYPES
-from g2g_kernels.tracing import is_transformed
+from g2g_kernels.tracing import is_transformed, replaced
 
 
 class Delay(NamedTuple):
@@ -30,15 +30,10 @@ class Delay(NamedTuple):
     steps: torch.Tensor | None = None
     learned: torch.Tensor | None = None
 
-    @property
-    def reach(self) -> int:
-        """How many steps before a step are read, for the gradient, too."""
-        return self.most + (self.learned is not None)
-
     def of_each(self, size: int, device: torch.device) -> "Delay":
         """The same with steps of each of ``size`` neurons."""
         steps = torch.full((size,), self.least, device=device) if self.steps is None else self.steps.contiguous()
-        return self._replace(steps=steps)
+        return replaced(self, steps=steps)
 
 
 TYPES["Delay"] = Delay
@@ -192,5 +187,6 @@ def reaches_of(connections: Iterable[tuple[int, Delay | None]], count: int) -> l
     reaches = [0] * (count + 1)
     for source, delay in connections:
         if delay is not None:
-            reaches[source] = max(reaches[source], delay.reach)
+            # one more for the gradient of learned delays
+            reaches[source] = max(reaches[source], delay.most + (delay.learned is not None))
     return [*(0 if reach < 2 else reach for reach in reaches[:-1]), reaches[-1]]

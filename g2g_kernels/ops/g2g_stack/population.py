@@ -30,6 +30,11 @@ class Connection(NamedTuple):
             node that finds its gradient; or None. The operators then run one after the other; in chunks, what is called
             in the backward pass is what has gradients.
         onto: the name of the state that it adds to; None: to the current.
+
+    Example:
+        >>> mask = BlockMask.full(GroupLayout(4, 1), GroupLayout(8, 1), block_size=4)
+        >>> Connection("linear", mask.pack(torch.ones(4, 8)), mask, source=-1).values.shape
+        torch.Size([2, 4, 4])
     """
 
     kind: str

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 
+from g2g_kernels.cpu.library import too_large
 from g2g_kernels.dispatch import ANY, BACKENDS, Choice, Operator, Way, forced_backend
 from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.ops.derivatives import has_tangent
@@ -51,6 +52,8 @@ def refuses_operators(call: Call) -> str | None:
     forced = forced_backend(call.backend)
     if forced == "torch":
         return "those of backend torch are the reference"
+    if forced == "cpu" and (reason := too_large(samples=call.x.shape[-2])):  # before operators take their memory
+        return reason
     x, serving = call.x, set()
     for population in call.populations:
         for each in population.connections:

@@ -24,7 +24,7 @@ from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
 from g2g_kernels.ops.g2g_stack.cpu import PackedSpikes, check_tensors, delays_pointer, refuses_tensors
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train, arrived
-from g2g_kernels.ops.g2g_stack.population import Call, Connection, Population, refuses_kernels, size_of
+from g2g_kernels.ops.g2g_stack.population import Call, Connection, Population, refuses_kernels, size_of, unread
 from g2g_kernels.ops.g2g_stack.reference import GraphRun, functions_of
 from g2g_kernels.ops.g2g_stack.schedule import Graph, components_of
 from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
@@ -110,7 +110,9 @@ class GraphCall(NamedTuple):
 TYPES["GraphCall"] = GraphCall
 
 #: fields that these kernels do not read
-UNREAD = ("membranes", "observer", "onto")
+UNREAD = unread(
+    ["neurons", "connections", "dropped", "state", "sent", "kind", "values", "mask", "source", "delay", "bias"]
+)
 
 
 def refuses(call: Call) -> str | None:

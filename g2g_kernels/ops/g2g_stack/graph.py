@@ -109,10 +109,11 @@ class GraphCall(NamedTuple):
 
 TYPES["GraphCall"] = GraphCall
 
-#: fields that these kernels do not read
-UNREAD = unread(
-    ["neurons", "connections", "dropped", "state", "sent", "kind", "values", "mask", "source", "delay", "bias"]
-)
+#: fields that these kernels read, and those that they do not
+READ = (
+    "neurons", "connections", "dropped", "state", "sent", "kind", "values", "mask", "source", "delay", "bias",
+)  # fmt: skip
+UNREAD = unread(READ)
 
 
 def refuses(call: Call) -> str | None:

@@ -22,6 +22,7 @@ from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.cpu import in_float32, refuses_tensors
+from g2g_kernels.ops.g2g_stack.graph import READ
 from g2g_kernels.ops.g2g_stack.population import Call, Connection, Population, recurrent_of, refuses_kernels, unread
 from g2g_kernels.ops.g2g_stack.reference import activity_of, graph_of, in_turn
 from g2g_kernels.ops.g2g_stack.schedule import components_of
@@ -230,22 +231,7 @@ FORWARD = Differentiable("loop_forward", RESULTS, 2, _forward, _fake, BACKWARD, 
 # --- populations of which some weights lie in lists -------------------------------------------------------------
 
 #: fields that these kernels do not read
-UNREAD = unread(
-    [
-        "neurons",
-        "connections",
-        "dropped",
-        "state",
-        "sent",
-        "kind",
-        "values",
-        "mask",
-        "source",
-        "delay",
-        "bias",
-        "observer",
-    ]
-)
+UNREAD = unread([*READ, "observer"])
 
 
 def refuses(call: Call) -> str | None:

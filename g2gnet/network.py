@@ -108,7 +108,7 @@ class G2GNet(SpikingNetwork):
     input_mean: torch.Tensor
     input_deviation: torch.Tensor
     input_order: torch.Tensor
-    #: what the samples were that it was trained on, if that is known: :func:`g2gnet.load` and the trainer say it
+    #: The kind and shape of the samples it was trained on, or None. :func:`g2gnet.load` and the trainer set it.
     trained_on: SampleForm | None = None
 
     def __init__(

@@ -72,7 +72,7 @@ class Sweep:
 
     @property
     def judge(self) -> tuple[str, str]:
-        """The accuracy by which rows are compared: :data:`HELD_OUT` or :data:`TESTED`."""
+        """Name of the accuracy by which rows are compared (:data:`HELD_OUT` or :data:`TESTED`)."""
         return HELD_OUT if all("best" in end for _, end in self.ends) else TESTED
 
     @property

@@ -4,6 +4,7 @@ import glob
 import json
 import re
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,7 @@ def test_the_commands_that_programs_print_find_data_of_ones_own(tmp_path, monkey
     Path(where).mkdir()
     data = write_own(Path(where, "my waves.npz"), 6, 5)
     monkeypatch.setattr(Trainer, "_evaluate", falling(Trainer._evaluate))
+    monkeypatch.setattr("g2gnet.programs.sweep.engine.processes", lambda *_: ThreadPoolExecutor(1))
     flags = [*SMALL, "--dataset", str(data), "--epochs", "3", "--validation", "0.25"]
     assert train.main([*flags, "--json", "out.json"]) == 0
     assert sweep.main([*flags, "--seed", "1", "2"]) == 0

@@ -3,16 +3,18 @@
 import dataclasses
 import functools
 import inspect
+import math
 
 import networks
 import numpy as np
 import pytest
 import torch
 from covering import every_pair
-from helpers import seeded
+from helpers import backends_of, seeded
 
 from g2g_kernels import BackendError
 from g2g_kernels.ops import g2g_stack
+from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2gnet import G2GNet, SpikingStack, Synaptic
 from g2gnet.encoding import SampleForm
 from g2gnet.interop import to_snntorch
@@ -296,3 +298,17 @@ def test_what_the_kept_neurons_send_makes_up_for_those_that_are_dropped(dropout)
     if dropout > 0.9999:
         dropped = torch.cat(net.drop(20000, seeded(0)), 1)
         assert 0 < (~dropped).sum() < 40
+
+
+@every_pair(
+    backend=backends_of(g2g_stack.WAYS), surrogate=SURROGATES, block_size=(1, 4), held=(True, False),
+    options=({}, {"recurrent": True}, {"delay": 2}, {"delay": 2, "learn_delay": True}, {"feedback": True}),
+)  # fmt: skip
+def test_an_input_of_nan_that_a_weight_reads_reaches_the_gradients(backend, surrogate, block_size, held, options):
+    """Training stops there, rather than go on in silence. (What no weight reads: docs/limits.md.)"""
+    net = small_net(block_size=block_size, surrogate=surrogate, p_intra=0.3, p_inter=0.0, backend=backend, **options)
+    x = torch.rand(*(() if held else (12,)), 4, 30, generator=seeded(1)) * 3
+    x[..., 2, net.fc1.mask.to_dense().any(0).nonzero()[0]] = math.nan
+    net(x).sum().backward()
+    undefined = {name for name, parameter in net.named_parameters() if parameter.grad.isnan().any()}
+    assert {"fc1.values", "fc1.bias", "lif1.beta", "lif1.threshold"} <= undefined

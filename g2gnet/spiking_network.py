@@ -18,7 +18,7 @@ from g2g_kernels.ops.g2g_stack.activity import as_one, check_state_form, named
 from g2g_kernels.ops.g2g_stack.delays import LateSpikes, reaches_of
 from g2g_kernels.ops.g2g_stack.population import ProductObserver
 from g2g_kernels.tracing import is_transformed, replaced
-from g2gnet.called_layers import CalledModules, ModulesOf, OwnHook, step_of_called, why_called
+from g2gnet.called_layers import CalledModules, OwnHook, step_of_called, why_called
 from g2gnet.projections import PopulationGraph, Projection
 
 #: a dropped neuron is drawn by 16 random bits
@@ -300,46 +300,37 @@ class SpikingNetwork(PopulationGraph):
         if state is not None:
             states, sent = self._divided(state, inputs.shape[-2:-1])
         drops: Sequence[torch.Tensor | None] = of_populations or (None,) * self.depth
-        modules: dict[str, Any] = self._modules
         populations = []
         for number, name in enumerate(self.populations):
+            neurons: Any = self._modules[name]
             # neurons of other people's have no record
-            neurons: Any = modules[name].population if why is None else getattr(modules[name], "population", None)
-            connections = () if why is None else self._as_modules(number)
-            for route in self._to[number] if why is None else ():
-                module = modules[route.name]
-                (values, mask), observer = module.observed_weights()
-                if scale != 1 and route.source >= 0:
-                    values, observer = values * scale, observer and _of_scaled(observer, scale)
-                delay = self._delay(route) if route.most else None
-                each = Connection("linear", values, mask, route.source, delay, module.bias, observer)
-                connections = (*connections, each)
+            neurons = neurons.population if why is None else getattr(neurons, "population", None)
             gives = membranes
             if self._readout != "counts" and number + 1 == self.depth:
                 neurons, gives = neurons.integrating(), membranes or self._readout != "last"
             before = None if state is None else as_one(states[number])
+            connections = self._connections(number, why is not None, scale)
             populations.append(Population(neurons, connections, drops[number], before, sent[number], gives))
         steps = self._T if inputs.dim() == 2 else None
-        called = None if why is None else CalledModules(why, self._called(), scale)
+        called = None if why is None else CalledModules(self, why, scale)
         return Call(inputs, tuple(populations), steps, sent[-1], self.backend, spikes, modules=called)
 
-    def _as_modules(self, number: int) -> tuple[Connection, ...]:
-        """The same where modules are called, which have the weights."""
+    def _connections(self, number: int, called: bool, scale: float = 1.0) -> tuple[Connection, ...]:
+        """The connections to a population: modules that are ``called``, or weights, those of other populations times
+        ``scale``."""
         connections: tuple[Connection, ...] = ()
         for route in self._to[number]:
-            bias: Any = getattr(self._modules[route.name], "bias", True)
-            weights: Any = None
-            each = Connection("module", weights, None, route.source, self._delay(route), bias)
-            connections = (*connections, each)
+            module: Any = self._modules[route.name]
+            delay = self._delay(route) if route.most else None
+            if called:
+                each = Connection("module", module, None, route.source, delay)
+            else:
+                (values, mask), observer = module.observed_weights()
+                if scale != 1 and route.source >= 0:
+                    values, observer = values * scale, observer and _of_scaled(observer, scale)
+                each = Connection("linear", values, mask, route.source, delay, module.bias, observer)
+            connections = *connections, each
         return connections
-
-    def _called(self) -> list[ModulesOf]:
-        """The modules of each population."""
-        modules: dict[str, Any] = self._modules
-        return [
-            ModulesOf(name, modules[name], size, [(route.name, modules[route.name]) for route in routes])
-            for name, size, routes in zip(self.populations, self.sizes, self._to)  # noqa: B905  (sizes has the input's)
-        ]
 
     def _time_first(self, inputs: torch.Tensor, batch_first: bool | None) -> torch.Tensor:
         """Inputs [B, D] or [T, B, D], as :meth:`simulate` takes them."""
@@ -462,9 +453,11 @@ class SpikingNetwork(PopulationGraph):
                 record: Any = getattr(module, "population", None)
                 before: Any = states[number]
                 before = (before,) if isinstance(before, torch.Tensor) else before
-                populations.append(Population(record, self._as_modules(number), None, before, sent[number]))
+                populations.append(
+                    Population(record, self._connections(number, called=True), None, before, sent[number])
+                )
             call = Call(x[None], tuple(populations), before=sent[-1])
-            output, trains, after = step_of_called(call, self._called(), self._readout == "counts")
+            output, trains, after = step_of_called(call, self, self._readout == "counts")
         finally:
             self.calls_layers = False
         for hook in recorders:

@@ -27,18 +27,17 @@ from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.derivatives import autocast_of, gradients_of
 from g2g_kernels.ops.g2g_stack.activity import Activity
-from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
+from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, chain_of, operators
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train
 from g2g_kernels.ops.g2g_stack.population import (
     Call,
     Connection,
     Population,
-    chain_of,
+    reaches,
     refuses_kernels,
     total_steps,
     unread,
 )
-from g2g_kernels.ops.g2g_stack.reference import reaches
 from g2g_kernels.ops.neurons.cpu import neuron_arguments
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES

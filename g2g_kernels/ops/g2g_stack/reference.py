@@ -13,11 +13,20 @@ import torch
 from g2g_kernels.ops.checks import mixed_dtypes
 from g2g_kernels.ops.g2g_linear.reference import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
-from g2g_kernels.ops.g2g_stack.delays import Train, arrived, reaches_of
-from g2g_kernels.ops.g2g_stack.population import Call, Connection, Population, refuses_fields, size_of, total_steps
-from g2g_kernels.ops.g2g_stack.schedule import Component, Graph, components_of
+from g2g_kernels.ops.g2g_stack.delays import Train, arrived
+from g2g_kernels.ops.g2g_stack.population import (
+    Call,
+    Connection,
+    Population,
+    graph_of,
+    reaches,
+    refuses_fields,
+    sent_before,
+    size_of,
+    total_steps,
+)
+from g2g_kernels.ops.g2g_stack.schedule import Component, components_of
 from g2g_kernels.ops.neurons.reference import neurons
-from g2g_kernels.ops.neurons.step import spikes_of
 
 #: fields that these operations do not read
 UNREAD = ("onto",)
@@ -102,33 +111,6 @@ def _neurons(neurons: Callable, population: Population, current: torch.Tensor, s
     return neurons(current, population.neurons, steps, state=state)
 
 
-def graph_of(populations: Sequence[Population]) -> Graph:
-    """The connections to populations, and the least delay of each."""
-    return tuple(
-        [
-            tuple([(each.source, 0 if each.delay is None else each.delay.least) for each in population.connections])
-            for population in populations
-        ]
-    )
-
-
-def reaches(populations: Sequence[Population]) -> list[int]:
-    """:func:`g2g_kernels.ops.g2g_stack.delays.reaches_of` these populations."""
-    connections = [(each.source, each.delay) for population in populations for each in population.connections]
-    return reaches_of(connections, len(populations))
-
-
-def sent_before(population: Population, reach: int, dtype: torch.dtype) -> torch.Tensor | None:
-    """[D, B, N], what a population sent before a run, of which delays ``reach`` so many steps (see :func:`reaches`);
-    None: nothing."""
-    if reach:  # a run under autocast has given fewer bits
-        return None if population.sent is None else population.sent.to(dtype)
-    if population.state is None:
-        return None
-    spikes = spikes_of(population.state[-1], population.neurons).to(dtype)
-    return (spikes if population.dropped is None else spikes.masked_fill(population.dropped, 0))[None]
-
-
 class GraphRun:
     """A run of populations by their ``functions``; those that reach one another take turns
     (:mod:`g2g_kernels.ops.g2g_stack.schedule`). It reads of a call what is not in these."""
@@ -205,7 +187,7 @@ class GraphRun:
             elif (received := arrived(self.trains[source], delay, first, last)) is not None:
                 # where populations take single steps, what they receive has no time axis
                 added = product(received) if delay is None or len(received) > 1 else product(received[0])[None]
-            elif connection.bias is not None:
+            elif connection.bias is not None or connection.kind == "module":
                 added = product(self.trains[source].nothing())
             else:
                 continue

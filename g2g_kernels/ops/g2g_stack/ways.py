@@ -19,13 +19,12 @@ from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_linear import operator as linear_operator
 from g2g_kernels.ops.g2g_stack import cpu, graph, recurrent_lists, reference
-from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Spikes
+from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Synapses
 from g2g_kernels.ops.g2g_stack.checks import check_chunk, checked
 from g2g_kernels.ops.g2g_stack.chunks import in_chunks
-from g2g_kernels.ops.g2g_stack.delays import LateSpikes, Train, arrived
-from g2g_kernels.ops.g2g_stack.population import Call, refuses_fields, size_of, total_steps
+from g2g_kernels.ops.g2g_stack.delays import Train, arrived
+from g2g_kernels.ops.g2g_stack.population import Call, reaches, refuses_fields, size_of, total_steps
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
-from g2g_kernels.ops.g2g_stack.synaptic_operations import Received, Synapses
 from g2g_kernels.ops.neurons import operator as neurons_operator
 from g2g_kernels.ops.neurons import run_neurons
 from g2g_kernels.ops.record import Form, opened
@@ -196,31 +195,10 @@ def _finished(call: Call, now: Call, activity: Activity) -> Activity:
             silent = states[number].masked_fill(population.dropped, 0)
             states = (*states[:number], silent, *states[number + 1 :])
     if now.x is not call.x:
-        total, reach = total_steps(call), reference.reaches(call.populations)[-1]
+        total, reach = total_steps(call), reaches(call.populations)[-1]
         of_inputs = DenseSpikes(_inputs(call).window(total - reach, total)) if reach else None
         sent = (*(sent[:-1] or (None,) * len(call.populations)), of_inputs)
-    synapses = _synapses(call, activity.spikes) if call.modules is None else activity.synapses
+    synapses = activity.synapses
+    if call.modules is None and not torch.compiler.is_compiling():
+        synapses = Synapses(call, activity.spikes)
     return replaced(activity, states=states, sent=sent, synapses=synapses)
-
-
-def _synapses(call: Call, spikes: Sequence[Spikes]) -> Synapses | None:
-    """What the synaptic operations of a run are counted from, in which the populations sent these spikes; None where
-    it is compiled."""
-    if torch.compiler.is_compiling():
-        return None
-    received: list[list[Received]] = []
-    reach: list[int] = []
-    for population in call.populations:
-        received.append([])
-        for _, values, mask, source, delay, *_ in population.connections:
-            late = None
-            if delay is not None and source < 0:
-                late = LateSpikes(call.x, delay, call.before, call.steps)
-            elif delay is not None:
-                reach = reach or reference.reaches(call.populations)
-                train = spikes[source]
-                with torch.no_grad():
-                    earlier = reference.sent_before(call.populations[source], reach[source], call.x.dtype)
-                late = LateSpikes(train.dense() if isinstance(train, DenseSpikes) else train, delay, earlier)
-            received[-1].append(Received(values.detach(), mask, source, late))
-    return Synapses(call.x, call.steps, received)

@@ -198,12 +198,12 @@ def test_operators_are_registered_rightly(call):
 
 
 def test_delays_before_the_step_itself_are_refused(call):
-    target, first = call.inner[0]
+    target, first = call.connections[0]
     early = first._replace(delay=Delay(-1, -1, torch.full((first.mask.shape[1],), -1)))
     own = call.populations[target]
     own = own._replace(connections=tuple(early if each is first else each for each in own.connections))
     populations = (*call.populations[:target], own, *call.populations[target + 1 :])
-    with pytest.raises(ValueError, match=f"connection from {first.source} to {target} has delays from -1"):
+    with pytest.raises(ValueError, match=f"the delay to population {target} is Delay.least=-1"):
         graph.FORWARD.overload(*arguments(*opened(call._replace(populations=populations))), False)
 
 

@@ -1,13 +1,12 @@
 """Calls the modules of a network one after the other, where hooks or a ``forward`` of their own rule out one call."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as every_module
 
 from g2g_kernels import Activity, Connection, neurons_step
 from g2g_kernels.dispatch import ANY
@@ -19,7 +18,9 @@ from g2g_kernels.ops.neurons.checks import check_states
 from g2g_kernels.tracing import is_traced, replaced
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
-from g2gnet.projections import PopulationGraph
+
+if TYPE_CHECKING:
+    from g2gnet.spiking_network import SpikingNetwork
 
 logger = logging.getLogger("g2gnet")
 
@@ -42,31 +43,6 @@ def _nothing(*arguments: Any) -> None:
     pass
 
 
-def why_called(modules: Mapping[str, Any], populations: Sequence[str]) -> str | None:
-    """Why the modules, of which ``populations`` are neurons, must be called each by itself; None if they need not."""
-    if (
-        every_module._global_forward_hooks
-        or every_module._global_forward_pre_hooks
-        or every_module._global_backward_hooks
-        or every_module._global_backward_pre_hooks
-    ):
-        return "hooks are registered for every module"
-    return _why_each(modules, populations)
-
-
-def _why_each(modules: Mapping[str, Any], populations: Sequence[str]) -> str | None:
-    """What of the modules themselves only a call would run."""
-    for name, module in modules.items():
-        if (
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        ) and _has_hooks(module):
-            return f"{name} carries hooks"
-        forward = SpikingNeurons.forward if name in populations else G2GLinear.forward
-        if type(module).forward is not forward or "forward" in module.__dict__:
-            return f"{name} ({type(module).__name__}) has a forward of its own"
-    return None
-
-
 class CalledModules:
     """Calls the modules of a network in turn; those on a cycle at every step.
 
@@ -76,7 +52,7 @@ class CalledModules:
         scale: what the output of neurons that are not dropped is multiplied by.
     """
 
-    def __init__(self, net: PopulationGraph, why: str, scale: float) -> None:
+    def __init__(self, net: "SpikingNetwork", why: str, scale: float) -> None:
         self._net, self.why, self._scale = net, why, scale
 
     def run(self, call: Call) -> Activity:
@@ -98,7 +74,7 @@ class CalledModules:
             ]
             if number not in stepping:
                 run: Any = partial(_call_neurons, number, name, neurons, population.dropped)
-            elif unrun := _why_each({name: neurons}, [name]):
+            elif unrun := self._net.why_called([name]):
                 raise TypeError(
                     f"{unrun}, which would not be run: neurons on a cycle take steps. Put hooks on a "
                     f"connection, as {names[-1]}, or take steps with step(x, state)"
@@ -129,7 +105,7 @@ WAYS.register(ANY, lambda call: call.modules.run(call), _refuses_modules, "modul
 
 
 def step_of_called(
-    call: Call, net: PopulationGraph, spiking: bool
+    call: Call, net: "SpikingNetwork", spiking: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor], StackState]:
     """One step, x [1, B, D], by calls of connections and steps of neurons; ``spiking``: the last neurons spike, too.
     Returns the output, the spikes [1, B, N] of each population, and the state after the step.
@@ -197,7 +173,8 @@ def _step_silently(
     return torch.zeros_like(spikes)[None], states
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module carries hooks that need a call of it."""
     every = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(not isinstance(hook, OwnHook) for hooks in every for hook in hooks.values())
 
@@ -213,7 +190,7 @@ def _check_steps_of(name: str, neurons: nn.Module) -> None:
             f"{name} ({kind.__name__}) has a forward of its own, but not a step that follows it; give it a "
             "step(current, state), or call simulate"
         )
-    if _has_hooks(neurons) and not is_traced():
+    if has_hooks(neurons) and not is_traced():
         _say_that_steps_pass_by(name)
 
 

@@ -289,12 +289,12 @@ class PopulationGraph(WholeBuffers):
         route = {route.name: route for route in self._routes}.get(name)
         if route is None:
             raise ValueError(f"{name!r} is none of the connections {', '.join(each.name for each in self._routes)}")
-        delay = self._delay(route)
+        delay = self.delay_of(route)
         if delay is not None and delay.steps is not None:
             return delay.steps
         return torch.full((self.sizes[route.source],), route.most)
 
-    def _delay(self, route: Route) -> Delay | None:
+    def delay_of(self, route: Route) -> Delay | None:
         """The delays of a projection as operators take them, as they were settled; None: none."""
         if not route.most:
             return None

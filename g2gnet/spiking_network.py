@@ -1,11 +1,12 @@
 """Networks of spiking populations, joined by connections with delays: all time steps in one call, or step by step."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as every_module
 from torch.utils.hooks import RemovableHandle
 
 from g2g_kernels import Activity, Connection, Population
@@ -15,10 +16,12 @@ from g2g_kernels.mask.groups import as_integers
 from g2g_kernels.numbers import COUNT, Number
 from g2g_kernels.ops.g2g_stack import Call, DenseSpikes, NeuronState, Spikes, StackState, activity_of, choose, run
 from g2g_kernels.ops.g2g_stack.activity import as_one, check_state_form, named
-from g2g_kernels.ops.g2g_stack.delays import LateSpikes, reaches_of
+from g2g_kernels.ops.g2g_stack.delays import reaches_of
 from g2g_kernels.ops.g2g_stack.population import ProductObserver
 from g2g_kernels.tracing import is_transformed, replaced
-from g2gnet.called_layers import CalledModules, OwnHook, step_of_called, why_called
+from g2gnet.called_layers import CalledModules, OwnHook, has_hooks, step_of_called
+from g2gnet.layers import G2GLinear
+from g2gnet.neurons import SpikingNeurons
 from g2gnet.projections import PopulationGraph, Projection
 
 #: a dropped neuron is drawn by 16 random bits
@@ -286,7 +289,7 @@ class SpikingNetwork(PopulationGraph):
                 "leave it out, or make the network with readout='last'"
             )
         scale = 1.0 if of_populations is None else self._scale
-        why = why_called(self._modules, self.populations)
+        why = self.why_called()
         if why is not None:
             asked = {"membranes=True": membranes, f"readout={self._readout!r}": self._readout != "counts"}
             asked |= {"a state": state is not None, f"chunk={chunk}": chunk is not None}
@@ -298,7 +301,7 @@ class SpikingNetwork(PopulationGraph):
         states: Sequence[NeuronState | None] = (None,) * self.depth
         sent: Sequence[torch.Tensor | None] = (None,) * (self.depth + 1)
         if state is not None:
-            states, sent = self._divided(state, inputs.shape[-2:-1])
+            states, sent = self.divided(state, inputs.shape[-2:-1])
         drops: Sequence[torch.Tensor | None] = of_populations or (None,) * self.depth
         populations = []
         for number, name in enumerate(self.populations):
@@ -315,15 +318,34 @@ class SpikingNetwork(PopulationGraph):
         called = None if why is None else CalledModules(self, why, scale)
         return Call(inputs, tuple(populations), steps, sent[-1], self.backend, spikes, modules=called)
 
+    def why_called(self, names: Iterable[str] | None = None) -> str | None:
+        """What only calls of modules would run: of these, or of all, with the hooks of every module; None: nothing."""
+        if names is None and (
+            every_module._global_forward_hooks
+            or every_module._global_forward_pre_hooks
+            or every_module._global_backward_hooks
+            or every_module._global_backward_pre_hooks
+        ):
+            return "hooks are registered for every module"
+        for name, module in self._modules.items() if names is None else ((name, self._modules[name]) for name in names):
+            hooks: Any = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+            if (hooks or module._backward_pre_hooks) and has_hooks(module):
+                return f"{name} carries hooks"
+            forward = SpikingNeurons.forward if name in self.populations else G2GLinear.forward
+            if type(module).forward is not forward or "forward" in module.__dict__:
+                return f"{name} ({type(module).__name__}) has a forward of its own"
+        return None
+
     def _connections(self, number: int, called: bool, scale: float = 1.0) -> tuple[Connection, ...]:
         """The connections to a population: modules that are ``called``, or weights, those of other populations times
         ``scale``."""
         connections: tuple[Connection, ...] = ()
         for route in self._to[number]:
             module: Any = self._modules[route.name]
-            delay = self._delay(route) if route.most else None
+            delay = self.delay_of(route) if route.most else None
             if called:
-                each = Connection("module", module, None, route.source, delay)
+                bias: Any = getattr(module, "bias", True)
+                each = Connection("module", module, None, route.source, delay, bias)
             else:
                 (values, mask), observer = module.observed_weights()
                 if scale != 1 and route.source >= 0:
@@ -366,7 +388,7 @@ class SpikingNetwork(PopulationGraph):
             )
         return of_layers
 
-    def _divided(
+    def divided(
         self, state: StackState | None, batch: Sequence[int]
     ) -> tuple[Sequence[NeuronState | None], list[torch.Tensor | None]]:
         """The states of the neurons; and what each population, and at the end the input, sent before; batch: (B,)."""
@@ -380,29 +402,7 @@ class SpikingNetwork(PopulationGraph):
 
     def _reaches(self) -> list[int]:
         """How many steps of each population, and at the end of the input, are part of a state."""
-        return reaches_of([(route.source, self._delay(route)) for route in self._routes], self.depth)
-
-    def received(
-        self, inputs: torch.Tensor, activity: Activity, state: StackState | None = None
-    ) -> list[tuple[nn.Module, SpikeTrain, SpikeTrain]]:
-        """Each connection, what it received in a run that continued ``state``, and the spikes of the neurons that it
-        leads to."""
-        spikes: list[Any] = [*activity.spikes, inputs.detach()]
-        states, sent = self._divided(state, inputs.shape[-2:-1])
-        modules: dict[str, Any] = self._modules
-        received = []
-        for route in self._routes:
-            train, delay = spikes[route.source], self._delay(route)
-            if delay is not None:
-                before = sent[route.source]
-                own = None if before is not None or route.source < 0 else as_one(states[route.source])
-                if own is not None:
-                    neurons = modules[self.populations[route.source]]
-                    before = (own[-1:] > neurons.population.parameters[-1]).detach()
-                held = self.T if route.source < 0 and inputs.dim() == 2 else None
-                train = LateSpikes(train, delay, before, held)
-            received.append((modules[route.name], train, spikes[route.target]))
-        return received
+        return reaches_of([(route.source, self.delay_of(route)) for route in self._routes], self.depth)
 
     def _read(self, activity: Activity, steps: int, membranes: bool) -> Activity:
         """The activity of a run whose last layer integrates: its readout, and no spikes."""
@@ -444,7 +444,7 @@ class SpikingNetwork(PopulationGraph):
         """
         check_input(x)
         self.settle()
-        states, sent = self._divided(state, x.shape[-2:-1])
+        states, sent = self.divided(state, x.shape[-2:-1])
         recorders = [hook for hook in self._activity_hooks.values() if isinstance(hook, OwnHook)]
         self.calls_layers = bool(recorders)  # what they do is recorded here
         try:

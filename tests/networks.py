@@ -89,7 +89,7 @@ class Reference:
                     current = current if bias is None else current + bias
                 module = net.neurons()[name]
                 own = tuple(t64[f"{name}.{each}"] for each in type(module).model.parameters)
-                spikes, states[name] = neurons_step(current, states[name], module.population.with_parameters(own))
+                spikes, states[name] = neurons_step(current, states[name], module.population._replace(parameters=own))
                 membranes[name].append(states[name][-1])
                 if dropped and name in dropped:
                     spikes = spikes.masked_fill(dropped[name], 0)

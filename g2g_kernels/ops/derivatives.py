@@ -6,19 +6,12 @@ a batch of gradients, they run in place of the kernels: forward once more, and b
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch.autograd import forward_ad
 
-
-def has_tangent(tensors: Iterable[torch.Tensor | None]) -> bool:
-    """True if one of them carries a tangent of forward-mode differentiation."""
-    if forward_ad._current_level < 0 and not torch.compiler.is_compiling():  # which keeps a level of its own
-        return False
-    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+from g2g_kernels.tracing import is_transformed
 
 
 def needs_plain_operations(grads: Iterable[Any]) -> bool:
@@ -28,19 +21,8 @@ def needs_plain_operations(grads: Iterable[Any]) -> bool:
         return False
     return (
         torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or has_tangent(grads)
+        or is_transformed(grads)
         or any([grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads])
-    )
-
-
-def autocast_of(tensor: torch.Tensor) -> Callable[[], contextlib.AbstractContextManager]:
-    """Makes the autocast that is in force where ``tensor`` is, for what runs a forward pass again."""
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device):
-        return contextlib.nullcontext
-    return functools.partial(
-        torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     )
 
 

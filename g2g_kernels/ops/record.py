@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from g2g_kernels.mask.unit_grid import MaskTensors
-from g2g_kernels.ops.derivatives import autocast_of, gradients_of, needs_plain_operations, refuse_backward
-from g2g_kernels.tracing import is_observed
+from g2g_kernels.ops.derivatives import gradients_of, needs_plain_operations, refuse_backward
+from g2g_kernels.tracing import autocast_of, is_observed
 
 _library = torch.library.Library("g2g", "FRAGMENT")
 

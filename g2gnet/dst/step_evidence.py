@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from g2g_kernels import Activity
-from g2gnet.activity_recorder import ActivityRecorder, Recording, Uncompiled, check_compiled, dense
+from g2gnet.activity_recorder import ActivityRecorder, Recording, Uncompiled, check_compiled, dense, received_in
 from g2gnet.base.distributed import World
 from g2gnet.dst import rules
 from g2gnet.dst.rules import ACTIVITY, GRADIENT, Evidence, Rule
@@ -113,7 +113,7 @@ class StepEvidence:
             )
         if self._network is not None:
             received: dict[nn.Module, Recording] = defaultdict(list)
-            for layer, pre, post in self._network.received(inputs, activity):
+            for layer, pre, post in received_in(self._network, inputs, activity):
                 received[layer].append((pre, post))  # several of a connection in several projections
             self._recordings = [received[layer] for layer in self._layers]
             return

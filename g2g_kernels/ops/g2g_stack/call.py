@@ -10,9 +10,9 @@ from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_stack.checks import check_sizes
 from g2g_kernels.ops.g2g_stack.population import ONE_STEP, Call, Connection, Population, total_steps
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
-from g2g_kernels.ops.neurons.models import Neurons
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator
+from g2g_kernels.tracing import replaced
 
 _Each = list[torch.Tensor]
 #: counts [B, N] of the last layer; of each layer rates [N] and states after the last step [states, B, N]; membranes
@@ -80,7 +80,7 @@ class StackCall(NamedTuple):
                 flat = *flat, each.contiguous() if each.dim() == 1 else each.reshape(-1)
             called.append(
                 Population(
-                    Neurons(neurons.model, flat, *neurons[2:]),
+                    replaced(neurons, parameters=flat),
                     tuple(connections),
                     None if dropped is None else dropped.contiguous(),
                     None if state is None else state.float().contiguous(),

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from g2g_kernels.ops.derivatives import autocast_of, gradients_of
+from g2g_kernels.ops.derivatives import gradients_of
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Spikes
 from g2g_kernels.ops.g2g_stack.population import Call, total_steps
 from g2g_kernels.ops.record import Form, built, opened
-from g2g_kernels.tracing import replaced
+from g2g_kernels.tracing import autocast_of, replaced
 
 
 class ChunkedSpikes:

@@ -14,6 +14,7 @@ import ctypes
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from g2g_kernels.cpu.library import bf16_wanted, library, pointer, run, too_larg
 from g2g_kernels.cpu.plans import Plan, blocks, plan_for
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.mask.unit_grid import MaskTensors
-from g2g_kernels.ops.derivatives import autocast_of, gradients_of
+from g2g_kernels.ops.derivatives import gradients_of
 from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, chain_of, operators
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train
@@ -42,7 +43,7 @@ from g2g_kernels.ops.neurons.cpu import neuron_arguments
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.ops.record import TYPES, Backward, RecordOperator, built, opened
-from g2g_kernels.tracing import is_traced, replaced
+from g2g_kernels.tracing import autocast_of, is_traced, replaced
 
 logger = logging.getLogger("g2g_kernels")
 
@@ -112,10 +113,13 @@ def g2g_stack(call: Call, again: Callable[[Call], Activity]) -> Activity:
     """Runs a chain; ``again`` runs it once more where what delays carry out of it has a gradient."""
     of_kernels = StackCall.of(call, torch.bfloat16 if bf16_wanted() else torch.float32)
     counts, rates, last, _, words, _ = FORWARD(of_kernels)
-    feeds = [population.connections[0] for population in of_kernels.populations]
-    spikes = [PackedSpikes(each, feed.values.detach(), feed.mask) for each, feed in zip(words, feeds)]  # noqa: B905
+    spikes, late = [], False
+    for each, population in zip(words, of_kernels.populations):  # noqa: B905
+        feed = population.connections[0]
+        spikes.append(PackedSpikes(each, feed.values.detach(), feed.mask))
+        late = late or feed.delay is not None
     activity = Activity(counts, tuple(rates), tuple(spikes), states=tuple(last))
-    if all([feed.delay is None for feed in feeds]):
+    if not late:
         return activity
     sent = [
         LastSpikes(train, reach, number, call, again) if reach else None
@@ -235,7 +239,8 @@ def _shapes(call: StackCall) -> _Shapes:
     shapes = _Shapes([], [], [], [], [])
     x, call_held = call.x, call.steps > 0
     batch, steps = x.shape[-2], call.steps or x.shape[0]
-    for number, ((feed, recurrent), population) in enumerate(zip(call.chain, call.populations)):  # noqa: B905
+    for number, population in enumerate(call.populations):
+        feed, *recurrent = population.connections
         rows, cols = blocks(feed.mask.grid, feed.values.shape)
         held = call_held and number == 0
         size, states = feed.mask.row_order.shape[0], len(MODELS[population.neurons.model].states)
@@ -243,8 +248,8 @@ def _shapes(call: StackCall) -> _Shapes:
         shapes.last.append((states, batch, size))
         shapes.spikes.append((batch, rows, steps))
         shapes.inputs.append((0,) if held else (batch, cols, steps))
-        of_all_steps = (batch, rows, steps) if recurrent is None else (rows, steps, batch)
-        currents_alone = held and recurrent is None
+        of_all_steps = (rows, steps, batch) if recurrent else (batch, rows, steps)
+        currents_alone = held and not recurrent
         shapes.states.append((rows, batch, 64) if currents_alone else (*of_all_steps, states, 64))
     return shapes
 
@@ -260,6 +265,7 @@ class _Memory(NamedTuple):
     states: Tensors | None
 
 
+INPUT_RATE = attrgetter("input_rate")
 #: the numbers of a call, whose ranges are checked where a structure is made
 _options = functools.lru_cache(256)(structures.Stack)
 
@@ -273,7 +279,8 @@ class _Arguments:
         count = len(call.populations)
         self.layers = (structures.Layer * count)()
         lib, held = library(), call.steps > 0
-        for number, ((feed, recurrent), population) in enumerate(zip(call.chain, call.populations)):  # noqa: B905
+        for number, population in enumerate(call.populations):
+            feed, *recurrent = population.connections
             plan = plan_for(feed.mask, feed.values)
             self.plans.append(plan)
             grads = None if to is None else to.populations[number]
@@ -297,10 +304,10 @@ class _Arguments:
                 if to_feed is not None and to_feed.delay is not None:
                     own.grad_delays = pointer(to_feed.delay.learned)
             if memory.states:
-                kept = "currents" if held and number == 0 and recurrent is None else "states"
+                kept = "currents" if held and number == 0 and not recurrent else "states"
                 setattr(own, kept, memory.states[number].data_ptr())
-            if recurrent is not None:
-                self._join(own, number, recurrent, plan)
+            if recurrent:
+                self._join(own, number, recurrent[0], plan)
                 if grads is not None:
                     own.grad_recurrent = pointer(grads.connections[1].values)
             if below is not None and feed.delay is None and lib.g2g_plans_aligned(below.address, plan.address):
@@ -364,7 +371,7 @@ def _forward(call: StackCall, keep: bool) -> Outputs:
     run(library().g2g_stack, arguments.stack)
     if states is None:
         return counts, rates, last, [], spikes, []
-    header = [arguments.stack.x_spikes, *[layer.input_rate for layer in arguments.layers]]
+    header = [arguments.stack.x_spikes, *map(INPUT_RATE, arguments.layers)]
     return counts, rates, last, [], spikes, [torch.tensor(header, dtype=torch.float64), *inputs, *states]
 
 

@@ -27,7 +27,7 @@ class Connection(NamedTuple):
         source: the number of the population whose spikes it receives, which may be a later one or the target itself;
             −1: it receives the inputs of the whole network.
         delay: by how many steps they arrive later; None: in the same step.
-        bias: [N], which acts at every step; or None.
+        bias: [N], which acts at every step; or None. (A module is called before anything arrives unless this is None.)
         observer: called with x and W·x + b, in each step where populations take steps; returns the latter, perhaps by a
             node that finds its gradient; or None. The operators then run one after the other; in chunks, what is called
             in the backward pass is what has gradients.

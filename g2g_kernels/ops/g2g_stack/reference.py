@@ -187,7 +187,7 @@ class GraphRun:
             elif (received := arrived(self.trains[source], delay, first, last)) is not None:
                 # where populations take single steps, what they receive has no time axis
                 added = product(received) if delay is None or len(received) > 1 else product(received[0])[None]
-            elif connection.bias is not None or connection.kind == "module":
+            elif connection.bias is not None:
                 added = product(self.trains[source].nothing())
             else:
                 continue

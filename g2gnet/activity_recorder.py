@@ -32,16 +32,16 @@ def received_in(
     spikes: list[Any] = [*activity.spikes, inputs.detach()]
     states, sent = net.divided(state, inputs.shape[-2:-1])
     connections, neurons, found = net.connections(), [*net.neurons().values()], []
-    for route in net.routes():
-        train, delay = spikes[route.source], net.delay_of(route)
+    for each in net.projections():
+        train, delay = spikes[each.source], net.delay_of(each)
         if delay is not None:
-            before = sent[route.source]
-            own = None if before is not None or route.source < 0 else as_one(states[route.source])
+            before = sent[each.source]
+            own = None if before is not None or each.source < 0 else as_one(states[each.source])
             if own is not None:
-                before = (own[-1:] > neurons[route.source].population.parameters[-1]).detach()
-            held = net.T if route.source < 0 and inputs.dim() == 2 else None
+                before = (own[-1:] > neurons[each.source].population.parameters[-1]).detach()
+            held = net.T if each.source < 0 and inputs.dim() == 2 else None
             train = LateSpikes(train, delay, before, held)
-        found.append((connections[route.name], train, spikes[route.target]))
+        found.append((connections[each.name], train, spikes[each.target]))
     return found
 
 

@@ -67,7 +67,8 @@ class CalledModules:
         for number, ((name, neurons), population) in enumerate(
             zip(self._net.neurons().items(), call.populations, strict=True)
         ):
-            size, names = self._net.sizes[number], [each.name for each in self._net.routes() if each.target == number]
+            size = self._net.sizes[number]
+            names = [each.name for each in self._net.projections() if each.target == number]
             products = [
                 partial(_call, connection, each.values, 1.0 if each.source < 0 else self._scale, size)
                 for connection, each in zip(names, population.connections, strict=True)

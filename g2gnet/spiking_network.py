@@ -340,17 +340,17 @@ class SpikingNetwork(PopulationGraph):
         """The connections to a population: modules that are ``called``, or weights, those of other populations times
         ``scale``."""
         connections: tuple[Connection, ...] = ()
-        for route in self._to[number]:
-            module: Any = self._modules[route.name]
-            delay = self.delay_of(route) if route.most else None
+        for projection in self._to[number]:
+            module: Any = self._modules[projection.name]
+            delay = self.delay_of(projection) if projection.most else None
             if called:
                 bias: Any = getattr(module, "bias", True)
-                each = Connection("module", module, None, route.source, delay, bias)
+                each = Connection("module", module, None, projection.source, delay, bias)
             else:
                 (values, mask), observer = module.observed_weights()
-                if scale != 1 and route.source >= 0:
+                if scale != 1 and projection.source >= 0:
                     values, observer = values * scale, observer and _of_scaled(observer, scale)
-                each = Connection("linear", values, mask, route.source, delay, module.bias, observer)
+                each = Connection("linear", values, mask, projection.source, delay, module.bias, observer)
             connections = *connections, each
         return connections
 
@@ -402,7 +402,7 @@ class SpikingNetwork(PopulationGraph):
 
     def _reaches(self) -> list[int]:
         """How many steps of each population, and at the end of the input, are part of a state."""
-        return reaches_of([(route.source, self.delay_of(route)) for route in self._routes], self.depth)
+        return reaches_of([(each.source, self.delay_of(each)) for each in self._projections], self.depth)
 
     def _read(self, activity: Activity, steps: int, membranes: bool) -> Activity:
         """The activity of a run whose last layer integrates: its readout, and no spikes."""

@@ -96,7 +96,7 @@ class StepEvidence:
         if net is None:
             last_is_mine = len(self._layers) >= len(activity.spikes)
         else:
-            to_output = [net.connections()[route.name] for route in net.routes() if route.target + 1 == net.depth]
+            to_output = [net.connections()[each.name] for each in net.projections() if each.target + 1 == net.depth]
             last_is_mine = any(layer in self._layers for layer in to_output)
         if last_is_mine:
             raise ValueError(

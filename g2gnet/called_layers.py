@@ -149,7 +149,7 @@ def _call_neurons(
     if steps is not None:
         current = current.expand(steps, *current.shape)
     if silent is not None:
-        check_dropped(f" of layer {number}", silent, tuple(current.shape[1:]))
+        check_dropped(f" of population {number}", silent, tuple(current.shape[1:]))
         current = current.masked_fill(silent, 0)  # hooks of the neurons see them silent
     return _output_of(name, neurons, current, current.shape), None
 

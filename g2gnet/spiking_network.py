@@ -28,8 +28,7 @@ from g2gnet.projections import PopulationGraph, Projection
 DRAWS = 1 << 16
 #: at least one of the draws keeps a neuron
 DROPOUT = Number(0, 1 - 1 / DRAWS)
-#: what the output population answers: its spike counts, or of neurons that do not spike the last, mean or largest
-#: membrane
+#: what the output answers: spike counts; or the last, mean or largest membrane of neurons that do not spike
 READOUTS = ("counts", "last", "mean", "max")
 #: called with the inputs and the activity of a run over all time steps, and with the state that it continues
 ActivityHook = Callable[[torch.Tensor, Activity, StackState | None], None]
@@ -45,9 +44,8 @@ class SpikingNetwork(PopulationGraph):
     through spikes by the surrogate.
 
     One call (:func:`g2g_kernels.g2g_stack`) reads all weights and parameters; :meth:`explain` says which way it runs.
-    What only a call of a module would run (hooks on one of them, which also rewrite its weights; a ``forward`` of its
-    own; another module in its place) is not left out: modules are then called in turn, on their own ``backend``. That
-    is slower, gives the same results, and is logged once.
+    Modules are called in turn, on their own ``backend``, where hooks on one of them, a ``forward`` of its own or
+    another module in its place would otherwise not run. That is slower, gives the same results, and is logged once.
 
     Args:
         populations: their neurons by name. Sizes follow from the projections.
@@ -56,14 +54,13 @@ class SpikingNetwork(PopulationGraph):
             are learned (:meth:`delays`). Or a dict, whose keys name the connections.
         output: the name of the population whose counts or readout are the answer.
         T: number of time steps for which inputs [B, D] are held.
-        dropout: probability with which a neuron (but of the output) is dropped in a sample, in training mode: it stays
-            silent at all steps of that sample, and what the others send is divided by the probability that they are
-            kept. For :meth:`simulate`; :meth:`step` drops nothing.
-        readout: what the network returns of the output: ``"counts"``, spikes over all steps. With ``"last"``,
-            ``"mean"`` or ``"max"`` its neurons do not spike and are not reset, whatever their threshold and reset: they
-            integrate, and the answer is their membrane after the last step, its mean, or its largest value over all
-            steps. Their spikes, counts and rates are 0. ``"last"`` costs what counts do; for the others the operators
-            run one after the other, and the output takes steps.
+        dropout: probability with which a neuron (but of the output) is dropped in a sample, in training mode: it is
+            silent at all steps, and what the others send is divided by the probability that they are kept.
+            :meth:`step` drops nothing.
+        readout: what the network returns: ``"counts"``, the output's spikes over all steps. With ``"last"``,
+            ``"mean"`` or ``"max"`` its neurons neither spike nor are reset, whatever their threshold and reset, and the
+            answer is their membrane after the last step, or its mean or largest value over all steps. Their spikes,
+            counts and rates are 0. ``"last"`` costs what counts do; for the others operators run one after the other.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
 
     Raises:
@@ -144,7 +141,7 @@ class SpikingNetwork(PopulationGraph):
 
     @property
     def readout(self) -> str:
-        """What the last layer answers; its neurons were made for it, so it stays."""
+        """What the output answers; its neurons were made for it, so it stays."""
         return self._readout
 
     @property
@@ -209,7 +206,6 @@ class SpikingNetwork(PopulationGraph):
         network's ``T``. What the activity has over time is [T, B, N] in any case.
 
         Args:
-            inputs: of all samples.
             state: ``activity.state`` of the run that this one continues, or what :meth:`step` returned; None, for all
                 or for one population: its states are 0.
             chunk: how many steps are computed at a time. The backward pass computes them again, from the states between
@@ -224,14 +220,12 @@ class SpikingNetwork(PopulationGraph):
                 steps (``sequence`` of a :class:`G2GNet`), inputs whose second dimension alone is T are refused.
 
         Returns:
-            Activity: differentiable ``output`` [B, C], spike counts of the output or its readout, and firing rates; and
-            the spikes. ``spikes``, ``rates`` and ``membranes`` take numbers and names (:class:`PerPopulation`).
+            Activity: ``output`` [B, C], the output's spike counts or readout, rates, spikes and the last state.
 
         Raises:
             ValueError: if the inputs have another shape, or seem to have time second; if the state is not one of this
-                network and these samples; if a chunk is given and spikes or membranes are wanted, or the readout is
-                that of all steps; if a state, a chunk, membranes or a readout is asked of a network that calls its
-                modules.
+                network and these samples; for a chunk with spikes, membranes or a readout of all steps; for a state, a
+                chunk, membranes or a readout of a network that calls its modules.
         """
         call = self._call(inputs, state, chunk, dropped, spikes, membranes, batch_first)
         if call.modules is None:
@@ -254,8 +248,8 @@ class SpikingNetwork(PopulationGraph):
     def explain(
         self, inputs: torch.Tensor, state: StackState | None = None, chunk: int | None = None, **options: Any
     ) -> Choice:
-        """Which way :meth:`simulate` would run with these arguments, which are its own, and why none before it in the
-        table of ways does; it may be printed, and runs nothing.
+        """Which way :meth:`simulate` would run with these arguments of its own, and why no way before it in the table
+        does. It can be printed, and runs nothing.
 
         Example:
             >>> from g2gnet import G2GNet
@@ -282,7 +276,7 @@ class SpikingNetwork(PopulationGraph):
         """A run as the operator takes it. What kept neurons send is scaled: the weights that it meets are."""
         inputs = self._time_first(inputs, batch_first if state is None else bool(batch_first))
         self.settle()
-        of_populations = self._of_layers(inputs, state, dropped) if self.training and self._dropout else None
+        of_populations = self._dropped(inputs, state, dropped) if self.training and self._dropout else None
         if chunk is not None and self._readout in ("mean", "max"):
             raise ValueError(
                 f"chunk={chunk} does not keep the membranes of all steps that readout={self.readout!r} is taken from; "
@@ -327,7 +321,8 @@ class SpikingNetwork(PopulationGraph):
             or every_module._global_backward_pre_hooks
         ):
             return "hooks are registered for every module"
-        for name, module in self._modules.items() if names is None else ((name, self._modules[name]) for name in names):
+        modules: Any = self._modules if names is None else {name: self._modules[name] for name in names}
+        for name, module in modules.items():
             hooks: Any = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
             if (hooks or module._backward_pre_hooks) and has_hooks(module):
                 return f"{name} carries hooks"
@@ -371,7 +366,7 @@ class SpikingNetwork(PopulationGraph):
             )
         return inputs
 
-    def _of_layers(
+    def _dropped(
         self, inputs: torch.Tensor, state: StackState | None, dropped: Sequence[torch.Tensor] | None
     ) -> list[torch.Tensor | None]:
         """The neurons that each population drops."""
@@ -380,13 +375,13 @@ class SpikingNetwork(PopulationGraph):
                 "a run that continues from a state drops the neurons that were dropped before it: call "
                 f"dropped = net.drop({inputs.shape[-2]}) once, and give it to every part of the run"
             )
-        of_layers = [*(self.drop(inputs.shape[-2]) if dropped is None else dropped), None]
-        if len(of_layers) != self.depth:
+        drops = [*(self.drop(inputs.shape[-2]) if dropped is None else dropped), None]
+        if len(drops) != self.depth:
             raise ValueError(
-                f"dropped is of {len(of_layers) - 1} populations, but {self.depth - 1} can drop neurons; give what "
+                f"dropped is of {len(drops) - 1} populations, but {self.depth - 1} can drop neurons; give what "
                 f"drop({inputs.shape[-2]}) returns"
             )
-        return of_layers
+        return drops
 
     def divided(
         self, state: StackState | None, batch: Sequence[int]
@@ -394,18 +389,15 @@ class SpikingNetwork(PopulationGraph):
         """The states of the neurons; and what each population, and at the end the input, sent before; batch: (B,)."""
         if state is None:
             return (None,) * self.depth, [None] * (self.depth + 1)
-        reaches = self._reaches()
+        # how many steps of each population, and at the end of the input, are part of a state
+        reaches = reaches_of([(each.source, self.delay_of(each)) for each in self._projections], self.depth)
         senders = zip((*self.populations, "the input"), reaches, self.sizes, strict=True)
         check_state_form(state, self.depth, {name: (reach, *batch, size) for name, reach, size in senders if reach})
         rest = iter(state[self.depth :])
         return state[: self.depth], [next(rest) if reach else None for reach in reaches]  # type: ignore[misc]
 
-    def _reaches(self) -> list[int]:
-        """How many steps of each population, and at the end of the input, are part of a state."""
-        return reaches_of([(each.source, self.delay_of(each)) for each in self._projections], self.depth)
-
     def _read(self, activity: Activity, steps: int, membranes: bool) -> Activity:
-        """The activity of a run whose last layer integrates: its readout, and no spikes."""
+        """The activity of a run whose output integrates: its readout, and no spikes."""
         states, over_time = activity.states, activity.membranes
         assert states is not None
         if self.readout == "last":

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from g2g_kernels.tracing import is_transformed
+from g2g_kernels.tracing import autocast_of, is_transformed
 
 
 def needs_plain_operations(grads: Iterable[Any]) -> bool:
@@ -52,6 +52,26 @@ def gradients_of(
         outputs, outputs_grads = zip(*reached, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, outputs_grads, create_graph=again, allow_unused=True))
     return [next(found) if need else None for need in needed]
+
+
+class Recomputed(torch.autograd.Function):
+    """The results of ``first``, a function of ``tensors``. Their gradients are those of ``again``, which gives the same
+    results and runs in the backward pass. PyTorch refuses it if one of the tensors, or of ``more``, which have no
+    gradient, has changed in place until then."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, first: Callable, again: Callable, more: Sequence[torch.Tensor], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.again, ctx.count, ctx.autocast = again, len(tensors), autocast_of(tensors[0])
+        ctx.save_for_backward(*tensors, *more)
+        ctx.set_materialize_grads(False)
+        return tuple(first(*tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        tensors = ctx.saved_tensors[: ctx.count]
+        return None, None, None, *gradients_of(ctx.again, tensors, grads, ctx.needs_input_grad[3:], ctx.autocast)
 
 
 def refuse_backward(ctx: Any, *grads: Any) -> NoReturn:

@@ -293,7 +293,7 @@ def test_synaptic_operations_count_what_arrives(backend, name, held):
     reference = Reference(net)
     reference.run((x.expand(T, B, D) if held else x).double())
     operations = net.simulate(x).synaptic_operations()
-    for number, each in enumerate(net.populations):
+    for number, name in enumerate(net.populations):
         expected = 0
         for each in net.projections():
             if each.target == number:
@@ -301,7 +301,7 @@ def test_synaptic_operations_count_what_arrives(backend, name, held):
                 once = held and each.source < 0 and not each.most
                 steps = range(1 if once else T)
                 expected += sum(int(((reference.arrived[each.name, t] != 0) * fan_out).sum()) for t in steps)
-        assert sum(operations[each][:2]) == expected, each
+        assert sum(operations[name][:2]) == expected, name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

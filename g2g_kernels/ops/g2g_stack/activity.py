@@ -18,7 +18,7 @@ StackState = tuple[NeuronState, ...]
 
 
 class Spikes(Protocol):
-    """Spikes of one layer, in a backend's own form."""
+    """Spikes of one population, in a backend's own form."""
 
     def dense(self) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order; without gradient unless requested."""
@@ -26,7 +26,7 @@ class Spikes(Protocol):
 
 
 class DenseSpikes:
-    """Spikes of one layer kept as the float tensor that the backend computed."""
+    """Spikes of one population kept as the float tensor that the backend computed."""
 
     def __init__(self, spikes: torch.Tensor) -> None:
         self._spikes = spikes
@@ -182,25 +182,25 @@ _CAN_BE_COMPILED = torch.__version__ >= "2.8"
 
 
 class Activity(NamedTuple):
-    """The activity of spiking populations: the layers of a stack from input to output, or those of a network.
+    """The activity of spiking populations, the output's last.
 
-    Of a network, ``rates``, ``spikes`` and ``membranes`` also take names (:class:`PerPopulation`).
+    Of a network, ``rates``, ``spikes`` and ``membranes`` also take names (:class:`PerPopulation`). All but ``spikes``
+    and ``synapses`` is differentiable.
 
     Attributes:
-        counts: [B, N] of the last population, spikes per neuron over all steps; differentiable.
-        rates: one [N] per population, spikes per neuron, step and sample (0 to 1); differentiable.
-        spikes: one object per layer, whose ``dense()`` gives the spikes [T, B, N], with a gradient only if the call
-            requested ``spikes``.
+        counts: [B, N] of the output, spikes per neuron over all steps.
+        rates: one [N] per population, spikes per neuron, step and sample (0 to 1).
+        spikes: one object per population, whose ``dense()`` gives the spikes [T, B, N], with a gradient only if the
+            call requested ``spikes``.
         synapses: what :meth:`synaptic_operations` counts; None if they are unknown.
-        states: one [states, B, N] per layer, the neurons' states after the last step; differentiable. None if modules
-            that keep their states to themselves were called.
-        membranes: one [T, B, N] per layer, the membrane U_t after each step, from which the spikes follow;
-            differentiable. None for a layer that was not asked for them, or instead of all.
-        readout: [B, N] of the last layer, if its neurons do not spike: what is read from their membranes;
-            differentiable.
-        sent: what delays of more than one step need to continue the run: one object per layer, and at the end one for
-            the inputs, whose ``dense()`` gives what was sent in the last D steps, [D, B, N]; None where no delay reads
-            it; differentiable.
+        states: one [states, B, N] per population, after the last step. None if modules that keep their states to
+            themselves were called.
+        membranes: one [T, B, N] per population, the membrane U_t after each step, from which the spikes follow. None
+            for a population that was not asked for them, or instead of all.
+        readout: [B, N], what is read from the membranes of an output whose neurons do not spike.
+        sent: what delays of more than one step need to continue the run: one object per population, and at the end one
+            for the inputs, whose ``dense()`` gives what was sent in the last D steps, [D, B, N]; None where no delay
+            reads it.
 
     Example:
         >>> from g2gnet import G2GNet
@@ -222,14 +222,14 @@ class Activity(NamedTuple):
 
     @property
     def output(self) -> torch.Tensor:
-        """The answer of the last layer [B, N] (logits of a classifier), which is its readout, or spike counts."""
+        """The answer [B, N] (logits of a classifier): the readout, or spike counts."""
         return self.counts if self.readout is None else self.readout
 
     @property
     def state(self) -> "StackState":
         """The state after the last step, as :meth:`g2gnet.SpikingNetwork.step` returns it: what continues the run.
 
-        One entry per layer, and behind them :attr:`sent` where it is not None. Raises RuntimeError if it is unknown.
+        One entry per population, and behind them what :attr:`sent` has. Raises RuntimeError if it is unknown.
         """
         if self.states is None:
             raise RuntimeError(
@@ -240,11 +240,9 @@ class Activity(NamedTuple):
         return (*of_neurons, *(each.dense() for each in self.sent if each is not None))
 
     def synaptic_operations(self) -> tuple[SynapticOperations, ...]:
-        """The additions and multiplications that spikes (and inputs) caused in each layer, over all steps and samples;
-        of a network, a :class:`PerPopulation`.
-
-        For one sample, divide by the size of the batch. Waits for the device. Raises RuntimeError if inputs, weights or
-        masks have changed since the run, or if the run was compiled.
+        """The additions and multiplications that spikes (and inputs) caused in each population, over all steps and
+        samples; of a network, a :class:`PerPopulation`. Waits for the device. Raises RuntimeError if inputs, weights
+        or masks have changed since the run, or if the run was compiled.
         """
         if self.synapses is None:
             raise RuntimeError(
@@ -277,11 +275,11 @@ def check_state_form(state: Any, depth: int, sent: Mapping[str, tuple[int, ...]]
         )
     if len(state) != depth + len(sent):
         behind = f", and {len(sent)} entries of what delays need" if sent else ""
-        raise ValueError(f"state has {len(state)} entries, this network has {depth} layers{behind}")
+        raise ValueError(f"state has {len(state)} entries, this network has {depth} populations{behind}")
     for number, before in enumerate(state):
         tensors = before if type(before) in (tuple, list) else (before,)
         if before is not None and not all(isinstance(each, torch.Tensor) for each in tensors):
-            raise TypeError(f"state of layer {number} is a {type(before).__name__}, not a tensor or several")
+            raise TypeError(f"state of population {number} is a {type(before).__name__}, not a tensor or several")
     for (name, shape), before in zip(sent.items(), state[depth:]):  # noqa: B905  (checked above)
         if before is not None and (not isinstance(before, torch.Tensor) or tuple(before.shape) != shape):
             found = list(before.shape) if isinstance(before, torch.Tensor) else type(before).__name__
@@ -292,7 +290,7 @@ def check_state_form(state: Any, depth: int, sent: Mapping[str, tuple[int, ...]]
 
 
 def as_one(state: NeuronState | None) -> torch.Tensor | None:
-    """The states of a layer's neurons as one tensor [states, B, N]."""
+    """The states of a population as one tensor [states, B, N]."""
     if state is None:
         return None
     return state.unsqueeze(0) if isinstance(state, torch.Tensor) else torch.stack(tuple(state))

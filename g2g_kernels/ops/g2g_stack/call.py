@@ -15,9 +15,9 @@ from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperat
 from g2g_kernels.tracing import replaced
 
 _Each = list[torch.Tensor]
-#: counts [B, N] of the last layer; of each layer rates [N] and states after the last step [states, B, N]; membranes
-#: [T, B, N] of the layers that give them, and the spikes [T, B, N] of all layers if these need a gradient; of each
-#: layer spikes in the backend's form; and what the backward pass needs
+#: counts [B, N] of the last population; of each rates [N] and states after the last step [states, B, N]; membranes
+#: [T, B, N] of those that give them, and the spikes [T, B, N] of all if these need a gradient; of each the spikes in
+#: the backend's form; and what the backward pass needs
 Outputs = tuple[torch.Tensor, _Each, _Each, _Each, _Each, _Each]
 
 

@@ -26,7 +26,7 @@ from g2g_kernels.cpu.library import bf16_wanted, library, pointer, run, too_larg
 from g2g_kernels.cpu.plans import Plan, blocks, plan_for
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.mask.unit_grid import MaskTensors
-from g2g_kernels.ops.derivatives import gradients_of
+from g2g_kernels.ops.derivatives import Recomputed
 from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, chain_of, operators
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train
@@ -43,7 +43,7 @@ from g2g_kernels.ops.neurons.cpu import neuron_arguments
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.ops.record import TYPES, Backward, RecordOperator, built, opened
-from g2g_kernels.tracing import autocast_of, is_traced, replaced
+from g2g_kernels.tracing import is_traced, replaced
 
 logger = logging.getLogger("g2g_kernels")
 
@@ -156,25 +156,8 @@ class LastSpikes:
             activity = self._graph(replaced(self._call, x=x, before=before, populations=populations))
             return [activity.sent[self._number].dense()]
 
-        return _Again.apply(again, sent, *tensors)
-
-
-class _Again(torch.autograd.Function):
-    """A tensor whose gradient is that of a function of other tensors, which only the backward pass runs."""
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable, value: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        ctx.function, ctx.autocast = function, autocast_of(tensors[0])
-        ctx.save_for_backward(*tensors)
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return (
-            None,
-            None,
-            *gradients_of(ctx.function, ctx.saved_tensors, [grad], ctx.needs_input_grad[2:], ctx.autocast),
-        )
+        (sent,) = Recomputed.apply(lambda *given: [sent], again, (), *tensors)
+        return sent
 
 
 def in_float32(

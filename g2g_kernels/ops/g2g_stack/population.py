@@ -18,8 +18,6 @@ ProductObserver = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Connection(NamedTuple):
     """What joins a source to the neurons of a population.
 
-    A backend refuses a field that it does not read.
-
     Attributes:
         kind: ``"linear"``; or ``"module"``, which only modules called in turn take: it is what a module returns.
         values: packed weights [num_units, unit_rows, unit_cols]; the module.
@@ -29,8 +27,8 @@ class Connection(NamedTuple):
         delay: by how many steps they arrive later; None: in the same step.
         bias: [N], which acts at every step; or None. (A module is called before anything arrives unless this is None.)
         observer: called with x and W·x + b, in each step where populations take steps; returns the latter, perhaps by a
-            node that finds its gradient; or None. The operators then run one after the other; in chunks, what is called
-            in the backward pass is what has gradients.
+            node that finds its gradient; or None. Operators then run in turn; in chunks, it is called with gradients in
+            the backward pass.
         onto: the name of the state that it adds to; None: to the current.
 
     Example:
@@ -52,21 +50,18 @@ class Connection(NamedTuple):
 class Population(NamedTuple):
     """Neurons, and all that reaches them.
 
-    This record and :class:`Connection` are the only list of what a network has. Operators take them
-    (``ops/record.py``), the structures of the C interface are filled from the fields of the same names, and a backend
-    refuses a field that it does not read.
+    This record and :class:`Connection` are the only list of what a network has: operators take them
+    (``ops/record.py``), structures of the C interface have fields of the same names, and a backend refuses a field that
+    it does not read.
 
     Attributes:
         neurons: with their own model, reset, surrogate and α.
-        connections: to them, at least one. What is between one and its neighbours follows from ``source`` and
-            ``delay``: a recurrent connection has its own population as the source, and a delay of one step.
-        dropped: bool [B, N], or None: neurons that stay silent in a sample, so that nothing comes from them and no
-            gradient goes through them.
+        connections: to them, at least one. A recurrent one has its own population as the source, and a delay of 1.
+        dropped: bool [B, N], neurons that stay silent in a sample and pass no gradient; or None.
         state: float [states, B, N], the neurons' states before the first step, in the model's order; None: all 0.
         sent: float [D, B, N], what the neurons sent in the D steps before the first, if a delay of more than one step
             reads it; None: nothing. (The spikes of one step before follow from ``state``.)
-        membranes: whether the run gives the membranes over time. The neurons then take steps in turn, but on
-            ``triton``.
+        membranes: whether the run gives the membranes over time. The neurons then run step by step, except on Triton.
 
     Example:
         >>> mask = BlockMask.full(GroupLayout(4, 1), GroupLayout(8, 1), block_size=4)
@@ -134,12 +129,11 @@ ONE_STEP = Delay(1, 1)
 
 def graph_of(populations: Sequence[Population]) -> Graph:
     """The connections to populations, and the least delay of each."""
-    return tuple(
-        [
-            tuple([(each.source, 0 if each.delay is None else each.delay.least) for each in population.connections])
-            for population in populations
-        ]
-    )
+    graph: Graph = ()
+    for of in populations:
+        joins = [(each.source, 0 if each.delay is None else each.delay.least) for each in of.connections]
+        graph = *graph, tuple(joins)
+    return graph
 
 
 def reaches(populations: Sequence[Population]) -> list[int]:

@@ -75,30 +75,20 @@ class Turn(NamedTuple):
     sent: list[torch.Tensor | None]
 
 
-def in_turn(
-    call: Call,
-    linear: Callable,
-    neurons: Callable,
-    loop_of: Callable[[int, Population], Callable | None] | None = None,
-) -> Turn:
-    """What the populations do by two operators, or where ``loop_of`` one gives another, by that."""
+def in_turn(call: Call, linear: Callable, neurons: Callable, loop_of: Callable | None = None) -> Turn:
+    """What the populations do by two operators, or by what ``loop_of(number, population)`` gives, unless it is None."""
     return GraphRun(call, functions_of(call.populations, linear, neurons, loop_of)).turn()
 
 
 def functions_of(
-    populations: Sequence[Population],
-    linear: Callable,
-    neurons: Callable,
-    loop_of: Callable[[int, Population], Callable | None] | None = None,
+    populations: Sequence[Population], linear: Callable, neurons: Callable, loop_of: Callable | None = None
 ) -> list[PopulationFunctions]:
     """Populations as functions of these operators."""
     functions = []
     for number, population in enumerate(populations):
         products = [partial(_product, linear, connection) for connection in population.connections]
-        loop = None if loop_of is None else loop_of(number, population)
-        functions.append(
-            PopulationFunctions(size_of(population), products, partial(_neurons, neurons, population), loop)
-        )
+        loop, run = None if loop_of is None else loop_of(number, population), partial(_neurons, neurons, population)
+        functions.append(PopulationFunctions(size_of(population), products, run, loop))
     return functions
 
 
@@ -142,15 +132,12 @@ class GraphRun:
         pieces: dict[int, Iterator[torch.Tensor | None]] = {}
         for number in component.members:
             current = self.current(number, 0, self.steps, lambda source: source not in inside)
-            nothing = self.x.new_zeros(self.x.shape[-2], self.functions[number].size)
-            self.trains[number] = Train(nothing, self.before(number, (nothing if current is None else current).dtype))
+            self.begin(number, current)
             if not component.period:
                 return self._advance(number, current, self.steps)
             sizes = [last - first for which, first, last in blocks if which == number]
-            if current is None or current.dim() == 2:  # the same at all steps
-                pieces[number] = itertools.repeat(current)
-            else:
-                pieces[number] = iter(current.split(sizes))
+            held = current is None or current.dim() == 2  # the same at all steps
+            pieces[number] = itertools.repeat(current) if held else iter(current.split(sizes))
         for number, first, last in blocks:
             current, own = next(pieces[number]), self.current(number, first, last, inside.__contains__)
             if own is not None:
@@ -159,16 +146,21 @@ class GraphRun:
                 current = current.expand(last - first, *current.shape)
             self._advance(number, current, last - first)
 
+    def begin(self, number: int, current: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Begins the train of a population; a step in which it sends nothing, and what it sent before the run."""
+        nothing = self.x.new_zeros(self.x.shape[-2], self.functions[number].size)
+        before = self.before(number, (nothing if current is None else current).dtype)
+        self.trains[number] = Train(nothing, before)
+        return nothing, before
+
     def _loop(self, component: Component) -> bool:
         """Runs a population whose only way to itself is its recurrent connection, if it has an operator for that."""
         number, loop = component.members[0], self.functions[component.members[0]].loop
         if loop is None or len(component.members) > 1:
             return False
         current = self.current(number, 0, self.steps, lambda source: source != number)
-        nothing = self.x.new_zeros(self.x.shape[-2], self.functions[number].size)
+        nothing, before = self.begin(number, current)
         current = nothing if current is None else current
-        before = self.before(number, current.dtype)
-        self.trains[number] = Train(nothing, before)
         held = self.steps if current.dim() == 2 else None
         spikes, self.states[number] = loop(current, held, self.states[number], None if before is None else before[-1])
         self._send(number, spikes)

@@ -117,12 +117,12 @@ def run(call: Call, chunk: int | None = None) -> Activity:
     given, call = call, checked(call)
     now = normalised(call)
     way = WAYS.choose(now, backend=call.backend).way
-    of = [parameter for population in given.populations for parameter in population.neurons.parameters]
-    # a check makes tensors of numbers, so it is not left out
-    if key is not None and all([isinstance(parameter, torch.Tensor) for parameter in of]):
-        if len(_chosen) > 1000:
-            _chosen.clear()
-        _chosen[key] = way
+    if key is not None:
+        of = [parameter for population in given.populations for parameter in population.neurons.parameters]
+        if all([isinstance(parameter, torch.Tensor) for parameter in of]):  # a check makes tensors of numbers
+            if len(_chosen) > 1000:
+                _chosen.clear()
+            _chosen[key] = way
     return _finished(call, now, way.run(now))
 
 

@@ -60,14 +60,11 @@ class CalledModules:
         out."""
         if not is_traced():
             _say_that_modules_are_called(self.why)
-        stepping = {
-            number for each in components_of(graph_of(call.populations)) if each.period for number in each.members
-        }
+        parts = components_of(graph_of(call.populations))
+        stepping = {number for each in parts if each.period for number in each.members}
         functions = []
-        for number, ((name, neurons), population) in enumerate(
-            zip(self._net.neurons().items(), call.populations, strict=True)
-        ):
-            size = self._net.sizes[number]
+        for number, (name, neurons) in enumerate(self._net.neurons().items()):
+            population, size = call.populations[number], self._net.sizes[number]
             names = [each.name for each in self._net.projections() if each.target == number]
             products = [
                 partial(_call, connection, each.values, 1.0 if each.source < 0 else self._scale, size)
@@ -116,11 +113,9 @@ def step_of_called(
         _check_steps_of(name, neurons)
         if population.state is not None and isinstance(neurons, SpikingNeurons):  # a sum would broadcast
             check_states(population.state, neurons.population, (call.x.shape[1], size))
-        silent = not spiking and name == net.populations[-1]
         products = [partial(_call_at_a_step, each.values) for each in population.connections]
-        functions.append(
-            PopulationFunctions(size, products, partial(_step_silently if silent else _step_neurons, neurons))
-        )
+        step = _step_neurons if spiking or name != net.populations[-1] else _step_silently
+        functions.append(PopulationFunctions(size, products, partial(step, neurons)))
     turn = GraphRun(call, functions).turn()
     after = [each[0] if isinstance(each, tuple) and len(each) == 1 else each for each in turn.states]
     output = turn.spikes[-1][0] if spiking else turn.states[-1][-1]

@@ -46,6 +46,22 @@ def chain_of(populations: Sequence[Population]) -> Chain | str:
     return chain
 
 
+def contiguous(population: Population, connections: Sequence[Connection], sent: torch.Tensor | None) -> Population:
+    """A population as kernels read it: its tensors contiguous, the parameters of its neurons [1] or [N]."""
+    flat: tuple[torch.Tensor, ...] = ()
+    for each in population.neurons.parameters:
+        flat = *flat, each.contiguous() if each.dim() == 1 else each.reshape(-1)
+    dropped, state = population.dropped, population.state
+    return Population(
+        replaced(population.neurons, parameters=flat),
+        tuple(connections),
+        None if dropped is None else dropped.contiguous(),
+        None if state is None else state.float().contiguous(),
+        None if sent is None else sent.float().contiguous(),
+        population.membranes,
+    )
+
+
 class StackCall(NamedTuple):
     """What the forward pass takes: x, contiguous [T, B, in], or [B, in] held for ``steps`` steps (otherwise 0); the
     populations of a chain from input to output, each with the connection from the one before it and, behind that, its
@@ -65,29 +81,17 @@ class StackCall(NamedTuple):
         called, device, chain = [], call.x.device, chain_of(call.populations)
         assert not isinstance(chain, str)  # others are refused
         for (feed, recurrent), population in zip(chain, call.populations):  # noqa: B905
-            neurons, dropped, state, sent = population.neurons, population.dropped, population.state, population.sent
             delay = None if feed.delay is None else feed.delay.of_each(feed.mask.shape[1], device)
             bias = None if feed.bias is None else feed.bias.contiguous()
             connections = [
                 Connection("linear", feed.values.contiguous(), feed.mask.tensors(), feed.source, delay, bias)
             ]
             # of one step without spikes before it the weights have no gradient
-            if recurrent is not None and (total_steps(call) > 1 or state is not None or sent is not None):
+            before = population.state is not None or population.sent is not None
+            if recurrent is not None and (before or total_steps(call) > 1):
                 own = recurrent.values.contiguous(), recurrent.mask.tensors(), recurrent.source, recurrent.delay
                 connections.append(Connection("linear", *own))
-            flat: tuple[torch.Tensor, ...] = ()
-            for each in neurons.parameters:
-                flat = *flat, each.contiguous() if each.dim() == 1 else each.reshape(-1)
-            called.append(
-                Population(
-                    replaced(neurons, parameters=flat),
-                    tuple(connections),
-                    None if dropped is None else dropped.contiguous(),
-                    None if state is None else state.float().contiguous(),
-                    None if sent is None else sent.float().contiguous(),
-                    population.membranes,
-                )
-            )
+            called.append(contiguous(population, connections, population.sent))
         return cls(call.x.contiguous(), tuple(called), call.steps or 0, dtype, call.spikes)
 
     @property

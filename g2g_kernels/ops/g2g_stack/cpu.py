@@ -240,23 +240,18 @@ def _shapes(call: StackCall) -> _Shapes:
 # --- operators --------------------------------------------------------------------------------------------------
 
 
-class _Memory(NamedTuple):
-    """What the kernels read and write besides the call's own tensors, layer by layer; no states: none are kept."""
-
-    spikes: Tensors
-    inputs: Tensors
-    states: Tensors | None
-
-
 INPUT_RATE = attrgetter("input_rate")
 #: the numbers of a call, whose ranges are checked where a structure is made
 _options = functools.lru_cache(256)(structures.Stack)
 
 
 class _Arguments:
-    """The arguments of a call of the C kernels, all that must outlive it, and ``to``, its gradients, or None."""
+    """The arguments of a call of the C kernels, and all that must outlive it: what the kernels read and write besides
+    the call's own tensors, layer by layer (no states: none are kept), and ``to``, its gradients, or None."""
 
-    def __init__(self, call: StackCall, memory: _Memory, to: StackCall | None = None) -> None:
+    def __init__(
+        self, call: StackCall, spikes: Tensors, inputs: Tensors, states: Tensors | None, to: StackCall | None = None
+    ) -> None:
         self.plans: list[Plan] = []
         below: Plan | None = None
         count = len(call.populations)
@@ -270,8 +265,8 @@ class _Arguments:
             own = structures.Layer(
                 plan=plan.address,
                 neurons=neuron_arguments(population.neurons, () if grads is None else grads.neurons.parameters),
-                spikes=memory.spikes[number].data_ptr(),
-                inputs=memory.inputs[number].data_ptr(),
+                spikes=spikes[number].data_ptr(),
+                inputs=inputs[number].data_ptr(),
             )
             to_feed = None if grads is None else grads.connections[0]
             for record, to_record, names in ((feed, to_feed, OF_CONNECTION), (population, grads, OF_POPULATION)):
@@ -286,21 +281,21 @@ class _Arguments:
                 own.delays = delays_pointer(number, feed.delay, feed.delay.steps)
                 if to_feed is not None and to_feed.delay is not None:
                     own.grad_delays = pointer(to_feed.delay.learned)
-            if memory.states:
+            if states:
                 kept = "currents" if held and number == 0 and not recurrent else "states"
-                setattr(own, kept, memory.states[number].data_ptr())
+                setattr(own, kept, states[number].data_ptr())
             if recurrent:
                 self._join(own, number, recurrent[0], plan)
                 if grads is not None:
                     own.grad_recurrent = pointer(grads.connections[1].values)
             if below is not None and feed.delay is None and lib.g2g_plans_aligned(below.address, plan.address):
-                own.inputs = memory.spikes[number - 1].data_ptr()
+                own.inputs = spikes[number - 1].data_ptr()
             self.layers[number] = own
             below = plan
         bf16 = call.dtype == torch.bfloat16 and bool(lib.g2g_has_bf16())
         costs = {"event_cost": cpu_library.EVENT_COST, "batch_cost": cpu_library.BATCH_COST}
         costs |= {"subset_cost": cpu_library.SUBSET_COST, "needed_cost": cpu_library.NEEDED_COST}
-        batch, _, steps = memory.spikes[0].shape
+        batch, _, steps = spikes[0].shape
         sizes = {"count": count, "batch": batch, "steps": steps, "held": held}
         options = _options(**sizes, **costs, threads=torch.get_num_threads(), bf16=bf16)
         self.stack = structures.Stack.from_buffer_copy(options)
@@ -345,7 +340,7 @@ def _forward(call: StackCall, keep: bool) -> Outputs:
     shapes = _shapes(call)
     spikes, inputs = workspace.exactly(shapes.spikes, torch.int64), workspace.each(shapes.inputs, torch.int64)
     states = workspace.each(shapes.states) if keep else None
-    arguments = _Arguments(call, _Memory(spikes, inputs, states))
+    arguments = _Arguments(call, spikes, inputs, states)
     *rates, counts = workspace.each([*shapes.rates, shapes.last[-1][1:]])
     last = workspace.exactly(shapes.last)
     for layer, of_layer, after in zip(arguments.layers, rates, last, strict=True):
@@ -380,7 +375,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
         if [tuple(tensor.shape) for tensor in tensors] != expected:
             raise ValueError("spikes and kept are not those of a forward pass over these tensors")
     grads, to = given.made(_gradients)
-    arguments = _Arguments(call, _Memory(spikes, inputs, states), to)
+    arguments = _Arguments(call, spikes, inputs, states, to)
     x_spikes, *input_rates = header.tolist()
     for number, layer in enumerate(arguments.layers):
         grad_rates, grad_last = grads_of_layers[number], grads_of_layers[count + number]

@@ -22,6 +22,7 @@ from g2g_kernels.ops.flops import count_flops, product_flops
 from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
+from g2g_kernels.ops.g2g_stack.call import contiguous
 from g2g_kernels.ops.g2g_stack.checks import check_sizes
 from g2g_kernels.ops.g2g_stack.cpu import PackedSpikes, check_tensors, delays_pointer, refuses_tensors
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train, arrived
@@ -41,7 +42,7 @@ from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
 from g2g_kernels.ops.neurons.models import MODELS
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator
-from g2g_kernels.tracing import is_traced, replaced
+from g2g_kernels.tracing import is_traced
 
 
 class GraphCall(NamedTuple):
@@ -145,17 +146,7 @@ def g2g_graph(call: Call) -> Activity:
             nothing = x.new_zeros(x.shape[-2], size_of(population))
             current = nothing if current is None else current.expand_as(nothing)
         currents.append(current.float().contiguous())  # autocast computes products in fewer bits
-        sent, dropped, state = given.before(number, x.dtype), population.dropped, population.state
-        flat = tuple([each.reshape(-1).contiguous() for each in population.neurons.parameters])
-        populations.append(
-            Population(
-                replaced(population.neurons, parameters=flat),
-                tuple(connections),
-                None if dropped is None else dropped.contiguous(),
-                None if state is None else state.contiguous(),
-                None if sent is None else sent.contiguous(),
-            )
-        )
+        populations.append(contiguous(population, connections, given.before(number, x.dtype)))
     lengths = tuple([min(reach, given.steps) for reach in given.reaches[:-1]])
     counts, rates, last, tails, kept = FORWARD(GraphCall(tuple(populations), tuple(currents), lengths, given.steps))
     spikes = [

@@ -31,7 +31,8 @@ def received_in(
     that it leads to."""
     spikes: list[Any] = [*activity.spikes, inputs.detach()]
     states, sent = net.divided(state, inputs.shape[-2:-1])
-    connections, neurons, found = net.connections(), [*net.neurons().values()], []
+    connections, neurons = net.connections(), [*net.neurons().values()]
+    found: list[tuple[nn.Module, SpikeTrain, SpikeTrain]] = []
     for each in net.projections():
         train, delay = spikes[each.source], net.delay_of(each)
         if delay is not None:

@@ -111,8 +111,9 @@ def step_of_called(
     functions = []
     for (name, neurons), size, population in zip(net.neurons().items(), net.sizes, call.populations):  # noqa: B905
         _check_steps_of(name, neurons)
-        if population.state is not None and isinstance(neurons, SpikingNeurons):  # a sum would broadcast
-            check_states(population.state, neurons.population, (call.x.shape[1], size))
+        states: Any = population.state  # one by one, as steps take them
+        if states is not None and isinstance(neurons, SpikingNeurons):  # a sum would broadcast
+            check_states(states, neurons.population, (call.x.shape[1], size))
         products = [partial(_call_at_a_step, each.values) for each in population.connections]
         step = _step_neurons if spiking or name != net.populations[-1] else _step_silently
         functions.append(PopulationFunctions(size, products, partial(step, neurons)))

@@ -59,7 +59,7 @@ def checked(call: Call) -> Call:
 def check_sizes(populations: Sequence[Population], batch: int, inputs: int | None) -> None:
     """Raises ValueError unless all that is around the neurons of populations, and what joins them, has their sizes: the
     only check of hand-made calls of operators. Without a number of ``inputs`` these may be any."""
-    sizes = [*(size_of(population) for population in populations), inputs]
+    sizes = [size_of(population) for population in populations]
     for number, (population, size) in enumerate(zip(populations, sizes)):  # noqa: B905
         suffix = f" of population {number}"
         population.neurons.check_entries(size, suffix)
@@ -70,7 +70,7 @@ def check_sizes(populations: Sequence[Population], batch: int, inputs: int | Non
         if population.sent is not None:
             _check_sent(f"sent{suffix}", population.sent, batch, size)
         for connection in population.connections:
-            _check_ends(number, connection, sizes)
+            _check_ends(number, connection, [*sizes, inputs])
 
 
 def check_chunk(chunk: int, call: Call) -> None:

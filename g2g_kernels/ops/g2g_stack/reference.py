@@ -136,8 +136,10 @@ class GraphRun:
             if not component.period:
                 return self._advance(number, current, self.steps)
             sizes = [last - first for which, first, last in blocks if which == number]
-            held = current is None or current.dim() == 2  # the same at all steps
-            pieces[number] = itertools.repeat(current) if held else iter(current.split(sizes))
+            if current is None or current.dim() == 2:  # the same at all steps
+                pieces[number] = itertools.repeat(current)
+            else:
+                pieces[number] = iter(current.split(sizes))
         for number, first, last in blocks:
             current, own = next(pieces[number]), self.current(number, first, last, inside.__contains__)
             if own is not None:

@@ -50,7 +50,8 @@ def refuses_operators(call: Call) -> str | None:
     forced = forced_backend(call.backend)
     if forced == "torch":
         return "those of backend torch are the reference"
-    like, asked = call.x.new_empty(()), []
+    like = call.x.new_empty(())
+    asked: list[tuple[Operator, tuple[Any, ...]]] = []
     for population in call.populations:
         for each in population.connections:
             received = call.x if each.source < 0 else like.expand(*call.x.shape[:-1], each.mask.shape[1])

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from g2g_kernels import Activity
-from g2g_kernels.ops.g2g_stack.synaptic_operations import Received, Synapses, SynapticOperations
+from g2g_kernels import Activity, Connection, Population
+from g2g_kernels.ops.g2g_stack import Call, Synapses, SynapticOperations
 from g2gnet import G2GNet
 from g2gnet.base.seeding import stream
 from g2gnet.data import ImageData, as_samples
@@ -62,7 +62,9 @@ class _Synapses(Synapses):
     """Every input that is not zero costs a multiplication, where a spike costs an addition."""
 
     def __init__(self, inputs: torch.Tensor, layers: Sequence[Any]) -> None:
-        super().__init__(inputs, 1, [[Received(e.values, e.mask, number - 1)] for number, e in enumerate(layers)])
+        joins = [Connection("linear", each.values, each.mask, number - 1) for number, each in enumerate(layers)]
+        neurons: Any = None
+        super().__init__(Call(inputs, tuple([Population(neurons, (each,)) for each in joins]), 1), ())
 
     def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
         found = super().operations(rates)

@@ -1,11 +1,14 @@
-"""What is different where calls are recorded instead of run: by torch.compile, torch.export and torch.jit.trace."""
+"""What is in force around a call: whether it is recorded instead of run (torch.compile, torch.export, torch.jit.trace),
+transforms, and autocast."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 _Function = TypeVar("_Function", bound=Callable)
 _Record = TypeVar("_Record", bound=tuple)
@@ -25,24 +28,35 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
-def is_scripted() -> bool:
-    """Whether torch.jit.trace records; torch.compile before 2.10 cannot ask it, and need not."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()
-
-
 def replaced(record: _Record, **fields: Any) -> _Record:
     """``record._replace(**fields)`` of a named tuple, which torch.compile of PyTorch 2.8 cannot trace."""
-    names = type(record)._fields  # type: ignore[attr-defined]
-    return type(record)(*[fields[name] if name in fields else getattr(record, name) for name in names])
+    kind = type(record)
+    return kind(**{**dict(zip(kind._fields, record)), **fields})  # type: ignore[attr-defined]  # noqa: B905
 
 
-def is_transformed() -> bool:
-    """Whether torch.func transforms (grad, vmap, …) or torch.jit.trace are at work: unlike torch.compile they cannot
-    look into an operator whose gradient is one, too, and need plain operations."""
-    return not torch.compiler.is_compiling() and (torch._C._are_functorch_transforms_active() or torch._C._is_tracing())
+def is_transformed(tensors: Iterable[torch.Tensor | None] = ()) -> bool:
+    """Whether torch.func transforms (grad, vmap, …), torch.jit.trace or, on one of the ``tensors``, tangents of
+    forward-mode differentiation are at work: unlike torch.compile they cannot look into an operator whose gradient is
+    one, too, and need plain operations."""
+    if not torch.compiler.is_compiling():  # which keeps a level of tangents of its own
+        if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
+            return True
+        if forward_ad._current_level < 0:
+            return False
+    return any([tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors])
 
 
-def is_observed(tensors: Sequence[torch.Tensor | None]) -> bool:
+def autocast_of(tensor: torch.Tensor) -> Callable[[], contextlib.AbstractContextManager]:
+    """Makes the autocast that is in force where ``tensor`` is, for what runs a forward pass again."""
+    device = tensor.device.type
+    if not torch.amp.is_autocast_available(device):
+        return contextlib.nullcontext
+    return functools.partial(
+        torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    )
+
+
+def is_observed(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether something may look at the operators that are called with these tensors: tracers, dispatch modes (fake
     tensors, counters of FLOPs), transforms, profilers, subclasses of tensors; or the dispatcher itself, where a
     tensor's memory is not its content: a view that is to be negated, zeros that are only noted.
@@ -55,11 +69,12 @@ def is_observed(tensors: Sequence[torch.Tensor | None]) -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch.autograd._profiler_enabled()
         or not _PLAIN.issuperset(map(type, tensors))
-        or any([tensor is not None and (tensor.is_neg() or tensor._is_zerotensor()) for tensor in tensors])
+        or any(map(torch.Tensor.is_neg, tensors))
+        or any(map(torch.Tensor._is_zerotensor, tensors))
     )
 
 
-_PLAIN = {torch.Tensor, nn.Parameter, type(None)}
+_PLAIN = {torch.Tensor, nn.Parameter}
 
 
 def unwrapped(tensor: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,8 @@ from torch.utils.hooks import RemovableHandle
 
 from g2g_kernels import Activity
 from g2g_kernels.ops.g2g_stack import StackState
+from g2g_kernels.ops.g2g_stack.activity import as_one
+from g2g_kernels.ops.g2g_stack.delays import LateSpikes
 from g2gnet.called_layers import OwnHook
 from g2gnet.layers import G2GLinear
 from g2gnet.spiking_network import SpikeTrain, SpikingNetwork
@@ -20,6 +22,28 @@ Recording = list[tuple[SpikeTrain, SpikeTrain]]
 def dense(train: SpikeTrain) -> torch.Tensor:
     """The activity as a tensor [..., N]."""
     return train if isinstance(train, torch.Tensor) else train.dense()
+
+
+def received_in(
+    net: SpikingNetwork, inputs: torch.Tensor, activity: Activity, state: StackState | None = None
+) -> list[tuple[nn.Module, SpikeTrain, SpikeTrain]]:
+    """Each connection of a network, what it received in a run that continued ``state``, and the spikes of the neurons
+    that it leads to."""
+    spikes: list[Any] = [*activity.spikes, inputs.detach()]
+    states, sent = net.divided(state, inputs.shape[-2:-1])
+    connections, neurons = net.connections(), [*net.neurons().values()]
+    found: list[tuple[nn.Module, SpikeTrain, SpikeTrain]] = []
+    for each in net.projections():
+        train, delay = spikes[each.source], net.delay_of(each)
+        if delay is not None:
+            before = sent[each.source]
+            own = None if before is not None or each.source < 0 else as_one(states[each.source])
+            if own is not None:
+                before = (own[-1:] > neurons[each.source].population.parameters[-1]).detach()
+            held = net.T if each.source < 0 and inputs.dim() == 2 else None
+            train = LateSpikes(train, delay, before, held)
+        found.append((connections[each.name], train, spikes[each.target]))
+    return found
 
 
 class ActivityRecorder:
@@ -88,7 +112,7 @@ class ActivityRecorder:
     ) -> None:
         if not self._records(net):
             return
-        for connection, pre, post in net.received(inputs, activity, state):
+        for connection, pre, post in received_in(net, inputs, activity, state):
             layer = self._layer_in(connection)
             if layer is not None and self._is_new(layer):
                 self._recordings[self._number[layer]].append((pre, post))

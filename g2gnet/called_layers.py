@@ -1,36 +1,28 @@
 """Calls the modules of a network one after the other, where hooks or a ``forward`` of their own rule out one call."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as every_module
 
-from g2g_kernels import Activity, neurons_step
+from g2g_kernels import Activity, Connection, neurons_step
 from g2g_kernels.dispatch import ANY
 from g2g_kernels.ops.g2g_stack import WAYS, Call, StackState, Synapses, check_dropped
-from g2g_kernels.ops.g2g_stack.delays import LateSpikes
-from g2g_kernels.ops.g2g_stack.reference import GraphRun, PopulationFunctions, activity_of, graph_of
+from g2g_kernels.ops.g2g_stack.population import graph_of
+from g2g_kernels.ops.g2g_stack.reference import GraphRun, PopulationFunctions, activity_of
 from g2g_kernels.ops.g2g_stack.schedule import components_of
-from g2g_kernels.ops.g2g_stack.synaptic_operations import Received
 from g2g_kernels.ops.neurons.checks import check_states
 from g2g_kernels.tracing import is_traced, replaced
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
 
+if TYPE_CHECKING:
+    from g2gnet.spiking_network import SpikingNetwork
+
 logger = logging.getLogger("g2gnet")
-
-
-class ModulesOf(NamedTuple):
-    """The modules of a population: the name, module and size of its neurons, and (name, module) of each connection."""
-
-    name: str
-    neurons: Any
-    size: int
-    connections: list[tuple[str, Any]]
 
 
 class OwnHook:
@@ -51,83 +43,56 @@ def _nothing(*arguments: Any) -> None:
     pass
 
 
-def why_called(modules: Mapping[str, Any], populations: Sequence[str]) -> str | None:
-    """Why the modules, of which ``populations`` are neurons, must be called each by itself; None if they need not."""
-    if (
-        every_module._global_forward_hooks
-        or every_module._global_forward_pre_hooks
-        or every_module._global_backward_hooks
-        or every_module._global_backward_pre_hooks
-    ):
-        return "hooks are registered for every module"
-    return _why_each(modules, populations)
-
-
-def _why_each(modules: Mapping[str, Any], populations: Sequence[str]) -> str | None:
-    """What of the modules themselves only a call would run."""
-    for name, module in modules.items():
-        if (
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        ) and _has_hooks(module):
-            return f"{name} carries hooks"
-        forward = SpikingNeurons.forward if name in populations else G2GLinear.forward
-        if type(module).forward is not forward or "forward" in module.__dict__:
-            return f"{name} ({type(module).__name__}) has a forward of its own"
-    return None
-
-
 class CalledModules:
     """Calls the modules of a network in turn; those on a cycle at every step.
 
     Args:
+        net: has the modules.
         why: what only a call of a module runs.
-        modules: of each population.
         scale: what the output of neurons that are not dropped is multiplied by.
     """
 
-    def __init__(self, why: str, modules: Sequence[ModulesOf], scale: float) -> None:
-        self.why, self._modules, self._scale = why, modules, scale
+    def __init__(self, net: "SpikingNetwork", why: str, scale: float) -> None:
+        self._net, self.why, self._scale = net, why, scale
 
     def run(self, call: Call) -> Activity:
         """The activity; TypeError if a hook on neurons that take steps, or a forward of their own, would be left
         out."""
         if not is_traced():
             _say_that_modules_are_called(self.why)
-        graph = graph_of(call.populations)
-        stepping = {number for each in components_of(graph) if each.period for number in each.members}
+        parts = components_of(graph_of(call.populations))
+        stepping = {number for each in parts if each.period for number in each.members}
         functions = []
-        for number, (modules, population) in enumerate(zip(self._modules, call.populations, strict=True)):
+        for number, (name, neurons) in enumerate(self._net.neurons().items()):
+            population, size = call.populations[number], self._net.sizes[number]
+            names = [each.name for each in self._net.projections() if each.target == number]
             products = [
-                partial(_call, name, module, 1.0 if each.source < 0 else self._scale, modules.size)
-                for (name, module), each in zip(modules.connections, population.connections, strict=True)
+                partial(_call, connection, each.values, 1.0 if each.source < 0 else self._scale, size)
+                for connection, each in zip(names, population.connections, strict=True)
             ]
             if number not in stepping:
-                neurons: Any = partial(_call_neurons, number, modules, population.dropped)
-            elif unrun := _why_each({modules.name: modules.neurons}, [modules.name]):
+                run: Any = partial(_call_neurons, number, name, neurons, population.dropped)
+            elif unrun := self._net.why_called([name]):
                 raise TypeError(
                     f"{unrun}, which would not be run: neurons on a cycle take steps. Put hooks on a "
-                    f"connection, as {modules.connections[-1][0]}, or take steps with step(x, state)"
+                    f"connection, as {names[-1]}, or take steps with step(x, state)"
                 )
             else:
-                neurons = partial(_step_neurons, modules.neurons)
-            functions.append(PopulationFunctions(modules.size, products, neurons))
+                run = partial(_step_neurons, neurons)
+            functions.append(PopulationFunctions(size, products, run))
         trains = GraphRun(call, functions).turn().spikes
         activity = activity_of(trains, None, differentiable=call.spikes)
-        return replaced(activity, synapses=self._synapses(call, trains))
+        modules = [each.values for population in call.populations for each in population.connections]
+        if is_traced() or not all([isinstance(module, G2GLinear) for module in modules]):
+            return activity
+        as_run = [of._replace(connections=tuple(map(_with_weights, of.connections))) for of in call.populations]
+        return replaced(activity, synapses=Synapses(replaced(call, populations=tuple(as_run)), activity.spikes))
 
-    def _synapses(self, call: Call, trains: Sequence[torch.Tensor]) -> Synapses | None:
-        """What the synaptic operations of such a run are counted from; None where they cannot be."""
-        received: list[list[Received]] = []
-        for modules, population in zip(self._modules, call.populations, strict=True):
-            received.append([])
-            for (_, module), each in zip(modules.connections, population.connections, strict=True):
-                if is_traced() or not isinstance(module, G2GLinear):
-                    return None
-                sent, held = (call.x, call.steps) if each.source < 0 else (trains[each.source], None)
-                late = None if each.delay is None else LateSpikes(sent, each.delay, None, held)
-                values, mask = module.weights()
-                received[-1].append(Received(values.detach(), mask, each.source, late))
-        return Synapses(call.x, call.steps, received)
+
+def _with_weights(connection: Connection) -> Connection:
+    """A called connection with the weights that its module has, which a hook may have rewritten."""
+    values, mask = connection.values.weights()
+    return connection._replace(values=values, mask=mask)
 
 
 def _refuses_modules(call: Call) -> str | None:
@@ -138,20 +103,20 @@ WAYS.register(ANY, lambda call: call.modules.run(call), _refuses_modules, "modul
 
 
 def step_of_called(
-    call: Call, populations: Sequence[ModulesOf], spiking: bool
+    call: Call, net: "SpikingNetwork", spiking: bool
 ) -> tuple[torch.Tensor, list[torch.Tensor], StackState]:
     """One step, x [1, B, D], by calls of connections and steps of neurons; ``spiking``: the last neurons spike, too.
     Returns the output, the spikes [1, B, N] of each population, and the state after the step.
     """
     functions = []
-    for number, (name, neurons, size, connections) in enumerate(populations, 1):
+    for (name, neurons), size, population in zip(net.neurons().items(), net.sizes, call.populations):  # noqa: B905
         _check_steps_of(name, neurons)
-        own: Any = call.populations[number - 1].state
-        if own is not None and isinstance(neurons, SpikingNeurons):  # a sum would broadcast
-            check_states(own, neurons.population, (call.x.shape[1], size))
-        step = partial(_step_neurons if spiking or number < len(populations) else _step_silently, neurons)
-        products = [partial(_call_at_a_step, module) for _, module in connections]
-        functions.append(PopulationFunctions(size, products, step))
+        states: Any = population.state  # one by one, as steps take them
+        if states is not None and isinstance(neurons, SpikingNeurons):  # a sum would broadcast
+            check_states(states, neurons.population, (call.x.shape[1], size))
+        products = [partial(_call_at_a_step, each.values) for each in population.connections]
+        step = _step_neurons if spiking or name != net.populations[-1] else _step_silently
+        functions.append(PopulationFunctions(size, products, partial(step, neurons)))
     turn = GraphRun(call, functions).turn()
     after = [each[0] if isinstance(each, tuple) and len(each) == 1 else each for each in turn.states]
     output = turn.spikes[-1][0] if spiking else turn.states[-1][-1]
@@ -169,14 +134,20 @@ def _call(name: str, connection: nn.Module, scale: float, size: int, x: torch.Te
 
 
 def _call_neurons(
-    number: int, called: ModulesOf, silent: torch.Tensor | None, current: torch.Tensor, steps: int | None, state: None
+    number: int,
+    name: str,
+    neurons: nn.Module,
+    silent: torch.Tensor | None,
+    current: torch.Tensor,
+    steps: int | None,
+    state: None,
 ) -> tuple[torch.Tensor, None]:
     if steps is not None:
         current = current.expand(steps, *current.shape)
     if silent is not None:
-        check_dropped(f" of layer {number}", silent, tuple(current.shape[1:]))
+        check_dropped(f" of population {number}", silent, tuple(current.shape[1:]))
         current = current.masked_fill(silent, 0)  # hooks of the neurons see them silent
-    return _output_of(called.name, called.neurons, current, current.shape), None
+    return _output_of(name, neurons, current, current.shape), None
 
 
 def _step_neurons(
@@ -199,7 +170,8 @@ def _step_silently(
     return torch.zeros_like(spikes)[None], states
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module carries hooks that need a call of it."""
     every = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(not isinstance(hook, OwnHook) for hooks in every for hook in hooks.values())
 
@@ -215,7 +187,7 @@ def _check_steps_of(name: str, neurons: nn.Module) -> None:
             f"{name} ({kind.__name__}) has a forward of its own, but not a step that follows it; give it a "
             "step(current, state), or call simulate"
         )
-    if _has_hooks(neurons) and not is_traced():
+    if has_hooks(neurons) and not is_traced():
         _say_that_steps_pass_by(name)
 
 

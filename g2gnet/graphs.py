@@ -24,18 +24,18 @@ def to_networkx(net: "PopulationGraph") -> Any:
     """
     import networkx  # which is optional
 
-    connections, names, routes = net.connections(), [*net.populations, "input"], net.routes()
-    pairs = {(route.source, route.target) for route in routes}
-    graph = networkx.DiGraph() if len(pairs) == len(routes) else networkx.MultiDiGraph()
+    connections, names, projections = net.connections(), [*net.populations, "input"], net.projections()
+    pairs = {(each.source, each.target) for each in projections}
+    graph = networkx.DiGraph() if len(pairs) == len(projections) else networkx.MultiDiGraph()
     for number in (-1, *range(len(net.populations))):
-        first = next(route.name for route in routes if number == (route.source if number < 0 else route.target))
+        first = next(each.name for each in projections if number == (each.source if number < 0 else each.target))
         mask = connections[first].mask
         groups = (mask.cols if number < 0 else mask.rows).layout.group_of.tolist()
         graph.add_nodes_from(((names[number], neuron), {"group": group}) for neuron, group in enumerate(groups))
-    for route in routes:
-        connection, delays = connections[route.name], net.delays(route.name).tolist()
-        part = connection.mask.to_networkx(connection.values, names[route.source], names[route.target])
-        late = {"delay": delays} if route.most else {}
+    for each in projections:
+        connection, delays = connections[each.name], net.delays(each.name).tolist()
+        part = connection.mask.to_networkx(connection.values, names[each.source], names[each.target])
+        late = {"delay": delays} if each.most else {}
         graph.add_edges_from(
             (pre, post, data | {name: steps[pre[1]] for name, steps in late.items()})
             for pre, post, data in part.edges(data=True)
@@ -53,17 +53,17 @@ def to_html(net: "PopulationGraph") -> str:
     """
     connections, neurons = net.connections(), [*net.neurons().items()]
     rows, seen = [], set()
-    for route in net.routes():
-        name, module = neurons[route.target]
+    for each in net.projections():
+        name, module = neurons[each.target]
         later = ""
-        if route.most:
-            delays = net.delays(route.name)
+        if each.most:
+            delays = net.delays(each.name)
             least, most = int(delays.min()), int(delays.max())
             steps = "one step" if most == 1 else f"{most} steps"
             later = f", {least} to {most} steps later" if least < most else f", {steps} later"
-        label, text = (route.name, name) if route.target in seen else (f"{route.name}, {name}", repr(module))
-        seen.add(route.target)
-        rows.append(_row(label, connections[route.name], text + later))
+        label, text = (each.name, name) if each.target in seen else (f"{each.name}, {name}", repr(module))
+        seen.add(each.target)
+        rows.append(_row(label, connections[each.name], text + later))
     names = ("layer", "neurons", "groups", "units", "density", "model", "units that exist")
     header = "".join(f"<th>{name}</th>" for name in names)
     return f"<table><tr>{header}</tr>{''.join(rows)}</table>"

@@ -99,7 +99,9 @@ class SpikingNeurons(nn.Module):
     def population(self) -> Neurons:
         """These neurons as operators take them."""
         model = type(self).model
-        parameters = tuple([getattr(self, name) for name in model.parameters])
+        parameters: tuple[torch.Tensor, ...] = ()
+        for name in model.parameters:
+            parameters = *parameters, getattr(self, name)
         return Neurons(model.name, parameters, self.reset, self.surrogate, self.alpha)
 
     def forward(self, current: torch.Tensor, steps: int | None = None) -> torch.Tensor:

@@ -177,7 +177,7 @@ def _column(values: Any, column: str, of: str) -> np.ndarray:
     return np.asarray(values)
 
 
-class Route(NamedTuple):
+class NumberedProjection(NamedTuple):
     """A projection inside a network: the names of its modules, and the numbers of its populations.
 
     Attributes:
@@ -217,15 +217,15 @@ class PopulationGraph(WholeBuffers):
         place = {name: number for number, name in enumerate(self.populations)} | {"input": -1}
         #: the number of neurons of each, and at the end of inputs
         self.sizes = tuple([sizes[name] for name in (*self.populations, "input")])
-        routes = []
+        numbered = []
         for target in self.populations:
             names = [name for name, each in named.items() if each.target == target]
             for name in names:
                 self._add(name, named[name].connection)
-                routes.append(self._add_delay(name, named[name], place))
+                numbered.append(self._add_delay(name, named[name], place))
                 if name == names[0]:
                     self._add(target, populations[target])
-        self._set_routes(routes)
+        self._set_projections(numbered)
 
     def _add(self, name: str, module: nn.Module) -> None:
         if not isinstance(name, str) or not name or "." in name or name.startswith("_"):
@@ -235,8 +235,8 @@ class PopulationGraph(WholeBuffers):
             raise ValueError(f"{name!r} is already an attribute of the network; choose another name")
         self.add_module(name, module)
 
-    def _add_delay(self, name: str, projection: Projection, place: Mapping[str, int]) -> Route:
-        """Registers the delays of a projection, and returns it as a route; ``place``: the numbers of populations."""
+    def _add_delay(self, name: str, projection: Projection, place: Mapping[str, int]) -> NumberedProjection:
+        """Registers the delays of a projection, and numbers its populations by ``place``."""
         delays, connection = torch.as_tensor(projection.delay, device="cpu"), projection.connection
         neurons: Any = connection.in_features
         per_neuron = bool(delays.dim()) or projection.max_delay is not None
@@ -248,18 +248,19 @@ class PopulationGraph(WholeBuffers):
         else:
             self.register_whole(f"{name}_delay", given, newer=not per_neuron)
         least = 0 if projection.learn_delay else int(delays.min())
-        return Route(name, place[projection.source], place[projection.target], least, projection.most, per_neuron)
+        source, target = place[projection.source], place[projection.target]
+        return NumberedProjection(name, source, target, least, projection.most, per_neuron)
 
-    def _set_routes(self, routes: list[Route]) -> None:
-        self._cyclic = on_cycles(routes, self.depth)
-        learned = {each.name for each in routes if f"{each.name}_delay" not in self._whole}
-        self._routes = checked_routes(routes, self._cyclic & learned, self.populations)
-        self._to = [[route for route in self._routes if route.target == number] for number in range(self.depth)]
+    def _set_projections(self, numbered: list[NumberedProjection]) -> None:
+        self._cyclic = on_cycles(numbered, self.depth)
+        learned = {each.name for each in numbered if f"{each.name}_delay" not in self._whole}
+        self._projections = checked_projections(numbered, self._cyclic & learned, self.populations)
+        self._to = [[each for each in self._projections if each.target == number] for number in range(self.depth)]
 
     def connections(self) -> dict[str, G2GLinear]:
         """All connections by name, from the input to the output."""
         modules: dict[str, Any] = self._modules
-        return {route.name: modules[route.name] for route in self._routes}
+        return {each.name: modules[each.name] for each in self._projections}
 
     def neurons(self) -> dict[str, SpikingNeurons]:
         """The neurons of each population by name, the output last."""
@@ -279,45 +280,46 @@ class PopulationGraph(WholeBuffers):
         to_itself = [[each.name for each in self._to[number] if each.source == number] for number in range(self.depth)]
         return [modules[names[0]] if names else None for names in to_itself]
 
-    def routes(self) -> list[Route]:
+    def projections(self) -> list[NumberedProjection]:
         """The projections, as numbers of populations and bounds of delays."""
-        return list(self._routes)
+        return list(self._projections)
 
     def delays(self, name: str) -> torch.Tensor:
         """The delays of the connection ``name`` as they act, int64 [N_src]."""
         self.settle()
-        route = {route.name: route for route in self._routes}.get(name)
-        if route is None:
-            raise ValueError(f"{name!r} is none of the connections {', '.join(each.name for each in self._routes)}")
-        delay = self._delay(route)
+        named = {each.name: each for each in self._projections}
+        if name not in named:
+            raise ValueError(f"{name!r} is none of the connections {', '.join(named)}")
+        own = named[name]
+        delay = self.delay_of(own)
         if delay is not None and delay.steps is not None:
             return delay.steps
-        return torch.full((self.sizes[route.source],), route.most)
+        return torch.full((self.sizes[own.source],), own.most)
 
-    def _delay(self, route: Route) -> Delay | None:
+    def delay_of(self, own: NumberedProjection) -> Delay | None:
         """The delays of a projection as operators take them, as they were settled; None: none."""
-        if not route.most:
+        if not own.most:
             return None
-        if not route.per_neuron:
-            return Delay(route.least, route.most)
-        name = f"{route.name}_delay"
+        if not own.per_neuron:
+            return Delay(own.least, own.most)
+        name = f"{own.name}_delay"
         if name in self._whole:
             steps = self.whole(name)
-            return Delay(route.least, route.most, steps.clamp(route.least, route.most) if is_traced() else steps)
+            return Delay(own.least, own.most, steps.clamp(own.least, own.most) if is_traced() else steps)
         learned: torch.Tensor = getattr(self, name)
-        steps = learned.detach().clamp(route.least, route.most).round().long()
+        steps = learned.detach().clamp(own.least, own.most).round().long()
         # what is not a number has some delay
-        return Delay(route.least, route.most, steps.clamp(route.least, route.most), learned)
+        return Delay(own.least, own.most, steps.clamp(own.least, own.most), learned)
 
     def checked(self) -> Collection[str]:
-        return {*super().checked(), *[f"{route.name}_delay" for route in self._routes]}
+        return {*super().checked(), *[f"{each.name}_delay" for each in self._projections]}
 
     def fitted(self, name: str, given: torch.Tensor, where: str) -> torch.Tensor:
-        route = next((route for route in self._routes if f"{route.name}_delay" == name), None)
-        if route is None:
+        own = next((own for own in self._projections if f"{own.name}_delay" == name), None)
+        if own is None:
             return super().fitted(name, given, where)
-        size = self.sizes[route.source]
-        if route.per_neuron and not given.dim():
+        size = self.sizes[own.source]
+        if own.per_neuron and not given.dim():
             given = given.expand(size).clone()
         if given.dim() and tuple(given.shape) != (size,):
             raise ValueError(f"{where} has shape {list(given.shape)}; give [{size}], or one for all")
@@ -325,26 +327,26 @@ class PopulationGraph(WholeBuffers):
         if is_learned and given.is_floating_point() and (given.dtype.itemsize < 4 or (given != given.round()).any()):
             return given  # which learning moves out of the bounds that it acts in
         steps = super().fitted(name, given, where)
-        if not route.per_neuron:
-            if not (steps == route.most).all():
+        if not own.per_neuron:
+            if not (steps == own.most).all():
                 raise ValueError(
-                    f"{where} is {_extremes(given)}; this network's is {route.most}: give its projection the delays "
+                    f"{where} is {_extremes(given)}; this network's is {own.most}: give its projection the delays "
                     "of the network that was saved"
                 )
             return steps.flatten()[0]
         # 0 is a fixed delay; what only rounds to it on a cycle has acted as 1
-        acts = (steps >= 0) & (steps <= route.most) & ~((steps == 0) & (given != 0) & (route.name in self._cyclic))
+        acts = (steps >= 0) & (steps <= own.most) & ~((steps == 0) & (given != 0) & (own.name in self._cyclic))
         if not acts.all():
-            learned = "" if torch.equal(steps, given.to(steps)) else f"; learned ones act as net.delays({route.name!r})"
-            raise ValueError(f"{where} is {_extremes(given)}; this network has room for 0 to {route.most}{learned}")
+            learned = "" if torch.equal(steps, given.to(steps)) else f"; learned ones act as net.delays({own.name!r})"
+            raise ValueError(f"{where} is {_extremes(given)}; this network has room for 0 to {own.most}{learned}")
         return given if is_learned and given.is_floating_point() else steps
 
     def agree(self, fitted: Mapping[str, torch.Tensor]) -> None:
-        routes = []
-        for route in self._routes:
-            delays = None if f"{route.name}_delay" not in self._whole else fitted.get(f"{route.name}_delay")
-            routes.append(route if delays is None else route._replace(least=int(delays.min())))
-        self._set_routes(routes)
+        numbered = []
+        for each in self._projections:
+            delays = None if f"{each.name}_delay" not in self._whole else fitted.get(f"{each.name}_delay")
+            numbered.append(each if delays is None else each._replace(least=int(delays.min())))
+        self._set_projections(numbered)
 
     def to_networkx(self) -> Any:
         """The whole network as a ``networkx`` graph (:func:`g2gnet.graphs.to_networkx`)."""
@@ -373,28 +375,30 @@ def named_projections(projections: Sequence[Projection]) -> dict[str, Projection
     return named
 
 
-def graph_of(routes: Sequence[Route], count: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+def graph_of(projections: Sequence[NumberedProjection], count: int) -> tuple[tuple[tuple[int, int], ...], ...]:
     """The graph of ``count`` populations, as :mod:`g2g_kernels.ops.g2g_stack.schedule` takes it."""
-    return tuple([tuple([(each.source, each.least) for each in routes if each.target == n]) for n in range(count)])
+    return tuple([tuple([(each.source, each.least) for each in projections if each.target == n]) for n in range(count)])
 
 
-def on_cycles(routes: Sequence[Route], count: int) -> set[str]:
-    """The names of the routes that are on cycles of ``count`` populations."""
-    together = components_of(graph_of([route._replace(least=1) for route in routes], count))
+def on_cycles(projections: Sequence[NumberedProjection], count: int) -> set[str]:
+    """The names of the projections that are on cycles of ``count`` populations."""
+    together = components_of(graph_of([each._replace(least=1) for each in projections], count))
     cycles = [{*component.members} for component in together if component.period]
-    return {route.name for route in routes if any({route.source, route.target} <= cycle for cycle in cycles)}
+    return {each.name for each in projections if any({each.source, each.target} <= cycle for cycle in cycles)}
 
 
-def checked_routes(routes: Sequence[Route], later: Collection[str], names: Sequence[str]) -> tuple[Route, ...]:
-    """The routes between populations of these names, the delays of ``later`` ones, which are learned on cycles, at
+def checked_projections(
+    projections: Sequence[NumberedProjection], later: Collection[str], names: Sequence[str]
+) -> tuple[NumberedProjection, ...]:
+    """The projections between populations of these names, the delays of ``later`` ones, which are learned on cycles, at
     least 1. Raises ValueError for a cycle without delay."""
     checked = []
-    for route in routes:
-        if route.name in later:
-            route = route._replace(least=1)
-            if route.most < 1:
-                raise ValueError(f"{route.name} is on a cycle, and max_delay={route.most}; give at least 1")
-        checked.append(route)
+    for projection in projections:
+        if projection.name in later:
+            projection = projection._replace(least=1)
+            if projection.most < 1:
+                raise ValueError(f"{projection.name} is on a cycle, and max_delay={projection.most}; give at least 1")
+        checked.append(projection)
     try:
         components_of(graph_of(checked, len(names)))
     except CycleError as error:
@@ -406,8 +410,9 @@ def checked_routes(routes: Sequence[Route], later: Collection[str], names: Seque
 def in_order(names: list[str], projections: Collection[Projection], output: str) -> tuple[str, ...]:
     """The populations, each after those that it receives unless they are on one cycle, the output last."""
     place = {name: number for number, name in enumerate(names)} | {"input": -1}
-    routes = [Route("", place[each.source], place[each.target], 1, 1, False) for each in projections]
-    order = [names[number] for component in components_of(graph_of(routes, len(names))) for number in component.members]
+    numbered = [NumberedProjection("", place[each.source], place[each.target], 1, 1, False) for each in projections]
+    components = components_of(graph_of(numbered, len(names)))
+    order = [names[number] for component in components for number in component.members]
     return (*[name for name in order if name != output], output)
 
 

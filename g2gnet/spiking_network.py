@@ -1,11 +1,12 @@
 """Networks of spiking populations, joined by connections with delays: all time steps in one call, or step by step."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as every_module
 from torch.utils.hooks import RemovableHandle
 
 from g2g_kernels import Activity, Connection, Population
@@ -15,18 +16,19 @@ from g2g_kernels.mask.groups import as_integers
 from g2g_kernels.numbers import COUNT, Number
 from g2g_kernels.ops.g2g_stack import Call, DenseSpikes, NeuronState, Spikes, StackState, activity_of, choose, run
 from g2g_kernels.ops.g2g_stack.activity import as_one, check_state_form, named
-from g2g_kernels.ops.g2g_stack.delays import LateSpikes, reaches_of
+from g2g_kernels.ops.g2g_stack.delays import reaches_of
 from g2g_kernels.ops.g2g_stack.population import ProductObserver
 from g2g_kernels.tracing import is_transformed, replaced
-from g2gnet.called_layers import CalledModules, ModulesOf, OwnHook, step_of_called, why_called
+from g2gnet.called_layers import CalledModules, OwnHook, has_hooks, step_of_called
+from g2gnet.layers import G2GLinear
+from g2gnet.neurons import SpikingNeurons
 from g2gnet.projections import PopulationGraph, Projection
 
 #: a dropped neuron is drawn by 16 random bits
 DRAWS = 1 << 16
 #: at least one of the draws keeps a neuron
 DROPOUT = Number(0, 1 - 1 / DRAWS)
-#: what the output population answers: its spike counts, or of neurons that do not spike the last, mean or largest
-#: membrane
+#: what the output answers: spike counts; or the last, mean or largest membrane of neurons that do not spike
 READOUTS = ("counts", "last", "mean", "max")
 #: called with the inputs and the activity of a run over all time steps, and with the state that it continues
 ActivityHook = Callable[[torch.Tensor, Activity, StackState | None], None]
@@ -42,9 +44,8 @@ class SpikingNetwork(PopulationGraph):
     through spikes by the surrogate.
 
     One call (:func:`g2g_kernels.g2g_stack`) reads all weights and parameters; :meth:`explain` says which way it runs.
-    What only a call of a module would run (hooks on one of them, which also rewrite its weights; a ``forward`` of its
-    own; another module in its place) is not left out: modules are then called in turn, on their own ``backend``. That
-    is slower, gives the same results, and is logged once.
+    Modules are called in turn, on their own ``backend``, where hooks on one of them, a ``forward`` of its own or
+    another module in its place would otherwise not run. That is slower, gives the same results, and is logged once.
 
     Args:
         populations: their neurons by name. Sizes follow from the projections.
@@ -53,14 +54,13 @@ class SpikingNetwork(PopulationGraph):
             are learned (:meth:`delays`). Or a dict, whose keys name the connections.
         output: the name of the population whose counts or readout are the answer.
         T: number of time steps for which inputs [B, D] are held.
-        dropout: probability with which a neuron (but of the output) is dropped in a sample, in training mode: it stays
-            silent at all steps of that sample, and what the others send is divided by the probability that they are
-            kept. For :meth:`simulate`; :meth:`step` drops nothing.
-        readout: what the network returns of the output: ``"counts"``, spikes over all steps. With ``"last"``,
-            ``"mean"`` or ``"max"`` its neurons do not spike and are not reset, whatever their threshold and reset: they
-            integrate, and the answer is their membrane after the last step, its mean, or its largest value over all
-            steps. Their spikes, counts and rates are 0. ``"last"`` costs what counts do; for the others the operators
-            run one after the other, and the output takes steps.
+        dropout: probability with which a neuron (but of the output) is dropped in a sample, in training mode: it is
+            silent at all steps, and what the others send is divided by the probability that they are kept.
+            :meth:`step` drops nothing.
+        readout: what the network returns: ``"counts"``, the output's spikes over all steps. With ``"last"``,
+            ``"mean"`` or ``"max"`` its neurons neither spike nor are reset, whatever their threshold and reset, and the
+            answer is their membrane after the last step, or its mean or largest value over all steps. Their spikes,
+            counts and rates are 0. ``"last"`` costs what counts do; for the others operators run one after the other.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
 
     Raises:
@@ -141,7 +141,7 @@ class SpikingNetwork(PopulationGraph):
 
     @property
     def readout(self) -> str:
-        """What the last layer answers; its neurons were made for it, so it stays."""
+        """What the output answers; its neurons were made for it, so it stays."""
         return self._readout
 
     @property
@@ -206,7 +206,6 @@ class SpikingNetwork(PopulationGraph):
         network's ``T``. What the activity has over time is [T, B, N] in any case.
 
         Args:
-            inputs: of all samples.
             state: ``activity.state`` of the run that this one continues, or what :meth:`step` returned; None, for all
                 or for one population: its states are 0.
             chunk: how many steps are computed at a time. The backward pass computes them again, from the states between
@@ -221,14 +220,12 @@ class SpikingNetwork(PopulationGraph):
                 steps (``sequence`` of a :class:`G2GNet`), inputs whose second dimension alone is T are refused.
 
         Returns:
-            Activity: differentiable ``output`` [B, C], spike counts of the output or its readout, and firing rates; and
-            the spikes. ``spikes``, ``rates`` and ``membranes`` take numbers and names (:class:`PerPopulation`).
+            Activity: ``output`` [B, C], the output's spike counts or readout, rates, spikes and the last state.
 
         Raises:
             ValueError: if the inputs have another shape, or seem to have time second; if the state is not one of this
-                network and these samples; if a chunk is given and spikes or membranes are wanted, or the readout is
-                that of all steps; if a state, a chunk, membranes or a readout is asked of a network that calls its
-                modules.
+                network and these samples; for a chunk with spikes, membranes or a readout of all steps; for a state, a
+                chunk, membranes or a readout of a network that calls its modules.
         """
         call = self._call(inputs, state, chunk, dropped, spikes, membranes, batch_first)
         if call.modules is None:
@@ -251,8 +248,8 @@ class SpikingNetwork(PopulationGraph):
     def explain(
         self, inputs: torch.Tensor, state: StackState | None = None, chunk: int | None = None, **options: Any
     ) -> Choice:
-        """Which way :meth:`simulate` would run with these arguments, which are its own, and why none before it in the
-        table of ways does; it may be printed, and runs nothing.
+        """Which way :meth:`simulate` would run with these arguments of its own, and why no way before it in the table
+        does. It can be printed, and runs nothing.
 
         Example:
             >>> from g2gnet import G2GNet
@@ -279,14 +276,14 @@ class SpikingNetwork(PopulationGraph):
         """A run as the operator takes it. What kept neurons send is scaled: the weights that it meets are."""
         inputs = self._time_first(inputs, batch_first if state is None else bool(batch_first))
         self.settle()
-        of_populations = self._of_layers(inputs, state, dropped) if self.training and self._dropout else None
+        of_populations = self._dropped(inputs, state, dropped) if self.training and self._dropout else None
         if chunk is not None and self._readout in ("mean", "max"):
             raise ValueError(
                 f"chunk={chunk} does not keep the membranes of all steps that readout={self.readout!r} is taken from; "
                 "leave it out, or make the network with readout='last'"
             )
         scale = 1.0 if of_populations is None else self._scale
-        why = why_called(self._modules, self.populations)
+        why = self.why_called()
         if why is not None:
             asked = {"membranes=True": membranes, f"readout={self._readout!r}": self._readout != "counts"}
             asked |= {"a state": state is not None, f"chunk={chunk}": chunk is not None}
@@ -298,48 +295,59 @@ class SpikingNetwork(PopulationGraph):
         states: Sequence[NeuronState | None] = (None,) * self.depth
         sent: Sequence[torch.Tensor | None] = (None,) * (self.depth + 1)
         if state is not None:
-            states, sent = self._divided(state, inputs.shape[-2:-1])
+            states, sent = self.divided(state, inputs.shape[-2:-1])
         drops: Sequence[torch.Tensor | None] = of_populations or (None,) * self.depth
-        modules: dict[str, Any] = self._modules
         populations = []
         for number, name in enumerate(self.populations):
+            neurons: Any = self._modules[name]
             # neurons of other people's have no record
-            neurons: Any = modules[name].population if why is None else getattr(modules[name], "population", None)
-            connections = () if why is None else self._as_modules(number)
-            for route in self._to[number] if why is None else ():
-                module = modules[route.name]
-                (values, mask), observer = module.observed_weights()
-                if scale != 1 and route.source >= 0:
-                    values, observer = values * scale, observer and _of_scaled(observer, scale)
-                delay = self._delay(route) if route.most else None
-                each = Connection("linear", values, mask, route.source, delay, module.bias, observer)
-                connections = (*connections, each)
+            neurons = neurons.population if why is None else getattr(neurons, "population", None)
             gives = membranes
             if self._readout != "counts" and number + 1 == self.depth:
                 neurons, gives = neurons.integrating(), membranes or self._readout != "last"
             before = None if state is None else as_one(states[number])
+            connections = self._connections(number, why is not None, scale)
             populations.append(Population(neurons, connections, drops[number], before, sent[number], gives))
         steps = self._T if inputs.dim() == 2 else None
-        called = None if why is None else CalledModules(why, self._called(), scale)
+        called = None if why is None else CalledModules(self, why, scale)
         return Call(inputs, tuple(populations), steps, sent[-1], self.backend, spikes, modules=called)
 
-    def _as_modules(self, number: int) -> tuple[Connection, ...]:
-        """The same where modules are called, which have the weights."""
-        connections: tuple[Connection, ...] = ()
-        for route in self._to[number]:
-            bias: Any = getattr(self._modules[route.name], "bias", True)
-            weights: Any = None
-            each = Connection("module", weights, None, route.source, self._delay(route), bias)
-            connections = (*connections, each)
-        return connections
+    def why_called(self, names: Iterable[str] | None = None) -> str | None:
+        """What only calls of modules would run: of these, or of all, with the hooks of every module; None: nothing."""
+        if names is None and (
+            every_module._global_forward_hooks
+            or every_module._global_forward_pre_hooks
+            or every_module._global_backward_hooks
+            or every_module._global_backward_pre_hooks
+        ):
+            return "hooks are registered for every module"
+        modules: Any = self._modules if names is None else {name: self._modules[name] for name in names}
+        for name, module in modules.items():
+            hooks: Any = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+            if (hooks or module._backward_pre_hooks) and has_hooks(module):
+                return f"{name} carries hooks"
+            forward = SpikingNeurons.forward if name in self.populations else G2GLinear.forward
+            if type(module).forward is not forward or "forward" in module.__dict__:
+                return f"{name} ({type(module).__name__}) has a forward of its own"
+        return None
 
-    def _called(self) -> list[ModulesOf]:
-        """The modules of each population."""
-        modules: dict[str, Any] = self._modules
-        return [
-            ModulesOf(name, modules[name], size, [(route.name, modules[route.name]) for route in routes])
-            for name, size, routes in zip(self.populations, self.sizes, self._to)  # noqa: B905  (sizes has the input's)
-        ]
+    def _connections(self, number: int, called: bool, scale: float = 1.0) -> tuple[Connection, ...]:
+        """The connections to a population: modules that are ``called``, or weights, those of other populations times
+        ``scale``."""
+        connections: tuple[Connection, ...] = ()
+        for projection in self._to[number]:
+            module: Any = self._modules[projection.name]
+            delay = self.delay_of(projection) if projection.most else None
+            if called:
+                bias: Any = getattr(module, "bias", True)
+                each = Connection("module", module, None, projection.source, delay, bias)
+            else:
+                (values, mask), observer = module.observed_weights()
+                if scale != 1 and projection.source >= 0:
+                    values, observer = values * scale, observer and _of_scaled(observer, scale)
+                each = Connection("linear", values, mask, projection.source, delay, module.bias, observer)
+            connections = *connections, each
+        return connections
 
     def _time_first(self, inputs: torch.Tensor, batch_first: bool | None) -> torch.Tensor:
         """Inputs [B, D] or [T, B, D], as :meth:`simulate` takes them."""
@@ -358,7 +366,7 @@ class SpikingNetwork(PopulationGraph):
             )
         return inputs
 
-    def _of_layers(
+    def _dropped(
         self, inputs: torch.Tensor, state: StackState | None, dropped: Sequence[torch.Tensor] | None
     ) -> list[torch.Tensor | None]:
         """The neurons that each population drops."""
@@ -367,54 +375,29 @@ class SpikingNetwork(PopulationGraph):
                 "a run that continues from a state drops the neurons that were dropped before it: call "
                 f"dropped = net.drop({inputs.shape[-2]}) once, and give it to every part of the run"
             )
-        of_layers = [*(self.drop(inputs.shape[-2]) if dropped is None else dropped), None]
-        if len(of_layers) != self.depth:
+        drops = [*(self.drop(inputs.shape[-2]) if dropped is None else dropped), None]
+        if len(drops) != self.depth:
             raise ValueError(
-                f"dropped is of {len(of_layers) - 1} populations, but {self.depth - 1} can drop neurons; give what "
+                f"dropped is of {len(drops) - 1} populations, but {self.depth - 1} can drop neurons; give what "
                 f"drop({inputs.shape[-2]}) returns"
             )
-        return of_layers
+        return drops
 
-    def _divided(
+    def divided(
         self, state: StackState | None, batch: Sequence[int]
     ) -> tuple[Sequence[NeuronState | None], list[torch.Tensor | None]]:
         """The states of the neurons; and what each population, and at the end the input, sent before; batch: (B,)."""
         if state is None:
             return (None,) * self.depth, [None] * (self.depth + 1)
-        reaches = self._reaches()
+        # how many steps of each population, and at the end of the input, are part of a state
+        reaches = reaches_of([(each.source, self.delay_of(each)) for each in self._projections], self.depth)
         senders = zip((*self.populations, "the input"), reaches, self.sizes, strict=True)
         check_state_form(state, self.depth, {name: (reach, *batch, size) for name, reach, size in senders if reach})
         rest = iter(state[self.depth :])
         return state[: self.depth], [next(rest) if reach else None for reach in reaches]  # type: ignore[misc]
 
-    def _reaches(self) -> list[int]:
-        """How many steps of each population, and at the end of the input, are part of a state."""
-        return reaches_of([(route.source, self._delay(route)) for route in self._routes], self.depth)
-
-    def received(
-        self, inputs: torch.Tensor, activity: Activity, state: StackState | None = None
-    ) -> list[tuple[nn.Module, SpikeTrain, SpikeTrain]]:
-        """Each connection, what it received in a run that continued ``state``, and the spikes of the neurons that it
-        leads to."""
-        spikes: list[Any] = [*activity.spikes, inputs.detach()]
-        states, sent = self._divided(state, inputs.shape[-2:-1])
-        modules: dict[str, Any] = self._modules
-        received = []
-        for route in self._routes:
-            train, delay = spikes[route.source], self._delay(route)
-            if delay is not None:
-                before = sent[route.source]
-                own = None if before is not None or route.source < 0 else as_one(states[route.source])
-                if own is not None:
-                    neurons = modules[self.populations[route.source]]
-                    before = (own[-1:] > neurons.population.parameters[-1]).detach()
-                held = self.T if route.source < 0 and inputs.dim() == 2 else None
-                train = LateSpikes(train, delay, before, held)
-            received.append((modules[route.name], train, spikes[route.target]))
-        return received
-
     def _read(self, activity: Activity, steps: int, membranes: bool) -> Activity:
-        """The activity of a run whose last layer integrates: its readout, and no spikes."""
+        """The activity of a run whose output integrates: its readout, and no spikes."""
         states, over_time = activity.states, activity.membranes
         assert states is not None
         if self.readout == "last":
@@ -453,7 +436,7 @@ class SpikingNetwork(PopulationGraph):
         """
         check_input(x)
         self.settle()
-        states, sent = self._divided(state, x.shape[-2:-1])
+        states, sent = self.divided(state, x.shape[-2:-1])
         recorders = [hook for hook in self._activity_hooks.values() if isinstance(hook, OwnHook)]
         self.calls_layers = bool(recorders)  # what they do is recorded here
         try:
@@ -462,9 +445,11 @@ class SpikingNetwork(PopulationGraph):
                 record: Any = getattr(module, "population", None)
                 before: Any = states[number]
                 before = (before,) if isinstance(before, torch.Tensor) else before
-                populations.append(Population(record, self._as_modules(number), None, before, sent[number]))
+                populations.append(
+                    Population(record, self._connections(number, called=True), None, before, sent[number])
+                )
             call = Call(x[None], tuple(populations), before=sent[-1])
-            output, trains, after = step_of_called(call, self._called(), self._readout == "counts")
+            output, trains, after = step_of_called(call, self, self._readout == "counts")
         finally:
             self.calls_layers = False
         for hook in recorders:

@@ -7,7 +7,7 @@ from torch import nn
 
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
-from g2gnet.projections import Pair, Route
+from g2gnet.projections import NumberedProjection, Pair
 from g2gnet.spiking_network import Projection, SpikingNetwork
 
 RecurrentLayer = tuple[G2GLinear, SpikingNeurons, G2GLinear]
@@ -55,7 +55,7 @@ class SpikingStack(SpikingNetwork):
 def is_plain(net: SpikingNetwork) -> bool:
     """Whether a network is what a :class:`SpikingStack` is: layers in a chain, recurrent or not, by its names."""
     names = {f"{kind}{number + 1}" for number in range(net.depth) for kind in ("fc", "rec", "lif")}
-    return not _other_routes(net) and names.issuperset([*net.connections(), *net.populations])
+    return not _other_projections(net) and names.issuperset([*net.connections(), *net.populations])
 
 
 def plain_layers(net: nn.Module, where: str) -> list[tuple[G2GLinear, SpikingNeurons, G2GLinear | None]]:
@@ -63,23 +63,23 @@ def plain_layers(net: nn.Module, where: str) -> list[tuple[G2GLinear, SpikingNeu
     a ValueError names the first."""
     if not isinstance(net, SpikingNetwork):
         raise ValueError(f"{where} takes a SpikingStack, a G2GNet or a SpikingNetwork, not a {type(net).__name__}")
-    for route in _other_routes(net):
+    for each in _other_projections(net):
         raise ValueError(
-            f"{where} has no form for {route.name}, with delays up to {route.most} steps from population "
-            f"{route.source + 1} to {route.target + 1}; it takes layers in a chain, recurrent or not"
+            f"{where} has no form for {each.name}, with delays up to {each.most} steps from population "
+            f"{each.source + 1} to {each.target + 1}; it takes layers in a chain, recurrent or not"
         )
     return [(*pair, recurrent) for pair, recurrent in zip(net.layers(), net.recurrents(), strict=True)]
 
 
-def _other_routes(net: SpikingNetwork) -> list[Route]:
+def _other_projections(net: SpikingNetwork) -> list[NumberedProjection]:
     """The connections that are not a population's only one from the population before it, without delay, nor its only
     one to itself, one step later."""
     plain = {form for number in range(net.depth) for form in ((number - 1, number, 0), (number, number, 1))}
     others = []
-    for route in net.routes():
-        form = route.source, route.target, route.most
-        if route.per_neuron or form not in plain:
-            others.append(route)
+    for each in net.projections():
+        form = each.source, each.target, each.most
+        if each.per_neuron or form not in plain:
+            others.append(each)
         plain.discard(form)
     return others
 

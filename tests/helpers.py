@@ -220,7 +220,7 @@ def changed(population: Population, **fields: object) -> Population:
             neurons = neurons._replace(**{name: value})
         else:
             pairs = zip(MODELS[neurons.model].parameters, neurons.parameters, strict=True)
-            neurons = neurons.with_parameters(tuple(value if each == name else own for each, own in pairs))
+            neurons = neurons._replace(parameters=tuple(value if each == name else own for each, own in pairs))
     if "neurons" not in fields:
         population = population._replace(neurons=neurons)
     return population if "connections" in fields else population._replace(connections=(first, *rest))

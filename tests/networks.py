@@ -75,21 +75,21 @@ class Reference:
         for t in range(len(x)):
             for name in order:
                 current = 0
-                for route in net.routes():
-                    if names[route.target] != name:
+                for each in net.projections():
+                    if names[each.target] != name:
                         continue
-                    source, silent = names[route.source], torch.zeros(x.shape[1], dtype=x.dtype)
-                    delays = enumerate(net.delays(route.name).tolist())
+                    source, silent = names[each.source], torch.zeros(x.shape[1], dtype=x.dtype)
+                    delays = enumerate(net.delays(each.name).tolist())
                     received = torch.stack([sent[source][t - d][:, j] if t >= d else silent for j, d in delays], 1)
                     if not received.requires_grad:  # nothing has arrived yet, but its gradient says what would
                         received.requires_grad_()
-                    self.arrived[route.name, t] = received
-                    weight, bias = weights[route.name]
+                    self.arrived[each.name, t] = received
+                    weight, bias = weights[each.name]
                     current = current + (received * (scale if source != "input" else 1)) @ weight.T
                     current = current if bias is None else current + bias
                 module = net.neurons()[name]
                 own = tuple(t64[f"{name}.{each}"] for each in type(module).model.parameters)
-                spikes, states[name] = neurons_step(current, states[name], module.population.with_parameters(own))
+                spikes, states[name] = neurons_step(current, states[name], module.population._replace(parameters=own))
                 membranes[name].append(states[name][-1])
                 if dropped and name in dropped:
                     spikes = spikes.masked_fill(dropped[name], 0)
@@ -100,7 +100,7 @@ class Reference:
     def order(self) -> list[str]:
         """The populations so that those with a delay of 0 between them are in order."""
         names, done = [*self.net.populations, "input"], []
-        at_once = [(names[route.source], names[route.target]) for route in self.net.routes() if route.least == 0]
+        at_once = [(names[each.source], names[each.target]) for each in self.net.projections() if each.least == 0]
         while left := [name for name in self.net.populations if name not in done]:
             done.append(next(name for name in left if not {a for a, b in at_once if b == name} & set(left)))
         return done
@@ -113,16 +113,16 @@ class Reference:
         grads = dict(zip(wanted, torch.autograd.grad(loss, [*wanted.values()], allow_unused=True), strict=True))
         result = {n: torch.zeros_like(wanted[n]) if g is None else g for n, g in grads.items() if isinstance(n, str)}
         names = [*self.net.populations, "input"]
-        for route in self.net.routes():
-            if f"{route.name}_delay" not in self.tensors:
+        for each in self.net.projections():
+            if f"{each.name}_delay" not in self.tensors:
                 continue
-            source = spikes[names[route.source]].detach() if route.source >= 0 else x.detach()
+            source = spikes[names[each.source]].detach() if each.source >= 0 else x.detach()
             at = lambda t, j: source[t, :, j] if 0 <= t < len(source) else torch.zeros(x.shape[1], dtype=x.dtype)  # noqa: B023, E731
             grad = torch.zeros(source.shape[-1], dtype=x.dtype)
-            for j, d in enumerate(self.net.delays(route.name).tolist()):
+            for j, d in enumerate(self.net.delays(each.name).tolist()):
                 for t in range(len(source)):
-                    g = grads.get((route.name, t))
+                    g = grads.get((each.name, t))
                     if g is not None:
                         grad[j] -= 0.5 * (g[:, j] * (at(t - d + 1, j) - at(t - d - 1, j))).sum()
-            result[f"{route.name}_delay"] = grad
+            result[f"{each.name}_delay"] = grad
         return result

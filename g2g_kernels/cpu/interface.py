@@ -16,20 +16,18 @@ _NUMBERS = {"int32_t": c_int32, "int64_t": c_int64, "float": c_float, "double": 
 _RANGES: dict[Any, tuple[float, float]] = {c_int32: INT32, c_int64: INT64, c_float: (-FLOAT32[1], FLOAT32[1])}
 
 
-class _NumberField:
-    """A field of a structure that refuses what its C type cannot hold."""
+class _NumberField(property):
+    """A ``field`` of a structure that refuses what its C type cannot hold."""
 
     def __init__(self, name: str, field: Any, kind: type) -> None:
-        self.name, self.field, self.range = name, field, _RANGES[kind]
+        self.field, (low, high) = field, _RANGES[kind]
 
-    def __get__(self, structure: Structure | None, owner: type | None = None) -> Any:
-        return self.field if structure is None else self.field.__get__(structure, owner)
+        def write(structure: Structure, value: float) -> None:
+            if not low <= value <= high and -math.inf < value < math.inf:
+                raise OverflowError(f"{name}={value} does not fit its field in the compiled kernels, {low} to {high}")
+            field.__set__(structure, value)
 
-    def __set__(self, structure: Structure, value: float) -> None:
-        low, high = self.range
-        if not low <= value <= high and -math.inf < value < math.inf:
-            raise OverflowError(f"{self.name}={value} does not fit its field in the compiled kernels, {low} to {high}")
-        self.field.__set__(structure, value)
+        super().__init__(field.__get__, write)
 
 
 def declarations() -> str:

@@ -1,7 +1,7 @@
-// Layers that may reach one another, I_t = current_t + Σ W·S_{t−d}: in blocks of time steps, in an order in which all that a
+// Populations that may reach one another, I_t = current_t + Σ W·S_{t−d}: in blocks of time steps, in an order in which all that a
 // block reads is known (ops/g2g_stack/schedule.py).
 //
-// A block is some steps of one layer. Forward, a task computes the currents of 64 lanes of some samples at these steps, by
+// A block is some steps of one population. Forward, a task computes the currents of 64 lanes of some samples at these steps, by
 // events, and runs their neurons, whose spikes go to where and when they arrive. Backward, in the reverse order and for some
 // samples at a time: the neurons, then for each connection to them the input gradient, which is added to ∂L/∂S of the source
 // at the steps in which it was sent. Weight gradients follow, of all steps at once.
@@ -23,15 +23,15 @@ namespace g2g::G2G_ISA {
 
 inline int64_t steps_of(const GraphBlock& block) { return block.last - block.first; }
 
-// The steps of the longest block of each layer.
+// The steps of the longest block of each population.
 inline std::vector<int64_t> longest_blocks(const Graph& g) {
     std::vector<int64_t> longest(g.stack.count);
     for (const GraphBlock* block = g.blocks; block < g.blocks + g.block_count; ++block)
-        longest[block->layer] = most(longest[block->layer], steps_of(*block));
+        longest[block->population] = most(longest[block->population], steps_of(*block));
     return longest;
 }
 
-// The kept states of a layer, [states][64] of a block of a sample at a step. The steps of a block of time lie beside one
+// The kept states of a population, [states][64] of a block of a sample at a step. The steps of a block of time lie beside one
 // another, [row blocks][B][steps], in the order in which they are written and read.
 struct KeptStates {
     const Stack& s;
@@ -40,7 +40,7 @@ struct KeptStates {
 
     KeptStates(const Graph& g, int64_t l) : s(g.stack), layer(s.layers[l]), blocks(s.steps) {
         for (const GraphBlock* block = g.blocks; block < g.blocks + g.block_count; ++block)
-            for (int32_t t = block->first; block->layer == l && t < block->last; ++t) blocks[t] = block;
+            for (int32_t t = block->first; block->population == l && t < block->last; ++t) blocks[t] = block;
     }
 
     // Floats from one sample to the next.
@@ -116,9 +116,9 @@ struct GraphForward {
     const Stack& s;
     std::vector<LayerParameters> parameters;
     std::vector<int64_t> longest;
-    std::vector<float*> edges;    // of each layer its states after the last step so far, [row blocks][B][states][64]
+    std::vector<float*> edges;    // of each population its states after the last step so far, [row blocks][B][states][64]
     std::vector<KeptStates> kept_of;
-    std::vector<float*> held;     // of each layer its held current, [row blocks][B][64], may be null
+    std::vector<float*> held;     // of each population its held current, [row blocks][B][64], may be null
     std::vector<ConnectionForward> connections;
     std::vector<float*> tiles;    // of each connection
     std::vector<SpikeCurrents> currents;
@@ -172,17 +172,17 @@ struct GraphForward {
     void run_blocks(int64_t begin, int64_t count, int threads, int first_worker) const {
         for (int64_t i = 0; i < g.block_count; ++i) {
             const GraphBlock& block = g.blocks[i];
-            const int64_t R = s.layers[block.layer].plan->rows.blocks, groups = divide_up(count, kStepSamples);
-            const auto scan = forward_scan<StoredCurrent>(s.layers[block.layer].neurons);
+            const int64_t R = s.layers[block.population].plan->rows.blocks, groups = divide_up(count, kStepSamples);
+            const auto scan = forward_scan<StoredCurrent>(s.layers[block.population].neurons);
             parallel_pairs(threads, R, groups, 1, [&](int64_t r, int64_t part, int worker) {
                 const int64_t first = begin + part * kStepSamples;
                 const int64_t samples = least(kStepSamples, begin + count - first);
                 float* const room = scratch + (first_worker + worker) * scratch_size;
-                if (longest[block.layer] == 1) return run_step(block, first, samples, r, room);
+                if (longest[block.population] == 1) return run_step(block, first, samples, r, room);
                 for (int64_t b = first; b < first + samples; ++b) run_block(scan, block, b, r, room);
             });
             for (const ConnectionForward& x : connections) {
-                if (x.of.source != block.layer || x.aligned) continue;
+                if (x.of.source != block.population || x.aligned) continue;
                 parallel(threads, count, 1, [&](int64_t b, int) {  // blocks of one order would write into the same words of another
                     move_words(s, x.source, x.plan.cols, begin + b, block.first, block.last, x.of.delays, x.words(s, begin + b));
                 });
@@ -192,11 +192,11 @@ struct GraphForward {
 
     // Block r of sample b; `current` is room for its steps.
     void run_block(ForwardScan<StoredCurrent> scan, const GraphBlock& block, int64_t b, int64_t r, float* current) const {
-        const Layer& layer = s.layers[block.layer];
-        float *const edge = edge_of(block.layer, b, r), *const kept = kept_of[block.layer].at(b, r, block.first);
+        const Layer& layer = s.layers[block.population];
+        float *const edge = edge_of(block.population, b, r), *const kept = kept_of[block.population].at(b, r, block.first);
         fill_current(block, b, r, current);
         if (!block.first) load_states(s, layer, layer.state, b, r, edge);
-        const SampleParameters own(parameters[block.layer], layer, b, r);
+        const SampleParameters own(parameters[block.population], layer, b, r);
         scan({current, kLanes}, steps_of(block), own.block,
               {words_of(block, b, r), kept, nullptr, edge});
         finish_block(block, b, r, edge);
@@ -204,10 +204,10 @@ struct GraphForward {
 
     // The same where all blocks have one step, for some samples at once.
     void run_step(const GraphBlock& block, int64_t first, int64_t samples, int64_t r, float* current) const {
-        const Layer& layer = s.layers[block.layer];
+        const Layer& layer = s.layers[block.population];
         const int64_t size = model_info(layer.neurons).states * kLanes, stride = layer.plan->rows.blocks * int64_t{s.steps};
-        const KeptStates& kept = kept_of[block.layer];
-        float* const edge = edge_of(block.layer, first, r);
+        const KeptStates& kept = kept_of[block.population];
+        float* const edge = edge_of(block.population, first, r);
         ForwardStep all{current, edge, size, edge, size, words_of(block, first, r), stride};
         if (layer.states) all.now = kept.at(first, r, block.first), all.now_stride = kept.stride(block.first);
         if (layer.states && block.first)
@@ -216,7 +216,7 @@ struct GraphForward {
             fill_current(block, first + i, r, current + i * kLanes);
             if (!block.first) load_states(s, layer, layer.state, first + i, r, edge + i * size);
         }
-        run_forward(parameters[block.layer], layer, first, samples, r, all);
+        run_forward(parameters[block.population], layer, first, samples, r, all);
         for (int64_t i = 0; i < samples; ++i) finish_block(block, first + i, r, all.now + i * all.now_stride);
     }
 
@@ -225,24 +225,25 @@ struct GraphForward {
     }
 
     uint64_t* words_of(const GraphBlock& block, int64_t b, int64_t r) const {
-        const Layer& layer = s.layers[block.layer];
+        const Layer& layer = s.layers[block.population];
         return layer.spikes + (b * layer.plan->rows.blocks + r) * s.steps + block.first;
     }
 
     // The currents of the steps of a block, [steps][64].
     void fill_current(const GraphBlock& block, int64_t b, int64_t r, float* current) const {
-        const Axis& axis = s.layers[block.layer].plan->rows;
+        const Axis& axis = s.layers[block.population].plan->rows;
         const int64_t B = s.batch, count = steps_of(block);
-        const float* start = held[block.layer] ? held[block.layer] + (r * B + b) * kLanes : nullptr;  // null: in their places
+        const float* const all_held = held[block.population];
+        const float* start = all_held ? all_held + (r * B + b) * kLanes : nullptr;  // null: in their places
         if (!start)
-            load_block(axis, r, g.outer[block.layer].current + block.first * B * axis.size, Rows{b, count, B, axis.size}, count,
+            load_block(axis, r, g.outer[block.population].current + block.first * B * axis.size, Rows{b, count, B, axis.size}, count,
                        current);
         const auto copy = [&](int64_t end) {
             for (int64_t t = 0; start && t < end; ++t) __builtin_memcpy(current + t * kLanes, start, kLanes * sizeof(float));
         };
         for (size_t i = 0; i < connections.size(); ++i) {
             const ConnectionForward& x = connections[i];
-            if (x.of.target != block.layer) continue;
+            if (x.of.target != block.population) continue;
             const uint64_t* const words = x.sent(s, b);
             const int64_t late = x.late(), first = least(count, most(0, late - block.first));
             copy(first);  // nothing has arrived yet
@@ -257,10 +258,10 @@ struct GraphForward {
 
     // After a block: the last states, and its spikes on their way.
     void finish_block(const GraphBlock& block, int64_t b, int64_t r, const float* states) const {
-        const Layer& layer = s.layers[block.layer];
+        const Layer& layer = s.layers[block.population];
         if (block.last == s.steps) store_states(s, layer, states, b, r, layer.last);
         for (const ConnectionForward& x : connections)
-            if (x.of.source == block.layer && x.aligned && !x.straight)
+            if (x.of.source == block.population && x.aligned && !x.straight)
                 x.send(r, words_of(block, b, r), block.first, steps_of(block), s.steps, x.words(s, b));
     }
 
@@ -289,9 +290,9 @@ inline void graph_forward(Graph& g, Arena& arena) {
 
 alignas(64) constexpr float kNothing[kGradientSamples * kLanes] = {};
 
-// What a layer needs for a slice of samples.
+// What a population needs for a slice of samples.
 struct PopulationSlice {
-    int64_t before, steps;  // before the first: those in which the layer sent something; of the call
+    int64_t before, steps;  // before the first: those in which the population sent something; of the call
     Panel<float> rows;      // ∂L/∂I at all steps, [row blocks][samples · T][64]
     Panel<float> arrived;   // ∂L/∂S at all steps, [row blocks][samples · (before + T)][64]; 0 again once it is used
     float* constant;        // [row blocks][samples][64] its part that no step changes
@@ -324,7 +325,7 @@ struct GraphSlice {
     std::optional<EventsByLane> events;  // of a connection
 };
 
-// A layer in the backward pass.
+// A population in the backward pass.
 struct PopulationBackward : LayerBackward {
     const Outer& outer;
     KeptStates kept;
@@ -334,7 +335,7 @@ struct PopulationBackward : LayerBackward {
         take_sums(g.stack.batch, arena);
     }
 
-    // Before the last step: what reaches the layer from outside.
+    // Before the last step: what reaches the population from outside.
     void begin(const Stack& s, const GraphSlice& slice, const PopulationSlice& x, int threads) const {
         const int64_t T = s.steps, B = s.batch, size = plan.rows.size, tail = outer.tail_steps, first = slice.first;
         parallel_pairs(threads, plan.rows.blocks, slice.samples, 1, [&](int64_t r, int64_t b, int) {
@@ -571,8 +572,8 @@ struct GraphBackward {
 
     // Of some samples of a slice, from sample b on: the neurons, then what their sources get.
     void run_block(GraphSlice& slice, const GraphBlock& block, int64_t b, int64_t samples, int threads) const {
-        const PopulationBackward& x = populations[block.layer];
-        const PopulationSlice& own = slice.populations[block.layer];
+        const PopulationBackward& x = populations[block.population];
+        const PopulationSlice& own = slice.populations[block.population];
         const int64_t steps = steps_of(block);
         const int64_t group = steps == 1 ? kGradientSamples : 1, groups = divide_up(samples, group);
         parallel_pairs(threads, x.plan.rows.blocks, groups, steps == 1 ? 1 : 4, [&](int64_t r, int64_t part, int) {
@@ -584,7 +585,7 @@ struct GraphBackward {
                 x.run(s, slice, own, b + i, r, block, out);
         });
         for (const ConnectionBackward& each : connections)
-            if (each.of.target == block.layer) hand_down(each, slice, block, b, samples, threads);
+            if (each.of.target == block.population) hand_down(each, slice, block, b, samples, threads);
     }
 
     void hand_down(const ConnectionBackward& x, GraphSlice& slice, const GraphBlock& block, int64_t b, int64_t samples,

@@ -65,12 +65,12 @@ struct Late {
         uint32_t bits;
     };
 
-    Lanes* lanes = nullptr;      // [row blocks][vectors][W], by delay, at most T; what is left over has no lanes. Null: no delays
+    Lanes* lanes = nullptr;      // [row blocks][vectors][W], by ascending delay, at most T; last ones may be empty. Null: no delays
     float* learned = nullptr;    // [row blocks][B][64], what each sample adds to the gradients of the delays; null: not wanted
-    const Layer *own = nullptr, *above = nullptr;
+    const Layer *sender = nullptr, *receiver = nullptr;
 
     Late() = default;
-    Late(const Stack& s, const Layer& of, const Layer& to, Arena& arena) : own(&of), above(&to) {
+    Late(const Stack& s, const Layer& of, const Layer& to, Arena& arena) : sender(&of), receiver(&to) {
         if (!to.delays) return;
         const Axis& axis = of.plan->rows;
         const int64_t count = int64_t{axis.blocks} * kLanes;
@@ -92,47 +92,50 @@ struct Late {
         }
     }
 
-    // From ∂L/∂S̃ of block r of sample b, [T][64], what spikes get: the gradient of the step at which they arrive, if any. In
-    // place, since no step reads an earlier one.
+    // Makes ∂L/∂S[t] = ∂L/∂S̃[t + d] of ∂L/∂S̃, the tile [T][64] of block r of sample b; 0 where t + d is after the last step.
+    // In place: d ≥ 0, so step t reads steps from t on, and they are written in ascending order. Those of one group are all
+    // read before the first of them is written.
     void shift(const Stack& s, int64_t b, int64_t r, float* tile) const {
         if (learned) differences(s, b, r, tile);
         for (int v = 0; v < kVecs; ++v) {
             const Lanes *const begin = lanes + (r * kVecs + v) * W, *end = begin;
             while (end < begin + W && end->bits) ++end;
-            // some steps at once, which share the bits
-            const auto steps = [&](auto count, float* own, int64_t left) {
-                Vec arrived[decltype(count)::value] = {};
-                for (const Lanes* of = begin; of < end && of->delay < left; ++of)
-                    unrolled<decltype(count)::value>([&](auto i) {
-                        arrived[i] = load_chosen(arrived[i], own + (of->delay + i) * kLanes, of->bits);
+            const int64_t longest = end[-1].delay;
+            const auto shift_group = [&](auto size, float* first, int64_t steps_left) {
+                Vec arrived[decltype(size)::value] = {};
+                for (const Lanes* of = begin; of < end && of->delay < steps_left; ++of)
+                    unrolled<decltype(size)::value>([&](auto i) {
+                        arrived[i] = load_chosen(arrived[i], first + (of->delay + i) * kLanes, of->bits);
                     });
-                unrolled<decltype(count)::value>([&](auto i) { store(own + i * kLanes, arrived[i]); });
+                unrolled<decltype(size)::value>([&](auto i) { store(first + i * kLanes, arrived[i]); });
             };
-            constexpr int at_once = 4;
-            float* own = tile + v * W;
-            int64_t left = s.steps;  // of which the first so many reach all steps that they need
-            for (; left >= end[-1].delay + at_once; left -= at_once, own += at_once * kLanes) steps(Constant<at_once>{}, own, left);
-            for (; left > 0; --left, own += kLanes) steps(Constant<1>{}, own, left);
+            constexpr int group = 4;
+            float* first = tile + v * W;
+            int64_t steps_left = s.steps;
+            // while what the whole group reads is within the run
+            for (; steps_left >= longest + group; steps_left -= group, first += group * kLanes)
+                shift_group(Constant<group>{}, first, steps_left);
+            for (; steps_left > 0; --steps_left, first += kLanes) shift_group(Constant<1>{}, first, steps_left);
         }
     }
 
     // −½ Σ_t ∂L/∂S̃[t]·(S[t − d + 1] − S[t − d − 1]) of each lane, spike by spike; those before the first step count, too.
     void differences(const Stack& s, int64_t b, int64_t r, const float* tile) const {
-        const Axis& axis = own->plan->rows;
+        const Axis& axis = sender->plan->rows;
         const int64_t T = s.steps;
         const int32_t* const neuron = axis.neuron.data() + r * kLanes;
         float* const sum = learned + (r * s.batch + b) * kLanes;
         zero(sum, kLanes * sizeof(float));
         const auto add = [&](int64_t lane, int64_t step) {
-            const int64_t arrives = step + above->delays[neuron[lane]];
+            const int64_t arrives = step + receiver->delays[neuron[lane]];
             if (0 < arrives && arrives <= T) sum[lane] -= 0.5f * tile[(arrives - 1) * kLanes + lane];
             if (-1 <= arrives && arrives + 1 < T) sum[lane] += 0.5f * tile[(arrives + 1) * kLanes + lane];
         };
-        for (int64_t i = 0; own->sent && i < own->sent_steps; ++i)
+        for (int64_t i = 0; sender->sent && i < sender->sent_steps; ++i)
             for (int64_t lane = 0; lane < kLanes; ++lane)
-                if (neuron[lane] >= 0 && own->sent[(i * s.batch + b) * axis.size + neuron[lane]])
-                    add(lane, i - own->sent_steps);
-        const uint64_t* const words = own->spikes + (b * axis.blocks + r) * T;
+                if (neuron[lane] >= 0 && sender->sent[(i * s.batch + b) * axis.size + neuron[lane]])
+                    add(lane, i - sender->sent_steps);
+        const uint64_t* const words = sender->spikes + (b * axis.blocks + r) * T;
         for (int64_t t = 0; t < T; ++t)
             for (uint64_t word = words[t]; word; word &= word - 1) add(__builtin_ctzll(word), t);
     }
@@ -757,7 +760,7 @@ struct BackwardPass {
         x.weights.finish(s.threads);
         if (x.recurrent) x.recurrent_weights->finish(s.threads);
         if (x.late.learned)
-            lane_gradient({nullptr, x.late.above->grad_delays, true}, false, x.plan.rows, x.late.learned, s.batch, s.threads, totals);
+            lane_gradient({nullptr, x.late.receiver->grad_delays, true}, false, x.plan.rows, x.late.learned, s.batch, s.threads, totals);
         x.LayerBackward::finish(s, totals);
     }
 };

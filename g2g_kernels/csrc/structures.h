@@ -46,7 +46,8 @@ struct Neurons {
     Parameter parameters[kMostParameters];  // in the order of the model
 };
 
-// A layer of a stack. Pointers not needed by a call are null.
+// A layer of a stack: a connection, the population that it feeds, and that one's recurrent connection. Pointers not needed by
+// a call are null.
 struct Layer {
     const Plan* plan;
     const float *values, *bias;  // bias null: none
@@ -87,7 +88,7 @@ struct Stack {
     int32_t x_spikes;       // in/out: x is spikes, packed in layers[0].inputs
 };
 
-// A connection between layers of a graph.
+// A connection between populations of a graph.
 struct Connection {
     const Plan* plan;       // its row lanes are those of the target
     const float* values;
@@ -97,7 +98,7 @@ struct Connection {
     int32_t source, target;
 };
 
-// What a layer of a graph gets from outside, and gives.
+// What a population of a graph gets from outside, and gives.
 struct Outer {
     const float* current;    // [T][B][N], or [B][N], held for all steps
     float* tail;             // out: [tail_steps][B][N], its spikes in the last steps; null: not wanted
@@ -106,16 +107,16 @@ struct Outer {
     int32_t held, tail_steps;
 };
 
-// Some steps of a layer of a graph.
+// Some steps of a population of a graph.
 struct GraphBlock {
-    int32_t layer, first, last;  // last: after the last
+    int32_t population, first, last;  // last: after the last
 };
 
-// Layers that may reach one another (graph.h): a stack without `values`, `bias`, `inputs`, `recurrent` and `x`. Of a plan in
-// its layers the rows are read.
+// Populations that may reach one another (graph.h): a stack without `values`, `bias`, `inputs`, `recurrent` and `x`, of whose
+// plans the rows are read.
 struct Graph {
     Stack stack;
-    const Outer* outer;     // of each layer
+    const Outer* outer;     // of each population
     const Connection* connections;
     const GraphBlock* blocks;
     int32_t connection_count, block_count;

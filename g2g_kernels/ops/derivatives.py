@@ -6,19 +6,12 @@ a batch of gradients, they run in place of the kernels: forward once more, and b
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch.autograd import forward_ad
 
-
-def has_tangent(tensors: Iterable[torch.Tensor | None]) -> bool:
-    """True if one of them carries a tangent of forward-mode differentiation."""
-    if forward_ad._current_level < 0 and not torch.compiler.is_compiling():  # which keeps a level of its own
-        return False
-    return any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)
+from g2g_kernels.tracing import autocast_of, is_transformed
 
 
 def needs_plain_operations(grads: Iterable[Any]) -> bool:
@@ -28,19 +21,8 @@ def needs_plain_operations(grads: Iterable[Any]) -> bool:
         return False
     return (
         torch.is_grad_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or has_tangent(grads)
+        or is_transformed(grads)
         or any([grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads])
-    )
-
-
-def autocast_of(tensor: torch.Tensor) -> Callable[[], contextlib.AbstractContextManager]:
-    """Makes the autocast that is in force where ``tensor`` is, for what runs a forward pass again."""
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device):
-        return contextlib.nullcontext
-    return functools.partial(
-        torch.autocast, device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     )
 
 
@@ -70,6 +52,26 @@ def gradients_of(
         outputs, outputs_grads = zip(*reached, strict=True)
         found = iter(torch.autograd.grad(outputs, wanted, outputs_grads, create_graph=again, allow_unused=True))
     return [next(found) if need else None for need in needed]
+
+
+class Recomputed(torch.autograd.Function):
+    """The results of ``first``, a function of ``tensors``. Their gradients are those of ``again``, which gives the same
+    results and runs in the backward pass. PyTorch refuses it if one of the tensors, or of ``more``, which have no
+    gradient, has changed in place until then."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, first: Callable, again: Callable, more: Sequence[torch.Tensor], *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.again, ctx.count, ctx.autocast = again, len(tensors), autocast_of(tensors[0])
+        ctx.save_for_backward(*tensors, *more)
+        ctx.set_materialize_grads(False)
+        return tuple(first(*tensors))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        tensors = ctx.saved_tensors[: ctx.count]
+        return None, None, None, *gradients_of(ctx.again, tensors, grads, ctx.needs_input_grad[3:], ctx.autocast)
 
 
 def refuse_backward(ctx: Any, *grads: Any) -> NoReturn:

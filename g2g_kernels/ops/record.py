@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from g2g_kernels.mask.unit_grid import MaskTensors
-from g2g_kernels.ops.derivatives import autocast_of, gradients_of, needs_plain_operations, refuse_backward
-from g2g_kernels.tracing import is_observed
+from g2g_kernels.ops.derivatives import gradients_of, needs_plain_operations, refuse_backward
+from g2g_kernels.tracing import autocast_of, is_observed
 
 _library = torch.library.Library("g2g", "FRAGMENT")
 
@@ -291,7 +291,9 @@ class Differentiable(RecordOperator):
 
     def __call__(self, record: Any) -> Any:
         tensors, form = opened(record)
-        keep = torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
+        keep = False
+        for tensor in tensors if torch.is_grad_enabled() else ():
+            keep = keep or tensor.requires_grad
         if is_observed(tensors):
             return self.overload(*arguments(tensors, form), keep)
         if not keep:
@@ -302,8 +304,9 @@ class Differentiable(RecordOperator):
         if not made:
             return results
         given = iter(results)
-        of = [[*islice(given, len(each))] if isinstance(each, list) else next(given) for each in made[: self._outputs]]
-        return *of, *made[self._outputs :]
+        for number, each in enumerate(made[: self._outputs]):
+            made[number] = [*islice(given, len(each))] if isinstance(each, list) else next(given)
+        return tuple(made)
 
     def _forward(self, ctx: Any, record: Any, form: Form, made: list[Any], *tensors: torch.Tensor) -> Any:
         """The results, the tensors of lists one by one. Of several outputs, ``made`` gets all, lists as lists."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from g2g_kernels import Activity
-from g2gnet.activity_recorder import ActivityRecorder, Recording, Uncompiled, check_compiled, dense
+from g2gnet.activity_recorder import ActivityRecorder, Recording, Uncompiled, check_compiled, dense, received_in
 from g2gnet.base.distributed import World
 from g2gnet.dst import rules
 from g2gnet.dst.rules import ACTIVITY, GRADIENT, Evidence, Rule
@@ -96,7 +96,7 @@ class StepEvidence:
         if net is None:
             last_is_mine = len(self._layers) >= len(activity.spikes)
         else:
-            to_output = [net.connections()[route.name] for route in net.routes() if route.target + 1 == net.depth]
+            to_output = [net.connections()[each.name] for each in net.projections() if each.target + 1 == net.depth]
             last_is_mine = any(layer in self._layers for layer in to_output)
         if last_is_mine:
             raise ValueError(
@@ -113,7 +113,7 @@ class StepEvidence:
             )
         if self._network is not None:
             received: dict[nn.Module, Recording] = defaultdict(list)
-            for layer, pre, post in self._network.received(inputs, activity):
+            for layer, pre, post in received_in(self._network, inputs, activity):
                 received[layer].append((pre, post))  # several of a connection in several projections
             self._recordings = [received[layer] for layer in self._layers]
             return

@@ -68,7 +68,7 @@ def rasters(net: SpikingNetwork, activity: Activity, sample: int = 0) -> list[Ra
     """
     connections = net.connections()
     # of the first connection that leads to it
-    layouts = {route.target: connections[route.name].mask.rows.layout for route in reversed(net.routes())}
+    layouts = {each.target: connections[each.name].mask.rows.layout for each in reversed(net.projections())}
     return [
         Raster(name, spikes.dense()[:, sample].detach().cpu(), layouts[number])
         for number, (name, spikes) in enumerate(zip(net.populations, activity.spikes, strict=True))
@@ -302,13 +302,13 @@ def population_graph(net: SpikingNetwork) -> Figure:
         >>> net = G2GNet(784, [64, 32], 10, block_size=8, feedback=True, delay=4)
         >>> population_graph(net).savefig("populations.png")
     """
-    connections, parts = net.connections(), components_of(graph_of(net.routes(), net.depth))
+    connections, parts = net.connections(), components_of(graph_of(net.projections(), net.depth))
     cycles = [{*part.members} for part in parts if part.period]
     names = [name if len(name) <= NAME else f"{name[: NAME - 1]}…" for name in ("input", *net.populations)]
     column = max(COLUMN, LETTER * max(map(len, names)) + 0.2)
     middle = [column * (place + 0.5) for place in range(len(names))]
-    routes = sorted(net.routes(), key=lambda route: (route.source, route.target))
-    width, height = column * len(names), HEAD + ROW * len(routes) + 0.15
+    projections = sorted(net.projections(), key=lambda each: (each.source, each.target))
+    width, height = column * len(names), HEAD + ROW * len(projections) + 0.15
 
     figure = Figure(figsize=(width, height))
     axis = figure.add_axes((0, 0, 1, 1))
@@ -321,16 +321,16 @@ def population_graph(net: SpikingNetwork) -> Figure:
         axis.add_patch(FancyBboxPatch(*box, boxstyle="round,pad=0,rounding_size=0.08", fc="0.93", ec="0.3"))
         axis.text(x, HEAD / 2 - 0.05, name, fontweight="bold", **centred)
         axis.text(x, HEAD / 2 + 0.1, f"{size:,}", **centred)
-    for row, route in enumerate(routes):
-        start, end = middle[route.source + 1], middle[route.target + 1]  # the input is number −1
+    for row, each in enumerate(projections):
+        start, end = middle[each.source + 1], middle[each.target + 1]  # the input is number −1
         y = HEAD + ROW * (row + 0.8)
         corners = [(start, y), (end, y)]
         if start == end:  # a loop
             corners = [(start, y - LOOP), (start + 2 * LOOP, y - LOOP), (start + 2 * LOOP, y + LOOP), (start, y + LOOP)]
-        colour = COLOURS[1] if any({route.source, route.target} <= members for members in cycles) else COLOURS[0]
+        colour = COLOURS[1] if any({each.source, each.target} <= members for members in cycles) else COLOURS[0]
         arrow = FancyArrowPatch(path=Path(corners), arrowstyle="-|>", mutation_scale=9, color=colour, lw=1.2)
         axis.add_patch(arrow)
-        text = _text(connections[route.name].mask.density, net.delays(route.name))
+        text = _text(connections[each.name].mask.density, net.delays(each.name))
         room = LETTER * len(text) / 2
         x = min(max((start + end) / 2, room), width - room)
         axis.text(x, y - 0.15, text, color=colour, **centred).set_bbox({"fc": "white", "ec": "none", "pad": 0.5})

@@ -60,7 +60,7 @@ from g2gnet.interop import nir_links
 from g2gnet.interop.arrays import FINITE, Mask, numbers
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
-from g2gnet.projections import Pair, Projection, Route
+from g2gnet.projections import NumberedProjection, Pair, Projection
 from g2gnet.spiking_network import SpikingNetwork
 from g2gnet.stack import RecurrentLayer, SpikingStack, is_plain
 
@@ -131,9 +131,9 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
     joins = {name: _connection_node(connection, nir) for name, connection in net.connections().items()}
     for name, node in () if is_plain(net) else (*cells.items(), *joins.items()):
         node.metadata["g2g_name"] = name
-    for route in net.routes():
-        target, connection = net.populations[route.target], joins[route.name]
-        of_one_step = route.source == route.target and route.most == 1 and not route.per_neuron
+    for projection in net.projections():
+        target, connection = net.populations[projection.target], joins[projection.name]
+        of_one_step = projection.source == projection.target and projection.most == 1 and not projection.per_neuron
         if of_one_step and not isinstance(nodes.get(target), nir.NIRGraph):
             inner = {"input": nir_links.end_node(nir.Input, sizes[target]), "lif": cells[target], "w_rec": connection}
             loop = [("input", "lif"), ("lif", "w_rec"), ("w_rec", "lif"), ("lif", "output")]
@@ -141,11 +141,11 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
                 nodes={**inner, "output": nir_links.end_node(nir.Output, sizes[target])}, edges=loop
             )
             continue
-        way = [start if route.source < 0 else net.populations[route.source], route.name, target]
-        if (route.most or route.per_neuron) and not of_one_step:
-            way.insert(1, free(f"{route.name}_delay"))
-            nodes[way[1]] = _delay_node(net, route, dt, nir)
-        nodes[route.name] = connection
+        way = [start if projection.source < 0 else net.populations[projection.source], projection.name, target]
+        if (projection.most or projection.per_neuron) and not of_one_step:
+            way.insert(1, free(f"{projection.name}_delay"))
+            nodes[way[1]] = _delay_node(net, projection, dt, nir)
+        nodes[projection.name] = connection
         nodes.setdefault(target, cells[target])
         edges += itertools.pairwise(way)  # in the order in which currents are added up
     nodes[end] = nir_links.end_node(nir.Output, net.sizes[net.depth - 1])
@@ -160,7 +160,7 @@ def _check_written(net: SpikingNetwork) -> None:
         if "/" in name:
             raise ValueError(f"{name!r} cannot be a name in NIR's files, where / joins names; choose another")
     for number, name in enumerate(net.populations[:-1]):
-        if not any(route.source == number != route.target for route in net.routes()):
+        if not any(projection.source == number != projection.target for projection in net.projections()):
             raise ValueError(f"{name} sends to no other population, and NIR takes it for an output; leave it out")
     if net.readout != "counts":
         raise ValueError(
@@ -281,12 +281,12 @@ def _connection_node(connection: G2GLinear, nir: Any) -> Any:
     return nir.Affine(weight=weight, bias=_array(connection.bias), metadata=metadata)
 
 
-def _delay_node(net: SpikingNetwork, route: Route, dt: float, nir: Any) -> Any:
+def _delay_node(net: SpikingNetwork, projection: NumberedProjection, dt: float, nir: Any) -> Any:
     metadata = {}
-    if route.per_neuron:
-        learned = f"{route.name}_delay" in dict(net.named_parameters(recurse=False))
-        metadata = {"max_delay": route.most, "learn_delay": learned}
-    return nir.Delay(delay=net.delays(route.name).cpu().double().numpy() * dt, metadata=metadata)
+    if projection.per_neuron:
+        learned = f"{projection.name}_delay" in dict(net.named_parameters(recurse=False))
+        metadata = {"max_delay": projection.most, "learn_delay": learned}
+    return nir.Delay(delay=net.delays(projection.name).cpu().double().numpy() * dt, metadata=metadata)
 
 
 def _connection(name: str, node: Any, bias: np.ndarray | None, mask: Mask | None, backend: str | None) -> G2GLinear:

@@ -132,8 +132,8 @@ def _layers_of(model: nn.Module) -> list[tuple[str, G2GLinear]]:
     networks = [module for module in model.modules() if isinstance(module, SpikingNetwork)]
     if len(networks) == 1 and len(networks[0].connections()) == len(layers):
         names, connections = list(networks[0].populations), networks[0].connections()
-        routes = (route for route in networks[0].routes() if route.source >= 0)
-        layers = [(names[route.source], connections[route.name]) for route in routes]
+        projections = (each for each in networks[0].projections() if each.source >= 0)
+        layers = [(names[each.source], connections[each.name]) for each in projections]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no G2GLinear layer whose weights could have signs")
     return layers

@@ -78,6 +78,7 @@ def test_the_structures_lie_in_memory_as_the_compiler_lays_them_out(tmp_path):
         lines.append(f"static_assert(sizeof(g2g::{name}) == {ctypes.sizeof(structure)});")
         for field, *_ in structure._fields_:
             place = getattr(structure, field)
+            place = getattr(place, "field", place)
             lines.append(f"static_assert(offsetof(g2g::{name}, {field}) == {place.offset});")
             lines.append(f"static_assert(sizeof(g2g::{name}::{field}) == {place.size});")
     assert len(lines) > 100

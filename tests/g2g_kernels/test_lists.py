@@ -112,7 +112,7 @@ def check_loop(x, recurrent, inputs, neurons, first, silent, steps, threads, sum
             each if each is None else each.detach().to(dtype).nan_to_num().requires_grad_()
             for each in (x, values, of_inputs, first, *neurons.parameters)
         ]
-        population = neurons.with_parameters(tuple(leaves[4:]))
+        population = neurons._replace(parameters=tuple(leaves[4:]))
         own = {"recurrent": (leaves[1], mask), "dropped": silent, "state": leaves[3]}
         layer = chained(0, leaves[2], in_mask, None, population, **own)
         activity = g2g_stack(leaves[0], [layer], steps, backend=backend)

@@ -187,7 +187,7 @@ def test_dropout_is_the_same_where_layers_are_called(backend):
     assert torch.equal(net.eval()(SAMPLES), net_of(backend=backend)(SAMPLES))
     for spikes in (False, True):  # over time have gradients if they are asked for
         assert [train.dense().requires_grad for train in net.simulate(SAMPLES, spikes=spikes).spikes] == 3 * [spikes]
-    with pytest.raises(ValueError, match=r"dropped of layer 0 must be bool \(5, 40\)"):
+    with pytest.raises(ValueError, match=r"dropped of population 0 must be bool \(5, 40\)"):
         net.train().simulate(SAMPLES, dropped=[torch.zeros(4, 40, dtype=torch.bool)] * 2)
 
 

@@ -293,15 +293,15 @@ def test_synaptic_operations_count_what_arrives(backend, name, held):
     reference = Reference(net)
     reference.run((x.expand(T, B, D) if held else x).double())
     operations = net.simulate(x).synaptic_operations()
-    for number, each in enumerate(net.populations):
+    for number, name in enumerate(net.populations):
         expected = 0
-        for route in net.routes():
-            if route.target == number:
-                fan_out = (net.connections()[route.name].dense_weight() != 0).sum(0)
-                once = held and route.source < 0 and not route.most
+        for each in net.projections():
+            if each.target == number:
+                fan_out = (net.connections()[each.name].dense_weight() != 0).sum(0)
+                once = held and each.source < 0 and not each.most
                 steps = range(1 if once else T)
-                expected += sum(int(((reference.arrived[route.name, t] != 0) * fan_out).sum()) for t in steps)
-        assert sum(operations[each][:2]) == expected, each
+                expected += sum(int(((reference.arrived[each.name, t] != 0) * fan_out).sum()) for t in steps)
+        assert sum(operations[name][:2]) == expected, name
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -490,7 +490,7 @@ def test_arguments_that_cannot_be_are_refused_by_name():
             Projection("a", "b", connection, **options)
     no_name = "is no name of a module"
     taken = [(name, f"'{name}' is already an") for name in ("step", "readout", "dropout", "steps", "T", "depth")]
-    for name, message in (*taken, ("a.b", no_name), ("", no_name), ("_routes", no_name)):
+    for name, message in (*taken, ("a.b", no_name), ("", no_name), ("_projections", no_name)):
         with pytest.raises(ValueError, match=message):
             SpikingNetwork({name: LIF()}, [Projection("input", name, connection)], name)
     into, loop = Projection("input", "b", connection), joined("b", "b", seeded(0))
@@ -526,7 +526,8 @@ def test_correlations_are_of_spikes_as_they_arrive(name, connection, given):
     net = network(name).train()
     x = torch.rand(T, B, D, generator=seeded(4)) * 2
     received, layer = Reference(net), net.get_submodule(connection)
-    spikes = [*received.run(x.double()).values()][next(r.target for r in net.routes() if r.name == connection)].float()
+    target = next(each.target for each in net.projections() if each.name == connection)
+    spikes = [*received.run(x.double()).values()][target].float()
     arrived = torch.stack([received.arrived[connection, t] for t in range(T)]).float()
     scores = unit_correlation(arrived, spikes, layer.mask)
     present = layer.mask.present().clone()

@@ -109,7 +109,7 @@ def test_states_that_do_not_fit_are_refused_by_name():
     state = stack.simulate(x).state
     current, drawn = torch.rand(3, 7), drops.drop(B)
     for samples, other, match in (
-        (B, state[:2], "state has 2 entries, this network has 3 layers"),
+        (B, state[:2], "state has 2 entries, this network has 3 populations"),
         (2, state, r"state of population 0 has shape \(1, 3, 22\); expected \(1, 2, 22\)"),
         (B, (state[0], state[1][0], state[2]), "synaptic_current, membrane"),
         (B, (state[0] > 0, *state[1:]), "state of population 0 must be a floating-point tensor"),
@@ -121,7 +121,7 @@ def test_states_that_do_not_fit_are_refused_by_name():
     for call, match in (
         (lambda: LIF().step(current, torch.zeros(4, 7)), r"has shape \(4, 7\), the current \(3, 7\); give None"),
         (lambda: Synaptic().step(current, current), "1 states given, synaptic neurons have synaptic_current, mem"),
-        (lambda: stack.step(x[0], state[:1]), "state has 1 entries, this network has 3 layers"),
+        (lambda: stack.step(x[0], state[:1]), "state has 1 entries, this network has 3 populations"),
         *((lambda chunk=chunk: stack.simulate(x, chunk=chunk), "chunk=") for chunk in (0, 2.5, True)),
         (lambda: stack.simulate(x, chunk=4, spikes=True), "give one of them"),
         (lambda: drops.simulate(x, dropped=drawn[:1]), r"of 1 populations, but 2 can drop neurons; give .* drop\(3\)"),
@@ -131,8 +131,8 @@ def test_states_that_do_not_fit_are_refused_by_name():
     for other, match in (
         (stack.simulate(x), "state is a Activity, .* give activity.state of a run"),
         (state[0], "state is a Tensor"),
-        ((*state[:2], state[2].detach().numpy()), "state of layer 2 is a ndarray, not a tensor"),
-        (((None,), *state[1:]), "state of layer 0 is a tuple"),
+        ((*state[:2], state[2].detach().numpy()), "state of population 2 is a ndarray, not a tensor"),
+        (((None,), *state[1:]), "state of population 0 is a tuple"),
     ):
         for call in (lambda state: stack.simulate(x, state), lambda state: stack.step(x[0], state)):
             with pytest.raises(TypeError, match=match):

@@ -10,12 +10,19 @@ from typing import Any
 import torch
 
 from g2g_kernels.dispatch import Choice
-from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, NeuronState, Spikes, StackState
+from g2g_kernels.ops.g2g_stack.activity import (
+    Activity,
+    DenseSpikes,
+    NeuronState,
+    Spikes,
+    StackState,
+    Synapses,
+    SynapticOperations,
+)
 from g2g_kernels.ops.g2g_stack.checks import check_dropped
 from g2g_kernels.ops.g2g_stack.delays import Delay
 from g2g_kernels.ops.g2g_stack.population import Call, Connection, Population
 from g2g_kernels.ops.g2g_stack.reference import activity_of
-from g2g_kernels.ops.g2g_stack.synaptic_operations import Synapses, SynapticOperations
 from g2g_kernels.ops.g2g_stack.ways import WAYS, choose, run
 
 __all__ = [

@@ -1,22 +1,24 @@
 """The activity of spiking populations: counts, rates, spikes in a backend's own form, synaptic operations."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.utils import _pytree as pytree
 
-from g2g_kernels.ops.g2g_stack.synaptic_operations import Synapses, SynapticOperations
+from g2g_kernels.mask.block_mask import BlockMask
+from g2g_kernels.ops.g2g_stack.delays import LateSpikes
+from g2g_kernels.ops.g2g_stack.population import Call, reaches, sent_before
 from g2g_kernels.tracing import replaced
 
-#: of a layer's neurons: the membrane [B, N] of a model with no other state, else its states in order, the membrane last
+#: of a population: the membrane [B, N] of a model with no other state, else its states in order, the membrane last
 NeuronState = torch.Tensor | tuple[torch.Tensor, ...]
-#: that of every layer, from input to output; behind them what delays need
+#: that of every population, from input to output; behind them what delays need
 StackState = tuple[NeuronState, ...]
 
 
 class Spikes(Protocol):
-    """Spikes of one layer, in a backend's own form."""
+    """Spikes of one population, in a backend's own form."""
 
     def dense(self) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order; without gradient unless requested."""
@@ -24,7 +26,7 @@ class Spikes(Protocol):
 
 
 class DenseSpikes:
-    """Spikes of one layer kept as the float tensor that the backend computed."""
+    """Spikes of one population kept as the float tensor that the backend computed."""
 
     def __init__(self, spikes: torch.Tensor) -> None:
         self._spikes = spikes
@@ -32,6 +34,100 @@ class DenseSpikes:
     def dense(self) -> torch.Tensor:
         """The spikes, 0 or 1, float [T, B, N] in neuron order."""
         return self._spikes
+
+
+class SynapticOperations(NamedTuple):
+    """The operations of the connections to one population, over all steps and samples of a run, as NeuroBench defines
+    them (Yik et al. 2025): one for each input that is not zero and each weight that it meets and that is not zero, at
+    every time step. An input held for all steps meets the weights once, since its product is computed once. Biases and
+    neurons count as nothing.
+
+    Attributes:
+        accumulates: additions of a weight, if all that they receive is −1, 0 or 1 (spikes).
+        multiplies: multiplications with an addition, if they are not.
+        dense: what dense connections would do if no input were zero.
+    """
+
+    accumulates: int
+    multiplies: int
+    dense: int
+
+
+class Synapses:
+    """The inputs and the weights of a run, from which its synaptic operations can be counted afterwards. It keeps no
+    graph of autograd.
+
+    Args:
+        call: the run; its connections are linear.
+        spikes: what each population sent.
+    """
+
+    def __init__(self, call: Call, spikes: Sequence[Spikes]) -> None:
+        self._x, self._steps = call.x.detach(), call.steps
+        #: to each population: values and mask of a connection, its source, and what arrives late
+        self._received: list[list[tuple[torch.Tensor, BlockMask, int, LateSpikes | None]]] = []
+        reach: list[int] = []
+        for population in call.populations:
+            received = []
+            for _, values, mask, source, delay, *_ in population.connections:
+                late = None
+                if delay is not None and source < 0:
+                    late = LateSpikes(call.x, delay, call.before, call.steps)
+                elif delay is not None:
+                    reach = reach or reaches(call.populations)
+                    train = spikes[source]
+                    with torch.no_grad():
+                        earlier = sent_before(call.populations[source], reach[source], call.x.dtype)
+                    late = LateSpikes(train.dense() if isinstance(train, DenseSpikes) else train, delay, earlier)
+                received.append((values.detach(), mask, source, late))
+            self._received.append(received)
+        self._then = self._now()
+
+    def _now(self) -> list[object]:
+        """What differs after something that is counted has changed."""
+        tensors, now = [self._x], list[object]()
+        for received in self._received:
+            for values, mask, _, late in received:
+                tensors += [values] if late is None else [values, *late.tensors]
+                now.append(mask.changes)
+        for tensor in tensors:
+            if not tensor.is_inference():  # those of inference mode have no version
+                now.append(tensor._version)
+        return now
+
+    def operations(self, rates: Sequence[torch.Tensor]) -> tuple[SynapticOperations, ...]:
+        """Of the connections to each population, given the firing rates of each, [N]; waits for the device.
+        Exact up to 2²³ spikes per neuron. Raises RuntimeError if inputs, weights or masks have changed in the meantime.
+        """
+        if self._now() != self._then:
+            raise RuntimeError(
+                "the inputs, weights or masks of this run have changed since, so its synaptic operations are unknown; "
+                "call synaptic_operations() right after the run, before optimizer and scheduler step"
+            )
+        x = self._x.reshape(-1, self._x.shape[-1])
+        # a held input that arrives later is another one at each step
+        vectors = len(x) * (self._steps or 1)
+        sent = [(of.detach().double() * vectors).nan_to_num().round().long() for of in rates]
+        sent.append((x != 0).sum(0))
+        spiking = bool(((x == 0) | (x.abs() == 1)).all())
+        counted = []
+        for connections in self._received:
+            totals = [0, 0, 0]
+            for values, mask, source, late in connections:
+                received = sent[source] if late is None else (late.dense() != 0).sum((0, 1))
+                totals[int(source < 0 and not spiking)] += int((received * _fan_out(values, mask)).sum())
+                rows = len(x) if source < 0 and late is None else vectors
+                totals[2] += rows * mask.shape[0] * mask.shape[1]
+            counted.append(SynapticOperations(*totals))
+        return tuple(counted)
+
+
+def _fan_out(values: torch.Tensor, mask: BlockMask) -> torch.Tensor:
+    """int64 [in], the number of weights other than zero of each input neuron."""
+    per_unit = ((values != 0) & mask.valid()).sum(1)
+    per_place = per_unit.new_zeros(mask.cols.num_units, mask.cols.width)
+    per_place.index_add_(0, mask.unit_col.long(), per_unit)
+    return per_place.flatten()[mask.cols.place_of]
 
 
 class PerPopulation(tuple[Any, ...]):
@@ -86,25 +182,25 @@ _CAN_BE_COMPILED = torch.__version__ >= "2.8"
 
 
 class Activity(NamedTuple):
-    """The activity of spiking populations: the layers of a stack from input to output, or those of a network.
+    """The activity of spiking populations, the output's last.
 
-    Of a network, ``rates``, ``spikes`` and ``membranes`` also take names (:class:`PerPopulation`).
+    Of a network, ``rates``, ``spikes`` and ``membranes`` also take names (:class:`PerPopulation`). All but ``spikes``
+    and ``synapses`` is differentiable.
 
     Attributes:
-        counts: [B, N] of the last population, spikes per neuron over all steps; differentiable.
-        rates: one [N] per population, spikes per neuron, step and sample (0 to 1); differentiable.
-        spikes: one object per layer, whose ``dense()`` gives the spikes [T, B, N], with a gradient only if the call
-            requested ``spikes``.
+        counts: [B, N] of the output, spikes per neuron over all steps.
+        rates: one [N] per population, spikes per neuron, step and sample (0 to 1).
+        spikes: one object per population, whose ``dense()`` gives the spikes [T, B, N], with a gradient only if the
+            call requested ``spikes``.
         synapses: what :meth:`synaptic_operations` counts; None if they are unknown.
-        states: one [states, B, N] per layer, the neurons' states after the last step; differentiable. None if modules
-            that keep their states to themselves were called.
-        membranes: one [T, B, N] per layer, the membrane U_t after each step, from which the spikes follow;
-            differentiable. None for a layer that was not asked for them, or instead of all.
-        readout: [B, N] of the last layer, if its neurons do not spike: what is read from their membranes;
-            differentiable.
-        sent: what delays of more than one step need to continue the run: one object per layer, and at the end one for
-            the inputs, whose ``dense()`` gives what was sent in the last D steps, [D, B, N]; None where no delay reads
-            it; differentiable.
+        states: one [states, B, N] per population, after the last step. None if modules that keep their states to
+            themselves were called.
+        membranes: one [T, B, N] per population, the membrane U_t after each step, from which the spikes follow. None
+            for a population that was not asked for them, or instead of all.
+        readout: [B, N], what is read from the membranes of an output whose neurons do not spike.
+        sent: what delays of more than one step need to continue the run: one object per population, and at the end one
+            for the inputs, whose ``dense()`` gives what was sent in the last D steps, [D, B, N]; None where no delay
+            reads it.
 
     Example:
         >>> from g2gnet import G2GNet
@@ -126,14 +222,14 @@ class Activity(NamedTuple):
 
     @property
     def output(self) -> torch.Tensor:
-        """The answer of the last layer [B, N] (logits of a classifier), which is its readout, or spike counts."""
+        """The answer [B, N] (logits of a classifier): the readout, or spike counts."""
         return self.counts if self.readout is None else self.readout
 
     @property
     def state(self) -> "StackState":
         """The state after the last step, as :meth:`g2gnet.SpikingNetwork.step` returns it: what continues the run.
 
-        One entry per layer, and behind them :attr:`sent` where it is not None. Raises RuntimeError if it is unknown.
+        One entry per population, and behind them what :attr:`sent` has. Raises RuntimeError if it is unknown.
         """
         if self.states is None:
             raise RuntimeError(
@@ -144,11 +240,9 @@ class Activity(NamedTuple):
         return (*of_neurons, *(each.dense() for each in self.sent if each is not None))
 
     def synaptic_operations(self) -> tuple[SynapticOperations, ...]:
-        """The additions and multiplications that spikes (and inputs) caused in each layer, over all steps and samples;
-        of a network, a :class:`PerPopulation`.
-
-        For one sample, divide by the size of the batch. Waits for the device. Raises RuntimeError if inputs, weights or
-        masks have changed since the run, or if the run was compiled.
+        """The additions and multiplications that spikes (and inputs) caused in each population, over all steps and
+        samples; of a network, a :class:`PerPopulation`. Waits for the device. Raises RuntimeError if inputs, weights
+        or masks have changed since the run, or if the run was compiled.
         """
         if self.synapses is None:
             raise RuntimeError(
@@ -181,11 +275,11 @@ def check_state_form(state: Any, depth: int, sent: Mapping[str, tuple[int, ...]]
         )
     if len(state) != depth + len(sent):
         behind = f", and {len(sent)} entries of what delays need" if sent else ""
-        raise ValueError(f"state has {len(state)} entries, this network has {depth} layers{behind}")
+        raise ValueError(f"state has {len(state)} entries, this network has {depth} populations{behind}")
     for number, before in enumerate(state):
         tensors = before if type(before) in (tuple, list) else (before,)
         if before is not None and not all(isinstance(each, torch.Tensor) for each in tensors):
-            raise TypeError(f"state of layer {number} is a {type(before).__name__}, not a tensor or several")
+            raise TypeError(f"state of population {number} is a {type(before).__name__}, not a tensor or several")
     for (name, shape), before in zip(sent.items(), state[depth:]):  # noqa: B905  (checked above)
         if before is not None and (not isinstance(before, torch.Tensor) or tuple(before.shape) != shape):
             found = list(before.shape) if isinstance(before, torch.Tensor) else type(before).__name__
@@ -196,7 +290,7 @@ def check_state_form(state: Any, depth: int, sent: Mapping[str, tuple[int, ...]]
 
 
 def as_one(state: NeuronState | None) -> torch.Tensor | None:
-    """The states of a layer's neurons as one tensor [states, B, N]."""
+    """The states of a population as one tensor [states, B, N]."""
     if state is None:
         return None
     return state.unsqueeze(0) if isinstance(state, torch.Tensor) else torch.stack(tuple(state))

@@ -7,17 +7,59 @@ import torch
 
 from g2g_kernels.ops.flops import count_flops, product_flops
 from g2g_kernels.ops.g2g_linear import reference as linear
-from g2g_kernels.ops.g2g_stack.population import Call, Chain, Connection, Population, chain_of, size_of, total_steps
+from g2g_kernels.ops.g2g_stack.checks import check_sizes
+from g2g_kernels.ops.g2g_stack.population import ONE_STEP, Call, Connection, Population, total_steps
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
-from g2g_kernels.ops.neurons.models import MODELS
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator
+from g2g_kernels.tracing import replaced
 
 _Each = list[torch.Tensor]
-#: counts [B, N] of the last layer; of each layer rates [N] and states after the last step [states, B, N]; membranes
-#: [T, B, N] of the layers that give them, and the spikes [T, B, N] of all layers if these need a gradient; of each
-#: layer spikes in the backend's form; and what the backward pass needs
+#: counts [B, N] of the last population; of each rates [N] and states after the last step [states, B, N]; membranes
+#: [T, B, N] of those that give them, and the spikes [T, B, N] of all if these need a gradient; of each the spikes in
+#: the backend's form; and what the backward pass needs
 Outputs = tuple[torch.Tensor, _Each, _Each, _Each, _Each, _Each]
+
+
+#: of each population the connection from the one before it, or from the inputs, and its recurrent one, or None
+Chain = list[tuple[Connection, Connection | None]]
+
+
+def chain_of(populations: Sequence[Population]) -> Chain | str:
+    """Populations as a chain, in which each receives the spikes of the one before it, and nothing else but its own of
+    the last step; or why they are none."""
+    chain: Chain = []
+    for number, population in enumerate(populations):
+        feed = recurrent = None
+        for each in population.connections:
+            if each.source == number - 1 and feed is None:
+                feed = each
+            elif each.source == number and each.delay == ONE_STEP and each.bias is None and recurrent is None:
+                recurrent = each
+            else:
+                come_from = "the inputs" if each.source < 0 else f"population {each.source}"
+                late = "" if each.delay is None else f", up to {each.delay.most} steps later"
+                return f"the populations are no chain: population {number} also receives {come_from}{late}"
+        if feed is None:
+            return f"the populations are no chain: population {number} does not receive the one before it"
+        chain.append((feed, recurrent))
+    return chain
+
+
+def contiguous(population: Population, connections: Sequence[Connection], sent: torch.Tensor | None) -> Population:
+    """A population as kernels read it: its tensors contiguous, the parameters of its neurons [1] or [N]."""
+    flat: tuple[torch.Tensor, ...] = ()
+    for each in population.neurons.parameters:
+        flat = *flat, each.contiguous() if each.dim() == 1 else each.reshape(-1)
+    dropped, state = population.dropped, population.state
+    return Population(
+        replaced(population.neurons, parameters=flat),
+        tuple(connections),
+        None if dropped is None else dropped.contiguous(),
+        None if state is None else state.float().contiguous(),
+        None if sent is None else sent.float().contiguous(),
+        population.membranes,
+    )
 
 
 class StackCall(NamedTuple):
@@ -36,31 +78,20 @@ class StackCall(NamedTuple):
     @classmethod
     def of(cls, call: Call, dtype: torch.dtype) -> "StackCall":
         """The call of the public function, whose populations are a chain."""
-        called, device = [], call.x.device
-        for (feed, recurrent), population in zip(chain(call.populations), call.populations):  # noqa: B905
-            neurons, dropped, state, sent = population.neurons, population.dropped, population.state, population.sent
+        called, device, chain = [], call.x.device, chain_of(call.populations)
+        assert not isinstance(chain, str)  # others are refused
+        for (feed, recurrent), population in zip(chain, call.populations):  # noqa: B905
             delay = None if feed.delay is None else feed.delay.of_each(feed.mask.shape[1], device)
             bias = None if feed.bias is None else feed.bias.contiguous()
             connections = [
                 Connection("linear", feed.values.contiguous(), feed.mask.tensors(), feed.source, delay, bias)
             ]
             # of one step without spikes before it the weights have no gradient
-            if recurrent is not None and (total_steps(call) > 1 or state is not None or sent is not None):
+            before = population.state is not None or population.sent is not None
+            if recurrent is not None and (before or total_steps(call) > 1):
                 own = recurrent.values.contiguous(), recurrent.mask.tensors(), recurrent.source, recurrent.delay
                 connections.append(Connection("linear", *own))
-            flat: tuple[torch.Tensor, ...] = ()
-            for each in neurons.parameters:
-                flat = *flat, each.contiguous() if each.dim() == 1 else each.reshape(-1)
-            called.append(
-                Population(
-                    neurons.with_parameters(flat),
-                    tuple(connections),
-                    None if dropped is None else dropped.contiguous(),
-                    None if state is None else state.float().contiguous(),
-                    None if sent is None else sent.float().contiguous(),
-                    population.membranes,
-                )
-            )
+            called.append(contiguous(population, connections, population.sent))
         return cls(call.x.contiguous(), tuple(called), call.steps or 0, dtype, call.spikes)
 
     @property
@@ -87,41 +118,11 @@ class StackCall(NamedTuple):
         """B."""
         return self.x.shape[-2]
 
-    def state_shape(self, population: Population) -> tuple[int, int, int]:
-        """[states, B, N]."""
-        return len(MODELS[population.neurons.model].states), self.batch, size_of(population)
-
     def check(self) -> None:
         """Raises ValueError unless the sizes of populations, biases and parameters match."""
-        chain(self.populations)
-        width = self.x.shape[-1]
-        for number, ((feed, recurrent), population) in enumerate(zip(self.chain, self.populations, strict=True)):
-            size, inputs = feed.mask.shape
-            if inputs != width:
-                raise ValueError(f"population {number} has {inputs} inputs but receives {width}")
-            width = size
-            if feed.bias is not None and feed.bias.numel() != size:
-                raise ValueError(f"bias to population {number} has {feed.bias.numel()} entries, expected {size}")
-            if population.dropped is not None and population.dropped.shape != (self.batch, size):
-                raise ValueError(f"dropped of population {number} has shape {tuple(population.dropped.shape)}")
-            if recurrent is not None and tuple(recurrent.mask.shape) != (size, size):
-                raise ValueError(f"the recurrent connection of population {number} is {tuple(recurrent.mask.shape)}")
-            delays = None if feed.delay is None else feed.delay.steps
-            if delays is not None and tuple(delays.shape) != (inputs,):
-                raise ValueError(f"delays to population {number} have shape {tuple(delays.shape)}")
-            if population.sent is not None and tuple(population.sent.shape[1:]) != (self.batch, size):
-                raise ValueError(f"sent of population {number} has shape {tuple(population.sent.shape)}")
-            if population.state is not None and tuple(population.state.shape) != self.state_shape(population):
-                raise ValueError(f"state of population {number} has shape {tuple(population.state.shape)}")
-            population.neurons.check_entries(size, f" of population {number}")
-
-
-def chain(populations: Sequence[Population]) -> Chain:
-    """:func:`chain_of` populations; ValueError if they are none."""
-    found = chain_of(populations)
-    if isinstance(found, str):
-        raise ValueError(found)
-    return found
+        if isinstance(reason := chain_of(self.populations), str):
+            raise ValueError(reason)
+        check_sizes(self.populations, self.batch, self.x.shape[-1])
 
 
 TYPES["StackCall"] = StackCall

@@ -8,8 +8,7 @@ from g2g_kernels.choices import check_choice
 from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.checks import check_connection, check_tensor
 from g2g_kernels.ops.g2g_stack.delays import check_delay
-from g2g_kernels.ops.g2g_stack.population import Call, Connection, Population, size_of
-from g2g_kernels.ops.g2g_stack.reference import graph_of, reaches
+from g2g_kernels.ops.g2g_stack.population import Call, Connection, Population, graph_of, reaches, size_of
 from g2g_kernels.ops.g2g_stack.schedule import components_of
 from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
 from g2g_kernels.tracing import replaced
@@ -39,25 +38,39 @@ def checked(call: Call) -> Call:
         for each in population.connections:
             check_choice(f"kind of a connection to population {number}", each.kind, KINDS)
             check_connection(f" of a connection to population {number}", each.values, each.mask, each.bias)
-    sizes = [*(size_of(population) for population in populations), x.shape[-1]]
     with_tensors = []
     for number, population in enumerate(populations):
-        suffix, size = f" of population {number}", sizes[number]
-        if population.dropped is not None:
-            check_dropped(suffix, population.dropped, (x.shape[-2], size))
-        neurons = check_neurons(suffix, population.neurons, size, x)
-        if population.state is not None:
-            check_state(suffix, population.state, neurons, (x.shape[-2], size))
-            _check_like(f"state{suffix}", population.state, x)
-        for connection in population.connections:
-            _check_ends(number, connection, sizes)
-        _check_sent(f"sent{suffix}", population.sent, x, size)
+        suffix = f" of population {number}"
+        neurons = check_neurons(suffix, population.neurons, size_of(population), x)
         with_tensors.append(replaced(population, neurons=neurons))
-    _check_sent("before", call.before, x, x.shape[-1])
-    if call.before is not None and not reaches(with_tensors)[-1]:
-        raise ValueError("before is given, but no delay reads inputs of earlier steps; leave it out")
+        for name, tensor in (("state", population.state), ("sent", population.sent)):
+            _check_like(f"{name}{suffix}", tensor, x)
+    call = replaced(call, populations=tuple(with_tensors), steps=None if steps is None else int(steps))
+    check_sizes(call.populations, x.shape[-2], x.shape[-1])
+    if call.before is not None:
+        _check_sent("before", call.before, x.shape[-2], x.shape[-1])
+        _check_like("before", call.before, x)
+        if not reaches(with_tensors)[-1]:
+            raise ValueError("before is given, but no delay reads inputs of earlier steps; leave it out")
     components_of(graph_of(with_tensors))
-    return replaced(call, populations=tuple(with_tensors), steps=None if steps is None else int(steps))
+    return call
+
+
+def check_sizes(populations: Sequence[Population], batch: int, inputs: int | None) -> None:
+    """Raises ValueError unless all that is around the neurons of populations, and what joins them, has their sizes: the
+    only check of hand-made calls of operators. Without a number of ``inputs`` these may be any."""
+    sizes = [size_of(population) for population in populations]
+    for number, (population, size) in enumerate(zip(populations, sizes)):  # noqa: B905
+        suffix = f" of population {number}"
+        population.neurons.check_entries(size, suffix)
+        if population.dropped is not None:
+            check_dropped(suffix, population.dropped, (batch, size))
+        if population.state is not None:
+            check_state(suffix, population.state, population.neurons, (batch, size))
+        if population.sent is not None:
+            _check_sent(f"sent{suffix}", population.sent, batch, size)
+        for connection in population.connections:
+            _check_ends(number, connection, [*sizes, inputs])
 
 
 def check_chunk(chunk: int, call: Call) -> None:
@@ -77,7 +90,7 @@ def check_chunk(chunk: int, call: Call) -> None:
         )
 
 
-def _check_ends(number: int, connection: Connection, sizes: Sequence[int]) -> None:
+def _check_ends(number: int, connection: Connection, sizes: Sequence[int | None]) -> None:
     """Raises ValueError unless a connection joins its source to population ``number``; sizes: the inputs' last."""
     source, (outputs, inputs), suffix = connection.source, connection.mask.shape, f" to population {number}"
     if isinstance(source, bool) or not isinstance(source, int) or not -1 <= source < len(sizes) - 1:
@@ -87,24 +100,25 @@ def _check_ends(number: int, connection: Connection, sizes: Sequence[int]) -> No
         )
     if outputs != sizes[number]:
         raise ValueError(f"a connection{suffix} has {outputs} outputs, but there are {sizes[number]} neurons")
-    if inputs != sizes[source]:
+    if sizes[source] not in (inputs, None):
         raise ValueError(f"a connection{suffix} has {inputs} inputs but receives {sizes[source]}")
+    if connection.bias is not None and connection.bias.numel() != outputs:
+        raise ValueError(f"the bias of a connection{suffix} has {connection.bias.numel()} entries, expected {outputs}")
     if connection.delay is not None:
-        check_delay(suffix, connection.delay, sizes[source])
+        check_delay(suffix, connection.delay, inputs)
 
 
-def _check_sent(name: str, sent: torch.Tensor | None, x: torch.Tensor, size: int) -> None:
-    """Raises ValueError unless ``sent`` is [D, B, N], or None."""
-    if sent is None:
-        return
+def _check_sent(name: str, sent: torch.Tensor, batch: int, size: int) -> None:
+    """Raises ValueError unless ``sent`` is [D, B, N]."""
     check_tensor(name, sent)
-    if sent.dim() != 3 or tuple(sent.shape[1:]) != (x.shape[-2], size):
-        raise ValueError(f"{name} has shape {tuple(sent.shape)}; expected [D, {x.shape[-2]}, {size}]")
-    _check_like(name, sent, x)
+    if sent.dim() != 3 or tuple(sent.shape[1:]) != (batch, size):
+        raise ValueError(f"{name} has shape {tuple(sent.shape)}; expected [D, {batch}, {size}]")
 
 
-def _check_like(name: str, state: torch.Tensor, x: torch.Tensor) -> None:
+def _check_like(name: str, state: torch.Tensor | None, x: torch.Tensor) -> None:
     """Raises ValueError for a state on another device than x, or of more bits than this run's states."""
+    if not isinstance(state, torch.Tensor):  # which another check refuses, or nothing
+        return
     if state.device != x.device:
         raise ValueError(f"{name} is on {state.device}, x on {x.device}; give state.to(x.device)")
     dtype = torch.promote_types(x.dtype, torch.float32)

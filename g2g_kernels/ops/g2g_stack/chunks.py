@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from g2g_kernels.ops.derivatives import autocast_of, gradients_of
+from g2g_kernels.ops.derivatives import Recomputed
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Spikes
 from g2g_kernels.ops.g2g_stack.population import Call, total_steps
 from g2g_kernels.ops.record import Form, built, opened
@@ -74,31 +74,14 @@ def _recomputed(call: Call, run: Callable[[Call], Activity]) -> Activity:
         results, of_results[:] = opened((activity.counts, activity.rates, activity.states, sent))
         return results
 
-    # what has no gradient, too: PyTorch then refuses the others' if it has changed in place in the meantime
     indices = [
         index
         for population in call.populations
         for connection in population.connections
         for index in connection.mask.tensors()
     ]
-    counts, rates, states, sent = built(of_results, _Recomputed.apply(again, indices, *tensors))
+    counts, rates, states, sent = built(of_results, Recomputed.apply(again, again, indices, *tensors))
     made = tuple(spikes)
     spikes.clear()  # which the graph would keep alive
     of_delays = tuple([None if each is None else DenseSpikes(each) for each in sent])
     return Activity(counts, rates, made, states=states, sent=of_delays)
-
-
-class _Recomputed(torch.autograd.Function):
-    """The results of a function, which runs again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx, function, more, *tensors):
-        ctx.function, ctx.count, ctx.autocast = function, len(tensors), autocast_of(tensors[0])
-        ctx.save_for_backward(*tensors, *more)
-        ctx.set_materialize_grads(False)
-        return tuple(function(*tensors))
-
-    @staticmethod
-    def backward(ctx, *grads):
-        tensors = ctx.saved_tensors[: ctx.count]
-        return None, None, *gradients_of(ctx.function, tensors, grads, ctx.needs_input_grad[2:], ctx.autocast)

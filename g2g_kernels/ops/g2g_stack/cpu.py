@@ -14,6 +14,7 @@ import ctypes
 import functools
 import logging
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -25,20 +26,19 @@ from g2g_kernels.cpu.library import bf16_wanted, library, pointer, run, too_larg
 from g2g_kernels.cpu.plans import Plan, blocks, plan_for
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.mask.unit_grid import MaskTensors
-from g2g_kernels.ops.derivatives import autocast_of, gradients_of
+from g2g_kernels.ops.derivatives import Recomputed
 from g2g_kernels.ops.g2g_stack.activity import Activity
-from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, operators
+from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, chain_of, operators
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train
 from g2g_kernels.ops.g2g_stack.population import (
     Call,
     Connection,
     Population,
-    chain_of,
+    reaches,
     refuses_kernels,
     total_steps,
     unread,
 )
-from g2g_kernels.ops.g2g_stack.reference import reaches
 from g2g_kernels.ops.neurons.cpu import neuron_arguments
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -113,10 +113,13 @@ def g2g_stack(call: Call, again: Callable[[Call], Activity]) -> Activity:
     """Runs a chain; ``again`` runs it once more where what delays carry out of it has a gradient."""
     of_kernels = StackCall.of(call, torch.bfloat16 if bf16_wanted() else torch.float32)
     counts, rates, last, _, words, _ = FORWARD(of_kernels)
-    feeds = [population.connections[0] for population in of_kernels.populations]
-    spikes = [PackedSpikes(each, feed.values.detach(), feed.mask) for each, feed in zip(words, feeds)]  # noqa: B905
+    spikes, late = [], False
+    for each, population in zip(words, of_kernels.populations):  # noqa: B905
+        feed = population.connections[0]
+        spikes.append(PackedSpikes(each, feed.values.detach(), feed.mask))
+        late = late or feed.delay is not None
     activity = Activity(counts, tuple(rates), tuple(spikes), states=tuple(last))
-    if all([feed.delay is None for feed in feeds]):
+    if not late:
         return activity
     sent = [
         LastSpikes(train, reach, number, call, again) if reach else None
@@ -153,25 +156,8 @@ class LastSpikes:
             activity = self._graph(replaced(self._call, x=x, before=before, populations=populations))
             return [activity.sent[self._number].dense()]
 
-        return _Again.apply(again, sent, *tensors)
-
-
-class _Again(torch.autograd.Function):
-    """A tensor whose gradient is that of a function of other tensors, which only the backward pass runs."""
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable, value: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
-        ctx.function, ctx.autocast = function, autocast_of(tensors[0])
-        ctx.save_for_backward(*tensors)
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return (
-            None,
-            None,
-            *gradients_of(ctx.function, ctx.saved_tensors, [grad], ctx.needs_input_grad[2:], ctx.autocast),
-        )
+        (sent,) = Recomputed.apply(lambda *given: [sent], again, (), *tensors)
+        return sent
 
 
 def in_float32(
@@ -236,7 +222,8 @@ def _shapes(call: StackCall) -> _Shapes:
     shapes = _Shapes([], [], [], [], [])
     x, call_held = call.x, call.steps > 0
     batch, steps = x.shape[-2], call.steps or x.shape[0]
-    for number, ((feed, recurrent), population) in enumerate(zip(call.chain, call.populations)):  # noqa: B905
+    for number, population in enumerate(call.populations):
+        feed, *recurrent = population.connections
         rows, cols = blocks(feed.mask.grid, feed.values.shape)
         held = call_held and number == 0
         size, states = feed.mask.row_order.shape[0], len(MODELS[population.neurons.model].states)
@@ -244,8 +231,8 @@ def _shapes(call: StackCall) -> _Shapes:
         shapes.last.append((states, batch, size))
         shapes.spikes.append((batch, rows, steps))
         shapes.inputs.append((0,) if held else (batch, cols, steps))
-        of_all_steps = (batch, rows, steps) if recurrent is None else (rows, steps, batch)
-        currents_alone = held and recurrent is None
+        of_all_steps = (rows, steps, batch) if recurrent else (batch, rows, steps)
+        currents_alone = held and not recurrent
         shapes.states.append((rows, batch, 64) if currents_alone else (*of_all_steps, states, 64))
     return shapes
 
@@ -253,36 +240,33 @@ def _shapes(call: StackCall) -> _Shapes:
 # --- operators --------------------------------------------------------------------------------------------------
 
 
-class _Memory(NamedTuple):
-    """What the kernels read and write besides the call's own tensors, layer by layer; no states: none are kept."""
-
-    spikes: Tensors
-    inputs: Tensors
-    states: Tensors | None
-
-
+INPUT_RATE = attrgetter("input_rate")
 #: the numbers of a call, whose ranges are checked where a structure is made
 _options = functools.lru_cache(256)(structures.Stack)
 
 
 class _Arguments:
-    """The arguments of a call of the C kernels, all that must outlive it, and ``to``, its gradients, or None."""
+    """The arguments of a call of the C kernels, and all that must outlive it: what the kernels read and write besides
+    the call's own tensors, layer by layer (no states: none are kept), and ``to``, its gradients, or None."""
 
-    def __init__(self, call: StackCall, memory: _Memory, to: StackCall | None = None) -> None:
+    def __init__(
+        self, call: StackCall, spikes: Tensors, inputs: Tensors, states: Tensors | None, to: StackCall | None = None
+    ) -> None:
         self.plans: list[Plan] = []
         below: Plan | None = None
         count = len(call.populations)
         self.layers = (structures.Layer * count)()
         lib, held = library(), call.steps > 0
-        for number, ((feed, recurrent), population) in enumerate(zip(call.chain, call.populations)):  # noqa: B905
+        for number, population in enumerate(call.populations):
+            feed, *recurrent = population.connections
             plan = plan_for(feed.mask, feed.values)
             self.plans.append(plan)
             grads = None if to is None else to.populations[number]
             own = structures.Layer(
                 plan=plan.address,
                 neurons=neuron_arguments(population.neurons, () if grads is None else grads.neurons.parameters),
-                spikes=memory.spikes[number].data_ptr(),
-                inputs=memory.inputs[number].data_ptr(),
+                spikes=spikes[number].data_ptr(),
+                inputs=inputs[number].data_ptr(),
             )
             to_feed = None if grads is None else grads.connections[0]
             for record, to_record, names in ((feed, to_feed, OF_CONNECTION), (population, grads, OF_POPULATION)):
@@ -297,21 +281,21 @@ class _Arguments:
                 own.delays = delays_pointer(number, feed.delay, feed.delay.steps)
                 if to_feed is not None and to_feed.delay is not None:
                     own.grad_delays = pointer(to_feed.delay.learned)
-            if memory.states:
-                kept = "currents" if held and number == 0 and recurrent is None else "states"
-                setattr(own, kept, memory.states[number].data_ptr())
-            if recurrent is not None:
-                self._join(own, number, recurrent, plan)
+            if states:
+                kept = "currents" if held and number == 0 and not recurrent else "states"
+                setattr(own, kept, states[number].data_ptr())
+            if recurrent:
+                self._join(own, number, recurrent[0], plan)
                 if grads is not None:
                     own.grad_recurrent = pointer(grads.connections[1].values)
             if below is not None and feed.delay is None and lib.g2g_plans_aligned(below.address, plan.address):
-                own.inputs = memory.spikes[number - 1].data_ptr()
+                own.inputs = spikes[number - 1].data_ptr()
             self.layers[number] = own
             below = plan
         bf16 = call.dtype == torch.bfloat16 and bool(lib.g2g_has_bf16())
         costs = {"event_cost": cpu_library.EVENT_COST, "batch_cost": cpu_library.BATCH_COST}
         costs |= {"subset_cost": cpu_library.SUBSET_COST, "needed_cost": cpu_library.NEEDED_COST}
-        batch, _, steps = memory.spikes[0].shape
+        batch, _, steps = spikes[0].shape
         sizes = {"count": count, "batch": batch, "steps": steps, "held": held}
         options = _options(**sizes, **costs, threads=torch.get_num_threads(), bf16=bf16)
         self.stack = structures.Stack.from_buffer_copy(options)
@@ -356,7 +340,7 @@ def _forward(call: StackCall, keep: bool) -> Outputs:
     shapes = _shapes(call)
     spikes, inputs = workspace.exactly(shapes.spikes, torch.int64), workspace.each(shapes.inputs, torch.int64)
     states = workspace.each(shapes.states) if keep else None
-    arguments = _Arguments(call, _Memory(spikes, inputs, states))
+    arguments = _Arguments(call, spikes, inputs, states)
     *rates, counts = workspace.each([*shapes.rates, shapes.last[-1][1:]])
     last = workspace.exactly(shapes.last)
     for layer, of_layer, after in zip(arguments.layers, rates, last, strict=True):
@@ -365,7 +349,7 @@ def _forward(call: StackCall, keep: bool) -> Outputs:
     run(library().g2g_stack, arguments.stack)
     if states is None:
         return counts, rates, last, [], spikes, []
-    header = [arguments.stack.x_spikes, *[layer.input_rate for layer in arguments.layers]]
+    header = [arguments.stack.x_spikes, *map(INPUT_RATE, arguments.layers)]
     return counts, rates, last, [], spikes, [torch.tensor(header, dtype=torch.float64), *inputs, *states]
 
 
@@ -391,7 +375,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
         if [tuple(tensor.shape) for tensor in tensors] != expected:
             raise ValueError("spikes and kept are not those of a forward pass over these tensors")
     grads, to = given.made(_gradients)
-    arguments = _Arguments(call, _Memory(spikes, inputs, states), to)
+    arguments = _Arguments(call, spikes, inputs, states, to)
     x_spikes, *input_rates = header.tolist()
     for number, layer in enumerate(arguments.layers):
         grad_rates, grad_last = grads_of_layers[number], grads_of_layers[count + number]

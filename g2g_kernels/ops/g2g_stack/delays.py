@@ -180,9 +180,9 @@ def check_delay(suffix: str, delay: Any, size: int) -> None:
 
 
 def reaches_of(connections: Iterable[tuple[int, Delay | None]], count: int) -> list[int]:
-    """How many steps before a run must be known of what each of ``count`` layers sends, and at the end of the inputs,
-    from the source (−1: the inputs) and the delay of each connection. Spikes of the last step follow from the states:
-    of a layer whose delays are at most one step, it is 0.
+    """How many steps before a run delays read of each of ``count`` populations, and at the end of the inputs, from the
+    source and the delay of each connection. For a population whose delays are at most one step it is 0: its spikes of
+    the last step follow from its state.
     """
     reaches = [0] * (count + 1)
     for source, delay in connections:

@@ -22,9 +22,20 @@ from g2g_kernels.ops.flops import count_flops, product_flops
 from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
+from g2g_kernels.ops.g2g_stack.call import contiguous
+from g2g_kernels.ops.g2g_stack.checks import check_sizes
 from g2g_kernels.ops.g2g_stack.cpu import PackedSpikes, check_tensors, delays_pointer, refuses_tensors
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train, arrived
-from g2g_kernels.ops.g2g_stack.population import Call, Connection, Population, refuses_kernels, size_of, unread
+from g2g_kernels.ops.g2g_stack.population import (
+    Call,
+    Connection,
+    Population,
+    graph_of,
+    refuses_kernels,
+    size_of,
+    state_shape,
+    unread,
+)
 from g2g_kernels.ops.g2g_stack.reference import GraphRun, functions_of
 from g2g_kernels.ops.g2g_stack.schedule import Graph, components_of
 from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
@@ -56,55 +67,30 @@ class GraphCall(NamedTuple):
         return self.currents[0].shape[-2]
 
     @property
-    def inner(self) -> list[tuple[int, Connection]]:
+    def connections(self) -> list[tuple[int, Connection]]:
         """The connections between populations, each with the number of its target."""
         return [(n, each) for n, of in enumerate(self.populations) for each in of.connections if each.source >= 0]
 
     @property
     def blocks(self) -> torch.Tensor:
         """int32 [blocks, 3], in the order in which they run: a population, its first step, the step after its last."""
-        inner: list[list[tuple[int, int]]] = [[] for _ in self.populations]
-        for target, each in self.inner:
-            assert each.delay is not None
-            inner[target].append((each.source, each.delay.least))
-        return _blocks(tuple([tuple(each) for each in inner]), self.steps)
-
-    def state_shape(self, number: int) -> tuple[int, int, int]:
-        """[states, B, N]."""
-        population = self.populations[number]
-        return len(MODELS[population.neurons.model].states), self.batch, size_of(population)
+        return _blocks(graph_of(self.populations), self.steps)
 
     def check(self) -> None:
         """Raises ValueError unless sizes match."""
-        sizes = [size_of(population) for population in self.populations]
-        if not len(sizes) == len(self.currents) == len(self.tails):
-            raise ValueError(f"{len(self.currents)} currents and {len(self.tails)} tails of {len(sizes)} populations")
-        for number, population in enumerate(self.populations):
-            shape, sent = (self.steps, self.batch, sizes[number]), population.sent
-            wanted: list[tuple[str, torch.Tensor | None, tuple[tuple[int, ...], ...]]]
-            wanted = [("current", self.currents[number], (shape, shape[1:]))]
-            wanted += [("dropped", population.dropped, (shape[1:],))]
-            wanted += [("state", population.state, (self.state_shape(number),))]
-            wanted += [] if sent is None else [("sent", sent, ((len(sent), *shape[1:]),))]
-            for name, tensor, shapes in wanted:
-                if tensor is not None and tuple(tensor.shape) not in shapes:
-                    raise ValueError(
-                        f"{name} of population {number} has shape {tuple(tensor.shape)}, expected {shapes}"
-                    )
+        count = len(self.populations)
+        if not count == len(self.currents) == len(self.tails):
+            raise ValueError(f"{len(self.currents)} currents and {len(self.tails)} tails of {count} populations")
+        check_sizes(self.populations, self.batch, None)
+        for number, current in enumerate(self.currents):
+            shape = self.steps, self.batch, size_of(self.populations[number])
+            if tuple(current.shape) not in (shape, shape[1:]):
+                raise ValueError(f"the current of population {number} has shape {tuple(current.shape)}, not {shape}")
             if not 0 <= self.tails[number] <= self.steps:
                 raise ValueError(f"{self.tails[number]} last steps of population {number} are wanted, of {self.steps}")
-            population.neurons.check_entries(sizes[number], f" of population {number}")
-        for target, each in self.inner:
-            name = f"connection from {each.source} to {target}"
-            if each.source >= len(sizes):
-                raise ValueError(f"the {name} joins populations of {len(sizes)}")
-            if each.mask.shape != (sizes[target], sizes[each.source]):
-                raise ValueError(f"the mask of the {name} describes {each.mask.shape} weights")
-            steps = None if each.delay is None else each.delay.steps
-            if steps is None or tuple(steps.shape) != (sizes[each.source],) or steps.dtype != torch.int64:
-                raise ValueError(f"the delays of the {name} must be int64 [{sizes[each.source]}]")
-            if each.delay is not None and each.delay.least < 0:
-                raise ValueError(f"the {name} has delays from {each.delay.least} on")
+        for target, each in self.connections:
+            if each.delay is None or each.delay.steps is None:
+                raise ValueError(f"the connection from {each.source} to {target} needs the delay of each source neuron")
 
 
 TYPES["GraphCall"] = GraphCall
@@ -160,17 +146,7 @@ def g2g_graph(call: Call) -> Activity:
             nothing = x.new_zeros(x.shape[-2], size_of(population))
             current = nothing if current is None else current.expand_as(nothing)
         currents.append(current.float().contiguous())  # autocast computes products in fewer bits
-        sent, dropped, state = given.before(number, x.dtype), population.dropped, population.state
-        flat = tuple([each.reshape(-1).contiguous() for each in population.neurons.parameters])
-        populations.append(
-            Population(
-                population.neurons.with_parameters(flat),
-                tuple(connections),
-                None if dropped is None else dropped.contiguous(),
-                None if state is None else state.contiguous(),
-                None if sent is None else sent.contiguous(),
-            )
-        )
+        populations.append(contiguous(population, connections, given.before(number, x.dtype)))
     lengths = tuple([min(reach, given.steps) for reach in given.reaches[:-1]])
     counts, rates, last, tails, kept = FORWARD(GraphCall(tuple(populations), tuple(currents), lengths, given.steps))
     spikes = [
@@ -205,12 +181,12 @@ class _Arguments:
     """The arguments of a kernel, and all that must outlive it."""
 
     def __init__(self, call: GraphCall, words: Sequence[torch.Tensor], to: GraphCall | None = None) -> None:
-        count, inner = len(call.populations), call.inner
+        count, between = len(call.populations), call.connections
         self.plans = [plan_for(of.connections[0].mask, of.connections[0].values) for of in call.populations]
-        self.plans += [plan_for(each.mask, each.values) for _, each in inner]
+        self.plans += [plan_for(each.mask, each.values) for _, each in between]
         self.layers = (structures.Layer * count)()
         self.outer = (structures.Outer * count)()
-        self.connections = (structures.Connection * max(1, len(inner)))()
+        self.connections = (structures.Connection * max(1, len(between)))()
         for number, population in enumerate(call.populations):
             grads = None if to is None else to.populations[number]
             self.layers[number] = structures.Layer(
@@ -230,8 +206,10 @@ class _Arguments:
                 grad_current=None if to is None else pointer(to.currents[number]),
                 grad_sent=None if grads is None else pointer(grads.sent),
             )
-        of_inner = [None] * len(inner) if to is None else [each for _, each in to.inner]
-        for number, ((target, each), plan, grad) in enumerate(zip(inner, self.plans[count:], of_inner, strict=True)):
+        grads_between = [None] * len(between) if to is None else [each for _, each in to.connections]
+        for number, ((target, each), plan, grad) in enumerate(
+            zip(between, self.plans[count:], grads_between, strict=True)
+        ):
             if not library().g2g_plans_same_rows(self.plans[target].address, plan.address):
                 raise ValueError(
                     f"the connection from {each.source} to {target} has other groups, or other sizes of units, than "
@@ -260,7 +238,7 @@ class _Arguments:
             stack=stack,
             outer=addressof(self.outer),
             connections=addressof(self.connections),
-            connection_count=len(inner),
+            connection_count=len(between),
             blocks=self.blocks.data_ptr(),
             block_count=len(self.blocks),
         )
@@ -287,7 +265,7 @@ def _forward(call: GraphCall, keep: bool) -> Outputs:
     of_words, of_states = _kept_shapes(call)
     words = workspace.exactly(of_words, torch.int64)
     states = workspace.each(of_states) if keep else []
-    shapes = [call.state_shape(number) for number in range(len(call.populations))]
+    shapes = [state_shape(population, call.batch) for population in call.populations]
     *rates, counts = workspace.each([*[shape[2:] for shape in shapes], shapes[-1][1:]])
     last = workspace.exactly(shapes)
     tails = workspace.each([(tail, *shape[1:]) for tail, shape in zip(call.tails, shapes, strict=True) if tail])
@@ -303,7 +281,7 @@ def _forward(call: GraphCall, keep: bool) -> Outputs:
 
 def _fake(call: GraphCall, keep: bool) -> Outputs:
     like, (words, states) = call.currents[0], _kept_shapes(call)
-    shapes = [call.state_shape(number) for number in range(len(call.populations))]
+    shapes = [state_shape(population, call.batch) for population in call.populations]
     return (
         like.new_empty(shapes[-1][1:]),
         [like.new_empty(shape[2:]) for shape in shapes],
@@ -322,7 +300,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     words, states = kept[:count], kept[count:]
     if tuple([[tuple(tensor.shape) for tensor in each] for each in (words, states)]) != _kept_shapes(call):
         raise ValueError("what was kept is not of a forward pass over these tensors")
-    written = {id(each.values) for _, each in call.inner}  # the kernels always write the gradients of these
+    written = {id(each.values) for _, each in call.connections}  # the kernels always write the gradients of these
     grads, to = given.made(
         lambda tensors, needed: workspace.alike(
             tensors,
@@ -347,7 +325,7 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
 
 def _plain(call: GraphCall) -> list[torch.Tensor]:
     """Counts, rates, last states and the last spikes by plain operations."""
-    shapes = [call.state_shape(number) for number in range(len(call.populations))]
+    shapes = [state_shape(population, call.batch) for population in call.populations]
     trains = [
         Train(current.detach().new_zeros(shape[1:]), population.sent)
         for current, shape, population in zip(call.currents, shapes, call.populations, strict=True)
@@ -356,7 +334,7 @@ def _plain(call: GraphCall) -> list[torch.Tensor]:
     for number, first, last in call.blocks.tolist():
         population = call.populations[number]
         current = call.currents[number].expand(call.steps, *shapes[number][1:])[first:last]
-        for target, each in call.inner:
+        for target, each in call.connections:
             received = arrived(trains[each.source], each.delay, first, last) if target == number else None
             if received is not None:
                 current = current + linear.g2g_linear(received, each.values, each.mask, None)
@@ -372,7 +350,7 @@ def _plain(call: GraphCall) -> list[torch.Tensor]:
 
 
 def _flops(call: GraphCall) -> int:
-    return sum(product_flops(call.steps * call.batch, each.values, each.mask) for _, each in call.inner)
+    return sum(product_flops(call.steps * call.batch, each.values, each.mask) for _, each in call.connections)
 
 
 BACKWARD = RecordOperator(

@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from g2g_kernels.ops.g2g_stack.delays import Delay
-from g2g_kernels.ops.neurons.models import Neurons
+from g2g_kernels.ops.g2g_stack.delays import Delay, reaches_of
+from g2g_kernels.ops.g2g_stack.schedule import Graph
+from g2g_kernels.ops.neurons.models import MODELS, Neurons
+from g2g_kernels.ops.neurons.step import spikes_of
 from g2g_kernels.ops.record import TYPES
 
 #: called with the inputs of a product and what it gives; returns that
@@ -16,19 +18,17 @@ ProductObserver = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Connection(NamedTuple):
     """What joins a source to the neurons of a population.
 
-    A backend refuses a field that it does not read.
-
     Attributes:
-        kind: ``"linear"``.
-        values: packed weights [num_units, unit_rows, unit_cols].
-        mask: the units that exist; inside operators its tensors.
+        kind: ``"linear"``; or ``"module"``, which only modules called in turn take: it is what a module returns.
+        values: packed weights [num_units, unit_rows, unit_cols]; the module.
+        mask: the units that exist; inside operators its tensors; of a module None.
         source: the number of the population whose spikes it receives, which may be a later one or the target itself;
             −1: it receives the inputs of the whole network.
         delay: by how many steps they arrive later; None: in the same step.
-        bias: [N], which acts at every step; or None.
+        bias: [N], which acts at every step; or None. (A module is called before anything arrives unless this is None.)
         observer: called with x and W·x + b, in each step where populations take steps; returns the latter, perhaps by a
-            node that finds its gradient; or None. The operators then run one after the other; in chunks, what is called
-            in the backward pass is what has gradients.
+            node that finds its gradient; or None. Operators then run in turn; in chunks, it is called with gradients in
+            the backward pass.
         onto: the name of the state that it adds to; None: to the current.
 
     Example:
@@ -38,7 +38,7 @@ class Connection(NamedTuple):
     """
 
     kind: str
-    values: Any  # None where a module has the weights
+    values: Any
     mask: Any
     source: int
     delay: Delay | None = None
@@ -50,21 +50,18 @@ class Connection(NamedTuple):
 class Population(NamedTuple):
     """Neurons, and all that reaches them.
 
-    This record and :class:`Connection` are the only list of what a network has. Operators take them
-    (``ops/record.py``), the structures of the C interface are filled from the fields of the same names, and a backend
-    refuses a field that it does not read.
+    This record and :class:`Connection` are the only list of what a network has: operators take them
+    (``ops/record.py``), structures of the C interface have fields of the same names, and a backend refuses a field that
+    it does not read.
 
     Attributes:
         neurons: with their own model, reset, surrogate and α.
-        connections: to them, at least one. What is between one and its neighbours follows from ``source`` and
-            ``delay``: a recurrent connection has its own population as the source, and a delay of one step.
-        dropped: bool [B, N], or None: neurons that stay silent in a sample, so that nothing comes from them and no
-            gradient goes through them.
+        connections: to them, at least one. A recurrent one has its own population as the source, and a delay of 1.
+        dropped: bool [B, N], neurons that stay silent in a sample and pass no gradient; or None.
         state: float [states, B, N], the neurons' states before the first step, in the model's order; None: all 0.
         sent: float [D, B, N], what the neurons sent in the D steps before the first, if a delay of more than one step
             reads it; None: nothing. (The spikes of one step before follow from ``state``.)
-        membranes: whether the run gives the membranes over time. The neurons then take steps in turn, but on
-            ``triton``.
+        membranes: whether the run gives the membranes over time. The neurons then run step by step, except on Triton.
 
     Example:
         >>> mask = BlockMask.full(GroupLayout(4, 1), GroupLayout(8, 1), block_size=4)
@@ -116,6 +113,11 @@ def size_of(population: Population) -> int:
     return population.connections[0].mask.shape[0]
 
 
+def state_shape(population: Population, batch: int) -> tuple[int, int, int]:
+    """[states, B, N]."""
+    return len(MODELS[population.neurons.model].states), batch, size_of(population)
+
+
 def total_steps(call: Call) -> int:
     """T."""
     return len(call.x) if call.steps is None else call.steps
@@ -125,35 +127,30 @@ def total_steps(call: Call) -> int:
 ONE_STEP = Delay(1, 1)
 
 
-def recurrent_of(number: int, population: Population) -> Connection | None:
-    """The only connection of population ``number`` from itself, if it is a recurrent one without a bias."""
-    own = [each for each in population.connections if each.source == number]
-    return own[0] if len(own) == 1 and own[0].delay == ONE_STEP and own[0].bias is None else None
+def graph_of(populations: Sequence[Population]) -> Graph:
+    """The connections to populations, and the least delay of each."""
+    graph: Graph = ()
+    for of in populations:
+        joins = [(each.source, 0 if each.delay is None else each.delay.least) for each in of.connections]
+        graph = *graph, tuple(joins)
+    return graph
 
 
-#: of each population the connection from the one before it, or from the inputs, and its recurrent one, or None
-Chain = list[tuple[Connection, Connection | None]]
+def reaches(populations: Sequence[Population]) -> list[int]:
+    """:func:`g2g_kernels.ops.g2g_stack.delays.reaches_of` these populations."""
+    connections = [(each.source, each.delay) for population in populations for each in population.connections]
+    return reaches_of(connections, len(populations))
 
 
-def chain_of(populations: Sequence[Population]) -> Chain | str:
-    """Populations as a chain, in which each receives the spikes of the one before it, and nothing else but its own of
-    the last step; or why they are none."""
-    chain: Chain = []
-    for number, population in enumerate(populations):
-        feed = recurrent = None
-        for each in population.connections:
-            if each.source == number - 1 and feed is None:
-                feed = each
-            elif each.source == number and each.delay == ONE_STEP and each.bias is None and recurrent is None:
-                recurrent = each
-            else:
-                come_from = "the inputs" if each.source < 0 else f"population {each.source}"
-                late = "" if each.delay is None else f", up to {each.delay.most} steps later"
-                return f"the populations are no chain: population {number} also receives {come_from}{late}"
-        if feed is None:
-            return f"the populations are no chain: population {number} does not receive the one before it"
-        chain.append((feed, recurrent))
-    return chain
+def sent_before(population: Population, reach: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """[D, B, N], what a population sent before a run, of which delays ``reach`` so many steps (see :func:`reaches`);
+    None: nothing."""
+    if reach:  # a run under autocast has given fewer bits
+        return None if population.sent is None else population.sent.to(dtype)
+    if population.state is None:
+        return None
+    spikes = spikes_of(population.state[-1], population.neurons).to(dtype)
+    return (spikes if population.dropped is None else spikes.masked_fill(population.dropped, 0))[None]
 
 
 def refuses_kernels(call: Call, unread_fields: Sequence[str]) -> str | None:

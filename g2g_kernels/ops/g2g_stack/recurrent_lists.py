@@ -21,16 +21,27 @@ from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity
+from g2g_kernels.ops.g2g_stack.checks import check_dropped
 from g2g_kernels.ops.g2g_stack.cpu import in_float32, refuses_tensors
 from g2g_kernels.ops.g2g_stack.graph import READ
-from g2g_kernels.ops.g2g_stack.population import Call, Connection, Population, recurrent_of, refuses_kernels, unread
-from g2g_kernels.ops.g2g_stack.reference import activity_of, graph_of, in_turn
+from g2g_kernels.ops.g2g_stack.population import (
+    ONE_STEP,
+    Call,
+    Connection,
+    Population,
+    graph_of,
+    refuses_kernels,
+    unread,
+)
+from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
 from g2g_kernels.ops.g2g_stack.schedule import components_of
 from g2g_kernels.ops.neurons.call import check_backward
+from g2g_kernels.ops.neurons.checks import check_state
 from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator, opened
+from g2g_kernels.tracing import replaced
 
 #: Lanes to which those of a group of samples are padded, and neurons of which a range is a multiple: so both are whole
 #: vectors.
@@ -72,14 +83,22 @@ class LoopCall(NamedTuple):
         _, samples, size = self.shape
         if self.mask.shape != (size, size):
             raise ValueError(f"the mask describes {self.mask.shape} weights between {size} neurons")
-        shapes = (("sent", self.sent, (samples, size)), ("dropped", self.dropped, (samples, size)))
-        for name, tensor, shape in (*shapes, ("state", self.state, self.state_shape)):
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}")
+        if self.sent is not None and tuple(self.sent.shape) != (samples, size):
+            raise ValueError(f"sent has shape {tuple(self.sent.shape)}, expected {(samples, size)}")
+        if self.dropped is not None:
+            check_dropped("", self.dropped, (samples, size))
+        if self.state is not None:
+            check_state("", self.state, self.neurons, (samples, size))
         self.neurons.check_entries(size)
 
 
 TYPES["LoopCall"] = LoopCall
+
+
+def recurrent_of(number: int, population: Population) -> Connection | None:
+    """The only connection of population ``number`` from itself, if it is a recurrent one without a bias."""
+    own = [each for each in population.connections if each.source == number]
+    return own[0] if len(own) == 1 and own[0].delay == ONE_STEP and own[0].bias is None else None
 
 
 def loop_of(number: int, population: Population, backend: str | None = "cpu") -> Callable | None:
@@ -116,7 +135,7 @@ def _run(
         current = current if current.requires_grad else current.detach().requires_grad_()
         current = recurrent.observer(torch.cat([before, spikes[:-1]]), current)
     mask, own = recurrent.mask, population.neurons
-    own = own.with_parameters(tuple([each.reshape(-1).contiguous() for each in own.parameters]))
+    own = replaced(own, parameters=tuple([each.reshape(-1).contiguous() for each in own.parameters]))
     call = LoopCall(
         current.float().contiguous(),
         recurrent.values.contiguous(),

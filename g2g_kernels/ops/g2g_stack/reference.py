@@ -13,11 +13,20 @@ import torch
 from g2g_kernels.ops.checks import mixed_dtypes
 from g2g_kernels.ops.g2g_linear.reference import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
-from g2g_kernels.ops.g2g_stack.delays import Train, arrived, reaches_of
-from g2g_kernels.ops.g2g_stack.population import Call, Connection, Population, refuses_fields, size_of, total_steps
-from g2g_kernels.ops.g2g_stack.schedule import Component, Graph, components_of
+from g2g_kernels.ops.g2g_stack.delays import Train, arrived
+from g2g_kernels.ops.g2g_stack.population import (
+    Call,
+    Connection,
+    Population,
+    graph_of,
+    reaches,
+    refuses_fields,
+    sent_before,
+    size_of,
+    total_steps,
+)
+from g2g_kernels.ops.g2g_stack.schedule import Component, components_of
 from g2g_kernels.ops.neurons.reference import neurons
-from g2g_kernels.ops.neurons.step import spikes_of
 
 #: fields that these operations do not read
 UNREAD = ("onto",)
@@ -66,30 +75,20 @@ class Turn(NamedTuple):
     sent: list[torch.Tensor | None]
 
 
-def in_turn(
-    call: Call,
-    linear: Callable,
-    neurons: Callable,
-    loop_of: Callable[[int, Population], Callable | None] | None = None,
-) -> Turn:
-    """What the populations do by two operators, or where ``loop_of`` one gives another, by that."""
+def in_turn(call: Call, linear: Callable, neurons: Callable, loop_of: Callable | None = None) -> Turn:
+    """What the populations do by two operators, or by what ``loop_of(number, population)`` gives, unless it is None."""
     return GraphRun(call, functions_of(call.populations, linear, neurons, loop_of)).turn()
 
 
 def functions_of(
-    populations: Sequence[Population],
-    linear: Callable,
-    neurons: Callable,
-    loop_of: Callable[[int, Population], Callable | None] | None = None,
+    populations: Sequence[Population], linear: Callable, neurons: Callable, loop_of: Callable | None = None
 ) -> list[PopulationFunctions]:
     """Populations as functions of these operators."""
     functions = []
     for number, population in enumerate(populations):
         products = [partial(_product, linear, connection) for connection in population.connections]
-        loop = None if loop_of is None else loop_of(number, population)
-        functions.append(
-            PopulationFunctions(size_of(population), products, partial(_neurons, neurons, population), loop)
-        )
+        loop, run = None if loop_of is None else loop_of(number, population), partial(_neurons, neurons, population)
+        functions.append(PopulationFunctions(size_of(population), products, run, loop))
     return functions
 
 
@@ -100,33 +99,6 @@ def _product(linear: Callable, connection: Connection, x: torch.Tensor) -> torch
 
 def _neurons(neurons: Callable, population: Population, current: torch.Tensor, steps: int | None, state: Any) -> Any:
     return neurons(current, population.neurons, steps, state=state)
-
-
-def graph_of(populations: Sequence[Population]) -> Graph:
-    """The connections to populations, and the least delay of each."""
-    return tuple(
-        [
-            tuple([(each.source, 0 if each.delay is None else each.delay.least) for each in population.connections])
-            for population in populations
-        ]
-    )
-
-
-def reaches(populations: Sequence[Population]) -> list[int]:
-    """:func:`g2g_kernels.ops.g2g_stack.delays.reaches_of` these populations."""
-    connections = [(each.source, each.delay) for population in populations for each in population.connections]
-    return reaches_of(connections, len(populations))
-
-
-def sent_before(population: Population, reach: int, dtype: torch.dtype) -> torch.Tensor | None:
-    """[D, B, N], what a population sent before a run, of which delays ``reach`` so many steps (see :func:`reaches`);
-    None: nothing."""
-    if reach:  # a run under autocast has given fewer bits
-        return None if population.sent is None else population.sent.to(dtype)
-    if population.state is None:
-        return None
-    spikes = spikes_of(population.state[-1], population.neurons).to(dtype)
-    return (spikes if population.dropped is None else spikes.masked_fill(population.dropped, 0))[None]
 
 
 class GraphRun:
@@ -160,8 +132,7 @@ class GraphRun:
         pieces: dict[int, Iterator[torch.Tensor | None]] = {}
         for number in component.members:
             current = self.current(number, 0, self.steps, lambda source: source not in inside)
-            nothing = self.x.new_zeros(self.x.shape[-2], self.functions[number].size)
-            self.trains[number] = Train(nothing, self.before(number, (nothing if current is None else current).dtype))
+            self.begin(number, current)
             if not component.period:
                 return self._advance(number, current, self.steps)
             sizes = [last - first for which, first, last in blocks if which == number]
@@ -177,16 +148,21 @@ class GraphRun:
                 current = current.expand(last - first, *current.shape)
             self._advance(number, current, last - first)
 
+    def begin(self, number: int, current: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Begins the train of a population; a step in which it sends nothing, and what it sent before the run."""
+        nothing = self.x.new_zeros(self.x.shape[-2], self.functions[number].size)
+        before = self.before(number, (nothing if current is None else current).dtype)
+        self.trains[number] = Train(nothing, before)
+        return nothing, before
+
     def _loop(self, component: Component) -> bool:
         """Runs a population whose only way to itself is its recurrent connection, if it has an operator for that."""
         number, loop = component.members[0], self.functions[component.members[0]].loop
         if loop is None or len(component.members) > 1:
             return False
         current = self.current(number, 0, self.steps, lambda source: source != number)
-        nothing = self.x.new_zeros(self.x.shape[-2], self.functions[number].size)
+        nothing, before = self.begin(number, current)
         current = nothing if current is None else current
-        before = self.before(number, current.dtype)
-        self.trains[number] = Train(nothing, before)
         held = self.steps if current.dim() == 2 else None
         spikes, self.states[number] = loop(current, held, self.states[number], None if before is None else before[-1])
         self._send(number, spikes)

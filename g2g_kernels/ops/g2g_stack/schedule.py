@@ -1,17 +1,19 @@
 """In which order the populations of a graph run, and how many steps at a time.
 
 What has no cycle runs population by population, over all steps. A cycle runs block by block. In an order of its
-populations, connections lead forward, to a later population, or back. Block k of population p ends at step
+populations, connections lead forward, to a later population, or back. Block k of population p ends before step
 (k + 1)·L + φ_p. Population q then finds what it reads, if for each connection from p with delay d
 
-    φ_q − φ_p ≤ d  (forward),    φ_q − φ_p ≤ d − L  (back)
+    φ_q − φ_p ≤ d  (forward),    φ_q − φ_p ≤ d − L  (back),
 
-Such φ exist for every L up to the least sum of delays of a cycle, divided by its connections that lead back
-(Leiserson and Saxe 1991 move delays in circuits so). Delays of 0 lead forward: they form no cycle.
+since block k of p has run before that of q (forward), or block k − 1 (back). Such φ exist for every L up to the least
+sum of delays of a cycle, divided by its connections that lead back (Leiserson and Saxe 1991 move delays in circuits
+so). Delays of 0 lead forward: they form no cycle.
 """
 
 import functools
 import graphlib
+import itertools
 from collections.abc import Iterator, Sequence
 from graphlib import TopologicalSorter
 from typing import NamedTuple
@@ -36,14 +38,15 @@ class Component(NamedTuple):
             yield self.members[0], 0, total
             return
         done = dict.fromkeys(self.members, 0)
-        end = -(max(self.ahead) // self.period) * self.period
-        while min(done.values()) < total:
+        first_block = -(max(self.ahead) // self.period) - 1  # before it, even the population most ahead has no steps
+        for block in itertools.count(first_block):
             for number, ahead in zip(self.members, self.ahead):  # noqa: B905
-                last = min(end + ahead, total)
+                last = min((block + 1) * self.period + ahead, total)
                 if last > done[number]:
                     yield number, done[number], last
                     done[number] = last
-            end += self.period
+            if min(done.values()) == total:
+                return
 
 
 class CycleError(ValueError):
@@ -102,15 +105,17 @@ def _components_of_any(graph: Graph) -> tuple[Component, ...]:
 
 
 def _ahead(count: int, edges: Sequence[tuple[int, int, int]], period: int) -> list[int] | None:
-    """φ of each population, the least of them 0; None if there are none for this period (Bellman and Ford)."""
+    """φ of each population, the least of them 0; None if there are none for this period (Bellman and Ford).
+    ``edges``: of each connection the places of its source and target in the order, and its delay."""
     ahead = [0] * count
-    for _ in range(count + 1):
-        changed = False
+    for _ in range(count + 1):  # one more than φ take to settle
+        settled = True
         for p, q, delay in edges:
-            most = ahead[p] + delay - (0 if p < q else period)
-            if ahead[q] > most:
-                ahead[q], changed = most, True
-        if not changed:
+            leads_back = p >= q
+            bound = ahead[p] + (delay - period if leads_back else delay)
+            if ahead[q] > bound:
+                ahead[q], settled = bound, False
+        if settled:
             least = min(ahead)
             return [each - least for each in ahead]
     return None

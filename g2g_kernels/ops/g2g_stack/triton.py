@@ -28,8 +28,8 @@ from g2g_kernels.ops.g2g_linear.triton import (
     weight_gradient,
 )
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
-from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, chain, operators
-from g2g_kernels.ops.g2g_stack.population import Call, chain_of, refuses_kernels, size_of, unread
+from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, chain_of, operators
+from g2g_kernels.ops.g2g_stack.population import Call, refuses_kernels, size_of, state_shape, unread
 from g2g_kernels.ops.neurons.call import NeuronsCall
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -528,7 +528,9 @@ def g2g_stack(call: Call) -> Activity:
     counts, rates, last, shown, of_layers, _ = FORWARD(of_kernels)
     given = iter(shown)
     membranes = tuple([next(given) if population.membranes else None for population in call.populations])
-    feeds = [feed for feed, _ in chain(call.populations)]
+    chain = chain_of(call.populations)
+    assert not isinstance(chain, str)  # others are refused
+    feeds = [feed for feed, _ in chain]
     readers = [None if feed.mask.cols.in_order else feed.mask.cols.place_of for feed in feeds[1:]]
     trains = map(DenseSpikes, given) if call.spikes else map(ByteSpikes, of_layers, [*readers, None])
     known = membranes if any(population.membranes for population in call.populations) else None
@@ -612,7 +614,7 @@ def _forward_fake(call: StackCall, keep: bool) -> Outputs:
         kept += [new(state, dtype=dtype), new(checkpoints, dtype=torch.float32)]
     counts = new((call.batch, size_of(call.populations[-1])), dtype=torch.float32)
     rates = [new(size_of(own), dtype=torch.float32) for own in call.populations]
-    last = [new(call.state_shape(layer), dtype=torch.float32) for layer in call.populations]
+    last = [new(state_shape(layer, call.batch), dtype=torch.float32) for layer in call.populations]
     return counts, rates, last, shown, spikes, kept
 
 

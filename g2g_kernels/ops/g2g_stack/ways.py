@@ -9,23 +9,21 @@ import os
 from collections.abc import Hashable, Sequence
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 
-from g2g_kernels.cpu.library import too_large
-from g2g_kernels.dispatch import ANY, BACKENDS, Choice, Operator, Way, forced_backend
+from g2g_kernels.dispatch import ANY, BACKENDS, Choice, Operator, Way, forced_backend, listed
 from g2g_kernels.mask.block_mask import BlockMask
-from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.g2g_linear import g2g_linear
 from g2g_kernels.ops.g2g_linear import operator as linear_operator
 from g2g_kernels.ops.g2g_stack import cpu, graph, recurrent_lists, reference
-from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Spikes
+from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Synapses
 from g2g_kernels.ops.g2g_stack.checks import check_chunk, checked
 from g2g_kernels.ops.g2g_stack.chunks import in_chunks
-from g2g_kernels.ops.g2g_stack.delays import LateSpikes, Train, arrived
-from g2g_kernels.ops.g2g_stack.population import Call, refuses_fields, size_of, total_steps
+from g2g_kernels.ops.g2g_stack.delays import Train, arrived
+from g2g_kernels.ops.g2g_stack.population import Call, reaches, refuses_fields, size_of, total_steps
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
-from g2g_kernels.ops.g2g_stack.synaptic_operations import Received, Synapses
 from g2g_kernels.ops.neurons import operator as neurons_operator
 from g2g_kernels.ops.neurons import run_neurons
 from g2g_kernels.ops.record import Form, opened
@@ -52,24 +50,22 @@ def refuses_operators(call: Call) -> str | None:
     forced = forced_backend(call.backend)
     if forced == "torch":
         return "those of backend torch are the reference"
-    if forced == "cpu" and (reason := too_large(samples=call.x.shape[-2])):  # before operators take their memory
-        return reason
-    x, serving = call.x, set()
+    like = call.x.new_empty(())
+    asked: list[tuple[Operator, tuple[Any, ...]]] = []
     for population in call.populations:
         for each in population.connections:
-            received = x if each.source < 0 else x.new_empty(()).expand(*x.shape[:-1], each.mask.shape[1])
-            name, _, reasons = linear_operator.find(received, each.values, each.mask, each.bias, backend=forced)
-            if name is None:
-                return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-            serving.add(name)
+            received = call.x if each.source < 0 else like.expand(*call.x.shape[:-1], each.mask.shape[1])
+            asked.append((linear_operator, (received, each.values, each.mask, each.bias)))
         if forced:
-            current = x.new_empty(()).expand(total_steps(call), x.shape[-2], size_of(population))
-            name, _, reasons = neurons_operator.find(
-                current, population.neurons, None, population.state, backend=forced
-            )
-            if name is None:
-                return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    return f"no other backend serves them ({next(iter(reasons.values()))})" if serving == {"torch"} else None
+            current = like.expand(total_steps(call), call.x.shape[-2], size_of(population))
+            asked.append((neurons_operator, (current, population.neurons, None, population.state)))
+    serving = set()
+    for operator, arguments in asked:
+        name, _, reasons = operator.find(*arguments, backend=forced)
+        if name is None:
+            return "; ".join(listed(reasons))
+        serving.add(name)
+    return f"no other backend serves them ({'; '.join(listed(reasons))})" if serving == {"torch"} else None
 
 
 def run_operators(call: Call) -> Activity:
@@ -97,7 +93,7 @@ def choose(call: Call, chunk: int | None = None) -> Choice:
     """Which way runs a call, ``chunk`` steps at a time, and why none before it."""
     if chunk is not None:
         check_chunk(chunk, call)
-    plain = is_transformed() or has_tangent(opened(call)[0])
+    plain = is_transformed(opened(call)[0])
     now = normalised(checked(replaced(call, plain=plain, carried=chunk is not None)))
     return WAYS.choose(now, backend=call.backend)
 
@@ -105,7 +101,7 @@ def choose(call: Call, chunk: int | None = None) -> Choice:
 def run(call: Call, chunk: int | None = None) -> Activity:
     """The activity of a call by the first way that does not refuse it, ``chunk`` steps at a time (None: all)."""
     tensors, form = opened(call)
-    if is_transformed() or has_tangent(tensors):
+    if is_transformed(tensors):
         call = replaced(call, plain=True)
     if chunk is not None:
         check_chunk(chunk, call)
@@ -116,39 +112,47 @@ def run(call: Call, chunk: int | None = None) -> Activity:
         way = None if key is None else _chosen.get(key)
     except TypeError:  # sizes that are symbols have no hash
         way = key = None
-    if way is None:
-        given = call
-        call = checked(call)
+    if way is not None:
+        now = normalised(call)
+        return _finished(call, now, way.run(now))
+    given, call = call, checked(call)
     now = normalised(call)
-    if way is None:
-        way = WAYS.choose(now, backend=call.backend).way
-        # numbers are made tensors each time
-        of = [p for each in given.populations for p in each.neurons.parameters] if key is not None else ()
-        if key is not None and all([isinstance(parameter, torch.Tensor) for parameter in of]):
+    way = WAYS.choose(now, backend=call.backend).way
+    if key is not None:
+        of = [parameter for population in given.populations for parameter in population.neurons.parameters]
+        if all([isinstance(parameter, torch.Tensor) for parameter in of]):  # a check makes tensors of numbers
             if len(_chosen) > 1000:
                 _chosen.clear()
             _chosen[key] = way
     return _finished(call, now, way.run(now))
 
 
-#: what runs calls of a signature that have been checked
+#: what runs calls of a signature, of which one has been checked
 _chosen: dict[Hashable, Way] = {}
-#: the types of what a signature keeps
+#: the types of parts that cannot change in place
 _PLAIN = {type(None), bool, int, float, str, tuple, object}
 
 
 def _signature(call: Call, tensors: Sequence[torch.Tensor], form: Form) -> Hashable:
-    """All of a call but the values of its tensors, which no check and no choice reads (a test holds that), and the
-    backends; None if there are others than plain values among it, which may change."""
-    of_tensors = [(each.shape, each.dtype, each.device, each.layout, each.requires_grad) for each in tensors]
-    others = [part.changes if isinstance(part, BlockMask) else part for part in form]
-    types = list(map(type, others))  # True is 1, but no number of steps
-    if not isinstance(call.x, torch.Tensor) or isinstance(call.steps, torch.Tensor) or not _PLAIN.issuperset(types):
+    """The key of a call among :data:`_chosen`: all of it but the values of its tensors, which no check and no choice
+    reads (a test holds that), and the backends; None if a part may change in place."""
+    if not isinstance(call.x, torch.Tensor) or isinstance(call.steps, torch.Tensor):
         return None
+    key: list[Any] = [call.plain, os.environ.get("G2G_BACKEND"), *BACKENDS.values(), *WAYS.ways.values()]
+    for tensor in tensors:
+        key += tensor.shape, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad
+    for part in form:
+        kind = type(part)
+        if kind is BlockMask:
+            key.append(part.changes)
+        elif kind in _PLAIN:
+            key += part, kind  # True is 1, but no number of steps
+        else:
+            return None
     device = call.x.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    backends = *BACKENDS.values(), *WAYS.ways.values(), os.environ.get("G2G_BACKEND")
-    return *of_tensors, *others, *types, call.plain, autocast and torch.get_autocast_dtype(device), *backends
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        key.append(torch.get_autocast_dtype(device))
+    return tuple(key)
 
 
 # --- what is true before any way --------------------------------------------------------------------------------
@@ -196,31 +200,10 @@ def _finished(call: Call, now: Call, activity: Activity) -> Activity:
             silent = states[number].masked_fill(population.dropped, 0)
             states = (*states[:number], silent, *states[number + 1 :])
     if now.x is not call.x:
-        total, reach = total_steps(call), reference.reaches(call.populations)[-1]
+        total, reach = total_steps(call), reaches(call.populations)[-1]
         of_inputs = DenseSpikes(_inputs(call).window(total - reach, total)) if reach else None
         sent = (*(sent[:-1] or (None,) * len(call.populations)), of_inputs)
-    synapses = _synapses(call, activity.spikes) if call.modules is None else activity.synapses
+    synapses = activity.synapses
+    if call.modules is None and not torch.compiler.is_compiling():
+        synapses = Synapses(call, activity.spikes)
     return replaced(activity, states=states, sent=sent, synapses=synapses)
-
-
-def _synapses(call: Call, spikes: Sequence[Spikes]) -> Synapses | None:
-    """What the synaptic operations of a run are counted from, in which the populations sent these spikes; None where
-    it is compiled."""
-    if torch.compiler.is_compiling():
-        return None
-    received: list[list[Received]] = []
-    reach: list[int] = []
-    for population in call.populations:
-        received.append([])
-        for _, values, mask, source, delay, *_ in population.connections:
-            late = None
-            if delay is not None and source < 0:
-                late = LateSpikes(call.x, delay, call.before, call.steps)
-            elif delay is not None:
-                reach = reach or reference.reaches(call.populations)
-                train = spikes[source]
-                with torch.no_grad():
-                    earlier = reference.sent_before(call.populations[source], reach[source], call.x.dtype)
-                late = LateSpikes(train.dense() if isinstance(train, DenseSpikes) else train, delay, earlier)
-            received[-1].append(Received(values.detach(), mask, source, late))
-    return Synapses(call.x, call.steps, received)

@@ -8,7 +8,6 @@ import torch
 
 from g2g_kernels.dispatch import Operator
 from g2g_kernels.ops.checks import check_tensor
-from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.neurons import cpu, reference
 from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
 from g2g_kernels.ops.neurons.models import MODELS, RESET, RESETS, Neurons
@@ -190,7 +189,7 @@ def run_neurons(
     population = check_neurons("", population, current.shape[-1], current)
     if state is not None:
         check_state("", state, population, current.shape if steps is not None else current.shape[1:])
-    if is_transformed() or has_tangent((current, state, *population.parameters)):
+    if is_transformed((current, state, *population.parameters)):
         _say_that_it_takes_steps()
         return in_steps(current, population, steps, state)
     return operator(current, population, steps, state, backend=backend)

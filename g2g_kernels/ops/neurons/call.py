@@ -9,6 +9,7 @@ import torch
 from g2g_kernels.ops.neurons.models import MODELS, NeuronModel, Neurons
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator
+from g2g_kernels.tracing import replaced
 
 
 class NeuronsCall(NamedTuple):
@@ -27,7 +28,9 @@ class NeuronsCall(NamedTuple):
         cls, current: torch.Tensor, population: Neurons, steps: int | None, state: torch.Tensor | None = None
     ) -> "NeuronsCall":
         """The call with these arguments of the public function."""
-        population = population.with_parameters(tuple([parameter.contiguous() for parameter in population.parameters]))
+        population = replaced(
+            population, parameters=tuple([parameter.contiguous() for parameter in population.parameters])
+        )
         state = None if state is None else state.float().contiguous()
         return cls(current.contiguous(), population, steps or 0, state)
 

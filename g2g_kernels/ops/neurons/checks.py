@@ -12,6 +12,7 @@ from g2g_kernels.numbers import COUNT, FLOAT32, SHARPNESS
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons, Tensors
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.tracing import replaced
 
 #: what is taken for a parameter beside tensors
 NUMBERS = (int, float, np.integer, np.floating)
@@ -54,7 +55,7 @@ def check_neurons(suffix: str, population: Neurons, size: int, like: torch.Tenso
             torch.tensor(check_parameter(name, each, suffix), **options) if isinstance(each, NUMBERS) else each
             for name, each in zip(names, parameters, strict=True)
         )
-        population = population.with_parameters(parameters)
+        population = replaced(population, parameters=parameters)
     for name, parameter in zip(names, parameters):  # noqa: B905
         check_tensor(name, parameter, of=suffix)
         if parameter.shape not in ((), (1,), (size,)):

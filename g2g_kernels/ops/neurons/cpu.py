@@ -4,6 +4,7 @@ float32 [(T − 1) // EVERY, states, ..., N].
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from ctypes import Structure
 
@@ -60,7 +61,8 @@ def refuses(
             return f"needs float32 tensors, not {tensor.dtype}"
     if current.numel() == 0:
         return "needs currents that are not empty"
-    return too_large(steps=steps or len(current), neurons=current.shape[-1])
+    samples = math.prod(current.shape[0 if steps else 1 : -1])
+    return too_large(steps=steps or len(current), neurons=current.shape[-1], samples=samples)
 
 
 def neurons(

@@ -196,10 +196,6 @@ class Neurons(NamedTuple):
     surrogate: str = SURROGATE
     alpha: float = ALPHA
 
-    def with_parameters(self, parameters: tuple[Any, ...]) -> "Neurons":
-        """The population with other parameters. (``_replace`` takes four times as long.)"""
-        return Neurons(self.model, parameters, self.reset, self.surrogate, self.alpha)
-
     def check_entries(self, size: int, of: str = "") -> None:
         """Raises ValueError unless each parameter (``of`` some layer) has 1 entry or ``size``, one per neuron."""
         for name, parameter in zip(MODELS[self.model].parameters, self.parameters, strict=True):

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 
 import torch
 
-from g2g_kernels.ops.derivatives import autocast_of, gradients_of, needs_plain_operations
+from g2g_kernels.ops.derivatives import gradients_of, needs_plain_operations
 from g2g_kernels.ops.neurons.models import MODELS, Neurons, Tensors
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2g_kernels.tracing import replaced
+from g2g_kernels.tracing import autocast_of, replaced
 
 
 def neurons(

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 import torch
 
 from g2g_kernels.ops.checks import check_tensor
-from g2g_kernels.ops.derivatives import has_tangent
 from g2g_kernels.ops.neurons.checks import check_neurons, check_states
 from g2g_kernels.ops.neurons.models import MODELS, RESET, Neurons, Tensors
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
-from g2g_kernels.tracing import is_scripted
+from g2g_kernels.tracing import is_transformed
 
 
 def lif_step(
@@ -167,7 +166,7 @@ def spikes_of(membrane: torch.Tensor, population: Neurons) -> torch.Tensor:
 def _spikes(membrane: torch.Tensor, theta: torch.Tensor, population: Neurons) -> torch.Tensor:
     spikes = (membrane > theta).to(membrane.dtype)
     # a trace must be the same with and without gradients
-    if torch.is_grad_enabled() or is_scripted() or has_tangent((membrane, theta)):
+    if torch.is_grad_enabled() or is_transformed((membrane, theta)):
         spikes = spikes + _rise(SURROGATES[population.surrogate].primitive(membrane - theta, population.alpha))
     return spikes
 

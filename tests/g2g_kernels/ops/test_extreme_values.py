@@ -29,7 +29,7 @@ def spikes_of(backend: str, current: torch.Tensor, population: Neurons) -> torch
     """``"step"``: by steps, one at a time."""
     if backend != "step":
         own = tuple(tensor.to(device_of(backend)) for tensor in population.parameters)
-        return neurons(current.to(device_of(backend)), population.with_parameters(own), backend=backend).cpu()
+        return neurons(current.to(device_of(backend)), population._replace(parameters=own), backend=backend).cpu()
     spikes, state = [], None
     for each in current:
         spike, state = neurons_step(each, state, population)

@@ -1,5 +1,7 @@
 """Layers that may reach one another, in one call of the CPU kernels, against float64: outputs and every gradient."""
 
+import random
+
 import pytest
 import torch
 from covering import every_pair
@@ -9,6 +11,7 @@ from g2g_kernels import BlockMask, GroupLayout, Neurons, Population, explain, g2
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.g2g_stack import Connection, graph
 from g2g_kernels.ops.g2g_stack.delays import Delay
+from g2g_kernels.ops.g2g_stack.schedule import components_of
 from g2g_kernels.ops.neurons.models import MODELS
 from g2g_kernels.ops.record import Backward, arguments, opened
 
@@ -198,12 +201,12 @@ def test_operators_are_registered_rightly(call):
 
 
 def test_delays_before_the_step_itself_are_refused(call):
-    target, first = call.inner[0]
+    target, first = call.connections[0]
     early = first._replace(delay=Delay(-1, -1, torch.full((first.mask.shape[1],), -1)))
     own = call.populations[target]
     own = own._replace(connections=tuple(early if each is first else each for each in own.connections))
     populations = (*call.populations[:target], own, *call.populations[target + 1 :])
-    with pytest.raises(ValueError, match=f"connection from {first.source} to {target} has delays from -1"):
+    with pytest.raises(ValueError, match=f"the delay to population {target} is Delay.least=-1"):
         graph.FORWARD.overload(*arguments(*opened(call._replace(populations=populations))), False)
 
 
@@ -213,3 +216,18 @@ def test_delays_that_left_their_bounds_are_refused():
     case.delays[2].steps[0] = 90
     with pytest.raises(ValueError, match="are from 1 to 90, and were from 1 to 3"):
         g2g_stack(case.leaves["x"], layers, backend="cpu")
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_block_reads_only_steps_that_were_sent_before_and_every_step_runs_once(seed):
+    draw, total = random.Random(seed), 13
+    # delays of 0 lead forward
+    sources = [draw.choices(range(-1, 5), k=2) for _ in range(5)]
+    joins = [[(each, draw.randint(each >= target, 4)) for each in sources[target]] for target in range(5)]
+    sent = {-1: total} | dict.fromkeys(range(5), 0)
+    for component in components_of(tuple(map(tuple, joins))):
+        for population, first, last in component.blocks(total):
+            assert first == sent[population] < last
+            assert all(last - least <= sent[source] for source, least in joins[population])
+            sent[population] = last
+    assert set(sent.values()) == {total}

@@ -121,7 +121,7 @@ def test_a_graph_comes_back_from_a_file_with_its_names_states_and_spikes(make, t
             tensor = tensor.expand(expected.shape)
         assert torch.equal(tensor, expected), name
     assert all(torch.equal(back.delays(name), net.delays(name)) for name in net.connections())
-    assert back.routes() == net.routes()
+    assert back.projections() == net.projections()
     assert all(map(torch.equal, spikes_of(back), spikes_of(net)))
     assert all(map(torch.equal, spikes_of(back.double(), SAMPLES.double()), spikes_of(net.double(), SAMPLES.double())))
 
@@ -237,7 +237,7 @@ def test_the_forms_of_a_delay_are_one():
     expected = from_nir(delayed_by(np.full(8, 3 * DT)), T=STEPS)
     assert type(expected) is SpikingNetwork
     assert expected.delays("w2").tolist() == [3] * 8
-    assert [(each.name, each.most, each.per_neuron) for each in expected.routes()] == [
+    assert [(each.name, each.most, each.per_neuron) for each in expected.projections()] == [
         ("w1", 0, False),
         ("w2", 3, False),
     ]

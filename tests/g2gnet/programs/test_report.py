@@ -102,7 +102,7 @@ def test_the_picture_of_populations_has_their_weights_delays_and_cycles():
     sizes = {name: texts[number + 1][0] for number, (name, _) in enumerate(texts) if name[0] in "ip"}
     assert sizes == {"input": "12", "p0": "8", "p1": "6", "p2": "10", "p3": "4"}
     names, arrows = [*RING.populations, "input"], [each for each in axis.patches if isinstance(each, FancyArrowPatch)]
-    ends = sorted((columns[names[route.source]], columns[names[route.target]]) for route in RING.routes())
+    ends = sorted((columns[names[each.source]], columns[names[each.target]]) for each in RING.projections())
     assert sorted(tuple(arrow._path_original.vertices[[0, -1], 0]) for arrow in arrows) == ends
 
 

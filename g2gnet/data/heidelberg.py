@@ -17,8 +17,7 @@ from g2gnet.data.image_data import DataError
 
 FORM = "events per cell"
 COUNTS = {"shd": {"train": 8156, "test": 2264}, "ssc": {"train": 75466, "val": 9981, "test": 20382}}
-#: samples that are read at once
-READ = 256
+READ = 256  # samples at once
 
 
 def parts(name: str, data_dir: Path) -> dict[str, Recordings]:
@@ -36,7 +35,7 @@ def parts(name: str, data_dir: Path) -> dict[str, Recordings]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """The file; whatever it raises becomes a DataError that names it."""
+    """The file. Any error becomes a DataError that names it."""
     import h5py
 
     try:

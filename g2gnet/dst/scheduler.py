@@ -36,8 +36,8 @@ class DSTScheduler:
 
     As with a learning-rate scheduler, call :meth:`step` after each ``optimizer.step()``. In an update, each layer loses
     the ``fraction`` of its units with the lowest prune score and gains as many, with the highest grow score, among
-    those that were inactive before. Grown weights start at zero, here and in averages of the model; so does their
-    optimizer state (:mod:`g2gnet.dst.optimizer_state`). Frozen layers do not change, nor do full ones without
+    those that were inactive before. Grown weights start at zero, here and in averages of the model, and their optimizer
+    state is reset (:mod:`g2gnet.dst.optimizer_state`). Frozen layers do not change, nor do full ones without
     ``final_density``; the logger ``g2gnet`` names them at construction. It also names updates that were skipped because
     scores were not finite, when ``pruned`` or the state is next read. Copy and pickle a scheduler together with its
     model and optimizer.

@@ -68,18 +68,15 @@ def rewire_averages(layer: "PackedWeights") -> None:
 
 def after_other_units(layer: "PackedWeights") -> None:
     """Updates the ties of a layer that was given a mask from outside: equal units get equal slots, others end a tie."""
-    source = layer.ties.source
-    if source is not None and not layer.mask.equals(source.mask):
-        if _same_units(layer.mask, source.mask):
-            take_wiring(source, layer)
-        else:
-            layer.ties.end("a state of other units was loaded into it")
-    for average in list(layer.ties.averages):
-        if _same_units(layer.mask, average.mask):
-            take_wiring(layer, average)
+    pairs = [(layer, average) for average in layer.ties.averages]
+    if layer.ties.source is not None:
+        pairs.insert(0, (layer.ties.source, layer))
+    for source, average in pairs:
+        if _same_units(source.mask, average.mask):
+            take_wiring(source, average)
             rewire_averages(average)
         else:
-            average.ties.end("a state of other units was loaded into the network")
+            average.ties.end("a state of other units was loaded into one of them")
 
 
 def _same_places(one: "BlockMask", other: "BlockMask") -> torch.Tensor:

@@ -34,9 +34,7 @@ def sequence_length(sequence: str, shape: Sequence[int], values: int = 1) -> int
         )
     what, count = ("rows", shape[-2]) if sequence == "rows" else ("pixels", shape[-2] * shape[-1])
     if count % values:
-        raise ValueError(
-            f"sequence_step={values} does not divide the {count} {what} of an image; give a divisor of {count}"
-        )
+        raise ValueError(f"sequence_step={values} does not divide the {count} {what} of an image; give a divisor of it")
     return count // values
 
 

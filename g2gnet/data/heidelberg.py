@@ -43,9 +43,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with h5py.File(path, "r") as file:
             yield file
     except Exception as error:  # a damaged file can make h5py raise anything
-        raise DataError(
-            f"{path} is damaged, or not a file of these data ({reason(error)}); download and unpack it again"
-        ) from error
+        raise DataError(f"{path} is damaged, or no file of these data ({reason(error)}); download it again") from error
 
 
 def _labels(path: Path) -> np.ndarray:

@@ -170,9 +170,7 @@ def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dt
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(head)
     if dtype.hasobject:
-        raise ValueError(
-            f"{name} holds Python objects, as NumPy makes them of arrays of different shapes; give one array of numbers"
-        )
+        raise ValueError(f"{name} holds Python objects, such as arrays of different shapes; give one array of numbers")
     size = head.tell() + math.prod(shape) * dtype.itemsize
     if size != archive.getinfo(f"{name}.npy").file_size:
         raise ValueError(f"{name} does not have the size that it claims")

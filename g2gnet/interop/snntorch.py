@@ -163,9 +163,7 @@ def _readout_of(name: str, theirs: Any, readout: str | None) -> str:
     """The readout of a stack that ends with these neurons, whose membranes can be read if nothing resets them."""
     integrates = theirs.reset_mechanism == "none"
     if readout is None and integrates:
-        raise ValueError(
-            f"{name} has no reset; say what is read: readout='last', 'mean' or 'max' of its membranes, or 'counts'"
-        )
+        raise ValueError(f"{name} has no reset; give readout='last', 'mean' or 'max' of its membranes, or 'counts'")
     if readout not in (None, "counts") and not integrates:
         raise ValueError(
             f"readout={readout!r} is of membranes that are not reset, but {name} has "
@@ -210,16 +208,14 @@ def _neurons_from(name: str, theirs: Any, connection: G2GLinear, backend: str | 
     if (kind, theirs.reset_mechanism) == ("RLeaky", "zero"):
         raise ValueError(f"{name}: {_OTHER_RESET}")
     for option, value, remedy in (
-        ("inhibition", theirs.inhibition, "False"),
-        ("state_quant", theirs.state_quant, "False"),
-        ("reset_delay=False", not theirs.reset_delay and theirs.reset_mechanism != "none", "True"),
-        ("graded_spikes_factor", bool((theirs.graded_spikes_factor != 1).any()), "1"),
-        ("surrogate_disable", theirs.surrogate_disable, "False"),
+        ("inhibition", theirs.inhibition, "inhibition=False"),
+        ("state_quant", theirs.state_quant, "state_quant=False"),
+        ("reset_delay=False", not theirs.reset_delay and theirs.reset_mechanism != "none", "reset_delay=True"),
+        ("graded_spikes_factor", bool((theirs.graded_spikes_factor != 1).any()), "graded_spikes_factor=1"),
+        ("surrogate_disable", theirs.surrogate_disable, "surrogate_disable=False"),
     ):
         if value:
-            raise ValueError(
-                f"{name}: our {ours} has no {option}; only snn.{kind} with {option.split('=')[0]}={remedy}"
-            )
+            raise ValueError(f"{name}: our {ours} has no {option}; only snn.{kind} with {remedy}")
     surrogate, alpha = _surrogate_of(name, theirs.spike_grad)
     values = {parameter: getattr(theirs, their) for parameter, their in _COUNTERPARTS[model][1].items()}
     learned = {f"learn_{parameter}": isinstance(value, nn.Parameter) for parameter, value in values.items()}

@@ -242,9 +242,7 @@ def _mask_in_place_of(mask: BlockMask) -> BlockMask:
     rows = unwrapped(mask.wiring).detach()
     sent = rows.reshape(-1, rows.shape[-1]).cpu()
     if not (sent == sent[:1]).all():
-        raise ValueError(
-            "networks with different wirings cannot run in one torch.func.vmap, which shares indices; call each alone"
-        )
+        raise ValueError("networks with different wirings cannot share one torch.func.vmap; call each alone")
     if mask.describes(sent[0]):
         return mask
     return _mask_of(sent[0], mask.shape, "the buffer in place of mask.wiring").to(mask.wiring.device)

@@ -72,10 +72,7 @@ class WholeBuffers(nn.Module):
             numbers = rows[0].round().long()
             if not buffer.is_meta:
                 if len(rows) > 1 and not (rows == rows[:1]).all():
-                    raise ValueError(
-                        f"networks with a different {name} cannot run in one torch.func.vmap, which shares indices; "
-                        "call each alone"
-                    )
+                    raise ValueError(f"networks of different {name} cannot share one torch.func.vmap; call each alone")
                 if own.is_meta or not torch.equal(numbers.to(own.device), own):
                     fitted[name] = self.fitted(name, rows[0], f"{name} was written to, and")
                     numbers = fitted[name].long()

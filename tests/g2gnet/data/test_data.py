@@ -136,7 +136,10 @@ def test_other_arrays_are_refused_by_name(tmp_path):
         ({"test_images": np.zeros((9, 4, 5), np.uint8)}, "differ in shape"),
         ({"test_images": np.zeros((0, 5, 4), np.uint8)}, r"test_images is uint8 \[0, 5, 4\]"),
         ({"train_images": np.full((30, 5, 4), np.nan, np.float32)}, "differ in shape or dtype"),
-        ({"train_images": np.array([print] * 30)}, "train_images holds Python objects, as .* give one array of num"),
+        (
+            {"train_images": np.array([print] * 30)},
+            "train_images holds Python objects, such as .* give one array of num",
+        ),
         (from_one, "up to 3, .* of class 0;"),
         ({"train_labels": np.arange(30) % 2 * 4}, "and test_labels are up to 4, and no image is of class 3; numb"),
         ({"val_images": np.zeros((5, 5, 4)), "val_labels": np.zeros(5, int)}, "it has val_images, val_labels beside"),

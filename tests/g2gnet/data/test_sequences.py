@@ -51,7 +51,7 @@ def test_the_permuted_pixels_are_all_pixels_in_an_order_of_its_seed(shape):
 
 def test_what_has_no_such_steps_is_refused():
     for arguments, message in (
-        (("rows", GREY, 4), "sequence_step=4 does not divide the 6 rows of an image; give a divisor of 6"),
+        (("rows", GREY, 4), "sequence_step=4 does not divide the 6 rows of an image; give a divisor of it"),
         (("pixels", COLOUR, 5), "sequence_step=5 does not divide the 24 pixels"),
         (("permuted", (24,)), r"sequence=permuted needs images .* but samples are \[24\]"),
         (("rows", (7, 2, 3, 3)), r"sequence=rows needs images .* but samples are \[7, 2, 3, 3\]"),

@@ -9,7 +9,7 @@ from g2g_kernels.choices import check_choice
 from g2g_kernels.tracing import is_traced
 
 ENCODINGS = ("current", "rate")
-#: the kinds of samples before they are floats, by dtype; int64 could be images or counts
+#: the kinds of samples by dtype; int64 could be images or counts
 KINDS = {
     "uint8": "uint8", **dict.fromkeys(("int16", "int8", "int32"), "counts"),
     **dict.fromkeys(("float32", "float16", "bfloat16", "float64"), "floats"),
@@ -19,29 +19,20 @@ CONTENT = {"uint8": "numbers from 0 to 255", "counts": "counts of events", "floa
 
 
 class SampleForm(NamedTuple):
-    """What the samples of a data set are.
-
-    Attributes:
-        shape: of one sample.
-        kind: ``"uint8"``, ``"counts"`` (int8, int16, int32) or ``"floats"`` of any dtype.
-
-    Example:
-        >>> SampleForm.of(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))
-        SampleForm(shape=(3, 8, 8), kind='uint8')
-    """
+    """The shape of one sample of a data set, and the kind: ``"uint8"``, ``"counts"`` (int8, int16, int32) or
+    ``"floats"`` of any dtype."""
 
     shape: tuple[int, ...]
     kind: str
 
     @classmethod
     def of(cls, samples: torch.Tensor | np.ndarray) -> "SampleForm":
-        """That of samples [N, …]. Raises TypeError for what :func:`as_samples` makes no samples of."""
-        kind = KINDS[_dtype_of(samples)]
-        return cls(tuple(samples.shape[1:]), kind)
+        """The form of samples [N, …]. Raises TypeError where :func:`as_samples` does."""
+        return cls(tuple(samples.shape[1:]), KINDS[_dtype_of(samples)])
 
     def check(self, samples: torch.Tensor | np.ndarray) -> None:
-        """Raises TypeError for samples of another kind, ValueError for those of another shape that are no vectors; axes
-        of size 1 may be there or not."""
+        """Raises TypeError for samples of another kind, ValueError for another shape, unless they are flattened. Axes
+        of size 1 do not count."""
         given, dtype = SampleForm.of(samples), _dtype_of(samples)
         if given.kind != self.kind:
             least, most = float(samples.min()), float(samples.max())
@@ -76,7 +67,7 @@ def as_samples(images: torch.Tensor | np.ndarray) -> torch.Tensor:
 
 
 def _dtype_of(images: Any) -> str:
-    """The name in :data:`KINDS` of the dtype of samples; TypeError for anything else."""
+    """The name in :data:`KINDS` of the dtype of samples. Raises TypeError for any other dtype."""
     if not isinstance(images, torch.Tensor | np.ndarray):
         raise TypeError(f"samples are a {type(images).__name__}; give an array or a tensor")
     dtype = images.dtype.name if isinstance(images, np.ndarray) else str(images.dtype).removeprefix("torch.")
@@ -98,9 +89,8 @@ def encode(
 
     ``"current"``: x' itself, [B, D] held at every step, or [steps, B, D]. ``"rate"``: spikes [steps, B, D], Bernoulli
     with probability clamp(x', 0, 1), drawn at each step from ``generator`` (PyTorch's global one if None; its device
-    may differ from x's). With ``part``, only these samples are encoded, as they would be in the whole batch: the
-    generator skips the random numbers of the others. Raises ValueError for an unknown encoding, TypeError for samples
-    that are not floats: images of uint8 would be currents of up to 255.
+    may differ from x's). With ``part``, only these samples are encoded, as in the whole batch: the generator skips the
+    random numbers of the others. Raises ValueError for an unknown encoding, TypeError for samples that are not floats.
     """
     if enc not in ENCODINGS:
         check_choice("enc", enc, ENCODINGS)
@@ -117,15 +107,13 @@ def encode(
         x = x.expand(steps, *x.shape)
     device = generator.device if generator is not None else x.device
     if device.type == x.device.type == "cpu" and not is_traced():
-        # the numbers of one step fit in the caches; drawn step by step, they are the same
+        # the random numbers of one step fit in the caches; drawn step by step, they are the same
         spikes, draws = x.new_empty(x.shape), x.new_empty(shape)
         for spikes_t, x_t in zip(spikes, x, strict=True):
             torch.rand(shape, generator=generator, out=draws)
             torch.lt(draws[part], x_t, out=spikes_t)
         return spikes
-    source: dict[str, Any] = (
-        {} if generator is None else {"generator": generator}
-    )  # torch.export knows only the form without one
+    source: dict[str, Any] = {} if generator is None else {"generator": generator}  # torch.export refuses None
     draws = torch.rand((len(x), *shape), **source, device=device, dtype=x.dtype)
     return (draws[:, part].to(x.device) < x).to(x.dtype)
 

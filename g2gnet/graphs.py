@@ -1,4 +1,4 @@
-"""A network of spiking layers as one graph, and as a table with pictures for notebooks."""
+"""A network of populations as a graph of networkx, and as a table with pictures for notebooks."""
 
 import html
 from typing import TYPE_CHECKING, Any
@@ -12,9 +12,8 @@ if TYPE_CHECKING:
 
 def to_networkx(net: "PopulationGraph") -> Any:
     """A ``networkx.DiGraph`` of all neurons: nodes ("input", j), ("lif1", i), ("lif2", i), …, edges with ``weight``,
-    and where spikes arrive later with ``delay``, in steps. A ``MultiDiGraph`` if two projections join the same pair.
-
-    The ``group`` of a neuron is its group as an output of its first connection; of inputs, as an input.
+    and with ``delay``, in steps, if their projection has one. A ``MultiDiGraph`` if two projections join the same pair.
+    The ``group`` of a neuron is its group as an output of its first connection; of an input, as an input.
 
     Example:
         >>> from g2gnet import G2GNet
@@ -35,16 +34,14 @@ def to_networkx(net: "PopulationGraph") -> Any:
     for each in projections:
         connection, delays = connections[each.name], net.delays(each.name).tolist()
         part = connection.mask.to_networkx(connection.values, names[each.source], names[each.target])
-        late = {"delay": delays} if each.most else {}
-        graph.add_edges_from(
-            (pre, post, data | {name: steps[pre[1]] for name, steps in late.items()})
-            for pre, post, data in part.edges(data=True)
-        )
+        for (_, sender), _, data in part.edges(data=True) if each.most else ():
+            data["delay"] = delays[sender]
+        graph.add_edges_from(part.edges(data=True))
     return graph
 
 
 def to_html(net: "PopulationGraph") -> str:
-    """One row per connection: its groups, the units that exist, the neurons that it leads to, and when.
+    """One row per connection: its groups, its units, its delays, and the neurons that it leads to.
 
     Example:
         >>> from g2gnet import G2GNet
@@ -55,15 +52,13 @@ def to_html(net: "PopulationGraph") -> str:
     rows, seen = [], set()
     for each in net.projections():
         name, module = neurons[each.target]
-        later = ""
+        label, text = (each.name, name) if each.target in seen else (f"{each.name}, {name}", repr(module))
+        seen.add(each.target)
         if each.most:
             delays = net.delays(each.name)
             least, most = int(delays.min()), int(delays.max())
-            steps = "one step" if most == 1 else f"{most} steps"
-            later = f", {least} to {most} steps later" if least < most else f", {steps} later"
-        label, text = (each.name, name) if each.target in seen else (f"{each.name}, {name}", repr(module))
-        seen.add(each.target)
-        rows.append(_row(label, connections[each.name], text + later))
+            text += f", {f'{least} to {most}' if least < most else most} step{'s' * (most > 1)} later"
+        rows.append(_row(label, connections[each.name], text))
     names = ("layer", "neurons", "groups", "units", "density", "model", "units that exist")
     header = "".join(f"<th>{name}</th>" for name in names)
     return f"<table><tr>{header}</tr>{''.join(rows)}</table>"

@@ -1,10 +1,9 @@
-"""Settings: frozen records whose fields carry default, range and meaning, which constructors, flags, help texts, checks
-and checkpoints read here; and the record of a network's."""
+"""Settings: frozen records whose fields carry default, range and meaning, for constructors, flags, help texts, checks
+and checkpoints; and the settings of a network."""
 
 import dataclasses
-import math
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from g2g_kernels.choices import check_choice, check_flag
@@ -19,8 +18,8 @@ from g2gnet.spiking_network import DROPOUT, READOUTS
 from g2gnet.weights.densities import DENSITIES
 from g2gnet.weights.patterns import MODELS, SPARSE, Pattern
 
-#: on the initial recurrent weights: on rows of Fashion-MNIST such networks learn fastest at first, and none is better
-#: at the end (docs/over-time.md)
+#: factor on the initial recurrent weights: with it networks learn rows of Fashion-MNIST fastest at first, and no other
+#: factor is better at the end (docs/over-time.md)
 REC_GAIN = 0.2
 
 
@@ -29,26 +28,26 @@ class SettingsError(ValueError):
 
 
 class Need(NamedTuple):
-    """What a setting needs to have an effect: that the setting ``name`` has one of some values."""
+    """A condition under which a setting has an effect: the setting ``name`` has one of some values."""
 
     name: str
     values: tuple[Any, ...]
 
     def is_met(self, settings: Mapping[str, Any]) -> bool:
-        """Whether a setting has an effect beside these."""
+        """Whether these settings fulfil the condition."""
         value = settings.get(self.name)  # from a file it may be anything
         if True in self.values and isinstance(value, int | float | tuple | list):
             value = bool(value)
         return isinstance(value, str | bool) and value in self.values
 
     def unmet(self, settings: Mapping[str, Any], quote: str = "") -> str:
-        """Why a setting has no effect beside these."""
+        """Why a setting has no effect with these settings."""
         value = getattr(settings[self.name], "__name__", settings[self.name])  # a pattern may be a function
         given = value is not None and value is not False
         return f"with {quote}{self.name}={value}{quote}" if given else f"without {quote}{self.name}{quote}"
 
     def remedy(self) -> str:
-        """What to give so that it has an effect."""
+        """What to give so that the setting has an effect."""
         if self.values == (True,):
             return f"give `{self.name}`"
         *others, last = (f"`{self.name}={value}`" for value in self.values)
@@ -56,7 +55,7 @@ class Need(NamedTuple):
 
 
 class Others(NamedTuple):
-    """More choices than can be listed: ``text`` names them, and ``accepts(value)`` tells them."""
+    """More choices than can be listed: ``text`` names them, and ``accepts(value)`` recognises them."""
 
     text: str
     accepts: Callable[[object], bool]
@@ -69,29 +68,25 @@ def setting(
     *,
     choices: tuple[str, ...] | None = None,
     others: Others | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    open_low: bool = False,
-    open_high: bool = False,
     metavar: str | None = None,
     several: bool = False,
+    **interval: Any,
 ) -> Any:
-    """A field with its description, and for numbers their range: ``low`` and ``high`` count unless they are open.
+    """A field with its description. ``interval`` is that of a number (``low``, ``high``, ``open_low``, ``open_high`` of
+    :class:`g2g_kernels.numbers.Number`).
 
-    Whole numbers fit an int64, others a float32 (:class:`g2g_kernels.numbers.Number`). Programs make a flag of each
-    field, in the help's ``group``, with ``metavar`` for its value; None: it has no flag. With ``several`` the value may
-    also be a tuple of whole numbers in that range, or a list, as files have it.
+    Programs make a flag of each field, in the help's ``group``, with ``metavar`` for its value; None: it has no flag.
+    With ``several`` the value may also be a tuple of whole numbers in the interval, or a list, as files have it.
     """
-    number = Number(-math.inf if low is None else low, math.inf if high is None else high, open_low, open_high)
     metadata = {
-        "group": group, "text": text, "choices": choices, "others": others, "number": number, "metavar": metavar,
-        "several": several,
+        "group": group, "text": text, "choices": choices, "others": others, "number": Number(**interval),
+        "metavar": metavar, "several": several,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
 
 def of_group(group: str) -> Callable[..., Any]:
-    """What makes fields of that group, of their default, text and options, as :func:`setting`."""
+    """A function that makes fields of that group from their default, text and options, as :func:`setting`."""
     return lambda default, text, **options: setting(default, group, text, **options)
 
 
@@ -102,12 +97,12 @@ def with_default(settings: type, name: str, default: Any, **changes: Any) -> Any
 
 
 def types_of(settings: type) -> dict[str, tuple[Any, ...]]:
-    """The types that the value of each field may have: of ``int | None`` they are int and None's."""
+    """The types that the value of each field may have; ``int | None`` are int and that of None."""
     return {name: typing.get_args(kind) or (kind,) for name, kind in typing.get_type_hints(settings).items()}
 
 
 def number_of(about: Mapping[str, Any], kinds: Collection[Any]) -> Number | None:
-    """The kind of number that a field with metadata ``about`` and these types holds; None: it holds none."""
+    """The kind of number that a field with metadata ``about`` and these types holds, or None."""
     return about["number"]._replace(whole=int in kinds) if int in kinds or float in kinds else None
 
 
@@ -116,8 +111,7 @@ SettingsT = TypeVar("SettingsT", bound="Settings")
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Base of frozen dataclasses with fields made by ``setting``; values out of range are refused. Raises
-    SettingsError, naming each invalid value.
+    """Base of frozen dataclasses with fields made by ``setting``. Raises SettingsError, naming each invalid value.
 
     Example:
         >>> from g2gnet.training import NetworkSettings
@@ -125,9 +119,9 @@ class Settings:
         True
     """
 
-    #: what settings need to have an effect, by their names, the most telling first
+    #: per setting, the conditions under which it has an effect, most informative first
     NEEDS: ClassVar[Mapping[str, tuple[Need, ...]]] = {}
-    #: of which programs warn where they have no effect; others are then refused, unless they have their default
+    #: settings that programs warn of where they have no effect; others are refused, unless they have their default
     WARNED: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -146,7 +140,10 @@ class Settings:
                 if (value is None and type(None) in kinds) or (others and others.accepts(value)):
                     continue
                 if about["several"] and isinstance(value, tuple | list | range):
-                    object.__setattr__(self, name, _several(name, value, about["number"]._replace(whole=True)))
+                    if not value:
+                        raise ValueError(f"{name}={value!r} is empty; give at least one number, or leave it out")
+                    whole = about["number"]._replace(whole=True)
+                    object.__setattr__(self, name, tuple([whole.check(name, each) for each in value]))
                 elif number := number_of(about, kinds):
                     object.__setattr__(self, name, number.check(name, value))
                 elif bool in kinds:
@@ -169,7 +166,7 @@ class Settings:
 
     @classmethod
     def idle(cls, values: Mapping[str, Any]) -> dict[str, Need]:
-        """The settings that decide nothing beside these values, each with what it lacks."""
+        """The settings that have no effect among these values, each with the condition that it lacks."""
         lacks = {name: [need for need in needs if not need.is_met(values)] for name, needs in cls.NEEDS.items()}
         return {name: needs[0] for name, needs in lacks.items() if needs}
 
@@ -179,7 +176,7 @@ class Settings:
         return {name: need for name, need in self.idle(values).items() if values[name] != usual[name]}
 
     def without_effect(self) -> list[str]:
-        """What of these settings differs from the default and changes nothing, each with the reason."""
+        """Each setting that differs from its default and has no effect, with the reason."""
         return [
             f"`{name}={getattr(self, name)}` has no effect {need.unmet(vars(self), '`')}"
             for name, need in self._without_effect().items()
@@ -198,8 +195,8 @@ class Settings:
 
     @classmethod
     def from_saved(cls: type[SettingsT], saved: Mapping[str, Any]) -> SettingsT:
-        """The settings that ``as_dict`` gave, perhaps in an earlier version: later ones have their default, as have
-        those that are refused without effect, and have none. SettingsError if they are no settings of ours."""
+        """The settings that ``as_dict`` gave, perhaps in an earlier version. Later settings have their default; so have
+        those that are now refused since they have no effect. Raises SettingsError for other people's settings."""
         idle = cls.idle({**cls.defaults(), **saved}).keys() - set(cls.WARNED)
         return cls(**{name: value for name, value in saved.items() if name not in idle})
 
@@ -209,28 +206,18 @@ class Settings:
         names = cls.defaults().keys()
         try:
             known = cls.from_saved({name: value for name, value in saved.items() if name in names})
-        except SettingsError:  # no settings of ours, whatever else they lack
+        except SettingsError:  # other people's settings
             return dict(saved)
         return {**known.as_dict(), **saved}
 
 
-def _several(name: str, values: Sequence[Any], number: Number) -> tuple[int, ...]:
-    """The values as a tuple of whole numbers; ValueError naming one that is none."""
-    if not values:
-        raise ValueError(f"{name}={values!r} is empty; give at least one number, or leave it out")
-    return tuple([number.check(name, value) for value in values])
-
-
-#: the parameters of neurons whose initial values are settings
+#: the parameters of neurons whose initial values are settings, and the models that have each
 PARAMETERS = ("syn_decay", "adapt_decay", "beta", "a", "b", "threshold")
-
-
-#: the models of neurons that have each
 _OWNERS = {name: [model for model, kind in NEURONS.items() if name in kind.initial] for name in PARAMETERS}
 
 
 def _initial(parameter: str, text: str) -> str:
-    """The meaning of the initial value of a parameter, with the models that have it and its default."""
+    """The help text of a parameter's initial value, with the models that have it and its default."""
     models = _OWNERS[parameter]
     default = " or ".join(dict.fromkeys(str(NEURONS[name].initial[parameter]) for name in models))
     only = "" if len(models) == len(NEURONS) else f", for `neuron={' or '.join(models)}`"
@@ -246,8 +233,7 @@ MOST_DELAY = (1 << 16) - 1
 
 @dataclasses.dataclass(frozen=True)
 class NetworkSettings(Settings):
-    """What decides a :class:`~g2gnet.G2GNet` beside the sizes of its data, its backend and its random draws.
-
+    """What decides a :class:`~g2gnet.G2GNet` besides the sizes of its data, its backend and its random draws.
     ``G2GNet.from_settings`` makes the network; the constructor's arguments have these names and defaults.
 
     Example:

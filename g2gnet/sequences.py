@@ -1,5 +1,5 @@
-"""Samples that unfold over time, batch by batch (:meth:`g2gnet.G2GNet.encode`): what the network receives at each step.
-An order, int64 [T, D], says where the D inputs of each of T steps lie in the flattened sample; each comes once."""
+"""Samples that unfold over time, batch by batch (:meth:`g2gnet.G2GNet.encode`): what a network receives at each step.
+An order, int64 [T, D], gives the places of the D inputs of each of T steps in the flattened sample, each once."""
 
 import math
 from collections.abc import Sequence
@@ -19,12 +19,9 @@ SEQUENCES = {
 
 
 def sequence_length(sequence: str, shape: Sequence[int], values: int = 1) -> int:
-    """The time steps of a sample, at least 1, by a name in :data:`SEQUENCES` other than ``"none"``.
-
-    ``shape`` is that of a sample: (height, width) or (channels, height, width) of an image, or (T, ...) of a sequence.
-    A step has so many ``values``: rows or pixels. Raises ValueError if such samples have no rows and pixels, or their
-    number is no multiple of ``values``.
-    """
+    """The time steps of a sample, by a name in :data:`SEQUENCES` other than ``"none"``. The ``shape`` of a sample is
+    (height, width) or (channels, height, width) of an image, or (T, ...) of a sequence. A step has so many ``values``:
+    rows or pixels. Raises ValueError if samples have none of these, or their number is no multiple of ``values``."""
     sizes = ", ".join(map(str, shape))
     if sequence == "own":
         if len(shape) < 2:
@@ -37,17 +34,14 @@ def sequence_length(sequence: str, shape: Sequence[int], values: int = 1) -> int
         )
     what, count = ("rows", shape[-2]) if sequence == "rows" else ("pixels", shape[-2] * shape[-1])
     if count % values:
-        raise ValueError(
-            f"sequence_step={values} does not divide the {count} {what} of an image; give a divisor of {count}"
-        )
+        raise ValueError(f"sequence_step={values} does not divide the {count} {what} of an image; give a divisor of it")
     return count // values
 
 
 def input_order(sequence: str, shape: Sequence[int], values: int = 1, seed: int = 0) -> torch.Tensor:
-    """Where the inputs of each step lie in a flattened sample: int64 [T, D], with arguments and errors as of
-    :func:`sequence_length`. A step of a colour image has all channels, one after the other. ``seed`` is that of the
-    order of ``"permuted"``, which is the same for all channels.
-    """
+    """The places of the inputs of each step in a flattened sample: int64 [T, D]; arguments and errors are those of
+    :func:`sequence_length`. A step of a colour image has all channels, one after the other. ``seed`` draws the order of
+    ``"permuted"``, which is the same for all channels."""
     steps, total = sequence_length(sequence, shape, values), math.prod(shape)
     if sequence == "own":
         return torch.arange(total).view(steps, -1)
@@ -60,10 +54,8 @@ def input_order(sequence: str, shape: Sequence[int], values: int = 1, seed: int 
 
 
 def tapped(x: torch.Tensor, taps: int) -> torch.Tensor:
-    """A tapped delay line: sequences x [T, B, D] beside themselves some steps later, [T, B, taps·D].
-
-    Tap k, from 0, is k·T/taps steps late, rounded down; before its first input it gives 0.
-    """
+    """A tapped delay line: copies of sequences x [T, B, D] with different delays side by side, [T, B, taps·D]. Tap k,
+    from 0, is k·T/taps steps late, rounded down; before its first input it gives 0."""
     delays = [k * len(x) // taps for k in range(taps)]
     return torch.cat([torch.nn.functional.pad(x, (0, 0, 0, 0, late, -late)) for late in delays], dim=-1)
 
@@ -76,7 +68,5 @@ def unfold(samples: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
             f"samples are {list(samples.shape)}, not [B, {order.numel()}]: {steps} steps of {inputs} inputs each; "
             f"sequences that are made already are [{steps}, B, input_dim]"
         )
-    ordered = samples.index_select(1, order.flatten()).unflatten(
-        1, order.shape
-    )  # `len` would fix the batch of an export
-    return ordered.transpose(0, 1).contiguous()
+    ordered = samples.index_select(1, order.flatten())
+    return ordered.unflatten(1, order.shape).transpose(0, 1).contiguous()  # `len` would fix the batch of an export

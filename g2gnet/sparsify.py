@@ -34,9 +34,9 @@ def sparsify(
     the optimizer, and register hooks, afterwards. Code that reads a layer's ``weight`` gets the dense one
     (:attr:`G2GLinear.weight`).
 
-    A layer stays dense, and the logger ``g2gnet`` says which and why, if a sparse layer would lose something: shared
-    (tied) weights, weight or spectral normalisation, pruning (``G2GLinear.from_linear`` keeps that), hooks, a custom
-    ``forward`` or class (as in ``nn.MultiheadAttention``).
+    A layer stays dense, and the logger ``g2gnet`` names it with the reason, if a sparse layer would lose something:
+    shared (tied) weights, weight or spectral normalisation, pruning (``G2GLinear.from_linear`` keeps that), hooks, a
+    custom ``forward`` or class (as in ``nn.MultiheadAttention``).
 
     Args:
         p_inter, p_intra: the probability of a unit between and inside groups; a pattern of your own has its own.
@@ -49,12 +49,8 @@ def sparsify(
         skip: names of layers (as in ``model.named_modules()``) that stay dense.
         generator: source of randomness for the masks, on the CPU (PyTorch's global one if None).
 
-    Returns:
-        The model; the new layer, if ``model`` itself is an ``nn.Linear``.
-
-    Raises:
-        ValueError: for an option out of range, an unknown name in ``skip``, or a model without a linear layer to
-            replace. The model is then unchanged.
+    Returns the model, or the new layer if ``model`` itself is an ``nn.Linear``. Raises ValueError, and leaves the model
+    unchanged, for an option out of range, an unknown name in ``skip``, or a model without a layer to replace.
 
     Example:
         >>> from torch import nn
@@ -69,11 +65,9 @@ def sparsify(
         raise ValueError(f"density={density!r} has no effect on a pattern of your own; leave it out")
     # a layer that is used in two places has two names
     places = {name: each for name, each in model.named_modules(remove_duplicate=False) if isinstance(each, nn.Linear)}
-    unknown = set(skip) - set(places)
-    if unknown:
-        raise ValueError(
-            f"skip names {', '.join(sorted(unknown))}; the linear layers are {', '.join(places) or 'none'}"
-        )
+    if unknown := set(skip) - set(places):
+        known = ", ".join(places) or "none"
+        raise ValueError(f"skip names {', '.join(sorted(unknown))}; the linear layers are {known}")
     holders: dict[nn.Parameter, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -117,8 +111,7 @@ def _reason_to_stay(name: str, linear: nn.Linear, holders: dict[nn.Parameter, li
     if more := [each for each in own if each not in ("weight", "bias")]:
         return f"with {', '.join(more)} of its own; G2GLinear.from_linear keeps a pruned mask"
     for parameter in linear.parameters():
-        others = [holder for holder in holders[parameter] if holder != name]
-        if others:
+        if others := [holder for holder in holders[parameter] if holder != name]:
             return f"shares weights with {', '.join(others)}"
         if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
             return "with hooks on its weights"

@@ -16,7 +16,7 @@ import torch
 from torchvision.datasets import FashionMNIST
 
 from g2gnet.data import cifar, fashion_mnist
-from g2gnet.data.resnet import RELEASES, new_resnet, weights_digest
+from g2gnet.data.features import RELEASES, new_resnet, weights_digest
 
 NOBODY_LISTENS = "http://127.0.0.1:9/"  # refused at once
 

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from g2g_kernels.numbers import Number
 
-#: by name, the maximal shift of images in pixels; all of them also mirror half of the images
+#: by name, the largest shift of images in pixels; each also mirrors half of the images
 SHIFTS = {"crop-flip": 4, "shift-flip": 1, "flip": 0}
 
 #: of an erased rectangle: its share of the image, its height over its width, and how many are drawn until one fits
@@ -20,10 +20,9 @@ def random_crop_and_flip(
 ) -> torch.Tensor:
     """Shifts each image by up to ``shift`` pixels in both directions, filling with zeros, and mirrors half of them.
 
-    With 4 pixels that is the usual augmentation for CIFAR (He et al. 2016): crops at uniform places of the zero-padded
-    image, each mirrored left to right with probability 1/2, drawn independently for each image. Images are [B, ...,
-    height, width], of any dtype, on any device; that of the generator may be another one. The result is new. Raises
-    ValueError for a shift below 0.
+    With 4 pixels that is the usual augmentation for CIFAR (He et al. 2016). Draws are independent for each image.
+    Images are [B, ..., height, width], of any dtype, on any device; the generator may be on another device. The result
+    is new. Raises ValueError for a shift below 0.
 
     Example:
         >>> images = torch.randint(256, (5, 28, 28), dtype=torch.uint8)
@@ -50,7 +49,7 @@ def random_erase(images: torch.Tensor, generator: torch.Generator, probability: 
     """Sets a rectangle of some images to zero (Zhong et al. 2020), distributed as by torchvision's RandomErasing.
 
     Its area is uniform from 2 to 33 % of the image, its aspect ratio log-uniform from 0.3 to 3.3, its place uniform.
-    Each image loses one with that ``probability``, independently; of very narrow images none may fit. Arguments and
+    Each image loses one with that ``probability``, independently; none may fit into very narrow images. Arguments and
     result are those of :func:`random_crop_and_flip`. Raises ValueError for a probability out of range.
 
     Example:
@@ -81,9 +80,8 @@ def random_erase(images: torch.Tensor, generator: torch.Generator, probability: 
 def random_unit_shift(sequences: torch.Tensor, generator: torch.Generator, most: int) -> torch.Tensor:
     """Moves each sequence by up to ``most`` places along its units, the same number at all steps, filling with zeros.
 
-    On channels of a cochlea that is another pitch; Nowotny et al. (2025) move SHD by up to 40 of its 700. Sequences are
-    [B, T, units], of any dtype, on any device; numbers of places are uniform, and independent for each sequence. Raises
-    ValueError for a number below 0.
+    On channels of a cochlea that changes the pitch; Nowotny et al. (2025) move SHD by up to 40 of its 700. Sequences
+    are [B, T, units], of any dtype, on any device. Raises ValueError for a number below 0.
 
     Example:
         >>> moved = random_unit_shift(torch.ones(50, 3, 9), torch.Generator().manual_seed(0), most=2)
@@ -98,7 +96,7 @@ def random_unit_shift(sequences: torch.Tensor, generator: torch.Generator, most:
 
 
 def shift_problem(most: int, name: str, shape: Sequence[int]) -> str | None:
-    """What is wrong with such shifts of sequences of the data set ``name``, whose steps are of that shape."""
+    """What is wrong with such shifts of sequences of the data set ``name``, whose steps have that shape."""
     if most == 0 or (len(shape) == 1 and most < shape[0]):
         return None
     return (

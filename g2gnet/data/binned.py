@@ -1,9 +1,9 @@
 """Recordings, of events or sounds, as sequences: read once, counted in bins of time and place, and kept in a file.
 
-A module reads the files of a data set, all below one directory. It has
+A module reads the files of a data set, all below one directory, with
 
-    parts(name, data_dir)   finds them, and gives :class:`Recordings` for ``"train"``, ``"test"`` and perhaps ``"val"``
-    FORM                    what its samples hold; other values need another text, for the name of the file
+    parts(name, data_dir)   the :class:`Recordings` of ``"train"``, ``"test"`` and perhaps ``"val"``
+    FORM                    what its samples hold, for the name of the file; change it with the samples
     COUNTS                  of each data set, how many samples of each part were published
 """
 
@@ -27,9 +27,9 @@ from g2gnet.data.image_data import DataError, ImageData, MissingDataError
 
 logger = logging.getLogger("g2gnet")
 
-#: what counts are kept as: the first that holds them
+#: dtypes of counts; the first that holds them is used
 COUNTED = (torch.int8, torch.int16, torch.int32)
-#: microseconds, from which on a time is none
+#: times at or beyond this (microseconds) are invalid
 LATEST = 1e12
 #: milliseconds of a step
 STEP = Number(0.1, 60_000)
@@ -40,12 +40,11 @@ class Binning(NamedTuple):
 
     Attributes:
         units: of the sensor: channels of a cochlea, or pixels of a side of a camera.
-        bins: in which these are counted; a divisor of ``units``.
-        dt: milliseconds in a time step.
-        milliseconds: that make up a sample, from its begin.
+        bins: in which units are counted, a divisor of ``units``.
+        dt, milliseconds: of a time step in milliseconds, and of a sample, from its start.
         resolution: of the recordings in milliseconds; ``dt`` is a multiple of it.
         camera: a sample is [T, 2, bins, bins], with events of both polarities; otherwise [T, bins].
-        bands: ``bins`` are as many bands of a sound's power as are wanted, up to ``units``.
+        bands: ``bins`` are bands of a sound's power, any number up to ``units``.
     """
 
     units: int
@@ -57,7 +56,7 @@ class Binning(NamedTuple):
     bands: bool = False
 
     def or_usual(self, bins: int | None, dt: float | None) -> tuple[int, float]:
-        """These numbers, or those above for None."""
+        """These numbers, or the usual ones for None."""
         return self.bins if bins is None else bins, self.dt if dt is None else dt
 
     def steps(self, dt: float) -> int:
@@ -83,16 +82,16 @@ class Binning(NamedTuple):
 
 
 class Grid:
-    """The cells of a sample, time steps × places of ``width`` units of the sensor, in which ``events`` are counted;
-    ``late`` ones came after the last step."""
+    """The cells of a sample, time steps × places of ``width`` units of the sensor, in which ``events`` are counted.
+    ``late`` events come after the last step."""
 
     def __init__(self, shape: tuple[int, ...], dt: float, width: int) -> None:
         self.shape, self.dt, self.bins, self.width = shape, dt, shape[-1], width
         self.events = self.late = 0
 
     def count(self, microseconds: np.ndarray, *places: np.ndarray) -> np.ndarray:
-        """How many events fall into each cell, by their whole microseconds and their places on each axis of a step,
-        [n] each. Raises ValueError for an event that comes before 0, or is at no place."""
+        """How many events fall into each cell, from their whole microseconds and their places on each axis of a step,
+        [n] each. Raises ValueError for an event before 0, or at no place."""
         for values, size in zip((microseconds, *places), (LATEST, *self.shape[1:]), strict=True):
             if not ((values >= 0) & (values < size)).all():
                 raise ValueError("an event is at no time from 0 on, or at no place of the sensor")
@@ -105,9 +104,8 @@ class Grid:
 
 
 class Recordings(NamedTuple):
-    """A part of a data set that was found, and not read yet: its files, labels, int64 [N], and ``samples``, which reads
-    them one by one, of the shape of a grid: counts, or float16. That raises DataError naming the file that is damaged.
-    """
+    """A part of a data set that was found, but not read: its files, labels, int64 [N], and ``samples``, which reads one
+    after another in the shape of a grid: counts, or float16. It raises DataError, which names a damaged file."""
 
     files: Sequence[Path]
     labels: np.ndarray
@@ -118,10 +116,8 @@ def load(
     name: str, data_dir: Path, module: Any, classes: int, binning: Binning, bins: int, dt: float, steps: int | None
 ) -> ImageData:
     """The data set ``name`` as sequences of ``steps`` steps (None: as ``binning`` says) of ``dt`` milliseconds, from
-    files below ``data_dir`` or from ``binned`` there, where they are kept. Counts are integers other than uint8,
-    features float16. Raises ValueError for settings that do not fit the data set, DataError if files are missing or
-    damaged.
-    """
+    files below ``data_dir``; the sequences are kept in ``binned`` there. Counts are integers other than uint8, features
+    float16. Raises ValueError for settings that do not fit the data set, DataError for missing or damaged files."""
     bins, dt = COUNT.check("bins", bins), STEP.check("dt", dt)
     if problems := binning.problems(name, bins, dt):
         raise ValueError("; ".join(problems))
@@ -134,8 +130,7 @@ def load(
         if len(labels) != (published := module.COUNTS[name][part]):
             text = "%s has %d samples for %s, and %d were published: some may be missing in %s"
             logger.warning(text, name, len(labels), part, published, data_dir)
-    files = [file for part in parts.values() for file in part.files]
-    # what identifies files without reading them
+    files = [file for part in parts.values() for file in part.files]  # identified without reading them:
     about = [(str(file.relative_to(data_dir)), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((module.FORM, shape, dt, about)).encode()).hexdigest()
     kept = data_dir / "binned" / f"{name}_bins{bins}_dt{dt:g}_T{shape[0]}_{key[:16]}.pt"
@@ -145,7 +140,7 @@ def load(
 
 
 def _read(name: str, parts: Mapping[str, Recordings], binning: Binning, grid: Grid) -> NamedTensors:
-    """The samples and labels of all parts. Raises DataError if they do not fit the memory, or have no event."""
+    """The samples and labels of all parts. Raises DataError if they do not fit into memory, or have no event."""
     dtype = torch.float16 if binning.bands else COUNTED[0]
     needed = sum(len(part.labels) for part in parts.values()) * math.prod(grid.shape) * dtype.itemsize
     free = available()
@@ -177,7 +172,7 @@ def _read(name: str, parts: Mapping[str, Recordings], binning: Binning, grid: Gr
 def of_files(
     files: Sequence[Path], names: Sequence[str], classes: Sequence[str], read: Callable[[Path, Grid], np.ndarray]
 ) -> Recordings:
-    """Recordings of one file each, with the name of its class. Raises DataError for a file of none."""
+    """Recordings in one file each, with the name of its class. Raises DataError for a file of no class."""
     for file, name in zip(files, names, strict=True):
         if name not in classes:
             raise DataError(f"{file} is of none of the classes {classes[0]} … {classes[-1]}; move it away")

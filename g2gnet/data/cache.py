@@ -1,4 +1,4 @@
-"""What is computed from a data set once, and kept in a file."""
+"""Results that are computed from a data set once, and kept in a file."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +9,13 @@ from g2gnet.base.files import one_at_a_time
 from g2gnet.base.messages import reason, say, warn
 from g2gnet.base.tensor_files import TensorFileError, read_tensors, write_tensors
 
-#: what is made: tensors by the names of fields of :class:`~g2gnet.data.ImageData`
+#: tensors by the names of fields of :class:`~g2gnet.data.ImageData`
 NamedTensors = dict[str, torch.Tensor]
 
 
 def made_once(file: Path, what: str, make: Callable[[], NamedTensors]) -> NamedTensors:
-    """The content of ``file``, whose name identifies it; or if it is missing or damaged, what ``make`` returns, which
-    is then kept there. Messages call it ``what``. Other processes wait; a file that cannot be written is a warning."""
+    """The content of ``file``, whose name identifies it. If it is missing or damaged, the result of ``make``, which is
+    then kept there. Messages call it ``what``. Other processes wait; a file that cannot be written is a warning."""
     with one_at_a_time(file):
         if file.exists():
             try:

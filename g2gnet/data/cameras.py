@@ -1,10 +1,10 @@
 """Event cameras: N-MNIST (Orchard et al. 2015) and DVS-Gesture (Amir et al. 2017), in the files that tonic leaves.
 
-N-MNIST is as published, ``Train/<digit>/<number>.bin`` and ``Test``: 5 bytes for each event, of 40 bits: x, y (8 each),
-polarity (1), microseconds (23). An event at y = 240 is none: it adds 8,192 µs to all times from there on.
+N-MNIST is as published, ``Train/<digit>/<number>.bin`` and ``Test``: 40 bits for each event: x, y (8 each), polarity
+(1), microseconds (23). An entry at y = 240 is no event: it adds 8,192 µs to all times from there on.
 
-DVS-Gesture is tonic's: recordings cut into one file for each gesture, ``ibmGestureTrain/<user_light>/<class>.npy`` and
-``ibmGestureTest``, with an array [n, 4] of x, y, polarity and milliseconds. The begin of a cut is its time 0.
+DVS-Gesture is tonic's: one file for each gesture, ``ibmGestureTrain/<user_light>/<class>.npy`` and ``ibmGestureTest``,
+with an array [n, 4] of x, y, polarity and milliseconds. Its first event is its time 0.
 """
 
 from collections.abc import Callable

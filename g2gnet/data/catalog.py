@@ -15,13 +15,12 @@ class Dataset(NamedTuple):
 
     Attributes:
         shape: of a sample: an image, (height, width) or (channels, height, width), or a sequence (T, …).
-        module: of this package; its ``load(name, data_dir)`` gives the :class:`ImageData`, or its ``parts`` the
-            recordings (:mod:`g2gnet.data.binned`). It is imported only when data are read, since importing torchvision
-            takes a second.
+        module: of this package, imported when data are read (torchvision takes a second). Its ``load(name, data_dir)``
+            gives the :class:`ImageData`, or its ``parts`` the recordings (:mod:`g2gnet.data.binned`).
         crops: whether ``augment="auto"`` shifts and mirrors its images.
         classes: their names, by number.
-        sequences: whether samples are sequences, whose first dimension is time, as event frames (T, 2, height, width).
-        binning: of recordings, how they become sequences; their ``shape`` then is that of the defaults.
+        sequences: whether samples are sequences, with time first, such as event frames (T, 2, height, width).
+        binning: how recordings become sequences; ``shape`` is then that of the defaults.
     """
 
     shape: tuple[int, ...]
@@ -40,7 +39,7 @@ def _recordings(module: str, binning: Binning, classes: tuple[str, ...]) -> Data
 
 _CLOTHES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 _THINGS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-#: numbered in the order of the alphabet; an underscore is a space
+#: in alphabetical order, which numbers them; an underscore is a space
 _HUNDRED = """
     apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
     castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
@@ -81,8 +80,7 @@ DATASETS = {
 
 
 def dataset_name(given: Path | str) -> str:
-    """The name of the data set that is asked for: one of :data:`DATASETS`, or your own file. Raises DataError if the
-    file cannot be read.
+    """The name of a data set: one of :data:`DATASETS`, or of your own file. Raises DataError for an unreadable file.
 
     Example:
         >>> dataset_name("fashionmnist")
@@ -103,11 +101,8 @@ def load_dataset(
 
     Your own data (:func:`dataset_name`) come from the given file, or the file of that name in ``data_dir``. Recordings
     (``"shd"``, …) become ``steps`` time steps of ``dt`` milliseconds, in ``bins`` along each side of their sensor; None
-    takes the data set's :class:`~g2gnet.data.binned.Binning`. Other data sets have no such numbers.
-
-    Raises:
-        ValueError: for an unknown name, or numbers that the data set does not have.
-        DataError: if it cannot be found, downloaded or read.
+    takes the data set's :class:`~g2gnet.data.binned.Binning`. Raises ValueError for an unknown name, or for these
+    numbers without recordings; DataError if the data cannot be found, downloaded or read.
 
     Example:
         >>> data = load_dataset("fashionmnist-mini")
@@ -125,5 +120,5 @@ def load_dataset(
     module = importlib.import_module(f"{__package__}.{dataset.module}")
     if dataset.binning is None:
         return module.load(name, Path(data_dir))
-    usual = dataset.binning.or_usual(bins, dt)
-    return binned.load(name, Path(data_dir), module, dataset.num_classes, dataset.binning, *usual, steps)
+    bins, dt = dataset.binning.or_usual(bins, dt)
+    return binned.load(name, Path(data_dir), module, dataset.num_classes, dataset.binning, bins, dt, steps)

@@ -16,10 +16,9 @@ READERS: dict[str, type[CIFAR10]] = {"cifar10": CIFAR10, "cifar100": CIFAR100}
 def load(name: str, data_dir: Path) -> ImageData:
     """Reads ``"cifar10"`` or ``"cifar100"`` (fine labels); images are uint8 [N, 3, 32, 32].
 
-    The batches may be in ``data_dir`` as torchvision leaves them (``cifar-10-batches-py``, ``cifar-100-python``), or in
-    the original archive; otherwise the archive is downloaded. They are pickles, which can run any code, so they are
-    opened only if their checksums match the published ones. Raises DataError if they cannot be found, downloaded or
-    read.
+    ``data_dir`` may have the batches as torchvision leaves them (``cifar-10-batches-py``, ``cifar-100-python``), or the
+    original archive, which is downloaded otherwise. Batches are pickles, which can run any code, and are opened only if
+    their checksums are the published ones. Raises DataError if they cannot be found, downloaded or read.
     """
     reader, parts = READERS[name], {}
     folder = data_dir / reader.base_folder

@@ -31,11 +31,8 @@ LARGEST = 16 + 60_000 * 28 * 28
 
 def load(name: str, data_dir: Path) -> ImageData:
     """Reads ``"fashionmnist-mini"`` from the package, or the full set ``"fashionmnist"`` from ``data_dir`` or the
-    system's copy; if it is in neither, it is downloaded into ``data_dir``.
-
-    In ``data_dir`` the four IDX files, gzipped or not, may be where torchvision puts them (``FashionMNIST/raw``) or
-    directly in it.
-    """
+    system's copy; if it is in neither, it is downloaded into ``data_dir``. There the four IDX files, gzipped or not,
+    may be where torchvision puts them (``FashionMNIST/raw``) or directly in the folder."""
     if name == "fashionmnist-mini":
         return load_mini()
     raw = data_dir / "FashionMNIST" / "raw"
@@ -43,7 +40,7 @@ def load(name: str, data_dir: Path) -> ImageData:
     if not files:
         try:
             with one_at_a_time(raw):
-                if not _found(raw):  # unless another process did it in the meantime
+                if not _found(raw):  # another process may have downloaded them in the meantime
                     _download(raw)
         except OSError as error:
             raise MissingDataError(
@@ -77,13 +74,13 @@ def _download(folder: Path) -> None:
 
 
 def _found(folder: Path) -> dict[str, Path]:
-    """The four files of a folder by name, gzipped or not; empty if some are missing."""
+    """The four files of a folder by name, gzipped or not; empty if one is missing."""
     found = {name: path for name in DIGESTS for path in (folder / f"{name}.gz", folder / name) if path.is_file()}
     return found if len(found) == len(DIGESTS) else {}
 
 
 def _content(files: Mapping[str, Path], name: str, header: int) -> torch.Tensor:
-    """The values of a file behind its header, once verified to be the published one; no more is unpacked."""
+    """The values of a file behind its header, after a check of its content; no more than the largest is unpacked."""
     path = files[name]
     try:
         with open_file(path) as file, gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else file as plain:

@@ -17,8 +17,7 @@ from g2gnet.data.image_data import DataError
 
 FORM = "events per cell"
 COUNTS = {"shd": {"train": 8156, "test": 2264}, "ssc": {"train": 75466, "val": 9981, "test": 20382}}
-#: samples that are read at once
-READ = 256
+READ = 256  # samples at once
 
 
 def parts(name: str, data_dir: Path) -> dict[str, Recordings]:
@@ -36,7 +35,7 @@ def parts(name: str, data_dir: Path) -> dict[str, Recordings]:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Any]:
-    """The file; whatever it raises becomes a DataError that names it."""
+    """The file. Any error becomes a DataError that names it."""
     import h5py
 
     try:
@@ -44,9 +43,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with h5py.File(path, "r") as file:
             yield file
     except Exception as error:  # a damaged file can make h5py raise anything
-        raise DataError(
-            f"{path} is damaged, or not a file of these data ({reason(error)}); download and unpack it again"
-        ) from error
+        raise DataError(f"{path} is damaged, or no file of these data ({reason(error)}); download it again") from error
 
 
 def _labels(path: Path) -> np.ndarray:

@@ -13,16 +13,16 @@ class DataError(RuntimeError):
 
 
 class MissingDataError(DataError):
-    """A data set is neither there nor to be had."""
+    """A data set is not there and cannot be downloaded."""
 
 
 @dataclass(frozen=True)
 class ImageData:
     """A data set held in memory; batches are gathered by index on its device.
 
-    Images are uint8 [N, ...], each flattened image a sample, float32 features [N, D], or recordings as sequences
-    [N, T, ...], float16 or counts of events in other integers; labels are int64 [N].
-    Validation images are training images that are held out.
+    Images are uint8 [N, ...], each flattened image a sample; float32 features [N, D]; or recordings as sequences
+    [N, T, ...], float16 or counts of events in other integers. Labels are int64 [N]. Validation images are training
+    images that are held out.
 
     Example:
         >>> images, labels = torch.randint(256, (20, 8, 8), dtype=torch.uint8), torch.arange(20) % 4
@@ -62,8 +62,8 @@ class ImageData:
         return {name: each for name, each in vars(self).items() if isinstance(each, torch.Tensor)}
 
     def moments(self) -> tuple[float, float]:
-        """Mean and standard deviation of all training samples (:func:`~g2gnet.data.as_samples`), exact; DataError
-        if all are equal."""
+        """Mean and standard deviation of all training samples (:func:`~g2gnet.data.as_samples`). Raises DataError if
+        all are equal."""
         total = square = 0.0
         for images in self.train_images.split(1024):
             values = images.cpu().double()
@@ -82,18 +82,11 @@ class ImageData:
         return replace(self, **{name: each[: limits[name.partition("_")[0]]] for name, each in self._tensors().items()})
 
     def part(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images and labels of the ``"train"``, ``"val"`` or ``"test"`` images."""
+        """The images and labels of ``"train"``, ``"val"`` or ``"test"``."""
         return getattr(self, f"{name}_images"), getattr(self, f"{name}_labels")
 
     def held_out(self, index: torch.Tensor) -> "ImageData":
-        """The same data, with the training images of these numbers (int64 [n]) as validation images.
-
-        Example:
-            >>> images, labels = torch.zeros(6, 2, 2, dtype=torch.uint8), torch.arange(6) % 2
-            >>> data = ImageData("toy", images, labels, images, labels, num_classes=2).held_out(torch.tensor([1, 4]))
-            >>> len(data.train_labels), data.val_labels
-            (4, tensor([1, 0]))
-        """
+        """The same data, with the training images of these numbers (int64 [n]) as validation images."""
         images, labels = self.train_images, self.train_labels
         trains = torch.ones(len(labels), dtype=torch.bool).index_fill_(0, index, False)
         held: Any = {"val_images": images[index], "val_labels": labels[index]}

@@ -3,8 +3,7 @@
     train_images, test_images   uint8 (0 to 255 become 0 to 1), or float32 as they are; float64 becomes float32
         [N, D]                                              vectors
         [N, channels, height, width]                        images
-        [N, T, D], [N, T, channels, height, width]          sequences (:data:`SEQUENCE_DIMENSIONS`), unless a run
-                                                            states something else
+        [N, T, D], [N, T, channels, height, width]          sequences (:data:`SEQUENCE_DIMENSIONS`), by default
     train_labels, test_labels   integers [N]: together each of 0 … C − 1 at least once
 
 A run names such data by the file's name and the first digits of its SHA-256, as in ``name-1a2b3c4d``. Nothing in a file
@@ -32,11 +31,11 @@ Content = TypeVar("Content")
 
 SUFFIX = ".npz"
 ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
-#: hexadecimal digits of the SHA-256 that end a name
+#: hexadecimal digits of the SHA-256 at the end of a name
 DIGITS = 8
-#: what the header of an array may take; NumPy parses none of more than 10,000 characters
+#: the most that is read of an array's header; NumPy refuses headers of more than 10,000 characters
 HEADER_BYTES = 10_100
-#: dimensions of arrays of samples, N included; and of those that are sequences, unless a run states something else
+#: dimensions of arrays of samples, N included; and of those that are sequences by default
 DIMENSIONS, SEQUENCE_DIMENSIONS = (2, 3, 4, 5), (3, 5)
 SAMPLES = "uint8, float32 or float64: [N, D], images [N, channels, height, width], or sequences [N, T, …] of either"
 
@@ -65,8 +64,8 @@ def name_of(path: Path | str, remedy: str = "give the name of a file") -> str:
 
 
 def load(name: str, data_dir: Path) -> ImageData:
-    """Reads the data of that name, from the file that was given or that in ``data_dir``. Raises DataError if it
-    is missing, has different content than the name says, or lacks such arrays."""
+    """Reads the data of that name, from the file that was given or that in ``data_dir``. Raises DataError if it is
+    missing, has other content than the name says, or lacks such arrays."""
     path = _path(name, data_dir)
     found = name_of(path, "give the directory that has it as `data_dir`")
     if found != name:
@@ -77,17 +76,17 @@ def load(name: str, data_dir: Path) -> ImageData:
 
 
 def holds_sequences(shape: Sequence[int]) -> bool:
-    """Whether samples of this shape are sequences, if nothing else is stated."""
+    """Whether samples of this shape are sequences by default."""
     return 1 + len(shape) in SEQUENCE_DIMENSIONS
 
 
 def sample_shape(name: str, data_dir: Path) -> tuple[int, ...]:
-    """The shape of a sample, by the head of the file. Raises DataError if it is missing, or lacks such arrays."""
+    """The shape of a sample, from the head of the file. Raises DataError if it is missing, or lacks such arrays."""
     return _read_archive(_path(name, data_dir), _headers)["train_images"][0][1:]
 
 
 def directory_of(name: str) -> Path | None:
-    """The directory of the file of that name that was given to this process; None if none was."""
+    """The directory of the file of that name that was given to this process, or None."""
     return _paths[name].parent if name in _paths else None
 
 
@@ -96,7 +95,7 @@ def _path(name: str, data_dir: Path) -> Path:
 
 
 def _read_archive(path: Path, read: Callable[[zipfile.ZipFile], Content]) -> Content:
-    """What ``read`` finds in a file; raises DataError if it finds something else."""
+    """What ``read`` finds in a file. Raises DataError if reading fails."""
     try:
         with open_file(path) as file, zipfile.ZipFile(file) as archive:
             return read(archive)
@@ -105,7 +104,7 @@ def _read_archive(path: Path, read: Callable[[zipfile.ZipFile], Content]) -> Con
 
 
 def _headers(archive: zipfile.ZipFile) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-    """Shape and dtype of the four arrays; raises ValueError if they are not as above."""
+    """Shape and dtype of the four arrays. Raises ValueError if they are not as above."""
     names = [member.removesuffix(".npy") for member in archive.namelist()]
     if missing := [name for name in ARRAYS if name not in names]:
         raise ValueError(f"it lacks {', '.join(missing)}")
@@ -133,7 +132,7 @@ def _headers(archive: zipfile.ZipFile) -> dict[str, tuple[tuple[int, ...], np.dt
 
 
 def _arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
-    """The four arrays; raises ValueError, before allocating memory for them, if they are not as above."""
+    """The four arrays. Raises ValueError, before it allocates memory for them, if they are not as above."""
     headers = _headers(archive)
     needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in headers.values())
     free = available()
@@ -166,14 +165,12 @@ def _arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
 def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
     """The declared shape and dtype of an array, if they match the size of the archive's member."""
     with archive.open(f"{name}.npy") as member:
-        head = io.BytesIO(member.read(HEADER_BYTES))  # of a longer header NumPy would read all before it refuses it
+        head = io.BytesIO(member.read(HEADER_BYTES))  # NumPy would read all of a longer header before it refuses it
     version = np.lib.format.read_magic(head)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, _, dtype = read(head)
     if dtype.hasobject:
-        raise ValueError(
-            f"{name} holds Python objects, as NumPy makes them of arrays of different shapes; give one array of numbers"
-        )
+        raise ValueError(f"{name} holds Python objects, such as arrays of different shapes; give one array of numbers")
     size = head.tell() + math.prod(shape) * dtype.itemsize
     if size != archive.getinfo(f"{name}.npy").file_size:
         raise ValueError(f"{name} does not have the size that it claims")

@@ -1,12 +1,12 @@
 r"""Google Speech Commands v0.02 (Warden 2018) as mel bands: the tree of ``.wav`` files, 35 words, 16 kHz, 16 bits.
 
-A time step is a window of 25 ms that begins at t·dt. With s its samples from −1 to 1 times a Hann window, zeros after
-the end of a recording, and F the triangular mel filters between 20 Hz and 8 kHz, a value is
+A time step is a window of 25 ms that begins at t·dt. With s its samples, from −1 to 1, times a Hann window (zeros after
+the end of a recording), and F the triangular mel filters between 20 Hz and 8 kHz, a value is
 
     ln(max(F·|FFT(s)|², ε) / ε),    ε = 1e-6,
 
-so that silence is 0. The mel scale is 2595·log₁₀(1 + f/700 Hz). Test and validation recordings are those of
-``testing_list.txt`` and ``validation_list.txt``; the others are for training.
+so that silence is 0. The mel scale is 2595·log₁₀(1 + f/700 Hz). ``testing_list.txt`` and ``validation_list.txt`` name
+the test and validation recordings; the others are for training.
 """
 
 import functools
@@ -26,7 +26,7 @@ from g2gnet.data.image_data import DataError
 FORM = "log mel bands, 25 ms, 20 Hz to 8 kHz, floor 1e-6"
 COUNTS = {"gsc": {"train": 84843, "val": 9981, "test": 11005}}
 LISTS = {"val": "validation_list.txt", "test": "testing_list.txt"}
-#: the folders of words, which number the classes, and the one of other sounds
+#: the folders of words, whose order numbers the classes, and the folder of other sounds
 WORDS = DATASETS["gsc"].classes
 NOISE = "_background_noise_"
 RATE = 16000  # Hz
@@ -90,12 +90,7 @@ def mel_bands(samples: np.ndarray, filters: np.ndarray, steps: int, hop: int) ->
 
 @functools.cache
 def mel_filters(bands: int) -> np.ndarray:
-    """The weights of the frequencies of a transform in each band, triangles that overlap by half: [FFT / 2 + 1, bands].
-
-    Example:
-        >>> mel_filters(40).shape
-        (513, 40)
-    """
+    """The weights of a transform's frequencies in each band, triangles that overlap by half: [FFT / 2 + 1, bands]."""
     low, high = (2595 * np.log10(1 + f / 700) for f in (LOWEST, HIGHEST))
     corners = np.linspace(low, high, bands + 2)
     mel = 2595 * np.log10(1 + np.fft.rfftfreq(FFT, 1 / RATE) / 700)[:, None]

@@ -1,7 +1,7 @@
-"""Resets the optimizer's state for new units, to initial values that a table has by the state's name, whatever the
-optimizer. States of the packed weights' shape, also with dimensions before these, get the table's value, and states
-quantised to 8 bits (bitsandbytes) the code of zero. Scalars are left. Any other state is refused by name: which of its
-numbers belong to a unit, and what they begin with, is unknown.
+"""Resets the optimizer's state for new units, by a table of initial values by the state's name, whatever the optimizer.
+
+It resets states of the packed weights' shape, with or without dimensions before these, and codes of 8 bits
+(bitsandbytes). Scalars stay. Any other state is refused by name: nobody knows which of its numbers belong to a unit.
 """
 
 import weakref
@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-#: what a state begins with: a number; a function of the new units' weights [n, unit_rows, unit_cols] that returns
-#: their state; or None: the state stays as it is
+#: what a new unit's state begins with: a number; a function of the new units' weights [n, unit_rows, unit_cols] that
+#: returns their state; or None, which leaves the state as it is
 Initial = float | Callable[[torch.Tensor], torch.Tensor] | None
 
-#: moments and sums of gradients and updates, and what weights were, which new ones, beginning with zero, were not
+#: moments, accumulated gradients, and past copies of the weights; new weights start at zero, so these do too
 ZERO = {
     "acc_delta", "approx_hessian", "avg_grad", "ax", "ema", "exp_avg", "exp_avg_diff", "exp_avg_grad", "exp_avg_slow",
     "exp_avg_sq", "exp_avg_var", "exp_inf", "fim", "grad_avg", "grad_sum_sq", "grok_exp_avg", "last_grad",
@@ -24,21 +24,21 @@ ZERO = {
     "pos_momentum", "prev", "prev_param", "previous_grad", "s", "sk", "slow_buffer", "slow_params", "square_avg",
     "state1", "state2", "v", "x0", "z",
 }  # fmt: skip
-#: those that begin with an option of the weights' group
+#: states that begin with an option of the weights' group
 OPTION = {"sum": "initial_accumulator_value", "step_size": "lr"}
-#: codes of 8 bits, with the table of the numbers that they stand for
+#: codes of 8 bits, by the table of the numbers that they stand for; new units get the code of zero
 CODES = {"state1": "qmap1", "state2": "qmap2"}
-#: what is kept beside them: these tables, and scales of whole blocks of codes
-BESIDE_CODES = {
+#: those tables, and scales of whole blocks of codes, which stay
+WITH_CODES = {
     *CODES.values(), "absmax1", "absmax2", "max1", "max2", "new_max1", "new_max2", "gnorm_vec", "unorm_vec",
 }  # fmt: skip
-#: one state of all parameters together, which is kept as the first one's
+#: a state of all parameters together, which is kept as the first one's
 OF_ALL = {"prev_flat_grad"}
 
 
 class OptimizerState:
-    """The state of optimizers for the weights of rewired layers. ``reset`` has initial values that the table lacks or
-    has otherwise; ``fewer``: units will be removed (:meth:`keep_`), which codes cannot follow."""
+    """The optimizers' state of the weights of rewired layers. ``reset`` has initial values that the table lacks or that
+    replace its own. ``fewer``: units will be removed (:meth:`keep_`), which is refused for codes."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class OptimizerState:
         self._watch()
 
     def check(self, parameter: torch.nn.Parameter) -> None:
-        """Raises ValueError, with its name, for a state of these weights that cannot be reset."""
+        """Raises ValueError, which names it, for a state of these weights that cannot be reset."""
         states = [id(optimizer.state) for optimizer in self.optimizers]
         for optimizer in self.optimizers:
             kind = type(optimizer).__name__
@@ -83,7 +83,7 @@ class OptimizerState:
         mine = optimizer.state.get(parameter)
         known = {name for state, name, *_ in self._states(parameter) if state is mine}
         if known & CODES.keys():
-            known |= BESIDE_CODES
+            known |= WITH_CODES
         if not self._fewer:
             known |= {name for name, value in self._reset.items() if value is None}
         for key, state in optimizer.state.items():
@@ -95,8 +95,7 @@ class OptimizerState:
                 yield from OF_ALL & state.keys() - known
 
     def _states(self, parameter: torch.nn.Parameter) -> Iterator[tuple[dict[str, Any], str, torch.Tensor, int, Any]]:
-        """The states of units, by their dict and name: the tensor, which of its dimensions is that of the units, and
-        the initial value."""
+        """The states of units: their dict and name, the tensor, its dimension of units, and the initial value."""
         for optimizer in self.optimizers:
             state = optimizer.state.get(parameter, {})
             for name, tensor in list(state.items()):
@@ -115,7 +114,7 @@ class OptimizerState:
                     yield state, name, tensor, tensor.dim() - parameter.dim() if of_weights else 0, initial
 
     def keep_(self, parameter: torch.nn.Parameter, kept: torch.Tensor) -> Callable[[], None]:
-        """Keeps the state of slots that are ``kept``, bool [num_units], before weights follow; returns its undoing."""
+        """Keeps the state of slots where ``kept``, bool [num_units], is true; weights follow. Returns the undoing."""
         with ExitStack() as undo:
             for state, name, tensor, dim, _ in self._states(parameter):
                 undo.callback(state.__setitem__, name, tensor)
@@ -123,8 +122,8 @@ class OptimizerState:
             return undo.pop_all().close
 
     def reset_(self, parameter: torch.nn.Parameter, slots: torch.Tensor, apply: torch.Tensor) -> Callable[[], None]:
-        """Resets the state of some slots if ``apply``, a bool scalar, is true; does not wait for the device. Returns as
-        :meth:`keep_`; if an error is raised, nothing has changed."""
+        """Resets the state of some slots if ``apply``, a bool scalar, is true, without waiting for the device. Returns
+        the undoing; after an error nothing has changed."""
         with ExitStack() as undo:
             for _, _, tensor, dim, initial in self._states(parameter):
                 units, place = tensor.movedim(dim, 0), slots.to(tensor.device)
@@ -136,7 +135,7 @@ class OptimizerState:
 
 
 def _is_scalar(value: Any) -> bool:
-    """Whether a state has no number of a unit: counts, norms, options."""
+    """Whether a state belongs to no unit: counts, norms, options."""
     if isinstance(value, torch.Tensor):
         return value.numel() <= 1
     if isinstance(value, Mapping | list | tuple):
@@ -145,12 +144,10 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _refuse_states_of_other_weights(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """Raises ValueError if an optimizer has states of another number of units than its weights. A fused one compares no
-    shapes, and would write past the end of the smaller tensor."""
-    for group in optimizer.param_groups:
-        for weights in group["params"]:
-            if weights.dim() != 3 or not weights.requires_grad:  # packed weights are [num_units, unit_rows, unit_cols]
-                continue
+    """Raises ValueError if an optimizer has states of another number of units than its weights. A fused optimizer would
+    write past the end of the smaller tensor."""
+    for weights in (weights for group in optimizer.param_groups for weights in group["params"]):
+        if weights.dim() == 3 and weights.requires_grad:  # packed weights are [num_units, unit_rows, unit_cols]
             for name, state in optimizer.state.get(weights, {}).items():
                 known = isinstance(state, torch.Tensor) and state.dim() >= 3 and (name in ZERO or name in OPTION)
                 if known and state.shape[-3:] != weights.shape:

@@ -1,7 +1,5 @@
-"""The rules of dynamic sparse training: the scores by which units are pruned and grown, one number per unit; no dense
-[out, in] matrix is formed. To add a rule, add it to :data:`PRUNE_RULES` or :data:`GROW_RULES`; flags, checks, recording
-and messages follow, and a test asks for a slow score to compare it with.
-"""
+"""The rules of dynamic sparse training: scores, one per unit, by which units are pruned and grown. To add a rule, add
+it to :data:`PRUNE_RULES` or :data:`GROW_RULES`: flags, checks, recording and messages follow."""
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter
@@ -16,24 +14,23 @@ from g2gnet.layers import G2GLinear
 
 #: what a rule may need from the step before an update
 ACTIVITY, GRADIENT = "activity", "gradient"
-#: what a layer received and the gradient of what it gave, [..., in] and [..., out]
+#: the inputs of a layer and the gradient of its outputs, [..., in] and [..., out]
 Pair = tuple[torch.Tensor, torch.Tensor]
-#: units of at least this many neurons on a side are summed by a matrix product: one pass over the samples, where
-#: scaling, padding and reordering take several; but not of more units, whose product takes longer than that
+#: units of at least PRODUCT_WIDTH neurons on a side, up to PRODUCT_UNITS of them, are summed by a matrix product, which
+#: passes over the samples once; scaling, padding and reordering pass several times
 PRODUCT_WIDTH, PRODUCT_UNITS = 4, 256
 #: elements of the gradient that are formed at a time (at least a block row): a product of this size runs at full speed
 BAND = 1 << 24
 
 
 class Evidence(NamedTuple):
-    """What is known about units of a layer when they are scored: those of its slots, to prune, or those of the grid
-    among which some grow.
+    """What is known about units of a layer when they are scored: those of its slots, or those that may grow.
 
     Attributes:
         layer: the layer.
         number: how many units these are.
-        correlation: if a rule needs it, the mean pre/post correlation of each [number].
-        gradient: if a rule needs it, the root mean square of ∂L/∂W over each [number].
+        correlation: the mean pre/post correlation of each unit, [number], if a rule needs it.
+        gradient: the root mean square of ∂L/∂W over each unit, [number], if a rule needs it.
     """
 
     layer: G2GLinear
@@ -48,8 +45,7 @@ class Rule(NamedTuple):
     Attributes:
         name: as in ``prune=``, ``grow=`` and the flags.
         text: what it selects, in a few words.
-        score: a number per unit. The units of lowest score are pruned, or those of highest score are grown. Ties are
-            broken at random.
+        score: a number per unit: the lowest are pruned, or the highest grown. Ties are broken at random.
         needs: what must be recorded: :data:`ACTIVITY`, :data:`GRADIENT`, or None.
     """
 
@@ -69,31 +65,27 @@ def _chance(seen: Evidence) -> torch.Tensor:
     return torch.zeros(seen.number, device=seen.layer.values.device)  # ties, which are broken at random
 
 
-def _by_name(*rules: Rule) -> dict[str, Rule]:
-    return {rule.name: rule for rule in rules}
-
-
-PRUNE_RULES = _by_name(
-    Rule("set", "smallest weights", _weight),
-    Rule("random", "random", _chance),
-    Rule("hebb", "least correlated", attrgetter("correlation"), ACTIVITY),
-)
-GROW_RULES = _by_name(
-    Rule("hebb", "most correlated", attrgetter("correlation"), ACTIVITY),
-    Rule("random", "random", _chance),
-    Rule("gradient", "largest gradient", attrgetter("gradient"), GRADIENT),
-)
+_CORRELATION, _GRADIENT = attrgetter("correlation"), attrgetter("gradient")
+PRUNE_RULES = {
+    "set": Rule("set", "smallest weights", _weight),
+    "random": Rule("random", "random", _chance),
+    "hebb": Rule("hebb", "least correlated", _CORRELATION, ACTIVITY),
+}
+GROW_RULES = {
+    "hebb": Rule("hebb", "most correlated", _CORRELATION, ACTIVITY),
+    "random": Rule("random", "random", _chance),
+    "gradient": Rule("gradient", "largest gradient", _GRADIENT, GRADIENT),
+}
 
 
 def unit_correlation(
     pre: torch.Tensor, post: torch.Tensor, mask: BlockMask, world: World = ALONE, units: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The mean pre/post correlation of ``units``, counted row by row, between −1 and 1: [units]; None: of every unit of
-    the grid, [block rows, block columns].
+    """The mean pre/post correlation, −1 to 1, of ``units``, counted row by row: [units]; None: of every unit of the
+    grid, [block rows, block columns].
 
     The correlation of input j and output i is the uncentred cosine Σ post_i·pre_j / (‖post_i‖·‖pre_j‖) over all T·B
-    samples, 0 where either is silent. Its mean over a unit separates into sums over the unit's normalised outputs and
-    inputs::
+    samples, 0 where either is silent. Its mean over a unit is a product of sums over the unit's outputs and inputs::
 
         mean over unit (r, c) = Σ_samples (Σ_{i∈r} post_i/‖post_i‖) · (Σ_{j∈c} pre_j/‖pre_j‖) / (|r|·|c|)
 
@@ -116,7 +108,7 @@ def unit_correlation(
 
 def _packed(g: torch.Tensor, x: torch.Tensor, mask: BlockMask, units: torch.Tensor) -> torch.Tensor:
     """Σ over the samples of g·xᵀ, g [M, out] and x [M, in], in each of ``units``: [units, unit_rows, unit_cols]. It is
-    the gradient of a layer that has these units, and takes as much time and memory."""
+    the gradient of a layer with these units, and takes as much time and memory."""
     with torch.inference_mode(False), torch.enable_grad():
         x, g = (train.clone() if train.is_inference() else train for train in (x, g))
         row, col = units // mask.grid[1], units % mask.grid[1]
@@ -127,7 +119,7 @@ def _packed(g: torch.Tensor, x: torch.Tensor, mask: BlockMask, units: torch.Tens
 
 
 def sizes_of(units: torch.Tensor, mask: BlockMask) -> torch.Tensor:
-    """The number of weights of each of ``units``, counted row by row."""
+    """The weights in each of ``units``, counted row by row."""
     return mask.rows.lengths[units // mask.grid[1]] * mask.cols.lengths[units % mask.grid[1]]
 
 
@@ -166,9 +158,7 @@ def unit_gradient(
     pairs: Sequence[Pair], mask: BlockMask, world: World = ALONE, units: torch.Tensor | None = None
 ) -> torch.Tensor:
     """√ of the mean of (∂L/∂W)² over each of ``units``, counted row by row: float32 [units]; None: over each unit of
-    the grid. ∂L/∂W is the sum over ``pairs`` x [..., in] and g [..., out], and their samples, of g·xᵀ. Each process of
-    the ``world`` has some of the samples.
-    """
+    the grid. ∂L/∂W is Σ g·xᵀ over the samples of all ``pairs`` (x, g). Each process of the ``world`` has some."""
     rows, cols = mask.rows, mask.cols
     flat = ((x.reshape(-1, cols.size).float(), g.reshape(-1, rows.size).float()) for x, g in pairs)
     x, g = map(torch.cat, zip(*flat, strict=True))

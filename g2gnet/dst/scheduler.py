@@ -1,5 +1,4 @@
-"""Dynamic sparse training: at regular intervals the weakest units are pruned and new ones grown, as many or fewer. For
-:class:`G2GLinear` layers, and any optimizer whose state can be reset (:mod:`g2gnet.dst.optimizer_state`)."""
+"""Dynamic sparse training: at regular intervals the weakest units are pruned and new ones grown, as many or fewer."""
 
 import contextlib
 import copy
@@ -38,43 +37,44 @@ class DSTScheduler:
     As with a learning-rate scheduler, call :meth:`step` after each ``optimizer.step()``. In an update, each layer loses
     the ``fraction`` of its units with the lowest prune score and gains as many, with the highest grow score, among
     those that were inactive before. Grown weights start at zero, here and in averages of the model, and their optimizer
-    state as for any new weight. Frozen layers do not change, nor do full ones without ``final_density``. The logger
-    ``g2gnet`` names them at construction, and updates that were skipped because scores were not finite, when ``pruned``
-    or the state is next read. A scheduler can be copied and pickled together with its model and optimizer.
+    state is reset (:mod:`g2gnet.dst.optimizer_state`). Frozen layers do not change, nor do full ones without
+    ``final_density``; the logger ``g2gnet`` names them at construction. It also names updates that were skipped because
+    scores were not finite, when ``pruned`` or the state is next read. Copy and pickle a scheduler together with its
+    model and optimizer.
 
     Args:
         model: all its :class:`G2GLinear` layers are rewired, and its activity is recorded if a rule needs it
             (:class:`ActivityRecorder`). Or the layers, from input to output; :meth:`step` then takes their activity.
-        optimizer: holds the layers' ``values``, and in its ``state`` what it keeps of them. Several in a list, if each
-            holds some layers, or one wraps another and each has a state.
+        optimizer: holds the layers' ``values``. A list of several, if each holds some layers, or one wraps another and
+            each has a state.
         interval: optimizer steps between updates.
         fraction: share of the units replaced in an update, 0 to 1.
         prune: a name in ``g2gnet.dst.PRUNE_RULES``, such as ``"set"``: lowest mean ``|w|`` (Mocanu et al. 2018).
         grow: a name in ``g2gnet.dst.GROW_RULES``. ``"gradient"`` is the largest root mean square of ∂L/∂W over the
-            unit, in the step of the update (Evci et al. 2020, for units). That step costs a dense layer's gradient, a
-            part of it at a time in memory, and takes no ``create_graph=True`` and no batches of gradients (``vmap``).
-            Before an update with a rule that reads spikes or gradients, compiled code runs uncompiled.
+            unit, in the step of the update (Evci et al. 2020, for units). That step costs a dense layer's gradient, in
+            memory a part of it at a time; it refuses ``create_graph=True`` and batches of gradients (``vmap``).
+            Compiled code runs uncompiled before an update whose rules read spikes or gradients.
         seed: of the draws that break ties and drive the random rules.
-        process_group: the processes of data-parallel training, each with a scheduler like this one, whole layers, and a
-            part of the samples. They check that their networks are equal before and after an update. ``"world"``: all
-            processes of ``torch.distributed``, if it is initialised. None: this process alone.
+        process_group: the processes of data-parallel training, each with such a scheduler, whole layers, and a part of
+            the samples. They check that their networks are equal before and after an update. ``"world"``: all processes
+            of ``torch.distributed``, if it is initialised. None: this process alone.
         schedule: ``"constant"``, or ``"cosine"``: in step s the fraction is multiplied by ½(1 + cos πs/S), S being the
             step of the last update.
         stop: the share of training, above 0 and at most 1, after which no unit is replaced.
         total_steps: the optimizer steps of the whole training, which ``"cosine"``, ``stop`` and ``final_density`` need.
-        final_density: the share of all weights, above 0 and at most 1, that is left by the last update: gradual pruning
+        final_density: the share of all weights, above 0 and at most 1, that the last update leaves: gradual pruning
             (Zhu and Gupta 2017). Of W₀ weights at first and F in the end, F + (W₀ − F)·(1 − s/S)³ or up to a unit fewer
-            are left after the update in step s. How many of them a layer keeps is decided by the LAMP scores of all
-            units, and which by their prune score; at least one unit stays. A layer then replaces ``fraction`` (0: none)
-            of the units that it keeps by as many weights. Weights and their optimizer state become new, smaller
-            tensors: after such an update make a new DistributedDataParallel. None: the number of units stays.
+            are left after the update in step s. LAMP scores of all units decide how many of them each layer keeps, at
+            least one; prune scores decide which. A layer then replaces ``fraction`` (0: none) of the units that it
+            keeps by as many weights. Weights and their optimizer state become new, smaller tensors: make a new
+            DistributedDataParallel after such an update. None: the number of units stays.
         averages: averages of the model (EMA, SWA), which are rewired with it (:func:`tie_wiring`). A copy that nobody
-            tied stays as it is; if one lives in an update, the logger ``g2gnet`` warns once.
-        network: if layers are given, the network that they are in, which knows what reaches each of them, and how much
-            later. None: each layer's outputs are the next one's inputs.
-        reset_state: by the name of a state of the optimizer that :mod:`g2gnet.dst.optimizer_state` does not know, or
-            knows otherwise, what it begins with for new units: a number; a function of the new units' weights [n,
-            unit_rows, unit_cols] that returns their state; or None to leave it as it is.
+            tied stays as it is; if one exists during an update, the logger ``g2gnet`` warns once.
+        network: if layers are given, the network that they are in, which knows the inputs and delays of each. None:
+            each layer's outputs are the next one's inputs.
+        reset_state: by the name of an optimizer's state, what it begins with for new units, if
+            :mod:`g2gnet.dst.optimizer_state` does not know it, or should not decide: a number; a function of the new
+            units' weights [n, unit_rows, unit_cols] that returns their state; or None to leave it as it is.
 
     Attributes:
         pruned, grown: units pruned and grown so far, over all layers.
@@ -82,8 +82,8 @@ class DSTScheduler:
     Raises:
         ValueError: for an option out of range, no layer, layers that cannot be rewired (not held by the optimizer,
             sharded, computed by a parametrization, full), an optimizer whose states cannot be reset, a rule by
-            correlation for a stack whose output does not spike, or a ``final_density`` that leaves less than a unit in
-            each layer, or is given with a DistributedDataParallel.
+            correlation for a network whose output does not spike, or a ``final_density`` that leaves less than a unit
+            in each layer, or is given with a DistributedDataParallel.
 
     Example:
         >>> net = G2GNet(64, 64, 10, block_size=8, T=5)
@@ -144,14 +144,6 @@ class DSTScheduler:
         if self._model is None and len(self.layers) < len(named):
             other = next(each for each in named.values() if not isinstance(each, G2GLinear))
             raise TypeError(f"{type(other).__name__} is among the layers, which must be G2GLinear; give the model")
-        numbers: dict[int, int] = {}
-        for number, layer in enumerate(self.layers):
-            first = numbers.setdefault(id(layer.values), number) if layer.has_plain_values else number
-            if first != number:
-                raise ValueError(
-                    f"layers {first} and {number} have the same weights, which would be rewired twice; give each layer "
-                    "once, and use one layer in both places"
-                )
         if isinstance(averages, nn.Module):
             raise TypeError("averages is a module; give a list of them, averages=[average]")
         self._averages = list(averages)
@@ -159,22 +151,20 @@ class DSTScheduler:
             raise ValueError("averages= needs the model, not its layers; give it, or call tie_wiring(model, average)")
         if not self.layers:
             raise ValueError("there is no G2GLinear layer to rewire; g2gnet.sparsify(model) creates them")
+        self._check_weights()
         if final_density is None and all(layer.mask.is_full for layer in self.layers):
             raise ValueError("every unit of every layer is present, so none can grow; lower p_inter or p_intra")
-        self._check_whole()
         self.optimizer = optimizer
         self._state = OptimizerState(optimizer, reset_state, fewer=final_density is not None)
         self.interval, self.fraction, self.seed, self.schedule = interval, fraction, seed, schedule
         self.prune, self.grow = PRUNE_RULES[prune], GROW_RULES[grow]
-        self._process_group = process_group
-        if final_density is not None:
-            if any(isinstance(each, DistributedDataParallel) for each in named.values()):
-                raise ValueError(
-                    "final_density= makes weights fewer, and DistributedDataParallel keeps buffers of their first "
-                    "number; give the layers in place of the model, and wrap it anew after each update"
-                )
-            self._check_enough_is_left(final_density)
-        self.final_density = final_density
+        self._process_group, self.final_density = process_group, final_density
+        if final_density is not None and any(isinstance(each, DistributedDataParallel) for each in named.values()):
+            raise ValueError(
+                "final_density= removes weights, and DistributedDataParallel keeps buffers of their first number; give "
+                "the layers instead of the model, and wrap the model again after each update"
+            )
+        self._check_enough_is_left()
         self._checked_layers()
         for name, layer in named.items():
             if isinstance(layer, G2GLinear) and not self._changes(layer):
@@ -182,11 +172,11 @@ class DSTScheduler:
                 shape = f"{layer.out_features} × {layer.in_features}"
                 logger.warning("layer %s, %s, is left out of dynamic sparse training: %s", name, shape, why)
         self.steps = self._pruned = self._grown = 0
-        #: of updates that are not yet counted there: the step, the numbers of the layers, for the prune and the grow
-        #: scores of each whether they are finite (on the device), and the units pruned and grown if all are
+        #: updates that are not counted there yet: the step, the numbers of its layers, whether the prune and the grow
+        #: scores of each are finite (on the device), and the units pruned and grown if all are
         self._outcomes: list[tuple[int, list[int], torch.Tensor, int, int]] = []
         self._evidence = StepEvidence(self._model, self.layers, network, self.prune, self.grow if fraction else None)
-        self._told_of_copies = False
+        self._warned_of_copies = False
         self._begin()
 
     def _begin(self) -> None:
@@ -197,7 +187,7 @@ class DSTScheduler:
 
     @property
     def next_is_due(self) -> bool:
-        """Whether the next :meth:`step` is to be an update."""
+        """Whether the next :meth:`step` will be an update."""
         step = self.steps + 1
         return step % self.interval == 0 and (self._last is None or step <= self._last)
 
@@ -206,8 +196,8 @@ class DSTScheduler:
         return layer.values.requires_grad and (self.final_density is not None or not layer.mask.is_full)
 
     def _checked_layers(self) -> list[tuple[int, G2GLinear]]:
-        """The layers that an update changes, with their numbers; ValueError for weights that no optimizer holds, or
-        states of them that cannot be reset."""
+        """The layers that an update changes, with their numbers. Raises ValueError for weights that no optimizer holds,
+        or whose states cannot be reset."""
         groups = [group for optimizer in self._state.optimizers for group in optimizer.param_groups]
         held = {id(parameter) for group in groups for parameter in group["params"]}
         changing = [(number, layer) for number, layer in enumerate(self.layers) if self._changes(layer)]
@@ -220,15 +210,17 @@ class DSTScheduler:
             self._state.check(layer.values)
         return changing
 
-    def _check_enough_is_left(self, final_density: float) -> None:
-        """Raises ValueError if pruning to this share of all weights would leave less than a unit in a layer."""
+    def _check_enough_is_left(self) -> None:
+        """Raises ValueError if ``final_density`` would leave less than a unit in a layer that exists now."""
+        if self.final_density is None:
+            return
         frozen = {layer for layer in self.layers if not layer.values.requires_grad}
         if len(frozen) == len(self.layers):
-            raise ValueError(f"final_density={final_density} prunes nothing: all layers are frozen; leave it out")
+            raise ValueError(f"final_density={self.final_density} prunes nothing: all layers are frozen; leave it out")
         least = least_density(self.layers, frozen)
-        if final_density < least:
+        if self.final_density < least:
             raise ValueError(
-                f"final_density={final_density} is less than the {least:.4g} of one unit in each layer"
+                f"final_density={self.final_density} is less than the {least:.4g} of one unit in each layer"
                 f"{', and of all in frozen ones' if frozen else ''}; raise it"
             )
 
@@ -237,7 +229,7 @@ class DSTScheduler:
             self._evidence.start([layer for layer in self.layers if self._changes(layer)])
 
     def _count(self) -> tuple[int, int]:
-        """Units pruned and grown so far; waits for the device, and logs the updates that were skipped."""
+        """Units pruned and grown so far. Waits for the device, and logs the updates that were skipped."""
         outcomes, self._outcomes = self._outcomes, []
         for step, numbers, are_finite, pruned, grown in outcomes:
             finite = are_finite.tolist()
@@ -264,6 +256,8 @@ class DSTScheduler:
         return {"steps": self.steps, "pruned": self.pruned, "grown": self.grown}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Loads the counters. Load the states of the network and of the optimizer with them: moments belong to the
+        units that the network had when they were saved."""
         self._evidence.drop()
         self.steps, self._outcomes = state["steps"], []
         self._pruned, self._grown = state["pruned"], state["grown"]
@@ -275,16 +269,16 @@ class DSTScheduler:
 
         Args:
             inputs: what the first layer received in this step, [B, in] or, time first, [T, B, in].
-            activity: what the stack of these layers did in this step; its spikes are the samples of the correlation.
-                Omit both if the scheduler was created with a model, which it then observes itself.
+            activity: what the network did in this step; its spikes are the samples of the correlation. Omit both if
+                the scheduler was created with a model, which it then observes itself.
 
         Raises:
-            RuntimeError: if a rule needs what was neither given nor recorded, or cannot be formed.
-            ValueError: for what the constructor refuses, if it has become so since; if there are no more weights than
-                ``final_density`` at first; for the activity of other layers, or without the spikes that a rule needs.
+            RuntimeError: if a rule needs something that was neither given nor recorded, or cannot be formed.
+            ValueError: for what the constructor refuses, if it has become so since; if training begins with no more
+                weights than ``final_density``; for the activity of other layers, or without spikes that a rule needs.
             DistributedError: if the processes do not all make this update, or their networks differ before or after it.
 
-        After any error but the last, also one in ``reset_state``, nothing has changed in any layer or state.
+        After any other error than the last, also one in ``reset_state``, no layer and no state has changed.
         """
         if getattr(getattr(self._model, "_join_config", None), "enable", False):
             raise RuntimeError(
@@ -306,9 +300,9 @@ class DSTScheduler:
             if due:
                 if inputs is not None and activity is not None:
                     self._evidence.give(inputs, activity)
-                self._check_whole()
-                if self.final_density is not None and not all(layer.values.requires_grad for layer in self.layers):
-                    self._check_enough_is_left(self.final_density)  # some may have been frozen since
+                self._check_weights()
+                if not all(layer.values.requires_grad for layer in self.layers):
+                    self._check_enough_is_left()  # some may have been frozen since
                 world = World(self._process_group)
                 world.stage = f"the update of the units after step {self.steps}"
                 world.assemble()
@@ -317,7 +311,7 @@ class DSTScheduler:
                 with torch.autocast(self.layers[0].values.device.type, enabled=False):  # it would round the scores
                     self._update(self._checked_layers(), world)
                 world.check_same(f"the wiring after step {self.steps}", None, self._wiring())
-        finally:  # whoever catches an error can go on
+        finally:  # a caller that catches an error can go on
             self._evidence.drop()
             self._record_if_due()
         return due
@@ -328,8 +322,8 @@ class DSTScheduler:
     def _network(self) -> Iterator[torch.Tensor]:
         """What must be the same in all processes: the wiring, and the parameters of the model, or of the layers."""
         yield from self._wiring()
-        for layer in self.layers:  # whose padding is no weight
-            yield torch.where(layer.mask.valid(), layer.values.detach(), 0)
+        for layer in self.layers:
+            yield torch.where(layer.mask.valid(), layer.values.detach(), 0)  # without padding
         of_layers = {id(layer.values) for layer in self.layers}
         for module in [*self.layers] if self._model is None else [self._model]:
             ignored = getattr(module, "parameters_to_ignore", ())  # by DistributedDataParallel
@@ -337,13 +331,19 @@ class DSTScheduler:
                 if id(parameter) not in of_layers and name.removeprefix("module.") not in ignored:
                     yield parameter
 
-    def _check_whole(self) -> None:
-        """Raises ValueError unless the weights of each layer are one parameter, and whole in this process."""
+    def _check_weights(self) -> None:
+        """Raises ValueError unless each layer has a parameter of its own as weights, whole in this process."""
+        numbers: dict[int, int] = {}
         for number, layer in enumerate(self.layers):
             if not layer.has_plain_values:
                 raise ValueError(
                     f"the weights of layer {number}, {layer.out_features} × {layer.in_features}, are computed by a "
                     "parametrization, pruning or a norm; remove that, or give DSTScheduler the other layers"
+                )
+            if (first := numbers.setdefault(id(layer.values), number)) != number:
+                raise ValueError(
+                    f"layers {first} and {number} have the same weights, which would be rewired twice; give each layer "
+                    "once, and use one layer in both places"
                 )
             values, packed = layer.values, (layer.mask.num_units, *layer.mask.unit_shape)
             if type(values.data) is not torch.Tensor or values.shape != packed:
@@ -357,9 +357,11 @@ class DSTScheduler:
         waits for the device: a unit that must stay is replaced by itself."""
         if not layers:  # every layer is frozen, or full
             return
-        streams = ((number, layer, stream(self.seed, "candidates", self.steps, number)) for number, layer in layers)
-        candidates = {number: draw_candidates(layer.mask, of_candidates) for number, layer, of_candidates in streams}
-        grow = self.grow if self.fraction else GROW_RULES["random"]  # which needs nothing, and none are taken
+        candidates = {
+            number: draw_candidates(layer.mask, stream(self.seed, "candidates", self.steps, number))
+            for number, layer in layers
+        }
+        grow = self.grow if self.fraction else GROW_RULES["random"]  # which needs no evidence, and nothing grows
         evidence = self._evidence.of_units(layers, world, candidates)
         scores = [(self.prune.score(of_slots), grow.score(of_grid)) for of_slots, of_grid in evidence]
         finite = torch.stack([_is_finite(score) for pair in scores for score in pair])
@@ -369,8 +371,7 @@ class DSTScheduler:
             budgets = self._budgets([layer for _, layer in layers], self.final_density)
         share = self.steps / self._last if self._last else 0.0
         fraction, pruned, grown, spare = self.fraction * SCHEDULES[self.schedule](share), 0, 0, 0.0
-        with contextlib.ExitStack() as undo:
-            # an error in one layer takes back what was done before it, and no average follows
+        with contextlib.ExitStack() as undo:  # an error in one layer undoes the layers before it; no average follows
             for (number, layer), pair, budget in zip(layers, scores, budgets, strict=True):
                 draw = stream(self.seed, "dst", self.steps, number, device=draw_device(pair[0].device))
                 of_layer = layer.mask, Scores(*pair, candidates[number]), fraction, draw
@@ -383,8 +384,8 @@ class DSTScheduler:
             rewire_averages(layer)
         self._outcomes.append((self.steps, [number for number, _ in layers], finite, pruned, grown))
         copies = (copy for layer in self.layers for copy in layer.ties.copies)
-        if not self._told_of_copies and not all(copy.ties.declared for copy in copies):
-            self._told_of_copies = True
+        if not self._warned_of_copies and not all(copy.ties.declared for copy in copies):
+            self._warned_of_copies = True
             logger.warning(
                 "the network was rewired, and a copy keeps its units. If that is an average, give DSTScheduler("
                 "averages=[average]) or call g2gnet.tie_wiring(network, average), else g2gnet.untie_wiring(copy)"
@@ -401,9 +402,8 @@ class DSTScheduler:
         return layer_budgets(sizes, magnitudes, weights_after(now, final, self._last - self.steps, self.interval))
 
     def __del__(self) -> None:
-        # removes what it set up in the model; if its constructor raised, that is nothing
-        if "_evidence" in self.__dict__ and not sys.is_finalizing():
-            self._evidence.stop()
+        if "_evidence" in self.__dict__ and not sys.is_finalizing():  # else the constructor raised, or Python ends
+            self._evidence.stop()  # removes its hooks from the model
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -25,10 +25,9 @@ _OTHERS = "give " + ", and ".join(
 
 
 class StepEvidence:
-    """Collects in one training step, from :meth:`start` to :meth:`stop`, what the rules need: the activity of
-    ``model``, or as given (:meth:`give`); ``grow`` is None if nothing grows. Raises ValueError for a network whose
-    output does not spike, or a model that is compiled and cannot run uncompiled.
-    """
+    """Collects what the rules need in one training step, from :meth:`start` to :meth:`stop`: the activity of ``model``,
+    or what the caller gives (:meth:`give`). ``grow`` is None if nothing grows. Raises ValueError for a network whose
+    output does not spike, or a compiled model that cannot run uncompiled."""
 
     def __init__(
         self,
@@ -51,7 +50,7 @@ class StepEvidence:
         self._activity: ActivityRecorder | None = None  # while it records
         self._recordings: list[Recording] | None = None
         self._gradients: dict[G2GLinear, UnitGradients] = {}
-        self._overtaken = False  # by another scheduler, which records the gradient of the same layers now
+        self._overtaken = False  # another scheduler records the gradient of the same layers now
         self._uncompiled: Uncompiled | None = None
 
     def start(self, layers: Sequence[G2GLinear]) -> None:
@@ -76,13 +75,13 @@ class StepEvidence:
             self._recordings, self._activity = self._activity.stop(), None
 
     def run_compiled(self) -> None:
-        """Lets compiled code run again, which records nothing."""
+        """Lets compiled code run again."""
         if self._uncompiled is not None:
             self._uncompiled.end()
             self._uncompiled = None
 
     def drop(self) -> None:
-        """Stops recording, and forgets the step, also what graphs refer to."""
+        """Stops recording, and forgets the step. Graphs that someone keeps refer to nothing of it either."""
         self.stop()
         for gradients in self._gradients.values():
             gradients.close()
@@ -99,13 +98,11 @@ class StepEvidence:
             to_output = [net.connections()[each.name] for each in net.projections() if each.target + 1 == net.depth]
             last_is_mine = any(layer in self._layers for layer in to_output)
         if last_is_mine:
-            raise ValueError(
-                f"a correlation needs output spikes, and this activity is a readout of membranes; {_OTHERS}"
-            )
+            raise ValueError(f"a correlation needs output spikes; this activity is a readout of membranes; {_OTHERS}")
 
     def give(self, inputs: torch.Tensor, activity: Activity) -> None:
-        """Takes what the first layer received and what the stack did; ValueError for the activity of other layers, or
-        inputs of other samples."""
+        """Takes the first layer's inputs and the activity of the network. Raises ValueError for the activity of other
+        layers, or inputs of other samples."""
         if inputs.shape[-2] != len(activity.counts):
             raise ValueError(
                 f"inputs are {list(inputs.shape)}, and the activity is of {len(activity.counts)} samples; give what "
@@ -114,7 +111,7 @@ class StepEvidence:
         if self._network is not None:
             received: dict[nn.Module, Recording] = defaultdict(list)
             for layer, pre, post in received_in(self._network, inputs, activity):
-                received[layer].append((pre, post))  # several of a connection in several projections
+                received[layer].append((pre, post))  # several if several projections share a connection
             self._recordings = [received[layer] for layer in self._layers]
             return
         mine, theirs = [layer.out_features for layer in self._layers], [len(rates) for rates in activity.rates]
@@ -129,13 +126,16 @@ class StepEvidence:
     def of_units(
         self, layers: Sequence[tuple[int, G2GLinear]], world: World, candidates: Mapping[int, torch.Tensor | None]
     ) -> Iterator[tuple[Evidence, Evidence]]:
-        """What is known of each layer's units, and of those that may grow: the ``candidates`` by the layer's number,
-        int64 counted row by row, or None for the whole grid. RuntimeError if it was not recorded."""
+        """The evidence of each layer's slots, and of its units that may grow: the ``candidates`` by the layer's number,
+        int64 counted row by row, or None for the whole grid. Raises RuntimeError if it was not recorded."""
         unpacked: dict[int, torch.Tensor] = {}  # by the train's id; a layer's spikes are the next one's inputs
         for number, layer in layers:
-            mask, drawn = layer.mask, candidates[number]
-            exist = mask.flat_unit()[: mask.num_units if self._prunes_by_evidence else 0]
-            units, known = None if drawn is None else torch.cat([exist, drawn]), {}
+            mask, drawn, scores = layer.mask, candidates[number], {}
+            slots = mask.flat_unit()[: mask.num_units if self._prunes_by_evidence else 0]
+            units: torch.Tensor | None = None  # those to score; None: the whole grid, in which slots have their places
+            parts: tuple[Any, slice] = slots, slice(None)
+            if drawn is not None:
+                units, parts = torch.cat([slots, drawn]), (slice(len(slots)), slice(len(slots), None))
             if ACTIVITY in self.needs:
                 if not self._recordings or not self._recordings[number]:
                     raise RuntimeError(self._nothing_seen("activity", number))
@@ -143,19 +143,16 @@ class StepEvidence:
                 trains = {id(train): train for pair in pairs for train in pair}
                 unpacked = {key: unpacked[key] if key in unpacked else dense(train) for key, train in trains.items()}
                 samples = _samples([(unpacked[id(pre)], unpacked[id(post)]) for pre, post in pairs])
-                known["correlation"] = rules.unit_correlation(*samples, mask, world, units).flatten()
+                scores["correlation"] = rules.unit_correlation(*samples, mask, world, units).flatten()
             if GRADIENT in self.needs:
                 gradients = self._gradients.get(layer)
                 if gradients is None or not (pairs_seen := gradients.seen()):
                     raise RuntimeError(self._nothing_seen("gradient", number))
-                known["gradient"] = rules.unit_gradient(pairs_seen, mask, world, units)
+                scores["gradient"] = rules.unit_gradient(pairs_seen, mask, world, units)
                 gradients.close()
-            parts: tuple[Any, slice] = exist, slice(None)
-            if drawn is not None:
-                parts = slice(len(exist)), slice(len(exist), None)
-            of_slots, of_grid = ({name: scores[part] for name, scores in known.items()} for part in parts)
+            of_slots, of_growing = ({name: score[part] for name, score in scores.items()} for part in parts)
             may_grow = math.prod(mask.grid) if drawn is None else len(drawn)
-            yield Evidence(layer, mask.num_units, **of_slots), Evidence(layer, may_grow, **of_grid)
+            yield Evidence(layer, mask.num_units, **of_slots), Evidence(layer, may_grow, **of_growing)
 
     def _nothing_seen(self, what: str, number: int) -> str:
         if what == GRADIENT and self._overtaken:
@@ -166,17 +163,16 @@ class StepEvidence:
             "inputs and the activity to step(); or use prune='set' or 'random' with grow='random'"
         )
 
-    def __getstate__(self) -> dict[str, Any]:
-        # a copy begins with the next step
+    def __getstate__(self) -> dict[str, Any]:  # a copy begins with the next step
         return {**self.__dict__, "_uncompiled": None, "_activity": None, "_recordings": None, "_gradients": {}}
 
 
 def _samples(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pre- and postsynaptic samples of all calls of a layer, in the form that :func:`unit_correlation` takes."""
+    """The pre- and postsynaptic samples of all calls of a layer, as :func:`unit_correlation` takes them."""
     if len(pairs) == 1 and pairs[0][1].dim() == 3:
         return pairs[0]
-    # an input may have been held for all time steps
     pairs = [(pre.expand(len(post), *pre.shape) if pre.dim() < post.dim() else pre, post) for pre, post in pairs]
-    trains = zip(*pairs, strict=True)
-    pre, post = (torch.cat([each.reshape(-1, each.shape[-1]) for each in of_side])[None] for of_side in trains)
+    pre, post = (
+        torch.cat([each.reshape(-1, each.shape[-1]) for each in side])[None] for side in zip(*pairs, strict=True)
+    )
     return pre, post

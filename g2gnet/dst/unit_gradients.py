@@ -1,5 +1,4 @@
-"""The gradients of all units of a layer in a training step, also of those that do not exist, for the grow rule
-``gradient``."""
+"""The gradients of all units of a layer in a training step, absent ones included, for the grow rule ``gradient``."""
 
 import functools
 
@@ -9,7 +8,7 @@ from g2g_kernels.ops.g2g_stack.population import ProductObserver
 from g2g_kernels.tracing import is_transformed
 from g2gnet.dst.rules import Pair
 
-#: the number of the backward pass that runs now; −1 outside of them
+#: the number of the backward pass that is running, −1 outside of one
 _backward_pass = torch._C._current_graph_task_id
 
 _BATCHES = "gradients in batches (torch.func.vmap, is_grads_batched, jacobian(vectorize=True))"
@@ -17,7 +16,7 @@ _TWICE = "the gradient of a gradient (create_graph=True)"
 
 
 def _is_batch(gradient: torch.Tensor) -> bool:
-    """Whether it stands for several gradients."""
+    """Whether a tensor stands for several gradients."""
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(gradient):
         if functorch.is_batchedtensor(gradient):
@@ -27,27 +26,24 @@ def _is_batch(gradient: torch.Tensor) -> bool:
 
 
 class UnitGradients:
-    """The size of ∂L/∂W in every unit of a layer: the observer of a layer that is trained by several backward passes.
-    With what the layer received and the gradient of what it gave, ∂L/∂W = Σ over samples of g·xᵀ. They count where a
-    backward pass forms the gradient of the layer's weights, not where it forms that of the inputs alone.
-    """
+    """Observes a layer in a training step, which may have several backward passes: ∂L/∂W = Σ over samples of g·xᵀ, with
+    the inputs x of the layer's products and the gradients g of their outputs. A product counts where a backward pass
+    forms the gradient of the layer's weights, not where it forms that of the inputs alone."""
 
     def __init__(self) -> None:
         self.close()
 
     def close(self) -> None:
-        """Forgets everything, also what graphs of this step refer to."""
-        #: of products; each adds Σ over samples of g·xᵀ to ∂L/∂W
+        """Forgets everything. Graphs that someone keeps refer to the inputs through this object alone."""
+        #: x and g of each product, and of each read of the dense weight, whose product is with the identity
         self.pairs: list[Pair] = []
-        #: of reads of the dense weight, whose gradient is its product with the identity
-        self.dense: list[Pair] = []
-        #: what the step had whose gradient is not seen
+        #: a kind of gradient in this step that is not seen
         self.unseen: str | None = None
-        #: inputs by the number of their product. Graphs that someone keeps refer to them through this object
+        #: inputs by the number of their product
         self.inputs: dict[int, torch.Tensor] = {}
 
     def of_call(self, values: torch.Tensor) -> tuple[torch.Tensor, ProductObserver]:
-        """The packed weights for the products of one call, and what these products are told to."""
+        """The packed weights for the products of one call, and the observer of these products."""
         if not values.requires_grad:
             return values, lambda _, y: y
         call = _Call(self)
@@ -64,32 +60,31 @@ class UnitGradients:
         if _is_batch(gradient):
             self.unseen = _BATCHES
         else:
-            self.dense.append((torch.eye(gradient.shape[1], device=gradient.device), gradient.detach().T))
+            self.pairs.append((torch.eye(gradient.shape[1], device=gradient.device), gradient.detach().T))
 
     def __reduce__(self) -> tuple:
         return type(None), ()  # a copy of the layer takes no part in the step
 
     def seen(self) -> list[Pair]:
-        """What :func:`~g2gnet.dst.rules.unit_gradient` takes. Raises RuntimeError if gradients of the weights were
-        formed in batches, or one that has a gradient itself: that of the weights has more parts then."""
+        """The pairs, as :func:`~g2gnet.dst.rules.unit_gradient` takes them. Raises RuntimeError if gradients of the
+        weights were formed in batches, or with ``create_graph=True``: the pairs then lack parts of the gradient."""
         if self.unseen is not None:
             raise RuntimeError(f"grow='gradient' does not see {self.unseen} of this step; use grow='random' or 'hebb'")
-        return self.pairs + self.dense
+        return self.pairs
 
 
 class _Call:
-    """The products of one call of a layer. A backward pass reaches their outputs first (:meth:`_reach_output`) and
-    then, if it forms the gradient of the weights, these (:meth:`reach_weights`): its pairs count then.
-    """
+    """The products of one call of a layer. A backward pass reaches their outputs first (:meth:`_reach_output`). If it
+    forms the gradient of the weights, it then reaches these (:meth:`reach_weights`), and its pairs count."""
 
     def __init__(self, gradients: UnitGradients) -> None:
         self._gradients = gradients
         self._called_in = _backward_pass()
-        #: by product: the backward pass that may go on to the weights, and the pair
+        #: by product: the backward pass that may reach the weights, and the pair
         self._reached: dict[int, tuple[int, Pair]] = {}
 
     def observe(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """Notes the input of a product, and returns its output, whose gradient will be noted."""
+        """Notes the input of a product, and returns its output, whose gradient will be noted, too."""
         if not y.requires_grad:  # in the forward pass of chunks
             return y
         product = len(self._gradients.inputs)
@@ -104,7 +99,7 @@ class _Call:
         received, (gradient,) = self._gradients.inputs.get(product), gradients
         if received is None or gradient is None or _is_batch(gradient):
             return
-        # a chunk is computed again, and its gradients are formed, in a pass within that to the weights
+        # a chunk is computed again, and its gradients are formed, in a pass inside the one that reaches the weights
         recomputed = computed_in != self._called_in
         to_weights = computed_in if recomputed else _backward_pass()
         self._reached[product] = to_weights, (received, gradient.detach())

@@ -35,17 +35,14 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerAnalysis:
-    """One layer: its connection and its neurons' activity, by group. Tensors are float64, NaN: not defined.
+    """One layer: its connection and its neurons' activity, by group. Tensors are float64, NaN where not defined.
 
     Attributes:
-        name: ``lif1``, ``lif2`` or ``lif3``.
         group_sizes: int64 [G], neurons in each group.
-        neuron_rates, group_rates: [N], spikes per step (:func:`firing_rates`), and [G], their mean in each group.
-        synchrony: [G] (:func:`temporal_synchrony`).
-        correlation: three [G, G] (:func:`count_correlation`).
+        neuron_rates, group_rates: [N] (:func:`firing_rates`), and [G], their mean in each group.
+        synchrony, correlation: [G] and three [G, G] (:func:`temporal_synchrony`, :func:`count_correlation`).
         coherence, chance_coherence: [G, G] between the layer's groups, NaN on the diagonal (functions of these names).
-        pathway_coherence: [G, G of the inputs] between the layer's groups and those of its inputs; None if these are no
-            spikes.
+        pathway_coherence: [G, G of the inputs] between the layer's groups and those of its inputs, if these are spikes.
         density, cross_group_share: [G, G of the inputs] and [G] (:func:`group_density`, :func:`cross_group_share`).
         input_entropy, weight_entropy: [G], by connections and by weight (:func:`input_group_entropy`).
         accumulates, multiplies, dense_operations: :class:`~g2g_kernels.ops.g2g_stack.SynapticOperations` per sample.
@@ -90,8 +87,8 @@ class LayerAnalysis:
 
     @property
     def coherence_by_share(self) -> float:
-        """Pearson's r over the G groups, of coherence with the layer's other groups against inputs from others. For
-        eight groups chance alone gives ``|r| > 0.7`` in one of twenty cases."""
+        """Pearson's r over the G groups, of coherence with the layer's other groups against inputs from others. With
+        eight groups, chance alone gives ``|r| > 0.7`` in one of twenty cases."""
         return pearson(self.cross_group_coherence, self.cross_group_share)
 
     @property
@@ -105,15 +102,12 @@ class LayerAnalysis:
     def as_dict(self) -> dict[str, Any]:
         """Everything except single neurons' rates as lists and numbers, None where not defined."""
         names = (
-            "coherence", "chance_coherence", "pathway_coherence", "cross_group_coherence", "cross_group_share",
-            "coherence_by_share", "coherence_by_pathway", "density", "input_entropy", "weight_entropy",
-            "accumulates", "multiplies", "dense_operations",
+            "group_sizes", "firing_rate", "silent", "coherence", "chance_coherence", "pathway_coherence",
+            "cross_group_coherence", "cross_group_share", "coherence_by_share", "coherence_by_pathway", "density",
+            "input_entropy", "weight_entropy", "accumulates", "multiplies", "dense_operations",
         )  # fmt: skip
         values: dict[str, Any] = {
             "neurons": len(self.neuron_rates),
-            "group_sizes": self.group_sizes,
-            "firing_rate": self.firing_rate,
-            "silent": self.silent,
             "group_firing_rate": self.group_rates,
             "temporal_synchrony": self.synchrony,
             **{f"{name}_correlation": matrix for name, matrix in self.correlation._asdict().items()},
@@ -124,7 +118,7 @@ class LayerAnalysis:
 
 @dataclass(frozen=True)
 class NetworkAnalysis:
-    """What :func:`analyze_network` found in ``samples`` of so many ``steps``: the share of samples that are classified
+    """The result of :func:`analyze_network`: numbers of samples and steps, the share of samples that are classified
     correctly, and the layers from input to output.
 
     Example:
@@ -158,8 +152,8 @@ class NetworkAnalysis:
 def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> NetworkAnalysis:
     """Analyses the activity of ``net`` in ``batches``; spikes are summed batch by batch on the device and not kept.
 
-    A layer's neurons are grouped as the output side of its connection; its inputs as the input side, which may group
-    the same neurons differently.
+    A layer's neurons have the groups of its connection's outputs. Its inputs have those of the connection's inputs,
+    which may group the same neurons differently.
 
     Example:
         >>> analysis = analyze_network(net, [batch], num_classes=10)
@@ -212,7 +206,7 @@ def analyze_network(net: G2GNet, batches: Iterable[Batch], num_classes: int) -> 
 
 
 def _sums(train: SpikeTrain, labels: torch.Tensor, num_classes: int, layout: GroupLayout) -> SpikeSums:
-    """The sums over spikes. Of a long sequence, which came in chunks, one chunk is a float tensor at a time."""
+    """The sums over spikes. A long sequence comes in chunks, which become float tensors one at a time."""
     if isinstance(train, ChunkedSpikes):
         return SpikeSums.of_chunks([_sums(part, labels, num_classes, layout) for part in train.chunks])
     return SpikeSums.of(dense(train), labels, num_classes, layout)

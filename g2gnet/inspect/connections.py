@@ -9,10 +9,8 @@ from g2g_kernels.mask.groups import partners
 
 
 def group_density(mask: BlockMask, values: torch.Tensor | None = None) -> torch.Tensor:
-    """The share of the weights between each pair of groups that exist: float64 [groups out, groups in], 0 to 1; with
-    packed ``values`` [num_units, unit_rows, unit_cols] their mean ``|w|``, 0 for absent weights.
-
-    density_gh = weights that exist from input group h to output group g / (N_g · N_h)
+    """The share of the weights between each pair of groups that exist: float64 [groups out, groups in], 0 to 1. With
+    packed ``values`` [num_units, unit_rows, unit_cols] it is their mean ``|w|``, where absent weights count as 0.
 
     Example:
         >>> group_density(BlockMask.sample(GroupLayout(8, 2), GroupLayout(8, 2), p_inter=0.0, block_size=2))
@@ -28,9 +26,8 @@ def group_density(mask: BlockMask, values: torch.Tensor | None = None) -> torch.
 
 
 def cross_group_share(mask: BlockMask) -> torch.Tensor:
-    """The share of each output group's inputs that come from other input groups than its own: float64 [groups], 0 to 1.
-
-    NaN for a group without inputs. Its own groups: ``g2g_kernels.mask.groups.partners``.
+    """The share of each output group's inputs that come from other input groups than its own
+    (``g2g_kernels.mask.groups.partners``): float64 [groups], 0 to 1; NaN for a group without inputs.
 
     Example:
         >>> cross_group_share(BlockMask.full(GroupLayout(8, 2), GroupLayout(8, 2), block_size=2))
@@ -44,10 +41,9 @@ def input_group_entropy(mask: BlockMask, values: torch.Tensor | None = None) -> 
     """How evenly a neuron draws on the input groups, the mean over each output group: float64 [groups], 0 to 1.
 
     H_i = −Σ_h p_ih·ln p_ih / ln G with p_ih = d_ih / Σ_h d_ih, where d_ih is the share of the weights from input group
-    h to neuron i that exist, or with packed ``values`` [num_units, unit_rows, unit_cols] their mean ``|w|`` over all of
-    the group. 0: all inputs come from one group; 1: equally from every group, as in a dense layer.
-
-    Neurons without inputs are skipped; NaN where no neuron is left, and for a single input group.
+    h to neuron i that exist, or with packed ``values`` [num_units, unit_rows, unit_cols] their mean ``|w|``. 0: all
+    inputs come from one group; 1: equally from every group, as in a dense layer. Neurons without inputs are skipped;
+    NaN where no neuron is left, and for a single input group.
 
     Example:
         >>> input_group_entropy(BlockMask.full(GroupLayout(8, 2), GroupLayout(8, 2), block_size=2))

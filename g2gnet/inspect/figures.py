@@ -1,8 +1,7 @@
 """Pictures of networks and their training, each a matplotlib figure: ``figure.savefig("name.png")``.
 
-Nothing here touches pyplot's global state or needs a display; the extra ``plots`` has what they need.
-
-Colours are Okabe and Ito's for lines and viridis for maps, which colour-blind readers can tell apart.
+No picture touches pyplot's global state or needs a display; the extra ``plots`` has the packages. Colours are Okabe and
+Ito's for lines and viridis for maps, which colour-blind readers can tell apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,18 +25,18 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "os^DvP*"
 WIDTH = 9.6  # inches, the width of the page
 SHARES: dict[str, Any] = {"vmin": 0, "vmax": 1, "cmap": "viridis"}  # of a map of shares
-#: of a picture of populations, in inches: the least width of each, the height of all, and that of a connection
+#: in a picture of populations, in inches: their least width, their height, the height of a connection
 COLUMN, HEAD, ROW = 0.8, 0.56, 0.36
-#: and the width of a letter, and half the height of a loop; characters of a name
+#: the width of a letter and half the height of a loop, in inches; the characters of a name
 LETTER, LOOP, NAME = 0.085, 0.08, 14
-#: at most this many groups of a layer are drawn, and neurons of a raster, of which more could not be told apart
+#: the most groups of a layer, and neurons of a raster, that are drawn; more could not be distinguished
 SHOWN_GROUPS, SHOWN_NEURONS = 8, 4096
 
 History = Sequence[Mapping[str, Any]]
 
 
 class Raster(NamedTuple):
-    """Spikes [T, N] of one layer for one sample, on the CPU, and the groups of its neurons (:func:`rasters`).
+    """Spikes [T, N] of one layer for one sample, on the CPU, and the groups of its neurons.
 
     Example:
         >>> raster = Raster("lif1", (torch.rand(20, 16) < 0.2).float(), GroupLayout(16, 4))
@@ -60,14 +59,13 @@ def style(number: int) -> dict[str, Any]:
 
 
 def rasters(net: SpikingNetwork, activity: Activity, sample: int = 0) -> list[Raster]:
-    """The spikes of one sample of a batch, population by population; ``activity`` is what ``net.simulate`` gave.
+    """The spikes of one sample of a batch, population by population; ``activity`` is that of ``net.simulate``.
 
     Example:
         >>> [raster.name for raster in rasters(net, net.simulate(torch.rand(3, 64)), sample=2)]
         ['lif1', 'lif2', 'lif3']
     """
-    connections = net.connections()
-    # of the first connection that leads to it
+    connections = net.connections()  # the first one that leads to a population says its groups
     layouts = {each.target: connections[each.name].mask.rows.layout for each in reversed(net.projections())}
     return [
         Raster(name, spikes.dense()[:, sample].detach().cpu(), layouts[number])
@@ -76,9 +74,9 @@ def rasters(net: SpikingNetwork, activity: Activity, sample: int = 0) -> list[Ra
 
 
 def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:
-    """Accuracy and loss after each epoch, one colour and marker per label; test accuracy solid, or that on held-out
-    images of runs that have no other, training dotted. Of several runs, which differ in their seed, the mean and its
-    standard error as a band, as far as all have come.
+    """Accuracy and loss after each epoch, one colour and marker per label. Accuracy on test images is solid (on
+    held-out images, if a run has no other), on training images dotted. Several runs, which differ in their seed, are
+    shown by the mean with its standard error as a band, for the epochs that all have finished.
 
     Example:
         >>> history = [{"epoch": n, "train_acc": 0.5, "test_acc": 0.4 + n / 10, "train_loss": 1 / n} for n in (1, 2, 3)]
@@ -116,7 +114,7 @@ def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:
 
 def connection_density(masks: Mapping[str, Mapping[str, BlockMask]]) -> Figure:
     """The share of the weights between each pair of groups that exist: one row per state, one column per connection,
-    and more rows for more than five. The masks are given by these names: ``{"now": {"fc1": net.fc1.mask}}``.
+    and more rows for more than five connections. Masks are by these names: ``{"now": {"fc1": net.fc1.mask}}``.
 
     Example:
         >>> masks = {name: connection.mask for name, connection in net.connections().items()}
@@ -148,7 +146,7 @@ def connection_density(masks: Mapping[str, Mapping[str, BlockMask]]) -> Figure:
 def group_inputs(mask: BlockMask, shape: tuple[int, ...], name: str, inputs: str) -> Figure:
     """Which inputs the neurons of each group see: one map of the inputs per group, at most eight.
 
-    ``shape`` says how the inputs are laid out: (rows, columns), or (3, rows, columns) for the planes of a colour image,
+    ``shape`` is the layout of the inputs: (rows, columns), or (3, rows, columns) for the planes of a colour image,
     which are drawn side by side. The title has the ``name`` of the connection, and ``inputs`` in words.
 
     Example:
@@ -184,9 +182,8 @@ def group_inputs(mask: BlockMask, shape: tuple[int, ...], name: str, inputs: str
 
 
 def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
-    """One dash per spike; neurons are sorted by group, neighbouring groups in two colours.
-
-    Of a layer of more than 4,096 neurons, only the first are drawn, as its label says.
+    """One dash per spike; neurons are sorted by group, neighbouring groups in two colours. In a layer of more than
+    4,096 neurons only the first are drawn, as its label says.
 
     Example:
         >>> spike_rasters(rasters(net, activity), "a sample").savefig("raster.png")
@@ -225,14 +222,14 @@ def spike_rasters(rasters: Sequence[Raster], title: str) -> Figure:
 
 
 def confusion(matrix: torch.Tensor, classes: Sequence[str]) -> Figure:
-    """Which classes are taken for which: images, int64 [C, C] by true and found class, as shares of the true ones.
+    """Which classes are confused: numbers of images, int64 [C, C] by true and found class, as shares of the true ones.
 
     Example:
         >>> confusion(torch.tensor([[8, 2], [1, 9]]), ("shirt", "coat")).savefig("confusion.png")
     """
     count = len(matrix)
     share = matrix.double() / matrix.sum(1, keepdim=True).clamp(min=1)
-    many = count > 25  # names in small letters, on a picture to be enlarged
+    many = count > 25  # small letters on a large picture
     width = 14 if many else WIDTH
     height = 0.85 * width if many else min(0.85 * WIDTH, 1.8 + 0.3 * count)
     figure = Figure(figsize=(width, height), layout="compressed")
@@ -272,7 +269,7 @@ def rate_histograms(analysis: NetworkAnalysis) -> Figure:
 
 
 def turnover(history: History) -> Figure:
-    """What dynamic sparse training replaced: in each epoch, and of the initial units.
+    """How many units dynamic sparse training replaced in each epoch, and how many initial units are left.
 
     Example:
         >>> kept = [{"units_kept": {"fc1": 0.9}, "initial_units_kept": {"fc1": 1 - n / 10}} for n in (1, 2, 3)]
@@ -294,9 +291,8 @@ def turnover(history: History) -> Figure:
 
 
 def population_graph(net: SpikingNetwork) -> Figure:
-    """Who projects to whom, and how much later: the input and the populations in the order in which they were given,
-    and below them a row for each connection: an arrow with the share of its weights that exist and its delays. What is
-    on a cycle is orange.
+    """Which populations project to which, and how much later: the input and the populations in their order, and below
+    them a row for each connection, an arrow with the share of its weights that exist and its delays. Cycles are orange.
 
     Example:
         >>> net = G2GNet(784, [64, 32], 10, block_size=8, feedback=True, delay=4)
@@ -338,7 +334,7 @@ def population_graph(net: SpikingNetwork) -> Figure:
 
 
 def input_shape(size: int) -> tuple[int, ...]:
-    """How ``size`` inputs are laid out: 28 × 28 and 3 × 32 × 32 images as they are, anything else roughly square.
+    """A layout of ``size`` inputs: 28 × 28 and 3 × 32 × 32 images as they are, anything else roughly square.
 
     Example:
         >>> input_shape(784), input_shape(3072)
@@ -356,7 +352,7 @@ def _whole(axis: Axis) -> None:
 
 
 def _write_numbers(axis: Any, share: torch.Tensor, numbers: torch.Tensor) -> None:
-    """Writes the numbers above 0 into the cells of a map of shares, both [rows, columns]."""
+    """Writes numbers other than 0 into the cells of a map of shares, both [rows, columns]."""
     for row, column in numbers.nonzero().tolist():
         colour = "black" if share[row, column] > 0.6 else "white"
         text = f"{float(numbers[row, column]):.0f}"

@@ -1,12 +1,12 @@
-"""What the spikes of a population in groups show: rates, synchrony, correlation, coherence.
+"""Statistics of the spikes of a population in groups: rates, synchrony, correlation, coherence.
 
 Neurons that see the same image fire alike even if they are not connected. So the mean over the images of a class, the
 *signal*, is kept apart from an image's deviation from it, the *noise*. Subtracting the mean of a class at each time
-step is the shift predictor of neuroscience: it removes what is locked to the onset.
+step (the shift predictor of neuroscience) removes activity that is locked to the onset.
 
-Three sums over the spikes [T, B, N] are computed on their device (:meth:`SpikeSums.of`), exactly; the quantities from
-these, in float64 on the CPU. No neurons × neurons matrix is formed: the sum over pairs (i, j) of two groups is the
-product of the groups' sums.
+Three sums over the spikes [T, B, N] are computed exactly on their device (:meth:`SpikeSums.of`), and all quantities
+from these in float64 on the CPU. No neurons × neurons matrix is formed: a sum over pairs of two groups is the product
+of the groups' sums.
 """
 
 import math
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from g2g_kernels import GroupLayout
 from g2g_kernels.mask.sides import UnitAxis
 
-#: below this share of a sum of squares, what is left after subtracting means is rounding and counts as zero
+#: the rest after subtracting means counts as zero, which is rounding, below this share of a sum of squares
 ROUNDING = 1e-12
 
 
@@ -27,8 +27,7 @@ class SpikeSums(NamedTuple):
     """Sums over the spikes of one population from which every quantity follows, on the CPU.
 
     Attributes:
-        layout: the groups of the N neurons.
-        labels: int64 [B], the class of each sample.
+        layout, labels: the groups of the N neurons, and the class of each sample, int64 [B].
         counts: float64 [B, N], spikes in each sample.
         class_sums: float64 [T, C, N], spikes at each step over the samples of a class.
         activity: float64 [T, B, G], spikes of each group at each step.
@@ -64,7 +63,7 @@ class SpikeSums(NamedTuple):
 
     @classmethod
     def of_chunks(cls, parts: Sequence["SpikeSums"]) -> "SpikeSums":
-        """The sums over all steps of ``parts``, which are of the same samples."""
+        """The sums over all steps of ``parts``, which have the same samples."""
         layouts, labels, counts, class_sums, activity = zip(*parts, strict=True)
         return cls(layouts[0], labels[0], torch.stack(counts).sum(0), torch.cat(class_sums), torch.cat(activity))
 
@@ -107,12 +106,12 @@ def temporal_synchrony(sums: SpikeSums) -> torch.Tensor:
     """How much the neurons of a group fire at the same steps: float64 [G], from −1/(N_g − 1) to 1, about 0 by chance.
 
     synchrony_g = mean over pairs i ≠ j of ⟨e_i·e_j⟩ / mean over i of ⟨e_i²⟩, with ⟨·⟩ over steps and samples and
-    e_i(t, b) = s_i(t, b) − mean over steps − mean over the samples of b's class + mean over both.
+    e_i(t, b) = s_i(t, b) − mean over steps − mean over the samples of b's class + mean over both, which excludes the
+    rate of a sample and activity locked to its onset.
 
-    This is Golomb's synchrony measure χ² (variance of the group's mean over mean variance; Golomb & Rinzel 1993)
-    without the 1/N_g that N_g independent neurons would give it: (N_g·χ² − 1)/(N_g − 1). It is 1 only if all neurons
-    fire identically; e excludes the rate of a sample and what is locked to its onset. NaN for a group of one neuron, or
-    where e = 0 throughout: silent neurons, T = 1, one sample per class.
+    It is (N_g·χ² − 1)/(N_g − 1), with Golomb's synchrony measure χ² (variance of the group's mean over mean variance;
+    Golomb & Rinzel 1993), which is 1/N_g for independent neurons. It is 1 only if all neurons fire identically; NaN for
+    a group of one neuron, or where e = 0 throughout: silent neurons, T = 1, one sample per class.
 
     Example:
         >>> same = (torch.rand(100, 20, 1) < 0.3).float().expand(-1, -1, 8).contiguous()  # all neurons do the same
@@ -134,11 +133,10 @@ def coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
         coherence_gh = Σ_f |S_gh(f)| / √(Σ_f P_g(f) · Σ_f P_h(f))
 
     S_gh is the cross-spectrum ``⟨E_i(f)·E_j(f)*⟩`` averaged over samples and pairs i ∈ g, j ∈ h, and P_g the power
-    ``⟨|E_i(f)|²⟩`` of single neurons i ∈ g, averaged alike.
-
-    (That of the groups' *summed* spikes would near 1 for large groups even if pairs correlate weakly.) Independent
-    neurons give :func:`chance_coherence`, not 0. The diagonal of a population with itself includes the pairs i = j: use
-    :func:`temporal_synchrony` there. NaN where e = 0 throughout a group.
+    ``⟨|E_i(f)|²⟩`` of single neurons i ∈ g, averaged alike. (With the groups' *summed* spikes, large groups would near
+    1 even if pairs correlate weakly.) Independent neurons give :func:`chance_coherence`, not 0. The diagonal of a
+    population with itself includes the pairs i = j: use :func:`temporal_synchrony` there. NaN where e = 0 throughout a
+    group.
 
     Example:
         >>> coherence(sums, sums).shape
@@ -158,8 +156,8 @@ def coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
 def chance_coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
     """The approximate :func:`coherence` of independent neurons: float64 [G of first, G of second].
 
-    √(π/4 / (n·N_g·N_h)), the mean length of a sum of n·N_g·N_h unit steps in random directions over their number, with
-    n = B − classes for the subtracted means; NaN for one sample per class.
+    √(π/4 / (n·N_g·N_h)): the mean length of a sum of n·N_g·N_h unit steps in random directions, over their number.
+    n = B − classes, since means were subtracted; NaN for one sample per class.
 
     Example:
         >>> chance_coherence(sums, sums).shape
@@ -171,7 +169,7 @@ def chance_coherence(first: SpikeSums, second: SpikeSums) -> torch.Tensor:
 
 
 class CountCorrelation(NamedTuple):
-    """Mean Pearson correlation of spike counts over pairs of two groups, three float64 [G, G], −1 to 1.
+    """Mean Pearson correlations of spike counts over pairs of two groups, each float64 [G, G], −1 to 1.
 
     Example:
         >>> count_correlation(sums).signal.shape
@@ -187,9 +185,8 @@ def count_correlation(sums: SpikeSums) -> CountCorrelation:
     """The mean correlation of spike counts over pairs i ∈ g, j ∈ h, i ≠ j; the diagonal is that within groups.
 
     total: over all samples. signal: between the mean counts in each class, that is, how alike two neurons are tuned; at
-    least three classes are needed. noise: over samples, each minus the mean of its class.
-
-    Neurons whose count never changes (silent ones) are skipped; NaN where no pair is left.
+    least three classes are needed. noise: over samples, each minus the mean of its class. Neurons whose count never
+    changes (silent ones) are skipped; NaN where no pair is left.
 
     Example:
         >>> count_correlation(sums).noise.shape  # by pairs of groups
@@ -218,8 +215,8 @@ def _mean_correlation(deviations: torch.Tensor, counts: torch.Tensor, layout: Gr
 
 
 def _noise_power(sums: SpikeSums) -> torch.Tensor:
-    """Σ over steps, samples and the group's neurons of e², [G] (:func:`temporal_synchrony` has e)."""
-    # e is the rest after subtracting two sets of means, so its power is the rest of Σ s² = Σ s
+    """Σ over steps, samples and the group's neurons of e² (see :func:`temporal_synchrony`), [G]: the rest of Σ s² = Σ s
+    after subtracting both sets of means."""
     total = sums.counts.sum(0)
     per_class = torch.bincount(sums.labels, minlength=sums.class_sums.shape[1]).clamp(min=1)
     of_samples = sums.counts.square().sum(0) / sums.steps
@@ -243,7 +240,7 @@ def _defined(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor
 
 
 def pearson(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Pearson's r of the pairs (x, y) where both are numbers, −1 to 1; NaN for under three, or a constant."""
+    """Pearson's r of the pairs (x, y) where both are numbers, −1 to 1; NaN for fewer than three, or a constant."""
     both = ~(x.isnan() | y.isnan())
     if both.sum() < 3:
         return torch.nan

@@ -28,7 +28,7 @@ class Table(NamedTuple):
 
 
 def headline(analysis: NetworkAnalysis, images: int | None = None) -> str:
-    """What was analysed, of ``images`` in all, and the three main numbers of the network.
+    """How much was analysed, of ``images`` in all, and the three main numbers of the network.
 
     Example:
         >>> headline(analysis, images=100).partition(":")[0]
@@ -58,7 +58,7 @@ def summary_table(analysis: NetworkAnalysis) -> Table:
             "signal corr.": _mean(layer.correlation.signal.diagonal()),
             "noise corr.": _mean(layer.correlation.noise.diagonal()),
             "coherence": _mean(layer.cross_group_coherence),
-            "other inputs": percent(float(layer.cross_group_share.nanmean())),
+            "inputs from other groups": percent(float(layer.cross_group_share.nanmean())),
             "entropy": _mean(layer.input_entropy),
         }
         for layer in analysis.layers
@@ -67,15 +67,15 @@ def summary_table(analysis: NetworkAnalysis) -> Table:
 
 
 def layers_table(analysis: NetworkAnalysis) -> Table:
-    """One column per layer; quantities of groups as means over them. – where not defined.
+    """One column per layer, quantities of groups as means over them; – where not defined.
 
     Example:
         >>> layers_table(analysis).header
         ('', 'lif1', 'lif2', 'lif3')
     """
-    columns = {layer.name: _quantities(layer) for layer in analysis.layers}
-    labels = next(iter(columns.values()))
-    return Table(("", *columns), [(label, *(cells[label] for cells in columns.values())) for label in labels])
+    columns = [_quantities(layer) for layer in analysis.layers]
+    rows = [(label, *(cells[label] for cells in columns)) for label in columns[0]]
+    return Table(("", *(layer.name for layer in analysis.layers)), rows)
 
 
 def _quantities(layer: LayerAnalysis) -> dict[str, str]:
@@ -119,7 +119,7 @@ def groups_table(layer: LayerAnalysis) -> Table:
         "signal": _numbers(layer.correlation.signal.diagonal()),
         "noise": _numbers(layer.correlation.noise.diagonal()),
         "coherence": _numbers(layer.cross_group_coherence),
-        "other inputs": [percent(share) for share in layer.cross_group_share.tolist()],
+        "inputs from other groups": [percent(share) for share in layer.cross_group_share.tolist()],
         "entropy": _numbers(layer.input_entropy),
         "by weight": _numbers(layer.weight_entropy),
     }
@@ -130,13 +130,13 @@ def number(value: float) -> str:
     """Three digits, or – for NaN."""
     if math.isnan(value):
         return "–"
-    if abs(value) < 1e-9:  # zero except for rounding
+    if abs(value) < 1e-9:  # zero but for rounding
         return "0"
     return f"{value:.1e}" if abs(value) < 1e-3 else f"{value:#.3g}"
 
 
 def percent(share: float) -> str:
-    """A share of 1 in per cent, or – for NaN."""
+    """A share in per cent, or – for NaN."""
     return "–" if math.isnan(share) else f"{100 * share:.1f} %"
 
 

@@ -1,4 +1,4 @@
-"""The one check of all numbers that other people's files and models bring in."""
+"""The one check of numbers from other people's files and models."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,16 +19,12 @@ FINITE = Number().check
 def numbers(
     name: str, values: Any, entries: int | None = None, check: Callable[[str, float], Any] = FINITE
 ) -> np.ndarray:
-    """``values``, an array, a tensor on any device, a number or nested lists of them, as float64; ValueError, with
-    ``name``, for anything else.
+    """``values``, an array, a tensor on any device, a number or nested lists of numbers, as float64. Raises ValueError,
+    with ``name``, for anything else.
 
-    They are of so many neurons, ``entries``: one for all, or one each, whatever their shape; the result is [1] or
-    [entries]. None: a matrix, which has a number at least. ``check`` raises ValueError, naming its first argument,
-    unless the second one is in an interval.
-
-    Example:
-        >>> numbers("node lif1: tau", np.full((4, 1), 0.5), entries=4)
-        array([0.5, 0.5, 0.5, 0.5])
+    For ``entries`` neurons there is one number for all, or one for each, in any shape; the result is [1] or [entries].
+    None: a matrix with at least one number. ``check`` raises ValueError, naming its first argument, unless the second
+    one is in an interval.
     """
     try:
         if isinstance(values, torch.Tensor):

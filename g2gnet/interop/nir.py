@@ -1,6 +1,6 @@
 """Networks to and from NIR, the Neuromorphic Intermediate Representation (Pedersen et al. 2024).
 
-NIR describes neurons in continuous time; the time step Δt is chosen when they are run. Its LIF is
+NIR describes neurons in continuous time; whoever runs them chooses the time step Δt. Its LIF is
 
     τ·dv/dt = (v_leak − v) + R·I,    v ← v_reset after a spike, where v > v_threshold
 
@@ -8,36 +8,33 @@ and an Euler step of it, v ← (1 − Δt/τ)·v + (Δt/τ)·(v_leak + R·I), is
 
     β = 1 − Δt/τ,    U = v/g,    θ = v_threshold/g,    g = R·Δt/τ,    v_leak = v_reset = 0.
 
-Of the pairs (R, v_threshold) that describe the same neuron, :func:`to_nir` writes R = 1, v_threshold = (1 − β)·θ, since
-Norse's importer takes R to be 1. A decay of 1, to which a learned β may rise, would need an infinite τ: LIF neurons
-that all have β = 1 are NIR's IF, dv/dt = R·I, whose Euler step has g = R·Δt. Here :func:`to_nir` writes R = 1/Δt,
-v_threshold = θ, so that tools which leave R·Δt out run the same neuron. A spike resets our membrane before the next
-step's decay, which with reset to zero equals NIR's immediate reset.
+Of the pairs (R, v_threshold) for one neuron, :func:`to_nir` writes R = 1, v_threshold = (1 − β)·θ, since Norse's
+importer takes R to be 1. A decay of 1, which a learned β may reach, would need an infinite τ: LIF neurons that all have
+β = 1 are NIR's IF, dv/dt = R·I, whose Euler step has g = R·Δt. They are written with R = 1/Δt, v_threshold = θ, for
+tools that leave R·Δt out. A spike resets our membrane before the next step's decay, which with reset to zero equals
+NIR's immediate reset.
 
 NIR's CubaLIF has a synaptic current before the membrane, τ_syn·dI/dt = −I + w_in·S, τ_mem·dv/dt = (v_leak − v) + R·I.
-Euler steps, the current's first, as snnTorch and Norse take them, are our C ← γ·C + I, U ← β·U + C of synaptic neurons
-with
+Euler steps, the current's first, as in snnTorch and Norse, are C ← γ·C + I, U ← β·U + C of our synaptic neurons with
 
     γ = 1 − Δt/τ_syn,    β = 1 − Δt/τ_mem,    g = R·w_in·(Δt/τ_syn)·(Δt/τ_mem).
 
-Here :func:`to_nir` writes w_in = τ_syn/Δt and R = τ_mem/Δt, so that g = 1 and v_threshold = θ, as snnTorch's importer
-demands. The resets differ slightly: in the step after a spike NIR's membrane charges from zero, while that of
-``Synaptic`` stays at zero, as in snnTorch. A warning says so.
+:func:`to_nir` writes w_in = τ_syn/Δt and R = τ_mem/Δt, so that g = 1 and v_threshold = θ, as snnTorch's importer
+demands. The resets differ, and a warning says so: in the step after a spike NIR's membrane charges from zero, while
+that of ``Synaptic`` stays at zero, as in snnTorch.
 
 Edges into a node add up, and Delay(τ) is y(t) = x(t − τ). A projection of delay d is source → Delay(d·Δt) → linear →
-target, with τ in seconds, one for each neuron of the source. What is read has to be whole steps. Learned delays are
-written as they act, in whole steps.
+target, with τ in seconds for each neuron of the source, in whole steps. Learned delays are written as they act.
 
-A recurrent connection V is a loop of two nodes, neurons → linear → neurons. Where it has no Delay, its spikes take one
-time step, the least that can be, as in all tools that run NIR step by step. A Delay says all of its delay: Δt is one
-step, and nothing is added, as NIR's time is continuous. In a longer cycle without any Delay NIR leaves open which edge
-takes the step: it is refused. :func:`to_nir` writes a population with a connection of one step to itself as a graph
-inside of the graph, with the nodes ``input``, ``lif``, ``w_rec``, ``output``; snnTorch writes the same nodes without
-that graph. In a chain, a bias in the loop is a constant current: it is read as part of b.
+A recurrent connection V is a loop of two nodes, neurons → linear → neurons. Without a Delay its spikes take one time
+step, the least possible, as in all tools that run NIR step by step; a Delay is all of its delay. A longer cycle without
+any Delay is refused, since NIR does not say which edge takes the step. :func:`to_nir` writes a population with a
+connection of one step to itself as a graph inside of the graph, with the nodes ``input``, ``lif``, ``w_rec``,
+``output``; snnTorch writes the same nodes without that graph. In a chain, a bias in the loop is read as part of b.
 
-NIR cannot carry adaptive neurons; the reset by subtraction, since its neurons only reset to a value; decays of 1 beside
-others in one population, or of synaptic neurons; the encoding of samples. Surrogates, learnability, groups and units go
-into the nodes' metadata, which other tools do not read, and so do the names of networks that are no such chain.
+NIR cannot carry adaptive neurons; the reset by subtraction, since its neurons only reset to a value; decays of 1 next
+to others in one population, or of synaptic neurons; the encoding of samples. Surrogates, learnability, groups and units
+go into the nodes' metadata, which other tools do not read, and so do the names of networks other than plain chains.
 """
 
 import itertools
@@ -60,16 +57,16 @@ from g2gnet.interop import nir_links
 from g2gnet.interop.arrays import FINITE, Mask, numbers
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
-from g2gnet.projections import NumberedProjection, Pair, Projection
+from g2gnet.projections import NumberedProjection, Projection
 from g2gnet.spiking_network import SpikingNetwork
-from g2gnet.stack import RecurrentLayer, SpikingStack, is_plain
+from g2gnet.stack import SpikingStack, is_plain
 
 logger = logging.getLogger("g2gnet")
 
 
 class _Form(NamedTuple):
-    """NIR's form of a model: the node, its time constant for each of our decays, and those of its input strengths that
-    are written as the inverse of 1 − a decay (the others as 1)."""
+    """NIR's form of a model: the node, its time constant for each of our decays, and, of its input strengths, those
+    that are written as the inverse of 1 − a decay (the others are 1)."""
 
     node: str
     time_constants: dict[str, str]
@@ -80,9 +77,9 @@ _FORMS = {
     "lif": _Form("LIF", {"beta": "tau"}, {}),
     "synaptic": _Form("CubaLIF", {"syn_decay": "tau_syn", "beta": "tau_mem"}, {"r": "beta", "w_in": "syn_decay"}),
 }
-#: of each node that is read: our model, and NIR's time constant for each of its decays that is not 1
+#: for each node that is read: our model, and NIR's time constant for each of its decays that is not 1
 _READ = {**{form.node: (model, form.time_constants) for model, form in _FORMS.items()}, "IF": ("lif", {})}
-#: what time constants and input strengths are
+#: the range of time constants and input strengths
 _POSITIVE = Number(0, open_low=True)
 #: the time step of snnTorch's and most other NIR converters, in seconds
 DEFAULT_DT = 1e-4
@@ -95,9 +92,7 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
         net: its neurons have reset to zero.
         dt: the time step, in seconds, with which the graph will be run.
 
-    Raises:
-        ValueError: for anything that NIR cannot express.
-        ImportError: if the package ``nir`` is not installed; the extra ``interop`` has a version that fits.
+    Raises ValueError for anything that NIR cannot express, ImportError without the package ``nir``.
 
     Example:
         >>> from g2gnet import G2GNet
@@ -189,7 +184,7 @@ def from_nir(
 
     Layers in a chain without delays, recurrent or not, are a :class:`SpikingStack`, numbered from the input on. Other
     graphs, and what :func:`to_nir` wrote of other networks, are a :class:`SpikingNetwork` with the names of the nodes
-    (``"a_b"`` of ``b`` in a graph ``a`` inside of the graph). Weights and parameters are read as float32.
+    (``"a_b"`` for ``b`` in a graph ``a`` inside of the graph). Weights and parameters are read as float32.
 
     Args:
         graph: a ``nir.NIRGraph``, as ``nir.read(file)`` gives it.
@@ -198,9 +193,8 @@ def from_nir(
             for :meth:`G2GLinear.from_linear`. Other nodes have the mask of their metadata, or every weight.
         T, backend: of the network; a graph does not say for how many steps inputs [B, D] are held.
 
-    Raises:
-        ValueError: for a graph of another form, or numbers that no network has; it names the node.
-        ImportError: if the package ``nir`` is not installed; the extra ``interop`` has a version that fits.
+    Raises ValueError, naming the node, for a graph of another form, or numbers that no network has; ImportError without
+    the package ``nir``.
 
     Example:
         >>> from g2gnet import G2GNet
@@ -221,8 +215,8 @@ def from_nir(
     if unknown := set(masks) - set(known):
         raise ValueError(f"masks names {', '.join(sorted(unknown))}, the graph {', '.join(known)}")
 
-    def connection(link: nir_links.Link, bias: np.ndarray | None) -> G2GLinear:
-        return _connection(link.name, nodes[link.name], bias, masks.get(link.name), backend)
+    def connection(link: nir_links.Link) -> G2GLinear:
+        return _connection(link, nodes[link.name], masks.get(link.name), backend)
 
     ours = {}
     for link in links:
@@ -243,27 +237,19 @@ def from_nir(
             modules[link.name]: Projection(
                 "input" if link.source is None else modules[link.source],
                 modules[link.target],
-                connection(link, link.bias),
+                connection(link),
                 *link[5:],
             )
             for link in links
         }
         populations = {modules[name]: neurons for name, neurons in ours.items()}
         return SpikingNetwork(populations, projections, modules[output], T, backend=backend)
-    layers: list[Pair | RecurrentLayer] = []
-    for link, loop in chain:
-        if loop is None:
-            layers.append((connection(link, link.bias), ours[link.target]))
-            continue
-        bias = link.bias
-        if loop.bias is not None and loop.bias.any():  # tools that know no Linear write an Affine with zeros
-            bias = loop.bias if bias is None else bias + loop.bias
-        layers.append((connection(link, bias), ours[link.target], connection(loop, None)))
+    layers: list[Any] = [(connection(link), ours[link.target], *map(connection, loops)) for link, loops in chain]
     return SpikingStack(layers, T, backend)
 
 
 def _threshold(name: str, value: float) -> None:
-    """Raises ValueError for a threshold that a membrane of 0 is above."""
+    """Raises ValueError for a threshold that is below a membrane of 0."""
     if check_parameter(name, value) < 0:
         raise ValueError(f"{name}={value} must be at least 0: below it neurons spike at every step without any input")
 
@@ -289,13 +275,12 @@ def _delay_node(net: SpikingNetwork, projection: NumberedProjection, dt: float, 
     return nir.Delay(delay=net.delays(projection.name).cpu().double().numpy() * dt, metadata=metadata)
 
 
-def _connection(name: str, node: Any, bias: np.ndarray | None, mask: Mask | None, backend: str | None) -> G2GLinear:
-    weight = numbers(f"node {name}: weight", node.weight)
-    linear = torch.nn.utils.skip_init(torch.nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None)
+def _connection(link: nir_links.Link, node: Any, mask: Mask | None, backend: str | None) -> G2GLinear:
+    name, weight = link.name, numbers(f"node {link.name}: weight", node.weight)
+    linear = torch.nn.utils.skip_init(torch.nn.Linear, weight.shape[1], weight.shape[0], bias=link.bias is not None)
     linear.weight.data.copy_(torch.from_numpy(weight))
-    if bias is not None:
-        linear.bias.data.copy_(torch.tensor(bias))
-
+    if link.bias is not None:
+        linear.bias.data.copy_(torch.tensor(link.bias))
     with nir_links.metadata_of(name, node) as told:
         if mask is None and (row := told.get("wiring")) is not None:
             wiring = torch.from_numpy(numbers("wiring", row, np.size(row)))
@@ -366,7 +351,7 @@ def _neurons(name: str, node: Any, size: int, dt: float, backend: str | None) ->
             surrogate=check_choice("surrogate", told.get("surrogate", SURROGATE), SURROGATES),
             alpha=float(SHARPNESS.check("alpha", told.get("alpha", ALPHA))),
             backend=backend,
-            # no leak stays none: NIR cannot express a decay next to 1
+            # a decay of 1 is not learned: NIR cannot express decays next to 1
             **{flag: told.get(flag, otherwise) for flag, otherwise in learned.items()},
         )
         own = {each: check_flag(f"{each}_per_neuron", told.get(f"{each}_per_neuron", False)) for each in values}

@@ -1,4 +1,4 @@
-"""The connections of a NIR graph: from neurons, perhaps by a Delay node, by one linear node to neurons."""
+"""The connections of a NIR graph: one linear node joins neurons, perhaps behind a Delay node, to neurons."""
 
 import contextlib
 import itertools
@@ -25,13 +25,13 @@ class Link(NamedTuple):
     max_delay: int | None = None
 
     def takes(self, steps: int) -> bool:
-        """Whether this is the delay of all neurons, and stays it."""
+        """Whether every neuron has this fixed delay."""
         return isinstance(self.delay, int) and self[5:] == (steps, False, None)
 
 
 def links_of(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: float, nir: Any) -> tuple[list[Link], str]:
     """All linear nodes in the order of the edges, and the neurons that lead to the output. Raises ValueError for other
-    nodes, and for edges that are on no way from neurons, or the input, by a linear node to neurons."""
+    nodes, and for edges that are not part of such a connection."""
     linear, neurons = (nir.Affine, nir.Linear), (nir.LIF, nir.CubaLIF, nir.IF)
     for name, node in nodes.items():
         if node is None:
@@ -47,7 +47,7 @@ def links_of(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: flo
     behind = {name: [other for one, other in edges if one == name] for name in nodes}
 
     def only(name: str, joined: Mapping[str, list[str]], verb: str, kinds: tuple[type, ...]) -> str:
-        """The one node, of these kinds, that a node is joined to in that direction."""
+        """The one node, of these kinds, that a node is joined to in one direction."""
         if len(joined[name]) != 1:
             raise ValueError(
                 f"node {name} {verb} {', '.join(joined[name]) or 'nothing'}, where one node is needed; give each pair "
@@ -69,7 +69,7 @@ def links_of(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: flo
         source = only(name, before, "receives from", (nir.Delay, nir.Input, *neurons))
         shape = numbers(f"node {name}: weight", nodes[name].weight).shape
         used |= {(source, name), (name, target)}
-        delay: tuple[Any, ...] = (int(source == target),)  # in a loop the least that a time step allows
+        delay: tuple[Any, ...] = (int(source == target),)  # in a loop one step, the least
         if isinstance(nodes[source], nir.Delay):
             later, source = source, only(source, before, "receives from", (nir.Input, *neurons))
             used.add((source, later))
@@ -95,11 +95,11 @@ def links_of(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: flo
 
 
 def _delay(name: str, node: Any, size: int, dt: float) -> tuple[int | torch.Tensor, bool, int | None]:
-    """What a Delay node says of a projection from so many neurons, as the fields of a link."""
+    """The delay of a Delay node behind so many neurons, as the last fields of a link."""
     steps = numbers(f"node {name}: delay", node.delay, size, Number(0).check) / dt
     whole = steps.round()
-    close = np.abs(steps - whole) <= 1e-6 * np.maximum(1, steps)  # float32 rounds by less
-    for neuron in np.flatnonzero(~close).tolist():
+    exact = np.abs(steps - whole) <= 1e-6 * np.maximum(1, steps)  # float32 rounds by less
+    for neuron in np.flatnonzero(~exact).tolist():
         raise ValueError(
             f"node {name} delays neuron {neuron} by {steps[neuron]:g} steps of dt={dt:g} s; delays are whole numbers "
             "of steps: round them, or give the dt that the graph was made for"
@@ -111,19 +111,23 @@ def _delay(name: str, node: Any, size: int, dt: float) -> tuple[int | torch.Tens
         return int(delay[0]) if alone else delay.expand(size).clone(), told.get("learn_delay", False), most
 
 
-def chain_of(links: Sequence[Link], output: str) -> list[tuple[Link, Link | None]] | None:
-    """The layers of a stack, each with its loop; None: the graph is no chain without delays."""
-    layers: list[tuple[Link, Link | None]] = []
+def chain_of(links: Sequence[Link], output: str) -> list[tuple[Link, list[Link]]] | None:
+    """The layers of a stack, each with its loop, if it has one, whose bias the layer gets. None: the graph is no chain
+    without delays."""
+    layers: list[tuple[Link, list[Link]]] = []
     left, name = list(links), None
     while left:
         onward = [link for link in left if link.source == name]
         if len(onward) != 1 or not onward[0].takes(0):
             return None
-        name = onward[0].target
+        name, bias = onward[0].target, onward[0].bias
         loops = [link for link in left if link.target == name and link is not onward[0]]
-        if len(loops) > 1 or not all(link.source == name and link.takes(1) for link in loops):
+        if len(loops) > 1 or not all(loop.source == name and loop.takes(1) for loop in loops):
             return None
-        layers.append((onward[0], loops[0] if loops else None))
+        for loop in loops:
+            if loop.bias is not None and loop.bias.any():  # tools that know no Linear write an Affine with zeros
+                bias = loop.bias if bias is None else bias + loop.bias
+        layers.append((onward[0]._replace(bias=bias), [loop._replace(bias=None) for loop in loops]))
         left = [link for link in left if link.target != name]
     return layers if name == output else None
 
@@ -135,7 +139,7 @@ def end_node(kind: Any, size: int) -> Any:
 
 
 def _end_of(what: str, nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], kind: Any) -> str:
-    """The one input or output of a graph, whose node some tools leave out."""
+    """The one input or output of a graph; some tools write no node for it."""
     side = 1 if kind.__name__ == "Input" else 0
     joined = {edge[side] for edge in edges}
     found = [name for name, node in nodes.items() if isinstance(node, kind)] or [n for n in nodes if n not in joined]
@@ -145,7 +149,7 @@ def _end_of(what: str, nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]
 
 
 def flattened(graph: Any, nir: Any, prefix: str = "") -> tuple[dict[str, Any], list[tuple[str, str]]]:
-    """Nodes and edges of a graph and of those inside of it, without Flatten and inner ends, which compute nothing."""
+    """Nodes and edges of a graph and of the graphs inside of it. Flatten and inner ends, which compute nothing, go."""
     nodes: dict[str, Any] = {}
     edges: list[tuple[str, str]] = []
     ends: dict[str, tuple[str, str]] = {}
@@ -165,7 +169,7 @@ def flattened(graph: Any, nir: Any, prefix: str = "") -> tuple[dict[str, Any], l
             raise ValueError(f"the edge {tuple(edge)} does not join two of the nodes {', '.join(graph.nodes)}")
         source, target = (prefix + end for end in edge)
         edges.append((ends.get(source, (source, source))[1], ends.get(target, (target, target))[0]))
-        edges += inside.pop(target, ())  # behind the first that leads there
+        edges += inside.pop(target, ())  # behind the first edge that leads there
     edges += itertools.chain(*inside.values())
     own = {prefix + key for key in graph.nodes}
     for name, node in list(nodes.items()):
@@ -179,10 +183,10 @@ def flattened(graph: Any, nir: Any, prefix: str = "") -> tuple[dict[str, Any], l
 
 @contextlib.contextmanager
 def metadata_of(name: str, node: Any) -> Iterator[dict[str, Any]]:
-    """The metadata of a node, as :func:`to_nir` writes them; a ValueError of what reads them gets the node's name."""
+    """The metadata of a node, as :func:`to_nir` writes them. A ValueError of their reader gets the node's name."""
     if not isinstance(node.metadata, Mapping):
         raise ValueError(f"node {name}: metadata is a {type(node.metadata).__name__}; give a dict, or {{}}")
     try:  # files give NumPy's numbers
         yield {key: of.item() if getattr(of, "shape", None) == () else of for key, of in node.metadata.items()}
     except ValueError as error:
-        raise ValueError(f"node {name}: metadata: {error}; mend or delete it") from error
+        raise ValueError(f"node {name}: metadata: {error}; correct or delete it") from error

@@ -1,11 +1,9 @@
 """Networks of ``nn.Linear`` and snnTorch's ``Leaky``, ``Synaptic``, ``RLeaky``, ``RSynaptic`` as g2g stacks, and back.
 
-Weights, masks, biases, the neurons' parameters and which of them are learnable, reset and surrogate are converted; the
-spikes are equal. A PyTorch mask is that of ``torch.nn.utils.prune``, which has only single weights: the argument
-``masks`` restores groups and larger units.
-
-The recurrent neurons of snnTorch contain their connection V, with a bias that acts at every step: it is part of our b.
-The reset to zero of ``RLeaky`` is not ours: it is refused on both sides.
+Weights, masks, biases, the neurons' parameters and their learnability, reset and surrogate are converted; the spikes
+are equal. A mask of ``torch.nn.utils.prune`` has only single weights: the argument ``masks`` restores groups and larger
+units. Recurrent neurons of snnTorch contain their connection V, whose bias is part of our b. The reset to zero of
+``RLeaky`` differs from ours: it is refused on both sides.
 """
 
 from collections import OrderedDict
@@ -24,9 +22,8 @@ from g2gnet.base.optional import optional_package
 from g2gnet.interop.arrays import FINITE, Mask, numbers
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import NEURONS, SpikingNeurons
-from g2gnet.projections import Pair
 from g2gnet.spiking_network import SpikingNetwork
-from g2gnet.stack import RecurrentLayer, SpikingStack, plain_layers
+from g2gnet.stack import SpikingStack, plain_layers
 
 #: snnTorch's class of a model, which begins with an R for the recurrent one, and its name for each of our parameters
 _COUNTERPARTS = {
@@ -60,12 +57,11 @@ def from_snntorch(
         masks: by name of an ``nn.Linear``, also a recurrent one (``"lif1.recurrent"``), the weights that exist, as for
             :meth:`G2GLinear.from_linear`. Other layers have the mask of ``torch.nn.utils.prune``, or every weight.
         T, backend: of the stack; a model does not say for how many steps inputs [B, D] are held.
-        readout: of the stack, which a model does not say: ``"counts"``, or what is read from the membranes of the last
-            neurons, which need ``reset_mechanism="none"``. None: counts, refused for neurons without a reset.
+        readout: of the stack: ``"counts"``, or a readout of the membranes of the last neurons, which need
+            ``reset_mechanism="none"``. None: counts, refused for neurons without a reset.
 
-    Raises:
-        ValueError: for layers or options of neurons that the stack does not support, or another readout than theirs.
-        ImportError: if snnTorch is not installed.
+    Raises ValueError for layers or options of neurons that the stack does not support, or a readout that does not fit
+    the neurons; ImportError without snnTorch.
 
     Example:
         >>> import snntorch
@@ -99,13 +95,14 @@ def from_snntorch(
     if unknown := set(masks) - set(linears) - set(recurrents):
         known = ", ".join([*linears, *recurrents])
         raise ValueError(f"masks names {', '.join(sorted(unknown))}; the linear layers are {known}")
-    layers: list[Pair | RecurrentLayer] = []
+    layers: list[Any] = []
     for (name, linear), (neurons_name, theirs) in zip(linears.items(), neurons.items(), strict=True):
         connection = _connection_from(name, linear, masks.get(name), backend)
-        ours = _neurons_from(neurons_name, theirs, connection, backend)
-        recurrent = _recurrent_from(neurons_name, theirs, connection, masks.get(f"{neurons_name}.recurrent"))
-        layers.append((connection, ours) if recurrent is None else (connection, ours, recurrent))
-    readout = _readout_of(*list(neurons.items())[-1], readout)
+        layers.append([connection, _neurons_from(neurons_name, theirs, connection, backend)])
+        if hasattr(theirs, "recurrent"):
+            mask = masks.get(f"{neurons_name}.recurrent")
+            layers[-1].append(_recurrent_from(neurons_name, theirs, connection, mask))
+    readout = _readout_of(neurons_name, theirs, readout)  # of the last neurons
     return SpikingStack(layers, T, backend, readout=readout).train(model.training)
 
 
@@ -117,11 +114,8 @@ def to_snntorch(stack: SpikingNetwork) -> nn.Sequential:
     leaves the last spikes of ``snn.RSynaptic``: call the layer's own ``reset_mem()``. A sparse layer is an
     ``nn.Linear`` with a mask of ``torch.nn.utils.prune``. Groups, units and the encoding of a :class:`G2GNet` are lost
     (``stack.encode`` gives the model's input). The last neurons of a stack with a readout of membranes have no reset
-    and return spikes, which mean nothing, and membranes (``output=True``).
-
-    Raises:
-        ValueError: for neurons that snnTorch does not have.
-        ImportError: if snnTorch is not installed.
+    and return spikes, which mean nothing, and membranes (``output=True``). Raises ValueError for neurons that snnTorch
+    does not have, ImportError without snnTorch.
 
     Example:
         >>> from g2gnet import G2GNet
@@ -156,7 +150,7 @@ def to_snntorch(stack: SpikingNetwork) -> nn.Sequential:
             theirs = getattr(snn, kind)(**options)
         else:
             options["learn_recurrent"] = recurrent.values.requires_grad
-            with torch.random.fork_rng(devices=[]):  # of weights that are replaced at once
+            with torch.random.fork_rng(devices=[]):  # it draws weights, which are replaced at once
                 theirs = getattr(snn, f"R{kind}")(**options, linear_features=connection.out_features)
             theirs.recurrent = _linear_from_connection(recurrent)
         for name, value in values.items():
@@ -166,12 +160,10 @@ def to_snntorch(stack: SpikingNetwork) -> nn.Sequential:
 
 
 def _readout_of(name: str, theirs: Any, readout: str | None) -> str:
-    """The readout of a stack that ends with these neurons; their membranes can be read if nothing resets them."""
+    """The readout of a stack that ends with these neurons, whose membranes can be read if nothing resets them."""
     integrates = theirs.reset_mechanism == "none"
     if readout is None and integrates:
-        raise ValueError(
-            f"{name} has no reset; say what is read: readout='last', 'mean' or 'max' of its membranes, or 'counts'"
-        )
+        raise ValueError(f"{name} has no reset; give readout='last', 'mean' or 'max' of its membranes, or 'counts'")
     if readout not in (None, "counts") and not integrates:
         raise ValueError(
             f"readout={readout!r} is of membranes that are not reset, but {name} has "
@@ -180,10 +172,8 @@ def _readout_of(name: str, theirs: Any, readout: str | None) -> str:
     return "counts" if readout is None else readout
 
 
-def _recurrent_from(name: str, theirs: Any, connection: G2GLinear, mask: Mask | None) -> G2GLinear | None:
-    """The recurrent connection of neurons behind ``connection``, whose bias theirs is added to; None: there is none."""
-    if not hasattr(theirs, "recurrent"):
-        return None
+def _recurrent_from(name: str, theirs: Any, connection: G2GLinear, mask: Mask | None) -> G2GLinear:
+    """The recurrent connection of neurons behind ``connection``, which gets its bias."""
     size, linear = connection.out_features, theirs.recurrent
     if not isinstance(linear, nn.Linear) or (linear.in_features, linear.out_features) != (size, size):
         raise ValueError(
@@ -218,16 +208,14 @@ def _neurons_from(name: str, theirs: Any, connection: G2GLinear, backend: str | 
     if (kind, theirs.reset_mechanism) == ("RLeaky", "zero"):
         raise ValueError(f"{name}: {_OTHER_RESET}")
     for option, value, remedy in (
-        ("inhibition", theirs.inhibition, "False"),
-        ("state_quant", theirs.state_quant, "False"),
-        ("reset_delay=False", not theirs.reset_delay and theirs.reset_mechanism != "none", "True"),
-        ("graded_spikes_factor", bool((theirs.graded_spikes_factor != 1).any()), "1"),
-        ("surrogate_disable", theirs.surrogate_disable, "False"),
+        ("inhibition", theirs.inhibition, "inhibition=False"),
+        ("state_quant", theirs.state_quant, "state_quant=False"),
+        ("reset_delay=False", not theirs.reset_delay and theirs.reset_mechanism != "none", "reset_delay=True"),
+        ("graded_spikes_factor", bool((theirs.graded_spikes_factor != 1).any()), "graded_spikes_factor=1"),
+        ("surrogate_disable", theirs.surrogate_disable, "surrogate_disable=False"),
     ):
         if value:
-            raise ValueError(
-                f"{name}: our {ours} has no {option}; only snn.{kind} with {option.split('=')[0]}={remedy}"
-            )
+            raise ValueError(f"{name}: our {ours} has no {option}; only snn.{kind} with {remedy}")
     surrogate, alpha = _surrogate_of(name, theirs.spike_grad)
     values = {parameter: getattr(theirs, their) for parameter, their in _COUNTERPARTS[model][1].items()}
     learned = {f"learn_{parameter}": isinstance(value, nn.Parameter) for parameter, value in values.items()}
@@ -235,7 +223,7 @@ def _neurons_from(name: str, theirs: Any, connection: G2GLinear, backend: str | 
     for parameter, value in values.items():
         check = check_parameter if parameter == "threshold" else FINITE
         shape = numbers(f"{name}: {parameter}", value, connection.out_features, check).shape
-        # a whole number would have made it an integer there
+        # a whole number makes it an integer there
         dtype = value.dtype if value.is_floating_point() else torch.float32
         mine = neurons.by_name[parameter]
         mine.data = value.detach().to(connection.values.device, dtype, copy=True).reshape(shape)
@@ -251,7 +239,7 @@ def _linear_from_connection(connection: G2GLinear) -> nn.Linear:
 
 
 def _alpha_of(surrogate: Surrogate, derivative: Callable[[float], float]) -> float | None:
-    """The α of a surrogate with their derivative at 0, or at 1 where all of its kind agree at 0; None: it has none."""
+    """The α of a surrogate with their derivative at 0, or at 1 where every α has the same at 0. None: no α fits."""
 
     def at(x: float, alpha: float) -> float:
         return surrogate.derivative(torch.tensor(x, dtype=torch.float64), alpha).item()
@@ -260,20 +248,20 @@ def _alpha_of(surrogate: Surrogate, derivative: Callable[[float], float]) -> flo
     value = derivative(x)
     try:
         exponent = brentq(lambda exponent: at(x, 10**exponent) - value, -30, 30)
-    except ValueError:  # it is larger, or smaller, for every α
+    except ValueError:  # the derivative is larger, or smaller, for every α
         return None
     return float(f"{10**exponent:.6g}")
 
 
 def _surrogate_of(name: str, spike_grad: Callable[[torch.Tensor], torch.Tensor]) -> tuple[str, float]:
     """Our name and α of a surrogate, identified by its derivative on a grid (snnTorch hides it in a closure)."""
-    # far points too, at which a wide boxcar ends and a constant does not
+    # far points too, where a wide boxcar is zero and a constant is not
     far = torch.tensor([1.5, 2.5, 5.0, 15.0, 50.0, 500.0], dtype=torch.float64)
     x = torch.cat([torch.linspace(-1, 1, 41, dtype=torch.float64), far, -far])
     probe = x.clone().requires_grad_()
     with torch.enable_grad():
         (derivative,) = torch.autograd.grad(spike_grad(probe).sum(), probe)
-    derivative = derivative.nan_to_num(nan=0.0)  # of a sigmoid, whose exponential overflows far out
+    derivative = derivative.nan_to_num(nan=0.0)  # a sigmoid's exponential overflows far out
     for surrogate, ours in SURROGATES.items():
         alpha = _alpha_of(ours, lambda point: derivative[int((x - point).abs().argmin())].item())
         if alpha is not None and torch.allclose(ours.derivative(x, alpha), derivative, rtol=1e-4, atol=1e-9):

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from g2gnet.base.messages import say
 from g2gnet.base.seeding import draw_device, stream
 from g2gnet.data import ImageData, load_dataset, random_crop_and_flip
-from g2gnet.data.resnet import RELEASES, new_resnet
+from g2gnet.data.features import RELEASES, new_resnet
 from g2gnet.network_settings import setting, with_default
 from g2gnet.programs import flags, output
 from g2gnet.programs.main import run_program

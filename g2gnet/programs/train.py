@@ -53,8 +53,8 @@ def show_analysis(checkpoint: Path, more: str, analysis: NetworkAnalysis, images
     """Prints the analysis of the network of a checkpoint, and the command with ``more`` flags that draws it."""
     say(
         f"{headline(analysis, images)}\n{summary_table(analysis)}\n"
-        "rate: spikes per neuron and step; synchrony, corr., coherence: 0 at chance; other inputs: share of inputs "
-        "from other\ngroups; entropy: 1 if all groups feed a neuron alike (docs/analysis.md).\nIn full: "
+        "rate: spikes per neuron and step; synchrony, corr., coherence: 0 at chance; entropy: 1 if all groups feed a "
+        "neuron alike\n(docs/analysis.md). In full: "
         f"{path}\nWith pictures: g2g-report {shlex.quote(str(checkpoint))}{more}"
     )
 

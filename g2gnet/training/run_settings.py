@@ -10,7 +10,7 @@ from g2gnet.base.schedules import SCHEDULES
 from g2gnet.data import DATASETS, npz
 from g2gnet.data.augmentation import SHIFTS, shift_problem
 from g2gnet.data.binned import STEP
-from g2gnet.data.resnet import RELEASES
+from g2gnet.data.features import RELEASES
 from g2gnet.dst.rules import ACTIVITY, GROW_RULES, PRUNE_RULES, Rule
 from g2gnet.network_settings import Need, NetworkSettings, Others, Settings, of_group, with_default
 from g2gnet.neurons import NEURONS
@@ -107,7 +107,7 @@ class RunSettings(Settings):
 class TrainSettings(NetworkSettings, RunSettings):
     """The settings of one training run; two runs with equal settings on one machine give equal weights.
 
-    ``resnet_weights`` stands for the content of that file (:func:`g2gnet.data.resnet.weights_digest`). Unless ``T``
+    ``resnet_weights`` stands for the content of that file (:func:`g2gnet.data.features.weights_digest`). Unless ``T``
     is given, it is 50, or the steps of images that unfold over time, or of recordings
     (:class:`~g2gnet.data.binned.Binning`). Of your own sequences it must be given; programs look into the file.
 

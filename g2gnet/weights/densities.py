@@ -1,4 +1,4 @@
-"""How dense each layer of a network is: the probabilities of its units, inside and between groups."""
+"""The densities of a network's layers, as probabilities of a unit inside and between groups."""
 
 from collections.abc import Sequence
 
@@ -14,12 +14,11 @@ DENSITIES = ("uniform", "erk")
 def layer_probabilities(
     shapes: Sequence[tuple[int, int]], p_intra: float, p_inter: float, num_groups: int, density: str = "uniform"
 ) -> list[tuple[float, float]]:
-    """The probabilities of a unit inside and between groups in each layer, whose weights have ``shapes`` (out, in).
+    """The probabilities of a unit inside and between groups, layer by layer, for weights of ``shapes`` (out, in).
 
     With ``density="uniform"`` they are ``p_intra`` and ``p_inter`` in every layer. With ``"erk"`` a layer's density is
     proportional to (in + out) / (in · out), at most 1 (Evci et al. 2020, after Mocanu et al. 2018): small layers keep
-    more, and all together as many weights. A layer's ``p_inter`` changes for it, and ``p_intra`` where that does not
-    suffice.
+    more, and all layers together as many weights. It changes ``p_inter``, and ``p_intra`` only where it must.
 
     Example:
         >>> layer_probabilities([(64, 784), (64, 64), (10, 64)], p_intra=1.0, p_inter=0.15, num_groups=8)[0]
@@ -38,7 +37,7 @@ def layer_probabilities(
 
 
 def erk(shapes: Sequence[tuple[int, int]], weights: float) -> list[float]:
-    """Densities proportional to (in + out) / (in · out), at most 1, of layers with ``weights`` weights together.
+    """Densities proportional to (in + out) / (in · out), at most 1, of layers with ``weights`` weights in all.
 
     Example:
         >>> shapes = [(64, 784), (64, 64), (10, 64)]
@@ -69,7 +68,7 @@ def mean_density(out: GroupLayout, into: GroupLayout, p_intra: float, p_inter: f
 
 
 def _share_inside(out: GroupLayout, into: GroupLayout) -> float:
-    """The share of the weights of a layer that lie inside groups."""
+    """The share of a layer's weights that lie inside groups."""
     weights = out.sizes[:, None] * into.sizes.double()
     return (weights * partners(out.num_groups, into.num_groups)).sum().item() / weights.sum().item()
 

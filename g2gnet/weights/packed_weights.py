@@ -3,14 +3,14 @@
 They are called, copied, moved, saved, loaded and rewired together, or not at all:
 
 - A copy is a layer of its own (but see :mod:`g2gnet.weights.tied_averages`).
-- What is written into the buffer ``mask.wiring`` with the weights is read when the mask is used next. What PyTorch does
-  not count as a write (through ``.data``, by ``torch.distributed.broadcast``) is not noticed, nor is anything inside
-  compiled code; ``load_state_dict`` of the network's own ``state_dict()`` reads it.
+- What is written into the buffer ``mask.wiring`` with the weights is read at the next use of the mask. Two writes are
+  not noticed: those that PyTorch does not count (through ``.data``, by ``torch.distributed.broadcast``), and those in
+  compiled code. ``load_state_dict`` of the network's own ``state_dict()`` reads them.
 - Weights in place of the layer's own (``torch.func.functional_call``) come with their ``mask.wiring``, or have the
   layer's.
 - A ``state_dict`` refers to the weights and the buffer themselves; both are written in place, or neither is.
-- Other units have no gradient yet. What an optimizer keeps (momentum) is of the units before: its state is loaded with
-  the network's.
+- A load of other units drops the gradient, which belongs to the units before. So does an optimizer's state (momentum),
+  which a layer cannot see: whoever loads a network in training loads the optimizer's state with it.
 """
 
 import contextlib
@@ -45,30 +45,32 @@ class PackedWeights(nn.Module):
 
     @property
     def mask(self) -> BlockMask:
-        """The units that exist. What was written into the buffer ``mask.wiring`` is read first (:meth:`settle`)."""
+        """The units that exist, which are those of the buffer ``mask.wiring`` after a write to it."""
         self._read_wiring()
         return self._own_mask
 
     @property
     def _own_mask(self) -> BlockMask:
-        """The mask as it was read last."""
+        """The mask before a write to the buffer is read."""
         mask: Any = self._modules["mask"]
         return mask
 
     def _read_wiring(self) -> None:
-        """Makes the mask what was written into its buffer since it was read last; that of a tied average is the tie's.
-        Raises ValueError for what describes no mask of these weights."""
+        """Reads the buffer ``mask.wiring`` if it was written; a tied average takes its units from the tie instead.
+        Raises ValueError if the buffer describes no mask of these weights."""
         mask = self._own_mask
         if is_traced() or not mask.writes or self.ties.source is not None:
             return
-        wiring = mask.own_wiring
-        if wiring.is_meta or mask.describes(wiring):
+        written = mask.own_wiring
+        if written.is_meta or mask.describes(written):
             mask.note_wiring()
-            return
-        if mask.describes(wiring, DRIFT * mask.writes):  # an average of equal numbers, which rounds
+        elif mask.describes(written, DRIFT * mask.writes):  # an average of equal wirings, rounded
             mask.write_wiring()
-            return
-        arrived = _mask_of(wiring, mask.shape, "mask.wiring was written to, and")
+        else:
+            self._take_units_of(written)
+
+    def _take_units_of(self, wiring: torch.Tensor) -> None:
+        mask, arrived = self._own_mask, _mask_of(wiring, self._own_mask.shape, "mask.wiring was written to, and")
         if (arrived.num_units, *arrived.unit_shape) != self.values.shape:
             raise ValueError(
                 f"mask.wiring was written to and has {arrived.num_units} units of {arrived.unit_shape}, but values "
@@ -79,12 +81,12 @@ class PackedWeights(nn.Module):
         after_other_units(self)
 
     def _drop_gradient(self) -> None:
-        """Drops the gradient, which is of other units, and warns that optimizers keep more of these."""
+        """Drops the gradient of the units before."""
         if self.values.grad is not None:
             self.values.grad = None
             logger.warning(
-                "a layer in training was given other units. An optimizer's momentum is of the units before: load its "
-                "state_dict, too, or make a new optimizer"
+                "a layer got other units while it had a gradient, which was dropped; load the optimizer's state from "
+                "the same checkpoint, or make a new optimizer"
             )
 
     def settle(self) -> None:
@@ -120,10 +122,9 @@ class PackedWeights(nn.Module):
         super().__setattr__(name, value)
 
     def rewire_(self, slots: torch.Tensor, units: torch.Tensor, apply: torch.Tensor) -> Callable[[], None]:
-        """Gives ``slots``, integer [k], to ``units``, int64 [k] counted row by row; their weights start at zero.
-        Nothing changes if ``apply``, a bool scalar, is false: ``units`` are then those of the slots now. Returns what
-        takes it back; after an error nothing has changed.
-        """
+        """Gives ``slots``, integer [k], to ``units``, int64 [k] counted row by row, with weights of zero. Nothing
+        changes if ``apply``, a bool scalar, is false: ``units`` must then be those of the slots now. Returns a function
+        that undoes it; after an error nothing has changed."""
         mask = self.mask
         with torch.no_grad(), contextlib.ExitStack() as undo:
             undo.callback(mask.relabel_, slots, mask.unit_row[slots], mask.unit_col[slots])
@@ -136,7 +137,7 @@ class PackedWeights(nn.Module):
             return undo.pop_all().close
 
     def keep_(self, kept: torch.Tensor) -> Callable[[], None]:
-        """Keeps the units of the slots where ``kept``, bool [num_units], is true; returns as :meth:`rewire_`."""
+        """Keeps the units of the slots where ``kept``, bool [num_units], is true. Returns a function that undoes it."""
         mask, values, gradient = self.mask, self.values.data, self.values.grad
         before, wiring = copy.deepcopy(mask), mask.own_wiring
         mask.keep_(kept)
@@ -154,8 +155,7 @@ class PackedWeights(nn.Module):
             self.values.data.copy_(values)
         else:
             self.values.grad = None
-            # a result that someone keeps has the node that accumulates gradients of the old shape; another is made
-            # only for another dtype
+            # a kept result has a node that accumulates gradients of the old shape; only another dtype makes a new node
             self.values.data = values.new_empty(0, dtype=torch.float if values.dtype == torch.half else torch.half)
             self.values.data = values
         self.values.grad = gradient
@@ -181,8 +181,7 @@ class PackedWeights(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         self.settle()
-        # Zero the padding, which is ignored, so equal networks give equal files. A tensor of another type (an FSDP
-        # shard) has none.
+        # Padding is ignored. It is saved as zeros, so that equal networks give equal files; shards (FSDP) have none.
         plain = self.has_plain_values and type(self.values.data) is torch.Tensor and not self.values.is_inference()
         if plain and self.mask.has_padding:
             self.values.data.masked_fill_(~self.mask.valid(), 0)
@@ -192,12 +191,11 @@ class PackedWeights(nn.Module):
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
     ):
         key, place = f"{prefix}values", f"{prefix}mask.wiring"
-        mine = self._own_mask
-        given = key in state_dict
-        mask: BlockMask | None = None
+        mine, given = self._own_mask, key in state_dict
         try:
             mask = _mask_to_load(self, state_dict, prefix)
         except ValueError as error:
+            mask = None
             error_msgs.append(str(error))
             if self.has_plain_values:
                 state_dict.pop(key, None)
@@ -216,19 +214,19 @@ class PackedWeights(nn.Module):
         missing_keys += [name for name in missing if name != key or not given]
         if mask is not None:
             after_other_units(self)
-        if place in state_dict:  # the mask is a child and is loaded next: it finds what it has
+        if place in state_dict:  # the mask is a child, loaded next: it gets what it has
             state_dict[place] = mine.own_wiring
 
 
 class _Parametrizations(nn.ModuleDict):
-    """The parametrizations of a layer by parameter: ``values`` is one, and a method of every other ModuleDict."""
+    """The parametrizations by parameter: one is called ``values``, which is a method of every other ModuleDict."""
 
     def __setitem__(self, key: str, module: nn.Module) -> None:
         self._modules[key] = module
 
 
 def _mask_of(wiring: torch.Tensor, shape: tuple[int, int], where: str) -> BlockMask:
-    """The mask that a buffer describes; raises ValueError, which begins with ``where``, if that is none."""
+    """The mask that a buffer describes. Raises ValueError, which begins with ``where``, if it describes none."""
     try:
         return BlockMask.from_state({"wiring": wiring}, shape)
     except ValueError as error:
@@ -239,28 +237,26 @@ def _mask_of(wiring: torch.Tensor, shape: tuple[int, int], where: str) -> BlockM
 
 
 def _mask_in_place_of(mask: BlockMask) -> BlockMask:
-    """What the buffer in place of the mask's own describes, in ``torch.func.functional_call``. Raises ValueError if
-    that is no mask, or under ``torch.func.vmap`` several."""
+    """The mask that the buffer in its place describes, in ``torch.func.functional_call``. Raises ValueError if it
+    describes none, or several under ``torch.func.vmap``."""
     rows = unwrapped(mask.wiring).detach()
     sent = rows.reshape(-1, rows.shape[-1]).cpu()
     if not (sent == sent[:1]).all():
-        raise ValueError(
-            "networks with different wirings cannot run in one torch.func.vmap, which shares indices; call each alone"
-        )
+        raise ValueError("networks with different wirings cannot share one torch.func.vmap; call each alone")
     if mask.describes(sent[0]):
         return mask
     return _mask_of(sent[0], mask.shape, "the buffer in place of mask.wiring").to(mask.wiring.device)
 
 
 def _mask_to_load(layer: PackedWeights, state: Mapping[str, Any], prefix: str) -> BlockMask | None:
-    """The mask of layer ``prefix`` in a state, None if it stays; ValueError if it or its weights do not fit."""
+    """The mask of layer ``prefix`` in a state, None if it stays. Raises ValueError if it or its weights do not fit."""
     plain = layer.has_plain_values
     wiring: Any = state.get(f"{prefix}mask.wiring")
     values: Any = state.get(f"{prefix}values")
     if plain and (wiring is None) != (values is None):
         there, lacks = ("values", "mask.wiring") if wiring is None else ("mask.wiring", "values")
         raise ValueError(
-            f"{prefix}{there} is in the state, but {prefix}{lacks} is not, and they are loaded together or not at all; "
+            f"{prefix}{there} is in the state without {prefix}{lacks}, and they are loaded together or not at all; "
             "save the whole state_dict() of the layer"
         )
     if wiring is None:

@@ -1,7 +1,7 @@
-"""Which units of a sparse layer exist at first: patterns by name, or functions of the two sides of a layer.
+"""Which units of a sparse layer exist at first: patterns by name, or functions (docs/patterns.md).
 
-Such a function gets the :class:`~g2g_kernels.mask.sides.UnitAxis` of outputs and inputs and a generator. It returns
-[ranges of outputs, ranges of inputs]: bool, which units exist, or float, the probability of each (docs/patterns.md).
+A function gets the :class:`~g2g_kernels.mask.sides.UnitAxis` of outputs and inputs and a generator. It returns [ranges
+of outputs, ranges of inputs]: bool, which units exist, or float, the probability of each.
 """
 
 import math
@@ -57,12 +57,12 @@ class Regular(ErdosRenyi):
 
 @dataclass(frozen=True)
 class SmallWorld:
-    """A small world of groups (Watts and Strogatz 1998): each is linked to its neighbours on a ring, and to few others.
+    """A small world of groups (Watts and Strogatz 1998): most links join neighbours on a ring, a few any two groups.
 
     Each group of outputs is linked to the ``neighbours`` nearest of the other groups of inputs, or as many more as
-    ``p_inter`` needs. Each link goes, with probability ``rewire``, to a group drawn from those without one. Units exist
-    with probability ``p_intra`` inside groups, with one between linked groups, so that ``p_inter`` is the mean over all
-    other groups, and never between others.
+    ``p_inter`` needs. Each link moves, with probability ``rewire``, to a group drawn from those without a link. Units
+    exist with probability ``p_intra`` inside groups, and with one between linked groups that makes ``p_inter`` the mean
+    over all other groups.
 
     Example:
         >>> world = SmallWorld(p_intra=1.0, p_inter=0.2, neighbours=2, rewire=0.0)
@@ -88,7 +88,7 @@ class SmallWorld:
         """The groups of inputs that each group of outputs is linked to: bool [groups out, groups in]."""
         same = partners(out_groups, in_groups)
         centres = ((torch.arange(groups, dtype=torch.float64) + 0.5) / groups for groups in (out_groups, in_groups))
-        distance = ring_distance(*centres).masked_fill(same, torch.inf)
+        distance = _ring_distance(*centres).masked_fill(same, torch.inf)
         links = torch.zeros_like(same)
         for row, (others, order) in enumerate(zip((~same).sum(1).tolist(), distance.argsort(stable=True), strict=True)):
             needed = others - share_of(1 - self.p_inter, others)
@@ -111,7 +111,7 @@ class SmallWorld:
 
 @dataclass(frozen=True)
 class Distance:
-    """Units are the rarer the farther their two sides lie apart: with probability min(1, c·exp(−d / ``scale``)).
+    """Units with distant sides are rare: they exist with probability min(1, c·exp(−d / ``scale``)).
 
     The ranges of neurons of each side lie on a ring of length 1, in the order of the groups; d is the shorter way
     between them. The constant c makes the mean probability of a weight ``density``.
@@ -130,7 +130,7 @@ class Distance:
 
     def __call__(self, out: UnitAxis, into: UnitAxis, generator: torch.Generator | None = None) -> torch.Tensor:
         nearness = (-self._distance(out, into) / self.scale).exp().clamp(min=1e-300)
-        # the k nearest have probability 1, where c from the others' share is the first that none of them exceeds
+        # the k nearest have probability 1: the least k for which c, from the others' share, makes none of them exceed 1
         nearest, order = nearness.flatten().sort(descending=True)
         sizes = out.lengths[:, None] * into.lengths.double()
         of_sorted = (sizes / sizes.mean()).flatten()[order]
@@ -140,13 +140,15 @@ class Distance:
         return (nearness * factors[fits[0] if len(fits) else -1]).clamp(0, 1)
 
     def _distance(self, out: UnitAxis, into: UnitAxis) -> torch.Tensor:
-        return ring_distance(*((side.bounds[1:] + side.bounds[:-1]).double() / (2 * side.size) for side in (out, into)))
+        return _ring_distance(
+            *((side.bounds[1:] + side.bounds[:-1]).double() / (2 * side.size) for side in (out, into))
+        )
 
 
 @dataclass(frozen=True)
 class Plane(Distance):
-    """The same with distances on the plane of an image, in its sides: the neurons of each side of the layer, in the
-    order of the groups, fill a square row by row, as pixels do. A range of neurons lies at their mean place.
+    """The same with distances on the plane of an image, in its sides: the neurons of each side, in the order of the
+    groups, fill a square row by row, as pixels do. A range of neurons lies at their mean place.
 
     Example:
         >>> mask = pattern_mask(Plane(density=0.1, scale=0.1), GroupLayout(64), GroupLayout(64), block_size=1)
@@ -170,18 +172,13 @@ def _plane_places(side: UnitAxis) -> torch.Tensor:
     return sums.diff(dim=0) / bounds.diff()[:, None]
 
 
-def ring_distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """The shorter way between each two places on a ring of length 1: [len(first), len(second)].
-
-    Example:
-        >>> ring_distance(torch.tensor([0.0]), torch.tensor([0.25, 0.5, 0.75]))
-        tensor([[0.2500, 0.5000, 0.2500]])
-    """
+def _ring_distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The shorter way between each two places on a ring of length 1: [len(first), len(second)]."""
     way = (first[:, None] - second).abs()
     return torch.minimum(way, 1 - way)
 
 
-#: what makes a layer's pattern, with contiguous groups, of the probabilities inside and between groups, and their mean
+#: each pattern from p_intra, p_inter and the mean probability; groups are contiguous
 PATTERNS: dict[str, Callable[[float, float, float], Pattern]] = {
     "erdos_renyi": lambda p_intra, p_inter, density: ErdosRenyi(density),
     "regular": lambda p_intra, p_inter, density: Regular(density),
@@ -189,9 +186,8 @@ PATTERNS: dict[str, Callable[[float, float, float], Pattern]] = {
     "distance": lambda p_intra, p_inter, density: Distance(density),
     "plane": lambda p_intra, p_inter, density: Plane(density),
 }
-#: the patterns by name, which are the sparse models of a network
+#: the sparse models of a network by name, and all models
 SPARSE = (*GROUPINGS, *PATTERNS)
-#: all models
 MODELS = ("dense", *SPARSE)
 
 
@@ -203,8 +199,8 @@ def pattern_mask(
     block_size: int = 64,
     generator: torch.Generator | None = None,
 ) -> BlockMask:
-    """The mask with the units of ``pattern``. Of probabilities, each row of units gets ⌊Σp⌋ or ⌈Σp⌉ units, and each
-    unit exists with exactly its probability.
+    """The mask with the units of ``pattern``. From probabilities, each unit exists with exactly its probability, and
+    each row of units gets ⌊Σp⌋ or ⌈Σp⌉ units.
 
     Raises:
         ValueError: if the pattern returns anything but units or probabilities, or the grid is too large for them.
@@ -258,7 +254,7 @@ def _check_units(pattern: Pattern, units: object, shape: tuple[int, int]) -> Non
 
 
 def _drawn(probability: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Systematic samples (Madow 1949): a unit exists where the sum of its row, in random order, passes u + whole."""
+    """Systematic samples (Madow 1949): a unit exists where its row's sum, in random order, passes u + an integer."""
     order = torch.rand(probability.shape, generator=generator).argsort(dim=1)
     start = torch.rand(len(probability), 1, generator=generator, dtype=torch.float64)
     passed = (probability.gather(1, order).cumsum(1) + start).floor()
@@ -277,9 +273,9 @@ def layer_mask(
 ) -> BlockMask:
     """Draws the units of layer ``number`` (from 0), whose weight has ``shape`` (out, in).
 
-    ``pattern`` is a name in ``SPARSE``, or a function, whose groups are contiguous and which knows its own
-    ``probabilities`` of a unit inside and between groups (:func:`~g2gnet.weights.densities.layer_probabilities`). On a
-    side with fewer neurons than ``num_groups`` each is a group.
+    ``pattern`` is a name in ``SPARSE``, or a function, which has contiguous groups and ignores the ``probabilities`` of
+    a unit inside and between groups (:func:`~g2gnet.weights.densities.layer_probabilities`). On a side with fewer
+    neurons than ``num_groups`` each neuron is a group.
 
     Example:
         >>> draw = torch.Generator().manual_seed(0)
@@ -300,8 +296,8 @@ def mask_between(
     block_size: int,
     generator: torch.Generator | None,
 ) -> BlockMask:
-    """Draws the units of a pattern, or all if it is ``"dense"``, between groups that are there already, as those of a
-    layer for its recurrent connections.
+    """Draws the units of a pattern (``"dense"``: all units) between existing groups, such as those of a layer for its
+    recurrent connections.
 
     Example:
         >>> groups = GroupLayout(8, 2)

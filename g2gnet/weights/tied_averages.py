@@ -1,5 +1,5 @@
-"""Ties: an average of a network's weights (EMA, SWA) is rewired with the network if :func:`tie_wiring` says that it is
-one. Otherwise its next step would mix weights of different connections. Any other copy is a network of its own."""
+"""Ties: an average of a network's weights (EMA, SWA) is rewired with the network if :func:`tie_wiring` said so.
+Otherwise its next step would mix weights of different connections. Any other copy is a network of its own."""
 
 import logging
 import weakref
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("g2gnet")
 
-#: modules around a network that its layers' names are given without: averages and data parallelism, torch.compile
+#: wrappers of networks, for averages, data parallelism and torch.compile, which layers' names are given without
 WRAPPERS = {"module", "_orig_mod"}
 
 
 class Ties:
-    """The layers that a layer has to do with: its averages, the layer that it is an average of, and its copies."""
+    """Links from a layer to its averages, its source and its copies."""
 
     def __init__(self) -> None:
-        #: the averages that are rewired with the layer
+        #: averages, which are rewired with the layer
         self.averages: weakref.WeakSet[PackedWeights] = weakref.WeakSet()
         self.copies: weakref.WeakSet[PackedWeights] = weakref.WeakSet()
-        #: whether someone said what this copy is
+        #: whether the user declared what this copy is
         self.declared = False
-        #: of an average: the layer that it is one of, and all averages whose tie ends with its own
+        #: of an average: its source, and all averages whose ties end with its own
         self._tie: tuple[weakref.ref[PackedWeights], weakref.WeakSet[PackedWeights]] | None = None
 
     @property
@@ -37,14 +37,14 @@ class Ties:
 
     @staticmethod
     def begin(pairs: "list[tuple[PackedWeights, PackedWeights]]") -> None:
-        """Ties the second layer of each pair to the first; their ties end together."""
+        """Ties the second layer of each pair to the first. These ties end together."""
         together = weakref.WeakSet(average for _, average in pairs)
         for source, average in pairs:
             source.ties.averages.add(average)
             average.ties.declared, average.ties._tie = True, (weakref.ref(source), together)
 
     def end(self, why: str | None = None) -> None:
-        """Ends the tie of two networks, in all layers, with a warning if there is a reason."""
+        """Ends the tie of two networks in all layers, with a warning if there is a reason."""
         averages = [] if self._tie is None else list(self._tie[1])
         for average in averages:
             average.settle()  # from now on its buffer is read, whatever was averaged there
@@ -57,7 +57,7 @@ class Ties:
 
 
 def rewire_averages(layer: "PackedWeights") -> None:
-    """Gives the averages of a layer its present units."""
+    """Gives the averages of a layer the units that it has now."""
     for average in list(layer.ties.averages):
         if average.has_plain_values:
             take_wiring(layer, average)
@@ -67,37 +67,34 @@ def rewire_averages(layer: "PackedWeights") -> None:
 
 
 def after_other_units(layer: "PackedWeights") -> None:
-    """Sees to the ties of a layer that was given a mask from outside: equal units get equal slots, others end a tie."""
-    source = layer.ties.source
-    if source is not None and not layer.mask.equals(source.mask):
-        if _same_units(layer.mask, source.mask):
-            take_wiring(source, layer)
-        else:
-            layer.ties.end("a state of other units was loaded into it")
-    for average in list(layer.ties.averages):
-        if _same_units(layer.mask, average.mask):
-            take_wiring(layer, average)
+    """Updates the ties of a layer that was given a mask from outside: equal units get equal slots, others end a tie."""
+    pairs = [(layer, average) for average in layer.ties.averages]
+    if layer.ties.source is not None:
+        pairs.insert(0, (layer.ties.source, layer))
+    for source, average in pairs:
+        if _same_units(source.mask, average.mask):
+            take_wiring(source, average)
             rewire_averages(average)
         else:
-            average.ties.end("a state of other units was loaded into the network")
+            average.ties.end("a state of other units was loaded into one of them")
 
 
 def _same_places(one: "BlockMask", other: "BlockMask") -> torch.Tensor:
-    """Whether a unit's number means the same neurons in both masks, of one grid: a bool scalar."""
+    """Whether a unit's number means the same neurons in both masks, whose grids are equal: a bool scalar."""
     mine, theirs = ([*mask.rows.tensors()[:2], *mask.cols.tensors()[:2]] for mask in (one, other))  # orders and bounds
     return torch.stack([(a == b.to(a.device)).all() for a, b in zip(mine, theirs, strict=True)]).all()
 
 
 def _same_units(one: "BlockMask", other: "BlockMask") -> bool:
-    """Whether both masks have the same units, in whatever slots."""
+    """Whether both masks have the same units, in any slots."""
     units = [mask.sorted_units().cpu() for mask in (one, other)]
     return one.grid == other.grid and torch.equal(*units) and bool(_same_places(one, other))
 
 
 @torch.no_grad()
 def take_wiring(source: "PackedWeights", target: "PackedWeights") -> None:
-    """Gives ``target`` the units of ``source`` in the same slots; for units that it did not have, source's weights.
-    Does not wait for the device."""
+    """Gives ``target`` the units of ``source`` in the same slots. Units that target has keep its weights, others get
+    the source's. Does not wait for the device."""
     mine, theirs = target.mask, source.mask
     device = target.values.device
     now = theirs.flat_unit().to(device)
@@ -156,10 +153,10 @@ def _pairs(source: nn.Module, target: nn.Module) -> "list[tuple[PackedWeights, P
 def sync_wiring(source: nn.Module, target: nn.Module) -> None:
     """Gives the sparse layers of ``target`` the units that those of ``source`` have now, in the same slots.
 
-    A unit that target has already keeps its weights; the others get the source's. For networks whose parameters are
-    then copied or averaged one by one and that are not tied: call it before, and after each update of source's masks.
-    Both may be in wrappers (``AveragedModel``, DistributedDataParallel). Raises TypeError if one is no module, and
-    ValueError if layers differ in name or size.
+    Units that target already has keep its weights; others get the source's. Call it before, and after each update of
+    source's masks, where parameters of networks that are not tied are copied or averaged one by one. Both may be in
+    wrappers (``AveragedModel``, DistributedDataParallel). Raises TypeError if one is no module, and ValueError if
+    layers differ in name or size.
 
     Example:
         >>> net, other = (G2GNet(64, 64, 10, block_size=8) for _ in range(2))
@@ -178,13 +175,13 @@ def sync_wiring(source: nn.Module, target: nn.Module) -> None:
 
 
 def tie_wiring(source: nn.Module, average: nn.Module) -> None:
-    """Says that ``average`` is an average of ``source``: from now on it is rewired whenever source is.
+    """Declares ``average`` an average of ``source``, which is rewired whenever source is.
 
-    It begins with :func:`sync_wiring`, which tells the errors, too. When DST gives slots to other units, those that
-    stay keep their averaged weights, and new ones get the source's. A state of the same units in another order, loaded
-    into either, is brought into the order of the source; a state of other units ends the tie, with a warning. The
-    average's ``mask.wiring`` is written by the tie and not read. Copies, pickles and files do not have the tie. The
-    average may be in a wrapper (``torch.optim.swa_utils.AveragedModel``, timm's ``ModelEmaV3``).
+    It begins with :func:`sync_wiring`, and raises the same errors. When DST gives slots to other units, those that stay
+    keep their averaged weights, and new ones get the source's. A load of the same units in another order, into either
+    network, is brought into the source's order; a load of other units ends the tie, with a warning. The tie writes the
+    average's ``mask.wiring`` and does not read it. Copies, pickles and files do not have the tie. The average may be in
+    a wrapper (``torch.optim.swa_utils.AveragedModel``, timm's ``ModelEmaV3``).
 
     Example:
         >>> from torch.optim.swa_utils import AveragedModel
@@ -207,8 +204,8 @@ def tie_wiring(source: nn.Module, average: nn.Module) -> None:
 
 
 def untie_wiring(model: nn.Module) -> None:
-    """Says that ``model`` is a network of its own, rewired with no other, as is every copy which nobody tied. A copy of
-    which that is said is not reported when the network is rewired.
+    """Declares ``model`` a network of its own, rewired with no other, as every copy that nobody tied is. DST then does
+    not warn of the copy.
 
     Example:
         >>> import copy

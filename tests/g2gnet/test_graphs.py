@@ -47,5 +47,5 @@ def test_recurrent_connections_are_edges_among_the_neurons_of_a_layer_with_a_row
     for row, connection in zip(rows, net.connections().values(), strict=True):
         assert f"{connection.mask.num_units} of {connection.mask.grid[0] * connection.mask.grid[1]}" in row
         assert graphs.picture(connection.mask) in row
-    assert "lif1, one step later" in rows[1]
+    assert "lif1, 1 step later" in rows[1]
     assert all(text in rows[2] for text in ("16 → 16", "4 (interleaved)", "LIF("))

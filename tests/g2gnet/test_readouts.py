@@ -164,7 +164,7 @@ def test_a_readout_is_that_of_snntorchs_membranes_without_a_reset(readout):
 def test_a_network_from_snntorch_counts_only_spikes_that_are_meant():
     net = net_of("mean")
     theirs = to_snntorch(net)
-    with pytest.raises(ValueError, match="lif3 has no reset; say what is read: readout='last', 'mean' or 'max'"):
+    with pytest.raises(ValueError, match="lif3 has no reset; give readout='last', 'mean' or 'max'"):
         from_snntorch(theirs, T=STEPS)
     torch.testing.assert_close(from_snntorch(theirs, T=STEPS, readout="mean")(X), net(X))
     assert from_snntorch(theirs, T=STEPS, readout="counts")(X).any()
@@ -218,7 +218,7 @@ def test_what_cannot_be_read_is_refused_by_name():
         (lambda: net.simulate(X, chunk=2), "chunk=2 does not keep the membranes of all steps that readout='mean'"),
         (lambda: to_nir(net), "readout='mean' cannot be written to NIR"),
         (lambda: DSTScheduler(net, optimizer, prune="set", grow="hebb"), "a correlation needs output spikes"),
-        (lambda: of_layers.step(X, activity), "a correlation needs output spikes, and this activity is a readout"),
+        (lambda: of_layers.step(X, activity), "a correlation needs output spikes; this activity is a readout"),
         (lambda: SpikingStack([recurrent], 5, readout="last"), "'last' is of neurons that do not spike, but rec1"),
         (lambda: SpikingStack([foreign], 5, readout="last"), "and lif1 is a ReLU"),
     ):

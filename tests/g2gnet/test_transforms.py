@@ -124,7 +124,7 @@ def test_an_ensemble_of_one_wiring_runs_under_vmap_and_one_of_several_is_refused
     close(base(SAMPLES), nets[0](SAMPLES))
     # the same units, in other slots
     mask.load_state_dict({"wiring": row_with(mask, unit_row=lambda t: t.flip(0), unit_col=lambda t: t.flip(0))})
-    with pytest.raises(ValueError, match=r"networks with different wirings cannot run in one torch\.func\.vmap"):
+    with pytest.raises(ValueError, match=r"networks with different wirings cannot share one torch\.func\.vmap"):
         ensemble()
 
 

@@ -16,7 +16,7 @@ import torch
 from small_data import NOBODY_LISTENS, fashion_mnist_files, write
 from torchvision.datasets import FashionMNIST
 
-from g2gnet.data import DataError, as_samples, dataset_name, fashion_mnist, load_dataset, npz
+from g2gnet.data import DataError, dataset_name, fashion_mnist, load_dataset, npz
 
 
 @pytest.fixture
@@ -25,9 +25,11 @@ def small_files(monkeypatch):
 
 
 @pytest.mark.parametrize("compress", [True, False])
-@pytest.mark.parametrize("subfolder", ["", "FashionMNIST/raw"])
-def test_files_are_found_and_read_in_every_layout(tmp_path, small_files, subfolder, compress):
+@pytest.mark.parametrize("subfolder", ["", "FashionMNIST/raw", "system"])
+def test_files_are_found_and_read_in_every_layout(tmp_path, small_files, subfolder, compress, monkeypatch):
+    """In the data folder, or the system's copy."""
     write(tmp_path / subfolder, small_files, compress)
+    monkeypatch.setattr(fashion_mnist, "SYSTEM_DIR", tmp_path / "system")
     data = load_dataset("fashionmnist", tmp_path)
     assert data.train_images.numpy().tobytes() == small_files["train-images-idx3-ubyte"][16:]
     assert bytes(data.test_labels.tolist()) == small_files["t10k-labels-idx1-ubyte"][8:]
@@ -35,12 +37,6 @@ def test_files_are_found_and_read_in_every_layout(tmp_path, small_files, subfold
     assert (data.train_images.shape, data.input_dim, data.num_classes) == ((60, 28, 28), 784, 10)
     # reading leaves nothing behind in the user's folder
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 4
-
-
-def test_the_system_copy_is_used_when_the_data_folder_has_none(tmp_path, small_files, monkeypatch):
-    write(tmp_path / "system", small_files, compress=True)
-    monkeypatch.setattr(fashion_mnist, "SYSTEM_DIR", tmp_path / "system")
-    assert len(load_dataset("fashionmnist", tmp_path / "empty").train_labels) == 60
 
 
 @pytest.fixture
@@ -83,21 +79,16 @@ def test_without_files_and_network_one_message_lists_the_remedies(tmp_path):
 
 @pytest.mark.parametrize("compress", [True, False])
 @pytest.mark.parametrize("name", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
-def test_a_truncated_file_is_named_with_the_remedy(tmp_path, small_files, compress, name):
+def test_a_truncated_file_or_that_of_another_data_set_is_named_with_the_remedy(tmp_path, small_files, compress, name):
+    """MNIST's have the names, the shapes and the range of labels of Fashion-MNIST's."""
+    path = tmp_path / (f"{name}.gz" if compress else name)
     for keep in (0, 3, 11, -1):
         write(tmp_path, small_files, compress)
-        path = tmp_path / (f"{name}.gz" if compress else name)
         path.write_bytes(path.read_bytes()[:keep])
         with pytest.raises(DataError, match=f"{path}.*damaged.*download it again"):
             load_dataset("fashionmnist", tmp_path)
-
-
-@pytest.mark.parametrize("compress", [True, False])
-def test_files_of_another_data_set_are_refused(tmp_path, small_files, compress):
-    """MNIST's have the names, the shapes and the range of labels of Fashion-MNIST's."""
-    images = "train-images-idx3-ubyte"
-    write(tmp_path, {**small_files, images: small_files[images][:-1] + b"\x07"}, compress)
-    with pytest.raises(DataError, match=rf"{images}.* is damaged or of another data set .*`dataset=FILE.npz`"):
+    write(tmp_path, {**small_files, name: small_files[name][:-1] + b"\x07"}, compress)
+    with pytest.raises(DataError, match=rf"{name}.* is damaged or of another data set .*`dataset=FILE.npz`"):
         load_dataset("fashionmnist", tmp_path)
 
 
@@ -137,6 +128,7 @@ def test_data_of_ones_own_are_read_and_named_by_their_content(tmp_path, save, dt
 
 
 def test_other_arrays_are_refused_by_name(tmp_path):
+    from_one = {"train_labels": np.arange(30) % 3 + 1, "test_labels": np.arange(9) % 3 + 1}
     for changes, message in (
         ({"train_labels": np.arange(29) % 3}, "train_images are 30, train_labels 29"),
         ({"train_labels": np.arange(30) - 1}, "train_labels are from -1 to 28, with 30 images"),
@@ -146,16 +138,10 @@ def test_other_arrays_are_refused_by_name(tmp_path):
         ({"train_images": np.full((30, 5, 4), np.nan, np.float32)}, "differ in shape or dtype"),
         (
             {"train_images": np.array([print] * 30)},
-            "train_images holds Python objects, as .* give one array of numbers",
+            "train_images holds Python objects, such as .* give one array of num",
         ),
-        (
-            {name: np.arange(n) % 3 + 1 for name, n in (("train_labels", 30), ("test_labels", 9))},
-            "up to 3, .* of class 0;",
-        ),
-        (
-            {"train_labels": np.arange(30) % 2 * 4},
-            "labels and test_labels are up to 4, and no image is of class 3; numb",
-        ),
+        (from_one, "up to 3, .* of class 0;"),
+        ({"train_labels": np.arange(30) % 2 * 4}, "and test_labels are up to 4, and no image is of class 3; numb"),
         ({"val_images": np.zeros((5, 5, 4)), "val_labels": np.zeros(5, int)}, "it has val_images, val_labels beside"),
     ):
         np.savez(tmp_path / "mine.npz", **own_arrays(**changes))
@@ -237,9 +223,7 @@ def test_the_subset_is_made_of_the_real_images(tmp_path):
         assert all(np.array_equal(new[name], shipped[name]) for name in new.files)
 
 
-def test_samples_run_from_zero_to_one_and_limits_keep_the_first_images():
-    images = torch.tensor([[[0, 51], [102, 255]]], dtype=torch.uint8)
-    torch.testing.assert_close(as_samples(images), torch.tensor([[0.0, 0.2, 0.4, 1.0]]))
+def test_limits_keep_the_first_images():
     data = load_dataset("fashionmnist-mini")
     limited, held = data.limited(100, None), data.held_out(torch.arange(200)).limited(100, None)
     for found in (limited.train_images, held.val_images):

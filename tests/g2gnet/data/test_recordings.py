@@ -27,19 +27,22 @@ def counted(shape, events):
 
 
 @pytest.mark.parametrize(
-    ("options", "shape"),
-    [({}, (140, 140)), ({"bins": 700, "dt": 2.5, "steps": 100}, (100, 700)), ({"bins": 7, "dt": 100}, (14, 7))],
-)
-def test_spikes_of_the_cochlea_are_counted_by_channels_and_time(tmp_path, options, shape):
-    told = write_heidelberg(tmp_path, "shd")
-    data = load_dataset("shd", tmp_path, **options)
+    ("name", "options", "shape"),
+    [
+        ("shd", {}, (140, 140)), ("shd", {"bins": 700, "dt": 2.5, "steps": 100}, (100, 700)),
+        ("shd", {"bins": 7, "dt": 100}, (14, 7)), ("ssc", {"steps": 20}, (20, 140)),
+    ],
+)  # fmt: skip
+def test_spikes_of_the_cochlea_are_counted_by_channels_and_time(tmp_path, name, options, shape):
+    """Spiking Speech Commands have a part for validation, too."""
+    told = write_heidelberg(tmp_path / name.upper(), name, classes=35 if name == "ssc" else 20)
+    data = load_dataset(name, tmp_path, **options)
     dt, width = options.get("dt", 10), 700 // shape[1]
-    assert data.num_classes == 20
-    for part in ("train", "test"):
-        seconds, channels, labels = told[part]
-        images = getattr(data, f"{part}_images")
+    assert data.num_classes == (35 if name == "ssc" else 20)
+    for part, (seconds, channels, labels) in told.items():
+        images, found = data.part(part.replace("valid", "val"))
         assert images.shape == (len(labels), *shape)
-        assert getattr(data, f"{part}_labels").tolist() == labels.tolist()
+        assert found.tolist() == labels.tolist()
         for image, times, units in zip(images, seconds, channels, strict=True):
             milliseconds = np.round(times.astype(float) * 1000, 3)
             assert torch.equal(image.long(), counted(shape, zip(milliseconds // dt, units // width, strict=True)))
@@ -47,13 +50,6 @@ def test_spikes_of_the_cochlea_are_counted_by_channels_and_time(tmp_path, option
     samples = as_samples(data.train_images)
     assert samples.dtype == torch.float32
     assert torch.equal(samples, data.train_images.flatten(1).float()), "counts are not divided by 255"
-
-
-def test_speech_commands_as_spikes_have_a_part_for_validation(tmp_path):
-    told = write_heidelberg(tmp_path / "SSC", "ssc", classes=35, train=70, test=35)
-    data = load_dataset("ssc", tmp_path, bins=140, dt=10, steps=20)
-    assert data.val_labels.tolist() == told["valid"][2].tolist()
-    assert data.val_images.shape == (35, 20, 140)
 
 
 def test_times_are_whole_microseconds_and_other_units_are_noticed(tmp_path):
@@ -78,6 +74,7 @@ def test_times_are_whole_microseconds_and_other_units_are_noticed(tmp_path):
 
 
 def test_events_of_n_mnist(tmp_path):
+    """An entry in row 240 adds 8.192 ms to the time of those after it."""
     told = write_nmnist(tmp_path / "NMNIST")
     data = load_dataset("nmnist", tmp_path, bins=17, dt=20)
     parts = {"Train": (data.train_images, data.train_labels), "Test": (data.test_images, data.test_labels)}
@@ -88,12 +85,8 @@ def test_events_of_n_mnist(tmp_path):
         for image, file in zip(images, files, strict=True):
             events = [(t // 20_000, p, y // 2, x // 2) for x, y, p, t in told[file]]
             assert torch.equal(image.long(), counted((17, 2, 17, 17), events))
-
-
-def test_an_event_in_row_240_adds_to_the_time_of_those_after_it(tmp_path):
-    write_nmnist(tmp_path)
     events = [(1, 2, 0, 9_000), (0, 240, 0, 0), (1, 2, 1, 9_000), (0, 240, 0, 0), (1, 2, 1, 9_000)]
-    first = min((tmp_path / "Train").glob("*/*.bin"), key=lambda file: file.name)
+    first = min((tmp_path / "NMNIST/Train").glob("*/*.bin"), key=lambda file: file.name)
     first.write_bytes(nmnist_bytes(*np.array(events).T))
     image = load_dataset("nmnist", tmp_path, dt=1).train_images[0]
     assert image.nonzero().tolist() == [[9, 0, 2, 1], [17, 1, 2, 1], [25, 1, 2, 1]]
@@ -306,8 +299,7 @@ def test_bins_that_do_not_fit_are_refused_before_anything_is_read(tmp_path):
 def test_sequences_that_do_not_fit_the_memory_are_refused_before_they_are_made(tmp_path, monkeypatch):
     write_heidelberg(tmp_path, "shd")
     monkeypatch.setattr("g2gnet.data.binned.available", lambda: 60 * 14 * 700 - 1)
-    message = r"shd as sequences \[14, 700\] takes .* of memory.*; lower `T` or `bins`, or raise `dt`"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=r"shd as sequences \[14, 700\] takes .* of memory.*; lower `T` or `bins`, or"):
         load_dataset("shd", tmp_path, bins=700, dt=100)
 
 

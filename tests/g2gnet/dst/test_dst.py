@@ -50,6 +50,7 @@ ORACLES = {
 RULES = list(itertools.product(ORACLES["prune"], ORACLES["grow"]))
 #: each rule at least once
 EACH_RULE = list(itertools.zip_longest(PRUNE_RULES, GROW_RULES, fillvalue="random"))
+FULL = BlockMask.full(GroupLayout(9), GroupLayout(9))
 LISTS = pytest.param("lists", marks=pytest.mark.skipif("cpu" not in backends_of(WAYS), reason="not compiled"))
 
 
@@ -159,32 +160,27 @@ def check_choice(prune, grow, dense, old, new, candidates):
             assert max(score[unit] for unit in lower) <= min(score[unit] for unit in higher) + 1e-6
 
 
-@pytest.mark.parametrize(("prune", "grow"), EACH_RULE)
-def test_of_a_grid_too_large_for_a_score_each_the_best_of_drawn_candidates_grow(monkeypatch, prune, grow):
-    drawn = []
-    monkeypatch.setattr(replacement, "LARGEST_GRID", 0)
-    draw = scheduler_module.draw_candidates
-    monkeypatch.setattr(scheduler_module, "draw_candidates", lambda *given: (drawn.append(draw(*given)), drawn[-1])[1])
-    _, _, before = update(prune, grow)
-    for (layer, old, dense), numbers in zip(before, drawn, strict=True):
-        candidates = {divmod(number, layer.mask.grid[1]) for number in numbers.tolist()}
-        assert len(numbers) == len(candidates) == min(len(old), math.prod(layer.mask.grid) - len(old))
-        assert not candidates & old
-        new = units_of(layer.mask)
-        assert new != old
-        check_choice(prune, grow, dense, old, new, candidates)
-
-
-@pytest.mark.parametrize(("prune", "grow"), RULES)
-def test_an_update_follows_its_rules(prune, grow):
+@pytest.mark.parametrize(
+    ("prune", "grow", "large"), [*((*each, False) for each in RULES), *((*each, True) for each in EACH_RULE)]
+)
+def test_an_update_follows_its_rules(prune, grow, large, monkeypatch):
+    """If the grid is too large for a score of each unit, the best of drawn candidates grow."""
+    drawn, draw = [], scheduler_module.draw_candidates
+    monkeypatch.setattr(scheduler_module, "draw_candidates", lambda *given: drawn.append(draw(*given)) or drawn[-1])
+    if large:
+        monkeypatch.setattr(replacement, "LARGEST_GRID", 0)
     optimizer, scheduler, before = update(prune, grow)
     replaced = 0
-    for layer, old, dense in before:
-        new, grid = units_of(layer.mask), set(itertools.product(*map(range, layer.mask.grid)))
-        count = min(int(0.2 * len(old)), len(grid) - len(old))
+    for (layer, old, dense), numbers in zip(before, drawn, strict=True):
+        new, candidates = units_of(layer.mask), set(itertools.product(*map(range, layer.mask.grid))) - old
+        if large:
+            absent, candidates = candidates, {divmod(number, layer.mask.grid[1]) for number in numbers.tolist()}
+            assert candidates <= absent
+            assert len(numbers) == len(candidates) == min(len(old), len(absent))
+        count = min(int(0.2 * len(old)), len(candidates))
         replaced += count
         assert len(new - old) == count > 0
-        check_choice(prune, grow, dense, old, new, grid - old)
+        check_choice(prune, grow, dense, old, new, candidates)
 
         # kept weights are untouched, pruned and grown ones are zero, and so is the grown ones' optimizer state
         kept_mask = unit_mask(layer.mask, old & new)
@@ -207,8 +203,7 @@ def test_inputs_of_other_samples_than_the_activitys_are_refused_and_change_nothi
     """As those of ``simulate(x, batch_first=True)``, in which time is second."""
     net, x = G2GNet(30, 40, 10, block_size=4, T=6), torch.rand(5, 6, 30)
     activity, before = net.simulate(x, batch_first=True), units_of(net.fc2.mask)
-    optimizer = torch.optim.SGD(net.parameters())
-    scheduler = DSTScheduler(sparse_layers(net), optimizer, 1, network=net if network else None)
+    scheduler = DSTScheduler(sparse_layers(net), torch.optim.SGD(net.parameters()), 1, network=net if network else None)
     with pytest.raises(ValueError, match=r"inputs are \[5, 6, 30\], and the activity is of 5 samples; .* \[T, B, in\]"):
         scheduler.step(x, activity)
     assert units_of(net.fc2.mask) == before
@@ -501,8 +496,7 @@ def test_a_nearly_full_layer_grows_no_more_than_there_is_room_for():
     net, optimizer, x, activity = trained_net(p_inter=0.97)
     before = [layer.mask.num_units for layer in sparse_layers(net)]
     DSTScheduler(sparse_layers(net), optimizer, 1, fraction=1.0).step(x, activity)
-    for layer, count in zip(sparse_layers(net), before, strict=True):
-        assert len(units_of(layer.mask)) == layer.mask.num_units == count
+    assert [len(units_of(layer.mask)) for layer in sparse_layers(net)] == before
 
 
 @pytest.mark.parametrize(
@@ -510,14 +504,11 @@ def test_a_nearly_full_layer_grows_no_more_than_there_is_room_for():
     [
         ({"prune": "magnitude"}, f"prune='magnitude' is unknown; choose one of {', '.join(PRUNE_RULES)}"),
         ({"interval": 0}, "interval=0 must be a whole number of at least 1"),
-        ({"interval": 10**26}, "interval=1000.* must be a whole number of at least 1, at most"),
         ({"total_steps": -5}, "total_steps=-5 must be a whole number of at least 1"),
         ({"seed": 1.5}, "seed=1.5 must be a whole number"),
-        ({"fraction": 1e-310}, "fraction=1e-310 must be .* that a float32 holds"),
         ({"fraction": 1.1}, "fraction=1.1 must be a number above 0 and at most 1"),
         ({"fraction": 0.0}, "fraction=0.0 must be a number above 0 and at most 1"),
         ({"stop": 0.0, "total_steps": 9}, "stop=0.0 must be a number above 0 and at most 1"),
-        ({"final_density": 0.0, "total_steps": 9}, "final_density=0.0 must be a number above 0 and at most 1"),
         ({"final_density": 1.5, "total_steps": 9}, "final_density=1.5 must be a number above 0 and at most 1"),
         ({"schedule": "linear"}, "schedule='linear' is unknown; choose one of constant, cosine"),
         ({"schedule": "cosine"}, "schedule='cosine', stop=1.0 and final_density=None need total_steps"),
@@ -526,10 +517,7 @@ def test_a_nearly_full_layer_grows_no_more_than_there_is_room_for():
         ({"model": torch.nn.Linear(3, 4)}, r"no G2GLinear layer to rewire; g2gnet.sparsify\(model\) creates them"),
         ({"model": G2GNet(30, 40, 10, "dense")}, "none can grow"),
         ({"model": G2GNet(30, 40, 10)}, "optimizer does not hold the weights of layer 0, 40 × 30"),
-        (
-            {"model": 2 * [G2GLinear(BlockMask.full(GroupLayout(9), GroupLayout(9)))]},
-            "0 and 1 have the same weights",
-        ),
+        ({"model": 2 * [G2GLinear(FULL)]}, "0 and 1 have the same weights"),
         ({"model": [torch.nn.Linear(3, 4)]}, "Linear is among the layers, which must be G2GLinear; give the model"),
     ],
 )

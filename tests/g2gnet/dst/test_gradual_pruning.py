@@ -129,15 +129,13 @@ def test_units_of_different_sizes_are_replaced_by_as_many_weights(seed):
 
 def test_a_share_of_steps_and_of_units_is_that_of_the_decimal_number():
     """0.57 of 4,700 are 2,679, and 0.29 of 100 units 29, although their products are rounded below that."""
-    net = small_net(sizes=(32, 64, 16))
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    layer = G2GLinear(BlockMask.from_dense(torch.arange(400).view(20, 20) % 4 == 0))
     options = {"fraction": 0.29, "prune": "random", "grow": "random", "total_steps": 4700, "stop": 0.57}
+    make = functools.partial(DSTScheduler, [layer], torch.optim.SGD(layer.parameters(), lr=0.1), **options)
     with pytest.raises(ValueError, match=r"interval=2680 leaves no update in the first 0\.57 of 4700"):
-        DSTScheduler(net, optimizer, 2680, **options)
-    assert not DSTScheduler(net, optimizer, 2679, **options).next_is_due
-    mask = BlockMask.from_dense(torch.arange(400).view(20, 20) % 4 == 0)
-    layer = G2GLinear(mask)
-    dst = DSTScheduler([layer], torch.optim.SGD(layer.parameters(), lr=0.1), 1, **options)
+        make(2680)
+    assert not make(2679).next_is_due
+    dst = make(1)
     assert dst.step()
     assert (layer.mask.num_units, dst.grown) == (100, 29)
     steps = {"batch_size": 20, "epochs": 10, "dst_interval": 57, "dst_stop": 0.57}  # of 100, which are 57 too

@@ -141,13 +141,6 @@ def test_what_is_not_learned_there_is_not_learned_here():
     assert from_snntorch(theirs, T=STEPS).fc1.bias.requires_grad
 
 
-@pytest.mark.parametrize("delay", [True, False])
-def test_a_reset_to_zero_of_recurrent_neurons_is_refused(delay):
-    """``RLeaky`` with delay holds the membrane at zero, where our LIF lets it charge; without, its gradients differ."""
-    with pytest.raises(ValueError, match=r"lif1: snn.RLeaky with reset to zero holds .* or convert by NIR"):
-        from_snntorch(Theirs("RLeaky", reset_mechanism="zero", reset_delay=delay), T=STEPS)
-
-
 def test_a_recurrent_network_in_snntorch_stays_sparse_and_starts_anew():
     options = {"recurrent": True, "neuron": "synaptic", "threshold": 0.5}
     net = small_net("mixer", sizes=(INPUTS, HIDDEN, CLASSES), block_size=2, T=STEPS, **options)

@@ -17,14 +17,14 @@ import torch
 from tqdm import tqdm
 
 from g2g_kernels.numbers import COUNT
-from g2gnet.base.files import locked, make_directory, open_own
+from g2gnet.base.files import make_directory, open_own
 from g2gnet.base.messages import OutputError, reason
 from g2gnet.base.optional import optional_package
 from g2gnet.network_settings import SettingsError
 from g2gnet.programs import train
 from g2gnet.programs.flags import machine_from
 from g2gnet.programs.main import FAILED, REFUSED, memory_named
-from g2gnet.programs.sweep.grid import LOCK, LOG, Grid, Run, arguments_of, runs_of
+from g2gnet.programs.sweep.grid import LOG, Grid, Run, arguments_of, runs_of
 from g2gnet.programs.sweep.results import HELD_OUT, TESTED, Sweep
 from g2gnet.training import CheckpointError, Interrupted, SavedRun, TrainingError, read_run
 from g2gnet.training.checkpoints import numbers
@@ -42,12 +42,11 @@ _training = threading.Lock()
 
 def train_run(given: Mapping[str, Any], folder: str) -> None:
     """Trains or resumes one run in this process, which prints into ``log.txt`` in its folder. ``given`` are flags of
-    ``g2g-train`` by name. If another process trains this run, it waits for that to end."""
+    ``g2g-train`` by name."""
     arguments, log = arguments_of({**given, "checkpoint_dir": folder}), Path(folder) / LOG
     with contextlib.ExitStack() as held:
         try:
             make_directory(log.parent)
-            held.enter_context(locked(log.with_name(LOCK), wait=True))
             file = held.enter_context(open(log, "a", encoding="utf-8", opener=open_own))
         except OSError as error:
             remedy = "move it away, or give another folder"

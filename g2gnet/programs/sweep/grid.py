@@ -22,8 +22,8 @@ from g2gnet.training.checkpoints import RunFiles
 #: settings of ``g2g-train`` by name, each with one value or an iterable of values
 Grid = Mapping[str, Any]
 
-#: in a run's folder: what it printed, and what the process that trains it holds
-LOG, LOCK = "log.txt", ".sweep.lock"
+#: the file in a run's folder with what the run printed
+LOG = "log.txt"
 #: of a folder's name: characters that say what differs, and hexadecimal digits of the SHA-256 of a run's settings
 READABLE, DIGITS = 100, 8
 

@@ -20,7 +20,7 @@ from g2gnet.network_settings import SettingsError, types_of
 from g2gnet.programs import flags, output
 from g2gnet.programs.main import run_program
 from g2gnet.programs.sweep.engine import run
-from g2gnet.programs.sweep.grid import LOCK, LOG, Run, read_grid, runs_of
+from g2gnet.programs.sweep.grid import LOG, Run, read_grid, runs_of
 from g2gnet.programs.sweep.results import Sweep
 from g2gnet.training import TrainingError, TrainSettings
 from g2gnet.training.checkpoints import csv_of, numbers
@@ -95,7 +95,7 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     grid, folder = grid_from(arguments), Path(arguments.folder)
     runs = runs_of(grid, folder)
     files = {ending: folder / f"sweep.{ending}" for ending in ("csv", "json", "png")}
-    own_files = [file for each in runs for file in (*each.files.files(), each.folder / LOG, each.folder / LOCK)]
+    own_files = [file for each in runs for file in (*each.files.files(), each.folder / LOG)]
     output.check_json(arguments, [files["csv"], files["png"], *own_files])
     if arguments.finished and not os.access(folder, os.W_OK):  # then the results are only shown
         files = {}

@@ -99,20 +99,14 @@ def values_of(grid: Grid) -> dict[str, list[Any]]:
                 f"{name} is not a setting; {f'did you mean {near[0]}?' if near else 'see g2g-train --help'}"
             )
             continue
-        given = _plain(given)
         several = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
-        found[name] = values = [_value(_plain(value), kinds_of[name]) for value in (given if several else [given])]
+        found[name] = values = [_value(value, kinds_of[name]) for value in (given if several else [given])]
         if not values:
             problems.append(f"{name} has no value; give one, or leave it out")
         problems += [f"{name}={value} is given twice" for n, value in enumerate(values) if value in values[:n]]
     if problems:
         raise SettingsError("\n".join(problems))
     return found
-
-
-def _plain(value: Any) -> Any:
-    """Arrays, their numbers and tensors as Python's lists and numbers."""
-    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _value(value: Any, kinds: Collection[Any]) -> Any:

@@ -17,9 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 from helpers import ROOT
 from training_runs import SMALL, assert_equal, flags_of, load, run
 
@@ -84,7 +82,6 @@ def test_what_is_wrong_with_a_grid_is_said_before_anything_is_trained(tmp_path):
         ({"seed": [1, 2, 1]}, "seed=1 is given twice"),
         ({"seed": []}, "seed has no value"),
         ({3: 1}, "3 is not a setting"),
-        ({"seed": np.ones((2, 2), int)}, "seed=(1, 1) is given twice"),
         ({"seed": "none"}, "seed='none' must be a whole number"),
         ({"model": ["index", "ring"], "T": [0, 3]}, "model='ring' is unknown; choose one of", "T=0 must be"),
         ({"model": ["dense", "index"], "sparsity_mode": "dynamic"}, "needs a sparse model"),
@@ -95,9 +92,9 @@ def test_what_is_wrong_with_a_grid_is_said_before_anything_is_trained(tmp_path):
     assert not (tmp_path / "sweep").exists()
 
 
-def test_values_may_be_numbers_of_numpy_and_tensors_and_none(tmp_path):
-    for values in ({0, 1}, np.arange(2), torch.arange(2), [np.int64(0), torch.tensor(1)]):
-        runs = runs_of({"seed": values, "T": np.array(3), "p_inter": torch.tensor(0.25)}, tmp_path)
+def test_values_may_be_sets_ranges_and_none(tmp_path):
+    for values in ({0, 1}, range(2)):
+        runs = runs_of({"seed": values, "T": 3, "p_inter": 0.25}, tmp_path)
         found = [(run.settings.seed, run.settings.T, run.settings.p_inter) for run in runs]
         assert found == [(0, 3, 0.25), (1, 3, 0.25)]
     parse = program.build_parser().parse_args

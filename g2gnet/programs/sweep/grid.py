@@ -62,7 +62,7 @@ def read_grid(path: Path | str) -> dict[str, Any]:
     try:
         text = read_file(path).decode("utf-8")
         if path.suffix == ".json":
-            grid = json.loads(text, object_pairs_hook=_table)
+            grid = json.loads(text)
         else:
             import tomllib  # since Python 3.11
 
@@ -74,14 +74,6 @@ def read_grid(path: Path | str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise SettingsError(f"grid={path} cannot be read ({reason(error)})") from error
     return grid
-
-
-def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A table of a JSON file, whose reader takes the last of equal names; that of TOML refuses them."""
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"it gives {twice[0]} twice")
-    return dict(pairs)
 
 
 def values_of(grid: Grid) -> dict[str, list[Any]]:

@@ -141,11 +141,9 @@ def test_a_grid_comes_from_a_file_and_flags_replace_what_it_says(tmp_path):
     flags = ["--grid", str(path), "--seed", "3", "4", "--standardize", "--T", "7"]
     grid = program.grid_from(program.build_parser().parse_args(flags))
     assert grid == {"seed": [3, 4], "p_inter": 1, "standardize": [True], "T": [7]}
-    twice = '{"seed": [1, 2], "T": 3, "seed": 1}'
-    for content, message in (("[]", "holds a list, not a table of settings"), (twice, "it gives seed twice")):
-        path.write_text(content)
-        with pytest.raises(SettingsError, match=message):
-            read_grid(path)
+    path.write_text("[]")
+    with pytest.raises(SettingsError, match="holds a list, not a table of settings"):
+        read_grid(path)
 
 
 def test_each_run_is_that_of_train_and_a_finished_one_is_not_trained_again(made, tmp_path):

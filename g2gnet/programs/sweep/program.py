@@ -97,8 +97,6 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     files = {ending: folder / f"sweep.{ending}" for ending in ("csv", "json", "png")}
     own_files = [file for each in runs for file in (*each.files.files(), each.folder / LOG)]
     output.check_json(arguments, [files["csv"], files["png"], *own_files])
-    if arguments.finished and not os.access(folder, os.W_OK):  # then the results are only shown
-        files = {}
     try:
         if not arguments.finished:
             make_directory(folder)
@@ -119,10 +117,7 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
         except ImportError as error:
             raise flags.FlagError(reason(error)) from error
     say(made.table())
-    if files:
-        _write(made, files)
-    else:
-        say(f"wrote no files: {folder} is read-only")
+    _write(made, files)
     _say_reports(made, folder, arguments.data_dir)
     if made.failed:
         failed = "\n".join(f"{label}: {error}" for label, error in made.failed.items())

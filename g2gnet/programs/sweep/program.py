@@ -20,7 +20,7 @@ from g2gnet.network_settings import SettingsError, types_of
 from g2gnet.programs import flags, output
 from g2gnet.programs.main import run_program
 from g2gnet.programs.sweep.engine import run
-from g2gnet.programs.sweep.grid import LOG, Run, read_grid, runs_of
+from g2gnet.programs.sweep.grid import LOG, read_grid, runs_of
 from g2gnet.programs.sweep.results import Sweep
 from g2gnet.training import TrainingError, TrainSettings
 from g2gnet.training.checkpoints import csv_of, numbers
@@ -118,23 +118,20 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
             raise flags.FlagError(reason(error)) from error
     say(made.table())
     _write(made, files)
-    _say_reports(made, folder, arguments.data_dir)
+    _say_report(made, folder, arguments.data_dir)
     if made.failed:
         failed = "\n".join(f"{label}: {error}" for label, error in made.failed.items())
         raise TrainingError(f"{len(made.failed)} of {len(runs)} runs failed:\n{failed}")
     return made.as_dict()
 
 
-def _say_reports(made: Sweep, folder: Path, data_dir: str) -> None:
-    """Prints the command that draws the runs, one for the runs on the same data."""
-    of_data: dict[str, list[Run]] = {}
-    for each, _ in made.ends:
-        more = flags.run_data_flags(each.settings, data_dir, each.given.get("resnet_weights"))
-        of_data.setdefault(more, []).append(each)
-    for more, found in of_data.items():
-        files_of = "*.pth" if any(each.settings.validation is None for each in found) else "*.best.pth"
-        folders = [f"{shlex.quote(str(folder))}/*"] if len(of_data) == 1 else [str(each.folder) for each in found]
-        say(f"with pictures: g2g-report {' '.join(f'{each}/{files_of}' for each in folders)}{more}")
+def _say_report(made: Sweep, folder: Path, data_dir: str) -> None:
+    """Prints the command that draws the runs, if they are on the same data."""
+    done = [each for each, _ in made.ends]
+    of_data = {flags.run_data_flags(each.settings, data_dir, each.given.get("resnet_weights")) for each in done}
+    if len(of_data) == 1:
+        ending = "*.pth" if any(each.settings.validation is None for each in done) else "*.best.pth"
+        say(f"with pictures: g2g-report {shlex.quote(str(folder))}/*/{ending}{of_data.pop()}")
 
 
 def _write(made: Sweep, files: dict[str, Path]) -> None:

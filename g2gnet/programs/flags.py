@@ -142,8 +142,9 @@ def whole_numbers(text: str) -> int | tuple[int, ...]:
     return values if len(values) > 1 else values[0]
 
 
-def add_settings_flags(parser: Parser, settings: type = TrainSettings) -> None:
-    """Adds one flag for each field of ``settings`` that has a group, in these groups."""
+def add_settings_flags(parser: Parser, settings: type = TrainSettings, sweep: bool = False) -> None:
+    """Adds one flag for each field of ``settings`` that has a group, in these groups. For a sweep, each takes one word
+    or several."""
     kinds_of = types_of(settings)
     fields = [field for field in dataclasses.fields(settings) if field.metadata["group"]]
     present = {field.metadata["group"] for field in fields}
@@ -169,6 +170,9 @@ def add_settings_flags(parser: Parser, settings: type = TrainSettings) -> None:
             text += f"; {number.range}"
         if field.default is not None and field.default is not False:
             text += f" (default: {field.default})"
+        if sweep:  # a switch without a word turns it on
+            metavar = options.get("metavar") or ("true|false" if flag_type is bool else "NAME")
+            options = {"nargs": "*" if flag_type is bool else "+", "default": field.default, "metavar": metavar}
         groups[about["group"]].add_argument(f"--{field.name}", help=text, **options)
 
 
@@ -303,12 +307,13 @@ def joined(
 
 
 def log_from(arguments: argparse.Namespace) -> list[EpochCallback[Trainer]]:
-    """The callbacks after each epoch. Raises FlagError without TensorBoard's package, or a directory for it."""
+    """The callbacks after each epoch. Raises MissingPackageError without TensorBoard's package, and FlagError without a
+    directory for it."""
     if arguments.log_dir is None:
         return []
     try:
         return [TensorBoardLog(arguments.log_dir)]
-    except (ImportError, OSError) as error:
+    except OSError as error:
         raise FlagError(f"log_dir={arguments.log_dir}: {reason(error)}") from error
 
 

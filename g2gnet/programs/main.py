@@ -16,6 +16,7 @@ from g2g_kernels import BackendError
 from g2gnet.base.distributed import DistributedError, launched, rank
 from g2gnet.base.memory import ran_out
 from g2gnet.base.messages import OutputError, discard, reason, warn
+from g2gnet.base.optional import MissingPackageError
 from g2gnet.data import DataError
 from g2gnet.network_settings import SettingsError
 from g2gnet.programs.flags import Parser
@@ -24,8 +25,8 @@ from g2gnet.training import CheckpointError, Interrupted, TrainingError
 
 #: exit status of a program whose reader has closed the pipe, as ``head`` does: 128 + SIGPIPE, absent on Windows
 READER_LEFT = 128 + 13
-#: the errors of users whose message says everything: of what they asked for, and of what came then
-REFUSED = (SettingsError, BackendError)
+#: errors that are shown without a traceback: invalid requests, and failures while running
+REFUSED = (SettingsError, BackendError, MissingPackageError)
 FAILED = (DataError, CheckpointError, TrainingError, DistributedError, OutputError)
 #: settings with which the memory of a training step grows
 GROWING = ("batch_size", "T", "hidden_dim")

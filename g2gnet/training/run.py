@@ -124,7 +124,7 @@ def run_epochs(
         world.stage = "the reading of the run's files"
         result = world.first(lambda: files.load_marker(settings))
         if result is not None:
-            say(f"{settings.stem} is finished: {_tests_of(result)}. To run it again, delete {files.names()}.")
+            say(f"{settings.stem} is finished: {tests_of(result)}. To run it again, delete {files.names()}.")
             return result
         checkpoint = world.first(lambda: files.load_checkpoint(settings))
         world.stage = "the loading of the data"
@@ -140,7 +140,8 @@ def run_epochs(
         return run.result
 
 
-def _tests_of(result: Mapping[str, Any]) -> str:
+def tests_of(result: Mapping[str, Any]) -> str:
+    """The accuracies of a finished run, in words."""
     text, best = f"test_acc={result['test_acc']:.4f}", result.get("best")
     if best is None:
         return text
@@ -269,7 +270,7 @@ class _UnfinishedRun(Generic[TrainerT]):
         self.world.first(lambda: files.save_checkpoint({**state, "tested": self.tested}))
         of_best = {"test_acc": tested["test_acc"], "best": tested}
         self.world.first(lambda: files.save_best({**saved, "tested": of_best}))
-        say(f"{self.settings.label}Test | {_tests_of(self.tested)}")
+        say(f"{self.settings.label}Test | {tests_of(self.tested)}")
 
     def _save(self, state: dict[str, Any], best: bool) -> None:
         self.files.save_checkpoint(state)

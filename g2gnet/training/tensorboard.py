@@ -5,6 +5,7 @@ from typing import Any
 
 from g2gnet.base.files import make_directory
 from g2gnet.base.messages import reason, warn
+from g2gnet.base.optional import optional_package
 from g2gnet.inspect import group_density
 from g2gnet.training.checkpoints import numbers
 from g2gnet.training.trainer import Trainer
@@ -17,16 +18,13 @@ class TensorBoardLog:
     """Writes the results of an epoch to ``log_dir/<stem of the run>``, for ``tensorboard --logdir log_dir``: every
     number of its record; histograms of the weights that exist, and of parameters with one value per neuron; images of
     the mean |w| between each pair of groups, output groups downwards, white the largest. A resumed run continues its
-    curves. Raises ImportError without the package ``tensorboard``, OSError if the directory cannot be made.
+    curves. Raises MissingPackageError without the package ``tensorboard``, OSError if the directory cannot be made.
     """
 
     def __init__(self, log_dir: Path | str) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                f"TensorBoard is not installed; pip install 'g2gnet[tensorboard]' installs it ({error})"
-            ) from error
+        optional_package("tensorboard", "tensorboard")
+        from torch.utils.tensorboard import SummaryWriter  # which is slow to import
+
         self._failed = False
         self._make_writer: Any = SummaryWriter
         self._log_dir = Path(log_dir)

@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from g2gnet.base.messages import say, warn
+from g2gnet.base.optional import optional_package
 from g2gnet.data import ImageData
 from g2gnet.programs import flags, output
 from g2gnet.programs.main import run_program
@@ -33,10 +34,9 @@ def build_parser() -> flags.Parser:
 
 def make_report(arguments: argparse.Namespace) -> None:
     try:
-        from g2gnet.programs.report import content  # the only part that needs matplotlib
-    except ImportError as error:
-        raise flags.FlagError(f'the report needs matplotlib ({error}); pip install -e ".[plots]"') from error
-    except ValueError as error:  # of its own settings
+        optional_package("matplotlib", "plots")
+        from g2gnet.programs.report import content
+    except ValueError as error:  # of matplotlib's own settings
         raise flags.FlagError(f"matplotlib cannot be imported ({error}); correct MPLBACKEND or matplotlibrc") from error
     output.check_output(arguments.output, arguments)
     machine = flags.machine_from(arguments)

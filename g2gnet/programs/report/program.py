@@ -14,7 +14,7 @@ from g2gnet.programs.main import run_program
 from g2gnet.training import CheckpointError, SavedRun, read_run
 from g2gnet.training.checkpoints import RunFiles
 
-#: the settings that decide the test images; of recordings, T as well
+#: the settings that decide the test images (T: of recordings)
 DECIDING = ("dataset", "use_resnet", "resnet_weights", "limit_test", "bins", "dt", "T")
 EXAMPLE = """\
 example:
@@ -54,8 +54,8 @@ def make_report(arguments: argparse.Namespace) -> None:
 
 
 def _read_runs(names: Sequence[str]) -> list[SavedRun]:
-    """The runs that have a finished epoch, each once; others are named, but for the best epoch of one that is given.
-    Raises CheckpointError if one cannot be read, or none is left."""
+    """The runs that have a finished epoch, each once. Other checkpoints are left out with a warning; that of the best
+    epoch without one, if the last is given, too. Raises CheckpointError if one cannot be read, or no run is left."""
     paths, runs = [Path(name) for name in names], []
     for path in paths:
         files = RunFiles.of(path)

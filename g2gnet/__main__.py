@@ -13,7 +13,7 @@ PROGRAMS = {
     "g2g-crossval": "cross-validates one: k models, each validated on another k-th of the training images",
     "g2g-sweep": "trains every combination of several settings and seeds, in parallel; means and errors",
     "g2g-bench": "times g2g against snnTorch, SpikingJelly and PyTorch's own sparse products",
-    "g2g-analyze": "prints what the neurons of a trained network do, by layer and group",
+    "g2g-analyze": "prints the activity of a trained network's neurons, by layer and group",
     "g2g-report": "writes a page with settings, results, analysis and pictures of runs",
     "g2g-pretrain": "trains the CIFAR ResNet-32 whose features --use_resnet uses",
     "python -m g2g_kernels.doctor": "checks every kernel of this machine against the reference",

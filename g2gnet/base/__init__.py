@@ -1,1 +1,1 @@
-"""What the rest stands on and knows nothing of networks: files, messages, random streams, processes."""
+"""The foundation, which knows nothing of networks: files, messages, random streams, processes."""

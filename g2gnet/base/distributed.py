@@ -1,4 +1,4 @@
-"""Several processes that work on one run, as started by ``torchrun``: what they share and agree on."""
+"""Several processes that work on one run, as started by ``torchrun``: their communication and agreement."""
 
 import atexit
 import contextlib
@@ -19,19 +19,19 @@ from g2gnet.base.messages import reason
 
 logger = logging.getLogger("g2gnet")
 
-#: PyTorch's communication for each kind of device; tensors on the CPU always go through gloo
+#: PyTorch's communication by kind of device; tensors on the CPU always go through gloo
 BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
-#: for how long processes wait for one another, unless told otherwise
+#: how long processes wait for one another by default
 LIMIT = datetime.timedelta(minutes=30)
 NO_LIMIT = datetime.timedelta(days=3650)
-#: seconds after which a process says what it waits for
+#: seconds after which a waiting process says where it waits
 PATIENCE = 10
 
 ResultT = TypeVar("ResultT")
 
 
 class DistributedError(RuntimeError):
-    """The processes of a run do not match, do not find one another, or diverged; the message says how."""
+    """The processes of a run do not match, do not find one another, or diverged."""
 
 
 def _ranks(numbers: Iterable[int]) -> str:
@@ -40,21 +40,21 @@ def _ranks(numbers: Iterable[int]) -> str:
 
 
 class World:
-    """The processes that work on one run, PyTorch's ``group``; ``"world"``: all that ``torch.distributed`` has joined,
-    if any; None: a single process, and nothing is sent. All of them must call every method except :meth:`part`."""
+    """The processes that work on one run, PyTorch's ``group``; ``"world"``: all that ``torch.distributed`` has joined;
+    None: a single process, which sends nothing. All processes must call every method except :meth:`part`."""
 
     def __init__(self, group: dist.ProcessGroup | str | None = None) -> None:
         self.group = dist.group.WORLD if isinstance(group, str) else group
         self.rank = 0 if self.group is None else dist.get_rank(self.group)
         self.size = 1 if self.group is None else dist.get_world_size(self.group)
-        self.stage = "start"  # what this process does, for messages
+        self.stage = "start"  # the work of this process, for messages
         self._work: dist.Work | None = None
 
     def apart(self) -> "World":
-        """The same processes; they wait for any time for one another, but not for one that has ended."""
+        """The same processes, which wait for one another without a limit, unless one ends."""
         if self.size == 1:
             return self
-        group: Any = dist.new_group(timeout=NO_LIMIT)  # a number for those who are not in it; all are
+        group: Any = dist.new_group(timeout=NO_LIMIT)
         return World(group)
 
     @property
@@ -63,11 +63,11 @@ class World:
         return self.rank == 0
 
     def part(self, count: int) -> slice:
-        """This process's part of ``count`` samples: the parts are contiguous and differ by at most one sample."""
+        """This process's part of ``count`` samples. Parts are contiguous and differ by at most one sample."""
         return slice(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Puts the sum over the processes into ``tensor``, bitwise equal in each, and returns it."""
+        """Replaces ``tensor`` by its sum over the processes, bitwise equal in all, and returns it."""
         if self.size > 1:
             self._wait(dist.all_reduce(tensor, group=self.group, async_op=True), tensor.device.type)
         return tensor
@@ -88,7 +88,7 @@ class World:
         return values
 
     def first(self, function: Callable[[], ResultT]) -> ResultT:
-        """What ``function`` returns in the first process, the only one that calls it."""
+        """The result of ``function`` in the first process, which alone calls it."""
         result: Any = [function() if self.leads else None]
         if self.group is not None:
             self.arrive()
@@ -107,41 +107,38 @@ class World:
             raise DistributedError(f"{what} of {_ranks(differing)} differs from that of rank 0")
 
     def arrive(self) -> None:
-        """Waits for the others before an operation of PyTorch that would wait without a word, deaf to Ctrl-C."""
+        """Waits for the others before an operation of PyTorch that would wait silently and ignore Ctrl-C."""
         if self.size > 1 and "gloo" in dist.get_backend_config(self.group):
             self._wait(dist.barrier(self.group, async_op=True))
 
     def assemble(self) -> None:
-        """Waits for the others; raises DistributedError if some do not come within the group's limit."""
+        """Waits for the others. Raises DistributedError if some do not come within the group's limit."""
         try:
             self.arrive()
         except RuntimeError as error:
-            raise DistributedError(
-                f"some processes did not come to {self.stage}: all must make the same calls, after the same optimizer "
-                f"steps, and have equally many batches. PyTorch says: {reason(error)}"
-            ) from error
+            remedy = "all must make the same calls, after the same optimizer steps, and have equally many batches"
+            text = f"some processes did not come to {self.stage}: {remedy}. PyTorch says: {reason(error)}"
+            raise DistributedError(text) from error
 
     def agree(self, about: Mapping[str, Any]) -> None:
-        """Raises DistributedError, in every process, unless all say the same of themselves; it names what differs."""
+        """Raises DistributedError, in every process, if their entries ``about`` themselves differ; it names them."""
         self.stage = "the comparison of settings"
         theirs = self.gather(dict(about))
         lines = []
-        for name, value in theirs[0].items():  # who knows no such name has another program or version
+        for name, value in theirs[0].items():  # other programs and versions lack names
             said = [str(each.get(name, value)) for each in theirs]
             ranks = {text: _ranks(n for n, other in enumerate(said) if other == text) for text in dict.fromkeys(said)}
             if len(ranks) > 1:
                 lines.append(f"  {name}: {', '.join(f'{text} in {of}' for text, of in ranks.items())}\n")
         if lines:
-            with contextlib.suppress(RuntimeError):  # whoever ends first lets torchrun stop the others
+            with contextlib.suppress(RuntimeError):  # torchrun stops the others when the first one ends
                 self.arrive()
-            raise DistributedError(
-                f"the processes do not match:\n{''.join(lines)}"
-                "Start all with the same program, flags and versions (G2G_CPU_ISA sets the instruction set)."
-            )
+            remedy = "Start all with the same program, flags and versions (G2G_CPU_ISA sets the instruction set)."
+            raise DistributedError(f"the processes do not match:\n{''.join(lines)}{remedy}")
 
     def _wait(self, work: dist.Work, device: str = "cpu") -> None:
-        """Waits for an operation, a second at a time, so that Ctrl-C is heard; on a GPU only the device waits."""
-        # kept as long as the group: gloo's thread, if it were the last to hold it, would need the interpreter's lock to
+        """Waits for an operation, a second at a time, so that Ctrl-C is noticed; on a GPU only the device waits."""
+        # kept as long as the group: if gloo's thread held the last reference, it would need the interpreter's lock to
         # release it, and PyTorch 2.6 keeps that lock while it waits for the thread to end
         self._work = work
         for second in itertools.count(1) if device == "cpu" else ():  # the group has a limit
@@ -155,27 +152,25 @@ class World:
         work.wait()
 
 
-#: one process by itself
+#: a single process
 ALONE = World()
 
 
 def launched() -> bool:
-    """Whether ``torchrun``, or a program that sets the same variables, started this process as one of several."""
+    """Whether ``torchrun``, or a program that sets its variables, started this process as one of several."""
     return "WORLD_SIZE" in os.environ and _variable("WORLD_SIZE") > 1
 
 
 def rank(name: str = "RANK") -> int:
-    """The number of this process, from 0; with ``"LOCAL_RANK"`` that among those on its machine."""
+    """The number of this process, from 0; with ``"LOCAL_RANK"`` its number among those on its machine."""
     return _variable(name) if launched() else 0
 
 
 def _variable(name: str) -> int:
     value = os.environ.get(name, "")
     if not value.isdecimal():
-        raise DistributedError(
-            f"the environment variable {name} is {value!r}, where torchrun sets a number; start several processes by "
-            "torchrun, or unset WORLD_SIZE"
-        )
+        remedy = "start several processes by torchrun, or unset WORLD_SIZE"
+        raise DistributedError(f"the environment variable {name} is {value!r}, where torchrun sets a number; {remedy}")
     return int(value)
 
 
@@ -183,11 +178,11 @@ def _variable(name: str) -> int:
 def join(
     device: torch.device, about: Mapping[str, Any] | None = None, peer_timeout: datetime.timedelta = LIMIT
 ) -> Iterator[World]:
-    """The processes that ``torchrun`` started, while entered, to work together; :data:`ALONE` without it.
+    """While entered, the processes that ``torchrun`` started work together; :data:`ALONE` without ``torchrun``.
 
-    This one computes on ``device``. What it says ``about`` itself must be the same in all. They wait for one another
-    for ``peer_timeout``. Raises DistributedError for a device without a backend, if the processes do not match or meet,
-    or one has ended.
+    This process computes on ``device``; its entries ``about`` itself must be the same in all. Processes wait for one
+    another for ``peer_timeout``. Raises DistributedError for a device without a backend, if the processes do not match
+    or meet, or one has ended.
     """
     if not launched():
         yield ALONE
@@ -211,7 +206,7 @@ def join(
         yield world
     except BaseException as error:
         interrupted = isinstance(error, KeyboardInterrupt)
-        # gloo has no type of its own for lost connections
+        # gloo has no error type for lost connections
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
             other = f"rank {1 - world.rank}" if world.size == 2 else "another process"
             raise DistributedError(
@@ -220,8 +215,8 @@ def join(
             ) from error
         raise
     finally:
-        # gloo's threads end with the last reference to the group, which may be in a cycle. One that still runs while
-        # the interpreter is torn down, and asks for its lock, aborts the process.
+        # gloo's threads end with the last reference to the group, which may be in a cycle. A thread that asks for the
+        # interpreter's lock while the interpreter is torn down aborts the process.
         atexit.register(gc.collect)
-        if not interrupted:  # gloo may still wait for the others, and leaving it would, too
+        if not interrupted:  # gloo may still wait for the others; leaving the group would wait, too
             dist.destroy_process_group()

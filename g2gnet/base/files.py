@@ -1,4 +1,4 @@
-"""Files: read only where they are plain files; written so that a crash leaves the old or the new one whole; locked."""
+"""Reads regular files only, writes files so that a crash leaves the old or the new one complete, and locks them."""
 
 import contextlib
 import errno
@@ -16,15 +16,13 @@ import filelock
 
 from g2gnet.base.messages import reason, warn
 
-#: ending of the second name of a file that is being replaced
-KEEP = ".keep"
 #: errors of file systems without locks (mostly network file systems)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
 def open_file(path: Path | str) -> BinaryIO:
-    """Opens a file for reading. Raises OSError if it cannot be opened or is not a regular file: a FIFO would wait for a
-    writer, a device may not end."""
+    """Opens a regular file for reading. Raises OSError if it cannot be opened or is another kind of file: a FIFO would
+    wait for a writer, a device may not end."""
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -34,14 +32,14 @@ def open_file(path: Path | str) -> BinaryIO:
 
 
 def read_file(path: Path | str) -> bytes:
-    """The content of a regular file; raises OSError as :func:`open_file` does."""
+    """The content of a regular file. Raises OSError as :func:`open_file` does."""
     with open_file(path) as file:
         return file.read()
 
 
 def check_own(path: Path) -> None:
-    """Raises OSError if anything but a regular file is at ``path``, where a program has a file of its own: a link's
-    target may be somebody else's, a FIFO would wait for a reader."""
+    """Raises OSError if anything but a regular file is at ``path``, the place of a program's own file: the target of a
+    link may belong to somebody else, a FIFO would wait for a reader."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -52,13 +50,13 @@ def check_own(path: Path) -> None:
 
 
 def open_own(path: Path | str, flags: int) -> int:
-    """Opens a program's own file, as the ``opener`` of ``open`` or by itself; raises OSError as :func:`check_own`."""
+    """Opens a program's own file, as the ``opener`` of ``open``. Raises OSError as :func:`check_own` does."""
     check_own(Path(path))
     return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 def make_directory(path: Path) -> None:
-    """Makes a directory and those above it. Raises OSError; NotADirectoryError where something else has its name."""
+    """Makes a directory and its parents. Raises OSError, NotADirectoryError where something else has its name."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError as error:
@@ -66,7 +64,7 @@ def make_directory(path: Path) -> None:
 
 
 def same_file(one: Path, other: Path) -> bool:
-    """Whether two names are of one file, be it there or not yet: by ``..``, links, or letters' case."""
+    """Whether two names are of one file, which need not exist: they may differ by ``..``, links, or letters' case."""
     try:
         return os.path.samefile(one, other)
     except OSError:
@@ -74,7 +72,7 @@ def same_file(one: Path, other: Path) -> bool:
 
 
 def is_special(path: Path) -> bool:
-    """True for a FIFO, a device or a socket: these are written to, not replaced."""
+    """Whether ``path`` is a FIFO, a device or a socket: these are written to, not replaced."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -83,7 +81,7 @@ def is_special(path: Path) -> bool:
 
 
 def check_writable(path: Path) -> None:
-    """Raises OSError if :func:`replace_file` could not write ``path``; called before there is anything to write."""
+    """Raises OSError if :func:`replace_file` could not write ``path``, before there is anything to write."""
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     if is_special(path):
@@ -92,14 +90,12 @@ def check_writable(path: Path) -> None:
         return
     _, trial = _temporary(path)  # the longer of its two names
     trial.touch(exist_ok=False)
-    trial.unlink(missing_ok=True)  # a run that begins here removes what killed ones left
+    trial.unlink(missing_ok=True)  # a run that begins at this moment may have removed it with other leftovers
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
-    """Writes a file beside ``path``, flushes it to disk and renames it: at any instant one of the two is complete. The
-    target of a symbolic link is replaced; FIFOs and devices are written to. The file at ``path`` first gets the name
-    ``keep``, too.
-    """
+    """Writes a file beside ``path``, flushes it to disk and renames it, so that ``path`` is complete at any instant.
+    Replaces the target of a symbolic link; writes to FIFOs and devices. The old file also gets the name ``keep``."""
     if is_special(path):
         with path.open("wb") as file:
             write(file)
@@ -112,17 +108,17 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None
             file.flush()
             os.fsync(file.fileno())
         if keep is not None:
-            try:  # a link never replaces a file
+            try:
                 os.link(path, second)
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, second)
-            os.replace(second, keep)
+            os.replace(second, keep)  # a link alone cannot replace a file
         os.replace(first, path)
     except BaseException:
         first.unlink(missing_ok=True)
         second.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the rename itself is only safe once the directory is on the disk
+    if os.name == "posix":  # the rename is only safe once the directory is on the disk
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -131,23 +127,22 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None
 
 
 def _temporary(path: Path) -> tuple[Path, Path]:
-    """New names beside the file at ``path``, links followed: of what replaces it, and of its second name."""
+    """Two new names beside the file at ``path``, links followed: for its replacement and for its second name."""
     target = Path(os.path.realpath(path))
     first = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    return first, Path(f"{first}{KEEP}")
+    return first, Path(f"{first}.keep")
 
 
 def leftovers(path: Path) -> list[Path]:
-    """What :func:`replace_file` left behind for ``path`` when its process was killed."""
+    """The files that a killed :func:`replace_file` left beside ``path``."""
     return list(path.parent.glob(f".{glob.escape(path.name)}.*"))
 
 
 @contextlib.contextmanager
 def locked(path: Path, wait: bool) -> Iterator[None]:
-    """While entered, no other process can enter it for the lock file ``path``; the lock ends with its process, the file
-    stays. Without locks on its file system there is a warning. Raises ``filelock.Timeout`` if another has entered it
-    and ``wait`` is false, another OSError if the file cannot be opened, or is a symbolic link or no regular file.
-    """
+    """While entered, no other process can enter it for the lock file ``path``. The lock ends with its process, the file
+    stays. Warns if the file system has no locks. Raises ``filelock.Timeout`` if another process has entered it and
+    ``wait`` is false, another OSError if the file cannot be opened, or is a symbolic link or no regular file."""
     check_own(path)
     lock = filelock.FileLock(path, timeout=-1 if wait else 0)
     try:
@@ -164,9 +159,9 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """While entered, the user's other processes on this machine wait to enter it for the same ``path``. There is a
-    warning if the user's cache, where the locks are, cannot be written to."""
-    # the lock's file stays, and the directory of path may be a read-only one
+    """While entered, the user's other processes on this machine wait to enter it for the same ``path``. Warns if the
+    user's cache, where the locks are, cannot be written to."""
+    # not beside path: the lock's file stays, and that directory may be read-only
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "g2g", "locks")
     name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()
     with contextlib.ExitStack() as held:

@@ -6,7 +6,7 @@ import torch
 
 
 def available(device: torch.device | str = "cpu") -> int | None:
-    """Bytes of memory that this process can have on ``device`` at most, whatever others use; None if unknown."""
+    """Bytes of memory of ``device``, whatever other processes use; None if unknown."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
@@ -19,7 +19,7 @@ def available(device: torch.device | str = "cpu") -> int | None:
 
 
 def gigabytes(size: float) -> str:
-    """A size in bytes, in words."""
+    """A size in bytes, as text."""
     return f"{size / 2**30:,.1f} GB"
 
 

@@ -1,10 +1,10 @@
-"""Output for people: printed at once, and safe for a terminal whatever file it quotes."""
+"""Output for people: printed at once, and safe for a terminal even if it quotes a hostile file."""
 
 import os
 import sys
 from typing import TextIO
 
-#: characters that move the cursor, change colours or turn the direction of writing
+#: characters that move the cursor, change colours or reverse the direction of writing
 _CONTROLS = [*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 _HARMLESS = {code: rf"\x{code:02x}" for code in _CONTROLS if chr(code) not in "\n\t"}
 
@@ -14,12 +14,12 @@ class OutputError(RuntimeError):
 
 
 def printable(text: str) -> str:
-    """``text`` with escapes in place of control characters and of bytes that are not characters."""
+    """``text`` with escapes for control characters and for bytes that are no characters."""
     return text.encode("utf-8", "backslashreplace").decode().translate(_HARMLESS)
 
 
 def say(text: str) -> None:
-    """Prints to standard output. Raises BrokenPipeError if its reader has left, OutputError for another reason."""
+    """Prints to standard output. Raises BrokenPipeError if its reader has left, OutputError if it fails otherwise."""
     try:
         print(printable(text), flush=True)
     except OSError as error:
@@ -30,7 +30,7 @@ def say(text: str) -> None:
 
 
 def warn(text: str) -> None:
-    """Prints ``text`` to standard error. If that fails, the program continues without it."""
+    """Prints to standard error. If that fails, the program continues without the message."""
     try:
         print(printable(text), file=sys.stderr, flush=True)
     except OSError:
@@ -38,11 +38,11 @@ def warn(text: str) -> None:
 
 
 def discard(stream: TextIO) -> None:
-    """Lets the interpreter flush the last output of ``stream`` without an error when it cannot be written."""
+    """Redirects a stream that cannot be written, so that the interpreter's last flush raises no error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in a line: the message of the system or the error, or else the error's type."""
+    """The cause of an error in one line: the message of the system or of the error, or else the error's type."""
     text = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
     return text or type(error).__name__

@@ -1,9 +1,9 @@
-"""How a quantity falls during training, by name."""
+"""Schedules: how a quantity falls during training, by name."""
 
 import math
 from collections.abc import Callable
 
-#: maps the finished share of training, 0 to 1, to the factor of the quantity
+#: the factor of the quantity for a finished share of training, 0 to 1
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda share: 1.0,
     "cosine": lambda share: (1 + math.cos(math.pi * share)) / 2,

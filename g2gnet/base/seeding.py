@@ -1,4 +1,4 @@
-"""Randomness that can be resumed: each draw has a stream named by seed, purpose and counter, alike in all processes."""
+"""Random numbers that resume: each draw has a stream named by seed, purpose and counters, equal in all processes."""
 
 import os
 import random
@@ -22,13 +22,13 @@ def stream(seed: int, purpose: str, *counters: int, device: torch.device | str =
 
 
 def draw_device(device: torch.device) -> torch.device:
-    """Where to draw random numbers meant for ``device``: there if it has generators (CPU, CUDA), else on the CPU."""
+    """Where to draw random numbers for ``device``: there if it has generators (CPU, CUDA), else on the CPU."""
     return device if device.type in ("cpu", "cuda") else torch.device("cpu")
 
 
 def make_deterministic(seed: int) -> None:
     """Seeds Python, NumPy and PyTorch and restricts PyTorch to deterministic algorithms."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for this to be deterministic
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs to be deterministic
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -1,16 +1,13 @@
-"""Tables of text: in columns for a terminal, in Markdown for a page; means with their errors."""
+"""Tables of text, in columns for a terminal or in Markdown for a page; means with their errors."""
 
 import math
 import statistics
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
-#: a bar inside of a cell
-BAR = r"\|"
-
 
 def in_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns under a header, the first to the left, the others to the right (``g2gnet.inspect.Table`` shows it)."""
+    """Columns under a header, the first aligned left, the others right (an example: ``g2gnet.inspect.Table``)."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -21,7 +18,7 @@ def in_columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], right: Collection[str] = ()) -> str:
-    """A Markdown table; the columns with headings in ``right`` are to the right.
+    """A Markdown table; columns whose headings are in ``right`` are aligned right.
 
     Example:
         >>> print(markdown(("layer", "rate"), [("lif1", "0.12"), ("lif2", "0.3")], right=["rate"]))
@@ -35,12 +32,13 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[str]], right: Collec
 
 
 def markdown_row(cells: Sequence[str]) -> str:
-    """One row of such a table, where it is written row by row."""
-    return f"| {' | '.join(cell.replace('|', BAR) for cell in cells)} |"
+    """One row of a Markdown table."""
+    escaped = [cell.replace("|", r"\|") for cell in cells]
+    return f"| {' | '.join(escaped)} |"
 
 
 class Estimate(NamedTuple):
-    """The mean of independent values, and its standard error, which is unknown (None) for one value."""
+    """The mean of independent values and its standard error, None for a single value."""
 
     mean: float
     error: float | None
@@ -52,6 +50,6 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of some values, and its standard error."""
+    """The mean of values and its standard error."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return Estimate(statistics.mean(values), error)

@@ -1,7 +1,6 @@
-"""Files of tensors: written whole and with a checksum; read without executing or trusting anything in them. A file is
-the zip archive of ``torch.save``, so ``torch.load`` reads it too; the archive's comment is the SHA-256 of all bytes
-before it, which reveals truncation and any flipped bit.
-"""
+"""Files of tensors, written completely and with a checksum, read without executing or trusting anything in them. A file
+is the zip archive of ``torch.save``, so ``torch.load`` reads it, too. The archive's comment is the SHA-256 of all bytes
+before it, which reveals truncation and any flipped bit."""
 
 import hashlib
 import io
@@ -16,20 +15,18 @@ import torch
 from g2gnet.base.files import open_file, read_file, replace_file
 from g2gnet.base.messages import reason
 
-DIGEST_BYTES = 32
-#: of the record that ends a zip archive, before its comment
-END_BYTES = 22
+#: sizes of the digest, and of the record that ends a zip archive, without its comment
+DIGEST_BYTES, END_BYTES = 32, 22
 
 
 class TensorFileError(ValueError):
-    """A file's content cannot be used; the message says why."""
+    """A file's content cannot be used."""
 
 
 def write_tensors(path: Path, content: Any, keep: Path | None = None) -> None:
     """Replaces ``path`` by a file of ``content``: tensors, numbers, strings, None, and dicts, lists, tuples of them.
-    With ``keep``, the old file gets that name. Raises OSError if it cannot be written, and TensorFileError for content
-    that :func:`read_tensors` would refuse; the old file is then unchanged.
-    """
+    The old file gets the name ``keep``. Raises OSError if it cannot be written, and TensorFileError for content that
+    :func:`read_tensors` would refuse; the old file is then unchanged."""
     check_plain(content)
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -37,14 +34,14 @@ def write_tensors(path: Path, content: Any, keep: Path | None = None) -> None:
 
 
 def with_digest(archive: bytes) -> bytes:
-    """A zip archive without comment, with its digest as the comment."""
-    # the last field of an archive is the length of the comment that follows
+    """The zip archive, which has no comment, with its digest as the comment."""
+    # an archive ends with the length of its comment
     begin = archive[:-2] + struct.pack("<H", DIGEST_BYTES)
     return begin + hashlib.sha256(begin).digest()
 
 
 def has_digest(path: Path) -> bool:
-    """Whether a file ends as those of :func:`write_tensors`, even if damaged before. Raises OSError if unreadable."""
+    """Whether a file ends like those of :func:`write_tensors`, damaged or not. Raises OSError if unreadable."""
     with open_file(path) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - END_BYTES - DIGEST_BYTES))
@@ -53,8 +50,8 @@ def has_digest(path: Path) -> bool:
 
 
 def read_tensors(path: Path) -> Any:
-    """What :func:`write_tensors` wrote, on the CPU. Raises OSError if the file cannot be opened, or is not a regular
-    one, and TensorFileError if it is damaged, or :func:`parse_tensors` refuses it."""
+    """The content that :func:`write_tensors` wrote, on the CPU. Raises OSError if the file cannot be opened or is not
+    regular, and TensorFileError if it is damaged, or :func:`parse_tensors` refuses it."""
     data = read_file(path)
     if data[-DIGEST_BYTES:] != hashlib.sha256(data[:-DIGEST_BYTES]).digest():
         raise TensorFileError("its checksum is wrong: the file is damaged, or not one of ours")
@@ -62,12 +59,11 @@ def read_tensors(path: Path) -> Any:
 
 
 def parse_tensors(data: bytes) -> Any:
-    """The content of any file that ``torch.save`` wrote, on the CPU: nothing is executed, memory is a small multiple of
-    the file's size. Raises TensorFileError if it is no such file, holds anything but tensors, numbers, strings, None
-    and containers of them, or a tensor that is larger than its data, or a value that is not finite.
-    """
+    """The content of a file that ``torch.save`` wrote, on the CPU. Executes nothing, and takes a small multiple of the
+    file's size of memory. Raises TensorFileError for other files and for other content than tensors, numbers, strings,
+    None and containers of them, all values finite and no tensor larger than its data."""
     try:
-        # neither PyTorch's older formats nor archives that expand are opened
+        # PyTorch's older formats and archives that expand are refused
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             records = archive.infolist()
         if any(record.compress_type != zipfile.ZIP_STORED for record in records):
@@ -84,7 +80,7 @@ def parse_tensors(data: bytes) -> Any:
 
 
 def check_plain(content: Any) -> None:
-    """Raises TensorFileError, naming the place, for anything but finite numbers, strings, None and plain tensors."""
+    """Raises TensorFileError, naming the place, for content other than finite numbers, strings, None, plain tensors."""
     pending = [("", content)]
     seen: set[int] = set()  # containers may hold one another
     while pending:

@@ -1,3 +1,3 @@
-"""The version of g2g: ``pyproject.toml`` reads it from here, without importing PyTorch."""
+"""The version of g2g, which ``pyproject.toml`` reads here without importing PyTorch."""
 
 __version__ = "0.1.0"

@@ -1,1 +1,1 @@
-"""The programs: the flags of each, and what it prints and writes."""
+"""The programs: their flags, and what they print and write."""

@@ -1,4 +1,4 @@
-"""Prints what the neurons of a trained network do, layer by layer and group by group."""
+"""Prints the activity of the neurons of a trained network, layer by layer and group by group."""
 
 import argparse
 from collections.abc import Sequence

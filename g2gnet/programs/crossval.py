@@ -39,7 +39,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def files_of_fold(arguments: argparse.Namespace, settings: FoldSettings) -> Sequence[Path]:
-    """The files of the one fold that the target of ``--json`` could be a file of, by its name."""
+    """The files of the fold that the name of the target of ``--json`` mentions, if any."""
     numbers = re.findall(r"_fold(\d{1,18})of", Path(arguments.json or "").resolve().name)
     if not numbers or not 1 <= int(numbers[-1]) <= settings.k_folds:
         return ()

@@ -1,4 +1,4 @@
-"""Command-line flags: how they are parsed, and what they say of settings, machine and data. All programs share them."""
+"""Command-line flags, which all programs share: how they are parsed, and the settings, machine and data they give."""
 
 import argparse
 import contextlib
@@ -38,11 +38,10 @@ from g2gnet.training.tensorboard import TensorBoardLog
 logger = logging.getLogger("g2gnet")
 SettingsT = typing.TypeVar("SettingsT", bound=RunSettings)
 
-#: of settings, in the order of the help
+#: groups of settings, in the order of the help
 GROUPS = ("data", "model", "training", "dynamic sparse training", "cross-validation")
-#: what stands for a flag's value in the help
+#: what stands for a flag's value in the help; LIST for a number or a list of numbers
 METAVARS = {int: "N", float: "X", str: "FILE"}
-#: and for a number or a list of numbers
 LIST = "N[,N…]"
 
 
@@ -51,14 +50,14 @@ class FlagError(SettingsError):
 
 
 def file_name(text: str) -> str:
-    """The type of a flag that names a file or a directory; an empty name, of a shell's unset variable, is refused."""
+    """The type of a flag that names a file or a directory. Refuses an empty name, as an unset variable gives."""
     if not text:
         raise argparse.ArgumentTypeError("the name is empty; give one (the current directory is .)")
     return text
 
 
 class _Plain(argparse.RawDescriptionHelpFormatter):
-    """Shows texts as they are: argparse takes a per cent sign for the begin of a format."""
+    """Shows text verbatim; argparse would read a percent sign as a format specifier."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = super()._get_help_string(action)
@@ -66,14 +65,12 @@ class _Plain(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that takes no abbreviations; an error is one line, with the flag that may have been meant. Everything
-    below the programs names settings and arguments, in backticks where it says what to give; :meth:`in_flags` makes
-    this program's flags of them.
-    """
+    """A parser without abbreviations, whose errors are one line and suggest a flag. Modules below the programs name
+    settings and arguments, in backticks in their remedies; :meth:`in_flags` turns them into this program's flags."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{**options, "allow_abbrev": False, "formatter_class": _Plain})
-        # what begins with - and is a value; argparse's own takes -1e-3 for a flag
+        # values that begin with -; argparse's own expression takes -1e-3 for a flag
         self._negative_number_matcher = re.compile(r"-(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$|-(inf|infinity|nan)$", re.I)
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
@@ -92,22 +89,22 @@ class Parser(argparse.ArgumentParser):
         return arguments
 
     def error(self, message: str) -> typing.NoReturn:
-        """Ends the program with one line: what is wrong and what to do; argparse prints all flags before it."""
+        """Ends the program with one line, what is wrong and what to do; argparse would list all flags before it."""
         kinds = {"int": "a whole number", "float": "a number"}
         bad = re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message)
         text = f"{bad[1]} {bad[3]} is not {kinds[bad[2]]}" if bad else message
-        known = ("--help", "did you mean", "choose from", "; give ")  # says what to do
+        known = ("--help", "did you mean", "choose from", "; give ")  # which say what to do
         remedy = "" if any(word in text for word in known) else "; --help says what it takes"
         self.exit(2, f"{self.prog}: error: {text}{remedy}\n")
 
     def format_help(self) -> str:
-        """The help, whose first line does not repeat its flags."""
+        """The help, with a first line that does not list the flags."""
         named = [str(action.metavar or action.dest) for action in self._actions if not action.option_strings]
         self.usage = " ".join(["%(prog)s [flags]", *named])
         return super().format_help()
 
     def in_flags(self, text: str) -> str:
-        """``text`` with what is in backticks as flags: ```neuron=synaptic``` as ``--neuron synaptic``."""
+        """``text`` with flags for the settings in backticks: ``--neuron synaptic`` for ```neuron=synaptic```."""
 
         def flag(found: re.Match[str]) -> str:
             name, value = f"--{found[1]}", found[2]
@@ -129,7 +126,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def number_list(text: str) -> tuple[int, ...]:
-    """The type of a flag that takes whole numbers with commas between."""
+    """The type of a flag that takes whole numbers, separated by commas."""
     try:
         return tuple(map(int, text.split(",")))
     except ValueError:
@@ -142,8 +139,8 @@ def whole_numbers(text: str) -> int | tuple[int, ...]:
     return values if len(values) > 1 else values[0]
 
 
-def add_settings_flags(parser: Parser, settings: type = TrainSettings) -> None:
-    """Adds one flag for each field of ``settings`` that has a group, in these groups."""
+def add_settings_flags(parser: Parser, settings: type = TrainSettings, sweep: bool = False) -> None:
+    """Adds a flag for each field of ``settings`` that has a group. For a sweep, each flag takes one word or several."""
     kinds_of = types_of(settings)
     fields = [field for field in dataclasses.fields(settings) if field.metadata["group"]]
     present = {field.metadata["group"] for field in fields}
@@ -169,12 +166,15 @@ def add_settings_flags(parser: Parser, settings: type = TrainSettings) -> None:
             text += f"; {number.range}"
         if field.default is not None and field.default is not False:
             text += f" (default: {field.default})"
+        if sweep:  # a switch without a word turns it on
+            metavar = options.get("metavar") or ("true|false" if flag_type is bool else "NAME")
+            options = {"nargs": "*" if flag_type is bool else "+", "default": field.default, "metavar": metavar}
         groups[about["group"]].add_argument(f"--{field.name}", help=text, **options)
 
 
 def add_machine_flags(parser: argparse.ArgumentParser, kernels: bool = True, results: bool = True) -> Any:
-    """Adds the flags that say where to compute (``kernels``: and with which kernels) and where files lie, which change
-    no result. ``results``: the program writes checkpoints. Returns their group."""
+    """Adds the flags of device, files and (``kernels``) backend, none of which changes a result; ``results``: the
+    program writes checkpoints. Returns their group."""
     group = parser.add_argument_group("machine and files")
     text = "directory of the data sets (default: data)"
     group.add_argument("--data_dir", type=file_name, default="data", metavar="DIR", help=text)
@@ -190,7 +190,7 @@ def add_machine_flags(parser: argparse.ArgumentParser, kernels: bool = True, res
 
 
 def add_json_flag(parser: Any, content: str) -> None:
-    """Adds the flag that writes ``content``, what a program returns, as JSON."""
+    """Adds the flag that writes ``content``, which the program returns, as JSON."""
     text = (
         f"write {content} as JSON to FILE, the word after this flag; without FILE to standard output, and all other "
         "output to standard error"
@@ -208,7 +208,7 @@ def add_inspection_flags(parser: argparse.ArgumentParser) -> Any:
 
 
 def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT]) -> SettingsT:
-    """The settings that the flags gave, with the content of a file of weights or of data in place of its name. Raises
+    """The settings that the flags gave; the content of a file of weights or data takes the place of its name. Raises
     SettingsError if they are out of range or in conflict, and DataError if the file cannot be read."""
     values = {name: getattr(arguments, name) for name in settings_type().flag_values()}
     values["dataset"] = dataset_name(values["dataset"])
@@ -223,7 +223,7 @@ def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT])
                     f"{' × '.join(map(str, shape))} are sequences; give `sequence=none` if they are images"
                 )
             values["sequence"] = "own"
-    # the first without what is compared with T, which the samples may decide
+    # first without the setting that is compared with T, which the samples may decide
     settings, found = settings_type(**values | {"input_taps": 1}), {"input_taps": values["input_taps"]}
     if settings.sequence != "none" and settings.dataset not in BINNED:  # of recordings T is chosen
         known = DATASETS.get(settings.dataset)
@@ -234,7 +234,7 @@ def settings_from(arguments: argparse.Namespace, settings_type: type[SettingsT])
 
 
 def _length(settings: TrainSettings, shape: tuple[int, ...], arguments: argparse.Namespace) -> int:
-    """The time steps of samples of that shape as sequences; SettingsError if they have none, or ``T`` is given too."""
+    """The time steps of samples of that shape. Raises SettingsError if they are no sequences, or ``T`` is given."""
     try:
         steps = sequence_length(settings.sequence, shape, settings.sequence_step)
     except ValueError as error:
@@ -243,16 +243,14 @@ def _length(settings: TrainSettings, shape: tuple[int, ...], arguments: argparse
         held = ""
         if arguments.sequence is None:
             held = f", or give `sequence=none` if they are images of {' × '.join(map(str, shape))}, held for `T` steps"
-        raise SettingsError(
-            f"T={arguments.T} cannot be chosen: with sequence={settings.sequence} the samples of {settings.dataset} "
-            f"have {steps} steps; leave `T` out{held}"
-        )
+        samples = f"with sequence={settings.sequence} the samples of {settings.dataset} have {steps} steps"
+        raise SettingsError(f"T={arguments.T} cannot be chosen: {samples}; leave `T` out{held}")
     return steps
 
 
 def machine_from(arguments: argparse.Namespace) -> Machine:
-    """The device and the backend that the flags ask for; the process works alone until it joins others. Raises
-    FlagError for a device that this machine does not have, and BackendError for a backend that cannot be used here."""
+    """The device and the backend of the flags, for a process by itself. Raises FlagError for a device that this machine
+    does not have, and BackendError for a backend that cannot be used here."""
     given = getattr(arguments, "backend", "auto")
     backend = None if given == "auto" else given
     try:
@@ -270,7 +268,7 @@ def machine_from(arguments: argparse.Namespace) -> Machine:
 
 
 def training_parser(description: str, examples: str, settings: type[TrainSettings], document: str) -> Parser:
-    """The parser of a program that trains networks with ``settings``; ``document`` is what it writes as JSON."""
+    """The parser of a program that trains networks with ``settings`` and writes ``document`` as JSON."""
     parser = Parser(description=description, epilog=examples)
     add_settings_flags(parser, settings)
     group = add_machine_flags(parser)
@@ -288,8 +286,7 @@ def joined(
     arguments: argparse.Namespace, program: str, settings: TrainSettings, machine: Machine, device: torch.device
 ) -> Iterator[Machine]:
     """``machine`` with the processes of a run (:func:`g2gnet.base.distributed.join`), which must have the same settings
-    and versions; the first prints what is trained. Raises FlagError if they are to wait for one another less than some
-    moments, or more than a year."""
+    and versions; the first prints what is trained. Raises FlagError for a ``peer_timeout`` out of range."""
     if wanted := Number(0.01, 365 * 24 * 60).refuses(arguments.peer_timeout):
         raise FlagError(f"peer_timeout={arguments.peer_timeout} must be {wanted}")
     same = {"program": program, "python": platform.python_version(), **machine.versions()}
@@ -303,17 +300,18 @@ def joined(
 
 
 def log_from(arguments: argparse.Namespace) -> list[EpochCallback[Trainer]]:
-    """The callbacks after each epoch. Raises FlagError without TensorBoard's package, or a directory for it."""
+    """The callbacks of ``--log_dir``. Raises MissingPackageError without TensorBoard's package, and FlagError without a
+    directory for it."""
     if arguments.log_dir is None:
         return []
     try:
         return [TensorBoardLog(arguments.log_dir)]
-    except (ImportError, OSError) as error:
+    except OSError as error:
         raise FlagError(f"log_dir={arguments.log_dir}: {reason(error)}") from error
 
 
 def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: torch.device) -> ImageData:
-    """The images or features that the flags ask for; raises DataError if they are unavailable."""
+    """The images or features of the flags. Raises DataError if they are unavailable."""
     if settings.use_resnet:
         return load_features(settings.dataset, arguments.data_dir, arguments.resnet_weights, device)
     try:
@@ -326,36 +324,32 @@ def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: to
 
 
 def load_run_data(arguments: argparse.Namespace, settings: TrainSettings, device: torch.device) -> ImageData:
-    """The images or features of a run with ``settings``, as far as it used them, on ``device``. Raises FlagError unless
-    ``--samples`` is at least 1 and ``--resnet_weights`` are the run's, and DataError if they are unavailable."""
+    """The images or features that a run with ``settings`` used, on ``device``. Raises FlagError unless ``--samples`` is
+    at least 1 and ``--resnet_weights`` are the run's, and DataError if the data are unavailable."""
     if wanted := COUNT.refuses(arguments.samples):
         raise FlagError(f"samples={arguments.samples} must be {wanted}")
     if settings.use_resnet:
         digest = weights_digest(settings.dataset, arguments.resnet_weights)
         if digest != settings.resnet_weights:
-            raise FlagError(
-                f"the run had the ResNet weights {settings.resnet_weights}, these are {digest}; give the file with the "
-                "run's weights by --resnet_weights"
-            )
+            differ = f"the run had the ResNet weights {settings.resnet_weights}, these are {digest}"
+            raise FlagError(f"{differ}; give the file with the run's weights by --resnet_weights")
     return load_data(arguments, settings, device).limited(settings.limit_train, settings.limit_test).to(device)
 
 
 def run_data_flags(settings: TrainSettings, data_dir: str, resnet_weights: str | None) -> str:
-    """The flags by which the programs with :func:`add_inspection_flags` find the data of a run, each after a space."""
+    """Flags, each after a space, with which programs with :func:`add_inspection_flags` find the data of a run."""
     given = {"data_dir": npz.directory_of(settings.dataset) or Path(data_dir), "resnet_weights": resnet_weights}
     usual = {"data_dir": Path("data"), "resnet_weights": None}
     return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given.items() if value != usual[name])
 
 
 def announce(settings: TrainSettings, machine: Machine) -> None:
-    """Prints what is trained and the settings that differ from the defaults; warns of settings without effect."""
+    """Prints the machine and the settings that differ from the defaults; warns of settings without effect."""
     for line in settings.without_effect():
         logger.warning("%s", line)
     if settings.enforce_sparsity and settings.warmup_epochs >= settings.epochs:
-        warn(
-            f"warning: --enforce_sparsity never begins: warmup_epochs={settings.warmup_epochs} is not below "
-            f"epochs={settings.epochs}"
-        )
+        why = f"warmup_epochs={settings.warmup_epochs} is not below epochs={settings.epochs}"
+        warn(f"warning: --enforce_sparsity never begins: {why}")
     default = {**type(settings)(neuron=settings.neuron).flag_values(), "neuron": type(settings).neuron}
     always = ("dataset", "model", "epochs", "seed")
     values = settings.flag_values().items()

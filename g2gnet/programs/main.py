@@ -1,4 +1,4 @@
-"""What the ``main`` of each program does: run it on its flags, and turn errors into messages and an exit status."""
+"""The ``main`` of every program: runs it on its flags, and turns errors into messages and an exit status."""
 
 import argparse
 import contextlib
@@ -16,18 +16,19 @@ from g2g_kernels import BackendError
 from g2gnet.base.distributed import DistributedError, launched, rank
 from g2gnet.base.memory import ran_out
 from g2gnet.base.messages import OutputError, discard, reason, warn
+from g2gnet.base.optional import MissingPackageError
 from g2gnet.data import DataError
 from g2gnet.network_settings import SettingsError
 from g2gnet.programs.flags import Parser
 from g2gnet.programs.output import STDOUT, check_json, write_json
 from g2gnet.training import CheckpointError, Interrupted, TrainingError
 
-#: exit status of a program whose reader has closed the pipe, as ``head`` does: 128 + SIGPIPE, absent on Windows
+#: exit status of a program whose reader has closed the pipe, as ``head`` does: 128 + SIGPIPE, which Windows lacks
 READER_LEFT = 128 + 13
-#: the errors of users whose message says everything: of what they asked for, and of what came then
-REFUSED = (SettingsError, BackendError)
+#: errors that are shown without a traceback: invalid requests, and failures while running
+REFUSED = (SettingsError, BackendError, MissingPackageError)
 FAILED = (DataError, CheckpointError, TrainingError, DistributedError, OutputError)
-#: settings with which the memory of a training step grows
+#: settings that increase the memory of a training step
 GROWING = ("batch_size", "T", "hidden_dim")
 
 
@@ -39,24 +40,24 @@ def run_program(
 ) -> int:
     """Runs ``program`` on the parsed flags; user errors become a message and an exit status.
 
-    It returns what ``--json`` writes, where there is that flag; ``interrupted`` is said after Ctrl-C. The status is 0
-    on success, 1 if data, files, memory or training failed, 2 for invalid flags, 128 + the number of the signal that
-    ended it (130 after Ctrl-C, 141 when nobody reads its output).
+    ``program`` returns what ``--json`` writes, if it has that flag; ``interrupted`` is printed after Ctrl-C. The status
+    is 0 on success, 1 if data, files, memory or training failed, 2 for invalid flags, 128 + the number of the signal
+    that ended it (130 after Ctrl-C, 141 when nobody reads its output).
     """
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started this
+        if getattr(sys, name) is None:  # the caller closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  (until the process ends)
         if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a pipe on Windows has a code page without the lines of our tables
+            stream.reconfigure(errors="replace")  # the code page of a pipe on Windows lacks the rules of our tables
     arguments = parser.parse_args(argv)
-    tqdm.set_lock(threading.RLock())  # the usual one is the system's, and left behind by a process that is killed
+    tqdm.set_lock(threading.RLock())  # the usual lock is the system's: a process that is killed would leave it behind
     logging.basicConfig(handlers=[_Messages(parser)], format="%(message)s", level=logging.WARNING)
     json_file = getattr(arguments, "json", None)
     try:
         if rank() == 0:
             logging.getLogger("g2g_kernels").setLevel(logging.INFO)
         check_json(arguments)
-        # all of standard output is the document's, if it goes there
+        # where the document goes to standard output, nothing else does
         apart = contextlib.redirect_stdout(sys.stderr) if json_file == STDOUT else contextlib.nullcontext()
         with apart, memory_named(arguments):
             document = program(arguments)
@@ -86,17 +87,16 @@ def run_program(
 
 @contextlib.contextmanager
 def memory_named(arguments: argparse.Namespace) -> Iterator[None]:
-    """Raises TrainingError, which names the flags of this program that save memory, where an allocation fails."""
+    """Turns a failed allocation into a TrainingError that names the flags of this program that save memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not ran_out(error):
             raise
         flags = vars(arguments)
-        fixed = "T" if flags.get("sequence") not in (None, "none") else ""  # samples have as many steps as they have
-        given = {name: flags[name] for name in GROWING if name in flags and name != fixed}
-        growing = {name: now for name, now in given.items() if isinstance(now, int | None)}
-        lower = [f"--{name}{f' (now {now})' if now else ''}" for name, now in growing.items()]
+        fixed = "T" if flags.get("sequence") not in (None, "none") else ""  # sequences have their own length
+        growing = {name: flags[name] for name in GROWING if name in flags and name != fixed}
+        lower = [f"--{n}{f' (now {now})' if now else ''}" for n, now in growing.items() if isinstance(now, int | None)]
         remedies = [f"lower {' or '.join(lower)}"] if lower else []
         if "chunk" in flags and flags["chunk"] is None:
             remedies.append("give --chunk, so that a step keeps less for each of many time steps")
@@ -108,14 +108,14 @@ def memory_named(arguments: argparse.Namespace) -> Iterator[None]:
 def _fail(parser: Parser, error: Exception, status: int) -> int:
     try:
         speaker = f"{parser.prog}, rank {rank()}" if launched() else parser.prog
-    except DistributedError:  # which is what this error says
+    except DistributedError:  # then the error to show says the same
         speaker = parser.prog
     warn(f"{speaker}: error: {parser.in_flags(str(error))}")
     return status
 
 
 class _Messages(logging.StreamHandler):
-    """Messages of loggers with the program's flags, on lines of their own where a progress bar is on the terminal."""
+    """Shows messages of loggers with the program's flags, on lines of their own beside a progress bar."""
 
     def __init__(self, parser: Parser) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What programs write: ``--json``, and files that are checked before there is anything to write."""
+"""The output of programs: ``--json``, and files, which are checked before there is anything to write."""
 
 import argparse
 import json
@@ -13,17 +13,16 @@ from g2gnet.base.version import __version__
 from g2gnet.data.npz import SUFFIX as DATA_SUFFIX
 from g2gnet.training.checkpoints import RunFiles
 
-#: in place of a file's name: standard output
+#: stands for standard output in place of a file's name
 STDOUT = "-"
-#: endings of files that no program replaces by its output: checkpoints and data
+#: endings of checkpoints and data, which no program replaces by its output
 KEPT = (".pth", DATA_SUFFIX)
 
 
 def check_output(path: Path | str, arguments: argparse.Namespace | None = None, own_files: Iterable[Path] = ()) -> None:
-    """Checks a file that is to be written, before there is anything to write: OutputError if it cannot be written,
-    holds a checkpoint or data, is read by the program according to its flags, belongs to a run whose checkpoint it
-    reads, or is one of the program's ``own_files``.
-    """
+    """Checks a file before there is anything to write. Raises OutputError if it cannot be written, holds a checkpoint
+    or data, is an input of the program by its flags, belongs to a run whose checkpoint the program reads, or is one of
+    the program's ``own_files``."""
     path = Path(path)
     try:
         check_writable(path)
@@ -35,7 +34,7 @@ def check_output(path: Path | str, arguments: argparse.Namespace | None = None, 
 
 
 def _what_is_lost(path: Path, arguments: argparse.Namespace | None, own_files: Iterable[Path]) -> str | None:
-    """What the file at ``path`` is, in words, if output must not replace it."""
+    """Why output must not replace the file at ``path``, in words; None if it may."""
     flags = {} if arguments is None else vars(arguments)
     checkpoints = [Path(name) for name in (flags.get("checkpoint"), *flags.get("checkpoints", ())) if name]
     data = str(flags.get("dataset"))
@@ -52,7 +51,7 @@ def _what_is_lost(path: Path, arguments: argparse.Namespace | None, own_files: I
 
 
 def check_json(arguments: argparse.Namespace, own_files: Iterable[Path] = ()) -> None:
-    """Checks the target of ``--json``, where there is one, as :func:`check_output` does."""
+    """Checks the target of ``--json``, if given, as :func:`check_output` does."""
     json_file = getattr(arguments, "json", None)
     if json_file not in (None, STDOUT):
         check_output(json_file, arguments, own_files)
@@ -60,16 +59,15 @@ def check_json(arguments: argparse.Namespace, own_files: Iterable[Path] = ()) ->
 
 def write_json(json_file: str, document: dict[str, Any]) -> None:
     """Writes a JSON document, with the version of g2g, to the target of ``--json``. Raises OutputError if it cannot."""
-    document = {"g2g": __version__, **document}
-    text = json.dumps(document, indent=2, ensure_ascii=json_file == STDOUT) + "\n"
+    text = json.dumps({"g2g": __version__, **document}, indent=2, ensure_ascii=json_file == STDOUT)
     if json_file == STDOUT:
-        say(text.removesuffix("\n"))
+        say(text)
     else:
-        write_output(json_file, text)
+        write_output(json_file, f"{text}\n")
 
 
 def write_file(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
-    """Calls ``write`` to write a file completely or not at all. Raises OutputError if it cannot be written."""
+    """Writes a file by ``write``, completely or not at all. Raises OutputError if it cannot be written."""
     try:
         replace_file(Path(path), write)
     except OSError as error:
@@ -77,5 +75,5 @@ def write_file(path: Path | str, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def write_output(path: Path | str, text: str) -> None:
-    """Writes ``text`` as UTF-8, with escapes for what are no characters. Raises OutputError if it cannot be written."""
+    """Writes ``text`` as UTF-8, with escapes for invalid characters. Raises OutputError if it cannot be written."""
     write_file(path, lambda file: file.write(text.encode("utf-8", "backslashreplace")))

@@ -1,5 +1,5 @@
 """``g2g-pretrain`` trains a CIFAR ResNet-32, whose features ``train.py --use_resnet`` can use: SGD with momentum and
-cosine decay, random crops and flips, with the values of the published weights (chenyaofo/pytorch-cifar-models,
+cosine decay, random crops and flips, with the hyperparameters of the published weights (chenyaofo/pytorch-cifar-models,
 logs/cifar10/resnet32/default.log).
 """
 
@@ -78,7 +78,7 @@ class PretrainTrainer(EpochTrainer):
 
     @torch.no_grad()
     def _accuracy(self, net: nn.Module, part: str) -> float:
-        """The share of the ``"test"`` or ``"val"`` images that are classified correctly."""
+        """The share of the ``"test"`` or ``"val"`` images that ``net`` classifies correctly."""
         net.eval()
         correct = torch.zeros((), dtype=torch.int64, device=self.device)
         all_images, all_labels, size = *self.data.part(part), self.settings.batch_size

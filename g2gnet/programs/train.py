@@ -50,7 +50,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def show_analysis(checkpoint: Path, more: str, analysis: NetworkAnalysis, images: int, path: Path) -> None:
-    """Prints the analysis of the network of a checkpoint, and the command with ``more`` flags that draws it."""
+    """Prints the analysis of the network of a checkpoint, and the command that draws it, with ``more`` flags."""
     say(
         f"{headline(analysis, images)}\n{summary_table(analysis)}\n"
         "rate: spikes per neuron and step; synchrony, corr., coherence: 0 at chance; entropy: 1 if all groups feed a "

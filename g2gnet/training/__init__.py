@@ -1,4 +1,4 @@
-"""The training engine: settings, the optimisation of one network, and a run's files."""
+"""The training engine: settings, the training of one network, and a run's files."""
 
 from g2gnet.network_settings import NetworkSettings, Settings, SettingsError
 from g2gnet.training.checkpoints import CheckpointError

@@ -1,4 +1,4 @@
-"""The files of a run: checkpoint, history and marker. A crash leaves either the old or the new one complete."""
+"""The files of a run: checkpoint, history and marker. A crash leaves the old or the new file complete."""
 
 import contextlib
 import csv
@@ -23,8 +23,8 @@ from g2gnet.training.saved_state import UNFIT, check_history, check_tested
 
 #: version of the checkpoint's structure
 FORMAT = 5
-#: the files of a run by their endings; ``previous`` is the checkpoint before the last one, used if that is damaged, and
-#: ``best`` that of the best epoch by held-out images
+#: endings of a run's files; ``previous`` is the checkpoint before the last one, a reserve if that is damaged, and
+#: ``best`` the checkpoint of the best epoch on held-out images
 ENDINGS = {
     "checkpoint": ".pth", "previous": ".previous.pth", "best": ".best.pth", "history": ".jsonl", "table": ".csv",
     "analysis": ".analysis.json", "marker": ".DONE",
@@ -32,11 +32,11 @@ ENDINGS = {
 
 
 class CheckpointError(RuntimeError):
-    """A run's files are unusable or not writable; the message says why, and what to do. The files are not changed."""
+    """A run's files are unusable or not writable; the message gives the reason and a remedy. No file was changed."""
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What :meth:`RunFiles.save_checkpoint` wrote, on the CPU, executing nothing. CheckpointError if unusable."""
+    """The content of a checkpoint, on the CPU; nothing in it is executed. Raises CheckpointError if it is unusable."""
     try:
         state = read_tensors(path)
     except (OSError, TensorFileError) as error:
@@ -49,15 +49,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def compared(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """One line for each entry that differs."""
-    return [
-        f"  {name}: {theirs.get(name, 'not set')} there, {ours.get(name, 'not set')} now"
-        for name in sorted({*theirs, *ours})
-        if theirs.get(name, "not set") != ours.get(name, "not set")
-    ]
+    pairs = ((name, theirs.get(name, "not set"), ours.get(name, "not set")) for name in sorted({*theirs, *ours}))
+    return [f"  {name}: {was} there, {now} now" for name, was, now in pairs if was != now]
 
 
 class RunFiles:
-    """``<directory>/<stem>`` with the endings :data:`ENDINGS`, and the file of a lock."""
+    """The files ``<directory>/<stem>`` with the endings :data:`ENDINGS`, and the lock's file."""
 
     def __init__(self, directory: Path | str, stem: str) -> None:
         self.directory = Path(directory)
@@ -66,19 +63,19 @@ class RunFiles:
         self.checkpoint, self.previous, self.best, self.history, self.table, self.analysis, self.marker = paths
         self.elsewhere = f"another `checkpoint_dir` than {self.directory}"  # a remedy
         self.lock = self.directory / f".{stem}.lock"
-        self._whole = False  # whether self.checkpoint is known to be intact, so it may replace self.previous
+        self._whole = False  # whether self.checkpoint is intact, so that it may replace self.previous
 
     @classmethod
     def of(cls, checkpoint: Path) -> "RunFiles":
-        """The files of the run that has this checkpoint, the previous one or that of the best epoch."""
+        """The files of the run of this checkpoint, be it the last one, the previous one or that of the best epoch."""
         return cls(checkpoint.parent, re.sub(r"(\.previous|\.best)?\.pth$", "", checkpoint.name))
 
     def files(self) -> tuple[Path, ...]:
-        """Every file of the run, be it there or not."""
+        """Every file of the run, present or not."""
         return *self._all.values(), self.lock
 
     def check(self) -> None:
-        """Makes the directory. Raises CheckpointError, before anything is written, if one of the files could not be."""
+        """Makes the directory. Raises CheckpointError if one of the files could not be written."""
         what, remedy = f"cannot write to the checkpoint directory {self.directory}", "give another `checkpoint_dir`"
         try:
             files.make_directory(self.directory)
@@ -86,7 +83,7 @@ class RunFiles:
                 for path in self._all.values():
                     check(path)
         except OSError as error:
-            if error.errno == errno.EINVAL:  # of check_own
+            if error.errno == errno.EINVAL:  # by check_own
                 what = f"{error.filename} cannot be one of the run's own files"
                 remedy = f"move it away, or give {self.elsewhere}"
             elif error.errno == errno.ENAMETOOLONG:
@@ -95,8 +92,8 @@ class RunFiles:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """While entered, no other process can enter it for these files; the lock ends with its process. Does what
-        :meth:`check` does, and removes leftovers of a killed process. Raises CheckpointError if another has entered."""
+        """While entered, no other process can enter it for these files; the lock ends with its process. Calls
+        :meth:`check` and removes leftovers of a killed process. Raises CheckpointError if another has entered it."""
         self.check()
         with contextlib.ExitStack() as held:
             try:
@@ -108,27 +105,27 @@ class RunFiles:
                 raise CheckpointError(f"{what}, or give {self.elsewhere}") from error
             for path in self._all.values():
                 for leftover in files.leftovers(path):
-                    with contextlib.suppress(OSError):  # it is in nobody's way
+                    with contextlib.suppress(OSError):  # it disturbs nobody
                         leftover.unlink()
             yield
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replaces the checkpoint by ``state``: tensors, numbers, strings, containers of them. Raises CheckpointError
-        if it cannot be written; the previous checkpoint is still there."""
+        if it cannot be written; the old checkpoint is then unchanged."""
         keep = self.previous if self._whole else None
         with self._writing(self.checkpoint):
             write_tensors(self.checkpoint, {"format": FORMAT, **state}, keep)
-            for of_finished in (self.marker, self.analysis):  # a run that was finished goes on for more epochs
+            for of_finished in (self.marker, self.analysis):  # more epochs continue a finished run
                 of_finished.unlink(missing_ok=True)
         self._whole = True
 
     def save_best(self, state: dict[str, Any]) -> None:
-        """Replaces the checkpoint of the best epoch, as :meth:`save_checkpoint` does the last one."""
+        """Replaces the checkpoint of the best epoch; raises CheckpointError if it cannot be written."""
         with self._writing(self.best):
             write_tensors(self.best, {"format": FORMAT, **state})
 
     def load_best(self, epoch: int, settings: RunSettings) -> dict[str, Any]:
-        """The checkpoint of the best epoch, which is this one. Raises CheckpointError if it is not usable."""
+        """The checkpoint of the best epoch, ``epoch``. Raises CheckpointError if it is unusable."""
         try:
             state = read_checkpoint(self.best)
             if state.get("epoch") != epoch:
@@ -139,8 +136,8 @@ class RunFiles:
         return state
 
     def load_checkpoint(self, settings: RunSettings) -> tuple[Path, dict[str, Any]] | None:
-        """The file and the content of the checkpoint, on the CPU, or of the previous one if that is damaged; None if
-        there is none. Raises CheckpointError if neither is usable, or was made with different settings."""
+        """File and content of the checkpoint, on the CPU, or of the previous one if it is damaged; None if there is no
+        checkpoint. Raises CheckpointError if neither is usable, or it was made with other settings."""
         problems = []
         for path in filter(Path.exists, (self.checkpoint, self.previous)):
             try:
@@ -159,17 +156,18 @@ class RunFiles:
         return None
 
     def mark_done(self, settings: dict[str, Any], result: dict[str, Any]) -> None:
-        """Writes the marker of a finished run, whose second checkpoint goes; CheckpointError if that cannot be."""
+        """Writes the marker of a finished run and deletes its previous checkpoint. Raises CheckpointError if the marker
+        cannot be written."""
         self.previous.unlink(missing_ok=True)
         self._write_text(self.marker, json.dumps({"settings": settings, "result": result}, indent=2) + "\n")
 
     def write_analysis(self, analysis: dict[str, Any]) -> None:
-        """Writes the analysis of the trained network; raises CheckpointError if it cannot be written."""
+        """Writes the analysis of the trained network. Raises CheckpointError if it cannot be written."""
         self._write_text(self.analysis, json.dumps(analysis) + "\n")
 
     def load_marker(self, settings: RunSettings) -> dict[str, Any] | None:
-        """The result of the finished run; None if it is not finished, or ``settings`` have it go on. It is that of the
-        checkpoint, which has a checksum. Raises CheckpointError if either file is damaged, or of other settings."""
+        """The result of the finished run; None if it is not finished, or ``settings`` continue it. The result is the
+        checkpoint's, which has a checksum. Raises CheckpointError if a file is damaged, or of other settings."""
         try:
             made_with = dict(json.loads(read_file(self.marker))["settings"])
             check_plain(made_with)
@@ -177,9 +175,8 @@ class RunFiles:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise CheckpointError(
-                f"{self.marker} cannot be read ({reason(error)}); delete it, and the run makes it again"
-            ) from error
+            remedy = "delete it, and the run makes it again"
+            raise CheckpointError(f"{self.marker} cannot be read ({reason(error)}); {remedy}") from error
         try:
             state = read_checkpoint(self.checkpoint)
             history = state["history"]
@@ -191,14 +188,14 @@ class RunFiles:
             remedy = f"restore that file, or delete {self.names()} to train it again"
             raise CheckpointError(f"{reason(error)} A result counts only with its checkpoint: {remedy}") from error
         self._check_settings(self.checkpoint, state["settings"], settings)
-        # killed before it was gone, a marker is of fewer epochs than the checkpoint
+        # a process that was killed before it deleted the marker leaves one of fewer epochs than the checkpoint
         finished &= made_with.get("epochs") == settings.epochs and bool(tested) == (settings.validation is not None)
         return {**result, **tested} if finished else None
 
     def _check_settings(self, path: Path, theirs: dict[str, Any], ours: RunSettings) -> None:
-        """Raises CheckpointError unless a run with settings ``ours`` begins as, or is, the one with ``theirs``."""
+        """Raises CheckpointError unless a run with settings ``ours`` is the run with ``theirs``, or continues it."""
         was, now = ours.complete(theirs), ours.as_dict()
-        # what has no effect in either run may have had another default
+        # a setting without effect in both runs may have had another default
         for name in ours.idle(was).keys() & ours.idle(now).keys():
             was[name] = now[name]
         # JSON has no tuples
@@ -210,13 +207,13 @@ class RunFiles:
         if longer:
             depended = f"with {' and '.join(tied)} each of its {was['epochs']} epochs depended on their number"
             differing.append(f"The run cannot go on for more epochs: {depended}.")
-        beside = "`name=NAME` to train another run beside it, " if hasattr(ours, "name") else ""
+        named = "`name=NAME` to train another run beside it, " if hasattr(ours, "name") else ""
         what = "\n".join([f"{path} belongs to a run with different settings:", *differing])
-        remedy = f"{beside}{self.elsewhere}, or delete {self.names()} to start over."
+        remedy = f"{named}{self.elsewhere}, or delete {self.names()} to start over."
         raise CheckpointError(f"{what}\nGive the settings that it was made with, {remedy}")
 
     def names(self) -> str:
-        """The files that exist, in words."""
+        """The names of the files that exist, as text."""
         return ", ".join(self.paths().values())
 
     def paths(self) -> dict[str, str]:
@@ -224,14 +221,14 @@ class RunFiles:
         return {kind: str(path) for kind, path in self._all.items() if path.exists()}
 
     def last_checkpoint(self) -> str:
-        """Where the last good checkpoint is, in a sentence."""
+        """A sentence that names the last good checkpoint."""
         for path in filter(Path.exists, (self.checkpoint, self.previous)):
             return f"{path} is the last good checkpoint; it was not changed."
         return "There is no checkpoint of this run."
 
     def write_history(self, records: Sequence[dict[str, Any]]) -> None:
-        """Makes the history exactly these records, a line of JSON each, and the same as CSV. Raises CheckpointError if
-        it cannot be written."""
+        """Writes the history, a line of JSON for each record, and the same as CSV. Raises CheckpointError if it cannot
+        be written."""
         self._write_text(self.history, "".join(json.dumps(record) + "\n" for record in records))
         self._write_text(self.table, csv_of([dict(numbers(record)) for record in records]))
 
@@ -241,7 +238,7 @@ class RunFiles:
 
     @contextlib.contextmanager
     def _writing(self, path: Path) -> Iterator[None]:
-        """Turns the failures of a write into CheckpointError."""
+        """Turns a failed write into a CheckpointError."""
         try:
             yield
         except OSError as error:
@@ -250,7 +247,7 @@ class RunFiles:
 
 
 def numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of an epoch's record, those of dictionaries inside it as ``name/key``."""
+    """The numbers of an epoch's record by name; numbers of inner dictionaries have the name ``name/key``."""
     for name, value in record.items():
         if isinstance(value, dict):
             yield from numbers(value, f"{prefix}{name}/")
@@ -259,7 +256,7 @@ def numbers(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, flo
 
 
 def csv_of(rows: Sequence[dict[str, Any]]) -> str:
-    """A header and these rows; empty where a row lacks a value that another has, and without rows."""
+    """These rows as CSV with a header; a value that a row lacks is empty. Without rows, the text is empty."""
     text = io.StringIO()
     if rows:
         writer = csv.DictWriter(text, list(dict.fromkeys(itertools.chain(*rows))), lineterminator="\n")

@@ -1,4 +1,4 @@
-"""K-fold cross-validation: the training images in k parts; each validates the model trained on the others."""
+"""K-fold cross-validation: each of k parts of the training images validates a model trained on the others."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ class FoldSettings(TrainSettings):
         return self.seed + 1 - self.fold
 
     def of_fold(self, fold: int) -> "FoldSettings":
-        """The settings of the run of another fold, whose seed is that given + ``fold`` - 1."""
+        """The settings of another fold's run, whose seed is the given seed + ``fold`` - 1."""
         return dataclasses.replace(self, fold=fold, seed=self.given_seed + fold - 1)
 
     @property
@@ -76,21 +76,21 @@ def cross_validate(
 
     The images are shuffled and divided with equal shares of each class (seed s of the settings). The model of fold n is
     drawn and trained with seed s + n − 1, so the spread over the folds includes masks, initial values and the order of
-    images. Each fold is a run of its own, with a checkpoint, a history and a marker. The processes of the ``world`` of
+    images. Each fold is a run with its own checkpoint, history and marker. The processes of the ``world`` of
     ``machine`` all call this with the same ``checkpoint_dir`` and share the folds.
 
-    Raises what :func:`g2gnet.training.run_training` does, and SettingsError for more folds than a class has images, or
-    fewer than there are processes.
+    Raises the errors of :func:`g2gnet.training.run_training`, and SettingsError for more folds than a class has images,
+    or fewer than there are processes.
 
     Returns:
-        ``folds``: for each fold its number, seed and accuracies after the last epoch; ``mean`` and ``std`` (with k − 1)
+        ``folds``, with number, seed and accuracies of each after its last epoch, and ``mean`` and ``std`` (with k − 1)
         of the accuracies.
     """
     world = machine.world
     if world.size > settings.k_folds:
         left = f"some of {world.size} processes without one"
         raise SettingsError(f"k_folds={settings.k_folds} leaves {left}; start fewer processes, or give more folds")
-    apart = world.apart()  # nobody knows how long the others' folds take
+    apart = world.apart()  # a fold of another process may take any time
     whole = functools.cache(lambda: load_data().limited(settings.limit_train, settings.limit_test))
     alone = machine._replace(world=ALONE)
     folds = []
@@ -114,16 +114,15 @@ def cross_validate(
 
 
 def stratified_folds(labels: torch.Tensor, k_folds: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Training and validation indices of each fold: shuffled, with equal shares of each class; SettingsError if one has
-    fewer than ``k_folds`` images."""
+    """Training and validation indices of each fold, int64: shuffled, with equal shares of each class. Raises
+    SettingsError if a class has fewer than ``k_folds`` images."""
     members = labels.bincount()
     label, fewest = min(((label, count) for label, count in enumerate(members.tolist()) if count), key=lambda it: it[1])
     if fewest < k_folds:
         has = f"class {label} has only {fewest} of the {len(labels)} training images"
         raise SettingsError(f"k_folds={k_folds} is out of range: {has}; give fewer, or a larger `limit_train`")
-    # scikit-learn takes seeds of 32 bits
-    from sklearn.model_selection import StratifiedKFold  # takes a second to import: only where folds are made
+    from sklearn.model_selection import StratifiedKFold  # which takes a second to import
 
-    folds = StratifiedKFold(k_folds, shuffle=True, random_state=seed % 2**32)
+    folds = StratifiedKFold(k_folds, shuffle=True, random_state=seed % 2**32)  # scikit-learn takes seeds of 32 bits
     splits = folds.split(np.zeros(len(labels)), labels.numpy())
     return [(torch.from_numpy(train), torch.from_numpy(val)) for train, val in splits]

@@ -1,4 +1,4 @@
-"""The loop of every trainer: epochs of steps on shuffled batches, with progress to resume from."""
+"""The loop of every trainer: epochs of steps on shuffled batches, resumable inside an epoch."""
 
 import math
 import time
@@ -17,7 +17,7 @@ from g2gnet.training.numerical_checks import CHECK_INTERVAL, FiniteWatch
 from g2gnet.training.run_settings import RunSettings
 from g2gnet.training.saved_state import POSITION, check_form, load_model, load_optimizer
 
-#: called after each training step with the number of images so far in the epoch, and their mean loss and accuracy
+#: called after each training step with the number of images in the epoch so far, and their mean loss and accuracy
 StepCallback = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
@@ -30,17 +30,17 @@ class EpochTrainer(ABC):
     Attributes:
         net, optimizer: made by the subclass, which then calls ``_watch``.
         fingerprint: of the data, before images are held out.
-        held_out: with ``settings.validation``, which training images are held out, int64 [n].
+        held_out: with ``settings.validation``, the numbers of the held-out training images, int64 [n].
         judges: the images that each epoch is tested on, ``"val"`` and ``"test"`` or one of them.
-        epoch, step: how many epochs and steps are finished.
-        progress: of a started epoch, sums over its steps, which are saved: of the loss and of correctly classified
-            images over all images, scalars, ``seconds`` that have passed, ``cpu_seconds`` of all threads together, and
-            what the subclass adds.
+        epoch, step: number of finished epochs and steps.
+        progress: sums over the steps of a started epoch: ``loss`` and ``correct`` (number of correctly classified
+            images), scalars summed over images, ``seconds``, ``cpu_seconds`` of all threads together, and those of the
+            subclass.
     """
 
-    #: the optimizer's tensors for each parameter
+    #: names of the optimizer's tensors of each parameter
     optimizer_state: ClassVar[Collection[str]]
-    #: how the learning rate falls, a name in ``SCHEDULES``, after so many steps in which it rises
+    #: how the learning rate falls, a name in ``SCHEDULES``, after a number of steps in which it rises
     lr_schedule, lr_warmup = "constant", 0
     net: nn.Module
     optimizer: torch.optim.Optimizer
@@ -63,17 +63,17 @@ class EpochTrainer(ABC):
         self._steps = settings.epochs * self._batches
 
     def _watch(self, lr: float) -> None:
-        """Follows the loss and the gradients of ``net`` from the first step on, whose learning rate is ``lr``."""
+        """Starts watching the loss and the gradients of ``net``. ``lr`` is the initial learning rate."""
         self._lr = lr
         self._finite = FiniteWatch(self.net, self.device)
 
     @abstractmethod
     def _train_step(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        """One step on the images of a batch, which calls ``_stepped``; what it adds to the ``progress``."""
+        """Makes a step on the images of a batch, calls ``_stepped``, and returns the addends of ``progress``."""
 
     @abstractmethod
     def _measures(self, progress: dict[str, Any]) -> tuple[dict[str, float], dict[str, Any]]:
-        """After an epoch, the accuracies on the images that are not trained on, and the rest of its record."""
+        """The accuracies after an epoch, on images that are not trained on, and the rest of its record."""
 
     def _no_progress(self) -> dict[str, Any]:
         """The progress before the first step of an epoch."""
@@ -85,7 +85,7 @@ class EpochTrainer(ABC):
         """The share of the test images that the network of a saved state classifies correctly."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a trainer with these settings needs to resume here. Raises TrainingError if that is not finite."""
+        """The state from which a trainer with these settings resumes. Raises TrainingError if it is not finite."""
         self._finite.check()
         return {
             **({} if self.held_out is None else {"held_out": self.held_out}),
@@ -97,7 +97,7 @@ class EpochTrainer(ABC):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resumes from a saved state; raises an exception in ``saved_state.UNFIT`` if it does not fit the network."""
+        """Resumes from a saved state. Raises an exception in ``saved_state.UNFIT`` if it does not fit the network."""
         check_form("state", state, POSITION, low=0)
         epoch, step, progress = state["epoch"], state["step"], state["progress"]
         inside = step - epoch * self._batches
@@ -110,15 +110,14 @@ class EpochTrainer(ABC):
         load_optimizer(self.optimizer, state["optimizer"], self.optimizer_state, step)
         self.epoch, self.step = epoch, step
         if step:
-            self._set_lr(step - 1)  # it is saved with the optimizer, and a finished run takes no other step
+            self._set_lr(step - 1)  # saved with the optimizer; a finished run takes no step that would set it
         self._finite.resume(step)
         self.progress = None if progress is None else check_form("progress", progress, self._no_progress(), low=0)
 
     def train_epoch(self, on_step: StepCallback | None = None) -> dict[str, Any]:
-        """Trains for one epoch, or what is left of it, evaluates, and returns its record. An exception of ``on_step``
+        """Trains an epoch, or the rest of a started one, evaluates, and returns its record. An exception of ``on_step``
         ends it after the step, where :meth:`state_dict` and another call resume. Raises TrainingError if the loss or a
-        gradient is not finite.
-        """
+        gradient is not finite."""
         count, size = len(self.data.train_labels), self._batch_size
         order = torch.randperm(count, generator=stream(self._seed, "order", self.epoch + 1)).to(self.device)
         self.progress = progress = self.progress or self._no_progress()
@@ -136,7 +135,7 @@ class EpochTrainer(ABC):
                 on_step(seen, progress["loss"] / seen, progress["correct"] / seen)
         start = time.perf_counter()
         self._finite.check()
-        train_loss = progress["loss"].item() / count
+        train_loss, train_acc = progress["loss"].item() / count, progress["correct"].item() / count
         seconds = progress["seconds"] + time.perf_counter() - start
         self.epoch += 1
         self.progress = None
@@ -144,7 +143,7 @@ class EpochTrainer(ABC):
         return {
             "epoch": self.epoch,
             "train_loss": train_loss,
-            "train_acc": progress["correct"].item() / count,
+            "train_acc": train_acc,
             **accuracies,
             "seconds": round(seconds, 3),
             "cpu_seconds": round(progress["cpu_seconds"], 3),
@@ -153,13 +152,13 @@ class EpochTrainer(ABC):
         }
 
     def _stepped(self) -> None:
-        """Counts a step, and looks from time to time whether its numbers are finite."""
+        """Counts a step; every ``CHECK_INTERVAL`` steps checks that all numbers were finite."""
         self.step += 1
         if self.step % CHECK_INTERVAL == 0:
             self._finite.check()
 
     def _set_lr(self, step: int) -> None:
-        """Sets the learning rate of step ``step``, from 0."""
+        """Sets the learning rate of step ``step``, counted from 0."""
         if self.lr_schedule == "constant" and not self.lr_warmup:
             return
         lr = self._lr * ((step + 1) / (self.lr_warmup + 1))

@@ -1,4 +1,4 @@
-"""Builds a network from settings and runs it on images, for the evaluation after an epoch and the analysis."""
+"""Builds a network from settings and runs it on images, for evaluation and analysis."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from g2gnet.training.run_settings import TrainSettings
 
 
 def build_network(settings: TrainSettings, input_dim: int, num_classes: int, backend: str | None = None) -> G2GNet:
-    """The initial network of a run with ``settings``, on the CPU: masks and weights are drawn from the seed."""
+    """The initial network of a run with ``settings``, on the CPU; the seed draws masks and weights."""
     return G2GNet.from_settings(settings, input_dim, num_classes, backend, stream(settings.seed, "network"))
 
 
 def autocast(settings: TrainSettings, device: torch.device) -> contextlib.AbstractContextManager:
-    """The precision given by ``settings.precision``, as a context."""
+    """A context in which operations have ``settings.precision``."""
     if settings.precision == "bf16":
         return torch.autocast(device.type, torch.bfloat16)
     return contextlib.nullcontext()
@@ -35,9 +35,8 @@ def run_images(
     world: World = ALONE,
 ) -> Iterator[Batch]:
     """Runs ``net`` in batches on the first ``count`` (None: all) of the ``"test"`` or ``"val"`` images of ``data``, on
-    one device. Each ``epoch`` has its own rate-coded spikes. Whole batches go to the processes of ``world``: results
-    are those of one process.
-    """
+    one device. Each ``epoch`` has its own rate-coded spikes. The processes of ``world`` share whole batches, so their
+    results are those of one process."""
     net.eval()
     images, labels = (each[:count] for each in data.part(part))
     device = images.device

@@ -9,13 +9,13 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-#: Seconds in which the same signal again is the same request: a terminal or a process manager sends it to every process
-#: of a job, and torchrun, which is one of them, passes it on.
+#: seconds in which the same signal again is the same request: a terminal or a process manager sends it to every process
+#: of a job, and torchrun, one of them, passes it on
 GRACE = 3.0
 
 
 class Interrupted(Exception):  # noqa: N818  (nothing is wrong)
-    """The ``signal`` of this number ended a run early; the message says what was saved and how to resume."""
+    """The ``signal`` with this number ended a run early; the message says what was saved and how to resume."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
@@ -33,8 +33,8 @@ def raised(number: signal.Signals, message: str) -> contextlib.AbstractContextMa
 
 @contextlib.contextmanager
 def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
-    """While entered, the signal has this handler. Elsewhere than in the main thread, which alone gets signals, nothing
-    happens. One that is ignored stays ignored."""
+    """While entered, the signal has this handler. Does nothing outside the main thread, which alone gets signals, and
+    for an ignored signal."""
     before = signal.getsignal(number)
     if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
         yield
@@ -48,16 +48,16 @@ def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
-    """While entered, the first SIGINT or SIGTERM comes into the list; the next one ends the process at once, unless it
-    is the same within :data:`GRACE` seconds. As with :func:`handled`, only in the main thread; one that is ignored, as
-    by ``nohup`` or a shell's ``&``, stays ignored."""
+    """While entered, the first SIGINT or SIGTERM goes into the list; the next one ends the process at once, unless it
+    is the same signal within :data:`GRACE` seconds. As with :func:`handled`, does nothing outside the main thread and
+    for signals that are ignored, as by ``nohup`` or a shell's ``&``."""
     received: list[signal.Signals] = []
 
     def note(number: int, frame: object) -> None:
         if received:
             return
         received.append(signal.Signals(number))
-        # not print: the signal may have interrupted one
+        # not by print, which the signal may have interrupted
         with contextlib.suppress(OSError):
             text = f"\n{received[0].name}: finishing and saving this step; after {GRACE:.0f} seconds a second signal"
             os.write(2, f"{text} ends at once\n".encode())
@@ -74,8 +74,8 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
 
 
 def _end_at_next(reader: socket.socket) -> None:
-    """Ends the process at the second of the signals whose numbers come from ``reader``, in a thread of its own: the
-    main one may be inside PyTorch, waiting for a process that is gone."""
+    """Ends the process at the second signal; ``reader`` gives the numbers of signals. Runs in its own thread, since the
+    main thread may wait inside PyTorch for a process that is gone."""
     first: tuple[int, float] | None = None
     with contextlib.suppress(OSError):
         for number in iter(lambda: reader.recv(1), b""):

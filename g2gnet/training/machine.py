@@ -1,4 +1,4 @@
-"""Where a run computes, which does not change what is computed, and whether that has memory enough."""
+"""The machine of a run, which does not change its results, and whether it has enough memory."""
 
 import itertools
 from typing import NamedTuple
@@ -15,12 +15,12 @@ from g2gnet.network_settings import SettingsError
 from g2gnet.neurons import NEURONS
 from g2gnet.training.run_settings import TrainSettings
 
-#: bytes of a weight that is trained: the weight, its gradient and Adam's two moments, in float32
+#: bytes of a trained weight: the weight, its gradient and Adam's two moments, in float32
 WEIGHT = 16
 
 
 class Machine(NamedTuple):
-    """The device of this process, the backend (None lets the device decide) and the processes that make the same calls.
+    """The device of this process, the backend (None: the device decides) and the processes that make the same calls.
 
     Example:
         >>> Machine(torch.device("cpu"), backend="torch").versions()["backend"]
@@ -32,7 +32,7 @@ class Machine(NamedTuple):
     world: World = ALONE
 
     def versions(self) -> dict[str, str]:
-        """What the last bits of a result depend on besides the settings, in words."""
+        """Everything besides the settings that may change the last bits of a result."""
         backend = forced_backend(self.backend)
         if backend is None:
             preferred = {"cuda": "triton", "cpu": "cpu"}.get(self.device.type, "torch")
@@ -47,8 +47,8 @@ class Machine(NamedTuple):
 
 
 def least_bytes(settings: TrainSettings, input_dim: int, num_classes: int, samples: int, device: str = "cpu") -> int:
-    """What training with ``samples`` images per step takes at least in this process, in bytes: weights, a bit for each
-    spike, and on a CPU the states of all time steps (of a chunk), which are kept for the backward pass."""
+    """A lower bound, in bytes, of the memory of training with ``samples`` images per step in this process: weights, a
+    bit for each spike, and on a CPU the states of all time steps (of a chunk), kept for the backward pass."""
     sizes, weights = (input_dim, *settings.hidden_sizes, num_classes), 0.0
     for below, size in itertools.pairwise(sizes):
         inside = 1 / min(settings.num_groups, max(below, size))
@@ -60,7 +60,7 @@ def least_bytes(settings: TrainSettings, input_dim: int, num_classes: int, sampl
 
 
 def check_memory(settings: TrainSettings, input_dim: int, num_classes: int, samples: int, device: torch.device) -> None:
-    """Raises SettingsError if the device cannot hold what training needs at least (:func:`least_bytes`)."""
+    """Raises SettingsError if the device has less memory than training needs at least (:func:`least_bytes`)."""
     needed, free = least_bytes(settings, input_dim, num_classes, samples, device.type), available(device)
     if free is not None and needed > free:
         raise SettingsError(

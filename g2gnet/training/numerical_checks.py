@@ -1,4 +1,4 @@
-"""Finds and names numbers that go wrong in training, without making the device wait."""
+"""Finds and names wrong numbers in data and in training, without making the device wait."""
 
 import logging
 from collections.abc import Mapping
@@ -16,26 +16,23 @@ logger = logging.getLogger("g2gnet")
 CHECK_INTERVAL = 100
 #: mean firing rates below and above which a layer carries almost no information
 SILENT, SATURATED = 1e-4, 0.99
-#: share of a layer's neurons that never fire, above which there is a warning
+#: largest share of a layer's neurons that may never fire without a warning
 MOSTLY_SILENT = 0.5
-#: the remedies for silent and for saturated layers
+#: remedies for silent and saturated layers, for numbers that grow without bound, and for parameters that drift
 WAKE, CALM = "raise `init_gain` or `enc_scale`, or give `standardize`", "lower `enc_scale`, or give `enforce_sparsity`"
-#: the remedy for numbers that grow without bound
 LOWER = "lower `lr`, or the settings that scale inputs, weights or thresholds"
-#: the remedy for learned parameters that drift
 DRIFTING = "that is harmless if it stays near; if it moves on, lower `lr`"
 
 _NEVER = torch.iinfo(torch.int64).max
 
 
 class TrainingError(RuntimeError):
-    """Training cannot continue; the message says why and what to do."""
+    """Training cannot continue; the message gives the reason and a remedy."""
 
 
 class FiniteWatch:
     """Records on the device the first step in which the loss and each gradient of a module were not finite, in one pass
-    over the gradients. The step's number is on the device too: :meth:`note` does not wait for it, :meth:`check` does.
-    """
+    over the gradients. :meth:`note` does not wait for the device, :meth:`check` does."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
         self._parameters = dict(module.named_parameters())
@@ -43,7 +40,7 @@ class FiniteWatch:
         self._step = torch.zeros((), dtype=torch.int64, device=device)
 
     def resume(self, step: int) -> None:
-        """The next step to be recorded is the one after ``step``."""
+        """Continues after ``step``."""
         self._step.fill_(step)
 
     @torch.no_grad()
@@ -64,14 +61,14 @@ class FiniteWatch:
         if step < _NEVER:
             names = [name for name, bad in zip(self._parameters, gradients, strict=True) if bad == step]
             what = ["the loss"] if loss == step else []
-            # the backward pass runs from output to input: the last layer went wrong first
+            # the backward pass runs from output to input: it fails in the last of these layers first
             what += [f"the gradient of {name}" for name in names[-1:]]
             remedy = LOWER if step > 1 else "no weight has changed yet: look for the largest values in the data"
             raise TrainingError(f"in step {step} {' and '.join(what)} became non-finite; {remedy}")
 
 
 class LayerWatch:
-    """Warns, once for each layer and problem, about neurons that do nothing useful; through the logger ``g2gnet``."""
+    """Warns, once for each layer and problem, about neurons that do nothing useful (logger ``g2gnet``)."""
 
     def __init__(self) -> None:
         self._warned: set[tuple[str, str]] = set()
@@ -99,10 +96,9 @@ class LayerWatch:
     def check_classes(self, connection: str, fan_in: torch.Tensor) -> None:
         """Checks that the last connection has weights for every class: ``fan_in``, int64 [classes]."""
         if unseen := int((fan_in == 0).sum()):
-            unseen_of = f"{unseen} of {len(fan_in)} classes, whose scores therefore do not depend on the input"
-            self._warn(
-                connection, "classes", f"has no weights for {unseen_of}; lower `block_size`, or keep more weights"
-            )
+            classes = f"{unseen} of {len(fan_in)} classes, whose scores therefore do not depend on the input"
+            text = f"has no weights for {classes}; lower `block_size`, or keep more weights"
+            self._warn(connection, "classes", text)
 
     def _warn(self, layer: str, problem: str, text: str) -> None:
         if (layer, problem) not in self._warned:
@@ -111,27 +107,23 @@ class LayerWatch:
 
 
 def check_labels(data: ImageData) -> None:
-    """Warns if images are tested of classes that no training image has."""
+    """Warns if tested images have classes that no training image has."""
     for part, labels in (("test", data.test_labels), ("validation", data.val_labels)):
         if labels is None:
             continue
         if unknown := labels[torch.isin(labels, data.train_labels, invert=True)].tolist():
-            classes = ", ".join(map(str, sorted(set(unknown))))
-            logger.warning(
-                "%d of %d %s images are of classes without a training image (%s), which cannot be learned; give some, "
-                "or raise `limit_train`", len(unknown), len(labels), part, classes,
-            )  # fmt: skip
+            of = f"of classes without a training image ({', '.join(map(str, sorted(set(unknown))))})"
+            what = f"{len(unknown)} of {len(labels)} {part} images are {of}, which cannot be learned"
+            logger.warning("%s; give some, or raise `limit_train`", what)
 
 
 def check_rates(settings: NetworkSettings, data: ImageData) -> None:
-    """Warns if training samples are no spike probabilities, which ``enc="rate"`` clips."""
+    """Warns if training samples are no spike probabilities, since ``enc="rate"`` clips them."""
     outside = 0
     for images in data.train_images.split(1024) if settings.enc == "rate" else ():
         rates = as_samples(images) * settings.enc_scale + settings.enc_bias
         outside += int(((rates < 0) | (rates > 1)).sum())
     if outside:
-        logger.warning(
-            "%.3g %% of the inputs are below 0 or above 1 and are clipped, since `enc=rate` takes them for spike "
-            "probabilities; change `enc_scale` and `enc_bias`, or give `enc=current`",
-            100 * outside / data.train_images.numel(),
-        )
+        share = f"{100 * outside / data.train_images.numel():.3g} %"
+        what = f"{share} of the inputs are below 0 or above 1 and are clipped, since `enc=rate` takes them for spike"
+        logger.warning("%s probabilities; change `enc_scale` and `enc_bias`, or give `enc=current`", what)

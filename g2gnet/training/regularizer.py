@@ -1,4 +1,4 @@
-"""The firing-rate regulariser: pulls the mean rate of every hidden neuron towards a falling target."""
+"""The firing-rate regulariser, which pulls the mean rate of every hidden neuron towards a falling target."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ import torch
 def rate_target(epoch: int, epochs: int, warmup_epochs: int) -> tuple[float, float]:
     """The strength λ and the target, in spikes per step, for ``epoch``, counted from 1 to ``epochs``.
 
-    λ = 0 through the warm-up; then, with u = (epoch − warm-up) / (epochs − warm-up) rising to 1 in the last epoch,
+    λ = 0 in the warm-up. Then, with u = (epoch − warm-up) / (epochs − warm-up), which is 1 in the last epoch,
     λ = 1e-4 + u·(1e-2 − 1e-4) and target = 0.25 − 0.16·u.
 
     Example:

@@ -29,7 +29,7 @@ from g2gnet.training.saved_state import UNFIT, check_history
 from g2gnet.training.trainer import Trainer
 
 TrainerT = TypeVar("TrainerT", bound=EpochTrainer)
-#: called after each epoch, when its checkpoint is written, with the epoch's record and the trainer
+#: called after each epoch, once its checkpoint is written, with the epoch's record and the trainer
 EpochCallback = Callable[[dict[str, Any], TrainerT], None]
 
 
@@ -41,12 +41,12 @@ def run_training(
     show_analysis: Callable[[NetworkAnalysis, int, Path], None] | None = None,
     on_epoch: Sequence[EpochCallback[Trainer]] = (),
 ) -> dict[str, Any]:
-    """Trains a network as :func:`run_epochs` does, from data that are loaded only if there is something to train.
+    """Trains a network as :func:`run_epochs` does, and loads the data only if there is something to train.
 
-    At the end the network, with ``settings.validation`` that of the best epoch, is analysed on some of the test images;
-    ``show_analysis`` gets the analysis, the number of all test images and the file. Raises what :func:`run_epochs`
-    does, DataError if the data are unavailable, and SettingsError if settings do not fit the data, the number of
-    processes or the memory.
+    At the end it analyses the network, with ``settings.validation`` that of the best epoch, on some test images;
+    ``show_analysis`` gets the analysis, the number of all test images and the file. Raises the errors of
+    :func:`run_epochs`, DataError if the data are unavailable, and SettingsError if settings do not fit the data, the
+    number of processes or the memory.
 
     Example:
         >>> from g2gnet.data import load_dataset
@@ -84,25 +84,25 @@ def run_epochs(
 ) -> dict[str, Any]:
     """Trains ``settings.epochs`` epochs, or resumes from the run's checkpoint, or skips a finished run.
 
-    After each epoch the checkpoint is replaced, a line printed and a record added to the history. At SIGINT or SIGTERM
-    the step is finished and a checkpoint written; the same call resumes after that step. Returns the last record.
+    After each epoch it replaces the checkpoint, prints a line and adds a record to the history. At SIGINT or SIGTERM it
+    finishes and saves the step; the same call resumes after that step. Returns the last record.
 
     With ``settings.validation`` the epochs have a ``val_acc`` in place of a ``test_acc``, the checkpoint of the best
-    one is kept, and ``settings.patience`` may end training. The test images are used at the end: ``test_acc`` of the
-    result is that of the last weights, and ``best`` holds ``epoch``, ``val_acc`` and ``test_acc`` of the best ones.
+    epoch is kept, and ``settings.patience`` may end training. The test images are used at the end: ``test_acc`` of the
+    result is that of the last weights; ``best`` holds ``epoch``, ``val_acc`` and ``test_acc`` of the best epoch.
 
     Args:
-        settings: the run's files store them, and are refused if they were made with others.
+        settings: files of a run with other settings are refused.
         make_trainer: called if there is something to train, after seeding.
-        machine: where the trainer computes. The processes of its world all call this, with trainers that work
-            together. Only the first one uses the run's files, prints, and calls ``finish`` and ``on_epoch``.
+        machine: the processes of its world all call this, with trainers that work together. Only the first one uses
+            the run's files, prints, and calls ``finish`` and ``on_epoch``.
         finish: called after the last epoch, before the run is marked as finished.
 
     Raises:
         CheckpointError: if the run's files are unusable, of other settings or data, or in use by another process.
-        TrainingError: if the loss or a gradient is not finite any more.
+        TrainingError: if the loss or a gradient is not finite.
         DistributedError: if the states of the processes diverged.
-        Interrupted: after a signal, when everything is saved.
+        Interrupted: after a signal, once everything is saved.
 
     Example:
         >>> from g2gnet.data import load_dataset
@@ -116,7 +116,7 @@ def run_epochs(
     world = machine.world
     files = RunFiles(checkpoint_dir, settings.stem)
     with contextlib.ExitStack() as held:
-        # the first process has the files and standard output to itself
+        # only the first process uses the files and standard output
         world.first(lambda: held.enter_context(files.locked()))
         if not world.leads:
             held.enter_context(contextlib.redirect_stdout(None))
@@ -124,7 +124,7 @@ def run_epochs(
         world.stage = "the reading of the run's files"
         result = world.first(lambda: files.load_marker(settings))
         if result is not None:
-            say(f"{settings.stem} is finished: {_tests_of(result)}. To run it again, delete {files.names()}.")
+            say(f"{settings.stem} is finished: {tests_of(result)}. To run it again, delete {files.names()}.")
             return result
         checkpoint = world.first(lambda: files.load_checkpoint(settings))
         world.stage = "the loading of the data"
@@ -140,7 +140,8 @@ def run_epochs(
         return run.result
 
 
-def _tests_of(result: Mapping[str, Any]) -> str:
+def tests_of(result: Mapping[str, Any]) -> str:
+    """The accuracies of a finished run, in words."""
     text, best = f"test_acc={result['test_acc']:.4f}", result.get("best")
     if best is None:
         return text
@@ -149,7 +150,8 @@ def _tests_of(result: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _denormals_flushed() -> Iterator[None]:
-    """Adam's moments of weights that get no gradient shrink to denormal numbers, which slow it down."""
+    """While entered, the CPU takes denormal numbers for 0: Adam's moments of weights without gradient shrink to these,
+    which are slow."""
     before = bool(torch.full((), 2e-38) * 0.5 == 0)
     torch.set_flush_denormal(True)
     try:
@@ -165,7 +167,7 @@ class _UnfinishedRun(Generic[TrainerT]):
         self.settings, self.trainer, self.files, self.world = settings, trainer, files, machine.world
         self.versions, self.data = machine.versions(), trainer.fingerprint
         self.history: list[dict[str, Any]] = []
-        self.tested: dict[str, Any] = {}  # the accuracies on test images, where only the end has them
+        self.tested: dict[str, Any] = {}  # the accuracies on test images of a run with held-out images, from its end
         self.world.check_same("the data", self.data)
 
     @property
@@ -173,7 +175,7 @@ class _UnfinishedRun(Generic[TrainerT]):
         return {**self.history[-1], **self.tested}
 
     def resume(self, path: Path, state: dict[str, Any]) -> None:
-        """Goes on after the step of the checkpoint with this content."""
+        """Resumes after the step of a checkpoint."""
         trainer, files = self.trainer, self.files
         if (theirs := state.get("data")) != self.data:
             raise CheckpointError(
@@ -184,7 +186,7 @@ class _UnfinishedRun(Generic[TrainerT]):
             trainer.load_state_dict(state)
             self.history = state["history"]
             check_history(self.history, trainer.epoch)
-            # it was written before that of the best epoch
+            # killed before it wrote the checkpoint of the best epoch
             unsaved = self._is_best() and state["progress"] is None and not state.get("tested")
             differing = compared(state["versions"], self.versions)
         except UNFIT as error:
@@ -197,7 +199,7 @@ class _UnfinishedRun(Generic[TrainerT]):
             warn("warning: the last bits of the results may change:\n" + "\n".join(differing))
 
     def snapshot(self) -> dict[str, Any]:
-        """What a checkpoint holds; the processes must agree on it."""
+        """The content of a checkpoint, on which the processes must agree."""
         state, step = self.trainer.state_dict(), self.trainer.step
         moments = [each for of in state["optimizer"]["state"].values() for each in of.values() if each is not None]
         weights = [*state["model"].values(), *state.get("trained", {}).values()]
@@ -207,7 +209,7 @@ class _UnfinishedRun(Generic[TrainerT]):
         return {**about, "history": self.history, **state}
 
     def train(self, received: Sequence[signal.Signals], on_epoch: Sequence[EpochCallback[TrainerT]]) -> None:
-        """Trains the epochs that are left; after each, and when told to stop, everything is saved."""
+        """Trains the remaining epochs; saves everything after each, and when told to stop."""
         trainer, settings, files = self.trainer, self.settings, self.files
         while trainer.epoch < settings.epochs and not self._is_hopeless():
             try:
@@ -216,21 +218,21 @@ class _UnfinishedRun(Generic[TrainerT]):
                     self.history.append(record)
                 best = record is not None and self._is_best()
                 self.world.first(functools.partial(self._save, self.snapshot(), best))
-            except (TrainingError, TensorFileError) as error:  # of numbers that are not finite
+            except (TrainingError, TensorFileError) as error:  # numbers are not finite
                 what = str(error)
                 if isinstance(error, TensorFileError):
                     what = f"no checkpoint was written after step {trainer.step}: {error}; {LOWER}"
                 raise TrainingError(f"{what}. {files.last_checkpoint()}") from error
             if record is not None:
                 self._report(record, on_epoch)
-            # asked in any case: where one process ends, torchrun ends the others, and all must be written by then
+            # after saving: when one process ends, torchrun ends the others
             if stop := self._told_to_stop(received):
                 done = f"after step {trainer.step}, with {trainer.epoch} of {settings.epochs} epochs done"
                 saved = f"saved in {files.checkpoint}: run the same command again to resume from there"
                 raise Interrupted(f"stopped by {stop.name} {done}; {saved}", stop)
 
     def end(self, received: Sequence[signal.Signals], finish: Callable[[TrainerT, RunFiles], None] | None) -> None:
-        """Tests what was not tested before, calls ``finish`` and marks the run as finished."""
+        """Tests a run with held-out images, calls ``finish`` and marks the run as finished."""
         if self.settings.validation is not None:
             self._test()
         self.world.stage = "the analysis of the network"
@@ -245,7 +247,7 @@ class _UnfinishedRun(Generic[TrainerT]):
         return bool(held_out) and best_of(self.history)["epoch"] == self.trainer.epoch
 
     def _is_hopeless(self) -> bool:
-        """Whether ``patience`` ends training; then it is said."""
+        """Whether ``patience`` ends training, which it then prints."""
         if hopeless := out_of_patience(self.history, self.settings.patience):
             best = best_of(self.history)
             than = f"val_acc={best['val_acc']:.4f} of epoch {best['epoch']}"
@@ -253,7 +255,7 @@ class _UnfinishedRun(Generic[TrainerT]):
         return hopeless
 
     def _test(self) -> None:
-        """Tests the last and the best network, for the first and only time, and saves what they reach."""
+        """Tests the last and the best network, for the only time, and saves their accuracies."""
         trainer, files = self.trainer, self.files
         self.world.stage = "the test"
         state, best = self.snapshot(), best_of(self.history)
@@ -269,7 +271,7 @@ class _UnfinishedRun(Generic[TrainerT]):
         self.world.first(lambda: files.save_checkpoint({**state, "tested": self.tested}))
         of_best = {"test_acc": tested["test_acc"], "best": tested}
         self.world.first(lambda: files.save_best({**saved, "tested": of_best}))
-        say(f"{self.settings.label}Test | {_tests_of(self.tested)}")
+        say(f"{self.settings.label}Test | {tests_of(self.tested)}")
 
     def _save(self, state: dict[str, Any], best: bool) -> None:
         self.files.save_checkpoint(state)
@@ -278,7 +280,7 @@ class _UnfinishedRun(Generic[TrainerT]):
         self.files.write_history(self.history)
 
     def _report(self, record: dict[str, Any], on_epoch: Sequence[EpochCallback[TrainerT]]) -> None:
-        """Prints an epoch's results and its training time, and calls ``on_epoch`` in the first process."""
+        """Prints an epoch's results and training time, and calls ``on_epoch`` in the first process."""
         names = ("train_acc", "val_acc", "test_acc", "train_loss")
         results = " | ".join(f"{name}={record[name]:.4f}" for name in names if name in record)
         say(f"{self.settings.label}Epoch {record['epoch']:02d} | {results} | {record['seconds']:.1f} s")
@@ -287,7 +289,7 @@ class _UnfinishedRun(Generic[TrainerT]):
                 callback(record, self.trainer)
 
     def _told_to_stop(self, received: Sequence[signal.Signals]) -> signal.Signals | None:
-        """The signal that any of the processes has received, the same in all; they wait for one another here."""
+        """The signal that any process has received, the same in all; they wait for one another here."""
         number = self.world.largest(received[0] if received else 0)
         return signal.Signals(number) if number else None
 
@@ -297,7 +299,7 @@ class _Stopped(Exception):  # noqa: N818  (nothing is wrong)
 
 
 def _epoch(trainer: EpochTrainer, epochs: int, told_to_stop: Callable[[], Any]) -> dict[str, Any] | None:
-    """One epoch with a progress bar on a terminal; None if it was stopped before its end."""
+    """Trains one epoch with a progress bar on a terminal; None if it was stopped before its end."""
     images = len(trainer.data.train_labels)
     later = (epochs - trainer.epoch - 1) * images  # in the epochs after this one
     with tqdm(
@@ -309,7 +311,7 @@ def _epoch(trainer: EpochTrainer, epochs: int, told_to_stop: Callable[[], Any]) 
     ) as bar:
 
         def after_step(seen: int, loss: torch.Tensor, accuracy: torch.Tensor) -> None:
-            # reading the loss waits for the device: only as often as the bar is redrawn
+            # only when the bar is redrawn: reading the loss waits for the device
             if bar.update(seen - bar.n):
                 left = bar.format_interval((later + images - seen) * bar.format_dict["elapsed"] / seen)
                 measured = f"loss {loss.item():.3f}, acc {accuracy.item():.3f}"

@@ -1,4 +1,4 @@
-"""The settings that decide a training run's results: of its data, its network, its optimisation and its rewiring."""
+"""The settings that decide a training run's results: data, network, optimisation and rewiring."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ PRECISIONS = ("fp32", "bf16")
 OPTIMIZERS = ("adam", "adamw")
 AUGMENTATIONS = ("auto", *SHIFTS, "none")
 LARGEST_SEED = (1 << 63) - 1
-#: of a sample; the compiled kernels number them in 16 bits
+#: most time steps of a sample; the compiled kernels number them in 16 bits
 MOST_STEPS = 1 << 16
 DYNAMIC = Need("sparsity_mode", ("dynamic",))
 HELD_OUT = Need("validation", (True,))
@@ -35,7 +35,7 @@ def _texts(rules: Mapping[str, Rule]) -> str:
 
 
 def _each(field: str) -> str:
-    """A field of the binning of each data set, for the help."""
+    """The defaults of a field of the data sets' binnings, for the help."""
     values = ((name, getattr(binning, field)) for name, binning in BINNED.items())
     return "default: " + ", ".join(f"{name} {value:g}" for name, value in values)
 
@@ -45,7 +45,7 @@ _data, _training, _rewiring = map(of_group, ("data", "training", "dynamic sparse
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings(Settings):
-    """What every training run has: its data, the length of training and the seed.
+    """The settings of every training run: data, length of training and seed.
 
     Example:
         >>> RunSettings(dataset="fashionmnist-mini", epochs=3).seed
@@ -79,27 +79,27 @@ class RunSettings(Settings):
 
     @property
     def stem(self) -> str:
-        """The name of the run's files. It omits some settings; the files store them all."""
+        """The name of the run's files. It omits some settings, but the files store all."""
         raise NotImplementedError
 
     @property
     def given_seed(self) -> int:
-        """The seed that the user gave, of which that of a part of a run may be made."""
+        """The seed that the user gave; a fold derives its own from it."""
         return self.seed
 
     @property
     def seed_in_stem(self) -> str:
-        """The part of the files' name that tells seeds apart; it is empty for the default seed."""
+        """The seed as part of the files' name; empty for the default seed."""
         return "" if self.given_seed == self.defaults()["seed"] else f"_s{self.given_seed}"
 
     def tied_to_epochs(self) -> list[str]:
-        """The settings with which every epoch depends on how many there are, as in an error message; without them the
-        first epochs of a longer run are a shorter run."""
+        """The settings with which every epoch depends on the number of epochs, as in an error message. Without them a
+        shorter run is the beginning of a longer one."""
         return ["its schedule"]
 
     @property
     def label(self) -> str:
-        """Prefix of this run's lines when several runs are printed together."""
+        """The prefix of this run's lines where several runs print together."""
         return ""
 
 
@@ -107,9 +107,9 @@ class RunSettings(Settings):
 class TrainSettings(NetworkSettings, RunSettings):
     """The settings of one training run; two runs with equal settings on one machine give equal weights.
 
-    ``resnet_weights`` stands for the content of that file (:func:`g2gnet.data.features.weights_digest`). Unless ``T``
-    is given, it is 50, or the steps of images that unfold over time, or of recordings
-    (:class:`~g2gnet.data.binned.Binning`). Of your own sequences it must be given; programs look into the file.
+    ``resnet_weights`` stands for the content of that file (:func:`g2gnet.data.resnet.weights_digest`). The default of
+    ``T`` is 50, or the number of steps of images that unfold over time, or of recordings
+    (:class:`~g2gnet.data.binned.Binning`). For your own sequences ``T`` must be given; programs look into the file.
 
     Example:
         >>> settings = TrainSettings(dataset="fashionmnist-mini", model="mixer", T=10)
@@ -229,7 +229,7 @@ class TrainSettings(NetworkSettings, RunSettings):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        # the files store values, as of any other setting
+        # as values, which the files store
         if self.sequence is None:
             own = self.dataset in DATASETS and DATASETS[self.dataset].sequences
             object.__setattr__(self, "sequence", "own" if own else NetworkSettings.sequence)
@@ -241,21 +241,21 @@ class TrainSettings(NetworkSettings, RunSettings):
         super().__post_init__()
 
     def _steps(self) -> int | None:
-        """The time steps of a sample of the data set as a sequence; None if there are none, or they are unknown."""
+        """The time steps of the data set's samples; None if they are no sequences, or of unknown length."""
         if self.sequence == "none":
             return None
         try:
             if binning := BINNED.get(self.dataset):
                 return binning.steps(binning.or_usual(self.bins, self.dt)[1])
             return sequence_length(self.sequence, DATASETS[self.dataset].shape, self.sequence_step)
-        except (LookupError, ValueError, TypeError, ArithmeticError):  # what is wrong is found with other problems
+        except (LookupError, ValueError, TypeError, ArithmeticError):  # invalid settings, which are found later
             return None
 
     def _at_odds(self) -> list[str]:
         return [*super()._at_odds(), *self._of_samples(), *self._of_training()]
 
     def _of_samples(self) -> Iterator[str]:
-        """Conflicts of the data set and of what is made of its samples."""
+        """Conflicts of settings of the data set and its samples."""
         name, binning = self.dataset, BINNED.get(self.dataset)
         if binning and self.sequence != "own":
             yield f"sequence={self.sequence} is of images, but samples of {name} are sequences; leave it out"
@@ -271,8 +271,8 @@ class TrainSettings(NetworkSettings, RunSettings):
             yield f"{setting}={value} needs images, but use_resnet trains on features; leave one of them out"
 
     def _of_training(self) -> Iterator[str]:
-        """Conflicts of the way of training."""
-        # a point before a letter could make it the name of another run's file, as that of x.previous.pth
+        """Conflicts of settings of training."""
+        # with a point before a letter it could be the name of another run's file, such as x.previous.pth
         if self.name is not None and not re.fullmatch(r"([\w+=-]|\.(?=\d)){1,64}", self.name):
             wanted = "up to 64 letters, digits, _ + = -, and points before digits"
             yield f"name={self.name!r} is no part of a file's name; give {wanted}"
@@ -293,7 +293,7 @@ class TrainSettings(NetworkSettings, RunSettings):
                 without = f"a correlation needs output spikes, and readout={self.readout} has none"
                 yield f"{name}={rule}: {without}; give another `{name}`, or `readout=counts`"
         replaces = self.sparsity_mode == "dynamic" and self.final_density is None
-        if replaces and self.dst_fraction < FLOAT32[0]:  # which may be flushed to 0
+        if replaces and self.dst_fraction < FLOAT32[0]:  # smaller numbers may be flushed to 0
             yield f"dst_fraction={self.dst_fraction} replaces nothing; raise it, or give a `final_density`"
         if replaces and self.model != "dense" and self.p_inter == self.p_intra == 1:
             yield "sparsity_mode=dynamic has nothing to grow at p_inter=1 and p_intra=1; lower p_inter"
@@ -303,12 +303,12 @@ class TrainSettings(NetworkSettings, RunSettings):
 
     @property
     def shift(self) -> int | None:
-        """By at most how many pixels training images are shifted before half are mirrored; None for neither."""
+        """The largest shift of training images, in pixels, before half are mirrored; None for neither."""
         crops = self.dataset in DATASETS and DATASETS[self.dataset].crops and not self.use_resnet
         return SHIFTS.get("crop-flip" if self.augment == "auto" and crops else self.augment)
 
     def of_images(self) -> dict[str, Any]:
-        """The settings that change training images, of those that were given."""
+        """The given settings that change training images."""
         changes = {"augment": self.augment in SHIFTS, "erase": self.erase > 0}
         return {name: getattr(self, name) for name, given in changes.items() if given}
 

@@ -1,4 +1,4 @@
-"""Whether the samples of a data set are what a run's settings need, and how they unfold over time."""
+"""Checks that the samples of a data set suit a run's settings, and unfolds them over time."""
 
 import torch
 
@@ -10,7 +10,7 @@ from g2gnet.training.run_settings import TrainSettings
 
 
 def check_images(settings: TrainSettings, data: ImageData) -> None:
-    """Raises SettingsError if samples are to be changed as images, but are none."""
+    """Raises SettingsError if settings change samples as images, but the samples are none."""
     shape, what = data.train_images.shape[1:], "vectors"
     if settings.sequence == "own":
         shape, what = shape[1:], "sequences of vectors"
@@ -22,8 +22,8 @@ def check_images(settings: TrainSettings, data: ImageData) -> None:
 
 
 def order_of(settings: TrainSettings, data: ImageData) -> torch.Tensor:
-    """Where each step's inputs lie in a sample, int64 [T, D]. Raises SettingsError if samples unfold in another way
-    than the settings say, or have another length than ``T``."""
+    """The places of each step's inputs in a sample, int64 [T, D]. Raises SettingsError if the samples cannot unfold as
+    the settings say, or have another length than ``T``."""
     try:
         order = input_order(
             settings.sequence, data.train_images.shape[1:], settings.sequence_step, settings.sequence_seed

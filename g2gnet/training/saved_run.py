@@ -1,4 +1,4 @@
-"""A training run read from its checkpoint: settings, history, and its network at the start and now."""
+"""A training run read from its checkpoint: settings, history, and its initial and current network."""
 
 import contextlib
 import dataclasses
@@ -25,13 +25,13 @@ from g2gnet.training.saved_state import POSITION, UNFIT, check_form, check_histo
 
 logger = logging.getLogger("g2gnet")
 
-#: what every epoch's record holds besides its measures: a number for each layer
+#: entries of every epoch's record that have a number for each layer
 BY_LAYER = ("units_kept", "initial_units_kept")
 
 
 @contextlib.contextmanager
 def _as_trained() -> Iterator[None]:
-    """While entered, tensors are made in float32 on the CPU, as in training, whatever the defaults are."""
+    """While entered, new tensors are float32 on the CPU, as in training, whatever PyTorch's defaults are."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -43,12 +43,12 @@ def _as_trained() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class SavedRun:
-    """A run as described by its checkpoint; :func:`read_run` reads it.
+    """A run as its checkpoint describes it (:func:`read_run`).
 
-    ``epoch`` and ``step`` say how many are finished; each epoch has a record in the history. A run ``interrupted``
-    inside an epoch has the network of its last step, to which no record belongs. A finished run with held-out images
-    has ``tested``, the test accuracies of its last and of its best epoch (:func:`run_epochs`). ``samples`` says what
-    its samples were; None in files of earlier versions.
+    ``epoch`` and ``step`` count finished epochs and steps; each epoch has a record in the history. A run that was
+    ``interrupted`` inside an epoch has the network of its last step, to which no record belongs. A finished run with
+    held-out images has ``tested``, the test accuracies of its last and of its best epoch (:func:`run_epochs`).
+    ``samples`` describes its samples; None in files of earlier versions.
 
     Example:
         >>> run = read_run("checkpoints/fashionmnist-mini_mixer_p0.15_T5_current.pth")
@@ -72,12 +72,12 @@ class SavedRun:
 
     @property
     def result(self) -> dict[str, Any]:
-        """The record of the last finished epoch, with what was tested at the end (:func:`run_epochs`)."""
+        """The record of the last finished epoch, with the test accuracies of the end (:func:`run_epochs`)."""
         return {**self.history[-1], **self.tested}
 
     @property
     def position(self) -> str:
-        """When the network was saved, in words."""
+        """When the network was saved, as text."""
         if self.interrupted:
             return f"inside epoch {self.epoch + 1} of {self.settings.epochs}, after step {self.step}"
         return f"after epoch {self.epoch} of {self.settings.epochs}"
@@ -92,7 +92,7 @@ class SavedRun:
         return build_network(self.settings, shapes[0][1], num_classes, backend)
 
     def network(self, device: torch.device | str = "cpu", backend: str | None = None) -> G2GNet:
-        """The network as it was saved: after the last finished epoch, or after ``step`` of an interrupted one."""
+        """The saved network: after the last finished epoch, or after ``step`` of an interrupted one."""
         with _as_trained():
             net = self.initial_network(backend)
             load_model(net, self.state)
@@ -101,7 +101,7 @@ class SavedRun:
 
     @_as_trained()
     def masks(self) -> dict[str, BlockMask]:
-        """The wiring of each connection (``fc1``, ``rec1``, …) of that network, which is not drawn."""
+        """The mask of each connection (``fc1``, ``rec1``, …) of the saved network."""
         end = ".mask.wiring"
         return {
             name.removesuffix(end): BlockMask.from_state({"wiring": row})
@@ -111,7 +111,7 @@ class SavedRun:
 
 
 def read_run(checkpoint: Path | str) -> SavedRun:
-    """Reads the checkpoint of a training run, or of one fold of a cross-validation; nothing in the file is executed.
+    """Reads the checkpoint of a training run, or of one fold of a cross-validation. Executes nothing in the file.
     Raises CheckpointError if it is missing, damaged, or not the checkpoint of a training run.
 
     Example:
@@ -153,16 +153,16 @@ def read_run(checkpoint: Path | str) -> SavedRun:
 def load(checkpoint: Path | str, device: torch.device | str = "cpu", backend: str | None = None) -> G2GNet:
     """The network that ``train.py`` or ``crossval.py`` saved, in evaluation mode.
 
-    It is that of the last finished epoch; of a run that was stopped inside an epoch, that of its last step, which was
-    never tested, as the logger ``g2gnet`` warns. :meth:`~g2gnet.G2GNet.predict` scales, standardises and encodes
-    samples as the run did, and refuses those that are not of the shape and dtype of its data (``net.trained_on``). It
-    computes in float32: a run with ``precision="bf16"`` classified under ``torch.autocast``. Nothing in the file is
+    It is the network of the last finished epoch; of a run that was stopped inside an epoch, that of its last step,
+    which was never tested, as the logger ``g2gnet`` warns. :meth:`~g2gnet.G2GNet.predict` scales, standardises and
+    encodes samples as the run did, and refuses samples of another shape or dtype than its data (``net.trained_on``).
+    It computes in float32; a run with ``precision="bf16"`` classified under ``torch.autocast``. Nothing in the file is
     executed.
 
     Args:
         checkpoint: the ``.pth`` file, of a finished run or not.
-        device: where the network is to be; ``"auto"`` takes the fastest.
-        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
+        device: the device of the network; ``"auto"`` takes the fastest.
+        backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None: the device decides.
 
     Raises:
         ValueError, BackendError: for a device or a backend that is unknown, or cannot be used here.

@@ -1,4 +1,4 @@
-"""The content of a checkpoint: it is checked before anything of it is used or loaded."""
+"""Checks the content of a checkpoint before anything in it is used or loaded."""
 
 import math
 from collections.abc import Collection
@@ -10,21 +10,21 @@ from torch import nn
 from g2g_kernels.numbers import Number
 from g2gnet.weights.whole_buffers import WholeBuffers
 
-#: what checking and loading raise for a state that does not fit
+#: exceptions that checking and loading raise for a state that does not fit
 UNFIT = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
-#: what every state holds beside its network
+#: entries of every state besides its network
 POSITION = {"epoch": 0, "step": 0}
-#: what every epoch's record holds, beside one or both of the accuracies
+#: entries of every epoch's record, besides one or both of the accuracies
 MEASURES = {"epoch": 0, "train_loss": 0.0, "train_acc": 0.0, "seconds": 0.0, "cpu_seconds": 0.0}
 JUDGED = ("test_acc", "val_acc")
-#: what a run with held-out images ends with
+#: entries of a finished run with held-out images
 TESTED = {"test_acc": 0.0, "best": {"epoch": 0, "val_acc": 0.0, "test_acc": 0.0}}
 
 
 def check_form(place: str, saved: Any, like: Any, low: float = -math.inf) -> Any:
-    """``saved``, from a file, on the device of ``like``. Raises ValueError, naming the place, unless it has that form:
-    the entries of a dictionary, shape and dtype of a tensor (a vector of int64 may have another length), a whole number
-    for an int, any for a float; none below ``low``."""
+    """``saved``, from a file, on the device of ``like``. Raises ValueError, naming the place, unless it has the form of
+    ``like``: the entries of a dictionary, shape and dtype of a tensor (a vector of int64 may have another length), a
+    whole number for an int, any number for a float; no number below ``low``."""
     if isinstance(like, dict):
         if not isinstance(saved, dict):
             raise ValueError(f"{place} is a {type(saved).__name__}")
@@ -39,19 +39,19 @@ def check_form(place: str, saved: Any, like: Any, low: float = -math.inf) -> Any
             raise ValueError(f"{place} has {saved.min().item():.4g}, which is below {low}")
         return saved.to(like.device)
     number = Number(low, whole=isinstance(like, int))
-    wanted = number.refuses(saved) if isinstance(saved, int | float) else str(number)  # a tensor is none in a file
+    wanted = number.refuses(saved) if isinstance(saved, int | float) else str(number)  # tensors are no numbers here
     if wanted:
         raise ValueError(f"{place}={saved!r:.40} is not {wanted}")
     return saved
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...] | None:
-    """What must be alike; None for a list of numbers, such as those of units, of which pruning may leave fewer."""
+    """The shape that must match; None for a list of numbers, such as units, which pruning may shorten."""
     return None if tensor.dtype == torch.int64 and tensor.ndim == 1 else tuple(tensor.shape)
 
 
 def check_history(history: Any, epochs: int) -> None:
-    """Raises an exception in ``UNFIT`` unless ``history``, from a file, has the record of each of so many epochs."""
+    """Raises an exception in ``UNFIT`` unless ``history``, from a file, has a record of each of the ``epochs``."""
     for record in history:
         judged = [name for name in JUDGED if name in record] or JUDGED[:1]
         check_form("the record of an epoch", record, {**MEASURES, **dict.fromkeys(judged, 0.0)}, low=0)
@@ -61,13 +61,13 @@ def check_history(history: Any, epochs: int) -> None:
 
 
 def check_tested(tested: Any) -> None:
-    """Raises ValueError unless ``tested``, from a file, is empty or what a run with held-out images ends with."""
+    """Raises ValueError unless ``tested``, from a file, is empty or has the form of :data:`TESTED`."""
     check_form("tested", tested, TESTED if tested else {}, low=0)
 
 
 def load_model(model: nn.Module, saved: dict[str, Any]) -> None:
-    """Loads the state of ``model``, dtypes included, which PyTorch would convert; else an exception in ``UNFIT``. What
-    modules check on loading (:class:`WholeBuffers`) they take as older versions saved it, too."""
+    """Loads the state of ``model``. Raises an exception in ``UNFIT`` if it does not fit, dtypes included, which PyTorch
+    would convert. Buffers that modules check themselves (:class:`WholeBuffers`) may have the form of older versions."""
     modules = [(path, module) for path, module in model.named_modules() if isinstance(module, WholeBuffers)]
     checked = {f"{path}.{name}".removeprefix(".") for path, module in modules for name in module.checked()}
     for name, like in model.state_dict().items():
@@ -78,9 +78,8 @@ def load_model(model: nn.Module, saved: dict[str, Any]) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], names: Collection[str], step: int) -> None:
-    """Loads the ``state_dict()`` of an optimizer that has done ``step`` steps; its options do not change. Each
-    parameter has tensors of these ``names``, all of its shape except ``step``. Raises an exception in ``UNFIT`` for any
-    other state."""
+    """Loads the ``state_dict()`` of an optimizer after ``step`` steps, without its options. Each parameter has tensors
+    of these ``names``, all of its shape except ``step``. Raises an exception in ``UNFIT`` for any other state."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = saved["state"]
     if state.keys() != set(range(len(parameters))):

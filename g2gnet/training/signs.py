@@ -12,8 +12,8 @@ from g2gnet.spiking_network import SpikingNetwork
 
 
 class KeptSigns:
-    """What :func:`keep_signs` returns; ``signs`` by source, int8 [neurons]: 1, −1, or 0 where either is allowed.
-    A layer obeys the last call alone."""
+    """The handle of :func:`keep_signs`. ``signs`` by source, int8 [neurons]: 1, −1, or 0 where both are allowed. Only
+    the last call applies to a layer."""
 
     _there: ClassVar["weakref.WeakSet[KeptSigns]"] = weakref.WeakSet()
 
@@ -27,13 +27,13 @@ class KeptSigns:
 
     @torch.no_grad()
     def apply(self, *_: Any) -> None:
-        """Sets every weight of the wrong sign to 0, as after each step of the optimizer."""
+        """Sets every weight of the wrong sign to 0; runs after each step of the optimizer."""
         for source, layer in self._layers:
             layer.values.masked_fill_(layer.values * _of_units(layer, self.signs[source]) < 0, 0)
 
     @staticmethod
     def release(layers: list[tuple[str, G2GLinear]]) -> None:
-        """Lets the weights of some layers have any sign again, whatever earlier calls said of them."""
+        """Ends the constraint of earlier calls on the weights of some layers."""
         released = {layer for _, layer in layers}
         for earlier in KeptSigns._there:
             earlier._layers = [pair for pair in earlier._layers if pair[1] not in released]
@@ -41,7 +41,7 @@ class KeptSigns:
                 earlier.remove()
 
     def remove(self) -> None:
-        """Lets the weights have any sign again."""
+        """Ends the constraint."""
         if self._hook is not None:
             self._hook.remove()
         self._hook = None
@@ -50,8 +50,9 @@ class KeptSigns:
         return {**self.__dict__, "_hook": self._hook is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)  # copies of optimizers have no hooks
+        self.__dict__.update(state)
         KeptSigns._there.add(self)
+        # copies of optimizers have no hooks
         self._hook = self._optimizer.register_step_post_hook(self.apply) if state["_hook"] else None
 
 
@@ -60,25 +61,25 @@ def keep_signs(
 ) -> KeptSigns:
     """Constrains each weight to the sign of its source neuron (Dale's law) from now on.
 
-    After each ``optimizer.step()`` a weight that has the other sign becomes 0; it exists still, and may grow again.
-    Weights that dynamic sparse training grows begin at 0 and take their neuron's sign. Averages of weights have their
-    signs. A checkpoint holds weights, not signs: call this again after loading. A later call replaces what an
-    earlier one said of the model's layers. PyTorch copies optimizers without what follows their steps: copy or pickle
-    the returned object together with network and optimizer.
+    After each ``optimizer.step()`` a weight with the other sign becomes 0; it still exists and may grow again. Weights
+    that dynamic sparse training grows begin at 0 and take their neuron's sign. Averages of weights have their signs. A
+    checkpoint holds weights, not signs: call this again after loading. A later call replaces an earlier one for the
+    model's layers. PyTorch copies optimizers without their hooks: copy or pickle the returned object together with
+    network and optimizer.
 
     Args:
         model: a :class:`G2GLinear`; a :class:`SpikingNetwork`, or a module around one, whose populations are the
-            sources (the input has no signs); or another module, each of whose G2GLinear layers is a source of its own,
-            by its name.
-        optimizer: what trains these weights.
-        signs: of the source's neurons, 1, −1 or 0 (either), [N_src]; of several sources by name, and of those that are
-            not named any sign is allowed. Weights of the other sign take the given one, −w for w. None: each neuron has
-            the sign of its weights, and 0 if all of them are 0.
+            sources (the input has no signs); or another module, whose G2GLinear layers are each a source with the
+            layer's name.
+        optimizer: trains these weights.
+        signs: 1, −1 or 0 (both) for each neuron of the source, [N_src]; for several sources by name, where a source
+            that is not named may have any sign. Weights of the other sign are negated. None: each neuron has the sign
+            of its weights, 0 if all of them are 0.
 
     Raises:
-        TypeError: for what is no optimizer.
+        TypeError: if ``optimizer`` is none.
         ValueError: for an optimizer that does not hold the weights; without ``signs`` for a neuron with weights of both
-            signs, whose number the error gives; for signs of another number of neurons, or of an unknown source.
+            signs, with its number; for signs of another number of neurons, or of an unknown source.
 
     Example:
         >>> from g2g_kernels import BlockMask, GroupLayout
@@ -125,7 +126,7 @@ def keep_signs(
 
 
 def _layers_of(model: nn.Module) -> list[tuple[str, G2GLinear]]:
-    """Each layer that has signs, with the name of its source."""
+    """Each layer whose weights have signs, with the name of its source."""
     if isinstance(model, G2GLinear):
         return [("the layer", model)]
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, G2GLinear)]
@@ -148,7 +149,7 @@ def _check_signs(source: str, signs: Any, size: int) -> None:
 
 
 def _signs_of(source: str, layers: list[tuple[str, G2GLinear]]) -> torch.Tensor:
-    """The sign of the weights of each neuron of a source; raises ValueError for one that has both."""
+    """The sign of each neuron's weights, int8 [neurons]. Raises ValueError for a neuron with both signs."""
     own = [layer for name, layer in layers if name == source]
     positive, negative = (torch.zeros(own[0].in_features, dtype=torch.bool) for _ in range(2))
     for layer in own:
@@ -164,7 +165,7 @@ def _signs_of(source: str, layers: list[tuple[str, G2GLinear]]) -> torch.Tensor:
 
 
 def _of_units(layer: G2GLinear, signs: torch.Tensor) -> torch.Tensor:
-    """The signs of the sources of packed weights: [num_units, 1, unit_cols], 0 in padding."""
+    """The signs of the sources of packed weights, [num_units, 1, unit_cols], 0 in padding."""
     axis = layer.mask.cols
     padded = torch.cat([signs, signs.new_zeros(1)]).to(axis.neuron_at.device)[axis.neuron_at]
     return padded.view(axis.num_units, axis.width)[layer.mask.unit_col.long()][:, None, :].to(layer.values)

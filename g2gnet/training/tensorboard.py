@@ -5,6 +5,7 @@ from typing import Any
 
 from g2gnet.base.files import make_directory
 from g2gnet.base.messages import reason, warn
+from g2gnet.base.optional import optional_package
 from g2gnet.inspect import group_density
 from g2gnet.training.checkpoints import numbers
 from g2gnet.training.trainer import Trainer
@@ -15,25 +16,22 @@ CELL = 16
 
 class TensorBoardLog:
     """Writes the results of an epoch to ``log_dir/<stem of the run>``, for ``tensorboard --logdir log_dir``: every
-    number of its record; histograms of the weights that exist, and of parameters with one value per neuron; images of
-    the mean |w| between each pair of groups, output groups downwards, white the largest. A resumed run continues its
-    curves. Raises ImportError without the package ``tensorboard``, OSError if the directory cannot be made.
+    number of its record; histograms of existing weights, and of parameters with one value per neuron; images of the
+    mean |w| between each pair of groups (rows: output groups; white: the largest). A resumed run continues its
+    curves. Raises MissingPackageError without the package ``tensorboard``, OSError if the directory cannot be made.
     """
 
     def __init__(self, log_dir: Path | str) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                f"TensorBoard is not installed; pip install 'g2gnet[tensorboard]' installs it ({error})"
-            ) from error
+        optional_package("tensorboard", "tensorboard")
+        from torch.utils.tensorboard import SummaryWriter  # which is slow to import
+
         self._failed = False
         self._make_writer: Any = SummaryWriter
         self._log_dir = Path(log_dir)
         make_directory(self._log_dir)
 
     def __call__(self, record: dict[str, Any], trainer: Trainer) -> None:
-        """Writes one epoch. If that fails (a full disk, say), there is a warning, and training continues without it."""
+        """Writes one epoch. If that fails (a full disk, say), warns, and training continues without TensorBoard."""
         if self._failed:
             return
         try:
@@ -44,7 +42,7 @@ class TensorBoardLog:
 
     def _write(self, record: dict[str, Any], trainer: Trainer) -> None:
         epoch = record["epoch"]
-        # purges what was written after the epoch from which the run resumes
+        # purges entries after the epoch from which the run resumes
         with self._make_writer(str(self._log_dir / trainer.settings.stem), purge_step=epoch) as writer:
             for name, value in numbers(record):
                 if name != "epoch":

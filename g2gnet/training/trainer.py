@@ -1,4 +1,4 @@
-"""The optimisation of one network: steps, epochs, evaluation, and a state to resume from."""
+"""The training of one network: steps, epochs, evaluation, and a state to resume from."""
 
 import copy
 import re
@@ -26,14 +26,14 @@ from g2gnet.training.samples import check_images, order_of
 from g2gnet.training.saved_state import check_form, load_model
 from g2gnet.weights.tied_averages import tie_wiring, untie_wiring
 
-#: parameters that one thread updates in about a millisecond
+#: number of parameters that one thread updates in about a millisecond
 ONE_THREAD_UPDATE = 1_000_000
-#: squares of numbers up to this can be summed in float32
+#: largest number whose squares can be summed in float32
 _SQUARED = 1e15
 
 
 class Evaluation(NamedTuple):
-    """The results on images that are not trained on: the share that is classified correctly, and the synaptic
+    """The results on images that are not trained on: the share of correctly classified images, and the synaptic
     operations of each connection per image (:class:`~g2g_kernels.ops.g2g_stack.SynapticOperations`).
 
     Example:
@@ -50,14 +50,14 @@ class Evaluation(NamedTuple):
 class Trainer(EpochTrainer):
     """Trains one :class:`G2GNet` on one data set, and rewires it (:class:`~g2gnet.training.epochs.EpochTrainer`).
 
-    Each process of the ``world`` of ``machine`` has such a trainer and computes its part of every batch; together they
-    do what one process would, except for the order of floating-point sums.
+    Each process of the ``world`` of ``machine`` has such a trainer and computes its part of every batch; their results
+    are those of one process, except for the order of floating-point sums.
 
     Attributes:
-        net: the network that is trained. To the ``progress`` of an epoch it adds ``firing_rates``, Σ over images of the
-            rate of each neuron, layer after layer [2·H + C], and ``units``, those of each connection as it began.
-        tested: what is tested, analysed and saved as the run's network: ``net``, or with ``settings.average`` its
-            average, which is rewired with it.
+        net: the network in training. It adds to the ``progress`` of an epoch ``firing_rates``, Σ over images of the
+            rate of each neuron, layer after layer [2·H + C], and ``units``, those of each connection at its start.
+        tested: the network that is tested, analysed and saved: ``net``, or with ``settings.average`` its average, which
+            is rewired with it.
 
     Raises:
         SettingsError: if the settings do not fit the data, the number of processes or of steps, or the memory.
@@ -87,10 +87,9 @@ class Trainer(EpochTrainer):
         count = len(self.data.train_labels)
         smallest = count - (self._batches - 1) * settings.batch_size
         if smallest < world.size:
-            raise SettingsError(
-                f"batch_size={settings.batch_size} leaves {smallest} of {count} images to the last batch of an epoch, "
-                f"fewer than one for each of {world.size} processes; give another `batch_size`, or start fewer"
-            )
+            leaves = f"leaves {smallest} of {count} images to the last batch of an epoch"
+            fewer = f"fewer than one for each of {world.size} processes; give another `batch_size`, or start fewer"
+            raise SettingsError(f"batch_size={settings.batch_size} {leaves}, {fewer}")
         check_images(settings, data)
         order = None if settings.sequence == "none" else order_of(settings, data)
         input_dim = data.input_dim if order is None else order.shape[1] * settings.input_taps
@@ -101,7 +100,7 @@ class Trainer(EpochTrainer):
         self.net = self._build_network(*self._sizes).to(device)
         if order is not None:
             self.net.input_order.copy_(order)
-            self.net.settle()  # steps do not wait for the device to read it
+            self.net.settle()  # reads the order now, so that steps do not wait for the device
         if settings.standardize:
             mean, deviation = self.data.moments()
             self.net.input_mean.fill_(mean)
@@ -139,7 +138,7 @@ class Trainer(EpochTrainer):
                     network=self.net,
                 )
             except ValueError as error:
-                text = re.sub(r"^(fraction|interval)=", r"dst_\1=", str(error))  # the names that settings have
+                text = re.sub(r"^(fraction|interval)=", r"dst_\1=", str(error))  # the names of settings
                 raise SettingsError(f"dynamic sparse training: {text}") from error
         self._watch(settings.lr)
         self._layers = LayerWatch()
@@ -156,11 +155,11 @@ class Trainer(EpochTrainer):
         if self.tested is self.net:
             super().load_state_dict(state)
         else:
-            untie_wiring(self.tested)  # until it has the same units
+            untie_wiring(self.tested)  # until both have the same units
             super().load_state_dict({**state, "model": state["trained"]})
             load_model(self.tested, state["model"])
             tie_wiring(self.net, self.tested)
-        # what training does not change, but reads from the data, with a rounding that depends on the number of threads
+        # training reads these buffers from the data, with a rounding that depends on the number of threads
         for net in (self.net, self.tested):
             for name, buffer in net.named_buffers(recurse=False):
                 if not torch.allclose(buffer, before[name]):
@@ -187,13 +186,13 @@ class Trainer(EpochTrainer):
         }
         learned = {name: each for name, each in self.net.named_parameters() if each.requires_grad}
         delays = [learned.pop(name) for name in [*learned] if name.endswith("_delay")]
-        # they act in whole steps, and a penalty would draw them to zero
+        # delays act in whole steps, and a penalty would draw them to zero
         factor = settings.delay_lr_factor
         faster = {"params": delays, "weight_decay": 0.0, "lr": options["lr"] * factor, "lr_factor": factor}
         groups = [faster] if delays else []
         if settings.optimizer == "adam":
             return torch.optim.Adam([{"params": [*learned.values()]}, *groups], **options)
-        # a decay that no gradient scales would draw decays and thresholds of neurons to zero
+        # a decay that ignores gradients would draw the neurons' decays and thresholds to zero
         weights = {id(connection.values): connection.values for connection in self.net.connections().values()}
         rest: dict[str, Any] = {"weight_decay": 0.0}
         rest["params"] = [each for each in learned.values() if id(each) not in weights]
@@ -226,14 +225,14 @@ class Trainer(EpochTrainer):
             "firing_rate": firing_rate,
             # the share of the neurons that fired for no image of this epoch
             "silent": silent,
-            # operations of the weights that spikes and inputs caused, per image that the epoch was tested on
+            # operations caused by spikes and inputs, per tested image
             "accumulates": last.accumulates,
             "multiplies": last.multiplies,
             "density": {name: layer.mask.density for name, layer in connections.items()},
             "units": {name: layer.mask.num_units for name, layer in connections.items()},
             "units_pruned": self.dst.pruned if self.dst else 0,
             "units_grown": self.dst.grown if self.dst else 0,
-            # of the units that existed when this epoch began, and when training began
+            # the share of the units at the start of this epoch, and at the start of training, that still exist
             "units_kept": self._kept(progress["units"]),
             "initial_units_kept": self._kept(self._initial_units),
         }
@@ -248,7 +247,7 @@ class Trainer(EpochTrainer):
             images = random_erase(images, self._stream("erase"), self.settings.erase)
         if self.settings.unit_shift:
             images = random_unit_shift(images, self._stream("unit_shift"), self.settings.unit_shift)
-        # from the whole batch's draws, so each image gets what it would get in one process
+        # from the draws of the whole batch, so that each image gets the same numbers as in one process
         part = self.world.part(len(index))
         inputs = self.net.encode(as_samples(images), self._stream("encode_train"), part)
         labels = labels[part]
@@ -279,8 +278,8 @@ class Trainer(EpochTrainer):
         dropped: list[torch.Tensor] | None,
     ) -> tuple[torch.Tensor, Activity]:
         """Forward pass, loss, backward pass, update, without waiting for the device. This process has a ``share`` of
-        the batch. Returns of the whole batch the mean cross-entropy, the number of correctly classified images and each
-        neuron's mean rate, layer after layer [2 + 2·H + C]; and the activity on its part."""
+        the batch. Returns, for the whole batch, mean cross-entropy, number of correctly classified images and each
+        neuron's mean rate, layer after layer [2 + 2·H + C]; and the activity on this process's part."""
         with autocast(self.settings, self.device):
             activity = self.net.simulate(inputs, chunk=self.settings.chunk, dropped=dropped)
         loss = F.cross_entropy(activity.output, labels, label_smoothing=self.settings.label_smoothing)
@@ -288,7 +287,7 @@ class Trainer(EpochTrainer):
         if regularizer[0] > 0:
             rates = [self._whole_batch(share * rates) for rates in activity.rates[:-1]]
             objective = objective + rate_penalty(rates, *regularizer)
-        self.optimizer.zero_grad(set_to_none=True)  # of a step that was interrupted
+        self.optimizer.zero_grad(set_to_none=True)  # an interrupted step leaves gradients
         objective.backward()
         with torch.no_grad():
             self._sum_gradients()
@@ -296,7 +295,7 @@ class Trainer(EpochTrainer):
             results = self.world.sum_(
                 torch.cat([torch.stack([share * loss, correct]), *[share * r for r in activity.rates]])
             )
-            self._finite.note(results[0])  # before a gradient that is not finite is scaled into all others
+            self._finite.note(results[0])  # before clipping, which spreads a gradient that is not finite to all others
             if self.settings.clip_grad_norm is not None:
                 self._clip_gradient(self.settings.clip_grad_norm)
         self._update()
@@ -304,7 +303,7 @@ class Trainer(EpochTrainer):
         return results, activity
 
     def _sum_gradients(self) -> None:
-        """Makes each gradient the sum over the processes, in one message."""
+        """Replaces each gradient by its sum over the processes, in one message."""
         if self.world.size > 1:
             gradients = [each.grad for each in self.net.parameters() if each.grad is not None]
             sums = self.world.sum_(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -312,10 +311,11 @@ class Trainer(EpochTrainer):
                 gradient.copy_(each.view_as(gradient))
 
     def _clip_gradient(self, largest: float) -> None:
-        """Scales the gradient down to that norm, also one whose squares overflow: ``clip_grad_norm_`` makes that 0."""
+        """Scales the gradient down to the norm ``largest``, even if its squares overflow: ``clip_grad_norm_`` would
+        return 0."""
         gradients = [each.grad for each in self.net.parameters() if each.grad is not None and each.grad.numel()]
         entry = torch.stack([gradient.abs().max() for gradient in gradients]).max()
-        shrink = (_SQUARED / entry).clamp(max=1)  # 1 leaves every bit
+        shrink = (_SQUARED / entry).clamp(max=1)  # 1 changes no bit
         for gradient in gradients:
             gradient.mul_(shrink)
         norm = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]).norm()
@@ -324,8 +324,8 @@ class Trainer(EpochTrainer):
             gradient.mul_(scale)
 
     def _update(self) -> None:
-        """The optimizer's step, with equal bits on one thread if there are few parameters on a CPU: the fused update is
-        one parallel region per parameter, which beside busy programs takes many times as long as the arithmetic."""
+        """The optimizer's step, on one thread for few parameters on a CPU, with equal bits: the fused update is one
+        parallel region per parameter, which on a busy machine takes many times as long as the arithmetic."""
         threads = torch.get_num_threads()
         parameters = sum(each.numel() for group in self.optimizer.param_groups for each in group["params"])
         if one_thread := self.device.type == "cpu" and parameters <= ONE_THREAD_UPDATE:
@@ -340,7 +340,7 @@ class Trainer(EpochTrainer):
                 torch.set_num_threads(threads)
 
     def _whole_batch(self, part: torch.Tensor) -> torch.Tensor:
-        """The sum over the processes; its gradient goes only to this process's part, since each sends its own."""
+        """The sum over the processes, whose gradient goes to this process's part alone: each process sends its own."""
         return part + (self.world.sum_(part.detach().clone()) - part.detach())
 
     def evaluate(self, part: str = "test") -> Evaluation:
@@ -351,14 +351,14 @@ class Trainer(EpochTrainer):
         return self._evaluate(self.network_of(state), state["epoch"], "test").accuracy
 
     def network_of(self, state: dict[str, Any]) -> G2GNet:
-        """The network of a saved state; raises an exception in ``saved_state.UNFIT`` if there is none that fits."""
+        """The network of a saved state. Raises an exception in ``saved_state.UNFIT`` if the state does not fit."""
         net = self._build_network(*self._sizes)
         load_model(net, state["model"])
         return net.to(self.device)
 
     def _evaluate(self, net: G2GNet, epoch: int, part: str) -> Evaluation:
         layers = [f"fc{number}" for number in range(1, self.net.depth + 1)]
-        # correct images; then additions and multiplications of each layer
+        # correct images, then additions and multiplications of each layer
         sums = torch.zeros(1 + 2 * len(layers), dtype=torch.int64, device=self.device)
         for batch in run_images(net, self.settings, epoch, self.data, part, world=self.world):
             sums[0] += (batch.activity.output.argmax(1) == batch.labels).sum()
@@ -370,7 +370,7 @@ class Trainer(EpochTrainer):
         return Evaluation(accuracy, accumulates, multiplies)
 
     def _units(self) -> dict[str, torch.Tensor]:
-        """The existing units of each connection, counted row by row, int64 [num_units]."""
+        """The numbers of the existing units of each connection, row by row, int64 [num_units]."""
         return {name: layer.mask.flat_unit() for name, layer in self.net.connections().items()}
 
     def _kept(self, units: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -379,5 +379,5 @@ class Trainer(EpochTrainer):
         return {name: int(torch.isin(had, now[name]).sum()) / max(1, len(had)) for name, had in units.items()}
 
     def _stream(self, purpose: str) -> torch.Generator:
-        """This step's stream of that name, on the device if it has generators."""
+        """This step's stream for a purpose, on the device if it has generators."""
         return stream(self.settings.seed, purpose, self.step, device=draw_device(self.device))

@@ -1,5 +1,6 @@
-"""The content of a report: settings, results, analysis and pictures of each run, and a comparison of several."""
+"""The content of a report: settings, results, analysis and pictures of each run, and a comparison of several runs."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,29 +28,26 @@ class Inspected:
     analysis: NetworkAnalysis
     rasters: Sequence[figures.Raster]  # of one test image
     example: str  # that image, in words
-    confusion: torch.Tensor  # int64 [C, C], images by true and predicted class
+    confusion: torch.Tensor  # int64 [C, C], number of images by true and predicted class
     images: int  # number of all test images
 
 
 def inspect(run: SavedRun, net: G2GNet, data: ImageData, samples: int) -> Inspected:
-    """Runs ``net``, the network of ``run``, on the first ``samples`` test images; all on one device."""
-    count = data.num_classes
-    seen: list[Batch] = []
+    """Runs ``net``, the network of ``run``, on the first ``samples`` test images of ``data``, on the same device."""
+    count, batches = data.num_classes, run_images(net, run.settings, run.epoch, data, count=samples)
+    first = next(batches)
     confusion = torch.zeros(count * count, dtype=torch.int64)
 
     def watched() -> Iterator[Batch]:
-        for batch in run_images(net, run.settings, run.epoch, data, count=samples):
-            if not seen:
-                seen.append(batch)
+        for batch in itertools.chain([first], batches):
             pairs = count * batch.labels + batch.activity.output.argmax(1)
             confusion.add_(torch.bincount(pairs.cpu(), minlength=len(confusion)))
             yield batch
 
     analysis = analyze_network(net, watched(), count)
-    first = seen[0]
     output = first.activity.output
     right = (output.argmax(1) == first.labels) & output.any(1)
-    shown = int(right.long().argmax())  # the first that is classified correctly, or the first of all
+    shown = int(right.long().argmax())  # the first image that is classified correctly, or else the first image
     rasters = figures.rasters(net, first.activity, shown)
     classes = _classes(run, count)
     true, found = classes[int(first.labels[shown])], classes[int(output[shown].argmax())]
@@ -78,24 +76,20 @@ def report(inspected: Sequence[Inspected]) -> str:
 
 
 def _run(each: Inspected, alone: bool) -> list[str]:
-    """The section of a run; what the comparison shows of several is left out of each."""
+    """The section of a run. Results and curves of several runs are in the comparison."""
     run, analysis = each.run, each.analysis
     defaults = type(run.settings)(neuron=run.settings.neuron).as_dict()
-    pairs = run.settings.as_dict().items()
-    changed = [(name, str(value)) for name, value in pairs if value != defaults[name]]
-    rest = [(name, str(value)) for name, value in pairs if value == defaults[name]]
-    results = _results(each)
+    pairs = [(name, str(value), value == defaults[name]) for name, value in run.settings.as_dict().items()]
+    changed, rest = ([(name, text) for name, text, usual in pairs if usual is wanted] for wanted in (False, True))
     parts = [paragraph(f"{run.path}: {_describe(run)}, {run.position}.")]
     if alone:
-        parts += [
-            heading(3, "Results"),
-            table(list(results), [list(results.values())]),
-            picture(
-                figures.training_curves({"training": [run.history]}),
-                f"Accuracy on training images, while the network learned from them, and on {_judges(run)} images after "
-                "the epoch.",
-            ),
-        ]
+        results = _results(each)
+        caption = (
+            "Accuracy on training images, while the network learned from them, and on "
+            f"{_judges(run)} images after the epoch."
+        )
+        parts += [heading(3, "Results"), table(list(results), [list(results.values())])]
+        parts.append(picture(figures.training_curves({"training": [run.history]}), caption))
     own = ""
     if analysis.samples < each.images and "test_acc" in run.result:
         when = f" after epoch {run.epoch}" if run.interrupted else ""
@@ -103,9 +97,10 @@ def _run(each: Inspected, alone: bool) -> list[str]:
     if run.interrupted:
         text = (
             f"The run was stopped {run.position}. Accuracies, loss and seconds are those up to epoch {run.epoch}; "
-            "weights, density, firing rate, synaptic operations and all pictures of the network are of that step."
+            "weights, density, firing rate, synaptic operations and all pictures of the network are those of that step."
         )
         parts.append(paragraph(text))
+    membranes = " The output neurons do not spike: their membranes are read." * (run.settings.readout != "counts")
     parts += [
         heading(3, "Settings"),
         paragraph("Settings that differ from the defaults:" if changed else "All settings are the defaults."),
@@ -114,16 +109,14 @@ def _run(each: Inspected, alone: bool) -> list[str]:
         heading(3, "What its neurons do"),
         paragraph(
             f"{headline(analysis, each.images)}{own}. – means not defined: no pairs, no spikes, one group or a "
-            "constant input."
-            + " The output neurons do not spike: their membranes are read."
-            * (run.settings.readout != "counts")
+            f"constant input.{membranes}"
         ),
         table(*layers_table(analysis)),
         details("By group", [table(*groups_table(layer)) for layer in analysis.layers]),
         picture(
             figures.spike_rasters(each.rasters, f"Spikes for {each.example}"),
-            "Each dash is a spike. Neurons are sorted by group, from top to bottom; the two colours only tell "
-            "neighbouring groups apart. At a synchronous step, many neurons of a group fire in one column.",
+            "Each dash is a spike. Neurons are sorted by group, from top to bottom; the two colours only separate "
+            "neighbouring groups. At a synchronous step, many neurons of a group fire in one column.",
         ),
         picture(
             figures.rate_histograms(analysis),
@@ -139,16 +132,11 @@ def _run(each: Inspected, alone: bool) -> list[str]:
     ]
     if not is_plain(each.net):
         caption = (
-            "Populations and their numbers of neurons. Each arrow has the share of its weights that exist and how much "
-            "later spikes arrive. Connections on a cycle are orange."
+            "Populations and their numbers of neurons. Each arrow shows the share of weights that exist and the delay. "
+            "Connections on a cycle are orange."
         )
         parts.append(picture(figures.population_graph(each.net), caption))
     return parts + _connections(each)
-
-
-def _judges(run: SavedRun) -> str:
-    """The images by which a run's epochs are compared."""
-    return "test" if "test_acc" in run.history[-1] else "held-out"
 
 
 def _connections(each: Inspected) -> list[str]:
@@ -165,36 +153,27 @@ def _connections(each: Inspected) -> list[str]:
         names = " and ".join(name for name in net.connections() if name.startswith("rec"))
         note += f" {names}: the neurons of a hidden layer to one another, at least one step later."
     masks = {when: {name: each.mask for name, each in of.connections().items()} for when, of in nets.items()}
-    size = net.fc1.in_features
     inputs, whole = "features" if run.settings.use_resnet else "pixels", "whole input"
     if run.settings.sequence != "none":
         inputs, whole = "inputs", "input of one time step"
-    parts = [
-        picture(
-            figures.connection_density(masks),
-            f"Share of the weights from each input group (column) to each output group (row) that exist. {note}",
-        ),
-        picture(
-            figures.group_inputs(net.fc1.mask, figures.input_shape(size), "fc1", inputs),
-            f"Each map is the {whole} and shows which of its {inputs} the neurons of one hidden group see."
-            + " Index and Mixer give each group a band of neighbouring inputs, Random scattered ones; what else is "
-            "bright comes from units between groups." * (run.settings.model in GROUPINGS),
-        ),
-        picture(
-            figures.group_inputs(net.fc2.mask, figures.input_shape(net.fc2.in_features), "fc2", "hidden-1 neurons"),
-            "The same for the second layer; the hidden-1 neurons are laid out row by row."
-            + f" Index shows bands, Mixer (whose fc2 is interleaved) one neuron in {run.settings.num_groups}, Random a "
-            "scatter." * (run.settings.model in GROUPINGS),
-        ),
-    ]
+    of_density = f"Share of the weights from each input group (column) to each output group (row) that exist. {note}"
+    of_fc1 = f"Each map is the {whole} and shows which of its {inputs} the neurons of one hidden group see."
+    of_fc2 = "The same for the second layer; the hidden-1 neurons are laid out row by row."
+    if run.settings.model in GROUPINGS:
+        of_fc1 += " Index and Mixer give each group a band of neighbouring inputs, Random scattered ones; other bright "
+        of_fc1 += "places are units between groups."
+        of_fc2 += f" Index shows bands, Mixer (whose fc2 is interleaved) one neuron in {run.settings.num_groups}, "
+        of_fc2 += "Random a scatter."
+    parts = [picture(figures.connection_density(masks), of_density)]
+    for layer, name, what, caption in ((net.fc1, "fc1", inputs, of_fc1), (net.fc2, "fc2", "hidden-1 neurons", of_fc2)):
+        shape = figures.input_shape(layer.in_features)
+        parts.append(picture(figures.group_inputs(layer.mask, shape, name, what), caption))
     if run.settings.sparsity_mode == "dynamic":
-        parts.append(
-            picture(
-                figures.turnover(run.history),
-                "Left: the share of a layer's units that existed before an epoch but not after it. Right: the "
-                "share of the units before training that still exist; a unit may go and come back.",
-            )
+        caption = (
+            "Left: the share of a layer's units that existed before an epoch but not after it. Right: the share of the "
+            "units before training that still exist; a unit may go and come back."
         )
+        parts.append(picture(figures.turnover(run.history), caption))
     return parts
 
 
@@ -220,27 +199,26 @@ def _comparison(inspected: Mapping[str, Inspected]) -> list[str]:
             rows.append((label, ", ".join(str(each.run.settings.seed) for each in runs), *cells))
         parts += [heading(3, "Mean ± standard error over seeds"), table(("settings", "seeds", *quantities), rows)]
         parts.append(heading(3, "Each run"))
-    return [
-        *parts,
-        table(header, [(label, *result.values()) for label, result in results.items()]),
-        heading(3, "Settings that differ"),
-        table(
-            ("setting", *(label.partition(":")[0] for label in settings)),
-            [(name, *(str(values.get(name, "–")) for values in settings.values())) for name in differing],
-        )
-        if differing
-        else paragraph("None."),
-        picture(
-            figures.training_curves({label: [each.run.history for each in runs] for label, runs in groups.items()}),
-            "All runs together: test accuracy, or that on held-out images, solid; training accuracy dotted. Runs that "
-            "differ only in their seed are one line, their mean, with its standard error as a band.",
-        ),
-    ]
+    parts.append(table(header, [(label, *result.values()) for label, result in results.items()]))
+    parts.append(heading(3, "Settings that differ"))
+    header = ["setting", *(label.partition(":")[0] for label in settings)]
+    rows = [(name, *(str(values.get(name, "–")) for values in settings.values())) for name in differing]
+    parts.append(table(header, rows) if differing else paragraph("None."))
+    curves = figures.training_curves({label: [each.run.history for each in runs] for label, runs in groups.items()})
+    caption = (
+        "All runs together. Solid: test accuracy, or accuracy on held-out images; dotted: training accuracy. Runs that "
+        "differ only in their seed are one line, their mean, with its standard error as a band."
+    )
+    return [*parts, picture(curves, caption)]
+
+
+def _judges(run: SavedRun) -> str:
+    """The images by which a run's epochs are compared."""
+    return "test" if "test_acc" in run.history[-1] else "held-out"
 
 
 def _results(each: Inspected) -> dict[str, str]:
     history, net, tested = each.run.history, each.net, each.run.tested
-    record: Mapping[str, Any]
     if _judges(each.run) == "test":
         record = max(history, key=lambda record: record["test_acc"])
         best = _percent(record["test_acc"])
@@ -289,7 +267,7 @@ def _differing(runs: Sequence[SavedRun]) -> list[str]:
 
 
 def _apart(run: SavedRun, names: Sequence[str], **instead: object) -> str:
-    """A run by the settings of these names that it has."""
+    """What sets a run apart: those of its settings that have these names."""
     settings = {**run.settings.as_dict(), **instead}
     return ", ".join(f"{name}={settings[name]}" for name in names if name in settings) or _describe(run)
 
@@ -301,7 +279,7 @@ def _labels(runs: Sequence[SavedRun]) -> list[str]:
 
 
 def _groups(inspected: Mapping[str, Inspected]) -> dict[str, list[Inspected]]:
-    """The runs that differ only in seed and name, by what sets them apart from the others."""
+    """The runs that differ only in seed and name, by the other settings that differ."""
     shown = [name for name in _differing([each.run for each in inspected.values()]) if name not in ("seed", "name")]
     groups: dict[str, list[Inspected]] = {}
     for each in inspected.values():

@@ -9,10 +9,8 @@ from matplotlib.figure import Figure
 
 #: pixels per inch of the pictures: twice the page's resolution
 DPI = 150
-
-#: inches of a picture below which a telephone shows all of it
+#: width of a picture, in inches, below which a telephone shows all of it
 NARROW = 5
-
 #: only content of the page may be shown
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
@@ -24,7 +22,7 @@ th:first-child, td:first-child { text-align: left; }
 td:first-child { min-width: 9rem; } td + td { white-space: nowrap; }
 thead th { border-bottom: 2px solid #888; vertical-align: bottom; }
 div.wide { overflow-x: auto; margin: 1rem 0; }
-/* what goes on beyond an edge shows there as a shadow, and the bar below it stays */
+/* a shadow at an edge shows that there is more beyond it; the scroll bar stays */
 div.wide { background: linear-gradient(90deg, #fff 40%, #fff0) left, linear-gradient(270deg, #fff 40%, #fff0) right,
   linear-gradient(90deg, #0006, #0000) left, linear-gradient(270deg, #0006, #0000) right; background-repeat: no-repeat;
   background-size: 3rem 100%, 3rem 100%, 0.8rem 100%, 0.8rem 100%;
@@ -38,7 +36,7 @@ details { margin: 1rem 0; } summary { cursor: pointer; color: #0072b2; }
 
 
 def page(title: str, body: Iterable[str]) -> str:
-    """A page of the parts made by the functions below."""
+    """A page of parts that the functions below make."""
     return "\n".join(
         [
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -53,7 +51,7 @@ def page(title: str, body: Iterable[str]) -> str:
 
 
 def heading(level: int, text: str, anchor: str | None = None) -> str:
-    """A heading; :func:`contents` leads to its ``anchor``."""
+    """A heading; :func:`contents` links to its ``anchor``."""
     place = "" if anchor is None else f' id="{html.escape(anchor)}"'
     return f"<h{level}{place}>{html.escape(text)}</h{level}>"
 
@@ -85,11 +83,11 @@ def picture(figure: Figure, caption: str) -> str:
     """A figure with its caption, which says how to read it."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=DPI, transparent=True)  # the shadow at an edge is behind it
-    data = base64.b64encode(content.getvalue()).decode()
-    text = html.escape(caption)
+    data, text = base64.b64encode(content.getvalue()).decode(), html.escape(caption)
     width = float(figure.get_figwidth())
-    # letters are of one size on all pictures
-    style = f"max-width: {6.5 * width:g}rem" + "; min-width: 0" * (width < NARROW)
+    style = f"max-width: {6.5 * width:g}rem" + "; min-width: 0" * (
+        width < NARROW
+    )  # letters have one size on all pictures
     return (
         f'<figure>\n<div class="wide"><img alt="{text}" style="{style}" src="data:image/png;base64,{data}"></div>\n'
         f"<figcaption>{text}</figcaption>\n</figure>"

@@ -7,13 +7,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from g2gnet.base.messages import say, warn
+from g2gnet.base.optional import optional_package
 from g2gnet.data import ImageData
 from g2gnet.programs import flags, output
 from g2gnet.programs.main import run_program
 from g2gnet.training import CheckpointError, SavedRun, read_run
 from g2gnet.training.checkpoints import RunFiles
 
-#: the settings that decide the test images; of recordings, T as well
+#: the settings that decide the test images (T: of recordings)
 DECIDING = ("dataset", "use_resnet", "resnet_weights", "limit_test", "bins", "dt", "T")
 EXAMPLE = """\
 example:
@@ -33,10 +34,9 @@ def build_parser() -> flags.Parser:
 
 def make_report(arguments: argparse.Namespace) -> None:
     try:
-        from g2gnet.programs.report import content  # the only part that needs matplotlib
-    except ImportError as error:
-        raise flags.FlagError(f'the report needs matplotlib ({error}); pip install -e ".[plots]"') from error
-    except ValueError as error:  # of its own settings
+        optional_package("matplotlib", "plots")
+        from g2gnet.programs.report import content
+    except ValueError as error:  # of matplotlib's own settings
         raise flags.FlagError(f"matplotlib cannot be imported ({error}); correct MPLBACKEND or matplotlibrc") from error
     output.check_output(arguments.output, arguments)
     machine = flags.machine_from(arguments)
@@ -54,8 +54,8 @@ def make_report(arguments: argparse.Namespace) -> None:
 
 
 def _read_runs(names: Sequence[str]) -> list[SavedRun]:
-    """The runs that have a finished epoch, each once; others are named, but for the best epoch of one that is given.
-    Raises CheckpointError if one cannot be read, or none is left."""
+    """The runs that have a finished epoch, each once. Other checkpoints are left out with a warning; that of the best
+    epoch without one, if the last is given, too. Raises CheckpointError if one cannot be read, or no run is left."""
     paths, runs = [Path(name) for name in names], []
     for path in paths:
         files = RunFiles.of(path)

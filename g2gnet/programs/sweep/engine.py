@@ -1,4 +1,4 @@
-"""Trains the runs of a sweep on an executor, and collects what they reached."""
+"""Trains the runs of a sweep on an executor and collects their results."""
 
 import concurrent.futures
 import contextlib
@@ -17,62 +17,60 @@ import torch
 from tqdm import tqdm
 
 from g2g_kernels.numbers import COUNT
-from g2gnet.base.files import locked, make_directory, open_own
+from g2gnet.base.files import make_directory, open_own
 from g2gnet.base.messages import OutputError, reason
 from g2gnet.base.optional import optional_package
 from g2gnet.network_settings import SettingsError
 from g2gnet.programs import train
 from g2gnet.programs.flags import machine_from
 from g2gnet.programs.main import FAILED, REFUSED, memory_named
-from g2gnet.programs.sweep.grid import LOCK, LOG, Grid, Run, arguments_of, runs_of
-from g2gnet.programs.sweep.results import HELD_OUT, TESTED, Sweep
+from g2gnet.programs.sweep.grid import LOG, Grid, Run, arguments_of, runs_of
+from g2gnet.programs.sweep.results import Sweep
 from g2gnet.training import CheckpointError, Interrupted, SavedRun, TrainingError, read_run
-from g2gnet.training.checkpoints import numbers
 from g2gnet.training.interruption import handled
+from g2gnet.training.run import tests_of
 
 logger = logging.getLogger("g2gnet")
 
-#: failures of a run whose message says everything
+#: errors of a run that are shown without a traceback
 EXPLAINED = (*REFUSED, *FAILED)
-#: seconds after which a wait is begun anew: on Windows Ctrl-C is seen in between only
+#: seconds of a wait; on Windows, Ctrl-C is only seen between two waits
 INTERVAL = 0.5
-#: held by the run that trains in this process: PyTorch's seeds and modes, and standard output, are the process's
+#: held by the run that trains in this process: seeds and modes of PyTorch and standard output belong to the process
 _training = threading.Lock()
 
 
 def train_run(given: Mapping[str, Any], folder: str) -> None:
-    """Trains or resumes one run in this process, which prints into ``log.txt`` in its folder. ``given`` are flags of
-    ``g2g-train`` by name. If another process trains this run, it waits for that to end."""
+    """Trains or resumes one run in this process and writes what it prints into ``log.txt`` in its folder. ``given`` are
+    flags of ``g2g-train`` by name."""
     arguments, log = arguments_of({**given, "checkpoint_dir": folder}), Path(folder) / LOG
-    with contextlib.ExitStack() as held:
+    try:
+        make_directory(log.parent)
+        file = open(log, "a", encoding="utf-8", opener=open_own)  # noqa: SIM115  (closed below)
+    except OSError as error:
+        remedy = "move it away, or give another folder"
+        raise OutputError(f"cannot write {error.filename or folder} ({reason(error)}); {remedy}") from error
+    with file, _training, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:
-            make_directory(log.parent)
-            held.enter_context(locked(log.with_name(LOCK), wait=True))
-            file = held.enter_context(open(log, "a", encoding="utf-8", opener=open_own))
-        except OSError as error:
-            remedy = "move it away, or give another folder"
-            raise OutputError(f"cannot write {error.filename or folder} ({reason(error)}); {remedy}") from error
-        held.enter_context(_training)
-        try:
-            with contextlib.redirect_stdout(file), contextlib.redirect_stderr(file), memory_named(arguments):
+            with memory_named(arguments):
                 train.train(arguments)
-        except Interrupted as stopped:  # the run is saved: the signal now does what it does without one
+        except Interrupted as stopped:  # the run is saved: the signal may now have its usual effect
             signal.raise_signal(stopped.signal)
-        except OutputError as error:  # which names standard output
+        except OutputError as error:  # whose message names standard output
             why = reason(error.__cause__ or error)
             raise OutputError(f"cannot write {log} ({why}); free space, then do the same again to resume") from error
         except EXPLAINED:
             raise
         except Exception as error:  # as text: not every exception can be sent to another process
             with contextlib.suppress(OSError):
-                traceback.print_exc(file=file)
+                traceback.print_exc()
             raise TrainingError(f"{type(error).__name__}: {reason(error)}; {log} has the traceback") from None
 
 
 def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved: {}) -> dict[str, Any] | None:
-    """What a finished run reached: its result (:func:`g2gnet.training.run_epochs`), wall-clock and processor seconds of
-    training, its weights, and ``more``. None if it is not finished. Raises CheckpointError for damaged or other files.
-    """
+    """The results of a finished run: those of :func:`g2gnet.training.run_epochs`, wall-clock and processor seconds of
+    training, number of weights, and ``more``. None if it is not finished. Raises CheckpointError for damaged files, or
+    those of other settings."""
     last = run.files.load_marker(run.settings)
     if last is None:
         return None
@@ -84,8 +82,8 @@ def outcome(run: Run, more: Callable[[SavedRun], dict[str, Any]] = lambda saved:
 
 @contextlib.contextmanager
 def processes(jobs: int, threads: int | None = None) -> Iterator[concurrent.futures.Executor]:
-    """An executor with ``jobs`` processes of ``threads`` threads; None: they share the cores. After an exception, as
-    that of Ctrl-C, each run finishes its step and saves it; if this process is killed, its processes end at once."""
+    """An executor with ``jobs`` processes of ``threads`` threads; None: they share the cores. After an exception, such
+    as Ctrl-C, each run finishes and saves its step. If this process is killed, its processes end at once."""
     threads = threads or max(1, (os.cpu_count() or 1) // jobs)
     others = set(multiprocessing.active_children())
     pool = concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (threads,))
@@ -102,15 +100,15 @@ def processes(jobs: int, threads: int | None = None) -> Iterator[concurrent.futu
 
 def _begin(threads: int) -> None:
     """What a process of the pool does first."""
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()  # type: ignore[union-attr]
+        os._exit(1)
+
     torch.set_num_threads(threads)
-    tqdm.set_lock(threading.RLock())  # the usual one is shared with other processes, and would be left behind
+    tqdm.set_lock(threading.RLock())  # the usual lock is shared with other processes; a killed one would never free it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent passes it on
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()  # type: ignore[union-attr]
-    os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def train_runs(
@@ -125,16 +123,15 @@ def train_runs(
     TrainingError if a process of the executor was killed.
     """
     failed: dict[str, str] = {}
-    # a process that starts inherits this: Ctrl-C would show as a traceback while it imports
+    # processes that start inherit this: Ctrl-C would show as a traceback while they import
     with handled(signal.SIGINT, signal.SIG_IGN):
-        futures = {executor.submit(train_run, {**run.given, **machine}, str(run.folder)): run for run in runs}
-    waiting = set(futures)
+        waiting = {executor.submit(train_run, {**run.given, **machine}, str(run.folder)): run for run in runs}
     with tqdm(total=len(runs), desc=name, unit=" runs", leave=False, disable=None, file=sys.stderr) as bar:
         try:
             while waiting:
-                done, waiting = concurrent.futures.wait(waiting, INTERVAL, concurrent.futures.FIRST_COMPLETED)
+                done, _ = concurrent.futures.wait(waiting, INTERVAL, concurrent.futures.FIRST_COMPLETED)
                 for future in done:
-                    run = futures[future]
+                    run = waiting.pop(future)
                     try:
                         future.result()
                         bar.write(on_end(run), file=sys.stderr)
@@ -145,7 +142,7 @@ def train_runs(
                     except Exception as error:
                         with bar.external_write_mode(file=sys.stderr):
                             failed[run.label] = _log_failure(run, error)
-                bar.update(len(done))
+                    bar.update()
         finally:
             for future in waiting:
                 future.cancel()
@@ -153,9 +150,8 @@ def train_runs(
 
 
 def _log_failure(run: Run, error: Exception) -> str:
-    known = isinstance(error, EXPLAINED)
-    text = str(error) if known else f"{type(error).__name__}: {reason(error)}"
-    logger.error("%s: failed: %s", run.label, text, exc_info=None if known else error)
+    text = str(error) if isinstance(error, EXPLAINED) else f"{type(error).__name__}: {reason(error)}"
+    logger.error("%s: failed: %s", run.label, text)
     return text
 
 
@@ -172,15 +168,16 @@ def run(
 ) -> Sweep:
     """Trains every combination of a grid's values; finished runs are skipped, stopped ones resume.
 
-    Each run is one of ``g2g-train``, with the same result, in a folder of its own; killed at any time, it loses at most
-    the current epoch. A run that fails, or whose files are damaged, does not stop the others.
+    Each run is one of ``g2g-train``, with the same result, in a folder of its own. Killed at any time, it loses at most
+    the current epoch. A run that fails, or whose files are damaged, does not stop the others. A script that calls this
+    without an executor needs ``if __name__ == "__main__":``, since its processes import it.
 
     Args:
         grid: settings of ``g2g-train`` by name, each with one value or an iterable of values; ``seed`` is one of them.
-        folder: of the runs. On several machines it is one that all of them see, and so is ``data_dir``.
+        folder: of the runs. Several machines must all see it, and ``data_dir``, under one name.
         executor: where to train; None: processes of this machine. In threads of one process, runs train one after
             another.
-        jobs: processes, without an executor; None: one per core on a CPU, one in all on another device.
+        jobs: number of processes, without an executor; None: one per core on a CPU, one in all on another device.
         data_dir, device, backend: as the flags of ``g2g-train``.
         finished: train nothing, and return what is there.
 
@@ -188,10 +185,8 @@ def run(
         SettingsError: for invalid settings, a device that this machine does not have, or ``jobs`` out of range, before
             anything is trained.
         TrainingError: if no run is finished, or a process was killed.
-        ImportError: without pandas, which the extra ``sweeps`` has, before anything is trained.
+        MissingPackageError: without pandas or matplotlib (extra ``sweeps``), before anything is trained.
         DataError: if a file of data that the grid names cannot be read.
-
-    A script that calls this without an executor needs ``if __name__ == "__main__":``, since its processes import it.
 
     Example:
         >>> from concurrent.futures import ThreadPoolExecutor
@@ -201,7 +196,8 @@ def run(
         >>> [(row.settings, row.seeds) for row in made.rows]
         [({'model': 'index'}, [1, 2]), ({'model': 'mixer'}, [1, 2])]
     """
-    optional_package("pandas", "sweeps")
+    for package in ("pandas", "matplotlib"):
+        optional_package(package, "sweeps")
     runs = runs_of(grid, folder)
     for line in dict.fromkeys(line for each in runs for line in each.settings.without_effect()):
         logger.warning("%s", line)
@@ -218,9 +214,8 @@ def run(
     def note(each: Run) -> str:
         end = ends[each.folder] = outcome(each)
         if end is None:
-            raise CheckpointError(f"{each.files.marker} is gone; do the same again to make it")
-        quantity, accuracy = HELD_OUT if "best" in end else TESTED
-        return f"{each.label}: {accuracy} {dict(numbers(end))[quantity]:.4f}, {end['train_seconds']:.0f} s"
+            raise CheckpointError(f"{each.files.marker} is missing; all machines must see {folder} under this name")
+        return f"{each.label}: {tests_of(end)}"
 
     if missing:
         own = processes(_jobs(jobs, len(missing), machine)) if executor is None else contextlib.nullcontext(executor)
@@ -229,10 +224,7 @@ def run(
     done = [(each, end) for each in runs if (end := ends.get(each.folder)) is not None]
     if not done:
         raise TrainingError("\n".join([f"no run is finished in {folder}", *dict.fromkeys(failed.values())]))
-    several = runs[0].differs
-    common = {name: value for name, value in runs[0].given.items() if name not in several}
-    varied = tuple(name for name in several if name != "seed")
-    return Sweep(common, varied, done, {each.label: failed[each.label] for each in runs if each.label in failed})
+    return Sweep(done, {each.label: failed[each.label] for each in runs if each.label in failed})
 
 
 def _jobs(jobs: int | None, runs: int, machine: Mapping[str, Any]) -> int:

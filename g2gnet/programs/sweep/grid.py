@@ -1,8 +1,8 @@
-"""The grid of a sweep: each setting has one value or several; and the runs that it consists of."""
+"""The grid of a sweep, in which each setting has one value or several, and the runs that it describes."""
 
 import argparse
+import contextlib
 import dataclasses
-import difflib
 import hashlib
 import itertools
 import json
@@ -22,16 +22,18 @@ from g2gnet.training.checkpoints import RunFiles
 #: settings of ``g2g-train`` by name, each with one value or an iterable of values
 Grid = Mapping[str, Any]
 
-#: in a run's folder: what it printed, and what the process that trains it holds
-LOG, LOCK = "log.txt", ".sweep.lock"
-#: of a folder's name: characters that say what differs, and hexadecimal digits of the SHA-256 of a run's settings
+#: the file in a run's folder with what the run printed
+LOG = "log.txt"
+#: in a folder's name, how many characters say what differs, and how many hexadecimal digits identify the settings
 READABLE, DIGITS = 100, 8
+#: text that stands for a value
+WORDS = {"true": True, "false": False, "none": None}
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run of a sweep: the settings that the grid gave, all of them, those that have several values in the grid, and
-    the folder of its files and of what it printed, ``log.txt``.
+    """One run of a sweep: the settings that the grid gave, all settings, those that have several values in the grid,
+    and the folder of its files and of what it printed, ``log.txt``.
 
     Example:
         >>> from g2gnet.programs.sweep.grid import runs_of
@@ -47,8 +49,7 @@ class Run:
 
     @property
     def label(self) -> str:
-        """What differs, in words."""
-        return ", ".join(f"{name}={value}" for name, value in self.differs.items()) or "the run"
+        return in_words(self.differs) or "the run"
 
     @property
     def files(self) -> RunFiles:
@@ -56,71 +57,23 @@ class Run:
         return RunFiles(self.folder, self.settings.stem)
 
 
+def in_words(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
 def read_grid(path: Path | str) -> dict[str, Any]:
     """The grid in a TOML or JSON file: settings, each one value or a list. Raises SettingsError if unreadable."""
-    path = Path(path)
     try:
         text = read_file(path).decode("utf-8")
-        if path.suffix == ".json":
-            grid = json.loads(text, object_pairs_hook=_table)
-        else:
-            import tomllib  # since Python 3.11
+        if str(path).endswith(".json"):
+            return dict(json.loads(text))
+        import tomllib  # since Python 3.11
 
-            grid = tomllib.loads(text)
-        if not isinstance(grid, dict):
-            raise ValueError(f"it holds a {type(grid).__name__}, not a table of settings")
+        return tomllib.loads(text)
     except ImportError as error:
         raise SettingsError(f"grid={path}: TOML needs Python 3.11 or newer; give the same as a .json file") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise SettingsError(f"grid={path} cannot be read ({reason(error)})") from error
-    return grid
-
-
-def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A table of a JSON file, whose reader takes the last of equal names; that of TOML refuses them."""
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"it gives {twice[0]} twice")
-    return dict(pairs)
-
-
-def values_of(grid: Grid) -> dict[str, list[Any]]:
-    """The values of each setting of a grid, as a list: whole numbers as floats where fractions are possible, the word
-    ``none`` as None for a number that may be left out. Raises SettingsError for an unknown name, a setting without a
-    value, or a value that is listed twice.
-    """
-    kinds_of, known = types_of(TrainSettings), list(TrainSettings().flag_values())
-    found: dict[str, list[Any]] = {}
-    problems = []
-    for name, given in grid.items():
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, 1)
-            problems.append(
-                f"{name} is not a setting; {f'did you mean {near[0]}?' if near else 'see g2g-train --help'}"
-            )
-            continue
-        given = _plain(given)
-        several = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
-        found[name] = values = [_value(_plain(value), kinds_of[name]) for value in (given if several else [given])]
-        if not values:
-            problems.append(f"{name} has no value; give one, or leave it out")
-        problems += [f"{name}={value} is given twice" for n, value in enumerate(values) if value in values[:n]]
-    if problems:
-        raise SettingsError("\n".join(problems))
-    return found
-
-
-def _plain(value: Any) -> Any:
-    """Arrays, their numbers and tensors as Python's lists and numbers."""
-    return value.tolist() if hasattr(value, "tolist") else value
-
-
-def _value(value: Any, kinds: Collection[Any]) -> Any:
-    if value == "none" and type(None) in kinds and str not in kinds:  # flags and TOML cannot say it in another way
-        return None
-    if isinstance(value, list):
-        return tuple(value)
-    return float(value) if float in kinds and type(value) is int else value
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise SettingsError(f"grid={path} is not a table of settings ({reason(error)})") from error
 
 
 def arguments_of(given: Mapping[str, Any]) -> argparse.Namespace:
@@ -129,41 +82,59 @@ def arguments_of(given: Mapping[str, Any]) -> argparse.Namespace:
 
 
 def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
-    """The runs of a grid, one per combination of its values, those with the first seed first. A run's folder is found
-    by the settings that differ from the defaults: a grid that grows keeps its finished runs. Raises SettingsError for
-    invalid settings, or two runs or folders that are the same, each named, and DataError if a file of data or of
-    weights cannot be read.
+    """The runs of a grid, one per combination of its values, in the order of the seeds.
+
+    A run's folder is found by the settings that differ from the defaults, so a grid that grows keeps its finished runs.
+    Raises SettingsError for an unknown name, a setting without a value, invalid settings, or two equal runs, and
+    DataError if a file of data or of weights cannot be read.
     """
-    values = values_of(grid)
+    kinds, values = types_of(TrainSettings), {}
+    for name, given in grid.items():
+        if name not in TrainSettings().flag_values():
+            raise SettingsError(f"{name} is not a setting; g2g-train --help lists them")
+        values[name] = _values(given, kinds[name])
+        if not values[name]:
+            raise SettingsError(f"{name} has no value; give one, or leave it out")
     runs: dict[str, Run] = {}
-    problems = []
-    order = sorted(values, key=lambda name: name != "seed")
+    order = sorted(values, key=lambda name: name != "seed")  # the runs of the first seed come first
     for combination in itertools.product(*(values[name] for name in order)):
-        chosen = dict(zip(order, combination, strict=True))
-        given = {name: chosen[name] for name in sorted(values, key=lambda name: name == "seed")}
+        given = dict(zip(order, combination, strict=True))
+        if "seed" in given:
+            given["seed"] = given.pop("seed")  # last in labels
         differs = {name: value for name, value in given.items() if len(values[name]) > 1}
-        try:
-            settings = settings_from(arguments_of(given), TrainSettings)
-        except SettingsError as error:
-            problems += str(error).splitlines()
-            continue
+        settings = settings_from(arguments_of(given), TrainSettings)
         digest = _digest(settings)
         words = "-".join(f"{name}{value}" for name, value in differs.items()) or "run"
         path = Path(folder) / f"{re.sub(r'[^A-Za-z0-9._]+', '-', words)[:READABLE]}-{digest}"
-        existing = sorted(Path(folder).glob(f"*-{digest}")) or [path]
-        if len(existing) > 1:
-            problems.append(f"{' and '.join(map(str, existing))} are of the same run; move all but one out of {folder}")
-        run = Run(given, settings, differs, existing[0])
-        alike = runs.setdefault(digest, run)
-        if alike is not run:  # as a number and its default, which would count as two runs in a mean
-            problems.append(f"{alike.label} and {run.label} make the same run; leave one of them out")
-    if problems:
-        raise SettingsError("\n".join(dict.fromkeys(problems)))
+        existing = sorted(Path(folder).glob(f"*-{digest}"))
+        run = Run(given, settings, differs, existing[0] if existing else path)
+        if digest in runs:  # such as a number and its default; they would count as two runs in a mean
+            raise SettingsError(f"{runs[digest].label} and {run.label} make the same run; leave one of them out")
+        runs[digest] = run
     return list(runs.values())
 
 
+def _values(given: Any, kinds: Collection[Any]) -> list[Any]:
+    """The values of a setting with these types."""
+    several = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
+    return [_value(value, kinds) for value in (given if several else [given])]
+
+
+def _value(value: Any, kinds: Collection[Any]) -> Any:
+    """A value as settings hold it. Flags and files give numbers, lists, true, false and none as text, too."""
+    if isinstance(value, str) and str not in kinds:
+        if value.lower() in WORDS:
+            return WORDS[value.lower()]
+        with contextlib.suppress(ValueError):  # settings refuse other text
+            numbers = tuple(map(float if float in kinds else int, value.split(",")))
+            return numbers if len(numbers) > 1 or bool in kinds else numbers[0]
+    if isinstance(value, list):
+        return tuple(value)
+    return float(value) if float in kinds and type(value) is int else value
+
+
 def _digest(settings: TrainSettings) -> str:
-    """What tells settings apart; those of a later version do not change it while they have their defaults."""
+    """Identifies settings. A setting of a later version does not change it while it has its default."""
     default = TrainSettings(neuron=settings.neuron).as_dict()
     changed = {name: value for name, value in settings.as_dict().items() if value != default[name]}
     text = json.dumps({**changed, "neuron": settings.neuron}, sort_keys=True)

@@ -3,25 +3,22 @@ standard error. Finished runs are skipped and stopped ones resume.
 """
 
 import argparse
-import contextlib
-import dataclasses
 import json
 import os
 import shlex
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from g2gnet.base.files import check_own, make_directory
-from g2gnet.base.messages import OutputError, reason, say, warn
+from g2gnet.base.files import make_directory
+from g2gnet.base.messages import OutputError, reason, say
 from g2gnet.base.version import __version__
-from g2gnet.network_settings import SettingsError, types_of
+from g2gnet.network_settings import SettingsError
 from g2gnet.programs import flags, output
 from g2gnet.programs.main import run_program
 from g2gnet.programs.sweep.engine import run
-from g2gnet.programs.sweep.grid import LOCK, LOG, Run, read_grid, runs_of
-from g2gnet.programs.sweep.results import Sweep
+from g2gnet.programs.sweep.grid import LOG, read_grid, runs_of
 from g2gnet.training import TrainingError, TrainSettings
 from g2gnet.training.checkpoints import csv_of, numbers
 from g2gnet.training.interruption import raised
@@ -34,41 +31,12 @@ examples:
 RESUME = "run the same command again to resume with the remaining runs"
 
 
-def value_of(kind: type, several: bool) -> Callable[[str], Any]:
-    """What a flag of a setting of this type, which may be ``several`` numbers, makes of a word. Other words stay text:
-    ``none`` is a value of some settings, and the rest is refused with the settings."""
-    made: Callable[[str], Any] = str if kind is bool else kind
-    if several:
-        made = flags.number_list if kind is bool else flags.whole_numbers
-
-    def read(text: str) -> Any:
-        if kind is bool and text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        with contextlib.suppress(argparse.ArgumentTypeError, ValueError):
-            return made(text)
-        return text
-
-    return read
-
-
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="g2g-sweep", description=__doc__, epilog=EXAMPLES)
-    group = parser.add_argument_group("the grid")
+    group = parser.add_argument_group("the grid: each setting of g2g-train with one value or several, spaces between")
     text = "a TOML or JSON file: settings, each with a value or a list of values; flags replace what it says"
     group.add_argument("--grid", type=flags.file_name, metavar="FILE", help=text)
-    settings = parser.add_argument_group("settings of g2g-train, each with one value or several, with spaces between")
-    for field in dataclasses.fields(TrainSettings):
-        about, kind = field.metadata, types_of(TrainSettings)[field.name][0]
-        if about["group"] is not None:
-            metavar = {bool: "true|false", str: "NAME"}.get(kind) or flags.METAVARS[kind]
-            settings.add_argument(
-                f"--{field.name}",
-                nargs="*" if kind is bool else "+",  # --standardize alone turns it on
-                type=value_of(kind, about["several"]),
-                default=field.default,
-                metavar=flags.LIST if about["several"] else metavar,
-                help=parser.in_flags(about["text"]),
-            )
+    flags.add_settings_flags(parser, sweep=True)
     group = flags.add_machine_flags(parser, results=False)
     text = "folder of the runs and the results (default: sweep)"
     group.add_argument("--folder", type=flags.file_name, default="sweep", metavar="DIR", help=text)
@@ -84,8 +52,8 @@ def build_parser() -> flags.Parser:
 def grid_from(arguments: argparse.Namespace) -> dict[str, Any]:
     """The grid of the file and the flags. Raises SettingsError if the file is unreadable, or there is no setting."""
     grid = read_grid(arguments.grid) if arguments.grid else {}
-    named = {field.name: getattr(arguments, field.name) for field in dataclasses.fields(TrainSettings)}
-    grid |= {name: values or [True] for name, values in named.items() if isinstance(values, list)}
+    given = {name: getattr(arguments, name) for name in TrainSettings().flag_values()}
+    grid |= {name: values or [True] for name, values in given.items() if isinstance(values, list)}
     if not grid:
         raise SettingsError("a sweep needs a setting; give one several values, as in `seed=1 2 3`, or a file as `grid`")
     return grid
@@ -95,18 +63,13 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     grid, folder = grid_from(arguments), Path(arguments.folder)
     runs = runs_of(grid, folder)
     files = {ending: folder / f"sweep.{ending}" for ending in ("csv", "json", "png")}
-    own_files = [file for each in runs for file in (*each.files.files(), each.folder / LOG, each.folder / LOCK)]
+    own_files = [file for each in runs for file in (*each.files.files(), each.folder / LOG)]
     output.check_json(arguments, [files["csv"], files["png"], *own_files])
-    if arguments.finished and not os.access(folder, os.W_OK):  # then the results are only shown
-        files = {}
-    try:
-        if not arguments.finished:
+    if not arguments.finished:
+        try:
             make_directory(folder)
-        for file in files.values():
-            check_own(file)
-    except OSError as error:
-        place = error.filename or folder
-        raise OutputError(f"cannot write {place} ({reason(error)}); give another --folder") from error
+        except OSError as error:
+            raise OutputError(f"cannot write {folder} ({reason(error)}); give another --folder") from error
     for file in files.values():
         output.check_output(file)
     shape = " × ".join(f"{len({each.differs[name] for each in runs})} {name}" for name in runs[0].differs)
@@ -114,46 +77,24 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     say(f"g2g {__version__} | {len(runs)} runs{f': {shape}' if shape else ''} | {done} finished | {folder}")
     machine = {name: getattr(arguments, name) for name in ("jobs", "data_dir", "device", "backend", "finished")}
     with raised(signal.SIGTERM, f"interrupted by SIGTERM; {RESUME}"):
-        try:
-            made = run(grid, folder, **machine)
-        except ImportError as error:
-            raise flags.FlagError(reason(error)) from error
+        made = run(grid, folder, **machine)
+    rows = [{**each.differs, **dict(numbers(end))} for each, end in made.ends]
     say(made.table())
-    if files:
-        _write(made, files)
-    else:
-        say(f"wrote no files: {folder} is read-only")
-    _say_reports(made, folder, arguments.data_dir)
+    output.write_output(files["csv"], csv_of(rows))
+    output.write_output(files["json"], json.dumps({"g2g": __version__, **made.as_dict()}, indent=2) + "\n")
+    output.write_file(files["png"], lambda file: made.picture().savefig(file, format="png", dpi=150))
+    say(f"wrote {', '.join(map(str, files.values()))}")
+    done = [each for each, _ in made.ends]
+    of_data = {
+        flags.run_data_flags(each.settings, arguments.data_dir, each.given.get("resnet_weights")) for each in done
+    }
+    if len(of_data) == 1:
+        ending = "*.pth" if any(each.settings.validation is None for each in done) else "*.best.pth"
+        say(f"with pictures: g2g-report {shlex.quote(str(folder))}/*/{ending}{of_data.pop()}")
     if made.failed:
         failed = "\n".join(f"{label}: {error}" for label, error in made.failed.items())
         raise TrainingError(f"{len(made.failed)} of {len(runs)} runs failed:\n{failed}")
     return made.as_dict()
-
-
-def _say_reports(made: Sweep, folder: Path, data_dir: str) -> None:
-    """Prints the command that draws the runs, one for the runs on the same data."""
-    of_data: dict[str, list[Run]] = {}
-    for each, _ in made.ends:
-        more = flags.run_data_flags(each.settings, data_dir, each.given.get("resnet_weights"))
-        of_data.setdefault(more, []).append(each)
-    for more, found in of_data.items():
-        files_of = "*.pth" if any(each.settings.validation is None for each in found) else "*.best.pth"
-        folders = [f"{shlex.quote(str(folder))}/*"] if len(of_data) == 1 else [str(each.folder) for each in found]
-        say(f"with pictures: g2g-report {' '.join(f'{each}/{files_of}' for each in folders)}{more}")
-
-
-def _write(made: Sweep, files: dict[str, Path]) -> None:
-    rows = [{**each.differs, **dict(numbers(end))} for each, end in made.ends]
-    output.write_output(files["csv"], csv_of(rows))
-    output.write_output(files["json"], json.dumps({"g2g": __version__, **made.as_dict()}, indent=2) + "\n")
-    try:
-        figure = made.picture()
-    except ImportError as error:
-        del files["png"]
-        warn(f'no picture: matplotlib is missing ({error}); pip install -e ".[plots]"')
-    else:
-        output.write_file(files["png"], lambda file: figure.savefig(file, format="png", dpi=150))
-    say(f"wrote {', '.join(map(str, files.values()))}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

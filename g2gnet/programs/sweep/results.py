@@ -1,4 +1,4 @@
-"""What a sweep reached: means and standard errors over its seeds, their table and their picture."""
+"""The results of a sweep: means and standard errors over its seeds, their table and their picture."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from g2gnet.base.optional import optional_package
 from g2gnet.base.tables import Estimate, markdown
-from g2gnet.programs.sweep.grid import Run
+from g2gnet.programs.sweep.grid import Run, in_words
 from g2gnet.training.checkpoints import numbers
 
 #: the accuracy by which rows are compared, in the runs' results and in words: where every run held images out, theirs
@@ -14,32 +14,32 @@ HELD_OUT, TESTED = ("best/val_acc", "validation accuracy"), ("test_acc", "test a
 
 
 class Row(NamedTuple):
-    """One combination of the varied settings, the seeds of its finished runs, and of each number that all of these
-    reached the mean and the standard error: a pandas DataFrame with the rows ``mean`` and ``sem`` (NaN for one run)."""
+    """One combination of the varied settings, the seeds of its finished runs, and a pandas DataFrame with the rows
+    ``mean`` and ``sem`` (NaN for one run) of each number that all of these runs have."""
 
     settings: dict[str, Any]
     seeds: list[int]
     results: Any
 
     def estimate(self, quantity: str) -> Estimate:
-        """Mean and error of a number in the runs' results, as ``"test_acc"`` or ``"best/val_acc"``."""
+        """Mean and standard error of a number in the runs' results, as ``"test_acc"`` or ``"best/val_acc"``."""
         mean, error = map(float, self.results[quantity])
         return Estimate(mean, None if math.isnan(error) else error)
 
     @property
     def label(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.settings.items())
+        return in_words(self.settings)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep reached.
+    """The results of a sweep.
 
     Attributes:
+        ends: each finished run with its results (:func:`~g2gnet.programs.sweep.engine.outcome`).
+        failed: the errors of the runs that failed, by the settings that differ.
         common: the settings of the grid with one value.
         varied: the names of those with several, without the seed.
-        ends: what each finished run reached (:func:`~g2gnet.programs.sweep.engine.outcome`), by the run.
-        failed: the errors of the runs that failed, by the settings that differ.
         rows: mean and standard error over the seeds, one per combination of the varied settings.
 
     Example:
@@ -50,17 +50,24 @@ class Sweep:
         ([1, 2], ['best', 'failed', 'rows', 'runs', 'settings'])
     """
 
-    common: dict[str, Any]
-    varied: tuple[str, ...]
     ends: list[tuple[Run, dict[str, Any]]]
     failed: dict[str, str]
+
+    @property
+    def common(self) -> dict[str, Any]:
+        run = self.ends[0][0]
+        return {name: value for name, value in run.given.items() if name not in run.differs}
+
+    @property
+    def varied(self) -> tuple[str, ...]:
+        return tuple(name for name in self.ends[0][0].differs if name != "seed")
 
     @property
     def rows(self) -> list[Row]:
         found = optional_package("pandas", "sweeps").DataFrame([dict(numbers(end)) for _, end in self.ends])
         alike: dict[tuple[Any, ...], list[int]] = {}
         for place, (run, _) in enumerate(self.ends):
-            alike.setdefault(tuple(getattr(run.settings, name) for name in self.varied), []).append(place)
+            alike.setdefault(tuple(run.given[name] for name in self.varied), []).append(place)
         return [
             Row(
                 dict(zip(self.varied, values, strict=True)),
@@ -81,8 +88,8 @@ class Sweep:
         return max(self.rows, key=lambda row: row.estimate(self.judge[0]).mean)
 
     def table(self) -> str:
-        """One line per row: settings, number of runs, means of what they reached; then the best, and by which images it
-        was chosen."""
+        """A Markdown table with one line per row: settings, number of runs, means of accuracies, weights and seconds;
+        then the best row, and the images by which it was chosen."""
         rows, held_out = self.rows, self.judge is HELD_OUT
         tests = dict([HELD_OUT, ("best/test_acc", "test accuracy")] if held_out else [TESTED])
         accuracies = {**tests, "train_acc": "training accuracy"}
@@ -104,9 +111,9 @@ class Sweep:
         return "\n".join([markdown(header, lines), *notes])
 
     def picture(self) -> Any:
-        """A matplotlib figure: the mean accuracy by which rows are compared, with its standard error. On the x axis is
-        the setting with most values, numbers first: evenly spaced, numbers in their order. Each combination of the
-        others is a line."""
+        """A matplotlib figure of the mean accuracy by which rows are compared, with its standard error. The x axis has
+        the setting with most values, evenly spaced, numbers in their order. Each combination of the others is a line.
+        """
         from matplotlib.figure import Figure  # which is optional
         from matplotlib.ticker import PercentFormatter
 
@@ -114,14 +121,15 @@ class Sweep:
 
         (quantity, accuracy), rows = self.judge, self.rows
         values = {name: list(dict.fromkeys(row.settings[name] for row in rows)) for name in self.varied}
-        across = max(values, key=lambda name: (_numeric(values[name]), len(values[name])), default="")
-        shown = values.get(across, [""])
-        shown = sorted(shown) if _numeric(shown) else shown
+        across = max(values, key=lambda name: len(values[name]), default="")
+        shown = values.get(across, [None])
+        if all(type(value) in (int, float) for value in shown):
+            shown.sort()
         lines: dict[str, list[tuple[int, float, float]]] = {}
         for row in rows:
-            label = ", ".join(f"{name} {value}" for name, value in row.settings.items() if name != across)
+            label = in_words({name: value for name, value in row.settings.items() if name != across})
             mean, error = row.estimate(quantity)
-            lines.setdefault(label, []).append((shown.index(row.settings.get(across, "")), mean, error or 0))
+            lines.setdefault(label, []).append((shown.index(row.settings.get(across)), mean, error or 0))
         figure = Figure(figsize=(7.2, 4.4), layout="constrained")
         axis = figure.subplots()
         for number, (label, points) in enumerate(lines.items()):
@@ -133,7 +141,7 @@ class Sweep:
         axis.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
         if len(lines) > 1:
             figure.legend(loc="outside lower left", ncols=2, frameon=False)
-        axis.set_title(", ".join(f"{name}={value}" for name, value in self.common.items()), fontsize=9, wrap=True)
+        axis.set_title(in_words(self.common), fontsize=9, wrap=True)
         return figure
 
     def as_dict(self) -> dict[str, Any]:
@@ -145,7 +153,3 @@ class Sweep:
         runs = [{"settings": dict(run.differs), "folder": str(run.folder), "result": end} for run, end in self.ends]
         best = {"settings": self.best.settings, "by": self.judge[0]}
         return {"settings": self.common, "rows": rows, "best": best, "runs": runs, "failed": self.failed}
-
-
-def _numeric(values: list[Any]) -> bool:
-    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)

@@ -17,9 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
-import torch
 from helpers import ROOT
 from training_runs import SMALL, assert_equal, flags_of, load, run
 
@@ -27,7 +25,7 @@ from g2g_kernels import BackendError
 from g2gnet.base.messages import OutputError
 from g2gnet.base.tables import estimate
 from g2gnet.network_settings import SettingsError
-from g2gnet.programs import sweep, train
+from g2gnet.programs import sweep
 from g2gnet.programs.sweep import engine, program
 from g2gnet.programs.sweep.grid import read_grid, runs_of
 from g2gnet.training import TrainingError
@@ -52,7 +50,7 @@ def made(tmp_path_factory, thread):
 
 
 def test_a_grid_is_every_combination_and_a_larger_one_keeps_its_folders(tmp_path):
-    grid = {"p_inter": [0.1, 0.3], "model": ("index", "mixer"), "seed": range(3), "T": 4}
+    grid = {"p_inter": [0.1, 0.3], "model": ("index", "mixer"), "seed": range(3), "T": {4}}
     runs = runs_of(grid, tmp_path)
     found = [(run.settings.seed, run.settings.p_inter, run.settings.model, run.settings.T) for run in runs]
     assert found == list(itertools.product(range(3), (0.1, 0.3), ("index", "mixer"), [4]))
@@ -66,65 +64,45 @@ def test_a_grid_is_every_combination_and_a_larger_one_keeps_its_folders(tmp_path
     assert {run.folder for run in larger if run.folder.exists()} == folders
 
 
-def test_two_folders_of_one_run_are_refused_and_so_is_one_run_of_two_values(tmp_path):
-    (run,) = runs_of(QUICK, tmp_path)
-    copy = tmp_path / f"copy-{run.folder.name.rpartition('-')[2]}"
-    for folder in (run.folder, copy):
-        folder.mkdir()
-    with pytest.raises(SettingsError, match=f"^{copy} and {run.folder} are of the same run; move all but one out of"):
-        runs_of(QUICK, tmp_path)
-    same = r"^threshold=None, seed=1 and threshold=1.0, seed=1 make the same run; leave one of them"
-    with pytest.raises(SettingsError, match=same):
-        runs_of({**QUICK, "threshold": [None, 1.0], "seed": [1, 2]}, tmp_path / "other")
-
-
-def test_what_is_wrong_with_a_grid_is_said_before_anything_is_trained(tmp_path):
-    for grid, *messages in (
-        ({"p_intr": 1}, "p_intr is not a setting; did you mean p_intra?"),
-        ({"seed": [1, 2, 1]}, "seed=1 is given twice"),
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"p_intr": 1}, "p_intr is not a setting; g2g-train --help lists them"),
         ({"seed": []}, "seed has no value"),
         ({3: 1}, "3 is not a setting"),
-        ({"seed": np.ones((2, 2), int)}, "seed=(1, 1) is given twice"),
-        ({"seed": "none"}, "seed='none' must be a whole number"),
-        ({"model": ["index", "ring"], "T": [0, 3]}, "model='ring' is unknown; choose one of", "T=0 must be"),
-        ({"model": ["dense", "index"], "sparsity_mode": "dynamic"}, "needs a sparse model"),
-    ):
-        with pytest.raises(SettingsError) as error:
-            sweep.run(grid, tmp_path / "sweep")
-        assert all(message in str(error.value) for message in messages), error
+        ({"seed": [1, 2, 1]}, "seed=1 and seed=1 make the same run; leave one of them out"),
+        ({"threshold": [None, 1.0]}, "threshold=None and threshold=1.0 make the same run; leave one of them out"),
+        ({"seed": "one"}, "seed='one' must be a whole number"),
+        ({"average": "nil"}, "average='nil' must be a whole number of at least 2"),
+        ({"lr": ["fast"]}, "lr='fast' must be a number above 0"),
+        ({"standardize": "yes"}, "standardize='yes' must be"),
+        ({"hidden_dim": ["64,"]}, "hidden_dim='64,' must be"),
+        ({"model": ["index", "ring"], "T": 3}, "model='ring' is unknown; choose one of"),
+        ({"model": ["index", "dense"], "sparsity_mode": "dynamic"}, "needs a sparse model"),
+    ],
+)
+def test_a_mistake_in_a_grid_is_named_before_anything_is_trained(tmp_path, grid, message):
+    with pytest.raises(SettingsError) as error:
+        sweep.run({**QUICK, **grid}, tmp_path / "sweep")
+    assert message in str(error.value)
     assert not (tmp_path / "sweep").exists()
 
 
-def test_values_may_be_numbers_of_numpy_and_tensors_and_none(tmp_path):
-    for values in ({0, 1}, np.arange(2), torch.arange(2), [np.int64(0), torch.tensor(1)]):
-        runs = runs_of({"seed": values, "T": np.array(3), "p_inter": torch.tensor(0.25)}, tmp_path)
-        found = [(run.settings.seed, run.settings.T, run.settings.p_inter) for run in runs]
-        assert found == [(0, 3, 0.25), (1, 3, 0.25)]
-    parse = program.build_parser().parse_args
-    grid = program.grid_from(parse(["--average", "none", "5", "--name", "none"]))
-    found = [(run.settings.average, run.settings.name) for run in runs_of(grid, tmp_path)]
-    assert found == [(None, "none"), (5, "none")]
-    for flags, message in (
-        (["--average", "nil"], r"^average='nil' must be a whole number of at least 2$"),
-        (["--lr", "fast"], r"^lr='fast' must be a number above 0$"),
-        (["--standardize", "yes"], r"^standardize='yes' must be"),
-    ):
-        with pytest.raises(SettingsError, match=message):
-            runs_of(program.grid_from(parse(flags)), tmp_path)
-    assert program.grid_from(parse(["--standardize", "True", "false"])) == {"standardize": [True, False]}
-
-
-def test_a_list_has_one_spelling_in_flags_and_one_in_files(tmp_path):
-    flags = ["--hidden_dim", "64,48", "32,32,32", "16", "--recurrent", "true", "2", "1,2"]
-    grid = program.grid_from(program.build_parser().parse_args(flags))
-    told = {"hidden_dim": [[64, 48], [32, 32, 32], 16], "recurrent": [True, [2], [1, 2]]}
-    (tmp_path / "grid.json").write_text(json.dumps(told))
+def test_text_of_flags_and_values_of_files_make_the_same_grid(tmp_path):
+    flags = "--hidden_dim 64,48 32,32,32 16 --recurrent true 2 1,2 --average none 5 --name none --p_inter 1 --lr 1e-3"
+    grid = program.grid_from(program.build_parser().parse_args(flags.split()))
+    told = {"hidden_dim": [[64, 48], [32, 32, 32], 16], "recurrent": [True, [2], [1, 2]], "average": ["none", 5]}
+    (tmp_path / "grid.json").write_text(json.dumps({**told, "name": "none", "p_inter": 1, "lr": 0.001}))
+    names = "hidden_dim", "recurrent", "average"
     for runs in (runs_of(grid, tmp_path), runs_of(read_grid(tmp_path / "grid.json"), tmp_path)):
-        found = [(run.settings.hidden_dim, run.settings.recurrent) for run in runs]
-        assert found == [*itertools.product(((64, 48), (32, 32, 32), 16), (True, (2,), (1, 2)))]
-    (one,) = runs_of({"hidden_dim": [[64, 48]]}, tmp_path)
-    parsed = train.build_parser().parse_args(["--hidden_dim", "64,48", "--recurrent"])
-    assert (one.settings.hidden_dim, parsed.hidden_dim, parsed.recurrent) == ((64, 48), (64, 48), True)
+        found = [tuple(getattr(run.settings, name) for name in names) for run in runs]
+        assert found == [*itertools.product(((64, 48), (32, 32, 32), 16), (True, (2,), (1, 2)), (None, 5))]
+        assert (runs[0].settings.name, runs[0].given["p_inter"], runs[0].settings.lr) == ("none", 1.0, 0.001)
+        assert type(runs[0].given["p_inter"]) is float
+    parse = program.build_parser().parse_args
+    (switched,) = runs_of(program.grid_from(parse(["--standardize"])), tmp_path)
+    both = runs_of(program.grid_from(parse(["--standardize", "True", "false"])), tmp_path)
+    assert [run.settings.standardize for run in (switched, *both)] == [True, True, False]
 
 
 def test_without_pandas_a_sweep_is_refused_before_anything_is_trained(tmp_path, capsys, monkeypatch):
@@ -141,13 +119,12 @@ def test_a_grid_comes_from_a_file_and_flags_replace_what_it_says(tmp_path):
     if sys.version_info >= (3, 11):
         (tmp_path / "grid.toml").write_text("seed = [1, 2]\np_inter = 1\n")
         assert read_grid(tmp_path / "grid.toml") == told
-    flags = ["--grid", str(path), "--seed", "3", "4", "--standardize", "--T", "7"]
+    flags = ["--grid", str(path), "--seed", "3", "4", "--T", "7"]
     grid = program.grid_from(program.build_parser().parse_args(flags))
-    assert grid == {"seed": [3, 4], "p_inter": 1, "standardize": [True], "T": [7]}
-    twice = '{"seed": [1, 2], "T": 3, "seed": 1}'
-    for content, message in (("[]", "holds a list, not a table of settings"), (twice, "it gives seed twice")):
+    assert grid == {"seed": ["3", "4"], "p_inter": 1, "T": ["7"]}
+    for content in ("[1]", '{"seed": ', "5", "[" * 100000):
         path.write_text(content)
-        with pytest.raises(SettingsError, match=message):
+        with pytest.raises(SettingsError, match=r"grid.json is not a table of settings \("):
             read_grid(path)
 
 
@@ -200,7 +177,7 @@ def test_values_are_evenly_spaced_and_numbers_in_their_order(tmp_path):
     for values in ([64.0, 16.0, 32.0], [0.05, 0.15, 0.3], [1e-3, 1.0], ["mixer", "index"]):
         runs = runs_of({"model" if "mixer" in values else "lr": values, "seed": 1}, tmp_path)
         ends = [(each, {"test_acc": accuracy}) for accuracy, each in enumerate(runs)]
-        axis = sweep.Sweep({}, tuple(runs[0].differs), ends, {}).picture().axes[0]
+        axis = sweep.Sweep(ends, {}).picture().axes[0]
         shown = values if "mixer" in values else sorted(values)
         assert [label.get_text() for label in axis.get_xticklabels()] == [str(value) for value in shown]
         assert list(axis.get_xticks()) == list(axis.lines[0].get_xdata()) == list(range(len(values)))
@@ -215,17 +192,15 @@ def test_a_run_with_files_that_cannot_be_used_fails_by_itself_and_the_others_go_
     sweep.run({**QUICK, "seed": [0, 1]}, tmp_path / "sweep", executor=thread)
     runs[0].files.checkpoint.unlink()
     runs[1].files.checkpoint.write_bytes(b"")
-    for each in runs[2:5]:
+    for each in runs[3:5]:
         each.folder.mkdir()
-    (runs[2].folder / ".sweep.lock").symlink_to(victim)
     (runs[3].folder / "log.txt").symlink_to(victim)
     os.mkfifo(runs[4].folder / "log.txt")
     made = sweep.run({**QUICK, "seed": range(6)}, tmp_path / "sweep", executor=thread)
-    assert [each.settings.seed for each, _ in made.ends] == [5]
+    assert [each.settings.seed for each, _ in made.ends] == [2, 5]
     expected = {
         "seed=0": "pth cannot be read (",
         "seed=1": "restore that file, or delete ",
-        "seed=2": ".sweep.lock (it is a symbolic link); move it away",
         "seed=3": "log.txt (it is a symbolic link); move it away",
         "seed=4": "log.txt (it is not a regular file); move it away",
     }
@@ -339,7 +314,7 @@ def test_a_failure_is_logged_so_that_the_program_names_its_flags(tmp_path, capsy
     assert "`" not in said
 
 
-def test_the_program_writes_a_table_csv_json_and_a_picture(made, tmp_path, capsys, monkeypatch):
+def test_the_program_writes_a_table_csv_json_and_a_picture(made, tmp_path, capsys):
     made, folder = made
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     flags = [*flags_of(QUICK), "--p_inter", "0.1", "0.3", "--seed", "1", "2", "--folder", str(tmp_path)]
@@ -356,14 +331,8 @@ def test_the_program_writes_a_table_csv_json_and_a_picture(made, tmp_path, capsy
     assert header.startswith("p_inter,seed,epoch,train_loss,")
     assert [line.split(",")[:2] for line in lines] == [["0.1", "1"], ["0.3", "1"], ["0.1", "2"], ["0.3", "2"]]
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    # what is finished is shown without being written to
-    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert program.main([*flags, "--finished"]) == 0
-    shown = capsys.readouterr().out
-    assert made.table() in shown
-    assert f"wrote no files: {tmp_path} is read-only" in shown
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == written
+    assert made.table() in capsys.readouterr().out
     for name in ("sweep.csv", f"{made.ends[0][0].folder.name}/log.txt"):
         assert program.main([*flags, "--finished", "--json", str(tmp_path / name)]) == 1
         assert f"will not replace {tmp_path / name}: it is one of the run's own files" in capsys.readouterr().err

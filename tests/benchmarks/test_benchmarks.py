@@ -336,7 +336,7 @@ def test_each_round_is_begun_by_the_next_one():
     assert in_turn(dict.fromkeys("ab", lambda: next(numbers)), 2) == {"a": [3, 4], "b": [2, 5]}
 
 
-@pytest.mark.parametrize("forked", [True, pytest.param(False, marks=pytest.mark.ci)])
+@pytest.mark.parametrize("forked", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_throughput_writes_a_record_with_its_environment(forked, tmp_path, capsys, monkeypatch):
     prepared()
     if forked:

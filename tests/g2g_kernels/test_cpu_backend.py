@@ -663,44 +663,27 @@ def test_opcheck_of_neurons(model):
         neurons_alone.BACKWARD.opcheck(Backward.of(call, [kept], [torch.ones_like(spikes), None]))
 
 
-def test_operators_refuse_what_would_read_out_of_bounds():
-    """Called directly, past the checks of the public functions, with wrong sizes and wrong indices."""
+def test_operators_refuse_indices_that_would_read_out_of_bounds():
+    """Called directly, past the checks of the public functions. (Of other tensors: ``ops/test_record.py``.)"""
     network = Network("index", 16, (3, 2))
     good = StackCall.of(Call(network.tensors["x"], tuple(network.layers(network.tensors)), 3), torch.float32)
     first, *others = good.populations
     feed = first.connections[0]
 
-    def call(x=good.x, **changes):
-        """With another x, or with changes of the first population."""
-        wrong = good._replace(x=x, populations=(changed(first, **changes), *others))
+    def call(**changes):
+        """With changes of the first population."""
+        wrong = good._replace(populations=(changed(first, **changes), *others))
         stack.FORWARD.overload(*arguments(*opened(wrong)), True)
 
     call()
+    with pytest.raises(ValueError, match="values"):
+        call(values=feed.values[:-1])
     for index, wrong in (
         ("unit_row", 1000), ("unit_col", -1), ("row_order", -5), ("row_order", 200), ("row_bounds", 7),
         ("col_order", 400), ("col_bounds", -3),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="mask"):
             call(mask=feed.mask._replace(**{index: with_one(1, wrong)(getattr(feed.mask, index))}))
-    for name, changes in (
-        ("receives", {"x": good.x[:, :50].contiguous()}),
-        ("values", {"values": feed.values[:-1].contiguous()}),
-        ("bias", {"bias": feed.bias[:5]}),
-        ("beta", {"parameters": (torch.rand(3), torch.rand(1))}),
-        ("threshold", {"parameters": (torch.rand(1), torch.rand(3))}),
-        ("float32", {"x": good.x.double()}),
-    ):
-        with pytest.raises(ValueError, match=name):
-            call(**changes)
-
-    population = Neurons("lif", (torch.tensor(0.9), torch.rand(10)), "zero", "sigmoid")
-    alone = NeuronsCall(torch.rand(12, 3, 10), population, 0)
-    spikes, _, kept = neurons_alone.FORWARD.function(alone, True)
-    for wrong in (kept[:-1].contiguous(), kept[:, :, :2].contiguous(), kept.double(), torch.empty(0)):
-        with pytest.raises(ValueError, match="kept"):
-            neurons_alone.BACKWARD(Backward.of(alone, [wrong], [spikes, None]))
-    with pytest.raises(ValueError, match="grad_spikes"):
-        neurons_alone.BACKWARD(Backward.of(alone, [kept], [spikes[..., :9].contiguous(), None]))
 
 
 # --- memory, processes, instruction sets --------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import OPTIONS, library, pointer, run, too_large
 from g2g_kernels.cpu.workspace import workspace
-from g2g_kernels.ops.neurons.call import NeuronsCall, check_backward, operators
+from g2g_kernels.ops.neurons.call import NeuronsCall, operators
 from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.ops.record import Backward
@@ -78,9 +78,6 @@ def _kept_shape(call: NeuronsCall) -> tuple[int, ...]:
 
 
 def _arguments(call: NeuronsCall, grads: Sequence[torch.Tensor | None] = ()) -> Structure:
-    for tensor in (call.current, *call.population.parameters, *(() if call.state is None else (call.state,))):
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
-            raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
     steps, samples, size = call.flat_shape
     return structures.NeuronLoop(
         neurons=neuron_arguments(call.population, grads),
@@ -106,7 +103,6 @@ def _forward(call: NeuronsCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor,
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, (kept,), (grad_spikes, grad_last), _ = given
-    check_backward(given, _kept_shape(call), torch.float32)
     if grad_spikes is None:
         grad_spikes = call.current.new_zeros(call.shape)
     grads, to = given.made(workspace.alike)

@@ -3,7 +3,7 @@ again in Triton (``g2g_kernels/triton/neuron.py``) and in C++ (``csrc/neurons.h`
 declared here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -196,11 +196,10 @@ class Neurons(NamedTuple):
     surrogate: str = SURROGATE
     alpha: float = ALPHA
 
-    def check_entries(self, size: int, of: str = "") -> None:
-        """Raises ValueError unless each parameter (``of`` some layer) has 1 entry or ``size``, one per neuron."""
+    def expected(self, size: int, of: str = "") -> Iterator[tuple[str, torch.Tensor, tuple[int, ...], torch.dtype]]:
+        """What kernels take for granted of the parameters (``of`` some population): one entry, or ``size``."""
         for name, parameter in zip(MODELS[self.model].parameters, self.parameters, strict=True):
-            if parameter.numel() not in (1, size):
-                raise ValueError(f"{name}{of} has {parameter.numel()} entries, expected 1 or {size}")
+            yield f"{name}{of}", parameter, parameter.shape if parameter.numel() == 1 else (size,), torch.float32
 
     def integrating(self) -> "Neurons":
         """The population whose membranes are those of neurons that do not spike: nothing follows from their spikes."""

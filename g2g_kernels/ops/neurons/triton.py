@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from g2g_kernels.ops.neurons.call import NeuronsCall, check_backward, operators
+from g2g_kernels.ops.neurons.call import NeuronsCall, operators
 from g2g_kernels.ops.neurons.models import MODELS, NeuronModel, Neurons
 from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton import runtime
@@ -366,7 +366,6 @@ def neurons(
 
 
 def _as_launched(call: NeuronsCall) -> NeuronsCall:
-    call.check()
     parameters = tuple(parameter.reshape(-1).to(torch.float32) for parameter in call.population.parameters)
     return call._replace(population=call.population._replace(parameters=parameters))
 
@@ -384,7 +383,6 @@ def _forward(call: NeuronsCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor,
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, (kept,), (grad_spikes, last), _ = given
-    check_backward(given, _kept_shape(call))
     to_current = torch.empty_like(call.current) if given.needed[0] else None
     to_state = None if call.state is None else torch.empty_like(call.state)
     sums = launch_backward(_as_launched(call), kept, Upstream(grad_spikes, last=last), to_current, to_state)

@@ -12,8 +12,23 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from g2g_kernels import available_backends, g2g_linear, g2g_stack, lif
-from g2g_kernels.ops.record import Differentiable, RecordOperator
+from g2g_kernels import (
+    BlockMask,
+    Connection,
+    GroupLayout,
+    Neurons,
+    Population,
+    available_backends,
+    g2g_linear,
+    g2g_stack,
+    lif,
+)
+from g2g_kernels.cpu import library
+from g2g_kernels.mask.unit_grid import MaskTensors
+from g2g_kernels.ops.g2g_stack.cpu import PackedWords
+from g2g_kernels.ops.g2g_stack.delays import Delay
+from g2g_kernels.ops.neurons import run_neurons
+from g2g_kernels.ops.record import TENSOR, Differentiable, RecordOperator, arguments, opened
 
 COMPILED = [backend for backend in available_backends() if backend != "torch"]
 
@@ -100,6 +115,74 @@ def test_where_nobody_looks_nothing_is_dispatched(backend, monkeypatch):
     assert len(called) == 6
 
 
+def every_call(patch) -> list:
+    """Each operator of the compiled CPU kernels, with a record in which each tensor that there can be is."""
+    called = []
+    for kind in (RecordOperator, Differentiable):
+
+        def noted(operator, record, direct=kind.__call__):
+            called.append((operator, record))
+            return direct(operator, record)
+
+        patch.setattr(kind, "__call__", noted)
+    draw, size, samples = seeded(0), 6, 2
+    side = GroupLayout(size, 2)
+
+    def weights(block_size: int) -> tuple:
+        mask = BlockMask.full(side, side, block_size)
+        return torch.rand(mask.num_units, *mask.unit_shape, generator=draw, requires_grad=True), mask
+
+    def of_size(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, size, generator=draw).requires_grad_()
+
+    def layer(number: int, *connections: Connection) -> Population:
+        neurons = Neurons("lif", (of_size(), of_size()))
+        dropped = torch.zeros(samples, size, dtype=torch.bool)
+        return Population(neurons, connections, dropped, of_size(1, samples), of_size(2, samples).detach())
+
+    learned = Delay(0, 2, torch.ones(size, dtype=torch.int64), of_size())
+    for block_size, feedback in ((2, False), (2, True), (1, False)):
+        feed = Connection("linear", *weights(block_size), -1, None, of_size())
+        own = Connection("linear", *weights(block_size), 0, Delay(1, 1))
+        late = Connection("linear", *weights(block_size), 0, None if block_size == 1 else learned, of_size())
+        back = [Connection("linear", *weights(block_size), 1, Delay(2, 2))] if feedback else []
+        patch.setattr(library, "LIST_COST", 0.0 if block_size == 1 else 1.0)
+        result = g2g_stack(of_size(3, samples), [layer(0, feed, own, *back), layer(1, late)], backend="cpu")
+        (result.counts.sum() + sum(state.sum() for state in result.states)).backward()
+        result.spikes[0].dense()
+    run_neurons(of_size(3, samples), Neurons("lif", (of_size(), of_size())), None, "cpu", of_size(1, samples))[
+        0
+    ].sum().backward()
+    patch.undo()
+    return called
+
+
+@pytest.mark.skipif("cpu" not in COMPILED, reason="the compiled CPU kernels are not built")
+def test_hand_made_calls_are_refused_where_a_kernel_would_read_or_write_outside(monkeypatch):
+    """Each tensor of each operator's call, made shorter or of fewer bytes."""
+    every = every_call(monkeypatch)
+    names = {operator.overload.name() for operator, _ in every}
+    kinds = ("linear", "neurons", "stack", "graph", "loop")
+    assert names == {f"g2g::{kind}_{way}" for kind in kinds for way in ("forward", "backward")} | {"g2g::unpack_spikes"}
+    for operator, record in every:
+        tensors, form = opened(record)
+        more = [True] if isinstance(operator, Differentiable) else []
+        tensors = [tensor.detach() for tensor in tensors]
+        operator.overload(*arguments(tensors, form), *more)
+        fewer_bytes = {torch.float32: torch.float16, torch.float64: torch.float32, torch.int64: torch.int32}
+        places = [part for part in form if part is TENSOR or isinstance(part, MaskTensors)]
+        for number, (tensor, place) in enumerate(zip(tensors, places, strict=True)):
+            if place is not TENSOR:  # of masks the indices are checked where a plan is built
+                continue
+            axis = tensor.dim() - (2 if isinstance(record, PackedWords) else 1)  # (of words in time there may be fewer)
+            shorter = tensor.narrow(axis, 0, tensor.shape[axis] - 1)
+            for wrong in (shorter, tensor.to(fewer_bytes.get(tensor.dtype, tensor.dtype))):
+                if wrong is not tensor:
+                    given = [*tensors[:number], wrong, *tensors[number + 1 :]]
+                    with pytest.raises(ValueError, match=r"must be|mask|receives"):
+                        operator.overload(*arguments(given, form), *more)
+
+
 WATCHED = [
     *itertools.product(available_backends(), ("relabel_", "load_state_dict")),
     *((b, "values") for b in COMPILED),
@@ -139,7 +222,10 @@ def test_saved_tensors_may_be_moved_away_in_between(backend):
         return [leaf.grad for leaf in leaves.values()]
 
     expected = gradients(lambda tensor: tensor, lambda tensor: tensor)
-    assert all(map(torch.equal, gradients(lambda tensor: tensor.clone(), lambda tensor: tensor.clone()), expected))
+    for unpack in (torch.Tensor.clone, lambda tensor: torch.stack([tensor, tensor], -1)[..., 0]):  # also with gaps
+        assert all(map(torch.equal, gradients(torch.Tensor.clone, unpack), expected))
+    with pytest.raises(RuntimeError, match="gave other sizes or dtypes back than it took"):
+        gradients(torch.Tensor.half, lambda tensor: tensor)
 
 
 class Plain(torch.Tensor):

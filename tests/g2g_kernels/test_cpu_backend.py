@@ -46,8 +46,6 @@ from g2g_kernels import (
 )  # fmt: skip
 from g2g_kernels.cpu import library, plans
 from g2g_kernels.cpu.workspace import Workspace, address_of, workspace
-from g2g_kernels.ops.g2g_linear import cpu as linear
-from g2g_kernels.ops.g2g_linear.call import LinearCall
 from g2g_kernels.ops.g2g_stack import cpu as stack
 from g2g_kernels.ops.g2g_stack.call import StackCall
 from g2g_kernels.ops.g2g_stack.population import Call
@@ -55,7 +53,7 @@ from g2g_kernels.ops.neurons import MODELS, RESETS
 from g2g_kernels.ops.neurons import cpu as neurons_alone
 from g2g_kernels.ops.neurons.call import NeuronsCall
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2g_kernels.ops.record import Backward, arguments, opened
+from g2g_kernels.ops.record import arguments, opened
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
 
@@ -626,41 +624,6 @@ def compare_lif(shape: tuple[int, ...], steps: int | None) -> None:
 
 
 # --- operators ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.ci
-def test_opcheck_of_a_stack_and_of_a_product():
-    """Of neurons of every model, one layer without a bias."""
-    network = Network("mixer", 16, (3, 2))
-    leaves = network.leaves(torch.float32)
-    layers = [of_model(layer, model) for layer, model in zip(network.layers(leaves), MODELS, strict=True)]
-    layers[1] = changed(layers[1], bias=None)
-    stack.FORWARD.opcheck(StackCall.of(Call(leaves["x"], tuple(layers), 3), torch.float32), True)
-    with torch.no_grad():
-        call = StackCall.of(Call(leaves["x"], tuple(layers), 3), torch.float32)
-        counts, rates, _, _, spikes, kept = stack.FORWARD.function(call, True)
-        stack.BACKWARD.opcheck(Backward.of(call, [spikes, kept], [counts, rates, [None] * len(layers)]))
-        stack.UNPACK.opcheck(stack.PackedWords(spikes[0], call.chain[0][0].values, call.chain[0][0].mask))
-    of_product = leaves["x"], leaves["values0"], network.masks[0].tensors(), leaves["bias0"]
-    for dtype in (torch.float32, torch.bfloat16):
-        linear.FORWARD.opcheck(LinearCall(*of_product, dtype), True)
-    with torch.no_grad():
-        call = LinearCall(*of_product, torch.float32)
-        linear.BACKWARD.opcheck(Backward.of(call, (), [torch.randn(2, 200)], (True, True, False, False)))
-
-
-@pytest.mark.ci
-@pytest.mark.parametrize("model", MODELS)
-def test_opcheck_of_neurons(model):
-    current = torch.randn(7, 3, 10, requires_grad=True)
-    *others, _ = MODELS[model].parameters
-    shared = [torch.tensor(0.5, requires_grad=True) for _ in others]
-    population = Neurons(model, (*shared, torch.rand(10, requires_grad=True)), "zero", "sigmoid")
-    call = NeuronsCall.of(current, population, None)
-    neurons_alone.FORWARD.opcheck(call, True)
-    with torch.no_grad():
-        spikes, _, kept = neurons_alone.FORWARD.function(call, True)
-        neurons_alone.BACKWARD.opcheck(Backward.of(call, [kept], [torch.ones_like(spikes), None]))
 
 
 def test_operators_refuse_indices_that_would_read_out_of_bounds():

@@ -24,11 +24,12 @@ from g2g_kernels import (
     lif,
 )
 from g2g_kernels.cpu import library
+from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.g2g_stack.cpu import PackedWords
 from g2g_kernels.ops.g2g_stack.delays import Delay
-from g2g_kernels.ops.neurons import run_neurons
-from g2g_kernels.ops.record import TENSOR, Differentiable, RecordOperator, arguments, opened
+from g2g_kernels.ops.neurons import MODELS, run_neurons
+from g2g_kernels.ops.record import TENSOR, Differentiable, RecordOperator, arguments, built, opened
 
 COMPILED = [backend for backend in available_backends() if backend != "torch"]
 
@@ -116,7 +117,8 @@ def test_where_nobody_looks_nothing_is_dispatched(backend, monkeypatch):
 
 
 def every_call(patch) -> list:
-    """Each operator of the compiled CPU kernels, with a record in which each tensor that there can be is."""
+    """Each operator of the compiled CPU kernels, with a record in which each tensor that there can be is, and what else
+    the operator takes."""
     called = []
     for kind in (RecordOperator, Differentiable):
 
@@ -135,10 +137,14 @@ def every_call(patch) -> list:
     def of_size(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, size, generator=draw).requires_grad_()
 
-    def layer(number: int, *connections: Connection) -> Population:
-        neurons = Neurons("lif", (of_size(), of_size()))
+    def neurons_of(model: str, reset: str) -> tuple[Neurons, torch.Tensor]:
+        of = MODELS[model]
+        return Neurons(model, tuple(of_size() for _ in of.parameters), reset), of_size(len(of.states), samples)
+
+    def layer(model: str, reset: str, *connections: Connection) -> Population:
+        neurons, state = neurons_of(model, reset)
         dropped = torch.zeros(samples, size, dtype=torch.bool)
-        return Population(neurons, connections, dropped, of_size(1, samples), of_size(2, samples).detach())
+        return Population(neurons, connections, dropped, state, of_size(2, samples).detach())
 
     learned = Delay(0, 2, torch.ones(size, dtype=torch.int64), of_size())
     for block_size, feedback in ((2, False), (2, True), (1, False)):
@@ -147,27 +153,36 @@ def every_call(patch) -> list:
         late = Connection("linear", *weights(block_size), 0, None if block_size == 1 else learned, of_size())
         back = [Connection("linear", *weights(block_size), 1, Delay(2, 2))] if feedback else []
         patch.setattr(library, "LIST_COST", 0.0 if block_size == 1 else 1.0)
-        result = g2g_stack(of_size(3, samples), [layer(0, feed, own, *back), layer(1, late)], backend="cpu")
+        layers = layer("adlif", "zero", feed, own, *back), layer("synaptic", "none", late)
+        result = g2g_stack(of_size(3, samples), layers, backend="cpu")
         (result.counts.sum() + sum(state.sum() for state in result.states)).backward()
         result.spikes[0].dense()
-    run_neurons(of_size(3, samples), Neurons("lif", (of_size(), of_size())), None, "cpu", of_size(1, samples))[
-        0
-    ].sum().backward()
+    for model in MODELS:
+        own, state = neurons_of(model, "subtract")
+        run_neurons(of_size(3, samples), own, None, "cpu", state)[0].sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        g2g_linear(of_size(samples), *weights(2), None, "cpu").sum().backward()
     patch.undo()
-    return called
+    detached = []
+    for operator, record in called:
+        (tensors, form), forward = opened(record), isinstance(operator, Differentiable)
+        leaves = [each.detach().requires_grad_(forward and each.requires_grad) for each in tensors]
+        detached.append((operator, built(form, leaves), [True] if forward else []))
+    return detached
 
 
-@pytest.mark.skipif("cpu" not in COMPILED, reason="the compiled CPU kernels are not built")
+needs_kernels = pytest.mark.skipif("cpu" not in COMPILED, reason="the compiled CPU kernels are not built")
+
+
+@needs_kernels
 def test_hand_made_calls_are_refused_where_a_kernel_would_read_or_write_outside(monkeypatch):
     """Each tensor of each operator's call, made shorter or of fewer bytes."""
     every = every_call(monkeypatch)
-    names = {operator.overload.name() for operator, _ in every}
+    names = {operator.overload.name() for operator, *_ in every}
     kinds = ("linear", "neurons", "stack", "graph", "loop")
     assert names == {f"g2g::{kind}_{way}" for kind in kinds for way in ("forward", "backward")} | {"g2g::unpack_spikes"}
-    for operator, record in every:
+    for operator, record, more in every:
         tensors, form = opened(record)
-        more = [True] if isinstance(operator, Differentiable) else []
-        tensors = [tensor.detach() for tensor in tensors]
         operator.overload(*arguments(tensors, form), *more)
         fewer_bytes = {torch.float32: torch.float16, torch.float64: torch.float32, torch.int64: torch.int32}
         places = [part for part in form if part is TENSOR or isinstance(part, MaskTensors)]
@@ -181,6 +196,17 @@ def test_hand_made_calls_are_refused_where_a_kernel_would_read_or_write_outside(
                     given = [*tensors[:number], wrong, *tensors[number + 1 :]]
                     with pytest.raises(ValueError, match=r"must be|mask|receives"):
                         operator.overload(*arguments(given, form), *more)
+
+
+@pytest.mark.ci
+@needs_kernels
+def test_opcheck_passes_every_operator(monkeypatch):
+    """Schemas, fakes and formulas of gradients. (What no kernel writes of what is kept is then equal, too.)"""
+    every = every_call(monkeypatch)
+    monkeypatch.setattr(workspace, "poison", True)
+    for operator, record, more in every:
+        print(operator.overload.name())
+        operator.opcheck(record, *more)
 
 
 WATCHED = [

@@ -28,7 +28,19 @@ import pytest
 import torch
 from compiled_kernels import instruction_set, loaded
 from covering import drawn_cases
-from helpers import MASK_CASES, ErrorRatios, MaskCase, as_near, changed, lif_layer, packed_randn, rms, seeded, with_one
+from helpers import (
+    MASK_CASES,
+    ErrorRatios,
+    MaskCase,
+    as_near,
+    changed,
+    lif_layer,
+    packed_randn,
+    rms,
+    seeded,
+    unread_padding,
+    with_one,
+)
 from linear_cases import backend_result, dense_result, inputs
 from stack_cases import Stack, loss
 
@@ -127,7 +139,7 @@ class Network(Stack):
             weight = (torch.rand(n, sizes[k], generator=draw) * 2 - 0.8) / mask.fan_in().clamp(min=4)[:, None] ** 0.5
             size, (span, least) = (n, (1.6, -0.3)) if per_neuron else (1, (0.4, 0.5))
             self.tensors |= {
-                f"values{k}": mask.pack(weight),
+                f"values{k}": unread_padding(mask, mask.pack(weight)),
                 f"bias{k}": torch.rand(n, generator=draw) * 0.2,
                 f"beta{k}": torch.rand(size, generator=draw) * span + least,
                 f"threshold{k}": 0.5 + 0.5 * torch.rand(size, generator=draw),

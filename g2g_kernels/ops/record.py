@@ -1,11 +1,11 @@
 """Records of tensors, and operators of ``torch.library`` that take one.
 
 A record is a NamedTuple of tensors, numbers, names, None, masks, and of records and tuples of these. Its declaration is
-the only list of its fields. The arguments of its operator, what autograd saves and the gradients that are asked for
-follow from it: :func:`opened` takes a record apart, :func:`built` puts it together again from other tensors.
+the only list of its fields; an operator's arguments, saved tensors and gradients follow from it: :func:`opened` takes a
+record apart, :func:`built` makes one of the same form from other tensors.
 
-PyTorch's dispatcher takes longer than a small network. An operator goes through it only where something may look at
-operators (:func:`g2g_kernels.tracing.is_observed`); otherwise its implementation is called, by the same autograd
+PyTorch's dispatcher takes longer than a small network. An operator goes through it only where something may observe
+operators (:func:`g2g_kernels.tracing.is_observed`); elsewhere its function is called directly, with the same autograd
 formula.
 """
 
@@ -21,10 +21,9 @@ from g2g_kernels.tracing import autocast_of, is_observed
 
 _library = torch.library.Library("g2g", "FRAGMENT")
 
-#: in a form, where a record has a tensor
+#: the place of a tensor in a form
 TENSOR = object()
-#: what a record consists of besides tensors, its parts before itself: values, masks, TENSOR, and (name, length) of each
-#: record or tuple whose parts are before it
+#: a record's structure in postfix order: values, masks, TENSOR, and (name, length) after the parts of a record
 Form = list[Any]
 #: the types of records that operators take, by name
 TYPES: dict[str, type] = {"tuple": tuple, "list": list}
@@ -33,8 +32,8 @@ _MASK = len(MaskTensors._fields)
 
 
 def opened(record: Any) -> tuple[list[Any], Form]:
-    """The tensors of a record in order, and its form. Of a mask in the operators' form it is the first index, which
-    changes whenever another does."""
+    """The tensors of a record in order, and its form. A mask is represented by its first index, which changes whenever
+    another one does."""
     tensors: list[Any] = []
     form: Form = []
     left = [record]
@@ -59,7 +58,7 @@ def opened(record: Any) -> tuple[list[Any], Form]:
 
 
 def built(form: Form, tensors: Sequence[Any]) -> Any:
-    """The record of this form with these tensors, or whatever else is in their place; masks stay."""
+    """The record of this form with these tensors, or other values in their place; masks stay."""
     given = iter(tensors)
     parts: list[Any] = []
     for part in form:
@@ -227,9 +226,9 @@ def _of_arguments(function: Callable, check: Callable[[Any], None] = lambda reco
 
 
 class Backward(NamedTuple):
-    """What a backward pass takes: the forward pass's record ``call`` and the outputs ``kept`` for it alone; ``grads``
-    of its results, contiguous, None for one that was not used, lists' tensors one by one as in ``kept``; and of which
-    tensors of ``call`` a gradient is ``needed``.
+    """What a backward pass takes: the record ``call`` of the forward pass, and the outputs ``kept`` for this one; the
+    contiguous ``grads`` of its results, None for an unused one; lists' tensors one by one in both; and which tensors of
+    ``call`` a gradient is ``needed`` for.
     """
 
     call: Any
@@ -241,18 +240,18 @@ class Backward(NamedTuple):
     def of(
         cls, call: Any, kept: Sequence[Any], grads: Sequence[Any], needed: Sequence[bool] | None = None
     ) -> "Backward":
-        """The input with these outputs and gradients, single ones or lists; None: every gradient is needed."""
+        """The record with these outputs and gradients, single ones or lists; None: every gradient is needed."""
         if needed is None:
             needed = [tensor.is_floating_point() for tensor in opened(call)[0]]
         return cls(call, tuple(_each(kept)), tuple(_each(grads)), tuple(needed))
 
     def empty(self) -> list[Any]:
-        """Uninitialised gradients as an operator returns them, None where none is needed."""
+        """Uninitialised gradients as an operator returns them, None for tensors that need none."""
         tensors, _ = opened(self.call)
         return [torch.empty_like(tensor) if need else None for tensor, need in zip(tensors, self.needed, strict=True)]
 
     def made(self, like: Callable[[Sequence[Any], Sequence[bool]], list[Any]]) -> tuple[list[Any], Any]:
-        """Gradients that ``like`` makes of the tensors of ``call``, None where none is ``needed``: as an operator
+        """Gradients that ``like`` makes for the ``needed`` tensors of ``call``, None for the others: as an operator
         returns them, and as a record of the form of ``call``."""
         tensors, form = opened(self.call)
         grads = like(tensors, self.needed)
@@ -353,7 +352,7 @@ class Differentiable(RecordOperator):
         ctx.saved_as = [(tensor.dtype, tensor.shape) for tensor in saved]
 
     def _gradients(self, ctx: Any, grads: Sequence[Any], needed: Sequence[bool]) -> list[torch.Tensor | None]:
-        """Those of the record's tensors, from those of all results, the tensors of lists one by one."""
+        """The gradients of the record's tensors from those of all results, the tensors of lists one by one."""
         if all([grad is None for grad in grads]):
             return [None] * len(needed)
         saved, form = [tensor.contiguous() for tensor in ctx.saved_tensors], ctx.form
@@ -369,7 +368,7 @@ class Differentiable(RecordOperator):
         return [grad if need else None for grad, need in zip(found, needed)]  # noqa: B905
 
     def _gradients_of_all(self, ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
-        """Those of the arguments of :meth:`_forward`, of which the first three are no tensors."""
+        """The gradients of the arguments of :meth:`_forward`; the first three are no tensors."""
         return None, None, None, *self._gradients(ctx, grads, ctx.needs_input_grad[3:])
 
     def _setup_context(self, ctx: Any, inputs: Any, output: Any) -> None:

@@ -25,14 +25,13 @@ def tiles_of(side: Side) -> int:
 
 
 def product_tiles(samples: int, width: int, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
-    """Rows and depth of a tile for units ``width`` deep, and the number of loads in flight.
+    """Rows and depth of a tile for units ``width`` deep, warps, and the number of loads in flight.
 
-    128 rows are two ``wgmma`` of 64; 64 make twice the programs for one step of a batch, and 16, the minimum of a
+    128 rows are two ``wgmma`` of 64; 64 rows make twice the programs for one step of a batch; 16, the minimum of a
     tensor core, are enough for few samples. Three stages of 16 KB of x and 8 KB of weights fit the 99 KB of consumer
-    cards. float32 samples take twice the registers: half the rows, half the depth; by parts a quarter of it. float32
-    weights alone, and units 16 deep: half the rows. ``ieee`` products run on the ordinary cores, with fully unrolled
-    loops: a depth of 16. The three parts of a tile of weights are shared by 128 rows and two sums by 8 warps: for 64
-    rows L2 would be too slow. With these numbers no kernel uses the stack (``benchmarks/results/aot.md``).
+    cards. float32 samples take twice the registers: half the rows and depth, in parts a quarter of the depth. ``ieee``
+    loops are fully unrolled: a depth of 16. In parts, 128 rows share a tile of weights, and 8 warps two sums: with 64
+    rows L2 would be too slow. No kernel then uses the stack (``benchmarks/results/aot.md``).
     """
     wide = (precision == "parts" or torch.float32 not in (x, products)) and samples > 1024
     block_m = 16 if samples <= 32 else 128 if wide and width > 16 else 64
@@ -77,12 +76,12 @@ _PROGRAMS = 528
 
 
 def weight_gradient_tiles(width: int, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
-    """The number of units ``width`` wide that share a tile of dy, of samples per step, and of loads in flight.
+    """The number of units ``width`` wide that share a tile of dy, of samples per step, of samples in a chain of sums
+    (0: one chain is as good as several), of warps, and of loads in flight.
 
     128 columns of x: with 256, most rows of the default mask (8 or 9 units of 64) would leave a last group almost
-    empty. 64 samples per step are four ``wgmma`` deep. In float32 half of both, and for floats by parts a quarter of
-    the samples; spikes beside parts are narrow enough for all 128 columns. Beside spikes, float32 sums take 8 warps:
-    with 4 they spill on the ordinary cores of sm_89. CHAIN is 0 where one chain is as good as several.
+    empty. 64 samples per step are four ``wgmma`` deep. In float32 half of both, in parts a quarter of the samples;
+    spikes times parts have room for all 128 columns, but take 8 warps: with 4 they spill on sm_89.
     """
     floats = torch.float32 in (x, products)
     by_parts, spikes = precision == "parts", x == torch.uint8

@@ -14,8 +14,7 @@ from g2g_kernels.tracing import replaced
 
 class NeuronsCall(NamedTuple):
     """What the forward pass takes: a contiguous ``current`` [T, ..., N], or [..., N] held for ``steps`` steps
-    (otherwise 0); the neurons; and the states before the first step, contiguous float32 [states, ..., N], or None for
-    zeros.
+    (otherwise 0); the neurons; and the states before the first step, float32 [states, ..., N], or None for zeros.
     """
 
     current: torch.Tensor

@@ -22,13 +22,13 @@ OPTIONS.update({"resets": RESETS, "surrogates": SURROGATES, "models": MODELS})
 for _name, _model in MODELS.items():
     OPTIONS.update({f"{_name}.{kind}": getattr(_model, kind) for kind in ("states", "parameters", "decays")})
 
-#: steps from the states that are kept to the next (g2g_kernels/csrc/PERFORMANCE.md, LIF alone)
+#: steps between states that are kept (g2g_kernels/csrc/PERFORMANCE.md, LIF alone)
 EVERY = 5
 
 
 @functools.lru_cache(1024)
 def _options(model: str, reset: str, surrogate: str, alpha: float, entries: tuple[int, ...]) -> Structure:
-    """A population's options, without its parameters, which have so many ``entries``."""
+    """A population's options without its parameters, whose numbers of elements are ``entries``."""
     numbers = list(MODELS).index(model), RESETS.index(reset), list(SURROGATES).index(surrogate)
     options = structures.Neurons(**dict(zip(("model", "reset", "surrogate"), numbers, strict=True)), alpha=alpha)
     for parameter, count in zip(options.parameters, entries):  # noqa: B905  # of the models with the most
@@ -37,7 +37,7 @@ def _options(model: str, reset: str, surrogate: str, alpha: float, entries: tupl
 
 
 def neuron_arguments(population: Neurons, grads: Sequence[torch.Tensor | None] = ()) -> Structure:
-    """A population of neurons, and where the gradients of its parameters go, if they are wanted."""
+    """A population of neurons, and the addresses of the gradients of its parameters, if wanted."""
     model, parameters, reset, surrogate, alpha = population
     entries = tuple(map(torch.Tensor.numel, parameters))
     arguments = structures.Neurons.from_buffer_copy(_options(model, reset, surrogate, alpha, entries))

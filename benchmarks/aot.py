@@ -157,16 +157,10 @@ class Source:
 
 
 class Driver:
-    """Answers what Triton asks of the driver of a GPU that is not there, and does nothing in the place of a launch."""
-
-    launch_cooperative_grid = False
+    """Answers what Triton asks of the driver of a GPU that is not there, to compile for it."""
 
     def __init__(self, target: Target) -> None:
         self.target, self.utils = target, self
-        self.launcher_cls = lambda source, metadata: self
-
-    def __call__(self, *_: Any) -> None:
-        """A launch."""
 
     def get_current_device(self) -> str:
         return self.target.name
@@ -186,17 +180,10 @@ class Driver:
         limits = {"max_shared_mem": self.target.shared, "max_num_regs": self.target.registers_of_sm}
         return {**limits, "multiprocessor_count": 132, "warpSize": self.target.warp}
 
-    def load_binary(self, *_: Any) -> tuple[int, ...]:
-        return 1, 1, 64, 0, 1024  # module, function, registers, stack, most threads
-
-    def unload_module(self, module: int) -> None:
-        pass
-
 
 def source_of(launch: Launch, target: Target) -> Source:
-    """What a launch on ``target`` compiles: Triton prepares it as it does there, in each version by its own rules.
-
-    From then on this process launches for ``target``, which it does not have: it can compile and no more.
+    """What a launch on ``target`` compiles, prepared by the rules of this version of Triton. From then on this process
+    can compile for ``target``, and launch nothing.
     """
     from triton.runtime import driver
 

@@ -3,9 +3,8 @@
 CPU time of one thread, at sizes that leave little but Python and dispatch. ``tiny`` has 32-64-64-16 neurons, T = 5 and
 B = 4; ``plain loop`` is the same network with dense layers, a loop over time in plain PyTorch. ``default`` has the
 layers and options of the default network, and launches its kernels, at 112-256-256-10 neurons, T = B = 2 and units of
-16. Backend ``triton`` records its launches instead of running them, so it needs no GPU. Triton's own launcher is not in
-its time; ``--launcher`` measures that too, up to its call of the driver. Cases take turns. The least time is the one to
-compare, since other programs share the machine.
+16. Backend ``triton`` records its launches instead of running them, so it needs no GPU; the time of Triton's own
+launcher is not included. Cases take turns. Compare the least times, since other programs share the machine.
 """
 
 import argparse
@@ -27,10 +26,8 @@ from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.triton import runtime
 from g2gnet import LIF, G2GLinear, G2GNet, SpikingNetwork, SpikingStack
 from g2gnet.base.tables import markdown
-from g2gnet.programs.flags import Parser
 
 from . import cli
-from .aot import TARGETS, Driver
 from .contender import ATan, autocast
 from .harness import in_turn
 from .report import seconds
@@ -149,9 +146,7 @@ def free_launches() -> Iterator[list[runtime.Launch]]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Times all cases in turn; raises ValueError for the launcher of the interpreter, which has none."""
-    if arguments.launcher and runtime.interpreted():
-        raise ValueError("launcher: TRITON_INTERPRET is set, and the interpreter has none; unset it")
+    """Times all cases in turn."""
     contenders = {str(case): Contender(case) for case in CASES}
     with cli.bar((arguments.warm_up + arguments.turns) * len(CASES)) as bar:
         works = {name: contender.turn for name, contender in contenders.items()}
@@ -160,26 +155,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, contender in contenders.items():
         steps = list(itertools.chain(*turns[name]))
         runs += [_row(contender.case, part, [step[part] for step in steps]) for part in steps[0]]
-    if arguments.launcher:
-        taken = _launcher(contender.launches, arguments.turns)
-        runs.append(_row(contender.case, "launcher", taken) | {"launches": len(contender.launches)})
     return {"turns": arguments.turns, "turn": TURN, "runs": runs}
-
-
-def _launcher(launches: Sequence[runtime.Launch], repeats: int) -> list[float]:
-    """Seconds of CPU time that Triton's launcher takes for all ``launches``, up to the call of the driver, ``repeats``
-    times; their kernels are compiled first. Each counts with its least time among ten, as it takes microseconds."""
-    from triton.runtime import driver
-
-    def once(launch: runtime.Launch) -> float:
-        start = time.process_time()
-        launch.kernel[launch.grid](**launch.arguments)
-        return time.process_time() - start
-
-    with mock.patch.object(driver, "_active", Driver(TARGETS["sm_90"])):
-        for launch in launches:
-            once(launch)
-        return [sum(min(once(launch) for _ in range(10)) for launch in launches) for _ in range(repeats)]
 
 
 def _row(case: Case, part: str, taken: Sequence[float]) -> dict[str, Any]:
@@ -197,16 +173,10 @@ def table(record: dict[str, Any]) -> str:
     return markdown(["least (median)", *parts], rows)
 
 
-def add_flags(parser: Parser) -> None:
-    text = "time Triton's launcher, too; compiles the kernels of a step for an H100 (a minute)"
-    parser.add_argument("--launcher", action="store_true", help=text)
-
-
 PROGRAM = cli.Program(
-    "host_time", __doc__, "half a minute on a core, with --launcher two minutes", measure, table,
+    "host_time", __doc__, "half a minute on a core", measure, table,
     {"turns": (50, f"timed turns of {TURN} steps"), "warm_up": (5, "turns before them")},
     {"turns": 10},
-    add_flags,
     threads=1,
 )  # fmt: skip
 main = PROGRAM.main

@@ -1,24 +1,24 @@
-"""Arguments that are one of a few values, and the one check of each: flags and names."""
+"""Arguments with few possible values, flags and names, and the one check of each."""
 
 import reprlib
 from collections.abc import Iterable
 from typing import Any
 
-#: of a value that is no known name, perhaps a long path: both of its ends
+#: shows both ends of an unknown value, which may be a long path
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = 60
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """``value``, if it is True or False; else ValueError, as for ``"no"``, which counts as true."""
+    """``value`` if it is True or False; else ValueError, also for ``"no"``, which Python counts as true."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r:.40} must be True or False")
     return value
 
 
 def check_choice(name: str, value: Any, known: Iterable[str], more: str = "", of: str = "") -> Any:
-    """``value``; raises ValueError unless it is one of the ``known`` names. ``more``: what else could be given; ``of``:
-    whose argument it is, after its value."""
+    """``value``; raises ValueError unless it is one of the ``known`` names. ``more`` says what else could be given,
+    ``of`` whose argument it is."""
     known = list(known)
     if value not in known:
         raise ValueError(unknown(name, value, known, more, of))
@@ -26,5 +26,5 @@ def check_choice(name: str, value: Any, known: Iterable[str], more: str = "", of
 
 
 def unknown(name: str, value: Any, known: Iterable[str], more: str = "", of: str = "") -> str:
-    """What to say of a value that is not known."""
+    """The message about an unknown value."""
     return f"{name}={_SHORT.repr(value)}{of} is unknown; choose one of {', '.join(known)}{more and ', or '}{more}"

@@ -1,4 +1,4 @@
-"""Which device to run on: DirectML, then CUDA, then the CPU; others only when named."""
+"""Which device to run on: DirectML, then CUDA, then the CPU; others only by name."""
 
 import importlib
 
@@ -27,8 +27,8 @@ def _devices(kind: str) -> int:
 def select_device(name: str = "auto") -> torch.device:
     """The device called ``name``, or for ``"auto"`` the first available of DirectML, CUDA and CPU.
 
-    Apple's ``"mps"`` and Intel's ``"xpu"`` have no g2g kernels and run on plain PyTorch operations. The compiled CPU
-    kernels are the better choice, so these are used only when named.
+    Apple's ``"mps"`` and Intel's ``"xpu"`` run on plain PyTorch operations, so the compiled CPU kernels are faster:
+    these devices are used only by name.
 
     Raises:
         ValueError: for an unknown name or a device missing on this machine, with the remedy.

@@ -37,8 +37,8 @@ from g2g_kernels.ops.neurons.models import RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.triton import runtime
 
-#: the largest root-mean-square error relative to the reference, in either precision
-ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 3e-2}
+#: the largest root-mean-square error relative to the reference, by precision
+ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 #: outputs of whole numbers, which must be equal
 EXACT = ("spikes", "counts")
 
@@ -102,7 +102,7 @@ def checks() -> Iterator[Check]:
         """Random multiples of ``unit``, from ``least`` to ``most`` times it."""
         return torch.randint(least, most + 1, shape, generator=generator).double() * unit
 
-    for block_size, kind in ((1, "interleaved"), (16, "random"), (32, "interleaved"), (64, "index"), (64, "random")):
+    for block_size, kind in ((1, "interleaved"), (16, "index"), (32, "interleaved"), (64, "index"), (64, "random")):
         layouts = GroupLayout(SIZE, GROUPS, kind, draw), GroupLayout(SIZE, GROUPS, "index")
         mask = BlockMask.sample(*layouts, 1.0, 0.2, block_size, draw)
         values, bias = multiples(0.25, -1, 1, mask.num_units, *mask.unit_shape), multiples(0.25, -1, 2, SIZE)
@@ -233,7 +233,7 @@ def examine(device: torch.device) -> Iterator[tuple[str, list[str]]]:
     by_operator: dict[str, list[Check]] = {}
     for check in checks():
         by_operator.setdefault(check.operator, []).append(check)
-    precisions = [dtype for dtype in ALLOWED if dtype == torch.float32 or device.type in ("cpu", "cuda")]  # autocast
+    precisions = [torch.float32, *([torch.bfloat16] if device.type in ("cpu", "cuda") else [])]  # those have autocast
     for backend in available_backends():
         if BACKENDS[backend].device_type in (None, device.type) and not BACKENDS[backend].only_by_name():
             for cases, dtype in itertools.product(by_operator.values(), precisions):
@@ -247,7 +247,8 @@ CHECKED = {"neurons": tuple(MODELS), "g2g_stack": ("g2g_stack", "fused stack", "
 
 def first_finding(operator: str, device: torch.device) -> str:
     """The first thing that is wrong with the Triton kernels of an operator, or ""."""
-    precisions = ALLOWED if device.type == "cuda" else (torch.float32,)  # all that the interpreter computes
+    # the interpreter's products of bfloat16 are wrong; layers are fused in 16 bits alone
+    precisions = torch.float32, torch.bfloat16 if device.type == "cuda" else torch.float16
     for check in checks():
         if check.operator in CHECKED.get(operator, (operator,)):
             for dtype in precisions:

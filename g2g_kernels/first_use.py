@@ -1,10 +1,14 @@
 """Checks Triton kernels where they are first used: they are the default on GPUs, and nobody has run them on most cards.
 
 Before the first call of an operator on a kind of card, with these versions and sources, the doctor's comparison with
-plain PyTorch runs. What it finds is kept in the user's cache folder (``$XDG_CACHE_HOME/g2g/checks``). An operator whose
-kernels fail is refused, as any call that a backend cannot serve, and a warning says what to report. ``G2G_CHECK=0``
-skips all this; ``G2G_CHECK=1`` checks in Triton's interpreter, too. While calls are traced or captured no check runs,
-but a finding that is known counts.
+plain PyTorch runs. What it finds is kept in the user's cache folder (``$XDG_CACHE_HOME/g2g/checks``); processes that
+start together each check, and each finding replaces the file as a whole. An operator whose kernels fail is refused, as
+any call that a backend cannot serve, and a warning says what to report. ``G2G_CHECK=0`` skips all this; ``G2G_CHECK=1``
+checks in Triton's interpreter, too.
+
+While calls are traced, or captured into a CUDA graph, no check runs, since its own launches would be recorded and its
+copies to the host would end the capture: kernels that nothing is known of are used, and the next call outside checks
+them. A finding that is known counts there, too.
 """
 
 import functools

@@ -1,5 +1,5 @@
-"""Kinds of numbers, and the one check of each: of arguments, of settings and of what files hold. C would cut whole
-numbers off in silence, and make large ones of floating point infinite and small ones 0."""
+"""Kinds of numbers, and the one check of each: of arguments, settings and the content of files. C would silently cut
+whole numbers off, and make large floating-point numbers infinite and small ones 0."""
 
 import math
 import numbers
@@ -15,7 +15,7 @@ FLOAT32 = (torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max)
 
 
 def share_of(share: float, count: int) -> int:
-    """⌊share · count⌋, where a product that is whole but for its rounding is whole: 0.57 of 4,700 are 2,679.
+    """⌊share · count⌋ without the rounding of the product: 0.57 of 4,700 are 2,679.
 
     Example:
         >>> share_of(0.57, 4700), int(0.57 * 4700)
@@ -30,7 +30,7 @@ class Number(NamedTuple):
     Attributes:
         low, high: its range.
         open_low, open_high: whether that excludes them.
-        whole: whether it is whole, and fits an int64. Others fit a float32, which none of them makes infinite, nor 0
+        whole: whether it is whole and fits an int64. Other numbers fit a float32: there they are finite, and not 0
             where 0 is excluded.
     """
 
@@ -61,7 +61,7 @@ class Number(NamedTuple):
 
     def refuses(self, value: Any) -> str | None:
         """What must be given instead of ``value``, in words; None if it is of this kind."""
-        if isinstance(value, torch.SymInt):  # of a program with dynamic shapes, which stands for an int
+        if isinstance(value, torch.SymInt):  # stands for an int in a program with dynamic shapes
             return None
         value = self._number(value)
         if value is None or not self._holds(value):
@@ -77,7 +77,7 @@ class Number(NamedTuple):
 
     def _number(self, value: Any) -> Any:
         """``value``, as an int if it is whole (of Python or NumPy, or a tensor); None if it is no such number."""
-        if type(value) is int:  # first: what stands for one in torch.compile of PyTorch 2.6 cannot be asked for a dtype
+        if type(value) is int:  # first: its stand-in under torch.compile of PyTorch 2.6 cannot be asked for a dtype
             return value
         if isinstance(value, bool) or getattr(value, "dtype", None) in (bool, torch.bool):
             return None
@@ -100,9 +100,9 @@ class Number(NamedTuple):
         return value if isinstance(value, torch.SymInt) else self._number(value)
 
 
-#: how many there are of something
+#: a number of things
 COUNT = Number(1, whole=True)
-#: how many neurons, whose numbers are 32 bits wide in masks and kernels
+#: a number of neurons, which masks and kernels hold in 32 bits
 SIZE = Number(1, INT32[1], whole=True)
 PROBABILITY = Number(0, 1)
 #: the sharpness α of a surrogate; the kernels multiply it by π/2

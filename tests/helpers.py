@@ -140,6 +140,11 @@ def packed_randn(mask: BlockMask, seed: int, dtype: torch.dtype = torch.float32)
     return (values / max(1.0, mask.density * mask.shape[1]) ** 0.5).to(dtype)
 
 
+def unread_padding(mask: BlockMask, values: torch.Tensor) -> torch.Tensor:
+    """The values with NaN in the padding, which nothing may read."""
+    return values.masked_fill(~mask.valid(), torch.nan)
+
+
 def row_with(mask: BlockMask, **changes: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     """The row that describes a mask, with some parts changed by functions and with the right checksums."""
     parts = {"block_size": mask.block_size, "out_group_of": mask.rows.layout.group_of.clone()}

@@ -1,7 +1,7 @@
 """Inputs of g2g_linear, and its results by formula and by backend."""
 
 import torch
-from helpers import ErrorRatios, dense_by_loop, device_of, packed_randn, rms, seeded
+from helpers import ErrorRatios, dense_by_loop, device_of, packed_randn, rms, seeded, unread_padding
 
 from g2g_kernels import BlockMask, GroupLayout, g2g_linear
 
@@ -9,7 +9,7 @@ from g2g_kernels import BlockMask, GroupLayout, g2g_linear
 def inputs(mask: BlockMask, *batch: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x [*batch, in], packed values and a bias, float32."""
     x = torch.randn(*batch, mask.shape[1], generator=seeded(1))
-    return x, packed_randn(mask, 2), torch.randn(mask.shape[0], generator=seeded(3))
+    return x, unread_padding(mask, packed_randn(mask, 2)), torch.randn(mask.shape[0], generator=seeded(3))
 
 
 def dense_result(mask: BlockMask, x, values, bias, grad_output) -> dict[str, torch.Tensor]:

@@ -31,7 +31,6 @@ FUNCTIONS = {
     "g2g_interface": ("", "text"),
     "g2g_plan_new": ("Side* Side* const* const* number", "plan"),
     "g2g_plan_matches": ("plan const* const* const* const* const* const*", "int"),
-    "g2g_plan_row_blocks": ("plan", "int"),
     "g2g_plans_aligned": ("plan plan", "int"),
     "g2g_unpack": ("plan const* number number number *", "int"),
     **{f"g2g_{name}": (f"{kind}* number scratch", "long")

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from helpers import MaskCase, device_of, lif_by_autograd, lif_layer, packed_randn, rms, seeded
+from helpers import MaskCase, device_of, lif_by_autograd, lif_layer, packed_randn, rms, seeded, unread_padding
 
 from g2g_kernels import Population, g2g_stack
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -57,7 +57,7 @@ class Stack:
         shape = (batch, cases[0].in_size) if steps else (T, batch, cases[0].in_size)
         self.tensors = {"x": torch.rand(shape, generator=draw) * 2}
         for number, mask in enumerate(self.masks):
-            self.tensors[f"values{number}"] = packed_randn(mask, seed + 10 + number) * 2
+            self.tensors[f"values{number}"] = unread_padding(mask, packed_randn(mask, seed + 10 + number) * 2)
             if bias:
                 self.tensors[f"bias{number}"] = torch.rand(mask.shape[0], generator=draw) * 0.3 + 0.1
             of_neurons = mask.shape[0] if per_neuron else 1

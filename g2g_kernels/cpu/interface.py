@@ -1,6 +1,6 @@
 """The structures of the C interface as ctypes structures, made from their only list, ``csrc/structures.h``, and filled
-by name, ``structures.Layer(plan=…)``; other fields are 0 or null. Unknown names are refused, and numbers that a field's
-C type cannot hold, which ctypes would cut off in silence.
+by name, ``structures.Layer(plan=…)``; other fields are 0 or null. Unknown names are refused, as are numbers that a
+field's C type cannot hold, which ctypes would silently cut off.
 """
 
 import math
@@ -17,7 +17,7 @@ _RANGES: dict[Any, tuple[float, float]] = {c_int32: INT32, c_int64: INT64, c_flo
 
 
 class _NumberField(property):
-    """A ``field`` of a structure that refuses what its C type cannot hold."""
+    """A ``field`` of a structure that refuses numbers that its C type cannot hold."""
 
     def __init__(self, name: str, field: Any, kind: type) -> None:
         self.field, (low, high) = field, _RANGES[kind]
@@ -49,7 +49,7 @@ def fields(text: str) -> dict[str, dict[str, str]]:
 
 
 def lengths(text: str) -> dict[str, int]:
-    """The constants declared in a text, which are lengths of arrays."""
+    """The constants declared in a text: lengths of arrays."""
     return {name: int(value) for name, value in re.findall(r"constexpr int (\w+) = (\d+);", text)}
 
 

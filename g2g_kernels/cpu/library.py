@@ -1,5 +1,5 @@
-"""Finds, loads and calls the compiled CPU kernels. A library is refused whose structures and options are not those of
-``interface.py``.
+"""Finds, loads and calls the compiled CPU kernels. A library with other structures and options than ``interface.py``
+is refused.
 
 Environment: ``G2G_CPU_LIBRARY`` names another build of the library (a sanitizer build, say); ``G2G_CPU_ISA`` selects an
 instruction set (``baseline``, ``avx2``, ``avx512``, ``avx512_bf16``) instead of the CPU's best.
@@ -29,31 +29,31 @@ ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 #: the names of the options of neurons, which both sides number in their order (``g2g_kernels.ops.neurons.cpu``)
 OPTIONS: dict[str, Iterable[str]] = {}
 
-#: what a kernel answers, instead of the size of its scratch memory, to sizes and options that it cannot number
+#: a kernel's answers to sizes and options that it cannot number, in place of the size of its scratch memory
 TOO_LARGE, UNKNOWN_OPTION = -2, -3
 
-#: Inputs of ``g2g_linear`` that are spikes more often than this are multiplied by the matrix kernels (in float32, under
-#: bfloat16): where the two take equally long (csrc/PERFORMANCE.md). Weight gradients are summed in float32 anyway.
+#: Inputs of ``g2g_linear`` with a larger share of spikes are multiplied by the matrix kernels (False: in float32, True:
+#: under bfloat16); there both take equally long (csrc/PERFORMANCE.md). Weight gradients are summed in float32 anyway.
 EVENT_LIMIT_FORWARD = {False: 0.5, True: 0.28}
 EVENT_LIMIT_BACKWARD = {False: 0.5, True: 0.5}
-#: Cost of events in a stack, relative to what the kernels assume (``event_cycles`` in ``csrc/stack.h``): spikes are
-#: multiplied by events where they cost less than matrix kernels. 0: always, infinity: never.
+# Factors on the costs that the kernels assume for their ways to multiply (``csrc/stack.h``); 0: always that way,
+# infinity: never.
+#: spikes by events (``event_cycles``)
 EVENT_COST = 1.0
-#: The same for products with vectors over the batch (``by_batch`` there): layers with units below 16 take them where
-#: they cost less than events and matrix kernels.
+#: spikes with vectors over the batch, in layers with units below 16 (``by_batch``)
 BATCH_COST = 1.0
-#: The same for products by sums of subsets (``by_subsets`` there), which layers with units of 16 and 32 take.
+#: spikes by sums of subsets, in layers with units of 16 and 32 (``by_subsets``)
 SUBSET_COST = 1.0
-#: The same for input gradients where the layer below needs them (``by_need`` there).
+#: input gradients where the layer below needs them (``by_need``)
 NEEDED_COST = 1.0
-#: The same for weights in lists (``g2g_kernels.cpu.plans.in_lists``).
+#: weights in lists (``g2g_kernels.cpu.plans.in_lists``)
 LIST_COST = 1.0
 #: Share of a call that may be spent waiting for PyTorch's threads before some calls run on others (``csrc/pool.h``).
 MOST_WAITING = 0.1
 
 
 def too_large(**counts: int) -> str | None:
-    """Why a call with these counts, of 32 bits, cannot be served, or None: traced, it is checked as it runs."""
+    """Why a call with these counts, of 32 bits, cannot be served, or None. Traced calls are checked when they run."""
     for name, count in {} if torch.compiler.is_compiling() else counts.items():
         if count > INT32[1]:
             return f"serves at most {INT32[1]} {name}, not {count}"
@@ -61,7 +61,7 @@ def too_large(**counts: int) -> str | None:
 
 
 class _Int32:
-    """An int32 argument of a function, refused as a field is."""
+    """An int32 argument of a function, checked as fields are."""
 
     @classmethod
     def from_param(cls, value: int) -> c_int32:
@@ -71,7 +71,7 @@ class _Int32:
 
 
 def _table(text: str, options: Mapping[str, str]) -> dict[str, str]:
-    """What both sides must agree on, by name."""
+    """Everything that both sides must agree on, by name."""
     table = {
         f"{structure}.{field}": f"field {place}, {kind}"
         for structure, types in fields(text).items()
@@ -118,7 +118,6 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
         "g2g_plan_new": (c_void_p, [*[c_void_p] * 4, _Int32]),
         "g2g_plan_free": (None, [c_void_p]),
         "g2g_plan_matches": (c_int32, [c_void_p] * 7),
-        "g2g_plan_row_blocks": (c_int32, [c_void_p]),
         "g2g_plans_aligned": (c_int32, [c_void_p] * 2),
         "g2g_plans_same_rows": (c_int32, [c_void_p] * 2),
         "g2g_lists_new": (c_void_p, [*[c_void_p] * 4, _Int32, _Int32, _Int32]),
@@ -144,8 +143,8 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
 @functools.cache
 def openmp() -> int | None:
     """The address of ``GOMP_parallel`` in PyTorch's OpenMP runtime (GNU's or LLVM's), or None. The kernels run on its
-    threads: a second set would wait for the cores on which PyTorch's spin."""
-    try:  # looks only through what PyTorch is linked with, and loads nothing
+    threads: other threads would wait for the cores on which PyTorch's spin."""
+    try:  # searches only what PyTorch is linked with, and loads nothing
         return ctypes.cast(ctypes.CDLL(torch._C.__file__).GOMP_parallel, c_void_p).value
     except (OSError, AttributeError):
         logger.debug("PyTorch has no OpenMP runtime, so the compiled CPU kernels start threads of their own")
@@ -172,7 +171,7 @@ def instruction_set() -> str:
 
 
 def run(kernel: Callable[..., int], arguments: Structure, backward: bool = False) -> None:
-    """Calls a pass of a kernel. Raises ValueError for what it cannot number, MemoryError without scratch memory."""
+    """Calls a pass of a kernel. Raises ValueError for what it cannot number, MemoryError if memory is short."""
     address = ctypes.addressof(arguments)
     size = kernel(address, backward, None)
     if size < 0:
@@ -192,7 +191,7 @@ def run(kernel: Callable[..., int], arguments: Structure, backward: bool = False
 
 
 def _failure(answer: int) -> Exception:
-    """What a kernel's answer below 0 says."""
+    """The error that a negative answer of a kernel means."""
     if answer == TOO_LARGE:
         return ValueError(
             "the compiled CPU kernels number the neurons of a layer times the time steps in 32 bits, and these are "

@@ -1,8 +1,8 @@
 """Pooled workspaces: fresh pages cost a CPU as much as the arithmetic on them. A tensor from here is in an anonymous
-memory map, which returns to the pool with the last tensor over it, and serves a later request of about its size.
+memory map, which returns to the pool with the last tensor on it, and serves a later request of about its size.
 
-The garbage collector may free a tensor at any instant, also inside the pool and while its lock is held. A finalizer
-therefore takes no lock: it appends the map to a queue, which the next request empties.
+The garbage collector may free a tensor at any time, also while the pool's lock is held. A finalizer therefore takes no
+lock: it appends the map to a queue, which the next request empties.
 """
 
 import collections
@@ -49,7 +49,7 @@ class Workspace:
         return tensor
 
     def borrow(self, size: int) -> mmap.mmap:
-        """A map of ``size`` uninitialised bytes, perhaps a far larger one, until it is given back."""
+        """A map of at least ``size`` uninitialised bytes, until it is given back."""
         memory = self._take(size, briefly=True)
         if self.poison:
             ctypes.memset(address_of(memory), 0xFF, size)
@@ -85,7 +85,7 @@ class Workspace:
         return made
 
     def exactly(self, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
-        """As :meth:`each`, for those of many that are kept for long: up to a few maps' size they take no whole map."""
+        """As :meth:`each`, for many tensors that are kept for long: up to a few maps' size they take no whole map."""
         made = []
         for shape in shapes:
             if math.prod(shape) * dtype.itemsize >= 4 * PAGE:
@@ -95,12 +95,6 @@ class Workspace:
             poisoned = self.poison and tensor.numel()
             made.append(tensor.view(torch.uint8).fill_(0xFF).view(dtype) if poisoned else tensor)
         return made
-
-    def clear(self) -> None:
-        """Returns unused memory to the system."""
-        with self._lock:
-            self._collect()
-            self._free.clear()
 
     def _take(self, size: int, briefly: bool = False) -> mmap.mmap:
         length = -(-size // PAGE) * PAGE

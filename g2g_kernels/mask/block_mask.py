@@ -31,16 +31,17 @@ class BlockMask(UnitGrid):
 
     The mask is an ``nn.Module``, so it moves, copies, pickles and saves with the layer that owns it. Its one buffer,
     and all of its ``state_dict``, is ``wiring``, which describes the mask in floats (``mask/wiring.py``). The mask
-    writes that buffer and never reads it; what arrives there is for its owner to find (as ``g2gnet`` does).
+    writes that buffer and never reads it; its owner reads what arrives there (as ``g2gnet`` does).
 
-    It is made of the groups of the output and input neurons, the coordinates of each slot's unit, integer [num_units],
-    and ``block_size``, the longest side of a unit in weights.
+    Args:
+        out_layout, in_layout: the groups of the output and input neurons.
+        unit_row, unit_col: the coordinates of each slot's unit, integer [num_units].
+        block_size: the longest side of a unit, in weights.
 
     Attributes:
         rows, cols: :class:`UnitAxis` of the output and the input side.
-        changes: another object whenever units change, or the mask is copied.
-        own_wiring: the buffer of this mask itself. Inside ``torch.func.functional_call`` another one may stand in its
-            place, as ``wiring``.
+        changes: a new object whenever units change, or the mask is copied.
+        own_wiring: the buffer of this mask. Inside ``torch.func.functional_call``, ``wiring`` may be another tensor.
         written: its version (``g2g_kernels.tracing.version``) when the mask wrote it last.
         unit_row, unit_col: int32 [num_units], the coordinates of the unit in each slot.
         row_ptr, row_slot: int32 [rows.num_units + 1], int32 [num_units]: the slots of block row r, by column, are
@@ -99,9 +100,9 @@ class BlockMask(UnitGrid):
         *,
         density: float | None = None,
     ) -> "BlockMask":
-        """Draws random units, whose rows have equal work: units inside a group with probability ``p_intra``, between
-        groups ``p_inter``, or everywhere with probability ``density``, which then takes the place of both.
-        ``g2g_kernels.mask.groups.partners`` defines which groups of the two sides count as one.
+        """Draws random units: inside a group with probability ``p_intra``, between groups ``p_inter``, or everywhere
+        ``density``, which replaces both. Block rows have equal work. ``g2g_kernels.mask.groups.partners`` defines which
+        groups of the two sides count as one.
         """
         if density is not None:
             p_intra = p_inter = PROBABILITY.check("density", density)
@@ -122,8 +123,8 @@ class BlockMask(UnitGrid):
     @classmethod
     @on_cpu
     def from_dense(cls, mask: torch.Tensor, block_size: int = 1) -> "BlockMask":
-        """The mask whose dense form is ``mask``, bool [out, in], with each side in one group (cut as any group is).
-        Raises ValueError if a unit is only partly true, since a unit is present as a whole."""
+        """The mask whose dense form is ``mask``, bool [out, in], with each side in one group. Raises ValueError if a
+        unit is only partly true, since a unit is present as a whole."""
         if not isinstance(mask, torch.Tensor):
             raise TypeError(
                 f"mask is a {type(mask).__name__}, not a tensor; give torch.as_tensor(mask) of an array, or "
@@ -146,7 +147,7 @@ class BlockMask(UnitGrid):
         return result
 
     def with_units(self, unit_row: torch.Tensor, unit_col: torch.Tensor) -> "BlockMask":
-        """A new mask of these sides with the units of these coordinates; it raises as the constructor."""
+        """A new mask of these sides with the units of these coordinates; raises as the constructor."""
         mask = copy.deepcopy(self)
         mask._set_units(unit_row, unit_col)
         return mask
@@ -156,7 +157,7 @@ class BlockMask(UnitGrid):
         self._publish()
 
     def relabel_(self, slots: torch.Tensor, unit_row: torch.Tensor, unit_col: torch.Tensor) -> None:
-        """Gives ``slots`` (integer [k]) to these units, in place; that no unit is named twice is the caller's duty."""
+        """Gives ``slots`` (integer [k]) to these units, in place. The caller ensures that no unit is named twice."""
         self.unit_row[slots] = unit_row.to(torch.int32)
         self.unit_col[slots] = unit_col.to(torch.int32)
         self._build_index()
@@ -168,9 +169,8 @@ class BlockMask(UnitGrid):
         self.changes = object()
 
     def become_(self, other: "BlockMask") -> None:
-        """Takes over the units of another mask of the same ``shape``, and their slots: in place if both have the same
-        numbers of units and ranges, and operators read the same tensors of both. The buffer stays if the shape
-        of packed weights does.
+        """Takes over the units and slots of another mask of the same ``shape``: in place if both have equal numbers of
+        units and ranges, and operators read the same tensors of both. The buffer stays if the packed shape does.
         """
         sides = (self.rows, other.rows), (self.cols, other.cols)
         mine, theirs = (
@@ -189,8 +189,8 @@ class BlockMask(UnitGrid):
         self.replace_by_(copy.deepcopy(other).to(self.unit_row.device), self.own_wiring if stays else None)
 
     def replace_by_(self, other: "BlockMask", wiring: torch.Tensor | None = None) -> None:
-        """Takes over the tensors of another mask of the same ``shape``, and their device; ``other`` is used up. The
-        buffer is ``wiring`` from now on, which is written; None: a new one."""
+        """Takes over the tensors of another mask of the same ``shape``, and their device; ``other`` is used up. Its
+        buffer is then ``wiring``, which is written, or a new one (None)."""
         self.block_size, self.rows, self.cols = other.block_size, other.rows, other.cols
         self._register_units(other.unit_row, other.unit_col)
         self.changes = object()
@@ -214,7 +214,7 @@ class BlockMask(UnitGrid):
         self.write_wiring()
 
     def write_wiring(self) -> None:
-        """Has the buffer describe the mask."""
+        """Writes the mask into the buffer."""
         with torch.no_grad():
             self.own_wiring.copy_(encode(self))
         self.note_wiring()
@@ -288,8 +288,8 @@ class BlockMask(UnitGrid):
             self.become_(loaded.to(self.unit_row.device))
 
     def describes(self, wiring: torch.Tensor, rounding: float = 0.0) -> bool:
-        """Whether a row says what this mask is, but for its checksums, which count, too, with a ``rounding`` relative
-        to the numbers; false where it has no numbers (``meta``)."""
+        """Whether a row describes this mask: exactly but for its checksums, or with them within a relative
+        ``rounding``; false on the device ``meta``."""
         own = encode(self)
         if own.is_meta or wiring.is_meta or own.shape != wiring.shape:
             return False

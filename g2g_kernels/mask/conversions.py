@@ -14,8 +14,8 @@ from g2g_kernels.mask.unit_grid import UnitGrid
 
 
 class Edges(NamedTuple):
-    """The weights that exist, sorted by target, then by source: the input and the output neuron and their groups, int64
-    [E], and their weights, floating point [E], or None if only a mask was given."""
+    """The weights that exist, sorted by target, then by source: input and output neuron and their groups, int64 [E];
+    their weights, floating point [E], or None if only a mask was given."""
 
     source: np.ndarray
     target: np.ndarray
@@ -134,10 +134,8 @@ def to_networkx(mask: UnitGrid, values: torch.Tensor | None = None, source: str 
 
 
 def to_string(mask: UnitGrid, max_cells: int = 64) -> str:
-    """A picture of the unit grid, one character per cell: ``█`` all units of the cell present, ``░`` none.
-
-    A grid larger than ``max_cells`` in either direction is drawn with several units per cell; ``▒`` means up to
-    half of them present, ``▓`` more than half.
+    """A picture of the unit grid, one character per cell: ``█`` all units of the cell present, ``░`` none. Grids larger
+    than ``max_cells`` have several units per cell: ``▒`` up to half of them present, ``▓`` more.
 
     Example:
         >>> from g2g_kernels import BlockMask, GroupLayout

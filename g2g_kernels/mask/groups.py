@@ -1,5 +1,4 @@
-"""How the neurons of one population are divided into groups. (:mod:`g2g_kernels.mask.block_mask` says which are
-connected.)"""
+"""How the neurons of one population are divided into groups. :mod:`g2g_kernels.mask.block_mask` connects them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +8,8 @@ import torch
 from g2g_kernels.numbers import SIZE
 from g2g_kernels.tracing import on_cpu
 
-#: what an average of equal numbers may be off, relative to them: that of 200 networks, summed up one by one
+#: the relative rounding error of an average of equal numbers: that of 200 networks, summed one by one
 ROUNDING = 2.0**-18
-
 
 GROUP_KINDS = ("index", "interleaved", "random")
 
@@ -19,11 +17,9 @@ GROUP_KINDS = ("index", "interleaved", "random")
 class GroupLayout:
     """A division of ``size`` neurons into ``num_groups`` groups, or into contiguous groups of these ``sizes``.
 
-    Without ``sizes``, those of groups differ by at most one; the first ``size % num_groups`` groups are the larger ones
-    (10 neurons in 8 groups: 2, 2, 1, 1, 1, 1, 1, 1).
-
-    Of the kinds ``"index"`` gives contiguous ranges, ``"interleaved"`` group = i mod ``num_groups``, and ``"random"`` a
-    balanced assignment drawn uniformly from ``generator`` (PyTorch's global one if None).
+    Without ``sizes``, the sizes of groups differ by at most one; the first ``size % num_groups`` groups are larger (10
+    neurons in 8 groups: 2, 2, 1, 1, 1, 1, 1, 1). The kind ``"index"`` gives contiguous ranges, ``"interleaved"`` group
+    = i mod ``num_groups``, and ``"random"`` a balanced assignment drawn from ``generator`` (None: PyTorch's).
 
     Attributes:
         group_of: int64 tensor [size] on the CPU, the group of each neuron.
@@ -106,8 +102,8 @@ class GroupLayout:
 
 
 def partners(out_groups: int, in_groups: int) -> torch.Tensor:
-    """Which groups of two sides belong together: bool [groups out, groups in]. Those of the same number; if one side
-    has only G of G', its group g belongs to every g' with ⌊g'·G/G'⌋ = g, so each of the finer groups has one partner.
+    """Which groups of two sides belong together, those of the same number: bool [groups out, groups in]. If one side
+    has only G of G' groups, its group g belongs to every g' with ⌊g'·G/G'⌋ = g.
     """
     least = min(out_groups, in_groups)
     out_group, in_group = (torch.arange(count) * least // count for count in (out_groups, in_groups))
@@ -115,9 +111,8 @@ def partners(out_groups: int, in_groups: int) -> torch.Tensor:
 
 
 def as_integers(name: str, tensor: object) -> torch.Tensor:
-    """An integer tensor, or the integers that a tensor of floats holds: averages of a ``state_dict`` divide them all.
-    Raises ValueError for anything else; for numbers that are not whole, or too large for the dtype to tell neighbours
-    apart.
+    """An integer tensor, or the integers in a tensor of floats, which averages of a ``state_dict`` make of all. Raises
+    ValueError for anything else, and for numbers that are not whole or too large for the dtype to be exact.
     """
     if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
         given = tensor.detach().nan_to_num(0.5)

@@ -82,13 +82,13 @@ class _Convert(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         _, ctx.units, ctx.packs = inputs
-        # the index that changes whenever another does; PyTorch then refuses the gradient, which is one of other weights
+        # this index changes whenever another does; PyTorch then refuses the gradient, which would be of other weights
         ctx.save_for_backward(ctx.units.unit_row)
         ctx.save_for_forward(ctx.units.unit_row)  # the same, as a forward mode under vmap asks for
 
     @staticmethod
     def backward(ctx, gradient):
-        _ = ctx.saved_tensors  # raises if it has changed
+        _ = ctx.saved_tensors  # raises if the index has changed
         return _Convert.apply(gradient, ctx.units, not ctx.packs), None, None
 
     @staticmethod

@@ -5,7 +5,7 @@ import torch
 from g2g_kernels.mask.groups import partners
 from g2g_kernels.mask.sides import UnitAxis
 
-#: units of a grid that are looked at one by one; of a larger grid nothing of its size is formed
+#: the largest grid whose units are drawn one by one; for a larger one no tensor of its size is formed
 LARGEST_GRID = 1 << 24
 
 
@@ -13,8 +13,7 @@ def sample_units(
     rows: UnitAxis, cols: UnitAxis, p_intra: float, p_inter: float, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The coordinates of units drawn with probability ``p_intra`` inside groups and ``p_inter`` between them, by row.
-    Each row gets ⌊p·n⌋ or ⌈p·n⌉ of its n candidates of either kind, at uniform places: each unit has exactly p, and
-    rows have equal work.
+    Each row gets ⌊p·n⌋ or ⌈p·n⌉ of its n candidates of either kind, at uniform places, so rows have equal work.
     """
     own = partners(rows.layout.num_groups, cols.layout.num_groups)
     if rows.num_units * cols.num_units <= LARGEST_GRID:
@@ -23,7 +22,7 @@ def sample_units(
         between = _sample_rows(~same_group, p_inter, generator)
         unit_row, unit_col = (inside | between).nonzero(as_tuple=True)
         return unit_row, unit_col
-    # the ranges of a group lie side by side, and so do the groups that belong to one
+    # the ranges of a group are neighbours, and so are the groups that belong to one
     per_group = torch.bincount(cols.group_of_unit, minlength=cols.layout.num_groups)
     inside = (own * per_group).sum(1)[rows.group_of_unit]
     first = torch.searchsorted(cols.group_of_unit, own.int().argmax(1))[rows.group_of_unit]
@@ -55,7 +54,7 @@ def _sample_lists(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws among the numbers below ``candidates``, int64 [rows]: the row and the number of each one that is drawn."""
     count = _rounded(candidates, p, generator)
-    dense = 2 * count > candidates  # of these rows it draws what is left out
+    dense = 2 * count > candidates  # rows for which the absent numbers are drawn
     row, number = distinct(torch.where(dense, candidates - count, count), candidates, generator)
     left_out = dense[row]
     every_row = torch.repeat_interleave(torch.arange(len(count)), torch.where(dense, candidates, 0))
@@ -68,8 +67,8 @@ def _sample_lists(
 def distinct(
     count: torch.Tensor, below: torch.Tensor, generator: torch.Generator | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draws ``count`` different numbers ``below`` a limit for each row, int64 [rows] both: their rows, and the numbers,
-    ascending in each row. Every set of numbers is equally likely: whatever is drawn twice is drawn anew."""
+    """Draws ``count`` different numbers ``below`` a limit for each row, int64 [rows] both. Returns their rows and the
+    numbers, ascending in each row. Every set of numbers is equally likely: duplicates are drawn again."""
     width = int(below.max()) + 1 if len(below) else 1
     drawn = torch.zeros(0, dtype=torch.int64)
     missing = count

@@ -16,12 +16,12 @@ class Side(NamedTuple):
     shorter range empty. Neuron n is row or column n of a matrix in memory.
 
     Attributes:
-        neuron_at: int64 [num_units · width], the neuron at each place, ``size`` where there is none; None if place p
-            holds neuron p.
+        neuron_at: int64 [num_units · width], the neuron at each place, ``size`` at an empty one; None if place p holds
+            neuron p.
         place_of: int64 [size], the place of each neuron; None in the same case.
-        bounds: int32 [num_units + 1], as of a :class:`UnitAxis`, if some ranges are shorter than ``width``; else None.
-            Weights beyond a range's length are padding, which is not read.
-        holes: whether there are neurons without a place, for which ``place_of`` is one past the last.
+        bounds: int32 [num_units + 1], those of a :class:`UnitAxis`, if some ranges are shorter than ``width``; else
+            None. Weights beyond a range's length are padding, which is not read.
+        holes: whether some neurons have no place; their ``place_of`` is one past the last.
     """
 
     num_units: int
@@ -48,7 +48,7 @@ def side_of(
 
 
 def deep_copied(attributes: dict[str, Any], memo: dict[int, Any]) -> dict[str, Any]:
-    """``copy.deepcopy`` of a module's attributes, of which a dozen are empty dicts of hooks."""
+    """``copy.deepcopy`` of a module's attributes. A dozen of them are empty dicts of hooks."""
     return {
         name: value.copy() if isinstance(value, dict) and not value else copy.deepcopy(value, memo)
         for name, value in attributes.items()
@@ -56,18 +56,17 @@ def deep_copied(attributes: dict[str, Any], memo: dict[int, Any]) -> dict[str, A
 
 
 class Indices(nn.Module):
-    """A module whose index tensors move with it, but are not buffers: weight averages (EMA, SWA) average the buffers of
-    a model and its copy, and an average of two indices is no index."""
+    """A module whose index tensors move with it, but are not buffers: weight averages (EMA, SWA) would average them."""
 
     INDICES: ClassVar[tuple[str, ...]]
-    #: what operators take of it, until it gets other tensors
+    #: its tensors in the operators' form, until they are replaced
     _tensors: Any = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_tensors"}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Indices":
-        # copy.deepcopy takes ten times as long for a tensor as clone; it finds these in memo
+        # copy.deepcopy takes ten times as long as clone; it finds these tensors in memo
         for name in self.INDICES:
             index = self.__dict__[name]
             memo[id(index)] = index.clone()
@@ -152,7 +151,7 @@ class UnitAxis(Indices):
         return self.size < self.num_units * self.width
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What operators take: ``order``, ``bounds``, ``neuron_at``, ``place_of``, the last two empty if in order."""
+        """``order``, ``bounds``, ``neuron_at`` and ``place_of`` for operators, the last two empty if in order."""
         nothing = self.order[:0]
         neuron_at, place_of = (nothing, nothing) if self.in_order else (self.neuron_at, self.place_of)
         return self.order, self.bounds, neuron_at, place_of

@@ -30,11 +30,11 @@ class _MaskTensors(NamedTuple):
 
 class MaskTensors(_MaskTensors):
     """The tensors of a :class:`BlockMask` and its sides, for operators; ``…_neuron_at`` and ``…_place_of`` are empty
-    where place p holds neuron p. A backend keeps what it derives from them as an attribute (``vars(mask)``): they may
-    change in place, but stay the same ones.
+    where place p holds neuron p. Backends keep what they derive as attributes (``vars(mask)``): the tensors may change
+    in place, but are never replaced.
     """
 
-    #: copies of ``row_order`` and ``row_bounds``, for those who need them after the mask has changed
+    #: copies of ``row_order`` and ``row_bounds`` from before the mask changed
     rows_then: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
@@ -49,11 +49,11 @@ class MaskTensors(_MaskTensors):
 
     @property
     def units(self) -> packing.Units:
-        """The same by side."""
+        """The same tensors by side."""
         return packing.Units(*self[:6], side_of(*self[6:10]), side_of(*self[10:]))
 
     def unpack(self, values: torch.Tensor) -> torch.Tensor:
-        """The dense [out, in] weight of packed ``values``, as :meth:`BlockMask.unpack` has it."""
+        """The dense [out, in] weight of packed ``values``, as :meth:`BlockMask.unpack`."""
         return packing.unpack(values, self.units)
 
 
@@ -177,11 +177,11 @@ class UnitGrid(Indices):
         return self.unpack(ones) > 0
 
     def flat_unit(self) -> torch.Tensor:
-        """int64 [num_units], the number of each slot's unit when the grid is counted row by row."""
+        """int64 [num_units], the number of each slot's unit, counted row by row."""
         return self.unit_row.long() * self.grid[1] + self.unit_col.long()
 
     def sorted_units(self) -> torch.Tensor:
-        """The same numbers in rising order, in which ``row_slot`` has the slots."""
+        """The same numbers in ascending order, that of ``row_slot``."""
         return self.flat_unit()[self.row_slot.long()]
 
     def present(self) -> torch.Tensor:
@@ -191,8 +191,8 @@ class UnitGrid(Indices):
         return grid.view(self.grid)
 
     def tensors(self) -> MaskTensors:
-        """What operators take; the same object until the mask changes."""
-        if is_traced():  # where an attribute would be a side effect, and every trace must be alike
+        """The mask in the operators' form; the same object until the mask changes."""
+        if is_traced():  # an attribute would be a side effect, and traces would differ
             return self._as_tensors()
         if self._tensors is None:
             self._tensors = made = self._as_tensors()
@@ -204,6 +204,6 @@ class UnitGrid(Indices):
         index = self.unit_row, self.unit_col, self.row_ptr, self.row_slot, self.col_ptr, self.col_slot
         return MaskTensors(*index, *self.rows.tensors(), *self.cols.tensors())
 
-    def _units(self) -> packing.Units:  # not by MaskTensors, whose properties torch.compile of PyTorch 2.6 cannot trace
+    def _units(self) -> packing.Units:  # without MaskTensors: torch.compile of PyTorch 2.6 cannot trace its properties
         index = self.unit_row, self.unit_col, self.row_ptr, self.row_slot, self.col_ptr, self.col_slot
         return packing.Units(*index, self.rows.side, self.cols.side)

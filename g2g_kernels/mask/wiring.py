@@ -1,15 +1,14 @@
-"""A mask as a row of float32, which is saved of it and travels wherever parameters do: the sizes of both sides, the
-block size, the group of each neuron, ``unit_row``, ``unit_col``, and two checksums, so an average of two is none."""
+"""A mask as a row of float32, which is saved and travels wherever parameters do: the sizes of both sides, the block
+size, the group of each neuron, ``unit_row``, ``unit_col``, and two checksums, which an average of two rows breaks."""
 
 import torch
 
 from g2g_kernels.mask.groups import ROUNDING, GroupLayout
 from g2g_kernels.mask.unit_grid import UnitGrid
 
-#: what a step of an average that is written in place may round, relative to the number. An average with a weight of
-#: 1e-5 of another wiring moves more per step, so it is told from rounding however often the numbers are read.
+#: relative rounding error tolerated per step of an average written in place. An average with a weight of 1e-5 of
+#: another wiring moves more per step, so the two are distinguished however often the numbers are read.
 DRIFT = 2.0**-22
-
 
 #: the arguments of :class:`BlockMask`
 Wiring = tuple[GroupLayout, GroupLayout, torch.Tensor, torch.Tensor, int]
@@ -26,12 +25,12 @@ def encode(units: UnitGrid) -> torch.Tensor:
 
 
 def with_checksums(numbers: torch.Tensor) -> torch.Tensor:
-    """The row of these numbers, of which none is checked."""
+    """The row of these numbers, unchecked."""
     return torch.cat([numbers, _checksums(numbers)]).to(torch.float32)
 
 
 def decode(row: torch.Tensor, shape: tuple[int, int] | None = None) -> Wiring:
-    """What a row says, on the CPU. Raises ValueError for no row of a mask, or one of another shape."""
+    """The mask that a row describes, on the CPU. Raises ValueError for other rows, and masks of another shape."""
     if not isinstance(row, torch.Tensor):
         raise ValueError(f"wiring must be a tensor, not {type(row).__name__}")
     if row.dim() != 1 or row.is_complex() or len(row) < 5:
@@ -60,7 +59,7 @@ def decode(row: torch.Tensor, shape: tuple[int, int] | None = None) -> Wiring:
 
 
 def _checksums(numbers: torch.Tensor) -> torch.Tensor:
-    """int64 [2], checksums below 2¹² of whole numbers. Those of an average are not the average of two."""
+    """int64 [2], checksums below 2¹² of whole numbers; those of an average are not the average of two."""
     of_places = torch.arange(1, 10008, device=numbers.device) * 7919 % 10007 + 1
     of_places = of_places.repeat(len(numbers) // 10007 + 1)[: len(numbers)]
     total = (numbers + 1).mul_(of_places).remainder_(65521).square_().sum()

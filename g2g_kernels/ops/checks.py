@@ -1,4 +1,5 @@
-"""Checks of operators' arguments: every error names the argument, before any work."""
+"""Checks of the arguments of public functions: every error names the argument, before any work. (Hand-made calls of
+registered operators are checked in ``ops/record.py``.)"""
 
 import torch
 
@@ -25,7 +26,7 @@ def mixed_dtypes(x: torch.Tensor, values: torch.Tensor, bias: torch.Tensor | Non
         if dtype == values.dtype:
             continue
         autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        if not autocast or torch.float64 in (dtype, values.dtype):  # which autocast leaves alone
+        if not autocast or torch.float64 in (dtype, values.dtype):  # (autocast leaves float64 alone)
             return f"{name} is {dtype} and the weights are {values.dtype}; give {name}.to({values.dtype})"
     return None
 

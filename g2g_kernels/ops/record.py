@@ -1,15 +1,15 @@
 """Records of tensors, and operators of ``torch.library`` that take one.
 
 A record is a NamedTuple of tensors, numbers, names, None, masks, and of records and tuples of these. Its declaration is
-the only list of its fields. The arguments of its operator, what autograd saves and the gradients that are asked for
-follow from it: :func:`opened` takes a record apart, :func:`built` puts it together again from other tensors.
+the only list of its fields; an operator's arguments, saved tensors and gradients follow from it: :func:`opened` takes a
+record apart, :func:`built` makes one of the same form from other tensors.
 
-PyTorch's dispatcher takes longer than a small network. An operator goes through it only where something may look at
-operators (:func:`g2g_kernels.tracing.is_observed`); otherwise its implementation is called, by the same autograd
+PyTorch's dispatcher takes longer than a small network. An operator goes through it only where something may observe
+operators (:func:`g2g_kernels.tracing.is_observed`); elsewhere its function is called directly, with the same autograd
 formula.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -21,10 +21,9 @@ from g2g_kernels.tracing import autocast_of, is_observed
 
 _library = torch.library.Library("g2g", "FRAGMENT")
 
-#: in a form, where a record has a tensor
+#: the place of a tensor in a form
 TENSOR = object()
-#: what a record consists of besides tensors, its parts before itself: values, masks, TENSOR, and (name, length) of each
-#: record or tuple whose parts are before it
+#: a record's structure in postfix order: values, masks, TENSOR, and (name, length) after the parts of a record
 Form = list[Any]
 #: the types of records that operators take, by name
 TYPES: dict[str, type] = {"tuple": tuple, "list": list}
@@ -33,8 +32,8 @@ _MASK = len(MaskTensors._fields)
 
 
 def opened(record: Any) -> tuple[list[Any], Form]:
-    """The tensors of a record in order, and its form. Of a mask in the operators' form it is the first index, which
-    changes whenever another does."""
+    """The tensors of a record in order, and its form. A mask is represented by its first index, which changes whenever
+    another one does."""
     tensors: list[Any] = []
     form: Form = []
     left = [record]
@@ -59,7 +58,7 @@ def opened(record: Any) -> tuple[list[Any], Form]:
 
 
 def built(form: Form, tensors: Sequence[Any]) -> Any:
-    """The record of this form with these tensors, or whatever else is in their place; masks stay."""
+    """The record of this form with these tensors, or other values in their place; masks stay."""
     given = iter(tensors)
     parts: list[Any] = []
     for part in form:
@@ -147,31 +146,45 @@ def of_arguments(tensors: Sequence[Any], masks: Any, names: Any, numbers: Any, c
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
+#: what kernels take for granted of the tensors of a call: of each its name, the tensor or None, its shape and dtype
+Expected = Iterator[tuple[str, torch.Tensor | None, tuple[int, ...], torch.dtype]]
+
+
+class Output(NamedTuple):
+    """A tensor that an operator returns."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    def made(self, like: torch.Tensor) -> torch.Tensor:
+        """It, uninitialised, on the device of another tensor."""
+        return like.new_empty(self.shape, dtype=self.dtype)
+
+
 class RecordOperator:
-    """An operator that takes a record: ``overload`` in ``torch.ops.g2g``, whose implementation is ``function``."""
+    """An operator that takes a record: ``overload`` in ``torch.ops.g2g``, whose implementation is ``function``.
+
+    Calls of ``overload`` may be put together by hand, so they are checked: :meth:`check` alone keeps kernels from
+    reading and writing outside of tensors. The record's ``expected()`` gives what they take for granted.
+    """
 
     #: arguments of its schema besides those of the record
     _more = ""
 
     def __init__(
-        self,
-        name: str,
-        results: str,
-        function: Callable,
-        fake: Callable,
-        keys: Sequence[str] = ("CPU",),
-        check: Callable[[Any], None] = lambda record: None,
+        self, name: str, results: str, function: Callable, fake: Callable, keys: Sequence[str] = ("CPU",)
     ) -> None:
         """Defines it, with the ``results`` of its schema, ``"(Tensor, Tensor[])"``, for the dispatch ``keys``. Where a
-        list that ``function`` or ``fake`` returns has None, the dispatcher gets an empty tensor. ``check``, of
-        calls through the dispatcher, raises ValueError for records that ``function`` would misread.
+        list that ``function`` or ``fake`` returns has None, the dispatcher gets an empty tensor.
         """
         _library.define(f"{name}({_ARGUMENTS}{self._more}) -> {results}")
         for key in keys:
-            _library.impl(name, _of_arguments(function, check), key)
-        torch.library.register_fake(f"g2g::{name}", _of_arguments(fake, lambda record: None), lib=_library)
+            _library.impl(name, _of_arguments(function, self.check), key)
+        torch.library.register_fake(f"g2g::{name}", _of_arguments(fake), lib=_library)
         self.overload = getattr(torch.ops.g2g, name).default
         self.function = function
+        #: whether its kernels are compiled C, which takes dtypes for granted, too; Triton reads them off the tensors
+        self.in_c = "CUDA" not in keys
 
     def __call__(self, record: Any) -> Any:
         tensors, form = opened(record)
@@ -180,19 +193,29 @@ class RecordOperator:
         with torch._C._AutoDispatchBelowAutograd():
             return self.function(record)
 
+    def expected(self, record: Any) -> Expected:
+        """What the kernels take for granted of a record's tensors; ValueError for numbers that they cannot have."""
+        return record.expected()
+
+    def check(self, record: Any) -> None:
+        """Raises ValueError, naming the tensor, for one that a kernel would read or write outside of."""
+        for name, tensor, shape, dtype in self.expected(record):
+            if tensor is not None and (tensor.shape != shape or (self.in_c and tensor.dtype != dtype)):
+                given = f"{tensor.dtype} {list(tensor.shape)}"
+                raise ValueError(f"{name} must be {dtype if self.in_c else ''} {list(shape)}, not {given}")
+
     def opcheck(self, record: Any, *more: Any) -> None:
         """Checks schema, fake and autograd formula on this record (``torch.library.opcheck``)."""
         torch.library.opcheck(self.overload, (*arguments(*opened(record)), *more))
 
 
-def _of_arguments(function: Callable, check: Callable[[Any], None]) -> Callable:
+def _of_arguments(function: Callable, check: Callable[[Any], None] = lambda record: None) -> Callable:
     """A function of a record as one of the operator's arguments."""
 
     def called(tensors: Any, masks: Any, names: Any, numbers: Any, form: Any, *more: Any) -> Any:
         # where zeros were only noted, the dispatcher has made them of one element
         tensors, masks = ([tensor.contiguous() for tensor in each] for each in (tensors, masks))
         record = of_arguments(tensors, masks, names, numbers, form)
-        record.check()
         check(record)
         results = function(record, *more)
         if isinstance(results, list):
@@ -203,9 +226,9 @@ def _of_arguments(function: Callable, check: Callable[[Any], None]) -> Callable:
 
 
 class Backward(NamedTuple):
-    """What a backward pass takes: the forward pass's record ``call`` and the outputs ``kept`` for it alone; ``grads``
-    of its results, contiguous, None for one that was not used, lists' tensors one by one as in ``kept``; and of which
-    tensors of ``call`` a gradient is ``needed``.
+    """What a backward pass takes: the record ``call`` of the forward pass, and the outputs ``kept`` for this one; the
+    contiguous ``grads`` of its results, None for an unused one; lists' tensors one by one in both; and which tensors of
+    ``call`` a gradient is ``needed`` for.
     """
 
     call: Any
@@ -217,22 +240,18 @@ class Backward(NamedTuple):
     def of(
         cls, call: Any, kept: Sequence[Any], grads: Sequence[Any], needed: Sequence[bool] | None = None
     ) -> "Backward":
-        """The input with these outputs and gradients, single ones or lists; None: every gradient is needed."""
+        """The record with these outputs and gradients, single ones or lists; None: every gradient is needed."""
         if needed is None:
             needed = [tensor.is_floating_point() for tensor in opened(call)[0]]
         return cls(call, tuple(_each(kept)), tuple(_each(grads)), tuple(needed))
 
-    def check(self) -> None:
-        """Raises ValueError unless sizes match."""
-        self.call.check()
-
     def empty(self) -> list[Any]:
-        """Uninitialised gradients as an operator returns them, None where none is needed."""
+        """Uninitialised gradients as an operator returns them, None for tensors that need none."""
         tensors, _ = opened(self.call)
         return [torch.empty_like(tensor) if need else None for tensor, need in zip(tensors, self.needed, strict=True)]
 
     def made(self, like: Callable[[Sequence[Any], Sequence[bool]], list[Any]]) -> tuple[list[Any], Any]:
-        """Gradients that ``like`` makes of the tensors of ``call``, None where none is ``needed``: as an operator
+        """Gradients that ``like`` makes for the ``needed`` tensors of ``call``, None for the others: as an operator
         returns them, and as a record of the form of ``call``."""
         tensors, form = opened(self.call)
         grads = like(tensors, self.needed)
@@ -255,8 +274,9 @@ TYPES["Backward"] = Backward
 
 
 class Differentiable(RecordOperator):
-    """An operator with an autograd formula, ``apply`` of calls that nothing observes. Its functions are told, too,
-    whether to keep what the backward pass needs."""
+    """An operator ``…_forward`` with an autograd formula, and the operator ``…_backward`` of its gradients, which is
+    ``backward``. Its functions are told, too, whether to keep what the backward pass needs.
+    """
 
     _more = ", bool keep"
 
@@ -266,28 +286,38 @@ class Differentiable(RecordOperator):
         results: str,
         outputs: int,
         function: Callable,
-        fake: Callable,
-        backward: RecordOperator,
+        backward: Callable[[Backward], list[torch.Tensor | None]],
+        shapes: Callable[[Any, bool], Sequence[Output | list[Output]]],
         plain: Callable[[Any], Sequence[torch.Tensor]],
         keys: Sequence[str] = ("CPU",),
-        check: Callable[[Any], None] = lambda record: None,
         prepared: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.contiguous,
     ) -> None:
-        """Defines a :class:`RecordOperator`; the first ``outputs`` are results, the others are kept for ``backward``.
-        That takes a :class:`Backward`, with gradients as ``prepared`` gives them, and gives those of the record's
-        tensors; it is not called where no result has one. ``plain`` gives the results by plain PyTorch operations, the
-        tensors of lists one by one.
+        """Defines both. The first ``outputs`` are results, the others are kept for ``backward``. That takes a
+        :class:`Backward`, with gradients as ``prepared`` gives them, and gives those of the record's tensors; it is not
+        called where no result has one. ``shapes`` are those of what ``function`` returns. ``plain`` gives the results
+        by plain PyTorch operations, the tensors of lists one by one.
         """
-        super().__init__(name, results, function, fake, keys, check)
-        self._outputs, self._backward, self._plain, self._prepared = outputs, backward, plain, prepared
+        self._outputs, self._plain, self._prepared, self._shapes = outputs, plain, prepared, shapes
+        super().__init__(f"{name}_forward", results, function, self._fake, keys)
+        self.backward = _BackwardOperator(f"{name}_backward", "Tensor[]", backward, Backward.empty, keys)
+        self.backward.forward = self
         torch.library.register_autograd(
             self.overload.name(), self._formula, setup_context=self._setup_context, lib=_library
         )
-        torch.library.register_autograd(backward.overload.name(), refuse_backward, lib=_library)
+        torch.library.register_autograd(self.backward.overload.name(), refuse_backward, lib=_library)
         # the name is that of autograd's node
         methods = {"forward": staticmethod(self._forward), "backward": staticmethod(self._gradients_of_all)}
-        function_of_autograd: Any = type(name, (torch.autograd.Function,), methods)
+        function_of_autograd: Any = type(f"{name}_forward", (torch.autograd.Function,), methods)
         self.apply = function_of_autograd.apply
+
+    def _fake(self, record: Any, keep: bool) -> Any:
+        """The outputs, uninitialised."""
+        like = opened(record)[0][0]
+        made = [
+            [of.made(like) for of in each] if isinstance(each, list) else each.made(like)
+            for each in self._shapes(record, keep)
+        ]
+        return made[0] if len(made) == 1 else tuple(made)
 
     def __call__(self, record: Any) -> Any:
         tensors, form = opened(record)
@@ -299,50 +329,52 @@ class Differentiable(RecordOperator):
         if not keep:
             with torch._C._AutoDispatchBelowAutograd():
                 return self.function(record, False)
-        made: list[Any] = []
-        results = self.apply(record, form, made, *tensors)
-        if not made:
-            return results
-        given = iter(results)
-        for number, each in enumerate(made[: self._outputs]):
-            made[number] = [*islice(given, len(each))] if isinstance(each, list) else next(given)
-        return tuple(made)
+        # A function of autograd returns tensors alone, one by one. `outputs` brings what `function` returned past it:
+        # where results are lists, and what is kept, which has no gradient.
+        outputs: list[Any] = []
+        results = iter(self.apply(record, form, outputs, *tensors))
+        for number, each in enumerate(outputs[: self._outputs]):
+            outputs[number] = [*islice(results, len(each))] if isinstance(each, list) else next(results)
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def _forward(self, ctx: Any, record: Any, form: Form, made: list[Any], *tensors: torch.Tensor) -> Any:
-        """The results, the tensors of lists one by one. Of several outputs, ``made`` gets all, lists as lists."""
+    def _forward(self, ctx: Any, record: Any, form: Form, outputs: list[Any], *tensors: torch.Tensor) -> Any:
+        """Appends to ``outputs`` what the function returns. Returns the results, the tensors of lists one by one."""
         with torch._C._AutoDispatchBelowAutograd():
-            outputs = self.function(record, True)
+            outputs += _as_tuple(self.function(record, True))
         self._save(ctx, tensors, form, outputs)
-        if isinstance(outputs, torch.Tensor):
-            return outputs
-        made += outputs
         return tuple(_each(outputs[: self._outputs]))
 
-    def _save(self, ctx: Any, tensors: Sequence[torch.Tensor], form: Form, made: Any) -> None:
-        kept = () if isinstance(made, torch.Tensor) else _each(made[self._outputs :])
+    def _save(self, ctx: Any, tensors: Sequence[torch.Tensor], form: Form, outputs: Sequence[Any]) -> None:
+        saved = [*tensors, *_each(outputs[self._outputs :])]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *kept)
+        ctx.save_for_backward(*saved)
         ctx.form, ctx.count, ctx.autocast = form, len(tensors), autocast_of(tensors[0])
+        ctx.saved_as = [(tensor.dtype, tensor.shape) for tensor in saved]
 
     def _gradients(self, ctx: Any, grads: Sequence[Any], needed: Sequence[bool]) -> list[torch.Tensor | None]:
-        """Those of the record's tensors, from those of all results, the tensors of lists one by one."""
+        """The gradients of the record's tensors from those of all results, the tensors of lists one by one."""
         if all([grad is None for grad in grads]):
             return [None] * len(needed)
-        saved, form = ctx.saved_tensors, ctx.form
+        saved, form = [tensor.contiguous() for tensor in ctx.saved_tensors], ctx.form
+        if [(tensor.dtype, tensor.shape) for tensor in saved] != ctx.saved_as:  # kernels would read outside
+            raise RuntimeError(
+                "a hook on saved tensors gave other sizes or dtypes back than it took; unpack what it packs to the same"
+            )
         tensors, kept = saved[: ctx.count], saved[ctx.count :]
         if needs_plain_operations(grads):
             return gradients_of(lambda *given: self._plain(built(form, given)), tensors, grads, needed, ctx.autocast)
         given = tuple([None if grad is None else self._prepared(grad) for grad in grads])
-        found = self._backward(Backward(built(form, tensors), tuple(kept), given, tuple(needed)))
+        found = self.backward(Backward(built(form, tensors), tuple(kept), given, tuple(needed)))
         return [grad if need else None for grad, need in zip(found, needed)]  # noqa: B905
 
     def _gradients_of_all(self, ctx: Any, *grads: Any) -> tuple[torch.Tensor | None, ...]:
+        """The gradients of the arguments of :meth:`_forward`; the first three are no tensors."""
         return None, None, None, *self._gradients(ctx, grads, ctx.needs_input_grad[3:])
 
     def _setup_context(self, ctx: Any, inputs: Any, output: Any) -> None:
         tensors, masks, *others = inputs
         _, form = opened(of_arguments(tensors, masks, *others[:3]))
-        self._save(ctx, tensors, form, output)
+        self._save(ctx, tensors, form, _as_tuple(output))
         # PyTorch wants a list for a list of tensors, and for an empty one of anything
         ctx.others = [None] * len(masks), *[[] if other == [] else None for other in others]
 
@@ -351,9 +383,28 @@ class Differentiable(RecordOperator):
         return found, *ctx.others
 
 
+class _BackwardOperator(RecordOperator):
+    """The operator of the gradients of ``forward``."""
+
+    forward: Differentiable
+
+    def expected(self, record: Backward) -> Expected:
+        yield from record.call.expected()
+        if self.in_c:
+            outputs = _each(self.forward._shapes(record.call, True))
+            for number, (tensor, of) in enumerate(zip([*record.grads, *record.kept], outputs, strict=True)):
+                name = f"gradient {number}" if number < len(record.grads) else f"kept {number - len(record.grads)}"
+                yield name, tensor, of.shape, of.dtype
+
+
+def _as_tuple(outputs: Any) -> tuple[Any, ...]:
+    """What an operator returns, a single tensor, too."""
+    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+
+
 def _each(values: Sequence[Any]) -> list[Any]:
     """The values, those of lists one by one."""
     found: list[Any] = []
     for value in values:
-        found.extend(value if isinstance(value, (list, tuple)) else (value,))
+        found.extend(value if type(value) in (list, tuple) else (value,))
     return found

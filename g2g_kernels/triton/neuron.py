@@ -34,10 +34,10 @@ def _after_zero(value, fired, RESET: tl.constexpr):
 # --- the models -------------------------------------------------------------------------------------------------
 #
 # charge(states, fired, current, parameters) -> states after one more step; ``fired`` is R_t.
-# charge_backward(grads, sums, states, fired, begins, parameters, alpha) -> the gradient of the current, those of the
+# charge_backward(grads, sums, states, fired, begins, parameters, alpha) -> the gradients of the current and of the
 # states before the step, and ``sums`` of the parameters' gradients including this step; ``states`` are those before the
-# step, and ``grads`` the gradients of those after it. A model is given only what it needs: one whose step depends on
-# S_{t−1} by more than the reset multiplies what reaches that by :func:`slope_before`.
+# step, ``grads`` the gradients of those after it. A model whose step depends on S_{t−1} by more than the reset
+# multiplies the gradient of S_{t−1} by :func:`slope_before`.
 
 
 @triton.jit
@@ -123,17 +123,9 @@ def charge(states, fired, current, parameters, MODEL: tl.constexpr, RESET: tl.co
 
 @triton.jit
 def charge_backward(
-    grads,
-    sums,
-    states,
-    fired,
-    begins,
-    parameters,
-    alpha,
-    MODEL: tl.constexpr,
-    RESET: tl.constexpr,
-    SURROGATE: tl.constexpr,
-):
+    grads, sums, states, fired, begins, parameters, alpha,
+    MODEL: tl.constexpr, RESET: tl.constexpr, SURROGATE: tl.constexpr,
+):  # fmt: skip
     if MODEL == "lif":
         return _lif_charge_backward(grads, sums, states, fired, parameters, RESET)
     elif MODEL == "synaptic":
@@ -183,7 +175,7 @@ def load_states(pointer, stride, offsets, inside, count: tl.constexpr, ROWS: tl.
 def load_at_all_steps(
     grad_counts, grad_rates, offsets, inside, neuron, exists, rate_scale, ROWS: tl.constexpr, COLS: tl.constexpr
 ):
-    """The part of the spikes' gradient that is the same at all steps: of counts [B, N] and rates [N], unless None."""
+    """The spikes' gradient that is the same at all steps: from counts [B, N] and rates [N], unless None."""
     grad = tl.zeros([ROWS, COLS], tl.float32)
     if grad_counts is not None:
         grad += tl.load(grad_counts + offsets, mask=inside, other=0.0).to(tl.float32)
@@ -254,7 +246,7 @@ def store_partials(
 
 @triton.jit
 def load_dropped(dropped, offsets, inside):
-    """Which neurons of a tile send no spikes and get no gradients, bools; none if ``dropped`` is None."""
+    """Whether each neuron of a tile is silent and gets no gradient; False if ``dropped`` is None."""
     silent = tl.zeros_like(inside)
     if dropped is not None:
         silent = tl.load(dropped + offsets, mask=inside, other=0) != 0
@@ -263,7 +255,7 @@ def load_dropped(dropped, offsets, inside):
 
 @triton.jit
 def select(condition, left, right):
-    """Of two tuples of tiles the left one where a scalar is true."""
+    """The left one of two tuples of tiles where a scalar is true, else the right one."""
     result = ()
     for i in tl.static_range(len(left)):
         result += (tl.where(condition, left[i], right[i]),)

@@ -6,10 +6,10 @@ float32 exactly. A tensor core multiplies bfloat16 exactly and adds in float32, 
     x·w = x·(w₁ + w₂ + w₃)                              three products for a spike x, 0 or 1, exact in bfloat16
     x·w ≈ x₁w₁ + x₁w₂ + x₂w₁ + x₁w₃ + x₂w₂ + x₃w₁       six for any x; at most 2⁻²²·x·w is left out
 
-at 16 times (A100) or 15 times (H100) the rate of float32 on the ordinary cores. (Cards for graphics, 2 to 4 times as
-fast, multiply float32 as it is.) Tensor cores cut sums off where others round, so long sums would drift (Ootomo and
-Yokota 2022). The sum of a tile therefore begins at zero, its smallest terms first, and is added to the total outside of
-them, rounded: emulated over 2048 inputs of which 5 % fire, that has 1.2 times the error of plain float32, not 19.
+at 16 times (A100) or 15 times (H100) the rate of float32 on the ordinary cores. (Graphics cards, 2 to 4 times as fast,
+multiply float32 as it is.) Tensor cores truncate sums, so long ones would drift (Ootomo and Yokota 2022). The sum of a
+tile therefore begins at zero, smallest terms first, and is added to the total outside of them, rounded: emulated over
+2048 inputs with 5 % spikes, the error is 1.2 times that of plain float32, not 19 times.
 
 A factor that is not finite gives what float32 gives: its first part holds it, the others are 0. Parts below 1e-38 are
 subnormal: a card that takes these as 0 loses the last bits of numbers below 1e-33.

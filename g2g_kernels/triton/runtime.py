@@ -154,12 +154,12 @@ class Card(NamedTuple):
 
     @property
     def amd(self) -> bool:
-        """Whether loads travel in registers, which is AMD's way."""
+        """Whether it is AMD's, where loads pass through registers."""
         return self.architecture.startswith("gfx")
 
     @property
     def flop_per_byte(self) -> int:
-        """What its tensor cores multiply in 16 bits while L2 delivers a byte."""
+        """Multiplications of its tensor cores, in 16 bits, in the time in which memory delivers a byte."""
         return DATA_CENTER.get(self.architecture, 50)
 
 
@@ -183,8 +183,8 @@ CARDS = {
 
 class Assumptions(NamedTuple):
     """What holds inside :func:`assuming`: tensors on no GPU are on the card of that ``architecture``, a key of
-    :data:`CARDS`; whatever the rules say, products are ``dense`` or none is, and layers that can be ``fused`` are or
-    none is (None: the rules decide); kernels are ``right``, so that they are not checked at their first use."""
+    :data:`CARDS`; all products are ``dense``, or by units; all layers that can be ``fused`` are, or no layer is (None:
+    the rules decide); kernels are ``right``, so they are not checked at their first use."""
 
     architecture: str = "sm_90"
     dense: bool | None = None
@@ -197,7 +197,7 @@ assumed = Assumptions()
 
 @contextlib.contextmanager
 def assuming(**what: Any) -> Iterator[None]:
-    """Inside, these :class:`Assumptions` hold beside those outside: to compare, and to compile for other cards."""
+    """Inside, these :class:`Assumptions` hold besides those outside: to compare, and to compile for other cards."""
     global assumed
     before, assumed = assumed, assumed._replace(**what)
     try:
@@ -220,8 +220,8 @@ def _card_of(index: int) -> Card:
 
 
 def precision_of(products: torch.dtype, device: torch.device) -> str:
-    """How factors of a dtype are multiplied on a device: ``"parts"`` (float32 in full precision where bfloat16 is much
-    faster), ``"tf32"``, or ``"ieee"``, as they are."""
+    """How factors of a dtype are multiplied on a device: ``"parts"`` (full float32 where bfloat16 is much faster),
+    ``"tf32"``, or ``"ieee"``, unchanged."""
     if products != torch.float32:
         return "ieee"
     precision = input_precision()

@@ -28,7 +28,19 @@ import pytest
 import torch
 from compiled_kernels import instruction_set, loaded
 from covering import drawn_cases
-from helpers import MASK_CASES, ErrorRatios, MaskCase, as_near, changed, lif_layer, packed_randn, rms, seeded, with_one
+from helpers import (
+    MASK_CASES,
+    ErrorRatios,
+    MaskCase,
+    as_near,
+    changed,
+    lif_layer,
+    packed_randn,
+    rms,
+    seeded,
+    unread_padding,
+    with_one,
+)
 from linear_cases import backend_result, dense_result, inputs
 from stack_cases import Stack, loss
 
@@ -46,8 +58,6 @@ from g2g_kernels import (
 )  # fmt: skip
 from g2g_kernels.cpu import library, plans
 from g2g_kernels.cpu.workspace import Workspace, address_of, workspace
-from g2g_kernels.ops.g2g_linear import cpu as linear
-from g2g_kernels.ops.g2g_linear.call import LinearCall
 from g2g_kernels.ops.g2g_stack import cpu as stack
 from g2g_kernels.ops.g2g_stack.call import StackCall
 from g2g_kernels.ops.g2g_stack.population import Call
@@ -55,7 +65,7 @@ from g2g_kernels.ops.neurons import MODELS, RESETS
 from g2g_kernels.ops.neurons import cpu as neurons_alone
 from g2g_kernels.ops.neurons.call import NeuronsCall
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2g_kernels.ops.record import Backward, arguments, opened
+from g2g_kernels.ops.record import arguments, opened
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason=str(library.unavailable()))
 
@@ -129,7 +139,7 @@ class Network(Stack):
             weight = (torch.rand(n, sizes[k], generator=draw) * 2 - 0.8) / mask.fan_in().clamp(min=4)[:, None] ** 0.5
             size, (span, least) = (n, (1.6, -0.3)) if per_neuron else (1, (0.4, 0.5))
             self.tensors |= {
-                f"values{k}": mask.pack(weight),
+                f"values{k}": unread_padding(mask, mask.pack(weight)),
                 f"bias{k}": torch.rand(n, generator=draw) * 0.2,
                 f"beta{k}": torch.rand(size, generator=draw) * span + least,
                 f"threshold{k}": 0.5 + 0.5 * torch.rand(size, generator=draw),
@@ -628,79 +638,27 @@ def compare_lif(shape: tuple[int, ...], steps: int | None) -> None:
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.ci
-def test_opcheck_of_a_stack_and_of_a_product():
-    """Of neurons of every model, one layer without a bias."""
-    network = Network("mixer", 16, (3, 2))
-    leaves = network.leaves(torch.float32)
-    layers = [of_model(layer, model) for layer, model in zip(network.layers(leaves), MODELS, strict=True)]
-    layers[1] = changed(layers[1], bias=None)
-    stack.FORWARD.opcheck(StackCall.of(Call(leaves["x"], tuple(layers), 3), torch.float32), True)
-    with torch.no_grad():
-        call = StackCall.of(Call(leaves["x"], tuple(layers), 3), torch.float32)
-        counts, rates, _, _, spikes, kept = stack.FORWARD.function(call, True)
-        stack.BACKWARD.opcheck(Backward.of(call, [spikes, kept], [counts, rates, [None] * len(layers)]))
-        stack.UNPACK.opcheck(stack.PackedWords(spikes[0], call.chain[0][0].values, call.chain[0][0].mask))
-    of_product = leaves["x"], leaves["values0"], network.masks[0].tensors(), leaves["bias0"]
-    for dtype in (torch.float32, torch.bfloat16):
-        linear.FORWARD.opcheck(LinearCall(*of_product, dtype), True)
-    with torch.no_grad():
-        call = LinearCall(*of_product, torch.float32)
-        linear.BACKWARD.opcheck(Backward.of(call, (), [torch.randn(2, 200)], (True, True, False, False)))
-
-
-@pytest.mark.ci
-@pytest.mark.parametrize("model", MODELS)
-def test_opcheck_of_neurons(model):
-    current = torch.randn(7, 3, 10, requires_grad=True)
-    *others, _ = MODELS[model].parameters
-    shared = [torch.tensor(0.5, requires_grad=True) for _ in others]
-    population = Neurons(model, (*shared, torch.rand(10, requires_grad=True)), "zero", "sigmoid")
-    call = NeuronsCall.of(current, population, None)
-    neurons_alone.FORWARD.opcheck(call, True)
-    with torch.no_grad():
-        spikes, _, kept = neurons_alone.FORWARD.function(call, True)
-        neurons_alone.BACKWARD.opcheck(Backward.of(call, [kept], [torch.ones_like(spikes), None]))
-
-
-def test_operators_refuse_what_would_read_out_of_bounds():
-    """Called directly, past the checks of the public functions, with wrong sizes and wrong indices."""
+def test_operators_refuse_indices_that_would_read_out_of_bounds():
+    """Called directly, past the checks of the public functions. (Of other tensors: ``ops/test_record.py``.)"""
     network = Network("index", 16, (3, 2))
     good = StackCall.of(Call(network.tensors["x"], tuple(network.layers(network.tensors)), 3), torch.float32)
     first, *others = good.populations
     feed = first.connections[0]
 
-    def call(x=good.x, **changes):
-        """With another x, or with changes of the first population."""
-        wrong = good._replace(x=x, populations=(changed(first, **changes), *others))
+    def call(**changes):
+        """With changes of the first population."""
+        wrong = good._replace(populations=(changed(first, **changes), *others))
         stack.FORWARD.overload(*arguments(*opened(wrong)), True)
 
     call()
+    with pytest.raises(ValueError, match="values"):
+        call(values=feed.values[:-1])
     for index, wrong in (
         ("unit_row", 1000), ("unit_col", -1), ("row_order", -5), ("row_order", 200), ("row_bounds", 7),
         ("col_order", 400), ("col_bounds", -3),
     ):  # fmt: skip
         with pytest.raises(ValueError, match="mask"):
             call(mask=feed.mask._replace(**{index: with_one(1, wrong)(getattr(feed.mask, index))}))
-    for name, changes in (
-        ("receives", {"x": good.x[:, :50].contiguous()}),
-        ("values", {"values": feed.values[:-1].contiguous()}),
-        ("bias", {"bias": feed.bias[:5]}),
-        ("beta", {"parameters": (torch.rand(3), torch.rand(1))}),
-        ("threshold", {"parameters": (torch.rand(1), torch.rand(3))}),
-        ("float32", {"x": good.x.double()}),
-    ):
-        with pytest.raises(ValueError, match=name):
-            call(**changes)
-
-    population = Neurons("lif", (torch.tensor(0.9), torch.rand(10)), "zero", "sigmoid")
-    alone = NeuronsCall(torch.rand(12, 3, 10), population, 0)
-    spikes, _, kept = neurons_alone.FORWARD.function(alone, True)
-    for wrong in (kept[:-1].contiguous(), kept[:, :, :2].contiguous(), kept.double(), torch.empty(0)):
-        with pytest.raises(ValueError, match="kept"):
-            neurons_alone.BACKWARD(Backward.of(alone, [wrong], [spikes, None]))
-    with pytest.raises(ValueError, match="grad_spikes"):
-        neurons_alone.BACKWARD(Backward.of(alone, [kept], [spikes[..., :9].contiguous(), None]))
 
 
 # --- memory, processes, instruction sets --------------------------------------------------------------------------
@@ -725,7 +683,6 @@ def test_workspace_gives_memory_again_and_never_twice():
     assert not any(pool.bytes(size).data_ptr() % 64 for size in (1, 100, 5000))
     pool.poison = True
     assert pool.empty((3, 5)).isnan().all()
-    pool.clear()
 
 
 @pooled

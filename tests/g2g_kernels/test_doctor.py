@@ -1,15 +1,19 @@
 """The doctor finds what is wrong, and says what it could not look at; so does the check at first use."""
 
+import importlib
+import json
 import logging
+import multiprocessing
+import os
 
 import pytest
 import torch
 
-from g2g_kernels import BackendError, backend_status, dispatch, doctor, first_use, lif
-from g2g_kernels.dispatch import Way
+from g2g_kernels import BlockMask, GroupLayout, dispatch, doctor, first_use, g2g_linear
+from g2g_kernels.dispatch import BackendError, Way, backend_status
 from g2g_kernels.ops import neurons as neurons_package
-from g2g_kernels.ops.g2g_stack import WAYS
-from g2g_kernels.ops.neurons import MODELS
+from g2g_kernels.ops.g2g_stack import WAYS, Connection, Population, g2g_stack
+from g2g_kernels.ops.neurons import MODELS, Neurons, lif, neurons
 from g2g_kernels.ops.neurons import operator as neurons_operator
 from g2g_kernels.triton import runtime
 
@@ -147,17 +151,6 @@ def test_what_a_backend_declines_is_told_and_is_no_failure(monkeypatch, capsys, 
 
 INTERPRETED = runtime.interpreted() and runtime.unavailable() is None
 needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter")
-if INTERPRETED:
-    import triton
-    from triton import language as tl
-
-    from g2g_kernels.triton import neuron
-
-    right_derivative = neuron.surrogate_derivative
-
-    @triton.jit
-    def twice_the_derivative(x, alpha, SURROGATE: tl.constexpr):  # noqa: N803
-        return 2 * right_derivative(x, alpha, SURROGATE)
 
 
 @pytest.fixture
@@ -206,21 +199,89 @@ def test_kernels_are_compared_before_their_first_use_once_for_a_card_its_version
     monkeypatch.setenv("G2G_CHECK", "1")
 
 
+LINEAR, NEURONS, STACK = (f"g2g_kernels.ops.{name}.triton" for name in ("g2g_linear", "neurons", "g2g_stack"))
+#: of each kernel: its module and an argument that it stores to; a check that finds it, and in what; the operator
+FAULTS = {
+    "product_kernel": (LINEAR, "y", "g2g_linear, float32, units of 64, index groups: y by ", "g2g_linear"),
+    "place_kernel": (LINEAR, "every", "g2g_linear, float32, units of 1, interleaved groups: y by ", "g2g_linear"),
+    "weight_gradient_kernel": (
+        LINEAR, "grad_values", "g2g_linear, float32, units of 64, index groups: ∂values by ", "g2g_linear",
+    ),
+    "parts_kernel": (
+        "g2g_kernels.triton.products", "parts", "g2g_linear, float32, units of 64, index groups: y by ", "g2g_linear",
+    ),
+    "neurons_forward_kernel": (
+        NEURONS, "spikes", "lif, float32, reset subtract, surrogate atan: spikes differs", "neurons",
+    ),
+    "neurons_backward_kernel": (
+        NEURONS, "grad_current", "lif, float32, reset subtract, surrogate atan: ∂current by ", "neurons",
+    ),
+    "fused_forward_kernel": (
+        STACK, "counts", "fused stack, float16, units of 16, index groups: counts differs", "g2g_stack",
+    ),
+    "recurrent_backward_kernel": (
+        STACK, "grad_current", "recurrent, float32, units of 64, index groups: ∂", "g2g_stack",
+    ),
+}  # fmt: skip
+
+
+def plant(patch: pytest.MonkeyPatch, kernel: str) -> None:
+    """Makes a kernel add one to the first number of what it stores."""
+    module, stored, *_ = FAULTS[kernel]
+    right = getattr(importlib.import_module(module), kernel)
+
+    class Faulty:
+        def __getitem__(self, grid):
+            def run(**arguments) -> None:
+                right[grid](**arguments)
+                arguments[stored].view(-1)[0] += 1
+
+            return run
+
+    patch.setattr(f"{module}.{kernel}", Faulty())
+
+
 @needs_interpreter
-def test_kernels_that_are_wrong_are_not_used_and_a_warning_says_which(new_process, monkeypatch, caplog):
+@pytest.mark.parametrize("kernel", FAULTS)
+def test_kernels_that_are_wrong_are_not_used_and_a_warning_says_which(kernel, new_process, monkeypatch, caplog):
+    *_, finding, operator = FAULTS[kernel]
+    monkeypatch.setattr(
+        doctor, "checks", lambda: (c for c in CHECKS if finding.startswith(c.operator) and c.case in finding)
+    )
+    mask, ones, own = (
+        BlockMask.full(GroupLayout(2, 1), GroupLayout(2, 1)),
+        torch.ones(2, 1, 2),
+        Neurons("lif", (1.0, 1.0)),
+    )
+    weights = torch.ones(1, 2, 2)
     with monkeypatch.context() as faulty:
-        faulty.setattr(neuron, "surrogate_derivative", twice_the_derivative)  # a fault in a kernel
-        served, said = new_process()
-    assert not served
-    assert [record.levelname for record in caplog.records if record.message in said] == ["INFO", "WARNING"]
-    finding = "lif, float32, reset subtract, surrogate atan: ∂current by 1.0e+00"
-    assert "neurons are not used, because they are wrong on Triton's interpreter" in said[1]
-    assert finding in said[1]
-    assert "report this line with the output of `python -m g2g_kernels.doctor`" in said[1]
+        plant(faulty, kernel)
+        monkeypatch.setattr(first_use, "_found", {})
+        if operator == "g2g_linear":
+            result = g2g_linear(ones, weights, mask)
+        elif operator == "neurons":
+            result = 2 * neurons(2 * ones, own)
+        else:
+            result = (
+                2 * g2g_stack(ones, [Population(own, (Connection("linear", weights, mask, -1),))]).spikes[0].dense()
+            )
+    assert torch.equal(result, 2 * ones)
+    said = [record for record in caplog.records if record.message.startswith(f"Triton kernels of {operator} ")]
+    assert [record.levelname for record in said] == ["INFO", "WARNING"]
+    assert f"{operator} are not used, because they are wrong on Triton's interpreter" in said[1].message
+    assert finding in said[1].message
+    assert "report this line with the output of `python -m g2g_kernels.doctor`" in said[1].message
+
+
+@needs_interpreter
+def test_a_finding_is_known_to_the_next_process_and_the_other_operators_are_still_used(new_process, monkeypatch):
+    with monkeypatch.context() as faulty:
+        plant(faulty, "neurons_backward_kernel")
+        assert not new_process()[0]
     with pytest.raises(BackendError, match=r"triton: its kernels failed the check at their first use \(lif, float32"):
         lif(torch.ones(2, 1, 1), 1.0, 1.5, backend="triton")
-    assert first_use.refuses("g2g_linear", None) is None  # the others are still used
-    served, said = new_process()  # the next process knows
+    assert first_use.refuses("g2g_linear", None) is None
+    served, said = new_process()
     assert not served
     assert len(said) == 1
     monkeypatch.setenv("G2G_CHECK", "0")
@@ -244,10 +305,40 @@ def test_a_finding_that_cannot_be_read_or_kept_stops_nothing(content, new_proces
 
 
 @needs_interpreter
-def test_no_check_runs_while_calls_are_traced(new_process, monkeypatch):
+def test_no_check_runs_while_calls_are_traced_or_captured_and_what_is_known_counts(new_process, monkeypatch):
     monkeypatch.setattr(first_use, "_check", lambda *_: pytest.fail("a check began"))
     x, compiled = torch.ones(2, 1, 1), torch.compile(lambda x: lif(x, 1.0, 1.5), backend="eager")
     with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
         assert first_use.refuses("neurons", None) is None
     monkeypatch.setattr(first_use, "_found", {})
     assert compiled(x).flatten().tolist() == [0, 1]
+
+    monkeypatch.setattr(first_use, "card", lambda index: f"card {index}")
+    first_use._keep(("g2g_linear", "card 0"), "y differs")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert first_use.refuses("g2g_stack", 0) is None
+    assert "failed the check at their first use (y differs)" in first_use.refuses("g2g_linear", 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with pytest.raises(pytest.fail.Exception, match="a check began"):  # with the first call after the capture
+        first_use.refuses("g2g_stack", 0)
+
+
+@needs_interpreter
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_processes_that_start_together_end_right_and_leave_one_whole_finding(new_process, monkeypatch, tmp_path):
+    forked = multiprocessing.get_context("fork")
+    both = forked.Barrier(2)
+    finding = "a spike too many"
+    # each has found nothing in the cache, and writes when both have compared
+    monkeypatch.setattr(doctor, "first_finding", lambda *_: (both.wait(60), finding)[1])
+    started = [
+        forked.Process(target=lambda: os._exit(finding not in (first_use.refuses("neurons", None) or "")))
+        for _ in range(2)
+    ]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    assert [process.exitcode for process in started] == [0, 0]
+    (kept,) = (tmp_path / "g2g" / "checks").iterdir()
+    assert json.loads(kept.read_text(encoding="utf-8"))["found"] == finding

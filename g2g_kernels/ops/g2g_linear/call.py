@@ -9,7 +9,7 @@ from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.flops import count_flops, product_flops
 from g2g_kernels.ops.g2g_linear import reference
-from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator
+from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output, RecordOperator
 
 
 class LinearCall(NamedTuple):
@@ -22,11 +22,13 @@ class LinearCall(NamedTuple):
     bias: torch.Tensor | None
     dtype: torch.dtype
 
-    def check(self) -> None:
-        """Raises ValueError unless sizes match."""
-        out_size, in_size = self.mask.shape
-        if self.x.dim() != 2 or self.x.shape[1] != in_size or (self.bias is not None and self.bias.numel() != out_size):
-            raise ValueError(f"x {tuple(self.x.shape)} or bias does not fit a mask of {out_size} × {in_size} weights")
+    def expected(self) -> Expected:
+        """What kernels take for granted."""
+        x, values, mask, bias, _ = self
+        out_size, in_size = mask.shape
+        yield "x", x, (len(x), in_size), torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32
+        yield "values", values, values.shape, torch.float32
+        yield "bias", bias, (out_size,), torch.float32
 
 
 TYPES["LinearCall"] = LinearCall
@@ -43,22 +45,20 @@ def operators(
     the gradients of the call's tensors.
     """
 
-    def fake(call: LinearCall, keep: bool) -> torch.Tensor:
-        return call.x.new_empty((call.x.shape[0], call.mask.shape[0]), dtype=call.dtype)
+    def shapes(call: LinearCall, keep: bool) -> list[Output]:
+        return [Output((call.x.shape[0], call.mask.shape[0]), call.dtype)]
 
     def plain(call: LinearCall) -> tuple[torch.Tensor]:
         return (reference.g2g_linear(call.x, call.values, call.mask, call.bias),)
 
-    name = f"{prefix}linear"
-    backward_operator = RecordOperator(f"{name}_backward", "Tensor[]", backward, Backward.empty, keys)
-    forward_operator = Differentiable(f"{name}_forward", "Tensor", 1, forward, fake, backward_operator, plain, keys)
+    operator = Differentiable(f"{prefix}linear", "Tensor", 1, forward, backward, shapes, plain, keys)
 
     def flops(call: LinearCall) -> int:
         return product_flops(call.x.shape[0], call.values, call.mask)
 
-    count_flops(forward_operator, flops)
-    count_flops(backward_operator, lambda given: flops(given.call) * sum(given.needed[:2]))
-    return forward_operator, backward_operator
+    count_flops(operator, flops)
+    count_flops(operator.backward, lambda given: flops(given.call) * sum(given.needed[:2]))
+    return operator, operator.backward
 
 
 def product(

@@ -1,8 +1,8 @@
-"""Tile sizes of the Triton kernels of products, and which way a product takes: by units, or dense.
+"""Tile sizes of the Triton kernels of products, and whether a product is computed by units or dense.
 
-A dense product is cuBLAS's, at a larger share of the card's rate than ours, but multiplies what does not exist. It
-pays for nearly full masks, and for units below 16, whose tiles (at least 16 × 16) are mostly padding. In float32 our
-products go by parts to tensor cores, cuBLAS's do not. :func:`dense_pays` decides for each product by itself.
+The dense product is cuBLAS's, which reaches a larger share of the card's rate than our kernels, but also multiplies
+absent weights. It pays for nearly full masks, and for units below 16, whose tiles (at least 16 × 16) are mostly
+padding. In float32 our products run on tensor cores, in parts; cuBLAS's do not. :func:`dense_pays` decides.
 """
 
 import torch
@@ -25,14 +25,13 @@ def tiles_of(side: Side) -> int:
 
 
 def product_tiles(samples: int, width: int, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
-    """Rows and depth of a tile for units ``width`` deep, and the number of loads in flight.
+    """Rows and depth of a tile for units ``width`` deep, warps, and the number of loads in flight.
 
-    128 rows are two ``wgmma`` of 64; 64 make twice the programs for one step of a batch, and 16, the minimum of a
+    128 rows are two ``wgmma`` of 64; 64 rows make twice the programs for one step of a batch; 16, the minimum of a
     tensor core, are enough for few samples. Three stages of 16 KB of x and 8 KB of weights fit the 99 KB of consumer
-    cards. float32 samples take twice the registers: half the rows, half the depth; by parts a quarter of it. float32
-    weights alone, and units 16 deep: half the rows. ``ieee`` products run on the ordinary cores, with fully unrolled
-    loops: a depth of 16. The three parts of a tile of weights are shared by 128 rows and two sums by 8 warps: for 64
-    rows L2 would be too slow. With these numbers no kernel uses the stack (``benchmarks/results/aot.md``).
+    cards. float32 samples take twice the registers: half the rows and depth, in parts a quarter of the depth. ``ieee``
+    loops are fully unrolled: a depth of 16. In parts, 128 rows share a tile of weights, and 8 warps two sums: with 64
+    rows L2 would be too slow. No kernel then uses the stack (``benchmarks/results/aot.md``).
     """
     wide = (precision == "parts" or torch.float32 not in (x, products)) and samples > 1024
     block_m = 16 if samples <= 32 else 128 if wide and width > 16 else 64
@@ -77,12 +76,12 @@ _PROGRAMS = 528
 
 
 def weight_gradient_tiles(width: int, x: torch.dtype, products: torch.dtype, precision: str) -> dict[str, int]:
-    """The number of units ``width`` wide that share a tile of dy, of samples per step, and of loads in flight.
+    """The number of units ``width`` wide that share a tile of dy, of samples per step, of samples in a chain of sums
+    (0: one chain is as good as several), of warps, and of loads in flight.
 
     128 columns of x: with 256, most rows of the default mask (8 or 9 units of 64) would leave a last group almost
-    empty. 64 samples per step are four ``wgmma`` deep. In float32 half of both, and for floats by parts a quarter of
-    the samples; spikes beside parts are narrow enough for all 128 columns. Beside spikes, float32 sums take 8 warps:
-    with 4 they spill on the ordinary cores of sm_89. CHAIN is 0 where one chain is as good as several.
+    empty. 64 samples per step are four ``wgmma`` deep. In float32 half of both, in parts a quarter of the samples;
+    spikes times parts have room for all 128 columns, but take 8 warps: with 4 they spill on sm_89.
     """
     floats = torch.float32 in (x, products)
     by_parts, spikes = precision == "parts", x == torch.uint8
@@ -101,44 +100,53 @@ def groups_and_parts(units: int, rows: int, tiles: int, samples: int, group: int
 
 # --- units or dense -----------------------------------------------------------------------------------------------
 
-
-#: of a multiplication, in cuBLAS's: it reaches 0.8 of a card's rate, we 0.6 on tensor cores, 0.45 on ordinary ones
-_TENSOR_CORE_TIME, _ORDINARY_CORE_TIME = 4 / 3, 16 / 9
-#: how many times as long as on tensor cores in 16 bits a product takes in TF32, and on ordinary cores in float32
+#: the shares of a card's rate that are reached: by cuBLAS, and by our kernels on tensor cores and on ordinary cores
+_CUBLAS, _TENSOR_CORES, _ORDINARY_CORES = 0.8, 0.6, 0.45
+#: the time of a multiplication relative to 16 bits on tensor cores: in TF32, and in float32 on ordinary cores
 _TF32, _FLOAT32 = 2, 12
-#: a float32 weight in 16-bit parts: its bytes, and their products with a spike, and with the parts of a float
-_BYTES_IN_PARTS, _PARTS_OF_SPIKES, _PARTS_OF_FLOATS = 6, 3, 6
-#: rows of a tile; and the speed of L2, in that of memory
-_TILE_ROWS, _L2 = 128, 2
-#: assembling the dense matrix takes as long as so many samples, its launches (ten microseconds) as so many bytes
+#: a float32 weight in three parts of 16 bits: its bytes, and its products with a spike and with a float in parts
+_PARTS_BYTES, _PARTS_BY_SPIKE, _PARTS_BY_FLOAT = 6, 3, 6
+#: samples that share a tile of weights; and how many times as fast as memory L2 is
+_TILE_ROWS, _L2_SPEED = 128, 2
+#: assembling a dense matrix: its passes over the matrix, in samples, and its launches (ten microseconds), in bytes
 _ASSEMBLY_SAMPLES, _ASSEMBLY_BYTES = 1000, 2e7
 
 
 def dense_pays(units: Units, x: torch.Tensor, outer: Side, products: torch.dtype) -> bool:
-    """True where the dense product of x [M, …] is expected to be faster; a rule, not measured. ``outer`` is what is not
-    summed over: of ``units`` the rows, in the input gradient the columns.
+    """True where the dense product of x [M, …] is expected to be faster; a rule, not measured. ``outer`` is the side of
+    ``units`` that is not summed over: the rows, in the input gradient the columns.
 
-    Times are in multiplications of cuBLAS, per sample. A weight of a tile waits for our cores or, if that is slower,
-    for L2, which gives a tile of ``_TILE_ROWS`` × ``tile_of(outer)`` its factors. cuBLAS multiplies no spikes as bytes.
+    Times are per sample, in multiplications of cuBLAS. A product takes as long as its multiplications or its loads and
+    stores, whichever is longer. cuBLAS does not multiply spikes as bytes: they are converted first.
     """
     if runtime.assumed.dense is not None:
         return runtime.assumed.dense
-    rows, cols = units.rows, units.cols
-    weights_in_tiles = units.unit_row.shape[0] * tiles_of(rows) * tile_of(rows) * tiles_of(cols) * tile_of(cols)
+    rows, cols, samples = units.rows, units.cols, len(x)
     inputs, outputs = (cols.size, rows.size) if outer is rows else (rows.size, cols.size)
-    precision, byte = runtime.precision_of(products, x.device), float(runtime.card_of(x.device).flop_per_byte)
-    size, x_size, weight_size, ours = products.itemsize, x.dtype.itemsize, products.itemsize, _TENSOR_CORE_TIME
+    x_bytes, product_bytes = x.dtype.itemsize, products.itemsize
+    precision = runtime.precision_of(products, x.device)
+    of_a_byte = float(runtime.card_of(x.device).flop_per_byte)  # from memory
+    multiplication, weight_bytes = _CUBLAS / _TENSOR_CORES, product_bytes
     if precision == "tf32":
-        byte /= _TF32
+        of_a_byte /= _TF32
     elif products == torch.float32:
-        byte, ours = byte / _FLOAT32, _ORDINARY_CORE_TIME
-        if precision == "parts":
-            parts = _PARTS_OF_SPIKES if x_size == 1 else _PARTS_OF_FLOATS
-            ours, weight_size = _TENSOR_CORE_TIME * parts / _FLOAT32, _BYTES_IN_PARTS
-    of_a_weight = max(ours, byte / _L2 * (x_size / tile_of(outer) + weight_size / _TILE_ROWS))
-    by_units = max(of_a_weight * weights_in_tiles, byte * (x_size * inputs + size * outputs))
-    dense = max(inputs * outputs, byte * size * (inputs + outputs))
-    if x.dtype != products:
-        dense += byte * (x_size + size) * inputs
-    assembly = _ASSEMBLY_SAMPLES * inputs * outputs + byte * _ASSEMBLY_BYTES
-    return by_units * len(x) > dense * len(x) + assembly
+        of_a_byte /= _FLOAT32
+        multiplication = _CUBLAS / _ORDINARY_CORES
+        if precision == "parts":  # on tensor cores, where cuBLAS is on ordinary ones
+            parts = _PARTS_BY_SPIKE if x_bytes == 1 else _PARTS_BY_FLOAT
+            multiplication, weight_bytes = _CUBLAS / _TENSOR_CORES * parts / _FLOAT32, _PARTS_BYTES
+
+    weights_with_padding = units.unit_row.shape[0] * _padded(rows) * _padded(cols)
+    loads_per_weight = of_a_byte / _L2_SPEED * (x_bytes / tile_of(outer) + weight_bytes / _TILE_ROWS)
+    in_memory = of_a_byte * (x_bytes * inputs + product_bytes * outputs)
+    by_units = max(weights_with_padding * max(multiplication, loads_per_weight), in_memory)
+
+    dense = max(inputs * outputs, of_a_byte * product_bytes * (inputs + outputs))
+    conversion = 0 if x.dtype == products else of_a_byte * (x_bytes + product_bytes) * inputs
+    assembly = _ASSEMBLY_SAMPLES * inputs * outputs + of_a_byte * _ASSEMBLY_BYTES
+    return by_units * samples > (dense + conversion) * samples + assembly
+
+
+def _padded(side: Side) -> int:
+    """The places in all tiles that cover a range."""
+    return tiles_of(side) * tile_of(side)

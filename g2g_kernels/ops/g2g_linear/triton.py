@@ -1,17 +1,10 @@
 """``g2g_linear`` in Triton: operators ``g2g::triton_linear_forward`` (with its autograd formula) and
-``g2g::triton_linear_backward``.
+``g2g::triton_linear_backward``. README.md has the formulas, tiles, bytes and FLOPs.
 
-With M samples (T·B in training), U units of R × C weights, and per block row the slots that ``row_ptr`` and
-``row_slot`` list (per block column ``col_ptr`` and ``col_slot``):
-
-    y[m][i]  = b[i] + Σ_{units of i's row}    Σ_j x[m][j]·W[i][j]     product_kernel, by rows
-    dx[m][j] =        Σ_{units of j's column} Σ_i dy[m][i]·W[i][j]    product_kernel, by columns: the transposed index,
-                                                                      the same packed values, read the other way round
-    dW[i][j] =        Σ_m dy[m][i]·x[m][j]                            weight_gradient_kernel
-
-Each of the three takes 2·M·U·R·C FLOPs. A ``wgmma`` of sm_90 is four warps' and has 64 rows in its left factor, so
-eight warps need 128. Neurons are read and written at their columns in memory: neuron n of a :class:`Side` is column n,
-which loads and stores translate from the padded group order of a mask (*places*), without a separate pass.
+The forward pass is ``product_kernel`` by rows of units; the input gradient is the same kernel by columns, with the
+transposed index and the same packed values; the weight gradient is ``weight_gradient_kernel``. Neurons are read and
+written at their columns in memory: neuron n of a :class:`Side` is column n, which loads and stores translate from the
+padded group order of a mask (*places*), without a separate pass.
 """
 
 from typing import Any
@@ -62,7 +55,7 @@ def in_order(side: Side) -> Side:
 
 
 def read_by(side: Side, readers: Side) -> Side:
-    """These neurons, stored at the places of ``readers``, in the order in which the next layer reads them."""
+    """These neurons at the places of ``readers``, in the order in which the next layer reads them."""
     mapped = next((each.neuron_at for each in (side, readers) if each.neuron_at is not None), None)
     if mapped is None:
         return side
@@ -84,7 +77,7 @@ def read_by(side: Side, readers: Side) -> Side:
 
 
 def arguments(units: Units, by_rows: bool) -> dict[str, Any]:
-    """Those of kernels that go through the units of each row; or of each column, the transposed way."""
+    """The arguments of kernels that go through the units of each row, or (transposed) of each column."""
     inner, outer = (units.cols, units.rows) if by_rows else (units.rows, units.cols)
     return {
         "x_column": inner.neuron_at,
@@ -146,8 +139,8 @@ def length(bounds, unit, width):
 def tile_at(
     i, end, slots, others, x_column, x_bounds, x_size, K: tl.constexpr, TILES_K: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Of tile ``i`` of the units of a row, counted over all rows: its unit's slot; of its BLOCK_K places whether they
-    hold weights, their columns of x, and whether there is one. From the row's ``end`` on, those of slot 0."""
+    """Tile ``i`` of the units of a row, counted over all rows: its unit's slot; of its BLOCK_K places whether they hold
+    weights, their columns of x, and whether these exist. From the row's ``end`` on, those of slot 0."""
     exists = i < end * TILES_K
     slot = tl.load(slots + i // TILES_K, mask=exists, other=0)
     other = tl.load(others + slot, mask=exists, other=0)

@@ -7,11 +7,11 @@ import torch
 
 from g2g_kernels.ops.flops import count_flops, product_flops
 from g2g_kernels.ops.g2g_linear import reference as linear
-from g2g_kernels.ops.g2g_stack.checks import check_sizes
-from g2g_kernels.ops.g2g_stack.population import ONE_STEP, Call, Connection, Population, total_steps
+from g2g_kernels.ops.g2g_stack.checks import check_ends
+from g2g_kernels.ops.g2g_stack.population import ONE_STEP, Call, Connection, Population, expected_of, total_steps
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
 from g2g_kernels.ops.neurons.step import in_steps
-from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator
+from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output, RecordOperator
 from g2g_kernels.tracing import replaced
 
 _Each = list[torch.Tensor]
@@ -118,11 +118,15 @@ class StackCall(NamedTuple):
         """B."""
         return self.x.shape[-2]
 
-    def check(self) -> None:
-        """Raises ValueError unless the sizes of populations, biases and parameters match."""
+    def expected(self) -> Expected:
+        """What kernels take for granted."""
         if isinstance(reason := chain_of(self.populations), str):
             raise ValueError(reason)
-        check_sizes(self.populations, self.batch, self.x.shape[-1])
+        inputs = self.x.shape[-1]
+        check_ends(self.populations, inputs)
+        shape = (self.batch, inputs) if self.held else (self.num_steps, self.batch, inputs)
+        yield "x", self.x, shape, torch.float32
+        yield from expected_of(self.populations, self.batch)
 
 
 TYPES["StackCall"] = StackCall
@@ -132,26 +136,18 @@ def operators(
     prefix: str,
     keys: Sequence[str],
     forward: Callable[[StackCall, bool], Outputs],
-    fake: Callable[[StackCall, bool], Outputs],
     backward: Callable[[Backward], list[torch.Tensor | None]],
-    check: Callable[[StackCall], None] = lambda call: None,
+    shapes: Callable[[StackCall, bool], Sequence[Output | list[Output]]],
 ) -> tuple[Differentiable, RecordOperator]:
     """Registers and returns ``g2g::{prefix}stack_forward`` and ``…_backward``, as those of
-    :mod:`g2g_kernels.ops.g2g_linear.call`. ``fake`` gives the outputs uninitialised. ``backward`` is given the
-    gradients of counts, rates, last states, membranes and spikes, and of what was kept spikes and the rest. ``check``
-    raises ValueError for calls through the dispatcher that ``forward`` would misread.
+    :mod:`g2g_kernels.ops.g2g_linear.call`. ``backward`` is given the gradients of counts, rates, last states, membranes
+    and spikes, and the kept spikes and other tensors.
     """
-    name = f"{prefix}stack"
-    backward_operator = RecordOperator(
-        f"{name}_backward", "Tensor[]", backward, Backward.empty, keys, lambda given: check(given.call)
-    )
     results = "(Tensor counts, Tensor[] rates, Tensor[] last, Tensor[] shown, Tensor[] spikes, Tensor[] kept)"
-    forward_operator = Differentiable(
-        f"{name}_forward", results, 4, forward, fake, backward_operator, _plain, keys, check
-    )
-    count_flops(forward_operator, lambda call: sum(_flops(call)) + _recurrent_flops(call))
-    count_flops(backward_operator, _backward_flops)
-    return forward_operator, backward_operator
+    operator = Differentiable(f"{prefix}stack", results, 4, forward, backward, shapes, _plain, keys)
+    count_flops(operator, lambda call: sum(_flops(call)) + _recurrent_flops(call))
+    count_flops(operator.backward, _backward_flops)
+    return operator, operator.backward
 
 
 def _plain(call: StackCall) -> list[torch.Tensor]:

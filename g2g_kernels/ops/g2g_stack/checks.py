@@ -43,10 +43,17 @@ def checked(call: Call) -> Call:
         suffix = f" of population {number}"
         neurons = check_neurons(suffix, population.neurons, size_of(population), x)
         with_tensors.append(replaced(population, neurons=neurons))
-        for name, tensor in (("state", population.state), ("sent", population.sent)):
-            _check_like(f"{name}{suffix}", tensor, x)
+        shape = x.shape[-2], size_of(population)
+        if population.dropped is not None:
+            check_dropped(suffix, population.dropped, shape)
+        if population.state is not None:
+            check_state(suffix, population.state, neurons, shape)
+            _check_like(f"state{suffix}", population.state, x)
+        if population.sent is not None:
+            _check_sent(f"sent{suffix}", population.sent, *shape)
+            _check_like(f"sent{suffix}", population.sent, x)
+    check_ends(populations, x.shape[-1])
     call = replaced(call, populations=tuple(with_tensors), steps=None if steps is None else int(steps))
-    check_sizes(call.populations, x.shape[-2], x.shape[-1])
     if call.before is not None:
         _check_sent("before", call.before, x.shape[-2], x.shape[-1])
         _check_like("before", call.before, x)
@@ -56,21 +63,12 @@ def checked(call: Call) -> Call:
     return call
 
 
-def check_sizes(populations: Sequence[Population], batch: int, inputs: int | None) -> None:
-    """Raises ValueError unless all that is around the neurons of populations, and what joins them, has their sizes: the
-    only check of hand-made calls of operators. Without a number of ``inputs`` these may be any."""
-    sizes = [size_of(population) for population in populations]
-    for number, (population, size) in enumerate(zip(populations, sizes)):  # noqa: B905
-        suffix = f" of population {number}"
-        population.neurons.check_entries(size, suffix)
-        if population.dropped is not None:
-            check_dropped(suffix, population.dropped, (batch, size))
-        if population.state is not None:
-            check_state(suffix, population.state, population.neurons, (batch, size))
-        if population.sent is not None:
-            _check_sent(f"sent{suffix}", population.sent, batch, size)
+def check_ends(populations: Sequence[Population], inputs: int | None) -> None:
+    """Raises ValueError unless each connection joins its source to its population; None: any number of ``inputs``."""
+    sizes = [*(size_of(population) for population in populations), inputs]
+    for number, population in enumerate(populations):
         for connection in population.connections:
-            _check_ends(number, connection, [*sizes, inputs])
+            _check_ends(number, connection, sizes)
 
 
 def check_chunk(chunk: int, call: Call) -> None:
@@ -102,8 +100,6 @@ def _check_ends(number: int, connection: Connection, sizes: Sequence[int | None]
         raise ValueError(f"a connection{suffix} has {outputs} outputs, but there are {sizes[number]} neurons")
     if sizes[source] not in (inputs, None):
         raise ValueError(f"a connection{suffix} has {inputs} inputs but receives {sizes[source]}")
-    if connection.bias is not None and connection.bias.numel() != outputs:
-        raise ValueError(f"the bias of a connection{suffix} has {connection.bias.numel()} entries, expected {outputs}")
     if connection.delay is not None:
         check_delay(suffix, connection.delay, inputs)
 
@@ -115,10 +111,8 @@ def _check_sent(name: str, sent: torch.Tensor, batch: int, size: int) -> None:
         raise ValueError(f"{name} has shape {tuple(sent.shape)}; expected [D, {batch}, {size}]")
 
 
-def _check_like(name: str, state: torch.Tensor | None, x: torch.Tensor) -> None:
+def _check_like(name: str, state: torch.Tensor, x: torch.Tensor) -> None:
     """Raises ValueError for a state on another device than x, or of more bits than this run's states."""
-    if not isinstance(state, torch.Tensor):  # which another check refuses, or nothing
-        return
     if state.device != x.device:
         raise ValueError(f"{name} is on {state.device}, x on {x.device}; give state.to(x.device)")
     dtype = torch.promote_types(x.dtype, torch.float32)

@@ -42,7 +42,7 @@ from g2g_kernels.ops.g2g_stack.population import (
 from g2g_kernels.ops.neurons.cpu import neuron_arguments
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2g_kernels.ops.record import TYPES, Backward, RecordOperator, built, opened
+from g2g_kernels.ops.record import TYPES, Backward, Expected, Output, RecordOperator, built, opened
 from g2g_kernels.tracing import is_traced, replaced
 
 logger = logging.getLogger("g2g_kernels")
@@ -324,18 +324,6 @@ def delays_pointer(number: int, delay: Delay, steps: torch.Tensor) -> int:
     return steps.data_ptr()
 
 
-def check_tensors(call: Any) -> None:
-    """Raises ValueError for tensors of a record that the kernels would misread."""
-    tensors, _ = opened(call)
-    for tensor in tensors:
-        if not (
-            tensor.is_cpu
-            and tensor.is_contiguous()
-            and tensor.dtype in (torch.float32, torch.bool, torch.int32, torch.int64)
-        ):
-            raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
-
-
 def _forward(call: StackCall, keep: bool) -> Outputs:
     shapes = _shapes(call)
     spikes, inputs = workspace.exactly(shapes.spikes, torch.int64), workspace.each(shapes.inputs, torch.int64)
@@ -353,27 +341,18 @@ def _forward(call: StackCall, keep: bool) -> Outputs:
     return counts, rates, last, [], spikes, [torch.tensor(header, dtype=torch.float64), *inputs, *states]
 
 
-def _forward_fake(call: StackCall, keep: bool) -> Outputs:
-    shapes, x = _shapes(call), call.x
-    kept = []
-    if keep:
-        kept = [
-            x.new_empty(1 + len(call.populations), dtype=torch.float64),
-            *(x.new_empty(shape, dtype=torch.int64) for shape in shapes.inputs),
-            *(x.new_empty(shape) for shape in shapes.states),
-        ]
-    spikes = [x.new_empty(shape, dtype=torch.int64) for shape in shapes.spikes]
-    rates, last = ([x.new_empty(shape) for shape in each] for each in (shapes.rates, shapes.last))
-    return x.new_empty(shapes.last[-1][1:]), rates, last, [], spikes, kept
+def _outputs(call: StackCall, keep: bool) -> list[Output | list[Output]]:
+    shapes = _shapes(call)
+    words = [Output(shape, torch.int64) for shape in shapes.spikes]
+    rates, last, states = ([*map(Output, each)] for each in (shapes.rates, shapes.last, shapes.states))
+    header, inputs = Output((1 + len(words),), torch.float64), [Output(shape, torch.int64) for shape in shapes.inputs]
+    return [Output(shapes.last[-1][1:]), rates, last, [], words, [header, *inputs, *states] if keep else []]
 
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, kept, (grad_counts, *grads_of_layers), needed = given
-    shapes, count = _shapes(call), len(call.populations)
+    count = len(call.populations)
     spikes, header, inputs, states = kept[:count], kept[count], kept[count + 1 : 2 * count + 1], kept[2 * count + 1 :]
-    for tensors, expected in ((spikes, shapes.spikes), (inputs, shapes.inputs), (states, shapes.states)):
-        if [tuple(tensor.shape) for tensor in tensors] != expected:
-            raise ValueError("spikes and kept are not those of a forward pass over these tensors")
     grads, to = given.made(_gradients)
     arguments = _Arguments(call, spikes, inputs, states, to)
     x_spikes, *input_rates = header.tolist()
@@ -423,8 +402,12 @@ class PackedWords(NamedTuple):
     values: torch.Tensor
     mask: MaskTensors
 
-    def check(self) -> None:
-        """Nothing: the kernel does."""
+    def expected(self) -> Expected:
+        """What the kernel takes for granted."""
+        batch, _, steps = self.words.shape
+        rows, _ = blocks(self.mask.grid, tuple(self.values.shape))
+        yield "words", self.words, (batch, rows, steps), torch.int64
+        yield "values", self.values, self.values.shape, torch.float32
 
 
 TYPES["PackedWords"] = PackedWords
@@ -433,8 +416,6 @@ TYPES["PackedWords"] = PackedWords
 def _unpack(packed: PackedWords) -> torch.Tensor:
     words, values, mask = packed
     plan = plan_for(mask, values)
-    if words.dtype != torch.int64 or words.dim() != 3 or words.shape[1] != library().g2g_plan_row_blocks(plan.address):
-        raise ValueError("words are not the spikes of this layer")
     batch, _, steps = words.shape
     spikes = workspace.empty((steps, batch, mask.shape[0]))
     words = words.contiguous()  # which lives until the kernel has read it
@@ -447,5 +428,5 @@ def _unpack_fake(packed: PackedWords) -> torch.Tensor:
     return packed.values.new_empty(steps, batch, packed.mask.shape[0])
 
 
-FORWARD, BACKWARD = operators("", ("CPU",), _forward, _forward_fake, _backward, check_tensors)
+FORWARD, BACKWARD = operators("", ("CPU",), _forward, _backward, _outputs)
 UNPACK = RecordOperator("unpack_spikes", "Tensor", _unpack, _unpack_fake)

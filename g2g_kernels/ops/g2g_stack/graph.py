@@ -23,13 +23,14 @@ from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
 from g2g_kernels.ops.g2g_stack.call import contiguous
-from g2g_kernels.ops.g2g_stack.checks import check_sizes
-from g2g_kernels.ops.g2g_stack.cpu import PackedSpikes, check_tensors, delays_pointer, refuses_tensors
+from g2g_kernels.ops.g2g_stack.checks import check_ends
+from g2g_kernels.ops.g2g_stack.cpu import PackedSpikes, delays_pointer, refuses_tensors
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train, arrived
 from g2g_kernels.ops.g2g_stack.population import (
     Call,
     Connection,
     Population,
+    expected_of,
     graph_of,
     refuses_kernels,
     size_of,
@@ -41,7 +42,7 @@ from g2g_kernels.ops.g2g_stack.schedule import Graph, components_of
 from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
 from g2g_kernels.ops.neurons.models import MODELS
 from g2g_kernels.ops.neurons.step import in_steps
-from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator
+from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output
 from g2g_kernels.tracing import is_traced
 
 
@@ -76,18 +77,17 @@ class GraphCall(NamedTuple):
         """int32 [blocks, 3], in the order in which they run: a population, its first step, the step after its last."""
         return _blocks(graph_of(self.populations), self.steps)
 
-    def check(self) -> None:
-        """Raises ValueError unless sizes match."""
-        count = len(self.populations)
-        if not count == len(self.currents) == len(self.tails):
-            raise ValueError(f"{len(self.currents)} currents and {len(self.tails)} tails of {count} populations")
-        check_sizes(self.populations, self.batch, None)
-        for number, current in enumerate(self.currents):
-            shape = self.steps, self.batch, size_of(self.populations[number])
-            if tuple(current.shape) not in (shape, shape[1:]):
-                raise ValueError(f"the current of population {number} has shape {tuple(current.shape)}, not {shape}")
-            if not 0 <= self.tails[number] <= self.steps:
-                raise ValueError(f"{self.tails[number]} last steps of population {number} are wanted, of {self.steps}")
+    def expected(self) -> Expected:
+        """What the kernels take for granted."""
+        check_ends(self.populations, None)
+        yield from expected_of(self.populations, self.batch)
+        of_all = enumerate(zip(self.populations, self.currents, self.tails, strict=True))
+        for number, (population, current, tail) in of_all:
+            shape = self.batch, size_of(population)
+            shape = shape if current.dim() == 2 else (self.steps, *shape)
+            yield f"the current of population {number}", current, shape, torch.float32
+            if not 0 <= tail <= self.steps:
+                raise ValueError(f"{tail} last steps of population {number} are wanted, of {self.steps}")
         for target, each in self.connections:
             if each.delay is None or each.delay.steps is None:
                 raise ValueError(f"the connection from {each.source} to {target} needs the delay of each source neuron")
@@ -279,27 +279,18 @@ def _forward(call: GraphCall, keep: bool) -> Outputs:
     return counts, rates, last, tails, [*words, *states]
 
 
-def _fake(call: GraphCall, keep: bool) -> Outputs:
-    like, (words, states) = call.currents[0], _kept_shapes(call)
+def _outputs(call: GraphCall, keep: bool) -> list[Output | list[Output]]:
+    words, states = _kept_shapes(call)
     shapes = [state_shape(population, call.batch) for population in call.populations]
-    return (
-        like.new_empty(shapes[-1][1:]),
-        [like.new_empty(shape[2:]) for shape in shapes],
-        [like.new_empty(shape) for shape in shapes],
-        [like.new_empty(tail, *shape[1:]) for tail, shape in zip(call.tails, shapes, strict=True) if tail],
-        [
-            *[like.new_empty(shape, dtype=torch.int64) for shape in words],
-            *[like.new_empty(shape) for shape in states if keep],
-        ],
-    )
+    tails = [Output((tail, *shape[1:])) for tail, shape in zip(call.tails, shapes, strict=True) if tail]
+    kept = [*[Output(shape, torch.int64) for shape in words], *[Output(shape) for shape in states if keep]]
+    return [Output(shapes[-1][1:]), [Output(shape[2:]) for shape in shapes], [*map(Output, shapes)], tails, kept]
 
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, kept, (grad_counts, *grads_of_populations), _ = given
     count = len(call.populations)
     words, states = kept[:count], kept[count:]
-    if tuple([[tuple(tensor.shape) for tensor in each] for each in (words, states)]) != _kept_shapes(call):
-        raise ValueError("what was kept is not of a forward pass over these tensors")
     written = {id(each.values) for _, each in call.connections}  # the kernels always write the gradients of these
     grads, to = given.made(
         lambda tensors, needed: workspace.alike(
@@ -353,10 +344,8 @@ def _flops(call: GraphCall) -> int:
     return sum(product_flops(call.steps * call.batch, each.values, each.mask) for _, each in call.connections)
 
 
-BACKWARD = RecordOperator(
-    "graph_backward", "Tensor[]", _backward, Backward.empty, check=lambda given: check_tensors(given.call)
-)
 RESULTS = "(Tensor counts, Tensor[] rates, Tensor[] last, Tensor[] tails, Tensor[] kept)"
-FORWARD = Differentiable("graph_forward", RESULTS, 4, _forward, _fake, BACKWARD, _plain, check=check_tensors)
+FORWARD = Differentiable("graph", RESULTS, 4, _forward, _backward, _outputs, _plain)
+BACKWARD = FORWARD.backward
 count_flops(FORWARD, _flops)
 count_flops(BACKWARD, lambda given: 2 * _flops(given.call))

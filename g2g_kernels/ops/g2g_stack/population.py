@@ -9,7 +9,7 @@ from g2g_kernels.ops.g2g_stack.delays import Delay, reaches_of
 from g2g_kernels.ops.g2g_stack.schedule import Graph
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.step import spikes_of
-from g2g_kernels.ops.record import TYPES
+from g2g_kernels.ops.record import TYPES, Expected
 
 #: called with the inputs of a product and what it gives; returns that
 ProductObserver = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -116,6 +116,23 @@ def size_of(population: Population) -> int:
 def state_shape(population: Population, batch: int) -> tuple[int, int, int]:
     """[states, B, N]."""
     return len(MODELS[population.neurons.model].states), batch, size_of(population)
+
+
+def expected_of(populations: Sequence[Population], batch: int) -> Expected:
+    """What kernels take for granted of the tensors of populations."""
+    for number, population in enumerate(populations):
+        of, shape, sent = f" of population {number}", state_shape(population, batch), population.sent
+        yield f"dropped{of}", population.dropped, shape[1:], torch.bool
+        yield f"state{of}", population.state, shape, torch.float32
+        yield f"sent{of}", sent, () if sent is None else (len(sent), *shape[1:]), torch.float32
+        yield from population.neurons.expected(shape[2], of)
+        for each in population.connections:
+            to, (outputs, inputs) = f" of a connection to population {number}", each.mask.shape
+            yield f"values{to}", each.values, each.values.shape, torch.float32
+            yield f"bias{to}", each.bias, (outputs,), torch.float32
+            if each.delay is not None:
+                yield f"delays{to}", each.delay.steps, (inputs,), torch.int64
+                yield f"learned delays{to}", each.delay.learned, (inputs,), torch.float32
 
 
 def total_steps(call: Call) -> int:

@@ -21,7 +21,6 @@ from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity
-from g2g_kernels.ops.g2g_stack.checks import check_dropped
 from g2g_kernels.ops.g2g_stack.cpu import in_float32, refuses_tensors
 from g2g_kernels.ops.g2g_stack.graph import READ
 from g2g_kernels.ops.g2g_stack.population import (
@@ -35,12 +34,10 @@ from g2g_kernels.ops.g2g_stack.population import (
 )
 from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
 from g2g_kernels.ops.g2g_stack.schedule import components_of
-from g2g_kernels.ops.neurons.call import check_backward
-from g2g_kernels.ops.neurons.checks import check_state
 from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.step import in_steps
-from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator, opened
+from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output, opened
 from g2g_kernels.tracing import replaced
 
 #: Lanes to which those of a group of samples are padded, and neurons of which a range is a multiple: so both are whole
@@ -76,20 +73,17 @@ class LoopCall(NamedTuple):
         """Of the states: [states, B, N]."""
         return len(MODELS[self.neurons.model].states), *self.shape[1:]
 
-    def check(self) -> None:
-        """Raises ValueError unless sizes match."""
-        if len(self.shape) != 3:
-            raise ValueError(f"current has shape {tuple(self.current.shape)}, expected [T, B, N], or [B, N] held")
-        _, samples, size = self.shape
-        if self.mask.shape != (size, size):
-            raise ValueError(f"the mask describes {self.mask.shape} weights between {size} neurons")
-        if self.sent is not None and tuple(self.sent.shape) != (samples, size):
-            raise ValueError(f"sent has shape {tuple(self.sent.shape)}, expected {(samples, size)}")
-        if self.dropped is not None:
-            check_dropped("", self.dropped, (samples, size))
-        if self.state is not None:
-            check_state("", self.state, self.neurons, (samples, size))
-        self.neurons.check_entries(size)
+    def expected(self) -> Expected:
+        """What the kernels take for granted."""
+        steps, samples, size = self.shape
+        yield "current", self.current, ((samples, size) if self.steps else (steps, samples, size)), torch.float32
+        yield "values", self.values, self.values.shape, torch.float32
+        yield "row_order", self.mask.row_order, (size,), torch.int64
+        yield "col_order", self.mask.col_order, (size,), torch.int64
+        yield "sent", self.sent, (samples, size), torch.float32
+        yield "dropped", self.dropped, (samples, size), torch.bool
+        yield "state", self.state, self.state_shape, torch.float32
+        yield from self.neurons.expected(size)
 
 
 TYPES["LoopCall"] = LoopCall
@@ -166,9 +160,6 @@ def _kept_shape(call: LoopCall) -> tuple[int, ...]:
 
 def _arguments(call: LoopCall, grads: Sequence[torch.Tensor | None] = ()) -> tuple[Structure, Plan]:
     """The arguments of a kernel, and the lists that must outlive it."""
-    for tensor in opened(call)[0]:
-        if (tensor.is_floating_point() and tensor.dtype != torch.float32) or not tensor.is_contiguous():
-            raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
     (steps, samples, size), threads = call.shape, torch.get_num_threads()
     ranges = max(-(-size // RANGE), min(threads, -(-size // _STRETCH)))
     ranges = -(-ranges // threads) * threads  # as many for each thread
@@ -207,7 +198,6 @@ def _forward(call: LoopCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor, to
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, (kept,), (grad_spikes, grad_last), _ = given
     constant = grad_spikes is not None and grad_spikes.stride(0) == 0
-    check_backward(given, _kept_shape(call), torch.float32)
     grads, to = given.made(workspace.alike)
     grad_last = grad_last if grad_last is None else grad_last.contiguous()
     arguments, _lists = _arguments(call, to.neurons.parameters)
@@ -219,9 +209,8 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     return grads
 
 
-def _fake(call: LoopCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    kept = call.current.new_empty(_kept_shape(call) if keep else 0)
-    return call.current.new_empty(call.shape), call.current.new_empty(call.state_shape), kept
+def _outputs(call: LoopCall, keep: bool) -> list[Output]:
+    return [Output(call.shape), Output(call.state_shape), Output(_kept_shape(call) if keep else (0,))]
 
 
 def _plain(call: LoopCall) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,9 +231,9 @@ def _prepared(grad: torch.Tensor) -> torch.Tensor:
     return grad[0].contiguous().expand(grad.shape) if grad.dim() == 3 and grad.stride(0) == 0 else grad.contiguous()
 
 
-BACKWARD = RecordOperator("loop_backward", "Tensor[]", _backward, Backward.empty)
 RESULTS = "(Tensor spikes, Tensor last, Tensor kept)"
-FORWARD = Differentiable("loop_forward", RESULTS, 2, _forward, _fake, BACKWARD, _plain, prepared=_prepared)
+FORWARD = Differentiable("loop", RESULTS, 2, _forward, _backward, _outputs, _plain, prepared=_prepared)
+BACKWARD = FORWARD.backward
 
 
 # --- populations of which some weights lie in lists -------------------------------------------------------------

@@ -41,7 +41,7 @@ from g2g_kernels.ops.neurons.triton import (
     model_options,
     parameter_gradients,
 )
-from g2g_kernels.ops.record import Backward, opened
+from g2g_kernels.ops.record import Backward, Output, opened
 from g2g_kernels.triton import runtime
 from g2g_kernels.triton.neuron import (
     EXACT,
@@ -602,20 +602,19 @@ def _forward(call: StackCall, keep: bool) -> Outputs:
     return counts, rates, states, shown, all_spikes, kept
 
 
-def _forward_fake(call: StackCall, keep: bool) -> Outputs:
-    new, layers, kept = call.x.new_empty, _layers(call), []
-    over_time = [(call.num_steps, call.batch, size_of(own)) for own in call.populations]
-    shown = [new(shape, dtype=torch.float32) for shape, own in zip(over_time, call.populations) if own.membranes]  # noqa: B905
-    shown += [new(shape) for shape in over_time if call.spikes]
-    spikes = [new((call.num_steps, call.batch, layer.units.rows.size), dtype=torch.uint8) for layer in layers]
+def _outputs(call: StackCall, keep: bool) -> list[Output | list[Output]]:
+    layers, populations, kept = _layers(call), call.populations, []
+    over_time = [(call.num_steps, call.batch, size_of(own)) for own in populations]
+    shown = [Output(shape) for shape, own in zip(over_time, populations, strict=True) if own.membranes]
+    shown += [Output(shape, call.x.dtype) for shape in over_time if call.spikes]
+    spikes = [Output((call.num_steps, call.batch, layer.units.rows.size), torch.uint8) for layer in layers]
     for layer in layers if keep else ():
         state, checkpoints = layer.kept_shapes(call.num_steps, call.batch)
         dtype = torch.float32 if layer.recurrent is not None else layer.current_dtype()
-        kept += [new(state, dtype=dtype), new(checkpoints, dtype=torch.float32)]
-    counts = new((call.batch, size_of(call.populations[-1])), dtype=torch.float32)
-    rates = [new(size_of(own), dtype=torch.float32) for own in call.populations]
-    last = [new(state_shape(layer, call.batch), dtype=torch.float32) for layer in call.populations]
-    return counts, rates, last, shown, spikes, kept
+        kept += [Output(state, dtype), Output(checkpoints)]
+    last = [Output(state_shape(own, call.batch)) for own in populations]
+    rates = [Output(of.shape[2:]) for of in last]
+    return [Output(last[-1].shape[1:]), rates, last, shown, spikes, kept]
 
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
@@ -666,4 +665,4 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     return given.aligned(call._replace(x=grad_x if grad_x_needed else None, populations=tuple(found[::-1])))
 
 
-FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _forward_fake, _backward)  # CPU: the interpreter
+FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _backward, _outputs)  # CPU: the interpreter

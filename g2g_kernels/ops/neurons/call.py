@@ -8,14 +8,13 @@ import torch
 
 from g2g_kernels.ops.neurons.models import MODELS, NeuronModel, Neurons
 from g2g_kernels.ops.neurons.step import in_steps
-from g2g_kernels.ops.record import TYPES, Backward, Differentiable, RecordOperator
+from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output, RecordOperator
 from g2g_kernels.tracing import replaced
 
 
 class NeuronsCall(NamedTuple):
     """What the forward pass takes: a contiguous ``current`` [T, ..., N], or [..., N] held for ``steps`` steps
-    (otherwise 0); the neurons; and the states before the first step, contiguous float32 [states, ..., N], or None for
-    zeros.
+    (otherwise 0); the neurons; and the states before the first step, float32 [states, ..., N], or None for zeros.
     """
 
     current: torch.Tensor
@@ -59,29 +58,14 @@ class NeuronsCall(NamedTuple):
         steps, *samples, neurons = self.shape
         return steps, math.prod(samples), neurons
 
-    def check(self) -> None:
-        """Raises ValueError unless parameters have one entry, or one per neuron, and the state its shape."""
-        self.population.check_entries(self.current.shape[-1])
-        if self.state is not None and tuple(self.state.shape) != self.state_shape:
-            raise ValueError(f"state has shape {tuple(self.state.shape)}, expected {self.state_shape}")
+    def expected(self) -> Expected:
+        """What kernels take for granted."""
+        yield "current", self.current, self.current.shape, torch.float32
+        yield "state", self.state, self.state_shape, torch.float32
+        yield from self.population.expected(self.current.shape[-1])
 
 
 TYPES |= {"NeuronsCall": NeuronsCall, "Neurons": Neurons}
-
-
-def check_backward(given: Backward, kept_shape: tuple[int, ...], dtype: torch.dtype | None = None) -> None:
-    """Raises ValueError unless kept states and gradients have the shapes that belong to the call, and the ``dtype`` if
-    that is given."""
-    grad_spikes, grad_last = given.grads
-    call = given.call
-    for name, tensor, shape in (
-        ("kept", given.kept[0], kept_shape),
-        ("grad_spikes", grad_spikes, call.shape),
-        ("grad_last", grad_last, call.state_shape),
-    ):
-        if tensor is not None and (tuple(tensor.shape) != tuple(shape) or dtype not in (None, tensor.dtype)):
-            wanted = "" if dtype is None else f"{dtype} "
-            raise ValueError(f"{name} must be {wanted}{list(shape)}, not {tensor.dtype} {list(tensor.shape)}")
 
 
 def operators(
@@ -96,16 +80,13 @@ def operators(
     the backward pass needs, of ``kept_shape`` (nothing unless they are to be kept).
     """
 
-    def fake(call: NeuronsCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        kept = call.current.new_empty(kept_shape(call) if keep else 0, dtype=torch.float32)
-        last = call.current.new_empty(call.state_shape, dtype=torch.float32)
-        return call.current.new_empty(call.shape), last, kept
+    def shapes(call: NeuronsCall, keep: bool) -> list[Output]:
+        kept = Output(kept_shape(call) if keep else (0,))
+        return [Output(call.shape, call.current.dtype), Output(call.state_shape), kept]
 
     def plain(call: NeuronsCall) -> tuple[torch.Tensor, torch.Tensor]:
         return in_steps(call.current, call.population, call.steps or None, call.state)
 
-    name = f"{prefix}neurons"
-    backward_operator = RecordOperator(f"{name}_backward", "Tensor[]", backward, Backward.empty, keys)
     results = "(Tensor spikes, Tensor last, Tensor kept)"
-    forward_operator = Differentiable(f"{name}_forward", results, 2, forward, fake, backward_operator, plain, keys)
-    return forward_operator, backward_operator
+    operator = Differentiable(f"{prefix}neurons", results, 2, forward, backward, shapes, plain, keys)
+    return operator, operator.backward

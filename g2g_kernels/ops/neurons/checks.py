@@ -1,4 +1,4 @@
-"""What a population of neurons must be, and numbers as tensors."""
+"""Checks of neurons in calls of public functions; numbers become tensors."""
 
 import math
 import numbers
@@ -14,14 +14,14 @@ from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons, Tensors
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.tracing import replaced
 
-#: what is taken for a parameter beside tensors
+#: parameters besides tensors
 NUMBERS = (int, float, np.integer, np.floating)
 
 
 def check_parameter(name: str, value: Any, of: str = "") -> float:
-    """``value``, the parameter of neurons, as a float; ∞ is a threshold never reached. Raises ValueError, naming the
-    argument (``of`` some neurons), unless it is one number that a float32 holds, or inf."""
-    if isinstance(value, torch.SymFloat):  # of a program with dynamic shapes, which stands for a float
+    """``value``, the parameter of neurons, as a float. (An infinite threshold is never reached.) Raises ValueError,
+    naming the argument (``of`` some neurons), unless it is one number that a float32 holds, or inf."""
+    if isinstance(value, torch.SymFloat):  # stands for a float in a program with dynamic shapes
         return value  # type: ignore[return-value]
     number = value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 else value
     if isinstance(number, numbers.Real) and not isinstance(number, bool):
@@ -38,8 +38,8 @@ def check_steps(steps: int | None) -> int | None:
 
 
 def check_neurons(suffix: str, population: Neurons, size: int, like: torch.Tensor) -> Neurons:
-    """``population`` with parameters as tensors where ``like`` is. Raises ValueError for an unknown model, an option
-    out of range, or parameters that ``size`` neurons cannot have."""
+    """``population`` with parameters as tensors on the device of ``like``. Raises ValueError for an unknown model, an
+    option out of range, or parameters that ``size`` neurons cannot have."""
     model, parameters, reset, surrogate, alpha = population
     if not (model in MODELS and reset in RESETS and surrogate in SURROGATES):
         check_choice("model", model, MODELS, of=suffix)
@@ -65,7 +65,7 @@ def check_neurons(suffix: str, population: Neurons, size: int, like: torch.Tenso
 
 
 def check_state(suffix: str, state: torch.Tensor, population: Neurons, shape: tuple[int, ...]) -> None:
-    """Raises ValueError unless ``state`` holds the states of that model's neurons, each of ``shape`` [..., N]."""
+    """Raises ValueError unless ``state`` holds that model's states, each of ``shape`` [..., N]."""
     check_tensor("state", state, of=suffix)
     names = MODELS[population.model].states
     if tuple(state.shape) != (len(names), *shape):

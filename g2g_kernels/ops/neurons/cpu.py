@@ -13,7 +13,7 @@ import torch
 from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import OPTIONS, library, pointer, run, too_large
 from g2g_kernels.cpu.workspace import workspace
-from g2g_kernels.ops.neurons.call import NeuronsCall, check_backward, operators
+from g2g_kernels.ops.neurons.call import NeuronsCall, operators
 from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.ops.record import Backward
@@ -22,13 +22,13 @@ OPTIONS.update({"resets": RESETS, "surrogates": SURROGATES, "models": MODELS})
 for _name, _model in MODELS.items():
     OPTIONS.update({f"{_name}.{kind}": getattr(_model, kind) for kind in ("states", "parameters", "decays")})
 
-#: steps from the states that are kept to the next (g2g_kernels/csrc/PERFORMANCE.md, LIF alone)
+#: steps between states that are kept (g2g_kernels/csrc/PERFORMANCE.md, LIF alone)
 EVERY = 5
 
 
 @functools.lru_cache(1024)
 def _options(model: str, reset: str, surrogate: str, alpha: float, entries: tuple[int, ...]) -> Structure:
-    """A population's options, without its parameters, which have so many ``entries``."""
+    """A population's options without its parameters, whose numbers of elements are ``entries``."""
     numbers = list(MODELS).index(model), RESETS.index(reset), list(SURROGATES).index(surrogate)
     options = structures.Neurons(**dict(zip(("model", "reset", "surrogate"), numbers, strict=True)), alpha=alpha)
     for parameter, count in zip(options.parameters, entries):  # noqa: B905  # of the models with the most
@@ -37,7 +37,7 @@ def _options(model: str, reset: str, surrogate: str, alpha: float, entries: tupl
 
 
 def neuron_arguments(population: Neurons, grads: Sequence[torch.Tensor | None] = ()) -> Structure:
-    """A population of neurons, and where the gradients of its parameters go, if they are wanted."""
+    """A population of neurons, and the addresses of the gradients of its parameters, if wanted."""
     model, parameters, reset, surrogate, alpha = population
     entries = tuple(map(torch.Tensor.numel, parameters))
     arguments = structures.Neurons.from_buffer_copy(_options(model, reset, surrogate, alpha, entries))
@@ -78,9 +78,6 @@ def _kept_shape(call: NeuronsCall) -> tuple[int, ...]:
 
 
 def _arguments(call: NeuronsCall, grads: Sequence[torch.Tensor | None] = ()) -> Structure:
-    for tensor in (call.current, *call.population.parameters, *(() if call.state is None else (call.state,))):
-        if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
-            raise ValueError("the compiled kernels need contiguous float32 tensors on the CPU")
     steps, samples, size = call.flat_shape
     return structures.NeuronLoop(
         neurons=neuron_arguments(call.population, grads),
@@ -106,7 +103,6 @@ def _forward(call: NeuronsCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor,
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, (kept,), (grad_spikes, grad_last), _ = given
-    check_backward(given, _kept_shape(call), torch.float32)
     if grad_spikes is None:
         grad_spikes = call.current.new_zeros(call.shape)
     grads, to = given.made(workspace.alike)

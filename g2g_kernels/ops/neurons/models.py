@@ -1,9 +1,9 @@
-"""The neuron models: names, parameters, states, and one step forward and backward in PyTorch. The two functions exist
-again in Triton (``g2g_kernels/triton/neuron.py``) and in C++ (``csrc/neurons.h``); everything else loops over what is
-declared here.
+"""The neuron models: names, parameters, states, and one step forward and backward in PyTorch. Triton
+(``g2g_kernels/triton/neuron.py``) and C++ (``csrc/neurons.h``) have the two functions, too; everything else loops over
+these declarations.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +12,13 @@ from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
 from g2g_kernels.tracing import replaced
 
 RESETS = ("subtract", "zero", "none")
-#: of neurons that are given no other
+#: the default
 RESET = "subtract"
 
 Tensors = tuple[torch.Tensor, ...]
-#: of a membrane: its spike, or the surrogate's derivative there
+#: a membrane's spike, or the surrogate's derivative there
 OfMembrane = Callable[[torch.Tensor], torch.Tensor]
-#: of the current, the states before the step, and the parameters
+#: the gradients of the current, of the states before the step, and of the parameters
 StepGradients = tuple[torch.Tensor, Tensors, tuple[torch.Tensor | None, ...]]
 
 
@@ -28,19 +28,18 @@ class NeuronModel(NamedTuple):
     Attributes:
         name: what ``Neurons.model`` calls it.
         parameters: the names of its parameters in order, decays first; the last is ``"threshold"``.
-        decays: the names of those that are clamped to 0 … 1.
-        states: the names of its state variables, initially 0. The last is the membrane, which is compared with the
-            threshold.
+        decays: the names of the parameters that are clamped to 0 … 1.
+        states: the names of its state variables, initially 0; the last is the membrane.
         charge: ``(states, fired, spike, current, parameters, reset) -> states`` after one more step. ``fired`` is R_t,
             bool; decays among ``parameters`` are already clamped. ``spike(U)`` is S = 1[U > θ] as a number, with the
             surrogate's gradient, for a model whose step depends on S_{t−1} by more than the reset.
         charge_backward: ``(grads, states, fired, slope, parameters, reset) -> (current, states, parameters)``: from the
-            gradients of the states after the step those of the current, of the ``states`` before it, and this step's
-            part of those of the parameters (None: nothing). No gradient passes through R. ``slope(U)`` is σ'(U − θ):
-            what reaches S_{t−1} goes on to U_{t−1}, and negated to θ, times ``slope(U_{t−1})``.
+            gradients of the states after the step, the gradients of the current, of the ``states`` before it, and this
+            step's part of those of the parameters (None: nothing). No gradient passes through R. ``slope(U)`` is
+            σ'(U − θ): what reaches S_{t−1} goes on to U_{t−1}, and negated to θ, times ``slope(U_{t−1})``.
         by_spikes: the names of parameters that only multiply spikes.
-        event_gradients: whether ∂L/∂I_t = σ'(U_t − θ)·∂L/∂S_t + p·∂L/∂I_{t+1}, p the first parameter, but for reset
-            ``"zero"``; the input gradient may then be computed by events.
+        event_gradients: whether ∂L/∂I_t = σ'(U_t − θ)·∂L/∂S_t + p·∂L/∂I_{t+1}, p the first parameter (reset ``"zero"``
+            aside), so that the input gradient may be computed by events.
     """
 
     name: str
@@ -196,14 +195,13 @@ class Neurons(NamedTuple):
     surrogate: str = SURROGATE
     alpha: float = ALPHA
 
-    def check_entries(self, size: int, of: str = "") -> None:
-        """Raises ValueError unless each parameter (``of`` some layer) has 1 entry or ``size``, one per neuron."""
+    def expected(self, size: int, of: str = "") -> Iterator[tuple[str, torch.Tensor, tuple[int, ...], torch.dtype]]:
+        """What kernels take for granted of the parameters (``of`` some population): one entry, or ``size``."""
         for name, parameter in zip(MODELS[self.model].parameters, self.parameters, strict=True):
-            if parameter.numel() not in (1, size):
-                raise ValueError(f"{name}{of} has {parameter.numel()} entries, expected 1 or {size}")
+            yield f"{name}{of}", parameter, parameter.shape if parameter.numel() == 1 else (size,), torch.float32
 
     def integrating(self) -> "Neurons":
-        """The population whose membranes are those of neurons that do not spike: nothing follows from their spikes."""
+        """The population whose membranes are those of neurons that do not spike."""
         model = MODELS[self.model]
         parameters = tuple(
             torch.zeros_like(parameter) if name in model.by_spikes else parameter

@@ -5,7 +5,7 @@ Backward, step t begins with the gradient that reaches its membrane through its 
 
     σ'(U_t − θ)·∂L/∂S_t         and  ∂L/∂θ −= σ'(U_t − θ)·∂L/∂S_t
 
-and the model's ``charge_backward`` takes what has reached the states to the current, the states before and the
+and the model's ``charge_backward`` passes the states' gradients on to the current, the states before and the
 parameters. No gradient passes through R.
 """
 

@@ -127,7 +127,7 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
 def _step(
     current: torch.Tensor, states: Tensors | None, population: Neurons, known: Tensors | None
 ) -> tuple[torch.Tensor, Tensors]:
-    """:func:`neurons_step`; the values of the states after it are ``known`` where only their derivatives are wanted."""
+    """:func:`neurons_step`; if only derivatives are wanted, the states after it are ``known``."""
     check_tensor("current", current)
     if current.dim() < 1:
         raise ValueError(f"current has shape {tuple(current.shape)}; expected [..., N]")
@@ -184,8 +184,8 @@ def in_steps(
     state: torch.Tensor | None,
     known: Sequence[torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`g2g_kernels.ops.neurons.run_neurons` as such steps, for what understands only plain operations. Where only
-    derivatives are wanted, the values [T, ..., N] of each state are ``known``."""
+    """:func:`g2g_kernels.ops.neurons.run_neurons` by single steps, in plain operations. If only derivatives are wanted,
+    the values [T, ..., N] of each state are ``known``."""
     states: Tensors | None = None if state is None else state.unbind()
     spikes = []
     for t, current_t in enumerate(current.unbind() if steps is None else itertools.repeat(current, steps)):

@@ -1,16 +1,13 @@
 """Neurons on Triton: ``g2g::triton_neurons_forward`` (with its autograd formula), ``g2g::triton_neurons_backward``.
 
 README.md has the formula, what is kept, and the bytes; ``g2g_kernels/triton/neuron.py`` one step, whose rounding is the
-reference's. A program owns a tile of [BLOCK_B samples, BLOCK_N neurons] and runs through all T steps with its states in
-registers. Nothing passes between programs. Time is cut into *segments*, whose loads are all issued before the first
-membrane is charged, so memory latency is paid once per segment, not once per step.
+reference's. A program owns a tile of [BLOCK_B samples, BLOCK_N neurons] and runs through all T steps. Time is cut into
+*segments*, whose loads are all issued before the first membrane is charged, so memory latency is paid once per segment.
+Gradients of parameters, and of a bias in the currents, are summed over the steps of a segment and then over segments,
+so no chain of additions is as long as T; PyTorch adds the partial sums of programs. There are no atomics.
 
-Gradients of parameters, and of a bias in the currents, are summed in three stages: over the steps of a segment and
-then over the segments, in registers, so no chain of additions is as long as T; then every program writes one partial
-sum per neuron, and PyTorch adds those. Without atomics, every run gives the same results.
-
-Of a fused layer (``g2g_stack``) the margins θ − U_t were kept instead of currents and checkpoints. The kernel then
-computes nothing again: the margin is what σ' needs, its sign is R, and with θ it is the membrane (``from_kept``).
+For a fused layer (``g2g_stack``) the margins θ − U_t were kept instead of currents and checkpoints: the margin is what
+σ' needs, its sign is R, and with θ it is the membrane (``from_kept``).
 """
 
 import math
@@ -20,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from g2g_kernels.ops.neurons.call import NeuronsCall, check_backward, operators
+from g2g_kernels.ops.neurons.call import NeuronsCall, operators
 from g2g_kernels.ops.neurons.models import MODELS, NeuronModel, Neurons
 from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton import runtime
@@ -51,8 +48,8 @@ NUM_WARPS = 4
 
 @triton.jit
 def _tile(batch, neurons, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr):
-    """This program's samples and neurons, and which of these exist; which elements of its tile exist, where they are in
-    a step, and how many a step has."""
+    """This program's samples and neurons, and which neurons exist; which elements of its tile exist, their offsets in a
+    step, and the elements of a step."""
     sample = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     neuron = (tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists, step = neuron < neurons, tl.cast(batch, tl.int64) * neurons
@@ -212,9 +209,9 @@ def neurons_backward_kernel(
 
 
 class Upstream(NamedTuple):
-    """Gradients that reach the spikes, ∂L/∂S [T, B, N] of any floating-point dtype; their ``counts`` [B, N], added to
-    every step; their ``rates`` [N], of which 1/(T·B) is; the ``last`` states, float32 [states, B, N]; and the
-    ``membranes`` ∂L/∂U [T, B, N]. None: zeros.
+    """Gradients of the ``spikes``, ∂L/∂S [T, B, N] of any floating-point dtype; of their ``counts`` [B, N] and their
+    ``rates`` [N] (times 1/(T·B)), both added at every step; of the ``last`` states, float32 [states, B, N]; and of the
+    ``membranes``, ∂L/∂U [T, B, N]. None: zeros.
     """
 
     spikes: torch.Tensor | None = None
@@ -224,7 +221,7 @@ class Upstream(NamedTuple):
     membranes: torch.Tensor | None = None
 
     def arguments(self) -> dict[str, torch.Tensor | None]:
-        """Those of a backward kernel but the last."""
+        """The arguments of a backward kernel, except the last states."""
         return {f"grad_{name}": getattr(self, name) for name in ("spikes", "counts", "rates", "membranes")}
 
 
@@ -241,17 +238,17 @@ def model_options(population: Neurons) -> dict[str, Any]:
 
 
 def segments_of(model: NeuronModel, steps: int) -> int:
-    """The number of segments, of at most :data:`SEGMENT` states, such that two programs of two states fit an SM."""
+    """The number of segments, of at most :data:`SEGMENT` states: two programs with two states then fit an SM."""
     return cdiv(steps, SEGMENT // len(model.states))
 
 
 def segment_of(model: NeuronModel, steps: int) -> int:
-    """The length of a segment, such that the last one is nearly as long."""
+    """The length of a segment; the last one is nearly as long."""
     return cdiv(steps, segments_of(model, steps))
 
 
 def checkpoint_shape(model: NeuronModel, steps: int, batch: int, neurons: int) -> tuple[int, int, int, int]:
-    """The shape of the float32 states that the forward pass keeps: of [B, N] neurons per segment but the first."""
+    """The shape of the float32 states that the forward pass keeps for each segment but the first."""
     return segments_of(model, steps) - 1, len(model.states), batch, neurons
 
 
@@ -287,9 +284,9 @@ def launch_forward(
     dropped: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Runs neurons over all steps, and returns the states after the last. All tensors are contiguous and on one device;
-    parameters of ``call`` are float32, [1] or [N]; ``dropped`` is uint8 [B, N], 1 where spikes are taken away. It
-    writes what is given of spikes [T, B, N] of any dtype (uint8 is the smallest), checkpoints, float32 of
-    :func:`checkpoint_shape`, for the backward pass, counts, float32 [B, N], and membranes, float32 [T, B, N].
+    parameters of ``call`` are float32, [1] or [N]; ``dropped`` is uint8 [B, N], 1 where spikes are removed. It writes
+    spikes [T, B, N] of any dtype (uint8 is the smallest) and, where given, checkpoints for the backward pass, float32
+    of :func:`checkpoint_shape`, counts, float32 [B, N], and membranes, float32 [T, B, N].
     """
     last = call.current.new_empty(call.state_shape, dtype=torch.float32)
     _launch(
@@ -308,10 +305,10 @@ def launch_backward(
     dropped: torch.Tensor | None = None,
     margins: bool = False,
 ) -> torch.Tensor:
-    """Writes the gradients that are given: of the currents, of their shape (summed over time if they are held) and any
-    dtype, and of the states before the first step, float32. Returns float32 [parameters + 1, N], those of the
-    parameters and of a bias. ``call`` and ``checkpoints`` are those of the forward pass; with ``margins``, in place of
-    currents and of checkpoints, ``call`` has what ``to_keep`` gave.
+    """Writes the gradients of the currents, of their shape (summed over time if they are held) and any dtype, and of
+    the states before the first step, float32, where given. Returns those of the parameters and of a bias, float32
+    [parameters + 1, N]. ``call`` and ``checkpoints`` are those of the forward pass; with ``margins`` the current of
+    ``call`` is what ``to_keep`` gave.
     """
     steps, batch, neurons = call.flat_shape
     rows = cdiv(batch, TILE // min(128, next_power_of_2(neurons)))
@@ -337,7 +334,7 @@ def launch_backward(
 
 
 def parameter_gradients(population: Neurons, sums: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Those of scalars and of parameters per neuron, in their dtypes, from what :func:`launch_backward` returns."""
+    """The gradients of scalars and of parameters per neuron, in their dtypes, from :func:`launch_backward`'s result."""
     found = []
     for parameter, of_neurons in zip(population.parameters, sums[: len(population.parameters)], strict=True):
         grad = of_neurons if parameter.numel() > 1 else of_neurons.sum()
@@ -366,7 +363,6 @@ def neurons(
 
 
 def _as_launched(call: NeuronsCall) -> NeuronsCall:
-    call.check()
     parameters = tuple(parameter.reshape(-1).to(torch.float32) for parameter in call.population.parameters)
     return call._replace(population=call.population._replace(parameters=parameters))
 
@@ -384,7 +380,6 @@ def _forward(call: NeuronsCall, keep: bool) -> tuple[torch.Tensor, torch.Tensor,
 
 def _backward(given: Backward) -> list[torch.Tensor | None]:
     call, (kept,), (grad_spikes, last), _ = given
-    check_backward(given, _kept_shape(call))
     to_current = torch.empty_like(call.current) if given.needed[0] else None
     to_state = None if call.state is None else torch.empty_like(call.state)
     sums = launch_backward(_as_launched(call), kept, Upstream(grad_spikes, last=last), to_current, to_state)

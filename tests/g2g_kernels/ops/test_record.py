@@ -12,8 +12,24 @@ from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from g2g_kernels import available_backends, g2g_linear, g2g_stack, lif
-from g2g_kernels.ops.record import Differentiable, RecordOperator
+from g2g_kernels import (
+    BlockMask,
+    Connection,
+    GroupLayout,
+    Neurons,
+    Population,
+    available_backends,
+    g2g_linear,
+    g2g_stack,
+    lif,
+)
+from g2g_kernels.cpu import library
+from g2g_kernels.cpu.workspace import workspace
+from g2g_kernels.mask.unit_grid import MaskTensors
+from g2g_kernels.ops.g2g_stack.cpu import PackedWords
+from g2g_kernels.ops.g2g_stack.delays import Delay
+from g2g_kernels.ops.neurons import MODELS, run_neurons
+from g2g_kernels.ops.record import TENSOR, Differentiable, RecordOperator, arguments, built, opened
 
 COMPILED = [backend for backend in available_backends() if backend != "torch"]
 
@@ -100,6 +116,99 @@ def test_where_nobody_looks_nothing_is_dispatched(backend, monkeypatch):
     assert len(called) == 6
 
 
+def every_call(patch) -> list:
+    """Each operator of the compiled CPU kernels, with a record in which each tensor that there can be is, and what else
+    the operator takes."""
+    called = []
+    for kind in (RecordOperator, Differentiable):
+
+        def noted(operator, record, direct=kind.__call__):
+            called.append((operator, record))
+            return direct(operator, record)
+
+        patch.setattr(kind, "__call__", noted)
+    draw, size, samples = seeded(0), 6, 2
+    side = GroupLayout(size, 2)
+
+    def weights(block_size: int) -> tuple:
+        mask = BlockMask.full(side, side, block_size)
+        return torch.rand(mask.num_units, *mask.unit_shape, generator=draw, requires_grad=True), mask
+
+    def of_size(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, size, generator=draw).requires_grad_()
+
+    def neurons_of(model: str, reset: str) -> tuple[Neurons, torch.Tensor]:
+        of = MODELS[model]
+        return Neurons(model, tuple(of_size() for _ in of.parameters), reset), of_size(len(of.states), samples)
+
+    def layer(model: str, reset: str, *connections: Connection) -> Population:
+        neurons, state = neurons_of(model, reset)
+        dropped = torch.zeros(samples, size, dtype=torch.bool)
+        return Population(neurons, connections, dropped, state, of_size(2, samples).detach())
+
+    learned = Delay(0, 2, torch.ones(size, dtype=torch.int64), of_size())
+    for block_size, feedback in ((2, False), (2, True), (1, False)):
+        feed = Connection("linear", *weights(block_size), -1, None, of_size())
+        own = Connection("linear", *weights(block_size), 0, Delay(1, 1))
+        late = Connection("linear", *weights(block_size), 0, None if block_size == 1 else learned, of_size())
+        back = [Connection("linear", *weights(block_size), 1, Delay(2, 2))] if feedback else []
+        patch.setattr(library, "LIST_COST", 0.0 if block_size == 1 else 1.0)
+        layers = layer("adlif", "zero", feed, own, *back), layer("synaptic", "none", late)
+        result = g2g_stack(of_size(3, samples), layers, backend="cpu")
+        (result.counts.sum() + sum(state.sum() for state in result.states)).backward()
+        result.spikes[0].dense()
+    for model in MODELS:
+        own, state = neurons_of(model, "subtract")
+        run_neurons(of_size(3, samples), own, None, "cpu", state)[0].sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        g2g_linear(of_size(samples), *weights(2), None, "cpu").sum().backward()
+    patch.undo()
+    detached = []
+    for operator, record in called:
+        (tensors, form), forward = opened(record), isinstance(operator, Differentiable)
+        leaves = [each.detach().requires_grad_(forward and each.requires_grad) for each in tensors]
+        detached.append((operator, built(form, leaves), [True] if forward else []))
+    return detached
+
+
+needs_kernels = pytest.mark.skipif("cpu" not in COMPILED, reason="the compiled CPU kernels are not built")
+
+
+@needs_kernels
+def test_hand_made_calls_are_refused_where_a_kernel_would_read_or_write_outside(monkeypatch):
+    """Each tensor of each operator's call, made shorter or of fewer bytes."""
+    every = every_call(monkeypatch)
+    names = {operator.overload.name() for operator, *_ in every}
+    kinds = ("linear", "neurons", "stack", "graph", "loop")
+    assert names == {f"g2g::{kind}_{way}" for kind in kinds for way in ("forward", "backward")} | {"g2g::unpack_spikes"}
+    for operator, record, more in every:
+        tensors, form = opened(record)
+        operator.overload(*arguments(tensors, form), *more)
+        fewer_bytes = {torch.float32: torch.float16, torch.float64: torch.float32, torch.int64: torch.int32}
+        places = [part for part in form if part is TENSOR or isinstance(part, MaskTensors)]
+        for number, (tensor, place) in enumerate(zip(tensors, places, strict=True)):
+            if place is not TENSOR:  # of masks the indices are checked where a plan is built
+                continue
+            axis = tensor.dim() - (2 if isinstance(record, PackedWords) else 1)  # (of words in time there may be fewer)
+            shorter = tensor.narrow(axis, 0, tensor.shape[axis] - 1)
+            for wrong in (shorter, tensor.to(fewer_bytes.get(tensor.dtype, tensor.dtype))):
+                if wrong is not tensor:
+                    given = [*tensors[:number], wrong, *tensors[number + 1 :]]
+                    with pytest.raises(ValueError, match=r"must be|mask|receives|give int64"):
+                        operator.overload(*arguments(given, form), *more)
+
+
+@pytest.mark.ci
+@needs_kernels
+def test_opcheck_passes_every_operator(monkeypatch):
+    """Schemas, fakes and formulas of gradients. (What no kernel writes of what is kept is then equal, too.)"""
+    every = every_call(monkeypatch)
+    monkeypatch.setattr(workspace, "poison", True)
+    for operator, record, more in every:
+        print(operator.overload.name())
+        operator.opcheck(record, *more)
+
+
 WATCHED = [
     *itertools.product(available_backends(), ("relabel_", "load_state_dict")),
     *((b, "values") for b in COMPILED),
@@ -139,7 +248,10 @@ def test_saved_tensors_may_be_moved_away_in_between(backend):
         return [leaf.grad for leaf in leaves.values()]
 
     expected = gradients(lambda tensor: tensor, lambda tensor: tensor)
-    assert all(map(torch.equal, gradients(lambda tensor: tensor.clone(), lambda tensor: tensor.clone()), expected))
+    for unpack in (torch.Tensor.clone, lambda tensor: torch.stack([tensor, tensor], -1)[..., 0]):  # also with gaps
+        assert all(map(torch.equal, gradients(torch.Tensor.clone, unpack), expected))
+    with pytest.raises(RuntimeError, match="gave other sizes or dtypes back than it took"):
+        gradients(torch.Tensor.half, lambda tensor: tensor)
 
 
 class Plain(torch.Tensor):

@@ -1,7 +1,7 @@
 """Pictures of networks and their training, each a matplotlib figure: ``figure.savefig("name.png")``.
 
 No picture touches pyplot's global state or needs a display; the extra ``plots`` has the packages. Colours are Okabe and
-Ito's for lines and viridis for maps, which colour-blind readers can tell apart.
+Ito's for lines and viridis for maps, which colour-blind readers can distinguish.
 """
 
 from collections.abc import Mapping, Sequence

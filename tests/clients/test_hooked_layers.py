@@ -151,26 +151,6 @@ def test_weights_of_the_old_norms_are_those_of_their_formula_after_a_step_too(re
         assert (net.fc2.values - before).abs().max() > 1e-4
 
 
-def test_pruned_packed_weights_stay_zero_while_the_rest_trains():
-    net = net_of()
-    name = packed_name(net.fc2)
-    prune.l1_unstructured(net.fc2, name, 0.5)
-    mask = net.fc2.get_buffer(f"{name}_mask").clone()
-    before = net.fc2.get_parameter(f"{name}_orig").detach().clone()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
-    for _ in range(3):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(net(INPUTS), LABELS).backward()
-        optimizer.step()
-    counts = net(INPUTS)
-    changed = net.fc2.get_parameter(f"{name}_orig").detach() != before
-    assert changed[mask.bool()].any()
-    assert not changed[~mask.bool()].any()
-    prune.remove(net.fc2, name)
-    assert (net.fc2.values[~mask.bool()] == 0).all()
-    assert torch.equal(net(INPUTS), counts)
-
-
 def test_fully_shard_of_every_layer_trains_like_the_plain_network():
     """In a process group of one."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -66,11 +66,9 @@ def rasters(net: SpikingNetwork, activity: Activity, sample: int = 0) -> list[Ra
         ['lif1', 'lif2', 'lif3']
     """
     connections = net.connections()  # the first one that leads to a population says its groups
-    layouts = {each.target: connections[each.name].mask.rows.layout for each in reversed(net.projections())}
-    return [
-        Raster(name, spikes.dense()[:, sample].detach().cpu(), layouts[number])
-        for number, (name, spikes) in enumerate(zip(net.populations, activity.spikes, strict=True))
-    ]
+    layouts = {net.populations[each.target]: connections[each.name].mask.rows.layout for each in net.projections()[::-1]}
+    trains = activity.spikes.items()
+    return [Raster(name, spikes.dense()[:, sample].detach().cpu(), layouts[name]) for name, spikes in trains]
 
 
 def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:

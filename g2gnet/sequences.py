@@ -66,7 +66,7 @@ def unfold(samples: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         steps, inputs = order.shape
         raise ValueError(
             f"samples are {list(samples.shape)}, not [B, {order.numel()}]: {steps} steps of {inputs} inputs each; "
-            f"sequences that are made already are [{steps}, B, input_dim]"
+            f"sequences that are unfolded already are [{steps}, B, input_dim]"
         )
     ordered = samples.index_select(1, order.flatten())
     return ordered.unflatten(1, order.shape).transpose(0, 1).contiguous()  # `len` would fix the batch of an export

@@ -130,11 +130,10 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
         target, connection = net.populations[projection.target], joins[projection.name]
         of_one_step = projection.source == projection.target and projection.most == 1 and not projection.per_neuron
         if of_one_step and not isinstance(nodes.get(target), nir.NIRGraph):
-            inner = {"input": nir_links.end_node(nir.Input, sizes[target]), "lif": cells[target], "w_rec": connection}
+            first, last = (nir_links.end_node(kind, sizes[target]) for kind in (nir.Input, nir.Output))
+            inner = {"input": first, "lif": cells[target], "w_rec": connection, "output": last}
             loop = [("input", "lif"), ("lif", "w_rec"), ("w_rec", "lif"), ("lif", "output")]
-            nodes[target] = nir.NIRGraph(
-                nodes={**inner, "output": nir_links.end_node(nir.Output, sizes[target])}, edges=loop
-            )
+            nodes[target] = nir.NIRGraph(nodes=inner, edges=loop)
             continue
         way = [start if projection.source < 0 else net.populations[projection.source], projection.name, target]
         if (projection.most or projection.per_neuron) and not of_one_step:
@@ -227,25 +226,20 @@ def from_nir(
     for name in (*ours, *known):
         with nir_links.metadata_of(name, nodes[name]) as metadata:
             names[name] = str(metadata.get("g2g_name", ""))
-    chain = None if any(names.values()) else nir_links.chain_of(links, output)
-    if chain is None:
-        modules = {name: of or name.replace(".", "_") for name, of in names.items()}
-        for name, module in modules.items():
-            if [*modules.values()].count(module) > 1:
-                raise ValueError(f"nodes {name} and another are both called {module!r} here; rename one")
-        projections = {
-            modules[link.name]: Projection(
-                "input" if link.source is None else modules[link.source],
-                modules[link.target],
-                connection(link),
-                *link[5:],
-            )
-            for link in links
-        }
-        populations = {modules[name]: neurons for name, neurons in ours.items()}
-        return SpikingNetwork(populations, projections, modules[output], T, backend=backend)
-    layers: list[Any] = [(connection(link), ours[link.target], *map(connection, loops)) for link, loops in chain]
-    return SpikingStack(layers, T, backend)
+    if not any(names.values()) and (chain := nir_links.chain_of(links, output)) is not None:
+        layers: list[Any] = [(connection(link), ours[link.target], *map(connection, loops)) for link, loops in chain]
+        return SpikingStack(layers, T, backend)
+    modules = {name: of or name.replace(".", "_") for name, of in names.items()}
+    for name, module in modules.items():
+        if [*modules.values()].count(module) > 1:
+            raise ValueError(f"nodes {name} and another are both called {module!r} here; rename one")
+    sources = {None: "input", **modules}
+    projections = {
+        modules[link.name]: Projection(sources[link.source], modules[link.target], connection(link), *link[5:])
+        for link in links
+    }
+    populations = {modules[name]: neurons for name, neurons in ours.items()}
+    return SpikingNetwork(populations, projections, modules[output], T, backend=backend)
 
 
 def _threshold(name: str, value: float) -> None:

@@ -85,8 +85,8 @@ def links_of(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: flo
     for one, other in edges:
         if (one, other) not in used:
             raise ValueError(
-                f"the edge {one} → {other} is on no way from neurons, or the input, to neurons by one Linear or Affine "
-                "node; join them by such a node, of the identity for spikes as they are"
+                f"the edge {one} → {other} is part of no connection from neurons (or the input) by one Linear or "
+                "Affine node to neurons; add such a node, which passes spikes on if it is the identity"
             )
     for name, node in nodes.items():
         if isinstance(node, (nir.Delay, *neurons)) and not before[name]:

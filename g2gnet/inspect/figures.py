@@ -65,8 +65,9 @@ def rasters(net: SpikingNetwork, activity: Activity, sample: int = 0) -> list[Ra
         >>> [raster.name for raster in rasters(net, net.simulate(torch.rand(3, 64)), sample=2)]
         ['lif1', 'lif2', 'lif3']
     """
-    connections = net.connections()  # the first one that leads to a population says its groups
-    layouts = {net.populations[each.target]: connections[each.name].mask.rows.layout for each in net.projections()[::-1]}
+    connections, names, layouts = net.connections(), net.populations, {}
+    for each in net.projections()[::-1]:  # the first one that leads to a population says its groups
+        layouts[names[each.target]] = connections[each.name].mask.rows.layout
     trains = activity.spikes.items()
     return [Raster(name, spikes.dense()[:, sample].detach().cpu(), layouts[name]) for name, spikes in trains]
 

@@ -28,7 +28,8 @@ class SampleForm(NamedTuple):
     @classmethod
     def of(cls, samples: torch.Tensor | np.ndarray) -> "SampleForm":
         """The form of samples [N, …]. Raises TypeError where :func:`as_samples` does."""
-        return cls(tuple(samples.shape[1:]), KINDS[_dtype_of(samples)])
+        kind = KINDS[_dtype_of(samples)]  # first, since a list has no shape
+        return cls(tuple(samples.shape[1:]), kind)
 
     def check(self, samples: torch.Tensor | np.ndarray) -> None:
         """Raises TypeError for samples of another kind, ValueError for another shape, unless they are flattened. Axes

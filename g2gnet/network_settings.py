@@ -261,7 +261,7 @@ class NetworkSettings(Settings):
     )
     hidden_dim: int | tuple[int, ...] = _model(
         2048,
-        "neurons in each of the two hidden layers, or a list with one number per hidden layer",
+        "neurons in each of the two hidden layers, or one number for each layer",
         low=1,
         high=SIZE.high,
         several=True,
@@ -300,16 +300,11 @@ class NetworkSettings(Settings):
         False, "connections from each hidden layer back to the one below; spikes arrive one step later"
     )
     delay: int = _model(
-        0,
-        "spikes and inputs arrive up to N steps later, each neuron's after its own delay, drawn once",
-        low=0,
-        high=MOST_DELAY,
+        0, "spikes and inputs arrive up to N steps later, by a delay drawn for each neuron", low=0, high=MOST_DELAY
     )
     learn_delay: bool = _model(False, "learn these delays, each from 0 to `delay`")
     input_taps: int = _model(
-        1,
-        "a sequence's inputs arrive N times, by weights of their own, with delays spread evenly over the sequence",
-        low=1,
+        1, "inputs arrive N times, by weights of their own, with delays spread evenly over the sequence", low=1
     )
     p_rec_inter: float | None = _model(
         None, "probability of a recurrent unit between groups, for `recurrent` (default: p_inter)", low=0, high=1

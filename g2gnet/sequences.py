@@ -8,7 +8,7 @@ import torch
 
 from g2gnet.base.seeding import stream
 
-#: by name, what a step receives
+#: by name, the input of a step
 SEQUENCES = {
     "none": "the whole sample, held for all steps",
     "rows": "rows of the image",
@@ -20,8 +20,8 @@ SEQUENCES = {
 
 def sequence_length(sequence: str, shape: Sequence[int], values: int = 1) -> int:
     """The time steps of a sample, by a name in :data:`SEQUENCES` other than ``"none"``. The ``shape`` of a sample is
-    (height, width) or (channels, height, width) of an image, or (T, ...) of a sequence. A step has so many ``values``:
-    rows or pixels. Raises ValueError if samples have none of these, or their number is no multiple of ``values``."""
+    (height, width) or (channels, height, width) of an image, or (T, ...) of a sequence. A step has ``values`` rows or
+    pixels. Raises ValueError if samples have no rows and pixels, or their number is no multiple of ``values``."""
     sizes = ", ".join(map(str, shape))
     if sequence == "own":
         if len(shape) < 2:
@@ -66,7 +66,7 @@ def unfold(samples: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         steps, inputs = order.shape
         raise ValueError(
             f"samples are {list(samples.shape)}, not [B, {order.numel()}]: {steps} steps of {inputs} inputs each; "
-            f"sequences that are made already are [{steps}, B, input_dim]"
+            f"sequences that are unfolded already are [{steps}, B, input_dim]"
         )
     ordered = samples.index_select(1, order.flatten())
     return ordered.unflatten(1, order.shape).transpose(0, 1).contiguous()  # `len` would fix the batch of an export

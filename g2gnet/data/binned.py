@@ -94,7 +94,7 @@ class Grid:
         [n] each. Raises ValueError for an event before 0, or at no place."""
         for values, size in zip((microseconds, *places), (LATEST, *self.shape[1:]), strict=True):
             if not ((values >= 0) & (values < size)).all():
-                raise ValueError("an event is at no time from 0 on, or at no place of the sensor")
+                raise ValueError("an event has an invalid time, or a place outside of the sensor")
         steps = microseconds.astype(np.int64) // round(1000 * self.dt)
         inside = steps < self.shape[0]
         self.events += len(steps)

@@ -26,7 +26,7 @@ __all__ = ["ResNet32", "load_features", "load_resnet", "new_resnet", "weights_di
 
 #: hexadecimal digits of a file's SHA-256 that name its content, as in the names of the published files
 DIGITS = 8
-#: what is computed from an image; a different computation needs a different name
+#: the name of the computation; a different computation needs a different name
 CUT = "layer2, mean over 4x4, min-max"
 BATCH = 100
 PARTS = ("train_images", "train_labels", "test_images", "test_labels")

@@ -72,7 +72,8 @@ class ImageData:
         mean = total / self.train_images.numel()
         deviation = math.sqrt(max(0.0, square / self.train_images.numel() - mean**2))
         if deviation == 0:
-            raise DataError(f"all values of the {len(self.train_labels)} training images of {self.name} are {mean:g}")
+            given = f"the {len(self.train_labels)} training images of {self.name}"
+            raise DataError(f"all values of {given} are {mean:g}; leave `standardize` out")
         unit = 255 if self.train_images.dtype == torch.uint8 else 1
         return mean / unit, deviation / unit
 

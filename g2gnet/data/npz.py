@@ -110,7 +110,7 @@ def _headers(archive: zipfile.ZipFile) -> dict[str, tuple[tuple[int, ...], np.dt
         raise ValueError(f"it lacks {', '.join(missing)}")
     if others := [name for name in names if name.endswith(("_images", "_labels")) and name not in ARRAYS]:
         raise ValueError(
-            f"it has {', '.join(others)} beside {', '.join(ARRAYS)}; put them into these, where `validation` holds "
+            f"it has {', '.join(others)} besides {', '.join(ARRAYS)}; put them into these, where `validation` holds "
             "training images out, or leave them out"
         )
     headers = {name: _header(archive, name) for name in ARRAYS}

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-#: what a new unit's state begins with: a number; a function of the new units' weights [n, unit_rows, unit_cols] that
-#: returns their state; or None, which leaves the state as it is
+#: the initial state of new units: a number; a function of the new units' weights [n, unit_rows, unit_cols] that returns
+#: their state; or None, which leaves the state as it is
 Initial = float | Callable[[torch.Tensor], torch.Tensor] | None
 
 #: moments, accumulated gradients, and past copies of the weights; new weights start at zero, so these do too

@@ -91,7 +91,7 @@ def units_within(budget: float, strongest: torch.Tensor, best: torch.Tensor, fra
     largest = np.diff(of_strongest).max(initial=0)
 
     def fitting(of_first: np.ndarray, weights: float) -> int:
-        """How many of the first units have at most so many weights."""
+        """How many of the first units fit into a number of weights."""
         return max(0, int(np.searchsorted(of_first, weights, side="right")) - 1)
 
     def outcome(replaced: int) -> tuple[int, int, float]:

@@ -12,7 +12,7 @@ from g2g_kernels.mask.sides import UnitAxis
 from g2gnet.base.distributed import ALONE, World
 from g2gnet.layers import G2GLinear
 
-#: what a rule may need from the step before an update
+#: the kinds of evidence that a rule may need from the step before an update
 ACTIVITY, GRADIENT = "activity", "gradient"
 #: the inputs of a layer and the gradient of its outputs, [..., in] and [..., out]
 Pair = tuple[torch.Tensor, torch.Tensor]

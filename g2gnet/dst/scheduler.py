@@ -72,7 +72,7 @@ class DSTScheduler:
             tied stays as it is; if one exists during an update, the logger ``g2gnet`` warns once.
         network: if layers are given, the network that they are in, which knows the inputs and delays of each. None:
             each layer's outputs are the next one's inputs.
-        reset_state: by the name of an optimizer's state, what it begins with for new units, if
+        reset_state: by the name of an optimizer's state, its initial value for new units, if
             :mod:`g2gnet.dst.optimizer_state` does not know it, or should not decide: a number; a function of the new
             units' weights [n, unit_rows, unit_cols] that returns their state; or None to leave it as it is.
 
@@ -268,8 +268,8 @@ class DSTScheduler:
         """Counts an optimizer step and, every ``interval`` of them, updates the layers; returns whether it did.
 
         Args:
-            inputs: what the first layer received in this step, [B, in] or, time first, [T, B, in].
-            activity: what the network did in this step; its spikes are the samples of the correlation. Omit both if
+            inputs: the inputs of the first layer in this step, [B, in] or, time first, [T, B, in].
+            activity: the network's activity in this step; its spikes are the samples of the correlation. Omit both if
                 the scheduler was created with a model, which it then observes itself.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Evidence for the rules: what the layers do in the training step before an update, recorded or given by the caller."""
+"""Evidence for the rules: activity and gradients in the step before an update, recorded or given by the caller."""
 
 import math
 from collections import defaultdict
@@ -25,9 +25,9 @@ _OTHERS = "give " + ", and ".join(
 
 
 class StepEvidence:
-    """Collects what the rules need in one training step, from :meth:`start` to :meth:`stop`: the activity of ``model``,
-    or what the caller gives (:meth:`give`). ``grow`` is None if nothing grows. Raises ValueError for a network whose
-    output does not spike, or a compiled model that cannot run uncompiled."""
+    """Collects the evidence of one training step, from :meth:`start` to :meth:`stop`: the gradients of layers, and the
+    activity of ``model``, unless the caller gives it (:meth:`give`). ``grow`` is None if nothing grows. Raises
+    ValueError for a network whose output does not spike, or a compiled model that cannot run uncompiled."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""A look inside trained networks: how groups are connected and what their neurons do together.
+"""Analysis of trained networks: how groups are connected, and how their neurons fire together.
 
 All examples in this package begin with this one.
 

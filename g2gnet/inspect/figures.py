@@ -1,7 +1,7 @@
 """Pictures of networks and their training, each a matplotlib figure: ``figure.savefig("name.png")``.
 
 No picture touches pyplot's global state or needs a display; the extra ``plots`` has the packages. Colours are Okabe and
-Ito's for lines and viridis for maps, which colour-blind readers can tell apart.
+Ito's for lines and viridis for maps, which colour-blind readers can distinguish.
 """
 
 from collections.abc import Mapping, Sequence
@@ -65,12 +65,11 @@ def rasters(net: SpikingNetwork, activity: Activity, sample: int = 0) -> list[Ra
         >>> [raster.name for raster in rasters(net, net.simulate(torch.rand(3, 64)), sample=2)]
         ['lif1', 'lif2', 'lif3']
     """
-    connections = net.connections()  # the first one that leads to a population says its groups
-    layouts = {each.target: connections[each.name].mask.rows.layout for each in reversed(net.projections())}
-    return [
-        Raster(name, spikes.dense()[:, sample].detach().cpu(), layouts[number])
-        for number, (name, spikes) in enumerate(zip(net.populations, activity.spikes, strict=True))
-    ]
+    connections, names, layouts = net.connections(), net.populations, {}
+    for each in net.projections()[::-1]:  # the first one that leads to a population says its groups
+        layouts[names[each.target]] = connections[each.name].mask.rows.layout
+    trains = activity.spikes.items()
+    return [Raster(name, spikes.dense()[:, sample].detach().cpu(), layouts[name]) for name, spikes in trains]
 
 
 def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:

@@ -12,7 +12,7 @@ from g2gnet.base.messages import reason
 
 #: the weights of a layer that exist, as :meth:`G2GLinear.from_linear` takes them
 Mask = BlockMask | torch.Tensor
-#: by default, what a float32 holds
+#: the default check: a number that a float32 holds
 FINITE = Number().check
 
 

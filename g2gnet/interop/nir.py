@@ -1,6 +1,6 @@
 """Networks to and from NIR, the Neuromorphic Intermediate Representation (Pedersen et al. 2024).
 
-NIR describes neurons in continuous time; whoever runs them chooses the time step Δt. Its LIF is
+NIR describes neurons in continuous time; the time step Δt is chosen for each run. Its LIF is
 
     τ·dv/dt = (v_leak − v) + R·I,    v ← v_reset after a spike, where v > v_threshold
 
@@ -130,11 +130,10 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
         target, connection = net.populations[projection.target], joins[projection.name]
         of_one_step = projection.source == projection.target and projection.most == 1 and not projection.per_neuron
         if of_one_step and not isinstance(nodes.get(target), nir.NIRGraph):
-            inner = {"input": nir_links.end_node(nir.Input, sizes[target]), "lif": cells[target], "w_rec": connection}
+            first, last = (nir_links.end_node(kind, sizes[target]) for kind in (nir.Input, nir.Output))
+            inner = {"input": first, "lif": cells[target], "w_rec": connection, "output": last}
             loop = [("input", "lif"), ("lif", "w_rec"), ("w_rec", "lif"), ("lif", "output")]
-            nodes[target] = nir.NIRGraph(
-                nodes={**inner, "output": nir_links.end_node(nir.Output, sizes[target])}, edges=loop
-            )
+            nodes[target] = nir.NIRGraph(nodes=inner, edges=loop)
             continue
         way = [start if projection.source < 0 else net.populations[projection.source], projection.name, target]
         if (projection.most or projection.per_neuron) and not of_one_step:
@@ -225,27 +224,22 @@ def from_nir(
     _warn_of_the_hold([name for name in ours if isinstance(nodes[name], nir.CubaLIF)])
     names = {}
     for name in (*ours, *known):
-        with nir_links.metadata_of(name, nodes[name]) as told:
-            names[name] = str(told.get("g2g_name", ""))
-    chain = None if any(names.values()) else nir_links.chain_of(links, output)
-    if chain is None:
-        modules = {name: of or name.replace(".", "_") for name, of in names.items()}
-        for name, module in modules.items():
-            if [*modules.values()].count(module) > 1:
-                raise ValueError(f"nodes {name} and another are both called {module!r} here; rename one")
-        projections = {
-            modules[link.name]: Projection(
-                "input" if link.source is None else modules[link.source],
-                modules[link.target],
-                connection(link),
-                *link[5:],
-            )
-            for link in links
-        }
-        populations = {modules[name]: neurons for name, neurons in ours.items()}
-        return SpikingNetwork(populations, projections, modules[output], T, backend=backend)
-    layers: list[Any] = [(connection(link), ours[link.target], *map(connection, loops)) for link, loops in chain]
-    return SpikingStack(layers, T, backend)
+        with nir_links.metadata_of(name, nodes[name]) as metadata:
+            names[name] = str(metadata.get("g2g_name", ""))
+    if not any(names.values()) and (chain := nir_links.chain_of(links, output)) is not None:
+        layers: list[Any] = [(connection(link), ours[link.target], *map(connection, loops)) for link, loops in chain]
+        return SpikingStack(layers, T, backend)
+    modules = {name: of or name.replace(".", "_") for name, of in names.items()}
+    for name, module in modules.items():
+        if [*modules.values()].count(module) > 1:
+            raise ValueError(f"nodes {name} and another are both called {module!r} here; rename one")
+    sources = {None: "input", **modules}
+    projections = {
+        modules[link.name]: Projection(sources[link.source], modules[link.target], connection(link), *link[5:])
+        for link in links
+    }
+    populations = {modules[name]: neurons for name, neurons in ours.items()}
+    return SpikingNetwork(populations, projections, modules[output], T, backend=backend)
 
 
 def _threshold(name: str, value: float) -> None:
@@ -281,8 +275,8 @@ def _connection(link: nir_links.Link, node: Any, mask: Mask | None, backend: str
     linear.weight.data.copy_(torch.from_numpy(weight))
     if link.bias is not None:
         linear.bias.data.copy_(torch.tensor(link.bias))
-    with nir_links.metadata_of(name, node) as told:
-        if mask is None and (row := told.get("wiring")) is not None:
+    with nir_links.metadata_of(name, node) as metadata:
+        if mask is None and (row := metadata.get("wiring")) is not None:
             wiring = torch.from_numpy(numbers("wiring", row, np.size(row)))
             mask = BlockMask.from_state({"wiring": wiring}, (weight.shape[0], weight.shape[1]))
             if weight[~mask.to_dense().numpy()].any():
@@ -345,16 +339,16 @@ def _neurons(name: str, node: Any, size: int, dt: float, backend: str | None) ->
     threshold = of_node("v_threshold", 1.0, _threshold)
     values["threshold"] = numbers(f"node {name}: v_threshold/g", threshold / gain, size, check_parameter)
     learned = {f"learn_{parameter}": parameter in ("threshold", *time_constants) for parameter in values}
-    with nir_links.metadata_of(name, node) as told:
+    with nir_links.metadata_of(name, node) as metadata:
         neurons = NEURONS[model](
             reset="zero",
-            surrogate=check_choice("surrogate", told.get("surrogate", SURROGATE), SURROGATES),
-            alpha=float(SHARPNESS.check("alpha", told.get("alpha", ALPHA))),
+            surrogate=check_choice("surrogate", metadata.get("surrogate", SURROGATE), SURROGATES),
+            alpha=float(SHARPNESS.check("alpha", metadata.get("alpha", ALPHA))),
             backend=backend,
             # a decay of 1 is not learned: NIR cannot express decays next to 1
-            **{flag: told.get(flag, otherwise) for flag, otherwise in learned.items()},
+            **{flag: metadata.get(flag, otherwise) for flag, otherwise in learned.items()},
         )
-        own = {each: check_flag(f"{each}_per_neuron", told.get(f"{each}_per_neuron", False)) for each in values}
+        own = {each: check_flag(f"{each}_per_neuron", metadata.get(f"{each}_per_neuron", False)) for each in values}
     for parameter, value in values.items():
         tensor = torch.from_numpy(value).float()
         differ = bool((tensor != tensor[0]).any())

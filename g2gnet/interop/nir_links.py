@@ -85,8 +85,8 @@ def links_of(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: flo
     for one, other in edges:
         if (one, other) not in used:
             raise ValueError(
-                f"the edge {one} → {other} is on no way from neurons, or the input, to neurons by one Linear or Affine "
-                "node; join them by such a node, of the identity for spikes as they are"
+                f"the edge {one} → {other} is part of no connection from neurons (or the input) by one Linear or "
+                "Affine node to neurons; add such a node, which passes spikes on if it is the identity"
             )
     for name, node in nodes.items():
         if isinstance(node, (nir.Delay, *neurons)) and not before[name]:
@@ -95,7 +95,7 @@ def links_of(nodes: Mapping[str, Any], edges: Sequence[tuple[str, str]], dt: flo
 
 
 def _delay(name: str, node: Any, size: int, dt: float) -> tuple[int | torch.Tensor, bool, int | None]:
-    """The delay of a Delay node behind so many neurons, as the last fields of a link."""
+    """The delay of a Delay node behind ``size`` neurons, as the last fields of a link."""
     steps = numbers(f"node {name}: delay", node.delay, size, Number(0).check) / dt
     whole = steps.round()
     exact = np.abs(steps - whole) <= 1e-6 * np.maximum(1, steps)  # float32 rounds by less
@@ -105,10 +105,10 @@ def _delay(name: str, node: Any, size: int, dt: float) -> tuple[int | torch.Tens
             "of steps: round them, or give the dt that the graph was made for"
         )
     delay = torch.from_numpy(whole.clip(max=2**62)).long()
-    with metadata_of(name, node) as told:
-        most = told.get("max_delay")
+    with metadata_of(name, node) as metadata:
+        most = metadata.get("max_delay")
         alone = bool((delay == delay[0]).all()) and most is None
-        return int(delay[0]) if alone else delay.expand(size).clone(), told.get("learn_delay", False), most
+        return int(delay[0]) if alone else delay.expand(size).clone(), metadata.get("learn_delay", False), most
 
 
 def chain_of(links: Sequence[Link], output: str) -> list[tuple[Link, list[Link]]] | None:

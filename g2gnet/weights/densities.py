@@ -31,7 +31,7 @@ def layer_probabilities(
     for name, value in (("p_intra", p_intra), ("p_inter", p_inter)):
         PROBABILITY.check(name, value)
     layouts = [[GroupLayout(size, min(num_groups, size)) for size in shape] for shape in shapes]
-    weights = sum(mean_density(out, into, p_intra, p_inter) * out.size * into.size for out, into in layouts)
+    weights = sum(expected_density(out, into, p_intra, p_inter) * out.size * into.size for out, into in layouts)
     inside = [_share_inside(out, into) for out, into in layouts]
     return [_inside_and_between(*of_layer, p_intra) for of_layer in zip(erk(shapes, weights), inside, strict=True)]
 
@@ -56,11 +56,11 @@ def erk(shapes: Sequence[tuple[int, int]], weights: float) -> list[float]:
         full |= above
 
 
-def mean_density(out: GroupLayout, into: GroupLayout, p_intra: float, p_inter: float) -> float:
+def expected_density(out: GroupLayout, into: GroupLayout, p_intra: float, p_inter: float) -> float:
     """The expected density of a layer with these probabilities of a unit inside and between groups.
 
     Example:
-        >>> mean_density(GroupLayout(64, 8), GroupLayout(784, 8), p_intra=1.0, p_inter=0.15)
+        >>> expected_density(GroupLayout(64, 8), GroupLayout(784, 8), p_intra=1.0, p_inter=0.15)
         0.25625
     """
     inside = _share_inside(out, into)

@@ -9,8 +9,8 @@ They are called, copied, moved, saved, loaded and rewired together, or not at al
 - Weights in place of the layer's own (``torch.func.functional_call``) come with their ``mask.wiring``, or have the
   layer's.
 - A ``state_dict`` refers to the weights and the buffer themselves; both are written in place, or neither is.
-- A load of other units drops the gradient, which belongs to the units before. So does an optimizer's state (momentum),
-  which a layer cannot see: whoever loads a network in training loads the optimizer's state with it.
+- A load of other units drops the gradient, which belongs to the units before. An optimizer's state (momentum) belongs
+  to them, too, and a layer cannot see it: load the optimizer's state together with a network in training.
 """
 
 import contextlib

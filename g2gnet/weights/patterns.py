@@ -17,7 +17,7 @@ from g2g_kernels.mask.sides import UnitAxis
 from g2g_kernels.numbers import COUNT, PROBABILITY, SIZE, Number, share_of
 from g2g_kernels.ops.checks import DTYPES
 from g2g_kernels.tracing import on_cpu
-from g2gnet.weights.densities import mean_density
+from g2gnet.weights.densities import expected_density
 from g2gnet.weights.groupings import GROUPINGS
 
 #: from the output and the input side of a layer, and a source of randomness, to its units
@@ -314,5 +314,5 @@ def mask_between(
         return pattern_mask(model, *layouts, block_size, generator)
     if model in GROUPINGS:
         return BlockMask.sample(*layouts, *probabilities, block_size, generator)
-    density = mean_density(*layouts, *probabilities)
+    density = expected_density(*layouts, *probabilities)
     return pattern_mask(PATTERNS[model](*probabilities, density), *layouts, block_size, generator)

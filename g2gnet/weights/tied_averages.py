@@ -141,7 +141,7 @@ def _pairs(source: nn.Module, target: nn.Module) -> "list[tuple[PackedWeights, P
                 "synchronise the networks before that is registered"
             )
         if layer is mine[name]:
-            raise ValueError(f"layer {name!r} is in both networks, which must be two")
+            raise ValueError(f"layer {name!r} is in both; pass two networks")
         if layer.values.shape != mine[name].values.shape or layer.mask.shape != mine[name].mask.shape:
             raise ValueError(
                 f"layer {name!r} has packed weights {list(layer.values.shape)} of {layer.mask.shape} and "

@@ -115,62 +115,6 @@ def test_captums_methods_for_layers():
     torch.testing.assert_close(conductance[2:3], alone, rtol=1e-3, atol=1e-5)
 
 
-def packed_name(layer):
-    return next(name for name, parameter in layer.named_parameters() if parameter.shape == layer.values.shape)
-
-
-@pytest.mark.parametrize("rewrite", [nn.utils.weight_norm, nn.utils.spectral_norm])
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
-def test_weights_of_the_old_norms_are_those_of_their_formula_after_a_step_too(rewrite):
-    net, plain = net_of(), net_of()
-    name = packed_name(net.fc2)
-    rewrite(net.fc2, name)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    for training in (True, False):
-        net.train(training)
-        counts = net(INPUTS)
-        if rewrite is nn.utils.weight_norm:
-            length, direction = net.fc2.get_parameter(f"{name}_g"), net.fc2.get_parameter(f"{name}_v")
-            weights = length * direction / torch.linalg.vector_norm(direction, dim=(1, 2), keepdim=True)
-        else:
-            u, v = net.fc2.get_buffer(f"{name}_u"), net.fc2.get_buffer(f"{name}_v")
-            weights = net.fc2.get_parameter(f"{name}_orig")
-            weights = weights / (u @ weights.flatten(1) @ v)
-        state = {key: value for key, value in net.state_dict().items() if not key.startswith("fc2.")}
-        plain.load_state_dict({**plain.state_dict(), **state, "fc2.bias": net.fc2.bias})
-        with torch.no_grad():
-            plain.fc2.values.copy_(weights)
-        # in another order of operations: single spikes may differ
-        assert (counts - plain(INPUTS)).abs().sum() <= 0.02 * counts.sum()
-        assert counts.sum() > 0
-        before = weights.detach().clone()
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(counts, LABELS).backward()
-        optimizer.step()
-        net(INPUTS)
-        assert (net.fc2.values - before).abs().max() > 1e-4
-
-
-def test_pruned_packed_weights_stay_zero_while_the_rest_trains():
-    net = net_of()
-    name = packed_name(net.fc2)
-    prune.l1_unstructured(net.fc2, name, 0.5)
-    mask = net.fc2.get_buffer(f"{name}_mask").clone()
-    before = net.fc2.get_parameter(f"{name}_orig").detach().clone()
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
-    for _ in range(3):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(net(INPUTS), LABELS).backward()
-        optimizer.step()
-    counts = net(INPUTS)
-    changed = net.fc2.get_parameter(f"{name}_orig").detach() != before
-    assert changed[mask.bool()].any()
-    assert not changed[~mask.bool()].any()
-    prune.remove(net.fc2, name)
-    assert (net.fc2.values[~mask.bool()] == 0).all()
-    assert torch.equal(net(INPUTS), counts)
-
-
 def test_fully_shard_of_every_layer_trains_like_the_plain_network():
     """In a process group of one."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -215,7 +215,7 @@ WRITERS = {
     "dvsgesture": (write_gestures, "ibmGestureTest/user01_led/10.npy"),
     "gsc": (write_speech, "bed/00000002_nohash_0.wav"),
 }
-NOWHERE = "an event is at no time from 0 on, or at no place of the sensor"
+NOWHERE = "an event has an invalid time, or a place outside of the sensor"
 LIST, OTHER = "testing_list.txt", ", which is missing or in another list"
 
 

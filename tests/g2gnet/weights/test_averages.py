@@ -158,7 +158,7 @@ def test_ties_are_refused_between_networks_that_do_not_correspond():
     optimizer = torch.optim.SGD(net.parameters())
     for call, error, message in (
         (lambda: tie_wiring(net, nn.Sequential(average)), ValueError, "same names"),
-        (lambda: sync_wiring(net, net), ValueError, "must be two"),
+        (lambda: sync_wiring(net, net), ValueError, "pass two networks"),
         (lambda: sync_wiring(net, network(block_size=4)), ValueError, r"fc1.*packed weights"),
         (lambda: tie_wiring(net, [average]), TypeError, "a list is no module"),
         (lambda: tie_wiring(average, net), ValueError, "untie_wiring"),

@@ -245,7 +245,7 @@ class Networks(RuleBasedStateMachine):
         while above[-1].source is not None:
             above.append(above[-1].source)
         if average in above or not source.is_like(average):
-            with pytest.raises(ValueError, match=r"must be two|packed weights|untie_wiring"):
+            with pytest.raises(ValueError, match=r"pass two networks|packed weights|untie_wiring"):
                 tie_wiring(source.net, average.net)
             return
         tie_wiring(source.net, average.net)

@@ -92,10 +92,14 @@ def test_weights_that_something_computes_are_saved_and_loaded_with_the_same_wiri
         for each in (first, plain):
             assert torch.equal(each.dense_weight(), network().fc2.dense_weight() / 2)
         assert isinstance(plain.values, nn.Parameter)
-    x = HIDDEN.clone().requires_grad_()
+    x, before = HIDDEN.clone().requires_grad_(), first.values.detach().clone()
+    if wrap is WRAPPED["pruning"]:
+        assert (before != 0).sum() == before.numel() // 2
     first(x).sum().backward()
     assert x.grad.abs().sum() > 0
-    assert any(parameter.grad.abs().sum() > 0 for name, parameter in first.named_parameters() if name != "bias")
+    torch.optim.SGD(first.parameters(), lr=0.1).step()  # of weights that are computed anew in each call
+    assert (first(HIDDEN) - torch.nn.functional.linear(HIDDEN, first.dense_weight(), first.bias)).abs().max() < 1e-4
+    assert ((first.values != before) == (before != 0)).float().mean() > 0.9
     second.load_state_dict(saved_and_read(first.state_dict()))
     assert torch.equal(second(HIDDEN), first(HIDDEN))
     with pytest.raises(RuntimeError, match="mask differs"):

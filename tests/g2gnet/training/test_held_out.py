@@ -82,7 +82,6 @@ def test_the_best_epoch_is_kept_patience_ends_the_run_and_the_end_is_tested(tmp_
     records = [json.loads(line) for line in files.history.read_text().splitlines()]
     assert [record["val_acc"] for record in records] == [0.5, 0.7, 0.7, 0.6]
     assert all("test_acc" not in record for record in records)
-    assert files.table.read_text().splitlines()[0].startswith("epoch,train_loss,train_acc,val_acc,seconds,")
     assert best_of(records)["epoch"] == 2  # the first of equal ones
     last, best = read_run(files.checkpoint), read_run(files.best)
     assert (last.epoch, best.epoch, best.step) == (4, 2, 2 * 3)

@@ -22,6 +22,7 @@ from helpers import ROOT
 from training_runs import SMALL, assert_equal, flags_of, load, run
 
 from g2g_kernels import BackendError
+from g2gnet.base.messages import OutputError
 from g2gnet.base.tables import estimate
 from g2gnet.network_settings import SettingsError
 from g2gnet.programs import sweep
@@ -225,6 +226,13 @@ def test_whatever_a_run_raises_it_fails_by_itself_and_says_it_in_words(tmp_path,
     for said, (_, message), log in zip(made.failed.values(), errors, logs, strict=True):
         assert said.startswith(message.format(log=log))
     assert "raise errors[" in logs[3].read_text()
+
+
+@posix
+def test_a_full_disk_names_the_log_and_not_standard_output(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "open_own", lambda path, flags: os.open("/dev/full", os.O_WRONLY))
+    with pytest.raises(OutputError, match=rf"^cannot write {tmp_path}/log.txt \(No space left on device\); free space"):
+        engine.train_run(QUICK, str(tmp_path))
 
 
 def test_a_second_ctrl_c_does_not_leave_processes_that_still_import(monkeypatch):

@@ -18,12 +18,12 @@ from g2gnet.base.tensor_files import TensorFileError
 from g2gnet.data import ImageData
 from g2gnet.inspect import ANALYSIS_SAMPLES, NetworkAnalysis, analyze_network
 from g2gnet.training.checkpoints import CheckpointError, RunFiles, compared, read_checkpoint
+from g2gnet.training.checks import LOWER, TrainingError
 from g2gnet.training.epochs import EpochTrainer
 from g2gnet.training.evaluation import run_images
 from g2gnet.training.held_out import best_of, out_of_patience
 from g2gnet.training.interruption import Interrupted, stop_signals
 from g2gnet.training.machine import Machine
-from g2gnet.training.numerical_checks import LOWER, TrainingError
 from g2gnet.training.run_settings import RunSettings, TrainSettings
 from g2gnet.training.saved_state import UNFIT, check_history
 from g2gnet.training.trainer import Trainer

@@ -92,7 +92,8 @@ def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
     for name, given in grid.items():
         if name not in TrainSettings().flag_values():
             raise SettingsError(f"{name} is not a setting; g2g-train --help lists them")
-        values[name] = _values(given, kinds[name])
+        several = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
+        values[name] = [_value(value, kinds[name]) for value in (given if several else [given])]
         if not values[name]:
             raise SettingsError(f"{name} has no value; give one, or leave it out")
     runs: dict[str, Run] = {}
@@ -112,12 +113,6 @@ def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
             raise SettingsError(f"{runs[digest].label} and {run.label} make the same run; leave one of them out")
         runs[digest] = run
     return list(runs.values())
-
-
-def _values(given: Any, kinds: Collection[Any]) -> list[Any]:
-    """The values of a setting with these types."""
-    several = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
-    return [_value(value, kinds) for value in (given if several else [given])]
 
 
 def _value(value: Any, kinds: Collection[Any]) -> Any:

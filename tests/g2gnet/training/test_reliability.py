@@ -20,7 +20,7 @@ from g2gnet.data import load_dataset
 from g2gnet.neurons import LIF, Synaptic
 from g2gnet.training import CheckpointError, Interrupted, Machine, Trainer, TrainingError, TrainSettings, read_run
 from g2gnet.training.checkpoints import RunFiles
-from g2gnet.training.numerical_checks import CALM, DRIFTING, LOWER, WAKE, LayerWatch
+from g2gnet.training.checks import CALM, DRIFTING, LOWER, WAKE, LayerWatch
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and forks are those of POSIX")
 

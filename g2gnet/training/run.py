@@ -150,8 +150,7 @@ def tests_of(result: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _denormals_flushed() -> Iterator[None]:
-    """While entered, the CPU takes denormal numbers for 0: Adam's moments of weights without gradient shrink to these,
-    which are slow."""
+    """While entered, denormal numbers are 0: Adam's moments of weights without gradient become such slow numbers."""
     before = bool(torch.full((), 2e-38) * 0.5 == 0)
     torch.set_flush_denormal(True)
     try:

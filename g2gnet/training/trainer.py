@@ -310,8 +310,7 @@ class Trainer(EpochTrainer):
                 gradient.copy_(each.view_as(gradient))
 
     def _clip_gradient(self, largest: float) -> None:
-        """Scales the gradient down to the norm ``largest``, even if its squares overflow: ``clip_grad_norm_`` would
-        return 0."""
+        """Scales the gradient down to the norm ``largest``, even if its squares overflow (PyTorch returns 0)."""
         gradients = [each.grad for each in self.net.parameters() if each.grad is not None and each.grad.numel()]
         entry = torch.stack([gradient.abs().max() for gradient in gradients]).max()
         shrink = (_SQUARED / entry).clamp(max=1)  # 1 changes no bit

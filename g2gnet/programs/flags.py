@@ -94,7 +94,7 @@ class Parser(argparse.ArgumentParser):
         bad = re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message)
         text = f"{bad[1]} {bad[3]} is not {kinds[bad[2]]}" if bad else message
         known = ("--help", "did you mean", "choose from", "; give ")  # which say what to do
-        remedy = "" if any(word in text for word in known) else "; --help says what it takes"
+        remedy = "" if any(word in text for word in known) else "; see --help"
         self.exit(2, f"{self.prog}: error: {text}{remedy}\n")
 
     def format_help(self) -> str:

@@ -205,7 +205,7 @@ class RunFiles:
         if longer:
             depended = f"with {' and '.join(tied)} each of its {was['epochs']} epochs depended on their number"
             differing.append(f"The run cannot go on for more epochs: {depended}.")
-        named = "`name=NAME` to train another run beside it, " if hasattr(ours, "name") else ""
+        named = "`name=NAME` to train another run in this directory, " if hasattr(ours, "name") else ""
         what = "\n".join([f"{path} belongs to a run with different settings:", *differing])
         remedy = f"{named}{self.elsewhere}, or delete {self.names()} to start over."
         raise CheckpointError(f"{what}\nGive the settings that it was made with, {remedy}")

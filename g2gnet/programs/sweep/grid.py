@@ -24,7 +24,7 @@ Grid = Mapping[str, Any]
 
 #: the file in a run's folder with what the run printed
 LOG = "log.txt"
-#: in a folder's name, how many characters say what differs, and how many hexadecimal digits identify the settings
+#: numbers of characters in a folder's name: of the settings that differ, and of the hash of all settings
 READABLE, DIGITS = 100, 8
 #: text that stands for a value
 WORDS = {"true": True, "false": False, "none": None}
@@ -77,7 +77,7 @@ def read_grid(path: Path | str) -> dict[str, Any]:
 
 
 def arguments_of(given: Mapping[str, Any]) -> argparse.Namespace:
-    """What ``g2g-train`` reads from these flags, by name; the others have their defaults."""
+    """The flags of ``g2g-train`` with these values by name, others with their defaults."""
     return argparse.Namespace(**{**vars(train.build_parser().parse_args([])), **given})
 
 

@@ -59,19 +59,6 @@ def test_what_cannot_be_loaded_is_refused(checkpoint, tmp_path):
         g2gnet.load(rewrite(checkpoint, tmp_path / "c.pth", **content))
 
 
-def test_a_network_that_was_trained_with_reset_to_zero_goes_to_nir_and_back(checkpoint, tmp_path):
-    pytest.importorskip("nir")
-    from g2gnet.interop import from_nir, to_nir
-
-    with pytest.raises(ValueError, match=r"train the network with reset='zero' \(train.py --reset zero\)"):
-        to_nir(g2gnet.load(checkpoint))
-    net = g2gnet.load(train_tiny(tmp_path, "--model mixer --reset zero --beta 0.9"))
-    back = from_nir(to_nir(net), T=net.T)
-    inputs = net.encode(as_samples(load_dataset("fashionmnist-mini").test_images[:20]))
-    with torch.no_grad():
-        torch.testing.assert_close(back.simulate(inputs).counts, net.simulate(inputs).counts)
-
-
 @pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
 def test_the_analysis_of_a_checkpoint_is_that_of_the_finished_run(tmp_path, capsys, flags):
     checkpoint = train_tiny(tmp_path, flags)

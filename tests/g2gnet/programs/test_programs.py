@@ -99,7 +99,7 @@ def test_no_module_below_the_programs_names_a_flag():
         ("--dst_s cosine", "unknown flag --dst_s; did you mean --dst_schedule or --dst_stop?"),
         ("-T 3", "unknown flag -T; did you mean --T?"),
         ("--colour red", "unknown flag --colour; --help lists the flags"),
-        ("--epochs ten", "--epochs 'ten' is not a whole number; --help says what it takes"),
+        ("--epochs ten", "--epochs 'ten' is not a whole number; see --help"),
         ("index", "unknown arguments index; --help lists what this program takes"),
         ("--T 48 --hidden_dim 64 48", "--hidden_dim 64 48 is not one list; give --hidden_dim 64,48"),
         ("--recurrent 1 2 --T 3", "--recurrent 1 2 is not one list; give --recurrent 1,2"),

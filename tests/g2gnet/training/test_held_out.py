@@ -93,7 +93,7 @@ def test_the_best_epoch_is_kept_patience_ends_the_run_and_the_end_is_tested(tmp_
     assert best.tested == {"test_acc": tested["test_acc"], "best": tested}
     assert json.loads(files.analysis.read_text())["accuracy"] == pytest.approx(tested["test_acc"])
     printed = capsys.readouterr().out
-    assert "ended after epoch 4: none was better than val_acc=0.7000 of epoch 2 since" in printed
+    assert "ended after epoch 4: no later epoch was better than epoch 2 (val_acc=0.7000)\n" in printed
     said = f"test_acc={last.tested['test_acc']:.4f}; best epoch 2: val_acc=0.7000, test_acc={tested['test_acc']:.4f}"
     assert f"Test | {said}\n" in printed
     run(tmp_path, **options)  # it is finished, though there could be more epochs

@@ -364,7 +364,7 @@ def test_a_run_that_depends_on_the_number_of_its_epochs_is_not_continued(tmp_pat
 
 def test_a_name_makes_room_for_a_run_that_differs_in_what_is_not_named(tmp_path):
     stem = run(tmp_path, epochs=1).checkpoint.stem
-    with pytest.raises(CheckpointError, match="`name=NAME` to train another run beside it"):
+    with pytest.raises(CheckpointError, match="`name=NAME` to train another run in this directory"):
         run(tmp_path, epochs=1, lr=0.01)
     second = run(tmp_path, epochs=1, lr=0.01, name="lr0.01")
     assert second.checkpoint.stem == f"{stem}_lr0.01"

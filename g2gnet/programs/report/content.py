@@ -219,6 +219,7 @@ def _judges(run: SavedRun) -> str:
 
 def _results(each: Inspected) -> dict[str, str]:
     history, net, tested = each.run.history, each.net, each.run.tested
+    record: Mapping[str, Any]
     if _judges(each.run) == "test":
         record = max(history, key=lambda record: record["test_acc"])
         best = _percent(record["test_acc"])

@@ -24,8 +24,8 @@ from g2gnet.base.seeding import stream
 from g2gnet.data import ImageData, as_samples
 from g2gnet.sequences import unfold
 from g2gnet.training import Machine, Trainer, TrainSettings
+from g2gnet.training.checks import order_of
 from g2gnet.training.epochs import EpochTrainer
-from g2gnet.training.samples import order_of
 from g2gnet.training.saved_state import load_model
 
 

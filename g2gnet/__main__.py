@@ -7,7 +7,7 @@ from g2g_kernels import backend_status
 from g2gnet.base.version import __version__
 from g2gnet.programs import flags
 
-#: each program, and what it does
+#: the purpose of each program
 PROGRAMS = {
     "g2g-train": "trains a network: dense, or sparse between groups, statically or dynamically",
     "g2g-crossval": "cross-validates one: k models, each validated on another k-th of the training images",

@@ -94,7 +94,7 @@ class Parser(argparse.ArgumentParser):
         bad = re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message)
         text = f"{bad[1]} {bad[3]} is not {kinds[bad[2]]}" if bad else message
         known = ("--help", "did you mean", "choose from", "; give ")  # which say what to do
-        remedy = "" if any(word in text for word in known) else "; --help says what it takes"
+        remedy = "" if any(word in text for word in known) else "; see --help"
         self.exit(2, f"{self.prog}: error: {text}{remedy}\n")
 
     def format_help(self) -> str:
@@ -173,8 +173,7 @@ def add_settings_flags(parser: Parser, settings: type = TrainSettings, sweep: bo
 
 
 def add_machine_flags(parser: argparse.ArgumentParser, kernels: bool = True, results: bool = True) -> Any:
-    """Adds the flags of device, files and (``kernels``) backend, none of which changes a result; ``results``: the
-    program writes checkpoints. Returns their group."""
+    """Adds the flags of device, files, (``kernels``) backend and (``results``) checkpoints. Returns their group."""
     group = parser.add_argument_group("machine and files")
     text = "directory of the data sets (default: data)"
     group.add_argument("--data_dir", type=file_name, default="data", metavar="DIR", help=text)
@@ -300,8 +299,7 @@ def joined(
 
 
 def log_from(arguments: argparse.Namespace) -> list[EpochCallback[Trainer]]:
-    """The callbacks of ``--log_dir``. Raises MissingPackageError without TensorBoard's package, and FlagError without a
-    directory for it."""
+    """The callbacks of ``--log_dir``. Raises FlagError if there can be no such directory, and MissingPackageError."""
     if arguments.log_dir is None:
         return []
     try:
@@ -314,8 +312,8 @@ def load_data(arguments: argparse.Namespace, settings: TrainSettings, device: to
     """The images or features of the flags. Raises DataError if they are unavailable."""
     if settings.use_resnet:
         return load_features(settings.dataset, arguments.data_dir, arguments.resnet_weights, device)
+    steps = settings.T if settings.dataset in BINNED else None
     try:
-        steps = settings.T if settings.dataset in BINNED else None
         return load_dataset(settings.dataset, arguments.data_dir, bins=settings.bins, dt=settings.dt, steps=steps)
     except MissingDataError as error:
         if "dataset" not in arguments:  # it is that of a checkpoint

@@ -1,7 +1,7 @@
-"""``g2g-pretrain`` trains a CIFAR ResNet-32, whose features ``train.py --use_resnet`` can use: SGD with momentum and
-cosine decay, random crops and flips, with the hyperparameters of the published weights (chenyaofo/pytorch-cifar-models,
-logs/cifar10/resnet32/default.log).
-"""
+"""Trains a CIFAR ResNet-32, whose features train.py --use_resnet --resnet_weights FILE can use."""
+
+# SGD with momentum and cosine decay, random crops and flips, with the hyperparameters of the published weights
+# (chenyaofo/pytorch-cifar-models, logs/cifar10/resnet32/default.log)
 
 import argparse
 import dataclasses
@@ -88,8 +88,7 @@ class PretrainTrainer(EpochTrainer):
 
 
 def build_parser() -> flags.Parser:
-    text = "Trains a CIFAR ResNet-32, whose features train.py --use_resnet --resnet_weights FILE can use."
-    parser = flags.Parser(prog="g2g-pretrain", description=text)
+    parser = flags.Parser(prog="g2g-pretrain", description=__doc__)
     flags.add_settings_flags(parser, PretrainSettings)
     group = flags.add_machine_flags(parser, kernels=False)
     flags.add_json_flag(group, "the settings, the last epoch's results and the files' names")

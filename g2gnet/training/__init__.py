@@ -2,9 +2,9 @@
 
 from g2gnet.network_settings import NetworkSettings, Settings, SettingsError
 from g2gnet.training.checkpoints import CheckpointError
+from g2gnet.training.checks import TrainingError
 from g2gnet.training.interruption import Interrupted
 from g2gnet.training.machine import Machine
-from g2gnet.training.numerical_checks import TrainingError
 from g2gnet.training.run import EpochCallback, run_epochs, run_training
 from g2gnet.training.run_settings import RunSettings, TrainSettings
 from g2gnet.training.saved_run import SavedRun, read_run

@@ -110,8 +110,7 @@ class RunFiles:
             yield
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replaces the checkpoint by ``state``: tensors, numbers, strings, containers of them. Raises CheckpointError
-        if it cannot be written; the old checkpoint is then unchanged."""
+        """Replaces the checkpoint by ``state``, or raises CheckpointError and leaves the old one unchanged."""
         keep = self.previous if self._whole else None
         with self._writing(self.checkpoint):
             write_tensors(self.checkpoint, {"format": FORMAT, **state}, keep)
@@ -120,7 +119,7 @@ class RunFiles:
         self._whole = True
 
     def save_best(self, state: dict[str, Any]) -> None:
-        """Replaces the checkpoint of the best epoch; raises CheckpointError if it cannot be written."""
+        """Replaces the checkpoint of the best epoch, or raises CheckpointError."""
         with self._writing(self.best):
             write_tensors(self.best, {"format": FORMAT, **state})
 
@@ -156,13 +155,12 @@ class RunFiles:
         return None
 
     def mark_done(self, settings: dict[str, Any], result: dict[str, Any]) -> None:
-        """Writes the marker of a finished run and deletes its previous checkpoint. Raises CheckpointError if the marker
-        cannot be written."""
+        """Deletes the previous checkpoint of a finished run and writes its marker, or raises CheckpointError."""
         self.previous.unlink(missing_ok=True)
         self._write_text(self.marker, json.dumps({"settings": settings, "result": result}, indent=2) + "\n")
 
     def write_analysis(self, analysis: dict[str, Any]) -> None:
-        """Writes the analysis of the trained network. Raises CheckpointError if it cannot be written."""
+        """Writes the analysis of the trained network, or raises CheckpointError."""
         self._write_text(self.analysis, json.dumps(analysis) + "\n")
 
     def load_marker(self, settings: RunSettings) -> dict[str, Any] | None:
@@ -207,7 +205,7 @@ class RunFiles:
         if longer:
             depended = f"with {' and '.join(tied)} each of its {was['epochs']} epochs depended on their number"
             differing.append(f"The run cannot go on for more epochs: {depended}.")
-        named = "`name=NAME` to train another run beside it, " if hasattr(ours, "name") else ""
+        named = "`name=NAME` to train another run in this directory, " if hasattr(ours, "name") else ""
         what = "\n".join([f"{path} belongs to a run with different settings:", *differing])
         remedy = f"{named}{self.elsewhere}, or delete {self.names()} to start over."
         raise CheckpointError(f"{what}\nGive the settings that it was made with, {remedy}")
@@ -227,8 +225,7 @@ class RunFiles:
         return "There is no checkpoint of this run."
 
     def write_history(self, records: Sequence[dict[str, Any]]) -> None:
-        """Writes the history, a line of JSON for each record, and the same as CSV. Raises CheckpointError if it cannot
-        be written."""
+        """Writes the history, a line of JSON for each record, and the same as CSV, or raises CheckpointError."""
         self._write_text(self.history, "".join(json.dumps(record) + "\n" for record in records))
         self._write_text(self.table, csv_of([dict(numbers(record)) for record in records]))
 

@@ -12,8 +12,8 @@ from torch import nn
 from g2gnet.base.schedules import SCHEDULES
 from g2gnet.base.seeding import stream
 from g2gnet.data import ImageData
+from g2gnet.training.checks import CHECK_INTERVAL, FiniteWatch
 from g2gnet.training.held_out import held_out
-from g2gnet.training.numerical_checks import CHECK_INTERVAL, FiniteWatch
 from g2gnet.training.run_settings import RunSettings
 from g2gnet.training.saved_state import POSITION, check_form, load_model, load_optimizer
 

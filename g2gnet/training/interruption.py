@@ -33,8 +33,7 @@ def raised(number: signal.Signals, message: str) -> contextlib.AbstractContextMa
 
 @contextlib.contextmanager
 def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
-    """While entered, the signal has this handler. Does nothing outside the main thread, which alone gets signals, and
-    for an ignored signal."""
+    """While entered, the signal has this handler, in the main thread alone and unless the signal is ignored."""
     before = signal.getsignal(number)
     if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
         yield
@@ -74,8 +73,7 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
 
 
 def _end_at_next(reader: socket.socket) -> None:
-    """Ends the process at the second signal; ``reader`` gives the numbers of signals. Runs in its own thread, since the
-    main thread may wait inside PyTorch for a process that is gone."""
+    """Ends the process at the second signal from ``reader``, even if the main thread waits inside PyTorch."""
     first: tuple[int, float] | None = None
     with contextlib.suppress(OSError):
         for number in iter(lambda: reader.recv(1), b""):

@@ -18,12 +18,12 @@ from g2gnet.base.tensor_files import TensorFileError
 from g2gnet.data import ImageData
 from g2gnet.inspect import ANALYSIS_SAMPLES, NetworkAnalysis, analyze_network
 from g2gnet.training.checkpoints import CheckpointError, RunFiles, compared, read_checkpoint
+from g2gnet.training.checks import LOWER, TrainingError
 from g2gnet.training.epochs import EpochTrainer
 from g2gnet.training.evaluation import run_images
 from g2gnet.training.held_out import best_of, out_of_patience
 from g2gnet.training.interruption import Interrupted, stop_signals
 from g2gnet.training.machine import Machine
-from g2gnet.training.numerical_checks import LOWER, TrainingError
 from g2gnet.training.run_settings import RunSettings, TrainSettings
 from g2gnet.training.saved_state import UNFIT, check_history
 from g2gnet.training.trainer import Trainer
@@ -52,9 +52,8 @@ def run_training(
         >>> from g2gnet.data import load_dataset
         >>> settings = TrainSettings(dataset="fashionmnist-mini", hidden_dim=32, T=4, epochs=1)
         >>> data = load_dataset("fashionmnist-mini").limited(256, 100)
-        >>> record = run_training(settings, lambda: data, "checkpoints", Machine(torch.device("cpu")))
+        >>> run_training(settings, lambda: data, "checkpoints", Machine(torch.device("cpu")))["epoch"]
         Epoch 01 | train_acc=0...
-        >>> record["epoch"]
         1
     """
 
@@ -108,9 +107,8 @@ def run_epochs(
         >>> from g2gnet.data import load_dataset
         >>> settings = TrainSettings(dataset="fashionmnist-mini", hidden_dim=32, T=3, epochs=1)
         >>> machine, data = Machine(torch.device("cpu")), load_dataset("fashionmnist-mini").limited(256, 100)
-        >>> record = run_epochs(settings, lambda: Trainer(settings, data, machine), "checkpoints", machine)
+        >>> run_epochs(settings, lambda: Trainer(settings, data, machine), "checkpoints", machine)["epoch"]
         Epoch 01 | train_acc=0...
-        >>> record["epoch"]
         1
     """
     world = machine.world
@@ -150,8 +148,7 @@ def tests_of(result: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _denormals_flushed() -> Iterator[None]:
-    """While entered, the CPU takes denormal numbers for 0: Adam's moments of weights without gradient shrink to these,
-    which are slow."""
+    """While entered, denormal numbers are 0: Adam's moments of weights without gradient become such slow numbers."""
     before = bool(torch.full((), 2e-38) * 0.5 == 0)
     torch.set_flush_denormal(True)
     try:
@@ -250,8 +247,8 @@ class _UnfinishedRun(Generic[TrainerT]):
         """Whether ``patience`` ends training, which it then prints."""
         if hopeless := out_of_patience(self.history, self.settings.patience):
             best = best_of(self.history)
-            than = f"val_acc={best['val_acc']:.4f} of epoch {best['epoch']}"
-            say(f"{self.settings.label}ended after epoch {self.trainer.epoch}: none was better than {than} since")
+            than = f"epoch {best['epoch']} (val_acc={best['val_acc']:.4f})"
+            say(f"{self.settings.label}ended after epoch {self.trainer.epoch}: no later epoch was better than {than}")
         return hopeless
 
     def _test(self) -> None:
@@ -259,9 +256,9 @@ class _UnfinishedRun(Generic[TrainerT]):
         trainer, files = self.trainer, self.files
         self.world.stage = "the test"
         state, best = self.snapshot(), best_of(self.history)
-        saved = state
         tested = {"epoch": best["epoch"], "val_acc": best["val_acc"], "test_acc": trainer.test(state)}
         self.tested = {"test_acc": tested["test_acc"], "best": tested}
+        saved = state
         if not self._is_best():
             saved = self.world.first(lambda: files.load_best(best["epoch"], self.settings))
             try:

@@ -57,25 +57,18 @@ class RunSettings(Settings):
     dataset: str = _data(
         "fashionmnist", "data set", choices=tuple(DATASETS), others=Others(f"a file NAME{npz.SUFFIX}", npz.is_name)
     )
-    limit_train: int | None = _data(
-        None, "use only the first N training images, and of a validation part its first N", low=1
-    )
+    limit_train: int | None = _data(None, "use only the first N training images, and N of a validation part", low=1)
     limit_test: int | None = _data(None, "use only the first N test images", low=1)
     validation: float | None = _data(
         None,
-        "hold out this share of the training images of each class: epochs are compared by them, and the test images "
-        "are used once, at the end",
+        "hold out this share of the training images of each class, to compare epochs; test images are used at the end",
         low=0, high=1, open_low=True, open_high=True,
     )  # fmt: skip
-    validation_seed: int = _data(
-        0, "seed that chooses the images of `validation`, whatever the seed of the run", low=0, high=LARGEST_SEED
-    )
+    validation_seed: int = _data(0, "seed of the choice of images for `validation`", low=0, high=LARGEST_SEED)
     epochs: int = _training(20, "passes over the training images", low=1)
     batch_size: int = _training(256, "images per step", low=1)
     seed: int = _training(42, "seed of every random draw", low=0, high=LARGEST_SEED)
-    patience: int | None = _training(
-        None, "end after N epochs in a row that were no better on the images of `validation`", low=1
-    )
+    patience: int | None = _training(None, "end after N epochs without a better one on held-out images", low=1)
 
     @property
     def stem(self) -> str:
@@ -142,14 +135,10 @@ class TrainSettings(NetworkSettings, RunSettings):
         "auto: crop-flip for raw CIFAR images, none for others",
         choices=AUGMENTATIONS,
     )
-    erase: float = _data(
-        0.0, "probability that a rectangle of a training image, 2–33 % of its area, is set to zero", low=0, high=1
-    )
+    erase: float = _data(0.0, "probability to set a rectangle of 2–33 % of a training image to zero", low=0, high=1)
     sequence: str = with_default(NetworkSettings, "sequence", None)
     sequence_step: int = _data(1, "rows or pixels that a time step receives, for `sequence`", low=1)
-    sequence_seed: int = _data(
-        0, "seed of the order of `sequence=permuted`, whatever the seed of the run", low=0, high=LARGEST_SEED
-    )
+    sequence_seed: int = _data(0, "seed of the order of `sequence=permuted`", low=0, high=LARGEST_SEED)
     bins: int | None = _data(
         None,
         "events are counted in N bins of a cochlea's channels or of the pixels of a side; gsc: mel bands "
@@ -157,11 +146,9 @@ class TrainSettings(NetworkSettings, RunSettings):
         low=1,
     )
     dt: float | None = _data(
-        None, f"milliseconds of a recording in a time step ({_each('dt')})", low=STEP.low, high=STEP.high
+        None, f"milliseconds of a recording per step ({_each('dt')})", low=STEP.low, high=STEP.high
     )
-    unit_shift: int = _data(
-        0, "shift each training sequence of vectors, as of shd, by up to N places, the same at all steps", low=0
-    )
+    unit_shift: int = _data(0, "shift training sequences of vectors by up to N places, the same at all steps", low=0)
     use_resnet: bool = _data(False, "train on the features of a frozen ResNet-32 (CIFAR only)")
     resnet_weights: str | None = _data(None, "weights of that ResNet-32 (default: the published ones)")
 
@@ -175,42 +162,27 @@ class TrainSettings(NetworkSettings, RunSettings):
         "shd, those of their whole length)",
     )
 
-    name: str | None = _training(
-        None, "added to the names of the run's files, to tell it from a run whose files would have the same names",
-        metavar="NAME",
-    )  # fmt: skip
+    name: str | None = _training(None, "added to the names of the run's files, to make them unique", metavar="NAME")
 
     lr: float = _training(1e-3, "Adam's learning rate", low=0, open_low=True)
-    lr_schedule: str = _training(
-        "constant", "keep the learning rate, or let it fall to zero over all steps", choices=tuple(SCHEDULES)
-    )
+    lr_schedule: str = _training("constant", "keep the learning rate, or let it fall to zero", choices=tuple(SCHEDULES))
     lr_warmup: int = _training(0, "optimizer steps in which the learning rate rises linearly to `lr`", low=0)
-    delay_lr_factor: float = _training(
-        100.0, "learning rate of learned delays, which act in whole steps, as a multiple of `lr`", low=0
-    )
-    optimizer: str = _training(
-        "adam", "Adam, or AdamW, which decays only the weights of connections, independently of their gradients",
-        choices=OPTIMIZERS,
-    )  # fmt: skip
-    weight_decay: float = _training(
-        1e-4, "Adam's L2 penalty; AdamW's decay of a weight per step, times the learning rate", low=0
-    )
+    delay_lr_factor: float = _training(100.0, "learning rate of learned delays, as a multiple of `lr`", low=0)
+    optimizer: str = _training("adam", "Adam, or AdamW, which decays only weights of connections", choices=OPTIMIZERS)
+    weight_decay: float = _training(1e-4, "Adam's L2 penalty; AdamW's decay per step, times `lr`", low=0)
     label_smoothing: float = _training(
-        0.0, "share of each label that is spread over all classes, in training", low=0, high=1, open_high=True
+        0.0, "share of each label spread over all classes", low=0, high=1, open_high=True
     )
     clip_grad_norm: float | None = _training(
-        None, "gradient clipping: largest norm of the gradient of all parameters together", low=0, open_low=True
+        None, "largest norm of the whole gradient, by clipping", low=0, open_low=True
     )
     average: int | None = _training(
         None,
-        "test, analyse and save averaged weights: the mean over the first N steps, then an exponential average with "
-        "decay 1 - 1/N",
+        "test, analyse and save averaged weights: the mean of the first N steps, then an average with decay 1 - 1/N",
         low=2,
     )
     precision: str = _training("fp32", "precision of the matrix products", choices=PRECISIONS)
-    chunk: int | None = _training(
-        None, "time steps per chunk; the backward pass recomputes each chunk, so that memory hardly grows with T", low=1
-    )
+    chunk: int | None = _training(None, "time steps per chunk, which the backward pass recomputes: less memory", low=1)
     enforce_sparsity: bool = _training(False, "pull firing rates down after the warm-up")
     warmup_epochs: int = _training(10, "epochs before `enforce_sparsity` begins", low=0)
 
@@ -219,9 +191,7 @@ class TrainSettings(NetworkSettings, RunSettings):
     cg: str = _rewiring("hebb", f"grow rule: {_texts(GROW_RULES)}", choices=tuple(GROW_RULES))
     dst_interval: int = _rewiring(1000, "optimizer steps between updates", low=1)
     dst_fraction: float = _rewiring(0.1, "share of units replaced in an update", low=0, high=1)
-    dst_schedule: str = _rewiring(
-        "constant", "keep that share, or let it fall to zero by the last update", choices=tuple(SCHEDULES)
-    )
+    dst_schedule: str = _rewiring("constant", "keep that share, or let it fall to zero", choices=tuple(SCHEDULES))
     dst_stop: float = _rewiring(1.0, "share of training after which nothing is replaced", low=0, high=1, open_low=True)
     final_density: float | None = _rewiring(
         None, "gradual pruning: share of all weights left by the last update; most are pruned early",

@@ -22,9 +22,9 @@ TESTED = {"test_acc": 0.0, "best": {"epoch": 0, "val_acc": 0.0, "test_acc": 0.0}
 
 
 def check_form(place: str, saved: Any, like: Any, low: float = -math.inf) -> Any:
-    """``saved``, from a file, on the device of ``like``. Raises ValueError, naming the place, unless it has the form of
-    ``like``: the entries of a dictionary, shape and dtype of a tensor (a vector of int64 may have another length), a
-    whole number for an int, any number for a float; no number below ``low``."""
+    """``saved``, from a file, on the device of ``like``. Raises ValueError, naming the place, unless it has the entries
+    of a dictionary, the shape and dtype of a tensor (of int64 vectors any length), the kind of a number, from ``low``.
+    """
     if isinstance(like, dict):
         if not isinstance(saved, dict):
             raise ValueError(f"{place} is a {type(saved).__name__}")

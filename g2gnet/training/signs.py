@@ -12,8 +12,7 @@ from g2gnet.spiking_network import SpikingNetwork
 
 
 class KeptSigns:
-    """The handle of :func:`keep_signs`. ``signs`` by source, int8 [neurons]: 1, −1, or 0 where both are allowed. Only
-    the last call applies to a layer."""
+    """The handle of a call of :func:`keep_signs`. ``signs`` by source, int8 [neurons]: 1, −1, or 0 (both allowed)."""
 
     _there: ClassVar["weakref.WeakSet[KeptSigns]"] = weakref.WeakSet()
 
@@ -103,21 +102,20 @@ def keep_signs(
             raise ValueError(f"the optimizer does not hold the weights from {source}; give the one that trains them")
     if signs is None:
         found = {source: _signs_of(source, layers) for source in sizes}
-        KeptSigns.release(layers)
-        return KeptSigns(layers, found, optimizer)
-    if not isinstance(signs, Mapping):
-        if len(sizes) > 1:
-            raise ValueError(f"there are several sources; give signs by name, of {', '.join(sizes)}")
-        signs = dict.fromkeys(sizes, signs)
-    if not signs:
-        raise ValueError(f"signs is empty; give those of some of {', '.join(sizes)}")
-    for source, each in signs.items():
-        if source not in sizes:
-            raise ValueError(f"signs of {source!r}: there is no such source, only {', '.join(sizes)}")
-        _check_signs(source, each, sizes[source])
+    else:
+        if not isinstance(signs, Mapping):
+            if len(sizes) > 1:
+                raise ValueError(f"there are several sources; give signs by name, of {', '.join(sizes)}")
+            signs = dict.fromkeys(sizes, signs)
+        if not signs:
+            raise ValueError(f"signs is empty; give those of some of {', '.join(sizes)}")
+        for source, each in signs.items():
+            if source not in sizes:
+                raise ValueError(f"signs of {source!r}: there is no such source, only {', '.join(sizes)}")
+            _check_signs(source, each, sizes[source])
+        found = {source: each.detach().to(torch.int8).cpu() for source, each in signs.items()}
     KeptSigns.release(layers)
-    layers = [(source, layer) for source, layer in layers if source in signs]
-    found = {source: each.detach().to(torch.int8).cpu() for source, each in signs.items()}
+    layers = [(source, layer) for source, layer in layers if source in found]
     with torch.no_grad():
         for source, layer in layers:
             sign = _of_units(layer, found[source])

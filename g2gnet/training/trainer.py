@@ -16,13 +16,12 @@ from g2gnet.encoding import SampleForm
 from g2gnet.network import G2GNet
 from g2gnet.network_settings import SettingsError
 from g2gnet.neurons import AdLIF
+from g2gnet.training.checks import LayerWatch, check_images, check_labels, check_rates, order_of
 from g2gnet.training.epochs import EpochTrainer, StepCallback
 from g2gnet.training.evaluation import autocast, build_network, run_images
 from g2gnet.training.machine import Machine, check_memory
-from g2gnet.training.numerical_checks import LayerWatch, check_labels, check_rates
 from g2gnet.training.regularizer import rate_penalty, rate_target
 from g2gnet.training.run_settings import TrainSettings
-from g2gnet.training.samples import check_images, order_of
 from g2gnet.training.saved_state import check_form, load_model
 from g2gnet.weights.tied_averages import tie_wiring, untie_wiring
 
@@ -311,8 +310,7 @@ class Trainer(EpochTrainer):
                 gradient.copy_(each.view_as(gradient))
 
     def _clip_gradient(self, largest: float) -> None:
-        """Scales the gradient down to the norm ``largest``, even if its squares overflow: ``clip_grad_norm_`` would
-        return 0."""
+        """Scales the gradient down to the norm ``largest``, even if its squares overflow (PyTorch returns 0)."""
         gradients = [each.grad for each in self.net.parameters() if each.grad is not None and each.grad.numel()]
         entry = torch.stack([gradient.abs().max() for gradient in gradients]).max()
         shrink = (_SQUARED / entry).clamp(max=1)  # 1 changes no bit

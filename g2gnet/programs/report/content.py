@@ -106,7 +106,7 @@ def _run(each: Inspected, alone: bool) -> list[str]:
         paragraph("Settings that differ from the defaults:" if changed else "All settings are the defaults."),
         *([table(("setting", "value"), changed)] if changed else []),
         details("Settings left at the default", [table(("setting", "value"), rest)]),
-        heading(3, "What its neurons do"),
+        heading(3, "Activity of its neurons"),
         paragraph(
             f"{headline(analysis, each.images)}{own}. – means not defined: no pairs, no spikes, one group or a "
             f"constant input.{membranes}"
@@ -125,10 +125,10 @@ def _run(each: Inspected, alone: bool) -> list[str]:
         ),
         picture(
             figures.confusion(each.confusion, _classes(run, len(each.confusion))),
-            "Rows: the true class of these images; columns: what they were classified as."
+            "Rows: the true class of these images; columns: the predicted class."
             + " An image without output spikes counts as the first class." * (run.settings.readout == "counts"),
         ),
-        heading(3, "Who is connected to whom"),
+        heading(3, "Connectivity"),
     ]
     if not is_plain(each.net):
         caption = (
@@ -219,6 +219,7 @@ def _judges(run: SavedRun) -> str:
 
 def _results(each: Inspected) -> dict[str, str]:
     history, net, tested = each.run.history, each.net, each.run.tested
+    record: Mapping[str, Any]
     if _judges(each.run) == "test":
         record = max(history, key=lambda record: record["test_acc"])
         best = _percent(record["test_acc"])
@@ -267,7 +268,7 @@ def _differing(runs: Sequence[SavedRun]) -> list[str]:
 
 
 def _apart(run: SavedRun, names: Sequence[str], **instead: object) -> str:
-    """What sets a run apart: those of its settings that have these names."""
+    """A run by those of its settings that have these names."""
     settings = {**run.settings.as_dict(), **instead}
     return ", ".join(f"{name}={settings[name]}" for name in names if name in settings) or _describe(run)
 

@@ -41,8 +41,7 @@ _training = threading.Lock()
 
 
 def train_run(given: Mapping[str, Any], folder: str) -> None:
-    """Trains or resumes one run in this process and writes what it prints into ``log.txt`` in its folder. ``given`` are
-    flags of ``g2g-train`` by name."""
+    """Trains or resumes one run, with flags of ``g2g-train`` by name, and redirects its output to ``log.txt``."""
     arguments, log = arguments_of({**given, "checkpoint_dir": folder}), Path(folder) / LOG
     try:
         make_directory(log.parent)
@@ -99,7 +98,7 @@ def processes(jobs: int, threads: int | None = None) -> Iterator[concurrent.futu
 
 
 def _begin(threads: int) -> None:
-    """What a process of the pool does first."""
+    """Initialises a process of the pool."""
 
     def end_with_parent() -> None:
         multiprocessing.parent_process().join()  # type: ignore[union-attr]
@@ -118,10 +117,9 @@ def train_runs(
     name: str,
     on_end: Callable[[Run], str],
 ) -> dict[str, str]:
-    """Trains unfinished runs on ``executor``, with a progress bar called ``name`` on a terminal, and a line from
-    ``on_end`` for each that is finished. A run that fails does not stop others; returns errors by label. Raises
-    TrainingError if a process of the executor was killed.
-    """
+    """Trains unfinished runs on ``executor``, with a progress bar called ``name`` on a terminal and a line from
+    ``on_end`` for each run that ends. Returns errors of failed runs by label. Raises TrainingError if a process of the
+    executor was killed."""
     failed: dict[str, str] = {}
     # processes that start inherit this: Ctrl-C would show as a traceback while they import
     with handled(signal.SIGINT, signal.SIG_IGN):
@@ -137,7 +135,7 @@ def train_runs(
                         bar.write(on_end(run), file=sys.stderr)
                     except concurrent.futures.BrokenExecutor as error:
                         what = "a process that trained was killed, as by a system without memory"
-                        remedy = "what it had saved is kept. Lower `jobs`, or do the same again to resume"
+                        remedy = "its saved epochs are kept. Lower `jobs`, or do the same again to resume"
                         raise TrainingError(f"{what}; {remedy}") from error
                     except Exception as error:
                         with bar.external_write_mode(file=sys.stderr):
@@ -179,7 +177,7 @@ def run(
             another.
         jobs: number of processes, without an executor; None: one per core on a CPU, one in all on another device.
         data_dir, device, backend: as the flags of ``g2g-train``.
-        finished: train nothing, and return what is there.
+        finished: train nothing, and return the finished runs.
 
     Raises:
         SettingsError: for invalid settings, a device that this machine does not have, or ``jobs`` out of range, before

@@ -24,7 +24,7 @@ Grid = Mapping[str, Any]
 
 #: the file in a run's folder with what the run printed
 LOG = "log.txt"
-#: in a folder's name, how many characters say what differs, and how many hexadecimal digits identify the settings
+#: numbers of characters in a folder's name: of the settings that differ, and of the hash of all settings
 READABLE, DIGITS = 100, 8
 #: text that stands for a value
 WORDS = {"true": True, "false": False, "none": None}
@@ -77,7 +77,7 @@ def read_grid(path: Path | str) -> dict[str, Any]:
 
 
 def arguments_of(given: Mapping[str, Any]) -> argparse.Namespace:
-    """What ``g2g-train`` reads from these flags, by name; the others have their defaults."""
+    """The flags of ``g2g-train`` with these values by name, others with their defaults."""
     return argparse.Namespace(**{**vars(train.build_parser().parse_args([])), **given})
 
 
@@ -92,7 +92,8 @@ def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
     for name, given in grid.items():
         if name not in TrainSettings().flag_values():
             raise SettingsError(f"{name} is not a setting; g2g-train --help lists them")
-        values[name] = _values(given, kinds[name])
+        several = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
+        values[name] = [_value(value, kinds[name]) for value in (given if several else [given])]
         if not values[name]:
             raise SettingsError(f"{name} has no value; give one, or leave it out")
     runs: dict[str, Run] = {}
@@ -112,12 +113,6 @@ def runs_of(grid: Grid, folder: Path | str) -> list[Run]:
             raise SettingsError(f"{runs[digest].label} and {run.label} make the same run; leave one of them out")
         runs[digest] = run
     return list(runs.values())
-
-
-def _values(given: Any, kinds: Collection[Any]) -> list[Any]:
-    """The values of a setting with these types."""
-    several = isinstance(given, Iterable) and not isinstance(given, str | Mapping)
-    return [_value(value, kinds) for value in (given if several else [given])]
 
 
 def _value(value: Any, kinds: Collection[Any]) -> Any:

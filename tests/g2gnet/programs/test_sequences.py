@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 import torch
 from small_data import OWN_LABELS, write_heidelberg, write_own
-from training_runs import small_trainer
 
 import crossval
 import train
 from g2gnet import load
-from g2gnet.base.seeding import stream
-from g2gnet.data import as_samples, dataset_name, load_dataset, npz, random_unit_shift
+from g2gnet.data import as_samples, load_dataset, npz
 from g2gnet.programs import analyze
 from g2gnet.programs.report import program as report
 from g2gnet.programs.sweep import program as sweep
@@ -157,19 +155,3 @@ def test_recordings_with_a_part_for_validation_and_folds_of_them(tmp_path):
     flags = ["--dataset", "ssc", "--T", "10", "--data_dir", tmp_path]
     assert 0 <= trained(train, tmp_path, *flags)["result"]["val_acc"] <= 1
     assert len(trained(crossval, tmp_path, *flags, "--k_folds", "2")["folds"]) == 2
-
-
-def test_each_batch_is_shifted_with_the_draws_of_its_step(tmp_path):
-    name = dataset_name(write_own(tmp_path / "mine.npz", 6, 9))
-    trainer, seen = (
-        small_trainer(load_dataset(name), dataset=name, sequence="own", T=6, unit_shift=2, batch_size=20),
-        [],
-    )
-    encode = trainer.net.encode
-    trainer.net.encode = lambda x, *rest: seen.append(x) or encode(x, *rest)
-    trainer.train_epoch()
-    order = torch.randperm(40, generator=stream(42, "order", 1))
-    for step in range(2):
-        images = trainer.data.train_images[order[20 * step : 20 * step + 20]]
-        assert torch.equal(seen[step], random_unit_shift(images, stream(42, "unit_shift", step), 2).flatten(1))
-    assert torch.equal(torch.cat(seen[2:]), trainer.data.test_images.flatten(1))  # which are shown as they are

@@ -40,6 +40,8 @@ UNEVEN = VARIANTS["pruned from a dense start"] | {"batch_size": 71, "clip_grad_n
 #: a program of the project; each process has its own fault and flags, as in "train --seed 7|train:drift"
 PROGRAM = """
 import atexit, importlib, os, platform, signal, sys, threading, time
+if ":nowhere" in sys.argv[1]:
+    os.environ["GLOO_SOCKET_IFNAME"] = "none9"
 from pathlib import Path
 from g2gnet.programs import flags as program_flags
 from g2gnet.base import distributed
@@ -194,6 +196,7 @@ def test_after_a_death_and_a_signal_any_number_goes_on_and_only_the_first_needs_
 LATE = ["error: lost the connection to rank 1, at step 6; run the same command again", "Timed out waiting 1200ms"]
 ALONE = "rank 0: error: lost the connection to rank 1, at "
 UNUSABLE = "cannot write to the checkpoint directory /proc/none"
+NO_INTERFACE = "train:nowhere|train:nowhere"
 RANDOM, SOON = VARIANTS["random rules, single weights"], {"peer_timeout": 0.02}
 #: what the two run, further settings, the step of the last checkpoint, and what they say
 FAULTS = [
@@ -202,6 +205,7 @@ FAULTS = [
     ("train|train:moments", {}, 4, ["error: the optimizer's state after step 8 of rank 1 differs from that of"]),
     ("train|train:no-data", {}, 0, ["rank 1: error: there are no", ALONE]),
     ("train --checkpoint_dir /proc/none|train", {}, 0, [f"0: error: {UNUSABLE}", "rank 1: error: lost the"]),
+    (NO_INTERFACE, {}, 0, ["GLOO_SOCKET_IFNAME names the network interface to use. PyTorch says: ", "none9"]),
     ("train|train:asleep", SOON, 4, ["rank 0 of 2 still waits for another process, at step 6\n", *LATE]),
 ]
 
@@ -303,13 +307,6 @@ def test_a_meeting_point_that_is_none_is_named(monkeypatch, as_rank_1_of_2, vari
         limit = datetime.timedelta(seconds=0.1)
         with pytest.raises(DistributedError, match=message), join(torch.device("cpu"), {}, limit):
             pass
-
-
-def test_a_network_interface_that_is_none_is_named(tmp_path, several):
-    text = "import os; os.environ['GLOO_SOCKET_IFNAME'] = 'none9'\n"
-    done = several(text + PROGRAM, "train|train", *train_flags(tmp_path / "run"), statuses=[1, 1])
-    assert "GLOO_SOCKET_IFNAME names the network interface to use. PyTorch says: " in done.stderr
-    assert "none9" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,17 @@ def test_group_weights_are_the_mean_of_the_dense_matrix_between_groups():
     torch.testing.assert_close(group_density(mask, values), expected)
 
 
+def test_a_history_replaces_what_was_there_and_a_value_that_a_record_lacks_is_empty(tmp_path):
+    files = RunFiles(tmp_path, "run")
+    first, second = {"epoch": 1, "units": {"fc1": 3}}, {"epoch": 2, "units": {"fc1": 4}, "new": 0.5}
+    files.write_history([])
+    assert files.table.read_text() == files.history.read_text() == ""
+    files.history.write_text('{"epoch": 1, "un')  # as a crash may leave it
+    files.write_history([first, second])
+    assert [json.loads(line) for line in files.history.read_text().splitlines()] == [first, second]
+    assert files.table.read_text() == "epoch,units/fc1,new\n1,3,\n2,4,0.5\n"
+
+
 def test_the_history_is_kept_as_lines_of_json_and_as_csv_and_given_to_callbacks_after_the_checkpoint(tmp_path):
     seen = []
 
@@ -66,22 +77,6 @@ def test_the_history_is_kept_as_lines_of_json_and_as_csv_and_given_to_callbacks_
         assert float(row["firing_rate/lif2"]) == record["firing_rate"]["lif2"]
         assert int(row["units_pruned"]) == record["units_pruned"] > 0
         assert len(row) == sum(len(value) if isinstance(value, dict) else 1 for value in record.values())
-
-
-def test_a_history_holds_the_records_it_was_given_whatever_was_there(tmp_path):
-    files = RunFiles(tmp_path, "run")
-    first, second = {"epoch": 1, "units": {"fc1": 3}}, {"epoch": 2, "units": {"fc1": 4}}
-    files.write_history([])
-    assert files.table.read_text() == files.history.read_text() == ""
-    files.write_history([first])
-    files.write_history([first, second])
-    assert files.table.read_text() == "epoch,units/fc1\n1,3\n2,4\n"
-    files.history.write_text('{"epoch": 1, "un')  # as a crash may leave it
-    files.write_history([first, {**second, "new": 0.5}])
-    assert [json.loads(line)["epoch"] for line in files.history.read_text().splitlines()] == [1, 2]
-    assert files.table.read_text() == "epoch,units/fc1,new\n1,3,\n2,4,0.5\n"
-    files.write_history([first])
-    assert files.table.read_text() == "epoch,units/fc1\n1,3\n"
 
 
 def test_tensorboard_shows_the_record_the_weights_and_the_groups(tmp_path):

@@ -1,4 +1,4 @@
-"""Finds and names wrong numbers in data and in training, without making the device wait."""
+"""Checks of a run's samples, and of the numbers in its training, without making the device wait."""
 
 import logging
 from collections.abc import Mapping
@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from g2gnet.data import ImageData, as_samples
-from g2gnet.network_settings import NetworkSettings
+from g2gnet.data.augmentation import shift_problem
+from g2gnet.network_settings import SettingsError
 from g2gnet.neurons import SpikingNeurons
+from g2gnet.sequences import input_order
+from g2gnet.training.run_settings import TrainSettings
 
 logger = logging.getLogger("g2gnet")
 
@@ -117,7 +120,7 @@ def check_labels(data: ImageData) -> None:
             logger.warning("%s; give some, or raise `limit_train`", what)
 
 
-def check_rates(settings: NetworkSettings, data: ImageData) -> None:
+def check_rates(settings: TrainSettings, data: ImageData) -> None:
     """Warns if training samples are no spike probabilities, since ``enc="rate"`` clips them."""
     outside = 0
     for images in data.train_images.split(1024) if settings.enc == "rate" else ():
@@ -127,3 +130,30 @@ def check_rates(settings: NetworkSettings, data: ImageData) -> None:
         share = f"{100 * outside / data.train_images.numel():.3g} %"
         what = f"{share} of the inputs are below 0 or above 1 and are clipped, since `enc=rate` takes them for spike"
         logger.warning("%s probabilities; change `enc_scale` and `enc_bias`, or give `enc=current`", what)
+
+
+def check_images(settings: TrainSettings, data: ImageData) -> None:
+    """Raises SettingsError if settings change samples as images, but the samples are none."""
+    shape, what = data.train_images.shape[1:], "vectors"
+    if settings.sequence == "own":
+        shape, what = shape[1:], "sequences of vectors"
+    for name, value in settings.of_images().items() if len(shape) < 2 else ():
+        are = f"those of {data.name} are {what} of {shape.numel()} values"
+        raise SettingsError(f"{name}={value} needs images, but {are}; leave `{name}` out")
+    if far := shift_problem(settings.unit_shift, data.name, shape):
+        raise SettingsError(far)
+
+
+def order_of(settings: TrainSettings, data: ImageData) -> torch.Tensor:
+    """The places of each step's inputs in a sample, int64 [T, D]. Raises SettingsError if the samples cannot unfold as
+    the settings say, or have another length than ``T``."""
+    try:
+        order = input_order(
+            settings.sequence, data.train_images.shape[1:], settings.sequence_step, settings.sequence_seed
+        )
+    except ValueError as error:
+        raise SettingsError(str(error)) from error
+    if len(order) != settings.T:
+        sequences = f"the sequences of {data.name} with sequence={settings.sequence}"
+        raise SettingsError(f"T={settings.T} is not the length of {sequences}; give `T={len(order)}`")
+    return order

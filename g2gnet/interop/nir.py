@@ -233,7 +233,7 @@ def from_nir(
     for name, module in modules.items():
         if [*modules.values()].count(module) > 1:
             raise ValueError(f"nodes {name} and another are both called {module!r} here; rename one")
-    sources = {None: "input", **modules}
+    sources: dict[str | None, str] = {None: "input", **modules}
     projections = {
         modules[link.name]: Projection(sources[link.source], modules[link.target], connection(link), *link[5:])
         for link in links

@@ -233,11 +233,10 @@ def from_nir(
     for name, module in modules.items():
         if [*modules.values()].count(module) > 1:
             raise ValueError(f"nodes {name} and another are both called {module!r} here; rename one")
-    sources: dict[str | None, str] = {None: "input", **modules}
-    projections = {
-        modules[link.name]: Projection(sources[link.source], modules[link.target], connection(link), *link[5:])
-        for link in links
-    }
+    projections = {}
+    for link in links:
+        source = "input" if link.source is None else modules[link.source]
+        projections[modules[link.name]] = Projection(source, modules[link.target], connection(link), *link[5:])
     populations = {modules[name]: neurons for name, neurons in ours.items()}
     return SpikingNetwork(populations, projections, modules[output], T, backend=backend)
 

@@ -96,9 +96,6 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
 
     Example:
         >>> from g2gnet import G2GNet
-        >>> graph = to_nir(G2GNet(64, 32, 10, block_size=4, reset="zero"))
-        >>> list(graph.nodes)
-        ['input', 'fc1', 'lif1', 'fc2', 'lif2', 'fc3', 'lif3', 'output']
         >>> graph = to_nir(G2GNet(64, 32, 10, block_size=4, reset="zero", delay=9), dt=1e-3)
         >>> graph.edges[:3], graph.nodes["fc1_delay"].delay.shape
         ([('input', 'fc1_delay'), ('fc1_delay', 'fc1'), ('fc1', 'lif1')], (64,))

@@ -1,4 +1,4 @@
-"""Which units of a sparse layer exist at first: patterns by name, or functions (docs/patterns.md).
+"""Which units of a sparse layer exist at first: groupings and patterns by name, or functions (docs/patterns.md).
 
 A function gets the :class:`~g2g_kernels.mask.sides.UnitAxis` of outputs and inputs and a generator. It returns [ranges
 of outputs, ranges of inputs]: bool, which units exist, or float, the probability of each.
@@ -18,8 +18,14 @@ from g2g_kernels.numbers import COUNT, PROBABILITY, SIZE, Number, share_of
 from g2g_kernels.ops.checks import DTYPES
 from g2g_kernels.tracing import on_cpu
 from g2gnet.weights.densities import expected_density
-from g2gnet.weights.groupings import GROUPINGS
 
+#: of each grouping, the kinds of groups (:class:`GroupLayout`) of the first, second, third … layer, over and over.
+#: ``"mixer"`` takes turns between contiguous ranges (spatial mixing) and interleaved groups (feature mixing).
+GROUPINGS = {
+    "index": ("index",),
+    "random": ("random",),
+    "mixer": ("index", "interleaved"),
+}
 #: from the output and the input side of a layer, and a source of randomness, to its units
 Pattern = Callable[[UnitAxis, UnitAxis, torch.Generator | None], torch.Tensor]
 

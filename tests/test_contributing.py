@@ -119,7 +119,7 @@ def load(name, data_dir):
     return ImageData(name, images, labels, images[:9], labels[:9], 3)"""),
     },
     "grouping": {
-        "g2gnet/weights/groupings.py": replace(r"(\nGROUPINGS = {\n)", r'\1    "toy": ("random", "interleaved"),\n')
+        "g2gnet/weights/patterns.py": replace(r"(\nGROUPINGS = {\n)", r'\1    "toy": ("random", "interleaved"),\n')
     },
     "sparsity pattern": {
         "g2gnet/weights/patterns.py": replace(

@@ -84,8 +84,8 @@ def units_within(budget: float, strongest: torch.Tensor, best: torch.Tensor, fra
     which less than a unit's weights is left, since the units that grow may be smaller than those that they replace.
 
     Args:
-        strongest: sizes of the units that exist, the last to be pruned first, int64 [n].
-        best: sizes of the units that can grow, the first to grow first.
+        strongest: sizes of the units that exist, in the order in which they stay, int64 [n].
+        best: sizes of the units that can grow, in the order in which they grow.
     """
     of_strongest, of_best = (np.append(0.0, sizes.cpu().numpy().cumsum(dtype=float)) for sizes in (strongest, best))
     largest = np.diff(of_strongest).max(initial=0)

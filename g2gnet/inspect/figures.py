@@ -68,7 +68,7 @@ def rasters(net: SpikingNetwork, activity: Activity, sample: int = 0) -> list[Ra
     connections, names, layouts = net.connections(), net.populations, {}
     for each in net.projections()[::-1]:  # the first one that leads to a population says its groups
         layouts[names[each.target]] = connections[each.name].mask.rows.layout
-    trains = activity.spikes.items()
+    trains = zip(names, activity.spikes, strict=True)
     return [Raster(name, spikes.dense()[:, sample].detach().cpu(), layouts[name]) for name, spikes in trains]
 
 

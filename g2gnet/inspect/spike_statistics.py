@@ -34,9 +34,8 @@ class SpikeSums(NamedTuple):
 
     Example:
         >>> spikes = activity.spikes[0].dense()  # [T, B, N]
-        >>> sums = SpikeSums.of(spikes, labels, num_classes=10, layout=net.fc1.mask.rows.layout)
-        >>> firing_rates(sums).shape, temporal_synchrony(sums).shape
-        (torch.Size([64]), torch.Size([8]))
+        >>> SpikeSums.of(spikes, labels, num_classes=10, layout=net.fc1.mask.rows.layout).steps
+        20
     """
 
     layout: GroupLayout

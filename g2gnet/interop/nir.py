@@ -96,9 +96,6 @@ def to_nir(net: SpikingNetwork, dt: float = DEFAULT_DT) -> Any:
 
     Example:
         >>> from g2gnet import G2GNet
-        >>> graph = to_nir(G2GNet(64, 32, 10, block_size=4, reset="zero"))
-        >>> list(graph.nodes)
-        ['input', 'fc1', 'lif1', 'fc2', 'lif2', 'fc3', 'lif3', 'output']
         >>> graph = to_nir(G2GNet(64, 32, 10, block_size=4, reset="zero", delay=9), dt=1e-3)
         >>> graph.edges[:3], graph.nodes["fc1_delay"].delay.shape
         ([('input', 'fc1_delay'), ('fc1_delay', 'fc1'), ('fc1', 'lif1')], (64,))
@@ -233,11 +230,10 @@ def from_nir(
     for name, module in modules.items():
         if [*modules.values()].count(module) > 1:
             raise ValueError(f"nodes {name} and another are both called {module!r} here; rename one")
-    sources = {None: "input", **modules}
-    projections = {
-        modules[link.name]: Projection(sources[link.source], modules[link.target], connection(link), *link[5:])
-        for link in links
-    }
+    projections = {}
+    for link in links:
+        source = "input" if link.source is None else modules[link.source]
+        projections[modules[link.name]] = Projection(source, modules[link.target], connection(link), *link[5:])
     populations = {modules[name]: neurons for name, neurons in ours.items()}
     return SpikingNetwork(populations, projections, modules[output], T, backend=backend)
 

@@ -1,4 +1,4 @@
-"""Which units of a sparse layer exist at first: patterns by name, or functions (docs/patterns.md).
+"""Which units of a sparse layer exist at first: groupings and patterns by name, or functions (docs/patterns.md).
 
 A function gets the :class:`~g2g_kernels.mask.sides.UnitAxis` of outputs and inputs and a generator. It returns [ranges
 of outputs, ranges of inputs]: bool, which units exist, or float, the probability of each.
@@ -18,8 +18,14 @@ from g2g_kernels.numbers import COUNT, PROBABILITY, SIZE, Number, share_of
 from g2g_kernels.ops.checks import DTYPES
 from g2g_kernels.tracing import on_cpu
 from g2gnet.weights.densities import expected_density
-from g2gnet.weights.groupings import GROUPINGS
 
+#: of each grouping, the kinds of groups (:class:`GroupLayout`) of the first, second, third … layer, over and over.
+#: ``"mixer"`` takes turns between contiguous ranges (spatial mixing) and interleaved groups (feature mixing).
+GROUPINGS = {
+    "index": ("index",),
+    "random": ("random",),
+    "mixer": ("index", "interleaved"),
+}
 #: from the output and the input side of a layer, and a source of randomness, to its units
 Pattern = Callable[[UnitAxis, UnitAxis, torch.Generator | None], torch.Tensor]
 
@@ -66,12 +72,8 @@ class SmallWorld:
 
     Example:
         >>> world = SmallWorld(p_intra=1.0, p_inter=0.2, neighbours=2, rewire=0.0)
-        >>> world.links(5, 5, None).int()
-        tensor([[0, 1, 0, 0, 1],
-                [1, 0, 1, 0, 0],
-                [0, 1, 0, 1, 0],
-                [0, 0, 1, 0, 1],
-                [1, 0, 0, 1, 0]], dtype=torch.int32)
+        >>> world.links(5, 5)[0].int()  # of the first group
+        tensor([0, 1, 0, 0, 1], dtype=torch.int32)
     """
 
     p_intra: float = 1.0
@@ -301,11 +303,8 @@ def mask_between(
 
     Example:
         >>> groups = GroupLayout(8, 2)
-        >>> print(mask_between("index", groups, groups, (1.0, 0.0), block_size=2, generator=None).to_string())
-        ██░░
-        ██░░
-        ░░██
-        ░░██
+        >>> mask_between("index", groups, groups, (1.0, 0.0), block_size=2, generator=None).density
+        0.5
     """
     layouts = out_layout, in_layout
     if model == "dense":

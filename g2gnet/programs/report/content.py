@@ -16,7 +16,7 @@ from g2gnet.stack import is_plain
 from g2gnet.training import SavedRun
 from g2gnet.training.evaluation import run_images
 from g2gnet.training.held_out import best_of
-from g2gnet.weights.groupings import GROUPINGS
+from g2gnet.weights.patterns import GROUPINGS
 
 
 @dataclass(frozen=True)

@@ -209,10 +209,9 @@ def join(
         # gloo has no error type for lost connections
         if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/transport" in str(error)):
             other = f"rank {1 - world.rank}" if world.size == 2 else "another process"
-            raise DistributedError(
-                f"lost the connection to {other}, at {world.stage}; run the same command again to resume from the last "
-                f"checkpoint, with any number of processes. PyTorch says: {reason(error)}"
-            ) from error
+            remedy = "run the same command again to resume from the last checkpoint, with any number of processes"
+            text = f"lost the connection to {other}, at {world.stage}; {remedy}. PyTorch says: {reason(error)}"
+            raise DistributedError(text) from error
         raise
     finally:
         # gloo's threads end with the last reference to the group, which may be in a cycle. A thread that asks for the

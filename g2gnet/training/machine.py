@@ -63,8 +63,6 @@ def check_memory(settings: TrainSettings, input_dim: int, num_classes: int, samp
     """Raises SettingsError if the device has less memory than training needs at least (:func:`least_bytes`)."""
     needed, free = least_bytes(settings, input_dim, num_classes, samples, device.type), available(device)
     if free is not None and needed > free:
-        raise SettingsError(
-            f"training takes at least {gigabytes(needed)} of memory with hidden_dim={settings.hidden_dim}, "
-            f"T={settings.T} and {samples} images per step, and there are {gigabytes(free)}; lower `hidden_dim`, "
-            "`T`, `chunk` or `batch_size`"
-        )
+        sizes = f"hidden_dim={settings.hidden_dim}, T={settings.T} and {samples} images per step"
+        takes = f"training takes at least {gigabytes(needed)} of memory with {sizes}, and there are {gigabytes(free)}"
+        raise SettingsError(f"{takes}; lower `hidden_dim`, `T`, `chunk` or `batch_size`")

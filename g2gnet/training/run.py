@@ -175,10 +175,9 @@ class _UnfinishedRun(Generic[TrainerT]):
         """Resumes after the step of a checkpoint."""
         trainer, files = self.trainer, self.files
         if (theirs := state.get("data")) != self.data:
-            raise CheckpointError(
-                f"{path} belongs to a run on different data: their SHA-256 is {theirs} there, {self.data} now.\n"
-                f"Give their directory as `data_dir`, {files.elsewhere}, or delete {files.names()} to start over."
-            )
+            what = f"{path} belongs to a run on different data: their SHA-256 is {theirs} there, {self.data} now."
+            remedy = f"Give their directory as `data_dir`, {files.elsewhere}, or delete {files.names()} to start over."
+            raise CheckpointError(f"{what}\n{remedy}")
         try:
             trainer.load_state_dict(state)
             self.history = state["history"]

@@ -145,9 +145,7 @@ class TrainSettings(NetworkSettings, RunSettings):
         f"({_each('bins')})",
         low=1,
     )
-    dt: float | None = _data(
-        None, f"milliseconds of a recording per step ({_each('dt')})", low=STEP.low, high=STEP.high
-    )
+    dt: float | None = _data(None, f"milliseconds of a time step ({_each('dt')})", low=STEP.low, high=STEP.high)
     unit_shift: int = _data(0, "shift training sequences of vectors by up to N places, the same at all steps", low=0)
     use_resnet: bool = _data(False, "train on the features of a frozen ResNet-32 (CIFAR only)")
     resnet_weights: str | None = _data(None, "weights of that ResNet-32 (default: the published ones)")
@@ -170,17 +168,9 @@ class TrainSettings(NetworkSettings, RunSettings):
     delay_lr_factor: float = _training(100.0, "learning rate of learned delays, as a multiple of `lr`", low=0)
     optimizer: str = _training("adam", "Adam, or AdamW, which decays only weights of connections", choices=OPTIMIZERS)
     weight_decay: float = _training(1e-4, "Adam's L2 penalty; AdamW's decay per step, times `lr`", low=0)
-    label_smoothing: float = _training(
-        0.0, "share of each label spread over all classes", low=0, high=1, open_high=True
-    )
-    clip_grad_norm: float | None = _training(
-        None, "largest norm of the whole gradient, by clipping", low=0, open_low=True
-    )
-    average: int | None = _training(
-        None,
-        "test, analyse and save averaged weights: the mean of the first N steps, then an average with decay 1 - 1/N",
-        low=2,
-    )
+    label_smoothing: float = _training(0.0, "share of a label spread over all classes", low=0, high=1, open_high=True)
+    clip_grad_norm: float | None = _training(None, "clip the gradient to this norm", low=0, open_low=True)
+    average: int | None = _training(None, "test and save averaged weights: mean of N steps, then decay 1 - 1/N", low=2)
     precision: str = _training("fp32", "precision of the matrix products", choices=PRECISIONS)
     chunk: int | None = _training(None, "time steps per chunk, which the backward pass recomputes: less memory", low=1)
     enforce_sparsity: bool = _training(False, "pull firing rates down after the warm-up")
@@ -194,9 +184,8 @@ class TrainSettings(NetworkSettings, RunSettings):
     dst_schedule: str = _rewiring("constant", "keep that share, or let it fall to zero", choices=tuple(SCHEDULES))
     dst_stop: float = _rewiring(1.0, "share of training after which nothing is replaced", low=0, high=1, open_low=True)
     final_density: float | None = _rewiring(
-        None, "gradual pruning: share of all weights left by the last update; most are pruned early",
-        low=0, high=1, open_low=True,
-    )  # fmt: skip
+        None, "share of weights after gradual pruning", low=0, high=1, open_low=True
+    )
 
     def __post_init__(self) -> None:
         # as values, which the files store

@@ -250,14 +250,11 @@ class Trainer(EpochTrainer):
         part = self.world.part(len(index))
         inputs = self.net.encode(as_samples(images), self._stream("encode_train"), part)
         labels = labels[part]
-        regularizer = 0.0, 0.0
-        if self.settings.enforce_sparsity:
-            regularizer = rate_target(self.epoch + 1, self.settings.epochs, self.settings.warmup_epochs)
         dropped: list[torch.Tensor] | None = None
         if self.settings.dropout:
             drawn = self.net.drop(len(index), self._stream("dropout"))
             dropped = [each[part].to(self.device) for each in drawn]
-        results, activity = self._learn(inputs, labels, regularizer, len(labels) / len(index), dropped)
+        results, activity = self._learn(inputs, labels, len(labels) / len(index), dropped)
         self._stepped()
         if self.settings.average is not None:
             share = 1 / min(self.step, self.settings.average)
@@ -269,12 +266,7 @@ class Trainer(EpochTrainer):
         return {"loss": loss * len(index), "correct": correct, "firing_rates": firing_rates * len(index)}
 
     def _learn(
-        self,
-        inputs: torch.Tensor,
-        labels: torch.Tensor,
-        regularizer: tuple[float, float],
-        share: float,
-        dropped: list[torch.Tensor] | None,
+        self, inputs: torch.Tensor, labels: torch.Tensor, share: float, dropped: list[torch.Tensor] | None
     ) -> tuple[torch.Tensor, Activity]:
         """Forward pass, loss, backward pass, update, without waiting for the device. This process has a ``share`` of
         the batch. Returns, for the whole batch, mean cross-entropy, number of correctly classified images and each
@@ -283,9 +275,10 @@ class Trainer(EpochTrainer):
             activity = self.net.simulate(inputs, chunk=self.settings.chunk, dropped=dropped)
         loss = F.cross_entropy(activity.output, labels, label_smoothing=self.settings.label_smoothing)
         objective = share * loss
-        if regularizer[0] > 0:
+        epoch, settings = self.epoch + 1, self.settings
+        if settings.enforce_sparsity and epoch > settings.warmup_epochs:
             rates = [self._whole_batch(share * rates) for rates in activity.rates[:-1]]
-            objective = objective + rate_penalty(rates, *regularizer)
+            objective = objective + rate_penalty(rates, *rate_target(epoch, settings.epochs, settings.warmup_epochs))
         self.optimizer.zero_grad(set_to_none=True)  # an interrupted step leaves gradients
         objective.backward()
         with torch.no_grad():

@@ -85,9 +85,8 @@ def picture(figure: Figure, caption: str) -> str:
     figure.savefig(content, format="png", dpi=DPI, transparent=True)  # the shadow at an edge is behind it
     data, text = base64.b64encode(content.getvalue()).decode(), html.escape(caption)
     width = float(figure.get_figwidth())
-    style = f"max-width: {6.5 * width:g}rem" + "; min-width: 0" * (
-        width < NARROW
-    )  # letters have one size on all pictures
+    # letters have one size on all pictures
+    style = f"max-width: {6.5 * width:g}rem" + "; min-width: 0" * (width < NARROW)
     return (
         f'<figure>\n<div class="wide"><img alt="{text}" style="{style}" src="data:image/png;base64,{data}"></div>\n'
         f"<figcaption>{text}</figcaption>\n</figure>"

@@ -84,10 +84,8 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     output.write_output(files["json"], json.dumps({"g2g": __version__, **made.as_dict()}, indent=2) + "\n")
     output.write_file(files["png"], lambda file: made.picture().savefig(file, format="png", dpi=150))
     say(f"wrote {', '.join(map(str, files.values()))}")
-    ended = [each for each, _ in made.ends]
-    of_data = {
-        flags.run_data_flags(each.settings, arguments.data_dir, each.given.get("resnet_weights")) for each in ended
-    }
+    ended, data_dir = [each for each, _ in made.ends], arguments.data_dir
+    of_data = {flags.run_data_flags(each.settings, data_dir, each.given.get("resnet_weights")) for each in ended}
     if len(of_data) == 1:
         ending = "*.pth" if any(each.settings.validation is None for each in ended) else "*.best.pth"
         say(f"with pictures: g2g-report {shlex.quote(str(folder))}/*/{ending}{of_data.pop()}")

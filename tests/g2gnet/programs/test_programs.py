@@ -122,11 +122,9 @@ def test_the_list_names_every_script_and_backend(capsys):
 
 @pytest.mark.parametrize("name", ["train", "crossval"])
 def test_a_file_of_the_checkout_is_the_console_script(name, tmp_path):
-    file, script = importlib.import_module(name), module_of(f"g2g-{name}")
-    assert file.main is script.main
+    assert importlib.import_module(name).main is module_of(f"g2g-{name}").main
     result = processes.run(ROOT / f"{name}.py", "--epochs", "0", output=tmp_path / "printed")
-    assert result.statuses == [2]
-    assert result.stdout == ""
+    assert (result.statuses, result.stdout) == ([2], "")
     assert result.stderr.startswith(f"{name}.py: error: epochs=0 must be")
 
 

@@ -71,9 +71,7 @@ def test_the_history_is_kept_as_lines_of_json_and_as_csv_and_given_to_callbacks_
     assert result == records[-1]
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["epoch"] for row in rows] == [str(record["epoch"]) for record in records] == ["1", "2"]
     for record, row in zip(records, rows, strict=True):
-        assert float(row["train_loss"]) == record["train_loss"]
         assert float(row["firing_rate/lif2"]) == record["firing_rate"]["lif2"]
         assert int(row["units_pruned"]) == record["units_pruned"] > 0
         assert len(row) == sum(len(value) if isinstance(value, dict) else 1 for value in record.values())

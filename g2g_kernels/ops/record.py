@@ -275,7 +275,7 @@ TYPES["Backward"] = Backward
 
 class Differentiable(RecordOperator):
     """An operator ``…_forward`` with an autograd formula, and the operator ``…_backward`` of its gradients, which is
-    ``backward``. Its functions are told, too, whether to keep what the backward pass needs.
+    ``backward``. Its functions also take whether to keep what the backward pass needs.
     """
 
     _more = ", bool keep"

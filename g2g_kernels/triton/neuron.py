@@ -200,7 +200,7 @@ def to_keep(membrane, threshold, dtype: tl.constexpr):
     is_margin = (tl.abs(margin) <= size) & finite & ~exact
     value = tl.where(is_margin, margin, membrane)
     value = tl.where(finite, tl.clamp(value, -LARGEST, LARGEST), value)
-    # both in one register, of which a fused layer has none to spare
+    # both in one register, since a fused layer has no register to spare
     word = (value.to(tl.int32, bitcast=True) & -2) | is_margin.to(tl.int32)
     value = word.to(tl.float32, bitcast=True)
     nearest = value.to(dtype)

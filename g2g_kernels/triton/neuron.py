@@ -290,8 +290,7 @@ def step_backward(
 ):  # fmt: skip
     """One step of time backwards; as :func:`charge_backward`, with the gradient that comes through the spike:
     ``margin`` is U_t − θ after the step, ``grad_spike`` ∂L/∂S_t, ``begins`` true at the first step of a run without a
-    state, before which no spike has a gradient.
-    """
+    state, before which no spike has a gradient."""
     through_spike = surrogate_derivative(margin, alpha, SURROGATE) * grad_spike
     grads, sums = plus_last(grads, through_spike), plus_last(sums, -through_spike)
     return charge_backward(grads, sums, states, fired, begins, parameters, alpha, MODEL, RESET, SURROGATE)

@@ -183,8 +183,7 @@ class Driver:
 
 def source_of(launch: Launch, target: Target) -> Source:
     """What a launch on ``target`` compiles, prepared by the rules of this version of Triton. From then on this process
-    can compile for ``target``, and launch nothing.
-    """
+    can compile for ``target``, and launch nothing."""
     from triton.runtime import driver
 
     kernel = launch.kernel

@@ -32,7 +32,7 @@ ENDS = {"input_dim": 100, "num_classes": 20}
 
 
 def session(size: Mapping[str, int], steps: int, chunk: int | None) -> Session:
-    """A training step of so many time steps, whole or in chunks."""
+    """A training step of ``steps`` time steps, whole or in chunks."""
     generator, batch = torch.Generator().manual_seed(0), size["batch_size"]
     inputs = torch.rand(steps, batch, size["input_dim"], generator=generator)
     labels = torch.randint(size["num_classes"], (batch,), generator=generator)
@@ -84,7 +84,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def points(size: Mapping[str, int], steps: int, compared: Sequence[int | None]) -> list[Racer]:
-    """Who runs so many steps; the results of chunks have to be those of the whole."""
+    """The racers with this number of steps; chunks must give the results of the whole."""
     expected: dict[str, np.ndarray] = {}
 
     def check(run: dict[str, Any], results: dict[str, np.ndarray]) -> str:

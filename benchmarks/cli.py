@@ -1,4 +1,4 @@
-"""What all benchmarks share: their flags, progress, and what a program does with a record."""
+"""What all benchmarks share: flags, progress, and what a program does with its record."""
 
 import argparse
 import contextlib
@@ -40,7 +40,7 @@ class Program:
     name: str
     about: str | None
     takes: str  # how long, and where
-    measure: Callable[[argparse.Namespace], dict[str, Any]]  # what its record says beside machine and settings
+    measure: Callable[[argparse.Namespace], dict[str, Any]]  # what its record says besides machine and settings
     table: Callable[[dict[str, Any]], str]  # of a record
     counts: Mapping[str, tuple[int, str]]  # flags that are whole numbers of at least 1: their defaults and texts
     quick: Mapping[str, Any]  # what flags are with ``--quick``, unless they are given

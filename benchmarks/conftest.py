@@ -1,4 +1,4 @@
-"""Benchmarks run in one process, since pytest-benchmark times nothing beside others."""
+"""Benchmarks run in one process, since pytest-benchmark times nothing in parallel."""
 
 
 def pytest_xdist_auto_num_workers():

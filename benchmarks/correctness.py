@@ -115,7 +115,7 @@ class Judge:
     def _replay(self, reset: str, spikes: Results) -> Run:
         """The float64 run with these spikes.
 
-        Those of contenders in float32 differ in few samples, which meet in sums alone: only these are computed anew.
+        Those of contenders in float32 differ in few samples, which meet in sums alone: only these are computed again.
         """
         known = self._replays.setdefault(reset, [])
         run = min(known, key=lambda run: len(_differing(spikes, run.spikes)), default=None)

@@ -5,7 +5,7 @@ of the inputs by events, by tiles or, if they are the spikes of a layer below, w
 (csrc/PERFORMANCE.md). Each point is one layer of N → N neurons, T steps of B samples; where gradients pass from a
 layer to one below, two of them. Forward pass, gradient of the weights, and that with the gradient of the inputs are
 timed by themselves, each way forced in turn and then as the kernels choose: processor time, the least of all turns,
-which other programs disturb least. Sums in another order have other last bits, which tell the chosen way.
+which other programs disturb least. Ways sum in different orders, so the last bits identify the chosen one.
 """
 
 import argparse

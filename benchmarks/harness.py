@@ -1,8 +1,8 @@
 """Races: each contender runs in a process of its own, and they are timed in turn.
 
 Separate processes give each contender its own peak memory, and a process that waits on its pipe takes no processor
-time. Turns are interleaved, round by round and in a rotating order, so other load on the machine affects all alike. No
-contender is timed before its results were accepted.
+time. Turns are interleaved in rounds of rotating order, so other load on the machine affects all alike. Only contenders
+with right results are timed.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ ResultT = TypeVar("ResultT")
 
 
 def nothing() -> None:
-    """What is done where there is nothing to do."""
+    """Does nothing."""
 
 
 class Turn(NamedTuple):
@@ -45,17 +45,17 @@ Session = Iterator[Any]
 
 @dataclass
 class Racer:
-    """What takes part in a race, and what is known of it."""
+    """A participant of a race, and what is known about it."""
 
     label: str
     session: Callable[..., Session]  # of ``arguments``, in a process of its own
     arguments: tuple[Any, ...] = ()
-    run: dict[str, Any] = field(default_factory=dict)  # what else a record says of it
+    run: dict[str, Any] = field(default_factory=dict)  # other fields of its record
     #: what is wrong about the results of the session; it may write them into ``run``
     check: Callable[[dict[str, Any], Any], str] = lambda run, results: ""
-    #: or why there is no time: "skipped" (cannot run here), "refused" (says it cannot do this), "wrong" (results are)
+    #: or why it has no time: "skipped" (cannot run here), "refused" (raised an error), "wrong" (its results are)
     status: str = "timed"
-    reason: str = ""  # the same in words
+    reason: str = ""  # in words
     seconds: list[float] = field(default_factory=list)  # one per repeat
     cpu_seconds: list[float] = field(default_factory=list)  # of all threads of its process, waiting in a loop included
     first_seconds: float | None = None  # of the first turn, which may compile, plan and allocate
@@ -152,8 +152,8 @@ def race(
 ) -> Sequence[Racer]:
     """Checks all racers that are not skipped, one after the other, then times them in turn, under a progress bar.
 
-    Each has ``warm_up`` untimed turns, of which the last one's memory counts, and ``repeats`` timed ones; before each
-    round, when no racer computes, ``between_rounds`` is called. The racers come back with their times.
+    Each has ``warm_up`` untimed turns, the last of which counts memory, and ``repeats`` timed ones. Before each round,
+    while no racer computes, ``between_rounds`` is called. The racers are returned with their times.
     """
     with contextlib.ExitStack() as stack:
         running: list[tuple[Racer, Worker]] = []
@@ -182,7 +182,7 @@ def race(
 
 
 def turns(racers: Sequence[RacerT], rounds: int) -> Iterator[tuple[int, int, RacerT]]:
-    """Every racer once per round, each round begun by the next one; numbered by the round and within it."""
+    """Every racer once per round, each time begun by the next racer: the round, the place in it, and the racer."""
     for number in range(rounds):
         first = number % len(racers) if racers else 0
         for place, racer in enumerate((*racers[first:], *racers[:first])):
@@ -192,7 +192,7 @@ def turns(racers: Sequence[RacerT], rounds: int) -> Iterator[tuple[int, int, Rac
 def in_turn(
     works: Mapping[str, Callable[[], ResultT]], rounds: int, warm_up: int = 1, done: Callable[[], Any] = nothing
 ) -> dict[str, list[ResultT]]:
-    """What works of this process give in ``rounds`` turns, after ``warm_up`` others; ``done`` is called after each."""
+    """The results of works of this process in ``rounds`` turns after ``warm_up``; ``done`` is called after each."""
     given: dict[str, list[ResultT]] = {name: [] for name in works}
     for number, _, name in turns(list(works), warm_up + rounds):
         result = works[name]()

@@ -52,7 +52,7 @@ CASES = (
 
 
 class PlainLoop(nn.Module):
-    """The layers of a stack as dense ones, in a loop over time as one writes it."""
+    """The layers of a stack as dense ones, in a plain loop over time."""
 
     def __init__(self, stack: SpikingNetwork) -> None:
         super().__init__()

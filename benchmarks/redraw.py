@@ -347,7 +347,7 @@ WHOLE: dict[str, Callable[[Record], str]] = {
     **dict.fromkeys(OTHERS, _other),
     **dict.fromkeys(STUDIES, _study),
 }
-#: the parts that a page may contain: what draws them, of the newest records of which names
+#: the parts that a page may contain: the function that draws each, and the names of its newest records
 PARTS: dict[str, tuple[Any, ...]] = {
     "results in short": (_readme, "step", "scaling-wide", "brain", "recipe-study-wide", "few-study"),
     "step, in a line": (_step_in_a_line, "step"),

@@ -82,7 +82,7 @@ def _lif(
     U_t = β·(U_{t−1} − θ·R_t) + I_t, as SpikingJelly has it. No gradient passes through R.
 
     With ``given``, bool [T, B, N], a neuron spikes and is reset where this says so, wherever its membrane is; its
-    surrogate is that of the membrane. What comes back beside the spikes is :attr:`Run.denied`.
+    surrogate is that of the membrane. Besides the spikes it returns :attr:`Run.denied`.
     """
     decay = beta.clamp(0, 1)
     taken = theta if reset == "after decay" else decay * theta

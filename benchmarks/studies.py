@@ -205,7 +205,7 @@ LONGER = {
 }
 #: the best one, which has 80 epochs as well
 BEST = "80 epochs, second recipe, H 2048"
-#: the word of a row of a conventional network (:mod:`benchmarks.conventional`), and the rows with one beside them
+#: the word of a row of a conventional network (:mod:`benchmarks.conventional`), and the rows that have one
 RELU = "ReLU"
 CONVENTIONAL = (
     "the recipe", "20 epochs", "40 epochs, second recipe, H 2048", "40 epochs, second recipe, H 2048, dense", BEST

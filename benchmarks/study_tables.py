@@ -217,7 +217,7 @@ TESTED = (f"minus {CONTROL}, points", "95 % interval", "p (paired t, Holm)")
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979): the chance of one so small among so many tests, at most."""
+    """p-values corrected for their number (Holm 1979): upper bounds on the chance of one so small among all tests."""
     corrected, least = [0.0] * len(p_values), 0.0
     for rank, test in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         least = max(least, (len(p_values) - rank) * p_values[test])

@@ -29,7 +29,7 @@ def multiples(of: float, least: int, most: int, *shape: int) -> torch.Tensor:
 
 
 def product(block_size: int, backend: str, device: str, dtype: torch.dtype) -> Case:
-    """The product of a sparse layer with spikes, of which a quarter are 1."""
+    """The product of a sparse layer with spikes at a rate of 25 %."""
     layout = GroupLayout(SIZE)
     mask = BlockMask.sample(layout, layout, block_size=block_size, generator=torch.Generator().manual_seed(0))
     x = multiples(1.0, 0, 3, STEPS * BATCH, SIZE) == 0
@@ -68,7 +68,7 @@ OPERATORS = {
 
 
 def results(run: Callable, leaves: list[torch.Tensor]) -> tuple[list[torch.Tensor], Callable[[], object]]:
-    """What an operator returns and its gradients, and a function that computes these anew."""
+    """What an operator returns and its gradients, and a function that computes these again."""
     y = run()
     gradient = multiples(0.125, 1, 8, *y.shape).to(y)  # of one sign, so that no sum cancels
     again = functools.partial(torch.autograd.grad, y, leaves, gradient, retain_graph=True)

@@ -71,7 +71,7 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--kernel", default="step", choices=tuple(KERNELS), help="what to time (default: step)")
     parser.add_argument("--quantity", choices=tuple(QUANTITIES), help="what grows (default: nothing)")
     parser.add_argument("--values", metavar="X,Y,...", help="its values, where they are not those below")
-    text = "an earlier record of the same command; beside it stands how long each contender takes now"
+    text = "an earlier record of the same command, to compare each contender's time with"
     parser.add_argument("--before", type=Path, metavar="FILE", help=text)
     cli.add_flags(parser)
 
@@ -83,7 +83,7 @@ def workloads_of(arguments: argparse.Namespace) -> list[Workload]:
     base = cli.workload_from(arguments, kernel.usual, **kernel.workload)
     if arguments.quantity is None:
         if arguments.values:
-            raise ValueError("values: of which quantity? give `quantity`, too")
+            raise ValueError("values need a quantity; give `quantity`, too")
         return [base]
     quantity = QUANTITIES[arguments.quantity]
     values = quantity.values[:3] if arguments.quick else quantity.values

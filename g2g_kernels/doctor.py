@@ -1,13 +1,13 @@
 """Which kernels this machine can use, and whether their results are correct: ``python -m g2g_kernels.doctor``.
 
 Shows versions, devices and backends, then runs every operator of every available backend forward and backward and
-compares with backend ``torch`` in float64; on Triton with fused layers too. It takes seconds; on a GPU the first run
-also compiles the kernels, a minute or two. The exit status is 0 if everything checked is right, 1 if something is
+compares it with backend ``torch`` in float64; on Triton with fused layers, too. It takes seconds; on a GPU the first
+run also compiles the kernels, a minute or two. The exit status is 0 if everything checked is right, 1 if something is
 wrong, 2 for a missing device.
 
-The numbers are chosen to reveal a single wrong spike: inputs of neurons are multiples of powers of two, so currents
-(also in bfloat16) and float32 membranes are exact for any order of summation. Spikes and counts must therefore *equal*
-the reference; everything else must be within rounding of it.
+A single wrong spike shows: inputs of neurons are multiples of powers of two, so currents (also in 16 bits) and float32
+membranes are exact for any order of summation. Spikes and counts must therefore *equal* the reference; everything else
+must be within rounding of it.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from g2g_kernels.triton import runtime
 
 #: the largest root-mean-square error relative to the reference, by precision
 ALLOWED = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 3e-2}
-#: outputs of whole numbers, which must be equal
+#: outputs that must be equal, since they are whole numbers
 EXACT = ("spikes", "counts")
 
 SIZE, GROUPS, BATCH, STEPS = 300, 4, 33, 10
@@ -55,14 +55,14 @@ class Check:
     case: str
     leaves: Tensors  #: float64 on the CPU, whose gradients are compared
     run: Callable[[Tensors, str], Tensors]  #: calls the operator on such leaves and the backend of that name
-    fused: bool = False  #: with kernels that compute a layer's product and its neurons together, which Triton alone has
+    fused: bool = False  #: with one kernel for a layer's product and its neurons, which only Triton has
 
     @functools.cached_property
     def reference(self) -> Tensors:
         return self._results("torch", torch.device("cpu"), torch.float64)
 
     def errors(self, backend: str, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-        """The error of every output and gradient, relative to its size; infinite for an output that wrongly differs."""
+        """The relative error of every output and gradient; infinite for one that must be equal and is not."""
         errors = {}
         for name, actual in self._results(backend, device, dtype).items():
             difference, size = _rms(actual - self.reference[name]), _rms(self.reference[name])
@@ -71,15 +71,15 @@ class Check:
         return errors
 
     def _results(self, backend: str, device: torch.device, dtype: torch.dtype) -> Tensors:
-        """Outputs, and gradients of a fixed weighted sum of them, in float64 on the CPU. Leaves are float32 for 16 bits
-        too, which ``torch.autocast`` casts down."""
+        """Outputs, and gradients of a fixed weighted sum of them, in float64 on the CPU. For 16 bits the leaves are
+        float32, and ``torch.autocast`` rounds them."""
         low = dtype.itemsize == 2
         leaves = {
             name: leaf.to(torch.float32 if low else dtype, copy=True).to(device).requires_grad_()
             for name, leaf in self.leaves.items()
         }
         draw = torch.Generator().manual_seed(1)
-        with runtime.assuming(fused=self.fused, right=True):  # whatever the cost model says of so small layers
+        with runtime.assuming(fused=self.fused, right=True):  # (the cost model does not fuse layers as small as these)
             with torch.autocast(device.type, dtype) if low else torch.enable_grad():
                 results = self.run(leaves, backend)
             weights = [torch.randint(-8, 9, y.shape, generator=draw).to(y) / 8 for y in results.values()]
@@ -95,7 +95,7 @@ def _rms(tensor: torch.Tensor) -> float:
 
 def checks() -> Iterator[Check]:
     """Units of side 1, 16, 32 and 64, some of them shorter, with all kinds of groups, resets and surrogates."""
-    # a draw in which no gradient of one number is a small difference of large ones, which bfloat16 would not hold
+    # in this draw no gradient is a small difference of large numbers, which bfloat16 would not hold
     draw = torch.Generator().manual_seed(6)
 
     def multiples(unit: float, least: int, most: int, *shape: int, generator: torch.Generator = draw) -> torch.Tensor:
@@ -113,7 +113,7 @@ def checks() -> Iterator[Check]:
         parameters = {"beta": multiples(0.5, 1, 1, 1), "threshold": multiples(0.25, 3, 5, SIZE)}
         held = {"x": multiples(0.5, 0, 2, BATCH, SIZE), **weights, **parameters}
         yield from _pair_and_fused(case, held, [mask, mask], True)  # of the same weights
-        # so few that gradients do not grow from step to step, and their rounding with them
+        # few units, so that gradients and their rounding do not grow from step to step
         own_draw = torch.Generator().manual_seed(block_size)
         own = BlockMask.sample(layouts[0], layouts[0], 0.2, 0.05, block_size, own_draw)
         joined = multiples(0.25, -1, 1, own.num_units, *own.unit_shape, generator=own_draw) * own.valid()
@@ -134,7 +134,7 @@ DEFAULT_SIZES = (784, 2048, 2048, 10)
 
 
 def _default_step(draw: torch.Generator, multiples: Callable[..., torch.Tensor]) -> Iterator[Check]:
-    samples = 4 * BATCH  # in more than 1,024 rows, whose products have other tiles
+    samples = 4 * BATCH  # more than 1,024 rows, whose products have other tiles
     leaves = {"x": multiples(0.5, 0, 2, samples, DEFAULT_SIZES[0])}
     masks = []
     for number, (inputs, outputs) in enumerate(itertools.pairwise(DEFAULT_SIZES)):
@@ -144,7 +144,7 @@ def _default_step(draw: torch.Generator, multiples: Callable[..., torch.Tensor])
         leaves[f"bias {number}"] = multiples(0.25, -1, 2, outputs)
         leaves[f"beta {number}"] = multiples(0.5, 1, 1, 1)
         leaves[f"threshold {number}"] = multiples(0.25, 3, 5, 1)
-    yield from _pair_and_fused("a default step", leaves, masks, False)  # the default loss is one of counts
+    yield from _pair_and_fused("a default step", leaves, masks, False)  # the default loss depends on counts alone
 
 
 def _pair_and_fused(case: str, leaves: Tensors, masks: Sequence[BlockMask], with_rates: bool) -> Iterator[Check]:
@@ -229,7 +229,7 @@ def describe() -> str:
 
 
 def examine(device: torch.device) -> Iterator[tuple[str, list[str]]]:
-    """Runs every check on ``device``; for each backend, operator and precision a line of the table and its findings."""
+    """Runs every check on ``device``: a line of the table and its findings per backend, operator and precision."""
     by_operator: dict[str, list[Check]] = {}
     for check in checks():
         by_operator.setdefault(check.operator, []).append(check)
@@ -241,7 +241,7 @@ def examine(device: torch.device) -> Iterator[tuple[str, list[str]]]:
                     yield _line(cases, backend, device, dtype)
 
 
-#: the checks of an operator by name, where they have other names
+#: the checks of operators whose checks have other names
 CHECKED = {"neurons": tuple(MODELS), "g2g_stack": ("g2g_stack", "fused stack", "recurrent")}
 
 

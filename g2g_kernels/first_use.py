@@ -30,7 +30,7 @@ from g2g_kernels.triton import runtime
 
 logger = logging.getLogger("g2g_kernels")
 
-#: of operators that were asked for, by name and kind of card: what is wrong with their kernels, "" if nothing is
+#: by operator and kind of card: what is wrong with its kernels, "" if nothing
 _found: dict[tuple[str, str], str] = {}
 
 
@@ -55,7 +55,7 @@ def refuses(operator: str, index: int | None) -> str | None:
 
 
 def _is_recorded(index: int | None) -> bool:
-    """Whether calls are traced, on fake tensors, or captured: nothing may run on the device but what is called."""
+    """Whether calls are traced, on fake tensors, or captured: nothing else may run on the device."""
     modes = torch._C._len_torch_dispatch_stack() > 0 or torch._guards.TracingContext.try_get() is not None
     captured = index is not None and torch.cuda.is_current_stream_capturing()
     return modes or captured or is_traced()

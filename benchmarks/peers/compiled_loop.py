@@ -3,7 +3,7 @@
 The whole loop is one unrolled graph: the compiler finds that ``fc1`` has the same input and ``weight * mask`` the same
 value at every step, and fuses the neurons of a step. (Compiling one step and calling it from a Python loop gains almost
 nothing.) The graph grows with T and takes a minute or so to compile at the first call, which is not
-part of the time but shown beside it.
+part of the time but shown next to it.
 """
 
 from ..contender import CompiledContender

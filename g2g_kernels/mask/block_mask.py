@@ -102,8 +102,7 @@ class BlockMask(UnitGrid):
     ) -> "BlockMask":
         """Draws random units: inside a group with probability ``p_intra``, between groups ``p_inter``, or everywhere
         ``density``, which replaces both. Block rows have equal work. ``g2g_kernels.mask.groups.partners`` defines which
-        groups of the two sides count as one.
-        """
+        groups of the two sides count as one."""
         if density is not None:
             p_intra = p_inter = PROBABILITY.check("density", density)
         PROBABILITY.check("p_intra", p_intra)
@@ -170,8 +169,7 @@ class BlockMask(UnitGrid):
 
     def become_(self, other: "BlockMask") -> None:
         """Takes over the units and slots of another mask of the same ``shape``: in place if both have equal numbers of
-        units and ranges, and operators read the same tensors of both. The buffer stays if the packed shape does.
-        """
+        units and ranges, and operators read the same tensors of both. The buffer stays if the packed shape does."""
         sides = (self.rows, other.rows), (self.cols, other.cols)
         mine, theirs = (
             [*mask.tensors()[:6], *(getattr(axis, name) for axis in (mask.rows, mask.cols) for name in axis.INDICES)]

@@ -103,8 +103,7 @@ class GroupLayout:
 
 def partners(out_groups: int, in_groups: int) -> torch.Tensor:
     """Which groups of two sides belong together, those of the same number: bool [groups out, groups in]. If one side
-    has only G of G' groups, its group g belongs to every g' with ⌊g'·G/G'⌋ = g.
-    """
+    has only G of G' groups, its group g belongs to every g' with ⌊g'·G/G'⌋ = g."""
     least = min(out_groups, in_groups)
     out_group, in_group = (torch.arange(count) * least // count for count in (out_groups, in_groups))
     return out_group[:, None] == in_group[None, :]
@@ -112,8 +111,7 @@ def partners(out_groups: int, in_groups: int) -> torch.Tensor:
 
 def as_integers(name: str, tensor: object) -> torch.Tensor:
     """An integer tensor, or the integers in a tensor of floats, which averages of a ``state_dict`` make of all. Raises
-    ValueError for anything else, and for numbers that are not whole or too large for the dtype to be exact.
-    """
+    ValueError for anything else, and for numbers that are not whole or too large for the dtype to be exact."""
     if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
         given = tensor.detach().nan_to_num(0.5)
         whole = given.round()

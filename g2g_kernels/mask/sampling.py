@@ -13,8 +13,7 @@ def sample_units(
     rows: UnitAxis, cols: UnitAxis, p_intra: float, p_inter: float, generator: torch.Generator | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The coordinates of units drawn with probability ``p_intra`` inside groups and ``p_inter`` between them, by row.
-    Each row gets ⌊p·n⌋ or ⌈p·n⌉ of its n candidates of either kind, at uniform places, so rows have equal work.
-    """
+    Each row gets ⌊p·n⌋ or ⌈p·n⌉ of its n candidates of either kind, at uniform places, so rows have equal work."""
     own = partners(rows.layout.num_groups, cols.layout.num_groups)
     if rows.num_units * cols.num_units <= LARGEST_GRID:
         same_group = own[rows.group_of_unit][:, cols.group_of_unit]

@@ -31,8 +31,7 @@ class _MaskTensors(NamedTuple):
 class MaskTensors(_MaskTensors):
     """The tensors of a :class:`BlockMask` and its sides, for operators; ``…_neuron_at`` and ``…_place_of`` are empty
     where place p holds neuron p. Backends keep what they derive as attributes (``vars(mask)``): the tensors may change
-    in place, but are never replaced.
-    """
+    in place, but are never replaced."""
 
     #: copies of ``row_order`` and ``row_bounds`` from before the mask changed
     rows_then: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -1,10 +1,10 @@
 """FLOPs of the compiled operators for PyTorch's counter (``torch.utils.flop_counter.FlopCounterMode``): one
 multiplication and one addition per existing weight and sample, once forward, once for the gradient of the input and
 once for that of the weights. Event-driven kernels do less, depending on the spikes. Neurons count as nothing, like all
-pointwise operations there; of backend ``torch`` PyTorch counts dense products.
+pointwise operations; on backend ``torch`` PyTorch counts dense products.
 
-Importing g2g does not register the formulas: it would import the counter, and with it Triton, for 0.12 to 0.16 s beside
-the 0.07 s of ``import g2gnet``; where Triton is not installed, the counter prints a warning.
+Importing g2g does not register the formulas: that would import the counter and Triton, in 0.12 to 0.16 s, where
+``import g2gnet`` takes 0.07 s; without Triton the counter prints a warning.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ _formulas: dict[torch._ops.OpOverload, Callable[[Any], int]] = {}
 
 
 def count_flops(operator: RecordOperator, formula: Callable[[Any], int]) -> None:
-    """Names ``formula(record)`` as the FLOPs of a call of ``operator`` with that record."""
+    """Declares ``formula(record)`` as the FLOPs of a call of ``operator`` with that record."""
     _formulas[operator.overload] = formula
 
 

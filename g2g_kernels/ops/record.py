@@ -175,8 +175,7 @@ class RecordOperator:
         self, name: str, results: str, function: Callable, fake: Callable, keys: Sequence[str] = ("CPU",)
     ) -> None:
         """Defines it, with the ``results`` of its schema, ``"(Tensor, Tensor[])"``, for the dispatch ``keys``. Where a
-        list that ``function`` or ``fake`` returns has None, the dispatcher gets an empty tensor.
-        """
+        list that ``function`` or ``fake`` returns has None, the dispatcher gets an empty tensor."""
         _library.define(f"{name}({_ARGUMENTS}{self._more}) -> {results}")
         for key in keys:
             _library.impl(name, _of_arguments(function, self.check), key)
@@ -228,8 +227,7 @@ def _of_arguments(function: Callable, check: Callable[[Any], None] = lambda reco
 class Backward(NamedTuple):
     """What a backward pass takes: the record ``call`` of the forward pass, and the outputs ``kept`` for this one; the
     contiguous ``grads`` of its results, None for an unused one; lists' tensors one by one in both; and which tensors of
-    ``call`` a gradient is ``needed`` for.
-    """
+    ``call`` a gradient is ``needed`` for."""
 
     call: Any
     kept: tuple[torch.Tensor, ...]
@@ -275,8 +273,7 @@ TYPES["Backward"] = Backward
 
 class Differentiable(RecordOperator):
     """An operator ``…_forward`` with an autograd formula, and the operator ``…_backward`` of its gradients, which is
-    ``backward``. Its functions are told, too, whether to keep what the backward pass needs.
-    """
+    ``backward``. Its functions also take whether to keep what the backward pass needs."""
 
     _more = ", bool keep"
 

@@ -200,7 +200,7 @@ def to_keep(membrane, threshold, dtype: tl.constexpr):
     is_margin = (tl.abs(margin) <= size) & finite & ~exact
     value = tl.where(is_margin, margin, membrane)
     value = tl.where(finite, tl.clamp(value, -LARGEST, LARGEST), value)
-    # both in one register, of which a fused layer has none to spare
+    # both in one register, since a fused layer has no register to spare
     word = (value.to(tl.int32, bitcast=True) & -2) | is_margin.to(tl.int32)
     value = word.to(tl.float32, bitcast=True)
     nearest = value.to(dtype)
@@ -290,8 +290,7 @@ def step_backward(
 ):  # fmt: skip
     """One step of time backwards; as :func:`charge_backward`, with the gradient that comes through the spike:
     ``margin`` is U_t − θ after the step, ``grad_spike`` ∂L/∂S_t, ``begins`` true at the first step of a run without a
-    state, before which no spike has a gradient.
-    """
+    state, before which no spike has a gradient."""
     through_spike = surrogate_derivative(margin, alpha, SURROGATE) * grad_spike
     grads, sums = plus_last(grads, through_spike), plus_last(sums, -through_spike)
     return charge_backward(grads, sums, states, fired, begins, parameters, alpha, MODEL, RESET, SURROGATE)

@@ -393,7 +393,7 @@ def test_unusable_flags_are_refused(capsys):
         "--train_steps -1": "train_steps=-1 must be",
         "--device tpu": "device='tpu' is unknown",
         "--quantity T --values 3,3": "values='3,3': a line needs at least two different values",
-        "--values 3,4": "values: of which quantity? give --quantity, too",
+        "--values 3,4": "values need a quantity; give --quantity, too",
     }.items():
         assert throughput.main(["--device", "cpu", *flags.split()]) == 2
         assert message in capsys.readouterr().err

@@ -42,8 +42,7 @@ def operators(
 ) -> tuple[Differentiable, RecordOperator]:
     """Registers and returns ``g2g::{prefix}linear_forward``, with its autograd formula, and ``…_backward`` for the
     dispatch ``keys`` of a backend. ``forward`` gives y [M, out] and keeps nothing besides its arguments, ``backward``
-    the gradients of the call's tensors.
-    """
+    the gradients of the call's tensors."""
 
     def shapes(call: LinearCall, keep: bool) -> list[Output]:
         return [Output((call.x.shape[0], call.mask.shape[0]), call.dtype)]

@@ -180,8 +180,7 @@ def run_neurons(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`neurons` of a ``current`` from a ``state`` on, [states, ..., N] in the model's order (None: all 0);
     differentiable in that, too. Returns spikes [T, ..., N] and the states after the last step, float32 for
-    half-precision currents.
-    """
+    half-precision currents."""
     steps = check_steps(steps)
     check_tensor("current", current)
     if current.dim() < (1 if steps is not None else 2):

@@ -14,8 +14,7 @@ from g2g_kernels.tracing import replaced
 
 class NeuronsCall(NamedTuple):
     """What the forward pass takes: a contiguous ``current`` [T, ..., N], or [..., N] held for ``steps`` steps
-    (otherwise 0); the neurons; and the states before the first step, float32 [states, ..., N], or None for zeros.
-    """
+    (otherwise 0); the neurons; and the states before the first step, float32 [states, ..., N], or None for zeros."""
 
     current: torch.Tensor
     population: Neurons
@@ -77,8 +76,7 @@ def operators(
 ) -> tuple[Differentiable, RecordOperator]:
     """Registers and returns ``g2g::{prefix}neurons_forward`` and ``…_backward``, as those of
     :mod:`g2g_kernels.ops.g2g_linear.call`. ``forward`` returns spikes, the states after the last step, and those that
-    the backward pass needs, of ``kept_shape`` (nothing unless they are to be kept).
-    """
+    the backward pass needs, of ``kept_shape`` (nothing unless they are to be kept)."""
 
     def shapes(call: NeuronsCall, keep: bool) -> list[Output]:
         kept = Output(kept_shape(call) if keep else (0,))

@@ -1,6 +1,6 @@
-"""Surrogate derivatives of the spike S = 1[U > θ], as functions of x = U − θ and the sharpness α: of smooth steps from
-0 to 1, the *primitives*. At the default α = 2 all have unit area, so they are interchangeable. All are 0 at ±∞, and NaN
-at NaN."""
+"""Surrogate derivatives of the spike S = 1[U > θ], as functions of x = U − θ and the sharpness α. They are derivatives
+of smooth steps from 0 to 1, the *primitives*. At the default α = 2 all have unit area, so they are interchangeable. All
+are 0 at ±∞, and NaN at NaN."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-#: the surrogate and the α of neurons that are given no others
+#: the defaults
 SURROGATE, ALPHA = "atan", 2.0
 
 

@@ -211,8 +211,7 @@ def neurons_backward_kernel(
 class Upstream(NamedTuple):
     """Gradients of the ``spikes``, ∂L/∂S [T, B, N] of any floating-point dtype; of their ``counts`` [B, N] and their
     ``rates`` [N] (times 1/(T·B)), both added at every step; of the ``last`` states, float32 [states, B, N]; and of the
-    ``membranes``, ∂L/∂U [T, B, N]. None: zeros.
-    """
+    ``membranes``, ∂L/∂U [T, B, N]. None: zeros."""
 
     spikes: torch.Tensor | None = None
     counts: torch.Tensor | None = None

@@ -7,7 +7,7 @@ import pytest
 import torch
 from covering import drawn_cases, every_pair
 from helpers import ErrorRatios, device_of, rms, seeded
-from neuron_cases import BACKENDS, SNNTORCH, by_snntorch, currents, every_backend, every_reset, output_weights
+from neuron_cases import BACKENDS, SNNTORCH, by_snntorch, currents, every_backend, output_weights
 from stack_cases import Stack, loss, results, stacks_on
 
 from g2g_kernels import Neurons, adlif_step, g2g_stack, lif_step, neurons, synaptic_step
@@ -114,20 +114,27 @@ def test_gradients_equal_those_of_a_plain_loop_in_float64(model, reset, surrogat
     assert_near(outcome(on("torch", model, reset, surrogate, 1.5), tensors), expected, 1e-11)
 
 
-@every_pair(reset=RESETS, surrogate=SNNTORCH, held=BOTH, per_neuron=BOTH)
-def test_synaptic_gradients_equal_snntorch_in_float64(reset, surrogate, held, per_neuron):
-    """Spikes identical; everything else is float64 in snnTorch too, so only float64 rounding separates the two."""
-    tensors = drawn("synaptic", per_neuron, held, False)
-    expected = outcome(by_snntorch(reset, SNNTORCH[surrogate](2.0), T if held else None), tensors)
-    assert_near(outcome(on("torch", "synaptic", reset, surrogate), tensors), expected, 1e-11)
+BY_SNNTORCH = ("lif", "synaptic")
 
 
-@every_reset
-@every_backend
-def test_synaptic_spikes_equal_snntorch_in_float32(backend, reset):
+@every_pair(
+    model=BY_SNNTORCH, reset=RESETS, held=BOTH, per_neuron=BOTH,
+    of=(("atan", 2.0), ("atan", 5.0), ("fast_sigmoid", 3.0), ("sigmoid", 4.0)),
+)  # fmt: skip
+def test_gradients_equal_snntorch_in_float64(model, reset, held, per_neuron, of):
+    """Spikes identical; everything else is float64 in snnTorch too, so only float64 rounding separates the two. (Its
+    sigmoid multiplies the spikes' float32 gradient by the slope, which is exact for a slope of 4.)"""
+    (surrogate, alpha), tensors = of, drawn(model, per_neuron, held, False)
+    expected = outcome(by_snntorch(reset, SNNTORCH[surrogate](alpha), T if held else None), tensors)
+    assert_near(outcome(on("torch", model, reset, surrogate, alpha), tensors), expected, 1e-11)
+
+
+@every_pair(backend=BACKENDS, model=BY_SNNTORCH, reset=RESETS, per_neuron=BOTH)
+def test_spikes_equal_snntorch_in_float32(backend, model, reset, per_neuron):
     """To the last bit: the same operations in the same order."""
-    tensors = [tensor.float() for tensor in drawn("synaptic", True, False, False, seed=3).values()]
-    assert torch.equal(on(backend, "synaptic", reset, "atan")(*tensors)[0], by_snntorch(reset)(*tensors)[0])
+    for seed in range(10):
+        tensors = [tensor.float() for tensor in drawn(model, per_neuron, False, False, seed).values()]
+        assert torch.equal(on(backend, model, reset, "atan")(*tensors)[0], by_snntorch(reset)(*tensors)[0])
 
 
 @every_pair(model=MODELS, reset=RESETS, surrogate=SURROGATES, per_neuron=BOTH, from_state=BOTH)

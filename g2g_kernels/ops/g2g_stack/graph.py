@@ -42,7 +42,7 @@ from g2g_kernels.ops.g2g_stack.schedule import Graph, components_of
 from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
 from g2g_kernels.ops.neurons.models import MODELS
 from g2g_kernels.ops.neurons.step import in_steps
-from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output
+from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output, opened
 from g2g_kernels.tracing import is_traced
 
 
@@ -292,12 +292,8 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     count = len(call.populations)
     words, states = kept[:count], kept[count:]
     written = {id(each.values) for _, each in call.connections}  # the kernels always write the gradients of these
-    grads, to = given.made(
-        lambda tensors, needed: workspace.alike(
-            tensors,
-            [need or id(tensor) in written for tensor, need in zip(tensors, needed, strict=True)],
-        )
-    )
+    wanted = [need or id(tensor) in written for tensor, need in zip(opened(call)[0], given.needed, strict=True)]
+    grads, to = given.made(lambda tensors, _: workspace.alike(tensors, wanted))
     for population in to.populations:
         for each in population.connections:
             if each.source < 0 and each.values is not None:  # they only say where neurons are

@@ -24,7 +24,7 @@ from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
 from g2g_kernels.ops.g2g_stack.call import contiguous
 from g2g_kernels.ops.g2g_stack.checks import check_ends
-from g2g_kernels.ops.g2g_stack.cpu import PackedSpikes, delays_pointer, refuses_tensors
+from g2g_kernels.ops.g2g_stack.cpu import PackedSpikes, delays_pointer, refuses_call
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train, arrived
 from g2g_kernels.ops.g2g_stack.population import (
     Call,
@@ -32,7 +32,6 @@ from g2g_kernels.ops.g2g_stack.population import (
     Population,
     expected_of,
     graph_of,
-    refuses_kernels,
     size_of,
     state_shape,
     unread,
@@ -104,10 +103,8 @@ UNREAD = unread(READ)
 
 def refuses(call: Call) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    if reason := refuses_kernels(call, UNREAD) or refuses_tensors(call):
+    if reason := refuses_call(call, UNREAD):
         return reason
-    if call.spikes:
-        return "gives spikes over time no gradient"
     if is_traced():
         return "does not run where calls are recorded (torch.compile, torch.export)"
     for number, population in enumerate(call.populations):

@@ -23,7 +23,7 @@ from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity
 from g2g_kernels.ops.g2g_stack.call import contiguous
 from g2g_kernels.ops.g2g_stack.checks import check_ends
-from g2g_kernels.ops.g2g_stack.cpu import in_float32, refuses_tensors
+from g2g_kernels.ops.g2g_stack.cpu import in_float32, refuses_call
 from g2g_kernels.ops.g2g_stack.graph import READ
 from g2g_kernels.ops.g2g_stack.population import (
     ONE_STEP,
@@ -32,7 +32,6 @@ from g2g_kernels.ops.g2g_stack.population import (
     Population,
     expected_of,
     graph_of,
-    refuses_kernels,
     state_shape,
     unread,
 )
@@ -234,15 +233,12 @@ UNREAD = unread([*READ, "observer"])
 
 def refuses(call: Call) -> str | None:
     """Why the CPU's kernels cannot serve a call population by population, each over all steps, or None."""
-    if reason := refuses_kernels(call, UNREAD) or refuses_tensors(call):
+    if reason := refuses_call(call, UNREAD):
         return reason
-    if call.spikes:
-        return "gives spikes over time no gradient"
     lists = False
     for population in call.populations:
         for each in population.connections:
-            lists = lists or in_lists(each.mask.grid, each.values.shape, "stack")
-            lists = lists or in_lists(each.mask.grid, each.values.shape, "recurrent")
+            lists = lists or any([in_lists(each.mask.grid, each.values.shape, use) for use in ("stack", "recurrent")])
             if reason := plans.refuses(each.mask, each.values, "linear"):
                 return reason
     if not lists:

@@ -35,7 +35,7 @@ from g2g_kernels.ops.g2g_stack.population import (
     state_shape,
     unread,
 )
-from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
+from g2g_kernels.ops.g2g_stack.reference import in_turn
 from g2g_kernels.ops.g2g_stack.schedule import components_of
 from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
 from g2g_kernels.ops.neurons.models import MODELS
@@ -256,5 +256,4 @@ def refuses(call: Call) -> str | None:
 
 def g2g_lists(call: Call) -> Activity:
     """``g2g_stack`` population by population."""
-    turn = in_turn(call, g2g_linear, partial(in_float32, neurons), loop_of)
-    return activity_of(*turn, differentiable=False)
+    return in_turn(call, g2g_linear, partial(in_float32, neurons), loop_of)

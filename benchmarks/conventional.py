@@ -18,7 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from g2g_kernels import Activity, Connection, Population
-from g2g_kernels.ops.g2g_stack import Call, Synapses, SynapticOperations
+from g2g_kernels.ops.g2g_stack import Call
+from g2g_kernels.ops.g2g_stack.activity import Synapses, SynapticOperations
 from g2gnet import G2GNet
 from g2gnet.base.seeding import stream
 from g2gnet.data import ImageData, as_samples

@@ -10,7 +10,8 @@ from torch import nn
 
 from g2g_kernels import Activity, Connection, neurons_step
 from g2g_kernels.dispatch import ANY
-from g2g_kernels.ops.g2g_stack import WAYS, Call, StackState, Synapses, check_dropped
+from g2g_kernels.ops.g2g_stack import WAYS, Call, StackState, check_dropped
+from g2g_kernels.ops.g2g_stack.activity import Synapses
 from g2g_kernels.ops.g2g_stack.population import graph_of
 from g2g_kernels.ops.g2g_stack.reference import GraphRun, PopulationFunctions, activity_of
 from g2g_kernels.ops.g2g_stack.schedule import components_of
@@ -95,11 +96,12 @@ def _with_weights(connection: Connection) -> Connection:
     return connection._replace(values=values, mask=mask)
 
 
-def _refuses_modules(call: Call) -> str | None:
-    return "no module has to be called" if call.modules is None else None
-
-
-WAYS.register(ANY, lambda call: call.modules.run(call), _refuses_modules, "modules in turn")
+WAYS.register(
+    ANY,
+    lambda call: call.modules.run(call),
+    lambda call: "no module has to be called" if call.modules is None else None,
+    "modules in turn",
+)
 
 
 def step_of_called(

@@ -34,7 +34,7 @@ if [ $# -eq 0 ]; then
     # PyTorch's side of the operators, which opcheck and its compiler test, is in the lane ci. Tests of rounding at large
     # sizes call the kernels of the other tests, and take three quarters of the time.
     set -- -n 2 --dist load tests/g2g_kernels/test_cpu_backend.py tests/g2g_kernels/test_lists.py \
-        tests/g2g_kernels/ops/test_graphs.py tests/g2g_kernels/ops/test_late_stacks.py tests/g2gnet/test_recurrence.py \
+        tests/g2g_kernels/ops/test_graphs.py tests/g2gnet/test_recurrence.py \
         -k "not memory and not errors_are and not differ_by_rounding and not denormal and (not test_recurrence or cpu)$every"
 fi
 python -m pytest -q -p no:cacheprovider "$@"

@@ -10,7 +10,7 @@ from covering import every_pair
 from helpers import chained, seeded
 
 from benchmarks.machine import pytorch_threads
-from g2g_kernels import BlockMask, GroupLayout, Neurons, g2g_linear, g2g_stack
+from g2g_kernels import BlockMask, Connection, GroupLayout, Neurons, Population, g2g_linear, g2g_stack
 from g2g_kernels.cpu import library, plans
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.ops.g2g_stack import recurrent_lists
@@ -193,9 +193,11 @@ def call(learned: bool) -> recurrent_lists.LoopCall:
     mask, values = weights(12, 12, 1, 0.3)
     current, state = torch.randn(3, 2, 12, generator=seeded(1)), torch.zeros(1, 2, 12)
     neurons = Neurons("lif", (torch.tensor([0.8]).requires_grad_(learned), torch.tensor([1.0])))
-    sent, dropped = torch.ones(2, 12), torch.zeros(2, 12, dtype=torch.bool)
-    leaves = [each.requires_grad_(learned) for each in (current, values, state)]
-    return recurrent_lists.LoopCall(leaves[0], leaves[1], mask.tensors(), neurons, 0, sent, dropped, leaves[2])
+    sent, dropped = torch.ones(1, 2, 12), torch.zeros(2, 12, dtype=torch.bool)
+    for each in (current, values, state):
+        each.requires_grad_(learned)
+    own = Connection("linear", values, mask.tensors(), 0)
+    return recurrent_lists.LoopCall(current, Population(neurons, (own,), dropped, state, sent), 0)
 
 
 @pytest.mark.ci
@@ -211,7 +213,7 @@ def test_operators_have_second_derivatives():
     given = call(True)
     spikes, last, _ = recurrent_lists.FORWARD(given)
     (first,) = torch.autograd.grad(spikes.sum() + last.square().sum(), given.current, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), given.values)
+    (second,) = torch.autograd.grad(first.sum(), given.recurrent.values)
     assert second.abs().sum() > 0
 
 

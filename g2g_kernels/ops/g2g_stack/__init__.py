@@ -10,15 +10,7 @@ from typing import Any
 import torch
 
 from g2g_kernels.dispatch import Choice
-from g2g_kernels.ops.g2g_stack.activity import (
-    Activity,
-    DenseSpikes,
-    NeuronState,
-    Spikes,
-    StackState,
-    Synapses,
-    SynapticOperations,
-)
+from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, NeuronState, Spikes, StackState
 from g2g_kernels.ops.g2g_stack.checks import check_dropped
 from g2g_kernels.ops.g2g_stack.delays import Delay
 from g2g_kernels.ops.g2g_stack.population import Call, Connection, Population
@@ -27,8 +19,7 @@ from g2g_kernels.ops.g2g_stack.ways import WAYS, choose, run
 
 __all__ = [
     "WAYS", "Activity", "Call", "Connection", "Delay", "DenseSpikes", "NeuronState", "Population", "Spikes",
-    "StackState", "Synapses", "SynapticOperations", "activity_of", "check_dropped", "choose", "explain", "g2g_stack",
-    "run",
+    "StackState", "activity_of", "check_dropped", "choose", "explain", "g2g_stack", "run",
 ]  # fmt: skip
 
 

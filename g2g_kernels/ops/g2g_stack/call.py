@@ -9,7 +9,7 @@ from g2g_kernels.ops.flops import count_flops, product_flops
 from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_stack.checks import check_ends
 from g2g_kernels.ops.g2g_stack.population import ONE_STEP, Call, Connection, Population, expected_of, total_steps
-from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
+from g2g_kernels.ops.g2g_stack.reference import in_turn
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output, RecordOperator
 from g2g_kernels.tracing import replaced
@@ -152,8 +152,8 @@ def operators(
 
 def _plain(call: StackCall) -> list[torch.Tensor]:
     """Counts, rates, last states, membranes and spikes by plain operations."""
-    turn = in_turn(Call(call.x, call.populations, call.steps or None), linear.g2g_linear, in_steps)
-    activity = activity_of(*turn, differentiable=True)
+    plain = Call(call.x, call.populations, call.steps or None, spikes=True)
+    activity = in_turn(plain, linear.g2g_linear, in_steps)
     assert activity.states is not None
     membranes = [each for each in activity.membranes or () if each is not None]
     spikes = [each.dense() for each in activity.spikes] if call.spikes else []

@@ -59,19 +59,15 @@ GRADIENT_EVENT_LIMIT = {False: 0.35, True: 0.23}
 OF_POPULATION = [name for name in Population._fields if hasattr(structures.Layer, name) and name != "neurons"]
 OF_CONNECTION = [name for name in Connection._fields if hasattr(structures.Layer, name)]
 #: fields that they do not read
-UNREAD = unread(
-    [*OF_POPULATION, "neurons", "connections", *OF_CONNECTION, "kind", "mask", "source", "delay"],
-)
+UNREAD = unread([*OF_POPULATION, "neurons", "connections", *OF_CONNECTION, "kind", "mask", "source", "delay"])
 
 Tensors = Sequence[torch.Tensor]
 
 
 def refuses(call: Call) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    if reason := refuses_kernels(call, UNREAD) or refuses_tensors(call):
+    if reason := refuses_call(call, UNREAD):
         return reason
-    if call.spikes:
-        return "gives spikes over time no gradient"
     chain = chain_of(call.populations)
     if isinstance(chain, str):
         return chain
@@ -97,8 +93,10 @@ def refuses(call: Call) -> str | None:
     return None
 
 
-def refuses_tensors(call: Call) -> str | None:
-    """Why no kernel for several populations can take the tensors of a call, or None."""
+def refuses_call(call: Call, unread_fields: Sequence[str]) -> str | None:
+    """Why no kernel for several populations that does not read these fields can serve a call, or None."""
+    if reason := refuses_kernels(call, unread_fields):
+        return reason
     for tensor in opened((call.x, call.populations))[0]:
         if not tensor.is_cpu:
             return f"needs tensors on the CPU, not on {tensor.device}"
@@ -106,7 +104,9 @@ def refuses_tensors(call: Call) -> str | None:
             return f"needs float32 tensors, not {tensor.dtype}"
     if total_steps(call) > MOST_STEPS:
         return f"serves at most {MOST_STEPS} time steps"
-    return "needs a batch that is not empty" if call.x.numel() == 0 else too_large(samples=call.x.shape[-2])
+    if call.x.numel() == 0:
+        return "needs a batch that is not empty"
+    return "gives spikes over time no gradient" if call.spikes else too_large(samples=call.x.shape[-2])
 
 
 def g2g_stack(call: Call, again: Callable[[Call], Activity]) -> Activity:

@@ -24,7 +24,7 @@ from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
 from g2g_kernels.ops.g2g_stack.call import contiguous
 from g2g_kernels.ops.g2g_stack.checks import check_ends
-from g2g_kernels.ops.g2g_stack.cpu import PackedSpikes, delays_pointer, refuses_tensors
+from g2g_kernels.ops.g2g_stack.cpu import PackedSpikes, delays_pointer, refuses_call
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train, arrived
 from g2g_kernels.ops.g2g_stack.population import (
     Call,
@@ -32,7 +32,6 @@ from g2g_kernels.ops.g2g_stack.population import (
     Population,
     expected_of,
     graph_of,
-    refuses_kernels,
     size_of,
     state_shape,
     unread,
@@ -42,7 +41,7 @@ from g2g_kernels.ops.g2g_stack.schedule import Graph, components_of
 from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
 from g2g_kernels.ops.neurons.models import MODELS
 from g2g_kernels.ops.neurons.step import in_steps
-from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output
+from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output, opened
 from g2g_kernels.tracing import is_traced
 
 
@@ -104,10 +103,8 @@ UNREAD = unread(READ)
 
 def refuses(call: Call) -> str | None:
     """Why these kernels cannot serve a call, or None."""
-    if reason := refuses_kernels(call, UNREAD) or refuses_tensors(call):
+    if reason := refuses_call(call, UNREAD):
         return reason
-    if call.spikes:
-        return "gives spikes over time no gradient"
     if is_traced():
         return "does not run where calls are recorded (torch.compile, torch.export)"
     for number, population in enumerate(call.populations):
@@ -292,12 +289,8 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     count = len(call.populations)
     words, states = kept[:count], kept[count:]
     written = {id(each.values) for _, each in call.connections}  # the kernels always write the gradients of these
-    grads, to = given.made(
-        lambda tensors, needed: workspace.alike(
-            tensors,
-            [need or id(tensor) in written for tensor, need in zip(tensors, needed, strict=True)],
-        )
-    )
+    wanted = [need or id(tensor) in written for tensor, need in zip(opened(call)[0], given.needed, strict=True)]
+    grads, to = given.made(lambda tensors, _: workspace.alike(tensors, wanted))
     for population in to.populations:
         for each in population.connections:
             if each.source < 0 and each.values is not None:  # they only say where neurons are

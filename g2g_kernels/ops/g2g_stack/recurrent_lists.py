@@ -6,7 +6,7 @@ states of every step, float32, as ``csrc/list_loop.h`` lays them out.
 from collections.abc import Callable, Sequence
 from ctypes import Structure
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -21,21 +21,24 @@ from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.g2g_linear import reference as linear
 from g2g_kernels.ops.g2g_linear.cpu import g2g_linear
 from g2g_kernels.ops.g2g_stack.activity import Activity
-from g2g_kernels.ops.g2g_stack.cpu import in_float32, refuses_tensors
+from g2g_kernels.ops.g2g_stack.call import contiguous
+from g2g_kernels.ops.g2g_stack.checks import check_ends
+from g2g_kernels.ops.g2g_stack.cpu import in_float32, refuses_call
 from g2g_kernels.ops.g2g_stack.graph import READ
 from g2g_kernels.ops.g2g_stack.population import (
     ONE_STEP,
     Call,
     Connection,
     Population,
+    expected_of,
     graph_of,
-    refuses_kernels,
+    state_shape,
     unread,
 )
-from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
+from g2g_kernels.ops.g2g_stack.reference import in_turn
 from g2g_kernels.ops.g2g_stack.schedule import components_of
 from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
-from g2g_kernels.ops.neurons.models import MODELS, Neurons
+from g2g_kernels.ops.neurons.models import MODELS
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output, opened
 from g2g_kernels.tracing import replaced
@@ -49,19 +52,18 @@ RANGE = 40960
 
 class LoopCall(NamedTuple):
     """What the forward pass takes: the contiguous ``current`` [T, B, N], or [B, N] held for ``steps`` steps (otherwise
-    0); packed weights [num_units, unit_rows, unit_cols] and their mask, of as many outputs as inputs; the neurons; and,
-    None where there is nothing, ``sent`` [B, N], the spikes before the first step, ``dropped``, bool [B, N], from where
-    nothing comes in a sample, and the ``state`` [states, B, N] before.
+    0); and the population, contiguous, with its recurrent connection alone, whose ``source`` is 0, and ``sent``
+    [1, B, N], the step before the first.
     """
 
     current: torch.Tensor
-    values: torch.Tensor
-    mask: Any
-    neurons: Neurons
+    population: Population
     steps: int
-    sent: torch.Tensor | None
-    dropped: torch.Tensor | None
-    state: torch.Tensor | None
+
+    @property
+    def recurrent(self) -> Connection:
+        """The connection."""
+        return self.population.connections[0]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -71,37 +73,31 @@ class LoopCall(NamedTuple):
     @property
     def state_shape(self) -> tuple[int, ...]:
         """Of the states: [states, B, N]."""
-        return len(MODELS[self.neurons.model].states), *self.shape[1:]
+        return state_shape(self.population, self.shape[1])
 
     def expected(self) -> Expected:
         """What the kernels take for granted."""
         steps, samples, size = self.shape
+        check_ends([self.population], None)
+        if len(self.population.connections) > 1 or self.recurrent.source:
+            raise ValueError("the population needs its recurrent connection alone, with the source 0")
         yield "current", self.current, ((samples, size) if self.steps else (steps, samples, size)), torch.float32
-        yield "values", self.values, self.values.shape, torch.float32
-        yield "row_order", self.mask.row_order, (size,), torch.int64
-        yield "col_order", self.mask.col_order, (size,), torch.int64
-        yield "sent", self.sent, (samples, size), torch.float32
-        yield "dropped", self.dropped, (samples, size), torch.bool
-        yield "state", self.state, self.state_shape, torch.float32
-        yield from self.neurons.expected(size)
+        yield "row_order", self.recurrent.mask.row_order, (size,), torch.int64
+        yield "sent", self.population.sent, (1, samples, size), torch.float32
+        yield from expected_of([self.population], samples)
 
 
 TYPES["LoopCall"] = LoopCall
-
-
-def recurrent_of(number: int, population: Population) -> Connection | None:
-    """The only connection of population ``number`` from itself, if it is a recurrent one without a bias."""
-    own = [each for each in population.connections if each.source == number]
-    return own[0] if len(own) == 1 and own[0].delay == ONE_STEP and own[0].bias is None else None
 
 
 def loop_of(number: int, population: Population, backend: str | None = "cpu") -> Callable | None:
     """The function that runs population ``number`` with its recurrent connection, as in
     :class:`g2g_kernels.ops.g2g_stack.reference.PopulationFunctions`; None if these kernels do not take that from
     lists."""
-    recurrent = recurrent_of(number, population)
-    if recurrent is None or population.membranes:
+    own = [each for each in population.connections if each.source == number]
+    if population.membranes or len(own) != 1 or own[0].delay != ONE_STEP or own[0].bias is not None:
         return None
+    (recurrent,) = own
     if forced_backend(backend) not in (None, "cpu") or cpu_library.unavailable():
         return None
     tensors, _ = opened((recurrent, population.neurons.parameters, population.state))
@@ -128,19 +124,10 @@ def _run(
         current, steps = current.expand(spikes.shape), None
         current = current if current.requires_grad else current.detach().requires_grad_()
         current = recurrent.observer(torch.cat([before, spikes[:-1]]), current)
-    mask, own = recurrent.mask, population.neurons
-    own = replaced(own, parameters=tuple([each.reshape(-1).contiguous() for each in own.parameters]))
-    call = LoopCall(
-        current.float().contiguous(),
-        recurrent.values.contiguous(),
-        mask if isinstance(mask, MaskTensors) else mask.tensors(),
-        own,
-        steps or 0,
-        None if sent is None else sent.float().contiguous(),
-        None if population.dropped is None else population.dropped.contiguous(),
-        None if state is None else state.float().contiguous(),
-    )
-    spikes, last, _ = FORWARD(call)
+    mask = recurrent.mask if isinstance(recurrent.mask, MaskTensors) else recurrent.mask.tensors()
+    joined = Connection("linear", recurrent.values.contiguous(), mask, 0)
+    own = contiguous(replaced(population, state=state), [joined], None if sent is None else sent[None])
+    spikes, last, _ = FORWARD(LoopCall(current.float().contiguous(), own, steps or 0))
     return spikes.to(current.dtype), last
 
 
@@ -155,25 +142,26 @@ def _group(call: LoopCall) -> tuple[int, int]:
 def _kept_shape(call: LoopCall) -> tuple[int, ...]:
     steps, samples, _ = call.shape
     width, padded = _group(call)
-    return -(-samples // width), steps, len(MODELS[call.neurons.model].states), padded
+    return -(-samples // width), steps, len(MODELS[call.population.neurons.model].states), padded
 
 
 def _arguments(call: LoopCall, grads: Sequence[torch.Tensor | None] = ()) -> tuple[Structure, Plan]:
     """The arguments of a kernel, and the lists that must outlive it."""
+    population, recurrent = call.population, call.recurrent
     (steps, samples, size), threads = call.shape, torch.get_num_threads()
     ranges = max(-(-size // RANGE), min(threads, -(-size // _STRETCH)))
     ranges = -(-ranges // threads) * threads  # as many for each thread
-    lists = lists_for(call.mask, call.values, "cols", -(-size // (ranges * _STRETCH)) * _STRETCH)
+    lists = lists_for(recurrent.mask, recurrent.values, "cols", -(-size // (ranges * _STRETCH)) * _STRETCH)
     width, padded = _group(call)
     arguments = structures.ListLoop(
-        neurons=neuron_arguments(call.neurons, grads),
+        neurons=neuron_arguments(population.neurons, grads),
         by_cols=lists.address,
-        values=pointer(call.values),
-        weights=call.values.numel(),
+        values=pointer(recurrent.values),
+        weights=recurrent.values.numel(),
         current=pointer(call.current),
-        sent=pointer(call.sent),
-        dropped=pointer(call.dropped),
-        state=pointer(call.state),
+        sent=pointer(population.sent),
+        dropped=pointer(population.dropped),
+        state=pointer(population.state),
         samples=samples,
         size=size,
         steps=steps,
@@ -200,11 +188,11 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     constant = grad_spikes is not None and grad_spikes.stride(0) == 0
     grads, to = given.made(workspace.alike)
     grad_last = grad_last if grad_last is None else grad_last.contiguous()
-    arguments, _lists = _arguments(call, to.neurons.parameters)
+    arguments, _lists = _arguments(call, to.population.neurons.parameters)
     arguments.kept, arguments.grad_spikes, arguments.grad_last = pointer(kept), pointer(grad_spikes), pointer(grad_last)
     arguments.grad_held = constant
-    arguments.grad_current, arguments.grad_values = pointer(to.current), pointer(to.values)
-    arguments.grad_sent, arguments.grad_state = pointer(to.sent), pointer(to.state)
+    arguments.grad_current, arguments.grad_values = pointer(to.current), pointer(to.recurrent.values)
+    arguments.grad_sent, arguments.grad_state = pointer(to.population.sent), pointer(to.population.state)
     run(library().g2g_list_loop, arguments, backward=True)
     return grads
 
@@ -214,13 +202,14 @@ def _outputs(call: LoopCall, keep: bool) -> list[Output]:
 
 
 def _plain(call: LoopCall) -> tuple[torch.Tensor, torch.Tensor]:
-    spikes, sent, state = [], call.sent, call.state
+    population, recurrent, spikes = call.population, call.recurrent, []
+    sent, state = None if population.sent is None else population.sent[0], population.state
     for t in range(call.shape[0]):
         current = call.current if call.steps else call.current[t]
         if sent is not None:
-            current = current + linear.g2g_linear(sent, call.values, call.mask, None)
-        now, state = in_steps(current[None], call.neurons, None, state)
-        sent = now[0] if call.dropped is None else now[0].masked_fill(call.dropped, 0)
+            current = current + linear.g2g_linear(sent, recurrent.values, recurrent.mask, None)
+        now, state = in_steps(current[None], population.neurons, None, state)
+        sent = now[0] if population.dropped is None else now[0].masked_fill(population.dropped, 0)
         spikes.append(sent)
     assert state is not None
     return torch.stack(spikes), state
@@ -244,15 +233,12 @@ UNREAD = unread([*READ, "observer"])
 
 def refuses(call: Call) -> str | None:
     """Why the CPU's kernels cannot serve a call population by population, each over all steps, or None."""
-    if reason := refuses_kernels(call, UNREAD) or refuses_tensors(call):
+    if reason := refuses_call(call, UNREAD):
         return reason
-    if call.spikes:
-        return "gives spikes over time no gradient"
     lists = False
     for population in call.populations:
         for each in population.connections:
-            lists = lists or in_lists(each.mask.grid, each.values.shape, "stack")
-            lists = lists or in_lists(each.mask.grid, each.values.shape, "recurrent")
+            lists = lists or any([in_lists(each.mask.grid, each.values.shape, use) for use in ("stack", "recurrent")])
             if reason := plans.refuses(each.mask, each.values, "linear"):
                 return reason
     if not lists:
@@ -270,5 +256,4 @@ def refuses(call: Call) -> str | None:
 
 def g2g_lists(call: Call) -> Activity:
     """``g2g_stack`` population by population."""
-    turn = in_turn(call, g2g_linear, partial(in_float32, neurons), loop_of)
-    return activity_of(*turn, differentiable=False)
+    return in_turn(call, g2g_linear, partial(in_float32, neurons), loop_of)

@@ -42,7 +42,7 @@ def refuses(call: Call) -> str | None:
 
 
 def g2g_stack(call: Call) -> Activity:
-    return activity_of(*in_turn(call, g2g_linear, neurons), differentiable=call.spikes)
+    return in_turn(call, g2g_linear, neurons)
 
 
 class PopulationFunctions(NamedTuple):
@@ -75,9 +75,10 @@ class Turn(NamedTuple):
     sent: list[torch.Tensor | None]
 
 
-def in_turn(call: Call, linear: Callable, neurons: Callable, loop_of: Callable | None = None) -> Turn:
-    """What the populations do by two operators, or by what ``loop_of(number, population)`` gives, unless it is None."""
-    return GraphRun(call, functions_of(call.populations, linear, neurons, loop_of)).turn()
+def in_turn(call: Call, linear: Callable, neurons: Callable, loop_of: Callable | None = None) -> Activity:
+    """A run by two operators, or by what ``loop_of(number, population)`` gives, unless that is None."""
+    turn = GraphRun(call, functions_of(call.populations, linear, neurons, loop_of)).turn()
+    return activity_of(*turn, differentiable=call.spikes)
 
 
 def functions_of(

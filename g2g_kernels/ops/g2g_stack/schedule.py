@@ -93,10 +93,10 @@ def _components_of_any(graph: Graph) -> tuple[Component, ...]:
         except graphlib.CycleError as error:
             raise CycleError(error.args[1][:-1]) from None
         place = {number: position for position, number in enumerate(order)}
-        edges = [(place[p], place[q], delay) for q in order for p, delay in graph[q] if p in place]
+        connections = [(place[p], place[q], delay) for q in order for p, delay in graph[q] if p in place]
         period, ahead = 1, [0] * len(order)
-        for candidate in range(2, sum(delay for _, _, delay in edges) + 1):
-            found = _ahead(len(order), edges, candidate)
+        for candidate in range(2, sum(delay for _, _, delay in connections) + 1):
+            found = _ahead(len(order), connections, candidate)
             if found is None:
                 break
             period, ahead = candidate, found
@@ -104,13 +104,13 @@ def _components_of_any(graph: Graph) -> tuple[Component, ...]:
     return tuple(components)
 
 
-def _ahead(count: int, edges: Sequence[tuple[int, int, int]], period: int) -> list[int] | None:
+def _ahead(count: int, connections: Sequence[tuple[int, int, int]], period: int) -> list[int] | None:
     """φ of each population, the least of them 0; None if there are none for this period (Bellman and Ford).
-    ``edges``: of each connection the places of its source and target in the order, and its delay."""
+    ``connections``: the places of source and target in the order, and the delay, of each."""
     ahead = [0] * count
     for _ in range(count + 1):  # one more than φ take to settle
         settled = True
-        for p, q, delay in edges:
+        for p, q, delay in connections:
             leads_back = p >= q
             bound = ahead[p] + (delay - period if leads_back else delay)
             if ahead[q] > bound:

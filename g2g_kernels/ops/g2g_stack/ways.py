@@ -23,7 +23,7 @@ from g2g_kernels.ops.g2g_stack.checks import check_chunk, checked
 from g2g_kernels.ops.g2g_stack.chunks import in_chunks
 from g2g_kernels.ops.g2g_stack.delays import Train, arrived
 from g2g_kernels.ops.g2g_stack.population import Call, reaches, refuses_fields, size_of, total_steps
-from g2g_kernels.ops.g2g_stack.reference import activity_of, in_turn
+from g2g_kernels.ops.g2g_stack.reference import in_turn
 from g2g_kernels.ops.neurons import operator as neurons_operator
 from g2g_kernels.ops.neurons import run_neurons
 from g2g_kernels.ops.record import Form, opened
@@ -74,7 +74,7 @@ def run_operators(call: Call) -> Activity:
     linear, neurons = partial(g2g_linear, backend=backend), partial(run_neurons, backend=backend)
     neurons = partial(cpu.in_float32, neurons) if backend == "cpu" else neurons
     loop_of = None if call.plain else partial(recurrent_lists.loop_of, backend=backend)
-    return activity_of(*in_turn(call, linear, neurons, loop_of), differentiable=call.spikes)
+    return in_turn(call, linear, neurons, loop_of)
 
 
 # --- the table --------------------------------------------------------------------------------------------------

@@ -1,11 +1,12 @@
-"""Layers that may reach one another, in one call of the CPU kernels, against float64: outputs and every gradient."""
+"""Populations that may reach one another, in one call of the CPU kernels, and chains with delays, against float64:
+outputs and every gradient."""
 
 import random
 
 import pytest
 import torch
 from covering import every_pair
-from helpers import packed_randn, seeded
+from helpers import changed, lif_layer, packed_randn, seeded
 
 from g2g_kernels import BlockMask, GroupLayout, Neurons, Population, explain, g2g_stack
 from g2g_kernels.cpu.workspace import workspace
@@ -17,15 +18,21 @@ from g2g_kernels.ops.record import Backward, arguments, opened
 
 T, INPUTS = 12, 20
 SIZES = {"a": 70, "b": 24, "out": 9}
-#: (source, target, delay) of each connection; a pair: drawn for each neuron; "learned": from the second number on
+#: (source, target, delay) of each connection; a pair: drawn for each neuron; "learned": within the numbers behind it
 GRAPHS = {
     "fast feedback": [("x", "a", 0), ("a", "b", 0), ("b", "a", 1), ("b", "out", 0)],
     "ring": [("x", "a", 0), ("a", "a", 1), ("a", "b", (1, 3)), ("b", "a", 2), ("a", "out", (0, 20)), ("b", "out", 1)],
     "skips": [("x", "a", 2), ("x", "b", (0, 3)), ("a", "b", 0), ("a", "b", 4), ("a", "out", 0), ("b", "out", (0, 5))],
-    "learned": [("x", "a", 0), ("a", "b", ("learned", 0)), ("b", "a", ("learned", 1)), ("a", "out", ("learned", 0))],
+    "learned": [
+        ("x", "a", 0),
+        ("a", "b", ("learned", 0, 4)),
+        ("b", "a", ("learned", 1, 4)),
+        ("a", "out", ("learned", 0, 4)),
+    ],
     "nothing but feedback": [("x", "a", 0), ("a", "out", 0), ("out", "b", 3), ("b", "out", 1)],
+    "chain": [("x", "a", 0), ("a", "b", ("learned", 0, 1)), ("b", "out", ("learned", 0, 30))],
+    "recurrent chain": [("a", "a", 1), ("x", "a", 0), ("a", "b", ("learned", 0, 5)), ("b", "out", (0, 3))],
 }
-MOST = 4  # of learned delays
 
 
 class Case:
@@ -33,7 +40,7 @@ class Case:
 
     def __init__(self, name, kinds, block_size: int, model: str, dropped: bool, started: bool, samples=5) -> None:
         draw, self.leaves = seeded(3), {}
-        self.connections = GRAPHS[name]
+        self.connections, self.is_chain = GRAPHS[name], "chain" in name
         self.model, self.dropped, self.started = model, dropped, started
         layouts = {"x": GroupLayout(INPUTS, 2)}
         for (population, size), kind in zip(SIZES.items(), kinds, strict=True):
@@ -56,18 +63,21 @@ class Case:
             if isinstance(delay, int):
                 self.delays.append(Delay(delay, delay) if delay else None)
             elif delay[0] == "learned":
-                self.leaves[f"learned{number}"] = torch.rand(size, generator=draw) * (MOST + 2) - 1
-                self.delays.append(Delay(delay[1], MOST))
+                _, least, most = delay
+                self.leaves[f"learned{number}"] = torch.rand(size, generator=draw) * (most + 2) - 1
+                self.delays.append(Delay(least, most))
             else:
                 low, high = delay
                 self.delays.append(Delay(low, high, torch.randint(low, high + 1, (size,), generator=draw)))
-        reach = 21
+        reach = 32
         self.leaves["x"] = torch.rand(T, samples, INPUTS, generator=draw) * 2
         if started and any(source == "x" and delay for source, _, delay in self.connections):
             self.leaves["before"] = torch.rand(reach, samples, INPUTS, generator=draw)
         self.silent = {name: torch.rand(samples, size, generator=draw) < 0.2 for name, size in SIZES.items()}
         for name, size in SIZES.items() if started else ():
             sent = (torch.rand(reach, samples, size, generator=draw) < 0.3).float()
+            if self.is_chain:  # whose recurrent connection reads the state
+                sent[-1] = self.leaves[f"{name}.state"][-1] > self.leaves[f"{name}.threshold"]
             self.leaves[f"{name}.sent"] = sent * ~self.silent[name] if dropped else sent
 
     def layers(self, leaves: dict[str, torch.Tensor], **options: str) -> list[Population]:
@@ -103,9 +113,12 @@ def compare(case: Case, held: bool, threads: int, **options: str) -> dict[str, t
     found = {}
     for backend, dtype in (("torch", torch.float64), ("cpu", torch.float32)):
         own = {name: tensor.to(dtype, copy=True).requires_grad_() for name, tensor in case.leaves.items()}
+        for name, tensor in own.items():
+            tensor.requires_grad_(not (case.is_chain and name.endswith(".sent")))  # whose kernels give it none
         layers = case.layers(own, **options)
         x, steps = (own["x"][0], T) if held else (own["x"], None)
-        assert backend == "torch" or explain(x, layers, steps, backend).way.name in ("cpu graph", "cpu chain")
+        way = "cpu chain" if case.is_chain else "cpu graph"
+        assert backend == "torch" or explain(x, layers, steps, backend).way.name == way
         if backend == "cpu":
             torch.set_num_threads(threads)
         activity = g2g_stack(x, layers, steps, backend=backend, before=own.get("before"))
@@ -231,3 +244,16 @@ def test_a_block_reads_only_steps_that_were_sent_before_and_every_step_runs_once
             assert all(last - least <= sent[source] for source, least in joins[population])
             sent[population] = last
     assert set(sent.values()) == {total}
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_inputs_with_a_delay_of_no_step_are_the_inputs(backend, held):
+    mask = BlockMask.full(GroupLayout(9, 1), GroupLayout(20, 1), block_size=4)
+    layer = lif_layer(packed_randn(mask, 1), mask, None, torch.tensor(0.9), torch.tensor(1.0))
+    x = torch.rand(T, 5, 20, generator=seeded(2))
+    x, steps = (x[0], T) if held else (x, None)
+    counts = g2g_stack(x, [layer], steps, backend=backend).counts
+    assert counts.any()
+    for delay in (Delay(0, 0), Delay(0, 0, torch.zeros(20, dtype=torch.int64))):
+        assert torch.equal(g2g_stack(x, [changed(layer, delay=delay)], steps, backend=backend).counts, counts)

@@ -76,8 +76,7 @@ def setting(
     :class:`g2g_kernels.numbers.Number`).
 
     Programs make a flag of each field, in the help's ``group``, with ``metavar`` for its value; None: it has no flag.
-    With ``several`` the value may also be a tuple of whole numbers in the interval, or a list, as files have it.
-    """
+    With ``several`` the value may also be a tuple of whole numbers in the interval, or a list, as files have it."""
     metadata = {
         "group": group, "text": text, "choices": choices, "others": others, "number": Number(**interval),
         "metavar": metavar, "several": several,

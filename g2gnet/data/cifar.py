@@ -18,8 +18,7 @@ def load(name: str, data_dir: Path) -> ImageData:
 
     ``data_dir`` may have the batches as torchvision leaves them (``cifar-10-batches-py``, ``cifar-100-python``), or the
     original archive, which is downloaded otherwise. Batches are pickles, which can run any code, and are opened only if
-    their checksums are the published ones. Raises DataError if they cannot be found, downloaded or read.
-    """
+    their checksums are the published ones. Raises DataError if they cannot be found, downloaded or read."""
     reader, parts = READERS[name], {}
     folder = data_dir / reader.base_folder
     try:

@@ -114,8 +114,7 @@ def replace_units(
 ) -> Callable[[], None]:
     """Carries out a plan in a layer and the optimizer ``state`` of its weights: units that grow take the slots of the
     strongest pruned ones, and the other slots are removed. Nothing changes if ``apply``, a bool scalar, is false; the
-    plan must then be of an equal number. Returns a function that undoes it; after an error nothing has changed.
-    """
+    plan must then be of an equal number. Returns a function that undoes it; after an error nothing has changed."""
     mask, removed = layer.mask, len(plan.pruned) - len(plan.grown)
     gone, reused = plan.pruned[:removed], plan.pruned[removed:]
     units = torch.where(apply, plan.grown, mask.flat_unit()[reused])

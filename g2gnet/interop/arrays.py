@@ -24,8 +24,7 @@ def numbers(
 
     For ``entries`` neurons there is one number for all, or one for each, in any shape; the result is [1] or [entries].
     None: a matrix with at least one number. ``check`` raises ValueError, naming its first argument, unless the second
-    one is in an interval.
-    """
+    one is in an interval."""
     try:
         if isinstance(values, torch.Tensor):
             values = values.detach().cpu()

@@ -84,7 +84,7 @@ def _toy_charge_backward(grads, sums, states, fired, parameters, RESET: tl.const
     return 2 * current, before, sums
 \1    if MODEL == "toy":
         return _lif_charge(states, fired, 2 * current, parameters, RESET)
-""", r"(\ndef charge_backward\([^)]*\):\n)", r"""\1    if MODEL == "toy":
+""", r"(\ndef charge_backward\([^)]*\):.*\n)", r"""\1    if MODEL == "toy":
         return _toy_charge_backward(grads, sums, states, fired, parameters, RESET)
 """),
         "g2g_kernels/csrc/neurons.h": replace(r"(// A surrogate is )", r"""struct Toy {

@@ -337,7 +337,8 @@ class Differentiable(RecordOperator):
     def _forward(self, ctx: Any, record: Any, form: Form, outputs: list[Any], *tensors: torch.Tensor) -> Any:
         """Appends to ``outputs`` what the function returns. Returns the results, the tensors of lists one by one."""
         with torch._C._AutoDispatchBelowAutograd():
-            outputs += _as_tuple(self.function(record, True))
+            made = self.function(record, True)
+        outputs += [made] if isinstance(made, torch.Tensor) else made
         self._save(ctx, tensors, form, outputs)
         return tuple(_each(outputs[: self._outputs]))
 
@@ -371,7 +372,7 @@ class Differentiable(RecordOperator):
     def _setup_context(self, ctx: Any, inputs: Any, output: Any) -> None:
         tensors, masks, *others = inputs
         _, form = opened(of_arguments(tensors, masks, *others[:3]))
-        self._save(ctx, tensors, form, _as_tuple(output))
+        self._save(ctx, tensors, form, [output] if isinstance(output, torch.Tensor) else output)
         # PyTorch wants a list for a list of tensors, and for an empty one of anything
         ctx.others = [None] * len(masks), *[[] if other == [] else None for other in others]
 
@@ -392,11 +393,6 @@ class _BackwardOperator(RecordOperator):
             for number, (tensor, of) in enumerate(zip([*record.grads, *record.kept], outputs, strict=True)):
                 name = f"gradient {number}" if number < len(record.grads) else f"kept {number - len(record.grads)}"
                 yield name, tensor, of.shape, of.dtype
-
-
-def _as_tuple(outputs: Any) -> tuple[Any, ...]:
-    """What an operator returns, a single tensor, too."""
-    return (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
 
 
 def _each(values: Sequence[Any]) -> list[Any]:

@@ -82,8 +82,8 @@ class GraphCall(NamedTuple):
         yield from expected_of(self.populations, self.batch)
         of_all = enumerate(zip(self.populations, self.currents, self.tails, strict=True))
         for number, (population, current, tail) in of_all:
-            shape = self.batch, size_of(population)
-            shape = shape if current.dim() == 2 else (self.steps, *shape)
+            steps = () if current.dim() == 2 else (self.steps,)
+            shape = (*steps, self.batch, size_of(population))
             yield f"the current of population {number}", current, shape, torch.float32
             if not 0 <= tail <= self.steps:
                 raise ValueError(f"{tail} last steps of population {number} are wanted, of {self.steps}")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import row_with, seeded
+from helpers import device_of, row_with, seeded
 from stack_cases import STACKS, Stack
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
@@ -116,9 +116,9 @@ def test_where_nobody_looks_nothing_is_dispatched(backend, monkeypatch):
     assert len(called) == 6
 
 
-def every_call(patch) -> list:
-    """Each operator of the compiled CPU kernels, with a record in which each tensor that there can be is, and what else
-    the operator takes."""
+def every_call(backend: str, patch: pytest.MonkeyPatch) -> list:
+    """Each operator of a backend, with a record in which each tensor that there can be is, and what else the operator
+    takes."""
     called = []
     for kind in (RecordOperator, Differentiable):
 
@@ -127,15 +127,16 @@ def every_call(patch) -> list:
             return direct(operator, record)
 
         patch.setattr(kind, "__call__", noted)
-    draw, size, samples = seeded(0), 6, 2
+    draw, size, samples, device = seeded(0), 6, 2, device_of(backend)
     side = GroupLayout(size, 2)
+
+    def of_size(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, size, generator=draw).to(device).requires_grad_()
 
     def weights(block_size: int) -> tuple:
         mask = BlockMask.full(side, side, block_size)
-        return torch.rand(mask.num_units, *mask.unit_shape, generator=draw, requires_grad=True), mask
-
-    def of_size(*shape: int) -> torch.Tensor:
-        return torch.rand(*shape, size, generator=draw).requires_grad_()
+        values = torch.rand(mask.num_units, *mask.unit_shape, generator=draw)
+        return values.to(device).requires_grad_(), mask.to(device)
 
     def neurons_of(model: str, reset: str) -> tuple[Neurons, torch.Tensor]:
         of = MODELS[model]
@@ -143,25 +144,28 @@ def every_call(patch) -> list:
 
     def layer(model: str, reset: str, *connections: Connection) -> Population:
         neurons, state = neurons_of(model, reset)
-        dropped = torch.zeros(samples, size, dtype=torch.bool)
-        return Population(neurons, connections, dropped, state, of_size(2, samples).detach())
+        dropped = torch.zeros(samples, size, dtype=torch.bool, device=device)
+        sent = of_size(2, samples).detach() if backend == "cpu" else None
+        return Population(neurons, connections, dropped, state, sent)
 
     learned = Delay(0, 2, torch.ones(size, dtype=torch.int64), of_size())
-    for block_size, feedback in ((2, False), (2, True), (1, False)):
+    for block_size, feedback in ((2, False), (2, True), (1, False)) if backend == "cpu" else ((2, False),):
         feed = Connection("linear", *weights(block_size), -1, None, of_size())
         own = Connection("linear", *weights(block_size), 0, Delay(1, 1))
-        late = Connection("linear", *weights(block_size), 0, None if block_size == 1 else learned, of_size())
+        late = learned if backend == "cpu" and block_size == 2 else None
+        above = Connection("linear", *weights(block_size), 0, late, of_size())
         back = [Connection("linear", *weights(block_size), 1, Delay(2, 2))] if feedback else []
         patch.setattr(library, "LIST_COST", 0.0 if block_size == 1 else 1.0)
-        layers = layer("adlif", "zero", feed, own, *back), layer("synaptic", "none", late)
-        result = g2g_stack(of_size(3, samples), layers, backend="cpu")
+        layers = layer("adlif", "zero", feed, own, *back), layer("synaptic", "none", above)
+        result = g2g_stack(of_size(3, samples), layers, backend=backend)
         (result.counts.sum() + sum(state.sum() for state in result.states)).backward()
         result.spikes[0].dense()
     for model in MODELS:
-        own, state = neurons_of(model, "subtract")
-        run_neurons(of_size(3, samples), own, None, "cpu", state)[0].sum().backward()
-    with torch.autocast("cpu", torch.bfloat16):
-        g2g_linear(of_size(samples), *weights(2), None, "cpu").sum().backward()
+        neurons, state = neurons_of(model, "subtract")
+        run_neurons(of_size(3, samples), neurons, None, backend, state)[0].sum().backward()
+    for block_size in (1, 2):
+        with torch.autocast(device, torch.bfloat16, enabled=backend == "cpu"):
+            g2g_linear(of_size(samples), *weights(block_size), of_size(), backend).sum().backward()
     patch.undo()
     detached = []
     for operator, record in called:
@@ -171,13 +175,10 @@ def every_call(patch) -> list:
     return detached
 
 
-needs_kernels = pytest.mark.skipif("cpu" not in COMPILED, reason="the compiled CPU kernels are not built")
-
-
-@needs_kernels
+@pytest.mark.skipif("cpu" not in COMPILED, reason="the compiled CPU kernels are not built")
 def test_hand_made_calls_are_refused_where_a_kernel_would_read_or_write_outside(monkeypatch):
     """Each tensor of each operator's call, made shorter or of fewer bytes."""
-    every = every_call(monkeypatch)
+    every = every_call("cpu", monkeypatch)
     names = {operator.overload.name() for operator, *_ in every}
     kinds = ("linear", "neurons", "stack", "graph", "loop")
     assert names == {f"g2g::{kind}_{way}" for kind in kinds for way in ("forward", "backward")} | {"g2g::unpack_spikes"}
@@ -199,10 +200,11 @@ def test_hand_made_calls_are_refused_where_a_kernel_would_read_or_write_outside(
 
 
 @pytest.mark.ci
-@needs_kernels
-def test_opcheck_passes_every_operator(monkeypatch):
+@pytest.mark.driver
+@pytest.mark.parametrize("backend", COMPILED)
+def test_opcheck_passes_every_operator(backend, monkeypatch, plain_memory):
     """Schemas, fakes and formulas of gradients. (What no kernel writes of what is kept is then equal, too.)"""
-    every = every_call(monkeypatch)
+    every = every_call(backend, monkeypatch)
     monkeypatch.setattr(workspace, "poison", True)
     for operator, record, more in every:
         print(operator.overload.name())

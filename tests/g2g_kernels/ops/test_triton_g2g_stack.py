@@ -13,11 +13,10 @@ from helpers import ErrorRatios, MaskCase, chained, changed, device_of, lif_laye
 from stack_cases import MIXER, SIZES, STACKS, Stack, chain, clear_of_thresholds, clear_stack, loss, results, rounded
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, Neurons, Population, g2g_stack, lif
-from g2g_kernels.ops.g2g_stack.call import StackCall
 from g2g_kernels.ops.g2g_stack.population import Call
 from g2g_kernels.ops.neurons import MODELS, RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2g_kernels.ops.record import Backward, opened
+from g2g_kernels.ops.record import opened
 from g2g_kernels.triton import runtime
 from g2gnet import G2GNet
 
@@ -506,20 +505,6 @@ def test_membranes_and_spikes_over_time_take_no_steps_in_turn(launched):
         counted.append(dict(launched))
     assert counted[0] == counted[1]
     assert sum(number for kernel, number in counted[1].items() if kernel.endswith("uint8")) >= 4
-
-
-@pytest.mark.driver
-def test_operator_registration(plain_memory):
-    device = device_of("triton")
-    stack = Stack(chain((9, 16, 9), 1, 16, "index index"), 2, batch=2)
-    leaves = stack.leaves(torch.float32, device)
-    triton.FORWARD.opcheck(StackCall.of(Call(leaves["x"], tuple(stack.layers(leaves)), 2), torch.float32), True)
-    with torch.no_grad():
-        constants = {name: leaf.detach() for name, leaf in leaves.items()}
-        call = StackCall.of(Call(constants["x"], tuple(stack.layers(constants)), 2), torch.float32)
-        counts, rates, _, *made = triton.FORWARD.function(call, True)
-        grads = torch.ones_like(counts), list(map(torch.ones_like, rates)), [None] * len(rates)
-        triton.BACKWARD.opcheck(Backward.of(call, made, grads))
 
 
 @pytest.mark.driver

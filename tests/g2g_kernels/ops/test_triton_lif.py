@@ -13,7 +13,6 @@ from g2g_kernels import BackendError, Neurons, lif
 from g2g_kernels.ops.neurons import MODELS, RESETS
 from g2g_kernels.ops.neurons.call import NeuronsCall
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton.runtime import interpreted, recorded
 from g2g_kernels.triton.runtime import unavailable as triton_unavailable
 
@@ -226,25 +225,6 @@ def test_results_are_reproducible():
     current, weights = currents(11, 150, 7, seed=2, dtype=torch.float32), output_weights(11, 150, 7)
     first, second = (gradients(lif_on("triton"), current, *parameters(None), weights) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.driver
-@pytest.mark.parametrize(("model", "steps"), [("lif", None), ("adlif", 11)])
-def test_opcheck(model, steps, plain_memory):
-    """Schema, fake implementations, autograd registration and use under torch.compile, as torch checks them."""
-    current = currents(*((4, 3) if steps else (11, 4, 3)), dtype=torch.float32).to(DEVICE)
-    own = [torch.full((3,), 0.5, device=DEVICE) for _ in MODELS[model].parameters]
-    plain = NeuronsCall.of(current, Neurons(model, tuple(own)), steps)
-    triton.FORWARD.opcheck(plain, False)
-    for tensor in (current, *own):
-        tensor.requires_grad_()
-    triton.FORWARD.opcheck(NeuronsCall.of(current, Neurons(model, tuple(own)), steps), True)
-    with torch.no_grad():
-        spikes, _, kept = triton.FORWARD.function(plain, True)
-        detached = NeuronsCall.of(current.detach(), Neurons(model, tuple(tensor.detach() for tensor in own)), steps)
-        triton.BACKWARD.opcheck(
-            Backward.of(detached, [kept], [torch.ones_like(spikes), None], (True,) * len(own) + (False,))
-        )
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from g2g_kernels import BackendError, BlockMask, GroupLayout, g2g_linear
 from g2g_kernels.mask.sides import Side
-from g2g_kernels.ops.g2g_linear.call import LinearCall
-from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton import runtime
 
 if runtime.unavailable() is None:
@@ -286,15 +284,3 @@ def test_what_offsets_of_32_bits_and_grids_do_not_reach_is_refused():
     ):
         found = triton.refuses(x, x, types.SimpleNamespace(rows=Side(*rows), cols=Side(*cols)), None)
         assert found is None if reason is None else reason in found
-
-
-@pytest.mark.driver
-@pytest.mark.parametrize("case", [MaskCase(18, 21, 2, "interleaved", "index", 16), CASES["single weights"]], ids=str)
-def test_operator_registration(case, plain_memory):
-    device = device_of("triton")
-    mask = case.mask(p_inter=0.15, p_intra=1.0).to(device)
-    x, values, bias = (tensor.to(device).requires_grad_() for tensor in inputs(mask, 3))
-    triton.FORWARD.opcheck(LinearCall(x, values, mask.tensors(), bias, torch.float32), True)
-    grad_y = torch.randn(3, mask.shape[0], generator=seeded(4)).to(device)
-    call = LinearCall(x.detach(), values.detach(), mask.tensors(), None, torch.float32)
-    triton.BACKWARD.opcheck(Backward.of(call, (), [grad_y]))

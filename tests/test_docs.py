@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import numpy as np
 import pytest
 import torch
 from code_blocks import BLOCK, cells, run_blocks, run_cells
@@ -23,6 +24,7 @@ from g2gnet.programs import train
 
 #: pages whose code needs more than a directory to run in, and the tests that give it that
 ELSEWHERE = {"README.md": "test_readme.py", "docs/other-libraries.md": "g2gnet/training/test_logging.py"}
+ELSEWHERE |= {"docs/brian2.md": "test_docs.py", "docs/connectome.md": "clients/test_neuroscience.py"}
 PAGES = {
     str(page.relative_to(ROOT)): page
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("g2g_kernels/ops/*/README.md"))
@@ -62,6 +64,15 @@ def test_a_page_that_says_something_else_than_its_code_prints_is_noticed(tmp_pat
     with pytest.raises(AssertionError, match=r"page.md says\n3\nbut its code prints\n2\n"):
         run_blocks(page)
     assert run_blocks(page, {"x + 1": "x + 2"})["x"] == 1
+
+
+@pytest.mark.ci
+def test_the_network_that_the_page_also_gives_to_brian2_has_the_spikes_that_brian2_had(plain_memory):
+    """tests/clients/test_neuroscience.py runs Brian2 itself."""
+    page = run_blocks(PAGES["docs/brian2.md"])
+    with np.load(ROOT / "tests" / "brian2_spikes.npz") as recorded:
+        for reset in ("subtract", "zero"):
+            np.testing.assert_array_equal(page["in_g2g"](reset), recorded[reset])
 
 
 @pytest.mark.ci

@@ -9,7 +9,7 @@ from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.flops import count_flops, product_flops
 from g2g_kernels.ops.g2g_linear import reference
-from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output, RecordOperator
+from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output
 
 
 class LinearCall(NamedTuple):
@@ -34,14 +34,14 @@ class LinearCall(NamedTuple):
 TYPES["LinearCall"] = LinearCall
 
 
-def operators(
+def operator_of(
     prefix: str,
     keys: Sequence[str],
     forward: Callable[[LinearCall, bool], torch.Tensor],
     backward: Callable[[Backward], list[torch.Tensor | None]],
-) -> tuple[Differentiable, RecordOperator]:
-    """Registers and returns ``g2g::{prefix}linear_forward``, with its autograd formula, and ``…_backward`` for the
-    dispatch ``keys`` of a backend. ``forward`` gives y [M, out] and keeps nothing besides its arguments, ``backward``
+) -> Differentiable:
+    """Registers ``g2g::{prefix}linear_forward``, with its autograd formula, and ``…_backward`` for the ``keys`` of a
+    backend in the dispatcher. ``forward`` gives y [M, out] and keeps nothing besides its arguments, ``backward`` gives
     the gradients of the call's tensors."""
 
     def shapes(call: LinearCall, keep: bool) -> list[Output]:
@@ -57,7 +57,7 @@ def operators(
 
     count_flops(operator, flops)
     count_flops(operator.backward, lambda given: flops(given.call) * sum(given.needed[:2]))
-    return operator, operator.backward
+    return operator
 
 
 def product(

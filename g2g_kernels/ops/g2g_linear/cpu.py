@@ -17,7 +17,7 @@ from g2g_kernels.cpu.library import bf16_wanted, event_limit, library, pointer, 
 from g2g_kernels.cpu.plans import Plan, in_lists, lists_for, plan_for
 from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.mask.block_mask import BlockMask
-from g2g_kernels.ops.g2g_linear.call import LinearCall, operators, product
+from g2g_kernels.ops.g2g_linear.call import LinearCall, operator_of, product
 from g2g_kernels.ops.record import Backward
 
 
@@ -90,4 +90,4 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     return grads
 
 
-FORWARD, BACKWARD = operators("", ("CPU",), _forward, _backward)
+FORWARD = operator_of("", ("CPU",), _forward, _backward)

@@ -18,7 +18,7 @@ from g2g_kernels.mask.block_mask import BlockMask
 from g2g_kernels.mask.packing import Units, assembled, no_tiles, packed
 from g2g_kernels.mask.sides import Side
 from g2g_kernels.mask.unit_grid import MaskTensors
-from g2g_kernels.ops.g2g_linear.call import LinearCall, operators
+from g2g_kernels.ops.g2g_linear.call import LinearCall, operator_of
 from g2g_kernels.ops.g2g_linear.call import product as product_of
 from g2g_kernels.ops.g2g_linear.tiles import (
     dense_pays,
@@ -454,4 +454,4 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     return given.aligned(call._replace(x=x, values=values, bias=bias))
 
 
-FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _backward)  # CPU: Triton's interpreter
+FORWARD = operator_of("triton_", ("CPU", "CUDA"), _forward, _backward)  # CPU: Triton's interpreter

@@ -11,7 +11,7 @@ from g2g_kernels.ops.g2g_stack.checks import check_ends
 from g2g_kernels.ops.g2g_stack.population import ONE_STEP, Call, Connection, Population, expected_of, total_steps
 from g2g_kernels.ops.g2g_stack.reference import in_turn
 from g2g_kernels.ops.neurons.step import in_steps
-from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output, RecordOperator
+from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output
 from g2g_kernels.tracing import replaced
 
 _Each = list[torch.Tensor]
@@ -132,14 +132,14 @@ class StackCall(NamedTuple):
 TYPES["StackCall"] = StackCall
 
 
-def operators(
+def operator_of(
     prefix: str,
     keys: Sequence[str],
     forward: Callable[[StackCall, bool], Outputs],
     backward: Callable[[Backward], list[torch.Tensor | None]],
     shapes: Callable[[StackCall, bool], Sequence[Output | list[Output]]],
-) -> tuple[Differentiable, RecordOperator]:
-    """Registers and returns ``g2g::{prefix}stack_forward`` and ``…_backward``, as those of
+) -> Differentiable:
+    """Registers ``g2g::{prefix}stack_forward`` and ``…_backward``, as those of
     :mod:`g2g_kernels.ops.g2g_linear.call`. ``backward`` is given the gradients of counts, rates, last states, membranes
     and spikes, and the kept spikes and other tensors.
     """
@@ -147,7 +147,7 @@ def operators(
     operator = Differentiable(f"{prefix}stack", results, 4, forward, backward, shapes, _plain, keys)
     count_flops(operator, lambda call: sum(_flops(call)) + _recurrent_flops(call))
     count_flops(operator.backward, _backward_flops)
-    return operator, operator.backward
+    return operator
 
 
 def _plain(call: StackCall) -> list[torch.Tensor]:

@@ -28,7 +28,7 @@ from g2g_kernels.cpu.workspace import workspace
 from g2g_kernels.mask.unit_grid import MaskTensors
 from g2g_kernels.ops.derivatives import Recomputed
 from g2g_kernels.ops.g2g_stack.activity import Activity
-from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, chain_of, operators
+from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, chain_of, operator_of
 from g2g_kernels.ops.g2g_stack.delays import Delay, Train
 from g2g_kernels.ops.g2g_stack.population import (
     Call,
@@ -428,5 +428,5 @@ def _unpack_fake(packed: PackedWords) -> torch.Tensor:
     return packed.values.new_empty(steps, batch, packed.mask.shape[0])
 
 
-FORWARD, BACKWARD = operators("", ("CPU",), _forward, _backward, _outputs)
+FORWARD = operator_of("", ("CPU",), _forward, _backward, _outputs)
 UNPACK = RecordOperator("unpack_spikes", "Tensor", _unpack, _unpack_fake)

@@ -339,6 +339,5 @@ def _flops(call: GraphCall) -> int:
 
 RESULTS = "(Tensor counts, Tensor[] rates, Tensor[] last, Tensor[] tails, Tensor[] kept)"
 FORWARD = Differentiable("graph", RESULTS, 4, _forward, _backward, _outputs, _plain)
-BACKWARD = FORWARD.backward
 count_flops(FORWARD, _flops)
-count_flops(BACKWARD, lambda given: 2 * _flops(given.call))
+count_flops(FORWARD.backward, lambda given: 2 * _flops(given.call))

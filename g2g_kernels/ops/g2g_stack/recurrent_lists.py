@@ -222,7 +222,6 @@ def _prepared(grad: torch.Tensor) -> torch.Tensor:
 
 RESULTS = "(Tensor spikes, Tensor last, Tensor kept)"
 FORWARD = Differentiable("loop", RESULTS, 2, _forward, _backward, _outputs, _plain, prepared=_prepared)
-BACKWARD = FORWARD.backward
 
 
 # --- populations of which some weights lie in lists -------------------------------------------------------------

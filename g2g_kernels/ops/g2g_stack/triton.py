@@ -28,7 +28,7 @@ from g2g_kernels.ops.g2g_linear.triton import (
     weight_gradient,
 )
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
-from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, chain_of, operators
+from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, chain_of, operator_of
 from g2g_kernels.ops.g2g_stack.population import Call, refuses_kernels, size_of, state_shape, unread
 from g2g_kernels.ops.neurons.call import NeuronsCall
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
@@ -665,4 +665,4 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     return given.aligned(call._replace(x=grad_x if grad_x_needed else None, populations=tuple(found[::-1])))
 
 
-FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _backward, _outputs)  # CPU: the interpreter
+FORWARD = operator_of("triton_", ("CPU", "CUDA"), _forward, _backward, _outputs)  # CPU: the interpreter

@@ -8,7 +8,7 @@ import torch
 
 from g2g_kernels.ops.neurons.models import MODELS, NeuronModel, Neurons
 from g2g_kernels.ops.neurons.step import in_steps
-from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output, RecordOperator
+from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output
 from g2g_kernels.tracing import replaced
 
 
@@ -67,14 +67,14 @@ class NeuronsCall(NamedTuple):
 TYPES |= {"NeuronsCall": NeuronsCall, "Neurons": Neurons}
 
 
-def operators(
+def operator_of(
     prefix: str,
     keys: Sequence[str],
     forward: Callable[[NeuronsCall, bool], tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
     backward: Callable[[Backward], list[torch.Tensor | None]],
     kept_shape: Callable[[NeuronsCall], tuple[int, ...]],
-) -> tuple[Differentiable, RecordOperator]:
-    """Registers and returns ``g2g::{prefix}neurons_forward`` and ``…_backward``, as those of
+) -> Differentiable:
+    """Registers ``g2g::{prefix}neurons_forward`` and ``…_backward``, as those of
     :mod:`g2g_kernels.ops.g2g_linear.call`. ``forward`` returns spikes, the states after the last step, and those that
     the backward pass needs, of ``kept_shape`` (nothing unless they are to be kept)."""
 
@@ -86,5 +86,4 @@ def operators(
         return in_steps(call.current, call.population, call.steps or None, call.state)
 
     results = "(Tensor spikes, Tensor last, Tensor kept)"
-    operator = Differentiable(f"{prefix}neurons", results, 2, forward, backward, shapes, plain, keys)
-    return operator, operator.backward
+    return Differentiable(f"{prefix}neurons", results, 2, forward, backward, shapes, plain, keys)

@@ -13,7 +13,7 @@ import torch
 from g2g_kernels.cpu.interface import structures
 from g2g_kernels.cpu.library import OPTIONS, library, pointer, run, too_large
 from g2g_kernels.cpu.workspace import workspace
-from g2g_kernels.ops.neurons.call import NeuronsCall, operators
+from g2g_kernels.ops.neurons.call import NeuronsCall, operator_of
 from g2g_kernels.ops.neurons.models import MODELS, RESETS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
 from g2g_kernels.ops.record import Backward
@@ -114,4 +114,4 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     return grads
 
 
-FORWARD, BACKWARD = operators("", ("CPU",), _forward, _backward, _kept_shape)
+FORWARD = operator_of("", ("CPU",), _forward, _backward, _kept_shape)

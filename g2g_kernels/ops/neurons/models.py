@@ -3,12 +3,13 @@
 these declarations.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE
+from g2g_kernels.ops.record import Expected
 from g2g_kernels.tracing import replaced
 
 RESETS = ("subtract", "zero", "none")
@@ -195,7 +196,7 @@ class Neurons(NamedTuple):
     surrogate: str = SURROGATE
     alpha: float = ALPHA
 
-    def expected(self, size: int, of: str = "") -> Iterator[tuple[str, torch.Tensor, tuple[int, ...], torch.dtype]]:
+    def expected(self, size: int, of: str = "") -> Expected:
         """What kernels take for granted of the parameters (``of`` some population): one entry, or ``size``."""
         for name, parameter in zip(MODELS[self.model].parameters, self.parameters, strict=True):
             yield f"{name}{of}", parameter, parameter.shape if parameter.numel() == 1 else (size,), torch.float32

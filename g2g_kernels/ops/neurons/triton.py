@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from g2g_kernels.ops.neurons.call import NeuronsCall, operators
+from g2g_kernels.ops.neurons.call import NeuronsCall, operator_of
 from g2g_kernels.ops.neurons.models import MODELS, NeuronModel, Neurons
 from g2g_kernels.ops.record import Backward
 from g2g_kernels.triton import runtime
@@ -386,4 +386,4 @@ def _backward(given: Backward) -> list[torch.Tensor | None]:
     return given.aligned(call._replace(current=to_current, population=population, state=to_state))
 
 
-FORWARD, BACKWARD = operators("triton_", ("CPU", "CUDA"), _forward, _backward, _kept_shape)  # CPU: the interpreter
+FORWARD = operator_of("triton_", ("CPU", "CUDA"), _forward, _backward, _kept_shape)  # CPU: the interpreter

@@ -127,6 +127,7 @@ WORDS: dict[str, str | Callable[[re.Match[str]], str]] = {
     r"\bunits of (\d+)": r"\1 × \1 blocks",
     r"\bgradual\b": "gradual pruning",
     r"\bsmoothed\b": "label smoothing",
+    r"\bconstant rate\b": "constant learning rate",
     r"\bshifted\b( and mirrored)?": r"shifted\1 images",
 }
 

@@ -60,7 +60,7 @@ class StepObserver(Protocol):
 
 
 class G2GLinear(PackedWeights):
-    """y = x·Wᵀ + b with a weight of which only the units of ``mask`` exist.
+    """y = x·Wᵀ + b; of the weight W only the units of ``mask`` exist.
 
     A ``copy.deepcopy`` of a layer is a layer of its own; an average of a network (EMA, SWA) is rewired with it if it is
     tied to it (:func:`g2gnet.tie_wiring`). Initially the active weights of output neuron i are uniform in ±1/√k_i, k_i

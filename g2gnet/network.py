@@ -303,7 +303,7 @@ def _projections(
     generator: torch.Generator | None,
     parameters: Mapping[str, float],
 ) -> tuple[dict[str, nn.Module], dict[str, Projection]]:
-    """Draws populations of these ``sizes``, of which the first are inputs, and what joins them; ``parameters`` are
+    """Draws populations of these ``sizes``, the first for inputs, and what joins them; ``parameters`` are
     arguments of the neurons."""
     model, kind, count = settings.model, NEURONS[settings.neuron], len(sizes) - 1
     back = [(f"rec{n}", n, n) for n in range(1, count) if settings.is_recurrent(n)]

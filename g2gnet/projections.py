@@ -229,7 +229,7 @@ class PopulationGraph(WholeBuffers):
 
     def _add(self, name: str, module: nn.Module) -> None:
         if not isinstance(name, str) or not name or "." in name or name.startswith("_"):
-            raise ValueError(f"{name!r} is no name of a module; give one without dots, which begins with no underscore")
+            raise ValueError(f"{name!r} cannot name a module; give a name without dots that begins with no underscore")
         # of the class: properties of it have no value yet
         if hasattr(type(self), name) or hasattr(self, name):
             raise ValueError(f"{name!r} is already an attribute of the network; choose another name")
@@ -289,7 +289,7 @@ class PopulationGraph(WholeBuffers):
         self.settle()
         named = {each.name: each for each in self._projections}
         if name not in named:
-            raise ValueError(f"{name!r} is none of the connections {', '.join(named)}")
+            raise ValueError(f"{name!r} is not one of the connections {', '.join(named)}")
         own = named[name]
         delay = self.delay_of(own)
         if delay is not None and delay.steps is not None:
@@ -366,7 +366,7 @@ def named_projections(projections: Sequence[Projection]) -> dict[str, Projection
     named: dict[str, Projection] = {}
     for each in projections:
         if not isinstance(each, Projection):
-            raise TypeError(f"{type(each).__name__} is no Projection; give Projection(source, target, connection)")
+            raise TypeError(f"{type(each).__name__} is not a Projection; give Projection(source, target, connection)")
         name, count = f"{each.source}_to_{each.target}", 1
         while name in named:
             count += 1
@@ -427,13 +427,13 @@ def sizes_of(
     if "input" in populations:
         raise ValueError("'input' is the name of the network's input; call the population otherwise")
     if output not in populations:
-        raise ValueError(f"output={output!r} is none of the populations {', '.join(populations)}")
+        raise ValueError(f"output={output!r} is not one of the populations {', '.join(populations)}")
     sizes: dict[str, tuple[str, int]] = {}  # of each population, and the connection that says it
     for name, each in projections.items():
         for end, known in ((each.source, ["input", *populations]), (each.target, [*populations])):
             if end not in known:
                 raise ValueError(
-                    f"{name} joins {each.source!r} and {each.target!r}; {end!r} is none of {', '.join(known)}"
+                    f"{name} joins {each.source!r} and {each.target!r}; {end!r} is not one of {', '.join(known)}"
                 )
         if not hasattr(each.connection, "in_features"):
             raise TypeError(

@@ -467,7 +467,7 @@ class SpikingNetwork(PopulationGraph):
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         *_, unexpected_keys, error_msgs = rest
-        # it is no parameter: what was saved without it is loaded, and what was saved with another one is not
+        # a state without it is loaded, one with another number is not
         super()._load_from_state_dict(state_dict, prefix, *rest)
         key = prefix + "steps"
         if key in unexpected_keys:

@@ -59,8 +59,8 @@ def is_plain(net: SpikingNetwork) -> bool:
 
 
 def plain_layers(net: nn.Module, where: str) -> list[tuple[G2GLinear, SpikingNeurons, G2GLinear | None]]:
-    """(connection, neurons, recurrent connection or None) of each layer, for what knows no other (``where``), of which
-    a ValueError names the first."""
+    """(connection, neurons, recurrent connection or None) of each layer, for formats without other connections; a
+    ValueError names the first of these, and the format (``where``)."""
     if not isinstance(net, SpikingNetwork):
         raise ValueError(f"{where} takes a SpikingStack, a G2GNet or a SpikingNetwork, not a {type(net).__name__}")
     for each in _other_projections(net):

@@ -11,6 +11,7 @@ formula.
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ TENSOR = object()
 Form = list[Any]
 #: the types of records that operators take, by name
 TYPES: dict[str, type] = {"tuple": tuple, "list": list}
+_KIND = attrgetter("dtype", "shape")
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _MASK = len(MaskTensors._fields)
 
@@ -347,14 +349,14 @@ class Differentiable(RecordOperator):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         ctx.form, ctx.count, ctx.autocast = form, len(tensors), autocast_of(tensors[0])
-        ctx.saved_as = [(tensor.dtype, tensor.shape) for tensor in saved]
+        ctx.saved_as = [*map(_KIND, saved)]
 
     def _gradients(self, ctx: Any, grads: Sequence[Any], needed: Sequence[bool]) -> list[torch.Tensor | None]:
         """The gradients of the record's tensors from those of all results, the tensors of lists one by one."""
         if all([grad is None for grad in grads]):
             return [None] * len(needed)
         saved, form = [tensor.contiguous() for tensor in ctx.saved_tensors], ctx.form
-        if [(tensor.dtype, tensor.shape) for tensor in saved] != ctx.saved_as:  # kernels would read outside
+        if [*map(_KIND, saved)] != ctx.saved_as:  # kernels would read outside
             raise RuntimeError(
                 "a hook on saved tensors gave other sizes or dtypes back than it took; unpack what it packs to the same"
             )

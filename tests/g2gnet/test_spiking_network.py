@@ -462,8 +462,8 @@ def test_the_graph_has_delays():
     [
         ([("input", "a", 0), ("a", "b", 0), ("b", "a", 0), ("b", "out", 0)], "a → b → a is a cycle without delay"),
         ([("input", "a", 0), ("a", "a", 0), ("a", "out", 0)], "a → a is a cycle without delay"),
-        ([("input", "a", 0), ("b", "out", 0)], r"'b' is none of"),
-        ([("input", "a", 0), ("a", "input", 1), ("a", "out", 0)], "'input' is none of"),
+        ([("input", "a", 0), ("b", "out", 0)], r"'b' is not one of"),
+        ([("input", "a", 0), ("a", "input", 1), ("a", "out", 0)], "'input' is not one of"),
         ([("input", "a", 0), ("a", "out", -1)], "must be from 0 to 65535 steps; these are -1"),
         ([("a", "out", 0), ("out", "a", 1)], "no projections lead from the input to 'a'"),
     ],
@@ -488,7 +488,7 @@ def test_arguments_that_cannot_be_are_refused_by_name():
     ):
         with pytest.raises(ValueError, match=message):
             Projection("a", "b", connection, **options)
-    no_name = "is no name of a module"
+    no_name = "cannot name a module"
     taken = [(name, f"'{name}' is already an") for name in ("step", "readout", "dropout", "steps", "T", "depth")]
     for name, message in (*taken, ("a.b", no_name), ("", no_name), ("_projections", no_name)):
         with pytest.raises(ValueError, match=message):
@@ -502,9 +502,9 @@ def test_arguments_that_cannot_be_are_refused_by_name():
         )
     with pytest.raises(TypeError, match="populations is a list; give a dict of the neurons by name"):
         SpikingNetwork([LIF()], [into], "b")
-    with pytest.raises(ValueError, match="'typo' is none of the connections input_to_b"):
+    with pytest.raises(ValueError, match="'typo' is not one of the connections input_to_b"):
         SpikingNetwork({"b": LIF()}, [into], "b").delays("typo")
-    with pytest.raises(TypeError, match="tuple is no Projection"):
+    with pytest.raises(TypeError, match="tuple is not a Projection"):
         SpikingNetwork({"b": LIF()}, [("input", "b", connection)], "b")
     with pytest.raises(ValueError, match=r"chunk=4 does not know the spikes after a chunk, .*; leave it out"):
         network("learned").simulate(torch.rand(T, B, D), chunk=4)

@@ -49,7 +49,7 @@ NO_GRADIENT, NO_MEMBRANES = "gives spikes over time no gradient", "does not read
 NO_MODULE = "no module has to be called"
 HOOKS, IN_LISTS = "lif1 carries hooks", "the weights to population 0 lie in lists"
 CARRIED = "the delayed spikes to population 1 that come from a state have no gradient"
-KERNELS = ("cpu chain", "cpu graph", "cpu lists")
+KERNELS, TURN = ("cpu chain", "cpu graph", "cpu lists"), "operators in turn"
 LATE = "the populations are no chain: population 0 also receives population {}, up to {} steps later"
 #: (network, or network and arguments), the way that runs, and why none before it but Triton's
 CASES = {
@@ -61,43 +61,23 @@ CASES = {
     "cycle": (lambda: graph(feedback=3), "cpu graph", {"cpu chain": LATE.format(1, 3)}),
     "late recurrence": (lambda: graph(delay=18), "cpu graph", {"cpu chain": LATE.format(0, 18)}),
     "lists": (lambda: graph(lists=True), "cpu lists", dict.fromkeys(("cpu chain", "cpu graph"), IN_LISTS)),
-    "lists with a delay": (
-        lambda: graph(delay=18, lists=True),
-        "operators in turn",
-        {
-            "cpu chain": LATE.format(0, 18),
-            "cpu graph": IN_LISTS,
-            "cpu lists": f"what population 0 sends {TURNS.format(18)}",
-        },
-    ),
+    "lists with a delay": (lambda: graph(delay=18, lists=True), TURN, {
+        "cpu chain": LATE.format(0, 18), "cpu graph": IN_LISTS,
+        "cpu lists": f"what population 0 sends {TURNS.format(18)}",
+    }),
     "dropout": (lambda: small_net(dropout=0.3).train(), "cpu chain", {}),
     "state": (lambda: continued(small_net()), "cpu chain", {}),
-    "hooks": (
-        lambda: hooked(small_net()),
-        "modules in turn",
-        dict.fromkeys((*KERNELS, "operators in turn"), HOOKS),
-    ),
-    "membranes": (
-        lambda: (small_net(), {"membranes": True}),
-        "operators in turn",
-        dict.fromkeys(KERNELS, NO_MEMBRANES),
-    ),
-    "spikes": (lambda: (small_net(), {"spikes": True}), "operators in turn", dict.fromkeys(KERNELS, NO_GRADIENT)),
+    "hooks": (lambda: hooked(small_net()), "modules in turn", dict.fromkeys((*KERNELS, TURN), HOOKS)),
+    "membranes": (lambda: (small_net(), {"membranes": True}), TURN, dict.fromkeys(KERNELS, NO_MEMBRANES)),
+    "spikes": (lambda: (small_net(), {"spikes": True}), TURN, dict.fromkeys(KERNELS, NO_GRADIENT)),
     "cpu": (lambda: small_net(backend="cpu"), "cpu chain", {}),
-    "torch": (
-        lambda: small_net(backend="torch"),
-        "reference",
-        {"operators in turn": "those of backend torch are the reference", "modules in turn": NO_MODULE},
-    ),
-    "float64": (
-        lambda: small_net().double(),
-        "reference",
-        {
-            **dict.fromkeys(KERNELS, "needs float32 tensors, not torch.float64"),
-            "operators in turn": "no other backend serves them",
-            "modules in turn": NO_MODULE,
-        },
-    ),
+    "torch": (lambda: small_net(backend="torch"), "reference", {
+        TURN: "those of backend torch are the reference", "modules in turn": NO_MODULE,
+    }),
+    "float64": (lambda: small_net().double(), "reference", {
+        **dict.fromkeys(KERNELS, "needs float32 tensors, not torch.float64"),
+        TURN: "no other backend serves them", "modules in turn": NO_MODULE,
+    }),
 }  # fmt: skip
 
 
@@ -140,9 +120,7 @@ def test_the_way_that_runs_and_the_reason_of_each_before_it(case, autocast, requ
 def test_a_forced_backend_keeps_its_ways_and_an_error_lists_the_reason_of_each():
     net = small_net(backend="cpu").double()
     needs = "needs float32 tensors, not torch.float64"
-    with pytest.raises(
-        BackendError, match=f"cpu chain, cpu graph, cpu lists: {needs}; operators in turn: cpu: {needs}"
-    ):
+    with pytest.raises(BackendError, match=f"{', '.join(KERNELS)}: {needs}; {TURN}: cpu: {needs}"):
         net(X.double())
 
 
@@ -151,9 +129,8 @@ def test_a_slow_way_is_said_once(few_lists, caplog):
     caplog.set_level(logging.INFO, "g2g_kernels")
     for _ in range(2):
         graph(delay=18, lists=True)(X)
-    said = [
-        each for each in caplog.messages if each.startswith("Backend of g2g_stack: operators in turn, which is slower")
-    ]
+    slow = f"Backend of g2g_stack: {TURN}, which is slower"
+    said = [each for each in caplog.messages if each.startswith(slow)]
     assert len(said) == 1
     assert TURNS.format(18) in said[0]
 

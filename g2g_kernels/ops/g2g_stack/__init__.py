@@ -32,7 +32,7 @@ def g2g_stack(
     chunk: int | None = None,
     before: torch.Tensor | None = None,
 ) -> Activity:
-    """Runs populations of spiking neurons; differentiable in x and in every tensor of theirs.
+    """Runs populations of spiking neurons; differentiable in x and in all their tensors.
 
     The current of a population is the sum over its connections of W·S + b, of the spikes S of a source, or of x.
 
@@ -41,12 +41,12 @@ def g2g_stack(
             computed once).
         populations: a chain, or any graph; the last is the output. Each has its own model, reset, surrogate and α.
         steps, backend: as for :func:`g2g_kernels.lif`.
-        spikes: whether spikes over time need a gradient, for a loss on when neurons fire. Unless backend ``triton``
-            serves the call, the operators then run one after the other, and spikes and currents of all populations are
-            in memory. So they do if one of the ``populations`` is to give its membranes.
-        chunk: for long runs: so many steps at a time are computed, and in the backward pass computed again. Gradients
-            are the same, and memory grows with T by spikes and the states between chunks only. (Inside
-            ``torch.compile`` and ``torch.func`` nothing is computed again, so that no memory is saved.)
+        spikes: whether spikes over time need a gradient, for a loss on when neurons fire. Except on Triton, operators
+            then run one after the other, with spikes and currents of all populations in memory; so they do if one of
+            the ``populations`` gives its membranes.
+        chunk: the number of steps that are computed at a time, and computed again in the backward pass. Gradients are
+            the same; memory grows with T only by spikes and the states between chunks. (It saves nothing inside
+            ``torch.compile`` and ``torch.func``.)
         before: [D, B, in], the inputs of the D steps before the first, if a delay reads them; None: zeros.
 
     Raises:
@@ -72,8 +72,8 @@ def explain(
     chunk: int | None = None,
     **options: Any,
 ) -> Choice:
-    """Which way :func:`g2g_stack` runs with these arguments, which are its own, and why none before it in the table
-    does; it may be printed, and runs nothing.
+    """Which way :func:`g2g_stack` runs with these arguments of its own, and why no way before it in the table does. It
+    can be printed, and runs nothing.
 
     Example:
         >>> mask = BlockMask.full(GroupLayout(4, 1), GroupLayout(8, 1), block_size=4)

@@ -161,7 +161,7 @@ def _plain(call: StackCall) -> list[torch.Tensor]:
 
 
 def _flops(call: StackCall) -> list[int]:
-    """Of the product that feeds each population, the first of which is computed once where x is held."""
+    """Of the product that feeds each population; a held x is multiplied once."""
     samples = [call.batch * (1 if call.held and number == 0 else call.num_steps) for number in range(len(call.chain))]
     return [product_flops(count, feed.values, feed.mask) for count, (feed, _) in zip(samples, call.chain, strict=True)]
 

@@ -1,6 +1,5 @@
-"""A stack in chunks of time steps, of which only spikes and the states after each stay in memory: the backward pass
-runs one chunk at a time again, with gradients, from the states at its border, and finds the same spikes to the last
-bit.
+"""A run in chunks of time steps. Only spikes and the states after each chunk stay in memory: the backward pass runs one
+chunk at a time again, with gradients, from the states at its border, and finds the same spikes to the last bit.
 """
 
 from collections.abc import Callable, Sequence
@@ -59,7 +58,7 @@ def in_chunks(run: Callable[[Call], Activity], chunk: int, call: Call) -> Activi
 
 
 def _recomputed(call: Call, run: Callable[[Call], Activity]) -> Activity:
-    """``run(call)``, nothing of which is kept for the backward pass."""
+    """``run(call)``, which keeps nothing for the backward pass."""
     tensors, form = opened((call.x, call.before, call.populations))
     if not (torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])):
         return run(call)

@@ -247,7 +247,7 @@ _options = functools.lru_cache(256)(structures.Stack)
 
 class _Arguments:
     """The arguments of a call of the C kernels, and all that must outlive it: what the kernels read and write besides
-    the call's own tensors, layer by layer (no states: none are kept), and ``to``, its gradients, or None."""
+    the call's own tensors, layer by layer (without states none are kept), and ``to``, its gradients, or None."""
 
     def __init__(
         self, call: StackCall, spikes: Tensors, inputs: Tensors, states: Tensors | None, to: StackCall | None = None

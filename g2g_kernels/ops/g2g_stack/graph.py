@@ -254,7 +254,7 @@ def _kept_shapes(call: GraphCall) -> tuple[list[tuple[int, ...]], list[tuple[int
 
 
 _Each = list[torch.Tensor]
-#: counts; rates and last states of each population, the last spikes of those of which they are wanted; and what is kept
+#: counts; rates and last states of each population; the last spikes that are wanted; and what is kept
 Outputs = tuple[torch.Tensor, _Each, _Each, _Each, _Each]
 
 

@@ -160,8 +160,7 @@ def reaches(populations: Sequence[Population]) -> list[int]:
 
 
 def sent_before(population: Population, reach: int, dtype: torch.dtype) -> torch.Tensor | None:
-    """[D, B, N], what a population sent before a run, of which delays ``reach`` so many steps (see :func:`reaches`);
-    None: nothing."""
+    """[D, B, N], what a population sent in the D = ``reach`` steps before a run (:func:`reaches`); None: nothing."""
     if reach:  # a run under autocast has given fewer bits
         return None if population.sent is None else population.sent.to(dtype)
     if population.state is None:

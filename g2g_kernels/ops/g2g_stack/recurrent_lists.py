@@ -43,8 +43,8 @@ from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.record import TYPES, Backward, Differentiable, Expected, Output, opened
 from g2g_kernels.tracing import replaced
 
-#: Lanes to which those of a group of samples are padded, and neurons of which a range is a multiple: so both are whole
-#: vectors.
+#: The lanes of a group of samples are padded to a multiple of it, and a range has a multiple of it of neurons: both are
+#: whole vectors.
 _STRETCH = 64
 #: targets of a range at most: the currents of 8 samples are about a megabyte then, and stay in L2
 RANGE = 40960
@@ -224,7 +224,7 @@ RESULTS = "(Tensor spikes, Tensor last, Tensor kept)"
 FORWARD = Differentiable("loop", RESULTS, 2, _forward, _backward, _outputs, _plain, prepared=_prepared)
 
 
-# --- populations of which some weights lie in lists -------------------------------------------------------------
+# --- populations with weights in lists --------------------------------------------------------------------------
 
 #: fields that these kernels do not read
 UNREAD = unread([*READ, "observer"])

@@ -127,7 +127,7 @@ def run(call: Call, chunk: int | None = None) -> Activity:
     return _finished(call, now, way.run(now))
 
 
-#: what runs calls of a signature, of which one has been checked
+#: which way runs calls of a signature, once one of them has been checked
 _chosen: dict[Hashable, Way] = {}
 #: the types of parts that cannot change in place
 _PLAIN = {type(None), bool, int, float, str, tuple, object}

@@ -222,12 +222,12 @@ class Activity(NamedTuple):
 
     @property
     def output(self) -> torch.Tensor:
-        """The answer [B, N] (logits of a classifier): the readout, or spike counts."""
+        """The output [B, N], logits of a classifier; spike counts where there is no readout."""
         return self.counts if self.readout is None else self.readout
 
     @property
     def state(self) -> "StackState":
-        """The state after the last step, as :meth:`g2gnet.SpikingNetwork.step` returns it: what continues the run.
+        """The state after the last step, which continues the run, as :meth:`g2gnet.SpikingNetwork.step` returns it.
 
         One entry per population, and behind them what :attr:`sent` has. Raises RuntimeError if it is unknown.
         """

@@ -154,7 +154,6 @@ G2G_EXPORT int32_t g2g_plan_matches(const Plan* plan, const int32_t* unit_row, c
            same(plan->rows.bounds, row_bounds) && same(plan->cols.order, col_order) && same(plan->cols.bounds, col_bounds);
 }
 
-
 // 1 if the spike words of `lower`'s outputs are in the order that `upper` reads.
 G2G_EXPORT int32_t g2g_plans_aligned(const Plan* lower, const Plan* upper) {
     return same_order(lower->rows, upper->cols);

@@ -152,7 +152,7 @@ def assert_same_course(one, several):
     ("processes", "options"),
     # batches of 71: in others some membrane is so near to its threshold that the order of sums decides about a spike
     [
-        pytest.param(3, EVERYTHING, id="dynamic and all else, three"),
+        pytest.param(3, EVERYTHING, marks=pytest.mark.long, id="dynamic and all else, three"),
         pytest.param(2, VARIANTS["all schedules"], id="schedules and gradient growth"),
         pytest.param(2, UNEVEN, id="dense, uneven parts, clipped, pruned"),
     ],

@@ -56,6 +56,7 @@ def studied(tmp_path, trained):
     return run
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_row_is_a_run_that_train_takes(name, tmp_path, monkeypatch):
     monkeypatch.setattr(study.train, "build_parser", functools.cache(study.train.build_parser))

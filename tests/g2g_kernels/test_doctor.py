@@ -242,7 +242,9 @@ def plant(patch: pytest.MonkeyPatch, kernel: str) -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("kernel", FAULTS)
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(name, marks=[pytest.mark.ci] if number > 1 else []) for number, name in enumerate(FAULTS)]
+)
 def test_kernels_that_are_wrong_are_not_used_and_a_warning_says_which(kernel, new_process, monkeypatch, caplog):
     *_, finding, operator = FAULTS[kernel]
     monkeypatch.setattr(

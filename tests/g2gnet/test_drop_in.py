@@ -93,7 +93,12 @@ COMPILED = {"triton": [{}], "cpu": [{}, {"delay": 1}, {"feedback": True}], "torc
 @dynamo
 @pytest.mark.filterwarnings("error:.*lru_cache")
 @pytest.mark.parametrize(
-    ("backend", "options"), [(backend, each) for backend in STACK_BACKENDS for each in COMPILED[backend]], ids=str
+    ("backend", "options"),
+    [
+        pytest.param(backend, each, marks=[pytest.mark.ci] if each else [], id=f"{backend} {each}")
+        for backend in STACK_BACKENDS
+        for each in COMPILED[backend]
+    ],
 )
 def test_a_compiled_network_is_one_graph_with_equal_results(backend, options, plain_memory):
     torch.compiler.reset()  # what it has compiled of other networks counts, too

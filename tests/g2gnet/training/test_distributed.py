@@ -154,7 +154,7 @@ def assert_same_course(one, several):
     [
         pytest.param(3, EVERYTHING, marks=pytest.mark.long, id="dynamic and all else, three"),
         pytest.param(2, VARIANTS["all schedules"], id="schedules and gradient growth"),
-        pytest.param(2, UNEVEN, id="dense, uneven parts, clipped, pruned"),
+        pytest.param(2, UNEVEN, marks=pytest.mark.ci, id="dense, uneven parts, clipped, pruned"),
     ],
 )
 def test_processes_train_as_one(tmp_path, several, processes, options):
@@ -351,6 +351,7 @@ def test_shares_are_contiguous_and_nearly_equal():
         assert all(parts)
 
 
+@pytest.mark.ci
 def test_folds_are_dealt_out(tmp_path, several):
     """One process trains a fold, bitwise as without others, and waits for those longer than the time limit."""
     options = {**SMALL, "k_folds": 3, "epochs": 1}

@@ -62,7 +62,7 @@ def as_samples(images: torch.Tensor | np.ndarray) -> torch.Tensor:
     """
     _dtype_of(images)
     if isinstance(images, np.ndarray):
-        images = torch.from_numpy(np.ascontiguousarray(images, images.dtype.newbyteorder("=")))
+        images = torch.from_numpy(np.require(images, images.dtype.newbyteorder("="), "CWE"))
     samples = images.reshape(len(images), -1)
     return samples.float() / 255 if samples.dtype == torch.uint8 else samples.float()
 
@@ -71,6 +71,10 @@ def _dtype_of(images: Any) -> str:
     """The name in :data:`KINDS` of the dtype of samples. Raises TypeError for any other dtype."""
     if not isinstance(images, torch.Tensor | np.ndarray):
         raise TypeError(f"samples are a {type(images).__name__}; give an array or a tensor")
+    if isinstance(images, np.ma.MaskedArray):
+        raise TypeError("samples are a masked array; give samples without missing numbers, or x.filled(NUMBER)")
+    if isinstance(images, torch.Tensor) and images.layout is not torch.strided:
+        raise TypeError(f"samples are a tensor of layout {images.layout}; give x.to_dense()")
     dtype = images.dtype.name if isinstance(images, np.ndarray) else str(images.dtype).removeprefix("torch.")
     if dtype not in KINDS:
         raise TypeError(f"samples are {dtype}; give uint8 images, floats, or counts of events in int8, int16 or int32")

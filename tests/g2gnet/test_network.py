@@ -216,6 +216,7 @@ def test_predictions_are_those_of_the_encoded_samples_and_leave_the_mode(kind, s
     samples = (scale * np.random.default_rng(0).random((23, *shape))).astype(dtype)
     if dtype == ">f4" and kind is torch.as_tensor:
         samples = samples.astype(np.float32)
+    samples.setflags(write=kind is torch.as_tensor)  # arrays may be read-only
     net.trained_on = SampleForm.of(samples.reshape(23, 1, *shape))  # an axis of size 1 may be left out
     found, of_flat = (net.predict(kind(each), 10, seeded(3)) for each in (samples, samples.reshape(23, -1)))
     assert torch.equal(found.logits, of_flat.logits)

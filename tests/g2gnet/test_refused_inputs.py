@@ -125,6 +125,8 @@ WRONG_TYPES = [
     (lambda: predict(torch.ones(2, 30).byte(), (30,), "floats"), "floats scaled as those, by .*float32"),
     (lambda: predict(np.ones((2, 30)), (3, 10), "counts"), r"float64 .* counts of events, by x.astype\(np.int16"),
     (lambda: as_samples(np.array([[print]])), "samples are object"),
+    (lambda: net_of().predict(np.ma.masked_greater(np.ones((2, 30)), 0.5)), r"masked array; give .* x\.filled"),
+    (lambda: net_of().predict(torch.ones(2, 30).to_sparse()), r"torch\.sparse_coo; give x\.to_dense\(\)"),
     (lambda: LIF(tau_syn=5.0, dt=1.0), "tau_syn: unknown to lif"),
     (lambda: G2GLinear.from_scipy(torch.ones(4, 4)), "Tensor"),
     (lambda: BlockMask.from_dense(MATRIX), r"mask is a coo_matrix, not a tensor; .* G2GLinear\.from_scipy"),

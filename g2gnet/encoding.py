@@ -62,7 +62,7 @@ def as_samples(images: torch.Tensor | np.ndarray) -> torch.Tensor:
     """
     _dtype_of(images)
     if isinstance(images, np.ndarray):
-        images = torch.from_numpy(np.require(images, images.dtype.newbyteorder("="), "CWE"))
+        images = torch.from_numpy(np.require(images, images.dtype.newbyteorder("="), ["C", "W", "E"]))
     samples = images.reshape(len(images), -1)
     return samples.float() / 255 if samples.dtype == torch.uint8 else samples.float()
 

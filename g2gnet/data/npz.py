@@ -120,14 +120,17 @@ def _headers(archive: zipfile.ZipFile) -> dict[str, tuple[tuple[int, ...], np.dt
         else:
             fits, wanted = dtype in (np.uint8, np.float32, np.float64) and len(shape) in DIMENSIONS, SAMPLES
         if not fits or 0 in shape:
-            raise ValueError(f"{name} is {dtype} {list(shape)}; give {wanted}")
+            raise ValueError(f"{name} is {dtype} {list(shape)}; give {wanted}, with no axis of size 0")
     for split in ("train", "test"):
         count, labels = headers[f"{split}_images"][0][0], headers[f"{split}_labels"][0][0]
         if count != labels:
-            raise ValueError(f"{split}_images are {count}, {split}_labels {labels}")
+            raise ValueError(f"{split}_images are {count}, {split}_labels {labels}; give each image one label")
     (train, train_dtype), (test, test_dtype) = headers["train_images"], headers["test_images"]
     if train[1:] != test[1:] or train_dtype != test_dtype:
-        raise ValueError("train_images and test_images differ in shape or dtype")
+        raise ValueError(
+            f"train_images are {train_dtype} {list(train)}, test_images {test_dtype} {list(test)}; give both the same "
+            "dtype and shape of an image"
+        )
     return headers
 
 
@@ -144,7 +147,10 @@ def _arrays(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
             array = np.lib.format.read_array(member, allow_pickle=False)
         if name.endswith("labels"):
             if array.min() < 0 or array.max() >= shape[0]:
-                raise ValueError(f"{name} are from {array.min()} to {array.max()}, with {shape[0]} images")
+                raise ValueError(
+                    f"{name} are from {array.min()} to {array.max()}, with {shape[0]} images; number classes from 0, "
+                    "as np.unique(labels, return_inverse=True) does"
+                )
             array = array.astype(np.int64)
         elif array.dtype == np.float64:
             with np.errstate(over="ignore"):  # infinities are refused below

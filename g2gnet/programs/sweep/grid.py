@@ -72,7 +72,9 @@ def read_grid(path: Path | str) -> dict[str, Any]:
         return tomllib.loads(text)
     except ImportError as error:
         raise SettingsError(f"grid={path}: TOML needs Python 3.11 or newer; give the same as a .json file") from error
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except OSError as error:
+        raise SettingsError(f"grid={path} cannot be read ({reason(error)})") from error
+    except (ValueError, TypeError, RecursionError) as error:
         raise SettingsError(f"grid={path} is not a table of settings ({reason(error)})") from error
 
 

@@ -130,12 +130,18 @@ def test_data_of_ones_own_are_read_and_named_by_their_content(tmp_path, save, dt
 def test_other_arrays_are_refused_by_name(tmp_path):
     from_one = {"train_labels": np.arange(30) % 3 + 1, "test_labels": np.arange(9) % 3 + 1}
     for changes, message in (
-        ({"train_labels": np.arange(29) % 3}, "train_images are 30, train_labels 29"),
-        ({"train_labels": np.arange(30) - 1}, "train_labels are from -1 to 28, with 30 images"),
+        ({"train_labels": np.arange(29) % 3}, "train_images are 30, train_labels 29; give"),
+        ({"train_labels": np.arange(30) - 1}, "train_labels are from -1 to 28, with 30 images; number"),
         ({"train_labels": np.full(30, 10**9)}, "train_labels are from 1000000000 to 1000000000"),
-        ({"test_images": np.zeros((9, 4, 5), np.uint8)}, "differ in shape"),
+        (
+            {"test_images": np.zeros((9, 4, 5), np.uint8)},
+            r"uint8 \[30, 5, 4\], test_images uint8 \[9, 4, 5\]; give both the same",
+        ),
         ({"test_images": np.zeros((0, 5, 4), np.uint8)}, r"test_images is uint8 \[0, 5, 4\]"),
-        ({"train_images": np.full((30, 5, 4), np.nan, np.float32)}, "differ in shape or dtype"),
+        (
+            {"train_images": np.full((30, 5, 4), np.nan, np.float32)},
+            "train_images are float32 .* test_images uint8 .* the same",
+        ),
         (
             {"train_images": np.array([print] * 30)},
             "train_images holds Python objects, such as .* give one array of num",

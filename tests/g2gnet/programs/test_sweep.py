@@ -126,6 +126,8 @@ def test_a_grid_comes_from_a_file_and_flags_replace_what_it_says(tmp_path):
         path.write_text(content)
         with pytest.raises(SettingsError, match=r"grid.json is not a table of settings \("):
             read_grid(path)
+    with pytest.raises(SettingsError, match=r"none.json cannot be read \("):
+        read_grid(tmp_path / "none.json")
 
 
 def test_each_run_is_that_of_train_and_a_finished_one_is_not_trained_again(made, tmp_path):

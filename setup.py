@@ -112,7 +112,7 @@ def build_library(target: Path, scratch: Path, force: bool | None = False) -> No
         for name, (source, options) in objects.items()
     ]
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        list(workers.map(run, commands))  # which raises what a job has raised
+        list(workers.map(run, reversed(commands)))  # those that take longest first; raises what a job has raised
     run([*compiler, *flags, "-shared", "-o", str(target), *(str(scratch / f"{name}.o") for name in objects)])
 
 

@@ -24,6 +24,8 @@ from g2g_kernels.tracing import constant_when_traced
 logger = logging.getLogger("g2g_kernels")
 
 ABI = 8
+#: beside this file, as setup.py names it
+FILE = "libg2g_cpu" + {"win32": ".dll", "darwin": ".dylib"}.get(sys.platform, ".so")
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 
 #: the names of the options of neurons, which both sides number in their order (``g2g_kernels.ops.neurons.cpu``)
@@ -97,9 +99,9 @@ def _load() -> tuple[ctypes.CDLL | None, str | None]:
     if sys.byteorder != "little":
         return None, "the compiled kernels are for little-endian machines"
     given = os.environ.get("G2G_CPU_LIBRARY")
-    path = Path(given) if given else Path(__file__).with_name("libg2g_cpu.so")
+    path = Path(given) if given else Path(__file__).with_name(FILE)
     if not path.exists():
-        remedy = "check G2G_CPU_LIBRARY" if given else "reinstall g2g with a C++17 compiler at hand"
+        remedy = "check G2G_CPU_LIBRARY" if given else "reinstall g2g: its build brings a compiler where there is none"
         return None, f"the compiled kernels {path} were not built ({remedy})"
     try:
         library = ctypes.CDLL(str(path))

@@ -8,6 +8,10 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(G2G_X86)
+#include <cpuid.h>
+#endif
+
 #include "interface.h"
 #include "lists.h"
 #include "plan.h"
@@ -24,19 +28,36 @@ namespace avx512_bf16 { extern const Kernels kernels; }
 
 namespace {
 
+#if defined(G2G_X86)
+// Whether the processor has what an instruction set needs, and the system saves its registers. `__builtin_cpu_supports` asks the
+// compiler's runtime library, and that of zig answers no to everything.
+struct Processor {
+    bool avx2 = false, avx512 = false, avx512_bf16 = false;
+
+    Processor() {
+        unsigned a, b, c, d, basic, saved;
+        if (!__get_cpuid(1, &a, &b, &basic, &d) || !(basic & bit_OSXSAVE) || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+        asm volatile("xgetbv" : "=a"(saved), "=d"(d) : "c"(0));
+#if defined(__APPLE__)
+        saved |= 0xE0;  // macOS saves these registers from their first use on
+#endif
+        const auto has = [](unsigned bits, unsigned wanted) { return (bits & wanted) == wanted; };
+        avx2 = has(saved, 0x06) && has(basic, bit_FMA) && has(b, bit_AVX2);
+        avx512 = avx2 && has(saved, 0xE6) && has(b, bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ);
+        avx512_bf16 = avx512 && has(c, bit_AVX512VBMI2) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && has(a, bit_AVX512BF16);
+    }
+};
+#endif
+
 // The best set that the CPU has; for tests, the one named by G2G_CPU_ISA if the CPU has it.
 const Kernels& choose() {
-    const char* asked = std::getenv("G2G_CPU_ISA");
-    [[maybe_unused]] const auto allowed = [&](const Kernels& k) { return !asked || !*asked || !std::strcmp(asked, k.name); };
 #if defined(G2G_X86)
-    __builtin_cpu_init();
-    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2") &&
-        allowed(avx512_bf16::kernels))
-        return avx512_bf16::kernels;
-    if (avx512 && allowed(avx512::kernels)) return avx512::kernels;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && allowed(avx2::kernels)) return avx2::kernels;
+    const char* asked = std::getenv("G2G_CPU_ISA");
+    const auto allowed = [&](const Kernels& k) { return !asked || !*asked || !std::strcmp(asked, k.name); };
+    const Processor has;
+    if (has.avx512_bf16 && allowed(avx512_bf16::kernels)) return avx512_bf16::kernels;
+    if (has.avx512 && allowed(avx512::kernels)) return avx512::kernels;
+    if (has.avx2 && allowed(avx2::kernels)) return avx2::kernels;
 #endif
     return baseline::kernels;
 }
@@ -118,8 +139,6 @@ std::string interface_table(const Options& options) {
 }
 
 }  // namespace
-
-#define G2G_EXPORT extern "C" __attribute__((visibility("default")))
 
 G2G_EXPORT int32_t g2g_abi() { return 8; }
 // The table that Python compares with what it knows; nullptr if memory runs out.

@@ -8,6 +8,13 @@
 #include "plan.h"
 #include "structures.h"
 
+// A function or a variable that other programs find by its name.
+#if defined(_WIN32)
+#define G2G_EXPORT extern "C" __declspec(dllexport)
+#else
+#define G2G_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
 namespace g2g {
 
 enum Reset : int32_t { kSubtract, kZero, kNone };

@@ -143,10 +143,12 @@ struct AdLif {
 
 // A surrogate is its name and its derivative at x = U − θ.
 
+constexpr double kHalfPi = 1.57079632679489661923;
+
 struct Atan {
     static constexpr const char* name = "atan";
     static G2G_INLINE Vec derivative(Vec x, float alpha) {
-        const Vec z = all(static_cast<float>(M_PI / 2 * alpha)) * x;
+        const Vec z = all(static_cast<float>(kHalfPi * alpha)) * x;
         return all(alpha / 2) / (all(1.0f) + z * z);
     }
 };

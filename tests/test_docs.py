@@ -116,6 +116,7 @@ def trained_run(tmp_path_factory):
     return folder
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("package", WITH_EXAMPLES)
 def test_each_public_class_and_function_has_an_example_that_is_true(package, trained_run, monkeypatch, capsys):
     matplotlib = pytest.importorskip("matplotlib")

@@ -75,7 +75,7 @@ def check_products(row: dict[str, str]) -> None:
     assert row["matrix"] == f"{once} wgmma.mma_async", row
 
 
-@pytest.mark.ci
+@pytest.mark.long
 def test_the_products_of_the_default_step_for_sm_90():
     rows = compiled("default step, bf16", PRODUCTS, ["sm_90"])
     assert {row["kernel"] for row in rows} == PRODUCTS

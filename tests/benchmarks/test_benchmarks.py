@@ -196,6 +196,7 @@ def test_the_gate_refuses_the_other_reset_and_what_is_off_by_one_in_ten_thousand
             assert "nan" in objection or not math.isnan(change)
 
 
+@pytest.mark.ci
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("label", ["g2g-cpu-bf16", "g2g-torch-bf16", "snntorch-masked-bf16"])
 def test_a_hundredth_of_a_bfloat16_gradient_is_found(label):
@@ -303,6 +304,7 @@ def test_a_step_of_jax_is_one_of_pytorch():
         torch.testing.assert_close(torch.from_numpy(np.array(jax.parameters[name])), parameter.detach())
 
 
+@pytest.mark.ci
 def test_only_a_right_contender_has_a_time(monkeypatch):
     fork_contenders(monkeypatch)
     kinds = {"right": "Network", "wrong": "HalfTheGradient", "unable": "CannotBeBuilt", "absent": "Network"}
@@ -336,7 +338,9 @@ def test_each_round_is_begun_by_the_next_one():
     assert in_turn(dict.fromkeys("ab", lambda: next(numbers)), 2) == {"a": [3, 4], "b": [2, 5]}
 
 
-@pytest.mark.parametrize("forked", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "forked", [pytest.param(True, marks=pytest.mark.ci), pytest.param(False, marks=pytest.mark.long)]
+)
 def test_throughput_writes_a_record_with_its_environment(forked, tmp_path, capsys, monkeypatch):
     prepared()
     if forked:

@@ -47,6 +47,7 @@ def test_what_is_out_of_range_is_refused(capsys, tmp_path):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.ci
 def test_steps_in_chunks_are_timed_and_weighed_beside_the_whole(tmp_path, capsys, monkeypatch, recorded):
     monkeypatch.setattr(chunks, "USUAL", 4)
     flags = "--T 4,6 --chunks 2 --chunk 3 --long 8 --hidden_dim 16 --batch_size 3 --repeats 1"
@@ -178,6 +179,7 @@ def test_edges_of_a_file_are_the_graph(tmp_path):
     assert brain.main(["--edges", str(tmp_path / "nothing.csv")]) == 2
 
 
+@pytest.mark.ci
 @needs_kernels
 def test_the_table_has_a_row_each_and_says_what_failed(monkeypatch, capsys, recorded):
     runs = {run["name"]: run for run in recorded(brain, f"{BRAIN} g2g-cpu,csr-by-hand")["runs"]}
@@ -251,6 +253,7 @@ def staged(tmp_path, monkeypatch, capsys):
     return run_stages
 
 
+@pytest.mark.ci
 def test_a_run_is_interrupted_and_resumed(tmp_path, staged):
     all_ = {name: name for name in ("first", "failing", "stopped", "last")}
     status, said, page = staged(**all_)

@@ -299,6 +299,7 @@ def by(way: str, never: bool = False) -> Iterator[None]:
         yield
 
 
+@pytest.mark.ci
 @every_way
 def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(way):
     ratios = ErrorRatios()
@@ -309,6 +310,7 @@ def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(way):
     check(ratios)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way].others])
 def test_input_gradients_differ_by_rounding_from_those_of_the_product(way):
     """From a support that hardly a membrane enters to one that none leaves; after the same forward pass."""

@@ -178,6 +178,7 @@ def new_process(monkeypatch, tmp_path, caplog):
     return run
 
 
+@pytest.mark.ci
 @needs_interpreter
 def test_kernels_are_compared_before_their_first_use_once_for_a_card_its_versions_and_sources(
     new_process, monkeypatch, tmp_path
@@ -290,8 +291,9 @@ def test_a_finding_is_known_to_the_next_process_and_the_other_operators_are_stil
     assert new_process() == (True, [])
 
 
+@pytest.mark.ci
 @needs_interpreter
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"operator": "g2g_stack", "found": ""}', b"\xff", None], ids=str)
+@pytest.mark.parametrize("content", [b"[]", b"\xff", None], ids=str)
 def test_a_finding_that_cannot_be_read_or_kept_stops_nothing(content, new_process, monkeypatch, tmp_path):
     if content is None:
         (tmp_path / "g2g").write_text("no folder")

@@ -159,6 +159,7 @@ print(*(name for name in before if before[name] is not after[name] and before[na
 """
 
 
+@pytest.mark.ci
 def test_importing_changes_nothing_of_python_and_pytorch():
     done = subprocess.run([sys.executable, "-c", STATE], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("\n", "")

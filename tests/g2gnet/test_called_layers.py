@@ -191,6 +191,7 @@ def test_dropout_is_the_same_where_layers_are_called(backend):
         net.train().simulate(SAMPLES, dropped=[torch.zeros(4, 40, dtype=torch.bool)] * 2)
 
 
+@pytest.mark.ci
 @compiles_whole
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
 def test_a_stack_with_hooks_compiles_to_equal_results(plain_memory):

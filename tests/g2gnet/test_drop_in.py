@@ -89,6 +89,7 @@ dynamo = pytest.mark.filterwarnings("ignore:.*should not be instantiated:Depreca
 COMPILED = {"triton": [{}], "cpu": [{}, {"delay": 1}, {"feedback": True}], "torch": [{}, {"feedback": True}]}
 
 
+@pytest.mark.ci
 @compiles_whole
 @dynamo
 @pytest.mark.filterwarnings("error:.*lru_cache")
@@ -116,6 +117,7 @@ def test_a_compiled_network_is_one_graph_with_equal_results(backend, options, pl
         assert torch.equal(compiled(SAMPLES), expected)
 
 
+@pytest.mark.ci
 @compiles_whole
 @dynamo
 def test_compiled_runs_and_steps_take_and_give_states_in_one_graph(plain_memory):
@@ -141,6 +143,7 @@ def exports(test):
     return compiles_whole(dynamo(test))
 
 
+@pytest.mark.ci
 @exports
 @pytest.mark.parametrize("backend", STACK_BACKENDS)
 @pytest.mark.parametrize(

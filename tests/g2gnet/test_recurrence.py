@@ -227,6 +227,7 @@ def test_another_order_of_neurons_runs_under_autocast():
     assert rms(found["cpu"] - found["torch"]) < 0.1 * rms(found["torch"])  # products are rounded otherwise
 
 
+@pytest.mark.ci
 @compiles_whole
 def test_another_order_of_neurons_is_refused_in_compiled_code(plain_memory):
     stack = in_another_order("cpu")

@@ -148,6 +148,7 @@ def test_parts_and_single_steps_that_continue_one_another_are_the_whole(name, ba
             assert rms(ours - theirs) <= 2e-5 * rms(theirs) + 1e-7, each
 
 
+@pytest.mark.ci
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU kernels were not built")
 @compiles_whole
 def test_spikes_that_a_state_carries_into_a_chain_have_the_gradient_of_plain_pytorch_and_none_when_compiled():
@@ -257,6 +258,7 @@ def test_every_network_gives_its_activity_by_number_and_by_name(kind):
     assert _pytree.treespec_loads(_pytree.treespec_dumps(spec)) == spec
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(torch.__version__ < "2.8", reason="older versions compile no subclass of tuple: no names there")
 def test_activity_by_name_passes_transforms_compilers_and_exports():
     net, names = of_kind("stack")

@@ -102,6 +102,7 @@ def test_what_is_not_counted_may_change_and_hooked_runs_are_read_where_delays_ar
     assert network(delay=3).simulate(x[:, :0]).synaptic_operations()[0][:2] == (0, 0)
 
 
+@pytest.mark.ci
 @compiles_whole
 def test_a_compiled_run_says_that_it_does_not_know():
     net = network().eval()

@@ -23,6 +23,7 @@ WIDE = {"model": "index", "hidden_dim": H, "num_groups": GROUPS, "p_inter": 1 / 
 pytestmark = pytest.mark.skipif(available_backends() == ["torch"], reason="needs compiled kernels")
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("prune", "grow"), [("set", "gradient"), ("hebb", "hebb")])
 def test_training_rewiring_analysis_and_resuming_form_no_dense_weights(prune, grow, tmp_path, monkeypatch):
     monkeypatch.setattr(rules, "BAND", 1)  # one block row of the gradient at a time

@@ -201,6 +201,7 @@ def test_steps_are_differentiable_twice_and_in_forward_mode():
     torch.testing.assert_close(forward, gradient.detach())
 
 
+@pytest.mark.ci
 def test_inside_what_is_compiled_a_tangent_is_right(plain_memory):
     mask, (x, values, bias) = linear_case("ten outputs", torch.float32)
     x = x.detach()

@@ -212,6 +212,7 @@ def test_decays_are_clamped_and_the_other_parameters_are_free(model, backend):
     assert torch.equal(found["spikes"], outcome(on(backend, model, "subtract", "atan"), inside)["spikes"])
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "torch"])
 @pytest.mark.parametrize("model", MODELS)
 def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(model, backend):

@@ -70,6 +70,7 @@ def compare(ratios: ErrorRatios, stack: Stack, dtype: torch.dtype = torch.float3
             ratios.add(name, actual[name].to(of), plain[name].to(of), expected)
 
 
+@pytest.mark.ci
 def test_errors_are_at_most_1_5_times_those_of_plain_pytorch():
     """All surrogates with two resets each, once with a held input; resets and masks take turns."""
     ratios = ErrorRatios()
@@ -99,6 +100,7 @@ HALF = [torch.float16] + ([torch.bfloat16] if not runtime.interpreted() else [])
 every_half = pytest.mark.parametrize("dtype", HALF, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
+@pytest.mark.ci
 @every_half
 @pytest.mark.parametrize(
     ("steps", "dropout"), [(None, 0.0), (T, 0.0), (None, 0.3)], ids=["varying", "held", "dropped neurons"]
@@ -507,6 +509,7 @@ def test_membranes_and_spikes_over_time_take_no_steps_in_turn(launched):
     assert sum(number for kernel, number in counted[1].items() if kernel.endswith("uint8")) >= 4
 
 
+@pytest.mark.ci
 @pytest.mark.driver
 def test_a_network_compiles_with_a_full_graph():
     device = device_of("triton")

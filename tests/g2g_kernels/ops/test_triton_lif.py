@@ -34,6 +34,7 @@ def parameters(neurons: int | None) -> tuple[torch.Tensor, torch.Tensor]:
 SIZES = ((2, 9, 5), (7, 1, 33), (10, 5, 7), (11, 9, 13), (12, 70, 9), (21, 3, 131))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("per_neuron", [False, True], ids=["scalar", "per neuron"])
 def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(per_neuron, dtype):

@@ -87,6 +87,7 @@ def test_the_dense_weight_is_that_of_the_mask_and_sorts_nothing(case):
     assert torch.equal(weight, mask.unpack(values))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", ["dense", "spikes"])
 @every_dtype
 def test_errors_are_at_most_1_5_times_those_of_plain_pytorch(dtype, kind):
@@ -114,6 +115,7 @@ def as_on_a_card():
         yield
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("samples", "parts", "rate"), [(2200, 2, None), (6400, 1, 0.1)])
 def test_sums_over_many_samples(samples, parts, rate, as_on_a_card, monkeypatch):
     """Parts of a weight gradient are added by a second launch; no chain of additions is as long as a part."""

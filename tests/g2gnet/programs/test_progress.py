@@ -57,6 +57,7 @@ def workplace(tmp_path, monkeypatch, captions_alone):
     return tmp_path
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", WORK)
 def test_work_shows_the_time_left_on_a_terminal_and_nothing_in_a_pipe(name, workplace, monkeypatch):
     work, bar = WORK[name]

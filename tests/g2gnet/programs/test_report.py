@@ -245,6 +245,7 @@ def test_the_page_of_one_run_shows_its_settings_results_and_pictures(checkpoints
     assert "Comparison" not in reader.text
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("flags", "pictures", "words"),
     [
@@ -266,6 +267,7 @@ def test_every_kind_of_data_and_grouping_can_be_drawn(tmp_path, monkeypatch, fla
     assert all(word in reader.text for word in words)
 
 
+@pytest.mark.ci
 def test_the_page_of_several_runs_compares_them(checkpoints, tmp_path, monkeypatch):
     draw = content.picture
 

@@ -77,6 +77,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.compile with fullgraph=Tru
 needs_stance = pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="PyTorch before 2.6")
 
 
+@pytest.mark.ci
 @needs_stance
 @pytest.mark.parametrize(
     ("make", "compiled", "rules"),
@@ -93,6 +94,7 @@ def test_a_compiled_model_is_rewired_as_any_other(make, compiled, rules, plain_m
     torch.testing.assert_close(others[0].state_dict(), plain[0].state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.ci
 @needs_stance
 def test_a_scheduler_may_be_made_of_the_compiled_model_while_another_records(plain_memory):
     """And what is compiled runs as compiled again once both have what they need, or are gone."""

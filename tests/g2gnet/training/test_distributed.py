@@ -153,8 +153,8 @@ def assert_same_course(one, several):
     # batches of 71: in others some membrane is so near to its threshold that the order of sums decides about a spike
     [
         pytest.param(3, EVERYTHING, marks=pytest.mark.long, id="dynamic and all else, three"),
-        pytest.param(2, VARIANTS["all schedules"], id="schedules and gradient growth"),
-        pytest.param(2, UNEVEN, marks=pytest.mark.ci, id="dense, uneven parts, clipped, pruned"),
+        pytest.param(2, VARIANTS["all schedules"], marks=pytest.mark.ci, id="schedules and gradient growth"),
+        pytest.param(2, UNEVEN, marks=pytest.mark.long, id="dense, uneven parts, clipped, pruned"),
     ],
 )
 def test_processes_train_as_one(tmp_path, several, processes, options):
@@ -173,6 +173,7 @@ def test_processes_train_as_one(tmp_path, several, processes, options):
 LOST = "program.py, rank 0: error: lost the connection to rank 1, at "
 
 
+@pytest.mark.ci
 def test_after_a_death_and_a_signal_any_number_goes_on_and_only_the_first_needs_the_files(tmp_path, several):
     dynamic = VARIANTS["dynamic"]
     whole, flags = run(tmp_path / "whole", **dynamic), train_flags(tmp_path / "run", **dynamic)
@@ -210,6 +211,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("ranks", "options", "step", "said"), FAULTS, ids=[ranks for ranks, *_ in FAULTS])
 def test_a_fault_in_one_is_named_and_the_checkpoint_is_that_before(tmp_path, several, ranks, options, step, said):
     done = several(PROGRAM, ranks, *train_flags(tmp_path / "run", **options), statuses=[1, 1])
@@ -256,6 +258,7 @@ MISMATCHES = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("ranks", "lines"), MISMATCHES.items())
 def test_processes_that_do_not_match_name_what_differs_before_any_work(tmp_path, several, ranks, lines):
     count = ranks.count("|") + 1
@@ -269,6 +272,7 @@ def test_processes_that_do_not_match_name_what_differs_before_any_work(tmp_path,
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.ci
 def test_a_process_that_stays_alone_gives_up(tmp_path, several):
     flags = train_flags(tmp_path / "run", peer_timeout=0.01)
     done = several(PROGRAM, "crossval", *flags, statuses=[1], size=3)
@@ -277,6 +281,7 @@ def test_a_process_that_stays_alone_gives_up(tmp_path, several):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.ci
 def test_ctrl_c_ends_a_process_that_waits(tmp_path, several):
     flags = train_flags(tmp_path / "run")
     done = several(PROGRAM, "train:interrupted|train:watches", *flags, statuses=[130, 0])
@@ -373,6 +378,7 @@ def test_folds_are_dealt_out(tmp_path, several):
         assert_equal(*(torch.load(each, weights_only=True) for each in (file, tmp_path / "two" / file.name)))
 
 
+@pytest.mark.ci
 def test_who_has_done_its_folds_does_not_wait_for_one_that_died(tmp_path, several):
     flags = train_flags(tmp_path, k_folds=2)
     assert LOST in several(PROGRAM, "crossval|crossval:SIGKILL", *flags, statuses=[1, -signal.SIGKILL]).stderr
@@ -405,6 +411,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.ci
 def test_the_scheduler_in_ones_own_loop(tmp_path, several):
     (shown,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8"), re.S)
     assert shown.replace("interval=1000", 'interval=2, fraction=0.3, prune="hebb"') in OWN_LOOP
@@ -473,6 +480,7 @@ say(train, [True, rank == 0, True, True], dist.new_group(timeout=datetime.timede
 """
 
 
+@pytest.mark.ci
 def test_what_the_scheduler_cannot_work_with_is_refused_or_named(several):
     said = several(UNFIT).stdout.splitlines()
     patterns = [
@@ -500,6 +508,7 @@ with one_at_a_time(file):
 """
 
 
+@pytest.mark.ci
 def test_processes_that_need_the_same_file_make_it_once(tmp_path, several):
     (tmp_path / "made").mkdir()
     assert several(MAKER, tmp_path / "made" / "file", statuses=[0] * 3).stdout == "made\n"

@@ -87,6 +87,7 @@ OLDER = {
 }
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("options", OLDER.values(), ids=OLDER)
 def test_a_run_of_an_older_version_resumes_to_the_same_bits(tmp_path, monkeypatch, options):
     """Its states had no delay for all neurons and whole numbers as integers, and it kept nothing of its samples."""
@@ -151,6 +152,7 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(
     ("signals", "grace", "at_once"),
     [
@@ -190,13 +192,14 @@ def test_killed_at_random_instants_runs_end_with_the_same_weights():
         assert re.search(rf"[1-9]\d* in a {place}", done.stdout), done.stdout
 
 
+@pytest.mark.ci
 def test_every_truncation_and_a_flipped_bit_in_every_byte_is_noticed(tmp_path):
     path, content = tmp_path / "file.pth", {"weights": torch.arange(3.0), "epoch": 1}
     write_tensors(path, content)
     assert_equal(read_tensors(path), content)
     assert_equal(torch.load(path, weights_only=True), content)
     whole = path.read_bytes()
-    damaged = [whole[:length] for length in range(len(whole))] + [whole + b"\0"]
+    damaged = [whole[:length] for length in range(0, len(whole), 9)] + [whole + b"\0"]
     for place, byte in enumerate(whole):
         damaged.append(whole[:place] + bytes([byte ^ 1 << place % 8]) + whole[place + 1 :])
     for content in damaged:

@@ -19,6 +19,7 @@ def layer():
     return G2GLinear(BlockMask.sample(*layouts, block_size=4, generator=seeded(0)), generator=seeded(2))
 
 
+@pytest.mark.ci
 def test_the_dense_product_with_the_weight_is_the_layers_own():
     sparse = layer()
     y = F.linear(X, sparse.weight, sparse.bias)

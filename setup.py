@@ -10,6 +10,7 @@ target already says the same, nothing is compiled; ``build_ext --force`` compile
 
 import contextlib
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -104,7 +105,9 @@ def build_library(target: Path, scratch: Path, force: bool | None = False) -> No
         f'extern "C" __attribute__((visibility("default"))) char g2g_made_from[];\nchar g2g_made_from[] = "{note}";\n'
     )
 
-    def run(command: list[str]) -> None:
+    def run(command: list[str], number: int) -> None:
+        text = f"Compiling the CPU kernels, 1 to 4 minutes: pass {number} of {len(commands) + 1}\n"
+        sys.stderr.write(text)  # whole lines, from several threads
         subprocess.run(command, check=True, capture_output=True, text=True)
 
     commands = [
@@ -112,8 +115,10 @@ def build_library(target: Path, scratch: Path, force: bool | None = False) -> No
         for name, (source, options) in objects.items()
     ]
     with ThreadPoolExecutor(os.cpu_count()) as workers:
-        list(workers.map(run, reversed(commands)))  # those that take longest first; raises what a job has raised
-    run([*compiler, *flags, "-shared", "-o", str(target), *(str(scratch / f"{name}.o") for name in objects)])
+        # those that take longest first; raises what a job has raised
+        list(workers.map(run, reversed(commands), itertools.count(1)))
+    link = [*compiler, *flags, "-shared", "-o", str(target), *(str(scratch / f"{name}.o") for name in objects)]
+    run(link, len(commands) + 1)
 
 
 def _machine(compiler: list[str]) -> str:

@@ -4,6 +4,7 @@ No picture touches pyplot's global state or needs a display; the extra ``plots``
 Ito's for lines and viridis for maps, which colour-blind readers can distinguish.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from g2gnet.spiking_network import SpikingNetwork
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^DvP*"
 WIDTH = 9.6  # inches, the width of the page
+#: characters of a line of a legend, and the most maps or histograms side by side
+LETTERS, SIDE_BY_SIDE = 120, 3
 SHARES: dict[str, Any] = {"vmin": 0, "vmax": 1, "cmap": "viridis"}  # of a map of shares
 #: in a picture of populations, in inches: their least width, their height, the height of a connection
 COLUMN, HEAD, ROW = 0.8, 0.56, 0.36
@@ -82,9 +85,11 @@ def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:
         >>> training_curves({"mixer": [history]}).savefig("curves.png")
     """
     several = len(histories) > 1
-    figure, axes = _figure(1, 2, 3.2 + (0.22 * -(-len(histories) // 2) if several else 0))
+    labels = [textwrap.fill(label, LETTERS) for label in histories]
+    lines = sum(label.count("\n") + 1 for label in labels)
+    figure, axes = _figure(1, 2, 3.2 + 0.2 * lines * several)
     accuracy, loss = axes.flat
-    for number, (label, seeds) in enumerate(histories.items()):
+    for number, (label, seeds) in enumerate(zip(labels, histories.values(), strict=True)):
         epochs = [record["epoch"] for record in min(seeds, key=len)]
         look = {"markersize": 3, **style(number)}
         tested = "test_acc" in seeds[0][0]
@@ -105,22 +110,22 @@ def training_curves(histories: Mapping[str, Sequence[History]]) -> Figure:
     accuracy.yaxis.set_major_formatter(PercentFormatter(1, symbol=" %"))
     loss.set(title="Training loss", xlabel="epoch", ylabel="cross-entropy (nats)")
     if several:
-        figure.legend(*loss.get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False)
+        figure.legend(*loss.get_legend_handles_labels(), loc="outside lower left", frameon=False, fontsize=9)
     else:
         accuracy.legend(frameon=False)
     return figure
 
 
 def connection_density(masks: Mapping[str, Mapping[str, BlockMask]]) -> Figure:
-    """The share of the weights between each pair of groups that exist: one row per state, one column per connection,
-    and more rows for more than five connections. Masks are by these names: ``{"now": {"fc1": net.fc1.mask}}``.
+    """The share of the weights between each pair of groups that exist, at most three connections side by side, one
+    state below another. Masks are by state and name: ``{"now": {"fc1": net.fc1.mask}}``. One state is not named.
 
     Example:
         >>> masks = {name: connection.mask for name, connection in net.connections().items()}
         >>> connection_density({"now": masks}).savefig("density.png")
     """
     count = len(next(iter(masks.values())))
-    lines = -(-count // 5)  # of each state
+    lines = -(-count // SIDE_BY_SIDE)  # of each state
     columns = -(-count // lines)
     figure, axes = _figure(lines * len(masks), columns, min(3.4, WIDTH / columns + 0.9) * lines * len(masks))
     for first, (state, by_name) in zip(range(0, lines * len(masks), lines), masks.items(), strict=True):
@@ -132,7 +137,8 @@ def connection_density(masks: Mapping[str, Mapping[str, BlockMask]]) -> Figure:
             outputs, inputs = density.shape
             aspect = "equal" if max(density.shape) <= 4 * min(density.shape) else "auto"
             image = axis.imshow(density.numpy(), **SHARES, aspect=aspect)
-            axis.set(title=f"{name}, {state}", xlabel="input group", ylabel="output group")
+            title = f"{name}, {state}" if len(masks) > 1 else name
+            axis.set(title=title, xlabel="input group", ylabel="output group")
             for set_ticks, groups in ((axis.set_xticks, inputs), (axis.set_yticks, outputs)):
                 ticks = range(0, groups, 1 if groups <= 16 else groups // 8)
                 set_ticks(ticks, [str(tick + 1) for tick in ticks])
@@ -158,14 +164,10 @@ def group_inputs(mask: BlockMask, shape: tuple[int, ...], name: str, inputs: str
     seeing.index_put_((mask.rows.group_of_unit.cpu()[row], col), mask.rows.lengths.cpu()[row].float(), accumulate=True)
     shares = (seeing / layout.sizes[:, None])[:, mask.cols.unit_of.cpu()]
     groups = min(layout.num_groups, SHOWN_GROUPS)
-    columns = min(4, groups)
-    rows = -(-groups // columns)
     planes, height, width = (1, *shape)[-3:]
     cell = WIDTH / 4.6
-    figure, axes = _figure(rows, columns, rows * (cell * min(1.2, height / (planes * width)) + 0.35) + 0.5)
-    for axis in axes.flat[groups:]:
-        axis.set_axis_off()
-    for group, axis in enumerate(axes.flat[:groups]):
+    figure, axes = _panels(groups, 4, cell * min(1.2, height / (planes * width)) + 0.35, 0.5)
+    for group, axis in enumerate(axes):
         picture = shares[group].view(planes, height, width).transpose(0, 1).flatten(1)
         image = axis.imshow(picture.numpy(), **SHARES, interpolation="nearest")
         axis.set(title=f"group {group + 1}", xticks=[], yticks=[])
@@ -244,18 +246,17 @@ def confusion(matrix: torch.Tensor, classes: Sequence[str]) -> Figure:
 
 
 def rate_histograms(analysis: NetworkAnalysis) -> Figure:
-    """Histograms of each layer's firing rates.
+    """Histograms of the firing rates of each layer that fires; one at least must.
 
     Example:
         >>> rate_histograms(analysis).savefig("rates.png")
     """
-    figure, axes = _figure(1, len(analysis.layers), 2.9)
-    for axis, layer in zip(axes.flat, analysis.layers, strict=True):
+    layers = [layer for layer in analysis.layers if layer.firing_rate]
+    figure, axes = _panels(len(layers), SIDE_BY_SIDE, 2.9)
+    for axis, layer in zip(axes, layers, strict=True):
         rates = layer.neuron_rates
         bins = min(40, max(10, len(rates) // 12))
-        fires = rates[rates > 0]
-        top = float(rates.max()) or 1.0
-        axis.hist(fires.numpy(), bins=bins, range=(0, top), color=COLOURS[0])
+        axis.hist(rates[rates > 0].numpy(), bins=bins, range=(0, float(rates.max())), color=COLOURS[0])
         axis.axvline(float(rates.mean()), color=COLOURS[1], linestyle="--", label=f"mean {float(rates.mean()):.3f}")
         axis.set(
             title=f"{layer.name}: {layer.silent:.1%} of {len(rates)} silent".replace("%", " %"),
@@ -264,6 +265,31 @@ def rate_histograms(analysis: NetworkAnalysis) -> Figure:
         )
         _whole(axis.yaxis)
         axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def delay_histograms(delays: Mapping[str, Mapping[str, torch.Tensor]]) -> Figure:
+    """How many sources of each connection have which delay. Delays are by state and name, as masks are in
+    :func:`connection_density`; several states share an axis.
+
+    Example:
+        >>> net = G2GNet(784, 64, 10, block_size=8, delay=4)
+        >>> delay_histograms({"now": {name: net.delays(name) for name in net.connections()}}).savefig("delays.png")
+    """
+    names = list(next(iter(delays.values())))
+    figure, axes = _panels(len(names), SIDE_BY_SIDE, 2.9)
+    most = max(int(steps.max()) for by_name in delays.values() for steps in by_name.values())
+    for axis, name in zip(axes, names, strict=True):
+        for number, (state, by_name) in enumerate(delays.items()):
+            width = 0.8 / len(delays)
+            place = np.arange(most + 1) + (number - (len(delays) - 1) / 2) * width
+            counts = by_name[name].bincount(minlength=most + 1).cpu().numpy()
+            axis.bar(place, counts, width, color=COLOURS[number], label=state)
+        axis.set(title=name, xlabel="delay (steps)", ylabel="neurons or inputs")
+        _whole(axis.xaxis)
+        _whole(axis.yaxis)
+    if len(delays) > 1:
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=2, frameon=False)
     return figure
 
 
@@ -370,6 +396,16 @@ def _figure(rows: int, columns: int, height: float, **options: Any) -> tuple[Fig
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
+
+
+def _panels(count: int, most: int, height: float, more: float = 0) -> tuple[Figure, list[Any]]:
+    """A figure with ``count`` axes, at most ``most`` side by side: rows of ``height`` inches, and ``more`` in all."""
+    columns = min(most, count)
+    rows = -(-count // columns)
+    figure, axes = _figure(rows, columns, rows * height + more)
+    for axis in axes.flat[count:]:
+        axis.set_axis_off()
+    return figure, list(axes.flat[:count])
 
 
 def _text(density: float, delays: torch.Tensor) -> str:

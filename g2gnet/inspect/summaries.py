@@ -43,23 +43,19 @@ def headline(analysis: NetworkAnalysis, images: int | None = None) -> str:
 
 
 def summary_table(analysis: NetworkAnalysis) -> Table:
-    """The main quantities, one row per layer: means over neurons or groups.
+    """The quantities that need no explanation, one row per layer.
 
     Example:
         >>> summary_table(analysis).header[:3]
-        ('', 'rate', 'silent')
+        ('layer', 'neurons', 'spikes per neuron and step')
     """
     rows = [
         {
-            "": layer.name,
-            "rate": number(layer.firing_rate),
-            "silent": percent(layer.silent),
-            "synchrony": _mean(layer.synchrony),
-            "signal corr.": _mean(layer.correlation.signal.diagonal()),
-            "noise corr.": _mean(layer.correlation.noise.diagonal()),
-            "coherence": _mean(layer.cross_group_coherence),
-            "inputs from other groups": percent(float(layer.cross_group_share.nanmean())),
-            "entropy": _mean(layer.input_entropy),
+            "layer": layer.name,
+            "neurons": f"{len(layer.neuron_rates):,}",
+            "spikes per neuron and step": number(layer.firing_rate),
+            "neurons that never fired": percent(layer.silent),
+            "synaptic operations per image": f"{round(layer.accumulates + layer.multiplies):,}",
         }
         for layer in analysis.layers
     ]

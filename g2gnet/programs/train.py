@@ -41,7 +41,7 @@ def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
             lambda: flags.load_data(arguments, settings, machine.device),
             arguments.checkpoint_dir,
             machine,
-            functools.partial(show_analysis, checkpoint, more),
+            functools.partial(show_analysis, settings, checkpoint, more),
             flags.log_from(arguments) if machine.world.leads else (),
         )
         if not machine.world.leads:
@@ -49,13 +49,15 @@ def train(arguments: argparse.Namespace) -> dict[str, Any] | None:
     return {"settings": settings.flag_values(), "result": result, "files": files.paths()}
 
 
-def show_analysis(checkpoint: Path, more: str, analysis: NetworkAnalysis, images: int, path: Path) -> None:
+def show_analysis(
+    settings: TrainSettings, checkpoint: Path, more: str, analysis: NetworkAnalysis, images: int, path: Path
+) -> None:
     """Prints the analysis of the network of a checkpoint, and the command that draws it, with ``more`` flags."""
+    membranes = "The output neurons do not spike: their membranes are read.\n" * (settings.readout != "counts")
     say(
-        f"{headline(analysis, images)}\n{summary_table(analysis)}\n"
-        "rate: spikes per neuron and step; synchrony, corr., coherence: 0 at chance; entropy: 1 if all groups feed a "
-        "neuron alike\n(docs/analysis.md). In full: "
-        f"{path}\nWith pictures: g2g-report {shlex.quote(str(checkpoint))}{more}"
+        f"{headline(analysis, images)}\n{summary_table(analysis)}\n{membranes}"
+        f"Synchrony, correlations and all groups (docs/analysis.md): {path}\n"
+        f"With pictures: g2g-report {shlex.quote(str(checkpoint))}{more}"
     )
 
 

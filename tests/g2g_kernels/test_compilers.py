@@ -22,7 +22,7 @@ cat $from >"$out"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="the compiler is a shell script")
-def test_nothing_is_compiled_where_the_library_was_made_from_the_same(tmp_path, monkeypatch):
+def test_nothing_is_compiled_where_the_library_was_made_from_the_same(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     SOURCES.mkdir(parents=True)
     for name in (*PLAIN, "kernels"):
@@ -42,6 +42,8 @@ def test_nothing_is_compiled_where_the_library_was_made_from_the_same(tmp_path, 
 
     every = len(PLAIN) + len({"baseline"} & set(INSTRUCTION_SETS)) + 2  # the note, and the link
     assert compiles() == every
+    passes = [f"Compiling the CPU kernels, 1 to 4 minutes: pass {number} of {every}" for number in range(1, every + 1)]
+    assert sorted(capsys.readouterr().err.splitlines()) == sorted(passes)
     assert target.read_text().startswith(PLAIN[0])
     assert compiles() == 0
     assert compiles(force=True) == every

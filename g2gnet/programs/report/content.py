@@ -26,7 +26,7 @@ class Inspected:
     run: SavedRun
     net: G2GNet
     analysis: NetworkAnalysis
-    rasters: Sequence[figures.Raster]  # of one test image
+    rasters: Sequence[figures.Raster]  # of one test image, of the layers that fire
     example: str  # that image, in words
     confusion: torch.Tensor  # int64 [C, C], number of images by true and predicted class
     images: int  # number of all test images
@@ -48,7 +48,8 @@ def inspect(run: SavedRun, net: G2GNet, data: ImageData, samples: int) -> Inspec
     output = first.activity.output
     right = (output.argmax(1) == first.labels) & output.any(1)
     shown = int(right.long().argmax())  # the first image that is classified correctly, or else the first image
-    rasters = figures.rasters(net, first.activity, shown)
+    fires = {layer.name for layer in analysis.layers if layer.firing_rate}
+    rasters = [raster for raster in figures.rasters(net, first.activity, shown) if raster.name in fires]
     classes = _classes(run, count)
     true, found = classes[int(first.labels[shown])], classes[int(output[shown].argmax())]
     example = f"test image {shown + 1} (class {true}, classified as {found})"
@@ -79,7 +80,7 @@ def _run(each: Inspected, alone: bool) -> list[str]:
     """The section of a run. Results and curves of several runs are in the comparison."""
     run, analysis = each.run, each.analysis
     defaults = type(run.settings)(neuron=run.settings.neuron).as_dict()
-    pairs = [(name, str(value), value == defaults[name]) for name, value in run.settings.as_dict().items()]
+    pairs = [(name, str(value), value == defaults[name]) for name, value in _settings(run).items()]
     changed, rest = ([(name, text) for name, text, usual in pairs if usual is wanted] for wanted in (False, True))
     parts = [paragraph(f"{run.path}: {_describe(run)}, {run.position}.")]
     if alone:
@@ -113,16 +114,7 @@ def _run(each: Inspected, alone: bool) -> list[str]:
         ),
         table(*layers_table(analysis)),
         details("By group", [table(*groups_table(layer)) for layer in analysis.layers]),
-        picture(
-            figures.spike_rasters(each.rasters, f"Spikes for {each.example}"),
-            "Each dash is a spike. Neurons are sorted by group, from top to bottom; the two colours only separate "
-            "neighbouring groups. At a synchronous step, many neurons of a group fire in one column.",
-        ),
-        picture(
-            figures.rate_histograms(analysis),
-            f"Firing rates of single neurons over {analysis.samples} test images. Neurons that never fired are counted "
-            "in the title, not in the bars.",
-        ),
+        *_spikes(each),
         picture(
             figures.confusion(each.confusion, _classes(run, len(each.confusion))),
             "Rows: the true class of these images; columns: the predicted class."
@@ -136,7 +128,38 @@ def _run(each: Inspected, alone: bool) -> list[str]:
             "Connections on a cycle are orange."
         )
         parts.append(picture(figures.population_graph(each.net), caption))
+    if run.settings.delay:
+        nets = _states(each, changes=run.settings.learn_delay)
+        delays = {when: {name: net.delays(name) for name in net.connections()} for when, net in nets.items()}
+        how = "learned, each" if run.settings.learn_delay else "drawn for each neuron and kept,"
+        caption = f"How many steps later the spikes of how many neurons arrive, or inputs in fc1: {how}"
+        parts.append(picture(figures.delay_histograms(delays), f"{caption} from 0 to {run.settings.delay}."))
     return parts + _connections(each)
+
+
+def _spikes(each: Inspected) -> list[str]:
+    """Pictures of the layers that fire."""
+    if not each.rasters:
+        return [paragraph("No neuron fired, so there are no spikes to draw.")]
+    silent = [layer.name for layer in each.analysis.layers if not layer.firing_rate]
+    left_out = f" No neuron of {', '.join(silent)} fired, so it is not drawn." if silent else ""
+    return [
+        picture(
+            figures.spike_rasters(each.rasters, f"Spikes for {each.example}"),
+            "Each dash is a spike. Neurons are sorted by group, from top to bottom; the two colours only separate "
+            f"neighbouring groups. At a synchronous step, many neurons of a group fire in one column.{left_out}",
+        ),
+        picture(
+            figures.rate_histograms(each.analysis),
+            f"Firing rates of single neurons over {each.analysis.samples} test images. Neurons that never fired are "
+            "counted in the title, not in the bars.",
+        ),
+    ]
+
+
+def _states(each: Inspected, changes: bool) -> dict[str, G2GNet]:
+    """The network by when it was so: before training, too, if the part that is drawn ``changes``."""
+    return {"before training": each.run.initial_network(), "now": each.net} if changes else {"now": each.net}
 
 
 def _connections(each: Inspected) -> list[str]:
@@ -144,9 +167,8 @@ def _connections(each: Inspected) -> list[str]:
     pruned = run.settings.final_density is not None
     if run.settings.model == "dense" and not pruned:
         return [paragraph("Every neuron is connected to every neuron of the next layer: there are no groups to draw.")]
-    nets, note = {"now": net}, "The mask never changes."
-    if run.settings.sparsity_mode == "dynamic":
-        nets = {"before training": run.initial_network(), "now": net}
+    nets, note = _states(each, changes=run.settings.sparsity_mode == "dynamic"), "The mask never changes."
+    if len(nets) > 1:
         effect = "prunes more units than it grows" if pruned else "keeps the number of units"
         note = f"Above: before training. Below: after dynamic sparse training, which {effect}."
     if run.settings.recurrent:
@@ -178,7 +200,7 @@ def _connections(each: Inspected) -> list[str]:
 
 
 def _comparison(inspected: Mapping[str, Inspected]) -> list[str]:
-    settings = {label: each.run.settings.as_dict() for label, each in inspected.items()}
+    settings = {label: _settings(each.run) for label, each in inspected.items()}
     differing = _differing([each.run for each in inspected.values()])
     results = {label: _results(each) for label, each in inspected.items()}
     header = ["run", *next(iter(results.values()))]
@@ -232,7 +254,7 @@ def _results(each: Inspected) -> dict[str, str]:
     possible = sum(mask.shape[0] * mask.shape[1] for mask in masks)
     return {
         "epochs": str(each.run.epoch) + ", interrupted" * each.run.interrupted,
-        "test accuracy": _percent(each.run.result["test_acc"]) if "test_acc" in each.run.result else "–",
+        "test accuracy": _percent(each.run.result["test_acc"]) if "test_acc" in each.run.result else "not tested yet",
         "best (in epoch)": f"{best} ({record['epoch']})",
         "training accuracy": _percent(history[-1]["train_acc"]),
         "training loss": f"{history[-1]['train_loss']:.4f}",
@@ -259,18 +281,26 @@ def _describe(run: SavedRun) -> str:
     return f"{settings.model}{dst} on {settings.dataset}{features}{steps}"
 
 
+def _settings(run: SavedRun) -> dict[str, Any]:
+    """The settings of a run that have an effect."""
+    values = run.settings.as_dict()
+    idle = run.settings.idle(values)
+    return {name: value for name, value in values.items() if name not in idle}
+
+
 def _differing(runs: Sequence[SavedRun]) -> list[str]:
-    """The settings in which runs differ; the seed comes last."""
-    settings = [run.settings.as_dict() for run in runs]
+    """The settings in which runs differ, at the default where they have no effect; the seed comes last."""
+    settings = [{**run.settings.defaults(), **_settings(run)} for run in runs]
     names = dict.fromkeys(name for each in settings for name in each)
     differing = [name for name in names if len({str(each.get(name)) for each in settings}) > 1]
     return sorted(differing, key=lambda name: name == "seed")
 
 
 def _apart(run: SavedRun, names: Sequence[str], **instead: object) -> str:
-    """A run by those of its settings that have these names."""
-    settings = {**run.settings.as_dict(), **instead}
-    return ", ".join(f"{name}={settings[name]}" for name in names if name in settings) or _describe(run)
+    """A run by those of its settings that have these names, but for what it lacks."""
+    settings = {**_settings(run), **instead}
+    given = [(name, settings[name]) for name in names if str(settings.get(name)) not in ("None", "False")]
+    return ", ".join(f"{name}={value}" for name, value in given) or _describe(run)
 
 
 def _labels(runs: Sequence[SavedRun]) -> list[str]:

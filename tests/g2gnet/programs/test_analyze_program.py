@@ -74,8 +74,11 @@ def test_the_analysis_of_a_checkpoint_is_that_of_the_finished_run(tmp_path, caps
     # the accuracy on all test images, which the last epoch's record has too
     assert again["accuracy"] == run.history[-1]["test_acc"]
     assert f"accuracy {again['accuracy']:.4f}" in of_run
-    (row,) = [line for line in of_run.splitlines() if line.startswith("lif2")]
-    assert f"{again['layers']['lif2']['firing_rate']:#.3g}" in row
+    (row,) = [line.split() for line in of_run.splitlines() if line.startswith("lif2")]
+    found = again["layers"]["lif2"]
+    operations = f"{round(found['accumulates'] + found['multiplies']):,}"
+    assert row == ["lif2", "64", f"{found['firing_rate']:#.3g}", f"{100 * found['silent']:.1f}", "%", operations]
+    assert "neurons  spikes per neuron and step  neurons that never fired  synaptic operations per image\n" in of_run
     assert all(f"{name} group" in printed for name in again["layers"])
     assert ("quantities between groups" in printed) == ("dense" in flags)
 

@@ -8,6 +8,7 @@ import shlex
 import statistics
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -43,6 +44,42 @@ def test_the_density_picture_shows_the_density(case):
     assert [axis.get_title() for axis in figure.axes[:4]] == ["fc1, a", "fc2, a", "fc1, b", "fc2, b"]
     percent = {text.get_text() for text in figure.axes[1].texts}
     assert percent == {f"{100 * value:.0f}" for value in group_density(masks[1]).flatten().tolist() if value > 0}
+
+
+def some_rates(*layers):
+    """What a picture of firing rates reads of an analysis."""
+    about = [(f"lif{n}", rates, rates.mean(), (rates == 0).double().mean()) for n, rates in enumerate(layers, 1)]
+    names = "name", "neuron_rates", "firing_rate", "silent"
+    return SimpleNamespace(layers=[SimpleNamespace(**dict(zip(names, values, strict=True))) for values in about])
+
+
+def test_five_layers_and_long_labels_find_room_and_layers_without_spikes_are_left_out():
+    mask, rates = MASK_CASES["784 to 2048, an eighth"].mask(0.3), torch.rand(200, generator=seeded(0))
+    masks = {f"fc{n}": mask for n in range(1, 6)}
+    record = {"epoch": 1, "train_loss": 1, "train_acc": 0.5, "test_acc": 0.5}
+    curves = figures.training_curves({", ".join([f"setting={n}"] * 40): [[record]] for n in range(3)})
+    histograms = figures.rate_histograms(some_rates(rates, rates, torch.zeros(200), rates, rates, rates))
+    names = [axis.get_title().partition(":")[0] for axis in histograms.axes if axis.axison]
+    assert names == ["lif1", "lif2", "lif4", "lif5", "lif6"]
+    for figure in (curves, histograms, figures.connection_density({"before training": masks, "now": masks})):
+        renderer = FigureCanvasAgg(figure).get_renderer()
+        figure.draw(renderer)
+        boxes = [axis.get_tightbbox(renderer) for axis in figure.axes if axis.axison]
+        boxes += [legend.get_window_extent(renderer) for legend in figure.legends]
+        assert len(boxes) == {curves: 3, histograms: 5}.get(figure, 11)
+        assert not [1 for one, other in itertools.combinations(boxes, 2) if one.overlaps(other)]
+        assert all(figure.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
+
+
+def test_delays_are_counted_before_and_after():
+    before, now = {"fc1": [0, 2, 2, 3], "fc2": [1]}, {"fc1": [0, 0, 0, 1], "fc2": [3]}
+    states = {"before": before, "now": now}
+    delays = {when: {name: torch.tensor(steps) for name, steps in of.items()} for when, of in states.items()}
+    found = {
+        axis.get_title(): [[bar.get_height() for bar in bars] for bars in axis.containers]
+        for axis in figures.delay_histograms(delays).axes
+    }
+    assert found == {"fc1": [[1, 0, 2, 1], [3, 1, 0, 0]], "fc2": [[0, 1, 0, 0], [0, 0, 0, 1]]}
 
 
 def test_input_maps_form_no_dense_weights_and_show_colours_plane_by_plane_of_at_most_eight_groups():
@@ -236,8 +273,10 @@ def test_the_page_of_one_run_shows_its_settings_results_and_pictures(checkpoints
     run = read_run(checkpoints[name])
     for value in (run.settings.model, str(checkpoints[name]), f"{run.history[-1]['test_acc']:.2%}".replace("%", " %")):
         assert value in reader.text
-    for setting in run.settings.as_dict():
-        assert setting in reader.text
+    idle = run.settings.idle(run.settings.as_dict())
+    text = " ".join(reader.text.split())
+    for setting, given in run.settings.as_dict().items():
+        assert (f" {setting} {given} " in text) == (setting not in idle), setting
     # curves, rasters, histograms, confusion; of sparse networks density and two kinds of inputs; with DST the turnover
     assert len(reader.images) == (4 if name == "dense" else 8)
     assert ("before an epoch but not after it" in reader.text) == ("dynamic" in name)
@@ -250,8 +289,9 @@ def test_the_page_of_one_run_shows_its_settings_results_and_pictures(checkpoints
     ("flags", "pictures", "words"),
     [
         ("--model index --num_groups 1 --p_intra 0.2", 7, ["which of its pixels"]),
-        ("--use_resnet --model mixer --num_groups 10 --delay 3 --recurrent 2", 8,
-         ["ResNet features", "one neuron in 10", "Connections on a cycle are orange", "changes. rec2: the"]),
+        ("--use_resnet --model mixer --num_groups 10 --delay 3 --recurrent 2", 7,
+         ["No neuron fired, so there", "ResNet features", "one neuron in 10", "kept, from 0 to 3.",
+          "Connections on a cycle are orange", "changes. rec2: the"]),
     ],
 )  # fmt: skip
 def test_every_kind_of_data_and_grouping_can_be_drawn(tmp_path, monkeypatch, flags, pictures, words):
@@ -283,6 +323,7 @@ def test_the_page_of_several_runs_compares_them(checkpoints, tmp_path, monkeypat
     text = " ".join(reader.text.split())
     assert "Comparison" in text
     assert "setting 1 2 3 model mixer dense index enc current current rate precision fp32 bf16 fp32" in text
+    assert "dst_interval – – 3" in text  # which has no effect on the others
     labels = "1: model=mixer, enc=current, p", "2: model=dense, enc=current, precision=bf16", "3: model=index, enc"
     assert [text.count(label) for label in labels] == [3, 3, 3]  # in the contents, the table and the heading
     assert "20 of 100 test images" in text
@@ -307,8 +348,9 @@ def test_a_folder_gives_each_run_with_a_finished_epoch_once(checkpoints, tmp_pat
 
 
 def test_a_run_with_held_out_images_shows_what_was_tested(tmp_path, captions_alone, capsys, reported):
-    last = train_tiny(tmp_path, "--model mixer --validation 0.25")
+    last = train_tiny(tmp_path, "--model mixer --validation 0.25 --readout last --lr 0.1 --seed 3")
     run, text = read_run(last), reported(last, last.with_suffix(".best.pth"))
+    assert "in one column. No neuron of lif3 fired, so it is not drawn." in text
     assert "report on one run" in text
     found = run.tested["best"]
     shown = f"{100 * found['val_acc']:.2f} % held out, {100 * found['test_acc']:.2f} % test ({found['epoch']})"
@@ -318,10 +360,36 @@ def test_a_run_with_held_out_images_shows_what_was_tested(tmp_path, captions_alo
     seeded = {**run.settings.as_dict(), "seed": 1}
     early = rewrite(last, tmp_path / "early.pth", epoch=1, history=run.history[:1], step=3, settings=seeded)
     assert "Mean ± standard error" in reported(last, early)
-    text = reported(rewrite(last, tmp_path / "unfinished.pth", tested={}))  # not tested yet
-    assert f"– {100 * found['val_acc']:.2f} % held out ({found['epoch']})" in text
+    best = reported(last.with_suffix(".best.pth"))  # which has numbers of its own
+    assert found["epoch"] < 2
+    assert run.result["test_acc"] != found["test_acc"]
+    assert f"{found['epoch']} {100 * found['test_acc']:.2f} % {shown} {100 * run.history[0]['train_acc']:.2f} %" in best
+    text = reported(rewrite(last, tmp_path / "unfinished.pth", tested={}))
+    assert f"not tested yet {100 * found['val_acc']:.2f} % held out ({found['epoch']})" in text
     assert "the run's own accuracy" not in text
     assert capsys.readouterr().err == ""
+
+
+def test_learned_delays_are_drawn_before_and_after_and_idle_settings_are_not_named(
+    checkpoints, tmp_path, captions_alone, monkeypatch, reported
+):
+    drawn = []
+    monkeypatch.setattr(content.figures, "delay_histograms", drawn.append)
+    learned = train_tiny(tmp_path, "--model mixer --delay 3 --learn_delay --delay_lr_factor 1000")
+    text, run = reported(learned, checkpoints["index, dynamic"], checkpoints["dense"]), read_run(learned)
+    assert "arrive, or inputs in fc1: learned, each from 0 to 3." in text
+    expected = {"before training": run.initial_network(), "now": run.network()}
+    (found,) = drawn
+    assert found.keys() == expected.keys()
+    for when, net in expected.items():
+        assert all(torch.equal(steps, net.delays(name)) for name, steps in found[when].items())
+    assert not torch.equal(found["now"]["fc2"], found["before training"]["fc2"])
+    labels = (
+        "enc=current, delay=3, learn_delay=True, delay_lr_factor=1000.0, precision=fp32, sparsity_mode=static 2: mo"
+    )
+    assert f"1: model=mixer, {labels}" in text
+    assert "3: model=dense, enc=current, delay=0, precision=bf16, sparsity_mode=static Comp" in text
+    assert "delay_lr_factor 1000.0 – –" in text
 
 
 def test_a_graph_that_was_pruned_is_drawn_and_not_called_full(tmp_path, captions_alone, reported):

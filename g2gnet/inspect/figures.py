@@ -246,12 +246,14 @@ def confusion(matrix: torch.Tensor, classes: Sequence[str]) -> Figure:
 
 
 def rate_histograms(analysis: NetworkAnalysis) -> Figure:
-    """Histograms of the firing rates of each layer that fires; one at least must.
+    """Histograms of the firing rates of each layer that fires. Raises ValueError if none does.
 
     Example:
         >>> rate_histograms(analysis).savefig("rates.png")
     """
     layers = [layer for layer in analysis.layers if layer.firing_rate]
+    if not layers:
+        raise ValueError("no neuron of this analysis fired, so there are no rates to draw; raise weights or inputs")
     figure, axes = _panels(len(layers), SIDE_BY_SIDE, 2.9)
     for axis, layer in zip(axes, layers, strict=True):
         rates = layer.neuron_rates

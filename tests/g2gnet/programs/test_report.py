@@ -59,6 +59,8 @@ def test_five_layers_and_long_labels_find_room_and_layers_without_spikes_are_lef
     record = {"epoch": 1, "train_loss": 1, "train_acc": 0.5, "test_acc": 0.5}
     curves = figures.training_curves({", ".join([f"setting={n}"] * 40): [[record]] for n in range(3)})
     histograms = figures.rate_histograms(some_rates(rates, rates, torch.zeros(200), rates, rates, rates))
+    with pytest.raises(ValueError, match="no neuron of this analysis fired"):
+        figures.rate_histograms(some_rates(torch.zeros(200)))
     names = [axis.get_title().partition(":")[0] for axis in histograms.axes if axis.axison]
     assert names == ["lif1", "lif2", "lif4", "lif5", "lif6"]
     for figure in (curves, histograms, figures.connection_density({"before training": masks, "now": masks})):

@@ -173,7 +173,7 @@ def test_json_is_all_that_stands_on_standard_output(at_work, capsys, monkeypatch
     told = json.loads(told)
     # what people read is on standard error, all of it
     assert text.startswith("g2g ")
-    for part in ("resuming", "Epoch 02 | train_acc=", "In full: ", "g2g-report checkpoints/"):
+    for part in ("resuming", "Epoch 02 | train_acc=", "all groups (docs/analysis.md): ", "g2g-report checkpoints/"):
         assert part in text
     assert told["g2g"] == __version__
     assert told["settings"] == settings_from(train.build_parser().parse_args(SMALL), TrainSettings).flag_values()

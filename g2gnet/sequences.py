@@ -56,8 +56,13 @@ def input_order(sequence: str, shape: Sequence[int], values: int = 1, seed: int 
 def tapped(x: torch.Tensor, taps: int) -> torch.Tensor:
     """A tapped delay line: copies of sequences x [T, B, D] with different delays side by side, [T, B, taps·D]. Tap k,
     from 0, is k·T/taps steps late, rounded down; before its first input it gives 0."""
-    delays = [k * len(x) // taps for k in range(taps)]
-    return torch.cat([torch.nn.functional.pad(x, (0, 0, 0, 0, late, -late)) for late in delays], dim=-1)
+    late_by = tap_delays(len(x), taps)
+    return torch.cat([torch.nn.functional.pad(x, (0, 0, 0, 0, late, -late)) for late in late_by], dim=-1)
+
+
+def tap_delays(steps: int, taps: int) -> list[int]:
+    """By how many steps each of the ``taps`` of a sequence of ``steps`` is late."""
+    return [tap * steps // taps for tap in range(taps)]
 
 
 def unfold(samples: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -165,25 +165,27 @@ def _tables(of: PlainNetwork, integers: IntegerNetwork | None, packed: list[dict
             arrays = arrays | {"weights": _in_nibbles(arrays["weights"])}
         names = []
         for field, c_type in types.items():
-            values = arrays.get(field, ())
-            names.append(f"{each.name}_{field}" if len(values) else "0")
-            if len(values):
-                constants.append(_array(names[-1], c_type, values))
+            array = arrays.get(field)
+            given = array is not None and len(array) > 0
+            names.append(f"{each.name}_{field}" if given else "0")
+            if array is not None and given:
+                constants.append(_array(names[-1], c_type, array))
         ends = f"{'INPUT' if each.source < 0 else each.source}, {each.target}, {len(each.delays)}"
         connections.append(f"    {{{ends}, {', '.join(names)}}},")
-    for n, each in enumerate(of.populations):
-        own: Any = each if integers is None else integers.populations[n]
-        values = {name: own.parameters[name] for name in MODELS_IN_C[each.model]} | {"bias": own.bias}
-        constants += [_array(f"{each.name}_{name}", "value", array) for name, array in values.items()]
-        *names, bias = [f"{each.name}_{name}" for name in values]
+    for n, population in enumerate(of.populations):
+        own: Any = population if integers is None else integers.populations[n]
+        arrays_of = {name: own.parameters[name] for name in MODELS_IN_C[population.model]} | {"bias": own.bias}
+        constants += [_array(f"{population.name}_{name}", "value", array) for name, array in arrays_of.items()]
+        *names, bias = [f"{population.name}_{name}" for name in arrays_of]
         second = states[-1] + seconds[n] if has_second[n] else 0
-        row = (
-            f"{each.size}, {states[n]}, {second}, {rings[n]}, {reach[n] + 1}, {each.reset.upper()}, {_receives(of, n)}"
-        )
+        row = f"{population.size}, {states[n]}, {second}, {rings[n]}, {reach[n] + 1}"
+        row += f", {population.reset.upper()}, {_receives(of, n)}"
         if integers is not None:
             row += f", {1 << own.left}, {own.multiplier}, {(1 << own.right) >> 1}, {own.right}"
-        per_neuron = ", ".join(str(int(len(values[name]) > 1)) for name in MODELS_IN_C[each.model])
-        populations.append(f"    {{{row}, {each.model}, {bias},\n     {{{', '.join(names)}}}, {{{per_neuron}}}}},")
+        per_neuron = ", ".join(str(int(len(arrays_of[name]) > 1)) for name in MODELS_IN_C[population.model])
+        populations.append(
+            f"    {{{row}, {population.model}, {bias},\n     {{{', '.join(names)}}}, {{{per_neuron}}}}},"
+        )
     if of.order is not None:
         constants.append(_array("order", "uint16_t" if of.order.size <= 2**16 else "uint32_t", of.order.ravel()))
     return {

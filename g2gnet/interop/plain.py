@@ -162,10 +162,11 @@ def plain(net: SpikingNetwork, held: bool | None = None) -> PlainNetwork:
         for key, value in zip(neurons.model.parameters, record.parameters, strict=True):
             parameters[key] = _array(value.clamp(0, 1) if key in neurons.model.decays else value).reshape(-1)
         populations.append(PlainPopulation(name, sizes[name], record.model, record.reset, parameters, biases[name]))
-    for each in (*connections, *populations):
-        arrays = [each.weights] if isinstance(each, PlainConnection) else [*each.parameters.values(), each.bias]
+    numbers = [(connection.name, [connection.weights]) for connection in connections]
+    numbers += [(population.name, [*population.parameters.values(), population.bias]) for population in populations]
+    for name, arrays in numbers:
         if not all(np.isfinite(array).all() for array in arrays):
-            raise ValueError(f"{each.name} has a number that is not finite")
+            raise ValueError(f"{name} has a number that is not finite")
     order_of_step = _order_of_step(len(populations), connections)
     place = {number: at for at, number in enumerate(order_of_step)} | {-1: -1}
     moved = [each._replace(source=place[each.source], target=place[each.target]) for each in connections]

@@ -1,0 +1,251 @@
+"""Networks as C, compiled with every warning an error and run under both sanitizers: in integers they have the
+membranes of :func:`quantize` to the bit, in floats those of the network."""
+
+import functools
+import os
+import random
+import re
+import shlex
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+from helpers import seeded
+
+from g2g_kernels import BlockMask, GroupLayout
+from g2gnet import LIF, AdLIF, G2GLinear, G2GNet, Projection, SpikingNetwork, SpikingStack, Synaptic
+from g2gnet.interop import quantize, to_c
+from g2gnet.interop.c_code import bytes_of
+from g2gnet.interop.plain import plain
+from g2gnet.interop.quantized import QuantizedNetwork, in_integers, steps_of
+
+COMPILER = shlex.split(os.environ.get("CC", "cc"))
+needs_compiler = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="there is no C compiler")
+STRICT = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+#: writes the states after each step of each sample, and what a run of it answers
+PROGRAM = """
+#include <stdio.h>
+#include "network.h"
+static g2g_state s;
+static g2g_input x[G2G_SAMPLE];
+int main(void) {
+    g2g_value answer[G2G_OUTPUTS];
+    while (fread(x, sizeof *x, G2G_SAMPLE, stdin) == G2G_SAMPLE) {
+        g2g_reset(&s);
+        for (int t = 0; t < G2G_STEPS; t++) {
+            g2g_step(&s, G2G_SAMPLE == G2G_INPUTS ? x : x + t * G2G_INPUTS);
+            fwrite(s.states, sizeof s.states, 1, stdout);
+        }
+        g2g_run(&s, x, answer);
+        fwrite(answer, sizeof answer, 1, stdout);
+    }
+    return 0;
+}
+"""
+
+
+def compiled(folder, *options):
+    (folder / "main.c").write_text(PROGRAM)
+    command = [*COMPILER, *STRICT, *options, "network.c", "main.c", "-o", "net"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
+
+
+def run_in_c(folder, of, inputs):
+    """Membranes [B, T, all neurons] and answers [B, C] of a compiled network."""
+    done = subprocess.run([folder / "net"], input=inputs.tobytes(), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    second = sum(each.size for each in of.populations if each.model != "lif")
+    neurons, outputs = sum(each.size for each in of.populations), of.populations[of.output].size
+    found = np.frombuffer(done.stdout, np.int32 if inputs.dtype == np.int16 else np.float32).reshape(len(inputs), -1)
+    states = found[:, : of.steps * (neurons + second)].reshape(len(inputs), of.steps, -1)
+    assert found.shape[1] == states[0].size + outputs
+    return states[:, :, :neurons], found[:, states[0].size :]
+
+
+def drawn(seed):
+    """A random network, whether its samples are held, and the generators that it was drawn from."""
+    choose, generator = random.Random(seed), seeded(seed)
+    count, inputs = choose.randint(1, 4), choose.randint(1, 40)
+    sizes = [choose.choice([1, 2, 3, 5, 17, 30, 300]) for _ in range(count)]
+    names = [f"p{number}" for number in range(count)]
+
+    def connection(into, out):
+        sides = [GroupLayout(size, choose.choice([1, min(2, into, out)])) for size in (out, into)]
+        sides[1] = GroupLayout(into, sides[0].num_groups)
+        block_size, p_intra = choose.choice([1, 2, 4, 8]), choose.choice([0.3, 1.0])
+        mask = BlockMask.sample(*sides, block_size=block_size, p_intra=p_intra, p_inter=0.3, generator=generator)
+        layer = G2GLinear(mask, bias=choose.random() < 0.6, generator=generator)
+        with torch.no_grad():
+            layer.values.mul_(choose.choice([1, 3]))
+        return layer
+
+    def neurons(size):
+        reset, beta = choose.choice(["subtract", "zero", "none"]), choose.choice([0.0, 0.5, 0.9, 1.0])
+        kind, own = choose.choice([LIF, Synaptic, AdLIF]), choose.choice([None, size])
+        made = kind(own, reset=reset, beta=beta, threshold=choose.uniform(0.1, 1))
+        for parameter in made.parameters():
+            if parameter.numel() > 1:
+                parameter.data.add_(torch.rand(size, generator=generator) * 0.1)
+        return made
+
+    readout = choose.choice(["counts", "counts", "last", "max", "mean"])
+    edges = [(choose.choice([-1, *range(n)]) if n else -1, n, choose.choice([0, 0, 1, 3])) for n in range(count)]
+    for _ in range(choose.randint(0, 3)):
+        source, target = choose.randrange(-1, count - (readout != "counts")), choose.randrange(count)
+        edges.append((source, target, choose.randint(int(source >= target), 4)))
+    projections = []
+    for source, target, delay in edges:
+        into = inputs if source < 0 else sizes[source]
+        if choose.random() < 0.3:
+            delay = torch.randint(min(1, delay), delay + 1, (into,), generator=generator)
+        ends = "input" if source < 0 else names[source], names[target]
+        projections.append(Projection(*ends, connection(into, sizes[target]), delay))
+    populations = {name: neurons(size) for name, size in zip(names, sizes, strict=True)}
+    net = SpikingNetwork(populations, projections, names[-1], choose.randint(1, 15), readout=readout, backend="torch")
+    return net.eval(), choose.random() < 0.5, choose, generator
+
+
+def check(seed, folder, *options):
+    """One random network in C. Returns whether a spike was there."""
+    net, held, choose, generator = drawn(seed)
+    bits, inputs = choose.choice([8, 4, None]), net.sizes[-1]
+    of, scale = plain(net, held), 0.01
+    samples = torch.randint(0, 256, (3, inputs if held else net.T * inputs), generator=generator)
+    if choose.random() < 0.3:  # spikes
+        samples = (samples > 200).long()
+    quantized = QuantizedNetwork(in_integers(of, bits, scale)) if bits else None
+    to_c(quantized or net, folder / "network.c", bits, held=held)
+    compiled(folder, *options)
+    if quantized is not None:
+        expected = torch.stack([torch.cat(step.membranes, 1) for step in steps_of(quantized.integers, samples)], 1)
+        membranes, answers = run_in_c(folder, of, samples.numpy().astype(np.int16))
+        np.testing.assert_array_equal(membranes, expected.numpy())
+        np.testing.assert_array_equal(answers, quantized.of_integers(samples).numpy())
+        return bool((answers != 0).any())
+    x = samples.float() * scale
+    membranes, answers = run_in_c(folder, of, x.numpy())
+    over_time = x if held else x.view(3, net.T, inputs).transpose(0, 1)
+    with torch.no_grad():
+        activity = net.double().simulate(over_time.double(), membranes=True)
+    expected = torch.cat([activity.membranes[each.name] for each in of.populations], 2).transpose(0, 1).numpy()
+    scale = max(1, np.abs(expected).max())
+    np.testing.assert_allclose(membranes, expected, rtol=0, atol=1e-4 * scale)  # no spike is flipped by rounding here
+    np.testing.assert_allclose(answers, activity.output.numpy(), rtol=1e-3, atol=1e-4 * scale)
+    return bool((answers != 0).any())
+
+
+@needs_compiler
+@pytest.mark.parametrize("seed", [*range(6), *(pytest.param(seed, marks=pytest.mark.ci) for seed in range(6, 26))])
+def test_the_membranes_of_random_networks_are_those_of_pytorch(seed, tmp_path):
+    check(seed, tmp_path, *(SANITIZED if seed >= 6 else ()))
+
+
+@needs_compiler
+@pytest.mark.long
+def test_so_are_those_of_a_thousand_more(tmp_path):
+    active = [check(seed, tmp_path, *SANITIZED) for seed in range(100, 1100)]
+    assert sum(active) > 600
+
+
+OPTIONS = {
+    "standardized": {"standardize": True, "enc_scale": 0.7, "enc_bias": 0.2},
+    "permuted": {"T": 8, "sequence": "permuted"},
+    "taps": {"T": 8, "sequence": "own", "input_taps": 2},
+    "delays": {"delay": 3, "learn_delay": True, "recurrent": True},
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("bits", [8, None])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_samples_are_encoded_as_in_training(options, bits, tmp_path):
+    taps, steps = options.get("input_taps", 1), options.get("T", 5)
+    net = G2GNet(10 * taps, [16, 12], 4, block_size=2, **({"T": 5} | options), generator=seeded(1)).eval()
+    if net.standardize:
+        net.input_mean.fill_(0.3)
+        net.input_deviation.fill_(0.4)
+    if options.get("sequence") == "permuted":
+        net.input_order.copy_(torch.randperm(80, generator=seeded(2)).view(8, 10))
+    samples = torch.randint(0, 256, (4, 10 if "sequence" not in options else 10 * steps), generator=seeded(3))
+    of = plain(net)
+    if bits is None:
+        to_c(net, tmp_path / "network.c", bits=None)
+        compiled(tmp_path)
+        _, answers = run_in_c(tmp_path, of, (samples.float() / 255).numpy())
+        assert torch.equal(torch.from_numpy(answers.copy()), net.predict(samples.float() / 255).logits)
+        return
+    quantized = quantize(net, calibration=samples.byte())
+    to_c(quantized, tmp_path / "network.c")
+    compiled(tmp_path)
+    _, answers = run_in_c(tmp_path, of, samples.numpy().astype(np.int16))
+    assert torch.equal(torch.from_numpy(answers.copy()).long(), quantized(samples.byte()))
+    assert (quantized(samples.byte()) - net.predict(samples.float() / 255).logits).abs().mean() < 0.5
+
+
+def test_single_weights_take_a_byte_for_their_place_and_blocks_less(tmp_path):
+    for block_size, bound in ((1, 2.1), (8, 1.3)):
+        mask = BlockMask.sample(
+            GroupLayout(256), GroupLayout(784), block_size=block_size, p_inter=0.1, generator=seeded(1)
+        )
+        net = SpikingStack([(G2GLinear(mask), LIF())], T=10)
+        code, header = to_c(net, tmp_path / f"of_{block_size}.c", input_scale=1 / 255)
+        weights = net.connections()["fc1"].mask.num_weights
+        # of each source its first weight, of each neuron a bias
+        assert bytes_of(code.read_text()) <= bound * weights + 4 * (784 + 256) + 20
+        assert bytes_of(header.read_text()) <= 256 * (5 * 4 + 2) + 8
+        lines = [line for line in code.read_text().splitlines() if not re.match(r"    -?\d", line)]
+        assert len(lines) <= 250
+
+
+@needs_compiler
+def test_one_program_has_several_networks(tmp_path):
+    for name in ("first", "Second"):
+        to_c(G2GNet(6, [8], 3, block_size=2, T=2), tmp_path / f"{name}.c", input_scale=1, prefix=name)
+    (tmp_path / "main.c").write_text(
+        '#include "first.h"\n#include "Second.h"\nstatic first_state a;\nstatic Second_state b;\n'
+        "int main(void) { first_reset(&a); Second_reset(&b); return FIRST_STEPS - SECOND_STEPS; }\n"
+    )
+    command = [*COMPILER, *STRICT, "first.c", "Second.c", "main.c", "-o", "both"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert subprocess.run([tmp_path / "both"], check=False).returncode == 0
+
+
+def hooked():
+    net = small()
+    net.connections()["fc1"].register_forward_hook(lambda *_: None)
+    return net
+
+
+def silenced():
+    net = small()
+    net.lif1.threshold.data.fill_(float("inf"))
+    return net
+
+
+small = functools.partial(G2GNet, 6, [8], 3, block_size=2, T=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda: small(enc="rate"), {}, "enc='rate' draws spikes at random; train the network with enc='current'"),
+        (hooked, {}, "fc1 carries hooks: what they change cannot be written; remove them"),
+        (silenced, {}, "lif1 has a number that is not finite"),
+        (lambda: small(enc_bias=0.1, delay=2), {}, "fc1 delays an input that is standardised"),
+        (lambda: torch.nn.Linear(2, 2), {}, "the network is a Linear; give a SpikingNetwork"),
+        (small, {"bits": 3}, "bits=3 is not one of 8, 4"),
+        (small, {"input_scale": 0.0}, "input_scale=0.0 must be"),
+        (small, {"input_scale": None}, "the largest input is unknown; give calibration=samples, or input_scale"),
+        (small, {"prefix": "2g"}, "prefix='2g' cannot begin names in C"),
+        (lambda: small(T=4, sequence="own"), {"held": True}, "samples of this network unfold over time"),
+    ],
+)
+def test_what_cannot_be_written_is_named_and_no_file_begins(make, options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        to_c(make(), tmp_path / "network.c", **({"input_scale": 1.0} | options))
+    with pytest.raises(ValueError, match=r"give a name that ends with .c"):
+        to_c(small(), tmp_path / "network.h", bits=None)
+    assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from g2gnet.base.tables import markdown
-from g2gnet.programs import analyze, crossval, pretrain, train
+from g2gnet.programs import analyze, crossval, export, pretrain, train
 from g2gnet.programs.report import program as report
 from g2gnet.programs.sweep import program as sweep
 
@@ -37,6 +37,7 @@ PROGRAMS = (
     ("g2g-pretrain", pretrain, "Trains a ResNet-32 for `--use_resnet`.", None),
     ("g2g-analyze", analyze, "Analyses the network of a checkpoint.", None),
     ("g2g-report", report, "Writes an HTML page about one or several runs.", None),
+    ("g2g-export", export, "Writes a trained network as C ([networks as C](c.md)).", None),
 )
 
 #: flags whose choices contributors add to: the page leads to where they are

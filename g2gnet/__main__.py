@@ -15,6 +15,7 @@ PROGRAMS = {
     "g2g-bench": "times g2g against snnTorch, SpikingJelly and PyTorch's own sparse products",
     "g2g-analyze": "prints the activity of a trained network's neurons, by layer and group",
     "g2g-report": "writes a page with settings, results, analysis and pictures of runs",
+    "g2g-export": "writes a trained network as C, in floats or in integers of few bits",
     "g2g-pretrain": "trains the CIFAR ResNet-32 whose features --use_resnet uses",
     "python -m g2g_kernels.doctor": "checks every kernel of this machine against the reference",
 }

@@ -262,6 +262,12 @@ class QuantizedNetwork(torch.nn.Module):
 
     Attributes:
         integers: its numbers (:class:`IntegerNetwork`).
+
+    Example:
+        >>> from g2gnet import G2GNet
+        >>> in_bits = quantize(G2GNet(64, 32, 10, block_size=4, T=5), bits=4, input_scale=1 / 255)
+        >>> in_bits.of_integers(torch.randint(256, (3, 64))).dtype
+        torch.int64
     """
 
     def __init__(self, integers: IntegerNetwork) -> None:

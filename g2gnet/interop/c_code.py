@@ -75,12 +75,12 @@ def to_c(
         OSError: if a file cannot be written.
 
     Example:
-        >>> import tempfile
+        >>> import pathlib, tempfile
         >>> from g2gnet import G2GNet
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     code, header = to_c(G2GNet(64, 32, 10, block_size=4), Path(folder, "network.c"), bits=None)
+        ...     code, header = to_c(G2GNet(64, 32, 10, block_size=4), pathlib.Path(folder, "n.c"), bits=None)
         ...     print(code.name, header.name)
-        network.c network.h
+        n.c n.h
     """
     path = Path(path)
     if path.suffix != ".c":

@@ -11,7 +11,7 @@ from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,11 +22,12 @@ from benchmarks import harness, machine
 
 #: seconds after which a process that still runs is killed, which fails its test
 LIMIT = 200
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["pytest", "torch._dynamo", "torch.nn.parallel.distributed", "sklearn.model_selection", "g2gnet.programs.train",
-     "g2gnet.programs.crossval"]
-)  # fmt: skip
+SERVER: Any = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
+if os.name == "posix":
+    SERVER.set_forkserver_preload(
+        ["pytest", "torch._dynamo", "torch.nn.parallel.distributed", "sklearn.model_selection", "g2gnet.programs.train",
+         "g2gnet.programs.crossval"]
+    )  # fmt: skip
 
 
 class Ended(NamedTuple):

@@ -1,8 +1,11 @@
 """The source distribution and the wheel: what is in them, and that what they install works far from the repository. No
 step asks the network: this environment's setuptools builds, and what g2g depends on is this environment's."""
 
+import functools
+import importlib.util
 import json
 import os
+import re
 import shlex
 import shutil
 import site
@@ -16,6 +19,7 @@ from pathlib import Path
 import pytest
 from helpers import ROOT
 
+import setup
 from g2g_kernels.cpu import library
 from g2gnet import __version__
 
@@ -146,7 +150,7 @@ def test_the_wheel_holds_the_packages_and_serves_every_python(repository, wheel)
     data = {"g2gnet/py.typed", "g2g_kernels/py.typed", "g2gnet/data/fashion_mnist_mini.npz"}
     licences = {f"{NAME}.dist-info/licenses/{name}" for name in ("LICENSE", "g2gnet/data/LICENSE-fashion-mnist")}
     assert data | licences <= held
-    assert ("g2g_kernels/cpu/libg2g_cpu.so" in held) == (shutil.which(os.environ.get("CXX", "c++")) is not None)
+    assert (f"g2g_kernels/cpu/{library.FILE}" in held) == (shutil.which(os.environ.get("CXX", "c++")) is not None)
 
 
 @pytest.mark.long
@@ -166,35 +170,124 @@ def test_the_installed_wheel_works_far_from_the_repository(wheel, tmp_path):
     assert record["machine"]["commit"] is None
 
 
-#: of another processor: its compiler, and what runs its programs; Debian's g++-aarch64-linux-gnu and qemu-user
-CROSS, EMULATOR = "aarch64-linux-gnu-g++", ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu")
-#: tests of kernels that compare with float64, or with PyTorch's very bits
-OF_KERNELS = ("errors_are and (chosen or matrix)", "linear_alone", "lif_alone_has", "one_neuron")
+#: what runs programs of other platforms: Debian's qemu-user with libc6-arm64-cross, and wine
+EMULATORS = {
+    "manylinux_2_28_aarch64": ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"),
+    "win_amd64": ("wine",),
+}
+#: tests that call kernels alone: they compare with float64 or with PyTorch's very bits, or refuse options
+OF_KERNELS = {
+    "test_cpu_backend.py": "errors_are linear_alone lif_alone_has one_neuron denormal gigabytes bfloat16 bits_do_not",
+    "test_cpu_library.py": "no_option_has",
+    "test_lists.py": "of_float64 any_number whole_run in_place",
+    "test_graphs.py": "any_kind no_bit",
+}
+#: fewer for qemu, which is fifty times slower
+FEWER = {
+    "test_cpu_backend.py": "linear_alone one_neuron",
+    "test_cpu_library.py": "no_option_has",
+    "test_lists.py": "in_place",
+}
+
+
+@pytest.fixture(scope="module")
+def of_platform(repository, tmp_path_factory):
+    """The wheel of a platform, and the library that it holds."""
+
+    @functools.cache
+    def of_platform(target):
+        if importlib.util.find_spec("ziglang") is None:
+            pytest.skip("needs zig: pip install ziglang")
+        folder = tmp_path_factory.mktemp(target)
+        flags = {} if target in EMULATORS else {"G2G_CXXFLAGS": "-O1"}  # what does not run is only read
+        run(sys.executable, "setup.py", "wheels", "-t", target, "-d", folder, cwd=repository, **flags)
+        (wheel,) = folder.iterdir()
+        assert wheel.name == f"{NAME}-py3-none-{target}.whl"
+        with zipfile.ZipFile(wheel) as archive:
+            (name,) = (name for name in archive.namelist() if re.match(r"g2g_kernels/cpu/[^.]+\.(?!py)", name))
+            return wheel, Path(archive.extract(name, folder))
+
+    return of_platform
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not shutil.which(CROSS), reason=f"{CROSS} is missing: apt-get install g++-aarch64-linux-gnu")
-@pytest.mark.skipif(not shutil.which(EMULATOR[0]), reason=f"{EMULATOR[0]} is missing: apt-get install qemu-user")
-def test_the_wheel_of_a_cross_compiler_is_of_its_processor_and_computes_the_same(source, tmp_path):
-    """Every call of a kernel in these tests goes to a process that is emulated (``remote_kernels.py``)."""
-    pip("wheel", *OFFLINE, "--wheel-dir", tmp_path, source, CXX=CROSS)
-    (wheel,) = tmp_path.glob("*.whl")
-    assert wheel.name == f"{NAME}-py3-none-linux_aarch64.whl"
-    with zipfile.ZipFile(wheel) as archive:
-        kernels = archive.extract("g2g_kernels/cpu/libg2g_cpu.so", tmp_path)
-    server = tmp_path / "server"
-    run(CROSS, "-O1", "-std=c++17", "-o", server, ROOT / "tests/remote_kernels.cpp", "-ldl")
+@pytest.mark.parametrize("target", EMULATORS)
+def test_kernels_of_another_platform_compute_the_same_bits(of_platform, tmp_path, target):
+    """Every call of a kernel in these tests also goes to a process that is emulated (``remote_kernels.py``)."""
+    emulator = EMULATORS[target]
+    if not shutil.which(emulator[0]):
+        pytest.skip(f"{emulator[0]} is missing")
+    _, kernels = of_platform(target)
+    server = tmp_path / "server.exe"
+    options = ["-O1", "-std=c++17", "-o", server, ROOT / "tests/remote_kernels.cpp"]
+    run(*setup.zig(target), *options, *(["-ldl"] if "linux" in target else []), cwd=tmp_path)
+    best = library.instruction_set()
+    sets = library.ISAS[: library.ISAS.index(best) + 1] if target == "win_amd64" else ("baseline",)
     variables = {
-        "G2G_REMOTE": shlex.join(map(str, (*EMULATOR, server, kernels))),
+        "G2G_REMOTE": shlex.join(map(str, (*emulator, server, kernels))),
         "G2G_CPU_POOL": "0",  # memory of a tensor is then no larger than the tensor
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "WINEDEBUG": "-all",
+        "WINEPREFIX": str(tmp_path / "wine"),
     }
-    chosen = " or ".join(f"({name})" for name in OF_KERNELS)
-    command = shlex.split(f"-m pytest -n 0 -p remote_kernels -p no:cacheprovider -k '{chosen}'")
-    told = run(sys.executable, *command, "tests/g2g_kernels/test_cpu_backend.py", cwd=ROOT, **variables)
-    assert "skipped" not in told
-    calls = json.loads(told.rpartition("calls of kernels: ")[2])
-    assert {"g2g_stack", "g2g_linear", "g2g_neurons"} <= {name for name, count in calls.items() if count > 1}
+    for name in sets:
+        tests = OF_KERNELS if target == "win_amd64" else FEWER
+        chosen = " or ".join(f"({file} and ({' or '.join(parts.split())}))" for file, parts in tests.items())
+        lane = "not long" if name == best else "not long and not ci"
+        command = [
+            "-m",
+            "pytest",
+            "-n",
+            "0",
+            "-m",
+            lane,
+            "-k",
+            chosen,
+            "-p",
+            "remote_kernels",
+            "-p",
+            "no:cacheprovider",
+        ]
+        files = [next((ROOT / "tests/g2g_kernels").rglob(file)) for file in tests]
+        told = run(sys.executable, *command, *files, cwd=ROOT, **variables, G2G_CPU_ISA=name if name != best else "")
+        called = {name for name, count in json.loads(told.rpartition("calls of kernels: ")[2]).items() if count > 1}
+        assert {"g2g_stack", "g2g_linear", "g2g_neurons", "g2g_lists_new"} <= called
+
+
+#: all that a library may need of its system
+OF_SYSTEMS = {
+    "ELF": r"lib(c|m|dl|pthread)\.so\.\d|ld-linux-.*",
+    "PE": r"kernel32\.dll|api-ms-win-crt-.*\.dll",
+    "MACHO": r"/usr/lib/libSystem\.B\.dylib",
+}
+#: what a static C++ library exports of itself: its operators new and delete
+OF_CXX = r"_*(Z[nd][wal]\w+|mh_dylib_header|dso_handle)"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("target", setup.TARGETS)
+def test_the_library_of_a_wheel_needs_nothing_but_its_system(of_platform, target):
+    """No Mac has run its library: this is known of it, and what the instruction sets compute on other systems."""
+    lief = pytest.importorskip("lief")
+    _, file = of_platform(target)
+    binary = lief.parse(str(file))
+    needs = {getattr(each, "name", each) for each in binary.libraries} - {f"@rpath/{file.name}"}
+    assert needs
+    assert all(re.fullmatch(OF_SYSTEMS[binary.format.name], name.lower(), re.IGNORECASE) for name in needs), needs
+    exported = {function.name for function in binary.exported_functions}
+    functions = {name.removeprefix("_") for name in exported if "g2g_" in name} - {"g2g_made_from"}
+    api = (ROOT / "g2g_kernels/csrc/api.cpp").read_text(encoding="utf-8")
+    assert functions == set(re.findall(r"^G2G_EXPORT .*?(g2g_\w+)\(", api, re.MULTILINE))
+    assert all("g2g_" in name or re.fullmatch(OF_CXX, name) for name in exported), exported
+    content = file.read_bytes()
+    assert b"made from " in content
+    assert (b"avx512_bf16" in content) == ("arm64" not in target and "aarch64" not in target)
+    if binary.format.name == "MACHO":
+        assert binary.build_version.minos == [11, 0, 0]
+        assert binary.has_code_signature  # without one, Macs with arm64 load nothing
+    if binary.format.name == "ELF":
+        needed = (version.name for of in binary.symbols_version_requirement for version in of.get_auxiliary_symbols())
+        assert all(tuple(map(int, re.findall(r"\d+", name))) <= (2, 28) for name in needed)
 
 
 @pytest.mark.long

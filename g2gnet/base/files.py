@@ -1,4 +1,5 @@
-"""Reads regular files only, writes files so that a crash leaves the old or the new one complete, and locks them."""
+"""Reads regular files only, writes files so that a crash leaves the old or the new one complete, and locks them. What
+systems do differently with files is decided here."""
 
 import contextlib
 import errno
@@ -8,7 +9,9 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +21,8 @@ from g2gnet.base.messages import reason, warn
 
 #: errors of file systems without locks (mostly network file systems)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+#: seconds for which Windows is asked again to replace or remove a file that another program has open
+PATIENCE = 5.0
 
 
 def open_file(path: Path | str) -> BinaryIO:
@@ -35,6 +40,11 @@ def read_file(path: Path | str) -> bytes:
     """The content of a regular file. Raises OSError as :func:`open_file` does."""
     with open_file(path) as file:
         return file.read()
+
+
+def expanded(names: Iterable[str]) -> list[Path]:
+    """The files of names, which on Windows may be patterns (``*.pth``): its shells leave them to programs."""
+    return [Path(file) for name in names for file in (sys.platform == "win32" and sorted(glob.glob(name))) or [name]]
 
 
 def check_own(path: Path) -> None:
@@ -90,7 +100,7 @@ def check_writable(path: Path) -> None:
         return
     _, trial = _temporary(path)  # the longer of its two names
     trial.touch(exist_ok=False)
-    trial.unlink(missing_ok=True)  # a run that begins at this moment may have removed it with other leftovers
+    remove_file(trial)  # a run that begins at this moment may have removed it with other leftovers
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None = None) -> None:
@@ -106,24 +116,52 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any], keep: Path | None
         with first.open("xb") as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            _flush(file.fileno())
         if keep is not None:
             try:
                 os.link(path, second)
             except OSError:  # a file system without hard links
                 shutil.copyfile(path, second)
-            os.replace(second, keep)  # a link alone cannot replace a file
-        os.replace(first, path)
+            _persistently(lambda: os.replace(second, keep))  # a link alone cannot replace a file
+        _persistently(lambda: os.replace(first, path))
     except BaseException:
-        first.unlink(missing_ok=True)
-        second.unlink(missing_ok=True)
+        for leftover in (first, second):
+            with contextlib.suppress(OSError):
+                remove_file(leftover)
         raise
     if os.name == "posix":  # the rename is only safe once the directory is on the disk
         directory = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(directory)
+            _flush(directory)
         finally:
             os.close(directory)
+
+
+def remove_file(path: Path) -> None:
+    """Removes a file, if it exists. Raises OSError if it cannot be removed."""
+    _persistently(lambda: path.unlink(missing_ok=True))
+
+
+def _persistently(change: Callable[[], Any]) -> None:
+    """Calls ``change``, on Windows again and again for :data:`PATIENCE` seconds: a virus scanner or a reader of results
+    may have the file open, which elsewhere does not matter."""
+    end = time.monotonic() + PATIENCE
+    while sys.platform == "win32" and time.monotonic() < end:
+        with contextlib.suppress(PermissionError):
+            return change()
+        time.sleep(0.01)
+    change()
+
+
+def _flush(descriptor: int) -> None:
+    """Writes what the system holds of an open file to the disk; for macOS, ``fsync`` is done once the drive has it in
+    its memory."""
+    with contextlib.suppress(ImportError, AttributeError, OSError):  # another system, or a file system without it
+        import fcntl
+
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)  # type: ignore[attr-defined,unused-ignore]
+        return
+    os.fsync(descriptor)
 
 
 def _temporary(path: Path) -> tuple[Path, Path]:

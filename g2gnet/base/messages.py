@@ -1,6 +1,9 @@
 """Output for people: printed at once, and safe for a terminal even if it quotes a hostile file."""
 
+import errno
 import os
+import shlex
+import subprocess
 import sys
 from typing import TextIO
 
@@ -23,8 +26,8 @@ def say(text: str) -> None:
     try:
         print(printable(text), flush=True)
     except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            raise
+        if isinstance(error, BrokenPipeError) or (sys.platform == "win32" and error.errno == errno.EINVAL):
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from error
         discard(sys.stdout)
         raise OutputError(f"cannot write to standard output ({error.strerror}); redirect it to another file") from error
 
@@ -40,6 +43,11 @@ def warn(text: str) -> None:
 def discard(stream: TextIO) -> None:
     """Redirects a stream that cannot be written, so that the interpreter's last flush raises no error."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def quoted(argument: object) -> str:
+    """An argument as the shells of this system take it, in quotation marks where it needs some."""
+    return subprocess.list2cmdline([str(argument)]) if sys.platform == "win32" else shlex.quote(str(argument))
 
 
 def reason(error: BaseException) -> str:

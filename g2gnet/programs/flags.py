@@ -9,7 +9,6 @@ import itertools
 import logging
 import platform
 import re
-import shlex
 import sys
 import typing
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from g2g_kernels import select_device
 from g2g_kernels.dispatch import BACKENDS, require_backend
 from g2g_kernels.numbers import COUNT, Number
 from g2gnet.base.distributed import LIMIT, join, launched, rank
-from g2gnet.base.messages import reason, say, warn
+from g2gnet.base.messages import quoted, reason, say, warn
 from g2gnet.base.version import __version__
 from g2gnet.data import DATASETS, ImageData, MissingDataError, dataset_name, load_dataset, npz
 from g2gnet.data.augmentation import SHIFTS
@@ -338,7 +337,7 @@ def run_data_flags(settings: TrainSettings, data_dir: str, resnet_weights: str |
     """Flags, each after a space, with which programs with :func:`add_inspection_flags` find the data of a run."""
     given = {"data_dir": npz.directory_of(settings.dataset) or Path(data_dir), "resnet_weights": resnet_weights}
     usual = {"data_dir": Path("data"), "resnet_weights": None}
-    return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in given.items() if value != usual[name])
+    return "".join(f" --{name} {quoted(value)}" for name, value in given.items() if value != usual[name])
 
 
 def announce(settings: TrainSettings, machine: Machine) -> None:

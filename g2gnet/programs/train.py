@@ -2,13 +2,12 @@
 
 import argparse
 import functools
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from g2gnet.base.messages import say
+from g2gnet.base.messages import quoted, say
 from g2gnet.inspect import NetworkAnalysis, headline, summary_table
 from g2gnet.programs import flags, output
 from g2gnet.programs.main import run_program
@@ -57,7 +56,7 @@ def show_analysis(
     say(
         f"{headline(analysis, images)}\n{summary_table(analysis)}\n{membranes}"
         f"Synchrony, correlations and all groups (docs/analysis.md): {path}\n"
-        f"With pictures: g2g-report {shlex.quote(str(checkpoint))}{more}"
+        f"With pictures: g2g-report {quoted(checkpoint)}{more}"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import filelock
 
 from g2gnet.base import files
-from g2gnet.base.files import read_file, replace_file
+from g2gnet.base.files import read_file, remove_file, replace_file
 from g2gnet.base.messages import reason, warn
 from g2gnet.base.tensor_files import TensorFileError, check_plain, read_tensors, write_tensors
 from g2gnet.training.held_out import out_of_patience
@@ -115,7 +115,7 @@ class RunFiles:
         with self._writing(self.checkpoint):
             write_tensors(self.checkpoint, {"format": FORMAT, **state}, keep)
             for of_finished in (self.marker, self.analysis):  # more epochs continue a finished run
-                of_finished.unlink(missing_ok=True)
+                remove_file(of_finished)
         self._whole = True
 
     def save_best(self, state: dict[str, Any]) -> None:
@@ -156,7 +156,8 @@ class RunFiles:
 
     def mark_done(self, settings: dict[str, Any], result: dict[str, Any]) -> None:
         """Deletes the previous checkpoint of a finished run and writes its marker, or raises CheckpointError."""
-        self.previous.unlink(missing_ok=True)
+        with self._writing(self.previous):
+            remove_file(self.previous)
         self._write_text(self.marker, json.dumps({"settings": settings, "result": result}, indent=2) + "\n")
 
     def write_analysis(self, analysis: dict[str, Any]) -> None:

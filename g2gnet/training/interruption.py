@@ -1,17 +1,22 @@
-"""Ctrl-C and SIGTERM during training: the step is finished and saved before the program ends."""
+"""Ctrl-C and other requests to stop during training: the step is finished and saved before the program ends. What
+systems do differently with signals is decided here."""
 
 import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 #: seconds in which the same signal again is the same request: a terminal or a process manager sends it to every process
 #: of a job, and torchrun, one of them, passes it on
 GRACE = 3.0
+#: what asks a program to stop; on Windows a process can send another one no SIGTERM, but Ctrl-Break
+STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 
 
 class Interrupted(Exception):  # noqa: N818  (nothing is wrong)
@@ -45,11 +50,27 @@ def handled(number: signal.Signals, handler: Any) -> Iterator[None]:
         signal.signal(number, before)
 
 
+def leave_stopping_to_parent() -> None:
+    """Called first in a process that trains for another one, which :func:`stop_children` stops. Ctrl-C reaches all
+    processes of a terminal: these ignore it, but on Windows, where it is all that can reach them and outside training
+    ends them without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL if sys.platform == "win32" else signal.SIG_IGN)
+
+
+def stop_children(children: Iterable[BaseProcess], error: BaseException) -> None:
+    """Asks processes to stop after ``error`` here; on Windows Ctrl-C has done so, and after other errors they end at
+    once."""
+    if sys.platform == "win32" and isinstance(error, KeyboardInterrupt):
+        return
+    for process in children:
+        process.terminate()
+
+
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
-    """While entered, the first SIGINT or SIGTERM goes into the list; the next one ends the process at once, unless it
-    is the same signal within :data:`GRACE` seconds. As with :func:`handled`, does nothing outside the main thread and
-    for signals that are ignored, as by ``nohup`` or a shell's ``&``."""
+    """While entered, the first signal of :data:`STOP` goes into the list; the next one ends the process at once, unless
+    it is the same signal within :data:`GRACE` seconds. As with :func:`handled`, does nothing outside the main thread
+    and for signals that are ignored, as by ``nohup`` or a shell's ``&``."""
     received: list[signal.Signals] = []
 
     def note(number: int, frame: object) -> None:
@@ -67,7 +88,7 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
             writer.setblocking(False)
             held.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writer.fileno()))
             threading.Thread(target=_end_at_next, args=(reader,), daemon=True).start()
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOP:
                 held.enter_context(handled(number, note))
         yield received
 
@@ -78,7 +99,7 @@ def _end_at_next(reader: socket.socket) -> None:
     with contextlib.suppress(OSError):
         for number in iter(lambda: reader.recv(1), b""):
             now = time.monotonic()
-            if number[0] not in (signal.SIGINT, signal.SIGTERM):
+            if number[0] not in STOP:
                 continue
             if first is None:
                 first = number[0], now

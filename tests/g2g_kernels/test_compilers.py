@@ -1,13 +1,19 @@
 """When the CPU kernels are compiled; those of clang: ``tests/clang.sh``; of another processor: test_packaging.py."""
 
+import importlib.util
 import os
+import platform
+import runpy
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 from helpers import ROOT
 
-from setup import INSTRUCTION_SETS, PLAIN, SOURCES, build_library
+import setup
+from g2g_kernels.cpu import library
+from setup import INSTRUCTION_SETS, PLAIN, SOURCES, TARGETS, build_library
 
 #: "compiles" by copying and notes each call
 COMPILER = """#!/bin/sh
@@ -57,6 +63,63 @@ def test_nothing_is_compiled_where_the_library_was_made_from_the_same(tmp_path, 
         change()
         assert compiles() == every
         assert compiles() == 0
+
+
+ZIG = [sys.executable, "-m", "ziglang", "c++", "-target"]
+WINDOWS, MAC, LINUX = ("win32", "AMD64"), ("darwin", "arm64"), ("linux", "x86_64")
+
+
+@pytest.mark.parametrize(
+    ("system", "given", "found"),
+    [
+        (LINUX, {}, ["c++"]),
+        (LINUX, {"CXX": "ccache 'my g++'"}, ["ccache", "my g++"]),
+        (LINUX, {"G2G_TARGET": "win_amd64", "CXX": "g++"}, [*ZIG, "x86_64-windows-gnu"]),
+        (("linux", "riscv64"), {"c++": ""}, "^no C\\+\\+ compiler was found, or set CXX to"),
+        (LINUX, {"c++": "", "ziglang": None}, "^zig is missing; `pip install ziglang`"),
+        (LINUX, {"G2G_TARGET": "win32"}, "^there are no wheels of 'win32'; choose from manylinux_2_28_x86_64, "),
+        (MAC, {"c++": ""}, [*ZIG, "aarch64-macos.11.0"]),  # until Apple's tools are installed
+        (WINDOWS, {}, [*ZIG, "x86_64-windows-gnu"]),  # c++ may be GCC
+        (WINDOWS, {"CXX": r'"C:\my tools\clang++.exe" -m64'}, ["C:/my tools/clang++.exe", "-m64"]),
+        (WINDOWS, {"CXX": "cl"}, "^CXX=cl is MSVC, .* unset CXX and `pip install ziglang`"),
+        (WINDOWS, {"CXX": r"C:\MSVC\clang-cl.exe /O2"}, "is MSVC, which lacks"),
+        (
+            WINDOWS,
+            {"CXX": "g++", "machine": "x86_64-w64-mingw32"},
+            "^g\\+\\+ is GCC for Windows, which misplaces vectors",
+        ),
+    ],
+)
+def test_the_compiler_is_the_one_given_the_systems_or_zig(monkeypatch, system, given, found):
+    for name in ("CXX", "G2G_TARGET"):
+        monkeypatch.delenv(name, raising=False)
+        if name in given:
+            monkeypatch.setenv(name, given[name])
+    monkeypatch.setattr(sys, "platform", system[0])
+    monkeypatch.setattr(platform, "machine", lambda: system[1])
+    monkeypatch.setattr(setup, "_answer", lambda command, question: given.get(command[0], given.get("machine", "some")))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: given.get(name, name))
+    monkeypatch.setitem(sys.modules, "setuptools.build_meta", None)
+    if isinstance(found, str):
+        with pytest.raises(ValueError, match=found):
+            setup.compiler()
+    else:
+        assert setup.compiler() == found
+    zig = isinstance(found, list) and found[:-1] == ZIG
+    assert setup.zig_to_install() == (["ziglang>=0.17"] if zig or "ziglang" in given or "G2G_TARGET" in given else [])
+    monkeypatch.setenv("G2G_BUILD_CPU", "0")
+    assert setup.zig_to_install() == []
+
+
+def test_each_platform_has_its_own_name_of_the_library(monkeypatch):
+    """The one under which it is loaded there."""
+    endings = [setup.library().suffix for name in TARGETS if not monkeypatch.setenv("G2G_TARGET", name)]
+    assert endings == [".so", ".so", ".dll", ".dylib", ".dylib"]
+    monkeypatch.delenv("G2G_TARGET")
+    for system, name in {"win32": "win-amd64", "darwin": "macosx-11.0-arm64", "linux": "linux-riscv64"}.items():
+        monkeypatch.setattr(sysconfig, "get_platform", lambda name=name: name)
+        monkeypatch.setattr(sys, "platform", system)
+        assert setup.library().name == runpy.run_path(library.__file__)["FILE"]
 
 
 @pytest.mark.ci

@@ -2,10 +2,10 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from tqdm import tqdm
 
+from g2gnet.base.files import expanded
 from g2gnet.base.messages import say, warn
 from g2gnet.base.optional import optional_package
 from g2gnet.data import ImageData
@@ -56,7 +56,7 @@ def make_report(arguments: argparse.Namespace) -> None:
 def _read_runs(names: Sequence[str]) -> list[SavedRun]:
     """The runs that have a finished epoch, each once. Other checkpoints are left out with a warning; that of the best
     epoch without one, if the last is given, too. Raises CheckpointError if one cannot be read, or no run is left."""
-    paths, runs = [Path(name) for name in names], []
+    paths, runs = expanded(names), []
     for path in paths:
         files = RunFiles.of(path)
         if path == files.best and files.checkpoint in paths:

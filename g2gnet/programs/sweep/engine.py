@@ -27,7 +27,7 @@ from g2gnet.programs.main import FAILED, REFUSED, memory_named
 from g2gnet.programs.sweep.grid import LOG, Grid, Run, arguments_of, runs_of
 from g2gnet.programs.sweep.results import Sweep
 from g2gnet.training import CheckpointError, Interrupted, SavedRun, TrainingError, read_run
-from g2gnet.training.interruption import handled
+from g2gnet.training.interruption import handled, leave_stopping_to_parent, stop_children
 from g2gnet.training.run import tests_of
 
 logger = logging.getLogger("g2gnet")
@@ -88,9 +88,8 @@ def processes(jobs: int, threads: int | None = None) -> Iterator[concurrent.futu
     pool = concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin, (threads,))
     try:
         yield pool
-    except BaseException:
-        for process in {*multiprocessing.active_children()} - others:
-            process.terminate()
+    except BaseException as error:
+        stop_children({*multiprocessing.active_children()} - others, error)
         raise
     finally:
         with handled(signal.SIGINT, signal.SIG_IGN):  # until the last step is saved
@@ -106,7 +105,7 @@ def _begin(threads: int) -> None:
 
     torch.set_num_threads(threads)
     tqdm.set_lock(threading.RLock())  # the usual lock is shared with other processes; a killed one would never free it
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal: the parent passes it on
+    leave_stopping_to_parent()
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 

@@ -5,14 +5,13 @@ standard error. Finished runs are skipped and stopped ones resume.
 import argparse
 import json
 import os
-import shlex
 import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from g2gnet.base.files import make_directory
-from g2gnet.base.messages import OutputError, reason, say
+from g2gnet.base.messages import OutputError, quoted, reason, say
 from g2gnet.base.version import __version__
 from g2gnet.network_settings import SettingsError
 from g2gnet.programs import flags, output
@@ -88,7 +87,7 @@ def sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     of_data = {flags.run_data_flags(each.settings, data_dir, each.given.get("resnet_weights")) for each in ended}
     if len(of_data) == 1:
         ending = "*.pth" if any(each.settings.validation is None for each in ended) else "*.best.pth"
-        say(f"with pictures: g2g-report {shlex.quote(str(folder))}/*/{ending}{of_data.pop()}")
+        say(f"with pictures: g2g-report {quoted(folder)}/*/{ending}{of_data.pop()}")
     if made.failed:
         failed = "\n".join(f"{label}: {error}" for label, error in made.failed.items())
         raise TrainingError(f"{len(made.failed)} of {len(runs)} runs failed:\n{failed}")

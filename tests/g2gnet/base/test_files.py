@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import stat
+import sys
 import threading
+from pathlib import Path
 from unittest.mock import Mock
 
 import filelock
@@ -14,8 +16,9 @@ import processes
 import pytest
 from training_runs import SMALL, flags_of, load, run
 
-from g2gnet.base.files import locked, one_at_a_time, open_file, replace_file
-from g2gnet.base.messages import printable
+from g2gnet.base import files
+from g2gnet.base.files import expanded, locked, one_at_a_time, open_file, remove_file, replace_file
+from g2gnet.base.messages import OutputError, printable, quoted, say
 from g2gnet.base.tensor_files import TensorFileError, read_tensors, write_tensors
 from g2gnet.programs import output, train
 from g2gnet.training import CheckpointError, TrainSettings
@@ -118,6 +121,68 @@ def test_replacing_that_fails_leaves_nothing_behind_and_promises_no_checkpoint(t
     with pytest.raises(CheckpointError, match=r"\(No space left on device\)\. There is no checkpoint of this run"):
         RunFiles(tmp_path, "name").save_checkpoint({"settings": {}})
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("file", "old")]
+
+
+@pytest.mark.parametrize("platform", ["win32", "linux"])
+def test_windows_is_asked_again_while_another_program_has_a_file_open(tmp_path, monkeypatch, platform):
+    """Elsewhere a refusal is of the folder, and final."""
+    path, refused = tmp_path / "file", []
+    path.write_text("old")
+
+    def refusing(change):
+        def changed(*arguments, **options):
+            if len(refused) % 3 < 2:
+                refused.append(change)
+                raise PermissionError(errno.EACCES, "The process cannot access the file")
+            refused.append(change)
+            return change(*arguments, **options)
+
+        return changed
+
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(os, "replace", refusing(os.replace))
+    if platform == "linux":
+        with pytest.raises(PermissionError):
+            replace_file(path, lambda file: file.write(b"new"))
+        assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+        return
+    replace_file(path, lambda file: file.write(b"new"), keep=tmp_path / "kept")
+    assert (path.read_text(), (tmp_path / "kept").read_text()) == ("new", "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(type(path), "unlink", refusing(type(path).unlink))
+        remove_file(path)
+    assert not path.exists()
+    assert len(refused) == 9
+    monkeypatch.setattr(files, "PATIENCE", 0.05)
+    monkeypatch.setattr(os, "replace", Mock(side_effect=PermissionError(errno.EACCES, "for good")))
+    with pytest.raises(CheckpointError, match=r"name.pth \(for good\)"):
+        RunFiles(tmp_path, "name").save_checkpoint({"settings": {}})
+
+
+def test_macos_is_asked_to_write_to_the_disk_itself(tmp_path, monkeypatch):
+    flush, usual = Mock(side_effect=[0, OSError(errno.ENOTSUP, "not of this file system"), 0, 0]), Mock()
+    monkeypatch.setattr("fcntl.F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr("fcntl.fcntl", flush)
+    monkeypatch.setattr(os, "fsync", usual)
+    replace_file(tmp_path / "file", lambda file: file.write(b"1"))
+    assert [call.args[1] for call in flush.call_args_list] == [51, 51]
+    assert usual.call_count == 1
+
+
+def test_what_shells_and_pipes_of_windows_do(tmp_path, monkeypatch):
+    for name in ("b.pth", "a.pth", "c.txt"):
+        (tmp_path / name).touch()
+    pattern, path = str(tmp_path / "*.pth"), r"C:\my runs\a.pth"
+    printed = Mock(side_effect=OSError(errno.EINVAL, "Invalid argument"))
+    monkeypatch.setattr("builtins.print", printed)
+    assert (quoted(path), quoted("a.pth"), expanded([pattern])) == (f"'{path}'", "a.pth", [tmp_path / "*.pth"])
+    with pytest.raises(OutputError):
+        say("text")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert (quoted(path), quoted("a.pth")) == (f'"{path}"', "a.pth")
+    assert expanded([pattern, "none.*"]) == [tmp_path / "a.pth", tmp_path / "b.pth", Path("none.*")]
+    with pytest.raises(BrokenPipeError):  # what closed pipes say there
+        say("text")
 
 
 def test_a_run_clears_away_what_a_killed_one_was_writing_and_goes_on_without_locks(tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import statistics
@@ -16,6 +17,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from helpers import ROOT
@@ -28,7 +30,7 @@ from g2gnet.network_settings import SettingsError
 from g2gnet.programs import sweep
 from g2gnet.programs.sweep import engine, program
 from g2gnet.programs.sweep.grid import read_grid, runs_of
-from g2gnet.training import TrainingError
+from g2gnet.training import TrainingError, interruption
 
 QUICK = {**SMALL, "T": 3, "limit_train": 64, "limit_test": 32, "epochs": 1}
 
@@ -245,6 +247,25 @@ def test_a_second_ctrl_c_does_not_leave_processes_that_still_import(monkeypatch)
     with pytest.raises(KeyboardInterrupt, match="the first"), engine.processes(1):
         raise KeyboardInterrupt("the first")
     assert ended
+
+
+@pytest.mark.parametrize(("platform", "usual"), [("win32", signal.SIG_DFL), ("linux", signal.SIG_IGN)])
+def test_ctrl_c_of_windows_stops_the_processes_itself(monkeypatch, platform, usual):
+    """There nothing can be sent to them, and ending one loses its step."""
+    monkeypatch.setattr(sys, "platform", platform)
+    with interruption.handled(signal.SIGINT, signal.default_int_handler):
+        interruption.leave_stopping_to_parent()
+        assert signal.getsignal(signal.SIGINT) == usual
+    ended = {}
+    for error in (KeyboardInterrupt(), TrainingError("failed")):
+        process = Mock()
+        interruption.stop_children([process], error)
+        ended[type(error)] = process.terminate.call_count
+    assert ended == {KeyboardInterrupt: platform == "linux", TrainingError: 1}
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)  # which one program may send another there
+    with runpy.run_path(interruption.__file__)["stop_signals"]() as received:
+        signal.raise_signal(signal.SIGBREAK)
+    assert received == [signal.SIGUSR1]
 
 
 @pytest.mark.long

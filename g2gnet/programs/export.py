@@ -16,7 +16,7 @@ from g2gnet.training import read_run
 
 EXAMPLE = """\
 example:
-  g2g-export checkpoints/fashionmnist_mixer_p0.15_T50_current.pth --output network.c
+  g2g-export --output network.c checkpoints/fashionmnist_mixer_p0.15_T50_current.pth
 """
 
 

@@ -120,10 +120,14 @@ def checks() -> Iterator[Check]:
         yield Check("recurrent", case, {"joined": joined, **held}, functools.partial(_stack, [mask], own, True))
     for model in MODELS.values():
         for number, (reset, surrogate) in enumerate(zip(itertools.cycle(RESETS), SURROGATES, strict=False)):
-            current = multiples(0.25, -4, 10, STEPS, BATCH, SIZE) / len(model.states)
+            own_draw = torch.Generator().manual_seed(number) if model.fixed else draw
             sizes = (SIZE, 1) if number % 2 else (1, SIZE)
-            halves = {name: multiples(0.5, 1, 1, sizes[0]) for name in model.parameters[:-1]}
-            leaves = {"current": current, **halves, "threshold": multiples(0.25, 3, 5, sizes[1])}
+            current = multiples(0.5, -4, 10, STEPS, BATCH, SIZE, generator=own_draw)
+            current /= 2 if len(model.states) == 2 else 1  # multiples of ¼, which bfloat16 holds
+            names = [name for name in model.parameters[:-1] if name not in model.fixed]
+            halves = {name: multiples(0.5, 1, 1, sizes[0], generator=own_draw) for name in names}
+            threshold = multiples(0.25, 3, 5, sizes[1], generator=own_draw)
+            leaves = {"current": current, **halves, "threshold": threshold}
             case = f"reset {reset}, surrogate {surrogate}"
             yield Check(model.name, case, leaves, functools.partial(_neurons, model.name, reset, surrogate))
     yield from _default_step(draw, multiples)
@@ -163,10 +167,10 @@ def _linear(masks: Sequence[BlockMask], leaves: Tensors, backend: str) -> Tensor
 
 
 def _neurons(model: str, reset: str, surrogate: str, leaves: Tensors, backend: str) -> Tensors:
-    current, *parameters = leaves.values()
+    current, parameters = leaves["current"], tuple(leaves.get(name, 0.0) for name in MODELS[model].parameters)
     if torch.is_autocast_enabled(current.device.type):
         current = current.to(torch.get_autocast_dtype(current.device.type))
-    return {"spikes": neurons(current, Neurons(model, tuple(parameters), reset, surrogate), backend=backend)}
+    return {"spikes": neurons(current, Neurons(model, parameters, reset, surrogate), backend=backend)}
 
 
 def _stack(

@@ -4,7 +4,7 @@ from g2gnet.base.version import __version__ as __version__
 from g2gnet.dst.scheduler import DSTScheduler
 from g2gnet.layers import G2GLinear
 from g2gnet.network import G2GNet
-from g2gnet.neurons import LIF, AdLIF, SpikingNeurons, Synaptic
+from g2gnet.neurons import LIF, AdLIF, CubaLIF, SpikingNeurons, Synaptic
 from g2gnet.sparsify import sparsify
 from g2gnet.spiking_network import Projection, SpikingNetwork
 from g2gnet.stack import SpikingStack
@@ -13,7 +13,7 @@ from g2gnet.training.signs import keep_signs
 from g2gnet.weights.tied_averages import sync_wiring, tie_wiring, untie_wiring
 
 __all__ = [
-    "LIF", "AdLIF", "DSTScheduler", "G2GLinear", "G2GNet", "Projection", "SpikingNetwork", "SpikingNeurons",
+    "LIF", "AdLIF", "CubaLIF", "DSTScheduler", "G2GLinear", "G2GNet", "Projection", "SpikingNetwork", "SpikingNeurons",
     "SpikingStack", "Synaptic", "keep_signs", "load", "sparsify", "sync_wiring", "tie_wiring",
     "untie_wiring",
 ]  # fmt: skip

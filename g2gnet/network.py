@@ -73,8 +73,8 @@ class G2GNet(SpikingNetwork):
         learn_delay: whether these are parameters, which stay from 0 to N (:class:`Projection`).
         p_rec_inter: the probability of a recurrent unit between groups; None: ``p_inter``.
         rec_gain: factor on the initial recurrent (and feedback) weights, above 0.
-        neuron: model of all neurons: ``"lif"`` (:class:`LIF`), ``"synaptic"`` (:class:`Synaptic`) or ``"adlif"``
-            (:class:`AdLIF`).
+        neuron: model of all neurons: ``"lif"`` (:class:`LIF`), ``"synaptic"`` (:class:`Synaptic`), ``"adlif"``
+            (:class:`AdLIF`) or ``"cubalif"`` (:class:`CubaLIF`).
         per_neuron: one value of each of the neurons' parameters per neuron instead of one per layer.
         reset: as for :func:`g2g_kernels.lif`.
         surrogate, alpha: of the hidden layers, as for :func:`g2g_kernels.lif`. The output layer keeps ATan with α = 2:

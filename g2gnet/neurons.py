@@ -13,7 +13,7 @@ from g2g_kernels.numbers import SHARPNESS, SIZE, Number
 from g2g_kernels.ops.g2g_stack import NeuronState
 from g2g_kernels.ops.neurons import MODELS
 from g2g_kernels.ops.neurons.checks import check_parameter
-from g2g_kernels.ops.neurons.models import RESET, RESETS, NeuronModel
+from g2g_kernels.ops.neurons.models import RESET, RESETS, NeuronModel, exact_gain
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
 from g2g_kernels.tracing import default_device
 
@@ -43,7 +43,7 @@ class SpikingNeurons(nn.Module):
     """
 
     model: ClassVar[NeuronModel]
-    #: the initial value of each parameter of the model
+    #: the initial value of each parameter; the model has others only if they follow from these, or are options
     initial: ClassVar[dict[str, float]]
 
     def __init__(
@@ -73,27 +73,26 @@ class SpikingNeurons(nn.Module):
         if dt is not None and not parameters.keys() & TIME_CONSTANTS:
             raise TypeError(f"dt={dt!r:.40} is the step of {', '.join(TIME_CONSTANTS)}; give one of these, or no dt")
         for name, decay in TIME_CONSTANTS.items():
-            if decay in self.model.parameters and name in parameters:
+            if decay in self.initial and name in parameters:
                 if decay in parameters:
                     raise TypeError(f"{name} and {decay} are the same parameter; give one of them")
                 parameters[decay] = _decay(name, parameters.pop(name), dt)
-        for name in self.model.parameters:
-            tensor = _initial(name, parameters.pop(name, self.initial[name]), size)
+        for name, usual in self.initial.items():
+            tensor = _initial(name, parameters.pop(name, usual), size)
             if check_flag(f"learn_{name}", parameters.pop(f"learn_{name}", True)):
                 self.register_parameter(name, nn.Parameter(tensor))
             else:
                 self.register_buffer(name, tensor)
         if parameters:
             raise TypeError(
-                f"{', '.join(parameters)}: unknown to {self.model.name} neurons, which have "
-                f"{', '.join(self.model.parameters)}"
+                f"{', '.join(parameters)}: unknown to {self.model.name} neurons, which have {', '.join(self.initial)}"
             )
 
     @property
     def by_name(self) -> dict[str, torch.Tensor]:
-        """The parameters by name, in the model's order, each [1] or [N]."""
+        """The parameters by name, in the order of ``initial``, each [1] or [N]."""
         # of the type: from an instance, torch.export of PyTorch 2.6 takes only numbers and strings of its class
-        return {name: getattr(self, name) for name in type(self).model.parameters}
+        return {name: getattr(self, name) for name in type(self).initial}
 
     @property
     def population(self) -> Neurons:
@@ -116,7 +115,7 @@ class SpikingNeurons(nn.Module):
         return spikes, states[0] if len(states) == 1 else states
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        for name in self.model.parameters:
+        for name in self.initial:
             saved = state_dict.get(prefix + name)
             if isinstance(saved, torch.Tensor) and saved.shape == ():  # as snnTorch saves it
                 state_dict[prefix + name] = saved.reshape(1)
@@ -141,6 +140,23 @@ def _decay(name: str, constant: Any, dt: float | None) -> float | torch.Tensor:
     for each in constant.detach().unique().tolist():
         _POSITIVE.check(name, each)
     return torch.exp(-dt / constant.detach().double())
+
+
+#: refractory steps, which a float32 counts
+_STEPS = Number(0, 1 << 20)
+
+
+def _steps(refractory: Any, size: int | None, dt: float | None) -> torch.Tensor:
+    """The steps of a refractory period, [1] or [N]. Raises ValueError for one that is no whole number from 0 to 2²⁰."""
+    steps = torch.as_tensor(refractory, dtype=torch.float64).detach()
+    if steps.dim() and steps.shape != (size,):
+        wanted = "one number, or give the number of neurons first" if size is None else f"[{size}]"
+        raise ValueError(f"refractory is a tensor {list(steps.shape)}; give {wanted}")
+    steps = steps if dt is None else (steps / _POSITIVE.check("dt", dt)).round()
+    for each in steps.reshape(-1).unique().tolist():
+        if _STEPS.check("refractory, in steps,", each) != round(each):
+            raise ValueError(f"refractory={each} is no whole number of steps; give dt, a step in the same unit")
+    return steps.reshape(-1).expand(1 if size is None else size).clone()
 
 
 def _initial(name: str, value: Any, size: int | None) -> torch.Tensor:
@@ -219,5 +235,60 @@ class AdLIF(SpikingNeurons):
         self.a.clamp_(low, high)
 
 
+class CubaLIF(SpikingNeurons):
+    """Current-based LIF neurons with exponential synapses (:func:`g2g_kernels.cubalif`), integrated exactly and in
+    Brian2's order: ``syn_decay``, ``beta`` and ``threshold``.
+
+    What arrives in a step acts on the spikes of later steps. ``activity.membranes`` are those after the reset. The
+    state of a network also has what these neurons sent last, where a delay reads it.
+
+    Args:
+        reset: as for :func:`g2g_kernels.cubalif`.
+        refractory: how long after a spike nothing is received, one number or [N]: in the unit of ``dt`` where that is
+            given, rounded to whole steps, else in steps. Kept as a buffer, in steps.
+        reset_current: whether a spike sets the synaptic current to 0, too. A buffer.
+        neurons, dt, options: as for :class:`SpikingNeurons`.
+
+    Raises:
+        ValueError: as :class:`SpikingNeurons`; for a refractory period below 0 or above 2²⁰ steps, or of no whole
+            number of steps without ``dt``.
+
+    Example:
+        >>> neurons = CubaLIF(tau=20.0, tau_syn=5.0, dt=0.1, threshold=7.0, refractory=2.2)  # ms, mV
+        >>> neurons(torch.rand(20, 2, 64)).shape
+        torch.Size([20, 2, 64])
+        >>> neurons.refractory
+        tensor([22.])
+    """
+
+    model = MODELS["cubalif"]
+    initial: ClassVar = {"syn_decay": 0.8, "beta": 0.9, "threshold": 1.0}
+    syn_decay: torch.Tensor
+    beta: torch.Tensor
+    threshold: torch.Tensor
+    refractory: torch.Tensor
+    reset_current: torch.Tensor
+
+    def __init__(
+        self,
+        neurons: int | None = None,
+        *,
+        reset: str = "zero",
+        refractory: float | torch.Tensor = 0,
+        reset_current: bool = False,
+        dt: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(neurons, reset=reset, dt=dt if options.keys() & TIME_CONSTANTS else None, **options)
+        self.register_buffer("refractory", _steps(refractory, neurons, dt).to(self.beta))
+        at_spike = float(check_flag("reset_current", reset_current))
+        self.register_buffer("reset_current", torch.full((1,), at_spike))
+
+    @property
+    def gain(self) -> torch.Tensor:
+        """What a synaptic current of 1 adds to the membrane in a step, [1] or [N]."""
+        return exact_gain(self.syn_decay, self.beta)
+
+
 #: the class of each model
-NEURONS: dict[str, type[SpikingNeurons]] = {kind.model.name: kind for kind in (LIF, Synaptic, AdLIF)}
+NEURONS: dict[str, type[SpikingNeurons]] = {kind.model.name: kind for kind in (LIF, Synaptic, AdLIF, CubaLIF)}

@@ -9,6 +9,7 @@ from helpers import seeded
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout
+from g2g_kernels.ops.neurons.models import exact_gain
 from g2g_kernels.ops.neurons.step import neurons_step
 from g2gnet import LIF, G2GLinear, G2GNet, SpikingNetwork, SpikingStack, Synaptic
 
@@ -88,7 +89,10 @@ class Reference:
                     current = current + (received * (scale if source != "input" else 1)) @ weight.T
                     current = current if bias is None else current + bias
                 module = net.neurons()[name]
-                own = tuple(t64[f"{name}.{each}"] for each in type(module).model.parameters)
+                model, own = type(module).model, {each: t64[f"{name}.{each}"] for each in module.by_name}
+                if "gain" in model.parameters:
+                    own["gain"] = exact_gain(own["syn_decay"], own["beta"])
+                own = tuple(own.get(each, getattr(module, each).double()) for each in model.parameters)
                 spikes, states[name] = neurons_step(current, states[name], module.population._replace(parameters=own))
                 membranes[name].append(states[name][-1])
                 if dropped and name in dropped:

@@ -73,6 +73,7 @@ def test_the_network_that_the_page_also_gives_to_brian2_has_the_spikes_that_bria
     with np.load(ROOT / "tests" / "brian2_spikes.npz") as recorded:
         for reset in ("subtract", "zero"):
             np.testing.assert_array_equal(page["in_g2g"](reset), recorded[reset])
+        np.testing.assert_array_equal(page["current_based_in_g2g"](), recorded["current_based"])
 
 
 @pytest.mark.ci

@@ -20,7 +20,7 @@ namespace g2g {
 enum Reset : int32_t { kSubtract, kZero, kNone };
 constexpr const char* kResetNames[] = {"subtract", "zero", "none"};
 
-constexpr int kMostStates = 2;
+constexpr int kMostStates = 3;
 
 // The description of a model.
 struct ModelInfo {
@@ -29,6 +29,7 @@ struct ModelInfo {
     const char* state_names[kMostStates];          // the last one is the membrane, which is compared with the threshold
     const char* parameter_names[kMostParameters];  // the last one is the threshold
     bool decays[kMostParameters];                  // clamped to 0 … 1
+    bool at_once = false;                          // reset in the step of a spike, which its states then do not show
 };
 
 // Divides a scratch buffer; with base null it only measures how large the buffer must be.

@@ -136,8 +136,7 @@ void loop_step(const LaneParameters& parameters, int64_t first, int64_t last, co
         Vec state[S], p[P];
         for (int s = 0; s < S; ++s) state[s] = load(step.before + s * step.stride + i);
         for (int k = 0; k < P; ++k) p[k] = load(parameters.lanes[k] + i);
-        M::template charge<R>(state, load(step.current + i), p);
-        Vec spikes = heaviside(state[S - 1], p[P - 1]);
+        Vec spikes = heaviside(G2G_ISA::step<M, R>(state, load(step.current + i), p), p[P - 1]);
         if (step.keep) spikes *= load(step.keep + i);
         for (int s = 0; s < S; ++s) store(step.now + s * step.stride + i, state[s]);
         store(step.spikes + i, spikes);
@@ -250,12 +249,26 @@ void loop_step_backward(const LaneParameters& parameters, float alpha, int64_t f
         if (step.keep) spike_grad *= load(step.keep + i);
         const auto slope = [&](Vec u) { return Surrogate::derivative(u - p[P - 1], alpha); };
         const auto slope_before = [&](Vec u) { return step.begins ? Vec{} : slope(u); };
-        const Vec through = spike_grad * slope(load(step.now + (S - 1) * step.stride + i));
+        const Vec through = spike_grad * slope(compared<M>(before, load(step.now + (S - 1) * step.stride + i), p));
         const Vec to_current = M::template charge_backward<R>(through, slope_before, before, p, g, grad);
         for (int s = 0; s < S; ++s) store(step.states + s * step.stride + i, g[s]);
         for (int k = 0; k < P; ++k) store(step.parameters[k] + i, grad[k]);
         store(step.to_current + i, to_current);
         if (step.held) store(step.held + i, load(step.held + i) + to_current);
+    }
+}
+
+// The spikes of a step from the states `before` it and `now`, after it; 0 where `keep` is (null: all are sent).
+template <class M>
+void loop_spikes(const LaneParameters& parameters, int64_t first, int64_t last, const float* before, const float* now,
+                 const float* keep, int64_t stride, float* spikes) {
+    constexpr int S = M::info.states, P = M::info.parameters;
+    for (int64_t i = first; i < last; i += W) {
+        Vec p[P], from[S];
+        for (int k = 0; k < P; ++k) p[k] = load(parameters.lanes[k] + i);
+        for (int s = 0; s < S; ++s) from[s] = load(before + s * stride + i);
+        const Vec sent = heaviside(compared<M>(from, load(now + (S - 1) * stride + i), p), p[P - 1]);
+        store(spikes + i, keep ? sent * load(keep + i) : sent);
     }
 }
 
@@ -303,6 +316,8 @@ inline void list_loop_backward(ListLoop& a, Arena& arena) {
         return &loop_step_backward<decltype(m), decltype(reset)::value, decltype(surrogate)>;
     });
 
+    const auto spikes_of = choose(Models{}, a.neurons.model, [](auto m) { return &loop_spikes<decltype(m)>; });
+
     for (int64_t group = 0; group < call.groups; ++group) {
         const float* const sent = call.kept_lanes(group);
         const float* const kept = a.kept + group * a.steps * rows;
@@ -329,16 +344,10 @@ inline void list_loop_backward(ListLoop& a, Arena& arena) {
                 for (int k = 0; k < model.parameters; ++k) own_step.parameters[k] = sums[k];
                 (*step)(call.parameters, a.neurons.alpha, at, end, own_step);
                 if (a.grad_current && !a.held) call.of(group, a.grad_current + t * call.matrix).store(first, last, to_current + at);
-                if (t) {
-                    const float* const membrane = before + (model.states - 1) * padded;
-                    const float* const theta = call.parameters.lanes[model.parameters - 1];
-                    for (int64_t i = at; i < end; i += W) {
-                        const Vec s = heaviside(load(membrane + i), load(theta + i));
-                        store(spikes + i, sent ? s * load(sent + i) : s);
-                    }
-                } else {
+                if (t)
+                    (*spikes_of)(call.parameters, at, end, t > 1 ? before - rows : own, before, sent, padded, spikes);
+                else
                     call.of(group, a.sent).load(first, last, spikes + at);
-                }
                 for (int64_t n = first; a.grad_values && n < last; ++n) {
                     bits[n] = 0;
                     for (int64_t s = 0; s < width; ++s) bits[n] |= uint32_t{spikes[n * width + s] != 0.0f} << s;

@@ -95,8 +95,7 @@ void forward_bundle(const L& lanes, const Steps& steps, const LaneParameters& pa
     for (int64_t t = 0; t < count; ++t, current += current_stride, spikes += stride)
         unrolled<V>([&](auto v) {
             fetch(current + kAhead + v * W);
-            M::template charge<R>(state[v], lanes.load(current, v), p[v]);
-            lanes.stream(spikes, v, heaviside(state[v][S - 1], p[v][P - 1]));
+            lanes.stream(spikes, v, heaviside(step<M, R>(state[v], lanes.load(current, v), p[v]), p[v][P - 1]));
         });
     unrolled<V>([&](auto v) {
         for (int s = 0; s < S; ++s) {
@@ -191,8 +190,9 @@ void backward_bundle(const L& lanes, const Steps& steps, const LaneParameters& p
             const auto slope = [&](Vec u) { return Surrogate::derivative(u - p[P - 1], alpha); };
             // without a state the spike before the first step is a constant
             const auto slope_before = [&](Vec u) { return t || kept ? slope(u) : Vec{}; };
-            const Vec through = lanes.load(from, v) * slope(state[v][S - 1]);
+            const Vec after = state[v][S - 1];
             for (int s = 0; s < S; ++s) state[v][s] = load(states + (t * S + s) * kBundle + v * W);
+            const Vec through = lanes.load(from, v) * slope(compared<M>(state[v], after, p));
             const Vec now = M::template charge_backward<R>(through, slope_before, state[v], p, g[v], grad[v]);
             to_current[v] += now;
             if (target) lanes.stream(target + t * stride, v, now);

@@ -8,6 +8,8 @@
 //                    from later steps, and is moved on to the states `before`. Adds to the parameters' gradients and
 //                    returns ∂L/∂I_t. slope(U) is σ'(U − θ): what reaches S_{t−1}, on which a step may depend by more than
 //                    the reset, goes on to U_{t−1}, and negated to θ, times slope(U_{t−1}). Who does not call it pays nothing.
+//   compared         of a model that is reset in the step of its spike (info.at_once): the membrane that a step from these
+//                    states compares with θ, −∞ where it is refractory. `through` is then what reaches this membrane.
 //
 // A spike is U_t > θ; it is compared, counted and differentiated outside. Everything works on one vector of lanes and is
 // inlined into loops that hold these arrays in registers. Padding lanes have θ = ∞: they never spike and every surrogate
@@ -141,6 +143,78 @@ struct AdLif {
     }
 };
 
+// Where ready, f = 0: v = β·U_{t−1} + c·g_{t−1}, S_t = 1[v > θ], g = γ·g_{t−1}, and without a spike g_t = g + I_t, U_t = v; a spike
+// resets v at once, and g with `reset_current`, and begins f = max(R, 1) − 1. Elsewhere f counts down, and g and U stay.
+//
+//   to v: h_t = through_t + ∂U_t, ∂U_t as the reset leaves it;  ∂I_t = ∂g_t without a spike;  to U_{t−1}: β·h_t;  to g_{t−1}: c·h_t + γ·∂g_t
+//   ∂γ += ∂g_t·g_{t−1};  ∂β += h_t·U_{t−1};  ∂c += h_t·g_{t−1};  ∂θ −= through_t + S_t·∂U_t ("subtract"); all of them where ready
+struct CubaLif {
+    static constexpr ModelInfo info = {"cubalif",
+                                       3,
+                                       6,
+                                       {"refractory_steps", "synaptic_current", "membrane"},
+                                       {"syn_decay", "beta", "gain", "refractory", "reset_current", "threshold"},
+                                       {true, true, false, false, false, false},
+                                       true};
+
+    static G2G_INLINE Vec compared(const Vec (&before)[3], const Vec (&p)[6]) {
+        return before[0] == Vec{} ? p[1] * before[2] + p[2] * before[1] : all(-__builtin_inff());
+    }
+
+    template <int R>
+    static G2G_INLINE void charge(Vec (&state)[3], Vec current, const Vec (&p)[6]) {
+        const Vec refractory = p[3], theta = p[5];
+        const IntVec ready = state[0] == Vec{}, fires = compared(state, p) > theta;
+        Vec u = ready ? p[1] * state[2] + p[2] * state[1] : state[2];
+        Vec g = ready ? p[0] * state[1] : state[1];
+        g = (ready & ~fires) ? g + current : g;
+        g = (fires & (p[4] > Vec{})) ? Vec{} : g;
+        if (R == kSubtract) u = fires ? u - theta : u;
+        if (R == kZero) u = fires ? Vec{} : u;
+        const Vec one = all(1.0f), waits = refractory > one ? refractory - one : Vec{};
+        state[0] = fires ? waits : (state[0] > one ? state[0] - one : Vec{});
+        state[1] = g;
+        state[2] = u;
+    }
+
+    template <int R, class Slope>
+    static G2G_INLINE Vec charge_backward(Vec through, const Slope&, const Vec (&before)[3], const Vec (&p)[6], Vec (&g)[3],
+                                          Vec (&grad)[6]) {
+        const Vec theta = p[5];
+        const IntVec ready = before[0] == Vec{}, fires = compared(before, p) > theta;
+        grad[5] -= through;
+        if (R == kSubtract) grad[5] -= fires ? g[2] : Vec{};
+        const Vec to_membrane = (R == kZero ? (fires ? Vec{} : g[2]) : g[2]) + through;
+        const Vec to_input = (ready & ~fires) ? g[1] : Vec{};
+        const Vec to_current = (fires & (p[4] > Vec{})) ? Vec{} : g[1];
+        grad[0] += ready ? to_current * before[1] : Vec{};
+        grad[1] += ready ? to_membrane * before[2] : Vec{};
+        grad[2] += ready ? to_membrane * before[1] : Vec{};
+        g[0] = Vec{};
+        g[1] = ready ? p[0] * to_current + p[2] * to_membrane : to_current;
+        g[2] = ready ? p[1] * to_membrane : to_membrane;
+        return to_input;
+    }
+};
+
+// The membrane that is compared with the threshold in a step, from the states before it and the membrane after it.
+template <class M>
+G2G_INLINE Vec compared(const Vec (&before)[M::info.states], Vec after, const Vec (&p)[M::info.parameters]) {
+    if constexpr (M::info.at_once)
+        return M::compared(before, p);
+    else
+        return after;
+}
+
+// One step; returns the membrane that is compared.
+template <class M, int R>
+G2G_INLINE Vec step(Vec (&state)[M::info.states], Vec current, const Vec (&p)[M::info.parameters]) {
+    Vec before[M::info.states];
+    for (int s = 0; s < M::info.states; ++s) before[s] = state[s];
+    M::template charge<R>(state, current, p);
+    return compared<M>(before, state[M::info.states - 1], p);
+}
+
 // A surrogate is its name and its derivative at x = U − θ.
 
 constexpr double kHalfPi = 1.57079632679489661923;
@@ -192,7 +266,7 @@ struct Types {
     static constexpr ModelInfo infos[sizeof...(Each)] = {Each::info...};  // of models
     static constexpr const char* names[sizeof...(Each)] = {Each::name...};  // of surrogates
 };
-using Models = Types<Lif, Synaptic, AdLif>;
+using Models = Types<Lif, Synaptic, AdLif, CubaLif>;
 using Resets = Types<Constant<kSubtract>, Constant<kZero>, Constant<kNone>>;
 using Surrogates = Types<Atan, FastSigmoid, Sigmoid, Triangle, Boxcar>;
 

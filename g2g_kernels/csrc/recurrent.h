@@ -54,8 +54,8 @@ void step_forward(const LaneParameters& parameters, int64_t first, int64_t last,
         each_vec([&](auto v) {
             Vec state[S];
             for (int s = 0; s < S; ++s) state[s] = load(step.before + b * step.before_stride + s * kLanes + v * W);
-            M::template charge<R>(state, load(step.current + b * kLanes + v * W), p[v]);
-            word |= greater_bits(state[S - 1], p[v][P - 1]) << (v * W);
+            const Vec membrane = G2G_ISA::step<M, R>(state, load(step.current + b * kLanes + v * W), p[v]);
+            word |= greater_bits(membrane, p[v][P - 1]) << (v * W);
             for (int s = 0; s < S; ++s) store(step.now + b * step.now_stride + s * kLanes + v * W, state[s]);
         });
         step.words[b * step.stride] = word;
@@ -118,7 +118,8 @@ void step_backward(const LaneParameters& parameters, float alpha, int64_t first,
             if (tile) spike_grad += load(tile + v * W);
             const auto slope = [&](Vec u) { return Surrogate::derivative(u - p[P - 1], alpha); };
             const auto slope_before = [&](Vec u) { return step.begins ? Vec{} : slope(u); };
-            const Vec through = spike_grad * slope(load(step.now + b * step.now_stride + (S - 1) * kLanes + v * W));
+            const Vec membrane = load(step.now + b * step.now_stride + (S - 1) * kLanes + v * W);
+            const Vec through = spike_grad * slope(compared<M>(before, membrane, p));
             const Vec to_current = M::template charge_backward<R>(through, slope_before, before, p, g, grad[v]);
             sum[v] += to_current;
             for (int s = 0; s < S; ++s) store(step.states + (b * S + s) * kLanes + v * W, g[s]);

@@ -47,9 +47,9 @@ void scan_forward(const Current& current, int64_t steps, const LaneParameters& p
         current(t, input);
         uint64_t word = 0;
         each_vec([&](auto v) {
-            M::template charge<R>(state[v], input[v], p[v]);
-            spikes[v] += heaviside(state[v][S - 1], p[v][P - 1]);
-            word |= greater_bits(state[v][S - 1], p[v][P - 1]) << (v * W);
+            const Vec membrane = step<M, R>(state[v], input[v], p[v]);
+            spikes[v] += heaviside(membrane, p[v][P - 1]);
+            word |= greater_bits(membrane, p[v][P - 1]) << (v * W);
         });
         if (words) words[t] = word;
         if (states)
@@ -133,7 +133,7 @@ void scan_backward(const Upstream& upstream, const float* states, int64_t steps,
             const auto slope = [&](Vec u) { return Surrogate::derivative(u - p[P - 1], alpha); };
             // without a state the spike before the first step is a constant
             const auto slope_before = [&](Vec u) { return t || first ? slope(u) : Vec{}; };
-            const Vec through = spike_grad[v] * slope(load(now + (S - 1) * kLanes));
+            const Vec through = spike_grad[v] * slope(compared<M>(before, load(now + (S - 1) * kLanes), p));
             const Vec to_current = M::template charge_backward<R>(through, slope_before, before, p, g[v], grad[v]);
             sum[v] += to_current;
             seen[v] |= reinterpret_cast<IntVec>(to_current);

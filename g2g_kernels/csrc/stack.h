@@ -330,13 +330,14 @@ inline void store_states(const Stack& s, const Layer& layer, const float* block,
         store_block(axis, r, block + i * kLanes, Rows{b, 1, s.batch, axis.size}, 1, states + i * s.batch * axis.size);
 }
 
-// The spikes of the state before the first step, one word of a block; 0 if the run begins without one.
+// The spikes of the state before the first step, one word of a block; 0 if the run begins without one, or if states do not
+// show spikes.
 inline uint64_t first_word(const Stack& s, const Layer& layer, const LayerParameters& parameters, int64_t b, int64_t r) {
-    if (!layer.state) return 0;
+    const ModelInfo& model = model_info(layer.neurons);
+    if (!layer.state || model.at_once) return 0;
     alignas(64) float states[kMostStates * kLanes];
     load_states(s, layer, layer.state, b, r, states);
     const SampleParameters own(parameters, layer, b, r);
-    const ModelInfo& model = model_info(layer.neurons);
     const float *membrane = states + (model.states - 1) * kLanes, *theta = own.block.lanes[model.parameters - 1];
     uint64_t word = 0;
     for (int v = 0; v < kVecs; ++v) word |= greater_bits(load(membrane + v * W), load(theta + v * W)) << (v * W);

@@ -228,8 +228,8 @@ struct BackwardLayer : LayerBackward {
         if (below && !held && plan.rows.blocks <= kMostEventBlocks)
             event_limit = static_cast<float>(layer.gradient_event_limit * plan.event_runs.ratio);
         lists_events = event_limit > 0;
-        if (l > 0 && !layer.delays && !s.layers[l - 1].recurrent && same_order(s.layers[l - 1].plan->rows, plan.cols))
-            needed.emplace(plan, arena);
+        const Layer* const lower = l > 0 && !layer.delays && !s.layers[l - 1].recurrent ? &s.layers[l - 1] : nullptr;
+        if (lower && !model_info(lower->neurons).at_once && same_order(lower->plan->rows, plan.cols)) needed.emplace(plan, arena);
         if (below) input_gradient.emplace(plan, layer.values, s.bf16, lists_events, arena);
         if (layer.recurrent) {
             recurrent.emplace(s, layer, slices.samples, !held, arena);
@@ -611,7 +611,7 @@ struct BackwardPass {
         float* const grads = v.states + (r * v.samples + b) * x.model.states * kLanes;
         const int64_t membrane = (x.model.states - 1) * kLanes;
         const SampleParameters own(x.parameters, x.layer, first + b, r);
-        if (!x.layer.sent)
+        if (!x.layer.sent && !x.model.at_once)
             spikes_backward(x.layer.neurons, x.threshold(own.block), begin + membrane, v.x.at(r, b), grads + membrane,
                             x.block_gradient(v.sum_of(first, b), r).parameters[x.model.parameters - 1]);
         if (x.layer.grad_state) store_states(s, x.layer, grads, first + b, r, x.layer.grad_state);

@@ -23,7 +23,7 @@ struct Lists;
 // Only int32_t, int64_t, float, double, pointers, other structures, and arrays of them.
 G2G_STRUCTURES(
 
-constexpr int kMostParameters = 5;
+constexpr int kMostParameters = 6;
 
 // One side of a mask.
 struct Side {

@@ -160,7 +160,9 @@ def _check_written(net: SpikingNetwork) -> None:
         )
     for name, neurons in net.neurons().items():
         if neurons.model.name not in _FORMS:
-            raise ValueError(f"{name}: NIR has no {neurons.model.name!r} neurons; only {', '.join(_FORMS)} convert")
+            kind = neurons.model.name
+            lacks = f"{kind!r} neurons" + (" (its CubaLIF stands for Synaptic)" if kind == "cubalif" else "")
+            raise ValueError(f"{name}: NIR has no {lacks}; only {', '.join(_FORMS)} convert")
         if neurons.reset != "zero":
             raise ValueError(
                 f"reset={neurons.reset!r} cannot be written to NIR, whose neurons reset to a value; train the network "

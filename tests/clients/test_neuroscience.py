@@ -27,6 +27,9 @@ def test_brian2_and_g2g_have_the_same_spikes():
             theirs = names["in_brian2"](reset)
             np.testing.assert_array_equal(theirs, recorded[reset])
             np.testing.assert_array_equal(theirs, names["in_g2g"](reset))
+        theirs = names["current_based_in_brian2"]()
+        np.testing.assert_array_equal(theirs, recorded["current_based"])
+        np.testing.assert_array_equal(theirs, names["current_based_in_g2g"]())
 
 
 def test_the_page_on_connectomes_trains_the_worm():
@@ -35,5 +38,7 @@ def test_the_page_on_connectomes_trains_the_worm():
 
 
 if __name__ == "__main__":
-    spikes_of = with_brian2()["in_brian2"]
-    np.savez_compressed(RECORDED, **{reset: spikes_of(reset).astype(np.uint16) for reset in ("subtract", "zero")})
+    names = with_brian2()
+    spikes = {reset: names["in_brian2"](reset) for reset in ("subtract", "zero")}
+    spikes["current_based"] = names["current_based_in_brian2"]()
+    np.savez_compressed(RECORDED, **{name: each.astype(np.uint16) for name, each in spikes.items()})

@@ -93,7 +93,7 @@ def test_a_loop_over_all_steps_is_that_of_float64(
     shapes = (batch, 20) if held else (steps, batch, 20)
     x = 1.3 * torch.randn(shapes, generator=draw)
     count = size if per_neuron else 1
-    spans = [(0.3, 0.7) if name == "threshold" else (0.6, 0.3) for name in names]
+    spans = [{"threshold": (0.3, 0.7), "refractory": (0.0, 3.0)}.get(name, (0.6, 0.3)) for name in names]
     parameters = [torch.rand(count, generator=draw) * span + least for span, least in spans]
     first = torch.randn(len(MODELS[model].states), batch, size, generator=draw) if state else None
     silent = torch.rand(batch, size, generator=draw) < 0.2 if dropped else None

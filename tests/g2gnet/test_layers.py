@@ -8,8 +8,8 @@ import scipy.sparse
 import snntorch
 import torch
 
-from g2g_kernels import BlockMask, GroupLayout, adlif, g2g_linear, lif, synaptic
-from g2gnet import LIF, AdLIF, G2GLinear, Synaptic
+from g2g_kernels import BlockMask, GroupLayout, adlif, cubalif, g2g_linear, lif, synaptic
+from g2gnet import LIF, AdLIF, CubaLIF, G2GLinear, Synaptic
 
 
 def sample_mask(out_size=50, in_size=98, block_size=8, **options):
@@ -58,6 +58,8 @@ def test_modules_call_the_operators():
     assert repr(neurons) == "Synaptic(reset='none', surrogate='boxcar', alpha=1.0)"
     neurons = AdLIF(a=0.125, reset="zero")
     same(neurons(current), adlif(current, 0.95, 0.9, 0.125, neurons.b, neurons.threshold, reset="zero"))
+    neurons = CubaLIF(beta=0.5, syn_decay=0.5, threshold=0.1, refractory=2, reset_current=True)
+    same(neurons(current), cubalif(current, 0.5, 0.5, 0.1, refractory=2, reset_current=True))
 
 
 def test_lif_keeps_scalars_or_one_value_a_neuron_learnable_or_not():
@@ -109,6 +111,32 @@ def test_initial_values_of_neurons_may_be_tensors_or_time_constants():
     assert neurons.beta.item() == pytest.approx(math.exp(-0.025))
     assert neurons.syn_decay.item() == pytest.approx(math.exp(-0.1))
     assert AdLIF(tau_adapt=100.0, dt=1.0, learn_adapt_decay=False).adapt_decay.item() == pytest.approx(math.exp(-0.01))
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [
+        ({"refractory": 2.2, "dt": 0.1}, [22]), ({"refractory": 3, "neurons": 2}, [3, 3]), ({}, [0]),
+        ({"refractory": torch.tensor([0.1, 0.26]).numpy(), "neurons": 2, "dt": 0.1, "tau": 20.0}, [1, 3]),
+        ({"refractory": 1.5}, "refractory=1.5 is no whole number of steps; give dt"),
+        ({"refractory": -1}, "-1.0 must be a number from 0"), ({"refractory": math.nan}, "nan must be"),
+        ({"refractory": [1, 2]}, r"a tensor \[2\]; give one number, or give the number of neurons first"),
+        ({"refractory": [1, 2], "neurons": 3}, r"a tensor \[2\]; give \[3\]"),
+        ({"refractory": 1, "dt": 0}, "dt=0 must be a number above 0"),
+    ],
+)  # fmt: skip
+def test_a_refractory_period_is_a_whole_number_of_steps(given, steps):
+    if isinstance(steps, str):
+        with pytest.raises(ValueError, match=steps):
+            CubaLIF(**given)
+        return
+    neurons = CubaLIF(**given)
+    assert neurons.refractory.tolist() == steps
+    assert neurons.reset == "zero"
+    assert [name for name, _ in neurons.named_parameters()] == ["syn_decay", "beta", "threshold"]
+    other = CubaLIF(given.get("neurons"), reset_current=True)
+    other.load_state_dict(neurons.state_dict())
+    assert (other.refractory.tolist(), other.reset_current.item()) == (steps, 0)
 
 
 @pytest.mark.parametrize("size", [(40, 40, 40), (1, 40, 40), (40, 1, 1), (1, 1, 1)])

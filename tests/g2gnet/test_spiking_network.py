@@ -17,12 +17,23 @@ from torch.func import vmap
 from torch.utils import _pytree
 
 from g2g_kernels import BlockMask, GroupLayout, available_backends
-from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, Projection, SpikingNetwork, SpikingStack, Synaptic
+from g2gnet import (
+    LIF,
+    AdLIF,
+    CubaLIF,
+    DSTScheduler,
+    G2GLinear,
+    G2GNet,
+    Projection,
+    SpikingNetwork,
+    SpikingStack,
+    Synaptic,
+)  # fmt: skip
 from g2gnet.dst.rules import unit_correlation
 from g2gnet.interop import from_snntorch, to_snntorch
 
 T, B, D = 11, 3, 10
-SIZES = {"input": D, "a": 9, "b": 13, "c": 6, "out": 5}
+SIZES = {"input": D, "a": 9, "b": 13, "c": 6, "d": 14, "e": 8, "out": 5}
 BACKENDS = [name for name in ("torch", "cpu") if name in available_backends()]
 COLUMNS = "pre", "post", "weight", "delay", "sizes"
 
@@ -48,6 +59,8 @@ GRAPHS = {
     "learned": [("input", "a", "learned"), ("a", "b", "learned"), ("b", "out", 0)],
     "learned self-loop": [("input", "a", 0), ("a", "a", "learned"), ("a", "out", 0)],
     "learned on a cycle": [("input", "a", 0), ("a", "b", "learned"), ("b", "a", "learned"), ("b", "out", 1)],
+    "current-based": [("input", "d", 0), ("d", "e", 1), ("e", "d", 1), ("e", "e", 2), ("e", "out", 0)],
+    "current-based chain": [("input", "d", 0), ("d", "d", 1), ("d", "e", (0, 1)), ("e", "out", 0)],
 }
 
 
@@ -55,6 +68,7 @@ GRAPHS = {
 STACKS = {"stack": False, "recurrent stack": True}
 #: those whose states hold what delays need, and chains
 CONTINUED = ["chain", "chain with delays", "skips", "self-loops", "ring", "learned on a cycle", *STACKS]
+CONTINUED += ["current-based", "current-based chain"]
 
 
 def network(name: str, backend: str | None = None, unit: int = 1, seed: int = 0, **options) -> SpikingNetwork:
@@ -73,6 +87,8 @@ def network(name: str, backend: str | None = None, unit: int = 1, seed: int = 0,
         connection.backend = backend
         projections.append(Projection(source, target, connection, delay, **learned))
     kinds = {"a": LIF(SIZES["a"], threshold=0.4), "b": AdLIF(threshold=0.5), "c": Synaptic(), "out": LIF(threshold=0.6)}
+    cuba = {"syn_decay": 0.5, "beta": 0.6, "threshold": 0.3, "refractory": 3}
+    kinds |= {"d": CubaLIF(**cuba), "e": CubaLIF(SIZES["e"], **cuba, reset="subtract", reset_current=True)}
     populations = {each: kinds[each] for each in kinds if any(p.target == each for p in projections)}
     return SpikingNetwork(populations, projections, "out", T, backend=backend, **options)
 

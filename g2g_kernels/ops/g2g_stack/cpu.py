@@ -85,6 +85,10 @@ def refuses(call: Call) -> str | None:
                 f"the recurrent connection of population {number} has other groups, or other sizes of units, than the "
                 "connection to it; give BlockMask.sample(layout, layout, …) that one's mask.rows.layout and block_size"
             )
+        population = call.populations[number]
+        continues = call.carried or population.state is not None or population.sent is not None
+        if recurrent is not None and continues and MODELS[population.neurons.model].compared is not None:
+            return f"the recurrent spikes of population {number} before the run do not follow from its states"
         if feed.delay is not None and number:
             sends = call.populations[number - 1]
             of_state = sends.state is not None and not reach[number - 1]
@@ -117,7 +121,7 @@ def g2g_stack(call: Call, again: Callable[[Call], Activity]) -> Activity:
     for each, population in zip(words, of_kernels.populations):  # noqa: B905
         feed = population.connections[0]
         spikes.append(PackedSpikes(each, feed.values.detach(), feed.mask))
-        late = late or feed.delay is not None
+        late = late or feed.delay is not None or MODELS[population.neurons.model].compared is not None
     activity = Activity(counts, tuple(rates), tuple(spikes), states=tuple(last))
     if not late:
         return activity

@@ -7,11 +7,12 @@ A learned delay is a float d̂_j, rounded to d_j after it is clamped. Its gradie
 with S = 0 after the run, and before it what the run continues. It passes the clamp unchanged.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
+from g2g_kernels.ops.neurons.models import MODELS
 from g2g_kernels.ops.record import TYPES
 from g2g_kernels.tracing import is_transformed, replaced
 
@@ -179,14 +180,17 @@ def check_delay(suffix: str, delay: Any, size: int) -> None:
         raise ValueError(f"steps of the delay{suffix} are {delay.steps.dtype}; give int64")
 
 
-def reaches_of(connections: Iterable[tuple[int, Delay | None]], count: int) -> list[int]:
-    """How many steps before a run delays read of each of ``count`` populations, and at the end of the inputs, from the
-    source and the delay of each connection. For a population whose delays are at most one step it is 0: its spikes of
-    the last step follow from its state.
+def reaches_of(connections: Iterable[tuple[int, Delay | None]], models: Sequence[str | None]) -> list[int]:
+    """How many steps before a run delays read of each population, whose neurons have these ``models``, and at the end
+    of the inputs, from the source and the delay of each connection. Where delays are at most one step it is 0 if the
+    spikes of the last step follow from the neurons' states.
     """
-    reaches = [0] * (count + 1)
+    reaches = [0] * (len(models) + 1)
     for source, delay in connections:
         if delay is not None:
             # one more for the gradient of learned delays
             reaches[source] = max(reaches[source], delay.most + (delay.learned is not None))
-    return [*(0 if reach < 2 else reach for reach in reaches[:-1]), reaches[-1]]
+    for number, model in enumerate(models):
+        if reaches[number] == 1 and (model not in MODELS or MODELS[model].compared is None):
+            reaches[number] = 0
+    return reaches

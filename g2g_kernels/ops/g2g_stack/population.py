@@ -60,7 +60,8 @@ class Population(NamedTuple):
         dropped: bool [B, N], neurons that stay silent in a sample and pass no gradient; or None.
         state: float [states, B, N], the neurons' states before the first step, in the model's order; None: all 0.
         sent: float [D, B, N], what the neurons sent in the D steps before the first, if a delay of more than one step
-            reads it; None: nothing. (The spikes of one step before follow from ``state``.)
+            reads it, or any delay where a model is reset in the step of its spike; None: nothing. (The spikes of one
+            step before follow from the ``state`` of other models.)
         membranes: whether the run gives the membranes over time. The neurons then run step by step, except on Triton.
 
     Example:
@@ -156,7 +157,7 @@ def graph_of(populations: Sequence[Population]) -> Graph:
 def reaches(populations: Sequence[Population]) -> list[int]:
     """:func:`g2g_kernels.ops.g2g_stack.delays.reaches_of` these populations."""
     connections = [(each.source, each.delay) for population in populations for each in population.connections]
-    return reaches_of(connections, len(populations))
+    return reaches_of(connections, [getattr(of.neurons, "model", None) for of in populations])
 
 
 def sent_before(population: Population, reach: int, dtype: torch.dtype) -> torch.Tensor | None:

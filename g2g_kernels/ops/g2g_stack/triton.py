@@ -40,6 +40,7 @@ from g2g_kernels.ops.neurons.triton import (
     launch_forward,
     model_options,
     parameter_gradients,
+    refuses_model,
 )
 from g2g_kernels.ops.record import Backward, Output, opened
 from g2g_kernels.triton import runtime
@@ -509,6 +510,9 @@ def refuses(call: Call) -> str | None:
         return feeds
     if any(feed.delay is not None for feed, _ in feeds):
         return "knows no delays"
+    for population in call.populations:
+        if reason := refuses_model(population.neurons):
+            return reason
     tensors, _ = opened((call.x, call.populations))
     reason = runtime.refuses("g2g_stack", *[tensor for tensor in tensors if tensor.is_floating_point()])
     connections = [each for population in call.populations for each in population.connections]

@@ -1,4 +1,5 @@
-"""Spiking neurons over all time steps in one call: ``lif``, ``synaptic``, ``adlif``; :func:`neurons` for any model."""
+"""Spiking neurons over all time steps in one call: ``lif``, ``synaptic``, ``adlif``, ``cubalif``; :func:`neurons` for
+any model."""
 
 import functools
 import logging
@@ -9,13 +10,13 @@ import torch
 from g2g_kernels.dispatch import Operator
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.neurons import cpu, reference
-from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
-from g2g_kernels.ops.neurons.models import MODELS, RESET, RESETS, Neurons
+from g2g_kernels.ops.neurons.checks import check_neurons, check_parameter, check_state, check_steps
+from g2g_kernels.ops.neurons.models import MODELS, RESET, RESETS, Neurons, exact_gain
 from g2g_kernels.ops.neurons.step import in_steps
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
 from g2g_kernels.tracing import is_transformed
 
-__all__ = ["MODELS", "RESETS", "SURROGATES", "Neurons", "adlif", "lif", "neurons", "run_neurons", "synaptic"]
+__all__ = ["MODELS", "RESETS", "SURROGATES", "Neurons", "adlif", "cubalif", "lif", "neurons", "run_neurons", "synaptic"]
 
 logger = logging.getLogger("g2g_kernels")
 
@@ -152,6 +153,56 @@ def adlif(
     """
     population = Neurons("adlif", (adapt_decay, beta, a, b, threshold), reset, surrogate, alpha)
     return neurons(current, population, steps, backend)
+
+
+def cubalif(
+    current: torch.Tensor,
+    syn_decay: torch.Tensor | float,
+    beta: torch.Tensor | float,
+    threshold: torch.Tensor | float,
+    steps: int | None = None,
+    reset: str = "zero",
+    surrogate: str = SURROGATE,
+    alpha: float = ALPHA,
+    backend: str | None = None,
+    *,
+    refractory: torch.Tensor | float = 0,
+    reset_current: bool = False,
+) -> torch.Tensor:
+    """Runs current-based LIF neurons with exponential synapses over time, integrated exactly; differentiable in
+    ``current``, ``syn_decay``, ``beta`` and ``threshold``.
+
+    τ·du/dt = −u + g and τ_syn·dg/dt = −g, with α = exp(−dt/τ_syn) (``syn_decay``) and β = exp(−dt/τ), are exact over a
+    step (Rotter and Diesmann 1999). In each step, in this order::
+
+        1. u ← β·u + c·g,  g ← α·g        c = (β − α)·ln β / (ln α − ln β)
+        2. S_t = 1[u > θ] (strict)
+        3. g ← g + I_t                    where there is no spike
+        4. where there is one: u ← 0 (``zero``), u − θ (``subtract``) or u (``none``), and g ← 0 with ``reset_current``
+
+    After a spike in t the steps t + 1 … t + R − 1 are refractory, R = ``refractory``: u and g stay, there is no spike,
+    and what arrives is lost, as it is in the step of the spike. This is the model of Shiu et al. (2024), in Brian2's
+    order. No gradient passes through resets, refractory steps and lost currents.
+
+    Args:
+        refractory: R, steps after a spike until the first current that counts; a scalar or [N].
+        reset_current: whether a spike sets g to 0, too.
+        current, syn_decay, beta, threshold, steps, reset, surrogate, alpha, backend: as for :func:`synaptic`, and so
+            are the spikes that are returned, [T, ..., N], and the errors. ``triton`` does not serve it.
+
+    Example:
+        >>> cubalif(torch.full((1, 1), 2.0), syn_decay=0.8, beta=0.9, threshold=1.0, steps=8).flatten()
+        tensor([0., 0., 0., 0., 1., 0., 0., 1.])
+    """
+    check_tensor("current", current)
+    like = {"dtype": torch.promote_types(current.dtype, torch.float32), "device": current.device}
+    decays = [
+        each if isinstance(each, torch.Tensor) else torch.tensor(check_parameter(name, each), **like)
+        for name, each in (("syn_decay", syn_decay), ("beta", beta))
+    ]
+    refractory = torch.as_tensor(refractory).to(**like)
+    parameters = (*decays, exact_gain(*decays), refractory, float(reset_current), threshold)
+    return neurons(current, Neurons("cubalif", parameters, reset, surrogate, alpha), steps, backend)
 
 
 def neurons(

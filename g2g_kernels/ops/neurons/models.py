@@ -38,6 +38,11 @@ class NeuronModel(NamedTuple):
             gradients of the states after the step, the gradients of the current, of the ``states`` before it, and this
             step's part of those of the parameters (None: nothing). No gradient passes through R. ``slope(U)`` is
             σ'(U − θ): what reaches S_{t−1} goes on to U_{t−1}, and negated to θ, times ``slope(U_{t−1})``.
+        compared: ``(states, parameters) -> membrane`` that a step from these ``states`` compares with the threshold,
+            for a model that is reset in the step of its spike; None: the membrane after the step. The spikes of such
+            a model do not follow from its states, ``fired`` and ``spike`` mean nothing to it, and ``grads`` end with
+            the gradient of the membrane that is compared, after those of the states.
+        fixed: the names of parameters that have no gradient.
         by_spikes: the names of parameters that only multiply spikes.
         event_gradients: whether ∂L/∂I_t = σ'(U_t − θ)·∂L/∂S_t + p·∂L/∂I_{t+1}, p the first parameter (reset ``"zero"``
             aside), so that the input gradient may be computed by events.
@@ -49,6 +54,8 @@ class NeuronModel(NamedTuple):
     states: tuple[str, ...]
     charge: Callable[[Tensors, torch.Tensor, OfMembrane, torch.Tensor, Tensors, str], Tensors]
     charge_backward: Callable[[Tensors, Tensors, torch.Tensor, OfMembrane, Tensors, str], StepGradients]
+    compared: Callable[[Tensors, Tensors], torch.Tensor] | None = None
+    fixed: tuple[str, ...] = ()
     by_spikes: tuple[str, ...] = ()
     event_gradients: bool = False
 
@@ -141,6 +148,83 @@ def _adlif_charge_backward(
     return to_membrane, (to_adaptation * adapt_decay, before + through_spike), to_parameters
 
 
+def exact_gain(syn_decay: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """What a synaptic current of 1 adds in one step to the membrane of ``cubalif`` neurons with these decays α and β:
+
+        c = (β − α)·ln β / (ln α − ln β) = −ln β·√(αβ)·sinh(x)/x,    x = (ln α − ln β)/2
+
+    with sinh(x)/x by its series near x = 0; differentiable (Rotter and Diesmann 1999, exact integration)."""
+    syn_decay, beta = clamped(syn_decay), clamped(beta)
+    least = torch.finfo(beta.dtype).tiny
+    of_current, of_membrane = syn_decay.clamp(min=least).log(), beta.clamp(min=least).log()
+    x = (of_current - of_membrane) / 2
+    near = x.abs() < 0.5
+    square = torch.where(near, x * x, 0)
+    series = torch.ones_like(x)
+    for n in (14, 12, 10, 8, 6, 4, 2):
+        series = 1 + series * square / (n * (n + 1))
+    far = torch.where(near, 1, x)
+    gain = -of_membrane * ((of_current + of_membrane) / 2).exp() * torch.where(near, series, far.sinh() / far)
+    return torch.where(beta > 0, gain, syn_decay).masked_fill(syn_decay <= 0, 0)
+
+
+def clamped(decay: torch.Tensor) -> torch.Tensor:
+    """clamp(decay, 0, 1), without a slope at 0 and 1 themselves, where torch.clamp has one before PyTorch 2.15."""
+    return torch.where((decay <= 0) | (decay >= 1), decay.detach().clamp(0, 1), decay)
+
+
+# Where a neuron is refractory, −∞ is compared with the threshold: no spike, and the slope of every surrogate is 0.
+
+
+def _cubalif_compared(states: Tensors, parameters: Tensors) -> torch.Tensor:
+    (waiting, synaptic_current, membrane), (_, beta, gain, *_) = states, parameters
+    return (membrane * beta + synaptic_current * gain).masked_fill(waiting != 0, -torch.inf)
+
+
+def _cubalif_charge(
+    states: Tensors, fired: torch.Tensor, spike: OfMembrane, current: torch.Tensor, parameters: Tensors, reset: str
+) -> Tensors:
+    waiting, synaptic_current, membrane = states
+    syn_decay, beta, gain, refractory, reset_current, theta = parameters
+    ready = waiting == 0
+    membrane = torch.where(ready, membrane * beta + synaptic_current * gain, membrane)
+    synaptic_current = torch.where(ready, synaptic_current * syn_decay, synaptic_current)
+    fires = ready & (membrane > theta)
+    waiting = torch.where(fires, refractory.detach().clamp(min=1) - 1, (waiting.detach() - 1).clamp(min=0))
+    synaptic_current = torch.where(ready & ~fires, synaptic_current + current, synaptic_current)
+    synaptic_current = _unless(fires & (reset_current > 0), synaptic_current)
+    if reset == "subtract":
+        membrane = torch.where(fires, membrane - theta, membrane)
+    elif reset == "zero":
+        membrane = _unless(fires, membrane)
+    return waiting, synaptic_current, membrane
+
+
+def _cubalif_charge_backward(
+    grads: Tensors, states: Tensors, fired: torch.Tensor, slope: OfMembrane, parameters: Tensors, reset: str
+) -> StepGradients:
+    (_, to_current, to_membrane, to_compared), (waiting, synaptic_current, membrane) = grads, states
+    syn_decay, beta, gain, _, reset_current, theta = parameters
+    ready = waiting == 0
+    fires = ready & (membrane * beta + synaptic_current * gain > theta)
+    to_theta = -_unless(~fires, to_membrane) if reset == "subtract" else None
+    if reset == "zero":
+        to_membrane = _unless(fires, to_membrane)
+    to_membrane = to_membrane + to_compared
+    to_input = _unless(~ready | fires, to_current)
+    to_current = _unless(fires & (reset_current > 0), to_current)
+    before = (
+        torch.zeros_like(waiting),
+        torch.where(ready, to_current * syn_decay + to_membrane * gain, to_current),
+        torch.where(ready, to_membrane * beta, to_membrane),
+    )
+    of_ready = [
+        _unless(~ready, each)
+        for each in (to_current * synaptic_current, to_membrane * membrane, to_membrane * synaptic_current)
+    ]
+    return to_input, before, (*of_ready, None, None, to_theta)
+
+
 MODELS = {
     model.name: model
     for model in (
@@ -170,6 +254,16 @@ MODELS = {
             _adlif_charge_backward,
             by_spikes=("b",),
         ),
+        NeuronModel(
+            "cubalif",
+            ("syn_decay", "beta", "gain", "refractory", "reset_current", "threshold"),
+            ("syn_decay", "beta"),
+            ("refractory_steps", "synaptic_current", "membrane"),
+            _cubalif_charge,
+            _cubalif_charge_backward,
+            compared=_cubalif_compared,
+            fixed=("refractory", "reset_current"),
+        ),
     )
 }
 
@@ -178,7 +272,7 @@ class Neurons(NamedTuple):
     """A population of neurons in the operators' form.
 
     Attributes:
-        model: ``"lif"``, ``"synaptic"`` or ``"adlif"``, a name in ``MODELS``.
+        model: ``"lif"``, ``"synaptic"``, ``"adlif"`` or ``"cubalif"``, a name in ``MODELS``.
         parameters: in the model's order, each a number, or a tensor of one entry or [N].
         reset: ``"subtract"``, ``"zero"`` or ``"none"``.
         surrogate: the stand-in for dS/dU, a name in ``SURROGATES``.
@@ -204,8 +298,11 @@ class Neurons(NamedTuple):
     def integrating(self) -> "Neurons":
         """The population whose membranes are those of neurons that do not spike."""
         model = MODELS[self.model]
+        values = dict.fromkeys(model.by_spikes, 0.0)
+        if model.compared is not None:  # a spike does more than a reset
+            values["threshold"] = torch.inf
         parameters = tuple(
-            torch.zeros_like(parameter) if name in model.by_spikes else parameter
+            torch.full_like(parameter, values[name]) if name in values else parameter
             for name, parameter in zip(model.parameters, self.parameters, strict=True)
         )
         return replaced(self, parameters=parameters, reset="none")

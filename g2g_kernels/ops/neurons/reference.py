@@ -75,8 +75,8 @@ class _Neurons(torch.autograd.Function):
 
         for t in range(num_steps):
             now = (current if held else current[t]).to(dtype)
-            states = model.charge(states, fired, spike, now, used, options.reset)
-            fired = states[-1] > used[-1]
+            before, states = states, model.charge(states, fired, spike, now, used, options.reset)
+            fired = (states[-1] if model.compared is None else model.compared(before, used)) > used[-1]
             spikes[t] = fired
             if keep:
                 for of_all_steps, each in zip(kept, states, strict=True):
@@ -111,15 +111,15 @@ class _Neurons(torch.autograd.Function):
         sums = [zeros.clone() for _ in parameters]
         grad_current = zeros.clone() if held else torch.empty_like(membranes, dtype=current_dtype)
         for t in range(len(membranes) - 1, -1, -1):
-            through_spike = slope(membranes[t]).mul_(grad_spikes[t])
-            sums[-1] -= through_spike
             before = tuple(states[t - 1] for states in kept) if t > 0 else first
+            compared = membranes[t] if model.compared is None else model.compared(before, used)
+            through_spike = slope(compared).mul_(grad_spikes[t])
+            sums[-1] -= through_spike
+            grads = (*grads[:-1], grads[-1] + through_spike) if model.compared is None else (*grads, through_spike)
             fired = before[-1] > theta
             # without a state the spike before the first step is a constant
             of_spike = slope if t > 0 or state is not None else torch.zeros_like
-            to_current, grads, added = model.charge_backward(
-                (*grads[:-1], grads[-1] + through_spike), before, fired, of_spike, used, options.reset
-            )
+            to_current, grads, added = model.charge_backward(grads, before, fired, of_spike, used, options.reset)
             if need_current and held:
                 grad_current += to_current
             elif need_current:

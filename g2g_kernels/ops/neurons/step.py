@@ -10,7 +10,7 @@ import torch
 
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.ops.neurons.checks import check_neurons, check_states
-from g2g_kernels.ops.neurons.models import MODELS, RESET, Neurons, Tensors
+from g2g_kernels.ops.neurons.models import MODELS, RESET, Neurons, Tensors, clamped
 from g2g_kernels.ops.neurons.surrogates import ALPHA, SURROGATE, SURROGATES
 from g2g_kernels.tracing import is_transformed
 
@@ -139,7 +139,7 @@ def _step(
         states = tuple(torch.zeros_like(current, dtype=dtype) for _ in model.states)
     check_states(states, population, tuple(current.shape))
     parameters = tuple(
-        _clamped(parameter.to(dtype)) if name in model.decays else parameter.to(dtype)
+        clamped(parameter.to(dtype)) if name in model.decays else parameter.to(dtype)
         for name, parameter in zip(model.parameters, population.parameters, strict=True)
     )
     theta = parameters[-1]
@@ -152,10 +152,11 @@ def _step(
 
     fired = states[-1] > theta  # R_t: a comparison, so no gradient passes through it
     spike_before = constant_spike if begins else spike
-    states = model.charge(states, fired, spike_before, current.to(dtype), parameters, population.reset)
+    before, states = states, model.charge(states, fired, spike_before, current.to(dtype), parameters, population.reset)
     if known is not None:
         states = tuple([value + _rise(state) for value, state in zip(known, states, strict=True)])
-    return spike(states[-1]).to(current.dtype), states
+    compared = states[-1] if model.compared is None else model.compared(before, parameters)
+    return spike(compared).to(current.dtype), states
 
 
 def spikes_of(membrane: torch.Tensor, population: Neurons) -> torch.Tensor:
@@ -194,8 +195,3 @@ def in_steps(
         spikes.append(spikes_t)
     assert states is not None
     return torch.stack(spikes), torch.stack(states)
-
-
-def _clamped(decay: torch.Tensor) -> torch.Tensor:
-    """clamp(decay, 0, 1), without a slope at 0 and 1 themselves, where torch.clamp has one before PyTorch 2.15."""
-    return torch.where((decay <= 0) | (decay >= 1), decay.detach().clamp(0, 1), decay)

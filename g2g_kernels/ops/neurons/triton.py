@@ -344,10 +344,18 @@ def parameter_gradients(population: Neurons, sums: torch.Tensor) -> tuple[torch.
 # --- operators ----------------------------------------------------------------------------------------------------
 
 
+def refuses_model(population: Neurons) -> str | None:
+    """Why no Triton kernel runs these neurons, or None."""
+    at_once = MODELS[population.model].compared is not None
+    return f"resets neurons a step after their spike, and {population.model!r} in its step" if at_once else None
+
+
 def refuses(
     current: torch.Tensor, population: Neurons, steps: int | None, state: torch.Tensor | None = None
 ) -> str | None:
     """Why these kernels cannot serve a call, or None."""
+    if reason := refuses_model(population):
+        return reason
     if current.numel() == 0:
         return "needs currents that are not empty"
     if math.prod(current.shape[0 if steps else 1 :]) >= 1 << 31:

@@ -117,6 +117,7 @@ def test_what_the_other_library_lacks_is_refused():
         (lambda: to_snntorch(small_net(neuron="adlif")), "lif1: snnTorch has no 'adlif' neurons; only lif, synaptic"),
         (lambda: to_snntorch(small_net(recurrent=True, reset="zero")), "lif1: snn.RLeaky with reset to zero holds"),
         (lambda: to_nir(small_net(neuron="adlif")), "lif1: NIR has no 'adlif' neurons; only lif, synaptic convert"),
+        (lambda: to_nir(small_net(neuron="cubalif")), "lif1: NIR has no 'cubalif' neurons .its CubaLIF stands"),
         (lambda: to_nir(small_net()), "reset='subtract' cannot be written to NIR, .*; train the .* with reset='zero'"),
         (lambda: to_nir(mixed),
          r"lif2 has beta=1, no decay, in 2 of 40 neurons: .*learn_beta=False.*net\.lif2\.beta\.data\.clamp_"),

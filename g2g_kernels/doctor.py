@@ -122,8 +122,8 @@ def checks() -> Iterator[Check]:
         for number, (reset, surrogate) in enumerate(zip(itertools.cycle(RESETS), SURROGATES, strict=False)):
             own_draw = torch.Generator().manual_seed(number) if model.fixed else draw
             sizes = (SIZE, 1) if number % 2 else (1, SIZE)
-            current = multiples(0.5, -4, 10, STEPS, BATCH, SIZE, generator=own_draw)
-            current /= 2 if len(model.states) == 2 else 1  # multiples of ¼, which bfloat16 holds
+            unit = 0.5 if model.fixed else 0.25 / len(model.states)
+            current = multiples(unit, -4, 10, STEPS, BATCH, SIZE, generator=own_draw)
             names = [name for name in model.parameters[:-1] if name not in model.fixed]
             halves = {name: multiples(0.5, 1, 1, sizes[0], generator=own_draw) for name in names}
             threshold = multiples(0.25, 3, 5, sizes[1], generator=own_draw)

@@ -63,6 +63,7 @@ class CalledModules:
             _say_that_modules_are_called(self.why)
         parts = components_of(graph_of(call.populations))
         stepping = {number for each in parts if each.period for number in each.members}
+        stepping |= {n for n, of in enumerate(call.populations) if any([each.onto for each in of.connections])}
         functions = []
         for number, (name, neurons) in enumerate(self._net.neurons().items()):
             population, size = call.populations[number], self._net.sizes[number]
@@ -75,8 +76,8 @@ class CalledModules:
                 run: Any = partial(_call_neurons, number, name, neurons, population.dropped)
             elif unrun := self._net.why_called([name]):
                 raise TypeError(
-                    f"{unrun}, which would not be run: neurons on a cycle take steps. Put hooks on a "
-                    f"connection, as {names[-1]}, or take steps with step(x, state)"
+                    f"{unrun}, which would not be run: neurons on a cycle, or with onto='membrane', take steps. Put "
+                    f"hooks on a connection, as {names[-1]}, or take steps with step(x, state)"
                 )
             else:
                 run = partial(_step_neurons, neurons)
@@ -153,22 +154,24 @@ def _call_neurons(
 
 
 def _step_neurons(
-    neurons: SpikingNeurons, current: torch.Tensor, steps: int | None, state: Any
+    neurons: SpikingNeurons, current: torch.Tensor, steps: int | None, state: Any, **own: torch.Tensor
 ) -> tuple[torch.Tensor, Any]:
     """The spikes [T, B, N] of neurons that take steps, and their states as a tuple."""
     spikes = []
-    for now in current.unbind() if steps is None else [current] * steps:
-        out, state = neurons.step(now, state[0] if isinstance(state, tuple) and len(state) == 1 else state)
+    for t in range(len(current) if steps is None else steps):
+        now, *onto = [each if steps else each[t] for each in (current, *own.values())]
+        out, state = neurons.step(now, state[0] if isinstance(state, tuple) and len(state) == 1 else state, *onto)
         state = (state,) if isinstance(state, torch.Tensor) else state
         spikes.append(out)
     return torch.stack(spikes), state
 
 
 def _step_silently(
-    neurons: SpikingNeurons, current: torch.Tensor, steps: int | None, state: Any
+    neurons: SpikingNeurons, current: torch.Tensor, steps: int | None, state: Any, **own: torch.Tensor
 ) -> tuple[torch.Tensor, Any]:
-    current = current[0] if steps is None else current  # a current that is held has no axis of time
-    spikes, states = neurons_step(current, state, neurons.population.integrating())
+    # a current that is held has no axis of time
+    current, *onto = [each[0] if steps is None else each for each in (current, *own.values())]
+    spikes, states = neurons_step(current, state, neurons.population.integrating(), *onto)
     return torch.zeros_like(spikes)[None], states
 
 

@@ -107,11 +107,14 @@ class SpikingNeurons(nn.Module):
         """Currents [T, ..., N], or one current [..., N] held for ``steps`` steps → spikes [T, ..., N]."""
         return neurons(current, self.population, steps, self.backend)
 
-    def step(self, current: torch.Tensor, state: NeuronState | None = None) -> tuple[torch.Tensor, NeuronState]:
+    def step(
+        self, current: torch.Tensor, state: NeuronState | None = None, to_membrane: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, NeuronState]:
         """One time step (:func:`g2g_kernels.neurons_step`), for online input and recurrent networks: from a current
-        [..., N] and what the last step returned (None at the first) to spikes [..., N] and the state."""
+        [..., N], what the last step returned (None at the first), and a current of the same shape onto the membrane, if
+        there is one, to spikes [..., N] and the state."""
         states = (state,) if isinstance(state, torch.Tensor) else state
-        spikes, states = neurons_step(current, states, self.population)
+        spikes, states = neurons_step(current, states, self.population, to_membrane)
         return spikes, states[0] if len(states) == 1 else states
 
     def _load_from_state_dict(self, state_dict, prefix, *args):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout
-from g2g_kernels.choices import check_flag
+from g2g_kernels.choices import check_choice, check_flag
 from g2g_kernels.numbers import FLOAT32, SIZE, Number
 from g2g_kernels.ops.g2g_stack import Delay
 from g2g_kernels.ops.g2g_stack.schedule import CycleError, components_of
@@ -36,6 +36,8 @@ class Projection:
             array, a tensor or a list. Kept as a number, or as int64 (float32 if learned) on the CPU.
         learn_delay: whether the delays are learned: d = round(clamp(d̂, 0, max_delay)) of a float parameter d̂ [N_src],
             for which ``delay`` is the initial value. On a cycle the clamp begins at 1.
+        onto: what the target's neurons add it to: ``"current"``, their synaptic current if they have one (``Synaptic``,
+            ``CubaLIF``) and else their membrane; or ``"membrane"``.
         max_delay: the largest delay that can be learned, or loaded; None: the largest in ``delay``. A state does not
             hold it: learned delays act by the ``max_delay`` of the network that they are loaded into.
 
@@ -55,10 +57,12 @@ class Projection:
     delay: Any = 0
     learn_delay: bool = False
     max_delay: int | None = None
+    onto: str = "current"
 
     def __post_init__(self) -> None:
         name = f"{self.source} → {self.target}"
         check_flag("learn_delay", self.learn_delay)
+        check_choice("onto", self.onto, ("current", "membrane"), of=f" of {name}")
         if self.max_delay is not None:
             DELAY.check("max_delay", self.max_delay)
         elif self.learn_delay:
@@ -91,11 +95,12 @@ class Projection:
         weight: Any,
         delay: Any = None,
         sizes: tuple[int, int] | None = None,
+        onto: str = "current",
     ) -> "list[Projection]":
         """The projections with these connections between single neurons, one projection for each delay.
 
         Args:
-            source, target: as of a projection.
+            source, target, onto: as of a projection.
             pre, post: the number of the source's and of the target's neuron of each connection: whole numbers in an
                 array, a tensor, a list or a column of a data frame.
             weight: of each connection, or one for all; 0 is a weight that exists. Weights of one pair with one delay
@@ -157,7 +162,7 @@ class Projection:
         for each, chosen in zip(delays.tolist(), np.split(by_delay, starts)[1:], strict=True):
             places = columns["post"][chosen].astype(np.int64), columns["pre"][chosen].astype(np.int64)
             matrix = sparse.coo_matrix((weights[chosen], places), shape=(sizes[1], sizes[0]))
-            made.append(cls(source, target, G2GLinear._from_entries(matrix, grid), delay=each))
+            made.append(cls(source, target, G2GLinear._from_entries(matrix, grid), delay=each, onto=onto))
         return made
 
     @property
@@ -185,6 +190,7 @@ class NumberedProjection(NamedTuple):
         source, target: the numbers of populations; −1: the input.
         least, most: the bounds of its delays; both 0: none.
         per_neuron: whether ``{name}_delay`` has a delay for each neuron of the source, and not one for all.
+        onto: ``"membrane"`` where it adds to that in place of a synaptic current; None: to the current.
     """
 
     name: str
@@ -193,6 +199,7 @@ class NumberedProjection(NamedTuple):
     least: int
     most: int
     per_neuron: bool
+    onto: str | None = None
 
 
 class PopulationGraph(WholeBuffers):
@@ -222,7 +229,11 @@ class PopulationGraph(WholeBuffers):
             names = [name for name, each in named.items() if each.target == target]
             for name in names:
                 self._add(name, named[name].connection)
-                numbered.append(self._add_delay(name, named[name], place))
+                model: Any = getattr(populations[target], "model", None)
+                other = named[name].onto != "current" and model is not None and model.takes is not None
+                numbered.append(
+                    self._add_delay(name, named[name], place)._replace(onto=named[name].onto if other else None)
+                )
                 if name == names[0]:
                     self._add(target, populations[target])
         self._set_projections(numbered)

@@ -340,12 +340,14 @@ class SpikingNetwork(PopulationGraph):
             delay = self.delay_of(projection) if projection.most else None
             if called:
                 bias: Any = getattr(module, "bias", True)
-                each = Connection("module", module, None, projection.source, delay, bias)
+                each = Connection("module", module, None, projection.source, delay, bias, onto=projection.onto)
             else:
                 (values, mask), observer = module.observed_weights()
                 if scale != 1 and projection.source >= 0:
                     values, observer = values * scale, observer and _of_scaled(observer, scale)
-                each = Connection("linear", values, mask, projection.source, delay, module.bias, observer)
+                each = Connection(
+                    "linear", values, mask, projection.source, delay, module.bias, observer, projection.onto
+                )
             connections = *connections, each
         return connections
 

@@ -66,7 +66,8 @@ def plain_layers(net: nn.Module, where: str) -> list[tuple[G2GLinear, SpikingNeu
     for each in _other_projections(net):
         raise ValueError(
             f"{where} has no form for {each.name}, with delays up to {each.most} steps from population "
-            f"{each.source + 1} to {each.target + 1}; it takes layers in a chain, recurrent or not"
+            f"{each.source + 1} to {each.onto or 'population'} {each.target + 1}; it takes layers in a chain, "
+            "recurrent or not"
         )
     return [(*pair, recurrent) for pair, recurrent in zip(net.layers(), net.recurrents(), strict=True)]
 
@@ -78,7 +79,7 @@ def _other_projections(net: SpikingNetwork) -> list[NumberedProjection]:
     others = []
     for each in net.projections():
         form = each.source, each.target, each.most
-        if each.per_neuron or form not in plain:
+        if each.per_neuron or each.onto or form not in plain:
             others.append(each)
         plain.discard(form)
     return others

@@ -75,7 +75,7 @@ class Reference:
         }
         for t in range(len(x)):
             for name in order:
-                current = 0
+                current, to_membrane = 0, None
                 for each in net.projections():
                     if names[each.target] != name:
                         continue
@@ -86,14 +86,20 @@ class Reference:
                         received.requires_grad_()
                     self.arrived[each.name, t] = received
                     weight, bias = weights[each.name]
-                    current = current + (received * (scale if source != "input" else 1)) @ weight.T
-                    current = current if bias is None else current + bias
+                    added = (received * (scale if source != "input" else 1)) @ weight.T
+                    added = added if bias is None else added + bias
+                    if each.onto:
+                        to_membrane = added if to_membrane is None else to_membrane + added
+                    else:
+                        current = current + added
                 module = net.neurons()[name]
                 model, own = type(module).model, {each: t64[f"{name}.{each}"] for each in module.by_name}
                 if "gain" in model.parameters:
                     own["gain"] = exact_gain(own["syn_decay"], own["beta"])
                 own = tuple(own.get(each, getattr(module, each).double()) for each in model.parameters)
-                spikes, states[name] = neurons_step(current, states[name], module.population._replace(parameters=own))
+                current = torch.zeros_like(to_membrane) if isinstance(current, int) else current
+                own = module.population._replace(parameters=own)
+                spikes, states[name] = neurons_step(current, states[name], own, to_membrane)
                 membranes[name].append(states[name][-1])
                 if dropped and name in dropped:
                     spikes = spikes.masked_fill(dropped[name], 0)

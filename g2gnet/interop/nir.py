@@ -158,6 +158,11 @@ def _check_written(net: SpikingNetwork) -> None:
             f"readout={net.readout!r} cannot be written to NIR, whose LIF nodes spike; train the network with "
             "readout='counts' (train.py --readout counts)"
         )
+    for projection in net.projections():
+        if projection.onto:
+            raise ValueError(
+                f"{projection.name} adds to the membrane, and all that reaches NIR's CubaLIF to its current"
+            )
     for name, neurons in net.neurons().items():
         if neurons.model.name not in _FORMS:
             kind = neurons.model.name

@@ -61,6 +61,15 @@ GRAPHS = {
     "learned on a cycle": [("input", "a", 0), ("a", "b", "learned"), ("b", "a", "learned"), ("b", "out", 1)],
     "current-based": [("input", "d", 0), ("d", "e", 1), ("e", "d", 1), ("e", "e", 2), ("e", "out", 0)],
     "current-based chain": [("input", "d", 0), ("d", "d", 1), ("d", "e", (0, 1)), ("e", "out", 0)],
+    "onto membranes": [
+        ("input", "d", 0, "membrane"),
+        ("d", "e", 1),
+        ("e", "d", 1, "membrane"),
+        ("e", "d", 2),
+        ("d", "c", 0),
+        ("input", "c", 2, "membrane"),
+        ("c", "out", 0, "membrane"),
+    ],
 }
 
 
@@ -68,21 +77,23 @@ GRAPHS = {
 STACKS = {"stack": False, "recurrent stack": True}
 #: those whose states hold what delays need, and chains
 CONTINUED = ["chain", "chain with delays", "skips", "self-loops", "ring", "learned on a cycle", *STACKS]
-CONTINUED += ["current-based", "current-based chain"]
+CONTINUED += ["current-based", "current-based chain", "onto membranes"]
 
 
 def network(name: str, backend: str | None = None, unit: int = 1, seed: int = 0, **options) -> SpikingNetwork:
     if name in STACKS:
         return three_layers(backend, T, D, recurrent=STACKS[name])
     draw, projections = seeded(seed), []
-    for source, target, delay in GRAPHS[name]:
-        learned = {}
+    if name == "onto membranes" and backend == "cpu":
+        backend = None  # no kernel adds to a membrane
+    for source, target, delay, *onto in GRAPHS[name]:
+        learned = dict.fromkeys(["onto"][: len(onto)], "membrane")
         if isinstance(delay, tuple):
-            learned = {"max_delay": delay[1]}
+            learned["max_delay"] = delay[1]
             delay = torch.randint(delay[0], delay[1] + 1, (SIZES[source],), generator=draw)
         elif delay == "learned":
             delay = torch.rand(SIZES[source], generator=draw) * 7 - 1
-            delay, learned = delay.clamp(0, 5), {"learn_delay": True, "max_delay": 5}
+            delay, learned = delay.clamp(0, 5), learned | {"learn_delay": True, "max_delay": 5}
         connection = joined(source, target, draw, unit, bias=source != target)
         connection.backend = backend
         projections.append(Projection(source, target, connection, delay, **learned))

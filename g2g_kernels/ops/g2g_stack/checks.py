@@ -37,6 +37,8 @@ def checked(call: Call) -> Call:
             raise ValueError(f"population {number} is {what}; give a Population with at least one Connection")
         for each in population.connections:
             check_choice(f"kind of a connection to population {number}", each.kind, KINDS)
+            if each.onto is not None:
+                check_choice(f"onto of a connection to population {number}", each.onto, ("membrane",))
             check_connection(f" of a connection to population {number}", each.values, each.mask, each.bias)
     with_tensors = []
     for number, population in enumerate(populations):

@@ -29,7 +29,7 @@ class Connection(NamedTuple):
         observer: called with x and W·x + b, in each step where populations take steps; returns the latter, perhaps by a
             node that finds its gradient; or None. Operators then run in turn; in chunks, it is called with gradients in
             the backward pass.
-        onto: the name of the state that it adds to; None: to the current.
+        onto: ``"membrane"``: it adds to that, though the model has a synaptic current; None: to the current.
 
     Example:
         >>> mask = BlockMask.full(GroupLayout(4, 1), GroupLayout(8, 1), block_size=4)

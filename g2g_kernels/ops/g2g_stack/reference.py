@@ -20,16 +20,12 @@ from g2g_kernels.ops.g2g_stack.population import (
     Population,
     graph_of,
     reaches,
-    refuses_fields,
     sent_before,
     size_of,
     total_steps,
 )
 from g2g_kernels.ops.g2g_stack.schedule import Component, components_of
 from g2g_kernels.ops.neurons.reference import neurons
-
-#: fields that these operations do not read
-UNREAD = ("onto",)
 
 
 def refuses(call: Call) -> str | None:
@@ -38,7 +34,7 @@ def refuses(call: Call) -> str | None:
         for each in population.connections:
             if reason := mixed_dtypes(call.x, each.values, each.bias):
                 return reason
-    return refuses_fields(UNREAD, call.populations)
+    return None
 
 
 def g2g_stack(call: Call) -> Activity:
@@ -51,15 +47,16 @@ class PopulationFunctions(NamedTuple):
     Attributes:
         products: of each connection in order: of what it receives [..., in], gives what it adds to the current
             [..., N], its bias included.
-        neurons: of the current [T, B, N], or [B, N] held for a number of steps, that number or None, and the states
-            before, gives spikes [T, B, N] and the states after.
+        neurons: of the current [T, B, N], or [B, N] held for a number of steps, that number or None, the states
+            before, and a current onto the membrane of the same shape, if there is one, gives spikes [T, B, N] and the
+            states after.
         loop: the same with the recurrent connection, of whose spikes before the first step it also takes [B, N], or
             None; None where there is nothing but ``neurons``.
     """
 
     size: int
     products: Sequence[Callable[[torch.Tensor], torch.Tensor]]
-    neurons: Callable[[torch.Tensor, int | None, Any], tuple[torch.Tensor, Any]]
+    neurons: Callable[..., tuple[torch.Tensor, Any]]
     loop: Callable[[torch.Tensor, int | None, Any, torch.Tensor | None], tuple[torch.Tensor, Any]] | None = None
 
 
@@ -98,8 +95,9 @@ def _product(linear: Callable, connection: Connection, x: torch.Tensor) -> torch
     return y if connection.observer is None else connection.observer(x, y)
 
 
-def _neurons(neurons: Callable, population: Population, current: torch.Tensor, steps: int | None, state: Any) -> Any:
-    return neurons(current, population.neurons, steps, state=state)
+def _neurons(neurons: Callable, population: Population, current: torch.Tensor, *rest: Any, **own: torch.Tensor) -> Any:
+    steps, state = rest
+    return neurons(current, population.neurons, steps, state=state, **own)
 
 
 class GraphRun:
@@ -118,6 +116,8 @@ class GraphRun:
         self.spikes: list[list[torch.Tensor]] = [[] for _ in populations]
         self.states: list[Any] = [population.state for population in populations]
         self.membranes: list[list[torch.Tensor]] = [[] for _ in populations]
+        #: of each what its connections add to, the current first
+        self.onto = [(None, *{each.onto for each in of.connections if each.onto}) for of in populations]
 
     def before(self, number: int, dtype: torch.dtype) -> torch.Tensor | None:
         """:func:`sent_before` the run, where that is read."""
@@ -130,24 +130,28 @@ class GraphRun:
         if self._loop(component):
             return
         blocks, inside = list(component.blocks(self.steps)), set(component.members)
-        pieces: dict[int, Iterator[torch.Tensor | None]] = {}
+        pieces: dict[int, list[Iterator[torch.Tensor | None]]] = {}
         for number in component.members:
-            current = self.current(number, 0, self.steps, lambda source: source not in inside)
-            self.begin(number, current)
+            currents = self.currents(number, 0, self.steps, lambda source: source not in inside)
+            self.begin(number, currents[0])
             if not component.period:
-                return self._advance(number, current, self.steps)
+                return self._advance(number, currents, self.steps)
             sizes = [last - first for which, first, last in blocks if which == number]
-            if current is None or current.dim() == 2:  # the same at all steps
-                pieces[number] = itertools.repeat(current)
-            else:
-                pieces[number] = iter(current.split(sizes))
+            pieces[number] = [
+                # the same at all steps
+                itertools.repeat(each) if each is None or each.dim() == 2 else iter(each.split(sizes))
+                for each in currents
+            ]
         for number, first, last in blocks:
-            current, own = next(pieces[number]), self.current(number, first, last, inside.__contains__)
-            if own is not None:
-                current = own if current is None else current + own
-            if current is not None and current.dim() == 2:
-                current = current.expand(last - first, *current.shape)
-            self._advance(number, current, last - first)
+            currents = [next(of_blocks) for of_blocks in pieces[number]]
+            for place, own in enumerate(self.currents(number, first, last, inside.__contains__)):
+                current = currents[place]
+                if own is not None:
+                    current = own if current is None else current + own
+                if current is not None and current.dim() == 2:
+                    current = current.expand(last - first, *current.shape)
+                currents[place] = current
+            self._advance(number, currents, last - first)
 
     def begin(self, number: int, current: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Begins the train of a population; a step in which it sends nothing, and what it sent before the run."""
@@ -159,7 +163,7 @@ class GraphRun:
     def _loop(self, component: Component) -> bool:
         """Runs a population whose only way to itself is its recurrent connection, if it has an operator for that."""
         number, loop = component.members[0], self.functions[component.members[0]].loop
-        if loop is None or len(component.members) > 1:
+        if loop is None or len(component.members) > 1 or len(self.onto[number]) > 1:
             return False
         current = self.current(number, 0, self.steps, lambda source: source != number)
         nothing, before = self.begin(number, current)
@@ -169,13 +173,19 @@ class GraphRun:
         self._send(number, spikes)
         return True
 
-    def current(self, number: int, first: int, last: int, chosen: Callable[[int], bool]) -> torch.Tensor | None:
-        """What the connections from the chosen sources add to the current of a population, [n, B, N], or [B, N] if
-        it is the same at all steps; None: nothing."""
+    def currents(self, number: int, first: int, last: int, chosen: Callable[[int], bool]) -> list[torch.Tensor | None]:
+        """:meth:`current` of all that the connections to a population add to."""
+        return [self.current(number, first, last, chosen, onto) for onto in self.onto[number]]
+
+    def current(
+        self, number: int, first: int, last: int, chosen: Callable[[int], bool], onto: str | None = None
+    ) -> torch.Tensor | None:
+        """What the connections from the chosen sources add to the current of a population, or to its membrane,
+        [n, B, N], or [B, N] if it is the same at all steps; None: nothing."""
         current, connections = None, self.populations[number].connections
         for connection, product in zip(connections, self.functions[number].products, strict=True):
             source, delay = connection.source, connection.delay
-            if not chosen(source):
+            if connection.onto != onto or not chosen(source):
                 continue
             if source < 0 and self.held and delay is None:
                 added = product(self.x)
@@ -189,17 +199,26 @@ class GraphRun:
             current = added if current is None else current + added
         return current
 
-    def _advance(self, number: int, current: torch.Tensor | None, count: int) -> None:
+    def _advance(self, number: int, currents: Sequence[torch.Tensor | None], count: int) -> None:
         population, functions = self.populations[number], self.functions[number]
-        if current is None:
+        current, to_membrane = (*currents, None)[:2]
+        if current is None and to_membrane is not None:
+            current = torch.zeros_like(to_membrane)
+        elif current is None:
             current = functions.products[0](self.trains[population.connections[0].source].nothing())
+        own: dict[str, torch.Tensor] = {}
+        if to_membrane is not None:
+            current, own["to_membrane"] = torch.broadcast_tensors(current, to_membrane)
         held = count if current.dim() == 2 else None
         if not population.membranes:
-            spikes, self.states[number] = functions.neurons(current, held, self.states[number])
+            spikes, self.states[number] = functions.neurons(current, held, self.states[number], **own)
             self._send(number, spikes)
             return
-        for now in current.unbind() if held is None else itertools.repeat(current, held):
-            spikes, self.states[number] = functions.neurons(now[None], None, self.states[number])
+        for t in range(count):
+            now, *onto = [each[None] if held else each[t : t + 1] for each in (current, *own.values())]
+            spikes, self.states[number] = functions.neurons(
+                now, None, self.states[number], **dict(zip(own, onto, strict=True))
+            )
             self._send(number, spikes)
             membrane = self.states[number][-1]
             dropped = population.dropped

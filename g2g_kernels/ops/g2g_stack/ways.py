@@ -22,10 +22,10 @@ from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes, Synapses
 from g2g_kernels.ops.g2g_stack.checks import check_chunk, checked
 from g2g_kernels.ops.g2g_stack.chunks import in_chunks
 from g2g_kernels.ops.g2g_stack.delays import Train, arrived
-from g2g_kernels.ops.g2g_stack.population import Call, reaches, refuses_fields, size_of, total_steps
+from g2g_kernels.ops.g2g_stack.population import Call, reaches, size_of, total_steps
 from g2g_kernels.ops.g2g_stack.reference import in_turn
+from g2g_kernels.ops.neurons import MODELS, run_neurons
 from g2g_kernels.ops.neurons import operator as neurons_operator
-from g2g_kernels.ops.neurons import run_neurons
 from g2g_kernels.ops.record import Form, opened
 from g2g_kernels.tracing import is_traced, is_transformed, replaced
 
@@ -43,8 +43,6 @@ def refuses_operators(call: Call) -> str | None:
     """Why the operators cannot serve a call on its backend, or None: where a transform is at work they can."""
     if call.modules is not None:
         return call.modules.why
-    if reason := refuses_fields(reference.UNREAD, call.populations):
-        return reason
     if call.plain:
         return None
     forced = forced_backend(call.backend)
@@ -58,7 +56,8 @@ def refuses_operators(call: Call) -> str | None:
             asked.append((linear_operator, (received, each.values, each.mask, each.bias)))
         if forced:
             current = like.expand(total_steps(call), call.x.shape[-2], size_of(population))
-            asked.append((neurons_operator, (current, population.neurons, None, population.state)))
+            to_membrane = current if any([each.onto for each in population.connections]) else None
+            asked.append((neurons_operator, (current, population.neurons, None, population.state, to_membrane)))
     serving = set()
     for operator, arguments in asked:
         name, _, reasons = operator.find(*arguments, backend=forced)
@@ -159,18 +158,23 @@ def _signature(call: Call, tensors: Sequence[torch.Tensor], form: Form) -> Hasha
 
 
 def normalised(call: Call) -> Call:
-    """The call with states of dropped neurons that are 0, and, where one connection receives the inputs, with inputs
-    that arrive at once. Modules are given what their network was given."""
+    """The call with states of dropped neurons that are 0, ``onto`` where it says something alone, and, where one
+    connection receives the inputs, with inputs that arrive at once. Modules are given what their network was given."""
     if call.modules is not None:
         return call
     populations, of_inputs = [*call.populations], []
     for number, population in enumerate(call.populations):
         for place, each in enumerate(population.connections):
+            if each.onto is not None and MODELS[population.neurons.model].takes is None:  # the current goes there, too
+                alike = tuple([replaced(one, onto=None) for one in population.connections])
+                populations[number] = replaced(populations[number], connections=alike)
+                call = replaced(call, populations=tuple(populations))
+                each = alike[place]
             if each.source < 0:
                 of_inputs.append((number, place, each))
         if population.dropped is not None and population.state is not None:
             silent = population.state.masked_fill(population.dropped, 0)
-            populations[number] = replaced(population, state=silent)
+            populations[number] = replaced(populations[number], state=silent)
             call = replaced(call, populations=tuple(populations))
     if len(of_inputs) != 1 or of_inputs[0][2].delay is None:
         return call

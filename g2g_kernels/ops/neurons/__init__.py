@@ -4,6 +4,7 @@ any model."""
 import functools
 import logging
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -195,7 +196,7 @@ def cubalif(
         tensor([0., 0., 0., 0., 1., 0., 0., 1.])
     """
     check_tensor("current", current)
-    like = {"dtype": torch.promote_types(current.dtype, torch.float32), "device": current.device}
+    like: Any = {"dtype": torch.promote_types(current.dtype, torch.float32), "device": current.device}
     decays = [
         each if isinstance(each, torch.Tensor) else torch.tensor(check_parameter(name, each), **like)
         for name, each in (("syn_decay", syn_decay), ("beta", beta))
@@ -228,9 +229,11 @@ def run_neurons(
     steps: int | None = None,
     backend: str | None = None,
     state: torch.Tensor | None = None,
+    to_membrane: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`neurons` of a ``current`` from a ``state`` on, [states, ..., N] in the model's order (None: all 0);
-    differentiable in that, too. Returns spikes [T, ..., N] and the states after the last step, float32 for
+    differentiable in that, too, and in ``to_membrane``, of the current's shape, which the membrane takes where the
+    current goes to a synaptic current. Returns spikes [T, ..., N] and the states after the last step, float32 for
     half-precision currents."""
     steps = check_steps(steps)
     check_tensor("current", current)
@@ -239,9 +242,11 @@ def run_neurons(
     population = check_neurons("", population, current.shape[-1], current)
     if state is not None:
         check_state("", state, population, current.shape if steps is not None else current.shape[1:])
-    if is_transformed((current, state, *population.parameters)):
+    if is_transformed((current, state, to_membrane, *population.parameters)):
         _say_that_it_takes_steps()
-        return in_steps(current, population, steps, state)
+        return in_steps(current, population, steps, state, None, to_membrane)
+    if to_membrane is not None:
+        return operator(current, population, steps, state, to_membrane, backend=backend)
     return operator(current, population, steps, state, backend=backend)
 
 

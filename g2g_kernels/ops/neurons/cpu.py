@@ -51,9 +51,15 @@ def neuron_arguments(population: Neurons, grads: Sequence[torch.Tensor | None] =
 
 
 def refuses(
-    current: torch.Tensor, population: Neurons, steps: int | None, state: torch.Tensor | None = None
+    current: torch.Tensor,
+    population: Neurons,
+    steps: int | None,
+    state: torch.Tensor | None = None,
+    to_membrane: torch.Tensor | None = None,
 ) -> str | None:
     """Why these kernels cannot serve a call, or None."""
+    if to_membrane is not None:
+        return "takes no currents onto the membrane"
     for tensor in (current, *population.parameters, *(() if state is None else (state,))):
         if tensor.device.type != "cpu":
             return f"needs tensors on the CPU, not on {tensor.device}"

@@ -42,6 +42,8 @@ class NeuronModel(NamedTuple):
             for a model that is reset in the step of its spike; None: the membrane after the step. The spikes of such
             a model do not follow from its states, ``fired`` and ``spike`` mean nothing to it, and ``grads`` end with
             the gradient of the membrane that is compared, after those of the states.
+        takes: ``(states, fired, parameters, reset) -> bool`` where the membrane takes a current of its own in a step
+            from these ``states``, for a model whose ``current`` goes to another state; None: it goes to the membrane.
         fixed: the names of parameters that have no gradient.
         by_spikes: the names of parameters that only multiply spikes.
         event_gradients: whether ∂L/∂I_t = σ'(U_t − θ)·∂L/∂S_t + p·∂L/∂I_{t+1}, p the first parameter (reset ``"zero"``
@@ -55,6 +57,7 @@ class NeuronModel(NamedTuple):
     charge: Callable[[Tensors, torch.Tensor, OfMembrane, torch.Tensor, Tensors, str], Tensors]
     charge_backward: Callable[[Tensors, Tensors, torch.Tensor, OfMembrane, Tensors, str], StepGradients]
     compared: Callable[[Tensors, Tensors], torch.Tensor] | None = None
+    takes: Callable[[Tensors, torch.Tensor, Tensors, str], torch.Tensor] | None = None
     fixed: tuple[str, ...] = ()
     by_spikes: tuple[str, ...] = ()
     event_gradients: bool = False
@@ -112,6 +115,10 @@ def _synaptic_charge_backward(
     to_theta = -_unless(~fired, to_membrane) if reset == "subtract" else None
     before = to_current * syn_decay, to_membrane * beta
     return to_current, before, (to_current * synaptic_current, to_membrane * membrane, to_theta)
+
+
+def _synaptic_takes(states: Tensors, fired: torch.Tensor, parameters: Tensors, reset: str) -> torch.Tensor:
+    return ~fired if reset == "zero" else torch.ones_like(fired)
 
 
 def _adlif_charge(
@@ -181,6 +188,10 @@ def _cubalif_compared(states: Tensors, parameters: Tensors) -> torch.Tensor:
     return (membrane * beta + synaptic_current * gain).masked_fill(waiting != 0, -torch.inf)
 
 
+def _cubalif_takes(states: Tensors, fired: torch.Tensor, parameters: Tensors, reset: str) -> torch.Tensor:
+    return (states[0] == 0) & ~(_cubalif_compared(states, parameters) > parameters[-1])
+
+
 def _cubalif_charge(
     states: Tensors, fired: torch.Tensor, spike: OfMembrane, current: torch.Tensor, parameters: Tensors, reset: str
 ) -> Tensors:
@@ -244,6 +255,7 @@ MODELS = {
             ("synaptic_current", "membrane"),
             _synaptic_charge,
             _synaptic_charge_backward,
+            takes=_synaptic_takes,
         ),
         NeuronModel(
             "adlif",
@@ -262,6 +274,7 @@ MODELS = {
             _cubalif_charge,
             _cubalif_charge_backward,
             compared=_cubalif_compared,
+            takes=_cubalif_takes,
             fixed=("refractory", "reset_current"),
         ),
     )

@@ -21,14 +21,22 @@ from g2g_kernels.tracing import autocast_of, replaced
 
 
 def neurons(
-    current: torch.Tensor, population: Neurons, steps: int | None, state: torch.Tensor | None = None
+    current: torch.Tensor,
+    population: Neurons,
+    steps: int | None,
+    state: torch.Tensor | None = None,
+    to_membrane: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     parameters = population.parameters
     if not torch.is_grad_enabled():  # the Function would see parameters that require grad, and keep all states
         current, parameters = current.detach(), tuple(parameter.detach() for parameter in parameters)
         state = None if state is None else state.detach()
-    edge = _Edge.apply(current) if torch.is_grad_enabled() and current.requires_grad else None
-    return _Neurons.apply(current, state, steps, replaced(population, parameters=()), edge, *parameters)
+        to_membrane = None if to_membrane is None else to_membrane.detach()
+    edges = [
+        _Edge.apply(each) if torch.is_grad_enabled() and each is not None and each.requires_grad else None
+        for each in (current, to_membrane)
+    ]
+    return _Neurons.apply(current, state, to_membrane, steps, replaced(population, parameters=()), *edges, *parameters)
 
 
 def _joined(states: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -53,7 +61,7 @@ class _Neurons(torch.autograd.Function):
     def forward(ctx, *args):
         # not by name: without gradients, torch.compile of PyTorch 2.6 to 2.12 leaves ctx out of a call that has as many
         # arguments as the signature has names
-        (current, state, steps, options, edge), parameters = args[:5], args[5:]
+        (current, state, to_membrane, steps, options, *edges), parameters = args[:7], args[7:]
         model = MODELS[options.model]
         held = steps is not None
         num_steps = steps if held else current.shape[0]
@@ -76,13 +84,17 @@ class _Neurons(torch.autograd.Function):
         for t in range(num_steps):
             now = (current if held else current[t]).to(dtype)
             before, states = states, model.charge(states, fired, spike, now, used, options.reset)
+            if to_membrane is not None and model.takes is not None:
+                own = (to_membrane if held else to_membrane[t]).to(dtype)
+                taken = torch.where(model.takes(before, fired, used, options.reset), states[-1] + own, states[-1])
+                states = (*states[:-1], taken)
             fired = (states[-1] if model.compared is None else model.compared(before, used)) > used[-1]
             spikes[t] = fired
             if keep:
                 for of_all_steps, each in zip(kept, states, strict=True):
                     of_all_steps[t] = each
         if keep:
-            ctx.save_for_backward(*kept, *parameters, state, edge)
+            ctx.save_for_backward(*kept, *parameters, state, *edges)
             ctx.call = steps, options, current.dtype
         return spikes, _joined(states)
 
@@ -91,11 +103,11 @@ class _Neurons(torch.autograd.Function):
         steps, options, current_dtype = ctx.call
         model = MODELS[options.model]
         derivative = SURROGATES[options.surrogate].derivative
-        *saved, state, edge = ctx.saved_tensors  # read once: non-reentrant checkpoints refuse more
+        *saved, state, edge, edge_of_membrane = ctx.saved_tensors  # read once: non-reentrant checkpoints refuse more
         kept, parameters = saved[: len(model.states)], saved[len(model.states) :]
-        need_current, need_state, _, _, _, *need_parameters = ctx.needs_input_grad
+        need_current, need_state, need_own, _, _, _, _, *need_parameters = ctx.needs_input_grad
         if needs_plain_operations((grad_spikes, grad_last)):
-            return _again(ctx, edge, state, kept, parameters, (grad_spikes, grad_last))
+            return _again(ctx, (edge, edge_of_membrane), state, kept, parameters, (grad_spikes, grad_last))
         held = steps is not None
         membranes = kept[-1]
         dtype, shape = membranes.dtype, membranes.shape[1:]
@@ -110,6 +122,7 @@ class _Neurons(torch.autograd.Function):
         grads = _parted(grad_last)
         sums = [zeros.clone() for _ in parameters]
         grad_current = zeros.clone() if held else torch.empty_like(membranes, dtype=current_dtype)
+        grad_own = torch.zeros_like(grad_current) if need_own else None
         for t in range(len(membranes) - 1, -1, -1):
             before = tuple(states[t - 1] for states in kept) if t > 0 else first
             compared = membranes[t] if model.compared is None else model.compared(before, used)
@@ -117,6 +130,9 @@ class _Neurons(torch.autograd.Function):
             sums[-1] -= through_spike
             grads = (*grads[:-1], grads[-1] + through_spike) if model.compared is None else (*grads, through_spike)
             fired = before[-1] > theta
+            if grad_own is not None and model.takes is not None:
+                taken = grads[len(kept) - 1].masked_fill(~model.takes(before, fired, used, options.reset), 0)
+                (grad_own if held else grad_own[t]).add_(taken)
             # without a state the spike before the first step is a constant
             of_spike = slope if t > 0 or state is not None else torch.zeros_like
             to_current, grads, added = model.charge_backward(grads, before, fired, of_spike, used, options.reset)
@@ -130,6 +146,8 @@ class _Neurons(torch.autograd.Function):
         return (
             grad_current.to(current_dtype) if need_current else None,
             _joined(grads).to(state.dtype) if need_state else None,
+            None if grad_own is None else grad_own.to(current_dtype),
+            None,
             None,
             None,
             None,
@@ -154,20 +172,19 @@ class _Edge(torch.autograd.Function):
         return grad
 
 
-def _again(ctx, edge, state, kept, parameters, grads):
-    """The gradients by plain operations. The states are known, so that the current, in which they are linear, is not
-    needed: only where its gradient goes."""
-    steps, options, current_dtype = ctx.call
+def _again(ctx, edges, state, kept, parameters, grads):
+    """The gradients by plain operations. The states are known, so that the currents, in which they are linear, are not
+    needed: only where their gradients go."""
+    (edge, own_edge), (steps, options, current_dtype) = edges, ctx.call
     if edge is None:
         edge = kept[-1].new_zeros((), dtype=current_dtype).expand(kept[-1].shape[0 if steps is None else 1 :])
 
-    def run(current, before, *own):
-        return in_steps(current, replaced(options, parameters=own), steps, before, kept)
+    def run(current, before, to_membrane, *own):
+        return in_steps(current, replaced(options, parameters=own), steps, before, kept, to_membrane)
 
-    need_current, need_state, _, _, _, *need_parameters = ctx.needs_input_grad
-    needed = need_current, need_state, *need_parameters
-    found = gradients_of(run, (edge, state, *parameters), grads, needed, autocast_of(edge))
-    return *found[:2], None, None, None, *found[2:]
+    needed = *ctx.needs_input_grad[:3], *ctx.needs_input_grad[7:]
+    found = gradients_of(run, (edge, state, own_edge, *parameters), grads, needed, autocast_of(edge))
+    return *found[:3], None, None, None, None, *found[3:]
 
 
 def _as_parameter(total: torch.Tensor, parameter: torch.Tensor, clamped: bool) -> torch.Tensor:

@@ -109,9 +109,12 @@ def adlif_step(
     return neurons_step(current, states, population)
 
 
-def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neurons) -> tuple[torch.Tensor, Tensors]:
-    """Advances neurons of any model by one step; differentiable in the current, the states and the parameters.
+def neurons_step(
+    current: torch.Tensor, states: Tensors | None, population: Neurons, to_membrane: torch.Tensor | None = None
+) -> tuple[torch.Tensor, Tensors]:
+    """Advances neurons of any model by one step; differentiable in the currents, the states and the parameters.
 
+    ``to_membrane`` [..., N] is a second current, for the membrane, where the first one goes to a synaptic current.
     ``states`` are the model's, each [..., N], as the last step returned them, and None at the first: all 0. Returns
     spikes S_t [..., N], 0 or 1 in the dtype of ``current``, and the states, float32 for half-precision currents.
 
@@ -121,11 +124,15 @@ def neurons_step(current: torch.Tensor, states: Tensors | None, population: Neur
         >>> len(states)  # the current and the membrane
         2
     """
-    return _step(current, states, population, None)
+    return _step(current, states, population, None, to_membrane)
 
 
 def _step(
-    current: torch.Tensor, states: Tensors | None, population: Neurons, known: Tensors | None
+    current: torch.Tensor,
+    states: Tensors | None,
+    population: Neurons,
+    known: Tensors | None,
+    to_membrane: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Tensors]:
     """:func:`neurons_step`; if only derivatives are wanted, the states after it are ``known``."""
     check_tensor("current", current)
@@ -153,6 +160,9 @@ def _step(
     fired = states[-1] > theta  # R_t: a comparison, so no gradient passes through it
     spike_before = constant_spike if begins else spike
     before, states = states, model.charge(states, fired, spike_before, current.to(dtype), parameters, population.reset)
+    if to_membrane is not None and model.takes is not None:
+        takes = model.takes(before, fired, parameters, population.reset)
+        states = (*states[:-1], torch.where(takes, states[-1] + to_membrane.to(dtype), states[-1]))
     if known is not None:
         states = tuple([value + _rise(state) for value, state in zip(known, states, strict=True)])
     compared = states[-1] if model.compared is None else model.compared(before, parameters)
@@ -184,6 +194,7 @@ def in_steps(
     steps: int | None,
     state: torch.Tensor | None,
     known: Sequence[torch.Tensor] | None = None,
+    to_membrane: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`g2g_kernels.ops.neurons.run_neurons` by single steps, in plain operations. If only derivatives are wanted,
     the values [T, ..., N] of each state are ``known``."""
@@ -191,7 +202,8 @@ def in_steps(
     spikes = []
     for t, current_t in enumerate(current.unbind() if steps is None else itertools.repeat(current, steps)):
         values = None if known is None else tuple([of_all_steps[t] for of_all_steps in known])
-        spikes_t, states = _step(current_t, states, population, values)
+        own = to_membrane if to_membrane is None or steps is not None else to_membrane[t]
+        spikes_t, states = _step(current_t, states, population, values, own)
         spikes.append(spikes_t)
     assert states is not None
     return torch.stack(spikes), torch.stack(states)

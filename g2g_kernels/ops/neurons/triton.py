@@ -351,9 +351,15 @@ def refuses_model(population: Neurons) -> str | None:
 
 
 def refuses(
-    current: torch.Tensor, population: Neurons, steps: int | None, state: torch.Tensor | None = None
+    current: torch.Tensor,
+    population: Neurons,
+    steps: int | None,
+    state: torch.Tensor | None = None,
+    to_membrane: torch.Tensor | None = None,
 ) -> str | None:
     """Why these kernels cannot serve a call, or None."""
+    if to_membrane is not None:
+        return "takes no currents onto the membrane"
     if reason := refuses_model(population):
         return reason
     if current.numel() == 0:

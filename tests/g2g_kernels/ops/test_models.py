@@ -32,7 +32,9 @@ SPANS = {
 }  # fmt: skip
 
 
-def drawn(model: str, per_neuron: bool, held: bool, from_state: bool, seed: int = 0) -> Tensors:
+def drawn(
+    model: str, per_neuron: bool, held: bool, from_state: bool, seed: int = 0, to_membrane: bool = False
+) -> Tensors:
     """Lively neurons, float64: parameters, currents, and states of which some are above θ."""
     draw, size = seeded(seed + 9), N if per_neuron else 1
     tensors = {"current": currents(*((B, N) if held else (T, B, N)), seed=seed) * (0.5 if model == "synaptic" else 1)}
@@ -41,6 +43,8 @@ def drawn(model: str, per_neuron: bool, held: bool, from_state: bool, seed: int 
         tensors[name] = least + span * torch.rand(size, generator=draw, dtype=torch.float64)
         if name in MODELS[model].fixed:
             tensors[name].round_()
+    if to_membrane:
+        tensors["to_membrane"] = currents(*tensors["current"].shape, seed=seed + 1) / 3
     if from_state:
         tensors["state"] = torch.randn(len(MODELS[model].states), B, N, generator=draw, dtype=torch.float64)
         if model == "cubalif":
@@ -57,21 +61,22 @@ def spike(x: torch.Tensor, surrogate: str, alpha: float) -> torch.Tensor:
 def by_loop(model: str, reset: str, surrogate: str, alpha: float) -> Callable:
     """The loop over time that users write: the formula, differentiated by autograd."""
 
-    def run(current, *parameters, state=None):
+    def run(current, *parameters, state=None, to_membrane=None):
         own = dict(zip(PARAMETERS[model], parameters, strict=True))
+        onto = torch.zeros_like(current) if to_membrane is None else to_membrane
         beta, threshold = own["beta"], own["threshold"]
         zeros = torch.zeros(len(MODELS[model].states), B, N, dtype=current.dtype)
         *other, membrane = zeros if state is None else state
         spiked = zeros[-1] if state is None else spike(membrane - threshold, surrogate, alpha)
         if model == "cubalif":
-            return by_cuba_loop(current, own, other, membrane, reset, lambda x: spike(x, surrogate, alpha))
+            return by_cuba_loop(current, onto, own, other, membrane, reset, lambda x: spike(x, surrogate, alpha))
         spikes = []
         for t in range(T):
             now, fired = current if current.dim() == 2 else current[t], (spiked > 0.5).to(current.dtype)
             kept = 1 - fired if reset == "zero" else 1
             if model == "synaptic":
                 other = [own["syn_decay"] * other[0] + now]
-                membrane = kept * (beta * membrane + other[0])
+                membrane = kept * (beta * membrane + other[0] + (onto if current.dim() == 2 else onto[t]))
             elif model == "adlif":
                 other = [own["adapt_decay"] * other[0] + own["a"] * kept * membrane + own["b"] * spiked]
                 membrane = beta * kept * membrane + now - other[0]
@@ -86,11 +91,12 @@ def by_loop(model: str, reset: str, surrogate: str, alpha: float) -> Callable:
     return run
 
 
-def by_cuba_loop(current, own, other, membrane, reset: str, spike: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+def by_cuba_loop(current, onto, own, other, membrane, reset: str, spike: Callable) -> tuple[torch.Tensor, torch.Tensor]:
     """The four parts of a step in order, each where it applies."""
     (waiting, synaptic_current), spikes = other, []
     for t in range(T):
-        now, ready = current if current.dim() == 2 else current[t], (waiting == 0).to(current.dtype)
+        now, extra = (each if each.dim() == 2 else each[t] for each in (current, onto))
+        ready = (waiting == 0).to(current.dtype)
         charged = own["beta"] * membrane + own["gain"] * synaptic_current
         membrane = ready * charged + (1 - ready) * membrane
         synaptic_current = ready * own["syn_decay"] * synaptic_current + (1 - ready) * synaptic_current
@@ -98,6 +104,7 @@ def by_cuba_loop(current, own, other, membrane, reset: str, spike: Callable) -> 
         fired = (spikes[-1] > 0.5).to(current.dtype)
         waiting = fired * (own["refractory"].clamp(min=1) - 1) + (1 - fired) * (waiting - 1).clamp(min=0)
         synaptic_current = synaptic_current + ready * (1 - fired) * now
+        membrane = membrane + ready * (1 - fired) * extra
         synaptic_current = synaptic_current * (1 - fired * own["reset_current"])
         if reset != "none":
             membrane = membrane - fired * (own["threshold"] if reset == "subtract" else membrane)
@@ -105,11 +112,12 @@ def by_cuba_loop(current, own, other, membrane, reset: str, spike: Callable) -> 
 
 
 def on(backend: str, model: str, reset: str, surrogate: str, alpha: float = 2.0) -> Callable:
-    def run(current, *parameters, state=None):
+    def run(current, *parameters, state=None, to_membrane=None):
         tensors = [each if each is None else each.to(device_of(backend)) for each in (current, state, *parameters)]
+        own = () if to_membrane is None else (to_membrane.to(device_of(backend)),)
         population = Neurons(model, tuple(tensors[2:]), reset, surrogate, alpha)
         steps = T if current.dim() == 2 else None
-        spikes, last = run_neurons(tensors[0], population, steps, backend, tensors[1])
+        spikes, last = run_neurons(tensors[0], population, steps, backend, tensors[1], *own)
         return spikes.cpu(), last.cpu()
 
     return run
@@ -122,7 +130,8 @@ FIXED = {name for model in MODELS.values() for name in model.fixed}
 def outcome(run: Callable, tensors: Tensors) -> Tensors:
     """Spikes, the last states, and every gradient of a loss on both."""
     leaves = {name: tensor.detach().clone().requires_grad_(name not in FIXED) for name, tensor in tensors.items()}
-    spikes, last = run(*(leaf for name, leaf in leaves.items() if name != "state"), state=leaves.get("state"))
+    named = {name: leaves[name] for name in ("state", "to_membrane") if name in leaves}
+    spikes, last = run(*(leaf for name, leaf in leaves.items() if name not in named), **named)
     states = torch.randn(last.shape, generator=seeded(6)).to(last)
     ((spikes * output_weights(T, B, N).to(spikes)).sum() + (last * states).sum()).backward()
     grads = {name: leaf.grad for name, leaf in leaves.items() if name not in FIXED}
@@ -142,6 +151,19 @@ def test_gradients_equal_those_of_a_plain_loop_in_float64(model, reset, surrogat
     tensors = drawn(model, per_neuron, held, from_state)
     expected = outcome(by_loop(model, reset, surrogate, 1.5), tensors)
     assert_near(outcome(on("torch", model, reset, surrogate, 1.5), tensors), expected, 1e-11)
+
+
+@every_pair(model=("synaptic", "cubalif"), **{name: KINDS[name] for name in KINDS if name != "model"}, **OPTIONS)
+def test_a_current_onto_the_membrane_is_that_of_a_plain_loop_in_float64(
+    model, reset, surrogate, per_neuron, held, from_state
+):
+    tensors = drawn(model, per_neuron, held, from_state, to_membrane=True)
+    expected = outcome(by_loop(model, reset, surrogate, 1.5), tensors)
+    assert_near(outcome(on("torch", model, reset, surrogate, 1.5), tensors), expected, 1e-11)
+    if "cpu" in BACKENDS:
+        single = {name: tensor.float() for name, tensor in tensors.items()}
+        with pytest.raises(BackendError, match="takes no currents onto the membrane"):
+            outcome(on("cpu", model, reset, surrogate), single)
 
 
 BY_SNNTORCH = ("lif", "synaptic")

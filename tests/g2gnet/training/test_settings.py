@@ -94,7 +94,7 @@ def test_a_number_outside_of_its_range_is_named(interval, name):
         ({"dataset": "mnist"}, "dataset='mnist' is unknown; choose one of fashionmnist, "),
         ({"p_inter": 2.0, "T": 0, "model": "ring"}, r"=.*\n.*=.*\n.*="),  # all at once
         ({"neuron": "izhikevich"}, "neuron='izhikevich' is unknown; choose one of lif, synaptic, adlif"),
-        ({"syn_decay": 0.8}, "syn_decay=0.8 has no effect with neuron=lif; give `neuron=synaptic`, or leave it out"),
+        ({"syn_decay": 0.8}, "syn_decay=0.8 has no effect with neuron=lif; give `neuron=synaptic` or `neuron=cubalif`"),
         ({"neuron": "synaptic", "syn_decay": 1.5}, "syn_decay=1.5 must be a number from 0 to"),
         (RESNET | {"augment": "flip"}, "augment=flip needs images"),
         (RESNET | {"sequence": "rows"}, "sequence=rows needs images, but use_resnet trains on features; leave one of"),

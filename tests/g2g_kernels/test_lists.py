@@ -161,10 +161,11 @@ def losses(x, model: str, parameters, size: int, chunk=None, parts: int | None =
     leaves = [each.clone().requires_grad_() for each in (values, of_inputs)]
     population = Neurons(model, tuple(torch.tensor([each]) for each in parameters))
     layer = chained(0, leaves[1], inputs, None, population, (leaves[0], mask))
-    total, state = 0, None
+    total, state, sent = 0, None, None
     for part in x.split(parts or len(x)):
-        activity = g2g_stack(part, [layer._replace(state=state)], None, backend="cpu", chunk=chunk)
+        activity = g2g_stack(part, [layer._replace(state=state, sent=sent)], None, backend="cpu", chunk=chunk)
         total, (state,) = total + activity.counts, activity.states
+        sent = activity.sent[0].dense() if activity.sent and activity.sent[0] else None
     (total * torch.arange(float(size))).sum().backward()
     return [total.detach(), *[each.grad for each in leaves]]
 
@@ -178,8 +179,12 @@ def test_results_are_the_same_for_any_number_of_threads_and_ranges(monkeypatch):
             torch.testing.assert_close(call(), expected, rtol=0, atol=0)
 
 
-def test_a_run_in_parts_and_in_chunks_is_the_whole_run():
-    of = torch.randn(10, 4, 20, generator=seeded(1)), "adlif", (0.9, 0.8, 0.1, 0.2, 0.9), 90
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [("adlif", (0.9, 0.8, 0.1, 0.2, 0.9)), ("cubalif", (0.8, 0.7, 0.5, 2.0, 0.0, 0.6))],  # whose states show no spikes
+)
+def test_a_run_in_parts_and_in_chunks_is_the_whole_run(model, parameters):
+    of = torch.randn(10, 4, 20, generator=seeded(1)), model, parameters, 90
     counts, *grads = losses(*of, density=(0.2, 0.4))
     for chunk, parts in ((3, 10), (None, 4), (1, 10)):
         found, *of_parts = losses(*of, chunk, parts, density=(0.2, 0.4))

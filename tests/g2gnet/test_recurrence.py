@@ -8,7 +8,7 @@ from networks import Reference, sparse_stack
 from benchmarks.machine import pytorch_threads
 from g2g_kernels import BlockMask, GroupLayout, available_backends
 from g2g_kernels.triton.runtime import interpreted
-from g2gnet import LIF, AdLIF, G2GLinear, G2GNet, SpikingStack, Synaptic
+from g2gnet import LIF, AdLIF, CubaLIF, G2GLinear, G2GNet, SpikingStack, Synaptic
 from g2gnet.activity_recorder import ActivityRecorder, dense
 
 B, SIZES = 5, (13, 38, 26, 7)
@@ -30,8 +30,7 @@ def stack_of(
     draw, of_layers = seeded(3), []
     for size in sizes[1:]:
         of_layers.append(neurons(size if per_neuron else None, threshold=0.5, backend=backend, **options))
-        for name in of_layers[-1].model.parameters[:-1]:
-            value = of_layers[-1].by_name[name]
+        for value in [*of_layers[-1].by_name.values()][:-1]:
             value.data = 0.5 + 0.4 * torch.rand(value.shape, generator=draw)
     make = {"unit": unit, "groups": groups, "kinds": (kind, "index"), "dropout": dropout}
     return sparse_stack(sizes, of_layers, T, backend, recurrent=recurrent, gain=2.0, **make)
@@ -119,6 +118,8 @@ CASES = {
     "synaptic, zero, held": {"neurons": Synaptic, "reset": "zero", "per_neuron": False, "held": True},
     "adaptive": {"neurons": AdLIF, "surrogate": "triangle", "state": True, "dropped": True},
     "adaptive, zero, held": {"neurons": AdLIF, "reset": "zero", "per_neuron": False, "held": True},
+    "current-based": {"neurons": CubaLIF, "reset": "none", "dropped": True, "refractory": 2, "T": 20},
+    "current-based, held": {"neurons": CubaLIF, "reset": "none", "surrogate": "triangle", "held": True, "T": 24},
     "dropped, from a state": {"state": True, "dropped": True, "held": True},
     "single weights": {"unit": 1, "kind": "index"},
     "units of 8": {"unit": 8, "sizes": (13, 96, 64, 7), "kind": "interleaved"},

@@ -175,6 +175,25 @@ def test_parts_and_single_steps_that_continue_one_another_are_the_whole(name, ba
             assert rms(ours - theirs) <= 2e-5 * rms(theirs) + 1e-7, each
 
 
+@every_pair(name=("current-based", "current-based chain", "onto membranes"), held=(False, True))
+def test_called_modules_give_what_one_call_gives(name, held):
+    net = network(name)
+    x, results = torch.rand((B, D) if held else (T, B, D), generator=seeded(4)) * 2, []
+    for way in ("operators in turn", "modules in turn"):
+        assert net.explain(x).way.name == way or "cpu" not in BACKENDS
+        activity = net.simulate(x, spikes=True)
+        loss_of([each.dense() for each in activity.spikes]).backward()
+        results.append([each.dense() for each in activity.spikes])
+        results.append([parameter.grad.clone() for parameter in net.parameters()])
+        net.zero_grad()
+        for connection in net.connections().values():
+            connection.register_forward_hook(lambda *arguments: None)
+    assert all(map(torch.equal, results[0], results[2]))
+    assert all(each.any() for each in results[0])
+    for ours, theirs in zip(results[3], results[1], strict=True):
+        assert rms(ours - theirs) <= 2e-5 * rms(theirs) + 1e-7
+
+
 @pytest.mark.ci
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU kernels were not built")
 @compiles_whole

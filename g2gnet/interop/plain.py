@@ -118,6 +118,8 @@ def plain(net: SpikingNetwork, held: bool | None = None) -> PlainNetwork:
             if key not in READ and record[record._fields.index(key)] != default
         ]:
             raise ValueError(f"{name} has {other[0]}, which is not written; leave it out")
+    if onto := [each.name for each in net.projections() if each.onto]:
+        raise ValueError(f"{onto[0]} adds to the membrane, which is not written; make it with onto='current'")
     if why := net.why_called():
         raise ValueError(f"{why}: what they change cannot be written; remove them")
     fixed, inputs, taps, scale, offset, order = None, net.sizes[-1], 1, 1.0, 0.0, None

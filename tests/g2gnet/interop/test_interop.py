@@ -18,8 +18,9 @@ from torch import nn
 
 from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
-from g2gnet import LIF, G2GLinear, SpikingStack, Synaptic
+from g2gnet import LIF, G2GLinear, Projection, SpikingNetwork, SpikingStack, Synaptic
 from g2gnet.interop import from_nir, from_snntorch, to_nir, to_snntorch
+from g2gnet.interop.plain import plain
 
 STEPS = 12
 SAMPLES = torch.rand(STEPS, 6, 30, generator=seeded(1)) * 3
@@ -112,6 +113,9 @@ def test_every_surrogate_is_told_by_its_derivative(name, alpha):
 
 def test_what_the_other_library_lacks_is_refused():
     resetting, mixed = small_net(reset="zero"), small_net(reset="zero", per_neuron=True)
+    joins = [Projection(source, target, G2GLinear.from_linear(nn.Linear(4, 4)), onto="membrane")
+             for source, target in (("input", "s"), ("s", "out"))]  # fmt: skip
+    passing_by = SpikingNetwork({"s": Synaptic(reset="zero"), "out": LIF(reset="zero")}, joins, "out")
     mixed.lif2.beta.data[3:5] = 1.2
     for convert, message in (
         (lambda: to_snntorch(small_net(neuron="adlif")), "lif1: snnTorch has no 'adlif' neurons; only lif, synaptic"),
@@ -124,6 +128,9 @@ def test_what_the_other_library_lacks_is_refused():
         (lambda: to_nir(small_net(neuron="synaptic", reset="zero", syn_decay=1.0)),
          "lif1 has syn_decay=1, no decay, in 40 of 40 neurons"),
         (lambda: to_nir(resetting, dt=0), "dt=0 must be a number above 0"),
+        (lambda: to_nir(passing_by), "input_to_s adds to the membrane, and all that reaches NIR's CubaLIF"),
+        (lambda: to_snntorch(passing_by), "no form for input_to_s, .* to membrane 1"),
+        (lambda: plain(passing_by), "input_to_s adds to the membrane, which is not written"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             convert()

@@ -347,7 +347,9 @@ def parameter_gradients(population: Neurons, sums: torch.Tensor) -> tuple[torch.
 def refuses_model(population: Neurons) -> str | None:
     """Why no Triton kernel runs these neurons, or None."""
     at_once = MODELS[population.model].compared is not None
-    return f"resets neurons a step after their spike, and {population.model!r} in its step" if at_once else None
+    return (
+        f"resets neurons one step after their spike, and {population.model!r} resets them at once" if at_once else None
+    )
 
 
 def refuses(

@@ -454,7 +454,7 @@ def results_of(backend: str, dtype: torch.dtype, spikes: bool, **options) -> tup
     return [each.detach().cpu() for each in [*given, *trains]], [leaf.grad.cpu() for leaf in leaves]
 
 
-@pytest.mark.parametrize("model", list(MODELS))
+@pytest.mark.parametrize("model", [model for model in MODELS if MODELS[model].compared is None])
 @pytest.mark.parametrize(
     ("spikes", "options"),
     [

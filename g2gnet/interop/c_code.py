@@ -29,7 +29,8 @@ READ = {
     "counts": "for (unsigned n = 0; n < spikes; n++) s->answer[s->spikes[n]]++;",
     "last": "memcpy(s->answer, u, sizeof s->answer);",
     "max": "for (unsigned i = 0; i < of->size; i++) s->answer[i] = u[i] > s->answer[i] ? u[i] : s->answer[i];",
-    "mean": "for (unsigned i = 0; i < of->size; i++) s->total[i] += u[i];",
+    "mean": "{\n            s->steps[0]++;\n            for (unsigned i = 0; i < of->size; i++) "
+    "s->answer[i] = (value)((s->total[i] += u[i]) / s->steps[0]);\n        }",
 }
 ANSWERS = {
     "counts": "the number of its spikes", "last": "its membrane", "max": "its largest membrane",
@@ -85,11 +86,17 @@ def to_c(
     path = Path(path)
     if path.suffix != ".c":
         raise ValueError(f"the file is {path}; give a name that ends with .c")
+    if not re.fullmatch(r"[\w .+-]+", path.name, re.ASCII):
+        raise ValueError(f"the file is {path.name!r}, which C cannot include; give letters, digits, spaces and . _ + -")
     if not prefix.isidentifier() or not prefix.isascii():
         raise ValueError(f"prefix={prefix!r} cannot begin names in C; give letters, digits and _")
     integers = None
     if isinstance(net, QuantizedNetwork):
         of, integers = net.integers.plain, net.integers
+        if held not in (None, of.held):
+            raise ValueError(
+                f"held={held}, but the integers are of samples with held={of.held}; give to_c the network itself"
+            )
     else:
         of = plain(net, held)
         if bits is not None:
@@ -108,6 +115,7 @@ def c_texts(of: PlainNetwork, integers: IntegerNetwork | None, prefix: str, head
     packed = [_packed(each, own) for each, own in zip(of.connections, weights, strict=True)]
     scales = "value unit, multiplier, half, right; /* of what arrives from populations, and from the input */"
     total = f"    {'float' if bits is None else 'int64_t'} total[{prefix.upper()}_OUTPUTS]; /* of membranes */\n"
+    total += "    int32_t steps[1]; /* since the reset */\n"
     fields = {
         "prefix": prefix, "PREFIX": prefix.upper(), "header": header, "inputs": of.inputs, "steps": of.steps,
         "title": f"A spiking network of {of.num_weights} weights, written by g2gnet.", "output": of.output,
@@ -122,7 +130,7 @@ def c_texts(of: PlainNetwork, integers: IntegerNetwork | None, prefix: str, head
         "left": "" if bits is None else " * of->unit", "arithmetic": _arithmetic(of, bits),
         "x": "*x" if bits or (of.scale, of.offset) == (1, 0) else "(*x * SCALE + OFFSET)",
         "fires": "u[i] > THRESHOLD(of, i)" + ("" if of.readout == "counts" else " && p != OUTPUT"),
-        "read": READ[of.readout], "mean": f" = (value)(s->total[i] / {of.steps})" if of.readout == "mean" else "",
+        "read": READ[of.readout],
         "total": total if of.readout == "mean" else "",
     }  # fmt: skip
     fields |= _tables(of, integers, packed) | _time(of, bits, prefix)
@@ -160,14 +168,15 @@ def _tables(of: PlainNetwork, integers: IntegerNetwork | None, packed: list[dict
     delay = "uint8_t" if max(map(_latest, of.connections)) <= BYTE else "uint16_t"
     types = {"weights": weight, "first": place, "gaps": "uint8_t", "list": "uint16_t", "lists": place, "delays": delay}
     constants, connections, populations = [], [], []
-    for each, arrays in zip(of.connections, packed, strict=True):
+    for number, (each, arrays) in enumerate(zip(of.connections, packed, strict=True)):
+        name = _c_name(f"c{number}", each.name)
         if weight == "uint8_t":
             arrays = arrays | {"weights": _in_nibbles(arrays["weights"])}
         names = []
         for field, c_type in types.items():
             array = arrays.get(field)
             given = array is not None and len(array) > 0
-            names.append(f"{each.name}_{field}" if given else "0")
+            names.append(f"{name}_{field}" if given else "0")
             if array is not None and given:
                 constants.append(_array(names[-1], c_type, array))
         ends = f"{'INPUT' if each.source < 0 else each.source}, {each.target}, {len(each.delays)}"
@@ -175,8 +184,9 @@ def _tables(of: PlainNetwork, integers: IntegerNetwork | None, packed: list[dict
     for n, population in enumerate(of.populations):
         own: Any = population if integers is None else integers.populations[n]
         arrays_of = {name: own.parameters[name] for name in MODELS_IN_C[population.model]} | {"bias": own.bias}
-        constants += [_array(f"{population.name}_{name}", "value", array) for name, array in arrays_of.items()]
-        *names, bias = [f"{population.name}_{name}" for name in arrays_of]
+        *names, bias = [f"{_c_name(f'p{n}', population.name)}_{field}" for field in arrays_of]
+        own_arrays = zip((*names, bias), arrays_of.values(), strict=True)
+        constants += [_array(name, "value", array) for name, array in own_arrays]
         second = states[-1] + seconds[n] if has_second[n] else 0
         row = f"{population.size}, {states[n]}, {second}, {rings[n]}, {reach[n] + 1}"
         row += f", {population.reset.upper()}, {_receives(of, n)}"
@@ -197,6 +207,11 @@ def _tables(of: PlainNetwork, integers: IntegerNetwork | None, packed: list[dict
         "connection_table": "\n".join(connections), "population_table": "\n".join(populations),
         "models": "\n".join(_text(f"{name}.c", {}) for name in dict.fromkeys(each.model for each in of.populations)),
     }  # fmt: skip
+
+
+def _c_name(number: str, name: str) -> str:
+    """A name in C that no other has: a name in PyTorch may have any character but a dot."""
+    return f"{number}_{re.sub(r'[^0-9A-Za-z]', '_', name)}"
 
 
 def _latest(connection: PlainConnection) -> int:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from g2g_kernels.numbers import FLOAT32
 from g2gnet.layers import G2GLinear
 from g2gnet.network import G2GNet
 from g2gnet.neurons import SpikingNeurons
@@ -129,8 +130,8 @@ def plain(net: SpikingNetwork, held: bool | None = None) -> PlainNetwork:
         taps, scale, offset = net.input_taps, net.enc_scale, net.enc_bias
         inputs //= taps
         if net.standardize:
-            mean, deviation = float(net.input_mean), float(net.input_deviation)
-            scale, offset = scale / deviation, offset - scale * mean / deviation
+            mean, deviation = (each.double() for each in (net.input_mean, net.input_deviation))
+            scale, offset = float(scale / deviation), float(offset - scale * mean / deviation)
         if net.sequence != "none":
             fixed = net.whole("input_order").cpu().numpy()
             order = None if np.array_equal(fixed.ravel(), np.arange(fixed.size)) else fixed
@@ -166,9 +167,10 @@ def plain(net: SpikingNetwork, held: bool | None = None) -> PlainNetwork:
         populations.append(PlainPopulation(name, sizes[name], record.model, record.reset, parameters, biases[name]))
     numbers = [(connection.name, [connection.weights]) for connection in connections]
     numbers += [(population.name, [*population.parameters.values(), population.bias]) for population in populations]
+    numbers.append(("the standardisation of the input", [np.array([scale, offset])]))
     for name, arrays in numbers:
-        if not all(np.isfinite(array).all() for array in arrays):
-            raise ValueError(f"{name} has a number that is not finite")
+        if not all((np.abs(array) <= FLOAT32[1]).all() for array in arrays):
+            raise ValueError(f"{name} has a number that is not finite in float32")
     order_of_step = _order_of_step(len(populations), connections)
     place = {number: at for at, number in enumerate(order_of_step)} | {-1: -1}
     moved = [each._replace(source=place[each.source], target=place[each.target]) for each in connections]

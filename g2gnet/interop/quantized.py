@@ -6,7 +6,7 @@ Let Q = 2^(bits − 1) − 1. In each population, membranes count units q and
 - a weight from other populations is w ≈ s·w̄, |w̄| ≤ Q, one s for all of them, and q = s·2⁻ᶠ: what arrives is Σ w̄ · 2ᶠ.
   f is such that the threshold is at least 2¹⁴ units. A population that only the input reaches has q = θ·2⁻¹⁴.
 - a weight from the input has an s of its own, and an input is x ≈ s_x·x̄: what arrives is (Σ w̄·x̄ · m + 2ᵏ⁻¹) >> k,
-  with m·2⁻ᵏ ≈ s·s_x/q of 15 bits.
+  with m·2⁻ᵏ ≈ s·s_x/q of 15 bits, but k ≤ 31.
 - biases, thresholds and what a spike adds to the adaptation are rounded to units; a decay, and the coupling of the
   adaptation to the membrane, is c ≈ c̄·2⁻¹⁵: c·U is (U·c̄ + 2¹⁴) >> 15.
 - a state that would leave ±(2³⁰ − 1) stays there.
@@ -103,10 +103,12 @@ def in_integers(of: PlainNetwork, bits: int, input_scale: float) -> IntegerNetwo
             bias += of.offset * scales[0] * np.bincount(each.targets, weights[at], population.size)
             most += LARGEST_INPUT * np.bincount(each.targets, np.abs(weights[at]), population.size)
         ratio = scales[0] * input_scale * of.scale / unit if of_input else 0.0
-        right = max(0, DECAY_BITS - 1 - math.floor(math.log2(abs(ratio)))) if ratio else 0
+        right = min(31, max(0, DECAY_BITS - 1 - math.floor(math.log2(abs(ratio))))) if ratio else 0
         multiplier = round(ratio * 2.0**right)
         if max(most.max(), abs(multiplier)) > LARGEST:
-            raise ValueError(f"{population.name}: its inputs are too large for 32 bits; give a smaller input_scale")
+            raise ValueError(
+                f"{population.name}: its inputs are too large for 32 bits; give fewer bits, or export floats"
+            )
         parameters = {}
         for name, values in population.parameters.items():
             scaled = values / unit if name in ("threshold", "b") else values * 2.0**DECAY_BITS
@@ -125,12 +127,12 @@ def in_integers(of: PlainNetwork, bits: int, input_scale: float) -> IntegerNetwo
 
 
 def _rounded(name: str, values: np.ndarray) -> np.ndarray:
-    integers = np.rint(values).astype(np.int64)
-    if (np.abs(integers) > LARGEST).any():
+    integers = np.rint(values)
+    if not (np.abs(integers) <= LARGEST).all():
         raise ValueError(
             f"{name}: a value is too large beside the thresholds for 32 bits; scale the network, or export floats"
         )
-    return integers
+    return integers.astype(np.int64)
 
 
 def _scale(weights: list[np.ndarray], largest: int) -> float:

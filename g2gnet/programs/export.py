@@ -12,6 +12,7 @@ from g2gnet.interop.c_code import bytes_of
 from g2gnet.network_settings import SettingsError
 from g2gnet.programs import flags
 from g2gnet.programs.main import run_program
+from g2gnet.programs.output import check_output
 from g2gnet.training import read_run
 
 EXAMPLE = """\
@@ -34,13 +35,15 @@ def build_parser() -> flags.Parser:
 
 
 def export(arguments: argparse.Namespace) -> dict[str, Any]:
+    output = Path(arguments.output)
+    for path in (output, output.parent / f"{output.stem}.h"):
+        check_output(path, arguments)
     machine = flags.machine_from(arguments)
     run = read_run(arguments.checkpoint)
     data = flags.load_run_data(arguments, run.settings, machine.device)
     net = run.network(machine.device, machine.backend).eval()
     samples, labels = (each[: arguments.samples] for each in data.part("test"))
     bits = None if arguments.bits == 32 else arguments.bits
-    output = Path(arguments.output)
     try:
         of_bits = None if bits is None else quantize(net, bits, data.part("train")[0])
         written = to_c(net if of_bits is None else of_bits, output, bits, prefix=arguments.prefix)
@@ -67,4 +70,6 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_program(build_parser(), export, argv, interrupted="nothing was written")
+    return run_program(
+        build_parser(), export, argv, interrupted="run the same command again, so that both files are of this network"
+    )

@@ -119,5 +119,5 @@ void ${prefix}_step(${prefix}_state *s, const ${prefix}_input *input) { advance(
 
 void ${prefix}_run(${prefix}_state *s, const ${prefix}_input *sample, ${prefix}_value *answer) {
     ${prefix}_reset(s);
-$run    for (int i = 0; i < ${PREFIX}_OUTPUTS; i++) answer[i] = s->answer[i]$mean;
+$run    for (int i = 0; i < ${PREFIX}_OUTPUTS; i++) answer[i] = s->answer[i];
 }

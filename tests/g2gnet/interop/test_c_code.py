@@ -25,7 +25,7 @@ COMPILER = shlex.split(os.environ.get("CC", "cc"))
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="there is no C compiler")
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
 SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-#: writes the states after each step of each sample, and what a run of it answers
+#: writes the states after each step of each sample, and the answer after the last one and that of a run
 PROGRAM = """
 #include <stdio.h>
 #include "network.h"
@@ -39,6 +39,7 @@ int main(void) {
             g2g_step(&s, G2G_SAMPLE == G2G_INPUTS ? x : x + t * G2G_INPUTS);
             fwrite(s.states, sizeof s.states, 1, stdout);
         }
+        fwrite(s.answer, sizeof s.answer, 1, stdout);
         g2g_run(&s, x, answer);
         fwrite(answer, sizeof answer, 1, stdout);
     }
@@ -54,15 +55,15 @@ def compiled(folder, *options):
 
 
 def run_in_c(folder, of, inputs):
-    """Membranes [B, T, all neurons] and answers [B, C] of a compiled network."""
+    """Membranes [B, T, all neurons] and answers [B, 2, C], after single steps and of a run, of a compiled network."""
     done = subprocess.run([folder / "net"], input=inputs.tobytes(), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     second = sum(each.size for each in of.populations if each.model != "lif")
     neurons, outputs = sum(each.size for each in of.populations), of.populations[of.output].size
     found = np.frombuffer(done.stdout, np.int32 if inputs.dtype == np.int16 else np.float32).reshape(len(inputs), -1)
     states = found[:, : of.steps * (neurons + second)].reshape(len(inputs), of.steps, -1)
-    assert found.shape[1] == states[0].size + outputs
-    return states[:, :, :neurons], found[:, states[0].size :]
+    assert found.shape[1] == states[0].size + 2 * outputs
+    return states[:, :, :neurons], found[:, states[0].size :].reshape(len(inputs), 2, outputs)
 
 
 def drawn(seed):
@@ -70,7 +71,7 @@ def drawn(seed):
     choose, generator = random.Random(seed), seeded(seed)
     count, inputs = choose.randint(1, 4), choose.randint(1, 40)
     sizes = [choose.choice([1, 2, 3, 5, 17, 30, 300]) for _ in range(count)]
-    names = [f"p{number}" for number in range(count)]
+    names = ["p", "p-1", 'größe"', "2"][:count]
 
     def connection(into, out):
         sides = [GroupLayout(size, choose.choice([1, min(2, into, out)])) for size in (out, into)]
@@ -123,7 +124,8 @@ def check(seed, folder, *options):
         expected = torch.stack([torch.cat(step.membranes, 1) for step in steps_of(quantized.integers, samples)], 1)
         membranes, answers = run_in_c(folder, of, samples.numpy().astype(np.int16))
         np.testing.assert_array_equal(membranes, expected.numpy())
-        np.testing.assert_array_equal(answers, quantized.of_integers(samples).numpy())
+        expected = quantized.of_integers(samples)[:, None].expand(-1, 2, -1)
+        np.testing.assert_array_equal(answers, expected.numpy())
         return bool((answers != 0).any())
     x = samples.float() * scale
     membranes, answers = run_in_c(folder, of, x.numpy())
@@ -133,7 +135,8 @@ def check(seed, folder, *options):
     expected = torch.cat([activity.membranes[each.name] for each in of.populations], 2).transpose(0, 1).numpy()
     scale = max(1, np.abs(expected).max())
     np.testing.assert_allclose(membranes, expected, rtol=0, atol=1e-4 * scale)  # no spike is flipped by rounding here
-    np.testing.assert_allclose(answers, activity.output.numpy(), rtol=1e-3, atol=1e-4 * scale)
+    np.testing.assert_array_equal(answers[:, 0], answers[:, 1])
+    np.testing.assert_allclose(answers[:, 1], activity.output.numpy(), rtol=1e-3, atol=1e-4 * scale)
     return bool((answers != 0).any())
 
 
@@ -175,13 +178,13 @@ def test_samples_are_encoded_as_in_training(options, bits, tmp_path):
         to_c(net, tmp_path / "network.c", bits=None)
         compiled(tmp_path)
         _, answers = run_in_c(tmp_path, of, (samples.float() / 255).numpy())
-        assert torch.equal(torch.from_numpy(answers.copy()), net.predict(samples.float() / 255).logits)
+        assert torch.equal(torch.from_numpy(answers[:, 1].copy()), net.predict(samples.float() / 255).logits)
         return
     quantized = quantize(net, calibration=samples.byte())
     to_c(quantized, tmp_path / "network.c")
     compiled(tmp_path)
     _, answers = run_in_c(tmp_path, of, samples.numpy().astype(np.int16))
-    assert torch.equal(torch.from_numpy(answers.copy()).long(), quantized(samples.byte()))
+    assert torch.equal(torch.from_numpy(answers[:, 1].copy()).long(), quantized(samples.byte()))
     assert (quantized(samples.byte()) - net.predict(samples.float() / 255).logits).abs().mean() < 0.5
 
 
@@ -213,6 +216,21 @@ def test_one_program_has_several_networks(tmp_path):
     assert subprocess.run([tmp_path / "both"], check=False).returncode == 0
 
 
+@needs_compiler
+@pytest.mark.parametrize("weight", [1e-6, 1e-9, 0.0])
+def test_tiny_weights_of_the_input_add_little(weight, tmp_path):
+    net = SpikingStack([(G2GLinear(BlockMask.full(GroupLayout(4, 1), GroupLayout(6, 1))), LIF(threshold=0.4))], T=5)
+    net.fc1.values.data.fill_(weight)
+    net.fc1.bias.data.fill_(0.25)
+    quantized = quantize(net, input_scale=1)
+    to_c(quantized, tmp_path / "network.c")
+    compiled(tmp_path, *SANITIZED)
+    samples = torch.full((1, 6), 255)
+    _, answers = run_in_c(tmp_path, plain(net), samples.numpy().astype(np.int16))
+    np.testing.assert_array_equal(answers[:, 1], quantized.of_integers(samples).numpy())
+    np.testing.assert_array_equal(answers[:, 1], net(samples.float()).detach().numpy())
+
+
 def hooked():
     net = small()
     net.connections()["fc1"].register_forward_hook(lambda *_: None)
@@ -222,6 +240,19 @@ def hooked():
 def silenced():
     net = small()
     net.lif1.threshold.data.fill_(float("inf"))
+    return net
+
+
+def of_weights(value):
+    net = small().double()
+    net.connections()["fc2"].values.data.fill_(value)
+    net.connections()["fc2"].bias.data.fill_(1)
+    return net
+
+
+def standardized(deviation):
+    net = small(standardize=True)
+    net.input_deviation.fill_(deviation)
     return net
 
 
@@ -236,6 +267,14 @@ small = functools.partial(G2GNet, 6, [8], 3, block_size=2, T=2)
         (silenced, {}, "lif1 has a number that is not finite"),
         (lambda: small(enc_bias=0.1, delay=2), {}, "fc1 delays an input that is standardised"),
         (lambda: torch.nn.Linear(2, 2), {}, "the network is a Linear; give a SpikingNetwork"),
+        (
+            lambda: quantize(small(), input_scale=1),
+            {"held": False},
+            "held=False, but",
+        ),
+        (lambda: of_weights(1e39), {"bits": None}, "fc2 has a number that is not finite in float32"),
+        (lambda: standardized(0.0), {}, "the standardisation of the input has a number that is not finite"),
+        (lambda: of_weights(1e-30), {}, "lif2.threshold: a value is too large beside the thresholds"),
         (small, {"bits": 3}, "bits=3 is not one of 8, 4"),
         (small, {"input_scale": 0.0}, "input_scale=0.0 must be"),
         (small, {"input_scale": None}, "the largest input is unknown; give calibration=samples, or input_scale"),
@@ -248,4 +287,6 @@ def test_what_cannot_be_written_is_named_and_no_file_begins(make, options, messa
         to_c(make(), tmp_path / "network.c", **({"input_scale": 1.0} | options))
     with pytest.raises(ValueError, match=r"give a name that ends with .c"):
         to_c(small(), tmp_path / "network.h", bits=None)
+    with pytest.raises(ValueError, match=r"which C cannot include; give letters"):
+        to_c(small(), tmp_path / 'größe".c', bits=None)
     assert not list(tmp_path.iterdir())

@@ -569,14 +569,15 @@ def compare_linear(options: dict[str, Iterable]) -> ErrorRatios:
 
 @pytest.mark.ci
 def test_inputs_of_more_than_four_gigabytes():
-    """A number of 32 bits does not reach their last rows. Pages that nobody writes take no memory."""
+    """Their last rows are beyond 2³¹ numbers and 2³² bytes. Pages that nobody writes take no memory."""
     mask = BlockMask.full(GroupLayout(64, 1), GroupLayout(16384, 1), 64)
-    values, rows = packed_randn(mask, 0), (1 << 32) // (4 * 16384) + 800
-    x = torch.frombuffer(mmap.mmap(-1, rows * 4 * 16384), dtype=torch.float32).view(rows, 16384)
+    values, rows = packed_randn(mask, 0), (1 << 31) // 16384 + 801
+    x = torch.frombuffer(mmap.mmap(-1, rows * 2 * 16384), dtype=torch.bfloat16).view(rows, 16384)
     x[-3:] = torch.randn(3, 16384)
-    y = g2g_linear(x, values, mask, backend="cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        y = g2g_linear(x, values, mask, backend="cpu")
     expected = x[-3:].double() @ mask.unpack(values).double().T
-    torch.testing.assert_close(y[-3:].double(), expected, rtol=1e-4, atol=1e-3)
+    assert (y[-3:] - expected).abs().max() < 0.02 * expected.abs().max()
     assert not y[:-3].any()
 
 

@@ -39,8 +39,8 @@ def replace(*edits: str) -> Callable[[str], str]:
     return edit
 
 
-#: for each row of the table, what is written into which file. The toy surrogate is (α/4) / (1 + α/2·|x|)²; the toy neuron
-#: is LIF with twice the current.
+#: for each row of the table, what is written into which file. The toy surrogate is (α/4) / (1 + α/2·|x|)²; the toy
+#: neuron is LIF with twice the current.
 TOYS: dict[str, dict[str, Callable[[str], str]]] = {
     "surrogate": {
         "g2g_kernels/ops/neurons/surrogates.py": append("""\

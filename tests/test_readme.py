@@ -192,11 +192,13 @@ def test_the_flag_tables_are_those_of_the_parsers():
 
 def test_each_page_that_installs_g2g_installs_the_pytorch_for_cpus_first():
     """Alone, pip would bring 5.6 GB of CUDA."""
-    first = "python -m venv .venv && source .venv/bin/activate\n"
-    first += "pip install uv && uv pip install --torch-backend cpu torch torchvision"
+    first = "python -m venv .venv\nsource .venv/bin/activate\n"
+    first += "pip install uv\nuv pip install --torch-backend cpu torch torchvision"
     pages = [*PAGES, (ROOT / "CONTRIBUTING.md").read_text()]
     install = [page for page in pages if re.search(r"^(pip install -e \.|python -m venv)", page, re.MULTILINE)]
-    assert [page.count(first) for page in install] == [1, 1, 1], "README, the page on installation, CONTRIBUTING"
+    assert [page.replace(" && ", "\n").count(first) for page in install] == [1, 1, 1], (
+        "README, the page on installation, CONTRIBUTING"
+    )
 
 
 def test_the_python_example_runs_and_the_readme_is_short():

@@ -7,6 +7,7 @@ link to one another and to source files relatively, so that all of it reads as w
 
 import functools
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -57,6 +58,7 @@ extensions = [
 ]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
+smartquotes_action = "qe"  # quotation marks and dots: a dash of two hyphens is the begin of a flag
 
 # Notebooks are kept without outputs, which could go stale, and executed here.
 nb_execution_mode = "force"
@@ -183,6 +185,16 @@ def skip_field(app: Sphinx, what: str, name: str, member: object, skip: bool, op
     return True if type(member).__name__ == "_tuplegetter" else None
 
 
+def mark_code(app: Sphinx, doctree: nodes.document) -> None:
+    """Marks flags, which stay on one line, and code with long names, which tables break anywhere."""
+    for code in doctree.findall(nodes.literal):
+        words = code.astext().split()
+        if re.fullmatch(r"--?\w+( [^-\s]{1,12})?", code.astext()):
+            code["classes"].append("flag")
+        elif max(map(len, words), default=0) > 24:
+            code["classes"].append("long")
+
+
 def leave_out_of_the_menu(app: Sphinx, doctree: nodes.document) -> None:
     """Marks a page that is on purpose in no menu."""
     if app.env.docname in OUTSIDE_THE_MENU:
@@ -193,5 +205,6 @@ def setup(app: Sphinx) -> None:
     app.add_transform(FoldersAsText)
     app.connect("missing-reference", find_by_last_name)
     app.connect("doctree-read", add_names_under_modules)
+    app.connect("doctree-read", mark_code)
     app.connect("doctree-read", leave_out_of_the_menu)
     app.connect("autodoc-skip-member", skip_field)

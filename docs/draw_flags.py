@@ -57,6 +57,7 @@ def flags(parser: argparse.ArgumentParser) -> dict[str, dict[str, argparse.Actio
 
 def row(name: str, action: argparse.Action) -> list[str]:
     meaning = re.sub(r" \(default: [^)]*\)", "", action.help or "")
+    meaning = re.sub(r"--\w+", r"`\g<0>`", meaning)
     if action.dest in ELSEWHERE:
         meaning = f"{meaning.partition(':')[0]}, one of [these]({ELSEWHERE[action.dest]}), which `--help` lists"
     elif action.choices:

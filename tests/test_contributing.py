@@ -39,25 +39,25 @@ def replace(*edits: str) -> Callable[[str], str]:
     return edit
 
 
-#: for each row of the table, what is written into which file. The toy surrogate is (α/2) / (1 + α|x|)²; the toy neuron
-#: is LIF with twice the current.
+#: for each row of the table, what is written into which file. The toy surrogate is (α/4) / (1 + α/2·|x|)²; the toy
+#: neuron is LIF with twice the current.
 TOYS: dict[str, dict[str, Callable[[str], str]]] = {
     "surrogate": {
         "g2g_kernels/ops/neurons/surrogates.py": append("""\
 SURROGATES["toy"] = Surrogate(
-    lambda x, alpha: alpha / 2 / (1 + alpha * x.abs()) ** 2,
-    lambda x, alpha: 0.5 + alpha * x / 2 / (1 + alpha * x.abs()),
+    lambda x, alpha: alpha / 4 / (1 + alpha / 2 * x.abs()) ** 2,
+    lambda x, alpha: 0.5 + alpha / 4 * (_fast_sigmoid_primitive(x, alpha / 2) - 0.5),
 )"""),
         "g2g_kernels/triton/neuron.py": replace('    if SURROGATE == "atan":\n', """    if SURROGATE == "toy":
-        root = 1 + alpha * tl.abs(x)
-        return alpha * 0.5 / (root * root)
+        root = 1 + alpha * 0.5 * tl.abs(x)
+        return alpha * 0.25 / (root * root)
     elif SURROGATE == "atan":
 """),
         "g2g_kernels/csrc/neurons.h": replace(r"(// All options, )", r"""struct ToySurrogate {
     static constexpr const char* name = "toy";
     static G2G_INLINE Vec derivative(Vec x, float alpha) {
-        const Vec root = all(1.0f) + all(alpha) * absolute(x);
-        return all(alpha / 2) / (root * root);
+        const Vec root = all(1.0f) + all(alpha / 2) * absolute(x);
+        return all(alpha / 4) / (root * root);
     }
 };
 \1""", r"(using Surrogates = Types<.*)>;", r"\1, ToySurrogate>;"),
@@ -230,7 +230,7 @@ first = torch.linspace(-1, 1, 9).unsqueeze(0)
 for backend in sys.argv[1:]:
     one_step = first.clone().requires_grad_()
     neurons(one_step, Neurons("lif", (0.9, 0.25), surrogate="toy", alpha=3.0), backend=backend).sum().backward()
-    torch.testing.assert_close(one_step.grad, 1.5 / (1 + 3 * (first - 0.25).abs()) ** 2)
+    torch.testing.assert_close(one_step.grad, 0.75 / (1 + 1.5 * (first - 0.25).abs()) ** 2)
 
 net = G2GNet(12, 16, 3, model="toy", num_groups=2, block_size=4, T=3, neuron="toy")
 assert [layer.mask.rows.layout.kind for layer, _ in net.layers()] == ["random", "interleaved", "random"]

@@ -190,6 +190,17 @@ def test_the_flag_tables_are_those_of_the_parsers():
     assert "| `--k_folds N` | `5` |" in text
 
 
+def test_each_page_that_installs_g2g_installs_the_pytorch_for_cpus_first():
+    """Alone, pip would bring 5.6 GB of CUDA."""
+    first = "python -m venv .venv\nsource .venv/bin/activate\n"
+    first += "pip install uv\nuv pip install --torch-backend cpu torch torchvision"
+    pages = [*PAGES, (ROOT / "CONTRIBUTING.md").read_text()]
+    install = [page for page in pages if re.search(r"^(pip install -e \.|python -m venv)", page, re.MULTILINE)]
+    assert [page.replace(" && ", "\n").count(first) for page in install] == [1, 1, 1], (
+        "README, the page on installation, CONTRIBUTING"
+    )
+
+
 def test_the_python_example_runs_and_the_readme_is_short():
     net = run_blocks(ROOT / "README.md", {"2048": "256", "T=50": "T=5"})["net"]
     assert repr(net.fc2.mask).startswith("BlockMask(256×256, 8 groups (interleaved)")

@@ -3,8 +3,9 @@ multiplication and one addition per existing weight and sample, once forward, on
 once for that of the weights. Event-driven kernels do less, depending on the spikes. Neurons count as nothing, like all
 pointwise operations; on backend ``torch`` PyTorch counts dense products.
 
-Importing g2g does not register the formulas: that would import the counter and Triton, in 0.12 to 0.16 s, where
-``import g2gnet`` takes 0.07 s; without Triton the counter prints a warning.
+Importing g2g does not register the formulas. That would import the counter and with it Triton, which takes as long as
+``import g2gnet`` itself; it prints a warning where PyTorch has CUDA and Triton is missing. A counter keeps the formulas
+that there are when it is made, so the first call of an operator would be too late.
 """
 
 from collections.abc import Callable
@@ -24,9 +25,9 @@ def count_flops(operator: RecordOperator, formula: Callable[[Any], int]) -> None
 
 
 def register_flop_formulas() -> None:
-    """Makes PyTorch's FLOP counters include the operators: those counters that are made after this call.
+    """Makes PyTorch's FLOP counters (``FlopCounterMode``) that are made after this call include the operators.
 
-    Without it they count nothing for operators of the backends ``cpu`` and ``triton``.
+    Others count 0 for operators of the backends ``cpu`` and ``triton``.
 
     Example:
         >>> from torch.utils.flop_counter import FlopCounterMode

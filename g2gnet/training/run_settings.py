@@ -64,10 +64,10 @@ class RunSettings(Settings):
         "hold out this share of the training images of each class, to compare epochs; test images are used at the end",
         low=0, high=1, open_low=True, open_high=True,
     )  # fmt: skip
-    validation_seed: int = _data(0, "seed of the choice of images for `validation`", low=0, high=LARGEST_SEED)
+    validation_seed: int = _data(0, "seed of the choice of images for `validation`", low=0)
     epochs: int = _training(20, "passes over the training images", low=1)
     batch_size: int = _training(256, "images per step", low=1)
-    seed: int = _training(42, "seed of every random draw", low=0, high=LARGEST_SEED)
+    seed: int = _training(42, "seed of every random draw", low=0)
     patience: int | None = _training(None, "end after N epochs without a better one on held-out images", low=1)
 
     @property
@@ -138,7 +138,7 @@ class TrainSettings(NetworkSettings, RunSettings):
     erase: float = _data(0.0, "probability to set a rectangle of 2–33 % of a training image to zero", low=0, high=1)
     sequence: str = with_default(NetworkSettings, "sequence", None)
     sequence_step: int = _data(1, "rows or pixels that a time step receives, for `sequence`", low=1)
-    sequence_seed: int = _data(0, "seed of the order of `sequence=permuted`", low=0, high=LARGEST_SEED)
+    sequence_seed: int = _data(0, "seed of the order of `sequence=permuted`", low=0)
     bins: int | None = _data(
         None,
         "events are counted in N bins of a cochlea's channels or of the pixels of a side; gsc: mel bands "

@@ -229,7 +229,7 @@ def test_a_grid_too_large_for_a_number_per_unit_is_refused_before_one_is_formed(
         (lambda: SmallWorld(rewire=-1.0), "rewire=-1.0 must be"),
         (lambda: SmallWorld(neighbours=0), "neighbours=0 must be"),
         (lambda: Distance(0.1, 0.0), "scale=0.0 must be"),
-        (lambda: G2GNet(8, 8, 8, "ring"), "model='ring' is unknown; choose one of dense, index, .*, or a pattern"),
+        (lambda: G2GNet(8, 8, 8, "ring"), "model='ring' is unknown; choose one of dense, .*, or a pattern"),
         (lambda: G2GNet(8, 8, 8, neighbours, density="erk"), "density=erk has no effect with model=neighbours; "),
         (lambda: G2GNet(8, 8, 8, "dense", density="erk"), "density=erk has no effect with model=dense; "),
         (lambda: G2GNet(8, 8, 8, density="er"), "density='er' is unknown; choose one of uniform, erk"),

@@ -620,7 +620,10 @@ def test_a_net_of_settings_has_layers_feedback_and_delays():
     ("make", "message"),
     [
         (lambda: G2GNet(D, 16, 5, delay=3), "has no form for fc1, with delays up to 3 steps"),
-        (lambda: G2GNet(D, 16, 5, feedback=True), "for fb1, with delays up to 1 steps from population 2 to population 1"),
+        (
+            lambda: G2GNet(D, 16, 5, feedback=True),
+            "for fb1, with delays up to 1 steps from population 2 to population 1",
+        ),
         (lambda: network("chain with delays"), r"has no form for \w+, with delays up to \d steps"),
         (lambda: torch.nn.Linear(2, 2), "takes a SpikingStack, a G2GNet or a SpikingNetwork, not a Linear"),
     ],

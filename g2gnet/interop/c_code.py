@@ -65,7 +65,7 @@ def to_c(
             network's own but for the order of sums.
         calibration, input_scale: as for :func:`quantize`; floats need neither.
         held: whether a sample [D] is held for all steps, or has T·D values; None: as the network's samples are.
-        prefix: of the names, so that one program can have several networks.
+        prefix: of the names, so that one program can have several networks, whose prefixes differ in more than case.
 
     Returns:
         the paths of both files.
@@ -94,9 +94,7 @@ def to_c(
     if isinstance(net, QuantizedNetwork):
         of, integers = net.integers.plain, net.integers
         if held not in (None, of.held):
-            raise ValueError(
-                f"held={held}, but the integers are of samples with held={of.held}; give to_c the network itself"
-            )
+            raise ValueError(f"held={held}, but the integers are of samples with held={of.held}; give held to quantize")
     else:
         of = plain(net, held)
         if bits is not None:

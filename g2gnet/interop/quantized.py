@@ -4,7 +4,8 @@ file of :func:`g2gnet.interop.to_c` computes them.
 Let Q = 2^(bits − 1) − 1. In each population, membranes count units q and
 
 - a weight from other populations is w ≈ s·w̄, |w̄| ≤ Q, one s for all of them, and q = s·2⁻ᶠ: what arrives is Σ w̄ · 2ᶠ.
-  f is such that the threshold is at least 2¹⁴ units. A population that only the input reaches has q = θ·2⁻¹⁴.
+  f, at most 16, is such that the threshold is at least 2¹⁴ units. A population that only the input reaches has
+  q = θ·2⁻¹⁴.
 - a weight from the input has an s of its own, and an input is x ≈ s_x·x̄: what arrives is (Σ w̄·x̄ · m + 2ᵏ⁻¹) >> k,
   with m·2⁻ᵏ ≈ s·s_x/q of 15 bits, but k ≤ 31.
 - biases, thresholds and what a spike adds to the adaptation are rounded to units; a decay, and the coupling of the
@@ -295,7 +296,12 @@ class QuantizedNetwork(torch.nn.Module):
 
 
 def quantize(
-    net: SpikingNetwork, bits: int = 8, calibration: Any = None, *, input_scale: float | None = None
+    net: SpikingNetwork,
+    bits: int = 8,
+    calibration: Any = None,
+    *,
+    input_scale: float | None = None,
+    held: bool | None = None,
 ) -> QuantizedNetwork:
     """The network in integers, as :func:`g2gnet.interop.to_c` writes it: equal spikes, bit for bit.
 
@@ -306,6 +312,7 @@ def quantize(
             count 1/255 each, whole numbers themselves, others their largest over 255. None: a network that was trained
             on bytes says so itself.
         input_scale: the value of an integer input of 1, instead.
+        held: whether a sample [D] is held for all steps, or has T·D values; None: as the network's samples are.
 
     Raises ValueError for other bits, unknown inputs, and what :func:`to_c` refuses.
 
@@ -316,4 +323,4 @@ def quantize(
         torch.Size([3, 10])
     """
     scale = input_scale_of(net, calibration) if input_scale is None else input_scale
-    return QuantizedNetwork(in_integers(plain(net), bits, scale))
+    return QuantizedNetwork(in_integers(plain(net, held), bits, scale))

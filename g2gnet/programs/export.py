@@ -12,7 +12,7 @@ from g2gnet.interop.c_code import bytes_of
 from g2gnet.network_settings import SettingsError
 from g2gnet.programs import flags
 from g2gnet.programs.main import run_program
-from g2gnet.programs.output import check_output
+from g2gnet.programs.output import check_json, check_output
 from g2gnet.training import read_run
 
 EXAMPLE = """\
@@ -36,8 +36,10 @@ def build_parser() -> flags.Parser:
 
 def export(arguments: argparse.Namespace) -> dict[str, Any]:
     output = Path(arguments.output)
-    for path in (output, output.parent / f"{output.stem}.h"):
+    files = output, output.parent / f"{output.stem}.h"
+    for path in files:
         check_output(path, arguments)
+    check_json(arguments, files)
     machine = flags.machine_from(arguments)
     run = read_run(arguments.checkpoint)
     data = flags.load_run_data(arguments, run.settings, machine.device)

@@ -32,6 +32,7 @@ def test_what_cannot_be_written_is_named_with_the_flag(tmp_path, monkeypatch, ca
         (["--prefix", "2"], 2, "prefix='2' cannot begin names in C"),
         (["--output", "none/network.c"], 1, "cannot write none/network.c (No such file or directory); give another"),
         (["--output", "run.c"], 1, "will not replace run.c: it is a file that this program reads"),
+        (["--output", "n.c", "--json", "n.h"], 1, "will not replace n.h: it is one of the run's own files"),
     ):
         assert export.main(["run.c", "--samples", "10", *flags]) == status
         assert message in capsys.readouterr().err

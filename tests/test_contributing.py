@@ -268,7 +268,7 @@ def tree(tmp_path_factory) -> Path:
         compiler = folder / "compiler"
         compiler.write_text(COMPILER.format(compiler=os.environ.get("CXX", "c++")))
         compiler.chmod(0o755)
-        build = "from pathlib import Path; import setup; setup.build_library(setup.LIBRARY, Path('objects'))"
+        build = "from pathlib import Path; import setup; setup.build_library(setup.library(), Path('objects'))"
         done = run(folder, "-c", build, CXX=str(compiler), G2G_CXXFLAGS="-O0")
         assert done.returncode == 0, done.stderr
     return folder

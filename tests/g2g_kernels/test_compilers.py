@@ -128,4 +128,4 @@ def test_a_quotation_that_does_not_end_costs_the_kernels_and_not_the_installatio
     build = [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path / "scratch"]
     done = subprocess.run(build, cwd=ROOT, env={**os.environ, variable: '"x'}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "were not built and will not be available (No closing quotation)" in done.stderr
+    assert "were not built and will not be available: No closing quotation" in done.stderr

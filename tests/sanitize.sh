@@ -2,9 +2,16 @@
 # Builds the CPU kernels with AddressSanitizer and UndefinedBehaviorSanitizer and runs the parity tests on them.
 # The sources are the same for every instruction set: checked are the kernels of this CPU's own, with EVERY_ISA=1 all.
 # G2G_SANITIZED=FOLDER keeps the library for the next time; tests/sanitize.sh --build makes it and no more.
+# tests/sanitized.sha256 has the digest of the sources that have passed, and is written when all these tests pass;
+# tests/sanitize.sh --passed says whether the sources are those: then .ci/run, which has ten minutes, leaves them out.
 # Usage: tests/sanitize.sh [pytest arguments]
 set -eu
 cd "$(dirname "$0")/.."
+digest() { cat g2g_kernels/csrc/*.cpp g2g_kernels/csrc/*.h | sha256sum | cut -d ' ' -f 1; }
+if [ "${1:-}" = --passed ]; then
+    [ "$(digest)" = "$(cat tests/sanitized.sha256)" ]
+    exit
+fi
 if [ -z "${G2G_SANITIZED:-}" ]; then
     G2G_SANITIZED=$(mktemp -d)
     trap 'rm -rf "$G2G_SANITIZED"' EXIT
@@ -30,7 +37,9 @@ compiler=${CXX:-c++}
 LD_PRELOAD="$($compiler -print-file-name=libasan.so) $($compiler -print-file-name=libubsan.so) $($compiler -print-file-name=libstdc++.so)"
 export LD_PRELOAD ASAN_OPTIONS="detect_leaks=0" UBSAN_OPTIONS="print_stacktrace=1"
 export G2G_CPU_POOL=0  # memory maps have no guard zones, malloc has
+passed=/dev/null
 if [ $# -eq 0 ]; then
+    passed=tests/sanitized.sha256
     # PyTorch's side of the operators, which opcheck and its compiler test, is in the lane ci. Tests of rounding at large
     # sizes call the kernels of the other tests, and take three quarters of the time.
     set -- -n 2 --dist load tests/g2g_kernels/test_cpu_backend.py tests/g2g_kernels/test_lists.py \
@@ -38,3 +47,4 @@ if [ $# -eq 0 ]; then
         -k "not memory and not errors_are and not differ_by_rounding and not denormal and (not test_recurrence or cpu)$every"
 fi
 python -m pytest -q -p no:cacheprovider "$@"
+digest >$passed

@@ -64,8 +64,9 @@ def test_shape_and_flags_say_what_samples_are(tmp_path, shape, dtype, flags, seq
         assert layers["lif2"]["pathway_coherence"] is not None
 
 
-@pytest.mark.ci
-@pytest.mark.parametrize("where", ["waves", "data"])
+@pytest.mark.parametrize(
+    "where", [pytest.param("waves", marks=pytest.mark.ci), pytest.param("data", marks=pytest.mark.long)]
+)
 def test_the_commands_that_programs_print_find_data_of_ones_own(tmp_path, monkeypatch, capsys, where):
     """Beside the program, and in a folder of its own; with held-out images they draw the best network."""
     monkeypatch.chdir(tmp_path)

@@ -18,8 +18,7 @@ from g2gnet.interop.quantized import (
     LARGEST_INPUT,
     IntegerNetwork,
     QuantizedNetwork,
-    in_integers,
-    input_scale_of,
+    quantize,
 )  # fmt: skip
 from g2gnet.spiking_network import SpikingNetwork
 
@@ -90,6 +89,8 @@ def to_c(
         raise ValueError(f"the file is {path.name!r}, which C cannot include; give letters, digits, spaces and . _ + -")
     if not prefix.isidentifier() or not prefix.isascii():
         raise ValueError(f"prefix={prefix!r} cannot begin names in C; give letters, digits and _")
+    if bits is not None and not isinstance(net, QuantizedNetwork):
+        net = quantize(net, bits, calibration, input_scale=input_scale, held=held)
     integers = None
     if isinstance(net, QuantizedNetwork):
         of, integers = net.integers.plain, net.integers
@@ -97,9 +98,6 @@ def to_c(
             raise ValueError(f"held={held}, but the integers are of samples with held={of.held}; give held to quantize")
     else:
         of = plain(net, held)
-        if bits is not None:
-            scale = input_scale_of(net, calibration) if input_scale is None else input_scale
-            integers = in_integers(of, bits, scale)
     header, code = (text.encode("ascii") for text in c_texts(of, integers, prefix, path.with_suffix(".h").name))
     replace_file(path.with_suffix(".h"), lambda file: file.write(header))
     replace_file(path, lambda file: file.write(code))

@@ -322,5 +322,6 @@ def quantize(
         >>> net(torch.rand(3, 64)).shape
         torch.Size([3, 10])
     """
+    of = plain(net, held)
     scale = input_scale_of(net, calibration) if input_scale is None else input_scale
-    return QuantizedNetwork(in_integers(plain(net, held), bits, scale))
+    return QuantizedNetwork(in_integers(of, bits, scale))

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from g2gnet.base.messages import OutputError, reason, say
-from g2gnet.data import as_samples
 from g2gnet.interop import quantize, to_c
 from g2gnet.interop.c_code import bytes_of
 from g2gnet.network_settings import SettingsError
@@ -58,11 +57,11 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
         "file": str(output), "bits": arguments.bits, "constant_bytes": bytes_of(code), "state_bytes": bytes_of(header),
         "samples": len(labels),
     }  # fmt: skip
-    trained = net.predict(samples.cpu())
-    for name, classes in (("accuracy", trained.classes), ("accuracy_in_c", None)):
-        if classes is None:
-            classes = trained.classes if of_bits is None else of_bits(as_samples(samples.cpu())).argmax(1)
-        found[name] = float((classes == labels.cpu()).double().mean())
+    samples, labels = samples.cpu(), labels.cpu()
+    trained = net.predict(samples).classes
+    in_c = trained if of_bits is None else of_bits(samples).argmax(1)
+    for name, classes in (("accuracy", trained), ("accuracy_in_c", in_c)):
+        found[name] = float((classes == labels).double().mean())
     say(f"{run.path}: {run.position}")
     sizes = f"{found['constant_bytes']:,} bytes of constants, {found['state_bytes']:,} of state"
     say(f"{written[0]}, {written[1].name}: {sizes}")

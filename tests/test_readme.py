@@ -190,6 +190,13 @@ def test_the_flag_tables_are_those_of_the_parsers():
     assert "| `--k_folds N` | `5` |" in text
 
 
+def test_the_tests_that_a_page_names_exist():
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8")))
+    assert len(named) > 50
+    assert {name for name in named if f"def {name}(" not in tests} == set()
+
+
 def test_each_page_that_installs_g2g_installs_the_pytorch_for_cpus_first():
     """Alone, pip would bring 5.6 GB of CUDA."""
     first = "python -m venv .venv\nsource .venv/bin/activate\n"

@@ -12,9 +12,8 @@ from g2g_kernels import Activity, Connection, neurons_step
 from g2g_kernels.dispatch import ANY
 from g2g_kernels.ops.g2g_stack import WAYS, Call, StackState, check_dropped
 from g2g_kernels.ops.g2g_stack.activity import Synapses
-from g2g_kernels.ops.g2g_stack.population import graph_of
+from g2g_kernels.ops.g2g_stack.population import components
 from g2g_kernels.ops.g2g_stack.reference import GraphRun, PopulationFunctions, activity_of
-from g2g_kernels.ops.g2g_stack.schedule import components_of
 from g2g_kernels.ops.neurons.checks import check_states
 from g2g_kernels.tracing import is_traced, replaced
 from g2gnet.layers import G2GLinear
@@ -61,7 +60,7 @@ class CalledModules:
         out."""
         if not is_traced():
             _say_that_modules_are_called(self.why)
-        parts = components_of(graph_of(call.populations))
+        parts = components(call.populations)
         stepping = {number for each in parts if each.period for number in each.members}
         stepping |= {n for n, of in enumerate(call.populations) if any([each.onto for each in of.connections])}
         functions = []

@@ -12,6 +12,7 @@ from g2g_kernels import BlockMask, GroupLayout
 from g2g_kernels.choices import check_choice, check_flag
 from g2g_kernels.numbers import FLOAT32, SIZE, Number
 from g2g_kernels.ops.g2g_stack import Delay
+from g2g_kernels.ops.g2g_stack.delays import late_of
 from g2g_kernels.ops.g2g_stack.schedule import CycleError, components_of
 from g2g_kernels.tracing import default_device, is_traced
 from g2gnet import graphs
@@ -265,7 +266,7 @@ class PopulationGraph(WholeBuffers):
     def _set_projections(self, numbered: list[NumberedProjection]) -> None:
         self._cyclic = on_cycles(numbered, self.depth)
         learned = {each.name for each in numbered if f"{each.name}_delay" not in self._whole}
-        self._projections = checked_projections(numbered, self._cyclic & learned, self.populations)
+        self._projections = checked_projections(numbered, self._cyclic & learned, self._models())
         self._to = [[each for each in self._projections if each.target == number] for number in range(self.depth)]
 
     def connections(self) -> dict[str, G2GLinear]:
@@ -277,6 +278,11 @@ class PopulationGraph(WholeBuffers):
         """The neurons of each population by name, the output last."""
         modules: dict[str, Any] = self._modules
         return {name: modules[name] for name in self.populations}
+
+    def _models(self) -> dict[str, str | None]:
+        """The model of the neurons of each population; None: neurons of other people's."""
+        kinds: dict[str, Any] = {name: getattr(neurons, "model", None) for name, neurons in self.neurons().items()}
+        return {name: getattr(kind, "name", None) for name, kind in kinds.items()}
 
     def layers(self) -> Iterator[Pair]:
         """The pairs (connection, neurons), from input to output: of a network that is no chain, each population's first
@@ -393,16 +399,21 @@ def graph_of(projections: Sequence[NumberedProjection], count: int) -> tuple[tup
 
 def on_cycles(projections: Sequence[NumberedProjection], count: int) -> set[str]:
     """The names of the projections that are on cycles of ``count`` populations."""
-    together = components_of(graph_of([each._replace(least=1) for each in projections], count))
-    cycles = [{*component.members} for component in together if component.period]
+    cycles = cycles_of(projections, count)
     return {each.name for each in projections if any({each.source, each.target} <= cycle for cycle in cycles)}
 
 
+def cycles_of(projections: Sequence[NumberedProjection], count: int) -> list[set[int]]:
+    """The numbers of those of ``count`` populations that reach one another."""
+    together = components_of(graph_of([each._replace(least=1) for each in projections], count))
+    return [{*component.members} for component in together if component.period]
+
+
 def checked_projections(
-    projections: Sequence[NumberedProjection], later: Collection[str], names: Sequence[str]
+    projections: Sequence[NumberedProjection], later: Collection[str], models: Mapping[str, str | None]
 ) -> tuple[NumberedProjection, ...]:
-    """The projections between populations of these names, the delays of ``later`` ones, which are learned on cycles, at
-    least 1. Raises ValueError for a cycle without delay."""
+    """The projections between populations with these ``models`` by name, the delays of ``later`` ones, which are
+    learned on cycles, at least 1. Raises ValueError for a cycle without delay."""
     checked = []
     for projection in projections:
         if projection.name in later:
@@ -411,8 +422,9 @@ def checked_projections(
                 raise ValueError(f"{projection.name} is on a cycle, and max_delay={projection.most}; give at least 1")
         checked.append(projection)
     try:
-        components_of(graph_of(checked, len(names)))
+        components_of(graph_of(checked, len(models)), late_of([*models.values()]))
     except CycleError as error:
+        names = [*models]
         cycle = " → ".join(names[number] for number in (*error.cycle, error.cycle[0]))
         raise ValueError(f"{cycle} is a cycle without delay; give one of its projections one") from None
     return tuple(checked)

@@ -392,8 +392,8 @@ class SpikingNetwork(PopulationGraph):
         if state is None:
             return (None,) * self.depth, [None] * (self.depth + 1)
         # how many steps of each population, and at the end of the input, are part of a state
-        models = [getattr(getattr(each, "model", None), "name", None) for each in self.neurons().values()]
-        reaches = reaches_of([(each.source, self.delay_of(each)) for each in self._projections], models)
+        delays = [(each.source, self.delay_of(each)) for each in self._projections]
+        reaches = reaches_of(delays, [*self._models().values()])
         senders = zip((*self.populations, "the input"), reaches, self.sizes, strict=True)
         check_state_form(state, self.depth, {name: (reach, *batch, size) for name, reach, size in senders if reach})
         rest = iter(state[self.depth :])

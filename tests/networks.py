@@ -8,10 +8,10 @@ import torch
 from helpers import seeded
 from torch import nn
 
-from g2g_kernels import BlockMask, GroupLayout
+from g2g_kernels import BlockMask, GroupLayout, Neurons
 from g2g_kernels.ops.neurons.models import exact_gain
 from g2g_kernels.ops.neurons.step import neurons_step
-from g2gnet import LIF, G2GLinear, G2GNet, SpikingNetwork, SpikingStack, Synaptic
+from g2gnet import LIF, CubaLIF, G2GLinear, G2GNet, SpikingNetwork, SpikingStack, Synaptic
 
 
 def small_net(model: str = "mixer", seed: int = 0, sizes: Sequence[int] = (30, 40, 10), **options: Any) -> G2GNet:
@@ -73,7 +73,17 @@ class Reference:
             name: (c.mask.unpack(t64[f"{name}.values"]), t64.get(f"{name}.bias"))
             for name, c in net.connections().items()
         }
+        own = {name: self.own(name) for name in order}
+        nothing = {name: x.new_zeros(x.shape[1], size) for name, size in zip(net.populations, net.sizes, strict=False)}
+        silent_ones = dropped or {}
+
+        def send(name: str, current: torch.Tensor, to_membrane: torch.Tensor | None = None):
+            spikes, after = neurons_step(current, states[name], own[name], to_membrane)
+            return spikes.masked_fill(silent_ones[name], 0) if name in silent_ones else spikes, after
+
         for t in range(len(x)):
+            for name in self.at_once:  # whose spikes come before anything arrives
+                sent[name].append(send(name, nothing[name])[0])
             for name in order:
                 current, to_membrane = 0, None
                 for each in net.projections():
@@ -92,25 +102,32 @@ class Reference:
                         to_membrane = added if to_membrane is None else to_membrane + added
                     else:
                         current = current + added
-                module = net.neurons()[name]
-                model, own = type(module).model, {each: t64[f"{name}.{each}"] for each in module.by_name}
-                if "gain" in model.parameters:
-                    own["gain"] = exact_gain(own["syn_decay"], own["beta"])
-                own = tuple(own.get(each, getattr(module, each).double()) for each in model.parameters)
-                current = torch.zeros_like(to_membrane) if isinstance(current, int) else current
-                own = module.population._replace(parameters=own)
-                spikes, states[name] = neurons_step(current, states[name], own, to_membrane)
+                spikes, states[name] = send(name, current + nothing[name], to_membrane)
                 membranes[name].append(states[name][-1])
-                if dropped and name in dropped:
-                    spikes = spikes.masked_fill(dropped[name], 0)
-                sent[name].append(spikes)
+                if name not in self.at_once:
+                    sent[name].append(spikes)
         self.membranes = {name: torch.stack(of_steps) for name, of_steps in membranes.items()}
         return {name: torch.stack(sent[name]) for name in net.populations}
 
+    def own(self, name: str) -> Neurons:
+        """The neurons of a population, with these parameters."""
+        module = self.net.neurons()[name]
+        own = {each: self.tensors[f"{name}.{each}"] for each in module.by_name}
+        if "gain" in type(module).model.parameters:
+            own["gain"] = exact_gain(own["syn_decay"], own["beta"])
+        parameters = [own.get(each, getattr(module, each).double()) for each in type(module).model.parameters]
+        return module.population._replace(parameters=tuple(parameters))
+
+    @property
+    def at_once(self) -> list[str]:
+        """The populations that are reset in the step of their spike."""
+        return [name for name, neurons in self.net.neurons().items() if isinstance(neurons, CubaLIF)]
+
     def order(self) -> list[str]:
-        """The populations so that those with a delay of 0 between them are in order."""
+        """The populations so that those with a delay of 0 between them are in order, if they need to be."""
         names, done = [*self.net.populations, "input"], []
         at_once = [(names[each.source], names[each.target]) for each in self.net.projections() if each.least == 0]
+        at_once = [each for each in at_once if each[0] not in self.at_once]
         while left := [name for name in self.net.populations if name not in done]:
             done.append(next(name for name in left if not {a for a, b in at_once if b == name} & set(left)))
         return done

@@ -17,9 +17,8 @@ from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from g2g_kernels import Activity, BlockMask, GroupLayout
-from g2g_kernels.ops.g2g_stack.schedule import components_of
 from g2gnet.inspect import NetworkAnalysis, group_density
-from g2gnet.projections import graph_of
+from g2gnet.projections import cycles_of
 from g2gnet.spiking_network import SpikingNetwork
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -325,8 +324,7 @@ def population_graph(net: SpikingNetwork) -> Figure:
         >>> net = G2GNet(784, [64, 32], 10, block_size=8, feedback=True, delay=4)
         >>> population_graph(net).savefig("populations.png")
     """
-    connections, parts = net.connections(), components_of(graph_of(net.projections(), net.depth))
-    cycles = [{*part.members} for part in parts if part.period]
+    connections, cycles = net.connections(), cycles_of(net.projections(), net.depth)
     names = [name if len(name) <= NAME else f"{name[: NAME - 1]}…" for name in ("input", *net.populations)]
     column = max(COLUMN, LETTER * max(map(len, names)) + 0.2)
     middle = [column * (place + 0.5) for place in range(len(names))]

@@ -61,6 +61,16 @@ GRAPHS = {
     "learned on a cycle": [("input", "a", 0), ("a", "b", "learned"), ("b", "a", "learned"), ("b", "out", 1)],
     "current-based": [("input", "d", 0), ("d", "e", 1), ("e", "d", 1), ("e", "e", 2), ("e", "out", 0)],
     "current-based chain": [("input", "d", 0), ("d", "d", 1), ("d", "e", (0, 1)), ("e", "out", 0)],
+    "no delay on a cycle": [
+        ("input", "d", 0),
+        ("d", "d", 0),
+        ("d", "c", 0),
+        ("c", "d", 0),
+        ("d", "e", 0),
+        ("e", "d", 2),
+        ("e", "out", 0),
+    ],
+    "no delay but one": [("input", "d", 1), ("d", "e", 0), ("e", "e", (0, 3)), ("e", "d", 0), ("e", "out", 0)],
     "onto membranes": [
         ("input", "d", 0, "membrane"),
         ("d", "e", 1),
@@ -77,7 +87,7 @@ GRAPHS = {
 STACKS = {"stack": False, "recurrent stack": True}
 #: those whose states hold what delays need, and chains
 CONTINUED = ["chain", "chain with delays", "skips", "self-loops", "ring", "learned on a cycle", *STACKS]
-CONTINUED += ["current-based", "current-based chain", "onto membranes"]
+CONTINUED += ["current-based", "current-based chain", "no delay on a cycle", "no delay but one", "onto membranes"]
 
 
 def network(name: str, backend: str | None = None, unit: int = 1, seed: int = 0, **options) -> SpikingNetwork:
@@ -175,7 +185,7 @@ def test_parts_and_single_steps_that_continue_one_another_are_the_whole(name, ba
             assert rms(ours - theirs) <= 2e-5 * rms(theirs) + 1e-7, each
 
 
-@every_pair(name=("current-based", "current-based chain", "onto membranes"), held=(False, True))
+@every_pair(name=("current-based", "current-based chain", "no delay on a cycle", "onto membranes"), held=(False, True))
 def test_called_modules_give_what_one_call_gives(name, held):
     net = network(name)
     x, results = torch.rand((B, D) if held else (T, B, D), generator=seeded(4)) * 2, []

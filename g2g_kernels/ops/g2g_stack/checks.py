@@ -8,8 +8,7 @@ from g2g_kernels.choices import check_choice
 from g2g_kernels.numbers import COUNT
 from g2g_kernels.ops.checks import check_connection, check_tensor
 from g2g_kernels.ops.g2g_stack.delays import check_delay
-from g2g_kernels.ops.g2g_stack.population import Call, Connection, Population, graph_of, reaches, size_of
-from g2g_kernels.ops.g2g_stack.schedule import components_of
+from g2g_kernels.ops.g2g_stack.population import Call, Connection, Population, components, reaches, size_of
 from g2g_kernels.ops.neurons.checks import check_neurons, check_state, check_steps
 from g2g_kernels.tracing import replaced
 
@@ -61,7 +60,7 @@ def checked(call: Call) -> Call:
         _check_like("before", call.before, x)
         if not reaches(with_tensors)[-1]:
             raise ValueError("before is given, but no delay reads inputs of earlier steps; leave it out")
-    components_of(graph_of(with_tensors))
+    components(with_tensors)
     return call
 
 

@@ -30,6 +30,7 @@ from g2g_kernels.ops.g2g_stack.population import (
     Call,
     Connection,
     Population,
+    components,
     expected_of,
     graph_of,
     size_of,
@@ -107,6 +108,8 @@ def refuses(call: Call) -> str | None:
         return reason
     if is_traced():
         return "does not run where calls are recorded (torch.compile, torch.export)"
+    if any([component.late for component in components(call.populations)]):
+        return "connections without delay form a cycle"
     for number, population in enumerate(call.populations):
         of_population = []
         for each in population.connections:

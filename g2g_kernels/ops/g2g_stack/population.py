@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from g2g_kernels.ops.g2g_stack.delays import Delay, reaches_of
-from g2g_kernels.ops.g2g_stack.schedule import Graph
+from g2g_kernels.ops.g2g_stack.delays import Delay, late_of, reaches_of
+from g2g_kernels.ops.g2g_stack.schedule import Component, Graph, components_of
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.step import spikes_of
 from g2g_kernels.ops.record import TYPES, Expected
@@ -152,6 +152,11 @@ def graph_of(populations: Sequence[Population]) -> Graph:
         joins = [(each.source, 0 if each.delay is None else each.delay.least) for each in of.connections]
         graph = *graph, tuple(joins)
     return graph
+
+
+def components(populations: Sequence[Population]) -> Sequence[Component]:
+    """:func:`g2g_kernels.ops.g2g_stack.schedule.components_of` these populations."""
+    return components_of(graph_of(populations), late_of([getattr(of.neurons, "model", None) for of in populations]))
 
 
 def reaches(populations: Sequence[Population]) -> list[int]:

@@ -30,13 +30,12 @@ from g2g_kernels.ops.g2g_stack.population import (
     Call,
     Connection,
     Population,
+    components,
     expected_of,
-    graph_of,
     state_shape,
     unread,
 )
 from g2g_kernels.ops.g2g_stack.reference import in_turn
-from g2g_kernels.ops.g2g_stack.schedule import components_of
 from g2g_kernels.ops.neurons.cpu import neuron_arguments, neurons
 from g2g_kernels.ops.neurons.models import MODELS
 from g2g_kernels.ops.neurons.step import in_steps
@@ -242,7 +241,7 @@ def refuses(call: Call) -> str | None:
                 return reason
     if not lists:
         return "no weights lie in lists"
-    for component in components_of(graph_of(call.populations)):
+    for component in components(call.populations):
         number = component.members[0]
         if component.period and (len(component.members) > 1 or loop_of(number, call.populations[number]) is None):
             names = " and ".join(map(str, sorted(component.members)))

@@ -18,13 +18,13 @@ from g2g_kernels.ops.g2g_stack.population import (
     Call,
     Connection,
     Population,
-    graph_of,
+    components,
     reaches,
     sent_before,
     size_of,
     total_steps,
 )
-from g2g_kernels.ops.g2g_stack.schedule import Component, components_of
+from g2g_kernels.ops.g2g_stack.schedule import Component
 from g2g_kernels.ops.neurons.reference import neurons
 
 
@@ -129,20 +129,22 @@ class GraphRun:
         """Runs populations that reach one another, or one that does not reach itself."""
         if self._loop(component):
             return
-        blocks, inside = list(component.blocks(self.steps)), set(component.members)
+        received, inside = list(self._received(component)), set(component.members)
         pieces: dict[int, list[Iterator[torch.Tensor | None]]] = {}
         for number in component.members:
             currents = self.currents(number, 0, self.steps, lambda source: source not in inside)
             self.begin(number, currents[0])
             if not component.period:
                 return self._advance(number, currents, self.steps)
-            sizes = [last - first for which, first, last in blocks if which == number]
+            sizes = [last - first for which, first, last in received if which == number]
             pieces[number] = [
                 # the same at all steps
                 itertools.repeat(each) if each is None or each.dim() == 2 else iter(each.split(sizes))
                 for each in currents
             ]
-        for number, first, last in blocks:
+        for number in component.late:
+            self._send_next(number)
+        for number, first, last in received:
             currents = [next(of_blocks) for of_blocks in pieces[number]]
             for place, own in enumerate(self.currents(number, first, last, inside.__contains__)):
                 current = currents[place]
@@ -151,7 +153,26 @@ class GraphRun:
                 if current is not None and current.dim() == 2:
                     current = current.expand(last - first, *current.shape)
                 currents[place] = current
-            self._advance(number, currents, last - first)
+            is_late = number in component.late
+            self._advance(number, currents, last - first, known=int(is_late))
+            if is_late and last < self.steps:
+                self._send_next(number)
+
+    def _received(self, component: Component) -> Iterator[tuple[int, int, int]]:
+        """(population, first step, step after the last) of what arrives before each block; in ``late`` populations what
+        arrives in a step is not needed for its spikes, so the next step's are sent, too."""
+        for number, first, last in component.blocks(self.steps):
+            if number in component.late:
+                first, last = max(first - 1, 0), last - 1
+            if first < last:
+                yield number, first, last
+        for number in component.late:
+            yield number, self.steps - 1, self.steps
+
+    def _send_next(self, number: int) -> None:
+        """Sends the spikes of the next step, which follow from the states of a population that is ``late``."""
+        spikes, _ = self.functions[number].neurons(self.trains[number].nothing()[None], None, self.states[number])
+        self._send(number, spikes)
 
     def begin(self, number: int, current: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Begins the train of a population; a step in which it sends nothing, and what it sent before the run."""
@@ -199,7 +220,8 @@ class GraphRun:
             current = added if current is None else current + added
         return current
 
-    def _advance(self, number: int, currents: Sequence[torch.Tensor | None], count: int) -> None:
+    def _advance(self, number: int, currents: Sequence[torch.Tensor | None], count: int, known: int = 0) -> None:
+        """Runs a population for ``count`` steps; the spikes of the first ``known`` have been sent."""
         population, functions = self.populations[number], self.functions[number]
         current, to_membrane = (*currents, None)[:2]
         if current is None and to_membrane is not None:
@@ -212,14 +234,16 @@ class GraphRun:
         held = count if current.dim() == 2 else None
         if not population.membranes:
             spikes, self.states[number] = functions.neurons(current, held, self.states[number], **own)
-            self._send(number, spikes)
+            if known < count:
+                self._send(number, spikes[known:])
             return
         for t in range(count):
             now, *onto = [each[None] if held else each[t : t + 1] for each in (current, *own.values())]
             spikes, self.states[number] = functions.neurons(
                 now, None, self.states[number], **dict(zip(own, onto, strict=True))
             )
-            self._send(number, spikes)
+            if t >= known:
+                self._send(number, spikes)
             membrane = self.states[number][-1]
             dropped = population.dropped
             self.membranes[number].append(membrane if dropped is None else membrane.masked_fill(dropped, 0))
@@ -233,7 +257,7 @@ class GraphRun:
 
     def turn(self) -> Turn:
         """Runs all populations; what they have done."""
-        for together in components_of(graph_of(self.populations)):
+        for together in components(self.populations):
             self.run(together)
         return Turn(
             [each[0] if len(each) == 1 else torch.cat(each) for each in self.spikes],

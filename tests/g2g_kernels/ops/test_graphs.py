@@ -228,14 +228,20 @@ def test_delays_that_left_their_bounds_are_refused():
 @pytest.mark.parametrize("seed", range(40))
 def test_a_block_reads_only_steps_that_were_sent_before_and_every_step_runs_once(seed):
     draw, total = random.Random(seed), 13
-    # delays of 0 lead forward
+    # delays of 0 lead forward, or to a population that acts a step later on what arrives
+    late = tuple(draw.sample(range(5), draw.randint(0, 2)))
     sources = [draw.choices(range(-1, 5), k=2) for _ in range(5)]
-    joins = [[(each, draw.randint(each >= target, 4)) for each in sources[target]] for target in range(5)]
+    joins = [
+        [(each, draw.randint(each >= target and target not in late, 4)) for each in sources[target]]
+        for target in range(5)
+    ]
     sent = {-1: total} | dict.fromkeys(range(5), 0)
-    for component in components_of(tuple(map(tuple, joins))):
+    for component in components_of(tuple(map(tuple, joins)), late):
+        assert {*component.late} <= {*late}
         for population, first, last in component.blocks(total):
             assert first == sent[population] < last
-            assert all(last - least <= sent[source] for source, least in joins[population])
+            arrives = last - (population in component.late)
+            assert all(arrives - least <= sent[source] for source, least in joins[population])
             sent[population] = last
     assert set(sent.values()) == {total}
 

@@ -235,7 +235,8 @@ class GraphRun:
         if not population.membranes:
             spikes, self.states[number] = functions.neurons(current, held, self.states[number], **own)
             if known < count:
-                self._send(number, spikes[known:])
+                # a slice of everything would be an operator more for devices without kernels
+                self._send(number, spikes[known:] if known else spikes)
             return
         for t in range(count):
             now, *onto = [each[None] if held else each[t : t + 1] for each in (current, *own.values())]

@@ -260,7 +260,7 @@ class NetworkSettings(Settings):
     )
     hidden_dim: int | tuple[int, ...] = _model(
         2048,
-        "neurons in each of the two hidden layers, or one number for each layer",
+        "neurons in each of the two hidden layers, or a list with one number per layer",
         low=1,
         high=SIZE.high,
         several=True,
@@ -269,15 +269,15 @@ class NetworkSettings(Settings):
     p_inter: float = _model(0.15, "probability of a connection unit between groups", low=0, high=1)
     p_intra: float = _model(1.0, "probability of a connection unit inside a group", low=0, high=1)
     density: str = _model(
-        "uniform", "share of weights that exist: the same in each layer, or more in small ones (erk)", choices=DENSITIES
+        "uniform", "share of existing weights: the same in each layer, or more in small layers (erk)", choices=DENSITIES
     )
     block_size: int = _model(
-        64, "weights exist in blocks of N × N, the connection units; 1: single weights", low=1, high=SIZE.high
+        64, "connection units are blocks of N × N weights; 1: single weights", low=1, high=SIZE.high
     )
     sequence: str = setting(
         "none",
         "data",
-        f"what a time step receives; {'; '.join(f'{name}: {text}' for name, text in SEQUENCES.items())} "
+        f"input of a time step; {'; '.join(f'{name}: {text}' for name, text in SEQUENCES.items())} "
         "(the default for files of sequences)",
         choices=tuple(SEQUENCES),
     )
@@ -286,7 +286,7 @@ class NetworkSettings(Settings):
     enc_scale: float = _model(1.0, "input x becomes enc_scale*x + enc_bias")
     enc_bias: float = _model(0.0, "see `enc_scale`")
     standardize: bool = setting(
-        False, "data", "subtract the training images' mean from all pixels (or features), and divide by their deviation"
+        False, "data", "normalise all pixels (or features) by the training images' mean and standard deviation"
     )
     neuron: str = _model("lif", "neuron model", choices=tuple(NEURONS))
     recurrent: bool | tuple[int, ...] = _model(
@@ -299,11 +299,11 @@ class NetworkSettings(Settings):
         False, "connections from each hidden layer back to the one below; spikes arrive one step later"
     )
     delay: int = _model(
-        0, "spikes and inputs arrive up to N steps later, by a delay drawn for each neuron", low=0, high=MOST_DELAY
+        0, "spikes and inputs arrive up to N steps later; a delay is drawn for each neuron", low=0, high=MOST_DELAY
     )
     learn_delay: bool = _model(False, "learn these delays, each from 0 to `delay`")
     input_taps: int = _model(
-        1, "inputs arrive N times, by weights of their own, with delays spread evenly over the sequence", low=1
+        1, "delayed copies of the inputs, spread evenly over the sequence, each with its own weights", low=1
     )
     p_rec_inter: float | None = _model(
         None, "probability of a recurrent unit between groups, for `recurrent` (default: p_inter)", low=0, high=1
@@ -314,7 +314,7 @@ class NetworkSettings(Settings):
     threshold: float | None = _model(None, _initial("threshold", "firing threshold"), low=0, open_low=True)
     syn_decay: float | None = _model(None, _initial("syn_decay", "decay of the synaptic current"), low=0, high=1)
     adapt_decay: float | None = _model(None, _initial("adapt_decay", "decay of the adaptation"), low=0, high=1)
-    a: float | None = _model(None, _initial("a", "share of the membrane that is added to the adaptation"))
+    a: float | None = _model(None, _initial("a", "share of the membrane added to the adaptation"))
     b: float | None = _model(None, _initial("b", "increase of the adaptation by a spike"))
     reset: str = _model(
         RESET, "after a spike: subtract the threshold, set the membrane to zero, or nothing", choices=RESETS

@@ -13,8 +13,8 @@ SEQUENCES = {
     "none": "the whole sample, held for all steps",
     "rows": "rows of the image",
     "pixels": "pixels of the image, row by row",
-    "permuted": "its pixels in one fixed random order",
-    "own": "the next step of sequences of your own, whose second axis is time",
+    "permuted": "pixels in one fixed random order",
+    "own": "the next step of your own sequences, with time as the second axis",
 }
 
 

@@ -190,8 +190,8 @@ def add_machine_flags(parser: argparse.ArgumentParser, kernels: bool = True, res
 def add_json_flag(parser: Any, content: str) -> None:
     """Adds the flag that writes ``content``, which the program returns, as JSON."""
     text = (
-        f"write {content} as JSON to FILE, the word after this flag; without FILE to standard output, and all other "
-        "output to standard error"
+        f"write {content} as JSON to FILE, the next argument; without FILE to standard output, and all other output to "
+        "standard error"
     )
     parser.add_argument("--json", type=file_name, nargs="?", const=STDOUT, metavar="FILE", help=text)
 

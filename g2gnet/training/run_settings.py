@@ -57,18 +57,18 @@ class RunSettings(Settings):
     dataset: str = _data(
         "fashionmnist", "data set", choices=tuple(DATASETS), others=Others(f"a file NAME{npz.SUFFIX}", npz.is_name)
     )
-    limit_train: int | None = _data(None, "use only the first N training images, and N of a validation part", low=1)
+    limit_train: int | None = _data(None, "use only the first N training images (and validation images)", low=1)
     limit_test: int | None = _data(None, "use only the first N test images", low=1)
     validation: float | None = _data(
         None,
-        "hold out this share of the training images of each class, to compare epochs; test images are used at the end",
+        "share of each class's training images to hold out, to compare epochs; test images are used once, at the end",
         low=0, high=1, open_low=True, open_high=True,
     )  # fmt: skip
-    validation_seed: int = _data(0, "seed of the choice of images for `validation`", low=0)
+    validation_seed: int = _data(0, "seed that chooses the images of `validation`", low=0)
     epochs: int = _training(20, "passes over the training images", low=1)
     batch_size: int = _training(256, "images per step", low=1)
     seed: int = _training(42, "seed of every random draw", low=0)
-    patience: int | None = _training(None, "end after N epochs without a better one on held-out images", low=1)
+    patience: int | None = _training(None, "end after N epochs without higher accuracy on held-out images", low=1)
 
     @property
     def stem(self) -> str:
@@ -135,18 +135,18 @@ class TrainSettings(NetworkSettings, RunSettings):
         "auto: crop-flip for raw CIFAR images, none for others",
         choices=AUGMENTATIONS,
     )
-    erase: float = _data(0.0, "probability to set a rectangle of 2–33 % of a training image to zero", low=0, high=1)
+    erase: float = _data(0.0, "probability of setting a rectangle of 2–33 % of a training image to zero", low=0, high=1)
     sequence: str = with_default(NetworkSettings, "sequence", None)
-    sequence_step: int = _data(1, "rows or pixels that a time step receives, for `sequence`", low=1)
-    sequence_seed: int = _data(0, "seed of the order of `sequence=permuted`", low=0)
+    sequence_step: int = _data(1, "rows or pixels per time step, for `sequence`", low=1)
+    sequence_seed: int = _data(0, "seed of the pixel order of `sequence=permuted`", low=0)
     bins: int | None = _data(
         None,
-        "events are counted in N bins of a cochlea's channels or of the pixels of a side; gsc: mel bands "
+        "number of bins of events: of a cochlea's channels, or of the pixels of a side; gsc: mel bands "
         f"({_each('bins')})",
         low=1,
     )
     dt: float | None = _data(None, f"milliseconds of a time step ({_each('dt')})", low=STEP.low, high=STEP.high)
-    unit_shift: int = _data(0, "shift training sequences of vectors by up to N places, the same at all steps", low=0)
+    unit_shift: int = _data(0, "shift training sequences of vectors by up to N inputs, the same at all steps", low=0)
     use_resnet: bool = _data(False, "train on the features of a frozen ResNet-32 (CIFAR only)")
     resnet_weights: str | None = _data(None, "weights of that ResNet-32 (default: the published ones)")
 
@@ -156,8 +156,8 @@ class TrainSettings(NetworkSettings, RunSettings):
         "T",
         None,
         number=Number(1, MOST_STEPS),
-        text=f"time steps per sample, where `sequence` does not say it (default: {NetworkSettings.T}; of recordings as "
-        "shd, those of their whole length)",
+        text=f"time steps per sample, unless `sequence` determines them (default: {NetworkSettings.T}; recordings: 34 "
+        "to 140, by data set)",
     )
 
     name: str | None = _training(None, "added to the names of the run's files, to make them unique", metavar="NAME")
@@ -172,8 +172,8 @@ class TrainSettings(NetworkSettings, RunSettings):
     clip_grad_norm: float | None = _training(None, "clip the gradient to this norm", low=0, open_low=True)
     average: int | None = _training(None, "test and save averaged weights: mean of N steps, then decay 1 - 1/N", low=2)
     precision: str = _training("fp32", "precision of the matrix products", choices=PRECISIONS)
-    chunk: int | None = _training(None, "time steps per chunk, which the backward pass recomputes: less memory", low=1)
-    enforce_sparsity: bool = _training(False, "pull firing rates down after the warm-up")
+    chunk: int | None = _training(None, "time steps per chunk; recomputing chunks saves memory", low=1)
+    enforce_sparsity: bool = _training(False, "lower firing rates by a penalty after the warm-up")
     warmup_epochs: int = _training(10, "epochs before `enforce_sparsity` begins", low=0)
 
     sparsity_mode: str = _rewiring("static", "keep or rewire the units", choices=SPARSITY_MODES)
@@ -181,7 +181,7 @@ class TrainSettings(NetworkSettings, RunSettings):
     cg: str = _rewiring("hebb", f"grow rule: {_texts(GROW_RULES)}", choices=tuple(GROW_RULES))
     dst_interval: int = _rewiring(1000, "optimizer steps between updates", low=1)
     dst_fraction: float = _rewiring(0.1, "share of units replaced in an update", low=0, high=1)
-    dst_schedule: str = _rewiring("constant", "keep that share, or let it fall to zero", choices=tuple(SCHEDULES))
+    dst_schedule: str = _rewiring("constant", "keep `dst_fraction`, or let it fall to zero", choices=tuple(SCHEDULES))
     dst_stop: float = _rewiring(1.0, "share of training after which nothing is replaced", low=0, high=1, open_low=True)
     final_density: float | None = _rewiring(
         None, "share of weights after gradual pruning", low=0, high=1, open_low=True

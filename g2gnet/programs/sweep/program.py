@@ -33,7 +33,7 @@ RESUME = "run the same command again to resume with the remaining runs"
 def build_parser() -> flags.Parser:
     parser = flags.Parser(prog="g2g-sweep", description=__doc__, epilog=EXAMPLES)
     group = parser.add_argument_group("the grid: each setting of g2g-train with one value or several, spaces between")
-    text = "a TOML or JSON file: settings, each with a value or a list of values; flags replace what it says"
+    text = "TOML or JSON file of settings, each with a value or a list of values; flags override them"
     group.add_argument("--grid", type=flags.file_name, metavar="FILE", help=text)
     flags.add_settings_flags(parser, sweep=True)
     group = flags.add_machine_flags(parser, results=False)
@@ -41,7 +41,7 @@ def build_parser() -> flags.Parser:
     group.add_argument("--folder", type=flags.file_name, default="sweep", metavar="DIR", help=text)
     text = "runs at a time (default: one per core on a CPU, one on another device)"
     group.add_argument("--jobs", type=int, metavar="N", help=text)
-    text = "train nothing; show the runs that are finished"
+    text = "train nothing; show the finished runs"
     group.add_argument("--finished", action="store_true", help=text)
     flags.add_json_flag(group, "the results of all runs, and their means and errors")
     parser.add_argument("--version", action="version", version=f"g2g {__version__}")

@@ -43,9 +43,7 @@ class ReLUNet(G2GNet):
         chunk: int | None = None,
         *,
         dropped: Sequence[torch.Tensor] | None = None,
-        spikes: bool = False,
-        membranes: bool = False,
-        batch_first: bool | None = None,
+        **options: Any,
     ) -> Activity:
         layers = [connection for connection, _ in self.layers()]
         drops = dropped if self.training and dropped is not None else [None] * (len(layers) - 1)

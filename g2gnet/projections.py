@@ -279,6 +279,10 @@ class PopulationGraph(WholeBuffers):
         modules: dict[str, Any] = self._modules
         return {name: modules[name] for name in self.populations}
 
+    def _size_of(self) -> dict[str, int]:
+        """The number of neurons of each population."""
+        return dict(zip(self.populations, self.sizes[:-1], strict=True))
+
     def _models(self) -> dict[str, str | None]:
         """The model of the neurons of each population; None: neurons of other people's."""
         kinds: dict[str, Any] = {name: getattr(neurons, "model", None) for name, neurons in self.neurons().items()}

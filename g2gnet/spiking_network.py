@@ -23,6 +23,7 @@ from g2gnet.called_layers import CalledModules, OwnHook, has_hooks, step_of_call
 from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
 from g2gnet.projections import PopulationGraph, Projection
+from g2gnet.selections import Selection, shown_of, silent_too
 
 #: a dropped neuron is drawn by 16 random bits
 DRAWS = 1 << 16
@@ -194,8 +195,9 @@ class SpikingNetwork(PopulationGraph):
         *,
         dropped: Sequence[torch.Tensor] | None = None,
         spikes: bool = False,
-        membranes: bool = False,
+        membranes: bool | Selection = False,
         batch_first: bool | None = None,
+        silenced: Selection | None = None,
     ) -> Activity:
         """Runs the network on inputs [B, D] held for T steps, or [T, B, D].
 
@@ -215,19 +217,23 @@ class SpikingNetwork(PopulationGraph):
             spikes: whether the spikes over time have a gradient too (:func:`g2g_kernels.g2g_stack`).
             membranes: whether ``activity.membranes`` has the membranes over time [T, B, N] of every population, with a
                 gradient. All neurons then take one step after the other, which is slower, and currents, spikes and
-                membranes of all are in memory.
+                membranes of all are in memory. Or by the name of a population the neurons, by number or bool [N], whose
+                membranes it has, [T, B, n]; it has None for the other populations, which need no steps of their own.
             batch_first: whether inputs over time are [B, T, D]. None: they are [T, B, D]; where all samples have T
                 steps (``sequence`` of a :class:`G2GNet`), inputs whose second dimension alone is T are refused.
+            silenced: in any mode, by the name of a population the neurons that stay silent in this run, by number or
+                bool [N], or bool [B, N], those of each sample. They send nothing, pass no gradient and their states are
+                0; the others send what they would otherwise.
 
         Returns:
             Activity: ``output`` [B, C], the output's spike counts or readout, rates, spikes and the last state.
 
         Raises:
             ValueError: if the inputs have another shape, or seem to have time second; if the state is not one of this
-                network and these samples; for a chunk with spikes, membranes or a readout of all steps; for a state, a
-                chunk, membranes or a readout of a network that calls its modules.
+                network and these samples; for neurons that it does not have; for a chunk with spikes, membranes or a
+                readout of all steps; for a state, a chunk, membranes or a readout of a network that calls its modules.
         """
-        call = self._call(inputs, state, chunk, dropped, spikes, membranes, batch_first)
+        call = self._call(inputs, state, chunk, dropped, spikes, membranes, batch_first, silenced)
         if call.modules is None:
             activity = run(call, chunk)
         else:
@@ -270,8 +276,9 @@ class SpikingNetwork(PopulationGraph):
         chunk: int | None,
         dropped: Sequence[torch.Tensor] | None = None,
         spikes: bool = False,
-        membranes: bool = False,
+        membranes: bool | Selection = False,
         batch_first: bool | None = None,
+        silenced: Selection | None = None,
     ) -> Call:
         """A run as the operator takes it. What kept neurons send is scaled: the weights that it meets are."""
         inputs = self._time_first(inputs, batch_first if state is None else bool(batch_first))
@@ -285,7 +292,7 @@ class SpikingNetwork(PopulationGraph):
         scale = 1.0 if of_populations is None else self._scale
         why = self.why_called()
         if why is not None:
-            asked = {"membranes=True": membranes, f"readout={self._readout!r}": self._readout != "counts"}
+            asked = {f"membranes={membranes!r:.40}": membranes, f"readout={self._readout!r}": self._readout != "counts"}
             asked |= {"a state": state is not None, f"chunk={chunk}": chunk is not None}
             if wrong := [what for what, is_asked in asked.items() if is_asked]:
                 raise ValueError(
@@ -297,14 +304,17 @@ class SpikingNetwork(PopulationGraph):
         if state is not None:
             states, sent = self.divided(state, inputs.shape[-2:-1])
         drops: Sequence[torch.Tensor | None] = of_populations or (None,) * self.depth
+        if silenced is not None:
+            drops = silent_too(drops, silenced, self._size_of(), inputs)
         populations = []
-        for number, name in enumerate(self.populations):
+        for number, (name, gives) in enumerate(
+            zip(self.populations, shown_of(membranes, self._size_of()), strict=True)
+        ):
             neurons: Any = self._modules[name]
             # neurons of other people's have no record
             neurons = neurons.population if why is None else getattr(neurons, "population", None)
-            gives = membranes
             if self._readout != "counts" and number + 1 == self.depth:
-                neurons, gives = neurons.integrating(), membranes or self._readout != "last"
+                neurons, gives = neurons.integrating(), gives if self._readout == "last" else True
             before = None if state is None else as_one(states[number])
             connections = self._connections(number, why is not None, scale)
             populations.append(Population(neurons, connections, drops[number], before, sent[number], gives))
@@ -399,23 +409,27 @@ class SpikingNetwork(PopulationGraph):
         rest = iter(state[self.depth :])
         return state[: self.depth], [next(rest) if reach else None for reach in reaches]  # type: ignore[misc]
 
-    def _read(self, activity: Activity, steps: int, membranes: bool) -> Activity:
+    def _read(self, activity: Activity, steps: int, membranes: bool | Selection) -> Activity:
         """The activity of a run whose output integrates: its readout, and no spikes."""
         states, over_time = activity.states, activity.membranes
         assert states is not None
         if self.readout == "last":
             readout = states[-1][-1]
         else:
-            membrane = over_time and over_time[-1]
-            assert isinstance(membrane, torch.Tensor)
+            assert over_time is not None
+            membrane = over_time[-1]
+            assert membrane is not None
             readout = membrane.mean(0) if self.readout == "mean" else membrane.amax(0)
+            *others, wanted = shown_of(membranes, self._size_of())
+            own = membrane[..., list(wanted)] if isinstance(wanted, tuple) else membrane if wanted else None
+            over_time = (*over_time[:-1], own) if wanted or any(others) else None
         none = torch.zeros_like(activity.counts)
         return replaced(
             activity,
             counts=none,
             rates=(*activity.rates[:-1], torch.zeros_like(activity.rates[-1])),
             spikes=(*activity.spikes[:-1], DenseSpikes(none.expand(steps, *none.shape))),
-            membranes=over_time if membranes else None,
+            membranes=over_time,
             readout=readout,
         )
 

@@ -27,7 +27,7 @@ LAYERS = {
         ("base",),
         ("weights",),
         ("layers", "neurons", "encoding", "sequences", "data"),
-        ("graphs", "called_layers"),
+        ("graphs", "called_layers", "selections"),
         ("projections",),
         ("spiking_network",),
         ("stack", "network_settings"),

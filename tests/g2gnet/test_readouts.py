@@ -113,6 +113,27 @@ def test_membranes_of_half_precision_are_float32_and_are_kept_where_they_are_wan
         net.simulate(X, membranes=True)
 
 
+@pytest.mark.parametrize("readout", ["counts", "last", "max"])
+@pytest.mark.parametrize("backend", backends_of(WAYS))
+def test_membranes_of_chosen_neurons_are_those_of_all_and_have_their_gradient(backend, readout):
+    net, found = net_of(readout=readout, backend=backend).eval(), []
+    last = net.populations[-1]
+    for chosen in (True, {"lif1": [3, 0, 3], last: torch.arange(net.sizes[-2]) % 2 == 1}):
+        activity = net.simulate(X, membranes=chosen, silenced={"lif2": [1]})
+        first, hidden, *_, output = activity.membranes
+        if chosen is True:
+            assert not hidden[..., 1].any()
+            first, output = first[..., [3, 0, 3]], output[..., 1::2]
+        else:
+            assert hidden is None
+            assert first.shape == (STEPS, 4, 3)
+        loss = (first * torch.arange(3)).sum() + output.square().sum() + activity.output.sum()
+        found.append([first, output, activity.output, *torch.autograd.grad(loss, [*net.parameters()])])
+    assert first.any()
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def membranes_in_steps(net, x):
     """[T, B, C], of the output neurons."""
     state, membranes = None, []

@@ -120,17 +120,42 @@ def loss_of(spikes: Iterable[torch.Tensor]) -> torch.Tensor:
     return sum((each * torch.randn(each.shape, generator=draw, dtype=torch.float64).to(each)).sum() for each in spikes)
 
 
-@every_pair(name=GRAPHS, backend=BACKENDS, held=(False, True), dropout=(0.0, 0.25))
-def test_spikes_and_gradients_are_those_of_the_definition(backend, name, held, dropout):
-    """Dropped neurons are silent, and the others send more."""
-    net = network(name, backend, unit={"skips": 4, "feedback": 16}.get(name, 1), dropout=dropout).train()
+def silence(how: str, sizes: dict[str, int]) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Some neurons of each population as ``silenced`` takes them, and as bool [B, N]."""
+    draw = seeded(11)
+    masks = {
+        each: torch.rand(B if how == "of samples" else 1, size, generator=draw) < 0.2 for each, size in sizes.items()
+    }
+    forms = {
+        "numbers": lambda mask: mask[0].nonzero()[:, 0].tolist(),
+        "mask": lambda mask: pandas.Series(mask[0].numpy()),
+    }
+    given = {each: forms.get(how, lambda mask: mask)(mask) for each, mask in masks.items()}
+    return given, {each: mask.expand(B, -1) for each, mask in masks.items()}
+
+
+@every_pair(
+    name=GRAPHS, backend=BACKENDS, held=(False, True), dropout=(0.0, 0.25),
+    silenced=(None, "numbers", "mask", "of samples"),
+)  # fmt: skip
+def test_spikes_and_gradients_are_those_of_the_definition(backend, name, held, dropout, silenced):
+    """Dropped neurons are silent, and the others send more. Silenced ones are silent in any mode, and
+    the others send what they would."""
+    net = network(name, backend, unit={"skips": 4, "feedback": 16}.get(name, 1), dropout=dropout)
+    net.train(silenced != "mask")
+    dropout = dropout if net.training else 0.0
     x = torch.rand((B, D) if held else (T, B, D), generator=seeded(4)) * 2
     x64 = (x.expand(T, B, D) if held else x).double().requires_grad_()
     reference, dropped = Reference(net), net.drop(B, seeded(3)) if dropout else None
-    expected = reference.run(x64, dict(zip(net.populations, dropped or (), strict=False)), 1 / (1 - dropout))
-    activity = net.simulate(x.requires_grad_(), dropped=dropped, spikes=True)
+    silent = dict(zip(net.populations, dropped or (), strict=False))
+    given, masks = silence(silenced, net._size_of()) if silenced else (None, {})
+    silent |= {each: mask | silent.get(each, mask) for each, mask in masks.items()}
+    expected = reference.run(x64, silent, 1 / (1 - dropout))
+    activity = net.simulate(x.requires_grad_(), dropped=dropped, spikes=True, silenced=given)
+    for each, mask in silent.items():
+        assert not mask.any() or not expected[each][:, mask].any()
     ours = {each: train.dense() for each, train in activity.spikes.items()}
-    assert sum(each.sum() for each in ours.values()) > 50
+    assert sum(each.sum() for each in ours.values()) > (30 if silenced else 50)
     for each in net.populations:
         assert torch.equal(ours[each].double(), expected[each]), each
     assert torch.equal(activity.counts.double(), expected["out"].sum(0))
@@ -141,6 +166,25 @@ def test_spikes_and_gradients_are_those_of_the_definition(backend, name, held, d
         error = rms(parameter.grad.double() - gradients[each])
         # one number for all neurons is a sum of a thousand terms of both signs
         assert error <= (2e-4 if parameter.numel() == 1 else 2e-5) * rms(gradients[each]) + 1e-7, each
+
+
+@pytest.mark.parametrize(
+    ("option", "given", "match"),
+    [
+        ("silenced", {"x": [0]}, "silenced names 'x', which is none of the populations a, b, c, out"),
+        ("silenced", {"b": [3, 13]}, r"silenced\['b'\] names neuron 13; b has 13 neurons, numbered from 0"),
+        ("silenced", {"b": torch.zeros(9, dtype=torch.bool)}, r"is bool \[9\]; give .* bool \[13\] or \[3, 13\]"),
+        ("silenced", {"a": [0.5]}, r"silenced\['a'\] is float64 \[1\]; give numbers of neurons"),
+        ("silenced", {"a": ["AVAL"]}, r"silenced\['a'\] is <U4 \[1\]; give numbers of neurons"),
+        ("membranes", {"a": [-1]}, r"membranes\['a'\] names neuron -1"),
+        ("membranes", {"a": torch.zeros(B, 9, dtype=torch.bool)}, r"is bool \[3, 9\]; give .* or bool \[9\]"),
+    ],
+)  # fmt: skip
+def test_neurons_that_a_network_does_not_have_are_refused_by_name(option, given, match):
+    with pytest.raises(ValueError, match=match):
+        network("ring").simulate(torch.rand(B, D), **{option: given})
+    with pytest.raises(TypeError, match="silenced is a list; give a dict of neurons by the name of their population"):
+        network("ring").simulate(torch.rand(B, D), silenced=[3])
 
 
 def tensors_of(state) -> list[torch.Tensor]:

@@ -195,8 +195,8 @@ class Activity(NamedTuple):
         synapses: what :meth:`synaptic_operations` counts; None if they are unknown.
         states: one [states, B, N] per population, after the last step. None if modules that keep their states to
             themselves were called.
-        membranes: one [T, B, N] per population, the membrane U_t after each step, from which the spikes follow. None
-            for a population that was not asked for them, or instead of all.
+        membranes: one [T, B, N] per population, the membrane U_t after each step, from which the spikes follow; of the
+            chosen neurons alone [T, B, n]. None for a population that was not asked for them, or instead of all.
         readout: [B, N], what is read from the membranes of an output whose neurons do not spike.
         sent: what delays of more than one step need to continue the run: one object per population, and at the end one
             for the inputs, whose ``dense()`` gives what was sent in the last D steps, [D, B, N]; None where no delay

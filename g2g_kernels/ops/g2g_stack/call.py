@@ -58,7 +58,7 @@ def contiguous(population: Population, connections: Sequence[Connection], sent: 
         None if dropped is None else dropped.contiguous(),
         None if state is None else state.float().contiguous(),
         None if sent is None else sent.float().contiguous(),
-        population.membranes,
+        bool(population.membranes),
     )
 
 

@@ -45,6 +45,9 @@ def checked(call: Call) -> Call:
         neurons = check_neurons(suffix, population.neurons, size_of(population), x)
         with_tensors.append(replaced(population, neurons=neurons))
         shape = x.shape[-2], size_of(population)
+        wanted = population.membranes
+        if isinstance(wanted, tuple) and not all([0 <= each < shape[1] for each in wanted]):
+            raise ValueError(f"membranes{suffix} are {wanted}; give numbers of its {shape[1]} neurons, from 0")
         if population.dropped is not None:
             check_dropped(suffix, population.dropped, shape)
         if population.state is not None:

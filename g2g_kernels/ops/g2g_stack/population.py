@@ -62,7 +62,8 @@ class Population(NamedTuple):
         sent: float [D, B, N], what the neurons sent in the D steps before the first, if a delay of more than one step
             reads it, or any delay where a model is reset in the step of its spike; None: nothing. (The spikes of one
             step before follow from the ``state`` of other models.)
-        membranes: whether the run gives the membranes over time. The neurons then run step by step, except on Triton.
+        membranes: whether the run gives the membranes over time, or the numbers of the neurons of which it does. The
+            neurons then run step by step, except on Triton.
 
     Example:
         >>> mask = BlockMask.full(GroupLayout(4, 1), GroupLayout(8, 1), block_size=4)
@@ -77,7 +78,7 @@ class Population(NamedTuple):
     dropped: torch.Tensor | None = None
     state: torch.Tensor | None = None
     sent: torch.Tensor | None = None
-    membranes: bool = False
+    membranes: bool | tuple[int, ...] = False
 
 
 class Call(NamedTuple):
@@ -139,6 +140,12 @@ def expected_of(populations: Sequence[Population], batch: int) -> Expected:
 def total_steps(call: Call) -> int:
     """T."""
     return len(call.x) if call.steps is None else call.steps
+
+
+def shown(population: Population, membranes: torch.Tensor) -> torch.Tensor:
+    """The membranes that a population gives, of those of all its neurons, [..., N]."""
+    wanted = population.membranes
+    return membranes[..., list(wanted)] if isinstance(wanted, tuple) else membranes
 
 
 #: the delay of a recurrent connection

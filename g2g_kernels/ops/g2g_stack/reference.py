@@ -21,6 +21,7 @@ from g2g_kernels.ops.g2g_stack.population import (
     components,
     reaches,
     sent_before,
+    shown,
     size_of,
     total_steps,
 )
@@ -62,8 +63,8 @@ class PopulationFunctions(NamedTuple):
 
 class Turn(NamedTuple):
     """What populations did one after the other: of each the spikes [T, B, N], the last states, the membranes [T, B, N]
-    if it is to give them, and ``sent`` [D, B, N], what each, and at the end the inputs, sent in the last D steps; None
-    where no delay reads it.
+    if it is to give them (or [T, B, n]), and ``sent`` [D, B, N], what each, and at the end the inputs, sent in the last
+    D steps; None where no delay reads it.
     """
 
     spikes: list[torch.Tensor]
@@ -247,7 +248,8 @@ class GraphRun:
                 self._send(number, spikes)
             membrane = self.states[number][-1]
             dropped = population.dropped
-            self.membranes[number].append(membrane if dropped is None else membrane.masked_fill(dropped, 0))
+            membrane = membrane if dropped is None else membrane.masked_fill(dropped, 0)
+            self.membranes[number].append(shown(population, membrane))
 
     def _send(self, number: int, spikes: torch.Tensor) -> None:
         dropped = self.populations[number].dropped

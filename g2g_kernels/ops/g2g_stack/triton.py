@@ -29,7 +29,7 @@ from g2g_kernels.ops.g2g_linear.triton import (
 )
 from g2g_kernels.ops.g2g_stack.activity import Activity, DenseSpikes
 from g2g_kernels.ops.g2g_stack.call import Outputs, StackCall, chain_of, operator_of
-from g2g_kernels.ops.g2g_stack.population import Call, refuses_kernels, size_of, state_shape, unread
+from g2g_kernels.ops.g2g_stack.population import Call, refuses_kernels, shown, size_of, state_shape, unread
 from g2g_kernels.ops.neurons.call import NeuronsCall
 from g2g_kernels.ops.neurons.models import MODELS, Neurons
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
@@ -350,7 +350,8 @@ def _layers(call: StackCall) -> list[_Layer]:
             and not own.membranes
             and fused_pays(units, population, call.batch, torch.uint8 if i else call.x.dtype, call.dtype)
         )
-        layer = _Layer(feed.values.to(call.dtype), units, None, population, neuron, column, held, fused, own.membranes)
+        given = bool(own.membranes)
+        layer = _Layer(feed.values.to(call.dtype), units, None, population, neuron, column, held, fused, given)
         if recurrent is not None:
             joined = units_of(recurrent.mask, recurrent.values)
             if readers is not None:
@@ -529,9 +530,9 @@ def refuses(call: Call) -> str | None:
 
 def g2g_stack(call: Call) -> Activity:
     of_kernels = StackCall.of(call, runtime.autocast_dtype(call.x.device.type) or call.x.dtype)
-    counts, rates, last, shown, of_layers, _ = FORWARD(of_kernels)
-    given = iter(shown)
-    membranes = tuple([next(given) if population.membranes else None for population in call.populations])
+    counts, rates, last, of_steps, of_layers, _ = FORWARD(of_kernels)
+    given = iter(of_steps)
+    membranes = tuple([shown(each, next(given)) if each.membranes else None for each in call.populations])
     chain = chain_of(call.populations)
     assert not isinstance(chain, str)  # others are refused
     feeds = [feed for feed, _ in chain]

@@ -7,7 +7,11 @@ import re
 
 import matplotlib
 import numpy as np
+import pandas
+import torch
 from code_blocks import ROOT, run_blocks
+
+from examples import fly_trials
 
 RECORDED = ROOT / "tests" / "brian2_spikes.npz"
 
@@ -35,6 +39,51 @@ def test_brian2_and_g2g_have_the_same_spikes():
 def test_the_page_on_connectomes_trains_the_worm():
     matplotlib.use("Agg")
     assert run_blocks(ROOT / "docs" / "connectome.md")["after"] > 0.95
+
+
+def test_trials_of_the_fly_have_the_spikes_of_a_float64_loop(tmp_path, monkeypatch):
+    """The files have the columns and types of the published ones."""
+    monkeypatch.chdir(tmp_path)
+    draw, count = np.random.default_rng(0), 150
+    ids = 720575940596125868 + draw.choice(10**9, count, replace=False)
+    pandas.DataFrame({"Completed": True}, ids).to_csv("Completeness_783.csv")
+    pre, post = draw.integers(0, count, (2, 3000))
+    synapses, sign = draw.integers(5, 40, 3000), np.where(draw.random(count) < 0.3, -1, 1)[pre]
+    ends = {"Presynaptic_ID": ids[pre], "Postsynaptic_ID": ids[post]}
+    ends |= {"Presynaptic_Index": pre, "Postsynaptic_Index": post}
+    strength = {"Connectivity": synapses, "Excitatory": sign, "Excitatory x Connectivity": synapses * sign}
+    pandas.DataFrame(ends | strength).to_parquet("Connectivity_783.parquet", compression="brotli")
+    excited, silent, steps = [3, 7, 11, 20], [5], 400
+
+    torch.manual_seed(0)
+    files, chosen = ["Completeness_783.csv", "Connectivity_783.parquet"], ["--excite", *map(str, ids[excited])]
+    fly_trials.main([*files, *chosen, "--silence", str(ids[5]), "--trials", "2", "--seconds", "0.04"])
+    found = pandas.read_parquet("spikes.parquet")
+
+    torch.manual_seed(0)
+    x = np.concatenate([(torch.rand(100, 2, 4) < 0.015).numpy() for _ in range(steps // 100)])
+    v, g, until = np.zeros((2, count)), np.zeros((2, count)), np.zeros((2, count))
+    weights, sent = np.zeros((count, count)), np.zeros((steps, 2, count))
+    np.add.at(weights, (post, pre), 0.275 * synapses * sign)
+    leak, decay = np.exp(-0.1 / 20), np.exp(-0.1 / 5)
+    gain = (leak - decay) * np.log(leak) / (np.log(decay) - np.log(leak))
+    period = np.where(np.isin(np.arange(count), excited), 0, 22)
+    for t in range(steps):
+        ready = until <= t
+        v, g = np.where(ready, leak * v + gain * g, v), np.where(ready, decay * g, g)
+        fires = ready & (v > 7)
+        takes = ready & ~fires
+        g = np.where(takes, g + (sent[t - 18] @ weights.T if t >= 18 else 0), g)
+        v[:, excited] += takes[:, excited] * x[t] * 250 * 0.275
+        v, g, until = np.where(fires, 0, v), np.where(fires, 0, g), np.where(fires, t + np.maximum(period, 1), until)
+        sent[t] = fires
+        sent[t][:, silent], v[:, silent], g[:, silent] = 0, 0, 0
+    step, trial, neuron = sent.nonzero()
+    assert len(step) > 50
+    assert len({*neuron} - {*excited}) > 5
+    np.testing.assert_array_equal(found.trial, trial)
+    np.testing.assert_array_equal(found.flywire_id, ids[neuron])
+    np.testing.assert_allclose(found.t, step * 1e-4)
 
 
 if __name__ == "__main__":

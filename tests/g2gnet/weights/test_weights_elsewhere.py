@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.func import functional_call
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from g2gnet import DSTScheduler
+from g2gnet import LIF, DSTScheduler, Projection, SpikingNetwork
 from g2gnet.base.tensor_files import read_tensors, write_tensors
 
 X = torch.rand(6, 32, generator=seeded(9))
@@ -66,6 +66,51 @@ def test_assigned_weights_come_with_their_wiring_and_device_and_numbers_that_are
 class Half(nn.Module):
     def forward(self, values):
         return values / 2
+
+
+class GainOfPair(nn.Module):
+    """As on docs/connectome.md: a signed count of each weight, times a gain of its pair of cell types."""
+
+    def __init__(self, pair, count):
+        super().__init__()
+        self.register_buffer("pair", pair)
+        self.register_buffer("count", count)
+
+    def forward(self, gain):
+        return (gain.exp()[self.pair] * self.count).view(-1, 1, 1)
+
+    def right_inverse(self, values):
+        return torch.zeros(int(self.pair.max()) + 1)
+
+
+def test_a_gain_for_each_pair_of_cell_types_has_the_sum_of_the_gradients_of_its_weights():
+    draw, size = seeded(3), 40
+    pre, post = (torch.randint(size, (300,), generator=draw) for _ in range(2))
+    cues = Projection.from_edges("input", "cells", range(6), range(6), 1.0, sizes=(6, size))
+    (brain,) = Projection.from_edges("cells", "cells", pre, post, 1.0, 2, sizes=(size, size))
+    net = SpikingNetwork({"cells": LIF(threshold=0.6)}, [*cues, brain], "cells", T=20)
+    layer, edges = net.cells_to_cells, net.cells_to_cells.mask.edges()
+    types = torch.arange(size) % 3
+    pair = types[edges.source] * 3 + types[edges.target]
+    count = torch.randint(1, 9, pair.shape, generator=draw) * torch.where(types[edges.source] == 0, -0.1, 0.1)
+    gains = torch.randn(9, generator=draw) / 4
+    with torch.no_grad():
+        layer.values.copy_((gains.exp()[pair] * count).view(-1, 1, 1))
+    x = torch.rand(20, 4, 6, generator=draw)
+    plain = net.simulate(x)
+    plain.rates["cells"].square().sum().backward()
+    expected = torch.zeros(9).index_add(0, pair, (layer.values.grad * layer.values.detach()).flatten())
+    net.zero_grad()
+    parametrize.register_parametrization(layer, "values", GainOfPair(pair, count))
+    learned = layer.parametrizations["values"].original
+    learned.data.copy_(gains)
+    activity = net.simulate(x)
+    activity.rates["cells"].square().sum().backward()
+    assert torch.equal(activity.counts, plain.counts)
+    assert plain.counts[:, 6:].any()
+    torch.testing.assert_close(learned.grad, expected, rtol=1e-4, atol=1e-7)
+    with pytest.raises(ValueError, match=r".* are computed by a parametrization"):
+        DSTScheduler(net, torch.optim.SGD(net.parameters(), lr=0.1), prune="set", grow="random")
 
 
 WRAPPED = {

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PureWindowsPath
 from typing import ClassVar
@@ -108,20 +109,35 @@ class Wheels(Command):
         self.dist_dir, self.targets = "dist", ",".join(TARGETS)
 
     def finalize_options(self) -> None:
+        self.targets = self.targets.replace(" ", "").split(",")
         try:
-            for target in self.targets.split(","):
+            for target in self.targets:
                 zig(target)
         except ValueError as error:
             raise OptionError(str(error)) from error
 
     def run(self) -> None:
-        for target in self.targets.split(","):
-            with tempfile.TemporaryDirectory() as scratch:
-                wheel = ["bdist_wheel", "--bdist-dir", f"{scratch}/wheel", "--dist-dir", self.dist_dir]
-                command = [sys.executable, "-W", "ignore", "setup.py", "-q", "build", "--build-base", scratch, *wheel]
-                environment = {**os.environ, "G2G_TARGET": target, "G2G_BUILD_CPU": "1"}
-                if subprocess.run(command, env=environment).returncode:
+        try:
+            os.makedirs(self.dist_dir, exist_ok=True)
+            # there, so that a wheel is complete when it gets its place
+            scratch_folder = tempfile.TemporaryDirectory(prefix=".", dir=self.dist_dir)
+        except OSError as error:
+            raise OptionError(f"cannot write to {self.dist_dir} ({error.strerror}); give another --dist-dir") from error
+        with scratch_folder as scratch:
+            for target in self.targets:
+                print(f"g2g: making the wheel of {target}", file=sys.stderr)
+                began = time.monotonic()
+                folder = Path(scratch, target)
+                wheel = ["bdist_wheel", "--bdist-dir", f"{folder}/files", "--dist-dir", f"{folder}/wheel"]
+                build = [sys.executable, "-W", "ignore", "setup.py", "-q", "build", "--build-base", folder, *wheel]
+                if subprocess.run(build, env={**os.environ, "G2G_TARGET": target, "G2G_BUILD_CPU": "1"}).returncode:
                     raise CompileError(f"there is no wheel of {target}, for the reason above")
+                (made,) = Path(folder, "wheel").iterdir()
+                place = Path(self.dist_dir, made.name)
+                os.replace(made, place)
+                what = f"{place}: {place.stat().st_size / 1e6:.2f} MB"
+                print(f"g2g: {what} in {time.monotonic() - began:.0f} s", file=sys.stderr)
+                shutil.rmtree(folder)
 
 
 def kernels_wanted() -> bool:
@@ -139,9 +155,15 @@ def library() -> Path:
 def compiler() -> list[str]:
     """The command that compiles. Raises ValueError if there is none, for a quotation in ``CXX`` that does not end, and
     for compilers that cannot compile the kernels: Microsoft's, and GCC for Windows."""
-    found = None if os.environ.get("G2G_TARGET") else own_compiler()
+    if target := os.environ.get("G2G_TARGET"):
+        return zig(target)
+    found = own_compiler()
     if found is None:
-        return zig(os.environ.get("G2G_TARGET") or this_platform())
+        platform_name = this_platform()
+        if platform_name and importlib.util.find_spec("ziglang"):
+            return zig(platform_name)
+        install = "`pip install ziglang`, or " if platform_name else ""
+        raise ValueError(f"no C++ compiler was found; {install}set CXX to one that takes GCC's options")
     remedy = "unset CXX and `pip install ziglang`"
     if found and PureWindowsPath(found[0]).stem.lower() in ("cl", "clang-cl"):
         raise ValueError(f"CXX={shlex.join(found)} is MSVC, which lacks the vector types of GCC and clang; {remedy}")
@@ -169,14 +191,13 @@ def this_platform() -> str | None:
     return next((name for name, zigs in TARGETS.items() if zigs.startswith(f"{machine}-{system}")), None)
 
 
-def zig(target: str | None) -> list[str]:
+def zig(target: str) -> list[str]:
     """The command of zig's compiler for a platform. Raises ValueError if it is not one of :data:`TARGETS`, or without
     zig."""
-    if target and target not in TARGETS:
+    if target not in TARGETS:
         raise ValueError(f"there are no wheels of {target!r}; choose from {', '.join(TARGETS)}")
-    if target is None or importlib.util.find_spec("ziglang") is None:
-        what = "no C++ compiler was found" if target is None else "zig is missing; `pip install ziglang`"
-        raise ValueError(f"{what}, or set CXX to one of this machine that takes GCC's options")
+    if importlib.util.find_spec("ziglang") is None:
+        raise ValueError("zig is missing; `pip install ziglang`")
     return [sys.executable, "-m", "ziglang", "c++", "-target", TARGETS[target]]
 
 

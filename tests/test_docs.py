@@ -26,7 +26,7 @@ from g2gnet.programs import train
 ELSEWHERE = {"README.md": "test_readme.py", "docs/other-libraries.md": "g2gnet/training/test_logging.py"}
 ELSEWHERE |= {"docs/brian2.md": "test_docs.py", "docs/connectome.md": "clients/test_neuroscience.py"}
 PAGES = {
-    str(page.relative_to(ROOT)): page
+    page.relative_to(ROOT).as_posix(): page
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *ROOT.glob("g2g_kernels/ops/*/README.md"))
 }
 WITH_CODE = [name for name, page in PAGES.items() if BLOCK.search(page.read_text(encoding="utf-8"))]

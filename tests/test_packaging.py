@@ -46,7 +46,7 @@ def test_every_dependency_names_the_oldest_version_that_is_tested():
 
 def run(*command, cwd=None, **variables):
     """Standard output of a program that knows nothing of the paths and settings of this one."""
-    foreign = ("PYTHONPATH", "PYTHONHOME", "TRITON_INTERPRET", "G2G_BACKEND")
+    foreign = ("PYTHONPATH", "PYTHONHOME", "TRITON_INTERPRET", "G2G_BACKEND", "G2G_CASES")
     environment = {name: value for name, value in os.environ.items() if name not in foreign} | variables
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -192,20 +192,20 @@ FEWER = {
 
 @pytest.fixture(scope="module")
 def of_platform(repository, tmp_path_factory):
-    """The wheel of a platform, and the library that it holds."""
+    """The library in the wheel of a platform: of those in the folder ``$G2G_WHEELS``, or built for the tests."""
 
     @functools.cache
     def of_platform(target):
-        if importlib.util.find_spec("ziglang") is None:
-            pytest.skip("needs zig: pip install ziglang")
         folder = tmp_path_factory.mktemp(target)
-        flags = {} if target in EMULATORS else {"G2G_CXXFLAGS": "-O1"}  # what does not run is only read
-        run(sys.executable, "setup.py", "wheels", "-t", target, "-d", folder, cwd=repository, **flags)
-        (wheel,) = folder.iterdir()
-        assert wheel.name == f"{NAME}-py3-none-{target}.whl"
-        with zipfile.ZipFile(wheel) as archive:
+        made = Path(os.environ.get("G2G_WHEELS", folder))
+        if made == folder:
+            if importlib.util.find_spec("ziglang") is None:
+                pytest.skip("needs zig: pip install ziglang")
+            flags = {} if target in EMULATORS else {"G2G_CXXFLAGS": "-O1"}  # what does not run is only read
+            run(sys.executable, "setup.py", "wheels", "-t", target, "-d", made, cwd=repository, **flags)
+        with zipfile.ZipFile(made / f"{NAME}-py3-none-{target}.whl") as archive:
             (name,) = (name for name in archive.namelist() if re.match(r"g2g_kernels/cpu/[^.]+\.(?!py)", name))
-            return wheel, Path(archive.extract(name, folder))
+            return Path(archive.extract(name, folder))
 
     return of_platform
 
@@ -217,14 +217,15 @@ def test_kernels_of_another_platform_compute_the_same_bits(of_platform, tmp_path
     emulator = EMULATORS[target]
     if not shutil.which(emulator[0]):
         pytest.skip(f"{emulator[0]} is missing")
-    _, kernels = of_platform(target)
+    kernels = of_platform(target)
     server = tmp_path / "server.exe"
     options = ["-O1", "-std=c++17", "-o", server, ROOT / "tests/remote_kernels.cpp"]
     run(*setup.zig(target), *options, *(["-ldl"] if "linux" in target else []), cwd=tmp_path)
     best = library.instruction_set()
     sets = library.ISAS[: library.ISAS.index(best) + 1] if target == "win_amd64" else ("baseline",)
     variables = {
-        "G2G_REMOTE": shlex.join(map(str, (*emulator, server, kernels))),
+        # where TMPDIR is set, wine 10 crashes
+        "G2G_REMOTE": shlex.join(map(str, ("env", "-u", "TMPDIR", *emulator, server, kernels))),
         "G2G_CPU_POOL": "0",  # memory of a tensor is then no larger than the tensor
         "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
         "WINEDEBUG": "-all",
@@ -250,6 +251,7 @@ def test_kernels_of_another_platform_compute_the_same_bits(of_platform, tmp_path
         ]
         files = [next((ROOT / "tests/g2g_kernels").rglob(file)) for file in tests]
         told = run(sys.executable, *command, *files, cwd=ROOT, **variables, G2G_CPU_ISA=name if name != best else "")
+        print(name, *re.findall(r"\d+ passed.*|calls of kernels: .*", told))
         called = {name for name, count in json.loads(told.rpartition("calls of kernels: ")[2]).items() if count > 1}
         assert {"g2g_stack", "g2g_linear", "g2g_neurons", "g2g_lists_new"} <= called
 
@@ -269,7 +271,7 @@ OF_CXX = r"_*(Z[nd][wal]\w+|mh_dylib_header|dso_handle)"
 def test_the_library_of_a_wheel_needs_nothing_but_its_system(of_platform, target):
     """No Mac has run its library: this is known of it, and what the instruction sets compute on other systems."""
     lief = pytest.importorskip("lief")
-    _, file = of_platform(target)
+    file = of_platform(target)
     binary = lief.parse(str(file))
     needs = {getattr(each, "name", each) for each in binary.libraries} - {f"@rpath/{file.name}"}
     assert needs
@@ -279,12 +281,14 @@ def test_the_library_of_a_wheel_needs_nothing_but_its_system(of_platform, target
     api = (ROOT / "g2g_kernels/csrc/api.cpp").read_text(encoding="utf-8")
     assert functions == set(re.findall(r"^G2G_EXPORT .*?(g2g_\w+)\(", api, re.MULTILINE))
     assert all("g2g_" in name or re.fullmatch(OF_CXX, name) for name in exported), exported
+    print(file.name, "of", target, "needs", *sorted(needs), "and has", *sorted(functions))
     content = file.read_bytes()
     assert b"made from " in content
     assert (b"avx512_bf16" in content) == ("arm64" not in target and "aarch64" not in target)
     if binary.format.name == "MACHO":
+        print("minimal version", binary.build_version.minos)
         assert binary.build_version.minos == [11, 0, 0]
-        assert binary.has_code_signature  # without one, Macs with arm64 load nothing
+        assert binary.has_code_signature or "arm64" not in target  # without one, Macs with arm64 load nothing
     if binary.format.name == "ELF":
         needed = (version.name for of in binary.symbols_version_requirement for version in of.get_auxiliary_symbols())
         assert all(tuple(map(int, re.findall(r"\d+", name))) <= (2, 28) for name in needed)

@@ -7,9 +7,13 @@ import runpy
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT
+from setuptools import Distribution
+from setuptools.errors import CompileError, OptionError
 
 import setup
 from g2g_kernels.cpu import library
@@ -75,8 +79,9 @@ WINDOWS, MAC, LINUX = ("win32", "AMD64"), ("darwin", "arm64"), ("linux", "x86_64
         (LINUX, {}, ["c++"]),
         (LINUX, {"CXX": "ccache 'my g++'"}, ["ccache", "my g++"]),
         (LINUX, {"G2G_TARGET": "win_amd64", "CXX": "g++"}, [*ZIG, "x86_64-windows-gnu"]),
-        (("linux", "riscv64"), {"c++": ""}, "^no C\\+\\+ compiler was found, or set CXX to"),
-        (LINUX, {"c++": "", "ziglang": None}, "^zig is missing; `pip install ziglang`"),
+        (("linux", "riscv64"), {"c++": ""}, "^no C\\+\\+ compiler was found; set CXX to"),
+        (LINUX, {"c++": "", "ziglang": None}, "compiler was found; `pip install ziglang`, or set CXX to"),
+        (LINUX, {"G2G_TARGET": "win_amd64", "ziglang": None}, "^zig is missing; `pip install ziglang`$"),
         (LINUX, {"G2G_TARGET": "win32"}, "^there are no wheels of 'win32'; choose from manylinux_2_28_x86_64, "),
         (MAC, {"c++": ""}, [*ZIG, "aarch64-macos.11.0"]),  # until Apple's tools are installed
         (WINDOWS, {}, [*ZIG, "x86_64-windows-gnu"]),  # c++ may be GCC
@@ -109,6 +114,47 @@ def test_the_compiler_is_the_one_given_the_systems_or_zig(monkeypatch, system, g
     assert setup.zig_to_install() == (["ziglang>=0.17"] if zig or "ziglang" in given or "G2G_TARGET" in given else [])
     monkeypatch.setenv("G2G_BUILD_CPU", "0")
     assert setup.zig_to_install() == []
+
+
+def test_a_wheel_is_complete_or_absent_and_what_cannot_be_made_is_refused_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    folder, built = tmp_path / "dist", []
+
+    def build(command, env):
+        wheel = Path(command[-1], env["G2G_TARGET"])
+        wheel.parent.mkdir(parents=True)
+        wheel.write_text("half a wheel")
+        built.append(wheel.name)
+        if wheel.name == "macosx_11_0_arm64":
+            raise KeyboardInterrupt
+        wheel.write_text("a wheel")
+        return SimpleNamespace(returncode=wheel.name == "macosx_11_0_x86_64")
+
+    monkeypatch.setattr(setup.subprocess, "run", build)
+
+    def wheels(targets):
+        command = setup.Wheels(Distribution())
+        command.targets, command.dist_dir = targets, str(folder)
+        command.finalize_options()
+        command.run()
+
+    for other, ends in (("macosx_11_0_arm64", KeyboardInterrupt), ("macosx_11_0_x86_64", CompileError)):
+        with pytest.raises(ends):
+            wheels(f"win_amd64, {other}")
+        assert {path.name: path.read_text() for path in folder.iterdir()} == {"win_amd64": "a wheel"}
+    del built[:]
+    folder = tmp_path / "dist" / "win_amd64"
+    for targets, problem in (
+        ("win_amd64", r"cannot write to .*win_amd64 \(.*\); give another --dist-dir"),
+        ("win_amd64,windows", "there are no wheels of 'windows'; choose from manylinux_2_28_x86_64, "),
+        ("", "there are no wheels of ''"),
+    ):
+        with pytest.raises(OptionError, match=problem):
+            wheels(targets)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(OptionError, match=r"^zig is missing; `pip install ziglang`$"):
+        wheels("win_amd64")
+    assert not built
 
 
 def test_each_platform_has_its_own_name_of_the_library(monkeypatch):

@@ -80,8 +80,8 @@ def test_an_epoch_is_sgd_with_cosine_decay_on_augmented_images(tmp_path, monkeyp
         losses.append(loss.item() * len(index))
         correct += (logits.argmax(1) == data.train_labels[index]).sum().item()
     for (name, parameter), trained in zip(network.named_parameters(), trainer.net.parameters(), strict=True):
-        # updates are about 1e-3; SGD adds in another order than the loop above
-        torch.testing.assert_close(trained, parameter, rtol=0, atol=5e-7, msg=name)
+        # updates are about 1e-3; SGD adds in another order than the loop above, which Windows' convolutions amplify
+        torch.testing.assert_close(trained, parameter, rtol=0, atol=2e-5, msg=name)
     assert record["train_loss"] == pytest.approx(sum(losses) / 30, rel=1e-5)
     assert record["train_acc"] == correct / 30
     with torch.no_grad():

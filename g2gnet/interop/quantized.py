@@ -167,7 +167,11 @@ def steps_of(net: IntegerNetwork, inputs: torch.Tensor) -> Iterator[Step]:
     matrices = []
     for each, weights in zip(of.connections, net.weights, strict=True):
         places, shape = np.stack([each.targets, each.sources]), (of.populations[each.target].size, len(each.delays))
-        matrices.append(torch.sparse_coo_tensor(places, torch.from_numpy(weights).double(), shape).coalesce())
+        matrices.append(
+            torch.sparse_coo_tensor(
+                places, torch.from_numpy(weights).double(), shape, check_invariants=False
+            ).coalesce()
+        )
     zeros = [torch.zeros(batch, each.size, dtype=torch.int64) for each in of.populations]
     second, membranes = list(zeros), list(zeros)
     # what each sent, the last step first

@@ -167,11 +167,14 @@ def steps_of(net: IntegerNetwork, inputs: torch.Tensor) -> Iterator[Step]:
     matrices = []
     for each, weights in zip(of.connections, net.weights, strict=True):
         places, shape = np.stack([each.targets, each.sources]), (of.populations[each.target].size, len(each.delays))
-        matrices.append(
-            torch.sparse_coo_tensor(
-                places, torch.from_numpy(weights).double(), shape, check_invariants=False
-            ).coalesce()
-        )
+        numbers = torch.from_numpy(weights).double()
+        matrices.append(torch.sparse_coo_tensor(places, numbers, shape, check_invariants=False).coalesce())
+    # what arrives at every step from an input that is held
+    constant = {
+        at: (matrices[at] @ inputs.double()[:, np.arange(len(each.delays)) % of.inputs].T).T.long()
+        for at, each in enumerate(of.connections)
+        if of.held and each.source < 0 and not each.delays.any()
+    }
     zeros = [torch.zeros(batch, each.size, dtype=torch.int64) for each in of.populations]
     second, membranes = list(zeros), list(zeros)
     # what each sent, the last step first
@@ -183,9 +186,11 @@ def steps_of(net: IntegerNetwork, inputs: torch.Tensor) -> Iterator[Step]:
         spikes = []
         for number, (population, own) in enumerate(zip(of.populations, net.populations, strict=True)):
             of_input, of_others = zeros[number], zeros[number]
-            for each, matrix in zip(of.connections, matrices, strict=True):
+            for at, each in enumerate(of.connections):
                 if each.target == number:
-                    arrives = (matrix @ _delayed(each, sent[each.source], number, of.inputs).T).T.long()
+                    arrives = constant.get(at)
+                    if arrives is None:
+                        arrives = (matrices[at] @ _delayed(each, sent[each.source], number, of.inputs).T).T.long()
                     if each.source < 0:
                         of_input = of_input + arrives
                     else:

@@ -174,6 +174,8 @@ class SpikingNetwork(PopulationGraph):
                     raise ValueError(
                         f"quantize={bits} rounds G2GLinear layers, and {name} is a {type(module).__name__}"
                     )
+        elif self._quantize is None:
+            return
         self._quantize = bits
         modules: Any = self._modules
         for projections in self._to:

@@ -44,8 +44,8 @@ def on_both_machines(net: Any, images: torch.Tensor, folder: Path) -> dict[str, 
     bytes of flash and RAM of the network."""
     to_c(net, folder / "network.c")
     rows = (f"    {{{', '.join(map(str, row))}}}," for row in images.flatten(1).tolist())
-    text = ["#define IMAGES " + str(len(images)), f"static const unsigned char images[][{images[0].numel()}] = {{"]
-    (folder / "images.h").write_text("\n".join([*text, *rows, "};\n"]))
+    begin = f"#define IMAGES {len(images)}\nstatic const unsigned char images[][{images[0].numel()}] = {{"
+    (folder / "images.h").write_text("\n".join([begin, *rows, "};\n"]))
     sources = ("network.c", TEXTS / "main.c")
     run("cc", *WARNINGS, "-I.", *sources, "-o", "here", folder=folder)
     run(*ARM, *WARNINGS, "-I.", *sources, TEXTS / "start.c", "-o", "cortex.elf", folder=folder)

@@ -270,7 +270,7 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 def _connection_node(connection: G2GLinear, nir: Any) -> Any:
     mask = connection.mask
     weight = _array(connection.dense_weight())
-    metadata = {} if mask.is_full else {"wiring": _array(mask.state_dict()["wiring"])}
+    metadata: dict[str, Any] = {} if mask.is_full else {"wiring": _array(mask.state_dict()["wiring"])}
     if connection.bits is not None:
         metadata["bits"] = connection.bits
     if connection.bias is None:

@@ -166,7 +166,8 @@ def steps_of(net: IntegerNetwork, inputs: torch.Tensor) -> Iterator[Step]:
         sequence = inputs[:, order].view(batch, of.steps, of.inputs)
     matrices = []
     for each, weights in zip(of.connections, net.weights, strict=True):
-        places, shape = np.stack([each.targets, each.sources]), (of.populations[each.target].size, len(each.delays))
+        places = torch.from_numpy(np.stack([each.targets, each.sources]))
+        shape = of.populations[each.target].size, len(each.delays)
         numbers = torch.from_numpy(weights).double()
         matrices.append(torch.sparse_coo_tensor(places, numbers, shape, check_invariants=False).coalesce())
     # what arrives at every step from an input that is held

@@ -85,6 +85,7 @@ class G2GNet(SpikingNetwork):
         readout: the output: spike ``"counts"``, or the ``"last"``, ``"mean"`` or ``"max"`` membrane of output neurons
             that do not spike (:class:`SpikingNetwork`). Their threshold then has no effect and is not learned, nor are
             they reset; of ``"adlif"``, b is 0.
+        quantize: bits of the weights that it computes with, 8 or 4 (:attr:`SpikingNetwork.quantize`).
         init_gain: factor on the initial weights of fc2 and fc3, above 0. Above 1, fewer neurons are silent at first.
         backend: ``"triton"``, ``"cpu"`` or ``"torch"``; None lets the device decide.
         generator: source of randomness for masks and weights, on the CPU (PyTorch's global one if None).
@@ -142,6 +143,7 @@ class G2GNet(SpikingNetwork):
         surrogate: str = NetworkSettings.surrogate,
         alpha: float = NetworkSettings.alpha,
         dropout: float = NetworkSettings.dropout,
+        quantize: int | None = NetworkSettings.quantize,
         init_gain: float = NetworkSettings.init_gain,
         readout: str = NetworkSettings.readout,
         backend: str | None = None,
@@ -154,6 +156,7 @@ class G2GNet(SpikingNetwork):
         populations, projections = _projections(settings, sizes, backend, generator, parameters)
         output = f"lif{len(sizes) - 1}"
         super().__init__(populations, projections, output, settings.T, settings.dropout, settings.readout, backend)
+        self.quantize = settings.quantize
         self.model = settings.model
         self.enc = settings.enc
         self.enc_scale = settings.enc_scale

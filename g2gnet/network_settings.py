@@ -16,6 +16,7 @@ from g2gnet.neurons import NEURONS
 from g2gnet.sequences import SEQUENCES
 from g2gnet.spiking_network import DROPOUT, READOUTS
 from g2gnet.weights.densities import DENSITIES
+from g2gnet.weights.few_bits import BITS
 from g2gnet.weights.patterns import MODELS, SPARSE, Pattern
 
 #: factor on the initial recurrent weights: with it networks learn rows of Fashion-MNIST fastest at first, and no other
@@ -333,6 +334,9 @@ class NetworkSettings(Settings):
     dropout: float = _model(
         0.0, "probability that a hidden neuron stays silent for a training image", low=0, high=DROPOUT.high
     )
+    quantize: int | None = _model(
+        None, "compute with weights of this many bits, 8 or 4, rounded from floats that are trained (docs/c.md)"
+    )
     init_gain: float = _model(1.0, "factor on the initial weights of fc2 and fc3", low=0, open_low=True)
 
     def __post_init__(self) -> None:
@@ -360,6 +364,10 @@ class NetworkSettings(Settings):
             problems.append(f"recurrent={self.recurrent} names a layer twice; give each once")
         if self.feedback and count < 2:
             problems.append("feedback joins a hidden layer to the one below it, and there is one; leave `feedback` out")
+        if self.quantize not in (None, *BITS):
+            problems.append(
+                f"quantize={self.quantize} is not one of {', '.join(map(str, BITS))}; give one, or leave it out"
+            )
         if self.input_taps > self.T:
             problems.append(f"input_taps={self.input_taps} is more than the T={self.T} steps of a sequence; lower it")
         if self.standardize and self.enc == "rate":

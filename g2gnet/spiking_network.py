@@ -24,6 +24,7 @@ from g2gnet.layers import G2GLinear
 from g2gnet.neurons import SpikingNeurons
 from g2gnet.projections import PopulationGraph, Projection
 from g2gnet.selections import Selection, shown_of, silent_too
+from g2gnet.weights.few_bits import check_bits
 
 #: a dropped neuron is drawn by 16 random bits
 DRAWS = 1 << 16
@@ -94,6 +95,7 @@ class SpikingNetwork(PopulationGraph):
     calls_layers = False
     # what no population or connection may be called
     backend: str | None = None
+    _quantize: int | None = None
 
     def __init__(
         self,
@@ -154,6 +156,33 @@ class SpikingNetwork(PopulationGraph):
     def dropout(self, value: float) -> None:
         DROPOUT.check("dropout", value)
         self._dropout = value
+
+    @property
+    def quantize(self) -> int | None:
+        """The bits of the weights that the network computes with, 8 or 4; None: those of its parameters. It may be
+        changed, as before training goes on: the parameters stay floats. Weights are rounded to whole numbers times one
+        scale for all that reach a population from others, and another one for those from the input, as
+        :func:`g2gnet.interop.quantize` rounds them. Gradients pass by the rounding, but for weights that it clips."""
+        return self._quantize
+
+    @quantize.setter
+    def quantize(self, bits: int | None) -> None:
+        if bits is not None:
+            check_bits("quantize", bits)
+            for name, module in self.connections().items():
+                if not isinstance(module, G2GLinear):
+                    raise ValueError(
+                        f"quantize={bits} rounds G2GLinear layers, and {name} is a {type(module).__name__}"
+                    )
+        elif self._quantize is None:
+            return
+        self._quantize = bits
+        modules: Any = self._modules
+        for projections in self._to:
+            for of_input in (True, False):
+                group = [modules[each.name] for each in projections if (each.source < 0) == of_input]
+                for module in group:
+                    module.bits, module.scaled_with = bits, tuple([each for each in group if each is not module])
 
     @property
     def _drops(self) -> int:

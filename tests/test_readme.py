@@ -79,6 +79,8 @@ def split(command):
 
 def run(program, arguments):
     module, kind, small = PROGRAMS[program]
+    if "--start" in arguments:
+        run("train.py", maker_of(arguments[arguments.index("--start") + 1]))
     arguments = [*arguments, *shlex.split(small)]
     parser = module.build_parser()
     assert module.main(arguments) == 0
@@ -122,11 +124,16 @@ def test_each_example_runs(workplace, command):
 @pytest.mark.parametrize("command", [each for each in COMMANDS if each.endswith(".pth") and "*" not in each])
 def test_each_example_with_checkpoints_runs_after_those_that_make_them(workplace, command):
     program, arguments = split(command)
-    makers = {stem_of(arguments): arguments for name, arguments in map(split, COMMANDS) if name == "train.py"}
     for argument in arguments:
         if argument.endswith(".pth"):
-            run("train.py", makers[Path(argument).stem])
+            run("train.py", maker_of(argument))
     assert importlib.import_module(SCRIPTS[program]).main(arguments) == 0
+
+
+def maker_of(checkpoint):
+    """The arguments of the command that makes a checkpoint."""
+    makers = {stem_of(arguments): arguments for name, arguments in map(split, COMMANDS) if name == "train.py"}
+    return makers[Path(checkpoint).stem]
 
 
 def stem_of(arguments):

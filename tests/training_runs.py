@@ -23,7 +23,8 @@ DEFAULTS = {
     "lr_warmup": 0, "optimizer": "adam", "weight_decay": 1e-4, "label_smoothing": 0.0, "clip_grad_norm": None,
     "average": None, "readout": "counts", "dropout": 0.0, "init_gain": 1.0, "dst_interval": 1000, "dst_fraction": 0.1,
     "dst_schedule": "constant", "dst_stop": 1.0, "final_density": None, "precision": "fp32", "limit_train": None,
-    "limit_test": None, "validation": None, "validation_seed": 0, "patience": None,
+    "limit_test": None, "validation": None, "validation_seed": 0, "patience": None, "quantize": None,
+    "start": None,
 }  # fmt: skip
 #: of flags that were not given, where data or other settings decide
 DERIVED = {"T": None, "sequence": None}
@@ -59,7 +60,7 @@ VARIANTS = {
     },
     "random rules, single weights": {
         "sparsity_mode": "dynamic", "dst_interval": 2, "cp": "random", "cg": "random", "block_size": 1,
-        "neuron": "adlif", "b": 0.5,
+        "neuron": "adlif", "b": 0.5, "quantize": 4,
     },
 }  # fmt: skip
 

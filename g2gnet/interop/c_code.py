@@ -1,6 +1,7 @@
 """Networks as C99: one file that needs no library, no heap and no recursion, and with ``bits`` no floats. Its text is
 in the folder ``c``, where ``$name`` is what depends on the network."""
 
+import itertools
 import re
 import textwrap
 from collections.abc import Mapping
@@ -37,8 +38,8 @@ ANSWERS = {
 }  # fmt: skip
 #: the smallest mean length of a run of targets for which runs take less time than single weights
 RUN = 4
-#: the longest gap between targets, and the longest run, that a byte holds
-BYTE = 255
+#: the longest gap between targets, and the longest run, that a byte holds; and those of two bytes
+BYTE, WORD = 255, 65535
 
 
 def to_c(
@@ -108,7 +109,10 @@ def c_texts(of: PlainNetwork, integers: IntegerNetwork | None, prefix: str, head
     """The header, whose file is called ``header``, and the code."""
     bits = None if integers is None else integers.bits
     weights = [each.weights for each in of.connections] if integers is None else integers.weights
-    packed = [_packed(each, own) for each, own in zip(of.connections, weights, strict=True)]
+    packed = [_packed(each, own, BYTE) for each, own in zip(of.connections, weights, strict=True)]
+    wide = sum(len(each["weights"]) for each in packed) > 1.5 * of.num_weights  # many are of 0, where bytes end
+    if wide:
+        packed = [_packed(each, own, WORD) for each, own in zip(of.connections, weights, strict=True)]
     scales = "value unit, multiplier, half, right; /* of what arrives from populations, and from the input */"
     total = f"    {'float' if bits is None else 'int64_t'} total[{prefix.upper()}_OUTPUTS]; /* of membranes */\n"
     total += "    int32_t steps[1]; /* since the reset */\n"
@@ -127,7 +131,7 @@ def c_texts(of: PlainNetwork, integers: IntegerNetwork | None, prefix: str, head
         "x": "*x" if bits or (of.scale, of.offset) == (1, 0) else "(*x * SCALE + OFFSET)",
         "fires": "u[i] > THRESHOLD(of, i)" + ("" if of.readout == "counts" else " && p != OUTPUT"),
         "read": READ[of.readout],
-        "total": total if of.readout == "mean" else "",
+        "total": total if of.readout == "mean" else "", "gap_type": "uint16_t" if wide else "uint8_t",
     }  # fmt: skip
     fields |= _tables(of, integers, packed) | _time(of, bits, prefix)
     return _text("network.h", fields), _text("network.c", fields)
@@ -162,7 +166,7 @@ def _tables(of: PlainNetwork, integers: IntegerNetwork | None, packed: list[dict
     place = "uint16_t" if most < 2**16 else "uint32_t"
     weight = "float" if integers is None else "int8_t" if integers.bits == 8 else "uint8_t"
     delay = "uint8_t" if max(map(_latest, of.connections)) <= BYTE else "uint16_t"
-    types = {"weights": weight, "first": place, "gaps": "uint8_t", "list": "uint16_t", "lists": place, "delays": delay}
+    types = {"weights": weight, "first": place, "gaps": "gap", "list": "uint16_t", "lists": place, "delays": delay}
     constants, connections, populations = [], [], []
     for number, (each, arrays) in enumerate(zip(of.connections, packed, strict=True)):
         name = _c_name(f"c{number}", each.name)
@@ -249,46 +253,50 @@ def _time(of: PlainNetwork, bits: int | None, prefix: str) -> dict[str, Any]:
     return found
 
 
-def _packed(connection: PlainConnection, weights: np.ndarray) -> dict[str, np.ndarray]:
+def _packed(connection: PlainConnection, weights: np.ndarray, most: int) -> dict[str, np.ndarray]:
     """The arrays of a connection: the gap to the target of each weight, or lists of runs, of which sources may have the
-    same, where these take fewer bytes."""
+    same, where these take fewer bytes; gaps and runs are at most ``most``."""
     first, singles, gaps = [0], [], []
-    lists: dict[bytes, int] = {}
+    lists: dict[tuple[int, ...], int] = {}
     of_source, runs = [], 0
     for low, high in zip(connection.starts[:-1], connection.starts[1:], strict=True):
         targets, place = connection.targets[low:high], 0
-        encoded = _runs(targets)
+        encoded = _runs(targets, most)
         of_source.append(lists.setdefault(encoded, len(lists)))
         runs += len(encoded) // 2
         for target, weight in zip(targets.tolist(), weights[low:high].tolist(), strict=True):
-            skipped = max(0, (target - place - 1) // BYTE)  # weights of 0 on the way
-            gaps += [BYTE] * skipped + [target - place - BYTE * skipped]
+            skipped = max(0, (target - place - 1) // most)  # weights of 0 on the way
+            gaps += [most] * skipped + [target - place - most * skipped]
             singles += [0] * skipped + [weight]
             place = target
         first.append(len(singles))
     found = {"delays": connection.delays if connection.delays.any() else np.zeros(0, np.int64)}
     ends = np.cumsum([0, *map(len, lists)])
     if len(weights) >= RUN * runs and ends[-1] + 2 * len(of_source) + 2 * len(ends) < len(gaps) and len(lists) < 2**16:
-        found |= {"weights": weights, "first": connection.starts, "gaps": np.frombuffer(b"".join(lists), np.uint8)}
+        found |= {
+            "weights": weights,
+            "first": connection.starts,
+            "gaps": np.array([*itertools.chain(*lists)], np.int64),
+        }
         return found | {"list": np.array(of_source), "lists": ends}
     found |= {"weights": np.array(singles, weights.dtype), "first": np.array(first)}
     return found | {"gaps": np.array(gaps, np.int64)}
 
 
-def _runs(targets: np.ndarray) -> bytes:
-    """Rising targets as pairs of bytes: the gap from the end of the run before, and the length."""
-    encoded, end = bytearray(), 0
+def _runs(targets: np.ndarray, most: int) -> tuple[int, ...]:
+    """Rising targets as pairs of numbers: the gap from the end of the run before, and the length."""
+    encoded, end = [], 0
     for run in np.split(targets, np.flatnonzero(np.diff(targets) != 1) + 1) if len(targets) else ():
         gap, length = int(run[0]) - end, len(run)
-        while gap > BYTE:
-            encoded += bytes((BYTE, 0))
-            gap -= BYTE
-        while length > BYTE:
-            encoded += bytes((gap, BYTE))
-            gap, length = 0, length - BYTE
-        encoded += bytes((gap, length))
+        while gap > most:
+            encoded += [most, 0]
+            gap -= most
+        while length > most:
+            encoded += [gap, most]
+            gap, length = 0, length - most
+        encoded += [gap, length]
         end = int(run[-1]) + 1
-    return bytes(encoded)
+    return tuple(encoded)
 
 
 def _in_nibbles(weights: np.ndarray) -> np.ndarray:

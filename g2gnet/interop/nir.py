@@ -34,7 +34,9 @@ connection of one step to itself as a graph inside of the graph, with the nodes 
 
 NIR cannot carry adaptive neurons; the reset by subtraction, since its neurons only reset to a value; decays of 1 next
 to others in one population, or of synaptic neurons; the encoding of samples. Surrogates, learnability, groups and units
-go into the nodes' metadata, which other tools do not read, and so do the names of networks other than plain chains.
+go into the nodes' metadata, which other tools do not read, and so do the names of networks other than plain chains and
+the bits of weights (``net.quantize``). NIR has no place for sparse or whole weights and their scales: rounded weights
+are written as floats, and the floats behind them are not.
 """
 
 import itertools
@@ -60,6 +62,7 @@ from g2gnet.neurons import NEURONS, SpikingNeurons
 from g2gnet.projections import NumberedProjection, Projection
 from g2gnet.spiking_network import SpikingNetwork
 from g2gnet.stack import SpikingStack, is_plain
+from g2gnet.weights.few_bits import check_bits
 
 logger = logging.getLogger("g2gnet")
 
@@ -232,7 +235,7 @@ def from_nir(
             names[name] = str(metadata.get("g2g_name", ""))
     if not any(names.values()) and (chain := nir_links.chain_of(links, output)) is not None:
         layers: list[Any] = [(connection(link), ours[link.target], *map(connection, loops)) for link, loops in chain]
-        return SpikingStack(layers, T, backend)
+        return _in_bits(SpikingStack(layers, T, backend))
     modules = {name: of or name.replace(".", "_") for name, of in names.items()}
     for name, module in modules.items():
         if [*modules.values()].count(module) > 1:
@@ -242,7 +245,16 @@ def from_nir(
         source = "input" if link.source is None else modules[link.source]
         projections[modules[link.name]] = Projection(source, modules[link.target], connection(link), *link[5:])
     populations = {modules[name]: neurons for name, neurons in ours.items()}
-    return SpikingNetwork(populations, projections, modules[output], T, backend=backend)
+    return _in_bits(SpikingNetwork(populations, projections, modules[output], T, backend=backend))
+
+
+def _in_bits(net: SpikingNetwork) -> Any:
+    """The network, which computes with as many bits as its nodes say."""
+    bits = {name: layer.bits for name, layer in net.connections().items()}
+    if len({*bits.values()}) > 1:
+        raise ValueError(f"the weights of nodes have other numbers of bits ({bits}); give all the same, or none")
+    net.quantize = next(iter(bits.values()))
+    return net
 
 
 def _threshold(name: str, value: float) -> None:
@@ -258,7 +270,9 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 def _connection_node(connection: G2GLinear, nir: Any) -> Any:
     mask = connection.mask
     weight = _array(connection.dense_weight())
-    metadata = {} if mask.is_full else {"wiring": _array(mask.state_dict()["wiring"])}
+    metadata: dict[str, Any] = {} if mask.is_full else {"wiring": _array(mask.state_dict()["wiring"])}
+    if connection.bits is not None:
+        metadata["bits"] = connection.bits
     if connection.bias is None:
         return nir.Linear(weight=weight, metadata=metadata)
     return nir.Affine(weight=weight, bias=_array(connection.bias), metadata=metadata)
@@ -284,7 +298,11 @@ def _connection(link: nir_links.Link, node: Any, mask: Mask | None, backend: str
             mask = BlockMask.from_state({"wiring": wiring}, (weight.shape[0], weight.shape[1]))
             if weight[~mask.to_dense().numpy()].any():
                 raise ValueError(f"wiring calls weights absent that are not 0; give masks={{{name!r}: ...}}")
-    return G2GLinear.from_linear(linear, mask, backend)
+        if (bits := metadata.get("bits")) is not None:
+            check_bits("bits", bits)
+    layer = G2GLinear.from_linear(linear, mask, backend)
+    layer.bits = bits
+    return layer
 
 
 def _neurons_node(name: str, neurons: SpikingNeurons, size: int, dt: float, nir: Any) -> Any:

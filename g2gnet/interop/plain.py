@@ -102,7 +102,12 @@ def plain(net: SpikingNetwork, held: bool | None = None) -> PlainNetwork:
     Raises ValueError, naming the part, for what has no exact meaning outside of PyTorch.
     """
     if not isinstance(net, SpikingNetwork):
-        raise ValueError(f"the network is a {type(net).__name__}; give a SpikingNetwork, a SpikingStack or a G2GNet")
+        inside = getattr(net, "module", None)
+        give = "its .module" if isinstance(inside, SpikingNetwork) else "a SpikingNetwork, a SpikingStack or a G2GNet"
+        raise ValueError(f"the network is a {type(net).__name__}; give {give}")
+    for name, parameter in net.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} is {parameter.dtype}, whose rounding no C file repeats; give net.float()")
     for name, module in (*net.connections().items(), *net.neurons().items()):
         if not isinstance(module, G2GLinear | SpikingNeurons):
             raise ValueError(f"{name} is a {type(module).__name__}; only G2GLinear and the neurons of g2gnet convert")
@@ -122,7 +127,10 @@ def plain(net: SpikingNetwork, held: bool | None = None) -> PlainNetwork:
     if onto := [each.name for each in net.projections() if each.onto]:
         raise ValueError(f"{onto[0]} adds to the membrane, which is not written; make it with onto='current'")
     if why := net.why_called():
-        raise ValueError(f"{why}: what they change cannot be written; remove them")
+        raise ValueError(
+            f"{why}: what they change cannot be written; remove them, those of pruning by "
+            "torch.nn.utils.prune.remove(layer, 'values')"
+        )
     fixed, inputs, taps, scale, offset, order = None, net.sizes[-1], 1, 1.0, 0.0, None
     if isinstance(net, G2GNet):
         if net.enc != "current":
@@ -185,10 +193,12 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 
 
 def _connection(name: str, module: Any, source: int, target: int, delays: np.ndarray) -> PlainConnection:
-    exists = module.mask.to_dense().cpu().numpy().T  # by source
-    sources, targets = np.nonzero(exists)
-    starts = np.concatenate([[0], np.cumsum(np.bincount(sources, minlength=len(delays)))])
-    return PlainConnection(name, source, target, starts, targets, _array(module.dense_weight()).T[exists], delays)
+    values, mask = module.weights()
+    edges = mask.edges(values)  # by target
+    by_source = np.argsort(edges.source, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(edges.source, minlength=len(delays)))])
+    weights = edges.weight[by_source].astype(np.float64)
+    return PlainConnection(name, source, target, starts, edges.target[by_source], weights, delays)
 
 
 def _order_of_step(count: int, connections: list[PlainConnection]) -> list[int]:

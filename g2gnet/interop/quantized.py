@@ -12,7 +12,9 @@ Let Q = 2^(bits − 1) − 1. In each population, membranes count units q and
   adaptation to the membrane, is c ≈ c̄·2⁻¹⁵: c·U is (U·c̄ + 2¹⁴) >> 15.
 - a state that would leave ±(2³⁰ − 1) stays there.
 
-s is the scale with the least squared error of the weights among 36 fractions of the largest one.
+s is the scale with the least squared error of the weights among 15 shares of that of the largest one
+(:func:`g2gnet.weights.few_bits.scale_of`). A network that computes with weights of so few bits already
+(``net.quantize``) keeps them.
 """
 
 import math
@@ -26,9 +28,8 @@ from g2g_kernels.numbers import Number
 from g2gnet.encoding import as_samples
 from g2gnet.interop.plain import PlainConnection, PlainNetwork, plain
 from g2gnet.spiking_network import SpikingNetwork
+from g2gnet.weights.few_bits import check_bits, largest_of, scale_of
 
-#: bits of a weight
-BITS = (8, 4)
 #: the largest integer input
 LARGEST_INPUT = 255
 #: states stay within ± this
@@ -77,17 +78,17 @@ class Step(NamedTuple):
 
 def in_integers(of: PlainNetwork, bits: int, input_scale: float) -> IntegerNetwork:
     """Rounds a network to weights of ``bits`` bits and integer inputs that count ``input_scale`` each."""
-    if bits not in BITS:
-        raise ValueError(f"bits={bits!r} is not one of {', '.join(map(str, BITS))}")
+    check_bits("bits", bits)
     _SCALE.check("input_scale", input_scale)
-    largest = 2 ** (bits - 1) - 1
+    largest = largest_of(bits)
     weights: list[np.ndarray] = [np.zeros(0, np.int64)] * len(of.connections)
     populations = []
     for number, population in enumerate(of.populations):
         to = [(at, each) for at, each in enumerate(of.connections) if each.target == number]
         of_input = [(at, each) for at, each in to if each.source < 0]
         of_others = [(at, each) for at, each in to if each.source >= 0]
-        scales = [_scale([each.weights for _, each in group], largest) for group in (of_input, of_others)]
+        groups = [[torch.from_numpy(each.weights) for _, each in group] for group in (of_input, of_others)]
+        scales = [float(scale_of(group, bits)) if group else 1.0 for group in groups]
         for group, scale in zip((of_input, of_others), scales, strict=True):
             for at, each in group:
                 weights[at] = np.clip(np.rint(each.weights / scale), -largest, largest).astype(np.int64)
@@ -136,20 +137,6 @@ def _rounded(name: str, values: np.ndarray) -> np.ndarray:
     return integers.astype(np.int64)
 
 
-def _scale(weights: list[np.ndarray], largest: int) -> float:
-    """The scale of all these weights that has the least squared error."""
-    of_all = np.concatenate([*weights, np.zeros(0)])
-    most = float(np.abs(of_all).max(initial=0))
-    if not most:
-        return 1.0
-    candidates = most / largest * np.linspace(0.3, 1, 36)
-
-    def error(scale: float) -> float:
-        return float(((of_all - scale * np.clip(np.rint(of_all / scale), -largest, largest)) ** 2).sum())
-
-    return float(min(candidates, key=error))
-
-
 def input_scale_of(net: SpikingNetwork, calibration: Any) -> float:
     """s_x: 1/255 for samples of bytes, 1 for whole numbers, and else the largest sample over 255."""
     trained_on = getattr(net, "trained_on", None)
@@ -159,7 +146,10 @@ def input_scale_of(net: SpikingNetwork, calibration: Any) -> float:
         raise ValueError(
             "the largest input is unknown; give calibration=samples, or input_scale, what an input of 1 is"
         )
-    if torch.as_tensor(calibration).dtype == torch.uint8:
+    given = torch.as_tensor(calibration)
+    if not given.numel():
+        raise ValueError(f"calibration is {list(given.shape)}, without a number; give samples, or input_scale")
+    if given.dtype == torch.uint8:
         return 1 / 255
     samples = as_samples(calibration).abs()
     most = float(samples.max())
@@ -176,9 +166,16 @@ def steps_of(net: IntegerNetwork, inputs: torch.Tensor) -> Iterator[Step]:
         sequence = inputs[:, order].view(batch, of.steps, of.inputs)
     matrices = []
     for each, weights in zip(of.connections, net.weights, strict=True):
-        matrix = torch.zeros(of.populations[each.target].size, len(each.delays), dtype=torch.float64)
-        matrix[torch.from_numpy(each.targets), torch.from_numpy(each.sources)] = torch.from_numpy(weights).double()
-        matrices.append(matrix.T.contiguous())
+        places = torch.from_numpy(np.stack([each.targets, each.sources]))
+        shape = of.populations[each.target].size, len(each.delays)
+        numbers = torch.from_numpy(weights).double()
+        matrices.append(torch.sparse_coo_tensor(places, numbers, shape, check_invariants=False).coalesce())
+    # what arrives at every step from an input that is held
+    constant = {
+        at: (matrices[at] @ inputs.double()[:, np.arange(len(each.delays)) % of.inputs].T).T.long()
+        for at, each in enumerate(of.connections)
+        if of.held and each.source < 0 and not each.delays.any()
+    }
     zeros = [torch.zeros(batch, each.size, dtype=torch.int64) for each in of.populations]
     second, membranes = list(zeros), list(zeros)
     # what each sent, the last step first
@@ -190,9 +187,11 @@ def steps_of(net: IntegerNetwork, inputs: torch.Tensor) -> Iterator[Step]:
         spikes = []
         for number, (population, own) in enumerate(zip(of.populations, net.populations, strict=True)):
             of_input, of_others = zeros[number], zeros[number]
-            for each, matrix in zip(of.connections, matrices, strict=True):
+            for at, each in enumerate(of.connections):
                 if each.target == number:
-                    arrives = (_delayed(each, sent[each.source], number, of.inputs) @ matrix).long()
+                    arrives = constant.get(at)
+                    if arrives is None:
+                        arrives = (matrices[at] @ _delayed(each, sent[each.source], number, of.inputs).T).T.long()
                     if each.source < 0:
                         of_input = of_input + arrives
                     else:

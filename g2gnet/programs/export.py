@@ -26,8 +26,8 @@ def build_parser() -> flags.Parser:
     parser.add_argument("checkpoint", type=flags.file_name, metavar="CHECKPOINT", help=text)
     text = "the C file; the header is beside it (default: network.c)"
     parser.add_argument("--output", type=flags.file_name, default="network.c", metavar="FILE", help=text)
-    text = "bits of a weight, in integers; 32: floats (default: 8)"
-    parser.add_argument("--bits", type=int, choices=(4, 8, 32), default=8, help=text)
+    text = "bits of a weight, in integers; 32: floats (default: those of the run's --quantize, or 8)"
+    parser.add_argument("--bits", type=int, choices=(4, 8, 32), help=text)
     parser.add_argument("--prefix", default="g2g", metavar="NAME", help="what names in C begin with (default: g2g)")
     flags.add_json_flag(flags.add_inspection_flags(parser), "accuracy and sizes,")
     return parser
@@ -44,7 +44,8 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
     data = flags.load_run_data(arguments, run.settings, machine.device)
     net = run.network(machine.device, machine.backend).eval()
     samples, labels = (each[: arguments.samples] for each in data.part("test"))
-    bits = None if arguments.bits == 32 else arguments.bits
+    asked = arguments.bits or run.settings.quantize or 8
+    bits = None if asked == 32 else asked
     try:
         of_bits = None if bits is None else quantize(net, bits, data.part("train")[0])
         written = to_c(net if of_bits is None else of_bits, output, bits, prefix=arguments.prefix)
@@ -54,7 +55,7 @@ def export(arguments: argparse.Namespace) -> dict[str, Any]:
         raise OutputError(f"cannot write {output} ({reason(error)}); give another --output") from error
     code, header = (path.read_text(encoding="ascii") for path in written)
     found: dict[str, Any] = {
-        "file": str(output), "bits": arguments.bits, "constant_bytes": bytes_of(code), "state_bytes": bytes_of(header),
+        "file": str(output), "bits": asked, "constant_bytes": bytes_of(code), "state_bytes": bytes_of(header),
         "samples": len(labels),
     }  # fmt: skip
     samples, labels = samples.cpu(), labels.cpu()

@@ -38,7 +38,9 @@ def _what_is_lost(path: Path, arguments: argparse.Namespace | None, own_files: I
     flags = {} if arguments is None else vars(arguments)
     checkpoints = [Path(name) for name in (flags.get("checkpoint"), *flags.get("checkpoints", ())) if name]
     data = str(flags.get("dataset"))
-    inputs = filter(None, [flags.get("resnet_weights"), data if data.endswith(DATA_SUFFIX) else None])
+    inputs = filter(
+        None, [flags.get("resnet_weights"), flags.get("start"), data if data.endswith(DATA_SUFFIX) else None]
+    )
     if any(same_file(path, file) for file in [*checkpoints, *map(Path, inputs)]):
         return "a file that this program reads"
     of_runs = [file for checkpoint in checkpoints for file in RunFiles.of(checkpoint).files()]

@@ -49,8 +49,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def compared(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """One line for each entry that differs."""
-    pairs = ((name, theirs.get(name, "not set"), ours.get(name, "not set")) for name in sorted({*theirs, *ours}))
-    return [f"  {name}: {was} there, {now} now" for name, was, now in pairs if was != now]
+    # JSON has no tuples
+    was, now = ({name: [*v] if isinstance(v, tuple) else v for name, v in each.items()} for each in (theirs, ours))
+    pairs = ((name, was.get(name, "not set"), now.get(name, "not set")) for name in sorted({*was, *now}))
+    return [f"  {name}: {there} there, {here} now" for name, there, here in pairs if there != here]
 
 
 class RunFiles:
@@ -197,8 +199,6 @@ class RunFiles:
         # a setting without effect in both runs may have had another default
         for name in ours.idle(was).keys() & ours.idle(now).keys():
             was[name] = now[name]
-        # JSON has no tuples
-        was, now = ({name: [*v] if isinstance(v, tuple) else v for name, v in each.items()} for each in (was, now))
         differing, tied = compared(was, now), ours.tied_to_epochs()
         longer = len(differing) == 1 and type(was.get("epochs")) is int and was["epochs"] < ours.epochs
         if not differing or (longer and not tied):

@@ -36,7 +36,7 @@ class FoldSettings(TrainSettings):
         problems = [
             f"{name}={getattr(self, name)} is of single runs: each fold is held out in turn, and epochs have its "
             f"val_acc; leave `{name}` out"
-            for name in ("validation", "validation_seed", "patience")
+            for name in ("validation", "validation_seed", "patience", "start")
             if getattr(self, name) != usual[name]
         ] or super()._at_odds()
         if self.seed + self.k_folds - self.fold > LARGEST_SEED:

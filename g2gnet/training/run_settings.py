@@ -162,6 +162,9 @@ class TrainSettings(NetworkSettings, RunSettings):
 
     name: str | None = _training(None, "added to the names of the run's files, to make them unique", metavar="NAME")
 
+    start: str | None = _training(
+        None, "train on from the network in this checkpoint of a run with the same model flags", metavar="FILE"
+    )
     lr: float = _training(1e-3, "Adam's learning rate", low=0, open_low=True)
     lr_schedule: str = _training("constant", "keep the learning rate, or let it fall to zero", choices=tuple(SCHEDULES))
     lr_warmup: int = _training(0, "optimizer steps in which the learning rate rises linearly to `lr`", low=0)

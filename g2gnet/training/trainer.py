@@ -2,6 +2,7 @@
 
 import copy
 import re
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,21 +15,24 @@ from g2gnet.dst.gradual_pruning import mean_density
 from g2gnet.dst.scheduler import DSTScheduler
 from g2gnet.encoding import SampleForm
 from g2gnet.network import G2GNet
-from g2gnet.network_settings import SettingsError
+from g2gnet.network_settings import NetworkSettings, SettingsError
 from g2gnet.neurons import AdLIF
+from g2gnet.training.checkpoints import compared, read_checkpoint
 from g2gnet.training.checks import LayerWatch, check_images, check_labels, check_rates, order_of
 from g2gnet.training.epochs import EpochTrainer, StepCallback
 from g2gnet.training.evaluation import autocast, build_network, run_images
 from g2gnet.training.machine import Machine, check_memory
 from g2gnet.training.regularizer import rate_penalty, rate_target
 from g2gnet.training.run_settings import TrainSettings
-from g2gnet.training.saved_state import check_form, load_model
+from g2gnet.training.saved_state import UNFIT, check_form, load_model
 from g2gnet.weights.tied_averages import tie_wiring, untie_wiring
 
 #: number of parameters that one thread updates in about a millisecond
 ONE_THREAD_UPDATE = 1_000_000
 #: largest number whose squares can be summed in float32
 _SQUARED = 1e15
+#: settings of a network that may differ from those of the run that training starts from
+NOT_OF_START = {"quantize", "dropout", "surrogate", "alpha"}
 
 
 class Evaluation(NamedTuple):
@@ -96,7 +100,10 @@ class Trainer(EpochTrainer):
         check_memory(settings, input_dim, data.num_classes, -(-in_step // world.size), device)
         self._machine = machine
         self._sizes = input_dim, data.num_classes
-        self.net = self._build_network(*self._sizes).to(device)
+        self.net = self._build_network(*self._sizes)
+        if settings.start is not None:
+            self._start_from(Path(settings.start))
+        self.net.to(device)
         if order is not None:
             self.net.input_order.copy_(order)
             self.net.settle()  # reads the order now, so that steps do not wait for the device
@@ -173,6 +180,20 @@ class Trainer(EpochTrainer):
         net = build_network(self.settings, input_dim, num_classes, self._machine.backend)
         net.trained_on = SampleForm.of(self.data.train_images)
         return net
+
+    def _start_from(self, path: Path) -> None:
+        """Gives the network the units, weights and parameters of a checkpoint. Raises SettingsError if it cannot."""
+        names = NetworkSettings.defaults().keys() - NOT_OF_START
+        try:
+            saved = read_checkpoint(path)
+            both = self.settings.complete(saved["settings"]), self.settings.as_dict()
+            theirs, ours = ({name: each[name] for name in names} for each in both)
+            if differing := compared(theirs, ours):
+                raise ValueError("\n".join(["its network is another:", *differing]))
+            load_model(self.net, saved["model"])
+        except UNFIT as error:
+            remedy = "give a checkpoint of a run with the same model flags"
+            raise SettingsError(f"start={path} cannot be trained on: {error}\n{remedy}") from error
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         settings, device = self.settings, self.device

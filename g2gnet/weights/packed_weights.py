@@ -27,13 +27,23 @@ from g2g_kernels.mask.sides import deep_copied
 from g2g_kernels.mask.wiring import DRIFT
 from g2g_kernels.ops.checks import check_tensor
 from g2g_kernels.tracing import is_traced, unwrapped, version
+from g2gnet.weights.few_bits import in_bits, scale_of
 from g2gnet.weights.tied_averages import Ties, after_other_units
 
 logger = logging.getLogger("g2gnet")
 
 
 class PackedWeights(nn.Module):
-    """The packed weights [num_units, unit_rows, unit_cols] of the units of a mask, both of which the module owns."""
+    """The packed weights [num_units, unit_rows, unit_cols] of the units of a mask, both of which the module owns.
+
+    Attributes:
+        bits: of the weights that it computes with, rounded from ``values``; None: these are ``values``. A network sets
+            it (``net.quantize``).
+        scaled_with: the other modules whose rounded weights have the same scale.
+    """
+
+    bits: int | None = None
+    scaled_with: "tuple[PackedWeights, ...]" = ()
 
     def __init__(self, mask: BlockMask, values: nn.Parameter) -> None:
         """Takes a copy of the mask: two layers with one would rewire one another."""
@@ -104,7 +114,16 @@ class PackedWeights(nn.Module):
                 self._read_wiring()
             if mask.wiring is not mask.own_wiring:
                 mask = _mask_in_place_of(mask)
-        return self.values, mask
+        return (self.values if self.bits is None else self._in_bits(self.bits)), mask
+
+    def _in_bits(self, bits: int) -> torch.Tensor:
+        """The values rounded to ``bits``, with one scale for them and those of :attr:`scaled_with`."""
+        together = [each._without_padding() for each in (self, *self.scaled_with)]
+        return in_bits(together[0], scale_of(together, bits), bits)
+
+    def _without_padding(self) -> torch.Tensor:
+        mask = self._own_mask
+        return self.values.masked_fill(~mask.valid(), 0) if mask.has_padding else self.values
 
     @property
     def has_plain_values(self) -> bool:

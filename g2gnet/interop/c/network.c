@@ -8,6 +8,7 @@ typedef ${prefix}_input input_value;
 typedef $weight_type weight;
 typedef $place_type place; /* of a weight */
 typedef $delay_type delay;
+typedef $gap_type gap; /* between targets */
 $arithmetic
 enum { SUBTRACT, ZERO, NONE };
 enum { POPULATIONS = $populations, CONNECTIONS = $connections, OUTPUT = $output, INPUT = -1 };
@@ -17,7 +18,7 @@ typedef struct {
     unsigned sources;
     const weight *weights; /* by source */
     const place *first;    /* of each source: its first weight */
-    const uint8_t *gaps;   /* to the target of each weight from that of the one before; or of runs: gap and length */
+    const gap *gaps;       /* to the target of each weight from that of the one before; or of runs: gap and length */
     const uint16_t *list;  /* of each source: which list of runs it has; 0: there are none */
     const place *lists;    /* where each list of runs begins */
     const delay *delays;   /* of each source, in steps; 0: none */

@@ -158,8 +158,10 @@ def _spikes(each: Inspected) -> list[str]:
 
 
 def _states(each: Inspected, changes: bool) -> dict[str, G2GNet]:
-    """The network by when it was so: before training, too, if the part that is drawn ``changes``."""
-    return {"before training": each.run.initial_network(), "now": each.net} if changes else {"now": each.net}
+    """The network by when it was so: before training, too, if the part that is drawn ``changes``, and no other run is
+    where it started."""
+    begins = {"before training": each.run.initial_network()} if changes and not each.run.settings.start else {}
+    return {**begins, "now": each.net}
 
 
 def _connections(each: Inspected) -> list[str]:
@@ -167,7 +169,8 @@ def _connections(each: Inspected) -> list[str]:
     pruned = run.settings.final_density is not None
     if run.settings.model == "dense" and not pruned:
         return [paragraph("Every neuron is connected to every neuron of the next layer: there are no groups to draw.")]
-    nets, note = _states(each, changes=run.settings.sparsity_mode == "dynamic"), "The mask never changes."
+    nets = _states(each, changes=run.settings.sparsity_mode == "dynamic")
+    note = f"The run started from {run.settings.start}." if run.settings.start else "The mask never changes."
     if len(nets) > 1:
         effect = "prunes more units than it grows" if pruned else "keeps the number of units"
         note = f"Above: before training. Below: after dynamic sparse training, which {effect}."

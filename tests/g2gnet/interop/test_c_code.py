@@ -1,6 +1,7 @@
 """Networks as C, compiled with every warning an error and run under both sanitizers: in integers they have the
 membranes of :func:`quantize` to the bit, in floats those of the network."""
 
+import copy
 import functools
 import os
 import random
@@ -8,23 +9,31 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from helpers import seeded
+from torch.optim.swa_utils import AveragedModel
 
 from g2g_kernels import BlockMask, GroupLayout
-from g2gnet import LIF, AdLIF, G2GLinear, G2GNet, Projection, SpikingNetwork, SpikingStack, Synaptic
+from g2gnet import LIF, AdLIF, DSTScheduler, G2GLinear, G2GNet, Projection, SpikingNetwork, SpikingStack, Synaptic
 from g2gnet.interop import quantize, to_c
 from g2gnet.interop.c_code import bytes_of
 from g2gnet.interop.plain import plain
 from g2gnet.interop.quantized import QuantizedNetwork, in_integers, steps_of
+from g2gnet.weights.few_bits import in_bits, scale_of
 
 COMPILER = shlex.split(os.environ.get("CC", "cc"))
 needs_compiler = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="there is no C compiler")
 STRICT = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
 SANITIZED = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+#: who else compiles a share of the thousand networks, with which options, and who runs them
+OTHERS = {
+    "clang": (["clang"], SANITIZED, []),
+    "qemu-arm": (["arm-linux-gnueabihf-gcc"], ["-O2", "-static"], ["qemu-arm"]),
+}
 #: writes the states after each step of each sample, and the answer after the last one and that of a run
 PROGRAM = """
 #include <stdio.h>
@@ -48,15 +57,15 @@ int main(void) {
 """
 
 
-def compiled(folder, *options):
+def compiled(folder, *options, compiler=COMPILER):
     (folder / "main.c").write_text(PROGRAM)
-    command = [*COMPILER, *STRICT, *options, "network.c", "main.c", "-o", "net"]
+    command = [*compiler, *STRICT, *options, "network.c", "main.c", "-o", "net"]
     subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True)
 
 
-def run_in_c(folder, of, inputs):
+def run_in_c(folder, of, inputs, by=()):
     """Membranes [B, T, all neurons] and answers [B, 2, C], after single steps and of a run, of a compiled network."""
-    done = subprocess.run([folder / "net"], input=inputs.tobytes(), capture_output=True, check=False)
+    done = subprocess.run([*by, folder / "net"], input=inputs.tobytes(), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
     second = sum(each.size for each in of.populations if each.model != "lif")
     neurons, outputs = sum(each.size for each in of.populations), of.populations[of.output].size
@@ -109,7 +118,7 @@ def drawn(seed):
     return net.eval(), choose.random() < 0.5, choose, generator
 
 
-def check(seed, folder, *options):
+def check(seed, folder, *options, compiler=COMPILER, by=()):
     """One random network in C. Returns whether a spike was there."""
     net, held, choose, generator = drawn(seed)
     bits, inputs = choose.choice([8, 4, None]), net.sizes[-1]
@@ -119,16 +128,16 @@ def check(seed, folder, *options):
         samples = (samples > 200).long()
     quantized = QuantizedNetwork(in_integers(of, bits, scale)) if bits else None
     to_c(quantized or net, folder / "network.c", bits, held=held)
-    compiled(folder, *options)
+    compiled(folder, *options, compiler=compiler)
     if quantized is not None:
         expected = torch.stack([torch.cat(step.membranes, 1) for step in steps_of(quantized.integers, samples)], 1)
-        membranes, answers = run_in_c(folder, of, samples.numpy().astype(np.int16))
+        membranes, answers = run_in_c(folder, of, samples.numpy().astype(np.int16), by)
         np.testing.assert_array_equal(membranes, expected.numpy())
         expected = quantized.of_integers(samples)[:, None].expand(-1, 2, -1)
         np.testing.assert_array_equal(answers, expected.numpy())
         return bool((answers != 0).any())
     x = samples.float() * scale
-    membranes, answers = run_in_c(folder, of, x.numpy())
+    membranes, answers = run_in_c(folder, of, x.numpy(), by)
     over_time = x if held else x.view(3, net.T, inputs).transpose(0, 1)
     with torch.no_grad():
         activity = net.double().simulate(over_time.double(), membranes=True)
@@ -149,8 +158,17 @@ def test_the_membranes_of_random_networks_are_those_of_pytorch(seed, tmp_path):
 @needs_compiler
 @pytest.mark.long
 def test_so_are_those_of_a_thousand_more(tmp_path):
-    active = [check(seed, tmp_path, *SANITIZED) for seed in range(100, 1100)]
-    assert sum(active) > 600
+    """By gcc, and every fifth by those of the others that are here; prints how many there were."""
+    counts, active = Counter(), 0
+    for seed in range(100, 1100):
+        active += check(seed, tmp_path, *SANITIZED)
+        counts["gcc"] += 1
+        for name, (compiler, options, by) in OTHERS.items():
+            if seed % 5 == 0 and all(shutil.which(each[0]) for each in (compiler, by or compiler)):
+                check(seed, tmp_path, *options, compiler=compiler, by=by)
+                counts[name] += 1
+    print(f"{active} of {counts['gcc']} networks spike or answer; compiled and run: {dict(counts)}")
+    assert active > 600
 
 
 OPTIONS = {
@@ -216,6 +234,93 @@ def test_one_program_has_several_networks(tmp_path):
     assert subprocess.run([tmp_path / "both"], check=False).returncode == 0
 
 
+def by_hand(weights, bits):
+    """The scale and the whole numbers with the least squared error, among 15 scales, in float64."""
+    largest = 2 ** (bits - 1) - 1
+    weights = np.concatenate([each.flatten() for each in weights])
+    scales = np.abs(weights).max() / largest * np.arange(6, 21) / 20
+    whole = [np.clip(np.rint(weights / scale), -largest, largest) for scale in scales]
+    best = int(np.argmin([((scale * each - weights) ** 2).sum() for scale, each in zip(scales, whole, strict=True)]))
+    return scales[best], whole[best]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_network_trained_in_few_bits_has_the_weights_that_quantize_gives_it(bits):
+    """Groups of 64 in blocks of three are padded, recurrent and feedback connections share the scale of fc."""
+    options = {"block_size": 3, "T": 6, "recurrent": True, "feedback": True, "enc_scale": 3, "generator": seeded(1)}
+    net = G2GNet(30, [64, 40], 4, **options, quantize=bits)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    scheduler = DSTScheduler(net, optimizer, interval=2, fraction=0.2, grow="gradient")
+    images, labels = torch.rand(50, 30, generator=seeded(2)), torch.arange(50) % 4
+    for _ in range(5):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+        scheduler.step()
+    assert scheduler.grown > 0
+    groups = [["fc1"], ["rec1", "fb1"], ["fc2", "rec2"], ["fc3"]]  # what the input sends; and others to each population
+    twin = copy.deepcopy(net)
+    twin.quantize = None
+    integers = quantize(net, bits, input_scale=1).integers
+    of_connection = {each.name: each for each in integers.plain.connections}
+    for names in groups:
+        layers = [net.connections()[name] for name in names]
+        trained = [layer.mask.edges(layer.values.detach()).weight.astype(np.float64) for layer in layers]
+        scale, whole = by_hand(trained, bits)
+        found = [layer.mask.edges(layer.weights()[0]).weight for layer in layers]
+        np.testing.assert_allclose(np.concatenate(found), whole * scale, rtol=1e-6, atol=0)
+        for name, layer in zip(names, layers, strict=True):
+            place = [each.name for each in integers.plain.connections].index(name)
+            numbers = np.zeros(layer.mask.shape)
+            numbers[of_connection[name].targets, of_connection[name].sources] = integers.weights[place]
+            np.testing.assert_allclose(numbers * scale, layer.dense_weight().detach(), rtol=1e-6, atol=0)
+            twin.connections()[name].values.data.copy_(layer.weights()[0].detach())
+    # gradients are those of the rounded weights, but 0 where a weight is clipped
+    for each in (net, twin):
+        each.zero_grad()
+        torch.nn.functional.cross_entropy(each(images), labels).backward()
+    clipped = 0
+    for name, layer in net.connections().items():
+        weights = layer.weights()[0].detach()
+        together = [each.values.detach() for each in (layer, *layer.scaled_with)]
+        inside = (layer.values / scale_of(together, bits)).round().abs() < 2 ** (bits - 1)
+        clipped += int((~inside).sum())
+        expected = twin.connections()[name].values.grad * inside * layer.mask.valid()
+        torch.testing.assert_close(layer.values.grad, expected, rtol=1e-4, atol=1e-7)
+        assert torch.equal(in_bits(weights, scale_of([weights], bits), bits), weights) or len(together) > 1
+    assert clipped > 0 or bits == 8
+    # called modules and single steps compute with the same weights
+    handle = net.fc2.register_forward_hook(lambda *_: None)
+    assert torch.equal(net(images), twin(images))
+    handle.remove()
+    state, counts = None, torch.zeros(50, 4)
+    for _ in range(net.T):
+        spikes, state = net.step(net.encode(images), state)
+        counts += spikes
+    assert torch.equal(counts, twin(images))
+
+
+@pytest.mark.ci
+def test_weights_of_few_bits_are_part_of_one_graph():
+    net = G2GNet(30, [32, 16], 4, block_size=4, T=4, recurrent=True, quantize=4, enc_scale=3, generator=seeded(1))
+    images = torch.rand(5, 30, generator=seeded(2))
+    assert torch.equal(torch.compile(net, fullgraph=True)(images), net(images))
+    assert torch.equal(torch.export.export(net.eval(), (images,)).module()(images), net(images))
+
+
+def test_no_dense_matrix_is_made_and_distant_targets_have_gaps_of_two_bytes(tmp_path, monkeypatch):
+    for name in ("to_dense", "unpack"):
+        monkeypatch.setattr(BlockMask, name, lambda *_: pytest.fail("a dense matrix"))
+    size = 3000
+    ends = np.arange(2 * size) % size
+    edges = Projection.from_edges("a", "a", ends, (7 * ends + 3) % size, 0.5, 1, (size, size))
+    first = Projection.from_edges("input", "a", np.arange(9), np.arange(9), 1.0, 0, (9, size))
+    net = SpikingNetwork({"a": LIF()}, [*first, *edges], "a", T=3)
+    code, _ = to_c(net, tmp_path / "network.c", input_scale=1)
+    assert bytes_of(code.read_text()) < 10 * size  # of each neuron a bias, first weight, weight, and gap of two bytes
+    assert quantize(net, input_scale=1)(torch.ones(1, 9)).sum() == net(torch.ones(1, 9)).sum()
+
+
 @needs_compiler
 @pytest.mark.parametrize("weight", [1e-6, 1e-9, 0.0])
 def test_tiny_weights_of_the_input_add_little(weight, tmp_path):
@@ -263,10 +368,17 @@ small = functools.partial(G2GNet, 6, [8], 3, block_size=2, T=2)
     ("make", "options", "message"),
     [
         (lambda: small(enc="rate"), {}, "enc='rate' draws spikes at random; train the network with enc='current'"),
-        (hooked, {}, "fc1 carries hooks: what they change cannot be written; remove them"),
+        (hooked, {}, "fc1 carries hooks: what they change cannot be written; remove them, those of"),
         (silenced, {}, "lif1 has a number that is not finite"),
         (lambda: small(enc_bias=0.1, delay=2), {}, "fc1 delays an input that is standardised"),
         (lambda: torch.nn.Linear(2, 2), {}, "the network is a Linear; give a SpikingNetwork"),
+        (lambda: AveragedModel(small()), {}, "the network is a AveragedModel; give its .module"),
+        (
+            lambda: small().bfloat16(),
+            {},
+            "fc1.values is torch.bfloat16, whose rounding no C file repeats; give",
+        ),
+        (small, {"calibration": torch.zeros(0, 6), "input_scale": None}, r"calibration is \[0, 6\], without a number"),
         (
             lambda: quantize(small(), input_scale=1),
             {"held": False},

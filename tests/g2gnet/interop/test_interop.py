@@ -229,6 +229,24 @@ def test_a_file_of_nir_gives_the_same_network_back(options, tmp_path):
     assert net(SAMPLES).sum() > 0
 
 
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_weights_of_few_bits_stay_so_in_nir(recurrent, tmp_path):
+    net = trained_net(reset="zero", recurrent=recurrent)
+    net.quantize = 4
+    nir.write(tmp_path / "net.nir", to_nir(net))
+    graph = nir.read(tmp_path / "net.nir")
+    back = from_nir(graph, T=STEPS)
+    assert back.quantize == 4
+    assert torch.equal(back(SAMPLES), net(SAMPLES))
+    assert all(len(layer.weights()[0].unique()) <= 16 for layer in back.connections().values())
+    graph.nodes["fc2"].metadata["bits"] = np.array(8)
+    with pytest.raises(ValueError, match="the weights of nodes have other numbers of bits"):
+        from_nir(graph, T=STEPS)
+    graph.nodes["fc2"].metadata["bits"] = np.array(5)
+    with pytest.raises(ValueError, match="node fc2: metadata: bits=5 is not one of 8, 4; correct or delete it"):
+        from_nir(graph, T=STEPS)
+
+
 def one_layer():
     torch.manual_seed(0)
     neurons = Synaptic(neurons=40, syn_decay=0.6, beta=0.8, reset="zero")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from examples import event_data
+from examples import cortex_m, event_data
 
 
 def test_events_become_counts_in_equal_windows():
@@ -25,3 +25,17 @@ def test_the_direction_of_an_edge_is_learned_from_events():
     assert x.shape == (event_data.TIME_BINS, 6, 512)
     assert labels.tolist() == [0, 1, 2, 3, 0, 1]
     assert event_data.main(train_count=256, test_count=64, epochs=4) > 0.75  # 0.25 by chance
+
+
+@pytest.mark.long
+@pytest.mark.skipif(bool(cortex_m.missing()), reason=f"there is no {', '.join(cortex_m.missing())}")
+def test_a_cortex_m7_has_the_outputs_of_pytorch(tmp_path, capsys):
+    assert cortex_m.main(["--epochs", "1", "--images", "3", "--folder", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("the outputs for 3 images are those of PyTorch, here and as a Cortex-M7") == 2
+
+
+def test_compilers_that_are_missing_are_named_before_anything_is_trained(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert cortex_m.main(["--folder", str(tmp_path / "none")]) == 1
+    assert "cc, arm-none-eabi-gcc, qemu-system-arm cannot be found; on Debian:" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

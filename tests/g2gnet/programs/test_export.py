@@ -1,10 +1,15 @@
 """``g2g-export``: a checkpoint as C."""
 
 import json
+import shlex
 import shutil
+from pathlib import Path
 
-from tiny_checkpoints import train_tiny
+import torch
+from tiny_checkpoints import TINY, train_tiny
 
+import train
+from g2gnet import load
 from g2gnet.base.files import replace_file
 from g2gnet.interop import c_code
 from g2gnet.programs import export
@@ -21,6 +26,28 @@ def test_a_checkpoint_becomes_c_and_its_accuracy_is_said(tmp_path, monkeypatch, 
         assert said["samples"] == 100
         assert abs(said["accuracy"] - said["accuracy_in_c"]) <= (0.1 if bits == "8" else 0)
         assert f"{said['constant_bytes']:,} bytes of constants" in capsys.readouterr().out
+
+
+def test_training_goes_on_in_few_bits_from_another_run_and_is_written_in_these(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train_tiny(tmp_path, "--model mixer --standardize --lr 3e-3").rename("first.pth")
+    flags = [*TINY, *shlex.split("--model mixer --standardize --quantize 4 --start first.pth --epochs 1")]
+    assert train.main([*flags, "--checkpoint_dir", "none", "--hidden_dim", "32"]) == 2
+    assert "start=first.pth cannot be trained on: its network is another:\n  hidden_dim: 64 there" in (
+        said := capsys.readouterr().err
+    )
+    assert "give a checkpoint of a run with the same model flags" in said
+    # steps that hardly change a weight leave the first network, which now computes in four bits
+    assert train.main([*flags, "--checkpoint_dir", "few", "--lr", "1e-12", "--weight_decay", "0"]) == 0
+    (second,) = Path("few").glob("*.pth")
+    torch.testing.assert_close(load(second).state_dict(), load("first.pth").state_dict(), rtol=0, atol=1e-9)
+    assert load(second).quantize == 4
+    assert export.main([str(second), "--samples", "100", "--json", "said.json"]) == 0
+    said = json.loads(Path("said.json").read_text())
+    assert said["bits"] == 4
+    assert abs(said["accuracy"] - said["accuracy_in_c"]) <= 0.01  # floats of four bits and these in integers
+    assert train.main([*flags, "--checkpoint_dir", "few", "--json", "first.pth"]) == 1
+    assert "will not replace first.pth: it is a file that this program reads" in capsys.readouterr().err
 
 
 def test_what_cannot_be_written_is_named_with_the_flag(tmp_path, monkeypatch, capsys):

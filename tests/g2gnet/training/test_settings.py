@@ -103,6 +103,7 @@ def test_a_number_outside_of_its_range_is_named(interval, name):
         ({"standardize": True, "enc": "rate"}, "standardize makes .* not spike probabilities .* give `enc=current`"),
         ({"optimizer": "adamw", "weight_decay": 1000.0}, "adamw takes, must be below 1; lower one of them"),
         ({"optimizer": "adamw", "weight_decay": 0.0}, "adamw has no effect with weight_decay=0.0; give `weight_decay`"),
+        ({"quantize": 3}, "quantize=3 is not one of 8, 4; give one, or leave it out"),
         ({"patience": 3}, "patience=3 has no effect without validation; give `validation`, or leave it out"),
         ({"validation": 0.1, "patience": 2, "enforce_sparsity": True}, "patience=2 could end training before enforce"),
         ({"sequence": "own"}, "sequence=own is of data of your own, but fashionmnist has images; give `sequence=rows`"),
@@ -131,7 +132,7 @@ def test_bad_values_are_named_with_range_and_remedy(options, message):
 
 
 def test_folds_hold_images_out_themselves():
-    for name, value in {"validation": 0.1, "patience": 2, "validation_seed": 1}.items():
+    for name, value in {"validation": 0.1, "patience": 2, "validation_seed": 1, "start": "a.pth"}.items():
         message = f"^{name}={value} is of single runs: each fold is held out in turn.*leave `{name}` out$"
         with pytest.raises(SettingsError, match=message):
             FoldSettings(**{name: value})

@@ -13,9 +13,10 @@ from benchmarks.machine import pytorch_threads
 from g2g_kernels import BlockMask, Connection, GroupLayout, Neurons, Population, g2g_linear, g2g_stack
 from g2g_kernels.cpu import library, plans
 from g2g_kernels.cpu.workspace import workspace
-from g2g_kernels.ops.g2g_stack import recurrent_lists
+from g2g_kernels.ops.g2g_stack import Delay, explain, recurrent_lists
 from g2g_kernels.ops.neurons import MODELS, RESETS
 from g2g_kernels.ops.neurons.surrogates import SURROGATES
+from g2g_kernels.ops.record import built, opened
 
 pytestmark = pytest.mark.skipif(library.unavailable() is not None, reason="the compiled kernels are not built")
 
@@ -191,6 +192,86 @@ def test_a_run_in_parts_and_in_chunks_is_the_whole_run(model, parameters):
         assert torch.equal(found, counts)
         for mine, theirs in zip(of_parts, grads, strict=True):
             assert_close(mine, theirs.double())
+
+
+# --- by events, without gradients -------------------------------------------------------------------------------
+
+NETWORKS = {
+    "model": MODELS,
+    "reset": RESETS,
+    "delay": ("none", "one", "per neuron"),
+    "onto": (None, "membrane"),
+    "batch": (1, 3),
+    "inputs": ("spikes", "floats", "held"),
+    "threads": (1, 2),
+    "neurons": ("all", "reached", ""),
+    "dtype": (torch.float32, torch.float64),
+}
+MORE = dict.fromkeys(("state", "dropped", "per_neuron", "bias"), (False, True))
+
+
+def network(model, reset, delay, onto, batch, inputs, dtype, state=False, dropped=False, per_neuron=False, bias=False, seed=0, steps=40):
+    """The arguments of ``g2g_stack`` for two populations of different models that reach one another."""
+    sizes, into, draw = (70, 33), 9, seeded(seed + batch)
+
+    def joined(source, target, kind, density, scale, port=None, own_bias=False):
+        size = into if source < 0 else sizes[source]
+        mask, values = weights(sizes[target], size, 1, density, seed + 7 * source + target, scale)
+        late = {"none": None, "one": Delay(3, 3), "per neuron": Delay(1, 6, torch.randint(1, 7, (size,), generator=draw))}
+        of_target = 0.1 * torch.randn(sizes[target], generator=draw).to(dtype) if own_bias else None
+        return Connection("linear", values.to(dtype), mask, source, late[kind], of_target, None, port)
+
+    populations = []
+    for number, (size, own_model) in enumerate(zip(sizes, (model, "cubalif"), strict=True)):
+        names = MODELS[own_model].parameters
+        count = size if per_neuron else 1
+        spans = [{"threshold": (0.3, 0.7), "refractory": (4.0, 0.0), "reset_current": (2.0, 0.0)}.get(name, (0.6, 0.3)) for name in names]
+        parameters = [torch.rand(count, generator=draw, dtype=torch.float64) * span + least for span, least in spans]
+        parameters = [each.floor() if name in ("refractory", "reset_current") else each for name, each in zip(names, parameters, strict=True)]
+        neurons = Neurons(own_model, tuple([each.to(dtype) for each in parameters]), reset)
+        own = [joined(-1, 0, "none", 0.6, 1.0, onto, bias), joined(0, 0, "one", 0.1, 0.8), joined(1, 0, "per neuron", 0.3, 0.8, onto)]
+        own = own if number == 0 else [joined(0, 1, delay, 0.3, 0.8), joined(-1, 1, delay, 0.3, 0.5, "membrane")]
+        populations.append(Population(
+            neurons, tuple(own),
+            torch.rand(batch, size, generator=draw) < 0.2 if dropped else None,
+            torch.rand(len(MODELS[own_model].states), batch, size, generator=draw).mul(1.2).to(dtype) if state else None,
+            (torch.rand(6, batch, size, generator=draw) < 0.2).to(dtype) if state else None,
+        ))
+    x = torch.randn((batch, into) if inputs == "held" else (steps, batch, into), generator=draw).to(dtype)
+    x = (x > 1).to(dtype) if inputs == "spikes" else x
+    before = (torch.rand(6, batch, into, generator=draw) < 0.2).to(dtype) if state and delay != "none" else None
+    return x, populations, steps if inputs == "held" else None, before
+
+
+@every_pair(**NETWORKS, **MORE)
+def test_networks_by_events_are_those_of_float64(
+    monkeypatch, model, reset, delay, onto, batch, inputs, threads, neurons, dtype, state, dropped, per_neuron, bias
+):
+    monkeypatch.setenv("G2G_CPU_NEURONS", neurons)
+    of = model, reset, delay, onto, batch, inputs, dtype, state, dropped, per_neuron, bias
+    x, populations, steps, before = network(*of)
+    given = {"steps": steps, "before": before}
+    assert explain(x, populations, backend="cpu", **given).way.name == "cpu events"
+    with pytorch_threads(threads):
+        found = g2g_stack(x, populations, backend="cpu", **given)
+
+    def exact(part):
+        tensors, form = opened(part)
+        return built(form, [each.double().nan_to_num() if each.is_floating_point() else each for each in tensors])
+
+    x, populations, before = exact((x, tuple(populations), before))
+    expected = g2g_stack(x, populations, steps, "torch", before=before)
+    for mine, theirs in zip(found.spikes, expected.spikes, strict=True):
+        assert mine.dense().dtype == dtype
+        assert torch.equal(mine.dense().double(), theirs.dense())
+        assert torch.equal(mine.events(), theirs.events())
+        assert theirs.dense().any()
+    of_both = zip((found.counts, *found.rates, *found.states), (expected.counts, *expected.rates, *expected.states), strict=True)
+    for mine, theirs in of_both:
+        assert (mine.double() - theirs).abs().max() <= (CLOSE if dtype == torch.float32 else 1e-12) * (1 + theirs.abs().max())
+    for mine, theirs in zip(found.sent, expected.sent, strict=True):
+        assert (mine is None) == (theirs is None)
+        assert mine is None or torch.equal(mine.dense().double(), theirs.dense())
 
 
 def call() -> recurrent_lists.LoopCall:

@@ -2,14 +2,9 @@
 // visits. Spikes are lists, too, and a delay is the place of a list in a ring; nothing of [T][B][N] is formed.
 //
 // A sample is one task, since samples fire at other times and share no list. In a step each population, in an order that
-// connections without a delay allow, takes what arrives and gives its spikes. There are two ways to do so:
-//
-//   AllNeurons   passes over all neurons, a vector at a time. What arrives is added up before.
-//   Reached      visits neurons that something arrives at, and those that may reach their threshold without it (*hot* ones).
-//                A neuron that is not visited is caught up later, in closed form.
-//
-// A population changes from one to the other by what its spikes have visited in the last steps, so by nothing that depends on
-// time or threads. In exact arithmetic both are equal. Sums have one order: connections as they are given, sources ascending.
+// connections without a delay allow, takes what arrives and gives its spikes. Neurons of the model CubaLif are visited where something
+// arrives or where they may fire without it, or all are passed over, a vector at a time; other models are always passed over. In exact
+// arithmetic visits and passes are equal. Sums have one order: connections as they are given, sources ascending.
 #pragma once
 
 #include <algorithm>
@@ -35,12 +30,6 @@ struct Arrival {
     int64_t count;
     Real factor;
     bool to_membrane;
-
-    // f(target, what arrives there)
-    template <class F>
-    void each(const F& f) const {
-        for (int64_t e = 0; e < count; ++e) f(target[e], factor * weight[e]);
-    }
 };
 using Arrivals = std::vector<Arrival>;
 
@@ -76,9 +65,11 @@ struct SharedPopulation {
     const ModelInfo& model = model_info(given.neurons);
     int64_t size = given.size, padded = (size + W - 1) / W * W;
     std::vector<OfNeurons> parameters;
-    std::vector<Real> decayed;      // of Reached, [steps + 1][3]: what is left of u and of g after so many steps, and what g gave to u
-    Real kappa = 0;                 // the most that a g of 1 gives to u in any time
-    bool bounded = false;           // u stays below max(u, g, 0) until something arrives
+    // of Visits: [steps + 1][3], what is left of u and of g after so many steps, and what a g of 1 has given to u; the most of that in
+    // any time; whether u stays below max(u, g, 0)
+    std::vector<Real> decayed;
+    Real kappa = 0;
+    bool bounded = false;
 
     explicit SharedPopulation(const ListPopulation& population) : given(population) {
         for (int k = 0; k < model.parameters; ++k)
@@ -93,181 +84,225 @@ struct Held {
     bool any() const { return !at[0].empty() || !at[1].empty(); }
 };
 
-// A number of steps, of which a neuron counts no parts.
+// A number of steps; a part of one is a whole one.
 inline int32_t steps_of(Real number) { return static_cast<int32_t>(std::min(std::ceil(number), Real(1 << 29))); }
 
-// --- all neurons ------------------------------------------------------------------------------------------------
+// A population of a sample.
+struct Stepper {
+    virtual ~Stepper() = default;
+    // Takes what arrives in step t; appends the neurons that fire in it, ascending.
+    virtual void step(int32_t t, const Arrivals& arrivals, std::vector<int32_t>& fired) = 0;
+    // The states after the last step, t, each `stride` after the one before it.
+    virtual void end(int32_t t, Real* states, int64_t stride) = 0;
+};
+
+// f(arrival, target, what arrives there) for all that arrives, and ahead(target) some time before.
+template <class F, class Ahead>
+void each_weight(const Arrivals& arrivals, const Ahead& ahead, const F& f) {
+    constexpr int64_t kAhead = 8;
+    for (size_t i = 0; i < arrivals.size(); ++i) {
+        if (i + kListsAhead < arrivals.size()) fetch(arrivals[i + kListsAhead]);
+        const Arrival arrival = arrivals[i];
+        for (int64_t e = 0; e < arrival.count; ++e) {
+            if (e + kAhead < arrival.count) ahead(arrival.target[e + kAhead]);
+            f(arrival, arrival.target[e], arrival.factor * arrival.weight[e]);
+        }
+    }
+}
+
+// --- any model --------------------------------------------------------------------------------------------------
 
 // Where the membrane takes a current of its own in a step from the states `before`, of a model whose current goes elsewhere.
 template <class M, int R>
 G2G_INLINE IntVec takes(const Vec (&before)[M::info.states], const Vec (&p)[M::info.parameters]) {
-    constexpr int S = M::info.states, P = M::info.parameters;
-    if constexpr (M::info.at_once) return (before[0] == Vec{}) & ~(M::compared(before, p) > p[P - 1]);
-    return R == kZero ? ~(before[S - 1] > p[P - 1]) : Vec{} == Vec{};
+    return R == kZero ? ~(before[M::info.states - 1] > p[M::info.parameters - 1]) : Vec{} == Vec{};
 }
 
+// Passes over all neurons. What arrives is added up before.
 template <class M, int R>
-struct AllNeurons {
+struct AllNeurons : Stepper {
     static constexpr int S = M::info.states, P = M::info.parameters;
-    enum Mark : uint8_t { kArrived = 1, kWaiting = 2 };
     const SharedPopulation& shared;
     const Held& held;
     std::vector<Real> states, arrived[2];  // [states][padded]; what has arrived at the current and at the membrane
-    std::vector<uint8_t> marks;  // of each vector: whether something has; whether a neuron may be refractory
+    std::vector<uint8_t> reached;          // of each vector: whether something has
 
-    AllNeurons(const SharedPopulation& population, const Held& constant) : shared(population), held(constant) {
+    AllNeurons(const SharedPopulation& population, const Held& constant, const Real* before, int64_t stride)
+        : shared(population), held(constant) {
         states.resize(S * shared.padded);
-        marks.resize(shared.padded / W, kWaiting);
+        reached.resize(shared.padded / W);
+        for (int s = 0; before && s < S; ++s) std::copy_n(before + s * stride, shared.size, states.begin() + s * shared.padded);
     }
 
-    template <class F>  // fires(neuron)
-    void step(const Arrivals& arrivals, const F& fires) {
-        for (size_t i = 0; i < arrivals.size(); ++i) {
-            if (i + kListsAhead < arrivals.size()) fetch(arrivals[i + kListsAhead]);
-            std::vector<Real>& sums = arrived[arrivals[i].to_membrane];
-            if (sums.empty()) sums.resize(shared.padded);
-            Real* const to = sums.data();
-            uint8_t* const mark = marks.data();
-            arrivals[i].each([&](int32_t n, Real x) { to[n] += x, mark[n / W] |= kArrived; });
+    void step(int32_t, const Arrivals& arrivals, std::vector<int32_t>& fired) override {
+        for (const Arrival& arrival : arrivals) arrived[arrival.to_membrane].resize(shared.padded);
+        Real* const to[2] = {arrived[0].data(), arrived[1].data()};
+        uint8_t* const any = reached.data();
+        each_weight(
+            arrivals, [](int32_t) {},
+            [&](const Arrival& arrival, int32_t n, Real x) { to[arrival.to_membrane][n] += x, any[n / W] = 1; });
+        for (int64_t i = 0; i < shared.padded; i += W) {
+            const Vec current = take(0, i), membrane = take(1, i);
+            reached[i / W] = 0;
+            Vec before[S], now[S], p[P];
+            for (int s = 0; s < S; ++s) now[s] = before[s] = load(states.data() + s * shared.padded + i);
+            for (int k = 0; k < P; ++k) p[k] = shared.parameters[k].vector(i);
+            M::template charge<R>(now, current, p);
+            now[S - 1] = takes<M, R>(before, p) ? now[S - 1] + membrane : now[S - 1];
+            for (int s = 0; s < S; ++s) store(states.data() + s * shared.padded + i, now[s]);
+            for (uint64_t bits = greater_bits(now[S - 1], p[P - 1]); bits; bits &= bits - 1) {
+                const int64_t n = i + __builtin_ctzll(bits);
+                if (n < shared.size) fired.push_back(static_cast<int32_t>(n));
+            }
         }
-        const bool to_membrane = !arrived[1].empty() || !held.at[1].empty();
-        if (held.any())
-            pass<true, true>(fires);
-        else
-            to_membrane ? pass<true, false>(fires) : pass<false, false>(fires);
+    }
+    void end(int32_t, Real* after, int64_t stride) override {
+        for (int s = 0; s < S; ++s) std::copy_n(states.begin() + s * shared.padded, shared.size, after + s * stride);
     }
 
 private:
     // What arrives at a vector of neurons.
-    static Vec take(Real* arrived, const Real* held, int64_t i) {
-        Vec sum = held ? load(held + i) : Vec{};
-        if (arrived) {
-            sum += load(arrived + i);
-            store(arrived + i, Vec{});
+    Vec take(int port, int64_t i) {
+        Vec sum = held.at[port].empty() ? Vec{} : load(held.at[port].data() + i);
+        if (reached[i / W] && !arrived[port].empty()) {
+            sum += load(arrived[port].data() + i);
+            store(arrived[port].data() + i, Vec{});
         }
         return sum;
     }
-    template <class V>
-    static auto data_of(V& numbers) {
-        return numbers.empty() ? nullptr : numbers.data();
+};
+
+// --- CubaLif ----------------------------------------------------------------------------------------------------
+//
+// Where ready, in step t:  u ← β·u + c·g, then g ← γ·g;  a spike where u > θ;  without one, what arrives is added. Since it is added
+// last, all that happens between two arrivals is a linear step, which n times over is u ← βⁿ·u + cₙ·g, g ← γⁿ·g.
+
+// A neuron after a step. It is ready from step `ready` on.
+struct CubaLifState {
+    Real u, g;
+    int32_t ready;
+};
+
+template <int R>
+struct Firing {
+    const OfNeurons &refractory, &resets_current;
+
+    explicit Firing(const SharedPopulation& shared) : refractory(shared.parameters[3]), resets_current(shared.parameters[4]) {}
+    // The state after a spike in step t.
+    CubaLifState state(int32_t n, int32_t t, Real u, Real g, Real theta) const {
+        const Real left = R == kZero ? Real(0) : R == kSubtract ? u - theta : u;
+        return {left, resets_current.of(n) > 0 ? Real(0) : g, t + std::max(steps_of(refractory.of(n)), 1)};
+    }
+};
+
+// Passes over all neurons. Those that are not ready are passed over as well, and then set to what they were.
+template <int R>
+struct Passes {
+    struct Frozen {
+        int32_t neuron;
+        CubaLifState state;
+    };
+    const SharedPopulation& shared;
+    const Held& held;
+    const Firing<R> firing{shared};
+    std::vector<Real> u, g;
+    std::vector<int32_t> ready;
+    std::vector<Frozen> frozen;
+
+    Passes(const SharedPopulation& population, const Held& constant) : shared(population), held(constant) {
+        u.resize(shared.padded), g.resize(shared.padded), ready.resize(shared.size);
+    }
+    void set(int32_t n, int32_t t, const CubaLifState& state) {
+        u[n] = state.u, g[n] = state.g, ready[n] = state.ready;
+        if (state.ready > t + 1) frozen.push_back({n, state});
+    }
+    CubaLifState get(int32_t n, int32_t) const { return {u[n], g[n], ready[n]}; }
+
+    void step(int32_t t, const Arrivals& arrivals, std::vector<int32_t>& fired) {
+        const auto& p = shared.parameters;
+        const bool alike = !p[0].step && !p[1].step && !p[2].step && !p[5].step;
+        alike ? pass<true>(t, fired) : pass<false>(t, fired);
+        Real* const to[2] = {g.data(), u.data()};
+        each_weight(
+            arrivals, [](int32_t) {},
+            [&](const Arrival& arrival, int32_t n, Real x) { to[arrival.to_membrane][n] += x; });
+        for (int port = 0; port < 2; ++port)
+            for (size_t i = 0; i < held.at[port].size(); i += W) store(to[port] + i, load(to[port] + i) + load(held.at[port].data() + i));
+        size_t kept = 0;
+        for (const Frozen& each : frozen) {
+            u[each.neuron] = each.state.u, g[each.neuron] = each.state.g;
+            if (each.state.ready > t + 1) frozen[kept++] = each;
+        }
+        frozen.resize(kept);
     }
 
-    template <bool ToMembrane, bool IsHeld, class F>
-    void pass(const F& fires) {
-        // copies, which no store of the loop can change
-        const int64_t padded = shared.padded, size = shared.size;
-        Real *const state = states.data(), *const to[2] = {data_of(arrived[0]), data_of(arrived[1])};
-        const Real* const constant[2] = {data_of(held.at[0]), data_of(held.at[1])};
-        uint8_t* const mark = marks.data();
-        const Real* numbers[P];
-        int64_t step[P];
-        for (int k = 0; k < P; ++k) numbers[k] = shared.parameters[k].numbers.data(), step[k] = shared.parameters[k].step;
+private:
+    template <bool Alike>
+    void pass(int32_t t, std::vector<int32_t>& fired) {
+        const int64_t padded = shared.padded;
+        Real *const at_u = u.data(), *const at_g = g.data();
+        const OfNeurons* const p = shared.parameters.data();
+        const Vec of_all[] = {p[0].vector(0), p[1].vector(0), p[2].vector(0), p[5].vector(0)};
+        const auto of = [&](int k, int64_t i) { return Alike ? of_all[k] : p[k == 3 ? 5 : k].vector(i); };
         for (int64_t i = 0; i < padded; i += W) {
-            const uint8_t own = mark[i / W];
-            Vec current{}, membrane{};
-            if (IsHeld || own & kArrived) {
-                current = take(to[0], constant[0], i);
-                if (ToMembrane) membrane = take(to[1], constant[1], i);
-                mark[i / W] = own & ~kArrived;
-            }
-            const Vec theta = load(numbers[P - 1] + i * step[P - 1]);
-            if constexpr (M::info.at_once) {
-                if (!(own & kWaiting)) {  // the same step, for neurons that are not refractory and do not fire
-                    Real *const at_g = state + padded + i, *const at_u = at_g + padded;
-                    const Vec alpha = load(numbers[0] + i * step[0]), beta = load(numbers[1] + i * step[1]);
-                    const Vec g = load(at_g), u = beta * load(at_u) + load(numbers[2] + i * step[2]) * g;
-                    if (__builtin_expect(!greater_bits(u, theta), 1)) {
-                        store(at_g, alpha * g + current);
-                        store(at_u, ToMembrane ? u + membrane : u);
-                        continue;
-                    }
-                }
-            }
-            Vec before[S], now[S], p[P];
-            for (int s = 0; s < S; ++s) now[s] = before[s] = load(state + s * padded + i);
-            for (int k = 0; k < P; ++k) p[k] = load(numbers[k] + i * step[k]);
-            M::template charge<R>(now, current, p);
-            if (ToMembrane) now[S - 1] = takes<M, R>(before, p) ? now[S - 1] + membrane : now[S - 1];
-            uint64_t bits = greater_bits(compared<M>(before, now[S - 1], p), theta);
-            for (int s = 0; s < S; ++s) store(state + s * padded + i, now[s]);
-            if (M::info.at_once) mark[i / W] = greater_bits(now[0], Vec{}) ? kWaiting : 0;
-            for (; bits; bits &= bits - 1) {
-                const int64_t n = i + __builtin_ctzll(bits);
-                if (n < size) fires(static_cast<int32_t>(n));
+            const Vec before = load(at_g + i), now = of(1, i) * load(at_u + i) + of(2, i) * before;
+            store(at_g + i, of(0, i) * before);
+            store(at_u + i, now);
+            for (uint64_t bits = greater_bits(now, of(3, i)); __builtin_expect(bits != 0, 0); bits &= bits - 1) {
+                const auto n = static_cast<int32_t>(i + __builtin_ctzll(bits));
+                if (n >= shared.size || ready[n] > t) continue;
+                const CubaLifState after = firing.state(n, t, u[n], g[n], p[5].of(n));
+                ready[n] = after.ready;
+                frozen.push_back({n, after});
+                fired.push_back(n);
             }
         }
     }
 };
 
-// --- those that something reaches -------------------------------------------------------------------------------
-
-// What CubaLif neurons do where they are left alone: u ← βⁿ·u + cₙ·g, g ← γⁿ·g; and what bounds u then, which holds for
-// c ≥ 0 and, of `bounded`, for β + c ≤ 1, where u moves to a mean of itself, of g and of 0.
-inline void prepare_reached(SharedPopulation& shared, int64_t steps) {
-    const auto& p = shared.parameters;
-    if (!shared.model.at_once || p[0].step || p[1].step || p[2].step || p[4].step) return;
-    const double decay_g = p[0].of(0), decay_u = p[1].of(0), gain = p[2].of(0);
-    if (!(gain >= 0 && std::isfinite(gain))) return;
-    shared.bounded = decay_u + gain <= 1;
-    double u = 1, g = 1, given = 0;
-    shared.decayed.resize(3 * (steps + 2));
-    for (int64_t n = 0; n < steps + 2; ++n) {
-        shared.decayed[3 * n] = static_cast<Real>(u);
-        shared.decayed[3 * n + 1] = static_cast<Real>(g);
-        shared.decayed[3 * n + 2] = static_cast<Real>(given);
-        shared.kappa = std::max(shared.kappa, static_cast<Real>(given));
-        given = decay_u * given + gain * g, u *= decay_u, g *= decay_g;
-    }
-}
-
+// Visits neurons that something arrives at, and *hot* ones, which may reach their threshold without it. Others are caught up when they
+// are visited. While nothing arrives u stays below max(u, g, 0), if β + c ≤ 1, and below max(u, 0) + κ·max(g, 0), κ = max cₙ.
 template <int R>
-struct Reached {
+struct Visits {
     struct State {
         Real u, g;
-        int32_t at;  // the step after which they hold
-        uint32_t ready : 31, hot : 1;  // the first step that is not refractory; whether it is among the hot ones
+        int32_t at;                    // the step after which they hold
+        uint32_t ready : 31, hot : 1;
     };
     const SharedPopulation& shared;
-    std::vector<State> state;
+    const Firing<R> firing{shared};
+    std::vector<State> states;
     std::vector<int32_t> hot;
     const Real *const decayed = shared.decayed.data(), *const thetas = shared.parameters[5].numbers.data();
     const int64_t theta_step = shared.parameters[5].step;
-    const bool bounded = shared.bounded, resets_current = shared.parameters[4].of(0) > 0;
+    const bool bounded = shared.bounded;
     const Real kappa = shared.kappa;
 
-    explicit Reached(const SharedPopulation& population) : shared(population) { state.resize(shared.size); }
-
-    // Whether a neuron cannot reach its threshold alone, nor by rounding.
-    bool quiet(Real u, Real g, Real theta) const {
-        constexpr Real kRounding = 32 * (sizeof(Real) == 4 ? Real(0x1p-23) : Real(0x1p-52));
-        const Real limit = theta - std::abs(theta) * kRounding;
-        return (bounded && limit >= 0 && u <= limit && g <= limit) || std::max(u, Real(0)) + kappa * std::max(g, Real(0)) <= limit;
+    explicit Visits(const SharedPopulation& population) : shared(population) { states.resize(shared.size); }
+    void set(int32_t n, int32_t t, const CubaLifState& state) {
+        State& s = states[n];
+        put(s, std::max(state.ready - 1, t), state);
+        heat(s, n);
     }
-    void heat(State& s, int32_t n) {
-        if (!s.hot && !quiet(s.u, s.g, thetas[n * theta_step])) s.hot = 1, hot.push_back(n);
-    }
-    void catch_up(State& s, int32_t t) const {
-        const Real* const left = decayed + 3 * int64_t{t - s.at};
-        s.u = left[0] * s.u + left[2] * s.g, s.g *= left[1], s.at = t;
+    CubaLifState get(int32_t n, int32_t t) {
+        State& s = states[n];
+        if (s.at < t) catch_up(s, t);
+        return {s.u, s.g, static_cast<int32_t>(s.ready)};
     }
 
-    template <class F>
-    void step(int32_t t, const Arrivals& arrivals, const F& fires) {
+    void step(int32_t t, const Arrivals& arrivals, std::vector<int32_t>& fired) {
         size_t kept = 0;
-        for (size_t i = 0; i < hot.size(); ++i) {
-            const int32_t n = hot[i];
-            State& s = state[n];
+        for (const int32_t n : hot) {
+            State& s = states[n];
             if (t >= static_cast<int32_t>(s.ready)) {
                 const Real theta = thetas[n * theta_step];
                 catch_up(s, t);
                 if (s.u > theta) {
-                    fires(n);
-                    s.u = R == kZero ? Real(0) : R == kSubtract ? s.u - theta : s.u;
-                    if (resets_current) s.g = 0;
-                    s.ready = t + std::max(steps_of(shared.parameters[3].of(n)), 1);
-                    s.at = s.ready - 1;
+                    const CubaLifState after = firing.state(n, t, s.u, s.g, theta);
+                    put(s, after.ready - 1, after);
+                    fired.push_back(n);
                 }
-                if (quiet(s.u, s.g, theta)) {
+                if (quiet(s, theta)) {
                     s.hot = 0;
                     continue;
                 }
@@ -275,119 +310,127 @@ struct Reached {
             hot[kept++] = n;
         }
         hot.resize(kept);
-        for (size_t i = 0; i < arrivals.size(); ++i) {
-            if (i + kListsAhead < arrivals.size()) fetch(arrivals[i + kListsAhead]);
-            const Arrival& arrival = arrivals[i];
-            for (int64_t e = 0; e < arrival.count; ++e) {
-                constexpr int64_t kAhead = 8;
-                if (e + kAhead < arrival.count) __builtin_prefetch(&state[arrival.target[e + kAhead]], 1);
-                State& s = state[arrival.target[e]];
-                if (t < static_cast<int32_t>(s.ready)) continue;  // it is refractory, or fires in this step
+        std::sort(fired.begin(), fired.end());
+        each_weight(
+            arrivals, [&](int32_t n) { __builtin_prefetch(&states[n], 1); },
+            [&](const Arrival& arrival, int32_t n, Real x) {
+                State& s = states[n];
+                if (t < static_cast<int32_t>(s.ready)) return;
                 if (s.at < t) catch_up(s, t);
-                (arrival.to_membrane ? s.u : s.g) += arrival.factor * arrival.weight[e];
-                heat(s, arrival.target[e]);
-            }
-        }
+                (arrival.to_membrane ? s.u : s.g) += x;
+                heat(s, n);
+            });
+    }
+
+private:
+    static void put(State& s, int32_t at, const CubaLifState& state) {
+        s.u = state.u, s.g = state.g, s.at = at, s.ready = static_cast<uint32_t>(std::max(state.ready, 0));
+    }
+    // Whether a neuron cannot reach its threshold alone, nor by rounding.
+    bool quiet(const State& s, Real theta) const {
+        constexpr Real kRounding = 32 * (sizeof(Real) == 4 ? Real(0x1p-23) : Real(0x1p-52));
+        const Real limit = theta - std::abs(theta) * kRounding;
+        return (bounded && limit >= 0 && s.u <= limit && s.g <= limit) ||
+               std::max(s.u, Real(0)) + kappa * std::max(s.g, Real(0)) <= limit;
+    }
+    void heat(State& s, int32_t n) {
+        if (!s.hot && !quiet(s, thetas[n * theta_step])) s.hot = 1, hot.push_back(n);
+    }
+    void catch_up(State& s, int32_t t) const {
+        const Real* const left = decayed + 3 * int64_t{t - s.at};
+        s.u = left[0] * s.u + left[2] * s.g, s.g *= left[1], s.at = t;
     }
 };
 
-// --- a population of a sample -----------------------------------------------------------------------------------
+// What Visits reads of a population; nothing where it cannot serve: where neurons have decays of their own, or g lowers u.
+inline void prepare_visits(SharedPopulation& shared, int64_t steps) {
+    const auto& p = shared.parameters;
+    if (!shared.model.at_once || p[0].step || p[1].step || p[2].step) return;
+    const double decay_g = p[0].of(0), decay_u = p[1].of(0), gain = p[2].of(0);
+    if (!(gain >= 0 && std::isfinite(gain))) return;
+    shared.bounded = decay_u + gain <= 1;
+    double u = 1, g = 1, given = 0;
+    for (int64_t n = 0; n <= steps; ++n) {
+        for (const double each : {u, g, given}) shared.decayed.push_back(static_cast<Real>(each));
+        shared.kappa = std::max(shared.kappa, static_cast<Real>(given));
+        given = decay_u * given + gain * g, u *= decay_u, g *= decay_g;
+    }
+}
 
-struct Stepper {
-    virtual ~Stepper() = default;
-    // Takes what arrives in step t; appends the neurons that fire in it, ascending.
-    virtual void step(int32_t t, const Arrivals& arrivals, std::vector<int32_t>& fired) = 0;
-    // The states [states][B][N] of one sample, `stride` apart, before the first step, and after the last step, t.
-    virtual void begin(const Real* states, int64_t stride) = 0;
-    virtual void end(int32_t t, Real* states, int64_t stride) = 0;
-};
-
-// Nanoseconds of a neuron in a pass over all, of a weight that is added up for it, of a hot neuron, and of a weight that
-// visits a neuron (PERFORMANCE.md).
-constexpr double kPassed = 0.16, kAdded = 1.2, kHot = 3.0, kVisited = 8.0;
-// Steps that are counted before a change, and steps without one after a change that did not pay.
+// Nanoseconds of a neuron in a pass, of a weight that is added there, of a hot neuron, and of a weight that visits one
+// (PERFORMANCE.md).
+constexpr double kPassed = 0.16, kAdded = 4.0, kHot = 3.0, kVisited = 8.0;
+// Steps that are counted before a change, and steps without one after visits that cost more.
 constexpr int32_t kCounted = 64, kStays = 2048;
 
-template <class M, int R>
-struct Neuronal : Stepper {
-    static constexpr int S = M::info.states;
-    static constexpr bool kReached = std::is_same_v<M, CubaLif>;
+// By visits or by passes, whichever its last steps would have been cheaper by: nothing that depends on time or on threads.
+template <int R>
+struct CubaLifs : Stepper {
     const SharedPopulation& shared;
     const Held& held;
-    const double visit_cost;  // a factor on the cost of Reached; 0: always that, ∞: never
-    const bool can_be_reached;
-    std::unique_ptr<AllNeurons<M, R>> all;
-    std::unique_ptr<Reached<R>> reached;
-    int64_t added = 0, hot = 0;  // since `counted`
+    const double visit_cost;  // a factor on the cost of visits; 0: always these, ∞: never
+    const bool can_visit = !shared.decayed.empty() && !held.any() && visit_cost < INFINITY;
+    std::unique_ptr<Passes<R>> passes;
+    std::unique_ptr<Visits<R>> visits;
+    int64_t added = 0, hot = 0;  // since step `counted`
     int32_t counted = 0;
 
-    Neuronal(const SharedPopulation& population, const Held& constant, double cost)
-        : shared(population), held(constant), visit_cost(cost),
-          can_be_reached(kReached && !shared.decayed.empty() && !held.any() && cost < INFINITY) {}
-
-    void begin(const Real* states, int64_t stride) override {
-        all = std::make_unique<AllNeurons<M, R>>(shared, held);
-        for (int s = 0; states && s < S; ++s)
-            std::copy(states + s * stride, states + s * stride + shared.size, all->states.begin() + s * shared.padded);
-        if (can_be_reached) reach(-1);
+    CubaLifs(const SharedPopulation& population, const Held& constant, double cost, const Real* before, int64_t stride)
+        : shared(population), held(constant), visit_cost(cost) {
+        const auto state = [&](int32_t n, int32_t) -> CubaLifState {
+            if (!before) return {0, 0, 0};
+            return {before[2 * stride + n], before[stride + n], steps_of(before[n])};
+        };
+        can_visit ? fill(visits, -1, state) : fill(passes, -1, state);
     }
 
     void step(int32_t t, const Arrivals& arrivals, std::vector<int32_t>& fired) override {
+        visits ? visits->step(t, arrivals, fired) : passes->step(t, arrivals, fired);
+        if (!can_visit) return;
         for (const Arrival& arrival : arrivals) added += arrival.count;
-        const auto fires = [&](int32_t n) { fired.push_back(n); };
-        if (reached) {
-            reached->step(t, arrivals, fires);
-            std::sort(fired.begin(), fired.end());
-            hot += reached->hot.size();
-        } else {
-            all->step(arrivals, fires);
-        }
-        if (can_be_reached && t + 1 - counted >= kCounted) change(t);
-    }
-
-    // Goes over to what would have been cheaper since `counted`; after a pass over all neurons their hot ones are not known.
-    void change(int32_t t) {
-        const double passes = (t + 1 - counted) * kPassed * shared.size + added * kAdded;
-        const double visits = visit_cost * (hot * kHot + added * kVisited);
+        hot += visits ? visits->hot.size() : 0;
+        if (t + 1 - counted < kCounted) return;
+        const double of_passes = kCounted * kPassed * shared.size + added * kAdded;
+        const double of_visits = visit_cost * (hot * kHot + added * kVisited);  // after passes without its hot neurons
         counted = t + 1, added = hot = 0;
-        if (reached && visits > 1.5 * passes)
-            pass_all(t), counted += kStays;
-        else if (!reached && 1.5 * visits < passes)
-            reach(t);
-    }
-
-    // The states after step t for visits, and for passes.
-    void reach(int32_t t) {
-        if constexpr (kReached) {
-            reached = std::make_unique<Reached<R>>(shared);
-            const Real *const f = all->states.data(), *const g = f + shared.padded, *const u = g + shared.padded;
-            for (int32_t n = 0; n < shared.size; ++n) {
-                auto& s = reached->state[n];
-                const int32_t waits = steps_of(f[n]);
-                s.u = u[n], s.g = g[n], s.at = t + waits, s.ready = t + 1 + waits;
-                reached->heat(s, n);
-            }
-            all.reset();
-        }
-    }
-    void pass_all(int32_t t) {
-        if constexpr (kReached) {
-            all = std::make_unique<AllNeurons<M, R>>(shared, held);
-            Real *const f = all->states.data(), *const g = f + shared.padded, *const u = g + shared.padded;
-            for (int32_t n = 0; n < shared.size; ++n) {
-                auto& s = reached->state[n];
-                if (s.at < t) reached->catch_up(s, t);
-                f[n] = static_cast<Real>(std::max(static_cast<int32_t>(s.ready) - (t + 1), 0)), g[n] = s.g, u[n] = s.u;
-            }
-            reached.reset();
+        if (visits && of_visits > 1.5 * of_passes) {
+            fill(passes, t, [&](int32_t n, int32_t now) { return visits->get(n, now); });
+            visits.reset();
+            counted += kStays;
+        } else if (passes && 1.5 * of_visits < of_passes) {
+            fill(visits, t, [&](int32_t n, int32_t now) { return passes->get(n, now); });
+            passes.reset();
         }
     }
 
     void end(int32_t t, Real* states, int64_t stride) override {
-        if (reached) pass_all(t);
-        for (int s = 0; s < S; ++s) std::copy_n(all->states.begin() + s * shared.padded, shared.size, states + s * stride);
+        for (int32_t n = 0; n < shared.size; ++n) {
+            const CubaLifState after = visits ? visits->get(n, t) : passes->get(n, t);
+            states[n] = static_cast<Real>(std::max(after.ready - (t + 1), 0));
+            states[stride + n] = after.g, states[2 * stride + n] = after.u;
+        }
+    }
+
+private:
+    // Makes passes, or visits, of the states after step t.
+    template <class Engine, class State>
+    void fill(std::unique_ptr<Engine>& engine, int32_t t, const State& state) {
+        if constexpr (std::is_same_v<Engine, Visits<R>>)
+            engine = std::make_unique<Engine>(shared);
+        else
+            engine = std::make_unique<Engine>(shared, held);
+        for (int32_t n = 0; n < shared.size; ++n) engine->set(n, t, state(n, t));
     }
 };
+
+template <class M, int R>
+std::unique_ptr<Stepper> stepper(const SharedPopulation& shared, const Held& held, double visit_cost, const Real* before,
+                                 int64_t stride) {
+    if constexpr (std::is_same_v<M, CubaLif>)
+        return std::make_unique<CubaLifs<R>>(shared, held, visit_cost, before, stride);
+    else
+        return std::make_unique<AllNeurons<M, R>>(shared, held, before, stride);
+}
 
 // --- a network --------------------------------------------------------------------------------------------------
 
@@ -490,7 +533,8 @@ class SampleRun {
             read_inputs(0);
             arrivals.clear();
             gather(each, 0);
-            for (const Arrival& arrival : arrivals) arrival.each([&](int32_t n, Real x) { sum[n] += x; });
+            each_weight(
+                arrivals, [](int32_t) {}, [&](const Arrival&, int32_t n, Real x) { sum[n] += x; });
         }
     }
 
@@ -508,11 +552,12 @@ public:
         hold();
         for (int32_t p = 0; p < a.population_count; ++p) {
             const ListPopulation& given = a.populations[p];
-            steppers.push_back(with_step(given.neurons, [&](auto model, auto reset) -> std::unique_ptr<Stepper> {
-                return std::make_unique<Neuronal<decltype(model), decltype(reset)::value>>(call.populations[p], held[p], a.visit_cost);
+            const auto states = static_cast<const Real*>(given.state);
+            const Real* const before = states ? states + sample * given.size : nullptr;
+            steppers.push_back(with_step(given.neurons, [&](auto model, auto reset) {
+                return stepper<decltype(model), decltype(reset)::value>(call.populations[p], held[p], a.visit_cost, before,
+                                                                        int64_t{a.samples} * given.size);
             }));
-            const auto state = static_cast<const Real*>(given.state);
-            steppers[p]->begin(state ? state + sample * given.size : nullptr, int64_t{a.samples} * given.size);
         }
     }
 
@@ -552,7 +597,7 @@ private:
 inline void list_network(ListNetwork& a, Arena& arena) {
     if (!arena.base) return;
     NetworkCall call(a);
-    for (SharedPopulation& population : call.populations) prepare_reached(population, a.steps);
+    for (SharedPopulation& population : call.populations) prepare_visits(population, a.steps);
     std::atomic<bool> failed{false};
     parallel(a.threads, a.samples, 1, [&](int64_t sample, int) {
         try {

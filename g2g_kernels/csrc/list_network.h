@@ -359,7 +359,7 @@ inline void prepare_visits(SharedPopulation& shared, int64_t steps) {
 
 // Nanoseconds of a neuron in a pass, of a weight that is added there, of a hot neuron, and of a weight that visits one
 // (PERFORMANCE.md).
-constexpr double kPassed = 0.16, kAdded = 4.0, kHot = 3.0, kVisited = 8.0;
+constexpr double kPassed = 0.14, kAdded = 4.5, kHot = 15.0, kVisited = 8.0;
 // Steps that are counted before a change, and steps without one after visits that cost more.
 constexpr int32_t kCounted = 64, kStays = 2048;
 

@@ -1,5 +1,6 @@
 """The compiled kernels' view of a mask (``csrc/plan.h``), built when a mask is first used or has changed in place
-(DST): on every use it is compared with the index buffers, 8 bytes per unit; lists, only if these have other versions."""
+(DST): on every use it is compared with the index buffers, 8 bytes per unit; lists only if these have other
+versions."""
 
 import ctypes
 import functools
@@ -83,7 +84,6 @@ class Plan:
         self._lists = owners is not None
         self.units = max(len(mask.unit_row), _LEAST_UNITS)
         weakref.finalize(self, lib.g2g_plan_free if owners is None else lib.g2g_lists_free, address).atexit = False
-
 
     def matches(self, mask: MaskTensors) -> bool:
         """Whether this is still the plan of a mask whose tensors lie where the plan's did."""

@@ -90,8 +90,10 @@ inline int32_t steps_of(Real number) { return static_cast<int32_t>(std::min(std:
 // A population of a sample.
 struct Stepper {
     virtual ~Stepper() = default;
-    // Takes what arrives in step t; appends the neurons that fire in it, ascending.
-    virtual void step(int32_t t, const Arrivals& arrivals, std::vector<int32_t>& fired) = 0;
+    // Appends the neurons that fire in step t, ascending, if nothing that arrives in it has a part in that.
+    virtual void fire(int32_t, std::vector<int32_t>&) {}
+    // Takes what arrives in step t; appends the neurons that fire in it, ascending, if they did not before.
+    virtual void receive(int32_t t, const Arrivals& arrivals, std::vector<int32_t>& fired) = 0;
     // The states after the last step, t, each `stride` after the one before it.
     virtual void end(int32_t t, Real* states, int64_t stride) = 0;
 };
@@ -134,7 +136,7 @@ struct AllNeurons : Stepper {
         for (int s = 0; before && s < S; ++s) std::copy_n(before + s * stride, shared.size, states.begin() + s * shared.padded);
     }
 
-    void step(int32_t, const Arrivals& arrivals, std::vector<int32_t>& fired) override {
+    void receive(int32_t, const Arrivals& arrivals, std::vector<int32_t>& fired) override {
         for (const Arrival& arrival : arrivals) arrived[arrival.to_membrane].resize(shared.padded);
         Real* const to[2] = {arrived[0].data(), arrived[1].data()};
         uint8_t* const any = reached.data();
@@ -218,10 +220,12 @@ struct Passes {
     }
     CubaLifState get(int32_t n, int32_t) const { return {u[n], g[n], ready[n]}; }
 
-    void step(int32_t t, const Arrivals& arrivals, std::vector<int32_t>& fired) {
+    void fire(int32_t t, std::vector<int32_t>& fired) {
         const auto& p = shared.parameters;
         const bool alike = !p[0].step && !p[1].step && !p[2].step && !p[5].step;
         alike ? pass<true>(t, fired) : pass<false>(t, fired);
+    }
+    void receive(int32_t t, const Arrivals& arrivals) {
         Real* const to[2] = {g.data(), u.data()};
         each_weight(
             arrivals, [](int32_t) {},
@@ -290,7 +294,7 @@ struct Visits {
         return {s.u, s.g, static_cast<int32_t>(s.ready)};
     }
 
-    void step(int32_t t, const Arrivals& arrivals, std::vector<int32_t>& fired) {
+    void fire(int32_t t, std::vector<int32_t>& fired) {
         size_t kept = 0;
         for (const int32_t n : hot) {
             State& s = states[n];
@@ -311,6 +315,8 @@ struct Visits {
         }
         hot.resize(kept);
         std::sort(fired.begin(), fired.end());
+    }
+    void receive(int32_t t, const Arrivals& arrivals) {
         each_weight(
             arrivals, [&](int32_t n) { __builtin_prefetch(&states[n], 1); },
             [&](const Arrival& arrival, int32_t n, Real x) {
@@ -384,8 +390,9 @@ struct CubaLifs : Stepper {
         can_visit ? fill(visits, -1, state) : fill(passes, -1, state);
     }
 
-    void step(int32_t t, const Arrivals& arrivals, std::vector<int32_t>& fired) override {
-        visits ? visits->step(t, arrivals, fired) : passes->step(t, arrivals, fired);
+    void fire(int32_t t, std::vector<int32_t>& fired) override { visits ? visits->fire(t, fired) : passes->fire(t, fired); }
+    void receive(int32_t t, const Arrivals& arrivals, std::vector<int32_t>&) override {
+        visits ? visits->receive(t, arrivals) : passes->receive(t, arrivals);
         if (!can_visit) return;
         for (const Arrival& arrival : arrivals) added += arrival.count;
         hot += visits ? visits->hot.size() : 0;
@@ -564,12 +571,18 @@ public:
     void run() {
         for (int32_t t = 0; t < a.steps; ++t) {
             read_inputs(t);
+            for (int32_t p = 0; p < a.population_count; ++p) {
+                of(p, t).clear();
+                steppers[p]->fire(t, of(p, t).neurons);
+                if (call.populations[p].model.at_once) send(p, t);
+            }
             for (int32_t i = 0; i < a.population_count; ++i) {
                 const int32_t p = a.order[i];
                 arrivals.clear();
                 for (int32_t c = 0; c < a.connection_count; ++c)
                     if (a.connections[c].target == p && !call.constant(a.connections[c])) gather(a.connections[c], t);
-                take_step(p, t);
+                steppers[p]->receive(t, arrivals, of(p, t).neurons);
+                if (!call.populations[p].model.at_once) send(p, t);
             }
         }
         for (int32_t p = 0; p < a.population_count; ++p) {
@@ -579,18 +592,16 @@ public:
     }
 
 private:
-    void take_step(int32_t p, int32_t t) {
-        Sent& now = of(p, t);
-        now.clear();
-        steppers[p]->step(t, arrivals, now.neurons);
+    // Notes the spikes of a population in step t, but for those of neurons that are silent.
+    void send(int32_t p, int32_t t) {
+        std::vector<int32_t>& now = of(p, t).neurons;
         if (const uint8_t* dropped = a.populations[p].dropped) {
             dropped += sample * a.populations[p].size;
-            const auto silent = [&](int32_t n) { return dropped[n] != 0; };
-            now.neurons.erase(std::remove_if(now.neurons.begin(), now.neurons.end(), silent), now.neurons.end());
+            now.erase(std::remove_if(now.begin(), now.end(), [&](int32_t n) { return dropped[n] != 0; }), now.end());
         }
         SampleSpikes& spikes = a.spikes->of[p * a.samples + sample];
-        spikes.neurons.insert(spikes.neurons.end(), now.neurons.begin(), now.neurons.end());
-        spikes.counts.push_back(static_cast<int32_t>(now.neurons.size()));
+        spikes.neurons.insert(spikes.neurons.end(), now.begin(), now.end());
+        spikes.counts.push_back(static_cast<int32_t>(now.size()));
     }
 };
 

@@ -180,7 +180,7 @@ struct ListPopulation {
 struct ListNetwork {
     const ListPopulation* populations;
     const ListConnection* connections;
-    const int32_t* order;   // of the populations in a step: one that another reaches without a delay comes after it
+    const int32_t* order;   // in which populations receive in a step: one that another reaches without a delay comes after it
     const void* x;          // [T][B][in], or [B][in], held for all steps
     const void* before;     // [before_steps][B][in], the inputs before the first step; null: none
     Spikes* spikes;         // out: of each population and sample

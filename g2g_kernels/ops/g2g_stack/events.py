@@ -22,8 +22,8 @@ from g2g_kernels.ops.g2g_stack.population import (
     Call,
     Connection,
     Population,
+    components,
     expected_of,
-    graph_of,
     reaches,
     refuses_kernels,
     sent_before,
@@ -32,7 +32,6 @@ from g2g_kernels.ops.g2g_stack.population import (
     total_steps,
     unread,
 )
-from g2g_kernels.ops.g2g_stack.schedule import components_of
 from g2g_kernels.ops.neurons.cpu import neuron_arguments
 from g2g_kernels.ops.record import TYPES, Expected, RecordOperator, opened
 from g2g_kernels.tracing import is_traced, replaced
@@ -51,7 +50,7 @@ class EventsCall(NamedTuple):
         before: [D, B, in], the inputs of the D steps before the first; None: nothing.
         populations: the output last.
         steps: T.
-        order: the populations in the order in which they take a step.
+        order: the populations in the order in which they receive in a step.
     """
 
     x: torch.Tensor
@@ -181,7 +180,7 @@ def g2g_events(call: Call) -> Activity:
                 None if sent is None else sent.contiguous(),
             )
         )
-    order = tuple([number for component in components_of(graph_of(call.populations)) for number in component.members])
+    order = tuple([number for component in components(call.populations) for number in component.members])
     before = None if call.before is None else call.before.contiguous()
     counts, neurons, last = OPERATOR(EventsCall(call.x.contiguous(), before, tuple(populations), steps, order))
     spikes = [

@@ -1,8 +1,8 @@
 """The table of ways to run a network, and the choice among them.
 
-In order of preference: Triton's chain; the CPU's chain, graph, events and lists; operators in turn on the network's backend;
-``g2gnet`` adds its modules in turn; and the reference. What is true before any way is made so before the choice
-(:func:`normalised`): dropped populations have state 0, and inputs that arrive later are inputs of now.
+In order of preference: Triton's chain; the CPU's chain, graph, events and lists; operators in turn on the network's
+backend; ``g2gnet`` adds its modules in turn; and the reference. What is true before any way is made so before the
+choice (:func:`normalised`): dropped populations have state 0, and inputs that arrive later are inputs of now.
 """
 
 import os
@@ -138,7 +138,8 @@ def _signature(call: Call, tensors: Sequence[torch.Tensor], form: Form) -> Hasha
     reads (a test holds that), and the backends; None if a part may change in place."""
     if not isinstance(call.x, torch.Tensor) or isinstance(call.steps, torch.Tensor):
         return None
-    key: list[Any] = [call.plain, torch.is_grad_enabled(), os.environ.get("G2G_BACKEND"), *BACKENDS.values(), *WAYS.ways.values()]
+    key: list[Any] = [call.plain, torch.is_grad_enabled(), os.environ.get("G2G_BACKEND")]
+    key += *BACKENDS.values(), *WAYS.ways.values()
     for tensor in tensors:
         key += tensor.shape, tensor.dtype, tensor.device, tensor.layout, tensor.requires_grad
     for part in form:

@@ -184,8 +184,8 @@ def g2g_events(call: Call) -> Activity:
     before = None if call.before is None else call.before.contiguous()
     counts, neurons, last = OPERATOR(EventsCall(call.x.contiguous(), before, tuple(populations), steps, order))
     spikes = [
-        EventSpikes(*each, size_of(population), call.x.new_empty(0))
-        for *each, population in zip(counts, neurons, call.populations, strict=True)
+        EventSpikes(of_steps, of_all, size_of(population), call.x.new_empty(0))
+        for of_steps, of_all, population in zip(counts, neurons, call.populations, strict=True)
     ]
     vectors = steps * call.x.shape[-2]
     sent_last: list[Spikes | None] = [

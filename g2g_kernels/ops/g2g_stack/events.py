@@ -88,14 +88,18 @@ def refuses(call: Call) -> str | None:
         return "does not run where calls are recorded (torch.compile, torch.export)"
     if call.x.numel() == 0:
         return "needs a batch that is not empty"
-    if call.repeated or (torch.is_grad_enabled() and any([each.requires_grad for each in opened(call)[0]])):
-        return "computes no gradients; call under torch.no_grad() where none is needed"
+    if call.spikes and torch.is_grad_enabled():
+        return "gives spikes over time no gradient"
     lists = False
     for each in [each for population in call.populations for each in population.connections]:
         if reason := too_large(**{"weights in a layer": each.values.numel()}):
             return reason
         lists = lists or any([in_lists(each.mask.grid, each.values.shape, use) for use in ("stack", "recurrent")])
-    return None if lists else "no weights lie in lists"
+    if not lists:
+        return "no weights lie in lists"
+    if call.repeated or (torch.is_grad_enabled() and any([each.requires_grad for each in opened(call)[0]])):
+        return "computes no gradients; call under torch.no_grad() where none is needed"
+    return None
 
 
 def visit_cost() -> float:
